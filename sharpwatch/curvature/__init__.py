@@ -1,0 +1,1 @@
+"""The mathematics: probes, sketches, estimates. Pure torch, no I/O."""

@@ -1,0 +1,1 @@
+"""The daemon: ingest, estimate, detect, decide, command."""

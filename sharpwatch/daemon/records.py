@@ -1,0 +1,131 @@
+"""The values the daemon keeps: what it saw, what it found, what it decided."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from sharpwatch.curvature.estimate import Estimate
+
+Mode = Literal["observe", "advise", "enforce"]
+DecisionMode = Literal["observe", "advise", "enforce", "operator"]
+Severity = Literal["warning", "critical"]
+Action = Literal["notify", "scale_lr", "set_lr", "ramp_back", "rollback"]
+Outcome = Literal[
+    "observed", "proposed", "approved", "rejected", "refused", "sent", "applied", "recovered", "failed", "expired"
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """One step of one run, as the detectors see it. Mappings go by block type; an absent key was not measured."""
+
+    step: int
+    time: float  # unix seconds, the trainer's clock
+    loss: float | None = None
+    gradient_norm: Mapping[str, float] = field(default_factory=dict)
+    update_rms: Mapping[str, float] = field(default_factory=dict)
+    non_finite: Mapping[str, int] = field(default_factory=dict)
+    # Directional stability ratio of this step's own probe (not a window): whole model, and by block.
+    stability: Estimate | None = None
+    no_descent: bool = False  # the probe ran, but g.d <= 0: there is no ratio
+    block_stability: Mapping[str, Estimate] = field(default_factory=dict)
+    multipliers: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one detector says of one step. `blocks` worst first."""
+
+    name: str
+    blocks: tuple[str, ...]
+    severity: Severity
+    evidence: str
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Alert:
+    """Findings of one name that hang together."""
+
+    id: str
+    run: str
+    name: str
+    blocks: tuple[str, ...]
+    severity: Severity
+    evidence: str
+    first_step: int
+    last_step: int
+    active: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A place to roll back to."""
+
+    step: int
+    uri: str
+
+
+@dataclass(frozen=True, slots=True)
+class RollbackPlan:
+    """Go back to `checkpoint`; leave out the batches of steps [skip_from_step, skip_to_step)."""
+
+    checkpoint: Checkpoint
+    skip_from_step: int
+    skip_to_step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What was made of an alert, or asked by an operator. Kept for ever."""
+
+    id: str
+    run: str
+    made_at: float  # unix seconds
+    step: int
+    action: Action
+    mode: DecisionMode
+    outcome: Outcome
+    policy: str = ""
+    alert_id: str = ""
+    alert_name: str = ""
+    guard: str = "ok"
+    detail: str = ""
+    multipliers: Mapping[str, float] = field(default_factory=dict)  # the complete set it would put in force
+    ramp_steps: int = 0
+    ttl_steps: int = 0
+    apply_at_step: int = 0
+    expires_at_step: int = 0
+    rollback: RollbackPlan | None = None
+    applied_step: int | None = None
+    revision: int = 0
+    author: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Revision:
+    """The numbered set of block multipliers in force; a block that is not named stands at 1."""
+
+    run: str
+    revision: int
+    multipliers: Mapping[str, float]
+    author: str
+    reason: str
+    made_at: float
+    decision_id: str
+    applied_step: int | None = None
+    undoes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CommandResult:
+    """What the trainer made of a command; `command_id` is the decision's id."""
+
+    command_id: str
+    outcome: Literal["applied", "refused", "expired", "failed"]
+    step: int
+    detail: str = ""
+    unchanged_blocks: tuple[str, ...] = ()

@@ -1,0 +1,55 @@
+"""Everything sharpwatch raises on purpose.
+
+SharpwatchError
+├── ConfigError      a configuration file or a rule says something that can't be
+├── BlockError       a parameter that no block rule places, or a rule that matches nothing
+├── AttachError      attach() was called with something it can't watch
+├── ProbeError       a probe can't run on this model or batch, with the reason
+├── WireError        a message that breaks the wire contract
+├── StoreError       the journal can't be opened, read or written
+└── OperatorError    the daemon refused or could not be reached
+"""
+
+from __future__ import annotations
+
+
+class SharpwatchError(Exception):
+    """Root of every error sharpwatch raises on purpose."""
+
+
+class ConfigError(SharpwatchError):
+    """A configuration says something that can't be; names file, line, key and what is allowed."""
+
+    def __init__(self, message: str, *, file: str, line: int, key: str) -> None:
+        self.file = file
+        self.line = line
+        self.key = key
+        super().__init__(f"{file}:{line}: {key}: {message}")
+
+
+class BlockError(SharpwatchError):
+    """A model's parameters can't be divided into blocks as asked."""
+
+
+class AttachError(SharpwatchError):
+    """`attach` was called with something it can't watch."""
+
+
+class ProbeError(SharpwatchError):
+    """A probe can't run on this model or batch."""
+
+
+class WireError(SharpwatchError):
+    """A message breaks the wire contract; `code` is the short reason it is counted under."""
+
+    def __init__(self, code: str, message: str) -> None:
+        self.code = code
+        super().__init__(message)
+
+
+class StoreError(SharpwatchError):
+    """The journal can't be opened, read or written."""
+
+
+class OperatorError(SharpwatchError):
+    """The daemon refused an operator's call or could not be reached."""

@@ -1,0 +1,1 @@
+"""Generated from protos/sharpwatch/v1 by `make proto`."""
