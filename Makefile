@@ -1,0 +1,42 @@
+# `make demo` and `make test` do all the set-up on a fresh machine.
+PYTHON ?= python3
+TORCH_PIP_FLAGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PROTOS := $(wildcard protos/sharpwatch/v1/*.proto)
+
+.PHONY: demo test check bench proto clean
+
+# torch first, so that a CPU build can be asked for: TORCH_PIP_FLAGS="--index-url <PyTorch's CPU index>".
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt $(TORCH_PIP_FLAGS) torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(READY)
+	$(BIN)/sharpwatch demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	cd protos && ../$(BIN)/buf lint && ../$(BIN)/buf format --diff --exit-code
+	$(MAKE) proto
+	git diff --exit-code -- sharpwatch/v1
+
+bench: $(READY)
+	$(BIN)/python benchmarks/overhead.py
+
+proto: $(READY)
+	$(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=. --grpc_python_out=. --mypy_out=quiet:. \
+		--mypy_grpc_out=quiet:. $(PROTOS)
+	rm -f sharpwatch/v1/types_pb2_grpc.py sharpwatch/v1/types_pb2_grpc.pyi
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
