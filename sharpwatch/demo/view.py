@@ -1,0 +1,93 @@
+"""What the demo shows while it runs: loss, per-block sharpness with its error, alerts and decisions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from sharpwatch.v1.operator_pb2 import Decision, RunDetail
+from sharpwatch.v1.types_pb2 import Estimate
+
+_BARS = "▁▂▃▄▅▆▇█"
+_SCALE = 30  # characters for the range of sharpness on screen
+
+
+def sparkline(values: Sequence[float], width: int) -> str:
+    """The last `width` values as bars between their smallest and largest."""
+    shown = [value for value in values[-width:] if math.isfinite(value)]
+    if not shown:
+        return ""
+    low, high = min(shown), max(shown)
+    scale = (len(_BARS) - 1) / (high - low or 1.0)
+    return "".join(_BARS[round((value - low) * scale)] for value in shown)
+
+
+def estimate_of(estimates: Sequence[Estimate], quantity: str) -> Estimate | None:
+    """The estimate of `quantity`, if there is one yet."""
+    return next((estimate for estimate in estimates if estimate.quantity == quantity), None)
+
+
+def error_bar(estimate: Estimate, low: float, high: float) -> Text:
+    """Value and two standard errors on a logarithmic axis from `low` to `high`."""
+    width = _SCALE / max(math.log(high / low), 1e-9)
+
+    def column(value: float) -> int:
+        return max(0, min(_SCALE, round(math.log(max(value, low) / low) * width)))
+
+    spread = 2 * estimate.stderr if math.isfinite(estimate.stderr) else 0.0
+    left, mid, right = column(estimate.value - spread), column(estimate.value), column(estimate.value + spread)
+    return Text(" " * left + "─" * (mid - left) + "●" + "─" * (right - mid))
+
+
+def _blocks(detail: RunDetail) -> Table:
+    table = Table(expand=True, box=None)
+    for heading in ("block", "sharpness", "± s.e.", "", "stability", "update RMS", "LR ×"):
+        table.add_column(heading, justify="left" if heading in ("block", "") else "right", no_wrap=True)
+    sharpness = {block.block: estimate_of(block.estimates, "sharpness") for block in detail.blocks}
+    values = [estimate.value for estimate in sharpness.values() if estimate and estimate.value > 0]
+    low, high = (min(values) / 2, max(values) * 2) if values else (1.0, 2.0)
+    for block in detail.blocks:
+        estimate = sharpness[block.block]
+        ratio = estimate_of(block.estimates, "stability_ratio")
+        table.add_row(
+            block.block,
+            f"{estimate.value:.2e}" if estimate else "…",
+            f"{estimate.stderr:.0e}" if estimate else "",
+            error_bar(estimate, low, high) if estimate and estimate.value > 0 else "",
+            f"{ratio.value:.2f}" if ratio else "…",
+            f"{block.update_rms:.2f}" if block.HasField("update_rms") else "…",
+            f"{block.lr_multiplier:.3g}" if block.HasField("lr_multiplier") else "…",
+        )
+    return table
+
+
+def decision_line(decision: Decision) -> str:
+    """One decision in one line."""
+    where = f" at step {decision.applied_step}" if decision.HasField("applied_step") else ""
+    change = ", ".join(f"{block} ×{value:.3g}" for block, value in sorted(decision.multipliers.items()))
+    back = f"to step {decision.rollback.checkpoint.step}" if decision.HasField("rollback") else ""
+    cause = decision.alert_name or decision.reason
+    return f"{decision.action} [{decision.mode}] {decision.outcome}{where}: {change or back}  ({cause})"
+
+
+def render(detail: RunDetail, decisions: Sequence[Decision], losses: Sequence[float], steps: int) -> RenderableType:
+    """The whole picture for one message of `WatchRun`."""
+    run = detail.run
+    loss = f"{run.loss:.3f}" if run.HasField("loss") else "…"
+    head = Text(f"step {run.step}/{steps}   loss {loss}   mode {run.mode}   LR revision {run.lr_revision}")
+    trace = Text(sparkline(losses, 90), style="cyan")
+    alerts = [
+        Text(
+            f"{'●' if alert.active else '○'} {alert.name} {','.join(alert.blocks)} "
+            f"steps {alert.first_step}-{alert.last_step}: {alert.evidence}",
+            style="red" if alert.active else "dim",
+        )
+        for alert in detail.alerts[-4:]
+    ]
+    made = [Text(decision_line(decision), style="yellow") for decision in decisions[-4:]]
+    return Panel(Group(head, trace, _blocks(detail), *alerts, *made), title=run.run, title_align="left")
