@@ -1,0 +1,173 @@
+"""One run of the demo: a daemon, a trainer, and the view between them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import grpc.aio
+from rich.console import Console
+from rich.live import Live
+
+from sharpwatch.demo.policy import write_config
+from sharpwatch.demo.train import Recipe, command
+from sharpwatch.demo.view import decision_line, render
+from sharpwatch.errors import SharpwatchError
+from sharpwatch.v1 import operator_pb2 as pb
+from sharpwatch.v1.operator_pb2_grpc import OperatorServiceStub
+
+_LINE_EVERY = 25  # steps between two lines where there is no terminal to redraw
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was left when the run had ended."""
+
+    detail: pb.RunDetail
+    decisions: list[pb.Decision]  # oldest first
+    losses: list[tuple[int, float]]  # (step, loss), in the order they happened
+    metrics_url: str
+    config: Path
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """Where the daemon listens."""
+
+    grpc: str
+    http: str
+
+
+def play(recipe: Recipe, mode: str, console: Console) -> Outcome:
+    """Run `recipe` to its end under a policy in `mode`, showing it on `console`."""
+    return asyncio.run(_play(recipe, mode, console))
+
+
+async def _play(recipe: Recipe, mode: str, console: Console) -> Outcome:
+    folder = Path(recipe.folder)
+    config = write_config(folder, mode)
+    async with _daemon(config, folder) as addresses:
+        recipe = replace(recipe, address=addresses.grpc)
+        async with grpc.aio.insecure_channel(addresses.grpc) as channel, _trainer(recipe, folder) as trainer:
+            operator = OperatorServiceStub(channel)
+            viewer = asyncio.create_task(_watch(operator, recipe, console))
+            status = await trainer.wait()
+            if status:
+                viewer.cancel()
+                raise SharpwatchError(f"the demo's trainer ended with status {status}; see {folder / 'trainer.log'}")
+            await viewer
+            detail = (await operator.GetRun(pb.GetRunRequest(run=recipe.run))).detail
+            decisions = (await operator.ListDecisions(pb.ListDecisionsRequest(run=recipe.run))).decisions
+    losses = json.loads((folder / "losses.json").read_text(encoding="utf-8"))
+    ordered = sorted(decisions, key=lambda decision: decision.made_at_unix_ns)
+    return Outcome(detail, ordered, losses, f"http://{addresses.http}/metrics", config)
+
+
+@asynccontextmanager
+async def _daemon(config: Path, folder: Path) -> AsyncIterator[Addresses]:
+    """A daemon in a process of its own, stopped at the end."""
+    log = folder / "daemon.log"
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "sharpwatch", "serve", "--config", str(config), stderr=subprocess.PIPE
+    )
+    assert process.stderr is not None  # noqa: S101 - asked for with PIPE
+    with log.open("wb") as file:
+        addresses = None
+        async for line in process.stderr:
+            file.write(line)
+            file.flush()
+            addresses = _addresses(line)
+            if addresses is not None:
+                break
+        if addresses is None:
+            raise SharpwatchError(f"the daemon did not start; see {log}")
+        pump = asyncio.create_task(_pump(process.stderr, log))
+        try:
+            yield addresses
+        finally:
+            process.terminate()
+            await process.wait()
+            await pump
+
+
+async def _pump(stream: asyncio.StreamReader, log: Path) -> None:
+    with log.open("ab") as file:
+        async for line in stream:
+            file.write(line)
+            file.flush()
+
+
+def _addresses(line: bytes) -> Addresses | None:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(event, dict) or event.get("event") != "serving":
+        return None
+    return Addresses(event["grpc"], event["http"])
+
+
+@asynccontextmanager
+async def _trainer(recipe: Recipe, folder: Path) -> AsyncIterator[asyncio.subprocess.Process]:
+    """The trainer in a process of its own, killed if the view ends first."""
+    with (folder / "trainer.log").open("wb") as log:
+        process = await asyncio.create_subprocess_exec(
+            *command(recipe), stdout=log, stderr=log, env={**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+        )
+        try:
+            yield process
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+
+
+async def _watch(operator: OperatorServiceStub, recipe: Recipe, console: Console) -> None:
+    """Show the run until it closes."""
+    losses: list[float] = []
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+        shown = -_LINE_EVERY
+        async for detail in _details(operator, recipe.run):
+            if detail.run.HasField("loss"):
+                losses.append(detail.run.loss)
+            response = await operator.ListDecisions(pb.ListDecisionsRequest(run=recipe.run))
+            decisions = sorted(response.decisions, key=lambda decision: decision.made_at_unix_ns)
+            if console.is_terminal:
+                live.update(render(detail, decisions, losses, recipe.steps), refresh=True)
+            elif detail.run.step >= shown + _LINE_EVERY:
+                shown = detail.run.step
+                console.print(_line(detail, decisions))
+            if detail.run.phase == pb.RUN_PHASE_CLOSED:
+                return
+
+
+async def _details(operator: OperatorServiceStub, run: str) -> AsyncIterator[pb.RunDetail]:
+    """The run's messages, from when it first shows up."""
+    while True:
+        try:
+            async for message in operator.WatchRun(pb.WatchRunRequest(run=run, min_interval_seconds=0.25)):
+                yield message.detail
+        except grpc.aio.AioRpcError as error:
+            if error.code() != grpc.StatusCode.NOT_FOUND:
+                raise
+            await asyncio.sleep(0.2)  # the trainer is still tokenising
+        else:
+            return
+
+
+def _line(detail: pb.RunDetail, decisions: list[pb.Decision]) -> str:
+    blocks = "  ".join(
+        f"{block.block} {estimate.value:.1e}±{estimate.stderr:.0e}"
+        for block in detail.blocks
+        for estimate in block.estimates
+        if estimate.quantity == "sharpness"
+    )
+    last = f"  | {decision_line(decisions[-1])}" if decisions else ""
+    return f"step {detail.run.step:4}  loss {detail.run.loss:.3f}  {blocks}{last}"
