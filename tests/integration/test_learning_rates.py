@@ -1,0 +1,118 @@
+"""An operator's learning-rate change is what the optimizer uses, and only the optimizer."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+# Trains until told to stop, printing for each step the weight decay each block really got: with a gradient of zero and
+# SGD, one step takes weights w to w * (1 - lr * decay), so the ratio of norms is the rate in force, seen from outside.
+SCRIPT = """
+import json, sys, threading, torch, sharpwatch
+from transformers import LlamaConfig, LlamaForCausalLM
+torch.manual_seed(0)
+model = LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+    num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=16, bos_token_id=0, eos_token_id=0)).double()
+optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, weight_decay=0.1)
+schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+watch = sharpwatch.attach(model, optimizer, training_job="rates", run="rates", probe_every=1000)
+blocks = {row.parameter: row.type for row in sharpwatch.classify(model).rows}
+ids = torch.randint(32, (2, 8))
+over = threading.Event()
+threading.Thread(target=lambda: (sys.stdin.readline(), over.set()), daemon=True).start()
+step = 0
+while not over.is_set():
+    step += 1
+    (model(input_ids=ids, labels=ids).loss * 0).backward()
+    before = {name: p.detach().norm() for name, p in model.named_parameters()}
+    optimizer.step()
+    schedule.step()
+    rates = {}
+    for name, p in model.named_parameters():
+        rates.setdefault(blocks[name], ((1 - p.detach().norm() / before[name]) / 0.1).item())
+    optimizer.zero_grad()
+    print(json.dumps({"step": step, "rates": rates, "schedule": schedule.get_last_lr(),
+        "groups": [(group["lr"], len(group["params"])) for group in optimizer.param_groups],
+        "saved": [group["lr"] for group in optimizer.state_dict()["param_groups"]]}), flush=True)
+    threading.Event().wait(0.02)
+watch.close()
+"""
+
+
+@pytest.fixture
+def trainer(tmp_path, daemon):
+    path = tmp_path / "rates.py"
+    path.write_text(SCRIPT)
+    env = {**os.environ, "SHARPWATCH_ADDRESS": daemon.grpc, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
+    )
+    steps: queue.Queue = queue.Queue()
+
+    def read() -> None:
+        for line in process.stdout:
+            steps.put(json.loads(line))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    yield steps
+    process.communicate("stop\n", timeout=60)
+    reader.join()
+    assert process.returncode == 0
+
+
+def until(steps: queue.Queue, step: int) -> list[dict]:
+    """Every step up to `step`."""
+    seen = [steps.get(timeout=60)]
+    while seen[-1]["step"] < step:
+        seen.append(steps.get(timeout=60))
+    return seen
+
+
+def known_to(daemon, steps: queue.Queue) -> None:
+    """Return when the daemon knows the run."""
+    while not daemon.cli("jobs")["runs"]:
+        steps.get(timeout=60)
+
+
+def test_set_changes_the_rate_in_use_at_the_named_step_and_undo_puts_it_back(daemon, trainer, monkeypatch):
+    monkeypatch.setenv("SHARPWATCH_AUTHOR", "ada")
+    known_to(daemon, trainer)
+    decision = daemon.cli("lr", "set", "rates", "qk=0.5", "--reason", "too sharp")["decision"]
+    assert decision["outcome"] == "applied"
+    applied = decision["applied_step"]
+    seen = {entry["step"]: entry for entry in until(trainer, applied + 3)}
+    base = torch.tensor(1e-2, dtype=torch.float64)
+    for step, entry in seen.items():
+        want = 0.5e-2 if step >= applied else 1e-2
+        torch.testing.assert_close(entry["rates"]["qk"], want, rtol=1e-6, atol=0)
+        for block in ("emb", "vo", "ffn", "norm", "head"):
+            torch.testing.assert_close(entry["rates"][block], base.item(), rtol=1e-6, atol=0)
+        # The scheduler, the groups between steps and the checkpoint never see the multiplier.
+        assert entry["schedule"] == [1e-2]
+        assert entry["saved"] == [1e-2]
+        assert [rate for rate, _ in entry["groups"]] == [1e-2]
+
+    undone = daemon.cli("lr", "undo", "rates", "--reason", "was fine")["decision"]
+    assert undone["outcome"] == "applied"
+    entry = until(trainer, undone["applied_step"] + 1)[-1]
+    torch.testing.assert_close(entry["rates"]["qk"], 1e-2, rtol=1e-6, atol=0)
+
+    history = daemon.cli("lr", "history", "rates")["revisions"]
+    assert [(r["author"], r["reason"]) for r in history[-2:]] == [("ada", "too sharp"), ("ada", "was fine")]
+    assert history[-1]["undoes"] == history[-2]["revision"]
+
+
+def test_out_of_bounds_is_refused_with_what_is_allowed(daemon, trainer):
+    known_to(daemon, trainer)
+    done = daemon.command("lr", "set", "rates", "qk=50")
+    assert done.returncode == 1
+    assert "0.1" in done.stderr + done.stdout
+    assert "10" in done.stderr + done.stdout
