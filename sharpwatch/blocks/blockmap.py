@@ -1,0 +1,168 @@
+"""The division of a model's parameters into blocks, as a value."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
+
+from sharpwatch.errors import BlockError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BLOCKS = ("emb", "qk", "vo", "ffn", "norm", "head", "other")
+
+
+class Row(NamedTuple):
+    """One line of the table; a fused parameter has one a part."""
+
+    parameter: str
+    type: str
+    layer: str | None
+    numel: int
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A parameter, or a slice of one, that belongs to one block.
+
+    `dim` None is the whole parameter (start and stop are 0), else `parameter.narrow(dim, start, stop - start)`.
+    """
+
+    parameter: str
+    type: str
+    layer: str | None
+    dim: int | None
+    start: int
+    stop: int
+    numel: int
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """This part of `tensor`, which has the parameter's shape. Shares its memory."""
+        return tensor if self.dim is None else tensor.narrow(self.dim, self.start, self.stop - self.start)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerBlock:
+    """One block type in one layer."""
+
+    type: str
+    layer: str | None
+    numel: int
+
+
+@dataclass(frozen=True)
+class BlockMap:
+    """Every parameter of a model in exactly one block, sliced where blocks share a fused parameter.
+
+    `shapes` are the full parameters', in the order of `model.named_parameters()`; `parts` follow the same order.
+    Raises `BlockError` if the parts do not cover the parameters once each.
+    """
+
+    parts: tuple[Part, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def __post_init__(self) -> None:
+        by_parameter: dict[str, list[Part]] = {name: [] for name in self.shapes}
+        for part in self.parts:
+            if part.parameter not in by_parameter:
+                raise BlockError(f"{part.parameter}: the model has no such parameter")
+            if part.type not in BLOCKS:
+                raise BlockError(f"{part.parameter}: {part.type!r} is not a block type; allowed: {', '.join(BLOCKS)}")
+            by_parameter[part.parameter].append(part)
+        for name, parts in by_parameter.items():
+            _check_cover(name, self.shapes[name], parts)
+
+    @cached_property
+    def rows(self) -> tuple[Row, ...]:
+        """The table, parallel to `parts`."""
+        return tuple(Row(part.parameter, part.type, part.layer, part.numel) for part in self.parts)
+
+    @cached_property
+    def layer_blocks(self) -> tuple[LayerBlock, ...]:
+        """Sorted by layer (None first, numbers as numbers), then in `BLOCKS` order."""
+        numel: Counter[tuple[str | None, str]] = Counter()
+        for part in self.parts:
+            numel[part.layer, part.type] += part.numel
+        order = sorted(numel, key=lambda key: (*_layer_key(key[0]), BLOCKS.index(key[1])))
+        return tuple(LayerBlock(kind, layer, numel[layer, kind]) for layer, kind in order)
+
+    @cached_property
+    def blocks(self) -> tuple[str, ...]:
+        """The types present, in `BLOCKS` order."""
+        present = {part.type for part in self.parts}
+        return tuple(kind for kind in BLOCKS if kind in present)
+
+    @cached_property
+    def numel(self) -> dict[str, int]:
+        """Parameters by type."""
+        return {kind: sum(part.numel for part in self.parts if part.type == kind) for kind in self.blocks}
+
+    @cached_property
+    def layer_block_of(self) -> tuple[int, ...]:
+        """For each part, its index in `layer_blocks`."""
+        index = {(block.layer, block.type): i for i, block in enumerate(self.layer_blocks)}
+        return tuple(index[part.layer, part.type] for part in self.parts)
+
+    @cached_property
+    def block_of(self) -> tuple[int, ...]:
+        """For each part, its index in `blocks`."""
+        return tuple(self.blocks.index(part.type) for part in self.parts)
+
+    @cached_property
+    def offsets(self) -> dict[str, int]:
+        """Global flat index of each parameter's first entry, parameters laid end to end in their order."""
+        offsets, total = {}, 0
+        for name, shape in self.shapes.items():
+            offsets[name] = total
+            total += math.prod(shape)
+        return offsets
+
+    def views(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        """The parts of `tensors` (parameters, gradients or optimizer state, by parameter name), parallel to `parts`.
+
+        Views, no copies. Raises `KeyError` for a parameter that `tensors` lacks.
+        """
+        return [part.view(tensors[part.parameter]) for part in self.parts]
+
+    def __str__(self) -> str:
+        cells = [("parameter", "type", "layer", "numel")]
+        cells += [(_label(part), part.type, part.layer or "-", f"{part.numel:,}") for part in self.parts]
+        cells += [("total", kind, "", f"{count:,}") for kind, count in self.numel.items()]
+        widths = [max(len(row[column]) for row in cells) for column in range(4)]
+        return "\n".join(
+            f"{name:<{widths[0]}}  {kind:<{widths[1]}}  {layer:<{widths[2]}}  {numel:>{widths[3]}}"
+            for name, kind, layer, numel in cells
+        )
+
+
+def _label(part: Part) -> str:
+    if part.dim is None:
+        return part.parameter
+    return f"{part.parameter}[{':, ' * part.dim}{part.start}:{part.stop}]"
+
+
+def _layer_key(layer: str | None) -> tuple[int, list[tuple[int, int, str]]]:
+    pieces = re.split(r"(\d+)", layer or "")
+    return int(layer is not None), [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in pieces]
+
+
+def _check_cover(name: str, shape: tuple[int, ...], parts: list[Part]) -> None:
+    if not parts:
+        raise BlockError(f"{name} {shape}: no block has it")
+    if len(parts) == 1 and parts[0].dim is None and parts[0].numel == math.prod(shape):
+        return
+    dim, reached = parts[0].dim, 0
+    for part in parts:
+        if part.dim is None or part.dim != dim or part.start != reached or part.stop <= part.start:
+            raise BlockError(f"{name} {shape}: its parts overlap or leave a gap at {reached} of dimension {dim}")
+        if part.numel * shape[part.dim] != (part.stop - part.start) * math.prod(shape):
+            raise BlockError(f"{name} {shape}: a part says {part.numel} entries, and has others")
+        reached = part.stop
+    if dim is None or reached != shape[dim]:
+        raise BlockError(f"{name} {shape}: its parts end at {reached} of dimension {dim}")
