@@ -1,0 +1,71 @@
+"""What can't be on a command line is answered in one line that says what can."""
+
+from __future__ import annotations
+
+import pytest
+
+from sharpwatch.cli.main import main
+
+USAGE = 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ([], "sharpwatch: the following arguments are required: COMMAND;"),
+        (["jbos"], "invalid choice: 'jbos' (choose from 'serve', "),
+        (["lr"], "sharpwatch lr: the following arguments are required: COMMAND;"),
+        (["lr", "put"], "(choose from 'show', 'set', 'history', 'undo')"),
+        (["lr", "set", "run"], "sharpwatch lr set: the following arguments are required: BLOCK=FACTOR;"),
+        (["lr", "set", "run", "qk"], "'qk' is no multiplier; allowed: BLOCK=FACTOR, such as qk=0.5, above 0"),
+        (["lr", "set", "run", "qk=0"], "'qk=0' is no multiplier"),
+        (["lr", "set", "run", "qk=-1"], "'qk=-1' is no multiplier"),
+        (["lr", "set", "run", "qk=nan"], "'qk=nan' is no multiplier"),
+        (["lr", "set", "run", "qk=inf"], "'qk=inf' is no multiplier"),
+        (["lr", "set", "run", "=2"], "'=2' is no multiplier"),
+        (["lr", "set", "run", "qk=1", "qk=2"], "qk is given twice"),
+        (["lr", "set", "run", "qk=1", "--ramp", "-3"], "--ramp"),
+        (["lr", "set", "run", "qk=1", "--ramp", "1.5"], "'1.5' is not a whole number, 0 or more"),
+        (["lr", "set", "run", "qk=1", "--timeout", "0"], "'0' is not a positive number of seconds"),
+        (["lr", "set", "run", "qk=1", "--tim", "3"], "unrecognized arguments: --tim 3"),
+        (["rollback", "run"], "the following arguments are required: --reason"),
+        (["rollback", "run", "--reason", "r", "--skip", "9:5"], "'9:5' is no range of steps; allowed: A:B with A < B"),
+        (["rollback", "run", "--reason", "r", "--skip", "5"], "'5' is no range of steps"),
+        (["mode", "run", "act"], "invalid choice: 'act' (choose from 'observe', 'advise', 'enforce')"),
+        (["jobs", "--address", "nowhere"], "'nowhere' is no address; allowed: HOST:PORT or unix:PATH"),
+        (["--address", "host:0", "jobs"], "'host:0' is no address"),
+        (["--address", "host:65536", "jobs"], "'host:65536' is no address"),
+        (["--address", "unix:", "jobs"], "'unix:' is no address"),
+        (["decisions", "run", "more"], "unrecognized arguments: more"),
+        (["approve"], "the following arguments are required: ID"),
+        (["check-config"], "the following arguments are required: FILE"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_and_exit_2(argv, said, capsys):
+    assert main(argv) == USAGE
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert said in err
+    assert err.count("\n") == 1
+    assert err.startswith("sharpwatch")
+    assert "--help" in err
+
+
+def test_version(capsys):
+    from sharpwatch import __version__  # noqa: PLC0415 - the name under test
+
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"sharpwatch {__version__}\n"
+
+
+def test_help_lists_every_command_without_loading_any(capsys):
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    for command in ("serve", "demo", "jobs", "show", "lr", "rollback", "mode", "decisions", "approve", "reject"):
+        assert f"\n  {command} " in out
+
+
+@pytest.mark.parametrize("argv", [["lr", "--help"], ["lr", "set", "--help"], ["rollback", "-h"], ["doctor", "--help"]])
+def test_every_command_has_help(argv, capsys):
+    assert main(argv) == 0
+    assert capsys.readouterr().out.startswith(f"usage: sharpwatch {' '.join(argv[:-1])} ")
