@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from torch import nn
 
 from sharpwatch.blocks.rules import Split
@@ -23,7 +25,7 @@ _FFN_LINEAR |= {"dense_h_to_4h", "dense_4h_to_h", "intermediate.dense", "output.
 _FILLER = {"proj", "projection", "lin", "linear", "w", "c", "to", "weight", "bias", "dense"}
 _ROLES = {"q": "q", "wq": "q", "query": "q", "k": "k", "wk": "k", "key": "k", "v": "v", "wv": "v", "value": "v"}
 _ROLES |= {"o": "o", "wo": "o", "out": "o", "output": "o", "": "o"}
-_ROLES |= {name: "fused" for name in ("attn", "qkv", "wqkv", "query_key_value", "in")}
+_ROLES |= dict.fromkeys(("attn", "qkv", "wqkv", "query_key_value", "in"), "fused")
 _BLOCK_OF_ROLE = {"q": "qk", "k": "qk", "v": "vo", "o": "vo"}
 
 
@@ -48,14 +50,10 @@ def _place_at(tree: Tree, at: Place) -> Placement | None:
         return "norm"
     if _is_position(at, parameter) or _is_state_space(at) or _is_router(at):
         return "other"
-    if isinstance(at.owner, nn.MultiheadAttention):
-        return _multihead(at, parameter)
     region = _region(tree, at)
     if region == "attention":
         return _attention(at, parameter)
-    if region == "ffn":
-        return "ffn"
-    return _head(tree, at)
+    return region or _head(tree, at)
 
 
 def _embedding(at: Place) -> str | None:
@@ -99,6 +97,8 @@ def _multihead(at: Place, parameter: nn.Parameter) -> Placement | None:
 
 
 def _attention(at: Place, parameter: nn.Parameter) -> Placement | None:
+    if isinstance(at.owner, nn.MultiheadAttention):
+        return _multihead(at, parameter)
     role = _role(at.segment)
     if role == "fused":
         return _fused(at, parameter)
@@ -136,11 +136,13 @@ def _head(tree: Tree, at: Place) -> str | None:
 
 def _region(tree: Tree, at: Place) -> str | None:
     """The part of the layer that `at` is in, seen from the inside out: "attention", "ffn" or None."""
+    if isinstance(at.owner, nn.MultiheadAttention):
+        return "attention"
     inside = tree.in_layer(at)
     if not inside or not (_is_linear(at.owner) or "experts" in words(at.segment)):
         return None
     for segment, module in reversed(inside[:-1] if _is_linear(at.owner) else inside):
-        if {*words(segment), *words(type(module).__name__)} & _FFN or _has_feed_forward(segment, module):
+        if _is_feed_forward(segment, module):
             return "ffn"
         if _is_attention(module):
             return "attention"
@@ -150,18 +152,18 @@ def _region(tree: Tree, at: Place) -> str | None:
     return "ffn" if in_layer and {at.segment, f"{at.path[-2][0]}.{at.segment}"} & _FFN_LINEAR else None
 
 
-def _has_feed_forward(segment: str, module: nn.Module) -> bool:
-    """ "feed_forward", "FeedForward", "DenseReluDense"."""
-    for named in (words(segment), words(type(module).__name__)):
-        if any(pair == ("feed", "forward") for pair in zip(named, named[1:], strict=False)):
-            return True
-    return words(segment) == ("dense", "relu", "dense")
+def _is_feed_forward(segment: str, module: nn.Module) -> bool:
+    """Named so, in words of its own: mlp, FeedForward, DenseReluDense, experts."""
+    named = words(segment), words(type(module).__name__)
+    if set().union(*named) & _FFN or named[0] == ("dense", "relu", "dense"):
+        return True
+    return any(pair == ("feed", "forward") for name in named for pair in itertools.pairwise(name))
 
 
 def _is_attention(module: nn.Module) -> bool:
     """Whether query, key and value are in `module`, and no feed-forward part is."""
     inside = list(module.named_modules())
-    if any({*words(name.rpartition(".")[2]), *words(type(child).__name__)} & _FFN for name, child in inside):
+    if any(_is_feed_forward(name.rpartition(".")[2], child) for name, child in inside):
         return False
     return any(_holds_qkv(child) for _, child in inside)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -103,10 +103,11 @@ def _labels(trunks: dict[str, list[str]]) -> dict[str, str]:
     """Canonical names by path prefix; several trunks are told apart by what their paths do not share."""
     segments = {path: path.split(".")[:-1] for path in trunks}
     parents = {path: names[:-1] for path, names in segments.items()}
-    shared = len(os.path.commonprefix(list(parents.values()))) if len(trunks) > 1 else None
-    labels = {}
+    alike = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*parents.values(), strict=False))
+    shared = len(list(alike))
+    labels: dict[str, str] = {}
     for path, layers in trunks.items():
-        own = [] if shared is None else parents[path][shared:]
+        own = parents[path][shared:]
         twins = sum(other == parents[path] for other in parents.values()) > 1
         trunk = ".".join([*own, segments[path][-1] if twins else "layers"])
         labels |= {f"{path}{layer}.": f"{trunk}.{layer}" for layer in layers}
