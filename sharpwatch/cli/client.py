@@ -25,7 +25,8 @@ DEFAULT_ADDRESS = "127.0.0.1:7741"
 DEFAULT_TOKEN_FILE = "~/.config/sharpwatch/operator.token"  # noqa: S105 - a path, not a secret
 _ANSWER_SECONDS = 10.0  # for calls that need no trainer
 # The daemon is ours and near: an HTTP proxy of the environment is for other hosts.
-_OPTIONS = (("grpc.enable_http_proxy", 0),)
+# And what it sends was asked for: a long list of decisions is more than gRPC's 4 MiB.
+_OPTIONS = (("grpc.enable_http_proxy", 0), ("grpc.max_receive_message_length", -1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +165,7 @@ def plain_words(code: grpc.StatusCode, details: str, to: Endpoint) -> str:
     reason = f": {said}" if said else ""
     shown = f"the token shown is {to.token_file}" if to.token else f"no token was shown ({to.token_file} is not there)"
     words = {
-        grpc.StatusCode.UNAVAILABLE: _unreachable(said, to.address),
+        grpc.StatusCode.UNAVAILABLE: _unavailable(said, to.address),
         grpc.StatusCode.DEADLINE_EXCEEDED: f"daemon at {to.address} did not answer in time; is it overloaded or hung?",
         grpc.StatusCode.UNAUTHENTICATED: f"daemon at {to.address} does not know you{reason}; {shown}",
         grpc.StatusCode.PERMISSION_DENIED: f"not allowed at {to.address}{reason}; {shown}",
@@ -186,11 +187,11 @@ def plain_words(code: grpc.StatusCode, details: str, to: Endpoint) -> str:
     return f"daemon at {to.address} failed with {code.name}{reason}; its log says more"
 
 
-def _unreachable(said: str, address: str) -> str:
-    # gRPC's own words for a refused connection list every address it tried: noise beside the one that was asked for.
-    own = said.startswith(("failed to connect", "connections to all", "DNS resolution", "Socket closed"))
-    reason = f" ({said})" if said and not own else ""
-    return f"daemon not reachable at {address}{reason}; is it running? start it with: sharpwatch serve --config FILE"
+def _unavailable(said: str, address: str) -> str:
+    # gRPC's own words for a connection that fails list every address it tried: noise beside the one that was asked for.
+    if not said or said.startswith(("failed to connect", "connections to all", "DNS resolution", "Socket closed")):
+        return f"daemon not reachable at {address}; is it running? start it with: sharpwatch serve --config FILE"
+    return f"daemon at {address} can't do this now: {said}"
 
 
 def resolve_run(stub: OperatorServiceStub, given: str) -> str:

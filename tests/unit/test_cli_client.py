@@ -127,7 +127,7 @@ def test_candidates_are_listed(given, names, said):
         (
             grpc.StatusCode.UNAVAILABLE,
             "draining",
-            "daemon not reachable at here:1 (draining); is it running? start it with: sharpwatch serve --config FILE",
+            "daemon at here:1 can't do this now: draining",
         ),
         (
             grpc.StatusCode.PERMISSION_DENIED,
