@@ -1,0 +1,320 @@
+#!/usr/bin/env python3
+"""Print the dashboard of one run: `python grafana/generate.py > grafana/sharpwatch-run.json`.
+
+The bands need a colour, an upper and a lower edge for each block: hundreds of lines of JSON that differ in one word.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from panels import (
+    BY_BLOCK,
+    COLOURS,
+    DATASOURCE,
+    LOG,
+    RUN,
+    Json,
+    Panel,
+    band,
+    block_colours,
+    by_block,
+    latest,
+    lines,
+    number,
+    with_error,
+)
+
+WIDTH = 24  # of Grafana's grid
+
+
+def alert_timeline() -> Panel:
+    """Alerts as bars over time, one line for each alert and block."""
+    mapping = {"0": {"text": "quiet", "color": "green"}, "1": {"text": "active", "color": "red"}}
+    return Panel(
+        "state-timeline",
+        "Alerts",
+        "Which of the daemon's detectors stand, and for which blocks; an empty panel or a green line is normal. "
+        "LossSpike, UpdateRmsSpike and NonFinite are events; StabilityLimit is a state that lasts. "
+        "UpdateRmsSpike leads a loss spike by 1–8 steps and names the block it starts in.",
+        ((latest("sharpwatch_alert_active", "alert, block"), "{{alert}} {{block}}"),),
+        defaults={"mappings": [{"type": "value", "options": mapping}], "custom": {"fillOpacity": 80, "lineWidth": 0}},
+        options={
+            "showValue": "never",
+            "mergeValues": True,
+            "rowHeight": 0.8,
+            "legend": {"displayMode": "list", "placement": "bottom", "showLegend": True},
+            "tooltip": {"mode": "single"},
+        },
+    )
+
+
+def sharpness() -> Panel:
+    """The panel the project is about: sharpness of each block inside its error band."""
+    return lines(
+        "Average sharpness by block, ± 2 standard errors",
+        "Trace of the Gauss-Newton matrix over the number of parameters, per block; the band is ± 2 standard errors "
+        "over the probes in the window (where it would reach zero, its lower edge is drawn at a hundredth of the "
+        "value). Absolute values do not carry over between models. Normal after the first 2 % of training: "
+        "emb ≪ qk < ffn < vo ≪ norm, with gaps of only 1.4–1.8× in the middle, and slow drift. "
+        "There is no threshold: compare a block with its own past, and only beyond its band.",
+        *with_error("sharpwatch_block_sharpness", "block", f'{RUN}, estimator="gnb"', scale=LOG),
+        unit="sci",
+        scale=LOG,
+        overrides=tuple(rule for block, shade in COLOURS.items() for rule in band(block, shade)),
+    )
+
+
+def glance() -> list[Panel]:
+    """The top row: is this run alive and well?"""
+    return [
+        number("Step", "Optimizer steps that took effect. Goes back on a rollback.", latest("sharpwatch_run_step")),
+        number("Loss", "Loss of the newest step that reported one.", latest("sharpwatch_run_loss")),
+        number(
+            "Stability ratio",
+            "Of the step as taken, over the whole model; 1 is the edge, above it the step raises the loss to second "
+            "order. Mini-batch runs stay below 1.",
+            latest("sharpwatch_stability_ratio", matchers=f'{RUN}, kind="directional"'),
+            red_from=1,
+        ),
+        number(
+            "Active alerts",
+            "Distinct alerts that stand now. Normal: 0.",
+            f"sum(max by (alert) (sharpwatch_alert_active{{{RUN}}})) or 0 * {latest('sharpwatch_run_step')}",
+            red_from=1,
+        ),
+        number(
+            "Last sample",
+            "Time since the daemon last took a sample. Normal: a few steps' time; more means that the trainer is "
+            "stuck or gone, or can't reach the daemon.",
+            f"time() - {latest('sharpwatch_run_last_sample_timestamp_seconds')}",
+            unit="s",
+            red_from=300,
+        ),
+        number(
+            "LR revision",
+            "Number of the set of learning-rate multipliers in force; 0: nobody has changed anything.",
+            latest("sharpwatch_lr_revision"),
+        ),
+    ]
+
+
+def stability() -> list[Panel]:
+    """How near the optimizer works to the edge."""
+    return [
+        lines(
+            "Stability ratio of the whole step",
+            "dᵀHd / 2gᵀd along the step d the optimizer took. Above 1 the step raises the loss to second order. "
+            "Normal: below 1 and steady; a sustained rise above the run's own level is the earliest sign of a rate "
+            "that is too high, tens of steps before the loss. The band is ± 2 standard errors. No line where the step "
+            "does not descend (momentum).",
+            *with_error("sharpwatch_stability_ratio", "kind", RUN),
+            limit=1,
+            overrides=band("directional", "blue"),
+        ),
+        by_block(
+            "Stability ratio by block",
+            "The same for each block's part of the step alone; blocks take turns. Normal: below 1. The block that "
+            "rises first is the one whose rate to cut.",
+            "sharpwatch_block_stability_ratio",
+            limit=1,
+        ),
+    ]
+
+
+def tap() -> list[Panel]:
+    """What is read at every step."""
+    return [
+        by_block(
+            "Update RMS by block",
+            "√mean(g²/v̂): gradients that Adam's second moment has not seen coming. Normal: about 1, for each block a "
+            "steady level of its own. A jump of several times in one step precedes loss spikes by 1–8 steps; a jump in "
+            "one block alone points at that block's weights. Absent for optimizers without a second moment.",
+            "sharpwatch_block_update_rms",
+            scale=LOG,
+        ),
+        by_block(
+            "Gradient norm by block",
+            "Before clipping. Normal: falls early, then steady within a factor of a few; spikes in all blocks at once "
+            "point at the data, in one block at its weights.",
+            "sharpwatch_block_gradient_norm",
+            unit="sci",
+            scale=LOG,
+        ),
+        by_block(
+            "Weight norm by block",
+            "Normal: slow growth that levels off under weight decay. A step in it is a corrupted or reloaded weight.",
+            "sharpwatch_block_weight_norm",
+            unit="sci",
+            scale=LOG,
+        ),
+        by_block(
+            "Update ratio by block",
+            "‖Δθ‖/‖θ‖ of one step, on probe steps. Normal: around 1e-3 for Adam with a tuned rate, falling with the "
+            "schedule.",
+            "sharpwatch_block_update_ratio",
+            unit="sci",
+            scale=LOG,
+        ),
+    ]
+
+
+def curvature() -> list[Panel]:
+    """What else the probes say."""
+    return [
+        lines(
+            "Top eigenvalue by block",
+            "Largest eigenvalue of each block's curvature, from the window's gradient sketches; an upper bound unless "
+            "it stands clear of the sketch's bias. Normal: orders of magnitude apart between blocks, drifting slowly; "
+            "the whole model's is at least the largest block's.",
+            (latest("sharpwatch_block_top_eigenvalue", "block"), BY_BLOCK),
+            (latest("sharpwatch_top_eigenvalue"), "whole model"),
+            unit="sci",
+            scale=LOG,
+            overrides=block_colours(),
+        ),
+        lines(
+            "Block order",
+            "Rank correlation of the measured sharpness order with emb < qk < ffn < vo < norm; 1 is the paper's "
+            "order. Normal: anything in the first 2 % of training, then close to 1; a lasting fall says that a block "
+            "has left its place.",
+            (latest("sharpwatch_block_order_correlation"), "rank correlation"),
+        ),
+    ]
+
+
+def control() -> list[Panel]:
+    """What was done to the run."""
+    return [
+        by_block(
+            "Learning-rate multipliers",
+            "What operators and policies have laid over the schedule. Normal: 1. The trainer reports them, so this is "
+            "what is in force, ramps included.",
+            "sharpwatch_block_lr_multiplier",
+            scale=LOG,
+            stepped=True,
+        ),
+        by_block(
+            "Learning rates",
+            "The rate the optimizer used for each block: its schedule times the multiplier.",
+            "sharpwatch_block_learning_rate",
+            unit="sci",
+            scale=LOG,
+        ),
+        lines(
+            "Decisions",
+            "How many, since the run began, by action and outcome. Normal: none. A growing number of refused ones "
+            "means that guards hold a policy back; of applied ones, that a fault persists.",
+            (latest("sharpwatch_decisions_total", "action, mode, outcome"), "{{action}} {{outcome}} ({{mode}})"),
+            stepped=True,
+        ),
+    ]
+
+
+def agent() -> list[Panel]:
+    """What watching costs, and what it missed."""
+    return [
+        lines(
+            "Agent overhead",
+            "The agent's seconds over the step's seconds, measured. Normal: below the run's `overhead_budget` (1 % "
+            "unless it was set) for steps of 100 ms and more; on shorter ones the tap is the floor.",
+            (latest("sharpwatch_agent_overhead_ratio"), "overhead"),
+            unit="percentunit",
+        ),
+        lines(
+            "Dropped samples",
+            "Samples lost since the attempt began, by reason. Normal: none. Dropping is how the agent keeps its memory "
+            "bounded and the trainer from waiting: training is not harmed, the numbers here have holes.",
+            (latest("sharpwatch_agent_dropped_samples_total", "reason"), "{{reason}}"),
+            stepped=True,
+        ),
+    ]
+
+
+def loss() -> Panel:
+    """What everybody looks at."""
+    return lines(
+        "Loss",
+        "As the run reports it. Normal: falls fast, then slowly, with the noise of one batch. Trouble shows here last: "
+        "look at the stability ratio and update RMS first.",
+        (latest("sharpwatch_run_loss"), "loss"),
+    )
+
+
+def place(rows: list[tuple[str, int, list[Panel]]]) -> list[Json]:
+    """Panels of (row title, height, panels) from left to right, rows from top to bottom."""
+    placed: list[Json] = []
+    top = 0
+    for title, height, panels in rows:
+        if title:
+            position = {"x": 0, "y": top, "w": WIDTH, "h": 1}
+            row = {"id": len(placed) + 1, "type": "row", "title": title, "gridPos": position}
+            placed.append({**row, "collapsed": False, "panels": []})
+            top += 1
+        width = WIDTH // len(panels)
+        for index, panel in enumerate(panels):
+            position = {"x": index * width, "y": top, "w": width, "h": height}
+            placed.append(panel.render(len(placed) + 1, position))
+        top += height
+    return placed
+
+
+def variable(name: str, label: str, query: str) -> Json:
+    """A drop-down list that Prometheus fills."""
+    return {
+        "name": name,
+        "label": label,
+        "type": "query",
+        "datasource": DATASOURCE,
+        "definition": query,
+        "query": {"qryType": 1, "query": query, "refId": "PrometheusVariableQueryEditor-VariableQuery"},
+        "refresh": 2,  # with the time range: runs come and go
+        "sort": 2,  # names that begin with a date show the newest first
+        "multi": False,
+        "includeAll": False,
+    }
+
+
+def dashboard() -> Json:
+    """The whole document."""
+    rows = [
+        ("", 4, glance()),
+        ("", 8, [loss(), alert_timeline()]),
+        ("Sharpness", 12, [sharpness()]),
+        ("", 8, curvature()),
+        ("Stability", 9, stability()),
+        ("Every step, by block", 8, tap()[:2]),
+        ("", 8, tap()[2:]),
+        ("Control", 8, control()),
+        ("Agent", 7, agent()),
+    ]
+    jobs = "label_values(sharpwatch_run_info, training_job)"
+    runs = 'label_values(sharpwatch_run_info{training_job="$training_job"}, run)'
+    return {
+        "uid": "sharpwatch-run",
+        "title": "sharpwatch: a run",
+        "description": "One training run: loss, sharpness of its blocks with error bands, stability, control.",
+        "tags": ["sharpwatch"],
+        "schemaVersion": 39,
+        "version": 1,
+        "editable": True,
+        "graphTooltip": 1,  # one crosshair over all panels
+        "timezone": "browser",
+        "time": {"from": "now-1h", "to": "now"},
+        "refresh": "30s",
+        "annotations": {"list": []},
+        "links": [],
+        "templating": {
+            "list": [
+                {"name": "datasource", "label": "Data source", "type": "datasource", "query": "prometheus"},
+                variable("training_job", "Training job", jobs),
+                variable("run", "Run", runs),
+            ]
+        },
+        "panels": place(rows),
+    }
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(dashboard(), indent=2, ensure_ascii=False) + "\n")
