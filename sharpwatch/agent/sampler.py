@@ -1,0 +1,91 @@
+"""Which probe runs at the next step: a token bucket over measured seconds. Pure."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+
+_WINDOW = 1000  # steps of the exported overhead ratio
+_SMOOTHING = 0.3  # weight of the newest measurement in a probe's expected cost
+_PROBE_SHARE = 0.25  # of the budget that probes keep where the tap alone exceeds it
+
+
+class Sampler:
+    """Spaces probes so that the agent's seconds stay under `budget` × the loop's own seconds.
+
+    Every kind's first probe runs at once, one a step, so that a short run shows something; what they cost is owed and
+    paid back before the next. Kinds take turns. `probe_every` fixes the cadence instead: each such step runs all kinds.
+    """
+
+    def __init__(self, kinds: Sequence[str], *, budget: float, probe_every: int | None = None) -> None:
+        self._kinds = list(kinds)
+        self._budget = budget
+        self._probe_every = probe_every
+        self._expected: dict[str, float] = {}
+        self._untried = list(kinds)
+        self._credit = 0.0
+        self._steps = 0
+        self._window: deque[tuple[float, float]] = deque()
+        self._agent_seconds = 0.0
+        self._step_seconds = 0.0
+
+    @property
+    def overhead_ratio(self) -> float:
+        """Agent seconds over the loop's own seconds, over the last 1000 steps."""
+        return self._agent_seconds / self._step_seconds if self._step_seconds > 0 else 0.0
+
+    @property
+    def step_seconds(self) -> float:
+        """Mean seconds of a step without the agent, over the last 1000 steps."""
+        return self._step_seconds / len(self._window) if self._window else 0.0
+
+    def plan(self) -> tuple[str, ...]:
+        """The kinds to run at the next step; asking again before `record` gives the same."""
+        if not self._kinds:
+            return ()
+        if self._probe_every is not None:
+            return tuple(self._kinds) if (self._steps + 1) % self._probe_every == 0 else ()
+        if self._untried:
+            return (self._untried[0],)
+        kind = self._kinds[0]
+        return (kind,) if self._credit >= self._expected[kind] else ()
+
+    def record(self, step_seconds: float, tap_seconds: float, probe_seconds: Mapping[str, float]) -> None:
+        """Account for one step: the loop's own seconds, the tap's, and those of each probe that ran (or failed)."""
+        self._steps += 1
+        agent = tap_seconds + sum(probe_seconds.values())
+        self._remember(agent, step_seconds)
+        allowance = self._budget * step_seconds
+        self._credit += max(allowance - tap_seconds, _PROBE_SHARE * allowance)
+        for kind, seconds in probe_seconds.items():
+            self._credit -= seconds
+            self._learn(kind, seconds)
+        # A long pause between steps (an evaluation) earns no burst of probes afterwards.
+        self._credit = min(self._credit, sum(self._expected.values()))
+
+    def disable(self, kind: str) -> None:
+        """Never plan `kind` again."""
+        if kind in self._kinds:
+            self._kinds.remove(kind)
+        if kind in self._untried:
+            self._untried.remove(kind)
+        self._expected.pop(kind, None)
+
+    def _learn(self, kind: str, seconds: float) -> None:
+        if kind not in self._kinds:
+            return
+        if kind in self._untried:
+            self._untried.remove(kind)
+        known = self._expected.get(kind, seconds)
+        self._expected[kind] = known + _SMOOTHING * (seconds - known)
+        self._kinds.remove(kind)  # its turn is over
+        self._kinds.append(kind)
+
+    def _remember(self, agent: float, step: float) -> None:
+        self._window.append((agent, step))
+        self._agent_seconds += agent
+        self._step_seconds += step
+        if len(self._window) > _WINDOW:
+            old_agent, old_step = self._window.popleft()
+            self._agent_seconds -= old_agent
+            self._step_seconds -= old_step

@@ -1,0 +1,254 @@
+"""The free statistics of a step, read from what is there already: gradients, the second moment, weights, rates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from sharpwatch.agent.partsums import (
+    FLOOR_SHARE,
+    GRADIENT,
+    NON_FINITE,
+    SCALED,
+    SECOND,
+    WEIGHT,
+    PartTensors,
+    Scratch,
+    device_sums,
+    host_sums,
+)
+from sharpwatch.blocks import BlockMap
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class TapReading:
+    """One step's statistics, arrays [L] over `block_map.layer_blocks`.
+
+    Norms are over the finite entries, `non_finite` counts the others; `update_rms` is NaN without a second moment.
+    """
+
+    gradient_norm: Array
+    weight_norm: Array
+    update_rms: Array
+    non_finite: Array
+    learning_rate: Array
+    lr_multiplier: Array
+
+
+class Later:
+    """A small tensor on its way to the host; nothing waits for it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._host = tensor.detach()
+        if tensor.device.type == "cuda":
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._host.copy_(tensor.detach(), non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(tensor.device))
+
+    @property
+    def ready(self) -> bool:
+        """Whether `read` would return at once."""
+        return self._event is None or self._event.query()
+
+    def read(self) -> Tensor:
+        """The tensor on the CPU; waits for it where it must."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host.cpu()
+
+
+@dataclass(slots=True)
+class PendingTap:
+    """A reading whose numbers may still be on the device."""
+
+    multipliers: Array
+    host: list[tuple[list[int], Array]] = field(default_factory=list)
+    device: list[tuple[list[int], Later]] = field(default_factory=list)
+    rates: dict[tuple[int, int], float | Later] = field(default_factory=dict)
+    unscale: dict[int, float | Later] = field(default_factory=dict)  # by optimizer: the scale still on its gradients
+
+    @property
+    def ready(self) -> bool:
+        """Whether every number has arrived."""
+        late = [later for _, later in self.device]
+        late += [value for value in (*self.rates.values(), *self.unscale.values()) if isinstance(value, Later)]
+        return all(later.ready for later in late)
+
+
+class Tap:
+    """Reads one model under one or several optimizers."""
+
+    def __init__(
+        self, block_map: BlockMap, parameters: Mapping[str, Tensor], optimizers: Sequence[torch.optim.Optimizer]
+    ) -> None:
+        self._parts = block_map.parts
+        self._parameters = [parameters[part.parameter] for part in self._parts]
+        self._optimizers = optimizers
+        self._layer_of = np.array(block_map.layer_block_of)
+        self._layers = len(block_map.layer_blocks)
+        self._numel = np.array([part.numel for part in self._parts], dtype=np.float64)
+        self._floors = np.full(len(self._parts), math.nan)
+        self._count_exactly = False
+        self._scratch = Scratch()
+        self._steps: dict[int, tuple[Tensor, int]] = {}  # by parameter id: a device's step counter, and its value
+        self._layout: tuple[tuple[int, ...], ...] | None = None
+        self._owner: list[tuple[int, int] | None] = []
+
+    def start(self, multipliers: Mapping[int, float]) -> PendingTap:
+        """A reading to be filled by each optimizer; `multipliers` by parameter id, 1 where absent."""
+        self._find_owners()
+        return PendingTap(np.array([multipliers.get(id(parameter), 1.0) for parameter in self._parameters]))
+
+    @torch.no_grad()
+    def read(self, pending: PendingTap, which: int) -> None:
+        """Read what optimizer `which` is about to step on (the first one also what none of them holds)."""
+        optimizer = self._optimizers[which]
+        rows = [i for i, owner in enumerate(self._owner) if (owner[0] if owner else 0) == which]
+        for number, group in enumerate(optimizer.param_groups):
+            pending.rates[which, number] = _value(group["lr"])
+        scale = getattr(optimizer, "grad_scale", None)  # GradScaler leaves unscaling to a fused optimizer
+        if scale is not None:
+            pending.unscale[which] = _value(scale)
+        by_device: dict[torch.device, list[int]] = {}
+        for i in rows:
+            by_device.setdefault(self._parameters[i].device, []).append(i)
+        for device, members in by_device.items():
+            tensors = [self._tensors(i, optimizer) for i in members]
+            if device.type == "cpu":
+                pending.host.append((members, host_sums(tensors, self._scratch)))
+            else:
+                sums = device_sums(tensors)
+                if self._count_exactly:
+                    sums[:, NON_FINITE] = _counts(tensors, sums)
+                pending.device.append((members, Later(sums)))
+
+    def resolve(self, pending: PendingTap) -> TapReading:
+        """The reading, once `pending.ready`; it also sets the floors of the next ones."""
+        sums = np.zeros((len(self._parts), 5))
+        sums[:, [SCALED, SECOND]] = math.nan
+        for members, values in pending.host:
+            sums[members] = values
+        for members, later in pending.device:
+            sums[members] = later.read().numpy()
+        scales = self._scales(pending)
+        self._floors = FLOOR_SHARE * sums[:, SECOND]
+        self._count_exactly = bool((sums[:, NON_FINITE] > 0).any())
+        seen = ~np.isnan(sums[:, SCALED])
+        counted = self._by_layer(np.where(seen, self._numel, 0.0))
+        scaled = self._by_layer(np.where(seen, sums[:, SCALED] / scales, 0.0))
+        return TapReading(
+            gradient_norm=np.sqrt(self._by_layer(sums[:, GRADIENT] / scales)),
+            weight_norm=np.sqrt(self._by_layer(sums[:, WEIGHT])),
+            update_rms=np.sqrt(np.divide(scaled, counted, out=np.full(self._layers, math.nan), where=counted > 0)),
+            non_finite=self._by_layer(sums[:, NON_FINITE]).astype(np.int64),
+            learning_rate=self._owned_mean(self._rates(pending), 0.0),
+            lr_multiplier=self._owned_mean(pending.multipliers, 1.0),
+        )
+
+    def _by_layer(self, values: Array) -> Array:
+        return np.bincount(self._layer_of, weights=values, minlength=self._layers)
+
+    def _owned_mean(self, values: Array, none: float) -> Array:
+        """The parameter-weighted mean over what an optimizer holds; `none` where it holds nothing of a layer block."""
+        weights = np.where([owner is not None for owner in self._owner], self._numel, 0.0)
+        total = self._by_layer(weights)
+        return np.divide(self._by_layer(weights * values), total, out=np.full(self._layers, none), where=total > 0)
+
+    def _rates(self, pending: PendingTap) -> Array:
+        rates = {key: _number(value) for key, value in pending.rates.items()}
+        own = np.array([rates.get(owner, 0.0) if owner else 0.0 for owner in self._owner])
+        return own * pending.multipliers
+
+    def _scales(self, pending: PendingTap) -> Array:
+        """What to divide each part's squared gradient by."""
+        squares = {which: _number(value) ** 2 for which, value in pending.unscale.items()}
+        return np.array([squares.get(owner[0], 1.0) if owner else 1.0 for owner in self._owner])
+
+    def _find_owners(self) -> None:
+        """Which optimizer and group holds each part; looked up again when a group was added or unfrozen."""
+        layout = tuple(
+            tuple(len(group["params"]) for group in optimizer.param_groups) for optimizer in self._optimizers
+        )
+        if layout == self._layout:
+            return
+        self._layout = layout
+        owner = {
+            id(parameter): (which, number)
+            for which, optimizer in enumerate(self._optimizers)
+            for number, group in enumerate(optimizer.param_groups)
+            for parameter in group["params"]
+        }
+        self._owner = [owner.get(id(parameter)) for parameter in self._parameters]
+
+    def _tensors(self, i: int, optimizer: torch.optim.Optimizer) -> PartTensors:
+        parameter, part, owner = self._parameters[i], self._parts[i], self._owner[i]
+        gradient = parameter.grad
+        weight = part.view(parameter.detach())
+        if gradient is None or gradient.is_sparse:
+            # A sparse gradient has rows, not the parameter's shape; it belongs to an embedding, which is never fused.
+            return PartTensors(weight, gradient)
+        second, correction = self._second_moment(parameter, owner, optimizer)
+        return PartTensors(
+            weight,
+            part.view(gradient),
+            None if second is None else part.view(second),
+            correction,
+            float(self._floors[i]),
+        )
+
+    def _second_moment(
+        self, parameter: Tensor, owner: tuple[int, int] | None, optimizer: torch.optim.Optimizer
+    ) -> tuple[Tensor | None, float]:
+        """The second moment of step t-1 and 1 - β₂^(t-1): Adam's `exp_avg_sq`, or RMSprop's `square_avg` as it is."""
+        state = optimizer.state.get(parameter)  # `get`: the defaultdict must not grow
+        if not state or owner is None:
+            return None, 1.0
+        if "exp_avg_sq" in state:
+            steps = self._step_of(parameter, state.get("step", 0))
+            betas = optimizer.param_groups[owner[1]].get("betas", (0.0, 0.0))
+            second, correction = state["exp_avg_sq"], 1.0 - float(betas[1]) ** steps
+        else:
+            second, correction = state.get("square_avg"), 1.0
+        usable = isinstance(second, Tensor) and second.shape == parameter.shape and correction > 0
+        return (second, correction) if usable else (None, 1.0)
+
+    def _step_of(self, parameter: Tensor, step: float | Tensor) -> int:
+        """The state's step count; one on a device is read once (and after a reload), then counted along."""
+        if not isinstance(step, Tensor) or step.device.type == "cpu":
+            return int(step)
+        counter, count = self._steps.get(id(parameter), (None, 0))
+        count = count + 1 if counter is step else int(step.item())
+        self._steps[id(parameter)] = (step, count)
+        return count
+
+
+def _counts(parts: Sequence[PartTensors], sums: Tensor) -> Tensor:
+    """Entries of the gradients that are not finite, [P] on the device: a slower read after a damaged one."""
+    zero = sums.new_zeros(())
+    gradients = [part.gradient for part in parts]
+    return torch.stack([zero if g is None else (~_values(g).isfinite()).sum().double() for g in gradients])
+
+
+def _values(gradient: Tensor) -> Tensor:
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
+
+
+def _value(value: float | Tensor) -> float | Later:
+    if isinstance(value, Tensor) and value.device.type != "cpu":
+        return Later(value)
+    return float(value)
+
+
+def _number(value: float | Later) -> float:
+    return float(value.read()) if isinstance(value, Later) else value
