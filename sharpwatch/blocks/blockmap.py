@@ -114,15 +114,6 @@ class BlockMap:
         """For each part, its index in `blocks`."""
         return tuple(self.blocks.index(part.type) for part in self.parts)
 
-    @cached_property
-    def offsets(self) -> dict[str, int]:
-        """Global flat index of each parameter's first entry, parameters laid end to end in their order."""
-        offsets, total = {}, 0
-        for name, shape in self.shapes.items():
-            offsets[name] = total
-            total += math.prod(shape)
-        return offsets
-
     def views(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
         """The parts of `tensors` (parameters, gradients or optimizer state, by parameter name), parallel to `parts`.
 

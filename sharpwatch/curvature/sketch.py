@@ -153,10 +153,10 @@ class _Stage:
         """Float32 [B, size]: the sums by rotation, each rotated and added up."""
         self._flush()
         size = self._hash.size
-        columns = torch.arange(size, device=self._sums.device)
-        source = (columns[None, :] - columns[:, None]) % size
-        sums = self._sums.view(-1, size, size)
-        return sums.gather(2, source.expand_as(sums)).sum(1)
+        twice = torch.cat([self._sums, self._sums], -1)
+        # [B, r, j] is column j - r, modulo size, of the sum of rows rotated by r.
+        rotated = twice.as_strided((len(twice) // size, size, size), (2 * size * size, 2 * size - 1, 1), size)
+        return rotated.sum(1)
 
     def _flush(self) -> None:
         values = self._values[: self._used * self._hash.size]
@@ -173,12 +173,14 @@ def _pieces(part: Part, shape: tuple[int, ...], low: int, high: int, limit: int)
 
     A part along dimension `dim` is the run [first, last) of each period of `shape[dim:]` entries.
     """
+    if low == high:
+        return
     if part.dim is None:
         period, first, last = math.prod(shape), 0, math.prod(shape)
     else:
         inner = math.prod(shape[part.dim + 1 :])
         period, first, last = shape[part.dim] * inner, part.start * inner, part.stop * inner
-    turn = low // period if high > low else high
+    turn = low // period
     while turn * period + first < high:
         begin, end = max(low, turn * period + first), min(high, turn * period + last)
         if end - begin == last - first <= limit:

@@ -173,6 +173,12 @@ def test_non_finite_entries_stay_in_their_block():
     assert dict(zip(MIXED.blocks, bad.tolist(), strict=True)) == {"emb": True, "qk": True, "vo": False, "norm": True}
 
 
+def test_waits_for_no_device():
+    # Reading a value back to the host is an error on the meta device, as waiting would be on another.
+    result = CountSketch(MIXED, SIZE, seed=10).sketch({name: value.to("meta") for name, value in gradients(4).items()})
+    assert (result.device.type, result.shape) == ("meta", (len(MIXED.blocks), SIZE))
+
+
 def test_missing_parameters_are_zeros_and_empty_is_zero():
     sketcher = CountSketch(MIXED, SIZE, seed=11)
     values = gradients(5) | {"wte": torch.zeros(SHAPES["wte"])}

@@ -1,0 +1,107 @@
+"""What users import, call and catch: changed only with a reason in CHANGELOG.md."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+import sharpwatch
+from sharpwatch import blocks, errors
+
+POSITIONAL = inspect.Parameter.POSITIONAL_OR_KEYWORD
+KEYWORD = inspect.Parameter.KEYWORD_ONLY
+REQUIRED = inspect.Parameter.empty
+
+
+def signature(function):
+    return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
+
+
+def test_the_package_hands_on_these_names():
+    assert sharpwatch.__all__ == [
+        "BlockMap",
+        "RollbackRequest",
+        "SharpwatchError",
+        "Watch",
+        "__version__",
+        "attach",
+        "classify",
+    ]
+
+
+@pytest.mark.parametrize("name", sharpwatch.__all__)
+def test_each_name_is_there(name):
+    assert getattr(sharpwatch, name) is not None
+
+
+def test_an_unknown_name_is_an_attribute_error_that_lists_the_known():
+    with pytest.raises(AttributeError, match="classify"):
+        _ = sharpwatch.clasify
+
+
+def test_attach():
+    assert signature(sharpwatch.attach) == [
+        ("model", POSITIONAL, REQUIRED),
+        ("optimizer", POSITIONAL, REQUIRED),
+        ("training_job", KEYWORD, REQUIRED),
+        ("run", KEYWORD, None),
+        ("address", KEYWORD, None),
+        ("token", KEYWORD, None),
+        ("tls", KEYWORD, None),
+        ("overhead_budget", KEYWORD, 0.01),
+        ("probe_every", KEYWORD, None),
+        ("probes", KEYWORD, ("gnb", "direction")),
+        ("loss_fn", KEYWORD, None),
+        ("logits_fn", KEYWORD, None),
+        ("on_rollback", KEYWORD, None),
+        ("control", KEYWORD, "lr"),
+        ("lr_bounds", KEYWORD, (0.1, 10.0)),
+        ("initial_step", KEYWORD, 0),
+        ("seed", KEYWORD, 0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [("observe", ["self", "loss"]), ("saved_checkpoint", ["self", "step", "uri"]), ("close", ["self"])],
+)
+def test_watch(method, parameters):
+    assert list(inspect.signature(getattr(sharpwatch.Watch, method)).parameters) == parameters
+
+
+def test_watch_shows_a_pending_rollback():
+    assert isinstance(inspect.getattr_static(sharpwatch.Watch, "pending_rollback"), property)
+
+
+def test_rollback_request():
+    assert list(inspect.signature(sharpwatch.RollbackRequest).parameters) == ["step", "uri", "skip", "reason"]
+
+
+def test_classify():
+    assert signature(sharpwatch.classify) == [("model", POSITIONAL, REQUIRED), ("rules", POSITIONAL, None)]
+
+
+def test_blocks():
+    assert blocks.BLOCKS == ("emb", "qk", "vo", "ffn", "norm", "head", "other")
+    assert blocks.Row._fields == ("parameter", "type", "layer", "numel")
+
+
+def test_the_error_tree():
+    tree = {
+        name: value.__base__.__name__
+        for name, value in vars(errors).items()
+        if inspect.isclass(value) and issubclass(value, BaseException)
+    }
+    assert tree == {
+        "SharpwatchError": "Exception",
+        "ConfigError": "SharpwatchError",
+        "BlockError": "SharpwatchError",
+        "AttachError": "SharpwatchError",
+        "ProbeError": "SharpwatchError",
+        "WireError": "SharpwatchError",
+        "StoreError": "SharpwatchError",
+        "OperatorError": "SharpwatchError",
+    }
+    drawn = [line for line in errors.__doc__.splitlines() if line.startswith(("├── ", "└── "))]
+    assert [line.split()[1] for line in drawn] == [name for name in tree if name != "SharpwatchError"]
