@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,12 +21,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from sharpwatch.blocks import BLOCKS, BlockMap, Part, Row, Rule, Rules, classify, load_rules
-from sharpwatch.blocks.rules import Split
-from sharpwatch.errors import BlockError, ConfigError
+from sharpwatch.blocks import Row, Rule, Rules, classify
+from sharpwatch.errors import BlockError
 
 D, V, T = 8, 11, 6  # width, vocabulary, positions
-EXAMPLE = Path(__file__).parents[2] / "examples" / "block-rules.yaml"
 SMALL = {"hidden_size": D, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": V}
 IDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 
@@ -41,17 +38,13 @@ def llama(*, tied, **options):
     return LlamaForCausalLM(LlamaConfig(**config, **IDS, tie_word_embeddings=tied))
 
 
-class Norm(nn.Module):
+class LayerNorm(nn.Module):
     """nanoGPT writes its own."""
 
     def __init__(self, width):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.zeros(width))
-
-
-class LayerNorm(Norm):
-    pass
 
 
 class CausalSelfAttention(nn.Module):
@@ -212,11 +205,9 @@ def test_separate_projections_and_head_norms():
         for name, kind in types(classify(NanoGPT(SeparateAttention))).items()
         if ".attn." in name
     }
-    biased = {f"{name}.{leaf}": kind for name, kind in BIASED.items() for leaf in ("weight", "bias")}
+    placed = {"q_proj": "qk", "k_proj": "qk", "v_proj": "vo", "q_norm": "norm"}
+    biased = {f"{name}.{leaf}": kind for name, kind in placed.items() for leaf in ("weight", "bias")}
     assert attention == biased | {"proj.weight": "vo"}
-
-
-BIASED = {"q_proj": "qk", "k_proj": "qk", "v_proj": "vo", "q_norm": "norm"}
 
 
 class Head(nn.Module):
@@ -408,165 +399,3 @@ def test_covers_every_entry_once_frozen_ones_too(build):
         view.add_(1)
     assert all(bool((count == 1).all()) for count in counts.values())
     assert sum(block_map.numel.values()) == sum(p.numel() for p in model.parameters())
-
-
-def test_views_share_memory_and_run_parallel_to_the_parts():
-    model = gpt2()
-    block_map = classify(model)
-    weights = dict(model.named_parameters())
-    views = block_map.views(weights)
-    assert [view.numel() for view in views] == [part.numel for part in block_map.parts]
-    for part, view in zip(block_map.parts, views, strict=True):
-        assert view.untyped_storage().data_ptr() == weights[part.parameter].untyped_storage().data_ptr()
-    with pytest.raises(KeyError, match="wte"):
-        block_map.views({})
-
-
-def test_indices_by_layer_block_and_by_block():
-    block_map = classify(NanoGPT(layers=12, tied=False))
-    assert block_map.blocks == BLOCKS
-    layers = [block.layer for block in block_map.layer_blocks]
-    assert layers == [None] * 4 + [f"layers.{i}" for i in range(12) for _ in range(4)]
-    assert [block.type for block in block_map.layer_blocks[:8]] == ["emb", "norm", "head", "other", *BLOCKS[1:5]]
-    for part, i, j in zip(block_map.parts, block_map.layer_block_of, block_map.block_of, strict=True):
-        layer_block = block_map.layer_blocks[i]
-        assert (layer_block.type, layer_block.layer) == (part.type, part.layer)
-        assert block_map.blocks[j] == part.type
-    assert sum(block.numel for block in block_map.layer_blocks) == sum(block_map.numel.values())
-
-
-def test_the_same_model_gives_the_same_map():
-    assert classify(gpt2()) == classify(gpt2())
-
-
-def test_prints_as_a_table():
-    lines = str(classify(gpt2())).splitlines()
-    assert lines[0].split() == ["parameter", "type", "layer", "numel"]
-    assert lines[5].split() == ["transformer.h.0.attn.c_attn.weight[:,", "0:16]", "qk", "layers.0", "128"]
-    assert lines[-1].split() == ["total", "other", f"{T * D}"]
-    assert len({len(line) for line in lines}) == 1
-
-
-def parts(*ranges, dim=0):
-    return tuple(Part("w", "qk", None, dim, start, stop, (stop - start) * 3) for start, stop in ranges)
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        (),
-        parts((0, 2)),
-        parts((0, 2), (1, 4)),
-        parts((0, 2), (3, 4)),
-        parts((0, 5)),
-        (Part("w", "qk", None, None, 0, 0, 11),),
-        (*parts((0, 4)), Part("w", "vo", None, None, 0, 0, 12)),
-        (*parts((0, 4)), Part("x", "vo", None, None, 0, 0, 12)),
-        (Part("w", "attention", None, None, 0, 0, 12),),
-    ],
-)
-def test_a_map_with_gaps_overlaps_or_strangers_can_not_be(wrong):
-    with pytest.raises(BlockError):
-        BlockMap(wrong, {"w": (4, 3)})
-
-
-def test_rules_override_in_order():
-    rules = Rules((Rule("*.mlp.c_proj.bias", block="other"), Rule("*.mlp.*", block="norm")))
-    found = types(classify(gpt2(), rules))
-    assert found["transformer.h.0.mlp.c_proj.bias"] == "other"
-    assert found["transformer.h.0.mlp.c_proj.weight"] == "norm"
-    assert found["transformer.h.0.attn.c_proj.bias"] == "vo"
-
-
-def test_a_rule_splits_what_is_not_known():
-    model = NanoGPT(lambda: CausalSelfAttention(fused=2 * D))
-    split = Split(-1, (("qk", D + 4), ("vo", D - 4)))
-    rules = Rules((Rule("*c_attn.bias", split=split), Rule("*c_attn.weight", split=Split(0, split.parts))))
-    fused = [part for part in classify(model, rules).parts if "c_attn" in part.parameter]
-    assert [(p.type, p.dim, p.start, p.stop, p.numel) for p in fused] == [
-        ("qk", 0, 0, 12, 96),
-        ("vo", 0, 12, 16, 32),
-        ("qk", 0, 0, 12, 12),
-        ("vo", 0, 12, 16, 4),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("rules", "message"),
-    [
-        ([Rule("*.attn.q_proj.*", block="qk")], "places nothing: no parameter matches"),
-        ([Rule("*", block="emb"), Rule("*.bias", block="norm")], "places nothing: all 7 it matches are placed"),
-        ([Rule("*c_attn.bias", split=Split(1, (("qk", 16), ("vo", 8))))], "has no dimension 1"),
-        ([Rule("*c_attn.bias", split=Split(0, (("qk", 16), ("vo", 9))))], "the sizes add up to 25"),
-    ],
-)
-def test_rules_that_do_not_fit_the_model_are_refused(rules, message):
-    with pytest.raises(BlockError, match=re.escape(message)):
-        classify(gpt2(), Rules(tuple(rules)))
-
-
-@pytest.mark.parametrize(
-    "fields", [{}, {"block": "qk", "split": Split(0, (("qk", 1), ("vo", 1)))}, {"block": "attention"}]
-)
-def test_a_rule_that_can_not_be(fields):
-    with pytest.raises(BlockError, match=re.escape("rule '*'")):
-        Rule("*", **fields)
-
-
-def test_the_example_is_read():
-    grouped = (("qk", 640), ("vo", 128))
-    assert load_rules(EXAMPLE) == Rules(
-        (
-            Rule("*.attention.scale", block="norm"),
-            Rule("*.attention.qkv.weight", split=Split(0, grouped)),
-            Rule("*.attention.qkv.bias", split=Split(0, grouped)),
-        )
-    )
-
-
-def test_classify_takes_the_path_of_a_file(tmp_path):
-    path = tmp_path / "rules.yaml"
-    path.write_text('- {match: "transformer.wpe.weight", block: emb}\n')
-    assert types(classify(gpt2(), rules=str(path)))["transformer.wpe.weight"] == "emb"
-
-
-@pytest.mark.parametrize(
-    ("text", "line", "key", "message"),
-    [
-        ("", 1, "rules", "expected a list of rules"),
-        ("match: a\nblock: qk\n", 1, "rules", "expected a list"),
-        ("- match: a\n  block: qk\n- [1]\n", 3, "rules[1]", "expected a mapping with keys block, match, split"),
-        ("- match: a\n  blok: qk\n", 2, "rules[0].blok", "unknown key; allowed: block, match, split"),
-        ("- match: a\n  block: attention\n", 2, "rules[0].block", f"allowed: {', '.join(BLOCKS)}"),
-        ("- match: a\n  block: 3\n", 2, "rules[0].block", "expected a string"),
-        ("- match: a\n  block: qk\n  block: vo\n", 3, "rules[0].block", "given twice"),
-        ("- block: qk\n", 1, "rules[0].match", "is missing"),
-        ("- match: a\n", 1, "rules[0]", "give either block or split"),
-        ("- match: a\n  split: {dim: x, parts: []}\n", 2, "rules[0].split.parts", "expected two parts or more"),
-        (
-            "- match: a\n  split:\n    dim: x\n    parts: [{block: qk, size: 1}, {block: vo, size: 1}]\n",
-            3,
-            "rules[0].split.dim",
-            "expected an integer",
-        ),
-        (
-            "- match: a\n  split:\n    dim: 0\n    parts:\n    - {block: qk, size: 1}\n    - {block: vo, size: 0}\n",
-            6,
-            "rules[0].split.parts[1].size",
-            "expected an integer of 1 or more",
-        ),
-        ("- match: 'a\n  block: qk\n", 3, "rules", "is not YAML"),
-        ("- match: *a\n", 1, "rules", "is not YAML"),
-    ],
-)
-def test_a_file_that_can_not_be_names_line_key_and_what_is_allowed(tmp_path, text, line, key, message):
-    path = tmp_path / "rules.yaml"
-    path.write_text(text)
-    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
-        load_rules(path)
-    assert (caught.value.file, caught.value.line, caught.value.key) == (str(path), line, key)
-
-
-def test_a_file_that_is_not_there(tmp_path):
-    with pytest.raises(ConfigError, match="No such file"):
-        load_rules(tmp_path / "none.yaml")
