@@ -1,0 +1,124 @@
+"""The Gauss-Newton-Bartlett probe: traces and sketches of the Gauss-Newton matrix from sampled labels.
+
+With labels ŷ drawn from the model's own softmax, N‖∇_b L̂‖² is unbiased for Tr(G_bb), L̂ the mean cross-entropy over
+the N positions that predict: the score of each position has mean zero, so positions don't mix (Liu et al., "Sophia",
+arXiv 2305.14342, section 2.3; Martens, "New insights and perspectives on the natural gradient method", section 5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sharpwatch.blocks import BlockMap
+from sharpwatch.curvature.batch import Batch
+from sharpwatch.curvature.harmless import undisturbed
+from sharpwatch.curvature.inner import squares, sum_into
+from sharpwatch.curvature.outputs import LogitsFn, predictions
+from sharpwatch.errors import ProbeError
+
+_CHUNK = 2**22  # entries of a temporary when labels are drawn
+
+
+class Sketcher(Protocol):
+    """A linear projection of gradients to a few numbers a block."""
+
+    def sketch(self, gradients: Mapping[str, Tensor], /) -> Tensor:
+        """Float32 [B, k] of `gradients`, by parameter name."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GnbSample:
+    """One probe, on the CPU. A number that is not finite says that the model's own are not.
+
+    `tokens` is N; `traces` float64 [draws, L] and `sketches` float32 [draws, B, k] are of N‖∇_b L̂‖² and √N ∇_b L̂.
+    """
+
+    tokens: int
+    rows: int
+    traces: Tensor
+    sketches: Tensor | None
+
+
+def gnb_probe(
+    model: nn.Module,
+    block_map: BlockMap,
+    batch: Batch,
+    *,
+    draws: int,
+    generator: torch.Generator,
+    sketcher: Sketcher | None = None,
+    logits_fn: LogitsFn | None = None,
+) -> GnbSample:
+    """One forward on `batch` and one backward for each of `draws`; leaves no trace in `model`.
+
+    `generator` lives on the logits' device. Frozen and unused parameters count as zero. Raises `ProbeError` where
+    the model gives no logits, or no position predicts.
+    """
+    traces, sketches = [], []
+    with undisturbed(model) as live:
+        logits, mask = predictions(live, live.inner, batch.usable(), logits_fn)
+        tokens = int(mask.sum())
+        if tokens == 0:
+            raise ProbeError("no position of the batch predicts")
+        leaves = live.trainable
+        output_gradients = _OutputGradients(logits.detach(), mask, draws, generator)
+        for draw in range(draws):
+            found = torch.autograd.grad(
+                logits, list(leaves.values()), output_gradients[draw], retain_graph=draw + 1 < draws, allow_unused=True
+            )
+            gradients = {name: _dense(g) for name, g in zip(leaves, found, strict=True) if g is not None}
+            del found
+            traces.append(squares(block_map, gradients))
+            if sketcher is not None:
+                sketches.append(sketcher.sketch(gradients))
+            del gradients
+    by_layer = sum_into(torch.stack(traces), block_map.layer_block_of, len(block_map.layer_blocks))
+    return GnbSample(tokens, batch.rows, by_layer, torch.stack(sketches).cpu() if sketches else None)
+
+
+class _OutputGradients:
+    """Gradients by the logits of √N L̂, one for each draw of labels: (softmax − onehot(ŷ)) / √N where a position predicts.
+
+    √N rather than 1/N keeps half precision from underflowing. They share one float32 tensor of the logits' shape.
+    """
+
+    def __init__(self, logits: Tensor, mask: Tensor, draws: int, generator: torch.Generator) -> None:
+        self._shape, self._dtype = logits.shape, logits.dtype
+        self._values = torch.softmax(logits, -1, dtype=torch.float32).flatten(0, -2)
+        self._labels = _draw(self._values, draws, generator)
+        self._weights = (mask.flatten() / mask.sum().sqrt())[:, None]
+        self._values.mul_(self._weights)
+        self._at: Tensor | None = None
+
+    def __getitem__(self, draw: int) -> Tensor:
+        """[*logits.shape], valid until the next one is taken."""
+        if self._at is not None:
+            self._values.scatter_add_(1, self._at, self._weights)
+        self._at = self._labels[:, draw, None]
+        self._values.scatter_add_(1, self._at, -self._weights)
+        return self._values.view(self._shape).to(self._dtype)
+
+
+def _draw(probabilities: Tensor, draws: int, generator: torch.Generator) -> Tensor:
+    """Labels [N, draws] from rows of `probabilities` [N, V], by inverting their distribution function.
+
+    Not `torch.multinomial`: on an accelerator it stops the process where a probability is not finite.
+    """
+    rows = max(1, _CHUNK // probabilities.shape[1])
+    labels = []
+    for piece in probabilities.split(rows):
+        cumulative = piece.cumsum(1)
+        uniform = torch.rand(len(piece), draws, generator=generator, device=generator.device).to(piece.device)
+        # Scaled to the last sum, which rounding keeps from 1. `right`: a class of probability zero is never drawn.
+        found = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+        labels.append(found.clamp_(max=piece.shape[1] - 1))
+    return torch.cat(labels)
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    return gradient.to_dense() if gradient.is_sparse else gradient

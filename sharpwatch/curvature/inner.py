@@ -1,0 +1,58 @@
+"""Squared norms and inner products of the parts of a model, summed into blocks in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from sharpwatch.blocks import BlockMap
+
+_CHUNK = 2**22  # entries of a temporary
+
+
+def squares(block_map: BlockMap, tensors: Mapping[str, Tensor]) -> Tensor:
+    """‖·‖² of each part of `tensors`; float64 [parts], not waited for. A parameter that is left out counts as zero."""
+    return _stacked(
+        _square(part.view(tensors[part.parameter])) if part.parameter in tensors else None for part in block_map.parts
+    )
+
+
+def products(block_map: BlockMap, left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> Tensor:
+    """⟨left, right⟩ of each part; float64 [parts], not waited for. A parameter that either lacks counts as zero."""
+    return _stacked(
+        _product(part.view(left[part.parameter]), part.view(right[part.parameter]))
+        if part.parameter in left and part.parameter in right
+        else None
+        for part in block_map.parts
+    )
+
+
+def sum_into(values: Tensor, index: Sequence[int], size: int) -> Tensor:
+    """Sums of `values` [..., parts] by `index`; float64 [..., size] on the CPU."""
+    values = values.cpu()
+    return values.new_zeros(*values.shape[:-1], size).index_add_(-1, torch.tensor(index), values)
+
+
+def _square(view: Tensor) -> Tensor:
+    # By rows: float32 is exact enough for one row, and nothing as large as the view is allocated.
+    rows = torch.linalg.vector_norm(view, dim=-1, dtype=torch.float32) if view.dim() else view.float()
+    return rows.double().square().sum()
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    if left.dim() == 0:
+        return left.double() * right.double()
+    rows = max(1, _CHUNK * left.shape[0] // max(1, left.numel()))
+    pieces = [
+        (a.double() * b.double()).sum() for a, b in zip(left.split(rows), right.split(rows), strict=True)
+    ]
+    return torch.stack(pieces).sum()
+
+
+def _stacked(values: Iterable[Tensor | None]) -> Tensor:
+    each = list(values)
+    device = next((value.device for value in each if value is not None), torch.device("cpu"))
+    zero = torch.zeros((), dtype=torch.float64, device=device)
+    return torch.stack([zero if value is None else value.to(device) for value in each])
