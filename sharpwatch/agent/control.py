@@ -12,6 +12,7 @@ ControlMode = Literal["none", "lr", "rollback"]
 CONTROL_MODES: tuple[ControlMode, ...] = ("none", "lr", "rollback")
 _REMEMBERED_IDS = 1024
 _WAITING_LIMIT = 64
+_TOLD_AT_ONCE = 256  # results in one sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,8 +170,8 @@ class Control:
         self.pending_rollback = self._rolling = None
 
     def take_results(self) -> tuple[CommandResult, ...]:
-        """The results not told yet; they are told once."""
-        results, self._results = tuple(self._results), []
+        """The next results not told yet; they are told once."""
+        results, self._results = tuple(self._results[:_TOLD_AT_ONCE]), self._results[_TOLD_AT_ONCE:]
         return results
 
     def _due(self, step: int, now_unix_ns: int, kind: type[SetMultipliers | RollBack]) -> list[Command]:

@@ -71,7 +71,7 @@ class Overlay:
             return
         self._replaced = self._optimizer.__dict__.get("step")
         current = self._optimizer.step
-        inner = getattr(current, "__func__", current)
+        inner: Callable[..., Any] = getattr(current, "__func__", current)
         is_method = hasattr(current, "__func__")
 
         # functools.wraps also copies the mark by which torch's schedulers know their own wrapper, and a bound method

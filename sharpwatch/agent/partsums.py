@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -20,6 +20,7 @@ _CHUNK = 2**17  # entries: 512 KiB of float32, so that three of them stay in the
 # Entries of v̂ under a tenth of their part's mean count as a tenth. A rare token's row, of which Adam has seen nothing,
 # would otherwise rule the mean: with R distinct tokens a batch, one such row of V adds g²/floor/V, about 1/(share·R).
 FLOOR_SHARE = 0.1
+_SMALL = 2**12  # entries: parts up to this size are summed together
 _DEVICE_BATCH = 2**26  # entries of scratch that a device pass may hold at a time: 256 MiB
 
 
@@ -58,7 +59,52 @@ class Scratch:
 
 def host_sums(parts: Sequence[PartTensors], scratch: Scratch) -> npt.NDArray[np.float64]:
     """The sums [P, 5] of parts on the CPU. Every tensor is read from memory once."""
-    return np.array([_part_sums(part, scratch) for part in parts], dtype=np.float64).reshape(len(parts), _COLUMNS)
+    sums = np.empty((len(parts), _COLUMNS))
+    bundled = [i for i, part in enumerate(parts) if _bundles(part)]
+    if bundled:
+        sums[bundled] = _bundle_sums([parts[i] for i in bundled])
+    # What is not finite needs the closer look, as does what is large, sliced or of another type.
+    done = {i for i in bundled if np.isfinite(sums[i, :SCALED]).all() and not np.isinf(sums[i, SCALED])}
+    for i, part in enumerate(parts):
+        if i not in done:
+            sums[i] = _part_sums(part, scratch)
+    return sums
+
+
+def _bundles(part: PartTensors) -> bool:
+    """Whether a part is one of the many small ones (biases, norms), for which calls cost more than numbers."""
+    gradient, second = part.gradient, part.second
+    return (
+        gradient is not None
+        and second is not None
+        and part.weight.numel() <= _SMALL
+        and gradient.layout is torch.strided
+        and all(t.dtype is torch.float32 and t.is_contiguous() for t in (gradient, second, part.weight))
+    )
+
+
+def _bundle_sums(parts: Sequence[PartTensors]) -> npt.NDArray[np.float64]:
+    """The sums [P, 5] of small parts laid end to end; NON_FINITE is left at 0."""
+    gradient = torch.cat([cast("Tensor", part.gradient).view(-1) for part in parts]).numpy()
+    second = torch.cat([cast("Tensor", part.second).view(-1) for part in parts]).numpy()
+    weight = torch.cat([part.weight.view(-1) for part in parts]).numpy()
+    sizes = np.array([part.weight.numel() for part in parts])
+    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    corrections = np.array([part.correction for part in parts])
+
+    def sums_of(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+        sums: npt.NDArray[np.float64] = np.add.reduceat(values, starts, dtype=np.float64)
+        return sums
+
+    with np.errstate(all="ignore"):  # damage shows in the sums, and is looked at closer there
+        totals = sums_of(second)
+        known = np.array([part.floor for part in parts]) * corrections
+        floors = np.where(np.isnan(known), FLOOR_SHARE * totals / sizes, known)
+        floors[floors <= 0] = math.nan
+        squares = gradient * gradient
+        scaled = sums_of(squares / np.maximum(second, np.repeat(floors, sizes).astype(np.float32)))
+        columns = (sums_of(squares), sums_of(weight * weight), scaled * corrections, totals / (sizes * corrections))
+    return np.stack([*columns, np.zeros(len(parts))], axis=1)
 
 
 def _part_sums(part: PartTensors, scratch: Scratch) -> tuple[float, float, float, float, float]:
@@ -94,8 +140,7 @@ def _chunked(
     gradient_sq = weight_sq = scaled = total = 0.0
     tensors = [tensor for tensor in (weight, gradient, second) if tensor is not None]
     rows = 0 if all(tensor.is_contiguous() for tensor in tensors) else max(1, _CHUNK * len(weight) // weight.numel())
-    pieces = [tensor.split(rows) if rows else tensor.view(-1).split(_CHUNK) for tensor in tensors]
-    for chunk in zip(*pieces, strict=True):
+    for chunk in _chunks(tensors, rows):
         w = scratch.flat("weight", chunk[0])
         weight_sq += torch.dot(w, w).item()
         if gradient is None:
@@ -111,6 +156,14 @@ def _chunked(
         torch.div(g, quotient, out=quotient)
         scaled += torch.dot(g, quotient).item()
     return gradient_sq, weight_sq, scaled if second is not None and floor > 0 else math.nan, total
+
+
+def _chunks(tensors: list[Tensor], rows: int) -> Iterable[Sequence[Tensor]]:
+    """The same piece of each tensor, in turn: flat, or `rows` rows of each."""
+    if tensors[0].numel() <= _CHUNK:
+        return (tensors,)
+    pieces = [torch.split(tensor, rows) if rows else torch.split(tensor.view(-1), _CHUNK) for tensor in tensors]
+    return zip(*pieces, strict=True)
 
 
 def _square_sum(tensor: Tensor, scratch: Scratch) -> float:

@@ -53,13 +53,13 @@ class Later:
         if tensor.device.type == "cuda":
             self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             self._host.copy_(tensor.detach(), non_blocking=True)
-            self._event = torch.cuda.Event()
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record(torch.cuda.current_stream(tensor.device))
 
     @property
     def ready(self) -> bool:
         """Whether `read` would return at once."""
-        return self._event is None or self._event.query()
+        return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
 
     def read(self) -> Tensor:
         """The tensor on the CPU; waits for it where it must."""
@@ -157,13 +157,17 @@ class Tap:
         )
 
     def _by_layer(self, values: Array) -> Array:
-        return np.bincount(self._layer_of, weights=values, minlength=self._layers)
+        sums: Array = np.bincount(self._layer_of, weights=values, minlength=self._layers)
+        return sums
 
     def _owned_mean(self, values: Array, none: float) -> Array:
         """The parameter-weighted mean over what an optimizer holds; `none` where it holds nothing of a layer block."""
         weights = np.where([owner is not None for owner in self._owner], self._numel, 0.0)
         total = self._by_layer(weights)
-        return np.divide(self._by_layer(weights * values), total, out=np.full(self._layers, none), where=total > 0)
+        means: Array = np.divide(
+            self._by_layer(weights * values), total, out=np.full(self._layers, none), where=total > 0
+        )
+        return means
 
     def _rates(self, pending: PendingTap) -> Array:
         rates = {key: _number(value) for key, value in pending.rates.items()}
