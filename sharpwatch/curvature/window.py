@@ -1,0 +1,123 @@
+"""What a window of gnb probes says: traces and top eigenvalues with their errors, batched over windows.
+
+A window W is one block of one run: P probes of D draws each, padded; `mask` says which draws are there. All windows go
+through each call together, on whatever device their tensors are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_PROBES = 4  # from so many on, the scatter of probes says more than that of draws
+_ROUNDS = 30  # of a fixed point that converges by a factor of at least sqrt(m) a round where the eigenvalue is clear
+# In 200 windows of a flat spectrum the top eigenvalue stands at 0.97 to 1.03 of the edge on average, and in 1 % of them
+# above 1.25 of it (m = 32 and 128; 1.4 at m = 8).
+_CLEAR = 1.25
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TraceEstimates:
+    """Float64 [W] values and standard errors (NaN where nothing scatters), int64 [W] draws."""
+
+    value: Tensor
+    stderr: Tensor
+    draws: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TopEigenvalues:
+    """Float64 [W] values and standard errors (NaN for a single draw), int64 [W] draws.
+
+    `upper_bound` bool [W]: the eigenvalue doesn't stand clear of what finite windows make of the rest of the spectrum,
+    or not of the second one; the true one is then likely to be smaller.
+    """
+
+    value: Tensor
+    stderr: Tensor
+    draws: Tensor
+    upper_bound: Tensor
+
+
+def trace_estimates(traces: Tensor, mask: Tensor) -> TraceEstimates:
+    """The mean over probes of each probe's mean, from `traces` [W, P, D] (float64) and `mask` [W, P, D].
+
+    The error is that of the probes' scatter, which covers data and draws, where there are 4 probes or more. Else it is
+    the larger of that and the error from the draws' scatter within probes: the first is too uncertain (at 2 probes its
+    median is 0.67 of the truth), the second leaves the data out.
+    """
+    draws = mask.sum(2)
+    probes = (draws > 0).sum(1)
+    means = (traces * mask).sum(2) / draws
+    value = torch.where(draws > 0, means, 0.0).sum(1) / probes
+    between = _scatter(means, draws > 0) / probes.sqrt()
+    residuals = torch.where(mask, traces - means[:, :, None], 0.0)
+    variance = residuals.square().sum((1, 2)) / _positive(draws.sum(1) - probes)
+    shares = torch.where(draws > 0, 1 / draws, 0.0).sum(1)
+    within = (variance * shares).sqrt() / probes
+    stderr = torch.where(probes >= _PROBES, between, torch.fmax(between, within))
+    return TraceEstimates(value, stderr, draws.sum(1))
+
+
+def top_eigenvalues(sketches: Tensor, mask: Tensor) -> TopEigenvalues:
+    """The largest eigenvalue of G from `sketches` [W, P, D, k] of its √N-scaled gradients, and `mask` [W, P, D].
+
+    The Gram matrix of m draws has, for an eigenvalue λ and a rest of trace T, its top at λ + T/m + T/k + T²/(mkλ): once
+    the bulk that k buckets make of the rest, once what m draws make of that (Baik and Silverstein 2006, spiked
+    covariances). The largest root is taken, T = Tr G − λ. Below the edge T(1/√m + 1/√k)² nothing can be told, and
+    λ = T/√(mk) is the largest that could hide there.
+
+    The error joins the scatter of the squared projections on the top direction (at least the √(2/m) of Gaussian ones,
+    for it is uncertain itself) with the sketch's own √(2/k), which no window can average out.
+    """
+    windows, probes, per_probe, size = sketches.shape
+    present = mask.flatten(1)
+    draws = present.sum(1)
+    rows = sketches.flatten(1, 2).float() * present[..., None]
+    values, vectors = torch.linalg.eigh((rows @ rows.mT).double() / draws[:, None, None])
+    top, trace = values[:, -1], values.sum(1)
+    second = values[:, -2] if values.shape[1] > 1 else torch.zeros_like(top)
+    value, edge = _without_bias(top, trace, draws, size)
+    # Each draw's share of the top: their mean is `top`.
+    projections = (top * draws)[:, None] * vectors[:, :, -1].square()
+    scatter = _projection_error(projections.view(windows, probes, per_probe), mask)
+    gaussian = value * (2 / draws).sqrt()
+    stderr = torch.fmax(scatter, gaussian).square().add(value.square() * 2 / size).sqrt()
+    upper_bound = (top <= _CLEAR * edge) | (top - second <= stderr) | (draws < 2)
+    return TopEigenvalues(value, torch.where(draws < 2, torch.nan, stderr), draws, upper_bound)
+
+
+def _without_bias(top: Tensor, trace: Tensor, draws: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """λ of the window's `top` eigenvalue, and the edge that the rest of the spectrum reaches; both [W]."""
+    value = rest = top
+    for _ in range(_ROUNDS):
+        rest = (trace - value).clamp(min=0)
+        linear = top - rest * (1 / draws + 1 / size)
+        root = (linear.square() - 4 * rest.square() / (draws * size)).clamp(min=0).sqrt()
+        value = torch.maximum((linear + root) / 2, rest / (draws * size).sqrt())
+    return value, rest * (1 / draws.sqrt() + size**-0.5).square()
+
+
+def _projection_error(projections: Tensor, mask: Tensor) -> Tensor:
+    """Standard error [W] of the mean of `projections` [W, P, D], by probes where there are enough, else by draws."""
+    counts = mask.sum(2)
+    probes = (counts > 0).sum(1)
+    by_probe = _scatter((projections * mask).sum(2) / counts, counts > 0) / probes.sqrt()
+    by_draw = _scatter(projections.flatten(1), mask.flatten(1)) / mask.sum((1, 2)).sqrt()
+    return torch.where(probes >= _PROBES, by_probe, by_draw)
+
+
+def _scatter(values: Tensor, present: Tensor) -> Tensor:
+    """Standard deviation [W] of those of `values` [W, n] that are `present`; NaN for fewer than two."""
+    count = present.sum(1)
+    kept = torch.where(present, values, 0.0)
+    mean = kept.sum(1) / count
+    squares = torch.where(present, values - mean[:, None], 0.0).square().sum(1)
+    return (squares / _positive(count - 1)).sqrt()
+
+
+def _positive(count: Tensor) -> Tensor:
+    """`count` as a divisor, NaN where it is not above zero."""
+    return torch.where(count > 0, count.double(), torch.nan)
