@@ -1,0 +1,93 @@
+"""Where the daemon is and how to show who we are: checked in `attach`, handed to the courier."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from sharpwatch.errors import AttachError
+
+_HOST_PORT = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):(\d{1,5})")
+_SOCKET_PATH_BYTES = 107  # sun_path, less its closing zero
+_TLS_KEYS = ("ca", "cert", "key")
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """A daemon's address as gRPC takes it; sockets are absolute, so that a later chdir changes nothing."""
+
+    target: str
+
+    def __str__(self) -> str:
+        return self.target
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """Paths of PEM files: authorities to trust (None: the system's), and the agent's own certificate and key."""
+
+    ca: str | None = None
+    cert: str | None = None
+    key: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """All that the courier needs to know."""
+
+    target: str
+    token: str
+    tls: Tls | None
+    spool_bytes: int
+
+    def to_json(self) -> str:
+        """For the courier's environment: never its argv, which everyone can read."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Destination:
+        """What `to_json` wrote."""
+        values = json.loads(text)
+        tls = values.pop("tls")
+        return cls(tls=None if tls is None else Tls(**tls), **values)
+
+
+def parse_address(text: str) -> Address:
+    """Read HOST:PORT, [IPV6]:PORT or unix:PATH; raises `AttachError` for anything else."""
+    if text.startswith("unix:") and text != "unix:":
+        path = str(Path(text.removeprefix("unix:")).absolute())
+        if len(path.encode()) > _SOCKET_PATH_BYTES:
+            raise AttachError(f"address {text!r}: a socket's path has at most {_SOCKET_PATH_BYTES} bytes: {path}")
+        return Address(f"unix:{path}")
+    match = _HOST_PORT.fullmatch(text)
+    if match is None or not 0 < int(match[2]) < 2**16:
+        raise AttachError(
+            f"address {text!r} is none; allowed: HOST:PORT such as 127.0.0.1:7741, [IPV6]:PORT, or unix:PATH"
+        )
+    return Address(text)
+
+
+def parse_tls(tls: Mapping[str, str] | None) -> Tls | None:
+    """Read {"ca": PATH, "cert": PATH, "key": PATH}, each optional; raises `AttachError`."""
+    if tls is None:
+        return None
+    if not isinstance(tls, Mapping) or not set(tls) <= set(_TLS_KEYS):
+        raise AttachError(f"tls {tls!r}: allowed is a mapping of {', '.join(_TLS_KEYS)} to paths of PEM files, or None")
+    if ("cert" in tls) != ("key" in tls):
+        raise AttachError("tls: a certificate needs its key: give both cert and key, or neither")
+    paths = {name: Path(path).absolute() for name, path in tls.items()}
+    for name, path in paths.items():
+        if not path.is_file():
+            raise AttachError(f"tls {name}: no file at {path}")
+    return Tls(**{name: str(path) for name, path in paths.items()})
+
+
+def parse_token(token: str | None) -> str:
+    """Check that the token can stand in a header; "" for none. Raises `AttachError`, which does not show it."""
+    stripped = (token or "").strip()
+    if not (stripped.isascii() and stripped.isprintable()):
+        raise AttachError("token: allowed are printable ASCII characters on one line")
+    return stripped

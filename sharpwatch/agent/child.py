@@ -1,0 +1,183 @@
+"""The courier as the trainer sees it: a process started by exec, and two pipes that never block."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from sharpwatch.agent.address import Destination
+
+ENVIRONMENT = "SHARPWATCH_COURIER"  # the destination as JSON, in the courier's environment alone
+LOG = "SHARPWATCH_COURIER_LOG"
+_PIPE_BYTES = 2**20
+_READ_BYTES = 2**16
+# The working directory stays off the path (-P): a trainer's folder may hold a queue.py or a types.py. The package's own
+# home goes to the end of it, for trainers that found sharpwatch by changing sys.path.
+_CODE = "import sys; sys.path.append(sys.argv.pop()); from sharpwatch.agent.courier import main; main()"
+_HOME = str(Path(__file__).resolve().parents[2])
+
+
+class CourierGoneError(Exception):
+    """The courier closed its end."""
+
+
+class CourierProcess:
+    """A running courier. Raises `OSError` where none can be started."""
+
+    def __init__(self, destination: Destination) -> None:
+        _reap()
+        self.started = time.monotonic()
+        with contextlib.ExitStack() as undo, contextlib.ExitStack() as theirs:
+            self._process, (self._inward, self._outward) = _start(destination, undo, theirs)
+            undo.pop_all()
+        for end in (self._inward, self._outward):
+            os.set_blocking(end, False)
+        _LIVE.add(self)
+
+    @property
+    def pid(self) -> int:
+        """The courier's process id."""
+        return self._process.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs; negative: the signal that ended it."""
+        return self._process.poll()
+
+    def write(self, data: memoryview) -> int:
+        """Bytes that the pipe took, 0 if it is full; raises `CourierGoneError`."""
+        with _no_sigpipe():
+            try:
+                return os.write(self._outward, data)
+            except BlockingIOError:
+                return 0
+            except OSError as error:
+                raise CourierGoneError from error
+
+    def read(self) -> bytes:
+        """What has come, b"" if nothing has; raises `CourierGoneError`."""
+        try:
+            data = os.read(self._inward, _READ_BYTES)
+        except BlockingIOError:
+            return b""
+        if not data:
+            raise CourierGoneError
+        return data
+
+    def wait_ready(self, *, write: bool, seconds: float) -> None:
+        """Return when something can be read (or, with `write`, written), or after `seconds`."""
+        poll = select.poll()
+        poll.register(self._inward, select.POLLIN)
+        if write:
+            poll.register(self._outward, select.POLLOUT)
+        poll.poll(max(0.0, seconds) * 1000)
+
+    def end_input(self) -> None:
+        """Tell the courier that nothing more comes."""
+        self._outward = _close(self._outward)
+
+    def leave(self, *, kill: bool, seconds: float = 0.0) -> None:
+        """Close both pipes and wait up to `seconds` for the process; later it is reaped in passing."""
+        self._close_pipes()
+        if kill:
+            self._process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
+        if self._process.returncode is None:
+            _LEAVING.append(self._process)
+
+    def forget(self) -> None:
+        """In a fork's copy: let go of pipes and process, which are the parent's."""
+        self._close_pipes()
+        self._process.returncode = 0  # Popen would else warn, in this process, of a child that is not its own
+
+    def _close_pipes(self) -> None:
+        _LIVE.discard(self)
+        self._inward, self._outward = _close(self._inward), _close(self._outward)
+
+
+_LIVE: weakref.WeakSet[CourierProcess] = weakref.WeakSet()
+_LEAVING: list[subprocess.Popen[bytes]] = []
+
+
+def _start(
+    destination: Destination, undo: contextlib.ExitStack, theirs: contextlib.ExitStack
+) -> tuple[subprocess.Popen[bytes], tuple[int, int]]:
+    """The process, and our ends of its output and input; `undo` closes ours, `theirs` the child's ends here."""
+    down_read, down_write = os.pipe()
+    theirs.callback(os.close, down_read)
+    undo.callback(os.close, down_write)
+    up_read, up_write = os.pipe()
+    theirs.callback(os.close, up_write)
+    undo.callback(os.close, up_read)
+    _enlarge(down_write)
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-c", _CODE, _HOME],
+        stdin=down_read,
+        stdout=up_write,
+        stderr=theirs.enter_context(_log()),
+        env={**os.environ, ENVIRONMENT: destination.to_json()},
+        start_new_session=True,  # Ctrl-C in the trainer's terminal is not for the courier
+    )
+    return process, (up_read, down_write)
+
+
+def _log() -> IO[bytes]:
+    path = os.environ.get(LOG)
+    if path:
+        with contextlib.suppress(OSError):
+            return Path(path).open("ab")
+    return Path(os.devnull).open("wb")
+
+
+def _enlarge(end: int) -> None:
+    """Ask for a larger pipe; what the kernel gives has to do."""
+    if hasattr(fcntl, "F_SETPIPE_SZ"):
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(end, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+
+
+@contextlib.contextmanager
+def _no_sigpipe() -> Iterator[None]:
+    """Keep a dead courier's SIGPIPE from the trainer, which may have put the signal back to its deadly default."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPIPE})
+    try:
+        yield
+    except CourierGoneError:
+        signal.sigtimedwait({signal.SIGPIPE}, 0)
+        raise
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _close(end: int) -> int:
+    if end >= 0:
+        os.close(end)
+    return -1
+
+
+def _reap() -> None:
+    """Collect couriers that have ended since they were left."""
+    _LEAVING[:] = [process for process in _LEAVING if process.poll() is None]
+
+
+def _forget_all() -> None:
+    """A worker's copy of the pipes would keep the courier waiting for an end of input that never comes."""
+    for courier in list(_LIVE):
+        courier.forget()
+    for process in _LEAVING:
+        process.returncode = 0
+    _LEAVING.clear()
+
+
+os.register_at_fork(after_in_child=_forget_all)
