@@ -25,7 +25,7 @@ class Batch:
 
         So position ids of shape [1, T] or [T] don't hide the batch. Raises `ProbeError` where there is no tensor.
         """
-        tensors = list(_tensors([self.args, self.kwargs]))
+        tensors = list(self.tensors())
         sizes = Counter(tensor.shape[0] for tensor in tensors if tensor.dim() >= 2)
         sizes = sizes or Counter(tensor.shape[0] for tensor in tensors if tensor.dim() == 1)
         if not sizes:
@@ -44,7 +44,7 @@ class Batch:
                 return tensor
             return tensor.index_select(0, rows.to(tensor.device))
 
-        return self._with(cut)
+        return _changed(self, cut)
 
     def usable(self) -> Batch:
         """The same call, fit for a probe.
@@ -53,11 +53,16 @@ class Batch:
         `num_items_in_batch`, which counts tokens of other rows and ranks too, is left out.
         """
         kwargs = {name: value for name, value in self.kwargs.items() if name != "num_items_in_batch"}
-        return Batch(self.args, kwargs)._with(lambda tensor, _: tensor.clone() if tensor.is_inference() else tensor)
+        return _changed(Batch(self.args, kwargs), lambda tensor, _: tensor.clone() if tensor.is_inference() else tensor)
 
-    def _with(self, change: Callable[[Tensor, str], Tensor]) -> Batch:
-        args = tuple(_mapped(value, "", change) for value in self.args)
-        return Batch(args, {name: _mapped(value, name, change) for name, value in self.kwargs.items()})
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors among the arguments, through dicts, lists and tuples."""
+        return _tensors([self.args, dict(self.kwargs)])
+
+
+def _changed(batch: Batch, change: Callable[[Tensor, str], Tensor]) -> Batch:
+    args = tuple(_mapped(value, "", change) for value in batch.args)
+    return Batch(args, {name: _mapped(value, name, change) for name, value in batch.kwargs.items()})
 
 
 def _mapped(value: Any, name: str, change: Callable[[Tensor, str], Tensor]) -> Any:

@@ -39,7 +39,7 @@ class DirectionSample:
     block_curvature: Tensor
 
 
-def direction_probe(
+def direction_probe(  # noqa: PLR0913 - what a probe is of, and how it is taken; each named
     model: nn.Module,
     block_map: BlockMap,
     batch: Batch,
@@ -48,10 +48,11 @@ def direction_probe(
     blocks: Sequence[str],
     loss_fn: LossFn | None = None,
 ) -> DirectionSample:
-    """Curvature along `displacement` (θ_t − θ_{t+1}, by parameter name) at the present weights; leaves no trace in `model`.
+    """Curvature along `displacement` (θ_t − θ_{t+1}, by parameter name) at the present weights.
 
-    One product for the whole, and one for each of `blocks`. A parameter that `displacement` lacks has not moved.
-    Raises `ProbeError` where there is no loss, or where the model can't be differentiated twice.
+    One product for the whole, and one for each of `blocks`; leaves no trace in `model`. A parameter that `displacement`
+    lacks has not moved. Raises `ProbeError` where there is no loss, no position predicts, or the model can't be
+    differentiated twice.
     """
     with undisturbed(model, double_backward=True) as live:
         batch = batch.usable()

@@ -18,8 +18,7 @@ from sharpwatch.blocks import BlockMap
 from sharpwatch.curvature.batch import Batch
 from sharpwatch.curvature.harmless import undisturbed
 from sharpwatch.curvature.inner import squares, sum_into
-from sharpwatch.curvature.outputs import LogitsFn, predictions
-from sharpwatch.errors import ProbeError
+from sharpwatch.curvature.outputs import LogitsFn, count, predictions
 
 _CHUNK = 2**22  # entries of a temporary when labels are drawn
 
@@ -44,7 +43,7 @@ class GnbSample:
     sketches: Tensor | None
 
 
-def gnb_probe(
+def gnb_probe(  # noqa: PLR0913 - what a probe is of, and how it is taken; each named
     model: nn.Module,
     block_map: BlockMap,
     batch: Batch,
@@ -62,9 +61,7 @@ def gnb_probe(
     traces, sketches = [], []
     with undisturbed(model) as live:
         logits, mask = predictions(live, live.inner, batch.usable(), logits_fn)
-        tokens = int(mask.sum())
-        if tokens == 0:
-            raise ProbeError("no position of the batch predicts")
+        tokens = count(mask)
         leaves = live.trainable
         output_gradients = _OutputGradients(logits.detach(), mask, draws, generator)
         for draw in range(draws):
@@ -82,9 +79,10 @@ def gnb_probe(
 
 
 class _OutputGradients:
-    """Gradients by the logits of √N L̂, one for each draw of labels: (softmax − onehot(ŷ)) / √N where a position predicts.
+    """Gradients by the logits of √N L̂, one for each draw of labels.
 
-    √N rather than 1/N keeps half precision from underflowing. They share one float32 tensor of the logits' shape.
+    They are (softmax − onehot(ŷ)) / √N where a position predicts, and zero elsewhere. √N rather than 1/N keeps half
+    precision from underflowing. They share one float32 tensor of the logits' shape.
     """
 
     def __init__(self, logits: Tensor, mask: Tensor, draws: int, generator: torch.Generator) -> None:
@@ -111,7 +109,7 @@ def _draw(probabilities: Tensor, draws: int, generator: torch.Generator) -> Tens
     """
     rows = max(1, _CHUNK // probabilities.shape[1])
     labels = []
-    for piece in probabilities.split(rows):
+    for piece in torch.split(probabilities, rows):
         cumulative = piece.cumsum(1)
         uniform = torch.rand(len(piece), draws, generator=generator, device=generator.device).to(piece.device)
         # Scaled to the last sum, which rounding keeps from 1. `right`: a class of probability zero is never drawn.

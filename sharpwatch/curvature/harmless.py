@@ -37,6 +37,7 @@ class Functional:
         self._tensors = {name.removeprefix(prefix): leaf for name, leaf in self.leaves.items()}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's output."""
         buffers = {name: buffer.clone() for name, buffer in self.inner.named_buffers()}
         return torch.func.functional_call(self.inner, {**buffers, **self._tensors}, args, kwargs, tie_weights=True)
 
@@ -51,7 +52,7 @@ class Functional:
 
 @contextmanager
 def undisturbed(model: nn.Module, *, double_backward: bool = False) -> Iterator[Functional]:
-    """A context in which `model` can be evaluated through the `Functional` it gives, and that leaves everything as it was.
+    """A context in which `model` is evaluated through the `Functional` it gives, and that leaves everything as it was.
 
     Inside: every module in evaluation mode, gradients enabled, autocast as around it but without its cache, the user's
     hooks (the modules' and torch's global ones) bypassed, compiled code run eagerly, and for a double backward the

@@ -46,7 +46,7 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
         return left.double() * right.double()
     rows = max(1, _CHUNK * left.shape[0] // max(1, left.numel()))
     pieces = [
-        (a.double() * b.double()).sum() for a, b in zip(left.split(rows), right.split(rows), strict=True)
+        (a.double() * b.double()).sum() for a, b in zip(torch.split(left, rows), torch.split(right, rows), strict=True)
     ]
     return torch.stack(pieces).sum()
 

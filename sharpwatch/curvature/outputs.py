@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from torch import Tensor, nn
 
@@ -64,11 +66,11 @@ def predictions(
     else:
         labels = find_labels(model, batch)
         logits = logits_of(call(*batch.args, **_without_labels(model, batch, labels)))
-        mask = logits.new_ones(logits.shape[:-1], dtype=bool) if labels is None else labels.aligned() != _IGNORED  # type: ignore[call-overload]
+        mask = torch.ones(logits.shape[:-1], dtype=torch.bool) if labels is None else labels.aligned() != _IGNORED
     if mask.shape != logits.shape[:-1]:
         shapes = f"logits {tuple(logits.shape)}, mask or labels {tuple(mask.shape)}"
         raise ProbeError(f"{shapes}: no label for each position; give logits_fn")
-    return logits, mask.to(device=logits.device, dtype=bool)  # type: ignore[call-overload, no-any-return]
+    return logits, mask.to(logits.device, torch.bool)
 
 
 def true_loss(call: Callable[..., Any], model: nn.Module, batch: Batch, loss_fn: LossFn | None) -> Tensor:
@@ -94,18 +96,31 @@ def true_loss(call: Callable[..., Any], model: nn.Module, batch: Batch, loss_fn:
 
 
 def tokens_of(model: nn.Module, batch: Batch) -> int:
-    """How many positions predict, read from the labels; without labels, those of the first tensor."""
+    """How many positions predict, read from the labels; without labels, those of the first tensor that has rows.
+
+    Raises `ProbeError` where none does.
+    """
     labels = find_labels(model, batch)
     if labels is not None:
-        return int((labels.aligned() != _IGNORED).sum())
-    tensors = [*batch.args, *batch.kwargs.values()]
-    return next((item[..., 0].numel() if item.is_floating_point() else item.numel() for item in tensors if _rowed(item)), 0)
+        return count(labels.aligned() != _IGNORED)
+    first = next((tensor for tensor in batch.tensors() if tensor.dim() >= 2), None)
+    if first is None:
+        return batch.rows
+    return math.prod(first.shape[:-1]) if first.is_floating_point() else first.numel()
+
+
+def count(mask: Tensor) -> int:
+    """How many positions predict; raises `ProbeError` for none."""
+    tokens = int(mask.sum())
+    if tokens == 0:
+        raise ProbeError("no position of these rows predicts: all labels are ignored")
+    return tokens
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits in a model's output: `.logits`, `["logits"]`, the first float tensor of 3 or more dimensions, or itself.
+    """The logits in a model's output.
 
-    Raises `ProbeError` that says what it saw.
+    They are `.logits`, `["logits"]`, the first float tensor of 3 or more dimensions of a tuple, or the output. Raises `ProbeError` that says what it saw.
     """
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     if logits is None and isinstance(output, tuple | list):
@@ -136,10 +151,6 @@ def _scalar(loss: Any, source: str) -> Tensor:
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
         raise ProbeError(f"{source} gave {_described(loss)} for a loss: expected a scalar that depends on the weights")
     return loss.reshape(())
-
-
-def _rowed(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() >= 2
 
 
 def _is_logits(value: Any, dimensions: int) -> bool:

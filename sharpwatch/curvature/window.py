@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 _PROBES = 4  # from so many on, the scatter of probes says more than that of draws
-_ROUNDS = 30  # of a fixed point that converges by a factor of at least sqrt(m) a round where the eigenvalue is clear
-# In 200 windows of a flat spectrum the top eigenvalue stands at 0.97 to 1.03 of the edge on average, and in 1 % of them
-# above 1.25 of it (m = 32 and 128; 1.4 at m = 8).
+_ROUNDS = 30  # of the fixed point in λ and T; a round shrinks the error about (1/m + 1/k)-fold
+# Of 400 windows of a flat spectrum, for m = 4, 8, 32 and 128 each, the top eigenvalue stood at 0.96 to 0.98 of the edge
+# on average and in none above 1.25 of it. A power law's bulk reaches further: λ_i ~ 1/√i has it at 1.16 (m = 128).
 _CLEAR = 1.25
 
 
