@@ -120,7 +120,8 @@ def count(mask: Tensor) -> int:
 def logits_of(output: Any) -> Tensor:
     """The logits in a model's output.
 
-    They are `.logits`, `["logits"]`, the first float tensor of 3 or more dimensions of a tuple, or the output. Raises `ProbeError` that says what it saw.
+    They are `.logits`, `["logits"]`, the first float tensor of 3 or more dimensions of a tuple, or the output.
+    Raises `ProbeError` that says what it saw.
     """
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     if logits is None and isinstance(output, tuple | list):
