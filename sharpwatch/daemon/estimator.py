@@ -1,0 +1,245 @@
+"""The batched curvature estimates: one call over all runs with new probes, on the device, off the loop."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+
+from sharpwatch.curvature.estimate import Estimate
+from sharpwatch.curvature.stability import stability_ratio
+from sharpwatch.curvature.window import top_eigenvalues, trace_estimates
+from sharpwatch.daemon.aggregate import Doubles, sum_rows
+from sharpwatch.daemon.ingest import DirectionReading, GnbReading, Manifest
+from sharpwatch.errors import SharpwatchError
+
+WINDOW_PROBES = 8
+Key = tuple[str, str, str]  # quantity, block ("" for the whole model), estimator
+ORDER = ("emb", "qk", "ffn", "vo", "norm")  # least sharp first: Wang et al. 2025, arXiv 2502.19002
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Request:
+    """One run's windows: probes with the steps they were taken at, oldest first."""
+
+    manifest: Manifest
+    gnb: tuple[tuple[int, GnbReading], ...]
+    directions: tuple[tuple[int, DirectionReading], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Estimates:
+    """One run's estimates; `layer_sharpness` in the manifest's order of layer blocks, or empty."""
+
+    values: Mapping[Key, Estimate] = field(default_factory=dict)
+    layer_sharpness: tuple[Estimate, ...] = ()
+    order_correlation: float | None = None
+
+
+def resolve_device(name: str) -> str:
+    """What `auto` means here; raises `SharpwatchError` for a device that is not there."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise SharpwatchError(f"device {name!r}: {reason}") from error
+    return name
+
+
+class Estimator:
+    """Runs the estimates on a thread of its own."""
+
+    def __init__(self, device: str) -> None:
+        self.device = resolve_device(device)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="estimator")
+
+    async def estimate(self, requests: Sequence[Request]) -> list[Estimates]:
+        """Estimate all `requests` in one batch, in their order."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, estimate_all, requests, self.device)
+
+    def close(self) -> None:
+        """Finish what is under way."""
+        self._thread.shutdown()
+
+
+def order_correlation(sharpness: Mapping[str, float]) -> float | None:
+    """Spearman correlation of measured sharpness with `ORDER`; None with fewer than three of its blocks."""
+    present = [block for block in ORDER if math.isfinite(sharpness.get(block, math.nan))]
+    n = len(present)
+    if n < 3:
+        return None
+    ranks = {block: rank for rank, block in enumerate(sorted(present, key=sharpness.__getitem__))}
+    distance = sum((rank - ranks[block]) ** 2 for rank, block in enumerate(present))
+    return 1.0 - 6.0 * distance / (n * (n**2 - 1))
+
+
+@dataclass(frozen=True, slots=True)
+class ObservedStability:
+    """What one direction probe says; `no_descent` where it ran and gᵀd ≤ 0: then there is no ratio."""
+
+    whole: Estimate | None = None
+    no_descent: bool = False
+    blocks: Mapping[str, Estimate] = field(default_factory=dict)
+
+
+def observed_stability(blocks: Sequence[str], step: int, reading: DirectionReading | None) -> ObservedStability:
+    """The stability ratios of one step's own probe."""
+    if reading is None:
+        return ObservedStability()
+    whole = _ratio([reading.curvature], [reading.descent], step)
+    by_block = _block_ratios(blocks, [reading], step)
+    return ObservedStability(whole, no_descent=whole is None, blocks=by_block)
+
+
+def _ratio(curvatures: Sequence[float], descents: Sequence[float], step: int) -> Estimate | None:
+    ratio = stability_ratio(curvatures, descents)
+    return None if ratio is None else Estimate(ratio.value, ratio.stderr, ratio.probes, "direction", step)
+
+
+def _block_ratios(blocks: Sequence[str], readings: Sequence[DirectionReading], step: int) -> dict[str, Estimate]:
+    """By block, over the newest probes in which it was the block's turn."""
+    ratios = {}
+    for index, block in enumerate(blocks):
+        taken = [one for one in readings if not math.isnan(one.block_curvature[index])][-WINDOW_PROBES:]
+        curvatures = [float(one.block_curvature[index]) for one in taken]
+        ratio = _ratio(curvatures, [float(one.block_descent[index]) for one in taken], step)
+        if ratio is not None:
+            ratios[block] = ratio
+    return ratios
+
+
+def _window_stability(request: Request) -> dict[Key, Estimate]:
+    if not request.directions:
+        return {}
+    step = request.directions[-1][0]
+    readings = [reading for _, reading in request.directions]
+    newest = readings[-WINDOW_PROBES:]
+    whole = _ratio([one.curvature for one in newest], [one.descent for one in newest], step)
+    ratios = {"": whole} if whole is not None else {}
+    ratios |= _block_ratios(request.manifest.blocks, readings, step)
+    return {
+        ("stability_ratio", block, "direction"): ratio for block, ratio in ratios.items() if math.isfinite(ratio.stderr)
+    }
+
+
+def estimate_all(requests: Sequence[Request], device: str) -> list[Estimates]:
+    """Estimate all `requests`, their gnb windows in one batch on `device`; what has no error yet is left out."""
+    probed = [request for request in requests if request.gnb]
+    traces = iter(_traces(probed, device))
+    tops = iter(_tops(probed, device))
+    return [
+        _estimates(request, next(traces), next(tops)) if request.gnb else _estimates(request) for request in requests
+    ]
+
+
+def _estimates(
+    request: Request, traces: Sequence[Estimate] = (), tops: Mapping[str, Estimate] | None = None
+) -> Estimates:
+    """Put together one run's; `traces` are those of its layer blocks, then of its blocks."""
+    manifest = request.manifest
+    values = _window_stability(request)
+    rows = len(manifest.layer_blocks)
+    sharpness: dict[str, float] = {}
+    for block, numel, trace in zip(manifest.blocks, manifest.block_parameters, traces[rows:], strict=bool(traces)):
+        if math.isfinite(trace.stderr):
+            average = _per_parameter(trace, int(numel))
+            values["trace", block, "gnb"], values["sharpness", block, "gnb"] = trace, average
+            sharpness[block] = average.value
+    values |= {("top_eigenvalue", block, top.estimator): top for block, top in (tops or {}).items()}
+    layers = tuple(
+        _per_parameter(trace, int(numel))
+        for trace, numel in zip(traces[:rows], manifest.parameters, strict=bool(traces))
+    )
+    return Estimates(values, layers, order_correlation(sharpness))
+
+
+def _per_parameter(trace: Estimate, numel: int) -> Estimate:
+    return replace(trace, value=trace.value / numel, stderr=trace.stderr / numel)
+
+
+def _traces(requests: Sequence[Request], device: str) -> list[list[Estimate]]:
+    """For each of `requests` the traces of its layer blocks, then of its blocks."""
+    if not requests:
+        return []
+    windows = [_trace_windows(request) for request in requests]
+    width = max(window.shape[2] for window in windows)
+    probes = max(window.shape[1] for window in windows)
+    padded = np.concatenate(
+        [
+            np.pad(
+                window,
+                ((0, 0), (0, probes - window.shape[1]), (0, width - window.shape[2])),
+                constant_values=np.nan,
+            )
+            for window in windows
+        ]
+    )
+    traces = torch.from_numpy(padded).to(device)
+    mask = ~traces.isnan()
+    found = trace_estimates(traces.nan_to_num(), mask)
+    rows = iter(zip(found.value.tolist(), found.stderr.tolist(), found.draws.tolist(), strict=True))
+    return [
+        [Estimate(*next(rows), "gnb", request.gnb[-1][0]) for _ in range(len(window))]
+        for request, window in zip(requests, windows, strict=True)
+    ]
+
+
+def _trace_windows(request: Request) -> Doubles:
+    """[L + B, probes, draws], NaN where a probe has fewer draws than another."""
+    width = max(len(probe.traces) for _, probe in request.gnb)
+    traces = np.full((len(request.gnb), width, len(request.manifest.layer_blocks)), np.nan)
+    for index, (_, probe) in enumerate(request.gnb):
+        traces[index, : len(probe.traces)] = probe.traces
+    return np.concatenate([traces, sum_rows(request.manifest, traces)], axis=2).transpose(2, 0, 1)
+
+
+def _tops(requests: Sequence[Request], device: str) -> list[dict[str, Estimate]]:
+    """For each of `requests` the top eigenvalue by block, and of the whole model under the empty name."""
+    found: list[dict[str, Estimate]] = [{} for _ in requests]
+    by_size: dict[int, list[int]] = {}
+    for index, request in enumerate(requests):
+        if any(probe.sketches is not None for _, probe in request.gnb):
+            by_size.setdefault(request.manifest.sketch_size, []).append(index)
+    for size, members in by_size.items():
+        tops = _tops_of_one_size([requests[index] for index in members], size, device)
+        for index, top in zip(members, tops, strict=True):
+            found[index] = top
+    return found
+
+
+def _tops_of_one_size(requests: Sequence[Request], size: int, device: str) -> list[dict[str, Estimate]]:
+    probes = max(len(request.gnb) for request in requests)
+    width = max(len(probe.traces) for request in requests for _, probe in request.gnb)
+    names = [(*request.manifest.blocks, "") for request in requests]
+    sketches = np.zeros((sum(map(len, names)), probes, width, size), dtype=np.float32)
+    mask = np.zeros(sketches.shape[:3], dtype=bool)
+    row = 0
+    for request, blocks in zip(requests, names, strict=True):
+        for index, (_, probe) in enumerate(request.gnb):
+            if probe.sketches is not None:
+                draws = len(probe.sketches)
+                window = slice(row, row + len(blocks) - 1)
+                sketches[window, index, :draws] = probe.sketches.transpose(1, 0, 2)
+                # All blocks are hashed from one index, so the whole gradient's sketch is the sum of theirs.
+                sketches[row + len(blocks) - 1, index, :draws] = probe.sketches.sum(1)
+                mask[row : row + len(blocks), index, :draws] = True
+        row += len(blocks)
+    tops = top_eigenvalues(torch.from_numpy(sketches).to(device), torch.from_numpy(mask).to(device))
+    columns = (tops.value, tops.stderr, tops.draws, tops.upper_bound)
+    rows = iter(zip(*(column.tolist() for column in columns), strict=True))
+    return [
+        {
+            block: Estimate(value, stderr, draws, "gnb_upper_bound" if bound else "gnb", request.gnb[-1][0])
+            for block, (value, stderr, draws, bound) in zip(blocks, rows, strict=False)
+            if math.isfinite(stderr)
+        }
+        for request, blocks in zip(requests, names, strict=True)
+    ]

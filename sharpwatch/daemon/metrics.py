@@ -1,0 +1,275 @@
+"""`/metrics`: a collector over the views of all runs, and the daemon's own counters."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+
+import torch
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from sharpwatch._version import __version__
+from sharpwatch.curvature.estimate import Estimate
+from sharpwatch.daemon.runs import View
+
+MAX_LAYER_SERIES = 512  # layer blocks exported of one run
+_RUN = ("training_job", "run")
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+
+class OwnMetrics:
+    """What the daemon counts and times of itself."""
+
+    def __init__(self, registry: CollectorRegistry, *, queue_depth: Callable[[], int], queue_capacity: int) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        self.received = Counter(
+            "sharpwatch_samples_received", "Samples that came in, refused ones included.", registry=registry
+        )
+        self.refused = Counter(
+            "sharpwatch_samples_refused", "Messages refused, by reason code.", ["code"], registry=registry
+        )
+        self.dropped_probes = Counter(
+            "sharpwatch_probes_dropped",
+            "Probes left out of their sample because a number in them was not finite.",
+            ["probe"],
+            registry=registry,
+        )
+        self.ingest_to_metric = Histogram(
+            "sharpwatch_ingest_to_metric_seconds",
+            "From a sample's arrival until metrics show it.",
+            registry=registry,
+            buckets=_SECONDS,
+        )
+        self.estimate = Histogram(
+            "sharpwatch_estimate_seconds",
+            "Time of one batched curvature estimate over all runs with new probes.",
+            registry=registry,
+            buckets=_SECONDS,
+        )
+        self.store = Histogram(
+            "sharpwatch_store_seconds", "Time of one journal transaction.", registry=registry, buckets=_SECONDS
+        )
+        self.store_errors = Counter("sharpwatch_store_errors", "Journal transactions that failed.", registry=registry)
+        self.store_writable = Gauge(
+            "sharpwatch_store_writable", "1 while the journal takes writes, 0 while it fails.", registry=registry
+        )
+        self.store_writable.set(1)
+        self.sessions = Gauge("sharpwatch_sessions", "Agent sessions connected now.", registry=registry)
+        self.internal_errors = Counter(
+            "sharpwatch_internal_errors",
+            "Samples and estimates that the daemon itself failed on; its log has each.",
+            ["where"],
+            registry=registry,
+        )
+        depth = Gauge("sharpwatch_queue_depth", "Samples waiting for the journal.", registry=registry)
+        depth.set_function(queue_depth)
+        room = Gauge("sharpwatch_queue_capacity", "Samples the queue holds before it drops.", registry=registry)
+        room.set(queue_capacity)
+        build = Gauge(
+            "sharpwatch_build_info",
+            "Versions the daemon runs on; always 1.",
+            ["version", "python", "torch"],
+            registry=registry,
+        )
+        build.labels(__version__, platform.python_version(), torch.__version__).set(1)
+
+
+class RunCollector(Collector):
+    """Exports each run that is live or was seen less than `stale_after` seconds ago.
+
+    `views` may be called on any thread; `now` is unix seconds.
+    """
+
+    def __init__(
+        self, views: Callable[[], Iterable[View]], now: Callable[[], float], *, stale_after: float, layers: bool = True
+    ) -> None:
+        self._views = views
+        self._now = now
+        self._stale_after = stale_after
+        self._layers = layers
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: the names depend on no run, and the registry need not collect to know them."""
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        """One family after another, each over all runs."""
+        oldest = self._now() - self._stale_after
+        views = [view for view in self._views() if view.phase == "running" or view.last_seen_at >= oldest]
+        views.sort(key=lambda view: (view.manifest.training_job, view.manifest.run))
+        yield from _run_families(views)
+        yield from _tap_families(views)
+        yield from _estimate_families(views)
+        yield from _action_families(views)
+        yield from _agent_families(views)
+        if self._layers:
+            yield from _layer_families(views)
+
+
+def _labels(view: View, *labels: str) -> list[str]:
+    return [view.manifest.training_job, view.manifest.run, *labels]
+
+
+def _gauge(name: str, documentation: str, *labels: str) -> GaugeMetricFamily:
+    return GaugeMetricFamily(f"sharpwatch_{name}", documentation, labels=(*_RUN, *labels))
+
+
+def _counter(name: str, documentation: str, *labels: str) -> CounterMetricFamily:
+    return CounterMetricFamily(f"sharpwatch_{name}", documentation, labels=(*_RUN, *labels))
+
+
+def _run_families(views: list[View]) -> Iterator[Metric]:
+    info = InfoMetricFamily(
+        "sharpwatch_run",
+        "What the run said of itself; always 1.",
+        labels=(*_RUN, "optimizer", "host", "agent_version", "control", "mode", "phase"),
+    )
+    step = _gauge("run_step", "The newest optimizer step seen.")
+    loss = _gauge("run_loss", "The newest training loss, as the run reports it.")
+    stamp = _gauge("run_last_sample_timestamp_seconds", "When the newest sample came in, unix seconds.")
+    parameters = _gauge("block_parameters", "Parameters of the block type over all layers.", "block")
+    for view in views:
+        manifest = view.manifest
+        extra = (manifest.optimizer, manifest.host, manifest.agent_version, manifest.control, view.mode, view.phase)
+        info.add_metric(_labels(view, *extra), {})
+        if view.step is not None:
+            step.add_metric(_labels(view), view.step)
+        if view.loss is not None:
+            loss.add_metric(_labels(view), view.loss)
+        if view.last_sample_at is not None:
+            stamp.add_metric(_labels(view), view.last_sample_at)
+        for block, numel in zip(manifest.blocks, manifest.block_parameters, strict=True):
+            parameters.add_metric(_labels(view, block), int(numel))
+    yield from (info, step, loss, stamp, parameters)
+
+
+_TAP = (
+    ("gradient_norm", "Euclidean norm of the block's gradient, before clipping."),
+    ("weight_norm", "Euclidean norm of the block's weights."),
+    ("update_rms", "RMS of gradient over the root of Adam's second moment, RMS_t; 1 is normal, spikes precede loss."),
+    ("learning_rate", "Learning rate in force for the block, multiplier included; parameter-weighted mean."),
+    ("lr_multiplier", "Multiplier in force on the block's learning rate; parameter-weighted mean."),
+)
+
+
+def _tap_families(views: list[View]) -> Iterator[Metric]:
+    for name, documentation in _TAP:
+        family = _gauge(f"block_{name}", documentation, "block")
+        for view in views:
+            if view.tap is None:
+                continue
+            _add_present(family, view, getattr(view.tap, name))
+        yield family
+    ratio = _gauge("block_update_ratio", "Norm of the block's update over the norm of its weights.", "block")
+    for view in views:
+        if view.update_ratio is not None:
+            _add_present(ratio, view, view.update_ratio)
+    yield ratio
+
+
+def _add_present(family: GaugeMetricFamily, view: View, values: Iterable[float]) -> None:
+    """A NaN means that nothing was measured; an infinity is shown."""
+    for block, value in zip(view.manifest.blocks, values, strict=True):
+        if not math.isnan(value):
+            family.add_metric(_labels(view, block), float(value))
+
+
+def _pair(name: str, documentation: str, *labels: str) -> tuple[GaugeMetricFamily, GaugeMetricFamily]:
+    """An estimate's family and that of its standard error."""
+    stderr = _gauge(f"{name}_stderr", f"Standard error of sharpwatch_{name}, in its unit.", *labels)
+    return _gauge(name, documentation, *labels), stderr
+
+
+def _add_estimate(pair: tuple[GaugeMetricFamily, GaugeMetricFamily], labels: list[str], estimate: Estimate) -> None:
+    """An estimate without a finite value is not shown, an unknown standard error is left out."""
+    value, stderr = pair
+    if math.isfinite(estimate.value):
+        value.add_metric(labels, estimate.value)
+        if math.isfinite(estimate.stderr):
+            stderr.add_metric(labels, estimate.stderr)
+
+
+_SHARPNESS = "Average sharpness: trace of the curvature matrix over its size; gnb: Gauss-Newton, of the loss per token."
+_TRACE = "Trace of the block's curvature matrix (gnb: Gauss-Newton, hutchinson: Hessian) of the mean loss per token."
+_TOP = "Largest eigenvalue of the curvature matrix (gnb: Gauss-Newton)"
+_RATIO = "curvature along the optimizer's step over twice its descent, in units of the edge: above 1 the loss rises."
+
+
+def _estimate_families(views: list[View]) -> Iterator[Metric]:
+    by_block = {
+        "sharpness": _pair("block_sharpness", _SHARPNESS, "block", "estimator"),
+        "trace": _pair("block_hessian_trace", _TRACE, "block", "estimator"),
+        "top_eigenvalue": _pair("block_top_eigenvalue", f"{_TOP} of the block.", "block", "estimator"),
+        "stability_ratio": _pair("block_stability_ratio", f"Stability ratio of the block: {_RATIO}", "block", "kind"),
+    }
+    whole = {
+        "top_eigenvalue": _pair("top_eigenvalue", f"{_TOP} over all parameters.", "estimator"),
+        "stability_ratio": _pair("stability_ratio", f"Stability ratio: {_RATIO}", "kind"),
+    }
+    order = _gauge(
+        "block_order_correlation",
+        "Spearman correlation of measured sharpness with emb < qk < ffn < vo < norm, -1 to 1.",
+    )
+    for view in views:
+        for (quantity, block, estimator), estimate in view.estimates.items():
+            kind = "directional" if quantity == "stability_ratio" else estimator
+            if block:
+                _add_estimate(by_block[quantity], _labels(view, block, kind), estimate)
+            elif quantity in whole:
+                _add_estimate(whole[quantity], _labels(view, kind), estimate)
+        if view.order_correlation is not None:
+            order.add_metric(_labels(view), view.order_correlation)
+    for pair in (*by_block.values(), *whole.values()):
+        yield from pair
+    yield order
+
+
+def _action_families(views: list[View]) -> Iterator[Metric]:
+    active = _gauge(
+        "alert_active", "1 while the alert stands, 0 after; block is empty for an alert on none.", "alert", "block"
+    )
+    alerts = _counter("alerts", "Alerts raised.", "alert")
+    decisions = _counter("decisions", "Decisions that reached the outcome.", "action", "mode", "outcome")
+    revision = _gauge("lr_revision", "Number of the newest LR revision; 0 before the first.")
+    for view in views:
+        standing: dict[tuple[str, str], bool] = {}
+        for alert in view.alerts:
+            for block in alert.blocks or ("",):
+                standing[alert.name, block] = alert.active or standing.get((alert.name, block), False)
+        for (name, block), stands in standing.items():
+            active.add_metric(_labels(view, name, block), float(stands))
+        for name, count in view.alerts_total.items():
+            alerts.add_metric(_labels(view, name), count)
+        for (action, mode, outcome), count in view.decisions_total.items():
+            decisions.add_metric(_labels(view, action, mode, outcome), count)
+        revision.add_metric(_labels(view), view.lr_revision)
+    yield from (active, alerts, decisions, revision)
+
+
+def _agent_families(views: list[View]) -> Iterator[Metric]:
+    overhead = _gauge("agent_overhead_ratio", "Agent's seconds over the step's seconds, as the agent measures it.")
+    dropped = _counter("agent_dropped_samples", "Samples the agent lost in this attempt, by reason.", "reason")
+    for view in views:
+        if view.health is None:
+            continue
+        if view.health.overhead_ratio is not None:
+            overhead.add_metric(_labels(view), view.health.overhead_ratio)
+        for reason, count in view.health.dropped.items():
+            dropped.add_metric(_labels(view, reason), count)
+    yield from (overhead, dropped)
+
+
+def _layer_families(views: list[View]) -> Iterator[Metric]:
+    """Blocks inside layers only: those outside every layer are whole under sharpwatch_block_*."""
+    pair = _pair("layer_sharpness", f"{_SHARPNESS} One block in one layer.", "block", "layer", "estimator")
+    for view in views:
+        if not view.layer_sharpness:
+            continue
+        rows = zip(view.manifest.layer_blocks, view.layer_sharpness, strict=True)
+        for (block, layer), estimate in islice((row for row in rows if row[0][1]), MAX_LAYER_SERIES):
+            _add_estimate(pair, _labels(view, block, layer, estimate.estimator), estimate)
+    yield from pair

@@ -1,0 +1,316 @@
+"""From queue to journal to decisions: the one worker through which every sample and every change goes.
+
+Nothing is acknowledged before it is journalled, and no command is sent before its decision is. While the journal
+fails, samples are still estimated, observed and shown; acknowledgements and commands wait for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import structlog
+
+from sharpwatch.daemon.estimator import Estimator
+from sharpwatch.daemon.intake import Entry, Intake
+from sharpwatch.daemon.journal import AttemptRow, Batch, EstimateRow, ModeRow, SampleRow
+from sharpwatch.daemon.metrics import OwnMetrics
+from sharpwatch.daemon.records import Alert, Checkpoint, Decision, Revision
+from sharpwatch.daemon.runs import OUTSTANDING, Attempt, Run, Runs
+from sharpwatch.daemon.store import Store
+from sharpwatch.daemon.supervisor import Changes
+from sharpwatch.errors import OperatorError, StoreError
+
+log = structlog.get_logger(__name__)
+
+_FIRST_RETRY, _LAST_RETRY = 0.1, 5.0  # seconds between tries of a failing journal
+_FAIR = 64  # samples folded before the loop serves others
+
+
+@dataclass(slots=True)
+class Unwritten:
+    """Records that the journal does not have yet, each in its newest form."""
+
+    attempts: dict[str, AttemptRow] = field(default_factory=dict)
+    alerts: dict[str, Alert] = field(default_factory=dict)
+    decisions: dict[str, Decision] = field(default_factory=dict)
+    revisions: dict[tuple[str, int], Revision] = field(default_factory=dict)
+    checkpoints: dict[tuple[str, Checkpoint], None] = field(default_factory=dict)
+    modes: list[ModeRow] = field(default_factory=list)
+    estimates: dict[tuple[str, str, str], EstimateRow] = field(default_factory=dict)
+    commands: dict[str, str] = field(default_factory=dict)  # decision id -> run
+
+    def take_up(self, run: str, changes: Changes) -> None:
+        """Add what a supervisor changed."""
+        self.alerts.update((alert.id, alert) for alert in changes.alerts)
+        self.decisions.update((made.id, made) for made in changes.decisions)
+        self.revisions.update(((run, one.revision), one) for one in changes.revisions)
+        # A command without its journalled decision must not leave, wherever the supervisor put it.
+        self.decisions.update((made.id, made) for made in changes.commands if made.id not in self.decisions)
+        self.commands.update((made.id, run) for made in changes.commands)
+
+    def under(self, newer: Unwritten) -> None:
+        """Put what has come since on top."""
+        self.attempts.update(newer.attempts)
+        self.alerts.update(newer.alerts)
+        self.decisions.update(newer.decisions)
+        self.revisions.update(newer.revisions)
+        self.checkpoints.update(newer.checkpoints)
+        self.modes.extend(newer.modes)
+        self.estimates.update(newer.estimates)
+        self.commands.update(newer.commands)
+
+    def batch(self, samples: Iterable[SampleRow] = ()) -> Batch:
+        """All of it, as one transaction."""
+        return Batch(
+            attempts=tuple(self.attempts.values()),
+            samples=tuple(samples),
+            alerts=tuple(self.alerts.values()),
+            decisions=tuple(self.decisions.values()),
+            revisions=tuple(self.revisions.values()),
+            checkpoints=tuple(self.checkpoints),
+            modes=tuple(self.modes),
+            estimates=tuple(self.estimates.values()),
+        )
+
+
+class Pipeline:
+    """Owns the order of things; `on_settled` hears of journalled samples, `on_command` of decisions to send."""
+
+    def __init__(  # noqa: PLR0913  what it stands between
+        self,
+        *,
+        runs: Runs,
+        intake: Intake,
+        store: Store,
+        estimator: Estimator,
+        metrics: OwnMetrics,
+        on_settled: Callable[[Attempt, int], None],
+        on_command: Callable[[Run, Decision], None],
+    ) -> None:
+        self._runs = runs
+        self._intake = intake
+        self._store = store
+        self._estimator = estimator
+        self._metrics = metrics
+        self._on_settled = on_settled
+        self._on_command = on_command
+        self._unwritten = Unwritten()
+        self._writing = asyncio.Lock()
+        self._retry_at = 0.0
+        self._retry_after = _FIRST_RETRY
+        self._stopping = False
+        self.store_error = ""
+
+    async def run(self) -> None:
+        """Work until told to stop, and then what is queued; what a failing journal won't take stays with the agents."""
+        while not self._stopping:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._patience()):
+                    await self._intake.filled()
+            await self._cycle()
+        self._retry_at = 0.0
+        await self._cycle()
+        if self.store_error:
+            log.error("samples_left_unjournalled", samples=self._intake.depth, store_error=self.store_error)
+
+    def stop(self) -> None:
+        """Have `run` return after the cycle under way and one more."""
+        self._stopping = True
+        self._intake.wake()
+
+    async def submit(self, run: Run, changes: Changes, mode: ModeRow | None = None) -> None:
+        """Journal an operator's changes and send their commands; raises `StoreError` while the journal fails."""
+        self._take_up(run, changes)
+        if mode is not None:
+            self._unwritten.modes.append(mode)
+        run.show()
+        await self._write(())
+
+    async def restored(self, run: Run, changes: Sequence[Changes]) -> None:
+        """Journal what the restart itself found out, and estimate from the windows as they are."""
+        for change in changes:
+            self._unwritten.take_up(run.name, change)
+        await self._estimate({run.name: run})
+        run.show()
+
+    async def register(self, attempt: Attempt, now: float) -> None:
+        """Journal that an attempt began; while the journal fails this waits with the rest."""
+        manifest = attempt.manifest
+        self._unwritten.attempts[manifest.attempt] = AttemptRow(manifest.run, manifest.attempt, attempt.hello, now)
+        with suppress(StoreError):
+            await self._write(())
+
+    def _patience(self) -> float | None:
+        """Seconds until the journal is worth another try; None while it is well."""
+        return max(0.0, self._retry_at - time.monotonic()) if self.store_error else None
+
+    async def _cycle(self) -> None:
+        entries = self._intake.take()
+        written = False
+        if time.monotonic() >= self._retry_at:
+            with suppress(StoreError):
+                await self._write(entries)
+                written = True
+        await self._process([entry for entry in entries if not entry.processed])
+        if not written:
+            self._intake.put_back(entries)
+        elif self._unwritten.batch():
+            with suppress(StoreError):
+                await self._write(())
+
+    async def _write(self, entries: Sequence[Entry]) -> None:
+        """One transaction: `entries` and all that is unwritten. Then, and only then, acknowledge and send."""
+        async with self._writing:
+            unwritten, self._unwritten = self._unwritten, Unwritten()
+            now = time.time()
+            batch = unwritten.batch(_row(entry, now) for entry in entries)
+            try:
+                if batch:
+                    await self._timed_write(batch)
+            except StoreError:
+                unwritten.under(self._unwritten)
+                self._unwritten = unwritten
+                raise
+        for entry in entries:
+            entry.attempt.cursor.settle(entry.reading.sequence)
+        for attempt in {entry.attempt.manifest.attempt: entry.attempt for entry in entries}.values():
+            self._on_settled(attempt, attempt.cursor.journalled)
+        for identity, run in unwritten.commands.items():
+            self._send(run, identity)
+
+    async def _timed_write(self, batch: Batch) -> None:
+        try:
+            with self._metrics.store.time():
+                await self._store.write(batch)
+        except StoreError as error:
+            self._metrics.store_errors.inc()
+            self._metrics.store_writable.set(0)
+            if not self.store_error:
+                log.error("store_failed", error=str(error))  # noqa: TRY400  the cause is in the message
+            self.store_error = str(error)
+            self._retry_at = time.monotonic() + self._retry_after
+            self._retry_after = min(2 * self._retry_after, _LAST_RETRY)
+            raise
+        if self.store_error:
+            log.info("store_recovered", after=self.store_error)
+        self.store_error, self._retry_at, self._retry_after = "", 0.0, _FIRST_RETRY
+        self._metrics.store_writable.set(1)
+
+    def _send(self, name: str, identity: str) -> None:
+        run = self._runs.get(name)
+        if run is None:
+            return
+        # The decision as it stands now: it may have expired, or been answered, while the journal failed.
+        made = next((made for made in run.supervisor.decisions if made.id == identity), None)
+        if made is not None and made.outcome in OUTSTANDING:
+            run.outstanding[identity] = made
+            self._on_command(run, made)
+
+    async def _process(self, entries: list[Entry]) -> None:
+        touched: dict[str, Run] = {}
+        probed: dict[str, Run] = {}
+        for index, entry in enumerate(entries):
+            if index % _FAIR == _FAIR - 1:
+                await asyncio.sleep(0)
+            entry.processed = True
+            run = self._runs.get(entry.run)
+            if run is None:
+                continue
+            try:
+                self._fold(run, entry)
+            except Exception:  # one run's trouble must not end the others; counted
+                self._metrics.internal_errors.labels("fold").inc()
+                log.exception("fold_failed", run=run.name, step=entry.reading.step)
+            touched[run.name] = run
+            if entry.attempt is run.attempt and (entry.reading.gnb or entry.reading.direction):
+                probed[run.name] = run
+        await self._estimate(probed)
+        for run in touched.values():
+            run.show()
+        now = time.monotonic()
+        for entry in entries:
+            self._metrics.ingest_to_metric.observe(now - entry.received_at)
+
+    def _fold(self, run: Run, entry: Entry) -> None:
+        reading, now = entry.reading, time.time()
+        for probe in reading.dropped_probes:
+            self._metrics.dropped_probes.labels(probe).inc()
+        for checkpoint in reading.checkpoints:
+            run.supervisor.checkpoint(checkpoint)
+            self._unwritten.checkpoints[run.name, checkpoint] = None
+        for result in reading.results:
+            run.outstanding.pop(result.command_id, None)
+            try:
+                self._take_up(run, run.supervisor.command_result(result, now))
+            except OperatorError as error:
+                log.warning("command_result_unplaced", run=run.name, command=result.command_id, reason=str(error))
+        if entry.attempt is not run.attempt:
+            return  # an attempt that a newer one has replaced says goodbye; its measurements are history
+        observation = run.fold(reading, now)
+        if observation is not None:
+            self._take_up(run, run.supervisor.observe(observation, now))
+
+    def _take_up(self, run: Run, changes: Changes) -> None:
+        run.note(changes)
+        self._unwritten.take_up(run.name, changes)
+        for alert in changes.alerts:
+            log.warning(
+                "alert",
+                run=run.name,
+                alert=alert.name,
+                blocks=alert.blocks,
+                severity=alert.severity,
+                active=alert.active,
+                step=alert.last_step,
+                evidence=alert.evidence,
+            )
+        for made in changes.decisions:
+            log.info(
+                "decision",
+                run=run.name,
+                decision=made.id,
+                action=made.action,
+                mode=made.mode,
+                outcome=made.outcome,
+                guard=made.guard,
+                step=made.step,
+                author=made.author,
+            )
+
+    async def _estimate(self, probed: dict[str, Run]) -> None:
+        probed = {name: run for name, run in probed.items() if run.gnb or run.directions}
+        if not probed:
+            return
+        attempts = {name: run.attempt for name, run in probed.items()}
+        requests = [run.request() for run in probed.values()]
+        try:
+            with self._metrics.estimate.time():
+                results = await self._estimator.estimate(requests)
+        except Exception:  # without estimates the tap, the alerts and the journal go on; counted
+            self._metrics.internal_errors.labels("estimate").inc()
+            log.exception("estimate_failed", runs=sorted(probed))
+            return
+        for run, result in zip(probed.values(), results, strict=True):
+            if run.attempt is not attempts[run.name]:
+                continue  # a new attempt began meanwhile
+            run.take_estimates(result)
+            for (quantity, block, estimator), estimate in result.values.items():
+                row = EstimateRow(run.name, quantity, block, estimate)
+                self._unwritten.estimates[run.name, f"{quantity}/{estimator}", block] = row
+
+
+def _row(entry: Entry, now: float) -> SampleRow:
+    reading = entry.reading
+    return SampleRow(
+        run=entry.run,
+        attempt=entry.attempt.manifest.attempt,
+        sequence=reading.sequence,
+        step=reading.step,
+        payload=entry.payload,
+        received_at=now,
+        closing=reading.closing,
+    )

@@ -1,0 +1,309 @@
+"""What the daemon holds of each run: its attempts, windows of probes, latest values. All of it is bounded."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from sharpwatch.blocks import BLOCKS
+from sharpwatch.curvature.estimate import Estimate
+from sharpwatch.daemon.aggregate import BlockTap, block_tap
+from sharpwatch.daemon.estimator import WINDOW_PROBES, Estimates, Key, Request, observed_stability
+from sharpwatch.daemon.ingest import Cursor, DirectionReading, GnbReading, HealthReading, Manifest, Reading
+from sharpwatch.daemon.records import Alert, Decision, Mode, Observation
+from sharpwatch.daemon.supervisor import Changes, Supervisor
+
+OUTSTANDING = ("approved", "sent")  # outcomes of a decision whose command is under way
+MAX_RUNS = 10_000
+MAX_ATTEMPTS = 16  # remembered of a run: one of them may still be sending what it had left
+
+Phase = Literal["running", "silent", "closed"]
+
+
+@dataclass(slots=True, eq=False)
+class Attempt:
+    """One attach of a run. `journalled`: its Hello is in the journal."""
+
+    manifest: Manifest
+    hello: bytes
+    cursor: Cursor = field(default_factory=Cursor)
+    journalled: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A run as metrics and operators see it: immutable, and swapped whole, so that any thread may read it."""
+
+    manifest: Manifest
+    phase: Phase
+    attempts: int
+    mode: Mode
+    lr_revision: int
+    multipliers: Mapping[str, float]
+    step: int | None = None
+    loss: float | None = None
+    last_sample_at: float | None = None  # unix seconds, the daemon's clock
+    last_seen_at: float = 0.0
+    tap: BlockTap | None = None
+    update_ratio: tuple[float, ...] | None = None  # [B], of the newest direction probe
+    health: HealthReading | None = None
+    estimates: Mapping[Key, Estimate] = field(default_factory=dict)
+    layer_sharpness: tuple[Estimate, ...] = ()  # [L]
+    order_correlation: float | None = None
+    alerts: tuple[Alert, ...] = ()
+    alerts_total: Mapping[str, int] = field(default_factory=dict)
+    decisions_total: Mapping[tuple[str, str, str], int] = field(default_factory=dict)
+    dropped_probes: Mapping[str, int] = field(default_factory=dict)
+
+
+class Signal:
+    """Tells waiters that something changed, without keeping what."""
+
+    def __init__(self) -> None:
+        self.version = 0
+        self._event = asyncio.Event()
+
+    def notify(self) -> None:
+        """Wake all who wait for a version after an earlier one."""
+        self.version += 1
+        self._event.set()
+        self._event = asyncio.Event()
+
+    async def after(self, version: int) -> int:
+        """Wait until there is a version after `version`; returns it."""
+        while self.version <= version:
+            await self._event.wait()
+        return self.version
+
+
+# Makes the supervisor of a new attempt, from its manifest and the run's earlier supervisor, if there is one.
+MakeSupervisor = Callable[[Manifest, Supervisor | None], Supervisor]
+
+
+class Run:
+    """One run: single-threaded state behind, an immutable `view` in front."""
+
+    def __init__(self, attempt: Attempt, supervisor: Supervisor, *, default_mode: Mode, now: float) -> None:
+        self.attempt = attempt
+        self.supervisor = supervisor
+        self.signal = Signal()
+        # Journalled decisions whose command the trainer has not answered.
+        self.outstanding: dict[str, Decision] = {}
+        self.gnb: deque[tuple[int, GnbReading]] = deque(maxlen=WINDOW_PROBES)
+        # Blocks take turns: that many hold a full window of each.
+        self.directions: deque[tuple[int, DirectionReading]] = deque(maxlen=WINDOW_PROBES * len(BLOCKS))
+        self._default_mode: Mode = default_mode
+        self._dropped_probes: Counter[str] = Counter()
+        self._alerts_total: Counter[str] = Counter()
+        self._decisions_total: Counter[tuple[str, str, str]] = Counter()
+        self._counted: dict[str, str] = {}
+        # What the next `show` will show: a sample and its estimates are seen together or not at all.
+        self._draft = View(
+            manifest=attempt.manifest,
+            phase="silent",
+            attempts=1,
+            mode=supervisor.mode or default_mode,
+            lr_revision=0,
+            multipliers=supervisor.multipliers,
+            last_seen_at=now,
+        )
+        self.view = self._draft
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.attempt.manifest.run
+
+    def begin(self, attempt: Attempt, supervisor: Supervisor) -> None:
+        """Take up a new attempt; what was measured under another manifest is put away."""
+        if attempt.manifest.layer_blocks != self.attempt.manifest.layer_blocks:
+            self.gnb.clear()
+            self.directions.clear()
+            self._draft = replace(
+                self._draft, tap=None, update_ratio=None, estimates={}, layer_sharpness=(), order_correlation=None
+            )
+        self.attempt = attempt
+        self.supervisor = supervisor
+        self._draft = replace(self._draft, manifest=attempt.manifest, attempts=self._draft.attempts + 1, health=None)
+
+    def reinstate(self) -> None:
+        """Have the multipliers in force sent to a new attempt, which starts with all at 1."""
+        in_force = next((one for one in reversed(self.supervisor.revisions) if one.applied_step is not None), None)
+        if in_force is None or all(value == 1.0 for value in in_force.multipliers.values()):
+            return
+        for made in self.supervisor.decisions:
+            if made.id == in_force.decision_id and made.id not in self.outstanding:
+                self.outstanding[made.id] = replace(made, apply_at_step=0, expires_at_step=0)
+
+    def fold(self, reading: Reading, now: float) -> Observation | None:
+        """Take in a sample of the newest attempt; returns what detectors see of it, None where it measured nothing."""
+        self._dropped_probes.update(reading.dropped_probes)
+        manifest = self.attempt.manifest
+        tap = block_tap(manifest, reading.tap) if reading.tap is not None else None
+        if reading.gnb is not None:
+            self.gnb.append((reading.step, reading.gnb))
+        changes: dict[str, Any] = {}
+        if reading.direction is not None:
+            self.directions.append((reading.step, reading.direction))
+            changes["update_ratio"] = tuple(map(float, reading.direction.update_ratio))
+        if tap is not None:
+            changes["tap"] = tap
+        if reading.loss is not None:
+            changes["loss"] = reading.loss
+        if reading.health is not None:
+            changes["health"] = reading.health
+        if reading.closing:
+            changes["phase"] = "closed"
+        self._draft = replace(self._draft, step=reading.step, last_sample_at=now, last_seen_at=now, **changes)
+        if tap is None and reading.loss is None and reading.direction is None:
+            return None
+        return _observation(manifest, reading, tap)
+
+    def request(self) -> Request:
+        """What the estimator needs of the windows as they are now."""
+        return Request(self.attempt.manifest, tuple(self.gnb), tuple(self.directions))
+
+    def take_estimates(self, estimates: Estimates) -> None:
+        """Have new estimates shown in place of the old ones."""
+        self._draft = replace(
+            self._draft,
+            estimates=estimates.values,
+            layer_sharpness=estimates.layer_sharpness,
+            order_correlation=estimates.order_correlation,
+        )
+
+    def note(self, changes: Changes) -> None:
+        """Count what the supervisor changed."""
+        for alert in changes.alerts:
+            if alert.id not in self._counted:
+                self._counted[alert.id] = "raised"
+                self._alerts_total[alert.name] += 1
+        for decision in changes.decisions:
+            if self._counted.get(decision.id) != decision.outcome:
+                self._counted[decision.id] = decision.outcome
+                self._decisions_total[decision.action, decision.mode, decision.outcome] += 1
+            if decision.outcome not in OUTSTANDING:
+                self.outstanding.pop(decision.id, None)
+
+    def show(self, **changes: Any) -> None:
+        """Swap the view for one of this moment and tell the watchers."""
+        revisions = self.supervisor.revisions
+        self._draft = self.view = replace(
+            self._draft,
+            mode=self.supervisor.mode or self._default_mode,
+            lr_revision=revisions[-1].revision if revisions else 0,
+            multipliers=dict(self.supervisor.multipliers),
+            alerts=tuple(self.supervisor.alerts),
+            alerts_total=dict(self._alerts_total),
+            decisions_total=dict(self._decisions_total),
+            dropped_probes=dict(self._dropped_probes),
+            **changes,
+        )
+        self.signal.notify()
+
+
+def _present(blocks: Iterable[str], values: Iterable[float]) -> dict[str, float]:
+    return {block: float(value) for block, value in zip(blocks, values, strict=True)}
+
+
+def _observation(manifest: Manifest, reading: Reading, tap: BlockTap | None) -> Observation:
+    blocks = manifest.blocks
+    stability = observed_stability(blocks, reading.step, reading.direction)
+    seen = Observation(
+        step=reading.step,
+        time=reading.taken_at,
+        loss=reading.loss,
+        stability=stability.whole,
+        no_descent=stability.no_descent,
+        block_stability=stability.blocks,
+    )
+    if tap is None:
+        return seen
+    rms = {block: value for block, value in _present(blocks, tap.update_rms).items() if not np.isnan(value)}
+    return replace(
+        seen,
+        gradient_norm=_present(blocks, tap.gradient_norm),
+        update_rms=rms,
+        non_finite=dict(zip(blocks, map(int, tap.non_finite), strict=True)),
+        multipliers=_present(blocks, tap.lr_multiplier),
+    )
+
+
+def _same_terms(one: Manifest, other: Manifest) -> bool:
+    """Whether a supervisor, baselines included, can go on from one attempt to the other."""
+    return (one.blocks, one.control, one.lr_bounds) == (other.blocks, other.control, other.lr_bounds)
+
+
+def rolled_back(decisions: Iterable[Decision], reading: Reading) -> bool:
+    """Whether `reading` says that one of `decisions`, a rollback, was applied."""
+    applied = {result.command_id for result in reading.results if result.outcome == "applied"}
+    return any(made.id in applied and made.action == "rollback" for made in decisions)
+
+
+class Runs:
+    """All runs, by name; at most `MAX_RUNS`, of which the longest gone gives way."""
+
+    def __init__(self, make_supervisor: MakeSupervisor, default_mode: Mode) -> None:
+        self._make_supervisor = make_supervisor
+        self._default_mode: Mode = default_mode
+        self._runs: dict[str, Run] = {}
+        self._attempts: dict[str, dict[str, Attempt]] = {}  # by run, then by attempt; the newest last
+
+    def __iter__(self) -> Iterator[Run]:
+        return iter(list(self._runs.values()))
+
+    def __len__(self) -> int:
+        return len(self._runs)
+
+    def get(self, name: str) -> Run | None:
+        """The run of that name."""
+        return self._runs.get(name)
+
+    def attempt(self, run: str, identity: str) -> Attempt | None:
+        """An attempt of `run` that is remembered."""
+        return self._attempts.get(run, {}).get(identity)
+
+    def owner(self, identity: str) -> str | None:
+        """The run that the attempt `identity` belongs to."""
+        return next((run for run, attempts in self._attempts.items() if identity in attempts), None)
+
+    def begin(self, attempt: Attempt, now: float) -> Run | None:
+        """Take up a new attempt; None where it is of a new run and all that are held are live."""
+        name = attempt.manifest.run
+        run = self._runs.get(name)
+        if run is not None:
+            same = _same_terms(run.attempt.manifest, attempt.manifest)
+            run.begin(attempt, run.supervisor if same else self._make_supervisor(attempt.manifest, run.supervisor))
+        elif self._make_room():
+            run = Run(attempt, self._make_supervisor(attempt.manifest, None), default_mode=self._default_mode, now=now)
+            self._runs[name] = run
+        else:
+            return None
+        attempts = self._attempts.setdefault(name, {})
+        attempts[attempt.manifest.attempt] = attempt
+        while len(attempts) > MAX_ATTEMPTS:
+            del attempts[next(iter(attempts))]
+        return run
+
+    def views(self) -> tuple[View, ...]:
+        """Every run's view, safe to read on any thread."""
+        return tuple(run.view for run in list(self._runs.values()))
+
+    def with_decision(self, identity: str) -> Run | None:
+        """The run that holds the decision `identity`."""
+        return next((run for run in self if any(made.id == identity for made in run.supervisor.decisions)), None)
+
+    def _make_room(self) -> bool:
+        if len(self._runs) < MAX_RUNS:
+            return True
+        gone = [run for run in self._runs.values() if run.view.phase != "running"]
+        if not gone:
+            return False
+        oldest = min(gone, key=lambda run: run.view.last_seen_at).name
+        del self._runs[oldest], self._attempts[oldest]
+        return True

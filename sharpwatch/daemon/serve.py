@@ -1,0 +1,211 @@
+"""The daemon as a whole: everything wired, from the first check of the configuration to the last flush."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import stat
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import structlog
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+from prometheus_client import CollectorRegistry
+
+from sharpwatch import wire
+from sharpwatch._version import __version__
+from sharpwatch.daemon.config import Config
+from sharpwatch.daemon.estimator import Estimator
+from sharpwatch.daemon.ingest import Manifest
+from sharpwatch.daemon.intake import Intake
+from sharpwatch.daemon.logs import configure_logs
+from sharpwatch.daemon.metrics import OwnMetrics, RunCollector
+from sharpwatch.daemon.operator import Facts, OperatorService
+from sharpwatch.daemon.pipeline import Pipeline
+from sharpwatch.daemon.records import Mode
+from sharpwatch.daemon.restore import REPLAYED_SAMPLES, restore_run
+from sharpwatch.daemon.runs import Runs
+from sharpwatch.daemon.security import Gate, check_grpc_address, load_token
+from sharpwatch.daemon.server import AgentService, Sessions
+from sharpwatch.daemon.store import Store
+from sharpwatch.daemon.supervisor import Supervisor
+from sharpwatch.daemon.web import Web
+from sharpwatch.errors import SharpwatchError
+from sharpwatch.v1.operator_pb2_grpc import add_OperatorServiceServicer_to_server
+
+log = structlog.get_logger(__name__)
+
+DRAIN_SECONDS = 2.0
+RETRY_AFTER_SECONDS = 1.0
+QUEUE_BYTES = 256 * 2**20
+# gRPC itself cuts off what is twice as large; between the two the daemon refuses, with a reason, and counts.
+_OPTIONS = (
+    ("grpc.max_receive_message_length", 2 * wire.MAX_MESSAGE_BYTES),
+    ("grpc.so_reuseport", 0),  # a second daemon on the port must fail, not share it
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+)
+
+
+def run(config: Config) -> int:
+    """Serve until SIGTERM or SIGINT; returns the exit status."""
+    configure_logs(config.daemon.log_level)
+    try:
+        return asyncio.run(_main(config))
+    except SharpwatchError as error:
+        log.error("not_serving", reason=str(error))  # noqa: TRY400  the reason is the message
+        return 1
+
+
+async def _main(config: Config) -> int:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with serving(config) as daemon:
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait((stopping, daemon.worker), return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if daemon.worker.done():
+            log.critical("worker_failed", exc_info=daemon.worker.exception())
+            return 1
+        log.info("stopping")
+    log.info("stopped")
+    return 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Daemon:
+    """A daemon that serves: its bound addresses, and the task that does the work."""
+
+    grpc: str
+    http: str
+    worker: asyncio.Task[None]
+
+
+@asynccontextmanager
+async def serving(config: Config) -> AsyncIterator[Daemon]:
+    """A whole daemon for the length of a `with`, drained at its end; raises `SharpwatchError` if it can't start."""
+    settings = config.daemon
+    check_grpc_address(settings.grpc)
+    gate = Gate(load_token(settings.token_file))
+    started_at = time.monotonic()
+    registry = CollectorRegistry()
+    runs = Runs(lambda manifest, earlier: _supervisor(config, manifest, earlier), _default_mode(config))
+    async with AsyncExitStack() as stack:
+        store = await Store.open(settings.store, retain_samples=settings.retain_samples)
+        stack.push_async_callback(store.close)
+        estimator = Estimator(settings.device)
+        stack.callback(estimator.close)
+        intake = Intake(settings.queue_capacity, QUEUE_BYTES, on_evict=lambda entry: sessions.evicted(entry))  # noqa: PLW0108  made below
+        metrics = OwnMetrics(registry, queue_depth=lambda: intake.depth, queue_capacity=intake.capacity)
+        sessions = Sessions(metrics)
+        registry.register(
+            RunCollector(runs.views, time.time, stale_after=settings.stale_after, layers=settings.layer_metrics)
+        )
+        pipeline = Pipeline(
+            runs=runs,
+            intake=intake,
+            store=store,
+            estimator=estimator,
+            metrics=metrics,
+            on_settled=sessions.settled,
+            on_command=sessions.command,
+        )
+        await _restore(runs, store, pipeline)
+        web = Web(registry, unready=lambda: pipeline.store_error)
+        http = await web.start(settings.http)
+        stack.push_async_callback(web.stop)
+        agents = AgentService(runs=runs, intake=intake, pipeline=pipeline, sessions=sessions, metrics=metrics)
+        facts = Facts(started_at, estimator.device, settings.store, http)
+        operators = OperatorService(runs=runs, pipeline=pipeline, store=store, gate=gate, facts=facts)
+        server, health, address = await _start_grpc(settings.grpc, agents, operators)
+        worker = asyncio.create_task(pipeline.run(), name="pipeline")
+        log.info(
+            "serving",
+            grpc=address,
+            http=http,
+            device=estimator.device,
+            store=str(store.path),
+            runs=len(runs),
+            version=__version__,
+        )
+        try:
+            yield Daemon(address, http, worker)
+        finally:
+            agents.draining = True
+            await health.enter_graceful_shutdown()
+            pipeline.stop()
+            await asyncio.wait((worker,))
+            operators.drain()
+            sessions.drain("the daemon is stopping", RETRY_AFTER_SECONDS)
+            await server.stop(DRAIN_SECONDS)
+
+
+async def _restore(runs: Runs, store: Store, pipeline: Pipeline) -> None:
+    for name in await store.runs():
+        stored = await store.load(name, samples=REPLAYED_SAMPLES)
+        changes = restore_run(runs, stored)
+        run = runs.get(name)
+        if run is not None:
+            await pipeline.restored(run, changes)
+
+
+def _default_mode(config: Config) -> Mode:
+    """The mode shown of a run that was set none: the most that any policy may do."""
+    modes: tuple[Mode, ...] = ("enforce", "advise")
+    return next((mode for mode in modes if any(policy.mode == mode for policy in config.policies)), "observe")
+
+
+def _supervisor(config: Config, manifest: Manifest, earlier: Supervisor | None) -> Supervisor:
+    """A supervisor of a new attempt, which knows all that the run's `earlier` one knew."""
+    supervisor = Supervisor(
+        manifest.run,
+        blocks=manifest.blocks,
+        policies=config.policies,
+        control=manifest.control,
+        lr_bounds=manifest.lr_bounds,
+        can_roll_back=manifest.control != "none",  # with "lr" the trainer takes one where it has on_rollback
+    )
+    if earlier is not None:
+        supervisor.restore(earlier.alerts, earlier.decisions, earlier.revisions, earlier.checkpoints, earlier.mode)
+    return supervisor
+
+
+async def _start_grpc(
+    address: str, agents: AgentService, operators: OperatorService
+) -> tuple[grpc.aio.Server, HealthServicer, str]:
+    server = grpc.aio.server(options=_OPTIONS)
+    server.add_generic_rpc_handlers((agents.handlers(),))
+    add_OperatorServiceServicer_to_server(operators, server)
+    health = HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    for service in ("", "sharpwatch.v1.AgentService", "sharpwatch.v1.OperatorService"):
+        await health.set(service, health_pb2.HealthCheckResponse.SERVING)
+    bound = _bind(server, address)
+    await server.start()
+    return server, health, bound
+
+
+def _bind(server: grpc.aio.Server, address: str) -> str:
+    """Listen; a socket is its owner's alone from its first moment, for who connects there may command."""
+    before = os.umask(0o177)
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise SharpwatchError(f"grpc {address}: can't listen there; is another daemon running?") from error
+    finally:
+        os.umask(before)
+    if address.startswith("unix:"):
+        mode = stat.S_IMODE(Path(address.removeprefix("unix:")).stat().st_mode)
+        if mode & 0o077:
+            raise SharpwatchError(f"grpc {address}: the socket has mode {mode:04o}, others could command the daemon")
+        return address
+    return f"{address.rpartition(':')[0]}:{port}"

@@ -1,0 +1,238 @@
+"""A whole daemon in this process, and trainers that speak the wire by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import aiohttp
+import grpc
+import numpy as np
+import pytest
+
+from sharpwatch import wire
+from sharpwatch.daemon.config import load_config
+from sharpwatch.daemon.serve import Daemon, serving
+from sharpwatch.v1 import agent_pb2, types_pb2
+from sharpwatch.v1 import operator_pb2 as pb
+from sharpwatch.v1.agent_pb2_grpc import AgentServiceStub
+from sharpwatch.v1.operator_pb2_grpc import OperatorServiceStub
+
+BLOCKS = ("emb", "qk", "ffn", "vo", "norm")
+LAYER_BLOCKS = (("emb", "", 512), *((block, "layers.0", 64) for block in BLOCKS[1:]))
+SKETCH = 64
+PATIENCE = 30  # seconds until a test is held to hang
+
+
+def hello(run: str = "run", attempt: str = "a1", **changes) -> agent_pb2.Hello:
+    return agent_pb2.Hello(
+        **{
+            "protocol": wire.PROTOCOL,
+            "training_job": "job",
+            "run": run,
+            "attempt": attempt,
+            "layer_blocks": [types_pb2.LayerBlock(block=b, layer=layer, parameters=n) for b, layer, n in LAYER_BLOCKS],
+            "blocks": BLOCKS,
+            "optimizer": "AdamW",
+            "control": "rollback",
+            "min_multiplier": 0.1,
+            "max_multiplier": 10,
+            "sketch_size": SKETCH,
+        }
+        | changes
+    )
+
+
+def tap(scale: float = 1.0) -> agent_pb2.Tap:
+    ones = np.ones(len(LAYER_BLOCKS))
+    return agent_pb2.Tap(
+        gradient_norm=wire.encode(scale * ones, "float32"),
+        weight_norm=wire.encode(ones, "float32"),
+        update_rms=wire.encode(scale * ones, "float32"),
+        non_finite=wire.encode(0 * ones, "int64"),
+        learning_rate=wire.encode(1e-3 * ones, "float32"),
+        lr_multiplier=wire.encode(ones, "float32"),
+    )
+
+
+def gnb(seed: int, draws: int = 2) -> agent_pb2.GnbProbe:
+    """Gradients drawn from a known Gauss-Newton matrix: sketches are they themselves, so traces agree with them."""
+    random = np.random.default_rng(seed)
+    sizes = np.array([n for _, _, n in LAYER_BLOCKS])
+    sharpness = np.array([1e-3, 1e-2, 2e-2, 4e-2, 1.0])
+    sketches = random.normal(size=(draws, len(BLOCKS), SKETCH)) * np.sqrt(sharpness * sizes / SKETCH)[:, None]
+    return agent_pb2.GnbProbe(
+        tokens=256,
+        rows=4,
+        traces=wire.encode(np.square(sketches).sum(-1), "float64"),
+        sketches=wire.encode(sketches, "float32"),
+        seconds=0.01,
+    )
+
+
+def direction(ratio: float = 0.25) -> agent_pb2.DirectionProbe:
+    ones = np.ones(len(BLOCKS))
+    return agent_pb2.DirectionProbe(
+        tokens=256,
+        rows=4,
+        descent=1.0,
+        curvature=2 * ratio,
+        block_descent=wire.encode(0.2 * ones, "float64"),
+        block_curvature=wire.encode([0.4 * ratio, *[np.nan] * 4], "float64"),
+        update_ratio=wire.encode(0.01 * ones, "float32"),
+    )
+
+
+def sample(sequence: int, step: int | None = None, **parts) -> agent_pb2.Sample:
+    """A sample of everything a step may have."""
+    step = sequence if step is None else step
+    whole = {
+        "taken_at_unix_ns": step * 1_000_000_000,
+        "loss": 4.0 + 0.01 * (step % 7),
+        "tap": tap(1.0 + 0.01 * (step % 5)),
+        "health": agent_pb2.AgentHealth(overhead_ratio=0.005, step_seconds=0.2, dropped={"spool": 1}),
+    }
+    return agent_pb2.Sample(**{"sequence": sequence, "step": step, **whole, **parts})
+
+
+@dataclass
+class Trainer:
+    """One session; what the daemon says is kept in `heard`, by kind."""
+
+    call: grpc.aio.StreamStreamCall
+    welcome: agent_pb2.Welcome | None = None
+    heard: dict[str, list] = field(default_factory=dict)
+
+    async def send(self, message: agent_pb2.Hello | agent_pb2.Sample) -> None:
+        kind = "hello" if isinstance(message, agent_pb2.Hello) else "sample"
+        await self.call.write(agent_pb2.SessionRequest(**{kind: message}))
+
+    async def next(self, kind: str):
+        """The next response of `kind`; those of other kinds are kept."""
+        while not self.heard.get(kind):
+            async with asyncio.timeout(PATIENCE):
+                response = await self.call.read()
+            if response is grpc.aio.EOF:
+                raise AssertionError(f"the session ended before a {kind}: {await self.call.code()}")
+            self.heard.setdefault(response.WhichOneof("message"), []).append(
+                getattr(response, response.WhichOneof("message"))
+            )
+        return self.heard[kind].pop(0)
+
+    async def acknowledged(self, sequence: int) -> None:
+        """Wait until all up to `sequence` is journalled."""
+        while (await self.next("ack")).sequence < sequence:
+            pass
+
+    async def ended(self) -> tuple[grpc.StatusCode, str]:
+        """Read to the end; how the session ended."""
+        try:
+            async with asyncio.timeout(PATIENCE):
+                while await self.call.read() is not grpc.aio.EOF:
+                    pass
+        except grpc.aio.AioRpcError:
+            pass
+        return await self.call.code(), await self.call.details()
+
+
+@dataclass
+class Client:
+    """Everything one can do with a daemon from outside."""
+
+    grpc: str
+    http: str
+    token: str
+    channel: grpc.aio.Channel
+    web: aiohttp.ClientSession
+    daemon: Daemon
+
+    @property
+    def operator(self) -> OperatorServiceStub:
+        return OperatorServiceStub(self.channel)
+
+    @property
+    def credentials(self) -> tuple[tuple[str, str], ...]:
+        return (("authorization", f"Bearer {self.token}"),)
+
+    def connect(self) -> Trainer:
+        return Trainer(AgentServiceStub(self.channel).Session())
+
+    async def train(self, run: str = "run", attempt: str = "a1", **changes) -> Trainer:
+        """A session that has been welcomed."""
+        trainer = self.connect()
+        await trainer.send(hello(run, attempt, **changes))
+        trainer.welcome = await trainer.next("welcome")
+        return trainer
+
+    async def shown(self, run: str, when) -> pb.RunDetail:
+        """Watch `run` until `when(detail)` holds."""
+        call = self.operator.WatchRun(pb.WatchRunRequest(run=run))
+        async with asyncio.timeout(PATIENCE):
+            async for response in call:
+                if when(response.detail):
+                    call.cancel()
+                    return response.detail
+        raise AssertionError("the watch ended")
+
+    async def get(self, path: str) -> tuple[int, str]:
+        async with self.web.get(f"http://{self.http}{path}") as response:
+            return response.status, await response.text()
+
+    async def metric(self, name: str) -> float | None:
+        """The one sample whose name and labels start so."""
+        _, text = await self.get("/metrics")
+        found = [line.rpartition(" ")[2] for line in text.splitlines() if line.startswith(name)]
+        return float(found[0]) if found else None
+
+
+def configuration(folder: Path, *, policies: str = "policies: []", **daemon: str | int):
+    settings = {
+        "grpc": "127.0.0.1:0",
+        "http": "127.0.0.1:0",
+        "device": "cpu",
+        "store": f"sqlite:///{folder}/journal.db",
+        "token_file": f"{folder}/operator.token",
+    } | daemon
+    path = folder / "sharpwatch.yaml"
+    lines = [f"  {key}: {json.dumps(value)}" for key, value in settings.items()]
+    path.write_text("\n".join(["daemon:", *lines, policies]))
+    return load_config(path)
+
+
+@pytest.fixture
+def build():
+    """Messages made by hand."""
+    return SimpleNamespace(hello=hello, sample=sample, tap=tap, gnb=gnb, direction=direction, blocks=BLOCKS)
+
+
+@pytest.fixture
+def configure(tmp_path):
+    """Write and load a configuration: `configure(policies=..., grpc=...)`."""
+    return lambda **changes: configuration(tmp_path, **changes)
+
+
+@pytest.fixture
+def running(configure, tmp_path):
+    """`async with running(...) as client`: a daemon for the length of the block."""
+
+    @asynccontextmanager
+    async def run(**changes):
+        async with AsyncExitStack() as stack:
+            daemon = await stack.enter_async_context(serving(configure(**changes)))
+            channel = await stack.enter_async_context(grpc.aio.insecure_channel(daemon.grpc))
+            web = await stack.enter_async_context(aiohttp.ClientSession())
+            token = (tmp_path / "operator.token").read_text().strip()
+            yield Client(daemon.grpc, daemon.http, token, channel, web, daemon)
+
+    return run
+
+
+@pytest.fixture
+async def daemon(running):
+    """A daemon without policies."""
+    async with running() as client:
+        yield client

@@ -1,0 +1,213 @@
+"""The agent's side of a daemon over a real socket, with messages made by hand."""
+
+from __future__ import annotations
+
+import grpc
+import numpy as np
+import pytest
+
+from sharpwatch import wire
+from sharpwatch.daemon import server
+from sharpwatch.v1 import agent_pb2, types_pb2
+
+
+async def test_samples_are_acknowledged_and_exported(daemon, build):
+    trainer = await daemon.train()
+    assert trainer.welcome.acknowledged_sequence == 0
+    assert trainer.welcome.max_message_bytes == wire.MAX_MESSAGE_BYTES
+    for sequence in range(1, 5):
+        await trainer.send(build.sample(sequence, gnb=build.gnb(sequence), direction=build.direction()))
+    await trainer.acknowledged(4)
+    detail = await daemon.shown("run", lambda detail: detail.run.step == 4)
+    assert detail.run.loss == pytest.approx(4.04)
+    assert detail.run.phase == 1
+    assert {block.block: block.parameters for block in detail.blocks}["emb"] == 512
+    assert detail.overhead_ratio == 0.005
+    assert await daemon.metric("sharpwatch_run_step{") == 4
+    assert await daemon.metric("sharpwatch_samples_received_total") == 4
+    assert await daemon.metric("sharpwatch_sessions") == 1
+    assert await daemon.metric("sharpwatch_ingest_to_metric_seconds_count") == 4
+    trainer.call.cancel()
+    await daemon.shown("run", lambda detail: detail.run.phase == 2)
+
+
+async def test_a_session_that_says_all_is_answered_to_the_end(daemon, build):
+    trainer = await daemon.train()
+    for sequence in range(1, 30):
+        await trainer.send(build.sample(sequence, closing=sequence == 29))
+    await trainer.call.done_writing()
+    await trainer.acknowledged(29)
+    assert (await trainer.ended())[0] is grpc.StatusCode.OK
+    await daemon.shown("run", lambda detail: detail.run.phase == 3)
+
+
+async def test_estimates_agree_with_what_the_probes_were_drawn_from(daemon, build):
+    trainer = await daemon.train()
+    for sequence in range(1, 9):
+        await trainer.send(build.sample(sequence, gnb=build.gnb(sequence, draws=4)))
+    await trainer.acknowledged(8)
+    detail = await daemon.shown("run", lambda detail: detail.run.step == 8 and len(detail.blocks[0].estimates) > 0)
+    true = {"emb": 1e-3, "qk": 1e-2, "ffn": 2e-2, "vo": 4e-2, "norm": 1.0}
+    for block in detail.blocks:
+        (sharpness,) = [one for one in block.estimates if one.quantity == "sharpness"]
+        (trace,) = [one for one in block.estimates if one.quantity == "trace"]
+        # 32 draws of 64 normal numbers each: the claimed error is that of a mean of chi-squares, and 4 of it suffice.
+        assert sharpness.stderr == pytest.approx(true[block.block] * np.sqrt(2 / (64 * 32)), rel=0.75)
+        assert abs(sharpness.value - true[block.block]) < 4 * sharpness.stderr
+        assert trace.value == pytest.approx(sharpness.value * block.parameters)
+        assert sharpness.draws == 32
+        assert sharpness.estimator == "gnb"
+    assert detail.block_order_correlation == 1.0
+    assert await daemon.metric('sharpwatch_block_sharpness{block="norm"') == pytest.approx(1.0, rel=0.2)
+    trainer.call.cancel()
+
+
+async def test_the_stability_ratio_is_shown_whole_and_for_the_blocks_that_had_their_turn(daemon, build):
+    trainer = await daemon.train()
+    await trainer.send(build.sample(1, direction=build.direction(0.5)))
+    await trainer.send(build.sample(2, direction=build.direction(0.25)))
+    await trainer.acknowledged(2)
+    detail = await daemon.shown("run", lambda detail: detail.run.step == 2 and len(detail.estimates) > 0)
+    (whole,) = [one for one in detail.estimates if one.quantity == "stability_ratio"]
+    assert whole.value == pytest.approx(0.375)
+    ratios = {block.block: [one.value for one in block.estimates] for block in detail.blocks}
+    assert ratios == {"emb": [pytest.approx(0.375)], "qk": [], "ffn": [], "vo": [], "norm": []}
+    trainer.call.cancel()
+
+
+async def test_a_resend_is_acknowledged_and_not_taken_twice(daemon, build):
+    first = await daemon.train()
+    for sequence in (1, 2, 3):
+        await first.send(build.sample(sequence))
+    await first.acknowledged(3)
+    first.call.cancel()
+    second = await daemon.train()
+    assert second.welcome.acknowledged_sequence == 3
+    await second.send(build.sample(2))
+    await second.acknowledged(3)
+    await second.send(build.sample(4))
+    await second.acknowledged(4)
+    assert await daemon.metric("sharpwatch_ingest_to_metric_seconds_count") == 4
+    second.call.cancel()
+
+
+async def test_a_newer_session_of_an_attempt_takes_over(daemon, build):
+    first = await daemon.train()
+    second = await daemon.train()
+    code, details = await first.ended()
+    assert code is grpc.StatusCode.ABORTED
+    assert "took over" in details
+    await second.send(build.sample(1))
+    await second.acknowledged(1)
+    assert await daemon.metric("sharpwatch_sessions") == 1
+    second.call.cancel()
+
+
+async def test_bad_samples_are_refused_with_a_reason_and_harm_nobody(daemon, build):
+    good, bad = await daemon.train("good", "g1"), await daemon.train("bad", "b1")
+    bad_tap = build.tap()
+    bad_tap.learning_rate.CopyFrom(wire.encode([np.nan] * 5, "float32"))
+    await bad.send(build.sample(1, step=5))
+    await bad.send(build.sample(2, tap=agent_pb2.Tap()))
+    await bad.send(build.sample(3, tap=bad_tap))
+    await bad.send(build.sample(4, step=2))
+    await bad.send(build.sample(5, step=6))
+    await bad.acknowledged(5)
+    refusals = [await bad.next("refusal") for _ in range(3)]
+    assert [(one.sequence, one.code) for one in refusals] == [
+        (2, "malformed"),
+        (3, "non_finite"),
+        (4, "out_of_order"),
+    ]
+    assert all(one.reason for one in refusals)
+    for code in ("malformed", "non_finite", "out_of_order"):
+        assert await daemon.metric(f'sharpwatch_samples_refused_total{{code="{code}"}}') == 1
+    await good.send(build.sample(1))
+    await good.acknowledged(1)
+    good.call.cancel()
+    bad.call.cancel()
+
+
+async def test_bytes_that_are_no_message_are_refused(daemon, build):
+    session = daemon.channel.stream_stream(
+        "/sharpwatch.v1.AgentService/Session", response_deserializer=agent_pb2.SessionResponse.FromString
+    )()
+    await session.write(agent_pb2.SessionRequest(hello=build.hello()).SerializeToString())
+    assert (await session.read()).HasField("welcome")
+    await session.write(b"\xff\xff\xff\xff")
+    refusal = (await session.read()).refusal
+    assert (refusal.sequence, refusal.code) == (0, "malformed")
+    await session.write(agent_pb2.SessionRequest(sample=build.sample(1)).SerializeToString())
+    assert (await session.read()).ack.sequence == 1
+    session.cancel()
+
+
+@pytest.mark.parametrize("excess", [1, wire.MAX_MESSAGE_BYTES])
+async def test_an_oversized_message_ends_its_stream_alone(daemon, build, excess):
+    good, bad = await daemon.train("good", "g1"), await daemon.train("bad", "b1")
+    await bad.send(build.sample(1, results=[types_pb2.CommandResult(detail="x" * (wire.MAX_MESSAGE_BYTES + excess))]))
+    assert (await bad.ended())[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
+    await good.send(build.sample(1))
+    await good.acknowledged(1)
+    if excess == 1:  # what is twice too large gRPC itself cuts off, uncounted
+        assert await daemon.metric('sharpwatch_samples_refused_total{code="oversized"}') == 1
+    again = await daemon.train("bad", "b1")
+    await again.send(build.sample(1))
+    await again.acknowledged(1)
+    for trainer in (good, again):
+        trainer.call.cancel()
+
+
+async def test_a_session_without_a_good_hello_is_turned_away(daemon, build):
+    silent, hasty, wrong = daemon.connect(), daemon.connect(), daemon.connect()
+    await silent.call.done_writing()
+    await hasty.send(build.sample(1))
+    await wrong.send(build.hello(protocol=99))
+    for trainer, says in ((silent, "no Hello"), (hasty, "must be a Hello"), (wrong, "protocol 99")):
+        code, details = await trainer.ended()
+        assert code is grpc.StatusCode.INVALID_ARGUMENT
+        assert says in details
+    assert await daemon.metric('sharpwatch_samples_refused_total{code="hello"}') == 3
+
+
+async def test_an_attempt_stays_with_its_run_and_its_blocks(daemon, build):
+    await daemon.train("one", "a1")
+    thief, other = daemon.connect(), daemon.connect()
+    await thief.send(build.hello("two", "a1"))
+    assert "wrong_run" in (await thief.ended())[1]
+    rows = [types_pb2.LayerBlock(block="emb", parameters=1)]
+    await other.send(build.hello("one", "a1", blocks=["emb"], layer_blocks=rows))
+    assert "other blocks" in (await other.ended())[1]
+
+
+async def test_a_new_attempt_continues_the_run(daemon, build):
+    first = await daemon.train(attempt="a1")
+    await first.send(build.sample(1, step=100))
+    await first.acknowledged(1)
+    second = await daemon.train(attempt="a2", initial_step=50)
+    assert second.welcome.acknowledged_sequence == 0
+    await second.send(build.sample(1, step=51))  # not out of order: another attempt
+    await second.acknowledged(1)
+    await first.send(build.sample(2, step=101))  # what the old attempt still had is kept, and moves nothing
+    await first.acknowledged(2)
+    detail = await daemon.shown("run", lambda detail: detail.run.attempts == 2)
+    assert detail.run.step == 51
+    first.call.cancel()
+    second.call.cancel()
+
+
+async def test_a_client_that_does_not_read_its_refusals_is_ended(daemon, build, monkeypatch):
+    monkeypatch.setattr(server, "MAX_OUTGOING", 0)
+    trainer = await daemon.train()
+    await trainer.send(build.sample(1, tap=agent_pb2.Tap()))
+    assert (await trainer.ended())[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def test_health_is_served_beside(daemon):
+    from grpc_health.v1 import health_pb2, health_pb2_grpc  # noqa: PLC0415
+
+    stub = health_pb2_grpc.HealthStub(daemon.channel)
+    answer = await stub.Check(health_pb2.HealthCheckRequest(service="sharpwatch.v1.AgentService"))
+    assert answer.status == health_pb2.HealthCheckResponse.SERVING
+    assert await daemon.get("/-/healthy") == (200, "ok\n")
+    assert await daemon.get("/-/ready") == (200, "ready\n")

@@ -1,0 +1,185 @@
+"""The journal on a real file: what it keeps, what it refuses, what a full disk does."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
+
+import pytest
+
+from sharpwatch.curvature.estimate import Estimate
+from sharpwatch.daemon.journal import AttemptRow, Batch, EstimateRow, Journal, ModeRow, SampleRow
+from sharpwatch.daemon.records import Alert, Checkpoint, Decision, Revision, RollbackPlan
+from sharpwatch.errors import StoreError
+
+ATTEMPT = AttemptRow("run", "a1", b"hello", 100.0)
+
+
+def samples(first: int, last: int, *, size: int = 8, closed: bool = False) -> tuple[SampleRow, ...]:
+    return tuple(
+        SampleRow("run", "a1", sequence, sequence + 10, b"x" * size, 100.0 + sequence, closed)
+        for sequence in range(first, last + 1)
+    )
+
+
+@pytest.fixture
+def url(tmp_path):
+    return f"sqlite:///{tmp_path}/journal.db"
+
+
+@pytest.fixture
+def journal(url):
+    with closing(Journal(url, retain_samples=100)) as opened:
+        yield opened
+
+
+def test_every_record_comes_back_as_it_went(journal):
+    alert = Alert("al1", "run", "LossSpike", ("qk", "vo"), "critical", "z 9", 5, 7, active=True)
+    plan = RollbackPlan(Checkpoint(3, "file:///c"), 3, 9)
+    made = Decision(
+        "d1",
+        "run",
+        1.5,
+        7,
+        "rollback",
+        "enforce",
+        "sent",
+        policy="p",
+        alert_id="al1",
+        multipliers={"qk": 0.5},
+        ramp_steps=20,
+        ttl_steps=500,
+        apply_at_step=8,
+        expires_at_step=90,
+        rollback=plan,
+        author="ann",
+        reason="why",
+    )
+    revision = Revision("run", 1, {"qk": 0.5}, "ann", "why", 1.5, "d1", applied_step=9)
+    estimate = EstimateRow("run", "trace", "qk", Estimate(2.0, math.nan, 4, "gnb", 7))
+    journal.write(
+        Batch(
+            attempts=(ATTEMPT,),
+            samples=samples(1, 3),
+            alerts=(alert,),
+            decisions=(made,),
+            revisions=(revision,),
+            checkpoints=(("run", Checkpoint(3, "file:///c")),),
+            modes=(ModeRow("run", "enforce", "ann", "why", 2.0),),
+            estimates=(estimate,),
+        )
+    )
+    stored = journal.load("run", samples=2)
+    assert stored.alerts == (alert,)
+    assert stored.decisions == (made,)
+    assert stored.revisions == (revision,)
+    assert stored.checkpoints == (plan.checkpoint,)
+    assert stored.mode == "enforce"
+    assert [row.sequence for row in stored.samples] == [2, 3]
+    assert stored.attempts[0].acknowledged == 3
+    assert journal.decisions("", 10) == (made,)
+    (kept,) = journal.estimates("run")
+    assert kept.estimate.value == 2.0
+    assert math.isnan(kept.estimate.stderr)
+
+
+def test_a_record_that_changes_keeps_its_place(journal):
+    first = Decision("d1", "run", 1.0, 7, "notify", "advise", "proposed")
+    second = Decision("d2", "run", 2.0, 8, "notify", "advise", "observed")
+    journal.write(Batch(attempts=(ATTEMPT,), decisions=(first, second)))
+    journal.write(Batch(decisions=(Decision("d1", "run", 1.0, 7, "notify", "advise", "rejected"),)))
+    assert [(made.id, made.outcome) for made in journal.load("run", samples=0).decisions] == [
+        ("d1", "rejected"),
+        ("d2", "observed"),
+    ]
+
+
+def test_resent_samples_are_kept_once_and_old_ones_go(journal):
+    journal.write(Batch(attempts=(ATTEMPT,)))
+    for first in range(1, 1000, 50):
+        journal.write(Batch(samples=samples(first, first + 49)))
+        journal.write(Batch(samples=samples(first, first + 49)))
+    kept = [row.sequence for row in journal.load("run", samples=10_000).samples]
+    assert kept[-1] == 1000
+    assert kept == sorted(set(kept))
+    assert 100 <= len(kept) < 200  # the newest 100, and fewer than the 100 between two trims
+    assert journal.load("run", samples=1).attempts[0].acknowledged == 1000
+
+
+def test_a_closing_sample_closes_its_attempt(journal):
+    journal.write(Batch(attempts=(ATTEMPT,), samples=samples(1, 1, closed=True)))
+    assert journal.load("run", samples=1).attempts[0].closed
+
+
+def test_a_second_daemon_is_kept_out(journal, url):
+    with pytest.raises(StoreError, match=r"journal\.db: another daemon holds it"):
+        Journal(url, retain_samples=100)
+    assert journal.runs() == ()
+
+
+def test_what_can_not_be_a_journal_is_refused_with_path_and_cause(tmp_path):
+    with pytest.raises(StoreError, match="expected sqlite:///PATH"):
+        Journal("postgresql://somewhere", retain_samples=1)
+    with pytest.raises(StoreError, match=r"nowhere/j\.db: No such file or directory"):
+        Journal(f"sqlite:///{tmp_path}/nowhere/j.db", retain_samples=1)
+    (tmp_path / "text.db").write_text("this is not a database, and long enough that SQLite looks at its header\n" * 20)
+    with pytest.raises(StoreError, match=r"text\.db: file is not a database"):
+        Journal(f"sqlite:///{tmp_path}/text.db", retain_samples=1)
+    with closing(sqlite3.connect(tmp_path / "newer.db")) as newer:
+        newer.execute("PRAGMA user_version=99")
+    with pytest.raises(StoreError, match="schema 99, written by a newer sharpwatch"):
+        Journal(f"sqlite:///{tmp_path}/newer.db", retain_samples=1)
+    with closing(sqlite3.connect(tmp_path / "other.db")) as other:
+        other.execute("CREATE TABLE cats (name)")
+    with pytest.raises(StoreError, match="a database of something else"):
+        Journal(f"sqlite:///{tmp_path}/other.db", retain_samples=1)
+
+
+def test_a_full_disk_takes_nothing_and_says_so_then_all_of_it(journal):
+    journal.write(Batch(attempts=(ATTEMPT,), samples=samples(1, 2)))
+    (pages,) = journal._connection.execute("PRAGMA page_count").fetchone()
+    journal._connection.execute(f"PRAGMA max_page_count={pages + 2}")  # SQLITE_FULL, as a full disk gives it
+    large = Batch(samples=samples(3, 10, size=100_000))
+    with pytest.raises(StoreError, match=r"journal\.db: database or disk is full"):
+        journal.write(large)
+    assert [row.sequence for row in journal.load("run", samples=99).samples] == [1, 2]
+    journal._connection.execute("PRAGMA max_page_count=1000000")
+    journal.write(large)
+    assert journal.load("run", samples=99).attempts[0].acknowledged == 10
+
+
+WRITER = """
+import sys
+from sharpwatch.daemon.journal import AttemptRow, Batch, Journal, SampleRow
+journal = Journal(sys.argv[1], retain_samples=100_000)
+journal.write(Batch(attempts=(AttemptRow("run", "a1", b"", 0.0),)))
+sequence = 0
+while True:
+    sequence += 1
+    journal.write(Batch(samples=(SampleRow("run", "a1", sequence, sequence, b"x" * 500, 0.0),)))
+    print(sequence, flush=True)
+"""
+
+
+def test_what_was_acknowledged_survives_kill_9(url):
+    writer = subprocess.Popen([sys.executable, "-c", WRITER, url], stdout=subprocess.PIPE, text=True)
+    acknowledged = 0
+    for line in writer.stdout:
+        acknowledged = int(line)
+        if acknowledged == 50:
+            os.kill(writer.pid, signal.SIGKILL)
+            break
+    rest = writer.stdout.read().split()
+    acknowledged = int(rest[-1]) if rest else acknowledged
+    writer.wait()
+    writer.stdout.close()
+    with closing(Journal(url, retain_samples=100_000)) as journal:
+        stored = journal.load("run", samples=100_000)
+    sequences = [row.sequence for row in stored.samples]
+    assert sequences[:acknowledged] == list(range(1, acknowledged + 1))
+    assert stored.attempts[0].acknowledged == sequences[-1] <= acknowledged + 1

@@ -1,0 +1,236 @@
+"""What the wire may carry, and what is refused under which code."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sharpwatch import wire
+from sharpwatch.daemon.ingest import MAX_DRAWS, MAX_ITEMS, Cursor, read_hello, read_sample
+from sharpwatch.errors import WireError
+from sharpwatch.v1 import agent_pb2, types_pb2
+
+BLOCKS = ("emb", "qk")
+LAYERS = (("emb", "", 40), ("qk", "layers.0", 8), ("qk", "layers.1", 8))
+
+
+def hello(**changes) -> agent_pb2.Hello:
+    message = agent_pb2.Hello(
+        protocol=wire.PROTOCOL,
+        training_job="job",
+        run="run",
+        attempt="a1",
+        layer_blocks=[types_pb2.LayerBlock(block=b, layer=layer, parameters=n) for b, layer, n in LAYERS],
+        blocks=BLOCKS,
+        optimizer="AdamW",
+        control="lr",
+        min_multiplier=0.1,
+        max_multiplier=10,
+        sketch_size=64,
+    )
+    for name, value in changes.items():
+        if isinstance(value, list):
+            message.ClearField(name)
+            getattr(message, name).extend(value)
+        else:
+            setattr(message, name, value)
+    return message
+
+
+def tap(**changes) -> agent_pb2.Tap:
+    arrays = {
+        "gradient_norm": ([1.0, 2.0, 3.0], "float32"),
+        "weight_norm": ([1.0, 1.0, 1.0], "float32"),
+        "update_rms": ([math.nan, 1.0, 1.0], "float32"),
+        "non_finite": ([0, 0, 2], "int64"),
+        "learning_rate": ([0.1, 0.1, 0.1], "float32"),
+        "lr_multiplier": ([1.0, 1.0, 1.0], "float32"),
+    } | changes
+    return agent_pb2.Tap(**{name: wire.encode(values, dtype) for name, (values, dtype) in arrays.items()})
+
+
+def gnb(traces=((1.0, 2.0, 3.0), (1.0, 2.0, 4.0)), sketches=None) -> agent_pb2.GnbProbe:
+    sketches = np.ones((len(traces), 2, 64)) if sketches is None else sketches
+    return agent_pb2.GnbProbe(
+        tokens=128, rows=4, traces=wire.encode(traces, "float64"), sketches=wire.encode(sketches, "float32")
+    )
+
+
+def direction(descent=1.0, curvature=0.5, block_curvature=(math.nan, 0.25)) -> agent_pb2.DirectionProbe:
+    return agent_pb2.DirectionProbe(
+        tokens=128,
+        descent=descent,
+        curvature=curvature,
+        block_descent=wire.encode([0.5, 0.5], "float64"),
+        block_curvature=wire.encode(block_curvature, "float64"),
+        update_ratio=wire.encode([0.01, 0.01], "float32"),
+    )
+
+
+MANIFEST = read_hello(hello())
+
+
+def test_a_hello_becomes_a_manifest():
+    assert MANIFEST.blocks == BLOCKS
+    assert MANIFEST.block_of.tolist() == [0, 1, 1]
+    assert MANIFEST.block_parameters.tolist() == [40, 16]
+    assert MANIFEST.lr_bounds == (0.1, 10)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"protocol": 99}, "protocol 99"),
+        ({"blocks": []}, "blocks"),
+        ({"blocks": ["emb", "emb", "qk"]}, "twice"),
+        ({"blocks": ["emb", "attention"]}, "'attention'"),
+        ({"blocks": ["emb", "qk", "vo"]}, "not the blocks"),
+        ({"layer_blocks": []}, "layer_blocks"),
+        ({"layer_blocks": [types_pb2.LayerBlock(block="emb", parameters=0)]}, "not the blocks"),
+        ({"run": ""}, "run"),
+        ({"run": "a\nb"}, "printed"),
+        ({"attempt": "x" * 300}, "attempt"),
+        ({"control": "everything"}, "control"),
+        ({"min_multiplier": 0.0}, "bounds"),
+        ({"max_multiplier": math.inf}, "bounds"),
+        ({"min_multiplier": math.nan}, "bounds"),
+        ({"sketch_size": 2**20}, "sketch_size"),
+        ({"initial_step": -1}, "initial_step"),
+    ],
+)
+def test_a_hello_that_breaks_the_contract_is_malformed(changes, says):
+    with pytest.raises(WireError, match=says) as caught:
+        read_hello(hello(**changes))
+    assert caught.value.code == "malformed"
+
+
+def test_a_whole_sample_is_read():
+    sample = agent_pb2.Sample(
+        sequence=3,
+        step=7,
+        taken_at_unix_ns=2_000_000_000,
+        loss=math.nan,  # a loss that is not a number is news, not an error
+        tap=tap(),
+        gnb=gnb(),
+        direction=direction(),
+        health=agent_pb2.AgentHealth(overhead_ratio=math.nan, step_seconds=0.1, dropped={"spool": 2}),
+        results=[types_pb2.CommandResult(command_id="c", outcome=types_pb2.COMMAND_OUTCOME_APPLIED, step=7)],
+        checkpoints=[types_pb2.Checkpoint(step=5, uri="file:///c")],
+    )
+    reading = read_sample(MANIFEST, sample)
+    assert (reading.sequence, reading.step, reading.taken_at) == (3, 7, 2.0)
+    assert math.isnan(reading.loss)
+    assert reading.tap.non_finite.tolist() == [0, 0, 2]
+    assert reading.gnb.traces.shape == (2, 3)
+    assert reading.gnb.sketches.shape == (2, 2, 64)
+    assert math.isnan(reading.direction.block_curvature[0])
+    assert reading.health.overhead_ratio is None
+    assert reading.health.dropped == {"spool": 2}
+    assert reading.results[0].outcome == "applied"
+    assert reading.checkpoints[0].uri == "file:///c"
+    assert reading.dropped_probes == ()
+
+
+@pytest.mark.parametrize(
+    ("sample", "code"),
+    [
+        ({"sequence": 0}, "malformed"),
+        ({"step": -1}, "malformed"),
+        ({"tap": tap(gradient_norm=([1.0, 2.0], "float32"))}, "malformed"),
+        ({"tap": tap(gradient_norm=([1.0, 2.0, 3.0], "float64"))}, "malformed"),
+        ({"tap": tap(non_finite=([0, -1, 0], "int64"))}, "malformed"),
+        ({"tap": tap(learning_rate=([0.1, math.nan, 0.1], "float32"))}, "non_finite"),
+        ({"tap": tap(lr_multiplier=([1.0, math.inf, 1.0], "float32"))}, "non_finite"),
+        ({"tap": agent_pb2.Tap()}, "malformed"),
+        ({"gnb": gnb(traces=np.ones((MAX_DRAWS + 1, 3)))}, "malformed"),
+        ({"gnb": gnb(traces=[[1.0, -1.0, 1.0]])}, "malformed"),
+        ({"gnb": gnb(sketches=np.ones((2, 2, 32)))}, "malformed"),
+        ({"gnb": agent_pb2.GnbProbe(tokens=0, traces=wire.encode(np.ones((1, 3)), "float64"))}, "malformed"),
+        ({"direction": direction(block_curvature=(1.0, 1.0, 1.0))}, "malformed"),
+        ({"results": [types_pb2.CommandResult(command_id="c")]}, "malformed"),
+        ({"checkpoints": [types_pb2.Checkpoint(step=1, uri="u")] * (MAX_ITEMS + 1)}, "malformed"),
+        ({"checkpoints": [types_pb2.Checkpoint(step=1, uri="u" * 5000)]}, "malformed"),
+    ],
+)
+def test_a_sample_that_breaks_the_contract_is_refused(sample, code):
+    with pytest.raises(WireError) as caught:
+        read_sample(MANIFEST, agent_pb2.Sample(**{"sequence": 1, "step": 1} | sample))
+    assert caught.value.code == code
+
+
+def test_claimed_bytes_are_checked_before_anything_is_made_of_them():
+    lie = types_pb2.Array(dtype="float64", shape=[2**31, 3], data=b"")
+    with pytest.raises(WireError, match="0 bytes, expected"):
+        read_sample(MANIFEST, agent_pb2.Sample(sequence=1, step=1, gnb=agent_pb2.GnbProbe(tokens=1, traces=lie)))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_probe_that_is_not_finite_is_dropped_alone(bad):
+    sketches = np.ones((2, 2, 64))
+    sketches[1, 1, 5] = bad
+    sample = agent_pb2.Sample(
+        sequence=1, step=1, loss=2.0, tap=tap(), gnb=gnb(sketches=sketches), direction=direction(descent=bad)
+    )
+    reading = read_sample(MANIFEST, sample)
+    assert reading.gnb is None
+    assert reading.direction is None
+    assert reading.dropped_probes == ("gnb", "direction")
+    assert reading.tap is not None
+
+
+def test_a_resend_is_known_whether_it_waits_or_is_journalled():
+    cursor = Cursor()
+    assert cursor.judge(1, 10, rolled_back=False) == "new"
+    assert cursor.judge(2, 11, rolled_back=False) == "new"
+    assert cursor.judge(1, 10, rolled_back=False) == "waiting"
+    cursor.settle(1)
+    cursor.settle(2)
+    assert cursor.judge(1, 10, rolled_back=False) == "journalled"
+    assert cursor.idle
+
+
+def test_sequences_may_leave_gaps_and_not_fill_them_later():
+    cursor = Cursor()
+    cursor.judge(5, 10, rolled_back=False)
+    with pytest.raises(WireError, match="sequence 3 after 5") as caught:
+        cursor.judge(3, 10, rolled_back=False)
+    assert caught.value.code == "out_of_order"
+
+
+def test_steps_go_back_only_once_after_a_rollback_was_applied():
+    cursor = Cursor()
+    cursor.judge(1, 10, rolled_back=False)
+    with pytest.raises(WireError, match="step 4 after 10"):
+        cursor.judge(2, 4, rolled_back=False)
+    assert cursor.judge(3, 11, rolled_back=True) == "new"  # the result came before the step went back
+    assert cursor.judge(4, 4, rolled_back=False) == "new"
+    with pytest.raises(WireError, match="step 3 after 4"):
+        cursor.judge(5, 3, rolled_back=False)
+    assert cursor.judge(6, 2, rolled_back=True) == "new"  # the result came with the step itself
+    with pytest.raises(WireError, match="step 1 after 2"):
+        cursor.judge(7, 1, rolled_back=False)
+
+
+@given(st.lists(st.tuples(st.integers(1, 20), st.booleans()), max_size=60))
+def test_no_sequence_is_new_again_once_it_is_journalled(events):
+    cursor, journalled = Cursor(), set()
+    waiting = set()
+    for sequence, settle in events:
+        try:
+            place = cursor.judge(sequence, 1, rolled_back=False)
+        except WireError:
+            assert sequence not in waiting
+            continue
+        assert (place == "journalled") == (sequence <= max(journalled, default=0))
+        if place == "new":
+            assert sequence not in waiting
+            waiting.add(sequence)
+        if settle:
+            for one in sorted(waiting):
+                cursor.settle(one)
+            journalled |= waiting
+            waiting.clear()
