@@ -1,0 +1,219 @@
+"""Promise 7: commands change the rates the optimizer really uses, at a named step, and nothing else sees it."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import sharpwatch
+from sharpwatch.agent import attach as attach_module
+from sharpwatch.v1 import agent_pb2, types_pb2
+
+APPLIED, REFUSED, FAILED = (
+    types_pb2.COMMAND_OUTCOME_APPLIED,
+    types_pb2.COMMAND_OUTCOME_REFUSED,
+    types_pb2.COMMAND_OUTCOME_FAILED,
+)
+
+
+class Wire:
+    """A pipe whose other end is the test."""
+
+    def __init__(self, hello, **_):
+        self.hello, self.samples, self.inbox, self.dropped = hello, [], [], {}
+
+    def send(self, request):
+        self.samples.append(request.sample)
+
+    def receive(self):
+        taken, self.inbox = self.inbox, []
+        return taken
+
+    def close(self):
+        pass
+
+    def order(self, **command):
+        self.inbox.append(agent_pb2.SessionResponse(command=types_pb2.Command(**command)))
+
+    @property
+    def results(self):
+        return [result for sample in self.samples for result in sample.results]
+
+
+@pytest.fixture
+def wires(monkeypatch):
+    made = []
+
+    def make(hello, **options):
+        made.append(Wire(hello, **options))
+        return made[-1]
+
+    monkeypatch.setattr(attach_module, "CourierPipe", make)
+    return made
+
+
+class Loop:
+    """A training loop of a small GPT-2 under a schedule."""
+
+    def __init__(self, wires, **options):
+        torch.manual_seed(7)
+        config = GPT2Config(vocab_size=64, n_positions=16, n_embd=16, n_layer=2, n_head=2)
+        self.model = GPT2LMHeadModel(config).train()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2, weight_decay=0.1)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 0.9**step)
+        options = {"training_job": "promise", "probes": ()} | options
+        self.watch = sharpwatch.attach(self.model, self.optimizer, **options)
+        self.wire = wires[-1]
+        self.seen = []  # what every user of the optimizer sees, after each step
+
+    def steps(self, count):
+        for _ in range(count):
+            tokens = torch.randint(64, (4, 16))
+            self.model(input_ids=tokens, labels=tokens).loss.backward()
+            self.optimizer.step()
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.seen.append(([copy.deepcopy(group) for group in groups], self.schedule.get_last_lr()))
+            self.schedule.step()
+            self.optimizer.zero_grad()
+
+    def tap(self, name):
+        """{(layer, block): value} of each sample."""
+        keys = [(block.layer, block.block) for block in self.wire.hello.layer_blocks]
+        taps = [
+            np.frombuffer(getattr(sample.tap, name).data, "<f4")
+            for sample in self.wire.samples
+            if sample.HasField("tap")
+        ]
+        return [dict(zip(keys, values.tolist(), strict=True)) for values in taps]
+
+
+def test_the_rate_changes_at_the_named_step_and_schedule_and_checkpoint_see_nothing(wires):
+    loop, plain = Loop(wires), Loop(wires, control="none")
+    loop.wire.order(
+        id="cut", apply_at_step=4, set_multipliers=types_pb2.MultiplierSet(multipliers={"ffn": 0.5}, revision=7)
+    )
+    loop.steps(3)
+    before = {name: p.detach().clone() for name, p in loop.model.named_parameters()}
+    gradients = {}
+    loop.optimizer.register_step_pre_hook(
+        lambda *_: gradients.update({name: p.grad.clone() for name, p in loop.model.named_parameters()})
+    )
+    torch.manual_seed(11)
+    loop.steps(1)
+    (result,) = loop.wire.results
+    assert (result.command_id, result.outcome, result.step) == ("cut", APPLIED, 4)
+    assert loop.wire.samples[-1].health.lr_revision == 7
+    for number, (rates, multipliers) in enumerate(
+        zip(loop.tap("learning_rate"), loop.tap("lr_multiplier"), strict=True)
+    ):
+        for (layer, block), rate in rates.items():
+            multiplier = 0.5 if block == "ffn" and number == 3 else 1.0
+            assert multipliers[layer, block] == multiplier
+            assert rate == pytest.approx(1e-2 * 0.9**number * multiplier)
+    # The step really taken: AdamW by hand at the rate that was reported.
+    state = loop.optimizer.state
+    for name, p in loop.model.named_parameters():
+        rate = 1e-2 * 0.9**3 * (0.5 if ".mlp." in name else 1.0)
+        s = state[p]
+        denominator = (s["exp_avg_sq"] / (1 - 0.999**4)).sqrt() + 1e-8
+        expected = before[name] * (1 - rate * 0.1) - rate * (s["exp_avg"] / (1 - 0.9**4)) / denominator
+        torch.testing.assert_close(p.detach(), expected, rtol=1e-5, atol=1e-7)
+    loop.steps(2)
+    plain.steps(6)
+    assert loop.seen == plain.seen
+    assert plain.watch.step == loop.watch.step == 6
+
+
+def test_a_set_with_all_multipliers_at_one_takes_everything_away(wires):
+    loop = Loop(wires)
+    loop.wire.order(id="a", set_multipliers=types_pb2.MultiplierSet(multipliers={"norm": 0.5}))
+    loop.steps(2)
+    assert "step" in vars(loop.optimizer)
+    theirs = vars(loop.optimizer)["step"]
+    loop.wire.order(id="b", set_multipliers=types_pb2.MultiplierSet())
+    loop.steps(2)
+    assert vars(loop.optimizer)["step"] is not theirs  # the scheduler's own wrapper again
+    loop.watch.close()
+    assert not hasattr(vars(loop.optimizer)["step"], "__self__")
+    assert [result.outcome for result in loop.wire.results] == [APPLIED, APPLIED]
+
+
+def test_a_fused_parameter_takes_the_smaller_and_the_result_says_so(wires):
+    loop = Loop(wires)
+    loop.wire.order(id="a", set_multipliers=types_pb2.MultiplierSet(multipliers={"qk": 4.0}))
+    loop.steps(2)
+    assert loop.wire.results[0].unchanged_blocks == ["qk"]
+    assert set(loop.tap("lr_multiplier")[-1].values()) == {1.0}
+
+
+def test_beyond_the_trainers_own_bounds_nothing_is_applied(wires):
+    loop = Loop(wires, lr_bounds=(0.5, 2.0))
+    loop.wire.order(id="a", set_multipliers=types_pb2.MultiplierSet(multipliers={"ffn": 0.4}))
+    loop.steps(2)
+    assert [result.outcome for result in loop.wire.results] == [REFUSED]
+    assert set(loop.tap("lr_multiplier")[-1].values()) == {1.0}
+
+
+def rollback(step=2):
+    return types_pb2.Rollback(
+        checkpoint=types_pb2.Checkpoint(step=step, uri="file:///c"), skip_from_step=3, skip_to_step=9
+    )
+
+
+def test_a_rollback_runs_after_a_step_and_the_count_goes_back(wires):
+    asked = []
+    loop = Loop(wires, on_rollback=asked.append)
+    loop.watch.saved_checkpoint(2, "file:///c")
+    loop.steps(3)
+    assert [(c.step, c.uri) for c in loop.wire.samples[0].checkpoints] == [(2, "file:///c")]
+    loop.wire.order(id="back", reason="spike", rollback=rollback())
+    loop.steps(1)
+    assert asked == [sharpwatch.RollbackRequest(step=2, uri="file:///c", skip=(3, 9), reason="spike")]
+    assert loop.watch.step == 2
+    loop.steps(1)
+    (result,) = loop.wire.results
+    assert (result.outcome, result.step) == (APPLIED, 3)
+    assert [sample.step for sample in loop.wire.samples] == [1, 2, 3, 4, 3]
+    assert [sample.sequence for sample in loop.wire.samples] == [1, 2, 3, 4, 5]
+
+
+def test_what_on_rollback_raises_reaches_the_loop_and_the_daemon(wires):
+    def restore(_):
+        raise OSError("gone")
+
+    loop = Loop(wires, on_rollback=restore)
+    loop.steps(2)
+    loop.wire.order(id="back", rollback=rollback())
+    with pytest.raises(OSError, match="gone"):
+        loop.steps(1)
+    assert [(r.outcome, r.detail) for r in loop.wire.results] == [(FAILED, "OSError: gone")]
+    assert loop.watch.step == 3
+    assert loop.watch.pending_rollback is None
+    loop.optimizer.zero_grad()
+    loop.steps(1)  # the loop may go on
+
+
+def test_a_loop_that_leaves_its_for_reads_the_pending_rollback(wires):
+    loop = Loop(wires, control="rollback")
+    loop.steps(2)
+    loop.wire.order(id="back", rollback=rollback())
+    loop.steps(2)  # it need not look at once
+    assert loop.watch.pending_rollback.step == 2
+    loop.watch.restored(2)
+    assert loop.watch.pending_rollback is None
+    assert loop.watch.step == 2
+    loop.steps(1)
+    assert [(r.outcome, r.step) for r in loop.wire.results] == [(APPLIED, 3)]
+
+
+def test_without_a_callback_lr_control_refuses_a_rollback(wires):
+    loop = Loop(wires)
+    loop.steps(2)
+    loop.wire.order(id="back", rollback=rollback())
+    loop.steps(2)
+    assert [r.outcome for r in loop.wire.results] == [REFUSED]
+    assert loop.watch.step == 4

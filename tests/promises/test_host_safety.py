@@ -1,0 +1,209 @@
+"""Promise 2: after `attach` nothing raises into the loop; every swallowed error is counted and logged once."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+import sharpwatch
+from sharpwatch.agent import attach as attach_module
+from sharpwatch.agent.control import Control
+from sharpwatch.agent.overlay import Overlay
+from sharpwatch.agent.probes import Probes
+from sharpwatch.agent.sampler import Sampler
+from sharpwatch.agent.tap import Tap
+from sharpwatch.v1 import agent_pb2, types_pb2
+
+
+class Wire:
+    """A pipe whose other end is the test."""
+
+    def __init__(self, hello, **_):
+        self.hello, self.samples, self.inbox, self.dropped = hello, [], [], {}
+
+    def send(self, request):
+        self.samples.append(request.sample)
+
+    def receive(self):
+        taken, self.inbox = self.inbox, []
+        return taken
+
+    def close(self):
+        pass
+
+
+class Net(nn.Module):
+    """A language model of nanoGPT's manner: logits and loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.wte = nn.Embedding(11, 8)
+        self.ln_f = nn.LayerNorm(8)
+        self.lm_head = nn.Linear(8, 11, bias=False)
+
+    def forward(self, idx, targets=None):
+        logits = self.lm_head(self.ln_f(self.wte(idx)))
+        loss = None if targets is None else nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return logits, loss
+
+
+@pytest.fixture
+def wires(monkeypatch):
+    made = []
+
+    def make(hello, **options):
+        made.append(Wire(hello, **options))
+        return made[-1]
+
+    monkeypatch.setattr(attach_module, "CourierPipe", make)
+    return made
+
+
+def run(steps=6, **options):
+    torch.manual_seed(3)
+    model = Net().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    watch = sharpwatch.attach(model, optimizer, training_job="promise", probe_every=2, **options)
+    for _ in range(steps):
+        tokens = torch.randint(11, (8, 5))
+        _, loss = model(tokens, tokens)
+        loss.backward()
+        watch.observe(loss=loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    watch.close()
+    return model.state_dict()
+
+
+def broken(*_, **__):
+    raise ZeroDivisionError("on purpose")
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (Tap, "start"),
+        (Tap, "read"),
+        (Tap, "resolve"),
+        (Sampler, "record"),
+        (Sampler, "plan"),
+        (Control, "begin"),
+        (Control, "end"),
+        (Control, "take_results"),
+        (Overlay, "lay"),
+        (Overlay, "remove"),
+        (Overlay, "unguard"),
+        (Probes, "run"),
+        (Probes, "capture"),
+        (Probes, "copy_weights"),
+        (Probes, "_run"),
+        (Wire, "send"),
+        (Wire, "receive"),
+        (Wire, "close"),
+    ],
+)
+def test_whatever_breaks_inside_the_weights_are_those_of_a_healthy_run(owner, name, wires, monkeypatch, caplog):
+    healthy = run()
+    if (owner, name) == (Sampler, "plan"):  # attach itself asks once: that may still raise
+        original, calls = Sampler.plan, []
+        monkeypatch.setattr(Sampler, "plan", lambda self: broken() if calls else (calls.append(1), original(self))[1])
+    else:
+        monkeypatch.setattr(owner, name, broken)
+    with caplog.at_level(logging.WARNING, "sharpwatch"):
+        torch.testing.assert_close(run(), healthy, rtol=0, atol=0)
+    if (owner, name) == (Probes, "_run"):
+        failure = wires[-1].samples[-1].health.probe_failures[0]
+        assert (failure.count, failure.disabled) == (3, True)
+        assert failure.reason == "ZeroDivisionError: on purpose"
+        return
+    said = [record for record in caplog.records if "on purpose" in record.getMessage()]
+    assert said
+    assert len({(record.args[0], record.exc_info[2].tb_lineno) for record in said}) == len(said)  # each once
+
+
+def test_swallowed_errors_are_counted_in_the_next_sample(wires, monkeypatch):
+    monkeypatch.setattr(Probes, "capture", broken)
+    run(steps=6)
+    assert wires[-1].samples[-1].health.swallowed_errors == 3  # a capture for each of the three planned probes
+
+
+def test_out_of_memory_halves_the_rows_and_is_never_fatal(wires, monkeypatch):
+    seen = []
+
+    def hungry(*arguments, **_):
+        rows = arguments[2].rows
+        seen.append(rows)
+        if rows > 1:
+            raise torch.OutOfMemoryError("on purpose")
+        raise MemoryError
+
+    monkeypatch.setattr("sharpwatch.agent.probes.direction_probe", hungry)
+    run(steps=8, probes=("direction",))
+    assert seen == [2, 1]  # a quarter of 8, its half; then there is nothing left to halve
+    failure = wires[-1].samples[-1].health.probe_failures[0]
+    assert (failure.probe, failure.count, failure.disabled) == ("direction", 2, True)
+
+
+def test_an_overlay_that_cannot_be_guarded_is_still_laid_and_taken_away(wires, monkeypatch, caplog):
+    monkeypatch.setattr(Overlay, "guard", broken)
+    model = Net().train()
+    optimizer = torch.optim.AdamW(model.parameters())
+    watch = sharpwatch.attach(model, optimizer, training_job="promise", probes=())
+    cut = types_pb2.Command(id="a", set_multipliers=types_pb2.MultiplierSet(multipliers={"emb": 0.5}))
+    wires[-1].inbox = [agent_pb2.SessionResponse(command=cut)]
+    laid = []
+    with caplog.at_level(logging.WARNING, "sharpwatch"):
+        for _ in range(2):
+            model(torch.ones(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.long))[1].backward()
+            handle = optimizer.register_step_pre_hook(lambda opt, *_: laid.append(len(opt.param_groups)))
+            optimizer.step()
+            handle.remove()
+    assert laid == [1, 2]
+    assert len(optimizer.param_groups) == 1
+    assert "on purpose" in caplog.text
+    watch.close()
+
+
+class Odd(Net):
+    """Gives neither logits nor a loss."""
+
+    def forward(self, idx):
+        return {"hidden": self.ln_f(self.wte(idx))}
+
+
+def test_a_model_that_probes_cannot_read_is_still_tapped(wires):
+    model = Odd().train()
+    optimizer = torch.optim.AdamW(model.parameters())
+    watch = sharpwatch.attach(model, optimizer, training_job="promise", probe_every=1)
+    for _ in range(3):
+        model(torch.ones(4, 3, dtype=torch.long))["hidden"].square().sum().backward()
+        optimizer.step()
+    watch.close()
+    last = wires[-1].samples[-2]
+    assert last.HasField("tap")
+    assert {failure.probe for failure in last.health.probe_failures} == {"gnb", "direction"}
+    assert all(failure.disabled and failure.count == 1 for failure in last.health.probe_failures)
+    assert all(len(failure.reason) > 10 for failure in last.health.probe_failures)
+
+
+def test_garbage_from_the_daemon_changes_nothing(wires):
+    torch.manual_seed(3)
+    model = Net().train()
+    optimizer = torch.optim.AdamW(model.parameters())
+    watch = sharpwatch.attach(model, optimizer, training_job="promise", probes=())
+    commands = [
+        types_pb2.Command(id="a"),
+        types_pb2.Command(id="b", set_multipliers=types_pb2.MultiplierSet(multipliers={"nonsense": 1.0})),
+        types_pb2.Command(id="c", set_multipliers=types_pb2.MultiplierSet(multipliers={"emb": float("nan")})),
+        types_pb2.Command(id="d", rollback=types_pb2.Rollback(checkpoint=types_pb2.Checkpoint(step=-4))),
+    ]
+    wires[-1].inbox = [agent_pb2.SessionResponse(), *(agent_pb2.SessionResponse(command=each) for each in commands)]
+    model(torch.ones(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.long))[1].backward()
+    optimizer.step()
+    watch.close()
+    results = [result for sample in wires[-1].samples for result in sample.results]
+    assert [(r.command_id, r.outcome) for r in results] == [(i, types_pb2.COMMAND_OUTCOME_REFUSED) for i in "abcd"]
+    assert all(result.detail for result in results)

@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import inspect
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import sharpwatch
+from sharpwatch.agent import attach as attach_module
+from sharpwatch.errors import AttachError
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.wte = nn.Embedding(11, 8)
+        self.ln_f = nn.LayerNorm(8)
+        self.lm_head = nn.Linear(8, 11, bias=False)
+
+    def forward(self, idx):
+        return self.lm_head(self.ln_f(self.wte(idx)))
+
+
+class Wire:
+    """A pipe that leads nowhere."""
+
+    started = 0
+    dropped: dict[str, int] = {}  # noqa: RUF012 - never written
+
+    def __init__(self, hello, *, address, token, tls):
+        type(self).started += 1
+        self.hello, self.address, self.token, self.tls = hello, address, token, tls
+
+    def send(self, request):
+        pass
+
+    def receive(self):
+        return []
+
+    def close(self):
+        pass
+
+
+@pytest.fixture(autouse=True)
+def _no_courier(monkeypatch):
+    Wire.started = 0
+    monkeypatch.setattr(attach_module, "CourierPipe", Wire)
+    monkeypatch.delenv("SHARPWATCH_ADDRESS", raising=False)
+    monkeypatch.delenv("SHARPWATCH_DISABLED", raising=False)
+
+
+@pytest.fixture
+def model():
+    return Net()
+
+
+@pytest.fixture
+def optimizer(model):
+    return torch.optim.AdamW(model.parameters())
+
+
+def wire(watch):
+    return watch._agent.parts.pipe
+
+
+def test_the_signature_is_the_documented_one():
+    documented = (
+        "model, optimizer, *, training_job, run=None, address=None, token=None, tls=None, overhead_budget=0.01, "
+        "probe_every=None, probes=('gnb', 'direction'), loss_fn=None, logits_fn=None, on_rollback=None, control='lr', "
+        "lr_bounds=(0.1, 10.0), initial_step=0, seed=0"
+    )
+    parameters = inspect.signature(sharpwatch.attach).parameters.values()
+    bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in parameters]
+    assert str(inspect.Signature(bare)) == f"({documented})"
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"training_job": ""}, "training_job=''"),
+        ({"training_job": "x" * 300}, "training_job="),
+        ({"training_job": "a\nb"}, "training_job="),
+        ({"run": ""}, "run=''"),
+        ({"overhead_budget": 0.0}, "overhead_budget=0.0"),
+        ({"overhead_budget": 1.5}, "overhead_budget=1.5"),
+        ({"overhead_budget": float("nan")}, "overhead_budget=nan"),
+        ({"overhead_budget": "1%"}, "overhead_budget='1%'"),
+        ({"probe_every": 0}, "probe_every=0"),
+        ({"probe_every": 2.5}, "probe_every=2.5"),
+        ({"probes": ("gnb", "lanczos")}, "'gnb', 'direction'"),
+        ({"probes": "gnb"}, "probes='gnb'"),
+        ({"probes": ("gnb", "gnb")}, "each once"),
+        ({"control": "all"}, "'none', 'lr', 'rollback'"),
+        ({"lr_bounds": (0.0, 2.0)}, "0 < smallest <= 1 <= largest"),
+        ({"lr_bounds": (1.5, 2.0)}, "0 < smallest <= 1 <= largest"),
+        ({"lr_bounds": (0.5, 0.9)}, "0 < smallest <= 1 <= largest"),
+        ({"lr_bounds": (0.5, float("inf"))}, "0 < smallest <= 1 <= largest"),
+        ({"lr_bounds": 2.0}, "expected two numbers"),
+        ({"initial_step": -1}, "initial_step=-1"),
+        ({"initial_step": 1.0}, "initial_step=1.0"),
+        ({"seed": -1}, "seed=-1"),
+        ({"on_rollback": "restore"}, "on_rollback: expected a callable"),
+        ({"loss_fn": 3}, "loss_fn: expected a callable"),
+        ({"address": "localhost"}, "HOST:PORT"),
+        ({"tls": {"certificate": "x"}}, "ca, cert, key"),
+        ({"token": "a\nb"}, "token"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_starts(model, optimizer, options, says):
+    with pytest.raises(AttachError, match=re.escape(says)):
+        sharpwatch.attach(model, optimizer, **({"training_job": "job"} | options))
+    assert Wire.started == 0
+    assert not model._forward_pre_hooks
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_model_and_optimizer_must_belong_together(model, optimizer):
+    with pytest.raises(AttachError, match="holds no parameter of this model"):
+        sharpwatch.attach(Net(), optimizer, training_job="job")
+    with pytest.raises(AttachError, match=r"expected a torch\.nn\.Module, got str"):
+        sharpwatch.attach("model", optimizer, training_job="job")
+    with pytest.raises(AttachError, match=r"optimizer\[1\]: expected a torch.optim.Optimizer, got int"):
+        sharpwatch.attach(model, [optimizer, 3], training_job="job")
+    with pytest.raises(AttachError, match="given twice"):
+        sharpwatch.attach(model, [optimizer, optimizer], training_job="job")
+    with pytest.raises(AttachError, match="got none"):
+        sharpwatch.attach(model, [], training_job="job")
+    with pytest.raises(AttachError, match="no trainable parameter"):
+        sharpwatch.attach(model.requires_grad_(False), optimizer, training_job="job")
+
+
+def test_the_run_is_named_after_the_job_without_touching_the_global_source(model, optimizer):
+    random = torch.get_rng_state()
+    with (
+        sharpwatch.attach(model, optimizer, training_job="job") as one,
+        sharpwatch.attach(model, optimizer, training_job="job") as other,
+    ):
+        assert re.fullmatch(r"job-\d{8}-\d{6}-[0-9a-f]{6}", one.run)
+        assert one.run != other.run
+        assert wire(one).hello.attempt != wire(other).hello.attempt
+    assert torch.equal(random, torch.get_rng_state())
+
+
+def test_the_address_comes_from_the_argument_the_environment_or_the_default(model, optimizer, monkeypatch):
+    def target(**options):
+        with sharpwatch.attach(model, optimizer, training_job="job", **options) as watch:
+            return str(wire(watch).address)
+
+    assert target() == "127.0.0.1:7741"
+    monkeypatch.setenv("SHARPWATCH_ADDRESS", "watch.example:99")
+    assert target() == "watch.example:99"
+    assert target(address="unix:/run/s") == "unix:/run/s"
+
+
+def test_the_hello_says_what_is_watched(model, optimizer):
+    with sharpwatch.attach(
+        model, optimizer, training_job="job", run="r", control="rollback", lr_bounds=(0.5, 4), initial_step=9, seed=3
+    ) as watch:
+        hello = wire(watch).hello
+        assert watch.step == 9
+    assert (hello.protocol, hello.training_job, hello.run, hello.optimizer) == (1, "job", "r", "AdamW")
+    assert (hello.control, hello.min_multiplier, hello.max_multiplier) == ("rollback", 0.5, 4.0)
+    assert (hello.initial_step, hello.seed, list(hello.probes)) == (9, 3, ["gnb", "direction"])
+    assert list(hello.blocks) == ["emb", "norm", "head"]
+    assert sum(block.parameters for block in hello.layer_blocks) == sum(p.numel() for p in model.parameters())
+
+
+def test_a_model_that_cannot_be_divided_is_refused(monkeypatch, model, optimizer):
+    def refuse(_):
+        raise sharpwatch.errors.BlockError("x.weight: no rule places it")
+
+    monkeypatch.setattr(attach_module, "classify", refuse)
+    with pytest.raises(AttachError, match=r"x\.weight: no rule places it"):
+        sharpwatch.attach(model, optimizer, training_job="job")
