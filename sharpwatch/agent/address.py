@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sharpwatch.errors import AttachError
 
-_HOST_PORT = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):(\d{1,5})")
+_HOST_PORT = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})")
 _SOCKET_PATH_BYTES = 107  # sun_path, less its closing zero
 _TLS_KEYS = ("ca", "cert", "key")
 
@@ -36,12 +36,13 @@ class Tls:
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """All that the courier needs to know."""
+    """All that the courier needs to know; `trainer` is a process id."""
 
     target: str
     token: str
     tls: Tls | None
     spool_bytes: int
+    trainer: int
 
     def to_json(self) -> str:
         """For the courier's environment: never its argv, which everyone can read."""

@@ -93,8 +93,8 @@ class CourierProcess:
             self._process.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(seconds)
-        if self._process.returncode is None:
-            _LEAVING.append(self._process)
+        _LEAVING.append(self._process)
+        _reap()
 
     def forget(self) -> None:
         """In a fork's copy: let go of pipes and process, which are the parent's."""

@@ -120,8 +120,9 @@ class Courier:
 
     async def _watch_parent(self) -> None:
         """A worker forked from the trainer can hold the pipe open when the trainer itself is gone."""
-        parent = os.getppid()
-        while os.getppid() == parent:  # noqa: ASYNC110 - another process's death sets no event
+        trainer = self._destination.trainer
+        ours = os.getppid() == trainer  # not where a wrapper stands between, or when it died before we looked
+        while os.getppid() == trainer if ours else _exists(trainer):  # noqa: ASYNC110 - its death sets no event
             await asyncio.sleep(_PARENT_SECONDS)
         self._end()
 
@@ -264,6 +265,14 @@ class Courier:
             _LOG.warning("sample %d refused: %s", sequence, code)
             self._upward.refuse(sequence, code)
             self._upward.settle(self._spool.settled)
+
+
+def _exists(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except OSError:
+        return False
+    return True
 
 
 async def _message(call: Call) -> bytes:

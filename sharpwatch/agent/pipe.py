@@ -58,6 +58,7 @@ class CourierPipe:
             token=parse_token(token),
             tls=tls if isinstance(tls, Tls) else parse_tls(tls),
             spool_bytes=spool_bytes,
+            trainer=self._pid,
         )
         request = agent_pb2.SessionRequest(hello=hello) if isinstance(hello, agent_pb2.Hello) else hello
         self._greeting = frame(request.SerializeToString())
@@ -124,7 +125,7 @@ class CourierPipe:
         if self._inert():
             return
         deadline = time.monotonic() + timeout
-        stuck = not self._hand_over(deadline)
+        stuck = not self._hand_over(deadline - timeout / 10)
         self._closed = True
         if self._courier is not None:
             if not stuck:

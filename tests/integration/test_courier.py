@@ -1,0 +1,714 @@
+"""The way from trainer to daemon: a real courier process, a real gRPC server, and everything that can go wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent import futures
+from pathlib import Path
+
+import grpc
+import pytest
+
+from sharpwatch.agent import child
+from sharpwatch.agent.pipe import CourierPipe
+from sharpwatch.v1 import agent_pb2, types_pb2
+
+METHOD = "/sharpwatch.v1.AgentService/Session"
+PATIENCE = 60.0  # seconds until a test that waits for what never comes gives up
+HELLO = agent_pb2.Hello(protocol=1, run="run", training_job="job", attempt="attempt")
+
+
+def response(**fields):
+    return agent_pb2.SessionResponse(**fields).SerializeToString()
+
+
+def welcome(acknowledged=0):
+    return response(welcome=agent_pb2.Welcome(daemon_version="test", acknowledged_sequence=acknowledged))
+
+
+def ack(sequence):
+    return response(ack=agent_pb2.Ack(sequence=sequence))
+
+
+class Daemon(grpc.GenericRpcHandler):
+    """AgentService as a script: each new stream is answered by the next of `scripts`, the last one from then on."""
+
+    def __init__(self, *scripts, address="127.0.0.1:0", credentials=None):
+        self.scripts = list(scripts) or [honest]
+        self.hellos, self.metadata, self.streams = [], [], []
+        self.changed = threading.Condition()
+        self.closing = threading.Event()  # for scripts that hang
+        self._server = grpc.server(futures.ThreadPoolExecutor(16), handlers=[self], options=[("grpc.so_reuseport", 0)])
+        if credentials is None:
+            port = self._server.add_insecure_port(address)
+        else:
+            port = self._server.add_secure_port(address, credentials)
+        self.address = address if address.startswith("unix:") else f"127.0.0.1:{port}"
+        self._server.start()
+
+    def service(self, handler_call_details):
+        assert handler_call_details.method == METHOD
+        return grpc.stream_stream_rpc_method_handler(self._session)
+
+    def _session(self, requests, context):
+        hello = agent_pb2.SessionRequest.FromString(next(requests))
+        with self.changed:
+            number = len(self.streams)
+            self.hellos.append(hello.hello)
+            self.metadata.append(dict(context.invocation_metadata()))
+            self.streams.append([])
+            self.changed.notify_all()
+        script = self.scripts[min(number, len(self.scripts) - 1)]
+        yield from script(self, self._recorded(requests, number))
+
+    def _recorded(self, requests, number):
+        with contextlib.suppress(grpc.RpcError):  # how a broken stream ends the server's iterator
+            for payload in requests:
+                sample = agent_pb2.SessionRequest.FromString(payload).sample
+                with self.changed:
+                    self.streams[number].append(sample)
+                    self.changed.notify_all()
+                yield sample
+
+    @property
+    def samples(self):
+        return [sample for stream in self.streams for sample in stream]
+
+    @property
+    def sequences(self):
+        return [sample.sequence for sample in self.samples]
+
+    def wait(self, condition, pipe=None):
+        """Until `condition()`; with `pipe`, a training loop goes on in the meantime."""
+        deadline = time.monotonic() + PATIENCE
+        with self.changed:
+            while not condition():
+                assert time.monotonic() < deadline, f"in vain; streams: {[len(each) for each in self.streams]}"
+                self.changed.wait(PATIENCE if pipe is None else 0.01)
+                if pipe is not None:
+                    pipe.flush()
+
+    def stop(self):
+        self.closing.set()
+        self._server.stop(None).wait()
+
+
+def honest(daemon, samples, acknowledged=0):
+    del daemon
+    yield welcome(acknowledged)
+    for sample in samples:
+        yield ack(sample.sequence)
+
+
+def silent_after(last):
+    """Takes every sample, acknowledges those up to `last`."""
+
+    def script(daemon, samples):
+        del daemon
+        yield welcome()
+        for sample in samples:
+            if sample.sequence <= last:
+                yield ack(sample.sequence)
+
+    return script
+
+
+@pytest.fixture
+def serve():
+    daemons = []
+
+    def start(*scripts, **options):
+        daemons.append(Daemon(*scripts, **options))
+        return daemons[-1]
+
+    yield start
+    for daemon in daemons:
+        daemon.stop()
+
+
+@pytest.fixture
+def attach():
+    pipes = []
+
+    def start(daemon, **options):
+        address = daemon if isinstance(daemon, str) else daemon.address
+        pipes.append(CourierPipe(HELLO, address=address, **options))
+        return pipes[-1]
+
+    yield start
+    for pipe in pipes:
+        pipe.close()
+
+
+def request(sequence, size=0, **fields):
+    sample = agent_pb2.Sample(sequence=sequence, step=sequence, **fields)
+    if size:
+        sample.gnb.sketches.data = bytes(size)
+    return agent_pb2.SessionRequest(sample=sample)
+
+
+def result(name):
+    return types_pb2.CommandResult(command_id=name, outcome=types_pb2.COMMAND_OUTCOME_APPLIED)
+
+
+def result_ids(samples):
+    return [each.command_id for sample in samples for each in sample.results]
+
+
+def send(pipe, sequences, **fields):
+    for sequence in sequences:
+        pipe.send(request(sequence, **fields))
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def await_end(pid):
+    """Until process `pid`, which need not be ours, is gone."""
+    try:
+        watched = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        assert select.select([watched], [], [], PATIENCE)[0], f"process {pid} goes on"
+    finally:
+        os.close(watched)
+
+
+def await_new_courier(pipe, old):
+    deadline = time.monotonic() + PATIENCE
+    while pipe.courier_pid in (old, None):
+        assert time.monotonic() < deadline, "no new courier"
+        pipe.flush()
+        select.select([], [], [], 0.01)
+
+
+def exists(pid):
+    return Path(f"/proc/{pid}").exists()
+
+
+# In order.
+
+
+def test_samples_arrive_in_order_and_close_leaves_nothing(serve, attach):
+    daemon = serve()
+    pipe = attach(daemon)
+    courier = pipe.courier_pid
+    send(pipe, range(1, 201))
+    pipe.send(request(201, closing=True))
+    pipe.close()
+    assert daemon.sequences == list(range(1, 202))
+    assert daemon.samples[-1].closing
+    assert daemon.hellos == [HELLO]
+    assert pipe.dropped == {}
+    assert not exists(courier)
+
+
+def test_commands_come_back_and_nothing_else_does(serve, attach):
+    def commanding(_, samples):
+        yield welcome()
+        for sample in samples:
+            yield ack(sample.sequence)
+            yield response(command=types_pb2.Command(id=f"c{sample.sequence}"))
+
+    daemon = serve(commanding)
+    pipe = attach(daemon)
+    send(pipe, [1, 2, 3])
+    received = []
+    daemon.wait(lambda: received.extend(pipe.receive()) or len(received) == 3, pipe)
+    assert [each.command.id for each in received] == ["c1", "c2", "c3"]
+    assert pipe.receive() == []
+
+
+def test_a_unix_socket_and_a_token(serve, attach, tmp_path):
+    daemon = serve(address=f"unix:{tmp_path}/daemon.sock")
+    pipe = attach(daemon, token="the-token")  # noqa: S106 - a test's own
+    send(pipe, [1])
+    daemon.wait(lambda: daemon.sequences == [1], pipe)
+    assert daemon.metadata[0]["authorization"] == "Bearer the-token"
+    assert b"the-token" not in Path(f"/proc/{pipe.courier_pid}/cmdline").read_bytes()
+
+
+def test_mutual_tls(serve, attach, tmp_path, program):
+    key, cert = tmp_path / "key.pem", tmp_path / "cert.pem"
+    made = f"req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 1 -keyout {key} -out {cert}"
+    command = [program("openssl"), *made.split(), "-subj", "/CN=here", "-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run(command, check=True, capture_output=True)
+    pair = [(key.read_bytes(), cert.read_bytes())]
+    credentials = grpc.ssl_server_credentials(pair, root_certificates=cert.read_bytes(), require_client_auth=True)
+    daemon = serve(credentials=credentials)
+    pipe = attach(daemon, tls={"ca": str(cert), "cert": str(cert), "key": str(key)})
+    send(pipe, [1])
+    daemon.wait(lambda: daemon.sequences == [1], pipe)
+
+
+def test_a_proxy_of_the_environment_is_not_used(serve, attach, monkeypatch):
+    for name in ("http_proxy", "https_proxy", "grpc_proxy"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
+    monkeypatch.delenv("no_proxy", raising=False)
+    daemon = serve()
+    pipe = attach(daemon)
+    send(pipe, [1])
+    daemon.wait(lambda: daemon.sequences == [1], pipe)
+
+
+def test_a_working_directory_full_of_traps(serve, attach, tmp_path, monkeypatch):
+    for name in ("queue", "types", "asyncio", "grpc", "select"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError")
+    monkeypatch.chdir(tmp_path)
+    daemon = serve()
+    pipe = attach(daemon)
+    send(pipe, [1])
+    daemon.wait(lambda: daemon.sequences == [1], pipe)
+
+
+def test_ctrl_c_and_argv_are_the_trainers_own(serve, attach):
+    pipe = attach(serve())
+    assert os.getsid(pipe.courier_pid) == pipe.courier_pid != os.getsid(0)
+
+
+# Daemons.
+
+
+def test_a_restarted_daemon_gets_what_it_had_not_acknowledged(serve, attach):
+    first = serve(silent_after(50))
+    pipe = attach(first)
+    send(pipe, range(1, 101))
+    first.wait(lambda: first.sequences == list(range(1, 101)), pipe)
+    first.stop()
+    send(pipe, range(101, 151))
+    second = serve(lambda daemon, samples: honest(daemon, samples, acknowledged=50), address=first.address)
+    second.wait(lambda: len(second.sequences) >= 100, pipe)
+    assert second.sequences == list(range(51, 151))
+    assert second.hellos == [HELLO]
+    assert pipe.dropped == {}
+
+
+def test_a_daemon_that_was_never_started(attach):
+    pipe = attach(f"127.0.0.1:{free_port()}")
+    courier = pipe.courier_pid
+    send(pipe, range(1, 301))
+    assert pipe.receive() == []
+    pipe.close()
+    assert not exists(courier)
+    assert pipe.dropped == {"undelivered": 300}
+
+
+def test_a_daemon_that_comes_late_gets_all(serve, attach):
+    address = f"127.0.0.1:{free_port()}"
+    pipe = attach(address)
+    send(pipe, range(1, 101))
+    daemon = serve(address=address)
+    daemon.wait(lambda: daemon.sequences == list(range(1, 101)), pipe)
+
+
+def test_a_host_that_accepts_and_never_answers(attach):
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        pipe = attach(f"127.0.0.1:{mute.getsockname()[1]}")
+        mute.settimeout(PATIENCE)
+        first, _ = mute.accept()
+        send(pipe, range(1, 11))
+        second, _ = mute.accept()  # it gave up on the first
+        courier = pipe.courier_pid
+        pipe.close()
+        await_end(courier)
+        first.close()
+        second.close()
+    assert pipe.dropped == {"undelivered": 10}
+
+
+def test_a_daemon_that_never_welcomes_is_tried_again(serve, attach):
+    def hung(daemon, samples):
+        del samples
+        daemon.closing.wait()
+        yield from ()
+
+    daemon = serve(hung, honest)
+    pipe = attach(daemon)
+    send(pipe, [1, 2])
+    daemon.wait(lambda: daemon.sequences == [1, 2], pipe)
+    assert daemon.hellos == [HELLO, HELLO]
+
+
+def garbage(_, samples):
+    yield b"\xff\xff\xff"
+    yield ack(3)
+    yield welcome()
+    yield b"\x00garbage"
+    next(samples)
+
+
+def huge(_, samples):
+    yield welcome()
+    next(samples)
+    yield bytes(8 * 2**20)
+
+
+def lying(_, samples):
+    yield welcome(acknowledged=2**63)
+    next(samples)
+    yield ack(2**64 - 1)
+    yield response(refusal=agent_pb2.Refusal(sequence=2**40, code="?\n" * 1000))
+    yield response(command=types_pb2.Command(id="x" * 2**17))
+    yield welcome(acknowledged=2**64 - 1)
+    yield response()
+
+
+def drained_for_ever(_, samples):
+    yield welcome()
+    next(samples)
+    yield response(drain=agent_pb2.Drain(reason="go away", retry_after_seconds=1e12))
+
+
+def drained_for_nan(_, samples):
+    del samples
+    yield response(drain=agent_pb2.Drain(retry_after_seconds=float("nan")))
+
+
+@pytest.mark.parametrize("script", [garbage, huge, lying, drained_for_ever, drained_for_nan])
+def test_a_lying_daemon_costs_no_sample(serve, attach, script):
+    daemon = serve(script, honest)
+    pipe = attach(daemon)
+    courier = pipe.courier_pid
+    send(pipe, [1, 2, 3])
+    daemon.wait(lambda: len(daemon.streams) == 2 and len(daemon.streams[1]) == 3, pipe)
+    assert [sample.sequence for sample in daemon.streams[1]] == [1, 2, 3]
+    assert pipe.receive() == []
+    pipe.close()
+    assert pipe.dropped == {}
+    assert not exists(courier)
+
+
+def test_a_refused_sample_is_counted_and_not_sent_again(serve, attach):
+    codes = {2: "malformed", 4: "overflow"}
+
+    def refusing(_, samples):
+        yield welcome()
+        for sample in samples:
+            if sample.sequence in codes:
+                yield response(refusal=agent_pb2.Refusal(sequence=sample.sequence, code=codes[sample.sequence]))
+            if sample.sequence == 5:
+                return
+
+    daemon = serve(refusing, honest)
+    pipe = attach(daemon)
+    pipe.send(request(1))
+    pipe.send(request(2, results=[result("guilty")]))
+    pipe.send(request(3))
+    pipe.send(request(4, results=[result("innocent")]))
+    daemon.wait(lambda: pipe.dropped == {"malformed": 1, "overflow": 1}, pipe)
+    pipe.send(request(5))
+    daemon.wait(lambda: len(daemon.streams) == 2 and len(daemon.streams[1]) == 3, pipe)
+    assert [sample.sequence for sample in daemon.streams[1]] == [1, 3, 5]
+    assert result_ids(daemon.streams[1]) == ["innocent"]
+
+
+def test_the_couriers_own_spool_is_bounded_and_loses_no_event(serve, attach):
+    address = f"127.0.0.1:{free_port()}"
+    pipe = attach(address, spool_bytes=10_000)
+    for sequence in range(1, 101):
+        pipe.send(request(sequence, size=1_000, results=[result(f"r{sequence}")] if sequence % 10 == 0 else []))
+    deadline = time.monotonic() + PATIENCE
+    while pipe.dropped.get("spool_full", 0) < 90:
+        assert time.monotonic() < deadline, pipe.dropped
+        pipe.flush()
+        select.select([], [], [], 0.01)
+    daemon = serve(address=address)
+    daemon.wait(lambda: daemon.sequences[-1:] == [100], pipe)
+    assert len(daemon.sequences) + pipe.dropped["spool_full"] == 100
+    assert daemon.sequences == list(range(101 - len(daemon.sequences), 101))
+    assert result_ids(daemon.samples) == [f"r{sequence}" for sequence in range(10, 101, 10)]
+
+
+# Couriers.
+
+
+def test_a_killed_courier_is_replaced_and_loses_nothing_that_the_outbox_kept(serve, attach):
+    daemon = serve(silent_after(20), honest)
+    pipe = attach(daemon)
+    send(pipe, range(1, 51))
+    daemon.wait(lambda: len(daemon.sequences) == 50, pipe)
+    old = pipe.courier_pid
+    os.kill(old, signal.SIGKILL)
+    await_end(old)
+    send(pipe, range(51, 101))
+    await_new_courier(pipe, old)
+    daemon.wait(lambda: daemon.sequences[-1] == 100, pipe)
+    again = [sample.sequence for sample in daemon.streams[1]]
+    assert again == list(range(again[0], 101))
+    assert again[0] <= 21
+    assert daemon.hellos == [HELLO, HELLO]
+    assert pipe.dropped == {}
+    assert not exists(old)
+
+
+def test_what_died_with_a_courier_is_counted(serve, attach):
+    daemon = serve(silent_after(0), honest)
+    pipe = attach(daemon, outbox_bytes=20_000)
+    send(pipe, range(1, 101), size=1_000)
+    daemon.wait(lambda: len(daemon.sequences) == 100, pipe)
+    old = pipe.courier_pid
+    os.kill(old, signal.SIGKILL)
+    await_end(old)
+    await_new_courier(pipe, old)
+    daemon.wait(lambda: daemon.sequences[100:][-1:] == [100], pipe)
+    assert 0 < len(daemon.streams[1]) < 100
+    assert pipe.dropped == {"courier_died": 100 - len(daemon.streams[1])}
+
+
+def test_a_courier_killed_at_the_end_costs_nothing(serve, attach):
+    daemon = serve(silent_after(0), honest)
+    pipe = attach(daemon)
+    send(pipe, range(1, 11))
+    daemon.wait(lambda: len(daemon.sequences) == 10, pipe)
+    os.kill(pipe.courier_pid, signal.SIGKILL)
+    await_end(pipe.courier_pid)
+    pipe.close()
+    assert [sample.sequence for sample in daemon.streams[1]] == list(range(1, 11))
+    assert pipe.dropped == {}
+
+
+def test_a_stopped_courier_never_blocks_the_trainer(serve, attach):
+    daemon = serve()
+    limit = 100_000
+    pipe = attach(daemon, outbox_bytes=limit)
+    os.kill(pipe.courier_pid, signal.SIGSTOP)
+    samples = 2_000
+    for sequence in range(1, samples + 1):  # 4 MB; the pipe takes 1 MiB
+        news = sequence % 100 == 0
+        fields = {
+            "results": [result(f"r{sequence}")] if news else [],
+            "checkpoints": [types_pb2.Checkpoint(step=sequence)] if news else [],
+        }
+        pipe.send(request(sequence, size=2_000, **fields))
+        assert pipe._spool.size <= limit + 10_000
+    lost = pipe.dropped["outbox_full"]
+    assert lost > 0
+    os.kill(pipe.courier_pid, signal.SIGCONT)
+    daemon.wait(lambda: daemon.sequences[-1:] == [samples], pipe)
+    assert pipe.dropped == {"outbox_full": lost}
+    assert len(daemon.sequences) == samples - lost
+    assert daemon.sequences == sorted(daemon.sequences)
+    news = list(range(100, samples + 1, 100))
+    assert result_ids(daemon.samples) == [f"r{sequence}" for sequence in news]
+    assert [each.step for sample in daemon.samples for each in sample.checkpoints] == news
+
+
+def test_close_kills_a_courier_that_takes_nothing_more(serve, attach):
+    pipe = attach(serve(), outbox_bytes=100_000)
+    courier = pipe.courier_pid
+    os.kill(courier, signal.SIGSTOP)
+    send(pipe, range(1, 1_001), size=2_000)
+    pipe.close()
+    assert not exists(courier)
+    assert sum(pipe.dropped.values()) == 1_000
+
+
+def test_a_sample_larger_than_the_outbox_keeps_all_but_its_arrays(serve, attach):
+    daemon = serve()
+    pipe = attach(daemon, outbox_bytes=10_000)
+    pipe.send(request(1, size=20_000, loss=1.5, results=[result("r")], closing=True))
+    daemon.wait(lambda: daemon.sequences == [1], pipe)
+    assert daemon.samples == [agent_pb2.Sample(sequence=1, step=1, loss=1.5, results=[result("r")], closing=True)]
+    assert pipe.dropped == {"oversized": 1}
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import os; os.write(1, b'\\xff' * 100_000)",  # no frame
+        "import os; os.write(1, b'\\x03\\0\\0\\0\\xff\\xff\\xff' * 100); os.read(0, 1)",  # frames of garbage
+        "raise SystemExit(3)",
+        "import os; os.close(0); os.read(1, 1)",
+    ],
+)
+def test_a_courier_gone_mad_is_replaced(serve, attach, monkeypatch, code):
+    daemon = serve()
+    monkeypatch.setattr(child, "_CODE", code)
+    pipe = attach(daemon)
+    mad = pipe.courier_pid
+    sent = 0
+    while pipe.courier_pid == mad:
+        sent += 1
+        pipe.send(request(sent))
+        assert pipe.receive() == []
+    monkeypatch.undo()
+    daemon.wait(lambda: daemon.sequences[-1:] == [sent], pipe)
+    assert daemon.sequences == list(range(1, sent + 1))
+    assert not exists(mad)
+
+
+def test_no_courier_can_be_started(serve, attach, monkeypatch, caplog):
+    daemon = serve()
+    with monkeypatch.context() as broken:
+        broken.setattr(sys, "executable", "/nowhere/python")
+        pipe = attach(daemon)
+        send(pipe, [1, 2])
+        assert pipe.courier_pid is None
+    daemon.wait(lambda: daemon.sequences == [1, 2], pipe)
+    assert [record.message for record in caplog.records] == [
+        "no courier could be started: [Errno 2] No such file or directory: '/nowhere/python'"
+    ]
+
+
+def descriptors():
+    """What is open in this process, and whether a child started by exec would inherit it."""
+    found = {}
+    for end in (int(entry.name) for entry in Path("/proc/self/fd").iterdir()):
+        with contextlib.suppress(OSError):  # the listing's own
+            found[end] = os.get_inheritable(end)
+    return found
+
+
+def children():
+    return Path(f"/proc/self/task/{os.getpid()}/children").read_text(encoding="ascii")
+
+
+def test_nothing_is_left_open(attach):
+    before = (threading.active_count(), children(), descriptors())
+    for _ in range(3):
+        pipe = attach(f"127.0.0.1:{free_port()}")
+        os.kill(pipe.courier_pid, signal.SIGKILL)
+        await_end(pipe.courier_pid)
+        await_new_courier(pipe, pipe.courier_pid)
+        send(pipe, [1])
+        ours = descriptors().keys() - before[2].keys()
+        assert len(ours) == 2
+        assert not any(os.get_inheritable(end) for end in ours)
+        pipe.close()
+        pipe.close()
+        pipe.send(request(2))
+        assert pipe.receive() == []
+    assert (threading.active_count(), children(), descriptors()) == before
+
+
+# Trainers, in processes of their own: gRPC's server and forks don't go together.
+
+
+def trainer(code, address):
+    """A trainer that runs `code` with a pipe to `address`, its output line by line."""
+    prelude = f"""
+import os, signal, sys, threading
+from sharpwatch.agent.pipe import CourierPipe
+from sharpwatch.v1 import agent_pb2
+def send(pipe, sequence):
+    pipe.send(agent_pb2.SessionRequest(sample=agent_pb2.Sample(sequence=sequence)))
+def say(word):
+    print(word, flush=True)
+pipe = CourierPipe(agent_pb2.Hello(run="run"), address={address!r})
+"""
+    return subprocess.Popen(
+        [sys.executable, "-c", prelude + code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+@contextlib.contextmanager
+def finishing(process):
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_in_a_forks_copy_all_is_inert(serve):
+    daemon = serve()
+    code = """
+before = set(os.listdir("/proc/self/fd"))
+send(pipe, 1)
+if (worker := os.fork()) == 0:
+    left = set(os.listdir("/proc/self/fd"))
+    send(pipe, 2)
+    assert pipe.receive() == []
+    pipe.flush()
+    pipe.close()
+    del pipe
+    os._exit(0 if len(left) == len(before) - 2 else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == 0
+send(pipe, 3)
+pipe.close()
+say(pipe.dropped)
+"""
+    with finishing(trainer(code, daemon.address)) as process:
+        assert process.stdout.readline() == "{}\n"
+        assert process.wait(PATIENCE) == 0
+    assert daemon.sequences == [1, 3]
+    assert len(daemon.hellos) == 1
+
+
+def test_a_killed_trainers_samples_arrive_though_a_worker_lives_on(serve):
+    daemon = serve()
+    code = """
+send(pipe, 1)
+if (worker := os.fork()) == 0:
+    signal.pause()
+say(f"{worker} {pipe.courier_pid}")
+send(pipe, 2)
+say("ready")
+signal.pause()
+"""
+    with finishing(trainer(code, daemon.address)) as process:
+        worker, courier = map(int, process.stdout.readline().split())
+        assert process.stdout.readline() == "ready\n"
+        process.kill()
+        process.wait(PATIENCE)
+        await_end(courier)
+        os.kill(worker, signal.SIGKILL)
+    assert daemon.sequences == [1, 2]
+
+
+def test_a_worker_that_holds_the_pipe_does_not_hold_the_courier(serve):
+    """Forked by other means than Python's: no hook runs there, so only the trainer's death tells."""
+    daemon = serve()
+    code = """
+import ctypes
+send(pipe, 1)
+libc = ctypes.PyDLL(None)
+if (worker := libc.fork()) == 0:
+    libc.pause()
+say(f"{worker} {pipe.courier_pid}")
+signal.pause()
+"""
+    with finishing(trainer(code, daemon.address)) as process:
+        worker, courier = map(int, process.stdout.readline().split())
+        process.kill()
+        process.wait(PATIENCE)
+        await_end(courier)
+        os.kill(worker, signal.SIGKILL)
+    assert daemon.sequences == [1]
+
+
+def test_a_deadly_sigpipe_does_not_reach_the_trainer(serve):
+    daemon = serve()
+    code = """
+signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+old = pipe.courier_pid
+send(pipe, 1)
+os.kill(old, signal.SIGKILL)
+os.waitid(os.P_PID, old, os.WEXITED | os.WNOWAIT)
+courier = pipe._courier
+courier.read = lambda: b""  # it would tell before the write does
+sequence = 1
+while pipe._courier is courier:
+    sequence += 1
+    send(pipe, sequence)
+assert signal.SIGPIPE not in signal.sigpending()
+assert signal.SIGPIPE not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+pipe.close()
+say(sequence)
+"""
+    with finishing(trainer(code, daemon.address)) as process:
+        last = int(process.stdout.readline())
+        assert process.wait(PATIENCE) == 0
+    assert daemon.sequences[-1] == last
