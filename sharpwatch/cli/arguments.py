@@ -33,11 +33,33 @@ class Parser(argparse.ArgumentParser):
 
 
 def address(text: str) -> str:
-    """HOST:PORT or unix:PATH."""
-    match = _HOST_PORT.fullmatch(text)
-    if (text.startswith("unix:") and text != "unix:") or (match and 0 < int(match[2]) < 2**16):
+    """HOST:PORT or unix:PATH, to connect to."""
+    if _is_socket(text) or _is_host_port(text, lowest=1):
         return text
     raise argparse.ArgumentTypeError(f"{text!r} is no address; allowed: HOST:PORT or unix:PATH")
+
+
+def listening(text: str) -> str:
+    """HOST:PORT or unix:PATH, to listen on; port 0 takes a free one."""
+    return text if _is_socket(text) else listening_port(text)
+
+
+def listening_port(text: str) -> str:
+    """HOST:PORT, to listen on; port 0 takes a free one."""
+    if _is_host_port(text, lowest=0):
+        return text
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is no address to listen on; allowed: HOST:PORT, for gRPC also unix:PATH"
+    )
+
+
+def _is_socket(text: str) -> bool:
+    return text.startswith("unix:") and text != "unix:"
+
+
+def _is_host_port(text: str, lowest: int) -> bool:
+    match = _HOST_PORT.fullmatch(text)
+    return match is not None and lowest <= int(match[2]) < 2**16
 
 
 def count(text: str) -> int:

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from sharpwatch.cli.arguments import Command
+from sharpwatch.cli.arguments import Command, listening, listening_port
 from sharpwatch.daemon.config import load_config
 from sharpwatch.daemon.serve import run
 
@@ -15,8 +15,8 @@ _OVERRIDES = ("grpc", "http", "store", "log_level")
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", required=True, type=Path, help="YAML; see sharpwatch check-config")
-    parser.add_argument("--grpc", metavar="ADDR", help="agents and operators: HOST:PORT or unix:PATH")
-    parser.add_argument("--http", metavar="ADDR", help="metrics and health: HOST:PORT")
+    parser.add_argument("--grpc", metavar="ADDR", type=listening, help="agents and operators: HOST:PORT or unix:PATH")
+    parser.add_argument("--http", metavar="ADDR", type=listening_port, help="metrics and health: HOST:PORT")
     parser.add_argument("--store", metavar="URL", help="journal, such as sqlite:///sharpwatch.db")
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), help="least severity to log")
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import threading
 from collections.abc import Mapping
+from queue import SimpleQueue
 
 import grpc
 
@@ -28,7 +30,10 @@ def finish(
     Raises `OperatorError` if the answer is no, or none came in time; with --json the decision is printed all the same.
     """
     if not args.no_wait and decision.outcome in _ON_ITS_WAY:
-        decision = _follow(stub, decision, args.timeout)
+        try:
+            decision = _follow(stub, decision, args.timeout)
+        except KeyboardInterrupt:
+            raise OperatorError(f"stopped waiting; {_still(decision)}") from None
     failed = decision.outcome not in _DONE and not (args.no_wait and decision.outcome in _ON_ITS_WAY)
     if args.json or not failed:
         show(args, decision, said(decision, named))
@@ -38,21 +43,36 @@ def finish(
 
 
 def _follow(stub: OperatorServiceStub, decision: Decision, timeout: float) -> Decision:
-    call = stub.WatchDecision(WatchDecisionRequest(id=decision.id), timeout=timeout)
+    """The decision once it is settled, or as it stands after `timeout` seconds."""
+    news: SimpleQueue[Decision | grpc.RpcError | None] = SimpleQueue()
+    # In a thread of its own: a Ctrl-C that lands inside gRPC can leave one of its locks taken, and closing the channel
+    # (which is what ends this thread) then never returns.
+    listener = threading.Thread(target=_listen, args=(stub, decision.id, timeout, news), daemon=True)
+    listener.start()
     newest = decision
-    try:
-        for response in call:
-            newest = response.decision
-            if newest.outcome not in _ON_ITS_WAY:
+    while newest.outcome in _ON_ITS_WAY:
+        heard = news.get()
+        if heard is None:
+            break
+        if isinstance(heard, grpc.RpcError):
+            if heard.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                 break
-    except grpc.RpcError as error:
-        if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
-            raise
-    except KeyboardInterrupt:
-        raise OperatorError(f"stopped waiting; {_still(newest)}") from None
-    finally:
-        call.cancel()  # type: ignore[no-untyped-call] # the stubs leave it untyped
+            raise heard
+        newest = heard
     return newest
+
+
+def _listen(
+    stub: OperatorServiceStub, id_: str, timeout: float, news: SimpleQueue[Decision | grpc.RpcError | None]
+) -> None:
+    """Put every message of a decision's stream into `news`, then the error or the None that ended it."""
+    try:
+        for response in stub.WatchDecision(WatchDecisionRequest(id=id_), timeout=timeout):
+            news.put(response.decision)
+    except grpc.RpcError as error:
+        news.put(error)
+    else:
+        news.put(None)
 
 
 def said(decision: Decision, named: Mapping[str, float] | None = None) -> str:

@@ -196,10 +196,10 @@ async def test_lr_set_waits_for_the_trainer_and_says_what_it_did(operator, start
     )
     await operator.watched.wait()
     assert process.returncode is None
-    operator.answer.set_result(pb.Decision(outcome="applied", applied_step=412, detail="changes nothing for: vo"))
+    operator.answer.set_result(pb.Decision(outcome="applied", applied_step=412, detail="unchanged: vo"))
     out, err = await process.communicate()
     assert (process.returncode, err) == (0, b"")
-    assert out.decode() == "revision 3 applied at step 412: qk 0.5, vo 1\nchanges nothing for: vo\n"
+    assert out.decode() == "revision 3 applied at step 412: qk 0.5, vo 1\nunchanged: vo\n"
     (request,) = operator.requests
     assert request == pb.SetLearningRatesRequest(
         run="gpt2-a1",

@@ -198,10 +198,8 @@ def test_decisions():
 
 def test_what_a_decision_came_to():
     assert said(CUT) == "revision 3 applied at step 412: emb 2, qk 0.5"
-    unchanged = Decision(
-        revision=4, outcome="applied", applied_step=9, multipliers={"qk": 1.0}, detail="changes nothing for: vo"
-    )
-    assert said(unchanged, {"qk": 1.0}) == "revision 4 applied at step 9: qk 1\nchanges nothing for: vo"
+    unchanged = Decision(revision=4, outcome="applied", applied_step=9, multipliers={"qk": 1.0}, detail="unchanged: vo")
+    assert said(unchanged, {"qk": 1.0}) == "revision 4 applied at step 9: qk 1\nunchanged: vo"
     assert said(BACK).startswith(
         "rollback refused: back to step 400 (/ckpt/400), skipping steps 405 to 420 (decision d8)"
     )

@@ -1,0 +1,186 @@
+"""The command line with the daemon it starts: serve, doctor, and a learning rate that reaches a trainer."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import time
+
+import grpc
+import pytest
+import pytest_asyncio
+
+from sharpwatch import wire
+from sharpwatch.v1 import agent_pb2
+from sharpwatch.v1.agent_pb2_grpc import AgentServiceStub
+from sharpwatch.v1.types_pb2 import COMMAND_OUTCOME_APPLIED, CommandResult, LayerBlock
+
+HELLO = agent_pb2.Hello(
+    protocol=wire.PROTOCOL,
+    training_job="job",
+    run="gpt2-a1",
+    attempt="first",
+    layer_blocks=[LayerBlock(block=block, layer="layers.0", parameters=64) for block in ("qk", "vo")],
+    blocks=["qk", "vo"],
+    optimizer="AdamW",
+    control="lr",
+    min_multiplier=0.1,
+    max_multiplier=10.0,
+)
+
+
+@pytest.fixture
+def environ(tmp_path):
+    return {
+        **os.environ,
+        "HOME": str(tmp_path),
+        "SHARPWATCH_ADDRESS": f"unix:{tmp_path}/daemon.sock",
+        "SHARPWATCH_AUTHOR": "ada@node3",
+        "SHARPWATCH_TOKEN_FILE": "",
+    }
+
+
+@pytest_asyncio.fixture
+async def served(tmp_path, environ):
+    """`sharpwatch serve` once it serves, with the store and addresses of its options; SIGTERM ends it with 0."""
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "daemon: {grpc: '127.0.0.1:1', http: '127.0.0.1:1', store: 'sqlite:////nowhere/x.db', device: cpu}\n"
+    )
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "sharpwatch", "serve", "--config", str(config)),
+        *("--grpc", environ["SHARPWATCH_ADDRESS"], "--http", "127.0.0.1:0"),
+        *("--store", f"sqlite:///{tmp_path}/journal.db", "--log-level", "info"),
+        env=environ,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    said = b""
+    async for line in process.stderr:
+        said += line
+        if json.loads(line)["event"] == "serving":
+            break
+    else:
+        pytest.fail(f"the daemon ended: {said.decode()}")
+    yield process
+    process.send_signal(signal.SIGTERM)
+    _, rest = await process.communicate()
+    assert process.returncode == 0, rest.decode()
+
+
+@pytest.fixture
+def cli(environ):
+    async def run(*args):
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "sharpwatch", *args),
+            env=environ,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        out, err = await process.communicate()
+        return process.returncode, out.decode(), err.decode()
+
+    return run
+
+
+async def train(address, registered):
+    """A trainer on the wire: one step a sample; it applies every command at the step after the newest."""
+    async with grpc.aio.insecure_channel(address) as channel:
+        session = AgentServiceStub(channel).Session()
+        await session.write(agent_pb2.SessionRequest(hello=HELLO))
+        step = 0
+
+        async def sample(*results):
+            nonlocal step
+            step += 1
+            taken = agent_pb2.Sample(
+                sequence=step, step=step, taken_at_unix_ns=time.time_ns(), loss=3.5, results=results
+            )
+            await session.write(agent_pb2.SessionRequest(sample=taken))
+
+        await sample()
+        async for response in session:
+            if response.HasField("ack"):
+                registered.set()
+            if response.HasField("command"):
+                applied = CommandResult(
+                    command_id=response.command.id,
+                    outcome=COMMAND_OUTCOME_APPLIED,
+                    step=step + 1,
+                    unchanged_blocks=["vo"],
+                )
+                await sample(applied)
+
+
+@pytest_asyncio.fixture
+async def trainer(served, environ):
+    assert served.returncode is None
+    registered = asyncio.Event()
+    task = asyncio.create_task(train(environ["SHARPWATCH_ADDRESS"], registered))
+    await registered.wait()
+    yield
+    task.cancel()
+    await asyncio.wait([task])
+
+
+@pytest.mark.usefixtures("trainer")
+async def test_a_learning_rate_reaches_the_trainer_and_is_undone(cli):
+    status, out, err = await cli("lr", "set", "gpt2", "qk=0.5", "vo=0.8", "--reason", "spikes")
+    assert (status, err) == (0, "")
+    assert out == "revision 1 applied at step 2: qk 0.5, vo 0.8\nunchanged: vo\n"
+    status, out, err = await cli("lr", "undo", "gpt2", "--reason", "calm again")
+    assert (status, err) == (0, "")
+    assert out.startswith("revision 2 applied at step 3: every block 1")
+    status, out, _ = await cli("lr", "history", "gpt2", "--json")
+    assert status == 0
+    first, second = json.loads(out)["revisions"]
+    assert (first["author"], first["reason"], first["applied_step"]) == ("ada@node3", "spikes", 2)
+    assert (second["undoes"], second["reason"], second["applied_step"]) == (1, "calm again", 3)
+    status, out, _ = await cli("decisions", "gpt2", "--json")
+    assert status == 0
+    assert [decision["revision"] for decision in json.loads(out)["decisions"]] == [2, 1]
+    status, out, err = await cli("show", "gpt2")
+    assert (status, err) == (0, "")
+    assert "job, AdamW" in out
+    status, out, err = await cli("mode", "gpt2", "enforce", "--reason", "on call")
+    assert (status, out, err) == (0, "gpt2-a1: enforce\n", "")
+    assert await cli("mode", "gpt2") == (0, "gpt2-a1: enforce\n", "")
+
+
+@pytest.mark.usefixtures("trainer")
+async def test_what_the_daemon_refuses_is_one_line_and_exit_1(cli):
+    for args, said in (
+        (("lr", "set", "gpt2", "nope=0.5"), "nope"),
+        (("lr", "set", "gpt2", "qk=100"), "10"),
+        (("lr", "undo", "gpt2"), "revision"),
+        (("rollback", "gpt2", "--reason", "r"), "checkpoint"),
+        (("approve", "nothing"), "no decision 'nothing'"),
+    ):
+        status, out, err = await cli(*args)
+        assert (status, out) == (1, ""), args
+        assert err.startswith("sharpwatch: ")
+        assert err.count("\n") == 1
+        assert said in err
+
+
+@pytest.mark.usefixtures("served")
+async def test_doctor_of_a_healthy_daemon(cli):
+    status, out, err = await cli("doctor", "--json")
+    assert (status, err) == (0, "")
+    checks = {check["check"]: check["state"] for check in json.loads(out)["checks"]}
+    wanted = ("token file", "daemon", "role", "store", "metrics", "clock")
+    assert {name: checks[name] for name in wanted} == dict.fromkeys(wanted, "ok")
+
+
+async def test_check_config_names_file_line_and_key(cli, tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text("daemon:\n  grpc: 127.0.0.1:7741\n  grcp: x\n")
+    status, out, err = await cli("check-config", str(config))
+    assert (status, out) == (1, "")
+    assert err.startswith(f"sharpwatch: {config}:3: daemon.grcp: ")
+    config.write_text("daemon: {grpc: '127.0.0.1:7741'}\n")
+    status, out, _ = await cli("check-config", str(config), "--json")
+    assert status == 0
+    assert json.loads(out)["daemon"]["grpc"] == "127.0.0.1:7741"
