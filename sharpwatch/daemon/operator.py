@@ -14,6 +14,7 @@ import grpc
 from sharpwatch import wire
 from sharpwatch._version import __version__
 from sharpwatch.daemon.journal import ModeRow
+from sharpwatch.daemon.ledger import FINAL
 from sharpwatch.daemon.messages import decision_message, detail_message, revision_message, run_message
 from sharpwatch.daemon.pipeline import Pipeline
 from sharpwatch.daemon.records import Decision, Mode
@@ -26,7 +27,6 @@ from sharpwatch.v1 import operator_pb2 as pb
 from sharpwatch.v1.operator_pb2_grpc import OperatorServiceServicer
 
 Context = grpc.aio.ServicerContext[Any, Any]
-FINAL = ("observed", "rejected", "refused", "applied", "recovered", "failed", "expired")
 _DEFAULT_LIMIT, _MOST = 100, 10_000
 _MAX_REASON = 2_000
 
@@ -187,7 +187,8 @@ class OperatorService(OperatorServiceServicer):
             made = _decision(run, request.id)
             if made != shown:
                 yield pb.WatchDecisionResponse(decision=decision_message(made))
-            if made.outcome in FINAL:
+            # An operator's own is done once it is applied; a policy's has still to prove itself.
+            if made.outcome in FINAL or (made.outcome == "applied" and not made.policy):
                 return
             shown = made
             await self._changed(run, version, context)

@@ -17,9 +17,10 @@ import structlog
 from sharpwatch.daemon.estimator import Estimator
 from sharpwatch.daemon.intake import Entry, Intake
 from sharpwatch.daemon.journal import AttemptRow, Batch, EstimateRow, ModeRow, SampleRow
+from sharpwatch.daemon.ledger import UNDER_WAY
 from sharpwatch.daemon.metrics import OwnMetrics
 from sharpwatch.daemon.records import Alert, Checkpoint, Decision, Revision
-from sharpwatch.daemon.runs import OUTSTANDING, Attempt, Run, Runs
+from sharpwatch.daemon.runs import Attempt, Run, Runs
 from sharpwatch.daemon.store import Store
 from sharpwatch.daemon.supervisor import Changes
 from sharpwatch.errors import OperatorError, StoreError
@@ -206,7 +207,7 @@ class Pipeline:
             return
         # The decision as it stands now: it may have expired, or been answered, while the journal failed.
         made = next((made for made in run.supervisor.decisions if made.id == identity), None)
-        if made is not None and made.outcome in OUTSTANDING:
+        if made is not None and made.outcome in UNDER_WAY:
             run.outstanding[identity] = made
             self._on_command(run, made)
 

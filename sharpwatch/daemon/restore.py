@@ -9,7 +9,8 @@ from google.protobuf.message import DecodeError
 
 from sharpwatch.daemon.ingest import Cursor, Reading, read_hello, read_sample
 from sharpwatch.daemon.journal import SampleRow, StoredAttempt, StoredRun
-from sharpwatch.daemon.runs import OUTSTANDING, Attempt, Run, Runs, rolled_back
+from sharpwatch.daemon.ledger import UNDER_WAY
+from sharpwatch.daemon.runs import Attempt, Run, Runs, rolled_back
 from sharpwatch.daemon.supervisor import Changes
 from sharpwatch.errors import OperatorError, WireError
 from sharpwatch.v1 import agent_pb2
@@ -32,7 +33,7 @@ def restore_run(runs: Runs, stored: StoredRun) -> list[Changes]:
         return []
     run.supervisor.restore(stored.alerts, stored.decisions, stored.revisions, stored.checkpoints, stored.mode)
     run.note(Changes(stored.alerts, stored.decisions, stored.revisions, ()))
-    run.outstanding.update((made.id, made) for made in stored.decisions if made.outcome in OUTSTANDING)
+    run.outstanding.update((made.id, made) for made in stored.decisions if made.outcome in UNDER_WAY)
     changes = _replay(run, attempts, stored.samples)
     closed = next(row.closed for row in stored.attempts if row.attempt == newest.manifest.attempt)
     seen_at = stored.attempts[-1].seen_at

@@ -15,10 +15,10 @@ from sharpwatch.curvature.estimate import Estimate
 from sharpwatch.daemon.aggregate import BlockTap, block_tap
 from sharpwatch.daemon.estimator import WINDOW_PROBES, Estimates, Key, Request, observed_stability
 from sharpwatch.daemon.ingest import Cursor, DirectionReading, GnbReading, HealthReading, Manifest, Reading
+from sharpwatch.daemon.ledger import UNDER_WAY
 from sharpwatch.daemon.records import Alert, Decision, Mode, Observation
 from sharpwatch.daemon.supervisor import Changes, Supervisor
 
-OUTSTANDING = ("approved", "sent")  # outcomes of a decision whose command is under way
 MAX_RUNS = 10_000
 MAX_ATTEMPTS = 16  # remembered of a run: one of them may still be sending what it had left
 
@@ -88,7 +88,7 @@ MakeSupervisor = Callable[[Manifest, Supervisor | None], Supervisor]
 class Run:
     """One run: single-threaded state behind, an immutable `view` in front."""
 
-    def __init__(self, attempt: Attempt, supervisor: Supervisor, *, default_mode: Mode, now: float) -> None:
+    def __init__(self, attempt: Attempt, supervisor: Supervisor, *, now: float) -> None:
         self.attempt = attempt
         self.supervisor = supervisor
         self.signal = Signal()
@@ -97,7 +97,6 @@ class Run:
         self.gnb: deque[tuple[int, GnbReading]] = deque(maxlen=WINDOW_PROBES)
         # Blocks take turns: that many hold a full window of each.
         self.directions: deque[tuple[int, DirectionReading]] = deque(maxlen=WINDOW_PROBES * len(BLOCKS))
-        self._default_mode: Mode = default_mode
         self._dropped_probes: Counter[str] = Counter()
         self._alerts_total: Counter[str] = Counter()
         self._decisions_total: Counter[tuple[str, str, str]] = Counter()
@@ -107,7 +106,7 @@ class Run:
             manifest=attempt.manifest,
             phase="silent",
             attempts=1,
-            mode=supervisor.mode or default_mode,
+            mode=supervisor.mode,
             lr_revision=0,
             multipliers=supervisor.multipliers,
             last_seen_at=now,
@@ -130,15 +129,6 @@ class Run:
         self.attempt = attempt
         self.supervisor = supervisor
         self._draft = replace(self._draft, manifest=attempt.manifest, attempts=self._draft.attempts + 1, health=None)
-
-    def reinstate(self) -> None:
-        """Have the multipliers in force sent to a new attempt, which starts with all at 1."""
-        in_force = next((one for one in reversed(self.supervisor.revisions) if one.applied_step is not None), None)
-        if in_force is None or all(value == 1.0 for value in in_force.multipliers.values()):
-            return
-        for made in self.supervisor.decisions:
-            if made.id == in_force.decision_id and made.id not in self.outstanding:
-                self.outstanding[made.id] = replace(made, apply_at_step=0, expires_at_step=0)
 
     def fold(self, reading: Reading, now: float) -> Observation | None:
         """Take in a sample of the newest attempt; returns what detectors see of it, None where it measured nothing."""
@@ -187,7 +177,7 @@ class Run:
             if self._counted.get(decision.id) != decision.outcome:
                 self._counted[decision.id] = decision.outcome
                 self._decisions_total[decision.action, decision.mode, decision.outcome] += 1
-            if decision.outcome not in OUTSTANDING:
+            if decision.outcome not in UNDER_WAY:
                 self.outstanding.pop(decision.id, None)
 
     def show(self, **changes: Any) -> None:
@@ -195,7 +185,7 @@ class Run:
         revisions = self.supervisor.revisions
         self._draft = self.view = replace(
             self._draft,
-            mode=self.supervisor.mode or self._default_mode,
+            mode=self.supervisor.mode,
             lr_revision=revisions[-1].revision if revisions else 0,
             multipliers=dict(self.supervisor.multipliers),
             alerts=tuple(self.supervisor.alerts),
@@ -234,11 +224,6 @@ def _observation(manifest: Manifest, reading: Reading, tap: BlockTap | None) -> 
     )
 
 
-def _same_terms(one: Manifest, other: Manifest) -> bool:
-    """Whether a supervisor, baselines included, can go on from one attempt to the other."""
-    return (one.blocks, one.control, one.lr_bounds) == (other.blocks, other.control, other.lr_bounds)
-
-
 def rolled_back(decisions: Iterable[Decision], reading: Reading) -> bool:
     """Whether `reading` says that one of `decisions`, a rollback, was applied."""
     applied = {result.command_id for result in reading.results if result.outcome == "applied"}
@@ -248,9 +233,8 @@ def rolled_back(decisions: Iterable[Decision], reading: Reading) -> bool:
 class Runs:
     """All runs, by name; at most `MAX_RUNS`, of which the longest gone gives way."""
 
-    def __init__(self, make_supervisor: MakeSupervisor, default_mode: Mode) -> None:
+    def __init__(self, make_supervisor: MakeSupervisor) -> None:
         self._make_supervisor = make_supervisor
-        self._default_mode: Mode = default_mode
         self._runs: dict[str, Run] = {}
         self._attempts: dict[str, dict[str, Attempt]] = {}  # by run, then by attempt; the newest last
 
@@ -277,10 +261,9 @@ class Runs:
         name = attempt.manifest.run
         run = self._runs.get(name)
         if run is not None:
-            same = _same_terms(run.attempt.manifest, attempt.manifest)
-            run.begin(attempt, run.supervisor if same else self._make_supervisor(attempt.manifest, run.supervisor))
+            run.begin(attempt, self._make_supervisor(attempt.manifest, run.supervisor))
         elif self._make_room():
-            run = Run(attempt, self._make_supervisor(attempt.manifest, None), default_mode=self._default_mode, now=now)
+            run = Run(attempt, self._make_supervisor(attempt.manifest, None), now=now)
             self._runs[name] = run
         else:
             return None

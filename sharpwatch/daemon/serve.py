@@ -28,7 +28,6 @@ from sharpwatch.daemon.logs import configure_logs
 from sharpwatch.daemon.metrics import OwnMetrics, RunCollector
 from sharpwatch.daemon.operator import Facts, OperatorService
 from sharpwatch.daemon.pipeline import Pipeline
-from sharpwatch.daemon.records import Mode
 from sharpwatch.daemon.restore import REPLAYED_SAMPLES, restore_run
 from sharpwatch.daemon.runs import Runs
 from sharpwatch.daemon.security import Gate, check_grpc_address, load_token
@@ -98,7 +97,7 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:
     gate = Gate(load_token(settings.token_file))
     started_at = time.monotonic()
     registry = CollectorRegistry()
-    runs = Runs(lambda manifest, earlier: _supervisor(config, manifest, earlier), _default_mode(config))
+    runs = Runs(lambda manifest, earlier: _supervisor(config, manifest, earlier))
     async with AsyncExitStack() as stack:
         store = await Store.open(settings.store, retain_samples=settings.retain_samples)
         stack.push_async_callback(store.close)
@@ -158,12 +157,6 @@ async def _restore(runs: Runs, store: Store, pipeline: Pipeline) -> None:
             await pipeline.restored(run, changes)
 
 
-def _default_mode(config: Config) -> Mode:
-    """The mode shown of a run that was set none: the most that any policy may do."""
-    modes: tuple[Mode, ...] = ("enforce", "advise")
-    return next((mode for mode in modes if any(policy.mode == mode for policy in config.policies)), "observe")
-
-
 def _supervisor(config: Config, manifest: Manifest, earlier: Supervisor | None) -> Supervisor:
     """A supervisor of a new attempt, which knows all that the run's `earlier` one knew."""
     supervisor = Supervisor(
@@ -175,7 +168,7 @@ def _supervisor(config: Config, manifest: Manifest, earlier: Supervisor | None) 
         can_roll_back=manifest.control != "none",  # with "lr" the trainer takes one where it has on_rollback
     )
     if earlier is not None:
-        supervisor.restore(earlier.alerts, earlier.decisions, earlier.revisions, earlier.checkpoints, earlier.mode)
+        supervisor.take_over(earlier)
     return supervisor
 
 

@@ -244,7 +244,6 @@ class AgentService:
         run = self._runs.begin(attempt, now)
         if run is None:
             raise SessionEndedError(grpc.StatusCode.RESOURCE_EXHAUSTED, "as many runs as the daemon holds are live")
-        run.reinstate()
         await self._pipeline.register(attempt, now)
         return attempt, run
 

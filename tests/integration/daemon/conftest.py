@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
+import sys
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +19,7 @@ import pytest
 
 from sharpwatch import wire
 from sharpwatch.daemon.config import load_config
-from sharpwatch.daemon.serve import Daemon, serving
+from sharpwatch.daemon.serve import serving
 from sharpwatch.v1 import agent_pb2, types_pb2
 from sharpwatch.v1 import operator_pb2 as pb
 from sharpwatch.v1.agent_pb2_grpc import AgentServiceStub
@@ -148,7 +151,7 @@ class Client:
     token: str
     channel: grpc.aio.Channel
     web: aiohttp.ClientSession
-    daemon: Daemon
+    stop: Callable[[], Awaitable[None]]
 
     @property
     def operator(self) -> OperatorServiceStub:
@@ -222,13 +225,65 @@ def running(configure, tmp_path):
     @asynccontextmanager
     async def run(**changes):
         async with AsyncExitStack() as stack:
-            daemon = await stack.enter_async_context(serving(configure(**changes)))
+            serve = AsyncExitStack()
+            daemon = await serve.enter_async_context(serving(configure(**changes)))
+            stack.push_async_callback(serve.aclose)  # closing twice is closing once
             channel = await stack.enter_async_context(grpc.aio.insecure_channel(daemon.grpc))
             web = await stack.enter_async_context(aiohttp.ClientSession())
             token = (tmp_path / "operator.token").read_text().strip()
-            yield Client(daemon.grpc, daemon.http, token, channel, web, daemon)
+            yield Client(daemon.grpc, daemon.http, token, channel, web, serve.aclose)
 
     return run
+
+
+@dataclass
+class Process:
+    """`sharpwatch serve` in a process of its own, its log lines kept as they come."""
+
+    process: asyncio.subprocess.Process
+    client: Client | None = None
+    log: list[dict] = field(default_factory=list)
+
+    async def event(self, name: str) -> dict:
+        """The next log event of that name."""
+        async with asyncio.timeout(PATIENCE):
+            async for line in self.process.stderr:
+                self.log.append(json.loads(line))
+                if self.log[-1]["event"] == name:
+                    return self.log[-1]
+        raise AssertionError(f"no {name} in {self.log}")
+
+    async def exit(self, number: int) -> int:
+        """Send a signal; the exit status."""
+        self.process.send_signal(number)
+        async with asyncio.timeout(PATIENCE):
+            rest = await self.process.stderr.read()
+            self.log += map(json.loads, rest.splitlines())
+            return await self.process.wait()
+
+
+@pytest.fixture
+async def start(configure, tmp_path):
+    """Start the daemon as a process: `await start(...)`; those still running at the end are killed."""
+    async with AsyncExitStack() as stack:
+
+        async def started(**changes) -> Process:
+            configure(**changes)
+            command = (sys.executable, "-m", "sharpwatch", "serve", "--config", str(tmp_path / "sharpwatch.yaml"))
+            run = Process(await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE))
+            stack.push_async_callback(ended, run)
+            serving = await run.event("serving")
+            channel = await stack.enter_async_context(grpc.aio.insecure_channel(serving["grpc"]))
+            web = await stack.enter_async_context(aiohttp.ClientSession())
+            token = (tmp_path / "operator.token").read_text().strip()
+            run.client = Client(serving["grpc"], serving["http"], token, channel, web, lambda: run.exit(signal.SIGTERM))
+            return run
+
+        async def ended(run: Process) -> None:
+            if run.process.returncode is None:
+                await run.exit(signal.SIGKILL)
+
+        yield started
 
 
 @pytest.fixture

@@ -1,0 +1,156 @@
+"""What survives kill -9, a full disk, and a stop in order; the daemon is a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import signal
+
+import grpc
+import pytest
+
+from sharpwatch.v1 import operator_pb2 as pb
+from sharpwatch.v1 import types_pb2
+
+RATES = pb.SetLearningRatesRequest(run="run", multipliers={"qk": 0.5}, author="ann", reason="too sharp")
+
+
+def comparable(detail: pb.RunDetail) -> pb.RunDetail:
+    """`detail` without what a restart rightly changes."""
+    same = pb.RunDetail()
+    same.CopyFrom(detail)
+    same.run.phase = pb.RUN_PHASE_UNSPECIFIED
+    same.run.last_sample_at_unix_ns = 0
+    return same
+
+
+async def test_a_daemon_killed_takes_its_runs_up_where_they_were(start, build):
+    first = await start()
+    daemon = first.client
+    trainer = await daemon.train()
+    checkpoint = types_pb2.Checkpoint(step=3, uri="file:///c3")
+    for sequence in range(1, 21):
+        await trainer.send(
+            build.sample(
+                sequence,
+                gnb=build.gnb(sequence),
+                direction=build.direction(0.1 + 0.01 * sequence),
+                checkpoints=[checkpoint] if sequence == 3 else [],
+            )
+        )
+    await trainer.acknowledged(20)
+    mode = pb.SetModeRequest(run="run", mode="enforce", author="ann", reason="night")
+    await daemon.operator.SetMode(mode, metadata=daemon.credentials)
+    made = (await daemon.operator.SetLearningRates(RATES, metadata=daemon.credentials)).decision
+    before = await daemon.shown("run", lambda detail: detail.run.step == 20 and detail.run.lr_revision == 1)
+    assert await first.exit(signal.SIGKILL) == -signal.SIGKILL
+
+    daemon = (await start()).client
+    after = (await daemon.operator.GetRun(pb.GetRunRequest(run="run"))).detail
+    assert after.run.phase == pb.RUN_PHASE_SILENT
+    assert comparable(after) == comparable(before)
+    assert await daemon.metric("sharpwatch_run_step{") == 20
+    again = await daemon.train()
+    assert again.welcome.acknowledged_sequence == 20
+    assert (await again.next("command")).id == made.id
+    await again.send(build.sample(21, results=[types_pb2.CommandResult(command_id=made.id, outcome=1, step=21)]))
+    await again.acknowledged(21)
+    await daemon.shown("run", lambda detail: detail.run.step == 21)
+    (kept,) = (await daemon.operator.ListDecisions(pb.ListDecisionsRequest())).decisions
+    assert (kept.outcome, kept.author, kept.applied_step) == ("applied", "ann", 21)
+    again.call.cancel()
+
+
+async def test_no_acknowledged_sample_is_lost_whenever_the_daemon_is_killed(start, build):
+    first = await start()
+    trainer = await first.client.train()
+    acknowledged = 0
+
+    async def listen() -> None:
+        nonlocal acknowledged
+        while True:
+            acknowledged = (await trainer.next("ack")).sequence
+            if acknowledged > 200:
+                first.process.kill()
+
+    async def speak() -> None:
+        for sequence in range(1, 10_000):
+            await trainer.send(build.sample(sequence))
+
+    done, rest = await asyncio.wait(
+        (asyncio.create_task(listen()), asyncio.create_task(speak())), return_when=asyncio.FIRST_EXCEPTION
+    )
+    for task in rest:
+        task.cancel()
+    assert all(task.exception() is not None for task in done)  # the daemon was killed under them
+    await first.process.wait()
+    trainer = await (await start()).client.train()
+    assert trainer.welcome.acknowledged_sequence >= acknowledged > 200
+    trainer.call.cancel()
+
+
+async def test_a_full_disk_stops_acknowledgements_and_not_the_daemon(start, build):
+    running = await start(queue_capacity=16)
+    daemon = running.client
+    quiet, busy = await daemon.train("quiet", "q1"), await daemon.train("busy", "b1")
+    for trainer in (quiet, busy):
+        await trainer.send(build.sample(1))
+        await trainer.acknowledged(1)
+
+    # No file may grow past this: for the journal the disk is full.
+    unlimited = resource.prlimit(running.process.pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+    await quiet.send(build.sample(2))
+    failed = await running.event("store_failed")
+    assert "journal.db" in failed["error"]
+    for sequence in range(2, 21):
+        await busy.send(build.sample(sequence, gnb=build.gnb(sequence)))
+    detail = await daemon.shown("busy", lambda detail: detail.run.step == 20)  # still seen, still estimated
+    assert len(detail.blocks[0].estimates) > 0
+    lost = [await busy.next("refusal") for _ in range(4)]
+    assert [(one.sequence, one.code) for one in lost] == [(sequence, "overflow") for sequence in range(2, 6)]
+    assert "ack" not in {kind for kind, heard in busy.heard.items() if heard}
+    status, reason = await daemon.get("/-/ready")
+    assert status == 503
+    assert "journal.db" in reason
+    assert await daemon.get("/-/healthy") == (200, "ok\n")
+    assert await daemon.metric("sharpwatch_store_writable") == 0
+    assert await daemon.metric("sharpwatch_queue_depth") == 16
+    about = await daemon.operator.GetDaemon(pb.GetDaemonRequest())
+    assert not about.store_writable
+    assert "journal.db" in about.store_error
+    change = pb.SetLearningRatesRequest(run="busy", multipliers={"qk": 0.5}, author="ann")
+    with pytest.raises(grpc.aio.AioRpcError, match="nothing can be audited now"):
+        await daemon.operator.SetLearningRates(change, metadata=daemon.credentials)
+
+    resource.prlimit(running.process.pid, resource.RLIMIT_FSIZE, unlimited)
+    await running.event("store_recovered")
+    await quiet.acknowledged(2)
+    await busy.acknowledged(20)
+    assert await daemon.get("/-/ready") == (200, "ready\n")
+    assert await daemon.metric("sharpwatch_store_writable") == 1
+    assert "command" not in busy.heard
+    assert [event["event"] for event in running.log].count("store_failed") == 1
+    for trainer in (quiet, busy):
+        trainer.call.cancel()
+
+
+async def test_sigterm_flushes_says_goodbye_and_exits_0(start, build):
+    running = await start()
+    trainer = await running.client.train()
+    for sequence in range(1, 50):
+        await trainer.send(build.sample(sequence))
+    await trainer.acknowledged(1)
+    status = await running.exit(signal.SIGTERM)
+    assert status == 0
+    assert (await trainer.next("drain")).reason == "the daemon is stopping"
+    said = trainer.heard["ack"][-1].sequence if trainer.heard.get("ack") else 1
+    assert running.log[-1]["event"] == "stopped"
+    again = await (await start()).client.train()
+    assert again.welcome.acknowledged_sequence >= said
+    again.call.cancel()
+
+
+async def test_a_daemon_that_can_not_start_says_why_and_exits_1(start, tmp_path):
+    (tmp_path / "journal.db").write_bytes(b"not a database, and long enough to be looked at as one" * 40)
+    with pytest.raises(AssertionError, match=r"file is not a database.*not_serving"):
+        await start()

@@ -1,0 +1,226 @@
+"""The operators' side of a daemon, and the commands that come of it on the trainer's side."""
+
+from __future__ import annotations
+
+import stat
+from contextlib import suppress
+from pathlib import Path
+
+import grpc
+import pytest
+
+from sharpwatch.errors import SharpwatchError
+from sharpwatch.v1 import operator_pb2 as pb
+from sharpwatch.v1 import types_pb2
+from sharpwatch.v1.operator_pb2_grpc import OperatorServiceStub
+
+APPLIED = types_pb2.COMMAND_OUTCOME_APPLIED
+HALVE = pb.SetLearningRatesRequest(run="run", multipliers={"qk": 0.5}, author="ann", reason="too sharp")
+
+
+async def refused(call) -> tuple[grpc.StatusCode, str]:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    return caught.value.code(), caught.value.details()
+
+
+async def outcomes(daemon, decision: str) -> list[str]:
+    """What a watch of the decision tells, to its end."""
+    call = daemon.operator.WatchDecision(pb.WatchDecisionRequest(id=decision))
+    return [response.decision.outcome async for response in call]
+
+
+async def test_a_change_needs_the_token_and_a_name(daemon):
+    trainer = await daemon.train()
+    rates, token = daemon.operator.SetLearningRates, daemon.credentials
+    assert (await refused(rates(HALVE)))[0] is grpc.StatusCode.UNAUTHENTICATED
+    wrong = (("authorization", "Bearer wrong"),)
+    assert await refused(rates(HALVE, metadata=wrong)) == (
+        grpc.StatusCode.UNAUTHENTICATED,
+        "this token is not the operator's",
+    )
+    nameless = pb.SetLearningRatesRequest(run="run", multipliers={"qk": 0.5}, author=" ")
+    code, details = await refused(rates(nameless, metadata=token))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert "author" in details
+    for call in (
+        daemon.operator.UndoLearningRates(pb.UndoLearningRatesRequest(run="run", author="eve")),
+        daemon.operator.RequestRollback(pb.RequestRollbackRequest(run="run", author="eve")),
+        daemon.operator.SetMode(pb.SetModeRequest(run="run", mode="enforce", author="eve")),
+        daemon.operator.ApproveDecision(pb.ApproveDecisionRequest(id="d", author="eve")),
+        daemon.operator.RejectDecision(pb.RejectDecisionRequest(id="d", author="eve")),
+    ):
+        assert (await refused(call))[0] is grpc.StatusCode.UNAUTHENTICATED
+    assert not (await daemon.operator.ListDecisions(pb.ListDecisionsRequest())).decisions
+    assert (await daemon.operator.GetDaemon(pb.GetDaemonRequest())).role == "viewer"
+    assert (await daemon.operator.GetDaemon(pb.GetDaemonRequest(), metadata=token)).role == "operator"
+    trainer.call.cancel()
+
+
+async def test_what_is_not_there_is_not_found(daemon):
+    trainer = await daemon.train()
+    token = daemon.credentials
+    missing = [
+        daemon.operator.GetRun(pb.GetRunRequest(run="none")),
+        daemon.operator.ListRevisions(pb.ListRevisionsRequest(run="none")),
+        daemon.operator.ListDecisions(pb.ListDecisionsRequest(run="none")),
+        daemon.operator.ApproveDecision(pb.ApproveDecisionRequest(id="none", author="ann"), metadata=token),
+        daemon.operator.SetMode(pb.SetModeRequest(run="none", mode="advise", author="ann"), metadata=token),
+    ]
+    for call in missing:
+        assert (await refused(call))[0] is grpc.StatusCode.NOT_FOUND
+    unknown = pb.SetLearningRatesRequest(run="run", multipliers={"attention": 0.5}, author="ann")
+    code, details = await refused(daemon.operator.SetLearningRates(unknown, metadata=token))
+    assert code is grpc.StatusCode.FAILED_PRECONDITION
+    assert "attention" in details
+    code, details = await refused(
+        daemon.operator.SetMode(pb.SetModeRequest(run="run", mode="yolo", author="ann"), metadata=token)
+    )
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert "observe, advise, enforce" in details
+    trainer.call.cancel()
+
+
+async def test_a_learning_rate_goes_out_comes_back_and_is_kept(daemon, build):
+    trainer = await daemon.train()
+    await trainer.send(build.sample(1))
+    await trainer.acknowledged(1)
+    made = (await daemon.operator.SetLearningRates(HALVE, metadata=daemon.credentials)).decision
+    assert (made.outcome, made.author, made.reason) == ("sent", "ann", "too sharp")
+    command = await trainer.next("command")
+    assert command.id == made.id
+    assert command.set_multipliers.multipliers["qk"] == 0.5
+    assert (command.author, command.reason) == ("ann", "too sharp")
+    assert (await daemon.operator.ListRevisions(pb.ListRevisionsRequest(run="run"))).revisions[0].author == "ann"
+
+    result = types_pb2.CommandResult(command_id=made.id, outcome=APPLIED, step=2)
+    await trainer.send(build.sample(2, results=[result]))
+    assert (await outcomes(daemon, made.id))[-1] == "applied"
+    (revision,) = (await daemon.operator.ListRevisions(pb.ListRevisionsRequest(run="run"))).revisions
+    assert revision.applied_step == 2
+    (kept,) = (await daemon.operator.ListDecisions(pb.ListDecisionsRequest(run="run"))).decisions
+    assert (kept.outcome, kept.applied_step) == ("applied", 2)
+    assert await daemon.metric("sharpwatch_lr_revision{") == 1
+    trainer.call.cancel()
+
+
+async def test_a_command_that_was_not_answered_is_sent_again_and_an_answered_one_not(daemon, build):
+    trainer = await daemon.train()
+    await trainer.send(build.sample(1))
+    await trainer.acknowledged(1)
+    made = (await daemon.operator.SetLearningRates(HALVE, metadata=daemon.credentials)).decision
+    await trainer.next("command")
+    trainer.call.cancel()
+    again = await daemon.train()
+    assert (await again.next("command")).id == made.id
+    result = types_pb2.CommandResult(command_id=made.id, outcome=APPLIED, step=2)
+    await again.send(build.sample(2, results=[result]))
+    await again.acknowledged(2)
+    await outcomes(daemon, made.id)
+    again.call.cancel()
+    third = await daemon.train()
+    await third.send(build.sample(3))
+    await third.acknowledged(3)
+    assert "command" not in third.heard
+    third.call.cancel()
+
+
+async def test_a_new_attempt_is_given_the_multipliers_in_force(daemon, build):
+    trainer = await daemon.train(attempt="a1")
+    await trainer.send(build.sample(1))
+    await trainer.acknowledged(1)
+    made = (await daemon.operator.SetLearningRates(HALVE, metadata=daemon.credentials)).decision
+    await trainer.send(build.sample(2, results=[types_pb2.CommandResult(command_id=made.id, outcome=APPLIED, step=2)]))
+    await outcomes(daemon, made.id)
+    trainer.call.cancel()
+    resumed = await daemon.train(attempt="a2", initial_step=2)
+    await resumed.send(build.sample(1, step=3))  # its multipliers stand at 1
+    command = await resumed.next("command")
+    assert command.set_multipliers.multipliers["qk"] == 0.5
+    assert command.author == "sharpwatch"
+    resumed.call.cancel()
+
+
+async def test_a_rollback_lets_the_steps_go_back(daemon, build):
+    trainer = await daemon.train()
+    await trainer.send(build.sample(1, step=10, checkpoints=[types_pb2.Checkpoint(step=5, uri="file:///c5")]))
+    await trainer.acknowledged(1)
+    request = pb.RequestRollbackRequest(run="run", skip_from_step=6, skip_to_step=9, author="ann", reason="spike")
+    made = (await daemon.operator.RequestRollback(request, metadata=daemon.credentials)).decision
+    command = await trainer.next("command")
+    assert command.rollback.checkpoint.uri == "file:///c5"
+    assert (command.rollback.skip_from_step, command.rollback.skip_to_step) == (6, 9)
+    result = types_pb2.CommandResult(command_id=made.id, outcome=APPLIED, step=6)
+    await trainer.send(build.sample(2, step=11, results=[result]))
+    await trainer.send(build.sample(3, step=6))
+    await trainer.acknowledged(3)
+    assert "refusal" not in trainer.heard
+    await daemon.shown("run", lambda detail: detail.run.step == 6)
+    trainer.call.cancel()
+
+
+async def test_a_mode_is_set_and_shown(daemon):
+    trainer = await daemon.train()
+    request = pb.SetModeRequest(run="run", mode="enforce", author="ann")
+    assert (await daemon.operator.SetMode(request, metadata=daemon.credentials)).run.mode == "enforce"
+    (run,) = (await daemon.operator.ListRuns(pb.ListRunsRequest())).runs
+    assert (run.mode, run.control, run.attempts) == ("enforce", "rollback", 1)
+    trainer.call.cancel()
+
+
+async def test_a_unix_socket_is_the_operators_alone_and_needs_no_token(running, build, tmp_path):
+    path = tmp_path / "daemon.sock"
+    async with running(grpc=f"unix:{path}") as daemon:
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        trainer = await daemon.train()
+        await trainer.send(build.sample(1))
+        await trainer.acknowledged(1)
+        made = (await daemon.operator.SetLearningRates(HALVE)).decision
+        assert (await trainer.next("command")).id == made.id
+        trainer.call.cancel()
+
+
+def shared_token(path: Path) -> None:
+    path.write_text("secret\n")
+    path.chmod(0o644)
+
+
+async def test_a_daemon_that_all_could_command_does_not_start(running, tmp_path):
+    with pytest.raises(SharpwatchError, match=r"grpc 0\.0\.0\.0:0: no credentials are configured"):
+        async with running(grpc="0.0.0.0:0"):
+            pass
+    shared_token(tmp_path / "operator.token")
+    with pytest.raises(SharpwatchError, match=r"operator\.token: mode 0644 lets others use it"):
+        async with running():
+            pass
+
+
+async def test_two_daemons_do_not_share_a_port_or_a_journal(running, daemon, tmp_path):
+    with pytest.raises(SharpwatchError, match="another daemon holds it"):
+        async with running():
+            pass
+    with pytest.raises(SharpwatchError, match=r"grpc 127\.0\.0\.1:\d+: can't listen there"):
+        async with running(grpc=daemon.grpc, store=f"sqlite:///{tmp_path}/second.db"):
+            pass
+    with pytest.raises(SharpwatchError, match=r"http 127\.0\.0\.1:\d+: .*in use"):
+        async with running(http=daemon.http, store=f"sqlite:///{tmp_path}/third.db"):
+            pass
+
+
+async def test_a_stopping_daemon_sends_everyone_away(running, build):
+    async with running() as daemon:
+        trainer = await daemon.train()
+        await trainer.send(build.sample(1))
+        watch = daemon.operator.WatchRun(pb.WatchRunRequest(run="run"))
+        await watch.read()
+        stub = OperatorServiceStub(daemon.channel)
+        assert (await stub.GetDaemon(pb.GetDaemonRequest())).store_writable
+        trainer_end, daemon_end = trainer.next("drain"), daemon.stop()
+        await daemon_end
+        assert (await trainer_end).retry_after_seconds > 0
+        assert trainer.heard["ack"][-1].sequence == 1
+        assert (await trainer.ended())[0] is grpc.StatusCode.OK
+        with suppress(grpc.aio.AioRpcError):
+            while await watch.read() is not grpc.aio.EOF:
+                pass
+        assert (await watch.code(), await watch.details()) == (grpc.StatusCode.UNAVAILABLE, "the daemon is stopping")

@@ -1,0 +1,182 @@
+"""A real Prometheus scrapes the daemon of a run that went wrong, and answers a query for each metric."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import signal
+import socket
+
+import pytest
+
+from sharpwatch import wire
+from sharpwatch.v1 import operator_pb2 as pb
+from sharpwatch.v1 import types_pb2
+
+POLICY = """
+policies:
+  - name: cut
+    match: {alert: NonFinite}
+    mode: enforce
+    action: {kind: scale_lr, blocks: alert, factor: 0.5}
+"""
+SCRAPE = """
+global: {{scrape_interval: 200ms, scrape_timeout: 200ms}}
+scrape_configs:
+  - job_name: sharpwatch
+    static_configs: [{{targets: ["{target}"]}}]
+"""
+# DESIGN: every name that this daemon has a quantity for.
+RUN_METRICS = [
+    "run_info",
+    "run_step",
+    "run_loss",
+    "run_last_sample_timestamp_seconds",
+    "block_parameters",
+    "block_sharpness",
+    "block_sharpness_stderr",
+    "block_hessian_trace",
+    "block_hessian_trace_stderr",
+    "block_top_eigenvalue",
+    "top_eigenvalue",
+    "stability_ratio",
+    "block_stability_ratio",
+    "block_gradient_norm",
+    "block_weight_norm",
+    "block_update_ratio",
+    "block_update_rms",
+    "block_learning_rate",
+    "block_lr_multiplier",
+    "block_order_correlation",
+    "alert_active",
+    "alerts_total",
+    "decisions_total",
+    "lr_revision",
+    "agent_overhead_ratio",
+    "agent_dropped_samples_total",
+    "layer_sharpness",
+    "layer_sharpness_stderr",
+]
+OWN_METRICS = [
+    "samples_received_total",
+    "samples_refused_total",
+    "queue_depth",
+    "queue_capacity",
+    "ingest_to_metric_seconds_bucket",
+    "estimate_seconds_bucket",
+    "store_seconds_bucket",
+    "sessions",
+    "build_info",
+    "store_writable",
+]
+
+
+@pytest.fixture
+async def prometheus(program, tmp_path):
+    """Start a Prometheus that scrapes `target`; returns its address."""
+    processes = []
+
+    async def start(target: str) -> str:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{probe.getsockname()[1]}"
+        config = tmp_path / "prometheus.yml"
+        config.write_text(SCRAPE.format(target=target))
+        command = (
+            program("prometheus"),
+            f"--config.file={config}",
+            f"--storage.tsdb.path={tmp_path}/tsdb",
+            f"--web.listen-address={address}",
+        )
+        process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
+        processes.append(process)
+        async for line in process.stderr:
+            if b"Server is ready" in line:
+                break
+        # Read on, or the pipe fills.
+        processes.append(asyncio.create_task(process.stderr.read()))
+        return address
+
+    yield start
+    process, reader = processes
+    process.send_signal(signal.SIGTERM)
+    await process.wait()
+    await reader
+
+
+async def in_trouble(daemon, build) -> None:
+    """Train a run until every metric has a value: probes, a refused sample, an alert, a cut, its result."""
+    trainer = await daemon.train()
+    for sequence in range(1, 9):
+        await trainer.send(build.sample(sequence, gnb=build.gnb(sequence), direction=build.direction()))
+    await trainer.send(build.sample(9, taken_at_unix_ns=2**63))
+    broken = build.tap()
+    broken.non_finite.CopyFrom(wire.encode([0, 3, 0, 0, 0], "int64"))
+    await trainer.send(build.sample(10, tap=broken))
+    command = await trainer.next("command")
+    assert command.set_multipliers.multipliers["qk"] == 0.5
+    result = types_pb2.CommandResult(command_id=command.id, outcome=types_pb2.COMMAND_OUTCOME_APPLIED, step=11)
+    await trainer.send(build.sample(11, results=[result]))
+    await trainer.acknowledged(11)
+    await daemon.shown("run", lambda detail: detail.run.step == 11)
+
+
+async def query(daemon, address: str, expression: str) -> list[dict]:
+    async with daemon.web.get(f"http://{address}/api/v1/query", params={"query": expression}) as response:
+        answer = await response.json()
+    assert answer["status"] == "success", answer
+    return answer["data"]["result"]
+
+
+async def test_prometheus_answers_for_every_metric(running, build, prometheus):
+    async with running(policies=POLICY) as daemon:
+        await in_trouble(daemon, build)
+        address = await prometheus(daemon.http)
+        async with asyncio.timeout(60):
+            # Another process's clockwork: there is no event to wait on.
+            while not await query(daemon, address, "sharpwatch_run_step"):  # noqa: ASYNC110
+                await asyncio.sleep(0.1)
+        missing = [
+            name for name in (*RUN_METRICS, *OWN_METRICS) if not await query(daemon, address, f"sharpwatch_{name}")
+        ]
+        assert missing == []
+        _, text = await daemon.get("/metrics")
+        families = re.findall(r"^# TYPE (sharpwatch_\w+) (\w+)$", text, re.MULTILINE)
+        exported = {name for name, _ in families if re.search(rf"^{name}[{{_ ]", text, re.MULTILINE)}
+        for name in exported:
+            suffix = "_bucket" if (name, "histogram") in families else ""
+            assert await query(daemon, address, f"{name}{suffix}"), name
+
+        (step,) = await query(daemon, address, "sharpwatch_run_step")
+        assert step["value"][1] == "11"
+        (labels,) = [step["metric"]]
+        assert (labels["training_job"], labels["run"], labels["job"]) == ("job", "run", "sharpwatch")
+        (decision,) = await query(daemon, address, 'sharpwatch_decisions_total{outcome="applied"}')
+        assert (decision["metric"]["action"], decision["metric"]["mode"]) == ("scale_lr", "enforce")
+        (alert,) = await query(daemon, address, 'sharpwatch_alert_active{alert="NonFinite"}')
+        assert (alert["metric"]["block"], alert["value"][1]) == ("qk", "1")
+        assert len(await query(daemon, address, 'sharpwatch_block_sharpness{estimator="gnb"}')) == 5
+
+
+async def test_promtool_checks_a_real_exposition(running, build, program):
+    async with running(policies=POLICY) as daemon:
+        await in_trouble(daemon, build)
+        _, text = await daemon.get("/metrics")
+    process = await asyncio.create_subprocess_exec(
+        program("promtool"), "check", "metrics",
+        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+    )  # fmt: skip
+    said, _ = await process.communicate(text.encode())
+    assert (process.returncode, said) == (0, b"")
+
+
+async def test_an_alert_and_its_decision_survive_a_restart(running, build):
+    async with running(policies=POLICY) as daemon:
+        await in_trouble(daemon, build)
+        before = (await daemon.operator.GetRun(pb.GetRunRequest(run="run"))).detail
+    async with running(policies=POLICY) as daemon:
+        after = (await daemon.operator.GetRun(pb.GetRunRequest(run="run"))).detail
+        assert after.alerts == before.alerts
+        assert len(after.alerts) == 1
+        assert await daemon.metric("sharpwatch_alerts_total{") == 1
+        assert await daemon.metric("sharpwatch_lr_revision{") == 1
