@@ -18,11 +18,12 @@ from sharpwatch.agent import messages
 from sharpwatch.agent.address import parse_address, parse_tls, parse_token
 from sharpwatch.agent.border import Border
 from sharpwatch.agent.control import CONTROL_MODES, Control, RollbackRequest
+from sharpwatch.agent.loop import Loop, Parts
 from sharpwatch.agent.pipe import CourierPipe
 from sharpwatch.agent.probes import PROBES, Probes
 from sharpwatch.agent.sampler import Sampler
 from sharpwatch.agent.tap import Tap
-from sharpwatch.agent.watch import Parts, Watch
+from sharpwatch.agent.watch import Watch
 from sharpwatch.blocks import BlockMap, classify
 from sharpwatch.errors import AttachError, BlockError
 from sharpwatch.wire import SKETCH_SIZE
@@ -103,7 +104,7 @@ def attach(  # noqa: PLR0913 - the public signature; each has a default that wor
         border=Border(),
         on_rollback=on_rollback,
     )
-    return Watch(run, initial_step, parts)
+    return Watch(run, initial_step, Loop(parts, initial_step))
 
 
 def _check_training(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:

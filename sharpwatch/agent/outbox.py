@@ -20,14 +20,15 @@ class StepRecord:
 
     step: int
     taken_at_unix_ns: int
-    tap: PendingTap
+    tap: PendingTap | None  # None: it could not be read
     probes: ProbeRun
     losses: list[float | Later] = field(default_factory=list)
 
     @property
     def ready(self) -> bool:
         """Whether every number is on the host."""
-        return self.tap.ready and all(loss.ready for loss in self.losses if isinstance(loss, Later))
+        tapped = self.tap is None or self.tap.ready
+        return tapped and all(loss.ready for loss in self.losses if isinstance(loss, Later))
 
     def loss(self) -> float | None:
         """The mean over the step's micro-batches."""

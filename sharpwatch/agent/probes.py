@@ -162,7 +162,7 @@ class Probes:
             )
             return replace(done, gnb=GnbReport(sample, _now(self._device) - started))
         if before is None:
-            return done
+            raise RuntimeError("the weights could not be copied before the step")
         displacement = self._displacement(before)
         blocks = self._block_map.blocks
         turn = blocks[self._turn % len(blocks)]

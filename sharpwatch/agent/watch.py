@@ -1,78 +1,14 @@
-"""The agent in the training loop: hooks around the forward and the step, and what the loop may call."""
+"""What the training loop holds: the agent's public face."""
 
 from __future__ import annotations
 
-import atexit
-import os
-import sys
-import time
-import weakref
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Self
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sharpwatch.agent import messages
-from sharpwatch.agent.border import Border
-from sharpwatch.agent.control import Control, RollbackRequest, effective
-from sharpwatch.agent.outbox import Losses, Outbox, StepRecord
-from sharpwatch.agent.overlay import Overlay
-from sharpwatch.agent.probes import Captured, ProbeRun, Probes
-from sharpwatch.agent.sampler import Sampler
-from sharpwatch.agent.tap import PendingTap, Tap
-from sharpwatch.v1 import agent_pb2
-
-_CHECKPOINTS = 256  # that one sample may tell of
-
-
-class Pipe(Protocol):
-    """The way to the courier: nothing here blocks or raises."""
-
-    @property
-    def dropped(self) -> Mapping[str, int]:
-        """Samples lost so far, by reason."""
-
-    def send(self, request: agent_pb2.SessionRequest, /) -> None:
-        """Queue a message."""
-
-    def receive(self) -> list[agent_pb2.SessionResponse]:
-        """What has come in."""
-
-    def close(self) -> None:
-        """Let the courier finish; takes at most 2 s."""
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """What a watch is made of."""
-
-    model: nn.Module
-    optimizers: Sequence[torch.optim.Optimizer]
-    parameter_types: Mapping[int, frozenset[str]]  # by parameter id: the block types that it holds
-    tap: Tap
-    probes: Probes
-    sampler: Sampler
-    control: Control
-    pipe: Pipe
-    border: Border
-    on_rollback: Callable[[RollbackRequest], object] | None = None
-
-
-@dataclass(slots=True)
-class _Round:
-    """One step under way: complete when every optimizer has stepped."""
-
-    step: int
-    tap: PendingTap
-    kinds: tuple[str, ...]
-    before: Mapping[str, Tensor] | None = None  # the weights before it, where a direction probe is due
-    copy_seconds: float = 0.0
-    stepped: set[int] = field(default_factory=set)
+from sharpwatch.agent.control import RollbackRequest
+from sharpwatch.agent.loop import Loop
 
 
 class Watch:
@@ -81,49 +17,48 @@ class Watch:
     The exception is what `on_rollback` raises: it reaches the loop through `optimizer.step()`.
     """
 
-    def __init__(self, run: str, step: int, parts: Parts | None) -> None:
+    def __init__(self, run: str, step: int, loop: Loop | None) -> None:
         self.run = run
         self._step = step
-        self._agent: _Agent | None = None  # first: __del__ asks for it
-        if parts is not None:
-            self._agent = _Agent(self, parts)
+        self._loop = loop  # None: disabled, or closed
 
     @property
     def step(self) -> int:
         """Optimizer steps that took effect."""
-        return self._step
+        return self._step if self._loop is None else self._loop.step
 
     @property
     def pending_rollback(self) -> RollbackRequest | None:
         """For loops that restore on their own: the rollback to do now, then call `restored`."""
-        return None if self._agent is None else self._agent.parts.control.pending_rollback
+        return None if self._loop is None else self._loop.parts.control.pending_rollback
 
     def observe(self, *, loss: float | Tensor) -> None:
         """The step's loss, before or after `optimizer.step()`; no sync."""
-        if self._agent is not None:
-            with self._agent.border.guard("observing the loss"):
-                self._agent.observe(loss)
+        if self._loop is not None:
+            with self._loop.border.guard("observing the loss"):
+                self._loop.observe(loss)
 
     def saved_checkpoint(self, step: int, uri: str) -> None:
         """A checkpoint of `step` stands at `uri`: a place that a rollback can go to."""
-        if self._agent is not None:
-            with self._agent.border.guard("noting a checkpoint"):
-                self._agent.checkpoint(int(step), str(uri))
+        if self._loop is not None:
+            with self._loop.border.guard("noting a checkpoint"):
+                self._loop.checkpoint(int(step), str(uri))
 
     def restored(self, step: int) -> None:
         """The loop put the run back to `step`."""
-        if self._agent is not None:
-            with self._agent.border.guard("noting a restore"):
-                self._agent.restored(int(step))
+        if self._loop is not None:
+            with self._loop.border.guard("noting a restore"):
+                self._loop.restored(int(step))
 
     def close(self) -> None:
         """Take every hook away and say goodbye; takes at most 2 s."""
         self._close(in_order=True)
 
     def _close(self, *, in_order: bool) -> None:
-        agent, self._agent = self._agent, None
-        if agent is not None:
-            agent.close(in_order=in_order)
+        if self._loop is not None:
+            self._step = self._loop.step
+            self._loop.close(in_order=in_order)
+            self._loop = None
 
     def __enter__(self) -> Self:
         return self
@@ -132,302 +67,3 @@ class Watch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._close(in_order=error is None)
-
-    def __del__(self) -> None:
-        self._close(in_order=True)  # model and optimizer went away, and this with them
-
-
-class _Agent:
-    """The hooks' side of a watch."""
-
-    def __init__(self, watch: Watch, parts: Parts) -> None:
-        self.watch = watch
-        self.parts = parts
-        self.border = parts.border
-        self._checkpoints: deque[tuple[int, str]] = deque(maxlen=_CHECKPOINTS)  # not told yet
-        self._pid = os.getpid()
-        self._losses = Losses()
-        self._outbox = Outbox(self._send)
-        self._sequence = 0
-        self._round: _Round | None = None
-        self._kinds = parts.sampler.plan()
-        self._captured: Captured | None = None
-        self._request: RollbackRequest | None = None
-        self._probing = False
-        self._skipped: set[int] = set()  # optimizers in a step() that GradScaler makes void
-        self._agent_seconds = 0.0  # since the last complete step, probes apart
-        self._mark: float | None = None  # when the last step was complete
-        self._laid: tuple[Mapping[str, float], Mapping[int, float]] = ({}, {})
-        self._overlays = [Overlay(optimizer) for optimizer in parts.optimizers]
-        self._number = {id(optimizer): i for i, optimizer in enumerate(parts.optimizers)}
-        self._handles = [
-            parts.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            parts.model.register_forward_hook(self._after_forward, with_kwargs=True),
-            *(optimizer.register_step_pre_hook(self._before_step) for optimizer in parts.optimizers),
-            *(optimizer.register_step_post_hook(self._after_step) for optimizer in parts.optimizers),
-        ]
-        self._at_exit = _close_at_exit(watch)
-        atexit.register(self._at_exit)
-
-    # What the loop calls.
-
-    def observe(self, loss: float | Tensor) -> None:
-        late = self._losses.observe(loss)
-        if late is not None:
-            self._outbox.late_loss(late)
-
-    def checkpoint(self, step: int, uri: str) -> None:
-        self._checkpoints.append((step, uri))
-
-    def restored(self, step: int) -> None:
-        self.watch._step = step  # noqa: SLF001 - the watch's own other half
-        self._round = self._captured = None
-        self._mark = None  # restoring is no part of a step
-        self.parts.control.rolled_back(step)
-
-    def close(self, *, in_order: bool) -> None:
-        atexit.unregister(self._at_exit)
-        for handle in self._handles:
-            with self.border.guard("removing a hook"):
-                handle.remove()
-        for overlay in self._overlays:
-            with self.border.guard("removing an overlay"):
-                overlay.remove()
-                overlay.unguard()
-        if os.getpid() != self._pid:
-            return  # a fork's copy: the courier is its parent's
-        with self.border.guard("sending the last samples"):
-            self._outbox.flush(wait=True)
-            if in_order:
-                self._send_news(closing=True)
-        with self.border.guard("closing the courier's pipe"):
-            self.parts.pipe.close()
-
-    # Hooks.
-
-    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._idle() or not (module.training and torch.is_grad_enabled()):
-            return
-        with self.border.guard("watching a forward"), self._timed():
-            self._mark = self._mark or time.perf_counter()
-            self._losses.forward()
-            self._outbox.begin()
-            if self._kinds:
-                self._captured = self.parts.probes.capture(args, kwargs)
-
-    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        del args, kwargs
-        if self._idle() or not (module.training and torch.is_grad_enabled()):
-            return
-        with self.border.guard("reading the model's loss"), self._timed():
-            loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
-            if isinstance(loss, Tensor) and loss.numel() == 1:
-                self._losses.output(loss)
-
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        del args, kwargs
-        if self._idle():
-            return
-        which = self._number[id(optimizer)]
-        with self.border.guard("reading the tap"), self._timed():
-            self._skipped.discard(which)
-            if _void(optimizer):
-                self._skipped.add(which)
-                return
-            now = self._begin(which)
-            self.parts.tap.read(now.tap, which)
-        with self.border.guard("laying learning rates"), self._timed():
-            self._overlays[which].lay(self._parameter_multipliers())
-
-    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        del args, kwargs
-        if self._idle():
-            return
-        which = self._number[id(optimizer)]
-        with self.border.guard("taking learning rates away"), self._timed():
-            self._overlays[which].remove()
-        with self.border.guard("ending a step"):
-            if which in self._skipped or self._round is None:
-                return
-            self._round.stepped.add(which)
-            if len(self._round.stepped) == len(self._overlays):
-                self._complete(self._round)
-        request, self._request = self._request, None
-        if request is not None and self.parts.on_rollback is not None:
-            self._roll_back(request, self.parts.on_rollback)
-
-    # A step's life.
-
-    def _begin(self, which: int) -> _Round:
-        """The round that optimizer `which` steps in.
-
-        A round is over when all optimizers have stepped, or when one of them steps again: it then was a step that
-        not all took part in (a generator and a discriminator in turn, one optimizer's warm-up).
-        """
-        if self._round is not None and which in self._round.stepped:
-            self._complete(self._round)
-        if self._round is None:
-            control = self.parts.control
-            self._outbox.begin()
-            step = self.watch.step + 1
-            control.begin(step, time.time_ns())
-            kinds = self._kinds if self._captured is not None else ()
-            self._round = _Round(step, self.parts.tap.start(self._parameter_multipliers()), kinds)
-            if "direction" in kinds:
-                started = time.perf_counter()
-                self._round.before = self.parts.probes.copy_weights()
-                self._round.copy_seconds = time.perf_counter() - started
-                self._agent_seconds -= self._round.copy_seconds  # it is the probe's, not the tap's
-        return self._round
-
-    def _complete(self, done: _Round) -> None:
-        started = time.perf_counter()
-        self._round = None
-        self.watch._step = done.step  # noqa: SLF001 - the watch's own other half
-        probes = self._run_probes(done)
-        probe_seconds = dict(probes.seconds)
-        if "direction" in probe_seconds:
-            probe_seconds["direction"] += done.copy_seconds
-        for response in self.parts.pipe.receive():
-            if response.HasField("command"):
-                self.parts.control.receive(messages.command(response.command), done.step + 1)
-        self._request = self.parts.control.end(done.step, time.time_ns()) or self._request
-        for overlay in self._overlays:
-            overlay.guard() if self.parts.control.armed else overlay.unguard()
-        losses = self._losses.take()
-        record = StepRecord(done.step, time.time_ns(), done.tap, probes, losses)
-        self._account(started, probe_seconds)
-        with self._timed():
-            self._outbox.add(record, wait_for_loss=not losses or self._losses.comes_after_step)
-
-    def _run_probes(self, done: _Round) -> ProbeRun:
-        captured, self._captured = self._captured, None
-        if not done.kinds or captured is None:
-            return ProbeRun()
-        self._probing = True
-        try:
-            probes = self.parts.probes.run(done.kinds, captured, done.before)
-        finally:
-            self._probing = False
-        for kind in self.parts.probes.disabled():
-            self.parts.sampler.disable(kind)
-        return probes
-
-    def _account(self, started: float, probe_seconds: Mapping[str, float]) -> None:
-        """Tell the sampler what the step and the agent took, and ask what is due at the next."""
-        now = time.perf_counter()
-        probing = sum(probe_seconds.values())
-        tap_seconds = self._agent_seconds + (now - started) - sum(probe_seconds.values())
-        if self._mark is not None:
-            own = max(0.0, now - self._mark - tap_seconds - probing)
-            self.parts.sampler.record(own, max(0.0, tap_seconds), probe_seconds)
-        self._mark, self._agent_seconds = now, 0.0
-        self._kinds = self.parts.sampler.plan()
-
-    def _roll_back(self, request: RollbackRequest, on_rollback: Callable[[RollbackRequest], object]) -> None:
-        try:
-            on_rollback(request)
-        except BaseException as error:
-            with self.border.guard("telling of a failed rollback"):
-                self.parts.control.rollback_failed(self.watch.step, f"{type(error).__name__}: {error}")
-                self._outbox.flush(wait=True)
-                self._send_news()
-            raise
-        with self.border.guard("ending a rollback"):
-            if self.parts.control.pending_rollback is not None:
-                self.restored(request.step)
-
-    # Outwards.
-
-    def _send(self, record: StepRecord) -> None:
-        self._post(
-            record.step,
-            record.taken_at_unix_ns,
-            loss=record.loss(),
-            tap=self.parts.tap.resolve(record.tap),
-            gnb=record.probes.gnb,
-            direction=record.probes.direction,
-        )
-
-    def _send_news(self, *, closing: bool = False) -> None:
-        """A sample of no step of its own: results and checkpoints that would else wait, or the goodbye."""
-        self._post(self.watch.step, time.time_ns(), closing=closing)
-
-    def _post(self, step: int, taken_at_unix_ns: int, **values: Any) -> None:
-        self._sequence += 1
-        checkpoints = tuple(self._checkpoints)
-        self._checkpoints.clear()
-        sample = messages.SampleValues(
-            sequence=self._sequence,
-            step=step,
-            taken_at_unix_ns=taken_at_unix_ns,
-            health=self._health(),
-            results=self.parts.control.take_results(),
-            checkpoints=checkpoints,
-            **values,
-        )
-        self.parts.pipe.send(agent_pb2.SessionRequest(sample=messages.sample(sample)))
-
-    def _health(self) -> messages.Health:
-        dropped = dict(self.parts.pipe.dropped)
-        if self._outbox.dropped:
-            dropped["device_backlog"] = self._outbox.dropped
-        return messages.Health(
-            overhead_ratio=self.parts.sampler.overhead_ratio,
-            step_seconds=self.parts.sampler.step_seconds,
-            dropped=dropped,
-            swallowed_errors=self.border.swallowed,
-            probe_failures=self.parts.probes.failures,
-            lr_revision=self.parts.control.revision,
-            multipliers=self.parts.control.multipliers,
-        )
-
-    # Small questions.
-
-    def _idle(self) -> bool:
-        """Whether this call is none of ours: a probe's own forward, or a forked child's."""
-        return self._probing or os.getpid() != self._pid
-
-    def _parameter_multipliers(self) -> Mapping[int, float]:
-        """By parameter id, only those that differ from 1."""
-        multipliers = self.parts.control.multipliers
-        if multipliers != self._laid[0]:
-            types = self.parts.parameter_types
-            each = {key: effective(kinds, multipliers) for key, kinds in types.items()}
-            self._laid = (dict(multipliers), {key: value for key, value in each.items() if value != 1.0})
-        return self._laid[1]
-
-    def _timed(self) -> AbstractContextManager[None]:
-        return _Stopwatch(self)
-
-
-class _Stopwatch(AbstractContextManager[None]):
-    """Adds the body's seconds to the agent's."""
-
-    def __init__(self, agent: _Agent) -> None:
-        self._agent = agent
-        self._started = 0.0
-
-    def __enter__(self) -> None:
-        self._started = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._agent._agent_seconds += time.perf_counter() - self._started  # noqa: SLF001 - the agent's own clock
-
-
-def _void(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether GradScaler leaves it to a fused `step()` to skip itself; it reads the flag, as GradScaler else would."""
-    found = getattr(optimizer, "found_inf", None)
-    return isinstance(found, Tensor) and bool(found.item())
-
-
-def _close_at_exit(watch: Watch) -> Callable[[], None]:
-    reference = weakref.ref(watch)
-
-    def close() -> None:
-        alive = reference()
-        if alive is not None:
-            # The interpreter leaves an error that ended the program in sys.last_value.
-            alive._close(in_order=getattr(sys, "last_value", None) is None)  # noqa: SLF001 - the watch's own door
-
-    return close

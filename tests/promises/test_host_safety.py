@@ -189,6 +189,23 @@ def test_a_model_that_probes_cannot_read_is_still_tapped(wires):
     assert all(len(failure.reason) > 10 for failure in last.health.probe_failures)
 
 
+def test_a_tap_that_fails_shows_no_zeros(wires, monkeypatch):
+    monkeypatch.setattr(Tap, "read", broken)
+    run(steps=3)
+    steps = [sample for sample in wires[-1].samples if not sample.closing]
+    assert [sample.step for sample in steps] == [1, 2, 3]
+    assert not any(sample.HasField("tap") for sample in steps)
+    assert all(sample.HasField("loss") for sample in steps)
+
+
+def test_without_room_for_a_copy_of_the_weights_the_direction_probe_is_given_up(wires, monkeypatch):
+    monkeypatch.setattr(Probes, "copy_weights", broken)
+    run(steps=10, probes=("direction",))
+    last = wires[-1].samples[-2]
+    assert [(f.count, f.disabled) for f in last.health.probe_failures] == [(3, True)]
+    assert last.HasField("tap")
+
+
 def test_garbage_from_the_daemon_changes_nothing(wires):
     torch.manual_seed(3)
     model = Net().train()

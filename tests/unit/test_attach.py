@@ -62,7 +62,7 @@ def optimizer(model):
 
 
 def wire(watch):
-    return watch._agent.parts.pipe
+    return watch._loop.parts.pipe
 
 
 def test_the_signature_is_the_documented_one():
