@@ -5,7 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _GAP = "  "
 # Words that carry a judgement, coloured wherever a cell is exactly one of them.
@@ -116,8 +119,7 @@ def _draw(grids: Sequence[Grid], out: TextIO) -> None:
             _draw_grid(part, console)
 
 
-def _draw_grid(grid: Grid, console: object) -> None:
-    from rich.console import Console  # noqa: PLC0415 - only for a terminal
+def _draw_grid(grid: Grid, console: Console) -> None:
     from rich.table import Table  # noqa: PLC0415 - only for a terminal
     from rich.text import Text  # noqa: PLC0415 - only for a terminal
 
@@ -129,5 +131,4 @@ def _draw_grid(grid: Grid, console: object) -> None:
         table.add_column(heading, justify="right" if side == "r" else "left", overflow="fold")
     for row in grid.rows:
         table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in clean_row(row)))
-    if isinstance(console, Console):
-        console.print(table)
+    console.print(table)
