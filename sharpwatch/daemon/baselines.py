@@ -81,7 +81,21 @@ class Baseline:
         return _middle(self._sorted)
 
     def _deviation(self, level: float) -> float:
-        return _middle(sorted(abs(log - level) for log in self._sorted))
+        """The median distance from `level`: the half-width of the shortest interval around it with half the samples.
+
+        Seen from `level`, the low end comes nearer and the high end goes away as the interval moves up the sorted
+        samples, so where they cross is found by bisection; sorting the distances at every step costs ten times that.
+        """
+        ordered, half = self._sorted, len(self._sorted) // 2
+        low, high = 0, len(ordered) - half - 1
+        while low < high:
+            middle = (low + high) // 2
+            if ordered[middle + half] - level < level - ordered[middle]:
+                low = middle + 1
+            else:
+                high = middle
+        width = max(ordered[low + half] - level, level - ordered[low])
+        return min(width, level - ordered[low - 1]) if low else width
 
 
 def _middle(ordered: list[float]) -> float:
