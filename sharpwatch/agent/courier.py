@@ -28,6 +28,7 @@ from sharpwatch.v1 import agent_pb2
 
 DRAIN_SECONDS = 1.5  # below the 2 s that the trainer gives: it then sees us end
 WELCOME_SECONDS = 3.0  # to connect and be welcomed
+SILENCE_SECONDS = 20.0  # with samples on their way and nothing heard: a dead connection can look alive for long
 FIRST_WAIT_SECONDS = 0.2
 LAST_WAIT_SECONDS = 4.0  # so that a daemon that returns sees its runs within 5 s
 _PARENT_SECONDS = 0.5  # between looks at whether the trainer is alive
@@ -215,13 +216,23 @@ class Courier:
         sending = asyncio.create_task(self._send(call))
         try:
             while not self._done:
-                payload = await _message(call)
+                payload = await self._next_message(call)
                 response = _parsed(payload)
                 if response is not None:
                     self._take(response, payload)
         finally:
             sending.cancel()
             await asyncio.gather(sending, return_exceptions=True)
+
+    async def _next_message(self, call: Call) -> bytes:
+        reading = asyncio.ensure_future(_message(call))
+        try:
+            while not (await asyncio.wait({reading}, timeout=SILENCE_SECONDS))[0]:
+                if self._spool.sent:
+                    raise SessionOverError(f"nothing heard for {SILENCE_SECONDS:g} s")
+            return reading.result()
+        finally:
+            reading.cancel()
 
     async def _send(self, call: Call) -> None:
         while True:

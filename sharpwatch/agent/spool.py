@@ -43,6 +43,11 @@ class Spool:
         return len(self._unsent)
 
     @property
+    def sent(self) -> int:
+        """Samples that were sent and still wait for an answer."""
+        return len(self._sent)
+
+    @property
     def overfull(self) -> bool:
         """Whether something has to go; the newest sample never does."""
         return self.size > self._limit and len(self) > 1

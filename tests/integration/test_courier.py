@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import select
@@ -17,8 +18,10 @@ from pathlib import Path
 import grpc
 import pytest
 
-from sharpwatch.agent import child
+from sharpwatch.agent import child, courier
+from sharpwatch.agent.address import Destination
 from sharpwatch.agent.pipe import CourierPipe
+from sharpwatch.agent.upward import Upward
 from sharpwatch.v1 import agent_pb2, types_pb2
 
 METHOD = "/sharpwatch.v1.AgentService/Session"
@@ -204,7 +207,7 @@ def exists(pid):
 def test_samples_arrive_in_order_and_close_leaves_nothing(serve, attach):
     daemon = serve()
     pipe = attach(daemon)
-    courier = pipe.courier_pid
+    process = pipe.courier_pid
     send(pipe, range(1, 201))
     pipe.send(request(201, closing=True))
     pipe.close()
@@ -212,7 +215,7 @@ def test_samples_arrive_in_order_and_close_leaves_nothing(serve, attach):
     assert daemon.samples[-1].closing
     assert daemon.hellos == [HELLO]
     assert pipe.dropped == {}
-    assert not exists(courier)
+    assert not exists(process)
 
 
 def test_commands_come_back_and_nothing_else_does(serve, attach):
@@ -297,11 +300,11 @@ def test_a_restarted_daemon_gets_what_it_had_not_acknowledged(serve, attach):
 
 def test_a_daemon_that_was_never_started(attach):
     pipe = attach(f"127.0.0.1:{free_port()}")
-    courier = pipe.courier_pid
+    process = pipe.courier_pid
     send(pipe, range(1, 301))
     assert pipe.receive() == []
     pipe.close()
-    assert not exists(courier)
+    assert not exists(process)
     assert pipe.dropped == {"undelivered": 300}
 
 
@@ -320,9 +323,9 @@ def test_a_host_that_accepts_and_never_answers(attach):
         first, _ = mute.accept()
         send(pipe, range(1, 11))
         second, _ = mute.accept()  # it gave up on the first
-        courier = pipe.courier_pid
+        process = pipe.courier_pid
         pipe.close()
-        await_end(courier)
+        await_end(process)
         first.close()
         second.close()
     assert pipe.dropped == {"undelivered": 10}
@@ -339,6 +342,26 @@ def test_a_daemon_that_never_welcomes_is_tried_again(serve, attach):
     send(pipe, [1, 2])
     daemon.wait(lambda: daemon.sequences == [1, 2], pipe)
     assert daemon.hellos == [HELLO, HELLO]
+
+
+async def test_a_connection_that_falls_silent_is_given_up(serve, monkeypatch):
+    def silent(daemon, samples):
+        yield welcome()
+        next(samples)
+        daemon.closing.wait()
+
+    monkeypatch.setattr(courier, "SILENCE_SECONDS", 0.2)
+    daemon = serve(silent, honest)
+    inward, outward = os.pipe()
+    own = courier.Courier(Destination(daemon.address, "", None, 2**20, os.getpid()), Upward(outward))
+    own._accept(agent_pb2.SessionRequest(hello=HELLO).SerializeToString())
+    own._accept(request(1).SerializeToString())
+    delivering = asyncio.create_task(own._deliver())
+    await asyncio.to_thread(daemon.wait, lambda: daemon.sequences == [1, 1])
+    delivering.cancel()
+    await asyncio.wait({delivering})
+    os.close(inward)
+    os.close(outward)
 
 
 def garbage(_, samples):
@@ -380,14 +403,14 @@ def drained_for_nan(_, samples):
 def test_a_lying_daemon_costs_no_sample(serve, attach, script):
     daemon = serve(script, honest)
     pipe = attach(daemon)
-    courier = pipe.courier_pid
+    process = pipe.courier_pid
     send(pipe, [1, 2, 3])
     daemon.wait(lambda: len(daemon.streams) == 2 and len(daemon.streams[1]) == 3, pipe)
     assert [sample.sequence for sample in daemon.streams[1]] == [1, 2, 3]
     assert pipe.receive() == []
     pipe.close()
     assert pipe.dropped == {}
-    assert not exists(courier)
+    assert not exists(process)
 
 
 def test_a_refused_sample_is_counted_and_not_sent_again(serve, attach):
@@ -507,11 +530,11 @@ def test_a_stopped_courier_never_blocks_the_trainer(serve, attach):
 
 def test_close_kills_a_courier_that_takes_nothing_more(serve, attach):
     pipe = attach(serve(), outbox_bytes=100_000)
-    courier = pipe.courier_pid
-    os.kill(courier, signal.SIGSTOP)
+    process = pipe.courier_pid
+    os.kill(process, signal.SIGSTOP)
     send(pipe, range(1, 1_001), size=2_000)
     pipe.close()
-    assert not exists(courier)
+    assert not exists(process)
     assert sum(pipe.dropped.values()) == 1_000
 
 
@@ -659,11 +682,11 @@ say("ready")
 signal.pause()
 """
     with finishing(trainer(code, daemon.address)) as process:
-        worker, courier = map(int, process.stdout.readline().split())
+        worker, process_id = map(int, process.stdout.readline().split())
         assert process.stdout.readline() == "ready\n"
         process.kill()
         process.wait(PATIENCE)
-        await_end(courier)
+        await_end(process_id)
         os.kill(worker, signal.SIGKILL)
     assert daemon.sequences == [1, 2]
 
@@ -681,10 +704,10 @@ say(f"{worker} {pipe.courier_pid}")
 signal.pause()
 """
     with finishing(trainer(code, daemon.address)) as process:
-        worker, courier = map(int, process.stdout.readline().split())
+        worker, process_id = map(int, process.stdout.readline().split())
         process.kill()
         process.wait(PATIENCE)
-        await_end(courier)
+        await_end(process_id)
         os.kill(worker, signal.SIGKILL)
     assert daemon.sequences == [1]
 
