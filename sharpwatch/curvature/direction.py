@@ -18,9 +18,10 @@ from sharpwatch.curvature.batch import Batch
 from sharpwatch.curvature.harmless import undisturbed
 from sharpwatch.curvature.inner import products, sum_into
 from sharpwatch.curvature.outputs import LossFn, tokens_of, true_loss
+from sharpwatch.curvature.twice import require_twice_differentiable
 from sharpwatch.errors import ProbeError
 
-_NO_SECOND_DERIVATIVE = ("not implemented", "differentiate twice", "double backward", "once_differentiable")
+_NO_SECOND_DERIVATIVE = ("not implemented", "differentiate twice", "double backward", "no autograd formula")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,6 +59,7 @@ def direction_probe(  # noqa: PLR0913 - what a probe is of, and how it is taken;
         batch = batch.usable()
         loss = true_loss(live, live.inner, batch, loss_fn)
         tokens = tokens_of(live.inner, batch)
+        require_twice_differentiable(loss)
         field = _Field(loss, live.trainable, displacement)
         whole = field.product(field.step, list(field.leaves), last=not blocks)
         size = len(block_map.blocks)

@@ -50,7 +50,7 @@ def trace_estimates(traces: Tensor, mask: Tensor) -> TraceEstimates:
     """
     draws = mask.sum(2)
     probes = (draws > 0).sum(1)
-    means = (traces * mask).sum(2) / draws
+    means = torch.where(mask, traces, 0.0).sum(2) / draws
     value = torch.where(draws > 0, means, 0.0).sum(1) / probes
     between = _scatter(means, draws > 0) / probes.sqrt()
     residuals = torch.where(mask, traces - means[:, :, None], 0.0)
@@ -75,7 +75,7 @@ def top_eigenvalues(sketches: Tensor, mask: Tensor) -> TopEigenvalues:
     windows, probes, per_probe, size = sketches.shape
     present = mask.flatten(1)
     draws = present.sum(1)
-    rows = sketches.flatten(1, 2).float() * present[..., None]
+    rows = torch.where(present[..., None], sketches.flatten(1, 2).float(), 0.0)
     values, vectors = torch.linalg.eigh((rows @ rows.mT).double() / draws[:, None, None])
     top, trace = values[:, -1], values.sum(1)
     second = values[:, -2] if values.shape[1] > 1 else torch.zeros_like(top)

@@ -1,0 +1,137 @@
+"""The truth of tiny models: dense Jacobians and Hessians in float64, by means that the probes don't use."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+VOCAB = 40
+POSITIONS = 12
+
+
+def gpt2(dropout=0.1):
+    """Fused QKV, tied head, dropout; weights large enough that no block is flat."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        n_inner=16,
+        vocab_size=VOCAB,
+        n_positions=POSITIONS,
+        initializer_range=0.3,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+        bos_token_id=0,
+        eos_token_id=0,
+        loss_type="ForCausalLM",
+    )
+    return GPT2LMHeadModel(config).train()
+
+
+def llama():
+    """Grouped-query attention, RMSNorm, untied head."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=16,
+        vocab_size=VOCAB,
+        max_position_embeddings=POSITIONS,
+        initializer_range=0.3,
+        attention_dropout=0.1,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config).train()
+
+
+MODELS = {"gpt2": gpt2, "llama": llama}
+
+
+def tokens(rows=3, seed=1):
+    """Inputs, and labels of which some are ignored."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, VOCAB, (rows, POSITIONS), generator=generator)
+    labels = ids.masked_fill(torch.rand(ids.shape, generator=generator) < 0.3, -100)
+    return ids, labels
+
+
+@dataclass(frozen=True)
+class Exact:
+    """A float64 copy without dropout, and its parameters laid end to end, one after the other."""
+
+    model: torch.nn.Module
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, model):
+        twin = copy.deepcopy(model).double().eval()
+        return cls(twin, tuple(name for name, _ in twin.named_parameters()))
+
+    @property
+    def parameters(self):
+        return [dict(self.model.named_parameters())[name] for name in self.names]
+
+    def by_part(self, block_map, flat):
+        """The entries of each part of `flat` [..., n]."""
+        sizes = [parameter.numel() for parameter in self.parameters]
+        pieces = dict(zip(self.names, flat.split(sizes, -1), strict=True))
+        lead = flat.shape[:-1]
+        shaped = {name: pieces[name].view(*lead, *parameter.shape) for name, parameter in self._named()}
+        return [
+            (
+                shaped[part.parameter]
+                if part.dim is None
+                else shaped[part.parameter].narrow(len(lead) + part.dim, part.start, part.stop - part.start)
+            ).reshape(*lead, -1)
+            for part in block_map.parts
+        ]
+
+    def entries(self, block_map, block):
+        """Flat indices of a block's parameters."""
+        index = torch.arange(sum(parameter.numel() for parameter in self.parameters))
+        parts = self.by_part(block_map, index)
+        return torch.cat([p for p, part in zip(parts, block_map.parts, strict=True) if part.type == block])
+
+    def _named(self):
+        return zip(self.names, self.parameters, strict=True)
+
+
+def gauss_newton_root(exact, ids, labels):
+    """A [N V, n] with AᵀA = G: a row for each predicting position and class.
+
+    diag(p) − ppᵀ = RRᵀ with R = diag(√p) − p√pᵀ.
+    """
+    logits = exact.model(input_ids=ids).logits[:, :-1][labels[:, 1:] != -100]
+    p = logits.detach().softmax(-1)
+    root = torch.diag_embed(p.sqrt()) - p[:, :, None] * p.sqrt()[:, None, :]
+    directions = torch.zeros(p.shape[0], p.shape[1], *p.shape, dtype=p.dtype)
+    for position in range(len(p)):
+        directions[position, :, position, :] = root[position].T / len(p) ** 0.5
+    rows = [
+        torch.autograd.grad(logits, exact.parameters, chunk, retain_graph=True, is_grads_batched=True)
+        for chunk in directions.flatten(0, 1).split(256)
+    ]
+    return torch.cat([torch.cat([g.flatten(1) for g in row], 1) for row in rows])
+
+
+def gradient_and_hessian(exact, ids, labels):
+    """g [n] and H [n, n] of the mean cross-entropy."""
+    with sdpa_kernel(SDPBackend.MATH):
+        loss = exact.model(input_ids=ids, labels=labels).loss
+        found = torch.autograd.grad(loss, exact.parameters, create_graph=True)
+        gradient = torch.cat([g.flatten() for g in found])
+        rows = [
+            torch.autograd.grad(gradient, exact.parameters, chunk, retain_graph=True, is_grads_batched=True)
+            for chunk in torch.eye(len(gradient), dtype=gradient.dtype).split(256)
+        ]
+    return gradient.detach(), torch.cat([torch.cat([g.flatten(1) for g in row], 1) for row in rows])
