@@ -19,6 +19,9 @@ from sharpwatch.daemon.ingest import DirectionReading, GnbReading, Manifest
 from sharpwatch.errors import SharpwatchError
 
 WINDOW_PROBES = 8
+GNB_QUANTITIES = ("trace", "sharpness", "top_eigenvalue")
+DIRECTION_QUANTITIES = ("stability_ratio",)
+_AT_ONCE = 256  # requests in one batch: their padded sketches stay below some tens of megabytes
 Key = tuple[str, str, str]  # quantity, block ("" for the whole model), estimator
 ORDER = ("emb", "qk", "ffn", "vo", "norm")  # least sharp first: Wang et al. 2025, arXiv 2502.19002
 
@@ -61,9 +64,13 @@ class Estimator:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="estimator")
 
     async def estimate(self, requests: Sequence[Request]) -> list[Estimates]:
-        """Estimate all `requests` in one batch, in their order."""
+        """Estimate all `requests`, in their order; as one batch, unless they are very many."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, estimate_all, requests, self.device)
+        found: list[Estimates] = []
+        for first in range(0, len(requests), _AT_ONCE):
+            some = requests[first : first + _AT_ONCE]
+            found += await loop.run_in_executor(self._thread, estimate_all, some, self.device)
+        return found
 
     def close(self) -> None:
         """Finish what is under way."""

@@ -36,7 +36,6 @@ CREATE INDEX alerts_by_run ON alerts (run);
 CREATE TABLE decisions (
     id TEXT PRIMARY KEY, run TEXT NOT NULL, made_at REAL NOT NULL, outcome TEXT NOT NULL, record TEXT NOT NULL);
 CREATE INDEX decisions_by_run ON decisions (run, made_at);
-CREATE INDEX decisions_by_time ON decisions (made_at);
 CREATE TABLE revisions (
     run TEXT NOT NULL, revision INTEGER NOT NULL, record TEXT NOT NULL, PRIMARY KEY (run, revision));
 CREATE TABLE checkpoints (
@@ -203,30 +202,6 @@ class Journal:
         """All records of a run, and its newest `samples` samples."""
         with self._said():
             return self._load(run, samples)
-
-    def decisions(self, run: str, limit: int) -> tuple[Decision, ...]:
-        """The newest decisions, newest first; of all runs where `run` is empty."""
-        where, arguments = ("WHERE run = ?", [run]) if run else ("", [])
-        query = f"SELECT record FROM decisions {where} ORDER BY made_at DESC, rowid DESC LIMIT ?"  # noqa: S608  no input
-        with self._said():
-            return tuple(_decision(record) for (record,) in self._connection.execute(query, [*arguments, limit]))
-
-    def estimates(self, run: str) -> tuple[EstimateRow, ...]:
-        """The estimates kept of a run, oldest first."""
-        query = "SELECT quantity, block, value, stderr, draws, estimator, step FROM estimates WHERE run = ? ORDER BY id"
-        nan = float("nan")
-        with self._said():
-            return tuple(
-                EstimateRow(
-                    run,
-                    quantity,
-                    block,
-                    Estimate(
-                        nan if value is None else value, nan if stderr is None else stderr, draws, estimator, step
-                    ),
-                )
-                for quantity, block, value, stderr, draws, estimator, step in self._connection.execute(query, [run])
-            )
 
     @contextmanager
     def _said(self) -> Iterator[None]:

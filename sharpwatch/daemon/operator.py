@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import asyncio
+import heapq
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Protocol, cast, get_args
 
 import grpc
@@ -20,7 +22,6 @@ from sharpwatch.daemon.pipeline import Pipeline
 from sharpwatch.daemon.records import Decision, Mode
 from sharpwatch.daemon.runs import Run, Runs
 from sharpwatch.daemon.security import Gate
-from sharpwatch.daemon.store import Store
 from sharpwatch.daemon.supervisor import Changes
 from sharpwatch.errors import OperatorError, StoreError
 from sharpwatch.v1 import operator_pb2 as pb
@@ -51,10 +52,9 @@ class Facts:
 class OperatorService(OperatorServiceServicer):
     """The operators' side of the daemon."""
 
-    def __init__(self, *, runs: Runs, pipeline: Pipeline, store: Store, gate: Gate, facts: Facts) -> None:
+    def __init__(self, *, runs: Runs, pipeline: Pipeline, gate: Gate, facts: Facts) -> None:
         self._runs = runs
         self._pipeline = pipeline
-        self._store = store
         self._gate = gate
         self._facts = facts
         self._draining = False
@@ -166,15 +166,12 @@ class OperatorService(OperatorServiceServicer):
         return pb.SetModeResponse(run=run_message(run.view))
 
     async def ListDecisions(self, request: pb.ListDecisionsRequest, context: Context) -> pb.ListDecisionsResponse:
-        """The newest decisions, newest first, from the journal."""
-        if request.run:
-            await self._run(request.run, context)
+        """The newest decisions, newest first; of all runs where none is named."""
+        runs = [await self._run(request.run, context)] if request.run else list(self._runs)
         limit = min(request.limit or _DEFAULT_LIMIT, _MOST)
-        try:
-            decisions: Iterable[Decision] = await self._store.decisions(request.run, limit)
-        except StoreError as error:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
-        return pb.ListDecisionsResponse(decisions=map(decision_message, decisions))
+        made = chain.from_iterable(reversed(run.supervisor.decisions) for run in runs)
+        newest = heapq.nlargest(limit, made, key=lambda one: one.made_at)
+        return pb.ListDecisionsResponse(decisions=map(decision_message, newest))
 
     async def WatchDecision(
         self, request: pb.WatchDecisionRequest, context: Context

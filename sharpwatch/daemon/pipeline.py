@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 import structlog
 
-from sharpwatch.daemon.estimator import Estimator
+from sharpwatch.daemon.estimator import Estimator, Request
 from sharpwatch.daemon.intake import Entry, Intake
 from sharpwatch.daemon.journal import AttemptRow, Batch, EstimateRow, ModeRow, SampleRow
 from sharpwatch.daemon.ledger import UNDER_WAY
@@ -28,6 +29,7 @@ from sharpwatch.errors import OperatorError, StoreError
 log = structlog.get_logger(__name__)
 
 _FIRST_RETRY, _LAST_RETRY = 0.1, 5.0  # seconds between tries of a failing journal
+MAX_UNWRITTEN_ESTIMATES = 100_000  # the oldest go while the journal fails; they can be made again from samples
 _FAIR = 64  # samples folded before the loop serves others
 
 
@@ -41,7 +43,7 @@ class Unwritten:
     revisions: dict[tuple[str, int], Revision] = field(default_factory=dict)
     checkpoints: dict[tuple[str, Checkpoint], None] = field(default_factory=dict)
     modes: list[ModeRow] = field(default_factory=list)
-    estimates: dict[tuple[str, str, str], EstimateRow] = field(default_factory=dict)
+    estimates: deque[EstimateRow] = field(default_factory=lambda: deque(maxlen=MAX_UNWRITTEN_ESTIMATES))
     commands: dict[str, str] = field(default_factory=dict)  # decision id -> run
 
     def take_up(self, run: str, changes: Changes) -> None:
@@ -61,7 +63,7 @@ class Unwritten:
         self.revisions.update(newer.revisions)
         self.checkpoints.update(newer.checkpoints)
         self.modes.extend(newer.modes)
-        self.estimates.update(newer.estimates)
+        self.estimates.extend(newer.estimates)
         self.commands.update(newer.commands)
 
     def batch(self, samples: Iterable[SampleRow] = ()) -> Batch:
@@ -74,7 +76,7 @@ class Unwritten:
             revisions=tuple(self.revisions.values()),
             checkpoints=tuple(self.checkpoints),
             modes=tuple(self.modes),
-            estimates=tuple(self.estimates.values()),
+            estimates=tuple(self.estimates),
         )
 
 
@@ -135,7 +137,8 @@ class Pipeline:
         """Journal what the restart itself found out, and estimate from the windows as they are."""
         for change in changes:
             self._unwritten.take_up(run.name, change)
-        await self._estimate({run.name: run})
+        await self._estimate([run.request()])
+        self._unwritten.estimates.clear()  # the journal has them from before
         run.show()
 
     async def register(self, attempt: Attempt, now: float) -> None:
@@ -213,7 +216,7 @@ class Pipeline:
 
     async def _process(self, entries: list[Entry]) -> None:
         touched: dict[str, Run] = {}
-        probed: dict[str, Run] = {}
+        requests: list[Request] = []
         for index, entry in enumerate(entries):
             if index % _FAIR == _FAIR - 1:
                 await asyncio.sleep(0)
@@ -227,9 +230,10 @@ class Pipeline:
                 self._metrics.internal_errors.labels("fold").inc()
                 log.exception("fold_failed", run=run.name, step=entry.reading.step)
             touched[run.name] = run
-            if entry.attempt is run.attempt and (entry.reading.gnb or entry.reading.direction):
-                probed[run.name] = run
-        await self._estimate(probed)
+            reading = entry.reading
+            if entry.attempt is run.attempt and (reading.gnb or reading.direction):
+                requests.append(run.request(gnb=reading.gnb is not None, direction=reading.direction is not None))
+        await self._estimate(requests)
         for run in touched.values():
             run.show()
         now = time.monotonic()
@@ -282,26 +286,24 @@ class Pipeline:
                 author=made.author,
             )
 
-    async def _estimate(self, probed: dict[str, Run]) -> None:
-        probed = {name: run for name, run in probed.items() if run.gnb or run.directions}
-        if not probed:
+    async def _estimate(self, requests: Sequence[Request]) -> None:
+        """Estimate every window that a probe completed, so that estimates don't depend on how samples were batched."""
+        if not requests:
             return
-        attempts = {name: run.attempt for name, run in probed.items()}
-        requests = [run.request() for run in probed.values()]
         try:
             with self._metrics.estimate.time():
-                results = await self._estimator.estimate(requests)
+                found = await self._estimator.estimate(requests)
         except Exception:  # without estimates the tap, the alerts and the journal go on; counted
             self._metrics.internal_errors.labels("estimate").inc()
-            log.exception("estimate_failed", runs=sorted(probed))
+            log.exception("estimate_failed", runs=sorted({request.manifest.run for request in requests}))
             return
-        for run, result in zip(probed.values(), results, strict=True):
-            if run.attempt is not attempts[run.name]:
-                continue  # a new attempt began meanwhile
-            run.take_estimates(result)
-            for (quantity, block, estimator), estimate in result.values.items():
-                row = EstimateRow(run.name, quantity, block, estimate)
-                self._unwritten.estimates[run.name, f"{quantity}/{estimator}", block] = row
+        for request, estimates in zip(requests, found, strict=True):
+            name = request.manifest.run
+            run = self._runs.get(name)
+            if run is not None:
+                run.take_estimates(request, estimates)
+            for (quantity, block, _), estimate in estimates.values.items():
+                self._unwritten.estimates.append(EstimateRow(name, quantity, block, estimate))
 
 
 def _row(entry: Entry, now: float) -> SampleRow:

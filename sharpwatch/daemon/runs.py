@@ -13,7 +13,15 @@ import numpy as np
 from sharpwatch.blocks import BLOCKS
 from sharpwatch.curvature.estimate import Estimate
 from sharpwatch.daemon.aggregate import BlockTap, block_tap
-from sharpwatch.daemon.estimator import WINDOW_PROBES, Estimates, Key, Request, observed_stability
+from sharpwatch.daemon.estimator import (
+    DIRECTION_QUANTITIES,
+    GNB_QUANTITIES,
+    WINDOW_PROBES,
+    Estimates,
+    Key,
+    Request,
+    observed_stability,
+)
 from sharpwatch.daemon.ingest import Cursor, DirectionReading, GnbReading, HealthReading, Manifest, Reading
 from sharpwatch.daemon.ledger import UNDER_WAY
 from sharpwatch.daemon.records import Alert, Decision, Mode, Observation
@@ -154,18 +162,25 @@ class Run:
             return None
         return _observation(manifest, reading, tap)
 
-    def request(self) -> Request:
-        """What the estimator needs of the windows as they are now."""
-        return Request(self.attempt.manifest, tuple(self.gnb), tuple(self.directions))
-
-    def take_estimates(self, estimates: Estimates) -> None:
-        """Have new estimates shown in place of the old ones."""
-        self._draft = replace(
-            self._draft,
-            estimates=estimates.values,
-            layer_sharpness=estimates.layer_sharpness,
-            order_correlation=estimates.order_correlation,
+    def request(self, *, gnb: bool = True, direction: bool = True) -> Request:
+        """What the estimator needs of the windows as they are now: those of the probes asked for."""
+        return Request(
+            self.attempt.manifest, tuple(self.gnb) if gnb else (), tuple(self.directions) if direction else ()
         )
+
+    def take_estimates(self, request: Request, estimates: Estimates) -> None:
+        """Have the estimates of `request` shown in place of those its probes made before."""
+        if request.manifest is not self.attempt.manifest:
+            return  # a new attempt began meanwhile
+        renewed = {*(GNB_QUANTITIES if request.gnb else ()), *(DIRECTION_QUANTITIES if request.directions else ())}
+        kept = {key: one for key, one in self._draft.estimates.items() if key[0] not in renewed}
+        self._draft = replace(self._draft, estimates=kept | dict(estimates.values))
+        if request.gnb:
+            self._draft = replace(
+                self._draft,
+                layer_sharpness=estimates.layer_sharpness,
+                order_correlation=estimates.order_correlation,
+            )
 
     def note(self, changes: Changes) -> None:
         """Count what the supervisor changed."""

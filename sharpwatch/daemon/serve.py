@@ -124,7 +124,7 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:
         stack.push_async_callback(web.stop)
         agents = AgentService(runs=runs, intake=intake, pipeline=pipeline, sessions=sessions, metrics=metrics)
         facts = Facts(started_at, estimator.device, settings.store, http)
-        operators = OperatorService(runs=runs, pipeline=pipeline, store=store, gate=gate, facts=facts)
+        operators = OperatorService(runs=runs, pipeline=pipeline, gate=gate, facts=facts)
         server, health, address = await _start_grpc(settings.grpc, agents, operators)
         worker = asyncio.create_task(pipeline.run(), name="pipeline")
         log.info(

@@ -248,6 +248,14 @@ class AgentService:
         return attempt, run
 
     async def _read(self, requests: AsyncIterator[bytes], session: Session) -> None:
+        try:
+            await self._read_all(requests, session)
+        except Exception:  # a session must not stand there unheard for our mistake; counted
+            self._metrics.internal_errors.labels("session").inc()
+            log.exception("session_failed", run=session.attempt.manifest.run)
+            session.end(grpc.StatusCode.INTERNAL, "the daemon failed on a message; its log says more")
+
+    async def _read_all(self, requests: AsyncIterator[bytes], session: Session) -> None:
         async for message in requests:
             if len(message) > wire.MAX_MESSAGE_BYTES:
                 self._metrics.refused.labels("oversized").inc()

@@ -9,8 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from sharpwatch.daemon.journal import Batch, EstimateRow, Journal, StoredRun
-from sharpwatch.daemon.records import Decision
+from sharpwatch.daemon.journal import Batch, Journal, StoredRun
 
 Result = TypeVar("Result")
 
@@ -50,14 +49,6 @@ class Store:
     async def load(self, run: str, *, samples: int) -> StoredRun:
         """All records of a run, and its newest `samples` samples."""
         return await self._call(partial(self._journal.load, run, samples=samples))
-
-    async def decisions(self, run: str, limit: int) -> tuple[Decision, ...]:
-        """The newest decisions, newest first; of all runs where `run` is empty."""
-        return await self._call(partial(self._journal.decisions, run, limit))
-
-    async def estimates(self, run: str) -> tuple[EstimateRow, ...]:
-        """The estimates kept of a run, oldest first."""
-        return await self._call(partial(self._journal.estimates, run))
 
     async def close(self) -> None:
         """Finish what is under way and close."""

@@ -16,12 +16,22 @@ RATES = pb.SetLearningRatesRequest(run="run", multipliers={"qk": 0.5}, author="a
 
 
 def comparable(detail: pb.RunDetail) -> pb.RunDetail:
-    """`detail` without what a restart rightly changes."""
+    """`detail` without what a restart rightly changes, and without estimates."""
     same = pb.RunDetail()
     same.CopyFrom(detail)
     same.run.phase = pb.RUN_PHASE_UNSPECIFIED
     same.run.last_sample_at_unix_ns = 0
+    for part in (same, *same.blocks):
+        del part.estimates[:]
     return same
+
+
+def estimates(detail: pb.RunDetail) -> dict[tuple, tuple[float, float]]:
+    return {
+        (one.quantity, one.block, one.estimator, one.draws, one.step): (one.value, one.stderr)
+        for part in (detail, *detail.blocks)
+        for one in part.estimates
+    }
 
 
 async def test_a_daemon_killed_takes_its_runs_up_where_they_were(start, build):
@@ -49,6 +59,9 @@ async def test_a_daemon_killed_takes_its_runs_up_where_they_were(start, build):
     after = (await daemon.operator.GetRun(pb.GetRunRequest(run="run"))).detail
     assert after.run.phase == pb.RUN_PHASE_SILENT
     assert comparable(after) == comparable(before)
+    assert estimates(after).keys() == estimates(before).keys()
+    for key, found in estimates(after).items():  # in another batch, so rounded otherwise
+        assert found == pytest.approx(estimates(before)[key], rel=1e-4)
     assert await daemon.metric("sharpwatch_run_step{") == 20
     again = await daemon.train()
     assert again.welcome.acknowledged_sequence == 20

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from sharpwatch import wire
-from sharpwatch.daemon import server
+from sharpwatch.daemon import estimator, server
+from sharpwatch.daemon.runs import Run
 from sharpwatch.v1 import agent_pb2, types_pb2
 
 
@@ -201,6 +202,49 @@ async def test_a_client_that_does_not_read_its_refusals_is_ended(daemon, build, 
     trainer = await daemon.train()
     await trainer.send(build.sample(1, tap=agent_pb2.Tap()))
     assert (await trainer.ended())[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def test_a_defect_met_in_one_run_is_counted_and_harms_no_other(daemon, build, monkeypatch):
+    def broken(self, reading, now):
+        if self.name == "bad":
+            raise ZeroDivisionError
+        return fold(self, reading, now)
+
+    fold = Run.fold
+    monkeypatch.setattr(Run, "fold", broken)
+    good, bad = await daemon.train("good", "g1"), await daemon.train("bad", "b1")
+    for trainer in (bad, good):
+        await trainer.send(build.sample(1))
+        await trainer.acknowledged(1)
+    await daemon.shown("good", lambda detail: detail.run.step == 1)
+    assert await daemon.metric('sharpwatch_internal_errors_total{where="fold"}') == 1
+    good.call.cancel()
+    bad.call.cancel()
+
+
+async def test_a_defect_in_the_estimates_leaves_taps_and_alerts(daemon, build, monkeypatch):
+    def broken(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(estimator, "estimate_all", broken)
+    trainer = await daemon.train()
+    await trainer.send(build.sample(1, gnb=build.gnb(1)))
+    await trainer.acknowledged(1)
+    detail = await daemon.shown("run", lambda detail: detail.run.step == 1)
+    assert detail.blocks[0].gradient_norm > 0
+    assert await daemon.metric('sharpwatch_internal_errors_total{where="estimate"}') == 1
+    trainer.call.cancel()
+
+
+async def test_a_defect_met_in_a_message_ends_its_session(daemon, build, monkeypatch):
+    def broken(*_):
+        raise ZeroDivisionError
+
+    trainer = await daemon.train()
+    monkeypatch.setattr(server, "read_sample", broken)
+    await trainer.send(build.sample(1))
+    assert (await trainer.ended())[0] is grpc.StatusCode.INTERNAL
+    assert await daemon.metric('sharpwatch_internal_errors_total{where="session"}') == 1
 
 
 async def test_health_is_served_beside(daemon):
