@@ -23,6 +23,7 @@ from panels import (
     latest,
     lines,
     number,
+    or_none,
     with_error,
 )
 
@@ -35,10 +36,10 @@ def alert_timeline() -> Panel:
     return Panel(
         "state-timeline",
         "Alerts",
-        "Which of the daemon's detectors stand, and for which blocks; an empty panel or a green line is normal. "
+        "Which of the daemon's detectors stand, and for which blocks; a green line is normal. "
         "LossSpike, UpdateRmsSpike and NonFinite are events; StabilityLimit is a state that lasts. "
         "UpdateRmsSpike leads a loss spike by 1–8 steps and names the block it starts in.",
-        ((latest("sharpwatch_alert_active", "alert, block"), "{{alert}} {{block}}"),),
+        ((or_none(latest("sharpwatch_alert_active", "alert, block"), "alert"), "{{alert}} {{block}}"),),
         defaults={"mappings": [{"type": "value", "options": mapping}], "custom": {"fillOpacity": 80, "lineWidth": 0}},
         options={
             "showValue": "never",
@@ -128,9 +129,9 @@ def tap() -> list[Panel]:
     return [
         by_block(
             "Update RMS by block",
-            "√mean(g²/v̂): gradients that Adam's second moment has not seen coming. Normal: about 1, for each block a "
-            "steady level of its own. A jump of several times in one step precedes loss spikes by 1–8 steps; a jump in "
-            "one block alone points at that block's weights. Absent for optimizers without a second moment.",
+            "√mean(g²/v̂): gradients that Adam's second moment has not seen coming. Normal: around 1, for each block "
+            "a steady level of its own. A jump of several times in one step precedes loss spikes by 1–8 steps; a jump "
+            "in one block alone points at that block's weights. Absent for optimizers without a second moment.",
             "sharpwatch_block_update_rms",
             scale=LOG,
         ),
@@ -151,8 +152,8 @@ def tap() -> list[Panel]:
         ),
         by_block(
             "Update ratio by block",
-            "‖Δθ‖/‖θ‖ of one step, on probe steps. Normal: around 1e-3 for Adam with a tuned rate, falling with the "
-            "schedule.",
+            "‖Δθ‖/‖θ‖ of one step, on probe steps. Normal: 1e-4 to 1e-2 for Adam with a tuned rate, falling with "
+            "the schedule.",
             "sharpwatch_block_update_ratio",
             unit="sci",
             scale=LOG,
@@ -206,7 +207,10 @@ def control() -> list[Panel]:
             "Decisions",
             "How many, since the run began, by action and outcome. Normal: none. A growing number of refused ones "
             "means that guards hold a policy back; of applied ones, that a fault persists.",
-            (latest("sharpwatch_decisions_total", "action, mode, outcome"), "{{action}} {{outcome}} ({{mode}})"),
+            (
+                or_none(latest("sharpwatch_decisions_total", "action, mode, outcome"), "action"),
+                "{{action}} {{outcome}} {{mode}}",
+            ),
             stepped=True,
         ),
     ]
@@ -226,7 +230,7 @@ def agent() -> list[Panel]:
             "Dropped samples",
             "Samples lost since the attempt began, by reason. Normal: none. Dropping is how the agent keeps its memory "
             "bounded and the trainer from waiting: training is not harmed, the numbers here have holes.",
-            (latest("sharpwatch_agent_dropped_samples_total", "reason"), "{{reason}}"),
+            (or_none(latest("sharpwatch_agent_dropped_samples_total", "reason"), "reason"), "{{reason}}"),
             stepped=True,
         ),
     ]

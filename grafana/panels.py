@@ -69,6 +69,11 @@ def latest(metric: str, by: str = "", matchers: str = RUN) -> str:
     return f"max by ({by}) ({metric}{{{matchers}}})" if by else f"max({metric}{{{matchers}}})"
 
 
+def or_none(query: str, label: str) -> str:
+    """`query`, or a line at 0 named "none" while there is nothing: an empty panel looks like a broken one."""
+    return f'{query} or on () label_replace(0 * {latest("sharpwatch_run_step")}, "{label}", "none", "", "")'
+
+
 def colour(shade: str) -> Json:
     """The property that gives a series its colour."""
     return {"id": "color", "value": {"mode": "fixed", "fixedColor": shade}}
