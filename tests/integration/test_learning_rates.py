@@ -85,7 +85,7 @@ def known_to(daemon, steps: queue.Queue) -> None:
 def test_set_changes_the_rate_in_use_at_the_named_step_and_undo_puts_it_back(daemon, trainer, monkeypatch):
     monkeypatch.setenv("SHARPWATCH_AUTHOR", "ada")
     known_to(daemon, trainer)
-    decision = daemon.cli("lr", "set", "rates", "qk=0.5", "--reason", "too sharp")["decision"]
+    decision = daemon.cli("lr", "set", "rates", "qk=0.5", "--reason", "too sharp")
     assert decision["outcome"] == "applied"
     applied = decision["applied_step"]
     seen = {entry["step"]: entry for entry in until(trainer, applied + 3)}
@@ -100,7 +100,7 @@ def test_set_changes_the_rate_in_use_at_the_named_step_and_undo_puts_it_back(dae
         assert entry["saved"] == [1e-2]
         assert [rate for rate, _ in entry["groups"]] == [1e-2]
 
-    undone = daemon.cli("lr", "undo", "rates", "--reason", "was fine")["decision"]
+    undone = daemon.cli("lr", "undo", "rates", "--reason", "was fine")
     assert undone["outcome"] == "applied"
     entry = until(trainer, undone["applied_step"] + 1)[-1]
     torch.testing.assert_close(entry["rates"]["qk"], 1e-2, rtol=1e-6, atol=0)
