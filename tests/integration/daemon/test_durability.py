@@ -120,7 +120,10 @@ async def test_a_full_disk_stops_acknowledgements_and_not_the_daemon(start, buil
     detail = await daemon.shown("busy", lambda detail: detail.run.step == 20)  # still seen, still estimated
     assert len(detail.blocks[0].estimates) > 0
     lost = [await busy.next("refusal") for _ in range(4)]
-    assert [(one.sequence, one.code) for one in lost] == [(sequence, "overflow") for sequence in range(2, 6)]
+    assert {one.code for one in lost} == {"overflow"}
+    # The oldest: but for those that a retry of the journal has in its hands at that moment.
+    assert max(one.sequence for one in lost) < 20
+    assert "refusal" not in quiet.heard
     assert "ack" not in {kind for kind, heard in busy.heard.items() if heard}
     status, reason = await daemon.get("/-/ready")
     assert status == 503
