@@ -194,7 +194,7 @@ def test_no_graph_is_kept_alive():
     assert not any(reference() is not None for reference in kept)
 
 
-# Of torch, about the hooks that this test lays on every module: their outputs and inputs are not all tensors with gradients.
+# Of torch, about the hooks that this test lays on every module, whose outputs and inputs are not all tensors.
 @pytest.mark.filterwarnings("ignore:For backward hooks to be called", "ignore:Full backward hook is firing")
 @pytest.mark.parametrize("kind", KINDS)
 def test_hooks_are_bypassed_and_put_back(kind):
