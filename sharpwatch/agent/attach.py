@@ -25,7 +25,7 @@ from sharpwatch.agent.sampler import Sampler
 from sharpwatch.agent.tap import Tap
 from sharpwatch.agent.watch import Watch
 from sharpwatch.blocks import BlockMap, classify
-from sharpwatch.errors import AttachError, BlockError
+from sharpwatch.errors import AttachError, BlockError, ConfigError
 from sharpwatch.wire import SKETCH_SIZE
 
 DEFAULT_ADDRESS = "127.0.0.1:7741"
@@ -58,7 +58,8 @@ def attach(  # noqa: PLR0913 - the public signature; each has a default that wor
     ("ca", and "cert" with "key"). `probe_every` fixes the
     probes' cadence and overrides `overhead_budget`. `control`: "none" refuses every command, "lr" takes learning-rate
     changes, and rollbacks where `on_rollback` is given, "rollback" also those for loops that read
-    `watch.pending_rollback`. With SHARPWATCH_DISABLED=1 the watch does nothing.
+    `watch.pending_rollback`. $SHARPWATCH_BLOCK_RULES names a YAML file of rules for `classify`. With
+    SHARPWATCH_DISABLED=1 the watch does nothing.
 
     Raises `AttachError` on what can't be watched; nothing has been started then.
     """
@@ -83,6 +84,7 @@ def attach(  # noqa: PLR0913 - the public signature; each has a default that wor
         initial_step=initial_step,
         seed=seed,
         probes=tuple(probes),
+        can_roll_back=control == "rollback" or (control == "lr" and on_rollback is not None),
         started_at_unix_ns=time.time_ns(),
     )
     types = _parameter_types(model, block_map)
@@ -167,8 +169,8 @@ def _check_callables(given: Mapping[str, object]) -> None:
 
 def _classified(model: nn.Module) -> BlockMap:
     try:
-        return classify(model)
-    except BlockError as error:
+        return classify(model, os.environ.get("SHARPWATCH_BLOCK_RULES"))
+    except (BlockError, ConfigError) as error:
         raise AttachError(f"model: {error}") from error
 
 

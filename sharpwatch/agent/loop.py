@@ -88,6 +88,7 @@ class Loop:
         self._losses = Losses()
         self._outbox = Outbox(self._send)
         self._sequence = 0
+        self._restored = False  # since the last sample
         self._round: _Round | None = None
         self._kinds = parts.sampler.plan()
         self._captured: Captured | None = None
@@ -123,6 +124,8 @@ class Loop:
 
     def restored(self, step: int) -> None:
         """The run stands at `step` again."""
+        self._outbox.flush(wait=True)  # what was before goes out before the mark that steps go back
+        self._restored = True
         self.step = step
         self._round = self._captured = None
         self._mark = None  # restoring is no part of a step
@@ -318,6 +321,7 @@ class Loop:
         self._sequence += 1
         checkpoints = tuple(self._checkpoints)
         self._checkpoints.clear()
+        restored, self._restored = self._restored, False
         sample = messages.SampleValues(
             sequence=self._sequence,
             step=step,
@@ -325,6 +329,7 @@ class Loop:
             health=self._health(),
             results=self.parts.control.take_results(),
             checkpoints=checkpoints,
+            restored=restored,
             **values,
         )
         self.parts.pipe.send(agent_pb2.SessionRequest(sample=messages.sample(sample)))

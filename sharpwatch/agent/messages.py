@@ -37,6 +37,7 @@ class Identity:
     initial_step: int
     seed: int
     probes: tuple[str, ...]
+    can_roll_back: bool
     started_at_unix_ns: int
 
 
@@ -68,6 +69,7 @@ class SampleValues:
     results: Sequence[CommandResult] = ()
     checkpoints: Sequence[tuple[int, str]] = field(default=())
     closing: bool = False
+    restored: bool = False
 
 
 def hello(identity: Identity, block_map: BlockMap) -> agent_pb2.Hello:
@@ -95,6 +97,7 @@ def hello(identity: Identity, block_map: BlockMap) -> agent_pb2.Hello:
         host=socket.gethostname(),
         pid=os.getpid(),
         started_at_unix_ns=identity.started_at_unix_ns,
+        can_roll_back=identity.can_roll_back,
     )
 
 
@@ -112,6 +115,7 @@ def sample(values: SampleValues) -> agent_pb2.Sample:
         results=[_result(result) for result in values.results],
         checkpoints=[types_pb2.Checkpoint(step=step, uri=uri) for step, uri in values.checkpoints],
         closing=values.closing,
+        restored=values.restored,
     )
 
 

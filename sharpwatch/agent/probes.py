@@ -23,7 +23,7 @@ from sharpwatch.errors import ProbeError
 PROBES = ("gnb", "direction")
 _DRAWS = 4
 _ROW_SHARE = {"gnb": 8, "direction": 4}  # a probe sees one row in so many; its cost goes with it
-_FAILURES = 3  # errors of one kind before it is given up
+_FAILURES = 3  # in a row before a kind is given up: one drawing of rows may hold no position that predicts
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +112,7 @@ class Probes:
         self._row_limit: dict[str, int] = {}
         self._turn = 0
         self._failures: dict[str, ProbeFailure] = {}
+        self._in_a_row: dict[str, int] = {}
 
     @property
     def failures(self) -> Sequence[ProbeFailure]:
@@ -138,6 +139,7 @@ class Probes:
                 with ExitStack() as stack:
                     captured.autocast.enter(stack)
                     done = self._run(kind, captured.batch.slice(chosen), before, done, started)
+                self._in_a_row[kind] = 0
             except Exception as error:  # noqa: BLE001 - host-safety border: a probe never reaches the loop
                 self._fail(kind, error, rows)
             done = replace(done, seconds={**done.seconds, kind: _now(self._device) - started})
@@ -197,13 +199,14 @@ class Probes:
         return np.sqrt(np.bincount(np.array(self._block_map.block_of), weights=squares, minlength=blocks))
 
     def _fail(self, kind: str, error: Exception, rows: int) -> None:
-        """Record why; out of memory halves the rows, what can't work on this model or keeps failing is given up."""
+        """Record why; out of memory halves the rows, what keeps failing is given up."""
         count = self._failures[kind].count + 1 if kind in self._failures else 1
+        self._in_a_row[kind] = self._in_a_row.get(kind, 0) + 1
         if _out_of_memory(error):
             self._row_limit[kind] = max(1, rows // 2)
             disabled = rows <= 1
         else:
-            disabled = isinstance(error, ProbeError) or count >= _FAILURES
+            disabled = self._in_a_row[kind] >= _FAILURES
         reason = str(error) if isinstance(error, ProbeError) else f"{type(error).__name__}: {error}"
         self._failures[kind] = ProbeFailure(kind, reason, count, disabled)
 

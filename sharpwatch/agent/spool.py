@@ -1,7 +1,8 @@
 """Samples that nobody has acknowledged yet: in order, bounded, and none of their events lost.
 
 Both ends of the pipe keep one: the trainer for what the courier might lose by dying, the courier for what the daemon
-has not journalled. Events are what must not go with a dropped sample: command results, checkpoints, the closing flag.
+has not journalled. Events are what must not go with a dropped sample: command results, checkpoints, the flags that
+say it is the last or that a checkpoint was restored.
 """
 
 from __future__ import annotations
@@ -136,7 +137,7 @@ class Spool:
 
 def has_events(sample: agent_pb2.Sample) -> bool:
     """Whether `sample` holds what must not be lost with it."""
-    return bool(sample.results or sample.checkpoints or sample.closing)
+    return bool(sample.results or sample.checkpoints or sample.closing or sample.restored)
 
 
 def without_arrays(sample: agent_pb2.Sample) -> agent_pb2.Sample:
@@ -160,3 +161,4 @@ def _add_events(sample: agent_pb2.Sample, events: agent_pb2.Sample, *, before: b
     sample.results.extend(results)
     sample.checkpoints.extend(checkpoints)
     sample.closing = sample.closing or events.closing
+    sample.restored = sample.restored or events.restored

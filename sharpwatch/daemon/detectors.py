@@ -12,6 +12,9 @@ from sharpwatch.daemon.records import Finding, Severity
 SPIKE = 6.0  # healthy runs stay below 5
 SURE_SPIKE = 12.0  # believed without a second signal
 CORROBORATES = 4.0
+# A block's weights grow by less than a percent a step, and by a few where the rate is far too high. What grows them by
+# half at once did not come from the optimizer: a memory fault, a bad restore.
+WEIGHT_JUMP = 1.5
 # Of one probe's stability ratio above the run's own level. With the baseline's floor of 0.25 this is a factor of 3
 # at least; healthy ratios scatter by half as much again.
 RATIO_EXCESS = 4.5
@@ -53,7 +56,11 @@ def loss_spike(recent: Sequence[Scores]) -> Finding | None:
 
 
 def update_rms_spike(recent: Sequence[Scores]) -> Finding | None:
-    """A block's update RMS of z > 6, seen twice: in a second signal, a second block or a second step; z > 12 alone."""
+    """A block's update RMS of z > 6, seen twice: in a second signal, a second block or a second step; z > 12 alone.
+
+    A block whose weights jumped is the cause and stands first, whatever the others' z: one damaged weight changes the
+    gradients of every block around it.
+    """
     now = recent[-1]
     high = {block: z for block, z in now.update_rms.items() if z > SPIKE}
     if not high:
@@ -65,12 +72,28 @@ def update_rms_spike(recent: Sequence[Scores]) -> Finding | None:
         or any(now.gradient_norm.get(block, 0.0) > CORROBORATES for block in high)
         or any(before.get(block, 0.0) > SPIKE for block in high)
     )
-    if worst <= SURE_SPIKE and not second:
+    jumped = _weight_jumps(recent)
+    if worst <= SURE_SPIKE and not second and not jumped:
         return None
-    blocks = _worst_first(high)
-    said = (f"{block} {now.observation.update_rms[block]:.3g} (z {high[block]:.1f})" for block in blocks)
-    severity: Severity = "critical" if worst > SURE_SPIKE else "warning"
-    return Finding("UpdateRmsSpike", blocks, severity, f"update RMS of {', '.join(said)}", now.observation.step)
+    said = (f"{block} {now.observation.update_rms[block]:.3g} (z {high[block]:.1f})" for block in _worst_first(high))
+    evidence = f"update RMS of {', '.join(said)}"
+    evidence += "".join(f"; weight norm of {block} ×{ratio:.3g} in one step" for block, ratio in jumped.items())
+    blocks = tuple(dict.fromkeys((*_worst_first(jumped), *_worst_first(high))))
+    severity: Severity = "critical" if worst > SURE_SPIKE or jumped else "warning"
+    return Finding("UpdateRmsSpike", blocks, severity, evidence, now.observation.step)
+
+
+def _weight_jumps(recent: Sequence[Scores]) -> dict[str, float]:
+    """By how much a block's weight norm grew since the step before, where that is more than a step can do."""
+    if len(recent) < 2:
+        return {}
+    now, before = recent[-1].observation, recent[-2].observation
+    if now.step != before.step + 1:
+        return {}
+    ratios = {
+        b: norm / before.weight_norm[b] for b, norm in now.weight_norm.items() if before.weight_norm.get(b, 0) > 0
+    }
+    return {block: ratio for block, ratio in ratios.items() if ratio > WEIGHT_JUMP}
 
 
 def stability_limit(probes: Sequence[Scores]) -> Finding | None:

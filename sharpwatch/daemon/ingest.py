@@ -51,6 +51,7 @@ class Manifest:
     blocks: tuple[str, ...]
     optimizer: str
     control: Control
+    can_roll_back: bool
     lr_bounds: tuple[float, float]
     initial_step: int
     sketch_size: int
@@ -122,6 +123,7 @@ class Reading:
     results: tuple[CommandResult, ...]
     checkpoints: tuple[Checkpoint, ...]
     closing: bool
+    restored: bool
     dropped_probes: tuple[str, ...]
 
 
@@ -174,6 +176,7 @@ def read_hello(hello: agent_pb2.Hello) -> Manifest:
         blocks=blocks,
         optimizer=_text(hello.optimizer, "optimizer"),
         control=cast("Control", hello.control),
+        can_roll_back=hello.can_roll_back,
         lr_bounds=(low, high),
         initial_step=hello.initial_step,
         sketch_size=hello.sketch_size,
@@ -296,42 +299,37 @@ def read_sample(manifest: Manifest, sample: agent_pb2.Sample) -> Reading:
         results=tuple(map(_result, sample.results)),
         checkpoints=tuple(map(_checkpoint, sample.checkpoints)),
         closing=sample.closing,
+        restored=sample.restored,
         dropped_probes=tuple(name for name, is_dropped in dropped if is_dropped),
     )
 
 
 class Cursor:
-    """Where one attempt stands: which sequences are journalled, which wait, and how far its steps have come.
-
-    `rollback` is told when the trainer says it applied one: the next step may then lie before the last.
-    """
+    """Where one attempt stands: which sequences are journalled, which wait, and how far its steps have come."""
 
     def __init__(self, journalled: int = 0, step: int = -1) -> None:
         self.journalled = journalled
         self.step = step
         self._waiting: set[int] = set()
         self._highest = journalled
-        self._may_go_back = False
 
-    def judge(self, sequence: int, step: int, *, rolled_back: bool) -> Literal["new", "waiting", "journalled"]:
-        """Place a sample; raises `WireError("out_of_order")`. A new one is taken note of."""
+    def judge(self, sequence: int, step: int, *, restored: bool) -> Literal["new", "waiting", "journalled"]:
+        """Place a sample; raises `WireError("out_of_order")`. A new one is taken note of.
+
+        `restored` is what the sample says: only then may its step lie before the last.
+        """
         if sequence <= self.journalled:
             return "journalled"
         if sequence in self._waiting:
             return "waiting"
         if sequence < self._highest:
             raise WireError("out_of_order", f"sequence {sequence} after {self._highest}")
-        if step < self.step and not (self._may_go_back or rolled_back):
-            raise WireError("out_of_order", f"step {step} after {self.step}, and no rollback was applied between them")
-        self.replay(step, rolled_back=rolled_back)
+        if step < self.step and not restored:
+            raise WireError("out_of_order", f"step {step} after {self.step}, and nothing was restored between them")
+        self.step = step
         self._highest = sequence
         self._waiting.add(sequence)
         return "new"
-
-    def replay(self, step: int, *, rolled_back: bool) -> None:
-        """Move to `step`, of a sample that is taken or was taken before."""
-        self._may_go_back = (self._may_go_back or rolled_back) and step >= self.step
-        self.step = step
 
     @property
     def idle(self) -> bool:

@@ -25,6 +25,7 @@ class Observation:
     time: float  # unix seconds, the trainer's clock
     loss: float | None = None
     gradient_norm: Mapping[str, float] = field(default_factory=dict)
+    weight_norm: Mapping[str, float] = field(default_factory=dict)
     update_rms: Mapping[str, float] = field(default_factory=dict)
     non_finite: Mapping[str, int] = field(default_factory=dict)
     # Directional stability ratio of this step's own probe (not a window): whole model, and by block.

@@ -10,7 +10,7 @@ from google.protobuf.message import DecodeError
 from sharpwatch.daemon.ingest import Cursor, Reading, read_hello, read_sample
 from sharpwatch.daemon.journal import SampleRow, StoredAttempt, StoredRun
 from sharpwatch.daemon.ledger import UNDER_WAY
-from sharpwatch.daemon.runs import Attempt, Run, Runs, rolled_back
+from sharpwatch.daemon.runs import Attempt, Run, Runs
 from sharpwatch.daemon.supervisor import Changes
 from sharpwatch.errors import OperatorError, WireError
 from sharpwatch.v1 import agent_pb2
@@ -64,7 +64,7 @@ def _replay(run: Run, attempts: dict[str, Attempt], rows: tuple[SampleRow, ...])
         reading = _reading(attempt, row) if attempt is not None else None
         if attempt is None or reading is None:
             continue
-        attempt.cursor.replay(reading.step, rolled_back=rolled_back(run.supervisor.decisions, reading))
+        attempt.cursor.step = reading.step
         for result in reading.results:
             if run.outstanding.pop(result.command_id, None) is not None:
                 try:

@@ -233,16 +233,11 @@ def _observation(manifest: Manifest, reading: Reading, tap: BlockTap | None) -> 
     return replace(
         seen,
         gradient_norm=_present(blocks, tap.gradient_norm),
+        weight_norm=_present(blocks, tap.weight_norm),
         update_rms=rms,
         non_finite=dict(zip(blocks, map(int, tap.non_finite), strict=True)),
         multipliers=_present(blocks, tap.lr_multiplier),
     )
-
-
-def rolled_back(decisions: Iterable[Decision], reading: Reading) -> bool:
-    """Whether `reading` says that one of `decisions`, a rollback, was applied."""
-    applied = {result.command_id for result in reading.results if result.outcome == "applied"}
-    return any(made.id in applied and made.action == "rollback" for made in decisions)
 
 
 class Runs:

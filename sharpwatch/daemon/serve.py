@@ -165,7 +165,7 @@ def _supervisor(config: Config, manifest: Manifest, earlier: Supervisor | None) 
         policies=config.policies,
         control=manifest.control,
         lr_bounds=manifest.lr_bounds,
-        can_roll_back=manifest.control != "none",  # with "lr" the trainer takes one where it has on_rollback
+        can_roll_back=manifest.can_roll_back,
     )
     if earlier is not None:
         supervisor.take_over(earlier)

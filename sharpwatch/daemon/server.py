@@ -24,7 +24,7 @@ from sharpwatch.daemon.messages import command_message
 from sharpwatch.daemon.metrics import OwnMetrics
 from sharpwatch.daemon.pipeline import Pipeline
 from sharpwatch.daemon.records import Decision
-from sharpwatch.daemon.runs import Attempt, Run, Runs, rolled_back
+from sharpwatch.daemon.runs import Attempt, Run, Runs
 from sharpwatch.errors import WireError
 from sharpwatch.v1 import agent_pb2
 
@@ -291,8 +291,7 @@ class AgentService:
         run = self._runs.get(attempt.manifest.run)
         if run is None:
             raise WireError("unknown_run", f"run {attempt.manifest.run} was given up for newer ones")
-        back = rolled_back(run.supervisor.decisions, reading) if reading.results else False
-        return attempt.cursor.judge(reading.sequence, reading.step, rolled_back=back)
+        return attempt.cursor.judge(reading.sequence, reading.step, restored=reading.restored)
 
 
 def _parse(message: bytes, expected: Literal["hello", "sample"]) -> agent_pb2.SessionRequest:

@@ -18,7 +18,7 @@ from sharpwatch.demo.result import summarise
 from sharpwatch.demo.train import Recipe
 
 MODELS = ("gpt2", "llama")
-_FAULT_AT = 0.6  # of the run: late enough for baselines, early enough to see the end of it
+_FAULT_AT = 0.5  # of the run: late enough for baselines, early enough to see the end of it
 _WHAT = {
     "none": "nothing is broken",
     "lr-jump": f"the schedule multiplies the learning rate by {LR_JUMP:g}, to the end of the run",

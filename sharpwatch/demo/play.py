@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc.aio
 from rich.console import Console
@@ -22,6 +23,9 @@ from sharpwatch.demo.view import decision_line, render
 from sharpwatch.errors import SharpwatchError
 from sharpwatch.v1 import operator_pb2 as pb
 from sharpwatch.v1.operator_pb2_grpc import OperatorServiceStub
+
+if TYPE_CHECKING:
+    from sharpwatch.v1.operator_pb2_grpc import OperatorServiceAsyncStub
 
 _LINE_EVERY = 25  # steps between two lines where there is no terminal to redraw
 
@@ -56,7 +60,7 @@ async def _play(recipe: Recipe, mode: str, console: Console) -> Outcome:
     async with _daemon(config, folder) as addresses:
         recipe = replace(recipe, address=addresses.grpc)
         async with grpc.aio.insecure_channel(addresses.grpc) as channel, _trainer(recipe, folder) as trainer:
-            operator = OperatorServiceStub(channel)
+            operator: OperatorServiceAsyncStub = OperatorServiceStub(channel)
             viewer = asyncio.create_task(_watch(operator, recipe, console))
             status = await trainer.wait()
             if status:
@@ -129,7 +133,7 @@ async def _trainer(recipe: Recipe, folder: Path) -> AsyncIterator[asyncio.subpro
                 await process.wait()
 
 
-async def _watch(operator: OperatorServiceStub, recipe: Recipe, console: Console) -> None:
+async def _watch(operator: OperatorServiceAsyncStub, recipe: Recipe, console: Console) -> None:
     """Show the run until it closes."""
     losses: list[float] = []
     with Live(console=console, auto_refresh=False, transient=True) as live:
@@ -148,7 +152,7 @@ async def _watch(operator: OperatorServiceStub, recipe: Recipe, console: Console
                 return
 
 
-async def _details(operator: OperatorServiceStub, run: str) -> AsyncIterator[pb.RunDetail]:
+async def _details(operator: OperatorServiceAsyncStub, run: str) -> AsyncIterator[pb.RunDetail]:
     """The run's messages, from when it first shows up."""
     while True:
         try:

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 VOCABULARY = 2048
+_END = "<|endoftext|>"
 _SOURCE_BYTES = 3_000_000  # enough that a demo run never sees a window twice
 _SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "__pycache__"}
 
@@ -67,14 +68,14 @@ def _encode(documents: list[str]) -> Tensor:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
-        special_tokens=["<|endoftext|>"],
+        special_tokens=[_END],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(documents, trainer)
-    end = tokenizer.token_to_id("<|endoftext|>")
+    end = tokenizer.encode(_END).ids
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(0)).tolist()
     ids: list[int] = []
     for encoding in tokenizer.encode_batch([documents[index] for index in order]):
-        ids.extend((*encoding.ids, end))
+        ids.extend((*encoding.ids, *end))
     return torch.tensor(ids)

@@ -105,6 +105,7 @@ class Hello(google.protobuf.message.Message):
     HOST_FIELD_NUMBER: builtins.int
     PID_FIELD_NUMBER: builtins.int
     STARTED_AT_UNIX_NS_FIELD_NUMBER: builtins.int
+    CAN_ROLL_BACK_FIELD_NUMBER: builtins.int
     protocol: builtins.int
     training_job: builtins.str
     run: builtins.str
@@ -122,6 +123,8 @@ class Hello(google.protobuf.message.Message):
     host: builtins.str
     pid: builtins.int
     started_at_unix_ns: builtins.int
+    can_roll_back: builtins.bool
+    """Whether a rollback would be taken: there is a callback, or control is "rollback"."""
     @property
     def layer_blocks(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[sharpwatch.v1.types_pb2.LayerBlock]:
         """Row order of every per-layer-block array of this attempt."""
@@ -153,8 +156,9 @@ class Hello(google.protobuf.message.Message):
         host: builtins.str = ...,
         pid: builtins.int = ...,
         started_at_unix_ns: builtins.int = ...,
+        can_roll_back: builtins.bool = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["agent_version", b"agent_version", "attempt", b"attempt", "blocks", b"blocks", "control", b"control", "host", b"host", "initial_step", b"initial_step", "layer_blocks", b"layer_blocks", "max_multiplier", b"max_multiplier", "min_multiplier", b"min_multiplier", "optimizer", b"optimizer", "pid", b"pid", "probes", b"probes", "protocol", b"protocol", "run", b"run", "seed", b"seed", "sketch_size", b"sketch_size", "started_at_unix_ns", b"started_at_unix_ns", "training_job", b"training_job"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["agent_version", b"agent_version", "attempt", b"attempt", "blocks", b"blocks", "can_roll_back", b"can_roll_back", "control", b"control", "host", b"host", "initial_step", b"initial_step", "layer_blocks", b"layer_blocks", "max_multiplier", b"max_multiplier", "min_multiplier", b"min_multiplier", "optimizer", b"optimizer", "pid", b"pid", "probes", b"probes", "protocol", b"protocol", "run", b"run", "seed", b"seed", "sketch_size", b"sketch_size", "started_at_unix_ns", b"started_at_unix_ns", "training_job", b"training_job"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Hello: typing_extensions.TypeAlias = Hello
@@ -176,6 +180,7 @@ class Sample(google.protobuf.message.Message):
     RESULTS_FIELD_NUMBER: builtins.int
     CHECKPOINTS_FIELD_NUMBER: builtins.int
     CLOSING_FIELD_NUMBER: builtins.int
+    RESTORED_FIELD_NUMBER: builtins.int
     sequence: builtins.int
     """1, 2, 3, ... within an attempt; a gap means dropped samples."""
     step: builtins.int
@@ -183,6 +188,8 @@ class Sample(google.protobuf.message.Message):
     loss: builtins.float
     closing: builtins.bool
     """The last sample of an attempt that ended in order."""
+    restored: builtins.bool
+    """A checkpoint was restored since the sample before: the step may lie before that one's."""
     @property
     def tap(self) -> Global___Tap: ...
     @property
@@ -209,10 +216,11 @@ class Sample(google.protobuf.message.Message):
         results: collections.abc.Iterable[sharpwatch.v1.types_pb2.CommandResult] | None = ...,
         checkpoints: collections.abc.Iterable[sharpwatch.v1.types_pb2.Checkpoint] | None = ...,
         closing: builtins.bool = ...,
+        restored: builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_loss", b"_loss", "direction", b"direction", "gnb", b"gnb", "health", b"health", "loss", b"loss", "tap", b"tap"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_loss", b"_loss", "checkpoints", b"checkpoints", "closing", b"closing", "direction", b"direction", "gnb", b"gnb", "health", b"health", "loss", b"loss", "results", b"results", "sequence", b"sequence", "step", b"step", "taken_at_unix_ns", b"taken_at_unix_ns", "tap", b"tap"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_loss", b"_loss", "checkpoints", b"checkpoints", "closing", b"closing", "direction", b"direction", "gnb", b"gnb", "health", b"health", "loss", b"loss", "restored", b"restored", "results", b"results", "sequence", b"sequence", "step", b"step", "taken_at_unix_ns", b"taken_at_unix_ns", "tap", b"tap"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__loss: typing_extensions.TypeAlias = typing.Literal["loss"]
     _WhichOneofArgType__loss: typing_extensions.TypeAlias = typing.Literal["_loss", b"_loss"]

@@ -167,10 +167,26 @@ def test_the_hello_says_what_is_watched(model, optimizer):
     assert sum(block.parameters for block in hello.layer_blocks) == sum(p.numel() for p in model.parameters())
 
 
-def test_a_model_that_cannot_be_divided_is_refused(monkeypatch, model, optimizer):
-    def refuse(_):
-        raise sharpwatch.errors.BlockError("x.weight: no rule places it")
+class Strange(Net):
+    """Has a parameter that no rule knows."""
 
-    monkeypatch.setattr(attach_module, "classify", refuse)
-    with pytest.raises(AttachError, match=r"x\.weight: no rule places it"):
+    def __init__(self):
+        super().__init__()
+        self.mystery = nn.Parameter(torch.ones(3, 5))
+
+
+def test_a_model_that_cannot_be_divided_is_refused_until_a_rules_file_says_how(monkeypatch, tmp_path):
+    model = Strange()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(AttachError, match="mystery"):
         sharpwatch.attach(model, optimizer, training_job="job")
+    assert Wire.started == 0
+    rules = tmp_path / "rules.yaml"
+    monkeypatch.setenv("SHARPWATCH_BLOCK_RULES", str(rules))
+    rules.write_text("- match: mystery\n  block: nonsense\n")
+    with pytest.raises(AttachError, match=r"rules\.yaml:2.*nonsense"):
+        sharpwatch.attach(model, optimizer, training_job="job")
+    rules.write_text("- match: mystery\n  block: other\n")
+    watch = sharpwatch.attach(model, optimizer, training_job="job")
+    assert ("other", 15) in {(block.block, block.parameters) for block in wire(watch).hello.layer_blocks}
+    watch.close()

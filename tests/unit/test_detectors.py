@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -138,6 +139,20 @@ def test_a_corrupted_weight_names_its_block_first_at_once_while_the_loss_stands_
     )
     (found,) = findings(trained(), [seen])
     assert (found.name, found.blocks[0], found.severity) == ("UpdateRmsSpike", "ffn", "critical")
+
+
+def test_the_block_whose_weights_jumped_is_named_before_those_it_disturbs_more():
+    """As seen on a LLaMA: the norm's update RMS stood higher (z 13.8) than the damaged feed-forward's (z 10.2)."""
+    before, seen = (replace(one, weight_norm=dict.fromkeys(BLOCKS, 14.0)) for one in healthy([400, 401], seed=1))
+    disturbed = {"norm": math.exp(14 * 0.12), "ffn": math.exp(10 * 0.12)}
+    seen = replace(seen, update_rms=scaled(dict(seen.update_rms), disturbed))
+    history = trained(399)
+    assert findings(history, [before]) == []
+    (plain,) = findings(copy.deepcopy(history), [seen])
+    assert plain.blocks[:2] == ("norm", "ffn")
+    (found,) = findings(history, [replace(seen, weight_norm={**seen.weight_norm, "ffn": 300.3})])
+    assert found.blocks[:2] == ("ffn", "norm")
+    assert "weight norm of ffn ×21.4 in one step" in found.evidence
 
 
 def test_a_modest_update_rms_spike_is_seen_twice_or_not_believed():

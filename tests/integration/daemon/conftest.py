@@ -42,6 +42,7 @@ def hello(run: str = "run", attempt: str = "a1", **changes) -> agent_pb2.Hello:
             "blocks": BLOCKS,
             "optimizer": "AdamW",
             "control": "rollback",
+            "can_roll_back": True,
             "min_multiplier": 0.1,
             "max_multiplier": 10,
             "sketch_size": SKETCH,

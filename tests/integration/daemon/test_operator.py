@@ -151,8 +151,8 @@ async def test_a_rollback_lets_the_steps_go_back(daemon, build):
     assert command.rollback.checkpoint.uri == "file:///c5"
     assert (command.rollback.skip_from_step, command.rollback.skip_to_step) == (6, 9)
     result = types_pb2.CommandResult(command_id=made.id, outcome=APPLIED, step=6)
-    await trainer.send(build.sample(2, step=11, results=[result]))
-    await trainer.send(build.sample(3, step=6))
+    await trainer.send(build.sample(2, step=11))
+    await trainer.send(build.sample(3, step=6, restored=True, results=[result]))
     await trainer.acknowledged(3)
     assert "refusal" not in trainer.heard
     await daemon.shown("run", lambda detail: detail.run.step == 6)
