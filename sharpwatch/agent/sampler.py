@@ -13,8 +13,10 @@ _PROBE_SHARE = 0.25  # of the budget that probes keep where the tap alone exceed
 class Sampler:
     """Spaces probes so that the agent's seconds stay under `budget` × the loop's own seconds.
 
-    Every kind's first probe runs at once, one a step, so that a short run shows something; what they cost is owed and
-    paid back before the next. Kinds take turns. `probe_every` fixes the cadence instead: each such step runs all kinds.
+    Every kind runs twice at once, one a step, so that a short run shows something. The first of them warms up what it
+    uses (allocator, kernels, lazy imports) and can take a hundred times what later ones do: it is reported, but says
+    nothing of their cost and is not charged. From the second on what a probe cost is owed, and paid back before the
+    next. Kinds take turns. `probe_every` fixes the cadence instead: each such step runs all kinds.
     """
 
     def __init__(self, kinds: Sequence[str], *, budget: float, probe_every: int | None = None) -> None:
@@ -22,7 +24,7 @@ class Sampler:
         self._budget = budget
         self._probe_every = probe_every
         self._expected: dict[str, float] = {}
-        self._untried = list(kinds)
+        self._cold = set(kinds)
         self._credit = 0.0
         self._steps = 0
         self._window: deque[tuple[float, float]] = deque()
@@ -45,10 +47,8 @@ class Sampler:
             return ()
         if self._probe_every is not None:
             return tuple(self._kinds) if (self._steps + 1) % self._probe_every == 0 else ()
-        if self._untried:
-            return (self._untried[0],)
         kind = self._kinds[0]
-        return (kind,) if self._credit >= self._expected[kind] else ()
+        return (kind,) if kind not in self._expected or self._credit >= self._expected[kind] else ()
 
     def record(self, step_seconds: float, tap_seconds: float, probe_seconds: Mapping[str, float]) -> None:
         """Account for one step: the loop's own seconds, the tap's, and those of each probe that ran (or failed)."""
@@ -58,8 +58,12 @@ class Sampler:
         allowance = self._budget * step_seconds
         self._credit += max(allowance - tap_seconds, _PROBE_SHARE * allowance)
         for kind, seconds in probe_seconds.items():
-            self._credit -= seconds
-            self._learn(kind, seconds)
+            if kind in self._cold:
+                self._cold.remove(kind)
+            else:
+                self._credit -= seconds
+                self._learn(kind, seconds)
+            self._end_turn(kind)
         # A long pause between steps (an evaluation) earns no burst of probes afterwards.
         self._credit = min(self._credit, sum(self._expected.values()))
 
@@ -67,19 +71,17 @@ class Sampler:
         """Never plan `kind` again."""
         if kind in self._kinds:
             self._kinds.remove(kind)
-        if kind in self._untried:
-            self._untried.remove(kind)
         self._expected.pop(kind, None)
 
     def _learn(self, kind: str, seconds: float) -> None:
-        if kind not in self._kinds:
-            return
-        if kind in self._untried:
-            self._untried.remove(kind)
-        known = self._expected.get(kind, seconds)
-        self._expected[kind] = known + _SMOOTHING * (seconds - known)
-        self._kinds.remove(kind)  # its turn is over
-        self._kinds.append(kind)
+        if kind in self._kinds:
+            known = self._expected.get(kind, seconds)
+            self._expected[kind] = known + _SMOOTHING * (seconds - known)
+
+    def _end_turn(self, kind: str) -> None:
+        if kind in self._kinds:
+            self._kinds.remove(kind)
+            self._kinds.append(kind)
 
     def _remember(self, agent: float, step: float) -> None:
         self._window.append((agent, step))

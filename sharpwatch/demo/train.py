@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -105,6 +106,7 @@ class Trainer:
 
 def train(recipe: Recipe) -> None:
     """Train to the end and write `losses.json` into the run's folder: [[step, loss], ...]."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))  # a core is for the daemon and the view
     trainer = Trainer(recipe, load_corpus(Path(recipe.cache)))
     model, optimizer = trainer.model, trainer.optimizer
     watch = sharpwatch.attach(
