@@ -16,6 +16,7 @@ from sharpwatch.demo.faults import BAD_BATCHES, CORRUPT_WEIGHT, FAULTS, LR_JUMP
 from sharpwatch.demo.play import Outcome, play
 from sharpwatch.demo.result import summarise
 from sharpwatch.demo.train import Recipe
+from sharpwatch.demo.view import render
 
 MODELS = ("gpt2", "llama")
 _FAULT_AT = 0.5  # of the run: late enough for baselines, early enough to see the end of it
@@ -91,9 +92,22 @@ def _fault_sentence(recipe: Recipe) -> str:
     return at + _WHAT[recipe.fault]
 
 
+def _decision(decision: dict[str, Any]) -> str:
+    factors = sorted(set(decision["multipliers"].values()))
+    change = f" ×{factors[0]:.3g}" if len(factors) == 1 else ""
+    applied = f", in force from step {decision['applied_step']}" if decision["applied_step"] is not None else ""
+    what = f"{decision['action']}{change} on {decision['alert']} at step {decision['step']}"
+    why = f" ({decision['guard']})" if decision["outcome"] == "refused" else ""
+    return f"{what}{applied}: {decision['outcome']}{why}"
+
+
 def _sum_up(console: Console, recipe: Recipe, outcome: Outcome, result: dict[str, Any]) -> None:
     loss = result["loss"]
-    console.print(f"\n[bold]{recipe.run}[/]")
+    if console.is_terminal:
+        losses = [loss for _, loss in outcome.losses]
+        console.print(render(outcome.detail, outcome.decisions, losses, recipe.steps))
+    else:
+        console.print(f"\n{recipe.run}")
     if recipe.fault != "none":
         console.print(f"  fault         {_fault_sentence(recipe)}")
         console.print(
@@ -105,12 +119,13 @@ def _sum_up(console: Console, recipe: Recipe, outcome: Outcome, result: dict[str
     for alert in result["alerts"]:
         console.print(f"  alert         {alert['name']} at step {alert['step']}: {', '.join(alert['blocks'])}")
     for decision in result["decisions"]:
-        console.print(f"  decision      {decision['action']} {decision['outcome']} at step {decision['applied_step']}")
+        console.print(f"  decision      {_decision(decision)}")
     for block, values in result["blocks"].items():
         if values["sharpness"] is not None:
             console.print(f"  sharpness     {block:6} {values['sharpness']:.3g} ± {values['stderr']:.1g}")
     console.print(f"  overhead      {100 * result['overhead_ratio']:.1f} % of the training time")
-    console.print("  where to look")
-    console.print(f"    sharpwatch serve --config {outcome.config}     its journal, open again; then in another shell")
-    console.print(f"    sharpwatch decisions {recipe.run}")
-    console.print("    grafana/ and deploy/ in the sources: the dashboard, scrape configuration and alert rules\n")
+    console.print(f"  while it ran  {outcome.metrics_url}")
+    console.print("  look again    its journal, open, and what an operator sees of it:")
+    console.print(f"    sharpwatch serve --config {outcome.config} --grpc 127.0.0.1:7741", soft_wrap=True)
+    console.print(f"    sharpwatch show {recipe.run}; sharpwatch decisions {recipe.run}", soft_wrap=True)
+    console.print("  in Grafana    grafana/ has the dashboard, deploy/ the scrape configuration and alert rules\n")

@@ -63,7 +63,8 @@ def _decision(decision: pb.Decision) -> dict[str, Any]:
         "step": decision.step,
         "alert": decision.alert_name,
         "multipliers": dict(decision.multipliers),
-        "detail": decision.detail or decision.guard,
+        "guard": decision.guard,
+        "detail": decision.detail,
     }
 
 
