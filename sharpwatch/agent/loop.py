@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sharpwatch.agent import messages
 from sharpwatch.agent.border import Border
 from sharpwatch.agent.control import Control, RollbackRequest, effective
+from sharpwatch.agent.hooks import Hook
 from sharpwatch.agent.outbox import Losses, Outbox, StepRecord
 from sharpwatch.agent.overlay import Overlay
 from sharpwatch.agent.probes import Captured, ProbeRun, Probes
@@ -101,10 +102,10 @@ class Loop:
         self._overlays = [Overlay(optimizer) for optimizer in parts.optimizers]
         self._number = {id(optimizer): i for i, optimizer in enumerate(parts.optimizers)}
         self._handles = [
-            parts.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            parts.model.register_forward_hook(self._after_forward, with_kwargs=True),
-            *(optimizer.register_step_pre_hook(self._before_step) for optimizer in parts.optimizers),
-            *(optimizer.register_step_post_hook(self._after_step) for optimizer in parts.optimizers),
+            parts.model.register_forward_pre_hook(Hook(self._before_forward), with_kwargs=True),
+            parts.model.register_forward_hook(Hook(self._after_forward), with_kwargs=True),
+            *(optimizer.register_step_pre_hook(Hook(self._before_step)) for optimizer in parts.optimizers),
+            *(optimizer.register_step_post_hook(Hook(self._after_step)) for optimizer in parts.optimizers),
         ]
         self._at_exit = _close_at_exit(self)
         atexit.register(self._at_exit)

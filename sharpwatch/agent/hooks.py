@@ -1,0 +1,27 @@
+"""What torch holds of the loop: a callable that compiled code passes by and that copies of a model leave behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+
+class Hook:
+    """A hook for modules and optimizers; returns None, so that torch goes on with what it has."""
+
+    __slots__ = ("_call",)
+
+    def __init__(self, call: Callable[..., object]) -> None:
+        self._call = call
+
+    def __call__(self, *args: Any) -> None:
+        """Call on, unless torch.compile traces us: a graph of ours, or a break for it, would change the user's own."""
+        if not torch.compiler.is_compiling():
+            self._call(*args)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[object, ...]]:
+        """Copied or pickled with its model, it does nothing there, and needs no sharpwatch to be loaded."""
+        return getattr, (nullcontext(), "__exit__")
