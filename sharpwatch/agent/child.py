@@ -114,10 +114,10 @@ def _start(
     destination: Destination, undo: contextlib.ExitStack, theirs: contextlib.ExitStack
 ) -> tuple[subprocess.Popen[bytes], tuple[int, int]]:
     """The process, and our ends of its output and input; `undo` closes ours, `theirs` the child's ends here."""
-    down_read, down_write = os.pipe()
+    down_read, down_write = _pipe()
     theirs.callback(os.close, down_read)
     undo.callback(os.close, down_write)
-    up_read, up_write = os.pipe()
+    up_read, up_write = _pipe()
     theirs.callback(os.close, up_write)
     undo.callback(os.close, up_read)
     _enlarge(down_write)
@@ -130,6 +130,20 @@ def _start(
         start_new_session=True,  # Ctrl-C in the trainer's terminal is not for the courier
     )
     return process, (up_read, down_write)
+
+
+def _pipe() -> tuple[int, int]:
+    """A pipe whose ends stay clear of 0, 1 and 2, where a trainer with closed standard streams still writes."""
+    low = os.pipe()
+    with contextlib.ExitStack() as stack:
+        for end in low:
+            stack.callback(os.close, end)
+        read = fcntl.fcntl(low[0], fcntl.F_DUPFD_CLOEXEC, 3)
+        try:
+            return read, fcntl.fcntl(low[1], fcntl.F_DUPFD_CLOEXEC, 3)
+        except OSError:
+            os.close(read)
+            raise
 
 
 def _log() -> IO[bytes]:

@@ -735,3 +735,20 @@ say(sequence)
         last = int(process.stdout.readline())
         assert process.wait(PATIENCE) == 0
     assert daemon.sequences[-1] == last
+
+
+def test_with_closed_standard_streams_the_pipes_stay_clear_of_them(serve):
+    daemon = serve()
+    code = """
+pipe.close()
+for stream in range(3):
+    os.close(stream)
+pipe = CourierPipe(agent_pb2.Hello(run="run"), address=pipe._destination.target)
+ends = pipe._courier._inward, pipe._courier._outward
+send(pipe, 1)
+pipe.close()
+os._exit(0 if min(ends) > 2 else 1)
+"""
+    with finishing(trainer(code, daemon.address)) as process:
+        assert process.wait(PATIENCE) == 0
+    assert daemon.sequences == [1]
