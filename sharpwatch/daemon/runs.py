@@ -126,6 +126,11 @@ class Run:
         """The run's name."""
         return self.attempt.manifest.run
 
+    @property
+    def phase(self) -> Phase:
+        """The phase as the newest sample has it, which the view may yet have to show."""
+        return self._draft.phase
+
     def begin(self, attempt: Attempt, supervisor: Supervisor) -> None:
         """Take up a new attempt; what was measured under another manifest is put away."""
         if attempt.manifest.layer_blocks != self.attempt.manifest.layer_blocks:

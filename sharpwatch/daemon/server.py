@@ -213,9 +213,9 @@ class AgentService:
 
     def _leave(self, session: Session, run: Run) -> None:
         if self._sessions.close(session) and session.attempt is run.attempt:
-            if run.view.phase == "running":
+            if run.phase == "running":
                 run.show(phase="silent", last_seen_at=time.time())
-            log.info("session_closed", run=run.name, attempt=session.attempt.manifest.attempt, phase=run.view.phase)
+            log.info("session_closed", run=run.name, attempt=session.attempt.manifest.attempt, phase=run.phase)
 
     async def _greet(self, requests: AsyncIterator[bytes]) -> tuple[Attempt, Run]:
         if self.draining:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+
 import grpc
 import numpy as np
 import pytest
@@ -10,6 +13,9 @@ from sharpwatch import wire
 from sharpwatch.daemon import estimator, server
 from sharpwatch.daemon.runs import Run
 from sharpwatch.v1 import agent_pb2, types_pb2
+from sharpwatch.v1 import operator_pb2 as pb
+
+PATIENCE = 30  # seconds until a test is held to hang
 
 
 async def test_samples_are_acknowledged_and_exported(daemon, build):
@@ -40,6 +46,28 @@ async def test_a_session_that_says_all_is_answered_to_the_end(daemon, build):
     await trainer.acknowledged(29)
     assert (await trainer.ended())[0] is grpc.StatusCode.OK
     await daemon.shown("run", lambda detail: detail.run.phase == 3)
+
+
+async def test_a_run_that_said_goodbye_while_its_last_sample_was_estimated_is_closed(daemon, build, monkeypatch):
+    begun, release = threading.Event(), threading.Event()
+
+    def held(*asked):
+        begun.set()
+        release.wait(PATIENCE)
+        return estimate_all(*asked)
+
+    estimate_all = estimator.estimate_all
+    monkeypatch.setattr(estimator, "estimate_all", held)
+    trainer = await daemon.train()
+    await trainer.send(build.sample(1, gnb=build.gnb(1), closing=True))
+    await asyncio.to_thread(begun.wait, PATIENCE)
+    trainer.call.cancel()
+    async with asyncio.timeout(PATIENCE):
+        while await daemon.metric("sharpwatch_sessions"):
+            pass
+    release.set()
+    detail = await daemon.shown("run", lambda detail: detail.run.step == 1)
+    assert detail.run.phase == pb.RUN_PHASE_CLOSED
 
 
 async def test_estimates_agree_with_what_the_probes_were_drawn_from(daemon, build):
