@@ -16,7 +16,7 @@ from sharpwatch.demo.faults import BAD_BATCHES, CORRUPT_WEIGHT, FAULTS, LR_JUMP
 from sharpwatch.demo.play import Outcome, play
 from sharpwatch.demo.result import summarise
 from sharpwatch.demo.train import Recipe
-from sharpwatch.demo.view import render
+from sharpwatch.demo.view import decision_line, render
 
 MODELS = ("gpt2", "llama")
 _FAULT_AT = 0.5  # of the run: late enough for baselines, early enough to see the end of it
@@ -92,15 +92,6 @@ def _fault_sentence(recipe: Recipe) -> str:
     return at + _WHAT[recipe.fault]
 
 
-def _decision(decision: dict[str, Any]) -> str:
-    factors = sorted(set(decision["multipliers"].values()))
-    change = f" ×{factors[0]:.3g}" if len(factors) == 1 else ""
-    applied = f", in force from step {decision['applied_step']}" if decision["applied_step"] is not None else ""
-    what = f"{decision['action']}{change} on {decision['alert']} at step {decision['step']}"
-    why = f" ({decision['guard']})" if decision["outcome"] == "refused" else ""
-    return f"{what}{applied}: {decision['outcome']}{why}"
-
-
 def _sum_up(console: Console, recipe: Recipe, outcome: Outcome, result: dict[str, Any]) -> None:
     loss = result["loss"]
     if console.is_terminal:
@@ -118,8 +109,8 @@ def _sum_up(console: Console, recipe: Recipe, outcome: Outcome, result: dict[str
         console.print(f"  loss          {loss['end']:.3f} at the end")
     for alert in result["alerts"]:
         console.print(f"  alert         {alert['name']} at step {alert['step']}: {', '.join(alert['blocks'])}")
-    for decision in result["decisions"]:
-        console.print(f"  decision      {_decision(decision)}")
+    for decision in outcome.decisions:
+        console.print(f"  decision      {decision_line(decision)}")
     for block, values in result["blocks"].items():
         if values["sharpness"] is not None:
             console.print(f"  sharpness     {block:6} {values['sharpness']:.3g} ± {values['stderr']:.1g}")

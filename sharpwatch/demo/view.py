@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import fmean
 
 from rich.console import Group, RenderableType
 from rich.panel import Panel
@@ -18,13 +19,15 @@ _SCALE = 30  # characters for the range of sharpness on screen
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """The last `width` values as bars between their smallest and largest."""
-    shown = [value for value in values[-width:] if math.isfinite(value)]
-    if not shown:
+    """All `values` as at most `width` bars, each the mean of an equal share of them."""
+    finite = [value for value in values if math.isfinite(value)]
+    bars = min(width, len(finite))
+    means = [fmean(finite[len(finite) * i // bars : len(finite) * (i + 1) // bars]) for i in range(bars)]
+    if not means:
         return ""
-    low, high = min(shown), max(shown)
+    low, high = min(means), max(means)
     scale = (len(_BARS) - 1) / (high - low or 1.0)
-    return "".join(_BARS[round((value - low) * scale)] for value in shown)
+    return "".join(_BARS[round((value - low) * scale)] for value in means)
 
 
 def estimate_of(estimates: Sequence[Estimate], quantity: str) -> Estimate | None:
@@ -68,11 +71,19 @@ def _blocks(detail: RunDetail) -> Table:
 
 def decision_line(decision: Decision) -> str:
     """One decision in one line."""
-    where = f" at step {decision.applied_step}" if decision.HasField("applied_step") else ""
-    change = ", ".join(f"{block} ×{value:.3g}" for block, value in sorted(decision.multipliers.items()))
-    back = f"to step {decision.rollback.checkpoint.step}" if decision.HasField("rollback") else ""
     cause = decision.alert_name or decision.reason
-    return f"{decision.action} [{decision.mode}] {decision.outcome}{where}: {change or back}  ({cause})"
+    where = f" from step {decision.applied_step}" if decision.HasField("applied_step") else ""
+    why = f" ({decision.guard})" if decision.outcome == "refused" else ""
+    return f"step {decision.step} {cause} → {decision.action} {_change(decision)}{where}: {decision.outcome}{why}"
+
+
+def _change(decision: Decision) -> str:
+    if decision.HasField("rollback"):
+        return f"to step {decision.rollback.checkpoint.step}"
+    factors = {f"×{value:.3g}" for value in decision.multipliers.values()}
+    if len(factors) == 1:
+        return factors.pop()
+    return ", ".join(f"{block} ×{value:.3g}" for block, value in sorted(decision.multipliers.items()))
 
 
 def render(detail: RunDetail, decisions: Sequence[Decision], losses: Sequence[float], steps: int) -> RenderableType:
