@@ -13,7 +13,7 @@ import os
 import sqlite3
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,7 @@ from sharpwatch.curvature.estimate import Estimate
 from sharpwatch.daemon.records import Alert, Checkpoint, Decision, Mode, Revision, RollbackPlan
 from sharpwatch.errors import StoreError
 
-SCHEMA_VERSION = 1
-_SCHEMA = """
+_TABLES = """
 CREATE TABLE attempts (
     id INTEGER PRIMARY KEY, run TEXT NOT NULL, attempt TEXT NOT NULL UNIQUE, hello BLOB NOT NULL,
     acknowledged INTEGER NOT NULL DEFAULT 0, seen_at REAL NOT NULL, closed INTEGER NOT NULL DEFAULT 0);
@@ -48,6 +47,14 @@ CREATE TABLE estimates (
     step INTEGER NOT NULL, value REAL, stderr REAL, draws INTEGER NOT NULL);
 CREATE INDEX estimates_by_run ON estimates (run, id);
 """
+_TRANSITIONS = """
+CREATE TABLE transitions (
+    id INTEGER PRIMARY KEY, run TEXT NOT NULL, decision TEXT NOT NULL, at REAL NOT NULL, outcome TEXT NOT NULL,
+    detail TEXT NOT NULL, author TEXT NOT NULL, reason TEXT NOT NULL);
+CREATE INDEX transitions_by_decision ON transitions (decision, id);
+"""
+_SCHEMAS = (_TABLES, _TRANSITIONS)  # each on top of the one before; a journal of version n has the first n
+SCHEMA_VERSION = len(_SCHEMAS)
 _TRIM_EVERY = 100  # appended rows of a run between two trims: retention is exact to this many
 _ESTIMATES_PER_SAMPLE = 4
 
@@ -73,6 +80,19 @@ class SampleRow:
     payload: bytes
     received_at: float  # unix seconds
     closing: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TransitionRow:
+    """One change of a decision, at unix seconds; `author` and `reason` are whoever's brought it there."""
+
+    run: str
+    decision: str
+    at: float
+    outcome: str
+    detail: str
+    author: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +124,7 @@ class Batch:
     samples: tuple[SampleRow, ...] = ()
     alerts: tuple[Alert, ...] = ()
     decisions: tuple[Decision, ...] = ()
+    transitions: tuple[TransitionRow, ...] = ()
     revisions: tuple[Revision, ...] = ()
     checkpoints: tuple[tuple[str, Checkpoint], ...] = ()
     modes: tuple[ModeRow, ...] = ()
@@ -245,7 +266,9 @@ class Journal:
             (tables,) = self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
             if tables:
                 raise StoreError(f"journal {self.path}: a database of something else")
-            self._connection.executescript(f"BEGIN;{_SCHEMA}PRAGMA user_version={SCHEMA_VERSION};COMMIT;")
+        if version < SCHEMA_VERSION:
+            script = "".join(_SCHEMAS[version:])
+            self._connection.executescript(f"BEGIN;{script}PRAGMA user_version={SCHEMA_VERSION};COMMIT;")
 
     def _write_attempts(self, connection: sqlite3.Connection, batch: Batch) -> None:
         connection.executemany(
@@ -271,6 +294,10 @@ class Journal:
             "INSERT INTO decisions VALUES (?, ?, ?, ?, ?) "
             "ON CONFLICT (id) DO UPDATE SET outcome = excluded.outcome, record = excluded.record",
             [(made.id, made.run, made.made_at, made.outcome, _record(made)) for made in batch.decisions],
+        )
+        connection.executemany(
+            "INSERT INTO transitions (run, decision, at, outcome, detail, author, reason) VALUES (?, ?, ?, ?, ?, ?, ?)",
+            [astuple(row) for row in batch.transitions],
         )
         connection.executemany(
             "INSERT OR REPLACE INTO revisions VALUES (?, ?, ?)",

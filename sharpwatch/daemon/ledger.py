@@ -15,12 +15,16 @@ FINAL = ("observed", "rejected", "refused", "recovered", "failed", "expired")
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """Records that changed, to be upserted; `commands` are decisions to be sent once they are journalled."""
+    """Records that changed, to be upserted; `commands` are decisions to be sent once they are journalled.
+
+    `transitions` are the changed decisions in every form they took on the way, in order.
+    """
 
     alerts: tuple[Alert, ...] = ()
     decisions: tuple[Decision, ...] = ()
     revisions: tuple[Revision, ...] = ()
     commands: tuple[Decision, ...] = ()
+    transitions: tuple[Decision, ...] = ()
 
 
 class Ledger:
@@ -36,6 +40,7 @@ class Ledger:
         self._changed_decisions: dict[str, None] = {}
         self._changed_revisions: dict[int, None] = {}
         self._commands: dict[str, None] = {}
+        self._transitions: list[Decision] = []
 
     @property
     def decisions(self) -> tuple[Decision, ...]:
@@ -127,12 +132,16 @@ class Ledger:
             decisions=tuple(self._decisions[identity] for identity in self._changed_decisions),
             revisions=tuple(self._revisions[number - 1] for number in self._changed_revisions),
             commands=tuple(self._decisions[identity] for identity in self._commands),
+            transitions=tuple(self._transitions),
         )
         for changed in (self._changed_alerts, self._changed_decisions, self._changed_revisions, self._commands):
             changed.clear()
+        self._transitions.clear()
         return changes
 
     def _put(self, made: Decision) -> Decision:
+        if _state(made) != _state(self._decisions.get(made.id)):
+            self._transitions.append(made)
         self._decisions[made.id] = made
         self._changed_decisions[made.id] = None
         if _unsettled(made):
@@ -140,6 +149,11 @@ class Ledger:
         else:
             self._unsettled.pop(made.id, None)
         return made
+
+
+def _state(made: Decision | None) -> tuple[str, ...]:
+    """What an audit tells of a decision at one time."""
+    return () if made is None else (made.outcome, made.detail, made.author, made.reason)
 
 
 def _unsettled(made: Decision) -> bool:

@@ -17,7 +17,7 @@ import structlog
 
 from sharpwatch.daemon.estimator import Estimator, Request
 from sharpwatch.daemon.intake import Entry, Intake
-from sharpwatch.daemon.journal import AttemptRow, Batch, EstimateRow, ModeRow, SampleRow
+from sharpwatch.daemon.journal import AttemptRow, Batch, EstimateRow, ModeRow, SampleRow, TransitionRow
 from sharpwatch.daemon.ledger import UNDER_WAY
 from sharpwatch.daemon.metrics import OwnMetrics
 from sharpwatch.daemon.records import Alert, Checkpoint, Decision, Revision
@@ -35,11 +35,12 @@ _FAIR = 64  # samples folded before the loop serves others
 
 @dataclass(slots=True)
 class Unwritten:
-    """Records that the journal does not have yet, each in its newest form."""
+    """Records that the journal does not have yet, each in its newest form; of decisions every transition too."""
 
     attempts: dict[str, AttemptRow] = field(default_factory=dict)
     alerts: dict[str, Alert] = field(default_factory=dict)
     decisions: dict[str, Decision] = field(default_factory=dict)
+    transitions: list[TransitionRow] = field(default_factory=list)
     revisions: dict[tuple[str, int], Revision] = field(default_factory=dict)
     checkpoints: dict[tuple[str, Checkpoint], None] = field(default_factory=dict)
     modes: list[ModeRow] = field(default_factory=list)
@@ -48,6 +49,11 @@ class Unwritten:
 
     def take_up(self, run: str, changes: Changes) -> None:
         """Add what a supervisor changed."""
+        now = time.time()
+        self.transitions.extend(
+            TransitionRow(run, made.id, now, made.outcome, made.detail, made.author, made.reason)
+            for made in changes.transitions
+        )
         self.alerts.update((alert.id, alert) for alert in changes.alerts)
         self.decisions.update((made.id, made) for made in changes.decisions)
         self.revisions.update(((run, one.revision), one) for one in changes.revisions)
@@ -60,6 +66,7 @@ class Unwritten:
         self.attempts.update(newer.attempts)
         self.alerts.update(newer.alerts)
         self.decisions.update(newer.decisions)
+        self.transitions.extend(newer.transitions)
         self.revisions.update(newer.revisions)
         self.checkpoints.update(newer.checkpoints)
         self.modes.extend(newer.modes)
@@ -73,6 +80,7 @@ class Unwritten:
             samples=tuple(samples),
             alerts=tuple(self.alerts.values()),
             decisions=tuple(self.decisions.values()),
+            transitions=tuple(self.transitions),
             revisions=tuple(self.revisions.values()),
             checkpoints=tuple(self.checkpoints),
             modes=tuple(self.modes),

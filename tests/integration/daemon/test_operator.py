@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sqlite3
 import stat
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import grpc
@@ -81,7 +82,7 @@ async def test_what_is_not_there_is_not_found(daemon):
     trainer.call.cancel()
 
 
-async def test_a_learning_rate_goes_out_comes_back_and_is_kept(daemon, build):
+async def test_a_learning_rate_goes_out_comes_back_and_is_kept(daemon, build, tmp_path):
     trainer = await daemon.train()
     await trainer.send(build.sample(1))
     await trainer.acknowledged(1)
@@ -102,6 +103,12 @@ async def test_a_learning_rate_goes_out_comes_back_and_is_kept(daemon, build):
     assert (kept.outcome, kept.applied_step) == ("applied", 2)
     assert await daemon.metric("sharpwatch_lr_revision{") == 1
     trainer.call.cancel()
+    await daemon.stop()  # which writes what is left
+    with closing(sqlite3.connect(tmp_path / "journal.db")) as journal:
+        rows = journal.execute("SELECT run, decision, outcome, author, reason FROM transitions ORDER BY id").fetchall()
+        times = journal.execute("SELECT at FROM transitions ORDER BY id").fetchall()
+    assert rows == [("run", made.id, outcome, "ann", "too sharp") for outcome in ("sent", "applied")]
+    assert made.made_at_unix_ns / 1e9 <= times[0][0] <= times[1][0]
 
 
 async def test_a_command_that_was_not_answered_is_sent_again_and_an_answered_one_not(daemon, build):

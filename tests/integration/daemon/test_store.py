@@ -9,11 +9,12 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import closing
+from dataclasses import astuple
 
 import pytest
 
 from sharpwatch.curvature.estimate import Estimate
-from sharpwatch.daemon.journal import AttemptRow, Batch, EstimateRow, Journal, ModeRow, SampleRow
+from sharpwatch.daemon.journal import AttemptRow, Batch, EstimateRow, Journal, ModeRow, SampleRow, TransitionRow
 from sharpwatch.daemon.records import Alert, Checkpoint, Decision, Revision, RollbackPlan
 from sharpwatch.errors import StoreError
 
@@ -96,6 +97,51 @@ def test_a_record_that_changes_keeps_its_place(journal):
         ("d1", "rejected"),
         ("d2", "observed"),
     ]
+
+
+def audit(journal: Journal, query: str) -> list[tuple]:
+    with closing(sqlite3.connect(journal.path)) as beside:
+        return beside.execute(query).fetchall()
+
+
+def test_what_people_and_policies_did_is_kept_step_by_step_for_ever(journal):
+    rows = [
+        TransitionRow("run", "d1", 1.0, "proposed", "z 9", "", ""),
+        TransitionRow("run", "d1", 2.0, "approved", "z 9", "ann", "go on"),
+        TransitionRow("run", "d1", 3.0, "applied", "z 9", "ann", "go on"),
+    ]
+    modes = [ModeRow("run", "enforce", "ann", "night", 4.0), ModeRow("run", "observe", "bob", "day", 5.0)]
+    journal.write(Batch(attempts=(ATTEMPT,), transitions=tuple(rows[:2]), modes=tuple(modes[:1])))
+    journal.write(Batch(transitions=tuple(rows[2:]), modes=tuple(modes[1:])))
+    for first in range(1, 1000, 50):  # far beyond what is retained of samples
+        journal.write(Batch(samples=samples(first, first + 49)))
+    columns = "run, decision, at, outcome, detail, author, reason"
+    assert audit(journal, f"SELECT {columns} FROM transitions ORDER BY id") == list(map(astuple, rows))  # noqa: S608
+    kept = audit(journal, "SELECT run, mode, author, reason, made_at FROM modes ORDER BY id")
+    assert kept == list(map(astuple, modes))
+    assert journal.load("run", samples=0).mode == "observe"
+
+
+def test_a_decision_and_its_transition_are_written_together_or_not_at_all(journal):
+    made = Decision("d1", "run", 1.0, 7, "notify", "advise", "proposed")
+    broken = TransitionRow("run", "d1", 1.0, None, "", "", "")  # violates NOT NULL
+    with pytest.raises(StoreError):
+        journal.write(Batch(attempts=(ATTEMPT,), decisions=(made,), transitions=(broken,)))
+    assert audit(journal, "SELECT * FROM decisions") == []
+
+
+def test_a_journal_of_the_first_schema_is_taken_on(url):
+    with closing(Journal(url, retain_samples=100)) as journal:
+        journal.write(Batch(attempts=(ATTEMPT,), samples=samples(1, 3)))
+        path = journal.path
+    with closing(sqlite3.connect(path)) as beside:
+        beside.executescript("DROP TABLE transitions; PRAGMA user_version=1;")
+    with closing(Journal(url, retain_samples=100)) as journal:
+        journal.write(Batch(transitions=(TransitionRow("run", "d1", 1.0, "sent", "", "ann", ""),)))
+        assert len(journal.load("run", samples=10).samples) == 3
+        assert audit(journal, "SELECT decision FROM transitions") == [("d1",)]
+    with closing(Journal(url, retain_samples=100)) as journal:
+        assert audit(journal, "SELECT decision FROM transitions") == [("d1",)]
 
 
 def test_resent_samples_are_kept_once_and_old_ones_go(journal):
