@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -135,3 +136,55 @@ def script(tmp_path):
         return done.stdout
 
     return run
+
+
+class Steps:
+    """What a stepping trainer printed: one JSON object for each step it took."""
+
+    def __init__(self, process: subprocess.Popen) -> None:
+        self._process = process
+        self._lines: queue.Queue = queue.Queue()
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        for line in self._process.stdout:
+            self._lines.put(json.loads(line))
+
+    def next(self) -> dict:
+        return self._lines.get(timeout=60)
+
+    def until(self, done) -> list[dict]:
+        """Every step up to the first for which `done` holds."""
+        seen = [self.next()]
+        while not done(seen[-1]):
+            seen.append(self.next())
+        return seen
+
+    def stop(self) -> int:
+        self._process.stdin.close()
+        status = self._process.wait(timeout=60)
+        self._reader.join()
+        self._process.stdout.close()
+        return status
+
+
+@pytest.fixture
+def stepping(tmp_path, daemon):
+    """Start a trainer that prints a line of JSON a step and stops when its standard input ends."""
+    started = []
+
+    def start(source: str) -> Steps:
+        path = tmp_path / f"trainer{len(started)}.py"
+        path.write_text(source)
+        env = {**os.environ, "SHARPWATCH_ADDRESS": daemon.grpc, "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(
+            [sys.executable, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
+        )
+        started.append(Steps(process))
+        while not daemon.cli("jobs")["runs"]:
+            started[-1].next()
+        return started[-1]
+
+    yield start
+    assert [steps.stop() for steps in started] == [0] * len(started)

@@ -2,14 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import queue
-import subprocess
-import sys
-import threading
-
-import pytest
 import torch
 
 # Trains until told to stop, printing for each step the weight decay each block really got: with a gradient of zero and
@@ -46,49 +38,13 @@ watch.close()
 """
 
 
-@pytest.fixture
-def trainer(tmp_path, daemon):
-    path = tmp_path / "rates.py"
-    path.write_text(SCRIPT)
-    env = {**os.environ, "SHARPWATCH_ADDRESS": daemon.grpc, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
-    )
-    steps: queue.Queue = queue.Queue()
-
-    def read() -> None:
-        for line in process.stdout:
-            steps.put(json.loads(line))
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    yield steps
-    process.communicate("stop\n", timeout=60)
-    reader.join()
-    assert process.returncode == 0
-
-
-def until(steps: queue.Queue, step: int) -> list[dict]:
-    """Every step up to `step`."""
-    seen = [steps.get(timeout=60)]
-    while seen[-1]["step"] < step:
-        seen.append(steps.get(timeout=60))
-    return seen
-
-
-def known_to(daemon, steps: queue.Queue) -> None:
-    """Return when the daemon knows the run."""
-    while not daemon.cli("jobs")["runs"]:
-        steps.get(timeout=60)
-
-
-def test_set_changes_the_rate_in_use_at_the_named_step_and_undo_puts_it_back(daemon, trainer, monkeypatch):
+def test_set_changes_the_rate_in_use_at_the_named_step_and_undo_puts_it_back(daemon, stepping, monkeypatch):
     monkeypatch.setenv("SHARPWATCH_AUTHOR", "ada")
-    known_to(daemon, trainer)
+    trainer = stepping(SCRIPT)
     decision = daemon.cli("lr", "set", "rates", "qk=0.5", "--reason", "too sharp")
     assert decision["outcome"] == "applied"
     applied = decision["applied_step"]
-    seen = {entry["step"]: entry for entry in until(trainer, applied + 3)}
+    seen = {entry["step"]: entry for entry in trainer.until(lambda entry: entry["step"] == applied + 3)}
     base = torch.tensor(1e-2, dtype=torch.float64)
     for step, entry in seen.items():
         want = 0.5e-2 if step >= applied else 1e-2
@@ -102,7 +58,7 @@ def test_set_changes_the_rate_in_use_at_the_named_step_and_undo_puts_it_back(dae
 
     undone = daemon.cli("lr", "undo", "rates", "--reason", "was fine")
     assert undone["outcome"] == "applied"
-    entry = until(trainer, undone["applied_step"] + 1)[-1]
+    entry = trainer.until(lambda entry: entry["step"] == undone["applied_step"] + 1)[-1]
     torch.testing.assert_close(entry["rates"]["qk"], 1e-2, rtol=1e-6, atol=0)
 
     history = daemon.cli("lr", "history", "rates")["revisions"]
@@ -110,8 +66,8 @@ def test_set_changes_the_rate_in_use_at_the_named_step_and_undo_puts_it_back(dae
     assert history[-1]["undoes"] == history[-2]["revision"]
 
 
-def test_out_of_bounds_is_refused_with_what_is_allowed(daemon, trainer):
-    known_to(daemon, trainer)
+def test_out_of_bounds_is_refused_with_what_is_allowed(daemon, stepping):
+    stepping(SCRIPT)
     done = daemon.command("lr", "set", "rates", "qk=50")
     assert done.returncode == 1
     assert "0.1" in done.stderr + done.stdout
