@@ -14,10 +14,12 @@ from prometheus_client.registry import Collector
 
 from sharpwatch._version import __version__
 from sharpwatch.curvature.estimate import Estimate
+from sharpwatch.daemon.detectors import DETECTORS
 from sharpwatch.daemon.runs import View
 
 MAX_LAYER_SERIES = 512  # layer blocks exported of one run
 _RUN = ("training_job", "run")
+_ALERTS = tuple(detector.name for detector in DETECTORS)
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
@@ -242,7 +244,8 @@ def _action_families(views: list[View]) -> Iterator[Metric]:
                 standing[alert.name, block] = alert.active or standing.get((alert.name, block), False)
         for (name, block), stands in standing.items():
             active.add_metric(_labels(view, name, block), float(stands))
-        for name, count in view.alerts_total.items():
+        # Each from 0 on: increase() can't see a counter that begins at 1.
+        for name, count in (dict.fromkeys(_ALERTS, 0) | dict(view.alerts_total)).items():
             alerts.add_metric(_labels(view, name), count)
         for (action, mode, outcome), count in view.decisions_total.items():
             decisions.add_metric(_labels(view, action, mode, outcome), count)

@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from sharpwatch.curvature.estimate import Estimate
 from sharpwatch.daemon.aggregate import BlockTap
+from sharpwatch.daemon.config import ALERT_NAMES
 from sharpwatch.daemon.ingest import HealthReading, Manifest
 from sharpwatch.daemon.metrics import OwnMetrics, RunCollector
 from sharpwatch.daemon.records import Alert
@@ -27,6 +28,7 @@ MANIFEST = Manifest(
     blocks=("emb", "qk"),
     optimizer="AdamW",
     control="lr",
+    can_roll_back=True,
     lr_bounds=(0.1, 10),
     initial_step=0,
     sketch_size=64,
@@ -112,7 +114,10 @@ sharpwatch_stability_ratio_stderr{kind="directional",run="run",training_job="job
 sharpwatch_block_order_correlation{run="run",training_job="job"} 0.75
 sharpwatch_alert_active{alert="UpdateRmsSpike",block="qk",run="run",training_job="job"} 1.0
 sharpwatch_alert_active{alert="UpdateRmsSpike",block="emb",run="run",training_job="job"} 1.0
+sharpwatch_alerts_total{alert="NonFinite",run="run",training_job="job"} 0.0
+sharpwatch_alerts_total{alert="LossSpike",run="run",training_job="job"} 0.0
 sharpwatch_alerts_total{alert="UpdateRmsSpike",run="run",training_job="job"} 2.0
+sharpwatch_alerts_total{alert="StabilityLimit",run="run",training_job="job"} 0.0
 sharpwatch_decisions_total{action="scale_lr",mode="advise",outcome="proposed",run="run",training_job="job"} 1.0
 sharpwatch_lr_revision{run="run",training_job="job"} 2.0
 sharpwatch_agent_overhead_ratio{run="run",training_job="job"} 0.004
@@ -148,8 +153,16 @@ def test_exposition_is_golden():
 
 def test_a_run_that_measured_nothing_exports_no_number_it_has_not():
     empty = View(manifest=MANIFEST, phase="running", attempts=1, mode="observe", lr_revision=0, multipliers={})
-    names = {line.partition("{")[0] for line in samples(exposition(empty)).splitlines()}
-    assert names == {"sharpwatch_run_info", "sharpwatch_block_parameters", "sharpwatch_lr_revision"}
+    lines = samples(exposition(empty)).splitlines()
+    assert {line.partition("{")[0] for line in lines} == {
+        "sharpwatch_run_info",
+        "sharpwatch_block_parameters",
+        "sharpwatch_lr_revision",
+        "sharpwatch_alerts_total",
+    }
+    # What was counted is known to be none from the start, else the first alert is no increase.
+    counted = [line.rpartition(" ")[2] for line in lines if line.startswith("sharpwatch_alerts_total")]
+    assert counted == ["0.0"] * len(ALERT_NAMES)
 
 
 @pytest.mark.parametrize(
