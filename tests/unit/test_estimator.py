@@ -31,6 +31,7 @@ def manifest(layers, blocks, parameters, size=64) -> Manifest:
         blocks=blocks,
         optimizer="",
         control="none",
+        can_roll_back=False,
         lr_bounds=(1, 1),
         initial_step=0,
         sketch_size=size,
