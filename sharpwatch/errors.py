@@ -18,13 +18,17 @@ class SharpwatchError(Exception):
 
 
 class ConfigError(SharpwatchError):
-    """A configuration says something that can't be; names file, line, key and what is allowed."""
+    """A configuration says something that can't be; names file, line, key and what is allowed.
+
+    Line 0 and an empty key are left out: the file as a whole is meant.
+    """
 
     def __init__(self, message: str, *, file: str, line: int, key: str) -> None:
         self.file = file
         self.line = line
         self.key = key
-        super().__init__(f"{file}:{line}: {key}: {message}")
+        where = f"{file}:{line}" if line else file
+        super().__init__(": ".join(part for part in (where, key, message) if part))
 
 
 class BlockError(SharpwatchError):

@@ -32,6 +32,7 @@ class DaemonConfig:
     queue_capacity: int = 4096
     retain_samples: int = 10_000
     layer_metrics: bool = True
+    reflection: bool = False
     log_level: str = "info"
 
 
@@ -130,6 +131,7 @@ def _daemon(at: Field) -> DaemonConfig:
         "queue_capacity": lambda at: at.integer(16, 1_000_000),
         "retain_samples": lambda at: at.integer(1_000, _MANY),
         "layer_metrics": Field.boolean,
+        "reflection": Field.boolean,
         "log_level": lambda at: at.choice(("debug", "info", "warning", "error")),
     }
     return DaemonConfig(**{name: read[name](value) for name, value in at.mapping(tuple(read)).items()})

@@ -16,11 +16,12 @@ import grpc
 import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
+from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry
 
 from sharpwatch import wire
 from sharpwatch._version import __version__
-from sharpwatch.daemon.config import Config
+from sharpwatch.daemon.config import Config, DaemonConfig
 from sharpwatch.daemon.estimator import Estimator
 from sharpwatch.daemon.ingest import Manifest
 from sharpwatch.daemon.intake import Intake
@@ -43,6 +44,7 @@ log = structlog.get_logger(__name__)
 DRAIN_SECONDS = 2.0
 RETRY_AFTER_SECONDS = 1.0
 QUEUE_BYTES = 256 * 2**20
+_SERVICES = ("sharpwatch.v1.AgentService", "sharpwatch.v1.OperatorService")
 # gRPC itself cuts off what is twice as large; between the two the daemon refuses, with a reason, and counts.
 _OPTIONS = (
     ("grpc.max_receive_message_length", 2 * wire.MAX_MESSAGE_BYTES),
@@ -125,7 +127,7 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:
         agents = AgentService(runs=runs, intake=intake, pipeline=pipeline, sessions=sessions, metrics=metrics)
         facts = Facts(started_at, estimator.device, settings.store, http)
         operators = OperatorService(runs=runs, pipeline=pipeline, gate=gate, facts=facts)
-        server, health, address = await _start_grpc(settings.grpc, agents, operators)
+        server, health, address = await _start_grpc(settings, agents, operators)
         worker = asyncio.create_task(pipeline.run(), name="pipeline")
         log.info(
             "serving",
@@ -173,16 +175,20 @@ def _supervisor(config: Config, manifest: Manifest, earlier: Supervisor | None) 
 
 
 async def _start_grpc(
-    address: str, agents: AgentService, operators: OperatorService
+    settings: DaemonConfig, agents: AgentService, operators: OperatorService
 ) -> tuple[grpc.aio.Server, HealthServicer, str]:
     server = grpc.aio.server(options=_OPTIONS)
     server.add_generic_rpc_handlers((agents.handlers(),))
     add_OperatorServiceServicer_to_server(operators, server)
     health = HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
-    for service in ("", "sharpwatch.v1.AgentService", "sharpwatch.v1.OperatorService"):
+    for service in ("", *_SERVICES):
         await health.set(service, health_pb2.HealthCheckResponse.SERVING)
-    bound = _bind(server, address)
+    if settings.reflection:
+        reflection.enable_server_reflection(
+            (*_SERVICES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME), server
+        )
+    bound = _bind(server, settings.grpc)
     await server.start()
     return server, health, bound
 

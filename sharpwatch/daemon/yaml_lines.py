@@ -15,18 +15,18 @@ from sharpwatch.errors import ConfigError
 
 def compose(path: Path) -> yaml.Node | None:
     """The root node of the file; None if it is empty. Raises `ConfigError` if it can't be read or isn't YAML."""
-    file, key = str(path), "file"
+    file = str(path)
     try:
         root: yaml.Node | None = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except OSError as error:
-        raise ConfigError(f"can't be read: {error.strerror}", file=file, line=0, key=key) from error
+        raise ConfigError(f"can't be read: {error.strerror}", file=file, line=0, key="") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"is not UTF-8: {error.reason}", file=file, line=0, key=key) from error
+        raise ConfigError(f"is not UTF-8: {error.reason}", file=file, line=0, key="") from error
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 0
-        raise ConfigError(f"is not YAML: {error.problem}", file=file, line=line, key=key) from error
+        raise ConfigError(f"is not YAML: {error.problem}", file=file, line=line, key="") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"is not YAML: {error}", file=file, line=0, key=key) from error
+        raise ConfigError(f"is not YAML: {error}", file=file, line=0, key="") from error
     return root
 
 

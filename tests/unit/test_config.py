@@ -84,6 +84,7 @@ def test_addresses(load, address):
         ("daemon:\n  stale_after: 5 parsecs\n", 2, "daemon.stale_after", "as in 5m"),
         ("daemon:\n  stale_after: nan\n", 2, "daemon.stale_after", "as in 5m"),
         ("daemon:\n  layer_metrics: 1\n", 2, "daemon.layer_metrics", "true or false"),
+        ("daemon:\n  reflection: 1\n", 2, "daemon.reflection", "true or false"),
         ("daemon:\n  queue_capacity: 2.5\n", 2, "daemon.queue_capacity", "an integer from 16"),
         ("daemon:\n  device: cpu\n  device: auto\n", 3, "daemon.device", "given twice"),
         ("daemon: [1]\n", 1, "daemon", "expected a mapping"),
@@ -155,7 +156,6 @@ def test_addresses(load, address):
             "policies[0].action.blocks[1]",
             "emb, qk, vo",
         ),
-        ("daemon:\n\tgrpc: x\n", 2, "file", "is not YAML"),
     ],
 )
 def test_what_cannot_work_is_refused_with_its_place(load, text, line, key, said):
@@ -176,5 +176,12 @@ def test_a_circle_of_three_is_found(load):
 
 
 def test_a_file_that_is_not_there(tmp_path):
-    with pytest.raises(ConfigError, match="can't be read: No such file"):
-        load_config(tmp_path / "none.yaml")
+    path = tmp_path / "none.yaml"
+    with pytest.raises(ConfigError) as refused:
+        load_config(path)
+    assert str(refused.value) == f"{path}: can't be read: No such file or directory"
+
+
+def test_a_file_that_is_no_yaml_is_told_with_its_line(load):
+    with pytest.raises(ConfigError, match=r"sharpwatch\.yaml:2: is not YAML: "):
+        load("daemon:\n\tgrpc: x\n")

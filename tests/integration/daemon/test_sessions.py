@@ -8,6 +8,8 @@ import threading
 import grpc
 import numpy as np
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from sharpwatch import wire
 from sharpwatch.daemon import estimator, server
@@ -15,6 +17,7 @@ from sharpwatch.daemon.runs import Run
 from sharpwatch.v1 import agent_pb2, types_pb2
 from sharpwatch.v1 import operator_pb2 as pb
 
+SERVICES = ("sharpwatch.v1.AgentService", "sharpwatch.v1.OperatorService")
 PATIENCE = 30  # seconds until a test is held to hang
 
 
@@ -276,10 +279,42 @@ async def test_a_defect_met_in_a_message_ends_its_session(daemon, build, monkeyp
 
 
 async def test_health_is_served_beside(daemon):
-    from grpc_health.v1 import health_pb2, health_pb2_grpc  # noqa: PLC0415
-
     stub = health_pb2_grpc.HealthStub(daemon.channel)
-    answer = await stub.Check(health_pb2.HealthCheckRequest(service="sharpwatch.v1.AgentService"))
-    assert answer.status == health_pb2.HealthCheckResponse.SERVING
+    for service in ("", *SERVICES):
+        answer = await stub.Check(health_pb2.HealthCheckRequest(service=service))
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
     assert await daemon.get("/-/healthy") == (200, "ok\n")
     assert await daemon.get("/-/ready") == (200, "ready\n")
+
+
+async def test_a_draining_daemon_is_not_healthy(daemon):
+    stub = health_pb2_grpc.HealthStub(daemon.channel)
+    watches = [stub.Watch(health_pb2.HealthCheckRequest(service=service)) for service in SERVICES]
+    for watch in watches:
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+    stopping = asyncio.create_task(daemon.stop())
+    for watch in watches:
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        watch.cancel()
+    await stopping
+
+
+async def reflected(daemon) -> list[str]:
+    call = reflection_pb2_grpc.ServerReflectionStub(daemon.channel).ServerReflectionInfo()
+    await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
+    response = await call.read()
+    call.cancel()
+    return [service.name for service in response.list_services_response.service]
+
+
+async def test_reflection_is_there_where_it_is_asked_for_alone(running, tmp_path):
+    async with running(reflection=True) as daemon:
+        assert set(SERVICES) <= set(await reflected(daemon))
+        call = reflection_pb2_grpc.ServerReflectionStub(daemon.channel).ServerReflectionInfo()
+        await call.write(reflection_pb2.ServerReflectionRequest(file_containing_symbol=SERVICES[0]))
+        assert (await call.read()).file_descriptor_response.file_descriptor_proto
+        call.cancel()
+    async with running(store=f"sqlite:///{tmp_path}/second.db") as daemon:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await reflected(daemon)
+        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
