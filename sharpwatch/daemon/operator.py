@@ -30,6 +30,7 @@ from sharpwatch.v1.operator_pb2_grpc import OperatorServiceServicer
 Context = grpc.aio.ServicerContext[Any, Any]
 _DEFAULT_LIMIT, _MOST = 100, 10_000
 _MAX_REASON = 2_000
+_NAMED = 5  # decisions named where what was said fits several
 
 
 class Audited(Protocol):
@@ -177,11 +178,11 @@ class OperatorService(OperatorServiceServicer):
         self, request: pb.WatchDecisionRequest, context: Context
     ) -> AsyncIterator[pb.WatchDecisionResponse]:
         """A decision, again at each change, until its outcome is final."""
-        run = await self._run_of(request.id, context)
+        run, identity = await self._meant(request.id, context)
         shown = None
         while True:
             version = run.signal.version
-            made = _decision(run, request.id)
+            made = _decision(run, identity)
             if made != shown:
                 yield pb.WatchDecisionResponse(decision=decision_message(made))
             # An operator's own is done once it is applied; a policy's has still to prove itself.
@@ -193,22 +194,22 @@ class OperatorService(OperatorServiceServicer):
     async def ApproveDecision(self, request: pb.ApproveDecisionRequest, context: Context) -> pb.ApproveDecisionResponse:
         """Let a proposed decision be carried out."""
         await self._authorise(request, context)
-        run = await self._run_of(request.id, context)
+        run, identity = await self._meant(request.id, context)
         changes = await self._ask(
-            context, lambda: run.supervisor.approve(request.id, request.author, request.reason, time.time())
+            context, lambda: run.supervisor.approve(identity, request.author, request.reason, time.time())
         )
         await self._submit(run, changes, context)
-        return pb.ApproveDecisionResponse(decision=decision_message(_decision(run, request.id)))
+        return pb.ApproveDecisionResponse(decision=decision_message(_decision(run, identity)))
 
     async def RejectDecision(self, request: pb.RejectDecisionRequest, context: Context) -> pb.RejectDecisionResponse:
         """Put a proposed decision aside."""
         await self._authorise(request, context)
-        run = await self._run_of(request.id, context)
+        run, identity = await self._meant(request.id, context)
         changes = await self._ask(
-            context, lambda: run.supervisor.reject(request.id, request.author, request.reason, time.time())
+            context, lambda: run.supervisor.reject(identity, request.author, request.reason, time.time())
         )
         await self._submit(run, changes, context)
-        return pb.RejectDecisionResponse(decision=decision_message(_decision(run, request.id)))
+        return pb.RejectDecisionResponse(decision=decision_message(_decision(run, identity)))
 
     async def _changed(self, run: Run, version: int, context: Context) -> None:
         """Wait until `run` is past `version`; ends the call where the daemon stops."""
@@ -223,11 +224,15 @@ class OperatorService(OperatorServiceServicer):
             await context.abort(grpc.StatusCode.NOT_FOUND, f"no run {name!r}")
         return run
 
-    async def _run_of(self, decision: str, context: Context) -> Run:
-        run = self._runs.with_decision(decision)
-        if run is None:
-            await context.abort(grpc.StatusCode.NOT_FOUND, f"no decision {decision!r}")
-        return run
+    async def _meant(self, said: str, context: Context) -> tuple[Run, str]:
+        """The decision that an id, or the beginning of just one, names, and its run."""
+        found = self._runs.decisions(said) if said else []
+        if not found:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"no decision {said!r}")
+        if len(found) > 1:
+            some = ", ".join(identity for _, identity in found[:_NAMED]) + (", ..." if len(found) > _NAMED else "")
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"{len(found)} decisions begin with {said!r}: {some}")
+        return found[0]
 
     async def _authorise(self, request: Audited, context: Context) -> None:
         await self._gate.require_operator(context)

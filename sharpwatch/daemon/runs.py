@@ -292,9 +292,10 @@ class Runs:
         """Every run's view, safe to read on any thread."""
         return tuple(run.view for run in list(self._runs.values()))
 
-    def with_decision(self, identity: str) -> Run | None:
-        """The run that holds the decision `identity`."""
-        return next((run for run in self if any(made.id == identity for made in run.supervisor.decisions)), None)
+    def decisions(self, prefix: str) -> list[tuple[Run, str]]:
+        """Every decision whose id begins with `prefix`, and its run; one whose id is all of it goes over the others."""
+        found = [(run, made.id) for run in self for made in run.supervisor.decisions if made.id.startswith(prefix)]
+        return [one for one in found if one[1] == prefix] or found
 
     def _make_room(self) -> bool:
         if len(self._runs) < MAX_RUNS:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import sqlite3
 import stat
 from contextlib import closing, suppress
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import pytest
 
+from sharpwatch import wire
+from sharpwatch.daemon import supervisor
 from sharpwatch.errors import SharpwatchError
 from sharpwatch.v1 import operator_pb2 as pb
 from sharpwatch.v1 import types_pb2
@@ -173,6 +177,42 @@ async def test_a_mode_is_set_and_shown(daemon):
     (run,) = (await daemon.operator.ListRuns(pb.ListRunsRequest())).runs
     assert (run.mode, run.control, run.attempts) == ("enforce", "rollback", 1)
     trainer.call.cancel()
+
+
+PROPOSES = "policies: [{name: cut, match: {alert: NonFinite}, mode: advise, action: {kind: scale_lr, factor: 0.5}}]"
+
+
+async def proposal(daemon, build, run: str) -> str:
+    """The id of what the policy proposes for a run whose gradients are not finite."""
+    trainer = await daemon.train(run, f"{run}-1")
+    tap = build.tap()
+    tap.non_finite.CopyFrom(wire.encode([1] * 5, "int64"))
+    await trainer.send(build.sample(1, tap=tap))
+    await trainer.acknowledged(1)
+    await daemon.shown(run, lambda detail: detail.run.active_alerts)
+    (made,) = (await daemon.operator.ListDecisions(pb.ListDecisionsRequest(run=run))).decisions
+    assert made.outcome == "proposed"
+    return made.id
+
+
+async def test_a_decision_is_meant_by_the_beginning_of_its_id(running, build, monkeypatch):
+    numbers = count(1)
+    monkeypatch.setattr(supervisor, "uuid4", lambda: SimpleNamespace(hex=f"{next(numbers):04x}{'f' * 28}"))
+    async with running(policies=PROPOSES) as daemon:
+        token = daemon.credentials
+        first, second = await proposal(daemon, build, "one"), await proposal(daemon, build, "two")
+        approve, reject = daemon.operator.ApproveDecision, daemon.operator.RejectDecision
+        assert await refused(approve(pb.ApproveDecisionRequest(id="00", author="ann"), metadata=token)) == (
+            grpc.StatusCode.INVALID_ARGUMENT,
+            f"2 decisions begin with '00': {first}, {second}",
+        )
+        for nothing in ("", "fff"):
+            code, _ = await refused(reject(pb.RejectDecisionRequest(id=nothing, author="ann"), metadata=token))
+            assert code is grpc.StatusCode.NOT_FOUND
+        done = await approve(pb.ApproveDecisionRequest(id=first[:4], author="ann"), metadata=token)
+        assert (done.decision.id, done.decision.run, done.decision.author) == (first, "one", "ann")
+        done = await reject(pb.RejectDecisionRequest(id=second[:4], author="ann"), metadata=token)
+        assert (done.decision.id, done.decision.outcome) == (second, "rejected")
 
 
 async def test_a_unix_socket_is_the_operators_alone_and_needs_no_token(running, build, tmp_path):
