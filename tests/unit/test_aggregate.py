@@ -22,6 +22,7 @@ MANIFEST = Manifest(
     blocks=("emb", "qk", "norm"),
     optimizer="AdamW",
     control="lr",
+    can_roll_back=False,
     lr_bounds=(0.1, 10),
     initial_step=0,
     sketch_size=64,

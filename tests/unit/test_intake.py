@@ -22,6 +22,7 @@ def entry(run: str, sequence: int, size: int = 10) -> Entry:
         blocks=("emb",),
         optimizer="",
         control="none",
+        can_roll_back=False,
         lr_bounds=(1, 1),
         initial_step=0,
         sketch_size=0,
