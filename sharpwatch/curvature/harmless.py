@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import random
 import sys
-from collections import OrderedDict
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -18,6 +21,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 # Their hooks are part of what the module computes: weight and spectral norm, pruning, sharding.
 _KEPT = ("torch.nn.", "torch.distributed.")
+_CONTAINERS = frozenset({list, dict, set, deque, OrderedDict, defaultdict, Counter})
 
 
 class Functional:
@@ -57,8 +61,9 @@ def undisturbed(model: nn.Module, *, double_backward: bool = False) -> Iterator[
     Inside: every module in evaluation mode, gradients enabled, autocast as around it but without its cache, the user's
     hooks (the modules' and torch's global ones) bypassed, compiled code run eagerly, and for a double backward the
     attention kernel that has one. Afterwards, also after an error, all of that is as before, as are the random
-    states of the CPU and the model's accelerators, buffers, and whatever attributes the modules' code has set.
-    Contents of a module's own lists and dicts, and tensors changed in place that are no buffers, are not put back.
+    states (torch's of the CPU and the model's accelerators, NumPy's, Python's, the modules' own generators), buffers,
+    and whatever attributes the modules' code has set or changed in place: tensors, lists, dicts, sets. What is nested
+    deeper, or belongs to other objects, is not put back.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(mode=False))
@@ -83,6 +88,11 @@ def _random_state_kept(model: nn.Module) -> Iterator[None]:
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type not in {"cpu", "meta"}}
     kinds = {device.type for device in devices}
     with ExitStack() as stack:
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(np.random.set_state, np.random.get_state())  # noqa: NPY002 - the user's model may draw from it
+        own = [value for module in model.modules() for value in vars(module).values()]
+        for generator in {value for value in own if isinstance(value, torch.Generator)}:
+            stack.callback(generator.set_state, generator.get_state())
         stack.enter_context(torch.random.fork_rng(devices=[]))
         for kind in kinds:
             numbers = [device.index for device in devices if device.type == kind and device.index is not None]
@@ -103,18 +113,32 @@ def _without_autocast_cache() -> Iterator[None]:
 
 @contextmanager
 def _attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Puts back every module's attributes, and the entries of its registries of parameters, buffers and modules."""
-    registries = ("_parameters", "_buffers", "_modules")
+    """Puts back every module's attributes, and what its lists, dicts and sets held; in between, tensors are copies."""
     modules = list(model.modules())
     attributes = [dict(vars(module)) for module in modules]
-    entries = [[dict(vars(module)[name]) for name in registries] for module in modules]
+    own = [value for attribute in attributes for value in attribute.values()]
+    contents = [(value, copy.copy(value)) for value in own if type(value) in _CONTAINERS]
+    copies: dict[int, Tensor] = {}
     try:
+        for module, attribute in zip(modules, attributes, strict=True):
+            for name, value in attribute.items():
+                if isinstance(value, Tensor) and not value.requires_grad:
+                    vars(module)[name] = copies.setdefault(id(value), value.clone())
         yield
     finally:
-        for module, attribute, entry in zip(modules, attributes, entries, strict=True):
+        for module, attribute in zip(modules, attributes, strict=True):
             _put_back(vars(module), attribute)
-            for name, registry in zip(registries, entry, strict=True):
-                _put_back(vars(module)[name], registry)
+        for value, content in contents:
+            _refill(value, content)
+
+
+def _refill(current: Any, saved: Any) -> None:
+    """Make the container `current` hold what its copy `saved` does."""
+    if isinstance(current, dict):
+        _put_back(current, saved)
+    elif len(current) != len(saved) or any(one is not other for one, other in zip(current, saved, strict=True)):
+        current.clear()
+        (current.update if isinstance(current, set) else current.extend)(saved)
 
 
 def _put_back(current: dict[str, Any], saved: Mapping[str, Any]) -> None:

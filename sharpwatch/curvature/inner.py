@@ -37,7 +37,8 @@ def sum_into(values: Tensor, index: Sequence[int], size: int) -> Tensor:
 
 def _square(view: Tensor) -> Tensor:
     # By rows: float32 is exact enough for one row, and nothing as large as the view is allocated.
-    rows = torch.linalg.vector_norm(view, dim=-1, dtype=torch.float32) if view.dim() else view.float()
+    exact = torch.promote_types(view.dtype, torch.float32)
+    rows = torch.linalg.vector_norm(view, dim=-1, dtype=exact) if view.dim() else view
     return rows.double().square().sum()
 
 

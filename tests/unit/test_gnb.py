@@ -189,3 +189,14 @@ def test_says_that_nothing_predicts():
     batch = Batch((), {"input_ids": ids, "labels": torch.full_like(labels, -100)})
     with pytest.raises(ProbeError, match="no position"):
         gnb_probe(model, classify(model), batch, draws=1, generator=generator())
+
+
+def test_a_model_in_float64_is_probed_as_one_in_float32():
+    model = dense.MODELS[next(iter(dense.MODELS))]()
+    ids, labels = dense.tokens()
+    block_map = classify(model)
+    batch = Batch((ids,), {"labels": labels})
+    # The same draws, unless a uniform number falls within float32's rounding of a boundary.
+    single = gnb_probe(model.float(), block_map, batch, draws=2, generator=generator()).traces
+    double = gnb_probe(model.double(), block_map, batch, draws=2, generator=generator()).traces
+    assert torch.allclose(single, double, rtol=1e-4)

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import gc
+import random
 import sys
 import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
@@ -332,3 +334,45 @@ def test_a_wrapped_model_runs_without_its_wrapper():
         assert all(parameter.grad is not None for parameter in wrapped.parameters())
     finally:
         torch.distributed.destroy_process_group()
+
+
+class Busy(nn.Module):
+    """Its forward draws from every random source there is, and keeps books in attributes of every kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.wte = nn.Embedding(11, 8)
+        self.lm_head = nn.Linear(8, 11)
+        self.source = torch.Generator().manual_seed(5)
+        self.seen, self.counts, self.names, self.total = [], {"calls": 0}, set(), torch.zeros(())
+
+    def forward(self, ids, targets):
+        noise = random.random() + np.random.rand() + torch.rand((), generator=self.source)  # noqa: NPY002, S311
+        self.seen.append(float(noise))
+        self.counts["calls"] += 1
+        self.names.add(self.counts["calls"])
+        self.total.add_(noise)
+        logits = self.lm_head(self.wte(ids))
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten()) * (1 + self.total)
+
+    def books(self):
+        return [*self.seen], dict(self.counts), set(self.names), float(self.total), self.source.get_state().tolist()
+
+
+@pytest.mark.parametrize("take", [gnb_probe, direction_probe])
+def test_every_random_source_and_what_modules_keep_in_place_are_put_back(take):
+    model = Busy()
+    ids = torch.randint(11, (2, 5))
+    model(ids, ids)
+    kept = model.seen, model.counts, model.names, model.total, model.source
+    before = model.books(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    block_map = classify(model)
+    if take is gnb_probe:
+        gnb_probe(model, block_map, Batch((ids, ids)), draws=2, generator=generator())
+    else:
+        direction_probe(model, block_map, Batch((ids, ids)), displacement(model), blocks=())
+    assert (model.books(), random.getstate(), np.random.get_state()[1].tolist()) == before  # noqa: NPY002
+    assert all(
+        one is other
+        for one, other in zip(kept, (model.seen, model.counts, model.names, model.total, model.source), strict=True)
+    )
