@@ -18,6 +18,7 @@ from sharpwatch.agent import messages
 from sharpwatch.agent.address import parse_address, parse_tls, parse_token
 from sharpwatch.agent.border import Border
 from sharpwatch.agent.control import CONTROL_MODES, Control, RollbackRequest
+from sharpwatch.agent.hooks import Hook
 from sharpwatch.agent.loop import Loop, Parts
 from sharpwatch.agent.pipe import CourierPipe
 from sharpwatch.agent.probes import PROBES, Probes
@@ -87,7 +88,7 @@ def attach(  # noqa: PLR0913 - the public signature; each has a default that wor
         can_roll_back=control == "rollback" or (control == "lr" and on_rollback is not None),
         started_at_unix_ns=time.time_ns(),
     )
-    types = _parameter_types(model, block_map)
+    types = _parameter_types(model, block_map, optimizers)
     parts = Parts(
         model=model,
         optimizers=optimizers,
@@ -124,6 +125,9 @@ def _check_training(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer
             raise AttachError(f"optimizer[{i}]: expected a torch.optim.Optimizer, got {type(each).__name__}")
         if not any(id(parameter) in own for group in each.param_groups for parameter in group["params"]):
             raise AttachError(f"optimizer[{i}]: {type(each).__name__} holds no parameter of this model")
+        # Two watches would lay their learning rates over each other's.
+        if any(isinstance(hook, Hook) for hook in each._optimizer_step_pre_hooks.values()):  # noqa: SLF001 - no public way
+            raise AttachError(f"optimizer[{i}]: {type(each).__name__} is watched already; close() that watch first")
     if (
         torch.distributed.is_available()
         and torch.distributed.is_initialized()
@@ -174,12 +178,20 @@ def _classified(model: nn.Module) -> BlockMap:
         raise AttachError(f"model: {error}") from error
 
 
-def _parameter_types(model: nn.Module, block_map: BlockMap) -> dict[int, frozenset[str]]:
-    """The block types that each parameter holds, by its id."""
+def _parameter_types(
+    model: nn.Module, block_map: BlockMap, optimizers: Sequence[torch.optim.Optimizer]
+) -> dict[int, frozenset[str]]:
+    """The block types that each parameter shares its learning rate with, by its id."""
     types: dict[str, set[str]] = defaultdict(set)
     for part in block_map.parts:
         types[part.parameter].add(part.type)
-    return {id(parameter): frozenset(types[name]) for name, parameter in model.named_parameters()}
+    found = {id(parameter): frozenset(types[name]) for name, parameter in model.named_parameters()}
+    for optimizer in optimizers:
+        if isinstance(optimizer, torch.optim.LBFGS):  # it refuses more than one group
+            held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+            every = frozenset().union(*(found.get(key, frozenset()) for key in held))
+            found |= dict.fromkeys(held, every)
+    return found
 
 
 def _is_name(value: object, longest: int) -> bool:

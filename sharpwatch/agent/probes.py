@@ -17,6 +17,7 @@ from sharpwatch.blocks import BlockMap
 from sharpwatch.curvature.batch import Batch
 from sharpwatch.curvature.direction import DirectionSample, direction_probe
 from sharpwatch.curvature.gnb import GnbSample, gnb_probe
+from sharpwatch.curvature.outputs import EmptyBatchError
 from sharpwatch.curvature.sketch import CountSketch
 from sharpwatch.errors import ProbeError
 
@@ -193,7 +194,9 @@ class Probes:
         return np.divide(moved, size, out=np.zeros_like(moved), where=size > 0).astype(np.float32)
 
     def _block_norms(self, tensors: Mapping[str, Tensor]) -> npt.NDArray[np.float64]:
-        norms = [torch.linalg.vector_norm(view, dtype=torch.float32) for view in self._block_map.views(tensors)]
+        views = self._block_map.views(tensors)
+        exact = [torch.promote_types(view.dtype, torch.float32) for view in views]
+        norms = [torch.linalg.vector_norm(view, dtype=dtype) for view, dtype in zip(views, exact, strict=True)]
         squares = torch.stack([norm.to(self._device) for norm in norms]).double().square().cpu().numpy()
         blocks = len(self._block_map.blocks)
         return np.sqrt(np.bincount(np.array(self._block_map.block_of), weights=squares, minlength=blocks))
@@ -205,6 +208,8 @@ class Probes:
         if _out_of_memory(error):
             self._row_limit[kind] = max(1, rows // 2)
             disabled = rows <= 1
+        elif isinstance(error, EmptyBatchError):
+            disabled = False  # the labels' doing, as in a row that is all prompt: the next rows may predict
         else:
             disabled = self._in_a_row[kind] >= _FAILURES
         reason = str(error) if isinstance(error, ProbeError) else f"{type(error).__name__}: {error}"

@@ -25,6 +25,10 @@ _TARGETS = ("targets", "target", "y")
 _ALIGNED_HEADS = ("ForMaskedLM", "ForTokenClassification", "ForSequenceClassification", "ForPreTraining")
 
 
+class EmptyBatchError(ProbeError):
+    """No position of a probe's rows predicts; other rows may."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Labels:
     """True labels. `shifted`: the label of position t is at t + 1; then the last position predicts nothing."""
@@ -110,10 +114,10 @@ def tokens_of(model: nn.Module, batch: Batch) -> int:
 
 
 def count(mask: Tensor) -> int:
-    """How many positions predict; raises `ProbeError` for none."""
+    """How many positions predict; raises `EmptyBatchError` for none."""
     tokens = int(mask.sum())
     if tokens == 0:
-        raise ProbeError("no position of these rows predicts: all labels are ignored")
+        raise EmptyBatchError("no position of these rows predicts: all labels are ignored")
     return tokens
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -224,3 +225,53 @@ def test_garbage_from_the_daemon_changes_nothing(wires):
     results = [result for sample in wires[-1].samples for result in sample.results]
     assert [(r.command_id, r.outcome) for r in results] == [(i, types_pb2.COMMAND_OUTCOME_REFUSED) for i in "abcd"]
     assert all(result.detail for result in results)
+
+
+def test_rows_without_a_label_do_not_end_the_probes(wires):
+    class Ignoring(Net):
+        def forward(self, idx, targets):
+            logits, _ = super().forward(idx)
+            return logits, nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+
+    torch.manual_seed(3)
+    model = Ignoring().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    with sharpwatch.attach(model, optimizer, training_job="promise", probe_every=1) as watch:
+        for step in range(8):
+            tokens = torch.randint(11, (8, 5))
+            targets = torch.full_like(tokens, -100) if step < 6 else tokens
+            targets[-1, -1] = 1  # the loss stays finite; rarely among a probe's rows
+            model(tokens, targets)[1].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        failures = watch._loop.parts.probes.failures
+    assert {failure.probe for failure in failures} == {"gnb", "direction"}
+    assert not any(failure.disabled for failure in failures)
+    (wire,) = wires
+    for sample in [sample for sample in wire.samples if sample.step > 6 and not sample.closing]:
+        assert sample.HasField("gnb")
+        assert sample.HasField("direction")
+
+
+def test_an_optimizer_that_takes_one_group_alone_gets_one_rate(wires):
+    torch.manual_seed(3)
+    model = Net().train()
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=2)
+    tokens = torch.randint(11, (8, 5))
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(tokens, tokens)[1]
+        loss.backward()
+        return loss
+
+    with sharpwatch.attach(model, optimizer, training_job="promise") as watch:
+        optimizer.step(closure)
+        command = types_pb2.Command(id="c", set_multipliers=types_pb2.MultiplierSet(multipliers={"emb": 0.5}))
+        wires[0].inbox.append(agent_pb2.SessionResponse(command=command))
+        optimizer.step(closure)
+        optimizer.step(closure)
+        assert watch.step == 3
+    (third,) = [sample for sample in wires[0].samples if sample.step == 3 and not sample.closing]
+    assert np.frombuffer(third.tap.lr_multiplier.data, "<f4").tolist() == [0.5] * len(wires[0].hello.layer_blocks)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1]

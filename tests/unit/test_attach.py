@@ -133,13 +133,12 @@ def test_model_and_optimizer_must_belong_together(model, optimizer):
 
 def test_the_run_is_named_after_the_job_without_touching_the_global_source(model, optimizer):
     random = torch.get_rng_state()
-    with (
-        sharpwatch.attach(model, optimizer, training_job="job") as one,
-        sharpwatch.attach(model, optimizer, training_job="job") as other,
-    ):
+    with sharpwatch.attach(model, optimizer, training_job="job") as one:
+        first = wire(one).hello
+    with sharpwatch.attach(model, optimizer, training_job="job") as other:
         assert re.fullmatch(r"job-\d{8}-\d{6}-[0-9a-f]{6}", one.run)
         assert one.run != other.run
-        assert wire(one).hello.attempt != wire(other).hello.attempt
+        assert first.attempt != wire(other).hello.attempt
     assert torch.equal(random, torch.get_rng_state())
 
 
@@ -190,3 +189,13 @@ def test_a_model_that_cannot_be_divided_is_refused_until_a_rules_file_says_how(m
     watch = sharpwatch.attach(model, optimizer, training_job="job")
     assert ("other", 15) in {(block.block, block.parameters) for block in wire(watch).hello.layer_blocks}
     watch.close()
+
+
+def test_a_second_watch_of_one_optimizer_is_refused_until_the_first_is_closed(model, optimizer):
+    first = sharpwatch.attach(model, optimizer, training_job="job", address="127.0.0.1:9")
+    try:
+        with pytest.raises(AttachError, match="watched already"):
+            sharpwatch.attach(model, optimizer, training_job="job", address="127.0.0.1:9")
+    finally:
+        first.close()
+    sharpwatch.attach(model, optimizer, training_job="job", address="127.0.0.1:9").close()
