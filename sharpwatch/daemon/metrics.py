@@ -19,7 +19,7 @@ from sharpwatch.daemon.runs import View
 
 MAX_LAYER_SERIES = 512  # layer blocks exported of one run
 _RUN = ("training_job", "run")
-_ALERTS = tuple(detector.name for detector in DETECTORS)
+_ALERTS = sorted(detector.name for detector in DETECTORS)
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 

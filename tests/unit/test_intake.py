@@ -29,7 +29,9 @@ def entry(run: str, sequence: int, size: int = 10) -> Entry:
         host="",
         agent_version="",
     )
-    reading = Reading(sequence, sequence, 0.0, None, None, None, None, None, (), (), closing=False, dropped_probes=())
+    reading = Reading(
+        sequence, sequence, 0.0, None, None, None, None, None, (), (), closing=False, restored=False, dropped_probes=()
+    )
     return Entry(Attempt(manifest, b""), reading, b"x" * size, 0.0)
 
 

@@ -114,10 +114,10 @@ sharpwatch_stability_ratio_stderr{kind="directional",run="run",training_job="job
 sharpwatch_block_order_correlation{run="run",training_job="job"} 0.75
 sharpwatch_alert_active{alert="UpdateRmsSpike",block="qk",run="run",training_job="job"} 1.0
 sharpwatch_alert_active{alert="UpdateRmsSpike",block="emb",run="run",training_job="job"} 1.0
-sharpwatch_alerts_total{alert="NonFinite",run="run",training_job="job"} 0.0
 sharpwatch_alerts_total{alert="LossSpike",run="run",training_job="job"} 0.0
-sharpwatch_alerts_total{alert="UpdateRmsSpike",run="run",training_job="job"} 2.0
+sharpwatch_alerts_total{alert="NonFinite",run="run",training_job="job"} 0.0
 sharpwatch_alerts_total{alert="StabilityLimit",run="run",training_job="job"} 0.0
+sharpwatch_alerts_total{alert="UpdateRmsSpike",run="run",training_job="job"} 2.0
 sharpwatch_decisions_total{action="scale_lr",mode="advise",outcome="proposed",run="run",training_job="job"} 1.0
 sharpwatch_lr_revision{run="run",training_job="job"} 2.0
 sharpwatch_agent_overhead_ratio{run="run",training_job="job"} 0.004
