@@ -190,7 +190,7 @@ def plain_words(code: grpc.StatusCode, details: str, to: Endpoint) -> str:
 def _unavailable(said: str, address: str) -> str:
     # gRPC's own words for a connection that fails list every address it tried: noise beside the one that was asked for.
     if not said or said.startswith(("failed to connect", "connections to all", "DNS resolution", "Socket closed")):
-        return f"daemon not reachable at {address}; is it running? start it with: sharpwatch serve --config FILE"
+        return f"daemon not reachable at {address}; is it running? start it with: sharpwatch serve"
     return f"daemon at {address} can't do this now: {said}"
 
 

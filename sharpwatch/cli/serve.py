@@ -14,7 +14,7 @@ _OVERRIDES = ("grpc", "http", "store", "log_level")
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", metavar="FILE", required=True, type=Path, help="YAML; see sharpwatch check-config")
+    parser.add_argument("--config", metavar="FILE", type=Path, help="YAML (default: all defaults, no policies)")
     parser.add_argument("--grpc", metavar="ADDR", type=listening, help="agents and operators: HOST:PORT or unix:PATH")
     parser.add_argument("--http", metavar="ADDR", type=listening_port, help="metrics and health: HOST:PORT")
     parser.add_argument("--store", metavar="URL", help="journal, such as sqlite:///sharpwatch.db")

@@ -308,7 +308,7 @@ async def test_a_socket_is_an_address(operator, cli):
 
 
 async def test_no_daemon_is_one_line_that_says_where_and_what_to_do(cli):
-    said = "daemon not reachable at 127.0.0.1:1; is it running? start it with: sharpwatch serve --config FILE"
+    said = "daemon not reachable at 127.0.0.1:1; is it running? start it with: sharpwatch serve"
     assert await cli("jobs", "--address", "127.0.0.1:1") == (1, "", f"sharpwatch: {said}\n")
 
 

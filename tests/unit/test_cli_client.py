@@ -122,7 +122,7 @@ def test_candidates_are_listed(given, names, said):
         (
             grpc.StatusCode.UNAVAILABLE,
             "failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0.0.1:7741",
-            "daemon not reachable at here:1; is it running? start it with: sharpwatch serve --config FILE",
+            "daemon not reachable at here:1; is it running? start it with: sharpwatch serve",
         ),
         (
             grpc.StatusCode.UNAVAILABLE,
