@@ -23,7 +23,11 @@ _PIPE_BYTES = 2**20
 _READ_BYTES = 2**16
 # The working directory stays off the path (-P): a trainer's folder may hold a queue.py or a types.py. The package's own
 # home goes to the end of it, for trainers that found sharpwatch by changing sys.path.
-_CODE = "import sys; sys.path.append(sys.argv.pop()); from sharpwatch.agent.courier import main; main()"
+# The alarm ends a courier that hangs before its own watch over itself begins (an import from a dead file system).
+_CODE = (
+    "import signal, sys; signal.alarm(60); sys.path.append(sys.argv.pop()); "
+    "from sharpwatch.agent.courier import main; main()"
+)
 _HOME = str(Path(__file__).resolve().parents[2])
 
 

@@ -32,6 +32,7 @@ SILENCE_SECONDS = 20.0  # with samples on their way and nothing heard: a dead co
 FIRST_WAIT_SECONDS = 0.2
 LAST_WAIT_SECONDS = 4.0  # so that a daemon that returns sees its runs within 5 s
 _PARENT_SECONDS = 0.5  # between looks at whether the trainer is alive
+_HANG_SECONDS = 30  # without such a look: whatever hangs then, in whichever thread, ends with this process
 _MAX_REQUEST_BYTES = 64 * 2**20
 _MAX_RESPONSE_BYTES = 2**20
 _MAX_COMMAND_BYTES = 2**16
@@ -117,13 +118,16 @@ class Courier:
                     self._accept(payload)
         except (WireError, DecodeError, OSError):
             _LOG.exception("the trainer's side of the pipe is broken")
-        self._end()
+        finally:
+            self._end()
 
     async def _watch_parent(self) -> None:
         """A worker forked from the trainer can hold the pipe open when the trainer itself is gone."""
         trainer = self._destination.trainer
         ours = os.getppid() == trainer  # not where a wrapper stands between, or when it died before we looked
-        while os.getppid() == trainer if ours else _exists(trainer):  # noqa: ASYNC110 - its death sets no event
+        while os.getppid() == trainer if ours else _exists(trainer):
+            if not self._ended.is_set():
+                signal.alarm(_HANG_SECONDS)
             await asyncio.sleep(_PARENT_SECONDS)
         self._end()
 

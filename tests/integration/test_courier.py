@@ -20,6 +20,7 @@ import pytest
 
 from sharpwatch.agent import child, courier
 from sharpwatch.agent.address import Destination
+from sharpwatch.agent.frames import frame
 from sharpwatch.agent.pipe import CourierPipe
 from sharpwatch.agent.upward import Upward
 from sharpwatch.v1 import agent_pb2, types_pb2
@@ -752,3 +753,21 @@ os._exit(0 if min(ends) > 2 else 1)
     with finishing(trainer(code, daemon.address)) as process:
         assert process.wait(PATIENCE) == 0
     assert daemon.sequences == [1]
+
+
+def test_a_courier_whose_event_loop_hangs_ends_itself(monkeypatch):
+    hanging = """
+import sys, time
+sys.path.append(sys.argv.pop())
+from sharpwatch.agent import courier
+async def hang(*_):
+    time.sleep(3600)
+courier._HANG_SECONDS = 1
+courier.Courier._session = hang
+courier.main()
+"""
+    monkeypatch.setattr(child, "_CODE", hanging)
+    process = child.CourierProcess(Destination("127.0.0.1:9", "", None, 2**20, os.getpid()))
+    process.write(memoryview(frame(agent_pb2.SessionRequest(hello=HELLO).SerializeToString())))
+    assert process._process.wait(PATIENCE) == -signal.SIGALRM
+    process.leave(kill=False)
