@@ -26,6 +26,7 @@ import sharpwatch
 from sharpwatch.demo.models import LENGTH, build
 
 VOCABULARY = 2048
+_WARM_UP = 10  # steps of each that are not counted; the first probes, cold ones among them, fall into them
 
 
 @contextmanager
@@ -84,7 +85,7 @@ def compare(name: str, rows: int, steps: int, address: str, budget: float | None
         overhead_budget=budget or 0.01,
         probes=("gnb", "direction") if budget else (),
     )
-    for trainer in (plain, watched, plain, watched, plain, watched):
+    for trainer in (plain, watched) * _WARM_UP:
         trainer.step()
     pairs = [(plain.step(), watched.step()) for _ in range(steps)]
     watch.close()

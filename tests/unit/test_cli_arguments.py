@@ -38,7 +38,6 @@ USAGE = 2
         (["--address", "unix:", "jobs"], "'unix:' is no address"),
         (["decisions", "run", "more"], "unrecognized arguments: more"),
         (["approve"], "the following arguments are required: ID"),
-        (["serve"], "the following arguments are required: --config"),
         (["serve", "--config", "f", "--http", "unix:x"], "'unix:x' is no address to listen on"),
         (["serve", "--config", "f", "--grpc", "x"], "'x' is no address to listen on"),
         (["--json", "serve", "--config", "f"], "sharpwatch serve: --json is for commands that ask the daemon"),
