@@ -174,8 +174,10 @@ def _check_callables(given: Mapping[str, object]) -> None:
 def _classified(model: nn.Module) -> BlockMap:
     try:
         return classify(model, os.environ.get("SHARPWATCH_BLOCK_RULES"))
-    except (BlockError, ConfigError) as error:
-        raise AttachError(f"model: {error}") from error
+    except BlockError as error:
+        raise AttachError(f"model: {error}. For attach, $SHARPWATCH_BLOCK_RULES names the file of rules") from error
+    except ConfigError as error:
+        raise AttachError(f"$SHARPWATCH_BLOCK_RULES: {error}") from error
 
 
 def _parameter_types(

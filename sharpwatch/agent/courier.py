@@ -99,6 +99,8 @@ class Courier:
         """Deliver until the trainer ends, then drain."""
         tasks = [asyncio.create_task(self._read(trainer)), asyncio.create_task(self._watch_parent())]
         delivering = asyncio.create_task(self._deliver())
+        # Should delivery fail on something unforeseen, this process ends, and the trainer's pipe starts a new one.
+        delivering.add_done_callback(lambda _: self._end())
         await self._ended.wait()
         signal.alarm(math.ceil(DRAIN_SECONDS) + 2)  # ends this process should anything hang from here on
         if not self._done:

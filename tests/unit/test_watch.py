@@ -222,13 +222,15 @@ def test_an_optimizer_whose_step_calls_another_hooked_step_counts_once(wires):
     watch.close()
 
 
-def test_first_probes_run_at_steps_one_and_two(wires):
+def test_first_probes_run_twice_at_once(wires):
     model, optimizer, watch, wire = made(wires, probes=("gnb", "direction"))
-    for _ in range(3):
+    for _ in range(5):
         model(TOKENS)["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()
     assert [(s.HasField("gnb"), s.HasField("direction")) for s in wire.samples] == [
+        (True, False),
+        (False, True),
         (True, False),
         (False, True),
         (False, False),
