@@ -1,6 +1,7 @@
 """From queue to journal to decisions: the one worker through which every sample and every change goes.
 
-Nothing is acknowledged before it is journalled, and no command is sent before its decision is. While the journal
+Nothing is acknowledged before it is journalled, and no command is sent before its decision is. Estimates follow when
+they are done, for no alert or decision waits for them: they carry the step they are of. While the journal
 fails, samples are still estimated, observed and shown; acknowledgements and commands wait for it.
 """
 
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
+from sharpwatch.daemon.backlog import Backlog, Waiting
 from sharpwatch.daemon.estimator import Estimator, Request
 from sharpwatch.daemon.intake import Entry, Intake
 from sharpwatch.daemon.journal import AttemptRow, Batch, EstimateRow, ModeRow, SampleRow, TransitionRow
@@ -110,6 +112,7 @@ class Pipeline:
         self._on_settled = on_settled
         self._on_command = on_command
         self._unwritten = Unwritten()
+        self._backlog = Backlog(self._estimate_waiting)
         self._writing = asyncio.Lock()
         self._retry_at = 0.0
         self._retry_after = _FIRST_RETRY
@@ -125,6 +128,9 @@ class Pipeline:
             await self._cycle()
         self._retry_at = 0.0
         await self._cycle()
+        await self._backlog.settled()
+        with suppress(StoreError):
+            await self._write(())
         if self.store_error:
             log.error("samples_left_unjournalled", samples=self._intake.depth, store_error=self.store_error)
 
@@ -173,6 +179,7 @@ class Pipeline:
         elif self._unwritten.batch():
             with suppress(StoreError):
                 await self._write(())
+        await self._backlog.room()
 
     async def _write(self, entries: Sequence[Entry]) -> None:
         """One transaction: `entries` and all that is unwritten. Then, and only then, acknowledge and send."""
@@ -224,13 +231,14 @@ class Pipeline:
 
     async def _process(self, entries: list[Entry]) -> None:
         touched: dict[str, Run] = {}
-        requests: list[Request] = []
+        seen: list[Entry] = []
         for index, entry in enumerate(entries):
             if index % _FAIR == _FAIR - 1:
                 await asyncio.sleep(0)
             entry.processed = True
             run = self._runs.get(entry.run)
             if run is None:
+                seen.append(entry)
                 continue
             try:
                 self._fold(run, entry)
@@ -240,13 +248,29 @@ class Pipeline:
             touched[run.name] = run
             reading = entry.reading
             if entry.attempt is run.attempt and (reading.gnb or reading.direction):
-                requests.append(run.request(gnb=reading.gnb is not None, direction=reading.direction is not None))
-        await self._estimate(requests)
+                request = run.request(gnb=reading.gnb is not None, direction=reading.direction is not None)
+                self._backlog.put(Waiting(request, entry.received_at))
+            else:
+                seen.append(entry)
         for run in touched.values():
             run.show()
+        self._note_shown(entry.received_at for entry in seen)
+
+    async def _estimate_waiting(self, batch: Sequence[Waiting]) -> None:
+        """Estimate and show what the pipeline left behind, and have the journal take it."""
+        requests = [window.request for window in batch]
+        await self._estimate(requests)
+        for name in {request.manifest.run for request in requests}:
+            run = self._runs.get(name)
+            if run is not None:
+                run.show()
+        self._note_shown(window.received_at for window in batch)
+        self._intake.wake()
+
+    def _note_shown(self, received: Iterable[float]) -> None:
         now = time.monotonic()
-        for entry in entries:
-            self._metrics.ingest_to_metric.observe(now - entry.received_at)
+        for received_at in received:
+            self._metrics.ingest_to_metric.observe(now - received_at)
 
     def _fold(self, run: Run, entry: Entry) -> None:
         reading, now = entry.reading, time.time()

@@ -109,7 +109,7 @@ class Run:
         self._alerts_total: Counter[str] = Counter()
         self._decisions_total: Counter[tuple[str, str, str]] = Counter()
         self._counted: dict[str, str] = {}
-        # What the next `show` will show: a sample and its estimates are seen together or not at all.
+        # What the next `show` will show.
         self._draft = View(
             manifest=attempt.manifest,
             phase="silent",

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from contextlib import closing
 
 import numpy as np
 import pytest
+import torch
 
+from sharpwatch.daemon import estimator
 from sharpwatch.daemon.estimator import (
     Request,
     estimate_all,
@@ -136,6 +139,15 @@ def test_order_correlation_is_spearmans():
     assert order_correlation(rising | {"qk": 3.5}) == pytest.approx(0.9)  # one swap of five: 1 - 6*2/(5*24)
     assert order_correlation({"emb": 1, "qk": 2}) is None
     assert order_correlation({"emb": 1, "qk": 2, "norm": NAN}) is None
+
+
+async def test_the_estimators_thread_works_alone(monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.setattr(estimator, "estimate_all", lambda *_: [torch.get_num_threads()])
+    torch.set_num_threads(2)
+    with closing(estimator.Estimator("cpu")) as worker:
+        assert await worker.estimate([Request(SMALL, (), ())]) == [1]
+    torch.set_num_threads(before)
 
 
 def test_a_device_that_is_not_there_is_refused_at_start():

@@ -34,6 +34,11 @@ def estimates(detail: pb.RunDetail) -> dict[tuple, tuple[float, float]]:
     }
 
 
+def estimated(detail: pb.RunDetail) -> int:
+    """The step of the oldest estimates; they follow their sample."""
+    return min((key[-1] for key in estimates(detail)), default=0)
+
+
 async def test_a_daemon_killed_takes_its_runs_up_where_they_were(start, build):
     first = await start()
     daemon = first.client
@@ -52,7 +57,7 @@ async def test_a_daemon_killed_takes_its_runs_up_where_they_were(start, build):
     mode = pb.SetModeRequest(run="run", mode="enforce", author="ann", reason="night")
     await daemon.operator.SetMode(mode, metadata=daemon.credentials)
     made = (await daemon.operator.SetLearningRates(RATES, metadata=daemon.credentials)).decision
-    before = await daemon.shown("run", lambda detail: detail.run.step == 20 and detail.run.lr_revision == 1)
+    before = await daemon.shown("run", lambda detail: estimated(detail) == 20 and detail.run.lr_revision == 1)
     assert await first.exit(signal.SIGKILL) == -signal.SIGKILL
 
     daemon = (await start()).client
@@ -117,8 +122,7 @@ async def test_a_full_disk_stops_acknowledgements_and_not_the_daemon(start, buil
     assert "journal.db" in failed["error"]
     for sequence in range(2, 21):
         await busy.send(build.sample(sequence, gnb=build.gnb(sequence)))
-    detail = await daemon.shown("busy", lambda detail: detail.run.step == 20)  # still seen, still estimated
-    assert len(detail.blocks[0].estimates) > 0
+    await daemon.shown("busy", lambda detail: estimated(detail) == 20)  # still seen, still estimated
     lost = [await busy.next("refusal") for _ in range(4)]
     assert {one.code for one in lost} == {"overflow"}
     # The oldest: but for those that a retry of the journal has in its hands at that moment.

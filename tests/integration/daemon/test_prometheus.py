@@ -178,5 +178,5 @@ async def test_an_alert_and_its_decision_survive_a_restart(running, build):
         after = (await daemon.operator.GetRun(pb.GetRunRequest(run="run"))).detail
         assert after.alerts == before.alerts
         assert len(after.alerts) == 1
-        assert await daemon.metric("sharpwatch_alerts_total{") == 1
+        assert await daemon.metric('sharpwatch_alerts_total{alert="NonFinite"') == 1
         assert await daemon.metric("sharpwatch_lr_revision{") == 1

@@ -21,6 +21,18 @@ SERVICES = ("sharpwatch.v1.AgentService", "sharpwatch.v1.OperatorService")
 PATIENCE = 30  # seconds until a test is held to hang
 
 
+def estimated(detail: pb.RunDetail) -> int:
+    """The step of the newest estimates; they follow their sample."""
+    return max((one.step for block in detail.blocks for one in block.estimates), default=0)
+
+
+async def counted(daemon, name: str, value: float) -> None:
+    """Wait until a counter says so."""
+    async with asyncio.timeout(PATIENCE):
+        while await daemon.metric(name) != value:
+            pass
+
+
 async def test_samples_are_acknowledged_and_exported(daemon, build):
     trainer = await daemon.train()
     assert trainer.welcome.acknowledged_sequence == 0
@@ -28,7 +40,7 @@ async def test_samples_are_acknowledged_and_exported(daemon, build):
     for sequence in range(1, 5):
         await trainer.send(build.sample(sequence, gnb=build.gnb(sequence), direction=build.direction()))
     await trainer.acknowledged(4)
-    detail = await daemon.shown("run", lambda detail: detail.run.step == 4)
+    detail = await daemon.shown("run", lambda detail: estimated(detail) == 4)
     assert detail.run.loss == pytest.approx(4.04)
     assert detail.run.phase == 1
     assert {block.block: block.parameters for block in detail.blocks}["emb"] == 512
@@ -36,7 +48,7 @@ async def test_samples_are_acknowledged_and_exported(daemon, build):
     assert await daemon.metric("sharpwatch_run_step{") == 4
     assert await daemon.metric("sharpwatch_samples_received_total") == 4
     assert await daemon.metric("sharpwatch_sessions") == 1
-    assert await daemon.metric("sharpwatch_ingest_to_metric_seconds_count") == 4
+    await counted(daemon, "sharpwatch_ingest_to_metric_seconds_count", 4)
     trainer.call.cancel()
     await daemon.shown("run", lambda detail: detail.run.phase == 2)
 
@@ -65,12 +77,37 @@ async def test_a_run_that_said_goodbye_while_its_last_sample_was_estimated_is_cl
     await trainer.send(build.sample(1, gnb=build.gnb(1), closing=True))
     await asyncio.to_thread(begun.wait, PATIENCE)
     trainer.call.cancel()
-    async with asyncio.timeout(PATIENCE):
-        while await daemon.metric("sharpwatch_sessions"):
-            pass
+    await counted(daemon, "sharpwatch_sessions", 0)
     release.set()
     detail = await daemon.shown("run", lambda detail: detail.run.step == 1)
     assert detail.run.phase == pb.RUN_PHASE_CLOSED
+
+
+async def test_no_sample_waits_for_the_estimates_of_another(daemon, build, monkeypatch):
+    begun, release = threading.Event(), threading.Event()
+
+    def held(*asked):
+        begun.set()
+        release.wait(PATIENCE)
+        return estimate_all(*asked)
+
+    estimate_all = estimator.estimate_all
+    monkeypatch.setattr(estimator, "estimate_all", held)
+    trainer, other = await daemon.train(), await daemon.train("other", "o1")
+    await trainer.send(build.sample(1, gnb=build.gnb(1)))
+    await asyncio.to_thread(begun.wait, PATIENCE)
+    await trainer.send(build.sample(2))
+    await trainer.acknowledged(2)
+    await other.send(build.sample(1))
+    await daemon.shown("run", lambda detail: detail.run.step == 2)
+    await daemon.shown("other", lambda detail: detail.run.step == 1)
+    assert await daemon.metric("sharpwatch_ingest_to_metric_seconds_count") == 2
+    release.set()
+    detail = await daemon.shown("run", lambda detail: len(detail.blocks[0].estimates) > 0)
+    assert {one.step for one in detail.blocks[0].estimates} == {1}
+    assert detail.run.step == 2
+    trainer.call.cancel()
+    other.call.cancel()
 
 
 async def test_estimates_agree_with_what_the_probes_were_drawn_from(daemon, build):
@@ -78,7 +115,7 @@ async def test_estimates_agree_with_what_the_probes_were_drawn_from(daemon, buil
     for sequence in range(1, 9):
         await trainer.send(build.sample(sequence, gnb=build.gnb(sequence, draws=4)))
     await trainer.acknowledged(8)
-    detail = await daemon.shown("run", lambda detail: detail.run.step == 8 and len(detail.blocks[0].estimates) > 0)
+    detail = await daemon.shown("run", lambda detail: estimated(detail) == 8)
     true = {"emb": 1e-3, "qk": 1e-2, "ffn": 2e-2, "vo": 4e-2, "norm": 1.0}
     for block in detail.blocks:
         (sharpness,) = [one for one in block.estimates if one.quantity == "sharpness"]
@@ -99,7 +136,7 @@ async def test_the_stability_ratio_is_shown_whole_and_for_the_blocks_that_had_th
     await trainer.send(build.sample(1, direction=build.direction(0.5)))
     await trainer.send(build.sample(2, direction=build.direction(0.25)))
     await trainer.acknowledged(2)
-    detail = await daemon.shown("run", lambda detail: detail.run.step == 2 and len(detail.estimates) > 0)
+    detail = await daemon.shown("run", lambda detail: len(detail.estimates) > 0 and detail.estimates[0].step == 2)
     (whole,) = [one for one in detail.estimates if one.quantity == "stability_ratio"]
     assert whole.value == pytest.approx(0.375)
     ratios = {block.block: [one.value for one in block.estimates] for block in detail.blocks}
@@ -263,7 +300,7 @@ async def test_a_defect_in_the_estimates_leaves_taps_and_alerts(daemon, build, m
     await trainer.acknowledged(1)
     detail = await daemon.shown("run", lambda detail: detail.run.step == 1)
     assert detail.blocks[0].gradient_norm > 0
-    assert await daemon.metric('sharpwatch_internal_errors_total{where="estimate"}') == 1
+    await counted(daemon, 'sharpwatch_internal_errors_total{where="estimate"}', 1)
     trainer.call.cancel()
 
 
