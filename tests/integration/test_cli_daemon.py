@@ -29,6 +29,7 @@ HELLO = agent_pb2.Hello(
     control="lr",
     min_multiplier=0.1,
     max_multiplier=10.0,
+    can_roll_back=True,
 )
 
 
