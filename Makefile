@@ -34,7 +34,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/overhead.py
 
 proto: $(READY)
-	$(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=. --grpc_python_out=. --mypy_out=quiet:. \
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=. --grpc_python_out=. --mypy_out=quiet:. \
 		--mypy_grpc_out=quiet:. $(PROTOS)
 	rm -f sharpwatch/v1/types_pb2_grpc.py sharpwatch/v1/types_pb2_grpc.pyi
 
