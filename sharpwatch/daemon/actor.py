@@ -9,7 +9,7 @@ from sharpwatch.daemon.alerts import AlertBook
 from sharpwatch.daemon.config import PolicyConfig
 from sharpwatch.daemon.guard import OK, Moment, Permissions, bounds, guard_name, judge_rollback, judge_scale
 from sharpwatch.daemon.ledger import UNDER_WAY, Ledger
-from sharpwatch.daemon.orders import issue
+from sharpwatch.daemon.orders import issue, time_out_kept
 from sharpwatch.daemon.policy import Ladder, affected, rollback_plan, scaled
 from sharpwatch.daemon.records import Action, Alert, Checkpoint, Decision, Finding, Mode
 from sharpwatch.daemon.recovery import Standing, hold_steps, quiet_since, standing
@@ -108,6 +108,8 @@ class Actor:
 
     def _dispose(self, made: Decision, policy: PolicyConfig, at: _Moment, undoes: int = 0) -> str:
         """Record `made` as its mode and guard have it; returns the outcome, empty where there is nothing new."""
+        if made.action != "rollback" and not made.ttl_steps:
+            made = replace(made, ttl_steps=time_out_kept(self._ledger, made.multipliers))
         if made.mode == "observe":
             return self._ledger.add(replace(made, outcome="observed")).outcome
         if made.guard != OK:

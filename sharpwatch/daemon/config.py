@@ -146,7 +146,14 @@ def _address(at: Field, *, sockets: bool) -> str:
             raise at.error(f"{said}: {expected}")
         return said
     host, _, port = said.rpartition(":")
-    if not host or not port.isascii() or not port.isdigit() or int(port) > 65_535 or (":" in host and host[0] != "["):
+    if (
+        not host
+        or not port.isascii()
+        or not port.isdigit()
+        or len(port) > 5
+        or int(port) > 65_535
+        or (":" in host and host[0] != "[")
+    ):
         raise at.error(f"{said}: {expected}, port 0 to 65535, an IPv6 host in brackets")
     return said
 

@@ -114,18 +114,26 @@ def _since(made: Decision) -> int:
     return made.step if made.applied_step is None else made.applied_step
 
 
-def _this_timeline(decisions: Sequence[Decision]) -> Sequence[Decision]:
-    """From the newest applied rollback on: steps before it were counted on a timeline that was left."""
+def _this_timeline(moment: Moment) -> Sequence[Decision]:
+    """What was decided on the timeline the run is on.
+
+    From the newest applied rollback on, and of that nothing at a step still ahead: there the run began again from a
+    checkpoint, and its cooldown would last until it had come as far once more.
+    """
+    decisions = [made for made in moment.decisions if made.step <= moment.step or _went_back(made)]
     for index in range(len(decisions) - 1, -1, -1):
-        made = decisions[index]
-        if made.action == "rollback" and made.applied_step is not None:
+        if _went_back(decisions[index]):
             return decisions[index:]
     return decisions
 
 
+def _went_back(made: Decision) -> bool:
+    return made.action == "rollback" and made.applied_step is not None
+
+
 def _cooldown(policy: PolicyConfig, moment: Moment) -> str:
     """Any policy's action counts: two policies that see the same trouble must not cut twice."""
-    for made in reversed(_acted(_this_timeline(moment.decisions), _RATES)):
+    for made in reversed(_acted(_this_timeline(moment), _RATES)):
         if moment.step - _since(made) < policy.guard.cooldown_steps:
             return f"cooldown_steps: {policy.guard.cooldown_steps} have to pass after {made.id} (step {_since(made)})"
     return OK
@@ -144,7 +152,7 @@ def _hourly(policy: PolicyConfig, moment: Moment) -> str:
 
 def _rollback_window(policy: PolicyConfig, moment: Moment) -> str:
     window = policy.guard.rollback_window_steps
-    for made in reversed(_acted(_this_timeline(moment.decisions), ("rollback",))):
+    for made in reversed(_acted(_this_timeline(moment), ("rollback",))):
         if moment.step - _since(made) < window:
             return f"rollback_window_steps: one rollback in {window} steps, and {made.id} was at step {_since(made)}"
     return OK

@@ -30,6 +30,8 @@ MAX_NAME = 253
 MAX_TEXT = 4_096
 MAX_ITEMS = 256  # results, checkpoints, failures, reasons: each, in one sample
 MAX_COUNT = 2**63 - 1  # SQLite's integers and numpy's int64
+MAX_STEP = 2**53  # what is planned ahead of a step, an expiry or a range to skip, has still to fit an int64
+LARGEST_SKETCH = 1e15  # its square, summed over blocks and a whole sketch, is finite in float32
 _OUTCOMES: dict[int, Literal["applied", "refused", "expired", "failed"]] = {
     types_pb2.COMMAND_OUTCOME_APPLIED: "applied",
     types_pb2.COMMAND_OUTCOME_REFUSED: "refused",
@@ -164,7 +166,7 @@ def read_hello(hello: agent_pb2.Hello) -> Manifest:
     _require(hello.control in get_args(Control), f"control: {hello.control!r}, expected one of {get_args(Control)}")
     low, high = hello.min_multiplier, hello.max_multiplier
     _require(0 < low <= 1 <= high < math.inf, f"multiplier bounds ({low}, {high}): expected 0 < min <= 1 <= max")
-    _require(hello.initial_step >= 0, f"initial_step: {hello.initial_step}")
+    _require(0 <= hello.initial_step <= MAX_STEP, f"initial_step: {hello.initial_step}")
     _require(0 <= hello.sketch_size <= 2**16, f"sketch_size: {hello.sketch_size}")
     return Manifest(
         training_job=_name(hello.training_job, "training_job"),
@@ -205,7 +207,7 @@ def _tap(tap: agent_pb2.Tap, rows: int) -> TapReading:
 
 
 def _gnb(probe: agent_pb2.GnbProbe, manifest: Manifest) -> GnbReading | None:
-    """None where a number is not finite."""
+    """None where a number is not finite, or so large that its square would not be: the runs are estimated together."""
     rows = len(manifest.layer_blocks)
     traces = wire.decode(probe.traces, name="gnb.traces", dtype="float64", shape=(None, rows))
     draws = len(traces)
@@ -216,7 +218,7 @@ def _gnb(probe: agent_pb2.GnbProbe, manifest: Manifest) -> GnbReading | None:
     if probe.HasField("sketches"):
         shape = (draws, len(manifest.blocks), manifest.sketch_size)
         sketches = wire.decode(probe.sketches, name="gnb.sketches", dtype="float32", shape=shape)
-    finite = np.isfinite(traces).all() and (sketches is None or np.isfinite(sketches).all())
+    finite = np.isfinite(traces).all() and (sketches is None or (np.abs(sketches) <= LARGEST_SKETCH).all())
     return GnbReading(probe.tokens, traces, sketches) if finite else None
 
 
@@ -249,7 +251,7 @@ def _health(health: agent_pb2.AgentHealth) -> HealthReading:
         step_seconds=_measured(health.step_seconds),
         dropped={_name(reason, "health.dropped"): count for reason, count in health.dropped.items()},
         probe_failures=tuple(
-            f"{failure.probe}: {_text(failure.reason, 'probe failure')} (×{failure.count}"
+            f"{_text(failure.probe, 'probe')}: {_text(failure.reason, 'probe failure')} (×{failure.count}"
             f"{', disabled' if failure.disabled else ''})"
             for failure in health.probe_failures
         ),
@@ -259,25 +261,26 @@ def _health(health: agent_pb2.AgentHealth) -> HealthReading:
 
 def _result(result: types_pb2.CommandResult) -> CommandResult:
     _few(result.unchanged_blocks, "result.unchanged_blocks")
+    _require(-MAX_STEP <= result.step <= MAX_STEP, f"result of {result.command_id!r}: step {result.step}")
     _require(result.outcome in _OUTCOMES, f"result of {result.command_id!r}: outcome {result.outcome}")
     return CommandResult(
         command_id=_name(result.command_id, "result.command_id"),
         outcome=_OUTCOMES[result.outcome],
         step=result.step,
         detail=_text(result.detail, "result.detail"),
-        unchanged_blocks=tuple(result.unchanged_blocks),
+        unchanged_blocks=tuple(_name(block, "result.unchanged_blocks") for block in result.unchanged_blocks),
     )
 
 
 def _checkpoint(checkpoint: types_pb2.Checkpoint) -> Checkpoint:
-    _require(checkpoint.step >= 0, f"checkpoint: step {checkpoint.step}")
+    _require(0 <= checkpoint.step <= MAX_STEP, f"checkpoint: step {checkpoint.step}")
     return Checkpoint(checkpoint.step, _text(checkpoint.uri, "checkpoint.uri"))
 
 
 def read_sample(manifest: Manifest, sample: agent_pb2.Sample) -> Reading:
     """Check a Sample against the Hello of its attempt; the arrays are views of the message's bytes."""
     _require(0 < sample.sequence <= MAX_COUNT, f"sequence: {sample.sequence}, expected 1 to 2**63")
-    _require(sample.step >= 0, f"step: {sample.step}")
+    _require(0 <= sample.step <= MAX_STEP, f"step: {sample.step}, expected 0 to 2**53")
     _require(sample.taken_at_unix_ns <= MAX_COUNT, f"taken_at_unix_ns: {sample.taken_at_unix_ns}")
     _few(sample.results, "results")
     _few(sample.checkpoints, "checkpoints")

@@ -55,6 +55,7 @@ CREATE INDEX transitions_by_decision ON transitions (decision, id);
 """
 _SCHEMAS = (_TABLES, _TRANSITIONS)  # each on top of the one before; a journal of version n has the first n
 SCHEMA_VERSION = len(_SCHEMAS)
+_FIRST_TABLES = {"attempts", "samples", "alerts", "decisions", "revisions"}  # that a journal of any version has
 _TRIM_EVERY = 100  # appended rows of a run between two trims: retention is exact to this many
 _ESTIMATES_PER_SAMPLE = 4
 
@@ -255,17 +256,16 @@ class Journal:
         return lock
 
     def _prepare(self) -> None:
-        self._connection.execute("PRAGMA journal_mode=WAL")
-        self._connection.execute("PRAGMA synchronous=FULL")
         (version,) = self._connection.execute("PRAGMA user_version").fetchone()
         if version > SCHEMA_VERSION:
             raise StoreError(
                 f"journal {self.path}: schema {version}, written by a newer sharpwatch; this one knows {SCHEMA_VERSION}"
             )
-        if version == 0:
-            (tables,) = self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-            if tables:
-                raise StoreError(f"journal {self.path}: a database of something else")
+        tables = {name for (name,) in self._connection.execute("SELECT name FROM sqlite_master")}
+        if not (tables >= _FIRST_TABLES if version else not tables):
+            raise StoreError(f"journal {self.path}: a database of something else")
+        self._connection.execute("PRAGMA journal_mode=WAL")
+        self._connection.execute("PRAGMA synchronous=FULL")
         if version < SCHEMA_VERSION:
             script = "".join(_SCHEMAS[version:])
             self._connection.executescript(f"BEGIN;{script}PRAGMA user_version={SCHEMA_VERSION};COMMIT;")
@@ -363,7 +363,7 @@ class Journal:
             ),
             decisions=tuple(
                 _decision(record)
-                for (record,) in rows("SELECT record FROM decisions WHERE run = ? ORDER BY made_at, rowid", [run])
+                for (record,) in rows("SELECT record FROM decisions WHERE run = ? ORDER BY rowid", [run])
             ),
             revisions=tuple(
                 Revision(**json.loads(record))

@@ -71,7 +71,8 @@ class Orders:
             return None
         reason = "a new attempt begins at 1: what was in force is put back"
         made = self._order("set_lr", Asked("sharpwatch", reason, step, now))
-        return self._revise(replace(made, multipliers=self._within(in_force)))
+        multipliers = self._within(in_force)
+        return self._revise(replace(made, multipliers=multipliers, ttl_steps=time_out_kept(self._ledger, multipliers)))
 
     def rollback(
         self, checkpoints: Iterable[Checkpoint], to_step: int | None, skip: tuple[int, int], asked: Asked
@@ -86,10 +87,9 @@ class Orders:
         if target is None:
             have = ", ".join(str(one.step) for one in saved[-8:]) or "none"
             raise OperatorError(f"no checkpoint to go back to at or before step {to_step}; saved: {have}")
-        if any(made.action == "rollback" and made.outcome in UNDER_WAY for made in self._ledger.unsettled()):
-            raise OperatorError("another rollback is under way")
-        made = self._order("rollback", asked)
-        made = self._ledger.add(replace(made, rollback=RollbackPlan(target, *skip)))
+        plan = RollbackPlan(target, *skip)
+        self._check_rollback(plan, asked.step)
+        made = self._ledger.add(replace(self._order("rollback", asked), rollback=plan))
         self._ledger.send(made)
         return made
 
@@ -98,6 +98,8 @@ class Orders:
         made = self._proposal(identity, "approved")
         is_rollback = made.action == "rollback"
         _permitted(self._allowed.rollback() if is_rollback else self._allowed.multipliers())
+        if made.rollback is not None:
+            self._check_rollback(made.rollback, asked.step)
         life = made.expires_at_step  # of a proposal: how many steps its command may live
         approved = self._ledger.update(
             made,
@@ -115,6 +117,13 @@ class Orders:
         """Put a proposal away."""
         made = self._proposal(identity, "rejected")
         return self._ledger.update(made, outcome="rejected", author=asked.author, reason=asked.reason)
+
+    def _check_rollback(self, plan: RollbackPlan, step: int | None) -> None:
+        """A proposal may have been made before the run went back by another."""
+        if any(made.action == "rollback" and made.outcome in UNDER_WAY for made in self._ledger.unsettled()):
+            raise OperatorError("another rollback is under way")
+        if step is not None and plan.checkpoint.step > step:
+            raise OperatorError(f"the checkpoint of step {plan.checkpoint.step} lies ahead: the run stands at {step}")
 
     def _taken_back(self, made: Decision) -> int:
         """A policy's `set_lr` takes back the ramp back that is the newest revision; others undo nothing."""
@@ -173,6 +182,15 @@ def issue(ledger: Ledger, made: Decision, *, author: str, now: float, undoes: in
     made = ledger.revise(made, author=author, reason=made.reason or made.detail, now=now, undoes=undoes)
     ledger.send(made)
     return made
+
+
+def time_out_kept(ledger: Ledger, multipliers: Mapping[str, float]) -> int:
+    """The TTL of the set in force where `multipliers` keep a raise of it: a raise that ends must not become lasting."""
+    effective = ledger.effective()
+    if not effective:
+        return 0
+    kept = any(value > 1 and multipliers.get(block) == value for block, value in effective[-1].multipliers.items())
+    return ledger.find(effective[-1].decision_id).ttl_steps if kept else 0
 
 
 def _permitted(verdict: str) -> None:

@@ -39,16 +39,18 @@ class Outcomes:
 
     def settle(self, obs: Observation, found: AbstractSet[str], now: float) -> None:
         """Judge every unsettled decision by the step `obs`, at which alerts of the names `found` were seen."""
+        self.expire(now)
         for made in tuple(self._ledger.unsettled()):
-            if made.outcome == "proposed":
-                if now - made.made_at > self._guard(made).approve_within:
-                    self._ledger.update(
-                        made, outcome="expired", detail=_joined(made.detail, "nobody approved it in time")
-                    )
-            elif made.outcome in UNDER_WAY:
+            if made.outcome in UNDER_WAY:
                 self._settle_silence(made, obs)
             elif made.applied_step is not None:
                 self._settle_effect(made, made.applied_step, obs.step, found)
+
+    def expire(self, now: float) -> None:
+        """Put away the proposals that nobody approved in time; a silent run has no steps to do it at."""
+        for made in tuple(self._ledger.unsettled()):
+            if made.outcome == "proposed" and now - made.made_at > self._guard(made).approve_within:
+                self._ledger.update(made, outcome="expired", detail=_joined(made.detail, "nobody approved it in time"))
 
     def _settle_silence(self, made: Decision, obs: Observation) -> None:
         if not made.expires_at_step or obs.step <= made.expires_at_step + LOST_AFTER:

@@ -32,6 +32,8 @@ def restore_run(runs: Runs, stored: StoredRun) -> list[Changes]:
     if run is None:
         return []
     run.supervisor.restore(stored.alerts, stored.decisions, stored.revisions, stored.checkpoints, stored.mode)
+    if len(attempts) > 1 and all(row.attempt != newest.manifest.attempt for row in stored.samples):
+        run.supervisor.begin_anew()  # the daemon ended before it saw a step of it
     run.note(Changes(stored.alerts, stored.decisions, stored.revisions, ()))
     run.outstanding.update((made.id, made) for made in stored.decisions if made.outcome in UNDER_WAY)
     changes = _replay(run, attempts, stored.samples)

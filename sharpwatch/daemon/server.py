@@ -30,6 +30,7 @@ from sharpwatch.v1 import agent_pb2
 
 log = structlog.get_logger(__name__)
 
+MAX_REASON = 1_000  # characters of what is told of a bad message, which may quote it
 MAX_OUTGOING = 1_024  # refusals and commands waiting for a client that does not read
 Context = grpc.aio.ServicerContext[bytes, agent_pb2.SessionResponse]
 
@@ -225,15 +226,20 @@ class AgentService:
         except StopAsyncIteration:
             raise SessionEndedError(grpc.StatusCode.INVALID_ARGUMENT, "no Hello") from None
         try:
+            _check_size(message)
             request = _parse(message, "hello")
             return await self._admit(read_hello(request.hello), request.hello.SerializeToString())
         except WireError as error:
-            raise SessionEndedError(grpc.StatusCode.INVALID_ARGUMENT, f"{error.code}: {error}") from error
+            raise SessionEndedError(grpc.StatusCode.INVALID_ARGUMENT, f"{error.code}: {_said(error)}") from error
 
     async def _admit(self, manifest: Manifest, hello: bytes) -> tuple[Attempt, Run]:
         owner = self._runs.owner(manifest.attempt)
         if owner is not None and owner != manifest.run:
             raise WireError("wrong_run", f"attempt {manifest.attempt} belongs to run {owner}")
+        held = self._runs.get(manifest.run)
+        if held is not None and held.attempt.manifest.training_job != manifest.training_job:
+            other = held.attempt.manifest.training_job
+            raise WireError("wrong_run", f"run {manifest.run} belongs to training job {other}")
         known, run = self._runs.attempt(manifest.run, manifest.attempt), self._runs.get(manifest.run)
         if known is not None and run is not None:
             if known.manifest.layer_blocks != manifest.layer_blocks or known.manifest.blocks != manifest.blocks:
@@ -257,10 +263,11 @@ class AgentService:
 
     async def _read_all(self, requests: AsyncIterator[bytes], session: Session) -> None:
         async for message in requests:
-            if len(message) > wire.MAX_MESSAGE_BYTES:
-                self._metrics.refused.labels("oversized").inc()
-                reason = f"oversized: {len(message)} bytes, at most {wire.MAX_MESSAGE_BYTES}"
-                session.end(grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
+            try:
+                _check_size(message)
+            except WireError as error:
+                self._metrics.refused.labels(error.code).inc()
+                session.end(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{error.code}: {error}")
                 return
             self._take(message, session)
         session.finish()
@@ -277,10 +284,9 @@ class AgentService:
             place = self._place(attempt, reading)
         except WireError as error:
             self._metrics.refused.labels(error.code).inc()
-            log.warning(
-                "sample_refused", run=attempt.manifest.run, sequence=sequence, code=error.code, reason=str(error)
-            )
-            session.refuse(sequence, error.code, str(error))
+            reason = _said(error)
+            log.warning("sample_refused", run=attempt.manifest.run, sequence=sequence, code=error.code, reason=reason)
+            session.refuse(sequence, error.code, reason)
             return
         if place == "new":
             self._intake.put(Entry(attempt, reading, message, received_at))
@@ -292,6 +298,16 @@ class AgentService:
         if run is None:
             raise WireError("unknown_run", f"run {attempt.manifest.run} was given up for newer ones")
         return attempt.cursor.judge(reading.sequence, reading.step, restored=reading.restored)
+
+
+def _said(error: WireError) -> str:
+    """What a message is refused for, short enough for a client to take it."""
+    return str(error)[:MAX_REASON]
+
+
+def _check_size(message: bytes) -> None:
+    if len(message) > wire.MAX_MESSAGE_BYTES:
+        raise WireError("oversized", f"{len(message)} bytes, at most {wire.MAX_MESSAGE_BYTES}")
 
 
 def _parse(message: bytes, expected: Literal["hello", "sample"]) -> agent_pb2.SessionRequest:

@@ -153,6 +153,7 @@ class Supervisor:
 
     def approve(self, decision_id: str, author: str, reason: str, now: float) -> Changes:
         """Send a proposal; raises `OperatorError` where it is none, or none any more."""
+        self._outcomes.expire(now)
         self._orders.approve(decision_id, Asked(author, reason, self._step, now))
         return self._ledger.take()
 
@@ -189,13 +190,17 @@ class Supervisor:
         self._mode = mode or self._mode
         self._new_attempt = False
 
+    def begin_anew(self) -> None:
+        """Have it known that the trainer begins with every multiplier at 1."""
+        self._new_attempt = True
+
     def take_over(self, earlier: Supervisor) -> None:
         """Carry on for a new attempt of the run, whose trainer begins with every multiplier at 1."""
         self.restore(earlier.alerts, earlier.decisions, earlier.revisions, earlier.checkpoints, earlier.own_mode)
         if earlier._ledger.blocks == self._ledger.blocks:
             self._history = earlier._history
         self._step = earlier._step
-        self._new_attempt = True
+        self.begin_anew()
 
     def _see(self, obs: Observation) -> tuple[Scores, list[Finding]]:
         self._step = obs.step

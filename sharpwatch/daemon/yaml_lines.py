@@ -25,6 +25,8 @@ def compose(path: Path) -> yaml.Node | None:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 0
         raise ConfigError(f"is not YAML: {error.problem}", file=file, line=line, key="") from error
+    except RecursionError as error:
+        raise ConfigError("is nested too deep", file=file, line=0, key="") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"is not YAML: {error}", file=file, line=0, key="") from error
     return root

@@ -182,6 +182,13 @@ def test_a_file_that_is_not_there(tmp_path):
     assert str(refused.value) == f"{path}: can't be read: No such file or directory"
 
 
+def test_what_python_itself_gives_up_on_is_refused_like_all_else(load):
+    with pytest.raises(ConfigError, match="is nested too deep"):
+        load("[" * 5000)
+    with pytest.raises(ConfigError, match="expected HOST:PORT"):
+        load(f"daemon: {{http: '127.0.0.1:{'9' * 5000}'}}")
+
+
 def test_a_file_that_is_no_yaml_is_told_with_its_line(load):
     with pytest.raises(ConfigError, match=r"sharpwatch\.yaml:2: is not YAML: "):
         load("daemon:\n\tgrpc: x\n")

@@ -97,3 +97,11 @@ def test_one_rollback_a_window_and_only_to_a_checkpoint():
     assert back(made(1500, "rollback", applied_step=1001)) == "rollback_window_steps"
     assert back(made(1500, "rollback", applied_step=1000)) == "ok"
     assert back(made(1500, "rollback", applied_step=1001, policy="")) == "ok"
+
+
+def test_what_was_decided_at_steps_still_ahead_holds_nothing_up():
+    """The trainer died and began again from a checkpoint."""
+    ahead = made(5000)
+    assert scale(ahead, step=1000) == "ok"
+    assert scale(ahead, made(990), step=1000) == "cooldown_steps"
+    assert back(made(5000, "rollback", outcome="sent", applied_step=None), step=1000) == "ok"

@@ -140,6 +140,7 @@ def test_a_whole_sample_is_read():
     [
         ({"sequence": 0}, "malformed"),
         ({"step": -1}, "malformed"),
+        ({"step": 2**63 - 1}, "malformed"),
         ({"tap": tap(gradient_norm=([1.0, 2.0], "float32"))}, "malformed"),
         ({"tap": tap(gradient_norm=([1.0, 2.0, 3.0], "float64"))}, "malformed"),
         ({"tap": tap(non_finite=([0, -1, 0], "int64"))}, "malformed"),
@@ -153,6 +154,11 @@ def test_a_whole_sample_is_read():
         ({"direction": direction(block_curvature=(1.0, 1.0, 1.0))}, "malformed"),
         ({"results": [types_pb2.CommandResult(command_id="c")]}, "malformed"),
         ({"checkpoints": [types_pb2.Checkpoint(step=1, uri="u")] * (MAX_ITEMS + 1)}, "malformed"),
+        (
+            {"results": [types_pb2.CommandResult(command_id="c", outcome="COMMAND_OUTCOME_APPLIED", step=2**63 - 1)]},
+            "malformed",
+        ),
+        ({"checkpoints": [types_pb2.Checkpoint(step=2**63 - 1, uri="u")]}, "malformed"),
         ({"checkpoints": [types_pb2.Checkpoint(step=1, uri="u" * 5000)]}, "malformed"),
     ],
 )
@@ -180,6 +186,11 @@ def test_a_probe_that_is_not_finite_is_dropped_alone(bad):
     assert reading.direction is None
     assert reading.dropped_probes == ("gnb", "direction")
     assert reading.tap is not None
+
+
+def test_a_sketch_too_large_to_be_squared_is_dropped_before_it_spoils_what_it_is_estimated_with():
+    reading = read_sample(MANIFEST, agent_pb2.Sample(sequence=1, step=1, gnb=gnb(sketches=np.full((2, 2, 64), 1e20))))
+    assert (reading.gnb, reading.dropped_probes) == (None, ("gnb",))
 
 
 def test_a_resend_is_known_whether_it_waits_or_is_journalled():

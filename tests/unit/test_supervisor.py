@@ -187,6 +187,49 @@ def test_a_proposal_expires_by_the_clock_and_by_a_change_of_what_it_stood_on():
     assert trainer.supervisor.decisions[-2].outcome == "expired"
 
 
+def test_a_silent_run_keeps_no_proposal_open():
+    trainer = trained(mode="advise")
+    trainer.heat["ffn"] = 20.0
+    trainer.run(1)
+    (made,) = trainer.supervisor.decisions
+    with pytest.raises(OperatorError, match="is expired"):
+        trainer.supervisor.approve(made.id, "ann", "late", trainer.now + GUARD.approve_within + 1)
+
+
+def test_a_proposed_rollback_is_not_approved_beside_another_nor_once_the_run_went_back_behind_it():
+    trainer = trained((replace(ROLLBACK, match=MatchConfig("UpdateRmsSpike")),), mode="advise")
+    for at in (10, 110):
+        trainer.supervisor.checkpoint(Checkpoint(at, f"file:{at}"))
+    trainer.heat["ffn"] = 1000.0
+    trainer.run(1)
+    (made,) = trainer.supervisor.decisions
+    assert (made.outcome, made.rollback.checkpoint.step) == ("proposed", 110)
+    trainer.take(trainer.supervisor.request_rollback(50, 0, 0, "ann", "mine", trainer.now))
+    with pytest.raises(OperatorError, match="another rollback is under way"):
+        trainer.supervisor.approve(made.id, "ben", "yes", trainer.now)
+    trainer.run(1)
+    assert trainer.step == 11
+    with pytest.raises(OperatorError, match="step 110 lies ahead"):
+        trainer.supervisor.approve(made.id, "ben", "yes", trainer.now)
+
+
+def test_a_raise_that_ends_does_not_become_lasting_under_a_later_cut_or_a_new_attempt():
+    raised = replace(CUT, name="raise", action=ActionConfig("scale_lr", ("emb",), factor=2.0, ttl_steps=500))
+    trainer = trained((raised, replace(CUT, name="cut")), mode="enforce")
+    trainer.heat["ffn"] = 1000.0
+    trainer.run(12)
+    first, *_, later = (made for made in trainer.supervisor.decisions if made.outcome in {"applied", "sent", "failed"})
+    assert (first.policy, first.ttl_steps) == ("raise", 500)
+    assert later.policy == "cut"
+    assert (later.multipliers["emb"], later.multipliers["ffn"], later.ttl_steps) == (2.0, 0.5, 500)
+    trainer.run(1)
+    again = Supervisor("run", **trainer.options)
+    again.take_over(trainer.supervisor)
+    ones = dict.fromkeys(BLOCKS, 1.0)
+    (command,) = again.observe(Observation(1, trainer.now, multipliers=ones), trainer.now).commands
+    assert (command.multipliers["emb"], command.ttl_steps) == (2.0, 500)
+
+
 def test_the_ladder_ends_in_a_rollback_before_the_onset_once():
     trainer = trained(LADDER)
     for at in (60, 110, 125):

@@ -79,6 +79,23 @@ async def test_a_daemon_killed_takes_its_runs_up_where_they_were(start, build):
     again.call.cancel()
 
 
+async def test_a_new_attempt_gets_its_multipliers_though_the_daemon_ended_before_its_first_step(running, build):
+    async with running() as daemon:
+        first = await daemon.train("run", "a1")
+        await first.send(build.sample(1))
+        asked = pb.SetLearningRatesRequest(run="run", multipliers={"qk": 0.5}, author="ann")
+        await daemon.operator.SetLearningRates(asked, metadata=daemon.credentials)
+        done = types_pb2.CommandResult(command_id=(await first.next("command")).id, outcome=1, step=2)
+        await first.send(build.sample(2, results=[done]))
+        await first.acknowledged(2)
+        await daemon.train("run", "a2")
+    async with running() as daemon:
+        second = await daemon.train("run", "a2")
+        await second.send(build.sample(1, 3))
+        command = await second.next("command")
+        assert dict(command.set_multipliers.multipliers)["qk"] == 0.5
+
+
 async def test_no_acknowledged_sample_is_lost_whenever_the_daemon_is_killed(start, build):
     first = await start()
     trainer = await first.client.train()

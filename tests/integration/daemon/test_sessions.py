@@ -249,6 +249,40 @@ async def test_an_attempt_stays_with_its_run_and_its_blocks(daemon, build):
     assert "other blocks" in (await other.ended())[1]
 
 
+async def test_a_run_stays_with_its_training_job(daemon, build):
+    """Another job of the same run's name would be given this one's multipliers."""
+    await daemon.train("one", "a1", training_job="mine")
+    thief = daemon.connect()
+    await thief.send(build.hello("one", "a2", training_job="yours"))
+    assert "run one belongs to training job mine" in (await thief.ended())[1]
+
+
+async def test_what_a_bad_message_is_refused_for_is_short_however_long_the_message(daemon, build):
+    trainer, greeter = await daemon.train(), daemon.connect()
+    bad = build.sample(1)
+    bad.tap.gradient_norm.shape.extend([1] * 2_000_000)
+    await trainer.send(bad)
+    assert len((await trainer.next("refusal")).reason) == 1_000
+    await greeter.send(build.hello(attempt="a2", control="x" * 100_000))
+    code, details = await greeter.ended()
+    assert (code, len(details) < 1_100) == (grpc.StatusCode.INVALID_ARGUMENT, True)
+    await trainer.send(build.sample(2))
+    await trainer.acknowledged(2)
+
+
+async def test_a_step_that_leaves_no_room_for_an_expiry_does_not_end_the_daemon(running, build):
+    cut = "policies: [{name: cut, match: {alert: NonFinite}, mode: enforce, action: {kind: scale_lr, factor: 0.5}}]"
+    async with running(policies=cut) as daemon:
+        liar = await daemon.train("liar", "a1")
+        await liar.send(build.sample(1, 2**63 - 1, loss=float("nan"), taken_at_unix_ns=1))
+        assert (await liar.next("refusal")).code == "malformed"
+        await liar.send(build.sample(2, 2**53, loss=float("nan"), taken_at_unix_ns=1))
+        assert (await liar.next("command")).expires_at_step > 2**53
+        other = await daemon.train("other", "b1")
+        await other.send(build.sample(1))
+        await other.acknowledged(1)
+
+
 async def test_a_new_attempt_continues_the_run(daemon, build):
     first = await daemon.train(attempt="a1")
     await first.send(build.sample(1, step=100))

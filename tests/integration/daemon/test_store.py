@@ -185,6 +185,23 @@ def test_what_can_not_be_a_journal_is_refused_with_path_and_cause(tmp_path):
         Journal(f"sqlite:///{tmp_path}/other.db", retain_samples=1)
 
 
+@pytest.mark.parametrize("version", [0, 1, 2])
+def test_a_database_of_something_else_is_left_as_it_is(tmp_path, version):
+    with closing(sqlite3.connect(tmp_path / "other.db")) as other:
+        other.executescript(f"CREATE TABLE cats (name); PRAGMA user_version={version};")
+    before = (tmp_path / "other.db").read_bytes()
+    with pytest.raises(StoreError, match="a database of something else"):
+        Journal(f"sqlite:///{tmp_path}/other.db", retain_samples=1)
+    assert (tmp_path / "other.db").read_bytes() == before
+
+
+def test_decisions_come_back_in_the_order_they_were_made_though_the_clock_went_back(journal):
+    made = [Decision(name, "run", at, 1, "notify", "observe", "observed") for name, at in (("a", 9.0), ("b", 5.0))]
+    for one in made:
+        journal.write(Batch(decisions=(one,)))
+    assert journal.load("run", samples=1).decisions == tuple(made)
+
+
 def test_a_full_disk_takes_nothing_and_says_so_then_all_of_it(journal):
     journal.write(Batch(attempts=(ATTEMPT,), samples=samples(1, 2)))
     (pages,) = journal._connection.execute("PRAGMA page_count").fetchone()
