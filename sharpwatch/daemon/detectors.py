@@ -58,41 +58,44 @@ def loss_spike(recent: Sequence[Scores]) -> Finding | None:
 def update_rms_spike(recent: Sequence[Scores]) -> Finding | None:
     """A block's update RMS of z > 6, seen twice: in a second signal, a second block or a second step; z > 12 alone.
 
-    A block whose weights jumped is the cause and stands first, whatever the others' z: one damaged weight changes the
-    gradients of every block around it.
+    Weights that jumped need no second sign, nor a z: early in a run, where levels still scatter, one damaged weight
+    stays within them. Their block is the cause and stands first: it disturbs the gradients of every block around it.
     """
     now = recent[-1]
     high = {block: z for block, z in now.update_rms.items() if z > SPIKE}
-    if not high:
+    jumped = _weight_jumps(recent)
+    if not jumped and not _seen_twice(high, recent):
         return None
-    worst = max(high.values())
+    said = [f"weight norm of {block} ×{jumped[block]:.3g} in one step" for block in _worst_first(jumped)]
+    said += [
+        f"update RMS of {block} {now.observation.update_rms[block]:.3g} (z {high[block]:.1f})"
+        for block in _worst_first(high)
+    ]
+    blocks = tuple(dict.fromkeys((*_worst_first(jumped), *_worst_first(high))))
+    severity: Severity = "critical" if jumped or max(high.values()) > SURE_SPIKE else "warning"
+    return Finding("UpdateRmsSpike", blocks, severity, "; ".join(said), now.observation.step)
+
+
+def _seen_twice(high: Mapping[str, float], recent: Sequence[Scores]) -> bool:
+    """Whether the blocks of too high an update RMS have a second sign, or one that needs none."""
     before = recent[-2].update_rms if len(recent) > 1 else {}
-    second = (
+    return (
         len(high) > 1
-        or any(now.gradient_norm.get(block, 0.0) > CORROBORATES for block in high)
+        or any(z > SURE_SPIKE for z in high.values())
+        or any(recent[-1].gradient_norm.get(block, 0.0) > CORROBORATES for block in high)
         or any(before.get(block, 0.0) > SPIKE for block in high)
     )
-    jumped = _weight_jumps(recent)
-    if worst <= SURE_SPIKE and not second and not jumped:
-        return None
-    said = (f"{block} {now.observation.update_rms[block]:.3g} (z {high[block]:.1f})" for block in _worst_first(high))
-    evidence = f"update RMS of {', '.join(said)}"
-    evidence += "".join(f"; weight norm of {block} ×{ratio:.3g} in one step" for block, ratio in jumped.items())
-    blocks = tuple(dict.fromkeys((*_worst_first(jumped), *_worst_first(high))))
-    severity: Severity = "critical" if worst > SURE_SPIKE or jumped else "warning"
-    return Finding("UpdateRmsSpike", blocks, severity, evidence, now.observation.step)
 
 
 def _weight_jumps(recent: Sequence[Scores]) -> dict[str, float]:
-    """By how much a block's weight norm grew since the step before, where that is more than a step can do."""
-    if len(recent) < 2:
+    """By how much a block's weight norm grew since the step before, where that is more than a step can do.
+
+    Not in warm-up: weights that begin at zero double in their second step.
+    """
+    if len(recent) < 2 or recent[-1].observation.step != recent[-2].observation.step + 1:
         return {}
-    now, before = recent[-1].observation, recent[-2].observation
-    if now.step != before.step + 1:
-        return {}
-    ratios = {
-        b: norm / before.weight_norm[b] for b, norm in now.weight_norm.items() if before.weight_norm.get(b, 0) > 0
-    }
+    was, now = recent[-2].observation.weight_norm, recent[-1].observation.weight_norm
+    ratios = {block: now[block] / was[block] for block in recent[-1].gradient_norm if was.get(block) and block in now}
     return {block: ratio for block, ratio in ratios.items() if ratio > WEIGHT_JUMP}
 
 

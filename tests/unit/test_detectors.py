@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -141,18 +140,33 @@ def test_a_corrupted_weight_names_its_block_first_at_once_while_the_loss_stands_
     assert (found.name, found.blocks[0], found.severity) == ("UpdateRmsSpike", "ffn", "critical")
 
 
+def jump(step: int, **changed: float) -> list[Observation]:
+    """A step on which the norm of feed-forward weights becomes 300, and the one before it."""
+    before, seen = (replace(one, weight_norm=dict.fromkeys(BLOCKS, 14.0)) for one in healthy([step - 1, step], seed=1))
+    return [before, replace(seen, weight_norm={**seen.weight_norm, **changed})]
+
+
 def test_the_block_whose_weights_jumped_is_named_before_those_it_disturbs_more():
     """As seen on a LLaMA: the norm's update RMS stood higher (z 13.8) than the damaged feed-forward's (z 10.2)."""
-    before, seen = (replace(one, weight_norm=dict.fromkeys(BLOCKS, 14.0)) for one in healthy([400, 401], seed=1))
-    disturbed = {"norm": math.exp(14 * 0.12), "ffn": math.exp(10 * 0.12)}
-    seen = replace(seen, update_rms=scaled(dict(seen.update_rms), disturbed))
-    history = trained(399)
-    assert findings(history, [before]) == []
-    (plain,) = findings(copy.deepcopy(history), [seen])
-    assert plain.blocks[:2] == ("norm", "ffn")
-    (found,) = findings(history, [replace(seen, weight_norm={**seen.weight_norm, "ffn": 300.3})])
-    assert found.blocks[:2] == ("ffn", "norm")
-    assert "weight norm of ffn ×21.4 in one step" in found.evidence
+    before, seen = jump(401, ffn=300.3)
+    seen = replace(
+        seen, update_rms=scaled(dict(seen.update_rms), {"norm": math.exp(14 * 0.12), "ffn": math.exp(10 * 0.12)})
+    )
+    (found,) = findings(trained(399), [before, seen])
+    assert (found.name, found.blocks[:2], found.severity) == ("UpdateRmsSpike", ("ffn", "norm"), "critical")
+    assert found.evidence.startswith("weight norm of ffn ×21.4 in one step; update RMS of norm")
+
+
+def test_weights_that_jumped_need_no_other_sign_after_warm_up():
+    """As seen on a LLaMA at step 126, where levels still scattered: update RMS of the damaged block at z 3.6."""
+    (found,) = findings(trained(124), jump(126, ffn=300.3))
+    assert (found.name, found.blocks, found.severity) == ("UpdateRmsSpike", ("ffn",), "critical")
+    assert findings(trained(124), jump(126, ffn=20.9)) == []  # not by half
+
+
+def test_weights_may_double_in_warm_up():
+    """Those that begin at zero do, in their second step."""
+    assert findings(trained(10), jump(12, norm=28.0)) == []
 
 
 def test_a_modest_update_rms_spike_is_seen_twice_or_not_believed():
