@@ -187,12 +187,15 @@ def read_hello(hello: agent_pb2.Hello) -> Manifest:
     )
 
 
-def _tap(tap: agent_pb2.Tap, rows: int) -> TapReading:
+def _tap(tap: agent_pb2.Tap, parameters: Ints) -> TapReading:
+    rows = len(parameters)
+
     def floats(name: str) -> Floats:
         return wire.decode(getattr(tap, name), name=f"tap.{name}", dtype="float32", shape=(rows,))
 
     non_finite = wire.decode(tap.non_finite, name="tap.non_finite", dtype="int64", shape=(rows,))
-    _require(bool((non_finite >= 0).all()), "tap.non_finite: a count below zero")
+    in_range = (non_finite >= 0) & (non_finite <= parameters)
+    _require(bool(in_range.all()), "tap.non_finite: a count below zero or above the block's parameters")
     rate, multiplier = floats("learning_rate"), floats("lr_multiplier")
     for name, values in (("learning_rate", rate), ("lr_multiplier", multiplier)):
         _require(bool(np.isfinite(values).all()), f"tap.{name}: not finite", "non_finite")
@@ -295,7 +298,7 @@ def read_sample(manifest: Manifest, sample: agent_pb2.Sample) -> Reading:
         step=sample.step,
         taken_at=sample.taken_at_unix_ns / 1e9,
         loss=sample.loss if sample.HasField("loss") else None,
-        tap=_tap(sample.tap, len(manifest.layer_blocks)) if sample.HasField("tap") else None,
+        tap=_tap(sample.tap, manifest.parameters) if sample.HasField("tap") else None,
         gnb=gnb,
         direction=direction,
         health=_health(sample.health) if sample.HasField("health") else None,

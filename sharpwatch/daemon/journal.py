@@ -127,6 +127,7 @@ class Batch:
     decisions: tuple[Decision, ...] = ()
     transitions: tuple[TransitionRow, ...] = ()
     revisions: tuple[Revision, ...] = ()
+    rewinds: tuple[tuple[str, int], ...] = ()  # run, and the step after which its earlier checkpoints are void
     checkpoints: tuple[tuple[str, Checkpoint], ...] = ()
     modes: tuple[ModeRow, ...] = ()
     estimates: tuple[EstimateRow, ...] = ()
@@ -303,6 +304,7 @@ class Journal:
             "INSERT OR REPLACE INTO revisions VALUES (?, ?, ?)",
             [(revision.run, revision.revision, _record(revision)) for revision in batch.revisions],
         )
+        connection.executemany("DELETE FROM checkpoints WHERE run = ? AND step > ?", batch.rewinds)
         connection.executemany(
             "INSERT OR IGNORE INTO checkpoints VALUES (?, ?, ?)",
             [(run, checkpoint.step, checkpoint.uri) for run, checkpoint in batch.checkpoints],

@@ -45,6 +45,7 @@ class Unwritten:
     transitions: list[TransitionRow] = field(default_factory=list)
     revisions: dict[tuple[str, int], Revision] = field(default_factory=dict)
     checkpoints: dict[tuple[str, Checkpoint], None] = field(default_factory=dict)
+    rewinds: dict[str, int] = field(default_factory=dict)  # run -> the step after which its checkpoints are void
     modes: list[ModeRow] = field(default_factory=list)
     estimates: deque[EstimateRow] = field(default_factory=lambda: deque(maxlen=MAX_UNWRITTEN_ESTIMATES))
     commands: dict[str, str] = field(default_factory=dict)  # decision id -> run
@@ -63,6 +64,11 @@ class Unwritten:
         self.decisions.update((made.id, made) for made in changes.commands if made.id not in self.decisions)
         self.commands.update((made.id, run) for made in changes.commands)
 
+    def rewind(self, run: str, step: int) -> None:
+        """`run` was restored to `step`: forget the checkpoints after it."""
+        self.rewinds[run] = min(step, self.rewinds.get(run, step))
+        self.checkpoints = {(of, cp): None for of, cp in self.checkpoints if of != run or cp.step <= step}
+
     def under(self, newer: Unwritten) -> None:
         """Put what has come since on top."""
         self.attempts.update(newer.attempts)
@@ -70,6 +76,8 @@ class Unwritten:
         self.decisions.update(newer.decisions)
         self.transitions.extend(newer.transitions)
         self.revisions.update(newer.revisions)
+        for run, step in newer.rewinds.items():
+            self.rewind(run, step)
         self.checkpoints.update(newer.checkpoints)
         self.modes.extend(newer.modes)
         self.estimates.extend(newer.estimates)
@@ -84,6 +92,7 @@ class Unwritten:
             decisions=tuple(self.decisions.values()),
             transitions=tuple(self.transitions),
             revisions=tuple(self.revisions.values()),
+            rewinds=tuple(self.rewinds.items()),
             checkpoints=tuple(self.checkpoints),
             modes=tuple(self.modes),
             estimates=tuple(self.estimates),
@@ -199,7 +208,11 @@ class Pipeline:
         for attempt in {entry.attempt.manifest.attempt: entry.attempt for entry in entries}.values():
             self._on_settled(attempt, attempt.cursor.journalled)
         for identity, run in unwritten.commands.items():
-            self._send(run, identity)
+            try:
+                self._send(run, identity)
+            except Exception:  # one command that can't be put on the wire must not end the daemon; counted
+                self._metrics.internal_errors.labels("send").inc()
+                log.exception("send_failed", run=run, decision=identity)
 
     async def _timed_write(self, batch: Batch) -> None:
         try:
@@ -276,6 +289,9 @@ class Pipeline:
         reading, now = entry.reading, time.time()
         for probe in reading.dropped_probes:
             self._metrics.dropped_probes.labels(probe).inc()
+        if reading.restored:
+            run.supervisor.rewind(reading.step)
+            self._unwritten.rewind(run.name, reading.step)
         for checkpoint in reading.checkpoints:
             run.supervisor.checkpoint(checkpoint)
             self._unwritten.checkpoints[run.name, checkpoint] = None

@@ -125,6 +125,13 @@ class Supervisor:
         self._checkpoints.pop(cp, None)
         self._checkpoints[cp] = None
 
+    def rewind(self, step: int) -> None:
+        """The run was restored to `step` or the one before: checkpoints after it are of a timeline that was left.
+
+        A rollback into that timeline would bring back the very trouble the last one left behind.
+        """
+        self._checkpoints = {cp: None for cp in self._checkpoints if cp.step <= step}
+
     def set_learning_rates(  # noqa: PLR0913, PLR0917  the fields of the operator's request
         self,
         multipliers: Mapping[str, float],

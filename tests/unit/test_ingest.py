@@ -144,6 +144,7 @@ def test_a_whole_sample_is_read():
         ({"tap": tap(gradient_norm=([1.0, 2.0], "float32"))}, "malformed"),
         ({"tap": tap(gradient_norm=([1.0, 2.0, 3.0], "float64"))}, "malformed"),
         ({"tap": tap(non_finite=([0, -1, 0], "int64"))}, "malformed"),
+        ({"tap": tap(non_finite=([0, 2**62, 0], "int64"))}, "malformed"),  # a sum of such would wrap
         ({"tap": tap(learning_rate=([0.1, math.nan, 0.1], "float32"))}, "non_finite"),
         ({"tap": tap(lr_multiplier=([1.0, math.inf, 1.0], "float32"))}, "non_finite"),
         ({"tap": agent_pb2.Tap()}, "malformed"),

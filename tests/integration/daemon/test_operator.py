@@ -154,9 +154,12 @@ async def test_a_new_attempt_is_given_the_multipliers_in_force(daemon, build):
 
 async def test_a_rollback_lets_the_steps_go_back(daemon, build):
     trainer = await daemon.train()
-    await trainer.send(build.sample(1, step=10, checkpoints=[types_pb2.Checkpoint(step=5, uri="file:///c5")]))
+    saved = [types_pb2.Checkpoint(step=step, uri=f"file:///c{step}") for step in (5, 10)]
+    await trainer.send(build.sample(1, step=10, checkpoints=saved))
     await trainer.acknowledged(1)
-    request = pb.RequestRollbackRequest(run="run", skip_from_step=6, skip_to_step=9, author="ann", reason="spike")
+    request = pb.RequestRollbackRequest(
+        run="run", to_step=9, skip_from_step=6, skip_to_step=9, author="ann", reason="spike"
+    )
     made = (await daemon.operator.RequestRollback(request, metadata=daemon.credentials)).decision
     command = await trainer.next("command")
     assert command.rollback.checkpoint.uri == "file:///c5"
@@ -166,7 +169,8 @@ async def test_a_rollback_lets_the_steps_go_back(daemon, build):
     await trainer.send(build.sample(3, step=6, restored=True, results=[result]))
     await trainer.acknowledged(3)
     assert "refusal" not in trainer.heard
-    await daemon.shown("run", lambda detail: detail.run.step == 6)
+    detail = await daemon.shown("run", lambda detail: detail.run.step == 6)
+    assert [checkpoint.uri for checkpoint in detail.checkpoints] == ["file:///c5"]  # the later one was left behind
     trainer.call.cancel()
 
 

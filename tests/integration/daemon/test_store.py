@@ -39,6 +39,15 @@ def journal(url):
         yield opened
 
 
+def test_checkpoints_of_a_timeline_that_was_left_are_forgotten(journal):
+    kept, void, other = Checkpoint(3, "file:///c3"), Checkpoint(9, "file:///c9"), Checkpoint(9, "file:///o9")
+    journal.write(Batch(attempts=(ATTEMPT,), checkpoints=(("run", kept), ("run", void), ("else", other))))
+    again = Checkpoint(5, "file:///c5")
+    journal.write(Batch(rewinds=(("run", 4),), checkpoints=(("run", again),)))
+    assert journal.load("run", samples=0).checkpoints == (kept, again)
+    assert journal.load("else", samples=0).checkpoints == (other,)
+
+
 def test_every_record_comes_back_as_it_went(journal):
     alert = Alert("al1", "run", "LossSpike", ("qk", "vo"), "critical", "z 9", 5, 7, active=True)
     plan = RollbackPlan(Checkpoint(3, "file:///c"), 3, 9)
