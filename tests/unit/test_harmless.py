@@ -317,12 +317,18 @@ def test_a_tied_head_stays_tied():
     assert model.lm_head.weight is model.transformer.wte.weight
 
 
+# A gloo process group joins its worker thread where it is freed, while it holds the interpreter's lock, for which that
+# worker may still be waiting after a backward: a deadlock inside torch. Kept to the end, it is freed when all is idle.
+_KEPT: list[nn.Module] = []
+
+
 def test_a_wrapped_model_runs_without_its_wrapper():
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         model = dense.gpt2()
         wrapped = nn.parallel.DistributedDataParallel(model)
+        _KEPT.append(wrapped)
         ids, labels = dense.tokens()
         batch = Batch((ids,), {"labels": labels})
         bare = gnb_probe(model, classify(model), batch, draws=1, generator=generator())
