@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 _PROBES = 4  # from so many on, the scatter of probes says more than that of draws
-_ROUNDS = 30  # of the fixed point in λ and T; a round shrinks the error about (1/m + 1/k)-fold
 # Of 400 windows of a flat spectrum, for m = 4, 8, 32 and 128 each, the top eigenvalue stood at 0.96 to 0.98 of the edge
 # on average and in none above 1.25 of it. A power law's bulk reaches further: λ_i ~ 1/√i has it at 1.16 (m = 128).
 _CLEAR = 1.25
@@ -64,13 +63,12 @@ def trace_estimates(traces: Tensor, mask: Tensor) -> TraceEstimates:
 def top_eigenvalues(sketches: Tensor, mask: Tensor) -> TopEigenvalues:
     """The largest eigenvalue of G from `sketches` [W, P, D, k] of its √N-scaled gradients, and `mask` [W, P, D].
 
-    The Gram matrix of m draws has, for an eigenvalue λ and a rest of trace T, its top at λ + T/m + T/k + T²/(mkλ): once
-    the bulk that k buckets make of the rest, once what m draws make of that (Baik and Silverstein 2006, spiked
-    covariances). The largest root is taken, T = Tr G − λ. Below the edge T(1/√m + 1/√k)² nothing can be told, and
-    λ = T/√(mk) is the largest that could hide there.
+    What m draws and k buckets make of the rest of the spectrum is taken off by `_without_bias`. Where neighbours stand
+    near, that takes off about half of what it should if they are equal (a top one of equals is the luckiest, not a
+    spike among noise), so what neighbours alone took off goes into the error.
 
-    The error joins the scatter of the squared projections on the top direction (at least the √(2/m) of Gaussian ones,
-    for it is uncertain itself) with the sketch's own √(2/k), which no window can average out.
+    The error joins it with the scatter of the squared projections on the top direction (at least the √(2/m) of
+    Gaussian ones, for it is uncertain itself) and the sketch's own √(2/k), which no window can average out.
     """
     windows, probes, per_probe, size = sketches.shape
     present = mask.flatten(1)
@@ -79,25 +77,44 @@ def top_eigenvalues(sketches: Tensor, mask: Tensor) -> TopEigenvalues:
     values, vectors = torch.linalg.eigh((rows @ rows.mT).double() / draws[:, None, None])
     top, trace = values[:, -1], values.sum(1)
     second = values[:, -2] if values.shape[1] > 1 else torch.zeros_like(top)
-    value, edge = _without_bias(top, trace, draws, size)
+    value = _without_bias(values.clamp(min=0), draws, size)
+    rest = (trace - value).clamp(min=0)
+    neighbours = (_without_neighbours(top, rest, draws, size) - value).clamp(min=0)
     # Each draw's share of the top: their mean is `top`.
     projections = (top * draws)[:, None] * vectors[:, :, -1].square()
     scatter = _projection_error(projections.view(windows, probes, per_probe), mask)
     gaussian = value * (2 / draws).sqrt()
-    stderr = torch.fmax(scatter, gaussian).square().add(value.square() * 2 / size).sqrt()
+    variance = torch.fmax(scatter, gaussian).square() + value.square() * 2 / size + neighbours.square()
+    stderr = torch.where(draws < 2, torch.nan, variance.sqrt())
+    edge = rest * (1 / draws.sqrt() + size**-0.5).square()
     upper_bound = (top <= _CLEAR * edge) | (top - second <= stderr) | (draws < 2)
-    return TopEigenvalues(value, torch.where(draws < 2, torch.nan, stderr), draws, upper_bound)
+    return TopEigenvalues(value, stderr, draws, upper_bound)
 
 
-def _without_bias(top: Tensor, trace: Tensor, draws: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """λ of the window's `top` eigenvalue, and the edge that the rest of the spectrum reaches; both [W]."""
-    value = rest = top
-    for _ in range(_ROUNDS):
-        rest = (trace - value).clamp(min=0)
-        linear = top - rest * (1 / draws + 1 / size)
-        root = (linear.square() - 4 * rest.square() / (draws * size)).clamp(min=0).sqrt()
-        value = torch.maximum((linear + root) / 2, rest / (draws * size).sqrt())
-    return value, rest * (1 / draws.sqrt() + size**-0.5).square()
+def _without_bias(values: Tensor, draws: Tensor, size: int) -> Tensor:
+    """λ [W] of the top of each window's ascending eigenvalues l [W, n], of which all but `draws` are padding.
+
+    With a = Σ l_1/(l_1 − l_j)/(m − 1) over the other draws and b the same over the k − 1 other dimensions of the
+    sketch, λ = l_1/(ab): a spike's size from where it stands among noise (Benaych-Georges and Nadakuditi 2012, "The
+    singular values and vectors of low rank perturbations of large rectangular random matrices"), exact for a spike
+    alone. It falls to nothing as the top meets the next one; T/√(mk), T the rest's trace, is the largest that could
+    hide below the edge T(1/√m + 1/√k)².
+    """
+    top = values[:, -1]
+    padding = values.shape[1] - draws
+    repelled = (top[:, None] / (top[:, None] - values[:, :-1])).sum(1) - padding
+    by_draws = torch.where(draws > 1, repelled / (draws - 1), 1.0)
+    by_buckets = (size - draws + repelled) / (size - 1)
+    value = torch.where(top > 0, top / (by_draws * by_buckets), 0.0)
+    rest = (values.sum(1) - value).clamp(min=0)
+    return torch.maximum(value, torch.where(draws > 1, rest / (draws * size).sqrt(), 0.0))
+
+
+def _without_neighbours(top: Tensor, rest: Tensor, draws: Tensor, size: int) -> Tensor:
+    """λ [W] with l = (λ + T/m)(λ + T/k)/λ, as it were if the `rest` T of the trace were spread thinly."""
+    linear = top - rest * (1 / draws + 1 / size)
+    root = (linear.square() - 4 * rest.square() / (draws * size)).clamp(min=0).sqrt()
+    return (linear + root) / 2
 
 
 def _projection_error(projections: Tensor, mask: Tensor) -> Tensor:
