@@ -84,11 +84,8 @@ def effective_ranks(moments: PairMoments, top: Tensor) -> Figures:
     inverse moves by 2 Σ (λ_i²/Tr G² − λ_i/Tr G) of it, which `top` [W], the largest eigenvalue, bounds.
     """
     chosen = _leave_one_out(moments.present)
-    second = _mean(moments.products, chosen, chosen)
-    outer = moments.traces[:, :, None] * moments.traces[:, None]
-    ratio = second / (_mean(outer, chosen, chosen) - 2 / moments.size * second)
-    inverse = _jackknife(ratio, moments.present)
-    share = (top.square() / second[:, 0]).clamp(0, 1) - inverse.value
+    inverse = _jackknife(_product_of_shapes(moments, chosen, chosen), moments.present)
+    share = (top.square() / _mean(moments.products, chosen, chosen)[:, 0]).clamp(0, 1) - inverse.value
     own = inverse.value.square() * 8 / moments.size * share.clamp(min=0)
     relative = inverse.stderr.square().add(own).sqrt() / inverse.value
     rank = 1 / (inverse.value * (1 + relative.square()))
@@ -107,10 +104,8 @@ def drifts(moments: PairMoments) -> Figures:
     newer = moments.present & ~older
     chosen = _leave_one_out(moments.present)
     old, new = chosen * older[:, None], chosen * newer[:, None]
-    old = old / (old @ moments.traces[..., None]) * old.sum(2, keepdim=True)
-    new = new / (new @ moments.traces[..., None]) * new.sum(2, keepdim=True)
-    within = _mean(moments.products, old, old) + _mean(moments.products, new, new)
-    similarity = _jackknife(2 * _mean(moments.products, old, new) / within, older, newer)
+    within = _product_of_shapes(moments, old, old) + _product_of_shapes(moments, new, new)
+    similarity = _jackknife(2 * _product_of_shapes(moments, old, new) / within, older, newer)
     error = _with_sketch(similarity, moments.size)
     return _kept(1 - similarity.value, error, error < 1)
 
@@ -135,19 +130,26 @@ def _without_collisions(squares: Tensor, norms: Tensor, size: int) -> Tensor:
 
 
 def _leave_one_out(present: Tensor) -> Tensor:
-    """Float64 [W, 1 + P, P] weights: all that are `present` [W, P], then all but one of them in turn."""
+    """Float64 [W, 1 + P, P] of 0 and 1: all that are `present` [W, P], then all but one of them in turn."""
     kept = 1 - torch.eye(present.shape[1], dtype=torch.float64, device=present.device)
     weights = present.double()[:, None]
     return torch.cat([weights, weights * kept], 1)
 
 
-def _mean(cells: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Mean [W, R] of `cells` [W, P, P] off the diagonal, weighted; NaN where there is none.
+def _product_of_shapes(moments: PairMoments, left: Tensor, right: Tensor) -> Tensor:
+    """Tr(G G') / (Tr G Tr G') [W, R] of the means of probes in `left` and in `right` [W, R, P].
 
-    `left` and `right` [W, R, P] are scaled weights: a pair counts once wherever both are above zero.
+    Both traces are taken from the same pairs: what a few draws make of them, they make of the numerator as well.
     """
+    product = _mean(moments.products, left, right)
+    outer = moments.traces[:, :, None] * moments.traces[:, None]
+    return product / (_mean(outer, left, right) - 2 / moments.size * product)
+
+
+def _mean(cells: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Mean [W, R] of `cells` [W, P, P] over the pairs of two probes of `left` and `right` [W, R, P], 0 or 1 each."""
     apart = 1 - torch.eye(cells.shape[1], dtype=cells.dtype, device=cells.device)
-    count = ((left > 0).double() @ apart * (right > 0)).sum(2)
+    count = (left @ apart * right).sum(2)
     return (left @ (cells * apart) * right).sum(2) / torch.where(count > 0, count, torch.nan)
 
 
