@@ -115,6 +115,43 @@ def test_shards_add_up_to_the_whole(seed, cuts):
     close(total, sketcher.sketch(values), 10.0)
 
 
+def whole_numbers(seed):
+    """Gradients whose sums float32 holds exactly, in whatever order they are added."""
+    return {name: (8 * values).round() for name, values in gradients(seed).items()}
+
+
+@PROPERTY
+@given(st.integers(0, 2**32), st.integers(2, 5), st.randoms())
+def test_no_order_of_shards_or_parameters_matters(seed, ranks, random):
+    sketcher = CountSketch(MIXED, SIZE, seed)
+    values = whole_numbers(3)
+    sketches = []
+    cuts = {name: [0, *sorted(random.choices(range(each.numel() + 1), k=ranks - 1))] for name, each in values.items()}
+    for rank in range(ranks):
+        low = {name: cut[rank] for name, cut in cuts.items()}
+        high = {name: [*cut, values[name].numel()][rank + 1] for name, cut in cuts.items()}
+        names = random.sample(sorted(values), len(values))
+        sketches.append(
+            sketcher.sketch({name: values[name].reshape(-1)[low[name] : high[name]] for name in names}, low)
+        )
+    random.shuffle(sketches)
+    assert torch.equal(sum(sketches), sketcher.sketch(values))
+
+
+@PROPERTY
+@given(st.integers(0, 2**32), st.sampled_from(sorted(SHAPES)), st.data())
+def test_an_entry_has_one_place_and_sign_in_whatever_shard_it_lies(seed, name, data):
+    count = math.prod(SHAPES[name])
+    low = data.draw(st.integers(0, count - 1))
+    high = data.draw(st.integers(low + 1, count))
+    unit = torch.zeros(count)
+    unit[data.draw(st.integers(low, high - 1))] = 1.0
+    shard = CountSketch(MIXED, SIZE, seed).sketch({name: unit[low:high]}, {name: low})
+    # Another sketcher of the same seed stands for another rank.
+    assert torch.equal(shard, CountSketch(MIXED, SIZE, seed).sketch({name: unit.view(SHAPES[name])}))
+    assert shard.abs().sum() == 1
+
+
 @PROPERTY
 @given(st.data())
 def test_pieces_hold_each_entry_of_a_part_once(data):
