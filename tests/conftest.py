@@ -5,9 +5,16 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # for the modules that several folders of tests share
+import stand_ins
+
+from sharpwatch.agent import attach as attach_module
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -20,6 +27,19 @@ def _one_thread() -> None:
 def _interruptible() -> None:
     """A shell starts background jobs with SIGINT ignored, and programs under test would inherit that."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def wires(monkeypatch):
+    """The pipes that `attach` has made, in their order; none leads to a courier."""
+    made = []
+
+    def make(hello, **options):
+        made.append(stand_ins.Wire(hello, **options))
+        return made[-1]
+
+    monkeypatch.setattr(attach_module, "CourierPipe", make)
+    return made
 
 
 @pytest.fixture(scope="session")

@@ -10,50 +10,13 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import sharpwatch
-from sharpwatch.agent import attach as attach_module
-from sharpwatch.v1 import agent_pb2, types_pb2
+from sharpwatch.v1 import types_pb2
 
 APPLIED, REFUSED, FAILED = (
     types_pb2.COMMAND_OUTCOME_APPLIED,
     types_pb2.COMMAND_OUTCOME_REFUSED,
     types_pb2.COMMAND_OUTCOME_FAILED,
 )
-
-
-class Wire:
-    """A pipe whose other end is the test."""
-
-    def __init__(self, hello, **_):
-        self.hello, self.samples, self.inbox, self.dropped = hello, [], [], {}
-
-    def send(self, request):
-        self.samples.append(request.sample)
-
-    def receive(self):
-        taken, self.inbox = self.inbox, []
-        return taken
-
-    def close(self):
-        pass
-
-    def order(self, **command):
-        self.inbox.append(agent_pb2.SessionResponse(command=types_pb2.Command(**command)))
-
-    @property
-    def results(self):
-        return [result for sample in self.samples for result in sample.results]
-
-
-@pytest.fixture
-def wires(monkeypatch):
-    made = []
-
-    def make(hello, **options):
-        made.append(Wire(hello, **options))
-        return made[-1]
-
-    monkeypatch.setattr(attach_module, "CourierPipe", make)
-    return made
 
 
 class Loop:

@@ -7,60 +7,16 @@ import logging
 import numpy as np
 import pytest
 import torch
+from stand_ins import Net, Wire
 from torch import nn
 
 import sharpwatch
-from sharpwatch.agent import attach as attach_module
 from sharpwatch.agent.control import Control
 from sharpwatch.agent.overlay import Overlay
 from sharpwatch.agent.probes import Probes
 from sharpwatch.agent.sampler import Sampler
 from sharpwatch.agent.tap import Tap
 from sharpwatch.v1 import agent_pb2, types_pb2
-
-
-class Wire:
-    """A pipe whose other end is the test."""
-
-    def __init__(self, hello, **_):
-        self.hello, self.samples, self.inbox, self.dropped = hello, [], [], {}
-
-    def send(self, request):
-        self.samples.append(request.sample)
-
-    def receive(self):
-        taken, self.inbox = self.inbox, []
-        return taken
-
-    def close(self):
-        pass
-
-
-class Net(nn.Module):
-    """A language model of nanoGPT's manner: logits and loss."""
-
-    def __init__(self):
-        super().__init__()
-        self.wte = nn.Embedding(11, 8)
-        self.ln_f = nn.LayerNorm(8)
-        self.lm_head = nn.Linear(8, 11, bias=False)
-
-    def forward(self, idx, targets=None):
-        logits = self.lm_head(self.ln_f(self.wte(idx)))
-        loss = None if targets is None else nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        return logits, loss
-
-
-@pytest.fixture
-def wires(monkeypatch):
-    made = []
-
-    def make(hello, **options):
-        made.append(Wire(hello, **options))
-        return made[-1]
-
-    monkeypatch.setattr(attach_module, "CourierPipe", make)
-    return made
 
 
 def run(steps=6, **options):

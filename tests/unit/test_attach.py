@@ -5,48 +5,17 @@ import re
 
 import pytest
 import torch
+from stand_ins import Net
 from torch import nn
 
 import sharpwatch
-from sharpwatch.agent import attach as attach_module
 from sharpwatch.errors import AttachError
 
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.wte = nn.Embedding(11, 8)
-        self.ln_f = nn.LayerNorm(8)
-        self.lm_head = nn.Linear(8, 11, bias=False)
-
-    def forward(self, idx):
-        return self.lm_head(self.ln_f(self.wte(idx)))
-
-
-class Wire:
-    """A pipe that leads nowhere."""
-
-    started = 0
-    dropped: dict[str, int] = {}  # noqa: RUF012 - never written
-
-    def __init__(self, hello, *, address, token, tls):
-        type(self).started += 1
-        self.hello, self.address, self.token, self.tls = hello, address, token, tls
-
-    def send(self, request):
-        pass
-
-    def receive(self):
-        return []
-
-    def close(self):
-        pass
+pytestmark = pytest.mark.usefixtures("wires")
 
 
 @pytest.fixture(autouse=True)
-def _no_courier(monkeypatch):
-    Wire.started = 0
-    monkeypatch.setattr(attach_module, "CourierPipe", Wire)
+def _no_settings(monkeypatch):
     monkeypatch.delenv("SHARPWATCH_ADDRESS", raising=False)
     monkeypatch.delenv("SHARPWATCH_DISABLED", raising=False)
 
@@ -108,10 +77,10 @@ def test_the_signature_is_the_documented_one():
         ({"token": "a\nb"}, "token"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_starts(model, optimizer, options, says):
+def test_what_cannot_be_is_refused_before_anything_starts(model, optimizer, wires, options, says):
     with pytest.raises(AttachError, match=re.escape(says)):
         sharpwatch.attach(model, optimizer, **({"training_job": "job"} | options))
-    assert Wire.started == 0
+    assert not wires
     assert not model._forward_pre_hooks
     assert not optimizer._optimizer_step_pre_hooks
 
@@ -145,7 +114,7 @@ def test_the_run_is_named_after_the_job_without_touching_the_global_source(model
 def test_the_address_comes_from_the_argument_the_environment_or_the_default(model, optimizer, monkeypatch):
     def target(**options):
         with sharpwatch.attach(model, optimizer, training_job="job", **options) as watch:
-            return str(wire(watch).address)
+            return str(wire(watch).options["address"])
 
     assert target() == "127.0.0.1:7741"
     monkeypatch.setenv("SHARPWATCH_ADDRESS", "watch.example:99")
@@ -174,12 +143,12 @@ class Strange(Net):
         self.mystery = nn.Parameter(torch.ones(3, 5))
 
 
-def test_a_model_that_cannot_be_divided_is_refused_until_a_rules_file_says_how(monkeypatch, tmp_path):
+def test_a_model_that_cannot_be_divided_is_refused_until_a_rules_file_says_how(wires, monkeypatch, tmp_path):
     model = Strange()
     optimizer = torch.optim.AdamW(model.parameters())
     with pytest.raises(AttachError, match="mystery"):
         sharpwatch.attach(model, optimizer, training_job="job")
-    assert Wire.started == 0
+    assert not wires
     rules = tmp_path / "rules.yaml"
     monkeypatch.setenv("SHARPWATCH_BLOCK_RULES", str(rules))
     rules.write_text("- match: mystery\n  block: nonsense\n")

@@ -4,54 +4,20 @@ import gc
 import weakref
 
 import pytest
+import stand_ins
 import torch
 from torch import nn
 
 import sharpwatch
-from sharpwatch.agent import attach as attach_module
 from sharpwatch.v1 import agent_pb2, types_pb2
 
 
-class Wire:
-    """A pipe whose other end is the test."""
-
-    def __init__(self, hello, **_):
-        self.hello, self.samples, self.inbox, self.dropped, self.closed = hello, [], [], {}, False
-
-    def send(self, request):
-        self.samples.append(request.sample)
-
-    def receive(self):
-        taken, self.inbox = self.inbox, []
-        return taken
-
-    def close(self):
-        self.closed = True
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.wte = nn.Embedding(11, 8)
-        self.ln_f = nn.LayerNorm(8)
-        self.lm_head = nn.Linear(8, 11, bias=False)
+class Net(stand_ins.Net):
+    """The same in Hugging Face's manner: its output is named, and the tokens are their own labels."""
 
     def forward(self, idx, targets=None):
-        logits = self.lm_head(self.ln_f(self.wte(idx)))
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), (idx if targets is None else targets).flatten())
+        logits, loss = super().forward(idx, idx if targets is None else targets)
         return {"logits": logits, "loss": loss}
-
-
-@pytest.fixture
-def wires(monkeypatch):
-    made = []
-
-    def make(hello, **options):
-        made.append(Wire(hello, **options))
-        return made[-1]
-
-    monkeypatch.setattr(attach_module, "CourierPipe", make)
-    return made
 
 
 TOKENS = torch.tensor([[1, 2, 3], [4, 5, 6]])

@@ -74,7 +74,7 @@ OWN_METRICS = [
 @pytest.fixture
 async def prometheus(program, tmp_path):
     """Start a Prometheus that scrapes `target`; returns its address."""
-    processes = []
+    started, readers = [], []
 
     async def start(target: str) -> str:
         with socket.socket() as probe:
@@ -89,19 +89,18 @@ async def prometheus(program, tmp_path):
             f"--web.listen-address={address}",
         )
         process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
-        processes.append(process)
+        started.append(process)
         async for line in process.stderr:
             if b"Server is ready" in line:
                 break
-        # Read on, or the pipe fills.
-        processes.append(asyncio.create_task(process.stderr.read()))
+        readers.append(asyncio.create_task(process.stderr.read()))  # or the pipe fills
         return address
 
     yield start
-    process, reader = processes
-    process.send_signal(signal.SIGTERM)
-    await process.wait()
-    await reader
+    for process in started:  # none where it is not installed
+        process.send_signal(signal.SIGTERM)
+        await process.wait()
+    await asyncio.gather(*readers)
 
 
 async def in_trouble(daemon, build) -> None:
