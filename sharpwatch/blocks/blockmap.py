@@ -31,7 +31,8 @@ class Row(NamedTuple):
 class Part:
     """A parameter, or a slice of one, that belongs to one block.
 
-    `dim` None is the whole parameter (start and stop are 0), else `parameter.narrow(dim, start, stop - start)`.
+    `dim` None is the whole parameter (start and stop are 0). Else dimension `dim` is `repeats` equal stretches, the
+    heads of an interleaved matrix, say, and the part is entries [start, stop) of each.
     """
 
     parameter: str
@@ -41,10 +42,20 @@ class Part:
     start: int
     stop: int
     numel: int
+    repeats: int = 1
 
     def view(self, tensor: Tensor) -> Tensor:
-        """This part of `tensor`, which has the parameter's shape. Shares its memory."""
-        return tensor if self.dim is None else tensor.narrow(self.dim, self.start, self.stop - self.start)
+        """This part of `tensor`, which has the parameter's shape. Shares its memory.
+
+        Where the part repeats, dimension `dim` becomes two: [repeats, stop - start].
+        """
+        if self.dim is None:
+            return tensor
+        if self.repeats == 1:
+            return tensor.narrow(self.dim, self.start, self.stop - self.start)
+        shape = tensor.shape
+        stretches = tensor.view(*shape[: self.dim], self.repeats, -1, *shape[self.dim + 1 :])
+        return stretches.narrow(self.dim + 1, self.start, self.stop - self.start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +146,8 @@ class BlockMap:
 def _label(part: Part) -> str:
     if part.dim is None:
         return part.parameter
-    return f"{part.parameter}[{':, ' * part.dim}{part.start}:{part.stop}]"
+    each = f"{part.repeats} x " if part.repeats > 1 else ""
+    return f"{part.parameter}[{':, ' * part.dim}{each}{part.start}:{part.stop}]"
 
 
 def _layer_key(layer: str | None) -> tuple[int, list[tuple[int, int, str]]]:
@@ -148,12 +160,12 @@ def _check_cover(name: str, shape: tuple[int, ...], parts: list[Part]) -> None:
         raise BlockError(f"{name} {shape}: no block has it")
     if len(parts) == 1 and parts[0].dim is None and parts[0].numel == math.prod(shape):
         return
-    dim, reached = parts[0].dim, 0
+    dim, repeats, reached = parts[0].dim, parts[0].repeats, 0
     for part in parts:
-        if part.dim is None or part.dim != dim or part.start != reached or part.stop <= part.start:
+        if part.dim is None or (part.dim, part.repeats, part.start) != (dim, repeats, reached) or part.stop <= reached:
             raise BlockError(f"{name} {shape}: its parts overlap or leave a gap at {reached} of dimension {dim}")
-        if part.numel * shape[part.dim] != (part.stop - part.start) * math.prod(shape):
+        if part.numel * shape[part.dim] != (part.stop - part.start) * repeats * math.prod(shape):
             raise BlockError(f"{name} {shape}: a part says {part.numel} entries, and has others")
         reached = part.stop
-    if dim is None or reached != shape[dim]:
-        raise BlockError(f"{name} {shape}: its parts end at {reached} of dimension {dim}")
+    if dim is None or reached * repeats != shape[dim]:
+        raise BlockError(f"{name} {shape}: its parts end at {reached} of dimension {dim}, {repeats} times")

@@ -53,8 +53,8 @@ def _decide(rule: Rule, name: str, shape: tuple[int, ...]) -> Placement:
         return str(rule.block)
     if not -len(shape) <= rule.split.dim < len(shape):
         raise BlockError(f"rule {rule.match!r}: {name} {shape} has no dimension {rule.split.dim}")
-    split = Split(rule.split.dim % len(shape), rule.split.parts)
-    total = sum(size for _, size in split.parts)
+    split = Split(rule.split.dim % len(shape), rule.split.parts, rule.split.repeats)
+    total = sum(size for _, size in split.parts) * split.repeats
     if total != shape[split.dim]:
         raise BlockError(
             f"rule {rule.match!r}: the sizes add up to {total}, dimension {split.dim} of {name} {shape} is "
@@ -66,9 +66,9 @@ def _decide(rule: Rule, name: str, shape: tuple[int, ...]) -> Placement:
 def _parts(name: str, shape: tuple[int, ...], layer: str | None, placement: Placement) -> list[Part]:
     if isinstance(placement, str):
         return [Part(name, placement, layer, None, 0, 0, math.prod(shape))]
-    parts, start = [], 0
-    rest = math.prod(shape) // shape[placement.dim]
+    parts, start, repeats = [], 0, placement.repeats
+    rest = repeats * math.prod(shape) // shape[placement.dim]
     for block, size in placement.parts:
-        parts.append(Part(name, block, layer, placement.dim, start, start + size, size * rest))
+        parts.append(Part(name, block, layer, placement.dim, start, start + size, size * rest, repeats))
         start += size
     return parts

@@ -1,32 +1,54 @@
-"""What is known of transformers: where a parameter belongs, read from the module tree, module types and shapes."""
+"""What is known of transformers: where a parameter belongs, read from the module tree, module types and names."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+from collections.abc import Iterator
 
 from torch import nn
 
+from sharpwatch.blocks import fused
 from sharpwatch.blocks.rules import Split
-from sharpwatch.blocks.tree import Place, Tree, words
+from sharpwatch.blocks.structure import (
+    holds_qkv,
+    is_attention,
+    is_conv1d,
+    is_convolution,
+    is_embedding,
+    is_feed_forward,
+    is_linear,
+    is_mixer,
+    named,
+    roles,
+)
+from sharpwatch.blocks.tree import Place, Tree
+from sharpwatch.blocks.vocabulary import (
+    ATTENTION_LINEAR,
+    BY_CLASS,
+    CONNECTOR,
+    CONVOLUTION,
+    FEED_FORWARD_LINEAR,
+    HEAD,
+    HEAD_PART,
+    KIND,
+    LOOSE,
+    MIXER,
+    NORM,
+    POSITION,
+    ROUTER,
+    TOKEN,
+    TOWER,
+    is_plain,
+    role,
+    terms,
+    words,
+)
 from sharpwatch.errors import BlockError
 
 Placement = str | Split
-Path = tuple[tuple[str, nn.Module], ...]
 
-_POSITION = {"wpe", "pos", "position", "positions", "positional", "relative"}
-_TOKEN = {"wte", "tok", "token", "tokens", "word", "vocab", "emb", "embed", "embedding", "embeddings", "shared"}
-_NORM = {"norm", "ln", "layernorm", "rmsnorm"}
-_FFN = {"mlp", "ffn", "ff", "ffwd", "feedforward", "moe", "expert", "experts"}
-_HEAD = {"lm_head", "head", "output", "embed_out", "unembed", "unembedding", "output_projection", "to_logits"}
-# Linear layers of a feed-forward part that has no module of its own, or one with a general name.
-_FFN_LINEAR = {"fc1", "fc2", "linear1", "linear2", "lin1", "lin2", "c_fc", "fc_in", "fc_out", "up_proj", "down_proj"}
-_FFN_LINEAR |= {"gate_proj", "gate_up_proj", "w1", "w2", "w3", "wi", "wi_0", "wi_1", "wo"}
-_FFN_LINEAR |= {"dense_h_to_4h", "dense_4h_to_h", "intermediate.dense", "output.dense"}
-_FILLER = {"proj", "projection", "lin", "linear", "w", "c", "to", "weight", "bias", "dense"}
-_ROLES = {"q": "q", "wq": "q", "query": "q", "k": "k", "wk": "k", "key": "k", "v": "v", "wv": "v", "value": "v"}
-_ROLES |= {"o": "o", "wo": "o", "out": "o", "output": "o", "": "o"}
-_ROLES |= dict.fromkeys(("attn", "qkv", "wqkv", "query_key_value", "in"), "fused")
-_BLOCK_OF_ROLE = {"q": "qk", "k": "qk", "v": "vo", "o": "vo"}
+_BLOCK_OF_ROLE = {"k": "qk", "qk": "qk", "v": "vo", "o": "vo", "gate": "other", "position": "other"}
 
 
 def place(tree: Tree, name: str) -> Placement:
@@ -35,7 +57,7 @@ def place(tree: Tree, name: str) -> Placement:
     A parameter shared between modules is what its embedding is: a tied head is the embedding.
     """
     places = tree.places(tree.parameters[name])
-    for candidate in sorted(places, key=lambda p: not isinstance(p.owner, nn.Embedding)):
+    for candidate in sorted(places, key=lambda at: (not is_embedding(at.owner), not is_linear(at.owner))):
         placement = _place_at(tree, candidate)
         if placement is not None:
             return placement
@@ -43,152 +65,161 @@ def place(tree: Tree, name: str) -> Placement:
 
 
 def _place_at(tree: Tree, at: Place) -> Placement | None:
-    parameter = at.owner.get_parameter(at.leaf)
-    if isinstance(at.owner, nn.Embedding):
+    if is_embedding(at.owner):
         return _embedding(at)
-    if _is_norm(at, parameter):
+    if _is_norm(at):
         return "norm"
-    if _is_position(at, parameter) or _is_state_space(at) or _is_router(at):
+    known = BY_CLASS.get((type(at.above[-1][1]).__name__, at.name)) if at.above else None
+    part = known or _part(tree, at)
+    placement = _attention(at) if part == "attention" else part or _beside_the_parts(tree, at)
+    if placement is None and (is_convolution(at.owner) or _is_loose(at)):
         return "other"
-    region = _region(tree, at)
-    if region == "attention":
-        return _attention(at, parameter)
-    return region or _head(tree, at)
+    return placement
 
 
 def _embedding(at: Place) -> str | None:
     """Token tables are `emb`; tables added at every token (positions, token types) are `other`."""
-    named = {*words(at.segment), *words(type(at.owner).__name__)} - {"embedding"}
-    if named & (_POSITION | {"type", "segment"}):
+    names = terms(at.segment, type(at.owner).__name__, *(segment for segment, _ in at.path[-2:-1]))
+    if names & (POSITION | KIND):
         return "other"
-    return "emb" if set(words(at.segment)) & _TOKEN else None
+    return "emb" if terms(at.segment) & TOKEN else None
 
 
-def _is_norm(at: Place, parameter: nn.Parameter) -> bool:
-    if parameter.ndim > 1 or _is_linear(at.owner):
+def _is_norm(at: Place) -> bool:
+    if is_linear(at.owner) or is_convolution(at.owner) or any(True for _ in _parameters_below(at.owner)):
         return False
-    return bool({*words(type(at.owner).__name__), *words(at.segment), *words(at.leaf)} & _NORM) and not list(
-        at.owner.children()
-    )
+    one_by_one = at.owner.get_parameter(at.leaf).ndim == 1
+    return bool(terms(type(at.owner).__name__, *([at.segment, at.leaf] if one_by_one else [])) & NORM)
 
 
-def _is_position(at: Place, parameter: nn.Parameter) -> bool:
-    """A table of positions kept as a bare parameter, [T, d] or [1, T, d]."""
-    return parameter.ndim > 1 and not _is_linear(at.owner) and bool(set(words(at.leaf)) & _POSITION)
+def _parameters_below(module: nn.Module) -> Iterator[nn.Parameter]:
+    return itertools.chain.from_iterable(child.parameters() for child in module.children())
 
 
-def _is_state_space(at: Place) -> bool:
-    """Inside a module that owns a state matrix (A_log, as in Mamba)."""
-    return any("A_log" in dict(module.named_parameters(recurse=False)) for _, module in at.path)
+def _is_loose(at: Place) -> bool:
+    """A vector or matrix of its own whose name says that it is none of the blocks'."""
+    return at.alone and bool(terms(at.leaf) & (LOOSE | POSITION | KIND))
 
 
-def _is_router(at: Place) -> bool:
-    if "router" in {*words(at.segment), *words(type(at.owner).__name__)}:
+def _part(tree: Tree, at: Place) -> str | None:
+    """What `at` is a part of, seen from the inside out: "attention", "ffn", "other" or None."""
+    if terms(at.name) & ROUTER:
+        return "other"
+    depth = tree.layer_depth(at)
+    for here in range(len(at.path) - 1, max(depth, 1) - 1, -1):
+        segment, module = at.path[here]
+        if _is_router(at.path[here - 1][1], segment, module):
+            return "other"
+        if here < len(at.above) and (found := _part_of(tree, at, here, in_layer=bool(depth))):
+            return "other" if found == "ffn" and not depth and _is_connector(at) else found
+    return "attention" if not depth and holds_qkv(at.path[0][1]) else None
+
+
+def _is_router(parent: nn.Module, segment: str, module: nn.Module) -> bool:
+    if named(segment, module) & ROUTER:
         return True
-    beside = dict(at.path[-2][1].named_children()) if len(at.path) > 1 else {}
-    return "experts" in beside and "gate" in words(at.segment)
+    beside = {word for name, _ in parent.named_children() for word in words(name)}
+    return words(segment)[-1:] == ("gate",) and bool(beside & {"expert", "experts"})
 
 
-def _multihead(at: Place, parameter: nn.Parameter) -> Placement | None:
-    """`nn.MultiheadAttention` keeps q, k and v in one parameter, or in three of its own."""
-    if at.leaf in {"in_proj_weight", "in_proj_bias"}:
-        return _thirds(0, parameter.shape[0])
-    return _BLOCK_OF_ROLE.get(_role(at.leaf) or "")
-
-
-def _attention(at: Place, parameter: nn.Parameter) -> Placement | None:
-    if isinstance(at.owner, nn.MultiheadAttention):
-        return _multihead(at, parameter)
-    role = _role(at.segment)
-    if role == "fused":
-        return _fused(at, parameter)
-    return _BLOCK_OF_ROLE.get(role or "")
-
-
-def _fused(at: Place, parameter: nn.Parameter) -> Placement | None:
-    """Query, key and value as three equal slices of the output, the layout of GPT-2 and nanoGPT (`c_attn`).
-
-    Others interleave them by head (GPT-NeoX, GPT-BigCode) or share keys between heads: not known here.
-    """
-    if at.segment != "c_attn" or not _is_linear(at.owner):
-        return None
-    conv1d = _is_conv1d(at.owner)
-    if type(at.path[-2][1]).__module__.startswith("transformers.models.") and not conv1d:
-        return None
-    weight = at.owner.get_parameter("weight")
-    inputs, outputs = weight.shape if conv1d else reversed(weight.shape)
-    if outputs != 3 * inputs:
-        return None
-    return _thirds(1 if conv1d and parameter.ndim > 1 else 0, outputs)
-
-
-def _thirds(dim: int, size: int) -> Split:
-    return Split(dim, (("qk", 2 * size // 3), ("vo", size // 3)))
-
-
-def _head(tree: Tree, at: Place) -> str | None:
-    """A linear layer outside all layers with an output head's name; a bias goes with its (perhaps tied) matrix."""
-    if not _is_linear(at.owner) or tree.in_layer(at) != at.path[1:] or at.segment not in _HEAD:
-        return None
-    owners = tree.places(at.owner.get_parameter("weight"))
-    return "emb" if any(isinstance(place.owner, nn.Embedding) for place in owners) else "head"
-
-
-def _region(tree: Tree, at: Place) -> str | None:
-    """The part of the layer that `at` is in, seen from the inside out: "attention", "ffn" or None."""
-    if isinstance(at.owner, nn.MultiheadAttention):
+def _part_of(tree: Tree, at: Place, here: int, *, in_layer: bool) -> str | None:
+    segment, module = at.path[here]
+    names = named(segment, module)
+    if names & MIXER or terms(segment) & CONVOLUTION or (in_layer and tree.ask(is_mixer, module)):
+        return "other"
+    if here == len(at.above) - 1 and _is_beside_queries(at):
         return "attention"
-    inside = tree.in_layer(at)
-    if not inside or not (_is_linear(at.owner) or "experts" in words(at.segment)):
+    if names & CONNECTOR:
+        return "other"
+    if tree.ask(is_attention, module):
+        return "attention"
+    return "ffn" if is_feed_forward(segment, module) else None
+
+
+def _is_beside_queries(at: Place) -> bool:
+    """Whether `at` is one of the matrices of attention that are directly in a module, perhaps with others."""
+    return role(at.name) is not None and at.name not in FEED_FORWARD_LINEAR and holds_qkv(at.above[-1][1])
+
+
+def _is_connector(at: Place) -> bool:
+    return any(named(segment, module) & CONNECTOR for segment, module in at.path[1:])
+
+
+def _attention(at: Place) -> Placement | None:
+    found, attention, rows = role(at.name), at.above[-1][1], _rows(at)
+    if found == "o" and is_plain(at.name):
+        found = _role_of_wrapper(at.above[-1][0]) or found
+    if found == "k" and not {"v", "fused"} & roles(attention):
+        return "vo"  # the only key matrix where values have none: keys are the values
+    if found == "q":
+        return _along_rows(at, fused.queries(attention, at.name, rows))
+    if found == "latent":
+        return _along_rows(at, fused.latent(attention, rows))
+    if found in {"fused", "in"}:
+        return _along_rows(at, fused.keys_and_values(attention, at.name, rows, _inputs(at)))
+    if found is None and terms(at.name) & (POSITION | LOOSE | CONVOLUTION):
+        return "other"
+    return _BLOCK_OF_ROLE.get(found or "")
+
+
+def _role_of_wrapper(segment: str) -> str | None:
+    """The role of a projection that is a module of its own, seen from the matrix in it."""
+    found = role(segment)
+    return found if found in {"q", "k", "v"} else "position" if terms(segment) & POSITION else None
+
+
+def _rows(at: Place) -> int:
+    """Outputs of the matrix that `at` is, or is the bias of."""
+    parameter = at.owner.get_parameter(at.leaf)
+    return parameter.shape[1] if is_conv1d(at.owner) and parameter.ndim > 1 else parameter.shape[0]
+
+
+def _inputs(at: Place) -> int:
+    weight = at.owner.get_parameter(at.leaf if at.alone else "weight")
+    return weight.shape[0] if is_conv1d(at.owner) else weight.shape[-1]
+
+
+def _along_rows(at: Place, placement: Placement | None) -> Placement | None:
+    """`placement` as it is for this parameter: Conv1D keeps its outputs in dimension 1 of the weight."""
+    if isinstance(placement, Split) and is_conv1d(at.owner) and at.owner.get_parameter(at.leaf).ndim > 1:
+        return dataclasses.replace(placement, dim=1)
+    return placement
+
+
+def _beside_the_parts(tree: Tree, at: Place) -> Placement | None:
+    """A matrix of no part that is a module of its own: directly in a layer, or outside of all layers."""
+    if at.alone or not at.above:
         return None
-    for segment, module in reversed(inside[:-1] if _is_linear(at.owner) else inside):
-        if _is_feed_forward(segment, module):
-            return "ffn"
-        if _is_attention(module):
-            return "attention"
-    if _holds_qkv(at.path[-2][1]) and _role(at.segment) is not None and at.segment != "wo":
-        return "attention"  # q, k, v and o directly in the layer
-    in_layer = tree.in_layer(at) != at.path[1:]
-    return "ffn" if in_layer and {at.segment, f"{at.path[-2][0]}.{at.segment}"} & _FFN_LINEAR else None
+    if not tree.layer_depth(at):
+        return _outside(tree, at)
+    return _attention(at) if _is_beside_queries(at) else _in_layer(at)
 
 
-def _is_feed_forward(segment: str, module: nn.Module) -> bool:
-    """Named so, in words of its own: mlp, FeedForward, DenseReluDense, experts."""
-    named = words(segment), words(type(module).__name__)
-    if set().union(*named) & _FFN or named[0] == ("dense", "relu", "dense"):
-        return True
-    return any(pair == ("feed", "forward") for name in named for pair in itertools.pairwise(name))
+def _in_layer(at: Place) -> str | None:
+    parent = at.above[-1][0]
+    qualified = {at.name, f"{parent}.{at.name}"}
+    if terms(parent) & NORM:
+        return "other"  # a norm whose scale is computed
+    if qualified & ATTENTION_LINEAR:
+        return "vo"
+    if qualified & FEED_FORWARD_LINEAR or is_feed_forward(at.segment, at.owner):
+        return "ffn"
+    return "other" if _is_connector(at) else None
 
 
-def _is_attention(module: nn.Module) -> bool:
-    """Whether query, key and value are in `module`, and no feed-forward part is."""
-    inside = list(module.named_modules())
-    if any(_is_feed_forward(name.rpartition(".")[2], child) for name, child in inside):
-        return False
-    return any(_holds_qkv(child) for _, child in inside)
+def _outside(tree: Tree, at: Place) -> str | None:
+    if any(named(segment, module) & TOWER for segment, module in at.above[1:]):
+        return "other"
+    if (at.name in HEAD and is_linear(at.owner)) or any(terms(segment) & HEAD_PART for segment, _ in at.path[1:]):
+        return _head(tree, at.owner)
+    return "other" if terms(at.name) & CONNECTOR else None
 
 
-def _holds_qkv(module: nn.Module) -> bool:
-    if isinstance(module, nn.MultiheadAttention):
-        return True
-    roles = {_role(name) for name, child in module.named_children() if _is_linear(child)}
-    return {"q", "k", "v"} <= roles or "fused" in roles
-
-
-def _role(name: str) -> str | None:
-    """What a linear layer of attention is to it: q, k, v, o or fused; None if its name says nothing known."""
-    return _ROLES.get("_".join(word for word in words(name) if word not in _FILLER))
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or _is_conv1d(module)
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    """Hugging Face's Conv1D: a linear layer with its weight [in, out]. Known by name, transformers is not required."""
-    return any(
-        cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils" for cls in type(module).__mro__
-    )
+def _head(tree: Tree, owner: nn.Module) -> str:
+    """What predicts tokens; a bias goes with its (perhaps tied) matrix."""
+    weight = getattr(owner, "weight", None)
+    owners = tree.places(weight) if isinstance(weight, nn.Parameter) else []
+    return "emb" if any(is_embedding(place.owner) for place in owners) else "head"
 
 
 def _unplaced(name: str, shape: tuple[int, ...], owner: nn.Module) -> BlockError:

@@ -23,10 +23,11 @@ from sharpwatch.errors import BlockError, ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Parts of a fused parameter, in order along `dim`: (block type, size)."""
+    """Parts of a fused parameter, in order along `dim`: (block type, size); all of them `repeats` times in a row."""
 
     dim: int
     parts: tuple[tuple[str, int], ...]
+    repeats: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,18 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
-
-_WORD = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|\d+")
-
-
-def words(name: str) -> tuple[str, ...]:
-    """`name` in lower-case words: "T5LayerNorm" is (t, 5, layer, norm), "q_proj" is (q, proj)."""
-    return tuple(word.lower() for word in _WORD.findall(name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +26,21 @@ class Place:
         """The owner's name in its parent; empty for the model itself."""
         return self.path[-1][0]
 
+    @property
+    def alone(self) -> bool:
+        """Whether it is no weight or bias of the owner as a whole, but named for itself."""
+        return self.leaf not in {"weight", "bias"}
+
+    @property
+    def name(self) -> str:
+        """What names it: a weight or a bias is of its owner, and named as that is."""
+        return self.leaf if self.alone else self.segment
+
+    @property
+    def above(self) -> tuple[tuple[str, nn.Module], ...]:
+        """The modules that `name` is inside of."""
+        return self.path if self.alone else self.path[:-1]
+
 
 class Tree:
     """The parameters of a model, where each hangs (a shared one in several places), and their layers."""
@@ -46,6 +53,7 @@ class Tree:
         for name, parameter in model.named_parameters(remove_duplicate=False):
             self._places.setdefault(id(parameter), []).append(self._place(name))
         self._labels = _labels(dict(_trunks(model, "")))
+        self._answers: dict[tuple[Callable[[nn.Module], bool], nn.Module], bool] = {}
 
     def places(self, parameter: nn.Parameter) -> list[Place]:
         """Everywhere `parameter` hangs; more than one place where it is shared."""
@@ -55,13 +63,18 @@ class Tree:
         """The layer's canonical name, "layers.3" or "encoder.layers.3"; None outside layers."""
         return next((label for prefix, label in self._labels.items() if name.startswith(prefix)), None)
 
-    def in_layer(self, place: Place) -> tuple[tuple[str, nn.Module], ...]:
-        """The path below the layer's own module, or below the model where `place` is in no layer."""
-        for depth in range(len(place.path), 0, -1):
-            prefix = "".join(segment + "." for segment, _ in place.path[1:depth])
-            if prefix in self._labels:
-                return place.path[depth:]
-        return place.path[1:]
+    def layer_depth(self, place: Place) -> int:
+        """How many modules of the path lead down to the layer, itself included; 0 where `place` is in no layer."""
+        for depth in range(len(place.path) - 1, 0, -1):
+            if "".join(segment + "." for segment, _ in place.path[1 : depth + 1]) in self._labels:
+                return depth + 1
+        return 0
+
+    def ask(self, question: Callable[[nn.Module], bool], module: nn.Module) -> bool:
+        """`question(module)`, a function of `structure`, worked out once for each module."""
+        if (question, module) not in self._answers:
+            self._answers[question, module] = question(module)
+        return self._answers[question, module]
 
     def _place(self, name: str) -> Place:
         *segments, leaf = name.split(".")

@@ -171,7 +171,8 @@ class _Stage:
 def _pieces(part: Part, shape: tuple[int, ...], low: int, high: int, limit: int) -> Iterator[_Piece]:
     """What entries [low, high) of a parameter hold of `part`, in pieces that span at most `limit` entries.
 
-    A part along dimension `dim` is the run [first, last) of each period of `shape[dim:]` entries.
+    A part along dimension `dim` is the run [first, last) of each period: `shape[dim:]` entries, or where the part
+    repeats that many times within them, a share of these.
     """
     if low == high:
         return
@@ -179,7 +180,7 @@ def _pieces(part: Part, shape: tuple[int, ...], low: int, high: int, limit: int)
         period, first, last = math.prod(shape), 0, math.prod(shape)
     else:
         inner = math.prod(shape[part.dim + 1 :])
-        period, first, last = shape[part.dim] * inner, part.start * inner, part.stop * inner
+        period, first, last = shape[part.dim] // part.repeats * inner, part.start * inner, part.stop * inner
     turn = low // period
     while turn * period + first < high:
         begin, end = max(low, turn * period + first), min(high, turn * period + last)

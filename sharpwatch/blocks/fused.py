@@ -1,0 +1,137 @@
+"""How one matrix holds several of query, key, value and gate: told by the attention's type and the sizes it keeps.
+
+A shape alone does not tell: [3 · heads · width, inputs] is three thirds in one model and three slices of every head in
+the next. What is not in these tables is not guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from sharpwatch.blocks.rules import Split
+
+# Attention classes of transformers by the layout of their fused matrix. Query, key, value, one after the other:
+_THIRDS = {
+    *("Attention", "GPT2Attention", "MptAttention", "ModernBertAttention", "BlipAttention", "Blip2Attention"),
+    *("InstructBlipAttention", "InstructBlipVideoAttention", "VisionAttention", "Qwen2_5_VLVisionAttention"),
+    *("Qwen3VLVisionAttention", "Qwen3VLMoeVisionAttention", "Qwen3_5VisionAttention", "Qwen3_5MoeVisionAttention"),
+    *("Qwen2_5OmniVisionAttention", "Qwen3OmniMoeVisionAttention", "Qwen4ExpVisionAttention"),
+    *("Glm4vVisionAttention", "Glm4vMoeVisionAttention", "Glm5NextVisionAttention", "GlmOcrVisionAttention"),
+    *("Ernie4_5_VLMoeVisionAttention", "Dots3NoteVisionAttention", "CohereCompassVisionAttention"),
+    *("SamVisionAttention", "GotOcr2VisionAttention", "PPFormulaNetVisionAttention", "DeepseekOcr2SamVisionAttention"),
+    *("UnlimitedOcrSamVisionAttention", "Florence2VisionChannelAttention", "Florence2VisionWindowAttention"),
+}
+# The same, keys and values of fewer heads than queries:
+_GROUPED = {"Phi3Attention", "Phi4MultimodalAttention", "DbrxAttention", "Exaone4_5_VisionAttention"}
+# Query, key, value of the first head, then of the next:
+_BY_HEAD = {"GPTNeoXAttention", "GPTNeoXJapaneseAttention", "BloomAttention", "PersimmonAttention"}
+_BY_HEAD |= {"DisentangledSelfAttention"}
+# Keys, then values:
+_HALVES = {"GraniteSpeechConformerAttention", "GraniteSpeechPlusConformerAttention", "JetMoeAttention"}
+_HALVES |= {"EvollaSequenceCompressorAttention"}
+# One matrix that is keys and values both:
+_SHARED = {"DeepseekV4Attention", "DeepseekV4CSACompressor", "DeepseekV4HCACompressor"}
+# Query of the first head, the gate of its output, then of the next head:
+_GATED_QUERY = {"Qwen3NextAttention", "Qwen3_5Attention", "Qwen3_5MoeAttention", "Qwen4ExpTextAttention"}
+
+
+def keys_and_values(attention: Any, name: str, rows: int, inputs: int) -> Split | str | None:
+    """How the fused matrix `name`, [rows, inputs], is divided over its rows; None where that is not known."""
+    known = _classes(attention)
+    own = not known and name == "c_attn" and rows == 3 * inputs  # a model of one's own: nanoGPT's is GPT-2's
+    if own or isinstance(attention, nn.MultiheadAttention):
+        return _values_last(rows, rows // 3)
+    if known & _SHARED:
+        return "vo"  # as with the latent
+    for classes, layout in _LAYOUTS:
+        if known & classes:
+            return _values_last(rows, *layout(attention, rows))
+    if "CodeGenAttention" in known:  # for four tensor-parallel ranks: query, value, key of each
+        third = rows // 12
+        return Split(0, (("qk", third), ("vo", third), ("qk", third)), 4)
+    latent_heads = hasattr(attention, "qk_nope_head_dim")  # each head's key without position, then its value
+    return _by_head(rows, attention.qk_nope_head_dim, attention.v_head_dim, "vo") if known and latent_heads else None
+
+
+def queries(attention: Any, name: str, rows: int) -> Split | str | None:
+    """A query matrix; in some models it holds the gate of each head's output behind the head's query."""
+    if _classes(attention) & _GATED_QUERY:
+        return _by_head(rows, attention.head_dim, attention.head_dim, "other")
+    if name == "q_gate_proj" and "AXK2Attention" in _classes(attention):
+        return _by_head(rows, attention.qk_head_dim, attention.v_head_dim, "other")
+    return "qk"
+
+
+def latent(attention: Any, rows: int) -> Split | str:
+    """What latent attention makes all heads' keys and values of, then the rotated key that they share.
+
+    The latent is counted with the values: all that leaves attention has come through it, and where one matrix serves
+    both, it bears no larger learning rate than the sharper of the two.
+    """
+    rank = int(attention.kv_lora_rank)
+    return Split(0, (("vo", rank), ("qk", rows - rank))) if rows > rank else "vo"
+
+
+def _classes(module: nn.Module) -> set[str]:
+    return {cls.__name__ for cls in type(module).__mro__ if cls.__module__.startswith("transformers.models.")}
+
+
+def _head(attention: Any) -> int:
+    names = ("head_dim", "head_size", "attention_head_size")
+    return int(next(getattr(attention, name) for name in names if hasattr(attention, name)))
+
+
+def _by_head(rows: int, first: int, second: int, block: str) -> Split | None:
+    heads = rows // (first + second)
+    return Split(0, (("qk", first), (block, second)), heads) if heads * (first + second) == rows else None
+
+
+def _values_last(rows: int, values: int, repeats: int = 1) -> Split | None:
+    """`repeats` times: queries and keys, then `values` rows of values."""
+    before = rows // repeats - values if repeats else 0
+    fits = before > 0 and values > 0 and rows % repeats == 0
+    return Split(0, (("qk", before), ("vo", values)), repeats) if fits else None
+
+
+def _thirds(attention: Any, rows: int) -> tuple[int, int]:
+    encoded = getattr(attention, "is_cross_attention", False)  # keys and values alone, of the encoder
+    return rows // 2 if encoded else rows // 3, 1
+
+
+def _grouped(attention: Any, _rows: int) -> tuple[int, int]:
+    return attention.num_key_value_heads * attention.head_dim, 1
+
+
+def _thirds_by_head(attention: Any, rows: int) -> tuple[int, int]:
+    return _head(attention), rows // (3 * _head(attention))
+
+
+def _halves(_attention: Any, rows: int) -> tuple[int, int]:
+    return rows // 2, 1
+
+
+def _falcon(attention: Any, _rows: int) -> tuple[int, int]:
+    """[groups, queries of the group + 2, width]; multi-query is one group."""
+    if attention.new_decoder_architecture:
+        return attention.head_dim, attention.num_kv_heads
+    return attention.head_dim, 1 if attention.multi_query else attention.num_heads
+
+
+def _big_code(attention: Any, _rows: int) -> tuple[int, int]:
+    if attention.is_cross_attention:
+        return 0, 1  # transformers' own forward does not fit its matrix there
+    return attention.head_dim, 1 if attention.multi_query else attention.num_heads
+
+
+# For the classes of a layout, from the attention and the rows of its matrix: rows of values, and how often they come.
+_LAYOUTS: tuple[tuple[set[str], Callable[[Any, int], tuple[int, int]]], ...] = (
+    (_THIRDS, _thirds),
+    (_GROUPED, _grouped),
+    (_BY_HEAD, _thirds_by_head),
+    (_HALVES, _halves),
+    ({"FalconAttention"}, _falcon),
+    ({"GPTBigCodeAttention"}, _big_code),
+)
