@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 
 import torch
@@ -180,53 +181,91 @@ def _add_present(family: GaugeMetricFamily, view: View, values: Iterable[float])
             family.add_metric(_labels(view, block), float(value))
 
 
-def _pair(name: str, documentation: str, *labels: str) -> tuple[GaugeMetricFamily, GaugeMetricFamily]:
-    """An estimate's family and that of its standard error."""
-    stderr = _gauge(f"{name}_stderr", f"Standard error of sharpwatch_{name}, in its unit.", *labels)
-    return _gauge(name, documentation, *labels), stderr
+@dataclass(frozen=True, slots=True)
+class _Estimated:
+    """An estimate's family, that of its standard error, and for what has a residual, that."""
 
+    value: GaugeMetricFamily
+    stderr: GaugeMetricFamily
+    residual: GaugeMetricFamily | None = None
 
-def _add_estimate(pair: tuple[GaugeMetricFamily, GaugeMetricFamily], labels: list[str], estimate: Estimate) -> None:
-    """An estimate without a finite value is not shown, an unknown standard error is left out."""
-    value, stderr = pair
-    if math.isfinite(estimate.value):
-        value.add_metric(labels, estimate.value)
+    def add(self, labels: list[str], estimate: Estimate) -> None:
+        """An estimate without a finite value is not shown, an unknown standard error or residual is left out."""
+        if not math.isfinite(estimate.value):
+            return
+        self.value.add_metric(labels, estimate.value)
         if math.isfinite(estimate.stderr):
-            stderr.add_metric(labels, estimate.stderr)
+            self.stderr.add_metric(labels, estimate.stderr)
+        if self.residual is not None and math.isfinite(estimate.residual):
+            self.residual.add_metric(labels, estimate.residual)
+
+    def __iter__(self) -> Iterator[Metric]:
+        yield from (self.value, self.stderr, *([] if self.residual is None else [self.residual]))
+
+
+def _estimated(name: str, documentation: str, *labels: str, residual: bool = False) -> _Estimated:
+    stderr = _gauge(f"{name}_stderr", f"Standard error of sharpwatch_{name}, in its unit.", *labels)
+    distance = _gauge(f"{name}_residual", f"Bound on how far sharpwatch_{name} is from a true eigenvalue.", *labels)
+    return _Estimated(_gauge(name, documentation, *labels), stderr, distance if residual else None)
 
 
 _SHARPNESS = "Average sharpness: trace of the curvature matrix over its size; gnb: Gauss-Newton, of the loss per token."
 _TRACE = "Trace of the block's curvature matrix (gnb: Gauss-Newton, hutchinson: Hessian) of the mean loss per token."
-_TOP = "Largest eigenvalue of the curvature matrix (gnb: Gauss-Newton)"
-_RATIO = "curvature along the optimizer's step over twice its descent, in units of the edge: above 1 the loss rises."
+_TOP = "Largest eigenvalue of the curvature matrix (gnb: Gauss-Newton, lanczos: Hessian)"
+_BOTTOM = "Smallest eigenvalue of the Hessian, below zero where the loss curves downwards,"
+_RATIO = (
+    "how near the optimizer's step is to the edge, 1, above which the loss rises; by curvature over twice the descent "
+    "along it (directional), by losses along it (linesearch), by the preconditioned top eigenvalue (preconditioned)."
+)
+_RANK = "Effective rank (tr G)^2 / tr G^2 of the block's Gauss-Newton matrix G: how many directions share its trace."
+_DRIFT = "How far the block's sharp directions have turned between the halves of the window: 0 not at all, 1 wholly."
+_ALIGNMENT = "Cosine of the block's Gauss-Newton matrix and its gradient's outer product: 0 across all sharp ones."
+    "Cosine of the block's Gauss-Newton matrix and its gradient's outer product: 0 across all sharp directions."
+)
+_KINDS = {"direction": "directional"}  # where a stability ratio's estimator has another name than its kind
+
+
+def _block_estimates() -> dict[str, _Estimated]:
+    """By quantity."""
+    labels = ("block", "estimator")
+    return {
+        "sharpness": _estimated("block_sharpness", _SHARPNESS, *labels),
+        "trace": _estimated("block_hessian_trace", _TRACE, *labels),
+        "top_eigenvalue": _estimated("block_top_eigenvalue", f"{_TOP} of the block.", *labels, residual=True),
+        "bottom_eigenvalue": _estimated("block_bottom_eigenvalue", f"{_BOTTOM} of the block.", *labels, residual=True),
+        "stability_ratio": _estimated("block_stability_ratio", f"Of the block's part: {_RATIO}", "block", "kind"),
+        "effective_rank": _estimated("block_effective_rank", _RANK, *labels),
+        "drift": _estimated("block_drift", _DRIFT, *labels),
+        "alignment": _estimated("block_gradient_alignment", _ALIGNMENT, *labels),
+    }
+
+
+def _whole_estimates() -> dict[str, _Estimated]:
+    """By quantity."""
+    over = "over all parameters."
+    return {
+        "top_eigenvalue": _estimated("top_eigenvalue", f"{_TOP} {over}", "estimator", residual=True),
+        "bottom_eigenvalue": _estimated("bottom_eigenvalue", f"{_BOTTOM} {over}", "estimator", residual=True),
+        "stability_ratio": _estimated("stability_ratio", f"Stability ratio: {_RATIO}", "kind"),
+    }
 
 
 def _estimate_families(views: list[View]) -> Iterator[Metric]:
-    by_block = {
-        "sharpness": _pair("block_sharpness", _SHARPNESS, "block", "estimator"),
-        "trace": _pair("block_hessian_trace", _TRACE, "block", "estimator"),
-        "top_eigenvalue": _pair("block_top_eigenvalue", f"{_TOP} of the block.", "block", "estimator"),
-        "stability_ratio": _pair("block_stability_ratio", f"Stability ratio of the block: {_RATIO}", "block", "kind"),
-    }
-    whole = {
-        "top_eigenvalue": _pair("top_eigenvalue", f"{_TOP} over all parameters.", "estimator"),
-        "stability_ratio": _pair("stability_ratio", f"Stability ratio: {_RATIO}", "kind"),
-    }
+    by_block, whole = _block_estimates(), _whole_estimates()
     order = _gauge(
         "block_order_correlation",
         "Spearman correlation of measured sharpness with emb < qk < ffn < vo < norm, -1 to 1.",
     )
     for view in views:
         for (quantity, block, estimator), estimate in view.estimates.items():
-            kind = "directional" if quantity == "stability_ratio" else estimator
-            if block:
-                _add_estimate(by_block[quantity], _labels(view, block, kind), estimate)
-            elif quantity in whole:
-                _add_estimate(whole[quantity], _labels(view, kind), estimate)
+            family = (by_block if block else whole).get(quantity)
+            kind = _KINDS.get(estimator, estimator)
+            if family is not None:
+                family.add(_labels(view, *([block] if block else []), kind), estimate)
         if view.order_correlation is not None:
             order.add_metric(_labels(view), view.order_correlation)
-    for pair in (*by_block.values(), *whole.values()):
-        yield from pair
+    for family in (*by_block.values(), *whole.values()):
+        yield from family
     yield order
 
 
@@ -268,11 +307,11 @@ def _agent_families(views: list[View]) -> Iterator[Metric]:
 
 def _layer_families(views: list[View]) -> Iterator[Metric]:
     """Blocks inside layers only: those outside every layer are whole under sharpwatch_block_*."""
-    pair = _pair("layer_sharpness", f"{_SHARPNESS} One block in one layer.", "block", "layer", "estimator")
+    family = _estimated("layer_sharpness", f"{_SHARPNESS} One block in one layer.", "block", "layer", "estimator")
     for view in views:
         if not view.layer_sharpness:
             continue
         rows = zip(view.manifest.layer_blocks, view.layer_sharpness, strict=True)
         for (block, layer), estimate in islice((row for row in rows if row[0][1]), MAX_LAYER_SERIES):
-            _add_estimate(pair, _labels(view, block, layer, estimate.estimator), estimate)
-    yield from pair
+            family.add(_labels(view, block, layer, estimate.estimator), estimate)
+    yield from family

@@ -37,8 +37,8 @@ MANIFEST = Manifest(
 )
 
 
-def estimate(value: float, stderr: float = 0.5, estimator: str = "gnb") -> Estimate:
-    return Estimate(value, stderr, 4, estimator, 7)
+def estimate(value: float, stderr: float = 0.5, estimator: str = "gnb", residual: float = math.nan) -> Estimate:
+    return Estimate(value, stderr, 4, estimator, 7, residual)
 
 
 def alert(identity: str, blocks: tuple[str, ...], *, active: bool) -> Alert:
@@ -74,6 +74,19 @@ FULL = View(
         ("stability_ratio", "", "direction"): estimate(0.25, 0.125, "direction"),
         ("stability_ratio", "qk", "direction"): estimate(0.5, 0.125, "direction"),
         ("stability_ratio", "emb", "direction"): estimate(math.nan, math.nan, "direction"),
+        ("trace", "qk", "hutchinson"): estimate(40.0, 4.0, "hutchinson"),
+        ("sharpness", "qk", "hutchinson"): estimate(2.5, 0.25, "hutchinson"),
+        ("top_eigenvalue", "qk", "lanczos"): estimate(8.0, 0.5, "lanczos", 0.125),
+        ("bottom_eigenvalue", "qk", "lanczos"): estimate(-3.0, math.nan, "lanczos", 0.25),
+        ("top_eigenvalue", "", "lanczos"): estimate(12.0, 1.0, "lanczos", 0.5),
+        ("bottom_eigenvalue", "", "lanczos"): estimate(-4.0, 0.5, "lanczos", 1.5),
+        ("stability_ratio", "", "preconditioned"): estimate(0.75, 0.125, "preconditioned", 0.01),
+        ("stability_ratio", "", "linesearch"): estimate(0.375, 0.125, "linesearch", 0.02),
+        ("stability_ratio", "qk", "linesearch"): estimate(0.0, 0.0625, "linesearch", 0.02),
+        ("effective_rank", "qk", "gnb"): estimate(6.0),
+        ("effective_rank", "", "gnb"): estimate(9.0),
+        ("drift", "qk", "gnb"): estimate(0.25, 0.125),
+        ("alignment", "qk", "gnb"): estimate(0.5, 0.0625),
     },
     layer_sharpness=(estimate(1.0), estimate(2.0)),
     order_correlation=0.75,
@@ -102,15 +115,42 @@ sharpwatch_block_update_ratio{block="emb",run="run",training_job="job"} 0.01
 sharpwatch_block_update_ratio{block="qk",run="run",training_job="job"} 0.02
 sharpwatch_block_sharpness{block="qk",estimator="gnb",run="run",training_job="job"} 2.0
 sharpwatch_block_sharpness_stderr{block="qk",estimator="gnb",run="run",training_job="job"} 0.5
+sharpwatch_block_sharpness{block="qk",estimator="hutchinson",run="run",training_job="job"} 2.5
+sharpwatch_block_sharpness_stderr{block="qk",estimator="hutchinson",run="run",training_job="job"} 0.25
 sharpwatch_block_hessian_trace{block="qk",estimator="gnb",run="run",training_job="job"} 32.0
 sharpwatch_block_hessian_trace_stderr{block="qk",estimator="gnb",run="run",training_job="job"} 8.0
+sharpwatch_block_hessian_trace{block="qk",estimator="hutchinson",run="run",training_job="job"} 40.0
+sharpwatch_block_hessian_trace_stderr{block="qk",estimator="hutchinson",run="run",training_job="job"} 4.0
 sharpwatch_block_top_eigenvalue{block="qk",estimator="gnb",run="run",training_job="job"} 9.0
+sharpwatch_block_top_eigenvalue{block="qk",estimator="lanczos",run="run",training_job="job"} 8.0
+sharpwatch_block_top_eigenvalue_stderr{block="qk",estimator="lanczos",run="run",training_job="job"} 0.5
+sharpwatch_block_top_eigenvalue_residual{block="qk",estimator="lanczos",run="run",training_job="job"} 0.125
+sharpwatch_block_bottom_eigenvalue{block="qk",estimator="lanczos",run="run",training_job="job"} -3.0
+sharpwatch_block_bottom_eigenvalue_residual{block="qk",estimator="lanczos",run="run",training_job="job"} 0.25
 sharpwatch_block_stability_ratio{block="qk",kind="directional",run="run",training_job="job"} 0.5
 sharpwatch_block_stability_ratio_stderr{block="qk",kind="directional",run="run",training_job="job"} 0.125
+sharpwatch_block_stability_ratio{block="qk",kind="linesearch",run="run",training_job="job"} 0.0
+sharpwatch_block_stability_ratio_stderr{block="qk",kind="linesearch",run="run",training_job="job"} 0.0625
+sharpwatch_block_effective_rank{block="qk",estimator="gnb",run="run",training_job="job"} 6.0
+sharpwatch_block_effective_rank_stderr{block="qk",estimator="gnb",run="run",training_job="job"} 0.5
+sharpwatch_block_drift{block="qk",estimator="gnb",run="run",training_job="job"} 0.25
+sharpwatch_block_drift_stderr{block="qk",estimator="gnb",run="run",training_job="job"} 0.125
+sharpwatch_block_gradient_alignment{block="qk",estimator="gnb",run="run",training_job="job"} 0.5
+sharpwatch_block_gradient_alignment_stderr{block="qk",estimator="gnb",run="run",training_job="job"} 0.0625
 sharpwatch_top_eigenvalue{estimator="gnb",run="run",training_job="job"} 10.0
 sharpwatch_top_eigenvalue_stderr{estimator="gnb",run="run",training_job="job"} 0.5
+sharpwatch_top_eigenvalue{estimator="lanczos",run="run",training_job="job"} 12.0
+sharpwatch_top_eigenvalue_stderr{estimator="lanczos",run="run",training_job="job"} 1.0
+sharpwatch_top_eigenvalue_residual{estimator="lanczos",run="run",training_job="job"} 0.5
+sharpwatch_bottom_eigenvalue{estimator="lanczos",run="run",training_job="job"} -4.0
+sharpwatch_bottom_eigenvalue_stderr{estimator="lanczos",run="run",training_job="job"} 0.5
+sharpwatch_bottom_eigenvalue_residual{estimator="lanczos",run="run",training_job="job"} 1.5
 sharpwatch_stability_ratio{kind="directional",run="run",training_job="job"} 0.25
 sharpwatch_stability_ratio_stderr{kind="directional",run="run",training_job="job"} 0.125
+sharpwatch_stability_ratio{kind="preconditioned",run="run",training_job="job"} 0.75
+sharpwatch_stability_ratio_stderr{kind="preconditioned",run="run",training_job="job"} 0.125
+sharpwatch_stability_ratio{kind="linesearch",run="run",training_job="job"} 0.375
+sharpwatch_stability_ratio_stderr{kind="linesearch",run="run",training_job="job"} 0.125
 sharpwatch_block_order_correlation{run="run",training_job="job"} 0.75
 sharpwatch_alert_active{alert="UpdateRmsSpike",block="qk",run="run",training_job="job"} 1.0
 sharpwatch_alert_active{alert="UpdateRmsSpike",block="emb",run="run",training_job="job"} 1.0
