@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from sharpwatch.curvature.estimate import Estimate
+from sharpwatch.curvature.pairs import alignments, drifts, effective_ranks, pair_moments
 from sharpwatch.curvature.stability import stability_ratio
 from sharpwatch.curvature.window import top_eigenvalues, trace_estimates
 from sharpwatch.daemon.aggregate import Doubles, sum_rows
-from sharpwatch.daemon.ingest import DirectionReading, GnbReading, Manifest
+from sharpwatch.daemon.ingest import DirectionReading, Floats, GnbReading, Manifest
 from sharpwatch.errors import SharpwatchError
 
 WINDOW_PROBES = 8
-GNB_QUANTITIES = ("trace", "sharpness", "top_eigenvalue")
+GNB_QUANTITIES = ("trace", "sharpness", "top_eigenvalue", "effective_rank", "drift", "alignment")
 DIRECTION_QUANTITIES = ("stability_ratio",)
+_SPECTRAL = ("top_eigenvalue", "effective_rank", "drift", "alignment")  # of one batch, by block and whole
 _AT_ONCE = 256  # requests in one batch: their padded sketches stay below some tens of megabytes
 Key = tuple[str, str, str]  # quantity, block ("" for the whole model), estimator
 ORDER = ("emb", "qk", "ffn", "vo", "norm")  # least sharp first: Wang et al. 2025, arXiv 2502.19002
@@ -147,14 +150,14 @@ def estimate_all(requests: Sequence[Request], device: str) -> list[Estimates]:
     """Estimate all `requests`, their gnb windows in one batch on `device`; what has no error yet is left out."""
     probed = [request for request in requests if request.gnb]
     traces = iter(_traces(probed, device))
-    tops = iter(_tops(probed, device))
+    spectra = iter(_spectra(probed, device))
     return [
-        _estimates(request, next(traces), next(tops)) if request.gnb else _estimates(request) for request in requests
+        _estimates(request, next(traces), next(spectra)) if request.gnb else _estimates(request) for request in requests
     ]
 
 
 def _estimates(
-    request: Request, traces: Sequence[Estimate] = (), tops: Mapping[str, Estimate] | None = None
+    request: Request, traces: Sequence[Estimate] = (), spectra: Mapping[Key, Estimate] | None = None
 ) -> Estimates:
     """Put together one run's; `traces` are those of its layer blocks, then of its blocks."""
     manifest = request.manifest
@@ -166,7 +169,7 @@ def _estimates(
             average = _per_parameter(trace, int(numel))
             values["trace", block, "gnb"], values["sharpness", block, "gnb"] = trace, average
             sharpness[block] = average.value
-    values |= {("top_eigenvalue", block, top.estimator): top for block, top in (tops or {}).items()}
+    values |= spectra or {}
     layers = tuple(
         _per_parameter(trace, int(numel))
         for trace, numel in zip(traces[:rows], manifest.parameters, strict=bool(traces))
@@ -214,45 +217,67 @@ def _trace_windows(request: Request) -> Doubles:
     return np.concatenate([traces, sum_rows(request.manifest, traces)], axis=2).transpose(2, 0, 1)
 
 
-def _tops(requests: Sequence[Request], device: str) -> list[dict[str, Estimate]]:
-    """For each of `requests` the top eigenvalue by block, and of the whole model under the empty name."""
-    found: list[dict[str, Estimate]] = [{} for _ in requests]
+def _spectra(requests: Sequence[Request], device: str) -> list[Mapping[Key, Estimate]]:
+    """For each of `requests` what its sketches say, by block, and of the whole model under the empty name."""
+    found: list[Mapping[Key, Estimate]] = [{} for _ in requests]
     by_size: dict[int, list[int]] = {}
     for index, request in enumerate(requests):
         if any(probe.sketches is not None for _, probe in request.gnb):
             by_size.setdefault(request.manifest.sketch_size, []).append(index)
     for size, members in by_size.items():
-        tops = _tops_of_one_size([requests[index] for index in members], size, device)
-        for index, top in zip(members, tops, strict=True):
-            found[index] = top
+        some = _spectra_of_one_size([requests[index] for index in members], size, device)
+        for index, one in zip(members, some, strict=True):
+            found[index] = one
     return found
 
 
-def _tops_of_one_size(requests: Sequence[Request], size: int, device: str) -> list[dict[str, Estimate]]:
+def _spectra_of_one_size(requests: Sequence[Request], size: int, device: str) -> list[Mapping[Key, Estimate]]:
+    windows = _sketch_windows(requests, size)
+    sketches, mask, gradients = (torch.from_numpy(each).to(device) for each in windows)
+    tops = top_eigenvalues(sketches, mask)
+    moments = pair_moments(sketches, mask, gradients)
+    figures = (tops, effective_ranks(moments, tops.value), drifts(moments), alignments(moments))
+    columns = torch.stack([column for one in figures for column in (one.value, one.stderr)]).tolist()
+    rows = zip(tops.draws.tolist(), tops.upper_bound.tolist(), *columns, strict=True)
+    return [_spectrum(request, rows) for request in requests]
+
+
+def _spectrum(request: Request, rows: Iterator[tuple[float, ...]]) -> Mapping[Key, Estimate]:
+    """One run's, of the next of `rows` for each of its blocks and for the whole; what has no error is left out."""
+    step = request.gnb[-1][0]
+    values: dict[Key, Estimate] = {}
+    for block in (*request.manifest.blocks, ""):
+        draws, bound, *columns = next(rows)
+        for quantity, value, stderr in zip(_SPECTRAL, columns[::2], columns[1::2], strict=True):
+            estimator = "gnb_upper_bound" if bound and quantity == "top_eigenvalue" else "gnb"
+            if math.isfinite(stderr):
+                values[quantity, block, estimator] = Estimate(value, stderr, int(draws), estimator, step)
+    return values
+
+
+def _sketch_windows(requests: Sequence[Request], size: int) -> tuple[Floats, npt.NDArray[np.bool_], Floats]:
+    """The windows of all blocks of `requests`, and after a run's of its whole model: sketches, mask and gradients.
+
+    [W, probes, draws, k], [W, probes, draws] and [W, probes, k]; zeros where a probe, draw or gradient is not there.
+    """
     probes = max(len(request.gnb) for request in requests)
     width = max(len(probe.traces) for request in requests for _, probe in request.gnb)
-    names = [(*request.manifest.blocks, "") for request in requests]
-    sketches = np.zeros((sum(map(len, names)), probes, width, size), dtype=np.float32)
+    rows = sum(len(request.manifest.blocks) + 1 for request in requests)
+    sketches = np.zeros((rows, probes, width, size), dtype=np.float32)
+    gradients = np.zeros((rows, probes, size), dtype=np.float32)
     mask = np.zeros(sketches.shape[:3], dtype=bool)
     row = 0
-    for request, blocks in zip(requests, names, strict=True):
+    for request in requests:
+        whole = row + len(request.manifest.blocks)
         for index, (_, probe) in enumerate(request.gnb):
             if probe.sketches is not None:
                 draws = len(probe.sketches)
-                window = slice(row, row + len(blocks) - 1)
-                sketches[window, index, :draws] = probe.sketches.transpose(1, 0, 2)
                 # All blocks are hashed from one index, so the whole gradient's sketch is the sum of theirs.
-                sketches[row + len(blocks) - 1, index, :draws] = probe.sketches.sum(1)
-                mask[row : row + len(blocks), index, :draws] = True
-        row += len(blocks)
-    tops = top_eigenvalues(torch.from_numpy(sketches).to(device), torch.from_numpy(mask).to(device))
-    columns = (tops.value, tops.stderr, tops.draws, tops.upper_bound)
-    rows = iter(zip(*(column.tolist() for column in columns), strict=True))
-    return [
-        {
-            block: Estimate(value, stderr, draws, "gnb_upper_bound" if bound else "gnb", request.gnb[-1][0])
-            for block, (value, stderr, draws, bound) in zip(blocks, rows, strict=False)
-            if math.isfinite(stderr)
-        }
-        for request, blocks in zip(requests, names, strict=True)
-    ]
+                sketches[row:whole, index, :draws] = probe.sketches.transpose(1, 0, 2)
+                sketches[whole, index, :draws] = probe.sketches.sum(1)
+                mask[row : whole + 1, index, :draws] = True
+            if probe.gradient_sketch is not None:
+                gradients[row:whole, index] = probe.gradient_sketch
+                gradients[whole, index] = probe.gradient_sketch.sum(0)
+        row = whole + 1
+    return sketches, mask, gradients

@@ -85,6 +85,7 @@ class GnbReading:
     tokens: int
     traces: Floats
     sketches: Floats | None
+    gradient_sketch: Floats | None = None  # [B, k], of the step's mean gradient
 
 
 @dataclass(frozen=True, slots=True, eq=False)

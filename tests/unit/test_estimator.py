@@ -11,6 +11,7 @@ import torch
 
 from sharpwatch.daemon import estimator
 from sharpwatch.daemon.estimator import (
+    GNB_QUANTITIES,
     Request,
     estimate_all,
     observed_stability,
@@ -107,6 +108,50 @@ def test_the_whole_models_top_is_that_of_the_summed_sketches():
     for block, root in (("emb", 3), ("norm", 4), ("", 7)):
         assert abs(tops[block].value - root**2) < 4 * tops[block].stderr
     assert tops[""].value > tops["emb"].value + tops["norm"].value
+
+
+def sharp_windows(of: Manifest, probes: int, seed: int, *, gradients: bool) -> tuple[tuple[int, GnbReading], ...]:
+    """Each block sharp along one direction of its own, the gradient along it too."""
+    random = np.random.default_rng(seed)
+    blocks, size = len(of.blocks), of.sketch_size
+    directions = random.normal(size=(blocks, size)) / math.sqrt(size)
+    found = []
+    for step in range(probes):
+        draws = random.normal(size=(4, blocks, 1)) * directions + 0.2 * random.normal(size=(4, blocks, size)) / 8
+        along = (directions + 0.1 * random.normal(size=directions.shape) / 8).astype("f4") if gradients else None
+        traces = np.ones((4, len(of.layer_blocks)))
+        found.append((step, GnbReading(8, traces, draws.astype("f4"), along)))
+    return tuple(found)
+
+
+def test_what_sketches_say_is_each_windows_own_however_many_go_together():
+    requests = [
+        Request(SMALL, sharp_windows(SMALL, 8, 5, gradients=True), ()),
+        Request(LARGE, sharp_windows(LARGE, 8, 6, gradients=True), ()),
+        Request(SMALL, sharp_windows(SMALL, 6, 7, gradients=False), ()),
+    ]
+    together = estimate_all(requests, "cpu")
+    for request, found in zip(requests, together, strict=True):
+        (alone,) = estimate_all([request], "cpu")
+        assert found.values.keys() == alone.values.keys()
+        for key, one in found.values.items():
+            assert (one.value, one.stderr) == pytest.approx((alone.values[key].value, alone.values[key].stderr), 1e-4)
+    quantities = {(quantity, block) for quantity, block, _ in together[0].values}
+    wanted = {"top_eigenvalue", "effective_rank", "drift", "alignment"}
+    assert quantities >= {(quantity, block) for quantity in wanted for block in ("emb", "norm", "")}
+    # Six probes are no two halves of four, and without gradients nothing is aligned.
+    assert {quantity for quantity, _, _ in together[2].values} & {"drift", "alignment"} == set()
+    assert ("effective_rank", "emb", "gnb") in together[2].values
+
+
+def test_the_keys_hold_what_their_names_say():
+    (found,) = estimate_all([Request(SMALL, sharp_windows(SMALL, 8, 8, gradients=True), ())], "cpu")
+    rank, drift, alignment = (found.values[quantity, "emb", "gnb"] for quantity in GNB_QUANTITIES[-3:])
+    # One direction, and 0.04 of the trace spread over the rest: rank 1.08; aligned but for the gradient's noise of 1 %.
+    assert abs(rank.value - 1.08) < 4 * rank.stderr
+    assert abs(drift.value) < 4 * drift.stderr < 0.2
+    assert abs(alignment.value - 0.99) < 4 * alignment.stderr < 0.4
+    assert (rank.draws, rank.step, rank.estimator) == (32, 7, "gnb")
 
 
 def test_what_has_no_error_yet_is_not_shown():
