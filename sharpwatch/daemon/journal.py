@@ -53,7 +53,11 @@ CREATE TABLE transitions (
     detail TEXT NOT NULL, author TEXT NOT NULL, reason TEXT NOT NULL);
 CREATE INDEX transitions_by_decision ON transitions (decision, id);
 """
-_SCHEMAS = (_TABLES, _TRANSITIONS)  # each on top of the one before; a journal of version n has the first n
+_RESIDUALS = """
+ALTER TABLE estimates ADD COLUMN residual REAL;
+ALTER TABLE estimates ADD COLUMN method TEXT NOT NULL DEFAULT '';
+"""
+_SCHEMAS = (_TABLES, _TRANSITIONS, _RESIDUALS)  # each on top of the one before; a journal of version n has the first n
 SCHEMA_VERSION = len(_SCHEMAS)
 _FIRST_TABLES = {"attempts", "samples", "alerts", "decisions", "revisions"}  # that a journal of any version has
 _TRIM_EVERY = 100  # appended rows of a run between two trims: retention is exact to this many
@@ -171,6 +175,13 @@ def database_path(url: str) -> Path:
 
 def _record(value: Alert | Decision | Revision) -> str:
     return json.dumps(asdict(value))
+
+
+def _estimate(row: EstimateRow) -> tuple[str | float, ...]:
+    """A NaN is a NULL there."""
+    one = row.estimate
+    measured = (one.estimator, one.step, one.value, one.stderr, one.draws, one.residual, one.method)
+    return (row.run, row.quantity, row.block, *measured)
 
 
 def _decision(record: str) -> Decision:
@@ -314,13 +325,9 @@ class Journal:
             [(row.run, row.mode, row.author, row.reason, row.made_at) for row in batch.modes],
         )
         connection.executemany(
-            "INSERT INTO estimates (run, quantity, block, estimator, step, value, stderr, draws) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            [
-                (row.run, row.quantity, row.block, one.estimator, one.step, one.value, one.stderr, one.draws)
-                for row in batch.estimates
-                for one in (row.estimate,)
-            ],
+            "INSERT INTO estimates (run, quantity, block, estimator, step, value, stderr, draws, residual, method) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            map(_estimate, batch.estimates),
         )
 
     def _trim(self, connection: sqlite3.Connection, batch: Batch) -> None:

@@ -119,6 +119,8 @@ def _estimate_message(quantity: str, block: str, estimate: Estimate) -> types_pb
         draws=estimate.draws,
         estimator=estimate.estimator,
         step=estimate.step,
+        residual=estimate.residual if math.isfinite(estimate.residual) else None,
+        method=estimate.method,
     )
 
 

@@ -181,6 +181,10 @@ class Sample(google.protobuf.message.Message):
     CHECKPOINTS_FIELD_NUMBER: builtins.int
     CLOSING_FIELD_NUMBER: builtins.int
     RESTORED_FIELD_NUMBER: builtins.int
+    HUTCHINSON_FIELD_NUMBER: builtins.int
+    LANCZOS_FIELD_NUMBER: builtins.int
+    LINESEARCH_FIELD_NUMBER: builtins.int
+    PRECONDITIONED_FIELD_NUMBER: builtins.int
     sequence: builtins.int
     """1, 2, 3, ... within an attempt; a gap means dropped samples."""
     step: builtins.int
@@ -202,6 +206,14 @@ class Sample(google.protobuf.message.Message):
     def results(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[sharpwatch.v1.types_pb2.CommandResult]: ...
     @property
     def checkpoints(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[sharpwatch.v1.types_pb2.Checkpoint]: ...
+    @property
+    def hutchinson(self) -> Global___HutchinsonProbe: ...
+    @property
+    def lanczos(self) -> Global___LanczosProbe: ...
+    @property
+    def linesearch(self) -> Global___LineSearchProbe: ...
+    @property
+    def preconditioned(self) -> Global___PreconditionedProbe: ...
     def __init__(
         self,
         *,
@@ -217,10 +229,14 @@ class Sample(google.protobuf.message.Message):
         checkpoints: collections.abc.Iterable[sharpwatch.v1.types_pb2.Checkpoint] | None = ...,
         closing: builtins.bool = ...,
         restored: builtins.bool = ...,
+        hutchinson: Global___HutchinsonProbe | None = ...,
+        lanczos: Global___LanczosProbe | None = ...,
+        linesearch: Global___LineSearchProbe | None = ...,
+        preconditioned: Global___PreconditionedProbe | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_loss", b"_loss", "direction", b"direction", "gnb", b"gnb", "health", b"health", "loss", b"loss", "tap", b"tap"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_loss", b"_loss", "direction", b"direction", "gnb", b"gnb", "health", b"health", "hutchinson", b"hutchinson", "lanczos", b"lanczos", "linesearch", b"linesearch", "loss", b"loss", "preconditioned", b"preconditioned", "tap", b"tap"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_loss", b"_loss", "checkpoints", b"checkpoints", "closing", b"closing", "direction", b"direction", "gnb", b"gnb", "health", b"health", "loss", b"loss", "restored", b"restored", "results", b"results", "sequence", b"sequence", "step", b"step", "taken_at_unix_ns", b"taken_at_unix_ns", "tap", b"tap"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_loss", b"_loss", "checkpoints", b"checkpoints", "closing", b"closing", "direction", b"direction", "gnb", b"gnb", "health", b"health", "hutchinson", b"hutchinson", "lanczos", b"lanczos", "linesearch", b"linesearch", "loss", b"loss", "preconditioned", b"preconditioned", "restored", b"restored", "results", b"results", "sequence", b"sequence", "step", b"step", "taken_at_unix_ns", b"taken_at_unix_ns", "tap", b"tap"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__loss: typing_extensions.TypeAlias = typing.Literal["loss"]
     _WhichOneofArgType__loss: typing_extensions.TypeAlias = typing.Literal["_loss", b"_loss"]
@@ -288,6 +304,7 @@ class GnbProbe(google.protobuf.message.Message):
     TRACES_FIELD_NUMBER: builtins.int
     SKETCHES_FIELD_NUMBER: builtins.int
     SECONDS_FIELD_NUMBER: builtins.int
+    GRADIENT_SKETCH_FIELD_NUMBER: builtins.int
     tokens: builtins.int
     rows: builtins.int
     seconds: builtins.float
@@ -299,6 +316,10 @@ class GnbProbe(google.protobuf.message.Message):
     def sketches(self) -> sharpwatch.v1.types_pb2.Array:
         """float32 [draws, B, sketch_size]: sketches of sqrt(tokens) * grad."""
 
+    @property
+    def gradient_sketch(self) -> sharpwatch.v1.types_pb2.Array:
+        """float32 [B, sketch_size]: sketches of the step's mean gradient, at any positive scale."""
+
     def __init__(
         self,
         *,
@@ -307,10 +328,11 @@ class GnbProbe(google.protobuf.message.Message):
         traces: sharpwatch.v1.types_pb2.Array | None = ...,
         sketches: sharpwatch.v1.types_pb2.Array | None = ...,
         seconds: builtins.float = ...,
+        gradient_sketch: sharpwatch.v1.types_pb2.Array | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["sketches", b"sketches", "traces", b"traces"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["gradient_sketch", b"gradient_sketch", "sketches", b"sketches", "traces", b"traces"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["rows", b"rows", "seconds", b"seconds", "sketches", b"sketches", "tokens", b"tokens", "traces", b"traces"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["gradient_sketch", b"gradient_sketch", "rows", b"rows", "seconds", b"seconds", "sketches", b"sketches", "tokens", b"tokens", "traces", b"traces"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___GnbProbe: typing_extensions.TypeAlias = GnbProbe
@@ -363,6 +385,171 @@ class DirectionProbe(google.protobuf.message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___DirectionProbe: typing_extensions.TypeAlias = DirectionProbe
+
+@typing.final
+class HutchinsonProbe(google.protobuf.message.Message):
+    """Trace of the Hessian of one block, from random signs in that block alone."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TOKENS_FIELD_NUMBER: builtins.int
+    ROWS_FIELD_NUMBER: builtins.int
+    BLOCK_FIELD_NUMBER: builtins.int
+    TRACES_FIELD_NUMBER: builtins.int
+    METHOD_FIELD_NUMBER: builtins.int
+    SECONDS_FIELD_NUMBER: builtins.int
+    tokens: builtins.int
+    rows: builtins.int
+    block: builtins.str
+    method: builtins.str
+    """How the derivatives were got: "autograd", "gradient differences" or "loss differences"."""
+    seconds: builtins.float
+    @property
+    def traces(self) -> sharpwatch.v1.types_pb2.Array:
+        """float64 [draws, L]: z.Hz, zeros for layer blocks of other types."""
+
+    def __init__(
+        self,
+        *,
+        tokens: builtins.int = ...,
+        rows: builtins.int = ...,
+        block: builtins.str = ...,
+        traces: sharpwatch.v1.types_pb2.Array | None = ...,
+        method: builtins.str = ...,
+        seconds: builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["traces", b"traces"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["block", b"block", "method", b"method", "rows", b"rows", "seconds", b"seconds", "tokens", b"tokens", "traces", b"traces"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___HutchinsonProbe: typing_extensions.TypeAlias = HutchinsonProbe
+
+@typing.final
+class LanczosProbe(google.protobuf.message.Message):
+    """Both ends of the spectrum of one block's Hessian: Ritz values u.Hu and their residuals ||Hu - (u.Hu)u||."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TOKENS_FIELD_NUMBER: builtins.int
+    ROWS_FIELD_NUMBER: builtins.int
+    BLOCK_FIELD_NUMBER: builtins.int
+    TOP_FIELD_NUMBER: builtins.int
+    TOP_RESIDUAL_FIELD_NUMBER: builtins.int
+    BOTTOM_FIELD_NUMBER: builtins.int
+    BOTTOM_RESIDUAL_FIELD_NUMBER: builtins.int
+    PRODUCTS_FIELD_NUMBER: builtins.int
+    METHOD_FIELD_NUMBER: builtins.int
+    SECONDS_FIELD_NUMBER: builtins.int
+    tokens: builtins.int
+    rows: builtins.int
+    block: builtins.str
+    """Empty: the whole model."""
+    top: builtins.float
+    top_residual: builtins.float
+    bottom: builtins.float
+    bottom_residual: builtins.float
+    products: builtins.int
+    """Products with the Hessian that it took."""
+    method: builtins.str
+    seconds: builtins.float
+    def __init__(
+        self,
+        *,
+        tokens: builtins.int = ...,
+        rows: builtins.int = ...,
+        block: builtins.str = ...,
+        top: builtins.float = ...,
+        top_residual: builtins.float = ...,
+        bottom: builtins.float = ...,
+        bottom_residual: builtins.float = ...,
+        products: builtins.int = ...,
+        method: builtins.str = ...,
+        seconds: builtins.float = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["block", b"block", "bottom", b"bottom", "bottom_residual", b"bottom_residual", "method", b"method", "products", b"products", "rows", b"rows", "seconds", b"seconds", "tokens", b"tokens", "top", b"top", "top_residual", b"top_residual"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___LanczosProbe: typing_extensions.TypeAlias = LanczosProbe
+
+@typing.final
+class LineSearchProbe(google.protobuf.message.Message):
+    """1 / c for the smallest multiple c of the step just taken that raises the loss; 0 where none does, up to a limit."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TOKENS_FIELD_NUMBER: builtins.int
+    ROWS_FIELD_NUMBER: builtins.int
+    SHARPNESS_FIELD_NUMBER: builtins.int
+    HALF_WIDTH_FIELD_NUMBER: builtins.int
+    BLOCK_SHARPNESS_FIELD_NUMBER: builtins.int
+    BLOCK_HALF_WIDTH_FIELD_NUMBER: builtins.int
+    SECONDS_FIELD_NUMBER: builtins.int
+    tokens: builtins.int
+    rows: builtins.int
+    sharpness: builtins.float
+    half_width: builtins.float
+    """Half of the interval that is known to hold it."""
+    seconds: builtins.float
+    @property
+    def block_sharpness(self) -> sharpwatch.v1.types_pb2.Array:
+        """float64 [B]: the same for each block's part of the step alone (NaN for a block whose turn it was not)."""
+
+    @property
+    def block_half_width(self) -> sharpwatch.v1.types_pb2.Array: ...
+    def __init__(
+        self,
+        *,
+        tokens: builtins.int = ...,
+        rows: builtins.int = ...,
+        sharpness: builtins.float = ...,
+        half_width: builtins.float = ...,
+        block_sharpness: sharpwatch.v1.types_pb2.Array | None = ...,
+        block_half_width: sharpwatch.v1.types_pb2.Array | None = ...,
+        seconds: builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["block_half_width", b"block_half_width", "block_sharpness", b"block_sharpness"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["block_half_width", b"block_half_width", "block_sharpness", b"block_sharpness", "half_width", b"half_width", "rows", b"rows", "seconds", b"seconds", "sharpness", b"sharpness", "tokens", b"tokens"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___LineSearchProbe: typing_extensions.TypeAlias = LineSearchProbe
+
+@typing.final
+class PreconditionedProbe(google.protobuf.message.Message):
+    """Top eigenvalue of the Hessian as Adam sees it, over the largest that its learning rates bear: 1 is the edge."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TOKENS_FIELD_NUMBER: builtins.int
+    ROWS_FIELD_NUMBER: builtins.int
+    RATIO_FIELD_NUMBER: builtins.int
+    RESIDUAL_FIELD_NUMBER: builtins.int
+    PRODUCTS_FIELD_NUMBER: builtins.int
+    METHOD_FIELD_NUMBER: builtins.int
+    SECONDS_FIELD_NUMBER: builtins.int
+    tokens: builtins.int
+    rows: builtins.int
+    ratio: builtins.float
+    residual: builtins.float
+    products: builtins.int
+    method: builtins.str
+    seconds: builtins.float
+    def __init__(
+        self,
+        *,
+        tokens: builtins.int = ...,
+        rows: builtins.int = ...,
+        ratio: builtins.float = ...,
+        residual: builtins.float = ...,
+        products: builtins.int = ...,
+        method: builtins.str = ...,
+        seconds: builtins.float = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["method", b"method", "products", b"products", "ratio", b"ratio", "residual", b"residual", "rows", b"rows", "seconds", b"seconds", "tokens", b"tokens"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___PreconditionedProbe: typing_extensions.TypeAlias = PreconditionedProbe
 
 @typing.final
 class ProbeFailure(google.protobuf.message.Message):

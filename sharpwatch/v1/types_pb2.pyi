@@ -106,8 +106,10 @@ class Estimate(google.protobuf.message.Message):
     DRAWS_FIELD_NUMBER: builtins.int
     ESTIMATOR_FIELD_NUMBER: builtins.int
     STEP_FIELD_NUMBER: builtins.int
+    RESIDUAL_FIELD_NUMBER: builtins.int
+    METHOD_FIELD_NUMBER: builtins.int
     quantity: builtins.str
-    """trace, sharpness, top_eigenvalue, stability_ratio."""
+    """trace, sharpness, top_eigenvalue, bottom_eigenvalue, stability_ratio, effective_rank, drift, alignment."""
     block: builtins.str
     """Empty: the whole model."""
     value: builtins.float
@@ -115,6 +117,10 @@ class Estimate(google.protobuf.message.Message):
     draws: builtins.int
     estimator: builtins.str
     step: builtins.int
+    residual: builtins.float
+    """Of an eigenvalue ||Hu - lambda u||, which bounds its distance to a true one; of a line search half its interval."""
+    method: builtins.str
+    """How the derivatives were got, where that may differ."""
     def __init__(
         self,
         *,
@@ -125,9 +131,16 @@ class Estimate(google.protobuf.message.Message):
         draws: builtins.int = ...,
         estimator: builtins.str = ...,
         step: builtins.int = ...,
+        residual: builtins.float | None = ...,
+        method: builtins.str = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["block", b"block", "draws", b"draws", "estimator", b"estimator", "quantity", b"quantity", "stderr", b"stderr", "step", b"step", "value", b"value"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_residual", b"_residual", "residual", b"residual"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_residual", b"_residual", "block", b"block", "draws", b"draws", "estimator", b"estimator", "method", b"method", "quantity", b"quantity", "residual", b"residual", "stderr", b"stderr", "step", b"step", "value", b"value"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__residual: typing_extensions.TypeAlias = typing.Literal["residual"]
+    _WhichOneofArgType__residual: typing_extensions.TypeAlias = typing.Literal["_residual", b"_residual"]
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__residual) -> _WhichOneofReturnType__residual | None: ...
 
 Global___Estimate: typing_extensions.TypeAlias = Estimate
 

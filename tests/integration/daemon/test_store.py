@@ -10,11 +10,22 @@ import subprocess
 import sys
 from contextlib import closing
 from dataclasses import astuple
+from pathlib import Path
 
 import pytest
 
 from sharpwatch.curvature.estimate import Estimate
-from sharpwatch.daemon.journal import AttemptRow, Batch, EstimateRow, Journal, ModeRow, SampleRow, TransitionRow
+from sharpwatch.daemon.journal import (
+    _SCHEMAS,
+    SCHEMA_VERSION,
+    AttemptRow,
+    Batch,
+    EstimateRow,
+    Journal,
+    ModeRow,
+    SampleRow,
+    TransitionRow,
+)
 from sharpwatch.daemon.records import Alert, Checkpoint, Decision, Revision, RollbackPlan
 from sharpwatch.errors import StoreError
 
@@ -71,7 +82,8 @@ def test_every_record_comes_back_as_it_went(journal):
         reason="why",
     )
     revision = Revision("run", 1, {"qk": 0.5}, "ann", "why", 1.5, "d1", applied_step=9)
-    estimate = EstimateRow("run", "trace", "qk", Estimate(2.0, math.nan, 4, "gnb", 7))
+    traced = EstimateRow("run", "trace", "qk", Estimate(2.0, math.nan, 4, "gnb", 7))
+    sharp = EstimateRow("run", "top_eigenvalue", "", Estimate(9.0, 0.5, 2, "lanczos", 8, 0.25, "autograd"))
     journal.write(
         Batch(
             attempts=(ATTEMPT,),
@@ -81,7 +93,7 @@ def test_every_record_comes_back_as_it_went(journal):
             revisions=(revision,),
             checkpoints=(("run", Checkpoint(3, "file:///c")),),
             modes=(ModeRow("run", "enforce", "ann", "why", 2.0),),
-            estimates=(estimate,),
+            estimates=(traced, sharp),
         )
     )
     stored = journal.load("run", samples=2)
@@ -93,8 +105,12 @@ def test_every_record_comes_back_as_it_went(journal):
     assert [row.sequence for row in stored.samples] == [2, 3]
     assert stored.attempts[0].acknowledged == 3
     with closing(sqlite3.connect(journal.path)) as beside:  # a NaN is a NULL there
-        (kept,) = beside.execute("SELECT quantity, block, estimator, value, stderr, draws, step FROM estimates")
-    assert kept == ("trace", "qk", "gnb", 2.0, None, 4, 7)
+        columns = "quantity, block, estimator, value, stderr, draws, step, residual, method"
+        kept = beside.execute(f"SELECT {columns} FROM estimates ORDER BY id").fetchall()  # noqa: S608
+    assert kept == [
+        ("trace", "qk", "gnb", 2.0, None, 4, 7, None, ""),
+        ("top_eigenvalue", "", "lanczos", 9.0, 0.5, 2, 8, 0.25, "autograd"),
+    ]
 
 
 def test_a_record_that_changes_keeps_its_place(journal):
@@ -139,18 +155,32 @@ def test_a_decision_and_its_transition_are_written_together_or_not_at_all(journa
     assert audit(journal, "SELECT * FROM decisions") == []
 
 
-def test_a_journal_of_the_first_schema_is_taken_on(url):
-    with closing(Journal(url, retain_samples=100)) as journal:
-        journal.write(Batch(attempts=(ATTEMPT,), samples=samples(1, 3)))
-        path = journal.path
+def old_journal(path: Path, version: int) -> None:
+    """A journal as the sharpwatch of that schema left it, with three samples and an estimate."""
     with closing(sqlite3.connect(path)) as beside:
-        beside.executescript("DROP TABLE transitions; PRAGMA user_version=1;")
+        beside.executescript("".join(_SCHEMAS[:version]))
+        rows = [("run", "a1", n, n + 10, b"x") for n in (1, 2, 3)]
+        beside.executemany("INSERT INTO samples (run, attempt, sequence, step, payload) VALUES (?, ?, ?, ?, ?)", rows)
+        beside.execute(
+            "INSERT INTO estimates (run, quantity, block, estimator, step, value, stderr, draws) "
+            "VALUES ('run', 'trace', 'qk', 'gnb', 7, 2.0, 0.5, 4)"
+        )
+        beside.execute(f"PRAGMA user_version={version}")
+        beside.commit()
+
+
+@pytest.mark.parametrize("version", range(1, SCHEMA_VERSION))
+def test_a_journal_of_an_earlier_schema_is_taken_on(url, tmp_path, version):
+    old_journal(tmp_path / "journal.db", version)
+    sharp = EstimateRow("run", "top_eigenvalue", "qk", Estimate(9.0, 0.5, 2, "lanczos", 8, 0.25, "autograd"))
+    sent = TransitionRow("run", "d1", 1.0, "sent", "", "ann", "")
     with closing(Journal(url, retain_samples=100)) as journal:
-        journal.write(Batch(transitions=(TransitionRow("run", "d1", 1.0, "sent", "", "ann", ""),)))
+        journal.write(Batch(transitions=(sent,), estimates=(sharp,)))
         assert len(journal.load("run", samples=10).samples) == 3
-        assert audit(journal, "SELECT decision FROM transitions") == [("d1",)]
     with closing(Journal(url, retain_samples=100)) as journal:
         assert audit(journal, "SELECT decision FROM transitions") == [("d1",)]
+        kept = audit(journal, "SELECT value, residual, method FROM estimates ORDER BY id")
+        assert kept == [(2.0, None, ""), (9.0, 0.25, "autograd")]
 
 
 def test_resent_samples_are_kept_once_and_old_ones_go(journal):
@@ -194,7 +224,7 @@ def test_what_can_not_be_a_journal_is_refused_with_path_and_cause(tmp_path):
         Journal(f"sqlite:///{tmp_path}/other.db", retain_samples=1)
 
 
-@pytest.mark.parametrize("version", [0, 1, 2])
+@pytest.mark.parametrize("version", range(SCHEMA_VERSION + 1))
 def test_a_database_of_something_else_is_left_as_it_is(tmp_path, version):
     with closing(sqlite3.connect(tmp_path / "other.db")) as other:
         other.executescript(f"CREATE TABLE cats (name); PRAGMA user_version={version};")
