@@ -79,15 +79,15 @@ def _bundles(part: PartTensors) -> bool:
         and second is not None
         and part.weight.numel() <= _SMALL
         and gradient.layout is torch.strided
-        and all(t.dtype is torch.float32 and t.is_contiguous() for t in (gradient, second, part.weight))
+        and all(t.dtype is torch.float32 for t in (gradient, second, part.weight))
     )
 
 
 def _bundle_sums(parts: Sequence[PartTensors]) -> npt.NDArray[np.float64]:
     """The sums [P, 5] of small parts laid end to end; NON_FINITE is left at 0."""
-    gradient = torch.cat([cast("Tensor", part.gradient).view(-1) for part in parts]).numpy()
-    second = torch.cat([cast("Tensor", part.second).view(-1) for part in parts]).numpy()
-    weight = torch.cat([part.weight.view(-1) for part in parts]).numpy()
+    gradient = torch.cat([cast("Tensor", part.gradient).reshape(-1) for part in parts]).numpy()
+    second = torch.cat([cast("Tensor", part.second).reshape(-1) for part in parts]).numpy()
+    weight = torch.cat([part.weight.reshape(-1) for part in parts]).numpy()
     sizes = np.array([part.weight.numel() for part in parts])
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
     corrections = np.array([part.correction for part in parts])
