@@ -5,7 +5,8 @@
 - match: "*.attn.qkv.*"
   split:
     dim: 0                         # may count from the end: -1
-    parts: [{block: qk, size: 512}, {block: vo, size: 256}]
+    parts: [{block: qk, size: 128}, {block: vo, size: 64}]
+    repeats: 4                     # that often in a row, once a head; 1 where it is left out
 """
 
 from __future__ import annotations
@@ -87,18 +88,16 @@ class _Reader:
         return Rule(match, split=self.split(fields["split"], f"{key}.split"))
 
     def split(self, node: yaml.Node, key: str) -> Split:
-        fields = self.fields(node, key, required={"dim", "parts"})
+        fields = self.fields(node, key, required={"dim", "parts"}, optional={"repeats"})
         parts = self.items(fields["parts"], f"{key}.parts")
         if len(parts) < 2:
             raise self.error(fields["parts"], f"{key}.parts", "expected two parts or more")
-        return Split(self.integer(fields["dim"], f"{key}.dim"), tuple(self.part(*part) for part in parts))
+        repeats = self.count(fields["repeats"], f"{key}.repeats") if "repeats" in fields else 1
+        return Split(self.integer(fields["dim"], f"{key}.dim"), tuple(self.part(*part) for part in parts), repeats)
 
     def part(self, node: yaml.Node, key: str) -> tuple[str, int]:
         fields = self.fields(node, key, required={"block", "size"})
-        size = self.integer(fields["size"], f"{key}.size")
-        if size < 1:
-            raise self.error(fields["size"], f"{key}.size", f"{size}: expected an integer of 1 or more")
-        return self.block(fields["block"], f"{key}.block"), size
+        return self.block(fields["block"], f"{key}.block"), self.count(fields["size"], f"{key}.size")
 
     def block(self, node: yaml.Node, key: str) -> str:
         name = self.text(node, key)
@@ -108,6 +107,12 @@ class _Reader:
 
     def text(self, node: yaml.Node, key: str) -> str:
         return str(self.scalar(node, key, "str", "a string", str))
+
+    def count(self, node: yaml.Node, key: str) -> int:
+        value = self.integer(node, key)
+        if value < 1:
+            raise self.error(node, key, f"{value}: expected an integer of 1 or more")
+        return value
 
     def integer(self, node: yaml.Node, key: str) -> int:
         return int(self.scalar(node, key, "int", "an integer", lambda text: int(text, 0)))

@@ -1,9 +1,16 @@
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
+import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from sharpwatch.agent.partsums import PartTensors, Scratch, host_sums
 from sharpwatch.blocks import BLOCKS, BlockMap, Part, classify
+from sharpwatch.curvature.inner import squares, sum_into
+from sharpwatch.curvature.sketch import CountSketch
 from sharpwatch.errors import BlockError
 
 D, V, T = 8, 11, 6  # width, vocabulary, positions
@@ -56,6 +63,49 @@ def test_prints_as_a_table():
     assert len({len(line) for line in lines}) == 1
 
 
+def by_head(shape, *, dim, heads, first):
+    """Query and key rows, then value rows, of each head."""
+    head = shape[dim] // heads
+    rest = math.prod(shape) // head
+    return (
+        Part("w", "qk", None, dim, 0, first, first * rest, heads),
+        Part("w", "vo", None, dim, first, head, (head - first) * rest, heads),
+    )
+
+
+@pytest.mark.parametrize(("shape", "dim"), [((12, 5), 0), ((5, 12), 1), ((12,), 0), ((2, 12, 3), 1)])
+def test_a_part_that_repeats_is_its_slice_of_every_head(shape, dim):
+    queries_and_keys, values = BlockMap(by_head(shape, dim=dim, heads=3, first=3), {"w": shape}).parts
+    entries = torch.arange(math.prod(shape), dtype=torch.float32).view(shape)
+    of_heads = [head.split([3, 1], dim) for head in entries.split(4, dim)]
+    for part, slices in zip((queries_and_keys, values), zip(*of_heads, strict=True), strict=True):
+        assert part.view(entries).numel() == part.numel
+        assert part.view(entries).untyped_storage().data_ptr() == entries.untyped_storage().data_ptr()
+        wanted = torch.cat([each.reshape(-1) for each in slices])
+        assert sorted(part.view(entries).reshape(-1).tolist()) == sorted(wanted.tolist())
+
+
+def test_a_part_that_repeats_is_summed_and_sketched_as_its_slices_are():
+    shape = (12, 40)
+    each = [Part("w", "qk", None, 0, 4 * head, 4 * head + 3, 120) for head in range(3)]
+    each += [Part("w", "vo", None, 0, 4 * head + 3, 4 * head + 4, 40) for head in range(3)]
+    maps = (
+        BlockMap(by_head(shape, dim=0, heads=3, first=3), {"w": shape}),
+        BlockMap(tuple(sorted(each, key=lambda part: part.start)), {"w": shape}),
+    )
+    values = {"w": torch.randn(shape, generator=torch.Generator().manual_seed(0))}
+    sums = [sum_into(squares(block_map, values), block_map.block_of, 2) for block_map in maps]
+    torch.testing.assert_close(*sums)
+    sketches = [CountSketch(block_map, 64, seed=1).sketch(values) for block_map in maps]
+    torch.testing.assert_close(*sketches)
+    host = [host_sums([PartTensors(view, view, view.abs()) for view in m.views(values)], Scratch()) for m in maps]
+    by_block = [
+        np.stack([sums[np.array(m.block_of) == b].sum(0)[:3] for b in range(2)])
+        for sums, m in zip(host, maps, strict=True)
+    ]
+    np.testing.assert_allclose(*[columns[:, :2] for columns in by_block], rtol=1e-6)
+
+
 def parts(*ranges, dim=0):
     return tuple(Part("w", "qk", None, dim, start, stop, (stop - start) * 3) for start, stop in ranges)
 
@@ -72,6 +122,9 @@ def parts(*ranges, dim=0):
         (*parts((0, 4)), Part("w", "vo", None, None, 0, 0, 12)),
         (*parts((0, 4)), Part("x", "vo", None, None, 0, 0, 12)),
         (Part("w", "attention", None, None, 0, 0, 12),),
+        by_head((4, 3), dim=0, heads=2, first=1)[:1],
+        (*by_head((4, 3), dim=0, heads=2, first=1)[:1], *parts((1, 2))),
+        by_head((8, 3), dim=0, heads=2, first=1),
     ],
 )
 def test_a_map_with_gaps_overlaps_or_strangers_can_not_be(wrong):

@@ -45,6 +45,18 @@ def test_a_rule_splits_what_is_not_known():
     ]
 
 
+def test_a_rule_splits_each_of_several_heads():
+    model = nn.ModuleDict({"qkv": nn.Linear(D, 4 * 6)})
+    split = Split(0, (("qk", 4), ("vo", 2)), repeats=4)
+    block_map = classify(model, Rules((Rule("qkv.*", split=split),)))
+    assert [(p.type, p.dim, p.start, p.stop, p.repeats, p.numel) for p in block_map.parts] == [
+        ("qk", 0, 0, 4, 4, 16 * D),
+        ("vo", 0, 4, 6, 4, 8 * D),
+        ("qk", 0, 0, 4, 4, 16),
+        ("vo", 0, 4, 6, 4, 8),
+    ]
+
+
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
@@ -52,6 +64,7 @@ def test_a_rule_splits_what_is_not_known():
         ([Rule("*", block="emb"), Rule("*.bias", block="norm")], "places nothing: all 7 it matches are placed"),
         ([Rule("*c_attn.bias", split=Split(1, (("qk", 16), ("vo", 8))))], "has no dimension 1"),
         ([Rule("*c_attn.bias", split=Split(0, (("qk", 16), ("vo", 9))))], "the sizes add up to 25"),
+        ([Rule("*c_attn.bias", split=Split(0, (("qk", 16), ("vo", 8)), repeats=2))], "the sizes add up to 48"),
     ],
 )
 def test_rules_that_do_not_fit_the_model_are_refused(rules, message):
@@ -74,6 +87,7 @@ def test_the_example_is_read():
             Rule("*.attention.scale", block="norm"),
             Rule("*.attention.qkv.weight", split=Split(0, grouped)),
             Rule("*.attention.qkv.bias", split=Split(0, grouped)),
+            Rule("*.cross.qkv.*", split=Split(0, (("qk", 128), ("vo", 64)), repeats=12)),
         )
     )
 
@@ -96,6 +110,12 @@ def test_classify_takes_the_path_of_a_file(tmp_path):
         ("- match: a\n  block: qk\n  block: vo\n", 3, "rules[0].block", "given twice"),
         ("- block: qk\n", 1, "rules[0].match", "is missing"),
         ("- match: a\n", 1, "rules[0]", "give either block or split"),
+        (
+            "- match: a\n  split:\n    dim: 0\n    repeats: 0\n    parts: [{block: qk, size: 1}, {block: vo, size: 1}]\n",
+            4,
+            "rules[0].split.repeats",
+            "expected an integer of 1 or more",
+        ),
         ("- match: a\n  split: {dim: x, parts: []}\n", 2, "rules[0].split.parts", "expected two parts or more"),
         (
             "- match: a\n  split:\n    dim: x\n    parts: [{block: qk, size: 1}, {block: vo, size: 1}]\n",
