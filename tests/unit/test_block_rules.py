@@ -111,8 +111,8 @@ def test_classify_takes_the_path_of_a_file(tmp_path):
         ("- block: qk\n", 1, "rules[0].match", "is missing"),
         ("- match: a\n", 1, "rules[0]", "give either block or split"),
         (
-            "- match: a\n  split:\n    dim: 0\n    repeats: 0\n    parts: [{block: qk, size: 1}, {block: vo, size: 1}]\n",
-            4,
+            "- match: a\n  split:\n    repeats: 0\n    dim: 0\n    parts: [{block: qk, size: 1}, {block: vo, size: 2}]",
+            3,
             "rules[0].split.repeats",
             "expected an integer of 1 or more",
         ),
