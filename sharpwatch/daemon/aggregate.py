@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sharpwatch.daemon.ingest import Floats, Manifest, TapReading
+from sharpwatch.daemon.checks import Floats
+from sharpwatch.daemon.ingest import TapReading
+from sharpwatch.daemon.manifest import Manifest
 
 Doubles = npt.NDArray[np.float64]
 

@@ -17,7 +17,9 @@ from sharpwatch.curvature.pairs import alignments, drifts, effective_ranks, pair
 from sharpwatch.curvature.stability import stability_ratio
 from sharpwatch.curvature.window import top_eigenvalues, trace_estimates
 from sharpwatch.daemon.aggregate import Doubles, sum_rows
-from sharpwatch.daemon.ingest import DirectionReading, Floats, GnbReading, Manifest
+from sharpwatch.daemon.checks import Floats
+from sharpwatch.daemon.manifest import Manifest
+from sharpwatch.daemon.probe_readings import DirectionReading, GnbReading
 from sharpwatch.errors import SharpwatchError
 
 WINDOW_PROBES = 8

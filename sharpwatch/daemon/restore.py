@@ -7,9 +7,10 @@ import time
 import structlog
 from google.protobuf.message import DecodeError
 
-from sharpwatch.daemon.ingest import Cursor, Reading, read_hello, read_sample
+from sharpwatch.daemon.ingest import Cursor, Reading, read_sample
 from sharpwatch.daemon.journal import SampleRow, StoredAttempt, StoredRun
 from sharpwatch.daemon.ledger import UNDER_WAY
+from sharpwatch.daemon.manifest import read_hello
 from sharpwatch.daemon.runs import Attempt, Run, Runs
 from sharpwatch.daemon.supervisor import Changes
 from sharpwatch.errors import OperatorError, WireError

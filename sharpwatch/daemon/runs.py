@@ -22,8 +22,10 @@ from sharpwatch.daemon.estimator import (
     Request,
     observed_stability,
 )
-from sharpwatch.daemon.ingest import Cursor, DirectionReading, GnbReading, HealthReading, Manifest, Reading
+from sharpwatch.daemon.ingest import Cursor, HealthReading, Reading
 from sharpwatch.daemon.ledger import UNDER_WAY
+from sharpwatch.daemon.manifest import Manifest
+from sharpwatch.daemon.probe_readings import DirectionReading, GnbReading
 from sharpwatch.daemon.records import Alert, Decision, Mode, Observation
 from sharpwatch.daemon.supervisor import Changes, Supervisor
 

@@ -23,9 +23,9 @@ from sharpwatch import wire
 from sharpwatch._version import __version__
 from sharpwatch.daemon.config import Config, DaemonConfig
 from sharpwatch.daemon.estimator import Estimator
-from sharpwatch.daemon.ingest import Manifest
 from sharpwatch.daemon.intake import Intake
 from sharpwatch.daemon.logs import configure_logs
+from sharpwatch.daemon.manifest import Manifest
 from sharpwatch.daemon.metrics import OwnMetrics, RunCollector
 from sharpwatch.daemon.operator import Facts, OperatorService
 from sharpwatch.daemon.pipeline import Pipeline

@@ -18,8 +18,9 @@ from google.protobuf.message import DecodeError
 
 from sharpwatch import wire
 from sharpwatch._version import __version__
-from sharpwatch.daemon.ingest import Manifest, Reading, read_hello, read_sample
+from sharpwatch.daemon.ingest import Reading, read_sample
 from sharpwatch.daemon.intake import Entry, Intake
+from sharpwatch.daemon.manifest import Manifest, read_hello
 from sharpwatch.daemon.messages import command_message
 from sharpwatch.daemon.metrics import OwnMetrics
 from sharpwatch.daemon.pipeline import Pipeline

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from sharpwatch.daemon.aggregate import block_tap, sum_rows
-from sharpwatch.daemon.ingest import Manifest, TapReading
+from sharpwatch.daemon.ingest import TapReading
+from sharpwatch.daemon.manifest import Manifest
 
 SIZES = (5, 3, 7, 2)
 NAMES = (("emb", ""), ("qk", "layers.0"), ("qk", "layers.1"), ("norm", "layers.0"))

@@ -18,7 +18,8 @@ from sharpwatch.daemon.estimator import (
     order_correlation,
     resolve_device,
 )
-from sharpwatch.daemon.ingest import DirectionReading, GnbReading, Manifest
+from sharpwatch.daemon.manifest import Manifest
+from sharpwatch.daemon.probe_readings import DirectionReading, GnbReading
 from sharpwatch.errors import SharpwatchError
 
 NAN = math.nan

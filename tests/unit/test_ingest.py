@@ -10,7 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sharpwatch import wire
-from sharpwatch.daemon.ingest import MAX_DRAWS, MAX_ITEMS, Cursor, read_hello, read_sample
+from sharpwatch.daemon.checks import MAX_DRAWS, MAX_ITEMS
+from sharpwatch.daemon.ingest import Cursor, read_sample
+from sharpwatch.daemon.manifest import read_hello
+from sharpwatch.daemon.probe_readings import LanczosReading, PreconditionedReading
 from sharpwatch.errors import WireError
 from sharpwatch.v1 import agent_pb2, types_pb2
 
@@ -53,11 +56,38 @@ def tap(**changes) -> agent_pb2.Tap:
     return agent_pb2.Tap(**{name: wire.encode(values, dtype) for name, (values, dtype) in arrays.items()})
 
 
-def gnb(traces=((1.0, 2.0, 3.0), (1.0, 2.0, 4.0)), sketches=None) -> agent_pb2.GnbProbe:
+def gnb(traces=((1.0, 2.0, 3.0), (1.0, 2.0, 4.0)), sketches=None, gradient=None) -> agent_pb2.GnbProbe:
     sketches = np.ones((len(traces), 2, 64)) if sketches is None else sketches
+    gradient = np.ones((2, 64)) if gradient is None else gradient
     return agent_pb2.GnbProbe(
-        tokens=128, rows=4, traces=wire.encode(traces, "float64"), sketches=wire.encode(sketches, "float32")
+        tokens=128,
+        rows=4,
+        traces=wire.encode(traces, "float64"),
+        sketches=wire.encode(sketches, "float32"),
+        gradient_sketch=wire.encode(gradient, "float32"),
     )
+
+
+def hutchinson(block="qk", traces=((0.0, 2.0, -3.0), (0.0, 2.0, 4.0)), **changes) -> agent_pb2.HutchinsonProbe:
+    whole = {"tokens": 128, "block": block, "traces": wire.encode(traces, "float64"), "method": "autograd"}
+    return agent_pb2.HutchinsonProbe(**whole | changes)
+
+
+def lanczos(**changes) -> agent_pb2.LanczosProbe:
+    whole = {"tokens": 128, "block": "qk", "top": 9.0, "top_residual": 0.5, "bottom": -3.0, "bottom_residual": 1.0}
+    return agent_pb2.LanczosProbe(**whole | changes)
+
+
+def linesearch(blocks=(math.nan, 0.25), widths=(math.nan, 0.0), **changes) -> agent_pb2.LineSearchProbe:
+    return agent_pb2.LineSearchProbe(
+        **{"tokens": 128, "sharpness": 0.5, "half_width": 0.01} | changes,
+        block_sharpness=wire.encode(blocks, "float64"),
+        block_half_width=wire.encode(widths, "float64"),
+    )
+
+
+def preconditioned(**changes) -> agent_pb2.PreconditionedProbe:
+    return agent_pb2.PreconditionedProbe(**{"tokens": 128, "ratio": 0.75, "residual": 0.01} | changes)
 
 
 def direction(descent=1.0, curvature=0.5, block_curvature=(math.nan, 0.25)) -> agent_pb2.DirectionProbe:
@@ -117,6 +147,10 @@ def test_a_whole_sample_is_read():
         tap=tap(),
         gnb=gnb(),
         direction=direction(),
+        hutchinson=hutchinson(),
+        lanczos=lanczos(block="", method="autograd"),
+        linesearch=linesearch(),
+        preconditioned=preconditioned(method="gradient differences"),
         health=agent_pb2.AgentHealth(overhead_ratio=math.nan, step_seconds=0.1, dropped={"spool": 2}),
         results=[types_pb2.CommandResult(command_id="c", outcome=types_pb2.COMMAND_OUTCOME_APPLIED, step=7)],
         checkpoints=[types_pb2.Checkpoint(step=5, uri="file:///c")],
@@ -127,6 +161,12 @@ def test_a_whole_sample_is_read():
     assert reading.tap.non_finite.tolist() == [0, 0, 2]
     assert reading.gnb.traces.shape == (2, 3)
     assert reading.gnb.sketches.shape == (2, 2, 64)
+    assert reading.gnb.gradient_sketch.tolist() == np.ones((2, 64)).tolist()
+    assert (reading.hutchinson.block, reading.hutchinson.traces[:, 2].tolist()) == ("qk", [-3.0, 4.0])
+    assert reading.lanczos == LanczosReading(128, "", 9.0, 0.5, -3.0, 1.0, "autograd")
+    assert (reading.linesearch.sharpness, reading.linesearch.half_width) == (0.5, 0.01)
+    assert reading.linesearch.block_sharpness[1] == 0.25
+    assert reading.preconditioned == PreconditionedReading(128, 0.75, 0.01, "gradient differences")
     assert math.isnan(reading.direction.block_curvature[0])
     assert reading.health.overhead_ratio is None
     assert reading.health.dropped == {"spool": 2}
@@ -152,7 +192,26 @@ def test_a_whole_sample_is_read():
         ({"gnb": gnb(traces=[[1.0, -1.0, 1.0]])}, "malformed"),
         ({"gnb": gnb(sketches=np.ones((2, 2, 32)))}, "malformed"),
         ({"gnb": agent_pb2.GnbProbe(tokens=0, traces=wire.encode(np.ones((1, 3)), "float64"))}, "malformed"),
+        ({"gnb": gnb(gradient=np.ones((2, 32)))}, "malformed"),
         ({"direction": direction(block_curvature=(1.0, 1.0, 1.0))}, "malformed"),
+        ({"hutchinson": hutchinson(block="vo")}, "malformed"),
+        ({"hutchinson": hutchinson(block="")}, "malformed"),
+        ({"hutchinson": hutchinson(block="emb")}, "malformed"),  # its traces are of another block
+        ({"hutchinson": hutchinson(traces=np.zeros((MAX_DRAWS + 1, 3)))}, "malformed"),
+        ({"hutchinson": hutchinson(traces=np.zeros((0, 3)))}, "malformed"),
+        ({"hutchinson": hutchinson(traces=((0.0, 1.0),))}, "malformed"),
+        ({"hutchinson": hutchinson(tokens=0)}, "malformed"),
+        ({"hutchinson": hutchinson(method="x" * 300)}, "malformed"),
+        ({"lanczos": lanczos(block="attention")}, "malformed"),
+        ({"lanczos": lanczos(top_residual=-1.0)}, "malformed"),
+        ({"lanczos": lanczos(bottom=9.5)}, "malformed"),
+        ({"lanczos": lanczos(tokens=2**63)}, "malformed"),
+        ({"linesearch": linesearch(blocks=(0.5,))}, "malformed"),
+        ({"linesearch": linesearch(blocks=(-0.5, 1.0))}, "malformed"),
+        ({"linesearch": linesearch(sharpness=-0.5)}, "malformed"),
+        ({"linesearch": linesearch(half_width=-0.5)}, "malformed"),
+        ({"preconditioned": preconditioned(residual=-0.5)}, "malformed"),
+        ({"preconditioned": preconditioned(tokens=0)}, "malformed"),
         ({"results": [types_pb2.CommandResult(command_id="c")]}, "malformed"),
         ({"checkpoints": [types_pb2.Checkpoint(step=1, uri="u")] * (MAX_ITEMS + 1)}, "malformed"),
         (
@@ -187,6 +246,25 @@ def test_a_probe_that_is_not_finite_is_dropped_alone(bad):
     assert reading.direction is None
     assert reading.dropped_probes == ("gnb", "direction")
     assert reading.tap is not None
+
+
+@pytest.mark.parametrize(
+    "probe",
+    [
+        {"gnb": gnb(gradient=np.full((2, 64), math.nan))},
+        {"hutchinson": hutchinson(traces=((0.0, math.inf, 1.0),))},
+        {"lanczos": lanczos(bottom=math.nan)},
+        {"lanczos": lanczos(top_residual=math.inf)},
+        {"linesearch": linesearch(sharpness=math.inf)},
+        {"linesearch": linesearch(blocks=(math.nan, math.inf))},
+        {"preconditioned": preconditioned(ratio=math.nan)},
+    ],
+)
+def test_each_kind_of_probe_is_dropped_where_it_says_nothing(probe):
+    (name,) = probe
+    reading = read_sample(MANIFEST, agent_pb2.Sample(sequence=1, step=1, **probe))
+    assert getattr(reading, name) is None
+    assert reading.dropped_probes == (name,)
 
 
 def test_a_sketch_too_large_to_be_squared_is_dropped_before_it_spoils_what_it_is_estimated_with():

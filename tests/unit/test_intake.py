@@ -6,8 +6,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sharpwatch.daemon.ingest import Manifest, Reading
+from sharpwatch.daemon.ingest import Reading
 from sharpwatch.daemon.intake import Entry, Intake
+from sharpwatch.daemon.manifest import Manifest
 from sharpwatch.daemon.runs import Attempt
 
 

@@ -13,7 +13,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from sharpwatch.curvature.estimate import Estimate
 from sharpwatch.daemon.aggregate import BlockTap
 from sharpwatch.daemon.config import ALERT_NAMES
-from sharpwatch.daemon.ingest import HealthReading, Manifest
+from sharpwatch.daemon.ingest import HealthReading
+from sharpwatch.daemon.manifest import Manifest
 from sharpwatch.daemon.metrics import OwnMetrics, RunCollector
 from sharpwatch.daemon.records import Alert
 from sharpwatch.daemon.runs import View
