@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
-from sharpwatch.daemon.estimator import Request
+from sharpwatch.daemon.window import Request
 
 CAPACITY = 1024  # windows; past it the pipeline waits, its queue fills, and the busiest run gives way
 

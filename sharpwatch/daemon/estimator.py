@@ -18,26 +18,14 @@ from sharpwatch.curvature.stability import stability_ratio
 from sharpwatch.curvature.window import top_eigenvalues, trace_estimates
 from sharpwatch.daemon.aggregate import Doubles, sum_rows
 from sharpwatch.daemon.checks import Floats
-from sharpwatch.daemon.manifest import Manifest
-from sharpwatch.daemon.probe_readings import DirectionReading, GnbReading
+from sharpwatch.daemon.probe_estimates import probe_estimates
+from sharpwatch.daemon.probe_readings import DirectionReading
+from sharpwatch.daemon.window import WINDOW_PROBES, Key, Request
 from sharpwatch.errors import SharpwatchError
 
-WINDOW_PROBES = 8
-GNB_QUANTITIES = ("trace", "sharpness", "top_eigenvalue", "effective_rank", "drift", "alignment")
-DIRECTION_QUANTITIES = ("stability_ratio",)
 _SPECTRAL = ("top_eigenvalue", "effective_rank", "drift", "alignment")  # of one batch, by block and whole
 _AT_ONCE = 256  # requests in one batch: their padded sketches stay below some tens of megabytes
-Key = tuple[str, str, str]  # quantity, block ("" for the whole model), estimator
 ORDER = ("emb", "qk", "ffn", "vo", "norm")  # least sharp first: Wang et al. 2025, arXiv 2502.19002
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Request:
-    """One run's windows: probes with the steps they were taken at, oldest first."""
-
-    manifest: Manifest
-    gnb: tuple[tuple[int, GnbReading], ...]
-    directions: tuple[tuple[int, DirectionReading], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,10 +123,10 @@ def _block_ratios(blocks: Sequence[str], readings: Sequence[DirectionReading], s
 
 
 def _window_stability(request: Request) -> dict[Key, Estimate]:
-    if not request.directions:
+    if not request.direction:
         return {}
-    step = request.directions[-1][0]
-    readings = [reading for _, reading in request.directions]
+    step = request.direction[-1][0]
+    readings = [reading for _, reading in request.direction]
     newest = readings[-WINDOW_PROBES:]
     whole = _ratio([one.curvature for one in newest], [one.descent for one in newest], step)
     ratios = {"": whole} if whole is not None else {}
@@ -163,7 +151,7 @@ def _estimates(
 ) -> Estimates:
     """Put together one run's; `traces` are those of its layer blocks, then of its blocks."""
     manifest = request.manifest
-    values = _window_stability(request)
+    values = _window_stability(request) | probe_estimates(request)
     rows = len(manifest.layer_blocks)
     sharpness: dict[str, float] = {}
     for block, numel, trace in zip(manifest.blocks, manifest.block_parameters, traces[rows:], strict=bool(traces)):

@@ -92,6 +92,11 @@ class Reading:
     linesearch: LineSearchReading | None = None
     preconditioned: PreconditionedReading | None = None
 
+    @property
+    def probes(self) -> tuple[str, ...]:
+        """The probes that it has."""
+        return tuple(probe for probe in PROBES if getattr(self, probe) is not None)
+
 
 def _tap(tap: agent_pb2.Tap, parameters: Ints) -> TapReading:
     rows = len(parameters)

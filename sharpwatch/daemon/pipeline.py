@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import structlog
 
 from sharpwatch.daemon.backlog import Backlog, Waiting
-from sharpwatch.daemon.estimator import Estimator, Request
+from sharpwatch.daemon.estimator import Estimator
 from sharpwatch.daemon.intake import Entry, Intake
 from sharpwatch.daemon.journal import AttemptRow, Batch, EstimateRow, ModeRow, SampleRow, TransitionRow
 from sharpwatch.daemon.ledger import UNDER_WAY
@@ -26,6 +26,7 @@ from sharpwatch.daemon.records import Alert, Checkpoint, Decision, Revision
 from sharpwatch.daemon.runs import Attempt, Run, Runs
 from sharpwatch.daemon.store import Store
 from sharpwatch.daemon.supervisor import Changes
+from sharpwatch.daemon.window import Request
 from sharpwatch.errors import OperatorError, StoreError
 
 log = structlog.get_logger(__name__)
@@ -259,10 +260,8 @@ class Pipeline:
                 self._metrics.internal_errors.labels("fold").inc()
                 log.exception("fold_failed", run=run.name, step=entry.reading.step)
             touched[run.name] = run
-            reading = entry.reading
-            if entry.attempt is run.attempt and (reading.gnb or reading.direction):
-                request = run.request(gnb=reading.gnb is not None, direction=reading.direction is not None)
-                self._backlog.put(Waiting(request, entry.received_at))
+            if entry.attempt is run.attempt and (probes := entry.reading.probes):
+                self._backlog.put(Waiting(run.request(probes), entry.received_at))
             else:
                 seen.append(entry)
         for run in touched.values():
@@ -351,7 +350,8 @@ class Pipeline:
             if run is not None:
                 run.take_estimates(request, estimates)
             for (quantity, block, _), estimate in estimates.values.items():
-                self._unwritten.estimates.append(EstimateRow(name, quantity, block, estimate))
+                if estimate.step == request.step:  # the others were taken before: it is other blocks' turn
+                    self._unwritten.estimates.append(EstimateRow(name, quantity, block, estimate))
 
 
 def _row(entry: Entry, now: float) -> SampleRow:

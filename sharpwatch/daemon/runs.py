@@ -6,31 +6,25 @@ import asyncio
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
 
-from sharpwatch.blocks import BLOCKS
 from sharpwatch.curvature.estimate import Estimate
 from sharpwatch.daemon.aggregate import BlockTap, block_tap
-from sharpwatch.daemon.estimator import (
-    DIRECTION_QUANTITIES,
-    GNB_QUANTITIES,
-    WINDOW_PROBES,
-    Estimates,
-    Key,
-    Request,
-    observed_stability,
-)
+from sharpwatch.daemon.estimator import Estimates, observed_stability
 from sharpwatch.daemon.ingest import Cursor, HealthReading, Reading
 from sharpwatch.daemon.ledger import UNDER_WAY
 from sharpwatch.daemon.manifest import Manifest
-from sharpwatch.daemon.probe_readings import DirectionReading, GnbReading
 from sharpwatch.daemon.records import Alert, Decision, Mode, Observation
 from sharpwatch.daemon.supervisor import Changes, Supervisor
+from sharpwatch.daemon.window import ESTIMATORS, LENGTHS, Key, Request
 
 MAX_RUNS = 10_000
 MAX_ATTEMPTS = 16  # remembered of a run: one of them may still be sending what it had left
+
+_PLACES = {one: place for place, one in enumerate(chain.from_iterable(ESTIMATORS.values()))}
 
 Phase = Literal["running", "silent", "closed"]
 
@@ -104,9 +98,9 @@ class Run:
         self.signal = Signal()
         # Journalled decisions whose command the trainer has not answered.
         self.outstanding: dict[str, Decision] = {}
-        self.gnb: deque[tuple[int, GnbReading]] = deque(maxlen=WINDOW_PROBES)
-        # Blocks take turns: that many hold a full window of each.
-        self.directions: deque[tuple[int, DirectionReading]] = deque(maxlen=WINDOW_PROBES * len(BLOCKS))
+        self._windows: dict[str, deque[tuple[int, Any]]] = {
+            probe: deque(maxlen=length) for probe, length in LENGTHS.items()
+        }
         self._dropped_probes: Counter[str] = Counter()
         self._alerts_total: Counter[str] = Counter()
         self._decisions_total: Counter[tuple[str, str, str]] = Counter()
@@ -136,8 +130,8 @@ class Run:
     def begin(self, attempt: Attempt, supervisor: Supervisor) -> None:
         """Take up a new attempt; what was measured under another manifest is put away."""
         if attempt.manifest.layer_blocks != self.attempt.manifest.layer_blocks:
-            self.gnb.clear()
-            self.directions.clear()
+            for window in self._windows.values():
+                window.clear()
             self._draft = replace(
                 self._draft, tap=None, update_ratio=None, estimates={}, layer_sharpness=(), order_correlation=None
             )
@@ -150,11 +144,10 @@ class Run:
         self._dropped_probes.update(reading.dropped_probes)
         manifest = self.attempt.manifest
         tap = block_tap(manifest, reading.tap) if reading.tap is not None else None
-        if reading.gnb is not None:
-            self.gnb.append((reading.step, reading.gnb))
+        for probe in reading.probes:
+            self._windows[probe].append((reading.step, getattr(reading, probe)))
         changes: dict[str, Any] = {}
         if reading.direction is not None:
-            self.directions.append((reading.step, reading.direction))
             changes["update_ratio"] = tuple(map(float, reading.direction.update_ratio))
         if tap is not None:
             changes["tap"] = tap
@@ -169,19 +162,18 @@ class Run:
             return None
         return _observation(manifest, reading, tap)
 
-    def request(self, *, gnb: bool = True, direction: bool = True) -> Request:
-        """What the estimator needs of the windows as they are now: those of the probes asked for."""
-        return Request(
-            self.attempt.manifest, tuple(self.gnb) if gnb else (), tuple(self.directions) if direction else ()
-        )
+    def request(self, probes: Iterable[str] = tuple(LENGTHS)) -> Request:
+        """What the estimator needs of the windows of `probes` as they are now."""
+        return Request(self.attempt.manifest, **{probe: tuple(self._windows[probe]) for probe in probes})
 
     def take_estimates(self, request: Request, estimates: Estimates) -> None:
         """Have the estimates of `request` shown in place of those its probes made before."""
         if request.manifest is not self.attempt.manifest:
             return  # a new attempt began meanwhile
-        renewed = {*(GNB_QUANTITIES if request.gnb else ()), *(DIRECTION_QUANTITIES if request.directions else ())}
-        kept = {key: one for key, one in self._draft.estimates.items() if key[0] not in renewed}
-        self._draft = replace(self._draft, estimates=kept | dict(estimates.values))
+        renewed = {estimator for probe in request.probes for estimator in ESTIMATORS[probe]}
+        kept = {key: one for key, one in self._draft.estimates.items() if key[2] not in renewed}
+        shown = sorted((kept | dict(estimates.values)).items(), key=lambda item: _PLACES[item[0][2]])
+        self._draft = replace(self._draft, estimates=dict(shown))
         if request.gnb:
             self._draft = replace(
                 self._draft,

@@ -11,8 +11,6 @@ import torch
 
 from sharpwatch.daemon import estimator
 from sharpwatch.daemon.estimator import (
-    GNB_QUANTITIES,
-    Request,
     estimate_all,
     observed_stability,
     order_correlation,
@@ -20,6 +18,7 @@ from sharpwatch.daemon.estimator import (
 )
 from sharpwatch.daemon.manifest import Manifest
 from sharpwatch.daemon.probe_readings import DirectionReading, GnbReading
+from sharpwatch.daemon.window import Request
 from sharpwatch.errors import SharpwatchError
 
 NAN = math.nan
@@ -147,7 +146,9 @@ def test_what_sketches_say_is_each_windows_own_however_many_go_together():
 
 def test_the_keys_hold_what_their_names_say():
     (found,) = estimate_all([Request(SMALL, sharp_windows(SMALL, 8, 8, gradients=True), ())], "cpu")
-    rank, drift, alignment = (found.values[quantity, "emb", "gnb"] for quantity in GNB_QUANTITIES[-3:])
+    rank, drift, alignment = (
+        found.values[quantity, "emb", "gnb"] for quantity in ("effective_rank", "drift", "alignment")
+    )
     # One direction, and 0.04 of the trace spread over the rest: rank 1.08; aligned but for the gradient's noise of 1 %.
     assert abs(rank.value - 1.08) < 4 * rank.stderr
     assert abs(drift.value) < 4 * drift.stderr < 0.2
