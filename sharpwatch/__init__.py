@@ -11,18 +11,32 @@ if TYPE_CHECKING:
     from sharpwatch.agent.control import RollbackRequest
     from sharpwatch.agent.watch import Watch
     from sharpwatch.blocks import BlockMap, classify
+    from sharpwatch.curvature.measure import measure
+    from sharpwatch.curvature.report import SharpnessReport
     from sharpwatch.errors import SharpwatchError
 
-__all__ = ["BlockMap", "RollbackRequest", "SharpwatchError", "Watch", "__version__", "attach", "classify"]
+__all__ = [
+    "BlockMap",
+    "RollbackRequest",
+    "SharpnessReport",
+    "SharpwatchError",
+    "Watch",
+    "__version__",
+    "attach",
+    "classify",
+    "measure",
+]
 
 # Resolved on first use: the command line and the courier must start without loading torch.
 _HOMES = {
     "BlockMap": "sharpwatch.blocks",
     "RollbackRequest": "sharpwatch.agent.control",
+    "SharpnessReport": "sharpwatch.curvature.report",
     "SharpwatchError": "sharpwatch.errors",
     "Watch": "sharpwatch.agent.watch",
     "attach": "sharpwatch.agent.attach",
     "classify": "sharpwatch.blocks",
+    "measure": "sharpwatch.curvature.measure",
 }
 
 

@@ -55,6 +55,10 @@ class Batch:
         kwargs = {name: value for name, value in self.kwargs.items() if name != "num_items_in_batch"}
         return _changed(Batch(self.args, kwargs), lambda tensor, _: tensor.clone() if tensor.is_inference() else tensor)
 
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The same call with `change` made to every tensor."""
+        return _changed(self, lambda tensor, _: change(tensor))
+
     def tensors(self) -> Iterator[Tensor]:
         """All tensors among the arguments, through dicts, lists and tuples."""
         return _tensors([self.args, dict(self.kwargs)])

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -25,25 +25,35 @@ _CONTAINERS = frozenset({list, dict, set, deque, OrderedDict, defaultdict, Count
 
 
 class Functional:
-    """Stands in for a model: computes the same from `leaves`, detached from the parameters, and copies of the buffers.
+    """Stands in for a model, whose modules it makes compute from `leaves` and from copies of the buffers.
 
-    What it computes never reaches the parameters' `.grad` or hooks, nor the buffers. `leaves` go by the names of
-    `model.named_parameters()`; a frozen parameter's does not require a gradient. Other attributes are the model's own.
-    A wrapper (DDP, a compiled module) is left out: only what it wraps runs.
+    Only to be made where `undisturbed` puts the modules back. What is computed never reaches the parameters' `.grad`
+    or hooks, nor the buffers, also where a checkpointed part is computed again in the backward. `leaves` go by the
+    names of `model.named_parameters()`; a frozen parameter's does not require a gradient. Other attributes are the
+    model's own. A wrapper (DDP, a compiled module) is left out: only what it wraps runs. `exact`: tensors of half
+    precision are raised to float32.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.inner, prefix = _unwrapped(model)
+    def __init__(self, model: nn.Module, *, exact: bool = False) -> None:
+        self.inner = _unwrapped(model)
+        self.exact = exact
         self.leaves = {
-            name: parameter.detach().requires_grad_(parameter.requires_grad)
+            name: self._raised(parameter.detach()).requires_grad_(parameter.requires_grad)
             for name, parameter in model.named_parameters()
         }
-        self._tensors = {name.removeprefix(prefix): leaf for name, leaf in self.leaves.items()}
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._slots: dict[str, list[tuple[dict[str, Any], str]]] = defaultdict(list)
+        self._buffers: list[tuple[dict[str, Any], str, Tensor]] = []
+        for module in self.inner.modules():
+            self._lay(module, names)
+        for name, leaf in self.leaves.items():
+            self.place(name, leaf)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output."""
-        buffers = {name: buffer.clone() for name, buffer in self.inner.named_buffers()}
-        return torch.func.functional_call(self.inner, {**buffers, **self._tensors}, args, kwargs, tie_weights=True)
+        for registry, key, buffer in self._buffers:  # afresh: what one forward left there must not reach the next
+            registry[key] = self._raised(buffer).clone()
+        return self.inner(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
@@ -53,17 +63,39 @@ class Functional:
         """The leaves to differentiate by."""
         return {name: leaf for name, leaf in self.leaves.items() if leaf.requires_grad}
 
+    def place(self, name: str, tensor: Tensor) -> None:
+        """Compute with `tensor` for the parameter `name` from now on, everywhere it is used."""
+        for registry, key in self._slots[name]:
+            registry[key] = tensor
+
+    def _lay(self, module: nn.Module, names: Mapping[int, str]) -> None:
+        parameters, buffers = dict(vars(module)["_parameters"]), dict(vars(module)["_buffers"])
+        for key, parameter in parameters.items():
+            if parameter is not None:
+                self._slots[names[id(parameter)]].append((parameters, key))
+        self._buffers += [(buffers, key, buffer) for key, buffer in buffers.items() if buffer is not None]
+        vars(module)["_parameters"], vars(module)["_buffers"] = parameters, buffers
+
+    def _raised(self, tensor: Tensor) -> Tensor:
+        return raised(tensor) if self.exact else tensor
+
+
+def raised(tensor: Tensor) -> Tensor:
+    """`tensor` in float32 where it is of half precision."""
+    return tensor.float() if tensor.dtype in {torch.bfloat16, torch.float16} else tensor
+
 
 @contextmanager
-def undisturbed(model: nn.Module, *, double_backward: bool = False) -> Iterator[Functional]:
+def undisturbed(model: nn.Module, *, exact: bool = False) -> Iterator[Functional]:
     """A context in which `model` is evaluated through the `Functional` it gives, and that leaves everything as it was.
 
     Inside: every module in evaluation mode, gradients enabled, autocast as around it but without its cache, the user's
-    hooks (the modules' and torch's global ones) bypassed, compiled code run eagerly, and for a double backward the
-    attention kernel that has one. Afterwards, also after an error, all of that is as before, as are the random
-    states (torch's of the CPU and the model's accelerators, NumPy's, Python's, the modules' own generators), buffers,
-    and whatever attributes the modules' code has set or changed in place: tensors, lists, dicts, sets. What is nested
-    deeper, or belongs to other objects, is not put back.
+    hooks (the modules' and torch's global ones) bypassed, compiled code run eagerly, reentrant checkpoints kept in
+    memory, and, where it is to be `exact`, weights, buffers and products of matrices in float32 at least, without
+    autocast. Afterwards, also after an error, all of that is as
+    before, as are the random states (torch's of the CPU and the model's accelerators, NumPy's, Python's, the modules'
+    own generators), buffers, and whatever attributes the modules' code has set or changed in place: tensors, lists,
+    dicts, sets. What is nested deeper, or belongs to other objects, is not put back.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(mode=False))
@@ -72,15 +104,49 @@ def undisturbed(model: nn.Module, *, double_backward: bool = False) -> Iterator[
         stack.enter_context(_without_autocast_cache())
         stack.enter_context(_attributes_kept(model))
         stack.enter_context(_without_global_hooks())
+        stack.enter_context(_without_reentrant_checkpoints())
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and to import it takes a second
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        if double_backward:
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if exact:
+            stack.enter_context(_full_precision(model))
         for module in model.modules():
             vars(module)["training"] = False
             for name in _HOOKS:
                 _bypass(module, name)
-        yield Functional(model)
+        yield Functional(model, exact=exact)
+
+
+@contextmanager
+def _full_precision(model: nn.Module) -> Iterator[None]:
+    kinds = {"cpu", *(parameter.device.type for parameter in model.parameters() if parameter.device.type != "meta")}
+    precision, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    with ExitStack() as stack:
+        for kind in kinds:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.callback(torch.set_float32_matmul_precision, precision)
+        stack.callback(setattr, torch.backends.cudnn, "allow_tf32", convolutions)
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+        yield
+
+
+class _Kept:
+    """In place of a reentrant checkpoint, whose backward knows no `torch.autograd.grad`: all is kept in memory."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], _: bool, *args: Any) -> Any:
+        return function(*args)
+
+
+@contextmanager
+def _without_reentrant_checkpoints() -> Iterator[None]:
+    place = torch.utils.checkpoint
+    saved = place.CheckpointFunction
+    place.CheckpointFunction = _Kept  # type: ignore[assignment,misc]
+    try:
+        yield
+    finally:
+        place.CheckpointFunction = saved  # type: ignore[misc]
 
 
 @contextmanager
@@ -176,13 +242,12 @@ def _is_torchs(hook: Callable[..., Any]) -> bool:
     return any(isinstance(home, str) and home.startswith(_KEPT) for home in homes)
 
 
-def _unwrapped(model: nn.Module) -> tuple[nn.Module, str]:
-    """The module inside wrappers that change how it runs, not what it computes, and its prefix in parameter names."""
-    prefix = ""
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside wrappers that change how it runs, not what it computes."""
     while True:
         if isinstance(model, DistributedDataParallel):
-            model, prefix = model.module, f"{prefix}module."
+            model = model.module
         elif "_orig_mod" in vars(model).get("_modules", {}):
-            model, prefix = model.get_submodule("_orig_mod"), f"{prefix}_orig_mod."
+            model = model.get_submodule("_orig_mod")
         else:
-            return model, prefix
+            return model

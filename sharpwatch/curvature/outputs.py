@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
@@ -153,9 +153,10 @@ def _without_labels(model: nn.Module, batch: Batch, labels: Labels | None) -> Ma
 
 
 def _scalar(loss: Any, source: str) -> Tensor:
-    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+    depends = isinstance(loss, Tensor) and (loss.requires_grad or not torch.is_grad_enabled())
+    if not depends or loss.numel() != 1:
         raise ProbeError(f"{source} gave {_described(loss)} for a loss: expected a scalar that depends on the weights")
-    return loss.reshape(())
+    return cast("Tensor", loss).reshape(())
 
 
 def _is_logits(value: Any, dimensions: int) -> bool:

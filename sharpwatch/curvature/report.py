@@ -28,7 +28,8 @@ class BlockReport:
     """The estimates of one set of parameters; None or absent where it was not asked for.
 
     `estimates` holds the trace by estimator; `trace` is `hutchinson`'s where there are several, `sharpness` the same
-    over `parameters`. Eigenvalues are of the Hessian, the largest and the smallest algebraic one.
+    over `parameters`. Eigenvalues are of the Hessian, the largest and the smallest algebraic one. `stability` holds the
+    ratios of the optimizer's next step, 1 being the edge, by kind: `direction`, `linesearch`, `preconditioned`.
     """
 
     parameters: int
@@ -36,8 +37,7 @@ class BlockReport:
     top_eigenvalue: Estimate | None = None
     bottom_eigenvalue: Estimate | None = None
     spectrum: Spectrum | None = None
-    critical_sharpness: Estimate | None = None  # 1/c of the line search along the optimizer's step
-    stability_ratio: Estimate | None = None  # of the preconditioned Hessian: 1 is Adam's edge
+    stability: Mapping[str, Estimate] = field(default_factory=dict)
 
     @property
     def trace(self) -> Estimate | None:
@@ -66,7 +66,6 @@ class SharpnessReport:
     batches: int
     seed: int
     cost: Cost
-    seconds: float
     unreached: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -80,16 +79,15 @@ class SharpnessReport:
             "batches": self.batches,
             "seed": self.seed,
             "cost": asdict(self.cost),
-            "seconds": self.seconds,
             "unreached": dict(self.unreached),
         }
 
     def __str__(self) -> str:
-        rows = [("block", "parameters", "trace", "sharpness", "λ_max", "λ_min")]
+        rows: list[tuple[str, ...]] = [("block", "parameters", "trace", "sharpness", "λ_max", "λ_min")]
         rows += [_row(name, block) for name, block in [*self.blocks.items(), ("whole", self.whole)]]
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
-        passes = f"{self.cost.forwards:g} forwards, {self.cost.backwards:g} backwards, {self.seconds:.1f} s"
+        passes = f"{self.cost.forwards:g} forwards, {self.cost.backwards:g} backwards"
         lines.append(f"loss {self.loss:.4f} over {self.tokens:,} tokens; {passes}; ± one standard error, [residual]")
         lines += [f"{block}: {why}" for block, why in self.unreached.items()]
         return "\n".join(lines)
@@ -118,11 +116,12 @@ def per_parameter(trace: Estimate, parameters: int) -> Estimate:
 
 
 def _block(block: BlockReport) -> dict[str, Any]:
-    single = ("trace", "sharpness", "top_eigenvalue", "bottom_eigenvalue", "critical_sharpness", "stability_ratio")
+    single = ("trace", "sharpness", "top_eigenvalue", "bottom_eigenvalue")
     found: dict[str, Any] = {"parameters": block.parameters}
     found |= {name: _estimate(getattr(block, name)) for name in single if getattr(block, name) is not None}
-    if block.estimates:
-        found["estimates"] = {name: _estimate(estimate) for name, estimate in block.estimates.items()}
+    for name, several in (("estimates", block.estimates), ("stability", block.stability)):
+        if several:
+            found[name] = {each: _estimate(estimate) for each, estimate in several.items()}
     if block.spectrum is not None:
         found["spectrum"] = asdict(block.spectrum)
     return found

@@ -6,6 +6,8 @@ once-differentiable, or is a kernel of its own, is instead cut out of the gradie
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from sharpwatch.errors import ProbeError
 
 # Packages whose backwards are kernels that autograd can't see into.
 _KERNELS = ("flash_attn", "liger_kernel", "xformers", "apex", "transformer_engine")
+_COMPLAINTS = ("not implemented", "differentiate twice", "double backward", "no autograd formula")
 
 
 def require_twice_differentiable(loss: Tensor) -> None:
@@ -30,6 +33,17 @@ def require_twice_differentiable(loss: Tensor) -> None:
             name = f"{function.__module__}.{function.__qualname__}"
             raise ProbeError(f"the model can't be differentiated twice: {name} has no second derivative")
         waiting.extend(following for following, _ in node.next_functions)
+
+
+@contextmanager
+def second_derivatives() -> Iterator[None]:
+    """Turns torch's complaint about a missing second derivative into a `ProbeError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(words in str(error) for words in _COMPLAINTS):
+            raise
+        raise ProbeError(f"the model can't be differentiated twice: {error}") from error
 
 
 def _only_once(function: type[Any]) -> bool:

@@ -161,10 +161,17 @@ def test_says_where_there_is_no_second_derivative():
         def forward(self, idx):
             return _Once.apply(self.wte(idx)).square().sum()
 
+    torch.manual_seed(0)
     model = Fused()
     step = {"wte.weight": torch.ones(5, 4)}
+    batch = Batch((torch.arange(5)[None],))
     with pytest.raises(ProbeError, match="differentiated twice"):
-        direction_probe(model, classify(model), Batch((torch.arange(5)[None],)), step, blocks=())
+        direction_probe(model, classify(model), batch, step, blocks=(), method="autograd")
+    found = direction_probe(model, classify(model), batch, step, blocks=("emb",))
+    assert found.method == "gradient differences"
+    truth = float(30 * model.wte.weight.detach().double().pow(4).sum())  # of x^6: 30 x^4
+    assert found.curvature == pytest.approx(truth, rel=1e-3)
+    assert float(found.block_curvature[0]) == pytest.approx(truth, rel=1e-3)
 
 
 def test_a_compiled_model_is_run_eagerly():

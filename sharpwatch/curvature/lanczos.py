@@ -1,0 +1,209 @@
+"""The ends of a symmetric operator's spectrum by Lanczos iteration, with residuals, warm starts and thick restarts.
+
+The largest *algebraic* eigenvalue: a Hessian is indefinite, and the most negative one can be the larger in size, which
+power iteration then takes for the top. Lanczos (1950); full orthogonalization and thick restarts as in Wu and Simon,
+"Thick-restart Lanczos method for large symmetric eigenvalue problems" (2000). A Ritz value is never above λ_max, and
+some eigenvalue is within its residual ‖Hu − θu‖ (Parlett, "The symmetric eigenvalue problem", theorem 4.5.1).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sharpwatch.blocks import BlockMap
+from sharpwatch.curvature.batch import Batch
+from sharpwatch.curvature.hessian import Hessian, Method, opened
+from sharpwatch.curvature.outputs import LossFn
+from sharpwatch.curvature.report import Spectrum
+from sharpwatch.curvature.space import Space
+
+Product = Callable[[Tensor], Tensor]  # [n] -> [n]
+_BASIS_BYTES = 4 * 2**30
+_LONGEST, _SHORTEST = 48, 6  # vectors of a basis
+_KEPT = 2  # Ritz vectors of each end that a restart keeps
+_BREAKDOWN = 1e-6  # a remainder of this share of ‖H‖ is float32's rounding: the space is invariant
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ritz:
+    """An approximate eigenpair: `vector` [n] of length 1, and ‖Hu − λu‖; `error` is the smaller bound r²/gap."""
+
+    value: float
+    residual: float
+    error: float
+    vector: Tensor
+
+
+class Lanczos:
+    """A Krylov space from `start` [n] (it need not have length 1), grown by one product at a time."""
+
+    def __init__(self, start: Tensor) -> None:
+        room = _BASIS_BYTES // max(1, 4 * start.numel())
+        self._room = min(_LONGEST, max(_SHORTEST, room), start.numel())
+        self._basis = start.new_empty(min(self._room + 1, 8), start.numel())
+        self._basis[0] = start / torch.linalg.vector_norm(start)
+        self._projected = torch.zeros(self._room, self._room, dtype=torch.float64)  # VᵀHV
+        self._used = 0  # vectors whose product is known
+        self._remainder = math.inf  # norm of what the last product has outside the space
+        self._quadrature: tuple[Tensor, Tensor] | None = None
+        self._restarted = False
+        self.products = 0
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the space is invariant: its Ritz values are eigenvalues."""
+        return self.products > 0 and self._remainder == 0.0
+
+    @property
+    def latest(self) -> Tensor:
+        """The basis vector whose product is wanted next; [n]."""
+        return self._basis[self._used]
+
+    def step(self, product: Product) -> None:
+        """One product with H."""
+        if self._used == self._room:
+            self._restart()
+        image = product(self.latest)
+        self.products += 1
+        self._used += 1
+        basis = self._basis[: self._used]
+        coefficients = torch.zeros(self._used, dtype=torch.float64)
+        for _ in range(2):  # once more, for what rounding left
+            overlap = basis @ image
+            image = image - overlap @ basis
+            coefficients += overlap.double().cpu()
+        self._projected[: self._used, self._used - 1] = coefficients
+        self._projected[self._used - 1, : self._used] = coefficients
+        self._extend(image)
+        if not self._restarted:
+            values, vectors = self._decomposed()
+            self._quadrature = values, vectors[0].square()
+
+    def top(self) -> Ritz:
+        """The largest Ritz value; a lower bound of λ_max."""
+        return self._ritz(-1)
+
+    def bottom(self) -> Ritz:
+        """The smallest Ritz value; an upper bound of λ_min."""
+        return self._ritz(0)
+
+    def converged(self, tolerance: float) -> bool:
+        """Whether both ends are known to `tolerance`, relative to the larger of them in size."""
+        if self.exhausted:
+            return True
+        top, bottom = self.top(), self.bottom()
+        scale = max(abs(top.value), abs(bottom.value))
+        return all(
+            ritz.error <= tolerance * scale and ritz.residual <= math.sqrt(tolerance) * scale for ritz in (top, bottom)
+        )
+
+    def spectrum(self) -> Spectrum | None:
+        """The density seen from the start, which must have been random: eigenvalues of T, weights of its first row."""
+        if self._quadrature is None:
+            return None
+        values, weights = self._quadrature
+        return Spectrum(tuple(values.tolist()), tuple(weights.tolist()), draws=1)
+
+    def _decomposed(self) -> tuple[Tensor, Tensor]:
+        values, vectors = torch.linalg.eigh(self._projected[: self._used, : self._used])
+        return values, vectors
+
+    def _ritz(self, which: int) -> Ritz:
+        values, vectors = self._decomposed()
+        weights = vectors[:, which]
+        residual = self._remainder * abs(float(weights[-1]))
+        neighbour = -2 if which == -1 else 1
+        gap = abs(float(values[which] - values[neighbour])) if len(values) > 1 else 0.0
+        error = min(residual, residual**2 / gap) if gap > 0 else residual
+        vector = weights.to(self._basis) @ self._basis[: self._used]
+        return Ritz(float(values[which]), residual, error, vector)
+
+    def _extend(self, image: Tensor) -> None:
+        length = float(torch.linalg.vector_norm(image))
+        size = float(self._projected[: self._used, : self._used].abs().max())
+        if not length > _BREAKDOWN * size or self._used >= self._basis.shape[1]:
+            self._remainder = 0.0
+            return
+        self._remainder = length
+        if self._used == len(self._basis):
+            room = min(self._room + 1, 2 * len(self._basis)) - len(self._basis)
+            self._basis = torch.cat([self._basis, self._basis.new_empty(room, self._basis.shape[1])])
+        self._basis[self._used] = image / length
+
+    def _restart(self) -> None:
+        """Go on from the Ritz vectors of both ends and the last remainder, which span a Krylov space too."""
+        values, vectors = self._decomposed()
+        kept = [*range(_KEPT), *range(len(values) - _KEPT, len(values))]
+        following = self.latest.clone()
+        self._basis[: len(kept)] = vectors[:, kept].T.to(self._basis) @ self._basis[: self._used]
+        self._basis[len(kept)] = following
+        self._projected.zero_()
+        self._projected[range(len(kept)), range(len(kept))] = values[kept]
+        self._used = len(kept)
+        self._restarted = True
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LanczosSample:
+    """The ends of H_bb's spectrum on one batch; `block` is "" for the whole model.
+
+    `vectors` float32 [2, n_b] are the Ritz vectors of top and bottom, to start the next probe from.
+    """
+
+    block: str
+    tokens: int
+    rows: int
+    top: float
+    top_residual: float
+    bottom: float
+    bottom_residual: float
+    products: int
+    method: str
+    vectors: Tensor
+
+
+def lanczos_probe(  # noqa: PLR0913 - what a probe is of, and how it is taken; each named
+    model: nn.Module,
+    block_map: BlockMap,
+    batch: Batch,
+    *,
+    block: str,
+    products: int,
+    generator: torch.Generator,
+    start: Tensor | None = None,
+    loss_fn: LossFn | None = None,
+    method: Method = "auto",
+) -> LanczosSample:
+    """At most `products` products with H_bb on `batch`, from `start` (an earlier sample's vectors) or random signs.
+
+    Raises `ProbeError` where no position predicts or no second derivative can be had.
+    """
+    with opened(model, block_map, [batch], loss_fn=loss_fn, method=method) as hessian:
+        space = Space(block_map, block or None, hessian.objective.live.leaves)
+        first = space.signs(generator) if start is None else start.to(space.device).sum(0)
+        found = Lanczos(first)
+        while found.products < products and not found.exhausted:
+            found.step(product_in(hessian, space))
+        top, bottom = found.top(), found.bottom()
+        return LanczosSample(
+            block=block,
+            tokens=hessian.objective.tokens[0],
+            rows=batch.rows,
+            top=top.value,
+            top_residual=top.residual,
+            bottom=bottom.value,
+            bottom_residual=bottom.residual,
+            products=found.products,
+            method=hessian.method,
+            vectors=torch.stack([top.vector, bottom.vector]),
+        )
+
+
+def product_in(hessian: Hessian, space: Space) -> Product:
+    """`hessian` within `space`, as a function of one vector."""
+    return lambda vector: hessian.products(space, vector[None])[0]

@@ -1,0 +1,49 @@
+"""Draws on several batches, pooled to one value with one error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+_BATCHES = 4  # from so many on, the scatter of batches says more than that of draws
+
+
+@dataclass(frozen=True, slots=True)
+class Pooled:
+    """A mean, its standard error (NaN for a single draw), and the part of it that no further draw can take away."""
+
+    value: float
+    stderr: float
+    floor: float
+
+
+def pooled(draws: Sequence[Sequence[float]], shares: Sequence[float], common: float = 0.0) -> Pooled:
+    """Σ_i w_i mean_j x_ij of `draws` [draws][batches], `shares` w_i; `common` is an error that all draws share.
+
+    The error is that of the batches' scatter, which covers their draws, where there are 4 batches or more. Else it is
+    the larger of that and of the draws' own scatter: the first is too uncertain, the second leaves the data out.
+    """
+    values = torch.tensor(draws, dtype=torch.float64)
+    weights = torch.tensor(shares, dtype=torch.float64)
+    count, batches = values.shape
+    means = values.mean(0)
+    value = float((means * weights).sum())
+    within = float((values * weights).sum(1).std() / math.sqrt(count)) if count > 1 else math.nan
+    if batches == 1:
+        return Pooled(value, math.hypot(within, common), common)
+    between = scatter(means.tolist(), shares)
+    stderr = between if batches >= _BATCHES or not between < within else within
+    floor = math.sqrt(max(0.0, between**2 - within**2)) if count > 1 else 0.0
+    return Pooled(value, math.hypot(stderr if count > 1 else math.nan, common), math.hypot(floor, common))
+
+
+def scatter(values: Sequence[float], shares: Sequence[float]) -> float:
+    """Standard error of Σ_i w_i x_i, by the scatter of the x_i about it; NaN for fewer than two."""
+    if len(values) < 2:
+        return math.nan
+    mean = math.fsum(w * x for w, x in zip(shares, values, strict=True))
+    squares = math.fsum((w * (x - mean)) ** 2 for w, x in zip(shares, values, strict=True))
+    return math.sqrt(squares * len(values) / (len(values) - 1))

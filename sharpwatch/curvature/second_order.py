@@ -1,0 +1,272 @@
+"""The part of a measurement that takes second derivatives: ends and densities of spectra, Hessian traces, stability."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sharpwatch.blocks import BlockMap
+from sharpwatch.curvature.allocation import relative_error, worst
+from sharpwatch.curvature.estimate import Cost, Estimate
+from sharpwatch.curvature.findings import WHOLE, Ends, Findings
+from sharpwatch.curvature.hessian import Hessian
+from sharpwatch.curvature.hutchinson import Base, LossDifferences, quadratic_forms
+from sharpwatch.curvature.lanczos import Lanczos, Product, product_in
+from sharpwatch.curvature.linesearch import along
+from sharpwatch.curvature.pooling import Pooled
+from sharpwatch.curvature.preconditioned import scaled_product
+from sharpwatch.curvature.space import Space
+from sharpwatch.curvature.stability import stability_ratio
+
+_PRODUCTS = 100  # where a Lanczos iteration gives up; its residual then says so
+_QUADRATURE = 24  # products of one draw of a spectrum
+_GRADIENTS = 4  # batches whose gradients are kept; of more, each quadratic form takes two forwards
+
+Generators = Callable[..., torch.Generator]  # from what is drawn
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is asked for. `spectra` are the blocks, and "" for the whole model; a precision of None means `draws`."""
+
+    estimators: Sequence[str]
+    blocks: Sequence[str]
+    spectra: Sequence[str]
+    draws: int
+    max_draws: int
+    precision: float | None
+    tolerance: float  # of the ends of a spectrum, relative to the larger
+    losses: bool  # whether traces may be taken from the loss alone
+
+    def wants(self, trace: Pooled | None, have: int) -> bool:
+        """Whether a trace with `have` draws needs more."""
+        if have < self.draws or trace is None:
+            return True
+        return self.reached(trace) is False and have < self.max_draws
+
+    def reached(self, trace: Pooled) -> bool | None:
+        """Whether a trace is as precise as asked; None where no further draw can bring it there."""
+        if self.precision is None or relative_error(trace.value, trace.stderr) <= self.precision:
+            return True
+        return None if trace.floor > self.precision * abs(trace.value) else False
+
+
+class SecondOrder:
+    """One measurement's second half; what it finds goes into `found`, what is there already is not done again."""
+
+    def __init__(
+        self, plan: Plan, block_map: BlockMap, hessian: Hessian, found: Findings, generator: Generators
+    ) -> None:
+        self._plan = plan
+        self._block_map = block_map
+        self._hessian = hessian
+        self._found = found
+        self._generator = generator
+        self._pilots: dict[str, tuple[float, float]] = {}  # zᵀHz and ‖Hz‖ of one z a block, exact
+        self._smooth: dict[str, LossDifferences | None] = {}
+        self._bases: list[Base] = []
+        self._gradients: list[Mapping[str, Tensor]] = []
+        found.products_by = hessian.method
+
+    def run(self) -> Iterator[str]:
+        """Yields what each finished piece was."""
+        objective = self._hessian.objective
+        if not self._found.losses:
+            self._found.losses = [objective.value(index) for index in range(len(objective))]
+        for block in self._plan.spectra:
+            if "lanczos" in self._plan.estimators and block not in self._found.ends:
+                self._found.ends[block] = self._ends(block)
+                yield f"lanczos {block or 'whole model'}"
+            while "spectrum" in self._plan.estimators and len(self._found.spectra.get(block, [])) < self._plan.draws:
+                self._spectrum(block)
+                yield f"spectrum {block or 'whole model'}"
+        while "hutchinson" in self._plan.estimators and (wanted := self._wanted()):
+            block = worst(wanted)
+            self._draw(block)
+            yield f"hutchinson {block}"
+
+    def direction(self, step: Mapping[str, Tensor]) -> None:
+        """ρ = dᵀHd / 2gᵀd of the optimizer's next step d, whole and by block."""
+        for block in self._plan.spectra:
+            space = self._space(block)
+            with self._spending(f"direction/{block}"):
+                d = space.flat_of(step).to(torch.float32)
+                each = []
+                for index in range(len(self._hessian.objective)):
+                    gradient = space.flat_of(self._hessian.gradient(index))
+                    image = self._hessian.products(space, d[None], index)[0]
+                    each.append((_dot(d, image), _dot(gradient, d)))
+            curvature, descent = zip(*each, strict=True)
+            shares = self._found.shares
+            ratio = stability_ratio(
+                [c * w * len(shares) for c, w in zip(curvature, shares, strict=True)],
+                [a * w * len(shares) for a, w in zip(descent, shares, strict=True)],
+            )
+            if ratio is not None:
+                self._stable(block, "direction", Estimate(ratio.value, ratio.stderr, ratio.probes, "direction"))
+
+    def linesearch(self, step: Mapping[str, Tensor]) -> None:
+        """Critical sharpness along the optimizer's next step, whole and by block."""
+        for block in self._plan.spectra:
+            space = self._space(block)
+            with self._spending(f"linesearch/{block}"):
+                found = along(self._hessian.objective, space, space.flat_of(step).to(torch.float32))
+            estimate = Estimate(found.value, math.nan, 1, "linesearch", residual=found.half_width, method="losses")
+            self._stable(block, "linesearch", estimate)
+
+    def preconditioned(self, scales: Mapping[str, Tensor]) -> None:
+        """The top eigenvalue of the preconditioned Hessian of the whole model, in units of Adam's edge."""
+        space = self._space(WHOLE)
+        with self._spending("preconditioned/"):
+            found = Lanczos(space.signs(self._generator("preconditioned")))
+            self._iterate(found, scaled_product(self._hessian, space, scales))
+        top = found.top()
+        estimate = Estimate(top.value, math.nan, 1, "lanczos", residual=top.residual, method=self._hessian.method)
+        self._stable(WHOLE, "preconditioned", estimate)
+
+    def _ends(self, block: str) -> Ends:
+        space = self._space(block)
+        if space.size == 0:
+            nothing = [0.0] * len(self._found.shares)
+            return Ends(0.0, 0.0, 0.0, 0.0, nothing, nothing, "")
+        with self._spending(f"lanczos/{block}"):
+            found = Lanczos(space.signs(self._generator(block, "pilot")))
+            self._iterate(found, self._remembering(block, space))
+            top, bottom = found.top(), found.bottom()
+            tops, bottoms = self._quotients(space, torch.stack([top.vector, bottom.vector]))
+        spectrum = found.spectrum()
+        if spectrum is not None and not self._found.spectra.get(block):
+            self._found.spectra[block] = [(list(spectrum.eigenvalues), list(spectrum.weights))]
+        return Ends(top.value, top.residual, bottom.value, bottom.residual, tops, bottoms, self._hessian.method)
+
+    def _iterate(self, found: Lanczos, product: Product) -> None:
+        while found.products < _PRODUCTS and not (found.products > 2 and found.converged(self._plan.tolerance)):
+            if found.exhausted:
+                return
+            found.step(product)
+
+    def _quotients(self, space: Space, vectors: Tensor) -> list[list[float]]:
+        """uᵀH_i u of each batch i; of one batch there is nothing to compare."""
+        if len(self._found.shares) == 1:
+            return [[], []]
+        rows = [
+            [_dot(u, image) for u, image in zip(vectors, self._hessian.products(space, vectors, index), strict=True)]
+            for index in range(len(self._found.shares))
+        ]
+        return [list(column) for column in zip(*rows, strict=True)]
+
+    def _spectrum(self, block: str) -> None:
+        space = self._space(block)
+        spectra = self._found.spectra.setdefault(block, [])
+        with self._spending(f"spectrum/{block}"):
+            found = Lanczos(space.signs(self._generator(block, "spectrum", len(spectra))))
+            while found.products < _QUADRATURE and not found.exhausted:
+                found.step(product_in(self._hessian, space))
+        spectrum = found.spectrum()
+        if spectrum is not None:
+            spectra.append((list(spectrum.eigenvalues), list(spectrum.weights)))
+
+    def _wanted(self) -> dict[str, float]:
+        """The blocks that need more draws, and how far from exact each is."""
+        wanted = {}
+        for block in self._plan.blocks:
+            have = len(self._found.hutchinson.get(block, []))
+            trace = self._found.hutchinson_trace(block) if have else None
+            if self._plan.wants(trace, have):
+                known = trace is not None and have >= self._plan.draws
+                wanted[block] = relative_error(trace.value, trace.stderr) if known and trace else math.inf
+        return wanted
+
+    def _draw(self, block: str) -> None:
+        """One draw on every batch."""
+        space = self._space(block)
+        draws = self._found.hutchinson.setdefault(block, [])
+        if space.size == 0:
+            draws.append([[0.0]] * len(self._found.shares))
+            return
+        with self._spending(f"hutchinson/{block}"):
+            smooth = self._differences(block, space)
+            row = []
+            for index in range(len(self._found.shares)):
+                signs = space.signs(self._generator(block, "hutchinson", len(draws), index))
+                if smooth is None:
+                    row.append(quadratic_forms(self._hessian, space, signs, index).tolist())
+                else:
+                    row.append([smooth.draw(space, signs, index)])
+        draws.append(row)
+
+    def _differences(self, block: str, space: Space) -> LossDifferences | None:
+        """How the block's quadratic forms are had from the loss; None where they are to be had from products."""
+        if block not in self._smooth:
+            self._smooth[block] = self._tried(block, space) if self._plan.losses else None
+            found = self._smooth[block]
+            self._found.steps[block] = 0.0 if found is None else found.step
+            self._found.common[block] = 0.0 if found is None else found.stderr
+        return self._smooth[block]
+
+    def _tried(self, block: str, space: Space) -> LossDifferences | None:
+        objective = self._hessian.objective
+        if not self._bases:
+            whole = self._space(WHOLE)
+            indices = range(len(objective))
+            self._bases = [Base.of(objective, i, whole, self._generator("base", i)) for i in indices]
+            if len(objective) <= _GRADIENTS:
+                self._gradients = [self._hessian.gradient(index) for index in indices]
+        gradients = [space.flat_of(gradient) for gradient in self._gradients] or None
+        kept = self._found.steps.get(block)
+        if kept is not None:  # decided before the measurement was taken up again
+            return LossDifferences(objective, self._bases, gradients, kept) if kept else None
+        quadratic, length = self._pilot(block, space)
+        curvature = max(abs(quadratic), math.sqrt(2) * length)
+        found = LossDifferences.scaled(objective, space, bases=self._bases, gradients=gradients, curvature=curvature)
+        signs = space.signs(self._generator(block, "pilot"))
+        return found if found.agrees(space, signs, quadratic, curvature) else None
+
+    def _pilot(self, block: str, space: Space) -> tuple[float, float]:
+        if block not in self._pilots:
+            signs = space.signs(self._generator(block, "pilot"))
+            self._remembering(block, space)(signs / math.sqrt(space.size))
+        return self._pilots[block]
+
+    def _remembering(self, block: str, space: Space) -> Product:
+        """The product, the first of which, with z/√n, is kept as the block's pilot."""
+        product = product_in(self._hessian, space)
+
+        def first(vector: Tensor) -> Tensor:
+            image = product(vector)
+            length = math.sqrt(space.size) * float(torch.linalg.vector_norm(image))
+            self._pilots.setdefault(block, (space.size * _dot(vector, image), length))
+            return image
+
+        return first
+
+    def _space(self, block: str) -> Space:
+        return Space(self._block_map, block or None, self._hessian.objective.live.leaves)
+
+    def _stable(self, block: str, kind: str, estimate: Estimate) -> None:
+        self._found.stability.setdefault(block, {})[kind] = estimate
+
+    def _spending(self, name: str) -> _Spending:
+        return _Spending(self._hessian, self._found, name)
+
+
+class _Spending:
+    """Books what the objective spends inside under a name."""
+
+    def __init__(self, hessian: Hessian, found: Findings, name: str) -> None:
+        self._hessian, self._found, self._name = hessian, found, name
+        self._before = Cost()
+
+    def __enter__(self) -> None:
+        self._before = self._hessian.objective.cost
+
+    def __exit__(self, *_: object) -> None:
+        self._found.spend(self._name, self._hessian.objective.cost - self._before)
+
+
+def _dot(left: Tensor, right: Tensor) -> float:
+    return float((left.double() * right.double()).sum())

@@ -1,0 +1,127 @@
+"""A block's parameters laid end to end: what the linear algebra of one block, or of the whole model, works on."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from sharpwatch.blocks import BlockMap, Part
+
+_MOST_COLOURS = 4
+
+
+class Space:
+    """The trainable parameters of `block`, or of all blocks where it is None, as vectors of `size` float entries."""
+
+    def __init__(self, block_map: BlockMap, block: str | None, leaves: Mapping[str, Tensor]) -> None:
+        self.block = block
+        self.block_map = block_map
+        self.leaves = leaves
+        chosen = [index for index, part in enumerate(block_map.parts) if block is None or part.type == block]
+        self._indices = [index for index in chosen if leaves[block_map.parts[index].parameter].requires_grad]
+        self.parts: tuple[Part, ...] = tuple(block_map.parts[index] for index in self._indices)
+        self.names: tuple[str, ...] = tuple(dict.fromkeys(part.parameter for part in self.parts))
+        self._sizes = [part.numel for part in self.parts]
+        self.size = sum(self._sizes)
+        self.device = leaves[self.names[0]].device if self.names else torch.device("cpu")
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """The parameters themselves; float32 [size]."""
+        return self.flat_of({name: self.leaves[name].detach() for name in self.names})
+
+    def shaped(self, vectors: Tensor) -> dict[str, Tensor]:
+        """`vectors` [p, size] by parameter name, each [p, *shape]; what of a fused parameter is not here is zero."""
+        tensors: dict[str, Tensor] = {}
+        for part, piece in zip(self.parts, torch.split(vectors, self._sizes, dim=-1), strict=True):
+            shape = self.leaves[part.parameter].shape
+            if part.dim is None:
+                tensors[part.parameter] = piece.reshape(len(vectors), *shape)
+                continue
+            whole = tensors.setdefault(part.parameter, vectors.new_zeros(len(vectors), *shape))
+            for row, one in zip(whole, piece, strict=True):
+                view = part.view(row)
+                view.copy_(one.view(view.shape))
+        return tensors
+
+    def flat(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """[p, size] of `tensors`, each [p, *shape]; a parameter that is left out is zero."""
+        some = next(iter(tensors.values()))
+        pieces = []
+        for part in self.parts:
+            whole = tensors.get(part.parameter)
+            if whole is None:
+                pieces.append(some.new_zeros(len(some), part.numel))
+            elif part.dim is None:
+                pieces.append(whole.reshape(len(whole), -1))
+            else:
+                pieces.append(torch.stack([part.view(row).reshape(-1) for row in whole]))
+        return torch.cat(pieces, 1).to(self.device)
+
+    def flat_of(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """[size] of `tensors`, each of its parameter's shape; a parameter that is left out is zero."""
+        here = {name: tensors[name][None] for name in self.names if name in tensors}
+        return self.flat(here)[0] if here else torch.zeros(self.size, device=self.device)
+
+    def by_layer(self, products: Tensor) -> Tensor:
+        """Sums over each layer block of `products` [p, size]; float64 [p, L] on the CPU, zero for other blocks'."""
+        sums = torch.stack([piece.double().sum(1) for piece in torch.split(products, self._sizes, dim=1)], 1)
+        index = torch.tensor([self.block_map.layer_block_of[each] for each in self._indices])
+        zeros = torch.zeros(len(products), len(self.block_map.layer_blocks), dtype=torch.float64)
+        return zeros.index_add_(1, index, sums.cpu())
+
+    def by_block(self, products: Tensor) -> Tensor:
+        """Sums over each block type of `products` [size]; float64 [B] on the CPU, zero for blocks that are not here."""
+        sums = torch.stack([piece.double().sum() for piece in torch.split(products, self._sizes)]).cpu()
+        index = torch.tensor([self.block_map.block_of[each] for each in self._indices])
+        return torch.zeros(len(self.block_map.blocks), dtype=torch.float64).index_add_(0, index, sums)
+
+    def mask(self, block: str) -> Tensor:
+        """1 at the entries of `block`, 0 elsewhere; float32 [size]."""
+        mine = [torch.full((part.numel,), float(part.type == block), device=self.device) for part in self.parts]
+        return torch.cat(mine)
+
+    def signs(self, generator: torch.Generator) -> Tensor:
+        """Random signs; float32 [size]."""
+        bits = torch.randint(0, 2, (self.size,), generator=generator, device=generator.device)
+        return bits.to(self.device, torch.float32).mul_(2).sub_(1)
+
+    def patterns(self, signs: Tensor) -> Tensor:
+        """`signs` [size] and their mirror images, [K, size], the mean of whose quadratic forms has less noise.
+
+        The matrices of one layer block are given colours, and pattern k turns the signs of colour c by the entry (k, c)
+        of a Hadamard matrix. In the mean over patterns the products of different colours cancel, whatever the Hessian.
+        Those are what makes the noise where matrices act one after the other (query and key, value and output, up and
+        down): measured, 65 to 90 % of the off-diagonal squared norm of such blocks.
+        """
+        hadamard = _hadamard(max(colour for _, colour in self._coloured) + 1)
+        columns = [
+            hadamard[:, colour].repeat_interleave(size).view(len(hadamard), size) for size, colour in self._coloured
+        ]
+        return torch.cat(columns, 1).to(signs) * signs
+
+    @cached_property
+    def _coloured(self) -> Sequence[tuple[int, int]]:
+        """Runs of entries and the colour of each. Matrices of a layer take colours in turn; vectors have the first."""
+        seen: dict[str | None, int] = defaultdict(int)
+        runs: list[tuple[int, int]] = []
+        for part in self.parts:
+            # Of a fused matrix's slice each half is taken for a matrix: query and key lie one after the other.
+            sizes = [part.numel] if part.dim is None else [part.numel // 2, part.numel - part.numel // 2]
+            for size in sizes:
+                matrix = part.layer is not None and self.leaves[part.parameter].dim() > 1
+                runs.append((size, seen[part.layer] % _MOST_COLOURS if matrix else 0))
+                seen[part.layer] += matrix
+        return runs
+
+
+def _hadamard(colours: int) -> Tensor:
+    """Sylvester's matrix of the smallest power of two that has `colours` columns."""
+    matrix = torch.ones(1, 1)
+    while len(matrix) < colours:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix
