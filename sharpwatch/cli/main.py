@@ -33,6 +33,9 @@ _COMMANDS = {
     "demo": _Entry(
         "sharpwatch.cli.demo", "watch a small model train, break and recover", asks_daemon=False, extra="demo"
     ),
+    "measure": _Entry(
+        "sharpwatch.cli.measure", "measure the sharpness of a checkpoint", asks_daemon=False, extra="measure"
+    ),
     "jobs": _Entry("sharpwatch.cli.runs", "list the runs that the daemon knows"),
     "show": _Entry("sharpwatch.cli.runs", "show one run: blocks, alerts, troubles"),
     "lr": _Entry("sharpwatch.cli.lr", "learning-rate multipliers: show, set, history, undo", group=True),
