@@ -19,14 +19,16 @@ from sharpwatch.agent.address import parse_address, parse_tls, parse_token
 from sharpwatch.agent.border import Border
 from sharpwatch.agent.control import CONTROL_MODES, Control, RollbackRequest
 from sharpwatch.agent.hooks import Hook
+from sharpwatch.agent.kinds import DEFAULT_PROBES, PROBES
 from sharpwatch.agent.loop import Loop, Parts
 from sharpwatch.agent.pipe import CourierPipe
-from sharpwatch.agent.probes import PROBES, Probes
+from sharpwatch.agent.probes import Probes
 from sharpwatch.agent.sampler import Sampler
 from sharpwatch.agent.tap import Tap
 from sharpwatch.agent.watch import Watch
 from sharpwatch.blocks import BlockMap, classify
-from sharpwatch.errors import AttachError, BlockError, ConfigError
+from sharpwatch.curvature.step import require_adam
+from sharpwatch.errors import AttachError, BlockError, ConfigError, ProbeError
 from sharpwatch.wire import SKETCH_SIZE
 
 DEFAULT_ADDRESS = "127.0.0.1:7741"
@@ -44,7 +46,7 @@ def attach(  # noqa: PLR0913 - the public signature; each has a default that wor
     tls: Mapping[str, str] | None = None,
     overhead_budget: float = 0.01,
     probe_every: int | None = None,
-    probes: Sequence[str] = PROBES,
+    probes: Sequence[str] = DEFAULT_PROBES,
     loss_fn: Callable[..., Any] | None = None,
     logits_fn: Callable[..., Any] | None = None,
     on_rollback: Callable[[RollbackRequest], object] | None = None,
@@ -67,7 +69,8 @@ def attach(  # noqa: PLR0913 - the public signature; each has a default that wor
     optimizers = (optimizer,) if isinstance(optimizer, torch.optim.Optimizer) else tuple(optimizer)
     _check_training(model, optimizers)
     _check_numbers(overhead_budget, probe_every, lr_bounds, initial_step, seed)
-    _check_words(training_job, run, probes, control)
+    _check_words(training_job, run, control)
+    _check_probes(probes, optimizers)
     _check_callables({"loss_fn": loss_fn, "logits_fn": logits_fn, "on_rollback": on_rollback})
     where = parse_address(address or os.environ.get("SHARPWATCH_ADDRESS") or DEFAULT_ADDRESS)
     secret, certificates = parse_token(token), parse_tls(tls)
@@ -94,7 +97,16 @@ def attach(  # noqa: PLR0913 - the public signature; each has a default that wor
         optimizers=optimizers,
         parameter_types=types,
         tap=Tap(block_map, dict(model.named_parameters()), optimizers),
-        probes=Probes(model, block_map, seed=seed, sketch_size=SKETCH_SIZE, loss_fn=loss_fn, logits_fn=logits_fn),
+        probes=Probes(
+            probes,
+            model,
+            block_map,
+            optimizers,
+            seed=seed,
+            sketch_size=SKETCH_SIZE,
+            loss_fn=loss_fn,
+            logits_fn=logits_fn,
+        ),
         sampler=Sampler(tuple(probes), budget=overhead_budget, probe_every=probe_every),
         control=Control(
             next(mode for mode in CONTROL_MODES if mode == control),
@@ -153,16 +165,24 @@ def _check_numbers(
         raise AttachError(f"seed={seed!r}: allowed is a whole number from 0 below 2**63")
 
 
-def _check_words(training_job: str, run: str | None, probes: Sequence[str], control: str) -> None:
+def _check_words(training_job: str, run: str | None, control: str) -> None:
     if not _is_name(training_job, _LONGEST_NAME - 32):  # the rest is for what a run's name adds to it
         raise AttachError(f"training_job={training_job!r}: expected 1 to {_LONGEST_NAME - 32} printable characters")
     if run is not None and not _is_name(run, _LONGEST_NAME):
         raise AttachError(f"run={run!r}: expected 1 to {_LONGEST_NAME} printable characters, or None for a made one")
+    if control not in CONTROL_MODES:
+        raise AttachError(f"control={control!r}: allowed is {', '.join(map(repr, CONTROL_MODES))}")
+
+
+def _check_probes(probes: Sequence[str], optimizers: Sequence[torch.optim.Optimizer]) -> None:
     unknown = [probe for probe in probes if probe not in PROBES]
     if isinstance(probes, str) or unknown or len(set(probes)) < len(probes):
         raise AttachError(f"probes={probes!r}: allowed is any of {', '.join(map(repr, PROBES))}, each once")
-    if control not in CONTROL_MODES:
-        raise AttachError(f"control={control!r}: allowed is {', '.join(map(repr, CONTROL_MODES))}")
+    if "preconditioned" in probes:
+        try:
+            require_adam(optimizers)
+        except ProbeError as error:
+            raise AttachError(f"probes={tuple(probes)!r}: {error}") from error
 
 
 def _check_callables(given: Mapping[str, object]) -> None:

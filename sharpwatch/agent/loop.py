@@ -20,10 +20,12 @@ from sharpwatch.agent import messages
 from sharpwatch.agent.border import Border
 from sharpwatch.agent.control import Control, RollbackRequest, effective
 from sharpwatch.agent.hooks import Hook
+from sharpwatch.agent.kinds import MOVING
 from sharpwatch.agent.outbox import Losses, Outbox, StepRecord
 from sharpwatch.agent.overlay import Overlay
 from sharpwatch.agent.probes import Captured, ProbeRun, Probes
 from sharpwatch.agent.sampler import Sampler
+from sharpwatch.agent.subject import Before
 from sharpwatch.agent.tap import PendingTap, Tap
 from sharpwatch.v1 import agent_pb2
 
@@ -70,8 +72,7 @@ class _Round:
     step: int
     tap: PendingTap
     kinds: tuple[str, ...]
-    before: Mapping[str, Tensor] | None = None  # the weights before it, where a direction probe is due
-    copy_seconds: float = 0.0
+    before: Before = field(default_factory=Before)
     stepped: set[int] = field(default_factory=set)
     read: set[int] = field(default_factory=set)  # optimizers whose tap succeeded
 
@@ -229,16 +230,19 @@ class Loop:
             control.begin(step, time.time_ns())
             kinds = self._kinds if self._captured is not None else ()
             self._round = _Round(step, self.parts.tap.start(self._parameter_multipliers()), kinds)
-            if "direction" in kinds:
-                self._copy_weights(self._round)
+            self._prepare(self._round)
         return self._round
 
-    def _copy_weights(self, now: _Round) -> None:
-        started = time.perf_counter()
-        with self.border.guard("copying the weights"):
-            now.before = self.parts.probes.copy_weights()
-        now.copy_seconds = time.perf_counter() - started
-        self.agent_seconds -= now.copy_seconds  # it is the probe's, not the tap's
+    def _prepare(self, now: _Round) -> None:
+        """Keep of the time before the step what its probes need."""
+        probes, before = self.parts.probes, now.before
+        moving = next((kind for kind in now.kinds if kind in MOVING), None)
+        if moving is not None:
+            with self.border.guard("copying the weights"), before.spending(moving):
+                before.weights = probes.copy_weights()
+        if "gnb" in now.kinds:
+            with self.border.guard("sketching the gradient"), before.spending("gnb"):
+                before.gradient_sketch = probes.sketch_gradient()
 
     def _read(self, now: _Round, which: int) -> None:
         self.parts.tap.read(now.tap, which)
@@ -249,9 +253,6 @@ class Loop:
         self._round = None
         self.step = done.step
         probes = self._run_probes(done)
-        probe_seconds = dict(probes.seconds)
-        if "direction" in probe_seconds:
-            probe_seconds["direction"] += done.copy_seconds
         for response in self.parts.pipe.receive():
             if response.HasField("command"):
                 self.parts.control.receive(messages.command(response.command), done.step + 1)
@@ -261,7 +262,7 @@ class Loop:
         losses = self._losses.take()
         tap = done.tap if len(done.read) == len(self._overlays) else None  # half a reading would show false zeros
         record = StepRecord(done.step, time.time_ns(), tap, probes, losses)
-        self._account(started, probe_seconds)
+        self._account(started, probes.seconds)
         with self._timed():
             self._outbox.add(record, wait_for_loss=not losses or self._losses.comes_after_step)
 
@@ -282,7 +283,7 @@ class Loop:
         """Tell the sampler what the step and the agent took, and ask what is due at the next."""
         now = time.perf_counter()
         probing = sum(probe_seconds.values())
-        tap_seconds = self.agent_seconds + (now - started) - sum(probe_seconds.values())
+        tap_seconds = self.agent_seconds + (now - started) - probing
         if self._mark is not None:
             own = max(0.0, now - self._mark - tap_seconds - probing)
             self.parts.sampler.record(own, max(0.0, tap_seconds), probe_seconds)
@@ -310,8 +311,7 @@ class Loop:
             record.taken_at_unix_ns,
             loss=record.loss(),
             tap=None if record.tap is None else self.parts.tap.resolve(record.tap),
-            gnb=record.probes.gnb,
-            direction=record.probes.direction,
+            probes=record.probes,
         )
 
     def _send_news(self, *, closing: bool = False) -> None:

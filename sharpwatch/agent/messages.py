@@ -6,12 +6,20 @@ import os
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
 
 from sharpwatch._version import __version__
 from sharpwatch.agent.control import Command, CommandResult, RollBack, SetMultipliers
-from sharpwatch.agent.probes import DirectionReport, GnbReport, ProbeFailure
+from sharpwatch.agent.kinds import DirectionReport, GnbReport, Report
+from sharpwatch.agent.probes import ProbeFailure, ProbeRun
 from sharpwatch.agent.tap import TapReading
 from sharpwatch.blocks import BlockMap
+from sharpwatch.curvature.hutchinson import HutchinsonSample
+from sharpwatch.curvature.lanczos import LanczosSample
+from sharpwatch.curvature.linesearch import LineSearchSample
+from sharpwatch.curvature.preconditioned import PreconditionedSample
 from sharpwatch.v1 import agent_pb2, types_pb2
 from sharpwatch.wire import PROTOCOL, SKETCH_SIZE, encode
 
@@ -64,8 +72,7 @@ class SampleValues:
     health: Health
     loss: float | None = None
     tap: TapReading | None = None
-    gnb: GnbReport | None = None
-    direction: DirectionReport | None = None
+    probes: ProbeRun = field(default_factory=ProbeRun)
     results: Sequence[CommandResult] = ()
     checkpoints: Sequence[tuple[int, str]] = field(default=())
     closing: bool = False
@@ -109,8 +116,7 @@ def sample(values: SampleValues) -> agent_pb2.Sample:
         taken_at_unix_ns=values.taken_at_unix_ns,
         loss=values.loss,
         tap=None if values.tap is None else _tap(values.tap),
-        gnb=None if values.gnb is None else _gnb(values.gnb),
-        direction=None if values.direction is None else _direction(values.direction),
+        **{kind: _probe(report, values.probes.seconds[kind]) for kind, report in values.probes.reports.items()},
         health=_health(values.health),
         results=[_result(result) for result in values.results],
         checkpoints=[types_pb2.Checkpoint(step=step, uri=uri) for step, uri in values.checkpoints],
@@ -149,30 +155,101 @@ def _tap(reading: TapReading) -> agent_pb2.Tap:
     )
 
 
-def _gnb(report: GnbReport) -> agent_pb2.GnbProbe:
+def _probe(report: Report, seconds: float) -> Any:
+    """The message of a report, by its type."""
+    match report:
+        case GnbReport():
+            return _gnb(report, seconds)
+        case DirectionReport():
+            return _direction(report, seconds)
+        case HutchinsonSample():
+            return _hutchinson(report, seconds)
+        case LanczosSample():
+            return _lanczos(report, seconds)
+        case LineSearchSample():
+            return _linesearch(report, seconds)
+        case PreconditionedSample():
+            return _preconditioned(report, seconds)
+
+
+def _gnb(report: GnbReport, seconds: float) -> agent_pb2.GnbProbe:
     probe = report.sample
-    sketches = None if probe.sketches is None else encode(probe.sketches.cpu().numpy(), "float32")
     return agent_pb2.GnbProbe(
         tokens=probe.tokens,
         rows=probe.rows,
-        traces=encode(probe.traces.cpu().numpy(), "float64"),
-        sketches=sketches,
-        seconds=report.seconds,
+        traces=_array(probe.traces, "float64"),
+        sketches=None if probe.sketches is None else _array(probe.sketches, "float32"),
+        gradient_sketch=None if report.gradient_sketch is None else _array(report.gradient_sketch, "float32"),
+        seconds=seconds,
     )
 
 
-def _direction(report: DirectionReport) -> agent_pb2.DirectionProbe:
+def _direction(report: DirectionReport, seconds: float) -> agent_pb2.DirectionProbe:
     probe = report.sample
     return agent_pb2.DirectionProbe(
         tokens=probe.tokens,
         rows=probe.rows,
         descent=float(probe.descent),
         curvature=float(probe.curvature),
-        block_descent=encode(probe.block_descent.cpu().numpy(), "float64"),
-        block_curvature=encode(probe.block_curvature.cpu().numpy(), "float64"),
+        block_descent=_array(probe.block_descent, "float64"),
+        block_curvature=_array(probe.block_curvature, "float64"),
         update_ratio=encode(report.update_ratio, "float32"),
-        seconds=report.seconds,
+        seconds=seconds,
     )
+
+
+def _hutchinson(probe: HutchinsonSample, seconds: float) -> agent_pb2.HutchinsonProbe:
+    return agent_pb2.HutchinsonProbe(
+        tokens=probe.tokens,
+        rows=probe.rows,
+        block=probe.block,
+        traces=_array(probe.traces, "float64"),
+        method=probe.method,
+        seconds=seconds,
+    )
+
+
+def _lanczos(probe: LanczosSample, seconds: float) -> agent_pb2.LanczosProbe:
+    return agent_pb2.LanczosProbe(
+        tokens=probe.tokens,
+        rows=probe.rows,
+        block=probe.block,
+        top=probe.top,
+        top_residual=probe.top_residual,
+        bottom=probe.bottom,
+        bottom_residual=probe.bottom_residual,
+        products=probe.products,
+        method=probe.method,
+        seconds=seconds,
+    )
+
+
+def _linesearch(probe: LineSearchSample, seconds: float) -> agent_pb2.LineSearchProbe:
+    return agent_pb2.LineSearchProbe(
+        tokens=probe.tokens,
+        rows=probe.rows,
+        sharpness=probe.sharpness,
+        half_width=probe.half_width,
+        block_sharpness=_array(probe.block_sharpness, "float64"),
+        block_half_width=_array(probe.block_half_width, "float64"),
+        seconds=seconds,
+    )
+
+
+def _preconditioned(probe: PreconditionedSample, seconds: float) -> agent_pb2.PreconditionedProbe:
+    return agent_pb2.PreconditionedProbe(
+        tokens=probe.tokens,
+        rows=probe.rows,
+        ratio=probe.ratio,
+        residual=probe.residual,
+        products=probe.products,
+        method=probe.method,
+        seconds=seconds,
+    )
+
+
+def _array(tensor: Tensor, dtype: str) -> types_pb2.Array:
+    return encode(tensor.cpu().numpy(), dtype)
 
 
 def _health(health: Health) -> agent_pb2.AgentHealth:

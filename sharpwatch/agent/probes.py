@@ -1,47 +1,25 @@
-"""Runs the probes that are due around a step: the batch they see, the weights they compare, what they cost."""
+"""Runs the probes that are due around a step: the batch they see, what they cost, what becomes of those that fail."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from sharpwatch.agent.kinds import KINDS, Report
+from sharpwatch.agent.subject import Before, Step, Subject
 from sharpwatch.blocks import BlockMap
 from sharpwatch.curvature.batch import Batch
-from sharpwatch.curvature.direction import DirectionSample, direction_probe
-from sharpwatch.curvature.gnb import GnbSample, gnb_probe
 from sharpwatch.curvature.outputs import EmptyBatchError
 from sharpwatch.curvature.sketch import CountSketch
 from sharpwatch.errors import ProbeError
 
-PROBES = ("gnb", "direction")
-_DRAWS = 4
-_ROW_SHARE = {"gnb": 8, "direction": 4}  # a probe sees one row in so many; its cost goes with it
 _FAILURES = 3  # in a row before a kind is given up: one drawing of rows may hold no position that predicts
-
-
-@dataclass(frozen=True, slots=True)
-class GnbReport:
-    """A `gnb` probe and its measured seconds."""
-
-    sample: GnbSample
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class DirectionReport:
-    """A `direction` probe, ‖d_b‖/‖θ_b‖ by block type, and its measured seconds."""
-
-    sample: DirectionSample
-    update_ratio: npt.NDArray[np.float32]
-    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,36 +60,40 @@ class Captured:
 
 @dataclass(frozen=True, slots=True)
 class ProbeRun:
-    """What the probes of one step brought."""
+    """What the probes of one step brought, and what each took: those that failed have no report."""
 
-    gnb: GnbReport | None = None
-    direction: DirectionReport | None = None
+    reports: Mapping[str, Report] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 class Probes:
-    """The probes of one model: their own random source, their row counts, their failures."""
+    """The probes of one model: of each kind its own turns, its rows and its failures."""
 
     def __init__(  # noqa: PLR0913 - what a probe needs to know of the run
         self,
+        kinds: Sequence[str],
         model: nn.Module,
         block_map: BlockMap,
+        optimizers: Sequence[torch.optim.Optimizer],
         *,
         seed: int,
         sketch_size: int,
         loss_fn: Callable[..., Any] | None = None,
         logits_fn: Callable[..., Any] | None = None,
     ) -> None:
-        self._model = model
-        self._block_map = block_map
         self._device = next(model.parameters()).device
-        self._loss_fn = loss_fn
-        self._logits_fn = logits_fn
+        self._subject = Subject(
+            model=model,
+            block_map=block_map,
+            optimizers=optimizers,
+            sketcher=CountSketch(block_map, size=sketch_size, seed=seed),
+            source=torch.Generator(self._device).manual_seed(seed),
+            loss_fn=loss_fn,
+            logits_fn=logits_fn,
+        )
+        self._kinds = {kind: KINDS[kind](self._subject) for kind in kinds}
         self._rows_source = torch.Generator().manual_seed(seed)
-        self._label_source = torch.Generator(self._device).manual_seed(seed)
-        self._sketcher = CountSketch(block_map, size=sketch_size, seed=seed)
         self._row_limit: dict[str, int] = {}
-        self._turn = 0
         self._failures: dict[str, ProbeFailure] = {}
         self._in_a_row: dict[str, int] = {}
 
@@ -121,16 +103,24 @@ class Probes:
         return tuple(self._failures.values())
 
     def copy_weights(self) -> dict[str, Tensor]:
-        """θ_t by parameter name, before the step that a `direction` probe looks at."""
-        return {name: parameter.detach().clone() for name, parameter in self._model.named_parameters()}
+        """θ_t by parameter name, before the step that a moving kind looks at."""
+        return {name: weight.clone() for name, weight in self._subject.weights.items()}
+
+    def sketch_gradient(self) -> Tensor:
+        """Float32 [B, k] of the gradients as they stand, whatever has been done to their scale; not waited for."""
+        given = {name: parameter.grad for name, parameter in self._subject.model.named_parameters()}
+        gradients = {name: g.to_dense() if g.is_sparse else g for name, g in given.items() if g is not None}
+        return self._subject.sketcher.sketch(gradients)
 
     def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Captured:
         """References, no copies, to what the model is being called with; detached from any graph."""
         return Captured(Batch(_detached(args), _detached(dict(kwargs))), Autocast.now(self._device.type))
 
-    def run(self, kinds: Sequence[str], captured: Captured, before: Mapping[str, Tensor] | None) -> ProbeRun:
+    def run(self, kinds: Sequence[str], captured: Captured, before: Before) -> ProbeRun:
         """Run `kinds` at the present weights; a failure is recorded, never raised."""
-        done = ProbeRun()
+        step = Step(self._subject, before)
+        reports: dict[str, Report] = {}
+        seconds: dict[str, float] = {}
         for kind in kinds:
             started = _now(self._device)
             rows = 0
@@ -139,67 +129,22 @@ class Probes:
                 rows = len(chosen)
                 with ExitStack() as stack:
                     captured.autocast.enter(stack)
-                    done = self._run(kind, captured.batch.slice(chosen), before, done, started)
+                    reports[kind] = self._kinds[kind].run(captured.batch.slice(chosen), step)
                 self._in_a_row[kind] = 0
             except Exception as error:  # noqa: BLE001 - host-safety border: a probe never reaches the loop
                 self._fail(kind, error, rows)
-            done = replace(done, seconds={**done.seconds, kind: _now(self._device) - started})
-        return done
+            seconds[kind] = _now(self._device) - started + before.seconds.get(kind, 0.0)
+        return ProbeRun(reports, seconds)
 
     def disabled(self) -> tuple[str, ...]:
         """The kinds that were given up."""
         return tuple(kind for kind, failure in self._failures.items() if failure.disabled)
 
-    def _run(
-        self, kind: str, part: Batch, before: Mapping[str, Tensor] | None, done: ProbeRun, started: float
-    ) -> ProbeRun:
-        if kind == "gnb":
-            sample = gnb_probe(
-                self._model,
-                self._block_map,
-                part,
-                draws=_DRAWS,
-                generator=self._label_source,
-                sketcher=self._sketcher,
-                logits_fn=self._logits_fn,
-            )
-            return replace(done, gnb=GnbReport(sample, _now(self._device) - started))
-        if before is None:
-            raise RuntimeError("the weights could not be copied before the step")
-        displacement = self._displacement(before)
-        blocks = self._block_map.blocks
-        turn = blocks[self._turn % len(blocks)]
-        direction = direction_probe(
-            self._model, self._block_map, part, displacement, blocks=(turn,), loss_fn=self._loss_fn
-        )
-        self._turn += 1
-        ratio = self._update_ratio(displacement)
-        return replace(done, direction=DirectionReport(direction, ratio, _now(self._device) - started))
-
     def _draw_rows(self, kind: str, rows: int) -> Tensor:
         """Rows drawn without replacement: the estimate is then of the batch, not of its first rows."""
-        wanted = max(1, rows // _ROW_SHARE[kind])
+        wanted = max(1, rows // self._kinds[kind].share)
         wanted = min(wanted, self._row_limit.get(kind, wanted))
         return torch.randperm(rows, generator=self._rows_source)[:wanted].sort().values
-
-    def _displacement(self, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """θ_t − θ_{t+1} by parameter name."""
-        with torch.no_grad():
-            return {name: before[name] - parameter.detach() for name, parameter in self._model.named_parameters()}
-
-    def _update_ratio(self, displacement: Mapping[str, Tensor]) -> npt.NDArray[np.float32]:
-        weights = {name: parameter.detach() for name, parameter in self._model.named_parameters()}
-        moved = self._block_norms(displacement)
-        size = self._block_norms(weights)
-        return np.divide(moved, size, out=np.zeros_like(moved), where=size > 0).astype(np.float32)
-
-    def _block_norms(self, tensors: Mapping[str, Tensor]) -> npt.NDArray[np.float64]:
-        views = self._block_map.views(tensors)
-        exact = [torch.promote_types(view.dtype, torch.float32) for view in views]
-        norms = [torch.linalg.vector_norm(view, dtype=dtype) for view, dtype in zip(views, exact, strict=True)]
-        squares = torch.stack([norm.to(self._device) for norm in norms]).double().square().cpu().numpy()
-        blocks = len(self._block_map.blocks)
-        return np.sqrt(np.bincount(np.array(self._block_map.block_of), weights=squares, minlength=blocks))
 
     def _fail(self, kind: str, error: Exception, rows: int) -> None:
         """Record why; out of memory halves the rows, what keeps failing is given up."""

@@ -9,6 +9,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import sharpwatch
+from sharpwatch.agent.kinds import PROBES
 from sharpwatch.agent.pipe import CourierPipe
 
 STEPS = 200
@@ -78,12 +79,12 @@ def assert_identical(one, other):
     assert torch.equal(one[3], other[3])
 
 
-@pytest.mark.parametrize("make", [adamw, sgd])
-def test_watched_and_plain_runs_are_bit_identical_without_a_daemon(make, sent, caplog):
+@pytest.mark.parametrize(("make", "probes"), [(adamw, PROBES), (sgd, PROBES[:-1])])  # the last is for Adam alone
+def test_watched_and_plain_runs_are_bit_identical_without_a_daemon(make, probes, sent, caplog):
     with caplog.at_level(logging.WARNING, "sharpwatch"):
-        watched = train(make, watched=True, probe_every=5)
+        watched = train(make, watched=True, probe_every=5, probes=probes)
     assert_identical(train(make, watched=False), watched)
-    probed = [sample for sample in sent if sample.HasField("gnb") and sample.HasField("direction")]
+    probed = [sample for sample in sent if all(map(sample.HasField, probes))]
     assert [sample.step for sample in probed] == list(range(5, STEPS + 1, 5))
     assert not any(sample.health.swallowed_errors or sample.health.probe_failures for sample in sent)
     assert [sample.sequence for sample in sent] == list(range(1, STEPS + 2))
@@ -93,9 +94,9 @@ def test_watched_and_plain_runs_are_bit_identical_without_a_daemon(make, sent, c
 def test_under_autocast_too(sent):
     assert_identical(
         train(adamw, watched=False, autocast=True, steps=20),
-        train(adamw, watched=True, autocast=True, steps=20, probe_every=2),
+        train(adamw, watched=True, autocast=True, steps=20, probe_every=2, probes=PROBES),
     )
-    assert sum(sample.HasField("direction") for sample in sent) == 10
+    assert [sum(sample.HasField(probe) for sample in sent) for probe in PROBES] == [10] * len(PROBES)
 
 
 def test_nothing_of_the_loop_is_touched_by_a_step_with_probes(sent):
@@ -105,7 +106,7 @@ def test_nothing_of_the_loop_is_touched_by_a_step_with_probes(sent):
     optimizer = adamw(model.parameters())
     user_calls = []
     handle = model.transformer.wte.register_forward_hook(lambda *_: user_calls.append(1))
-    watch = sharpwatch.attach(model, optimizer, training_job="promise", address=ABSENT, probe_every=1)
+    watch = sharpwatch.attach(model, optimizer, training_job="promise", address=ABSENT, probe_every=1, probes=PROBES)
     flags = [module.training for module in model.modules()]
     hooks = [list(module._forward_hooks) for module in model.modules()]
     tokens = torch.randint(64, (8, 16))
@@ -114,8 +115,7 @@ def test_nothing_of_the_loop_is_touched_by_a_step_with_probes(sent):
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     random = torch.get_rng_state()
     optimizer.step()
-    assert sent[0].HasField("gnb")
-    assert sent[0].HasField("direction")
+    assert all(map(sent[0].HasField, PROBES))
     assert user_calls == [1]
     assert torch.equal(random, torch.get_rng_state())
     assert torch.is_grad_enabled()

@@ -12,6 +12,7 @@ from torch import nn
 
 import sharpwatch
 from sharpwatch.agent.control import Control
+from sharpwatch.agent.kinds import Gnb
 from sharpwatch.agent.overlay import Overlay
 from sharpwatch.agent.probes import Probes
 from sharpwatch.agent.sampler import Sampler
@@ -56,7 +57,8 @@ def broken(*_, **__):
         (Probes, "run"),
         (Probes, "capture"),
         (Probes, "copy_weights"),
-        (Probes, "_run"),
+        (Probes, "sketch_gradient"),
+        (Gnb, "run"),
         (Wire, "send"),
         (Wire, "receive"),
         (Wire, "close"),
@@ -71,7 +73,7 @@ def test_whatever_breaks_inside_the_weights_are_those_of_a_healthy_run(owner, na
         monkeypatch.setattr(owner, name, broken)
     with caplog.at_level(logging.WARNING, "sharpwatch"):
         torch.testing.assert_close(run(), healthy, rtol=0, atol=0)
-    if (owner, name) == (Probes, "_run"):
+    if owner is Gnb:
         failure = wires[-1].samples[-1].health.probe_failures[0]
         assert (failure.count, failure.disabled) == (3, True)
         assert failure.reason == "ZeroDivisionError: on purpose"
@@ -97,7 +99,7 @@ def test_out_of_memory_halves_the_rows_and_is_never_fatal(wires, monkeypatch):
             raise torch.OutOfMemoryError("on purpose")
         raise MemoryError
 
-    monkeypatch.setattr("sharpwatch.agent.probes.direction_probe", hungry)
+    monkeypatch.setattr("sharpwatch.agent.kinds.direction_probe", hungry)
     run(steps=8, probes=("direction",))
     assert seen == [2, 1]  # a quarter of 8, its half; then there is nothing left to halve
     failure = wires[-1].samples[-1].health.probe_failures[0]

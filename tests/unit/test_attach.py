@@ -58,7 +58,10 @@ def test_the_signature_is_the_documented_one():
         ({"overhead_budget": "1%"}, "overhead_budget='1%'"),
         ({"probe_every": 0}, "probe_every=0"),
         ({"probe_every": 2.5}, "probe_every=2.5"),
-        ({"probes": ("gnb", "lanczos")}, "'gnb', 'direction'"),
+        (
+            {"probes": ("gnb", "sharpness")},
+            "'gnb', 'direction', 'hutchinson', 'lanczos', 'linesearch', 'preconditioned'",
+        ),
         ({"probes": "gnb"}, "probes='gnb'"),
         ({"probes": ("gnb", "gnb")}, "each once"),
         ({"control": "all"}, "'none', 'lr', 'rollback'"),
@@ -168,3 +171,14 @@ def test_a_second_watch_of_one_optimizer_is_refused_until_the_first_is_closed(mo
     finally:
         first.close()
     sharpwatch.attach(model, optimizer, training_job="job", address="127.0.0.1:9").close()
+
+
+def test_the_preconditioned_probe_is_for_adams_family_alone(model, wires):
+    sgd = torch.optim.SGD(model.wte.parameters(), lr=0.1)
+    adam = torch.optim.AdamW(model.lm_head.parameters())
+    for optimizers in (sgd, [adam, sgd]):
+        with pytest.raises(AttachError, match=r"'preconditioned'.*SGD"):
+            sharpwatch.attach(model, optimizers, training_job="job", probes=("gnb", "preconditioned"))
+    assert not wires
+    with sharpwatch.attach(model, adam, training_job="job", probes=("preconditioned",)) as watch:
+        assert list(wire(watch).hello.probes) == ["preconditioned"]

@@ -5,12 +5,20 @@ import torch
 
 from sharpwatch.agent import messages
 from sharpwatch.agent.control import CommandResult, RollBack, SetMultipliers
-from sharpwatch.agent.probes import DirectionReport, GnbReport, ProbeFailure
+from sharpwatch.agent.kinds import PROBES, DirectionReport, GnbReport
+from sharpwatch.agent.probes import ProbeFailure, ProbeRun
 from sharpwatch.agent.tap import TapReading
 from sharpwatch.curvature.direction import DirectionSample
 from sharpwatch.curvature.gnb import GnbSample
-from sharpwatch.v1 import types_pb2
-from sharpwatch.wire import decode
+from sharpwatch.curvature.hutchinson import HutchinsonSample
+from sharpwatch.curvature.lanczos import LanczosSample
+from sharpwatch.curvature.linesearch import LineSearchSample
+from sharpwatch.curvature.preconditioned import PreconditionedSample
+from sharpwatch.daemon.ingest import read_sample
+from sharpwatch.daemon.manifest import read_hello
+from sharpwatch.daemon.probe_readings import LanczosReading, PreconditionedReading
+from sharpwatch.v1 import agent_pb2, types_pb2
+from sharpwatch.wire import PROTOCOL, decode
 
 HEALTH = messages.Health(
     overhead_ratio=0.01,
@@ -35,7 +43,7 @@ def test_a_full_sample_carries_every_number():
     traces = torch.arange(8, dtype=torch.float64).view(4, 2)
     sketches = torch.arange(4 * 3 * 256, dtype=torch.float32).view(4, 3, 256)
     along = torch.tensor([1.0, float("nan"), 3.0], dtype=torch.float64)
-    direction = DirectionSample(31, 2, 0.25, 0.5, torch.ones(3, dtype=torch.float64), along)
+    direction = DirectionSample(31, 2, 0.25, 0.5, torch.ones(3, dtype=torch.float64), along, "autograd")
     message = messages.sample(
         messages.SampleValues(
             sequence=7,
@@ -44,8 +52,13 @@ def test_a_full_sample_carries_every_number():
             health=HEALTH,
             loss=2.5,
             tap=tap,
-            gnb=GnbReport(GnbSample(30, 1, traces, sketches), 0.125),
-            direction=DirectionReport(direction, np.array([0.1, 0.2, 0.3], dtype=np.float32), 0.25),
+            probes=ProbeRun(
+                {
+                    "gnb": GnbReport(GnbSample(30, 1, traces, sketches), sketches[0] + 1),
+                    "direction": DirectionReport(direction, np.array([0.1, 0.2, 0.3], dtype=np.float32)),
+                },
+                {"gnb": 0.125, "direction": 0.25},
+            ),
             results=[CommandResult("c", "expired", 5, "late", ("qk",))],
             checkpoints=[(4, "file:///c")],
         )
@@ -58,6 +71,8 @@ def test_a_full_sample_carries_every_number():
     assert decode(message.tap.non_finite, name="n", dtype="int64", shape=(2,)).tolist() == [0, 2**40]
     np.testing.assert_array_equal(decode(message.gnb.traces, name="t", dtype="float64", shape=(4, 2)), traces)
     np.testing.assert_array_equal(decode(message.gnb.sketches, name="s", dtype="float32", shape=(4, 3, 256)), sketches)
+    got = decode(message.gnb.gradient_sketch, name="g", dtype="float32", shape=(3, 256))
+    np.testing.assert_array_equal(got, sketches[0] + 1)
     assert (message.gnb.tokens, message.gnb.rows, message.gnb.seconds) == (30, 1, 0.125)
     assert (message.direction.descent, message.direction.curvature, message.direction.tokens) == (0.25, 0.5, 31)
     np.testing.assert_array_equal(
@@ -69,6 +84,46 @@ def test_a_full_sample_carries_every_number():
     assert (result.step, result.detail, list(result.unchanged_blocks)) == (5, "late", ["qk"])
     assert [(c.step, c.uri) for c in message.checkpoints] == [(4, "file:///c")]
     assert not message.closing
+
+
+def test_what_hessian_probes_found_comes_in_as_it_went_out():
+    nan = float("nan")
+    reports = {
+        "hutchinson": HutchinsonSample("qk", 30, 1, torch.tensor([[0.0, 1.5, -2.0]], dtype=torch.float64), "autograd"),
+        "lanczos": LanczosSample("", 31, 2, 9.0, 0.5, -3.0, 1.0, 6, "gradient differences", torch.ones(2, 4)),
+        "linesearch": LineSearchSample(
+            32, 3, 0.5, 0.01, *torch.tensor([[nan, 0.25], [nan, 0.125]], dtype=torch.float64)
+        ),
+        "preconditioned": PreconditionedSample(33, 4, 0.75, 0.01, 5, "autograd", torch.ones(4)),
+    }
+    seconds = dict.fromkeys(reports, 0.25)
+    values = messages.SampleValues(
+        sequence=1, step=2, taken_at_unix_ns=0, health=HEALTH, probes=ProbeRun(reports, seconds)
+    )
+    message = agent_pb2.Sample.FromString(messages.sample(values).SerializeToString())
+    assert [getattr(message, probe).seconds for probe in reports] == [0.25] * 4
+    assert [getattr(message, probe).rows for probe in reports] == [1, 2, 3, 4]
+    assert (message.lanczos.products, message.preconditioned.products) == (6, 5)
+    layer_blocks = [("emb", ""), ("qk", "0"), ("qk", "1")]
+    hello = agent_pb2.Hello(
+        protocol=PROTOCOL,
+        training_job="job",
+        run="run",
+        attempt="a",
+        layer_blocks=[types_pb2.LayerBlock(block=block, layer=layer, parameters=8) for block, layer in layer_blocks],
+        blocks=["emb", "qk"],
+        control="none",
+        min_multiplier=1,
+        max_multiplier=1,
+    )
+    reading = read_sample(read_hello(hello), message)
+    assert reading.probes == tuple(reports)
+    assert (reading.hutchinson.block, reading.hutchinson.traces.tolist()) == ("qk", [[0.0, 1.5, -2.0]])
+    assert reading.lanczos == LanczosReading(31, "", 9.0, 0.5, -3.0, 1.0, "gradient differences")
+    assert (reading.linesearch.sharpness, reading.linesearch.half_width) == (0.5, 0.01)
+    np.testing.assert_array_equal(reading.linesearch.block_sharpness, [nan, 0.25])
+    np.testing.assert_array_equal(reading.linesearch.block_half_width, [nan, 0.125])
+    assert reading.preconditioned == PreconditionedReading(33, 0.75, 0.01, "autograd")
 
 
 def test_health_is_told_and_long_reasons_are_cut_to_what_the_daemon_takes():
@@ -85,7 +140,7 @@ def test_what_was_not_measured_is_absent():
     message = messages.sample(
         messages.SampleValues(sequence=1, step=0, taken_at_unix_ns=0, health=HEALTH, closing=True)
     )
-    assert not any(message.HasField(name) for name in ("loss", "tap", "gnb", "direction"))
+    assert not any(message.HasField(name) for name in ("loss", "tap", *PROBES))
     assert message.closing
 
 

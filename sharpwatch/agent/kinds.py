@@ -1,0 +1,250 @@
+"""The kinds of probe as the agent runs them: whose turn it is, and what is kept from one probe to the next."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from sharpwatch.agent.subject import Step, Subject
+from sharpwatch.curvature.allocation import relative_error, worst
+from sharpwatch.curvature.batch import Batch
+from sharpwatch.curvature.direction import DirectionSample, direction_probe
+from sharpwatch.curvature.gnb import GnbSample, gnb_probe
+from sharpwatch.curvature.hutchinson import HutchinsonSample, hutchinson_probe
+from sharpwatch.curvature.inner import squares, sum_into
+from sharpwatch.curvature.lanczos import LanczosSample, lanczos_probe
+from sharpwatch.curvature.linesearch import LineSearchSample, linesearch_probe
+from sharpwatch.curvature.preconditioned import PreconditionedSample, preconditioned_probe
+from sharpwatch.curvature.window import trace_estimates
+
+MOVING = ("direction", "linesearch")  # kinds that look at the step itself: they need the weights before it
+_GNB_DRAWS = 4
+_HUTCHINSON_DRAWS = 2  # of several products each
+_PRODUCTS = 6  # of one visit: a cold Lanczos iteration takes 6 to 15, a warm one 1 to 3
+_VISITS = 6  # to one block, at most
+_SETTLED = 0.05  # residual over the top eigenvalue at which the next block has its turn
+_WINDOW = 8  # probes of a block that tell how well its trace is known: what the daemon estimates from
+
+
+@dataclass(frozen=True, slots=True)
+class GnbReport:
+    """A `gnb` probe, and the sketch [B, k] of the step's own mean gradient where it could be taken."""
+
+    sample: GnbSample
+    gradient_sketch: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class DirectionReport:
+    """A `direction` probe, and ‖d_b‖/‖θ_b‖ by block type."""
+
+    sample: DirectionSample
+    update_ratio: npt.NDArray[np.float32]
+
+
+Report = GnbReport | DirectionReport | HutchinsonSample | LanczosSample | LineSearchSample | PreconditionedSample
+
+
+class Kind(Protocol):
+    """A probe on one row in `share` of the batch: its cost goes with them. Raises whatever the probe raises."""
+
+    share: int
+
+    def run(self, part: Batch, step: Step) -> Report:
+        """Probe once."""
+
+
+class _Turns:
+    """Whose turn it is, one after the other, among names that may change."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def take(self, names: Sequence[str]) -> str:
+        self._count += 1
+        return names[(self._count - 1) % len(names)]
+
+
+class Gnb:
+    """Every block at once."""
+
+    share = 8
+
+    def __init__(self, subject: Subject) -> None:
+        self._subject = subject
+
+    def run(self, part: Batch, step: Step) -> GnbReport:
+        """Probe once."""
+        subject = self._subject
+        sample = gnb_probe(
+            subject.model,
+            subject.block_map,
+            part,
+            draws=_GNB_DRAWS,
+            generator=subject.source,
+            sketcher=subject.sketcher,
+            logits_fn=subject.logits_fn,
+        )
+        return GnbReport(sample, step.gradient_sketch)
+
+
+class Direction:
+    """The whole step, and one block's part of it in turn."""
+
+    share = 4
+
+    def __init__(self, subject: Subject) -> None:
+        self._subject = subject
+        self._turns = _Turns()
+
+    def run(self, part: Batch, step: Step) -> DirectionReport:
+        """Probe once."""
+        subject, moved = self._subject, step.displacement
+        turn = self._turns.take(subject.blocks)
+        sample = direction_probe(subject.model, subject.block_map, part, moved, blocks=(turn,), loss_fn=subject.loss_fn)
+        return DirectionReport(sample, self._update_ratio(moved))
+
+    def _update_ratio(self, moved: Mapping[str, Tensor]) -> npt.NDArray[np.float32]:
+        length, size = self._norms(moved), self._norms(self._subject.weights)
+        return np.divide(length, size, out=np.zeros_like(length), where=size > 0).astype(np.float32)
+
+    def _norms(self, tensors: Mapping[str, Tensor]) -> npt.NDArray[np.float64]:
+        block_map = self._subject.block_map
+        by_block = sum_into(squares(block_map, tensors), block_map.block_of, len(block_map.blocks))
+        norms: npt.NDArray[np.float64] = by_block.sqrt().numpy()
+        return norms
+
+
+class Hutchinson:
+    """The block whose trace is known worst, from its newest probes; what is long ago counts for nothing."""
+
+    share = 8
+
+    def __init__(self, subject: Subject) -> None:
+        self._subject = subject
+        self._draws: deque[tuple[str, Tensor]] = deque(maxlen=_WINDOW * len(subject.block_map.blocks))
+
+    def run(self, part: Batch, step: Step) -> HutchinsonSample:
+        """Probe once."""
+        del step
+        subject = self._subject
+        sample = hutchinson_probe(
+            subject.model,
+            subject.block_map,
+            part,
+            block=worst({block: self._relative_error(block) for block in subject.blocks}),
+            draws=_HUTCHINSON_DRAWS,
+            generator=subject.source,
+            loss_fn=subject.loss_fn,
+        )
+        if sample.traces.isfinite().all():
+            self._draws.append((sample.block, sample.traces.sum(1)))
+        return sample
+
+    def _relative_error(self, block: str) -> float:
+        draws = [values for of, values in self._draws if of == block][-_WINDOW:]
+        if not draws:
+            return math.inf
+        window = torch.stack(draws)[None]
+        known = trace_estimates(window, torch.ones_like(window, dtype=torch.bool))
+        return relative_error(float(known.value), float(known.stderr))
+
+
+class Lanczos:
+    """One block, or the whole model, for as many probes as its top eigenvalue takes; then the next.
+
+    Each of them goes on from the Ritz vectors of the one before. No more is kept than these two.
+    """
+
+    share = 8
+
+    def __init__(self, subject: Subject) -> None:
+        self._subject = subject
+        self._turns = _Turns()
+        self._stay: tuple[str, Tensor, int] | None = None  # the block, its vectors, and the probes it has had
+
+    def run(self, part: Batch, step: Step) -> LanczosSample:
+        """Probe once."""
+        del step
+        subject = self._subject
+        stay, self._stay = self._stay, None  # where this fails, the next has its turn
+        block, start, visits = stay or (self._turns.take((*subject.blocks, "")), None, 0)
+        sample = lanczos_probe(
+            subject.model,
+            subject.block_map,
+            part,
+            block=block,
+            products=_PRODUCTS,
+            generator=subject.source,
+            start=start,
+            loss_fn=subject.loss_fn,
+        )
+        settled = sample.top_residual <= _SETTLED * abs(sample.top)
+        if not settled and visits + 1 < _VISITS and sample.vectors.isfinite().all():
+            self._stay = (block, sample.vectors, visits + 1)
+        return replace(sample, vectors=torch.empty(2, 0))  # they must not wait with the report
+
+
+class LineSearch:
+    """The whole step, and one block's part of it in turn."""
+
+    share = 4
+
+    def __init__(self, subject: Subject) -> None:
+        self._subject = subject
+        self._turns = _Turns()
+
+    def run(self, part: Batch, step: Step) -> LineSearchSample:
+        """Probe once."""
+        subject, moved = self._subject, step.displacement
+        turn = self._turns.take(subject.blocks)
+        return linesearch_probe(subject.model, subject.block_map, part, moved, blocks=(turn,), loss_fn=subject.loss_fn)
+
+
+class Preconditioned:
+    """The whole model; each probe goes on from the vector of the one before."""
+
+    share = 8
+
+    def __init__(self, subject: Subject) -> None:
+        self._subject = subject
+        self._vector: Tensor | None = None
+
+    def run(self, part: Batch, step: Step) -> PreconditionedSample:
+        """Probe once."""
+        del step
+        subject = self._subject
+        start, self._vector = self._vector, None  # where this fails, the next begins anew
+        sample = preconditioned_probe(
+            subject.model,
+            subject.block_map,
+            part,
+            subject.optimizers,
+            products=_PRODUCTS,
+            generator=subject.source,
+            start=start,
+            loss_fn=subject.loss_fn,
+        )
+        if sample.vector.isfinite().all():
+            self._vector = sample.vector
+        return replace(sample, vector=torch.empty(0))  # it must not wait with the report
+
+
+KINDS: Mapping[str, Callable[[Subject], Kind]] = {
+    "gnb": Gnb,
+    "direction": Direction,
+    "hutchinson": Hutchinson,
+    "lanczos": Lanczos,
+    "linesearch": LineSearch,
+    "preconditioned": Preconditioned,
+}
+PROBES = tuple(KINDS)
+DEFAULT_PROBES = ("gnb", "direction")
