@@ -82,7 +82,8 @@ def _embedding(at: Place) -> str | None:
     names = terms(at.segment, type(at.owner).__name__, *(segment for segment, _ in at.path[-2:-1]))
     if names & (POSITION | KIND):
         return "other"
-    return "emb" if terms(at.segment) & TOKEN else None
+    listed = at.path[-2][0] if at.segment.isdigit() and len(at.path) > 1 else at.segment
+    return "emb" if terms(listed) & TOKEN else None
 
 
 def _is_norm(at: Place) -> bool:
@@ -97,8 +98,8 @@ def _parameters_below(module: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def _is_loose(at: Place) -> bool:
-    """A vector or matrix of its own whose name says that it is none of the blocks'."""
-    return at.alone and bool(terms(at.leaf) & (LOOSE | POSITION | KIND))
+    """A vector or matrix of its own that is none of the blocks', by its name or by where it is."""
+    return at.alone and (bool(terms(at.leaf) & (LOOSE | POSITION | KIND)) or _is_connector(at))
 
 
 def _part(tree: Tree, at: Place) -> str | None:

@@ -14,7 +14,7 @@ _WORD = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|\d+")
 # Tables of vectors: one for each token is `emb`; one for each place or kind, added at every token, is `other`.
 TOKEN = {"wte", "tok", "token", "tokens", "word", "vocab", "emb", "embed", "embedding", "embeddings", "shared"}
 POSITION = {"wpe", "pos", "position", "positions", "positional", "relative", "rel", "r", "row", "column", "tile"}
-KIND = {"type", "segment", "seg", "bias", "ngram", "global"}
+KIND = {"type", "segment", "seg", "bias", "ngram", "global", "query"}
 
 NORM = {"norm", "ln", "layernorm", "rmsnorm"}
 
@@ -30,7 +30,7 @@ ATTENTION_LINEAR = {"post_attention.conv1d"}
 
 # The matrix that predicts tokens, and the parts that stand between it and the last layer.
 HEAD = {"lm_head", "head", "output", "embed_out", "unembed", "unembedding", "output_projection", "to_logits", "decoder"}
-HEAD_PART = {"head", "predictions", "vocab_transform", "pred_layer", "lm_loss", "decoder_head"}
+HEAD_PART = {"head", "lm_heads", "predictions", "vocab_transform", "pred_layer", "lm_loss", "decoder_head"}
 
 # Matrices that only their class explains: (class of the module they are in, name).
 BY_CLASS = {("ZambaHybridLayer", "linear"): "other", ("Zamba2HybridLayer", "linear"): "other"}
@@ -48,7 +48,7 @@ RECURRENCE = {"A_log", "time_decay", "igate_preact"}
 CONNECTOR = {"projector", "merger", "aligner", "connector", "adapter", "resampler", "neck", "pooler", "bottleneck"}
 CONNECTOR |= {"patch", "embedding", "embeddings", "embedder", "embed", "per_layer", "altup", "laurel", "residual"}
 CONNECTOR |= {"hyper_connection", "hyper_head", "hc", "language_projection", "vision_projection", "visual_projection"}
-CONNECTOR |= {"action"}
+CONNECTOR |= {"action", "conditioning", "projectors"}
 # A tower that reads something else than text: outside of its layers nothing predicts tokens.
 TOWER = {"vision", "visual", "image", "video", "audio", "speech", "ctc", "protein"}
 # Vectors and small matrices of their own: learned inputs, gates, scales, attention sinks.
