@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Literal, Protocol
 
 import torch
@@ -13,11 +14,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sharpwatch.blocks import BlockMap
 from sharpwatch.curvature.batch import Batch
 from sharpwatch.curvature.estimate import Cost
+from sharpwatch.curvature.graph import is_smooth, require_twice_differentiable, second_derivatives
 from sharpwatch.curvature.harmless import undisturbed
 from sharpwatch.curvature.objective import Objective
 from sharpwatch.curvature.outputs import LossFn
 from sharpwatch.curvature.space import Space
-from sharpwatch.curvature.twice import require_twice_differentiable, second_derivatives
 from sharpwatch.errors import ProbeError
 
 Method = Literal["auto", "autograd", "differences"]
@@ -33,6 +34,11 @@ class Hessian(Protocol):
 
     objective: Objective
     method: str
+
+    @property
+    def smooth(self) -> bool:
+        """Whether the loss has neither jumps nor kinks, so that differences of it see what derivatives do."""
+        ...
 
     def products(self, space: Space, vectors: Tensor, index: int | None = None) -> Tensor:
         """The rows and columns of `space` in H (of batch `index` alone, where given), times `vectors`; [p, size]."""
@@ -82,6 +88,13 @@ class Twice:
         self._at = -1
         self._graph: dict[str, Tensor] = {}
         self._batched = True
+        self._smooth = True
+
+    @property
+    def smooth(self) -> bool:
+        """Whether the loss of the batches seen so far has neither jumps nor kinks."""
+        self._open(max(self._at, 0))
+        return self._smooth
 
     def works(self, space: Space) -> bool:
         """Whether the model can be differentiated twice; tried with a product over all of `space`."""
@@ -141,6 +154,7 @@ class Twice:
             with sdpa_kernel(SDPBackend.MATH):  # the attention kernel that can be differentiated twice
                 loss = self.objective.loss(index)
             require_twice_differentiable(loss)
+            self._smooth = self._smooth and is_smooth(loss)
             leaves = self.objective.live.trainable
             with second_derivatives():
                 found = torch.autograd.grad(loss, list(leaves.values()), create_graph=True, allow_unused=True)
@@ -161,6 +175,11 @@ class Differences:
 
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
+
+    @cached_property
+    def smooth(self) -> bool:
+        """Whether the first batch's loss has neither jumps nor kinks."""
+        return is_smooth(self.objective.loss(0))
 
     def gradient(self, index: int) -> dict[str, Tensor]:
         """∇L_index by parameter name; one that the loss does not reach is left out."""

@@ -202,7 +202,7 @@ class SecondOrder:
     def _differences(self, block: str, space: Space) -> LossDifferences | None:
         """How the block's quadratic forms are had from the loss; None where they are to be had from products."""
         if block not in self._smooth:
-            self._smooth[block] = self._tried(block, space) if self._plan.losses else None
+            self._smooth[block] = self._tried(block, space) if self._plan.losses and self._hessian.smooth else None
             found = self._smooth[block]
             self._found.steps[block] = 0.0 if found is None else found.step
             self._found.common[block] = 0.0 if found is None else found.stderr

@@ -7,7 +7,18 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 VOCAB = 40
 POSITIONS = 12
@@ -34,7 +45,7 @@ def gpt2(dropout=0.1):
     return GPT2LMHeadModel(config).train()
 
 
-def llama():
+def llama(*, tied=False):
     """Grouped-query attention, RMSNorm, untied head."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -50,11 +61,76 @@ def llama():
         bos_token_id=0,
         eos_token_id=0,
         pad_token_id=0,
+        tie_word_embeddings=tied,
     )
     return LlamaForCausalLM(config).train()
 
 
+def tied_llama():
+    """The same with the head tied to the embedding."""
+    return llama(tied=True)
+
+
+def gpt_neox():
+    """QKV fused head by head, attention and feed-forward in parallel, rotary positions."""
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=16,
+        vocab_size=VOCAB,
+        max_position_embeddings=POSITIONS,
+        initializer_range=0.3,
+        hidden_dropout=0.1,
+        attention_dropout=0.1,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return GPTNeoXForCausalLM(config).train()
+
+
+def mixtral():
+    """Experts and routers."""
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=8,
+        num_local_experts=3,
+        num_experts_per_tok=2,
+        vocab_size=VOCAB,
+        max_position_embeddings=POSITIONS,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return MixtralForCausalLM(config).train()
+
+
+def t5():
+    """Encoder and decoder, relative positions, no biases."""
+    torch.manual_seed(0)
+    config = T5Config(
+        d_model=16,
+        d_kv=8,
+        d_ff=16,
+        num_layers=1,
+        num_heads=2,
+        vocab_size=VOCAB,
+        initializer_factor=1.0,
+        dropout_rate=0.1,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    return T5ForConditionalGeneration(config).train()
+
+
 MODELS = {"gpt2": gpt2, "llama": llama}
+ZOO = MODELS | {"tied_llama": tied_llama, "gpt_neox": gpt_neox, "mixtral": mixtral, "t5": t5}
 
 
 def tokens(rows=3, seed=1):
@@ -111,7 +187,10 @@ def gauss_newton_root(exact, ids, labels):
 
     diag(p) − ppᵀ = RRᵀ with R = diag(√p) − p√pᵀ.
     """
-    logits = exact.model(input_ids=ids).logits[:, :-1][labels[:, 1:] != -100]
+    if exact.model.config.is_encoder_decoder:
+        logits = exact.model(input_ids=ids, labels=labels).logits[labels != -100]
+    else:
+        logits = exact.model(input_ids=ids).logits[:, :-1][labels[:, 1:] != -100]
     p = logits.detach().softmax(-1)
     root = torch.diag_embed(p.sqrt()) - p[:, :, None] * p.sqrt()[:, None, :]
     directions = torch.zeros(p.shape[0], p.shape[1], *p.shape, dtype=p.dtype)

@@ -22,11 +22,13 @@ def test_the_package_hands_on_these_names():
     assert sharpwatch.__all__ == [
         "BlockMap",
         "RollbackRequest",
+        "SharpnessReport",
         "SharpwatchError",
         "Watch",
         "__version__",
         "attach",
         "classify",
+        "measure",
     ]
 
 
@@ -76,6 +78,24 @@ def test_watch_shows_a_pending_rollback():
 
 def test_rollback_request():
     assert list(inspect.signature(sharpwatch.RollbackRequest).parameters) == ["step", "uri", "skip", "reason"]
+
+
+def test_measure():
+    assert signature(sharpwatch.measure) == [
+        ("model", POSITIONAL, REQUIRED),
+        ("batches", POSITIONAL, REQUIRED),
+        ("optimizer", POSITIONAL, None),
+        ("estimators", POSITIONAL, ("gnb", "hutchinson", "lanczos")),
+        ("draws", POSITIONAL, 8),
+        ("seed", POSITIONAL, 0),
+        ("precision", KEYWORD, None),
+        ("max_draws", KEYWORD, 256),
+        ("blocks", KEYWORD, None),
+        ("rules", KEYWORD, None),
+        ("loss_fn", KEYWORD, None),
+        ("logits_fn", KEYWORD, None),
+        ("method", KEYWORD, "auto"),
+    ]
 
 
 def test_classify():

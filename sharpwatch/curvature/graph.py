@@ -1,4 +1,4 @@
-"""Finds what in a graph can be differentiated only once, where autograd would go on without a word.
+"""What a loss's graph tells: what in it can be differentiated only once, and where the loss is not smooth.
 
 torch raises for its own operators that have no second derivative. A Python `autograd.Function` whose backward is marked
 once-differentiable, or is a kernel of its own, is instead cut out of the gradient's graph: the Hessian comes out wrong.
@@ -17,21 +17,50 @@ from sharpwatch.errors import ProbeError
 
 # Packages whose backwards are kernels that autograd can't see into.
 _KERNELS = ("flash_attn", "liger_kernel", "xformers", "apex", "transformer_engine")
+# The beginnings of their backwards' names.
+_KINKS: tuple[str, ...] = (
+    "Relu",
+    "LeakyRelu",
+    "Prelu",
+    "Rrelu",
+    "Threshold",
+    "Hard",
+    "Clamp",
+    "Abs",
+    "Round",
+    "Floor",
+    "Ceil",
+    "Sign",
+)
+_KINKS += ("Topk", "Sort", "Kthvalue", "Gather", "Max", "Min", "Amax", "Amin", "AdaptiveMax", "Median", "Mode")
 _COMPLAINTS = ("not implemented", "differentiate twice", "double backward", "no autograd formula")
 
 
 def require_twice_differentiable(loss: Tensor) -> None:
     """Raise `ProbeError` with the name of a function in `loss`'s graph that has no second derivative."""
+    for node in _nodes(loss):
+        function = getattr(type(node), "_forward_cls", None)
+        if function is not None and _only_once(function):
+            name = f"{function.__module__}.{function.__qualname__}"
+            raise ProbeError(f"the model can't be differentiated twice: {name} has no second derivative")
+
+
+def is_smooth(loss: Tensor) -> bool:
+    """Whether nothing in `loss`'s graph chooses or has a kink: experts by top-k, ReLU and its kin.
+
+    Differences go across kinks and jumps, and see a curvature there that derivatives, taken between them, don't.
+    """
+    return not any(type(node).__name__.startswith(_KINKS) for node in _nodes(loss))
+
+
+def _nodes(loss: Tensor) -> Iterator[Any]:
     seen, waiting = set(), [loss.grad_fn]
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        function = getattr(type(node), "_forward_cls", None)
-        if function is not None and _only_once(function):
-            name = f"{function.__module__}.{function.__qualname__}"
-            raise ProbeError(f"the model can't be differentiated twice: {name} has no second derivative")
+        yield node
         waiting.extend(following for following, _ in node.next_functions)
 
 
