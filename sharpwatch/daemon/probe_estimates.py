@@ -6,6 +6,8 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
+from statistics import NormalDist
 from typing import TypeVar
 
 import torch
@@ -76,7 +78,10 @@ def _eigenvalues(window: Sequence[tuple[int, LanczosReading]]) -> dict[Key, Esti
 
 
 def _critical_sharpness(blocks: Sequence[str], window: Sequence[tuple[int, LineSearchReading]]) -> dict[Key, Estimate]:
-    """Means over the newest probes, those of a block over its turns; from two on, for one has no scatter."""
+    """Medians over the newest probes, those of a block over its turns; from two on, for one has no scatter.
+
+    A step that climbs on the probe's rows raises the loss at any scale, and one such search would rule a mean.
+    """
     searches = {"": [(step, one.sharpness, one.half_width) for step, one in window]}
     for index, block in enumerate(blocks):
         each = ((step, float(one.block_sharpness[index]), float(one.block_half_width[index])) for step, one in window)
@@ -86,9 +91,9 @@ def _critical_sharpness(blocks: Sequence[str], window: Sequence[tuple[int, LineS
         taken = all_searches[-WINDOW_PROBES:]
         if len(taken) > 1:
             steps, values, widths = zip(*taken, strict=True)
-            stderr = _deviation(values) / math.sqrt(len(values))
-            mean = statistics.fmean(values)
-            found = Estimate(mean, stderr, len(values), "linesearch", steps[-1], widths[-1], "losses")
+            middle = statistics.median(values)
+            stderr = math.hypot(_median_error(values, middle), widths[-1] / math.sqrt(3))
+            found = Estimate(middle, stderr, len(values), "linesearch", steps[-1], widths[-1], "losses")
             estimates["stability_ratio", block, "linesearch"] = found
     return estimates
 
@@ -114,5 +119,15 @@ def _by_block(window: Sequence[tuple[int, Reading]]) -> dict[str, list[tuple[int
 
 
 def _deviation(values: Sequence[float]) -> float:
-    """Standard deviation of one of `values`; NaN for a single one."""
-    return statistics.stdev(values) if len(values) > 1 else math.nan
+    """Standard deviation of one of `values`, by their successive differences; NaN for a single one.
+
+    A trend, as early in training, is no error (von Neumann et al., "The mean square successive difference", 1941).
+    """
+    squares = [(after - before) ** 2 for before, after in pairwise(values)]
+    return math.sqrt(statistics.fmean(squares) / 2) if squares else math.nan
+
+
+def _median_error(values: Sequence[float], middle: float) -> float:
+    """Standard error of the median, from the median deviation from it; both as of a normal distribution."""
+    spread = statistics.median(abs(value - middle) for value in values) / NormalDist().inv_cdf(0.75)
+    return spread * math.sqrt(math.pi / 2 / len(values))
