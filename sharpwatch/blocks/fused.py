@@ -18,7 +18,7 @@ _THIRDS = {
     *("Attention", "GPT2Attention", "MptAttention", "ModernBertAttention", "BlipAttention", "Blip2Attention"),
     *("InstructBlipAttention", "InstructBlipVideoAttention", "VisionAttention", "Qwen2_5_VLVisionAttention"),
     *("Qwen3VLVisionAttention", "Qwen3VLMoeVisionAttention", "Qwen3_5VisionAttention", "Qwen3_5MoeVisionAttention"),
-    *("Qwen2_5OmniVisionAttention", "Qwen3OmniMoeVisionAttention", "Qwen4ExpVisionAttention"),
+    *("Qwen3OmniMoeVisionAttention", "Qwen4ExpVisionAttention"),
     *("Glm4vVisionAttention", "Glm4vMoeVisionAttention", "Glm5NextVisionAttention", "GlmOcrVisionAttention"),
     *("Ernie4_5_VLMoeVisionAttention", "Dots3NoteVisionAttention", "CohereCompassVisionAttention"),
     *("SamVisionAttention", "GotOcr2VisionAttention", "PPFormulaNetVisionAttention", "DeepseekOcr2SamVisionAttention"),
