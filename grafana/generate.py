@@ -24,10 +24,12 @@ from panels import (
     lines,
     number,
     or_none,
+    place,
     with_error,
 )
 
-WIDTH = 24  # of Grafana's grid
+KINDS = {"directional": "blue", "linesearch": "green", "preconditioned": "orange"}  # of stability ratios
+SKETCHED = f'{RUN}, estimator=~"gnb.*"'
 
 
 def alert_timeline() -> Panel:
@@ -106,19 +108,21 @@ def stability() -> list[Panel]:
     return [
         lines(
             "Stability ratio of the whole step",
-            "dᵀHd / 2gᵀd along the step d the optimizer took. Above 1 the step raises the loss to second order. "
-            "Normal: below 1 and steady; a sustained rise above the run's own level is the earliest sign of a rate "
-            "that is too high, tens of steps before the loss. The band is ± 2 standard errors. No line where the step "
-            "does not descend (momentum).",
+            "`directional`: dᵀHd / 2gᵀd along the step d the optimizer took. Above 1 the step raises the loss to "
+            "second order. Normal: below 1 and steady; a sustained rise above the run's own level is the earliest sign "
+            "of a rate that is too high, tens of steps before the loss. The band is ± 2 standard errors. No line where "
+            "the step does not descend (momentum). `linesearch` and `preconditioned` are the same edge by the loss "
+            "itself and by Adam's preconditioned eigenvalue, where the run has these probes.",
             *with_error("sharpwatch_stability_ratio", "kind", RUN),
             limit=1,
-            overrides=band("directional", "blue"),
+            overrides=tuple(rule for kind, shade in KINDS.items() for rule in band(kind, shade)),
         ),
         by_block(
             "Stability ratio by block",
-            "The same for each block's part of the step alone; blocks take turns. Normal: below 1. The block that "
+            "dᵀHd / 2gᵀd for each block's part of the step alone; blocks take turns. Normal: below 1. The block that "
             "rises first is the one whose rate to cut.",
             "sharpwatch_block_stability_ratio",
+            matchers=f'{RUN}, kind="directional"',
             limit=1,
         ),
     ]
@@ -166,11 +170,11 @@ def curvature() -> list[Panel]:
     return [
         lines(
             "Top eigenvalue by block",
-            "Largest eigenvalue of each block's curvature, from the window's gradient sketches; an upper bound unless "
-            "it stands clear of the sketch's bias. Normal: orders of magnitude apart between blocks, drifting slowly; "
-            "the whole model's is at least the largest block's.",
-            (latest("sharpwatch_block_top_eigenvalue", "block"), BY_BLOCK),
-            (latest("sharpwatch_top_eigenvalue"), "whole model"),
+            "Largest eigenvalue of each block's Gauss-Newton matrix, from the window's gradient sketches; an upper "
+            "bound unless it stands clear of the sketch's bias. Normal: orders of magnitude apart between blocks, "
+            "drifting slowly; the whole model's is at least the largest block's.",
+            (latest("sharpwatch_block_top_eigenvalue", "block", SKETCHED), BY_BLOCK),
+            (latest("sharpwatch_top_eigenvalue", matchers=SKETCHED), "whole model"),
             unit="sci",
             scale=LOG,
             overrides=block_colours(),
@@ -181,6 +185,79 @@ def curvature() -> list[Panel]:
             "order. Normal: anything in the first 2 % of training, then close to 1; a lasting fall says that a block "
             "has left its place.",
             (latest("sharpwatch_block_order_correlation"), "rank correlation"),
+        ),
+    ]
+
+
+def sketches() -> list[Panel]:
+    """How the sharp directions lie, and how the gradient lies to them."""
+    return [
+        by_block(
+            "Effective rank by block",
+            "How many equally sharp directions would have the curvature of the block's Gauss-Newton matrix, from the "
+            "window's gradient sketches. Normal: far below the number of parameters; a fall towards 1 says that one "
+            "direction takes over. No line while the sketches do not bound it.",
+            "sharpwatch_block_effective_rank",
+            scale=LOG,
+        ),
+        by_block(
+            "Drift of the sharp directions by block",
+            "How far they turned between the older and the newer half of the window: 0 not at all, 1 to others "
+            "altogether; chance may take it outside. Normal: a steady level; a jump says that the run has come to "
+            "another part of the loss.",
+            "sharpwatch_block_drift",
+        ),
+        by_block(
+            "Gradient alignment by block",
+            "Cosine between the block's Gauss-Newton matrix and the outer product of the step's gradient: 0 across all "
+            "sharp directions. Normal: a steady level; a rise says that the gradient turns into the sharp directions, "
+            "as where steps overshoot.",
+            "sharpwatch_block_gradient_alignment",
+        ),
+    ]
+
+
+def hessian() -> list[Panel]:
+    """What probes of the Hessian itself say, where the run has them."""
+    lanczos = f'{RUN}, estimator="lanczos"'
+    return [
+        by_block(
+            "Average sharpness of the Hessian by block",
+            "Trace over number of parameters, from the run's `hutchinson` probes; empty without them. The Hessian's "
+            "can be negative, where the logarithmic axis draws nothing. Normal: at least the Gauss-Newton one, which "
+            "is 45–100 % of it.",
+            "sharpwatch_block_sharpness",
+            matchers=f'{RUN}, estimator="hutchinson"',
+            unit="sci",
+            scale=LOG,
+        ),
+        lines(
+            "Top eigenvalue of the Hessian by block",
+            "The largest algebraic one, from the run's `lanczos` probes; empty without them. Each stays at a block "
+            "until its residual is 5 % of the value. Normal: orders of magnitude apart between blocks, drifting "
+            "slowly, with the scatter of small batches.",
+            (latest("sharpwatch_block_top_eigenvalue", "block", lanczos), BY_BLOCK),
+            (latest("sharpwatch_top_eigenvalue", matchers=lanczos), "whole model"),
+            unit="sci",
+            scale=LOG,
+            overrides=block_colours(),
+        ),
+        lines(
+            "Bottom eigenvalue of the Hessian by block",
+            "The most negative one, from the same probes. Normal: below zero, drifting slowly, smaller in size than "
+            "the top one but in `vo`; a lasting fall says that the loss curves downwards more and more.",
+            (latest("sharpwatch_block_bottom_eigenvalue", "block", lanczos), BY_BLOCK),
+            (latest("sharpwatch_bottom_eigenvalue", matchers=lanczos), "whole model"),
+            unit="sci",
+            overrides=block_colours(),
+        ),
+        by_block(
+            "Critical sharpness by block",
+            "Inverse of the smallest multiple of each block's part of the step that raises the loss, from the run's "
+            "`linesearch` probes; empty without them. Normal: below 1; far above it where that part alone climbs.",
+            "sharpwatch_block_stability_ratio",
+            matchers=f'{RUN}, kind="linesearch"',
+            limit=1,
         ),
     ]
 
@@ -246,24 +323,6 @@ def loss() -> Panel:
     )
 
 
-def place(rows: list[tuple[str, int, list[Panel]]]) -> list[Json]:
-    """Panels of (row title, height, panels) from left to right, rows from top to bottom."""
-    placed: list[Json] = []
-    top = 0
-    for title, height, panels in rows:
-        if title:
-            position = {"x": 0, "y": top, "w": WIDTH, "h": 1}
-            row = {"id": len(placed) + 1, "type": "row", "title": title, "gridPos": position}
-            placed.append({**row, "collapsed": False, "panels": []})
-            top += 1
-        width = WIDTH // len(panels)
-        for index, panel in enumerate(panels):
-            position = {"x": index * width, "y": top, "w": width, "h": height}
-            placed.append(panel.render(len(placed) + 1, position))
-        top += height
-    return placed
-
-
 def variable(name: str, label: str, query: str) -> Json:
     """A drop-down list that Prometheus fills."""
     return {
@@ -287,7 +346,9 @@ def dashboard() -> Json:
         ("", 8, [loss(), alert_timeline()]),
         ("Sharpness", 12, [sharpness()]),
         ("", 8, curvature()),
+        ("", 8, sketches()),
         ("Stability", 9, stability()),
+        ("Hessian", 8, hessian()),
         ("Every step, by block", 8, tap()[:2]),
         ("", 8, tap()[2:]),
         ("Control", 8, control()),

@@ -23,6 +23,7 @@ COLOURS = {
 LOG: Json = {"type": "log", "log": 10}
 LINEAR: Json = {"type": "linear"}
 BY_BLOCK = "{{block}}"
+WIDTH = 24  # of Grafana's grid
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,25 @@ def number(
     return Panel("stat", title, description, ((expression, title),), unit, defaults, (), options)
 
 
-def by_block(title: str, description: str, metric: str, **style: Any) -> Panel:
+def by_block(title: str, description: str, metric: str, *, matchers: str = RUN, **style: Any) -> Panel:
     """A time series with one line for each block."""
-    query = (latest(metric, "block"), BY_BLOCK)
+    query = (latest(metric, "block", matchers), BY_BLOCK)
     return lines(title, description, query, overrides=block_colours(), **style)
+
+
+def place(rows: list[tuple[str, int, list[Panel]]]) -> list[Json]:
+    """Panels of (row title, height, panels) from left to right, rows from top to bottom."""
+    placed: list[Json] = []
+    top = 0
+    for title, height, panels in rows:
+        if title:
+            position = {"x": 0, "y": top, "w": WIDTH, "h": 1}
+            row = {"id": len(placed) + 1, "type": "row", "title": title, "gridPos": position}
+            placed.append({**row, "collapsed": False, "panels": []})
+            top += 1
+        width = WIDTH // len(panels)
+        for index, panel in enumerate(panels):
+            position = {"x": index * width, "y": top, "w": width, "h": height}
+            placed.append(panel.render(len(placed) + 1, position))
+        top += height
+    return placed

@@ -63,17 +63,22 @@ def tap(scale: float = 1.0) -> agent_pb2.Tap:
     )
 
 
-def gnb(seed: int, draws: int = 2) -> agent_pb2.GnbProbe:
-    """Gradients drawn from a known Gauss-Newton matrix: sketches are they themselves, so traces agree with them."""
+def gnb(seed: int, draws: int = 2, along: float = 1 / SKETCH) -> agent_pb2.GnbProbe:
+    """Gradients drawn from a known Gauss-Newton matrix: sketches are they themselves, so traces agree with them.
+
+    `along` is the share of each trace in one direction; the step's gradient lies along that.
+    """
     random = np.random.default_rng(seed)
     sizes = np.array([n for _, _, n in LAYER_BLOCKS])
     sharpness = np.array([1e-3, 1e-2, 2e-2, 4e-2, 1.0])
-    sketches = random.normal(size=(draws, len(BLOCKS), SKETCH)) * np.sqrt(sharpness * sizes / SKETCH)[:, None]
+    sharp = np.repeat([along, (1 - along) / (SKETCH - 1)], [1, SKETCH - 1])
+    sketches = random.normal(size=(draws, len(BLOCKS), SKETCH)) * np.sqrt(sharpness * sizes)[:, None] * np.sqrt(sharp)
     return agent_pb2.GnbProbe(
         tokens=256,
         rows=4,
         traces=wire.encode(np.square(sketches).sum(-1), "float64"),
         sketches=wire.encode(sketches, "float32"),
+        gradient_sketch=wire.encode(np.tile(np.eye(1, SKETCH), (len(BLOCKS), 1)), "float32"),
         seconds=0.01,
     )
 
@@ -89,6 +94,30 @@ def direction(ratio: float = 0.25) -> agent_pb2.DirectionProbe:
         block_curvature=wire.encode([0.4 * ratio, *[np.nan] * 4], "float64"),
         update_ratio=wire.encode(0.01 * ones, "float32"),
     )
+
+
+def hessian(turn: int) -> dict[str, agent_pb2.HutchinsonProbe | agent_pb2.LanczosProbe | agent_pb2.LineSearchProbe]:
+    """One probe of each kind that looks at the Hessian or the loss, of the block whose `turn` it is."""
+    index = turn % len(BLOCKS)
+    blocks = np.full(len(BLOCKS), np.nan)
+    blocks[index] = 0.5
+    traces = np.zeros((2, len(LAYER_BLOCKS)))
+    traces[:, index] = 2.0, 3.0 + 0.1 * turn
+    seen = {"tokens": 256, "rows": 4, "method": "autograd"}
+    ends = {"top": 9.0 + turn, "top_residual": 0.5, "bottom": -3.0, "bottom_residual": 1.0, "products": 6}
+    return {
+        "hutchinson": agent_pb2.HutchinsonProbe(**seen, block=BLOCKS[index], traces=wire.encode(traces, "float64")),
+        "lanczos": agent_pb2.LanczosProbe(**seen, block=(*BLOCKS, "")[turn % (len(BLOCKS) + 1)], **ends),
+        "linesearch": agent_pb2.LineSearchProbe(
+            tokens=256,
+            rows=4,
+            sharpness=0.25,
+            half_width=0.01,
+            block_sharpness=wire.encode(blocks, "float64"),
+            block_half_width=wire.encode(0.02 * blocks, "float64"),
+        ),
+        "preconditioned": agent_pb2.PreconditionedProbe(**seen, ratio=0.75, residual=0.01, products=6),
+    }
 
 
 def sample(sequence: int, step: int | None = None, **parts) -> agent_pb2.Sample:
@@ -210,7 +239,9 @@ def configuration(folder: Path, *, policies: str = "policies: []", **daemon: str
 @pytest.fixture
 def build():
     """Messages made by hand."""
-    return SimpleNamespace(hello=hello, sample=sample, tap=tap, gnb=gnb, direction=direction, blocks=BLOCKS)
+    return SimpleNamespace(
+        hello=hello, sample=sample, tap=tap, gnb=gnb, direction=direction, hessian=hessian, blocks=BLOCKS
+    )
 
 
 @pytest.fixture

@@ -37,10 +37,22 @@ RUN_METRICS = [
     "block_sharpness_stderr",
     "block_hessian_trace",
     "block_hessian_trace_stderr",
-    "block_top_eigenvalue",
-    "top_eigenvalue",
+    *(
+        f"{of}{end}_eigenvalue{what}"
+        for of in ("block_", "")
+        for end in ("top", "bottom")
+        for what in ("", "_stderr", "_residual")
+    ),
     "stability_ratio",
+    "stability_ratio_stderr",
     "block_stability_ratio",
+    "block_stability_ratio_stderr",
+    "block_effective_rank",
+    "block_effective_rank_stderr",
+    "block_drift",
+    "block_drift_stderr",
+    "block_gradient_alignment",
+    "block_gradient_alignment_stderr",
     "block_gradient_norm",
     "block_weight_norm",
     "block_update_ratio",
@@ -106,18 +118,19 @@ async def prometheus(program, tmp_path):
 async def in_trouble(daemon, build) -> None:
     """Train a run until every metric has a value: probes, a refused sample, an alert, a cut, its result."""
     trainer = await daemon.train()
-    for sequence in range(1, 9):
-        await trainer.send(build.sample(sequence, gnb=build.gnb(sequence), direction=build.direction()))
-    await trainer.send(build.sample(9, taken_at_unix_ns=2**63))
+    for sequence in range(1, 13):
+        probes = {"gnb": build.gnb(sequence, along=0.9), "direction": build.direction(), **build.hessian(sequence)}
+        await trainer.send(build.sample(sequence, **probes))
+    await trainer.send(build.sample(13, taken_at_unix_ns=2**63))
     broken = build.tap()
     broken.non_finite.CopyFrom(wire.encode([0, 3, 0, 0, 0], "int64"))
-    await trainer.send(build.sample(10, tap=broken))
+    await trainer.send(build.sample(14, tap=broken))
     command = await trainer.next("command")
     assert command.set_multipliers.multipliers["qk"] == 0.5
-    result = types_pb2.CommandResult(command_id=command.id, outcome=types_pb2.COMMAND_OUTCOME_APPLIED, step=11)
-    await trainer.send(build.sample(11, results=[result]))
-    await trainer.acknowledged(11)
-    await daemon.shown("run", lambda detail: detail.run.step == 11)
+    result = types_pb2.CommandResult(command_id=command.id, outcome=types_pb2.COMMAND_OUTCOME_APPLIED, step=15)
+    await trainer.send(build.sample(15, results=[result]))
+    await trainer.acknowledged(15)
+    await daemon.shown("run", lambda detail: detail.run.step == 15)
 
 
 async def query(daemon, address: str, expression: str) -> list[dict]:
@@ -147,14 +160,20 @@ async def test_prometheus_answers_for_every_metric(running, build, prometheus):
             assert await query(daemon, address, f"{name}{suffix}"), name
 
         (step,) = await query(daemon, address, "sharpwatch_run_step")
-        assert step["value"][1] == "11"
+        assert step["value"][1] == "15"
         (labels,) = [step["metric"]]
         assert (labels["training_job"], labels["run"], labels["job"]) == ("job", "run", "sharpwatch")
         (decision,) = await query(daemon, address, 'sharpwatch_decisions_total{outcome="applied"}')
         assert (decision["metric"]["action"], decision["metric"]["mode"]) == ("scale_lr", "enforce")
         (alert,) = await query(daemon, address, 'sharpwatch_alert_active{alert="NonFinite"}')
         assert (alert["metric"]["block"], alert["value"][1]) == ("qk", "1")
-        assert len(await query(daemon, address, 'sharpwatch_block_sharpness{estimator="gnb"}')) == 5
+        for estimator in ("gnb", "hutchinson"):
+            query_of = f'sharpwatch_block_sharpness{{estimator="{estimator}"}}'
+            assert len(await query(daemon, address, query_of)) == 5
+        kinds = await query(daemon, address, "sharpwatch_stability_ratio")
+        assert {one["metric"]["kind"]: float(one["value"][1]) for one in kinds} == pytest.approx(
+            {"directional": 0.25, "linesearch": 0.25, "preconditioned": 0.75}
+        )
 
 
 async def test_promtool_checks_a_real_exposition(running, build, program):
