@@ -119,8 +119,9 @@ def _part(tree: Tree, at: Place) -> str | None:
 def _is_router(parent: nn.Module, segment: str, module: nn.Module) -> bool:
     if named(segment, module) & ROUTER:
         return True
-    beside = {word for name, _ in parent.named_children() for word in words(name)}
-    return words(segment)[-1:] == ("gate",) and bool(beside & {"expert", "experts"})
+    if words(segment)[-1:] != ("gate",):
+        return False
+    return any({"expert", "experts"}.intersection(words(name)) for name, _ in parent.named_children())
 
 
 def _part_of(tree: Tree, at: Place, here: int, *, in_layer: bool) -> str | None:

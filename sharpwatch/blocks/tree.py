@@ -48,7 +48,7 @@ class Tree:
     def __init__(self, model: nn.Module) -> None:
         self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
         self.shapes = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
-        self._model = model
+        self._modules = dict(model.named_modules(remove_duplicate=False))
         self._places: dict[int, list[Place]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             self._places.setdefault(id(parameter), []).append(self._place(name))
@@ -78,11 +78,9 @@ class Tree:
 
     def _place(self, name: str) -> Place:
         *segments, leaf = name.split(".")
-        module, path = self._model, [("", self._model)]
-        for segment in segments:
-            module = module.get_submodule(segment)
-            path.append((segment, module))
-        return Place(leaf, tuple(path))
+        names = itertools.accumulate(segments, "{}.{}".format)
+        path = ((segment, self._modules[inside]) for segment, inside in zip(segments, names, strict=True))
+        return Place(leaf, (("", self._modules[""]), *path))
 
 
 def _trunks(module: nn.Module, path: str) -> Iterator[tuple[str, list[str]]]:
