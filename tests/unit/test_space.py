@@ -1,0 +1,267 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from sharpwatch.blocks import BlockMap, Part, classify
+from sharpwatch.curvature.harmless import undisturbed
+from sharpwatch.curvature.space import Space
+
+sys.path.insert(0, str(Path(__file__).parent))
+import dense
+
+# Two layers: a fused matrix in runs along either dimension, one interleaved by heads, a bias, a norm, an embedding.
+SHAPES = {"emb": (5, 4), "0.fused": (12, 4), "0.out": (4, 4), "0.norm": (4,), "1.conv": (4, 12), "1.heads": (12, 4)}
+SHAPES |= {"1.bias": (12,), "1.out": (4, 4), "1.norm": (4,)}
+PARTS = (
+    Part("emb", "emb", None, None, 0, 0, 20),
+    Part("0.fused", "qk", "0", 0, 0, 8, 32),
+    Part("0.fused", "vo", "0", 0, 8, 12, 16),
+    Part("0.out", "vo", "0", None, 0, 0, 16),
+    Part("0.norm", "norm", "0", None, 0, 0, 4),
+    Part("1.conv", "qk", "1", 1, 0, 8, 32),
+    Part("1.conv", "vo", "1", 1, 8, 12, 16),
+    Part("1.heads", "qk", "1", 0, 0, 4, 32, repeats=2),
+    Part("1.heads", "vo", "1", 0, 4, 6, 16, repeats=2),
+    Part("1.bias", "qk", "1", 0, 0, 4, 8, repeats=2),
+    Part("1.bias", "vo", "1", 0, 4, 6, 4, repeats=2),
+    Part("1.out", "vo", "1", None, 0, 0, 16),
+    Part("1.norm", "norm", "1", None, 0, 0, 4),
+)
+MAP = BlockMap(PARTS, SHAPES)
+
+
+def leaves(frozen=()):
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: torch.randn(shape, generator=generator).requires_grad_(name not in frozen)
+        for name, shape in SHAPES.items()
+    }
+
+
+def random(*shape, seed=1, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+@pytest.mark.parametrize("block", [None, *MAP.blocks])
+def test_vectors_keep_their_entries_on_the_way_to_parameters_and_back(block):
+    space = Space(MAP, block, leaves())
+    vectors = random(3, space.size)
+    shaped = space.shaped(vectors)
+    assert set(shaped) == set(space.names)
+    assert {name: tensor.shape for name, tensor in shaped.items()} == {n: (3, *SHAPES[n]) for n in space.names}
+    assert torch.equal(space.flat(shaped), vectors)
+    assert torch.equal(space.flat_of({name: tensor[1] for name, tensor in shaped.items()}), vectors[1])
+
+
+@pytest.mark.parametrize("block", MAP.blocks)
+def test_a_block_has_exactly_the_entries_that_its_parts_view(block):
+    shaped = Space(MAP, block, leaves()).shaped(torch.ones(1, MAP.numel[block]))
+    for name, shape in SHAPES.items():
+        truth = torch.zeros(shape)
+        for part in PARTS:
+            if part.parameter == name and part.type == block:
+                part.view(truth).fill_(1.0)
+        assert torch.equal(shaped[name][0] if name in shaped else torch.zeros(shape), truth)
+
+
+def test_blocks_divide_the_whole_and_keep_its_order():
+    given = leaves()
+    whole = Space(MAP, None, given)
+    assert whole.size == sum(MAP.numel.values()) == sum(tensor.numel() for tensor in given.values())
+    assert torch.equal(sum(whole.mask(block) for block in MAP.blocks), torch.ones(whole.size))
+    vector = random(whole.size)
+    named = {name: tensor[0] for name, tensor in whole.shaped(vector[None]).items()}
+    for block in MAP.blocks:
+        assert torch.equal(Space(MAP, block, given).flat_of(named), vector[whole.mask(block) == 1])
+
+
+def test_inner_products_do_not_depend_on_the_layout():
+    space = Space(MAP, None, leaves())
+    left, right = random(2, space.size, dtype=torch.float64)
+    shaped = [space.shaped(vector[None]) for vector in (left, right)]
+    by_parameter = sum(float((shaped[0][name] * shaped[1][name]).sum()) for name in SHAPES)
+    assert by_parameter == pytest.approx(float(left @ right), rel=1e-12)
+
+
+def test_weights_are_the_parameters_themselves():
+    given = leaves()
+    space = Space(MAP, "vo", given)
+    shaped = space.shaped(space.weights[None])
+    own = space.shaped(torch.ones(1, space.size))
+    for name in space.names:
+        assert torch.equal(shaped[name][0], given[name].detach() * own[name][0])
+    assert not space.weights.requires_grad
+
+
+def test_what_is_frozen_is_left_out():
+    space = Space(MAP, "vo", leaves(frozen={"0.fused", "1.out"}))
+    assert space.names == ("0.out", "1.conv", "1.heads", "1.bias")
+    assert space.size == MAP.numel["vo"] - 16 - 16
+    assert space.by_layer(torch.ones(1, space.size)).sum() == space.size
+    nothing = Space(MAP, "emb", leaves(frozen={"emb"}))
+    assert nothing.size == 0
+    assert not nothing.names
+
+
+def test_a_parameter_that_is_left_out_is_zero():
+    space = Space(MAP, "vo", leaves())
+    vector = random(space.size)
+    shaped = {name: tensor[0] for name, tensor in space.shaped(vector[None]).items() if name != "1.heads"}
+    missing = space.flat_of(shaped)
+    present = space.flat_of({name: torch.ones(SHAPES[name]) for name in shaped})
+    assert torch.equal(missing, vector * present)
+    assert int((present == 0).sum()) == 16
+    assert torch.equal(space.flat_of({"emb": torch.ones(5, 4)}), torch.zeros(space.size))
+    assert torch.equal(space.flat_of({}), torch.zeros(space.size))
+
+
+def test_tied_weights_are_there_once():
+    model = dense.gpt2()
+    block_map = classify(model)
+    with undisturbed(model, exact=True) as live:
+        whole = Space(block_map, None, live.leaves)
+        assert whole.size == sum(parameter.numel() for parameter in model.parameters())
+        assert len(set(whole.names)) == len(whole.names) == len(dict(model.named_parameters()))
+        assert torch.equal(whole.weights.double(), torch.cat([p.double().flatten() for p in whole_order(whole, model)]))
+
+
+def whole_order(whole, model):
+    parameters = dict(model.named_parameters())
+    return [part.view(parameters[part.parameter]).detach().reshape(-1) for part in whole.parts]
+
+
+def test_sums_by_layer_and_by_block_are_the_parts_sums():
+    given = leaves()
+    whole = Space(MAP, None, given)
+    products = random(2, whole.size)
+    by_layer, by_block = whole.by_layer(products), whole.by_block(products[1])
+    for index, layer_block in enumerate(MAP.layer_blocks):
+        own = [i for i, part in enumerate(PARTS) if (part.type, part.layer) == (layer_block.type, layer_block.layer)]
+        pieces = torch.split(products, [part.numel for part in PARTS], dim=1)
+        truth = sum(pieces[i].double().sum(1) for i in own)
+        torch.testing.assert_close(by_layer[:, index], truth, rtol=1e-12, atol=1e-12)
+    for index, block in enumerate(MAP.blocks):
+        truth = products[1].double()[whole.mask(block) == 1].sum()
+        assert float(by_block[index]) == pytest.approx(float(truth), abs=1e-12)
+        alone = Space(MAP, block, given)
+        mine = alone.by_block(products[1][whole.mask(block) == 1])
+        assert float(mine[index]) == pytest.approx(float(truth), abs=1e-12)
+        assert int(mine.count_nonzero()) == 1
+
+
+def test_sums_are_exact_where_float32_would_not_be():
+    space = Space(MAP, "emb", leaves())
+    products = torch.tensor([1e8, 1.0, -1e8, 1.0] * 5).unsqueeze(0)  # float32's sum of these is not 10
+    assert float(space.by_layer(products).sum()) == 10.0
+    assert float(space.by_block(products[0]).sum()) == 10.0
+
+
+def test_signs_are_fair_and_their_own_generators():
+    big = BlockMap((Part("w", "ffn", None, None, 0, 0, 40_000),), {"w": (200, 200)})
+    space = Space(big, None, {"w": torch.zeros(200, 200, requires_grad=True)})
+    before = torch.get_rng_state()
+    signs = space.signs(torch.Generator().manual_seed(3))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(signs, space.signs(torch.Generator().manual_seed(3)))
+    assert set(signs.tolist()) == {-1.0, 1.0}
+    assert abs(float(signs.mean())) < 5 / 200  # five standard errors of 40 000 fair signs
+    assert abs(float((signs[1:] * signs[:-1]).mean())) < 5 / 200
+
+
+def colours(space):
+    """The entries that turn alike in all patterns of one set of signs."""
+    turned = space.patterns(torch.ones(space.size))
+    kinds = sorted({tuple(column) for column in turned.T.tolist()})
+    return [torch.tensor([tuple(column) == kind for column in turned.T.tolist()]) for kind in kinds]
+
+
+@pytest.mark.parametrize("block", [None, *MAP.blocks])
+def test_patterns_cancel_the_products_of_different_colours_and_nothing_else(block):
+    # For any symmetric H at all, mean_k z_k'Hz_k = sum over colours c of z_c'H_cc z_c: so the mean over z stays Tr H.
+    space = Space(MAP, block, leaves())
+    signs = space.signs(torch.Generator().manual_seed(2))
+    patterns = space.patterns(signs).double()
+    assert len(patterns) in {1, 2, 4}
+    assert torch.equal(patterns.abs(), torch.ones_like(patterns))
+    assert torch.equal(patterns[0], signs.double())
+    root = random(space.size, space.size, dtype=torch.float64)
+    hessian = root + root.T
+    mean = torch.einsum("ki,ij,kj->k", patterns, hessian, patterns).mean()
+    z = signs.double()
+    within = sum(float((z * own) @ hessian @ (z * own)) for own in colours(space))
+    # Of about size^2 terms of order one, in float64.
+    assert float(mean) == pytest.approx(within, abs=1e-9)
+
+
+def test_matrices_of_a_layer_have_different_colours_and_vectors_the_first():
+    # Layer 0 of `vo`: the halves of a slice, and a matrix; layer 1 has seven runs, of four colours.
+    space = Space(MAP, "vo", leaves())
+    assert len(space.patterns(torch.ones(space.size))) == 4
+    of = torch.stack([own.long() * index for index, own in enumerate(colours(space))]).sum(0)
+    value_first, value_second, out = of[:8], of[8:16], of[16:32]
+    assert len({int(run[0]) for run in (value_first, value_second, out)}) == 3
+    assert all(len(set(run.tolist())) == 1 for run in (value_first, value_second, out))
+    norm = Space(MAP, "norm", leaves())
+    assert len(norm.patterns(torch.ones(norm.size))) == 1
+    emb = Space(MAP, "emb", leaves())
+    assert len(emb.patterns(torch.ones(emb.size))) == 1
+    qk = Space(MAP, "qk", leaves(frozen={"1.conv", "1.heads", "1.bias"}))
+    assert len(qk.patterns(torch.ones(qk.size))) == 2
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "0.fused",
+        pytest.param("1.conv", marks=pytest.mark.xfail(strict=True, reason="halves are of rows, not of columns")),
+        pytest.param("1.heads", marks=pytest.mark.xfail(strict=True, reason="halves are of heads, not within them")),
+    ],
+)
+def test_query_and_key_in_one_slice_have_different_colours(name):
+    space = Space(MAP, "qk", leaves(frozen=set(SHAPES) - {name}))
+    patterns = space.shaped(space.patterns(torch.ones(space.size)))[name]
+    assert len(patterns) == 2
+    (part,) = space.parts
+    half = (part.stop - part.start) // 2
+    query, key = (Part(name, "qk", "", part.dim, start, start + half, 0, part.repeats) for start in (0, half))
+    for pattern, turned in zip(patterns, (1.0, -1.0), strict=True):
+        assert set(query.view(pattern).flatten().tolist()) == {1.0}
+        assert set(key.view(pattern).flatten().tolist()) == {turned}
+
+
+@pytest.mark.parametrize("make", dense.ZOO.values(), ids=dense.ZOO)
+def test_every_family_takes_one_two_or_four_patterns(make):
+    model = make()
+    block_map = classify(model)
+    with undisturbed(model, exact=True) as live:
+        for block in (None, *block_map.blocks):
+            space = Space(block_map, block, live.leaves)
+            signs = space.signs(torch.Generator().manual_seed(0))
+            patterns = space.patterns(signs)
+            assert len(patterns) in {1, 2, 4}
+            # Rows of a Hadamard matrix: each colour's row is orthogonal to every other's, or the same.
+            distinct = torch.unique((patterns * signs).T, dim=0)
+            assert torch.equal(distinct @ distinct.T, len(patterns) * torch.eye(len(distinct)))
+
+
+class Mixed(nn.Module):
+    """One of each kind of dtype that a model may hold."""
+
+    def __init__(self):
+        super().__init__()
+        self.wte = nn.Embedding(4, 3, dtype=torch.bfloat16)
+        self.ln_f = nn.LayerNorm(3)
+
+
+def test_half_precision_is_held_in_float32():
+    model = Mixed()
+    block_map = classify(model)
+    with undisturbed(model, exact=True) as live:
+        space = Space(block_map, None, live.leaves)
+        assert space.weights.dtype == torch.float32
+        assert torch.equal(space.weights[:12].view(4, 3), model.wte.weight.detach().float())
