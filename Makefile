@@ -4,9 +4,11 @@ TORCH_PIP_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+BENCH := .venv-bench
+BENCH_READY := $(BENCH)/.ready
 PROTOS := $(wildcard protos/sharpwatch/v1/*.proto)
 
-.PHONY: demo test check bench proto clean
+.PHONY: demo test check bench bench-curvature proto clean
 
 # torch first, so that a CPU build can be asked for: TORCH_PIP_FLAGS="--index-url <PyTorch's CPU index>".
 $(READY): pyproject.toml constraints.txt
@@ -33,10 +35,24 @@ check: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/overhead.py
 
+# The peers get an environment of their own. None of them imports torchvision, whose build must fit torch's.
+$(BENCH_READY): pyproject.toml constraints.txt benchmarks/curvature/requirements.txt
+	$(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/pip install --quiet --constraint constraints.txt $(TORCH_PIP_FLAGS) torch
+	$(BENCH)/bin/pip install --quiet --constraint constraints.txt --editable '.[demo]' \
+		--requirement benchmarks/curvature/requirements.txt
+	$(BENCH)/bin/pip uninstall --quiet --yes torchvision
+	touch $@
+
+bench-curvature: $(BENCH_READY)
+	$(BENCH)/bin/python -m benchmarks.curvature.run
+	$(BENCH)/bin/python -m benchmarks.curvature.covered
+	$(BENCH)/bin/python -m benchmarks.curvature.gnb_price
+
 proto: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=. --grpc_python_out=. --mypy_out=quiet:. \
 		--mypy_grpc_out=quiet:. $(PROTOS)
 	rm -f sharpwatch/v1/types_pb2_grpc.py sharpwatch/v1/types_pb2_grpc.pyi
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(BENCH) build dist *.egg-info
