@@ -48,7 +48,7 @@ from sharpwatch.errors import BlockError
 
 Placement = str | Split
 
-_BLOCK_OF_ROLE = {"k": "qk", "qk": "qk", "v": "vo", "o": "vo", "gate": "other", "position": "other"}
+_BLOCK_OF_ROLE = {"k": "qk", "qk": "qk", "v": "vo", "o": "vo", "gate": "other"}
 
 
 def place(tree: Tree, name: str) -> Placement:
@@ -148,26 +148,28 @@ def _is_connector(at: Place) -> bool:
 
 
 def _attention(at: Place) -> Placement | None:
-    found, attention, rows = role(at.name), at.above[-1][1], _rows(at)
-    if found == "o" and is_plain(at.name):
-        found = _role_of_wrapper(at.above[-1][0]) or found
+    name, attention = _in_attention(at)
+    found, rows = role(name), _rows(at)
     if found == "k" and not {"v", "fused"} & roles(attention):
         return "vo"  # the only key matrix where values have none: keys are the values
     if found == "q":
-        return _along_rows(at, fused.queries(attention, at.name, rows))
+        return _along_rows(at, fused.queries(attention, name, rows))
     if found == "latent":
         return _along_rows(at, fused.latent(attention, rows))
     if found in {"fused", "in"}:
-        return _along_rows(at, fused.keys_and_values(attention, at.name, rows, _inputs(at)))
-    if found is None and terms(at.name) & (POSITION | LOOSE | CONVOLUTION):
+        return _along_rows(at, fused.keys_and_values(attention, name, rows, _inputs(at)))
+    if found is None and terms(name) & (POSITION | LOOSE | CONVOLUTION):
         return "other"
     return _BLOCK_OF_ROLE.get(found or "")
 
 
-def _role_of_wrapper(segment: str) -> str | None:
-    """The role of a projection that is a module of its own, seen from the matrix in it."""
-    found = role(segment)
-    return found if found in {"q", "k", "v"} else "position" if terms(segment) & POSITION else None
+def _in_attention(at: Place) -> tuple[str, nn.Module]:
+    """The matrix's name and the module that holds it, seen through a projection that is a module of its own."""
+    if is_plain(at.name) and len(at.above) > 1:
+        wrapper = at.above[-1][0]
+        if role(wrapper) in {"q", "k", "v"} or (role(wrapper) is None and terms(wrapper) & POSITION):
+            return wrapper, at.above[-2][1]
+    return at.name, at.above[-1][1]
 
 
 def _rows(at: Place) -> int:

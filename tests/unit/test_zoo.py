@@ -65,6 +65,7 @@ def test_family(family):
     norms_are_norm(model, types)
     embeddings_and_heads_are_told(model, types)
     feed_forward_is_ffn(types)
+    projections_are_qk_and_vo(types)
     biases_go_with_their_matrix(model, block_map)
     assert {"qk", "vo"} <= set(block_map.blocks) or family.name in WITHOUT_ATTENTION
     if f"transformers {transformers.__version__}:" in "\n".join(TABLE):
@@ -108,6 +109,19 @@ def feed_forward_is_ffn(types):
         inside = FEED_FORWARD.search(name)
         if inside and FEED_FORWARD_LEAF.search(name, inside.end() - 1) and not ROUTER.search(name):
             assert found == {"ffn"}, name
+
+
+def projections_are_qk_and_vo(types):
+    """Where queries, keys and values have matrices of the usual names, they are what they are called.
+
+    A recurrence may call its matrices so too; then none of them is of attention.
+    """
+    for name in types:
+        if not re.search(r"\.q_proj(\.linear)?\.weight$", name):
+            continue
+        q, k, v = (types.get(name.replace(".q_proj", f".{letter}_proj"), set()) for letter in "qkv")
+        if q and k and v:
+            assert (q - {"other"} == {"qk"} and k == {"qk"} and v == {"vo"}) or q == k == v == {"other"}, name
 
 
 def biases_go_with_their_matrix(model, block_map):
