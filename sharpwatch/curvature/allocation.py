@@ -8,9 +8,11 @@ from collections.abc import Mapping
 
 def relative_error(value: float, stderr: float) -> float:
     """`stderr` over |`value`|; infinite where either says nothing, and 0 for an exact zero."""
+    if not (math.isfinite(stderr) and math.isfinite(value)):
+        return math.inf
     if stderr == 0:
         return 0.0
-    return stderr / abs(value) if math.isfinite(stderr) and math.isfinite(value) and value != 0 else math.inf
+    return stderr / abs(value) if value != 0 else math.inf
 
 
 def worst(relative_errors: Mapping[str, float]) -> str:

@@ -12,27 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sharpwatch.errors import ProbeError
 
 # Packages whose backwards are kernels that autograd can't see into.
 _KERNELS = ("flash_attn", "liger_kernel", "xformers", "apex", "transformer_engine")
 # The beginnings of their backwards' names.
-_KINKS: tuple[str, ...] = (
-    "Relu",
-    "LeakyRelu",
-    "Prelu",
-    "Rrelu",
-    "Threshold",
-    "Hard",
-    "Clamp",
-    "Abs",
-    "Round",
-    "Floor",
-    "Ceil",
-    "Sign",
-)
-_KINKS += ("Topk", "Sort", "Kthvalue", "Gather", "Max", "Min", "Amax", "Amin", "AdaptiveMax", "Median", "Mode")
+_KINKS: tuple[str, ...] = ("Relu", "LeakyRelu", "Prelu", "Rrelu", "Elu", "Threshold", "Hard", "Softshrink", "Clamp")
+_KINKS += ("Abs", "Huber", "SmoothL1", "Round", "Floor", "Ceil", "Trunc", "Sign", "Remainder", "Fmod")
+_KINKS += ("Topk", "Sort", "Kthvalue", "Gather", "Max", "Min", "Amax", "Amin", "AdaptiveMax", "Cummax", "Cummin")
+_KINKS += ("Median", "Mode")
 _COMPLAINTS = ("not implemented", "differentiate twice", "double backward", "no autograd formula")
 
 
@@ -65,10 +55,14 @@ def _nodes(loss: Tensor) -> Iterator[Any]:
 
 
 @contextmanager
-def second_derivatives() -> Iterator[None]:
-    """Turns torch's complaint about a missing second derivative into a `ProbeError`."""
+def twice_differentiable() -> Iterator[None]:
+    """Around a loss and its derivatives: attention by the kernel that has two of them, also where it is recomputed.
+
+    Turns torch's complaint about a missing second derivative into a `ProbeError`.
+    """
     try:
-        yield
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
     except RuntimeError as error:
         if not any(words in str(error) for words in _COMPLAINTS):
             raise

@@ -119,15 +119,26 @@ def undisturbed(model: nn.Module, *, exact: bool = False) -> Iterator[Functional
 @contextmanager
 def _full_precision(model: nn.Module) -> Iterator[None]:
     kinds = {"cpu", *(parameter.device.type for parameter in model.parameters() if parameter.device.type != "meta")}
-    precision, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     with ExitStack() as stack:
         for kind in kinds:
             stack.enter_context(torch.autocast(kind, enabled=False))
-        stack.callback(torch.set_float32_matmul_precision, precision)
-        stack.callback(setattr, torch.backends.cudnn, "allow_tf32", convolutions)
-        torch.set_float32_matmul_precision("highest")
-        torch.backends.cudnn.allow_tf32 = False
+        for place, name, exact in _precisions():
+            stack.callback(setattr, place, name, getattr(place, name))
+            setattr(place, name, exact)
         yield
+
+
+def _precisions() -> list[tuple[Any, str, Any]]:
+    """Where torch lets float32 be rounded to fewer bits, and what forbids it.
+
+    From 2.9 on `fp32_precision`; to read what came before it raises where a user has set the new one.
+    """
+    backends = torch.backends
+    if hasattr(backends.cuda.matmul, "fp32_precision"):
+        found = [getattr(getattr(backends, kind), of, None) for kind in ("cudnn", "mkldnn") for of in ("conv", "rnn")]
+        found += [backends.cuda.matmul, getattr(backends.mkldnn, "matmul", None)]
+        return [(place, "fp32_precision", "ieee") for place in found if hasattr(place, "fp32_precision")]
+    return [(backends.cuda.matmul, "allow_tf32", False), (backends.cudnn, "allow_tf32", False)]
 
 
 class _Kept:

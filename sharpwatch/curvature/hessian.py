@@ -9,14 +9,13 @@ from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sharpwatch.blocks import BlockMap
 from sharpwatch.curvature.batch import Batch
 from sharpwatch.curvature.estimate import Cost
-from sharpwatch.curvature.graph import is_smooth, require_twice_differentiable, second_derivatives
+from sharpwatch.curvature.graph import is_smooth, require_twice_differentiable, twice_differentiable
 from sharpwatch.curvature.harmless import undisturbed
-from sharpwatch.curvature.objective import Objective
+from sharpwatch.curvature.objective import Objective, dense
 from sharpwatch.curvature.outputs import LossFn
 from sharpwatch.curvature.space import Space
 from sharpwatch.errors import ProbeError
@@ -124,7 +123,7 @@ class Twice:
                 return torch.cat(
                     [self._product(index, space, some, batched=True) for some in torch.split(vectors, _AT_ONCE)]
                 )
-            except (RuntimeError, NotImplementedError):
+            except (RuntimeError, NotImplementedError, ProbeError):  # if it can't be had at all, it raises again below
                 self._batched = False
         return torch.cat([self._product(index, space, one[None]) for one in vectors])
 
@@ -135,7 +134,7 @@ class Twice:
             return torch.zeros_like(vectors)
         shaped = space.shaped(vectors)
         leaves = [self.objective.live.leaves[name] for name in space.names]
-        with second_derivatives():
+        with twice_differentiable():
             found = torch.autograd.grad(
                 [graph[name] for name in names],
                 leaves,
@@ -151,15 +150,14 @@ class Twice:
     def _open(self, index: int) -> dict[str, Tensor]:
         if index != self._at:
             self._graph, self._at = {}, -1  # before the next is built
-            with sdpa_kernel(SDPBackend.MATH):  # the attention kernel that can be differentiated twice
-                loss = self.objective.loss(index)
-            require_twice_differentiable(loss)
-            self._smooth = self._smooth and is_smooth(loss)
             leaves = self.objective.live.trainable
-            with second_derivatives():
+            with twice_differentiable():
+                loss = self.objective.loss(index)
+                require_twice_differentiable(loss)
                 found = torch.autograd.grad(loss, list(leaves.values()), create_graph=True, allow_unused=True)
+            self._smooth = self._smooth and is_smooth(loss)
             self.objective.cost += Cost(backwards=self.objective.shares[index])
-            self._graph = {name: g for name, g in zip(leaves, found, strict=True) if g is not None}
+            self._graph = {name: dense(g) for name, g in zip(leaves, found, strict=True) if g is not None}
             self._at = index
         return self._graph
 

@@ -55,15 +55,40 @@ def hutchinson_probe(  # noqa: PLR0913 - what a probe is of, and how it is taken
     Raises `ProbeError` where no position predicts or no derivative can be had.
     """
     with opened(model, block_map, [batch], loss_fn=loss_fn, method=method) as hessian:
-        space = Space(block_map, block, hessian.objective.live.leaves)
-        traces = [quadratic_forms(hessian, space, space.signs(generator), 0) for _ in range(draws)]
+        space = Space(block_map, block, hessian.objective.live.leaves).required()
+        traces = [quadratic_forms(hessian, space, space.patterns(space.signs(generator)), 0) for _ in range(draws)]
         return HutchinsonSample(block, hessian.objective.tokens[0], batch.rows, torch.stack(traces), hessian.method)
 
 
-def quadratic_forms(hessian: Hessian, space: Space, signs: Tensor, index: int) -> Tensor:
-    """One draw on batch `index` from `signs` [size] by products: zᵀHz by layer block; float64 [L] on the CPU."""
-    patterns = space.patterns(signs)
+def quadratic_forms(hessian: Hessian, space: Space, patterns: Tensor, index: int) -> Tensor:
+    """One draw on batch `index` from `patterns` [K, size] by products: zᵀHz by layer block; float64 [L] on the CPU."""
     return space.by_layer(patterns * hessian.products(space, patterns, index)).mean(0)
+
+
+class Deflation:
+    """What a Krylov space V of H_bb knows, taken out of each draw: zᵀPHPz − E zᵀPHPz with P = VᵀV.
+
+    A control variate with the coefficient 1: unbiased whatever V is, as long as z is drawn apart from it. It takes away
+    what the extreme eigenvalues put into the variance, and nothing where their vectors lie along single weights, which
+    random signs measure exactly: a near-diagonal H is not made worse, as projecting z would. Meyer et al., "Hutch++"
+    (2021) project; Chen and Hallman, "Krylov-aware stochastic trace estimation" (2023), take V from Lanczos too.
+    """
+
+    def __init__(self, space: Space, basis: Tensor, projected: Tensor) -> None:
+        self._space = space
+        self._basis = basis  # [k, size]
+        self._projected = projected.to(basis)  # [k, k]
+        self._expected = space.by_layer(((self._projected @ basis) * basis).sum(0, keepdim=True))[0]
+
+    @property
+    def entries(self) -> int:
+        """Numbers that it keeps."""
+        return self._basis.numel()
+
+    def known(self, patterns: Tensor) -> Tensor:
+        """The mean over `patterns` [K, size], less its expectation, by layer block; float64 [L] on the CPU."""
+        images = (patterns @ self._basis.T @ self._projected) @ self._basis
+        return self._space.by_layer(patterns * images).mean(0) - self._expected
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,9 +151,9 @@ class LossDifferences:
             / self.step**2
         )
 
-    def draw(self, space: Space, signs: Tensor, index: int) -> float:
-        """One draw of Tr(H_bb) on batch `index` from `signs` [size]."""
-        forms = [self._form(space, pattern, index) for pattern in space.patterns(signs)]
+    def draw(self, space: Space, patterns: Tensor, index: int) -> float:
+        """One draw of Tr(H_bb) on batch `index` from `patterns` [K, size]."""
+        forms = [self._form(space, pattern, index) for pattern in patterns]
         return math.fsum(forms) / len(forms)
 
     def agrees(self, space: Space, signs: Tensor, exact: float, curvature: float) -> bool:

@@ -5,6 +5,7 @@ Kalra et al., arXiv 2601.16979: λ_c = 1/c, c the smallest scale with L(θ − c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -24,7 +25,11 @@ _BISECTIONS = 4  # from a factor of two to a sixteenth
 
 @dataclass(frozen=True, slots=True)
 class CriticalSharpness:
-    """1/c and half of its bracket; a step that raises the loss has more than 1. Zero: no scale in reach raises it."""
+    """1/c and half of its bracket; a step that raises the loss has more than 1.
+
+    Zero: no scale in reach raises it. With an infinite bracket the least that was tried does: the step may ascend.
+    NaN: the loss itself is not finite.
+    """
 
     value: float
     half_width: float
@@ -85,6 +90,8 @@ def critical_sharpness(loss: Callable[[float], float]) -> CriticalSharpness:
     """From the loss as a function of the step's scale: doubled or halved from 1, then bisected to 1/16."""
     start = loss(0.0)
     forwards = 1
+    if not math.isfinite(start):
+        return CriticalSharpness(math.nan, math.nan, forwards)
 
     def rises(scale: float) -> bool:
         nonlocal forwards
@@ -98,8 +105,7 @@ def critical_sharpness(loss: Callable[[float], float]) -> CriticalSharpness:
         if rises(high) == (factor > 1):
             break
     else:
-        if factor > 1:
-            return CriticalSharpness(0.0, 1 / high, forwards)
+        return CriticalSharpness(0.0 if factor > 1 else 1 / high, 1 / high if factor > 1 else math.inf, forwards)
     low, high = (high, 2 * high) if factor < 1 else (high / 2, high)
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2

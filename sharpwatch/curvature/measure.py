@@ -29,7 +29,7 @@ from sharpwatch.curvature.step import next_step, preconditioner
 from sharpwatch.errors import ProbeError
 
 ESTIMATORS = ("gnb", "hutchinson", "lanczos")
-_TOLERANCE = 0.005  # of the larger end of a spectrum: where a Lanczos iteration stops
+_TOLERANCE = 0.003  # residual over the larger end of a spectrum: where a Lanczos iteration stops
 _CHUNK = 4  # gnb draws that share a forward, in search of a precision
 
 
@@ -132,7 +132,7 @@ class Measurement:
             draws=draws,
             max_draws=max(draws, max_draws),
             precision=precision,
-            tolerance=_TOLERANCE if precision is None else precision / 3,
+            tolerance=_TOLERANCE if precision is None else precision,
             losses=method == "auto",
         )
         self._seed = seed

@@ -47,7 +47,7 @@ class Objective:
         leaves = [self.live.leaves[name] for name in names]
         found = torch.autograd.grad(self.loss(index), leaves, allow_unused=True)
         self.cost += Cost(backwards=self.shares[index])
-        return {name: _dense(g) for name, g in zip(names, found, strict=True) if g is not None}
+        return {name: dense(g) for name, g in zip(names, found, strict=True) if g is not None}
 
     @contextmanager
     def displaced(self, space: Space, displacement: Tensor) -> Iterator[Mapping[str, Tensor]]:
@@ -69,5 +69,6 @@ class Objective:
                 self.live.place(name, tensor)
 
 
-def _dense(gradient: Tensor) -> Tensor:
+def dense(gradient: Tensor) -> Tensor:
+    """A gradient as its parameter is, also that of a sparse embedding."""
     return gradient.to_dense() if gradient.is_sparse else gradient

@@ -48,7 +48,7 @@ def preconditioned_probe(  # noqa: PLR0913 - what a probe is of, and how it is t
     """
     scales = preconditioner(model, optimizers)
     with opened(model, block_map, [batch], loss_fn=loss_fn, method=method) as hessian:
-        space = Space(block_map, None, hessian.objective.live.leaves)
+        space = Space(block_map, None, hessian.objective.live.leaves).required()
         found = Lanczos(space.signs(generator) if start is None else start.to(space.device))
         while found.products < products and not found.exhausted:
             found.step(scaled_product(hessian, space, scales))

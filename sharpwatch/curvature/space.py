@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from sharpwatch.blocks import BlockMap, Part
+from sharpwatch.errors import ProbeError
 
 _MOST_COLOURS = 4
 
@@ -28,6 +29,12 @@ class Space:
         self._sizes = [part.numel for part in self.parts]
         self.size = sum(self._sizes)
         self.device = leaves[self.names[0]].device if self.names else torch.device("cpu")
+
+    def required(self) -> Space:
+        """This space; raises `ProbeError` where nothing in it requires a gradient."""
+        if not self.parts:
+            raise ProbeError(f"{self.block or 'model'}: nothing in it requires a gradient")
+        return self
 
     @cached_property
     def weights(self) -> Tensor:
@@ -98,25 +105,28 @@ class Space:
         Those are what makes the noise where matrices act one after the other (query and key, value and output, up and
         down): measured, 65 to 90 % of the off-diagonal squared norm of such blocks.
         """
-        hadamard = _hadamard(max(colour for _, colour in self._coloured) + 1)
-        columns = [
-            hadamard[:, colour].repeat_interleave(size).view(len(hadamard), size) for size, colour in self._coloured
-        ]
-        return torch.cat(columns, 1).to(signs) * signs
+        colours = self._colours
+        hadamard = _hadamard(int(colours.max()) + 1).to(signs)
+        return hadamard[:, colours] * signs
 
     @cached_property
-    def _coloured(self) -> Sequence[tuple[int, int]]:
-        """Runs of entries and the colour of each. Matrices of a layer take colours in turn; vectors have the first."""
-        seen: dict[str | None, int] = defaultdict(int)
-        runs: list[tuple[int, int]] = []
+    def _colours(self) -> Tensor:
+        """The colour of every entry; int64 [size]. Matrices of a layer take colours in turn; vectors have the first."""
+        taken: dict[str | None, int] = defaultdict(int)
+        colours: list[Tensor] = []
         for part in self.parts:
-            # Of a fused matrix's slice each half is taken for a matrix: query and key lie one after the other.
-            sizes = [part.numel] if part.dim is None else [part.numel // 2, part.numel - part.numel // 2]
-            for size in sizes:
-                matrix = part.layer is not None and self.leaves[part.parameter].dim() > 1
-                runs.append((size, seen[part.layer] % _MOST_COLOURS if matrix else 0))
-                seen[part.layer] += matrix
-        return runs
+            like = torch.zeros(self.leaves[part.parameter].shape, dtype=torch.uint8, device=self.device)
+            entries = part.view(like)
+            if part.layer is not None and like.dim() > 1:
+                # The slice of a fused matrix that is query and key has them one after the other, in every head or once.
+                halves = 2 if part.type == "qk" and part.dim is not None else 1
+                along = 0 if part.dim is None else part.dim + (part.repeats > 1)
+                for half in range(halves):
+                    size = entries.shape[along] // halves
+                    entries.narrow(along, half * size, size).fill_(taken[part.layer] % _MOST_COLOURS)
+                    taken[part.layer] += 1
+            colours.append(entries.reshape(-1))
+        return torch.cat(colours).long()
 
 
 def _hadamard(colours: int) -> Tensor:

@@ -151,6 +151,8 @@ class Exact:
     @classmethod
     def of(cls, model):
         twin = copy.deepcopy(model).double().eval()
+        if hasattr(twin.config, "num_local_experts"):
+            twin.set_experts_implementation("eager")  # the grouped product has no float64
         return cls(twin, tuple(name for name, _ in twin.named_parameters()))
 
     @property
@@ -163,14 +165,14 @@ class Exact:
         pieces = dict(zip(self.names, flat.split(sizes, -1), strict=True))
         lead = flat.shape[:-1]
         shaped = {name: pieces[name].view(*lead, *parameter.shape) for name, parameter in self._named()}
-        return [
-            (
-                shaped[part.parameter]
-                if part.dim is None
-                else shaped[part.parameter].narrow(len(lead) + part.dim, part.start, part.stop - part.start)
-            ).reshape(*lead, -1)
-            for part in block_map.parts
-        ]
+        views = []
+        for part in block_map.parts:
+            flat = [
+                part.view(one).reshape(-1)
+                for one in shaped[part.parameter].reshape(-1, *block_map.shapes[part.parameter])
+            ]
+            views.append(torch.stack(flat).view(*lead, -1))
+        return views
 
     def entries(self, block_map, block):
         """Flat indices of a block's parameters."""
