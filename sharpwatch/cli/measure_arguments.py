@@ -62,10 +62,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def request(args: argparse.Namespace) -> Request:
-    """The command line as a value; a figure asks for spectra, unless it was said what to measure."""
-    given = {field.name: getattr(args, field.name) for field in fields(Request)}
-    given["estimators"] = args.estimators or ((*_USUAL, "spectrum") if args.plot else _USUAL)
-    return Request(**given)
+    """The command line as a value."""
+    return Request(**{field.name: getattr(args, field.name) for field in fields(Request)})
 
 
 def _add_measurement(parser: argparse.ArgumentParser) -> None:
@@ -74,8 +72,9 @@ def _add_measurement(parser: argparse.ArgumentParser) -> None:
         "--estimators",
         metavar="LIST",
         type=_some_of(ESTIMATORS, "estimators"),
-        help=f"of {','.join(ESTIMATORS)} (default: {','.join(_USUAL)}, and spectrum for --plot); the last three are of "
-        "the optimizer's next step, and need a function that returns one",
+        default=_USUAL,
+        help=f"of {','.join(ESTIMATORS)} (default: {','.join(_USUAL)}); the last three are of the "
+        "optimizer's next step, and need a function that returns one",
     )
     group.add_argument("--draws", metavar="N", type=_several, default=8, help="random draws each (default: 8)")
     group.add_argument(

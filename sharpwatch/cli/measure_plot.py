@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sharpwatch.cli import figures
 from sharpwatch.cli.measure_density import DECADES, Density, density
 from sharpwatch.curvature.estimate import Estimate
 from sharpwatch.curvature.report import BlockReport, SharpnessReport, per_parameter
@@ -245,7 +246,8 @@ def _spectrum(axes: Axes, name: str, block: BlockReport) -> None:
     axes.fill_between(found.eigenvalues, found.share, 1e-300, color=_COLOURS[name], alpha=0.35, linewidth=0)
     axes.plot(found.eigenvalues, found.share, color=_COLOURS[name], linewidth=1.2)
     axes.set_ylim(0.1 / block.parameters, found.share.max() * 8)  # one eigenvalue of n is seen, and room for the labels
-    axes.set_title("whole model" if name == "whole" else name, fontsize=9)
+    starts = f"{block.spectrum.draws} random start{'' if block.spectrum.draws == 1 else 's'}"
+    axes.set_title(f"{'whole model' if name == 'whole' else name}, {starts}", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xticks(*_ticks(found), fontsize=7.5)
     for end, side in ((block.top_eigenvalue, "right"), (block.bottom_eigenvalue, "left")):
@@ -257,7 +259,7 @@ def _mark_end(axes: Axes, value: float, side: str) -> None:
     """An extreme eigenvalue: a line, and its value at the top, on the inner side."""
     axes.axvline(value, color="#333333", linewidth=0.8, linestyle="--")
     axes.annotate(
-        f"{value:.3g}".replace("-", "−"),
+        figures.number(value).replace("-", "−"),
         (value, 0.98),
         xycoords=("data", "axes fraction"),
         xytext=(-3 if side == "right" else 3, 0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack, closing
 from typing import Any
 
@@ -100,8 +101,8 @@ class Session:
 
     def title(self, report: SharpnessReport) -> str:
         """The figure's heading."""
-        loss = f"loss {figures.number(report.loss)} over {report.tokens:,} tokens"
-        return f"{self.request.model} on {self.request.data}: {loss}"
+        loss = f"loss {figures.number(report.loss)} over " if math.isfinite(report.loss) else ""
+        return f"{self.request.model} on {self.request.data}: {loss}{report.tokens:,} tokens"
 
     def provenance(self) -> dict[str, Any]:
         """What was measured how: enough to do it again."""

@@ -66,8 +66,9 @@ def _cell(estimate: Estimate | None) -> str:
 
 def _facts(report: SharpnessReport) -> Grid:
     cost, batches = report.cost, f"{report.batches} batch{'' if report.batches == 1 else 'es'}"
+    loss = figures.number(report.loss) if math.isfinite(report.loss) else figures.ABSENT  # gnb has no use for it
     facts = [
-        ("loss", f"{figures.number(report.loss)} over {report.tokens:,} tokens in {batches}"),
+        ("loss", f"{loss} over {report.tokens:,} tokens in {batches}"),
         ("seed", str(report.seed)),
         ("cost", f"{cost.forwards:g} forwards, {cost.backwards:g} backwards of all of them"),
         (
