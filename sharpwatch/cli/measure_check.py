@@ -1,4 +1,4 @@
-"""Whether batches fit a model that does not say its vocabulary, as a user's own may not: read off its blocks."""
+"""Whether batches fit a model: it is called once, and a vocabulary it does not tell is read off its blocks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sharpwatch.blocks import BlockMap
 from sharpwatch.curvature.batch import Batch
+from sharpwatch.curvature.harmless import undisturbed
 from sharpwatch.curvature.outputs import find_labels
 from sharpwatch.errors import SharpwatchError
 
@@ -28,6 +29,16 @@ def check_batches(model: nn.Module, blocks: BlockMap, batches: Sequence[Mapping[
         where = f"DATA {source}: batch {index}"
         _check_ids(model, batch, known, where)
         _check_labels(model, batch, answers, where)
+    _call(model, batches[0], f"DATA {source}: batch 0")
+
+
+def _call(model: nn.Module, batch: Mapping[str, Any], where: str) -> None:
+    """Raise `SharpwatchError` where the model does not take the batch: what it raises is its own affair."""
+    try:
+        with undisturbed(model) as live, torch.no_grad():
+            live(**batch)
+    except Exception as error:
+        raise SharpwatchError(f"{where}: the model can't be called with it: {type(error).__name__}: {error}") from error
 
 
 def _size(model: nn.Module, blocks: BlockMap, block: str, kind: type[nn.Module], size: str) -> int | None:

@@ -13,7 +13,7 @@ from sharpwatch.curvature.report import Spectrum
 DECADES = 4  # of eigenvalues on each side of 0 that the axis spreads out; smaller ones lie in its linear middle
 _SIGMA = 0.4  # of the Gaussian that stands for an atom, in units of asinh(λ/width): a sixth of a decade
 _MARGIN = 6 * _SIGMA
-_POINTS = 600
+_POINTS = 300
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -41,6 +41,8 @@ class StateFile:
             measurement.load_state_dict(kept["measurement"])
         except ProbeError as error:
             raise SharpwatchError(f"--state {self.path}: {error}; move it away, or measure as then") from error
+        except (KeyError, TypeError) as error:  # what is in it is not what this engine writes
+            raise SharpwatchError(f"--state {self.path}: was written by another sharpwatch; move it away") from error
 
     def save_if_due(self, measurement: Resumable) -> None:
         """Save the first time, and then at most once in `_EVERY` seconds."""

@@ -309,6 +309,13 @@ def test_a_batch_that_does_not_fit_the_model_is_named(changed, said):
         check_batches(model, classify(model), [good, {**good, **changed}], "file.pt")
 
 
+def test_a_batch_that_the_model_does_not_take_is_named():
+    model = Plain()
+    wrong = {"ids": torch.ones(2, 3, dtype=torch.int64)}
+    with pytest.raises(SharpwatchError, match=r"batch 0: the model can't be called with it: TypeError: .*'ids'"):
+        check_batches(model, classify(model), [wrong], "file.pt")
+
+
 # State
 
 
@@ -344,6 +351,15 @@ def test_a_state_of_another_measurement_is_refused_and_says_what_differs(tmp_pat
     StateFile(path).save(Draws(3))
     with pytest.raises(SharpwatchError, match=r"--state .*state.json: seed 3, now 4; move it away, or measure as then"):
         StateFile(path).load(Draws(4), read_state(path))
+
+
+def test_a_state_that_another_version_wrote_is_refused(tmp_path):
+    path = tmp_path / "state.json"
+    StateFile(path).save(Draws(3))
+    kept = read_state(path)
+    del kept["measurement"]["seed"]
+    with pytest.raises(SharpwatchError, match=r"state\.json: was written by another sharpwatch; move it away"):
+        StateFile(path).load(Draws(3), kept)
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"format": "other"}', "[1]", "\x00"])
