@@ -332,7 +332,6 @@ def test_falls_to_differences_for_a_known_packages_kernel(monkeypatch):
     assert relative(found, toy(tanh)[0].double()) <= 1e-3
 
 
-@pytest.mark.xfail(strict=True, reason="only packages that are known by name are seen")
 def test_falls_to_differences_for_a_kernel_that_nobody_knows():
     found, how = toy(lambda module, x: KernelTanh.apply(module.mlp(x)))
     assert how == "gradient differences"
@@ -496,7 +495,6 @@ def test_the_precision_of_products_of_matrices_is_full_inside_and_as_before_afte
     assert precisions() == before
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="the gradient is handed on sparse")
 def test_a_sparse_embedding_has_the_products_of_a_dense_one():
     torch.manual_seed(0)
     ids, targets = (torch.randint(0, 20, (2, 6)) for _ in range(2))
@@ -555,10 +553,7 @@ class ZeroCentred(nn.Module):
         return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * (1 + self.weight)
 
 
-@pytest.mark.parametrize(
-    "size",
-    [0.0, 1e-1, pytest.param(1e-5, marks=pytest.mark.xfail(strict=True, reason="the step is of the weights' size"))],
-)
+@pytest.mark.parametrize("size", [0.0, 1e-5, 1e-1])
 def test_differences_are_right_for_a_block_whose_weights_are_near_zero(size):
     torch.manual_seed(0)
     model = Toy(lambda module, x: module.norm(module.mlp(x)).tanh())
