@@ -35,6 +35,11 @@ def require_twice_differentiable(loss: Tensor) -> None:
             raise ProbeError(f"the model can't be differentiated twice: {name} has no second derivative")
 
 
+def has_own_functions(loss: Tensor) -> bool:
+    """Whether a Python `autograd.Function` is in `loss`'s graph."""
+    return any(hasattr(type(node), "_forward_cls") for node in _nodes(loss))
+
+
 def is_smooth(loss: Tensor) -> bool:
     """Whether nothing in `loss`'s graph chooses or has a kink: experts by top-k, ReLU and its kin.
 

@@ -21,7 +21,7 @@ from sharpwatch.curvature.objective import Objective
 from sharpwatch.curvature.outputs import LossFn
 from sharpwatch.curvature.space import Space
 
-_REPEATS = 4  # evaluations of L(θ): what rounding makes of it is common to all draws
+_PAIRS = 3  # of evaluations of L(θ): what rounding makes of it is common to all draws
 _CHANGE = 256  # ½ε²zᵀHz in units of the loss's rounding
 _LARGEST = 0.1  # ε over the root mean square of the block's weights
 _NUDGE = 1e-6  # over the weights' root mean square: moves the rounding, not the loss
@@ -100,15 +100,18 @@ class Base:
 
     @classmethod
     def of(cls, objective: Objective, index: int, space: Space, generator: torch.Generator) -> Base:
-        """From evaluations at weights that differ by what no loss can see; `space` is the whole model's."""
-        scale = _NUDGE * float(space.weights.square().mean().sqrt())
-        values = []
-        for _ in range(_REPEATS):
-            with objective.displaced(space, scale * space.signs(generator)):
-                values.append(objective.value(index))
-        spread = float(torch.tensor(values, dtype=torch.float64).std())
-        resolution = torch.finfo(space.weights.dtype).eps * abs(values[0]) / 4
-        return cls(math.fsum(values) / _REPEATS, max(spread, resolution) / math.sqrt(_REPEATS))
+        """From pairs of evaluations a little to both sides of θ, whose slope cancels; `space` is the whole model's."""
+        means = []
+        for _ in range(_PAIRS):
+            nudge = _NUDGE * space.scale * space.signs(generator)
+            pair = []
+            for side in (nudge, -nudge):
+                with objective.displaced(space, side):
+                    pair.append(objective.value(index))
+            means.append(math.fsum(pair) / 2)
+        spread = float(torch.tensor(means, dtype=torch.float64).std())
+        resolution = torch.finfo(space.weights.dtype).eps * abs(means[0]) / 4
+        return cls(math.fsum(means) / _PAIRS, max(spread, resolution) / math.sqrt(_PAIRS))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -136,9 +139,9 @@ class LossDifferences:
         curvature: float,
     ) -> LossDifferences:
         """With ε from the size that zᵀHz is expected to have."""
-        rounding = max(base.stderr * math.sqrt(_REPEATS) for base in bases)
+        rounding = max(base.stderr * math.sqrt(2 * _PAIRS) for base in bases)
         rounding = max(rounding, torch.finfo(space.weights.dtype).eps * max(abs(base.value) for base in bases))
-        largest = _LARGEST * (float(space.weights.square().mean().sqrt()) or 1.0)
+        largest = _LARGEST * space.scale
         wanted = math.sqrt(2 * _CHANGE * rounding / curvature) if curvature > 0 else math.inf
         return cls(objective, bases, gradients, min(wanted, largest))
 

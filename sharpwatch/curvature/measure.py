@@ -188,6 +188,9 @@ class Measurement:
             if theirs != own:
                 raise ProbeError(f"the state is of another measurement: its {name} is {theirs}, this one's {own}")
         self._found = Findings.from_dict(state["found"])
+        found, first = self._found, "lanczos" in self._plan.estimators
+        self._done = len(self._batches) * bool(found.gnb) + len(found.ends)
+        self._done += sum(map(len, found.hutchinson.values())) + sum(len(s) - first for s in found.spectra.values())
 
     def _fingerprint(self) -> dict[str, Any]:
         shapes = hashlib.sha256(repr(self.block_map.parts).encode())
@@ -277,7 +280,8 @@ class Measurement:
         if plan.precision is not None:
             return None
         count |= {"lanczos": len(plan.spectra), "hutchinson": plan.draws * len(plan.blocks)}
-        count |= {"spectrum": plan.draws * len(plan.spectra)}
+        first = "lanczos" in plan.estimators  # whose own start is a draw
+        count |= {"spectrum": (plan.draws - first) * len(plan.spectra)}
         return sum(count.get(name, 1) for name in plan.estimators)
 
 

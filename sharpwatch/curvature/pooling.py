@@ -13,11 +13,20 @@ _BATCHES = 4  # from so many on, the scatter of batches says more than that of d
 
 @dataclass(frozen=True, slots=True)
 class Pooled:
-    """A mean, its standard error (NaN for a single draw), and the part of it that no further draw can take away."""
+    """A mean, its standard error (NaN for a single draw), and the part of it that is the batches' own spread."""
 
     value: float
     stderr: float
     floor: float
+    draws: int
+
+    @property
+    def sure(self) -> float:
+        """`stderr` as uncertain as it is itself: the standard deviation of t with so many draws; infinite below 4.
+
+        Who stops at the first small error stops at one that is too small by chance.
+        """
+        return self.stderr * math.sqrt((self.draws - 1) / (self.draws - 3)) if self.draws > 3 else math.inf
 
 
 def pooled(draws: Sequence[Sequence[float]], shares: Sequence[float], common: float = 0.0) -> Pooled:
@@ -33,11 +42,11 @@ def pooled(draws: Sequence[Sequence[float]], shares: Sequence[float], common: fl
     value = float((means * weights).sum())
     within = float((values * weights).sum(1).std() / math.sqrt(count)) if count > 1 else math.nan
     if batches == 1:
-        return Pooled(value, math.hypot(within, common), common)
+        return Pooled(value, math.hypot(within, common), 0.0, count)
     between = scatter(means.tolist(), shares)
     stderr = between if batches >= _BATCHES or not between < within else within
     floor = math.sqrt(max(0.0, between**2 - within**2)) if count > 1 else 0.0
-    return Pooled(value, math.hypot(stderr if count > 1 else math.nan, common), math.hypot(floor, common))
+    return Pooled(value, math.hypot(stderr if count > 1 else math.nan, common), floor, count)
 
 
 def scatter(values: Sequence[float], shares: Sequence[float]) -> float:

@@ -24,6 +24,8 @@ from sharpwatch.curvature.stability import stability_ratio
 
 _PRODUCTS = 100  # where a Lanczos iteration gives up; its residual then says so
 _PRICE = 4  # forwards without a graph that take the time of one product (measured on a CPU: 3.9)
+_COARSE = 0.5  # of the precision asked for: where an error that draws share is too large
+_LEAST = 1.5  # Tr H over ‖H‖_F, as small as it is believed to be
 _KEPT_BYTES = 8 * 2**30  # of all Krylov spaces that deflate
 _QUADRATURE = 24  # products of one draw of a spectrum
 _GRADIENTS = 4  # batches whose gradients are kept; of more, each quadratic form takes two forwards
@@ -52,7 +54,7 @@ class Plan:
 
     def reached(self, trace: Pooled) -> bool | None:
         """Whether a trace is as precise as asked; None where no further draw can bring it there."""
-        if self.precision is None or relative_error(trace.value, trace.stderr) <= self.precision:
+        if self.precision is None or trace.stderr == 0 or relative_error(trace.value, trace.sure) <= self.precision:
             return True
         return None if trace.floor > self.precision * abs(trace.value) else False
 
@@ -154,7 +156,8 @@ class SecondOrder:
 
         It adds `gain` to the part of ‖H‖²_F that deflation takes out of the draws' variance, 2‖H‖²_F.
         """
-        trace, _ = self._pilots[block]
+        quadratic, length = self._pilots[block]
+        trace = max(abs(quadratic), _LEAST * length)  # zᵀHz may be near zero by chance
         if self._plan.precision is None or "hutchinson" not in self._plan.estimators or trace == 0:
             return False
         spared = 2 * found.gain / (self._plan.precision * trace) ** 2
@@ -198,12 +201,23 @@ class SecondOrder:
         """The blocks that need more draws, and how far from exact each is."""
         wanted = {}
         for block in self._plan.blocks:
+            self._leave_the_loss(block)
             have = len(self._found.hutchinson.get(block, []))
             trace = self._found.hutchinson_trace(block) if have else None
             if self._plan.wants(trace, have):
                 known = trace is not None and have >= self._plan.draws
                 wanted[block] = relative_error(trace.value, trace.stderr) if known and trace else math.inf
         return wanted
+
+    def _leave_the_loss(self, block: str) -> None:
+        """Begin again with products where the rounding of L(θ), which all draws share, is too coarse for a trace."""
+        common = self._found.common.get(block, 0.0)
+        if self._plan.precision is None or common == 0 or len(self._found.hutchinson[block]) < self._plan.draws:
+            return
+        if common > _COARSE * self._plan.precision * abs(self._found.hutchinson_trace(block).value):
+            self._smooth[block] = None
+            self._found.hutchinson[block].clear()
+            self._found.steps[block] = self._found.common[block] = 0.0
 
     def _unfinished(self) -> dict[str, float]:
         """Blocks whose draws go on: what deflates them must be had again."""

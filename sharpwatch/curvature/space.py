@@ -41,6 +41,17 @@ class Space:
         """The parameters themselves; float32 [size]."""
         return self.flat_of({name: self.leaves[name].detach() for name in self.names})
 
+    @cached_property
+    def scale(self) -> float:
+        """What is large for one weight here: their root mean square, or a tenth of the whole model's if that is more.
+
+        A block can be near zero without being insensitive: norms of the form 1 + w, the second factor of an adapter.
+        """
+        size = sum(leaf.numel() for leaf in self.leaves.values())
+        norms = [torch.linalg.vector_norm(leaf.detach()).to(self.device) for leaf in self.leaves.values()]
+        everywhere = float(torch.stack(norms).double().square().sum().div(size).sqrt())
+        return max(float(self.weights.square().mean().sqrt()), everywhere / 10) or 1.0
+
     def shaped(self, vectors: Tensor) -> dict[str, Tensor]:
         """`vectors` [p, size] by parameter name, each [p, *shape]; what of a fused parameter is not here is zero."""
         tensors: dict[str, Tensor] = {}
