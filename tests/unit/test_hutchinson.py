@@ -286,8 +286,8 @@ def test_loss_differences_disagree_where_the_loss_jumps():
 
 @pytest.mark.parametrize("make", [gpt2, llama])
 def test_the_base_losss_error_is_what_it_says(make):
-    # Against float64, over 24 batches: were each error normal with its own stderr from four roundings, the mean square
-    # of Student's t of 3 degrees has a mean of 3; its median size is 0.76. Rounding common to all four adds to that.
+    # Against float64, over 24 batches: of a mean of three with its own stderr, Student's t of 2 degrees has a median
+    # size of 0.82. Rounding common to all of them adds to that.
     model = make()
     block_map = classify(model)
     twin = make().eval().double()
@@ -304,7 +304,7 @@ def test_the_base_losss_error_is_what_it_says(make):
         assert 0 < base.stderr < 1e-6 * truth  # float32: 1.2e-7
         scores.append(abs(base.value - truth) / base.stderr)
     assert float(torch.tensor(scores).median()) < 1.5
-    assert max(scores) < 12  # 24 of t with 3 degrees: beyond 12 once in 40 runs
+    assert max(scores) < 30  # 24 of t with 2 degrees: beyond 30 once in 40 runs
 
 
 def test_the_step_is_a_share_of_the_weights_at_most():

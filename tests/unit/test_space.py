@@ -98,6 +98,19 @@ def test_weights_are_the_parameters_themselves():
     assert not space.weights.requires_grad
 
 
+def test_the_scale_is_the_weights_own_size_or_a_tenth_of_the_whole_models():
+    given = leaves()
+    own = Space(MAP, "vo", given)
+    assert own.scale == pytest.approx(float(own.weights.square().mean().sqrt()))
+    with torch.no_grad():
+        given["0.norm"].mul_(1e-6)
+        given["1.norm"].zero_()
+    everything = torch.cat([tensor.detach().flatten() for tensor in given.values()])
+    assert Space(MAP, "norm", given).scale == pytest.approx(float(everything.square().mean().sqrt()) / 10)
+    zeros = {name: torch.zeros_like(tensor).requires_grad_() for name, tensor in given.items()}
+    assert Space(MAP, "norm", zeros).scale == 1.0
+
+
 def test_what_is_frozen_is_left_out():
     space = Space(MAP, "vo", leaves(frozen={"0.fused", "1.out"}))
     assert space.names == ("0.out", "1.conv", "1.heads", "1.bias")
