@@ -31,6 +31,7 @@ _HUTCHINSON_DRAWS = 2  # of several products each
 _PRODUCTS = 6  # of one visit: a cold Lanczos iteration takes 6 to 15, a warm one 1 to 3
 _VISITS = 6  # to one block, at most
 _SETTLED = 0.05  # residual over the top eigenvalue at which the next block has its turn
+_ROUNDS = 2  # after which a trace has to be measured anew, however well it was known
 _WINDOW = 8  # probes of a block that tell how well its trace is known: what the daemon estimates from
 
 
@@ -124,7 +125,7 @@ class Direction:
 
 
 class Hutchinson:
-    """The block whose trace is known worst, from its newest probes; what is long ago counts for nothing."""
+    """The block whose trace is known worst, from its newest probes, or that has waited for two rounds of all."""
 
     share = 8
 
@@ -150,9 +151,10 @@ class Hutchinson:
         return sample
 
     def _relative_error(self, block: str) -> float:
+        probed = [of for of, _ in self._draws]
+        if block not in probed[-_ROUNDS * len(self._subject.blocks) :]:
+            return math.inf  # never probed, or so long ago that the weights are others
         draws = [values for of, values in self._draws if of == block][-_WINDOW:]
-        if not draws:
-            return math.inf
         window = torch.stack(draws)[None]
         known = trace_estimates(window, torch.ones_like(window, dtype=torch.bool))
         return relative_error(float(known.value), float(known.stderr))

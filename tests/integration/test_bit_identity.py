@@ -12,7 +12,7 @@ import pytest
 STEPS = 200
 
 # Trains with dropout and prints each step's loss and a digest of the final weights. WATCH attaches the agent, with
-# probes on at every fifth step; after half of the steps the script says so and waits for a line before it goes on.
+# every probe on at every fifth step; after half of the steps the script says so and waits for a line before it goes on.
 SCRIPT = """
 import hashlib, json, os, sys, torch
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -25,7 +25,9 @@ optimizer = {
 }[sys.argv[1]]()
 if "WATCH" in os.environ:
     import sharpwatch
-    watch = sharpwatch.attach(model, optimizer, training_job="identity", run="identity", probe_every=5)
+    probes = ["gnb", "direction", "hutchinson", "lanczos", "linesearch"]
+    probes += ["preconditioned"] * (sys.argv[1] == "adamw")
+    watch = sharpwatch.attach(model, optimizer, training_job="identity", run="identity", probe_every=5, probes=probes)
 data = torch.Generator().manual_seed(1)
 losses = []
 for step in range(STEPS):
@@ -75,7 +77,9 @@ def test_with_the_daemon_up_killed_half_way_and_never_there(make_daemon, tmp_pat
     assert up == plain
     shown = daemon.cli("show", "identity")
     assert shown["run"]["step"] == STEPS
-    assert any(block.get("estimates") for block in shown["blocks"])  # the probes did run
+    # The probes did run.
+    seen = {one["estimator"] for block in shown["blocks"] for one in block.get("estimates", ())}
+    assert seen >= {"direction", "hutchinson", "lanczos", "linesearch"}
 
     killed = train(tmp_path, optimizer, daemon.kill, WATCH="1", SHARPWATCH_ADDRESS=daemon.grpc)
     assert killed == plain

@@ -107,8 +107,9 @@ class Asked:
 def test_hutchinson_goes_where_the_relative_error_is_worst(subject, step, monkeypatch):
     spread = {"emb": 0.1, "norm": 2.0, "head": 0.5}
 
-    def answer(_, asked):
-        draws = 10 + spread[asked["block"]] * torch.tensor([1.0, -1.0], dtype=torch.float64)
+    def answer(number, asked):
+        noise = torch.randn(2, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
+        draws = 10 + spread[asked["block"]] * noise
         traces = torch.zeros(2, 3, dtype=torch.float64)
         traces[:, 0] = draws
         return HutchinsonSample(asked["block"], 8, 8, traces, "autograd")
@@ -121,7 +122,8 @@ def test_hutchinson_goes_where_the_relative_error_is_worst(subject, step, monkey
     blocks = [call["block"] for call in asked.calls]
     assert set(blocks[:3]) == set(spread)  # what was never measured comes first
     assert blocks[3] == "norm"
-    assert all(blocks[first : first + 25].count(block) for first in range(2) for block in spread)  # none is forgotten
+    assert blocks.count("norm") > 27 / 3
+    assert all(block in blocks[first : first + 9] for first in range(18) for block in spread)  # none waits for long
 
 
 def test_a_trace_that_is_not_finite_does_not_count(subject, step, monkeypatch):
