@@ -194,6 +194,7 @@ def _direction(report: DirectionReport, seconds: float) -> agent_pb2.DirectionPr
         block_descent=_array(probe.block_descent, "float64"),
         block_curvature=_array(probe.block_curvature, "float64"),
         update_ratio=encode(report.update_ratio, "float32"),
+        method=probe.method,
         seconds=seconds,
     )
 

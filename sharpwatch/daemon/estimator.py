@@ -100,14 +100,21 @@ def observed_stability(blocks: Sequence[str], step: int, reading: DirectionReadi
     """The stability ratios of one step's own probe."""
     if reading is None:
         return ObservedStability()
-    whole = _ratio([reading.curvature], [reading.descent], step)
+    whole = _whole_ratio([reading], step)
     by_block = _block_ratios(blocks, [reading], step)
     return ObservedStability(whole, no_descent=whole is None, blocks=by_block)
 
 
-def _ratio(curvatures: Sequence[float], descents: Sequence[float], step: int) -> Estimate | None:
+def _ratio(curvatures: Sequence[float], descents: Sequence[float], step: int, method: str) -> Estimate | None:
     ratio = stability_ratio(curvatures, descents)
-    return None if ratio is None else Estimate(ratio.value, ratio.stderr, ratio.probes, "direction", step)
+    if ratio is None:
+        return None
+    return Estimate(ratio.value, ratio.stderr, ratio.probes, "direction", step, method=method)
+
+
+def _whole_ratio(readings: Sequence[DirectionReading], step: int) -> Estimate | None:
+    curvatures, descents = [one.curvature for one in readings], [one.descent for one in readings]
+    return _ratio(curvatures, descents, step, readings[-1].method)
 
 
 def _block_ratios(blocks: Sequence[str], readings: Sequence[DirectionReading], step: int) -> dict[str, Estimate]:
@@ -116,7 +123,8 @@ def _block_ratios(blocks: Sequence[str], readings: Sequence[DirectionReading], s
     for index, block in enumerate(blocks):
         taken = [one for one in readings if not math.isnan(one.block_curvature[index])][-WINDOW_PROBES:]
         curvatures = [float(one.block_curvature[index]) for one in taken]
-        ratio = _ratio(curvatures, [float(one.block_descent[index]) for one in taken], step)
+        descents = [float(one.block_descent[index]) for one in taken]
+        ratio = _ratio(curvatures, descents, step, readings[-1].method)
         if ratio is not None:
             ratios[block] = ratio
     return ratios
@@ -127,8 +135,7 @@ def _window_stability(request: Request) -> dict[Key, Estimate]:
         return {}
     step = request.direction[-1][0]
     readings = [reading for _, reading in request.direction]
-    newest = readings[-WINDOW_PROBES:]
-    whole = _ratio([one.curvature for one in newest], [one.descent for one in newest], step)
+    whole = _whole_ratio(readings[-WINDOW_PROBES:], step)
     ratios = {"": whole} if whole is not None else {}
     ratios |= _block_ratios(request.manifest.blocks, readings, step)
     return {

@@ -40,6 +40,7 @@ class DirectionReading:
     block_descent: Floats
     block_curvature: Floats
     update_ratio: Floats
+    method: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -117,9 +118,10 @@ def _direction(probe: agent_pb2.DirectionProbe, manifest: Manifest) -> Direction
     descent = _by_block(probe.block_descent, "direction.block_descent", manifest)
     curvature = _by_block(probe.block_curvature, "direction.block_curvature", manifest)
     ratio = _by_block(probe.update_ratio, "direction.update_ratio", manifest, "float32")
+    method = checked_text(probe.method, "direction.method", MAX_NAME)
     if not _finite(probe.descent, probe.curvature, descent, ratio) or np.isinf(curvature).any():
         return None
-    return DirectionReading(probe.tokens, probe.descent, probe.curvature, descent, curvature, ratio)
+    return DirectionReading(probe.tokens, probe.descent, probe.curvature, descent, curvature, ratio, method)
 
 
 def _hutchinson(probe: agent_pb2.HutchinsonProbe, manifest: Manifest) -> HutchinsonReading | None:

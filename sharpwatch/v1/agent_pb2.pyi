@@ -351,12 +351,15 @@ class DirectionProbe(google.protobuf.message.Message):
     BLOCK_CURVATURE_FIELD_NUMBER: builtins.int
     UPDATE_RATIO_FIELD_NUMBER: builtins.int
     SECONDS_FIELD_NUMBER: builtins.int
+    METHOD_FIELD_NUMBER: builtins.int
     tokens: builtins.int
     rows: builtins.int
     descent: builtins.float
     """g.d and d.Hd over all parameters."""
     curvature: builtins.float
     seconds: builtins.float
+    method: builtins.str
+    """How the products were got: "autograd" or "gradient differences"."""
     @property
     def block_descent(self) -> sharpwatch.v1.types_pb2.Array:
         """float64 [B]: g_b.d_b, and d_b.H_bb d_b (NaN for a block whose turn it was not)."""
@@ -378,10 +381,11 @@ class DirectionProbe(google.protobuf.message.Message):
         block_curvature: sharpwatch.v1.types_pb2.Array | None = ...,
         update_ratio: sharpwatch.v1.types_pb2.Array | None = ...,
         seconds: builtins.float = ...,
+        method: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["block_curvature", b"block_curvature", "block_descent", b"block_descent", "update_ratio", b"update_ratio"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["block_curvature", b"block_curvature", "block_descent", b"block_descent", "curvature", b"curvature", "descent", b"descent", "rows", b"rows", "seconds", b"seconds", "tokens", b"tokens", "update_ratio", b"update_ratio"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["block_curvature", b"block_curvature", "block_descent", b"block_descent", "curvature", b"curvature", "descent", b"descent", "method", b"method", "rows", b"rows", "seconds", b"seconds", "tokens", b"tokens", "update_ratio", b"update_ratio"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___DirectionProbe: typing_extensions.TypeAlias = DirectionProbe

@@ -12,7 +12,7 @@ import pytest
 STEPS = 200
 
 # Trains with dropout and prints each step's loss and a digest of the final weights. WATCH attaches the agent, with
-# every probe on at every fifth step; after half of the steps the script says so and waits for a line before it goes on.
+# every probe on at every tenth step; after half of the steps the script says so and waits for a line before it goes on.
 SCRIPT = """
 import hashlib, json, os, sys, torch
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -27,7 +27,7 @@ if "WATCH" in os.environ:
     import sharpwatch
     probes = ["gnb", "direction", "hutchinson", "lanczos", "linesearch"]
     probes += ["preconditioned"] * (sys.argv[1] == "adamw")
-    watch = sharpwatch.attach(model, optimizer, training_job="identity", run="identity", probe_every=5, probes=probes)
+    watch = sharpwatch.attach(model, optimizer, training_job="identity", run="identity", probe_every=10, probes=probes)
 data = torch.Generator().manual_seed(1)
 losses = []
 for step in range(STEPS):

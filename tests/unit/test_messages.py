@@ -78,6 +78,7 @@ def test_a_full_sample_carries_every_number():
     np.testing.assert_array_equal(
         decode(message.direction.block_curvature, name="b", dtype="float64", shape=(3,)), along
     )
+    assert message.direction.method == "autograd"
     assert decode(message.direction.update_ratio, name="u", dtype="float32", shape=(3,))[2] == np.float32(0.3)
     (result,) = message.results
     assert (result.command_id, result.outcome) == ("c", types_pb2.COMMAND_OUTCOME_EXPIRED)
