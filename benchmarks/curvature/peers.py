@@ -20,7 +20,7 @@ from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 
 from benchmarks.curvature.models import Batch
 
-DRAWS = (8, 16, 32, 64, 128)
+DRAWS = (8, 16, 32, 64, 80, 128)
 
 
 class Value(NamedTuple):

@@ -61,6 +61,10 @@ class Search:
             chosen[block] = min(good, key=lambda tried, block=block: tried.cost[block]).setting
         return chosen or None
 
+    def only(self, method: str) -> Search:
+        """Of the settings of one method."""
+        return Search([tried for tried in self.tried if tried.setting.label.startswith(method)], self.limit)
+
     @property
     def finest(self) -> Setting | None:
         """What to show where nothing got within: the setting whose worst block is best."""
