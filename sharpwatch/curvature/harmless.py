@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import random
 import sys
@@ -168,7 +167,9 @@ def _random_state_kept(model: nn.Module) -> Iterator[None]:
         stack.callback(random.setstate, random.getstate())
         stack.callback(np.random.set_state, np.random.get_state())  # noqa: NPY002 - the user's model may draw from it
         own = [value for module in model.modules() for value in vars(module).values()]
-        for generator in {value for value in own if isinstance(value, torch.Generator)}:
+        for generator in {
+            value for value in own if type(value) is torch.Generator
+        }:  # isinstance takes a millisecond here
             stack.callback(generator.set_state, generator.get_state())
         stack.enter_context(torch.random.fork_rng(devices=[]))
         for kind in kinds:
@@ -194,7 +195,7 @@ def _attributes_kept(model: nn.Module) -> Iterator[None]:
     modules = list(model.modules())
     attributes = [dict(vars(module)) for module in modules]
     own = [value for attribute in attributes for value in attribute.values()]
-    contents = [(value, copy.copy(value)) for value in own if type(value) in _CONTAINERS]
+    contents = [(value, value.copy() if value else ()) for value in own if type(value) in _CONTAINERS]
     copies: dict[int, Tensor] = {}
     try:
         for module, attribute in zip(modules, attributes, strict=True):
@@ -210,8 +211,10 @@ def _attributes_kept(model: nn.Module) -> Iterator[None]:
 
 
 def _refill(current: Any, saved: Any) -> None:
-    """Make the container `current` hold what its copy `saved` does."""
-    if isinstance(current, dict):
+    """Make the container `current` hold what its copy `saved` does; () stands for an empty one."""
+    if not saved:
+        current.clear()
+    elif isinstance(current, dict):
         _put_back(current, saved)
     elif len(current) != len(saved) or any(one is not other for one, other in zip(current, saved, strict=True)):
         current.clear()

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Literal, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ Method = Literal["auto", "autograd", "differences"]
 METHODS: tuple[Method, ...] = ("auto", "autograd", "differences")
 _AGREEMENT = 0.05  # of product and difference; rounding makes less than a thousandth
 _AT_ONCE = 8  # vectors: measured, 16 bring nothing more
+_TWICE: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # whether a model was seen to go
 _STEP = 7e-3  # of a difference, over the norm of the block's weights
 # Central differences of the fourth order: offsets in steps, and weights (Fornberg 1988, table 1).
 _STENCIL = ((-2, 1 / 12), (-1, -2 / 3), (1, 2 / 3), (2, -1 / 12))
@@ -61,16 +63,24 @@ def opened(
 ) -> Iterator[Hessian]:
     """The Hessian of `model`'s mean loss over `batches`, in float32 at least; leaves no trace in `model`.
 
-    "auto" differentiates twice where that goes, which is tried with one product, and takes differences elsewhere;
-    "autograd" leaves the trial out, as who has seen it succeed may.
-    Raises `ProbeError` where no derivative can be had.
+    "auto" differentiates twice where that goes, and takes differences elsewhere; which of them is tried with one
+    product, once for each model. Raises `ProbeError` where no derivative can be had.
     """
-    if method != "differences":
+    known = _TWICE.get(model)
+    if method == "autograd" or (method == "auto" and known is not False):
         with undisturbed(model, exact=True) as live:
             twice = Twice(Objective(live, batches, loss_fn))
-            if method == "autograd" or twice.works(Space(block_map, None, live.leaves)):
-                yield twice
+            refusal = None if known else twice.refusal(Space(block_map, None, live.leaves))
+            _TWICE[model] = refusal is None
+            if refusal is None:
+                try:
+                    yield twice
+                except ProbeError:
+                    _TWICE.pop(model, None)  # it may have changed since: to be tried again
+                    raise
                 return
+            if method == "autograd":
+                raise refusal
             del twice
     with undisturbed(model, exact=True) as live:
         yield Differences(Objective(live, batches, loss_fn))
@@ -98,8 +108,8 @@ class Twice:
         self._open(max(self._at, 0))
         return self._smooth
 
-    def works(self, space: Space) -> bool:
-        """Whether the model can be differentiated twice; tried with a product over all of `space`.
+    def refusal(self, space: Space) -> ProbeError | None:
+        """Why the model can't be differentiated twice, or None; tried with a product over all of `space`.
 
         A function of the model's own whose backward autograd can't see into would be left out without a word: where
         there is one, the product is compared with a difference of gradients.
@@ -107,12 +117,14 @@ class Twice:
         try:
             along = space.flat_of(self.gradient(0))
             product = self._product(0, space, along[None])[0]
-        except ProbeError:
-            return False
+        except ProbeError as error:
+            return error
         if not self._own_functions:
-            return True
+            return None
         other = Differences(self.objective).products(space, along[None], 0)[0]
-        return bool(torch.linalg.vector_norm(product - other) <= _AGREEMENT * torch.linalg.vector_norm(other))
+        if torch.linalg.vector_norm(product - other) <= _AGREEMENT * torch.linalg.vector_norm(other):
+            return None
+        return ProbeError("the model can't be differentiated twice: an autograd.Function of its own hides a derivative")
 
     def gradient(self, index: int) -> dict[str, Tensor]:
         """∇L_index by parameter name; one that the loss does not reach is left out."""
@@ -155,7 +167,11 @@ class Twice:
                 is_grads_batched=batched,
             )
         self.objective.cost += Cost(backwards=self.objective.shares[index] * len(vectors))
-        reached = {name: h if batched else h[None] for name, h in zip(space.names, found, strict=True) if h is not None}
+        reached = {
+            name: dense(h) if batched else dense(h)[None]
+            for name, h in zip(space.names, found, strict=True)
+            if h is not None
+        }
         return space.flat(reached).to(vectors.dtype) if reached else torch.zeros_like(vectors)
 
     def _open(self, index: int) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -10,13 +11,27 @@ from torch import Tensor
 from sharpwatch.blocks import BlockMap
 
 _CHUNK = 2**22  # entries of a temporary
+_SMALL = 2**16  # entries whose norm float32 sums up to 10⁻⁶; of 4·10⁷ it is off by 0.3 %
 
 
 def squares(block_map: BlockMap, tensors: Mapping[str, Tensor]) -> Tensor:
     """‖·‖² of each part of `tensors`; float64 [parts], not waited for. A parameter that is left out counts as zero."""
-    return _stacked(
-        _square(part.view(tensors[part.parameter])) if part.parameter in tensors else None for part in block_map.parts
-    )
+    found: list[Tensor | None] = [None] * len(block_map.parts)
+    together: dict[tuple[torch.device, torch.dtype], list[tuple[int, Tensor]]] = defaultdict(list)
+    for index, part in enumerate(block_map.parts):
+        if part.parameter not in tensors:
+            continue
+        view = part.view(tensors[part.parameter])
+        if view.numel() <= _SMALL:
+            together[view.device, view.dtype].append((index, view))
+        else:
+            found[index] = _square(view)
+    for (_, dtype), small in together.items():
+        exact = torch.promote_types(dtype, torch.float32)
+        norms = torch._foreach_norm([view for _, view in small], 2, exact)  # noqa: SLF001 - torch names its foreach so
+        for (index, _), square in zip(small, torch.stack(norms).double().square(), strict=True):
+            found[index] = square
+    return _stacked(found)
 
 
 def products(block_map: BlockMap, left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> Tensor:

@@ -116,13 +116,17 @@ class Space:
         Those are what makes the noise where matrices act one after the other (query and key, value and output, up and
         down): measured, 65 to 90 % of the off-diagonal squared norm of such blocks.
         """
-        colours = self._colours
-        hadamard = _hadamard(int(colours.max()) + 1).to(signs)
-        return hadamard[:, colours] * signs
+        hadamard = _hadamard(int(self._colours.max()) + 1)
+        mirrored = signs.repeat(len(hadamard), 1)
+        for pattern, row in zip(mirrored, hadamard.tolist(), strict=True):
+            for colour, sign in enumerate(row):
+                if sign < 0:
+                    pattern[self._colours == colour] *= -1
+        return mirrored
 
     @cached_property
     def _colours(self) -> Tensor:
-        """The colour of every entry; int64 [size]. Matrices of a layer take colours in turn; vectors have the first."""
+        """The colour of every entry; uint8 [size]. Matrices of a layer take colours in turn; vectors have the first."""
         taken: dict[str | None, int] = defaultdict(int)
         colours: list[Tensor] = []
         for part in self.parts:
@@ -137,7 +141,7 @@ class Space:
                     entries.narrow(along, half * size, size).fill_(taken[part.layer] % _MOST_COLOURS)
                     taken[part.layer] += 1
             colours.append(entries.reshape(-1))
-        return torch.cat(colours).long()
+        return torch.cat(colours)
 
 
 def _hadamard(colours: int) -> Tensor:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import sys
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -32,11 +35,27 @@ def next_step(
         for name, _, new in pairs:
             new.grad = gradients[name].to(new).clone() if name in gradients else None
         try:
-            twin.step()
+            with _without_global_hooks():
+                twin.step()
         except (TypeError, RuntimeError) as error:
             raise ProbeError(f"{type(optimizer).__name__} can't take a step with a gradient alone: {error}") from error
         step |= {name: old.detach() - new.detach() for name, old, new in pairs}
     return step
+
+
+@contextmanager
+def _without_global_hooks() -> Iterator[None]:
+    """The user's hooks on all optimizers are not for a copy's step."""
+    place = sys.modules[torch.optim.Optimizer.__module__]
+    names = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
+    saved = {name: getattr(place, name) for name in names}
+    try:
+        for name in names:
+            setattr(place, name, OrderedDict())
+        yield
+    finally:
+        for name, hooks in saved.items():
+            setattr(place, name, hooks)
 
 
 def preconditioner(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
@@ -69,6 +88,8 @@ def _scale(optimizer: torch.optim.Optimizer, group: Mapping[str, object], parame
     require_adam([optimizer])
     state = optimizer.state.get(parameter, {})
     moment = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))
+    if moment is None and optimizer.state:  # it never had a gradient: Adam leaves it where it is
+        return torch.zeros_like(parameter, dtype=torch.float32)
     if not isinstance(moment, Tensor) or moment.shape != parameter.shape:
         raise ProbeError(f"{type(optimizer).__name__} keeps no second moment of {name} yet: take a step before")
     (first, second), epsilon, rate = cast("Any", (group["betas"], group["eps"], group["lr"]))

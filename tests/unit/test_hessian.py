@@ -338,7 +338,6 @@ def test_falls_to_differences_for_a_kernel_that_nobody_knows():
     assert relative(found, toy(tanh)[0].double()) <= 1e-3
 
 
-@pytest.mark.xfail(strict=True, reason="the trial is left out where autograd is asked for")
 def test_refuses_autograd_for_a_kernel_that_nobody_knows():
     with pytest.raises(ProbeError, match="KernelTanh"):
         toy(lambda module, x: KernelTanh.apply(module.mlp(x)), "autograd")
@@ -501,7 +500,6 @@ def test_the_precision_of_products_of_matrices_is_full_inside_and_as_before_afte
     assert precisions() == before
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="the second derivative is handed on sparse")
 def test_a_sparse_embedding_has_the_products_of_a_dense_one():
     torch.manual_seed(0)
     ids, targets = (torch.randint(0, 20, (2, 6)) for _ in range(2))
