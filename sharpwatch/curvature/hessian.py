@@ -80,10 +80,13 @@ def opened(
                     raise
                 return
             if method == "autograd":
-                raise refusal
+                raise ProbeError(f"{refusal}; differences of gradients, gnb and linesearch can do without")
             del twice
     with undisturbed(model, exact=True) as live:
-        yield Differences(Objective(live, batches, loss_fn))
+        differences = Differences(Objective(live, batches, loss_fn))
+        if known is None:
+            differences.require_float32()
+        yield differences
 
 
 class Twice:
@@ -119,6 +122,10 @@ class Twice:
             product = self._product(0, space, along[None])[0]
         except ProbeError as error:
             return error
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            return ProbeError(f"the model can't be differentiated twice in float32: {error}")
         if not self._own_functions:
             return None
         other = Differences(self.objective).products(space, along[None], 0)[0]
@@ -201,6 +208,17 @@ class Differences:
 
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
+
+    def require_float32(self) -> None:
+        """Raise `ProbeError` where the model can't be run in float32, as with kernels for half precision alone."""
+        try:
+            self.objective.value(0)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise ProbeError(
+                f"the model can't be run in float32, as differences need; gnb can be had: {error}"
+            ) from error
 
     @cached_property
     def smooth(self) -> bool:

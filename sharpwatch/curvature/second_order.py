@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -96,6 +96,7 @@ class SecondOrder:
 
     def direction(self, step: Mapping[str, Tensor]) -> None:
         """ρ = dᵀHd / 2gᵀd of the optimizer's next step d, whole and by block."""
+        how = self._hessian.method
         for block in self._plan.spectra:
             space = self._space(block)
             with self._spending(f"direction/{block}"):
@@ -112,7 +113,9 @@ class SecondOrder:
                 [a * w * len(shares) for a, w in zip(descent, shares, strict=True)],
             )
             if ratio is not None:
-                self._stable(block, "direction", Estimate(ratio.value, ratio.stderr, ratio.probes, "direction"))
+                self._stable(
+                    block, "direction", Estimate(ratio.value, ratio.stderr, ratio.probes, "direction", method=how)
+                )
 
     def linesearch(self, step: Mapping[str, Tensor]) -> None:
         """Critical sharpness along the optimizer's next step, whole and by block."""
@@ -291,7 +294,8 @@ class SecondOrder:
         return Space(self._block_map, block or None, self._hessian.objective.live.leaves)
 
     def _stable(self, block: str, kind: str, estimate: Estimate) -> None:
-        self._found.stability.setdefault(block, {})[kind] = estimate
+        cost = self._found.costs[f"{kind}/{block}"]
+        self._found.stability.setdefault(block, {})[kind] = replace(estimate, cost=cost)
 
     def _spending(self, name: str) -> _Spending:
         return _Spending(self._hessian, self._found, name)

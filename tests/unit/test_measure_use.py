@@ -252,8 +252,27 @@ def test_a_kernel_with_one_derivative_leads_to_differences():
     for block, report in found.blocks.items():
         assert report.top_eigenvalue.method == "gradient differences"
         assert report.top_eigenvalue.value == pytest.approx(truth.blocks[block].top_eigenvalue.value, rel=1e-2)
-    with pytest.raises(ProbeError, match=r"differentiated twice: .*Fused has no second derivative"):
+    with pytest.raises(
+        ProbeError, match=r"differentiated twice: .*Fused has no second derivative; differences of grad"
+    ):
         measure(fused, [batch()], method="autograd", **arguments)
+
+
+def test_a_kernel_for_half_precision_alone_leaves_gnb():
+    def kernel(x):
+        if x.dtype == torch.float32:
+            raise RuntimeError("only fp16 and bf16 are supported")
+        return F.silu(x)
+
+    model = Checkpointed(reentrant=None).bfloat16()
+    for layer in model.layers:
+        mlp = layer["mlp"]
+        mlp.forward = lambda x, mlp=mlp: mlp.down_proj(kernel(mlp.up_proj(x)))
+    with pytest.raises(ProbeError, match=r"can't be run in float32, .*; gnb can be had: only fp16"):
+        measure(model, [batch()], estimators=("lanczos",), method="differences")
+    with pytest.raises(ProbeError, match=r"can't be run in float32"):
+        measure(model, [batch()], estimators=("hutchinson",))
+    assert measure(model, [batch()], estimators=("gnb",), draws=2).blocks["qk"].trace.value > 0
 
 
 def test_several_batches_are_one(gpt2):
@@ -407,6 +426,9 @@ def test_the_stability_of_the_next_step():
     top = float(torch.linalg.eigvalsh(d[:, None] * hessian * d)[-1])
     assert abs(whole["preconditioned"].value - top) <= max(0.01 * top, whole["preconditioned"].residual)
     assert set(report.blocks["qk"].stability) == {"direction", "linesearch"}
+    assert whole["linesearch"].cost.forwards > 4
+    assert whole["linesearch"].cost.backwards == 0
+    assert whole["preconditioned"].cost.backwards > 2
 
 
 def test_costs_are_counted(gpt2):
