@@ -32,6 +32,7 @@ class Manifest:
     can_roll_back: bool
     lr_bounds: tuple[float, float]
     initial_step: int
+    seed: int
     sketch_size: int
     host: str
     agent_version: str
@@ -40,6 +41,15 @@ class Manifest:
     def block_parameters(self) -> Ints:
         """Parameters by block, [B]."""
         return np.bincount(self.block_of, weights=self.parameters, minlength=len(self.blocks)).astype(np.int64)
+
+    def same_blocks(self, other: Manifest) -> bool:
+        """Whether what `other`'s arrays are of is what this one's are of, row by row."""
+        of = (self.blocks, self.layer_blocks)
+        return of == (other.blocks, other.layer_blocks) and np.array_equal(self.parameters, other.parameters)
+
+    def same_projection(self, other: Manifest) -> bool:
+        """Whether sketches of both are of one projection, where they are of the same blocks."""
+        return (self.seed, self.sketch_size) == (other.seed, other.sketch_size)
 
 
 def read_hello(hello: agent_pb2.Hello) -> Manifest:
@@ -74,6 +84,7 @@ def read_hello(hello: agent_pb2.Hello) -> Manifest:
         can_roll_back=hello.can_roll_back,
         lr_bounds=(low, high),
         initial_step=hello.initial_step,
+        seed=hello.seed,
         sketch_size=hello.sketch_size,
         host=checked_text(hello.host, "host"),
         agent_version=checked_text(hello.agent_version, "agent_version"),

@@ -7,7 +7,7 @@ can't have meant (a shape, an unknown block, a negative square) raises `WireErro
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,10 @@ class GnbReading:
     traces: Floats
     sketches: Floats | None
     gradient_sketch: Floats | None = None  # [B, k], of the step's mean gradient
+
+    def without_sketches(self) -> GnbReading:
+        """Its traces alone, which depend on no projection."""
+        return replace(self, sketches=None, gradient_sketch=None)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import structlog
 from google.protobuf.message import DecodeError
@@ -74,7 +75,9 @@ def _replay(run: Run, attempts: dict[str, Attempt], rows: tuple[SampleRow, ...])
                     changes.append(run.supervisor.command_result(result, time.time()))
                 except OperatorError as error:
                     log.warning("command_result_unplaced", run=run.name, reason=str(error))
-        if attempt.manifest.layer_blocks == run.attempt.manifest.layer_blocks:
+        if attempt.manifest.same_blocks(run.attempt.manifest):
+            if reading.gnb is not None and not attempt.manifest.same_projection(run.attempt.manifest):
+                reading = replace(reading, gnb=reading.gnb.without_sketches())
             observation = run.fold(reading, time.time())
             if observation is not None:
                 run.supervisor.replay(observation)

@@ -128,16 +128,20 @@ class Run:
         return self._draft.phase
 
     def begin(self, attempt: Attempt, supervisor: Supervisor) -> None:
-        """Take up a new attempt; what was measured under another manifest is put away."""
-        if attempt.manifest.layer_blocks != self.attempt.manifest.layer_blocks:
+        """Take up a new attempt; what was measured of other blocks is put away, and sketches by another projection."""
+        before, after = self.attempt.manifest, attempt.manifest
+        if not after.same_blocks(before):
             for window in self._windows.values():
                 window.clear()
             self._draft = replace(
                 self._draft, tap=None, update_ratio=None, estimates={}, layer_sharpness=(), order_correlation=None
             )
+        elif not after.same_projection(before):
+            gnb = self._windows["gnb"]
+            self._windows["gnb"] = deque(((step, one.without_sketches()) for step, one in gnb), gnb.maxlen)
         self.attempt = attempt
         self.supervisor = supervisor
-        self._draft = replace(self._draft, manifest=attempt.manifest, attempts=self._draft.attempts + 1, health=None)
+        self._draft = replace(self._draft, manifest=after, attempts=self._draft.attempts + 1, health=None)
 
     def fold(self, reading: Reading, now: float) -> Observation | None:
         """Take in a sample of the newest attempt; returns what detectors see of it, None where it measured nothing."""

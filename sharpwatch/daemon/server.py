@@ -243,7 +243,7 @@ class AgentService:
             raise WireError("wrong_run", f"run {manifest.run} belongs to training job {other}")
         known, run = self._runs.attempt(manifest.run, manifest.attempt), self._runs.get(manifest.run)
         if known is not None and run is not None:
-            if known.manifest.layer_blocks != manifest.layer_blocks or known.manifest.blocks != manifest.blocks:
+            if not known.manifest.same_blocks(manifest):
                 raise WireError("malformed", f"attempt {manifest.attempt} said a Hello of other blocks before")
             return known, run
         attempt = Attempt(manifest, hello)

@@ -26,6 +26,7 @@ MANIFEST = Manifest(
     can_roll_back=False,
     lr_bounds=(0.1, 10),
     initial_step=0,
+    seed=0,
     sketch_size=64,
     host="h",
     agent_version="0",

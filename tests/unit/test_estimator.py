@@ -38,6 +38,7 @@ def manifest(layers, blocks, parameters, size=64) -> Manifest:
         can_roll_back=False,
         lr_bounds=(1, 1),
         initial_step=0,
+        seed=0,
         sketch_size=size,
         host="",
         agent_version="",

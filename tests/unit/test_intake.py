@@ -26,6 +26,7 @@ def entry(run: str, sequence: int, size: int = 10) -> Entry:
         can_roll_back=False,
         lr_bounds=(1, 1),
         initial_step=0,
+        seed=0,
         sketch_size=0,
         host="",
         agent_version="",

@@ -32,6 +32,7 @@ MANIFEST = Manifest(
     can_roll_back=True,
     lr_bounds=(0.1, 10),
     initial_step=0,
+    seed=0,
     sketch_size=64,
     host="h",
     agent_version="0.1.0",

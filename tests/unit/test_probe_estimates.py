@@ -37,6 +37,7 @@ MANIFEST = Manifest(
     can_roll_back=False,
     lr_bounds=(1, 1),
     initial_step=0,
+    seed=0,
     sketch_size=64,
     host="",
     agent_version="",
