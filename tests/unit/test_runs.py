@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import numpy as np
 import pytest
 
@@ -11,7 +13,7 @@ from sharpwatch.daemon.ingest import read_sample
 from sharpwatch.daemon.journal import SampleRow, StoredAttempt, StoredRun
 from sharpwatch.daemon.manifest import read_hello
 from sharpwatch.daemon.restore import restore_run
-from sharpwatch.daemon.runs import Attempt, Run, Runs
+from sharpwatch.daemon.runs import Attempt, Run, Runs, Signal
 from sharpwatch.daemon.supervisor import Supervisor
 from sharpwatch.v1 import agent_pb2, types_pb2
 
@@ -107,3 +109,19 @@ def test_a_restart_replays_older_attempts_likewise(said):
     restore_run(runs, StoredRun("run", told, rows, (), (), (), (), None))
     found = estimated(runs.get("run"))
     assert (found["trace"], found["top_eigenvalue"]) == (24, 4 if said else 24)
+
+
+async def test_a_version_that_came_before_the_wait_is_not_missed():
+    signal = Signal()
+    seen = signal.version
+    signal.notify()
+    assert await signal.after(seen) == 1
+
+
+async def test_every_waiter_is_woken_once_for_many_changes():
+    signal = Signal()
+    waiters = [asyncio.create_task(signal.after(0)) for _ in range(3)]
+    await asyncio.sleep(0)  # one turn of the loop: all of them wait
+    signal.notify()
+    signal.notify()
+    assert await asyncio.gather(*waiters) == [2, 2, 2]
