@@ -219,7 +219,10 @@ _RATIO = (
 )
 _RANK = "Effective rank (tr G)^2 / tr G^2 of the block's Gauss-Newton matrix G: how many directions share its trace."
 _DRIFT = "How far the block's sharp directions have turned between the halves of the window: 0 not at all, 1 wholly."
-_ALIGNMENT = "Cosine of the block's Gauss-Newton matrix and its gradient's outer product: 0 across all sharp ones."
+_ALIGNMENT = (
+    "Cosine between the Gauss-Newton matrix and the gradient's outer product, g'Gg/(|g|^2 ||G||_F); "
+    "lambda_max/||G||_F along the sharpest direction."
+)
 _KINDS = {"direction": "directional"}  # where a stability ratio's estimator has another name than its kind
 
 
