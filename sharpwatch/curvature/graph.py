@@ -35,9 +35,10 @@ def require_twice_differentiable(loss: Tensor) -> None:
             raise ProbeError(f"the model can't be differentiated twice: {name} has no second derivative")
 
 
-def has_own_functions(loss: Tensor) -> bool:
-    """Whether a Python `autograd.Function` is in `loss`'s graph."""
-    return any(hasattr(type(node), "_forward_cls") for node in _nodes(loss))
+def own_functions(loss: Tensor) -> list[str]:
+    """The names of Python `autograd.Function`s in `loss`'s graph."""
+    found = (getattr(type(node), "_forward_cls", None) for node in _nodes(loss))
+    return sorted({f"{function.__module__}.{function.__qualname__}" for function in found if function is not None})
 
 
 def is_smooth(loss: Tensor) -> bool:

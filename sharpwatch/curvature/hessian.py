@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sharpwatch.blocks import BlockMap
 from sharpwatch.curvature.batch import Batch
 from sharpwatch.curvature.estimate import Cost
-from sharpwatch.curvature.graph import has_own_functions, is_smooth, require_twice_differentiable, twice_differentiable
+from sharpwatch.curvature.graph import is_smooth, own_functions, require_twice_differentiable, twice_differentiable
 from sharpwatch.curvature.harmless import undisturbed
 from sharpwatch.curvature.objective import Objective, dense
 from sharpwatch.curvature.outputs import LossFn
@@ -103,7 +103,7 @@ class Twice:
         self._graph: dict[str, Tensor] = {}
         self._batched = True
         self._smooth = True
-        self._own_functions = False
+        self._own_functions: set[str] = set()
 
     @property
     def smooth(self) -> bool:
@@ -131,7 +131,8 @@ class Twice:
         other = Differences(self.objective).products(space, along[None], 0)[0]
         if torch.linalg.vector_norm(product - other) <= _AGREEMENT * torch.linalg.vector_norm(other):
             return None
-        return ProbeError("the model can't be differentiated twice: an autograd.Function of its own hides a derivative")
+        names = ", ".join(sorted(self._own_functions))
+        return ProbeError(f"the model can't be differentiated twice: of {names} autograd sees no second derivative")
 
     def gradient(self, index: int) -> dict[str, Tensor]:
         """∇L_index by parameter name; one that the loss does not reach is left out."""
@@ -190,7 +191,7 @@ class Twice:
                 require_twice_differentiable(loss)
                 found = torch.autograd.grad(loss, list(leaves.values()), create_graph=True, allow_unused=True)
             self._smooth = self._smooth and is_smooth(loss)
-            self._own_functions = self._own_functions or has_own_functions(loss)
+            self._own_functions.update(own_functions(loss))
             self.objective.cost += Cost(backwards=self.objective.shares[index])
             self._graph = {name: dense(g) for name, g in zip(leaves, found, strict=True) if g is not None}
             self._at = index

@@ -434,6 +434,7 @@ def test_a_checkpointed_part_is_computed_again_at_the_displaced_weights(reentran
         return tanh(module, x)
 
     toy(checkpointed(reentrant, part), "differences")
+    del seen[0]  # one forward at the weights as they are: whether the model runs in float32 at all
     distinct = {tuple(weights.flatten().tolist()) for weights in seen}
     forwards = 4 * 3  # offsets, vectors
     assert len(distinct) == forwards
