@@ -211,8 +211,8 @@ def sketches() -> list[Panel]:
             "Gradient alignment by block",
             "Cosine between the block's Gauss-Newton matrix and the outer product of the step's gradient, "
             "g'Gg/(|g|^2 ||G||_F): 0 across all sharp directions, lambda_max/||G||_F along the sharpest; chance may "
-            "take it outside. Normal: a steady level; a rise says that the gradient turns into the sharp directions, as "
-            "where steps overshoot.",
+            "take it outside. Normal: a steady level; a rise says that the gradient turns into the sharp directions, "
+            "as where steps overshoot.",
             "sharpwatch_block_gradient_alignment",
         ),
     ]
