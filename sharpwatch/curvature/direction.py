@@ -53,7 +53,7 @@ def direction_probe(  # noqa: PLR0913 - what a probe is of, and how it is taken;
     """
     with opened(model, block_map, [batch], loss_fn=loss_fn, method=method) as hessian:
         whole = Space(block_map, None, hessian.objective.live.leaves)
-        step = whole.flat_of(displacement).to(whole.weights)
+        step = whole.flat_of(displacement).to(whole.device, whole.dtype)
         along = whole.by_block(step * hessian.products(whole, step[None])[0])
         descent = whole.by_block(step * whole.flat_of(hessian.gradient(0)))
         own = torch.full((len(block_map.blocks),), torch.nan, dtype=torch.float64)

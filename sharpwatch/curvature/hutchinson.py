@@ -110,7 +110,7 @@ class Base:
                     pair.append(objective.value(index))
             means.append(math.fsum(pair) / 2)
         spread = float(torch.tensor(means, dtype=torch.float64).std())
-        resolution = torch.finfo(space.weights.dtype).eps * abs(means[0]) / 4
+        resolution = torch.finfo(space.dtype).eps * abs(means[0]) / 4
         return cls(math.fsum(means) / _PAIRS, max(spread, resolution) / math.sqrt(_PAIRS))
 
 
@@ -140,7 +140,7 @@ class LossDifferences:
     ) -> LossDifferences:
         """With ε from the size that zᵀHz is expected to have."""
         rounding = max(base.stderr * math.sqrt(2 * _PAIRS) for base in bases)
-        rounding = max(rounding, torch.finfo(space.weights.dtype).eps * max(abs(base.value) for base in bases))
+        rounding = max(rounding, torch.finfo(space.dtype).eps * max(abs(base.value) for base in bases))
         largest = _LARGEST * space.scale
         wanted = math.sqrt(2 * _CHANGE * rounding / curvature) if curvature > 0 else math.inf
         return cls(objective, bases, gradients, min(wanted, largest))

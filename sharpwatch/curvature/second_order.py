@@ -70,6 +70,7 @@ class SecondOrder:
         self._hessian = hessian
         self._found = found
         self._generator = generator
+        self._spaces: dict[str, Space] = {}
         self._pilots: dict[str, tuple[float, float]] = {}  # zᵀHz and ‖Hz‖ of one z a block, exact
         self._smooth: dict[str, LossDifferences | None] = {}
         self._deflations: dict[str, Deflation] = {}
@@ -100,7 +101,7 @@ class SecondOrder:
         for block in self._plan.spectra:
             space = self._space(block)
             with self._spending(f"direction/{block}"):
-                d = space.flat_of(step).to(torch.float32)
+                d = space.flat_of(step).to(space.dtype)
                 each = []
                 for index in range(len(self._hessian.objective)):
                     gradient = space.flat_of(self._hessian.gradient(index))
@@ -122,7 +123,7 @@ class SecondOrder:
         for block in self._plan.spectra:
             space = self._space(block)
             with self._spending(f"linesearch/{block}"):
-                found = along(self._hessian.objective, space, space.flat_of(step).to(torch.float32))
+                found = along(self._hessian.objective, space, space.flat_of(step).to(space.dtype))
             estimate = Estimate(found.value, math.nan, 1, "linesearch", residual=found.half_width, method="losses")
             self._stable(block, "linesearch", estimate)
 
@@ -291,7 +292,9 @@ class SecondOrder:
         return first
 
     def _space(self, block: str) -> Space:
-        return Space(self._block_map, block or None, self._hessian.objective.live.leaves)
+        if block not in self._spaces:
+            self._spaces[block] = Space(self._block_map, block or None, self._hessian.objective.live.leaves)
+        return self._spaces[block]
 
     def _stable(self, block: str, kind: str, estimate: Estimate) -> None:
         cost = self._found.costs[f"{kind}/{block}"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import torch
@@ -37,9 +39,9 @@ class Space:
         return self
 
     @cached_property
-    def weights(self) -> Tensor:
-        """The parameters themselves; float32 [size]."""
-        return self.flat_of({name: self.leaves[name].detach() for name in self.names})
+    def dtype(self) -> torch.dtype:
+        """What its vectors are in: float32, or more where a parameter is."""
+        return functools.reduce(torch.promote_types, (self.leaves[name].dtype for name in self.names), torch.float32)
 
     @cached_property
     def scale(self) -> float:
@@ -47,10 +49,9 @@ class Space:
 
         A block can be near zero without being insensitive: norms of the form 1 + w, the second factor of an adapter.
         """
-        size = sum(leaf.numel() for leaf in self.leaves.values())
-        norms = [torch.linalg.vector_norm(leaf.detach()).to(self.device) for leaf in self.leaves.values()]
-        everywhere = float(torch.stack(norms).double().square().sum().div(size).sqrt())
-        return max(float(self.weights.square().mean().sqrt()), everywhere / 10) or 1.0
+        own = _root_mean_square([part.view(self.leaves[part.parameter].detach()) for part in self.parts])
+        everywhere = _root_mean_square([leaf.detach() for leaf in self.leaves.values()])
+        return max(own, everywhere / 10) or 1.0
 
     def shaped(self, vectors: Tensor) -> dict[str, Tensor]:
         """`vectors` [p, size] by parameter name, each [p, *shape]; what of a fused parameter is not here is zero."""
@@ -104,9 +105,9 @@ class Space:
         return torch.cat(mine)
 
     def signs(self, generator: torch.Generator) -> Tensor:
-        """Random signs; float32 [size]."""
+        """Random signs; [size]."""
         bits = torch.randint(0, 2, (self.size,), generator=generator, device=generator.device)
-        return bits.to(self.device, torch.float32).mul_(2).sub_(1)
+        return bits.to(self.device, self.dtype).mul_(2).sub_(1)
 
     def patterns(self, signs: Tensor) -> Tensor:
         """`signs` [size] and their mirror images, [K, size], the mean of whose quadratic forms has less noise.
@@ -142,6 +143,14 @@ class Space:
                     taken[part.layer] += 1
             colours.append(entries.reshape(-1))
         return torch.cat(colours)
+
+
+def _root_mean_square(tensors: Sequence[Tensor]) -> float:
+    rows = [
+        torch.linalg.vector_norm(each, dim=-1) if each.dim() else each for each in tensors
+    ]  # float32 sums rows well
+    squares = math.fsum(float(each.double().square().sum()) for each in rows)
+    return math.sqrt(squares / max(1, sum(each.numel() for each in tensors)))
 
 
 def _hadamard(colours: int) -> Tensor:
