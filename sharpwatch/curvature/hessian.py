@@ -71,8 +71,8 @@ def opened(
         with undisturbed(model, exact=True) as live:
             twice = Twice(Objective(live, batches, loss_fn))
             refusal = None if known else twice.refusal(Space(block_map, None, live.leaves))
-            _TWICE[model] = refusal is None
             if refusal is None:
+                _TWICE[model] = True
                 try:
                     yield twice
                 except ProbeError:
@@ -87,6 +87,8 @@ def opened(
         if known is None:
             differences.require_float32()
         yield differences
+        if method == "auto":
+            _TWICE[model] = False  # where these fail too, it may be the batch's doing, or memory's
 
 
 class Twice:
@@ -111,28 +113,28 @@ class Twice:
         self._open(max(self._at, 0))
         return self._smooth
 
-    def refusal(self, space: Space) -> ProbeError | None:
+    def refusal(self, space: Space) -> str | None:
         """Why the model can't be differentiated twice, or None; tried with a product over all of `space`.
 
         A function of the model's own whose backward autograd can't see into would be left out without a word: where
-        there is one, the product is compared with a difference of gradients.
+        there is one, the product is compared with a difference of gradients. A string: an error's traceback holds the graph.
         """
         try:
             along = space.flat_of(self.gradient(0))
             product = self._product(0, space, along[None])[0]
         except ProbeError as error:
-            return error
+            return str(error)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            return ProbeError(f"the model can't be differentiated twice in float32: {error}")
+            return f"the model can't be differentiated twice in float32: {error}"
         if not self._own_functions:
             return None
         other = Differences(self.objective).products(space, along[None], 0)[0]
         if torch.linalg.vector_norm(product - other) <= _AGREEMENT * torch.linalg.vector_norm(other):
             return None
         names = ", ".join(sorted(self._own_functions))
-        return ProbeError(f"the model can't be differentiated twice: of {names} autograd sees no second derivative")
+        return f"the model can't be differentiated twice: of {names} autograd sees no second derivative"
 
     def gradient(self, index: int) -> dict[str, Tensor]:
         """∇L_index by parameter name; one that the loss does not reach is left out."""

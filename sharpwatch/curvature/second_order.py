@@ -76,13 +76,12 @@ class SecondOrder:
         self._deflations: dict[str, Deflation] = {}
         self._bases: list[Base] = []
         self._gradients: list[Mapping[str, Tensor]] = []
+        self._smooth_loss = False  # whether traces may be taken from the loss
         found.products_by = hessian.method
 
     def run(self) -> Iterator[str]:
         """Yields what each finished piece was."""
-        objective = self._hessian.objective
-        if not self._found.losses:
-            self._found.losses = [objective.value(index) for index in range(len(objective))]
+        self._open()
         for block in self._plan.spectra:
             if "lanczos" in self._plan.estimators and (block not in self._found.ends or block in self._unfinished()):
                 self._found.ends[block] = self._ends(block)
@@ -94,6 +93,15 @@ class SecondOrder:
             block = worst(wanted)
             self._draw(block)
             yield f"hutchinson {block}"
+
+    def _open(self) -> None:
+        """What no block can be charged with: the trial, the losses, the first graph."""
+        objective = self._hessian.objective
+        self._found.spend("opening", objective.cost)
+        with self._spending("opening"):
+            if not self._found.losses:
+                self._found.losses = [objective.value(index) for index in range(len(objective))]
+            self._smooth_loss = self._plan.losses and self._hessian.smooth
 
     def direction(self, step: Mapping[str, Tensor]) -> None:
         """ρ = dᵀHd / 2gᵀd of the optimizer's next step d, whole and by block."""
@@ -165,7 +173,7 @@ class SecondOrder:
         if self._plan.precision is None or "hutchinson" not in self._plan.estimators or trace == 0:
             return False
         spared = 2 * found.gain / (self._plan.precision * trace) ** 2
-        return spared > (_PRICE if self._plan.losses and self._hessian.smooth else 1)
+        return spared > (_PRICE if self._smooth_loss else 1)
 
     def _keep(self, block: str, space: Space, found: Lanczos) -> None:
         """Let the Krylov space deflate the block's draws, unless memory ends."""
@@ -249,7 +257,7 @@ class SecondOrder:
     def _differences(self, block: str, space: Space) -> LossDifferences | None:
         """How the block's quadratic forms are had from the loss; None where they are to be had from products."""
         if block not in self._smooth:
-            self._smooth[block] = self._tried(block, space) if self._plan.losses and self._hessian.smooth else None
+            self._smooth[block] = self._tried(block, space) if self._smooth_loss else None
             found = self._smooth[block]
             self._found.steps[block] = 0.0 if found is None else found.step
             self._found.common[block] = 0.0 if found is None else found.stderr

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 from sharpwatch.blocks import Rule, Rules, classify
+from sharpwatch.curvature import hessian as engine
 from sharpwatch.curvature.batch import Batch
 from sharpwatch.curvature.hessian import opened
 from sharpwatch.curvature.space import Space
@@ -598,3 +600,47 @@ def test_works_where_gradients_are_off(mode):
     with mode():
         found, _ = products(model, [whole_batch()], "vo", "auto")
     assert torch.equal(found, truth)
+
+
+def opened_toy(model, loss_fn=None):
+    generator = torch.Generator().manual_seed(1)
+    ids, targets = (torch.randint(0, 20, (2, 6), generator=generator) for _ in range(2))
+    return opened(model, classify(model, TOY_RULES), [Batch((ids, targets))], loss_fn=loss_fn)
+
+
+def test_of_a_trial_that_was_refused_nothing_is_kept_while_differences_are_taken(monkeypatch):
+    tried = []
+
+    class Tried(engine.Twice):
+        def __init__(self, objective):
+            super().__init__(objective)
+            tried.append(weakref.ref(self))
+
+    monkeypatch.setattr(engine, "Twice", Tried)
+    model = Toy(lambda module, x: OnceTanh.apply(module.mlp(x)))
+    for _ in range(2):
+        with opened_toy(model) as found:
+            assert found.method == "gradient differences"
+            assert [one() for one in tried] == [None]  # and it is tried once
+
+
+def no_loss(*_):
+    return None
+
+
+def loss_of_other_shapes(*_):
+    raise RuntimeError("The size of tensor a (3) must match the size of tensor b (2)")
+
+
+@pytest.mark.parametrize("loss_fn", [no_loss, loss_of_other_shapes])
+def test_a_batch_that_fails_either_way_says_nothing_of_the_model(loss_fn):
+    model = Toy(tanh)
+
+    def fail():
+        with opened_toy(model, loss_fn) as found:
+            found.gradient(0)
+
+    with pytest.raises(ProbeError):
+        fail()
+    with opened_toy(model) as found:
+        assert found.method == "autograd"
