@@ -117,13 +117,13 @@ class Twice:
         """Why the model can't be differentiated twice, or None; tried with a product over all of `space`.
 
         A function of the model's own whose backward autograd can't see into would be left out without a word: where
-        there is one, the product is compared with a difference of gradients. A string: an error's traceback holds the graph.
+        there is one, the product is compared with a difference of gradients.
         """
         try:
             along = space.flat_of(self.gradient(0))
             product = self._product(0, space, along[None])[0]
         except ProbeError as error:
-            return str(error)
+            return str(error)  # not the error itself, whose traceback holds the graph
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
