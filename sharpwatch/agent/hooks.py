@@ -18,10 +18,18 @@ class Hook:
         self._call = call
 
     def __call__(self, *args: Any) -> None:
-        """Call on, unless torch.compile traces us: a graph of ours, or a break for it, would change the user's own."""
-        if not torch.compiler.is_compiling():
+        """Call on, unless torch.compile traces us: a graph of ours, or a break for it, would change the user's own.
+
+        Nor into a CUDA graph: it would replay what we launch, and to wait for the device breaks its capture.
+        """
+        if not (torch.compiler.is_compiling() or _is_capturing()):
             self._call(*args)
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[object, ...]]:
         """Copied or pickled with its model, it does nothing there, and needs no sharpwatch to be loaded."""
         return getattr, (nullcontext(), "__exit__")
+
+
+def _is_capturing() -> bool:
+    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return bool(started) and torch.cuda.is_current_stream_capturing()

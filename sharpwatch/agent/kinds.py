@@ -163,7 +163,8 @@ class Hutchinson:
 class Lanczos:
     """One block, or the whole model, for as many probes as its top eigenvalue takes; then the next.
 
-    Each of them goes on from the Ritz vectors of the one before. No more is kept than these two.
+    Each of them goes on from the Ritz vectors of the one before. No more is kept than these two, and on the host: what
+    an accelerator holds between probes, the step may miss.
     """
 
     share = 8
@@ -191,7 +192,7 @@ class Lanczos:
         )
         settled = sample.top_residual <= _SETTLED * abs(sample.top)
         if not settled and visits + 1 < _VISITS and sample.vectors.isfinite().all():
-            self._stay = (block, sample.vectors, visits + 1)
+            self._stay = (block, sample.vectors.cpu(), visits + 1)
         return replace(sample, vectors=torch.empty(2, 0))  # they must not wait with the report
 
 
@@ -212,7 +213,7 @@ class LineSearch:
 
 
 class Preconditioned:
-    """The whole model; each probe goes on from the vector of the one before."""
+    """The whole model; each probe goes on from the vector of the one before, which is kept on the host."""
 
     share = 8
 
@@ -236,7 +237,7 @@ class Preconditioned:
             loss_fn=subject.loss_fn,
         )
         if sample.vector.isfinite().all():
-            self._vector = sample.vector
+            self._vector = sample.vector.cpu()
         return replace(sample, vector=torch.empty(0))  # it must not wait with the report
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -19,6 +20,8 @@ from sharpwatch.curvature.outputs import EmptyBatchError
 from sharpwatch.curvature.sketch import CountSketch
 from sharpwatch.errors import ProbeError
 
+_STEPS_NEED = 3  # copies of the weights that have room before one is made: itself, and twice the step's temporaries
+_FIRST_STEPS_NEED = 5  # and Adam's moments
 _FAILURES = 3  # in a row before a kind is given up: one drawing of rows may hold no position that predicts
 
 
@@ -81,13 +84,12 @@ class Probes:
         loss_fn: Callable[..., Any] | None = None,
         logits_fn: Callable[..., Any] | None = None,
     ) -> None:
-        self._device = next(model.parameters()).device
         self._subject = Subject(
             model=model,
             block_map=block_map,
             optimizers=optimizers,
             sketcher=CountSketch(block_map, size=sketch_size, seed=seed),
-            source=torch.Generator(self._device).manual_seed(seed),
+            source=torch.Generator(next(model.parameters()).device).manual_seed(seed),
             loss_fn=loss_fn,
             logits_fn=logits_fn,
         )
@@ -98,13 +100,25 @@ class Probes:
         self._in_a_row: dict[str, int] = {}
 
     @property
+    def _device(self) -> torch.device:
+        """Of the model, which may be moved after `attach`."""
+        return next(self._subject.model.parameters()).device
+
+    @property
     def failures(self) -> Sequence[ProbeFailure]:
         """One entry for each kind that ever failed."""
         return tuple(self._failures.values())
 
     def copy_weights(self) -> dict[str, Tensor]:
-        """θ_t by parameter name, before the step that a moving kind looks at."""
-        return {name: weight.clone() for name, weight in self._subject.weights.items()}
+        """θ_t by parameter name, before the step that a moving kind looks at.
+
+        Raises `ProbeError` where memory would get so short that the step itself could fail.
+        """
+        weights, device = self._subject.weights, self._device
+        copies = _STEPS_NEED if all(one.state for one in self._subject.optimizers) else _FIRST_STEPS_NEED
+        if _free(device) < copies * sum(weight.nbytes for weight in weights.values()):
+            raise ProbeError(f"no copy of the weights: the step may need what is left of the memory of {device}")
+        return {name: weight.clone() for name, weight in weights.items()}
 
     def sketch_gradient(self) -> Tensor:
         """Float32 [B, k] of the gradients as they stand, whatever has been done to their scale; not waited for."""
@@ -180,6 +194,14 @@ def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and "not enough memory" in str(error)
     )
+
+
+def _free(device: torch.device) -> float:
+    """Bytes that can still be allocated; infinite where the device does not tell."""
+    if device.type != "cuda":
+        return math.inf
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
 
 
 def _now(device: torch.device) -> float:

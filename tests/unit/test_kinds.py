@@ -10,6 +10,8 @@ import torch
 from stand_ins import Net
 
 from sharpwatch.agent import kinds
+from sharpwatch.agent import probes as probes_module
+from sharpwatch.agent.hooks import Hook
 from sharpwatch.agent.probes import Probes
 from sharpwatch.agent.subject import Before, Step, Subject
 from sharpwatch.blocks import classify
@@ -18,6 +20,7 @@ from sharpwatch.curvature.hutchinson import HutchinsonSample
 from sharpwatch.curvature.lanczos import LanczosSample
 from sharpwatch.curvature.preconditioned import PreconditionedSample
 from sharpwatch.curvature.sketch import CountSketch
+from sharpwatch.errors import ProbeError
 
 TOKENS = torch.arange(40).view(8, 5) % 11
 BATCH = Batch((TOKENS, TOKENS.roll(1, 1)))
@@ -203,3 +206,59 @@ def test_a_sketched_gradient_is_that_which_is_stepped_on(subject, step):
     torch.testing.assert_close(probes.sketch_gradient(), step.gradient_sketch)
     subject.model.ln_f.zero_grad()
     assert probes.sketch_gradient()[subject.block_map.blocks.index("norm")].eq(0).all()
+
+
+class OnDevice(torch.Tensor):
+    """As if it lay on an accelerator."""
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor).clone()
+
+
+def test_what_is_kept_from_probe_to_probe_is_kept_on_the_host(subject, step, monkeypatch):
+    def lanczos_answer(_, asked):
+        vectors = torch.ones(2, 4).as_subclass(OnDevice)
+        return LanczosSample(asked["block"], 8, 8, 1.0, 0.9, -1.0, 0.5, 6, "autograd", vectors)
+
+    def preconditioned_answer(*_):
+        return PreconditionedSample(8, 8, 0.5, 0.01, 6, "autograd", torch.ones(4).as_subclass(OnDevice))
+
+    for name, answer in (("lanczos", lanczos_answer), ("preconditioned", preconditioned_answer)):
+        asked = Asked(answer)
+        monkeypatch.setattr(kinds, f"{name}_probe", asked)
+        probe = kinds.KINDS[name](subject)
+        for _ in range(2):
+            probe.run(BATCH, step)
+        assert type(asked.calls[1]["start"]) is torch.Tensor
+
+
+def test_the_weights_are_copied_only_where_the_step_keeps_room(subject, monkeypatch):
+    weights = sum(weight.nbytes for weight in subject.weights.values())
+    probes = Probes((), subject.model, subject.block_map, subject.optimizers, seed=0, sketch_size=64)
+    for copies, stepped in ((5, False), (3, True)):
+        monkeypatch.setattr(probes_module, "_free", lambda _, room=copies: room * weights)
+        assert probes.copy_weights().keys() == subject.weights.keys()
+        monkeypatch.setattr(probes_module, "_free", lambda _, room=copies: room * weights - 1)
+        with pytest.raises(ProbeError, match="no copy of the weights"):
+            probes.copy_weights()
+        if not stepped:
+            subject.model(*BATCH.args)[1].backward()
+            subject.optimizers[0].step()
+
+
+def test_an_accelerator_has_what_is_free_and_what_its_allocator_holds(monkeypatch):
+    for name, value in (("memory_reserved", 70), ("memory_allocated", 40), ("mem_get_info", (5, 100))):
+        monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
+    assert probes_module._free(torch.device("cuda")) == 35
+    assert probes_module._free(torch.device("cpu")) == math.inf
+
+
+def test_nothing_is_done_while_a_cuda_graph_is_captured(monkeypatch):
+    calls = []
+    hook = Hook(calls.append)
+    capturing = [False, True]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", capturing.pop)
+    hook("captured")
+    hook("seen")
+    assert calls == ["seen"]
