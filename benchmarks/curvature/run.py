@@ -41,6 +41,7 @@ Searches = Mapping[str, tuple[Search, Search]]
 class Subject:
     """What is measured; `split` is what the peers get: the same model, its fused parameters as two each."""
 
+    condition: str
     model: nn.Module
     split: nn.Module
     batch: Batch
@@ -50,7 +51,7 @@ class Subject:
 def subject(name: str, size: str, condition: str) -> Subject:
     """The trained model as `condition` says."""
     model = load(name, size, *CONDITIONS[condition])
-    return Subject(model, split_fused(model), batch_of(size), parameters_of(model))
+    return Subject(condition, model, split_fused(model), batch_of(size), parameters_of(model))
 
 
 def choices(name: str, size: str, seeds: int, *, anew: bool) -> Searches:
@@ -71,9 +72,7 @@ def choices(name: str, size: str, seeds: int, *, anew: bool) -> Searches:
     return found
 
 
-def contestants(
-    of: Subject, condition: str, found: Searches, precision: float
-) -> dict[tuple[str, str], Callable[[int], Outcome]]:
+def contestants(of: Subject, found: Searches, precision: float) -> dict[tuple[str, str], Callable[[int], Outcome]]:
     """What runs in every round, by library and setting."""
 
     def ours(wanted: float | None) -> Callable[[int], Outcome]:
@@ -88,7 +87,7 @@ def contestants(
     }
     for peer in PEERS:
         trace, top = found[peer.name]
-        if condition == "bf16" and peer.name.startswith("hessian-eigenthings"):
+        if of.condition == "bf16" and peer.name.startswith("hessian-eigenthings"):
             top = top.only("power iteration")  # its Lanczos has no bfloat16: linalg.eigh is not implemented for it
         first = dict.fromkeys(of.blocks, peer.traces[0][0]), dict.fromkeys(of.blocks, peer.tops[0][0])
         one = uniform(trace.uniform or trace.finest, of.blocks), uniform(top.uniform or top.finest, of.blocks)
@@ -105,10 +104,12 @@ def contestants(
 
 def compete(of: Subject, found: Searches, truth: Mapping[str, BlockTruth], precision: float, seeds: int) -> list[Row]:
     """All of them, in rounds."""
-    runs = contestants(of, condition, found, precision)
+    runs = contestants(of, found, precision)
     rows = {which: Row(*which) for which in runs}
-    for run in runs.values():  # warm: the first call of anything pays for what it imports and allocates
-        run(999)
+    run_sharpwatch(of.model, of.batch, 999, None)  # warm: a first call pays for what it imports and allocates
+    for peer in PEERS:
+        coarse = dict.fromkeys(of.blocks, peer.traces[0][0]), dict.fromkeys(of.blocks, peer.tops[0][0])
+        run_peer(peer, of.split, of.batch, of.blocks, 999, trace=coarse[0], top=coarse[1])
     for seed in range(seeds):
         for which, run in runs.items():
             if not rows[which].outcomes or not rows[which].failed:
@@ -139,7 +140,7 @@ def main() -> None:
         for condition in arguments.conditions:
             of = subject(name, arguments.size, condition)
             load_before = os.getloadavg()[0]
-            rows = compete(of, condition, found, truth, arguments.precision, arguments.seeds)
+            rows = compete(of, found, truth, arguments.precision, arguments.seeds)
             busy = f"load {load_before:.1f} before, {os.getloadavg()[0]:.1f} after"
             print(f"\n**{name}, {condition}** ({arguments.seeds} rounds; {busy})\n")
             print(table(rows), flush=True)
@@ -149,7 +150,7 @@ def main() -> None:
                 for row in rows
             ]
     path = CACHE / "curvature.json"
-    path.write_text(json.dumps(written))
+    path.write_text(json.dumps(written), encoding="utf-8")
 
 
 def _label(choice: Choice | None) -> str:

@@ -62,9 +62,10 @@ class Row:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown; ratios are to the first row."""
+    """Markdown; ratios are to the first row. A library that can't is named once."""
     lines = [_HEAD, ("---",) * len(_HEAD)]
-    lines += [_failure(row) if row.failed else _cells(row, rows[0]) for row in rows]
+    lines += [_cells(row, rows[0]) for row in rows if not row.failed]
+    lines += [_failure(row) for row in {row.library: row for row in rows if row.failed}.values()]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
@@ -99,7 +100,7 @@ def _cells(row: Row, first: Row) -> tuple[str, ...]:
 
 
 def _failure(row: Row) -> tuple[str, ...]:
-    return row.library, row.setting, f"can't: {row.failed}", *("–",) * (len(_HEAD) - 3)
+    return row.library, "any", f"can't: {row.failed}", *("–",) * (len(_HEAD) - 3)
 
 
 def _worst(errors: Mapping[str, float]) -> str:
