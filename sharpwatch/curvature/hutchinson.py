@@ -21,6 +21,7 @@ from sharpwatch.curvature.objective import Objective
 from sharpwatch.curvature.outputs import LossFn
 from sharpwatch.curvature.space import Space
 
+_PIECE = 2**18
 _PAIRS = 3  # of evaluations of L(θ): what rounding makes of it is common to all draws
 _CHANGE = 256  # ½ε²zᵀHz in units of the loss's rounding
 _LARGEST = 0.1  # ε over the root mean square of the block's weights
@@ -79,6 +80,11 @@ class Deflation:
         self._basis = basis  # [k, size]
         self._projected = projected.to(basis)  # [k, k]
         self._expected = space.by_layer(((self._projected @ basis) * basis).sum(0, keepdim=True))[0]
+
+    def known_in_all(self, patterns: Tensor) -> float:
+        """The same of all layers together, for less."""
+        shares = patterns @ self._basis.T
+        return float(((shares @ self._projected) * shares).sum(1).mean().double() - self._expected.sum())
 
     @property
     def entries(self) -> int:
@@ -172,9 +178,14 @@ class LossDifferences:
         if self.gradients is None:
             rise = (rise + self._rise(space, -vector, index)) / 2
         else:
-            rise -= self.step * float((self.gradients[index].double() * vector.double()).sum())
+            rise -= self.step * _dot(self.gradients[index], vector)
         return 2 * rise / self.step**2
 
     def _rise(self, space: Space, vector: Tensor, index: int) -> float:
         with self.objective.displaced(space, self.step * vector):
             return self.objective.value(index) - self.bases[index].value
+
+
+def _dot(left: Tensor, right: Tensor) -> float:
+    """⟨left, right⟩ in float32 by pieces: of many millions of entries in one call it is off by parts in 10⁴."""
+    return math.fsum(float(a @ b) for a, b in zip(torch.split(left, _PIECE), torch.split(right, _PIECE), strict=True))

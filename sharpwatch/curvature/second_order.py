@@ -247,11 +247,13 @@ class SecondOrder:
             row = []
             for index in range(len(self._found.shares)):
                 patterns = space.patterns(space.signs(self._generator(block, "hutchinson", len(draws), index)))
-                known = self._deflations[block].known(patterns) if block in self._deflations else torch.zeros(1)
-                if smooth is None:
-                    row.append((quadratic_forms(self._hessian, space, patterns, index) - known).tolist())
+                deflation = self._deflations.get(block)
+                if smooth is not None:
+                    known = deflation.known_in_all(patterns) if deflation else 0.0
+                    row.append([smooth.draw(space, patterns, index) - known])
                 else:
-                    row.append([smooth.draw(space, patterns, index) - float(known.sum())])
+                    forms = quadratic_forms(self._hessian, space, patterns, index)
+                    row.append((forms - deflation.known(patterns) if deflation else forms).tolist())
         draws.append(row)
 
     def _differences(self, block: str, space: Space) -> LossDifferences | None:

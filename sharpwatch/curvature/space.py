@@ -106,8 +106,10 @@ class Space:
 
     def signs(self, generator: torch.Generator) -> Tensor:
         """Random signs; [size]."""
-        bits = torch.randint(0, 2, (self.size,), generator=generator, device=generator.device)
-        return bits.to(self.device, self.dtype).mul_(2).sub_(1)
+        words = torch.randint(-(2**63), 2**63 - 1, (self.size // 64 + 1,), generator=generator, device=generator.device)
+        # 64 signs a number: a third of the time of one each.
+        bits = (words.view(torch.uint8)[:, None] >> torch.arange(8, dtype=torch.uint8, device=words.device)) & 1
+        return bits.view(-1)[: self.size].to(self.device, self.dtype).mul_(2).sub_(1)
 
     def patterns(self, signs: Tensor) -> Tensor:
         """`signs` [size] and their mirror images, [K, size], the mean of whose quadratic forms has less noise.
@@ -117,15 +119,15 @@ class Space:
         Those are what makes the noise where matrices act one after the other (query and key, value and output, up and
         down): measured, 65 to 90 % of the off-diagonal squared norm of such blocks.
         """
-        hadamard = _hadamard(int(self._colours.max()) + 1)
-        mirrored = signs.repeat(len(hadamard), 1)
-        for pattern, row in zip(mirrored, hadamard.tolist(), strict=True):
-            for colour, sign in enumerate(row):
-                if sign < 0:
-                    pattern[self._colours == colour] *= -1
-        return mirrored
+        return signs * self._mirrors
 
     @cached_property
+    def _mirrors(self) -> Tensor:
+        """What each pattern makes of every sign; int8 [K, size]."""
+        colours = self._colours.long()
+        return _hadamard(int(colours.max()) + 1).to(self.device, torch.int8)[:, colours]
+
+    @property
     def _colours(self) -> Tensor:
         """The colour of every entry; uint8 [size]. Matrices of a layer take colours in turn; vectors have the first."""
         taken: dict[str | None, int] = defaultdict(int)
