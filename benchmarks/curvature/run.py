@@ -88,7 +88,8 @@ def contestants(of: Subject, found: Searches, precision: float) -> dict[tuple[st
     for peer in PEERS:
         trace, top = found[peer.name]
         if of.condition == "bf16" and peer.name.startswith("hessian-eigenthings"):
-            top = top.only("power iteration")  # its Lanczos has no bfloat16: linalg.eigh is not implemented for it
+            # Its Hutch++ and Lanczos can't: torch has neither QR nor eigh for bfloat16.
+            trace, top = trace.only("hutchinson"), top.only("power iteration")
         first = dict.fromkeys(of.blocks, peer.traces[0][0]), dict.fromkeys(of.blocks, peer.tops[0][0])
         one = uniform(trace.uniform or trace.finest, of.blocks), uniform(top.uniform or top.finest, of.blocks)
         if trace.failed or top.failed:
