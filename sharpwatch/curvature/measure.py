@@ -30,6 +30,7 @@ from sharpwatch.errors import ProbeError
 
 ESTIMATORS = ("gnb", "hutchinson", "lanczos")
 _TOLERANCE = 0.003  # residual over the larger end of a spectrum: where a Lanczos iteration stops
+_BOTTOM = 0.1  # the same for the lower end where a precision is asked for, which is of the traces and the top
 _CHUNK = 4  # gnb draws that share a forward, in search of a precision
 
 
@@ -133,6 +134,7 @@ class Measurement:
             max_draws=max(draws, max_draws),
             precision=precision,
             tolerance=_TOLERANCE if precision is None else precision,
+            bottom_tolerance=_TOLERANCE if precision is None else max(precision, _BOTTOM),
             losses=method == "auto",
         )
         self._seed = seed

@@ -43,7 +43,8 @@ class Plan:
     draws: int
     max_draws: int
     precision: float | None
-    tolerance: float  # of the ends of a spectrum, relative to the larger
+    tolerance: float  # of the top of a spectrum: residual over its larger end
+    bottom_tolerance: float
     losses: bool  # whether traces may be taken from the loss alone
 
     def wants(self, trace: Pooled | None, have: int) -> bool:
@@ -183,10 +184,13 @@ class SecondOrder:
             self._deflations[block] = Deflation(space, basis.clone(), projected)
 
     def _iterate(self, found: Lanczos, product: Product) -> None:
-        while found.products < _PRODUCTS and not (found.products > 2 and found.converged(self._plan.tolerance)):
+        while found.products < _PRODUCTS and not (found.products > 2 and self._known(found)):
             if found.exhausted:
                 return
             found.step(product)
+
+    def _known(self, found: Lanczos) -> bool:
+        return found.converged(self._plan.tolerance, self._plan.bottom_tolerance)
 
     def _quotients(self, space: Space, vectors: Tensor) -> list[list[float]]:
         """uᵀH_i u of each batch i; of one batch there is nothing to compare."""

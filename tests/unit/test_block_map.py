@@ -95,7 +95,7 @@ def test_a_part_that_repeats_is_summed_and_sketched_as_its_slices_are():
     )
     values = {"w": torch.randn(shape, generator=torch.Generator().manual_seed(0))}
     sums = [sum_into(squares(block_map, values), block_map.block_of, 2) for block_map in maps]
-    torch.testing.assert_close(*sums)
+    torch.testing.assert_close(*sums, rtol=1e-6, atol=0)  # norms of small parts are summed in float32
     sketches = [CountSketch(block_map, 64, seed=1).sketch(values) for block_map in maps]
     torch.testing.assert_close(*sketches)
     host = [host_sums([PartTensors(view, view, view.abs()) for view in m.views(values)], Scratch()) for m in maps]

@@ -313,7 +313,8 @@ def test_a_precision_is_reached_and_no_more_is_drawn(gpt2):
         for estimate in found.estimates.values():
             assert estimate.stderr <= 0.2 * abs(estimate.value)
     draws = {block: found.estimates["hutchinson"].draws for block, found in report.blocks.items()}
-    assert draws["vo"] == 8 < draws["emb"]  # they go where the error is: 1.8 and 0.8 of the trace's size a draw
+    # They go where the error is: one draw of emb scatters by 2.6 of its trace, of vo by 0.8 at most.
+    assert draws["vo"] < draws["emb"] / 2
     assert not report.unreached
 
 
