@@ -19,9 +19,9 @@ from sharpwatch.curvature.batch import Batch
 from sharpwatch.curvature.direction import DirectionSample, direction_probe
 from sharpwatch.curvature.gnb import GnbSample, gnb_probe
 from sharpwatch.curvature.hutchinson import HutchinsonSample, hutchinson_probe
-from sharpwatch.curvature.inner import squares, sum_into
 from sharpwatch.curvature.lanczos import LanczosSample, lanczos_probe
 from sharpwatch.curvature.linesearch import LineSearchSample, linesearch_probe
+from sharpwatch.curvature.norms import squares, sum_into
 from sharpwatch.curvature.preconditioned import PreconditionedSample, preconditioned_probe
 from sharpwatch.curvature.window import trace_estimates
 

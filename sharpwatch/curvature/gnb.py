@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from sharpwatch.blocks import BlockMap
 from sharpwatch.curvature.batch import Batch
 from sharpwatch.curvature.harmless import undisturbed
-from sharpwatch.curvature.inner import squares, sum_into
+from sharpwatch.curvature.norms import squares, sum_into
+from sharpwatch.curvature.objective import dense
 from sharpwatch.curvature.outputs import LogitsFn, count, predictions
 
 _CHUNK = 2**22  # entries of a temporary when labels are drawn
@@ -68,7 +69,7 @@ def gnb_probe(  # noqa: PLR0913 - what a probe is of, and how it is taken; each 
             found = torch.autograd.grad(
                 logits, list(leaves.values()), output_gradients[draw], retain_graph=draw + 1 < draws, allow_unused=True
             )
-            gradients = {name: _dense(g) for name, g in zip(leaves, found, strict=True) if g is not None}
+            gradients = {name: dense(g) for name, g in zip(leaves, found, strict=True) if g is not None}
             del found
             traces.append(squares(block_map, gradients))
             if sketcher is not None:
@@ -116,7 +117,3 @@ def _draw(probabilities: Tensor, draws: int, generator: torch.Generator) -> Tens
         found = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
         labels.append(found.clamp_(max=piece.shape[1] - 1))
     return torch.cat(labels)
-
-
-def _dense(gradient: Tensor) -> Tensor:
-    return gradient.to_dense() if gradient.is_sparse else gradient

@@ -6,8 +6,9 @@ import functools
 import random
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -102,7 +103,7 @@ def undisturbed(model: nn.Module, *, exact: bool = False) -> Iterator[Functional
         stack.enter_context(_random_state_kept(model))
         stack.enter_context(_without_autocast_cache())
         stack.enter_context(_attributes_kept(model))
-        stack.enter_context(_without_global_hooks())
+        stack.enter_context(hooks_aside(nn.modules.module, _GLOBAL_HOOKS))
         stack.enter_context(_without_reentrant_checkpoints())
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and to import it takes a second
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -230,11 +231,11 @@ def _put_back(current: dict[str, Any], saved: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def _without_global_hooks() -> Iterator[None]:
-    place = nn.modules.module
-    saved = {name: getattr(place, name) for name in _GLOBAL_HOOKS}
+def hooks_aside(place: ModuleType, names: Iterable[str]) -> Iterator[None]:
+    """Empty registries of hooks in torch's module `place`, by name, for as long."""
+    saved = {name: getattr(place, name) for name in names}
     try:
-        for name in _GLOBAL_HOOKS:
+        for name in saved:
             setattr(place, name, OrderedDict())
         yield
     finally:

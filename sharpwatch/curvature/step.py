@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from sharpwatch.curvature.harmless import hooks_aside
 from sharpwatch.errors import ProbeError
+
+# The user's hooks on all optimizers are not for a copy's step.
+_GLOBAL_HOOKS = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
 
 
 def next_step(
@@ -35,27 +37,12 @@ def next_step(
         for name, _, new in pairs:
             new.grad = gradients[name].to(new).clone() if name in gradients else None
         try:
-            with _without_global_hooks():
+            with hooks_aside(sys.modules[torch.optim.Optimizer.__module__], _GLOBAL_HOOKS):
                 twin.step()
         except (TypeError, RuntimeError) as error:
             raise ProbeError(f"{type(optimizer).__name__} can't take a step with a gradient alone: {error}") from error
         step |= {name: old.detach() - new.detach() for name, old, new in pairs}
     return step
-
-
-@contextmanager
-def _without_global_hooks() -> Iterator[None]:
-    """The user's hooks on all optimizers are not for a copy's step."""
-    place = sys.modules[torch.optim.Optimizer.__module__]
-    names = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
-    saved = {name: getattr(place, name) for name in names}
-    try:
-        for name in names:
-            setattr(place, name, OrderedDict())
-        yield
-    finally:
-        for name, hooks in saved.items():
-            setattr(place, name, hooks)
 
 
 def preconditioner(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:

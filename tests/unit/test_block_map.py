@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from sharpwatch.agent.partsums import PartTensors, Scratch, host_sums
 from sharpwatch.blocks import BLOCKS, BlockMap, Part, classify
-from sharpwatch.curvature.inner import squares, sum_into
+from sharpwatch.curvature.norms import squares, sum_into
 from sharpwatch.curvature.sketch import CountSketch
 from sharpwatch.errors import BlockError
 

@@ -1,4 +1,4 @@
-"""Squared norms and inner products of the parts of a model, summed into blocks in float64."""
+"""Squared norms of the parts of a model, summed into blocks in float64."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from sharpwatch.blocks import BlockMap
 
-_CHUNK = 2**22  # entries of a temporary
 _SMALL = 2**16  # entries whose norm float32 sums up to 10⁻⁶; of 4·10⁷ it is off by 0.3 %
 
 
@@ -34,16 +33,6 @@ def squares(block_map: BlockMap, tensors: Mapping[str, Tensor]) -> Tensor:
     return _stacked(found)
 
 
-def products(block_map: BlockMap, left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> Tensor:
-    """⟨left, right⟩ of each part; float64 [parts], not waited for. A parameter that either lacks counts as zero."""
-    return _stacked(
-        _product(part.view(left[part.parameter]), part.view(right[part.parameter]))
-        if part.parameter in left and part.parameter in right
-        else None
-        for part in block_map.parts
-    )
-
-
 def sum_into(values: Tensor, index: Sequence[int], size: int) -> Tensor:
     """Sums of `values` [..., parts] by `index`; float64 [..., size] on the CPU."""
     values = values.cpu()
@@ -55,16 +44,6 @@ def _square(view: Tensor) -> Tensor:
     exact = torch.promote_types(view.dtype, torch.float32)
     rows = torch.linalg.vector_norm(view, dim=-1, dtype=exact) if view.dim() else view
     return rows.double().square().sum()
-
-
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    if left.dim() == 0:
-        return left.double() * right.double()
-    rows = max(1, _CHUNK * left.shape[0] // max(1, left.numel()))
-    pieces = [
-        (a.double() * b.double()).sum() for a, b in zip(torch.split(left, rows), torch.split(right, rows), strict=True)
-    ]
-    return torch.stack(pieces).sum()
 
 
 def _stacked(values: Iterable[Tensor | None]) -> Tensor:
