@@ -90,10 +90,12 @@ class SecondOrder:
             while "spectrum" in self._plan.estimators and len(self._found.spectra.get(block, [])) < self._plan.draws:
                 self._spectrum(block)
                 yield f"spectrum {block or 'whole model'}"
-        while "hutchinson" in self._plan.estimators and (wanted := self._wanted()):
+        wanted = self._wanted() if "hutchinson" in self._plan.estimators else {}
+        while wanted:
             block = worst(wanted)
             self._draw(block)
             yield f"hutchinson {block}"
+            wanted = {name: error for name, error in wanted.items() if name != block} | self._wanted(block)
 
     def _open(self) -> None:
         """What no block can be charged with: the trial, the losses, the first graph."""
@@ -213,10 +215,10 @@ class SecondOrder:
         if spectrum is not None:
             spectra.append((list(spectrum.eigenvalues), list(spectrum.weights)))
 
-    def _wanted(self) -> dict[str, float]:
-        """The blocks that need more draws, and how far from exact each is."""
+    def _wanted(self, *blocks: str) -> dict[str, float]:
+        """Which of `blocks` (none given: of all) need more draws, and how far from exact each is."""
         wanted = {}
-        for block in self._plan.blocks:
+        for block in blocks or self._plan.blocks:
             self._leave_the_loss(block)
             have = len(self._found.hutchinson.get(block, []))
             trace = self._found.hutchinson_trace(block) if have else None
