@@ -99,6 +99,7 @@ class Control:
         blocks: Collection[str],
         parameter_types: Collection[frozenset[str]] = (),
         has_callback: bool = False,
+        uncontrolled: str = "",
     ) -> None:
         self.mode = mode
         self.revision = 0
@@ -107,6 +108,7 @@ class Control:
         self._bounds = bounds
         self._parameter_types = parameter_types
         self._has_callback = has_callback
+        self._uncontrolled = uncontrolled  # why no learning rate of this run can be changed
         self._ramp = _Ramp(self.multipliers, self.multipliers, 0, 0)
         self._fade: tuple[int, int] | None = None  # (tick at which raises begin to fade, steps they take)
         self._tick = 0
@@ -231,6 +233,8 @@ class Control:
         return "no action that this agent knows"
 
     def _multiplier_refusal(self, action: SetMultipliers) -> str:
+        if self._uncontrolled:
+            return self._uncontrolled
         low, high = self._bounds
         for block, value in action.multipliers.items():
             if block not in self.multipliers:
