@@ -1,98 +1,16 @@
-"""A real daemon in a process of its own, and real trainers beside it."""
+"""A real daemon, and real trainers beside it."""
 
 from __future__ import annotations
 
 import json
 import os
 import queue
-import signal
 import subprocess
 import sys
 import threading
-import urllib.request
-from collections import deque
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
-
-
-@dataclass
-class Daemon:
-    """`sharpwatch serve` as a subprocess; `start` returns when it serves."""
-
-    folder: Path
-    policies: str = "policies: []"
-    extra: str = ""
-    grpc: str = "127.0.0.1:0"
-    http: str = "127.0.0.1:0"
-    process: subprocess.Popen | None = None
-    log: deque = field(default_factory=lambda: deque(maxlen=1000))
-
-    @property
-    def token_file(self) -> Path:
-        return self.folder / "operator.token"
-
-    def start(self) -> Daemon:
-        config = self.folder / "sharpwatch.yaml"
-        config.write_text(
-            f"daemon:\n"
-            f'  grpc: "{self.grpc}"\n'
-            f'  http: "{self.http}"\n'
-            f'  store: "sqlite:///{self.folder}/sharpwatch.db"\n'
-            f'  token_file: "{self.token_file}"\n'
-            f"{self.extra}"
-            f"{self.policies}\n"
-        )
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "sharpwatch", "serve", "--config", str(config)], stderr=subprocess.PIPE, text=True
-        )
-        for line in self.process.stderr:
-            self.log.append(line)
-            event = json.loads(line) if line.startswith("{") else {}
-            if event.get("event") == "serving":
-                # The same ports after a restart: that is what a trainer comes back to.
-                self.grpc, self.http = event["grpc"], event["http"]
-                threading.Thread(target=self._pump, daemon=True).start()
-                return self
-        raise AssertionError("the daemon did not start:\n" + "".join(self.log))
-
-    def _pump(self) -> None:
-        for line in self.process.stderr:
-            self.log.append(line)
-
-    def kill(self) -> None:
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
-        self.process.stderr.close()
-
-    def stop(self) -> int:
-        if self.process.poll() is None:
-            self.process.terminate()
-        status = self.process.wait(timeout=20)
-        self.process.stderr.close()
-        return status
-
-    def get(self, path: str) -> str:
-        with urllib.request.urlopen(f"http://{self.http}{path}", timeout=10) as response:
-            return response.read().decode()
-
-    def command(self, *arguments: str) -> subprocess.CompletedProcess:
-        """A `sharpwatch` command against this daemon."""
-        target = ("--address", self.grpc, "--token-file", str(self.token_file))
-        return subprocess.run(
-            [sys.executable, "-m", "sharpwatch", *target, *arguments],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=120,
-        )
-
-    def cli(self, *arguments: str) -> dict:
-        """A `sharpwatch` command that must succeed; returns its JSON."""
-        done = self.command("--json", *arguments)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return json.loads(done.stdout)
+from daemons import Daemon
 
 
 @pytest.fixture

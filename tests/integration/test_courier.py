@@ -12,11 +12,11 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent import futures
 from pathlib import Path
 
 import grpc
 import pytest
+from daemons import PATIENCE, ScriptedDaemon, ack, await_end, exists, free_port, honest, response, silent_after, welcome
 
 from sharpwatch.agent import child, courier
 from sharpwatch.agent.address import Destination
@@ -25,104 +25,7 @@ from sharpwatch.agent.pipe import CourierPipe
 from sharpwatch.agent.upward import Upward
 from sharpwatch.v1 import agent_pb2, types_pb2
 
-METHOD = "/sharpwatch.v1.AgentService/Session"
-PATIENCE = 60.0  # seconds until a test that waits for what never comes gives up
 HELLO = agent_pb2.Hello(protocol=1, run="run", training_job="job", attempt="attempt")
-
-
-def response(**fields):
-    return agent_pb2.SessionResponse(**fields).SerializeToString()
-
-
-def welcome(acknowledged=0):
-    return response(welcome=agent_pb2.Welcome(daemon_version="test", acknowledged_sequence=acknowledged))
-
-
-def ack(sequence):
-    return response(ack=agent_pb2.Ack(sequence=sequence))
-
-
-class Daemon(grpc.GenericRpcHandler):
-    """AgentService as a script: each new stream is answered by the next of `scripts`, the last one from then on."""
-
-    def __init__(self, *scripts, address="127.0.0.1:0", credentials=None):
-        self.scripts = list(scripts) or [honest]
-        self.hellos, self.metadata, self.streams = [], [], []
-        self.changed = threading.Condition()
-        self.closing = threading.Event()  # for scripts that hang
-        self._server = grpc.server(futures.ThreadPoolExecutor(16), handlers=[self], options=[("grpc.so_reuseport", 0)])
-        if credentials is None:
-            port = self._server.add_insecure_port(address)
-        else:
-            port = self._server.add_secure_port(address, credentials)
-        self.address = address if address.startswith("unix:") else f"127.0.0.1:{port}"
-        self._server.start()
-
-    def service(self, handler_call_details):
-        assert handler_call_details.method == METHOD
-        return grpc.stream_stream_rpc_method_handler(self._session)
-
-    def _session(self, requests, context):
-        hello = agent_pb2.SessionRequest.FromString(next(requests))
-        with self.changed:
-            number = len(self.streams)
-            self.hellos.append(hello.hello)
-            self.metadata.append(dict(context.invocation_metadata()))
-            self.streams.append([])
-            self.changed.notify_all()
-        script = self.scripts[min(number, len(self.scripts) - 1)]
-        yield from script(self, self._recorded(requests, number))
-
-    def _recorded(self, requests, number):
-        with contextlib.suppress(grpc.RpcError):  # how a broken stream ends the server's iterator
-            for payload in requests:
-                sample = agent_pb2.SessionRequest.FromString(payload).sample
-                with self.changed:
-                    self.streams[number].append(sample)
-                    self.changed.notify_all()
-                yield sample
-
-    @property
-    def samples(self):
-        return [sample for stream in self.streams for sample in stream]
-
-    @property
-    def sequences(self):
-        return [sample.sequence for sample in self.samples]
-
-    def wait(self, condition, pipe=None):
-        """Until `condition()`; with `pipe`, a training loop goes on in the meantime."""
-        deadline = time.monotonic() + PATIENCE
-        with self.changed:
-            while not condition():
-                assert time.monotonic() < deadline, f"in vain; streams: {[len(each) for each in self.streams]}"
-                self.changed.wait(PATIENCE if pipe is None else 0.01)
-                if pipe is not None:
-                    pipe.flush()
-
-    def stop(self):
-        self.closing.set()
-        self._server.stop(None).wait()
-
-
-def honest(daemon, samples, acknowledged=0):
-    del daemon
-    yield welcome(acknowledged)
-    for sample in samples:
-        yield ack(sample.sequence)
-
-
-def silent_after(last):
-    """Takes every sample, acknowledges those up to `last`."""
-
-    def script(daemon, samples):
-        del daemon
-        yield welcome()
-        for sample in samples:
-            if sample.sequence <= last:
-                yield ack(sample.sequence)
-
-    return script
 
 
 @pytest.fixture
@@ -130,7 +33,7 @@ def serve():
     daemons = []
 
     def start(*scripts, **options):
-        daemons.append(Daemon(*scripts, **options))
+        daemons.append(ScriptedDaemon(*scripts, **options))
         return daemons[-1]
 
     yield start
@@ -145,6 +48,7 @@ def attach():
     def start(daemon, **options):
         address = daemon if isinstance(daemon, str) else daemon.address
         pipes.append(CourierPipe(HELLO, address=address, **options))
+        pipes[-1].flush()  # the first use starts the courier
         return pipes[-1]
 
     yield start
@@ -172,34 +76,12 @@ def send(pipe, sequences, **fields):
         pipe.send(request(sequence, **fields))
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def await_end(pid):
-    """Until process `pid`, which need not be ours, is gone."""
-    try:
-        watched = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    try:
-        assert select.select([watched], [], [], PATIENCE)[0], f"process {pid} goes on"
-    finally:
-        os.close(watched)
-
-
 def await_new_courier(pipe, old):
     deadline = time.monotonic() + PATIENCE
     while pipe.courier_pid in (old, None):
         assert time.monotonic() < deadline, "no new courier"
         pipe.flush()
         select.select([], [], [], 0.01)
-
-
-def exists(pid):
-    return Path(f"/proc/{pid}").exists()
 
 
 # In order.
@@ -631,6 +513,7 @@ def send(pipe, sequence):
 def say(word):
     print(word, flush=True)
 pipe = CourierPipe(agent_pb2.Hello(run="run"), address={address!r})
+pipe.flush()
 """
     return subprocess.Popen(
         [sys.executable, "-c", prelude + code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -745,6 +628,7 @@ pipe.close()
 for stream in range(3):
     os.close(stream)
 pipe = CourierPipe(agent_pb2.Hello(run="run"), address=pipe._destination.target)
+pipe.flush()
 ends = pipe._courier._inward, pipe._courier._outward
 send(pipe, 1)
 pipe.close()
