@@ -12,10 +12,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-# Columns of the sums. SCALED is the sum of g^2 / max(v, floor), NaN without a second moment; SECOND is the mean of v,
-# both bias-corrected. Where a gradient has entries that are not finite, its sums are over those that are.
+# Columns of the sums. SCALED is that of g^2 / max(v, floor), NaN without a second moment; SECOND is that of v, both
+# bias-corrected. Where a gradient has entries that are not finite, its sums are over those that are.
 GRADIENT, WEIGHT, SCALED, SECOND, NON_FINITE = range(5)
-_COLUMNS = 5
+COLUMNS = 5
 _CHUNK = 2**17  # entries: 512 KiB of float32, so that three of them stay in the L2 cache (2x faster than whole tensors)
 # Entries of v̂ under a tenth of their part's mean count as a tenth. A rare token's row, of which Adam has seen nothing,
 # would otherwise rule the mean: with R distinct tokens a batch, one such row of V adds g²/floor/V, about 1/(share·R).
@@ -26,7 +26,10 @@ _DEVICE_BATCH = 2**26  # entries of scratch that a device pass may hold at a tim
 
 @dataclass(frozen=True, slots=True)
 class PartTensors:
-    """One part's views. `floor` bounds v̂ from below, NaN while it is not known; `correction` is 1 - β₂^t."""
+    """One part's views, or those of a piece of it. `correction` is 1 - β₂^t.
+
+    `floor` bounds v̂ from below. NaN takes it from the mean of v̂ here; 0, for a piece, says that it can't be known yet.
+    """
 
     weight: Tensor
     gradient: Tensor | None
@@ -59,7 +62,7 @@ class Scratch:
 
 def host_sums(parts: Sequence[PartTensors], scratch: Scratch) -> npt.NDArray[np.float64]:
     """The sums [P, 5] of parts on the CPU. Every tensor is read from memory once."""
-    sums = np.empty((len(parts), _COLUMNS))
+    sums = np.empty((len(parts), COLUMNS))
     bundled = [i for i, part in enumerate(parts) if _bundles(part)]
     if bundled:
         sums[bundled] = _bundle_sums([parts[i] for i in bundled])
@@ -103,7 +106,7 @@ def _bundle_sums(parts: Sequence[PartTensors]) -> npt.NDArray[np.float64]:
         floors[floors <= 0] = math.nan
         squares = gradient * gradient
         scaled = sums_of(squares / np.maximum(second, np.repeat(floors, sizes).astype(np.float32)))
-        columns = (sums_of(squares), sums_of(weight * weight), scaled * corrections, totals / (sizes * corrections))
+        columns = (sums_of(squares), sums_of(weight * weight), scaled * corrections, totals / corrections)
     return np.stack([*columns, np.zeros(len(parts))], axis=1)
 
 
@@ -129,8 +132,8 @@ def _part_sums(part: PartTensors, scratch: Scratch) -> tuple[float, float, float
         return gradient_sq, weight_sq, math.nan, math.nan, non_finite
     # A sum over damaged entries says nothing of the healthy ones, and v̂ of 0 has no scale to measure g by.
     usable = non_finite == 0 and math.isfinite(scaled)
-    mean = total / (second.numel() * part.correction)
-    return gradient_sq, weight_sq, scaled * part.correction if usable else math.nan, mean, non_finite
+    seen = scaled * part.correction if usable else math.nan
+    return gradient_sq, weight_sq, seen, total / part.correction, non_finite
 
 
 def _chunked(
@@ -184,7 +187,7 @@ def device_sums(parts: Sequence[PartTensors]) -> Tensor:
     it right by a slower read of the next step. SCALED is NaN until a floor is known from an earlier read.
     """
     device = parts[0].weight.device
-    sums = torch.zeros(len(parts), _COLUMNS, dtype=torch.float64, device=device)
+    sums = torch.zeros(len(parts), COLUMNS, dtype=torch.float64, device=device)
     sums[:, SCALED:NON_FINITE] = math.nan
     _fill_squares(sums, WEIGHT, {i: part.weight for i, part in enumerate(parts)})
     gradients = {i: part.gradient for i, part in enumerate(parts) if part.gradient is not None}
@@ -239,10 +242,8 @@ def _batches(rows: Sequence[int], parts: Sequence[PartTensors]) -> list[list[int
 def _fill_scaled(sums: Tensor, rows: Sequence[int], parts: Sequence[PartTensors]) -> None:
     seconds = [cast("Tensor", parts[i].second).float().contiguous() for i in rows]
     corrections = torch.tensor([parts[i].correction for i in rows], dtype=torch.float64)
-    sizes = torch.tensor([parts[i].weight.numel() for i in rows], dtype=torch.float64)
     index = _index(rows, sums.device)
-    scale = (1 / (corrections * sizes)).to(sums.device, non_blocking=True)
-    sums[index, SECOND] = _norms(seconds, 1) * scale
+    sums[index, SECOND] = _norms(seconds, 1) / corrections.to(sums.device, non_blocking=True)
     floors = [parts[i].floor * parts[i].correction for i in rows]
     known = [floor if floor > 0 else math.nan for floor in floors]
     bounds = [0.0 if math.isnan(floor) else floor for floor in known]

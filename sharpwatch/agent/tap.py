@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sharpwatch.agent.partsums import (
+    COLUMNS,
     FLOOR_SHARE,
     GRADIENT,
     NON_FINITE,
@@ -25,6 +26,7 @@ from sharpwatch.agent.partsums import (
     host_sums,
 )
 from sharpwatch.blocks import BlockMap
+from sharpwatch.curvature.shards import Shard, held, held_gradient
 
 Array = npt.NDArray[Any]
 
@@ -70,9 +72,13 @@ class Later:
 
 @dataclass(slots=True)
 class PendingTap:
-    """A reading whose numbers may still be on the device."""
+    """A reading whose numbers may still be on the device.
+
+    `read` are the parts that were looked at; `host` and `device` have sums of pieces, with the parts they are of.
+    """
 
     multipliers: Array
+    read: list[int] = field(default_factory=list)
     host: list[tuple[list[int], Array]] = field(default_factory=list)
     device: list[tuple[list[int], Later]] = field(default_factory=list)
     rates: dict[tuple[int, int], float | Later] = field(default_factory=dict)
@@ -86,19 +92,44 @@ class PendingTap:
         return all(later.ready for later in late)
 
 
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """What this rank holds of a parameter, and of what goes with it."""
+
+    weight: Tensor
+    gradient: Tensor | None
+    second: Tensor | None = None
+    correction: float = 1.0
+
+
 class Tap:
-    """Reads one model under one or several optimizers."""
+    """Reads one model under one or several optimizers.
+
+    Of a sharded model it reads what this rank holds. `shares` are the weights of this rank's sums by parameter, 1 where
+    left out: the sum of all ranks' `local` numbers is then the model's.
+    """
+
+    columns = COLUMNS
 
     def __init__(
-        self, block_map: BlockMap, parameters: Mapping[str, Tensor], optimizers: Sequence[torch.optim.Optimizer]
+        self,
+        block_map: BlockMap,
+        parameters: Mapping[str, Tensor],
+        optimizers: Sequence[torch.optim.Optimizer],
+        shares: Mapping[str, float] | None = None,
     ) -> None:
         self._parts = block_map.parts
         self._parameters = [parameters[part.parameter] for part in self._parts]
+        shards = {name: Shard.of(parameter) for name, parameter in parameters.items()}
+        self._shards = [shards[part.parameter] for part in self._parts]
+        self._shares = np.array([(shares or {}).get(part.parameter, 1.0) for part in self._parts])
         self._optimizers = optimizers
         self._layer_of = np.array(block_map.layer_block_of)
         self._layers = len(block_map.layer_blocks)
         self._numel = np.array([part.numel for part in self._parts], dtype=np.float64)
-        self._floors = np.full(len(self._parts), math.nan)
+        # While none is known, that of a whole part comes from its own mean; a piece's mean is not its part's.
+        self._no_floors = np.array([math.nan if shard.is_whole else 0.0 for shard in self._shards])
+        self._floors = self._no_floors
         self._count_exactly = False
         self._scratch = Scratch()
         self._steps: dict[int, tuple[Tensor, int]] = {}  # by parameter id: a device's step counter, and its value
@@ -120,11 +151,17 @@ class Tap:
         scale = getattr(optimizer, "grad_scale", None)  # GradScaler leaves unscaling to a fused optimizer
         if scale is not None:
             pending.unscale[which] = _value(scale)
-        by_device: dict[torch.device, list[int]] = {}
+        by_device: dict[torch.device, list[tuple[int, PartTensors]]] = {}
+        known: dict[int, _Held] = {}
         for i in rows:
-            by_device.setdefault(self._parameters[i].device, []).append(i)
-        for device, members in by_device.items():
-            tensors = [self._tensors(i, optimizer) for i in members]
+            key = id(self._parameters[i])
+            if key not in known:
+                known[key] = self._held(i, optimizer)
+            for piece in self._pieces(i, known[key]):
+                by_device.setdefault(piece.weight.device, []).append((i, piece))
+        pending.read += rows
+        for device, pieces in by_device.items():
+            members, tensors = [i for i, _ in pieces], [piece for _, piece in pieces]
             if device.type == "cpu":
                 pending.host.append((members, host_sums(tensors, self._scratch)))
             else:
@@ -134,24 +171,36 @@ class Tap:
                 pending.device.append((members, Later(sums)))
 
     def resolve(self, pending: PendingTap) -> TapReading:
-        """The reading, once `pending.ready`; it also sets the floors of the next ones."""
-        sums = np.zeros((len(self._parts), 5))
+        """The reading of a model that this process holds alone, once `pending.ready`."""
+        return self.reading(pending, self.local(pending))
+
+    def local(self, pending: PendingTap) -> Array:
+        """This rank's summand [parts, columns] of the numbers that all ranks' add up to, once `pending.ready`."""
+        sums = np.zeros((len(self._parts), COLUMNS))
         sums[:, [SCALED, SECOND]] = math.nan
-        for members, values in pending.host:
-            sums[members] = values
-        for members, later in pending.device:
-            sums[members] = later.read().numpy()
-        scales = self._scales(pending)
-        self._floors = FLOOR_SHARE * sums[:, SECOND]
+        sums[pending.read] = 0.0  # what no piece is added to is held by other ranks
+        for members, values in (*pending.host, *((members, later.read().numpy()) for members, later in pending.device)):
+            np.add.at(sums, members, values)
+        sums[:, [GRADIENT, SCALED]] /= self._scales(pending)[:, None]
+        sums *= self._shares[:, None]
+        return sums
+
+    def reading(self, pending: PendingTap, sums: Array) -> TapReading:
+        """The reading, from the sum over ranks of their `local` numbers.
+
+        It sets the floors of the next ones, so every rank takes its own, after the same step.
+        """
+        floors = FLOOR_SHARE * sums[:, SECOND] / self._numel
+        self._floors = np.where(np.isnan(floors), self._no_floors, floors)
         self._count_exactly = bool((sums[:, NON_FINITE] > 0).any())
         seen = ~np.isnan(sums[:, SCALED])
         counted = self._by_layer(np.where(seen, self._numel, 0.0))
-        scaled = self._by_layer(np.where(seen, sums[:, SCALED] / scales, 0.0))
+        scaled = self._by_layer(np.where(seen, sums[:, SCALED], 0.0))
         return TapReading(
-            gradient_norm=np.sqrt(self._by_layer(sums[:, GRADIENT] / scales)),
+            gradient_norm=np.sqrt(self._by_layer(sums[:, GRADIENT])),
             weight_norm=np.sqrt(self._by_layer(sums[:, WEIGHT])),
             update_rms=np.sqrt(np.divide(scaled, counted, out=np.full(self._layers, math.nan), where=counted > 0)),
-            non_finite=self._by_layer(sums[:, NON_FINITE]).astype(np.int64),
+            non_finite=np.rint(self._by_layer(sums[:, NON_FINITE])).astype(np.int64),
             learning_rate=self._owned_mean(self._rates(pending), 0.0),
             lr_multiplier=self._owned_mean(pending.multipliers, 1.0),
         )
@@ -195,21 +244,28 @@ class Tap:
         }
         self._owner = [owner.get(id(parameter)) for parameter in self._parameters]
 
-    def _tensors(self, i: int, optimizer: torch.optim.Optimizer) -> PartTensors:
-        parameter, part, owner = self._parameters[i], self._parts[i], self._owner[i]
-        gradient = parameter.grad
-        weight = part.view(parameter.detach())
+    def _held(self, i: int, optimizer: torch.optim.Optimizer) -> _Held:
+        """What this rank holds of the parameter of part `i`."""
+        parameter = self._parameters[i]
+        gradient = held_gradient(parameter)
         if gradient is None or gradient.is_sparse:
             # A sparse gradient has rows, not the parameter's shape; it belongs to an embedding, which is never fused.
-            return PartTensors(weight, gradient)
-        second, correction = self._second_moment(parameter, owner, optimizer)
-        return PartTensors(
-            weight,
-            part.view(gradient),
-            None if second is None else part.view(second),
-            correction,
-            float(self._floors[i]),
-        )
+            return _Held(held(parameter.detach()), gradient)
+        second, correction = self._second_moment(parameter, self._owner[i], optimizer)
+        return _Held(held(parameter.detach()), gradient, None if second is None else held(second), correction)
+
+    def _pieces(self, i: int, known: _Held) -> list[PartTensors]:
+        """Part `i`, or the pieces of it that this rank holds."""
+        part, shard, floor = self._parts[i], self._shards[i], float(self._floors[i])
+        weights = shard.views(part, known.weight)
+        if known.gradient is None or known.gradient.is_sparse:
+            return [PartTensors(weight, known.gradient) for weight in weights]
+        gradients = shard.views(part, known.gradient)
+        seconds = [None] * len(weights) if known.second is None else shard.views(part, known.second)
+        return [
+            PartTensors(weight, gradient, second, known.correction, floor)
+            for weight, gradient, second in zip(weights, gradients, seconds, strict=True)
+        ]
 
     def _second_moment(
         self, parameter: Tensor, owner: tuple[int, int] | None, optimizer: torch.optim.Optimizer

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,17 +65,16 @@ class Shard:
         is_run = not cut or all(size == 1 for size in self.size[: cut[-1]])
         return self._flat(self.start) if is_run or not self.numel else None
 
-    def views(self, part: Part, held: Tensor) -> Iterator[Tensor]:
+    def views(self, part: Part, held: Tensor) -> Sequence[Tensor]:
         """What of `part` lies in `held`, a tensor of the shard's shape: views that have each such entry once.
 
         There are none, one, or, where the shard cuts through stretches of a part that repeats, up to three.
         """
         if self.is_whole:
-            yield part.view(held)
-        elif part.dim is None:
-            yield from [held] if self.numel else []
-        elif self.numel:
-            yield from self._slices(part, part.dim, held)
+            return (part.view(held),)
+        if not self.numel:
+            return ()
+        return (held,) if part.dim is None else tuple(self._slices(part, part.dim, held))
 
     def _slices(self, part: Part, dim: int, held: Tensor) -> Iterator[Tensor]:
         low, high = self.start[dim], self.start[dim] + self.size[dim]
@@ -120,13 +119,11 @@ def is_sharded(model: nn.Module) -> bool:
     return any(is_dtensor(parameter) for parameter in model.parameters())
 
 
-@torch.no_grad()
 def held(tensor: Tensor) -> Tensor:
     """What this rank holds of `tensor`, which shares its memory; a tensor that is not spread is itself."""
-    return tensor.detach().to_local() if is_dtensor(tensor) else tensor.detach()  # type: ignore[attr-defined]
+    return tensor.detach().to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
-@torch.no_grad()
 def held_gradient(parameter: Tensor) -> Tensor | None:
     """What this rank holds of `parameter.grad`, placed as the parameter is.
 
@@ -134,13 +131,9 @@ def held_gradient(parameter: Tensor) -> Tensor | None:
     takes part in as well.
     """
     gradient: Any = parameter.grad
-    if gradient is None:
-        return None
-    if is_dtensor(parameter) and is_dtensor(gradient):
-        placements = parameter.placements  # type: ignore[attr-defined]
-        if gradient.placements != placements:
-            gradient = gradient.redistribute(placements=placements)
-    return held(gradient)
+    if is_dtensor(gradient) and gradient.placements != parameter.placements:  # type: ignore[attr-defined]
+        gradient = gradient.detach().redistribute(placements=parameter.placements)  # type: ignore[attr-defined]
+    return None if gradient is None else held(gradient)
 
 
 def shares(whole: Mapping[str, int], held_by: Iterable[Mapping[str, int]]) -> dict[str, float]:

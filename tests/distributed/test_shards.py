@@ -110,7 +110,7 @@ def check_layouts():
     for layout, model in layouts(dist.get_world_size()):
         parameters = {name.removeprefix("weights."): p for name, p in model.named_parameters()}
         assert shards.is_sharded(model)
-        held = {name: shards.held(p) for name, p in parameters.items()}
+        held = {name: shards.held(p.detach()) for name, p in parameters.items()}
         found = {name: shards.Shard.of(p) for name, p in parameters.items()}
         numel = {name: math.prod(shape) for name, shape in SHAPES.items()}
         weights = shards.shares(numel, gathered({name: shard.numel for name, shard in found.items()}))
