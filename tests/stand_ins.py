@@ -29,6 +29,9 @@ class Wire:
         self.hello, self.options = hello, options
         self.samples, self.inbox, self.dropped, self.closed = [], [], {}, False
 
+    def greet(self, hello):
+        self.hello = hello
+
     def send(self, request):
         self.samples.append(request.sample)
 

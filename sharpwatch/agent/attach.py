@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import secrets
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,21 +18,25 @@ from torch import nn
 from sharpwatch.agent import messages
 from sharpwatch.agent.address import parse_address, parse_tls, parse_token
 from sharpwatch.agent.border import Border
+from sharpwatch.agent.company import come_together, is_several, stay_away
 from sharpwatch.agent.control import CONTROL_MODES, Control, RollbackRequest
 from sharpwatch.agent.hooks import Hook
-from sharpwatch.agent.kinds import DEFAULT_PROBES, PROBES
-from sharpwatch.agent.loop import Loop, Parts
+from sharpwatch.agent.kinds import DEFAULT_PROBES, PROBES, SHARDED_PROBES
+from sharpwatch.agent.loop import Loop, Parts, Pipe, Silence
+from sharpwatch.agent.optimizers import is_flat, stepping, uncontrolled
 from sharpwatch.agent.pipe import CourierPipe
 from sharpwatch.agent.probes import Probes
 from sharpwatch.agent.sampler import Sampler
 from sharpwatch.agent.tap import Tap
 from sharpwatch.agent.watch import Watch
 from sharpwatch.blocks import BlockMap, classify
+from sharpwatch.curvature.shards import is_sharded
 from sharpwatch.curvature.step import require_adam
 from sharpwatch.errors import AttachError, BlockError, ConfigError, ProbeError
 from sharpwatch.wire import SKETCH_SIZE
 
 DEFAULT_ADDRESS = "127.0.0.1:7741"
+_LOG = logging.getLogger("sharpwatch")
 _LONGEST_NAME = 253  # what the daemon takes
 
 
@@ -66,37 +71,73 @@ def attach(  # noqa: PLR0913 - the public signature; each has a default that wor
 
     Raises `AttachError` on what can't be watched; nothing has been started then.
     """
-    optimizers = (optimizer,) if isinstance(optimizer, torch.optim.Optimizer) else tuple(optimizer)
-    _check_training(model, optimizers)
-    _check_numbers(overhead_budget, probe_every, lr_bounds, initial_step, seed)
-    _check_words(training_job, run, control)
-    _check_probes(probes, optimizers)
-    _check_callables({"loss_fn": loss_fn, "logits_fn": logits_fn, "on_rollback": on_rollback})
-    where = parse_address(address or os.environ.get("SHARPWATCH_ADDRESS") or DEFAULT_ADDRESS)
-    secret, certificates = parse_token(token), parse_tls(tls)
-    run = run or f"{training_job}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
-    if os.environ.get("SHARPWATCH_DISABLED") == "1":
-        return Watch(run, initial_step, None)
-    block_map = _classified(model)
+    given = tuple(optimizer) if isinstance(optimizer, Iterable) else (optimizer,)
+    optimizers = tuple(stepping(each) for each in given)
+    disabled = os.environ.get("SHARPWATCH_DISABLED") == "1"
+    several = not disabled and isinstance(model, nn.Module) and is_several(model)
+    name = run or f"{training_job}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+    try:
+        _check_training(model, optimizers)
+        _check_numbers(overhead_budget, probe_every, lr_bounds, initial_step, seed)
+        _check_words(training_job, run, control)
+        _check_probes(probes, optimizers)
+        _check_callables({"loss_fn": loss_fn, "logits_fn": logits_fn, "on_rollback": on_rollback})
+        where = parse_address(address or os.environ.get("SHARPWATCH_ADDRESS") or DEFAULT_ADDRESS)
+        secret, certificates = parse_token(token), parse_tls(tls)
+        if disabled:
+            return Watch(name, initial_step, None)
+        block_map = _classified(model)
+        probes = _possible(tuple(probes), model)
+    except AttachError as error:
+        if several:
+            stay_away(str(error))
+        raise
+    company = None
+    if several:
+        equal = {
+            "training_job": training_job,
+            "run": run,
+            "probe_every": probe_every,
+            "probes": probes,
+            "control": control,
+            "lr_bounds": tuple(lr_bounds),
+            "initial_step": initial_step,
+            "seed": seed,
+            "on_rollback": on_rollback is not None,
+        }
+        company = come_together(model, block_map, name, equal)
+        name, block_map = company.run, company.block_map
+        probes = () if company.staged else probes
+    reason = uncontrolled(optimizers, 1 if company is None else company.ranks.size)
+    if reason:
+        _LOG.warning("learning rates are watched, but can't be changed: %s", reason)
     identity = messages.Identity(
         training_job=training_job,
-        run=run,
+        run=name,
         attempt=secrets.token_hex(16),
         optimizer="+".join(type(each).__name__ for each in optimizers),
         control=control,
         lr_bounds=(float(lr_bounds[0]), float(lr_bounds[1])),
         initial_step=initial_step,
         seed=seed,
-        probes=tuple(probes),
+        probes=probes,
         can_roll_back=control == "rollback" or (control == "lr" and on_rollback is not None),
         started_at_unix_ns=time.time_ns(),
     )
     types = _parameter_types(model, block_map, optimizers)
+    border = Border()
+    tap = Tap(block_map, dict(model.named_parameters()), optimizers, None if company is None else company.shares)
+    pipe: Pipe = Silence()
+    if company is None or company.ranks.leads:
+        pipe = CourierPipe(messages.hello(identity, block_map), address=where, token=secret, tls=certificates)
     parts = Parts(
+        identity=identity,
+        named=run is not None,
+        block_map=block_map,
         model=model,
         optimizers=optimizers,
         parameter_types=types,
-        tap=Tap(block_map, dict(model.named_parameters()), optimizers),
+        tap=tap,
         probes=Probes(
             probes,
             model,
@@ -107,19 +148,21 @@ def attach(  # noqa: PLR0913 - the public signature; each has a default that wor
             loss_fn=loss_fn,
             logits_fn=logits_fn,
         ),
-        sampler=Sampler(tuple(probes), budget=overhead_budget, probe_every=probe_every),
+        sampler=Sampler(probes, budget=overhead_budget, probe_every=probe_every),
         control=Control(
             next(mode for mode in CONTROL_MODES if mode == control),
             bounds=identity.lr_bounds,
             blocks=block_map.blocks,
             parameter_types=frozenset(types.values()),
             has_callback=on_rollback is not None,
+            uncontrolled=f"learning rates can't be changed: {reason}" if reason else "",
         ),
-        pipe=CourierPipe(messages.hello(identity, block_map), address=where, token=secret, tls=certificates),
-        border=Border(),
+        pipe=pipe,
+        border=border,
         on_rollback=on_rollback,
+        shared=None if company is None else company.shared(tap, border, next(model.parameters()).device),
     )
-    return Watch(run, initial_step, Loop(parts, initial_step))
+    return Watch(name, initial_step, Loop(parts))
 
 
 def _check_training(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
@@ -140,12 +183,6 @@ def _check_training(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer
         # Two watches would lay their learning rates over each other's.
         if any(isinstance(hook, Hook) for hook in each._optimizer_step_pre_hooks.values()):  # noqa: SLF001 - no public way
             raise AttachError(f"optimizer[{i}]: {type(each).__name__} is watched already; close() that watch first")
-    if (
-        torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-        and torch.distributed.get_world_size() > 1
-    ):
-        raise AttachError(f"one process is watched; this one is of {torch.distributed.get_world_size()} ranks")
 
 
 def _check_numbers(
@@ -183,6 +220,23 @@ def _check_probes(probes: Sequence[str], optimizers: Sequence[torch.optim.Optimi
             require_adam(optimizers)
         except ProbeError as error:
             raise AttachError(f"probes={tuple(probes)!r}: {error}") from error
+
+
+def _possible(probes: tuple[str, ...], model: nn.Module) -> tuple[str, ...]:
+    """The probes that can run on `model`: of the default ones those that can, of others all, or it raises."""
+    if any(map(is_flat, model.parameters())):
+        _LOG.warning(
+            "FSDP's flat parameters are watched as block 'other', without probes; use_orig_params=True shows the blocks"
+        )
+        return ()  # the forward reads FSDP's own tensors, not those that a probe puts in their place
+    if not is_sharded(model) or set(probes) <= set(SHARDED_PROBES):
+        return probes
+    if probes == DEFAULT_PROBES:
+        return SHARDED_PROBES
+    raise AttachError(
+        f"probes={probes!r}: where parameters are sharded (FSDP2, tensor parallel) "
+        f"allowed is any of {', '.join(map(repr, SHARDED_PROBES))}"
+    )
 
 
 def _check_callables(given: Mapping[str, object]) -> None:

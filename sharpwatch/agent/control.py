@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 ControlMode = Literal["none", "lr", "rollback"]
 CONTROL_MODES: tuple[ControlMode, ...] = ("none", "lr", "rollback")
@@ -91,7 +91,7 @@ class Control:
     steps really taken (it does not) for ramps and time-outs.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - keyword-only, and what differs between runs
         self,
         mode: ControlMode,
         *,
@@ -170,6 +170,37 @@ class Control:
         if self._rolling is not None:
             self._settle(self._rolling, "failed", step, reason)
         self.pending_rollback = self._rolling = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is in force and what was answered, as plain values; commands that still wait are sent again."""
+        return {
+            "revision": self.revision,
+            "start": dict(self._ramp.start),
+            "target": dict(self._ramp.target),
+            "ramp": [self._tick - self._ramp.since, self._ramp.steps],
+            "fade": None if self._fade is None else [self._fade[0] - self._tick, self._fade[1]],
+            "answered": [asdict(result) for result in self._seen.values() if result is not None],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was made; what the present bounds forbid is brought within them.
+
+        Raises `KeyError`, `TypeError` or `ValueError` for what is no such state; nothing is changed then.
+        """
+        low, high = self._bounds if self.mode != "none" else (1.0, 1.0)
+
+        def bounded(values: Mapping[str, float]) -> dict[str, float]:
+            return {block: min(max(float(values.get(block, 1.0)), low), high) for block in self.multipliers}
+
+        (elapsed, steps), fade = state["ramp"], state["fade"]
+        ramp = _Ramp(bounded(state["start"]), bounded(state["target"]), -int(elapsed), int(steps))
+        answered = [
+            CommandResult(**{**each, "unchanged_blocks": tuple(each["unchanged_blocks"])}) for each in state["answered"]
+        ]
+        self._fade = None if fade is None else (int(fade[0]), int(fade[1]))
+        self._ramp, self._tick, self.revision = ramp, 0, int(state["revision"])
+        self._seen = OrderedDict((result.command_id, result) for result in answered)
+        self.multipliers = ramp.at(-1) if elapsed else dict(ramp.start)
 
     def take_results(self) -> tuple[CommandResult, ...]:
         """The next results not told yet; they are told once."""

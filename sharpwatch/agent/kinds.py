@@ -55,9 +55,13 @@ Report = GnbReport | DirectionReport | HutchinsonSample | LanczosSample | LineSe
 
 
 class Kind(Protocol):
-    """A probe on one row in `share` of the batch: its cost goes with them. Raises whatever the probe raises."""
+    """A probe on one row in `share` of the batch: its cost goes with them. Raises whatever the probe raises.
+
+    `turn` counts how often a block's turn was given.
+    """
 
     share: int
+    turn: int
 
     def run(self, part: Batch, step: Step) -> Report:
         """Probe once."""
@@ -66,16 +70,17 @@ class Kind(Protocol):
 class _Turns:
     """Whose turn it is, one after the other, among names that may change."""
 
-    def __init__(self) -> None:
-        self._count = 0
+    turn = 0
 
-    def take(self, names: Sequence[str]) -> str:
-        self._count += 1
-        return names[(self._count - 1) % len(names)]
+    def _next(self, names: Sequence[str]) -> str:
+        self.turn += 1
+        return names[(self.turn - 1) % len(names)]
 
 
 class Gnb:
     """Every block at once."""
+
+    turn = 0
 
     share = 8
 
@@ -97,19 +102,18 @@ class Gnb:
         return GnbReport(sample, step.gradient_sketch)
 
 
-class Direction:
+class Direction(_Turns):
     """The whole step, and one block's part of it in turn."""
 
     share = 4
 
     def __init__(self, subject: Subject) -> None:
         self._subject = subject
-        self._turns = _Turns()
 
     def run(self, part: Batch, step: Step) -> DirectionReport:
         """Probe once."""
         subject, moved = self._subject, step.displacement
-        turn = self._turns.take(subject.blocks)
+        turn = self._next(subject.blocks)
         sample = direction_probe(subject.model, subject.block_map, part, moved, blocks=(turn,), loss_fn=subject.loss_fn)
         return DirectionReport(sample, self._update_ratio(moved))
 
@@ -128,6 +132,7 @@ class Hutchinson:
     """The block whose trace is known worst, from its newest probes, or that has waited for two rounds of all."""
 
     share = 8
+    turn = 0
 
     def __init__(self, subject: Subject) -> None:
         self._subject = subject
@@ -160,7 +165,7 @@ class Hutchinson:
         return relative_error(float(known.value), float(known.stderr))
 
 
-class Lanczos:
+class Lanczos(_Turns):
     """One block, or the whole model, for as many probes as its top eigenvalue takes; then the next.
 
     Each of them goes on from the Ritz vectors of the one before. No more is kept than these two, and on the host: what
@@ -171,7 +176,6 @@ class Lanczos:
 
     def __init__(self, subject: Subject) -> None:
         self._subject = subject
-        self._turns = _Turns()
         self._stay: tuple[str, Tensor, int] | None = None  # the block, its vectors, and the probes it has had
 
     def run(self, part: Batch, step: Step) -> LanczosSample:
@@ -179,7 +183,7 @@ class Lanczos:
         del step
         subject = self._subject
         stay, self._stay = self._stay, None  # where this fails, the next has its turn
-        block, start, visits = stay or (self._turns.take((*subject.blocks, "")), None, 0)
+        block, start, visits = stay or (self._next((*subject.blocks, "")), None, 0)
         sample = lanczos_probe(
             subject.model,
             subject.block_map,
@@ -196,19 +200,18 @@ class Lanczos:
         return replace(sample, vectors=torch.empty(2, 0))  # they must not wait with the report
 
 
-class LineSearch:
+class LineSearch(_Turns):
     """The whole step, and one block's part of it in turn."""
 
     share = 4
 
     def __init__(self, subject: Subject) -> None:
         self._subject = subject
-        self._turns = _Turns()
 
     def run(self, part: Batch, step: Step) -> LineSearchSample:
         """Probe once."""
         subject, moved = self._subject, step.displacement
-        turn = self._turns.take(subject.blocks)
+        turn = self._next(subject.blocks)
         return linesearch_probe(subject.model, subject.block_map, part, moved, blocks=(turn,), loss_fn=subject.loss_fn)
 
 
@@ -216,6 +219,7 @@ class Preconditioned:
     """The whole model; each probe goes on from the vector of the one before, which is kept on the host."""
 
     share = 8
+    turn = 0
 
     def __init__(self, subject: Subject) -> None:
         self._subject = subject
@@ -251,3 +255,4 @@ KINDS: Mapping[str, Callable[[Subject], Kind]] = {
 }
 PROBES = tuple(KINDS)
 DEFAULT_PROBES = ("gnb", "direction")
+SHARDED_PROBES = ("gnb",)  # that can run where no rank has whole parameters

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import sys
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -25,15 +27,22 @@ from sharpwatch.agent.outbox import Losses, Outbox, StepRecord
 from sharpwatch.agent.overlay import Overlay
 from sharpwatch.agent.probes import Captured, ProbeRun, Probes
 from sharpwatch.agent.sampler import Sampler
+from sharpwatch.agent.shared import Heard, Shared
 from sharpwatch.agent.subject import Before
 from sharpwatch.agent.tap import PendingTap, Tap
-from sharpwatch.v1 import agent_pb2
+from sharpwatch.blocks import BlockMap
+from sharpwatch.v1 import agent_pb2, types_pb2
 
 _CHECKPOINTS = 256  # that one sample may tell of
+_STATE_VERSION = 1
+_LOG = logging.getLogger("sharpwatch")
 
 
 class Pipe(Protocol):
     """The way to the courier: nothing here blocks or raises."""
+
+    def greet(self, hello: agent_pb2.Hello, /) -> None:
+        """Greet with `hello`; before the first use."""
 
     @property
     def dropped(self) -> Mapping[str, int]:
@@ -49,10 +58,32 @@ class Pipe(Protocol):
         """Let the courier finish; takes at most 2 s."""
 
 
+class Silence:
+    """The pipe of a rank that does not speak to the daemon: another does."""
+
+    dropped: Mapping[str, int] = MappingProxyType({})
+
+    def greet(self, hello: agent_pb2.Hello, /) -> None:
+        """As `Pipe.greet`."""
+
+    def send(self, request: agent_pb2.SessionRequest, /) -> None:
+        """As `Pipe.send`."""
+
+    def receive(self) -> list[agent_pb2.SessionResponse]:
+        """As `Pipe.receive`."""
+        return []
+
+    def close(self) -> None:
+        """As `Pipe.close`."""
+
+
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What a watch is made of."""
+    """What a watch is made of. `named`: the user gave the run its name."""
 
+    identity: messages.Identity
+    named: bool
+    block_map: BlockMap
     model: nn.Module
     optimizers: Sequence[torch.optim.Optimizer]
     parameter_types: Mapping[int, frozenset[str]]  # by parameter id: the block types that it holds
@@ -63,6 +94,7 @@ class Parts:
     pipe: Pipe
     border: Border
     on_rollback: Callable[[RollbackRequest], object] | None = None
+    shared: Shared | None = None  # where several ranks train
 
 
 @dataclass(slots=True)
@@ -80,9 +112,10 @@ class _Round:
 class Loop:
     """The watched loop: hooks around the forward and the step, and a step's life between them."""
 
-    def __init__(self, parts: Parts, step: int) -> None:
+    def __init__(self, parts: Parts) -> None:
         self.parts = parts
-        self.step = step  # optimizer steps that took effect
+        self.run = parts.identity.run
+        self.step = parts.identity.initial_step  # optimizer steps that took effect
         self._closed = True  # until everything stands
         self.border = parts.border
         self._checkpoints: deque[tuple[int, str]] = deque(maxlen=_CHECKPOINTS)  # not told yet
@@ -91,8 +124,10 @@ class Loop:
         self._outbox = Outbox(self._send)
         self._sequence = 0
         self._restored = False  # since the last sample
+        self._begun = False  # whether there was a forward or a step
         self._round: _Round | None = None
-        self._kinds = parts.sampler.plan()
+        self._shared = parts.shared
+        self._kinds = self._planned() if self._shared is None else ()
         self._captured: Captured | None = None
         self._request: RollbackRequest | None = None
         self._probing = False
@@ -117,8 +152,12 @@ class Loop:
     def observe(self, loss: float | Tensor) -> None:
         """The step's loss."""
         late = self._losses.observe(loss)
-        if late is not None:
+        if late is None:
+            return
+        if self._shared is None:
             self._outbox.late_loss(late)
+        else:
+            self._shared.late_loss(late)
 
     def checkpoint(self, step: int, uri: str) -> None:
         """A checkpoint of `step` stands at `uri`."""
@@ -126,12 +165,47 @@ class Loop:
 
     def restored(self, step: int) -> None:
         """The run stands at `step` again."""
+        if self._shared is not None:
+            self._hear(self._shared.rest(self.step))
         self._outbox.flush(wait=True)  # what was before goes out before the mark that steps go back
         self._restored = True
         self.step = step
         self._round = self._captured = None
         self._mark = None  # restoring is no part of a step
         self.parts.control.rolled_back(step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where this run stands, as plain values."""
+        parts = self.parts
+        return {
+            "version": _STATE_VERSION,
+            "training_job": parts.identity.training_job,
+            "run": self.run,
+            "step": self.step,
+            "control": parts.control.state_dict(),
+            "sampler": parts.sampler.state_dict(),
+            "probes": parts.probes.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Be the run that made `state`, unless it is another's or this one has begun."""
+        parts, identity = self.parts, self.parts.identity
+        if self._begun:
+            return  # a rollback: what is in force now stays
+        if state["version"] != _STATE_VERSION:
+            raise ValueError(f"an agent's state of version {state['version']}: this agent reads {_STATE_VERSION}")
+        given = (identity.training_job, self.run if parts.named else state["run"])
+        if given != (state["training_job"], state["run"]):
+            _LOG.info("the state is of run %s of %s: this is another", state["run"], state["training_job"])
+            return
+        step = int(state["step"])
+        parts.control.load_state_dict(state["control"])
+        parts.sampler.load_state_dict(state["sampler"])
+        parts.probes.load_state_dict(state["probes"])
+        self.run, self.step = str(state["run"]), step
+        parts.pipe.greet(messages.hello(replace(identity, run=self.run, initial_step=step), parts.block_map))
+        self._kinds = self._planned() if self._shared is None else ()
+        self._guard_overlays()
 
     def close(self, *, in_order: bool) -> None:
         """Take every hook away and let the courier finish; a goodbye is said only to a loop that ended in order."""
@@ -149,6 +223,8 @@ class Loop:
         if os.getpid() != self._pid:
             return  # a fork's copy: the courier is its parent's
         with self.border.guard("sending the last samples"):
+            if self._shared is not None:
+                self._hear(self._shared.leave(self.step))
             self._outbox.flush(wait=True)
             if in_order:
                 self._send_news(closing=True)
@@ -164,6 +240,7 @@ class Loop:
         if self._idle() or not (module.training and torch.is_grad_enabled()):
             return
         with self.border.guard("watching a forward"), self._timed():
+            self._begun = True
             self._mark = self._mark or time.perf_counter()
             self._losses.forward()
             self._outbox.begin()
@@ -224,11 +301,15 @@ class Loop:
                 self._read(self._round, other)
             self._complete(self._round)
         if self._round is None:
+            self._begun = True
             control = self.parts.control
             self._outbox.begin()
             step = self.step + 1
-            control.begin(step, time.time_ns())
-            kinds = self._kinds if self._captured is not None else ()
+            control.begin(step, self._clock())
+            together = (
+                self._shared is not None and self._shared.sharded
+            )  # then whether a batch was seen is asked of all
+            kinds = self._kinds if together or self._captured is not None else ()
             self._round = _Round(step, self.parts.tap.start(self._parameter_multipliers()), kinds)
             self._prepare(self._round)
         return self._round
@@ -253,22 +334,51 @@ class Loop:
         self._round = None
         self.step = done.step
         probes = self._run_probes(done)
-        for response in self.parts.pipe.receive():
-            if response.HasField("command"):
-                self.parts.control.receive(messages.command(response.command), done.step + 1)
-        self._request = self.parts.control.end(done.step, time.time_ns()) or self._request
-        for overlay in self._overlays:
-            overlay.guard() if self.parts.control.armed else overlay.unguard()
         losses = self._losses.take()
         tap = done.tap if len(done.read) == len(self._overlays) else None  # half a reading would show false zeros
         record = StepRecord(done.step, time.time_ns(), tap, probes, losses)
+        commands = [response.command for response in self.parts.pipe.receive() if response.HasField("command")]
         self._account(started, probes.seconds)
         with self._timed():
-            self._outbox.add(record, wait_for_loss=not losses or self._losses.comes_after_step)
+            if self._shared is None:
+                self._receive(commands)
+                self._outbox.add(record, wait_for_loss=not losses or self._losses.comes_after_step)
+            else:
+                self._share(self._shared, record, commands)
+            self._request = self.parts.control.end(done.step, self._clock()) or self._request
+            self._guard_overlays()
+
+    def _receive(self, commands: Iterable[types_pb2.Command]) -> None:
+        for command in commands:
+            self.parts.control.receive(messages.command(command), self.step + 1)
+
+    def _guard_overlays(self) -> None:
+        for overlay in self._overlays:
+            overlay.guard() if self.parts.control.armed else overlay.unguard()
+
+    def _share(self, shared: Shared, record: StepRecord, commands: Sequence[types_pb2.Command]) -> None:
+        """Say what this step brought, and hear what all have said of an earlier one: the same on every rank."""
+        kinds = self.parts.probes.kinds
+        heard = shared.end(
+            record,
+            messages=[command.SerializeToString() for command in commands],
+            kinds=sum(1 << kinds.index(kind) for kind in self._kinds),
+            swallowed_errors=self.border.swallowed,
+        )
+        self._hear(heard)
+        if shared.sharded:  # all probe together, when rank 0 has said so; else it probes alone
+            self._kinds = tuple(kind for i, kind in enumerate(kinds) if heard.kinds >> i & 1)
+        elif not shared.ranks.leads:
+            self._kinds = ()
+
+    def _hear(self, heard: Heard) -> None:
+        self._receive(types_pb2.Command.FromString(each) for each in heard.messages)
+        for record in heard.records:
+            self._outbox.add(record, wait_for_loss=False)
 
     def _run_probes(self, done: _Round) -> ProbeRun:
         captured, self._captured = self._captured, None
-        if not done.kinds or captured is None:
+        if not done.kinds or not self._all_ready(captured) or captured is None:
             return ProbeRun()
         self._probing = True
         try:
@@ -279,6 +389,15 @@ class Loop:
             self.parts.sampler.disable(kind)
         return probes
 
+    def _all_ready(self, captured: Captured | None) -> bool:
+        """Whether every rank that is to take part in a probe can."""
+        if self._shared is None or not self._shared.sharded:
+            return captured is not None
+        ready = self._shared.ranks.all(captured is not None)
+        if not ready:
+            self.parts.sampler.missed()
+        return ready
+
     def _account(self, started: float, probe_seconds: Mapping[str, float]) -> None:
         """Tell the sampler what the step and the agent took, and ask what is due at the next."""
         now = time.perf_counter()
@@ -288,7 +407,14 @@ class Loop:
             own = max(0.0, now - self._mark - tap_seconds - probing)
             self.parts.sampler.record(own, max(0.0, tap_seconds), probe_seconds)
         self._mark, self.agent_seconds = now, 0.0
-        self._kinds = self.parts.sampler.plan()
+        self._kinds = self._planned()
+
+    def _planned(self) -> tuple[str, ...]:
+        """What the sampler wants at the next step; where ranks are told first, at a later one."""
+        kinds = self.parts.sampler.plan()
+        if self._shared is not None and self._shared.sharded:
+            self.parts.sampler.started(kinds)
+        return kinds
 
     def _roll_back(self, request: RollbackRequest, on_rollback: Callable[[RollbackRequest], object]) -> None:
         try:
@@ -310,7 +436,7 @@ class Loop:
             record.step,
             record.taken_at_unix_ns,
             loss=record.loss(),
-            tap=None if record.tap is None else self.parts.tap.resolve(record.tap),
+            tap=record.reading or (None if record.tap is None else self.parts.tap.resolve(record.tap)),
             probes=record.probes,
         )
 
@@ -343,7 +469,7 @@ class Loop:
             overhead_ratio=self.parts.sampler.overhead_ratio,
             step_seconds=self.parts.sampler.step_seconds,
             dropped=dropped,
-            swallowed_errors=self.border.swallowed,
+            swallowed_errors=self.border.swallowed if self._shared is None else self._shared.swallowed_errors,
             probe_failures=self.parts.probes.failures,
             lr_revision=self.parts.control.revision,
             multipliers=self.parts.control.multipliers,
@@ -354,6 +480,10 @@ class Loop:
     def _idle(self) -> bool:
         """Whether this call is none of ours: a probe's own forward, or a forked child's."""
         return self._probing or os.getpid() != self._pid
+
+    def _clock(self) -> int:
+        """The time that commands expire by: the same on all ranks."""
+        return time.time_ns() if self._shared is None else self._shared.clock
 
     def _parameter_multipliers(self) -> Mapping[int, float]:
         """By parameter id, only those that differ from 1."""

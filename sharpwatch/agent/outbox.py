@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from sharpwatch.agent.probes import ProbeRun
-from sharpwatch.agent.tap import Later, PendingTap
+from sharpwatch.agent.tap import Later, PendingTap, TapReading
 
 _LIMIT = 8  # steps whose numbers may be under way
 
@@ -23,6 +23,7 @@ class StepRecord:
     tap: PendingTap | None  # None: it could not be read
     probes: ProbeRun
     losses: list[float | Later] = field(default_factory=list)
+    reading: TapReading | None = None  # of all ranks, in place of `tap`
 
     @property
     def ready(self) -> bool:

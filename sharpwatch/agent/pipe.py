@@ -37,13 +37,14 @@ _LOG = logging.getLogger("sharpwatch")
 class CourierPipe:
     """The way to the courier, for one thread. After the constructor nothing here blocks (but `close`) or raises.
 
-    The constructor raises `AttachError` for an address, a token or a tls mapping that is none. `dropped` counts samples
-    lost, by reason, in the trainer and in the courier alike.
+    The courier is started at the first use, so that what greets the daemon may still change. The constructor raises
+    `AttachError` for an address, a token or a tls mapping that is none. `dropped` counts samples lost, by reason, in
+    the trainer and in the courier alike.
     """
 
     def __init__(  # noqa: PLR0913 - keyword-only, and what differs between trainers
         self,
-        hello: agent_pb2.Hello | agent_pb2.SessionRequest,
+        hello: agent_pb2.Hello,
         *,
         address: str | Address,
         token: str | None = None,
@@ -60,8 +61,7 @@ class CourierPipe:
             spool_bytes=spool_bytes,
             trainer=self._pid,
         )
-        request = agent_pb2.SessionRequest(hello=hello) if isinstance(hello, agent_pb2.Hello) else hello
-        self._greeting = frame(request.SerializeToString())
+        self.greet(hello)
         self._limit = outbox_bytes
         self._spool = Spool(outbox_bytes)
         # Written samples that the outbox had no room to keep: lost if the courier dies before they have left it.
@@ -73,7 +73,10 @@ class CourierPipe:
         self._unframer = Unframer(MAX_RESPONSE_BYTES)
         self._writing = memoryview(b"")  # what is left of a frame that the pipe has a part of
         self._closed = False
-        self.flush()
+
+    def greet(self, hello: agent_pb2.Hello) -> None:
+        """Greet the daemon with `hello`: to be called before the first use."""
+        self._greeting = frame(agent_pb2.SessionRequest(hello=hello).SerializeToString())
 
     @property
     def dropped(self) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -89,12 +90,14 @@ class Probes:
             block_map=block_map,
             optimizers=optimizers,
             sketcher=CountSketch(block_map, size=sketch_size, seed=seed),
-            source=torch.Generator(next(model.parameters()).device).manual_seed(seed),
+            source=torch.Generator(next(model.parameters()).device),
             loss_fn=loss_fn,
             logits_fn=logits_fn,
         )
         self._kinds = {kind: KINDS[kind](self._subject) for kind in kinds}
-        self._rows_source = torch.Generator().manual_seed(seed)
+        self._seed = seed
+        self._runs = dict.fromkeys(kinds, 0)
+        self._rows_source = torch.Generator()
         self._row_limit: dict[str, int] = {}
         self._failures: dict[str, ProbeFailure] = {}
         self._in_a_row: dict[str, int] = {}
@@ -103,6 +106,11 @@ class Probes:
     def _device(self) -> torch.device:
         """Of the model, which may be moved after `attach`."""
         return next(self._subject.model.parameters()).device
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """All that were asked for, also those that were given up."""
+        return tuple(self._kinds)
 
     @property
     def failures(self) -> Sequence[ProbeFailure]:
@@ -138,6 +146,7 @@ class Probes:
         for kind in kinds:
             started = _now(self._device)
             rows = 0
+            self._draw_anew(kind)
             try:
                 chosen = self._draw_rows(kind, captured.batch.rows)
                 rows = len(chosen)
@@ -153,6 +162,31 @@ class Probes:
     def disabled(self) -> tuple[str, ...]:
         """The kinds that were given up."""
         return tuple(kind for kind, failure in self._failures.items() if failure.disabled)
+
+    def state_dict(self) -> dict[str, Any]:
+        """How often each kind ran and had its turn: what it draws next follows from that. Plain values."""
+        return {
+            "runs": dict(self._runs),
+            "turns": {name: kind.turn for name, kind in self._kinds.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was made, with the kinds of now; what was given up is tried again.
+
+        Raises `KeyError`, `TypeError` or `ValueError` for what is no such state; nothing is changed then.
+        """
+        runs = {name: int(state["runs"].get(name, 0)) for name in self._runs}
+        turns = {name: int(state["turns"].get(name, 0)) for name in self._kinds}
+        self._runs = runs
+        for name, kind in self._kinds.items():
+            kind.turn = turns[name]
+
+    def _draw_anew(self, kind: str) -> None:
+        """Seed what the next probe of `kind` draws by the run's seed and how often it ran: the same on every rank."""
+        digest = hashlib.sha256(f"{self._seed}/{kind}/{self._runs[kind]}".encode()).digest()
+        self._runs[kind] += 1
+        self._rows_source.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        self._subject.source.manual_seed(int.from_bytes(digest[8:16], "little") >> 1)
 
     def _draw_rows(self, kind: str, rows: int) -> Tensor:
         """Rows drawn without replacement: the estimate is then of the batch, not of its first rows."""

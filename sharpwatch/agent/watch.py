@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -18,9 +19,14 @@ class Watch:
     """
 
     def __init__(self, run: str, step: int, loop: Loop | None) -> None:
-        self.run = run
+        self._run = run
         self._step = step
         self._loop = loop  # None: disabled, or closed
+
+    @property
+    def run(self) -> str:
+        """The run's name."""
+        return self._run if self._loop is None else self._loop.run
 
     @property
     def step(self) -> int:
@@ -50,13 +56,39 @@ class Watch:
             with self._loop.border.guard("noting a restore"):
                 self._loop.restored(int(step))
 
+    def rollback_failed(self, reason: str) -> None:
+        """The pending rollback can't be done; the loop stands where it stood."""
+        if self._loop is not None:
+            with self._loop.border.guard("telling of a failed rollback"):
+                self._loop.parts.control.rollback_failed(self._loop.step, str(reason))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The agent's own state for the run's checkpoint, as plain values: what is in force, what probes have cost.
+
+        The same on every rank; empty where sharpwatch is disabled or closed.
+        """
+        if self._loop is not None:
+            with self._loop.border.guard("making the agent's state"):
+                return self._loop.state_dict()
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on as the run that made `state`: its name, step and multipliers; to be called before the first forward.
+
+        Later it does nothing: a run that is rolled back keeps what is in force. So does the state of another training
+        job, or of another run than the one named at `attach`. On several ranks all of them call it.
+        """
+        if self._loop is not None and state:
+            with self._loop.border.guard("loading the agent's state"):
+                self._loop.load_state_dict(state)
+
     def close(self) -> None:
         """Take every hook away and say goodbye; takes at most 2 s."""
         self._close(in_order=True)
 
     def _close(self, *, in_order: bool) -> None:
         if self._loop is not None:
-            self._step = self._loop.step
+            self._run, self._step = self._loop.run, self._loop.step
             self._loop.close(in_order=in_order)
             self._loop = None
 
