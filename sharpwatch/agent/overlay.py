@@ -17,6 +17,16 @@ import torch
 Group = dict[str, Any]
 
 
+# The power of the learning rate that a group's value goes with. Schedule-free optimizers weigh their averages by the
+# rates of the past: those weights stay the schedule's own.
+_POWERS: dict[str, Callable[[Group], float]] = {
+    "lr": lambda _: 1.0,
+    "scheduled_lr": lambda _: 1.0,
+    "lr_max": lambda _: 1.0,
+    "weight_sum": lambda group: group.get("weight_lr_power", 0.0),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class _Piece:
     """One multiplier's share of a group, and the values it was laid with."""
@@ -62,7 +72,7 @@ class Overlay:
         self._optimizer.param_groups, self._own = self._own, None
         pieces, self._pieces = self._pieces, []
         # The piece nearest 1 last: where pieces disagree, its value is the one an undivided group would hold.
-        for piece in sorted(pieces, key=lambda piece: -abs(piece.multiplier - 1.0)):
+        for piece in sorted(pieces, key=lambda piece: -_distance(piece.multiplier)):
             _carry_back(piece)
 
     def guard(self) -> None:
@@ -107,20 +117,35 @@ def _split(group: Group, multipliers: Mapping[int, float]) -> list[_Piece]:
         shares.setdefault(multipliers.get(id(parameter), 1.0), []).append(parameter)
     if set(shares) <= {1.0}:
         return []
+    nearest = min(shares, key=_distance)
     pieces = []
     for multiplier, parameters in shares.items():
-        laid = {**group, "params": parameters}
-        if multiplier != 1.0:
-            laid["lr"] = group["lr"] * multiplier
+        values = group if multiplier == nearest else _apart(group)
+        laid = {**values, "params": parameters, **_scaled(group, multiplier)}
         pieces.append(_Piece(group, multiplier, laid, dict(laid)))
     return pieces
+
+
+def _apart(group: Group) -> Group:
+    """The group with tensors of its own: a counter that `step()` raises in place is raised once."""
+    return {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in group.items()}
+
+
+def _scaled(group: Group, multiplier: float) -> Group:
+    factors = {key: multiplier ** power(group) for key, power in _POWERS.items() if key in group}
+    return {key: group[key] * factor for key, factor in factors.items() if factor != 1.0}
 
 
 def _carry_back(piece: _Piece) -> None:
     for key, value in piece.laid.items():
         if key == "params" or (key in piece.before and value is piece.before[key]):
             continue
-        piece.group[key] = value / piece.multiplier if key == "lr" else value
+        factor = piece.multiplier ** _POWERS[key](piece.group) if key in _POWERS else 1.0
+        piece.group[key] = value if factor == 1.0 else value / factor
+
+
+def _distance(multiplier: float) -> float:
+    return abs(multiplier - 1.0)
 
 
 def _stands_in(wrapper: Callable[..., Any], step: Any) -> bool:

@@ -65,6 +65,8 @@ def place(tree: Tree, name: str) -> Placement:
 
 
 def _place_at(tree: Tree, at: Place) -> Placement | None:
+    if at.leaf == "_flat_param":  # FSDP's: parameters of several blocks, end to end
+        return "other"
     if is_embedding(at.owner):
         return _embedding(at)
     if _is_norm(at):
