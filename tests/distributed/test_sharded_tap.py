@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "unit")]
+import dense
+import sharding
+
+from sharpwatch.agent.tap import Tap
+from sharpwatch.blocks import classify
+from sharpwatch.curvature import shards
+
+STEPS = 4
+RATE = 0.01
+POSITIONS = torch.arange(dense.POSITIONS)[None]
+
+
+def full(tensor):
+    return tensor.full_tensor() if shards.is_dtensor(tensor) else tensor
+
+
+class Whole:
+    """The same model on one process: it is given what the sharded one holds, put together by torch."""
+
+    def __init__(self, make, block_map):
+        self.model = make()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=RATE)
+        self.tap = Tap(block_map, dict(self.model.named_parameters()), [self.optimizer])
+
+    @torch.no_grad()
+    def follow(self, model, optimizer):
+        own = dict(self.model.named_parameters())
+        for name, parameter in model.named_parameters():
+            own[name].copy_(full(parameter.detach()))
+            own[name].grad = full(parameter.grad)
+            state = {key: full(value) for key, value in optimizer.state.get(parameter, {}).items()}
+            self.optimizer.state[own[name]] = state
+
+    def read(self):
+        pending = self.tap.start({})
+        self.tap.read(pending, 0)
+        return self.tap.resolve(pending)
+
+
+def shared_tap(block_map, model, optimizer):
+    parameters = dict(model.named_parameters())
+    held = [None] * dist.get_world_size()
+    dist.all_gather_object(held, {name: shards.Shard.of(p).numel for name, p in parameters.items()})
+    weights = shards.shares({name: math.prod(shape) for name, shape in block_map.shapes.items()}, held)
+    return Tap(block_map, parameters, [optimizer], weights)
+
+
+def shared_reading(tap):
+    pending = tap.start({})
+    tap.read(pending, 0)
+    sums = torch.from_numpy(tap.local(pending))
+    dist.all_reduce(sums)
+    return tap.reading(pending, sums.numpy())
+
+
+@torch.no_grad()
+def damage(model):
+    """Make the largest entry of a gradient infinite, on all ranks that hold it."""
+    gradient = next(p.grad for p in model.parameters() if p.grad.placements == p.placements and p.dim() == 2)
+    local = gradient.to_local()
+    local[local.abs() == full(gradient).abs().max()] = math.inf
+
+
+def train(make, shard, ids):
+    """A few steps; the tap of the sharded model against that of the whole at each of them."""
+    block_map = classify(make())
+    model = shard(make())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
+    whole, tap = Whole(make, block_map), shared_tap(block_map, model, optimizer)
+    for step in range(STEPS):
+        logits = full(model(input_ids=ids, position_ids=POSITIONS).logits)[:, :-1]
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten()).backward()
+        if step == STEPS - 1:
+            damage(model)
+        whole.follow(model, optimizer)
+        found, expected = shared_reading(tap), whole.read()
+        for name in ("gradient_norm", "weight_norm", "learning_rate"):
+            np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-5, err_msg=name)
+        assert found.non_finite.tolist() == expected.non_finite.tolist()
+        assert found.non_finite.sum() == (step == STEPS - 1)
+        if step >= 2:  # before, no rank knows the mean of v̂ over a part, which is its floor
+            assert np.isfinite(found.update_rms).any()
+            np.testing.assert_allclose(found.update_rms, expected.update_rms, rtol=1e-5)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def check():
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    line = init_device_mesh("cpu", (ranks,))
+    square = init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("dp", "tp"))
+    both = init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("replicate", "shard"))
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    own = dense.tokens(seed=rank)[0]
+    # Fused and interleaved matrices, whose heads the shards cut through; a tied head; rows that ranks go without.
+    train(dense.gpt_neox, lambda model: sharding.by_fsdp(model, line), own)
+    train(lambda: dense.gpt2(dropout=0.0), lambda model: sharding.by_fsdp(model, line, mp_policy=half), own)
+    offload = CPUOffloadPolicy(pin_memory=False)
+    train(dense.llama, lambda model: sharding.by_fsdp(model, both, offload_policy=offload), own)
+    # Ranks that compute together see the same rows. Here gradients are placed otherwise than their parameters.
+    together = dense.tokens(seed=square.get_local_rank("dp"))[0]
+    train(dense.llama, lambda model: sharding.by_tensor_parallelism(model, square["tp"]), dense.tokens()[0])
+    train(
+        dense.llama,
+        lambda model: sharding.by_fsdp(sharding.by_tensor_parallelism(model, square["tp"]), square["dp"]),
+        together,
+    )
+
+
+def test_a_sharded_model_is_read_as_the_whole(ranks):
+    ranks(check, 4, timeout=120)
