@@ -1,0 +1,187 @@
+"""Trainers in processes of their own, and the run without sharpwatch that each is held against, step by step."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from daemons import PATIENCE, Daemon, ScriptedDaemon
+
+HERE = Path(__file__).parent
+PRELUDE = "import os, signal, sys\nfrom trainer import *\n"
+TRAIN = "trainer = Trainer()\ntrainer.train_until_told()\ntrainer.close()\n"
+
+
+class Trainer:
+    """A trainer that runs `code` in a process, and session, of its own; what it printed, as it comes."""
+
+    def __init__(self, code=TRAIN, *, address="", folder=HERE, stderr=None, **environment):
+        path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "SHARPWATCH_ADDRESS": address}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", PRELUDE + code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            env=env | environment,
+            cwd=folder,
+            start_new_session=True,
+        )
+        self.lines = []
+        self.ended = False
+        self.changed = threading.Condition()
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self):
+        for line in self.process.stdout:
+            with self.changed:
+                self.lines.append(json.loads(line))
+                self.changed.notify_all()
+        with self.changed:
+            self.ended = True
+            self.changed.notify_all()
+
+    @property
+    def steps(self):
+        return [line for line in self.lines if "step" in line]
+
+    @property
+    def runs(self):
+        """The steps of each run in turn, where it trained several."""
+        starts = [number for number, line in enumerate(self.steps) if line["step"] == 1]
+        return [self.steps[start:stop] for start, stop in zip(starts, [*starts[1:], None], strict=True)]
+
+    def all_said(self, word):
+        """All that it said of `word`, in order."""
+        return [line[word] for line in self.lines if word in line]
+
+    def said(self, word, before=None):
+        """The last of it, `before` it has said any."""
+        return next((line[word] for line in reversed(self.lines) if word in line), before)
+
+    def wait(self, condition):
+        """Until `condition()`; it is asked again whenever the trainer has said something."""
+        deadline = time.monotonic() + PATIENCE
+        with self.changed:
+            while not condition():
+                assert not self.ended, f"the trainer ended: {self.lines[-3:]}"
+                assert time.monotonic() < deadline, f"in vain: {self.lines[-3:]}"
+                self.changed.wait(PATIENCE)
+
+    def wait_said(self, word):
+        self.wait(lambda: self.said(word) is not None)
+        return self.said(word)
+
+    def more(self, steps):
+        """Until it has taken so many more steps of its run."""
+        target = self.said("step", 0) + steps
+        self.wait(lambda: self.said("step", 0) >= target)
+
+    def tell(self, word=""):
+        """Let it go on in its code."""
+        self.process.stdin.write(word + "\n")
+        self.process.stdin.flush()
+
+    def end(self):
+        """Until it has ended; its exit status."""
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        status = self.process.wait(PATIENCE)
+        self._reader.join(PATIENCE)
+        assert self.ended
+        return status
+
+    def stop(self):
+        """Whatever it does."""
+        self.process.kill()
+        self.process.wait()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self._reader.join(PATIENCE)
+        self.process.stdout.close()
+
+
+class Reference:
+    """The same run without sharpwatch, as far as anyone has asked for it."""
+
+    def __init__(self):
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "SHARPWATCH_DISABLED": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, str(HERE / "trainer.py")], stdout=subprocess.PIPE, text=True, env=env
+        )
+        self.steps = []
+
+    def until(self, steps):
+        while len(self.steps) < steps:
+            self.steps.append(json.loads(self.process.stdout.readline()))
+        return self.steps[:steps]
+
+    def stop(self):
+        self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def reference():
+    run = Reference()
+    yield run
+    run.stop()
+
+
+@pytest.fixture
+def assert_unchanged(reference):
+    """Every step of each run of a trainer is, to the bit, that of the run without sharpwatch."""
+
+    def check(trainer):
+        assert trainer.steps
+        for run in trainer.runs:
+            assert run == reference.until(len(run))
+
+    return check
+
+
+@pytest.fixture
+def train():
+    """Start trainers."""
+    started = []
+
+    def start(*args, **options):
+        started.append(Trainer(*args, **options))
+        return started[-1]
+
+    yield start
+    for trainer in started:
+        trainer.stop()
+
+
+@pytest.fixture
+def serve():
+    """Start daemons that answer by scripts."""
+    daemons = []
+
+    def start(*scripts, **options):
+        daemons.append(ScriptedDaemon(*scripts, **options))
+        return daemons[-1]
+
+    yield start
+    for daemon in daemons:
+        daemon.stop()
+
+
+@pytest.fixture
+def daemon(tmp_path):
+    """The real one, running."""
+    running = Daemon(tmp_path).start()
+    yield running
+    if running.process.returncode is None:
+        running.stop()
