@@ -102,7 +102,7 @@ class Shared:
         record.losses = [word.loss / word.losses] if word.losses else []
         if self.sharded and record.tap is not None:
             if word.taps == self.ranks.size and word.sums is not None:
-                record.reading = self._tap.reading(record.tap, word.sums.reshape(-1, self._tap.columns))
+                record.reading = self._tap.reading(word.sums.reshape(-1, self._tap.columns))
             record.tap = None  # one rank's numbers alone would be false
         return record
 

@@ -109,7 +109,7 @@ class Tap:
     left out: the sum of all ranks' `local` numbers is then the model's.
     """
 
-    columns = COLUMNS
+    columns = COLUMNS + 3  # rates, multipliers, and whether an optimizer holds the part
 
     def __init__(
         self,
@@ -119,10 +119,14 @@ class Tap:
         shares: Mapping[str, float] | None = None,
     ) -> None:
         self._parts = block_map.parts
-        self._parameters = [parameters[part.parameter] for part in self._parts]
         shards = {name: Shard.of(parameter) for name, parameter in parameters.items()}
-        self._shards = [shards[part.parameter] for part in self._parts]
-        self._shares = np.array([(shares or {}).get(part.parameter, 1.0) for part in self._parts])
+        elsewhere = torch.empty(0)  # a parameter of another stage of a pipeline
+        self._parameters = [parameters.get(part.parameter, elsewhere) for part in self._parts]
+        self._shards = [shards.get(part.parameter, Shard.of(elsewhere)) for part in self._parts]
+        self._here = np.array([part.parameter in parameters for part in self._parts])
+        self._shares = np.array([(shares or {}).get(part.parameter, 1.0) for part in self._parts]) * self._here
+        whole = [max(1, math.prod(block_map.shapes[part.parameter])) for part in self._parts]
+        self._held_share = self._shares * [shard.numel for shard in self._shards] / whole
         self._optimizers = optimizers
         self._layer_of = np.array(block_map.layer_block_of)
         self._layers = len(block_map.layer_blocks)
@@ -145,9 +149,9 @@ class Tap:
     def read(self, pending: PendingTap, which: int) -> None:
         """Read what optimizer `which` is about to step on (the first one also what none of them holds)."""
         optimizer = self._optimizers[which]
-        rows = [i for i, owner in enumerate(self._owner) if (owner[0] if owner else 0) == which]
+        rows = [i for i, owner in enumerate(self._owner) if self._here[i] and (owner[0] if owner else 0) == which]
         for number, group in enumerate(optimizer.param_groups):
-            pending.rates[which, number] = _value(group["lr"])
+            pending.rates[which, number] = _value(group.get("lr"))
         scale = getattr(optimizer, "grad_scale", None)  # GradScaler leaves unscaling to a fused optimizer
         if scale is not None:
             pending.unscale[which] = _value(scale)
@@ -172,49 +176,53 @@ class Tap:
 
     def resolve(self, pending: PendingTap) -> TapReading:
         """The reading of a model that this process holds alone, once `pending.ready`."""
-        return self.reading(pending, self.local(pending))
+        return self.reading(self.local(pending))
 
     def local(self, pending: PendingTap) -> Array:
         """This rank's summand [parts, columns] of the numbers that all ranks' add up to, once `pending.ready`."""
         sums = np.zeros((len(self._parts), COLUMNS))
-        sums[:, [SCALED, SECOND]] = math.nan
+        sums[self._here, SCALED] = sums[self._here, SECOND] = math.nan
         sums[pending.read] = 0.0  # what no piece is added to is held by other ranks
         for members, values in (*pending.host, *((members, later.read().numpy()) for members, later in pending.device)):
             np.add.at(sums, members, values)
         sums[:, [GRADIENT, SCALED]] /= self._scales(pending)[:, None]
         sums *= self._shares[:, None]
-        return sums
+        owned = self._held_share * [owner is not None for owner in self._owner]
+        return np.column_stack([sums, owned * self._rates(pending), owned * pending.multipliers, owned])
 
-    def reading(self, pending: PendingTap, sums: Array) -> TapReading:
+    def reading(self, sums: Array) -> TapReading:
         """The reading, from the sum over ranks of their `local` numbers.
 
         It sets the floors of the next ones, so every rank takes its own, after the same step.
         """
+        rates, multipliers, owned = sums[:, COLUMNS:].T
         floors = FLOOR_SHARE * sums[:, SECOND] / self._numel
         self._floors = np.where(np.isnan(floors), self._no_floors, floors)
         self._count_exactly = bool((sums[:, NON_FINITE] > 0).any())
         seen = ~np.isnan(sums[:, SCALED])
         counted = self._by_layer(np.where(seen, self._numel, 0.0))
         scaled = self._by_layer(np.where(seen, sums[:, SCALED], 0.0))
+        # Of a layer block whose second moments are known in part (8-bit weights with plain biases), nothing is said.
+        whole = self._by_layer(~seen & (sums[:, GRADIENT] > 0)) == 0
+        known = (counted > 0) & whole
         return TapReading(
             gradient_norm=np.sqrt(self._by_layer(sums[:, GRADIENT])),
             weight_norm=np.sqrt(self._by_layer(sums[:, WEIGHT])),
-            update_rms=np.sqrt(np.divide(scaled, counted, out=np.full(self._layers, math.nan), where=counted > 0)),
+            update_rms=np.sqrt(np.divide(scaled, counted, out=np.full(self._layers, math.nan), where=known)),
             non_finite=np.rint(self._by_layer(sums[:, NON_FINITE])).astype(np.int64),
-            learning_rate=self._owned_mean(self._rates(pending), 0.0),
-            lr_multiplier=self._owned_mean(pending.multipliers, 1.0),
+            learning_rate=self._owned_mean(rates, owned, 0.0),
+            lr_multiplier=self._owned_mean(multipliers, owned, 1.0),
         )
 
     def _by_layer(self, values: Array) -> Array:
         sums: Array = np.bincount(self._layer_of, weights=values, minlength=self._layers)
         return sums
 
-    def _owned_mean(self, values: Array, none: float) -> Array:
+    def _owned_mean(self, values: Array, owned: Array, none: float) -> Array:
         """The parameter-weighted mean over what an optimizer holds; `none` where it holds nothing of a layer block."""
-        weights = np.where([owner is not None for owner in self._owner], self._numel, 0.0)
-        total = self._by_layer(weights)
+        total = self._by_layer(self._numel * owned)
         means: Array = np.divide(
-            self._by_layer(weights * values), total, out=np.full(self._layers, none), where=total > 0
+            self._by_layer(self._numel * values), total, out=np.full(self._layers, none), where=total > 0
         )
         return means
 
@@ -274,14 +282,15 @@ class Tap:
         state = optimizer.state.get(parameter)  # `get`: the defaultdict must not grow
         if not state or owner is None:
             return None, 1.0
-        if "exp_avg_sq" in state:
-            steps = self._step_of(parameter, state.get("step", 0))
-            betas = optimizer.param_groups[owner[1]].get("betas", (0.0, 0.0))
-            second, correction = state["exp_avg_sq"], 1.0 - float(betas[1]) ** steps
-        else:
-            second, correction = state.get("square_avg"), 1.0
+        group = optimizer.param_groups[owner[1]]
+        second, correction = state.get("square_avg"), 1.0
+        if "betas" in group and "d" not in group:  # Adafactor's moment has no betas; Prodigy's is in units of its d
+            steps = self._step_of(parameter, state.get("step", group.get("k", 0)))  # schedule-free: by group
+            second = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))  # what divides the step
+            correction = 1.0 - float(group["betas"][1]) ** steps
         usable = isinstance(second, Tensor) and second.shape == parameter.shape and correction > 0
-        return (second, correction) if usable else (None, 1.0)
+        # A quantised moment is a tensor of its own kind.
+        return (second, correction) if usable and type(held(second)) is Tensor else (None, 1.0)
 
     def _step_of(self, parameter: Tensor, step: float | Tensor) -> int:
         """The state's step count; one on a device is read once (and after a reload), then counted along."""
@@ -304,10 +313,10 @@ def _values(gradient: Tensor) -> Tensor:
     return gradient.coalesce().values() if gradient.is_sparse else gradient
 
 
-def _value(value: float | Tensor) -> float | Later:
+def _value(value: float | Tensor | None) -> float | Later:
     if isinstance(value, Tensor) and value.device.type != "cpu":
         return Later(value)
-    return float(value)
+    return 0.0 if value is None else float(value)  # relative steps: there is no rate
 
 
 def _number(value: float | Later) -> float:

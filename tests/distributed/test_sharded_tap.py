@@ -63,7 +63,7 @@ def shared_reading(tap):
     tap.read(pending, 0)
     sums = torch.from_numpy(tap.local(pending))
     dist.all_reduce(sums)
-    return tap.reading(pending, sums.numpy())
+    return tap.reading(sums.numpy())
 
 
 @torch.no_grad()
