@@ -7,6 +7,7 @@ arXiv 2305.14342, section 2.3; Martens, "New insights and perspectives on the na
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -64,7 +65,7 @@ def gnb_probe(  # noqa: PLR0913 - what a probe is of, and how it is taken; each 
         logits, mask = predictions(live, live.inner, batch.usable(), logits_fn)
         tokens = count(mask)
         leaves = live.trainable
-        output_gradients = _OutputGradients(logits.detach(), mask, draws, generator)
+        output_gradients = OutputGradients(logits.detach(), mask, draws, generator, scale=1 / math.sqrt(tokens))
         for draw in range(draws):
             found = torch.autograd.grad(
                 logits, list(leaves.values()), output_gradients[draw], retain_graph=draw + 1 < draws, allow_unused=True
@@ -79,18 +80,18 @@ def gnb_probe(  # noqa: PLR0913 - what a probe is of, and how it is taken; each 
     return GnbSample(tokens, batch.rows, by_layer, torch.stack(sketches).cpu() if sketches else None)
 
 
-class _OutputGradients:
-    """Gradients by the logits of √N L̂, one for each draw of labels.
+class OutputGradients:
+    """Gradients by the logits of `scale` times the sum of the positions' cross-entropies, one for each draw of labels.
 
-    They are (softmax − onehot(ŷ)) / √N where a position predicts, and zero elsewhere. √N rather than 1/N keeps half
-    precision from underflowing. They share one float32 tensor of the logits' shape.
+    They are `scale` (softmax − onehot(ŷ)) where a position predicts, and zero elsewhere. 1/√N gives √N L̂; rather than
+    1/N it keeps half precision from underflowing. They share one float32 tensor of the logits' shape.
     """
 
-    def __init__(self, logits: Tensor, mask: Tensor, draws: int, generator: torch.Generator) -> None:
+    def __init__(self, logits: Tensor, mask: Tensor, draws: int, generator: torch.Generator, *, scale: float) -> None:
         self._shape, self._dtype = logits.shape, logits.dtype
         self._values = torch.softmax(logits, -1, dtype=torch.float32).flatten(0, -2)
         self._labels = _draw(self._values, draws, generator)
-        self._weights = (mask.flatten() / mask.sum().sqrt())[:, None]
+        self._weights = (mask.flatten() * scale)[:, None]
         self._values.mul_(self._weights)
         self._at: Tensor | None = None
 

@@ -7,8 +7,7 @@ import random
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from types import ModuleType
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -35,7 +34,7 @@ class Functional:
     """
 
     def __init__(self, model: nn.Module, *, exact: bool = False) -> None:
-        self.inner = _unwrapped(model)
+        self.inner = unwrapped(model)
         self.exact = exact
         self.leaves = {
             name: self._raised(parameter.detach()).requires_grad_(parameter.requires_grad)
@@ -89,13 +88,23 @@ def raised(tensor: Tensor) -> Tensor:
 def undisturbed(model: nn.Module, *, exact: bool = False) -> Iterator[Functional]:
     """A context in which `model` is evaluated through the `Functional` it gives, and that leaves everything as it was.
 
+    Inside as `put_back` has it; where it is to be `exact`, with weights, buffers and products of matrices in float32 at
+    least, without autocast.
+    """
+    with put_back(model), _full_precision(model) if exact else nullcontext():
+        yield Functional(model, exact=exact)
+
+
+@contextmanager
+def put_back(model: nn.Module) -> Iterator[None]:
+    """A context for extra forwards through `model`'s modules, after which everything but `.grad` is as it was.
+
     Inside: every module in evaluation mode, gradients enabled, autocast as around it but without its cache, the user's
-    hooks (the modules' and torch's global ones) bypassed, compiled code run eagerly, reentrant checkpoints kept in
-    memory, and, where it is to be `exact`, weights, buffers and products of matrices in float32 at least, without
-    autocast. Afterwards, also after an error, all of that is as
+    hooks (the modules' and torch's global ones) bypassed, compiled code run eagerly, and reentrant checkpoints kept in
+    memory. Afterwards, also after an error, all of that is as
     before, as are the random states (torch's of the CPU and the model's accelerators, NumPy's, Python's, the modules'
-    own generators), buffers, and whatever attributes the modules' code has set or changed in place: tensors, lists,
-    dicts, sets. What is nested deeper, or belongs to other objects, is not put back.
+    own generators) and whatever attributes the modules' code has set or changed in place: tensors, lists,
+    dicts, sets. What is nested deeper, as buffers are, or belongs to other objects, is not put back.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(mode=False))
@@ -107,13 +116,11 @@ def undisturbed(model: nn.Module, *, exact: bool = False) -> Iterator[Functional
         stack.enter_context(_without_reentrant_checkpoints())
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and to import it takes a second
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        if exact:
-            stack.enter_context(_full_precision(model))
         for module in model.modules():
             vars(module)["training"] = False
             for name in _HOOKS:
                 _bypass(module, name)
-        yield Functional(model, exact=exact)
+        yield
 
 
 @contextmanager
@@ -231,8 +238,8 @@ def _put_back(current: dict[str, Any], saved: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def hooks_aside(place: ModuleType, names: Iterable[str]) -> Iterator[None]:
-    """Empty registries of hooks in torch's module `place`, by name, for as long."""
+def hooks_aside(place: object, names: Iterable[str]) -> Iterator[None]:
+    """Empty registries of hooks in `place`, a module of torch's or an optimizer, by name, for as long."""
     saved = {name: getattr(place, name) for name in names}
     try:
         for name in saved:
@@ -247,17 +254,18 @@ def _bypass(module: nn.Module, name: str) -> None:
     """Lay a registry without the user's hooks over a module's own; handles keep pointing at the latter."""
     hooks = vars(module)[name]
     if hooks:
-        vars(module)[name] = OrderedDict((key, hook) for key, hook in hooks.items() if _is_torchs(hook))
+        vars(module)[name] = OrderedDict((key, hook) for key, hook in hooks.items() if is_torchs(hook))
 
 
-def _is_torchs(hook: Callable[..., Any]) -> bool:
+def is_torchs(hook: Callable[..., Any]) -> bool:
+    """Whether a hook is part of what the module computes, rather than the user's."""
     while isinstance(hook, functools.partial):
         hook = hook.func
     homes = [getattr(hook, "__module__", None), *(kind.__module__ for kind in type(hook).__mro__)]
     return any(isinstance(home, str) and home.startswith(_KEPT) for home in homes)
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside wrappers that change how it runs, not what it computes."""
     while True:
         if isinstance(model, DistributedDataParallel):

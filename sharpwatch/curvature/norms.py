@@ -9,27 +9,32 @@ import torch
 from torch import Tensor
 
 from sharpwatch.blocks import BlockMap
+from sharpwatch.curvature.shards import Shard
 
 _SMALL = 2**16  # entries whose norm float32 sums up to 10⁻⁶; of 4·10⁷ it is off by 0.3 %
 
 
-def squares(block_map: BlockMap, tensors: Mapping[str, Tensor]) -> Tensor:
-    """‖·‖² of each part of `tensors`; float64 [parts], not waited for. A parameter that is left out counts as zero."""
-    found: list[Tensor | None] = [None] * len(block_map.parts)
+def squares(block_map: BlockMap, tensors: Mapping[str, Tensor], shards: Mapping[str, Shard] | None = None) -> Tensor:
+    """‖·‖² of each part of `tensors`; float64 [parts], not waited for. A parameter that is left out counts as zero.
+
+    `shards`: what of its parameter each of `tensors` is, where they are not whole.
+    """
+    found: list[list[Tensor]] = [[] for _ in block_map.parts]
     together: dict[tuple[torch.device, torch.dtype], list[tuple[int, Tensor]]] = defaultdict(list)
     for index, part in enumerate(block_map.parts):
         if part.parameter not in tensors:
             continue
-        view = part.view(tensors[part.parameter])
-        if view.numel() <= _SMALL:
-            together[view.device, view.dtype].append((index, view))
-        else:
-            found[index] = _square(view)
+        tensor = tensors[part.parameter]
+        for view in (part.view(tensor),) if shards is None else shards[part.parameter].views(part, tensor):
+            if view.numel() <= _SMALL:
+                together[view.device, view.dtype].append((index, view))
+            else:
+                found[index].append(_square(view))
     for (_, dtype), small in together.items():
         exact = torch.promote_types(dtype, torch.float32)
         norms = torch._foreach_norm([view for _, view in small], 2, exact)  # noqa: SLF001 - torch names its foreach so
         for (index, _), square in zip(small, torch.stack(norms).double().square(), strict=True):
-            found[index] = square
+            found[index].append(square)
     return _stacked(found)
 
 
@@ -46,8 +51,9 @@ def _square(view: Tensor) -> Tensor:
     return rows.double().square().sum()
 
 
-def _stacked(values: Iterable[Tensor | None]) -> Tensor:
+def _stacked(values: Iterable[Sequence[Tensor]]) -> Tensor:
+    """The sum of each, on one device."""
     each = list(values)
-    device = next((value.device for value in each if value is not None), torch.device("cpu"))
+    device = next((value.device for some in each for value in some), torch.device("cpu"))
     zero = torch.zeros((), dtype=torch.float64, device=device)
-    return torch.stack([zero if value is None else value.to(device) for value in each])
+    return torch.stack([sum((value.to(device) for value in some), start=zero) for some in each])
