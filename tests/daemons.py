@@ -159,7 +159,8 @@ class Daemon:
     def token_file(self) -> Path:
         return self.folder / "operator.token"
 
-    def start(self) -> Daemon:
+    def configure(self) -> Path:
+        """Write its configuration, with the ports that it has had."""
         config = self.folder / "sharpwatch.yaml"
         config.write_text(
             f"daemon:\n"
@@ -170,9 +171,11 @@ class Daemon:
             f"{self.extra}"
             f"{self.policies}\n"
         )
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "sharpwatch", "serve", "--config", str(config)], stderr=subprocess.PIPE, text=True
-        )
+        return config
+
+    def start(self) -> Daemon:
+        command = [sys.executable, "-m", "sharpwatch", "serve", "--config", str(self.configure())]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         for line in self.process.stderr:
             self.log.append(line)
             event = json.loads(line) if line.startswith("{") else {}

@@ -1,4 +1,4 @@
-"""Promise: whatever a daemon says, nothing breaks, nothing is applied that was not allowed, and each refusal is told."""
+"""Promise: whatever a daemon says, nothing breaks, nothing is applied that is not allowed, and refusals are told."""
 
 from __future__ import annotations
 

@@ -1,0 +1,87 @@
+"""Promise: a daemon that is killed and comes back, twenty times, under load, has lost nothing that it acknowledged."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing, contextmanager
+
+import pytest
+
+TIMES = 20
+CODE = """
+trainer = Trainer(probe_every=2)
+while not select.select([sys.stdin], [], [], 0)[0]:
+    trainer.step()
+    say(acknowledged=trainer.pipe._spool.settled)
+trainer.close()
+"""
+# A daemon takes seconds to import what it needs. This imports it once, and serves in a child for each line it reads.
+NURSERY = """
+import os, sys
+import sharpwatch.cli.serve
+from sharpwatch.cli.main import main
+for config in sys.stdin:
+    if (child := os.fork()) == 0:
+        os._exit(main(["serve", "--config", config.strip()]))
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture
+def nursery(tmp_path):
+    with (
+        (tmp_path / "daemons.log").open("wb") as log,
+        subprocess.Popen(
+            [sys.executable, "-c", NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+        ) as process,
+    ):
+        yield process
+        process.stdin.close()
+
+
+@contextmanager
+def serving(nursery, config, end):
+    """A daemon, ended by the signal `end`."""
+    nursery.stdin.write(f"{config}\n")
+    nursery.stdin.flush()
+    pid = int(nursery.stdout.readline())
+    try:
+        yield
+    finally:
+        os.kill(pid, end)
+        status = int(nursery.stdout.readline())
+    assert status == (0 if end == signal.SIGTERM else -end)
+
+
+def await_stream(trainer):
+    """Until a sample is acknowledged that is not taken yet."""
+    last = trainer.said("step", 0)
+    trainer.wait(lambda: trainer.said("acknowledged", 0) > last)
+
+
+def journalled(daemon):
+    with closing(sqlite3.connect(f"file:{daemon.folder}/sharpwatch.db?mode=ro", uri=True)) as journal:
+        return [sequence for (sequence,) in journal.execute("SELECT sequence FROM samples ORDER BY sequence")]
+
+
+def test_a_daemon_killed_twenty_times(train, assert_unchanged, daemon, nursery):
+    trainer = train(CODE, address=daemon.grpc)
+    await_stream(trainer)
+    daemon.kill()
+    for _ in range(TIMES - 1):
+        acknowledged = trainer.said("acknowledged")  # so long after the kill
+        assert journalled(daemon)[:acknowledged] == list(range(1, acknowledged + 1))
+        with serving(nursery, daemon.configure(), signal.SIGKILL):
+            await_stream(trainer)
+    with serving(nursery, daemon.configure(), signal.SIGTERM):
+        await_stream(trainer)
+        assert trainer.end() == 0
+    assert_unchanged(trainer)
+    assert trainer.said("dropped") == {}
+    assert trainer.said("swallowed") == 0
+    assert journalled(daemon) == list(range(1, len(trainer.steps) + 2))
