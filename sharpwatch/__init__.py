@@ -8,6 +8,7 @@ from sharpwatch._version import __version__
 
 if TYPE_CHECKING:
     from sharpwatch.agent.attach import attach
+    from sharpwatch.agent.checkpoints import Checkpoints
     from sharpwatch.agent.control import RollbackRequest
     from sharpwatch.agent.watch import Watch
     from sharpwatch.blocks import BlockMap, classify
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BlockMap",
+    "Checkpoints",
     "RollbackRequest",
     "SharpnessReport",
     "SharpwatchError",
@@ -30,6 +32,7 @@ __all__ = [
 # Resolved on first use: the command line and the courier must start without loading torch.
 _HOMES = {
     "BlockMap": "sharpwatch.blocks",
+    "Checkpoints": "sharpwatch.agent.checkpoints",
     "RollbackRequest": "sharpwatch.agent.control",
     "SharpnessReport": "sharpwatch.curvature.report",
     "SharpwatchError": "sharpwatch.errors",

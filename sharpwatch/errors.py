@@ -4,6 +4,7 @@ SharpwatchError
 ├── ConfigError      a configuration file or a rule says something that can't be
 ├── BlockError       a parameter that no block rule places, or a rule that matches nothing
 ├── AttachError      attach() was called with something it can't watch
+├── CheckpointError  a checkpoint can't be saved, or is not whole
 ├── ProbeError       a probe can't run on this model or batch, with the reason
 ├── WireError        a message that breaks the wire contract
 ├── StoreError       the journal can't be opened, read or written
@@ -37,6 +38,10 @@ class BlockError(SharpwatchError):
 
 class AttachError(SharpwatchError):
     """`attach` was called with something it can't watch."""
+
+
+class CheckpointError(SharpwatchError):
+    """A checkpoint can't be saved, is not whole, or is another run's."""
 
 
 class ProbeError(SharpwatchError):

@@ -21,6 +21,7 @@ def signature(function):
 def test_the_package_hands_on_these_names():
     assert sharpwatch.__all__ == [
         "BlockMap",
+        "Checkpoints",
         "RollbackRequest",
         "SharpnessReport",
         "SharpwatchError",
@@ -118,6 +119,7 @@ def test_the_error_tree():
         "ConfigError": "SharpwatchError",
         "BlockError": "SharpwatchError",
         "AttachError": "SharpwatchError",
+        "CheckpointError": "SharpwatchError",
         "ProbeError": "SharpwatchError",
         "WireError": "SharpwatchError",
         "StoreError": "SharpwatchError",

@@ -1,0 +1,161 @@
+"""A loader whose position is part of a checkpoint, and that leaves batches out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+from sharpwatch.agent.position import Trail, holds, union
+from sharpwatch.agent.randomness import random_state, set_random_state
+
+
+@runtime_checkable
+class _Stateful(Protocol):
+    def state_dict(self) -> dict[str, Any]:
+        """Where it stands."""
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any:
+        """Stand there again."""
+
+
+class Batches:
+    """The batches of `loader`, from wherever the run stands in it.
+
+    A loader with `state_dict` and `load_state_dict` (torchdata's `StatefulDataLoader`, or one of your own) says itself
+    where it stands. Any other must bring the same batches again when it is iterated from the same random state and
+    epoch, as a `DataLoader` does; it is found again by passing over what has been taken.
+
+    An epoch of a loader that has a length has always as many batches: what is left out moves the next ones up.
+    """
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        self.loader = loader
+        self.epoch = 0
+        self.taken = 0  # batches of all passes, those that were left out too
+        self.left_out: list[tuple[int, int]] = []
+        self._trail = Trail()
+        self._given = 0  # batches of this epoch
+        self._pass = 0  # times that the loader was begun
+        self._index = 0  # batches taken of this pass
+        self._start: dict[str, Any] = {}  # the random states in which the pass was begun
+        self._iterator: Iterator[Any] | None = None
+        self._resume: Mapping[str, Any] | None = None  # where to begin the iterator
+
+    def __len__(self) -> int:
+        """Batches of an epoch; raises TypeError where the loader has no length."""
+        return len(self.loader)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Any]:
+        """The rest of this epoch. A restore inside it is for the next iterator."""
+        length = self._length()
+        while length is None or self._given < length:
+            try:
+                batch = self._next()
+            except StopIteration:
+                break
+            self._given += 1
+            yield batch
+        self._given = 0
+        self.epoch += 1
+
+    def mark(self, step: int) -> None:
+        """Optimizer step `step` was done with the batches taken so far."""
+        self._trail.mark(step, self.taken)
+
+    def taken_by(self, first: int, last: int) -> tuple[int, int]:
+        """The batches of steps [first, last), as a range of all."""
+        return (self._trail.batches(first - 1), self._trail.batches(last - 1)) if first < last else (0, 0)
+
+    def leave_out(self, *ranges: tuple[int, int]) -> None:
+        """Leave out the batches in `ranges`; what has been taken stays taken."""
+        self.left_out = union([*self.left_out, *((max(first, self.taken), last) for first, last in ranges)])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, and the random states that go with it."""
+        return {
+            "epoch": self.epoch,
+            "taken": self.taken,
+            "left_out": [list(one) for one in self.left_out],
+            "trail": [list(corner) for corner in self._trail.corners],
+            "given": self._given,
+            "pass": self._pass,
+            "index": self._index,
+            "start": self._start,
+            "random": random_state(),
+            # Not before the first batch: StatefulDataLoader would begin its iterator for it.
+            "loader": self.loader.state_dict() if self.taken and isinstance(self.loader, _Stateful) else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Stand there again, in the random states of then."""
+        self.epoch, self.taken, self._given = state["epoch"], state["taken"], state["given"]
+        self.left_out = union(state["left_out"])
+        self._trail = Trail(state["trail"])
+        self._pass, self._index, self._start = state["pass"], state["index"], state["start"]
+        if self._given == self._length():
+            self._given, self.epoch = 0, self.epoch + 1
+        self._iterator, self._resume = None, state
+        set_random_state(state["random"])
+
+    def _length(self) -> int | None:
+        try:
+            return len(self)
+        except TypeError:
+            return None
+
+    def _next(self) -> Any:
+        """The next batch that is not left out; raises StopIteration at the end of a loader without a length."""
+        while True:
+            iterator = self._begin() if self._iterator is None else self._iterator
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                if self._index == 0:
+                    raise  # an empty loader
+                self._iterator, self._index, self._pass = None, 0, self._pass + 1
+                if self._length() is None:
+                    raise
+                continue
+            self.taken += 1
+            self._index += 1
+            if not holds(self.left_out, self.taken - 1):
+                return batch
+
+    def _begin(self) -> Iterator[Any]:
+        """The iterator of a new pass, or again of the pass that was restored."""
+        state, self._resume = self._resume, None
+        if state is not None and state["loader"] is not None:
+            self.loader.load_state_dict(state["loader"])  # type: ignore[attr-defined]
+        passing_over = self._index if state is not None and state["loader"] is None else 0
+        self._set_epoch()
+        if passing_over:
+            self._set_start()
+        else:
+            self._start = {"random": random_state(), "generators": [one.get_state() for one in self._generators()]}
+        iterator = self._iterator = iter(self.loader)
+        for _ in range(passing_over):
+            next(iterator)
+        if state is not None and self._index:  # else the pass begins here, and draws from them
+            set_random_state(state["random"])
+        return iterator
+
+    def _set_epoch(self) -> None:
+        """Tell whatever shuffles by the number of the pass."""
+        places: list[Any] = [self.loader, *(getattr(self.loader, name, None) for name in ("sampler", "batch_sampler"))]
+        for place in places:
+            if hasattr(place, "set_epoch"):
+                place.set_epoch(self._pass)
+
+    def _set_start(self) -> None:
+        set_random_state(self._start["random"])
+        for generator, state in zip(self._generators(), self._start["generators"], strict=True):
+            generator.set_state(state)
+
+    def _generators(self) -> list[torch.Generator]:
+        """The loader's own generators, which a pass draws from."""
+        sampler, batch_sampler = (getattr(self.loader, name, None) for name in ("sampler", "batch_sampler"))
+        places = (self.loader, sampler, batch_sampler, getattr(batch_sampler, "sampler", None))
+        found = [getattr(place, "generator", None) for place in places]
+        return list({id(one): one for one in found if isinstance(one, torch.Generator)}.values())
