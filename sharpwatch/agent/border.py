@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import signal
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 _LOG = logging.getLogger("sharpwatch")
 _REMEMBERED = 256  # distinct errors; past that they are counted only
@@ -20,20 +21,34 @@ class Border:
 
     @contextmanager
     def guard(self, doing: str) -> Iterator[None]:
-        """Run the body; what it raises ends here."""
+        """Run the body; what it raises ends here, unless it is the program's own."""
         try:
             yield
-        except Exception as error:  # noqa: BLE001 - this is the border
-            self._swallow(doing, error)
+        except Exception as error:
+            if from_signal_handler(error):
+                raise
+            self.swallowed += 1
+            self._tell(doing, error)
 
-    def _swallow(self, doing: str, error: Exception) -> None:
-        self.swallowed += 1
-        frames = traceback.extract_tb(error.__traceback__)
-        place = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
-        key = (doing, type(error).__name__, place)
+    def _tell(self, doing: str, error: Exception) -> None:
+        *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+        key = (doing, type(error).__name__, f"{frame.f_code.co_filename}:{line}")
         if key in self._logged or len(self._logged) >= _REMEMBERED:
             return
         self._logged.add(key)
-        _LOG.warning(
-            "%s failed, training goes on (logged once): %s: %s", doing, type(error).__name__, error, exc_info=error
-        )
+        warn("%s failed, training goes on (logged once): %s: %s", doing, type(error).__name__, error, error=error)
+
+
+def warn(message: str, *arguments: object, error: Exception | None = None) -> None:
+    """Log a warning; handlers and filters of the program's own may raise."""
+    with suppress(Exception):
+        _LOG.warning(message, *arguments, exc_info=error)
+
+
+def from_signal_handler(error: Exception) -> bool:
+    """Whether a signal handler of the program raised it: it came while our code happened to run.
+
+    Such as torch's own for DataLoader workers that die, or one that ends a preempted run.
+    """
+    handlers = {getattr(signal.getsignal(number), "__code__", None) for number in signal.valid_signals()}
+    return any(frame.f_code in handlers for frame, _ in traceback.walk_tb(error.__traceback__))

@@ -86,6 +86,10 @@ class CourierProcess:
             poll.register(self._outward, select.POLLOUT)
         poll.poll(max(0.0, seconds) * 1000)
 
+    def wake(self) -> None:
+        """Let a courier go on that someone stopped: it could else neither finish nor end."""
+        self._process.send_signal(signal.SIGCONT)
+
     def end_input(self) -> None:
         """Tell the courier that nothing more comes."""
         self._outward = _close(self._outward)

@@ -6,7 +6,6 @@ the outbox reaches: a courier that dies is replaced, and the next one gets it ag
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections import Counter, OrderedDict
@@ -15,6 +14,7 @@ from collections.abc import Mapping
 from google.protobuf.message import DecodeError
 
 from sharpwatch.agent.address import Address, Destination, Tls, parse_address, parse_tls, parse_token
+from sharpwatch.agent.border import warn
 from sharpwatch.agent.child import LOG, CourierGoneError, CourierProcess
 from sharpwatch.agent.frames import Unframer, frame
 from sharpwatch.agent.spool import Spool, without_arrays
@@ -31,7 +31,6 @@ _MAX_COMMANDS = 256
 _MAX_REASONS = 32
 _CLOSING_STARTS = 2  # couriers that close() tries
 _STUCK_SECONDS = 1.0  # without taking a byte, at the end
-_LOG = logging.getLogger("sharpwatch")
 
 
 class CourierPipe:
@@ -128,6 +127,8 @@ class CourierPipe:
         if self._inert():
             return
         deadline = time.monotonic() + timeout
+        if self._courier is not None:
+            self._courier.wake()
         stuck = not self._hand_over(deadline - timeout / 10)
         self._closed = True
         if self._courier is not None:
@@ -298,4 +299,4 @@ class _Restart:
         """Once: a courier that comes and goes is counted, not told of each time."""
         if not self._warned:
             self._warned = True
-            _LOG.warning("%s", message)
+            warn("%s", message)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sharpwatch.agent.border import from_signal_handler
 from sharpwatch.agent.kinds import KINDS, Report
 from sharpwatch.agent.subject import Before, Step, Subject
 from sharpwatch.blocks import BlockMap
@@ -154,7 +155,9 @@ class Probes:
                     captured.autocast.enter(stack)
                     reports[kind] = self._kinds[kind].run(captured.batch.slice(chosen), step)
                 self._in_a_row[kind] = 0
-            except Exception as error:  # noqa: BLE001 - host-safety border: a probe never reaches the loop
+            except Exception as error:  # host-safety border: a probe never reaches the loop
+                if from_signal_handler(error):
+                    raise
                 self._fail(kind, error, rows)
             seconds[kind] = _now(self._device) - started + before.seconds.get(kind, 0.0)
         return ProbeRun(reports, seconds)

@@ -411,14 +411,25 @@ def test_a_stopped_courier_never_blocks_the_trainer(serve, attach):
     assert [each.step for sample in daemon.samples for each in sample.checkpoints] == news
 
 
-def test_close_kills_a_courier_that_takes_nothing_more(serve, attach):
+def test_close_kills_a_courier_that_takes_nothing_more(serve, attach, monkeypatch):
+    monkeypatch.setattr(child, "_CODE", "import signal; signal.pause()")
     pipe = attach(serve(), outbox_bytes=100_000)
     process = pipe.courier_pid
-    os.kill(process, signal.SIGSTOP)
     send(pipe, range(1, 1_001), size=2_000)
     pipe.close()
     assert not exists(process)
     assert sum(pipe.dropped.values()) == 1_000
+
+
+def test_close_wakes_a_courier_that_was_stopped(serve, attach):
+    daemon = serve()
+    pipe = attach(daemon)
+    process = pipe.courier_pid
+    os.kill(process, signal.SIGSTOP)
+    send(pipe, range(1, 1_001), size=2_000)  # more than the pipe takes
+    pipe.close()
+    await_end(process)
+    assert daemon.sequences == list(range(1, 1_001))
 
 
 def test_a_sample_larger_than_the_outbox_keeps_all_but_its_arrays(serve, attach):
