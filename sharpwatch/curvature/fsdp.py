@@ -1,0 +1,111 @@
+"""What `fully_shard` keeps beside a model: who computes what, and a backward of one's own through it.
+
+FSDP2 has no public way to read its settings, only to set them; all that touches its inside stands here.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from sharpwatch.errors import ProbeError
+
+# As they are for the only backward of a step: gradients are averaged over ranks, weights let go of.
+_ORDINARY = {
+    "reduce_grads": True,
+    "all_reduce_grads": True,
+    "reshard_after_backward": True,
+    "gradient_divide_factor": None,
+    "_partial_reduce_output": None,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class DataRank:
+    """Which of `count` shares of each batch this process computes on; those who share a model's layers share it."""
+
+    number: int
+    count: int
+
+    @classmethod
+    def of(cls, model: nn.Module) -> DataRank:
+        """Read from the meshes that `fully_shard` was given; without it, as under tensor parallelism alone, one does.
+
+        Raises `ProbeError` where modules have meshes of different sizes.
+        """
+        meshes = [group.mesh_info.mesh for state in _states(model) for group in _groups(state)]
+        if not meshes:
+            return cls(0, 1)
+        if len({mesh.size() for mesh in meshes}) > 1:
+            raise ProbeError("modules are sharded over different numbers of ranks: no probe for these")
+        number = 0
+        for at, size in zip(meshes[0].get_coordinate(), meshes[0].shape, strict=True):
+            number = number * size + at
+        return cls(number, math.prod(meshes[0].shape))
+
+
+def reduced(model: nn.Module) -> set[int]:
+    """The ids of the parameters whose gradients FSDP averages."""
+    return {id(one.sharded_param) for state in _states(model) for group in _groups(state) for one in group.fsdp_params}
+
+
+@contextmanager
+def ordinary_backward(model: nn.Module) -> Iterator[None]:
+    """A context in which a backward through `model` averages its gradients over ranks and ends as a step's last one.
+
+    The user's settings, and what gradient accumulation has left for later, are set aside. So are half-finished passes:
+    afterwards, also after an error, weights are sharded.
+    """
+    states = _states(model)
+    with ExitStack() as stack:
+        for context in {id(state._state_ctx): state._state_ctx for state in states}.values():  # noqa: SLF001 - as the head says
+            _lay(stack, context, "is_last_backward", value=True)
+        for group in (group for state in states for group in _groups(state)):
+            for name, value in _ORDINARY.items():
+                _lay(stack, group, name, value=value)
+            for one in group.fsdp_params:
+                _lay(stack, one, "unsharded_accumulated_grad", value=None)
+                _lay(stack, getattr(one, "_unsharded_param", None), "grad", value=None)
+        for module in _modules(model):
+            stack.callback(module.reshard)
+        stack.push(lambda kind, *_: _start_over(model) if kind else None)
+        yield
+
+
+def _lay(stack: ExitStack, place: Any, name: str, *, value: object) -> None:
+    """Set an attribute, where this version of torch has it, until `stack` unwinds."""
+    if hasattr(place, name):
+        stack.callback(setattr, place, name, getattr(place, name))
+        setattr(place, name, value)
+
+
+def _start_over(model: nn.Module) -> None:
+    """Forget a pass that did not reach its end."""
+    for module in _modules(model):
+        state = module._get_fsdp_state()  # noqa: SLF001 - as the head says
+        if state._is_root and hasattr(module, "reset_iter_state"):  # noqa: SLF001 - as above
+            module.reset_iter_state()
+
+
+def _modules(model: nn.Module) -> list[Any]:
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return [module for module in model.modules() if fsdp is not None and isinstance(module, fsdp.FSDPModule)]
+
+
+def _states(model: nn.Module) -> list[Any]:
+    found = [module._get_fsdp_state() for module in _modules(model)]  # noqa: SLF001 - as the head says
+    return list({id(state): state for state in found}.values())
+
+
+def _groups(state: Any) -> Sequence[Any]:
+    """The groups of parameters that communicate together; before torch 2.13 a state had one at most."""
+    if hasattr(state, "_fsdp_param_groups"):
+        groups: Sequence[Any] = state._fsdp_param_groups  # noqa: SLF001 - as the head says
+        return groups
+    return [state._fsdp_param_group] if state._fsdp_param_group else []  # noqa: SLF001 - as above

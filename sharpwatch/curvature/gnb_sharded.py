@@ -1,0 +1,193 @@
+"""The Gauss-Newton-Bartlett probe of a model whose parameters several ranks hold together.
+
+Here nothing can stand in for the weights: FSDP2 gathers them in hooks, and leaves gradients in `.grad`. So each draw is
+an ordinary forward and backward through the model itself, by all ranks together, and what they leave is put back.
+Gradients come back averaged over the ranks that compute on different rows, each rank with its shard: with D such ranks
+and N predicting positions in all, a backward of D/√N times the sum of cross-entropies leaves √N ∇L̂, whose squares add.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sharpwatch.blocks import BlockMap
+from sharpwatch.curvature import fsdp
+from sharpwatch.curvature.batch import Batch
+from sharpwatch.curvature.gnb import GnbSample, OutputGradients
+from sharpwatch.curvature.harmless import is_torchs, put_back, unwrapped
+from sharpwatch.curvature.norms import squares, sum_into
+from sharpwatch.curvature.outputs import EmptyBatchError, LogitsFn, predictions
+from sharpwatch.curvature.shards import Shard, held_gradient, is_dtensor, sketch
+from sharpwatch.curvature.sketch import CountSketch
+from sharpwatch.errors import ProbeError
+
+_REASON = 256  # bytes of a failure's reason that the other ranks are told
+
+Add = Callable[[Tensor], Tensor]  # a float64 tensor on the CPU to the sum of all ranks' such; they wait for each other
+
+
+def sharded_gnb_probe(  # noqa: PLR0913 - what a probe is of, and how it is taken; each named
+    model: nn.Module,
+    block_map: BlockMap,
+    batch: Batch,
+    *,
+    draws: int,
+    generator: torch.Generator,
+    add: Add,
+    weights: Mapping[str, float],
+    sketcher: CountSketch | None = None,
+    logits_fn: LogitsFn | None = None,
+) -> GnbSample:
+    """`draws` forwards and backwards on all ranks' rows, the same sample on each; leaves no trace in `model`.
+
+    All ranks call it together, with their `shares` as `weights`. `batch` are this rank's rows; `generator`, on the
+    logits' device, is made for this probe: ranks of one `DataRank` number have the same of both, others their own.
+    Frozen and unused parameters count as zero, and so do those that FSDP was told to ignore.
+
+    Raises `ProbeError` on every rank where one of them fails beside the model: without logits, out of memory when
+    labels are drawn or gradients summed. What fails on one rank alone within the model's forward or backward can't be
+    caught, as in the training itself: the others wait in the model's own collectives until they time out.
+    """
+    together = _Together(add)
+    probe = _Probe(model, block_map, batch, weights, sketcher, logits_fn)
+    with put_back(model), fsdp.ordinary_backward(model), _gradients_aside(list(model.parameters())):
+        counts = torch.zeros(3, dtype=torch.float64)
+        with together.trying():
+            logits, mask = probe.forward()
+            counts = torch.tensor([int(mask.sum()), batch.rows, 1], dtype=torch.float64)
+        positions, rows, ranks = together.total(counts).tolist()
+        tokens, rows = (round(count * probe.data.count / ranks) for count in (positions, rows))
+        if tokens == 0:
+            raise EmptyBatchError("no position of any rank's rows predicts: all labels are ignored")
+        own = torch.zeros(draws, probe.width, dtype=torch.float64)
+        for draw in range(draws):
+            if draw:
+                logits, mask = probe.forward()
+            output_gradient = logits.detach().new_zeros(()).expand(logits.shape)  # where this rank has none to give
+            with together.trying():
+                scale = probe.data.count / math.sqrt(tokens)
+                output_gradient = OutputGradients(logits.detach(), mask, 1, generator, scale=scale)[0]
+            gradients = probe.gradients(logits, output_gradient)
+            del logits, output_gradient
+            with together.trying():
+                own[draw] = probe.numbers(gradients)
+            del gradients
+        total = together.total(own)
+    traces, sketches = total[:, : len(block_map.parts)], total[:, len(block_map.parts) :]
+    by_layer = sum_into(traces, block_map.layer_block_of, len(block_map.layer_blocks))
+    shape = draws, len(block_map.blocks), -1
+    return GnbSample(tokens, rows, by_layer, None if sketcher is None else sketches.float().view(shape))
+
+
+class _Probe:
+    """What one rank computes of a probe: its shards of √N ∇L̂, and their squares and sketches."""
+
+    def __init__(  # noqa: PLR0913, PLR0917 - as the probe itself
+        self,
+        model: nn.Module,
+        block_map: BlockMap,
+        batch: Batch,
+        weights: Mapping[str, float],
+        sketcher: CountSketch | None,
+        logits_fn: LogitsFn | None,
+    ) -> None:
+        self.data = fsdp.DataRank.of(model)
+        self.width = len(block_map.parts) + (len(block_map.blocks) * sketcher.size if sketcher else 0)
+        self._call = unwrapped(model)
+        self._block_map = block_map
+        self._batch = batch.usable()
+        self._sketcher = sketcher
+        self._logits_fn = logits_fn
+        self._buffers = [(module, dict(vars(module)["_buffers"])) for module in model.modules()]
+        self._parameters = dict(model.named_parameters())
+        self._shards = {name: Shard.of(parameter) for name, parameter in self._parameters.items()}
+        self._weights = weights
+        self._part_weights = torch.tensor([weights.get(part.parameter, 0.0) for part in block_map.parts]).double()
+        reduced = fsdp.reduced(model)
+        self._measured = {
+            name
+            for name, parameter in self._parameters.items()
+            if parameter.requires_grad and (self.data.count == 1 or id(parameter) in reduced)
+        }
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Logits [..., V], whole on each rank, and the positions that predict; on copies of the buffers."""
+        for module, buffers in self._buffers:
+            vars(module)["_buffers"] = {name: None if one is None else one.clone() for name, one in buffers.items()}
+        logits: Any
+        logits, mask = predictions(self._call, self._call, self._batch, self._logits_fn)
+        return logits.full_tensor() if is_dtensor(logits) else logits, mask
+
+    def gradients(self, logits: Tensor, output_gradient: Tensor) -> dict[str, Tensor]:
+        """What this rank holds of the gradients, by name."""
+        torch.autograd.backward(logits, output_gradient)
+        found = {name: held_gradient(parameter) for name, parameter in self._parameters.items()}
+        for parameter in self._parameters.values():
+            parameter.grad = None
+        return {name: g for name, g in found.items() if g is not None and name in self._measured}
+
+    @torch.no_grad()
+    def numbers(self, gradients: Mapping[str, Tensor]) -> Tensor:
+        """This rank's summands of a draw's squares by part, and of its sketch; float64 [width] on the CPU."""
+        by_part = squares(self._block_map, gradients, self._shards).cpu() * self._part_weights
+        if self._sketcher is None:
+            return by_part
+        sketched = sketch(self._sketcher, gradients, self._shards, self._weights)
+        return torch.cat([by_part, sketched.flatten().cpu().double()])
+
+
+class _Together:
+    """Sums over all ranks, which all of them get or none: a rank that has failed says so with its next summand."""
+
+    def __init__(self, add: Add) -> None:
+        self._add = add
+        self._reason = ""
+
+    @contextmanager
+    def trying(self) -> Iterator[None]:
+        """The body may fail on this rank alone; it goes on, for the others count on its part in what follows."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - raised by `total`, on all ranks
+            said = str(error) if isinstance(error, ProbeError) else f"{type(error).__name__}: {error}"
+            self._reason = self._reason or said
+
+    def total(self, own: Tensor) -> Tensor:
+        """The sum of all ranks' `own`. Raises `ProbeError` on all of them where one failed."""
+        summed = self._add(torch.cat([torch.tensor([self._reason != ""]).double(), own.flatten()]))
+        failures = round(summed[0].item())
+        if failures:
+            reason = self._told() if failures == 1 else self._reason
+            raise ProbeError(f"failed on {failures} of the ranks: {reason or 'they say why'}")
+        return summed[1:].view_as(own)
+
+    def _told(self) -> str:
+        """The reason of the one rank that failed."""
+        said = self._reason.encode()[:_REASON].ljust(_REASON)
+        if not self._reason:
+            said = bytes(_REASON)
+        told = self._add(torch.tensor(list(said), dtype=torch.float64))
+        return bytes(told.round().to(torch.uint8).tolist()).decode(errors="replace").strip()
+
+
+@contextmanager
+def _gradients_aside(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """A context in which parameters have no gradients and the user's hooks on them rest; both are put back."""
+    with ExitStack() as stack:
+        for parameter in parameters:
+            stack.callback(setattr, parameter, "grad", parameter.grad)
+            parameter.grad = None
+            for name in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+                hooks = getattr(parameter, name, None)
+                if hooks:  # changed in place: autograd has a reference to it
+                    stack.callback(hooks.update, dict(hooks))
+                    stack.callback(hooks.clear)
+                    for key in [key for key, hook in hooks.items() if not is_torchs(hook)]:
+                        del hooks[key]
+        yield
