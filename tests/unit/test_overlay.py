@@ -204,3 +204,24 @@ def test_a_tensor_rate_is_scaled_without_being_touched():
     overlay.remove()
     assert optimizer.param_groups[0]["lr"] is rate
     assert float(rate) == pytest.approx(0.01)
+
+
+class CountingInPlace(torch.optim.SGD):
+    """Keeps a count in its groups as a tensor, as fused optimizers do for CUDA graphs."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["count"] += 1
+        return super().step(closure)
+
+
+def test_a_tensor_that_step_raises_in_place_is_raised_once():
+    net = model()
+    optimizer = CountingInPlace([{"params": net.parameters(), "count": torch.tensor(0)}], lr=0.01)
+    hooked(optimizer, multipliers_of(net))
+    count = optimizer.param_groups[0]["count"]
+    for step in range(3):
+        backward(net, step)
+        optimizer.step()
+    assert optimizer.param_groups[0]["count"] is count
+    assert int(count) == 3
