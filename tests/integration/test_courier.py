@@ -425,8 +425,10 @@ def test_close_wakes_a_courier_that_was_stopped(serve, attach):
     daemon = serve()
     pipe = attach(daemon)
     process = pipe.courier_pid
+    send(pipe, [1])
+    daemon.wait(lambda: daemon.samples, pipe)
     os.kill(process, signal.SIGSTOP)
-    send(pipe, range(1, 1_001), size=2_000)  # more than the pipe takes
+    send(pipe, range(2, 1_001), size=2_000)  # more than the pipe takes
     pipe.close()
     await_end(process)
     assert daemon.sequences == list(range(1, 1_001))

@@ -1,0 +1,76 @@
+"""Promise: a full disk, the daemon's or the trainer's own, changes nothing and loses nothing."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+CODE = """
+trainer = Trainer()
+while not select.select([sys.stdin], [], [], 0)[0]:
+    trainer.step()
+    say(acknowledged=trainer.pipe._spool.settled)
+trainer.close()
+"""
+
+
+def await_stream(trainer):
+    """Until a sample is acknowledged that is not taken yet."""
+    last = trainer.said("step", 0)
+    trainer.wait(lambda: trainer.said("acknowledged", 0) > last)
+
+
+def events(daemon):
+    return [json.loads(line)["event"] for line in tuple(daemon.log) if line.startswith("{")]
+
+
+def test_the_daemons_disk(train, daemon, assert_unchanged):
+    trainer = train(CODE, address=daemon.grpc)
+    await_stream(trainer)
+    # No file of the daemon may grow past this.
+    unlimited = resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+    trainer.wait(lambda: "store_failed" in events(daemon))
+    acknowledged = trainer.said("acknowledged")
+    trainer.more(30)
+    assert trainer.said("acknowledged") - acknowledged < 30
+    resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE, unlimited)
+    await_stream(trainer)
+    assert trainer.end() == 0
+    assert_unchanged(trainer)
+    assert trainer.said("swallowed") == 0
+    assert trainer.said("dropped") == {}
+    with closing(sqlite3.connect(f"{daemon.folder}/sharpwatch.db")) as journal:
+        held = [sequence for (sequence,) in journal.execute("SELECT sequence FROM samples ORDER BY sequence")]
+    assert held == list(range(1, len(trainer.steps) + 2))
+
+
+# Not a byte can be written to any file; /dev/full answers every write as a full disk does.
+FULL = """
+import resource, torch._dynamo  # which writes to a temporary folder, once
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+trainer = Trainer()
+trainer.train(10)
+old = trainer.pipe.courier_pid
+os.kill(old, signal.SIGKILL)  # which is something to log
+os.waitid(os.P_PID, old, os.WEXITED | os.WNOWAIT)
+while trainer.pipe.courier_pid in (old, None):
+    trainer.step()
+trainer.train(10)
+trainer.close()
+"""
+
+
+def test_the_trainers_disk(train, serve, assert_unchanged, tmp_path):
+    daemon = serve()
+    with Path("/dev/full").open("w") as full:
+        environment = {"SHARPWATCH_COURIER_LOG": "/dev/full", "TMPDIR": str(tmp_path / "none")}
+        trainer = train(FULL, address=daemon.address, folder=tmp_path, stderr=full, **environment)
+    assert trainer.end() == 0
+    assert_unchanged(trainer)
+    assert trainer.said("swallowed") == 0
+    assert trainer.said("dropped") == {}
+    assert set(daemon.sequences) == set(range(1, len(trainer.steps) + 2))
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,38 @@
+"""Promise: a pipe that nobody reads holds no step up; what is kept is bounded, and what is not is counted."""
+
+from __future__ import annotations
+
+OUTBOX = 200_000
+LARGEST = 100_000  # of one sample, by far: four sketches of six blocks make 25 kB
+CODE = f"""
+import functools
+from sharpwatch.agent import attach, pipe
+attach.CourierPipe = functools.partial(pipe.CourierPipe, outbox_bytes={OUTBOX})
+trainer = Trainer(probe_every=1)
+trainer.train(1)
+os.kill(trainer.pipe.courier_pid, signal.SIGSTOP)
+held = []
+while trainer.pipe.dropped.get("outbox_full", 0) < 20:
+    trainer.step()
+    held.append(trainer.pipe._spool.size)
+say(held=max(held), lost=trainer.pipe.dropped["outbox_full"])
+os.kill(trainer.pipe.courier_pid, signal.SIGCONT)
+while trainer.pipe._spool.unsent:
+    trainer.step()
+trainer.close()
+"""
+
+
+def test_a_pipe_that_nobody_reads(train, serve, assert_unchanged):
+    daemon = serve()
+    trainer = train(CODE, address=daemon.address)
+    assert trainer.end() == 0
+    assert_unchanged(trainer)
+    assert OUTBOX / 2 < trainer.said("held") < OUTBOX + LARGEST
+    assert trainer.said("swallowed") == 0
+    assert trainer.said("dropped")["outbox_full"] >= trainer.said("lost")
+    assert trainer.said("dropped").keys() == {"outbox_full"}
+    assert len(daemon.sequences) == len(trainer.steps) + 1 - trainer.said("dropped")["outbox_full"]
+    assert daemon.sequences == sorted(set(daemon.sequences))
+    # The daemon is told.
+    assert dict(daemon.samples[-1].health.dropped) == trainer.said("dropped")
