@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import math
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "unit")]
 import dense
@@ -22,6 +24,7 @@ from sharpwatch.curvature.gnb import OutputGradients
 from sharpwatch.curvature.gnb_sharded import sharded_gnb_probe
 from sharpwatch.curvature.norms import squares, sum_into
 from sharpwatch.curvature.sketch import CountSketch
+from sharpwatch.errors import ProbeError
 
 ROWS = 4
 DRAWS = 64
@@ -75,6 +78,15 @@ def unsharded(model, block_map, sketcher, count):
     return tokens, by_layer, sketcher.sketch(gradients)
 
 
+def summed(model):
+    """A sharded model whose gradients the user wants added up, not averaged."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo knows no other way
+    return model
+
+
 def check_traces(shard, truth, rounding=0.0):
     """One draw to the digit, many to their standard error. `rounding`, relative, is what the precision may cost."""
     model = shard(dense.llama())
@@ -95,7 +107,7 @@ def check_traces(shard, truth, rounding=0.0):
 
 def two(truth):
     mesh = init_device_mesh("cpu", (2,))
-    check_traces(lambda model: sharding.by_fsdp(model, mesh), truth)
+    check_traces(lambda model: summed(sharding.by_fsdp(model, mesh)), truth)
     check_traces(lambda model: sharding.by_tensor_parallelism(model, mesh), truth)
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     # bfloat16 rounds to 0.4 %; some thirty roundings, half of them up, make 1 % of a gradient and 2 % of its square.
@@ -122,3 +134,89 @@ def test_two_ranks_give_the_trace_of_every_layer_block(ranks, truth):
 
 def test_four_ranks_give_the_trace_of_every_layer_block(ranks, truth):
     ranks(four, 4, truth, timeout=120)
+
+
+class Counted(nn.Module):
+    """A buffer that every forward counts in."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, hidden):
+        self.calls += 1
+        return hidden
+
+
+def train(probed):
+    """Dropout, accumulated gradients that are summed, a buffer that changes, hooks: what is left after some steps."""
+    torch.manual_seed(7)
+    model = dense.gpt2()
+    model.transformer.drop = nn.Sequential(model.transformer.drop, Counted())
+    block_map = classify(model)
+    sharding.by_fsdp(model, init_device_mesh("cpu", (2,)))
+    summed(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    seen = Counter()
+    model.transformer.h[0].register_forward_hook(lambda *_: seen.update(["forward"]))
+    model.transformer.wpe.weight.register_post_accumulate_grad_hook(lambda _: seen.update(["accumulated"]))
+    ids, labels = dense.tokens(seed=dist.get_rank())
+    gradients = []
+    for _ in range(3):
+        for last in (False, True):
+            model.set_requires_gradient_sync(last)
+            model(input_ids=ids, labels=labels).loss.backward()
+            if probed:
+                leaves_no_trace(model, block_map)
+        optimizer.step()
+        if probed:
+            leaves_no_trace(model, block_map)
+        gradients += [parameter.grad.to_local().clone() for parameter in model.parameters()]
+        optimizer.zero_grad()
+    weights = [parameter.detach().to_local().clone() for parameter in model.parameters()]
+    return [*weights, *gradients, *(b.clone() for b in model.buffers()), torch.get_rng_state(), torch.rand(3)], seen
+
+
+def leaves_no_trace(model, block_map):
+    held = [(parameter, parameter.grad) for parameter in model.parameters()]
+    probe(model, block_map, sketcher=CountSketch(block_map, size=64), draws=2)
+    fail_beside(model, block_map)
+    fail_after(model, block_map)
+    assert all(new is old for new, (old, _) in zip(model.parameters(), held, strict=True))
+    assert all(parameter.grad is grad for parameter, grad in held)
+    assert all(module.training for module in model.modules())
+    assert not model._get_fsdp_state()._comm_ctx.post_forward_order  # what the next backward would gather ahead
+
+
+def fail_beside(model, block_map):
+    """One rank can't sketch: all hear why, and nobody waits."""
+    sketcher = CountSketch(block_map, size=64)
+    if dist.get_rank() == 1:
+        sketcher.sketch = None
+    with pytest.raises(ProbeError, match="failed on 1 of the ranks: TypeError: 'NoneType'"):
+        probe(model, block_map, sketcher=sketcher)
+
+
+def fail_after(model, block_map):
+    """One rank's logits can't be told, after a forward that ends there."""
+
+    def logits_fn(called, batch):
+        output = called(**batch.kwargs)
+        if dist.get_rank() == 0:
+            raise ValueError("no mask")
+        return output.logits, batch.kwargs["labels"] != -100
+
+    with pytest.raises(ProbeError, match="failed on 1 of the ranks: ValueError: no mask"):
+        probe(model, block_map, logits_fn=logits_fn)
+
+
+def undisturbed():
+    plain, expected = train(probed=False)
+    probed, found = train(probed=True)
+    assert expected == found == {"forward": 6, "accumulated": 3}
+    assert len(plain) == len(probed)
+    assert all(torch.equal(one, other) for one, other in zip(plain, probed, strict=True))
+
+
+def test_training_is_bit_identical(ranks):
+    ranks(undisturbed, 2)
