@@ -48,8 +48,12 @@ class Batches:
         return len(self.loader)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Any]:
-        """The rest of this epoch. A restore inside it is for the next iterator."""
+        """The rest of the epoch that was restored; else a new one, from its first batch."""
         length = self._length()
+        if self._given == length or (self._given and self._resume is None):  # the last iterator was left
+            self._end_epoch()
+            if self._pass < self.epoch:
+                self._end_pass()
         while length is None or self._given < length:
             try:
                 batch = self._next()
@@ -57,8 +61,7 @@ class Batches:
                 break
             self._given += 1
             yield batch
-        self._given = 0
-        self.epoch += 1
+        self._end_epoch()
 
     def mark(self, step: int) -> None:
         """Optimizer step `step` was done with the batches taken so far."""
@@ -95,7 +98,7 @@ class Batches:
         self._trail = Trail(state["trail"])
         self._pass, self._index, self._start = state["pass"], state["index"], state["start"]
         if self._given == self._length():
-            self._given, self.epoch = 0, self.epoch + 1
+            self._end_epoch()
         self._iterator, self._resume = None, state
         set_random_state(state["random"])
 
@@ -104,6 +107,15 @@ class Batches:
             return len(self)
         except TypeError:
             return None
+
+    def _end_epoch(self) -> None:
+        self._given = 0
+        self.epoch += 1
+
+    def _end_pass(self) -> None:
+        self._iterator = self._resume = None
+        self._index = 0
+        self._pass += 1
 
     def _next(self) -> Any:
         """The next batch that is not left out; raises StopIteration at the end of a loader without a length."""
@@ -114,7 +126,7 @@ class Batches:
             except StopIteration:
                 if self._index == 0:
                     raise  # an empty loader
-                self._iterator, self._index, self._pass = None, 0, self._pass + 1
+                self._end_pass()
                 if self._length() is None:
                     raise
                 continue
@@ -130,6 +142,8 @@ class Batches:
             self.loader.load_state_dict(state["loader"])  # type: ignore[attr-defined]
         passing_over = self._index if state is not None and state["loader"] is None else 0
         self._set_epoch()
+        if state is not None:
+            set_random_state(state["random"])
         if passing_over:
             self._set_start()
         else:

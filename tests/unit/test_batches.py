@@ -124,7 +124,7 @@ def test_without_a_restore_it_is_the_loader(name):
         plain += [(epoch, values(batch), torch.rand(()).item()) for batch in loader]
     torch.manual_seed(1)
     batches = Batches(LOADERS[name]())
-    assert [entry for _ in range(3) for entry in run(batches, len(plain) // 3)] == plain
+    assert run(batches, len(plain)) == plain
     assert batches.epoch == 2
 
 
@@ -144,6 +144,23 @@ def test_what_is_left_out_moves_the_next_ones_up(name):
         assert sorted(item for _, data, _ in seen[2:] for item in data) == list(range(20))
         assert [epoch for epoch, _, _ in seen] == [0] * 6 + [1] * 6  # an epoch has ten batches, come what may
     assert again.taken == 20
+
+
+@pytest.mark.parametrize("name", ["shuffled", "stateful", "distributed"])
+def test_an_iterator_that_is_left_begins_anew_as_the_loaders_own_does(name):
+    def left(loader):
+        seen = []
+        for epoch, count in enumerate((10, 4, 10, 10)):  # the last of an epoch may be taken without asking for the end
+            if name == "distributed":
+                getattr(loader, "loader", loader).sampler.set_epoch(epoch)
+            iterator = iter(loader)
+            seen += [(values(next(iterator)), torch.rand(()).item()) for _ in range(min(count, len(loader)))]
+        return seen
+
+    torch.manual_seed(1)
+    plain = left(LOADERS[name]())
+    torch.manual_seed(1)
+    assert left(Batches(LOADERS[name]())) == plain
 
 
 def test_steps_are_told_as_batches():

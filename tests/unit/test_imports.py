@@ -21,6 +21,7 @@ ALLOWED = {
     "blocks": set(),
     "curvature": {"blocks"},
     "agent": {"blocks", "curvature"},
+    "integrations": {"agent"},
     "daemon": {"blocks", "curvature"},
     "cli": {"blocks", "curvature", "agent", "daemon", "demo"},
     "demo": {""},  # as any user's script does
@@ -120,7 +121,12 @@ def loaded_after(statement):
 
 @pytest.mark.parametrize(
     "statement",
-    ["import sharpwatch.agent.watch", "import sharpwatch.blocks", "import sharpwatch; sharpwatch.attach"],
+    [
+        "import sharpwatch.agent.watch",
+        "import sharpwatch.blocks",
+        "import sharpwatch; sharpwatch.attach",
+        "import sharpwatch.integrations.huggingface",
+    ],
 )
 def test_the_trainer_is_left_without_grpc(statement):
     loaded = loaded_after(statement)

@@ -1,0 +1,261 @@
+"""sharpwatch in the Trainer of Hugging Face: a callback, and `train`, which can go back to a checkpoint.
+
+    trainer = Trainer(..., callbacks=[SharpwatchCallback(training_job="gpt2-owt")])
+    train(trainer)
+
+A rollback leaves the loop of `Trainer.train` and calls it again with `resume_from_checkpoint`: Trainer itself restores
+model, optimizer, scheduler, random states, scaler and the position in the data, from its own checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+from torch.utils.hooks import RemovableHandle
+
+from sharpwatch.agent.attach import attach
+from sharpwatch.agent.control import RollbackRequest
+from sharpwatch.agent.position import Range, Trail, holds, nth_kept, union
+from sharpwatch.agent.watch import Watch
+from sharpwatch.errors import AttachError
+
+try:
+    from accelerate import skip_first_batches
+    from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+    from transformers.trainer_utils import get_last_checkpoint
+except ImportError as error:
+    raise ImportError(f"{error}: pip install 'sharpwatch[huggingface]'") from error
+
+_LOG = logging.getLogger("sharpwatch")
+_STATE = "sharpwatch.json"  # beside Trainer's own files, and written after them
+_NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt", _STATE)  # to go back to a checkpoint
+
+
+class SharpwatchCallback(TrainerCallback):
+    """Watches the model and the optimizer that Trainer trains; the options are `attach`'s.
+
+    The agent's own state goes into Trainer's checkpoints, and a resumed training is the same run. Rollbacks are taken
+    in `train(trainer)` alone: `Trainer.train` by itself has no way to leave its loop and come back.
+    """
+
+    def __init__(self, training_job: str, **attach_options: Any) -> None:
+        self.watch: Watch | None = None
+        self.goes_back = False  # in `train`
+        self.left_out: list[Range] = []  # of the micro-batches that this process takes in all epochs, from 0
+        self._options = {"training_job": training_job, **attach_options}
+        self._watched: tuple[Any, Any] = (None, None)
+        self._resumed: dict[str, Any] | None = None
+        self._trail = Trail()  # the watch's steps to Trainer's: a GradScaler makes some of the latter void
+        self._hook: RemovableHandle | None = None
+        self._losses: list[Tensor] = []
+        self._shares = False  # whether a micro-batch's loss is its share of the step's mean, and not its own
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
+        """Attach, or go on watching after a rollback."""
+        if self._resumed is None and state.global_step:  # not in `train`: Trainer's own folder has it, as a rule
+            self.take_up(_folder(args, state))
+        resumed, self._resumed = self._resumed or {}, None
+        watch = self.watch
+        if watch is None or self._watched != (kwargs["model"], kwargs["optimizer"]):
+            watch = self.watch = self._attached(kwargs["model"], kwargs["optimizer"], state.global_step)
+            watch.load_state_dict(resumed.get("watch", {}))
+        request = watch.pending_rollback
+        if request is not None:
+            watch.restored(request.step)
+        self._trail = Trail(resumed.get("trail", [(watch.step, state.global_step)]))
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        """Observe the step's loss."""
+        losses, self._losses = self._losses, []
+        if self.watch is not None and losses:
+            total = sum(losses[1:], losses[0])
+            self.watch.observe(loss=total if self._shares else total / len(losses))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
+        """Leave the loop where a rollback is pending, before anything is evaluated or saved."""
+        if self.watch is None:
+            return
+        self._trail.mark(self.watch.step, state.global_step)
+        request = self.watch.pending_rollback
+        if request is None:
+            return
+        loader = kwargs["train_dataloader"]
+        reason = _obstacle(request, args, loader)
+        if reason:
+            _LOG.warning("a rollback was not done, training goes on: %s", reason)
+            self.watch.rollback_failed(reason)
+            return
+        if request.skip[0] < request.skip[1]:
+            self.left_out = union([*self.left_out, self._batches(request, args, len(loader))])
+        raise _GoBack(request)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        """Put the agent's state into the checkpoint, and tell of it."""
+        folder = _folder(args, state)
+        if self.watch is None or not folder.is_dir():
+            return
+        values = {"watch": self.watch.state_dict(), "trail": self._trail.corners, "left_out": self.left_out}
+        if state.is_world_process_zero:
+            try:
+                (folder / _STATE).write_text(json.dumps(values), encoding="utf-8")
+            except OSError as error:
+                _LOG.warning("the agent's state is not in the checkpoint, no rollback can go there: %s", error)
+                return
+        self.watch.saved_checkpoint(self.watch.step, str(folder))
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Say goodbye."""
+        self._close()
+
+    # Inside.
+
+    def _close(self) -> None:
+        if self.watch is not None:
+            self.watch.close()
+        if self._hook is not None:
+            self._hook.remove()
+        self.watch = self._hook = None
+        self._watched = (None, None)
+
+    def _attached(self, model: nn.Module, optimizer: Any, step: int) -> Watch:
+        self._close()
+        control = {"control": "rollback"} if self.goes_back else {}
+        watch = attach(model, optimizer, **{"initial_step": step, **control, **self._options})
+        self._watched = (model, optimizer)
+        self._hook = model.register_forward_hook(self._after_forward, with_kwargs=True)
+        return watch
+
+    def _after_forward(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        del args
+        loss = output.get("loss") if isinstance(output, dict) else None
+        if model.training and isinstance(loss, Tensor):
+            self._losses.append(loss.detach())
+            self._shares = kwargs.get("num_items_in_batch") is not None
+
+    def take_up(self, checkpoint: Path) -> None:
+        """Read what the agent put into `checkpoint`; what is left out already stays so."""
+        file = checkpoint / _STATE
+        self._resumed = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        self.left_out = union([*self.left_out, *self._resumed.get("left_out", ())])
+
+    def _batches(self, request: RollbackRequest, args: TrainingArguments, epoch: int) -> Range:
+        """The micro-batches that the steps to be skipped took, of those after the checkpoint; `epoch` have as many."""
+        first, last = (
+            nth_kept(self.left_out, _taken(self._trail.batches(step - 1), args.gradient_accumulation_steps, epoch))
+            for step in (max(request.skip[0], request.step + 1), request.skip[1])
+        )
+        return first, last
+
+
+def train(trainer: Trainer, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    """`trainer.train(...)`, that goes back to one of Trainer's own checkpoints when a rollback is asked for.
+
+    The rollback's batches are left out and the next ones move up, also those of the next epoch: epochs and the
+    schedule keep their number of steps. That needs a dataset with a length.
+    """
+    found = [one for one in trainer.callback_handler.callbacks if isinstance(one, SharpwatchCallback)]
+    if len(found) != 1:
+        raise AttachError(f"train: the trainer needs one SharpwatchCallback, and has {len(found)}")
+    callback = found[0]
+    loader = trainer.get_train_dataloader
+    vars(trainer)["get_train_dataloader"] = lambda: _without(loader(), callback.left_out)
+    callback.goes_back = True
+    checkpoint = resume_from_checkpoint
+    if checkpoint is True:
+        checkpoint = get_last_checkpoint(trainer.args.output_dir)  # type: ignore[no-untyped-call]
+    try:
+        while True:
+            if isinstance(checkpoint, str):
+                callback.take_up(Path(checkpoint))
+            try:
+                return trainer.train(resume_from_checkpoint=checkpoint, **kwargs)
+            except _GoBack as leaving:
+                checkpoint = leaving.request.uri
+    finally:
+        vars(trainer)["get_train_dataloader"] = loader
+        callback.goes_back = False
+
+
+class _GoBack(Exception):  # noqa: N818 - the way out of Trainer's loop
+    """A rollback is pending."""
+
+    def __init__(self, request: RollbackRequest) -> None:
+        super().__init__(f"back to {request.uri}")
+        self.request = request
+
+
+class _KeptBatches:
+    """A batch sampler's batches of all epochs as one stream, without those that are left out, cut into equal epochs."""
+
+    def __init__(self, batch_sampler: Any, left_out: list[Range]) -> None:
+        self._batch_sampler = batch_sampler
+        self._left_out = left_out
+        self._epoch = 0
+
+    def __len__(self) -> int:
+        return len(self._batch_sampler)
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[Any]:
+        length = len(self)
+        start = nth_kept(self._left_out, self._epoch * length)
+        end = nth_kept(self._left_out, (self._epoch + 1) * length - 1)
+        for epoch in range(start // length, end // length + 1):
+            for place in _samplers(self._batch_sampler):
+                if hasattr(place, "set_epoch"):
+                    place.set_epoch(epoch)
+            for number, batch in enumerate(self._batch_sampler, epoch * length):
+                if start <= number <= end and not holds(self._left_out, number):
+                    yield batch
+
+
+def _without(loader: Any, left_out: list[Range]) -> Any:
+    """`loader`, a DataLoader that Accelerate has prepared, without the batches that are left out."""
+    if not left_out:
+        return loader
+    loader = skip_first_batches(loader, 0)  # the public way to a prepared loader whose batch sampler can be replaced
+    kept = _KeptBatches(loader.batch_sampler.batch_sampler, left_out)
+    loader.batch_sampler.batch_sampler = kept
+    loader.batch_sampler.set_epoch = kept.set_epoch  # where Trainer and Accelerate look for it
+    return loader
+
+
+def _samplers(batch_sampler: Any) -> Iterable[Any]:
+    """Whatever orders the batches: the sampler, or the one inside Accelerate's share of it."""
+    inner = getattr(batch_sampler, "batch_sampler", None)
+    return (batch_sampler, getattr(batch_sampler, "sampler", None), inner, getattr(inner, "sampler", None))
+
+
+def _taken(steps: int, accumulation: int, epoch: int) -> int:
+    """Micro-batches in Trainer's first `steps` steps; the last step of an epoch has what remains of it."""
+    epochs, rest = divmod(steps, -(-epoch // accumulation))
+    return epochs * epoch + min(rest * accumulation, epoch)
+
+
+def _home(args: TrainingArguments) -> Path:
+    return Path(args.output_dir or ".").resolve()
+
+
+def _folder(args: TrainingArguments, state: TrainerState) -> Path:
+    return _home(args) / f"checkpoint-{state.global_step}"
+
+
+def _obstacle(request: RollbackRequest, args: TrainingArguments, loader: Any) -> str:
+    """Why the rollback can't be done; empty if it can."""
+    folder = Path(request.uri)
+    if folder.parent != _home(args):
+        return f"{folder}: not a checkpoint in {_home(args)}"
+    missing = [name for name in _NEEDED if not (folder / name).is_file()]
+    if missing:
+        return f"{folder}: {', '.join(missing)} missing"
+    if request.skip[0] < request.skip[1] and isinstance(getattr(loader, "dataset", None), IterableDataset):
+        return "no data can be skipped in an IterableDataset"
+    return ""

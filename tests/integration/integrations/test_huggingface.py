@@ -1,0 +1,161 @@
+"""A rollback in Trainer ends where a Trainer ends that was restarted by hand from that checkpoint, without the data."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration
+from torch.utils.data import DataLoader, TensorDataset
+
+from sharpwatch.integrations.huggingface import _without
+
+# What any user's script has: 40 sequences, shuffled, two micro-batches of 2 to a step: ten steps an epoch.
+PARTS = """
+import hashlib, json, sys, threading, torch
+from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+torch.manual_seed(0)
+model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, n_embd=32, n_layer=2, n_head=2, bos_token_id=0,
+    eos_token_id=0))
+rows = torch.randint(64, (40, 16), generator=torch.Generator().manual_seed(1))
+data = [{"input_ids": row, "labels": row} for row in rows]
+args = TrainingArguments(FOLDER, per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=10_000,
+    save_steps=4, learning_rate=5e-3, warmup_steps=5, lr_scheduler_type="cosine", report_to=[], use_cpu=True,
+    disable_tqdm=True, logging_steps=1, seed=7, bf16=BF16)
+
+def digest():
+    return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()
+
+class Tell(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        print(json.dumps({"step": state.global_step, "weights": digest()}), flush=True)
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        if "loss" in logs:
+            print(json.dumps({"step": state.global_step, "loss": logs["loss"]}), flush=True)
+"""
+
+WATCHED = (
+    PARTS
+    + """
+import os, signal
+from sharpwatch.integrations.huggingface import SharpwatchCallback, train
+signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # a death without any goodbye
+over = threading.Event()
+threading.Thread(target=lambda: (sys.stdin.read(), over.set()), daemon=True).start()
+
+class Stop(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        over.wait(0.05)
+        control.should_training_stop = over.is_set()
+
+trainer = Trainer(model, args, train_dataset=data, callbacks=[Tell(), Stop()])
+trainer.add_callback(SharpwatchCallback(training_job="trainer", run="trainer", probe_every=5, address=ADDRESS))
+trainer.remove_callback(PrinterCallback)
+train(trainer, resume_from_checkpoint=RESUME)
+"""
+)
+
+# By hand, without sharpwatch: Trainer's own restart, and a look at which batch it is.
+BY_HAND = (
+    PARTS
+    + """
+class ByHand(Trainer):
+    seen = 13
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        while self.seen in SKIP:
+            for _ in range(num_batches):
+                next(epoch_iterator)
+            self.seen += 1
+        self.seen += 1
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+class Stop(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 18
+
+ByHand(model, args, train_dataset=data, callbacks=[Tell(), Stop()]).train(resume_from_checkpoint=RESUME)
+"""
+)
+
+
+def filled(source, **names):
+    for name, value in names.items():
+        source = source.replace(name, repr(value))
+    return source
+
+
+def weights(entries):
+    return {entry["step"]: entry["weights"] for entry in entries if "weights" in entry}
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_rollback_leaves_a_range_of_data_out(daemon, stepping, script, tmp_path, bf16):
+    folder = tmp_path / "runs"
+    trainer = stepping(filled(WATCHED, FOLDER=str(folder), BF16=bf16, ADDRESS=daemon.grpc, RESUME=None))
+    first = weights(trainer.until(lambda entry: entry["step"] >= 15))
+    done = daemon.cli("rollback", "trainer", "--to-step", "12", "--skip", "14:16", "--reason", "bad shard")
+    assert done["outcome"] == "applied"
+    assert done["rollback"]["checkpoint"]["step"] == 12
+    back = trainer.until(lambda entry: entry["step"] == 13 and "weights" in entry)[-1]
+    assert back["weights"] == first[13]
+    again = weights(trainer.until(lambda entry: entry["step"] == 19))
+    by_hand = filled(
+        BY_HAND, FOLDER=str(tmp_path / "by hand"), BF16=bf16, RESUME=str(folder / "checkpoint-12"), SKIP=[14, 15]
+    )
+    plain = weights(json.loads(line) for line in script(by_hand).splitlines() if line.startswith('{"'))
+    assert list(plain) == list(range(13, 19))
+    assert {step: again[step] for step in range(14, 19)} == {step: plain[step] for step in range(14, 19)}
+    assert again[14] != first[14]
+
+
+def test_a_resumed_training_is_the_same_run_and_keeps_what_was_left_out(daemon, stepping, tmp_path):
+    source = filled(WATCHED, FOLDER=str(tmp_path / "runs"), BF16=False, ADDRESS=daemon.grpc)
+    trainer = stepping(filled(source, RESUME=None))
+    trainer.until(lambda entry: entry["step"] >= 15)
+    daemon.cli("rollback", "trainer", "--to-step", "12", "--skip", "14:16", "--reason", "bad shard")
+    trainer.until(lambda entry: entry["step"] == 13)
+    whole = weights(trainer.until(lambda entry: entry["step"] == 25))  # in the next epoch, past checkpoint 24
+    trainer._process.terminate()
+    trainer._process.wait(timeout=60)
+    again = stepping(filled(source, RESUME=str(tmp_path / "runs" / "checkpoint-16")))
+    resumed = weights(again.until(lambda entry: entry["step"] == 25))
+    assert min(resumed) <= 20  # one or two steps pass before the daemon is asked
+    assert resumed == {step: whole[step] for step in resumed}
+    runs = daemon.cli("jobs")["runs"]
+    assert [run["run"] for run in runs] == ["trainer"]
+
+
+def test_the_daemon_sees_trainers_own_loss_and_its_probes(daemon, stepping, tmp_path):
+    trainer = stepping(filled(WATCHED, FOLDER=str(tmp_path / "runs"), BF16=False, ADDRESS=daemon.grpc, RESUME=None))
+    entries = trainer.until(lambda entry: entry["step"] == 25)
+    seen = daemon.cli("show", "trainer")
+    entries += trainer.until(lambda entry: entry["step"] == seen["run"]["step"] + 1)
+    logged = {entry["step"]: entry["loss"] for entry in entries if "loss" in entry}
+    # The same sum of the same two micro-batches' shares in float32.
+    assert seen["run"]["loss"] == pytest.approx(logged[seen["run"]["step"]], rel=1e-6)
+    assert seen["probe_failures"] == []
+    assert {"trace", "sharpness"} <= {made["quantity"] for made in seen["blocks"][0]["estimates"]}
+
+
+def test_what_is_left_out_moves_the_next_ones_up_over_the_ends_of_epochs():
+    def loader():
+        seedable = DataLoaderConfiguration(use_seedable_sampler=True)  # as Trainer has it
+        accelerator = Accelerator(cpu=True, dataloader_config=seedable)
+        return accelerator.prepare(DataLoader(TensorDataset(torch.arange(20)), 2, shuffle=True))
+
+    def epochs(prepared):
+        found = []
+        for epoch in range(3):
+            prepared.set_epoch(epoch)
+            found.append([batch.tolist() for (batch,) in prepared])
+        return found
+
+    torch.manual_seed(5)
+    stream = [batch for epoch in epochs(loader()) for batch in epoch]
+    kept = [batch for number, batch in enumerate(stream) if number not in {3, 4, 5, 9, 10}]
+    torch.manual_seed(5)
+    found = epochs(_without(loader(), [(3, 6), (9, 11)]))
+    assert [len(epoch) for epoch in found] == [10, 10, 10]
+    assert [batch for epoch in found for batch in epoch][: len(kept)] == kept
