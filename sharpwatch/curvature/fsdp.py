@@ -50,7 +50,7 @@ class DataRank:
         return cls(number, math.prod(meshes[0].shape))
 
 
-def reduced(model: nn.Module) -> set[int]:
+def averaged(model: nn.Module) -> set[int]:
     """The ids of the parameters whose gradients FSDP averages."""
     return {id(one.sharded_param) for state in _states(model) for group in _groups(state) for one in group.fsdp_params}
 

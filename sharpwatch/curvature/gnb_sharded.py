@@ -48,7 +48,7 @@ def sharded_gnb_probe(  # noqa: PLR0913 - what a probe is of, and how it is take
 
     All ranks call it together, with their `shares` as `weights`. `batch` are this rank's rows; `generator`, on the
     logits' device, is made for this probe: ranks of one `DataRank` number have the same of both, others their own.
-    Frozen and unused parameters count as zero, and so do those that FSDP was told to ignore.
+    Frozen and unused parameters count as zero.
 
     Raises `ProbeError` on every rank where one of them fails beside the model: without logits, out of memory when
     labels are drawn or gradients summed. What fails on one rank alone within the model's forward or backward can't be
@@ -108,13 +108,16 @@ class _Probe:
         self._parameters = dict(model.named_parameters())
         self._shards = {name: Shard.of(parameter) for name, parameter in self._parameters.items()}
         self._weights = weights
-        self._part_weights = torch.tensor([weights.get(part.parameter, 0.0) for part in block_map.parts]).double()
-        reduced = fsdp.reduced(model)
-        self._measured = {
-            name
-            for name, parameter in self._parameters.items()
-            if parameter.requires_grad and (self.data.count == 1 or id(parameter) in reduced)
-        }
+        # What FSDP was told to ignore stays apart: with labels that are independent, E‖Σ_r g_r‖² is Σ_r E‖g_r‖².
+        averaged = fsdp.averaged(model)
+        apart = {name for name, one in self._parameters.items() if id(one) not in averaged}
+        self._part_weights = torch.tensor(
+            [
+                weights.get(part.parameter, 0.0) / (self.data.count if part.parameter in apart else 1)
+                for part in block_map.parts
+            ],
+            dtype=torch.float64,
+        )
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Logits [..., V], whole on each rank, and the positions that predict; on copies of the buffers."""
@@ -130,7 +133,7 @@ class _Probe:
         found = {name: held_gradient(parameter) for name, parameter in self._parameters.items()}
         for parameter in self._parameters.values():
             parameter.grad = None
-        return {name: g for name, g in found.items() if g is not None and name in self._measured}
+        return {name: g for name, g in found.items() if g is not None}
 
     @torch.no_grad()
     def numbers(self, gradients: Mapping[str, Tensor]) -> Tensor:
