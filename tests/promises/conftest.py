@@ -15,6 +15,7 @@ import pytest
 from daemons import PATIENCE, Daemon, ScriptedDaemon
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))  # for `trainer`
 PRELUDE = "import os, signal, sys\nfrom trainer import *\n"
 TRAIN = "trainer = Trainer()\ntrainer.train_until_told()\ntrainer.close()\n"
 

@@ -37,14 +37,24 @@ class Transformer(nn.Module):
         return {"logits": logits, "loss": loss}
 
 
+class Rows(torch.utils.data.Dataset):
+    """Rows of tokens, the same in every process."""
+
+    def __len__(self):
+        return 10 * ROWS
+
+    def __getitem__(self, index):
+        return torch.randint(VOCABULARY, (LENGTH,), generator=torch.Generator().manual_seed(index))
+
+
 class Trainer:
     """One training run, watched: probes at every 5th step, where `options` of `attach` don't say otherwise."""
 
-    def __init__(self, **options):
+    def __init__(self, optimizer=torch.optim.AdamW, **options):
         torch.set_num_threads(1)
         torch.manual_seed(7)
         self.model = Transformer()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2, weight_decay=0.1)
+        self.optimizer = optimizer(self.model.parameters(), lr=1e-2)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, 10_000)
         self.steps = 0
         self.watch = sharpwatch.attach(
