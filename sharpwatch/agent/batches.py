@@ -31,7 +31,7 @@ class Batches:
     """
 
     def __init__(self, loader: Iterable[Any]) -> None:
-        self.loader = loader
+        self.loader: Any = loader
         self.epoch = 0
         self.taken = 0  # batches of all passes, those that were left out too
         self.left_out: list[tuple[int, int]] = []
@@ -45,7 +45,7 @@ class Batches:
 
     def __len__(self) -> int:
         """Batches of an epoch; raises TypeError where the loader has no length."""
-        return len(self.loader)  # type: ignore[arg-type]
+        return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
         """The rest of the epoch that was restored; else a new one, from its first batch."""
@@ -139,7 +139,7 @@ class Batches:
         """The iterator of a new pass, or again of the pass that was restored."""
         state, self._resume = self._resume, None
         if state is not None and state["loader"] is not None:
-            self.loader.load_state_dict(state["loader"])  # type: ignore[attr-defined]
+            self.loader.load_state_dict(state["loader"])
         passing_over = self._index if state is not None and state["loader"] is None else 0
         self._set_epoch()
         if state is not None:
@@ -148,7 +148,8 @@ class Batches:
             self._set_start()
         else:
             self._start = {"random": random_state(), "generators": [one.get_state() for one in self._generators()]}
-        iterator = self._iterator = iter(self.loader)
+        iterator: Iterator[Any] = iter(self.loader)
+        self._iterator = iterator
         for _ in range(passing_over):
             next(iterator)
         if state is not None and self._index:  # else the pass begins here, and draws from them

@@ -126,6 +126,7 @@ def loaded_after(statement):
         "import sharpwatch.blocks",
         "import sharpwatch; sharpwatch.attach",
         "import sharpwatch.integrations.huggingface",
+        "import sharpwatch.integrations.lightning",
     ],
 )
 def test_the_trainer_is_left_without_grpc(statement):

@@ -1,0 +1,221 @@
+"""sharpwatch in Lightning's Trainer: a callback, and `fit`, which can go back to a checkpoint.
+
+    trainer = Trainer(..., callbacks=[SharpwatchCallback(training_job="gpt2-owt"), ModelCheckpoint(...)])
+    fit(trainer, module, loader)
+
+A rollback leaves `Trainer.fit` and calls it again with `ckpt_path`: Lightning itself restores model, optimizers,
+schedulers, precision plugin and loops, from its own checkpoint. What it does not keep of a plain DataLoader, the random
+states and the position in the data, `fit` puts into that checkpoint too.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+
+from sharpwatch.agent.attach import attach
+from sharpwatch.agent.batches import Batches
+from sharpwatch.agent.control import RollbackRequest
+from sharpwatch.agent.watch import Watch
+from sharpwatch.errors import AttachError
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+except ImportError as error:
+    raise ImportError(f"{error}: pip install 'sharpwatch[lightning]'") from error
+
+_LOG = logging.getLogger("sharpwatch")
+
+
+class SharpwatchCallback(Callback):
+    """Watches the model and the optimizers that Lightning trains; the other options are `attach`'s.
+
+    `model` names the attribute of the LightningModule that is the transformer; by default it is the one child that has
+    all parameters, else the whole. The agent's own state goes into Lightning's checkpoints, and a resumed training is
+    the same run. Rollbacks are taken in `fit(trainer, ...)` alone.
+    """
+
+    def __init__(self, training_job: str, *, model: str | None = None, **attach_options: Any) -> None:
+        self.watch: Watch | None = None
+        self.goes_back = False  # in `fit`
+        self.loaders: list[ResumableLoader] = []
+        self._model = model
+        self._options = {"training_job": training_job, **attach_options}
+        self._resumed: Mapping[str, Any] = {}
+        self._left_out: list[list[tuple[int, int]]] = []  # of each loader, over a rollback
+        self._stepped = 0  # Lightning's steps when a loss was last observed
+        self._loss: Tensor | None = None  # the sum of the step's micro-batches, which Lightning has divided
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Attach, also after a rollback: Lightning makes new optimizers each time."""
+        resumed, options = self._resumed, dict(self._options)
+        if self.watch is not None:
+            request = self.watch.pending_rollback
+            if request is not None:
+                self.watch.restored(request.step)
+            resumed, options["run"] = self.watch.state_dict(), self.watch.run
+            self.watch.close()
+        if self.goes_back:
+            options.setdefault("control", "rollback")
+        for optimizer in trainer.optimizers:
+            optimizer.register_step_pre_hook(_evaluate)
+        options.setdefault("initial_step", trainer.global_step)
+        self.watch = attach(_transformer(pl_module, self._model), trainer.optimizers, **options)
+        self.watch.load_state_dict(resumed)
+        for loader, ranges in zip(self.loaders, self._left_out, strict=False):
+            loader.leave_out(*ranges)
+        self._left_out = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
+        """Observe the loss; leave the loop where a rollback is pending, before anything is saved."""
+        if self.watch is None:
+            return
+        for loader in self.loaders:
+            loader.mark(self.watch.step)
+        if pl_module.automatic_optimization:
+            self._observe(outputs.get("loss") if isinstance(outputs, dict) else outputs, trainer)
+        request = self.watch.pending_rollback
+        if request is None:
+            return
+        reason = _obstacle(request, trainer)
+        if reason:
+            _LOG.warning("a rollback was not done, training goes on: %s", reason)
+            self.watch.rollback_failed(reason)
+            return
+        self._left_out = [[*one.left_out, one.taken_by(*request.skip)] for one in self.loaders]
+        raise _GoBack(request)
+
+    def saved(self, path: str) -> None:
+        """A checkpoint was saved at `path`."""
+        if self.watch is not None:
+            self.watch.saved_checkpoint(self.watch.step, str(Path(path).resolve()))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The agent's own state, for Lightning's checkpoint."""
+        return {} if self.watch is None else self.watch.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state for when training starts."""
+        self._resumed = state_dict
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say goodbye."""
+        del trainer, pl_module
+        if self.watch is not None:
+            self.watch.close()
+        self.watch = None
+
+    def _observe(self, loss: Tensor | None, trainer: Trainer) -> None:
+        if isinstance(loss, Tensor):
+            self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
+        if trainer.global_step != self._stepped:
+            self._stepped = trainer.global_step
+            if self.watch is not None and self._loss is not None:
+                self.watch.observe(loss=self._loss)
+            self._loss = None
+
+
+def fit(
+    trainer: Trainer, model: LightningModule, train_dataloaders: Any = None, *, ckpt_path: Any = None, **kwargs: Any
+) -> None:
+    """`trainer.fit(...)`, that goes back to one of Lightning's own checkpoints when a rollback is asked for.
+
+    The rollback's batches are left out and the next ones move up, also those of the next epoch: epochs keep their
+    number of batches. The random states and the position in a loader without `state_dict` go into the checkpoints.
+    """
+    found = [one for one in trainer.callbacks if isinstance(one, SharpwatchCallback)]  # type: ignore[attr-defined]
+    if len(found) != 1:
+        raise AttachError(f"fit: the trainer needs one SharpwatchCallback, and has {len(found)}")
+    callback, strategy = found[0], trainer.strategy
+    process, save = strategy.process_dataloader, trainer.save_checkpoint
+
+    def resumable(loader: Any) -> Any:
+        if not trainer.training:
+            return process(loader)
+        callback.loaders.append(ResumableLoader(process(loader), trainer))
+        return callback.loaders[-1]
+
+    def told(filepath: Any, *args: Any, **kwargs: Any) -> None:
+        save(filepath, *args, **kwargs)
+        callback.saved(filepath)
+
+    vars(strategy)["process_dataloader"], vars(trainer)["save_checkpoint"] = resumable, told
+    callback.goes_back = True
+    try:
+        while True:
+            callback.loaders = []
+            try:
+                return trainer.fit(model, train_dataloaders, ckpt_path=ckpt_path, **kwargs)
+            except _GoBack as leaving:
+                ckpt_path = leaving.request.uri
+    finally:
+        vars(strategy)["process_dataloader"], vars(trainer)["save_checkpoint"] = process, save
+        callback.goes_back = False
+
+
+class ResumableLoader(Batches):
+    """A training loader whose position Lightning puts into its checkpoints; for everything else it is the loader."""
+
+    def __init__(self, loader: Any, trainer: Trainer) -> None:
+        super().__init__(loader)
+        self._trainer = trainer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+    @property
+    def worker_init_fn(self) -> Any:
+        """The loader's own, which Lightning sets."""
+        return self.loader.worker_init_fn
+
+    @worker_init_fn.setter
+    def worker_init_fn(self, value: Any) -> None:
+        self.loader.worker_init_fn = value
+
+    def _length(self) -> int | None:
+        """Lightning ends an epoch, maybe earlier than the loader would."""
+        count = self._trainer.num_training_batches
+        return None if math.isinf(count) else int(count)
+
+
+class _GoBack(Exception):  # noqa: N818 - the way out of Lightning's loop
+    """A rollback is pending."""
+
+    def __init__(self, request: RollbackRequest) -> None:
+        super().__init__(f"back to {request.uri}")
+        self.request = request
+
+
+def _evaluate(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run the closure that Lightning gives to `step()` before it: its gradients are there then when they are read."""
+    closure = kwargs.get("closure")
+    if closure is None or isinstance(optimizer, LBFGS):  # which evaluates several times
+        return None
+    with torch.enable_grad():
+        result = closure()
+    return args, {**kwargs, "closure": lambda: result}
+
+
+def _transformer(module: LightningModule, name: str | None) -> nn.Module:
+    if name is not None:
+        return module.get_submodule(name)
+    parameters = set(module.parameters())
+    return next((child for child in module.children() if set(child.parameters()) == parameters), module)
+
+
+def _obstacle(request: RollbackRequest, trainer: Trainer) -> str:
+    """Why the rollback can't be done; empty if it can."""
+    path = Path(request.uri)
+    homes = {
+        Path(folder).resolve() for one in trainer.checkpoint_callbacks if (folder := getattr(one, "dirpath", None))
+    }
+    if path.parent not in homes:
+        return f"{path}: not in the folder of any checkpoint callback"
+    return "" if path.exists() else f"{path}: not there any more"
