@@ -6,6 +6,7 @@ whole model; so do sketches. `torch.distributed` is only looked at where the pro
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections import Counter, defaultdict
@@ -25,28 +26,21 @@ _SLAB = 2**24  # entries of a temporary in which entries that are no run are ske
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A box of a parameter of `shape`: along each dimension, `size` entries from `start` on."""
+    """What a rank holds of a parameter of `shape`: along each dimension `size` entries, in `runs` laid end to end."""
 
     shape: tuple[int, ...]
-    start: tuple[int, ...]
     size: tuple[int, ...]
+    runs: tuple[tuple[range, ...], ...]
 
     @classmethod
     def of(cls, parameter: Tensor) -> Shard:
-        """What this rank holds of `parameter`.
-
-        Raises `BlockError` for a placement that is no box of it: strided otherwise than FSDP2 does, or partial.
-        """
+        """What this rank holds of `parameter`. Raises `BlockError` for a placement without entries: partial sums."""
         shape = tuple(parameter.shape)
-        start, size = [0] * len(shape), list(shape)
+        runs: list[tuple[range, ...]] = [(range(size),) for size in shape]
         if is_dtensor(parameter):
-            for dim, number, count in _cuts(parameter):
-                whole = size[dim]
-                chunk = -(-whole // count)
-                low = min(number * chunk, whole)
-                start[dim] += low
-                size[dim] = min(chunk, whole - low)
-        return cls(shape, tuple(start), tuple(size))
+            for cut in _cuts(parameter):
+                runs[cut.dim] = cut.applied(runs[cut.dim])
+        return cls(shape, tuple(sum(map(len, along)) for along in runs), tuple(runs))
 
     @property
     def numel(self) -> int:
@@ -61,14 +55,19 @@ class Shard:
     @property
     def offset(self) -> int | None:
         """Where it starts among the parameter's flat entries if it is one run of them, else None."""
+        if not self.numel:
+            return 0
         cut = [dim for dim, (size, whole) in enumerate(zip(self.size, self.shape, strict=True)) if size != whole]
-        is_run = not cut or all(size == 1 for size in self.size[: cut[-1]])
-        return self._flat(self.start) if is_run or not self.numel else None
+        if any(len(along) > 1 for along in self.runs) or (cut and any(size > 1 for size in self.size[: cut[-1]])):
+            return None
+        strides = (math.prod(self.shape[dim + 1 :]) for dim in range(len(self.shape)))
+        return sum(along[0].start * stride for along, stride in zip(self.runs, strides, strict=True))
 
     def views(self, part: Part, held: Tensor) -> Sequence[Tensor]:
         """What of `part` lies in `held`, a tensor of the shard's shape: views that have each such entry once.
 
-        There are none, one, or, where the shard cuts through stretches of a part that repeats, up to three.
+        There are none or one, or, where the shard cuts through stretches of a part that repeats, up to three; so of
+        each of several runs.
         """
         if self.is_whole:
             return (part.view(held),)
@@ -76,36 +75,33 @@ class Shard:
             return ()
         return (held,) if part.dim is None else tuple(self._slices(part, part.dim, held))
 
-    def _slices(self, part: Part, dim: int, held: Tensor) -> Iterator[Tensor]:
-        low, high = self.start[dim], self.start[dim] + self.size[dim]
-        period = self.shape[dim] // part.repeats
-        uncut = range(-(-low // period), high // period)
-        if len(uncut) > 1:
-            stretches = held.narrow(dim, uncut.start * period - low, len(uncut) * period)
-            shape = (*held.shape[:dim], len(uncut), period, *held.shape[dim + 1 :])
-            yield stretches.view(shape).narrow(dim + 1, part.start, part.stop - part.start)
-        for turn in range(low // period, -(-high // period)):
-            begin, end = max(low, turn * period + part.start), min(high, turn * period + part.stop)
-            if begin < end and (len(uncut) <= 1 or turn not in uncut):
-                yield held.narrow(dim, begin - low, end - begin)
-
     def slabs(self, held: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Runs of the parameter's flat entries, each with its offset: those of `held`, and zeros between them."""
         if self.offset is not None:
             yield self.offset, held
             return
         inner = self.shape[1:]
-        within = tuple(slice(at, at + size) for at, size in zip(self.start[1:], self.size[1:], strict=True))
-        for row, rows in _steps(self.size[0], max(1, _SLAB // math.prod(inner))):
-            slab = held.new_zeros(rows, *inner)
-            slab[(slice(None), *within)] = held[row : row + rows]
-            yield (self.start[0] + row) * math.prod(inner), slab
+        for at, rows in _placed(self.runs[0]):
+            for some in _split(rows, max(1, _SLAB // math.prod(inner))):
+                slab = held.new_zeros(len(some), *inner)
+                own = held.narrow(0, at + some.start - rows.start, len(some))
+                for box in itertools.product(*map(_placed, self.runs[1:])):
+                    into = tuple(slice(run.start, run.stop) for _, run in box)
+                    slab[:, *into] = own[:, *(slice(low, low + len(run)) for low, run in box)]
+                yield some.start * math.prod(inner), slab
 
-    def _flat(self, at: tuple[int, ...]) -> int:
-        flat = 0
-        for index, size in zip(at, self.shape, strict=True):
-            flat = flat * size + index
-        return flat if self.numel else 0
+    def _slices(self, part: Part, dim: int, held: Tensor) -> Iterator[Tensor]:
+        period = self.shape[dim] // part.repeats
+        for at, run in _placed(self.runs[dim]):
+            uncut = range(-(-run.start // period), run.stop // period)
+            if len(uncut) > 1:
+                stretches = held.narrow(dim, at + uncut.start * period - run.start, len(uncut) * period)
+                shape = (*held.shape[:dim], len(uncut), period, *held.shape[dim + 1 :])
+                yield stretches.view(shape).narrow(dim + 1, part.start, part.stop - part.start)
+            for turn in range(run.start // period, -(-run.stop // period)):
+                begin, end = max(run.start, turn * period + part.start), min(run.stop, turn * period + part.stop)
+                if begin < end and (len(uncut) <= 1 or turn not in uncut):
+                    yield held.narrow(dim, at + begin - run.start, end - begin)
 
 
 def is_dtensor(value: object) -> bool:
@@ -169,41 +165,79 @@ def sketch(
     return total
 
 
-def _cuts(parameter: Any) -> Iterator[tuple[int, int, int]]:
-    """Along which dimension a DTensor is cut, this rank's chunk, and of how many: one after the other.
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """Along `dim`, of each of `groups` equal chunks chunk `number` of `count`, as `torch.chunk` has them."""
+
+    dim: int
+    number: int
+    count: int
+    groups: int = 1
+
+    def applied(self, runs: tuple[range, ...]) -> tuple[range, ...]:
+        """What is left of `runs`."""
+        left: list[range] = []
+        whole = range(sum(map(len, runs)))
+        for group in range(self.groups):
+            wanted = _chunk(_chunk(whole, group, self.groups), self.number, self.count)
+            for at, run in _placed(runs):
+                low, high = max(wanted.start, at), min(wanted.stop, at + len(run))
+                if low >= high:
+                    continue
+                found = range(run.start + low - at, run.start + high - at)
+                if left and left[-1].stop == found.start:
+                    found = range(left.pop().start, found.stop)
+                left.append(found)
+        return tuple(left)
+
+
+def _cuts(parameter: Any) -> Iterator[_Cut]:
+    """How a DTensor is cut, one after the other.
 
     FSDP2 cuts what tensor parallelism has cut before, but its mesh dimension comes first: a strided placement says so
-    by how many chunks there were. Its layout is that of plain cuts in the mesh's order, then the strided ones.
+    by how many chunks there were. It then comes last; any other takes a chunk of each group, as of each matrix that is
+    packed into one.
     """
-    from torch.distributed.tensor import Replicate  # noqa: PLC0415 - a program without DTensors need not load it
-    from torch.distributed.tensor import Shard as Cut  # noqa: PLC0415 - as above
+    from torch.distributed.tensor import Replicate, Shard  # noqa: PLC0415 - a program without DTensors need not load it
     from torch.distributed.tensor.placement_types import _StridedShard  # noqa: PLC0415 - as above
 
     mesh, placements = parameter.device_mesh, parameter.placements
     coordinate = mesh.get_coordinate()
     if coordinate is None:
         raise BlockError(f"{tuple(parameter.shape)} is placed on other ranks than this one")
-    strided = []
+    last = []
     for axis, placement in enumerate(placements):
         if isinstance(placement, Replicate):
             continue
-        if not isinstance(placement, Cut | _StridedShard):
+        if not isinstance(placement, Shard | _StridedShard):
             raise BlockError(f"{tuple(parameter.shape)} is placed as {placements}: no rank has its entries")
-        cut = placement.dim, coordinate[axis], mesh.size(axis)
-        if not isinstance(placement, _StridedShard):
-            yield cut
-            continue
-        inside = [
+        dim = placement.dim % parameter.dim()
+        groups = int(placement.split_factor) if isinstance(placement, _StridedShard) else 1
+        before = math.prod(
             mesh.size(later)
             for later in range(axis + 1, mesh.ndim)
-            if type(placements[later]) is Cut and placements[later].dim == placement.dim
-        ]
-        if placement.split_factor != math.prod(inside):
-            raise BlockError(f"{tuple(parameter.shape)} is placed as {placements}: no box of it")
-        strided.append(cut)
-    yield from strided
+            if isinstance(placements[later], Shard | _StridedShard) and placements[later].dim % parameter.dim() == dim
+        )
+        if groups > 1 and groups == before:
+            last.append(_Cut(dim, coordinate[axis], mesh.size(axis)))
+        else:
+            yield _Cut(dim, coordinate[axis], mesh.size(axis), groups)
+    yield from last
 
 
-def _steps(size: int, step: int) -> Iterator[tuple[int, int]]:
-    for at in range(0, size, step):
-        yield at, min(step, size - at)
+def _chunk(run: range, number: int, count: int) -> range:
+    each = -(-len(run) // count)
+    return run[number * each : (number + 1) * each]
+
+
+def _placed(runs: Iterable[range]) -> Iterator[tuple[int, range]]:
+    """Each run with where it lies among all, end to end."""
+    at = 0
+    for run in runs:
+        yield at, run
+        at += len(run)
+
+
+def _split(run: range, size: int) -> Iterator[range]:
+    for at in range(0, len(run), size):
+        yield run[at : at + size]
