@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from sharpwatch.agent.border import from_signal_handler
 from sharpwatch.agent.kinds import KINDS, Report
+from sharpwatch.agent.memory import free, out_of_memory
 from sharpwatch.agent.subject import Before, Step, Subject
 from sharpwatch.blocks import BlockMap
 from sharpwatch.curvature.batch import Batch
@@ -125,7 +125,7 @@ class Probes:
         """
         weights, device = self._subject.weights, self._device
         copies = _STEPS_NEED if all(one.state for one in self._subject.optimizers) else _FIRST_STEPS_NEED
-        if _free(device) < copies * sum(weight.nbytes for weight in weights.values()):
+        if free(device) < copies * sum(weight.nbytes for weight in weights.values()):
             raise ProbeError(f"no copy of the weights: the step may need what is left of the memory of {device}")
         return {name: weight.clone() for name, weight in weights.items()}
 
@@ -201,7 +201,7 @@ class Probes:
         """Record why; out of memory halves the rows, what keeps failing is given up."""
         count = self._failures[kind].count + 1 if kind in self._failures else 1
         self._in_a_row[kind] = self._in_a_row.get(kind, 0) + 1
-        if _out_of_memory(error):
+        if out_of_memory(error):
             self._row_limit[kind] = max(1, rows // 2)
             disabled = rows <= 1
         elif isinstance(error, EmptyBatchError):
@@ -224,21 +224,6 @@ def _detached(value: Any) -> Any:
             items = [_detached(item) for item in value]
             return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     return value
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """Accelerators raise a class of their own; the CPU's allocator only a RuntimeError that says so."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "not enough memory" in str(error)
-    )
-
-
-def _free(device: torch.device) -> float:
-    """Bytes that can still be allocated; infinite where the device does not tell."""
-    if device.type != "cuda":
-        return math.inf
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + cached
 
 
 def _now(device: torch.device) -> float:

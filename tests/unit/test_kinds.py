@@ -236,21 +236,14 @@ def test_the_weights_are_copied_only_where_the_step_keeps_room(subject, monkeypa
     weights = sum(weight.nbytes for weight in subject.weights.values())
     probes = Probes((), subject.model, subject.block_map, subject.optimizers, seed=0, sketch_size=64)
     for copies, stepped in ((5, False), (3, True)):
-        monkeypatch.setattr(probes_module, "_free", lambda _, room=copies: room * weights)
+        monkeypatch.setattr(probes_module, "free", lambda _, room=copies: room * weights)
         assert probes.copy_weights().keys() == subject.weights.keys()
-        monkeypatch.setattr(probes_module, "_free", lambda _, room=copies: room * weights - 1)
+        monkeypatch.setattr(probes_module, "free", lambda _, room=copies: room * weights - 1)
         with pytest.raises(ProbeError, match="no copy of the weights"):
             probes.copy_weights()
         if not stepped:
             subject.model(*BATCH.args)[1].backward()
             subject.optimizers[0].step()
-
-
-def test_an_accelerator_has_what_is_free_and_what_its_allocator_holds(monkeypatch):
-    for name, value in (("memory_reserved", 70), ("memory_allocated", 40), ("mem_get_info", (5, 100))):
-        monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
-    assert probes_module._free(torch.device("cuda")) == 35
-    assert probes_module._free(torch.device("cpu")) == math.inf
 
 
 def test_nothing_is_done_while_a_cuda_graph_is_captured(monkeypatch):

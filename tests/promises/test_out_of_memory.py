@@ -1,0 +1,39 @@
+"""Promise: where memory runs short, probes are what is left out; the step gets what it gets without sharpwatch.
+
+The address space is limited as `ulimit -v` does it, so that allocations fail in earnest.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+# Large weights (32 MB) and few activations: a product with the Hessian takes several times the weights. What two steps
+# have taken suffices for all steps; the room on top of that is for chance in the allocator, or for the probes.
+CODE = """
+import resource, trainer as sizes
+sizes.VOCABULARY, sizes.WIDTH = 4096, 512
+trainer = Trainer(probe_every=3, probes=("gnb", "direction", "hutchinson", "lanczos"))
+trainer.train(2)
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ROOM * 2**20,) * 2)
+trainer.train(13)
+if trainer.loop is not None:
+    say(reasons=[failure.reason for failure in trainer.loop.parts.probes.failures])
+trainer.close()
+"""
+
+
+@pytest.mark.parametrize("room", [48, 100])
+def test_probes_that_find_no_memory(train, serve, room):
+    daemon = serve()
+    code = CODE.replace("ROOM", str(room))
+    watched, plain = train(code, address=daemon.address), train(code, SHARPWATCH_DISABLED="1")
+    assert (watched.end(), plain.end()) == (0, 0)
+    assert watched.steps == plain.steps
+    assert len(plain.steps) == 15
+    assert {"hutchinson", "lanczos"} <= watched.said("failed_probes").keys()
+    assert any("can't allocate memory" in reason for reason in watched.said("reasons"))
+    assert watched.said("dropped") == {}
+    assert daemon.sequences == list(range(1, 17))
+    told = {failure.probe: failure.count for failure in daemon.samples[-1].health.probe_failures}
+    assert told == watched.said("failed_probes")
