@@ -1,4 +1,4 @@
-"""Several ranks are one run: what is agreed is agreed by all at the same step, and nobody waits for a rank that is gone."""
+"""Several ranks are one run: what is agreed is agreed by all at one step, and nobody waits for a rank that is gone."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ class Training:
         self.wires.append(Wire(hello, **options))
         return self.wires[-1]
 
-    def run(self, steps=STEPS, after=lambda step: None):
-        for step in range(1, steps + 1):
+    def run(self, after=lambda _: None):
+        for step in range(1, STEPS + 1):
             tokens = torch.randint(11, (8, 5))
             _, loss = self.model(tokens, tokens.roll(1))
             loss.backward()
