@@ -72,7 +72,7 @@ def attach(  # noqa: PLR0913 - the public signature; each has a default that wor
     Raises `AttachError` on what can't be watched; nothing has been started then.
     """
     given = tuple(optimizer) if isinstance(optimizer, Iterable) else (optimizer,)
-    optimizers = tuple(stepping(each) for each in given)
+    optimizers = tuple(stepping(each, model) for each in given)
     disabled = os.environ.get("SHARPWATCH_DISABLED") == "1"
     several = not disabled and isinstance(model, nn.Module) and is_several(model)
     name = run or f"{training_job}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
@@ -171,6 +171,8 @@ def _check_training(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer
     own = {id(parameter) for parameter in model.parameters()}
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise AttachError("model: has no trainable parameter")
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise AttachError("model: DeepSpeed's ZeRO-3 holds its parameters; with stages up to 2 it can be watched")
     if not optimizers:
         raise AttachError("optimizer: expected one torch.optim.Optimizer or several, got none")
     if len({id(each) for each in optimizers}) < len(optimizers):

@@ -5,17 +5,49 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from torch import nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 
-def stepping(optimizer: Any) -> Any:
-    """The optimizer that takes the step inside one that wraps it and shows its groups as its own.
+class Driven(Optimizer):
+    """Stands for an optimizer that is not torch's: torch's hooks around its `step()`, over the model's parameters.
 
-    Such are Accelerate's, SAM, Lookahead and the schedule-free wrapper.
+    Its instance's `step` is wrapped with the first hook and stays so; without hooks it only passes on.
     """
+
+    def __init__(self, driver: Any, model: nn.Module) -> None:
+        super().__init__(model.parameters(), {"lr": None})
+        self._driver, self._step = driver, driver.step
+        super().register_step_pre_hook(Driven._take_rate)  # the first, so that the tap's finds it
+
+    def register_step_pre_hook(self, hook: Any) -> RemovableHandle:
+        """As torch's."""
+        self._driver.step = self.step
+        return super().register_step_pre_hook(hook)
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        """The driver's own step."""
+        return self._step(*args, **kwargs)
+
+    def _take_rate(self, *_: object) -> None:
+        """Its learning rate, where it has one for all."""
+        rates = {float(group["lr"]) for group in self._driver.param_groups}
+        self.param_groups[0]["lr"] = rates.pop() if len(rates) == 1 else None
+
+
+def stepping(optimizer: Any, model: nn.Module) -> Any:
+    """What takes the steps of `model`, also where `optimizer` wraps it and shows its groups as its own.
+
+    Such are Accelerate's, SAM, Lookahead and the schedule-free wrapper. For one of DeepSpeed's a `Driven` stands.
+    """
+    if _is_deepspeeds(optimizer):
+        known = getattr(optimizer.step, "__self__", None)
+        name = type(optimizer).__name__
+        return known if isinstance(known, Driven) else type(name, (Driven,), {})(optimizer, model)
     groups = getattr(optimizer, "param_groups", None)
     inner = next((held for held in _held(optimizer) if held.param_groups is groups), None)
-    return optimizer if inner is None else stepping(inner)
+    return optimizer if inner is None else stepping(inner, model)
 
 
 def uncontrolled(optimizers: Sequence[Optimizer], ranks: int = 1) -> str:
@@ -39,6 +71,10 @@ def _is_flat(optimizer: Optimizer, _: int) -> bool:
 
 def _delegates(optimizer: Optimizer, _: int) -> bool:
     return any(_held(optimizer))
+
+
+def _is_driven(optimizer: Optimizer, _: int) -> bool:
+    return isinstance(optimizer, Driven)
 
 
 def _has_no_rate(optimizer: Optimizer, _: int) -> bool:
@@ -65,6 +101,7 @@ def _overrides(optimizer: Optimizer, _: int) -> bool:
 
 _REASONS: dict[str, Callable[[Optimizer, int], bool]] = {
     "its parameters are FSDP's flat ones, of several blocks each": _is_flat,
+    "DeepSpeed keeps gradients, master weights and their groups to itself": _is_driven,
     "it hands its groups to another optimizer, by their position": _delegates,
     "it makes its own learning rate": _has_no_rate,
     "it estimates one learning rate for all groups, and raises where they differ": _has_one_rate,
@@ -74,8 +111,14 @@ _REASONS: dict[str, Callable[[Optimizer, int], bool]] = {
 }
 
 
-def _held(optimizer: object) -> Iterator[Optimizer]:
+def _held(optimizer: object) -> Iterator[Any]:
     """Other optimizers that `optimizer` has among its attributes."""
     for value in getattr(optimizer, "__dict__", {}).values():
-        if isinstance(value, Optimizer) and value is not optimizer:
+        if value is not optimizer and (isinstance(value, Optimizer) or _is_deepspeeds(value)):
             yield value
+
+
+def _is_deepspeeds(value: object) -> bool:
+    """Whether it is one of the optimizers of DeepSpeed's that are none of torch's: ZeRO's and mixed precision's."""
+    names = {kind.__name__ for kind in type(value).__mro__}
+    return "DeepSpeedOptimizer" in names and not isinstance(value, Optimizer)

@@ -127,8 +127,8 @@ def test_inside_a_wrapper_is_the_optimizer_that_steps(wires):
     ours, theirs = llama(), llama()
     base, plain = torch.optim.SGD(ours.parameters(), lr=RATE), torch.optim.SGD(theirs.parameters(), lr=RATE)
     wrapped = Sam(base)
-    assert stepping(wrapped) is base
-    assert stepping(plain) is plain
+    assert stepping(wrapped, ours) is base
+    assert stepping(plain, theirs) is plain
     with sharpwatch.attach(ours, wrapped, training_job="wrapped", probes=()) as watch:
         order(wires[0], dict.fromkeys(("emb", "qk", "vo", "ffn", "norm", "head"), 0.5), at=2)
         trained(ours, wrapped)
