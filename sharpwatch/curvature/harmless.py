@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 # Their hooks are part of what the module computes: weight and spectral norm, pruning, sharding.
-_KEPT = ("torch.nn.", "torch.distributed.")
+_KEPT = ("torch.nn.", "torch.distributed.", "transformers.distributed.", "transformers.integrations.tensor_parallel")
 _CONTAINERS = frozenset({list, dict, set, deque, OrderedDict, defaultdict, Counter})
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers.distributed import DistributedConfig
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "unit")]
 import dense
@@ -87,36 +90,78 @@ def summed(model):
     return model
 
 
-def check_traces(shard, truth, rounding=0.0):
-    """One draw to the digit, many to their standard error. `rounding`, relative, is what the precision may cost."""
-    model = shard(dense.llama())
-    block_map = classify(dense.llama())
+def check_draw(model, make):
+    """One draw is to the digit that of the same labels on one process."""
+    block_map, data = classify(make()), DataRank.of(model)
     sketcher = CountSketch(block_map, size=64, seed=1)
-    data = DataRank.of(model)
-    if not rounding:
-        found = probe(model, block_map, sketcher=sketcher)
-        tokens, traces, sketch = unsharded(dense.llama().eval(), block_map, sketcher, data.count)
-        assert (found.tokens, found.rows) == (tokens, ROWS)
-        torch.testing.assert_close(found.traces[0], traces, rtol=1e-4, atol=0)
-        torch.testing.assert_close(found.sketches[0], sketch, rtol=1e-5, atol=1e-5 * float(sketch.abs().max()))
-    draws = probe(model, block_map, draws=DRAWS, generator=source(data, 1)).traces
+    found = probe(model, block_map, sketcher=sketcher)
+    tokens, traces, sketch = unsharded(make().eval(), block_map, sketcher, data.count)
+    assert (found.tokens, found.rows) == (tokens, ROWS)
+    torch.testing.assert_close(found.traces[0], traces, rtol=1e-4, atol=0)
+    torch.testing.assert_close(found.sketches[0], sketch, rtol=1e-5, atol=1e-5 * float(sketch.abs().max()))
+
+
+def check_draws(model, truth, rounding=0.0):
+    """Many draws are right to their standard error. `rounding`, relative, is what the precision may cost."""
+    draws = probe(model, classify(dense.llama()), draws=DRAWS, generator=source(DataRank.of(model), 1)).traces
     stderr = draws.std(0) / DRAWS**0.5
     assert ((draws.mean(0) - truth).abs() < 4 * stderr + rounding * truth).all()
     assert (stderr < 0.15 * truth).all()  # else 4 of them would hold nothing
 
 
+def qwen3():
+    """Each rank normalizes its own heads: a weight that all have, whose gradient transformers adds up in a hook."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            **sizes,
+            head_dim=4,
+            num_hidden_layers=2,
+            vocab_size=dense.VOCAB,
+            max_position_embeddings=dense.POSITIONS,
+            initializer_range=0.3,
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=0,
+        )
+    )
+
+
+def by_transformers(model):
+    """Tensor parallelism by the model's own plan."""
+    with tempfile.TemporaryDirectory() as own:
+        folder = [own]
+        dist.broadcast_object_list(folder)
+        if dist.get_rank() == 0:
+            model.save_pretrained(folder[0])
+        dist.barrier()
+        config = DistributedConfig(tp_size=dist.get_world_size())
+        sharded = type(model).from_pretrained(folder[0], distributed_config=config).train()
+        dist.barrier()
+    sharded(input_ids=dense.tokens()[0])  # sets the hooks
+    return sharded
+
+
 def two(truth):
     mesh = init_device_mesh("cpu", (2,))
-    check_traces(lambda model: summed(sharding.by_fsdp(model, mesh)), truth)
-    check_traces(lambda model: sharding.by_tensor_parallelism(model, mesh), truth)
+    model = summed(sharding.by_fsdp(dense.llama(), mesh))
+    check_draw(model, dense.llama)
+    check_draws(model, truth)
+    model = sharding.by_tensor_parallelism(dense.llama(), mesh)
+    check_draw(model, dense.llama)
+    check_draws(model, truth)
+    check_draw(by_transformers(qwen3()), qwen3)
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     # bfloat16 rounds to 0.4 %; some thirty roundings, half of them up, make 1 % of a gradient and 2 % of its square.
-    check_traces(lambda model: sharding.by_fsdp(model, mesh, mp_policy=half), truth, rounding=0.05)
+    check_draws(sharding.by_fsdp(dense.llama(), mesh, mp_policy=half), truth, rounding=0.05)
 
 
 def four(truth):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-    check_traces(lambda model: sharding.by_fsdp(sharding.by_tensor_parallelism(model, mesh["tp"]), mesh["dp"]), truth)
+    model = sharding.by_fsdp(sharding.by_tensor_parallelism(dense.llama(), mesh["tp"]), mesh["dp"])
+    check_draw(model, dense.llama)
+    check_draws(model, truth)
 
 
 @pytest.fixture(scope="module")
