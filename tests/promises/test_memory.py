@@ -1,0 +1,82 @@
+"""Promise: memory is bounded, in the trainer and in the courier, however long nobody takes the samples."""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+from pathlib import Path
+
+from daemons import PATIENCE, free_port
+
+from sharpwatch.agent.pipe import CourierPipe
+from sharpwatch.v1 import agent_pb2
+
+MEBIBYTE = 2**20
+
+
+def resident(pid):
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+# A sample with its sketches has 30 kB, so 150 of them 4.5 MB: half of that is more than chance in the allocators makes of
+# nothing (0.2 MB were seen), and less than a trainer that kept them all would grow.
+STEPS, GROWTH = 150, 2.25e6
+CODE = f"""
+import functools, gc
+from pathlib import Path
+from sharpwatch.agent import attach, pipe
+
+def resident():
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+attach.CourierPipe = functools.partial(pipe.CourierPipe, outbox_bytes=200_000)
+trainer = Trainer(probe_every=1, probes=("gnb",))
+trainer.train(50)
+before = resident()
+trainer.train({STEPS})
+say(growth=resident() - before, size=trainer.pipe._spool.size)
+trainer.close()
+"""
+
+
+def test_a_trainer_whose_samples_nobody_takes(train, assert_unchanged):
+    trainer = train(CODE, address=f"127.0.0.1:{free_port()}")
+    assert trainer.end() == 0
+    assert_unchanged(trainer)
+    assert trainer.said("size") < 200_000
+    assert trainer.said("growth") < GROWTH
+    assert sum(trainer.said("dropped").values()) == len(trainer.steps) + 1
+
+
+def test_a_courier_whose_samples_nobody_takes():
+    """Sixteen times what it may keep; it holds that, and what is on its way in."""
+    limit, size = 4 * MEBIBYTE, 20_000
+    hello = agent_pb2.Hello(run="run")
+    pipe = CourierPipe(hello, address=f"127.0.0.1:{free_port()}", spool_bytes=limit)
+    sent = 0
+
+    def send_until_dropped(bytes_dropped):
+        nonlocal sent
+        deadline = time.monotonic() + PATIENCE
+        while pipe.dropped.get("spool_full", 0) * size < bytes_dropped:
+            assert time.monotonic() < deadline, pipe.dropped
+            if pipe._spool.unsent < 10:
+                sent += 1
+                sample = agent_pb2.Sample(sequence=sent, step=sent)
+                sample.gnb.sketches.data = bytes(size)
+                pipe.send(agent_pb2.SessionRequest(sample=sample))
+            else:
+                select.select([], [], [], 0.01)
+                pipe.flush()
+
+    try:
+        send_until_dropped(limit)
+        before = resident(pipe.courier_pid)
+        send_until_dropped(16 * limit)
+        assert resident(pipe.courier_pid) - before < limit
+    finally:
+        pipe.close()
+    assert pipe.dropped.keys() == {"spool_full", "undelivered"}
+    assert sum(pipe.dropped.values()) == sent
