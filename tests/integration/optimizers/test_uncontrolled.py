@@ -123,10 +123,16 @@ class Sam(torch.optim.Optimizer):
         return self.base_optimizer.step(closure)
 
 
-def test_inside_a_wrapper_is_the_optimizer_that_steps(wires):
+def accelerated(base):
+    accelerator = imported("accelerate", "Accelerator")(cpu=True)
+    return accelerator.prepare_optimizer(base)
+
+
+@pytest.mark.parametrize("wrap", [Sam, accelerated])
+def test_inside_a_wrapper_is_the_optimizer_that_steps(wires, wrap):
     ours, theirs = llama(), llama()
     base, plain = torch.optim.SGD(ours.parameters(), lr=RATE), torch.optim.SGD(theirs.parameters(), lr=RATE)
-    wrapped = Sam(base)
+    wrapped = wrap(base)
     assert stepping(wrapped, ours) is base
     assert stepping(plain, theirs) is plain
     with sharpwatch.attach(ours, wrapped, training_job="wrapped", probes=()) as watch:
