@@ -19,8 +19,8 @@ def resident(pid):
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-# A sample with its sketches has 30 kB, so 150 of them 4.5 MB: half of that is more than chance in the allocators makes of
-# nothing (0.2 MB were seen), and less than a trainer that kept them all would grow.
+# A sample with its sketches has 30 kB, so 150 of them 4.5 MB: half of that is more than chance in the allocators brings
+# (0.2 MB were seen), and less than a trainer that kept them all would grow.
 STEPS, GROWTH = 150, 2.25e6
 CODE = f"""
 import functools, gc
