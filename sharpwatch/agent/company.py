@@ -14,8 +14,10 @@ from sharpwatch.agent.border import Border
 from sharpwatch.agent.optimizers import is_flat
 from sharpwatch.agent.ranks import Introduction, Ranks, join
 from sharpwatch.agent.shared import Shared
+from sharpwatch.agent.subject import Together
 from sharpwatch.agent.tap import Tap
 from sharpwatch.blocks import BlockMap, Part
+from sharpwatch.curvature.fsdp import DataRank
 from sharpwatch.curvature.shards import Shard, is_sharded, shares
 from sharpwatch.errors import AttachError, BlockError
 
@@ -47,6 +49,12 @@ class Company:
     def shared(self, tap: Tap, border: Border, device: torch.device) -> Shared:
         """The way of records through the ranks; an accelerator's numbers are a step further behind."""
         return Shared(self.ranks, tap, border, sharded=self.sharded, lag=1 if device.type == "cpu" else 2)
+
+    def together(self, model: nn.Module) -> Together | None:
+        """How probes of `model` add up what ranks find; None where each rank has all of it."""
+        if not self.sharded or self.staged:
+            return None
+        return Together(self.ranks.add, self.shares, DataRank.of(model).number)
 
 
 def is_several(model: nn.Module) -> bool:

@@ -13,11 +13,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sharpwatch.agent.subject import Step, Subject
+from sharpwatch.agent.subject import Step, Subject, Together
 from sharpwatch.curvature.allocation import relative_error, worst
 from sharpwatch.curvature.batch import Batch
 from sharpwatch.curvature.direction import DirectionSample, direction_probe
 from sharpwatch.curvature.gnb import GnbSample, gnb_probe
+from sharpwatch.curvature.gnb_sharded import sharded_gnb_probe
 from sharpwatch.curvature.hutchinson import HutchinsonSample, hutchinson_probe
 from sharpwatch.curvature.lanczos import LanczosSample, lanczos_probe
 from sharpwatch.curvature.linesearch import LineSearchSample, linesearch_probe
@@ -100,6 +101,37 @@ class Gnb:
             logits_fn=subject.logits_fn,
         )
         return GnbReport(sample, step.gradient_sketch)
+
+
+class ShardedGnb:
+    """Every block at once, by all ranks together: a failure of one is raised on all."""
+
+    share = 8
+    turn = 0
+
+    def __init__(self, subject: Subject, together: Together) -> None:
+        self._subject = subject
+        self._together = together
+
+    def run(self, part: Batch, step: Step) -> GnbReport:
+        """Probe once."""
+        subject, together = self._subject, self._together
+        sample = sharded_gnb_probe(
+            subject.model,
+            subject.block_map,
+            part,
+            draws=_GNB_DRAWS,
+            generator=subject.source,
+            add=together.add,
+            weights=together.weights,
+            sketcher=subject.sketcher,
+            logits_fn=subject.logits_fn,
+        )
+        own = step.gradient_sketch
+        if own is None:  # this rank's share in what all add up, as a number that shows
+            own = torch.full((len(subject.block_map.blocks), subject.sketcher.size), math.nan)
+        sketch = together.add(own.double()).float()
+        return GnbReport(sample, sketch if sketch.isfinite().all() else None)
 
 
 class Direction(_Turns):
@@ -253,6 +285,7 @@ KINDS: Mapping[str, Callable[[Subject], Kind]] = {
     "linesearch": LineSearch,
     "preconditioned": Preconditioned,
 }
+SHARDED: Mapping[str, Callable[[Subject, Together], Kind]] = {"gnb": ShardedGnb}
 PROBES = tuple(KINDS)
+SHARDED_PROBES = tuple(SHARDED)  # that can run where no rank has whole parameters
 DEFAULT_PROBES = ("gnb", "direction")
-SHARDED_PROBES = ("gnb",)  # that can run where no rank has whole parameters

@@ -367,7 +367,8 @@ class Loop:
         )
         self._hear(heard)
         if shared.sharded:  # all probe together, when rank 0 has said so; else it probes alone
-            self._kinds = tuple(kind for i, kind in enumerate(kinds) if heard.kinds >> i & 1)
+            given_up = self.parts.probes.disabled()  # since it was said, on all ranks alike
+            self._kinds = tuple(kind for i, kind in enumerate(kinds) if heard.kinds >> i & 1 and kind not in given_up)
         elif not shared.ranks.leads:
             self._kinds = ()
 
@@ -393,7 +394,7 @@ class Loop:
         """Whether every rank that is to take part in a probe can."""
         if self._shared is None or not self._shared.sharded:
             return captured is not None
-        ready = self._shared.ranks.all(captured is not None)
+        ready = self._shared.ranks.all(captured is not None and self.parts.probes.has_room())
         if not ready:
             self.parts.sampler.missed()
         return ready

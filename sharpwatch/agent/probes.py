@@ -13,17 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from sharpwatch.agent.border import from_signal_handler
-from sharpwatch.agent.kinds import KINDS, Report
+from sharpwatch.agent.kinds import KINDS, SHARDED, Kind, Report
 from sharpwatch.agent.memory import free, out_of_memory
-from sharpwatch.agent.subject import Before, Step, Subject
+from sharpwatch.agent.subject import Before, Step, Subject, Together
 from sharpwatch.blocks import BlockMap
 from sharpwatch.curvature.batch import Batch
 from sharpwatch.curvature.outputs import EmptyBatchError
+from sharpwatch.curvature.shards import Shard, held, held_gradient, sketch
 from sharpwatch.curvature.sketch import CountSketch
 from sharpwatch.errors import ProbeError
 
 _STEPS_NEED = 3  # copies of the weights that have room before one is made: itself, and twice the step's temporaries
 _FIRST_STEPS_NEED = 5  # and Adam's moments
+_GRADIENTS_NEED = 3  # their size: the probe's own, and what gathering and summing them takes
 _FAILURES = 3  # in a row before a kind is given up: one drawing of rows may hold no position that predicts
 
 
@@ -85,6 +87,7 @@ class Probes:
         sketch_size: int,
         loss_fn: Callable[..., Any] | None = None,
         logits_fn: Callable[..., Any] | None = None,
+        together: Together | None = None,
     ) -> None:
         self._subject = Subject(
             model=model,
@@ -94,8 +97,11 @@ class Probes:
             source=torch.Generator(next(model.parameters()).device),
             loss_fn=loss_fn,
             logits_fn=logits_fn,
+            together=together,
         )
-        self._kinds = {kind: KINDS[kind](self._subject) for kind in kinds}
+        self._kinds: dict[str, Kind] = {
+            kind: SHARDED[kind](self._subject, together) if together else KINDS[kind](self._subject) for kind in kinds
+        }
         self._seed = seed
         self._runs = dict.fromkeys(kinds, 0)
         self._rows_source = torch.Generator()
@@ -129,9 +135,20 @@ class Probes:
             raise ProbeError(f"no copy of the weights: the step may need what is left of the memory of {device}")
         return {name: weight.clone() for name, weight in weights.items()}
 
+    def has_room(self) -> bool:
+        """Whether memory is left for gradients beside the step's: one rank that runs out leaves the others waiting."""
+        size = sum(weight.nbytes for weight in map(held, self._subject.model.parameters()))
+        return free(self._device) >= _GRADIENTS_NEED * size
+
     def sketch_gradient(self) -> Tensor:
         """Float32 [B, k] of the gradients as they stand, whatever has been done to their scale; not waited for."""
-        given = {name: parameter.grad for name, parameter in self._subject.model.named_parameters()}
+        together, parameters = self._subject.together, dict(self._subject.model.named_parameters())
+        if together is not None:  # this rank's summand
+            shards = {name: Shard.of(parameter) for name, parameter in parameters.items()}
+            held_now = {name: held_gradient(parameter) for name, parameter in parameters.items()}
+            found = {name: gradient for name, gradient in held_now.items() if gradient is not None}
+            return sketch(self._subject.sketcher, found, shards, together.weights)
+        given = {name: parameter.grad for name, parameter in parameters.items()}
         gradients = {name: g.to_dense() if g.is_sparse else g for name, g in given.items() if g is not None}
         return self._subject.sketcher.sketch(gradients)
 
@@ -185,11 +202,19 @@ class Probes:
             kind.turn = turns[name]
 
     def _draw_anew(self, kind: str) -> None:
-        """Seed what the next probe of `kind` draws by the run's seed and how often it ran: the same on every rank."""
-        digest = hashlib.sha256(f"{self._seed}/{kind}/{self._runs[kind]}".encode()).digest()
+        """Seed what the next probe of `kind` draws by the run's seed and how often it ran: all ranks the same rows.
+
+        Those that compute on different data draw other labels.
+        """
+        what = f"{self._seed}/{kind}/{self._runs[kind]}"
         self._runs[kind] += 1
-        self._rows_source.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        self._subject.source.manual_seed(int.from_bytes(digest[8:16], "little") >> 1)
+        together = self._subject.together
+        for source, name in (
+            (self._rows_source, "rows"),
+            (self._subject.source, f"draws of {together.data_rank if together else 0}"),
+        ):
+            digest = hashlib.sha256(f"{what}/{name}".encode()).digest()
+            source.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
     def _draw_rows(self, kind: str, rows: int) -> Tensor:
         """Rows drawn without replacement: the estimate is then of the batch, not of its first rows."""
@@ -201,7 +226,10 @@ class Probes:
         """Record why; out of memory halves the rows, what keeps failing is given up."""
         count = self._failures[kind].count + 1 if kind in self._failures else 1
         self._in_a_row[kind] = self._in_a_row.get(kind, 0) + 1
-        if out_of_memory(error):
+        if self._subject.together is not None:  # all ranks must come to the same, and not all know why one failed
+            self._row_limit[kind] = max(1, rows // 2)
+            disabled = self._in_a_row[kind] >= _FAILURES and not isinstance(error, EmptyBatchError)
+        elif out_of_memory(error):
             self._row_limit[kind] = max(1, rows // 2)
             disabled = rows <= 1
         elif isinstance(error, EmptyBatchError):

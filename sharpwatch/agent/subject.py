@@ -17,8 +17,21 @@ from sharpwatch.curvature.sketch import CountSketch
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Together:
+    """How ranks that hold a model together add up what they find.
+
+    `add` sums tensors over all ranks, `weights` are this rank's shares by parameter, `data_rank` says which of a
+    batch's shares it computes on.
+    """
+
+    add: Callable[[Tensor], Tensor]
+    weights: Mapping[str, float]
+    data_rank: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Subject:
-    """What is probed, and what a probe needs to know of the run."""
+    """What is probed, and what a probe needs to know of the run; `together` where ranks hold the model together."""
 
     model: nn.Module
     block_map: BlockMap
@@ -27,6 +40,7 @@ class Subject:
     source: torch.Generator  # of labels and signs
     loss_fn: Callable[..., Any] | None
     logits_fn: Callable[..., Any] | None
+    together: Together | None = None
 
     @property
     def weights(self) -> dict[str, Tensor]:
