@@ -30,6 +30,7 @@ from sharpwatch.agent.sampler import Sampler
 from sharpwatch.agent.tap import Tap
 from sharpwatch.agent.watch import Watch
 from sharpwatch.blocks import BlockMap, classify
+from sharpwatch.curvature.fsdp import DataRank
 from sharpwatch.curvature.shards import is_sharded
 from sharpwatch.curvature.step import require_adam
 from sharpwatch.errors import AttachError, BlockError, ConfigError, ProbeError
@@ -147,6 +148,7 @@ def attach(  # noqa: PLR0913 - the public signature; each has a default that wor
             sketch_size=SKETCH_SIZE,
             loss_fn=loss_fn,
             logits_fn=logits_fn,
+            together=None if company is None else company.together(model),
         ),
         sampler=Sampler(probes, budget=overhead_budget, probe_every=probe_every),
         control=Control(
@@ -171,6 +173,8 @@ def _check_training(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer
     own = {id(parameter) for parameter in model.parameters()}
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise AttachError("model: has no trainable parameter")
+    if any(getattr(parameter, "_fsdp_flattened", False) and not parameter.numel() for parameter in model.parameters()):
+        raise AttachError("model: FSDP1 with use_orig_params=True cuts parameters to pieces; fully_shard (FSDP2) does not")
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise AttachError("model: DeepSpeed's ZeRO-3 holds its parameters; with stages up to 2 it can be watched")
     if not optimizers:
@@ -228,17 +232,21 @@ def _possible(probes: tuple[str, ...], model: nn.Module) -> tuple[str, ...]:
     """The probes that can run on `model`: of the default ones those that can, of others all, or it raises."""
     if any(map(is_flat, model.parameters())):
         _LOG.warning(
-            "FSDP's flat parameters are watched as block 'other', without probes; use_orig_params=True shows the blocks"
+            "FSDP's flat parameters are watched as block 'other', without probes; fully_shard (FSDP2) shows the blocks"
         )
         return ()  # the forward reads FSDP's own tensors, not those that a probe puts in their place
-    if not is_sharded(model) or set(probes) <= set(SHARDED_PROBES):
+    if not probes or not is_sharded(model):
         return probes
-    if probes == DEFAULT_PROBES:
-        return SHARDED_PROBES
-    raise AttachError(
-        f"probes={probes!r}: where parameters are sharded (FSDP2, tensor parallel) "
-        f"allowed is any of {', '.join(map(repr, SHARDED_PROBES))}"
-    )
+    if probes != DEFAULT_PROBES and not set(probes) <= set(SHARDED_PROBES):
+        raise AttachError(
+            f"probes={probes!r}: where parameters are sharded (FSDP2, tensor parallel) "
+            f"allowed is any of {', '.join(map(repr, SHARDED_PROBES))}"
+        )
+    try:
+        DataRank.of(model)
+    except ProbeError as error:
+        raise AttachError(f"probes={probes!r}: {error}; give probes=()") from error
+    return SHARDED_PROBES
 
 
 def _check_callables(given: Mapping[str, object]) -> None:
