@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import inspect
+import multiprocessing
 import os
-import subprocess
 import sys
 import tempfile
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+import time
+from multiprocessing import connection
 from pathlib import Path
 
 import pytest
 import torch
 
-RANK = Path(__file__).with_name("rank.py")
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+sys.path.insert(0, str(Path(__file__).parent))
+import rank
+
+# Ranks are forked from a process that has imported what they all need: that takes six seconds, for each of them.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    [
+        "torch.distributed.fsdp",
+        "torch.distributed.tensor.parallel",
+        *(f"transformers.models.{name}.modeling_{name}" for name in ("gpt2", "gpt_neox", "llama", "mixtral", "t5")),
+    ]
+)
 
 
 @pytest.fixture(scope="session")
@@ -30,30 +41,37 @@ def ranks():
 def run(function, n, *arguments, timeout=60):
     with tempfile.TemporaryDirectory() as folder:
         torch.save(arguments, f"{folder}/arguments")
-        outputs = [Path(folder, f"output{rank}") for rank in range(n)]
-        command = [sys.executable, RANK, inspect.getfile(function), function.__name__, folder, str(timeout)]
-        processes = [_started(command, rank, n, output) for rank, output in enumerate(outputs)]
-        with ThreadPoolExecutor(n) as pool:
-            try:
-                done, _ = wait([pool.submit(_succeed, process) for process in processes], timeout, FIRST_EXCEPTION)
-            finally:
-                for process in processes:
-                    process.kill()
-        if len(done) < n or any(each.exception() for each in done):
-            told = [
-                f"--- rank {rank}: {process.returncode}\n{output.read_text()}"
-                for rank, (process, output) in enumerate(zip(processes, outputs, strict=True))
-            ]
+        what = inspect.getfile(function), function.__name__, folder
+        processes = [FORKS.Process(target=rank.main, args=(*what, _environment(i, n), timeout)) for i in range(n)]
+        try:
+            for process in processes:
+                process.start()
+            succeeded = _await(processes, time.monotonic() + timeout)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+        if not succeeded:
+            told = [f"--- rank {i}: {process.exitcode}\n{_output(folder, i)}" for i, process in enumerate(processes)]
             pytest.fail(f"{function.__name__} on {n} ranks, within {timeout} s\n" + "\n".join(told), pytrace=False)
-        return [torch.load(f"{folder}/result{rank}", weights_only=False) for rank in range(n)]
+        return [torch.load(f"{folder}/result{i}", weights_only=False) for i in range(n)]
 
 
-def _started(command, rank, n, output):
-    own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n)}
-    with output.open("w") as out:
-        return subprocess.Popen(command, env=os.environ | ENVIRONMENT | own, stdout=out, stderr=subprocess.STDOUT)
+def _environment(i, n):
+    own = {"RANK": str(i), "LOCAL_RANK": str(i), "WORLD_SIZE": str(n)}
+    return os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"} | own
 
 
-def _succeed(process):
-    if process.wait():
-        raise subprocess.CalledProcessError(process.returncode, process.args)
+def _output(folder, i):
+    path = Path(folder, f"output{i}")
+    return path.read_text() if path.exists() else ""
+
+
+def _await(processes, deadline):
+    """Whether all end well before the deadline; the first that does not ends the wait."""
+    running = {process.sentinel: process for process in processes}
+    while running:
+        ended = connection.wait(list(running), max(0.0, deadline - time.monotonic()))
+        if not ended or any(running.pop(sentinel).exitcode for sentinel in ended):
+            return False
+    return True
