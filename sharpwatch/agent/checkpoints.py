@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -113,7 +114,7 @@ class Checkpoints:
             self.data.mark(self.step)
         path = self.folder / self._together(self._new_name)[0]
         draft = self.folder / f".{path.name}"
-        with _alone():
+        with self._sharding():
             save(self._sharded(), storage_writer=FileSystemWriter(draft))
         self._together(lambda: self._write_rank(draft))
         digests = self._digests(draft)
@@ -123,7 +124,7 @@ class Checkpoints:
 
     def resume(self) -> int:
         """Go on from the newest checkpoint; returns its step, 0 where there is none."""
-        head = self._head()
+        head = self._together(self._head)[0]
         if not head:
             return 0
         path = self.folder / head["checkpoint"]
@@ -159,8 +160,8 @@ class Checkpoints:
             self.data.leave_out(*left_out)
         else:
             self._load(path, state)
-        self._together(lambda: self._set_head(path))
-        self._watch.restored(request.step)
+        self._together(lambda: self._go_on_from(path))
+        self._watch.restored(self.step)
         return request
 
     # Inside.
@@ -170,12 +171,22 @@ class Checkpoints:
         void = getattr(optimizer, "found_inf", None)  # GradScaler leaves it to a fused step to skip itself
         self._steps += not (isinstance(void, torch.Tensor) and bool(void.item()))
 
+    @contextmanager
+    def _sharding(self) -> Iterator[None]:
+        """Around what DCP does. It makes an optimizer's missing state with a step() that no hook is to see."""
+        with ExitStack() as stack:
+            for optimizer in self._optimizers:
+                stack.enter_context(hooks_aside(optimizer, _STEP_HOOKS))
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process is no fault
+            try:
+                yield
+            except CheckpointException as error:
+                raise CheckpointError(f"{self.folder}: {error}") from error
+
     def _sharded(self) -> dict[str, Any]:
         """Model and optimizers as DCP takes them: the tensors are the live ones."""
-        with ExitStack() as stack:
-            for optimizer in self._optimizers:  # DCP makes missing state with a step() that nobody is to see
-                stack.enter_context(hooks_aside(optimizer, _STEP_HOOKS))
-            model, optimizers = get_state_dict(self._model, self._optimizers)
+        model, optimizers = get_state_dict(self._model, self._optimizers)
         return {"model": model, "optimizers": optimizers}
 
     def _write_rank(self, folder: Path) -> None:
@@ -195,7 +206,7 @@ class Checkpoints:
 
     def _read(self, path: Path) -> dict[str, Any]:
         """This rank's own state, after every file was found whole; nothing has been changed yet."""
-        contents = _json(path / _CONTENTS)
+        contents = self._together(lambda: _json(path / _CONTENTS))[0]
         if contents["ranks"] != self._ranks:
             raise CheckpointError(f"{path}: saved by {contents['ranks']} ranks, and this run has {self._ranks}")
         found = self._digests(path)
@@ -210,15 +221,15 @@ class Checkpoints:
 
     def _load(self, path: Path, state: dict[str, Any]) -> None:
         """Put everything back."""
-        sharded = self._sharded()
-        with _alone():
+        with self._sharding():
+            sharded = self._sharded()
             load(sharded, storage_reader=FileSystemReader(path))
-        set_state_dict(
-            self._model,
-            self._optimizers,
-            model_state_dict=sharded["model"],
-            optim_state_dict=sharded["optimizers"],
-        )
+            set_state_dict(
+                self._model,
+                self._optimizers,
+                model_state_dict=sharded["model"],
+                optim_state_dict=sharded["optimizers"],
+            )
         for name, one in self._others.items():
             one.load_state_dict(state["others"][name])
         self._steps = state["step"]
@@ -245,7 +256,7 @@ class Checkpoints:
 
     def _digests(self, folder: Path) -> dict[str, str]:
         """A digest of every file, each read by one rank."""
-        names = sorted(file.name for file in folder.iterdir() if file.name != _CONTENTS) if folder.is_dir() else []
+        names = self._together(lambda: sorted(file.name for file in folder.iterdir() if file.name != _CONTENTS))[0]
         shares = self._together(lambda: {name: _digest(folder / name) for name in names[self._rank :: self._ranks]})
         return {name: digest for share in shares for name, digest in share.items()}
 
@@ -258,9 +269,13 @@ class Checkpoints:
             self._prune(path)
 
     def _set_head(self, path: Path) -> None:
+        left_out = [] if self.data is None else self.data.left_out
+        _write_json(self.folder / _HEAD, {"checkpoint": path.name, "left_out": left_out})
+
+    def _go_on_from(self, path: Path) -> None:
         if self._rank == 0:
-            left_out = [] if self.data is None else self.data.left_out
-            _write_json(self.folder / _HEAD, {"checkpoint": path.name, "left_out": left_out})
+            self._set_head(path)
+            (path / _CONTENTS).touch()  # the newest: those of the steps that are undone go before it
 
     def _head(self) -> dict[str, Any]:
         return _json(self.folder / _HEAD) if (self.folder / _HEAD).exists() else {}
@@ -272,7 +287,7 @@ class Checkpoints:
         there = sorted(self.folder.glob(f"step-*/{_CONTENTS}"), key=lambda file: file.stat().st_mtime_ns)
         for old in [file.parent for file in there][: -self._keep]:
             if old not in named:
-                shutil.rmtree(old)
+                shutil.rmtree(old, ignore_errors=True)
 
     # Between ranks.
 
@@ -292,14 +307,6 @@ class Checkpoints:
         if failures:
             raise CheckpointError(f"{self.folder}: {'; '.join(failures)}")
         return [value for value, _ in outcomes]
-
-
-@contextmanager
-def _alone() -> Iterator[None]:
-    """DCP warns of a single process, which is no fault."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        yield
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -1,0 +1,175 @@
+"""A checkpoint is complete or not there, and old ones go, but never one that a rollback needs."""
+
+from __future__ import annotations
+
+import os
+import resource
+
+import pytest
+import torch
+from stand_ins import Net
+from torch.utils.data import DataLoader, TensorDataset
+
+import sharpwatch
+from sharpwatch.errors import CheckpointError
+from sharpwatch.v1 import types_pb2
+
+
+@pytest.fixture
+def make(tmp_path, wires):
+    """Make a model in training, with its checkpoints."""
+    del wires
+
+    def made(**options):
+        torch.manual_seed(1)
+        model = Net()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        watch = sharpwatch.attach(model, optimizer, training_job="plain", control="rollback")
+        loader = DataLoader(TensorDataset(torch.randint(11, (40, 4))), 2, shuffle=True)
+        checkpoints = sharpwatch.Checkpoints(tmp_path, model, optimizer, watch=watch, data=loader, **options)
+        return model, optimizer, checkpoints
+
+    return made
+
+
+def steps(model, optimizer, checkpoints, until):
+    for (tokens,) in checkpoints.batches():
+        model(tokens, tokens)[1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if checkpoints.step == until:
+            return
+
+
+def saved(folder):
+    return sorted(path.name for path in folder.iterdir() if path.is_dir())
+
+
+def test_old_ones_go_but_not_one_that_a_pending_rollback_names(make, wires, tmp_path):
+    model, optimizer, checkpoints = make(keep=2)
+    for step in (1, 2, 3):
+        steps(model, optimizer, checkpoints, step)
+        checkpoints.save()
+    assert saved(tmp_path) == ["step-2", "step-3"]
+    target = types_pb2.Rollback(checkpoint=types_pb2.Checkpoint(step=2, uri=str(tmp_path / "step-2")))
+    wires[0].order(id="back", rollback=target)
+    for (tokens,) in checkpoints.batches():
+        model(tokens, tokens)[1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if checkpoints.step == 4:
+            checkpoints.save()  # while the rollback is pending, which is done when the next batch is asked for
+            assert saved(tmp_path) == ["step-2", "step-3", "step-4"]
+        if checkpoints.step == 3:
+            break
+    steps(model, optimizer, checkpoints, 4)
+    assert checkpoints.save().name == "step-4-2"
+    assert [result.outcome for result in wires[0].results] == [types_pb2.COMMAND_OUTCOME_APPLIED]
+
+
+def test_a_save_that_was_cut_off_leaves_the_last_good_one(make, tmp_path):
+    model, optimizer, checkpoints = make()
+    steps(model, optimizer, checkpoints, 2)
+    checkpoints.save()
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    steps(model, optimizer, checkpoints, 3)
+    draft = tmp_path / ".step-3"  # what a process that is killed in save() leaves
+    draft.mkdir()
+    (draft / "rank-0.pt").write_bytes(b"half a file")
+    model, optimizer, checkpoints = make()
+    assert checkpoints.resume() == 2
+    torch.testing.assert_close(dict(model.state_dict()), kept, rtol=0, atol=0)
+    steps(model, optimizer, checkpoints, 4)
+    checkpoints.save()
+    assert not draft.exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "flipped"])
+def test_a_damaged_one_is_refused_before_anything_changes(make, tmp_path, damage):
+    model, optimizer, checkpoints = make()
+    steps(model, optimizer, checkpoints, 2)
+    checkpoints.save()
+    file = max((tmp_path / "step-2").glob("*.distcp"), key=lambda path: path.stat().st_size)
+    if damage == "cut":
+        os.truncate(file, file.stat().st_size // 2)
+    elif damage == "gone":
+        file.unlink()
+    else:
+        content = bytearray(file.read_bytes())
+        content[-100] ^= 4
+        file.write_bytes(content)
+    model, _, checkpoints = make()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    random = torch.get_rng_state()
+    with pytest.raises(CheckpointError, match=f"missing or damaged: {file.name}"):
+        checkpoints.resume()
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_restoring_writes_into_the_tensors_that_are_there(make):
+    model, optimizer, checkpoints = make()
+    steps(model, optimizer, checkpoints, 2)
+    checkpoints.save()
+    model, optimizer, checkpoints = make()
+    places = {name: value.data_ptr() for name, value in model.state_dict().items()}
+    stepped = []
+    optimizer.register_step_post_hook(lambda *_: stepped.append(1))
+    checkpoints.resume()
+    assert {name: value.data_ptr() for name, value in model.state_dict().items()} == places
+    assert stepped == []  # the step() by which DCP makes an optimizer's state is nobody's
+    assert checkpoints.step == 2
+
+
+def test_what_cannot_be_read_back_is_found_when_it_is_saved(make):
+    class Custom:
+        def state_dict(self):
+            return {"not plain": Custom()}
+
+        def load_state_dict(self, state):
+            pass
+
+    model, optimizer, checkpoints = make(scheduler=Custom())
+    steps(model, optimizer, checkpoints, 1)
+    with pytest.raises(CheckpointError, match="Custom"):
+        checkpoints.save()
+    assert checkpoints.resume() == 0
+
+
+def test_a_full_disk_is_one_error_and_leaves_what_stood(make):
+    model, optimizer, checkpoints = make()
+    steps(model, optimizer, checkpoints, 1)
+    checkpoints.save()
+    steps(model, optimizer, checkpoints, 2)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match="File too large"):
+            checkpoints.save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert make()[2].resume() == 1
+
+
+def test_steps_that_were_undone_go_first(make, wires, tmp_path):
+    model, optimizer, checkpoints = make(keep=3)
+    for step in (1, 2, 3):
+        steps(model, optimizer, checkpoints, step)
+        checkpoints.save()
+    target = types_pb2.Rollback(checkpoint=types_pb2.Checkpoint(step=1, uri=str(tmp_path / "step-1")))
+    wires[0].order(id="back", rollback=target)
+    steps(model, optimizer, checkpoints, 2)
+    checkpoints.save()
+    assert saved(tmp_path) == ["step-1", "step-2-2", "step-3"]
+
+
+def test_an_optimizer_without_state_is_not_stepped_for_a_checkpoint(make, tmp_path):
+    model, _, _ = make()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    stepped = []
+    optimizer.register_step_post_hook(lambda *_: stepped.append(1))
+    watch = sharpwatch.attach(model, optimizer, training_job="plain")
+    checkpoints = sharpwatch.Checkpoints(tmp_path, model, optimizer, watch=watch)
+    checkpoints.save()
+    checkpoints.resume()
+    assert (stepped, checkpoints.step, watch.step) == ([], 0, 0)
