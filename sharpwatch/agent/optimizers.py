@@ -1,4 +1,4 @@
-"""Optimizers as the field has them: which one takes the step, and whose learning rates can't be changed by block."""
+"""Optimizers as the field has them: which one takes the step, and what of a run can't be changed or read."""
 
 from __future__ import annotations
 
@@ -59,6 +59,18 @@ def uncontrolled(optimizers: Sequence[Optimizer], ranks: int = 1) -> str:
 def is_flat(parameter: object) -> bool:
     """Whether FSDP (the first, without use_orig_params) laid several parameters end to end in this one."""
     return getattr(parameter, "_is_flat_param", False)  # FlatParameter's own mark; to import it takes 0.6 s
+
+
+def withheld(model: nn.Module) -> str:
+    """Why the parameters of `model` can't be read between steps; empty where they can."""
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        return "DeepSpeed's ZeRO-3 holds its parameters; with stages up to 2 it can be watched"
+    handles = (getattr(module, "_handle", None) for module in model.modules())
+    if any(
+        getattr(each, "uses_sharded_strategy", False) and getattr(each, "_use_orig_params", False) for each in handles
+    ):
+        return "FSDP1 with use_orig_params=True cuts its parameters to pieces; FSDP2 (fully_shard) does not"
+    return ""
 
 
 def _reason(optimizer: Optimizer, ranks: int) -> str:
