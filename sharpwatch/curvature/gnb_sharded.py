@@ -52,11 +52,17 @@ def sharded_gnb_probe(  # noqa: PLR0913 - what a probe is of, and how it is take
 
     Raises `ProbeError` on every rank where one of them fails beside the model: without logits, out of memory when
     labels are drawn or gradients summed. What fails on one rank alone within the model's forward or backward can't be
-    caught, as in the training itself: the others wait in the model's own collectives until they time out.
+    caught, as in the training itself: the others wait in the model's own collectives until these time out. Nor can an
+    `add` that fails.
     """
     together = _Together(add)
-    probe = _Probe(model, block_map, batch, weights, sketcher, logits_fn)
-    with put_back(model), fsdp.ordinary_backward(model), _gradients_aside(list(model.parameters())):
+    with ExitStack() as stack:
+        with together.trying():
+            probe = _Probe(model, block_map, batch, weights, sketcher, logits_fn)
+            stack.enter_context(put_back(model))
+            stack.enter_context(fsdp.ordinary_backward(model))
+            stack.enter_context(_gradients_aside(list(model.parameters())))
+        together.total(torch.zeros(0))  # that nobody waits inside the model for one who can't begin
         counts = torch.zeros(3, dtype=torch.float64)
         with together.trying():
             logits, mask = probe.forward()
@@ -65,13 +71,13 @@ def sharded_gnb_probe(  # noqa: PLR0913 - what a probe is of, and how it is take
         tokens, rows = (round(count * probe.data.count / ranks) for count in (positions, rows))
         if tokens == 0:
             raise EmptyBatchError("no position of any rank's rows predicts: all labels are ignored")
+        scale = probe.data.count / math.sqrt(tokens)
         own = torch.zeros(draws, probe.width, dtype=torch.float64)
         for draw in range(draws):
             if draw:
                 logits, mask = probe.forward()
             output_gradient = logits.detach().new_zeros(()).expand(logits.shape)  # where this rank has none to give
             with together.trying():
-                scale = probe.data.count / math.sqrt(tokens)
                 output_gradient = OutputGradients(logits.detach(), mask, 1, generator, scale=scale)[0]
             gradients = probe.gradients(logits, output_gradient)
             del logits, output_gradient

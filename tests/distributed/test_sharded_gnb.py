@@ -57,10 +57,10 @@ def source(data, draw=0):
     return torch.Generator().manual_seed(1000 * draw + data.number)
 
 
-def probe(model, block_map, **options):
+def probe(model, block_map, batch=None, **options):
     data = DataRank.of(model)
     given = {"draws": 1, "generator": source(data), "add": add, "weights": weights_of(block_map, model)}
-    return sharded_gnb_probe(model, block_map, batch_of(data), **given | options)
+    return sharded_gnb_probe(model, block_map, batch or batch_of(data), **given | options)
 
 
 def unsharded(model, block_map, sketcher, count):
@@ -225,12 +225,19 @@ def train(probed):
 def leaves_no_trace(model, block_map):
     held = [(parameter, parameter.grad) for parameter in model.parameters()]
     probe(model, block_map, sketcher=CountSketch(block_map, size=64), draws=2)
-    fail_beside(model, block_map)
+    fail_before(model, block_map)
     fail_after(model, block_map)
+    fail_beside(model, block_map)
     assert all(new is old for new, (old, _) in zip(model.parameters(), held, strict=True))
     assert all(parameter.grad is grad for parameter, grad in held)
     assert all(module.training for module in model.modules())
     assert not model._get_fsdp_state()._comm_ctx.post_forward_order  # what the next backward would gather ahead
+
+
+def fail_before(model, block_map):
+    """One rank has no batch: no other waits for it in the forward."""
+    with pytest.raises(ProbeError, match="failed on 1 of the ranks: AttributeError: 'object'"):
+        probe(model, block_map, batch=object() if dist.get_rank() == 1 else None)
 
 
 def fail_beside(model, block_map):
