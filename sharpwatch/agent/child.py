@@ -35,6 +35,38 @@ class CourierGoneError(Exception):
     """The courier closed its end."""
 
 
+class _End:
+    """Our end of a pipe.
+
+    A program that closes every descriptor frees our number for a file of its own, which must not get our bytes.
+    """
+
+    def __init__(self, number: int) -> None:
+        os.set_blocking(number, False)
+        self._number = number
+        self._pipe = _identity(number)
+
+    def fileno(self) -> int:
+        """The descriptor; raises `CourierGoneError` where it was closed, or is another's by now."""
+        if self._pipe is None or _identity(self._number) != self._pipe:
+            raise CourierGoneError
+        return self._number
+
+    def close(self) -> None:
+        with contextlib.suppress(CourierGoneError):
+            os.close(self.fileno())
+        self._pipe = None
+
+
+def _identity(number: int) -> tuple[int, int] | None:
+    """Which file a descriptor leads to; None where it is closed."""
+    try:
+        status = os.fstat(number)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
 class CourierProcess:
     """A running courier. Raises `OSError` where none can be started."""
 
@@ -42,10 +74,9 @@ class CourierProcess:
         _reap()
         self.started = time.monotonic()
         with contextlib.ExitStack() as undo, contextlib.ExitStack() as theirs:
-            self._process, (self._inward, self._outward) = _start(destination, undo, theirs)
+            self._process, (inward, outward) = _start(destination, undo, theirs)
+            self._inward, self._outward = _End(inward), _End(outward)
             undo.pop_all()
-        for end in (self._inward, self._outward):
-            os.set_blocking(end, False)
         _LIVE.add(self)
 
     @property
@@ -62,7 +93,7 @@ class CourierProcess:
         """Bytes that the pipe took, 0 if it is full; raises `CourierGoneError`."""
         with _no_sigpipe():
             try:
-                return os.write(self._outward, data)
+                return os.write(self._outward.fileno(), data)
             except BlockingIOError:
                 return 0
             except OSError as error:
@@ -71,7 +102,7 @@ class CourierProcess:
     def read(self) -> bytes:
         """What has come, b"" if nothing has; raises `CourierGoneError`."""
         try:
-            data = os.read(self._inward, _READ_BYTES)
+            data = os.read(self._inward.fileno(), _READ_BYTES)
         except BlockingIOError:
             return b""
         if not data:
@@ -81,9 +112,9 @@ class CourierProcess:
     def wait_ready(self, *, write: bool, seconds: float) -> None:
         """Return when something can be read (or, with `write`, written), or after `seconds`."""
         poll = select.poll()
-        poll.register(self._inward, select.POLLIN)
+        poll.register(self._inward.fileno(), select.POLLIN)
         if write:
-            poll.register(self._outward, select.POLLOUT)
+            poll.register(self._outward.fileno(), select.POLLOUT)
         poll.poll(max(0.0, seconds) * 1000)
 
     def wake(self) -> None:
@@ -92,7 +123,7 @@ class CourierProcess:
 
     def end_input(self) -> None:
         """Tell the courier that nothing more comes."""
-        self._outward = _close(self._outward)
+        self._outward.close()
 
     def leave(self, *, kill: bool, seconds: float = 0.0) -> None:
         """Close both pipes and wait up to `seconds` for the process; later it is reaped in passing."""
@@ -111,7 +142,8 @@ class CourierProcess:
 
     def _close_pipes(self) -> None:
         _LIVE.discard(self)
-        self._inward, self._outward = _close(self._inward), _close(self._outward)
+        self._inward.close()
+        self._outward.close()
 
 
 _LIVE: weakref.WeakSet[CourierProcess] = weakref.WeakSet()
@@ -180,12 +212,6 @@ def _no_sigpipe() -> Iterator[None]:
         raise
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _close(end: int) -> int:
-    if end >= 0:
-        os.close(end)
-    return -1
 
 
 def _reap() -> None:

@@ -642,7 +642,7 @@ for stream in range(3):
     os.close(stream)
 pipe = CourierPipe(agent_pb2.Hello(run="run"), address=pipe._destination.target)
 pipe.flush()
-ends = pipe._courier._inward, pipe._courier._outward
+ends = pipe._courier._inward.fileno(), pipe._courier._outward.fileno()
 send(pipe, 1)
 pipe.close()
 os._exit(0 if min(ends) > 2 else 1)

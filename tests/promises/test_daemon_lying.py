@@ -136,3 +136,35 @@ def test_a_replayed_command_is_applied_once_and_its_result_told_again(train, ser
     in_force = {sample.health.lr_revision for sample in daemon.samples if sample.step >= restored}
     assert in_force == {2}
     assert trainer.said("swallowed") == 0
+
+
+def takes_nothing_of_any_size(_, samples):
+    yield response(welcome=agent_pb2.Welcome(max_message_bytes=1))
+    yield from (ack(sample.sequence) for sample in samples)
+
+
+def goes_away(seconds):
+    def script(_, samples):
+        yield welcome()
+        next(samples)
+        yield response(drain=agent_pb2.Drain(reason="x" * 10_000, retry_after_seconds=seconds))
+
+    return script
+
+
+def test_absurd_numbers(train, serve, assert_unchanged):
+    scripts = takes_nothing_of_any_size, goes_away(math.inf), goes_away(math.nan), goes_away(-1e300)
+    addresses = [serve(script).address for script in scripts]
+    code = f"""
+for address in {addresses!r}:
+    trainer = Trainer(address=address)
+    trainer.train(20)
+    trainer.close()
+"""
+    trainer = train(code)
+    assert trainer.end() == 0
+    assert_unchanged(trainer)
+    assert trainer.all_said("swallowed") == [0] * 4
+    sizes, *drains = trainer.all_said("dropped")
+    assert sizes == {"oversized": 21}
+    assert drains == [{"undelivered": 21}] * 3

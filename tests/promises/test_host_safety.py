@@ -89,23 +89,6 @@ def test_swallowed_errors_are_counted_in_the_next_sample(wires, monkeypatch):
     assert wires[-1].samples[-1].health.swallowed_errors == 3  # a capture for each of the three planned probes
 
 
-def test_out_of_memory_halves_the_rows_and_is_never_fatal(wires, monkeypatch):
-    seen = []
-
-    def hungry(*arguments, **_):
-        rows = arguments[2].rows
-        seen.append(rows)
-        if rows > 1:
-            raise torch.OutOfMemoryError("on purpose")
-        raise MemoryError
-
-    monkeypatch.setattr("sharpwatch.agent.kinds.direction_probe", hungry)
-    run(steps=8, probes=("direction",))
-    assert seen == [2, 1]  # a quarter of 8, its half; then there is nothing left to halve
-    failure = wires[-1].samples[-1].health.probe_failures[0]
-    assert (failure.probe, failure.count, failure.disabled) == ("direction", 2, True)
-
-
 def test_an_overlay_that_cannot_be_guarded_is_still_laid_and_taken_away(wires, monkeypatch, caplog):
     monkeypatch.setattr(Overlay, "guard", broken)
     model = Net().train()
@@ -163,26 +146,6 @@ def test_without_room_for_a_copy_of_the_weights_the_direction_probe_is_given_up(
     last = wires[-1].samples[-2]
     assert [(f.count, f.disabled) for f in last.health.probe_failures] == [(3, True)]
     assert last.HasField("tap")
-
-
-def test_garbage_from_the_daemon_changes_nothing(wires):
-    torch.manual_seed(3)
-    model = Net().train()
-    optimizer = torch.optim.AdamW(model.parameters())
-    watch = sharpwatch.attach(model, optimizer, training_job="promise", probes=())
-    commands = [
-        types_pb2.Command(id="a"),
-        types_pb2.Command(id="b", set_multipliers=types_pb2.MultiplierSet(multipliers={"nonsense": 1.0})),
-        types_pb2.Command(id="c", set_multipliers=types_pb2.MultiplierSet(multipliers={"emb": float("nan")})),
-        types_pb2.Command(id="d", rollback=types_pb2.Rollback(checkpoint=types_pb2.Checkpoint(step=-4))),
-    ]
-    wires[-1].inbox = [agent_pb2.SessionResponse(), *(agent_pb2.SessionResponse(command=each) for each in commands)]
-    model(torch.ones(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.long))[1].backward()
-    optimizer.step()
-    watch.close()
-    results = [result for sample in wires[-1].samples for result in sample.results]
-    assert [(r.command_id, r.outcome) for r in results] == [(i, types_pb2.COMMAND_OUTCOME_REFUSED) for i in "abcd"]
-    assert all(result.detail for result in results)
 
 
 def test_rows_without_a_label_do_not_end_the_probes(wires):

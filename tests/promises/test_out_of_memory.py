@@ -1,11 +1,14 @@
 """Promise: where memory runs short, probes are what is left out; the step gets what it gets without sharpwatch.
 
-The address space is limited as `ulimit -v` does it, so that allocations fail in earnest.
+The address space is limited as `ulimit -v` does it, so that allocations fail in earnest; only where rows are halved, a
+probe says that it has failed.
 """
 
 from __future__ import annotations
 
 import pytest
+import torch
+from trainer import ROWS, Trainer
 
 # Large weights (32 MB) and few activations: a product with the Hessian takes several times the weights. What two steps
 # have taken suffices for all steps; the room on top of that is for chance in the allocator, or for the probes.
@@ -37,3 +40,18 @@ def test_probes_that_find_no_memory(train, serve, room):
     assert daemon.sequences == list(range(1, 17))
     told = {failure.probe: failure.count for failure in daemon.samples[-1].health.probe_failures}
     assert told == watched.said("failed_probes")
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
+def test_rows_are_halved_until_none_is_left(wires, monkeypatch, error):
+    seen = []
+
+    def hungry(*arguments, **_):
+        seen.append(arguments[2].rows)
+        raise error
+
+    monkeypatch.setattr("sharpwatch.agent.kinds.direction_probe", hungry)
+    Trainer(probes=("direction",), probe_every=1).train(8)
+    assert seen == [ROWS // 4, ROWS // 8]
+    (failure,) = wires[0].samples[-1].health.probe_failures
+    assert (failure.probe, failure.count, failure.disabled) == ("direction", 2, True)
