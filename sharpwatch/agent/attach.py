@@ -23,7 +23,7 @@ from sharpwatch.agent.control import CONTROL_MODES, Control, RollbackRequest
 from sharpwatch.agent.hooks import Hook
 from sharpwatch.agent.kinds import DEFAULT_PROBES, PROBES, SHARDED_PROBES
 from sharpwatch.agent.loop import Loop, Parts, Pipe, Silence
-from sharpwatch.agent.optimizers import is_flat, stepping, uncontrolled
+from sharpwatch.agent.optimizers import is_flat, stepping, uncontrolled, withheld
 from sharpwatch.agent.pipe import CourierPipe
 from sharpwatch.agent.probes import Probes
 from sharpwatch.agent.sampler import Sampler
@@ -173,10 +173,8 @@ def _check_training(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer
     own = {id(parameter) for parameter in model.parameters()}
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise AttachError("model: has no trainable parameter")
-    if any(getattr(parameter, "_fsdp_flattened", False) and not parameter.numel() for parameter in model.parameters()):
-        raise AttachError("model: FSDP1 with use_orig_params=True cuts parameters to pieces; fully_shard (FSDP2) does not")
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        raise AttachError("model: DeepSpeed's ZeRO-3 holds its parameters; with stages up to 2 it can be watched")
+    if withheld(model):
+        raise AttachError(f"model: {withheld(model)}")
     if not optimizers:
         raise AttachError("optimizer: expected one torch.optim.Optimizer or several, got none")
     if len({id(each) for each in optimizers}) < len(optimizers):
