@@ -284,7 +284,8 @@ class Tap:
             return None, 1.0
         group = optimizer.param_groups[owner[1]]
         second, correction = state.get("square_avg"), 1.0
-        if "betas" in group and "d" not in group:  # Adafactor's moment has no betas; Prodigy's is in units of its d
+        # Adafactor's moment has no betas, Adan's has three; Prodigy's is in units of its d.
+        if len(group.get("betas", ())) == 2 and "d" not in group:
             steps = self._step_of(parameter, state.get("step", group.get("k", 0)))  # schedule-free: by group
             second = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))  # what divides the step
             correction = 1.0 - float(group["betas"][1]) ** steps
