@@ -106,6 +106,8 @@ class Shard:
 
 def is_dtensor(value: object) -> bool:
     """Whether `value` is spread over ranks."""
+    if type(value) is Tensor or type(value) is nn.Parameter:  # most are, and are asked for at every step
+        return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(value, module.DTensor)
 
