@@ -187,7 +187,7 @@ class Control:
 
         Raises `KeyError`, `TypeError` or `ValueError` for what is no such state; nothing is changed then.
         """
-        low, high = self._bounds if self.mode != "none" else (1.0, 1.0)
+        low, high = (1.0, 1.0) if self.mode == "none" or self._uncontrolled else self._bounds
 
         def bounded(values: Mapping[str, float]) -> dict[str, float]:
             return {block: min(max(float(values.get(block, 1.0)), low), high) for block in self.multipliers}

@@ -32,7 +32,7 @@ class Driven(Optimizer):
 
     def _take_rate(self, *_: object) -> None:
         """Its learning rate, where it has one for all."""
-        rates = {float(group["lr"]) for group in self._driver.param_groups}
+        rates = {group.get("lr") for group in self._driver.param_groups}
         self.param_groups[0]["lr"] = rates.pop() if len(rates) == 1 else None
 
 

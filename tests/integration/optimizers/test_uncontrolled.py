@@ -70,6 +70,22 @@ def test_it_is_tapped_and_refuses_rates_but_not_rollbacks(wires, caplog, make, r
     assert wires[0].samples[-1].health.swallowed_errors == 0
 
 
+def test_a_run_taken_up_with_another_optimizer_leaves_its_multipliers_behind(wires):
+    model = llama()
+    adamw = torch.optim.AdamW(model.parameters(), lr=RATE)
+    with sharpwatch.attach(model, adamw, training_job="own", probes=()) as watch:
+        order(wires[0], {"ffn": 0.5}, at=2)
+        trained(model, adamw)
+        state = watch.state_dict()
+    ours, theirs = llama(), llama()
+    optimizer = prodigy(ours.parameters())
+    with sharpwatch.attach(ours, optimizer, training_job="own", probes=()) as watch:
+        watch.load_state_dict(state)
+        trained(ours, optimizer)
+    trained(theirs, prodigy(theirs.parameters()))
+    assert same(ours, theirs) == []
+
+
 def test_prodigy_would_have_raised():
     """The reason is the optimizer's own: two groups with two rates end the run."""
     model = llama()
