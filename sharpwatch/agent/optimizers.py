@@ -101,6 +101,10 @@ def _starts_with_rate(optimizer: Optimizer, _: int) -> bool:
     return any(kind.__name__ == "Rprop" for kind in type(optimizer).__mro__)
 
 
+def _keeps_rates(optimizer: Optimizer, _: int) -> bool:
+    return hasattr(optimizer, "base_lrs")
+
+
 def _shares_out(optimizer: Optimizer, ranks: int) -> bool:
     kind = type(optimizer)
     return ranks > 1 and kind.__name__ in {"Muon", "MuonWithAuxAdam"} and not kind.__module__.startswith("torch.")
@@ -118,6 +122,7 @@ _REASONS: dict[str, Callable[[Optimizer, int], bool]] = {
     "it makes its own learning rate": _has_no_rate,
     "it estimates one learning rate for all groups, and raises where they differ": _has_one_rate,
     "it uses a learning rate at its first step only": _starts_with_rate,
+    "it keeps a rate by each group's position": _keeps_rates,
     "each rank keeps the momentum of every n-th parameter of a group": _shares_out,
     "bitsandbytes finds its overrides by a parameter's position in its group": _overrides,
 }

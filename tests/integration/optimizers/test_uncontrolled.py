@@ -104,6 +104,12 @@ def test_muon_that_shares_a_group_out_over_ranks_is_left_alone():
     assert uncontrolled([torch.optim.AdamW(model.parameters())], ranks=2) == ""
 
 
+def test_rates_kept_by_a_groups_position_are_left_alone():
+    optimizer = torch.optim.Adam(llama().parameters())
+    optimizer.base_lrs = [group["lr"] for group in optimizer.param_groups]  # as AdaBound does
+    assert uncontrolled([optimizer]) == "Adam: it keeps a rate by each group's position"
+
+
 def test_one_that_cannot_be_controlled_speaks_for_all():
     model = llama()
     head = rprop([model.lm_head.weight])
