@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -90,6 +95,34 @@ def weights(entries):
     return {entry["step"]: entry["weights"] for entry in entries if "weights" in entry}
 
 
+@pytest.fixture
+def on_two_ranks(tmp_path):
+    """Start a script on two gloo processes; the first one's lines are read."""
+    started = []
+
+    def start(source):
+        (tmp_path / "ranks.py").write_text(source)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
+        for rank in ("0", "1"):
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", **common, "RANK": rank, "LOCAL_RANK": rank}
+            output = subprocess.PIPE if rank == "0" else subprocess.DEVNULL
+            command = [sys.executable, str(tmp_path / "ranks.py")]
+            process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=output, text=True)
+            started.append(process)
+        return started[-2]
+
+    yield start
+    for process in started:
+        process.kill()
+        for stream in (process.stdin, process.stdout):
+            if stream is not None:
+                stream.close()
+        process.wait()
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 def test_a_rollback_leaves_a_range_of_data_out(daemon, stepping, script, tmp_path, bf16):
     folder = tmp_path / "runs"
@@ -108,6 +141,50 @@ def test_a_rollback_leaves_a_range_of_data_out(daemon, stepping, script, tmp_pat
     assert list(plain) == list(range(13, 19))
     assert {step: again[step] for step in range(14, 19)} == {step: plain[step] for step in range(14, 19)}
     assert again[14] != first[14]
+
+
+def test_two_ranks_go_back_together(daemon, on_two_ranks, tmp_path):
+    # The first rank, and with it the other, waits at step 20 until the daemon has sent the command.
+    ranked = {"seed=7": 'seed=7, ddp_backend="gloo"', "(40, 16)": "(160, 16)", "max_steps=10_000": "max_steps=36"}
+    gate = {
+        "sys.stdin.read()": "sys.stdin.readline()",
+        "over.wait(0.05)": "over.wait(60 if (state.global_step, args.process_index) == (20, 0) else 0.05)",
+        "control.should_training_stop = over.is_set()": "pass",
+    }
+    folder = tmp_path / "runs"
+    source = filled(WATCHED, FOLDER=str(folder), BF16=False, ADDRESS=daemon.grpc, RESUME=None)
+    for old, new in {**ranked, **gate}.items():
+        assert old in source
+        source = source.replace(old, new)
+    first = on_two_ranks(source)
+    seen = lines_until(first, 20)
+    with ThreadPoolExecutor(1) as pool:
+        command = ("rollback", "trainer", "--to-step", "12", "--skip", "14:16", "--reason", "bad shard")
+        done = pool.submit(daemon.cli, *command)
+        while not any(made["outcome"] == "sent" for made in daemon.cli("decisions", "trainer")["decisions"]):
+            assert not done.done(), done.result()
+        first.stdin.write("\n")
+        first.stdin.flush()
+        again = lines_until(first, 36)
+        assert done.result(timeout=60)["outcome"] == "applied"
+    assert first.wait(timeout=60) == 0
+    by_hand = filled(BY_HAND, FOLDER=str(tmp_path / "by hand"), BF16=False, RESUME=str(folder / "checkpoint-12"))
+    for old, new in {**ranked, "SKIP": "[14, 15]"}.items():
+        by_hand = by_hand.replace(old, new)
+    plain = weights(lines_until(on_two_ranks(by_hand), 18))
+    assert plain[13] == weights(seen)[13]
+    assert {step: weights(again)[step] for step in plain} == plain
+
+
+def lines_until(process, step):
+    """What `process` prints up to the weights of `step`."""
+    found = []
+    for line in process.stdout:
+        if line.startswith('{"'):
+            found.append(json.loads(line))
+            if found[-1]["step"] == step and "weights" in found[-1]:
+                return found
+    raise AssertionError(f"ended before step {step}: {found[-3:]}")
 
 
 def test_a_resumed_training_is_the_same_run_and_keeps_what_was_left_out(daemon, stepping, tmp_path):
