@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 
 import pytest
 
@@ -100,9 +102,8 @@ def printed(text):
     return [json.loads(line) for line in text.splitlines() if line.startswith('{"')]
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_a_rollback_leaves_a_range_of_data_out(daemon, stepping, script, tmp_path, precision):
-    parts = filled(WATCHED, FOLDER=str(tmp_path / "runs"), PRECISION=precision, STEPS=10_000, RESUME=None)
+def test_a_rollback_leaves_a_range_of_data_out(daemon, stepping, script, tmp_path):
+    parts = filled(WATCHED, FOLDER=str(tmp_path / "runs"), PRECISION="bf16-mixed", STEPS=10_000, RESUME=None)
     trainer = stepping(filled(parts, ADDRESS=daemon.grpc))
     first = weights(trainer.until(lambda entry: entry["step"] >= 18))
     done = daemon.cli("rollback", "lightning", "--to-step", "17", "--skip", "18:20", "--reason", "bad shard")
@@ -112,7 +113,7 @@ def test_a_rollback_leaves_a_range_of_data_out(daemon, stepping, script, tmp_pat
     assert back["weights"] == first[17]
     again = weights(trainer.until(lambda entry: entry["step"] == 20))
     taken = [number for step in (18, 19) for number in (2 * step - 1, 2 * step)]
-    plain = weights(printed(script(filled(BY_HAND, PRECISION=precision, STEPS=20, SKIP=taken))))
+    plain = weights(printed(script(filled(BY_HAND, PRECISION="bf16-mixed", STEPS=20, SKIP=taken))))
     assert first == {step: plain[step] for step in first if step < 18} | {18: first[18]}
     assert again == {step: plain[step] for step in range(18, 21)}
     assert again[18] != first[18]
@@ -139,3 +140,10 @@ def test_a_resumed_training_is_the_same_run_and_shows_lightnings_own_loss(daemon
     whole = weights(entries)
     assert weights(resumed) == {step: whole[step] for step in range(21, 36)}
     assert [run["run"] for run in daemon.cli("jobs")["runs"]] == ["lightning"]
+
+
+def test_without_the_framework_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
+    monkeypatch.delitem(sys.modules, "sharpwatch.integrations.lightning", raising=False)
+    with pytest.raises(ImportError, match=r"pip install 'sharpwatch\[lightning\]'"):
+        importlib.import_module("sharpwatch.integrations.lightning")
