@@ -87,10 +87,10 @@ class Trainer:
         target = self.said("step", 0) + steps
         self.wait(lambda: self.said("step", 0) >= target)
 
-    def tell(self, word=""):
-        """Let it go on in its code."""
-        self.process.stdin.write(word + "\n")
-        self.process.stdin.flush()
+    def await_stream(self):
+        """Until a sample is acknowledged that is not taken yet."""
+        last = self.said("step", 0)
+        self.wait(lambda: self.said("acknowledged", 0) > last)
 
     def end(self):
         """Until it has ended; its exit status."""

@@ -26,7 +26,7 @@ def broken(*_, **__):
     raise OwnError
 
 
-def train(steps=STEPS, prepare=lambda _: None, **options):
+def train(steps=STEPS, prepare=lambda _: None, close=True, **options):
     """A loop that skips the batches of steps that fail; how many did, and the trainer."""
     trainer = Trainer(**options)
     prepare(trainer)
@@ -37,6 +37,8 @@ def train(steps=STEPS, prepare=lambda _: None, **options):
         except (OwnError, KeyboardInterrupt):
             failed += 1
             trainer.optimizer.zero_grad()
+    if close:
+        trainer.watch.close()
     return failed, trainer
 
 
@@ -93,7 +95,9 @@ def test_a_users_own_hook(wires, monkeypatch, where):
     assert failed == 1
     assert trainer.loop.border.swallowed == 0
     assert trainer.watch.step == (STEPS if where == "after a step" else STEPS - 1)
-    assert [sample.step for sample in wires[0].samples] == list(range(1, trainer.watch.step + 1))
+    *steps, goodbye = wires[0].samples
+    assert [sample.step for sample in steps] == list(range(1, trainer.watch.step + 1))
+    assert goodbye.closing
     assert not any(sample.health.probe_failures for sample in wires[0].samples)
 
 
@@ -128,7 +132,7 @@ def test_a_step_that_raises_half_way_under_a_multiplier(wires):
     def cut(_):
         wires[0].order(id="cut", set_multipliers=types_pb2.MultiplierSet(multipliers={"ffn": 0.5}))
 
-    failed, trainer = train(steps=6, prepare=cut, optimizer=Halting)
+    failed, trainer = train(steps=6, prepare=cut, close=False, optimizer=Halting)
     assert failed == 1
     (group,) = trainer.optimizer.param_groups
     assert all(one is other for one, other in zip(group["params"], trainer.model.parameters(), strict=True))
@@ -144,6 +148,7 @@ def test_a_step_that_raises_half_way_under_a_multiplier(wires):
     for name, weight in trainer.model.named_parameters():
         factor = 0.5 if ".linear" in name else 1.0
         assert torch.equal(weight, before[name] - factor * rate * gradients[name]), name
+    trainer.watch.close()
     assert trainer.loop.border.swallowed == 0
 
 

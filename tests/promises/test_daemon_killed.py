@@ -12,13 +12,6 @@ from contextlib import closing, contextmanager
 import pytest
 
 TIMES = 20
-CODE = """
-trainer = Trainer(probe_every=2)
-while not select.select([sys.stdin], [], [], 0)[0]:
-    trainer.step()
-    say(acknowledged=trainer.pipe._spool.settled)
-trainer.close()
-"""
 # A daemon takes seconds to import what it needs. This imports it once, and serves in a child for each line it reads.
 NURSERY = """
 import os, sys
@@ -58,28 +51,22 @@ def serving(nursery, config, end):
     assert status == (0 if end == signal.SIGTERM else -end)
 
 
-def await_stream(trainer):
-    """Until a sample is acknowledged that is not taken yet."""
-    last = trainer.said("step", 0)
-    trainer.wait(lambda: trainer.said("acknowledged", 0) > last)
-
-
 def journalled(daemon):
     with closing(sqlite3.connect(f"file:{daemon.folder}/sharpwatch.db?mode=ro", uri=True)) as journal:
         return [sequence for (sequence,) in journal.execute("SELECT sequence FROM samples ORDER BY sequence")]
 
 
 def test_a_daemon_killed_twenty_times(train, assert_unchanged, daemon, nursery):
-    trainer = train(CODE, address=daemon.grpc)
-    await_stream(trainer)
+    trainer = train(address=daemon.grpc)
+    trainer.await_stream()
     daemon.kill()
     for _ in range(TIMES - 1):
         acknowledged = trainer.said("acknowledged")  # so long after the kill
         assert journalled(daemon)[:acknowledged] == list(range(1, acknowledged + 1))
         with serving(nursery, daemon.configure(), signal.SIGKILL):
-            await_stream(trainer)
+            trainer.await_stream()
     with serving(nursery, daemon.configure(), signal.SIGTERM):
-        await_stream(trainer)
+        trainer.await_stream()
         assert trainer.end() == 0
     assert_unchanged(trainer)
     assert trainer.said("dropped") == {}

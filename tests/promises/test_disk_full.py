@@ -8,28 +8,14 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
-CODE = """
-trainer = Trainer()
-while not select.select([sys.stdin], [], [], 0)[0]:
-    trainer.step()
-    say(acknowledged=trainer.pipe._spool.settled)
-trainer.close()
-"""
-
-
-def await_stream(trainer):
-    """Until a sample is acknowledged that is not taken yet."""
-    last = trainer.said("step", 0)
-    trainer.wait(lambda: trainer.said("acknowledged", 0) > last)
-
 
 def events(daemon):
     return [json.loads(line)["event"] for line in tuple(daemon.log) if line.startswith("{")]
 
 
 def test_the_daemons_disk(train, daemon, assert_unchanged):
-    trainer = train(CODE, address=daemon.grpc)
-    await_stream(trainer)
+    trainer = train(address=daemon.grpc)
+    trainer.await_stream()
     # No file of the daemon may grow past this.
     unlimited = resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
     trainer.wait(lambda: "store_failed" in events(daemon))
@@ -37,7 +23,7 @@ def test_the_daemons_disk(train, daemon, assert_unchanged):
     trainer.more(30)
     assert trainer.said("acknowledged") - acknowledged < 30
     resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE, unlimited)
-    await_stream(trainer)
+    trainer.await_stream()
     assert trainer.end() == 0
     assert_unchanged(trainer)
     assert trainer.said("swallowed") == 0

@@ -19,7 +19,7 @@ trainer = Trainer(probe_every=3, probes=("gnb", "direction", "hutchinson", "lanc
 trainer.train(2)
 pages = int(open("/proc/self/statm").read().split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ROOM * 2**20,) * 2)
-trainer.train(13)
+trainer.train(8)
 if trainer.loop is not None:
     say(reasons=[failure.reason for failure in trainer.loop.parts.probes.failures])
 trainer.close()
@@ -33,11 +33,11 @@ def test_probes_that_find_no_memory(train, serve, room):
     watched, plain = train(code, address=daemon.address), train(code, SHARPWATCH_DISABLED="1")
     assert (watched.end(), plain.end()) == (0, 0)
     assert watched.steps == plain.steps
-    assert len(plain.steps) == 15
+    assert len(plain.steps) == 10
     assert {"hutchinson", "lanczos"} <= watched.said("failed_probes").keys()
     assert any("can't allocate memory" in reason for reason in watched.said("reasons"))
     assert watched.said("dropped") == {}
-    assert daemon.sequences == list(range(1, 17))
+    assert daemon.sequences == list(range(1, 12))
     told = {failure.probe: failure.count for failure in daemon.samples[-1].health.probe_failures}
     assert told == watched.said("failed_probes")
 
@@ -51,7 +51,9 @@ def test_rows_are_halved_until_none_is_left(wires, monkeypatch, error):
         raise error
 
     monkeypatch.setattr("sharpwatch.agent.kinds.direction_probe", hungry)
-    Trainer(probes=("direction",), probe_every=1).train(8)
+    trainer = Trainer(probes=("direction",), probe_every=1)
+    trainer.train(8)
+    trainer.watch.close()
     assert seen == [ROWS // 4, ROWS // 8]
     (failure,) = wires[0].samples[-1].health.probe_failures
     assert (failure.probe, failure.count, failure.disabled) == ("direction", 2, True)

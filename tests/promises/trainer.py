@@ -88,10 +88,10 @@ class Trainer:
             self.step()
 
     def train_until_told(self):
-        """Train until standard input has a line (which is read) or ends."""
+        """Train until standard input ends; also say which samples nobody has to keep any more."""
         while not select.select([sys.stdin], [], [], 0)[0]:
             self.step()
-        sys.stdin.readline()
+            say(acknowledged=self.pipe._spool.settled)
 
     def digest(self):
         """Of weights, optimizer state, learning rates and the random source."""
