@@ -121,6 +121,30 @@ def test_restoring_writes_into_the_tensors_that_are_there(make):
     assert checkpoints.step == 2
 
 
+def test_schedulers_and_the_scaler_come_back(make):
+    def parts():
+        toy = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        schedulers = [torch.optim.lr_scheduler.MultiStepLR(toy, [1]), torch.optim.lr_scheduler.StepLR(toy, 2)]
+        toy.step()
+        return schedulers, torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=1)
+
+    schedulers, scaler = parts()
+    model, optimizer, checkpoints = make(scheduler=schedulers, scaler=scaler)
+    for (tokens,) in checkpoints.batches():
+        scaler.scale(model(tokens, tokens)[1]).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        for scheduler in schedulers:
+            scheduler.step()
+        if checkpoints.step == 3:
+            break
+    checkpoints.save()
+    again, fresh = parts()
+    make(scheduler=again, scaler=fresh)[2].resume()
+    assert [one.state_dict() for one in again] == [one.state_dict() for one in schedulers]
+    assert fresh.get_scale() == scaler.get_scale() == 32.0
+
+
 def test_what_cannot_be_read_back_is_found_when_it_is_saved(make):
     class Custom:
         def state_dict(self):

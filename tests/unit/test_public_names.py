@@ -99,6 +99,19 @@ def test_measure():
     ]
 
 
+def test_checkpoints():
+    assert signature(sharpwatch.Checkpoints) == [
+        ("folder", POSITIONAL, REQUIRED),
+        ("model", POSITIONAL, REQUIRED),
+        ("optimizer", POSITIONAL, REQUIRED),
+        ("watch", KEYWORD, REQUIRED),
+        ("data", KEYWORD, None),
+        ("scheduler", KEYWORD, ()),
+        ("scaler", KEYWORD, None),
+        ("keep", KEYWORD, 3),
+    ]
+
+
 def test_classify():
     assert signature(sharpwatch.classify) == [("model", POSITIONAL, REQUIRED), ("rules", POSITIONAL, None)]
 

@@ -82,7 +82,7 @@ def since(found, step):
 @pytest.fixture
 def watched(stepping, daemon, tmp_path):
     source = WATCHED.replace("sys.argv[1]", repr(str(tmp_path / "checkpoints")))
-    return lambda: stepping(source.replace("sys.argv[2]", repr(daemon.grpc)))
+    return lambda fault=".loss": stepping(source.replace("sys.argv[2]", repr(daemon.grpc)).replace(".loss", fault))
 
 
 def test_a_rollback_leaves_a_range_of_data_out(daemon, watched):
@@ -139,3 +139,32 @@ def test_a_rollback_to_a_damaged_checkpoint_fails_and_training_goes_on(daemon, w
     last = trainer.next()["step"]
     after = trainer.until(lambda entry: entry["step"] >= last + 5)
     assert weights(after) == since(by_hand([], last + 5), after[0]["step"])
+
+
+POLICIES = """
+policies:
+  - name: rollback-on-non-finite
+    match: {alert: NonFinite}
+    mode: enforce
+    action: {kind: rollback, skip_margin: 2}
+"""
+
+
+def test_a_batch_that_breaks_the_run_is_gone_round_without_an_operator(daemon, watched):
+    daemon.stop()
+    daemon.policies = POLICIES
+    daemon.start()
+    loop = {}
+    exec(PARTS, loop)  # noqa: S102 - the user's script, up to its loop
+    broken = list(loop["loader"])[24][0][0].tolist()
+    fault = f"{broken} in ids.tolist() and checkpoints.data.taken <= 30"  # not when it comes again
+    trainer = watched(f".loss.mul(float('nan') if {fault} else 1.0)")
+    trainer.until(lambda entry: entry["step"] == 25)
+    trainer.until(lambda entry: entry["step"] == 21)
+    again = trainer.until(lambda entry: entry["step"] == 30)
+    made = daemon.cli("decisions", "plain")["decisions"][-1]
+    assert (made["policy"], made["rollback"]["checkpoint"]["step"]) == ("rollback-on-non-finite", 20)
+    assert made["outcome"] == "applied", made["detail"]
+    left_out = range(made["rollback"]["skip_from_step"], made["rollback"]["skip_to_step"])
+    assert 25 in left_out
+    assert weights(again) == since(by_hand(left_out, 30), 22)

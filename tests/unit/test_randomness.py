@@ -1,0 +1,29 @@
+"""Every generator that a loop draws from comes back, through a file that is read with `weights_only`."""
+
+from __future__ import annotations
+
+import io
+import random
+
+import numpy as np
+import torch
+
+from sharpwatch.agent.randomness import random_state, set_random_state
+
+
+def draws():
+    return random.random(), random.gauss(), np.random.rand(), np.random.randn(), torch.rand(3).tolist()  # noqa: S311, NPY002
+
+
+def test_what_is_drawn_is_drawn_again():
+    random.seed(1)
+    np.random.seed(2)  # noqa: NPY002
+    torch.manual_seed(3)
+    draws()  # both Gaussians keep one for the next
+    file = io.BytesIO()
+    torch.save(random_state(), file)
+    first = draws()
+    draws()
+    file.seek(0)
+    set_random_state(torch.load(file, weights_only=True))
+    assert draws() == first
