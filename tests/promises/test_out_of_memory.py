@@ -26,7 +26,7 @@ trainer.close()
 """
 
 
-@pytest.mark.parametrize("room", [48, 100])
+@pytest.mark.parametrize("room", [48, 80])
 def test_probes_that_find_no_memory(train, serve, room):
     daemon = serve()
     code = CODE.replace("ROOM", str(room))
@@ -34,7 +34,6 @@ def test_probes_that_find_no_memory(train, serve, room):
     assert (watched.end(), plain.end()) == (0, 0)
     assert watched.steps == plain.steps
     assert len(plain.steps) == 10
-    assert {"hutchinson", "lanczos"} <= watched.said("failed_probes").keys()
     assert any("can't allocate memory" in reason for reason in watched.said("reasons"))
     assert watched.said("dropped") == {}
     assert daemon.sequences == list(range(1, 12))
