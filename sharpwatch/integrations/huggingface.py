@@ -140,8 +140,13 @@ class SharpwatchCallback(TrainerCallback):
 
     def take_up(self, checkpoint: Path) -> None:
         """Read what the agent put into `checkpoint`; what is left out already stays so."""
-        file = checkpoint / _STATE
-        self._resumed = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        self._resumed = {}
+        try:
+            self._resumed = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            pass  # saved before the callback was there
+        except (OSError, ValueError) as error:
+            _LOG.warning("the agent's state could not be read, and begins anew: %s", error)
         self.left_out = union([*self.left_out, *self._resumed.get("left_out", ())])
 
     def _batches(self, request: RollbackRequest, args: TrainingArguments, epoch: int) -> Range:
