@@ -8,7 +8,7 @@ BENCH := .venv-bench
 BENCH_READY := $(BENCH)/.ready
 PROTOS := $(wildcard protos/sharpwatch/v1/*.proto)
 
-.PHONY: demo test check bench bench-curvature proto clean
+.PHONY: demo test test-matrix check bench bench-curvature proto clean
 
 # torch first, so that a CPU build can be asked for: TORCH_PIP_FLAGS="--index-url <PyTorch's CPU index>".
 $(READY): pyproject.toml constraints.txt
@@ -23,6 +23,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+test-matrix: $(READY)
+	$(BIN)/python -m pytest --verbose -m "" tests/distributed/test_matrix.py
 
 check: $(READY)
 	$(BIN)/ruff format --check .
