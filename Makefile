@@ -21,8 +21,9 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/sharpwatch demo
 
+# Two at a time: most tests wait for processes. Files stay whole, for what their tests share.
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-matrix: $(READY)
 	$(BIN)/python -m pytest --verbose -m "" tests/distributed/test_matrix.py

@@ -3,9 +3,9 @@
     python benchmarks/gpu/overhead.py [--model small medium] [--steps 200] [--budgets 0 0.005 0.01 0.05]
 
 A plain and a watched trainer take turns, a step each; times are by the clock between synchronizations. Before that,
-steps without a probe run under `torch.cuda.set_sync_debug_mode("error")`, for AdamW foreach, fused and capturable, and for
-a compiled model, whose graph breaks are counted with and without the agent; and a step is captured into a CUDA graph
-beside an attached agent. Needs CUDA; `--device cpu --tiny` runs the same code on a toy, which says nothing.
+steps without a probe run under `torch.cuda.set_sync_debug_mode("error")`, for AdamW foreach, fused and capturable, and
+for a compiled model, whose graph breaks are counted with and without the agent; and a step is captured into a CUDA
+graph beside an attached agent. Needs CUDA; `--device cpu --tiny` runs the same code on a toy, which says nothing.
 """
 
 from __future__ import annotations
