@@ -96,6 +96,7 @@ class Training:
     def __init__(self, combination, *, watched, prepare):
         placement, kind, execution, precision = combination
         torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
         self.samples, self.failures = [], 0
         self.autocast = precision == "bf16"
         self.model = model_of(placement, execution)
@@ -107,7 +108,9 @@ class Training:
         losses = [self.step() for _ in range(STEPS)]
         if watch is not None:
             watch.close()
-        self.record = {"calls": calls} | bits(
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        assert (graphs > 0) == (execution == "compiled")
+        self.record = {"calls": calls, "graphs": graphs} | bits(
             {"losses": torch.stack(losses), "random": torch.get_rng_state()}
             | self.model.state_dict()
             | {
