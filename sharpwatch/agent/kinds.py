@@ -38,10 +38,11 @@ _WINDOW = 8  # probes of a block that tell how well its trace is known: what the
 
 @dataclass(frozen=True, slots=True)
 class GnbReport:
-    """A `gnb` probe, and the sketch [B, k] of the step's own mean gradient where it could be taken."""
+    """A `gnb` probe, and of the step's own mean gradient its sketch [B, k] and noise [L], where they could be taken."""
 
     sample: GnbSample
     gradient_sketch: Tensor | None
+    gradient_noise: npt.NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +101,7 @@ class Gnb:
             sketcher=subject.sketcher,
             logits_fn=subject.logits_fn,
         )
-        return GnbReport(sample, step.gradient_sketch)
+        return GnbReport(sample, step.gradient_sketch, step.gradient_noise)
 
 
 class ShardedGnb:

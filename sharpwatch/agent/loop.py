@@ -23,8 +23,10 @@ from sharpwatch.agent.border import Border
 from sharpwatch.agent.control import Control, RollbackRequest, effective
 from sharpwatch.agent.hooks import Hook
 from sharpwatch.agent.kinds import MOVING
+from sharpwatch.agent.noise import GradientNoise, MicroBatches, averaged_over
 from sharpwatch.agent.outbox import Losses, Outbox, StepRecord
 from sharpwatch.agent.overlay import Overlay
+from sharpwatch.agent.partsums import GRADIENT
 from sharpwatch.agent.probes import Captured, ProbeRun, Probes
 from sharpwatch.agent.sampler import Sampler
 from sharpwatch.agent.shared import Heard, Shared
@@ -104,6 +106,7 @@ class _Round:
     step: int
     tap: PendingTap
     kinds: tuple[str, ...]
+    micro_batches: MicroBatches | None
     before: Before = field(default_factory=Before)
     stepped: set[int] = field(default_factory=set)
     read: set[int] = field(default_factory=set)  # optimizers whose tap succeeded
@@ -129,6 +132,7 @@ class Loop:
         self._shared = parts.shared
         self._kinds = self._planned() if self._shared is None else ()
         self._captured: Captured | None = None
+        self._noise = GradientNoise(parts.block_map, parts.model, parts.border, ranks=_averaged(parts))
         self._request: RollbackRequest | None = None
         self._probing = False
         self._skipped: set[int] = set()  # optimizers in a step() that GradScaler makes void
@@ -171,6 +175,7 @@ class Loop:
         self._restored = True
         self.step = step
         self._round = self._captured = None
+        self._noise.take()
         self._mark = None  # restoring is no part of a step
         self.parts.control.rolled_back(step)
 
@@ -213,6 +218,8 @@ class Loop:
             return
         self._closed = True
         atexit.unregister(self._at_exit)
+        with self.border.guard("removing the gradients' hooks"):
+            self._noise.remove()
         for handle in self._handles:
             with self.border.guard("removing a hook"):
                 handle.remove()
@@ -246,6 +253,8 @@ class Loop:
             self._outbox.begin()
             if self._kinds:
                 self._captured = self.parts.probes.capture(args, kwargs)
+            if "gnb" in self._kinds:
+                self._noise.forward()
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         del args, kwargs
@@ -310,7 +319,7 @@ class Loop:
                 self._shared is not None and self._shared.sharded
             )  # then whether a batch was seen is asked of all
             kinds = self._kinds if together or self._captured is not None else ()
-            self._round = _Round(step, self.parts.tap.start(self._parameter_multipliers()), kinds)
+            self._round = _Round(step, self.parts.tap.start(self._parameter_multipliers()), kinds, self._noise.take())
             self._prepare(self._round)
         return self._round
 
@@ -333,9 +342,12 @@ class Loop:
         started = time.perf_counter()
         self._round = None
         self.step = done.step
+        tap = done.tap if len(done.read) == len(self._overlays) else None  # half a reading would show false zeros
+        if done.micro_batches is not None and tap is not None:
+            with self.border.guard("working out the gradient noise"), done.before.spending("gnb"):
+                self._work_out_noise(done.micro_batches, tap, done.before)
         probes = self._run_probes(done)
         losses = self._losses.take()
-        tap = done.tap if len(done.read) == len(self._overlays) else None  # half a reading would show false zeros
         record = StepRecord(done.step, time.time_ns(), tap, probes, losses)
         commands = [response.command for response in self.parts.pipe.receive() if response.HasField("command")]
         self._account(started, probes.seconds)
@@ -347,6 +359,10 @@ class Loop:
                 self._share(self._shared, record, commands)
             self._request = self.parts.control.end(done.step, self._clock()) or self._request
             self._guard_overlays()
+
+    def _work_out_noise(self, heard: MicroBatches, tap: PendingTap, before: Before) -> None:
+        before.seconds["gnb"] = before.seconds.get("gnb", 0.0) + heard.seconds
+        before.gradient_noise = heard.noise(self.parts.block_map, self.parts.tap.local(tap)[:, GRADIENT])
 
     def _receive(self, commands: Iterable[types_pb2.Command]) -> None:
         for command in commands:
@@ -511,6 +527,13 @@ class _Stopwatch(AbstractContextManager[None]):
 
     def __exit__(self, *_: object) -> None:
         self._loop.agent_seconds += time.perf_counter() - self._started
+
+
+def _averaged(parts: Parts) -> int:
+    """How many ranks' gradients are averaged into each that the optimizer sees; 0 where that can't be told."""
+    if parts.shared is None:
+        return 1
+    return 0 if parts.shared.sharded else averaged_over(parts.model)
 
 
 def _void(optimizer: torch.optim.Optimizer) -> bool:

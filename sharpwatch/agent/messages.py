@@ -180,6 +180,7 @@ def _gnb(report: GnbReport, seconds: float) -> agent_pb2.GnbProbe:
         traces=_array(probe.traces, "float64"),
         sketches=None if probe.sketches is None else _array(probe.sketches, "float32"),
         gradient_sketch=None if report.gradient_sketch is None else _array(report.gradient_sketch, "float32"),
+        gradient_noise=None if report.gradient_noise is None else encode(report.gradient_noise, "float32"),
         seconds=seconds,
     )
 

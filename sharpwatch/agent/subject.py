@@ -9,6 +9,8 @@ from functools import cached_property
 from time import perf_counter
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -61,6 +63,7 @@ class Before:
 
     weights: dict[str, Tensor] | None = None
     gradient_sketch: Tensor | None = None
+    gradient_noise: npt.NDArray[np.float32] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -94,3 +97,8 @@ class Step:
         """Of the gradient that was stepped on; on the CPU."""
         sketch = self._before.gradient_sketch
         return None if sketch is None else sketch.cpu()
+
+    @property
+    def gradient_noise(self) -> npt.NDArray[np.float32] | None:
+        """Tr Cov [L] of the gradient that was stepped on; None where it was not got from several."""
+        return self._before.gradient_noise

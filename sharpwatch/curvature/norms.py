@@ -29,13 +29,13 @@ def squares(block_map: BlockMap, tensors: Mapping[str, Tensor], shards: Mapping[
             if view.numel() <= _SMALL:
                 together[view.device, view.dtype].append((index, view))
             else:
-                found[index].append(_square(view))
+                found[index].append(square(view))
     for (_, dtype), small in together.items():
         exact = torch.promote_types(dtype, torch.float32)
         norms = torch._foreach_norm([view for _, view in small], 2, exact)  # noqa: SLF001 - torch names its foreach so
-        for (index, _), square in zip(small, torch.stack(norms).double().square(), strict=True):
-            found[index].append(square)
-    return _stacked(found)
+        for (index, _), squared in zip(small, torch.stack(norms).double().square(), strict=True):
+            found[index].append(squared)
+    return stacked(found)
 
 
 def sum_into(values: Tensor, index: Sequence[int], size: int) -> Tensor:
@@ -44,14 +44,15 @@ def sum_into(values: Tensor, index: Sequence[int], size: int) -> Tensor:
     return values.new_zeros(*values.shape[:-1], size).index_add_(-1, torch.tensor(index), values)
 
 
-def _square(view: Tensor) -> Tensor:
+def square(view: Tensor) -> Tensor:
+    """‖·‖² of `view`, a float64 scalar, not waited for."""
     # By rows: float32 is exact enough for one row, and nothing as large as the view is allocated.
     exact = torch.promote_types(view.dtype, torch.float32)
     rows = torch.linalg.vector_norm(view, dim=-1, dtype=exact) if view.dim() else view
     return rows.double().square().sum()
 
 
-def _stacked(values: Iterable[Sequence[Tensor]]) -> Tensor:
+def stacked(values: Iterable[Sequence[Tensor]]) -> Tensor:
     """The sum of each, on one device."""
     each = list(values)
     device = next((value.device for some in each for value in some), torch.device("cpu"))

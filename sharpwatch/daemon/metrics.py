@@ -172,6 +172,11 @@ def _tap_families(views: list[View]) -> Iterator[Metric]:
         if view.update_ratio is not None:
             _add_present(ratio, view, view.update_ratio)
     yield ratio
+    noise = _gauge("block_gradient_noise", "Trace of the covariance of the block's step gradient.", "block")
+    for view in views:
+        if view.gradient_noise is not None:
+            _add_present(noise, view, view.gradient_noise)
+    yield noise
 
 
 def _add_present(family: GaugeMetricFamily, view: View, values: Iterable[float]) -> None:

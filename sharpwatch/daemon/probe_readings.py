@@ -28,6 +28,7 @@ class GnbReading:
     traces: Floats
     sketches: Floats | None
     gradient_sketch: Floats | None = None  # [B, k], of the step's mean gradient
+    gradient_noise: Floats | None = None  # [B], of the same
 
     def without_sketches(self) -> GnbReading:
         """Its traces alone, which depend on no projection."""
@@ -115,7 +116,22 @@ def _gnb(probe: agent_pb2.GnbProbe, manifest: Manifest) -> GnbReading | None:
         gradient = wire.decode(probe.gradient_sketch, name="gnb.gradient_sketch", dtype="float32", shape=shape)
     # One that is so large that its square is not finite would spoil others: the runs are estimated together.
     small = all((np.abs(each) <= LARGEST_SKETCH).all() for each in (sketches, gradient) if each is not None)
-    return GnbReading(probe.tokens, traces, sketches, gradient) if small and _finite(traces) else None
+    if not small or not _finite(traces):
+        return None
+    return GnbReading(probe.tokens, traces, sketches, gradient, _gradient_noise(probe, manifest))
+
+
+def _gradient_noise(probe: agent_pb2.GnbProbe, manifest: Manifest) -> Floats | None:
+    """By block [B], NaN where one of its layer blocks has none."""
+    if not probe.HasField("gradient_noise"):
+        return None
+    shape = (len(manifest.layer_blocks),)
+    noise = wire.decode(probe.gradient_noise, name="gnb.gradient_noise", dtype="float32", shape=shape)
+    if np.isinf(noise).any():
+        return None
+    by_block = np.zeros(len(manifest.blocks))
+    np.add.at(by_block, manifest.block_of, noise)
+    return by_block
 
 
 def _direction(probe: agent_pb2.DirectionProbe, manifest: Manifest) -> DirectionReading | None:

@@ -55,6 +55,7 @@ class View:
     last_seen_at: float = 0.0
     tap: BlockTap | None = None
     update_ratio: tuple[float, ...] | None = None  # [B], of the newest direction probe
+    gradient_noise: tuple[float, ...] | None = None  # [B], of the newest gnb probe
     health: HealthReading | None = None
     estimates: Mapping[Key, Estimate] = field(default_factory=dict)
     layer_sharpness: tuple[Estimate, ...] = ()  # [L]
@@ -134,7 +135,13 @@ class Run:
             for window in self._windows.values():
                 window.clear()
             self._draft = replace(
-                self._draft, tap=None, update_ratio=None, estimates={}, layer_sharpness=(), order_correlation=None
+                self._draft,
+                tap=None,
+                update_ratio=None,
+                gradient_noise=None,
+                estimates={},
+                layer_sharpness=(),
+                order_correlation=None,
             )
         elif not after.same_projection(before):
             gnb = self._windows["gnb"]
@@ -153,6 +160,9 @@ class Run:
         changes: dict[str, Any] = {}
         if reading.direction is not None:
             changes["update_ratio"] = tuple(map(float, reading.direction.update_ratio))
+        if reading.gnb is not None:
+            noise = reading.gnb.gradient_noise
+            changes["gradient_noise"] = None if noise is None else tuple(map(float, noise))
         if tap is not None:
             changes["tap"] = tap
         if reading.loss is not None:

@@ -305,6 +305,7 @@ class GnbProbe(google.protobuf.message.Message):
     SKETCHES_FIELD_NUMBER: builtins.int
     SECONDS_FIELD_NUMBER: builtins.int
     GRADIENT_SKETCH_FIELD_NUMBER: builtins.int
+    GRADIENT_NOISE_FIELD_NUMBER: builtins.int
     tokens: builtins.int
     rows: builtins.int
     seconds: builtins.float
@@ -320,6 +321,10 @@ class GnbProbe(google.protobuf.message.Message):
     def gradient_sketch(self) -> sharpwatch.v1.types_pb2.Array:
         """float32 [B, sketch_size]: sketches of the step's mean gradient, at any positive scale."""
 
+    @property
+    def gradient_noise(self) -> sharpwatch.v1.types_pb2.Array:
+        """float32 [L]: trace of the covariance of the step's mean gradient; NaN where there was none."""
+
     def __init__(
         self,
         *,
@@ -329,10 +334,11 @@ class GnbProbe(google.protobuf.message.Message):
         sketches: sharpwatch.v1.types_pb2.Array | None = ...,
         seconds: builtins.float = ...,
         gradient_sketch: sharpwatch.v1.types_pb2.Array | None = ...,
+        gradient_noise: sharpwatch.v1.types_pb2.Array | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["gradient_sketch", b"gradient_sketch", "sketches", b"sketches", "traces", b"traces"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["gradient_noise", b"gradient_noise", "gradient_sketch", b"gradient_sketch", "sketches", b"sketches", "traces", b"traces"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["gradient_sketch", b"gradient_sketch", "rows", b"rows", "seconds", b"seconds", "sketches", b"sketches", "tokens", b"tokens", "traces", b"traces"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["gradient_noise", b"gradient_noise", "gradient_sketch", b"gradient_sketch", "rows", b"rows", "seconds", b"seconds", "sketches", b"sketches", "tokens", b"tokens", "traces", b"traces"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___GnbProbe: typing_extensions.TypeAlias = GnbProbe

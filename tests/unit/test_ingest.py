@@ -56,7 +56,9 @@ def tap(**changes) -> agent_pb2.Tap:
     return agent_pb2.Tap(**{name: wire.encode(values, dtype) for name, (values, dtype) in arrays.items()})
 
 
-def gnb(traces=((1.0, 2.0, 3.0), (1.0, 2.0, 4.0)), sketches=None, gradient=None) -> agent_pb2.GnbProbe:
+def gnb(
+    traces=((1.0, 2.0, 3.0), (1.0, 2.0, 4.0)), sketches=None, gradient=None, noise=(0.5, 0.25, 0.125)
+) -> agent_pb2.GnbProbe:
     sketches = np.ones((len(traces), 2, 64)) if sketches is None else sketches
     gradient = np.ones((2, 64)) if gradient is None else gradient
     return agent_pb2.GnbProbe(
@@ -65,6 +67,7 @@ def gnb(traces=((1.0, 2.0, 3.0), (1.0, 2.0, 4.0)), sketches=None, gradient=None)
         traces=wire.encode(traces, "float64"),
         sketches=wire.encode(sketches, "float32"),
         gradient_sketch=wire.encode(gradient, "float32"),
+        gradient_noise=wire.encode(noise, "float32"),
     )
 
 
@@ -162,6 +165,7 @@ def test_a_whole_sample_is_read():
     assert reading.gnb.traces.shape == (2, 3)
     assert reading.gnb.sketches.shape == (2, 2, 64)
     assert reading.gnb.gradient_sketch.tolist() == np.ones((2, 64)).tolist()
+    assert reading.gnb.gradient_noise.tolist() == [0.5, 0.375]  # [B]
     assert (reading.hutchinson.block, reading.hutchinson.traces[:, 2].tolist()) == ("qk", [-3.0, 4.0])
     assert reading.lanczos == LanczosReading(128, "", 9.0, 0.5, -3.0, 1.0, "autograd")
     assert (reading.linesearch.sharpness, reading.linesearch.half_width) == (0.5, 0.01)
@@ -193,6 +197,7 @@ def test_a_whole_sample_is_read():
         ({"gnb": gnb(sketches=np.ones((2, 2, 32)))}, "malformed"),
         ({"gnb": agent_pb2.GnbProbe(tokens=0, traces=wire.encode(np.ones((1, 3)), "float64"))}, "malformed"),
         ({"gnb": gnb(gradient=np.ones((2, 32)))}, "malformed"),
+        ({"gnb": gnb(noise=np.ones(2))}, "malformed"),
         ({"direction": direction(block_curvature=(1.0, 1.0, 1.0))}, "malformed"),
         ({"hutchinson": hutchinson(block="vo")}, "malformed"),
         ({"hutchinson": hutchinson(block="")}, "malformed"),
@@ -265,6 +270,17 @@ def test_each_kind_of_probe_is_dropped_where_it_says_nothing(probe):
     reading = read_sample(MANIFEST, agent_pb2.Sample(sequence=1, step=1, **probe))
     assert getattr(reading, name) is None
     assert reading.dropped_probes == (name,)
+
+
+def test_a_gradient_noise_is_left_out_alone_where_it_is_absent_or_infinite():
+    older = gnb()
+    older.ClearField("gradient_noise")
+    for probe in (older, gnb(noise=(math.inf, 1.0, 1.0))):
+        reading = read_sample(MANIFEST, agent_pb2.Sample(sequence=1, step=1, gnb=probe))
+        assert reading.gnb.gradient_noise is None
+        assert reading.dropped_probes == ()
+    reading = read_sample(MANIFEST, agent_pb2.Sample(sequence=1, step=1, gnb=gnb(noise=(-1.0, math.nan, 1.0))))
+    np.testing.assert_array_equal(reading.gnb.gradient_noise, [-1.0, math.nan])
 
 
 def test_a_sketch_too_large_to_be_squared_is_dropped_before_it_spoils_what_it_is_estimated_with():

@@ -20,6 +20,7 @@ from sharpwatch.daemon.probe_readings import LanczosReading, PreconditionedReadi
 from sharpwatch.v1 import agent_pb2, types_pb2
 from sharpwatch.wire import PROTOCOL, decode
 
+NOISE = np.array([0.5, np.nan], dtype=np.float32)
 HEALTH = messages.Health(
     overhead_ratio=0.01,
     step_seconds=0.5,
@@ -54,7 +55,7 @@ def test_a_full_sample_carries_every_number():
             tap=tap,
             probes=ProbeRun(
                 {
-                    "gnb": GnbReport(GnbSample(30, 1, traces, sketches), sketches[0] + 1),
+                    "gnb": GnbReport(GnbSample(30, 1, traces, sketches), sketches[0] + 1, NOISE),
                     "direction": DirectionReport(direction, np.array([0.1, 0.2, 0.3], dtype=np.float32)),
                 },
                 {"gnb": 0.125, "direction": 0.25},
@@ -73,6 +74,7 @@ def test_a_full_sample_carries_every_number():
     np.testing.assert_array_equal(decode(message.gnb.sketches, name="s", dtype="float32", shape=(4, 3, 256)), sketches)
     got = decode(message.gnb.gradient_sketch, name="g", dtype="float32", shape=(3, 256))
     np.testing.assert_array_equal(got, sketches[0] + 1)
+    np.testing.assert_array_equal(decode(message.gnb.gradient_noise, name="n", dtype="float32", shape=(2,)), NOISE)
     assert (message.gnb.tokens, message.gnb.rows, message.gnb.seconds) == (30, 1, 0.125)
     assert (message.direction.descent, message.direction.curvature, message.direction.tokens) == (0.25, 0.5, 31)
     np.testing.assert_array_equal(

@@ -67,6 +67,7 @@ FULL = View(
         lr_multiplier=np.array([1.0, 0.5]),
     ),
     update_ratio=(0.01, 0.02),
+    gradient_noise=(0.125, math.nan),
     health=HealthReading(0.004, 0.1, {"spool": 3}, (), 2),
     estimates={
         ("trace", "qk", "gnb"): estimate(32.0, 8.0),
@@ -115,6 +116,7 @@ sharpwatch_block_lr_multiplier{block="emb",run="run",training_job="job"} 1.0
 sharpwatch_block_lr_multiplier{block="qk",run="run",training_job="job"} 0.5
 sharpwatch_block_update_ratio{block="emb",run="run",training_job="job"} 0.01
 sharpwatch_block_update_ratio{block="qk",run="run",training_job="job"} 0.02
+sharpwatch_block_gradient_noise{block="emb",run="run",training_job="job"} 0.125
 sharpwatch_block_sharpness{block="qk",estimator="gnb",run="run",training_job="job"} 2.0
 sharpwatch_block_sharpness{block="qk",estimator="hutchinson",run="run",training_job="job"} 2.5
 sharpwatch_block_sharpness_stderr{block="qk",estimator="gnb",run="run",training_job="job"} 0.5

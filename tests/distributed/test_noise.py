@@ -1,0 +1,97 @@
+"""The gradient noise under DDP: what each rank makes of its own gradients is, in the mean, the covariance of all."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from stand_ins import Net, Wire
+
+import sharpwatch
+from sharpwatch.agent import attach as attach_module
+from sharpwatch.agent.border import Border
+from sharpwatch.agent.noise import GradientNoise, averaged_over
+from sharpwatch.blocks import classify
+from sharpwatch.curvature.norms import squares
+from sharpwatch.wire import decode
+
+RANKS = 2
+CLOSE = 1e-4  # norms are float32 sums, and the noise a difference of squared ones not much smaller than they are
+
+
+def tokens(micro_batch):
+    seed = 10 * dist.get_rank() + micro_batch
+    return torch.randint(11, (4, 5), generator=torch.Generator().manual_seed(seed))
+
+
+def local_gradients(model, micro_batches):
+    """By parameter, [micro_batches, numel]."""
+    found = []
+    for micro_batch in range(micro_batches):
+        batch = tokens(micro_batch)
+        loss = model(batch, batch.roll(1))[1] / micro_batches
+        found.append([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+    return [torch.stack(each) for each in zip(*found, strict=True)]
+
+
+def accumulated(micro_batches, synchronised, views):
+    """What this rank makes of one step, what its sample says, and its micro-batches' own gradients."""
+    wires = []
+    attach_module.CourierPipe = lambda hello, **options: wires.append(Wire(hello, **options)) or wires[-1]
+    torch.manual_seed(3)
+    plain = Net().train()
+    gradients = local_gradients(plain, micro_batches)
+    model = nn.parallel.DistributedDataParallel(plain, gradient_as_bucket_view=views)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)  # each step the same
+    watch = sharpwatch.attach(model, optimizer, training_job="noise", probe_every=1, probes=("gnb",))
+    block_map = classify(model)
+    noise = GradientNoise(block_map, model, Border(), ranks=averaged_over(model))
+    own = []
+    for _ in range(3):  # of ranks, none probes at the first step
+        for micro_batch in range(micro_batches):
+            batch = tokens(micro_batch)
+            last = micro_batch == micro_batches - 1
+            with nullcontext() if last or synchronised else model.no_sync():
+                noise.forward()
+                model(batch, batch.roll(1))[1].div(micro_batches).backward()
+        stepped = squares(block_map, {name: each.grad for name, each in model.named_parameters()})
+        own.append(noise.take().noise(block_map, stepped.numpy()))
+        optimizer.step()
+        optimizer.zero_grad()
+    watch.close()
+    told = [sample.gnb.gradient_noise for wire in wires for sample in wire.samples if sample.HasField("gnb")]
+    at = {part.parameter: index for index, part in enumerate(block_map.parts)}
+    return {
+        "own": own,
+        "told": [decode(each, name="noise", dtype="float32", shape=own[0].shape) for each in told],
+        "gradients": gradients,
+        "layers": [block_map.layer_block_of[at[name]] for name in dict(model.named_parameters())],
+    }
+
+
+@pytest.mark.parametrize(
+    ("micro_batches", "synchronised", "views"), [(2, False, False), (2, True, True), (1, True, False)]
+)
+def test_the_mean_of_what_the_ranks_find_is_the_covariance_of_their_average(ranks, micro_batches, synchronised, views):
+    found = ranks(accumulated, RANKS, micro_batches, synchronised, views)
+    expected = np.zeros_like(found[0]["own"][0], dtype=np.float64)
+    n = RANKS * micro_batches
+    for i, layer in enumerate(found[0]["layers"]):
+        gradients = torch.cat([each["gradients"][i] for each in found]).double()
+        assert len(gradients) == n
+        expected[layer] += float(gradients.var(0).sum()) * n / RANKS**2
+    for step in range(3):
+        mean = np.mean([each["own"][step] for each in found], axis=0)
+        np.testing.assert_allclose(mean, expected, rtol=CLOSE)
+    assert len(found[0]["told"]) == 2
+    for told in found[0]["told"]:
+        np.testing.assert_allclose(told, found[0]["own"][0], rtol=CLOSE)
+    assert found[1]["told"] == []
