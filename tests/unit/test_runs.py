@@ -75,6 +75,17 @@ def run() -> Run:
     return run
 
 
+def test_the_gradient_noise_is_that_of_the_newest_gnb_probe_by_block(run):
+    manifest = run.attempt.manifest
+    for sequence, noise in ((6, (0.5, 0.25)), (7, None)):
+        probed = sample(sequence)
+        if noise is not None:
+            probed.gnb.gradient_noise.CopyFrom(wire.encode(noise, "float32"))
+        run.fold(read_sample(manifest, probed), 0.0)
+        run.show()
+        assert run.view.gradient_noise == noise
+
+
 def test_windows_go_on_over_attempts_of_the_same_blocks_and_projection(run):
     run.begin(attempt(attempt="a2"), supervisor())
     fold(run, range(6, 7))
