@@ -307,7 +307,8 @@ class Loop:
         """
         if self._round is not None and which in self._round.stepped:
             for other in set(range(len(self._overlays))) - self._round.stepped:
-                self._read(self._round, other)
+                with self.border.guard("reading the tap"):
+                    self._read(self._round, other)
             self._complete(self._round)
         if self._round is None:
             self._begun = True
@@ -315,9 +316,8 @@ class Loop:
             self._outbox.begin()
             step = self.step + 1
             control.begin(step, self._clock())
-            together = (
-                self._shared is not None and self._shared.sharded
-            )  # then whether a batch was seen is asked of all
+            # Where all probe together, whether a batch was seen is asked of all.
+            together = self._shared is not None and self._shared.sharded
             kinds = self._kinds if together or self._captured is not None else ()
             self._round = _Round(step, self.parts.tap.start(self._parameter_multipliers()), kinds, self._noise.take())
             self._prepare(self._round)

@@ -151,7 +151,7 @@ def _run_families(views: list[View]) -> Iterator[Metric]:
 
 
 _TAP = (
-    ("gradient_norm", "Euclidean norm of the block's gradient, before clipping."),
+    ("gradient_norm", "Euclidean norm of the block's gradient as it is stepped on, after clipping."),
     ("weight_norm", "Euclidean norm of the block's weights."),
     ("update_rms", "RMS of gradient over the root of Adam's second moment, RMS_t; 1 is normal, spikes precede loss."),
     ("learning_rate", "Learning rate in force for the block, multiplier included; parameter-weighted mean."),
