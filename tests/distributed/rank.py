@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 
 def main(file, function, folder, environment, timeout):
-    os.environ.update(environment)
+    os.environ.update(environment, RESULTS=folder)
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     with Path(folder, f"output{rank}").open("w") as output:
         os.dup2(output.fileno(), 1)

@@ -143,6 +143,51 @@ def test_a_rollback_leaves_a_range_of_data_out(daemon, stepping, script, tmp_pat
     assert again[14] != first[14]
 
 
+# Once, as a memory fault would: the gradients of step 14 are not numbers, and every weight after it.
+FAULT = """
+class Faulty(Trainer):
+    struck = False
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        if self.state.global_step == 13 and not self.struck:
+            Faulty.struck = True
+            next(model.parameters()).grad.fill_(float("nan"))
+        return loss
+
+trainer = Faulty(model"""
+
+
+POLICIES = """
+policies:
+  - name: roll-back
+    match: {alert: NonFinite}
+    mode: enforce
+    action: {kind: rollback, skip_margin: 2}
+"""
+
+
+def test_a_fault_is_gone_round_without_an_operator(daemon, stepping, script, tmp_path):
+    daemon.stop()
+    daemon.policies = POLICIES
+    daemon.start()
+    folder = tmp_path / "runs"
+    source = filled(WATCHED, FOLDER=str(folder), BF16=False, ADDRESS=daemon.grpc, RESUME=None)
+    trainer = stepping(source.replace("trainer = Trainer(model", FAULT))
+    first = weights(trainer.until(lambda entry: entry["step"] == 14 and "weights" in entry))
+    trainer.until(lambda entry: entry["step"] == 13 and "weights" in entry)
+    again = weights(trainer.until(lambda entry: entry["step"] == 19))
+    made = daemon.cli("decisions", "trainer")["decisions"][-1]
+    assert (made["policy"], made["outcome"]) == ("roll-back", "applied")
+    assert made["rollback"]["checkpoint"]["step"] == 12
+    left_out = list(range(made["rollback"]["skip_from_step"], made["rollback"]["skip_to_step"]))
+    assert 14 in left_out
+    by_hand = {"FOLDER": str(tmp_path / "by hand"), "BF16": False, "RESUME": str(folder / "checkpoint-12")}
+    text = script(filled(BY_HAND, **by_hand, SKIP=left_out))
+    plain = weights(json.loads(line) for line in text.splitlines() if line.startswith('{"'))
+    assert {step: again[step] for step in range(14, 19)} == {step: plain[step] for step in range(14, 19)}
+    assert first[14] not in again.values()
+
+
 def test_two_ranks_go_back_together(daemon, on_two_ranks, tmp_path):
     # The first rank, and with it the other, waits at step 20 until the daemon has sent the command.
     ranked = {"seed=7": 'seed=7, ddp_backend="gloo"', "(40, 16)": "(160, 16)", "max_steps=10_000": "max_steps=36"}

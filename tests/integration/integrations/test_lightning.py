@@ -119,6 +119,42 @@ def test_a_rollback_leaves_a_range_of_data_out(daemon, stepping, script, tmp_pat
     assert again[18] != first[18]
 
 
+POLICIES = """
+policies:
+  - name: roll-back
+    match: {alert: NonFinite}
+    mode: enforce
+    action: {kind: rollback, skip_margin: 2}
+"""
+
+# Once, as a memory fault would: the loss of step 18 is not a number, and no weight after it.
+FAULT = """
+        if self.trainer.global_step == 17 and not getattr(self, "struck", False):
+            self.struck = True
+            loss = loss * float("nan")
+        return loss
+"""
+
+
+def test_a_fault_is_gone_round_without_an_operator(daemon, stepping, script, tmp_path):
+    daemon.stop()
+    daemon.policies = POLICIES
+    daemon.start()
+    names = {"FOLDER": str(tmp_path / "runs"), "PRECISION": "32-true", "STEPS": 10_000, "ADDRESS": daemon.grpc}
+    trainer = stepping(filled(WATCHED, RESUME=None, **names).replace("        return loss\n", FAULT, 1))
+    trainer.until(lambda entry: entry["step"] == 18)
+    trainer.until(lambda entry: entry["step"] == 17)
+    again = weights(trainer.until(lambda entry: entry["step"] == 24))
+    made = daemon.cli("decisions", "lightning")["decisions"][-1]
+    assert (made["policy"], made["outcome"]) == ("roll-back", "applied")
+    assert made["rollback"]["checkpoint"]["step"] == 16
+    left_out = range(made["rollback"]["skip_from_step"], made["rollback"]["skip_to_step"])
+    assert 18 in left_out
+    taken = [number for step in left_out for number in (2 * step - 1, 2 * step)]
+    plain = weights(printed(script(filled(BY_HAND, PRECISION="32-true", STEPS=24, SKIP=taken))))
+    assert again == {step: plain[step] for step in range(18, 25)}
+
+
 def test_a_resumed_training_is_the_same_run_and_shows_lightnings_own_loss(daemon, stepping, tmp_path):
     names = {"FOLDER": str(tmp_path / "runs"), "PRECISION": "32-true", "STEPS": 10_000, "ADDRESS": daemon.grpc}
     trainer = stepping(filled(WATCHED, RESUME=None, **names))
