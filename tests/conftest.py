@@ -13,6 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the modules that several folders of tests share
 import stand_ins
+from daemons import ScriptedDaemon
 
 from sharpwatch.agent import attach as attach_module
 
@@ -56,3 +57,17 @@ def program():
         return path
 
     return find
+
+
+@pytest.fixture
+def serve():
+    """Start daemons that answer by scripts."""
+    daemons = []
+
+    def start(*scripts, **options):
+        daemons.append(ScriptedDaemon(*scripts, **options))
+        return daemons[-1]
+
+    yield start
+    for daemon in daemons:
+        daemon.stop()

@@ -99,8 +99,7 @@ class Ranks:
         if self.lost:
             return False
         try:
-            count = torch.tensor([float(ready)], dtype=torch.float64)
-            dist.all_reduce(count, group=self._group, async_op=True).wait(_PATIENCE)
+            count = self.add(torch.tensor([float(ready)], dtype=torch.float64))
         except (RuntimeError, ValueError) as error:
             self._lose(f"{type(error).__name__}: {error}")
             return False

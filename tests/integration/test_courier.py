@@ -16,7 +16,7 @@ from pathlib import Path
 
 import grpc
 import pytest
-from daemons import PATIENCE, ScriptedDaemon, ack, await_end, exists, free_port, honest, response, silent_after, welcome
+from daemons import PATIENCE, ack, await_end, exists, free_port, honest, response, silent_after, welcome
 
 from sharpwatch.agent import child, courier
 from sharpwatch.agent.address import Destination
@@ -26,19 +26,6 @@ from sharpwatch.agent.upward import Upward
 from sharpwatch.v1 import agent_pb2, types_pb2
 
 HELLO = agent_pb2.Hello(protocol=1, run="run", training_job="job", attempt="attempt")
-
-
-@pytest.fixture
-def serve():
-    daemons = []
-
-    def start(*scripts, **options):
-        daemons.append(ScriptedDaemon(*scripts, **options))
-        return daemons[-1]
-
-    yield start
-    for daemon in daemons:
-        daemon.stop()
 
 
 @pytest.fixture

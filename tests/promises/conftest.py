@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from daemons import PATIENCE, Daemon, ScriptedDaemon
+from daemons import PATIENCE, Daemon
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # for `trainer`
@@ -163,20 +163,6 @@ def train():
     yield start
     for trainer in started:
         trainer.stop()
-
-
-@pytest.fixture
-def serve():
-    """Start daemons that answer by scripts."""
-    daemons = []
-
-    def start(*scripts, **options):
-        daemons.append(ScriptedDaemon(*scripts, **options))
-        return daemons[-1]
-
-    yield start
-    for daemon in daemons:
-        daemon.stop()
 
 
 @pytest.fixture
