@@ -7,7 +7,7 @@ plain trainer's: the watched trainer's has to stay below 1.5, as far as the plai
 noise. `agent_ms` is what the agent itself took of a step, so noise can be told from cost. A step with a probe is longer
 by the probe; the tap alone is therefore measured first.
 
-    python benchmarks/promises.py [--kills N] [--rows ROWS]
+    python benchmarks/promises.py [--kills N] [--size SIZE]
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from overhead import Trainer
+from overhead import SIZES, Trainer
 
 import sharpwatch
 
@@ -67,10 +67,10 @@ class Daemon:
         self._process.wait()
 
 
-def train(address: str, rows: int, probes: Sequence[str]) -> None:
+def train(address: str, size: str, probes: Sequence[str]) -> None:
     """Both trainers in turn until standard input ends; a line of JSON for each pair of steps."""
-    plain, watched = Trainer("gpt2", rows), Trainer("gpt2", rows)
-    watch = sharpwatch.attach(
+    plain, watched = Trainer(size), Trainer(size)
+    watch = watched.watch = sharpwatch.attach(
         watched.model, watched.optimizer, training_job="promises", address=address, probes=tuple(probes)
     )
     # What has no public name: what the pipe knows of acknowledgements, what the sampler was told of the last step.
@@ -79,7 +79,7 @@ def train(address: str, rows: int, probes: Sequence[str]) -> None:
     for trainer in (plain, watched) * _WARM_UP:
         trainer.step()
     while not select.select([sys.stdin], [], [], 0)[0]:
-        pair = {"plain": plain.step(), "watched": watched.step(), "agent": costs[-1][0]}
+        pair = {"plain": plain.step()[0], "watched": watched.step()[0], "agent": costs[-1][0]}
         print(json.dumps(pair | {"taken": spool.newest, "acknowledged": spool.settled}), flush=True)
     watch.close()
     print(json.dumps({"dropped": dict(parts.pipe.dropped)}), flush=True)
@@ -88,11 +88,11 @@ def train(address: str, rows: int, probes: Sequence[str]) -> None:
 class Run(threading.Thread):
     """Trainers in a process of their own, and what they have said so far."""
 
-    def __init__(self, address: str, rows: int, probes: Sequence[str]) -> None:
+    def __init__(self, address: str, size: str, probes: Sequence[str]) -> None:
         super().__init__(daemon=True)
         self.said: list[dict[str, Any]] = []
         self._news = threading.Condition()
-        command = [sys.executable, __file__, "--rows", str(rows), "--address", address, "--probes", *probes]
+        command = [sys.executable, __file__, "--size", size, "--address", address, "--probes", *probes]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.start()
 
@@ -122,12 +122,12 @@ class Run(threading.Thread):
         self.join()
 
 
-def measure(rows: int, kills: int, probes: Sequence[str]) -> dict[str, object]:
+def measure(size: str, kills: int, probes: Sequence[str]) -> dict[str, object]:
     """Step times of both trainers while the daemon comes and goes."""
     with tempfile.TemporaryDirectory() as folder:
         daemon = Daemon(Path(folder))
         daemon.start()
-        run = Run(daemon.address, rows, probes)
+        run = Run(daemon.address, size, probes)
         run.await_stream()
         back = []
         for _ in range(kills):
@@ -161,15 +161,15 @@ def main() -> None:
     """Print one line of JSON for the tap alone and one with the default probes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--rows", type=int, default=1, help="rows of 128 tokens in a batch")
+    parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--address", help=argparse.SUPPRESS)  # the process of the trainers
     parser.add_argument("--probes", nargs="*", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.address:
-        train(arguments.address, arguments.rows, arguments.probes)
+        train(arguments.address, arguments.size, arguments.probes)
         return
     for probes in ((), ("gnb", "direction")):
-        print(json.dumps(measure(arguments.rows, arguments.kills, probes)), flush=True)
+        print(json.dumps(measure(arguments.size, arguments.kills, probes)), flush=True)
 
 
 if __name__ == "__main__":
