@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import sys
@@ -14,6 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))  # for the modules that several folders of tests share
 import stand_ins
 from daemons import ScriptedDaemon
+from missing import missing
 
 from sharpwatch.agent import attach as attach_module
 
@@ -49,12 +49,7 @@ def program():
 
     def find(name: str) -> str:
         path = shutil.which(name)
-        if path is None:
-            message = f"{name} is not installed"
-            if os.environ.get("CI"):
-                pytest.fail(message)
-            pytest.skip(message)
-        return path
+        return missing(name) if path is None else path
 
     return find
 
