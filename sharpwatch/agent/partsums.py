@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -24,8 +23,7 @@ _SMALL = 2**12  # entries: parts up to this size are summed together
 _DEVICE_BATCH = 2**26  # entries of scratch that a device pass may hold at a time: 256 MiB
 
 
-@dataclass(frozen=True, slots=True)
-class PartTensors:
+class PartTensors(NamedTuple):
     """One part's views, or those of a piece of it. `correction` is 1 - β₂^t.
 
     `floor` bounds v̂ from below. NaN takes it from the mean of v̂ here; 0, for a piece, says that it can't be known yet.
@@ -82,7 +80,7 @@ def _bundles(part: PartTensors) -> bool:
         and second is not None
         and part.weight.numel() <= _SMALL
         and gradient.layout is torch.strided
-        and all(t.dtype is torch.float32 for t in (gradient, second, part.weight))
+        and gradient.dtype is second.dtype is part.weight.dtype is torch.float32
     )
 
 

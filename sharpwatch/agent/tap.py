@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -92,14 +93,13 @@ class PendingTap:
         return all(later.ready for later in late)
 
 
-@dataclass(frozen=True, slots=True)
-class _Held:
-    """What this rank holds of a parameter, and of what goes with it."""
+class _Place(NamedTuple):
+    """A parameter that this rank holds something of, the parts it is made of, and the group that steps it."""
 
-    weight: Tensor
-    gradient: Tensor | None
-    second: Tensor | None = None
-    correction: float = 1.0
+    parameter: Tensor
+    shard: Shard
+    rows: list[int]
+    group: int | None
 
 
 class Tap:
@@ -133,12 +133,13 @@ class Tap:
         self._numel = np.array([part.numel for part in self._parts], dtype=np.float64)
         # While none is known, that of a whole part comes from its own mean; a piece's mean is not its part's.
         self._no_floors = np.array([math.nan if shard.is_whole else 0.0 for shard in self._shards])
-        self._floors = self._no_floors
+        self._floors: list[float] = self._no_floors.tolist()
         self._count_exactly = False
         self._scratch = Scratch()
         self._steps: dict[int, tuple[Tensor, int]] = {}  # by parameter id: a device's step counter, and its value
         self._layout: tuple[tuple[int, ...], ...] | None = None
         self._owner: list[tuple[int, int] | None] = []
+        self._places: list[list[_Place]] = []
 
     def start(self, multipliers: Mapping[int, float]) -> PendingTap:
         """A reading to be filled by each optimizer; `multipliers` by parameter id, 1 where absent."""
@@ -149,29 +150,25 @@ class Tap:
     def read(self, pending: PendingTap, which: int) -> None:
         """Read what optimizer `which` is about to step on (the first one also what none of them holds)."""
         optimizer = self._optimizers[which]
-        rows = [i for i, owner in enumerate(self._owner) if self._here[i] and (owner[0] if owner else 0) == which]
         for number, group in enumerate(optimizer.param_groups):
             pending.rates[which, number] = _value(group.get("lr"))
         scale = getattr(optimizer, "grad_scale", None)  # GradScaler leaves unscaling to a fused optimizer
         if scale is not None:
             pending.unscale[which] = _value(scale)
-        by_device: dict[torch.device, list[tuple[int, PartTensors]]] = {}
-        known: dict[int, _Held] = {}
-        for i in rows:
-            key = id(self._parameters[i])
-            if key not in known:
-                known[key] = self._held(i, optimizer)
-            for piece in self._pieces(i, known[key]):
-                by_device.setdefault(piece.weight.device, []).append((i, piece))
-        pending.read += rows
-        for device, pieces in by_device.items():
-            members, tensors = [i for i, _ in pieces], [piece for _, piece in pieces]
+        by_device: dict[torch.device, tuple[list[int], list[PartTensors]]] = defaultdict(lambda: ([], []))
+        for place in self._places[which]:
+            pending.read += place.rows
+            for i, piece in self._pieces(place, optimizer):
+                members, pieces = by_device[piece.weight.device]
+                members.append(i)
+                pieces.append(piece)
+        for device, (members, pieces) in by_device.items():
             if device.type == "cpu":
-                pending.host.append((members, host_sums(tensors, self._scratch)))
+                pending.host.append((members, host_sums(pieces, self._scratch)))
             else:
-                sums = device_sums(tensors)
+                sums = device_sums(pieces)
                 if self._count_exactly:
-                    sums[:, NON_FINITE] = _counts(tensors, sums)
+                    sums[:, NON_FINITE] = _counts(pieces, sums)
                 pending.device.append((members, Later(sums)))
 
     def resolve(self, pending: PendingTap) -> TapReading:
@@ -197,7 +194,7 @@ class Tap:
         """
         rates, multipliers, owned = sums[:, COLUMNS:].T
         floors = FLOOR_SHARE * sums[:, SECOND] / self._numel
-        self._floors = np.where(np.isnan(floors), self._no_floors, floors)
+        self._floors = np.where(np.isnan(floors), self._no_floors, floors).tolist()
         self._count_exactly = bool((sums[:, NON_FINITE] > 0).any())
         seen = ~np.isnan(sums[:, SCALED])
         counted = self._by_layer(np.where(seen, self._numel, 0.0))
@@ -251,47 +248,51 @@ class Tap:
             for parameter in group["params"]
         }
         self._owner = [owner.get(id(parameter)) for parameter in self._parameters]
+        rows: dict[int, list[int]] = {}
+        for i in np.flatnonzero(self._here).tolist():
+            rows.setdefault(id(self._parameters[i]), []).append(i)
+        self._places = [[] for _ in self._optimizers]
+        for first, *more in rows.values():
+            which, number = self._owner[first] or (0, None)
+            self._places[which].append(_Place(self._parameters[first], self._shards[first], [first, *more], number))
 
-    def _held(self, i: int, optimizer: torch.optim.Optimizer) -> _Held:
-        """What this rank holds of the parameter of part `i`."""
-        parameter = self._parameters[i]
-        gradient = held_gradient(parameter)
-        if gradient is None or gradient.is_sparse:
-            # A sparse gradient has rows, not the parameter's shape; it belongs to an embedding, which is never fused.
-            return _Held(held(parameter.detach()), gradient)
-        second, correction = self._second_moment(parameter, self._owner[i], optimizer)
-        return _Held(held(parameter.detach()), gradient, None if second is None else held(second), correction)
-
-    def _pieces(self, i: int, known: _Held) -> list[PartTensors]:
-        """Part `i`, or the pieces of it that this rank holds."""
-        part, shard, floor = self._parts[i], self._shards[i], float(self._floors[i])
-        weights = shard.views(part, known.weight)
-        if known.gradient is None or known.gradient.is_sparse:
-            return [PartTensors(weight, known.gradient) for weight in weights]
-        gradients = shard.views(part, known.gradient)
-        seconds = [None] * len(weights) if known.second is None else shard.views(part, known.second)
-        return [
-            PartTensors(weight, gradient, second, known.correction, floor)
-            for weight, gradient, second in zip(weights, gradients, seconds, strict=True)
-        ]
+    def _pieces(self, place: _Place, optimizer: torch.optim.Optimizer) -> Iterator[tuple[int, PartTensors]]:
+        """The pieces that this rank holds, each with its part: where nothing is cut, one of each part."""
+        parameter, shard, rows, group = place
+        weight, gradient = held(parameter), held_gradient(parameter)
+        second, correction = None, 1.0
+        # A sparse gradient has rows, not the parameter's shape; it belongs to an embedding, which is never fused.
+        dense = gradient is not None and not gradient.is_sparse
+        if dense and group is not None:
+            second, correction = self._second_moment(parameter, optimizer.param_groups[group], optimizer)
+        for i in rows:
+            part, floor = self._parts[i], self._floors[i]
+            if part.dim is None and shard.is_whole:  # most are; the rest is slower
+                yield i, PartTensors(weight, gradient, second, correction, floor)
+                continue
+            weights = shard.views(part, weight)
+            gradients = [gradient] * len(weights) if gradient is None or not dense else shard.views(part, gradient)
+            seconds = [None] * len(weights) if second is None else shard.views(part, second)
+            for piece in zip(weights, gradients, seconds, strict=True):
+                yield i, PartTensors(*piece, correction, floor)
 
     def _second_moment(
-        self, parameter: Tensor, owner: tuple[int, int] | None, optimizer: torch.optim.Optimizer
+        self, parameter: Tensor, group: Mapping[str, Any], optimizer: torch.optim.Optimizer
     ) -> tuple[Tensor | None, float]:
         """The second moment of step t-1 and 1 - β₂^(t-1): Adam's `exp_avg_sq`, or RMSprop's `square_avg` as it is."""
         state = optimizer.state.get(parameter)  # `get`: the defaultdict must not grow
-        if not state or owner is None:
+        if not state:
             return None, 1.0
-        group = optimizer.param_groups[owner[1]]
         second, correction = state.get("square_avg"), 1.0
         # Adafactor's moment has no betas, Adan's has three; Prodigy's is in units of its d.
         if len(group.get("betas", ())) == 2 and "d" not in group:
             steps = self._step_of(parameter, state.get("step", group.get("k", 0)))  # schedule-free: by group
             second = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))  # what divides the step
             correction = 1.0 - float(group["betas"][1]) ** steps
-        usable = isinstance(second, Tensor) and second.shape == parameter.shape and correction > 0
-        # A quantised moment is a tensor of its own kind.
-        return (second, correction) if usable and type(held(second)) is Tensor else (None, 1.0)
+        if not isinstance(second, Tensor) or second.shape != parameter.shape or correction <= 0:
+            return None, 1.0
+        own = held(second)
+        return (own, correction) if type(own) is Tensor else (None, 1.0)  # a quantised one is a tensor of its own kind
 
     def _step_of(self, parameter: Tensor, step: float | Tensor) -> int:
         """The state's step count; one on a device is read once (and after a reload), then counted along."""
