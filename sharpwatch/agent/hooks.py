@@ -10,20 +10,19 @@ import torch
 
 
 class Hook:
-    """A hook for modules and optimizers; returns None, so that torch goes on with what it has."""
+    """A hook for modules and optimizers; where it returns None, torch goes on with what it has."""
 
     __slots__ = ("_call",)
 
-    def __init__(self, call: Callable[..., object]) -> None:
+    def __init__(self, call: Callable[..., Any]) -> None:
         self._call = call
 
-    def __call__(self, *args: Any) -> None:
+    def __call__(self, *args: Any) -> Any:
         """Call on, unless torch.compile traces us: a graph of ours, or a break for it, would change the user's own.
 
         Nor into a CUDA graph: it would replay what we launch, and to wait for the device breaks its capture.
         """
-        if not (torch.compiler.is_compiling() or _is_capturing()):
-            self._call(*args)
+        return None if torch.compiler.is_compiling() or _is_capturing() else self._call(*args)
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[object, ...]]:
         """Copied or pickled with its model, it does nothing there, and needs no sharpwatch to be loaded."""

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from sharpwatch.agent import messages
 from sharpwatch.agent.border import Border
+from sharpwatch.agent.closures import Arguments, Closure, through
 from sharpwatch.agent.control import Control, RollbackRequest, effective
 from sharpwatch.agent.hooks import Hook
 from sharpwatch.agent.kinds import MOVING
@@ -105,11 +107,13 @@ class _Round:
 
     step: int
     tap: PendingTap
-    kinds: tuple[str, ...]
-    micro_batches: MicroBatches | None
+    kinds: tuple[str, ...]  # where all ranks probe together, whether a batch was seen is asked of all
+    prepared: bool = False
+    micro_batches: MicroBatches | None = None
     before: Before = field(default_factory=Before)
-    stepped: set[int] = field(default_factory=set)
+    awaited: set[int] = field(default_factory=set)  # optimizers whose gradients their closure has yet to bring
     read: set[int] = field(default_factory=set)  # optimizers whose tap succeeded
+    stepped: set[int] = field(default_factory=set)
 
 
 class Loop:
@@ -135,6 +139,7 @@ class Loop:
         self._noise = GradientNoise(parts.block_map, parts.model, parts.border, ranks=_averaged(parts))
         self._request: RollbackRequest | None = None
         self._probing = False
+        self._again = False  # in a closure that its step has evaluated before
         self._skipped: set[int] = set()  # optimizers in a step() that GradScaler makes void
         self.agent_seconds = 0.0  # since the last complete step, probes apart
         self._mark: float | None = None  # when the last step was complete
@@ -155,6 +160,8 @@ class Loop:
 
     def observe(self, loss: float | Tensor) -> None:
         """The step's loss."""
+        if self._again:
+            return
         late = self._losses.observe(loss)
         if late is None:
             return
@@ -244,7 +251,7 @@ class Loop:
     # Hooks.
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._idle() or not (module.training and torch.is_grad_enabled()):
+        if not self._listens(module):
             return
         with self.border.guard("watching a forward"), self._timed():
             self._begun = True
@@ -258,27 +265,60 @@ class Loop:
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         del args, kwargs
-        if self._idle() or not (module.training and torch.is_grad_enabled()):
+        if not self._listens(module):
             return
         with self.border.guard("reading the model's loss"), self._timed():
             loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
             if isinstance(loss, Tensor) and loss.numel() == 1:
                 self._losses.output(loss)
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        del args, kwargs
+    def _before_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Arguments | None:
         if self._idle():
-            return
-        which = self._number[id(optimizer)]
+            return None
+        which, given = self._number[id(optimizer)], None
         with self.border.guard("reading the tap"), self._timed():
             self._skipped.discard(which)
             if _void(optimizer):
                 self._skipped.add(which)
-                return
+                return None
             now = self._begin(which)
-            self._read(now, which)
+            given = through(partial(self._evaluate, which), args, kwargs)
+            if given is None:
+                self._read(now, which)
+            else:
+                now.awaited.add(which)
         with self.border.guard("laying learning rates"), self._timed():
             self._overlays[which].lay(self._parameter_multipliers())
+        return given
+
+    def _evaluate(self, which: int, closure: Closure, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate the closure of a `step()`, which sees the optimizer's own groups.
+
+        The gradients that the first evaluation leaves are the step's; later ones look at other weights.
+        """
+        if self._idle():
+            return closure(*args, **kwargs)
+        overlay = self._overlays[which]
+        laid = overlay.laid
+        with self.border.guard("taking learning rates away"), self._timed():
+            overlay.remove()
+        again, self._again = self._again, self._awaiting(which) is None
+        try:
+            result = closure(*args, **kwargs)
+        finally:
+            self._again = again
+        if self._idle():
+            return result
+        with self.border.guard("reading the tap"), self._timed():
+            now = self._awaiting(which)
+            if now is not None:
+                self._read(now, which)
+        with self.border.guard("laying learning rates"), self._timed():
+            if laid is not None:
+                overlay.lay(laid)
+        return result
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         del args, kwargs
@@ -306,7 +346,7 @@ class Loop:
         not all took part in (a generator and a discriminator in turn, one optimizer's warm-up).
         """
         if self._round is not None and which in self._round.stepped:
-            for other in set(range(len(self._overlays))) - self._round.stepped:
+            for other in set(range(len(self._overlays))) - self._round.stepped - self._round.read:
                 with self.border.guard("reading the tap"):
                     self._read(self._round, other)
             self._complete(self._round)
@@ -316,15 +356,26 @@ class Loop:
             self._outbox.begin()
             step = self.step + 1
             control.begin(step, self._clock())
-            # Where all probe together, whether a batch was seen is asked of all.
-            together = self._shared is not None and self._shared.sharded
-            kinds = self._kinds if together or self._captured is not None else ()
-            self._round = _Round(step, self.parts.tap.start(self._parameter_multipliers()), kinds, self._noise.take())
-            self._prepare(self._round)
+            kinds = self._kinds if self._together else ()
+            self._round = _Round(step, self.parts.tap.start(self._parameter_multipliers()), kinds)
         return self._round
+
+    def _read(self, now: _Round, which: int) -> None:
+        """The gradients stand that optimizer `which` is about to step on."""
+        now.awaited.discard(which)
+        if not now.prepared:
+            self._prepare(now)
+        if which in now.read:  # its step() raised, or calls another: the newest reading counts, once
+            now.tap, now.read = self.parts.tap.start(self._parameter_multipliers()), set()
+        self.parts.tap.read(now.tap, which)
+        now.read.add(which)
 
     def _prepare(self, now: _Round) -> None:
         """Keep of the time before the step what its probes need."""
+        now.prepared = True
+        now.micro_batches = self._noise.take()
+        if self._captured is not None:
+            now.kinds = self._kinds
         probes, before = self.parts.probes, now.before
         moving = next((kind for kind in now.kinds if kind in MOVING), None)
         if moving is not None:
@@ -333,10 +384,6 @@ class Loop:
         if "gnb" in now.kinds:
             with self.border.guard("sketching the gradient"), before.spending("gnb"):
                 before.gradient_sketch = probes.sketch_gradient()
-
-    def _read(self, now: _Round, which: int) -> None:
-        self.parts.tap.read(now.tap, which)
-        now.read.add(which)
 
     def _complete(self, done: _Round) -> None:
         started = time.perf_counter()
@@ -495,8 +542,21 @@ class Loop:
     # Small questions.
 
     def _idle(self) -> bool:
-        """Whether this call is none of ours: a probe's own forward, or a forked child's."""
-        return self._probing or os.getpid() != self._pid
+        """Whether this call is none of ours: a probe's own forward, a forked child's, or after the end."""
+        return self._closed or self._probing or os.getpid() != self._pid
+
+    def _listens(self, module: nn.Module) -> bool:
+        """Whether a forward of `module` is the step's own."""
+        return not (self._again or self._idle()) and module.training and torch.is_grad_enabled()
+
+    def _awaiting(self, which: int) -> _Round | None:
+        """The round to which the closure of optimizer `which` has yet to bring gradients."""
+        return self._round if self._round is not None and which in self._round.awaited else None
+
+    @property
+    def _together(self) -> bool:
+        """Whether ranks hold the model together, and so probe together."""
+        return self._shared is not None and self._shared.sharded
 
     def _clock(self) -> int:
         """The time that commands expire by: the same on all ranks."""

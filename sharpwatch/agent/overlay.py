@@ -44,6 +44,8 @@ class Overlay:
     multiplier differs from 1 the instance's `step` is a wrapper with `finally`.
     """
 
+    laid: Mapping[int, float] | None = None  # the multipliers by which split groups stand in the optimizer
+
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
         self._own: list[Group] | None = None
@@ -63,6 +65,7 @@ class Overlay:
             self._pieces.extend(pieces)
             laid.extend([piece.laid for piece in pieces] or [group])
         self._own = own
+        self.laid = multipliers
         self._optimizer.param_groups = laid
 
     def remove(self) -> None:
@@ -70,6 +73,7 @@ class Overlay:
         if self._own is None:
             return
         self._optimizer.param_groups, self._own = self._own, None
+        self.laid = None
         pieces, self._pieces = self._pieces, []
         # The piece nearest 1 last: where pieces disagree, its value is the one an undivided group would hold.
         for piece in sorted(pieces, key=lambda piece: -_distance(piece.multiplier)):
