@@ -141,8 +141,8 @@ def tap() -> list[Panel]:
         ),
         by_block(
             "Gradient norm by block",
-            "Before clipping. Normal: falls early, then steady within a factor of a few; spikes in all blocks at once "
-            "point at the data, in one block at its weights.",
+            "Of the gradient that is stepped on, after clipping. Normal: falls early, then steady within a factor of "
+            "a few; spikes in all blocks at once point at the data, in one block at its weights.",
             "sharpwatch_block_gradient_norm",
             unit="sci",
             scale=LOG,
@@ -159,6 +159,16 @@ def tap() -> list[Panel]:
             "‖Δθ‖/‖θ‖ of one step, on probe steps. Normal: 1e-4 to 1e-2 for Adam with a tuned rate, falling with "
             "the schedule.",
             "sharpwatch_block_update_ratio",
+            unit="sci",
+            scale=LOG,
+        ),
+        by_block(
+            "Gradient noise by block",
+            "Trace of the covariance of one step's gradient, on probe steps, from its micro-batches; empty where a "
+            "step has one micro-batch on one process. Normal: grows beside the squared gradient norm as training goes "
+            "on, with the scatter of few micro-batches (below zero the logarithmic axis draws nothing). Near the "
+            "squared norm a larger batch pays, far below it a smaller one does.",
+            "sharpwatch_block_gradient_noise",
             unit="sci",
             scale=LOG,
         ),

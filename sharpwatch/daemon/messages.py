@@ -141,17 +141,18 @@ def run_message(view: View) -> operator_pb2.Run:
     )
 
 
+_TAP = ("gradient_norm", "weight_norm", "update_rms", "learning_rate", "lr_multiplier")
+
+
 def _block_messages(view: View) -> list[operator_pb2.Block]:
+    measured = {} if view.tap is None else {field: getattr(view.tap, field) for field in _TAP}
+    measured |= {"update_ratio": view.update_ratio, "gradient_noise": view.gradient_noise}
     blocks = []
     for index, name in enumerate(view.manifest.blocks):
         block = operator_pb2.Block(block=name, parameters=int(view.manifest.block_parameters[index]))
-        if view.tap is not None:
-            for field in ("gradient_norm", "weight_norm", "update_rms", "learning_rate", "lr_multiplier"):
-                value = float(getattr(view.tap, field)[index])
-                if not math.isnan(value):
-                    setattr(block, field, value)
-        if view.update_ratio is not None:
-            block.update_ratio = view.update_ratio[index]
+        for field, values in measured.items():
+            if values is not None and not math.isnan(values[index]):
+                setattr(block, field, float(values[index]))
         block.estimates.extend(
             _estimate_message(quantity, of, estimate)
             for (quantity, of, _), estimate in view.estimates.items()

@@ -106,6 +106,7 @@ class Block(google.protobuf.message.Message):
     LEARNING_RATE_FIELD_NUMBER: builtins.int
     LR_MULTIPLIER_FIELD_NUMBER: builtins.int
     ESTIMATES_FIELD_NUMBER: builtins.int
+    GRADIENT_NOISE_FIELD_NUMBER: builtins.int
     block: builtins.str
     parameters: builtins.int
     gradient_norm: builtins.float
@@ -114,6 +115,7 @@ class Block(google.protobuf.message.Message):
     update_ratio: builtins.float
     learning_rate: builtins.float
     lr_multiplier: builtins.float
+    gradient_noise: builtins.float
     @property
     def estimates(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[sharpwatch.v1.types_pb2.Estimate]: ...
     def __init__(
@@ -128,11 +130,14 @@ class Block(google.protobuf.message.Message):
         learning_rate: builtins.float | None = ...,
         lr_multiplier: builtins.float | None = ...,
         estimates: collections.abc.Iterable[sharpwatch.v1.types_pb2.Estimate] | None = ...,
+        gradient_noise: builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_gradient_norm", b"_gradient_norm", "_learning_rate", b"_learning_rate", "_lr_multiplier", b"_lr_multiplier", "_update_ratio", b"_update_ratio", "_update_rms", b"_update_rms", "_weight_norm", b"_weight_norm", "gradient_norm", b"gradient_norm", "learning_rate", b"learning_rate", "lr_multiplier", b"lr_multiplier", "update_ratio", b"update_ratio", "update_rms", b"update_rms", "weight_norm", b"weight_norm"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_gradient_noise", b"_gradient_noise", "_gradient_norm", b"_gradient_norm", "_learning_rate", b"_learning_rate", "_lr_multiplier", b"_lr_multiplier", "_update_ratio", b"_update_ratio", "_update_rms", b"_update_rms", "_weight_norm", b"_weight_norm", "gradient_noise", b"gradient_noise", "gradient_norm", b"gradient_norm", "learning_rate", b"learning_rate", "lr_multiplier", b"lr_multiplier", "update_ratio", b"update_ratio", "update_rms", b"update_rms", "weight_norm", b"weight_norm"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_gradient_norm", b"_gradient_norm", "_learning_rate", b"_learning_rate", "_lr_multiplier", b"_lr_multiplier", "_update_ratio", b"_update_ratio", "_update_rms", b"_update_rms", "_weight_norm", b"_weight_norm", "block", b"block", "estimates", b"estimates", "gradient_norm", b"gradient_norm", "learning_rate", b"learning_rate", "lr_multiplier", b"lr_multiplier", "parameters", b"parameters", "update_ratio", b"update_ratio", "update_rms", b"update_rms", "weight_norm", b"weight_norm"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_gradient_noise", b"_gradient_noise", "_gradient_norm", b"_gradient_norm", "_learning_rate", b"_learning_rate", "_lr_multiplier", b"_lr_multiplier", "_update_ratio", b"_update_ratio", "_update_rms", b"_update_rms", "_weight_norm", b"_weight_norm", "block", b"block", "estimates", b"estimates", "gradient_noise", b"gradient_noise", "gradient_norm", b"gradient_norm", "learning_rate", b"learning_rate", "lr_multiplier", b"lr_multiplier", "parameters", b"parameters", "update_ratio", b"update_ratio", "update_rms", b"update_rms", "weight_norm", b"weight_norm"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__gradient_noise: typing_extensions.TypeAlias = typing.Literal["gradient_noise"]
+    _WhichOneofArgType__gradient_noise: typing_extensions.TypeAlias = typing.Literal["_gradient_noise", b"_gradient_noise"]
     _WhichOneofReturnType__gradient_norm: typing_extensions.TypeAlias = typing.Literal["gradient_norm"]
     _WhichOneofArgType__gradient_norm: typing_extensions.TypeAlias = typing.Literal["_gradient_norm", b"_gradient_norm"]
     _WhichOneofReturnType__learning_rate: typing_extensions.TypeAlias = typing.Literal["learning_rate"]
@@ -145,6 +150,8 @@ class Block(google.protobuf.message.Message):
     _WhichOneofArgType__update_rms: typing_extensions.TypeAlias = typing.Literal["_update_rms", b"_update_rms"]
     _WhichOneofReturnType__weight_norm: typing_extensions.TypeAlias = typing.Literal["weight_norm"]
     _WhichOneofArgType__weight_norm: typing_extensions.TypeAlias = typing.Literal["_weight_norm", b"_weight_norm"]
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__gradient_noise) -> _WhichOneofReturnType__gradient_noise | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__gradient_norm) -> _WhichOneofReturnType__gradient_norm | None: ...
     @typing.overload

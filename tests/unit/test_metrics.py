@@ -15,6 +15,7 @@ from sharpwatch.daemon.aggregate import BlockTap
 from sharpwatch.daemon.config import ALERT_NAMES
 from sharpwatch.daemon.ingest import HealthReading
 from sharpwatch.daemon.manifest import Manifest
+from sharpwatch.daemon.messages import detail_message
 from sharpwatch.daemon.metrics import OwnMetrics, RunCollector
 from sharpwatch.daemon.records import Alert
 from sharpwatch.daemon.runs import View
@@ -232,3 +233,33 @@ def test_promtool_finds_nothing_to_mend(program):
         [program("promtool"), "check", "metrics"], input=generate_latest(registry), capture_output=True, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+def test_operators_are_told_what_is_exported_of_a_block_each_step():
+    emb, qk = detail_message(FULL, ()).blocks
+    measured = {
+        block.block: {
+            field.name: value for field, value in block.ListFields() if field.name not in {"block", "estimates"}
+        }
+        for block in (emb, qk)
+    }
+    assert measured == {
+        "emb": {
+            "parameters": 40,
+            "gradient_norm": 0.5,
+            "weight_norm": 3.0,
+            "update_ratio": 0.01,
+            "learning_rate": 0.001,
+            "lr_multiplier": 1.0,
+            "gradient_noise": 0.125,
+        },
+        "qk": {
+            "parameters": 16,
+            "gradient_norm": math.inf,
+            "weight_norm": 4.0,
+            "update_rms": 1.25,
+            "update_ratio": 0.02,
+            "learning_rate": 0.0005,
+            "lr_multiplier": 0.5,
+        },
+    }
