@@ -144,7 +144,8 @@ def test_a_checkpoint_and_a_text_give_a_table_json_and_a_figure(here):
     options = ("--rows", "1", "--batches", "2", "--draws", "2", "--blocks", "qk,norm")
     done = command("gpt2", "text.txt", *options, "--json", str(json_file), "--plot", str(plot))
     assert done.returncode == 0, done.stderr
-    assert all(line.startswith("sharpwatch measure: ") for line in done.stderr.splitlines())  # of a slow machine
+    said = [line for line in done.stderr.splitlines() if "torchao" not in line and "_pytree.py" not in line]
+    assert all(line.startswith("sharpwatch measure: ") for line in said)  # of a slow machine; torchao has its own say
     assert [line.split()[0] for line in done.stdout.splitlines()[:4]] == ["block", "qk", "norm", "whole"]
     report = found(json_file)
     assert report["measured"]["model"] == "gpt2"
