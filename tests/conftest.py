@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import sys
@@ -16,6 +17,8 @@ from daemons import ScriptedDaemon
 from missing import missing
 
 from sharpwatch.agent import attach as attach_module
+
+os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed tells whoever imports it, on stdout, that it found no GPU
 
 
 @pytest.fixture(autouse=True, scope="session")
