@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from fractions import Fraction
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from torch.utils.data import DataLoader
 
-from sharpwatch.agent.position import Trail, holds, union
+from sharpwatch.agent.position import Trail, holds, paced, union
 from sharpwatch.agent.randomness import random_state, set_random_state
+from sharpwatch.errors import CheckpointError
 
 
 @runtime_checkable
@@ -49,7 +52,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[Any]:
         """The rest of the epoch that was restored; else a new one, from its first batch."""
-        length = self._length()
+        length = self.length()
         if self._given == length or (self._given and self._resume is None):  # the last iterator was left
             self._end_epoch()
             if self._pass < self.epoch:
@@ -85,6 +88,7 @@ class Batches:
             "given": self._given,
             "pass": self._pass,
             "index": self._index,
+            "length": self.length(),
             "start": self._start,
             "random": random_state(),
             # Not before the first batch: StatefulDataLoader would begin its iterator for it.
@@ -97,16 +101,40 @@ class Batches:
         self.left_out = union(state["left_out"])
         self._trail = Trail(state["trail"])
         self._pass, self._index, self._start = state["pass"], state["index"], state["start"]
-        if self._given == self._length():
+        if self._given == self.length():
             self._end_epoch()
         self._iterator, self._resume = None, state
         set_random_state(state["random"])
 
-    def _length(self) -> int | None:
+    def length(self) -> int | None:
+        """Batches of an epoch, None where the loader has no length."""
         try:
             return len(self)
         except TypeError:
             return None
+
+    def pace(self, length: int | None, was: int, now: int) -> Fraction:
+        """Batches that one of `now` ranks takes for each that one of `was` ranks took, whose epoch had `length`."""
+        if was == now:
+            return Fraction(1)
+        mine = self.length()
+        return Fraction(mine, length) if mine and length else Fraction(was, now)
+
+    def taken_over(self, state: Mapping[str, Any], was: int, now: int) -> dict[str, Any]:
+        """`state` of one of `was` ranks, as it is for one of `now`: as far through its epoch.
+
+        Raises `CheckpointError` where only the loader could tell.
+        """
+        if state["loader"] and not isinstance(self.loader, DataLoader):
+            raise CheckpointError(f"the data's own state is that of a rank of {was}, and can't be taken up by {now}")
+        pace = self.pace(state["length"], was, now)
+        return {
+            **state,
+            **{name: int(state[name] * pace) for name in ("taken", "given", "index")},
+            "trail": [(step, int(batches * pace)) for step, batches in state["trail"]],
+            "left_out": paced(state["left_out"], pace),
+            "loader": None if state["loader"] else state["loader"],  # passed over, as any DataLoader
+        }
 
     def _end_epoch(self) -> None:
         self._given = 0
@@ -127,7 +155,7 @@ class Batches:
                 if self._index == 0:
                     raise  # an empty loader
                 self._end_pass()
-                if self._length() is None:
+                if self.length() is None:
                     raise
                 continue
             self.taken += 1
@@ -146,7 +174,7 @@ class Batches:
             set_random_state(state["random"])
         if passing_over:
             self._set_start()
-        else:
+        elif state is None or not self._index:
             self._start = {"random": random_state(), "generators": [one.get_state() for one in self._generators()]}
         iterator: Iterator[Any] = iter(self.loader)
         self._iterator = iterator

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import shutil
@@ -24,7 +23,9 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from sharpwatch.agent.batches import Batches
 from sharpwatch.agent.control import RollbackRequest
-from sharpwatch.agent.randomness import random_state, set_random_state
+from sharpwatch.agent.jsonfile import read_json, sync_folder, write_json
+from sharpwatch.agent.position import paced
+from sharpwatch.agent.randomness import random_state, seeded, set_random_state
 from sharpwatch.agent.watch import Watch
 from sharpwatch.curvature.harmless import hooks_aside
 from sharpwatch.errors import CheckpointError
@@ -33,6 +34,10 @@ _T = TypeVar("_T")
 _LOG = logging.getLogger("sharpwatch")
 _CONTENTS = "checkpoint.json"  # step, ranks and a digest of every file
 _HEAD = "head.json"  # the checkpoint that the run goes on from, and the batches it leaves out
+_OTHER_RANKS = (
+    "%s was saved by %d ranks and is taken up by %d: its epoch goes on where it stood, to within a batch; a rank that "
+    "is new draws random numbers of its own; a step has as many rows as the batches of these ranks"
+)
 _STEP_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
 
@@ -123,7 +128,10 @@ class Checkpoints:
         return path
 
     def resume(self) -> int:
-        """Go on from the newest checkpoint; returns its step, 0 where there is none."""
+        """Go on from the newest checkpoint, also of another number of ranks; returns its step, 0 where there is none.
+
+        Raises `CheckpointError`, with nothing changed, where it is not whole or can't be taken up by these ranks.
+        """
         head = self._together(self._head)[0]
         if not head:
             return 0
@@ -131,7 +139,8 @@ class Checkpoints:
         state = self._read(path)
         self._load(path, state)
         if self.data is not None:
-            self.data.leave_out(*head["left_out"])
+            pace = self.data.pace(head["length"], head["ranks"], self._ranks)
+            self.data.leave_out(*paced(head["left_out"], pace))
         self._watch.load_state_dict(state["watch"])
         if self._watch.step != self.step:  # sharpwatch was disabled when this was saved
             self._watch.restored(self.step)
@@ -197,7 +206,7 @@ class Checkpoints:
             "data": None if self.data is None else self.data.state_dict(),
             "watch": self._watch.state_dict(),
         }
-        path = folder / self._rank_file
+        path = folder / _rank_file(self._rank)
         with path.open("wb") as file:
             torch.save(state, file)
             file.flush()
@@ -206,18 +215,26 @@ class Checkpoints:
 
     def _read(self, path: Path) -> dict[str, Any]:
         """This rank's own state, after every file was found whole; nothing has been changed yet."""
-        contents = self._together(lambda: _json(path / _CONTENTS))[0]
-        if contents["ranks"] != self._ranks:
-            raise CheckpointError(f"{path}: saved by {contents['ranks']} ranks, and this run has {self._ranks}")
+        contents = self._together(lambda: read_json(path / _CONTENTS))[0]
         found = self._digests(path)
         damaged = sorted(name for name, digest in contents["files"].items() if found.get(name) != digest)
         if damaged:
             raise CheckpointError(f"{path}: missing or damaged: {', '.join(damaged)}")
+        ranks = contents["ranks"]
+        seeds = self._together(torch.initial_seed)
         state: dict[str, Any] = {}
-        self._together(lambda: state.update(torch.load(path / self._rank_file, weights_only=True)))
+        self._together(lambda: state.update(_rank_state(path, self._rank, ranks, seeds)))
         if state["others"].keys() != self._others.keys() or (state["data"] is None) != (self.data is None):
             raise CheckpointError(f"{path}: saved with other schedulers, scaler or data than this run has")
+        if ranks != self._ranks:
+            self._together(lambda: self._take_over(state, ranks))
+            if self._rank == 0:
+                _LOG.warning(_OTHER_RANKS, path, ranks, self._ranks)
         return state
+
+    def _take_over(self, state: dict[str, Any], ranks: int) -> None:
+        if self.data is not None:
+            state["data"] = self.data.taken_over(state["data"], ranks, self._ranks)
 
     def _load(self, path: Path, state: dict[str, Any]) -> None:
         """Put everything back."""
@@ -239,10 +256,6 @@ class Checkpoints:
 
     # On disk.
 
-    @property
-    def _rank_file(self) -> str:
-        return f"rank-{self._rank}.pt"
-
     def _new_name(self) -> str:
         """A name not taken yet: after a rollback a step comes again."""
         name, again = f"step-{self.step}", 1
@@ -262,15 +275,16 @@ class Checkpoints:
 
     def _publish(self, draft: Path, path: Path, digests: dict[str, str]) -> None:
         if self._rank == 0:
-            _write_json(draft / _CONTENTS, {"step": self.step, "ranks": self._ranks, "files": digests})
+            write_json(draft / _CONTENTS, {"step": self.step, "ranks": self._ranks, "files": digests})
             draft.rename(path)
-            _sync_folder(self.folder)
+            sync_folder(self.folder)
             self._set_head(path)
             self._prune(path)
 
     def _set_head(self, path: Path) -> None:
-        left_out = [] if self.data is None else self.data.left_out
-        _write_json(self.folder / _HEAD, {"checkpoint": path.name, "left_out": left_out})
+        left_out, length = ([], None) if self.data is None else (self.data.left_out, self.data.length())
+        head = {"checkpoint": path.name, "left_out": left_out, "length": length, "ranks": self._ranks}
+        write_json(self.folder / _HEAD, head)
 
     def _go_on_from(self, path: Path) -> None:
         if self._rank == 0:
@@ -278,7 +292,7 @@ class Checkpoints:
             (path / _CONTENTS).touch()  # the newest: those of the steps that are undone go before it
 
     def _head(self) -> dict[str, Any]:
-        return _json(self.folder / _HEAD) if (self.folder / _HEAD).exists() else {}
+        return read_json(self.folder / _HEAD) if (self.folder / _HEAD).exists() else {}
 
     def _prune(self, newest: Path) -> None:
         """Delete all but the newest, and the one that a pending rollback names."""
@@ -309,31 +323,24 @@ class Checkpoints:
         return [value for value, _ in outcomes]
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    return found
+def _rank_file(rank: int) -> str:
+    return f"rank-{rank}.pt"
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write `value` so that the file is the old or the new one, also after a crash."""
-    draft = path.with_name(f".{path.name}")
-    with draft.open("w", encoding="utf-8") as file:
-        json.dump(value, file)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
-    _sync_folder(path.parent)
+def _rank_state(path: Path, rank: int, ranks: int, seeds: Sequence[int]) -> dict[str, Any]:
+    """What `rank` goes on from, of a checkpoint by `ranks`; `seeds` are those that all ranks have begun with now.
 
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    A rank that was not there draws what another draws that was seeded alike, else numbers of its own.
+    """
+    twins = [rank] if rank < ranks else [one for one in range(ranks) if seeds[one] == seeds[rank]]
+    state: dict[str, Any] = torch.load(path / _rank_file((twins or [0])[0]), weights_only=True)
+    if not twins:
+        digest = hashlib.sha256(state["random"]["cpu"].numpy().tobytes() + str(rank).encode()).digest()
+        own = seeded(int.from_bytes(digest[:8]))
+        state["random"] = own
+        if state["data"] is not None:
+            state["data"] |= {"random": own, "start": state["data"]["start"] | {"random": own}}
+    return state
 
 
 def _digest(path: Path) -> str:

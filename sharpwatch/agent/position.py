@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from math import gcd
+from fractions import Fraction
+from math import ceil, floor, gcd
 
 Range = tuple[int, int]  # batches [first, last), counted from 0 as the data brings them
 
@@ -46,6 +47,11 @@ def union(ranges: Iterable[Sequence[int]]) -> list[Range]:
         else:
             merged.append((first, last))
     return merged
+
+
+def paced(ranges: Iterable[Sequence[int]], pace: Fraction) -> list[Range]:
+    """`ranges` of data of which `pace` batches are now made where there was one; rather more of it than less."""
+    return union((floor(first * pace), ceil(last * pace)) for first, last in ranges)
 
 
 def holds(ranges: Sequence[Range], batch: int) -> bool:

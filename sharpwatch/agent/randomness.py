@@ -24,6 +24,21 @@ def random_state() -> dict[str, Any]:
     return state
 
 
+def seeded(seed: int) -> dict[str, Any]:
+    """The state that every generator has after `seed`; they themselves stay where they are."""
+    before = random_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - as above
+    torch.default_generator.manual_seed(seed)
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is not None:
+        torch.get_device_module(accelerator).manual_seed(seed)
+    try:
+        return random_state()
+    finally:
+        set_random_state(before)
+
+
 def set_random_state(state: Mapping[str, Any]) -> None:
     """Put every generator back to where it was at `random_state`."""
     version, internal, gauss = state["python"]

@@ -179,7 +179,7 @@ class ResumableLoader(Batches):
     def worker_init_fn(self, value: Any) -> None:
         self.loader.worker_init_fn = value
 
-    def _length(self) -> int | None:
+    def length(self) -> int | None:
         """Lightning ends an epoch, maybe earlier than the loader would."""
         count = self._trainer.num_training_batches
         return None if math.isinf(count) else int(count)

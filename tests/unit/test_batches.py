@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Te
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from sharpwatch.agent.batches import Batches
+from sharpwatch.errors import CheckpointError
 
 # torchdata's last release calls what newer versions of torch deprecate.
 pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
@@ -169,3 +170,44 @@ def test_steps_are_told_as_batches():
         batches.mark(number // 2)
     assert batches.taken_by(2, 4) == (2, 6)
     assert batches.taken_by(4, 4) == (0, 0)
+
+
+@pytest.mark.parametrize("kind", [DataLoader, StatefulDataLoader])
+def test_one_rank_sees_the_rest_of_what_two_have_seen(kind):
+    def share(ranks, rank):
+        return Batches(kind(DATA, 2, sampler=DistributedSampler(DATA, num_replicas=ranks, rank=rank, seed=5)))
+
+    seen = []
+    for rank in (0, 1):
+        batches = share(2, rank)
+        batches.load_state_dict(through(share(2, rank), 1, 1)[1])  # a restart on the way
+        rest, state = through(batches, 2, 2)
+        seen += [item for _, data, _ in rest for item in data]
+    first = [item for rank in (0, 1) for _, data, _ in run(share(2, rank), 1) for item in data]
+    alone = share(1, 0)
+    alone.load_state_dict(alone.taken_over(state, 2, 1))
+    assert alone.taken == 6
+    rest = [item for _, data, _ in run(alone, 4) for item in data]
+    assert sorted(first + seen + rest) == list(range(20))
+    assert alone.epoch == 0
+    assert len({item for _, data, _ in run(alone, 10) for item in data}) == 20
+
+
+def test_a_shuffled_loader_that_says_where_it_stands_is_passed_over_in_the_same_order():
+    torch.manual_seed(1)
+    order = [data for _, data, _ in run(Batches(LOADERS["stateful"]()), 10)]
+    torch.manual_seed(1)
+    state = through(Batches(LOADERS["stateful"]()), 3, 3)[1]
+    again = Batches(LOADERS["stateful"]())
+    again.load_state_dict(state)
+    state = through(again, 2, 2)[1]
+    alone = Batches(LOADERS["stateful"]())
+    alone.load_state_dict(alone.taken_over(state, 2, 1))  # not shared between ranks: the epoch stays as long
+    assert [data for _, data, _ in run(alone, 5)] == order[5:]
+
+
+def test_only_an_empty_place_of_the_loaders_own_is_taken_up_by_another_number_of_ranks():
+    _, state = through(Batches(Draws()), 3, 3)
+    assert Batches(Draws()).taken_over(state, 2, 1)["loader"] == {}
+    with pytest.raises(CheckpointError, match="a rank of 2, and can't be taken up by 1"):
+        Batches(Draws()).taken_over(state | {"loader": {"position": 3}}, 2, 1)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from itertools import pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sharpwatch.agent.position import Trail, holds, nth_kept, union
+from sharpwatch.agent.position import Trail, holds, nth_kept, paced, union
 
 RANGES = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), max_size=5)
 
@@ -43,3 +44,13 @@ def test_a_union_is_the_same_batches_in_order_and_apart(ranges):
 def test_the_nth_kept_batch(ranges, number):
     merged = union(ranges)
     assert nth_kept(merged, number) == [batch for batch in range(200) if not holds(merged, batch)][number]
+
+
+@given(RANGES, st.integers(1, 4), st.integers(1, 4))
+def test_ranges_hold_as_much_data_at_another_pace(ranges, was, now):
+    merged = union(ranges)
+    again = paced(merged, Fraction(was, now))  # a batch of n ranks is n portions of data
+    held = {portion for portion in range(200) if holds(merged, portion // was)}
+    found = {portion for portion in range(200) if holds(again, portion // now)}
+    assert held <= found
+    assert len(found - held) <= 2 * (now - 1) * len(merged)

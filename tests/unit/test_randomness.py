@@ -8,7 +8,7 @@ import random
 import numpy as np
 import torch
 
-from sharpwatch.agent.randomness import random_state, set_random_state
+from sharpwatch.agent.randomness import random_state, seeded, set_random_state
 
 
 def draws():
@@ -26,4 +26,20 @@ def test_what_is_drawn_is_drawn_again():
     draws()
     file.seek(0)
     set_random_state(torch.load(file, weights_only=True))
+    assert draws() == first
+
+
+def test_a_seed_begins_every_generator_and_moves_none():
+    before = random_state()
+    states = [seeded(seed) for seed in (2**63 + 1, 2**63 + 1, 5)]
+    drawn = []
+    for state in states:
+        set_random_state(state)
+        drawn.append(draws())
+    assert drawn[0] == drawn[1]
+    assert all(one != other for one, other in zip(drawn[0], drawn[2], strict=True))
+    set_random_state(before)
+    first = draws()
+    set_random_state(before)
+    seeded(3)
     assert draws() == first
