@@ -16,9 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.optim import LBFGS, Optimizer
 
 from sharpwatch.agent.attach import attach
 from sharpwatch.agent.batches import Batches
@@ -64,8 +62,6 @@ class SharpwatchCallback(Callback):
             self.watch.close()
         if self.goes_back:
             options.setdefault("control", "rollback")
-        for optimizer in trainer.optimizers:
-            optimizer.register_step_pre_hook(_evaluate)
         options.setdefault("initial_step", trainer.global_step)
         self.watch = attach(_transformer(pl_module, self._model), trainer.optimizers, **options)
         self.watch.load_state_dict(resumed)
@@ -191,16 +187,6 @@ class _GoBack(Exception):  # noqa: N818 - the way out of Lightning's loop
     def __init__(self, request: RollbackRequest) -> None:
         super().__init__(f"back to {request.uri}")
         self.request = request
-
-
-def _evaluate(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run the closure that Lightning gives to `step()` before it: its gradients are there then when they are read."""
-    closure = kwargs.get("closure")
-    if closure is None or isinstance(optimizer, LBFGS):  # which evaluates several times
-        return None
-    with torch.enable_grad():
-        result = closure()
-    return args, {**kwargs, "closure": lambda: result}
 
 
 def _transformer(module: LightningModule, name: str | None) -> nn.Module:
