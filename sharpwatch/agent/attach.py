@@ -22,8 +22,9 @@ from sharpwatch.agent.company import come_together, is_several, stay_away
 from sharpwatch.agent.control import CONTROL_MODES, Control, RollbackRequest
 from sharpwatch.agent.hooks import Hook
 from sharpwatch.agent.kinds import DEFAULT_PROBES, PROBES, SHARDED_PROBES
-from sharpwatch.agent.loop import Loop, Parts, Pipe, Silence
+from sharpwatch.agent.loop import Loop
 from sharpwatch.agent.optimizers import is_flat, stepping, uncontrolled, withheld
+from sharpwatch.agent.parts import Parts, Pipe, Silence
 from sharpwatch.agent.pipe import CourierPipe
 from sharpwatch.agent.probes import Probes
 from sharpwatch.agent.sampler import Sampler

@@ -8,97 +8,34 @@ import os
 import sys
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sharpwatch.agent import messages
-from sharpwatch.agent.border import Border
 from sharpwatch.agent.closures import Arguments, Closure, through
-from sharpwatch.agent.control import Control, RollbackRequest, effective
+from sharpwatch.agent.control import RollbackRequest, effective
 from sharpwatch.agent.hooks import Hook
 from sharpwatch.agent.kinds import MOVING
 from sharpwatch.agent.noise import GradientNoise, MicroBatches, averaged_over
-from sharpwatch.agent.outbox import Losses, Outbox, StepRecord
+from sharpwatch.agent.outbox import Losses, StepRecord
 from sharpwatch.agent.overlay import Overlay
+from sharpwatch.agent.parts import Parts
 from sharpwatch.agent.partsums import GRADIENT
-from sharpwatch.agent.probes import Captured, ProbeRun, Probes
-from sharpwatch.agent.sampler import Sampler
+from sharpwatch.agent.probes import Captured, ProbeRun
+from sharpwatch.agent.samples import Samples
 from sharpwatch.agent.shared import Heard, Shared
 from sharpwatch.agent.subject import Before
-from sharpwatch.agent.tap import PendingTap, Tap
-from sharpwatch.blocks import BlockMap
-from sharpwatch.v1 import agent_pb2, types_pb2
+from sharpwatch.agent.tap import PendingTap
+from sharpwatch.v1 import types_pb2
 
-_CHECKPOINTS = 256  # that one sample may tell of
 _STATE_VERSION = 1
 _LOG = logging.getLogger("sharpwatch")
-
-
-class Pipe(Protocol):
-    """The way to the courier: nothing here blocks or raises."""
-
-    def greet(self, hello: agent_pb2.Hello, /) -> None:
-        """Greet with `hello`; before the first use."""
-
-    @property
-    def dropped(self) -> Mapping[str, int]:
-        """Samples lost so far, by reason."""
-
-    def send(self, request: agent_pb2.SessionRequest, /) -> None:
-        """Queue a message."""
-
-    def receive(self) -> list[agent_pb2.SessionResponse]:
-        """What has come in."""
-
-    def close(self) -> None:
-        """Let the courier finish; takes at most 2 s."""
-
-
-class Silence:
-    """The pipe of a rank that does not speak to the daemon: another does."""
-
-    dropped: Mapping[str, int] = MappingProxyType({})
-
-    def greet(self, hello: agent_pb2.Hello, /) -> None:
-        """As `Pipe.greet`."""
-
-    def send(self, request: agent_pb2.SessionRequest, /) -> None:
-        """As `Pipe.send`."""
-
-    def receive(self) -> list[agent_pb2.SessionResponse]:
-        """As `Pipe.receive`."""
-        return []
-
-    def close(self) -> None:
-        """As `Pipe.close`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """What a watch is made of. `named`: the user gave the run its name."""
-
-    identity: messages.Identity
-    named: bool
-    block_map: BlockMap
-    model: nn.Module
-    optimizers: Sequence[torch.optim.Optimizer]
-    parameter_types: Mapping[int, frozenset[str]]  # by parameter id: the block types that it holds
-    tap: Tap
-    probes: Probes
-    sampler: Sampler
-    control: Control
-    pipe: Pipe
-    border: Border
-    on_rollback: Callable[[RollbackRequest], object] | None = None
-    shared: Shared | None = None  # where several ranks train
 
 
 @dataclass(slots=True)
@@ -125,12 +62,9 @@ class Loop:
         self.step = parts.identity.initial_step  # optimizer steps that took effect
         self._closed = True  # until everything stands
         self.border = parts.border
-        self._checkpoints: deque[tuple[int, str]] = deque(maxlen=_CHECKPOINTS)  # not told yet
         self._pid = os.getpid()
         self._losses = Losses()
-        self._outbox = Outbox(self._send)
-        self._sequence = 0
-        self._restored = False  # since the last sample
+        self._samples = Samples(parts)
         self._begun = False  # whether there was a forward or a step
         self._round: _Round | None = None
         self._shared = parts.shared
@@ -166,20 +100,19 @@ class Loop:
         if late is None:
             return
         if self._shared is None:
-            self._outbox.late_loss(late)
+            self._samples.outbox.late_loss(late)
         else:
             self._shared.late_loss(late)
 
     def checkpoint(self, step: int, uri: str) -> None:
         """A checkpoint of `step` stands at `uri`."""
-        self._checkpoints.append((step, uri))
+        self._samples.checkpoint(step, uri)
 
     def restored(self, step: int) -> None:
         """The run stands at `step` again."""
         if self._shared is not None:
             self._hear(self._shared.rest(self.step))
-        self._outbox.flush(wait=True)  # what was before goes out before the mark that steps go back
-        self._restored = True
+        self._samples.restored()
         self.step = step
         self._round = self._captured = None
         self._noise.take()
@@ -239,9 +172,9 @@ class Loop:
         with self.border.guard("sending the last samples"):
             if self._shared is not None:
                 self._hear(self._shared.leave(self.step))
-            self._outbox.flush(wait=True)
+            self._samples.outbox.flush(wait=True)
             if in_order:
-                self._send_news(closing=True)
+                self._samples.send_news(self.step, closing=True)
         with self.border.guard("closing the courier's pipe"):
             self.parts.pipe.close()
 
@@ -257,7 +190,7 @@ class Loop:
             self._begun = True
             self._mark = self._mark or time.perf_counter()
             self._losses.forward()
-            self._outbox.begin()
+            self._samples.outbox.begin()
             if self._kinds:
                 self._captured = self.parts.probes.capture(args, kwargs)
             if "gnb" in self._kinds:
@@ -353,10 +286,10 @@ class Loop:
         if self._round is None:
             self._begun = True
             control = self.parts.control
-            self._outbox.begin()
+            self._samples.outbox.begin()
             step = self.step + 1
             control.begin(step, self._clock())
-            kinds = self._kinds if self._together else ()
+            kinds = self._kinds if self.parts.together else ()
             self._round = _Round(step, self.parts.tap.start(self._parameter_multipliers()), kinds)
         return self._round
 
@@ -401,7 +334,7 @@ class Loop:
         with self._timed():
             if self._shared is None:
                 self._receive(commands)
-                self._outbox.add(record, wait_for_loss=not losses or self._losses.comes_after_step)
+                self._samples.outbox.add(record, wait_for_loss=not losses or self._losses.comes_after_step)
             else:
                 self._share(self._shared, record, commands)
             self._request = self.parts.control.end(done.step, self._clock()) or self._request
@@ -438,7 +371,7 @@ class Loop:
     def _hear(self, heard: Heard) -> None:
         self._receive(types_pb2.Command.FromString(each) for each in heard.messages)
         for record in heard.records:
-            self._outbox.add(record, wait_for_loss=False)
+            self._samples.outbox.add(record, wait_for_loss=False)
 
     def _run_probes(self, done: _Round) -> ProbeRun:
         captured, self._captured = self._captured, None
@@ -476,7 +409,7 @@ class Loop:
     def _planned(self) -> tuple[str, ...]:
         """What the sampler wants at the next step; where ranks are told first, at a later one."""
         kinds = self.parts.sampler.plan()
-        if self._shared is not None and self._shared.sharded:
+        if self.parts.together:
             self.parts.sampler.started(kinds)
         return kinds
 
@@ -486,58 +419,12 @@ class Loop:
         except BaseException as error:
             with self.border.guard("telling of a failed rollback"):
                 self.parts.control.rollback_failed(self.step, f"{type(error).__name__}: {error}")
-                self._outbox.flush(wait=True)
-                self._send_news()
+                self._samples.outbox.flush(wait=True)
+                self._samples.send_news(self.step)
             raise
         with self.border.guard("ending a rollback"):
             if self.parts.control.pending_rollback is not None:
                 self.restored(request.step)
-
-    # Outwards.
-
-    def _send(self, record: StepRecord) -> None:
-        self._post(
-            record.step,
-            record.taken_at_unix_ns,
-            loss=record.loss(),
-            tap=record.reading or (None if record.tap is None else self.parts.tap.resolve(record.tap)),
-            probes=record.probes,
-        )
-
-    def _send_news(self, *, closing: bool = False) -> None:
-        """A sample of no step of its own: results and checkpoints that would else wait, or the goodbye."""
-        self._post(self.step, time.time_ns(), closing=closing)
-
-    def _post(self, step: int, taken_at_unix_ns: int, **values: Any) -> None:
-        self._sequence += 1
-        checkpoints = tuple(self._checkpoints)
-        self._checkpoints.clear()
-        restored, self._restored = self._restored, False
-        sample = messages.SampleValues(
-            sequence=self._sequence,
-            step=step,
-            taken_at_unix_ns=taken_at_unix_ns,
-            health=self._health(),
-            results=self.parts.control.take_results(),
-            checkpoints=checkpoints,
-            restored=restored,
-            **values,
-        )
-        self.parts.pipe.send(agent_pb2.SessionRequest(sample=messages.sample(sample)))
-
-    def _health(self) -> messages.Health:
-        dropped = dict(self.parts.pipe.dropped)
-        if self._outbox.dropped:
-            dropped["device_backlog"] = self._outbox.dropped
-        return messages.Health(
-            overhead_ratio=self.parts.sampler.overhead_ratio,
-            step_seconds=self.parts.sampler.step_seconds,
-            dropped=dropped,
-            swallowed_errors=self.border.swallowed if self._shared is None else self._shared.swallowed_errors,
-            probe_failures=self.parts.probes.failures,
-            lr_revision=self.parts.control.revision,
-            multipliers=self.parts.control.multipliers,
-        )
 
     # Small questions.
 
@@ -552,11 +439,6 @@ class Loop:
     def _awaiting(self, which: int) -> _Round | None:
         """The round to which the closure of optimizer `which` has yet to bring gradients."""
         return self._round if self._round is not None and which in self._round.awaited else None
-
-    @property
-    def _together(self) -> bool:
-        """Whether ranks hold the model together, and so probe together."""
-        return self._shared is not None and self._shared.sharded
 
     def _clock(self) -> int:
         """The time that commands expire by: the same on all ranks."""
