@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,10 +15,13 @@ from torch import Tensor, nn
 from sharpwatch.agent.border import from_signal_handler
 from sharpwatch.agent.kinds import KINDS, SHARDED, Kind, Report
 from sharpwatch.agent.memory import free, out_of_memory
+from sharpwatch.agent.signals import signals_held
 from sharpwatch.agent.subject import Before, Step, Subject, Together
 from sharpwatch.blocks import BlockMap
 from sharpwatch.curvature.batch import Batch
+from sharpwatch.curvature.harmless import undisturbed
 from sharpwatch.curvature.outputs import EmptyBatchError
+from sharpwatch.curvature.record import Record
 from sharpwatch.curvature.shards import Shard, held, held_gradient, sketch
 from sharpwatch.curvature.sketch import CountSketch
 from sharpwatch.errors import ProbeError
@@ -27,6 +30,10 @@ _STEPS_NEED = 3  # copies of the weights that have room before one is made: itse
 _FIRST_STEPS_NEED = 5  # and Adam's moments
 _GRADIENTS_NEED = 3  # their size: the probe's own, and what gathering and summing them takes
 _FAILURES = 3  # in a row before a kind is given up: one drawing of rows may hold no position that predicts
+
+
+class _WritesWeightsError(ProbeError):
+    """The model's forward changes its own weights, and would do so in a probe too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +115,7 @@ class Probes:
         self._row_limit: dict[str, int] = {}
         self._failures: dict[str, ProbeFailure] = {}
         self._in_a_row: dict[str, int] = {}
+        self._tried = False
 
     @property
     def _device(self) -> torch.device:
@@ -168,9 +176,9 @@ class Probes:
             try:
                 chosen = self._draw_rows(kind, captured.batch.rows)
                 rows = len(chosen)
-                with ExitStack() as stack:
-                    captured.autocast.enter(stack)
-                    reports[kind] = self._kinds[kind].run(captured.batch.slice(chosen), step)
+                with self._aside(captured, chosen) as part:
+                    self._try(part)
+                    reports[kind] = self._kinds[kind].run(part, step)
                 self._in_a_row[kind] = 0
             except Exception as error:  # host-safety border: a probe never reaches the loop
                 if from_signal_handler(error):
@@ -178,6 +186,39 @@ class Probes:
                 self._fail(kind, error, rows)
             seconds[kind] = _now(self._device) - started + before.seconds.get(kind, 0.0)
         return ProbeRun(reports, seconds)
+
+    @contextmanager
+    def _aside(self, captured: Captured, rows: Tensor) -> Iterator[Batch]:
+        """The batch of `rows`, in a context in which nothing else of the program is run or changed."""
+        part = captured.batch.slice(rows)
+        arguments = Record(apart=part.tensors())  # these are copies
+        for value in (*part.args, *part.kwargs.values()):
+            arguments.add(value)
+        with signals_held(), ExitStack() as stack:
+            captured.autocast.enter(stack)
+            stack.callback(arguments.put_back)
+            yield part
+
+    def _try(self, part: Batch) -> None:
+        """Before the first probe, run one forward on copies of the weights.
+
+        Raises `_WritesWeightsError` if it writes into them, `ProbeError` if there is no room for copies.
+        """
+        if self._tried or self._subject.together is not None:
+            return
+        weights, device = self._subject.weights, self._device
+        if free(device) < sum(weight.nbytes for weight in weights.values()):
+            raise ProbeError(f"no copy of the weights to try a forward on: memory of {device} is short")
+        call = part.usable()
+        with undisturbed(self._subject.model) as live, torch.no_grad():
+            copies = {name: weight.clone() for name, weight in weights.items()}
+            for name, copy in copies.items():
+                live.place(name, copy)
+            live(*call.args, **call.kwargs)
+        for name, copy in copies.items():
+            if not torch.allclose(copy, weights[name], rtol=0, atol=0, equal_nan=True):
+                raise _WritesWeightsError(f"the model's forward writes into {name}: no probe may run it")
+        self._tried = True
 
     def disabled(self) -> tuple[str, ...]:
         """The kinds that were given up."""
@@ -232,6 +273,8 @@ class Probes:
         elif out_of_memory(error):
             self._row_limit[kind] = max(1, rows // 2)
             disabled = rows <= 1
+        elif isinstance(error, _WritesWeightsError):
+            disabled = True
         elif isinstance(error, EmptyBatchError):
             disabled = False  # the labels' doing, as in a row that is all prompt: the next rows may predict
         else:

@@ -33,15 +33,16 @@ class Batch:
         return max(sizes, key=lambda size: (sizes[size], size))
 
     def slice(self, rows: Tensor) -> Batch:
-        """The batch of `rows` (int64 [n]): every tensor whose first dimension is `self.rows` is cut, all else passes.
+        """The batch of `rows` (int64 [n]): every tensor whose first dimension is `self.rows` is cut.
 
-        A one-dimensional tensor passed by a name with "position" in it goes along the sequence and is left whole.
+        A one-dimensional tensor passed by a name with "position" in it goes along the sequence and is left whole. All
+        tensors are copies, what is no tensor passes.
         """
         whole = self.rows
 
         def cut(tensor: Tensor, name: str) -> Tensor:
             if tensor.dim() == 0 or tensor.shape[0] != whole or (tensor.dim() == 1 and "position" in name):
-                return tensor
+                return tensor.clone()
             return tensor.index_select(0, rows.to(tensor.device))
 
         return _changed(self, cut)

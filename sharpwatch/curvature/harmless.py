@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import random
 import sys
-from collections import Counter, OrderedDict, defaultdict, deque
+import threading
+import weakref
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -16,11 +19,18 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from sharpwatch.curvature.record import Record, refill
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GENERATORS: Mapping[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
+    "random": (random.getstate, random.setstate),
+    "numpy": (np.random.get_state, np.random.set_state),
+    "torch": (torch.get_rng_state, torch.set_rng_state),
+}
+_UNUSED: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()  # generators, by model
 _GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 # Their hooks are part of what the module computes: weight and spectral norm, pruning, sharding.
 _KEPT = ("torch.nn.", "torch.distributed.", "transformers.distributed.", "transformers.integrations.tensor_parallel")
-_CONTAINERS = frozenset({list, dict, set, deque, OrderedDict, defaultdict, Counter})
 
 
 class Functional:
@@ -102,9 +112,8 @@ def put_back(model: nn.Module) -> Iterator[None]:
     Inside: every module in evaluation mode, gradients enabled, autocast as around it but without its cache, the user's
     hooks (the modules' and torch's global ones) bypassed, compiled code run eagerly, and reentrant checkpoints kept in
     memory. Afterwards, also after an error, all of that is as
-    before, as are the random states (torch's of the CPU and the model's accelerators, NumPy's, Python's, the modules'
-    own generators) and whatever attributes the modules' code has set or changed in place: tensors, lists,
-    dicts, sets. What is nested deeper, as buffers are, or belongs to other objects, is not put back.
+    before, as are the random states (torch's of the CPU and the model's accelerators, NumPy's, Python's) and whatever
+    attributes the modules' code has set, with all that a `Record` of them holds. Buffers are not put back.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(mode=False))
@@ -169,21 +178,33 @@ def _without_reentrant_checkpoints() -> Iterator[None]:
 
 @contextmanager
 def _random_state_kept(model: nn.Module) -> Iterator[None]:
+    """Puts back what was drawn inside from the process's own generators of random numbers and the accelerators'.
+
+    Other threads draw from the former too, one that prepares batches, say, and must not find their draws undone. While
+    there are any, a generator that `model` has once left alone is taken to be theirs.
+    """
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type not in {"cpu", "meta"}}
-    kinds = {device.type for device in devices}
+    unused = _UNUSED.setdefault(model, set())
+    before = {name: read() for name, (read, _) in _GENERATORS.items()}
     with ExitStack() as stack:
-        stack.callback(random.setstate, random.getstate())
-        stack.callback(np.random.set_state, np.random.get_state())  # noqa: NPY002 - the user's model may draw from it
-        own = [value for module in model.modules() for value in vars(module).values()]
-        for generator in {
-            value for value in own if type(value) is torch.Generator
-        }:  # isinstance takes a millisecond here
-            stack.callback(generator.set_state, generator.get_state())
-        stack.enter_context(torch.random.fork_rng(devices=[]))
-        for kind in kinds:
-            numbers = [device.index for device in devices if device.type == kind and device.index is not None]
-            stack.enter_context(torch.random.fork_rng(devices=numbers, device_type=kind))
-        yield
+        for device in devices:
+            backend = torch.get_device_module(device)
+            stack.callback(backend.set_rng_state, backend.get_rng_state(device), device)
+        try:
+            yield
+        finally:
+            for name, (read, write) in _GENERATORS.items():
+                if _same(read(), before[name]):
+                    unused.add(name)
+                elif name not in unused or threading.active_count() == 1:
+                    write(before[name])
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two states of a generator are equal: a tensor, or a tuple with an array in it."""
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 @contextmanager
@@ -199,12 +220,14 @@ def _without_autocast_cache() -> Iterator[None]:
 
 @contextmanager
 def _attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Puts back every module's attributes, and what its lists, dicts and sets held; in between, tensors are copies."""
+    """Puts back every module's attributes and what they hold; in between, tensors are copies."""
     modules = list(model.modules())
     attributes = [dict(vars(module)) for module in modules]
-    own = [value for attribute in attributes for value in attribute.values()]
-    contents = [(value, value.copy() if value else ()) for value in own if type(value) in _CONTAINERS]
+    record = Record(apart=[*modules, *model.parameters(), *model.buffers()])
     copies: dict[int, Tensor] = {}
+    for value in itertools.chain.from_iterable(attribute.values() for attribute in attributes):
+        if not isinstance(value, Tensor):
+            record.add(value)
     try:
         for module, attribute in zip(modules, attributes, strict=True):
             for name, value in attribute.items():
@@ -213,28 +236,8 @@ def _attributes_kept(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, attribute in zip(modules, attributes, strict=True):
-            _put_back(vars(module), attribute)
-        for value, content in contents:
-            _refill(value, content)
-
-
-def _refill(current: Any, saved: Any) -> None:
-    """Make the container `current` hold what its copy `saved` does; () stands for an empty one."""
-    if not saved:
-        current.clear()
-    elif isinstance(current, dict):
-        _put_back(current, saved)
-    elif len(current) != len(saved) or any(one is not other for one, other in zip(current, saved, strict=True)):
-        current.clear()
-        (current.update if isinstance(current, set) else current.extend)(saved)
-
-
-def _put_back(current: dict[str, Any], saved: Mapping[str, Any]) -> None:
-    """Make `current` hold what `saved` does, in the same order; untouched where nothing changed."""
-    if list(current) == list(saved) and all(current[name] is value for name, value in saved.items()):
-        return
-    current.clear()
-    current.update(saved)
+            refill(vars(module), attribute)
+        record.put_back()
 
 
 @contextmanager

@@ -1,0 +1,48 @@
+"""Signals that come while a probe runs wait until it has ended."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+_Handler = Callable[[int, FrameType | None], Any]
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """A context in which the program's signal handlers don't run; what came is raised again at its end.
+
+    A handler that saves a checkpoint would find a probe's weights in the model, and one that raises would end a probe
+    half-way. A signal that comes a second time is not held: someone insists. Handlers run in the main thread alone, so
+    in another nothing is done.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers: dict[int, _Handler] = {}
+    came: list[int] = []
+
+    def hold(number: int, frame: FrameType | None) -> Any:
+        if number in came:
+            return handlers[number](number, frame)
+        came.append(number)
+        return None
+
+    for each in signal.valid_signals():
+        handler = signal.getsignal(each)
+        if callable(handler):  # SIG_DFL, SIG_IGN and what was set outside of Python are left
+            handlers[int(each)] = handler
+    try:
+        for number in handlers:
+            signal.signal(number, hold)
+        yield
+    finally:
+        for number, handler in handlers.items():
+            if signal.getsignal(number) is hold:  # else somebody has set another meanwhile
+                signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
