@@ -114,7 +114,7 @@ class Trainer:
         if self.watch is not None:
             # Or the time in which the other trainer steps would be taken for this one's, and the budget for twice what
             # it is: the clock goes on with the next forward.
-            self.watch._loop._mark = None  # noqa: SLF001 - as above
+            self.watch._loop.stopwatch.stop()  # noqa: SLF001 - as above
         return seconds
 
 

@@ -145,7 +145,7 @@ def compare(size: str, budget: float, arguments: argparse.Namespace) -> dict[str
     with watched.attach(budget) as watch:
         for number in range(_WARM_UP + arguments.steps):
             pair = timed(plain), timed(watched)
-            watch._loop._mark = None  # noqa: SLF001 - the other trainer's step is no part of this one's
+            watch._loop.stopwatch.stop()  # noqa: SLF001 - the other trainer's step is no part of this one's
             if number >= _WARM_UP:
                 pairs.append(pair)
         ratio = watch._loop.parts.sampler.overhead_ratio  # noqa: SLF001 - what it counts has no public face

@@ -44,7 +44,7 @@ class Overlay:
     multiplier differs from 1 the instance's `step` is a wrapper with `finally`.
     """
 
-    laid: Mapping[int, float] | None = None  # the multipliers by which split groups stand in the optimizer
+    laid: Mapping[int, float] = types.MappingProxyType({})  # the multipliers by which groups are split now
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
@@ -73,7 +73,7 @@ class Overlay:
         if self._own is None:
             return
         self._optimizer.param_groups, self._own = self._own, None
-        self.laid = None
+        self.laid = Overlay.laid
         pieces, self._pieces = self._pieces, []
         # The piece nearest 1 last: where pieces disagree, its value is the one an undivided group would hold.
         for piece in sorted(pieces, key=lambda piece: -_distance(piece.multiplier)):

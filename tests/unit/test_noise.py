@@ -194,7 +194,7 @@ def test_it_is_absent_where_the_gradient_is_not_the_sum_of_what_was_heard(traini
 
 
 def test_no_hook_outlives_the_step_or_the_watch(training):
-    noise = training.watch._loop._noise
+    noise = training.watch._loop._probing._noise
     training.accumulate()
     assert len(noise._handles) == len(list(training.model.parameters()))
     training.step()

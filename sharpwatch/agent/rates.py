@@ -1,0 +1,59 @@
+"""The learning rates of each step: those of the loop's own groups, under the multipliers in force."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from sharpwatch.agent.border import Border
+from sharpwatch.agent.control import Control, effective
+from sharpwatch.agent.overlay import Overlay
+
+
+class Rates:
+    """Lays the multipliers that `control` has in force over optimizers, by their number.
+
+    `parameter_types`: the block types that a parameter shares its learning rate with, by its id.
+    """
+
+    def __init__(
+        self,
+        optimizers: Sequence[torch.optim.Optimizer],
+        parameter_types: Mapping[int, frozenset[str]],
+        control: Control,
+    ) -> None:
+        self._overlays = [Overlay(optimizer) for optimizer in optimizers]
+        self._parameter_types = parameter_types
+        self._control = control
+        self._known: tuple[Mapping[str, float], Mapping[int, float]] = ({}, {})
+
+    def multipliers(self) -> Mapping[int, float]:
+        """By parameter id, only those that differ from 1."""
+        multipliers = self._control.multipliers
+        if multipliers != self._known[0]:
+            each = {key: effective(kinds, multipliers) for key, kinds in self._parameter_types.items()}
+            self._known = (dict(multipliers), {key: value for key, value in each.items() if value != 1.0})
+        return self._known[1]
+
+    def lay(self, which: int, multipliers: Mapping[int, float]) -> None:
+        """Split the groups of optimizer `which` by `multipliers`."""
+        self._overlays[which].lay(multipliers)
+
+    def remove(self, which: int) -> Mapping[int, float]:
+        """Put the groups of optimizer `which` back as the loop has them; the multipliers that were laid over them."""
+        laid = self._overlays[which].laid
+        self._overlays[which].remove()
+        return laid
+
+    def guard(self) -> None:
+        """See to it that they are put back also when the next `step()` raises, where one may be laid over."""
+        for overlay in self._overlays:
+            overlay.guard() if self._control.armed else overlay.unguard()
+
+    def close(self, border: Border) -> None:
+        """Leave every optimizer as it was."""
+        for overlay in self._overlays:
+            with border.guard("removing an overlay"):
+                overlay.remove()
+                overlay.unguard()
