@@ -11,6 +11,7 @@ from stand_ins import Net
 from torch import nn
 
 import sharpwatch
+from sharpwatch.agent import stopwatch
 from sharpwatch.agent.kinds import PROBES
 from sharpwatch.v1 import types_pb2
 
@@ -204,6 +205,49 @@ def test_the_closure_sees_the_groups_that_its_user_made(wires):
     rates = [np.frombuffer(sample.tap.learning_rate.data, "<f4").tolist() for sample in run.end()]
     scaled = [EXACT[block.block] for block in run.wire.hello.layer_blocks]
     assert rates == [[0.5] * 3, [0.25 * factor for factor in scaled], [0.125 * factor for factor in scaled]]
+
+
+@pytest.mark.parametrize("make", [adamw, lbfgs])
+def test_the_loss_that_step_returns_may_be_observed_after_it(wires, make):
+    class Silent(Net):
+        def forward(self, idx):
+            return super().forward(idx, idx)[1][None]
+
+    torch.manual_seed(3)
+    model = Silent().train()
+    optimizer = make(model.parameters())
+    watch = sharpwatch.attach(model, optimizer, training_job="closures", probes=())
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(tokens(1)).sum()
+        loss.backward()
+        return loss
+
+    returned = []
+    for _ in range(3):
+        returned.append(optimizer.step(closure).item())
+        watch.observe(loss=returned[-1])
+    watch.close()
+    assert [sample.loss for sample in wires[0].samples[:3]] == returned
+
+
+def test_the_seconds_of_a_closure_are_the_loops(wires, monkeypatch):
+    now, recorded = [0.0], []
+    monkeypatch.setattr(stopwatch, "perf_counter", lambda: now[0])
+    run = Run(wires, lbfgs)
+    run.watch._loop.parts.sampler.record = lambda *seconds: recorded.append(seconds)
+
+    def closure():
+        now[0] += 1.0
+        return run.backward(1)
+
+    for _ in range(3):
+        run.optimizer.step(closure)
+    evaluations = len(run.losses) // 3
+    assert evaluations > 1
+    assert recorded == [(evaluations - 1.0, 0.0, {}), *[(float(evaluations), 0.0, {})] * 2]  # from the first forward on
+    run.end()
 
 
 class OwnError(Exception):
