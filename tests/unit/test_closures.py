@@ -11,8 +11,11 @@ from stand_ins import Net
 from torch import nn
 
 import sharpwatch
-from sharpwatch.agent import stopwatch
+from sharpwatch.agent import hooks, stopwatch
 from sharpwatch.agent.kinds import PROBES
+from sharpwatch.agent.overlay import Overlay
+from sharpwatch.agent.probes import Probes
+from sharpwatch.agent.tap import Tap
 from sharpwatch.v1 import types_pb2
 
 EXACT = {"emb": 0.5, "norm": 2.0, "head": 0.25}  # powers of two: what is scaled and scaled back is as it was
@@ -442,6 +445,38 @@ def test_a_watch_may_be_closed_in_a_closure(wires):
     assert groups == [1, 3, 1]
     assert run.watch.step == 2
     assert run.wire.samples[-1].closing
+
+
+def broken(*_, **__):
+    raise ZeroDivisionError("on purpose")
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (Tap, "start"),
+        (Tap, "read"),
+        (Overlay, "lay"),
+        (Overlay, "remove"),
+        (Probes, "capture"),
+        (Probes, "sketch_gradient"),
+        (hooks, "through"),
+    ],
+)
+def test_whatever_breaks_the_closure_is_evaluated_as_ever(wires, owner, name, monkeypatch):
+    def train():
+        run = Run(wires, lbfgs, probes=("gnb", "direction"), probe_every=1)
+        returned = [run.optimizer.step(run.closure(step)).item() for step in range(3)]
+        swallowed = run.watch._loop.border.swallowed
+        run.watch.close()
+        return swallowed, (returned, run.losses, [parameter.tolist() for parameter in run.model.parameters()])
+
+    healthy = train()
+    assert healthy[0] == 0
+    monkeypatch.setattr(owner, name, broken)
+    swallowed, result = train()
+    assert swallowed >= 3
+    assert result == healthy[1]
 
 
 # torch's own words on what it compiles.
