@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import nn
 
 from sharpwatch.agent.border import Border
 from sharpwatch.agent.control import Control, effective
 from sharpwatch.agent.overlay import Overlay
+from sharpwatch.blocks import BlockMap
 
 
 class Rates:
@@ -57,3 +60,19 @@ class Rates:
             with border.guard("removing an overlay"):
                 overlay.remove()
                 overlay.unguard()
+
+
+def parameter_types(
+    model: nn.Module, block_map: BlockMap, optimizers: Sequence[torch.optim.Optimizer]
+) -> dict[int, frozenset[str]]:
+    """The block types that each parameter shares its learning rate with, by its id."""
+    types: dict[str, set[str]] = defaultdict(set)
+    for part in block_map.parts:
+        types[part.parameter].add(part.type)
+    found = {id(parameter): frozenset(types[name]) for name, parameter in model.named_parameters()}
+    for optimizer in optimizers:
+        if isinstance(optimizer, torch.optim.LBFGS):  # it refuses more than one group
+            held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+            every = frozenset().union(*(found.get(key, frozenset()) for key in held))
+            found |= dict.fromkeys(held, every)
+    return found
