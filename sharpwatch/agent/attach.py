@@ -18,6 +18,7 @@ from sharpwatch.agent import messages
 from sharpwatch.agent.border import Border
 from sharpwatch.agent.company import Company, come_together, is_several, stay_away
 from sharpwatch.agent.control import CONTROL_MODES, Control, RollbackRequest
+from sharpwatch.agent.deepspeed import hidden
 from sharpwatch.agent.kinds import DEFAULT_PROBES
 from sharpwatch.agent.loop import Loop
 from sharpwatch.agent.optimizers import stepping, uncontrolled
@@ -102,7 +103,7 @@ def attach(  # noqa: PLR0913 - the public signature; each has a default that wor
         raise
     company = None
     if several:
-        company = come_together(model, block_map, name, options.equal)
+        company = come_together(model, options.optimizers, block_map, name, options.equal)
         name, block_map = company.run, company.block_map
         if company.staged:
             options = replace(options, probes=())
@@ -125,6 +126,8 @@ def _parts(options: Options, run: str, block_map: BlockMap, company: Company | N
     border = Border()
     tap = Tap(block_map, dict(model.named_parameters()), optimizers, None if company is None else company.shares)
     control = _control(options, block_map, types, 1 if company is None else company.ranks.size)
+    if hidden(optimizers):
+        _LOG.warning("gradient norms can't be shown: %s", hidden(optimizers))
     pipe: Pipe = Silence()
     if company is None or company.ranks.leads:
         hello = messages.hello(identity, block_map)

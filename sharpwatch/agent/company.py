@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from sharpwatch.agent.border import Border
+from sharpwatch.agent.deepspeed import fragments
 from sharpwatch.agent.optimizers import is_flat
 from sharpwatch.agent.ranks import Introduction, Ranks, join
 from sharpwatch.agent.shared import Shared
@@ -29,6 +30,7 @@ class _Own:
     block_map: BlockMap
     held: Mapping[str, int]
     sharded: bool
+    summed: bool
     run: str
 
 
@@ -36,19 +38,22 @@ class _Own:
 class Company:
     """The same on every rank, but for `ranks`.
 
-    `block_map` is of the whole model, of which a pipeline's stage has a part; `shares` weigh this rank's sums.
+    `block_map` is of the whole model, of which a pipeline's stage has a part. `sharded`: no rank has all weights,
+    `summed`: nor all gradients; `shares` weigh this rank's sums then.
     """
 
     ranks: Ranks
     block_map: BlockMap
     shares: Mapping[str, float]
     sharded: bool
+    summed: bool
     staged: bool
     run: str
 
     def shared(self, tap: Tap, border: Border, device: torch.device) -> Shared:
         """The way of records through the ranks; an accelerator's numbers are a step further behind."""
-        return Shared(self.ranks, tap, border, sharded=self.sharded, lag=1 if device.type == "cpu" else 2)
+        lag = 1 if device.type == "cpu" else 2
+        return Shared(self.ranks, tap, border, sharded=self.sharded, summed=self.summed, lag=lag)
 
     def together(self, model: nn.Module) -> Together | None:
         """How probes of `model` add up what ranks find; None where each rank has all of it."""
@@ -64,33 +69,44 @@ def is_several(model: nn.Module) -> bool:
     return dist.get_world_size() > 1 or is_sharded(model)
 
 
-def come_together(model: nn.Module, block_map: BlockMap, run: str, equal: Mapping[str, object]) -> Company:
+def come_together(
+    model: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    block_map: BlockMap,
+    run: str,
+    equal: Mapping[str, object],
+) -> Company:
     """Meet all other ranks; every rank calls this, or `stay_away`.
 
     Raises `AttachError` on all of them where one stayed away, differs in what must be `equal`, or never came.
     """
     parameters = dict(model.named_parameters())
+    cut = fragments(optimizers)
     try:
-        held = {name: Shard.of(parameter).numel for name, parameter in parameters.items()}
+        shards = {name: cut.get(id(parameter)) or Shard.of(parameter) for name, parameter in parameters.items()}
     except BlockError as error:
         stay_away(str(error))
         raise AttachError(f"model: {error}") from error
     flat = any(map(is_flat, parameters.values()))
     if flat:  # each rank has its own piece under the same name
         block_map = _stretched(block_map, dist.get_world_size())
-    mine = _Own(block_map, held, flat or is_sharded(model), run)
+    held = {name: shard.numel for name, shard in shards.items()}
+    sharded = flat or is_sharded(model)
+    mine = _Own(block_map, held, sharded, sharded or bool(cut), run)
     group, all_of_them = join(Introduction(equal=equal, own=mine))
     owns = [each.own for each in all_of_them if isinstance(each.own, _Own)]
     whole = _merged([own.block_map for own in owns])
     staged = any(own.block_map.shapes != whole.shapes for own in owns)
     sharded = staged or any(own.sharded for own in owns)
+    summed = sharded or any(own.summed for own in owns)
     numel = {name: math.prod(shape) for name, shape in whole.shapes.items()}
-    entries = len(whole.parts) * Tap.columns if sharded else 0
+    entries = len(whole.parts) * Tap.columns if summed else 0
     return Company(
         ranks=Ranks(group, entries),
         block_map=whole,
-        shares=shares(numel, [own.held for own in owns]) if sharded else {},
+        shares=shares(numel, [own.held for own in owns]) if summed else {},
         sharded=sharded,
+        summed=summed,
         staged=staged,
         run=owns[0].run,
     )

@@ -7,33 +7,8 @@ from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
-
-class Driven(Optimizer):
-    """Stands for an optimizer that is not torch's: torch's hooks around its `step()`, over the model's parameters.
-
-    Its instance's `step` is wrapped with the first hook and stays so; without hooks it only passes on.
-    """
-
-    def __init__(self, driver: Any, model: nn.Module) -> None:
-        super().__init__(model.parameters(), {"lr": None})
-        self._driver, self._step = driver, driver.step
-        super().register_step_pre_hook(Driven._take_rate)  # the first, so that the tap's finds it
-
-    def register_step_pre_hook(self, hook: Any) -> RemovableHandle:
-        """As torch's."""
-        self._driver.step = self.step
-        return super().register_step_pre_hook(hook)
-
-    def step(self, *args: Any, **kwargs: Any) -> Any:
-        """The driver's own step."""
-        return self._step(*args, **kwargs)
-
-    def _take_rate(self, *_: object) -> None:
-        """Its learning rate, where it has one for all."""
-        rates = {group.get("lr") for group in self._driver.param_groups}
-        self.param_groups[0]["lr"] = rates.pop() if len(rates) == 1 else None
+from sharpwatch.agent.deepspeed import Driven, is_deepspeeds
 
 
 def stepping(optimizer: Any, model: nn.Module) -> Any:
@@ -41,7 +16,7 @@ def stepping(optimizer: Any, model: nn.Module) -> Any:
 
     Such are Accelerate's, SAM, Lookahead and the schedule-free wrapper. For one of DeepSpeed's a `Driven` stands.
     """
-    if _is_deepspeeds(optimizer):
+    if is_deepspeeds(optimizer):
         known = getattr(optimizer.step, "__self__", None)
         name = type(optimizer).__name__
         return known if isinstance(known, Driven) else type(name, (Driven,), {})(optimizer, model)
@@ -131,11 +106,5 @@ _REASONS: dict[str, Callable[[Optimizer, int], bool]] = {
 def _held(optimizer: object) -> Iterator[Any]:
     """Other optimizers that `optimizer` has among its attributes."""
     for value in getattr(optimizer, "__dict__", {}).values():
-        if value is not optimizer and (isinstance(value, Optimizer) or _is_deepspeeds(value)):
+        if value is not optimizer and (isinstance(value, Optimizer) or is_deepspeeds(value)):
             yield value
-
-
-def _is_deepspeeds(value: object) -> bool:
-    """Whether it is one of the optimizers of DeepSpeed's that are none of torch's: ZeRO's and mixed precision's."""
-    names = {kind.__name__ for kind in type(value).__mro__}
-    return "DeepSpeedOptimizer" in names and not isinstance(value, Optimizer)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sharpwatch.agent.border import from_signal_handler
+from sharpwatch.agent.deepspeed import fragments, hidden
 from sharpwatch.agent.kinds import KINDS, SHARDED, Kind, Report
 from sharpwatch.agent.memory import free, out_of_memory
 from sharpwatch.agent.signals import signals_held
@@ -148,8 +149,13 @@ class Probes:
         size = sum(weight.nbytes for weight in map(held, self._subject.model.parameters()))
         return free(self._device) >= _GRADIENTS_NEED * size
 
-    def sketch_gradient(self) -> Tensor:
-        """Float32 [B, k] of the gradients as they stand, whatever has been done to their scale; not waited for."""
+    def sketch_gradient(self) -> Tensor | None:
+        """Float32 [B, k] of the gradients as they stand, whatever has been done to their scale; not waited for.
+
+        None where they don't stand with the parameters.
+        """
+        if fragments(self._subject.optimizers) or hidden(self._subject.optimizers):
+            return None
         together, parameters = self._subject.together, dict(self._subject.model.named_parameters())
         if together is not None:  # this rank's summand
             shards = {name: Shard.of(parameter) for name, parameter in parameters.items()}

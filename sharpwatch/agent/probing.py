@@ -9,7 +9,6 @@ from typing import Any
 from sharpwatch.agent.kinds import MOVING
 from sharpwatch.agent.noise import GradientNoise, MicroBatches, averaged_over
 from sharpwatch.agent.parts import Parts
-from sharpwatch.agent.partsums import GRADIENT
 from sharpwatch.agent.probes import Captured, ProbeRun
 from sharpwatch.agent.subject import Before
 from sharpwatch.agent.tap import PendingTap
@@ -128,7 +127,7 @@ class Probing:
 
     def _work_out_noise(self, heard: MicroBatches, tap: PendingTap, before: Before) -> None:
         before.seconds["gnb"] = before.seconds.get("gnb", 0.0) + heard.seconds
-        before.gradient_noise = heard.noise(self._parts.block_map, self._parts.tap.local(tap)[:, GRADIENT])
+        before.gradient_noise = heard.noise(self._parts.block_map, self._parts.tap.stepped(tap))
 
 
 def _averaged(parts: Parts) -> int:

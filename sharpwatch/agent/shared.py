@@ -28,14 +28,18 @@ class Heard:
 class Shared:
     """Records that wait: `lag` steps for their own numbers (a loss may come late, a device is behind), then for others.
 
-    `sharded`: no rank has whole parameters, so that taps must be added up; else rank 0's is everyone's.
+    `sharded`: no rank has whole parameters, so that all probe together. `summed`: nor whole gradients, so that taps
+    must be added up; else rank 0's is everyone's.
     """
 
-    def __init__(self, ranks: Ranks, tap: Tap, border: Border, *, sharded: bool, lag: int) -> None:
+    def __init__(  # noqa: PLR0913 - what ranks have found out of each other at attach
+        self, ranks: Ranks, tap: Tap, border: Border, *, sharded: bool, summed: bool, lag: int
+    ) -> None:
         self.ranks = ranks
         self.sharded = sharded
         self.clock = 0  # rank 0's, as all have last heard it; unix ns
         self.swallowed_errors = 0  # of all ranks
+        self._summed = summed
         self._tap = tap
         self._border = border
         self._lag = lag
@@ -93,14 +97,14 @@ class Shared:
             return own
         values = [loss.read().item() if isinstance(loss, Later) else loss for loss in record.losses]
         sums = None
-        if self.sharded and record.tap is not None:
+        if self._summed and record.tap is not None:
             with self._border.guard("adding up the tap"):  # or this rank alone would say nothing
                 sums = self._tap.local(record.tap).reshape(-1)
         return replace(own, loss=sum(values), losses=len(values), taps=int(sums is not None), sums=sums)
 
     def _completed(self, record: StepRecord, word: Word) -> StepRecord:
         record.losses = [word.loss / word.losses] if word.losses else []
-        if self.sharded and record.tap is not None:
+        if self._summed and record.tap is not None:
             if word.taps == self.ranks.size and word.sums is not None:
                 record.reading = self._tap.reading(word.sums.reshape(-1, self._tap.columns))
             record.tap = None  # one rank's numbers alone would be false
@@ -112,6 +116,6 @@ class Shared:
         self._said.clear()
         self._unsaid.clear()
         for record in records:
-            if self.sharded:
+            if self._summed:
                 record.tap = None
         return records

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sharpwatch.agent.deepspeed import Driven, Fragment, fragments
 from sharpwatch.agent.partsums import (
     COLUMNS,
     FLOOR_SHARE,
@@ -36,7 +37,8 @@ Array = npt.NDArray[Any]
 class TapReading:
     """One step's statistics, arrays [L] over `block_map.layer_blocks`.
 
-    Norms are over the finite entries, `non_finite` counts the others; `update_rms` is NaN without a second moment.
+    Norms are over the finite entries, `non_finite` counts the others. `update_rms` is NaN without a second moment, and
+    with `gradient_norm` where gradients can't be read.
     """
 
     gradient_norm: Array
@@ -97,7 +99,7 @@ class _Place(NamedTuple):
     """A parameter that this rank holds something of, the parts it is made of, and the group that steps it."""
 
     parameter: Tensor
-    shard: Shard
+    shard: Shard | Fragment
     rows: list[int]
     group: int | None
 
@@ -119,7 +121,8 @@ class Tap:
         shares: Mapping[str, float] | None = None,
     ) -> None:
         self._parts = block_map.parts
-        shards = {name: Shard.of(parameter) for name, parameter in parameters.items()}
+        cut = fragments(optimizers)
+        shards = {name: cut.get(id(parameter)) or Shard.of(parameter) for name, parameter in parameters.items()}
         elsewhere = torch.empty(0)  # a parameter of another stage of a pipeline
         self._parameters = [parameters.get(part.parameter, elsewhere) for part in self._parts]
         self._shards = [shards.get(part.parameter, Shard.of(elsewhere)) for part in self._parts]
@@ -139,6 +142,7 @@ class Tap:
         self._steps: dict[int, tuple[Tensor, int]] = {}  # by parameter id: a device's step counter, and its value
         self._layout: tuple[tuple[int, ...], ...] | None = None
         self._owner: list[tuple[int, int] | None] = []
+        self._hidden: list[int] = []  # parts whose gradients can't be read
         self._places: list[list[_Place]] = []
 
     def start(self, multipliers: Mapping[int, float]) -> PendingTap:
@@ -184,14 +188,21 @@ class Tap:
             np.add.at(sums, members, values)
         sums[:, [GRADIENT, SCALED]] /= self._scales(pending)[:, None]
         sums *= self._shares[:, None]
+        sums[self._hidden, GRADIENT] = math.nan
         owned = self._held_share * [owner is not None for owner in self._owner]
         return np.column_stack([sums, owned * self._rates(pending), owned * pending.multipliers, owned])
+
+    def stepped(self, pending: PendingTap) -> Array:
+        """Squared norms [parts] of the gradients that are stepped on, where no other rank holds a part of them."""
+        squares: Array = self._clipped(self.local(pending))[:, GRADIENT]
+        return squares
 
     def reading(self, sums: Array) -> TapReading:
         """The reading, from the sum over ranks of their `local` numbers.
 
         It sets the floors of the next ones, so every rank takes its own, after the same step.
         """
+        sums = self._clipped(sums)
         rates, multipliers, owned = sums[:, COLUMNS:].T
         floors = FLOOR_SHARE * sums[:, SECOND] / self._numel
         self._floors = np.where(np.isnan(floors), self._no_floors, floors).tolist()
@@ -200,7 +211,7 @@ class Tap:
         counted = self._by_layer(np.where(seen, self._numel, 0.0))
         scaled = self._by_layer(np.where(seen, sums[:, SCALED], 0.0))
         # Of a layer block whose second moments are known in part (8-bit weights with plain biases), nothing is said.
-        whole = self._by_layer(~seen & (sums[:, GRADIENT] > 0)) == 0
+        whole = self._by_layer(~seen & (sums[:, GRADIENT] != 0)) == 0
         known = (counted > 0) & whole
         return TapReading(
             gradient_norm=np.sqrt(self._by_layer(sums[:, GRADIENT])),
@@ -210,6 +221,16 @@ class Tap:
             learning_rate=self._owned_mean(rates, owned, 0.0),
             lr_multiplier=self._owned_mean(multipliers, owned, 1.0),
         )
+
+    def _clipped(self, sums: Array) -> Array:
+        """`sums` of the gradients that are stepped on, also where it is within its `step()` that an optimizer clips."""
+        for which, optimizer in enumerate(self._optimizers):
+            if isinstance(optimizer, Driven):
+                rows = [i for i, owner in enumerate(self._owner) if owner and owner[0] == which]
+                excess = (math.sqrt(sums[rows, GRADIENT].sum()) + 1e-6) / optimizer.clips_to
+                sums = sums.copy()
+                sums[np.ix_(rows, [GRADIENT, SCALED])] /= max(1.0, excess) ** 2
+        return sums
 
     def _by_layer(self, values: Array) -> Array:
         sums: Array = np.bincount(self._layer_of, weights=values, minlength=self._layers)
@@ -248,6 +269,8 @@ class Tap:
             for parameter in group["params"]
         }
         self._owner = [owner.get(id(parameter)) for parameter in self._parameters]
+        hidden = [isinstance(optimizer, Driven) and bool(optimizer.hidden) for optimizer in self._optimizers]
+        self._hidden = [i for i, owner in enumerate(self._owner) if owner and hidden[owner[0]]]
         rows: dict[int, list[int]] = {}
         for i in np.flatnonzero(self._here).tolist():
             rows.setdefault(id(self._parameters[i]), []).append(i)
@@ -258,13 +281,21 @@ class Tap:
 
     def _pieces(self, place: _Place, optimizer: torch.optim.Optimizer) -> Iterator[tuple[int, PartTensors]]:
         """The pieces that this rank holds, each with its part: where nothing is cut, one of each part."""
-        parameter, shard, rows, group = place
-        weight, gradient = held(parameter), held_gradient(parameter)
+        parameter, shard, rows, number = place
+        if not shard.numel:
+            return
+        if not isinstance(shard, Fragment):
+            weight, gradient, like = held(parameter), held_gradient(parameter), parameter
+            group = None if number is None else optimizer.param_groups[number]
+            state = optimizer.state.get(parameter)  # `get`: the defaultdict must not grow
+        else:
+            weight, gradient, like = shard.weight, shard.gradient, shard.weight
+            group, state = shard.group, shard.state
         second, correction = None, 1.0
         # A sparse gradient has rows, not the parameter's shape; it belongs to an embedding, which is never fused.
         dense = gradient is not None and not gradient.is_sparse
-        if dense and group is not None:
-            second, correction = self._second_moment(parameter, optimizer.param_groups[group], optimizer)
+        if dense and state and group is not None:
+            second, correction = self._second_moment(parameter, group, state, like.shape)
         for i in rows:
             part, floor = self._parts[i], self._floors[i]
             if part.dim is None and shard.is_whole:  # most are; the rest is slower
@@ -277,19 +308,16 @@ class Tap:
                 yield i, PartTensors(*piece, correction, floor)
 
     def _second_moment(
-        self, parameter: Tensor, group: Mapping[str, Any], optimizer: torch.optim.Optimizer
+        self, parameter: Tensor, group: Mapping[str, Any], state: Mapping[str, Any], shape: torch.Size
     ) -> tuple[Tensor | None, float]:
         """The second moment of step t-1 and 1 - β₂^(t-1): Adam's `exp_avg_sq`, or RMSprop's `square_avg` as it is."""
-        state = optimizer.state.get(parameter)  # `get`: the defaultdict must not grow
-        if not state:
-            return None, 1.0
         second, correction = state.get("square_avg"), 1.0
         # Adafactor's moment has no betas, Adan's has three; Prodigy's is in units of its d.
         if len(group.get("betas", ())) == 2 and "d" not in group:
             steps = self._step_of(parameter, state.get("step", group.get("k", 0)))  # schedule-free: by group
             second = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))  # what divides the step
             correction = 1.0 - float(group["betas"][1]) ** steps
-        if not isinstance(second, Tensor) or second.shape != parameter.shape or correction <= 0:
+        if not isinstance(second, Tensor) or second.shape != shape or correction <= 0:
             return None, 1.0
         own = held(second)
         return (own, correction) if type(own) is Tensor else (None, 1.0)  # a quantised one is a tensor of its own kind

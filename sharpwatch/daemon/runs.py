@@ -226,7 +226,8 @@ class Run:
 
 
 def _present(blocks: Iterable[str], values: Iterable[float]) -> dict[str, float]:
-    return {block: float(value) for block, value in zip(blocks, values, strict=True)}
+    """A NaN means that nothing was measured."""
+    return {block: float(value) for block, value in zip(blocks, values, strict=True) if not np.isnan(value)}
 
 
 def _observation(manifest: Manifest, reading: Reading, tap: BlockTap | None) -> Observation:
@@ -242,12 +243,11 @@ def _observation(manifest: Manifest, reading: Reading, tap: BlockTap | None) -> 
     )
     if tap is None:
         return seen
-    rms = {block: value for block, value in _present(blocks, tap.update_rms).items() if not np.isnan(value)}
     return replace(
         seen,
         gradient_norm=_present(blocks, tap.gradient_norm),
         weight_norm=_present(blocks, tap.weight_norm),
-        update_rms=rms,
+        update_rms=_present(blocks, tap.update_rms),
         non_finite=dict(zip(blocks, map(int, tap.non_finite), strict=True)),
         multipliers=_present(blocks, tap.lr_multiplier),
     )

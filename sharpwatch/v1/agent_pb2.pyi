@@ -258,7 +258,7 @@ class Tap(google.protobuf.message.Message):
     LR_MULTIPLIER_FIELD_NUMBER: builtins.int
     @property
     def gradient_norm(self) -> sharpwatch.v1.types_pb2.Array:
-        """float32 [L]: norms of the gradient and of the weights."""
+        """float32 [L]: norms of the gradient, NaN where it can't be read, and of the weights."""
 
     @property
     def weight_norm(self) -> sharpwatch.v1.types_pb2.Array: ...

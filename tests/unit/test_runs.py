@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 
 import numpy as np
 import pytest
@@ -84,6 +85,21 @@ def test_the_gradient_noise_is_that_of_the_newest_gnb_probe_by_block(run):
         run.fold(read_sample(manifest, probed), 0.0)
         run.show()
         assert run.view.gradient_noise == noise
+
+
+@pytest.mark.parametrize(("norm", "seen"), [(math.nan, {}), (math.inf, {"emb": math.inf})])
+def test_a_gradient_that_was_not_read_is_none_and_no_damage(run, norm, seen):
+    ones = wire.encode(np.ones(2), "float32")
+    tap = agent_pb2.Tap(
+        gradient_norm=wire.encode([norm, 1.0], "float32"),
+        weight_norm=ones,
+        update_rms=ones,
+        non_finite=wire.encode([0, 0], "int64"),
+        learning_rate=ones,
+        lr_multiplier=ones,
+    )
+    reading = read_sample(run.attempt.manifest, agent_pb2.Sample(sequence=6, step=6, tap=tap))
+    assert run.fold(reading, 0.0).gradient_norm == seen | {"norm": 1.0}
 
 
 def test_windows_go_on_over_attempts_of_the_same_blocks_and_projection(run):
