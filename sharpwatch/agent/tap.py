@@ -282,15 +282,15 @@ class Tap:
     def _pieces(self, place: _Place, optimizer: torch.optim.Optimizer) -> Iterator[tuple[int, PartTensors]]:
         """The pieces that this rank holds, each with its part: where nothing is cut, one of each part."""
         parameter, shard, rows, number = place
-        if not shard.numel:
-            return
         if not isinstance(shard, Fragment):
             weight, gradient, like = held(parameter), held_gradient(parameter), parameter
             group = None if number is None else optimizer.param_groups[number]
             state = optimizer.state.get(parameter)  # `get`: the defaultdict must not grow
+        elif shard.numel:
+            weight, gradient, group, state = shard.weight, shard.gradient, shard.group, shard.state
+            like = weight
         else:
-            weight, gradient, like = shard.weight, shard.gradient, shard.weight
-            group, state = shard.group, shard.state
+            return
         second, correction = None, 1.0
         # A sparse gradient has rows, not the parameter's shape; it belongs to an embedding, which is never fused.
         dense = gradient is not None and not gradient.is_sparse
