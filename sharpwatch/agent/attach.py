@@ -1,4 +1,4 @@
-"""`attach`: everything a user can get wrong is found here, before anything starts."""
+"""`attach`: what a user can get wrong is found, all ranks are met, and then a watch is put together."""
 
 from __future__ import annotations
 
