@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
-import signal
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from types import FrameType
 
 _LOG = logging.getLogger("sharpwatch")
 _REMEMBERED = 256  # distinct errors; past that they are counted only
@@ -48,7 +49,20 @@ def warn(message: str, *arguments: object, error: Exception | None = None) -> No
 def from_signal_handler(error: Exception) -> bool:
     """Whether a signal handler of the program raised it: it came while our code happened to run.
 
-    Such as torch's own for DataLoader workers that die, or one that ends a preempted run.
+    Such as torch's own for DataLoader workers that die, or one that ends a preempted run. Python calls a handler with
+    the frame that it interrupts, which no other function is given by its caller.
     """
-    handlers = {getattr(signal.getsignal(number), "__code__", None) for number in signal.valid_signals()}
-    return any(frame.f_code in handlers for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(
+        frame.f_back is not None and any(value is frame.f_back for value in _arguments(frame))
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+    )
+
+
+def _arguments(frame: FrameType) -> Iterator[object]:
+    """What `frame` was called with, as far as its names still hold it."""
+    code = frame.f_code
+    count = code.co_argcount + code.co_kwonlyargcount
+    values = frame.f_locals
+    yield from (values.get(name) for name in code.co_varnames[:count])
+    if code.co_flags & inspect.CO_VARARGS:
+        yield from values.get(code.co_varnames[count], ())

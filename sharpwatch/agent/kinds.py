@@ -130,7 +130,8 @@ class ShardedGnb:
         )
         own = step.gradient_sketch
         if own is None:  # this rank's share in what all add up, as a number that shows
-            own = torch.full((len(subject.block_map.blocks), subject.sketcher.size), math.nan)
+            shape = len(subject.block_map.blocks), subject.sketcher.size
+            own = torch.full(shape, math.nan, dtype=torch.float32, device="cpu")
         sketch = together.add(own.double()).float()
         return GnbReport(sample, sketch if sketch.isfinite().all() else None)
 
@@ -230,7 +231,7 @@ class Lanczos(_Turns):
         settled = sample.top_residual <= _SETTLED * abs(sample.top)
         if not settled and visits + 1 < _VISITS and sample.vectors.isfinite().all():
             self._stay = (block, sample.vectors.cpu(), visits + 1)
-        return replace(sample, vectors=torch.empty(2, 0))  # they must not wait with the report
+        return replace(sample, vectors=torch.empty(2, 0, device="cpu"))  # they must not wait with the report
 
 
 class LineSearch(_Turns):
@@ -275,7 +276,7 @@ class Preconditioned:
         )
         if sample.vector.isfinite().all():
             self._vector = sample.vector.cpu()
-        return replace(sample, vector=torch.empty(0))  # it must not wait with the report
+        return replace(sample, vector=torch.empty(0, device="cpu"))  # it must not wait with the report
 
 
 KINDS: Mapping[str, Callable[[Subject], Kind]] = {

@@ -69,9 +69,9 @@ class _Heard:
     backwards: int = 0
     under_way: int = _OUTSIDE  # torch's number of a backward
     found: list[list[Tensor]] = field(default_factory=list)  # ‖h‖² of the backward under way, by part
-    local: Tensor = field(default_factory=lambda: torch.zeros(()))
+    local: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float32, device="cpu"))
     whole: Tensor | None = None
-    unbroken: Tensor = field(default_factory=lambda: torch.tensor(True))
+    unbroken: Tensor = field(default_factory=lambda: torch.tensor(True, device="cpu"))
     lost: bool = False  # whether a backward did not end, or another began within it
     open: int = 0  # calls that did not come through
     seconds: float = 0.0

@@ -46,7 +46,7 @@ class Scratch:
         """A float32 buffer of `size` entries; its content is whatever was left there."""
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < size:
-            buffer = self._buffers[name] = torch.empty(max(size, _CHUNK), dtype=torch.float32)
+            buffer = self._buffers[name] = torch.empty(max(size, _CHUNK), dtype=torch.float32, device="cpu")
         return buffer[:size]
 
     def flat(self, name: str, piece: Tensor) -> Tensor:
@@ -219,7 +219,7 @@ def _fill_squares(sums: Tensor, column: int, tensors: dict[int, Tensor]) -> None
 
 def _index(rows: Sequence[int], device: torch.device) -> Tensor:
     """Row numbers on `device`, sent without waiting."""
-    host = torch.tensor(rows)
+    host = torch.tensor(rows, device="cpu")
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
@@ -239,7 +239,7 @@ def _batches(rows: Sequence[int], parts: Sequence[PartTensors]) -> list[list[int
 
 def _fill_scaled(sums: Tensor, rows: Sequence[int], parts: Sequence[PartTensors]) -> None:
     seconds = [cast("Tensor", parts[i].second).float().contiguous() for i in rows]
-    corrections = torch.tensor([parts[i].correction for i in rows], dtype=torch.float64)
+    corrections = torch.tensor([parts[i].correction for i in rows], dtype=torch.float64, device="cpu")
     index = _index(rows, sums.device)
     sums[index, SECOND] = _norms(seconds, 1) / corrections.to(sums.device, non_blocking=True)
     floors = [parts[i].floor * parts[i].correction for i in rows]
@@ -250,7 +250,7 @@ def _fill_scaled(sums: Tensor, rows: Sequence[int], parts: Sequence[PartTensors]
     torch._foreach_reciprocal_(quotient)
     torch._foreach_mul_(quotient, [cast("Tensor", parts[i].gradient).float().contiguous() for i in rows])
     factors = torch.tensor(
-        [math.nan if math.isnan(f) else parts[i].correction for f, i in zip(known, rows, strict=True)]
+        [math.nan if math.isnan(f) else parts[i].correction for f, i in zip(known, rows, strict=True)], device="cpu"
     )
     scaled = _norms(quotient, 2).square() * factors.to(sums.device, non_blocking=True)
     sums[index, SCALED] = torch.where(scaled.isfinite(), scaled, math.nan)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sharpwatch.agent.border import from_signal_handler
 from sharpwatch.agent.deepspeed import fragments, hidden
@@ -30,11 +31,23 @@ from sharpwatch.errors import ProbeError
 _STEPS_NEED = 3  # copies of the weights that have room before one is made: itself, and twice the step's temporaries
 _FIRST_STEPS_NEED = 5  # and Adam's moments
 _GRADIENTS_NEED = 3  # their size: the probe's own, and what gathering and summing them takes
+_COLLECTIVES = frozenset({"c10d", "_c10d_functional", "c10d_functional", "_c10d_functional_autograd"})
 _FAILURES = 3  # in a row before a kind is given up: one drawing of rows may hold no position that predicts
 
 
-class _WritesWeightsError(ProbeError):
-    """The model's forward changes its own weights, and would do so in a probe too."""
+class _UnfitError(ProbeError):
+    """No probe may run the model's forward: it would change the run, or wait for ranks that don't probe."""
+
+
+class _Alone(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Lets no operation pass that other ranks have to take part in."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run `func`."""
+        del types
+        if func.namespace in _COLLECTIVES:
+            raise _UnfitError(f"the model's forward talks to other ranks ({func}): no probe of one rank may run it")
+        return func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,18 +210,19 @@ class Probes:
     def _aside(self, captured: Captured, rows: Tensor) -> Iterator[Batch]:
         """The batch of `rows`, in a context in which nothing else of the program is run or changed."""
         part = captured.batch.slice(rows)
-        arguments = Record(apart=part.tensors())  # these are copies
-        for value in (*part.args, *part.kwargs.values()):
-            arguments.add(value)
+        subject = self._subject
+        held = Record(apart=[*part.tensors(), *subject.model.modules()])  # copies; what is put back anyway
+        for value in (*part.args, *part.kwargs.values(), *_held_by(subject.loss_fn), *_held_by(subject.logits_fn)):
+            held.add(value)
         with signals_held(), ExitStack() as stack:
             captured.autocast.enter(stack)
-            stack.callback(arguments.put_back)
+            stack.callback(held.put_back)
             yield part
 
     def _try(self, part: Batch) -> None:
         """Before the first probe, run one forward on copies of the weights.
 
-        Raises `_WritesWeightsError` if it writes into them, `ProbeError` if there is no room for copies.
+        Raises `_UnfitError` if it writes into them or needs other ranks, `ProbeError` if there is no room for copies.
         """
         if self._tried or self._subject.together is not None:
             return
@@ -216,14 +230,14 @@ class Probes:
         if free(device) < sum(weight.nbytes for weight in weights.values()):
             raise ProbeError(f"no copy of the weights to try a forward on: memory of {device} is short")
         call = part.usable()
-        with undisturbed(self._subject.model) as live, torch.no_grad():
+        with undisturbed(self._subject.model) as live, torch.no_grad(), _Alone():  # type: ignore[no-untyped-call]
             copies = {name: weight.clone() for name, weight in weights.items()}
             for name, copy in copies.items():
                 live.place(name, copy)
             live(*call.args, **call.kwargs)
         for name, copy in copies.items():
             if not torch.allclose(copy, weights[name], rtol=0, atol=0, equal_nan=True):
-                raise _WritesWeightsError(f"the model's forward writes into {name}: no probe may run it")
+                raise _UnfitError(f"the model's forward writes into {name}: no probe may run it")
         self._tried = True
 
     def disabled(self) -> tuple[str, ...]:
@@ -267,7 +281,7 @@ class Probes:
         """Rows drawn without replacement: the estimate is then of the batch, not of its first rows."""
         wanted = max(1, rows // self._kinds[kind].share)
         wanted = min(wanted, self._row_limit.get(kind, wanted))
-        return torch.randperm(rows, generator=self._rows_source)[:wanted].sort().values
+        return torch.randperm(rows, generator=self._rows_source, device="cpu")[:wanted].sort().values
 
     def _fail(self, kind: str, error: Exception, rows: int) -> None:
         """Record why; out of memory halves the rows, what keeps failing is given up."""
@@ -279,7 +293,7 @@ class Probes:
         elif out_of_memory(error):
             self._row_limit[kind] = max(1, rows // 2)
             disabled = rows <= 1
-        elif isinstance(error, _WritesWeightsError):
+        elif isinstance(error, _UnfitError):
             disabled = True
         elif isinstance(error, EmptyBatchError):
             disabled = False  # the labels' doing, as in a row that is all prompt: the next rows may predict
@@ -287,6 +301,15 @@ class Probes:
             disabled = self._in_a_row[kind] >= _FAILURES
         reason = str(error) if isinstance(error, ProbeError) else f"{type(error).__name__}: {error}"
         self._failures[kind] = ProbeFailure(kind, reason, count, disabled)
+
+
+def _held_by(function: object) -> Iterator[Any]:
+    """What a function of the user's holds: a criterion with buffers, say."""
+    yield function
+    yield getattr(function, "__self__", None)
+    for cell in getattr(function, "__closure__", None) or ():
+        with suppress(ValueError):  # it is empty yet
+            yield cell.cell_contents
 
 
 def _detached(value: Any) -> Any:

@@ -99,7 +99,7 @@ class Ranks:
         if self.lost:
             return False
         try:
-            count = self.add(torch.tensor([float(ready)], dtype=torch.float64))
+            count = self.add(torch.tensor([float(ready)], dtype=torch.float64, device="cpu"))
         except (RuntimeError, ValueError) as error:
             self._lose(f"{type(error).__name__}: {error}")
             return False
@@ -161,7 +161,7 @@ class Ranks:
         return Word(launched.step, clock, int(kinds), loss, int(losses), int(taps), int(errors), sums, heard)
 
     def _broadcast(self, size: int) -> None:
-        tensor = torch.zeros(size, dtype=torch.uint8)
+        tensor = torch.zeros(size, dtype=torch.uint8, device="cpu")
         if self.leads:
             tensor = torch.frombuffer(bytearray(self._unsaid.popleft()), dtype=torch.uint8)
         work = dist.broadcast(tensor, 0, group=self._group, async_op=True)

@@ -56,7 +56,7 @@ class Later:
         self._event: torch.cuda.Event | None = None
         self._host = tensor.detach()
         if tensor.device.type == "cuda":
-            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
             self._host.copy_(tensor.detach(), non_blocking=True)
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record(torch.cuda.current_stream(tensor.device))
@@ -123,7 +123,7 @@ class Tap:
         self._parts = block_map.parts
         cut = fragments(optimizers)
         shards = {name: cut.get(id(parameter)) or Shard.of(parameter) for name, parameter in parameters.items()}
-        elsewhere = torch.empty(0)  # a parameter of another stage of a pipeline
+        elsewhere = torch.empty(0, device="cpu")  # a parameter of another stage of a pipeline
         self._parameters = [parameters.get(part.parameter, elsewhere) for part in self._parts]
         self._shards = [shards.get(part.parameter, Shard.of(elsewhere)) for part in self._parts]
         self._here = np.array([part.parameter in parameters for part in self._parts])

@@ -56,7 +56,7 @@ def direction_probe(  # noqa: PLR0913 - what a probe is of, and how it is taken;
         step = whole.flat_of(displacement).to(whole.device, whole.dtype)
         along = whole.by_block(step * hessian.products(whole, step[None])[0])
         descent = whole.by_block(step * whole.flat_of(hessian.gradient(0)))
-        own = torch.full((len(block_map.blocks),), torch.nan, dtype=torch.float64)
+        own = torch.full((len(block_map.blocks),), torch.nan, dtype=torch.float64, device="cpu")
         for block in blocks:
             space = Space(block_map, block, hessian.objective.live.leaves)
             part = space.flat_of(displacement).to(step)

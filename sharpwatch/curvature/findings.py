@@ -152,7 +152,7 @@ def _summed(estimates: Sequence[Estimate]) -> Estimate:
 def _averaged(spectra: Sequence[tuple[list[float], list[float]]]) -> Spectrum | None:
     if not spectra:
         return None
-    values = torch.tensor([value for values, _ in spectra for value in values], dtype=torch.float64)
-    weights = torch.tensor([weight for _, weights in spectra for weight in weights], dtype=torch.float64)
+    values = torch.tensor([value for values, _ in spectra for value in values], dtype=torch.float64, device="cpu")
+    weights = torch.tensor([weight for _, weights in spectra for weight in weights], dtype=torch.float64, device="cpu")
     order = values.argsort()
     return Spectrum(tuple(values[order].tolist()), tuple((weights[order] / len(spectra)).tolist()), len(spectra))

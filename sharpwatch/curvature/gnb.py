@@ -91,7 +91,7 @@ class OutputGradients:
         self._shape, self._dtype = logits.shape, logits.dtype
         self._values = torch.softmax(logits, -1, dtype=torch.float32).flatten(0, -2)
         self._labels = _draw(self._values, draws, generator)
-        self._weights = (mask.flatten() * scale)[:, None]
+        self._weights = (mask.flatten().float() * scale)[:, None]
         self._values.mul_(self._weights)
         self._at: Tensor | None = None
 
@@ -113,8 +113,8 @@ def _draw(probabilities: Tensor, draws: int, generator: torch.Generator) -> Tens
     labels = []
     for piece in torch.split(probabilities, rows):
         cumulative = piece.cumsum(1)
-        uniform = torch.rand(len(piece), draws, generator=generator, device=generator.device).to(piece.device)
+        uniform = torch.rand(len(piece), draws, generator=generator, dtype=piece.dtype, device=generator.device)
         # Scaled to the last sum, which rounding keeps from 1. `right`: a class of probability zero is never drawn.
-        found = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+        found = torch.searchsorted(cumulative, uniform.to(piece.device) * cumulative[:, -1:], right=True)
         labels.append(found.clamp_(max=piece.shape[1] - 1))
     return torch.cat(labels)

@@ -62,17 +62,17 @@ def sharded_gnb_probe(  # noqa: PLR0913 - what a probe is of, and how it is take
             stack.enter_context(put_back(model))
             stack.enter_context(fsdp.ordinary_backward(model))
             stack.enter_context(_gradients_aside(list(model.parameters())))
-        together.total(torch.zeros(0))  # that nobody waits inside the model for one who can't begin
-        counts = torch.zeros(3, dtype=torch.float64)
+        together.total(torch.zeros(0, device="cpu"))  # that nobody waits inside the model for one who can't begin
+        counts = torch.zeros(3, dtype=torch.float64, device="cpu")
         with together.trying():
             logits, mask = probe.forward()
-            counts = torch.tensor([int(mask.sum()), batch.rows, 1], dtype=torch.float64)
+            counts = torch.tensor([int(mask.sum()), batch.rows, 1], dtype=torch.float64, device="cpu")
         positions, rows, ranks = together.total(counts).tolist()
         tokens, rows = (round(count * probe.data.count / ranks) for count in (positions, rows))
         if tokens == 0:
             raise EmptyBatchError("no position of any rank's rows predicts: all labels are ignored")
         scale = probe.data.count / math.sqrt(tokens)
-        own = torch.zeros(draws, probe.width, dtype=torch.float64)
+        own = torch.zeros(draws, probe.width, dtype=torch.float64, device="cpu")
         for draw in range(draws):
             if draw:
                 logits, mask = probe.forward()
@@ -123,6 +123,7 @@ class _Probe:
                 for part in block_map.parts
             ],
             dtype=torch.float64,
+            device="cpu",
         )
 
     def forward(self) -> tuple[Tensor, Tensor]:
@@ -169,7 +170,7 @@ class _Together:
 
     def total(self, own: Tensor) -> Tensor:
         """The sum of all ranks' `own`. Raises `ProbeError` on all of them where one failed."""
-        summed = self._add(torch.cat([torch.tensor([self._reason != ""]).double(), own.flatten()]))
+        summed = self._add(torch.cat([torch.tensor([self._reason != ""], device="cpu").double(), own.flatten()]))
         failures = round(summed[0].item())
         if failures:
             reason = self._told() if failures == 1 else self._reason
@@ -181,7 +182,7 @@ class _Together:
         said = self._reason.encode()[:_REASON].ljust(_REASON)
         if not self._reason:
             said = bytes(_REASON)
-        told = self._add(torch.tensor(list(said), dtype=torch.float64))
+        told = self._add(torch.tensor(list(said), dtype=torch.float64, device="cpu"))
         return bytes(told.round().to(torch.uint8).tolist()).decode(errors="replace").strip()
 
 

@@ -6,7 +6,6 @@ import functools
 import itertools
 import random
 import sys
-import threading
 import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,6 +17,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import _disable_current_modes
 
 from sharpwatch.curvature.record import Record, refill
 
@@ -110,16 +110,17 @@ def put_back(model: nn.Module) -> Iterator[None]:
     """A context for extra forwards through `model`'s modules, after which everything but `.grad` is as it was.
 
     Inside: every module in evaluation mode, gradients enabled, autocast as around it but without its cache, the user's
-    hooks (the modules' and torch's global ones) bypassed, compiled code run eagerly, and reentrant checkpoints kept in
-    memory. Afterwards, also after an error, all of that is as
-    before, as are the random states (torch's of the CPU and the model's accelerators, NumPy's, Python's) and whatever
-    attributes the modules' code has set, with all that a `Record` of them holds. Buffers are not put back.
+    hooks (the modules', torch's global ones, those of saved tensors) and dispatch modes bypassed, compiled code run
+    eagerly, and reentrant checkpoints kept in memory. Afterwards, also after an error, all of that is as before, as are
+    the random states (torch's of the CPU and the model's accelerators, NumPy's, Python's) and whatever attributes the
+    modules' code has set, with all that a `Record` of them holds. Buffers are not put back.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(mode=False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_random_state_kept(model))
         stack.enter_context(_without_autocast_cache())
+        stack.enter_context(_without_modes())
         stack.enter_context(_attributes_kept(model))
         stack.enter_context(hooks_aside(nn.modules.module, _GLOBAL_HOOKS))
         stack.enter_context(_without_reentrant_checkpoints())
@@ -196,7 +197,7 @@ def _random_state_kept(model: nn.Module) -> Iterator[None]:
             for name, (read, write) in _GENERATORS.items():
                 if _same(read(), before[name]):
                     unused.add(name)
-                elif name not in unused or threading.active_count() == 1:
+                elif name not in unused or len(sys._current_frames()) == 1:  # noqa: SLF001 - as `threading.active_count`
                     write(before[name])
 
 
@@ -205,6 +206,21 @@ def _same(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor):
         return torch.equal(one, other)
     return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@contextmanager
+def _without_modes() -> Iterator[None]:
+    """Without the user's dispatch modes, which count or record, and hooks of saved tensors, which move them."""
+    with ExitStack() as stack:
+        if torch._C._len_torch_dispatch_stack():  # noqa: SLF001 - there is no public way
+            stack.enter_context(_disable_current_modes())
+        if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:  # noqa: SLF001 - as above
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is))
+        yield
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 @contextmanager
@@ -264,7 +280,8 @@ def is_torchs(hook: Callable[..., Any]) -> bool:
     """Whether a hook is part of what the module computes, rather than the user's."""
     while isinstance(hook, functools.partial):
         hook = hook.func
-    homes = [getattr(hook, "__module__", None), *(kind.__module__ for kind in type(hook).__mro__)]
+    kinds = [kind for kind in type(hook).__mro__ if kind is not nn.Module]  # a user's module may be a hook
+    homes = [getattr(hook, "__module__", None), *(kind.__module__ for kind in kinds)]
     return any(isinstance(home, str) and home.startswith(_KEPT) for home in homes)
 
 

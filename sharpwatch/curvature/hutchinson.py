@@ -115,7 +115,7 @@ class Base:
                 with objective.displaced(space, side):
                     pair.append(objective.value(index))
             means.append(math.fsum(pair) / 2)
-        spread = float(torch.tensor(means, dtype=torch.float64).std())
+        spread = float(torch.tensor(means, dtype=torch.float64, device="cpu").std())
         resolution = torch.finfo(space.dtype).eps * abs(means[0]) / 4
         return cls(math.fsum(means) / _PAIRS, max(spread, resolution) / math.sqrt(_PAIRS))
 

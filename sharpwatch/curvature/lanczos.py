@@ -47,7 +47,7 @@ class Lanczos:
         self._room = min(_LONGEST, max(_SHORTEST, room), start.numel())
         self._basis = start.new_empty(min(self._room + 1, 8), start.numel())
         self._basis[0] = start / torch.linalg.vector_norm(start)
-        self._projected = torch.zeros(self._room, self._room, dtype=torch.float64)  # VᵀHV
+        self._projected = torch.zeros(self._room, self._room, dtype=torch.float64, device="cpu")  # VᵀHV
         self._used = 0  # vectors whose product is known
         self._remainder = math.inf  # norm of what the last product has outside the space
         self._quadrature: tuple[Tensor, Tensor] | None = None
@@ -88,7 +88,7 @@ class Lanczos:
         self.products += 1
         self._used += 1
         basis = self._basis[: self._used]
-        coefficients = torch.zeros(self._used, dtype=torch.float64)
+        coefficients = torch.zeros(self._used, dtype=torch.float64, device="cpu")
         for _ in range(2):  # once more, for what rounding left
             overlap = basis @ image
             image = image - overlap @ basis

@@ -61,7 +61,9 @@ def linesearch_probe(  # noqa: PLR0913 - what a probe is of, and how it is taken
 
     For the whole step, and for each of `blocks` with the others held at θ_t; leaves no trace in `model`.
     """
-    values, widths = (torch.full((len(block_map.blocks),), torch.nan, dtype=torch.float64) for _ in range(2))
+    values, widths = (
+        torch.full((len(block_map.blocks),), torch.nan, dtype=torch.float64, device="cpu") for _ in range(2)
+    )
     with undisturbed(model, exact=True) as live:
         objective = Objective(live, [batch], loss_fn)
         whole = Space(block_map, None, live.leaves)

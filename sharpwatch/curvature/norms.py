@@ -41,7 +41,7 @@ def squares(block_map: BlockMap, tensors: Mapping[str, Tensor], shards: Mapping[
 def sum_into(values: Tensor, index: Sequence[int], size: int) -> Tensor:
     """Sums of `values` [..., parts] by `index`; float64 [..., size] on the CPU."""
     values = values.cpu()
-    return values.new_zeros(*values.shape[:-1], size).index_add_(-1, torch.tensor(index), values)
+    return values.new_zeros(*values.shape[:-1], size).index_add_(-1, torch.tensor(index, device="cpu"), values)
 
 
 def square(view: Tensor) -> Tensor:

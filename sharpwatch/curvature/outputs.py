@@ -70,7 +70,11 @@ def predictions(
     else:
         labels = find_labels(model, batch)
         logits = logits_of(call(*batch.args, **_without_labels(model, batch, labels)))
-        mask = torch.ones(logits.shape[:-1], dtype=torch.bool) if labels is None else labels.aligned() != _IGNORED
+        mask = (
+            torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
+            if labels is None
+            else labels.aligned() != _IGNORED
+        )
     if mask.shape != logits.shape[:-1]:
         shapes = f"logits {tuple(logits.shape)}, mask or labels {tuple(mask.shape)}"
         raise ProbeError(f"{shapes}: no label for each position; give logits_fn")

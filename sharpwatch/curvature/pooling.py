@@ -38,8 +38,8 @@ def pooled(draws: Sequence[Sequence[float]], shares: Sequence[float], common: fl
     The error is that of the batches' scatter, which covers their draws, where there are 4 batches or more. Else it is
     the larger of that and of the draws' own scatter: the first is too uncertain, the second leaves the data out.
     """
-    values = torch.tensor(draws, dtype=torch.float64)
-    weights = torch.tensor(shares, dtype=torch.float64)
+    values = torch.tensor(draws, dtype=torch.float64, device="cpu")
+    weights = torch.tensor(shares, dtype=torch.float64, device="cpu")
     count, batches = values.shape
     means = values.mean(0)
     value = float((means * weights).sum())

@@ -153,7 +153,7 @@ def sketch(
     `weights` are the rank's `shares`.
     """
     runs: dict[float, dict[str, Tensor]] = defaultdict(dict)
-    total = torch.zeros(len(sketcher.block_map.blocks), sketcher.size)
+    total = torch.zeros(len(sketcher.block_map.blocks), sketcher.size, dtype=torch.float32, device="cpu")
     for name, tensor in tensors.items():
         if shards[name].offset is not None:
             runs[weights[name]][name] = tensor

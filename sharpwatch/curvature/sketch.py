@@ -145,7 +145,7 @@ class _Stage:
         taken = slice(self._used, self._used + count)
         piece.view(self._values, self._used * size + column).copy_(piece.view(source, piece.start - low))
         row = first_row + piece.start // size
-        torch.arange(row, row + count, out=self._rows[taken])
+        torch.arange(row, row + count, out=self._rows[taken], device=self._rows.device)
         self._blocks[taken].fill_(block * size)
         self._used += count
 

@@ -15,7 +15,7 @@ from sharpwatch.blocks import BlockMap, Part
 from sharpwatch.errors import ProbeError
 
 _MOST_COLOURS = 4
-_SIGNS = ((torch.arange(256)[:, None] >> torch.arange(8)) & 1) * 2 - 1  # of a byte's bits
+_SIGNS = ((torch.arange(256, device="cpu")[:, None] >> torch.arange(8, device="cpu")) & 1) * 2 - 1  # of a byte's bits
 
 
 class Space:
@@ -90,15 +90,15 @@ class Space:
     def by_layer(self, products: Tensor) -> Tensor:
         """Sums over each layer block of `products` [p, size]; float64 [p, L] on the CPU, zero for other blocks'."""
         sums = torch.stack([piece.double().sum(1) for piece in torch.split(products, self._sizes, dim=1)], 1)
-        index = torch.tensor([self.block_map.layer_block_of[each] for each in self._indices])
-        zeros = torch.zeros(len(products), len(self.block_map.layer_blocks), dtype=torch.float64)
+        index = torch.tensor([self.block_map.layer_block_of[each] for each in self._indices], device="cpu")
+        zeros = torch.zeros(len(products), len(self.block_map.layer_blocks), dtype=torch.float64, device="cpu")
         return zeros.index_add_(1, index, sums.cpu())
 
     def by_block(self, products: Tensor) -> Tensor:
         """Sums over each block type of `products` [size]; float64 [B] on the CPU, zero for blocks that are not here."""
         sums = torch.stack([piece.double().sum() for piece in torch.split(products, self._sizes)]).cpu()
-        index = torch.tensor([self.block_map.block_of[each] for each in self._indices])
-        return torch.zeros(len(self.block_map.blocks), dtype=torch.float64).index_add_(0, index, sums)
+        index = torch.tensor([self.block_map.block_of[each] for each in self._indices], device="cpu")
+        return torch.zeros(len(self.block_map.blocks), dtype=torch.float64, device="cpu").index_add_(0, index, sums)
 
     def mask(self, block: str) -> Tensor:
         """1 at the entries of `block`, 0 elsewhere; float32 [size]."""
@@ -158,7 +158,7 @@ def _root_mean_square(tensors: Sequence[Tensor]) -> float:
 
 def _hadamard(colours: int) -> Tensor:
     """Sylvester's matrix of the smallest power of two that has `colours` columns."""
-    matrix = torch.ones(1, 1)
+    matrix = torch.ones(1, 1, dtype=torch.float32, device="cpu")
     while len(matrix) < colours:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
     return matrix

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import signal
 
@@ -155,15 +156,33 @@ def test_a_step_that_raises_half_way_under_a_multiplier(wires):
 # A signal handler's error may come while our code runs: it is the loop's all the same.
 
 
-def interrupted(*_):
+def interrupted(_number, _frame):
     raise OwnError
 
 
-@pytest.fixture(params=[signal.SIGUSR1, signal.SIGINT])
+def once(*_):
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    raise OwnError
+
+
+class Preemption:
+    def __call__(self, _number, _frame):
+        raise OwnError
+
+
+HANDLERS = {
+    "function": interrupted,
+    "one-shot": once,
+    "object": Preemption(),
+    "partial": functools.partial(interrupted),
+}
+
+
+@pytest.fixture(params=[*HANDLERS, "Ctrl-C"])
 def number(request):
     """A signal whose handler raises."""
-    before = signal.signal(signal.SIGUSR1, interrupted)
-    yield request.param
+    before = signal.signal(signal.SIGUSR1, HANDLERS.get(request.param, signal.SIG_DFL))
+    yield signal.SIGINT if request.param == "Ctrl-C" else signal.SIGUSR1
     signal.signal(signal.SIGUSR1, before)
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
 import sharpwatch
 
@@ -116,8 +117,8 @@ GIVEN = {
 }
 
 
-def train(kept, *, given=None, watched, batches=None, probes=PROBES, steps=6):
-    """The losses and weights of a run; and the watch's loop."""
+def train(kept, *, given=None, watched, batches=None, probes=PROBES, steps=6, loss_fn=None):
+    """The losses and weights of a run; and the reasons of probes that failed."""
     torch.manual_seed(0)
     np.random.seed(0)  # noqa: NPY002 - what the program draws from
     model = Model(kept)
@@ -125,12 +126,19 @@ def train(kept, *, given=None, watched, batches=None, probes=PROBES, steps=6):
     watch = None
     if watched:
         watch = sharpwatch.attach(
-            model, optimizer, training_job="state", address="127.0.0.1:9", probes=probes, probe_every=2
+            model,
+            optimizer,
+            training_job="state",
+            address="127.0.0.1:9",
+            probes=probes,
+            probe_every=2,
+            loss_fn=loss_fn and (lambda called, batch: loss_fn(called(*batch.args), *batch.args)),
         )
     losses = []
     for _ in range(steps):
         ids = torch.randint(VOCABULARY, (ROWS, 6)) if batches is None else batches()
-        loss = model(ids, given)["loss"]
+        output = model(ids, given)
+        loss = loss_fn(output, ids) if loss_fn else output["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -166,6 +174,88 @@ def test_what_a_model_is_given_is_as_without_a_probe(name):
     watched = train(Kept(None, change), given=make(), watched=True)
     same(plain, watched)
     assert watched[2] == []
+
+
+class Centred(nn.Module):
+    """A criterion with a running mean."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(VOCABULARY))
+
+    def forward(self, output, ids, given=None):
+        del given
+        logits = output["logits"] - self.centre
+        self.centre.mul_(0.9).add_(output["logits"].detach().mean((0, 1)), alpha=0.1)
+        return functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+def test_what_a_loss_function_keeps_is_as_without_a_probe():
+    plain = train(Kept(None, lambda _: 0.0), watched=False, loss_fn=Centred())
+    watched = train(Kept(None, lambda _: 0.0), watched=True, loss_fn=Centred())
+    same(plain, watched)
+    assert watched[2] == []
+
+
+class Noisy(nn.Module):
+    """A hook of the user's that is a module, and changes what comes out by how often it was called."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, _module, _args, output):
+        self.calls += 1
+        return output * (1 + 0.1 * self.calls)
+
+
+def test_a_hook_that_is_a_module_is_not_run_by_a_probe():
+    def run(watched):
+        kept = Kept(None, lambda _: 0.0)
+        kept.register_forward_hook(Noisy())
+        return train(kept, watched=watched)
+
+    same(run(watched=False), run(watched=True))
+
+
+def test_modes_and_hooks_around_the_loop_see_no_probe():
+    def run(watched):
+        packed = []
+
+        def pack(tensor):
+            packed.append(1)
+            return tensor * (1 - 1e-3 * (len(packed) % 3)) if tensor.is_floating_point() else tensor
+
+        counter = FlopCounterMode(display=False)
+        with counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            trained = train(Kept(None, lambda _: 0.0), watched=watched)
+        return trained, len(packed), counter.get_total_flops()
+
+    plain, watched = run(watched=False), run(watched=True)
+    same(plain[0], watched[0])
+    assert plain[1:] == watched[1:]
+    assert watched[0][2] == []
+
+
+@pytest.mark.parametrize(
+    ("put", "value", "before"),
+    [
+        (torch.set_default_dtype, torch.float64, torch.float32),
+        (torch.set_default_dtype, torch.bfloat16, torch.float32),
+        (torch.set_default_device, "meta", "cpu"),  # as "cuda" would: elsewhere than the model
+    ],
+)
+def test_probes_don_t_take_what_the_program_makes_new_tensors_as(put, value, before):
+    def batches():
+        put(value)
+        return torch.randint(VOCABULARY, (ROWS, 6), device="cpu")
+
+    try:
+        watched = train(Kept(None, lambda _: 0.0), watched=True, batches=batches)
+    finally:
+        put(before)
+    assert watched[2] == []
+    same(train(Kept(None, lambda _: 0.0), watched=False), watched)
 
 
 class Renormalised(nn.Module):
