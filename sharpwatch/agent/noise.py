@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -22,6 +22,11 @@ from sharpwatch.blocks import BlockMap, Part
 from sharpwatch.curvature.norms import square, squares, stacked, sum_into
 
 _OUTSIDE = -1  # of every backward
+# What DDP's communication hooks may be; in half precision the average is rounded, which the noise does not show.
+_AVERAGING = {
+    ("torch.distributed.algorithms.ddp_comm_hooks.default_hooks", f"{name}_hook")
+    for name in ("allreduce", "fp16_compress", "bf16_compress")
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +108,7 @@ class GradientNoise:
     def forward(self) -> None:
         """The model is called in training, for a step whose noise is wanted."""
         self._heard.forwards += 1
-        if self._ranks and not self._handles:
+        if self._ranks and not self._handles and _is_averaged(self._model):
             training = {name: each for name, each in self._model.named_parameters() if each.requires_grad}
             self._heard.parameters = training
             for name, parameter in training.items():
@@ -175,8 +180,17 @@ class GradientNoise:
 
 def averaged_over(model: nn.Module) -> int:
     """How many processes' gradients DDP averages in `model`; 0 where it does not."""
-    wrapped = (module for module in model.modules() if isinstance(module, DistributedDataParallel))
-    return max((module.process_group.size() for module in wrapped), default=0)
+    return max((module.process_group.size() for module in _wrappers(model)), default=0)
+
+
+def _is_averaged(model: nn.Module) -> bool:
+    """Whether DDP's gradients are plain averages; a hook such as PowerSGD's makes something else of them."""
+    hooks = (hook for module in _wrappers(model) for hook, _ in module._comm_hooks)  # noqa: SLF001 - there is no public way
+    return all((hook.__module__, getattr(hook, "__name__", "")) in _AVERAGING for hook in hooks)
+
+
+def _wrappers(model: nn.Module) -> Iterator[DistributedDataParallel]:
+    return (module for module in model.modules() if isinstance(module, DistributedDataParallel))
 
 
 def _when_over(call: Callable[[], None]) -> None:

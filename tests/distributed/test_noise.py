@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from stand_ins import Net, Wire
@@ -95,3 +96,42 @@ def test_the_mean_of_what_the_ranks_find_is_the_covariance_of_their_average(rank
     for told in found[0]["told"]:
         np.testing.assert_allclose(told, found[0]["own"][0], rtol=CLOSE)
     assert found[1]["told"] == []
+
+
+def left_alone(_, bucket):
+    """No reduction at all: as a hook may have it that averages weights now and then."""
+    done = torch.futures.Future()
+    done.set_result(bucket.buffer())
+    return done
+
+
+HOOKS = {
+    "fp16": lambda: (None, default_hooks.fp16_compress_hook),
+    "PowerSGD": lambda: (
+        powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=1, start_powerSGD_iter=2),
+        powerSGD_hook.powerSGD_hook,
+    ),
+    "wrapped": lambda: (None, default_hooks.fp16_compress_wrapper(left_alone)),
+    "local": lambda: (None, left_alone),
+}
+
+
+def heard_with(hook):
+    """Whether anything is said of a step whose gradients go through `hook`."""
+    torch.manual_seed(3)
+    model = nn.parallel.DistributedDataParallel(Net().train())
+    noise = GradientNoise(classify(model), model, Border(), ranks=averaged_over(model))
+    model.register_comm_hook(*HOOKS[hook]())  # a loop may do so after attach
+    batch = tokens(0)
+    noise.forward()
+    model(batch, batch.roll(1))[1].backward()
+    return noise.take() is not None
+
+
+def heard_with_each():
+    return {hook: heard_with(hook) for hook in HOOKS}
+
+
+def test_nothing_is_said_of_gradients_that_are_not_plain_averages(ranks):
+    for heard in ranks(heard_with_each, RANKS):
+        assert heard == {"fp16": True, "PowerSGD": False, "wrapped": False, "local": False}
