@@ -6,6 +6,7 @@ SharpwatchError
 ├── AttachError      attach() was called with something it can't watch
 ├── CheckpointError  a checkpoint can't be saved, or is not whole
 ├── ProbeError       a probe can't run on this model or batch, with the reason
+├── DesyncError      a probe failed where ranks wait for each other: the run can't go on
 ├── WireError        a message that breaks the wire contract
 ├── StoreError       the journal can't be opened, read or written
 └── OperatorError    the daemon refused or could not be reached
@@ -46,6 +47,13 @@ class CheckpointError(SharpwatchError):
 
 class ProbeError(SharpwatchError):
     """A probe can't run on this model or batch."""
+
+
+class DesyncError(SharpwatchError):
+    """A probe of several ranks failed within the model's own collectives, on some of them: they are out of step.
+
+    The one error of the agent's that reaches the training loop: to train on would give wrong weights without a word.
+    """
 
 
 class WireError(SharpwatchError):

@@ -1,4 +1,4 @@
-"""The host-safety border: nothing the agent does raises into the training loop."""
+"""The host-safety border: nothing the agent does raises into the training loop, but ranks that are out of step."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+
+from sharpwatch.errors import DesyncError
 
 _LOG = logging.getLogger("sharpwatch")
 _REMEMBERED = 256  # distinct errors; past that they are counted only
@@ -22,9 +24,11 @@ class Border:
 
     @contextmanager
     def guard(self, doing: str) -> Iterator[None]:
-        """Run the body; what it raises ends here, unless it is the program's own."""
+        """Run the body; what it raises ends here, unless it is the program's own, or ranks are out of step."""
         try:
             yield
+        except DesyncError:
+            raise
         except Exception as error:
             if from_signal_handler(error):
                 raise

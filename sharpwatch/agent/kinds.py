@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -105,7 +106,7 @@ class Gnb:
 
 
 class ShardedGnb:
-    """Every block at once, by all ranks together: a failure of one is raised on all."""
+    """Every block at once, by all ranks together."""
 
     share = 8
     turn = 0
@@ -114,8 +115,8 @@ class ShardedGnb:
         self._subject = subject
         self._together = together
 
-    def run(self, part: Batch, step: Step) -> GnbReport:
-        """Probe once."""
+    def run(self, part: AbstractContextManager[Batch], step: Step) -> GnbReport:
+        """Probe once, in the context that gives `part`: a failure of one rank, there too, is raised on all."""
         subject, together = self._subject, self._together
         sample = sharded_gnb_probe(
             subject.model,
@@ -287,7 +288,7 @@ KINDS: Mapping[str, Callable[[Subject], Kind]] = {
     "linesearch": LineSearch,
     "preconditioned": Preconditioned,
 }
-SHARDED: Mapping[str, Callable[[Subject, Together], Kind]] = {"gnb": ShardedGnb}
+SHARDED: Mapping[str, Callable[[Subject, Together], ShardedGnb]] = {"gnb": ShardedGnb}
 PROBES = tuple(KINDS)
 SHARDED_PROBES = tuple(SHARDED)  # that can run where no rank has whole parameters
 DEFAULT_PROBES = ("gnb", "direction")

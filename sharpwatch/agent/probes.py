@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sharpwatch.agent.border import from_signal_handler
 from sharpwatch.agent.deepspeed import fragments, hidden
-from sharpwatch.agent.kinds import KINDS, SHARDED, Kind, Report
-from sharpwatch.agent.memory import free, out_of_memory
+from sharpwatch.agent.kinds import KINDS, SHARDED, Kind, Report, ShardedGnb
+from sharpwatch.agent.memory import free, given_back, out_of_memory
 from sharpwatch.agent.signals import signals_held
 from sharpwatch.agent.subject import Before, Step, Subject, Together
 from sharpwatch.blocks import BlockMap
@@ -26,7 +26,7 @@ from sharpwatch.curvature.outputs import EmptyBatchError
 from sharpwatch.curvature.record import Record
 from sharpwatch.curvature.shards import Shard, held, held_gradient, sketch
 from sharpwatch.curvature.sketch import CountSketch
-from sharpwatch.errors import ProbeError
+from sharpwatch.errors import DesyncError, ProbeError
 
 _STEPS_NEED = 3  # copies of the weights that have room before one is made: itself, and twice the step's temporaries
 _FIRST_STEPS_NEED = 5  # and Adam's moments
@@ -120,13 +120,14 @@ class Probes:
             logits_fn=logits_fn,
             together=together,
         )
-        self._kinds: dict[str, Kind] = {
+        self._kinds: dict[str, Kind | ShardedGnb] = {
             kind: SHARDED[kind](self._subject, together) if together else KINDS[kind](self._subject) for kind in kinds
         }
         self._seed = seed
         self._runs = dict.fromkeys(kinds, 0)
         self._rows_source = torch.Generator()
-        self._row_limit: dict[str, int] = {}
+        self._rows: dict[str, int] = {}  # of each kind's newest probe
+        self._halvings: dict[str, int] = {}  # of its rows
         self._failures: dict[str, ProbeFailure] = {}
         self._in_a_row: dict[str, int] = {}
         self._tried = False
@@ -158,9 +159,12 @@ class Probes:
         return {name: weight.clone() for name, weight in weights.items()}
 
     def has_room(self) -> bool:
-        """Whether memory is left for gradients beside the step's: one rank that runs out leaves the others waiting."""
+        """Whether memory is left for all that the step has had, and for gradients beside its own.
+
+        A probe has fewer rows than the step; one rank that runs out in it leaves the others waiting.
+        """
         size = sum(weight.nbytes for weight in map(held, self._subject.model.parameters()))
-        return free(self._device) >= _GRADIENTS_NEED * size
+        return free(self._device) >= given_back(self._device) + _GRADIENTS_NEED * size
 
     def sketch_gradient(self) -> Tensor | None:
         """Float32 [B, k] of the gradients as they stand, whatever has been done to their scale; not waited for.
@@ -184,32 +188,37 @@ class Probes:
         return Captured(Batch(_detached(args), _detached(dict(kwargs))), Autocast.now(self._device.type))
 
     def run(self, kinds: Sequence[str], captured: Captured, before: Before) -> ProbeRun:
-        """Run `kinds` at the present weights; a failure is recorded, never raised."""
+        """Run `kinds` at the present weights; a failure is recorded, not raised, but for `DesyncError`."""
         step = Step(self._subject, before)
         reports: dict[str, Report] = {}
         seconds: dict[str, float] = {}
         for kind in kinds:
             started = _now(self._device)
-            rows = 0
             self._draw_anew(kind)
             try:
-                chosen = self._draw_rows(kind, captured.batch.rows)
-                rows = len(chosen)
-                with self._aside(captured, chosen) as part:
-                    self._try(part)
-                    reports[kind] = self._kinds[kind].run(part, step)
+                reports[kind] = self._probe(kind, captured, step)
                 self._in_a_row[kind] = 0
+            except DesyncError:
+                raise
             except Exception as error:  # host-safety border: a probe never reaches the loop
                 if from_signal_handler(error):
                     raise
-                self._fail(kind, error, rows)
+                self._fail(kind, error)
             seconds[kind] = _now(self._device) - started + before.seconds.get(kind, 0.0)
         return ProbeRun(reports, seconds)
 
+    def _probe(self, kind: str, captured: Captured, step: Step) -> Report:
+        probe, part = self._kinds[kind], self._part(kind, captured)
+        if isinstance(probe, ShardedGnb):
+            return probe.run(part, step)
+        with part as rows:
+            self._try(rows)
+            return probe.run(rows, step)
+
     @contextmanager
-    def _aside(self, captured: Captured, rows: Tensor) -> Iterator[Batch]:
-        """The batch of `rows`, in a context in which nothing else of the program is run or changed."""
-        part = captured.batch.slice(rows)
+    def _part(self, kind: str, captured: Captured) -> Iterator[Batch]:
+        """Rows of the batch, in a context in which nothing else of the program is run or changed."""
+        part = captured.batch.slice(self._draw_rows(kind, captured.batch.rows))
         subject = self._subject
         held = Record(apart=[*part.tensors(), *subject.model.modules()])  # copies; what is put back anyway
         for value in (*part.args, *part.kwargs.values(), *_held_by(subject.loss_fn), *_held_by(subject.logits_fn)):
@@ -224,7 +233,7 @@ class Probes:
 
         Raises `_UnfitError` if it writes into them or needs other ranks, `ProbeError` if there is no room for copies.
         """
-        if self._tried or self._subject.together is not None:
+        if self._tried:
             return
         weights, device = self._subject.weights, self._device
         if free(device) < sum(weight.nbytes for weight in weights.values()):
@@ -279,20 +288,20 @@ class Probes:
 
     def _draw_rows(self, kind: str, rows: int) -> Tensor:
         """Rows drawn without replacement: the estimate is then of the batch, not of its first rows."""
-        wanted = max(1, rows // self._kinds[kind].share)
-        wanted = min(wanted, self._row_limit.get(kind, wanted))
+        wanted = max(1, (rows // self._kinds[kind].share) >> self._halvings.get(kind, 0))
+        self._rows[kind] = wanted
         return torch.randperm(rows, generator=self._rows_source, device="cpu")[:wanted].sort().values
 
-    def _fail(self, kind: str, error: Exception, rows: int) -> None:
+    def _fail(self, kind: str, error: Exception) -> None:
         """Record why; out of memory halves the rows, what keeps failing is given up."""
         count = self._failures[kind].count + 1 if kind in self._failures else 1
         self._in_a_row[kind] = self._in_a_row.get(kind, 0) + 1
         if self._subject.together is not None:  # all ranks must come to the same, and not all know why one failed
-            self._row_limit[kind] = max(1, rows // 2)
+            self._halvings[kind] = self._halvings.get(kind, 0) + 1
             disabled = self._in_a_row[kind] >= _FAILURES and not isinstance(error, EmptyBatchError)
         elif out_of_memory(error):
-            self._row_limit[kind] = max(1, rows // 2)
-            disabled = rows <= 1
+            self._halvings[kind] = self._halvings.get(kind, 0) + 1
+            disabled = self._rows.get(kind, 0) <= 1
         elif isinstance(error, _UnfitError):
             disabled = True
         elif isinstance(error, EmptyBatchError):

@@ -15,7 +15,7 @@ from sharpwatch.agent.loop import Loop
 class Watch:
     """One attempt of one run under watch. Everything public may be called at any time, and never raises.
 
-    The exception is what `on_rollback` raises: it reaches the loop through `optimizer.step()`.
+    What does reach the loop, through `optimizer.step()`, is what `on_rollback` raises, and `DesyncError`.
     """
 
     def __init__(self, run: str, step: int, loop: Loop | None) -> None:

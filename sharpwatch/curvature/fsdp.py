@@ -24,6 +24,8 @@ _ORDINARY = {
     "gradient_divide_factor": None,
     "_partial_reduce_output": None,
 }
+# What users may put in the way of weights and gradients.
+_COMMUNICATION = ("_all_gather_comm", "_reduce_scatter_comm", "_all_reduce_hook")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +63,14 @@ def ordinary_backward(model: nn.Module) -> Iterator[None]:
 
     The user's settings, and what gradient accumulation has left for later, are set aside. So are half-finished passes:
     afterwards, also after an error, weights are sharded.
+
+    Raises `ProbeError` where weights or gradients go through code of the user's, which may keep something of each.
     """
     states = _states(model)
+    for group in (group for state in states for group in _groups(state)):
+        for name in _COMMUNICATION:
+            if not _is_torchs(getattr(group, name, None)):
+                raise ProbeError(f"the model has {name.strip('_')} of the user's own, which no probe may call")
     with ExitStack() as stack:
         for context in {id(state._state_ctx): state._state_ctx for state in states}.values():  # noqa: SLF001 - as the head says
             _lay(stack, context, "is_last_backward", value=True)
@@ -76,6 +84,10 @@ def ordinary_backward(model: nn.Module) -> Iterator[None]:
             stack.callback(module.reshard)
         stack.push(lambda kind, *_: _start_over(model) if kind else None)
         yield
+
+
+def _is_torchs(communication: object) -> bool:
+    return communication is None or type(communication).__module__.startswith("torch.distributed.")
 
 
 def _lay(stack: ExitStack, place: Any, name: str, *, value: object) -> None:

@@ -9,11 +9,12 @@ and N predicting positions in all, a backward of D/√N times the sum of cross-e
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from sharpwatch.blocks import BlockMap
@@ -25,9 +26,13 @@ from sharpwatch.curvature.norms import squares, sum_into
 from sharpwatch.curvature.outputs import EmptyBatchError, LogitsFn, predictions
 from sharpwatch.curvature.shards import Shard, held_gradient, is_dtensor, sketch
 from sharpwatch.curvature.sketch import CountSketch
-from sharpwatch.errors import ProbeError
+from sharpwatch.errors import DesyncError, ProbeError
 
 _REASON = 256  # bytes of a failure's reason that the other ranks are told
+_OUT_OF_STEP = (
+    "That was in the gnb probe, within the model's own collectives: ranks wait there for each other, and to train on "
+    "would mix one rank's step with another's probe. Start again from the last checkpoint; probes=() runs none"
+)
 
 Add = Callable[[Tensor], Tensor]  # a float64 tensor on the CPU to the sum of all ranks' such; they wait for each other
 
@@ -35,7 +40,7 @@ Add = Callable[[Tensor], Tensor]  # a float64 tensor on the CPU to the sum of al
 def sharded_gnb_probe(  # noqa: PLR0913 - what a probe is of, and how it is taken; each named
     model: nn.Module,
     block_map: BlockMap,
-    batch: Batch,
+    batch: AbstractContextManager[Batch],
     *,
     draws: int,
     generator: torch.Generator,
@@ -46,45 +51,45 @@ def sharded_gnb_probe(  # noqa: PLR0913 - what a probe is of, and how it is take
 ) -> GnbSample:
     """`draws` forwards and backwards on all ranks' rows, the same sample on each; leaves no trace in `model`.
 
-    All ranks call it together, with their `shares` as `weights`. `batch` are this rank's rows; `generator`, on the
-    logits' device, is made for this probe: ranks of one `DataRank` number have the same of both, others their own.
-    Frozen and unused parameters count as zero.
+    All ranks call it together, with their `shares` as `weights`. `batch` gives this rank's rows, and is what the probe
+    runs in; `generator`, on the logits' device, is made for this probe: ranks of one `DataRank` number have the same of
+    both, others their own. Frozen and unused parameters count as zero.
 
-    Raises `ProbeError` on every rank where one of them fails beside the model: without logits, out of memory when
-    labels are drawn or gradients summed. What fails on one rank alone within the model's forward or backward can't be
-    caught, as in the training itself: the others wait in the model's own collectives until these time out. Nor can an
-    `add` that fails.
+    Raises `ProbeError` on every rank where one of them fails beside the model's own collectives (its rows can't be had,
+    there are no logits, memory is short for labels or sums), or all fail alike within them. Else `DesyncError`: this
+    rank failed within them while the others went on, or does not hear of the others.
     """
     together = _Together(add)
     with ExitStack() as stack:
         with together.trying():
-            probe = _Probe(model, block_map, batch, weights, sketcher, logits_fn)
+            probe = _Probe(model, block_map, stack.enter_context(batch), weights, sketcher, logits_fn)
             stack.enter_context(put_back(model))
             stack.enter_context(fsdp.ordinary_backward(model))
             stack.enter_context(_gradients_aside(list(model.parameters())))
-        together.total(torch.zeros(0, device="cpu"))  # that nobody waits inside the model for one who can't begin
-        counts = torch.zeros(3, dtype=torch.float64, device="cpu")
+        together.enter()
+        counts = torch.zeros(2, dtype=torch.float64, device="cpu")
         with together.trying():
             logits, mask = probe.forward()
-            counts = torch.tensor([int(mask.sum()), batch.rows, 1], dtype=torch.float64, device="cpu")
-        positions, rows, ranks = together.total(counts).tolist()
-        tokens, rows = (round(count * probe.data.count / ranks) for count in (positions, rows))
+            counts = torch.tensor([int(mask.sum()), probe.batch.rows], dtype=torch.float64, device="cpu")
+        positions, rows = together.total(counts).tolist()
+        tokens, rows = (round(count * probe.data.count / together.size) for count in (positions, rows))
         if tokens == 0:
             raise EmptyBatchError("no position of any rank's rows predicts: all labels are ignored")
         scale = probe.data.count / math.sqrt(tokens)
-        own = torch.zeros(draws, probe.width, dtype=torch.float64, device="cpu")
+        total = torch.zeros(draws, probe.width, dtype=torch.float64, device="cpu")
         for draw in range(draws):
-            if draw:
-                logits, mask = probe.forward()
-            output_gradient = logits.detach().new_zeros(()).expand(logits.shape)  # where this rank has none to give
+            own = torch.zeros_like(total[draw])
             with together.trying():
-                output_gradient = OutputGradients(logits.detach(), mask, 1, generator, scale=scale)[0]
-            gradients = probe.gradients(logits, output_gradient)
-            del logits, output_gradient
-            with together.trying():
-                own[draw] = probe.numbers(gradients)
-            del gradients
-        total = together.total(own)
+                if draw:
+                    logits, mask = probe.forward()
+                output_gradient = logits.detach().new_zeros(()).expand(logits.shape)  # where this rank has none to give
+                with together.trying():
+                    output_gradient = OutputGradients(logits.detach(), mask, 1, generator, scale=scale)[0]
+                gradients = probe.gradients(logits, output_gradient)
+                del logits, output_gradient
+                own = probe.numbers(gradients)
+                del gradients
+            total[draw] = together.total(own)
     traces, sketches = total[:, : len(block_map.parts)], total[:, len(block_map.parts) :]
     by_layer = sum_into(traces, block_map.layer_block_of, len(block_map.layer_blocks))
     shape = draws, len(block_map.blocks), -1
@@ -107,7 +112,7 @@ class _Probe:
         self.width = len(block_map.parts) + (len(block_map.blocks) * sketcher.size if sketcher else 0)
         self._call = unwrapped(model)
         self._block_map = block_map
-        self._batch = batch.usable()
+        self.batch = batch.usable()
         self._sketcher = sketcher
         self._logits_fn = logits_fn
         self._buffers = [(module, dict(vars(module)["_buffers"])) for module in model.modules()]
@@ -131,7 +136,7 @@ class _Probe:
         for module, buffers in self._buffers:
             vars(module)["_buffers"] = {name: None if one is None else one.clone() for name, one in buffers.items()}
         logits: Any
-        logits, mask = predictions(self._call, self._call, self._batch, self._logits_fn)
+        logits, mask = predictions(self._call, self._call, self.batch, self._logits_fn)
         return logits.full_tensor() if is_dtensor(logits) else logits, mask
 
     def gradients(self, logits: Tensor, output_gradient: Tensor) -> dict[str, Tensor]:
@@ -156,8 +161,11 @@ class _Together:
     """Sums over all ranks, which all of them get or none: a rank that has failed says so with its next summand."""
 
     def __init__(self, add: Add) -> None:
+        self.size = 0  # ranks
         self._add = add
         self._reason = ""
+        self._inside = False  # the model's own collectives, or on the way there
+        self._launched = 0
 
     @contextmanager
     def trying(self) -> Iterator[None]:
@@ -168,22 +176,55 @@ class _Together:
             said = str(error) if isinstance(error, ProbeError) else f"{type(error).__name__}: {error}"
             self._reason = self._reason or said
 
+    def enter(self) -> None:
+        """Enter the model's own collectives: all ranks, or none."""
+        nothing = torch.zeros(0, device="cpu")
+        with self.trying():
+            self._launched = _collectives()
+        self.total(nothing)
+        # Whoever has given up waiting there for a late rank is missed by that here, before it waits in the model.
+        self._inside = True
+        self.total(nothing)
+
     def total(self, own: Tensor) -> Tensor:
-        """The sum of all ranks' `own`. Raises `ProbeError` on all of them where one failed."""
-        summed = self._add(torch.cat([torch.tensor([self._reason != ""], device="cpu").double(), own.flatten()]))
-        failures = round(summed[0].item())
+        """The sum of all ranks' `own`. Raises `ProbeError` on all of them where one failed.
+
+        Once inside, that needs all to have launched as many collectives: then none waits for another's, nor will.
+        """
+        launched = _collectives() - self._launched if self._inside else 0
+        head = torch.tensor([1, self._reason != "", launched, launched**2], dtype=torch.float64, device="cpu")
+        summed = self._sum(torch.cat([head, own.flatten()]))
+        self.size, failures, launched, squared = (round(value) for value in summed[:4].tolist())
         if failures:
             reason = self._told() if failures == 1 else self._reason
-            raise ProbeError(f"failed on {failures} of the ranks: {reason or 'they say why'}")
-        return summed[1:].view_as(own)
+            said = f"failed on {failures} of the ranks: {reason or 'they say why'}"
+            if launched**2 != self.size * squared:
+                raise DesyncError(f"{said}. {_OUT_OF_STEP}")
+            raise ProbeError(said)
+        return summed[4:].view_as(own)
 
     def _told(self) -> str:
         """The reason of the one rank that failed."""
         said = self._reason.encode()[:_REASON].ljust(_REASON)
         if not self._reason:
             said = bytes(_REASON)
-        told = self._add(torch.tensor(list(said), dtype=torch.float64, device="cpu"))
+        told = self._sum(torch.tensor(list(said), dtype=torch.float64, device="cpu"))
         return bytes(told.round().to(torch.uint8).tolist()).decode(errors="replace").strip()
+
+    def _sum(self, own: Tensor) -> Tensor:
+        try:
+            return self._add(own)
+        except Exception as error:
+            if not self._inside:
+                raise
+            said = f"failed on this rank: {self._reason}" if self._reason else f"the other ranks are gone: {error}"
+            raise DesyncError(f"{said}. {_OUT_OF_STEP}") from error
+
+
+def _collectives() -> int:
+    """How many this process has launched, on all its groups. Raises `RuntimeError` where a backend does not count."""
+    groups: Iterable[Any] = dist.distributed_c10d._world.pg_map  # noqa: SLF001 - there is no public way to ask for all
+    return sum(group._get_sequence_number_for_group() for group in groups)  # noqa: SLF001 - nor for what each did
 
 
 @contextmanager

@@ -4,6 +4,8 @@ import math
 import sys
 import tempfile
 from collections import Counter
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -27,7 +29,7 @@ from sharpwatch.curvature.gnb import OutputGradients
 from sharpwatch.curvature.gnb_sharded import sharded_gnb_probe
 from sharpwatch.curvature.norms import squares, sum_into
 from sharpwatch.curvature.sketch import CountSketch
-from sharpwatch.errors import ProbeError
+from sharpwatch.errors import DesyncError, ProbeError
 
 ROWS = 4
 DRAWS = 64
@@ -60,7 +62,7 @@ def source(data, draw=0):
 def probe(model, block_map, batch=None, **options):
     data = DataRank.of(model)
     given = {"draws": 1, "generator": source(data), "add": add, "weights": weights_of(block_map, model)}
-    return sharded_gnb_probe(model, block_map, batch or batch_of(data), **given | options)
+    return sharded_gnb_probe(model, block_map, batch or nullcontext(batch_of(data)), **given | options)
 
 
 def unsharded(model, block_map, sketcher, count):
@@ -235,9 +237,15 @@ def leaves_no_trace(model, block_map):
 
 
 def fail_before(model, block_map):
-    """One rank has no batch: no other waits for it in the forward."""
-    with pytest.raises(ProbeError, match="failed on 1 of the ranks: AttributeError: 'object'"):
-        probe(model, block_map, batch=object() if dist.get_rank() == 1 else None)
+    """One rank has no rows: no other waits for it in the forward."""
+    with pytest.raises(ProbeError, match="failed on 1 of the ranks: OutOfMemoryError: no rows"):
+        probe(model, block_map, batch=no_rows() if dist.get_rank() == 1 else None)
+
+
+@contextmanager
+def no_rows():
+    raise torch.OutOfMemoryError("no rows")
+    yield
 
 
 def fail_beside(model, block_map):
@@ -272,3 +280,99 @@ def undisturbed():
 
 def test_training_is_bit_identical(ranks):
     ranks(undisturbed, 2)
+
+
+class Hurried:
+    """`add` over a group of its own; waits a minute for the others, a second once this rank has failed."""
+
+    def __init__(self):
+        self.failed = False
+        self._group = dist.new_group(backend="gloo")
+
+    def __call__(self, tensor):
+        total = tensor.clone()
+        dist.all_reduce(total, group=self._group, async_op=True).wait(timedelta(seconds=1 if self.failed else 60))
+        return total
+
+
+def break_probes(module, fail, *, backward=False):
+    """Call `fail` in every probe's forward through `module`, or backward."""
+    inner = module.forward
+
+    def forward(*args, **kwargs):
+        output = inner(*args, **kwargs)
+        if not module.training and not backward:
+            fail()
+        if not module.training:
+            output.register_hook(lambda _: fail())
+        return output
+
+    module.forward = forward
+
+
+def sharded_llama(kind):
+    model, mesh = dense.llama(), init_device_mesh("cpu", (2,))
+    return sharding.by_fsdp(model, mesh) if kind == "fsdp" else sharding.by_tensor_parallelism(model, mesh)
+
+
+def failing_alone(kind):
+    """Rank 1 alone runs out of memory where the other waits for it: in a forward (FSDP2), a backward (TP)."""
+    model, add = sharded_llama(kind), Hurried()
+
+    def fail():
+        add.failed = True
+        raise torch.OutOfMemoryError("rank 1 had no room")
+
+    if dist.get_rank() == 1:
+        break_probes(model.model.layers[0].mlp if kind == "fsdp" else model.model.norm, fail, backward=kind == "tp")
+    with pytest.raises(DesyncError) as raised:
+        probe(model, classify(dense.llama()), add=add)
+    return str(raised.value)  # this process ends: only then does the other stop waiting
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "tp"])
+def test_a_failure_of_one_rank_within_the_models_collectives_is_never_passed_over(kind, ranks):
+    waited, failed = ranks(failing_alone, 2, kind)
+    assert failed.startswith("failed on this rank: OutOfMemoryError: rank 1 had no room")
+    assert "failed on this rank: RuntimeError" in waited  # the collective that rank 1 left
+    assert "Start again from the last checkpoint" in failed
+
+
+def failing_alike(backward):
+    """All ranks fail in one place: none waits for another. Then one has launched a collective more than the other."""
+    model, unequal = sharded_llama("tp"), []
+
+    def fail():
+        if unequal and dist.get_rank() == 0:
+            unequal.append(dist.all_reduce(torch.zeros(()), async_op=True))
+        raise torch.OutOfMemoryError("no room anywhere")
+
+    break_probes(model.model.norm, fail, backward=backward)
+    block_map = classify(dense.llama())
+    for _ in range(2):
+        with pytest.raises(ProbeError, match="failed on 2 of the ranks: OutOfMemoryError: no room anywhere"):
+            probe(model, block_map)
+    model(input_ids=dense.tokens()[0], position_ids=POSITIONS).logits.full_tensor().sum().backward()
+    unequal.append(None)
+    with pytest.raises(DesyncError, match="failed on 2 of the ranks"):
+        probe(model, block_map, add=Hurried())
+    if dist.get_rank() == 1:
+        dist.all_reduce(torch.zeros(()))
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_ranks_that_fail_alike_go_on_and_those_that_do_not_go_no_further(backward, ranks):
+    ranks(failing_alike, 2, backward)
+
+
+def hooked():
+    """A reduction of the user's own, which may keep something of each call."""
+    model, calls = sharded_llama("fsdp"), []
+    model.set_all_reduce_hook(calls.append)
+    with pytest.raises(ProbeError, match="all_reduce_hook of the user's own"):
+        probe(model, classify(dense.llama()))
+    return len(calls)
+
+
+def test_no_probe_calls_a_reduction_of_the_users_own(ranks):
+    assert ranks(hooked, 2) == [0, 0]

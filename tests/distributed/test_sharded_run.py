@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from stand_ins import Wire
@@ -20,6 +21,8 @@ import sharpwatch
 from sharpwatch.agent import attach as attach_module
 from sharpwatch.agent.probes import Probes
 from sharpwatch.curvature import gnb_sharded
+from sharpwatch.curvature.batch import Batch
+from sharpwatch.errors import DesyncError
 from sharpwatch.v1 import agent_pb2, types_pb2
 
 STEPS = 16
@@ -142,18 +145,26 @@ def test_multipliers_are_laid_over_shards_at_the_same_step(ranks):
 
 
 def starved():
-    """Rank 1 fails in its own part of each probe; then it has no room for one."""
+    """Rank 1 fails in its own part of each probe; then it can't have its rows; then it has no room for one."""
 
     def hurt():
         if dist.get_rank() == 1:
             gnb_sharded.OutputGradients = _no_memory
 
+    def rowless():
+        gnb_sharded.OutputGradients = output_gradients
+        if dist.get_rank() == 1:
+            Batch.slice = _no_memory
+
+    output_gradients, cut = gnb_sharded.OutputGradients, Batch.slice
     tripped = train("fsdp", hurt=hurt, probe_every=1)
+    refused = train("fsdp", hurt=rowless, probe_every=1)
+    Batch.slice = cut
 
     def narrow():
         Probes.has_room = lambda _: dist.get_rank() == 0
 
-    return tripped, train("fsdp", hurt=narrow, probe_every=1)
+    return tripped, refused, train("fsdp", hurt=narrow, probe_every=1)
 
 
 def _no_memory(*_, **__):
@@ -161,10 +172,38 @@ def _no_memory(*_, **__):
 
 
 def test_what_fails_on_one_rank_ends_probes_on_all(ranks):
-    (tripped, narrow), _ = ranks(starved, 2, timeout=120)
-    (failure,) = samples_of(tripped)[-1].health.probe_failures
-    assert (failure.count, failure.disabled) == (3, True)
-    assert "failed on 1 of the ranks: OutOfMemoryError: on purpose" in failure.reason
-    for run in (tripped, narrow):
+    (tripped, refused, narrow), _ = ranks(starved, 2, timeout=120)
+    for run in (tripped, refused):
+        (failure,) = samples_of(run)[-1].health.probe_failures
+        assert (failure.count, failure.disabled) == (3, True)
+        assert "failed on 1 of the ranks: OutOfMemoryError: on purpose" in failure.reason
+    for run in (tripped, refused, narrow):
         assert not any(sample.HasField("gnb") for sample in samples_of(run))
         assert len([sample for sample in samples_of(run) if sample.HasField("tap")]) == STEPS
+
+
+def out_of_step():
+    """In the first probe rank 0 begins a collective that rank 1 does not come to, and both fail."""
+    inner = LlamaMLP.forward
+
+    def forward(module, hidden):
+        if module.training:
+            return inner(module, hidden)
+        if dist.get_rank() == 0:
+            dist.all_reduce(torch.zeros(()), async_op=True)
+        raise RuntimeError("on purpose")
+
+    def hurt():
+        LlamaMLP.forward = forward
+
+    with pytest.raises(DesyncError) as raised:
+        train("fsdp", hurt=hurt, probe_every=1)
+    if dist.get_rank() == 1:
+        dist.all_reduce(torch.zeros(()))  # or this process could not end
+    return str(raised.value)
+
+
+def test_ranks_out_of_step_train_no_further(ranks):
+    for said in ranks(out_of_step, 2):
+        assert said.startswith("failed on 2 of the ranks: RuntimeError: on purpose")
+        assert "gnb" in said

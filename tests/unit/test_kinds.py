@@ -246,6 +246,16 @@ def test_the_weights_are_copied_only_where_the_step_keeps_room(subject, monkeypa
             subject.optimizers[0].step()
 
 
+def test_ranks_probe_together_only_where_the_step_and_more_gradients_would_fit(subject, monkeypatch):
+    weights, peak = sum(weight.nbytes for weight in subject.weights.values()), 1000
+    probes = Probes((), subject.model, subject.block_map, subject.optimizers, seed=0, sketch_size=64)
+    monkeypatch.setattr(probes_module, "given_back", lambda _: peak)
+    monkeypatch.setattr(probes_module, "free", lambda _: 3 * weights + peak)
+    assert probes.has_room()
+    monkeypatch.setattr(probes_module, "free", lambda _: 3 * weights + peak - 1)
+    assert not probes.has_room()
+
+
 def test_nothing_is_done_while_a_cuda_graph_is_captured(monkeypatch):
     calls = []
     hook = Hook(calls.append)
