@@ -9,9 +9,10 @@ model, optimizer, scheduler, random states, scaler and the position in the data,
 
 from __future__ import annotations
 
-import json
 import logging
+import re
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,15 @@ from torch.utils.hooks import RemovableHandle
 
 from sharpwatch.agent.attach import attach
 from sharpwatch.agent.control import RollbackRequest
+from sharpwatch.agent.jsonfile import read_json, write_json
 from sharpwatch.agent.position import Range, Trail, holds, nth_kept, union
 from sharpwatch.agent.watch import Watch
 from sharpwatch.errors import AttachError
+from sharpwatch.integrations.aftermath import Aftermath
 
 try:
     from accelerate import skip_first_batches
     from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
-    from transformers.trainer_utils import get_last_checkpoint
 except ImportError as error:
     raise ImportError(f"{error}: pip install 'sharpwatch[huggingface]'") from error
 
@@ -93,6 +95,9 @@ class SharpwatchCallback(TrainerCallback):
             return
         if request.skip[0] < request.skip[1]:
             self.left_out = union([*self.left_out, self._batches(request, args, len(loader))])
+        if state.is_world_process_zero:
+            home = _home(args)
+            Aftermath.of(home).after(Path(request.uri).name, _ages(args), [self.left_out]).note(home)
         raise _GoBack(request)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
@@ -103,10 +108,11 @@ class SharpwatchCallback(TrainerCallback):
         values = {"watch": self.watch.state_dict(), "trail": self._trail.corners, "left_out": self.left_out}
         if state.is_world_process_zero:
             try:
-                (folder / _STATE).write_text(json.dumps(values), encoding="utf-8")
+                write_json(folder / _STATE, values)
             except OSError as error:
                 _LOG.warning("the agent's state is not in the checkpoint, no rollback can go there: %s", error)
                 return
+            Aftermath.of(folder.parent).saved(folder.parent, folder.name)
         self.watch.saved_checkpoint(self.watch.step, str(folder))
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
@@ -142,12 +148,13 @@ class SharpwatchCallback(TrainerCallback):
         """Read what the agent put into `checkpoint`; what is left out already stays so."""
         self._resumed = {}
         try:
-            self._resumed = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+            self._resumed = read_json(checkpoint / _STATE)
         except FileNotFoundError:
             pass  # saved before the callback was there
         except (OSError, ValueError) as error:
             _LOG.warning("the agent's state could not be read, and begins anew: %s", error)
-        self.left_out = union([*self.left_out, *self._resumed.get("left_out", ())])
+        beside = Aftermath.of(checkpoint.parent).of_checkpoint(checkpoint.name)
+        self.left_out = union(chain(self.left_out, self._resumed.get("left_out", ()), *beside))
 
     def _batches(self, request: RollbackRequest, args: TrainingArguments, epoch: int) -> Range:
         """The micro-batches that the steps to be skipped took, of those after the checkpoint; `epoch` have as many."""
@@ -173,7 +180,8 @@ def train(trainer: Trainer, resume_from_checkpoint: str | bool | None = None, **
     callback.goes_back = True
     checkpoint = resume_from_checkpoint
     if checkpoint is True:
-        checkpoint = get_last_checkpoint(trainer.args.output_dir)  # type: ignore[no-untyped-call]
+        newest = Aftermath.of(_home(trainer.args)).newest(_ages(trainer.args))
+        checkpoint = True if newest is None else str(_home(trainer.args) / newest)  # True: Trainer says there is none
     try:
         while True:
             if isinstance(checkpoint, str):
@@ -251,6 +259,12 @@ def _home(args: TrainingArguments) -> Path:
 
 def _folder(args: TrainingArguments, state: TrainerState) -> Path:
     return _home(args) / f"checkpoint-{state.global_step}"
+
+
+def _ages(args: TrainingArguments) -> dict[str, float]:
+    """Trainer's checkpoints by name, with their steps."""
+    there = (folder.name for folder in _home(args).glob("checkpoint-*") if folder.is_dir())
+    return {name: int(found[1]) for name in there if (found := re.fullmatch(r"checkpoint-(\d+)", name))}
 
 
 def _obstacle(request: RollbackRequest, args: TrainingArguments, loader: Any) -> str:

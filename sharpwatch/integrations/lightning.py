@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from sharpwatch.agent.attach import attach
 from sharpwatch.agent.batches import Batches
 from sharpwatch.agent.control import RollbackRequest
+from sharpwatch.agent.position import Range
 from sharpwatch.agent.watch import Watch
 from sharpwatch.errors import AttachError
+from sharpwatch.integrations.aftermath import Aftermath
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -30,6 +32,7 @@ except ImportError as error:
     raise ImportError(f"{error}: pip install 'sharpwatch[lightning]'") from error
 
 _LOG = logging.getLogger("sharpwatch")
+_LAST = "last"  # Lightning's copy of the newest checkpoint, which it writes over: no place to go back to
 
 
 class SharpwatchCallback(Callback):
@@ -47,6 +50,7 @@ class SharpwatchCallback(Callback):
         self._model = model
         self._options = {"training_job": training_job, **attach_options}
         self._resumed: Mapping[str, Any] = {}
+        self._saved: dict[str, int] = {}  # checkpoints of this process, with the watch's steps
         self._left_out: list[list[tuple[int, int]]] = []  # of each loader, over a rollback
         self._stepped = 0  # Lightning's steps when a loss was last observed
         self._loss: Tensor | None = None  # the sum of the step's micro-batches, which Lightning has divided
@@ -62,11 +66,13 @@ class SharpwatchCallback(Callback):
             self.watch.close()
         if self.goes_back:
             options.setdefault("control", "rollback")
+            _keep_resumed(trainer)
         options.setdefault("initial_step", trainer.global_step)
         self.watch = attach(_transformer(pl_module, self._model), trainer.optimizers, **options)
         self.watch.load_state_dict(resumed)
-        for loader, ranges in zip(self.loaders, self._left_out, strict=False):
-            loader.leave_out(*ranges)
+        for left_out in (self._left_out, _beside(trainer.ckpt_path)):
+            for loader, ranges in zip(self.loaders, left_out, strict=False):
+                loader.leave_out(*ranges)
         self._left_out = []
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
@@ -80,7 +86,7 @@ class SharpwatchCallback(Callback):
         request = self.watch.pending_rollback
         if request is None:
             return
-        reason = _obstacle(request, trainer)
+        reason = _obstacle(request, trainer, self._saved.get(request.uri, request.step))
         if reason:
             _LOG.warning("a rollback was not done, training goes on: %s", reason)
             self.watch.rollback_failed(reason)
@@ -88,10 +94,18 @@ class SharpwatchCallback(Callback):
         self._left_out = [[*one.left_out, one.taken_by(*request.skip)] for one in self.loaders]
         raise _GoBack(request)
 
-    def saved(self, path: str) -> None:
-        """A checkpoint was saved at `path`."""
-        if self.watch is not None:
-            self.watch.saved_checkpoint(self.watch.step, str(Path(path).resolve()))
+    def note(self, checkpoint: Path) -> None:
+        """Note what going back to `checkpoint` leaves behind."""
+        home = checkpoint.parent
+        Aftermath.of(home).after(checkpoint.name, _ages(home), self._left_out).note(home)
+
+    def saved(self, path: Path, *, first: bool) -> None:
+        """A checkpoint was saved at `path`; `first` on one rank."""
+        if first:
+            Aftermath.of(path.parent).saved(path.parent, path.name)
+        if self.watch is not None and not path.name.startswith(_LAST):
+            self._saved[str(path)] = self.watch.step
+            self.watch.saved_checkpoint(self.watch.step, str(path))
 
     def state_dict(self) -> dict[str, Any]:
         """The agent's own state, for Lightning's checkpoint."""
@@ -140,10 +154,12 @@ def fit(
 
     def told(filepath: Any, *args: Any, **kwargs: Any) -> None:
         save(filepath, *args, **kwargs)
-        callback.saved(filepath)
+        callback.saved(Path(filepath).resolve(), first=trainer.is_global_zero)
 
     vars(strategy)["process_dataloader"], vars(trainer)["save_checkpoint"] = resumable, told
     callback.goes_back = True
+    if ckpt_path == _LAST:
+        ckpt_path = _last(trainer)
     try:
         while True:
             callback.loaders = []
@@ -151,6 +167,8 @@ def fit(
                 return trainer.fit(model, train_dataloaders, ckpt_path=ckpt_path, **kwargs)
             except _GoBack as leaving:
                 ckpt_path = leaving.request.uri
+                if trainer.is_global_zero:
+                    callback.note(Path(ckpt_path))
     finally:
         vars(strategy)["process_dataloader"], vars(trainer)["save_checkpoint"] = process, save
         callback.goes_back = False
@@ -196,12 +214,45 @@ def _transformer(module: LightningModule, name: str | None) -> nn.Module:
     return next((child for child in module.children() if set(child.parameters()) == parameters), module)
 
 
-def _obstacle(request: RollbackRequest, trainer: Trainer) -> str:
-    """Why the rollback can't be done; empty if it can."""
+def _keep_resumed(trainer: Trainer) -> None:
+    """Keep Lightning from saving the checkpoint that it goes on from once more, in the midst of the step after it."""
+    for one in trainer.checkpoint_callbacks if trainer.ckpt_path else ():
+        if "_last_global_step_saved" in vars(one):
+            vars(one)["_last_global_step_saved"] = trainer.global_step
+
+
+def _ages(home: Path) -> dict[str, float]:
+    """The checkpoints in `home` by name, with when they were saved."""
+    return {path.name: path.stat().st_mtime for path in home.glob("*.ckpt") if path.exists()}
+
+
+def _homes(trainer: Trainer) -> list[Path]:
+    """The folders of the checkpoint callbacks, where they are named."""
+    folders = (getattr(one, "dirpath", None) for one in trainer.checkpoint_callbacks)
+    return [Path(folder).resolve() for folder in folders if folder]
+
+
+def _last(trainer: Trainer) -> str:
+    """For "last", the newest checkpoint, where Lightning's own last was undone by a rollback."""
+    for home in _homes(trainer):
+        noted, ages = Aftermath.of(home), _ages(home)
+        newest = noted.newest(ages)
+        if newest is not None and any(name.startswith(_LAST) for name in noted.undone & ages.keys()):
+            return str(home / newest)
+    return _LAST
+
+
+def _beside(checkpoint: Any) -> Sequence[Sequence[Range]]:
+    """What rollbacks have left out of each loader and `checkpoint` does not know of."""
+    path = Path(checkpoint or "")
+    return Aftermath.of(path.parent).of_checkpoint(path.name)
+
+
+def _obstacle(request: RollbackRequest, trainer: Trainer, step: int) -> str:
+    """Why the rollback to a checkpoint that was last saved at `step` can't be done; empty if it can."""
     path = Path(request.uri)
-    homes = {
-        Path(folder).resolve() for one in trainer.checkpoint_callbacks if (folder := getattr(one, "dirpath", None))
-    }
-    if path.parent not in homes:
+    if path.parent not in _homes(trainer):
         return f"{path}: not in the folder of any checkpoint callback"
+    if step != request.step:
+        return f"{path}: was saved again at step {step}"
     return "" if path.exists() else f"{path}: not there any more"

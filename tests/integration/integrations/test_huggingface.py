@@ -13,43 +13,38 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
+from scripts import POLICIES, START, TOLD, filled, printed, weights
 from torch.utils.data import DataLoader, TensorDataset
 
 from sharpwatch.integrations.huggingface import _without
 
 # What any user's script has: 40 sequences, shuffled, two micro-batches of 2 to a step: ten steps an epoch.
-PARTS = """
-import hashlib, json, sys, threading, torch
-from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-torch.manual_seed(0)
-model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, n_embd=32, n_layer=2, n_head=2, bos_token_id=0,
-    eos_token_id=0))
+PARTS = (
+    START
+    + """
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+model = transformer()
 rows = torch.randint(64, (40, 16), generator=torch.Generator().manual_seed(1))
 data = [{"input_ids": row, "labels": row} for row in rows]
 args = TrainingArguments(FOLDER, per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=10_000,
     save_steps=4, learning_rate=5e-3, warmup_steps=5, lr_scheduler_type="cosine", report_to=[], use_cpu=True,
     disable_tqdm=True, logging_steps=1, seed=7, bf16=BF16)
 
-def digest():
-    return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()
-
 class Tell(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
-        print(json.dumps({"step": state.global_step, "weights": digest()}), flush=True)
+        tell(step=state.global_step, weights=digest(model))
 
     def on_log(self, args, state, control, logs, **kwargs):
         if "loss" in logs:
-            print(json.dumps({"step": state.global_step, "loss": logs["loss"]}), flush=True)
+            tell(step=state.global_step, loss=logs["loss"])
 """
+)
 
 WATCHED = (
     PARTS
+    + TOLD
     + """
-import os, signal
 from sharpwatch.integrations.huggingface import SharpwatchCallback, train
-signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # a death without any goodbye
-over = threading.Event()
-threading.Thread(target=lambda: (sys.stdin.read(), over.set()), daemon=True).start()
 
 class Stop(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
@@ -84,16 +79,6 @@ class Stop(TrainerCallback):
 ByHand(model, args, train_dataset=data, callbacks=[Tell(), Stop()]).train(resume_from_checkpoint=RESUME)
 """
 )
-
-
-def filled(source, **names):
-    for name, value in names.items():
-        source = source.replace(name, repr(value))
-    return source
-
-
-def weights(entries):
-    return {entry["step"]: entry["weights"] for entry in entries if "weights" in entry}
 
 
 @pytest.fixture
@@ -137,7 +122,7 @@ def test_a_rollback_leaves_a_range_of_data_out(daemon, stepping, script, tmp_pat
     by_hand = filled(
         BY_HAND, FOLDER=str(tmp_path / "by hand"), BF16=True, RESUME=str(folder / "checkpoint-12"), SKIP=[14, 15]
     )
-    plain = weights(json.loads(line) for line in script(by_hand).splitlines() if line.startswith('{"'))
+    plain = weights(printed(script(by_hand)))
     assert list(plain) == list(range(13, 19))
     assert {step: again[step] for step in range(14, 19)} == {step: plain[step] for step in range(14, 19)}
     assert again[14] != first[14]
@@ -157,15 +142,6 @@ class Faulty(Trainer):
 trainer = Faulty(model"""
 
 
-POLICIES = """
-policies:
-  - name: roll-back
-    match: {alert: NonFinite}
-    mode: enforce
-    action: {kind: rollback, skip_margin: 2}
-"""
-
-
 def test_a_fault_is_gone_round_without_an_operator(daemon, stepping, script, tmp_path):
     daemon.stop()
     daemon.policies = POLICIES
@@ -182,8 +158,7 @@ def test_a_fault_is_gone_round_without_an_operator(daemon, stepping, script, tmp
     left_out = list(range(made["rollback"]["skip_from_step"], made["rollback"]["skip_to_step"]))
     assert 14 in left_out
     by_hand = {"FOLDER": str(tmp_path / "by hand"), "BF16": False, "RESUME": str(folder / "checkpoint-12")}
-    text = script(filled(BY_HAND, **by_hand, SKIP=left_out))
-    plain = weights(json.loads(line) for line in text.splitlines() if line.startswith('{"'))
+    plain = weights(printed(script(filled(BY_HAND, **by_hand, SKIP=left_out))))
     # By hand the second epoch, of steps 11 to 20, ends as many steps early as were left out of it: of a range that
     # reaches its end, because the daemon was late to see, nothing can be compared.
     last = 20 - len([step for step in left_out if 12 < step <= 20])
@@ -256,6 +231,33 @@ def test_a_resumed_training_is_the_same_run_and_shows_trainers_own_loss(daemon, 
     assert resumed == {step: whole[step] for step in range(17, 26)}
     runs = daemon.cli("jobs")["runs"]
     assert [run["run"] for run in runs] == ["trainer"]
+
+
+# Dies without any goodbye when it takes step 15 again, before another checkpoint.
+DYING = """
+class Die(TrainerCallback):
+    newest = 0
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 15 and self.newest > 15:
+            os._exit(0)
+        self.newest = max(self.newest, state.global_step)
+
+trainer = Trainer(model"""
+
+
+def test_a_training_that_died_after_a_rollback_goes_on_where_it_went_back_to(daemon, stepping, script, tmp_path):
+    folder = tmp_path / "runs"
+    source = filled(WATCHED, FOLDER=str(folder), BF16=False, ADDRESS=daemon.grpc)
+    dying = source.replace("trainer = Trainer(model", DYING).replace("[Tell(), Stop()]", "[Tell(), Stop(), Die()]")
+    trainer = stepping(filled(dying, RESUME=None))
+    trainer.until(lambda entry: entry["step"] == 17 and "weights" in entry)
+    daemon.cli("rollback", "trainer", "--to-step", "12", "--skip", "14:16", "--reason", "bad shard")
+    assert trainer._process.wait(timeout=60) == 0
+    assert (folder / "checkpoint-16").is_dir()  # undone: its weights have seen what was left out
+    again = weights(stepping(filled(source, RESUME=True)).until(lambda entry: entry["step"] == 19))
+    names = {"FOLDER": str(tmp_path / "by hand"), "BF16": False, "RESUME": str(folder / "checkpoint-12")}
+    plain = weights(printed(script(filled(BY_HAND, **names, SKIP=[14, 15]))))
+    assert {step: again[step] for step in plain} == plain
 
 
 def test_what_is_left_out_moves_the_next_ones_up_over_the_ends_of_epochs():

@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import importlib
-import json
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from scripts import POLICIES, START, TOLD, filled, printed, weights
+from stand_ins import Net
+
+from sharpwatch.integrations.lightning import SharpwatchCallback, fit
+from sharpwatch.v1 import types_pb2
 
 # 44 sequences, shuffled, in batches of 2, two of them to a step: eleven steps an epoch.
-PARTS = """
-import hashlib, json, logging, sys, threading, warnings, torch
+PARTS = (
+    START
+    + """
+import logging, warnings
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import GPT2Config, GPT2LMHeadModel
 warnings.simplefilter("ignore")
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-torch.manual_seed(0)
 
 class Module(LightningModule):
     def __init__(self):
         super().__init__()
-        self.model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, n_embd=32, n_layer=2, n_head=2,
-            bos_token_id=0, eos_token_id=0))
+        self.model = transformer()
 
     def training_step(self, batch, index):
         loss = self.model(input_ids=batch[0], labels=batch[0]).loss
@@ -38,9 +45,7 @@ class Module(LightningModule):
 class Tell(Callback):
     def on_train_batch_end(self, trainer, module, outputs, batch, index):
         if len(module.losses) == 2:
-            weights = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in module.parameters())).hexdigest()
-            print(json.dumps({"step": trainer.global_step, "weights": weights, "loss": sum(module.losses) / 2}),
-                flush=True)
+            tell(step=trainer.global_step, weights=digest(module), loss=sum(module.losses) / 2)
             module.losses.clear()
 
 module = Module()
@@ -50,15 +55,13 @@ loader = DataLoader(TensorDataset(rows), batch_size=2, shuffle=True)
 options = dict(accelerator="cpu", accumulate_grad_batches=2, gradient_clip_val=1.0, logger=False, precision=PRECISION,
     enable_progress_bar=False, enable_model_summary=False, max_steps=STEPS)
 """
+)
 
 WATCHED = (
     PARTS
+    + TOLD
     + """
-import os, signal
 from sharpwatch.integrations.lightning import SharpwatchCallback, fit
-signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # a death without any goodbye
-over = threading.Event()
-threading.Thread(target=lambda: (sys.stdin.read(), over.set()), daemon=True).start()
 
 class Stop(Callback):
     def on_train_batch_end(self, trainer, *_):
@@ -66,66 +69,61 @@ class Stop(Callback):
         trainer.should_stop = over.is_set()
 
 sharpwatch = SharpwatchCallback(training_job="lightning", run="lightning", probe_every=5, address=ADDRESS)
-saving = ModelCheckpoint(FOLDER, filename="{step}", every_n_train_steps=4, save_top_k=-1)
+saving = ModelCheckpoint(FOLDER, filename="{step}", every_n_train_steps=4, save_top_k=-1, save_last=True)
 fit(Trainer(**options, callbacks=[Tell(), Stop(), sharpwatch, saving]), module, loader, ckpt_path=RESUME)
 """
 )
 
-# By hand, without sharpwatch: the batches of each pass, and a look at which one it is.
+# By hand, without sharpwatch: Lightning's own restart; all passes as one, and a look at which batch it is. The random
+# state is put right where what has been taken ends: Lightning keeps none.
 BY_HAND = (
     PARTS
     + """
 class ByHand:
     taken = 0
-    def __iter__(self):
-        for batch in loader:
-            self.taken += 1
-            if self.taken not in SKIP:
-                yield batch
+    def __len__(self):
+        return 10_000  # else Lightning fetches, and shuffles, ahead
 
-Trainer(**options, enable_checkpointing=False, callbacks=[Tell()]).fit(module, ByHand())
+    def __iter__(self):
+        while True:
+            for batch in loader:
+                self.taken += 1
+                if self.taken == TAKEN:
+                    torch.set_rng_state(self.random)
+                if self.taken > TAKEN and self.taken not in SKIP:
+                    yield batch
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, place):
+        self.random = place["random"]["cpu"]
+
+Trainer(**options, enable_checkpointing=False, callbacks=[Tell()]).fit(module, ByHand(), ckpt_path=RESUME)
 """
 )
 
 
-def filled(source, **names):
-    for name, value in names.items():
-        source = source.replace(name, repr(value))
-    return source
-
-
-def weights(entries):
-    return {entry["step"]: entry["weights"] for entry in entries}
-
-
-def printed(text):
-    return [json.loads(line) for line in text.splitlines() if line.startswith('{"')]
+def batches(*steps):
+    """The micro-batches of steps, from 1."""
+    return [number for step in steps for number in (2 * step - 1, 2 * step)]
 
 
 def test_a_rollback_leaves_a_range_of_data_out(daemon, stepping, script, tmp_path):
     parts = filled(WATCHED, FOLDER=str(tmp_path / "runs"), PRECISION="bf16-mixed", STEPS=10_000, RESUME=None)
     trainer = stepping(filled(parts, ADDRESS=daemon.grpc))
-    first = weights(trainer.until(lambda entry: entry["step"] >= 18))
-    done = daemon.cli("rollback", "lightning", "--to-step", "17", "--skip", "18:20", "--reason", "bad shard")
+    first = weights(trainer.until(lambda entry: entry["step"] >= 17))
+    done = daemon.cli("rollback", "lightning", "--to-step", "9", "--skip", "10:12", "--reason", "bad shard")
     assert done["outcome"] == "applied"
-    assert done["rollback"]["checkpoint"]["step"] == 16
-    back = trainer.until(lambda entry: entry["step"] == 17)[-1]
-    assert back["weights"] == first[17]
-    again = weights(trainer.until(lambda entry: entry["step"] == 20))
-    taken = [number for step in (18, 19) for number in (2 * step - 1, 2 * step)]
-    plain = weights(printed(script(filled(BY_HAND, PRECISION="bf16-mixed", STEPS=20, SKIP=taken))))
-    assert first == {step: plain[step] for step in first if step < 18} | {18: first[18]}
-    assert again == {step: plain[step] for step in range(18, 21)}
-    assert again[18] != first[18]
+    assert done["rollback"]["checkpoint"]["uri"] == str(tmp_path / "runs/step=8.ckpt")
+    back = trainer.until(lambda entry: entry["step"] == 9)[-1]
+    again = weights([back, *trainer.until(lambda entry: entry["step"] == 20)])
+    names = {"PRECISION": "bf16-mixed", "STEPS": 20, "RESUME": done["rollback"]["checkpoint"]["uri"], "TAKEN": 16}
+    plain = weights(printed(script(filled(BY_HAND, **names, SKIP=batches(10, 11)))))
+    assert again == plain
+    assert again[9] == first[9]
+    assert again[10] != first[10]
 
-
-POLICIES = """
-policies:
-  - name: roll-back
-    match: {alert: NonFinite}
-    mode: enforce
-    action: {kind: rollback, skip_margin: 2}
-"""
 
 # Once, as a memory fault would: the loss of step 18 is not a number, and no weight after it.
 FAULT = """
@@ -142,7 +140,7 @@ def test_a_fault_is_gone_round_without_an_operator(daemon, stepping, script, tmp
     daemon.start()
     names = {"FOLDER": str(tmp_path / "runs"), "PRECISION": "32-true", "STEPS": 10_000, "ADDRESS": daemon.grpc}
     trainer = stepping(filled(WATCHED, RESUME=None, **names).replace("        return loss\n", FAULT, 1))
-    trainer.until(lambda entry: entry["step"] == 18)
+    first = weights(trainer.until(lambda entry: entry["step"] == 18))
     trainer.until(lambda entry: entry["step"] == 17)
     again = weights(trainer.until(lambda entry: entry["step"] == 24))
     made = daemon.cli("decisions", "lightning")["decisions"][-1]
@@ -150,8 +148,9 @@ def test_a_fault_is_gone_round_without_an_operator(daemon, stepping, script, tmp
     assert made["rollback"]["checkpoint"]["step"] == 16
     left_out = range(made["rollback"]["skip_from_step"], made["rollback"]["skip_to_step"])
     assert 18 in left_out
-    taken = [number for step in left_out for number in (2 * step - 1, 2 * step)]
-    plain = weights(printed(script(filled(BY_HAND, PRECISION="32-true", STEPS=24, SKIP=taken))))
+    names = {"PRECISION": "32-true", "STEPS": 24, "RESUME": None, "TAKEN": 0}
+    plain = weights(printed(script(filled(BY_HAND, **names, SKIP=batches(*left_out)))))
+    assert all(plain[step] == first[step] for step in first if step < min(left_out))
     assert again == {step: plain[step] for step in range(18, 25)}
 
 
@@ -177,6 +176,60 @@ def test_a_resumed_training_is_the_same_run_and_shows_lightnings_own_loss(daemon
     whole = weights(entries)
     assert weights(resumed) == {step: whole[step] for step in range(21, 36)}
     assert [run["run"] for run in daemon.cli("jobs")["runs"]] == ["lightning"]
+
+
+# Dies without any goodbye when it takes step 11 again, before another checkpoint.
+DYING = """
+class Die(Callback):
+    newest = 0
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 11 and self.newest > 11:
+            os._exit(0)
+        self.newest = max(self.newest, trainer.global_step)
+
+fit(Trainer(**options, callbacks=[Die(), """
+
+
+def test_a_training_that_died_after_a_rollback_goes_on_where_it_went_back_to(daemon, stepping, script, tmp_path):
+    names = {"FOLDER": str(tmp_path / "runs"), "PRECISION": "32-true", "STEPS": 10_000, "ADDRESS": daemon.grpc}
+    dying = WATCHED.replace("fit(Trainer(**options, callbacks=[", DYING)
+    trainer = stepping(filled(dying, RESUME=None, **names))
+    trainer.until(lambda entry: entry["step"] == 17)
+    done = daemon.cli("rollback", "lightning", "--to-step", "9", "--skip", "10:12", "--reason", "bad shard")
+    assert trainer._process.wait(timeout=60) == 0
+    assert (tmp_path / "runs/last.ckpt").is_file()  # undone: its weights have seen what was left out
+    again = weights(stepping(filled(WATCHED, RESUME="last", **names)).until(lambda entry: entry["step"] == 20))
+    by_hand = {"PRECISION": "32-true", "STEPS": 20, "RESUME": done["rollback"]["checkpoint"]["uri"], "TAKEN": 16}
+    plain = weights(printed(script(filled(BY_HAND, **by_hand, SKIP=batches(10, 11)))))
+    assert {step: again[step] for step in plain} == plain
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning's advice on a training this small
+def test_a_checkpoint_that_was_written_over_is_no_place_to_go_back_to(wires, tmp_path, caplog):
+    class Module(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = Net()
+
+        def training_step(self, batch, index):
+            if index == 6:  # the checkpoint of step 2 is that of step 6 by now
+                checkpoint = types_pb2.Checkpoint(step=2, uri=str(tmp_path / "newest.ckpt"))
+                wires[0].order(id="back", rollback=types_pb2.Rollback(checkpoint=checkpoint))
+            return self.net(batch, batch)[1]
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters())
+
+    saving = ModelCheckpoint(tmp_path, filename="newest", every_n_train_steps=2, save_last=True)
+    callbacks = [SharpwatchCallback(training_job="over"), saving]
+    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(accelerator="cpu", max_steps=9, callbacks=callbacks, **options)
+    fit(trainer, Module(), torch.utils.data.DataLoader(torch.randint(11, (40, 4)), 2))
+    told = [(checkpoint.step, Path(checkpoint.uri).name) for one in wires[0].samples for checkpoint in one.checkpoints]
+    assert told == [(step, "newest.ckpt") for step in (2, 4, 6, 8)]  # and not "last"
+    assert "newest.ckpt: was saved again at step 6" in caplog.text
+    assert [result.outcome for result in wires[0].results] == [types_pb2.COMMAND_OUTCOME_FAILED]
+    assert trainer.global_step == 9
 
 
 def test_without_the_framework_the_extra_is_named(monkeypatch):
