@@ -48,3 +48,15 @@ class Wire:
     @property
     def results(self):
         return [result for sample in self.samples for result in sample.results]
+
+
+def in_each_step(optimizer, call):
+    """Have `call(optimizer)` called in the midst of each `step()` of one of torch's optimizers, inside all hooks."""
+    inner = optimizer._init_group
+
+    def init_group(group, *arguments, **options):
+        if group is optimizer.param_groups[0]:
+            call(optimizer)
+        return inner(group, *arguments, **options)
+
+    optimizer._init_group = init_group

@@ -70,15 +70,24 @@ class Hooks:
     def __init__(self, steps: Steps, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         self.repeating = False  # in a closure that its step has evaluated before
         self._steps = steps
+        self._optimizers = optimizers
         self._number = {id(optimizer): i for i, optimizer in enumerate(optimizers)}
         self._void: set[int] = set()  # optimizers in a step() that GradScaler makes void
         self._awaited: set[int] = set()  # optimizers whose closure has yet to bring their gradients
+        self._pre = [optimizer.register_step_pre_hook(Hook(self._before_step)) for optimizer in optimizers]
+        self._post = [optimizer.register_step_post_hook(Hook(self._after_step)) for optimizer in optimizers]
         self.handles = [
             model.register_forward_pre_hook(Hook(self._before_forward), with_kwargs=True),
             model.register_forward_hook(Hook(self._after_forward), with_kwargs=True),
-            *(optimizer.register_step_pre_hook(Hook(self._before_step)) for optimizer in optimizers),
-            *(optimizer.register_step_post_hook(Hook(self._after_step)) for optimizer in optimizers),
+            *self._pre,
+            *self._post,
         ]
+
+    def innermost(self, which: int) -> None:
+        """Put our hooks around `step()` itself, inside all others: those then never see groups that are split."""
+        optimizer = self._optimizers[which]
+        _move(optimizer._optimizer_step_pre_hooks, self._pre[which].id, last=True)  # noqa: SLF001 - no public way
+        _move(optimizer._optimizer_step_post_hooks, self._post[which].id, last=False)  # noqa: SLF001 - as above
 
     def _hears(self, module: nn.Module) -> bool:
         """Whether a forward of `module` is the step's own."""
@@ -156,6 +165,11 @@ class Hooks:
             if which not in self._void:
                 steps.end(which)
         steps.go_back()
+
+
+def _move(hooks: Any, number: int, *, last: bool) -> None:
+    if number in hooks and number != next(reversed(hooks) if last else iter(hooks)):
+        hooks.move_to_end(number, last=last)
 
 
 def _is_void(optimizer: torch.optim.Optimizer) -> bool:

@@ -127,7 +127,7 @@ class Loop:
         self.run, self.step = str(state["run"]), step
         parts.pipe.greet(messages.hello(replace(identity, run=self.run, initial_step=step), parts.block_map))
         self._probing.begin()
-        self.rates.guard()
+        self.rates.guard(self._hooks.innermost)
 
     def close(self, *, in_order: bool) -> None:
         """Take every hook away and let the courier finish; a goodbye is said only to a loop that ended in order."""
@@ -250,7 +250,7 @@ class Loop:
         else:
             self._share(self._shared, record, commands)
         self._request = self.parts.control.end(done.step, self._clock()) or self._request
-        self.rates.guard()
+        self.rates.guard(self._hooks.innermost)
 
     def _share(self, shared: Shared, record: StepRecord, commands: Sequence[types_pb2.Command]) -> None:
         """Say what this step brought, and hear what all have said of an earlier one: the same on every rank."""

@@ -79,8 +79,8 @@ class Overlay:
         for piece in sorted(pieces, key=lambda piece: -_distance(piece.multiplier)):
             _carry_back(piece)
 
-    def guard(self) -> None:
-        """Wrap the instance's `step`, once."""
+    def guard(self, before: Callable[[], None]) -> None:
+        """Wrap the instance's `step`, once; `before` is called first."""
         if self._wrapper is not None and _stands_in(self._wrapper, self._optimizer.step):
             return
         self._replaced = self._optimizer.__dict__.get("step")
@@ -93,6 +93,7 @@ class Overlay:
         @functools.wraps(inner)
         def step(optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
             try:
+                before()
                 return inner(optimizer, *args, **kwargs) if is_method else inner(*args, **kwargs)
             finally:
                 self.remove()

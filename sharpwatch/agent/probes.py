@@ -233,7 +233,9 @@ class Probes:
 
         Raises `_UnfitError` if it writes into them or needs other ranks, `ProbeError` if there is no room for copies.
         """
-        if self._tried:
+        modules = self._subject.model.modules()
+        sharded = any(type(module).__module__.startswith("torch.distributed.fsdp") for module in modules)
+        if self._tried or sharded:  # FSDP wants a backward for each forward
             return
         weights, device = self._subject.weights, self._device
         if free(device) < sum(weight.nbytes for weight in weights.values()):

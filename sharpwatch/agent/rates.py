@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -49,10 +50,13 @@ class Rates:
         self._overlays[which].remove()
         return laid
 
-    def guard(self) -> None:
-        """See to it that they are put back also when the next `step()` raises, where one may be laid over."""
-        for overlay in self._overlays:
-            overlay.guard() if self._control.armed else overlay.unguard()
+    def guard(self, before: Callable[[int], None]) -> None:
+        """See to it that they are put back also when the next `step()` raises, where one may be laid over.
+
+        `before(which)` is called right before such a step.
+        """
+        for which, overlay in enumerate(self._overlays):
+            overlay.guard(partial(before, which)) if self._control.armed else overlay.unguard()
 
     def close(self, border: Border) -> None:
         """Leave every optimizer as it was."""

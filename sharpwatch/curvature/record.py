@@ -36,8 +36,8 @@ class Record:
 
     It goes through lists, dicts, sets and tuples to tensors without a gradient, arrays, random generators and objects
     of the user's own. An object is recorded with all that it leads to or not at all: one that leads to a lock, a
-    thread or an optimizer, or to over a thousand others, is shared with more than a forward. What iterators, closures
-    and classes hold is not seen, nor what is `apart`.
+    thread, an optimizer or what shards a model, or to over a thousand others, is shared with more than a forward. What
+    iterators, closures and classes hold is not seen, nor what is `apart`.
     """
 
     def __init__(self, apart: Iterable[Any] = ()) -> None:
@@ -93,7 +93,7 @@ class Record:
     def _attributes(self, value: Any, depth: int) -> None:
         own = getattr(value, "__dict__", None)
         slots = {name: getattr(value, name) for name in copyreg._slotnames(type(value)) if hasattr(value, name)}  # type: ignore[attr-defined]  # noqa: SLF001 - as `copy` does
-        if (own is None and not slots) or isinstance(value, torch.optim.Optimizer) or depth > _DEPTH:
+        if (own is None and not slots) or _is_machinery(value) or depth > _DEPTH:
             raise _ForeignError
         if type(own) is dict:
             self._undo.append(_refilling(own))
@@ -139,6 +139,11 @@ class Record:
             case _:
                 return False
         return True
+
+
+def _is_machinery(value: object) -> bool:
+    """Whether `value` belongs to the training rather than the model: what shards it goes its own way in a probe too."""
+    return isinstance(value, torch.optim.Optimizer) or type(value).__module__.startswith("torch.distributed.")
 
 
 def _refilling(current: Any) -> Callable[[], None]:

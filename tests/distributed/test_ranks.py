@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from stand_ins import Net, Wire
+from stand_ins import Net, Wire, in_each_step
 
 import sharpwatch
 from sharpwatch.agent import attach as attach_module
@@ -49,7 +49,7 @@ class Training:
         options = {"training_job": "ranks", "probe_every": 2, **options}
         self.watch = sharpwatch.attach(self.model, self.optimizer, **options) if watched else None
         self.losses, self.groups = [], []
-        self.optimizer.register_step_pre_hook(lambda optimizer, *_: self.groups.append(len(optimizer.param_groups)))
+        in_each_step(self.optimizer, lambda optimizer: self.groups.append(len(optimizer.param_groups)))
         torch.manual_seed(100 + dist.get_rank())
 
     def _wire(self, hello, **options):

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from stand_ins import Wire
+from stand_ins import Wire, in_each_step
 
 import sharpwatch
 from sharpwatch.agent import attach as attach_module
@@ -75,7 +75,7 @@ def train(kind, watched=True, hurt=lambda: None, **options):
         else None
     )
     groups = []
-    optimizer.register_step_pre_hook(lambda optimizer, *_: groups.append(len(optimizer.param_groups)))
+    in_each_step(optimizer, lambda optimizer: groups.append(len(optimizer.param_groups)))
     hurt()
     rank = 0 if kind == "tp" else dist.get_rank()
     torch.manual_seed(10 + rank)

@@ -31,7 +31,12 @@ if os.path.exists(path):
     optimizer.load_state_dict(saved["optimizer"])
     watch.load_state_dict(saved["sharpwatch"])
 groups = []
-optimizer.register_step_pre_hook(lambda optimizer, *_: groups.append(sorted(g["lr"] for g in optimizer.param_groups)))
+inner = optimizer._init_group
+def init_group(group, *arguments, **options):  # inside step() and all hooks
+    if group is optimizer.param_groups[0]:
+        groups.append(sorted(g["lr"] for g in optimizer.param_groups))
+    return inner(group, *arguments, **options)
+optimizer._init_group = init_group
 ids = torch.randint(32, (4, 8))
 while True:
     model(input_ids=ids, labels=ids).loss.backward()

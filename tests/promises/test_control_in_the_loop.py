@@ -91,6 +91,41 @@ def test_the_rate_changes_at_the_named_step_and_schedule_and_checkpoint_see_noth
     assert plain.watch.step == loop.watch.step == 6
 
 
+def test_step_hooks_of_the_program_s_own_never_see_split_groups(wires):
+    """A schedule, a new group, a rate and a checkpoint, all from hooks that came after ours."""
+    loop = Loop(wires)
+    loop.wire.order(id="cut", set_multipliers=types_pb2.MultiplierSet(multipliers={"ffn": 0.5, "emb": 0.25}))
+    loop.steps(2)
+    late, checkpoints = torch.nn.Parameter(torch.ones(3)), []
+    second = torch.optim.lr_scheduler.LambdaLR(loop.optimizer, lambda _: 1.0)
+
+    def before(optimizer, *_):
+        if len(checkpoints) < 2:
+            second.step()
+        elif len(checkpoints) == 2:
+            optimizer.add_param_group({"params": [late], "lr": 0.5})
+            late.grad = torch.ones(3)
+        optimizer.param_groups[0]["lr"] = 0.003
+        checkpoints.append(optimizer.state_dict())
+
+    seen = []
+    loop.optimizer.register_step_pre_hook(before)
+    loop.optimizer.register_step_post_hook(lambda optimizer, *_: seen.append(len(optimizer.param_groups)))
+    for _ in range(2):
+        loop.steps(1)
+        loop.schedule.base_lrs = [0.003]
+    groups = loop.optimizer.param_groups
+    loop.schedule.step = lambda: None  # it knows one group
+    loop.steps(2)
+    assert loop.optimizer.param_groups is groups
+    assert seen == [1, 1, 2, 2]
+    assert (late < 1).all()  # it was stepped
+    assert groups[0]["lr"] == 0.003
+    loop.optimizer.load_state_dict(checkpoints[-1])
+    assert loop.watch._loop.border.swallowed == 0
+    assert loop.watch._loop.parts.control.multipliers["ffn"] == 0.5
+
+
 def test_a_set_with_all_multipliers_at_one_takes_everything_away(wires):
     loop = Loop(wires)
     loop.wire.order(id="a", set_multipliers=types_pb2.MultiplierSet(multipliers={"norm": 0.5}))

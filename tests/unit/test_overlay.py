@@ -33,7 +33,7 @@ def hooked(optimizer, multipliers):
     overlay = Overlay(optimizer)
     optimizer.register_step_pre_hook(lambda *_: overlay.lay(multipliers))
     optimizer.register_step_post_hook(lambda *_: overlay.remove())
-    overlay.guard()
+    overlay.guard(lambda: None)
     return overlay
 
 
@@ -158,7 +158,7 @@ def test_a_scheduler_made_before_or_after_the_guard_works_and_warns_of_nothing(o
         made[0].step()
     assert optimizer.param_groups[0]["lr"] == 0.0025
     overlay.unguard()
-    overlay.guard()  # again, over whatever was left
+    overlay.guard(lambda: None)  # again, over whatever was left
     torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
     with pytest.raises(TypeError):
         optimizer.step("no closure")
@@ -168,14 +168,14 @@ def test_a_scheduler_made_before_or_after_the_guard_works_and_warns_of_nothing(o
 def test_unguard_leaves_the_instance_as_it_was():
     optimizer = sgd(model().parameters(), 0.01)
     overlay = Overlay(optimizer)
-    overlay.guard()
-    overlay.guard()
+    overlay.guard(lambda: None)
+    overlay.guard(lambda: None)
     assert "step" in vars(optimizer)
     overlay.unguard()
     assert "step" not in vars(optimizer)
     torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
     theirs = vars(optimizer)["step"]
-    overlay.guard()
+    overlay.guard(lambda: None)
     overlay.unguard()
     assert vars(optimizer)["step"] is theirs
     overlay.unguard()

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from small_llama import MULTIPLIERS, RATE, backward, llama, order
+from stand_ins import in_each_step
 from torch.optim import lr_scheduler as schedules
 from torch.optim.swa_utils import SWALR, AveragedModel
 
@@ -56,7 +57,7 @@ def seen(kind, make, wires=None):
     if watch:
         order(wires[-1], MULTIPLIERS, at=3)
     history, laid = [], []
-    optimizer.register_step_pre_hook(lambda taken, *_: laid.append(len(taken.param_groups)))
+    in_each_step(optimizer, lambda taken: laid.append(len(taken.param_groups)))
     for number in range(STEPS):
         backward(model, number)
         optimizer.step()
