@@ -7,6 +7,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -16,11 +17,12 @@ from torch import nn
 
 from sharpwatch.agent import messages
 from sharpwatch.agent.border import Border
-from sharpwatch.agent.company import Company, come_together, is_several, stay_away
+from sharpwatch.agent.company import Company, come_together
 from sharpwatch.agent.control import CONTROL_MODES, Control, RollbackRequest
 from sharpwatch.agent.deepspeed import hidden
 from sharpwatch.agent.kinds import DEFAULT_PROBES
 from sharpwatch.agent.loop import Loop
+from sharpwatch.agent.meeting import Meeting, check_grouped, is_several
 from sharpwatch.agent.optimizers import stepping, uncontrolled
 from sharpwatch.agent.options import Options, check, possible
 from sharpwatch.agent.parts import Parts, Pipe, Silence
@@ -89,25 +91,15 @@ def attach(  # noqa: PLR0913 - the public signature; each has a default that wor
         seed=seed,
     )
     name = run or f"{training_job}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
-    if os.environ.get("SHARPWATCH_DISABLED") == "1":
+    disabled = os.environ.get("SHARPWATCH_DISABLED") == "1"
+    meeting = Meeting() if isinstance(model, nn.Module) and is_several(model) else None
+    with nullcontext() if meeting is None else meeting.attending():
         check(options)
-        return Watch(name, initial_step, None)
-    several = isinstance(model, nn.Module) and is_several(model)
-    try:
-        check(options)
-        block_map = _classified(model)
-        options = replace(options, probes=possible(tuple(probes), model))
-    except AttachError as error:
-        if several:
-            stay_away(str(error))
-        raise
-    company = None
-    if several:
-        company = come_together(model, options.optimizers, block_map, name, options.equal)
-        name, block_map = company.run, company.block_map
-        if company.staged:
-            options = replace(options, probes=())
-    return Watch(name, initial_step, Loop(_parts(options, name, block_map, company)))
+        if not disabled:
+            return Watch(name, initial_step, Loop(_parts(options, name, meeting)))
+    if meeting is not None:
+        meeting.stay_away("sharpwatch is disabled there, and must be on all ranks or none")
+    return Watch(name, initial_step, None)
 
 
 def _classified(model: nn.Module) -> BlockMap:
@@ -119,13 +111,33 @@ def _classified(model: nn.Module) -> BlockMap:
         raise AttachError(f"$SHARPWATCH_BLOCK_RULES: {error}") from error
 
 
-def _parts(options: Options, run: str, block_map: BlockMap, company: Company | None) -> Parts:
+def _parts(options: Options, run: str, meeting: Meeting | None) -> Parts:
+    """The parts of the watch on this rank, once every rank has made its own."""
+    check_grouped()
+    model = options.model
+    block_map = _classified(model)
+    options = replace(options, probes=possible(tuple(options.probes), model))
+    if meeting is None:
+        return _made(options, run, block_map, None)
+    company = come_together(meeting, options, block_map, run)
+    if company.staged:
+        options = replace(options, probes=())
+    parts = _made(options, company.run, company.block_map, company)
+    try:
+        meeting.all("the start")
+    except AttachError:
+        parts.pipe.close()
+        raise
+    return replace(parts, meeting=meeting)
+
+
+def _made(options: Options, run: str, block_map: BlockMap, company: Company | None) -> Parts:
     model, optimizers = options.model, options.optimizers
     identity = _identity(options, run)
     types = parameter_types(model, block_map, optimizers)
     border = Border()
     tap = Tap(block_map, dict(model.named_parameters()), optimizers, None if company is None else company.shares)
-    control = _control(options, block_map, types, 1 if company is None else company.ranks.size)
+    control = _control(options, block_map, types, uncontrolled(optimizers) if company is None else company.uncontrolled)
     if hidden(optimizers):
         _LOG.warning("gradient norms can't be shown: %s", hidden(optimizers))
     pipe: Pipe = Silence()
@@ -176,8 +188,7 @@ def _identity(options: Options, run: str) -> messages.Identity:
     )
 
 
-def _control(options: Options, block_map: BlockMap, types: Mapping[int, frozenset[str]], ranks: int) -> Control:
-    reason = uncontrolled(options.optimizers, ranks)
+def _control(options: Options, block_map: BlockMap, types: Mapping[int, frozenset[str]], reason: str) -> Control:
     if reason:
         _LOG.warning("learning rates are watched, but can't be changed: %s", reason)
     return Control(

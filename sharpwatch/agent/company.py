@@ -12,7 +12,9 @@ from torch import nn
 
 from sharpwatch.agent.border import Border
 from sharpwatch.agent.deepspeed import fragments
-from sharpwatch.agent.optimizers import is_flat
+from sharpwatch.agent.meeting import Meeting
+from sharpwatch.agent.optimizers import is_flat, uncontrolled
+from sharpwatch.agent.options import Options
 from sharpwatch.agent.ranks import Introduction, Ranks, join
 from sharpwatch.agent.shared import Shared
 from sharpwatch.agent.subject import Together
@@ -32,6 +34,7 @@ class _Own:
     sharded: bool
     summed: bool
     run: str
+    uncontrolled: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +42,8 @@ class Company:
     """The same on every rank, but for `ranks`.
 
     `block_map` is of the whole model, of which a pipeline's stage has a part. `sharded`: no rank has all weights,
-    `summed`: nor all gradients; `shares` weigh this rank's sums then.
+    `summed`: nor all gradients; `shares` weigh this rank's sums then. `uncontrolled`: why the learning rates of one of
+    them can't be changed, and so nobody's.
     """
 
     ranks: Ranks
@@ -49,6 +53,7 @@ class Company:
     summed: bool
     staged: bool
     run: str
+    uncontrolled: str
 
     def shared(self, tap: Tap, border: Border, device: torch.device) -> Shared:
         """The way of records through the ranks; an accelerator's numbers are a step further behind."""
@@ -62,38 +67,27 @@ class Company:
         return Together(self.ranks.add, self.shares, DataRank.of(model).number)
 
 
-def is_several(model: nn.Module) -> bool:
-    """Whether other processes train `model` too, or could hold a part of it."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return False
-    return dist.get_world_size() > 1 or is_sharded(model)
+def come_together(meeting: Meeting, options: Options, block_map: BlockMap, run: str) -> Company:
+    """Meet all other ranks, which have all come; every rank calls this.
 
-
-def come_together(
-    model: nn.Module,
-    optimizers: Sequence[torch.optim.Optimizer],
-    block_map: BlockMap,
-    run: str,
-    equal: Mapping[str, object],
-) -> Company:
-    """Meet all other ranks; every rank calls this, or `stay_away`.
-
-    Raises `AttachError` on all of them where one stayed away, differs in what must be `equal`, or never came.
+    Raises `AttachError` on all of them where one differs in what must be `equal`.
     """
+    model, optimizers = options.model, options.optimizers
     parameters = dict(model.named_parameters())
     cut = fragments(optimizers)
     try:
         shards = {name: cut.get(id(parameter)) or Shard.of(parameter) for name, parameter in parameters.items()}
     except BlockError as error:
-        stay_away(str(error))
         raise AttachError(f"model: {error}") from error
+    meeting.all("attach")
     flat = any(map(is_flat, parameters.values()))
     if flat:  # each rank has its own piece under the same name
         block_map = _stretched(block_map, dist.get_world_size())
     held = {name: shard.numel for name, shard in shards.items()}
     sharded = flat or is_sharded(model)
-    mine = _Own(block_map, held, sharded, sharded or bool(cut), run)
-    group, all_of_them = join(Introduction(equal=equal, own=mine))
+    reason = uncontrolled(optimizers, dist.get_world_size())
+    mine = _Own(block_map, held, sharded, sharded or bool(cut), run, reason)
+    group, all_of_them = join(Introduction(equal=options.equal, own=mine))
     owns = [each.own for each in all_of_them if isinstance(each.own, _Own)]
     whole = _merged([own.block_map for own in owns])
     staged = any(own.block_map.shapes != whole.shapes for own in owns)
@@ -109,12 +103,8 @@ def come_together(
         summed=summed,
         staged=staged,
         run=owns[0].run,
+        uncontrolled="; ".join(dict.fromkeys(own.uncontrolled for own in owns if own.uncontrolled)),
     )
-
-
-def stay_away(error: str) -> None:
-    """Tell the other ranks that this one can't be watched."""
-    join(Introduction(error=error))
 
 
 def _merged(maps: Sequence[BlockMap]) -> BlockMap:

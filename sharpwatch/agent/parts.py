@@ -12,6 +12,7 @@ from torch import nn
 
 from sharpwatch.agent.border import Border
 from sharpwatch.agent.control import Control, RollbackRequest
+from sharpwatch.agent.meeting import Meeting
 from sharpwatch.agent.messages import Identity
 from sharpwatch.agent.probes import Probes
 from sharpwatch.agent.sampler import Sampler
@@ -78,6 +79,7 @@ class Parts:
     border: Border
     on_rollback: Callable[[RollbackRequest], object] | None = None
     shared: Shared | None = None  # where several ranks train
+    meeting: Meeting | None = None  # there too
 
     @property
     def together(self) -> bool:

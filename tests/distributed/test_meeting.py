@@ -1,0 +1,148 @@
+"""All ranks meet at attach, and none waits where another can't be watched."""
+
+from __future__ import annotations
+
+import os
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from stand_ins import Net, Wire
+
+import sharpwatch
+from sharpwatch.agent import attach as attach_module
+from sharpwatch.errors import AttachError
+from sharpwatch.v1 import types_pb2
+
+
+def wired():
+    wires = []
+    attach_module.CourierPipe = lambda hello, **options: wires.append(Wire(hello, **options)) or wires[-1]
+    return wires
+
+
+def attached(model=None, kind=torch.optim.SGD, **options):
+    """The watch, its model and optimizer; in place of a watch, what attach raised."""
+    torch.manual_seed(1)
+    model = model or Net()
+    optimizer = kind(model.parameters(), lr=0.1)
+    try:
+        return sharpwatch.attach(model, optimizer, **{"training_job": "meeting", **options}), model, optimizer
+    except AttachError as error:
+        return str(error), model, optimizer
+
+
+def go_on(optimizer):
+    """What the loop does without its monitor: steps, and a group of its own that torch names by how many there were."""
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    total = torch.ones(1)
+    dist.all_reduce(total, group=dist.new_group([0, 1], timeout=timedelta(seconds=20)))
+    return total.item()
+
+
+def disabled(who):
+    wired()
+    if dist.get_rank() in who:
+        os.environ["SHARPWATCH_DISABLED"] = "1"
+    watch, _, optimizer = attached()
+    return watch if isinstance(watch, str) else type(watch).__name__, go_on(optimizer)
+
+
+def test_a_disabled_rank_holds_up_nobody_and_their_groups_stay_in_step(ranks):
+    told = "rank 1: sharpwatch is disabled there, and must be on all ranks or none"
+    assert ranks(disabled, 2, [1]) == [(told, 2.0), ("Watch", 2.0)]
+
+
+def test_where_all_ranks_are_disabled_none_meets(ranks):
+    assert ranks(disabled, 2, [0, 1]) == [("Watch", 2.0), ("Watch", 2.0)]
+
+
+def missing():
+    """Rank 1 never attaches; the loop's own collectives would wait for it three seconds."""
+    wired()
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=3))
+    told = None if dist.get_rank() else attached()[0]
+    dist.distributed_c10d._get_default_store().set(f"past {dist.get_rank()}", "")
+    dist.distributed_c10d._get_default_store().wait(["past 0", "past 1"])
+    return told, go_on(attached()[2])
+
+
+def test_nobody_waits_for_a_missing_rank_longer_than_the_loop_would(ranks):
+    told = "rank 0: not all 2 ranks called attach within 3 s (all must, not one)"
+    assert ranks(missing, 2) == [(told, 2.0), (None, 2.0)]
+
+
+def failing():
+    """Rank 0 can't make its part, after all have told each other of theirs."""
+
+    def vanished(*_, **__):
+        raise AttachError("tls: the files are gone")
+
+    wired()
+    if dist.get_rank() == 0:
+        attach_module.CourierPipe = vanished
+    told, model, optimizer = attached()
+    return told, len(model._forward_pre_hooks), go_on(optimizer)
+
+
+def test_where_one_rank_fails_no_rank_is_watched(ranks):
+    first, second = ranks(failing, 2)
+    assert first == ("tls: the files are gone", 0, 2.0)
+    assert second == ("rank 0: tls: the files are gone", 0, 2.0)
+
+
+class Muon(torch.optim.SGD):
+    """As users have it: its name says that ranks share its momentum out."""
+
+
+def stages():
+    """A pipeline: the optimizer of stage 1 can't be controlled."""
+    wires = wired()
+    whole, rank = Net(), dist.get_rank()
+    stage = nn.ModuleDict({"wte": whole.wte} if rank == 0 else {"ln_f": whole.ln_f, "lm_head": whole.lm_head})
+    watch, _, optimizer = attached(stage, torch.optim.SGD if rank == 0 else Muon)
+    rates = []
+    optimizer.register_step_pre_hook(lambda it, *_: rates.append(len(it.param_groups)))
+    for step in range(1, 11):
+        for parameter in stage.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        dist.barrier()
+        if wires and step == 2:
+            action = types_pb2.MultiplierSet(multipliers={"emb": 0.5, "head": 0.5}, revision=3)
+            wires[0].order(id="cut", set_multipliers=action)
+    revision = watch._loop.parts.control.revision
+    watch.close()
+    return rates, revision, [result.outcome for wire in wires for result in wire.results]
+
+
+def test_a_command_that_one_stage_cannot_take_is_taken_by_none(ranks):
+    first, second = ranks(stages, 2)
+    assert first[:2] == second[:2] == ([1] * 10, 0)
+    assert first[2] == [types_pb2.COMMAND_OUTCOME_REFUSED]
+
+
+def early():
+    dist.destroy_process_group()
+    with pytest.raises(AttachError, match="WORLD_SIZE=2, but there is no process group yet"):
+        sharpwatch.attach(model := Net(), optimizer := torch.optim.SGD(model.parameters()), training_job="early")
+    os.environ["SHARPWATCH_DISABLED"] = "1"
+    sharpwatch.attach(model, optimizer, training_job="early").close()
+    del os.environ["SHARPWATCH_DISABLED"]
+    wired()
+    os.environ["WORLD_SIZE"] = "1"
+    sharpwatch.attach(model, optimizer, training_job="alone").close()
+    store = dist.FileStore(f"{os.environ['RESULTS']}/second", 2)
+    dist.init_process_group("gloo", store=store, rank=int(os.environ["RANK"]), world_size=2)
+
+
+def test_attach_waits_for_the_process_group_to_be_made(ranks):
+    ranks(early, 2)
