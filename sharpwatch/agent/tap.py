@@ -204,7 +204,7 @@ class Tap:
         """
         sums = self._clipped(sums)
         rates, multipliers, owned = sums[:, COLUMNS:].T
-        floors = FLOOR_SHARE * sums[:, SECOND] / self._numel
+        floors = FLOOR_SHARE * sums[:, SECOND] / np.maximum(self._numel, 1.0)
         self._floors = np.where(np.isnan(floors), self._no_floors, floors).tolist()
         self._count_exactly = bool((sums[:, NON_FINITE] > 0).any())
         seen = ~np.isnan(sums[:, SCALED])
@@ -291,11 +291,15 @@ class Tap:
             like = weight
         else:
             return
+        if not weight.numel() or not (weight.is_floating_point() or weight.is_complex()):
+            return  # codes of a quantised weight have no norm
         second, correction = None, 1.0
         # A sparse gradient has rows, not the parameter's shape; it belongs to an embedding, which is never fused.
         dense = gradient is not None and not gradient.is_sparse
         if dense and state and group is not None:
             second, correction = self._second_moment(parameter, group, state, like.shape)
+        if weight.is_complex():
+            weight, gradient, second = (_real(tensor) for tensor in (weight, gradient, second))
         for i in rows:
             part, floor = self._parts[i], self._floors[i]
             if part.dim is None and shard.is_whole:  # most are; the rest is slower
@@ -330,6 +334,11 @@ class Tap:
         count = count + 1 if counter is step else int(step.item())
         self._steps[id(parameter)] = (step, count)
         return count
+
+
+def _real(tensor: Tensor | None) -> Any:
+    """Real and imaginary parts, as Adam takes them."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor is not None and tensor.is_complex() else tensor
 
 
 def _counts(parts: Sequence[PartTensors], sums: Tensor) -> Tensor:

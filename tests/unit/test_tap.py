@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from sharpwatch.agent.partsums import FLOOR_SHARE, NON_FINITE, SCALED, PartTensors, Scratch, device_sums, host_sums
 from sharpwatch.agent.tap import Tap
-from sharpwatch.blocks import classify
+from sharpwatch.blocks import Rule, Rules, classify
 
 
 def gpt2():
@@ -127,6 +127,41 @@ def test_non_finite_entries_are_counted_and_the_rest_still_measured():
     assert set(counts.values()) == {0}
     assert np.isfinite(reading.gradient_norm).all()
     assert (reading.gradient_norm <= before.gradient_norm).all()
+
+
+class Odd(nn.Module):
+    """Parameters of no entries, in the midst and at the end; complex ones; codes of a frozen, quantised weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.wte = nn.Embedding(5, 8)
+        self.norms = nn.ParameterList([nn.Parameter(torch.empty(size)) for size in (0, 3)])
+        self.phase = nn.Parameter(torch.randn(8, 600, dtype=torch.complex64))
+        self.codes = nn.Parameter(torch.arange(16, dtype=torch.uint8), requires_grad=False)
+        self.lm_head = nn.Linear(8, 5)
+        self.none = nn.Parameter(torch.empty(0, 5))
+
+
+def test_parameters_that_are_empty_complex_or_codes():
+    torch.manual_seed(0)
+    net = Odd()
+    others = Rules((Rule("*", block="other"),))
+    block_map = classify(net, others)
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=0.01, foreach=False)
+    for parameter in net.parameters():
+        if parameter.requires_grad:
+            nn.init.ones_(parameter)
+            parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    reading = read(net, [optimizer], Tap(block_map, dict(net.named_parameters()), [optimizer]))
+    trained = [p for p in net.parameters() if p.requires_grad]
+    squares = [
+        sum(float(t.detach().abs().double().square().sum()) for t in of) for of in (trained, [p.grad for p in trained])
+    ]
+    assert float(reading.weight_norm.sum()) == pytest.approx(math.sqrt(squares[0]), rel=1e-5)
+    assert float(reading.gradient_norm.sum()) == pytest.approx(math.sqrt(squares[1]), rel=1e-5)
+    assert np.isfinite(reading.update_rms).all()
+    assert (reading.non_finite == 0).all()
 
 
 def test_a_sum_that_overflows_float32_is_no_damage():
