@@ -3,10 +3,11 @@
 Both trainers do the same work on the same batches and take turns, so that whatever else the machine does hits both
 alike. `ratio` is of total step times, which contain the probes; `cpu_ratio` is of the training thread's processor time,
 which other processes change less; `counted` is the agent's own account over the same steps, taps and probes apart.
-`--swing` makes steps ten times as long from the middle of the run on, and says both halves. The daemon runs beside it,
-as in production.
+The tap costs the same whatever a step computes, so `--micro-batches` says how many tokens a step has for it. `--swing`
+makes steps ten times as long from the middle of the run on, and says both halves. The daemon runs beside it, as in
+production.
 
-    python benchmarks/overhead.py [--models small large] [--budgets 0 0.01 0.05] [--steps N] [--swing]
+    python benchmarks/overhead.py [--models small large] [--budgets 0 0.01] [--steps N] [--micro-batches N] [--swing]
 """
 
 from __future__ import annotations
@@ -118,15 +119,17 @@ class Trainer:
         return seconds
 
 
-def compare(size: str, steps: int, address: str, budget: float, *, swing: bool) -> Iterator[dict[str, object]]:
+def compare(  # noqa: PLR0913 - each varies
+    size: str, steps: int, address: str, budget: float, *, micro_batches: int, swing: bool
+) -> Iterator[dict[str, object]]:
     """Times of a plain and a watched trainer that take turns."""
     plain, watched = Trainer(size), Trainer(size)
     watched.attach(address, budget)
     for trainer in (plain, watched) * _WARM_UP:
         trainer.step()
-    for times in (1, 10) if swing else (1,):
+    for longer in (1, 10) if swing else (1,):
         watched.counted.clear()
-        count = max(20, steps // times)
+        count, times = max(20, steps // longer), longer * micro_batches
         pairs = [(plain.step(times), watched.step(times)) for _ in range(count)]
         (without, cpu), (with_agent, cpu_with) = (
             list(zip(*column, strict=True)) for column in zip(*pairs, strict=True)
@@ -134,6 +137,7 @@ def compare(size: str, steps: int, address: str, budget: float, *, swing: bool) 
         taps, probes = (sum(column) for column in zip(*watched.counted, strict=True))
         yield {
             "model": size,
+            "tokens": times * watched.rows * watched.length,
             "budget": budget or "tap alone",
             "step_ms": round(1e3 * statistics.median(without), 1),
             "steps": count,
@@ -153,6 +157,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--budgets", nargs="+", type=float, default=[0, 0.005, 0.01, 0.05])
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--micro-batches", type=int, default=1, help="of a step, before --swing")
     parser.add_argument("--swing", action="store_true", help="ten times as long steps from the middle on")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
@@ -160,7 +165,8 @@ def main() -> None:
     with daemon() as address:
         for size in arguments.models:
             for budget in arguments.budgets:
-                for line in compare(size, arguments.steps, address, budget, swing=arguments.swing):
+                times = {"micro_batches": arguments.micro_batches, "swing": arguments.swing}
+                for line in compare(size, arguments.steps, address, budget, **times):
                     print(json.dumps(line), flush=True)
 
 
