@@ -24,7 +24,7 @@ from sharpwatch.curvature.batch import Batch
 from sharpwatch.curvature.harmless import undisturbed
 from sharpwatch.curvature.outputs import EmptyBatchError
 from sharpwatch.curvature.record import Record
-from sharpwatch.curvature.shards import Shard, held, held_gradient, sketch
+from sharpwatch.curvature.shards import Shard, gradient_summand, held, sketch
 from sharpwatch.curvature.sketch import CountSketch
 from sharpwatch.errors import DesyncError, ProbeError
 
@@ -176,9 +176,10 @@ class Probes:
         together, parameters = self._subject.together, dict(self._subject.model.named_parameters())
         if together is not None:  # this rank's summand
             shards = {name: Shard.of(parameter) for name, parameter in parameters.items()}
-            held_now = {name: held_gradient(parameter) for name, parameter in parameters.items()}
-            found = {name: gradient for name, gradient in held_now.items() if gradient is not None}
-            return sketch(self._subject.sketcher, found, shards, together.weights)
+            summands = {name: gradient_summand(parameter) for name, parameter in parameters.items()}
+            found = {name: gradient for name, (gradient, _) in summands.items() if gradient is not None}
+            weights = {name: together.weights[name] * ranks for name, (_, ranks) in summands.items()}
+            return sketch(self._subject.sketcher, found, shards, weights)
         given = {name: parameter.grad for name, parameter in parameters.items()}
         gradients = {name: g.to_dense() if g.is_sparse else g for name, g in given.items() if g is not None}
         return self._subject.sketcher.sketch(gradients)

@@ -28,7 +28,7 @@ from sharpwatch.agent.partsums import (
     host_sums,
 )
 from sharpwatch.blocks import BlockMap
-from sharpwatch.curvature.shards import Shard, held, held_gradient
+from sharpwatch.curvature.shards import Shard, held, held_gradient, is_scattered
 
 Array = npt.NDArray[Any]
 
@@ -77,11 +77,13 @@ class Later:
 class PendingTap:
     """A reading whose numbers may still be on the device.
 
-    `read` are the parts that were looked at; `host` and `device` have sums of pieces, with the parts they are of.
+    `read` are the parts that were looked at, `scattered` those whose gradients no rank has entries of; `host`
+    and `device` have sums of pieces, with the parts they are of.
     """
 
     multipliers: Array
     read: list[int] = field(default_factory=list)
+    scattered: list[int] = field(default_factory=list)
     host: list[tuple[list[int], Array]] = field(default_factory=list)
     device: list[tuple[list[int], Later]] = field(default_factory=list)
     rates: dict[tuple[int, int], float | Later] = field(default_factory=dict)
@@ -162,7 +164,7 @@ class Tap:
         by_device: dict[torch.device, tuple[list[int], list[PartTensors]]] = defaultdict(lambda: ([], []))
         for place in self._places[which]:
             pending.read += place.rows
-            for i, piece in self._pieces(place, optimizer):
+            for i, piece in self._pieces(place, optimizer, pending):
                 members, pieces = by_device[piece.weight.device]
                 members.append(i)
                 pieces.append(piece)
@@ -188,7 +190,7 @@ class Tap:
             np.add.at(sums, members, values)
         sums[:, [GRADIENT, SCALED]] /= self._scales(pending)[:, None]
         sums *= self._shares[:, None]
-        sums[self._hidden, GRADIENT] = math.nan
+        sums[[*self._hidden, *pending.scattered], GRADIENT] = math.nan
         owned = self._held_share * [owner is not None for owner in self._owner]
         return np.column_stack([sums, owned * self._rates(pending), owned * pending.multipliers, owned])
 
@@ -279,11 +281,17 @@ class Tap:
             which, number = self._owner[first] or (0, None)
             self._places[which].append(_Place(self._parameters[first], self._shards[first], [first, *more], number))
 
-    def _pieces(self, place: _Place, optimizer: torch.optim.Optimizer) -> Iterator[tuple[int, PartTensors]]:
+    def _pieces(
+        self, place: _Place, optimizer: torch.optim.Optimizer, pending: PendingTap
+    ) -> Iterator[tuple[int, PartTensors]]:
         """The pieces that this rank holds, each with its part: where nothing is cut, one of each part."""
         parameter, shard, rows, number = place
         if not isinstance(shard, Fragment):
-            weight, gradient, like = held(parameter), held_gradient(parameter), parameter
+            weight, gradient, like = held(parameter), None, parameter
+            if is_scattered(parameter):
+                pending.scattered += rows
+            else:
+                gradient = held_gradient(parameter)
             group = None if number is None else optimizer.param_groups[number]
             state = optimizer.state.get(parameter)  # `get`: the defaultdict must not grow
         elif shard.numel:

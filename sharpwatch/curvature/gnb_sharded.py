@@ -180,7 +180,7 @@ class _Together:
         """Enter the model's own collectives: all ranks, or none."""
         nothing = torch.zeros(0, device="cpu")
         with self.trying():
-            self._launched = _collectives()
+            self._launched = collectives()
         self.total(nothing)
         # Whoever has given up waiting there for a late rank is missed by that here, before it waits in the model.
         self._inside = True
@@ -191,7 +191,7 @@ class _Together:
 
         Once inside, that needs all to have launched as many collectives: then none waits for another's, nor will.
         """
-        launched = _collectives() - self._launched if self._inside else 0
+        launched = collectives() - self._launched if self._inside else 0
         head = torch.tensor([1, self._reason != "", launched, launched**2], dtype=torch.float64, device="cpu")
         summed = self._sum(torch.cat([head, own.flatten()]))
         self.size, failures, launched, squared = (round(value) for value in summed[:4].tolist())
@@ -221,7 +221,7 @@ class _Together:
             raise DesyncError(f"{said}. {_OUT_OF_STEP}") from error
 
 
-def _collectives() -> int:
+def collectives() -> int:
     """How many this process has launched, on all its groups. Raises `RuntimeError` where a backend does not count."""
     groups: Iterable[Any] = dist.distributed_c10d._world.pg_map  # noqa: SLF001 - there is no public way to ask for all
     return sum(group._get_sequence_number_for_group() for group in groups)  # noqa: SLF001 - nor for what each did

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sharpwatch.blocks import Part
 from sharpwatch.curvature.sketch import CountSketch
-from sharpwatch.errors import BlockError
+from sharpwatch.errors import BlockError, ProbeError
 
 _SLAB = 2**24  # entries of a temporary in which entries that are no run are sketched
 
@@ -122,16 +122,47 @@ def held(tensor: Tensor) -> Tensor:
     return tensor.detach().to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def held_gradient(parameter: Tensor) -> Tensor | None:
-    """What this rank holds of `parameter.grad`, placed as the parameter is.
+def is_scattered(parameter: Tensor) -> bool:
+    """Whether it takes a collective to place the gradient as `parameter` is.
 
-    A gradient placed otherwise, as under sequence parallelism, is redistributed: a collective, which the optimizer
-    takes part in as well.
+    Under sequence parallelism ranks have sums, which the optimizer adds up in its step: before, none has an entry.
     """
+    gradient: Any = parameter.grad
+    placed: Any = parameter
+    if not is_dtensor(gradient) or gradient.placements == placed.placements:
+        return False
+    return any(
+        now != then and not now.is_replicate() for now, then in zip(gradient.placements, placed.placements, strict=True)
+    )
+
+
+def held_gradient(parameter: Tensor) -> Tensor | None:
+    """What this rank holds of `parameter.grad`, placed as the parameter is: a collective where it `is_scattered`."""
     gradient: Any = parameter.grad
     if is_dtensor(gradient) and gradient.placements != parameter.placements:  # type: ignore[attr-defined]
         gradient = gradient.detach().redistribute(placements=parameter.placements)  # type: ignore[attr-defined]
     return None if gradient is None else held(gradient)
+
+
+def gradient_summand(parameter: Tensor) -> tuple[Tensor | None, int]:
+    """What this rank adds to `parameter.grad`, in the parameter's shard, and how many ranks' such make up an entry.
+
+    No collective. Raises `ProbeError` where a gradient that `is_scattered` is no sum over ranks that hold the same.
+    """
+    if not is_scattered(parameter):
+        return held_gradient(parameter), 1
+    gradient: Any = parameter.grad
+    placed: Any = parameter
+    pairs = list(zip(gradient.placements, placed.placements, strict=True))
+    ranks = 1
+    for size, (now, then) in zip(placed.device_mesh.shape, pairs, strict=True):
+        if now == then or now.is_replicate():
+            continue
+        if not (then.is_replicate() and now.is_partial() and now.reduce_op == "sum"):
+            raise ProbeError(f"a gradient is placed as {gradient.placements}, its parameter as {placed.placements}")
+        ranks *= size
+    cut = [then if now.is_replicate() else now for now, then in pairs]
+    return held(gradient.detach().redistribute(placements=cut)), ranks
 
 
 def shares(whole: Mapping[str, int], held_by: Iterable[Mapping[str, int]]) -> dict[str, float]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,24 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "uni
 import dense
 import sharding
 
+from sharpwatch.agent.probes import Probes
+from sharpwatch.agent.subject import Together
 from sharpwatch.agent.tap import Tap
 from sharpwatch.blocks import classify
 from sharpwatch.curvature import shards
+from sharpwatch.curvature.fsdp import DataRank
+from sharpwatch.curvature.gnb_sharded import collectives
+from sharpwatch.curvature.sketch import CountSketch
 
 STEPS = 4
 RATE = 0.01
 POSITIONS = torch.arange(dense.POSITIONS)[None]
+
+
+def add(tensor):
+    total = tensor.clone()
+    dist.all_reduce(total)
+    return total
 
 
 def full(tensor):
@@ -50,17 +62,21 @@ class Whole:
         return self.tap.resolve(pending)
 
 
-def shared_tap(block_map, model, optimizer):
-    parameters = dict(model.named_parameters())
+def weights_of(block_map, parameters):
     held = [None] * dist.get_world_size()
     dist.all_gather_object(held, {name: shards.Shard.of(p).numel for name, p in parameters.items()})
-    weights = shards.shares({name: math.prod(shape) for name, shape in block_map.shapes.items()}, held)
-    return Tap(block_map, parameters, [optimizer], weights)
+    return shards.shares({name: math.prod(shape) for name, shape in block_map.shapes.items()}, held)
+
+
+def shared_tap(block_map, model, optimizer):
+    parameters = dict(model.named_parameters())
+    return Tap(block_map, parameters, [optimizer], weights_of(block_map, parameters))
 
 
 def shared_reading(tap):
-    pending = tap.start({})
+    pending, before = tap.start({}), collectives()
     tap.read(pending, 0)
+    assert collectives() == before  # of the user's groups none, in every step
     sums = torch.from_numpy(tap.local(pending))
     dist.all_reduce(sums)
     return tap.reading(sums.numpy())
@@ -74,8 +90,24 @@ def damage(model):
     local[local.abs() == full(gradient).abs().max()] = math.inf
 
 
-def train(make, shard, ids):
-    """A few steps; the tap of the sharded model against that of the whole at each of them."""
+def check_sketch(block_map, model, optimizer):
+    """The gradient's sketch, added up over ranks; none of them waits for another on the way."""
+    weights = weights_of(block_map, dict(model.named_parameters()))
+    together = Together(add, weights, DataRank.of(model).number)
+    probes = Probes((), model, block_map, [optimizer], seed=3, sketch_size=64, together=together)
+    before = collectives()
+    own = probes.sketch_gradient().cpu()
+    assert collectives() == before
+    gradients = {name: full(parameter.grad) for name, parameter in model.named_parameters()}
+    expected = CountSketch(block_map, size=64, seed=3).sketch(gradients)
+    torch.testing.assert_close(add(own), expected, rtol=1e-4, atol=1e-5 * float(expected.nan_to_num().abs().max()))
+
+
+def train(make, shard, ids, *, scattered=False):
+    """A few steps; the tap of the sharded model against that of the whole at each of them.
+
+    `scattered`: ranks have sums of the norms' gradients, which nobody has added up before the step.
+    """
     block_map = classify(make())
     model = shard(make())
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
@@ -87,13 +119,18 @@ def train(make, shard, ids):
             damage(model)
         whole.follow(model, optimizer)
         found, expected = shared_reading(tap), whole.read()
-        for name in ("gradient_norm", "weight_norm", "learning_rate"):
+        for name in ("weight_norm", "learning_rate"):
             np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-5, err_msg=name)
+        untold = np.isnan(found.gradient_norm)
+        assert untold.tolist() == [scattered and layer.type == "norm" for layer in block_map.layer_blocks]
+        np.testing.assert_allclose(found.gradient_norm[~untold], expected.gradient_norm[~untold], rtol=1e-5)
+        check_sketch(block_map, model, optimizer)
         assert found.non_finite.tolist() == expected.non_finite.tolist()
         assert found.non_finite.sum() == (step == STEPS - 1)
         if step >= 2:  # before, no rank knows the mean of v̂ over a part, which is its floor
             assert np.isfinite(found.update_rms).any()
-            np.testing.assert_allclose(found.update_rms, expected.update_rms, rtol=1e-5)
+            np.testing.assert_allclose(found.update_rms[~untold], expected.update_rms[~untold], rtol=1e-5)
+            assert np.isnan(found.update_rms[untold]).all()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -112,7 +149,8 @@ def check():
     train(dense.llama, lambda model: sharding.by_fsdp(model, both, offload_policy=offload), own)
     # Ranks that compute together see the same rows. Here gradients are placed otherwise than their parameters.
     together = dense.tokens(seed=square.get_local_rank("dp"))[0]
-    train(dense.llama, lambda model: sharding.by_tensor_parallelism(model, square["tp"]), dense.tokens()[0])
+    by_rows = partial(sharding.by_tensor_parallelism, mesh=square["tp"])
+    train(dense.llama, by_rows, dense.tokens()[0], scattered=True)
     train(
         dense.llama,
         lambda model: sharding.by_fsdp(sharding.by_tensor_parallelism(model, square["tp"]), square["dp"]),
