@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import hashlib
+import json
 import logging
 import os
 import sys
@@ -114,6 +116,10 @@ class Loop:
         parts, identity = self.parts, self.parts.identity
         if self._begun:
             return  # a rollback: what is in force now stays
+        if not self._takes(state):
+            if state:
+                _LOG.warning("the agent's state is not taken up: not all ranks were given the same")
+            return
         if state["version"] != _STATE_VERSION:
             raise ValueError(f"an agent's state of version {state['version']}: this agent reads {_STATE_VERSION}")
         given = (identity.training_job, self.run if parts.named else state["run"])
@@ -128,6 +134,26 @@ class Loop:
         parts.pipe.greet(messages.hello(replace(identity, run=self.run, initial_step=step), parts.block_map))
         self._probing.begin()
         self.rates.guard(self._hooks.innermost)
+
+    def _takes(self, state: Mapping[str, Any]) -> bool:
+        """Whether there is a state, and all ranks are given it, or its equal in what must be alike on them."""
+        meeting = self.parts.meeting
+        if meeting is None:
+            return bool(state)
+        own = {"sampler"} if self.parts.together else {"sampler", "probes"}  # what this rank alone has run
+        try:
+            alike = [sorted(state), {key: value for key, value in state.items() if key not in own}]
+            text = json.dumps(alike, sort_keys=True) if state else ""
+        except (TypeError, ValueError):
+            text = ""  # not what this agent has made
+        return meeting.takes(hashlib.sha256(text.encode()).hexdigest() if text else "")
+
+    def _start(self) -> None:
+        """The run begins: no state can be taken up any more, and other ranks need not wait for one."""
+        if not self._begun:
+            self._begun = True
+            if self.parts.meeting is not None:
+                self.parts.meeting.takes("")
 
     def close(self, *, in_order: bool) -> None:
         """Take every hook away and let the courier finish; a goodbye is said only to a loop that ended in order."""
@@ -169,7 +195,7 @@ class Loop:
 
     def forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """The model is called in training."""
-        self._begun = True
+        self._start()
         self.stopwatch.start()
         self._losses.forward()
         self._samples.outbox.begin()
@@ -193,7 +219,7 @@ class Loop:
                     self.read(other)
             self._complete(self._round)
         if self._round is None:
-            self._begun = True
+            self._start()
             self._samples.outbox.begin()
             step = self.step + 1
             self.parts.control.begin(step, self._clock())

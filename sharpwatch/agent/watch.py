@@ -76,9 +76,10 @@ class Watch:
         """Go on as the run that made `state`: its name, step and multipliers; to be called before the first forward.
 
         Later it does nothing: a run that is rolled back keeps what is in force. So does the state of another training
-        job, or of another run than the one named at `attach`. On several ranks all of them call it.
+        job, or of another run than the one named at `attach`, and an empty one. On several ranks all of them call it,
+        with the same state, or none takes it up.
         """
-        if self._loop is not None and state:
+        if self._loop is not None:
             with self._loop.border.guard("loading the agent's state"):
                 self._loop.load_state_dict(state)
 

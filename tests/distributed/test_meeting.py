@@ -146,3 +146,33 @@ def early():
 
 def test_attach_waits_for_the_process_group_to_be_made(ranks):
     ranks(early, 2)
+
+
+def resumed(how):
+    """Both ranks go on with a state, rank 1 in another way: their run, step and multiplier in the end."""
+    wired()
+    watch, _, optimizer = attached()
+    state = watch.state_dict() | {"run": "before", "step": 100}
+    state["control"]["start"] = state["control"]["target"] = {"emb": 0.25}
+    state["sampler"]["credit"] = float(dist.get_rank())  # each rank's own
+    if dist.get_rank() == 1:
+        changed = {"unreadable": {"control": {}}, "newer": {"version": 99}}
+        state = {} if how == "empty" else state | changed.get(how, {})
+    if dist.get_rank() == 0 or how != "absent":
+        watch.load_state_dict(state)
+    go_on(optimizer)
+    found = watch.run, watch.step, watch._loop.parts.control.multipliers["emb"]
+    watch.close()
+    return found
+
+
+def test_a_state_that_all_ranks_are_given_is_taken_up(ranks):
+    assert ranks(resumed, 2, "alike") == [("before", 101, 0.25)] * 2
+
+
+@pytest.mark.parametrize("how", ["absent", "empty", "unreadable", "newer"])
+def test_a_state_that_one_rank_cannot_take_up_is_taken_up_by_none(ranks, how):
+    first, second = ranks(resumed, 2, how)
+    assert first == second
+    assert first[0].startswith("meeting-")
+    assert first[1:] == (1, 1.0)
