@@ -17,7 +17,7 @@ from torch import nn
 
 from sharpwatch.agent import messages
 from sharpwatch.agent.border import Border
-from sharpwatch.agent.company import Company, come_together
+from sharpwatch.agent.company import Company, check_rules, come_together
 from sharpwatch.agent.control import CONTROL_MODES, Control, RollbackRequest
 from sharpwatch.agent.deepspeed import hidden
 from sharpwatch.agent.kinds import DEFAULT_PROBES
@@ -32,7 +32,7 @@ from sharpwatch.agent.rates import parameter_types
 from sharpwatch.agent.sampler import Sampler
 from sharpwatch.agent.tap import Tap
 from sharpwatch.agent.watch import Watch
-from sharpwatch.blocks import BlockMap, classify
+from sharpwatch.blocks import BlockMap, classified
 from sharpwatch.errors import AttachError, BlockError, ConfigError
 from sharpwatch.wire import SKETCH_SIZE
 
@@ -102,9 +102,9 @@ def attach(  # noqa: PLR0913 - the public signature; each has a default that wor
     return Watch(name, initial_step, None)
 
 
-def _classified(model: nn.Module) -> BlockMap:
+def _classified(model: nn.Module) -> tuple[BlockMap, Mapping[str, str]]:
     try:
-        return classify(model, os.environ.get("SHARPWATCH_BLOCK_RULES"))
+        return classified(model, os.environ.get("SHARPWATCH_BLOCK_RULES"))
     except BlockError as error:
         raise AttachError(f"model: {error}. For attach, $SHARPWATCH_BLOCK_RULES names the file of rules") from error
     except ConfigError as error:
@@ -115,11 +115,12 @@ def _parts(options: Options, run: str, meeting: Meeting | None) -> Parts:
     """The parts of the watch on this rank, once every rank has made its own."""
     check_grouped()
     model = options.model
-    block_map = _classified(model)
+    block_map, rules = _classified(model)
     options = replace(options, probes=possible(tuple(options.probes), model))
     if meeting is None:
+        check_rules([rules])
         return _made(options, run, block_map, None)
-    company = come_together(meeting, options, block_map, run)
+    company = come_together(meeting, options, block_map, rules, run)
     if company.staged:
         options = replace(options, probes=())
     parts = _made(options, company.run, company.block_map, company)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from sharpwatch.agent.meeting import Meeting
 from sharpwatch.agent.optimizers import is_flat, uncontrolled
 from sharpwatch.agent.options import Options
 from sharpwatch.agent.ranks import Introduction, Ranks, join
+from sharpwatch.agent.replicas import Piece, pieces, replicas
 from sharpwatch.agent.shared import Shared
 from sharpwatch.agent.subject import Together
 from sharpwatch.agent.tap import Tap
@@ -26,11 +28,26 @@ from sharpwatch.errors import AttachError, BlockError
 
 
 @dataclass(frozen=True, slots=True)
-class _Own:
-    """What one rank has: its part of the model, the entries that it holds of each parameter, its name for the run."""
+class _Part:
+    """What one rank has of the model: the division, the entries it holds of each parameter, and what tells them."""
 
     block_map: BlockMap
     held: Mapping[str, int]
+    pieces: Mapping[str, Piece]
+
+    @property
+    def digest(self) -> bytes:
+        """Equal on ranks that have the same."""
+        return sha256(repr(self).encode()).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class _Own:
+    """What one rank brings. Its part of the model only as a digest: most often all have the same."""
+
+    part: bytes
+    replicated: Sequence[int]  # ranks that DDP keeps alike with this one
+    rules: Mapping[str, str]  # the user's: why one places nothing here, empty where it does
     sharded: bool
     summed: bool
     run: str
@@ -67,44 +84,79 @@ class Company:
         return Together(self.ranks.add, self.shares, DataRank.of(model).number)
 
 
-def come_together(meeting: Meeting, options: Options, block_map: BlockMap, run: str) -> Company:
-    """Meet all other ranks, which have all come; every rank calls this.
+def come_together(
+    meeting: Meeting, options: Options, block_map: BlockMap, rules: Mapping[str, str], run: str
+) -> Company:
+    """Meet all other ranks; every rank calls this.
 
-    Raises `AttachError` on all of them where one differs in what must be `equal`.
+    Raises `AttachError` on all of them where one stays away, differs in what must be `equal`, or trains another model.
     """
     model, optimizers = options.model, options.optimizers
     parameters = dict(model.named_parameters())
     cut = fragments(optimizers)
     try:
-        shards = {name: cut.get(id(parameter)) or Shard.of(parameter) for name, parameter in parameters.items()}
+        shards = {name: Shard.of(parameter) for name, parameter in parameters.items()}
     except BlockError as error:
         raise AttachError(f"model: {error}") from error
+    replicated = replicas(model)
+    mine = _Part(
+        block_map,
+        {name: cut.get(id(parameter), shards[name]).numel for name, parameter in parameters.items()},
+        pieces(model, shards),
+    )
     meeting.all("attach")
     flat = any(map(is_flat, parameters.values()))
     if flat:  # each rank has its own piece under the same name
-        block_map = _stretched(block_map, dist.get_world_size())
-    held = {name: shard.numel for name, shard in shards.items()}
+        mine = replace(mine, block_map=_stretched(block_map, dist.get_world_size()))
     sharded = flat or is_sharded(model)
     reason = uncontrolled(optimizers, dist.get_world_size())
-    mine = _Own(block_map, held, sharded, sharded or bool(cut), run, reason)
-    group, all_of_them = join(Introduction(equal=options.equal, own=mine))
+    own = _Own(mine.digest, replicated, rules, sharded, sharded or bool(cut), run, reason)
+    channel, all_of_them = join(Introduction(equal=options.equal, own=own))
     owns = [each.own for each in all_of_them if isinstance(each.own, _Own)]
-    whole = _merged([own.block_map for own in owns])
-    staged = any(own.block_map.shapes != whole.shapes for own in owns)
+    check_rules([own.rules for own in owns])
+    parts = [mine] * len(owns)
+    if any(each.part != own.part for each in owns):
+        dist.all_gather_object(parts, mine, group=channel)
+    _check_replicas(parts, [own.replicated for own in owns])
+    whole = _merged([part.block_map for part in parts])
+    staged = any(part.block_map.shapes != whole.shapes for part in parts)
     sharded = staged or any(own.sharded for own in owns)
     summed = sharded or any(own.summed for own in owns)
     numel = {name: math.prod(shape) for name, shape in whole.shapes.items()}
     entries = len(whole.parts) * Tap.columns if summed else 0
     return Company(
-        ranks=Ranks(group, entries),
+        ranks=Ranks(channel, entries),
         block_map=whole,
-        shares=shares(numel, [own.held for own in owns]) if summed else {},
+        shares=shares(numel, [part.held for part in parts]) if summed else {},
         sharded=sharded,
         summed=summed,
         staged=staged,
         run=owns[0].run,
         uncontrolled="; ".join(dict.fromkeys(own.uncontrolled for own in owns if own.uncontrolled)),
     )
+
+
+def check_rules(rules: Sequence[Mapping[str, str]]) -> None:
+    """Each of the user's rules must place something on one rank; a pipeline's stages share a file of them."""
+    idle = {match: why for each in rules for match, why in each.items()}
+    for match, why in idle.items():
+        if all(each.get(match, why) for each in rules):
+            raise AttachError(f"$SHARPWATCH_BLOCK_RULES: rule {match!r} places nothing: {why}")
+
+
+def _check_replicas(parts: Sequence[_Part], replicated: Sequence[Sequence[int]]) -> None:
+    """What several ranks have under one name must be one parameter, or they train several models."""
+    first: dict[tuple[str, int], tuple[int, int]] = {}
+    for rank, part in enumerate(parts):
+        for name, piece in part.pieces.items():
+            other, value = first.setdefault((name, piece.place), (rank, piece.value))
+            apart = part.pieces.keys() == parts[other].pieces.keys() and replicated[rank] != replicated[other]
+            if value != piece.value or apart:
+                raise AttachError(
+                    f"{name}: not the same on rank {rank} as on rank {other}. The ranks of a process group are watched "
+                    "as one model: replicas start from the same values, stages of a pipeline name their parameters as "
+                    "the whole model does; ranks that train models of their own need process groups of their own"
+                )
 
 
 def _merged(maps: Sequence[BlockMap]) -> BlockMap:

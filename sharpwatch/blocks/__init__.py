@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sharpwatch.blocks.blockmap import BLOCKS, BlockMap, LayerBlock, Part, Row
-from sharpwatch.blocks.classification import classify
+from sharpwatch.blocks.classification import classified, classify
 from sharpwatch.blocks.rules import Rule, Rules, load_rules
 
-__all__ = ["BLOCKS", "BlockMap", "LayerBlock", "Part", "Row", "Rule", "Rules", "classify", "load_rules"]
+__all__ = ["BLOCKS", "BlockMap", "LayerBlock", "Part", "Row", "Rule", "Rules", "classified", "classify", "load_rules"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,29 +24,40 @@ def classify(model: nn.Module, rules: Rules | str | Path | None = None) -> Block
     `rules` (or the path of a YAML file of them) go before what is known of transformers. Raises `BlockError` for a
     parameter that can't be placed and for a rule that places nothing, `ConfigError` for a file that can't be.
     """
+    block_map, used = classified(model, rules)
+    for match, why in used.items():
+        if why:
+            raise BlockError(f"rule {match!r} places nothing: {why}")
+    return block_map
+
+
+def classified(model: nn.Module, rules: Rules | str | Path | None = None) -> tuple[BlockMap, Mapping[str, str]]:
+    """`classify` for a stage of a pipeline: says by each rule's glob why it places nothing here, empty if it does."""
     from sharpwatch.blocks.placement import place  # noqa: PLC0415 - torch only where there is a model
     from sharpwatch.blocks.tree import Tree  # noqa: PLC0415 - as above
 
     tree = Tree(model)
     own = load_rules(rules) if isinstance(rules, str | Path) else rules or Rules()
-    placed = _apply(own, tree.shapes)
+    placed, used = _apply(own, tree.shapes)
     parts: list[Part] = []
     for name, shape in tree.shapes.items():
         placement = placed[name] if name in placed else place(tree, name)
         parts += _parts(name, shape, tree.layer(name), placement)
-    return BlockMap(tuple(parts), tree.shapes)
+    return BlockMap(tuple(parts), tree.shapes), used
 
 
-def _apply(rules: Rules, shapes: dict[str, tuple[int, ...]]) -> dict[str, Placement]:
+def _apply(rules: Rules, shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, Placement], dict[str, str]]:
     placed: dict[str, Placement] = {}
+    used: dict[str, str] = {}
     for rule in rules.rules:
         matched = [name for name in shapes if fnmatchcase(name, rule.match)]
         mine = [name for name in matched if name not in placed]
+        used[rule.match] = ""
         if not mine:
-            why = f"all {len(matched)} it matches are placed by earlier rules" if matched else "no parameter matches"
-            raise BlockError(f"rule {rule.match!r} places nothing: {why}")
+            taken = f"all {len(matched)} it matches are placed by earlier rules"
+            used[rule.match] = taken if matched else "no parameter matches"
         placed |= {name: _decide(rule, name, shapes[name]) for name in mine}
-    return placed
+    return placed, used
 
 
 def _decide(rule: Rule, name: str, shape: tuple[int, ...]) -> Placement:

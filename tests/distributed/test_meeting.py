@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -176,3 +177,66 @@ def test_a_state_that_one_rank_cannot_take_up_is_taken_up_by_none(ranks, how):
     assert first == second
     assert first[0].startswith("meeting-")
     assert first[1:] == (1, 1.0)
+
+
+def several(seeds, groups):
+    """Each rank trains a model of its own: what attach says."""
+    wired()
+    torch.manual_seed(seeds[dist.get_rank()])
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    if groups:
+        groups = [dist.new_group([rank]) for rank in range(2)]
+        model = nn.parallel.DistributedDataParallel(model, process_group=groups[dist.get_rank()])
+    rules = Path(os.environ["RESULTS"], f"rules{dist.get_rank()}.yaml")
+    rules.write_text('- {match: "*", block: ffn}')
+    os.environ["SHARPWATCH_BLOCK_RULES"] = str(rules)
+    told = attached(model)[0]
+    return told if isinstance(told, str) else told.close()
+
+
+@pytest.mark.parametrize(("seeds", "groups"), [((1, 2), False), ((1, 1), True)], ids=["values", "groups"])
+def test_ranks_with_models_of_their_own_are_no_replicas(ranks, seeds, groups):
+    for told in ranks(several, 2, seeds, groups):
+        assert "0.weight: not the same on rank 1 as on rank 0" in told
+        assert "process groups of their own" in told
+
+
+def test_ranks_that_start_from_the_same_values_are_replicas_without_a_wrapper(ranks):
+    assert ranks(several, 2, (1, 1), False) == [None, None]
+
+
+def pipeline(extra):
+    """One file of rules for both stages, and one more rule."""
+    wired()
+    rules = Path(os.environ["RESULTS"], f"rules{dist.get_rank()}.yaml")
+    rules.write_text("\n".join(f'- {{match: "{name}.*", block: ffn}}' for name in ("l0", "l1", *extra)))
+    os.environ["SHARPWATCH_BLOCK_RULES"] = str(rules)
+    told = attached(nn.ModuleDict({f"l{dist.get_rank()}": nn.Linear(8, 8)}))[0]
+    return told if isinstance(told, str) else told.close()
+
+
+def test_the_stages_of_a_pipeline_share_a_file_of_rules(ranks):
+    assert ranks(pipeline, 2, []) == [None, None]
+    expected = "$SHARPWATCH_BLOCK_RULES: rule 'l2.*' places nothing: no parameter matches"
+    assert ranks(pipeline, 2, ["l2"]) == [expected, expected]
+
+
+def gathered():
+    """How many bytes a rank says of itself, of a model of 600 parameters."""
+    sizes, gather = [], dist.all_gather_object
+
+    def weighed(objects, own, **options):
+        sizes.append(len(pickle.dumps(own)))
+        gather(objects, own, **options)
+
+    wired()
+    dist.all_gather_object = weighed
+    model = Net()
+    model.blocks = nn.ModuleList(nn.LayerNorm(4) for _ in range(300))
+    attached(model)[0].close()
+    return sum(sizes)
+
+
+def test_ranks_that_are_alike_say_little(ranks):
+    # A name, a shape and a part of a parameter take more than 40 bytes.
+    assert max(ranks(gathered, 2)) < 600 * 40 / 10
