@@ -20,10 +20,11 @@ from torch import Tensor
 from sharpwatch.agent import messages
 from sharpwatch.agent.control import RollbackRequest
 from sharpwatch.agent.hooks import Hooks
-from sharpwatch.agent.outbox import Losses, StepRecord
+from sharpwatch.agent.outbox import FORWARDS, Losses, StepRecord
 from sharpwatch.agent.parts import Parts
 from sharpwatch.agent.probing import Due, Probing
 from sharpwatch.agent.rates import Rates
+from sharpwatch.agent.roster import Roster
 from sharpwatch.agent.samples import Samples
 from sharpwatch.agent.shared import Heard, Shared
 from sharpwatch.agent.stopwatch import Stopwatch
@@ -59,6 +60,7 @@ class Loop:
         self.rates = Rates(parts.optimizers, parts.parameter_types, parts.control)
         self._shared = parts.shared
         self._losses = Losses()
+        self._roster = Roster(parts.model)
         self._samples = Samples(parts)
         self._probing = Probing(parts)
         self._begun = False  # whether there was a forward or a step
@@ -197,7 +199,8 @@ class Loop:
         """The model is called in training."""
         self._start()
         self.stopwatch.start()
-        self._losses.forward()
+        if self._losses.forward() == FORWARDS:
+            _LOG.warning("%d forwards without a step of a watched optimizer: attach again where it is new", FORWARDS)
         self._samples.outbox.begin()
         self._probing.forward(args, kwargs)
 
@@ -277,6 +280,10 @@ class Loop:
             self._share(self._shared, record, commands)
         self._request = self.parts.control.end(done.step, self._clock()) or self._request
         self.rates.guard(self._hooks.innermost)
+        replaced = self._roster.replaced(done.step)
+        if replaced:
+            _LOG.warning("%s was replaced: the watch ends, as it would go on with the old one; attach again", replaced)
+            self.close(in_order=True)
 
     def _share(self, shared: Shared, record: StepRecord, commands: Sequence[types_pb2.Command]) -> None:
         """Say what this step brought, and hear what all have said of an earlier one: the same on every rank."""

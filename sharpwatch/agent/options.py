@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from sharpwatch.agent.address import parse_address, parse_tls, parse_token
 from sharpwatch.agent.control import CONTROL_MODES, RollbackRequest
@@ -108,6 +109,7 @@ def possible(probes: tuple[str, ...], model: nn.Module) -> tuple[str, ...]:
 def _check_training(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
     if not isinstance(model, nn.Module):
         raise AttachError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    _check_material(model)
     own = {id(parameter) for parameter in model.parameters()}
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise AttachError("model: has no trainable parameter")
@@ -125,6 +127,17 @@ def _check_training(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer
         # Two watches would lay their learning rates over each other's.
         if any(isinstance(hook, Hook) for hook in each._optimizer_step_pre_hooks.values()):  # noqa: SLF001 - no public way
             raise AttachError(f"optimizer[{i}]: {type(each).__name__} is watched already; close() that watch first")
+
+
+def _check_material(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise AttachError(f"model: {name} has no shape yet; call the model once before attach")
+        if parameter.is_meta:
+            raise AttachError(f"model: {name} is on the meta device, without values; give it some before attach")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise AttachError(f"model: {name or 'it'} is a ScriptModule, which probes can't call with other weights")
 
 
 def _check_numbers(options: Options) -> None:

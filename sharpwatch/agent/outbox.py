@@ -12,6 +12,7 @@ from sharpwatch.agent.probes import ProbeRun
 from sharpwatch.agent.tap import Later, PendingTap, TapReading
 
 _LIMIT = 8  # steps whose numbers may be under way
+FORWARDS = 1024  # of a step, the newest, whose own losses count
 
 
 @dataclass(slots=True)
@@ -47,14 +48,15 @@ class Losses:
     def __init__(self) -> None:
         self.comes_after_step = False
         self._observed: float | Later | None = None
-        self._own: list[float | Later] = []
+        self._own: deque[float | Later] = deque(maxlen=FORWARDS)
         self._forwards = 0
         self._sees_forwards = False
 
-    def forward(self) -> None:
-        """A training forward begins."""
+    def forward(self) -> int:
+        """A training forward begins: the how many-th of its step."""
         self._forwards += 1
         self._sees_forwards = True
+        return self._forwards
 
     def output(self, loss: Tensor) -> None:
         """The model's output carries a loss."""
@@ -71,8 +73,9 @@ class Losses:
 
     def take(self) -> list[float | Later]:
         """The losses of the step just taken."""
-        losses = self._own if self._observed is None else [self._observed]
-        self._observed, self._own, self._forwards = None, [], 0
+        losses = list(self._own) if self._observed is None else [self._observed]
+        self._own.clear()
+        self._observed, self._forwards = None, 0
         return losses
 
 

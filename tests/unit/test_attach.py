@@ -103,6 +103,34 @@ def test_model_and_optimizer_must_belong_together(model, optimizer):
         sharpwatch.attach(model.requires_grad_(False), optimizer, training_job="job")
 
 
+def lazy():
+    model = Net()
+    model.lm_head = nn.LazyLinear(11)
+    return model
+
+
+def scripted():
+    model = Net()
+    model.lm_head = torch.jit.script(model.lm_head)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, of what is under development or deprecated
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: Net().to("meta"), "wte.weight is on the meta device"),
+        (lazy, "lm_head.weight has no shape yet; call the model once"),
+        (scripted, "lm_head is a ScriptModule"),
+    ],
+)
+def test_a_model_that_cannot_be_read_is_refused(wires, make, says):
+    model = make()
+    with pytest.raises(AttachError, match=re.escape(says)):
+        sharpwatch.attach(model, torch.optim.SGD(model.parameters()), training_job="job")
+    assert not wires
+
+
 def test_the_run_is_named_after_the_job_without_touching_the_global_source(model, optimizer):
     random = torch.get_rng_state()
     with sharpwatch.attach(model, optimizer, training_job="job") as one:

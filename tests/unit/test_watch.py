@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import sharpwatch
+from sharpwatch.agent.outbox import FORWARDS
 from sharpwatch.v1 import agent_pb2, types_pb2
 
 
@@ -239,3 +240,40 @@ def test_a_watch_dies_with_its_model_and_closes_itself(wires):
     assert gone() is None
     assert wire.closed
     assert wire.samples[-1].closing
+
+
+def stepped(model, optimizer, steps):
+    for _ in range(steps):
+        model(TOKENS)["loss"].backward()
+        optimizer.step()
+
+
+def test_a_watch_ends_where_a_parameter_it_knows_is_replaced(wires, caplog):
+    model, optimizer, _, wire = made(wires)
+    stepped(model, optimizer, 1)
+    model.lm_head = nn.Linear(8, 11, bias=False)
+    optimizer.add_param_group({"params": [model.lm_head.weight]})
+    stepped(model, optimizer, 63)
+    assert [sample.step for sample in wire.samples if sample.closing] == [64]
+    assert "lm_head.weight was replaced" in caplog.text
+    stepped(model, optimizer, 1)
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not model._forward_hooks
+
+
+def test_a_parameter_that_comes_later_is_said_once_to_be_unseen(wires, caplog):
+    model, optimizer, watch, wire = made(wires)
+    model.extra = nn.Linear(2, 2, bias=False)
+    stepped(model, optimizer, 128)
+    assert caplog.text.count("not watched, as they came after attach: extra.weight") == 1
+    assert not any(sample.closing for sample in wire.samples)
+    watch.close()
+
+
+def test_losses_of_an_optimizer_that_no_one_steps_are_bounded(wires, caplog):
+    model, _, watch, _ = made(wires)
+    for _ in range(FORWARDS + 9):
+        model(TOKENS)
+    assert len(watch._loop._losses.take()) == FORWARDS
+    assert caplog.text.count("forwards without a step of a watched optimizer") == 1
+    watch.close()
