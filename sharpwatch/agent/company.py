@@ -75,7 +75,8 @@ class Company:
     def shared(self, tap: Tap, border: Border, device: torch.device) -> Shared:
         """The way of records through the ranks; an accelerator's numbers are a step further behind."""
         lag = 1 if device.type == "cpu" else 2
-        return Shared(self.ranks, tap, border, sharded=self.sharded, summed=self.summed, lag=lag)
+        in_step = self.sharded and not self.staged
+        return Shared(self.ranks, tap, border, sharded=self.sharded, summed=self.summed, in_step=in_step, lag=lag)
 
     def together(self, model: nn.Module) -> Together | None:
         """How probes of `model` add up what ranks find; None where each rank has all of it."""

@@ -140,6 +140,11 @@ class Control:
             self._waiting.append(command)
             self._waiting.sort(key=lambda waiting: waiting.apply_at_step)
 
+    def refuse(self, command: Command, next_step: int, reason: str) -> None:
+        """Answer a command that can't be taken before step `next_step`, unless its id was seen before."""
+        if command.id not in self._seen:
+            self._settle(command, "refused", next_step, reason)
+
     def begin(self, step: int, now_unix_ns: int) -> Mapping[str, float]:
         """The multipliers of step `step`, which is about to be taken; asking twice gives the same."""
         for command in self._due(step, now_unix_ns, SetMultipliers):

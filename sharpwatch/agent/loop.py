@@ -26,12 +26,13 @@ from sharpwatch.agent.probing import Due, Probing
 from sharpwatch.agent.rates import Rates
 from sharpwatch.agent.roster import Roster
 from sharpwatch.agent.samples import Samples
-from sharpwatch.agent.shared import Heard, Shared
+from sharpwatch.agent.shared import Shared
 from sharpwatch.agent.stopwatch import Stopwatch
 from sharpwatch.agent.tap import PendingTap
 from sharpwatch.v1 import types_pb2
 
 _STATE_VERSION = 1
+_TOO_LATE = "a rank had not heard in time that all know of it, so none takes it"
 _LOG = logging.getLogger("sharpwatch")
 
 
@@ -64,6 +65,7 @@ class Loop:
         self._samples = Samples(parts)
         self._probing = Probing(parts)
         self._begun = False  # whether there was a forward or a step
+        self._restored = False  # since the last step, where that is told with the next one's record
         self._round: _Round | None = None
         self._request: RollbackRequest | None = None
         self._hooks = Hooks(self, parts.model, parts.optimizers)
@@ -91,9 +93,10 @@ class Loop:
 
     def restored(self, step: int) -> None:
         """The run stands at `step` again."""
-        if self._shared is not None:
-            self._hear(self._shared.rest(self.step))
-        self._samples.restored()
+        if self._shared is None:
+            self._samples.restored()
+        else:
+            self._restored = True
         self.step = step
         self._round = None
         self._probing.forget()
@@ -173,7 +176,9 @@ class Loop:
             return  # a fork's copy: the courier is its parent's
         with self.border.guard("sending the last samples"):
             if self._shared is not None:
-                self._hear(self._shared.leave(self.step))
+                self._pass_on(self._shared.leave(self.step))
+            if self._restored:
+                self._samples.restored()
             self._samples.outbox.flush(wait=True)
             if in_order:
                 self._samples.send_news(self.step, closing=True)
@@ -202,6 +207,8 @@ class Loop:
         if self._losses.forward() == FORWARDS:
             _LOG.warning("%d forwards without a step of a watched optimizer: attach again where it is new", FORWARDS)
         self._samples.outbox.begin()
+        if self._shared is not None:
+            self._shared.forward()
         self._probing.forward(args, kwargs)
 
     def output(self, output: Any) -> None:
@@ -225,6 +232,8 @@ class Loop:
             self._start()
             self._samples.outbox.begin()
             step = self.step + 1
+            if self._shared is not None:
+                self._take(self._shared, step)
             self.parts.control.begin(step, self._clock())
             self._round = _Round(step, self.parts.tap.start(self.rates.multipliers()))
 
@@ -268,42 +277,52 @@ class Loop:
         self._round = None
         self.step = done.step
         tap = done.tap if len(done.read) == len(self.parts.optimizers) else None  # half a reading: false zeros
-        probes = self._probing.run(done.due or Due(), tap)
+        probes = self._probing.run(done.step, done.due or Due(), tap)
         losses = self._losses.take()
-        record = StepRecord(done.step, time.time_ns(), tap, probes, losses)
+        record = StepRecord(done.step, time.time_ns(), tap, probes, losses, restored=self._restored)
+        self._restored = False
         commands = [response.command for response in self.parts.pipe.receive() if response.HasField("command")]
         self._probing.account(self.stopwatch.lap(), probes.seconds)
         if self._shared is None:
-            self._receive(commands)
+            for command in commands:
+                self.parts.control.receive(messages.command(command), self.step + 1)
             self._samples.outbox.add(record, wait_for_loss=not losses or self._losses.comes_after_step)
         else:
             self._share(self._shared, record, commands)
         self._request = self.parts.control.end(done.step, self._clock()) or self._request
-        self.rates.guard(self._hooks.innermost)
+        expecting = self._shared is not None and self._shared.ranks.expecting
+        self.rates.guard(self._hooks.innermost, expecting=expecting)
         replaced = self._roster.replaced(done.step)
         if replaced:
             _LOG.warning("%s was replaced: the watch ends, as it would go on with the old one; attach again", replaced)
             self.close(in_order=True)
 
     def _share(self, shared: Shared, record: StepRecord, commands: Sequence[types_pb2.Command]) -> None:
-        """Say what this step brought, and hear what all have said of an earlier one: the same on every rank."""
-        heard = shared.end(
+        """Say what this step brought, and hear what all have said of earlier ones."""
+        records = shared.end(
             record,
             messages=[command.SerializeToString() for command in commands],
             kinds=self._probing.wish,
             swallowed_errors=self.border.swallowed,
         )
-        self._hear(heard)
-        self._probing.agree(heard.kinds, leads=shared.ranks.leads)
+        self._pass_on(records)
+        self._probing.agree(shared.kinds, leads=shared.ranks.leads)
 
-    def _hear(self, heard: Heard) -> None:
-        self._receive(types_pb2.Command.FromString(each) for each in heard.messages)
-        for record in heard.records:
+    def _pass_on(self, records: Iterable[StepRecord]) -> None:
+        for record in records:
+            if record.restored:
+                self._samples.restored()
             self._samples.outbox.add(record, wait_for_loss=False)
 
-    def _receive(self, commands: Iterable[types_pb2.Command]) -> None:
-        for command in commands:
-            self.parts.control.receive(messages.command(command), self.step + 1)
+    def _take(self, shared: Shared, step: int) -> None:
+        """Commands that all ranks take before `step`, or none of them."""
+        heard = shared.take()
+        for each in heard.messages:
+            command = messages.command(types_pb2.Command.FromString(each))
+            if heard.taken:
+                self.parts.control.receive(command, step)
+            else:
+                self.parts.control.refuse(command, step, _TOO_LATE)
 
     def _clock(self) -> int:
         """The time that commands expire by: the same on all ranks."""

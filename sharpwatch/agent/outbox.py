@@ -25,6 +25,7 @@ class StepRecord:
     probes: ProbeRun
     losses: list[float | Later] = field(default_factory=list)
     reading: TapReading | None = None  # of all ranks, in place of `tap`
+    restored: bool = False  # the first since the run was put back
 
     @property
     def ready(self) -> bool:

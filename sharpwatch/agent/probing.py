@@ -60,14 +60,14 @@ class Probing:
                 due.before.gradient_sketch = self._probes.sketch_gradient()
         return due
 
-    def run(self, due: Due, tap: PendingTap | None) -> ProbeRun:
-        """The step is taken: probe it."""
+    def run(self, step: int, due: Due, tap: PendingTap | None) -> ProbeRun:
+        """Step `step` is taken: probe it."""
         if due.micro_batches is not None and tap is not None:
             with self._parts.border.guard("working out the gradient noise"), due.before.spending("gnb"):
                 self._work_out_noise(due.micro_batches, tap, due.before)
         captured, self._captured = self._captured, None
         kinds = self._kinds if self._parts.together else due.kinds  # or one rank would wait for another
-        if not kinds or not self._all_ready(captured) or captured is None:
+        if not kinds or not self._all_ready(captured, step) or captured is None:
             return ProbeRun()
         self.running = True
         try:
@@ -115,12 +115,12 @@ class Probing:
             self._parts.sampler.started(kinds)
         return kinds
 
-    def _all_ready(self, captured: Captured | None) -> bool:
+    def _all_ready(self, captured: Captured | None, step: int) -> bool:
         """Whether every rank that is to take part in a probe can."""
         shared = self._parts.shared
         if shared is None or not shared.sharded:
             return captured is not None
-        ready = shared.ranks.all(captured is not None and self._probes.has_room())
+        ready = shared.ready(captured is not None and self._probes.has_room(), step)
         if not ready:
             self._parts.sampler.missed()
         return ready

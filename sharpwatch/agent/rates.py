@@ -50,13 +50,13 @@ class Rates:
         self._overlays[which].remove()
         return laid
 
-    def guard(self, before: Callable[[int], None]) -> None:
+    def guard(self, before: Callable[[int], None], *, expecting: bool = False) -> None:
         """See to it that they are put back also when the next `step()` raises, where one may be laid over.
 
-        `before(which)` is called right before such a step.
+        `before(which)` is called right before such a step. `expecting`: a command may come before it.
         """
         for which, overlay in enumerate(self._overlays):
-            overlay.guard(partial(before, which)) if self._control.armed else overlay.unguard()
+            overlay.guard(partial(before, which)) if expecting or self._control.armed else overlay.unguard()
 
     def close(self, border: Border) -> None:
         """Leave every optimizer as it was."""

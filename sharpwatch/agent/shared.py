@@ -6,90 +6,107 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import timedelta
 
 from sharpwatch.agent.border import Border
+from sharpwatch.agent.consent import HORIZON
 from sharpwatch.agent.outbox import StepRecord
-from sharpwatch.agent.ranks import DELAY, Ranks, Word
+from sharpwatch.agent.ranks import Place, Ranks, Word
 from sharpwatch.agent.tap import Later, Tap
 
-_CLOSING = timedelta(seconds=0.3)  # for each of the last words
+_CLOSING = 1.0  # seconds for the last words
 
 
 @dataclass(frozen=True, slots=True)
-class Heard:
-    """What has come of earlier steps by now: records that are complete, and what rank 0 says to all."""
+class Taken:
+    """Messages of rank 0's whose time has come, on all ranks at once; not `taken`: a rank was too late for them."""
 
-    records: Sequence[StepRecord] = ()
     messages: Sequence[bytes] = ()
-    kinds: int = 0
+    taken: bool = True
 
 
 class Shared:
     """Records that wait: `lag` steps for their own numbers (a loss may come late, a device is behind), then for others.
 
     `sharded`: no rank has whole parameters, so that all probe together. `summed`: nor whole gradients, so that taps
-    must be added up; else rank 0's is everyone's.
+    must be added up; else rank 0's is everyone's. `in_step`: all call the model together, and a step of theirs is over
+    for none before it has begun for all.
     """
 
     def __init__(  # noqa: PLR0913 - what ranks have found out of each other at attach
-        self, ranks: Ranks, tap: Tap, border: Border, *, sharded: bool, summed: bool, lag: int
+        self, ranks: Ranks, tap: Tap, border: Border, *, sharded: bool, summed: bool, in_step: bool, lag: int
     ) -> None:
         self.ranks = ranks
         self.sharded = sharded
-        self.clock = 0  # rank 0's, as all have last heard it; unix ns
+        self.clock = 0  # rank 0's when all knew of the message taken last; unix ns
         self.swallowed_errors = 0  # of all ranks
+        self.kinds = 0  # that rank 0 has found due, for all to probe after the next step
         self._summed = summed
+        self._in_step = in_step
+        self._forwards = 0
         self._tap = tap
         self._border = border
         self._lag = lag
         self._unsaid: deque[StepRecord] = deque()
         self._said: deque[StepRecord | None] = deque()
+        self._kinds: deque[int] = deque([0] * (HORIZON - 1))  # of the words of the last steps
 
-    def end(self, record: StepRecord, *, messages: Sequence[bytes], kinds: int, swallowed_errors: int) -> Heard:
-        """The step of `record` is over; `messages` and `kinds` are rank 0's, to be heard by all at a later step."""
+    def forward(self) -> None:
+        """The model is called in training."""
+        self._forwards += self._in_step  # else ranks may differ in it
+
+    def take(self) -> Taken:
+        """What is to be taken before the coming step."""
+        settled = self.ranks.take()
+        if settled is None:
+            return Taken()
+        self.clock = settled.clock_unix_ns
+        return Taken(_apart(settled.message), settled.taken)
+
+    def ready(self, own: bool, step: int) -> bool:
+        """Whether every rank is ready to probe after `step`."""
+        return self.ranks.all(own, Place(step, self._forwards))
+
+    def end(
+        self, record: StepRecord, *, messages: Sequence[bytes], kinds: int, swallowed_errors: int
+    ) -> list[StepRecord]:
+        """The step of `record` is over; `messages` and `kinds` are rank 0's, for all. The records complete by now."""
+        if messages:
+            self.ranks.send(_joined(messages))
         self._unsaid.append(record)
         due = self._unsaid.popleft() if len(self._unsaid) > self._lag else None
-        own = Word(record.step, time.time_ns(), kinds, swallowed_errors=swallowed_errors, messages=messages)
-        return self._say(due, own)
+        place = Place(record.step, self._forwards)
+        own = Word(place, time.time_ns(), kinds, swallowed_errors=swallowed_errors)
+        records = self._say(due, own, in_step=self._in_step)
+        self.kinds = self._kinds.popleft() if self._in_step and not self.ranks.lost else 0
+        return records
 
     def late_loss(self, loss: float | Later) -> None:
         """The loss of the newest record."""
         if self._unsaid:
             self._unsaid[-1].losses = [loss]
 
-    def rest(self, step: int) -> Heard:
-        """What is complete once nothing more is under way; every rank asks after the same step."""
-        heard = []
-        for _ in range(self._lag + DELAY):
-            if self.ranks.lost:
-                break
+    def leave(self, step: int) -> list[StepRecord]:
+        """The records that are complete within a second, then the others as this rank knows them; the end."""
+        records = []
+        for _ in range(self._lag):
             due = self._unsaid.popleft() if self._unsaid else None
-            heard.append(self._say(due, Word(step, time.time_ns())))
-        heard.append(Heard(records=self._alone()))
-        return Heard(
-            records=[record for each in heard for record in each.records],
-            messages=[message for each in heard for message in each.messages],
-        )
+            records += self._say(due, Word(Place(step, self._forwards), time.time_ns()))
+        records += [record for word in self.ranks.finish(_CLOSING) for record in self._of(word)]
+        return records + self._alone()
 
-    def leave(self, step: int) -> Heard:
-        """`rest`, without patience; then agree to nothing more."""
-        self.ranks.patience = _CLOSING
-        heard = self.rest(step)
-        self.ranks.leave()
-        return heard
-
-    def _say(self, due: StepRecord | None, own: Word) -> Heard:
+    def _say(self, due: StepRecord | None, own: Word, *, in_step: bool = False) -> list[StepRecord]:
         self._said.append(due)
-        word = self.ranks.agree(self._with(own, due))
-        if self.ranks.lost:
-            return Heard(records=self._alone())
-        if word is None:
-            return Heard()
-        self.clock, self.swallowed_errors = int(word.clock_unix_ns), word.swallowed_errors
+        words = self.ranks.agree(self._with(own, due), in_step=in_step)
+        records = [record for word in words for record in self._of(word)]
+        return records + self._alone() if self.ranks.lost else records
+
+    def _of(self, word: Word) -> list[StepRecord]:
+        """The record, if any, that `word` completes."""
+        self.swallowed_errors = word.swallowed_errors
+        if self._in_step:
+            self._kinds.append(word.kinds)
         record = self._said.popleft()
-        records = [] if record is None else [self._completed(record, word)]
-        return Heard(records, word.messages, word.kinds)
+        return [] if record is None else [self._completed(record, word)]
 
     def _with(self, own: Word, record: StepRecord | None) -> Word:
         """`own` with the numbers of `record`."""
@@ -119,3 +136,16 @@ class Shared:
             if self._summed:
                 record.tap = None
         return records
+
+
+def _joined(messages: Sequence[bytes]) -> bytes:
+    return b"".join(len(each).to_bytes(4, "little") + each for each in messages)
+
+
+def _apart(joined: bytes) -> list[bytes]:
+    messages = []
+    while joined:
+        size = int.from_bytes(joined[:4], "little")
+        messages.append(joined[4 : 4 + size])
+        joined = joined[4 + size :]
+    return messages

@@ -16,7 +16,8 @@ from stand_ins import Net, Wire, in_each_step
 
 import sharpwatch
 from sharpwatch.agent import attach as attach_module
-from sharpwatch.agent.ranks import DELAY, Introduction, Ranks, Word, join
+from sharpwatch.agent.consent import HORIZON
+from sharpwatch.agent.ranks import Introduction, Place, Ranks, Word, join
 from sharpwatch.errors import AttachError
 from sharpwatch.v1 import types_pb2
 
@@ -123,8 +124,9 @@ def both(ranks):
 def test_a_command_is_applied_at_the_same_step_on_all_also_where_one_lags(both):
     first, second = both
     assert first["groups"] == second["groups"]
-    # Heard after step 4, it goes with that step's word; that is read, and then itself, DELAY steps later each.
-    changed = 4 + 2 * DELAY + 1
+    # Received after step 4, all stand by it in the word of step 5 at the earliest.
+    changed = first["groups"].index(2) + 1
+    assert changed >= 5 + HORIZON
     assert first["groups"] == [1] * (changed - 1) + [2] * (STEPS - changed + 1)
     assert first["results"] == [("cut", types_pb2.COMMAND_OUTCOME_APPLIED, changed)]
     torch.testing.assert_close(first["weights"], second["weights"], rtol=0, atol=0)
@@ -188,17 +190,18 @@ def test_all_ranks_are_told_what_one_has_wrong(ranks):
 
 def apart():
     """Rank 1 takes one step fewer."""
-    group, _ = join(Introduction())
-    company = Ranks(group, 0)
-    read = [company.agree(Word(step + (dist.get_rank() == 1 and step > 3))) for step in range(1, 9)]
-    said = [company.rank, company.lost, [word.step for word in read if word is not None]]
-    company.leave()
-    return said
+    channel, _ = join(Introduction())
+    company, read = Ranks(channel, 0), []
+    for step in range(1, 9):
+        read += company.agree(Word(Place(step + (dist.get_rank() == 1 and step > 3))))
+        dist.barrier()
+    read += company.finish(30)
+    return company.rank, company.lost, [word.place.step for word in read]
 
 
 def test_ranks_that_take_different_steps_agree_to_nothing(ranks):
     # Words 1 to 3 agree; word 4 shows it, on all ranks after the same step.
-    assert ranks(apart, 3) == [[rank, True, [1, 2, 3]] for rank in range(3)]
+    assert ranks(apart, 3) == [(rank, True, [1, 2, 3]) for rank in range(3)]
 
 
 def staged():
