@@ -117,7 +117,7 @@ def come_together(
     check_rules([own.rules for own in owns])
     parts = [mine] * len(owns)
     if any(each.part != own.part for each in owns):
-        dist.all_gather_object(parts, mine, group=channel)
+        dist.all_gather_object(parts, mine, group=channel.group)
     _check_replicas(parts, [own.replicated for own in owns])
     whole = _merged([part.block_map for part in parts])
     staged = any(part.block_map.shapes != whole.shapes for part in parts)

@@ -101,6 +101,7 @@ class Ranks:
 
     def __init__(self, channel: Channel, entries: int) -> None:
         self._group, self._referee = channel.group, channel.referee
+        dist.distributed_c10d._set_pg_timeout(_FOREVER, self._group)  # noqa: SLF001 - there is no public way
         self.rank, self.size = dist.get_rank(channel.group), dist.get_world_size(channel.group)
         self.lost = False
         self._entries = entries
@@ -357,7 +358,6 @@ def join(mine: Introduction) -> tuple[Channel, list[Introduction]]:
     except AttachError:
         _IDLE.append(group)
         raise
-    dist.distributed_c10d._set_pg_timeout(_FOREVER, group)  # noqa: SLF001 - all have come
     return Channel(group, _referee(gathered[0][0])), introductions
 
 
