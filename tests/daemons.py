@@ -139,10 +139,6 @@ def await_end(pid):
         os.close(watched)
 
 
-def exists(pid):
-    return Path(f"/proc/{pid}").exists()
-
-
 @dataclass
 class Daemon:
     """`sharpwatch serve` as a subprocess; `start` returns when it serves."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sharpwatch.agent import messages
+from sharpwatch.agent import child, messages
 from sharpwatch.agent.border import Border
 from sharpwatch.agent.company import Company, check_rules, come_together
 from sharpwatch.agent.control import CONTROL_MODES, Control, RollbackRequest
@@ -70,6 +70,11 @@ def attach(  # noqa: PLR0913 - the public signature; each has a default that wor
 
     Raises `AttachError` on what can't be watched; nothing has been started then.
     """
+    if child.ENVIRONMENT in os.environ:
+        # A second training beside the first would write over its files, and start another one in turn.
+        raise AttachError(
+            "this process was started as another's courier: sys.executable there is this program, no Python"
+        )
     given = tuple(optimizer) if isinstance(optimizer, Iterable) else (optimizer,)
     options = Options(
         model=model,

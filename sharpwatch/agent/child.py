@@ -1,4 +1,8 @@
-"""The courier as the trainer sees it: a process started by exec, and two pipes that never block."""
+"""The courier as the trainer sees it: a process started by exec, and two pipes that never block.
+
+It is no child of the trainer, where a loop around `os.wait()` would meet it and never end: what is started forks the
+courier and ends at once. Of the courier's own end the pipes tell.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +25,36 @@ ENVIRONMENT = "SHARPWATCH_COURIER"  # the destination as JSON, in the courier's 
 LOG = "SHARPWATCH_COURIER_LOG"
 _PIPE_BYTES = 2**20
 _READ_BYTES = 2**16
+_INSTANT_SECONDS = 0.5  # that the trainer gives a courier to come up, which takes some 20 ms
+_BIRTH_SECONDS = 10.0  # without its first word: then what was started is another program
+_FIRST_WORD = b"courier "  # and the process id in four bytes
+# No site yet (-S), whose hooks can take long or start threads. The alarm, which a trainer may have blocked or ignored,
+# ends a courier that hangs before its own watch over itself begins (an import from a dead file system).
+_BIRTH = f"""
+import os, signal, sys
+if os.fork():
+    os._exit(0)
+for number in signal.valid_signals() - {{signal.SIGPIPE, signal.SIGXFSZ}}:
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL)
+signal.pthread_sigmask(signal.SIG_SETMASK, ())
+signal.alarm(60)
+os.write(1, {_FIRST_WORD!r} + os.getpid().to_bytes(4, "little"))
+"""
 # The working directory stays off the path (-P): a trainer's folder may hold a queue.py or a types.py. The package's own
 # home goes to the end of it, for trainers that found sharpwatch by changing sys.path.
-# The alarm ends a courier that hangs before its own watch over itself begins (an import from a dead file system).
-_CODE = (
-    "import signal, sys; signal.alarm(60); sys.path.append(sys.argv.pop()); "
-    "from sharpwatch.agent.courier import main; main()"
-)
+_CODE = """
+import site
+site.main()
+sys.path.append(sys.argv.pop())
+from sharpwatch.agent.courier import main
+main()
+"""
 _HOME = str(Path(__file__).resolve().parents[2])
+
+
+class NoCourierError(Exception):
+    """In this program there can be none, now or later."""
 
 
 class CourierGoneError(Exception):
@@ -68,26 +94,24 @@ def _identity(number: int) -> tuple[int, int] | None:
 
 
 class CourierProcess:
-    """A running courier. Raises `OSError` where none can be started."""
+    """A running courier. Raises `OSError` where none can be started, `NoCourierError` where none ever can.
+
+    `pid` is its process id; None until its first word was read.
+    """
 
     def __init__(self, destination: Destination) -> None:
+        _require_python()
         _reap()
+        self.pid: int | None = None
         self.started = time.monotonic()
-        with contextlib.ExitStack() as undo, contextlib.ExitStack() as theirs:
-            self._process, (inward, outward) = _start(destination, undo, theirs)
+        with contextlib.ExitStack() as undo:
+            with contextlib.ExitStack() as theirs:
+                self._middleman, (inward, outward) = _start(destination, undo, theirs)
             self._inward, self._outward = _End(inward), _End(outward)
+            self.wait_ready(write=False, seconds=_INSTANT_SECONDS)
+            _await_reaped(self._middleman, self.started + _INSTANT_SECONDS)
             undo.pop_all()
         _LIVE.add(self)
-
-    @property
-    def pid(self) -> int:
-        """The courier's process id."""
-        return self._process.pid
-
-    @property
-    def exit_code(self) -> int | None:
-        """None while it runs; negative: the signal that ended it."""
-        return self._process.poll()
 
     def write(self, data: memoryview) -> int:
         """Bytes that the pipe took, 0 if it is full; raises `CourierGoneError`."""
@@ -104,9 +128,20 @@ class CourierProcess:
         try:
             data = os.read(self._inward.fileno(), _READ_BYTES)
         except BlockingIOError:
+            if self.pid is None and time.monotonic() - self.started > _BIRTH_SECONDS:
+                raise CourierGoneError from None
             return b""
         if not data:
             raise CourierGoneError
+        return data if self.pid is not None else self._born(data)
+
+    def _born(self, data: bytes) -> bytes:
+        """Take the courier's first word, which came whole, off `data`."""
+        word, data = data[: len(_FIRST_WORD) + 4], data[len(_FIRST_WORD) + 4 :]
+        if not word.startswith(_FIRST_WORD):
+            raise CourierGoneError
+        self.pid = int.from_bytes(word[len(_FIRST_WORD) :], "little")
+        _reap()
         return data
 
     def wait_ready(self, *, write: bool, seconds: float) -> None:
@@ -119,26 +154,44 @@ class CourierProcess:
 
     def wake(self) -> None:
         """Let a courier go on that someone stopped: it could else neither finish nor end."""
-        self._process.send_signal(signal.SIGCONT)
+        self._signal(signal.SIGCONT)
 
     def end_input(self) -> None:
         """Tell the courier that nothing more comes."""
         self._outward.close()
 
     def leave(self, *, kill: bool, seconds: float = 0.0) -> None:
-        """Close both pipes and wait up to `seconds` for the process; later it is reaped in passing."""
+        """Close both pipes and wait up to `seconds` for the courier's end; what is not known as one is killed."""
+        deadline = time.monotonic() + seconds
+        if self.pid is None:
+            _kill_children(self._middleman)
+        elif kill:
+            self._signal(signal.SIGKILL)
+        self._outward.close()
+        self._hung_up(seconds)
         self._close_pipes()
-        if kill:
-            self._process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(seconds)
-        _LEAVING.append(self._process)
-        _reap()
+        if self.pid is not None:
+            _CHILDREN.add(self.pid)  # where the trainer takes in orphans (as process 1, as a subreaper)
+            _await_reaped(self.pid, deadline)
 
     def forget(self) -> None:
-        """In a fork's copy: let go of pipes and process, which are the parent's."""
+        """In a fork's copy: let go of the pipes, which are the parent's."""
         self._close_pipes()
-        self._process.returncode = 0  # Popen would else warn, in this process, of a child that is not its own
+
+    def _signal(self, number: int) -> None:
+        """To the courier, while it holds its end of the pipe: its process id is surely its own as long."""
+        if self.pid is not None and not self._hung_up():
+            with contextlib.suppress(OSError):
+                os.kill(self.pid, number)
+
+    def _hung_up(self, seconds: float = 0.0) -> bool:
+        """Whether the courier has closed its end, or closes it within `seconds`; or ours is closed."""
+        poll = select.poll()
+        try:
+            poll.register(self._inward.fileno(), 0)
+        except CourierGoneError:
+            return True
+        return bool(poll.poll(max(0.0, seconds) * 1000))
 
     def _close_pipes(self) -> None:
         _LIVE.discard(self)
@@ -147,13 +200,21 @@ class CourierProcess:
 
 
 _LIVE: weakref.WeakSet[CourierProcess] = weakref.WeakSet()
-_LEAVING: list[subprocess.Popen[bytes]] = []
+_CHILDREN: set[int] = set()  # process ids that are to be reaped, if they are children of ours
+
+
+def _require_python() -> None:
+    """Elsewhere `sys.executable` would be the training program, and start it once more."""
+    if getattr(sys, "frozen", False):
+        raise NoCourierError("this program is frozen: it has no Python to start one with")
+    if not sys.executable:
+        raise NoCourierError("sys.executable is empty: there is no Python to start one with")
 
 
 def _start(
     destination: Destination, undo: contextlib.ExitStack, theirs: contextlib.ExitStack
-) -> tuple[subprocess.Popen[bytes], tuple[int, int]]:
-    """The process, and our ends of its output and input; `undo` closes ours, `theirs` the child's ends here."""
+) -> tuple[int, tuple[int, int]]:
+    """The middleman, and our ends of the courier's output and input; `undo` closes ours, `theirs` its ends here."""
     down_read, down_write = _pipe()
     theirs.callback(os.close, down_read)
     undo.callback(os.close, down_write)
@@ -162,14 +223,16 @@ def _start(
     undo.callback(os.close, up_read)
     _enlarge(down_write)
     process = subprocess.Popen(
-        [sys.executable, "-P", "-c", _CODE, _HOME],
+        [sys.executable, "-P", "-S", "-c", _BIRTH + _CODE, _HOME],
         stdin=down_read,
         stdout=up_write,
         stderr=theirs.enter_context(_log()),
         env={**os.environ, ENVIRONMENT: destination.to_json()},
         start_new_session=True,  # Ctrl-C in the trainer's terminal is not for the courier
     )
-    return process, (up_read, down_write)
+    process.returncode = 0  # it is reaped by its number
+    _CHILDREN.add(process.pid)
+    return process.pid, (up_read, down_write)
 
 
 def _pipe() -> tuple[int, int]:
@@ -215,17 +278,37 @@ def _no_sigpipe() -> Iterator[None]:
 
 
 def _reap() -> None:
-    """Collect couriers that have ended since they were left."""
-    _LEAVING[:] = [process for process in _LEAVING if process.poll() is None]
+    """Reap what has ended of `_CHILDREN`, and forget what is no child of ours, or was reaped by the program."""
+    for child in tuple(_CHILDREN):
+        try:
+            running = os.waitpid(child, os.WNOHANG)[0] == 0
+        except ChildProcessError:
+            running = False
+        if not running:
+            _CHILDREN.discard(child)
+
+
+def _await_reaped(child: int, deadline: float) -> None:
+    _reap()
+    while child in _CHILDREN and time.monotonic() < deadline:
+        time.sleep(0.001)
+        _reap()
+
+
+def _kill_children(middleman: int) -> None:
+    """The middleman, if it is still there, and what it has started: all that is in its group."""
+    _reap()
+    if middleman in _CHILDREN:
+        with contextlib.suppress(OSError):
+            os.killpg(middleman, signal.SIGKILL)
+        _await_reaped(middleman, time.monotonic() + _INSTANT_SECONDS)
 
 
 def _forget_all() -> None:
     """A worker's copy of the pipes would keep the courier waiting for an end of input that never comes."""
     for courier in list(_LIVE):
         courier.forget()
-    for process in _LEAVING:
-        process.returncode = 0
-    _LEAVING.clear()
+    _CHILDREN.clear()
 
 
 os.register_at_fork(after_in_child=_forget_all)

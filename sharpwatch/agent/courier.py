@@ -12,7 +12,9 @@ import logging
 import math
 import os
 import random
+import select
 import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
@@ -31,7 +33,7 @@ WELCOME_SECONDS = 3.0  # to connect and be welcomed
 SILENCE_SECONDS = 20.0  # with samples on their way and nothing heard: a dead connection can look alive for long
 FIRST_WAIT_SECONDS = 0.2
 LAST_WAIT_SECONDS = 4.0  # so that a daemon that returns sees its runs within 5 s
-_PARENT_SECONDS = 0.5  # between looks at whether the trainer is alive
+_TRAINER_SECONDS = 0.5  # between looks at whether the trainer is alive
 _HANG_SECONDS = 30  # without such a look: whatever hangs then, in whichever thread, ends with this process
 _MAX_REQUEST_BYTES = 64 * 2**20
 _MAX_RESPONSE_BYTES = 2**20
@@ -97,7 +99,7 @@ class Courier:
 
     async def run(self, trainer: asyncio.StreamReader) -> None:
         """Deliver until the trainer ends, then drain."""
-        tasks = [asyncio.create_task(self._read(trainer)), asyncio.create_task(self._watch_parent())]
+        tasks = [asyncio.create_task(self._read(trainer)), asyncio.create_task(self._watch_trainer())]
         delivering = asyncio.create_task(self._deliver())
         # Should delivery fail on something unforeseen, this process ends, and the trainer's pipe starts a new one.
         delivering.add_done_callback(lambda _: self._end())
@@ -123,14 +125,13 @@ class Courier:
         finally:
             self._end()
 
-    async def _watch_parent(self) -> None:
+    async def _watch_trainer(self) -> None:
         """A worker forked from the trainer can hold the pipe open when the trainer itself is gone."""
-        trainer = self._destination.trainer
-        ours = os.getppid() == trainer  # not where a wrapper stands between, or when it died before we looked
-        while os.getppid() == trainer if ours else _exists(trainer):
-            if not self._ended.is_set():
-                signal.alarm(_HANG_SECONDS)
-            await asyncio.sleep(_PARENT_SECONDS)
+        with _life_of(self._destination.trainer) as goes_on:
+            while goes_on():
+                if not self._ended.is_set():
+                    signal.alarm(_HANG_SECONDS)
+                await asyncio.sleep(_TRAINER_SECONDS)
         self._end()
 
     def _end(self) -> None:
@@ -284,11 +285,27 @@ class Courier:
             self._upward.settle(self._spool.settled)
 
 
+@contextlib.contextmanager
+def _life_of(process: int) -> Iterator[Callable[[], bool]]:
+    """Whether a process goes on, to be asked: by its number alone, a zombie does, and so does whoever has it next."""
+    try:
+        watched = os.pidfd_open(process)
+    except OSError:  # before Linux 5.3
+        yield lambda: _exists(process)
+        return
+    try:
+        yield lambda: not select.select([watched], [], [], 0)[0]
+    finally:
+        os.close(watched)
+
+
 def _exists(process: int) -> bool:
     try:
         os.kill(process, 0)
-    except OSError:
+    except ProcessLookupError:
         return False
+    except PermissionError:  # it has become another user's
+        return True
     return True
 
 

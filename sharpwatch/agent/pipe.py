@@ -7,6 +7,7 @@ the outbox reaches: a courier that dies is replaced, and the next one gets it ag
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from google.protobuf.message import DecodeError
 
 from sharpwatch.agent.address import Address, Destination, Tls, parse_address, parse_tls, parse_token
 from sharpwatch.agent.border import warn
-from sharpwatch.agent.child import LOG, CourierGoneError, CourierProcess
+from sharpwatch.agent.child import LOG, CourierGoneError, CourierProcess, NoCourierError
 from sharpwatch.agent.frames import Unframer, frame
 from sharpwatch.agent.spool import Spool, without_arrays
 from sharpwatch.errors import WireError
@@ -69,6 +70,7 @@ class CourierPipe:
         self._commands: list[agent_pb2.SessionResponse] = []
         self._restart = _Restart()
         self._courier: CourierProcess | None = None
+        self._started_one = False
         self._unframer = Unframer(MAX_RESPONSE_BYTES)
         self._writing = memoryview(b"")  # what is left of a frame that the pipe has a part of
         self._closed = False
@@ -84,7 +86,7 @@ class CourierPipe:
 
     @property
     def courier_pid(self) -> int | None:
-        """The courier's process id; None while there is none."""
+        """The courier's process id; None while there is none, or nothing was heard of it yet."""
         return None if self._courier is None else self._courier.pid
 
     def send(self, request: agent_pb2.SessionRequest) -> None:
@@ -163,6 +165,9 @@ class CourierPipe:
         except OSError as error:
             self._restart.warn(f"no courier could be started: {error}")
             return
+        except NoCourierError as error:
+            self._restart.give_up(str(error))
+            return
         self._unframer = Unframer(MAX_RESPONSE_BYTES)
         self._writing = memoryview(self._greeting)
 
@@ -170,14 +175,15 @@ class CourierPipe:
         courier, self._courier = self._courier, None
         if courier is None:
             return
-        code = courier.exit_code
         courier.leave(kill=True)
         now = time.monotonic()
-        self._restart.ended(now, now - courier.started)
         log = os.environ.get(LOG) or f"nowhere: name a file in ${LOG}"
-        self._restart.warn(
-            f"the courier is gone ({reason}, exit code {code}) and will be replaced; its log goes to {log}"
-        )
+        self._started_one |= courier.pid is not None
+        if self._started_one:
+            self._restart.ended(now, now - courier.started)
+            self._restart.warn(f"the courier is gone ({reason}) and will be replaced; its log goes to {log}")
+        else:  # it may be the training program itself, once more
+            self._restart.give_up(f"sys.executable={sys.executable!r} did not start one; its log goes to {log}")
         self._writing = memoryview(b"")
         self._spool.rewind()
         if self._entrusted:
@@ -279,12 +285,17 @@ class _Restart:
         self._wait = _FIRST_RESTART_SECONDS
         self._at = 0.0
         self._warned = False
+        self._given_up = False
 
     def due(self, now: float) -> bool:
-        return now >= self._at
+        return now >= self._at and not self._given_up
 
     def now(self) -> None:
         self._at = 0.0
+
+    def give_up(self, reason: str) -> None:
+        self._given_up = True
+        self.warn(f"no courier in this program, nothing is sent to the daemon: {reason}")
 
     def tried(self, now: float) -> None:
         self._at = now + self._wait

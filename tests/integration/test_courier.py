@@ -16,11 +16,10 @@ from pathlib import Path
 
 import grpc
 import pytest
-from daemons import PATIENCE, ack, await_end, exists, free_port, honest, response, silent_after, welcome
+from daemons import PATIENCE, ack, await_end, free_port, honest, response, silent_after, welcome
 
 from sharpwatch.agent import child, courier
 from sharpwatch.agent.address import Destination
-from sharpwatch.agent.frames import frame
 from sharpwatch.agent.pipe import CourierPipe
 from sharpwatch.agent.upward import Upward
 from sharpwatch.v1 import agent_pb2, types_pb2
@@ -85,7 +84,7 @@ def test_samples_arrive_in_order_and_close_leaves_nothing(serve, attach):
     assert daemon.samples[-1].closing
     assert daemon.hellos == [HELLO]
     assert pipe.dropped == {}
-    assert not exists(process)
+    await_end(process)
 
 
 def test_commands_come_back_and_nothing_else_does(serve, attach):
@@ -148,7 +147,7 @@ def test_a_working_directory_full_of_traps(serve, attach, tmp_path, monkeypatch)
 
 def test_ctrl_c_and_argv_are_the_trainers_own(serve, attach):
     pipe = attach(serve())
-    assert os.getsid(pipe.courier_pid) == pipe.courier_pid != os.getsid(0)
+    assert os.getsid(pipe.courier_pid) != os.getsid(0)
 
 
 # Daemons.
@@ -174,7 +173,7 @@ def test_a_daemon_that_was_never_started(attach):
     send(pipe, range(1, 301))
     assert pipe.receive() == []
     pipe.close()
-    assert not exists(process)
+    await_end(process)
     assert pipe.dropped == {"undelivered": 300}
 
 
@@ -280,7 +279,7 @@ def test_a_lying_daemon_costs_no_sample(serve, attach, script):
     assert pipe.receive() == []
     pipe.close()
     assert pipe.dropped == {}
-    assert not exists(process)
+    await_end(process)
 
 
 def test_a_refused_sample_is_counted_and_not_sent_again(serve, attach):
@@ -343,7 +342,6 @@ def test_a_killed_courier_is_replaced_and_loses_nothing_that_the_outbox_kept(ser
     assert again[0] <= 21
     assert daemon.hellos == [HELLO, HELLO]
     assert pipe.dropped == {}
-    assert not exists(old)
 
 
 def test_what_died_with_a_courier_is_counted(serve, attach):
@@ -404,7 +402,7 @@ def test_close_kills_a_courier_that_takes_nothing_more(serve, attach, monkeypatc
     process = pipe.courier_pid
     send(pipe, range(1, 1_001), size=2_000)
     pipe.close()
-    assert not exists(process)
+    await_end(process)
     assert sum(pipe.dropped.values()) == 1_000
 
 
@@ -433,26 +431,27 @@ def test_a_sample_larger_than_the_outbox_keeps_all_but_its_arrays(serve, attach)
 @pytest.mark.parametrize(
     "code",
     [
-        "import os; os.write(1, b'\\xff' * 100_000)",  # no frame
-        "import os; os.write(1, b'\\x03\\0\\0\\0\\xff\\xff\\xff' * 100); os.read(0, 1)",  # frames of garbage
+        "os.write(1, b'\\xff' * 100_000)",  # no frame
+        "os.write(1, b'\\x03\\0\\0\\0\\xff\\xff\\xff' * 100); os.read(0, 1)",  # frames of garbage
         "raise SystemExit(3)",
-        "import os; os.close(0); os.read(1, 1)",
+        "os.close(0); os.read(1, 1)",
     ],
 )
-def test_a_courier_gone_mad_is_replaced(serve, attach, monkeypatch, code):
+def test_a_courier_gone_mad_is_replaced(serve, attach, monkeypatch, caplog, tmp_path, code):  # noqa: PLR0917 - fixtures
     daemon = serve()
-    monkeypatch.setattr(child, "_CODE", code)
+    known = tmp_path / "pid"
+    monkeypatch.setattr(child, "_CODE", f"open({str(known)!r}, 'w').write(str(os.getpid())); {code}")
     pipe = attach(daemon)
-    mad = pipe.courier_pid
-    sent = 0
-    while pipe.courier_pid == mad:
+    sent = 1
+    pipe.send(request(1))
+    while "the courier is gone" not in caplog.text:
         sent += 1
         pipe.send(request(sent))
         assert pipe.receive() == []
     monkeypatch.undo()
     daemon.wait(lambda: daemon.sequences[-1:] == [sent], pipe)
     assert daemon.sequences == list(range(1, sent + 1))
-    assert not exists(mad)
+    await_end(int(known.read_text()))
 
 
 def test_no_courier_can_be_started(serve, attach, monkeypatch, caplog):
@@ -466,6 +465,46 @@ def test_no_courier_can_be_started(serve, attach, monkeypatch, caplog):
     assert [record.message for record in caplog.records] == [
         "no courier could be started: [Errno 2] No such file or directory: '/nowhere/python'"
     ]
+
+
+@pytest.fixture
+def program_for_python(monkeypatch, tmp_path):
+    """Let `sys.executable` be a program that does `act`; the processes that it was."""
+    known, program = tmp_path / "pids", tmp_path / "program"
+    monkeypatch.setattr(sys, "executable", str(program))
+
+    def write(act):
+        program.write_text(f"#!/bin/sh\necho $$ >> {known}\n{act}\n")
+        program.chmod(0o755)
+        return lambda: list(map(int, known.read_text().split()))
+
+    return write
+
+
+@pytest.mark.parametrize("act", ["echo hello; exec sleep 1000", "sleep 1000", "exit 3"])
+def test_what_is_no_python_is_ended_and_not_started_again(attach, monkeypatch, caplog, program_for_python, act):
+    started = program_for_python(act)
+    monkeypatch.setattr(child, "_BIRTH_SECONDS", 0.1)
+    pipe = attach(f"127.0.0.1:{free_port()}")
+    send(pipe, [1, 2])
+    assert "no courier in this program" in caplog.text
+    (process,) = started()
+    await_end(process)
+    pipe.close()
+    assert started() == [process]
+    assert len(caplog.records) == 1
+    assert pipe.dropped == {"undelivered": 2}
+
+
+def test_close_ends_what_has_not_shown_itself_to_be_a_courier(attach, program_for_python, tmp_path):
+    started = program_for_python(f"sleep 1000 & echo $! >> {tmp_path}/pids; wait")
+    pipe = attach(f"127.0.0.1:{free_port()}")
+    send(pipe, [1, 2])
+    pipe.close()
+    assert len(started()) == 2
+    for process in started():
+        await_end(process)
+    assert pipe.dropped == {"undelivered": 2}
 
 
 def descriptors():
@@ -603,7 +642,6 @@ signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 old = pipe.courier_pid
 send(pipe, 1)
 os.kill(old, signal.SIGKILL)
-os.waitid(os.P_PID, old, os.WEXITED | os.WNOWAIT)
 courier = pipe._courier
 courier.read = lambda: b""  # it would tell before the write does
 sequence = 1
@@ -637,21 +675,3 @@ os._exit(0 if min(ends) > 2 else 1)
     with finishing(trainer(code, daemon.address)) as process:
         assert process.wait(PATIENCE) == 0
     assert daemon.sequences == [1]
-
-
-def test_a_courier_whose_event_loop_hangs_ends_itself(monkeypatch):
-    hanging = """
-import sys, time
-sys.path.append(sys.argv.pop())
-from sharpwatch.agent import courier
-async def hang(*_):
-    time.sleep(3600)
-courier._HANG_SECONDS = 1
-courier.Courier._session = hang
-courier.main()
-"""
-    monkeypatch.setattr(child, "_CODE", hanging)
-    process = child.CourierProcess(Destination("127.0.0.1:9", "", None, 2**20, os.getpid()))
-    process.write(memoryview(frame(agent_pb2.SessionRequest(hello=HELLO).SerializeToString())))
-    assert process._process.wait(PATIENCE) == -signal.SIGALRM
-    process.leave(kill=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from daemons import exists, free_port
+from daemons import await_end, free_port
 
 CODE = """
 for address in ADDRESSES:
@@ -23,4 +23,5 @@ def test_without_a_daemon_the_run_is_the_same(train, assert_unchanged, tmp_path)
     assert trainer.all_said("failed_probes") == [{}] * len(addresses)
     # A sample a step and the goodbye.
     assert trainer.all_said("dropped") == [{"undelivered": 31}] * len(addresses)
-    assert not any(map(exists, trainer.all_said("courier")))
+    for courier in trainer.all_said("courier"):
+        await_end(courier)

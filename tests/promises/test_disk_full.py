@@ -41,7 +41,6 @@ trainer = Trainer()
 trainer.train(10)
 old = trainer.pipe.courier_pid
 os.kill(old, signal.SIGKILL)  # which is something to log
-os.waitid(os.P_PID, old, os.WEXITED | os.WNOWAIT)
 while trainer.pipe.courier_pid in (old, None):
     trainer.step()
 trainer.train(10)
