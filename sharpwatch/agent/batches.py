@@ -136,6 +136,11 @@ class Batches:
             "loader": None if state["loader"] else state["loader"],  # passed over, as any DataLoader
         }
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy stands where this stands; the iterator, which can't be copied, it begins anew."""
+        resume = self._resume if self._iterator is None else self.state_dict()
+        return {**self.__dict__, "_iterator": None, "_resume": resume}
+
     def _end_epoch(self) -> None:
         self._given = 0
         self.epoch += 1

@@ -23,6 +23,10 @@ class Watch:
         self._step = step
         self._loop = loop  # None: disabled, or closed
 
+    def __reduce__(self) -> tuple[type[Self], tuple[str, int, None]]:
+        """A copy of what holds a watch (a model, a trainer) is not watched: it has a closed one."""
+        return type(self), (self.run, self.step, None)
+
     @property
     def run(self) -> str:
         """The run's name."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import io
 import pickle
 
 import pytest
@@ -42,6 +44,48 @@ def test_a_copy_of_a_watched_model_works_and_is_not_watched(duplicate):
         assert b"sharpwatch" not in pickle.dumps(nn.Sequential(model)).replace(Net.__module__.encode(), b"")
         torch.optim.swa_utils.AveragedModel(model).update_parameters(model)
         copy.deepcopy(optimizer)
+
+
+def saved(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+DUPLICATES = {
+    "copy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),  # noqa: S301 - our own
+    "save": saved,
+    "average": lambda model: torch.optim.swa_utils.AveragedModel(model).module,
+}
+
+
+@pytest.mark.parametrize("name", DUPLICATES)
+def test_a_copy_of_what_holds_a_watch_holds_a_closed_one(name, tmp_path):
+    model, optimizer = made()
+    model.watch = attached(model, optimizer)
+    data = torch.utils.data.DataLoader([tokens()[0]] * 16, batch_size=4)
+    model.checkpoints = sharpwatch.Checkpoints(tmp_path, model, optimizer, watch=model.watch, data=data)
+    steps = 0
+    for batch in model.checkpoints.batches(epochs=1):
+        twin = DUPLICATES[name](model)
+        assert (twin.watch.run, twin.watch.step) == (model.watch.run, steps)
+        twin.watch.observe(loss=1.0)
+        twin.watch.saved_checkpoint(1, "nowhere")
+        assert twin.watch.pending_rollback is None
+        assert twin.watch.state_dict() == {}
+        twin.watch.close()
+        assert twin.checkpoints._watch is twin.watch
+        del twin
+        gc.collect()
+        model(batch, batch)[1].backward()
+        optimizer.step()
+        steps += 1
+        assert model.watch.step == steps
+    assert steps == 4
+    assert model.watch._loop.border.swallowed == 0
+    model.watch.close()
 
 
 def compiled_before(model, optimizer):

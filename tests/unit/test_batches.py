@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 
 import pytest
@@ -113,6 +114,20 @@ def test_it_goes_on_where_it_stood(name, at):
     again = Batches(LOADERS[name]())
     again.load_state_dict(state)
     assert run(again, 26 - at) == whole[at:]
+
+
+# A StatefulDataLoader keeps its own iterator, and can't be copied in the middle of an epoch.
+@pytest.mark.parametrize("name", [name for name in LOADERS if name not in {"workers", "stateful"}])
+def test_a_copy_goes_on_where_it_was_made(name):
+    torch.manual_seed(1)
+    whole = run(Batches(LOADERS[name]()), 26)
+    torch.manual_seed(1)
+    batches = Batches(LOADERS[name]())
+    for _, _ in zip(range(3), batches, strict=False):
+        torch.rand(())
+    twin = copy.deepcopy(batches)
+    torch.manual_seed(99)
+    assert run(twin, 23) == whole[3:]
 
 
 @pytest.mark.parametrize("name", ["shuffled", "its own generator", "stateful", "distributed", "iterable"])
