@@ -54,6 +54,7 @@ class Consent:
         self._at: int | None = None  # before this word's step it is taken
         self._clock = 0
         self._given_up = False
+        self._overdue: list[Settled] = []  # settled by now for the others, while this rank was behind
 
     @property
     def expecting(self) -> bool:
@@ -78,6 +79,8 @@ class Consent:
 
     def hear(self, word: int, said: Said, clock_unix_ns: int) -> None:
         """Word `word` of all: rank 0's piece, and the sum of what each stands by."""
+        if self._at is not None and self._at <= word:  # given up and read late: this is about the next message
+            self._overdue.append(self._end(taken=False))
         if self._stood and self._stood[0] == word:
             self._stood.popleft()
         if self._at is None and said.standing == self._size * self._number:
@@ -98,11 +101,15 @@ class Consent:
             answer = self._settle(_NEVER)
             self._at = None if answer == _NEVER else int(answer)
 
-    def settle(self, word: int) -> Settled | None:
-        """What is to become of a message before the step of `word`."""
-        if self._at is None or self._at > word:
-            return None
-        taken = self._settle(str(self._at)) != _NEVER
+    def settle(self, word: int) -> list[Settled]:
+        """What is to become of messages before the step of `word`."""
+        settled, self._overdue = self._overdue, []
+        if self._at is not None and self._at <= word:
+            settled.append(self._end(taken=self._settle(str(self._at)) != _NEVER))
+        return settled
+
+    def _end(self, *, taken: bool) -> Settled:
+        """The message under way is settled: the next one's turn."""
         settled = Settled(self._heard, taken, self._clock)
         if self._unsent:
             self._unsent.popleft()

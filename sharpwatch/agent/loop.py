@@ -316,10 +316,9 @@ class Loop:
 
     def _take(self, shared: Shared, step: int) -> None:
         """Commands that all ranks take before `step`, or none of them."""
-        heard = shared.take()
-        for each in heard.messages:
+        for each, taken in shared.take():
             command = messages.command(types_pb2.Command.FromString(each))
-            if heard.taken:
+            if taken:
                 self.parts.control.receive(command, step)
             else:
                 self.parts.control.refuse(command, step, _TOO_LATE)

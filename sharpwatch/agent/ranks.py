@@ -130,8 +130,8 @@ class Ranks:
         if not self.lost:
             self._consent.send(message)
 
-    def take(self) -> Settled | None:
-        """What is settled of a message before the step to come: the same on every rank.
+    def take(self) -> list[Settled]:
+        """What is settled of messages before the step to come: the same on every rank.
 
         Waits 2 s at most, and only where a word that is still under way may say that it is to be taken now.
         """
@@ -144,7 +144,7 @@ class Ranks:
             return self._consent.settle(self._next)
         except (RuntimeError, ValueError) as error:
             self._part(error)
-            return None
+            return []
 
     def agree(self, own: Word, *, in_step: bool = False) -> list[Word]:
         """Launch the word of this step; those that have come, in order.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from sharpwatch.agent.border import Border
 from sharpwatch.agent.consent import HORIZON
@@ -14,14 +14,6 @@ from sharpwatch.agent.ranks import Place, Ranks, Word
 from sharpwatch.agent.tap import Later, Tap
 
 _CLOSING = 1.0  # seconds for the last words
-
-
-@dataclass(frozen=True, slots=True)
-class Taken:
-    """Messages of rank 0's whose time has come, on all ranks at once; not `taken`: a rank was too late for them."""
-
-    messages: Sequence[bytes] = ()
-    taken: bool = True
 
 
 class Shared:
@@ -54,13 +46,14 @@ class Shared:
         """The model is called in training."""
         self._forwards += self._in_step  # else ranks may differ in it
 
-    def take(self) -> Taken:
-        """What is to be taken before the coming step."""
-        settled = self.ranks.take()
-        if settled is None:
-            return Taken()
-        self.clock = settled.clock_unix_ns
-        return Taken(_apart(settled.message), settled.taken)
+    def take(self) -> list[tuple[bytes, bool]]:
+        """Messages of rank 0's whose time has come, with whether all ranks take them; else none does."""
+        messages = []
+        for settled in self.ranks.take():
+            if settled.taken:
+                self.clock = settled.clock_unix_ns
+            messages += [(message, settled.taken) for message in _apart(settled.message)]
+        return messages
 
     def ready(self, own: bool, step: int) -> bool:
         """Whether every rank is ready to probe after `step`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sharpwatch.agent.consent import HORIZON, PIECE, Consent, Said
@@ -25,9 +25,7 @@ class Ranks:
                 self.hear(rank)
             if consent.unclear(number):
                 consent.give_up()
-            settled = consent.settle(number)
-            if settled is not None:
-                self.settled[rank].append((number, settled.message, settled.taken))
+            self.settled[rank] += [(number, each.message, each.taken) for each in consent.settle(number)]
         parts = [consent.say(number, number - read) for consent, read in zip(self.all, self.read, strict=True)]
         self.said.append(Said(parts[0].piece, parts[0].left, sum(part.standing for part in parts)))
 
@@ -46,6 +44,7 @@ def test_a_message_of_several_words_is_taken_in_the_first_step_that_it_can_be():
     assert ranks.settled == [[(pieces + HORIZON, message, True)]] * 3
 
 
+@settings(max_examples=300, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 6), min_size=3, max_size=3), min_size=STEPS, max_size=STEPS))
 def test_all_take_a_message_before_the_same_step_or_none_does(delays):
     ranks = Ranks(3)
