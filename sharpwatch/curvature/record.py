@@ -99,7 +99,7 @@ class Record:
             self._undo.append(_refilling(own))
             self._items(own.values(), depth, strict=True)
         for name, attribute in slots.items():
-            self._undo.append(functools.partial(setattr, value, name, attribute))
+            self._undo.append(functools.partial(object.__setattr__, value, name, attribute))  # it may be frozen
         self._items(slots.values(), depth, strict=True)
 
     def _tensor(self, value: Tensor) -> None:

@@ -5,7 +5,7 @@ import random
 import signal
 import threading
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
@@ -64,6 +64,11 @@ class Slotted:
     calls: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    tally: Slotted = field(default_factory=Slotted)
+
+
 def count(tally):
     tally.calls += 1
     return 0.1 * tally.calls
@@ -97,6 +102,7 @@ VALUES = {
     "an array": (lambda: np.zeros(3), grow),
     "an object": (Tally, Tally.add),
     "an object with slots": (Slotted, count),
+    "a frozen object with slots": (Sealed, lambda kept: count(kept.tally)),
     "a module outside the model": (lambda: [nn.BatchNorm1d(2, affine=False)], lambda kept: normalised(kept[0])),
     "NumPy's Generator": (lambda: np.random.default_rng(3), lambda source: source.random()),
     "NumPy's RandomState": (lambda: np.random.RandomState(3), lambda source: source.rand()),
