@@ -129,19 +129,23 @@ class CourierPipe:
         if self._inert():
             return
         deadline = time.monotonic() + timeout
-        if self._courier is not None:
-            self._courier.wake()
-        stuck = not self._hand_over(deadline - timeout / 10)
-        self._closed = True
-        if self._courier is not None:
-            if not stuck:
+        stuck, patience = False, 0.0  # of a close that Ctrl-C cuts short, in a program that may go on
+        try:
+            if self._courier is not None:
+                self._courier.wake()
+            stuck = not self._hand_over(deadline - timeout / 10)
+            if self._courier is not None and not stuck:
                 self._courier.end_input()
                 self._await_end(self._courier, deadline)
-            self._courier.leave(kill=stuck, seconds=max(0.0, deadline - time.monotonic()))
-            self._courier = None
-        undelivered = len(self._spool) + len(self._entrusted)
-        if undelivered:  # as far as anyone has said by now
-            self._count("undelivered", undelivered)
+            patience = max(0.0, deadline - time.monotonic())
+        finally:
+            self._closed = True
+            if self._courier is not None:
+                self._courier.leave(kill=stuck, seconds=patience)
+                self._courier = None
+            undelivered = len(self._spool) + len(self._entrusted)
+            if undelivered:  # as far as anyone has said by now
+                self._count("undelivered", undelivered)
 
     def _inert(self) -> bool:
         """Closed, or a fork's copy, whose courier is its parent's."""

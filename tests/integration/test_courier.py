@@ -20,6 +20,7 @@ from daemons import PATIENCE, ack, await_end, free_port, honest, response, silen
 
 from sharpwatch.agent import child, courier
 from sharpwatch.agent.address import Destination
+from sharpwatch.agent.frames import frame
 from sharpwatch.agent.pipe import CourierPipe
 from sharpwatch.agent.upward import Upward
 from sharpwatch.v1 import agent_pb2, types_pb2
@@ -417,6 +418,49 @@ def test_close_wakes_a_courier_that_was_stopped(serve, attach):
     pipe.close()
     await_end(process)
     assert daemon.sequences == list(range(1, 1_001))
+
+
+INTERRUPT = """
+import json, select, signal
+def interrupt():
+    os.kill(json.loads(os.environ["SHARPWATCH_COURIER"])["trainer"], signal.SIGINT)
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCONT})
+os.write(1, READY)
+"""
+WHEN_WOKEN = """
+signal.sigwait({signal.SIGCONT})
+interrupt()
+for _ in iter(lambda: os.read(0, 2**20), b""):
+    pass
+"""
+AT_THE_END = """
+for _ in iter(lambda: os.read(0, 2**20), b""):
+    pass
+interrupt()
+trainer = select.poll()
+trainer.register(1, 0)
+trainer.poll()  # until it has closed its end
+"""
+
+
+@pytest.mark.parametrize("moment", [WHEN_WOKEN, AT_THE_END], ids=["woken", "at the end"])
+def test_an_interrupted_close_leaves_nothing_open(attach, monkeypatch, moment):
+    ready = frame(response(command=types_pb2.Command(id="ready")))
+    monkeypatch.setattr(child, "_CODE", INTERRUPT.replace("READY", repr(ready)) + moment)
+    before = descriptors()
+    pipe = attach(f"127.0.0.1:{free_port()}")
+    process = pipe.courier_pid
+    received = []
+    while not received:
+        received = pipe.receive()
+    sent = 100 if moment is AT_THE_END else 1_000  # which is more than the pipe takes
+    send(pipe, range(1, sent + 1), size=2_000)
+    with pytest.raises(KeyboardInterrupt):
+        pipe.close()
+    await_end(process)
+    assert pipe.courier_pid is None
+    assert descriptors() == before
+    assert pipe.dropped == {"undelivered": sent}
 
 
 def test_a_sample_larger_than_the_outbox_keeps_all_but_its_arrays(serve, attach):
