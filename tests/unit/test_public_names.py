@@ -134,6 +134,7 @@ def test_the_error_tree():
         "AttachError": "SharpwatchError",
         "CheckpointError": "SharpwatchError",
         "ProbeError": "SharpwatchError",
+        "DesyncError": "SharpwatchError",
         "WireError": "SharpwatchError",
         "StoreError": "SharpwatchError",
         "OperatorError": "SharpwatchError",
