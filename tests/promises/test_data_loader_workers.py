@@ -18,6 +18,10 @@ if __name__ == "__main__":
                 trainer.step_on(tokens)
         except (RuntimeError, OSError) as error:  # as it happens to show
             say(died=str(error))
+        try:
+            loader._iterator._shutdown_workers()
+        except RuntimeError:
+            pass  # torch's signal handler tells of the death once more; from now on it is silent
         trainer.close()
 """
 
