@@ -75,7 +75,7 @@ class Company:
     def shared(self, tap: Tap, border: Border, device: torch.device) -> Shared:
         """The way of records through the ranks; an accelerator's numbers are a step further behind."""
         lag = 1 if device.type == "cpu" else 2
-        in_step = self.sharded and not self.staged
+        in_step = self.summed and not self.staged  # floors of a sum are to be alike on all
         return Shared(self.ranks, tap, border, sharded=self.sharded, summed=self.summed, in_step=in_step, lag=lag)
 
     def together(self, model: nn.Module) -> Together | None:

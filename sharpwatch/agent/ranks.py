@@ -150,15 +150,16 @@ class Ranks:
         """Launch the word of this step; those that have come, in order.
 
         Every rank calls this once a step. `own.sums` has as many numbers on every rank, at every step. Where ranks are
-        `in_step`, all calling one model together, the words of `HORIZON` steps before the next have come, or the ranks
-        are lost.
+        `in_step`, all calling one model together, the word of `HORIZON` steps before the next has come, or the ranks
+        are lost; newer ones are not read, so that what follows from a word does at the same step on all.
         """
         number, self._next = self._next, self._next + 1
         if not self.lost:
             with self._parting():
-                self._read_all(time.monotonic(), len(self._words))
                 late = number + 1 - HORIZON
-                if in_step and not self._read_all(time.monotonic() + _AT_MOST, late - self._first + 1):
+                if not in_step:
+                    self._read_all(time.monotonic(), len(self._words))
+                elif not self._read_all(time.monotonic() + _AT_MOST, late - self._first + 1):
                     raise ValueError(f"the word of {HORIZON - 1} steps ago has not come")
                 if len(self._words) >= _BEHIND:
                     raise ValueError(f"words of {_BEHIND} steps have not come")

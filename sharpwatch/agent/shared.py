@@ -107,9 +107,13 @@ class Shared:
             return own
         values = [loss.read().item() if isinstance(loss, Later) else loss for loss in record.losses]
         sums = None
-        if self._summed and record.tap is not None:
+        if record.tap is not None and (self._summed or self.ranks.leads):
             with self._border.guard("adding up the tap"):  # or this rank alone would say nothing
-                sums = self._tap.local(record.tap).reshape(-1)
+                local = self._tap.local(record.tap)
+                if self._summed:
+                    sums = local.reshape(-1)
+                else:
+                    record.reading = self._tap.reading(local)
         return replace(own, loss=sum(values), losses=len(values), taps=int(sums is not None), sums=sums)
 
     def _completed(self, record: StepRecord, word: Word) -> StepRecord:

@@ -21,7 +21,6 @@ from missing import missing
 import sharpwatch
 from sharpwatch.agent import attach as attach_module
 from sharpwatch.agent.partsums import FLOOR_SHARE
-from sharpwatch.agent.ranks import DELAY
 from sharpwatch.errors import AttachError
 from sharpwatch.v1 import types_pb2
 from sharpwatch.wire import decode
@@ -97,13 +96,14 @@ def loss_of(model, turn, micro, rank):
 class Reference:
     """What a step on all ranks' batches is made of, in float64 but for forward and backward."""
 
-    def __init__(self, model, micro_batches, clip):
+    def __init__(self, model, micro_batches, clip, *, summed):
         self.clip = clip or math.inf
         self.model = gpt2().to(next(model.parameters()).dtype)
         self.map = sharpwatch.classify(self.model)
         self.batches = [(micro, rank) for micro in range(micro_batches) for rank in range(dist.get_world_size())]
-        # A reading sets the floors of the next; where ranks add it up, of those after it has gone round.
-        self.behind = 1 if dist.get_world_size() == 1 else DELAY + 2
+        # A reading sets the floors of the next; on several ranks a step later, and where they add it up, after it has
+        # gone round.
+        self.behind = 1 if dist.get_world_size() == 1 else 4 if summed else 2
         self.moments = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in self.model.named_parameters()}
         self.floors = []  # by step, then by part
         self.steps = []
@@ -174,7 +174,7 @@ def trained(config, *, ordered):
         chosen = types_pb2.MultiplierSet(multipliers={"ffn": 0.5}, revision=1)
         wires[0].order(id="cut", apply_at_step=2, set_multipliers=chosen)
     micro_batches, clip = config.get("gradient_accumulation_steps", 1), config.get("gradient_clipping", CLIP)
-    reference = Reference(ours.module, micro_batches, clip)
+    reference = Reference(ours.module, micro_batches, clip, summed=ordered)
     turn = 0
     while len(reference.steps) < STEPS:
         gradients, void = reference.clipped(ours.module, turn), ours.skipped_steps
