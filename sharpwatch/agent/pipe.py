@@ -18,6 +18,7 @@ from sharpwatch.agent.address import Address, Destination, Tls, parse_address, p
 from sharpwatch.agent.border import warn
 from sharpwatch.agent.child import LOG, CourierGoneError, CourierProcess, NoCourierError
 from sharpwatch.agent.frames import Unframer, frame
+from sharpwatch.agent.signals import signals_held
 from sharpwatch.agent.spool import Spool, without_arrays
 from sharpwatch.errors import WireError
 from sharpwatch.v1 import agent_pb2
@@ -114,11 +115,13 @@ class CourierPipe:
         if self._inert():
             return
         try:
-            if self._courier is None and self._restart.due(time.monotonic()):
-                self._start()
-            if self._courier is not None:
-                self._pull(self._courier)
-                self._push(self._courier)
+            # A handler that raises between a write and the note of it would have a frame written twice, or a half.
+            with signals_held():
+                if self._courier is None and self._restart.due(time.monotonic()):
+                    self._start()
+                if self._courier is not None:
+                    self._pull(self._courier)
+                    self._push(self._courier)
         except CourierGoneError:
             self._lost("it closed its pipe")
         except WireError as error:

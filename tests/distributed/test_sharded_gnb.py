@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.testing._internal.distributed.fake_pg  # registers the backend
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
@@ -146,6 +147,7 @@ def by_transformers(model):
 
 
 def two(truth):
+    dist.new_group(backend="fake")  # torchtitan's meshes have them for what they don't divide
     mesh = init_device_mesh("cpu", (2,))
     model = summed(sharding.by_fsdp(dense.llama(), mesh))
     check_draw(model, dense.llama)
