@@ -27,6 +27,7 @@ from sharpwatch.agent.rates import Rates
 from sharpwatch.agent.roster import Roster
 from sharpwatch.agent.samples import Samples
 from sharpwatch.agent.shared import Shared
+from sharpwatch.agent.signals import signals_held
 from sharpwatch.agent.stopwatch import Stopwatch
 from sharpwatch.agent.tap import PendingTap
 from sharpwatch.v1 import types_pb2
@@ -274,6 +275,10 @@ class Loop:
                 self.restored(request.step)
 
     def _complete(self, done: _Round) -> None:
+        with signals_held():  # one that raises would end this half-way, and a sample be lost
+            self._conclude(done)
+
+    def _conclude(self, done: _Round) -> None:
         self._round = None
         self.step = done.step
         tap = done.tap if len(done.read) == len(self.parts.optimizers) else None  # half a reading: false zeros

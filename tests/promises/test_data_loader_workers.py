@@ -20,7 +20,7 @@ if __name__ == "__main__":
             say(died=str(error))
         try:
             loader._iterator._shutdown_workers()
-        except RuntimeError:
+        except (RuntimeError, OSError):
             pass  # torch's signal handler tells of the death once more; from now on it is silent
         trainer.close()
 """
@@ -40,4 +40,6 @@ def test_workers_by_fork_and_by_spawn(train, serve):
     assert watched.all_said("dropped") == [{}] * 2
     assert [hello.run for hello in daemon.hellos] == ["run"] * 2  # one of each trainer, none of a worker's
     for samples, run in zip(daemon.streams, watched.runs, strict=True):
-        assert [sample.sequence for sample in samples] == list(range(1, len(run) + 2))
+        # A step may have ended, and the signal's handler raise before it is told of.
+        assert len(run) + 1 <= len(samples) <= len(run) + 2
+        assert [sample.sequence for sample in samples] == list(range(1, len(samples) + 1))
