@@ -165,6 +165,19 @@ class Loop:
         """Take every hook away and let the courier finish; a goodbye is said only to a loop that ended in order."""
         if self._closed:
             return
+        with signals_held():  # Ctrl-C would leave hooks, or the courier, that nobody ends any more
+            self._let_go()
+            if os.getpid() != self._pid:
+                return  # a fork's copy: the courier is its parent's
+            try:
+                with self.border.guard("sending the last samples"):
+                    self._take_leave(in_order=in_order)
+            finally:  # also for who insists
+                with self.border.guard("closing the courier's pipe"):
+                    self.parts.pipe.close()
+
+    def _let_go(self) -> None:
+        """Leave model, optimizers and gradients as they were."""
         self._closed = True
         atexit.unregister(self._at_exit)
         with self.border.guard("removing the gradients' hooks"):
@@ -173,18 +186,16 @@ class Loop:
             with self.border.guard("removing a hook"):
                 handle.remove()
         self.rates.close(self.border)
-        if os.getpid() != self._pid:
-            return  # a fork's copy: the courier is its parent's
-        with self.border.guard("sending the last samples"):
-            if self._shared is not None:
-                self._pass_on(self._shared.leave(self.step))
-            if self._restored:
-                self._samples.restored()
-            self._samples.outbox.flush(wait=True)
-            if in_order:
-                self._samples.send_news(self.step, closing=True)
-        with self.border.guard("closing the courier's pipe"):
-            self.parts.pipe.close()
+
+    def _take_leave(self, *, in_order: bool) -> None:
+        """Tell what has not been told."""
+        if self._shared is not None:
+            self._pass_on(self._shared.leave(self.step))
+        if self._restored:
+            self._samples.restored()
+        self._samples.outbox.flush(wait=True)
+        if in_order:
+            self._samples.send_news(self.step, closing=True)
 
     def __del__(self) -> None:
         self.close(in_order=True)  # model and optimizers went away, and this with them

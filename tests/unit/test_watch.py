@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import gc
+import itertools
+import signal
+import sys
 import weakref
 
 import pytest
@@ -9,6 +12,7 @@ import torch
 from torch import nn
 
 import sharpwatch
+from sharpwatch.agent import loop
 from sharpwatch.agent.outbox import FORWARDS
 from sharpwatch.v1 import agent_pb2, types_pb2
 
@@ -220,6 +224,60 @@ def test_closing_takes_every_hook_away_says_goodbye_once_and_is_idempotent(wires
     assert not model._forward_hooks
     assert not optimizer._optimizer_step_pre_hooks
     assert watch.step == 1
+
+
+def interrupted_at(number, call):
+    """Call with Ctrl-C pressed at line `number` of those of loop.py that it runs; whether it was interrupted."""
+    lines = itertools.count()
+
+    def trace(frame, event, _):
+        if frame.f_code.co_filename != loop.__file__:
+            return None
+        if event == "line" and next(lines) == number:
+            signal.raise_signal(signal.SIGINT)
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def test_a_close_that_is_interrupted_anywhere_has_not_begun_or_leaves_nothing_behind(wires):
+    outcomes = set()
+    for number in itertools.count():
+        model, optimizer, watch, wire = made(wires, probes=("gnb",))
+        wire.order(id="cut", set_multipliers=types_pb2.MultiplierSet(multipliers={"emb": 0.5}))
+        stepped(model, optimizer, 1)
+        assert "step" in vars(optimizer)  # wrapped
+        interrupted = interrupted_at(number, watch.close)
+        hooks = [*model._forward_hooks, *model._forward_pre_hooks]
+        hooks += [*optimizer._optimizer_step_pre_hooks, *optimizer._optimizer_step_post_hooks]
+        outcomes.add((bool(hooks), "step" in vars(optimizer), wire.samples[-1].closing, wire.closed))
+        watch.close()  # of one that has not begun
+        assert wire.closed
+        if not interrupted:
+            break
+    assert outcomes == {(True, True, False, False), (False, False, True, True)}
+
+
+def test_who_insists_on_an_interrupt_gives_up_the_last_samples_but_the_courier_is_ended(wires, monkeypatch):
+    _, _, watch, wire = made(wires)
+
+    def insist(*_, **__):
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(watch._loop._samples.outbox, "flush", insist)
+    with pytest.raises(KeyboardInterrupt):
+        watch.close()
+    assert wire.closed
+    assert not wire.samples
 
 
 def test_a_loop_that_ends_in_an_error_says_no_goodbye(wires):
