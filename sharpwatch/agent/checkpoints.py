@@ -85,7 +85,9 @@ class Checkpoints:
             self._others["scaler"] = scaler
         self._watch = watch
         self._keep = keep
-        self._steps = 0
+        self._steps = watch.step
+        if self.data is not None:
+            self.data.mark(self._steps)  # no batch was taken before
         self._optimizers[0].register_step_post_hook(self._count)
         self._rank, self._ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.folder.mkdir(parents=True, exist_ok=True)

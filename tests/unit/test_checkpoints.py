@@ -20,11 +20,11 @@ def make(tmp_path, wires):
     """Make a model in training, with its checkpoints."""
     del wires
 
-    def made(**options):
+    def made(initial_step=0, **options):
         torch.manual_seed(1)
         model = Net()
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-        watch = sharpwatch.attach(model, optimizer, training_job="plain", control="rollback")
+        watch = sharpwatch.attach(model, optimizer, training_job="plain", control="rollback", initial_step=initial_step)
         loader = DataLoader(TensorDataset(torch.randint(11, (40, 4))), 2, shuffle=True)
         checkpoints = sharpwatch.Checkpoints(tmp_path, model, optimizer, watch=watch, data=loader, **options)
         return model, optimizer, checkpoints
@@ -185,6 +185,20 @@ def test_steps_that_were_undone_go_first(make, wires, tmp_path):
     steps(model, optimizer, checkpoints, 2)
     checkpoints.save()
     assert saved(tmp_path) == ["step-1", "step-2-2", "step-3"]
+
+
+def test_a_run_that_had_steps_before_goes_on_counting_them(make, wires, tmp_path):
+    model, optimizer, checkpoints = make(initial_step=60)
+    steps(model, optimizer, checkpoints, 61)
+    path = checkpoints.save()
+    assert path.name == "step-61"
+    checkpoint = types_pb2.Checkpoint(step=61, uri=str(tmp_path / "step-61"))
+    target = types_pb2.Rollback(checkpoint=checkpoint, skip_from_step=63, skip_to_step=64)
+    steps(model, optimizer, checkpoints, 63)
+    wires[0].order(id="back", rollback=target)
+    steps(model, optimizer, checkpoints, 64)
+    steps(model, optimizer, checkpoints, 62)
+    assert checkpoints.data.left_out == [(2, 3)]  # the third batch of those that were taken under this watch
 
 
 def test_an_optimizer_without_state_is_not_stepped_for_a_checkpoint(make, tmp_path):
