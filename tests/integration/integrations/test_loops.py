@@ -19,8 +19,8 @@ threading.Thread(target=lambda: (sys.stdin.read(), over.set()), daemon=True).sta
 
 def told(optimizer, *_):
     weights = float(sum(p.double().abs().sum() for group in optimizer.param_groups for p in group["params"]))
-    rate = optimizer.param_groups[0]["lr"]
-    print(json.dumps({"step": checkpoints.step, "weights": weights, "rate": rate}), flush=True)
+    rate, best = optimizer.param_groups[0]["lr"], globals().get("best_val_loss")
+    print(json.dumps({"step": checkpoints.step, "weights": weights, "rate": rate, "best": best}), flush=True)
     over.wait(0.02)
 
 torch.manual_seed(0)
@@ -37,6 +37,7 @@ scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.999**ste
 loader = DataLoader([{"input_ids": row, "labels": row} for row in rows], 4, shuffle=True)
 """
 
+# A loop of its shape, with the places where the lines go.
 NANOGPT = """
 from contextlib import nullcontext
 
@@ -52,21 +53,62 @@ def get_batch(split):
     ids = rows[torch.randint(len(rows), (4,))]
     return ids, ids
 
-def get_lr(iteration):
-    return 1e-3 * 0.999**iteration
+@torch.no_grad()
+def estimate_loss():
+    model.eval()
+    model(*get_batch("val"))
+    model.train()
+    return {"val": 1.0 + iter_num}  # the first is the best
 
-model, out_dir, decay_lr, learning_rate, ctx = Model(), FOLDER, True, 1e-3, nullcontext()
-gradient_accumulation_steps, grad_clip, eval_interval, max_iters = 2, 1.0, 10, 1_000_000
-optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+model, out_dir, init_from, iter_num, best_val_loss = Model(), FOLDER, START, 0, 1e9
+gradient_accumulation_steps, eval_interval, ddp = 2, 10, False
+optimizer = torch.optim.AdamW(model.parameters())
 optimizer.register_step_post_hook(told)
 scaler = torch.amp.GradScaler("cpu", enabled=False)
+
+# training loop
+X, Y = get_batch('train') # fetch the very first batch
+t0 = time.time()
+local_iter_num = 0
+while True:
+
+    optimizer.param_groups[0]["lr"] = 1e-3 * 0.999**iter_num
+    if iter_num % eval_interval == 0:
+        best_val_loss = min(best_val_loss, estimate_loss()["val"])
+    for micro_step in range(gradient_accumulation_steps):
+        loss = model(X, Y)[1] / gradient_accumulation_steps
+        # immediately async prefetch next batch while model is doing the forward pass on the GPU
+        X, Y = get_batch('train')
+        # backward pass, with gradient scaling if training in fp16
+        scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+
+    iter_num += 1
+    local_iter_num += 1
+
+    if over.is_set():
+        break
+
+if ddp:
+    raise AssertionError
 """
 
 
-def lines(title):
+def lines(title, language="python"):
     """The code under a title of the document, in one piece."""
     section = DOCUMENT.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
-    return "\n".join(re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL))
+    return "\n".join(re.findall(rf"^```{language}\n(.*?)^```", section, re.MULTILINE | re.DOTALL))
+
+
+def patched(source, diff):
+    """`source` after a unified diff, whose line numbers are another file's."""
+    for hunk in re.split(r"^@@.*\n", diff, flags=re.MULTILINE)[1:]:
+        old, new = ("".join(re.findall(rf"^(?:[ {sign}]|(?=\n))(.*\n)", hunk, re.MULTILINE)) for sign in "-+")
+        assert source.count(old) == 1, old
+        source = source.replace(old, new)
+    return source
 
 
 def plain(folder):
@@ -74,9 +116,9 @@ def plain(folder):
     return COMMON + PLAIN + ending(code, "        checkpoints.save()  # as the last thing of a step\n")
 
 
-def nanogpt(folder):
-    code = lines("nanoGPT")
-    return COMMON + NANOGPT.replace("FOLDER", repr(folder)) + ending(code, "        checkpoints.save()\n")
+def nanogpt(folder, init_from="scratch"):
+    source = NANOGPT.replace("FOLDER", repr(folder)).replace("START", repr(init_from))
+    return COMMON + patched(source, lines("nanoGPT", "diff"))
 
 
 def ending(code, last):
@@ -95,3 +137,12 @@ def test_the_lines_run_and_go_back(daemon, stepping, tmp_path, loop):
     trainer.until(lambda entry: entry["step"] == 30)
     again = trainer.until(lambda entry: entry["step"] == 34)
     assert again == seen[-5:-1]  # weights and rates alike
+
+
+def test_nanogpt_resumed_is_the_same_run(daemon, stepping, tmp_path):
+    first = stepping(nanogpt(str(tmp_path / "runs")))
+    seen = first.until(lambda entry: entry["step"] == 35)
+    assert first.stop() == 0
+    again = stepping(nanogpt(str(tmp_path / "runs"), init_from="resume")).until(lambda entry: entry["step"] == 34)
+    assert again == seen[-6:-1]
+    assert len(daemon.cli("jobs")["runs"]) == 1
