@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 from sharpwatch.errors import AttachError
 
 _HOST_PORT = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})")
+_ADDRESSES = "HOST:PORT such as 127.0.0.1:7741, [IPV6]:PORT, or unix:PATH"
 _SOCKET_PATH_BYTES = 107  # sun_path, less its closing zero
 _TLS_KEYS = ("ca", "cert", "key")
 
@@ -58,16 +60,16 @@ class Destination:
 
 def parse_address(text: str) -> Address:
     """Read HOST:PORT, [IPV6]:PORT or unix:PATH; raises `AttachError` for anything else."""
+    if not isinstance(text, str):
+        raise AttachError(f"address={text!r}: allowed is {_ADDRESSES}")
     if text.startswith("unix:") and text != "unix:":
         path = str(Path(text.removeprefix("unix:")).absolute())
         if len(path.encode()) > _SOCKET_PATH_BYTES:
-            raise AttachError(f"address {text!r}: a socket's path has at most {_SOCKET_PATH_BYTES} bytes: {path}")
+            raise AttachError(f"address={text!r}: a socket's path has at most {_SOCKET_PATH_BYTES} bytes: {path}")
         return Address(f"unix:{path}")
     match = _HOST_PORT.fullmatch(text)
     if match is None or not 0 < int(match[2]) < 2**16:
-        raise AttachError(
-            f"address {text!r} is none; allowed: HOST:PORT such as 127.0.0.1:7741, [IPV6]:PORT, or unix:PATH"
-        )
+        raise AttachError(f"address={text!r}: allowed is {_ADDRESSES}")
     return Address(text)
 
 
@@ -76,11 +78,14 @@ def parse_tls(tls: Mapping[str, str] | None) -> Tls | None:
     if tls is None:
         return None
     if not isinstance(tls, Mapping) or not set(tls) <= set(_TLS_KEYS):
-        raise AttachError(f"tls {tls!r}: allowed is a mapping of {', '.join(_TLS_KEYS)} to paths of PEM files, or None")
+        raise AttachError(f"tls={tls!r}: allowed is a mapping of {', '.join(_TLS_KEYS)} to paths of PEM files, or None")
     if ("cert" in tls) != ("key" in tls):
         raise AttachError("tls: a certificate needs its key: give both cert and key, or neither")
-    paths = {name: Path(path).absolute() for name, path in tls.items()}
-    for name, path in paths.items():
+    paths: dict[str, Path] = {}
+    for name, given in tls.items():
+        if not isinstance(given, str | os.PathLike):
+            raise AttachError(f"tls {name}: expected a path, got {type(given).__name__}")
+        path = paths[name] = Path(given).absolute()
         if not path.is_file():
             raise AttachError(f"tls {name}: no file at {path}")
     return Tls(**{name: str(path) for name, path in paths.items()})
@@ -88,6 +93,8 @@ def parse_tls(tls: Mapping[str, str] | None) -> Tls | None:
 
 def parse_token(token: str | None) -> str:
     """Check that the token can stand in a header; "" for none. Raises `AttachError`, which does not show it."""
+    if token is not None and not isinstance(token, str):
+        raise AttachError(f"token: expected a string or None, got {type(token).__name__}")
     stripped = (token or "").strip()
     if not (stripped.isascii() and stripped.isprintable()):
         raise AttachError("token: allowed are printable ASCII characters on one line")

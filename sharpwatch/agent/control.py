@@ -283,7 +283,7 @@ class Control:
 
     def _rollback_refusal(self, action: RollBack) -> str:
         if self.mode != "rollback" and not self._has_callback:
-            return f'control="{self.mode}" takes a rollback only where on_rollback is given'
+            return f'control="{self.mode}" takes a rollback only with on_rollback=; control="rollback" does without'
         if action.step < 0 or not action.uri:
             return "a rollback needs a checkpoint: a step of 0 or more and a uri"
         if action.skip[1] < action.skip[0]:

@@ -126,8 +126,9 @@ class Loop:
             if state:
                 _LOG.warning("the agent's state is not taken up: not all ranks were given the same")
             return
-        if state["version"] != _STATE_VERSION:
-            raise ValueError(f"an agent's state of version {state['version']}: this agent reads {_STATE_VERSION}")
+        version = state.get("version")
+        if version != _STATE_VERSION:
+            raise ValueError(f"an agent's state of version {version}: this agent reads {_STATE_VERSION}")
         given = (identity.training_job, self.run if parts.named else state["run"])
         if given != (state["training_job"], state["run"]):
             _LOG.info("the state is of run %s of %s: this is another", state["run"], state["training_job"])

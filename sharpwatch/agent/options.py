@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,8 +168,8 @@ def _check_words(options: Options) -> None:
 
 
 def _check_probes(probes: Sequence[str], optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    unknown = [probe for probe in probes if probe not in PROBES]
-    if isinstance(probes, str) or unknown or len(set(probes)) < len(probes):
+    listed = isinstance(probes, Collection) and not isinstance(probes, str)
+    if not listed or any(probe not in PROBES for probe in probes) or len(set(probes)) < len(probes):
         raise AttachError(f"probes={probes!r}: allowed is any of {', '.join(map(repr, PROBES))}, each once")
     if "preconditioned" in probes:
         try:

@@ -76,7 +76,7 @@ def optimizers(
 
 def batches(given: nn.Module, several: Sequence[Mapping[str, Any]], logits_fn: LogitsFn | None) -> list[int]:
     """How many positions of each batch predict."""
-    if isinstance(several, Mapping) or not several:
+    if not isinstance(several, Sequence) or not several:
         raise ProbeError("batches: expected a list of dicts of the model's arguments, at least one")
     return [_batch(given, f"batches[{index}]", batch, logits_fn) for index, batch in enumerate(several)]
 

@@ -13,7 +13,7 @@ a:1,b:2 unix:
 
 @pytest.mark.parametrize("text", [*NO_ADDRESS.split(), "", "a b:1", "localhost:7741\n", "localhost:\u0661"])
 def test_what_is_no_address_says_what_is_allowed(text):
-    with pytest.raises(AttachError, match=r"allowed: HOST:PORT .*unix:PATH"):
+    with pytest.raises(AttachError, match=r"allowed is HOST:PORT .*unix:PATH"):
         parse_address(text)
 
 

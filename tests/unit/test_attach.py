@@ -63,6 +63,8 @@ def test_the_signature_is_the_documented_one():
             "'gnb', 'direction', 'hutchinson', 'lanczos', 'linesearch', 'preconditioned'",
         ),
         ({"probes": "gnb"}, "probes='gnb'"),
+        ({"probes": None}, "probes=None: allowed is any of"),
+        ({"probes": iter(["gnb"])}, "each once"),
         ({"probes": ("gnb", "gnb")}, "each once"),
         ({"control": "all"}, "'none', 'lr', 'rollback'"),
         ({"lr_bounds": (0.0, 2.0)}, "0 < smallest <= 1 <= largest"),
@@ -75,9 +77,12 @@ def test_the_signature_is_the_documented_one():
         ({"seed": -1}, "seed=-1"),
         ({"on_rollback": "restore"}, "on_rollback: expected a callable"),
         ({"loss_fn": 3}, "loss_fn: expected a callable"),
-        ({"address": "localhost"}, "HOST:PORT"),
+        ({"address": "localhost"}, "address='localhost': allowed is HOST:PORT"),
+        ({"address": 7741}, "address=7741: allowed is HOST:PORT"),
         ({"tls": {"certificate": "x"}}, "ca, cert, key"),
+        ({"tls": {"ca": 3}}, "tls ca: expected a path, got int"),
         ({"token": "a\nb"}, "token"),
+        ({"token": b"secret"}, "token: expected a string or None, got bytes"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_starts(model, optimizer, wires, options, says):

@@ -110,7 +110,7 @@ def test_begin_twice_for_one_step_is_one_begin():
         (cut(ffn=-1.0), "lr_bounds"),
         (cut(ramp=-1, ffn=0.5), "negative"),
         (Command("x", None), "no action"),
-        (back(), "on_rollback"),
+        (back(), 'takes a rollback only with on_rollback=; control="rollback" does without'),
     ],
 )
 def test_what_breaks_a_rule_is_refused_at_once(command, says):

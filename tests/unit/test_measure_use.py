@@ -468,6 +468,7 @@ def test_the_report_is_plain_values_and_a_table(gpt2):
 
 MISTAKES = {
     "no batches": ({"batches": []}, "batches: expected a list of dicts of the model's arguments, at least one"),
+    "a tensor for a list": ({"batches": torch.ones(2, 5)}, "batches: expected a list of dicts"),
     "a batch for a list": ({"batches": batch()}, "batches: expected a list of dicts"),
     "an empty batch": ({"batches": [{"input_ids": torch.zeros(0, 5, dtype=torch.long)}]}, r"batches\[0\]: is empty"),
     "a batch of nothing": ({"batches": [batch(), {}]}, r"batches\[1\]: is empty"),

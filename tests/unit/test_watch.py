@@ -280,6 +280,13 @@ def test_who_insists_on_an_interrupt_gives_up_the_last_samples_but_the_courier_i
     assert not wire.samples
 
 
+def test_a_state_that_is_none_of_the_agents_is_named_so(wires, caplog):
+    _, _, watch, _ = made(wires)
+    watch.load_state_dict({"model": {}})
+    assert "an agent's state of version None: this agent reads 1" in caplog.text
+    watch.close()
+
+
 def test_a_loop_that_ends_in_an_error_says_no_goodbye(wires):
     _, _, watch, wire = made(wires)
     with pytest.raises(ZeroDivisionError), watch:
