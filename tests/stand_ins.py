@@ -6,6 +6,17 @@ from torch import nn
 
 from sharpwatch.v1 import agent_pb2, types_pb2
 
+LLAMA = {  # of transformers' LlamaConfig
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 16,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+
 
 class Net(nn.Module):
     """A language model of nanoGPT's manner: logits and loss."""

@@ -12,23 +12,13 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from stand_ins import Wire
+from stand_ins import LLAMA, Wire
 
 import sharpwatch
 from sharpwatch.agent import attach as attach_module
 from sharpwatch.v1 import agent_pb2, types_pb2
 
 STEPS = 12
-CONFIG = {
-    "vocab_size": 32,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 16,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-}
 
 
 def train(kind, by_closure):
@@ -36,7 +26,7 @@ def train(kind, by_closure):
     wires = []
     attach_module.CourierPipe = lambda hello, **given: wires.append(Wire(hello, **given)) or wires[-1]
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**CONFIG)).train()
+    model = LlamaForCausalLM(LlamaConfig(**LLAMA)).train()
     model = fully_shard(model) if kind == "fsdp" else DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     watch = sharpwatch.attach(model, optimizer, training_job="closures", probes=("gnb",), probe_every=4)

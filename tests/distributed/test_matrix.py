@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from stand_ins import Wire
+from stand_ins import LLAMA, Wire
 
 import sharpwatch
 from sharpwatch.agent import attach as attach_module
@@ -50,19 +50,7 @@ def test_the_default_ones_have_every_pair_of_levels():
 def model_of(placement, execution):
     """A small LLaMA with dropout in its attention and its gates; and what the loop calls."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=16,
-        attention_dropout=0.2,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    model = LlamaForCausalLM(config).train()
+    model = LlamaForCausalLM(LlamaConfig(**LLAMA, attention_dropout=0.2)).train()
     for layer in model.model.layers:
         layer.mlp.act_fn = nn.Sequential(layer.mlp.act_fn, nn.Dropout(0.1))
     if placement == "FSDP2 2":  # compiled block by block: its gathering stays outside

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from stand_ins import Wire, in_each_step
+from stand_ins import LLAMA, Wire, in_each_step
 
 import sharpwatch
 from sharpwatch.agent import attach as attach_module
@@ -26,18 +26,7 @@ from sharpwatch.errors import DesyncError
 from sharpwatch.v1 import agent_pb2, types_pb2
 
 STEPS = 16
-CONFIG = {
-    "vocab_size": 32,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 16,
-    "attention_dropout": 0.2,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-}
+CONFIG = LLAMA | {"num_hidden_layers": 2, "attention_dropout": 0.2}
 
 
 def model_of(kind):

@@ -8,6 +8,7 @@ import io
 import pytest
 import torch
 from missing import missing
+from stand_ins import LLAMA
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sharpwatch
@@ -21,18 +22,8 @@ RATE = 1e-2
 def llama():
     """Wide enough for torchao to quantise the moments of its matrices."""
     torch.manual_seed(7)
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=16,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    return LlamaForCausalLM(config).train()
+    sizes = LLAMA | {"hidden_size": 64, "intermediate_size": 64, "num_key_value_heads": 1}
+    return LlamaForCausalLM(LlamaConfig(**sizes)).train()
 
 
 def blocks(model):
