@@ -62,11 +62,19 @@ def attach(  # noqa: PLR0913 - the public signature; each has a default that wor
 ) -> Watch:
     """Watch `model` while `optimizer` (one, or several that step together) trains it.
 
-    `address` defaults to `$SHARPWATCH_ADDRESS`, then 127.0.0.1:7741; `unix:PATH` is a socket. `tls` names PEM files
-    ("ca", and "cert" with "key"). `probe_every` fixes the probes' cadence and overrides `overhead_budget`. `control`:
-    "none" refuses every command, "lr" takes learning-rate changes, and rollbacks where `on_rollback` is given,
-    "rollback" also those for loops that read `watch.pending_rollback`. $SHARPWATCH_BLOCK_RULES names a YAML file of
-    rules for `classify`. With SHARPWATCH_DISABLED=1 the watch does nothing.
+    `training_job` is what is trained, `run` this try at it, by default the job with the time. `address` defaults to
+    `$SHARPWATCH_ADDRESS`, then 127.0.0.1:7741; `unix:PATH` is a socket. `tls` names PEM files ("ca", and "cert" with
+    "key").
+
+    `probes` are any of "gnb", "direction", "hutchinson", "lanczos", "linesearch" and "preconditioned"; `probe_every`
+    fixes their cadence in steps, and overrides `overhead_budget`, their and the tap's share of the step time. They call
+    the model as its last forward did, or by `loss_fn(model, batch)`, a mean loss, and `logits_fn(model, batch)`, the
+    logits and a mask of the positions that predict, both by `model(*batch.args, **batch.kwargs)`.
+
+    `control`: "none" refuses every command, "lr" takes learning-rate changes within `lr_bounds` (multipliers), and
+    rollbacks where `on_rollback` is given, "rollback" also those for `Checkpoints`, and for loops that read
+    `watch.pending_rollback`. `initial_step`: the optimizer steps taken already. $SHARPWATCH_BLOCK_RULES names a YAML
+    file of rules for `classify`. With SHARPWATCH_DISABLED=1 the watch does nothing.
 
     Raises `AttachError` on what can't be watched; nothing has been started then.
     """

@@ -15,6 +15,8 @@ from sharpwatch.agent.loop import Loop
 class Watch:
     """One attempt of one run under watch. Everything public may be called at any time, and never raises.
 
+    What can't be done is logged; after `close` nothing is.
+
     What does reach the loop, through `optimizer.step()`, is what `on_rollback` raises, and `DesyncError`.
     """
 
@@ -88,7 +90,7 @@ class Watch:
                 self._loop.load_state_dict(state)
 
     def close(self) -> None:
-        """Take every hook away and say goodbye; takes at most 2 s."""
+        """Take every hook away and say goodbye; takes at most 2 s, 3 s on several ranks. Ctrl-C waits as long, once."""
         self._close(in_order=True)
 
     def _close(self, *, in_order: bool) -> None:
