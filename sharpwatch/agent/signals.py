@@ -27,9 +27,10 @@ def signals_held() -> Iterator[None]:
         return
     handlers: dict[int, _Handler] = {}
     came: list[int] = []
+    over = False
 
     def hold(number: int, frame: FrameType | None) -> Any:
-        if number in came:
+        if over or number in came:
             return handlers[number](number, frame)
         came.append(number)
         return None
@@ -43,6 +44,7 @@ def signals_held() -> Iterator[None]:
             _signal.signal(number, hold)
         yield
     finally:
+        over = True  # one that raises may leave `hold` in the place of others: it then passes them on
         for number, handler in handlers.items():
             if _signal.getsignal(number) is hold:  # else somebody has set another meanwhile
                 _signal.signal(number, handler)
