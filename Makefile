@@ -3,6 +3,7 @@ PYTHON ?= python3
 TORCH_PIP_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
+DEMO_READY := $(VENV)/.demo-ready
 READY := $(VENV)/.ready
 BENCH := .venv-bench
 BENCH_READY := $(BENCH)/.ready
@@ -11,14 +12,18 @@ PROTOS := $(wildcard protos/sharpwatch/v1/*.proto)
 .PHONY: demo test test-matrix check bench bench-curvature proto clean
 
 # torch first, so that a CPU build can be asked for: TORCH_PIP_FLAGS="--index-url <PyTorch's CPU index>".
-$(READY): pyproject.toml constraints.txt
+$(DEMO_READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt $(TORCH_PIP_FLAGS) torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo]'
+	touch $@
+
+$(READY): $(DEMO_READY)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-demo: $(READY)
+demo: $(DEMO_READY)
 	$(BIN)/sharpwatch demo
 
 # Two at a time: most tests wait for processes. Files stay whole, for what their tests share.
