@@ -123,6 +123,11 @@ class Control:
         waiting = any(isinstance(command.action, SetMultipliers) for command in self._waiting)
         return waiting or any(value != 1.0 for value in (*self.multipliers.values(), *self._ramp.target.values()))
 
+    @property
+    def untold(self) -> bool:
+        """Whether there are results that were not taken yet."""
+        return bool(self._results)
+
     def receive(self, command: Command, next_step: int) -> None:
         """Take in a command before step `next_step`; an id seen before only has its result told again."""
         if command.id in self._seen:

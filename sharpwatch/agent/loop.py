@@ -195,8 +195,8 @@ class Loop:
         if self._restored:
             self._samples.restored()
         self._samples.outbox.flush(wait=True)
-        if in_order:
-            self._samples.send_news(self.step, closing=True)
+        if in_order or self.parts.control.untold:
+            self._samples.send_news(self.step, closing=in_order)
 
     def __del__(self) -> None:
         self.close(in_order=True)  # model and optimizers went away, and this with them

@@ -10,26 +10,29 @@ model, optimizer, scheduler, random states, scaler and the position in the data,
 from __future__ import annotations
 
 import logging
+import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 from torch.utils.hooks import RemovableHandle
 
 from sharpwatch.agent.attach import attach
 from sharpwatch.agent.control import RollbackRequest
 from sharpwatch.agent.jsonfile import read_json, write_json
 from sharpwatch.agent.position import Range, Trail, holds, nth_kept, union
+from sharpwatch.agent.randomness import random_state, set_random_state
 from sharpwatch.agent.watch import Watch
 from sharpwatch.errors import AttachError
 from sharpwatch.integrations.aftermath import Aftermath
 
 try:
     from accelerate import skip_first_batches
+    from accelerate.utils import gather_object
     from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 except ImportError as error:
     raise ImportError(f"{error}: pip install 'sharpwatch[huggingface]'") from error
@@ -63,13 +66,14 @@ class SharpwatchCallback(TrainerCallback):
         if self._resumed is None and state.global_step:  # not in `train`: Trainer's own folder has it, as a rule
             self.take_up(_folder(args, state))
         resumed, self._resumed = self._resumed or {}, None
-        watch = self.watch
-        if watch is None or self._watched != (kwargs["model"], kwargs["optimizer"]):
-            watch = self.watch = self._attached(kwargs["model"], kwargs["optimizer"], state.global_step)
-            watch.load_state_dict(resumed.get("watch", {}))
-        request = watch.pending_rollback
-        if request is not None:
+        watch, known, run = self.watch, resumed.get("watch", {}), {}
+        request = None if watch is None else watch.pending_rollback
+        if watch is not None and request is not None:
             watch.restored(request.step)
+            known, run = watch.state_dict(), {"run": watch.run}
+        if watch is None or request is None or self._watched != (kwargs["model"], kwargs["optimizer"]):
+            watch = self.watch = self._attached(kwargs["model"], kwargs["optimizer"], state.global_step, run)
+            watch.load_state_dict(known)
         self._trail = Trail(resumed.get("trail", [(watch.step, state.global_step)]))
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
@@ -88,7 +92,11 @@ class SharpwatchCallback(TrainerCallback):
         if request is None:
             return
         loader = kwargs["train_dataloader"]
-        reason = _obstacle(request, args, loader)
+        if not self.goes_back:
+            self.watch.rollback_failed("rollbacks are taken in `train(trainer)` alone")
+            return
+        # What one process can't do, none does: a folder need not be there, or be read alike, on all.
+        reason = "; ".join({*filter(None, gather_object([_obstacle(request, args, loader)]))})
         if reason:
             _LOG.warning("a rollback was not done, training goes on: %s", reason)
             self.watch.rollback_failed(reason)
@@ -119,6 +127,13 @@ class SharpwatchCallback(TrainerCallback):
         """Say goodbye."""
         self._close()
 
+    def give_up(self, error: BaseException) -> None:
+        """Training ended by `error`: say what became of a rollback, and no goodbye."""
+        if self.watch is not None:
+            self.watch.rollback_failed(f"{type(error).__name__}: {error}")
+            self.watch.__exit__(type(error), error, error.__traceback__)
+        self._close()
+
     # Inside.
 
     def _close(self) -> None:
@@ -129,10 +144,10 @@ class SharpwatchCallback(TrainerCallback):
         self.watch = self._hook = None
         self._watched = (None, None)
 
-    def _attached(self, model: nn.Module, optimizer: Any, step: int) -> Watch:
+    def _attached(self, model: nn.Module, optimizer: Any, step: int, run: dict[str, str]) -> Watch:
         self._close()
         control = {"control": "rollback"} if self.goes_back else {}
-        watch = attach(model, optimizer, **{"initial_step": step, **control, **self._options})
+        watch = attach(model, optimizer, **{"initial_step": step, **control, **self._options, **run})
         self._watched = (model, optimizer)
         self._hook = model.register_forward_hook(self._after_forward, with_kwargs=True)
         return watch
@@ -140,7 +155,7 @@ class SharpwatchCallback(TrainerCallback):
     def _after_forward(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         del args
         loss = output.get("loss") if isinstance(output, dict) else None
-        if model.training and isinstance(loss, Tensor):
+        if model.training and isinstance(loss, Tensor) and loss.numel() == 1:
             self._losses.append(loss.detach())
             self._shares = kwargs.get("num_items_in_batch") is not None
 
@@ -174,24 +189,30 @@ def train(trainer: Trainer, resume_from_checkpoint: str | bool | None = None, **
     found = [one for one in trainer.callback_handler.callbacks if isinstance(one, SharpwatchCallback)]
     if len(found) != 1:
         raise AttachError(f"train: the trainer needs one SharpwatchCallback, and has {len(found)}")
-    callback = found[0]
+    callback, checkpoint, begun = found[0], resume_from_checkpoint, random_state()
+    callback.goes_back, callback.left_out = True, []
     loader = trainer.get_train_dataloader
+    own = vars(trainer).get("get_train_dataloader")
     vars(trainer)["get_train_dataloader"] = lambda: _without(loader(), callback.left_out)
-    callback.goes_back = True
-    checkpoint = resume_from_checkpoint
     if checkpoint is True:
         newest = Aftermath.of(_home(trainer.args)).newest(_ages(trainer.args))
         checkpoint = True if newest is None else str(_home(trainer.args) / newest)  # True: Trainer says there is none
     try:
         while True:
-            if isinstance(checkpoint, str):
+            if isinstance(checkpoint, (str, os.PathLike)):
                 callback.take_up(Path(checkpoint))
             try:
                 return trainer.train(resume_from_checkpoint=checkpoint, **kwargs)
             except _GoBack as leaving:
                 checkpoint = leaving.request.uri
+                _as_begun(trainer, begun)
+    except BaseException as error:
+        callback.give_up(error)
+        raise
     finally:
-        vars(trainer)["get_train_dataloader"] = loader
+        del vars(trainer)["get_train_dataloader"]
+        if own is not None:
+            vars(trainer)["get_train_dataloader"] = own
         callback.goes_back = False
 
 
@@ -230,6 +251,14 @@ class _KeptBatches:
                     yield batch
 
 
+def _as_begun(trainer: Trainer, random: dict[str, Any]) -> None:
+    """Where Trainer's loop was left: be as a Trainer is that has not begun."""
+    set_random_state(random)  # Trainer draws the order of the data from its seed, before it restores the random states
+    handle = getattr(trainer, "neftune_hook_handle", None)
+    if handle is not None:
+        handle.remove()  # it puts a second one beside it
+
+
 def _without(loader: Any, left_out: list[Range]) -> Any:
     """`loader`, a DataLoader that Accelerate has prepared, without the batches that are left out."""
     if not left_out:
@@ -241,10 +270,11 @@ def _without(loader: Any, left_out: list[Range]) -> Any:
     return loader
 
 
-def _samplers(batch_sampler: Any) -> Iterable[Any]:
-    """Whatever orders the batches: the sampler, or the one inside Accelerate's share of it."""
-    inner = getattr(batch_sampler, "batch_sampler", None)
-    return (batch_sampler, getattr(batch_sampler, "sampler", None), inner, getattr(inner, "sampler", None))
+def _samplers(batch_sampler: Any) -> Iterator[Any]:
+    """Whatever orders the batches: the sampler, or those inside Accelerate's shares of it."""
+    while batch_sampler is not None:
+        yield from (batch_sampler, getattr(batch_sampler, "sampler", None))
+        batch_sampler = getattr(batch_sampler, "batch_sampler", None)
 
 
 def _taken(steps: int, accumulation: int, epoch: int) -> int:
@@ -275,6 +305,18 @@ def _obstacle(request: RollbackRequest, args: TrainingArguments, loader: Any) ->
     missing = [name for name in _NEEDED if not (folder / name).is_file()]
     if missing:
         return f"{folder}: {', '.join(missing)} missing"
-    if request.skip[0] < request.skip[1] and isinstance(getattr(loader, "dataset", None), IterableDataset):
-        return "no data can be skipped in an IterableDataset"
+    if folder.name in Aftermath.of(folder.parent).undone:
+        return f"{folder}: undone by a rollback"
+    return _unskippable(args, loader) if request.skip[0] < request.skip[1] else ""
+
+
+def _unskippable(args: TrainingArguments, loader: Any) -> str:
+    """Why none of `loader`'s batches can be skipped; empty if they can."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or batch_sampler is None:
+        return "no data can be skipped without a DataLoader over a dataset that has a length"
+    if args.ignore_data_skip:
+        return "no data can be skipped with ignore_data_skip: where it stands is not kept"
+    if not any(isinstance(one, SequentialSampler) or hasattr(one, "set_epoch") for one in _samplers(batch_sampler)):
+        return "no data can be skipped where the sampler has no set_epoch: an epoch's order can't be had again"
     return ""
