@@ -43,7 +43,7 @@ class Batches:
         self._pass = 0  # times that the loader was begun
         self._index = 0  # batches taken of this pass
         self._start: dict[str, Any] = {}  # the random states in which the pass was begun
-        self._iterator: Iterator[Any] | None = None
+        self._under_way: Iterator[Any] | None = None
         self._resume: Mapping[str, Any] | None = None  # where to begin the iterator
 
     def __len__(self) -> int:
@@ -51,12 +51,21 @@ class Batches:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
-        """The rest of the epoch that was restored; else a new one, from its first batch."""
+        """The rest of the epoch that was restored; else a new one, from its first batch.
+
+        A new pass is begun now and not with its first batch: the loader may draw from what all draw from.
+        """
         length = self.length()
         if self._given == length or (self._given and self._resume is None):  # the last iterator was left
             self._end_epoch()
             if self._pass < self.epoch:
                 self._end_pass()
+        if self._resume is None and (self._under_way is None or not self._index):
+            self._begin()
+        return self._rest(length)
+
+    def _rest(self, length: int | None) -> Iterator[Any]:
+        """What is left of this epoch, of `length` batches."""
         while length is None or self._given < length:
             try:
                 batch = self._next()
@@ -65,10 +74,13 @@ class Batches:
             self._given += 1
             yield batch
         self._end_epoch()
+        if self._under_way is not None and self._index == Batches.length(self):
+            next(self._under_way, None)  # as a loop asks once more, and a sampler draws once more
+            self._end_pass()
 
-    def mark(self, step: int) -> None:
-        """Optimizer step `step` was done with the batches taken so far."""
-        self._trail.mark(step, self.taken)
+    def mark(self, step: int, taken: int | None = None) -> None:
+        """Optimizer step `step` was done with the batches taken so far, or with `taken` of them."""
+        self._trail.mark(step, self.taken if taken is None else taken)
 
     def taken_by(self, first: int, last: int) -> tuple[int, int]:
         """The batches of steps [first, last), as a range of all."""
@@ -81,16 +93,22 @@ class Batches:
     def state_dict(self) -> dict[str, Any]:
         """The position, and the random states that go with it."""
         return {
-            "epoch": self.epoch,
-            "taken": self.taken,
+            **self.place(),
             "left_out": [list(one) for one in self.left_out],
             "trail": [list(corner) for corner in self._trail.corners],
+            "length": self.length(),
+            "random": random_state(),
+        }
+
+    def place(self) -> dict[str, Any]:
+        """Where this stands among the batches, as a part of its state."""
+        return {
+            "epoch": self.epoch,
+            "taken": self.taken,
             "given": self._given,
             "pass": self._pass,
             "index": self._index,
-            "length": self.length(),
             "start": self._start,
-            "random": random_state(),
             # Not before the first batch: StatefulDataLoader would begin its iterator for it.
             "loader": self.loader.state_dict() if self.taken and isinstance(self.loader, _Stateful) else None,
         }
@@ -103,7 +121,7 @@ class Batches:
         self._pass, self._index, self._start = state["pass"], state["index"], state["start"]
         if self._given == self.length():
             self._end_epoch()
-        self._iterator, self._resume = None, state
+        self._under_way, self._resume = None, state
         set_random_state(state["random"])
 
     def length(self) -> int | None:
@@ -138,22 +156,24 @@ class Batches:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy stands where this stands; the iterator, which can't be copied, it begins anew."""
-        resume = self._resume if self._iterator is None else self.state_dict()
-        return {**self.__dict__, "_iterator": None, "_resume": resume}
+        resume = self._resume if self._under_way is None else self.state_dict()
+        return {**self.__dict__, "_under_way": None, "_resume": resume}
 
     def _end_epoch(self) -> None:
         self._given = 0
         self.epoch += 1
 
     def _end_pass(self) -> None:
-        self._iterator = self._resume = None
+        self._under_way = self._resume = None
         self._index = 0
         self._pass += 1
 
     def _next(self) -> Any:
         """The next batch that is not left out; raises StopIteration at the end of a loader without a length."""
         while True:
-            iterator = self._begin() if self._iterator is None else self._iterator
+            iterator = self._begin() if self._under_way is None else self._under_way
+            if not self._index:
+                self._start["first"] = random_state()  # others may have drawn since: a second loader, the user's hooks
             try:
                 batch = next(iterator)
             except StopIteration:
@@ -182,7 +202,9 @@ class Batches:
         elif state is None or not self._index:
             self._start = {"random": random_state(), "generators": [one.get_state() for one in self._generators()]}
         iterator: Iterator[Any] = iter(self.loader)
-        self._iterator = iterator
+        self._under_way = iterator
+        if passing_over and "first" in self._start:
+            set_random_state(self._start["first"])
         for _ in range(passing_over):
             next(iterator)
         if state is not None and self._index:  # else the pass begins here, and draws from them

@@ -341,7 +341,7 @@ def _rank_state(path: Path, rank: int, ranks: int, seeds: Sequence[int]) -> dict
         own = seeded(int.from_bytes(digest[:8]))
         state["random"] = own
         if state["data"] is not None:
-            state["data"] |= {"random": own, "start": state["data"]["start"] | {"random": own}}
+            state["data"] |= {"random": own, "start": state["data"]["start"] | {"random": own, "first": own}}
     return state
 
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ class SharpwatchCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach, also after a rollback: Lightning makes new optimizers each time."""
         resumed, options = self._resumed, dict(self._options)
+        self._resumed = {}
         if self.watch is not None:
             request = self.watch.pending_rollback
             if request is not None:
@@ -70,10 +72,12 @@ class SharpwatchCallback(Callback):
         options.setdefault("initial_step", trainer.global_step)
         self.watch = attach(_transformer(pl_module, self._model), trainer.optimizers, **options)
         self.watch.load_state_dict(resumed)
-        for left_out in (self._left_out, _beside(trainer.ckpt_path)):
-            for loader, ranges in zip(self.loaders, left_out, strict=False):
-                loader.leave_out(*ranges)
         self._left_out = []
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Follow the loaders: Lightning fetches ahead where they have no length."""
+        for loader in self.loaders:
+            loader.trained()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         """Observe the loss; leave the loop where a rollback is pending, before anything is saved."""
@@ -87,12 +91,21 @@ class SharpwatchCallback(Callback):
         if request is None:
             return
         reason = _obstacle(request, trainer, self._saved.get(request.uri, request.step))
-        if reason:
+        if not self.goes_back:
+            reason = "rollbacks are taken in `fit(trainer, ...)` alone"
+        # What one process can't do, none does: a folder need not be there, or be read alike, on all.
+        if not trainer.strategy.reduce_boolean_decision(not reason):
+            reason = reason or "another process can't"
             _LOG.warning("a rollback was not done, training goes on: %s", reason)
             self.watch.rollback_failed(reason)
             return
         self._left_out = [[*one.left_out, one.taken_by(*request.skip)] for one in self.loaders]
         raise _GoBack(request)
+
+    def left_out(self, number: int, checkpoint: Any) -> list[Range]:
+        """What loader `number` is to leave out when it goes on from `checkpoint`, beyond what that says."""
+        known = (self._left_out, _beside(checkpoint))
+        return [(first, last) for each in known if number < len(each) for first, last in each[number]]
 
     def note(self, checkpoint: Path) -> None:
         """Note what going back to `checkpoint` leaves behind."""
@@ -106,6 +119,13 @@ class SharpwatchCallback(Callback):
         if self.watch is not None and not path.name.startswith(_LAST):
             self._saved[str(path)] = self.watch.step
             self.watch.saved_checkpoint(self.watch.step, str(path))
+
+    def give_up(self, error: BaseException) -> None:
+        """Training ended by `error`: say what became of a rollback, and no goodbye."""
+        if self.watch is not None:
+            self.watch.rollback_failed(f"{type(error).__name__}: {error}")
+            self.watch.__exit__(type(error), error, error.__traceback__)
+        self.watch = None
 
     def state_dict(self) -> dict[str, Any]:
         """The agent's own state, for Lightning's checkpoint."""
@@ -149,7 +169,8 @@ def fit(
     def resumable(loader: Any) -> Any:
         if not trainer.training:
             return process(loader)
-        callback.loaders.append(ResumableLoader(process(loader), trainer))
+        left_out = callback.left_out(len(callback.loaders), trainer.ckpt_path)
+        callback.loaders.append(ResumableLoader(process(loader), trainer, left_out))
         return callback.loaders[-1]
 
     def told(filepath: Any, *args: Any, **kwargs: Any) -> None:
@@ -169,6 +190,9 @@ def fit(
                 ckpt_path = leaving.request.uri
                 if trainer.is_global_zero:
                     callback.note(Path(ckpt_path))
+    except BaseException as error:
+        callback.give_up(error)
+        raise
     finally:
         vars(strategy)["process_dataloader"], vars(trainer)["save_checkpoint"] = process, save
         callback.goes_back = False
@@ -177,9 +201,12 @@ def fit(
 class ResumableLoader(Batches):
     """A training loader whose position Lightning puts into its checkpoints; for everything else it is the loader."""
 
-    def __init__(self, loader: Any, trainer: Trainer) -> None:
+    def __init__(self, loader: Any, trainer: Trainer, left_out: Sequence[Range]) -> None:
         super().__init__(loader)
+        self._over_a_rollback = left_out
         self._trainer = trainer
+        self._ahead: deque[dict[str, Any]] = deque()  # the places of batches that were fetched and not begun
+        self._begun: dict[str, Any] = {}  # the place of the newest that was begun
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.loader, name)
@@ -193,10 +220,51 @@ class ResumableLoader(Batches):
     def worker_init_fn(self, value: Any) -> None:
         self.loader.worker_init_fn = value
 
+    @property
+    def _iterator(self) -> Any:
+        """The loader's own, whose workers Lightning ends."""
+        return self.loader._iterator  # noqa: SLF001 - where Lightning looks for it
+
+    @_iterator.setter
+    def _iterator(self, value: Any) -> None:
+        self.loader._iterator = value  # noqa: SLF001 - as above
+
     def length(self) -> int | None:
-        """Lightning ends an epoch, maybe earlier than the loader would."""
-        count = self._trainer.num_training_batches
-        return None if math.isinf(count) else int(count)
+        """Lightning ends an epoch, maybe earlier than the loader would; it begins a shorter one of several again."""
+        count, own = self._trainer.num_training_batches, super().length()
+        return own if math.isinf(count) else int(count) if own is None else min(int(count), own)
+
+    def __iter__(self) -> Iterator[Any]:
+        """As the loader's, with a note of where each batch stood."""
+        self._ahead.clear()
+        batches = super().__iter__()
+        if self.length() is not None:
+            return batches
+        self._begun = self.place()
+        return self._noting(batches)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Stand there again, and leave out what the checkpoint does not know of before anything is fetched."""
+        super().load_state_dict(state)
+        self.leave_out(*self._over_a_rollback)
+
+    def trained(self) -> None:
+        """A batch is trained on."""
+        if self._ahead:
+            self._begun = self._ahead.popleft()
+
+    def place(self) -> dict[str, Any]:
+        """Where training stands, which may be before what was fetched."""
+        return self._begun if self._ahead else super().place()
+
+    def mark(self, step: int, taken: int | None = None) -> None:
+        """Optimizer step `step` was done with the batches that were begun."""
+        super().mark(step, self.place()["taken"] if taken is None else taken)
+
+    def _noting(self, batches: Iterator[Any]) -> Iterator[Any]:
+        for batch in batches:
+            self._ahead.append(super().place())
+            yield batch
 
 
 class _GoBack(Exception):  # noqa: N818 - the way out of Lightning's loop
@@ -253,6 +321,12 @@ def _obstacle(request: RollbackRequest, trainer: Trainer, step: int) -> str:
     path = Path(request.uri)
     if path.parent not in _homes(trainer):
         return f"{path}: not in the folder of any checkpoint callback"
+    if path.name in Aftermath.of(path.parent).undone:
+        return f"{path}: undone by a rollback"
     if step != request.step:
         return f"{path}: was saved again at step {step}"
-    return "" if path.exists() else f"{path}: not there any more"
+    if not path.exists():
+        return f"{path}: not there any more"
+    if request.skip[0] < request.skip[1] and trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
+        return "no data can be skipped with reload_dataloaders_every_n_epochs: it is another's each time"
+    return ""

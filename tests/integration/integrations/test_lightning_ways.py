@@ -1,0 +1,175 @@
+"""What users do with Lightning: `fit` brings the same batches and weights, also after it has gone back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import CombinedLoader
+from stand_ins import Net
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from sharpwatch.integrations.lightning import SharpwatchCallback, fit
+from sharpwatch.v1 import types_pb2
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's advice on trainings this small
+ROWS = torch.randint(11, (48, 4), generator=torch.Generator().manual_seed(1))
+APPLIED, FAILED = types_pb2.COMMAND_OUTCOME_APPLIED, types_pb2.COMMAND_OUTCOME_FAILED
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        yield from ROWS
+
+
+class Module(LightningModule):
+    """Orders a rollback in the step of each plan; keeps what each step, the newest, took and made."""
+
+    def __init__(self, wires, folder, plans):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net, self.drop = Net(), nn.Dropout(0.1)
+        self.wires, self.folder, self.plans = wires, folder, list(plans)
+        self.taken, self.weights = {}, {}
+
+    def training_step(self, batch, _index):
+        step = self.trainer.global_step + 1
+        if self.plans and self.plans[0][0] == step:
+            _, to, skip = self.plans.pop(0)
+            checkpoint = types_pb2.Checkpoint(step=to, uri=str(self.folder / f"step={to}.ckpt"))
+            target = types_pb2.Rollback(checkpoint=checkpoint, skip_from_step=skip[0], skip_to_step=skip[1])
+            self.wires[-1].order(id=f"back-{to}", rollback=target)
+        parts = [part for part in (batch if isinstance(batch, list) else [batch]) if part is not None]
+        self.taken[step] = [part.tolist() for part in parts]
+        return sum(self.loss(part) for part in parts)
+
+    def loss(self, part):
+        return nn.functional.cross_entropy(self.drop(self.net(part)[0]).flatten(0, 1), part.flatten())
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+    def on_train_batch_end(self, *_):
+        self.weights[self.trainer.global_step] = [value.detach().clone() for value in self.parameters()]
+
+
+class DrawsAsEpochsBegin(Callback):
+    def on_train_epoch_start(self, *_):
+        torch.randn(3)
+
+
+class RaisesOnceBack(Callback):
+    begun = 0
+
+    def on_train_start(self, *_):
+        self.begun += 1
+        if self.begun > 1:
+            raise RuntimeError("a user's own")
+
+
+def loader(rows=ROWS, **options):
+    return DataLoader(rows, 2, shuffle=True, **options)
+
+
+def several(mode):
+    return lambda: CombinedLoader([loader(), loader(ROWS[:14])], mode)
+
+
+WAYS = {
+    "one loader": (loader, {}),
+    "workers that stay": (lambda: loader(num_workers=1, persistent_workers=True), {}),
+    "a stream": (lambda: DataLoader(Stream(), 2), {}),
+    "the shorter again": (several("max_size_cycle"), {}),
+    "the shorter once": (several("max_size"), {}),
+    "the shortest": (several("min_size"), {}),
+    "a loader for each epoch": (loader, {"reload_dataloaders_every_n_epochs": 1}),
+    "a part of each epoch": (loader, {"limit_train_batches": 7}),
+    "draws between epochs": (loader, {"callbacks": [DrawsAsEpochsBegin()]}),
+}
+
+
+@pytest.fixture
+def made(tmp_path, wires):
+    """Make a Trainer, a module and a loader, of 30 steps."""
+    runs = iter(range(100))
+
+    def make(*plans, watched=True, way="one loader", callbacks=(), **options):
+        make_loader, own = WAYS[way]
+        folder = tmp_path / str(next(runs))
+        callbacks = [*callbacks, *own.get("callbacks", ())]
+        if watched:
+            callbacks.append(SharpwatchCallback(training_job="ways", **options))
+        callbacks.append(ModelCheckpoint(folder, filename="{step}", every_n_train_steps=4, save_top_k=-1))
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        trainer = Trainer(accelerator="cpu", max_steps=30, **{**quiet, **own, "callbacks": callbacks})
+        module, data = Module(wires, folder, plans), make_loader()
+        torch.manual_seed(5)
+        return trainer, module, data
+
+    return make
+
+
+def outcomes(wires):
+    return [result.outcome for wire in wires for result in wire.results]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_same_batches_come_and_come_again(made, wires, way):
+    trainer, plain, data = made(watched=False, way=way)
+    trainer.fit(plain, data)
+    # Lightning itself begins the shorter loader anew where it goes on in an epoch in which that has ended.
+    plans = [] if way == "the shorter once" else [(14, 12, (0, 0)), (30, 20, (0, 0))]
+    trainer, watched, data = made(*plans, way=way)
+    fit(trainer, watched, data)
+    assert watched.taken == plain.taken
+    torch.testing.assert_close(watched.weights, plain.weights, rtol=0, atol=0)
+    assert outcomes(wires) == [APPLIED] * len(plans)
+
+
+def test_of_a_stream_the_steps_own_batches_are_left_out(made):
+    trainer, plain, data = made(watched=False, way="a stream")
+    trainer.fit(plain, data)
+    trainer, watched, data = made((14, 12, (13, 15)), way="a stream")
+    fit(trainer, watched, data)
+    stream = [plain.taken[step] for step in plain.taken if step not in {13, 14}]
+    assert [watched.taken[step] for step in range(1, 29)] == stream
+
+
+def test_a_loader_made_for_each_epoch_is_not_skipped_in(made, wires, caplog):
+    trainer, module, data = made((14, 12, (13, 15)), way="a loader for each epoch")
+    fit(trainer, module, data)
+    assert outcomes(wires) == [FAILED]
+    assert "reload_dataloaders_every_n_epochs" in caplog.text
+
+
+def test_an_error_on_the_way_back_is_raised_and_told(made, wires):
+    trainer, module, data = made((6, 4, (5, 6)), callbacks=[RaisesOnceBack()])
+    with pytest.raises(RuntimeError, match="a user's own"):
+        fit(trainer, module, data)
+    (result,) = wires[0].results
+    assert (result.outcome, result.detail) == (FAILED, "RuntimeError: a user's own")
+    assert wires[0].closed
+    assert not any(sample.closing for sample in wires[0].samples)  # no goodbye: it did not end in order
+
+
+def test_without_fit_a_rollback_is_refused_and_training_goes_on(made, wires):
+    trainer, module, data = made((6, 4, (5, 6)), control="rollback")
+    trainer.fit(module, data)
+    assert outcomes(wires) == [FAILED]
+    assert trainer.global_step == 30
+
+
+def test_what_one_training_took_up_is_not_the_next_ones(made, wires, tmp_path):
+    trainer, module, data = made()
+    fit(trainer, module, data)
+    trainer, module, data = made()
+    fit(trainer, module, data, ckpt_path=Path(tmp_path / "0/step=28.ckpt"))
+    trainer.fit_loop.epoch_loop.max_steps = 40
+    trainer.fit_loop.epoch_loop._batches_that_stepped = 0
+    wires.clear()
+    fit(trainer, module, data)
+    assert wires[0].samples[0].step == trainer.global_step - len(wires[0].samples) + 2  # and the goodbye
