@@ -8,7 +8,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -260,13 +260,13 @@ class Checkpoints:
 
     def _new_name(self) -> str:
         """A name not taken yet: after a rollback a step comes again."""
+        if self._rank == 0:
+            for draft in self.folder.glob(".step-*"):  # of a save or a deletion that was cut off
+                shutil.rmtree(draft, ignore_errors=True)
         name, again = f"step-{self.step}", 1
-        while (self.folder / name).exists():
+        while any((self.folder / taken).exists() for taken in (name, f".{name}")):
             again += 1
             name = f"step-{self.step}-{again}"
-        if self._rank == 0:
-            for draft in self.folder.glob(".step-*"):  # of a save that was cut off
-                shutil.rmtree(draft)
         return name
 
     def _digests(self, folder: Path) -> dict[str, str]:
@@ -303,7 +303,8 @@ class Checkpoints:
         there = sorted(self.folder.glob(f"step-*/{_CONTENTS}"), key=lambda file: file.stat().st_mtime_ns)
         for old in [file.parent for file in there][: -self._keep]:
             if old not in named:
-                shutil.rmtree(old, ignore_errors=True)
+                with suppress(OSError):  # as a draft, so that what a kill leaves of it goes with the next
+                    shutil.rmtree(old.rename(old.with_name(f".{old.name}")))
 
     # Between ranks.
 

@@ -302,7 +302,8 @@ def _homes(trainer: Trainer) -> list[Path]:
 
 def _last(trainer: Trainer) -> str:
     """For "last", the newest checkpoint, where Lightning's own last was undone by a rollback."""
-    for home in _homes(trainer):
+    found = (getattr(one, "_find_last_checkpoints", lambda _: ())(trainer) for one in trainer.checkpoint_callbacks)
+    for home in dict.fromkeys([*_homes(trainer), *(Path(path).resolve().parent for each in found for path in each)]):
         noted, ages = Aftermath.of(home), _ages(home)
         newest = noted.newest(ages)
         if newest is not None and any(name.startswith(_LAST) for name in noted.undone & ages.keys()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 
 import pytest
 import torch
@@ -158,6 +159,24 @@ def test_what_cannot_be_read_back_is_found_when_it_is_saved(make):
     with pytest.raises(CheckpointError, match="Custom"):
         checkpoints.save()
     assert checkpoints.resume() == 0
+
+
+def test_what_a_kill_leaves_of_an_old_one_goes_with_the_next(make, tmp_path, monkeypatch):
+    def killed(folder, **_):
+        (folder / "checkpoint.json").unlink()
+        raise KeyboardInterrupt
+
+    model, optimizer, checkpoints = make(keep=1)
+    steps(model, optimizer, checkpoints, 1)
+    checkpoints.save()
+    steps(model, optimizer, checkpoints, 2)
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.save()
+    steps(model, optimizer, checkpoints, 3)
+    checkpoints.save()
+    assert saved(tmp_path) == ["step-3"]
 
 
 def test_a_full_disk_is_one_error_and_leaves_what_stood(make):

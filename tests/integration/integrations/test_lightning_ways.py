@@ -156,6 +156,30 @@ def test_an_error_on_the_way_back_is_raised_and_told(made, wires):
     assert not any(sample.closing for sample in wires[0].samples)  # no goodbye: it did not end in order
 
 
+def test_the_last_is_not_one_that_was_undone_where_no_folder_is_named(tmp_path, wires):
+    class Dies(Callback):
+        times = 0
+
+        def on_train_batch_end(self, trainer, *_):
+            self.times += trainer.global_step == 9
+            if self.times == 2:
+                raise SystemExit
+
+    def trained(resume, plans, *callbacks):
+        saving = ModelCheckpoint(filename="{step}", every_n_train_steps=4, save_top_k=-1, save_last=True)
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        callbacks = [*callbacks, SharpwatchCallback(training_job="ways"), saving]
+        trainer = Trainer(accelerator="cpu", max_steps=16, default_root_dir=tmp_path, callbacks=callbacks, **quiet)
+        module = Module(wires, tmp_path / "checkpoints", plans)
+        fit(trainer, module, loader(), ckpt_path=resume)
+        return module
+
+    with pytest.raises(SystemExit):
+        trained(None, [(14, 8, (9, 10))], Dies())
+    assert (tmp_path / "checkpoints/last.ckpt").is_file()
+    assert min(trained("last", []).weights) == 9
+
+
 def test_without_fit_a_rollback_is_refused_and_training_goes_on(made, wires):
     trainer, module, data = made((6, 4, (5, 6)), control="rollback")
     trainer.fit(module, data)
