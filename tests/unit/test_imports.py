@@ -120,19 +120,21 @@ def loaded_after(statement):
 
 
 @pytest.mark.parametrize(
-    "statement",
+    ("statement", "framework"),
     [
-        "import sharpwatch.agent.watch",
-        "import sharpwatch.blocks",
-        "import sharpwatch; sharpwatch.attach",
-        "import sharpwatch.integrations.huggingface",
-        "import sharpwatch.integrations.lightning",
+        ("import sharpwatch.agent.watch", ""),
+        ("import sharpwatch.blocks", ""),
+        ("import sharpwatch; sharpwatch.attach", ""),
+        # What is installed beside these may bring the same modules: transformers imports datasets, and that aiohttp.
+        ("import sharpwatch.integrations.huggingface", "from transformers import Trainer"),
+        ("import sharpwatch.integrations.lightning", "import lightning.pytorch"),
     ],
 )
-def test_the_trainer_is_left_without_grpc(statement):
+def test_the_trainer_is_left_without_grpc(statement, framework):
     loaded = loaded_after(statement)
     assert "sharpwatch" in loaded
-    assert not {name for name in loaded if name.partition(".")[0] in {"grpc", "aiohttp", "structlog"}}
+    ours = {name.partition(".")[0] for name in loaded - loaded_after(framework)}
+    assert not ours & {"grpc", "aiohttp", "structlog"}
     assert not {name for name in loaded if name.startswith("sharpwatch.daemon")}
 
 
