@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import itertools
 import signal
-import sys
 
 import pytest
+from interrupts import interrupted_at
 
 from sharpwatch.agent import signals
 from sharpwatch.agent.signals import signals_held
@@ -17,28 +17,6 @@ def terminations():
     before = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
     yield came
     signal.signal(signal.SIGTERM, before)
-
-
-def interrupted_at(number, call):
-    """Call with Ctrl-C pressed at line `number` of those of signals.py that it runs; whether it was interrupted."""
-    lines = itertools.count()
-
-    def trace(frame, event, _):
-        if frame.f_code.co_filename != signals.__file__:
-            return None
-        if event == "line" and next(lines) == number:
-            signal.raise_signal(signal.SIGINT)
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        call()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.settrace(before)
-    return False
 
 
 def test_a_signal_waits_for_the_end_and_is_not_held_twice(terminations):
@@ -56,7 +34,7 @@ def test_a_context_that_is_interrupted_anywhere_holds_nothing_later(terminations
             pass
 
     for number in itertools.count():
-        interrupted = interrupted_at(number, held)
+        interrupted = interrupted_at(signals, number, held)
         signal.raise_signal(signal.SIGTERM)
         assert len(terminations) == number + 1
         if not interrupted:

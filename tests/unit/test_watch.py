@@ -3,12 +3,12 @@ from __future__ import annotations
 import gc
 import itertools
 import signal
-import sys
 import weakref
 
 import pytest
 import stand_ins
 import torch
+from interrupts import interrupted_at
 from torch import nn
 
 import sharpwatch
@@ -226,28 +226,6 @@ def test_closing_takes_every_hook_away_says_goodbye_once_and_is_idempotent(wires
     assert watch.step == 1
 
 
-def interrupted_at(number, call):
-    """Call with Ctrl-C pressed at line `number` of those of loop.py that it runs; whether it was interrupted."""
-    lines = itertools.count()
-
-    def trace(frame, event, _):
-        if frame.f_code.co_filename != loop.__file__:
-            return None
-        if event == "line" and next(lines) == number:
-            signal.raise_signal(signal.SIGINT)
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        call()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.settrace(before)
-    return False
-
-
 def test_a_close_that_is_interrupted_anywhere_has_not_begun_or_leaves_nothing_behind(wires):
     outcomes = set()
     for number in itertools.count():
@@ -255,7 +233,7 @@ def test_a_close_that_is_interrupted_anywhere_has_not_begun_or_leaves_nothing_be
         wire.order(id="cut", set_multipliers=types_pb2.MultiplierSet(multipliers={"emb": 0.5}))
         stepped(model, optimizer, 1)
         assert "step" in vars(optimizer)  # wrapped
-        interrupted = interrupted_at(number, watch.close)
+        interrupted = interrupted_at(loop, number, watch.close)
         hooks = [*model._forward_hooks, *model._forward_pre_hooks]
         hooks += [*optimizer._optimizer_step_pre_hooks, *optimizer._optimizer_step_post_hooks]
         outcomes.add((bool(hooks), "step" in vars(optimizer), wire.samples[-1].closing, wire.closed))
