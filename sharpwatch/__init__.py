@@ -8,12 +8,12 @@ from sharpwatch._version import __version__
 
 if TYPE_CHECKING:
     from sharpwatch.agent.attach import attach
-    from sharpwatch.agent.checkpoints import Checkpoints
-    from sharpwatch.agent.control import RollbackRequest
+    from sharpwatch.agent.control.controller import RollbackRequest
     from sharpwatch.agent.watch import Watch
     from sharpwatch.blocks import BlockMap, classify
-    from sharpwatch.curvature.measure import measure
-    from sharpwatch.curvature.report import SharpnessReport
+    from sharpwatch.checkpointing.checkpoints import Checkpoints
+    from sharpwatch.curvature.measure.measure import measure
+    from sharpwatch.curvature.measure.report import SharpnessReport
     from sharpwatch.errors import SharpwatchError
 
 __all__ = [
@@ -32,14 +32,14 @@ __all__ = [
 # Resolved on first use: the command line and the courier must start without loading torch.
 _HOMES = {
     "BlockMap": "sharpwatch.blocks",
-    "Checkpoints": "sharpwatch.agent.checkpoints",
-    "RollbackRequest": "sharpwatch.agent.control",
-    "SharpnessReport": "sharpwatch.curvature.report",
+    "Checkpoints": "sharpwatch.checkpointing.checkpoints",
+    "RollbackRequest": "sharpwatch.agent.control.controller",
+    "SharpnessReport": "sharpwatch.curvature.measure.report",
     "SharpwatchError": "sharpwatch.errors",
     "Watch": "sharpwatch.agent.watch",
     "attach": "sharpwatch.agent.attach",
     "classify": "sharpwatch.blocks",
-    "measure": "sharpwatch.curvature.measure",
+    "measure": "sharpwatch.curvature.measure.measure",
 }
 
 

@@ -42,7 +42,7 @@ def wires(monkeypatch):
         made.append(stand_ins.Wire(hello, **options))
         return made[-1]
 
-    monkeypatch.setattr(attach_module, "CourierPipe", make)
+    monkeypatch.setattr(attach_module, "CourierClient", make)
     return made
 
 

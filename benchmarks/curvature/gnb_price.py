@@ -20,7 +20,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.curvature.models import NAMES, Batch, Size, build
-from sharpwatch.curvature.measure import measure
+from sharpwatch.curvature.measure.measure import measure
 
 SIZES = {
     "0.5M": Size(width=96, layers=4, heads=4, inner=256, vocabulary=512, length=64, rows=4, steps=0),

@@ -11,9 +11,9 @@ from benchmarks.curvature.models import Batch
 from benchmarks.curvature.outcome import Outcome, reason
 from benchmarks.curvature.peers import Value
 from sharpwatch import classify
-from sharpwatch.curvature.estimate import Estimate
-from sharpwatch.curvature.measure import measure
-from sharpwatch.curvature.report import PrecisionError
+from sharpwatch.curvature.measure.measure import measure
+from sharpwatch.curvature.measure.report import PrecisionError
+from sharpwatch.curvature.statistics.estimate import Estimate
 
 
 def run_sharpwatch(model: nn.Module, batch: Batch, seed: int, precision: float | None) -> Outcome:

@@ -15,22 +15,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from sharpwatch.agent import child, messages
-from sharpwatch.agent.border import Border
-from sharpwatch.agent.company import Company, check_rules, come_together
-from sharpwatch.agent.control import CONTROL_MODES, Control, RollbackRequest
-from sharpwatch.agent.deepspeed import hidden
-from sharpwatch.agent.kinds import DEFAULT_PROBES
-from sharpwatch.agent.loop import Loop
-from sharpwatch.agent.meeting import Meeting, check_grouped, is_several
-from sharpwatch.agent.optimizers import stepping, uncontrolled
+from sharpwatch.agent.control.controller import CONTROL_MODES, Controller, RollbackRequest
+from sharpwatch.agent.control.lr_multipliers import parameter_types
+from sharpwatch.agent.distributed.rendezvous import Rendezvous, check_grouped, is_several
+from sharpwatch.agent.distributed.topology import Topology, check_rules, gather_topology
+from sharpwatch.agent.optimizers.deepspeed import hidden
+from sharpwatch.agent.optimizers.support import stepping, uncontrolled
 from sharpwatch.agent.options import Options, check, possible
-from sharpwatch.agent.parts import Parts, Pipe, Silence
-from sharpwatch.agent.pipe import CourierPipe
-from sharpwatch.agent.probes import Probes
-from sharpwatch.agent.rates import parameter_types
-from sharpwatch.agent.sampler import Sampler
-from sharpwatch.agent.tap import Tap
+from sharpwatch.agent.parts import NullTransport, Parts, Transport
+from sharpwatch.agent.probes.budget import OverheadBudget
+from sharpwatch.agent.probes.builtin import DEFAULT_PROBES
+from sharpwatch.agent.probes.runner import ProbeRunner
+from sharpwatch.agent.reporting import messages
+from sharpwatch.agent.run import WatchedRun
+from sharpwatch.agent.safety.exception_barrier import ExceptionBarrier
+from sharpwatch.agent.statistics.tap import Tap
+from sharpwatch.agent.transport import courier_process
+from sharpwatch.agent.transport.courier_client import CourierClient
 from sharpwatch.agent.watch import Watch
 from sharpwatch.blocks import BlockMap, classified
 from sharpwatch.errors import AttachError, BlockError, ConfigError
@@ -78,7 +79,7 @@ def attach(  # noqa: PLR0913 - the public signature; each has a default that wor
 
     Raises `AttachError` on what can't be watched; nothing has been started then.
     """
-    if child.ENVIRONMENT in os.environ:
+    if courier_process.ENVIRONMENT in os.environ:
         # A second training beside the first would write over its files, and start another one in turn.
         raise AttachError(
             "this process was started as another's courier: sys.executable there is this program, no Python"
@@ -105,11 +106,11 @@ def attach(  # noqa: PLR0913 - the public signature; each has a default that wor
     )
     name = run or f"{training_job}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
     disabled = os.environ.get("SHARPWATCH_DISABLED") == "1"
-    meeting = Meeting() if isinstance(model, nn.Module) and is_several(model) else None
+    meeting = Rendezvous() if isinstance(model, nn.Module) and is_several(model) else None
     with nullcontext() if meeting is None else meeting.attending():
         check(options)
         if not disabled:
-            return Watch(name, initial_step, Loop(_parts(options, name, meeting)))
+            return Watch(name, initial_step, WatchedRun(_parts(options, name, meeting)))
     if meeting is not None:
         meeting.stay_away("sharpwatch is disabled there, and must be on all ranks or none")
     return Watch(name, initial_step, None)
@@ -124,7 +125,7 @@ def _classified(model: nn.Module) -> tuple[BlockMap, Mapping[str, str]]:
         raise AttachError(f"$SHARPWATCH_BLOCK_RULES: {error}") from error
 
 
-def _parts(options: Options, run: str, meeting: Meeting | None) -> Parts:
+def _parts(options: Options, run: str, meeting: Rendezvous | None) -> Parts:
     """The parts of the watch on this rank, once every rank has made its own."""
     check_grouped()
     model = options.model
@@ -133,7 +134,7 @@ def _parts(options: Options, run: str, meeting: Meeting | None) -> Parts:
     if meeting is None:
         check_rules([rules])
         return _made(options, run, block_map, None)
-    company = come_together(meeting, options, block_map, rules, run)
+    company = gather_topology(meeting, options, block_map, rules, run)
     if company.staged:
         options = replace(options, probes=())
     parts = _made(options, company.run, company.block_map, company)
@@ -145,19 +146,19 @@ def _parts(options: Options, run: str, meeting: Meeting | None) -> Parts:
     return replace(parts, meeting=meeting)
 
 
-def _made(options: Options, run: str, block_map: BlockMap, company: Company | None) -> Parts:
+def _made(options: Options, run: str, block_map: BlockMap, company: Topology | None) -> Parts:
     model, optimizers = options.model, options.optimizers
     identity = _identity(options, run)
     types = parameter_types(model, block_map, optimizers)
-    border = Border()
+    border = ExceptionBarrier()
     tap = Tap(block_map, dict(model.named_parameters()), optimizers, None if company is None else company.shares)
     control = _control(options, block_map, types, uncontrolled(optimizers) if company is None else company.uncontrolled)
     if hidden(optimizers):
         _LOG.warning("gradient norms can't be shown: %s", hidden(optimizers))
-    pipe: Pipe = Silence()
+    pipe: Transport = NullTransport()
     if company is None or company.ranks.leads:
         hello = messages.hello(identity, block_map)
-        pipe = CourierPipe(hello, address=options.address, token=options.token, tls=options.tls)
+        pipe = CourierClient(hello, address=options.address, token=options.token, tls=options.tls)
     return Parts(
         identity=identity,
         named=options.run is not None,
@@ -166,7 +167,7 @@ def _made(options: Options, run: str, block_map: BlockMap, company: Company | No
         optimizers=optimizers,
         parameter_types=types,
         tap=tap,
-        probes=Probes(
+        probes=ProbeRunner(
             options.probes,
             model,
             block_map,
@@ -177,7 +178,7 @@ def _made(options: Options, run: str, block_map: BlockMap, company: Company | No
             logits_fn=options.logits_fn,
             together=None if company is None else company.together(model),
         ),
-        sampler=Sampler(options.probes, budget=options.overhead_budget, probe_every=options.probe_every),
+        sampler=OverheadBudget(options.probes, budget=options.overhead_budget, probe_every=options.probe_every),
         control=control,
         pipe=pipe,
         border=border,
@@ -202,10 +203,10 @@ def _identity(options: Options, run: str) -> messages.Identity:
     )
 
 
-def _control(options: Options, block_map: BlockMap, types: Mapping[int, frozenset[str]], reason: str) -> Control:
+def _control(options: Options, block_map: BlockMap, types: Mapping[int, frozenset[str]], reason: str) -> Controller:
     if reason:
         _LOG.warning("learning rates are watched, but can't be changed: %s", reason)
-    return Control(
+    return Controller(
         next(mode for mode in CONTROL_MODES if mode == options.control),
         bounds=options.bounds,
         blocks=block_map.blocks,

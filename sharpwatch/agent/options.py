@@ -12,14 +12,14 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from sharpwatch.agent.address import parse_address, parse_tls, parse_token
-from sharpwatch.agent.control import CONTROL_MODES, RollbackRequest
-from sharpwatch.agent.hooks import Hook
-from sharpwatch.agent.kinds import DEFAULT_PROBES, PROBES, SHARDED_PROBES
-from sharpwatch.agent.optimizers import is_flat, withheld
-from sharpwatch.curvature.fsdp import DataRank
-from sharpwatch.curvature.shards import is_sharded
-from sharpwatch.curvature.step import require_adam
+from sharpwatch.agent.control.controller import CONTROL_MODES, RollbackRequest
+from sharpwatch.agent.instrumentation.hooks import Hook
+from sharpwatch.agent.optimizers.support import is_flat, withheld
+from sharpwatch.agent.probes.builtin import DEFAULT_PROBES, PROBES, SHARDED_PROBES
+from sharpwatch.common.endpoint import parse_address, parse_tls, parse_token
+from sharpwatch.curvature.objective.next_step import require_adam
+from sharpwatch.curvature.parameters.fsdp import DataRank
+from sharpwatch.curvature.parameters.shards import is_sharded
 from sharpwatch.errors import AttachError, ProbeError
 
 _LOG = logging.getLogger("sharpwatch")

@@ -10,19 +10,19 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from sharpwatch.agent.border import Border
-from sharpwatch.agent.control import Control, RollbackRequest
-from sharpwatch.agent.meeting import Meeting
-from sharpwatch.agent.messages import Identity
-from sharpwatch.agent.probes import Probes
-from sharpwatch.agent.sampler import Sampler
-from sharpwatch.agent.shared import Shared
-from sharpwatch.agent.tap import Tap
+from sharpwatch.agent.control.controller import Controller, RollbackRequest
+from sharpwatch.agent.distributed.aggregator import RecordAggregator
+from sharpwatch.agent.distributed.rendezvous import Rendezvous
+from sharpwatch.agent.probes.budget import OverheadBudget
+from sharpwatch.agent.probes.runner import ProbeRunner
+from sharpwatch.agent.reporting.messages import Identity
+from sharpwatch.agent.safety.exception_barrier import ExceptionBarrier
+from sharpwatch.agent.statistics.tap import Tap
 from sharpwatch.blocks import BlockMap
 from sharpwatch.v1 import agent_pb2
 
 
-class Pipe(Protocol):
+class Transport(Protocol):
     """The way to the courier: nothing here blocks or raises."""
 
     def greet(self, hello: agent_pb2.Hello, /) -> None:
@@ -42,23 +42,23 @@ class Pipe(Protocol):
         """Let the courier finish; takes at most 2 s."""
 
 
-class Silence:
+class NullTransport:
     """The pipe of a rank that does not speak to the daemon: another does."""
 
     dropped: Mapping[str, int] = MappingProxyType({})
 
     def greet(self, hello: agent_pb2.Hello, /) -> None:
-        """As `Pipe.greet`."""
+        """As `Transport.greet`."""
 
     def send(self, request: agent_pb2.SessionRequest, /) -> None:
-        """As `Pipe.send`."""
+        """As `Transport.send`."""
 
     def receive(self) -> list[agent_pb2.SessionResponse]:
-        """As `Pipe.receive`."""
+        """As `Transport.receive`."""
         return []
 
     def close(self) -> None:
-        """As `Pipe.close`."""
+        """As `Transport.close`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +72,14 @@ class Parts:
     optimizers: Sequence[torch.optim.Optimizer]
     parameter_types: Mapping[int, frozenset[str]]  # by parameter id: the block types that it holds
     tap: Tap
-    probes: Probes
-    sampler: Sampler
-    control: Control
-    pipe: Pipe
-    border: Border
+    probes: ProbeRunner
+    sampler: OverheadBudget
+    control: Controller
+    pipe: Transport
+    border: ExceptionBarrier
     on_rollback: Callable[[RollbackRequest], object] | None = None
-    shared: Shared | None = None  # where several ranks train
-    meeting: Meeting | None = None  # there too
+    shared: RecordAggregator | None = None  # where several ranks train
+    meeting: Rendezvous | None = None  # there too
 
     @property
     def together(self) -> bool:

@@ -8,8 +8,8 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from sharpwatch.agent.control import RollbackRequest
-from sharpwatch.agent.loop import Loop
+from sharpwatch.agent.control.controller import RollbackRequest
+from sharpwatch.agent.run import WatchedRun
 
 
 class Watch:
@@ -20,7 +20,7 @@ class Watch:
     What does reach the loop, through `optimizer.step()`, is what `on_rollback` raises, and `DesyncError`.
     """
 
-    def __init__(self, run: str, step: int, loop: Loop | None) -> None:
+    def __init__(self, run: str, step: int, loop: WatchedRun | None) -> None:
         self._run = run
         self._step = step
         self._loop = loop  # None: disabled, or closed

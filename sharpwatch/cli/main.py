@@ -29,23 +29,23 @@ class _Entry:
 
 
 _COMMANDS = {
-    "serve": _Entry("sharpwatch.cli.serve", "run the daemon", asks_daemon=False),
+    "serve": _Entry("sharpwatch.cli.commands.serve", "run the daemon", asks_daemon=False),
     "demo": _Entry(
-        "sharpwatch.cli.demo", "watch a small model train, break and recover", asks_daemon=False, extra="demo"
+        "sharpwatch.cli.commands.demo", "watch a small model train, break and recover", asks_daemon=False, extra="demo"
     ),
     "measure": _Entry(
-        "sharpwatch.cli.measure", "measure the sharpness of a checkpoint", asks_daemon=False, extra="measure"
+        "sharpwatch.cli.measure.command", "measure the sharpness of a checkpoint", asks_daemon=False, extra="measure"
     ),
-    "jobs": _Entry("sharpwatch.cli.runs", "list the runs that the daemon knows"),
-    "show": _Entry("sharpwatch.cli.runs", "show one run: blocks, alerts, troubles"),
-    "lr": _Entry("sharpwatch.cli.lr", "learning-rate multipliers: show, set, history, undo", group=True),
-    "rollback": _Entry("sharpwatch.cli.decisions", "ask a trainer to go back to a checkpoint"),
-    "mode": _Entry("sharpwatch.cli.runs", "print or set a run's mode: observe, advise, enforce"),
-    "decisions": _Entry("sharpwatch.cli.decisions", "list what was decided, and what came of it"),
-    "approve": _Entry("sharpwatch.cli.decisions", "approve a proposed decision"),
-    "reject": _Entry("sharpwatch.cli.decisions", "reject a proposed decision"),
-    "check-config": _Entry("sharpwatch.cli.check_config", "check a daemon's configuration file"),
-    "doctor": _Entry("sharpwatch.cli.doctor", "check this installation and its daemon"),
+    "jobs": _Entry("sharpwatch.cli.commands.runs", "list the runs that the daemon knows"),
+    "show": _Entry("sharpwatch.cli.commands.runs", "show one run: blocks, alerts, troubles"),
+    "lr": _Entry("sharpwatch.cli.commands.lr", "learning-rate multipliers: show, set, history, undo", group=True),
+    "rollback": _Entry("sharpwatch.cli.commands.decisions", "ask a trainer to go back to a checkpoint"),
+    "mode": _Entry("sharpwatch.cli.commands.runs", "print or set a run's mode: observe, advise, enforce"),
+    "decisions": _Entry("sharpwatch.cli.commands.decisions", "list what was decided, and what came of it"),
+    "approve": _Entry("sharpwatch.cli.commands.decisions", "approve a proposed decision"),
+    "reject": _Entry("sharpwatch.cli.commands.decisions", "reject a proposed decision"),
+    "check-config": _Entry("sharpwatch.cli.commands.check_config", "check a daemon's configuration file"),
+    "doctor": _Entry("sharpwatch.cli.doctor.doctor", "check this installation and its daemon"),
 }
 
 

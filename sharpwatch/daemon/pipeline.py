@@ -16,17 +16,17 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from sharpwatch.daemon.backlog import Backlog, Waiting
-from sharpwatch.daemon.estimator import Estimator
-from sharpwatch.daemon.intake import Entry, Intake
-from sharpwatch.daemon.journal import AttemptRow, Batch, EstimateRow, ModeRow, SampleRow, TransitionRow
-from sharpwatch.daemon.ledger import UNDER_WAY
-from sharpwatch.daemon.metrics import OwnMetrics
+from sharpwatch.daemon.decisions.decision_log import UNDER_WAY
+from sharpwatch.daemon.decisions.run_controller import Changes
+from sharpwatch.daemon.estimation.gnb import Estimator
+from sharpwatch.daemon.estimation.queue import EstimationQueue, Waiting
+from sharpwatch.daemon.estimation.windows import Request
+from sharpwatch.daemon.exporter.metrics import OwnMetrics
+from sharpwatch.daemon.ingest.queue import QueuedSample, SampleQueue
 from sharpwatch.daemon.records import Alert, Checkpoint, Decision, Revision
-from sharpwatch.daemon.runs import Attempt, Run, Runs
-from sharpwatch.daemon.store import Store
-from sharpwatch.daemon.supervisor import Changes
-from sharpwatch.daemon.window import Request
+from sharpwatch.daemon.runs.runs import Attempt, Run, Runs
+from sharpwatch.daemon.storage.journal import AttemptRow, Batch, EstimateRow, ModeRow, SampleRow, TransitionRow
+from sharpwatch.daemon.storage.store import Store
 from sharpwatch.errors import OperatorError, StoreError
 
 log = structlog.get_logger(__name__)
@@ -37,7 +37,7 @@ _FAIR = 64  # samples folded before the loop serves others
 
 
 @dataclass(slots=True)
-class Unwritten:
+class PendingWrites:
     """Records that the journal does not have yet, each in its newest form; of decisions every transition too."""
 
     attempts: dict[str, AttemptRow] = field(default_factory=dict)
@@ -70,7 +70,7 @@ class Unwritten:
         self.rewinds[run] = min(step, self.rewinds.get(run, step))
         self.checkpoints = {(of, cp): None for of, cp in self.checkpoints if of != run or cp.step <= step}
 
-    def under(self, newer: Unwritten) -> None:
+    def under(self, newer: PendingWrites) -> None:
         """Put what has come since on top."""
         self.attempts.update(newer.attempts)
         self.alerts.update(newer.alerts)
@@ -107,7 +107,7 @@ class Pipeline:
         self,
         *,
         runs: Runs,
-        intake: Intake,
+        intake: SampleQueue,
         store: Store,
         estimator: Estimator,
         metrics: OwnMetrics,
@@ -121,8 +121,8 @@ class Pipeline:
         self._metrics = metrics
         self._on_settled = on_settled
         self._on_command = on_command
-        self._unwritten = Unwritten()
-        self._backlog = Backlog(self._estimate_waiting)
+        self._unwritten = PendingWrites()
+        self._backlog = EstimationQueue(self._estimate_waiting)
         self._writing = asyncio.Lock()
         self._retry_at = 0.0
         self._retry_after = _FIRST_RETRY
@@ -191,10 +191,10 @@ class Pipeline:
                 await self._write(())
         await self._backlog.room()
 
-    async def _write(self, entries: Sequence[Entry]) -> None:
+    async def _write(self, entries: Sequence[QueuedSample]) -> None:
         """One transaction: `entries` and all that is unwritten. Then, and only then, acknowledge and send."""
         async with self._writing:
-            unwritten, self._unwritten = self._unwritten, Unwritten()
+            unwritten, self._unwritten = self._unwritten, PendingWrites()
             now = time.time()
             batch = unwritten.batch(_row(entry, now) for entry in entries)
             try:
@@ -243,9 +243,9 @@ class Pipeline:
             run.outstanding[identity] = made
             self._on_command(run, made)
 
-    async def _process(self, entries: list[Entry]) -> None:
+    async def _process(self, entries: list[QueuedSample]) -> None:
         touched: dict[str, Run] = {}
-        seen: list[Entry] = []
+        seen: list[QueuedSample] = []
         for index, entry in enumerate(entries):
             if index % _FAIR == _FAIR - 1:
                 await asyncio.sleep(0)
@@ -284,7 +284,7 @@ class Pipeline:
         for received_at in received:
             self._metrics.ingest_to_metric.observe(now - received_at)
 
-    def _fold(self, run: Run, entry: Entry) -> None:
+    def _fold(self, run: Run, entry: QueuedSample) -> None:
         reading, now = entry.reading, time.time()
         for probe in reading.dropped_probes:
             self._metrics.dropped_probes.labels(probe).inc()
@@ -354,7 +354,7 @@ class Pipeline:
                     self._unwritten.estimates.append(EstimateRow(name, quantity, block, estimate))
 
 
-def _row(entry: Entry, now: float) -> SampleRow:
+def _row(entry: QueuedSample, now: float) -> SampleRow:
     reading = entry.reading
     return SampleRow(
         run=entry.run,

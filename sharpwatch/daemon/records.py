@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from sharpwatch.curvature.estimate import Estimate
+from sharpwatch.curvature.statistics.estimate import Estimate
 
 Mode = Literal["observe", "advise", "enforce"]
 DecisionMode = Literal["observe", "advise", "enforce", "operator"]

@@ -22,13 +22,13 @@ from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 from torch.utils.hooks import RemovableHandle
 
 from sharpwatch.agent.attach import attach
-from sharpwatch.agent.control import RollbackRequest
-from sharpwatch.agent.jsonfile import read_json, write_json
-from sharpwatch.agent.position import Range, Trail, holds, nth_kept, union
-from sharpwatch.agent.randomness import random_state, set_random_state
+from sharpwatch.agent.control.controller import RollbackRequest
 from sharpwatch.agent.watch import Watch
+from sharpwatch.checkpointing.data_position import DataPosition, Range, holds, nth_kept, union
+from sharpwatch.checkpointing.rng_state import random_state, set_random_state
+from sharpwatch.checkpointing.rollback_record import RollbackRecord
+from sharpwatch.common.atomic_file import read_json, write_json
 from sharpwatch.errors import AttachError
-from sharpwatch.integrations.aftermath import Aftermath
 
 try:
     from accelerate import skip_first_batches
@@ -56,7 +56,7 @@ class SharpwatchCallback(TrainerCallback):
         self._options = {"training_job": training_job, **attach_options}
         self._watched: tuple[Any, Any] = (None, None)
         self._resumed: dict[str, Any] | None = None
-        self._trail = Trail()  # the watch's steps to Trainer's: a GradScaler makes some of the latter void
+        self._trail = DataPosition()  # the watch's steps to Trainer's: a GradScaler makes some of the latter void
         self._hook: RemovableHandle | None = None
         self._losses: list[Tensor] = []
         self._shares = False  # whether a micro-batch's loss is its share of the step's mean, and not its own
@@ -74,7 +74,7 @@ class SharpwatchCallback(TrainerCallback):
         if watch is None or request is None or self._watched != (kwargs["model"], kwargs["optimizer"]):
             watch = self.watch = self._attached(kwargs["model"], kwargs["optimizer"], state.global_step, run)
             watch.load_state_dict(known)
-        self._trail = Trail(resumed.get("trail", [(watch.step, state.global_step)]))
+        self._trail = DataPosition(resumed.get("trail", [(watch.step, state.global_step)]))
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         """Observe the step's loss."""
@@ -105,7 +105,7 @@ class SharpwatchCallback(TrainerCallback):
             self.left_out = union([*self.left_out, self._batches(request, args, len(loader))])
         if state.is_world_process_zero:
             home = _home(args)
-            Aftermath.of(home).after(Path(request.uri).name, _ages(args), [self.left_out]).note(home)
+            RollbackRecord.of(home).after(Path(request.uri).name, _ages(args), [self.left_out]).note(home)
         raise _GoBack(request)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
@@ -120,7 +120,7 @@ class SharpwatchCallback(TrainerCallback):
             except OSError as error:
                 _LOG.warning("the agent's state is not in the checkpoint, no rollback can go there: %s", error)
                 return
-            Aftermath.of(folder.parent).saved(folder.parent, folder.name)
+            RollbackRecord.of(folder.parent).saved(folder.parent, folder.name)
         self.watch.saved_checkpoint(self.watch.step, str(folder))
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
@@ -168,7 +168,7 @@ class SharpwatchCallback(TrainerCallback):
             pass  # saved before the callback was there
         except (OSError, ValueError) as error:
             _LOG.warning("the agent's state could not be read, and begins anew: %s", error)
-        beside = Aftermath.of(checkpoint.parent).of_checkpoint(checkpoint.name)
+        beside = RollbackRecord.of(checkpoint.parent).of_checkpoint(checkpoint.name)
         self.left_out = union(chain(self.left_out, self._resumed.get("left_out", ()), *beside))
 
     def _batches(self, request: RollbackRequest, args: TrainingArguments, epoch: int) -> Range:
@@ -195,7 +195,7 @@ def train(trainer: Trainer, resume_from_checkpoint: str | bool | None = None, **
     own = vars(trainer).get("get_train_dataloader")
     vars(trainer)["get_train_dataloader"] = lambda: _without(loader(), callback.left_out)
     if checkpoint is True:
-        newest = Aftermath.of(_home(trainer.args)).newest(_ages(trainer.args))
+        newest = RollbackRecord.of(_home(trainer.args)).newest(_ages(trainer.args))
         checkpoint = True if newest is None else str(_home(trainer.args) / newest)  # True: Trainer says there is none
     try:
         while True:
@@ -305,7 +305,7 @@ def _obstacle(request: RollbackRequest, args: TrainingArguments, loader: Any) ->
     missing = [name for name in _NEEDED if not (folder / name).is_file()]
     if missing:
         return f"{folder}: {', '.join(missing)} missing"
-    if folder.name in Aftermath.of(folder.parent).undone:
+    if folder.name in RollbackRecord.of(folder.parent).undone:
         return f"{folder}: undone by a rollback"
     return _unskippable(args, loader) if request.skip[0] < request.skip[1] else ""
 

@@ -20,12 +20,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from sharpwatch.agent.attach import attach
-from sharpwatch.agent.batches import Batches
-from sharpwatch.agent.control import RollbackRequest
-from sharpwatch.agent.position import Range
+from sharpwatch.agent.control.controller import RollbackRequest
 from sharpwatch.agent.watch import Watch
+from sharpwatch.checkpointing.data_position import Range
+from sharpwatch.checkpointing.resumable_loader import Batches
+from sharpwatch.checkpointing.rollback_record import RollbackRecord
 from sharpwatch.errors import AttachError
-from sharpwatch.integrations.aftermath import Aftermath
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -110,12 +110,12 @@ class SharpwatchCallback(Callback):
     def note(self, checkpoint: Path) -> None:
         """Note what going back to `checkpoint` leaves behind."""
         home = checkpoint.parent
-        Aftermath.of(home).after(checkpoint.name, _ages(home), self._left_out).note(home)
+        RollbackRecord.of(home).after(checkpoint.name, _ages(home), self._left_out).note(home)
 
     def saved(self, path: Path, *, first: bool) -> None:
         """A checkpoint was saved at `path`; `first` on one rank."""
         if first:
-            Aftermath.of(path.parent).saved(path.parent, path.name)
+            RollbackRecord.of(path.parent).saved(path.parent, path.name)
         if self.watch is not None and not path.name.startswith(_LAST):
             self._saved[str(path)] = self.watch.step
             self.watch.saved_checkpoint(self.watch.step, str(path))
@@ -304,7 +304,7 @@ def _last(trainer: Trainer) -> str:
     """For "last", the newest checkpoint, where Lightning's own last was undone by a rollback."""
     found = (getattr(one, "_find_last_checkpoints", lambda _: ())(trainer) for one in trainer.checkpoint_callbacks)
     for home in dict.fromkeys([*_homes(trainer), *(Path(path).resolve().parent for each in found for path in each)]):
-        noted, ages = Aftermath.of(home), _ages(home)
+        noted, ages = RollbackRecord.of(home), _ages(home)
         newest = noted.newest(ages)
         if newest is not None and any(name.startswith(_LAST) for name in noted.undone & ages.keys()):
             return str(home / newest)
@@ -314,7 +314,7 @@ def _last(trainer: Trainer) -> str:
 def _beside(checkpoint: Any) -> Sequence[Sequence[Range]]:
     """What rollbacks have left out of each loader and `checkpoint` does not know of."""
     path = Path(checkpoint or "")
-    return Aftermath.of(path.parent).of_checkpoint(path.name)
+    return RollbackRecord.of(path.parent).of_checkpoint(path.name)
 
 
 def _obstacle(request: RollbackRequest, trainer: Trainer, step: int) -> str:
@@ -322,7 +322,7 @@ def _obstacle(request: RollbackRequest, trainer: Trainer, step: int) -> str:
     path = Path(request.uri)
     if path.parent not in _homes(trainer):
         return f"{path}: not in the folder of any checkpoint callback"
-    if path.name in Aftermath.of(path.parent).undone:
+    if path.name in RollbackRecord.of(path.parent).undone:
         return f"{path}: undone by a rollback"
     if step != request.step:
         return f"{path}: was saved again at step {step}"

@@ -1,4 +1,4 @@
-"""Ranks that come apart train on as without sharpwatch: nobody is stopped, and nobody waits for who does not come.
+"""RankGroup that come apart train on as without sharpwatch: nobody is stopped, and nobody waits for who does not come.
 
 The patience of every wait here, torch's included, is the test's own: one that hangs fails.
 """
@@ -20,7 +20,7 @@ from stand_ins import Net, Wire
 
 import sharpwatch
 from sharpwatch.agent import attach as attach_module
-from sharpwatch.agent.ranks import Introduction, Place, Ranks, Word, join
+from sharpwatch.agent.distributed.channel import Introduction, RankGroup, RankProgress, StepMessage, join
 from sharpwatch.v1 import types_pb2
 
 STEPS = 10
@@ -38,7 +38,7 @@ class Loop:
 
     def __init__(self, kind, *, watched=True, **options):
         self.wires, self.rank, self.groups = [], dist.get_rank(), []
-        attach_module.CourierPipe = lambda hello, **given: self.wires.append(Wire(hello, **given)) or self.wires[-1]
+        attach_module.CourierClient = lambda hello, **given: self.wires.append(Wire(hello, **given)) or self.wires[-1]
         torch.manual_seed(3)
         self.model = {"ddp": nn.parallel.DistributedDataParallel, "fsdp": fully_shard}.get(kind, lambda net: net)(
             Logits()
@@ -123,14 +123,14 @@ def test_ranks_that_do_not_meet_at_each_step_are_not_made_to(ranks):
 def deaf():
     """Rank 1 can read no word any more once it has stood by a command."""
     loop = Loop("ddp")
-    come = Ranks._come
+    come = RankGroup._come
 
     def broken(self, *given, **named):
         if self.rank == 1 and self.expecting and self._consent._stood:
             raise RuntimeError("Connection reset by peer")
         return come(self, *given, **named)
 
-    Ranks._come = broken
+    RankGroup._come = broken
 
     def after(step):
         if step == 2:
@@ -170,10 +170,10 @@ def test_closing_does_not_wait_for_who_closes_later(ranks):
 
 def far_on():
     channel, _ = join(Introduction())
-    company = Ranks(channel, 0)
+    company = RankGroup(channel, 0)
     read = []
     for step in range(100_000_002, 100_000_012):
-        read += company.agree(Word(Place(step)))
+        read += company.agree(StepMessage(RankProgress(step)))
         dist.barrier()
     return len(read + company.finish(30)), company.add(torch.ones(0)) if not company.lost else None
 

@@ -70,7 +70,7 @@ def by_hand(sharding, skip):
 def watched(sharding, folder):
     """The weights after each step, of a run that is rolled back to step 8 when it has come to step 14."""
     loop, wires = Loop(sharding), []
-    attach_module.CourierPipe = lambda hello, **options: wires.append(Wire(hello, **options)) or wires[-1]
+    attach_module.CourierClient = lambda hello, **options: wires.append(Wire(hello, **options)) or wires[-1]
     watch = sharpwatch.attach(loop.model, loop.optimizer, training_job="back", control="rollback")
     checkpoints = sharpwatch.Checkpoints(
         folder, loop.model, loop.optimizer, watch=watch, data=loop.loader, scheduler=loop.schedule
@@ -97,7 +97,7 @@ def watched(sharding, folder):
 def taken_up(sharding, folder):
     """The run that was rolled back, taken up with a model, an optimizer and a loader that are new."""
     loop = Loop(sharding)
-    attach_module.CourierPipe = Wire
+    attach_module.CourierClient = Wire
     watch = sharpwatch.attach(loop.model, loop.optimizer, training_job="back", control="rollback")
     checkpoints = sharpwatch.Checkpoints(
         folder, loop.model, loop.optimizer, watch=watch, data=loop.loader, scheduler=loop.schedule
@@ -130,7 +130,7 @@ def test_a_rollback_leaves_a_range_of_data_out_on_every_rank(ranks, tmp_path, sh
 
 def failing(folder):
     loop = Loop("ddp")
-    attach_module.CourierPipe = Wire
+    attach_module.CourierClient = Wire
     watch = sharpwatch.attach(loop.model, loop.optimizer, training_job="back", control="rollback")
     checkpoints = sharpwatch.Checkpoints(folder, loop.model, loop.optimizer, watch=watch)
     first = checkpoints.save()
@@ -206,7 +206,7 @@ def quiet(sharding, alike):
 
 
 def checkpointed(loop, folder):
-    attach_module.CourierPipe = Wire
+    attach_module.CourierClient = Wire
     watch = sharpwatch.attach(loop.model, loop.optimizer, training_job="back", control="rollback")
     return sharpwatch.Checkpoints(
         folder, loop.model, loop.optimizer, watch=watch, data=loop.loader, scheduler=loop.schedule

@@ -24,7 +24,7 @@ STEPS = 12
 def train(kind, by_closure):
     """The run's weights on this rank, and what rank 0 sent of its steps but for what was measured in seconds."""
     wires = []
-    attach_module.CourierPipe = lambda hello, **given: wires.append(Wire(hello, **given)) or wires[-1]
+    attach_module.CourierClient = lambda hello, **given: wires.append(Wire(hello, **given)) or wires[-1]
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**LLAMA)).train()
     model = fully_shard(model) if kind == "fsdp" else DistributedDataParallel(model)

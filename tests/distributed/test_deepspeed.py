@@ -20,7 +20,7 @@ from missing import missing
 
 import sharpwatch
 from sharpwatch.agent import attach as attach_module
-from sharpwatch.agent.partsums import FLOOR_SHARE
+from sharpwatch.agent.statistics.reductions import FLOOR_SHARE
 from sharpwatch.errors import AttachError
 from sharpwatch.v1 import types_pb2
 from sharpwatch.wire import decode
@@ -163,7 +163,7 @@ def watched():
 
 def trained(config, *, ordered):
     wires, said = [], []
-    attach_module.CourierPipe = lambda hello, **options: wires.append(stand_ins.Wire(hello, **options)) or wires[-1]
+    attach_module.CourierClient = lambda hello, **options: wires.append(stand_ins.Wire(hello, **options)) or wires[-1]
     listener = logging.Handler()
     listener.emit = lambda record: said.append(record.getMessage())
     logging.getLogger("sharpwatch").addHandler(listener)

@@ -46,7 +46,7 @@ def made(*, original):
 
 def flat():
     wires = []
-    attach_module.CourierPipe = lambda hello, **options: wires.append(stand_ins.Wire(hello, **options)) or wires[-1]
+    attach_module.CourierClient = lambda hello, **options: wires.append(stand_ins.Wire(hello, **options)) or wires[-1]
     (ours, optimizer), (theirs, plain) = made(original=False), made(original=False)
     watch = sharpwatch.attach(ours, optimizer, training_job="flat")
     if wires:

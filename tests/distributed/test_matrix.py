@@ -23,7 +23,7 @@ from stand_ins import LLAMA, Wire
 
 import sharpwatch
 from sharpwatch.agent import attach as attach_module
-from sharpwatch.agent.kinds import PROBES, SHARDED_PROBES
+from sharpwatch.agent.probes.builtin import PROBES, SHARDED_PROBES
 
 STEPS = 11
 PROBE_EVERY = 5
@@ -120,7 +120,7 @@ class Training:
             self.samples = made.samples
             return made
 
-        attach_module.CourierPipe = wire
+        attach_module.CourierClient = wire
         return sharpwatch.attach(
             self.model, self.optimizers, training_job="matrix", probe_every=PROBE_EVERY, probes=probes
         )

@@ -18,10 +18,10 @@ from stand_ins import Net, Wire
 
 import sharpwatch
 from sharpwatch.agent import attach as attach_module
-from sharpwatch.agent.border import Border
-from sharpwatch.agent.noise import GradientNoise, averaged_over
+from sharpwatch.agent.probes.gradient_noise import GradientNoise, averaged_over
+from sharpwatch.agent.safety.exception_barrier import ExceptionBarrier
 from sharpwatch.blocks import classify
-from sharpwatch.curvature.norms import squares
+from sharpwatch.curvature.parameters.norms import squares
 from sharpwatch.wire import decode
 
 RANKS = 2
@@ -46,7 +46,7 @@ def local_gradients(model, micro_batches):
 def accumulated(micro_batches, synchronised, views):
     """What this rank makes of one step, what its sample says, and its micro-batches' own gradients."""
     wires = []
-    attach_module.CourierPipe = lambda hello, **options: wires.append(Wire(hello, **options)) or wires[-1]
+    attach_module.CourierClient = lambda hello, **options: wires.append(Wire(hello, **options)) or wires[-1]
     torch.manual_seed(3)
     plain = Net().train()
     gradients = local_gradients(plain, micro_batches)
@@ -54,7 +54,7 @@ def accumulated(micro_batches, synchronised, views):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)  # each step the same
     watch = sharpwatch.attach(model, optimizer, training_job="noise", probe_every=1, probes=("gnb",))
     block_map = classify(model)
-    noise = GradientNoise(block_map, model, Border(), ranks=averaged_over(model))
+    noise = GradientNoise(block_map, model, ExceptionBarrier(), ranks=averaged_over(model))
     own = []
     for _ in range(3):  # of ranks, none probes at the first step
         for micro_batch in range(micro_batches):
@@ -120,7 +120,7 @@ def heard_with(hook):
     """Whether anything is said of a step whose gradients go through `hook`."""
     torch.manual_seed(3)
     model = nn.parallel.DistributedDataParallel(Net().train())
-    noise = GradientNoise(classify(model), model, Border(), ranks=averaged_over(model))
+    noise = GradientNoise(classify(model), model, ExceptionBarrier(), ranks=averaged_over(model))
     model.register_comm_hook(*HOOKS[hook]())  # a loop may do so after attach
     batch = tokens(0)
     noise.forward()

@@ -18,18 +18,18 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.distributed import DistributedConfig
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "unit")]
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 import dense
 import sharding
 
 from sharpwatch.blocks import classify
-from sharpwatch.curvature import shards
-from sharpwatch.curvature.batch import Batch
-from sharpwatch.curvature.fsdp import DataRank
-from sharpwatch.curvature.gnb import OutputGradients
-from sharpwatch.curvature.gnb_sharded import sharded_gnb_probe
-from sharpwatch.curvature.norms import squares, sum_into
-from sharpwatch.curvature.sketch import CountSketch
+from sharpwatch.curvature.estimators.gnb import OutputGradients
+from sharpwatch.curvature.estimators.gnb_sharded import sharded_gnb_probe
+from sharpwatch.curvature.objective.batch import Batch
+from sharpwatch.curvature.parameters import shards
+from sharpwatch.curvature.parameters.fsdp import DataRank
+from sharpwatch.curvature.parameters.norms import squares, sum_into
+from sharpwatch.curvature.statistics.sketch import CountSketch
 from sharpwatch.errors import DesyncError, ProbeError
 
 ROWS = 4

@@ -19,9 +19,9 @@ from stand_ins import LLAMA, Wire, in_each_step
 
 import sharpwatch
 from sharpwatch.agent import attach as attach_module
-from sharpwatch.agent.probes import Probes
-from sharpwatch.curvature import gnb_sharded
-from sharpwatch.curvature.batch import Batch
+from sharpwatch.agent.probes.runner import ProbeRunner
+from sharpwatch.curvature.estimators import gnb_sharded
+from sharpwatch.curvature.objective.batch import Batch
 from sharpwatch.errors import DesyncError
 from sharpwatch.v1 import agent_pb2, types_pb2
 
@@ -55,7 +55,7 @@ def model_of(kind):
 def train(kind, watched=True, hurt=lambda: None, **options):
     """The run's weights on this rank, what rank 0 sent, and how many groups each step had."""
     wires = []
-    attach_module.CourierPipe = lambda hello, **given: wires.append(Wire(hello, **given)) or wires[-1]
+    attach_module.CourierClient = lambda hello, **given: wires.append(Wire(hello, **given)) or wires[-1]
     model = model_of(kind)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     watch = (
@@ -151,7 +151,7 @@ def starved():
     Batch.slice = cut
 
     def narrow():
-        Probes.has_room = lambda _: dist.get_rank() == 0
+        ProbeRunner.has_room = lambda _: dist.get_rank() == 0
 
     return tripped, refused, train("fsdp", hurt=narrow, probe_every=1)
 

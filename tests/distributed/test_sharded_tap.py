@@ -11,18 +11,18 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "unit")]
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 import dense
 import sharding
 
-from sharpwatch.agent.probes import Probes
-from sharpwatch.agent.subject import Together
-from sharpwatch.agent.tap import Tap
+from sharpwatch.agent.probes.context import ShardReduction
+from sharpwatch.agent.probes.runner import ProbeRunner
+from sharpwatch.agent.statistics.tap import Tap
 from sharpwatch.blocks import classify
-from sharpwatch.curvature import shards
-from sharpwatch.curvature.fsdp import DataRank
-from sharpwatch.curvature.gnb_sharded import collectives
-from sharpwatch.curvature.sketch import CountSketch
+from sharpwatch.curvature.estimators.gnb_sharded import collectives
+from sharpwatch.curvature.parameters import shards
+from sharpwatch.curvature.parameters.fsdp import DataRank
+from sharpwatch.curvature.statistics.sketch import CountSketch
 
 STEPS = 4
 RATE = 0.01
@@ -93,8 +93,8 @@ def damage(model):
 def check_sketch(block_map, model, optimizer):
     """The gradient's sketch, added up over ranks; none of them waits for another on the way."""
     weights = weights_of(block_map, dict(model.named_parameters()))
-    together = Together(add, weights, DataRank.of(model).number)
-    probes = Probes((), model, block_map, [optimizer], seed=3, sketch_size=64, together=together)
+    together = ShardReduction(add, weights, DataRank.of(model).number)
+    probes = ProbeRunner((), model, block_map, [optimizer], seed=3, sketch_size=64, together=together)
     before = collectives()
     own = probes.sketch_gradient().cpu()
     assert collectives() == before

@@ -13,8 +13,8 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from sharpwatch.blocks import BlockMap, Part
-from sharpwatch.curvature import shards
-from sharpwatch.curvature.sketch import CountSketch
+from sharpwatch.curvature.parameters import shards
+from sharpwatch.curvature.statistics.sketch import CountSketch
 
 # Even, uneven, fewer rows than ranks, one dimension, three.
 SHAPES = {"even": (8, 4), "uneven": (11, 6), "few": (3, 5), "one": (1, 7), "bias": (10,), "experts": (5, 4, 6)}

@@ -18,11 +18,11 @@ import grpc
 import pytest
 from daemons import PATIENCE, ack, await_end, free_port, honest, response, silent_after, welcome
 
-from sharpwatch.agent import child, courier
-from sharpwatch.agent.address import Destination
-from sharpwatch.agent.frames import frame
-from sharpwatch.agent.pipe import CourierPipe
-from sharpwatch.agent.upward import Upward
+from sharpwatch.agent.transport import courier, courier_process
+from sharpwatch.agent.transport.courier_client import CourierClient
+from sharpwatch.agent.transport.framing import frame
+from sharpwatch.agent.transport.trainer_writer import TrainerWriter
+from sharpwatch.common.endpoint import Destination
 from sharpwatch.v1 import agent_pb2, types_pb2
 
 HELLO = agent_pb2.Hello(protocol=1, run="run", training_job="job", attempt="attempt")
@@ -34,7 +34,7 @@ def attach():
 
     def start(daemon, **options):
         address = daemon if isinstance(daemon, str) else daemon.address
-        pipes.append(CourierPipe(HELLO, address=address, **options))
+        pipes.append(CourierClient(HELLO, address=address, **options))
         pipes[-1].flush()  # the first use starts the courier
         return pipes[-1]
 
@@ -223,7 +223,7 @@ async def test_a_connection_that_falls_silent_is_given_up(serve, monkeypatch):
     monkeypatch.setattr(courier, "SILENCE_SECONDS", 0.2)
     daemon = serve(silent, honest)
     inward, outward = os.pipe()
-    own = courier.Courier(Destination(daemon.address, "", None, 2**20, os.getpid()), Upward(outward))
+    own = courier.Courier(Destination(daemon.address, "", None, 2**20, os.getpid()), TrainerWriter(outward))
     own._accept(agent_pb2.SessionRequest(hello=HELLO).SerializeToString())
     own._accept(request(1).SerializeToString())
     delivering = asyncio.create_task(own._deliver())
@@ -398,7 +398,7 @@ def test_a_stopped_courier_never_blocks_the_trainer(serve, attach):
 
 
 def test_close_kills_a_courier_that_takes_nothing_more(serve, attach, monkeypatch):
-    monkeypatch.setattr(child, "_CODE", "import signal; signal.pause()")
+    monkeypatch.setattr(courier_process, "_CODE", "import signal; signal.pause()")
     pipe = attach(serve(), outbox_bytes=100_000)
     process = pipe.courier_pid
     send(pipe, range(1, 1_001), size=2_000)
@@ -446,7 +446,7 @@ trainer.poll()  # until it has closed its end
 @pytest.mark.parametrize("moment", [WHEN_WOKEN, AT_THE_END], ids=["woken", "at the end"])
 def test_an_interrupted_close_leaves_nothing_open(attach, monkeypatch, moment):
     ready = frame(response(command=types_pb2.Command(id="ready")))
-    monkeypatch.setattr(child, "_CODE", INTERRUPT.replace("READY", repr(ready)) + moment)
+    monkeypatch.setattr(courier_process, "_CODE", INTERRUPT.replace("READY", repr(ready)) + moment)
     before = descriptors()
     pipe = attach(f"127.0.0.1:{free_port()}")
     process = pipe.courier_pid
@@ -484,7 +484,7 @@ def test_a_sample_larger_than_the_outbox_keeps_all_but_its_arrays(serve, attach)
 def test_a_courier_gone_mad_is_replaced(serve, attach, monkeypatch, caplog, tmp_path, code):  # noqa: PLR0917 - fixtures
     daemon = serve()
     known = tmp_path / "pid"
-    monkeypatch.setattr(child, "_CODE", f"open({str(known)!r}, 'w').write(str(os.getpid())); {code}")
+    monkeypatch.setattr(courier_process, "_CODE", f"open({str(known)!r}, 'w').write(str(os.getpid())); {code}")
     pipe = attach(daemon)
     sent = 1
     pipe.send(request(1))
@@ -528,7 +528,7 @@ def program_for_python(monkeypatch, tmp_path):
 @pytest.mark.parametrize("act", ["echo hello; exec sleep 1000", "sleep 1000", "exit 3"])
 def test_what_is_no_python_is_ended_and_not_started_again(attach, monkeypatch, caplog, program_for_python, act):
     started = program_for_python(act)
-    monkeypatch.setattr(child, "_BIRTH_SECONDS", 0.1)
+    monkeypatch.setattr(courier_process, "_BIRTH_SECONDS", 0.1)
     pipe = attach(f"127.0.0.1:{free_port()}")
     send(pipe, [1, 2])
     assert "no courier in this program" in caplog.text
@@ -589,13 +589,13 @@ def trainer(code, address):
     """A trainer that runs `code` with a pipe to `address`, its output line by line."""
     prelude = f"""
 import os, signal, sys, threading
-from sharpwatch.agent.pipe import CourierPipe
+from sharpwatch.agent.transport.courier_client import CourierClient
 from sharpwatch.v1 import agent_pb2
 def send(pipe, sequence):
     pipe.send(agent_pb2.SessionRequest(sample=agent_pb2.Sample(sequence=sequence)))
 def say(word):
     print(word, flush=True)
-pipe = CourierPipe(agent_pb2.Hello(run="run"), address={address!r})
+pipe = CourierClient(agent_pb2.Hello(run="run"), address={address!r})
 pipe.flush()
 """
     return subprocess.Popen(
@@ -709,7 +709,7 @@ def test_with_closed_standard_streams_the_pipes_stay_clear_of_them(serve):
 pipe.close()
 for stream in range(3):
     os.close(stream)
-pipe = CourierPipe(agent_pb2.Hello(run="run"), address=pipe._destination.target)
+pipe = CourierClient(agent_pb2.Hello(run="run"), address=pipe._destination.target)
 pipe.flush()
 ends = pipe._courier._inward.fileno(), pipe._courier._outward.fileno()
 send(pipe, 1)

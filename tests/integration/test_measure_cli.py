@@ -24,8 +24,8 @@ from transformers import (
 )
 
 from sharpwatch.cli.main import main
-from sharpwatch.cli.measure_data import Cut, load_batches
-from sharpwatch.cli.measure_model import load
+from sharpwatch.cli.measure.data import Cut, load_batches
+from sharpwatch.cli.measure.model import load
 
 VOCABULARY = 300
 LENGTH = 32

@@ -9,8 +9,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import sharpwatch
-from sharpwatch.agent.kinds import PROBES
-from sharpwatch.agent.pipe import CourierPipe
+from sharpwatch.agent.probes.builtin import PROBES
+from sharpwatch.agent.transport.courier_client import CourierClient
 
 STEPS = 200
 ABSENT = "127.0.0.1:9"  # discard: nothing listens there
@@ -34,13 +34,13 @@ def sgd(parameters):
 def sent(monkeypatch):
     """What goes down the real pipe."""
     messages = []
-    send = CourierPipe.send
+    send = CourierClient.send
 
     def record(pipe, request):
         messages.append(request.sample)
         send(pipe, request)
 
-    monkeypatch.setattr(CourierPipe, "send", record)
+    monkeypatch.setattr(CourierClient, "send", record)
     return messages
 
 

@@ -11,9 +11,9 @@ import torch
 from stand_ins import Wire
 from trainer import Trainer
 
-from sharpwatch.agent.kinds import Gnb
-from sharpwatch.agent.probes import Probes
-from sharpwatch.agent.tap import Tap
+from sharpwatch.agent.probes.builtin import Gnb
+from sharpwatch.agent.probes.runner import ProbeRunner
+from sharpwatch.agent.statistics.tap import Tap
 from sharpwatch.v1 import types_pb2
 
 STEPS = 20
@@ -226,7 +226,7 @@ def test_a_log_handler(wires, monkeypatch):
     handler = Broken()
     logging.getLogger("sharpwatch").addHandler(handler)
     try:
-        monkeypatch.setattr(Probes, "capture", lambda *_: {}["on purpose"])
+        monkeypatch.setattr(ProbeRunner, "capture", lambda *_: {}["on purpose"])
         failed, trainer = train()
     finally:
         logging.getLogger("sharpwatch").removeHandler(handler)

@@ -7,8 +7,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import sharpwatch
-from sharpwatch.agent.kinds import PROBES
-from sharpwatch.agent.pipe import CourierPipe
+from sharpwatch.agent.probes.builtin import PROBES
+from sharpwatch.agent.transport.courier_client import CourierClient
 
 STEPS = 25
 ABSENT = "127.0.0.1:9"  # discard: nothing listens there
@@ -34,7 +34,7 @@ def lbfgs_with_line_search(parameters):
 def sent(monkeypatch):
     """What goes down the real pipe."""
     messages = []
-    monkeypatch.setattr(CourierPipe, "send", lambda _, request: messages.append(request.sample))
+    monkeypatch.setattr(CourierClient, "send", lambda _, request: messages.append(request.sample))
     return messages
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from daemons import await_end
 
 CODE = """
-from sharpwatch.agent import child
+from sharpwatch.agent.transport import courier_process
 
 HANGING = '''
 import os, time
-from sharpwatch.agent import courier
+from sharpwatch.agent.transport import courier
 async def hang(*_):
     os.write(2, b"hangs")
     time.sleep(3600)
@@ -17,14 +17,14 @@ courier._HANG_SECONDS = 1
 courier.Courier._session = hang
 main()
 '''
-whole = child._CODE
-child._CODE = whole.removesuffix("main()\\n") + HANGING
+whole = courier_process._CODE
+courier_process._CODE = whole.removesuffix("main()\\n") + HANGING
 signal.signal(signal.SIGALRM, signal.SIG_IGN)
 signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
 trainer = Trainer()
 trainer.step()
 say(courier=trainer.pipe.courier_pid)
-child._CODE = whole
+courier_process._CODE = whole
 while trainer.pipe._spool.settled < 1:
     trainer.step()
 trainer.close()

@@ -11,12 +11,12 @@ from stand_ins import Net, Wire
 from torch import nn
 
 import sharpwatch
-from sharpwatch.agent.control import Control
-from sharpwatch.agent.kinds import Gnb
-from sharpwatch.agent.overlay import Overlay
-from sharpwatch.agent.probes import Probes
-from sharpwatch.agent.sampler import Sampler
-from sharpwatch.agent.tap import Tap
+from sharpwatch.agent.control.controller import Controller
+from sharpwatch.agent.control.param_group_override import ParamGroupOverride
+from sharpwatch.agent.probes.budget import OverheadBudget
+from sharpwatch.agent.probes.builtin import Gnb
+from sharpwatch.agent.probes.runner import ProbeRunner
+from sharpwatch.agent.statistics.tap import Tap
 from sharpwatch.v1 import agent_pb2, types_pb2
 
 
@@ -46,18 +46,18 @@ def broken(*_, **__):
         (Tap, "start"),
         (Tap, "read"),
         (Tap, "resolve"),
-        (Sampler, "record"),
-        (Sampler, "plan"),
-        (Control, "begin"),
-        (Control, "end"),
-        (Control, "take_results"),
-        (Overlay, "lay"),
-        (Overlay, "remove"),
-        (Overlay, "unguard"),
-        (Probes, "run"),
-        (Probes, "capture"),
-        (Probes, "copy_weights"),
-        (Probes, "sketch_gradient"),
+        (OverheadBudget, "record"),
+        (OverheadBudget, "plan"),
+        (Controller, "begin"),
+        (Controller, "end"),
+        (Controller, "take_results"),
+        (ParamGroupOverride, "lay"),
+        (ParamGroupOverride, "remove"),
+        (ParamGroupOverride, "unguard"),
+        (ProbeRunner, "run"),
+        (ProbeRunner, "capture"),
+        (ProbeRunner, "copy_weights"),
+        (ProbeRunner, "sketch_gradient"),
         (Gnb, "run"),
         (Wire, "send"),
         (Wire, "receive"),
@@ -66,9 +66,11 @@ def broken(*_, **__):
 )
 def test_whatever_breaks_inside_the_weights_are_those_of_a_healthy_run(owner, name, wires, monkeypatch, caplog):
     healthy = run()
-    if (owner, name) == (Sampler, "plan"):  # attach itself asks once: that may still raise
-        original, calls = Sampler.plan, []
-        monkeypatch.setattr(Sampler, "plan", lambda self: broken() if calls else (calls.append(1), original(self))[1])
+    if (owner, name) == (OverheadBudget, "plan"):  # attach itself asks once: that may still raise
+        original, calls = OverheadBudget.plan, []
+        monkeypatch.setattr(
+            OverheadBudget, "plan", lambda self: broken() if calls else (calls.append(1), original(self))[1]
+        )
     else:
         monkeypatch.setattr(owner, name, broken)
     with caplog.at_level(logging.WARNING, "sharpwatch"):
@@ -84,13 +86,13 @@ def test_whatever_breaks_inside_the_weights_are_those_of_a_healthy_run(owner, na
 
 
 def test_swallowed_errors_are_counted_in_the_next_sample(wires, monkeypatch):
-    monkeypatch.setattr(Probes, "capture", broken)
+    monkeypatch.setattr(ProbeRunner, "capture", broken)
     run(steps=6)
     assert wires[-1].samples[-1].health.swallowed_errors == 3  # a capture for each of the three planned probes
 
 
 def test_an_overlay_that_cannot_be_guarded_is_still_laid_and_taken_away(wires, monkeypatch, caplog):
-    monkeypatch.setattr(Overlay, "guard", broken)
+    monkeypatch.setattr(ParamGroupOverride, "guard", broken)
     model = Net().train()
     optimizer = torch.optim.AdamW(model.parameters())
     watch = sharpwatch.attach(model, optimizer, training_job="promise", probes=())
@@ -141,7 +143,7 @@ def test_a_tap_that_fails_shows_no_zeros(wires, monkeypatch):
 
 
 def test_without_room_for_a_copy_of_the_weights_the_direction_probe_is_given_up(wires, monkeypatch):
-    monkeypatch.setattr(Probes, "copy_weights", broken)
+    monkeypatch.setattr(ProbeRunner, "copy_weights", broken)
     run(steps=10, probes=("direction",))
     last = wires[-1].samples[-2]
     assert [(f.count, f.disabled) for f in last.health.probe_failures] == [(3, True)]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from daemons import PATIENCE, free_port
 
-from sharpwatch.agent.pipe import CourierPipe
+from sharpwatch.agent.transport.courier_client import CourierClient
 from sharpwatch.v1 import agent_pb2
 
 MEBIBYTE = 2**20
@@ -25,13 +25,14 @@ STEPS, GROWTH = 150, 2.25e6
 CODE = f"""
 import functools, gc
 from pathlib import Path
-from sharpwatch.agent import attach, pipe
+from sharpwatch.agent import attach
+from sharpwatch.agent.transport import courier_client
 
 def resident():
     gc.collect()
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
-attach.CourierPipe = functools.partial(pipe.CourierPipe, outbox_bytes=200_000)
+attach.CourierClient = functools.partial(courier_client.CourierClient, outbox_bytes=200_000)
 trainer = Trainer(probe_every=1, probes=("gnb",))
 trainer.train(50)
 before = resident()
@@ -54,7 +55,7 @@ def test_a_courier_whose_samples_nobody_takes():
     """Sixteen times what it may keep; it holds that, and what is on its way in."""
     limit, size = 4 * MEBIBYTE, 20_000
     hello = agent_pb2.Hello(run="run")
-    pipe = CourierPipe(hello, address=f"127.0.0.1:{free_port()}", spool_bytes=limit)
+    pipe = CourierClient(hello, address=f"127.0.0.1:{free_port()}", spool_bytes=limit)
     sent = 0
 
     def send_until_dropped(bytes_dropped):

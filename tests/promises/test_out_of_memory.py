@@ -56,7 +56,7 @@ def test_rows_are_halved_until_none_is_left(wires, monkeypatch, error):
         seen.append(arguments[2].rows)
         raise error
 
-    monkeypatch.setattr("sharpwatch.agent.kinds.direction_probe", hungry)
+    monkeypatch.setattr("sharpwatch.agent.probes.builtin.direction_probe", hungry)
     trainer = Trainer(probes=("direction",), probe_every=1)
     trainer.train(8)
     trainer.watch.close()

@@ -6,8 +6,9 @@ OUTBOX = 200_000
 LARGEST = 100_000  # of one sample, by far: four sketches of six blocks make 25 kB
 CODE = f"""
 import functools
-from sharpwatch.agent import attach, pipe
-attach.CourierPipe = functools.partial(pipe.CourierPipe, outbox_bytes={OUTBOX})
+from sharpwatch.agent import attach
+from sharpwatch.agent.transport import courier_client
+attach.CourierClient = functools.partial(courier_client.CourierClient, outbox_bytes={OUTBOX})
 trainer = Trainer(probe_every=1)
 trainer.train(1)
 os.kill(trainer.pipe.courier_pid, signal.SIGSTOP)

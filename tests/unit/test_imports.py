@@ -18,15 +18,17 @@ ALLOWED = {
     "_version": set(),
     "v1": set(),
     "wire": {"errors", "v1"},
-    "blocks": set(),
-    "curvature": {"blocks"},
-    "agent": {"blocks", "curvature"},
-    "integrations": {"agent"},
-    "daemon": {"blocks", "curvature"},
-    "cli": {"blocks", "curvature", "agent", "daemon", "demo"},
+    "common": set(),
+    "blocks": {"common"},
+    "curvature": {"common", "blocks"},
+    "agent": {"common", "blocks", "curvature"},
+    "checkpointing": {"common", "curvature", "agent"},
+    "integrations": {"common", "agent", "checkpointing"},
+    "daemon": {"common", "blocks", "curvature"},
+    "cli": {"common", "blocks", "curvature", "agent", "daemon", "demo"},
     "demo": {""},  # as any user's script does
     "__main__": {"cli"},
-    "": {"blocks", "curvature", "agent"},  # the package's own public names
+    "": {"blocks", "curvature", "agent", "checkpointing"},  # the package's own public names
 }
 # Modules through which a program reaches files, processes, threads' or the network's outside.
 IO = {"os", "io", "pathlib", "socket", "ssl", "select", "selectors", "subprocess", "multiprocessing", "threading"}
@@ -100,10 +102,10 @@ def test_curvature_does_no_io(name):
 
 @pytest.mark.parametrize("name", within("agent"))
 def test_in_the_agent_only_the_courier_imports_grpc(name):
-    if name != "sharpwatch.agent.courier":
+    if name != "sharpwatch.agent.transport.courier":
         assert not roots(name) & {"grpc", "grpc_health", "grpc_reflection"}
         assert not {dotted for dotted in MODULES[name] if "_pb2_grpc" in dotted}
-        assert not {dotted for dotted in MODULES[name] if dotted.startswith("sharpwatch.agent.courier.")}
+        assert not {dotted for dotted in MODULES[name] if dotted.startswith("sharpwatch.agent.transport.courier.")}
 
 
 @pytest.mark.parametrize("name", [*within("agent"), *within("curvature"), *within("blocks")])

@@ -13,7 +13,7 @@ import grpc
 import pytest
 
 from sharpwatch import wire
-from sharpwatch.daemon import supervisor
+from sharpwatch.daemon.decisions import run_controller
 from sharpwatch.errors import SharpwatchError
 from sharpwatch.v1 import operator_pb2 as pb
 from sharpwatch.v1 import types_pb2
@@ -201,7 +201,7 @@ async def proposal(daemon, build, run: str) -> str:
 
 async def test_a_decision_is_meant_by_the_beginning_of_its_id(running, build, monkeypatch):
     numbers = count(1)
-    monkeypatch.setattr(supervisor, "uuid4", lambda: SimpleNamespace(hex=f"{next(numbers):04x}{'f' * 28}"))
+    monkeypatch.setattr(run_controller, "uuid4", lambda: SimpleNamespace(hex=f"{next(numbers):04x}{'f' * 28}"))
     async with running(policies=PROPOSES) as daemon:
         token = daemon.credentials
         first, second = await proposal(daemon, build, "one"), await proposal(daemon, build, "two")

@@ -12,8 +12,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from sharpwatch import wire
-from sharpwatch.daemon import estimator, server
-from sharpwatch.daemon.runs import Run
+from sharpwatch.daemon.api import agent_service
+from sharpwatch.daemon.estimation import gnb
+from sharpwatch.daemon.runs.runs import Run
 from sharpwatch.v1 import agent_pb2, types_pb2
 from sharpwatch.v1 import operator_pb2 as pb
 
@@ -71,8 +72,8 @@ async def test_a_run_that_said_goodbye_while_its_last_sample_was_estimated_is_cl
         release.wait(PATIENCE)
         return estimate_all(*asked)
 
-    estimate_all = estimator.estimate_all
-    monkeypatch.setattr(estimator, "estimate_all", held)
+    estimate_all = gnb.estimate_all
+    monkeypatch.setattr(gnb, "estimate_all", held)
     trainer = await daemon.train()
     await trainer.send(build.sample(1, gnb=build.gnb(1), closing=True))
     await asyncio.to_thread(begun.wait, PATIENCE)
@@ -91,8 +92,8 @@ async def test_no_sample_waits_for_the_estimates_of_another(daemon, build, monke
         release.wait(PATIENCE)
         return estimate_all(*asked)
 
-    estimate_all = estimator.estimate_all
-    monkeypatch.setattr(estimator, "estimate_all", held)
+    estimate_all = gnb.estimate_all
+    monkeypatch.setattr(gnb, "estimate_all", held)
     trainer, other = await daemon.train(), await daemon.train("other", "o1")
     await trainer.send(build.sample(1, gnb=build.gnb(1)))
     await asyncio.to_thread(begun.wait, PATIENCE)
@@ -300,7 +301,7 @@ async def test_a_new_attempt_continues_the_run(daemon, build):
 
 
 async def test_a_client_that_does_not_read_its_refusals_is_ended(daemon, build, monkeypatch):
-    monkeypatch.setattr(server, "MAX_OUTGOING", 0)
+    monkeypatch.setattr(agent_service, "MAX_OUTGOING", 0)
     trainer = await daemon.train()
     await trainer.send(build.sample(1, tap=agent_pb2.Tap()))
     assert (await trainer.ended())[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -328,7 +329,7 @@ async def test_a_defect_in_the_estimates_leaves_taps_and_alerts(daemon, build, m
     def broken(*_):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(estimator, "estimate_all", broken)
+    monkeypatch.setattr(gnb, "estimate_all", broken)
     trainer = await daemon.train()
     await trainer.send(build.sample(1, gnb=build.gnb(1)))
     await trainer.acknowledged(1)
@@ -343,7 +344,7 @@ async def test_a_defect_met_in_a_message_ends_its_session(daemon, build, monkeyp
         raise ZeroDivisionError
 
     trainer = await daemon.train()
-    monkeypatch.setattr(server, "read_sample", broken)
+    monkeypatch.setattr(agent_service, "read_sample", broken)
     await trainer.send(build.sample(1))
     assert (await trainer.ended())[0] is grpc.StatusCode.INTERNAL
     assert await daemon.metric('sharpwatch_internal_errors_total{where="session"}') == 1

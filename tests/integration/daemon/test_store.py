@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from sharpwatch.curvature.estimate import Estimate
-from sharpwatch.daemon.journal import (
+from sharpwatch.curvature.statistics.estimate import Estimate
+from sharpwatch.daemon.records import Alert, Checkpoint, Decision, Revision, RollbackPlan
+from sharpwatch.daemon.storage.journal import (
     _SCHEMAS,
     SCHEMA_VERSION,
     AttemptRow,
@@ -26,7 +27,6 @@ from sharpwatch.daemon.journal import (
     SampleRow,
     TransitionRow,
 )
-from sharpwatch.daemon.records import Alert, Checkpoint, Decision, Revision, RollbackPlan
 from sharpwatch.errors import StoreError
 
 ATTEMPT = AttemptRow("run", "a1", b"hello", 100.0)
@@ -256,7 +256,7 @@ def test_a_full_disk_takes_nothing_and_says_so_then_all_of_it(journal):
 
 WRITER = """
 import sys
-from sharpwatch.daemon.journal import AttemptRow, Batch, Journal, SampleRow
+from sharpwatch.daemon.storage.journal import AttemptRow, Batch, Journal, SampleRow
 journal = Journal(sys.argv[1], retain_samples=100_000)
 journal.write(Batch(attempts=(AttemptRow("run", "a1", b"", 0.0),)))
 sequence = 0

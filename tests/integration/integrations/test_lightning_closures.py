@@ -24,7 +24,7 @@ from sharpwatch.integrations.lightning import SharpwatchCallback
 warnings.simplefilter("ignore")
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 wires = []
-attach.CourierPipe = lambda hello, **options: wires.append(Wire(hello, **options)) or wires[-1]
+attach.CourierClient = lambda hello, **options: wires.append(Wire(hello, **options)) or wires[-1]
 
 class Sam(torch.optim.AdamW):
     \"\"\"Sharpness-aware minimisation over AdamW.\"\"\"

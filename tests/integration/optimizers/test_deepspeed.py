@@ -10,7 +10,7 @@ import torch
 from small_llama import RATE, backward, llama, order, same
 
 import sharpwatch
-from sharpwatch.agent.optimizers import stepping
+from sharpwatch.agent.optimizers.support import stepping
 from sharpwatch.errors import AttachError
 
 REASON = "DeepSpeed keeps gradients, master weights and their groups to itself"

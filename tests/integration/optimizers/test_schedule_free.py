@@ -7,7 +7,7 @@ import torch
 from small_llama import MULTIPLIERS, SCHEDULE_FREE, backward, blocks, imported, llama, order, per_parameter, same, saved
 
 import sharpwatch
-from sharpwatch.agent.overlay import Overlay
+from sharpwatch.agent.control.param_group_override import ParamGroupOverride
 
 EXACT = {"emb": 0.5, "qk": 0.25, "ffn": 4.0, "norm": 2.0}  # powers of two: products with them round nothing
 NONE_AT_ONE = dict.fromkeys(("emb", "qk", "vo", "ffn", "norm", "head"), 3.0) | {"ffn": 0.3}
@@ -17,7 +17,7 @@ def overlaid(model, optimizer, multipliers):
     """`optimizer` under multipliers from its first step on."""
     kinds = blocks(model)
     each = {id(parameter): multipliers.get(kinds[name], 1.0) for name, parameter in model.named_parameters()}
-    overlay = Overlay(optimizer)
+    overlay = ParamGroupOverride(optimizer)
     optimizer.register_step_pre_hook(lambda *_: overlay.lay(each))
     optimizer.register_step_post_hook(lambda *_: overlay.remove())
 

@@ -11,7 +11,7 @@ import torch
 from small_llama import RATE, backward, imported, llama, order, same
 
 import sharpwatch
-from sharpwatch.agent.optimizers import stepping, uncontrolled
+from sharpwatch.agent.optimizers.support import stepping, uncontrolled
 from sharpwatch.v1 import types_pb2
 
 STEPS = 5
@@ -184,7 +184,7 @@ wires = []
 def wire(hello, **options):
     wires.append(stand_ins.Wire(hello, **options))
     return wires[-1]
-attach_module.CourierPipe = wire
+attach_module.CourierClient = wire
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 def made(kind):
     if kind == "zero":

@@ -1,0 +1,1 @@
+"""Commands: learning-rate multipliers and rollbacks."""

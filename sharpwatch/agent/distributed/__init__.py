@@ -1,0 +1,1 @@
+"""Several ranks: rendezvous, topology, aggregation and two-phase commit."""

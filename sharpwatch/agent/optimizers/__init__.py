@@ -1,0 +1,1 @@
+"""What the agent must know about each kind of optimizer."""

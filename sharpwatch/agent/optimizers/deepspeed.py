@@ -1,0 +1,226 @@
+"""DeepSpeed's own optimizers in the place of torch's: their steps, and what they keep on this rank of parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from sharpwatch.blocks import Part
+from sharpwatch.curvature.parameters.shards import Shard
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fragment:
+    """What ZeRO steps on this rank of a parameter: `numel` of its flat entries, from `start` on.
+
+    Weight, gradient and moments of them stand in DeepSpeed's flat partitions until its `step()`; `optimizer` is the
+    one inside, whose parameters the partitions are. What is read is read anew each time, as DeepSpeed's own public
+    `safe_get_full_grad` does, but for its sum over ranks.
+    """
+
+    parameter: Any
+    optimizer: Optimizer
+    start: int
+    numel: int
+
+    @classmethod
+    def of(cls, parameter: Any, optimizer: Optimizer) -> Fragment:
+        """None of its entries where all are stepped on other ranks."""
+        mapping = parameter._hp_mapping  # noqa: SLF001 - DeepSpeed's own, public by functions that sum over ranks alone
+        address = None if mapping is None else mapping.lp_fragment_address
+        return cls(parameter, optimizer, *((0, 0) if address is None else (address.start, address.numel)))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is all of the parameter."""
+        return bool(self.numel == self.parameter.numel())
+
+    @property
+    def weight(self) -> Tensor:
+        """Of the weights that are stepped, flat."""
+        weight: Tensor = self._mapping.hp_fragment.detach()
+        return weight
+
+    @property
+    def gradient(self) -> Tensor:
+        """Averaged over ranks, flat; not clipped, and still scaled."""
+        index = self.parameter._index_in_param_group  # noqa: SLF001 - as above
+        gradient: Tensor = self._mapping.get_lp_grad_fragment(index).detach().reshape(-1)
+        # Beside bf16 weights each rank can have all of it, in float32.
+        return gradient if gradient.numel() == self.numel else gradient.narrow(0, self.start, self.numel)
+
+    @property
+    def group(self) -> dict[str, Any]:
+        """The options that it is stepped with."""
+        group: dict[str, Any] = self.optimizer.param_groups[self._mapping.param_group_index]
+        return group
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """Its optimizer's state, moments flat."""
+        address = self._mapping.hp_fragment_address
+        (partition,) = self.group["params"]
+        return {
+            key: value.narrow(0, address.start, address.numel) if _is_like(value, partition) else value
+            for key, value in self.optimizer.state.get(partition, {}).items()
+        }
+
+    def views(self, part: Part, held: Tensor) -> Sequence[Tensor]:
+        """What of `part` lies in `held`, one of this fragment's tensors: views that have each such entry once."""
+        if not self.numel:
+            return ()
+        return (held,) if part.dim is None else tuple(self._slices(part, held))
+
+    def _slices(self, part: Part, held: Tensor) -> Iterator[Tensor]:
+        at = 0
+        for box in _boxes(tuple(self.parameter.shape), self.start, self.start + self.numel):
+            yield from box.views(part, held.narrow(0, at, box.numel).view(box.size))
+            at += box.numel
+
+    @property
+    def _mapping(self) -> Any:
+        return self.parameter._hp_mapping  # noqa: SLF001 - as above
+
+
+class DeepSpeedOptimizer(Optimizer):
+    """Stands for one of DeepSpeed's: torch's hooks around its `step()`, over the model's parameters in its groups.
+
+    Its instance's `step` is wrapped with the first hook and stays so; without hooks it only passes on.
+    """
+
+    def __init__(self, driver: Any, model: nn.Module) -> None:
+        super().__init__(_groups(driver, model), {"lr": None})
+        self._driver, self._step = driver, driver.step
+        self.hidden = _hidden(driver)  # why its gradients can't be read; empty where they can
+        super().register_step_pre_hook(DeepSpeedOptimizer._prepare)  # the first, so that the tap's finds what it leaves
+
+    @property
+    def fragments(self) -> Mapping[int, Fragment]:
+        """By parameter id; none where gradients stay with the parameters until the step, or can't be read."""
+        if self.hidden:
+            return {}
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        mapped = (parameter for parameter in parameters if hasattr(parameter, "_hp_mapping"))
+        return {id(parameter): Fragment.of(parameter, self._driver.optimizer) for parameter in mapped}
+
+    @property
+    def grad_scale(self) -> float | Tensor | None:
+        """What its gradients are multiplied by until it steps."""
+        scaler = getattr(self._driver, "torch_autocast_gradscaler", None)
+        if scaler is not None:
+            scale: Tensor | None = scaler._scale  # noqa: SLF001 - get_scale() waits for the device
+            return scale
+        return getattr(self._driver, "loss_scale", None)
+
+    @property
+    def clips_to(self) -> float:
+        """The norm to which it clips all its gradients together, once it steps: all are divided by norm / this + ε."""
+        return float(getattr(self._driver, "clip_grad", 0.0)) or math.inf
+
+    def register_step_pre_hook(self, hook: Any) -> RemovableHandle:
+        """As torch's."""
+        self._driver.step = self._drive
+        return super().register_step_pre_hook(hook)
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        """The driver's own step; raises `_SkippedStep` where it only found that the loss was scaled too far."""
+        scaled = getattr(self._driver, "loss_scale", 1.0) != 1.0
+        result = self._step(*args, **kwargs)
+        if scaled and getattr(self._driver, "overflow", False):
+            raise _SkippedStep(result)
+        return result
+
+    def _drive(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self.step(*args, **kwargs)
+        except _SkippedStep as void:  # on its way it has passed the hooks by that come after a step
+            return void.result
+
+    def _prepare(self, *_: object) -> None:
+        """Its learning rates, and gradients that are on their way to the host: its step waits for them, too."""
+        theirs = self._driver.param_groups
+        if len(theirs) == len(self.param_groups):
+            for group, of in zip(self.param_groups, theirs, strict=True):
+                group["lr"] = of.get("lr")
+        if getattr(self._driver, "cpu_offload", False) and torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+
+
+class _SkippedStep(Exception):  # noqa: N818 - no error
+    """A step that was none."""
+
+    def __init__(self, result: Any) -> None:
+        self.result = result
+
+
+def is_deepspeeds(value: object) -> bool:
+    """Whether it is one of the optimizers of DeepSpeed's that are none of torch's: ZeRO's and mixed precision's."""
+    names = {kind.__name__ for kind in type(value).__mro__}
+    return "DeepSpeedOptimizer" in names and not isinstance(value, Optimizer)
+
+
+def fragments(optimizers: Sequence[Optimizer]) -> dict[int, Fragment]:
+    """By parameter id, of the parameters that ZeRO steps in fragments."""
+    driven = (optimizer for optimizer in optimizers if isinstance(optimizer, DeepSpeedOptimizer))
+    return {key: fragment for each in driven for key, fragment in each.fragments.items()}
+
+
+def hidden(optimizers: Sequence[Optimizer]) -> str:
+    """Why gradients of `optimizers` can't be read; empty where all can."""
+    return "; ".join(each.hidden for each in optimizers if isinstance(each, DeepSpeedOptimizer) and each.hidden)
+
+
+def _groups(driver: Any, model: nn.Module) -> list[dict[str, Any]]:
+    """The model's parameters as `driver` divides them."""
+    names = ("bit16_groups", "bf16_groups", "fp16_groups")
+    groups = next((getattr(driver, name) for name in names if hasattr(driver, name)), [list(model.parameters())])
+    return [{"params": list(group)} for group in groups]
+
+
+def _hidden(driver: Any) -> str:
+    if not hasattr(driver, "averaged_gradients"):
+        return ""  # not ZeRO's
+    if getattr(driver, "zenflow", False):
+        return "ZenFlow holds a part of them back"
+    if getattr(driver, "round_robin_gradients", False) and max(driver.partition_count) > 1:
+        return "DeepSpeed's own map of them is wrong under round_robin_gradients"
+    if "muon" in type(driver.optimizer).__name__.lower() and not driver.cpu_offload:
+        return "ZeRO turns them into Muon's updates before step()"
+    if getattr(driver, "torch_autocast_gradscaler", None) is not None and driver.clip_grad:
+        return "under torch_autocast in fp16 ZeRO clips them before it takes the loss's scale out of them"
+    return ""
+
+
+def _boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Shard]:
+    """The flat entries from `start` to `stop` of a tensor of `shape`, in their order, as boxes."""
+    for runs in _runs(shape, start, stop):
+        yield Shard(shape, tuple(map(len, runs)), tuple((run,) for run in runs))
+
+
+def _runs(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[range, ...]]:
+    if not shape:
+        yield ()
+        return
+    inner = math.prod(shape[1:])
+    first, last = -(-start // inner) * inner, stop // inner * inner  # between them rows are whole
+    for low, high in pairwise([start, first, last, stop] if first <= last else [start, stop]):
+        row, offset = divmod(low, inner)
+        if low == high:
+            continue
+        if offset or high - low < inner:
+            for runs in _runs(shape[1:], offset, offset + high - low):
+                yield range(row, row + 1), *runs
+        else:
+            yield range(row, high // inner), *map(range, shape[1:])
+
+
+def _is_like(value: object, partition: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == partition.shape

@@ -1,0 +1,1 @@
+"""From a step's record to messages for the daemon."""

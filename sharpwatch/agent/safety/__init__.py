@@ -1,0 +1,1 @@
+"""What keeps the agent from harming the training run."""

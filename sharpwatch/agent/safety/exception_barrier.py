@@ -1,0 +1,72 @@
+"""The host-safety border: nothing the agent does raises into the training loop, but ranks that are out of step."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+from sharpwatch.errors import DesyncError
+
+_LOG = logging.getLogger("sharpwatch")
+_REMEMBERED = 256  # distinct errors; past that they are counted only
+
+
+class ExceptionBarrier:
+    """Counts every swallowed error and logs each distinct one (place and type) once."""
+
+    def __init__(self) -> None:
+        self.swallowed = 0
+        self._logged: set[tuple[str, str, str]] = set()
+
+    @contextmanager
+    def guard(self, doing: str) -> Iterator[None]:
+        """Run the body; what it raises ends here, unless it is the program's own, or ranks are out of step."""
+        try:
+            yield
+        except DesyncError:
+            raise
+        except Exception as error:
+            if from_signal_handler(error):
+                raise
+            self.swallowed += 1
+            self._tell(doing, error)
+
+    def _tell(self, doing: str, error: Exception) -> None:
+        *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+        key = (doing, type(error).__name__, f"{frame.f_code.co_filename}:{line}")
+        if key in self._logged or len(self._logged) >= _REMEMBERED:
+            return
+        self._logged.add(key)
+        warn("%s failed, training goes on (logged once): %s: %s", doing, type(error).__name__, error, error=error)
+
+
+def warn(message: str, *arguments: object, error: Exception | None = None) -> None:
+    """Log a warning; handlers and filters of the program's own may raise."""
+    with suppress(Exception):
+        _LOG.warning(message, *arguments, exc_info=error)
+
+
+def from_signal_handler(error: Exception) -> bool:
+    """Whether a signal handler of the program raised it: it came while our code happened to run.
+
+    Such as torch's own for DataLoader workers that die, or one that ends a preempted run. Python calls a handler with
+    the frame that it interrupts, which no other function is given by its caller.
+    """
+    return any(
+        frame.f_back is not None and any(value is frame.f_back for value in _arguments(frame))
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+    )
+
+
+def _arguments(frame: FrameType) -> Iterator[object]:
+    """What `frame` was called with, as far as its names still hold it."""
+    code = frame.f_code
+    count = code.co_argcount + code.co_kwonlyargcount
+    values = frame.f_locals
+    yield from (values.get(name) for name in code.co_varnames[:count])
+    if code.co_flags & inspect.CO_VARARGS:
+        yield from values.get(code.co_varnames[count], ())

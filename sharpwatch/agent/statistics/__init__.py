@@ -1,0 +1,1 @@
+"""The tap: statistics read at every step."""

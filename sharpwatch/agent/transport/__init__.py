@@ -1,0 +1,1 @@
+"""From the trainer to the daemon: pipe, courier process, spool, stream."""

@@ -1,0 +1,353 @@
+"""The courier: a process beside the trainer that owns the gRPC channel to the daemon.
+
+It reads frames from the trainer, keeps what the daemon has not acknowledged, and sends it again over every new stream.
+It ends when its input does, or when the trainer is gone, after draining for at most DRAIN_SECONDS.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import os
+import random
+import select
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from sharpwatch.agent.transport.courier_process import ENVIRONMENT
+from sharpwatch.agent.transport.framing import Unframer
+from sharpwatch.agent.transport.spool import Spool
+from sharpwatch.agent.transport.trainer_writer import TrainerWriter
+from sharpwatch.common.endpoint import Destination, Tls
+from sharpwatch.errors import WireError
+from sharpwatch.v1 import agent_pb2
+
+DRAIN_SECONDS = 1.5  # below the 2 s that the trainer gives: it then sees us end
+WELCOME_SECONDS = 3.0  # to connect and be welcomed
+SILENCE_SECONDS = 20.0  # with samples on their way and nothing heard: a dead connection can look alive for long
+FIRST_WAIT_SECONDS = 0.2
+LAST_WAIT_SECONDS = 4.0  # so that a daemon that returns sees its runs within 5 s
+_TRAINER_SECONDS = 0.5  # between looks at whether the trainer is alive
+_HANG_SECONDS = 30  # without such a look: whatever hangs then, in whichever thread, ends with this process
+_MAX_REQUEST_BYTES = 64 * 2**20
+_MAX_RESPONSE_BYTES = 2**20
+_MAX_COMMAND_BYTES = 2**16
+_METHOD = "/sharpwatch.v1.AgentService/Session"
+# Refusals that say nothing against the sample's events, which then travel on.
+_INNOCENT = frozenset({"overflow", "out_of_order", "non_finite"})
+_OPTIONS = (
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.use_local_subchannel_pool", 1),  # a new channel starts without the last one's backoff
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.min_reconnect_backoff_ms", 1_000),
+    ("grpc.max_reconnect_backoff_ms", 4_000),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.max_send_message_length", _MAX_REQUEST_BYTES),
+    ("grpc.max_receive_message_length", _MAX_RESPONSE_BYTES),
+)
+_LOG = logging.getLogger("sharpwatch.courier")
+
+Call = grpc.aio.StreamStreamCall[bytes, bytes]
+
+
+class SessionOverError(Exception):
+    """This stream is over; come back after `wait` seconds, or by the backoff where it is None."""
+
+    def __init__(self, reason: str, wait: float | None = None) -> None:
+        self.wait = wait
+        super().__init__(reason)
+
+
+class Backoff:
+    """Doubling waits with jitter, from FIRST_WAIT_SECONDS to LAST_WAIT_SECONDS."""
+
+    def __init__(self, randomness: random.Random) -> None:
+        self._random = randomness
+        self._wait = FIRST_WAIT_SECONDS
+
+    def reset(self) -> None:
+        """The daemon is well."""
+        self._wait = FIRST_WAIT_SECONDS
+
+    def next(self) -> float:
+        """Seconds to wait now."""
+        wait, self._wait = self._wait, min(2 * self._wait, LAST_WAIT_SECONDS)
+        return wait * self._random.uniform(0.5, 1.0)
+
+
+class Courier:
+    """One courier's whole life."""
+
+    def __init__(self, destination: Destination, upward: TrainerWriter) -> None:
+        self._destination = destination
+        self._upward = upward
+        self._spool = Spool(destination.spool_bytes)
+        self._backoff = Backoff(random.Random())  # noqa: S311 - jitter, not a secret
+        self._hello: bytes | None = None
+        self._sent = 0  # highest sequence ever sent
+        self._limit = _MAX_REQUEST_BYTES
+        self._welcomed = False  # ever
+        self._news = asyncio.Event()  # a sample came, or the end
+        self._ended = asyncio.Event()
+
+    async def run(self, trainer: asyncio.StreamReader) -> None:
+        """Deliver until the trainer ends, then drain."""
+        tasks = [asyncio.create_task(self._read(trainer)), asyncio.create_task(self._watch_trainer())]
+        delivering = asyncio.create_task(self._deliver())
+        # Should delivery fail on something unforeseen, this process ends, and the trainer's pipe starts a new one.
+        delivering.add_done_callback(lambda _: self._end())
+        await self._ended.wait()
+        signal.alarm(math.ceil(DRAIN_SECONDS) + 2)  # ends this process should anything hang from here on
+        if not self._done:
+            await asyncio.wait({delivering}, timeout=DRAIN_SECONDS)
+        for task in (*tasks, delivering):
+            task.cancel()
+        await asyncio.wait((*tasks, delivering))
+        _LOG.info("ended with %d samples undelivered", len(self._spool))
+
+    # From the trainer.
+
+    async def _read(self, trainer: asyncio.StreamReader) -> None:
+        unframer = Unframer(_MAX_REQUEST_BYTES)
+        try:
+            while data := await trainer.read(2**18):
+                for payload in unframer.feed(data):
+                    self._accept(payload)
+        except (WireError, DecodeError, OSError):
+            _LOG.exception("the trainer's side of the pipe is broken")
+        finally:
+            self._end()
+
+    async def _watch_trainer(self) -> None:
+        """A worker forked from the trainer can hold the pipe open when the trainer itself is gone."""
+        with _life_of(self._destination.trainer) as goes_on:
+            while goes_on():
+                if not self._ended.is_set():
+                    signal.alarm(_HANG_SECONDS)
+                await asyncio.sleep(_TRAINER_SECONDS)
+        self._end()
+
+    def _end(self) -> None:
+        self._ended.set()
+        self._news.set()
+
+    def _accept(self, payload: bytes) -> None:
+        request = agent_pb2.SessionRequest.FromString(payload)
+        if request.HasField("hello"):
+            self._hello = payload
+        elif not self._spool.put(request.sample, payload):
+            self._upward.refuse(request.sample.sequence, "out_of_order")
+        while self._spool.overfull:
+            self._upward.refuse(self._spool.drop_oldest(), "spool_full")
+        self._upward.settle(self._spool.settled)
+        self._news.set()
+
+    # To the daemon.
+
+    @property
+    def _done(self) -> bool:
+        return self._ended.is_set() and not len(self._spool)
+
+    async def _deliver(self) -> None:
+        while self._hello is None and not self._ended.is_set():
+            self._news.clear()
+            await self._news.wait()
+        while self._hello is not None and not self._done:
+            last_try = self._ended.is_set() and not self._welcomed
+            wait = await self._try_session(self._hello)
+            if self._done or (last_try and not self._welcomed):
+                return  # there was no daemon all along; the trainer need not wait for one
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._pause(), wait)
+
+    async def _pause(self) -> None:
+        """Until the trainer ends, which is worth another try at once; then for good."""
+        if self._ended.is_set():
+            await asyncio.sleep(FIRST_WAIT_SECONDS)
+        else:
+            await self._ended.wait()
+
+    async def _try_session(self, hello: bytes) -> float:
+        """One stream, from its Hello to its end; seconds to wait after it."""
+        wait: float | None = None
+        try:
+            await self._session(hello)
+        except SessionOverError as error:
+            wait = error.wait
+            _LOG.info("stream ended: %s", error)
+        except grpc.aio.AioRpcError as error:
+            _LOG.info("stream ended: %s: %s", error.code(), error.details())
+        except (TimeoutError, asyncio.InvalidStateError, OSError) as error:
+            _LOG.info("stream ended: %s: %s", type(error).__name__, error)
+        return self._backoff.next() if wait is None else wait
+
+    async def _session(self, hello: bytes) -> None:
+        async with self._channel() as channel:
+            metadata = [("authorization", f"Bearer {self._destination.token}")] if self._destination.token else []
+            call: Call = channel.stream_stream(_METHOD, None, None)(None, metadata=metadata)
+            try:
+                async with asyncio.timeout(WELCOME_SECONDS):
+                    await call.write(hello)
+                    await self._await_welcome(call)
+                await self._exchange(call)
+            finally:
+                call.cancel()
+
+    def _channel(self) -> grpc.aio.Channel:
+        if self._destination.tls is None:
+            return grpc.aio.insecure_channel(self._destination.target, options=_OPTIONS)
+        credentials = _credentials(self._destination.tls)
+        return grpc.aio.secure_channel(self._destination.target, credentials, options=_OPTIONS)
+
+    async def _await_welcome(self, call: Call) -> None:
+        while True:
+            response = _parsed(await _message(call))
+            if response is not None and response.HasField("welcome"):
+                break
+        self._spool.rewind()
+        if response.welcome.acknowledged_sequence <= self._spool.newest:
+            self._spool.settle(response.welcome.acknowledged_sequence)
+        self._upward.settle(self._spool.settled)
+        self._limit = response.welcome.max_message_bytes or _MAX_REQUEST_BYTES
+        self._welcomed = True
+        _LOG.info("welcomed by %s, %d samples to send", response.welcome.daemon_version, len(self._spool))
+
+    async def _exchange(self, call: Call) -> None:
+        sending = asyncio.create_task(self._send(call))
+        try:
+            while not self._done:
+                payload = await self._next_message(call)
+                response = _parsed(payload)
+                if response is not None:
+                    self._take(response, payload)
+        finally:
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)
+
+    async def _next_message(self, call: Call) -> bytes:
+        reading = asyncio.ensure_future(_message(call))
+        try:
+            while not (await asyncio.wait({reading}, timeout=SILENCE_SECONDS))[0]:
+                if self._spool.sent:
+                    raise SessionOverError(f"nothing heard for {SILENCE_SECONDS:g} s")
+            return reading.result()
+        finally:
+            reading.cancel()
+
+    async def _send(self, call: Call) -> None:
+        while True:
+            self._news.clear()
+            while (entry := self._spool.next()) is not None:
+                if len(entry.payload) > self._limit:
+                    self._refused(entry.sequence, "oversized", keep_events=True)
+                    continue
+                self._sent = max(self._sent, entry.sequence)
+                await call.write(entry.payload)
+            if self._ended.is_set():
+                await call.done_writing()
+                return
+            await self._news.wait()
+
+    def _take(self, response: agent_pb2.SessionResponse, payload: bytes) -> None:
+        match response.WhichOneof("message"):
+            case "ack":
+                self._acknowledged(response.ack.sequence)
+            case "refusal":
+                code = response.refusal.code
+                self._refused(response.refusal.sequence, code, keep_events=code in _INNOCENT)
+            case "command":
+                if len(payload) <= _MAX_COMMAND_BYTES:
+                    self._upward.command(payload)
+            case "drain":
+                asked = response.drain.retry_after_seconds
+                wait = min(asked, LAST_WAIT_SECONDS) if asked > 0 else None
+                raise SessionOverError(f"drained: {response.drain.reason}", wait)
+
+    def _acknowledged(self, sequence: int) -> None:
+        if sequence > self._sent:
+            _LOG.warning("acknowledgement of %d, which was never sent, ignored", sequence)
+            return
+        self._spool.settle(sequence)
+        self._upward.settle(self._spool.settled)
+        self._backoff.reset()
+
+    def _refused(self, sequence: int, code: str, *, keep_events: bool) -> None:
+        if self._spool.refuse(sequence, keep_events=keep_events):
+            _LOG.warning("sample %d refused: %s", sequence, code)
+            self._upward.refuse(sequence, code)
+            self._upward.settle(self._spool.settled)
+
+
+@contextlib.contextmanager
+def _life_of(process: int) -> Iterator[Callable[[], bool]]:
+    """Whether a process goes on, to be asked: by its number alone, a zombie does, and so does whoever has it next."""
+    try:
+        watched = os.pidfd_open(process)
+    except OSError:  # before Linux 5.3
+        yield lambda: _exists(process)
+        return
+    try:
+        yield lambda: not select.select([watched], [], [], 0)[0]
+    finally:
+        os.close(watched)
+
+
+def _exists(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it has become another user's
+        return True
+    return True
+
+
+async def _message(call: Call) -> bytes:
+    payload = await call.read()
+    if not isinstance(payload, bytes):  # grpc.aio.EOF
+        raise SessionOverError(f"the daemon ended it: {await call.code()}: {await call.details()}")
+    return payload
+
+
+def _parsed(payload: bytes) -> agent_pb2.SessionResponse | None:
+    try:
+        return agent_pb2.SessionResponse.FromString(payload)
+    except DecodeError:
+        _LOG.warning("%d bytes of garbage from the daemon ignored", len(payload))
+        return None
+
+
+def _credentials(tls: Tls) -> grpc.ChannelCredentials:
+    """Read anew for every stream: certificates are replaced while runs go on."""
+    ca, key, cert = (None if path is None else Path(path).read_bytes() for path in (tls.ca, tls.key, tls.cert))
+    return grpc.ssl_channel_credentials(ca, key, cert)
+
+
+async def _run(destination: Destination, inward: int, outward: int) -> None:
+    trainer = asyncio.StreamReader(limit=2**20)
+    with os.fdopen(inward, "rb", buffering=0) as pipe:
+        protocol = asyncio.StreamReaderProtocol(trainer)
+        await asyncio.get_running_loop().connect_read_pipe(lambda: protocol, pipe)
+        await Courier(destination, TrainerWriter(outward)).run(trainer)
+
+
+def main() -> None:
+    """Run as a process whose standard input and output are the pipes to the trainer."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s courier %(process)d %(message)s")
+    destination = Destination.from_json(os.environ.pop(ENVIRONMENT))
+    # Nothing that prints may get between the frames.
+    inward, outward = os.dup(0), os.dup(1)
+    os.dup2(2, 1)
+    asyncio.run(_run(destination, inward, outward))
+    os._exit(0)  # gRPC's own threads have nothing left to say
+
+
+if __name__ == "__main__":
+    main()

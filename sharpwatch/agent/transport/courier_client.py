@@ -1,0 +1,320 @@
+"""The trainer's end of the way to the daemon: it writes to the courier, and never waits for anyone.
+
+What has been written is kept until the courier says that it has left (acknowledged, refused or dropped), as far as
+the outbox reaches: a courier that dies is replaced, and the next one gets it again.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Mapping
+
+from google.protobuf.message import DecodeError
+
+from sharpwatch.agent.safety.exception_barrier import warn
+from sharpwatch.agent.safety.signals import signals_held
+from sharpwatch.agent.transport.courier_process import LOG, CourierGoneError, CourierProcess, NoCourierError
+from sharpwatch.agent.transport.framing import Unframer, frame
+from sharpwatch.agent.transport.spool import Spool, without_arrays
+from sharpwatch.common.endpoint import Address, Destination, Tls, parse_address, parse_tls, parse_token
+from sharpwatch.errors import WireError
+from sharpwatch.v1 import agent_pb2
+
+OUTBOX_BYTES = 4 * 2**20
+SPOOL_BYTES = 64 * 2**20
+MAX_RESPONSE_BYTES = 2**20
+_FIRST_RESTART_SECONDS = 0.2
+_LAST_RESTART_SECONDS = 30.0
+_READS_PER_CALL = 16
+_MAX_COMMANDS = 256
+_MAX_REASONS = 32
+_CLOSING_STARTS = 2  # couriers that close() tries
+_STUCK_SECONDS = 1.0  # without taking a byte, at the end
+
+
+class CourierClient:
+    """The way to the courier, for one thread. After the constructor nothing here blocks (but `close`) or raises.
+
+    The courier is started at the first use, so that what greets the daemon may still change. The constructor raises
+    `AttachError` for an address, a token or a tls mapping that is none. `dropped` counts samples lost, by reason, in
+    the trainer and in the courier alike.
+    """
+
+    def __init__(  # noqa: PLR0913 - keyword-only, and what differs between trainers
+        self,
+        hello: agent_pb2.Hello,
+        *,
+        address: str | Address,
+        token: str | None = None,
+        tls: Mapping[str, str] | Tls | None = None,
+        outbox_bytes: int = OUTBOX_BYTES,
+        spool_bytes: int = SPOOL_BYTES,
+    ) -> None:
+        where = address if isinstance(address, Address) else parse_address(address)
+        self._pid = os.getpid()
+        self._destination = Destination(
+            target=where.target,
+            token=parse_token(token),
+            tls=tls if isinstance(tls, Tls) else parse_tls(tls),
+            spool_bytes=spool_bytes,
+            trainer=self._pid,
+        )
+        self.greet(hello)
+        self._limit = outbox_bytes
+        self._spool = Spool(outbox_bytes)
+        # Written samples that the outbox had no room to keep: lost if the courier dies before they have left it.
+        self._entrusted: OrderedDict[int, None] = OrderedDict()
+        self._dropped: Counter[str] = Counter()
+        self._commands: list[agent_pb2.SessionResponse] = []
+        self._restart = _Restart()
+        self._courier: CourierProcess | None = None
+        self._started_one = False
+        self._unframer = Unframer(MAX_RESPONSE_BYTES)
+        self._writing = memoryview(b"")  # what is left of a frame that the pipe has a part of
+        self._closed = False
+
+    def greet(self, hello: agent_pb2.Hello) -> None:
+        """Greet the daemon with `hello`: to be called before the first use."""
+        self._greeting = frame(agent_pb2.SessionRequest(hello=hello).SerializeToString())
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Samples lost so far, by reason."""
+        return dict(self._dropped)
+
+    @property
+    def courier_pid(self) -> int | None:
+        """The courier's process id; None while there is none, or nothing was heard of it yet."""
+        return None if self._courier is None else self._courier.pid
+
+    def send(self, request: agent_pb2.SessionRequest) -> None:
+        """Queue a sample, and write what the pipe takes."""
+        if self._inert():
+            return
+        payload = request.SerializeToString()
+        if len(payload) > self._limit:
+            self._count("oversized")
+            request = agent_pb2.SessionRequest(sample=without_arrays(request.sample))
+            payload = request.SerializeToString()
+        if not self._spool.put(request.sample, payload):
+            self._count("out_of_order")
+        self._make_room()
+        self.flush()
+
+    def receive(self) -> list[agent_pb2.SessionResponse]:
+        """The commands that have come, oldest first."""
+        self.flush()
+        commands, self._commands = self._commands, []
+        return commands
+
+    def flush(self) -> None:
+        """Read what has come and write what fits; a courier that is gone is replaced when its time has come."""
+        if self._inert():
+            return
+        try:
+            # A handler that raises between a write and the note of it would have a frame written twice, or a half.
+            with signals_held():
+                if self._courier is None and self._restart.due(time.monotonic()):
+                    self._start()
+                if self._courier is not None:
+                    self._pull(self._courier)
+                    self._push(self._courier)
+        except CourierGoneError:
+            self._lost("it closed its pipe")
+        except WireError as error:
+            self._lost(str(error))
+
+    def close(self, timeout: float = 2.0) -> None:
+        """Hand over what is queued and let the courier finish; takes at most `timeout` seconds."""
+        if self._inert():
+            return
+        deadline = time.monotonic() + timeout
+        stuck, patience = False, 0.0  # of a close that Ctrl-C cuts short, in a program that may go on
+        try:
+            if self._courier is not None:
+                self._courier.wake()
+            stuck = not self._hand_over(deadline - timeout / 10)
+            if self._courier is not None and not stuck:
+                self._courier.end_input()
+                self._await_end(self._courier, deadline)
+            patience = max(0.0, deadline - time.monotonic())
+        finally:
+            self._closed = True
+            if self._courier is not None:
+                self._courier.leave(kill=stuck, seconds=patience)
+                self._courier = None
+            undelivered = len(self._spool) + len(self._entrusted)
+            if undelivered:  # as far as anyone has said by now
+                self._count("undelivered", undelivered)
+
+    def _inert(self) -> bool:
+        """Closed, or a fork's copy, whose courier is its parent's."""
+        return self._closed or os.getpid() != self._pid
+
+    def _make_room(self) -> None:
+        while self._spool.overfull:
+            written = self._spool.release_sent()
+            if written is not None:
+                self._entrusted[written] = None
+            else:
+                self._spool.drop_oldest()
+                self._count("outbox_full")
+
+    # The courier's life.
+
+    def _start(self) -> None:
+        self._restart.tried(time.monotonic())
+        try:
+            self._courier = CourierProcess(self._destination)
+        except OSError as error:
+            self._restart.warn(f"no courier could be started: {error}")
+            return
+        except NoCourierError as error:
+            self._restart.give_up(str(error))
+            return
+        self._unframer = Unframer(MAX_RESPONSE_BYTES)
+        self._writing = memoryview(self._greeting)
+
+    def _lost(self, reason: str) -> None:
+        courier, self._courier = self._courier, None
+        if courier is None:
+            return
+        courier.leave(kill=True)
+        now = time.monotonic()
+        log = os.environ.get(LOG) or f"nowhere: name a file in ${LOG}"
+        self._started_one |= courier.pid is not None
+        if self._started_one:
+            self._restart.ended(now, now - courier.started)
+            self._restart.warn(f"the courier is gone ({reason}) and will be replaced; its log goes to {log}")
+        else:  # it may be the training program itself, once more
+            self._restart.give_up(f"sys.executable={sys.executable!r} did not start one; its log goes to {log}")
+        self._writing = memoryview(b"")
+        self._spool.rewind()
+        if self._entrusted:
+            self._count("courier_died", len(self._entrusted))
+            self._entrusted.clear()
+
+    # Bytes.
+
+    def _push(self, courier: CourierProcess) -> None:
+        """Write until the pipe is full."""
+        while self._writing or self._take_up_next():
+            written = courier.write(self._writing)
+            if not written:
+                return
+            self._writing = self._writing[written:]
+
+    def _take_up_next(self) -> bool:
+        entry = self._spool.next()
+        if entry is not None:
+            self._writing = memoryview(frame(entry.payload))
+        return entry is not None
+
+    def _pull(self, courier: CourierProcess) -> None:
+        for _ in range(_READS_PER_CALL):
+            data = courier.read()
+            if not data:
+                return
+            for payload in self._unframer.feed(data):
+                self._take(payload)
+
+    def _take(self, payload: bytes) -> None:
+        try:
+            response = agent_pb2.SessionResponse.FromString(payload)
+        except DecodeError:
+            return
+        match response.WhichOneof("message"):
+            case "command":
+                self._commands = [*self._commands, response][-_MAX_COMMANDS:]
+            case "ack":
+                self._settle(min(response.ack.sequence, self._spool.newest))
+            case "refusal":
+                self._count(response.refusal.code)
+
+    def _settle(self, sequence: int) -> None:
+        """The courier holds nothing any more up to and with `sequence`."""
+        self._spool.settle(sequence)
+        while self._entrusted and next(iter(self._entrusted)) <= sequence:
+            self._entrusted.popitem(last=False)
+
+    def _count(self, reason: str, samples: int = 1) -> None:
+        """Reasons come from the daemon too: as many and as long as the wire allows, no more."""
+        name = reason[:64] if reason.isprintable() and reason else "unnamed"
+        known = name in self._dropped or len(self._dropped) < _MAX_REASONS
+        self._dropped[name if known else "other"] += samples
+
+    # The end.
+
+    @property
+    def _pending(self) -> int:
+        """Zero when the courier has been given all."""
+        return len(self._writing) + self._spool.unsent
+
+    def _hand_over(self, deadline: float) -> bool:
+        """Write all that is queued; False if the courier stopped taking it."""
+        for _ in range(_CLOSING_STARTS):
+            if self._courier is None and self._pending:
+                self._restart.now()
+            progress = self._write_until(deadline)
+            if self._courier is not None or not self._pending:
+                return not self._pending or deadline - progress < _STUCK_SECONDS
+        return True
+
+    def _write_until(self, deadline: float) -> float:
+        """Write until all is written, the courier dies, or `deadline`; when it last took something."""
+        progress = time.monotonic()
+        self.flush()
+        while self._courier is not None and self._pending and (now := time.monotonic()) < deadline:
+            before = self._pending
+            self._courier.wait_ready(write=True, seconds=deadline - now)
+            self.flush()
+            if self._pending < before:
+                progress = time.monotonic()
+        return progress
+
+    def _await_end(self, courier: CourierProcess, deadline: float) -> None:
+        """Read on until the courier closes its end, so that what it says is counted."""
+        try:
+            while (remaining := deadline - time.monotonic()) > 0:
+                courier.wait_ready(write=False, seconds=remaining)
+                self._pull(courier)
+        except (CourierGoneError, WireError):
+            return
+
+
+class _Restart:
+    """When a courier may be started: at once, then after doubling waits while couriers don't last."""
+
+    def __init__(self) -> None:
+        self._wait = _FIRST_RESTART_SECONDS
+        self._at = 0.0
+        self._warned = False
+        self._given_up = False
+
+    def due(self, now: float) -> bool:
+        return now >= self._at and not self._given_up
+
+    def now(self) -> None:
+        self._at = 0.0
+
+    def give_up(self, reason: str) -> None:
+        self._given_up = True
+        self.warn(f"no courier in this program, nothing is sent to the daemon: {reason}")
+
+    def tried(self, now: float) -> None:
+        self._at = now + self._wait
+
+    def ended(self, now: float, lived: float) -> None:
+        self._wait = (
+            _FIRST_RESTART_SECONDS if lived > _LAST_RESTART_SECONDS else min(2 * self._wait, _LAST_RESTART_SECONDS)
+        )
+        self._at = now + self._wait
+
+    def warn(self, message: str) -> None:
+        """Once: a courier that comes and goes is counted, not told of each time."""
+        if not self._warned:
+            self._warned = True
+            warn("%s", message)

@@ -1,0 +1,1 @@
+"""Checkpoints, and data loaders that resume."""

@@ -1,0 +1,80 @@
+"""What a measurement found, as a table and a few lines below it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+from sharpwatch.cli.output import formatting
+from sharpwatch.cli.output.tables import Grid
+from sharpwatch.curvature.measure.report import BlockReport, SharpnessReport, per_parameter
+from sharpwatch.curvature.statistics.estimate import Estimate
+
+_MATRIX = {"hutchinson": "Hessian", "gnb": "Gauss-Newton"}
+_STABILITY = {"direction": "step", "linesearch": "line search", "preconditioned": "preconditioned"}
+
+
+def tables(report: SharpnessReport, *, layers: bool = False) -> list[Grid]:
+    """By block and whole, by layer where `layers`, of the optimizer's next step, and what the numbers stand on."""
+    found = [_grid({**report.blocks, "whole": report.whole}, "block")]
+    if layers:
+        found.append(_grid(report.layers, "layer block"))
+    return [*found, _stability(report), _facts(report)]
+
+
+def _grid(blocks: Mapping[str, BlockReport], name: str) -> Grid:
+    traces = [kind for kind in _MATRIX if any(kind in block.estimates for block in blocks.values())]
+    ends = any(block.top_eigenvalue is not None for block in blocks.values())
+    headings = [name, "parameters"]
+    for kind in traces:
+        headings += [f"{_MATRIX[kind]} trace", "per parameter"]
+    headings += ["λ_max", "λ_min"] if ends else []
+    rows = tuple((of, f"{block.parameters:,}", *_cells(block, traces, ends=ends)) for of, block in blocks.items())
+    return Grid("l" + "r" * (len(headings) - 1), rows, tuple(headings), empty="nothing is measured yet")
+
+
+def _cells(block: BlockReport, traces: list[str], *, ends: bool) -> Iterator[str]:
+    for kind in traces:
+        trace = block.estimates.get(kind)
+        yield _cell(trace)
+        yield _cell(None if trace is None else per_parameter(trace, block.parameters))
+    if ends:
+        yield _cell(block.top_eigenvalue)
+        yield _cell(block.bottom_eigenvalue)
+
+
+def _stability(report: SharpnessReport) -> Grid:
+    blocks = {**report.blocks, "whole": report.whole}
+    kinds = [kind for kind in _STABILITY if any(kind in block.stability for block in blocks.values())]
+    rows = tuple(
+        (name, *(_cell(block.stability.get(kind)) for kind in kinds))
+        for name, block in blocks.items()
+        if block.stability
+    )
+    headings = ("block", *(f"stability ratio, {_STABILITY[kind]}" for kind in kinds))
+    return Grid("l" + "r" * len(kinds), rows, headings)
+
+
+def _cell(estimate: Estimate | None) -> str:
+    """Value and standard error; of an eigenvalue from one start, its residual: it bounds the distance to a true one."""
+    if estimate is None:
+        return formatting.ABSENT
+    if math.isfinite(estimate.residual) and not (math.isfinite(estimate.stderr) and estimate.stderr > 0):
+        return f"{formatting.number(estimate.value)} [{formatting.number(estimate.residual, 1)}]"
+    return formatting.with_error(estimate.value, estimate.stderr)
+
+
+def _facts(report: SharpnessReport) -> Grid:
+    cost, batches = report.cost, f"{report.batches} batch{'' if report.batches == 1 else 'es'}"
+    loss = formatting.number(report.loss) if math.isfinite(report.loss) else formatting.ABSENT  # gnb has no use for it
+    facts = [
+        ("loss", f"{loss} over {report.tokens:,} tokens in {batches}"),
+        ("seed", str(report.seed)),
+        ("cost", f"{cost.forwards:g} forwards, {cost.backwards:g} backwards of all of them"),
+        (
+            "error",
+            "± one standard error over draws and batches; [residual] bounds an eigenvalue's distance to a true one",
+        ),
+    ]
+    facts += [(f"not reached: {block}", why) for block, why in report.unreached.items()]
+    return Grid("ll", tuple(facts))

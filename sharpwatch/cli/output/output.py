@@ -1,0 +1,69 @@
+"""One answer, either as JSON or as text."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
+
+from sharpwatch.cli.output.tables import Grid, write
+
+_WHOLE = frozenset(
+    {
+        FieldDescriptor.CPPTYPE_INT32,
+        FieldDescriptor.CPPTYPE_INT64,
+        FieldDescriptor.CPPTYPE_UINT32,
+        FieldDescriptor.CPPTYPE_UINT64,
+    }
+)
+_REAL = frozenset({FieldDescriptor.CPPTYPE_DOUBLE, FieldDescriptor.CPPTYPE_FLOAT})
+
+
+def to_dict(message: Message) -> dict[str, Any]:
+    """Protobuf's JSON with the proto's field names, every field present, and numbers as numbers.
+
+    What is absent, infinite or not a number is null: JSON has no other word for it.
+    """
+    found = MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+    return _with_numbers(message.DESCRIPTOR, found)
+
+
+def _with_numbers(descriptor: Any, found: Mapping[str, Any]) -> dict[str, Any]:
+    return {field.name: _field(field, found.get(field.name)) for field in descriptor.fields}
+
+
+def _field(field: FieldDescriptor, value: Any) -> Any:
+    entry = field.message_type
+    if value is None:
+        return None
+    if entry is not None and entry.GetOptions().map_entry:
+        of = entry.fields_by_name["value"]
+        return {key: _scalar(of, item) for key, item in sorted(value.items())}
+    return [_scalar(field, item) for item in value] if isinstance(value, list) else _scalar(field, value)
+
+
+def _scalar(field: FieldDescriptor, value: Any) -> Any:
+    if field.message_type is not None:
+        return _with_numbers(field.message_type, value)
+    if field.cpp_type in _WHOLE:
+        return int(value)
+    if field.cpp_type in _REAL:
+        return float(value) if math.isfinite(float(value)) else None
+    return value
+
+
+def show(args: argparse.Namespace, payload: Message | dict[str, Any], grids: Sequence[Grid] | str) -> None:
+    """Print `payload` as JSON where that was asked for, else `grids` (or one line of text)."""
+    if args.json:
+        found = to_dict(payload) if isinstance(payload, Message) else payload
+        print(json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False))
+    elif isinstance(grids, str):
+        print(grids)
+    else:
+        write(grids)

@@ -1,0 +1,1 @@
+"""Small pieces that every part of the package may use."""

@@ -1,0 +1,1 @@
+"""One estimator of curvature per module."""

@@ -1,0 +1,226 @@
+"""The ends of a symmetric operator's spectrum by Lanczos iteration, with residuals, warm starts and thick restarts.
+
+The largest *algebraic* eigenvalue: a Hessian is indefinite, and the most negative one can be the larger in size, which
+power iteration then takes for the top. Lanczos (1950); full orthogonalization and thick restarts as in Wu and Simon,
+"Thick-restart Lanczos method for large symmetric eigenvalue problems" (2000). A Ritz value is never above λ_max, and
+some eigenvalue is within its residual ‖Hu − θu‖ (Parlett, "The symmetric eigenvalue problem", theorem 4.5.1).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sharpwatch.blocks import BlockMap
+from sharpwatch.curvature.measure.report import Spectrum
+from sharpwatch.curvature.objective.batch import Batch
+from sharpwatch.curvature.objective.hessian import Hessian, Method, opened
+from sharpwatch.curvature.objective.outputs import LossFn
+from sharpwatch.curvature.parameters.parameter_space import ParameterSpace
+from sharpwatch.errors import ProbeError
+
+Product = Callable[[Tensor], Tensor]  # [n] -> [n]
+_BASIS_BYTES = 4 * 2**30
+_LONGEST, _SHORTEST = 48, 6  # vectors of a basis
+_KEPT = 2  # Ritz vectors of each end that a restart keeps
+_BREAKDOWN = 1e-6  # a remainder of this share of ‖H‖ is float32's rounding: the space is invariant
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ritz:
+    """An approximate eigenpair: `vector` [n] of length 1, and ‖Hu − λu‖."""
+
+    value: float
+    residual: float
+    vector: Tensor
+
+
+class Lanczos:
+    """A Krylov space from `start` [n] (it need not have length 1), grown by one product at a time."""
+
+    def __init__(self, start: Tensor) -> None:
+        room = _BASIS_BYTES // max(1, 4 * start.numel())
+        self._room = min(_LONGEST, max(_SHORTEST, room), start.numel())
+        self._basis = start.new_empty(min(self._room + 1, 8), start.numel())
+        self._basis[0] = start / torch.linalg.vector_norm(start)
+        self._projected = torch.zeros(self._room, self._room, dtype=torch.float64, device="cpu")  # VᵀHV
+        self._used = 0  # vectors whose product is known
+        self._remainder = math.inf  # norm of what the last product has outside the space
+        self._quadrature: tuple[Tensor, Tensor] | None = None
+        self._restarted = False
+        self._captured: list[float] = [0.0]  # ‖VᵀHV‖²_F after each product
+        self.products = 0
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the space is invariant: its Ritz values are eigenvalues."""
+        return self.products > 0 and self._remainder == 0.0
+
+    @property
+    def full(self) -> bool:
+        """Whether the next product needs a restart."""
+        return self._used == self._room
+
+    @property
+    def gain(self) -> float:
+        """What a product of late has added to ‖VᵀHV‖²_F, the mean of two: that much of ‖H‖²_F is known the better."""
+        return (self._captured[-1] - self._captured[-3]) / 2 if len(self._captured) > 2 else math.inf
+
+    @property
+    def projection(self) -> tuple[Tensor, Tensor]:
+        """V [k, n] with orthonormal rows, and VHVᵀ float64 [k, k]."""
+        return self._basis[: self._used], self._projected[: self._used, : self._used]
+
+    @property
+    def latest(self) -> Tensor:
+        """The basis vector whose product is wanted next; [n]."""
+        return self._basis[self._used]
+
+    def step(self, product: Product) -> None:
+        """One product with H."""
+        if self.full:
+            self._restart()
+        image = product(self.latest)
+        self.products += 1
+        self._used += 1
+        basis = self._basis[: self._used]
+        coefficients = torch.zeros(self._used, dtype=torch.float64, device="cpu")
+        for _ in range(2):  # once more, for what rounding left
+            overlap = basis @ image
+            image = image - overlap @ basis
+            coefficients += overlap.double().cpu()
+        self._projected[: self._used, self._used - 1] = coefficients
+        self._projected[self._used - 1, : self._used] = coefficients
+        self._captured.append(float(self.projection[1].square().sum()))
+        self._extend(image)
+        if not self._restarted:
+            values, vectors = self._decomposed()
+            self._quadrature = values, vectors[0].square()
+
+    def top(self) -> Ritz:
+        """The largest Ritz value; a lower bound of λ_max."""
+        return self._ritz(-1)
+
+    def bottom(self) -> Ritz:
+        """The smallest Ritz value; an upper bound of λ_min."""
+        return self._ritz(0)
+
+    def converged(self, tolerance: float, bottom_tolerance: float | None = None) -> bool:
+        """Whether the residuals of both ends are below `tolerance`, relative to the larger end in size.
+
+        The sharper bound residual²/gap trusts the Ritz values to show every neighbour: measured on 36 blocks with 12
+        starts each, it stopped at another eigenvalue than the largest in 2 % of them, 0.003 of the residual in none.
+        """
+        top, bottom = self.top(), self.bottom()
+        scale = max(abs(top.value), abs(bottom.value))
+        least = tolerance if bottom_tolerance is None else bottom_tolerance
+        return self.exhausted or (top.residual <= tolerance * scale and bottom.residual <= least * scale)
+
+    def spectrum(self) -> Spectrum | None:
+        """The density seen from the start, which must have been random: eigenvalues of T, weights of its first row."""
+        if self._quadrature is None:
+            return None
+        values, weights = self._quadrature
+        return Spectrum(tuple(values.tolist()), tuple(weights.tolist()), draws=1)
+
+    def _decomposed(self) -> tuple[Tensor, Tensor]:
+        values, vectors = torch.linalg.eigh(self._projected[: self._used, : self._used])
+        return values, vectors
+
+    def _ritz(self, which: int) -> Ritz:
+        values, vectors = self._decomposed()
+        weights = vectors[:, which]
+        residual = self._remainder * abs(float(weights[-1]))
+        vector = weights.to(self._basis) @ self._basis[: self._used]
+        return Ritz(float(values[which]), residual, vector)
+
+    def _extend(self, image: Tensor) -> None:
+        length = float(torch.linalg.vector_norm(image))
+        size = float(self._projected[: self._used, : self._used].abs().max())
+        if not math.isfinite(length):
+            raise ProbeError("a product with the Hessian is not finite: the loss or its derivatives aren't")
+        if length <= _BREAKDOWN * size or self._used >= self._basis.shape[1]:
+            self._remainder = 0.0
+            return
+        self._remainder = length
+        if self._used == len(self._basis):
+            room = min(self._room + 1, 2 * len(self._basis)) - len(self._basis)
+            self._basis = torch.cat([self._basis, self._basis.new_empty(room, self._basis.shape[1])])
+        self._basis[self._used] = image / length
+
+    def _restart(self) -> None:
+        """Go on from the Ritz vectors of both ends and the last remainder, which span a Krylov space too."""
+        values, vectors = self._decomposed()
+        kept = [*range(_KEPT), *range(len(values) - _KEPT, len(values))]
+        following = self.latest.clone()
+        self._basis[: len(kept)] = vectors[:, kept].T.to(self._basis) @ self._basis[: self._used]
+        self._basis[len(kept)] = following
+        self._projected.zero_()
+        self._projected[range(len(kept)), range(len(kept))] = values[kept]
+        self._used = len(kept)
+        self._restarted = True
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LanczosSample:
+    """The ends of H_bb's spectrum on one batch; `block` is "" for the whole model.
+
+    `vectors` float32 [2, n_b] are the Ritz vectors of top and bottom, to start the next probe from.
+    """
+
+    block: str
+    tokens: int
+    rows: int
+    top: float
+    top_residual: float
+    bottom: float
+    bottom_residual: float
+    products: int
+    method: str
+    vectors: Tensor
+
+
+def lanczos_probe(  # noqa: PLR0913 - what a probe is of, and how it is taken; each named
+    model: nn.Module,
+    block_map: BlockMap,
+    batch: Batch,
+    *,
+    block: str,
+    products: int,
+    generator: torch.Generator,
+    start: Tensor | None = None,
+    loss_fn: LossFn | None = None,
+    method: Method = "auto",
+) -> LanczosSample:
+    """At most `products` products with H_bb on `batch`, from `start` (an earlier sample's vectors) or random signs.
+
+    Raises `ProbeError` where no position predicts or no second derivative can be had.
+    """
+    with opened(model, block_map, [batch], loss_fn=loss_fn, method=method) as hessian:
+        space = ParameterSpace(block_map, block or None, hessian.objective.live.leaves).required()
+        first = space.signs(generator) if start is None else start.to(space.device).sum(0)
+        found = Lanczos(first)
+        while found.products < products and not found.exhausted:
+            found.step(product_in(hessian, space))
+        top, bottom = found.top(), found.bottom()
+        return LanczosSample(
+            block=block,
+            tokens=hessian.objective.tokens[0],
+            rows=batch.rows,
+            top=top.value,
+            top_residual=top.residual,
+            bottom=bottom.value,
+            bottom_residual=bottom.residual,
+            products=found.products,
+            method=hessian.method,
+            vectors=torch.stack([top.vector, bottom.vector]),
+        )
+
+
+def product_in(hessian: Hessian, space: ParameterSpace) -> Product:
+    """`hessian` within `space`, as a function of one vector."""
+    return lambda vector: hessian.products(space, vector[None])[0]

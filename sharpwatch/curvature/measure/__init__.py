@@ -1,0 +1,1 @@
+"""`sharpwatch.measure`: one look at a checkpoint."""

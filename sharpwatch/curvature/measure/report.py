@@ -1,0 +1,148 @@
+"""What `measure` found: estimates by block type, by layer block and of the whole model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from sharpwatch.curvature.statistics.estimate import Cost, Estimate
+from sharpwatch.errors import ProbeError
+
+
+@dataclass(frozen=True, slots=True)
+class Spectrum:
+    """A spectral density as atoms: `weights` (their sum is 1) at `eigenvalues`, by stochastic Lanczos quadrature.
+
+    Ubaru, Chen and Saad, "Fast estimation of tr(f(A)) via stochastic Lanczos quadrature" (2017).
+    """
+
+    eigenvalues: tuple[float, ...]
+    weights: tuple[float, ...]
+    draws: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlockReport:
+    """The estimates of one set of parameters; None or absent where it was not asked for.
+
+    `estimates` holds the trace by estimator; `trace` is `hutchinson`'s where there are several, `sharpness` the same
+    over `parameters`. Eigenvalues are of the Hessian, the largest and the smallest algebraic one. `stability` holds the
+    ratios of the optimizer's next step, 1 being the edge, by kind: `direction`, `linesearch`, `preconditioned`.
+    """
+
+    parameters: int
+    estimates: Mapping[str, Estimate] = field(default_factory=dict)
+    top_eigenvalue: Estimate | None = None
+    bottom_eigenvalue: Estimate | None = None
+    spectrum: Spectrum | None = None
+    stability: Mapping[str, Estimate] = field(default_factory=dict)
+
+    @property
+    def trace(self) -> Estimate | None:
+        """The trace of H, or of G where only `gnb` was asked for."""
+        return self.estimates.get("hutchinson", self.estimates.get("gnb"))
+
+    @property
+    def sharpness(self) -> Estimate | None:
+        """Average sharpness: the trace over the number of parameters (Wang et al. 2025, arXiv 2502.19002)."""
+        return None if self.trace is None else per_parameter(self.trace, self.parameters)
+
+
+@dataclass(frozen=True, slots=True)
+class SharpnessReport:
+    """One look at a model.
+
+    `blocks` go by type, `layers` by layer block ("layers.3.qk"; traces only), `whole` is all parameters together.
+    `unreached` says why, by block, where a precision asked for could not be had. `cost` is in passes over all batches.
+    """
+
+    blocks: Mapping[str, BlockReport]
+    layers: Mapping[str, BlockReport]
+    whole: BlockReport
+    loss: float
+    tokens: int
+    batches: int
+    seed: int
+    cost: Cost
+    unreached: Mapping[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that `json.dumps` takes; a number that is not finite is None."""
+        return {
+            "blocks": {name: _block(block) for name, block in self.blocks.items()},
+            "layers": {name: _block(block) for name, block in self.layers.items()},
+            "whole": _block(self.whole),
+            "loss": _finite(self.loss),
+            "tokens": self.tokens,
+            "batches": self.batches,
+            "seed": self.seed,
+            "cost": asdict(self.cost),
+            "unreached": dict(self.unreached),
+        }
+
+    def __str__(self) -> str:
+        rows: list[tuple[str, ...]] = [("block", "parameters", "trace", "sharpness", "λ_max", "λ_min")]
+        rows += [_row(name, block) for name, block in [*self.blocks.items(), ("whole", self.whole)]]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
+        passes = f"{self.cost.forwards:g} forwards, {self.cost.backwards:g} backwards"
+        lines.append(f"loss {self.loss:.4f} over {self.tokens:,} tokens; {passes}; ± one standard error, [residual]")
+        lines += [f"{block}: {why}" for block, why in self.unreached.items()]
+        return "\n".join(lines)
+
+
+class PrecisionError(ProbeError):
+    """A precision that could not be reached; `report` has all that was."""
+
+    def __init__(self, report: SharpnessReport) -> None:
+        self.report = report
+        super().__init__("; ".join(f"{block}: {why}" for block, why in report.unreached.items()))
+
+
+def per_parameter(trace: Estimate, parameters: int) -> Estimate:
+    """`trace` over `parameters`."""
+    return Estimate(
+        trace.value / parameters,
+        trace.stderr / parameters,
+        trace.draws,
+        trace.estimator,
+        trace.step,
+        trace.residual / parameters,
+        trace.method,
+        trace.cost,
+    )
+
+
+def _block(block: BlockReport) -> dict[str, Any]:
+    single = ("trace", "sharpness", "top_eigenvalue", "bottom_eigenvalue")
+    found: dict[str, Any] = {"parameters": block.parameters}
+    found |= {name: _estimate(getattr(block, name)) for name in single if getattr(block, name) is not None}
+    for name, several in (("estimates", block.estimates), ("stability", block.stability)):
+        if several:
+            found[name] = {each: _estimate(estimate) for each, estimate in several.items()}
+    if block.spectrum is not None:
+        found["spectrum"] = asdict(block.spectrum)
+    return found
+
+
+def _estimate(estimate: Estimate) -> dict[str, Any]:
+    return {name: _finite(value) for name, value in asdict(estimate).items() if name != "step"}
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _row(name: str, block: BlockReport) -> tuple[str, ...]:
+    cells = (block.trace, block.sharpness, block.top_eigenvalue, block.bottom_eigenvalue)
+    return name, f"{block.parameters:,}", *map(_cell, cells)
+
+
+def _cell(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return "-"
+    stderr = f" ± {estimate.stderr:.2g}" if math.isfinite(estimate.stderr) else ""
+    residual = f" [{estimate.residual:.1g}]" if math.isfinite(estimate.residual) else ""
+    return f"{estimate.value:.4g}{stderr}{residual}"

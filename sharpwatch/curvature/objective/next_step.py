@@ -1,0 +1,85 @@
+"""The step an optimizer is about to take, and how it scales the directions of weight space. Nothing is stepped."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from sharpwatch.curvature.state.isolation import hooks_aside
+from sharpwatch.errors import ProbeError
+
+# The user's hooks on all optimizers are not for a copy's step.
+_GLOBAL_HOOKS = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
+
+
+def next_step(
+    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], gradients: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The step −Δθ by parameter name that `gradients` lead to, taken by copies of the optimizers and the weights.
+
+    Rates, decay and momentum are in it. Raises `ProbeError` for an optimizer that can't step so.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    step: dict[str, Tensor] = {}
+    for optimizer in optimizers:
+        twin = copy.deepcopy(optimizer)
+        pairs = [
+            (names[id(old)], old, new)
+            for group, copied in zip(optimizer.param_groups, twin.param_groups, strict=True)
+            for old, new in zip(group["params"], copied["params"], strict=True)
+            if id(old) in names
+        ]
+        for name, _, new in pairs:
+            new.grad = gradients[name].to(new).clone() if name in gradients else None
+        try:
+            with hooks_aside(sys.modules[torch.optim.Optimizer.__module__], _GLOBAL_HOOKS):
+                twin.step()
+        except (TypeError, RuntimeError) as error:
+            raise ProbeError(f"{type(optimizer).__name__} can't take a step with a gradient alone: {error}") from error
+        step |= {name: old.detach() - new.detach() for name, old, new in pairs}
+    return step
+
+
+def preconditioner(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """(η(1 − β₁) / ((2 + 2β₁)(√v̂ + ε)))^½ of Adam and its kin, by parameter name and of its shape.
+
+    With D this diagonal, λ_max(DHD) is 1 at the edge of stability (Cohen et al., "Adaptive gradient methods at the edge
+    of stability", arXiv 2207.14484, equation 3). Raises `ProbeError` for an optimizer without a second moment.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {
+        names[id(parameter)]: _scale(optimizer, group, parameter, names[id(parameter)])
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if id(parameter) in names and parameter.requires_grad
+    }
+
+
+def require_adam(optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Raise `ProbeError` unless every optimizer is of Adam's family: it has `betas` and `eps`."""
+    for optimizer in optimizers:
+        if not all({"betas", "eps", "lr"} <= set(group) for group in optimizer.param_groups):
+            raise ProbeError(
+                f"preconditioned needs Adam, AdamW or one of their kin, with betas and eps; "
+                f"{type(optimizer).__name__} has none: direction and linesearch can do it"
+            )
+
+
+def _scale(optimizer: torch.optim.Optimizer, group: Mapping[str, object], parameter: Tensor, name: str) -> Tensor:
+    require_adam([optimizer])
+    state = optimizer.state.get(parameter, {})
+    moment = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))
+    if moment is None and optimizer.state:  # it never had a gradient: Adam leaves it where it is
+        return torch.zeros_like(parameter, dtype=torch.float32)
+    if not isinstance(moment, Tensor) or moment.shape != parameter.shape:
+        raise ProbeError(f"{type(optimizer).__name__} keeps no second moment of {name} yet: take a step before")
+    (first, second), epsilon, rate = cast("Any", (group["betas"], group["eps"], group["lr"]))
+    correction = 1 - float(second) ** float(state.get("step", torch.inf))
+    root: Tensor = (moment.float() / correction).sqrt().add_(float(epsilon))
+    return root.reciprocal_().mul_(float(rate) * (1 - float(first)) / (2 + 2 * float(first))).sqrt_()

@@ -1,0 +1,1 @@
+"""Parameters as shards, blocks and vectors."""

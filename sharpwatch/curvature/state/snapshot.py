@@ -1,0 +1,170 @@
+"""The state that a model's own code keeps beside its parameters, recorded so that it can be put back."""
+
+from __future__ import annotations
+
+import copyreg
+import enum
+import functools
+import itertools
+import random
+import types
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_CONTAINERS = frozenset({list, dict, set, deque, OrderedDict, defaultdict, Counter})
+_FIXED = (
+    *(int, float, complex, bool, str, bytes, type(None), type(Ellipsis), range, slice, frozenset, enum.Enum),
+    *(np.generic, np.dtype, torch.dtype, torch.device, torch.layout, torch.memory_format),
+    *(type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType),
+)
+_KNOWN_FIXED = frozenset({kind for kind in _FIXED if kind is not enum.Enum} | {torch.Size})
+_ITEMS = 1000  # of a container that are looked into; that an object may lead to, or it is not the model's own
+_DEPTH = 20
+
+
+class _ForeignError(Exception):
+    """An object leads to something that is no data: a lock, a thread, a file."""
+
+
+class StateSnapshot:
+    """What some values hold now. `restore` makes them hold it again, in place.
+
+    It goes through lists, dicts, sets and tuples to tensors without a gradient, arrays, random generators and objects
+    of the user's own. An object is recorded with all that it leads to or not at all: one that leads to a lock, a
+    thread, an optimizer or what shards a model, or to over a thousand others, is shared with more than a forward. What
+    iterators, closures and classes hold is not seen, nor what is `apart`.
+    """
+
+    def __init__(self, apart: Iterable[Any] = ()) -> None:
+        self._seen: dict[int, Any] = {id(value): value for value in apart}  # kept, or another could come by its id
+        self._undo: list[Callable[[], object]] = []
+        self._most = 0  # of what is seen, while an object is looked through
+
+    def add(self, value: Any) -> None:
+        """StateSnapshot `value` too, if it isn't yet."""
+        if type(value) not in _KNOWN_FIXED:
+            self._visit(value, 0, strict=False)
+
+    def restore(self) -> None:
+        """Everything as it was when it was added."""
+        for undo in reversed(self._undo):
+            undo()
+
+    def _visit(self, value: Any, depth: int, *, strict: bool) -> None:
+        kind = type(value)
+        if kind in _KNOWN_FIXED or id(value) in self._seen:
+            return
+        if strict and len(self._seen) >= self._most:
+            raise _ForeignError
+        self._seen[id(value)] = value
+        if isinstance(value, Tensor):
+            self._tensor(value)
+        elif isinstance(value, np.ndarray):
+            self._array(value)
+        elif kind in _CONTAINERS or isinstance(value, tuple):
+            if kind in _CONTAINERS:
+                self._undo.append(_refilling(value))
+            self._items(value.values() if isinstance(value, dict) else value, depth, strict=strict)
+        elif not self._source(value) and not isinstance(value, _FIXED):
+            self._object(value, depth, strict=strict)
+
+    def _items(self, items: Iterable[Any], depth: int, *, strict: bool) -> None:
+        for item in itertools.islice(items, None if strict else _ITEMS):
+            self._visit(item, depth + 1, strict=strict)
+
+    def _object(self, value: Any, depth: int, *, strict: bool) -> None:
+        if strict:
+            self._attributes(value, depth)
+            return
+        undo, seen = len(self._undo), len(self._seen)
+        self._most = seen + _ITEMS
+        try:
+            self._attributes(value, 0)
+        except _ForeignError:
+            del self._undo[undo:]
+            for key in list(self._seen)[seen:]:  # a part of it may be the model's own all the same
+                del self._seen[key]
+
+    def _attributes(self, value: Any, depth: int) -> None:
+        own = getattr(value, "__dict__", None)
+        slots = {name: getattr(value, name) for name in copyreg._slotnames(type(value)) if hasattr(value, name)}  # type: ignore[attr-defined]  # noqa: SLF001 - as `copy` does
+        if (own is None and not slots) or _is_machinery(value) or depth > _DEPTH:
+            raise _ForeignError
+        if type(own) is dict:
+            self._undo.append(_refilling(own))
+            self._items(own.values(), depth, strict=True)
+        for name, attribute in slots.items():
+            self._undo.append(functools.partial(object.__setattr__, value, name, attribute))  # it may be frozen
+        self._items(slots.values(), depth, strict=True)
+
+    def _tensor(self, value: Tensor) -> None:
+        if type(value) is not Tensor or value.requires_grad or value.is_inference() or value.layout != torch.strided:
+            return
+        copy = value.clone()
+
+        def undo() -> None:
+            # By `data`: a graph of the user's that holds the tensor must not take this for a change.
+            if value.shape == copy.shape:
+                value.data.copy_(copy)
+            else:
+                value.data = copy
+
+        self._undo.append(undo)
+
+    def _array(self, value: np.ndarray[Any, Any]) -> None:
+        if value.flags.writeable:
+            copy = value.copy()
+            self._undo.append(lambda: np.copyto(value, copy))
+
+    def _source(self, value: Any) -> bool:
+        """StateSnapshot a generator of random numbers, if `value` is one."""
+        match value:
+            case torch.Generator():
+                state = value.get_state()
+                self._undo.append(lambda: value.set_state(state))
+            case np.random.Generator():
+                bits, drawn = value.bit_generator, value.bit_generator.state
+                self._undo.append(lambda: setattr(bits, "state", drawn))
+            case np.random.RandomState():
+                legacy = value.get_state()
+                self._undo.append(lambda: value.set_state(legacy))
+            case random.Random():
+                plain = value.getstate()
+                self._undo.append(lambda: value.setstate(plain))
+            case _:
+                return False
+        return True
+
+
+def _is_machinery(value: object) -> bool:
+    """Whether `value` belongs to the training rather than the model: what shards it goes its own way in a probe too."""
+    return isinstance(value, torch.optim.Optimizer) or type(value).__module__.startswith("torch.distributed.")
+
+
+def _refilling(current: Any) -> Callable[[], None]:
+    """What makes the container `current` hold again what it does now."""
+    saved = current.copy() if current else ()
+
+    def undo() -> None:
+        if not saved:
+            current.clear()
+        elif isinstance(current, dict):
+            refill(current, saved)
+        elif len(current) != len(saved) or any(one is not other for one, other in zip(current, saved, strict=True)):
+            current.clear()
+            (current.update if isinstance(current, set) else current.extend)(saved)
+
+    return undo
+
+
+def refill(current: dict[str, Any], saved: Mapping[str, Any]) -> None:
+    """Make `current` hold what `saved` does, in the same order; untouched where nothing changed."""
+    if list(current) == list(saved) and all(current[name] is value for name, value in saved.items()):
+        return
+    current.clear()
+    current.update(saved)

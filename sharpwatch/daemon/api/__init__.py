@@ -1,0 +1,1 @@
+"""gRPC and HTTP services, and who may call them."""

@@ -1,0 +1,185 @@
+"""What the daemon keeps, as protobuf."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from sharpwatch.curvature.statistics.estimate import Estimate
+from sharpwatch.daemon.records import Alert, Checkpoint, Decision, Revision, RollbackPlan
+from sharpwatch.daemon.runs.runs import Phase, RunSnapshot
+from sharpwatch.v1 import operator_pb2, types_pb2
+
+_PHASES: dict[Phase, operator_pb2.RunPhase.ValueType] = {
+    "running": operator_pb2.RUN_PHASE_RUNNING,
+    "silent": operator_pb2.RUN_PHASE_SILENT,
+    "closed": operator_pb2.RUN_PHASE_CLOSED,
+}
+
+
+def _nanoseconds(seconds: float) -> int:
+    return round(seconds * 1e9)
+
+
+def checkpoint_message(checkpoint: Checkpoint) -> types_pb2.Checkpoint:
+    """A checkpoint on the wire."""
+    return types_pb2.Checkpoint(step=checkpoint.step, uri=checkpoint.uri)
+
+
+def _rollback_message(plan: RollbackPlan) -> types_pb2.Rollback:
+    return types_pb2.Rollback(
+        checkpoint=checkpoint_message(plan.checkpoint),
+        skip_from_step=plan.skip_from_step,
+        skip_to_step=plan.skip_to_step,
+    )
+
+
+def command_message(decision: Decision) -> types_pb2.Command:
+    """The command that carries `decision` to the trainer."""
+    command = types_pb2.Command(
+        id=decision.id,
+        apply_at_step=decision.apply_at_step,
+        expires_at_step=decision.expires_at_step,
+        author=decision.author or f"policy {decision.policy}",
+        reason=decision.reason or decision.detail,
+    )
+    if decision.rollback is not None:
+        command.rollback.CopyFrom(_rollback_message(decision.rollback))
+    else:
+        command.set_multipliers.CopyFrom(
+            types_pb2.MultiplierSet(
+                multipliers=decision.multipliers,
+                revision=decision.revision,
+                ramp_steps=decision.ramp_steps,
+                ttl_steps=decision.ttl_steps,
+            )
+        )
+    return command
+
+
+def alert_message(alert: Alert) -> operator_pb2.Alert:
+    """An alert on the wire."""
+    return operator_pb2.Alert(
+        id=alert.id,
+        run=alert.run,
+        name=alert.name,
+        blocks=alert.blocks,
+        severity=alert.severity,
+        evidence=alert.evidence,
+        first_step=alert.first_step,
+        last_step=alert.last_step,
+        active=alert.active,
+    )
+
+
+def decision_message(decision: Decision) -> operator_pb2.Decision:
+    """A decision on the wire."""
+    return operator_pb2.Decision(
+        id=decision.id,
+        run=decision.run,
+        made_at_unix_ns=_nanoseconds(decision.made_at),
+        step=decision.step,
+        policy=decision.policy,
+        alert_id=decision.alert_id,
+        alert_name=decision.alert_name,
+        action=decision.action,
+        mode=decision.mode,
+        guard=decision.guard,
+        outcome=decision.outcome,
+        detail=decision.detail,
+        multipliers=decision.multipliers,
+        rollback=_rollback_message(decision.rollback) if decision.rollback is not None else None,
+        applied_step=decision.applied_step,
+        revision=decision.revision,
+        author=decision.author,
+        reason=decision.reason,
+    )
+
+
+def revision_message(revision: Revision) -> operator_pb2.Revision:
+    """An LR revision on the wire."""
+    return operator_pb2.Revision(
+        revision=revision.revision,
+        multipliers=revision.multipliers,
+        author=revision.author,
+        reason=revision.reason,
+        made_at_unix_ns=_nanoseconds(revision.made_at),
+        decision_id=revision.decision_id,
+        applied_step=revision.applied_step,
+        undoes=revision.undoes,
+    )
+
+
+def _estimate_message(quantity: str, block: str, estimate: Estimate) -> types_pb2.Estimate:
+    return types_pb2.Estimate(
+        quantity=quantity,
+        block=block,
+        value=estimate.value,
+        stderr=estimate.stderr,
+        draws=estimate.draws,
+        estimator=estimate.estimator,
+        step=estimate.step,
+        residual=estimate.residual if math.isfinite(estimate.residual) else None,
+        method=estimate.method,
+    )
+
+
+def run_message(view: RunSnapshot) -> operator_pb2.Run:
+    """A run in one line."""
+    return operator_pb2.Run(
+        run=view.manifest.run,
+        training_job=view.manifest.training_job,
+        phase=_PHASES[view.phase],
+        attempts=view.attempts,
+        step=view.manifest.initial_step if view.step is None else view.step,
+        loss=view.loss,
+        last_sample_at_unix_ns=_nanoseconds(view.last_sample_at or 0.0),
+        mode=view.mode,
+        control=view.manifest.control,
+        lr_revision=view.lr_revision,
+        active_alerts=sum(alert.active for alert in view.alerts),
+    )
+
+
+_TAP = ("gradient_norm", "weight_norm", "update_rms", "learning_rate", "lr_multiplier")
+
+
+def _block_messages(view: RunSnapshot) -> list[operator_pb2.Block]:
+    measured = {} if view.tap is None else {field: getattr(view.tap, field) for field in _TAP}
+    measured |= {"update_ratio": view.update_ratio, "gradient_noise": view.gradient_noise}
+    blocks = []
+    for index, name in enumerate(view.manifest.blocks):
+        block = operator_pb2.Block(block=name, parameters=int(view.manifest.block_parameters[index]))
+        for field, values in measured.items():
+            if values is not None and not math.isnan(values[index]):
+                setattr(block, field, float(values[index]))
+        block.estimates.extend(
+            _estimate_message(quantity, of, estimate)
+            for (quantity, of, _), estimate in view.estimates.items()
+            if of == name
+        )
+        blocks.append(block)
+    return blocks
+
+
+def detail_message(view: RunSnapshot, checkpoints: Iterable[Checkpoint]) -> operator_pb2.RunDetail:
+    """All that is shown of a run."""
+    health = view.health
+    return operator_pb2.RunDetail(
+        run=run_message(view),
+        blocks=_block_messages(view),
+        estimates=[
+            _estimate_message(quantity, of, estimate)
+            for (quantity, of, _), estimate in view.estimates.items()
+            if not of
+        ],
+        alerts=map(alert_message, view.alerts),
+        checkpoints=map(checkpoint_message, checkpoints),
+        overhead_ratio=health.overhead_ratio if health is not None else None,
+        step_seconds=health.step_seconds if health is not None else None,
+        dropped=health.dropped if health is not None else None,
+        probe_failures=health.probe_failures if health is not None else None,
+        block_order_correlation=view.order_correlation,
+        optimizer=view.manifest.optimizer,
+        host=view.manifest.host,
+    )

@@ -1,0 +1,162 @@
+"""What keeps a policy from doing harm: each guard gives its verdict, `ok` or its own name and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from sharpwatch.daemon.config.config import PolicyConfig
+from sharpwatch.daemon.records import Decision, RollbackPlan
+
+OK = "ok"
+REFUSED_THERE = "trainer"  # the guard's name where the trainer's own side refused
+Control = Literal["none", "lr", "rollback"]
+_RATES = ("scale_lr", "set_lr", "rollback")  # what a further cut waits after: each may be the cure already
+_COUNTED = ("scale_lr", "rollback")  # a cut put back after a ramp that failed must never find its quota used up
+_HOUR = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Permissions:
+    """What the run allows."""
+
+    control: Control
+    lr_bounds: tuple[float, float]
+    can_roll_back: bool
+
+    def multipliers(self) -> str:
+        """Whether multipliers may be set."""
+        return OK if self.control != "none" else 'control: the run was attached with control="none"'
+
+    def rollback(self) -> str:
+        """Whether a rollback may be asked for."""
+        if self.control == "none":
+            return self.multipliers()
+        if self.can_roll_back or self.control == "rollback":
+            return OK
+        return 'control: the run takes no rollback: neither on_rollback nor control="rollback" was given to attach'
+
+
+@dataclass(frozen=True, slots=True)
+class GuardContext:
+    """Where the run stands: its step, unix seconds, and what was decided before."""
+
+    step: int
+    now: float
+    decisions: Sequence[Decision]
+
+
+def bounds(policy: PolicyConfig, allowed: Permissions) -> tuple[float, float]:
+    """The tighter of the policy's and the run's bounds on a multiplier."""
+    low, high = allowed.lr_bounds
+    return max(low, policy.guard.min_multiplier), min(high, policy.guard.max_multiplier)
+
+
+def judge_scale(
+    policy: PolicyConfig,
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    allowed: Permissions,
+    moment: GuardContext,
+) -> str:
+    """The verdict on setting the multipliers from `before` to `after`."""
+    return _first_refusal(
+        allowed.multipliers(),
+        _cooldown(policy, moment),
+        _effect(policy, before, after, allowed),
+        _time_out(policy, before),
+        _hourly(policy, moment),
+    )
+
+
+def judge_rollback(policy: PolicyConfig, plan: RollbackPlan | None, allowed: Permissions, moment: GuardContext) -> str:
+    """The verdict on asking for `plan`."""
+    return _first_refusal(
+        allowed.rollback(),
+        OK if plan is not None else "checkpoint: none was saved before the onset",
+        _rollback_window(policy, moment),
+        _hourly(policy, moment),
+    )
+
+
+def guard_name(verdict: str) -> str:
+    """The guard that spoke."""
+    return verdict.partition(":")[0]
+
+
+def _first_refusal(*verdicts: str) -> str:
+    return next((verdict for verdict in verdicts if verdict != OK), OK)
+
+
+def _effect(policy: PolicyConfig, before: Mapping[str, float], after: Mapping[str, float], allowed: Permissions) -> str:
+    if after != before:
+        return OK
+    low, high = bounds(policy, allowed)
+    if policy.action.factor < 1:
+        return f"min_multiplier: every block is at or below {low:g} already"
+    return f"max_multiplier: every block is at or above {high:g} already"
+
+
+def _time_out(policy: PolicyConfig, before: Mapping[str, float]) -> str:
+    """A raise comes with a TTL, which ends all raises in force; an operator's stay."""
+    if policy.action.factor > 1 and any(value > 1 for value in before.values()):
+        return "ttl_steps: its time-out would end the raises in force too"
+    return OK
+
+
+def _acted(decisions: Iterable[Decision], actions: tuple[str, ...]) -> list[Decision]:
+    return [made for made in decisions if made.policy and made.action in actions and not _never_left(made)]
+
+
+def _never_left(made: Decision) -> bool:
+    """One that the trainer refused did leave: asking again at every step would be a storm."""
+    return made.outcome == "observed" or (made.outcome == "refused" and not made.guard.startswith(REFUSED_THERE))
+
+
+def _since(made: Decision) -> int:
+    return made.step if made.applied_step is None else made.applied_step
+
+
+def _this_timeline(moment: GuardContext) -> Sequence[Decision]:
+    """What was decided on the timeline the run is on.
+
+    From the newest applied rollback on, and of that nothing at a step still ahead: there the run began again from a
+    checkpoint, and its cooldown would last until it had come as far once more.
+    """
+    decisions = [made for made in moment.decisions if made.step <= moment.step or _went_back(made)]
+    for index in range(len(decisions) - 1, -1, -1):
+        if _went_back(decisions[index]):
+            return decisions[index:]
+    return decisions
+
+
+def _went_back(made: Decision) -> bool:
+    return made.action == "rollback" and made.applied_step is not None
+
+
+def _cooldown(policy: PolicyConfig, moment: GuardContext) -> str:
+    """Any policy's action counts: two policies that see the same trouble must not cut twice."""
+    for made in reversed(_acted(_this_timeline(moment), _RATES)):
+        if moment.step - _since(made) < policy.guard.cooldown_steps:
+            return f"cooldown_steps: {policy.guard.cooldown_steps} have to pass after {made.id} (step {_since(made)})"
+    return OK
+
+
+def _hourly(policy: PolicyConfig, moment: GuardContext) -> str:
+    recent = [
+        made
+        for made in _acted(moment.decisions, _COUNTED)
+        if made.policy == policy.name and moment.now - made.made_at < _HOUR
+    ]
+    if len(recent) < policy.guard.max_actions_per_hour:
+        return OK
+    return f"max_actions_per_hour: {policy.guard.max_actions_per_hour} in the last hour"
+
+
+def _rollback_window(policy: PolicyConfig, moment: GuardContext) -> str:
+    window = policy.guard.rollback_window_steps
+    for made in reversed(_acted(_this_timeline(moment), ("rollback",))):
+        if moment.step - _since(made) < window:
+            return f"rollback_window_steps: one rollback in {window} steps, and {made.id} was at step {_since(made)}"
+    return OK

@@ -1,0 +1,198 @@
+"""What an operator asks of a run, checked and made into decisions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from sharpwatch.daemon.decisions.decision_log import UNDER_WAY, DecisionLog
+from sharpwatch.daemon.decisions.guards import OK, Permissions
+from sharpwatch.daemon.decisions.policy import newest
+from sharpwatch.daemon.records import Action, Checkpoint, Decision, RollbackPlan
+from sharpwatch.errors import OperatorError
+
+EXPIRES_AFTER_STEPS = 1000  # an operator's command that a trainer could not take for so long is not wanted any more
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Who asks and why, at which step of the run (None: not known yet) and when, in unix seconds."""
+
+    author: str
+    reason: str
+    step: int | None
+    now: float
+
+
+class OperatorRequests:
+    """Writes an operator's decisions into the ledger; raises `OperatorError` on what can't be."""
+
+    def __init__(self, ledger: DecisionLog, allowed: Permissions, new_id: Callable[[], str]) -> None:
+        self._ledger = ledger
+        self._allowed = allowed
+        self._new_id = new_id
+
+    def set(self, wanted: Mapping[str, float], ramp_steps: int, apply_at_step: int, asked: Asked) -> Decision:
+        """Put `wanted` in force; blocks that are not named keep what they have."""
+        _permitted(self._allowed.multipliers())
+        self._check_set(wanted)
+        if ramp_steps < 0:
+            raise OperatorError(f"ramp_steps {ramp_steps}: allowed is 0 or more")
+        step = asked.step or 0
+        if apply_at_step and not step < apply_at_step <= step + EXPIRES_AFTER_STEPS:
+            allowed = f"0 for the next step, or {step + 1} to {step + EXPIRES_AFTER_STEPS}"
+            raise OperatorError(f"apply_at_step {apply_at_step}: the run stands at step {step}; allowed: {allowed}")
+        made = self._order("set_lr", asked, apply_at_step)
+        multipliers = {**self._ledger.multipliers, **wanted}
+        return self._revise(replace(made, multipliers=multipliers, ramp_steps=ramp_steps))
+
+    def undo(self, number: int, asked: Asked) -> Decision:
+        """Put the set before revision `number` in force again; 0 is the newest that changed something."""
+        _permitted(self._allowed.multipliers())
+        ledger = self._ledger
+        done = {revision.revision: revision for revision in ledger.effective()}
+        if not number:
+            changing = (n for n, one in done.items() if ledger.complete(one.multipliers) != ledger.set_before(n))
+            number = max(changing, default=0)
+        if number not in done:
+            known = ", ".join(map(str, done)) or "none yet"
+            raise OperatorError(f"no revision {number or ''} of run {ledger.run} took effect; known: {known}")
+        target = ledger.set_before(number)
+        if target == ledger.multipliers:
+            raise OperatorError(f"the set before revision {number} is in force already")
+        made = self._order("set_lr", replace(asked, reason=asked.reason or f"undo of revision {number}"))
+        return self._revise(replace(made, multipliers=self._within(target)), undoes=number)
+
+    def reissue(self, step: int, now: float) -> Decision | None:
+        """Put the set in force again: a new attempt of the run begins with every multiplier at 1."""
+        in_force = self._ledger.multipliers
+        if self._allowed.multipliers() != OK or all(value == 1.0 for value in in_force.values()):
+            return None
+        reason = "a new attempt begins at 1: what was in force is put back"
+        made = self._order("set_lr", Asked("sharpwatch", reason, step, now))
+        multipliers = self._within(in_force)
+        return self._revise(replace(made, multipliers=multipliers, ttl_steps=time_out_kept(self._ledger, multipliers)))
+
+    def rollback(
+        self, checkpoints: Iterable[Checkpoint], to_step: int | None, skip: tuple[int, int], asked: Asked
+    ) -> Decision:
+        """Go back to the newest checkpoint at or before `to_step`, round the batches of steps [skip[0], skip[1])."""
+        _permitted(self._allowed.rollback())
+        if skip[0] < 0 or skip[1] < skip[0]:
+            raise OperatorError(f"skip {skip[0]} to {skip[1]}: the range ends before it begins")
+        limits = [at for at in (to_step, asked.step) if at is not None]
+        saved = tuple(checkpoints)
+        target = newest(saved, min(limits) if limits else None)
+        if target is None:
+            have = ", ".join(str(one.step) for one in saved[-8:]) or "none"
+            raise OperatorError(f"no checkpoint to go back to at or before step {to_step}; saved: {have}")
+        plan = RollbackPlan(target, *skip)
+        self._check_rollback(plan, asked.step)
+        made = self._ledger.add(replace(self._order("rollback", asked), rollback=plan))
+        self._ledger.send(made)
+        return made
+
+    def approve(self, identity: str, asked: Asked) -> Decision:
+        """Have a proposal sent."""
+        made = self._proposal(identity, "approved")
+        is_rollback = made.action == "rollback"
+        _permitted(self._allowed.rollback() if is_rollback else self._allowed.multipliers())
+        if made.rollback is not None:
+            self._check_rollback(made.rollback, asked.step)
+        life = made.expires_at_step  # of a proposal: how many steps its command may live
+        approved = self._ledger.update(
+            made,
+            outcome="approved",
+            author=asked.author,
+            reason=asked.reason,
+            expires_at_step=asked.step + life if asked.step is not None else 0,
+        )
+        if is_rollback:
+            self._ledger.send(approved)
+            return approved
+        return self._revise(approved, undoes=self._taken_back(approved), at=asked.now)
+
+    def reject(self, identity: str, asked: Asked) -> Decision:
+        """Put a proposal away."""
+        made = self._proposal(identity, "rejected")
+        return self._ledger.update(made, outcome="rejected", author=asked.author, reason=asked.reason)
+
+    def _check_rollback(self, plan: RollbackPlan, step: int | None) -> None:
+        """A proposal may have been made before the run went back by another."""
+        if any(made.action == "rollback" and made.outcome in UNDER_WAY for made in self._ledger.unsettled()):
+            raise OperatorError("another rollback is under way")
+        if step is not None and plan.checkpoint.step > step:
+            raise OperatorError(f"the checkpoint of step {plan.checkpoint.step} lies ahead: the run stands at {step}")
+
+    def _taken_back(self, made: Decision) -> int:
+        """A policy's `set_lr` takes back the ramp back that is the newest revision; others undo nothing."""
+        return self._ledger.effective()[-1].revision if made.action == "set_lr" else 0
+
+    def _proposal(self, identity: str, verb: str) -> Decision:
+        made = self._ledger.find(identity)
+        if made.outcome != "proposed":
+            raise OperatorError(f"decision {identity} is {made.outcome}: only a proposal can be {verb}")
+        return made
+
+    def _check_set(self, wanted: Mapping[str, float]) -> None:
+        low, high = self._allowed.lr_bounds
+        blocks = self._ledger.blocks
+        if not wanted:
+            raise OperatorError(f"no block is named; allowed: {', '.join(blocks)}")
+        for block, value in wanted.items():
+            if block not in blocks:
+                raise OperatorError(f"run {self._ledger.run} has no block {block!r}; allowed: {', '.join(blocks)}")
+            if not math.isfinite(value) or not low <= value <= high:
+                raise OperatorError(f"{block}={value:g} is outside the run's lr_bounds; allowed: {low:g} to {high:g}")
+
+    def _order(self, action: Action, asked: Asked, apply_at_step: int = 0) -> Decision:
+        if not asked.author.strip():
+            raise OperatorError("a change needs an author")
+        expires = max(apply_at_step, asked.step) + EXPIRES_AFTER_STEPS if asked.step is not None else 0
+        return Decision(
+            id=self._new_id(),
+            run=self._ledger.run,
+            made_at=asked.now,
+            step=asked.step or 0,
+            action=action,
+            mode="operator",
+            outcome="sent",
+            apply_at_step=apply_at_step,
+            expires_at_step=expires,
+            author=asked.author,
+            reason=asked.reason,
+        )
+
+    def _revise(self, made: Decision, *, undoes: int = 0, at: float | None = None) -> Decision:
+        return issue(self._ledger, made, author=made.author, now=made.made_at if at is None else at, undoes=undoes)
+
+    def _within(self, multipliers: Mapping[str, float]) -> dict[str, float]:
+        """An earlier attempt may have had wider bounds."""
+        low, high = self._allowed.lr_bounds
+        return {block: min(max(value, low), high) for block, value in multipliers.items()}
+
+
+def issue(ledger: DecisionLog, made: Decision, *, author: str, now: float, undoes: int = 0) -> Decision:
+    """Number the set of `made` and have it sent; proposals that started from the set before it are void."""
+    for other in tuple(ledger.unsettled()):
+        if other.outcome == "proposed" and other.action != "rollback" and other.id != made.id:
+            ledger.update(other, outcome="expired", detail=f"{other.detail}; another set came in force first")
+    ledger.add(made)
+    made = ledger.revise(made, author=author, reason=made.reason or made.detail, now=now, undoes=undoes)
+    ledger.send(made)
+    return made
+
+
+def time_out_kept(ledger: DecisionLog, multipliers: Mapping[str, float]) -> int:
+    """The TTL of the set in force where `multipliers` keep a raise of it: a raise that ends must not become lasting."""
+    effective = ledger.effective()
+    if not effective:
+        return 0
+    kept = any(value > 1 and multipliers.get(block) == value for block, value in effective[-1].multipliers.items())
+    return ledger.find(effective[-1].decision_id).ttl_steps if kept else 0
+
+
+def _permitted(verdict: str) -> None:
+    if verdict != OK:
+        raise OperatorError(verdict)

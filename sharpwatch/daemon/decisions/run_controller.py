@@ -1,0 +1,216 @@
+"""One run's state machine: observations, results and operators' wishes in, changed records and commands out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from uuid import uuid4
+
+from sharpwatch.daemon.config.config import PolicyConfig
+from sharpwatch.daemon.decisions.decision_log import UNDER_WAY, Changes, DecisionLog
+from sharpwatch.daemon.decisions.engine import PolicyEngine
+from sharpwatch.daemon.decisions.guards import Control, Permissions
+from sharpwatch.daemon.decisions.lifecycle import DecisionLifecycle
+from sharpwatch.daemon.decisions.operator_requests import Asked, OperatorRequests
+from sharpwatch.daemon.decisions.policy import MODES, EscalationChain, strongest
+from sharpwatch.daemon.detection.alerts import AlertBook
+from sharpwatch.daemon.detection.baselines import History, Scores
+from sharpwatch.daemon.detection.detectors import DETECTORS
+from sharpwatch.daemon.records import Alert, Checkpoint, CommandResult, Decision, Finding, Mode, Observation, Revision
+from sharpwatch.errors import OperatorError
+
+__all__ = ["Changes", "RunController"]
+
+
+def _random_id() -> str:
+    return uuid4().hex[:12]
+
+
+class RunController:
+    """Finds trouble in one run and decides what to do about it; pure but for the ids it makes.
+
+    `mode` is the run's own and goes over every policy's; None leaves each policy its own. `control`, `lr_bounds` and
+    `can_roll_back` are what the trainer was attached with.
+    """
+
+    def __init__(  # noqa: PLR0913  what a run and its trainer are
+        self,
+        run: str,
+        *,
+        blocks: Iterable[str],
+        policies: Iterable[PolicyConfig],
+        mode: Mode | None = None,
+        control: Control = "none",
+        lr_bounds: tuple[float, float] = (0.1, 10.0),
+        can_roll_back: bool = False,
+        new_id: Callable[[], str] = _random_id,
+    ) -> None:
+        allowed = Permissions(control, lr_bounds, can_roll_back)
+        self._ladder = EscalationChain(tuple(policies))
+        self._ledger = DecisionLog(run, blocks)
+        self._book = AlertBook(run, {detector.name: detector.quiet for detector in DETECTORS}, new_id)
+        self._history = History()
+        self._orders = OperatorRequests(self._ledger, allowed, new_id)
+        self._outcomes = DecisionLifecycle(self._ledger, self._book, self._ladder)
+        self._actor = PolicyEngine(self._ledger, self._book, self._ladder, allowed, new_id)
+        self._checkpoints: dict[Checkpoint, None] = {}
+        self._mode = mode
+        self._step: int | None = None
+        self._new_attempt = False
+
+    @property
+    def alerts(self) -> tuple[Alert, ...]:
+        """Every alert of the run, oldest first."""
+        return self._book.all
+
+    @property
+    def decisions(self) -> tuple[Decision, ...]:
+        """Every decision, oldest first."""
+        return self._ledger.decisions
+
+    @property
+    def revisions(self) -> tuple[Revision, ...]:
+        """Every LR revision, from 1 on."""
+        return self._ledger.revisions
+
+    @property
+    def checkpoints(self) -> tuple[Checkpoint, ...]:
+        """The places to roll back to, in the order they were saved."""
+        return tuple(self._checkpoints)
+
+    @property
+    def mode(self) -> Mode:
+        """The run's own mode, or else the one of its policies that reaches furthest."""
+        return self._mode or strongest(self._ladder.policies)
+
+    @property
+    def own_mode(self) -> Mode | None:
+        """The mode that was set for this run, if any."""
+        return self._mode
+
+    @property
+    def multipliers(self) -> Mapping[str, float]:
+        """The target set in force, or on its way there, by block."""
+        return self._ledger.multipliers
+
+    def observe(self, obs: Observation, now: float) -> Changes:
+        """Take in the next step; `now` is in unix seconds."""
+        scores, findings = self._see(obs)
+        judged = [detector.name for detector in DETECTORS if detector.judged(scores)]
+        self._ledger.note_alerts(self._book.see(findings, judged))
+        self._outcomes.settle(obs, {finding.name for finding in findings}, now)
+        if self._new_attempt and obs.multipliers:
+            self._new_attempt = False
+            if all(math.isclose(value, 1.0) for value in obs.multipliers.values()):
+                self._orders.reissue(obs.step, now)
+        self._actor.act(findings, tuple(self._checkpoints), self._mode, obs.step, now)
+        return self._ledger.take()
+
+    def replay(self, obs: Observation) -> None:
+        """Take in a journalled step: baselines and open alerts move on, nothing is decided and no alert opens."""
+        scores, findings = self._see(obs)
+        self._book.replay(findings, [detector.name for detector in DETECTORS if detector.judged(scores)])
+
+    def command_result(self, result: CommandResult, now: float) -> Changes:  # noqa: ARG002  the clock comes with all
+        """Take in what the trainer made of a command; telling it twice changes nothing."""
+        made = self._ledger.find(result.command_id)
+        if result.outcome == "applied" and made.revision:
+            self._ledger.applied(made.revision, result.step)
+        if made.outcome in UNDER_WAY:
+            self._outcomes.result(made, result)
+        return self._ledger.take()
+
+    def checkpoint(self, cp: Checkpoint) -> None:
+        """Note a place to roll back to."""
+        self._checkpoints.pop(cp, None)
+        self._checkpoints[cp] = None
+
+    def rewind(self, step: int) -> None:
+        """The run was restored to `step` or the one before: checkpoints after it are of a timeline that was left.
+
+        A rollback into that timeline would bring back the very trouble the last one left behind.
+        """
+        self._checkpoints = {cp: None for cp in self._checkpoints if cp.step <= step}
+
+    def set_learning_rates(  # noqa: PLR0913, PLR0917  the fields of the operator's request
+        self,
+        multipliers: Mapping[str, float],
+        ramp_steps: int,
+        apply_at_step: int,
+        author: str,
+        reason: str,
+        now: float,
+    ) -> Changes:
+        """Put an operator's multipliers in force; raises `OperatorError` on what can't be."""
+        self._orders.set(multipliers, ramp_steps, apply_at_step, Asked(author, reason, self._step, now))
+        return self._ledger.take()
+
+    def undo(self, revision: int, author: str, reason: str, now: float) -> Changes:
+        """Put the set before `revision` (0: the newest) in force again; raises `OperatorError`."""
+        self._orders.undo(revision, Asked(author, reason, self._step, now))
+        return self._ledger.take()
+
+    def request_rollback(  # noqa: PLR0913, PLR0917  the fields of the operator's request
+        self, to_step: int | None, skip_from: int, skip_to: int, author: str, reason: str, now: float
+    ) -> Changes:
+        """Ask for a rollback to the newest checkpoint at or before `to_step` (None: of all); raises `OperatorError`."""
+        asked = Asked(author, reason, self._step, now)
+        self._orders.rollback(self._checkpoints, to_step, (skip_from, skip_to), asked)
+        return self._ledger.take()
+
+    def approve(self, decision_id: str, author: str, reason: str, now: float) -> Changes:
+        """Send a proposal; raises `OperatorError` where it is none, or none any more."""
+        self._outcomes.expire(now)
+        self._orders.approve(decision_id, Asked(author, reason, self._step, now))
+        return self._ledger.take()
+
+    def reject(self, decision_id: str, author: str, reason: str, now: float) -> Changes:
+        """Put a proposal away; raises `OperatorError` where it is none, or none any more."""
+        self._orders.reject(decision_id, Asked(author, reason, self._step, now))
+        return self._ledger.take()
+
+    def set_mode(
+        self,
+        mode: Mode,
+        author: str = "",  # noqa: ARG002  who, why and when are the journal's
+        reason: str = "",  # noqa: ARG002  as author
+        now: float = 0.0,  # noqa: ARG002  as author
+    ) -> Changes:
+        """Set the run's own mode, which goes over every policy's."""
+        if mode not in MODES:
+            raise OperatorError(f"mode {mode!r} is not allowed; allowed: {', '.join(MODES)}")
+        self._mode = mode
+        return self._ledger.take()
+
+    def restore(
+        self,
+        alerts: Iterable[Alert],
+        decisions: Iterable[Decision],
+        revisions: Iterable[Revision],
+        checkpoints: Iterable[Checkpoint],
+        mode: Mode | None,
+    ) -> None:
+        """Take up journalled records; `replay` of the newest samples gives the rest."""
+        self._book.restore(alerts)
+        self._ledger.restore(decisions, tuple(revisions))
+        self._checkpoints = dict.fromkeys(checkpoints)
+        self._mode = mode or self._mode
+        self._new_attempt = False
+
+    def begin_anew(self) -> None:
+        """Have it known that the trainer begins with every multiplier at 1."""
+        self._new_attempt = True
+
+    def take_over(self, earlier: RunController) -> None:
+        """Carry on for a new attempt of the run, whose trainer begins with every multiplier at 1."""
+        self.restore(earlier.alerts, earlier.decisions, earlier.revisions, earlier.checkpoints, earlier.own_mode)
+        if earlier._ledger.blocks == self._ledger.blocks:
+            self._history = earlier._history
+        self._step = earlier._step
+        self.begin_anew()
+
+    def _see(self, obs: Observation) -> tuple[Scores, list[Finding]]:
+        self._step = obs.step
+        scores = self._history.see(obs)
+        judged = (detector.judge(self._history, scores) for detector in DETECTORS)
+        return scores, [finding for finding in judged if finding is not None]

@@ -1,0 +1,1 @@
+"""Baselines, detectors and alerts."""

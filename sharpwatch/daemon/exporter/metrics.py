@@ -1,0 +1,328 @@
+"""`/metrics`: a collector over the views of all runs, and the daemon's own counters."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from sharpwatch._version import __version__
+from sharpwatch.curvature.statistics.estimate import Estimate
+from sharpwatch.daemon.detection.detectors import DETECTORS
+from sharpwatch.daemon.runs.runs import RunSnapshot
+
+MAX_LAYER_SERIES = 512  # layer blocks exported of one run
+_RUN = ("training_job", "run")
+_ALERTS = sorted(detector.name for detector in DETECTORS)
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+
+class OwnMetrics:
+    """What the daemon counts and times of itself."""
+
+    def __init__(self, registry: CollectorRegistry, *, queue_depth: Callable[[], int], queue_capacity: int) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        self.received = Counter(
+            "sharpwatch_samples_received", "Samples that came in, refused ones included.", registry=registry
+        )
+        self.refused = Counter(
+            "sharpwatch_samples_refused", "Messages refused, by reason code.", ["code"], registry=registry
+        )
+        self.dropped_probes = Counter(
+            "sharpwatch_probes_dropped",
+            "Probes left out of their sample because a number in them was not finite.",
+            ["probe"],
+            registry=registry,
+        )
+        self.ingest_to_metric = Histogram(
+            "sharpwatch_ingest_to_metric_seconds",
+            "From a sample's arrival until metrics show it.",
+            registry=registry,
+            buckets=_SECONDS,
+        )
+        self.estimate = Histogram(
+            "sharpwatch_estimate_seconds",
+            "Time of one batched curvature estimate over all runs with new probes.",
+            registry=registry,
+            buckets=_SECONDS,
+        )
+        self.store = Histogram(
+            "sharpwatch_store_seconds", "Time of one journal transaction.", registry=registry, buckets=_SECONDS
+        )
+        self.store_errors = Counter("sharpwatch_store_errors", "Journal transactions that failed.", registry=registry)
+        self.store_writable = Gauge(
+            "sharpwatch_store_writable", "1 while the journal takes writes, 0 while it fails.", registry=registry
+        )
+        self.store_writable.set(1)
+        self.sessions = Gauge("sharpwatch_sessions", "Agent sessions connected now.", registry=registry)
+        self.internal_errors = Counter(
+            "sharpwatch_internal_errors",
+            "Samples and estimates that the daemon itself failed on; its log has each.",
+            ["where"],
+            registry=registry,
+        )
+        depth = Gauge("sharpwatch_queue_depth", "Samples waiting for the journal.", registry=registry)
+        depth.set_function(queue_depth)
+        room = Gauge("sharpwatch_queue_capacity", "Samples the queue holds before it drops.", registry=registry)
+        room.set(queue_capacity)
+        build = Gauge(
+            "sharpwatch_build_info",
+            "Versions the daemon runs on; always 1.",
+            ["version", "python", "torch"],
+            registry=registry,
+        )
+        build.labels(__version__, platform.python_version(), torch.__version__).set(1)
+
+
+class RunCollector(Collector):
+    """Exports each run that is live or was seen less than `stale_after` seconds ago.
+
+    `views` may be called on any thread; `now` is unix seconds.
+    """
+
+    def __init__(
+        self,
+        views: Callable[[], Iterable[RunSnapshot]],
+        now: Callable[[], float],
+        *,
+        stale_after: float,
+        layers: bool = True,
+    ) -> None:
+        self._views = views
+        self._now = now
+        self._stale_after = stale_after
+        self._layers = layers
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: the names depend on no run, and the registry need not collect to know them."""
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        """One family after another, each over all runs."""
+        oldest = self._now() - self._stale_after
+        views = [view for view in self._views() if view.phase == "running" or view.last_seen_at >= oldest]
+        views.sort(key=lambda view: (view.manifest.training_job, view.manifest.run))
+        yield from _run_families(views)
+        yield from _tap_families(views)
+        yield from _estimate_families(views)
+        yield from _action_families(views)
+        yield from _agent_families(views)
+        if self._layers:
+            yield from _layer_families(views)
+
+
+def _labels(view: RunSnapshot, *labels: str) -> list[str]:
+    return [view.manifest.training_job, view.manifest.run, *labels]
+
+
+def _gauge(name: str, documentation: str, *labels: str) -> GaugeMetricFamily:
+    return GaugeMetricFamily(f"sharpwatch_{name}", documentation, labels=(*_RUN, *labels))
+
+
+def _counter(name: str, documentation: str, *labels: str) -> CounterMetricFamily:
+    return CounterMetricFamily(f"sharpwatch_{name}", documentation, labels=(*_RUN, *labels))
+
+
+def _run_families(views: list[RunSnapshot]) -> Iterator[Metric]:
+    info = InfoMetricFamily(
+        "sharpwatch_run",
+        "What the run said of itself; always 1.",
+        labels=(*_RUN, "optimizer", "host", "agent_version", "control", "mode", "phase"),
+    )
+    step = _gauge("run_step", "The newest optimizer step seen.")
+    loss = _gauge("run_loss", "The newest training loss, as the run reports it.")
+    stamp = _gauge("run_last_sample_timestamp_seconds", "When the newest sample came in, unix seconds.")
+    parameters = _gauge("block_parameters", "Parameters of the block type over all layers.", "block")
+    for view in views:
+        manifest = view.manifest
+        extra = (manifest.optimizer, manifest.host, manifest.agent_version, manifest.control, view.mode, view.phase)
+        info.add_metric(_labels(view, *extra), {})
+        if view.step is not None:
+            step.add_metric(_labels(view), view.step)
+        if view.loss is not None:
+            loss.add_metric(_labels(view), view.loss)
+        if view.last_sample_at is not None:
+            stamp.add_metric(_labels(view), view.last_sample_at)
+        for block, numel in zip(manifest.blocks, manifest.block_parameters, strict=True):
+            parameters.add_metric(_labels(view, block), int(numel))
+    yield from (info, step, loss, stamp, parameters)
+
+
+_TAP = (
+    ("gradient_norm", "Euclidean norm of the block's gradient as it is stepped on, after clipping."),
+    ("weight_norm", "Euclidean norm of the block's weights."),
+    ("update_rms", "RMS of gradient over the root of Adam's second moment, RMS_t; 1 is normal, spikes precede loss."),
+    ("learning_rate", "Learning rate in force for the block, multiplier included; parameter-weighted mean."),
+    ("lr_multiplier", "Multiplier in force on the block's learning rate; parameter-weighted mean."),
+)
+
+
+def _tap_families(views: list[RunSnapshot]) -> Iterator[Metric]:
+    for name, documentation in _TAP:
+        family = _gauge(f"block_{name}", documentation, "block")
+        for view in views:
+            if view.tap is None:
+                continue
+            _add_present(family, view, getattr(view.tap, name))
+        yield family
+    ratio = _gauge("block_update_ratio", "Norm of the block's update over the norm of its weights.", "block")
+    for view in views:
+        if view.update_ratio is not None:
+            _add_present(ratio, view, view.update_ratio)
+    yield ratio
+    noise = _gauge("block_gradient_noise", "Trace of the covariance of the block's step gradient.", "block")
+    for view in views:
+        if view.gradient_noise is not None:
+            _add_present(noise, view, view.gradient_noise)
+    yield noise
+
+
+def _add_present(family: GaugeMetricFamily, view: RunSnapshot, values: Iterable[float]) -> None:
+    """A NaN means that nothing was measured; an infinity is shown."""
+    for block, value in zip(view.manifest.blocks, values, strict=True):
+        if not math.isnan(value):
+            family.add_metric(_labels(view, block), float(value))
+
+
+@dataclass(frozen=True, slots=True)
+class _Estimated:
+    """An estimate's family, that of its standard error, and for what has a residual, that."""
+
+    value: GaugeMetricFamily
+    stderr: GaugeMetricFamily
+    residual: GaugeMetricFamily | None = None
+
+    def add(self, labels: list[str], estimate: Estimate) -> None:
+        """An estimate without a finite value is not shown, an unknown standard error or residual is left out."""
+        if not math.isfinite(estimate.value):
+            return
+        self.value.add_metric(labels, estimate.value)
+        if math.isfinite(estimate.stderr):
+            self.stderr.add_metric(labels, estimate.stderr)
+        if self.residual is not None and math.isfinite(estimate.residual):
+            self.residual.add_metric(labels, estimate.residual)
+
+    def __iter__(self) -> Iterator[Metric]:
+        yield from (self.value, self.stderr, *([] if self.residual is None else [self.residual]))
+
+
+def _estimated(name: str, documentation: str, *labels: str, residual: bool = False) -> _Estimated:
+    stderr = _gauge(f"{name}_stderr", f"Standard error of sharpwatch_{name}, in its unit.", *labels)
+    distance = _gauge(f"{name}_residual", f"Bound on how far sharpwatch_{name} is from a true eigenvalue.", *labels)
+    return _Estimated(_gauge(name, documentation, *labels), stderr, distance if residual else None)
+
+
+_SHARPNESS = "Average sharpness: trace of the curvature matrix over its size; gnb: Gauss-Newton, of the loss per token."
+_TRACE = "Trace of the block's curvature matrix (gnb: Gauss-Newton, hutchinson: Hessian) of the mean loss per token."
+_TOP = "Largest eigenvalue of the curvature matrix (gnb: Gauss-Newton, lanczos: Hessian)"
+_BOTTOM = "Smallest eigenvalue of the Hessian, below zero where the loss curves downwards,"
+_RATIO = (
+    "how near the optimizer's step is to the edge, 1, above which the loss rises; by curvature over twice the descent "
+    "along it (directional), by losses along it (linesearch), by the preconditioned top eigenvalue (preconditioned)."
+)
+_RANK = "Effective rank (tr G)^2 / tr G^2 of the block's Gauss-Newton matrix G: how many directions share its trace."
+_DRIFT = "How far the block's sharp directions have turned between the halves of the window: 0 not at all, 1 wholly."
+_ALIGNMENT = (
+    "Cosine between the Gauss-Newton matrix and the gradient's outer product, g'Gg/(|g|^2 ||G||_F); "
+    "lambda_max/||G||_F along the sharpest direction."
+)
+_KINDS = {"direction": "directional"}  # where a stability ratio's estimator has another name than its kind
+
+
+def _block_estimates() -> dict[str, _Estimated]:
+    """By quantity."""
+    labels = ("block", "estimator")
+    return {
+        "sharpness": _estimated("block_sharpness", _SHARPNESS, *labels),
+        "trace": _estimated("block_hessian_trace", _TRACE, *labels),
+        "top_eigenvalue": _estimated("block_top_eigenvalue", f"{_TOP} of the block.", *labels, residual=True),
+        "bottom_eigenvalue": _estimated("block_bottom_eigenvalue", f"{_BOTTOM} of the block.", *labels, residual=True),
+        "stability_ratio": _estimated("block_stability_ratio", f"Of the block's part: {_RATIO}", "block", "kind"),
+        "effective_rank": _estimated("block_effective_rank", _RANK, *labels),
+        "drift": _estimated("block_drift", _DRIFT, *labels),
+        "alignment": _estimated("block_gradient_alignment", _ALIGNMENT, *labels),
+    }
+
+
+def _whole_estimates() -> dict[str, _Estimated]:
+    """By quantity."""
+    over = "over all parameters."
+    return {
+        "top_eigenvalue": _estimated("top_eigenvalue", f"{_TOP} {over}", "estimator", residual=True),
+        "bottom_eigenvalue": _estimated("bottom_eigenvalue", f"{_BOTTOM} {over}", "estimator", residual=True),
+        "stability_ratio": _estimated("stability_ratio", f"Stability ratio: {_RATIO}", "kind"),
+    }
+
+
+def _estimate_families(views: list[RunSnapshot]) -> Iterator[Metric]:
+    by_block, whole = _block_estimates(), _whole_estimates()
+    order = _gauge(
+        "block_order_correlation",
+        "Spearman correlation of measured sharpness with emb < qk < ffn < vo < norm, -1 to 1.",
+    )
+    for view in views:
+        for (quantity, block, estimator), estimate in view.estimates.items():
+            family = (by_block if block else whole).get(quantity)
+            kind = _KINDS.get(estimator, estimator)
+            if family is not None:
+                family.add(_labels(view, *([block] if block else []), kind), estimate)
+        if view.order_correlation is not None:
+            order.add_metric(_labels(view), view.order_correlation)
+    for family in (*by_block.values(), *whole.values()):
+        yield from family
+    yield order
+
+
+def _action_families(views: list[RunSnapshot]) -> Iterator[Metric]:
+    active = _gauge(
+        "alert_active", "1 while the alert stands, 0 after; block is empty for an alert on none.", "alert", "block"
+    )
+    alerts = _counter("alerts", "Alerts raised.", "alert")
+    decisions = _counter("decisions", "Decisions that reached the outcome.", "action", "mode", "outcome")
+    revision = _gauge("lr_revision", "Number of the newest LR revision; 0 before the first.")
+    for view in views:
+        standing: dict[tuple[str, str], bool] = {}
+        for alert in view.alerts:
+            for block in alert.blocks or ("",):
+                standing[alert.name, block] = alert.active or standing.get((alert.name, block), False)
+        for (name, block), stands in standing.items():
+            active.add_metric(_labels(view, name, block), float(stands))
+        # Each from 0 on: increase() can't see a counter that begins at 1.
+        for name, count in (dict.fromkeys(_ALERTS, 0) | dict(view.alerts_total)).items():
+            alerts.add_metric(_labels(view, name), count)
+        for (action, mode, outcome), count in view.decisions_total.items():
+            decisions.add_metric(_labels(view, action, mode, outcome), count)
+        revision.add_metric(_labels(view), view.lr_revision)
+    yield from (active, alerts, decisions, revision)
+
+
+def _agent_families(views: list[RunSnapshot]) -> Iterator[Metric]:
+    overhead = _gauge("agent_overhead_ratio", "Agent's seconds over the step's seconds, as the agent measures it.")
+    dropped = _counter("agent_dropped_samples", "Samples the agent lost in this attempt, by reason.", "reason")
+    for view in views:
+        if view.health is None:
+            continue
+        if view.health.overhead_ratio is not None:
+            overhead.add_metric(_labels(view), view.health.overhead_ratio)
+        for reason, count in view.health.dropped.items():
+            dropped.add_metric(_labels(view, reason), count)
+    yield from (overhead, dropped)
+
+
+def _layer_families(views: list[RunSnapshot]) -> Iterator[Metric]:
+    """Blocks inside layers only: those outside every layer are whole under sharpwatch_block_*."""
+    family = _estimated("layer_sharpness", f"{_SHARPNESS} One block in one layer.", "block", "layer", "estimator")
+    for view in views:
+        if not view.layer_sharpness:
+            continue
+        rows = zip(view.manifest.layer_blocks, view.layer_sharpness, strict=True)
+        for (block, layer), estimate in islice((row for row in rows if row[0][1]), MAX_LAYER_SERIES):
+            family.add(_labels(view, block, layer, estimate.estimator), estimate)
+    yield from family

@@ -1,0 +1,1 @@
+"""What agents send: checked, decoded and queued."""

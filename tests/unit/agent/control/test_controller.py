@@ -1,0 +1,247 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sharpwatch.agent.control.controller import Command, Controller, RollBack, SetMultipliers, effective
+
+BLOCKS = ("emb", "qk", "vo", "ffn", "norm", "other")
+# GPT-2: one fused parameter for qk and part of vo, the rest each for itself.
+GPT2_TYPES = tuple(map(frozenset, (["emb"], ["qk", "vo"], ["vo"], ["ffn"], ["norm"], ["other"])))
+
+
+def make(mode="lr", *, bounds=(0.1, 10.0), types=GPT2_TYPES, callback=False):
+    return Controller(mode, bounds=bounds, blocks=BLOCKS, parameter_types=types, has_callback=callback)
+
+
+def cut(id_="c1", *, ramp=0, ttl=0, apply_at=0, expires=0, expires_ns=0, revision=1, **multipliers):
+    return Command(id_, SetMultipliers(multipliers, revision, ramp, ttl), apply_at, expires, expires_ns, "why")
+
+
+def back(id_="r1", step=3, *, uri="file:///c", skip=(4, 9), apply_at=0, expires=0):
+    return Command(id_, RollBack(step, uri, skip), apply_at, expires, 0, "why")
+
+
+def run(control, steps, start=1):
+    """The multipliers of `steps` steps."""
+    seen = []
+    for step in range(start, start + steps):
+        seen.append(dict(control.begin(step, 0)))
+        control.end(step, 0)
+    return seen
+
+
+def test_a_command_is_applied_at_the_next_step_and_names_it():
+    control = make()
+    run(control, 4)
+    control.receive(cut(ffn=0.5), 5)
+    assert control.armed
+    assert control.take_results() == ()
+    assert control.begin(5, 0)["ffn"] == 0.5
+    (result,) = control.take_results()
+    assert (result.command_id, result.outcome, result.step, control.revision) == ("c1", "applied", 5, 1)
+
+
+def test_a_command_waits_for_its_step():
+    control = make()
+    control.receive(cut(apply_at=4, ffn=0.5), 1)
+    assert [m["ffn"] for m in run(control, 5)] == [1.0, 1.0, 1.0, 0.5, 0.5]
+    assert control.take_results()[0].step == 4
+
+
+def test_the_set_is_complete_so_what_it_does_not_name_returns_to_one():
+    control = make()
+    control.receive(cut("a", ffn=0.5, norm=0.25), 1)
+    control.receive(cut("b", norm=0.5), 1)
+    assert run(control, 1)[0] == dict.fromkeys(BLOCKS, 1.0) | {"norm": 0.5}
+
+
+def test_a_ramp_is_geometric_and_lands_exactly():
+    control = make()
+    control.receive(cut(ramp=4, ffn=0.1), 1)
+    values = [m["ffn"] for m in run(control, 6)]
+    assert values == pytest.approx([0.1**0.25, 0.1**0.5, 0.1**0.75, 0.1, 0.1, 0.1], rel=1e-12)
+    assert values[3:] == [0.1] * 3
+
+
+def test_a_second_command_ramps_from_where_the_first_one_stands():
+    control = make()
+    control.receive(cut("a", ramp=4, ffn=0.1), 1)
+    half_way = run(control, 2)[-1]["ffn"]
+    control.receive(cut("b", ramp=2, ffn=1.0), 3)
+    assert [m["ffn"] for m in run(control, 3, start=3)] == pytest.approx([math.sqrt(half_way), 1.0, 1.0], rel=1e-12)
+    assert not control.armed
+
+
+def test_raises_return_to_one_after_the_ttl_and_cuts_hold():
+    control = make()
+    control.receive(cut(ttl=3, ramp=2, emb=4.0, norm=0.5), 1)
+    values = run(control, 7)
+    assert [m["emb"] for m in values] == pytest.approx([2.0, 4.0, 4.0, 2.0, 1.0, 1.0, 1.0], rel=1e-12)
+    assert [m["norm"] for m in values[1:]] == [0.5] * 6
+
+
+def test_renewal_in_time_keeps_the_raise():
+    control = make()
+    control.receive(cut("a", ttl=3, emb=4.0), 1)
+    run(control, 2)
+    control.receive(cut("b", ttl=3, emb=4.0), 3)
+    assert [m["emb"] for m in run(control, 4, start=3)] == [4.0, 4.0, 4.0, 1.0]
+
+
+def test_begin_twice_for_one_step_is_one_begin():
+    control = make()
+    control.receive(cut(ramp=4, ffn=0.1), 1)
+    assert dict(control.begin(1, 0)) == dict(control.begin(1, 0))
+    assert len(control.take_results()) == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (cut(head=0.5), "unknown block 'head'"),
+        (cut(ffn=0.05), "lr_bounds"),
+        (cut(ffn=20.0), "lr_bounds"),
+        (cut(ffn=math.nan), "lr_bounds"),
+        (cut(ffn=math.inf), "lr_bounds"),
+        (cut(ffn=-1.0), "lr_bounds"),
+        (cut(ramp=-1, ffn=0.5), "negative"),
+        (Command("x", None), "no action"),
+        (back(), 'takes a rollback only with on_rollback=; control="rollback" does without'),
+    ],
+)
+def test_what_breaks_a_rule_is_refused_at_once(command, says):
+    control = make()
+    control.receive(command, 7)
+    (result,) = control.take_results()
+    assert (result.outcome, result.step) == ("refused", 7)
+    assert says in result.detail
+    assert set(control.begin(7, 0).values()) == {1.0}
+
+
+def test_control_none_refuses_everything():
+    control = make("none", callback=True)
+    for command in (cut(ffn=0.5), back()):
+        control.receive(command, 1)
+    assert [result.outcome for result in control.take_results()] == ["refused", "refused"]
+
+
+def test_an_id_is_applied_once_and_its_result_told_again():
+    control = make()
+    control.receive(cut(ffn=0.5), 1)
+    control.begin(1, 0)
+    first = control.take_results()
+    control.end(1, 0)
+    control.receive(cut(ffn=0.25), 2)  # the same id: what it asks now does not matter
+    assert control.take_results() == first
+    assert control.begin(2, 0)["ffn"] == 0.5
+
+
+def test_an_id_seen_twice_before_its_step_has_one_result():
+    control = make()
+    control.receive(cut(apply_at=3, ffn=0.5), 1)
+    control.receive(cut(apply_at=3, ffn=0.5), 1)
+    run(control, 3)
+    assert len(control.take_results()) == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "now"),
+    [(cut(apply_at=9, expires=4, ffn=0.5), 0), (cut(apply_at=9, expires_ns=50, ffn=0.5), 51), (back(expires=4), 0)],
+)
+def test_what_is_too_late_expires(command, now):
+    control = make("rollback")
+    control.receive(command, 5)
+    control.begin(5, now)
+    assert control.end(5, now) is None
+    assert [result.outcome for result in control.take_results()] == ["expired"]
+
+
+def test_the_last_step_before_expiry_still_counts():
+    control = make()
+    control.receive(cut(expires=5, ffn=0.5), 5)
+    assert control.begin(5, 0)["ffn"] == 0.5
+
+
+def test_unchanged_blocks_are_those_whose_own_multiplier_acts_nowhere():
+    control = make()
+    control.receive(cut(qk=2.0, vo=1.0, ffn=2.0), 1)
+    control.begin(1, 0)
+    assert control.take_results()[0].unchanged_blocks == ("qk",)
+    control.receive(cut("c2", qk=0.5, vo=2.0), 1)  # vo still acts on its output projection
+    control.begin(1, 0)
+    assert control.take_results()[0].unchanged_blocks == ()
+
+
+def test_a_fused_parameter_takes_the_smaller_multiplier():
+    assert effective(frozenset(["qk", "vo"]), {"qk": 0.5, "vo": 2.0}) == 0.5
+
+
+def test_a_rollback_is_pending_until_it_is_done():
+    control = make("rollback")
+    control.receive(back(), 6)
+    control.begin(6, 0)
+    request = control.end(6, 0)
+    assert (request.step, request.uri, request.skip, request.reason) == (3, "file:///c", (4, 9), "why")
+    assert control.pending_rollback == request
+    control.receive(back("r2"), 7)
+    assert control.end(7, 0) is None
+    assert control.take_results()[0].detail == "another rollback is pending"
+    control.rolled_back(3)
+    (result,) = control.take_results()
+    assert (result.command_id, result.outcome, result.step) == ("r1", "applied", 4)
+    assert control.pending_rollback is None
+
+
+def test_a_failed_rollback_says_why():
+    control = make(callback=True)
+    control.receive(back(), 6)
+    assert control.end(6, 0) is not None
+    control.rollback_failed(6, "OSError: gone")
+    assert [(r.outcome, r.detail) for r in control.take_results()] == [("failed", "OSError: gone")]
+
+
+def test_a_rollback_into_the_future_is_refused():
+    control = make("rollback")
+    control.receive(back(step=9), 6)
+    assert control.end(6, 0) is None
+    assert "lies ahead" in control.take_results()[0].detail
+
+
+def test_a_rollback_does_not_turn_a_ramp_back():
+    control = make(callback=True)
+    control.receive(cut(ramp=4, ffn=0.1), 11)
+    run(control, 2, start=11)
+    control.receive(back(step=5), 13)
+    control.begin(13, 0)
+    assert control.end(13, 0) is not None
+    control.rolled_back(5)
+    assert control.begin(6, 0)["ffn"] == 0.1
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 5),  # steps until the next command
+            st.dictionaries(st.sampled_from(BLOCKS), st.floats(0.01, 100) | st.just(math.nan), max_size=3),
+            st.integers(0, 6),
+            st.integers(0, 6),
+        ),
+        max_size=12,
+    )
+)
+def test_whatever_comes_every_multiplier_stays_in_bounds_and_every_command_has_one_result(commands):
+    control, step, results = make(), 0, []
+    for number, (pause, multipliers, ramp, ttl) in enumerate(commands):
+        control.receive(cut(f"c{number}", ramp=ramp, ttl=ttl, **multipliers), step + 1)
+        for _ in range(pause + 1):
+            step += 1
+            values = control.begin(step, 0)
+            assert all(0.1 <= value <= 10.0 for value in values.values())
+            control.end(step, 0)
+        results += control.take_results()
+    assert sorted(result.command_id for result in results) == sorted(f"c{n}" for n in range(len(commands)))

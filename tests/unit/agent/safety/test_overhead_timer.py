@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import pytest
+
+from sharpwatch.agent.safety import overhead_timer as module
+from sharpwatch.agent.safety.overhead_timer import OverheadTimer
+
+
+class Clock:
+    """Seconds that pass when told to."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+    def tick(self, seconds):
+        self.now += seconds
+
+    def fail(self):
+        self.now += 1
+        raise ZeroDivisionError
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(module, "perf_counter", clock)
+    return clock
+
+
+def test_a_lap_tells_the_agents_seconds_from_the_loops(clock):
+    watch = OverheadTimer()
+    watch.start()
+    clock.tick(8)
+    with watch.agent():
+        clock.tick(1)
+        with watch.agent():
+            clock.tick(2)
+    watch.start()  # under way already
+    clock.tick(16)
+    assert watch.lap() == (24, 3)
+    clock.tick(4)
+    assert watch.lap() == (4, 0)
+
+
+def test_a_lap_in_the_agents_work_divides_it(clock):
+    watch = OverheadTimer()
+    watch.start()
+    with watch.agent():
+        clock.tick(1)
+        assert watch.lap() == (0, 1)
+        clock.tick(2)
+    clock.tick(4)
+    assert watch.lap() == (4, 2)
+
+
+def test_what_raises_is_counted_too(clock):
+    watch = OverheadTimer()
+    watch.start()
+    with pytest.raises(ZeroDivisionError), watch.agent():
+        clock.fail()
+    clock.tick(2)
+    assert watch.lap() == (2, 1)
+
+
+def test_before_a_beginning_was_seen_nothing_is_told(clock):
+    watch = OverheadTimer()
+    with watch.agent():
+        clock.tick(1)
+    assert watch.lap() is None
+    clock.tick(2)
+    watch.stop()
+    assert watch.lap() is None
+    clock.tick(4)
+    assert watch.lap() == (4, 0)

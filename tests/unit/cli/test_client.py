@@ -1,0 +1,149 @@
+"""Where the daemon is, which token is shown, and what a refusal means."""
+
+from __future__ import annotations
+
+import grpc
+import pytest
+
+from sharpwatch.cli.client.client import Endpoint, author, connected, endpoint, is_loopback, match_run, plain_words
+from sharpwatch.errors import OperatorError
+
+RUNS = ["gpt2-a1", "gpt2-b7", "llama"]
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+def write_token(path, text="s3cret\n", mode=0o600):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(mode)
+    return str(path)
+
+
+@pytest.mark.usefixtures("home")
+def test_address_comes_from_the_option_then_the_environment_then_the_default():
+    environ = {"SHARPWATCH_ADDRESS": "unix:/run/sw.sock"}
+    assert endpoint({"address": "host:1"}, environ).address == "host:1"
+    assert endpoint({}, environ).address == "unix:/run/sw.sock"
+    assert endpoint({}, {}).address == "127.0.0.1:7741"
+    with pytest.raises(
+        OperatorError, match=r"\$SHARPWATCH_ADDRESS: 'x' is no address; allowed: HOST:PORT or unix:PATH"
+    ):
+        endpoint({}, {"SHARPWATCH_ADDRESS": "x"})
+
+
+def test_token_comes_from_the_option_then_the_environment_then_the_default(home):
+    assert endpoint({}, {}).token == ""
+    write_token(home / ".config/sharpwatch/operator.token", "default")
+    named = write_token(home / "named")
+    other = write_token(home / "other", "other")
+    environ = {"SHARPWATCH_TOKEN_FILE": other}
+    found = [endpoint(*given).token for given in (({}, {}), ({}, environ), ({"token_file": named}, environ))]
+    assert found == ["default", "other", "s3cret"]
+    with pytest.raises(OperatorError, match="token file /nowhere/token: No such file"):
+        endpoint({"token_file": "/nowhere/token"}, {})
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o666])
+def test_a_token_that_others_can_use_is_refused(home, mode):
+    path = write_token(home / "token", mode=mode)
+    with pytest.raises(OperatorError, match=rf"has mode 0{mode:o}, others can use it; run: chmod 600 {path}"):
+        endpoint({"token_file": path}, {})
+
+
+@pytest.mark.parametrize("text", ["", "\n", "two words", "one\ntwo\n"])
+def test_a_token_file_without_one_token_is_refused(home, text):
+    with pytest.raises(OperatorError, match="allowed: one line with the token"):
+        endpoint({"token_file": write_token(home / "token", text)}, {})
+
+
+@pytest.mark.parametrize(
+    ("address", "loopback"),
+    [
+        ("127.0.0.1:1", True),
+        ("127.8.0.1:1", True),
+        ("[::1]:1", True),
+        ("localhost:1", True),
+        ("10.0.0.1:1", False),
+        ("localhost.example.com:1", False),
+        ("[2001:db8::1]:1", False),
+    ],
+)
+def test_loopback(address, loopback):
+    assert is_loopback(address) is loopback
+
+
+def test_a_token_never_crosses_the_network_in_the_clear(tmp_path):
+    with (
+        pytest.raises(OperatorError, match=r"to 10\.0\.0\.1:7741 unencrypted; use an SSH tunnel"),
+        connected(Endpoint("10.0.0.1:7741", "s3cret", tmp_path / "token")),
+    ):
+        pytest.fail("connected")
+
+
+def test_author(monkeypatch):
+    assert author({"SHARPWATCH_AUTHOR": "oncall"}) == "oncall"
+    monkeypatch.setenv("LOGNAME", "ada")
+    monkeypatch.setattr("socket.gethostname", lambda: "node3")
+    assert author({}) == "ada@node3"
+
+
+@pytest.mark.parametrize(("given", "name"), [("llama", "llama"), ("l", "llama"), ("gpt2-b", "gpt2-b7")])
+def test_the_start_of_a_name_is_enough(given, name):
+    assert match_run(given, RUNS) == name
+
+
+def test_a_whole_name_wins_over_longer_ones():
+    assert match_run("gpt2", ["gpt2", "gpt2-long"]) == "gpt2"
+
+
+@pytest.mark.parametrize(
+    ("given", "names", "said"),
+    [
+        ("gpt2", RUNS, "run 'gpt2' may be any of gpt2-a1, gpt2-b7; write more of it"),
+        ("bert", RUNS, "no run 'bert'; the daemon knows gpt2-a1, gpt2-b7, llama"),
+        ("bert", [], "no run 'bert'; the daemon knows no run yet"),
+        ("r", [f"r{n}" for n in range(10)], "run 'r' may be any of r0, r1, r2, r3, r4, r5, r6, r7 and 2 more"),
+    ],
+)
+def test_candidates_are_listed(given, names, said):
+    with pytest.raises(OperatorError) as error:
+        match_run(given, names)
+    assert str(error.value).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("code", "details", "said"),
+    [
+        (
+            grpc.StatusCode.UNAVAILABLE,
+            "failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0.0.1:7741",
+            "daemon not reachable at here:1; is it running? start it with: sharpwatch serve",
+        ),
+        (
+            grpc.StatusCode.UNAVAILABLE,
+            "draining",
+            "daemon at here:1 can't do this now: draining",
+        ),
+        (
+            grpc.StatusCode.PERMISSION_DENIED,
+            "viewer may not do that",
+            "not allowed at here:1: viewer may not do that; no token was shown (/t is not there)",
+        ),
+        (grpc.StatusCode.NOT_FOUND, "no run 'x'", "no run 'x'"),
+        (grpc.StatusCode.INVALID_ARGUMENT, "one\n  two", "one two"),
+        (grpc.StatusCode.INTERNAL, "boom", "daemon at here:1 failed with INTERNAL: boom; its log says more"),
+        (grpc.StatusCode.NOT_FOUND, "", "daemon at here:1 failed with NOT_FOUND; its log says more"),
+    ],
+)
+def test_a_status_in_plain_words(tmp_path, code, details, said):
+    assert plain_words(code, details, Endpoint("here:1", "", tmp_path.__class__("/t"))) == said
+
+
+def test_every_status_has_words_of_one_line(tmp_path):
+    for code in grpc.StatusCode:
+        assert "\n" not in plain_words(code, "a\nb", Endpoint("here:1", "token", tmp_path))

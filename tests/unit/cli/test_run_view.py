@@ -1,0 +1,235 @@
+"""What an operator reads: golden text."""
+
+from __future__ import annotations
+
+import math
+
+from sharpwatch.cli.client.follow_decision import refusal, said
+from sharpwatch.cli.commands import decisions, lr, runs
+from sharpwatch.cli.doctor import doctor
+from sharpwatch.cli.doctor.daemon_checks import clock, metrics_url
+from sharpwatch.cli.doctor.local_checks import CheckResult
+from sharpwatch.cli.output.run_view import picture
+from sharpwatch.cli.output.tables import plain
+from sharpwatch.v1.operator_pb2 import Alert, Block, Decision, Revision, Run, RunDetail, RunPhase
+from sharpwatch.v1.types_pb2 import Checkpoint, Estimate, Rollback
+
+NOW = 1_700_000_000.0
+SAMPLED = 1_699_999_998 * 10**9
+
+RUN = Run(
+    run="gpt2-a1",
+    training_job="gpt2-owt",
+    phase=RunPhase.RUN_PHASE_RUNNING,
+    attempts=2,
+    step=412,
+    loss=3.45123,
+    last_sample_at_unix_ns=SAMPLED,
+    mode="enforce",
+    control="lr",
+    lr_revision=3,
+    active_alerts=1,
+)
+
+
+def block(name, parameters, sharpness, stderr, **measured):
+    estimates = [
+        Estimate(quantity="trace", value=sharpness * parameters, stderr=stderr * parameters, draws=64, estimator="gnb"),
+        Estimate(quantity="sharpness", value=sharpness, stderr=stderr, draws=64, estimator="gnb", step=410),
+    ]
+    if "ratio" in measured:
+        ratio = measured.pop("ratio")
+        estimates.append(
+            Estimate(quantity="stability_ratio", value=ratio, stderr=0.031, draws=8, estimator="direction", step=408)
+        )
+    for estimate in estimates:
+        estimate.block = name
+    return Block(block=name, parameters=parameters, estimates=estimates, **measured)
+
+
+DETAIL = RunDetail(
+    run=RUN,
+    optimizer="AdamW",
+    host="node3",
+    blocks=[
+        block("emb", 1_234_560, 3.4123e-9, 2.4e-10, gradient_norm=0.1234567, learning_rate=3e-4, lr_multiplier=1.0),
+        block("qk", 65_536, 3.21e-7, math.nan, gradient_norm=1.5, update_rms=1.01, lr_multiplier=0.5, ratio=1.31),
+        Block(block="norm", parameters=768),
+    ],
+    estimates=[Estimate(quantity="stability_ratio", value=0.87, stderr=0.042, draws=8, estimator="direction")],
+    alerts=[
+        Alert(
+            name="StabilityLimit",
+            severity="critical",
+            blocks=["qk", "vo"],
+            evidence="ratio 1.31 ± 0.03 > 1",
+            first_step=400,
+            last_step=412,
+            active=True,
+        ),
+        Alert(name="LossSpike", severity="warning", first_step=10, last_step=11),
+    ],
+    checkpoints=[Checkpoint(step=300, uri="/ckpt/300"), Checkpoint(step=400, uri="/ckpt/400")],
+    overhead_ratio=0.00812,
+    step_seconds=0.2134,
+    dropped={"spool_full": 12},
+    probe_failures=["direction: out of memory (2 times)"],
+    block_order_correlation=0.9,
+)
+
+SHOWN = """\
+run                      gpt2-a1
+training job             gpt2-owt, AdamW, node3
+phase                    running, attempt 2, last sample 2 s ago
+step                     412, 0.213 s each
+loss                     3.451
+mode                     enforce, control lr, LR revision 3
+overhead                 0.81 % of step time
+model's stability ratio  0.87 ± 0.04
+block order              rank correlation 0.9
+checkpoints              2, newest of step 400 at /ckpt/400
+
+block  parameters        sharpness            trace  top eigenvalue  stability ratio  gradient norm  update RMS  \
+learning rate  multiplier
+emb     1,234,560  3.4e-09 ± 2e-10  0.0042 ± 0.0003               –                –         0.1235           –  \
+       0.0003           1
+qk         65,536     3.21e-07 ± ?        0.021 ± ?               –      1.31 ± 0.03            1.5        1.01  \
+            –         0.5
+norm          768                –                –               –                –              –           –  \
+            –           –
+
+quantity         estimator  draws  step
+sharpness        gnb           64   410
+trace            gnb           64     0
+stability ratio  direction      8   408
+
+alert           severity  blocks  since step  last step  evidence
+StabilityLimit  critical  qk, vo         400        412  ratio 1.31 ± 0.03 > 1
+
+probe failure    direction: out of memory (2 times)
+dropped samples  12 spool_full"""
+
+
+def test_show():
+    assert plain(picture(DETAIL, NOW)) == SHOWN
+
+
+def test_show_of_a_run_that_has_said_nothing_yet():
+    detail = RunDetail(run=Run(run="new", training_job="job", phase=RunPhase.RUN_PHASE_SILENT, mode="observe"))
+    assert plain(picture(detail, NOW)).endswith(
+        "\n\nno block reported yet\n\nno probe has come in yet\n\nno active alert"
+        "\n\nno probe failure, no sample dropped"
+    )
+
+
+def test_jobs():
+    other = Run(run="b", training_job="a-job", phase=RunPhase.RUN_PHASE_CLOSED, mode="observe")
+    assert plain([runs.table([RUN, other], NOW)]) == (
+        "training job  run      phase    step   loss  mode     LR revision  alerts  last sample\n"
+        "a-job         b        closed      0      –  observe            0       0  never\n"
+        "gpt2-owt      gpt2-a1  running   412  3.451  enforce            3       1  2 s ago"
+    )
+    assert "no run yet" in plain([runs.table([], NOW)])
+
+
+def test_history():
+    revisions = [
+        Revision(revision=1, multipliers={"qk": 0.5}, author="ada@node3", reason="spikes", made_at_unix_ns=SAMPLED),
+        Revision(revision=2, author="ada@node3", made_at_unix_ns=SAMPLED, applied_step=420, undoes=1),
+    ]
+    assert plain([lr.history(revisions)]) == (
+        "revision  made at               applied at step  multipliers    author     reason\n"
+        "       1  2023-11-14T22:13:18Z          not yet  qk 0.5         ada@node3  spikes\n"
+        "       2  2023-11-14T22:13:18Z              420  every block 1  ada@node3  undoes 1"
+    )
+
+
+def test_rates():
+    assert plain([lr.rates(DETAIL, Revision(multipliers={"qk": 0.4}))]) == (
+        "run gpt2-a1, step 412, revision 3\n"
+        "block  learning rate  multiplier  asked for\n"
+        "emb           0.0003           1          1\n"
+        "qk                 –         0.5        0.4\n"
+        "norm               –           –          1"
+    )
+
+
+CUT = Decision(
+    id="d7",
+    run="gpt2-a1",
+    made_at_unix_ns=SAMPLED,
+    step=405,
+    policy="cut-unstable-blocks",
+    alert_name="StabilityLimit",
+    action="scale_lr",
+    mode="enforce",
+    guard="ok",
+    outcome="applied",
+    multipliers={"qk": 0.5, "emb": 2.0},
+    revision=3,
+    applied_step=412,
+)
+BACK = Decision(
+    id="d8",
+    run="gpt2-a1",
+    made_at_unix_ns=SAMPLED,
+    step=430,
+    action="rollback",
+    mode="operator",
+    outcome="refused",
+    guard="cooldown: 90 steps to go",
+    author="ada@node3",
+    reason="bad data",
+    rollback=Rollback(checkpoint=Checkpoint(step=400, uri="/ckpt/400"), skip_from_step=405, skip_to_step=421),
+)
+
+
+def test_decisions():
+    assert plain([decisions.table([CUT, BACK])]) == (
+        "id  made at               run      step  action    mode      outcome  "
+        "change                                                   by                   why\n"
+        "d7  2023-11-14T22:13:18Z  gpt2-a1   405  scale_lr  enforce   applied  "
+        "emb 2, qk 0.5                                            cut-unstable-blocks  "
+        "StabilityLimit; applied at step 412\n"
+        "d8  2023-11-14T22:13:18Z  gpt2-a1   430  rollback  operator  refused  "
+        "back to step 400 (/ckpt/400), skipping steps 405 to 420  ada@node3            "
+        "bad data; cooldown: 90 steps to go"
+    )
+
+
+def test_what_a_decision_came_to():
+    assert said(CUT) == "revision 3 applied at step 412: emb 2, qk 0.5"
+    unchanged = Decision(revision=4, outcome="applied", applied_step=9, multipliers={"qk": 1.0}, detail="unchanged: vo")
+    assert said(unchanged, {"qk": 1.0}) == "revision 4 applied at step 9: qk 1\nunchanged: vo"
+    assert said(BACK).startswith(
+        "rollback refused: back to step 400 (/ckpt/400), skipping steps 405 to 420 (decision d8)"
+    )
+
+
+def test_why_a_decision_did_not_come_into_force():
+    assert refusal(BACK, 5) == "decision d8 refused: cooldown: 90 steps to go"
+    sent = Decision(id="d9", run="gpt2-a1", outcome="sent")
+    assert refusal(sent, 5) == (
+        "no answer from the trainer of gpt2-a1 within 5 s; decision d9 stays sent: see sharpwatch decisions gpt2-a1"
+    )
+
+
+def test_doctor_says_what_to_do_below_what_is_wrong():
+    findings = [CheckResult("python", "ok", "3.11.7"), CheckResult("store", "fail", "disk full", "free space")]
+    assert plain([doctor.table(findings)]) == (
+        "ok    python  3.11.7\n"
+        "fail  store   disk full\n"
+        "              → free space"
+    )  # fmt: skip
+
+
+def test_metrics_are_sought_where_the_daemon_is():
+    assert metrics_url("127.0.0.1:9741", "127.0.0.1:7741") == "http://127.0.0.1:9741/metrics"
+    assert metrics_url("0.0.0.0:9741", "node3:7741") == "http://node3:9741/metrics"
+    assert metrics_url("[::]:9741", "unix:/run/sw.sock") == "http://127.0.0.1:9741/metrics"
+
+
+def test_clocks_apart_are_warned_of():
+    assert clock(100.0, 103.0).state == "ok"
+    assert clock(100.0, 40.0).found == "60 s from the daemon's"
+    assert clock(100.0, 40.0).state == "warn"

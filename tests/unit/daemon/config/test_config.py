@@ -1,0 +1,194 @@
+"""The daemon's configuration: what is taken, and what is refused where and why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sharpwatch.daemon.config.config import ActionConfig, Config, DaemonConfig, EscalateConfig, GuardConfig, load_config
+from sharpwatch.errors import ConfigError
+
+ROOT = Path(__file__).parents[4]
+DESIGN = """\
+daemon: {grpc: "127.0.0.1:7741", http: "127.0.0.1:9741", device: auto, store: "sqlite:///sharpwatch.db"}
+policies:
+  - name: cut-unstable-blocks
+    match: {alert: StabilityLimit}
+    mode: advise
+    action: {kind: scale_lr, blocks: alert, factor: 0.5, ramp_steps: 20, ttl_steps: 500}
+    guard: {min_multiplier: 0.1, cooldown_steps: 200, max_actions_per_hour: 4}
+    escalate: {after_steps: 200, to: rollback-before-onset}
+  - name: rollback-before-onset
+    action: {kind: rollback}
+"""
+CUT = "{name: a, match: {alert: LossSpike}, action: {kind: scale_lr, factor: 0.5}"
+
+
+@pytest.fixture
+def load(tmp_path):
+    def from_text(text: str) -> Config:
+        path = tmp_path / "sharpwatch.yaml"
+        path.write_text(text)
+        return load_config(path)
+
+    return from_text
+
+
+def test_no_file_and_an_empty_one_watch_and_do_nothing(load):
+    assert load_config() == load("") == load("# nothing\n") == Config(DaemonConfig(), ())
+
+
+def test_design_example(load):
+    config = load(DESIGN)
+    cut, rollback = config.policies
+    assert config.daemon == DaemonConfig()
+    assert cut.match.alert == "StabilityLimit"
+    assert cut.mode == "advise"
+    assert cut.action == ActionConfig("scale_lr", blocks="alert", factor=0.5, ramp_steps=20, ttl_steps=500)
+    assert cut.guard == GuardConfig(min_multiplier=0.1, cooldown_steps=200, max_actions_per_hour=4)
+    assert cut.escalate == EscalateConfig(200, "rollback-before-onset")
+    assert (rollback.mode, rollback.match.alert, rollback.action.kind) == ("observe", "", "rollback")
+
+
+def test_shipped_example_is_taken_and_enforces_nothing():
+    policies = load_config(ROOT / "examples/sharpwatch.yaml").policies
+    assert {"cut-unstable-blocks", "rollback-before-onset"} <= {policy.name for policy in policies}
+    assert "enforce" not in {policy.mode for policy in policies}
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90", 90), ("90s", 90), ("1.5m", 90), ("2h", 7200), ("1d", 86400), ("12.5", 12.5)]
+)
+def test_durations(load, text, seconds):
+    assert load(f"daemon: {{stale_after: {text}}}").daemon.stale_after == seconds
+
+
+@pytest.mark.parametrize("address", ["localhost:0", "[::1]:7741", "unix:/run/s.sock"])
+def test_addresses(load, address):
+    assert load(f'daemon: {{grpc: "{address}"}}').daemon.grpc == address
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "key", "said"),
+    [
+        ("daemon:\n  grcp: x\n", 2, "daemon.grcp", "did you mean 'grpc'"),
+        ("deamon: {}\n", 1, "deamon", "allowed: daemon, policies"),
+        ("daemon:\n  http: 9741\n", 2, "daemon.http", "expected a string"),
+        ('daemon:\n  http: "unix:/x"\n', 2, "daemon.http", "HOST:PORT"),
+        ('daemon:\n  grpc: "127.0.0.1"\n', 2, "daemon.grpc", "HOST:PORT or unix:PATH"),
+        ('daemon:\n  grpc: "::1:80"\n', 2, "daemon.grpc", "brackets"),
+        ('daemon:\n  grpc: "127.0.0.1:70000"\n', 2, "daemon.grpc", "65535"),
+        ("daemon:\n  store: postgresql://x\n", 2, "daemon.store", "sqlite:///PATH"),
+        ("daemon:\n  device: gpu\n", 2, "daemon.device", "auto, cpu, cuda"),
+        ("daemon:\n  stale_after: 5 parsecs\n", 2, "daemon.stale_after", "as in 5m"),
+        ("daemon:\n  stale_after: nan\n", 2, "daemon.stale_after", "as in 5m"),
+        ("daemon:\n  layer_metrics: 1\n", 2, "daemon.layer_metrics", "true or false"),
+        ("daemon:\n  reflection: 1\n", 2, "daemon.reflection", "true or false"),
+        ("daemon:\n  queue_capacity: 2.5\n", 2, "daemon.queue_capacity", "an integer from 16"),
+        ("daemon:\n  device: cpu\n  device: auto\n", 3, "daemon.device", "given twice"),
+        ("daemon: [1]\n", 1, "daemon", "expected a mapping"),
+        ("policies: {}\n", 1, "policies", "expected a list"),
+        ("policies:\n  - {name: a}\n", 2, "policies[0]", "action is missing"),
+        ("policies:\n  - {name: a, action: {kind: scale_lr, factor: 0.5}}\n", 2, "policies[0]", "can never run"),
+        (f"policies:\n  - {CUT.replace('LossSpike', 'LossSpikes')}}}\n", 2, "policies[0].match.alert", "'LossSpike'"),
+        (f"policies:\n  - {CUT}, mode: enforced}}\n", 2, "policies[0].mode", "observe, advise, enforce"),
+        (f"policies:\n  - {CUT.replace('0.5', '0')}}}\n", 2, "policies[0].action.factor", "above 0"),
+        (f"policies:\n  - {CUT.replace('0.5', '-2')}}}\n", 2, "policies[0].action.factor", "above 0"),
+        (f"policies:\n  - {CUT.replace('0.5', '1')}}}\n", 2, "policies[0].action.factor", "changes nothing"),
+        (f"policies:\n  - {CUT.replace('0.5', '.inf')}}}\n", 2, "policies[0].action.factor", "above 0"),
+        (f"policies:\n  - {CUT.replace('0.5', 'half')}}}\n", 2, "policies[0].action.factor", "a number"),
+        (f"policies:\n  - {CUT.replace('0.5', '2')}}}\n", 2, "policies[0].action", "ttl_steps"),
+        (f"policies:\n  - {CUT.replace('0.5', '0.05')}}}\n", 2, "policies[0].action", "min_multiplier is 0.1"),
+        (
+            f"policies:\n  - {CUT}, guard: {{min_multiplier: 1.5}}}}\n",
+            2,
+            "policies[0].guard.min_multiplier",
+            "at most 1",
+        ),
+        (f"policies:\n  - {CUT}, guard: {{min_multiplier: 1}}}}\n", 2, "policies[0].action", "never take effect"),
+        (
+            f"policies:\n  - {CUT},\n     guard: {{min_multiplier: 0.9, max_multiplier: 0.5}}}}\n",
+            3,
+            "policies[0].guard.min_multiplier",
+            "above max_multiplier 0.5",
+        ),
+        (f"policies:\n  - {CUT}, guard: {{max_multiplier: 0.5}}}}\n", 2, "policies[0].guard.max_multiplier", "from 1"),
+        (f"policies:\n  - {CUT}, guard: {{cooldown_steps: -1}}}}\n", 2, "policies[0].guard.cooldown_steps", "from 0"),
+        (
+            f"policies:\n  - {CUT}, guard: {{max_actions_per_hour: 0}}}}\n",
+            2,
+            "policies[0].guard.max_actions_per_hour",
+            "from 1",
+        ),
+        (f"policies:\n  - {CUT}, guard: {{cooldown: 5}}}}\n", 2, "policies[0].guard.cooldown", "'cooldown_steps'"),
+        (f"policies:\n  - {CUT}}}\n  - {CUT}}}\n", 3, "policies[1].name", "taken"),
+        (
+            f"policies:\n  - {CUT}, escalate: {{after_steps: 5, to: b}}}}\n",
+            2,
+            "policies[0].escalate.to",
+            "there is no policy 'b'; allowed: a",
+        ),
+        (
+            f"policies:\n  - {CUT}, escalate: {{after_steps: 5, to: a}}}}\n",
+            2,
+            "policies[0].escalate.to",
+            "a -> a",
+        ),
+        (
+            "policies:\n  - {name: a, match: {alert: LossSpike}, action: {kind: rollback, factor: 0.5}}\n",
+            2,
+            "policies[0].action.factor",
+            "means nothing to rollback",
+        ),
+        (
+            "policies:\n  - name: a\n    match: {alert: LossSpike}\n    action: {kind: scale_lr}\n",
+            4,
+            "policies[0].action",
+            "factor is missing",
+        ),
+        (
+            (
+                "policies:\n  - name: a\n    match: {alert: LossSpike}\n"
+                "    action: {kind: scale_lr, factor: 0.5, blocks: [qk, kv]}\n"
+            ),
+            4,
+            "policies[0].action.blocks[1]",
+            "emb, qk, vo",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_with_its_place(load, text, line, key, said):
+    with pytest.raises(ConfigError) as refused:
+        load(text)
+    assert (refused.value.line, refused.value.key) == (line, key)
+    assert said in str(refused.value)
+    assert str(refused.value).startswith(f"{refused.value.file}:{line}: {key}: ")
+
+
+def test_a_circle_of_three_is_found(load):
+    rungs = "".join(
+        f"  - {CUT.replace('name: a', f'name: {name}')}, escalate: {{after_steps: 5, to: {to}}}}}\n"
+        for name, to in ("ab", "bc", "cb")
+    )
+    with pytest.raises(ConfigError, match="a -> b -> c -> b"):
+        load("policies:\n" + rungs)
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    path = tmp_path / "none.yaml"
+    with pytest.raises(ConfigError) as refused:
+        load_config(path)
+    assert str(refused.value) == f"{path}: can't be read: No such file or directory"
+
+
+def test_what_python_itself_gives_up_on_is_refused_like_all_else(load):
+    with pytest.raises(ConfigError, match="is nested too deep"):
+        load("[" * 5000)
+    with pytest.raises(ConfigError, match="expected HOST:PORT"):
+        load(f"daemon: {{http: '127.0.0.1:{'9' * 5000}'}}")
+
+
+def test_a_file_that_is_no_yaml_is_told_with_its_line(load):
+    with pytest.raises(ConfigError, match=r"sharpwatch\.yaml:2: is not YAML: "):
+        load("daemon:\n\tgrpc: x\n")

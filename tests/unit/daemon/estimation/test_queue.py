@@ -1,0 +1,71 @@
+"""Windows wait for their estimates, and nobody waits for them until they are too many."""
+
+from __future__ import annotations
+
+import asyncio
+
+from sharpwatch.daemon.estimation.queue import EstimationQueue, Waiting
+
+
+class Slow:
+    """An estimator that is told when to go on."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[Waiting]] = []
+        self.begun, self.go_on = asyncio.Event(), asyncio.Event()
+
+    async def __call__(self, batch) -> None:
+        self.batches.append(list(batch))
+        self.begun.set()
+        await self.go_on.wait()
+
+
+def windows(count: int) -> list[Waiting]:
+    return [Waiting(None, float(number)) for number in range(count)]
+
+
+async def test_what_comes_in_meanwhile_is_the_next_batch_in_its_order():
+    slow = Slow()
+    backlog = EstimationQueue(slow)
+    first, *rest = windows(4)
+    backlog.put(first)
+    await slow.begun.wait()
+    for one in rest:
+        backlog.put(one)
+    slow.go_on.set()
+    await backlog.settled()
+    assert slow.batches == [[first], rest]
+    backlog.put(first)
+    await backlog.settled()
+    assert slow.batches[2:] == [[first]]
+
+
+async def test_there_is_room_until_there_is_none():
+    slow = Slow()
+    backlog = EstimationQueue(slow, capacity=2)
+    first, second, third = windows(3)
+    await backlog.room()
+    backlog.put(first)
+    await slow.begun.wait()
+    backlog.put(second)
+    await backlog.room()
+    backlog.put(third)
+    waiting = asyncio.create_task(backlog.room())
+    await asyncio.sleep(0)  # a turn of the loop, in which it would be done
+    assert not waiting.done()
+    slow.go_on.set()
+    await waiting
+    assert slow.batches == [[first], [second, third]]
+
+
+async def test_who_gives_up_waiting_does_not_end_the_estimates():
+    slow = Slow()
+    backlog = EstimationQueue(slow)
+    backlog.put(windows(1)[0])
+    await slow.begun.wait()
+    waiting = asyncio.create_task(backlog.settled())
+    await asyncio.sleep(0)
+    waiting.cancel()
+    await asyncio.wait((waiting,))
+    slow.go_on.set()
+    await backlog.settled()

@@ -1,0 +1,265 @@
+"""/metrics to the letter, for runs that are made up."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+
+from sharpwatch.curvature.statistics.estimate import Estimate
+from sharpwatch.daemon.api.conversions import detail_message
+from sharpwatch.daemon.config.config import ALERT_NAMES
+from sharpwatch.daemon.estimation.block_totals import BlockTap
+from sharpwatch.daemon.exporter.metrics import OwnMetrics, RunCollector
+from sharpwatch.daemon.ingest.hello import RunHello
+from sharpwatch.daemon.ingest.samples import HealthReading
+from sharpwatch.daemon.records import Alert
+from sharpwatch.daemon.runs.runs import RunSnapshot
+
+MANIFEST = RunHello(
+    training_job="job",
+    run="run",
+    attempt="a",
+    layer_blocks=(("emb", ""), ("qk", "layers.0")),
+    parameters=np.array([40, 16]),
+    block_of=np.array([0, 1]),
+    blocks=("emb", "qk"),
+    optimizer="AdamW",
+    control="lr",
+    can_roll_back=True,
+    lr_bounds=(0.1, 10),
+    initial_step=0,
+    seed=0,
+    sketch_size=64,
+    host="h",
+    agent_version="0.1.0",
+)
+
+
+def estimate(value: float, stderr: float = 0.5, estimator: str = "gnb", residual: float = math.nan) -> Estimate:
+    return Estimate(value, stderr, 4, estimator, 7, residual)
+
+
+def alert(identity: str, blocks: tuple[str, ...], *, active: bool) -> Alert:
+    return Alert(identity, "run", "UpdateRmsSpike", blocks, "warning", "z 9", 3, 4, active=active)
+
+
+FULL = RunSnapshot(
+    manifest=MANIFEST,
+    phase="running",
+    attempts=1,
+    mode="advise",
+    lr_revision=2,
+    multipliers={"emb": 1.0, "qk": 0.5},
+    step=7,
+    loss=2.5,
+    last_sample_at=1000.5,
+    last_seen_at=1000.5,
+    tap=BlockTap(
+        gradient_norm=np.array([0.5, math.inf]),
+        weight_norm=np.array([3.0, 4.0]),
+        update_rms=np.array([math.nan, 1.25]),
+        non_finite=np.array([0, 1]),
+        learning_rate=np.array([0.001, 0.0005]),
+        lr_multiplier=np.array([1.0, 0.5]),
+    ),
+    update_ratio=(0.01, 0.02),
+    gradient_noise=(0.125, math.nan),
+    health=HealthReading(0.004, 0.1, {"spool": 3}, (), 2),
+    estimates={
+        ("trace", "qk", "gnb"): estimate(32.0, 8.0),
+        ("sharpness", "qk", "gnb"): estimate(2.0),
+        ("top_eigenvalue", "qk", "gnb"): estimate(9.0, math.nan),
+        ("top_eigenvalue", "", "gnb"): estimate(10.0),
+        ("stability_ratio", "", "direction"): estimate(0.25, 0.125, "direction"),
+        ("stability_ratio", "qk", "direction"): estimate(0.5, 0.125, "direction"),
+        ("stability_ratio", "emb", "direction"): estimate(math.nan, math.nan, "direction"),
+        ("trace", "qk", "hutchinson"): estimate(40.0, 4.0, "hutchinson"),
+        ("sharpness", "qk", "hutchinson"): estimate(2.5, 0.25, "hutchinson"),
+        ("top_eigenvalue", "qk", "lanczos"): estimate(8.0, 0.5, "lanczos", 0.125),
+        ("bottom_eigenvalue", "qk", "lanczos"): estimate(-3.0, math.nan, "lanczos", 0.25),
+        ("top_eigenvalue", "", "lanczos"): estimate(12.0, 1.0, "lanczos", 0.5),
+        ("bottom_eigenvalue", "", "lanczos"): estimate(-4.0, 0.5, "lanczos", 1.5),
+        ("stability_ratio", "", "preconditioned"): estimate(0.75, 0.125, "preconditioned", 0.01),
+        ("stability_ratio", "", "linesearch"): estimate(0.375, 0.125, "linesearch", 0.02),
+        ("stability_ratio", "qk", "linesearch"): estimate(0.0, 0.0625, "linesearch", 0.02),
+        ("effective_rank", "qk", "gnb"): estimate(6.0),
+        ("effective_rank", "", "gnb"): estimate(9.0),
+        ("drift", "qk", "gnb"): estimate(0.25, 0.125),
+        ("alignment", "qk", "gnb"): estimate(0.5, 0.0625),
+    },
+    layer_sharpness=(estimate(1.0), estimate(2.0)),
+    order_correlation=0.75,
+    alerts=(alert("1", ("qk",), active=False), alert("2", ("qk", "emb"), active=True)),
+    alerts_total={"UpdateRmsSpike": 2},
+    decisions_total={("scale_lr", "advise", "proposed"): 1},
+)
+
+GOLDEN = """\
+sharpwatch_run_info{agent_version="0.1.0",control="lr",host="h",mode="advise",optimizer="AdamW",phase="running",run="run",training_job="job"} 1.0
+sharpwatch_run_step{run="run",training_job="job"} 7.0
+sharpwatch_run_loss{run="run",training_job="job"} 2.5
+sharpwatch_run_last_sample_timestamp_seconds{run="run",training_job="job"} 1000.5
+sharpwatch_block_parameters{block="emb",run="run",training_job="job"} 40.0
+sharpwatch_block_parameters{block="qk",run="run",training_job="job"} 16.0
+sharpwatch_block_gradient_norm{block="emb",run="run",training_job="job"} 0.5
+sharpwatch_block_gradient_norm{block="qk",run="run",training_job="job"} +Inf
+sharpwatch_block_weight_norm{block="emb",run="run",training_job="job"} 3.0
+sharpwatch_block_weight_norm{block="qk",run="run",training_job="job"} 4.0
+sharpwatch_block_update_rms{block="qk",run="run",training_job="job"} 1.25
+sharpwatch_block_learning_rate{block="emb",run="run",training_job="job"} 0.001
+sharpwatch_block_learning_rate{block="qk",run="run",training_job="job"} 0.0005
+sharpwatch_block_lr_multiplier{block="emb",run="run",training_job="job"} 1.0
+sharpwatch_block_lr_multiplier{block="qk",run="run",training_job="job"} 0.5
+sharpwatch_block_update_ratio{block="emb",run="run",training_job="job"} 0.01
+sharpwatch_block_update_ratio{block="qk",run="run",training_job="job"} 0.02
+sharpwatch_block_gradient_noise{block="emb",run="run",training_job="job"} 0.125
+sharpwatch_block_sharpness{block="qk",estimator="gnb",run="run",training_job="job"} 2.0
+sharpwatch_block_sharpness{block="qk",estimator="hutchinson",run="run",training_job="job"} 2.5
+sharpwatch_block_sharpness_stderr{block="qk",estimator="gnb",run="run",training_job="job"} 0.5
+sharpwatch_block_sharpness_stderr{block="qk",estimator="hutchinson",run="run",training_job="job"} 0.25
+sharpwatch_block_hessian_trace{block="qk",estimator="gnb",run="run",training_job="job"} 32.0
+sharpwatch_block_hessian_trace{block="qk",estimator="hutchinson",run="run",training_job="job"} 40.0
+sharpwatch_block_hessian_trace_stderr{block="qk",estimator="gnb",run="run",training_job="job"} 8.0
+sharpwatch_block_hessian_trace_stderr{block="qk",estimator="hutchinson",run="run",training_job="job"} 4.0
+sharpwatch_block_top_eigenvalue{block="qk",estimator="gnb",run="run",training_job="job"} 9.0
+sharpwatch_block_top_eigenvalue{block="qk",estimator="lanczos",run="run",training_job="job"} 8.0
+sharpwatch_block_top_eigenvalue_stderr{block="qk",estimator="lanczos",run="run",training_job="job"} 0.5
+sharpwatch_block_top_eigenvalue_residual{block="qk",estimator="lanczos",run="run",training_job="job"} 0.125
+sharpwatch_block_bottom_eigenvalue{block="qk",estimator="lanczos",run="run",training_job="job"} -3.0
+sharpwatch_block_bottom_eigenvalue_residual{block="qk",estimator="lanczos",run="run",training_job="job"} 0.25
+sharpwatch_block_stability_ratio{block="qk",kind="directional",run="run",training_job="job"} 0.5
+sharpwatch_block_stability_ratio{block="qk",kind="linesearch",run="run",training_job="job"} 0.0
+sharpwatch_block_stability_ratio_stderr{block="qk",kind="directional",run="run",training_job="job"} 0.125
+sharpwatch_block_stability_ratio_stderr{block="qk",kind="linesearch",run="run",training_job="job"} 0.0625
+sharpwatch_block_effective_rank{block="qk",estimator="gnb",run="run",training_job="job"} 6.0
+sharpwatch_block_effective_rank_stderr{block="qk",estimator="gnb",run="run",training_job="job"} 0.5
+sharpwatch_block_drift{block="qk",estimator="gnb",run="run",training_job="job"} 0.25
+sharpwatch_block_drift_stderr{block="qk",estimator="gnb",run="run",training_job="job"} 0.125
+sharpwatch_block_gradient_alignment{block="qk",estimator="gnb",run="run",training_job="job"} 0.5
+sharpwatch_block_gradient_alignment_stderr{block="qk",estimator="gnb",run="run",training_job="job"} 0.0625
+sharpwatch_top_eigenvalue{estimator="gnb",run="run",training_job="job"} 10.0
+sharpwatch_top_eigenvalue{estimator="lanczos",run="run",training_job="job"} 12.0
+sharpwatch_top_eigenvalue_stderr{estimator="gnb",run="run",training_job="job"} 0.5
+sharpwatch_top_eigenvalue_stderr{estimator="lanczos",run="run",training_job="job"} 1.0
+sharpwatch_top_eigenvalue_residual{estimator="lanczos",run="run",training_job="job"} 0.5
+sharpwatch_bottom_eigenvalue{estimator="lanczos",run="run",training_job="job"} -4.0
+sharpwatch_bottom_eigenvalue_stderr{estimator="lanczos",run="run",training_job="job"} 0.5
+sharpwatch_bottom_eigenvalue_residual{estimator="lanczos",run="run",training_job="job"} 1.5
+sharpwatch_stability_ratio{kind="directional",run="run",training_job="job"} 0.25
+sharpwatch_stability_ratio{kind="preconditioned",run="run",training_job="job"} 0.75
+sharpwatch_stability_ratio{kind="linesearch",run="run",training_job="job"} 0.375
+sharpwatch_stability_ratio_stderr{kind="directional",run="run",training_job="job"} 0.125
+sharpwatch_stability_ratio_stderr{kind="preconditioned",run="run",training_job="job"} 0.125
+sharpwatch_stability_ratio_stderr{kind="linesearch",run="run",training_job="job"} 0.125
+sharpwatch_block_order_correlation{run="run",training_job="job"} 0.75
+sharpwatch_alert_active{alert="UpdateRmsSpike",block="qk",run="run",training_job="job"} 1.0
+sharpwatch_alert_active{alert="UpdateRmsSpike",block="emb",run="run",training_job="job"} 1.0
+sharpwatch_alerts_total{alert="LossSpike",run="run",training_job="job"} 0.0
+sharpwatch_alerts_total{alert="NonFinite",run="run",training_job="job"} 0.0
+sharpwatch_alerts_total{alert="StabilityLimit",run="run",training_job="job"} 0.0
+sharpwatch_alerts_total{alert="UpdateRmsSpike",run="run",training_job="job"} 2.0
+sharpwatch_decisions_total{action="scale_lr",mode="advise",outcome="proposed",run="run",training_job="job"} 1.0
+sharpwatch_lr_revision{run="run",training_job="job"} 2.0
+sharpwatch_agent_overhead_ratio{run="run",training_job="job"} 0.004
+sharpwatch_agent_dropped_samples_total{reason="spool",run="run",training_job="job"} 3.0
+sharpwatch_layer_sharpness{block="qk",estimator="gnb",layer="layers.0",run="run",training_job="job"} 2.0
+sharpwatch_layer_sharpness_stderr{block="qk",estimator="gnb",layer="layers.0",run="run",training_job="job"} 0.5
+"""  # noqa: E501  as Prometheus reads it
+
+
+def exposition(*views: RunSnapshot, now: float = 1000.5, layers: bool = True) -> str:
+    registry = CollectorRegistry()
+    registry.register(RunCollector(lambda: views, lambda: now, stale_after=60.0, layers=layers))
+    return generate_latest(registry).decode()
+
+
+def samples(text: str) -> str:
+    return "".join(line + "\n" for line in text.splitlines() if not line.startswith("#"))
+
+
+def labels_sorted(text: str) -> list[str]:
+    """Lines with their labels in one order: prometheus_client's own differs between its versions."""
+    lines = []
+    for line in text.splitlines():
+        name, _, rest = line.partition("{")
+        labels, _, value = rest.partition("} ")
+        lines.append(f"{name}{{{','.join(sorted(labels.split(',')))}}} {value}")
+    return lines
+
+
+def test_exposition_is_golden():
+    assert labels_sorted(samples(exposition(FULL))) == labels_sorted(GOLDEN)
+
+
+def test_a_run_that_measured_nothing_exports_no_number_it_has_not():
+    empty = RunSnapshot(manifest=MANIFEST, phase="running", attempts=1, mode="observe", lr_revision=0, multipliers={})
+    lines = samples(exposition(empty)).splitlines()
+    assert {line.partition("{")[0] for line in lines} == {
+        "sharpwatch_run_info",
+        "sharpwatch_block_parameters",
+        "sharpwatch_lr_revision",
+        "sharpwatch_alerts_total",
+    }
+    # What was counted is known to be none from the start, else the first alert is no increase.
+    counted = [line.rpartition(" ")[2] for line in lines if line.startswith("sharpwatch_alerts_total")]
+    assert counted == ["0.0"] * len(ALERT_NAMES)
+
+
+@pytest.mark.parametrize(
+    ("phase", "age", "shown"), [("silent", 59, True), ("silent", 61, False), ("running", 10_000, True)]
+)
+def test_a_run_that_left_is_exported_until_stale_after(phase, age, shown):
+    text = exposition(replace(FULL, phase=phase), now=1000.5 + age)
+    assert ("sharpwatch_run_step{" in text) == shown
+
+
+def test_layers_can_be_off():
+    assert "sharpwatch_layer" not in exposition(FULL, layers=False)
+
+
+def test_promtool_finds_nothing_to_mend(program):
+    registry = CollectorRegistry()
+    metrics = OwnMetrics(registry, queue_depth=lambda: 0, queue_capacity=8)
+    metrics.refused.labels("malformed").inc()
+    metrics.dropped_probes.labels("gnb").inc()
+    metrics.internal_errors.labels("fold").inc()
+    registry.register(RunCollector(lambda: (FULL,), lambda: 0.0, stale_after=60.0))
+    done = subprocess.run(
+        [program("promtool"), "check", "metrics"], input=generate_latest(registry), capture_output=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+def test_operators_are_told_what_is_exported_of_a_block_each_step():
+    emb, qk = detail_message(FULL, ()).blocks
+    measured = {
+        block.block: {
+            field.name: value for field, value in block.ListFields() if field.name not in {"block", "estimates"}
+        }
+        for block in (emb, qk)
+    }
+    assert measured == {
+        "emb": {
+            "parameters": 40,
+            "gradient_norm": 0.5,
+            "weight_norm": 3.0,
+            "update_ratio": 0.01,
+            "learning_rate": 0.001,
+            "lr_multiplier": 1.0,
+            "gradient_noise": 0.125,
+        },
+        "qk": {
+            "parameters": 16,
+            "gradient_norm": math.inf,
+            "weight_norm": 4.0,
+            "update_rms": 1.25,
+            "update_ratio": 0.02,
+            "learning_rate": 0.0005,
+            "lr_multiplier": 0.5,
+        },
+    }

@@ -1,0 +1,338 @@
+"""What the wire may carry, and what is refused under which code."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sharpwatch import wire
+from sharpwatch.daemon.ingest.hello import read_hello
+from sharpwatch.daemon.ingest.limits import MAX_DRAWS, MAX_ITEMS
+from sharpwatch.daemon.ingest.probes import LanczosReading, PreconditionedReading
+from sharpwatch.daemon.ingest.samples import Cursor, read_sample
+from sharpwatch.errors import WireError
+from sharpwatch.v1 import agent_pb2, types_pb2
+
+BLOCKS = ("emb", "qk")
+LAYERS = (("emb", "", 40), ("qk", "layers.0", 8), ("qk", "layers.1", 8))
+
+
+def hello(**changes) -> agent_pb2.Hello:
+    message = agent_pb2.Hello(
+        protocol=wire.PROTOCOL,
+        training_job="job",
+        run="run",
+        attempt="a1",
+        layer_blocks=[types_pb2.LayerBlock(block=b, layer=layer, parameters=n) for b, layer, n in LAYERS],
+        blocks=BLOCKS,
+        optimizer="AdamW",
+        control="lr",
+        min_multiplier=0.1,
+        max_multiplier=10,
+        sketch_size=64,
+    )
+    for name, value in changes.items():
+        if isinstance(value, list):
+            message.ClearField(name)
+            getattr(message, name).extend(value)
+        else:
+            setattr(message, name, value)
+    return message
+
+
+def tap(**changes) -> agent_pb2.Tap:
+    arrays = {
+        "gradient_norm": ([1.0, 2.0, 3.0], "float32"),
+        "weight_norm": ([1.0, 1.0, 1.0], "float32"),
+        "update_rms": ([math.nan, 1.0, 1.0], "float32"),
+        "non_finite": ([0, 0, 2], "int64"),
+        "learning_rate": ([0.1, 0.1, 0.1], "float32"),
+        "lr_multiplier": ([1.0, 1.0, 1.0], "float32"),
+    } | changes
+    return agent_pb2.Tap(**{name: wire.encode(values, dtype) for name, (values, dtype) in arrays.items()})
+
+
+def gnb(
+    traces=((1.0, 2.0, 3.0), (1.0, 2.0, 4.0)), sketches=None, gradient=None, noise=(0.5, 0.25, 0.125)
+) -> agent_pb2.GnbProbe:
+    sketches = np.ones((len(traces), 2, 64)) if sketches is None else sketches
+    gradient = np.ones((2, 64)) if gradient is None else gradient
+    return agent_pb2.GnbProbe(
+        tokens=128,
+        rows=4,
+        traces=wire.encode(traces, "float64"),
+        sketches=wire.encode(sketches, "float32"),
+        gradient_sketch=wire.encode(gradient, "float32"),
+        gradient_noise=wire.encode(noise, "float32"),
+    )
+
+
+def hutchinson(block="qk", traces=((0.0, 2.0, -3.0), (0.0, 2.0, 4.0)), **changes) -> agent_pb2.HutchinsonProbe:
+    whole = {"tokens": 128, "block": block, "traces": wire.encode(traces, "float64"), "method": "autograd"}
+    return agent_pb2.HutchinsonProbe(**whole | changes)
+
+
+def lanczos(**changes) -> agent_pb2.LanczosProbe:
+    whole = {"tokens": 128, "block": "qk", "top": 9.0, "top_residual": 0.5, "bottom": -3.0, "bottom_residual": 1.0}
+    return agent_pb2.LanczosProbe(**whole | changes)
+
+
+def linesearch(blocks=(math.nan, 0.25), widths=(math.nan, 0.0), **changes) -> agent_pb2.LineSearchProbe:
+    return agent_pb2.LineSearchProbe(
+        **{"tokens": 128, "sharpness": 0.5, "half_width": 0.01} | changes,
+        block_sharpness=wire.encode(blocks, "float64"),
+        block_half_width=wire.encode(widths, "float64"),
+    )
+
+
+def preconditioned(**changes) -> agent_pb2.PreconditionedProbe:
+    return agent_pb2.PreconditionedProbe(**{"tokens": 128, "ratio": 0.75, "residual": 0.01} | changes)
+
+
+def direction(descent=1.0, curvature=0.5, block_curvature=(math.nan, 0.25)) -> agent_pb2.DirectionProbe:
+    return agent_pb2.DirectionProbe(
+        tokens=128,
+        descent=descent,
+        curvature=curvature,
+        block_descent=wire.encode([0.5, 0.5], "float64"),
+        block_curvature=wire.encode(block_curvature, "float64"),
+        update_ratio=wire.encode([0.01, 0.01], "float32"),
+    )
+
+
+MANIFEST = read_hello(hello())
+
+
+def test_a_hello_becomes_a_manifest():
+    assert MANIFEST.blocks == BLOCKS
+    assert MANIFEST.block_of.tolist() == [0, 1, 1]
+    assert MANIFEST.block_parameters.tolist() == [40, 16]
+    assert MANIFEST.lr_bounds == (0.1, 10)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"protocol": 99}, "protocol 99"),
+        ({"blocks": []}, "blocks"),
+        ({"blocks": ["emb", "emb", "qk"]}, "twice"),
+        ({"blocks": ["emb", "attention"]}, "'attention'"),
+        ({"blocks": ["emb", "qk", "vo"]}, "not the blocks"),
+        ({"layer_blocks": []}, "layer_blocks"),
+        ({"layer_blocks": [types_pb2.LayerBlock(block="emb", parameters=0)]}, "not the blocks"),
+        ({"run": ""}, "run"),
+        ({"run": "a\nb"}, "printed"),
+        ({"attempt": "x" * 300}, "attempt"),
+        ({"control": "everything"}, "control"),
+        ({"min_multiplier": 0.0}, "bounds"),
+        ({"max_multiplier": math.inf}, "bounds"),
+        ({"min_multiplier": math.nan}, "bounds"),
+        ({"sketch_size": 2**20}, "sketch_size"),
+        ({"initial_step": -1}, "initial_step"),
+    ],
+)
+def test_a_hello_that_breaks_the_contract_is_malformed(changes, says):
+    with pytest.raises(WireError, match=says) as caught:
+        read_hello(hello(**changes))
+    assert caught.value.code == "malformed"
+
+
+def test_a_whole_sample_is_read():
+    sample = agent_pb2.Sample(
+        sequence=3,
+        step=7,
+        taken_at_unix_ns=2_000_000_000,
+        loss=math.nan,  # a loss that is not a number is news, not an error
+        tap=tap(),
+        gnb=gnb(),
+        direction=direction(),
+        hutchinson=hutchinson(),
+        lanczos=lanczos(block="", method="autograd"),
+        linesearch=linesearch(),
+        preconditioned=preconditioned(method="gradient differences"),
+        health=agent_pb2.AgentHealth(overhead_ratio=math.nan, step_seconds=0.1, dropped={"spool": 2}),
+        results=[types_pb2.CommandResult(command_id="c", outcome=types_pb2.COMMAND_OUTCOME_APPLIED, step=7)],
+        checkpoints=[types_pb2.Checkpoint(step=5, uri="file:///c")],
+    )
+    reading = read_sample(MANIFEST, sample)
+    assert (reading.sequence, reading.step, reading.taken_at) == (3, 7, 2.0)
+    assert math.isnan(reading.loss)
+    assert reading.tap.non_finite.tolist() == [0, 0, 2]
+    assert reading.gnb.traces.shape == (2, 3)
+    assert reading.gnb.sketches.shape == (2, 2, 64)
+    assert reading.gnb.gradient_sketch.tolist() == np.ones((2, 64)).tolist()
+    assert reading.gnb.gradient_noise.tolist() == [0.5, 0.375]  # [B]
+    assert (reading.hutchinson.block, reading.hutchinson.traces[:, 2].tolist()) == ("qk", [-3.0, 4.0])
+    assert reading.lanczos == LanczosReading(128, "", 9.0, 0.5, -3.0, 1.0, "autograd")
+    assert (reading.linesearch.sharpness, reading.linesearch.half_width) == (0.5, 0.01)
+    assert reading.linesearch.block_sharpness[1] == 0.25
+    assert reading.preconditioned == PreconditionedReading(128, 0.75, 0.01, "gradient differences")
+    assert math.isnan(reading.direction.block_curvature[0])
+    assert reading.health.overhead_ratio is None
+    assert reading.health.dropped == {"spool": 2}
+    assert reading.results[0].outcome == "applied"
+    assert reading.checkpoints[0].uri == "file:///c"
+    assert reading.dropped_probes == ()
+
+
+@pytest.mark.parametrize(
+    ("sample", "code"),
+    [
+        ({"sequence": 0}, "malformed"),
+        ({"step": -1}, "malformed"),
+        ({"step": 2**63 - 1}, "malformed"),
+        ({"tap": tap(gradient_norm=([1.0, 2.0], "float32"))}, "malformed"),
+        ({"tap": tap(gradient_norm=([1.0, 2.0, 3.0], "float64"))}, "malformed"),
+        ({"tap": tap(non_finite=([0, -1, 0], "int64"))}, "malformed"),
+        ({"tap": tap(non_finite=([0, 2**62, 0], "int64"))}, "malformed"),  # a sum of such would wrap
+        ({"tap": tap(learning_rate=([0.1, math.nan, 0.1], "float32"))}, "non_finite"),
+        ({"tap": tap(lr_multiplier=([1.0, math.inf, 1.0], "float32"))}, "non_finite"),
+        ({"tap": agent_pb2.Tap()}, "malformed"),
+        ({"gnb": gnb(traces=np.ones((MAX_DRAWS + 1, 3)))}, "malformed"),
+        ({"gnb": gnb(traces=[[1.0, -1.0, 1.0]])}, "malformed"),
+        ({"gnb": gnb(sketches=np.ones((2, 2, 32)))}, "malformed"),
+        ({"gnb": agent_pb2.GnbProbe(tokens=0, traces=wire.encode(np.ones((1, 3)), "float64"))}, "malformed"),
+        ({"gnb": gnb(gradient=np.ones((2, 32)))}, "malformed"),
+        ({"gnb": gnb(noise=np.ones(2))}, "malformed"),
+        ({"direction": direction(block_curvature=(1.0, 1.0, 1.0))}, "malformed"),
+        ({"hutchinson": hutchinson(block="vo")}, "malformed"),
+        ({"hutchinson": hutchinson(block="")}, "malformed"),
+        ({"hutchinson": hutchinson(block="emb")}, "malformed"),  # its traces are of another block
+        ({"hutchinson": hutchinson(traces=np.zeros((MAX_DRAWS + 1, 3)))}, "malformed"),
+        ({"hutchinson": hutchinson(traces=np.zeros((0, 3)))}, "malformed"),
+        ({"hutchinson": hutchinson(traces=((0.0, 1.0),))}, "malformed"),
+        ({"hutchinson": hutchinson(tokens=0)}, "malformed"),
+        ({"hutchinson": hutchinson(method="x" * 300)}, "malformed"),
+        ({"lanczos": lanczos(block="attention")}, "malformed"),
+        ({"lanczos": lanczos(top_residual=-1.0)}, "malformed"),
+        ({"lanczos": lanczos(bottom=9.5)}, "malformed"),
+        ({"lanczos": lanczos(tokens=2**63)}, "malformed"),
+        ({"linesearch": linesearch(blocks=(0.5,))}, "malformed"),
+        ({"linesearch": linesearch(blocks=(-0.5, 1.0))}, "malformed"),
+        ({"linesearch": linesearch(sharpness=-0.5)}, "malformed"),
+        ({"linesearch": linesearch(half_width=-0.5)}, "malformed"),
+        ({"preconditioned": preconditioned(residual=-0.5)}, "malformed"),
+        ({"preconditioned": preconditioned(tokens=0)}, "malformed"),
+        ({"results": [types_pb2.CommandResult(command_id="c")]}, "malformed"),
+        ({"checkpoints": [types_pb2.Checkpoint(step=1, uri="u")] * (MAX_ITEMS + 1)}, "malformed"),
+        (
+            {"results": [types_pb2.CommandResult(command_id="c", outcome="COMMAND_OUTCOME_APPLIED", step=2**63 - 1)]},
+            "malformed",
+        ),
+        ({"checkpoints": [types_pb2.Checkpoint(step=2**63 - 1, uri="u")]}, "malformed"),
+        ({"checkpoints": [types_pb2.Checkpoint(step=1, uri="u" * 5000)]}, "malformed"),
+    ],
+)
+def test_a_sample_that_breaks_the_contract_is_refused(sample, code):
+    with pytest.raises(WireError) as caught:
+        read_sample(MANIFEST, agent_pb2.Sample(**{"sequence": 1, "step": 1} | sample))
+    assert caught.value.code == code
+
+
+def test_claimed_bytes_are_checked_before_anything_is_made_of_them():
+    lie = types_pb2.Array(dtype="float64", shape=[2**31, 3], data=b"")
+    with pytest.raises(WireError, match="0 bytes, expected"):
+        read_sample(MANIFEST, agent_pb2.Sample(sequence=1, step=1, gnb=agent_pb2.GnbProbe(tokens=1, traces=lie)))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_probe_that_is_not_finite_is_dropped_alone(bad):
+    sketches = np.ones((2, 2, 64))
+    sketches[1, 1, 5] = bad
+    sample = agent_pb2.Sample(
+        sequence=1, step=1, loss=2.0, tap=tap(), gnb=gnb(sketches=sketches), direction=direction(descent=bad)
+    )
+    reading = read_sample(MANIFEST, sample)
+    assert reading.gnb is None
+    assert reading.direction is None
+    assert reading.dropped_probes == ("gnb", "direction")
+    assert reading.tap is not None
+
+
+@pytest.mark.parametrize(
+    "probe",
+    [
+        {"gnb": gnb(gradient=np.full((2, 64), math.nan))},
+        {"hutchinson": hutchinson(traces=((0.0, math.inf, 1.0),))},
+        {"lanczos": lanczos(bottom=math.nan)},
+        {"lanczos": lanczos(top_residual=math.inf)},
+        {"linesearch": linesearch(sharpness=math.inf)},
+        {"linesearch": linesearch(blocks=(math.nan, math.inf))},
+        {"preconditioned": preconditioned(ratio=math.nan)},
+    ],
+)
+def test_each_kind_of_probe_is_dropped_where_it_says_nothing(probe):
+    (name,) = probe
+    reading = read_sample(MANIFEST, agent_pb2.Sample(sequence=1, step=1, **probe))
+    assert getattr(reading, name) is None
+    assert reading.dropped_probes == (name,)
+
+
+def test_a_gradient_noise_is_left_out_alone_where_it_is_absent_or_infinite():
+    older = gnb()
+    older.ClearField("gradient_noise")
+    for probe in (older, gnb(noise=(math.inf, 1.0, 1.0))):
+        reading = read_sample(MANIFEST, agent_pb2.Sample(sequence=1, step=1, gnb=probe))
+        assert reading.gnb.gradient_noise is None
+        assert reading.dropped_probes == ()
+    reading = read_sample(MANIFEST, agent_pb2.Sample(sequence=1, step=1, gnb=gnb(noise=(-1.0, math.nan, 1.0))))
+    np.testing.assert_array_equal(reading.gnb.gradient_noise, [-1.0, math.nan])
+
+
+def test_a_sketch_too_large_to_be_squared_is_dropped_before_it_spoils_what_it_is_estimated_with():
+    reading = read_sample(MANIFEST, agent_pb2.Sample(sequence=1, step=1, gnb=gnb(sketches=np.full((2, 2, 64), 1e20))))
+    assert (reading.gnb, reading.dropped_probes) == (None, ("gnb",))
+
+
+def test_a_resend_is_known_whether_it_waits_or_is_journalled():
+    cursor = Cursor()
+    assert cursor.judge(1, 10, restored=False) == "new"
+    assert cursor.judge(2, 11, restored=False) == "new"
+    assert cursor.judge(1, 10, restored=False) == "waiting"
+    cursor.settle(1)
+    cursor.settle(2)
+    assert cursor.judge(1, 10, restored=False) == "journalled"
+    assert cursor.idle
+
+
+def test_sequences_may_leave_gaps_and_not_fill_them_later():
+    cursor = Cursor()
+    cursor.judge(5, 10, restored=False)
+    with pytest.raises(WireError, match="sequence 3 after 5") as caught:
+        cursor.judge(3, 10, restored=False)
+    assert caught.value.code == "out_of_order"
+
+
+def test_steps_go_back_only_where_a_sample_says_that_the_run_was_restored():
+    cursor = Cursor()
+    cursor.judge(1, 10, restored=False)
+    with pytest.raises(WireError, match="step 4 after 10"):
+        cursor.judge(2, 4, restored=False)
+    assert cursor.judge(3, 4, restored=True) == "new"
+    with pytest.raises(WireError, match="step 3 after 4"):
+        cursor.judge(4, 3, restored=False)
+
+
+@given(st.lists(st.tuples(st.integers(1, 20), st.booleans()), max_size=60))
+def test_no_sequence_is_new_again_once_it_is_journalled(events):
+    cursor, journalled = Cursor(), set()
+    waiting = set()
+    for sequence, settle in events:
+        try:
+            place = cursor.judge(sequence, 1, restored=False)
+        except WireError:
+            assert sequence not in waiting
+            continue
+        assert (place == "journalled") == (sequence <= max(journalled, default=0))
+        if place == "new":
+            assert sequence not in waiting
+            waiting.add(sequence)
+        if settle:
+            for one in sorted(waiting):
+                cursor.settle(one)
+            journalled |= waiting
+            waiting.clear()

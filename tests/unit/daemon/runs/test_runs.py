@@ -1,0 +1,154 @@
+"""Views are swapped whole, waiting for them misses none, and a new attempt's windows mix with no other's."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+
+import numpy as np
+import pytest
+
+from sharpwatch import wire
+from sharpwatch.daemon.decisions.run_controller import RunController
+from sharpwatch.daemon.estimation.gnb import estimate_all
+from sharpwatch.daemon.ingest.hello import read_hello
+from sharpwatch.daemon.ingest.samples import read_sample
+from sharpwatch.daemon.runs.restore import restore_run
+from sharpwatch.daemon.runs.runs import Attempt, Run, Runs, Signal
+from sharpwatch.daemon.storage.journal import SampleRow, StoredAttempt, StoredRun
+from sharpwatch.v1 import agent_pb2, types_pb2
+
+SIZES = {"emb": 64, "norm": 8}
+HELLO = {"attempt": "a1", "blocks": list(SIZES), "sizes": SIZES, "seed": 0, "sketch_size": 64}
+OF_OTHER_BLOCKS = [{"sizes": {"emb": 128, "norm": 8}}, {"blocks": ["norm", "emb"]}, {"sizes": {"emb": 64, "qk": 8}}]
+BY_ANOTHER_PROJECTION = [{"seed": 1}, {"sketch_size": 32}]
+
+
+def attempt(**changes) -> Attempt:
+    said = HELLO | {"blocks": list(changes.get("sizes", SIZES))} | changes
+    rows = [types_pb2.LayerBlock(block=block, parameters=size) for block, size in said.pop("sizes").items()]
+    hello = agent_pb2.Hello(
+        protocol=wire.PROTOCOL,
+        training_job="job",
+        run="run",
+        layer_blocks=rows,
+        control="none",
+        min_multiplier=1,
+        max_multiplier=1,
+        **said,
+    )
+    return Attempt(read_hello(hello), hello.SerializeToString())
+
+
+def sample(sequence: int, sketch_size: int = 64) -> agent_pb2.Sample:
+    random = np.random.default_rng(sequence)
+    probe = agent_pb2.GnbProbe(
+        tokens=8,
+        rows=1,
+        traces=wire.encode(random.chisquare(4, (4, 2)), "float64"),
+        sketches=wire.encode(random.normal(size=(4, 2, sketch_size)), "float32"),
+        gradient_sketch=wire.encode(random.normal(size=(2, sketch_size)), "float32"),
+    )
+    return agent_pb2.Sample(sequence=sequence, step=sequence, gnb=probe)
+
+
+def supervisor(*_) -> RunController:
+    return RunController("run", blocks=tuple(SIZES), policies=())
+
+
+def fold(run: Run, steps: range) -> None:
+    for step in steps:
+        run.fold(read_sample(run.attempt.manifest, sample(step, run.attempt.manifest.sketch_size)), 0.0)
+
+
+def estimated(run: Run) -> dict[str, int]:
+    """The draws that each quantity's estimate of the whole window is made of."""
+    request = run.request()
+    run.take_estimates(request, estimate_all([request], "cpu")[0])
+    run.show()
+    return {quantity: one.draws for (quantity, block, _), one in run.view.estimates.items() if block == "emb"}
+
+
+@pytest.fixture
+def run() -> Run:
+    run = Run(attempt(), supervisor(), now=0.0)
+    fold(run, range(1, 6))
+    return run
+
+
+def test_the_gradient_noise_is_that_of_the_newest_gnb_probe_by_block(run):
+    manifest = run.attempt.manifest
+    for sequence, noise in ((6, (0.5, 0.25)), (7, None)):
+        probed = sample(sequence)
+        if noise is not None:
+            probed.gnb.gradient_noise.CopyFrom(wire.encode(noise, "float32"))
+        run.fold(read_sample(manifest, probed), 0.0)
+        run.show()
+        assert run.view.gradient_noise == noise
+
+
+@pytest.mark.parametrize(("norm", "seen"), [(math.nan, {}), (math.inf, {"emb": math.inf})])
+def test_a_gradient_that_was_not_read_is_none_and_no_damage(run, norm, seen):
+    ones = wire.encode(np.ones(2), "float32")
+    tap = agent_pb2.Tap(
+        gradient_norm=wire.encode([norm, 1.0], "float32"),
+        weight_norm=ones,
+        update_rms=ones,
+        non_finite=wire.encode([0, 0], "int64"),
+        learning_rate=ones,
+        lr_multiplier=ones,
+    )
+    reading = read_sample(run.attempt.manifest, agent_pb2.Sample(sequence=6, step=6, tap=tap))
+    assert run.fold(reading, 0.0).gradient_norm == seen | {"norm": 1.0}
+
+
+def test_windows_go_on_over_attempts_of_the_same_blocks_and_projection(run):
+    run.begin(attempt(attempt="a2"), supervisor())
+    fold(run, range(6, 7))
+    assert (estimated(run)["trace"], estimated(run)["top_eigenvalue"]) == (24, 24)
+
+
+@pytest.mark.parametrize("said", BY_ANOTHER_PROJECTION)
+def test_sketches_by_another_projection_are_put_away_and_traces_stay(run, said):
+    run.begin(attempt(attempt="a2", **said), supervisor())
+    fold(run, range(6, 8))
+    assert (estimated(run)["trace"], estimated(run)["top_eigenvalue"]) == (28, 8)
+
+
+@pytest.mark.parametrize("said", OF_OTHER_BLOCKS)
+def test_nothing_is_kept_of_other_blocks(run, said):
+    assert estimated(run)
+    run.begin(attempt(attempt="a2", **said), supervisor())
+    assert (run.request().gnb, estimated(run)) == ((), {})
+
+
+@pytest.mark.parametrize("said", [{}, *BY_ANOTHER_PROJECTION])
+def test_a_restart_replays_older_attempts_likewise(said):
+    attempts = attempt(), attempt(attempt="a2", **said)
+    samples = [("a1", sample(number)) for number in range(1, 6)]
+    samples.append(("a2", sample(6, attempts[1].manifest.sketch_size)))
+    rows = tuple(
+        SampleRow("run", of, one.sequence, one.step, agent_pb2.SessionRequest(sample=one).SerializeToString(), 0.0)
+        for of, one in samples
+    )
+    told = tuple(StoredAttempt(one.manifest.attempt, one.hello, 6, 0.0, closed=False) for one in attempts)
+    runs = Runs(supervisor)
+    restore_run(runs, StoredRun("run", told, rows, (), (), (), (), None))
+    found = estimated(runs.get("run"))
+    assert (found["trace"], found["top_eigenvalue"]) == (24, 4 if said else 24)
+
+
+async def test_a_version_that_came_before_the_wait_is_not_missed():
+    signal = Signal()
+    seen = signal.version
+    signal.notify()
+    assert await signal.after(seen) == 1
+
+
+async def test_every_waiter_is_woken_once_for_many_changes():
+    signal = Signal()
+    waiters = [asyncio.create_task(signal.after(0)) for _ in range(3)]
+    await asyncio.sleep(0)  # one turn of the loop: all of them wait
+    signal.notify()
+    signal.notify()
+    assert await asyncio.gather(*waiters) == [2, 2, 2]
