@@ -1,0 +1,67 @@
+"""What the tests of known faults share: a watch whose every word is kept, and a real daemon with trainers by hand."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from daemons import Daemon
+
+sys.path.insert(0, str(Path(__file__).parent))  # for the two modules below
+from told import Told
+from wire_trainer import WireTrainer
+
+
+@pytest.fixture
+def told(serve):
+    """Attach to a daemon that takes every sample; afterwards, everything it was told."""
+    return Told(serve())
+
+
+@pytest.fixture
+def make_daemon(tmp_path):
+    """Start real daemons in processes of their own, with given policies."""
+    made = []
+
+    def make(policies: str = "policies: []") -> Daemon:
+        folder = tmp_path / f"daemon{len(made)}"
+        folder.mkdir()
+        made.append(Daemon(folder, policies).start())
+        return made[-1]
+
+    yield make
+    for running in made:
+        running.stop()
+
+
+@pytest.fixture
+def daemon(make_daemon):
+    """A running daemon without policies."""
+    return make_daemon()
+
+
+@pytest.fixture
+def train():
+    """Connect trainers that speak the wire by hand: `train(daemon, run="run")`."""
+    connected = []
+
+    def connect(to: Daemon, **hello) -> WireTrainer:
+        connected.append(WireTrainer(to.grpc, **hello))
+        return connected[-1]
+
+    yield connect
+    for trainer in connected:
+        trainer.stop()
+
+
+@pytest.fixture
+def rules(tmp_path):
+    """Write block rules, `rules({"classifier*": "head"})`; returns the file's path."""
+
+    def write(blocks: dict[str, str]) -> str:
+        path = tmp_path / "rules.yaml"
+        path.write_text("".join(f'- {{match: "{match}", block: {block}}}\n' for match, block in blocks.items()))
+        return str(path)
+
+    return write
