@@ -2,6 +2,7 @@
 
 SharpwatchError
 ├── ConfigError      a configuration file or a rule says something that can't be
+├── TokenFileError   the operator's token file can't be used
 ├── BlockError       a parameter that no block rule places, or a rule that matches nothing
 ├── AttachError      attach() was called with something it can't watch
 ├── CheckpointError  a checkpoint can't be saved, or is not whole
@@ -31,6 +32,10 @@ class ConfigError(SharpwatchError):
         self.key = key
         where = f"{file}:{line}" if line else file
         super().__init__(": ".join(part for part in (where, key, message) if part))
+
+
+class TokenFileError(SharpwatchError):
+    """The file with the operator's token is missing, open to others, or holds no token."""
 
 
 class BlockError(SharpwatchError):

@@ -34,10 +34,10 @@ from sharpwatch.agent.transport import courier_process
 from sharpwatch.agent.transport.courier_client import CourierClient
 from sharpwatch.agent.watch import Watch
 from sharpwatch.blocks import BlockMap, classified
+from sharpwatch.common.endpoint import DEFAULT_ADDRESS
 from sharpwatch.errors import AttachError, BlockError, ConfigError
 from sharpwatch.wire import SKETCH_SIZE
 
-DEFAULT_ADDRESS = "127.0.0.1:7741"
 _LOG = logging.getLogger("sharpwatch")
 
 

@@ -16,7 +16,7 @@ from sharpwatch.agent.control.controller import CONTROL_MODES, RollbackRequest
 from sharpwatch.agent.instrumentation.hooks import Hook
 from sharpwatch.agent.optimizers.support import is_flat, withheld
 from sharpwatch.agent.probes.builtin import DEFAULT_PROBES, PROBES, SHARDED_PROBES
-from sharpwatch.common.endpoint import parse_address, parse_tls, parse_token
+from sharpwatch.agent.transport.destination import parse_daemon_address, parse_tls, parse_token
 from sharpwatch.curvature.objective.next_step import require_adam
 from sharpwatch.curvature.parameters.fsdp import DataRank
 from sharpwatch.curvature.parameters.shards import is_sharded
@@ -80,7 +80,7 @@ def check(options: Options) -> None:
         value = getattr(options, name)
         if value is not None and not callable(value):
             raise AttachError(f"{name}: expected a callable or None, got {type(value).__name__}")
-    parse_address(options.address)
+    parse_daemon_address(options.address)
     parse_token(options.token)
     parse_tls(options.tls)
 

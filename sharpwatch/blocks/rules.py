@@ -11,15 +11,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sharpwatch.blocks.blockmap import BLOCKS
-from sharpwatch.errors import BlockError, ConfigError
+from sharpwatch.common.yaml_schema import Location, YamlDocument, read_yaml
+from sharpwatch.errors import BlockError
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,97 +53,87 @@ class Rules:
 
 
 def load_rules(path: str | Path) -> Rules:
-    """Read `path`; raises `ConfigError` with file, line, key and what is allowed."""
-    file = str(path)
-    try:
-        root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except OSError as error:
-        raise ConfigError(f"can't be read: {error.strerror}", file=file, line=0, key="rules") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"is not UTF-8: {error.reason}", file=file, line=0, key="rules") from error
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 0
-        raise ConfigError(f"is not YAML: {error.problem}", file=file, line=line, key="rules") from error
-    if root is None:
-        raise ConfigError("is empty; expected a list of rules", file=file, line=1, key="rules")
-    reader = _Reader(file)
-    return Rules(tuple(reader.rule(node, key) for node, key in reader.items(root, "rules")))
+    """Read a file of rules.
+
+    Args:
+        path: A YAML file with a list of rules, as above.
+
+    Raises:
+        ConfigError: The file cannot be read or holds something else; names file, line, key and what is valid.
+    """
+    document = read_yaml(Path(path), root="rules")
+    if document.data is None:
+        raise document.error((), "is empty; expected a list of rules")
+    reader = _RulesReader(document)
+    return Rules(tuple(reader.rule(at) for at in reader.items(())))
 
 
 @dataclass(frozen=True, slots=True)
-class _Reader:
-    """YAML nodes to values; keeps the nodes' lines for errors."""
+class _RulesReader:
+    """Checks the values of a document and makes rules of them."""
 
-    file: str
+    document: YamlDocument
 
-    def rule(self, node: yaml.Node, key: str) -> Rule:
-        fields = self.fields(node, key, required={"match"}, optional={"block", "split"})
-        if ("block" in fields) == ("split" in fields):
-            raise self.error(node, key, "give either block or split")
-        match = self.text(fields["match"], f"{key}.match")
-        if "block" in fields:
-            return Rule(match, block=self.block(fields["block"], f"{key}.block"))
-        return Rule(match, split=self.split(fields["split"], f"{key}.split"))
+    def rule(self, at: Location) -> Rule:
+        given = self.mapping(at, required=("match",), optional=("block", "split"))
+        if ("block" in given) == ("split" in given):
+            raise self.document.error(at, "give either block or split")
+        match = self.text((*at, "match"))
+        if "block" in given:
+            return Rule(match, block=self.block((*at, "block")))
+        return Rule(match, split=self.split((*at, "split")))
 
-    def split(self, node: yaml.Node, key: str) -> Split:
-        fields = self.fields(node, key, required={"dim", "parts"}, optional={"repeats"})
-        parts = self.items(fields["parts"], f"{key}.parts")
+    def split(self, at: Location) -> Split:
+        given = self.mapping(at, required=("dim", "parts"), optional=("repeats",))
+        parts = self.items((*at, "parts"))
         if len(parts) < 2:
-            raise self.error(fields["parts"], f"{key}.parts", "expected two parts or more")
-        repeats = self.count(fields["repeats"], f"{key}.repeats") if "repeats" in fields else 1
-        return Split(self.integer(fields["dim"], f"{key}.dim"), tuple(self.part(*part) for part in parts), repeats)
+            raise self.document.error((*at, "parts"), "expected two parts or more")
+        repeats = self.count((*at, "repeats")) if "repeats" in given else 1
+        return Split(self.integer((*at, "dim")), tuple(self.part(part) for part in parts), repeats)
 
-    def part(self, node: yaml.Node, key: str) -> tuple[str, int]:
-        fields = self.fields(node, key, required={"block", "size"})
-        return self.block(fields["block"], f"{key}.block"), self.count(fields["size"], f"{key}.size")
+    def part(self, at: Location) -> tuple[str, int]:
+        self.mapping(at, required=("block", "size"))
+        return self.block((*at, "block")), self.count((*at, "size"))
 
-    def block(self, node: yaml.Node, key: str) -> str:
-        name = self.text(node, key)
+    def block(self, at: Location) -> str:
+        name = self.text(at)
         if name not in BLOCKS:
-            raise self.error(node, key, f"{name!r} is not a block type; allowed: {', '.join(BLOCKS)}")
+            raise self.document.error(at, f"{name!r} is not a block type; allowed: {', '.join(BLOCKS)}")
         return name
 
-    def text(self, node: yaml.Node, key: str) -> str:
-        return str(self.scalar(node, key, "str", "a string", str))
-
-    def count(self, node: yaml.Node, key: str) -> int:
-        value = self.integer(node, key)
-        if value < 1:
-            raise self.error(node, key, f"{value}: expected an integer of 1 or more")
+    def text(self, at: Location) -> str:
+        value = self.document.at(at)
+        if not isinstance(value, str) or not value:
+            raise self.document.error(at, "expected a string")
         return value
 
-    def integer(self, node: yaml.Node, key: str) -> int:
-        return int(self.scalar(node, key, "int", "an integer", lambda text: int(text, 0)))
+    def count(self, at: Location) -> int:
+        value = self.integer(at)
+        if value < 1:
+            raise self.document.error(at, f"{value}: expected an integer of 1 or more")
+        return value
 
-    def scalar(self, node: yaml.Node, key: str, tag: str, expected: str, convert: Callable[[str], Any]) -> Any:
-        if not isinstance(node, yaml.ScalarNode) or node.tag != f"tag:yaml.org,2002:{tag}" or not node.value:
-            raise self.error(node, key, f"expected {expected}")
-        try:
-            return convert(node.value)
-        except ValueError as error:
-            raise self.error(node, key, f"expected {expected}") from error
+    def integer(self, at: Location) -> int:
+        value = self.document.at(at)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise self.document.error(at, "expected an integer")
+        return value
 
-    def items(self, node: yaml.Node, key: str) -> list[tuple[yaml.Node, str]]:
-        if not isinstance(node, yaml.SequenceNode):
-            raise self.error(node, key, "expected a list")
-        return [(item, f"{key}[{index}]") for index, item in enumerate(node.value)]
+    def items(self, at: Location) -> list[Location]:
+        value = self.document.at(at)
+        if not isinstance(value, list):
+            raise self.document.error(at, "expected a list")
+        return [(*at, index) for index in range(len(value))]
 
-    def fields(
-        self, node: yaml.Node, key: str, *, required: set[str], optional: frozenset[str] | set[str] = frozenset()
-    ) -> dict[str, yaml.Node]:
-        allowed = ", ".join(sorted(required | optional))
-        if not isinstance(node, yaml.MappingNode):
-            raise self.error(node, key, f"expected a mapping with keys {allowed}")
-        fields: dict[str, yaml.Node] = {}
-        for name, value in node.value:
-            if name.value not in required | optional:
-                raise self.error(name, f"{key}.{name.value}", f"unknown key; allowed: {allowed}")
-            if name.value in fields:
-                raise self.error(name, f"{key}.{name.value}", "given twice")
-            fields[name.value] = value
-        for name in sorted(required - fields.keys()):
-            raise self.error(node, f"{key}.{name}", f"is missing; allowed: {allowed}")
-        return fields
-
-    def error(self, node: yaml.Node, key: str, message: str) -> ConfigError:
-        return ConfigError(message, file=self.file, line=node.start_mark.line + 1, key=key)
+    def mapping(self, at: Location, *, required: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, Any]:
+        allowed = ", ".join(sorted((*required, *optional)))
+        value = self.document.at(at)
+        if not isinstance(value, dict):
+            raise self.document.error(at, f"expected a mapping with keys {allowed}")
+        for name in value:
+            if name not in (*required, *optional):
+                raise self.document.error((*at, name), f"unknown key; allowed: {allowed}")
+        for name in required:
+            if name not in value:
+                raise self.document.error((*at, name), f"is missing; allowed: {allowed}")
+        return value

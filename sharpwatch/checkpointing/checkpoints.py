@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from sharpwatch.agent.control.controller import RollbackRequest
+from sharpwatch.agent.optimizers.support import skips_its_step
 from sharpwatch.agent.watch import Watch
 from sharpwatch.checkpointing.data_position import paced
 from sharpwatch.checkpointing.resumable_loader import Batches
@@ -179,8 +180,7 @@ class Checkpoints:
 
     def _count(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         del args, kwargs
-        void = getattr(optimizer, "found_inf", None)  # GradScaler leaves it to a fused step to skip itself
-        self._steps += not (isinstance(void, torch.Tensor) and bool(void.item()))
+        self._steps += not skips_its_step(optimizer)
 
     @contextmanager
     def _sharding(self) -> Iterator[None]:

@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, cast
 
+from sharpwatch.common.endpoint import parse_address
+
 DEFAULT_TIMEOUT = 120.0  # seconds to wait for a trainer's answer; steps of large models take tens of seconds
-_HOST_PORT = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\s:/\[\]]+):(\d{1,5})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,32 +35,25 @@ class Parser(argparse.ArgumentParser):
 
 def address(text: str) -> str:
     """HOST:PORT or unix:PATH, to connect to."""
-    if _is_socket(text) or _is_host_port(text, lowest=1):
-        return text
-    raise argparse.ArgumentTypeError(f"{text!r} is no address; allowed: HOST:PORT or unix:PATH")
+    return _checked(text)
 
 
 def listening(text: str) -> str:
     """HOST:PORT or unix:PATH, to listen on; port 0 takes a free one."""
-    return text if _is_socket(text) else listening_port(text)
+    return _checked(text, listen=True)
 
 
 def listening_port(text: str) -> str:
     """HOST:PORT, to listen on; port 0 takes a free one."""
-    if _is_host_port(text, lowest=0):
-        return text
-    raise argparse.ArgumentTypeError(
-        f"{text!r} is no address to listen on; allowed: HOST:PORT, for gRPC also unix:PATH"
-    )
+    return _checked(text, sockets=False, listen=True)
 
 
-def _is_socket(text: str) -> bool:
-    return text.startswith("unix:") and text != "unix:"
-
-
-def _is_host_port(text: str, lowest: int) -> bool:
-    match = _HOST_PORT.fullmatch(text)
-    return match is not None and lowest <= int(match[2]) < 2**16
+def _checked(text: str, **rules: bool) -> str:
+    try:
+        parse_address(text, **rules)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
 
 
 def count(text: str) -> int:

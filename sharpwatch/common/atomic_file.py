@@ -1,4 +1,4 @@
-"""JSON files that are the old or the new one at every moment, also after a crash."""
+"""Files that are either the old or the new version at every moment, also after a crash."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from typing import Any
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What `write_json` wrote to `path`; raises OSError, or ValueError where that is no JSON."""
+    """Read what `write_json` wrote.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It holds no JSON.
+    """
     try:
         found: dict[str, Any] = json.loads(path.read_bytes())
     except ValueError as error:
@@ -18,10 +23,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write `value`, and see that it is on the disk; raises OSError."""
+    """Write `value` as JSON, durably. Raises `OSError`."""
+    write_bytes(path, json.dumps(value).encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace `path` by `content` and wait until it is on the disk. Raises `OSError`."""
     draft = path.with_name(f".{path.name}")
-    with draft.open("w", encoding="utf-8") as file:
-        json.dump(value, file)
+    with draft.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     draft.replace(path)
@@ -29,7 +39,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """See that what was made, renamed or deleted in `folder` is on the disk."""
+    """Wait until what was made, renamed or deleted in `folder` is on the disk. Raises `OSError`."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

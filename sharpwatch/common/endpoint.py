@@ -1,101 +1,69 @@
-"""Where the daemon is and how to show who we are: checked in `attach`, handed to the courier."""
+"""Addresses of a daemon: HOST:PORT, [IPV6]:PORT or unix:PATH."""
 
 from __future__ import annotations
 
-import json
-import os
+import ipaddress
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from sharpwatch.errors import AttachError
-
+DEFAULT_ADDRESS = "127.0.0.1:7741"
 _HOST_PORT = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})")
-_ADDRESSES = "HOST:PORT such as 127.0.0.1:7741, [IPV6]:PORT, or unix:PATH"
 _SOCKET_PATH_BYTES = 107  # sun_path, less its closing zero
-_TLS_KEYS = ("ca", "cert", "key")
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """A daemon's address as gRPC takes it; sockets are absolute, so that a later chdir changes nothing."""
+    """Where a daemon listens.
+
+    Attributes:
+        target: The address as gRPC takes it. The path of a socket is absolute, so that a later chdir changes nothing.
+    """
 
     target: str
+
+    @property
+    def is_socket(self) -> bool:
+        """Whether this is a unix socket."""
+        return self.target.startswith("unix:")
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether the host is this machine's loopback."""
+        host = self.target.rpartition(":")[0].strip("[]")
+        try:
+            return ipaddress.ip_address(host).is_loopback
+        except ValueError:
+            return host == "localhost"
+
+    @property
+    def is_local(self) -> bool:
+        """Whether what is sent there stays on this machine."""
+        return self.is_socket or self.is_loopback
 
     def __str__(self) -> str:
         return self.target
 
 
-@dataclass(frozen=True, slots=True)
-class Tls:
-    """Paths of PEM files: authorities to trust (None: the system's), and the agent's own certificate and key."""
+def parse_address(text: str, *, sockets: bool = True, listen: bool = False) -> Address:
+    """Read an address.
 
-    ca: str | None = None
-    cert: str | None = None
-    key: str | None = None
+    Args:
+        text: HOST:PORT, [IPV6]:PORT or unix:PATH.
+        sockets: Whether unix:PATH is valid.
+        listen: Whether to listen there: port 0, which takes a free one, is valid then.
 
-
-@dataclass(frozen=True, slots=True)
-class Destination:
-    """All that the courier needs to know; `trainer` is a process id."""
-
-    target: str
-    token: str
-    tls: Tls | None
-    spool_bytes: int
-    trainer: int
-
-    def to_json(self) -> str:
-        """For the courier's environment: never its argv, which everyone can read."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> Destination:
-        """What `to_json` wrote."""
-        values = json.loads(text)
-        tls = values.pop("tls")
-        return cls(tls=None if tls is None else Tls(**tls), **values)
-
-
-def parse_address(text: str) -> Address:
-    """Read HOST:PORT, [IPV6]:PORT or unix:PATH; raises `AttachError` for anything else."""
-    if not isinstance(text, str):
-        raise AttachError(f"address={text!r}: allowed is {_ADDRESSES}")
-    if text.startswith("unix:") and text != "unix:":
+    Raises:
+        ValueError: `text` is no such address; the message says what is valid.
+    """
+    if sockets and isinstance(text, str) and text.startswith("unix:") and text != "unix:":
         path = str(Path(text.removeprefix("unix:")).absolute())
         if len(path.encode()) > _SOCKET_PATH_BYTES:
-            raise AttachError(f"address={text!r}: a socket's path has at most {_SOCKET_PATH_BYTES} bytes: {path}")
+            raise ValueError(f"a socket's path must have at most {_SOCKET_PATH_BYTES} bytes, got {path}")
         return Address(f"unix:{path}")
-    match = _HOST_PORT.fullmatch(text)
-    if match is None or not 0 < int(match[2]) < 2**16:
-        raise AttachError(f"address={text!r}: allowed is {_ADDRESSES}")
+    match = _HOST_PORT.fullmatch(text) if isinstance(text, str) else None
+    if match is None or not (0 if listen else 1) <= int(match[2]) < 2**16:
+        lowest = "0" if listen else "1"
+        forms = "HOST:PORT or unix:PATH" if sockets else "HOST:PORT"
+        raise ValueError(f"expected {forms}, the port from {lowest} to 65535, an IPv6 host in brackets, got {text!r}")
     return Address(text)
-
-
-def parse_tls(tls: Mapping[str, str] | None) -> Tls | None:
-    """Read {"ca": PATH, "cert": PATH, "key": PATH}, each optional; raises `AttachError`."""
-    if tls is None:
-        return None
-    if not isinstance(tls, Mapping) or not set(tls) <= set(_TLS_KEYS):
-        raise AttachError(f"tls={tls!r}: allowed is a mapping of {', '.join(_TLS_KEYS)} to paths of PEM files, or None")
-    if ("cert" in tls) != ("key" in tls):
-        raise AttachError("tls: a certificate needs its key: give both cert and key, or neither")
-    paths: dict[str, Path] = {}
-    for name, given in tls.items():
-        if not isinstance(given, str | os.PathLike):
-            raise AttachError(f"tls {name}: expected a path, got {type(given).__name__}")
-        path = paths[name] = Path(given).absolute()
-        if not path.is_file():
-            raise AttachError(f"tls {name}: no file at {path}")
-    return Tls(**{name: str(path) for name, path in paths.items()})
-
-
-def parse_token(token: str | None) -> str:
-    """Check that the token can stand in a header; "" for none. Raises `AttachError`, which does not show it."""
-    if token is not None and not isinstance(token, str):
-        raise AttachError(f"token: expected a string or None, got {type(token).__name__}")
-    stripped = (token or "").strip()
-    if not (stripped.isascii() and stripped.isprintable()):
-        raise AttachError("token: allowed are printable ASCII characters on one line")
-    return stripped

@@ -20,9 +20,9 @@ from daemons import PATIENCE, ack, await_end, free_port, honest, response, silen
 
 from sharpwatch.agent.transport import courier, courier_process
 from sharpwatch.agent.transport.courier_client import CourierClient
+from sharpwatch.agent.transport.destination import Destination
 from sharpwatch.agent.transport.framing import frame
 from sharpwatch.agent.transport.trainer_writer import TrainerWriter
-from sharpwatch.common.endpoint import Destination
 from sharpwatch.v1 import agent_pb2, types_pb2
 
 HELLO = agent_pb2.Hello(protocol=1, run="run", training_job="job", attempt="attempt")

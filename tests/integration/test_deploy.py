@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from sharpwatch._version import __version__
-from sharpwatch.daemon.config.config import load_config
+from sharpwatch.daemon.config.load import load_config
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"

@@ -8,10 +8,11 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sharpwatch.agent.control.lr_multipliers import LrMultipliers
 from sharpwatch.agent.instrumentation.closures import Arguments, Closure, through
+from sharpwatch.agent.optimizers.support import skips_its_step
 
 
 class Hook:
@@ -114,7 +115,7 @@ class Hooks:
         self._void.discard(which)
         self._awaited.discard(which)
         with steps.ours("reading the tap"):
-            if _is_void(optimizer):
+            if skips_its_step(optimizer):
                 self._void.add(which)
                 return None
             steps.begin(which)
@@ -170,12 +171,6 @@ class Hooks:
 def _move(hooks: Any, number: int, *, last: bool) -> None:
     if number in hooks and number != next(reversed(hooks) if last else iter(hooks)):
         hooks.move_to_end(number, last=last)
-
-
-def _is_void(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether GradScaler leaves it to a fused `step()` to skip itself; it reads the flag, as GradScaler else would."""
-    found = getattr(optimizer, "found_inf", None)
-    return isinstance(found, Tensor) and bool(found.item())
 
 
 def _is_capturing() -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sharpwatch.agent.optimizers.deepspeed import DeepSpeedOptimizer, is_deepspeeds
@@ -36,6 +36,15 @@ def uncontrolled(optimizers: Sequence[Optimizer], ranks: int = 1) -> str:
 def is_flat(parameter: object) -> bool:
     """Whether FSDP (the first, without use_orig_params) laid several parameters end to end in this one."""
     return getattr(parameter, "_is_flat_param", False)  # FlatParameter's own mark; to import it takes 0.6 s
+
+
+def skips_its_step(optimizer: Optimizer) -> bool:
+    """Whether the next `step()` changes nothing: GradScaler found an overflow and leaves it to a fused step to skip.
+
+    Reading the flag waits for the device, as GradScaler itself would.
+    """
+    found = getattr(optimizer, "found_inf", None)
+    return isinstance(found, Tensor) and bool(found.item())
 
 
 def withheld(model: nn.Module) -> str:

@@ -21,10 +21,11 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from sharpwatch.agent.transport.courier_process import ENVIRONMENT
+from sharpwatch.agent.transport.destination import Destination, Tls
 from sharpwatch.agent.transport.framing import Unframer
 from sharpwatch.agent.transport.spool import Spool
 from sharpwatch.agent.transport.trainer_writer import TrainerWriter
-from sharpwatch.common.endpoint import Destination, Tls
+from sharpwatch.common.backoff import Backoff
 from sharpwatch.errors import WireError
 from sharpwatch.v1 import agent_pb2
 
@@ -65,23 +66,6 @@ class SessionOverError(Exception):
         super().__init__(reason)
 
 
-class Backoff:
-    """Doubling waits with jitter, from FIRST_WAIT_SECONDS to LAST_WAIT_SECONDS."""
-
-    def __init__(self, randomness: random.Random) -> None:
-        self._random = randomness
-        self._wait = FIRST_WAIT_SECONDS
-
-    def reset(self) -> None:
-        """The daemon is well."""
-        self._wait = FIRST_WAIT_SECONDS
-
-    def next(self) -> float:
-        """Seconds to wait now."""
-        wait, self._wait = self._wait, min(2 * self._wait, LAST_WAIT_SECONDS)
-        return wait * self._random.uniform(0.5, 1.0)
-
-
 class Courier:
     """One courier's whole life."""
 
@@ -89,7 +73,8 @@ class Courier:
         self._destination = destination
         self._upward = upward
         self._spool = Spool(destination.spool_bytes)
-        self._backoff = Backoff(random.Random())  # noqa: S311 - jitter, not a secret
+        jitter = random.Random()  # noqa: S311 - not a secret
+        self._backoff = Backoff(FIRST_WAIT_SECONDS, LAST_WAIT_SECONDS, jitter)
         self._hello: bytes | None = None
         self._sent = 0  # highest sequence ever sent
         self._limit = _MAX_REQUEST_BYTES

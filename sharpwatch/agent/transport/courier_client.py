@@ -17,9 +17,11 @@ from google.protobuf.message import DecodeError
 from sharpwatch.agent.safety.exception_barrier import warn
 from sharpwatch.agent.safety.signals import signals_held
 from sharpwatch.agent.transport.courier_process import LOG, CourierGoneError, CourierProcess, NoCourierError
+from sharpwatch.agent.transport.destination import Destination, Tls, parse_daemon_address, parse_tls, parse_token
 from sharpwatch.agent.transport.framing import Unframer, frame
 from sharpwatch.agent.transport.spool import Spool, without_arrays
-from sharpwatch.common.endpoint import Address, Destination, Tls, parse_address, parse_tls, parse_token
+from sharpwatch.common.backoff import Backoff
+from sharpwatch.common.endpoint import Address
 from sharpwatch.errors import WireError
 from sharpwatch.v1 import agent_pb2
 
@@ -53,7 +55,7 @@ class CourierClient:
         outbox_bytes: int = OUTBOX_BYTES,
         spool_bytes: int = SPOOL_BYTES,
     ) -> None:
-        where = address if isinstance(address, Address) else parse_address(address)
+        where = address if isinstance(address, Address) else parse_daemon_address(address)
         self._pid = os.getpid()
         self._destination = Destination(
             target=where.target,
@@ -289,7 +291,7 @@ class _Restart:
     """When a courier may be started: at once, then after doubling waits while couriers don't last."""
 
     def __init__(self) -> None:
-        self._wait = _FIRST_RESTART_SECONDS
+        self._backoff = Backoff(_FIRST_RESTART_SECONDS, _LAST_RESTART_SECONDS)
         self._at = 0.0
         self._warned = False
         self._given_up = False
@@ -305,13 +307,12 @@ class _Restart:
         self.warn(f"no courier in this program, nothing is sent to the daemon: {reason}")
 
     def tried(self, now: float) -> None:
-        self._at = now + self._wait
+        self._at = now + _FIRST_RESTART_SECONDS
 
     def ended(self, now: float, lived: float) -> None:
-        self._wait = (
-            _FIRST_RESTART_SECONDS if lived > _LAST_RESTART_SECONDS else min(2 * self._wait, _LAST_RESTART_SECONDS)
-        )
-        self._at = now + self._wait
+        if lived > _LAST_RESTART_SECONDS:
+            self._backoff.reset()
+        self._at = now + self._backoff.next()
 
     def warn(self, message: str) -> None:
         """Once: a courier that comes and goes is counted, not told of each time."""

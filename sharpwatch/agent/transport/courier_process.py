@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from sharpwatch.common.endpoint import Destination
+from sharpwatch.agent.transport.destination import Destination
 
 ENVIRONMENT = "SHARPWATCH_COURIER"  # the destination as JSON, in the courier's environment alone
 LOG = "SHARPWATCH_COURIER_LOG"

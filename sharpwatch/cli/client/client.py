@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import getpass
-import ipaddress
 import os
 import socket
-import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,13 +14,12 @@ from typing import Any
 
 import grpc
 
-from sharpwatch.cli.arguments import address as parse_address
+from sharpwatch.common.endpoint import DEFAULT_ADDRESS, parse_address
+from sharpwatch.common.token_file import default_token_file, read_token
 from sharpwatch.errors import OperatorError
 from sharpwatch.v1.operator_pb2 import ListRunsRequest
 from sharpwatch.v1.operator_pb2_grpc import OperatorServiceStub
 
-DEFAULT_ADDRESS = "127.0.0.1:7741"
-DEFAULT_TOKEN_FILE = "~/.config/sharpwatch/operator.token"  # noqa: S105 - a path, not a secret
 _ANSWER_SECONDS = 10.0  # for calls that need no trainer
 # The daemon is ours and near: an HTTP proxy of the environment is for other hosts.
 # And what it sends was asked for: a long list of decisions is more than gRPC's 4 MiB.
@@ -40,16 +37,7 @@ class Endpoint:
     @property
     def private(self) -> bool:
         """Whether what is sent stays on this machine."""
-        return self.address.startswith("unix:") or is_loopback(self.address)
-
-
-def is_loopback(address: str) -> bool:
-    """Whether HOST:PORT names this machine's loopback."""
-    host = address.rpartition(":")[0].strip("[]")
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+        return parse_address(self.address).is_local
 
 
 def endpoint(given: Mapping[str, Any], environ: Mapping[str, str]) -> Endpoint:
@@ -60,7 +48,7 @@ def endpoint(given: Mapping[str, Any], environ: Mapping[str, str]) -> Endpoint:
     """
     chosen = given.get("address") or _environment_address(environ) or DEFAULT_ADDRESS
     named = given.get("token_file") or environ.get("SHARPWATCH_TOKEN_FILE")
-    path = Path(named or DEFAULT_TOKEN_FILE).expanduser()
+    path = Path(named).expanduser() if named else default_token_file()
     token = read_token(path) if named or path.exists() else ""
     return Endpoint(chosen, token, path)
 
@@ -70,25 +58,10 @@ def _environment_address(environ: Mapping[str, str]) -> str:
     if not text:
         return ""
     try:
-        return parse_address(text)
-    except argparse.ArgumentTypeError as error:
+        parse_address(text)
+    except ValueError as error:
         raise OperatorError(f"$SHARPWATCH_ADDRESS: {error}") from None
-
-
-def read_token(path: Path) -> str:
-    """The token in `path`, which must be its owner's alone."""
-    try:
-        mode = stat.S_IMODE(path.stat().st_mode)
-        if mode & 0o077:
-            raise OperatorError(f"token file {path} has mode {mode:04o}, others can use it; run: chmod 600 {path}")
-        token = path.read_text(encoding="ascii").strip()
-    except OSError as error:
-        raise OperatorError(f"token file {path}: {error.strerror}") from error
-    except UnicodeDecodeError:
-        raise OperatorError(f"token file {path} is not text; allowed: one line with the token") from None
-    if not token or len(token.split()) > 1:
-        raise OperatorError(f"token file {path} holds no token; allowed: one line with the token")
-    return token
+    return text
 
 
 def author(environ: Mapping[str, str]) -> str:

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 from pathlib import Path
 
 from sharpwatch.cli.arguments import Command
 from sharpwatch.cli.output.output import show
 from sharpwatch.cli.output.tables import Grid
-from sharpwatch.daemon.config.config import Config, load_config
+from sharpwatch.daemon.config.config import Config
+from sharpwatch.daemon.config.load import json_schema, load_config
+
+
+class _PrintSchema(argparse.Action):
+    """Prints the schema and ends, as --help does."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(json.dumps(json_schema(), indent=2))
+        parser.exit()
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", type=Path, help="the daemon's configuration, YAML")
+    parser.add_argument("--schema", action=_PrintSchema, nargs=0, help="print the JSON schema of the file, for editors")
 
 
 def _check(args: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sharpwatch.cli.arguments import Command, listening, listening_port
 from sharpwatch.daemon.app import run
-from sharpwatch.daemon.config.config import load_config
+from sharpwatch.daemon.config.load import load_config
 
 _OVERRIDES = ("grpc", "http", "store", "log_level")
 

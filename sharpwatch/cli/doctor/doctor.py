@@ -11,7 +11,7 @@ from sharpwatch.cli.doctor import local_checks
 from sharpwatch.cli.doctor.local_checks import CheckResult
 from sharpwatch.cli.output.output import show
 from sharpwatch.cli.output.tables import Grid
-from sharpwatch.errors import OperatorError
+from sharpwatch.errors import OperatorError, TokenFileError
 
 
 def _nothing(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +51,7 @@ def _daemon(given: Mapping[str, object], environ: Mapping[str, str]) -> Iterator
 
     try:
         to = endpoint(given, environ)
-    except OperatorError as error:
+    except (OperatorError, TokenFileError) as error:
         yield CheckResult("token file", "fail", str(error))
         return
     yield daemon_checks.token(to)

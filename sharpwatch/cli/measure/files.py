@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import os
 import tempfile
 from pathlib import Path
 from types import ModuleType
 
+from sharpwatch.common import atomic_file
 from sharpwatch.errors import SharpwatchError
 
 
@@ -31,12 +31,7 @@ def write_whole(path: Path, content: bytes) -> None:
         if not _is_ordinary(path):  # a pipe or /dev/stdout
             path.write_bytes(content)
             return
-        partial = path.with_name(f".{path.name}.partial")
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        atomic_file.write_bytes(path, content)
     except OSError as error:
         raise SharpwatchError(f"{path}: can't be written: {error.strerror}") from error
 

@@ -8,31 +8,27 @@ the operator shows the token that only the daemon's user can read.
 from __future__ import annotations
 
 import hmac
-import ipaddress
 import os
-import secrets
-import stat
 from pathlib import Path
 from typing import Any, Literal
 
 import grpc
 
-from sharpwatch.errors import SharpwatchError
+from sharpwatch.common.endpoint import Address
+from sharpwatch.common.token_file import make_token, read_token
+from sharpwatch.errors import SharpwatchError, TokenFileError
 
 Role = Literal["viewer", "operator"]
 _SCHEME = "Bearer "
 
 
 def check_grpc_address(address: str) -> None:
-    """Refuse an address that others than this machine's users could reach."""
-    if address.startswith("unix:"):
-        return
-    host = address.rpartition(":")[0].strip("[]")
-    try:
-        local = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        local = host == "localhost"
-    if not local:
+    """Refuse an address that other machines could reach.
+
+    Raises:
+        SharpwatchError: `address` is neither loopback nor a unix socket.
+    """
+    if not Address(address).is_local:
         raise SharpwatchError(
             f"grpc {address}: no credentials are configured, so only loopback (127.0.0.1, ::1, localhost) "
             "and unix:PATH are served"
@@ -40,32 +36,19 @@ def check_grpc_address(address: str) -> None:
 
 
 def load_token(file: str | Path) -> str:
-    """The operator's token: made, mode 0600, where there is none; refused where others could read it."""
+    """Read the operator's token; make the file where there is none.
+
+    Raises:
+        TokenFileError: The file cannot be used, or belongs to another user than the daemon's.
+    """
     path = Path(file).expanduser()
-    try:
-        if not path.exists():
-            _make_token(path)
-        status = path.stat()
-        mode = stat.S_IMODE(status.st_mode)
-        if mode & 0o077:
-            raise SharpwatchError(f"token_file {path}: mode {mode:04o} lets others use it; run: chmod 600 {path}")
-        if status.st_uid != os.geteuid():
-            raise SharpwatchError(f"token_file {path}: belongs to uid {status.st_uid}, the daemon is {os.geteuid()}")
-        token = path.read_text(encoding="ascii").strip()
-    except OSError as error:
-        raise SharpwatchError(f"token_file {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise SharpwatchError(f"token_file {path}: not a line of ASCII text") from error
-    if not token:
-        raise SharpwatchError(f"token_file {path}: empty; delete it and a new one is made")
+    if not path.exists():
+        make_token(path)
+    token = read_token(path)
+    owner = path.stat().st_uid
+    if owner != os.geteuid():
+        raise TokenFileError(f"token file {path} belongs to uid {owner}, but the daemon runs as uid {os.geteuid()}")
     return token
-
-
-def _make_token(path: Path) -> None:
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w", encoding="ascii") as file:
-        file.write(secrets.token_urlsafe(32) + "\n")
 
 
 class Authorizer:

@@ -19,7 +19,7 @@ import pytest
 
 from sharpwatch import wire
 from sharpwatch.daemon.app import serving
-from sharpwatch.daemon.config.config import load_config
+from sharpwatch.daemon.config.load import load_config
 from sharpwatch.v1 import agent_pb2, types_pb2
 from sharpwatch.v1 import operator_pb2 as pb
 from sharpwatch.v1.agent_pb2_grpc import AgentServiceStub

@@ -241,7 +241,7 @@ async def test_a_daemon_that_all_could_command_does_not_start(running, tmp_path)
         async with running(grpc="0.0.0.0:0"):
             pass
     shared_token(tmp_path / "operator.token")
-    with pytest.raises(SharpwatchError, match=r"operator\.token: mode 0644 lets others use it"):
+    with pytest.raises(SharpwatchError, match=r"operator\.token has mode 0644: others can read it"):
         async with running():
             pass
 

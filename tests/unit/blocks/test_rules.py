@@ -144,3 +144,10 @@ def test_a_file_that_can_not_be_names_line_key_and_what_is_allowed(tmp_path, tex
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(ConfigError, match="No such file"):
         load_rules(tmp_path / "none.yaml")
+
+
+def test_a_file_nested_too_deeply_is_refused_like_all_else(tmp_path):
+    path = tmp_path / "rules.yaml"
+    path.write_text("[" * 5000)
+    with pytest.raises(ConfigError, match="rules: is nested too deep"):
+        load_rules(path)

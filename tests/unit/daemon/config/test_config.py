@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from sharpwatch.daemon.config.config import ActionConfig, Config, DaemonConfig, EscalateConfig, GuardConfig, load_config
+from sharpwatch.daemon.config.config import ActionConfig, Config, DaemonConfig, EscalateConfig, GuardConfig
+from sharpwatch.daemon.config.load import load_config
 from sharpwatch.errors import ConfigError
 
 ROOT = Path(__file__).parents[4]

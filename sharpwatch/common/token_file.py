@@ -1,0 +1,56 @@
+"""The file that holds the operator's token, which only its owner may read."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from pathlib import Path
+
+from platformdirs import user_config_path
+
+from sharpwatch.errors import TokenFileError
+
+
+def default_token_file() -> Path:
+    """Where daemon and command line look for the token: `$XDG_CONFIG_HOME/sharpwatch`, by default `~/.config`."""
+    return user_config_path("sharpwatch") / "operator.token"
+
+
+def read_token(path: Path) -> str:
+    """Read the operator's token.
+
+    Args:
+        path: A file of mode 0600 with one line of ASCII.
+
+    Raises:
+        TokenFileError: The file cannot be read, others may read it, it belongs to another user, or holds no token.
+    """
+    try:
+        status = path.stat()
+        mode = stat.S_IMODE(status.st_mode)
+        if mode & 0o077:
+            raise TokenFileError(f"token file {path} has mode {mode:04o}: others can read it; run: chmod 600 {path}")
+        token = path.read_text(encoding="ascii").strip()
+    except OSError as error:
+        raise TokenFileError(f"token file {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise TokenFileError(f"token file {path} is not ASCII text; it must hold one line with the token") from error
+    if not token or len(token.split()) > 1:
+        raise TokenFileError(f"token file {path} holds no token; it must hold one line with the token")
+    return token
+
+
+def make_token(path: Path) -> None:
+    """Write a new random token to `path`, mode 0600, with the folders that lead to it.
+
+    Raises:
+        TokenFileError: The file exists or cannot be written.
+    """
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except OSError as error:
+        raise TokenFileError(f"token file {path}: {error.strerror}") from error
+    with os.fdopen(descriptor, "w", encoding="ascii") as file:
+        file.write(secrets.token_urlsafe(32) + "\n")
