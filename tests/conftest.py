@@ -16,8 +16,6 @@ import stand_ins
 from daemons import ScriptedDaemon
 from missing import missing
 
-from sharpwatch.agent import attach as attach_module
-
 os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed tells whoever imports it, on stdout, that it found no GPU
 
 
@@ -34,16 +32,9 @@ def _interruptible() -> None:
 
 
 @pytest.fixture
-def wires(monkeypatch):
-    """The pipes that `attach` has made, in their order; none leads to a courier."""
-    made = []
-
-    def make(hello, **options):
-        made.append(stand_ins.Wire(hello, **options))
-        return made[-1]
-
-    monkeypatch.setattr(attach_module, "CourierClient", make)
-    return made
+def transports():
+    """Makes transports for `attach`, by `transports.new()`, and has those it made in their order."""
+    return stand_ins.Transports()
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,10 @@
-"""What the agent's tests train and what they send to: a small model, and a pipe whose other end is the test."""
+"""A small model that the agent's tests train, and transports that keep what the agent sends."""
 
 from __future__ import annotations
 
 from torch import nn
 
-from sharpwatch.v1 import agent_pb2, types_pb2
+from sharpwatch.testing import InMemoryTransport
 
 LLAMA = {  # of transformers' LlamaConfig
     "vocab_size": 32,
@@ -33,32 +33,12 @@ class Net(nn.Module):
         return logits, loss
 
 
-class Wire:
-    """A pipe: what was sent is kept in `samples`, what is put into `inbox` is received."""
+class Transports(list):
+    """The transports that a test has made, oldest first; none leads to a courier."""
 
-    def __init__(self, hello, **options):
-        self.hello, self.options = hello, options
-        self.samples, self.inbox, self.dropped, self.closed = [], [], {}, False
-
-    def greet(self, hello):
-        self.hello = hello
-
-    def send(self, request):
-        self.samples.append(request.sample)
-
-    def receive(self):
-        taken, self.inbox = self.inbox, []
-        return taken
-
-    def close(self):
-        self.closed = True
-
-    def order(self, **command):
-        self.inbox.append(agent_pb2.SessionResponse(command=types_pb2.Command(**command)))
-
-    @property
-    def results(self):
-        return [result for sample in self.samples for result in sample.results]
+    def new(self):
+        self.append(InMemoryTransport())
+        return self[-1]
 
 
 def in_each_step(optimizer, call):

@@ -22,7 +22,7 @@ from sharpwatch.agent.distributed.topology import Topology, check_rules, gather_
 from sharpwatch.agent.optimizers.deepspeed import hidden
 from sharpwatch.agent.optimizers.support import stepping, uncontrolled
 from sharpwatch.agent.options import Options, check, possible
-from sharpwatch.agent.parts import NullTransport, Parts, Transport
+from sharpwatch.agent.parts import Parts
 from sharpwatch.agent.probes.budget import OverheadBudget
 from sharpwatch.agent.probes.builtin import DEFAULT_PROBES
 from sharpwatch.agent.probes.runner import ProbeRunner
@@ -31,6 +31,7 @@ from sharpwatch.agent.run import WatchedRun
 from sharpwatch.agent.safety.exception_barrier import ExceptionBarrier
 from sharpwatch.agent.statistics.tap import Tap
 from sharpwatch.agent.transport import courier_process
+from sharpwatch.agent.transport.base import NullTransport, Transport
 from sharpwatch.agent.transport.courier_client import CourierClient
 from sharpwatch.agent.watch import Watch
 from sharpwatch.blocks import BlockMap, classified
@@ -60,29 +61,54 @@ def attach(  # noqa: PLR0913 - the public signature; each has a default that wor
     lr_bounds: tuple[float, float] = (0.1, 10.0),
     initial_step: int = 0,
     seed: int = 0,
+    transport: Transport | None = None,
 ) -> Watch:
-    """Watch `model` while `optimizer` (one, or several that step together) trains it.
+    """Watch `model` while `optimizer` trains it.
 
-    `training_job` is what is trained, `run` this try at it, by default the job with the time. `address` defaults to
-    `$SHARPWATCH_ADDRESS`, then 127.0.0.1:7741; `unix:PATH` is a socket. `tls` names PEM files ("ca", and "cert" with
-    "key").
+    Registers hooks on the model and the optimizers; the training loop itself stays as it is. Each step is sampled, and
+    probes measure curvature as often as their share of the step time allows. On several ranks call it on all of them,
+    with the same options.
 
-    `probes` are any of "gnb", "direction", "hutchinson", "lanczos", "linesearch" and "preconditioned"; `probe_every`
-    fixes their cadence in steps, and overrides `overhead_budget`, their and the tap's share of the step time. They call
-    the model as its last forward did, or by `loss_fn(model, batch)`, a mean loss, and `logits_fn(model, batch)`, the
-    logits and a mask of the positions that predict, both by `model(*batch.args, **batch.kwargs)`.
+    Args:
+        model: The model in training. Wrappers (DDP, FSDP2, DeepSpeed, torch.compile) are seen through.
+        optimizer: The optimizer that trains it, or several that step together.
+        training_job: The name of what is trained; all attempts at it share this name.
+        run: The name of this attempt; by default `training_job` with the time and a random suffix.
+        address: The daemon's, as "HOST:PORT" or "unix:PATH"; by default `$SHARPWATCH_ADDRESS`, then "127.0.0.1:7741".
+        token: The bearer token of the daemon, where it asks for one.
+        tls: PEM files by name: "ca", and for mutual TLS "cert" with "key". None connects without TLS.
+        overhead_budget: The share of step time that probes and sampling may take together.
+        probe_every: Run every probe each so many steps, and ignore `overhead_budget`.
+        probes: Any of "gnb", "direction", "hutchinson", "lanczos", "linesearch" and "preconditioned".
+        loss_fn: `loss_fn(model, batch)` for probes: the mean loss of `model(*batch.args, **batch.kwargs)`. By default
+            probes call the model as its last forward did, and take the loss of its output.
+        logits_fn: `logits_fn(model, batch)` for the "gnb" probe: the logits, and a mask of the positions that predict.
+        on_rollback: Called after the step at which a rollback is due; restores the checkpoint of the request. What it
+            raises reaches the training loop.
+        control: Which commands are taken. "none": no command. "lr": learning-rate changes within `lr_bounds`, and
+            rollbacks if `on_rollback` is given. "rollback": both, for `Checkpoints` and for loops that read
+            `watch.pending_rollback`.
+        lr_bounds: The smallest and the largest multiplier of a learning rate that is accepted.
+        initial_step: Optimizer steps already taken, where training goes on from a checkpoint.
+        seed: Seeds what probes draw; the global random state is never used.
+        transport: Carries samples and commands instead of a courier process, as `sharpwatch.testing.InMemoryTransport`
+            does in tests; `address`, `token` and `tls` are then not used. Used on the leading rank alone.
 
-    `control`: "none" refuses every command, "lr" takes learning-rate changes within `lr_bounds` (multipliers), and
-    rollbacks where `on_rollback` is given, "rollback" also those for `Checkpoints`, and for loops that read
-    `watch.pending_rollback`. `initial_step`: the optimizer steps taken already. $SHARPWATCH_BLOCK_RULES names a YAML
-    file of rules for `classify`. With SHARPWATCH_DISABLED=1 the watch does nothing.
+    Returns:
+        The watch, which is also a context manager that closes itself.
 
-    Raises `AttachError` on what can't be watched; nothing has been started then.
+    Raises:
+        AttachError: An option is wrong, or the model or an optimizer can't be watched. Nothing has been started then.
+
+    Environment:
+        SHARPWATCH_ADDRESS: The daemon's address where `address` is not given.
+        SHARPWATCH_BLOCK_RULES: A YAML file of rules that say which parameter belongs to which block, as for `classify`.
+        SHARPWATCH_DISABLED: With the value 1 nothing is watched, and the watch returned does nothing.
     """
     if courier_process.ENVIRONMENT in os.environ:
-        # A second training beside the first would write over its files, and start another one in turn.
+        # Training here too would overwrite the first program's files, and start a third program in turn.
         raise AttachError(
-            "this process was started as another's courier: sys.executable there is this program, no Python"
+            "this process was started as the courier of another one: sys.executable there is this program, not Python"
         )
     given = tuple(optimizer) if isinstance(optimizer, Iterable) else (optimizer,)
     options = Options(
@@ -103,6 +129,7 @@ def attach(  # noqa: PLR0913 - the public signature; each has a default that wor
         lr_bounds=lr_bounds,
         initial_step=initial_step,
         seed=seed,
+        transport=transport,
     )
     name = run or f"{training_job}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
     disabled = os.environ.get("SHARPWATCH_DISABLED") == "1"
@@ -155,10 +182,8 @@ def _made(options: Options, run: str, block_map: BlockMap, company: Topology | N
     control = _control(options, block_map, types, uncontrolled(optimizers) if company is None else company.uncontrolled)
     if hidden(optimizers):
         _LOG.warning("gradient norms can't be shown: %s", hidden(optimizers))
-    pipe: Transport = NullTransport()
-    if company is None or company.ranks.leads:
-        hello = messages.hello(identity, block_map)
-        pipe = CourierClient(hello, address=options.address, token=options.token, tls=options.tls)
+    pipe = _transport(options) if company is None or company.ranks.leads else NullTransport()
+    pipe.greet(messages.hello(identity, block_map))
     return Parts(
         identity=identity,
         named=options.run is not None,
@@ -185,6 +210,12 @@ def _made(options: Options, run: str, block_map: BlockMap, company: Topology | N
         on_rollback=options.on_rollback,
         shared=None if company is None else company.shared(tap, border, next(model.parameters()).device),
     )
+
+
+def _transport(options: Options) -> Transport:
+    if options.transport is not None:
+        return options.transport
+    return CourierClient(address=options.address, token=options.token, tls=options.tls)
 
 
 def _identity(options: Options, run: str) -> messages.Identity:

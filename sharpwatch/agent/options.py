@@ -16,6 +16,7 @@ from sharpwatch.agent.control.controller import CONTROL_MODES, RollbackRequest
 from sharpwatch.agent.instrumentation.hooks import Hook
 from sharpwatch.agent.optimizers.support import is_flat, withheld
 from sharpwatch.agent.probes.builtin import DEFAULT_PROBES, PROBES, SHARDED_PROBES
+from sharpwatch.agent.transport.base import Transport
 from sharpwatch.agent.transport.destination import parse_daemon_address, parse_tls, parse_token
 from sharpwatch.curvature.objective.next_step import require_adam
 from sharpwatch.curvature.parameters.fsdp import DataRank
@@ -47,6 +48,7 @@ class Options:
     lr_bounds: tuple[float, float]
     initial_step: int
     seed: int
+    transport: Transport | None
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -80,6 +82,11 @@ def check(options: Options) -> None:
         value = getattr(options, name)
         if value is not None and not callable(value):
             raise AttachError(f"{name}: expected a callable or None, got {type(value).__name__}")
+    if options.transport is not None and not isinstance(options.transport, Transport):
+        raise AttachError(
+            "transport must have the members of sharpwatch.agent.transport.base.Transport (greet, send, receive, "
+            f"close, dropped) or be None, got {type(options.transport).__name__}"
+        )
     parse_daemon_address(options.address)
     parse_token(options.token)
     parse_tls(options.tls)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -18,47 +16,8 @@ from sharpwatch.agent.probes.runner import ProbeRunner
 from sharpwatch.agent.reporting.messages import Identity
 from sharpwatch.agent.safety.exception_barrier import ExceptionBarrier
 from sharpwatch.agent.statistics.tap import Tap
+from sharpwatch.agent.transport.base import Transport
 from sharpwatch.blocks import BlockMap
-from sharpwatch.v1 import agent_pb2
-
-
-class Transport(Protocol):
-    """The way to the courier: nothing here blocks or raises."""
-
-    def greet(self, hello: agent_pb2.Hello, /) -> None:
-        """Greet with `hello`; before the first use."""
-
-    @property
-    def dropped(self) -> Mapping[str, int]:
-        """Samples lost so far, by reason."""
-
-    def send(self, request: agent_pb2.SessionRequest, /) -> None:
-        """Queue a message."""
-
-    def receive(self) -> list[agent_pb2.SessionResponse]:
-        """What has come in."""
-
-    def close(self) -> None:
-        """Let the courier finish; takes at most 2 s."""
-
-
-class NullTransport:
-    """The pipe of a rank that does not speak to the daemon: another does."""
-
-    dropped: Mapping[str, int] = MappingProxyType({})
-
-    def greet(self, hello: agent_pb2.Hello, /) -> None:
-        """As `Transport.greet`."""
-
-    def send(self, request: agent_pb2.SessionRequest, /) -> None:
-        """As `Transport.send`."""
-
-    def receive(self) -> list[agent_pb2.SessionResponse]:
-        """As `Transport.receive`."""
-        return []
-
-    def close(self) -> None:
-        """As `Transport.close`."""
 
 
 @dataclass(frozen=True, slots=True)

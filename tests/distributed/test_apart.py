@@ -16,11 +16,11 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from stand_ins import Net, Wire
+from stand_ins import Net
 
 import sharpwatch
-from sharpwatch.agent import attach as attach_module
 from sharpwatch.agent.distributed.channel import Introduction, RankGroup, RankProgress, StepMessage, join
+from sharpwatch.testing import InMemoryTransport
 from sharpwatch.v1 import types_pb2
 
 STEPS = 10
@@ -37,14 +37,14 @@ class Loop:
     """A loop on two ranks that train together (`kind` "ddp", "fsdp") or each alone ("local")."""
 
     def __init__(self, kind, *, watched=True, **options):
-        self.wires, self.rank, self.groups = [], dist.get_rank(), []
-        attach_module.CourierClient = lambda hello, **given: self.wires.append(Wire(hello, **given)) or self.wires[-1]
+        self.transport, self.rank, self.groups = InMemoryTransport(), dist.get_rank(), []
         torch.manual_seed(3)
         self.model = {"ddp": nn.parallel.DistributedDataParallel, "fsdp": fully_shard}.get(kind, lambda net: net)(
             Logits()
         )
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
-        options = {"training_job": "apart", "probes": ("gnb",) if kind == "fsdp" else (), "probe_every": 1} | options
+        probes = ("gnb",) if kind == "fsdp" else ()
+        options = {"training_job": "apart", "transport": self.transport, "probes": probes, "probe_every": 1} | options
         self.watch = sharpwatch.attach(self.model.train(), self.optimizer, **options) if watched else None
         self.optimizer.register_step_pre_hook(lambda optimizer, *_: self.groups.append(len(optimizer.param_groups)))
         torch.manual_seed(self.rank)
@@ -65,12 +65,12 @@ class Loop:
         return [value.detach().clone() for value in held]
 
     def order(self, **command):
-        if self.wires:
-            self.wires[0].order(id="order", **command)
+        if self.transport.hello:
+            self.transport.command(id="order", **command)
 
     @property
     def results(self):
-        return [result.outcome for wire in self.wires for result in wire.results]
+        return [result.outcome for result in self.transport.results]
 
 
 def parted(how):
@@ -110,7 +110,7 @@ def out_of_step():
 
     lost = []
     loop.run(after=after)
-    return lost, set(loop.groups), [sample.step for wire in loop.wires for sample in wire.samples if not sample.closing]
+    return lost, set(loop.groups), [sample.step for sample in loop.transport.samples if not sample.closing]
 
 
 def test_ranks_that_do_not_meet_at_each_step_are_not_made_to(ranks):
@@ -145,7 +145,7 @@ def test_a_command_that_one_rank_can_not_hear_of_is_taken_by_none(ranks):
     (_, groups, results, weights), (lost, groups_too, _, weights_too) = ranks(deaf, 2)
     assert lost
     assert groups == groups_too == [1] * STEPS
-    assert types_pb2.COMMAND_OUTCOME_APPLIED not in results
+    assert "applied" not in results
     torch.testing.assert_close(weights, weights_too, rtol=0, atol=0)
 
 

@@ -17,11 +17,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from stand_ins import Net, Wire
+from stand_ins import Net
 
 import sharpwatch
-from sharpwatch.agent import attach as attach_module
 from sharpwatch.errors import CheckpointError
+from sharpwatch.testing import InMemoryTransport
 from sharpwatch.v1 import types_pb2
 
 STEPS = 24  # of twelve batches an epoch
@@ -69,9 +69,8 @@ def by_hand(sharding, skip):
 
 def watched(sharding, folder):
     """The weights after each step, of a run that is rolled back to step 8 when it has come to step 14."""
-    loop, wires = Loop(sharding), []
-    attach_module.CourierClient = lambda hello, **options: wires.append(Wire(hello, **options)) or wires[-1]
-    watch = sharpwatch.attach(loop.model, loop.optimizer, training_job="back", control="rollback")
+    loop, transport = Loop(sharding), InMemoryTransport()
+    watch = sharpwatch.attach(loop.model, loop.optimizer, training_job="back", transport=transport, control="rollback")
     checkpoints = sharpwatch.Checkpoints(
         folder, loop.model, loop.optimizer, watch=watch, data=loop.loader, scheduler=loop.schedule
     )
@@ -83,13 +82,13 @@ def watched(sharding, folder):
         found[checkpoints.step] = loop.weights
         if checkpoints.step == 8 and not uri:
             uri = str(checkpoints.save())
-        if checkpoints.step == 10 and not back and wires:
+        if checkpoints.step == 10 and not back and transport.hello:
             checkpoint = types_pb2.Checkpoint(step=8, uri=uri)
             target = types_pb2.Rollback(checkpoint=checkpoint, skip_from_step=10, skip_to_step=12)
-            wires[0].order(id="back", rollback=target, reason="bad shard")
+            transport.command(id="back", rollback=target, reason="bad shard")
         if checkpoints.step == STEPS:
             break
-    told = [result.outcome for wire in wires for result in wire.results]
+    told = [result.outcome for result in transport.results]
     watch.close()
     return [found[step] for step in range(1, STEPS + 1)], back, told
 
@@ -97,8 +96,8 @@ def watched(sharding, folder):
 def taken_up(sharding, folder):
     """The run that was rolled back, taken up with a model, an optimizer and a loader that are new."""
     loop = Loop(sharding)
-    attach_module.CourierClient = Wire
-    watch = sharpwatch.attach(loop.model, loop.optimizer, training_job="back", control="rollback")
+    transport = InMemoryTransport()
+    watch = sharpwatch.attach(loop.model, loop.optimizer, training_job="back", transport=transport, control="rollback")
     checkpoints = sharpwatch.Checkpoints(
         folder, loop.model, loop.optimizer, watch=watch, data=loop.loader, scheduler=loop.schedule
     )
@@ -121,7 +120,7 @@ def test_a_rollback_leaves_a_range_of_data_out_on_every_rank(ranks, tmp_path, sh
     for rank, (plain, rolled_back, resumed) in enumerate(ranks(three_ways, 2, sharding, str(tmp_path))):
         found, back, told = rolled_back
         assert back == [9]
-        assert told == ([types_pb2.COMMAND_OUTCOME_APPLIED] if rank == 0 else [])
+        assert told == (["applied"] if rank == 0 else [])
         torch.testing.assert_close(found, plain, rtol=0, atol=0)
         step, *found = resumed
         assert step == 8
@@ -130,8 +129,8 @@ def test_a_rollback_leaves_a_range_of_data_out_on_every_rank(ranks, tmp_path, sh
 
 def failing(folder):
     loop = Loop("ddp")
-    attach_module.CourierClient = Wire
-    watch = sharpwatch.attach(loop.model, loop.optimizer, training_job="back", control="rollback")
+    transport = InMemoryTransport()
+    watch = sharpwatch.attach(loop.model, loop.optimizer, training_job="back", transport=transport, control="rollback")
     checkpoints = sharpwatch.Checkpoints(folder, loop.model, loop.optimizer, watch=watch)
     first = checkpoints.save()
     if dist.get_rank() == 1:  # one rank can't make its part
@@ -206,8 +205,8 @@ def quiet(sharding, alike):
 
 
 def checkpointed(loop, folder):
-    attach_module.CourierClient = Wire
-    watch = sharpwatch.attach(loop.model, loop.optimizer, training_job="back", control="rollback")
+    transport = InMemoryTransport()
+    watch = sharpwatch.attach(loop.model, loop.optimizer, training_job="back", transport=transport, control="rollback")
     return sharpwatch.Checkpoints(
         folder, loop.model, loop.optimizer, watch=watch, data=loop.loader, scheduler=loop.schedule
     )

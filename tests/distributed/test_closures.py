@@ -12,10 +12,10 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from stand_ins import LLAMA, Wire
+from stand_ins import LLAMA
 
 import sharpwatch
-from sharpwatch.agent import attach as attach_module
+from sharpwatch.testing import InMemoryTransport
 from sharpwatch.v1 import agent_pb2, types_pb2
 
 STEPS = 12
@@ -23,13 +23,14 @@ STEPS = 12
 
 def train(kind, by_closure):
     """The run's weights on this rank, and what rank 0 sent of its steps but for what was measured in seconds."""
-    wires = []
-    attach_module.CourierClient = lambda hello, **given: wires.append(Wire(hello, **given)) or wires[-1]
+    transport = InMemoryTransport()
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**LLAMA)).train()
     model = fully_shard(model) if kind == "fsdp" else DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    watch = sharpwatch.attach(model, optimizer, training_job="closures", probes=("gnb",), probe_every=4)
+    watch = sharpwatch.attach(
+        model, optimizer, training_job="closures", transport=transport, probes=("gnb",), probe_every=4
+    )
     torch.manual_seed(10 + torch.distributed.get_rank())
     for step in range(1, STEPS + 1):
         ids = torch.randint(32, (8, 8))
@@ -43,11 +44,11 @@ def train(kind, by_closure):
         else:
             closure()
             optimizer.step()
-        if wires and step == 3:
-            wires[0].order(id="cut", set_multipliers=types_pb2.MultiplierSet(multipliers={"emb": 0.5, "ffn": 0.25}))
+        if transport.hello and step == 3:
+            transport.command(id="cut", set_multipliers=types_pb2.MultiplierSet(multipliers={"emb": 0.5, "ffn": 0.25}))
     assert watch._loop.border.swallowed == 0
     watch.close()
-    samples = [sample for wire in wires for sample in wire.samples if not sample.closing]
+    samples = [sample for sample in transport.samples if not sample.closing]
     for sample in samples:
         sample.ClearField("health")
         sample.taken_at_unix_ns = 0

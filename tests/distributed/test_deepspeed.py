@@ -15,13 +15,12 @@ import torch.distributed as dist
 from transformers import GPT2Config, GPT2LMHeadModel
 
 sys.path.append(str(Path(__file__).parents[1]))
-import stand_ins
 from missing import missing
 
 import sharpwatch
-from sharpwatch.agent import attach as attach_module
 from sharpwatch.agent.statistics.reductions import FLOOR_SHARE
 from sharpwatch.errors import AttachError
+from sharpwatch.testing import InMemoryTransport
 from sharpwatch.v1 import types_pb2
 from sharpwatch.wire import decode
 
@@ -162,19 +161,18 @@ def watched():
 
 
 def trained(config, *, ordered):
-    wires, said = [], []
-    attach_module.CourierClient = lambda hello, **options: wires.append(stand_ins.Wire(hello, **options)) or wires[-1]
+    transport, said = InMemoryTransport(), []
     listener = logging.Handler()
     listener.emit = lambda record: said.append(record.getMessage())
     logging.getLogger("sharpwatch").addHandler(listener)
     (ours, optimizer), (theirs, _) = made(config), made(config)
     try:
-        watch = sharpwatch.attach(ours.module, optimizer, training_job="deepspeed", probe_every=3)
+        watch = sharpwatch.attach(ours.module, optimizer, training_job="deepspeed", transport=transport, probe_every=3)
     except AttachError as error:
         return {"refused": str(error)}
-    if wires and ordered:
+    if transport.hello and ordered:
         chosen = types_pb2.MultiplierSet(multipliers={"ffn": 0.5}, revision=1)
-        wires[0].order(id="cut", apply_at_step=2, set_multipliers=chosen)
+        transport.command(id="cut", apply_at_step=2, set_multipliers=chosen)
     micro_batches, clip = config.get("gradient_accumulation_steps", 1), config.get("gradient_clipping", CLIP)
     reference = Reference(ours.module, micro_batches, clip, summed=ordered)
     turn = 0
@@ -198,9 +196,9 @@ def trained(config, *, ordered):
     }
     for engine in (ours, theirs):
         engine.destroy()
-    if not wires:
+    if not transport.hello:
         return found
-    samples = wires[0].samples
+    samples = transport.samples
     shape = (len(reference.map.layer_blocks),)
     names = ("gradient_norm", "weight_norm", "update_rms", "learning_rate", "lr_multiplier")
     taps = [sample.tap for sample in samples if sample.HasField("tap")]
@@ -210,8 +208,8 @@ def trained(config, *, ordered):
         return {name: decode(getattr(tap, name), name=name, dtype="float32", shape=shape).copy() for name in names}
 
     return found | {
-        "optimizer": wires[0].hello.optimizer,
-        "results": [result.detail for result in wires[0].results],
+        "optimizer": transport.hello.optimizer,
+        "results": [result.detail for result in transport.results],
         "taps": list(map(told, taps)),
         "non_finite": [decode(tap.non_finite, name="n", dtype="int64", shape=shape).sum().item() for tap in taps],
         "truth": reference.steps,

@@ -17,8 +17,8 @@ sys.path.append(str(Path(__file__).parents[1]))
 import stand_ins
 
 import sharpwatch
-from sharpwatch.agent import attach as attach_module
 from sharpwatch.errors import AttachError
+from sharpwatch.testing import InMemoryTransport
 from sharpwatch.v1 import types_pb2
 
 STEPS = 8
@@ -45,22 +45,21 @@ def made(*, original):
 
 
 def flat():
-    wires = []
-    attach_module.CourierClient = lambda hello, **options: wires.append(stand_ins.Wire(hello, **options)) or wires[-1]
+    transport = InMemoryTransport()
     (ours, optimizer), (theirs, plain) = made(original=False), made(original=False)
-    watch = sharpwatch.attach(ours, optimizer, training_job="flat")
-    if wires:
+    watch = sharpwatch.attach(ours, optimizer, training_job="flat", transport=transport)
+    if transport.hello:
         chosen = types_pb2.MultiplierSet(multipliers={"other": 0.5}, revision=1)
-        wires[0].order(id="cut", apply_at_step=4, set_multipliers=chosen)
+        transport.command(id="cut", apply_at_step=4, set_multipliers=chosen)
     trained(ours, optimizer)
     watch.close()
     norms = trained(theirs, plain)
     same = all(map(torch.equal, ours.parameters(), theirs.parameters()))
-    if not wires:
+    if not transport.hello:
         return same
-    taps = [sample.tap for sample in wires[0].samples if sample.HasField("tap")]
+    taps = [sample.tap for sample in transport.samples if sample.HasField("tap")]
     seen = [np.linalg.norm(np.frombuffer(tap.gradient_norm.data, "<f4")).item() for tap in taps]
-    return same, norms, seen, [result.detail for result in wires[0].results], list(wires[0].hello.blocks)
+    return same, norms, seen, [result.detail for result in transport.results], list(transport.hello.blocks)
 
 
 def test_flat_parameters_are_tapped_whole_and_left_alone(ranks):

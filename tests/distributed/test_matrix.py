@@ -19,11 +19,11 @@ from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from stand_ins import LLAMA, Wire
+from stand_ins import LLAMA
 
 import sharpwatch
-from sharpwatch.agent import attach as attach_module
 from sharpwatch.agent.probes.builtin import PROBES, SHARDED_PROBES
+from sharpwatch.testing import InMemoryTransport
 
 STEPS = 11
 PROBE_EVERY = 5
@@ -115,15 +115,10 @@ class Training:
         )
 
     def _attach(self, probes):
-        def wire(hello, **options):
-            made = Wire(hello, **options)
-            self.samples = made.samples
-            return made
-
-        attach_module.CourierClient = wire
-        return sharpwatch.attach(
-            self.model, self.optimizers, training_job="matrix", probe_every=PROBE_EVERY, probes=probes
-        )
+        transport = InMemoryTransport()
+        self.samples = transport.samples
+        options = {"training_job": "matrix", "probe_every": PROBE_EVERY, "probes": probes, "transport": transport}
+        return sharpwatch.attach(self.model, self.optimizers, **options)
 
     def step(self):
         tokens = torch.randint(32, (8, 8))  # from the source that dropout draws from, too

@@ -14,14 +14,14 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from stand_ins import Net, Wire
+from stand_ins import Net
 
 import sharpwatch
-from sharpwatch.agent import attach as attach_module
 from sharpwatch.agent.probes.gradient_noise import GradientNoise, averaged_over
 from sharpwatch.agent.safety.exception_barrier import ExceptionBarrier
 from sharpwatch.blocks import classify
 from sharpwatch.curvature.parameters.norms import squares
+from sharpwatch.testing import InMemoryTransport
 from sharpwatch.wire import decode
 
 RANKS = 2
@@ -45,14 +45,15 @@ def local_gradients(model, micro_batches):
 
 def accumulated(micro_batches, synchronised, views):
     """What this rank makes of one step, what its sample says, and its micro-batches' own gradients."""
-    wires = []
-    attach_module.CourierClient = lambda hello, **options: wires.append(Wire(hello, **options)) or wires[-1]
+    transport = InMemoryTransport()
     torch.manual_seed(3)
     plain = Net().train()
     gradients = local_gradients(plain, micro_batches)
     model = nn.parallel.DistributedDataParallel(plain, gradient_as_bucket_view=views)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)  # each step the same
-    watch = sharpwatch.attach(model, optimizer, training_job="noise", probe_every=1, probes=("gnb",))
+    watch = sharpwatch.attach(
+        model, optimizer, training_job="noise", transport=transport, probe_every=1, probes=("gnb",)
+    )
     block_map = classify(model)
     noise = GradientNoise(block_map, model, ExceptionBarrier(), ranks=averaged_over(model))
     own = []
@@ -68,7 +69,7 @@ def accumulated(micro_batches, synchronised, views):
         optimizer.step()
         optimizer.zero_grad()
     watch.close()
-    told = [sample.gnb.gradient_noise for wire in wires for sample in wire.samples if sample.HasField("gnb")]
+    told = [sample.gnb.gradient_noise for sample in transport.samples if sample.HasField("gnb")]
     at = {part.parameter: index for index, part in enumerate(block_map.parts)}
     return {
         "own": own,

@@ -12,13 +12,13 @@ import torch.distributed as dist
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from stand_ins import Net, Wire, in_each_step
+from stand_ins import Net, in_each_step
 
 import sharpwatch
-from sharpwatch.agent import attach as attach_module
 from sharpwatch.agent.distributed.channel import Introduction, RankGroup, RankProgress, StepMessage, join
 from sharpwatch.agent.distributed.commit import COMMIT_DELAY_STEPS
 from sharpwatch.errors import AttachError
+from sharpwatch.testing import InMemoryTransport
 from sharpwatch.v1 import types_pb2
 
 STEPS = 14
@@ -42,20 +42,15 @@ class Training:
 
     def __init__(self, *, watched=True, **options):
         torch.manual_seed(3)
-        self.wires = []
-        attach_module.CourierClient = self._wire
+        self.transport = InMemoryTransport()
         self.plain = Dropping().train()
         self.model = nn.parallel.DistributedDataParallel(self.plain)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01)
-        options = {"training_job": "ranks", "probe_every": 2, **options}
+        options = {"training_job": "ranks", "transport": self.transport, "probe_every": 2, **options}
         self.watch = sharpwatch.attach(self.model, self.optimizer, **options) if watched else None
         self.losses, self.groups = [], []
         in_each_step(self.optimizer, lambda optimizer: self.groups.append(len(optimizer.param_groups)))
         torch.manual_seed(100 + dist.get_rank())
-
-    def _wire(self, hello, **options):
-        self.wires.append(Wire(hello, **options))
-        return self.wires[-1]
 
     def run(self, after=lambda _: None):
         for step in range(1, STEPS + 1):
@@ -97,13 +92,13 @@ def cut():
         if dist.get_rank() == 0:
             if step == 3:
                 action = types_pb2.MultiplierSet(multipliers={"emb": 0.5}, revision=7)
-                training.wires[0].order(id="cut", set_multipliers=action)
+                training.transport.command(id="cut", set_multipliers=action)
             store.set(f"past {step}", "")
         else:
             store.wait([f"past {step}"])
 
     training.run(after=after)
-    samples = [sample for wire in training.wires for sample in wire.samples]
+    samples = training.transport.samples
     return {
         "groups": training.groups,
         "losses": training.losses,
@@ -207,14 +202,13 @@ def test_ranks_that_take_different_steps_agree_to_nothing(ranks):
 def staged():
     """Two stages of a pipeline, each with its own part of one model; no collective ties their steps but the store."""
     torch.manual_seed(3)
-    wires = []
-    attach_module.CourierClient = lambda hello, **options: wires.append(Wire(hello, **options)) or wires[-1]
+    transport = InMemoryTransport()
     whole = Net()
     stage = nn.ModuleDict(
         {"wte": whole.wte} if dist.get_rank() == 0 else {"ln_f": whole.ln_f, "lm_head": whole.lm_head}
     )
     optimizer = torch.optim.SGD(stage.parameters(), lr=0.01 * (1 + dist.get_rank()))
-    watch = sharpwatch.attach(stage, optimizer, training_job="pipeline")
+    watch = sharpwatch.attach(stage, optimizer, training_job="pipeline", transport=transport)
     norms = []
     for step in range(1, 9):
         for parameter in stage.parameters():
@@ -223,10 +217,10 @@ def staged():
         optimizer.step()
         dist.barrier()
     watch.close()
-    if not wires:
+    if not transport.hello:
         return norms, None
-    rows = [(block.layer, block.block) for block in wires[0].hello.layer_blocks]
-    taps = [(sample.step, sample.tap) for sample in wires[0].samples if sample.HasField("tap")]
+    rows = [(block.layer, block.block) for block in transport.hello.layer_blocks]
+    taps = [(sample.step, sample.tap) for sample in transport.samples if sample.HasField("tap")]
     read = {
         step: {
             name: dict(zip(rows, torch.frombuffer(bytearray(array.data), dtype=torch.float32).tolist(), strict=True))
@@ -234,7 +228,7 @@ def staged():
         }
         for step, tap in taps
     }
-    return norms, (list(wires[0].hello.probes), read)
+    return norms, (list(transport.hello.probes), read)
 
 
 def test_stages_of_a_pipeline_are_tapped_as_one_model(ranks):

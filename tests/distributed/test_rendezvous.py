@@ -14,27 +14,22 @@ import torch.distributed as dist
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from stand_ins import Net, Wire
+from stand_ins import Net
 
 import sharpwatch
-from sharpwatch.agent import attach as attach_module
 from sharpwatch.errors import AttachError
+from sharpwatch.testing import InMemoryTransport
 from sharpwatch.v1 import types_pb2
 
 
-def wired():
-    wires = []
-    attach_module.CourierClient = lambda hello, **options: wires.append(Wire(hello, **options)) or wires[-1]
-    return wires
-
-
-def attached(model=None, kind=torch.optim.SGD, **options):
+def attached(model=None, kind=torch.optim.SGD, transport=None, **options):
     """The watch, its model and optimizer; in place of a watch, what attach raised."""
     torch.manual_seed(1)
     model = model or Net()
     optimizer = kind(model.parameters(), lr=0.1)
     try:
-        return sharpwatch.attach(model, optimizer, **{"training_job": "meeting", **options}), model, optimizer
+        options = {"training_job": "meeting", "transport": transport or InMemoryTransport(), **options}
+        return sharpwatch.attach(model, optimizer, **options), model, optimizer
     except AttachError as error:
         return str(error), model, optimizer
 
@@ -50,7 +45,6 @@ def go_on(optimizer):
 
 
 def disabled(who):
-    wired()
     if dist.get_rank() in who:
         os.environ["SHARPWATCH_DISABLED"] = "1"
     watch, _, optimizer = attached()
@@ -68,7 +62,6 @@ def test_where_all_ranks_are_disabled_none_meets(ranks):
 
 def missing():
     """Rank 1 never attaches; the loop's own collectives would wait for it three seconds."""
-    wired()
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=3))
     told = None if dist.get_rank() else attached()[0]
     dist.distributed_c10d._get_default_store().set(f"past {dist.get_rank()}", "")
@@ -84,13 +77,11 @@ def test_nobody_waits_for_a_missing_rank_longer_than_the_loop_would(ranks):
 def failing():
     """Rank 0 can't make its part, after all have told each other of theirs."""
 
-    def vanished(*_, **__):
-        raise AttachError("tls: the files are gone")
+    class Broken(InMemoryTransport):
+        def greet(self, _):
+            raise AttachError("tls: the files are gone")
 
-    wired()
-    if dist.get_rank() == 0:
-        attach_module.CourierClient = vanished
-    told, model, optimizer = attached()
+    told, model, optimizer = attached(transport=Broken())
     return told, len(model._forward_pre_hooks), go_on(optimizer)
 
 
@@ -106,10 +97,10 @@ class Muon(torch.optim.SGD):
 
 def stages():
     """A pipeline: the optimizer of stage 1 can't be controlled."""
-    wires = wired()
+    transport = InMemoryTransport()
     whole, rank = Net(), dist.get_rank()
     stage = nn.ModuleDict({"wte": whole.wte} if rank == 0 else {"ln_f": whole.ln_f, "lm_head": whole.lm_head})
-    watch, _, optimizer = attached(stage, torch.optim.SGD if rank == 0 else Muon)
+    watch, _, optimizer = attached(stage, torch.optim.SGD if rank == 0 else Muon, transport)
     rates = []
     optimizer.register_step_pre_hook(lambda it, *_: rates.append(len(it.param_groups)))
     for step in range(1, 11):
@@ -117,18 +108,18 @@ def stages():
             parameter.grad = torch.ones_like(parameter)
         optimizer.step()
         dist.barrier()
-        if wires and step == 2:
+        if transport.hello and step == 2:
             action = types_pb2.MultiplierSet(multipliers={"emb": 0.5, "head": 0.5}, revision=3)
-            wires[0].order(id="cut", set_multipliers=action)
+            transport.command(id="cut", set_multipliers=action)
     revision = watch._loop.parts.control.revision
     watch.close()
-    return rates, revision, [result.outcome for wire in wires for result in wire.results]
+    return rates, revision, [result.outcome for result in transport.results]
 
 
 def test_a_command_that_one_stage_cannot_take_is_taken_by_none(ranks):
     first, second = ranks(stages, 2)
     assert first[:2] == second[:2] == ([1] * 10, 0)
-    assert first[2] == [types_pb2.COMMAND_OUTCOME_REFUSED]
+    assert first[2] == ["refused"]
 
 
 def early():
@@ -138,9 +129,8 @@ def early():
     os.environ["SHARPWATCH_DISABLED"] = "1"
     sharpwatch.attach(model, optimizer, training_job="early").close()
     del os.environ["SHARPWATCH_DISABLED"]
-    wired()
     os.environ["WORLD_SIZE"] = "1"
-    sharpwatch.attach(model, optimizer, training_job="alone").close()
+    sharpwatch.attach(model, optimizer, training_job="alone", transport=InMemoryTransport()).close()
     store = dist.FileStore(f"{os.environ['RESULTS']}/second", 2)
     dist.init_process_group("gloo", store=store, rank=int(os.environ["RANK"]), world_size=2)
 
@@ -151,7 +141,6 @@ def test_attach_waits_for_the_process_group_to_be_made(ranks):
 
 def resumed(how):
     """Both ranks go on with a state, rank 1 in another way: their run, step and multiplier in the end."""
-    wired()
     watch, _, optimizer = attached()
     state = watch.state_dict() | {"run": "before", "step": 100}
     state["control"]["start"] = state["control"]["target"] = {"emb": 0.25}
@@ -181,7 +170,6 @@ def test_a_state_that_one_rank_cannot_take_up_is_taken_up_by_none(ranks, how):
 
 def several(seeds, groups):
     """Each rank trains a model of its own: what attach says."""
-    wired()
     torch.manual_seed(seeds[dist.get_rank()])
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     if groups:
@@ -207,7 +195,6 @@ def test_ranks_that_start_from_the_same_values_are_replicas_without_a_wrapper(ra
 
 def pipeline(extra):
     """One file of rules for both stages, and one more rule."""
-    wired()
     rules = Path(os.environ["RESULTS"], f"rules{dist.get_rank()}.yaml")
     rules.write_text("\n".join(f'- {{match: "{name}.*", block: ffn}}' for name in ("l0", "l1", *extra)))
     os.environ["SHARPWATCH_BLOCK_RULES"] = str(rules)
@@ -229,7 +216,6 @@ def gathered():
         sizes.append(len(pickle.dumps(own)))
         gather(objects, own, **options)
 
-    wired()
     dist.all_gather_object = weighed
     model = Net()
     model.blocks = nn.ModuleList(nn.LayerNorm(4) for _ in range(300))

@@ -15,14 +15,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from stand_ins import LLAMA, Wire, in_each_step
+from stand_ins import LLAMA, in_each_step
 
 import sharpwatch
-from sharpwatch.agent import attach as attach_module
 from sharpwatch.agent.probes.runner import ProbeRunner
 from sharpwatch.curvature.estimators import gnb_sharded
 from sharpwatch.curvature.objective.batch import Batch
 from sharpwatch.errors import DesyncError
+from sharpwatch.testing import InMemoryTransport
 from sharpwatch.v1 import agent_pb2, types_pb2
 
 STEPS = 16
@@ -52,14 +52,15 @@ def model_of(kind):
     return fully_shard(model, **options)
 
 
-def train(kind, watched=True, hurt=lambda: None, **options):
+def train(kind, watched=True, hurt=lambda: None, commanded=True, **options):
     """The run's weights on this rank, what rank 0 sent, and how many groups each step had."""
-    wires = []
-    attach_module.CourierClient = lambda hello, **given: wires.append(Wire(hello, **given)) or wires[-1]
+    transport = InMemoryTransport()
     model = model_of(kind)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     watch = (
-        sharpwatch.attach(model, optimizer, training_job="sharded", **{"probe_every": 4, **options})
+        sharpwatch.attach(
+            model, optimizer, training_job="sharded", transport=transport, **{"probe_every": 4, **options}
+        )
         if watched
         else None
     )
@@ -73,27 +74,25 @@ def train(kind, watched=True, hurt=lambda: None, **options):
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if wires and step == 3:
-            wires[0].order(id="cut", set_multipliers=types_pb2.MultiplierSet(multipliers={"emb": 0.5, "ffn": 0.25}))
+        if commanded and transport.hello and step == 3:
+            transport.command(id="cut", set_multipliers=types_pb2.MultiplierSet(multipliers={"emb": 0.5, "ffn": 0.25}))
     if watch:
         watch.close()
     weights = {name: value.detach() for name, value in model.named_parameters()}
     held = {name: value.to_local() if hasattr(value, "to_local") else value for name, value in weights.items()}
-    samples = [sample.SerializeToString() for wire in wires for sample in wire.samples]
+    samples = [sample.SerializeToString() for sample in transport.samples]
     return (
         {name: value.clone() for name, value in held.items()},
         samples,
         groups,
-        list(wires[0].hello.probes) if wires else [],
+        list(transport.hello.probes) if transport.hello else [],
     )
 
 
 def both(kind, **options):
     """A plain run, and a watched one that gets no command, in one process group."""
     plain = train(kind, watched=False)
-    ordered, Wire.order = Wire.order, lambda *_, **__: None
-    quiet = train(kind, **options)
-    Wire.order = ordered
+    quiet = train(kind, commanded=False, **options)
     return plain[0], quiet, torch.get_rng_state()
 
 

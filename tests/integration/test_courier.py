@@ -34,7 +34,8 @@ def attach():
 
     def start(daemon, **options):
         address = daemon if isinstance(daemon, str) else daemon.address
-        pipes.append(CourierClient(HELLO, address=address, **options))
+        pipes.append(CourierClient(address=address, **options))
+        pipes[-1].greet(HELLO)
         pipes[-1].flush()  # the first use starts the courier
         return pipes[-1]
 
@@ -595,7 +596,8 @@ def send(pipe, sequence):
     pipe.send(agent_pb2.SessionRequest(sample=agent_pb2.Sample(sequence=sequence)))
 def say(word):
     print(word, flush=True)
-pipe = CourierClient(agent_pb2.Hello(run="run"), address={address!r})
+pipe = CourierClient(address={address!r})
+pipe.greet(agent_pb2.Hello(run="run"))
 pipe.flush()
 """
     return subprocess.Popen(
@@ -709,7 +711,8 @@ def test_with_closed_standard_streams_the_pipes_stay_clear_of_them(serve):
 pipe.close()
 for stream in range(3):
     os.close(stream)
-pipe = CourierClient(agent_pb2.Hello(run="run"), address=pipe._destination.target)
+pipe = CourierClient(address=pipe._destination.target)
+pipe.greet(agent_pb2.Hello(run="run"))
 pipe.flush()
 ends = pipe._courier._inward.fileno(), pipe._courier._outward.fileno()
 send(pipe, 1)

@@ -8,12 +8,12 @@ import signal
 
 import pytest
 import torch
-from stand_ins import Wire
 from trainer import Trainer
 
 from sharpwatch.agent.probes.builtin import Gnb
 from sharpwatch.agent.probes.runner import ProbeRunner
 from sharpwatch.agent.statistics.tap import Tap
+from sharpwatch.testing import InMemoryTransport
 from sharpwatch.v1 import types_pb2
 
 STEPS = 20
@@ -58,10 +58,12 @@ def assert_as_plain(prepare, monkeypatch, **options):
 
 
 @pytest.mark.parametrize(("callback", "probe"), [("logits_fn", "gnb"), ("loss_fn", "direction")])
-def test_a_callback_of_the_probes(wires, monkeypatch, callback, probe):
-    failed, trainer = assert_as_plain(lambda _: None, monkeypatch, probe_every=1, **{callback: broken})
+def test_a_callback_of_the_probes(transports, monkeypatch, callback, probe):
+    failed, trainer = assert_as_plain(
+        lambda _: None, monkeypatch, probe_every=1, transport=transports.new(), **{callback: broken}
+    )
     assert failed == trainer.loop.border.swallowed == 0
-    (failure,) = wires[0].samples[-1].health.probe_failures
+    (failure,) = transports[0].samples[-1].health.probe_failures
     assert (failure.probe, failure.count, failure.disabled) == (probe, 3, True)
 
 
@@ -91,15 +93,15 @@ HOOKS = {
 
 
 @pytest.mark.parametrize("where", HOOKS)
-def test_a_users_own_hook(wires, monkeypatch, where):
-    failed, trainer = assert_as_plain(HOOKS[where], monkeypatch)
+def test_a_users_own_hook(transports, monkeypatch, where):
+    failed, trainer = assert_as_plain(HOOKS[where], monkeypatch, transport=transports.new())
     assert failed == 1
     assert trainer.loop.border.swallowed == 0
     assert trainer.watch.step == (STEPS if where == "after a step" else STEPS - 1)
-    *steps, goodbye = wires[0].samples
+    *steps, goodbye = transports[0].samples
     assert [sample.step for sample in steps] == list(range(1, trainer.watch.step + 1))
     assert goodbye.closing
-    assert not any(sample.health.probe_failures for sample in wires[0].samples)
+    assert not any(sample.health.probe_failures for sample in transports[0].samples)
 
 
 # Half-way through step().
@@ -122,18 +124,17 @@ class Halting(torch.optim.Optimizer):
                 parameter.sub_(group["lr"] * parameter.grad)
 
 
-@pytest.mark.usefixtures("wires")
-def test_a_step_that_raises_half_way(monkeypatch):
-    failed, trainer = assert_as_plain(lambda _: None, monkeypatch, optimizer=Halting)
+def test_a_step_that_raises_half_way(transports, monkeypatch):
+    failed, trainer = assert_as_plain(lambda _: None, monkeypatch, optimizer=Halting, transport=transports.new())
     assert failed == 1
     assert trainer.loop.border.swallowed == 0
 
 
-def test_a_step_that_raises_half_way_under_a_multiplier(wires):
+def test_a_step_that_raises_half_way_under_a_multiplier(transports):
     def cut(_):
-        wires[0].order(id="cut", set_multipliers=types_pb2.MultiplierSet(multipliers={"ffn": 0.5}))
+        transports[0].command(id="cut", set_multipliers=types_pb2.MultiplierSet(multipliers={"ffn": 0.5}))
 
-    failed, trainer = train(steps=6, prepare=cut, close=False, optimizer=Halting)
+    failed, trainer = train(steps=6, prepare=cut, close=False, optimizer=Halting, transport=transports.new())
     assert failed == 1
     (group,) = trainer.optimizer.param_groups
     assert all(one is other for one, other in zip(group["params"], trainer.model.parameters(), strict=True))
@@ -189,12 +190,12 @@ def number(request):
 PLACES = {  # at the fifth step, in the midst of our own code: where, at which call of it, and what that is like
     "tap": (Tap, "read", 5, "register_step_pre_hook"),
     "probe": (Gnb, "run", 1, "register_step_post_hook"),
-    "pipe": (Wire, "send", 5, "register_step_post_hook"),
+    "pipe": (InMemoryTransport, "send", 5, "register_step_post_hook"),
 }
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_a_signal_handler(wires, monkeypatch, number, place):
+def test_a_signal_handler(transports, monkeypatch, number, place):
     owner, name, call, as_if = PLACES[place]
     original, calls = getattr(owner, name), []
 
@@ -205,13 +206,13 @@ def test_a_signal_handler(wires, monkeypatch, number, place):
         return original(*arguments, **options)
 
     monkeypatch.setattr(owner, name, signalled)
-    failed, trainer = train()
+    failed, trainer = train(transport=transports.new())
     monkeypatch.setenv("SHARPWATCH_DISABLED", "1")
     plain_failed, plain = train(prepare=lambda plain: getattr(plain.optimizer, as_if)(raising_at(5)))
     assert failed == plain_failed == 1
     assert trainer.digest() == plain.digest()
     assert trainer.loop.border.swallowed == 0
-    assert not wires[0].samples[-1].health.probe_failures
+    assert not transports[0].samples[-1].health.probe_failures
 
 
 # Where the program's own logging raises.
@@ -222,16 +223,16 @@ class Broken(logging.Handler):
         raise OwnError
 
 
-def test_a_log_handler(wires, monkeypatch):
+def test_a_log_handler(transports, monkeypatch):
     handler = Broken()
     logging.getLogger("sharpwatch").addHandler(handler)
     try:
         monkeypatch.setattr(ProbeRunner, "capture", lambda *_: {}["on purpose"])
-        failed, trainer = train()
+        failed, trainer = train(transport=transports.new())
     finally:
         logging.getLogger("sharpwatch").removeHandler(handler)
     monkeypatch.setenv("SHARPWATCH_DISABLED", "1")
     _, plain = train()
     assert failed == 0
     assert trainer.digest() == plain.digest()
-    assert wires[0].samples[-1].health.swallowed_errors == trainer.loop.border.swallowed == 4
+    assert transports[0].samples[-1].health.swallowed_errors == trainer.loop.border.swallowed == 4

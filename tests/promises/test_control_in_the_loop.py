@@ -13,24 +13,24 @@ import sharpwatch
 from sharpwatch.v1 import types_pb2
 
 APPLIED, REFUSED, FAILED = (
-    types_pb2.COMMAND_OUTCOME_APPLIED,
-    types_pb2.COMMAND_OUTCOME_REFUSED,
-    types_pb2.COMMAND_OUTCOME_FAILED,
+    "applied",
+    "refused",
+    "failed",
 )
 
 
 class Loop:
     """A training loop of a small GPT-2 under a schedule."""
 
-    def __init__(self, wires, **options):
+    def __init__(self, transports, **options):
         torch.manual_seed(7)
         config = GPT2Config(vocab_size=64, n_positions=16, n_embd=16, n_layer=2, n_head=2)
         self.model = GPT2LMHeadModel(config).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2, weight_decay=0.1)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 0.9**step)
-        options = {"training_job": "promise", "probes": ()} | options
+        options = {"training_job": "promise", "probes": (), "transport": transports.new()} | options
         self.watch = sharpwatch.attach(self.model, self.optimizer, **options)
-        self.wire = wires[-1]
+        self.transport = transports[-1]
         self.seen = []  # what every user of the optimizer sees, after each step
 
     def steps(self, count):
@@ -45,18 +45,18 @@ class Loop:
 
     def tap(self, name):
         """{(layer, block): value} of each sample."""
-        keys = [(block.layer, block.block) for block in self.wire.hello.layer_blocks]
+        keys = [(block.layer, block.block) for block in self.transport.hello.layer_blocks]
         taps = [
             np.frombuffer(getattr(sample.tap, name).data, "<f4")
-            for sample in self.wire.samples
+            for sample in self.transport.samples
             if sample.HasField("tap")
         ]
         return [dict(zip(keys, values.tolist(), strict=True)) for values in taps]
 
 
-def test_the_rate_changes_at_the_named_step_and_schedule_and_checkpoint_see_nothing(wires):
-    loop, plain = Loop(wires), Loop(wires, control="none")
-    loop.wire.order(
+def test_the_rate_changes_at_the_named_step_and_schedule_and_checkpoint_see_nothing(transports):
+    loop, plain = Loop(transports), Loop(transports, control="none")
+    loop.transport.command(
         id="cut", apply_at_step=4, set_multipliers=types_pb2.MultiplierSet(multipliers={"ffn": 0.5}, revision=7)
     )
     loop.steps(3)
@@ -67,9 +67,9 @@ def test_the_rate_changes_at_the_named_step_and_schedule_and_checkpoint_see_noth
     )
     torch.manual_seed(11)
     loop.steps(1)
-    (result,) = loop.wire.results
+    (result,) = loop.transport.results
     assert (result.command_id, result.outcome, result.step) == ("cut", APPLIED, 4)
-    assert loop.wire.samples[-1].health.lr_revision == 7
+    assert loop.transport.samples[-1].health.lr_revision == 7
     for number, (rates, multipliers) in enumerate(
         zip(loop.tap("learning_rate"), loop.tap("lr_multiplier"), strict=True)
     ):
@@ -91,10 +91,10 @@ def test_the_rate_changes_at_the_named_step_and_schedule_and_checkpoint_see_noth
     assert plain.watch.step == loop.watch.step == 6
 
 
-def test_step_hooks_of_the_program_s_own_never_see_split_groups(wires):
+def test_step_hooks_of_the_program_s_own_never_see_split_groups(transports):
     """A schedule, a new group, a rate and a checkpoint, all from hooks that came after ours."""
-    loop = Loop(wires)
-    loop.wire.order(id="cut", set_multipliers=types_pb2.MultiplierSet(multipliers={"ffn": 0.5, "emb": 0.25}))
+    loop = Loop(transports)
+    loop.transport.command(id="cut", set_multipliers=types_pb2.MultiplierSet(multipliers={"ffn": 0.5, "emb": 0.25}))
     loop.steps(2)
     late, checkpoints = torch.nn.Parameter(torch.ones(3)), []
     second = torch.optim.lr_scheduler.LambdaLR(loop.optimizer, lambda _: 1.0)
@@ -126,33 +126,33 @@ def test_step_hooks_of_the_program_s_own_never_see_split_groups(wires):
     assert loop.watch._loop.parts.control.multipliers["ffn"] == 0.5
 
 
-def test_a_set_with_all_multipliers_at_one_takes_everything_away(wires):
-    loop = Loop(wires)
-    loop.wire.order(id="a", set_multipliers=types_pb2.MultiplierSet(multipliers={"norm": 0.5}))
+def test_a_set_with_all_multipliers_at_one_takes_everything_away(transports):
+    loop = Loop(transports)
+    loop.transport.command(id="a", set_multipliers=types_pb2.MultiplierSet(multipliers={"norm": 0.5}))
     loop.steps(2)
     assert "step" in vars(loop.optimizer)
     theirs = vars(loop.optimizer)["step"]
-    loop.wire.order(id="b", set_multipliers=types_pb2.MultiplierSet())
+    loop.transport.command(id="b", set_multipliers=types_pb2.MultiplierSet())
     loop.steps(2)
     assert vars(loop.optimizer)["step"] is not theirs  # the scheduler's own wrapper again
     loop.watch.close()
     assert not hasattr(vars(loop.optimizer)["step"], "__self__")
-    assert [result.outcome for result in loop.wire.results] == [APPLIED, APPLIED]
+    assert [result.outcome for result in loop.transport.results] == [APPLIED, APPLIED]
 
 
-def test_a_fused_parameter_takes_the_smaller_and_the_result_says_so(wires):
-    loop = Loop(wires)
-    loop.wire.order(id="a", set_multipliers=types_pb2.MultiplierSet(multipliers={"qk": 4.0}))
+def test_a_fused_parameter_takes_the_smaller_and_the_result_says_so(transports):
+    loop = Loop(transports)
+    loop.transport.command(id="a", set_multipliers=types_pb2.MultiplierSet(multipliers={"qk": 4.0}))
     loop.steps(2)
-    assert loop.wire.results[0].unchanged_blocks == ["qk"]
+    assert loop.transport.results[0].unchanged_blocks == ("qk",)
     assert set(loop.tap("lr_multiplier")[-1].values()) == {1.0}
 
 
-def test_beyond_the_trainers_own_bounds_nothing_is_applied(wires):
-    loop = Loop(wires, lr_bounds=(0.5, 2.0))
-    loop.wire.order(id="a", set_multipliers=types_pb2.MultiplierSet(multipliers={"ffn": 0.4}))
+def test_beyond_the_trainers_own_bounds_nothing_is_applied(transports):
+    loop = Loop(transports, lr_bounds=(0.5, 2.0))
+    loop.transport.command(id="a", set_multipliers=types_pb2.MultiplierSet(multipliers={"ffn": 0.4}))
     loop.steps(2)
-    assert [result.outcome for result in loop.wire.results] == [REFUSED]
+    assert [result.outcome for result in loop.transport.results] == [REFUSED]
     assert set(loop.tap("lr_multiplier")[-1].values()) == {1.0}
 
 
@@ -162,56 +162,56 @@ def rollback(step=2):
     )
 
 
-def test_a_rollback_runs_after_a_step_and_the_count_goes_back(wires):
+def test_a_rollback_runs_after_a_step_and_the_count_goes_back(transports):
     asked = []
-    loop = Loop(wires, on_rollback=asked.append)
+    loop = Loop(transports, on_rollback=asked.append)
     loop.watch.saved_checkpoint(2, "file:///c")
     loop.steps(3)
-    assert [(c.step, c.uri) for c in loop.wire.samples[0].checkpoints] == [(2, "file:///c")]
-    loop.wire.order(id="back", reason="spike", rollback=rollback())
+    assert [(c.step, c.uri) for c in loop.transport.samples[0].checkpoints] == [(2, "file:///c")]
+    loop.transport.command(id="back", reason="spike", rollback=rollback())
     loop.steps(1)
     assert asked == [sharpwatch.RollbackRequest(step=2, uri="file:///c", skip=(3, 9), reason="spike")]
     assert loop.watch.step == 2
     loop.steps(1)
-    (result,) = loop.wire.results
+    (result,) = loop.transport.results
     assert (result.outcome, result.step) == (APPLIED, 3)
-    assert [sample.step for sample in loop.wire.samples] == [1, 2, 3, 4, 3]
-    assert [sample.sequence for sample in loop.wire.samples] == [1, 2, 3, 4, 5]
+    assert [sample.step for sample in loop.transport.samples] == [1, 2, 3, 4, 3]
+    assert [sample.sequence for sample in loop.transport.samples] == [1, 2, 3, 4, 5]
 
 
-def test_what_on_rollback_raises_reaches_the_loop_and_the_daemon(wires):
+def test_what_on_rollback_raises_reaches_the_loop_and_the_daemon(transports):
     def restore(_):
         raise OSError("gone")
 
-    loop = Loop(wires, on_rollback=restore)
+    loop = Loop(transports, on_rollback=restore)
     loop.steps(2)
-    loop.wire.order(id="back", rollback=rollback())
+    loop.transport.command(id="back", rollback=rollback())
     with pytest.raises(OSError, match="gone"):
         loop.steps(1)
-    assert [(r.outcome, r.detail) for r in loop.wire.results] == [(FAILED, "OSError: gone")]
+    assert [(r.outcome, r.detail) for r in loop.transport.results] == [(FAILED, "OSError: gone")]
     assert loop.watch.step == 3
     assert loop.watch.pending_rollback is None
     loop.optimizer.zero_grad()
     loop.steps(1)  # the loop may go on
 
 
-def test_a_loop_that_leaves_its_for_reads_the_pending_rollback(wires):
-    loop = Loop(wires, control="rollback")
+def test_a_loop_that_leaves_its_for_reads_the_pending_rollback(transports):
+    loop = Loop(transports, control="rollback")
     loop.steps(2)
-    loop.wire.order(id="back", rollback=rollback())
+    loop.transport.command(id="back", rollback=rollback())
     loop.steps(2)  # it need not look at once
     assert loop.watch.pending_rollback.step == 2
     loop.watch.restored(2)
     assert loop.watch.pending_rollback is None
     assert loop.watch.step == 2
     loop.steps(1)
-    assert [(r.outcome, r.step) for r in loop.wire.results] == [(APPLIED, 3)]
+    assert [(r.outcome, r.step) for r in loop.transport.results] == [(APPLIED, 3)]
 
 
-def test_without_a_callback_lr_control_refuses_a_rollback(wires):
-    loop = Loop(wires)
+def test_without_a_callback_lr_control_refuses_a_rollback(transports):
+    loop = Loop(transports)
     loop.steps(2)
-    loop.wire.order(id="back", rollback=rollback())
+    loop.transport.command(id="back", rollback=rollback())
     loop.steps(2)
-    assert [r.outcome for r in loop.wire.results] == [REFUSED]
+    assert [r.outcome for r in loop.transport.results] == [REFUSED]
     assert loop.watch.step == 4

@@ -7,7 +7,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from stand_ins import Net, Wire
+from stand_ins import Net
 from torch import nn
 
 import sharpwatch
@@ -17,14 +17,16 @@ from sharpwatch.agent.probes.budget import OverheadBudget
 from sharpwatch.agent.probes.builtin import Gnb
 from sharpwatch.agent.probes.runner import ProbeRunner
 from sharpwatch.agent.statistics.tap import Tap
-from sharpwatch.v1 import agent_pb2, types_pb2
+from sharpwatch.testing import InMemoryTransport
 
 
-def run(steps=6, **options):
+def run(transports, steps=6, **options):
     torch.manual_seed(3)
     model = Net().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    watch = sharpwatch.attach(model, optimizer, training_job="promise", probe_every=2, **options)
+    watch = sharpwatch.attach(
+        model, optimizer, training_job="promise", transport=transports.new(), probe_every=2, **options
+    )
     for _ in range(steps):
         tokens = torch.randint(11, (8, 5))
         _, loss = model(tokens, tokens)
@@ -59,13 +61,13 @@ def broken(*_, **__):
         (ProbeRunner, "copy_weights"),
         (ProbeRunner, "sketch_gradient"),
         (Gnb, "run"),
-        (Wire, "send"),
-        (Wire, "receive"),
-        (Wire, "close"),
+        (InMemoryTransport, "send"),
+        (InMemoryTransport, "receive"),
+        (InMemoryTransport, "close"),
     ],
 )
-def test_whatever_breaks_inside_the_weights_are_those_of_a_healthy_run(owner, name, wires, monkeypatch, caplog):
-    healthy = run()
+def test_whatever_breaks_inside_the_weights_are_those_of_a_healthy_run(owner, name, transports, monkeypatch, caplog):
+    healthy = run(transports)
     if (owner, name) == (OverheadBudget, "plan"):  # attach itself asks once: that may still raise
         original, calls = OverheadBudget.plan, []
         monkeypatch.setattr(
@@ -74,9 +76,9 @@ def test_whatever_breaks_inside_the_weights_are_those_of_a_healthy_run(owner, na
     else:
         monkeypatch.setattr(owner, name, broken)
     with caplog.at_level(logging.WARNING, "sharpwatch"):
-        torch.testing.assert_close(run(), healthy, rtol=0, atol=0)
+        torch.testing.assert_close(run(transports), healthy, rtol=0, atol=0)
     if owner is Gnb:
-        failure = wires[-1].samples[-1].health.probe_failures[0]
+        failure = transports[-1].samples[-1].health.probe_failures[0]
         assert (failure.count, failure.disabled) == (3, True)
         assert failure.reason == "ZeroDivisionError: on purpose"
         return
@@ -85,19 +87,18 @@ def test_whatever_breaks_inside_the_weights_are_those_of_a_healthy_run(owner, na
     assert len({(record.args[0], record.exc_info[2].tb_lineno) for record in said}) == len(said)  # each once
 
 
-def test_swallowed_errors_are_counted_in_the_next_sample(wires, monkeypatch):
+def test_swallowed_errors_are_counted_in_the_next_sample(transports, monkeypatch):
     monkeypatch.setattr(ProbeRunner, "capture", broken)
-    run(steps=6)
-    assert wires[-1].samples[-1].health.swallowed_errors == 3  # a capture for each of the three planned probes
+    run(transports, steps=6)
+    assert transports[-1].samples[-1].health.swallowed_errors == 3  # a capture for each of the three planned probes
 
 
-def test_an_overlay_that_cannot_be_guarded_is_still_laid_and_taken_away(wires, monkeypatch, caplog):
+def test_an_overlay_that_cannot_be_guarded_is_still_laid_and_taken_away(transports, monkeypatch, caplog):
     monkeypatch.setattr(ParamGroupOverride, "guard", broken)
     model = Net().train()
     optimizer = torch.optim.AdamW(model.parameters())
-    watch = sharpwatch.attach(model, optimizer, training_job="promise", probes=())
-    cut = types_pb2.Command(id="a", set_multipliers=types_pb2.MultiplierSet(multipliers={"emb": 0.5}))
-    wires[-1].inbox = [agent_pb2.SessionResponse(command=cut)]
+    watch = sharpwatch.attach(model, optimizer, training_job="promise", transport=transports.new(), probes=())
+    transports[-1].set_multipliers({"emb": 0.5})
     laid = []
     with caplog.at_level(logging.WARNING, "sharpwatch"):
         for _ in range(2):
@@ -118,39 +119,39 @@ class Odd(Net):
         return {"hidden": self.ln_f(self.wte(idx))}
 
 
-def test_a_model_that_probes_cannot_read_is_still_tapped(wires):
+def test_a_model_that_probes_cannot_read_is_still_tapped(transports):
     model = Odd().train()
     optimizer = torch.optim.AdamW(model.parameters())
-    watch = sharpwatch.attach(model, optimizer, training_job="promise", probe_every=1)
+    watch = sharpwatch.attach(model, optimizer, training_job="promise", transport=transports.new(), probe_every=1)
     for _ in range(5):
         model(torch.ones(4, 3, dtype=torch.long))["hidden"].square().sum().backward()
         optimizer.step()
     watch.close()
-    last = wires[-1].samples[-2]
+    last = transports[-1].samples[-2]
     assert last.HasField("tap")
     assert {failure.probe for failure in last.health.probe_failures} == {"gnb", "direction"}
     assert all(failure.disabled and failure.count == 3 for failure in last.health.probe_failures)
     assert all(len(failure.reason) > 10 for failure in last.health.probe_failures)
 
 
-def test_a_tap_that_fails_shows_no_zeros(wires, monkeypatch):
+def test_a_tap_that_fails_shows_no_zeros(transports, monkeypatch):
     monkeypatch.setattr(Tap, "read", broken)
-    run(steps=3)
-    steps = [sample for sample in wires[-1].samples if not sample.closing]
+    run(transports, steps=3)
+    steps = [sample for sample in transports[-1].samples if not sample.closing]
     assert [sample.step for sample in steps] == [1, 2, 3]
     assert not any(sample.HasField("tap") for sample in steps)
     assert all(sample.HasField("loss") for sample in steps)
 
 
-def test_without_room_for_a_copy_of_the_weights_the_direction_probe_is_given_up(wires, monkeypatch):
+def test_without_room_for_a_copy_of_the_weights_the_direction_probe_is_given_up(transports, monkeypatch):
     monkeypatch.setattr(ProbeRunner, "copy_weights", broken)
-    run(steps=10, probes=("direction",))
-    last = wires[-1].samples[-2]
+    run(transports, steps=10, probes=("direction",))
+    last = transports[-1].samples[-2]
     assert [(f.count, f.disabled) for f in last.health.probe_failures] == [(3, True)]
     assert last.HasField("tap")
 
 
-def test_rows_without_a_label_do_not_end_the_probes(wires):
+def test_rows_without_a_label_do_not_end_the_probes(transports):
     class Ignoring(Net):
         def forward(self, idx, targets):
             logits, _ = super().forward(idx)
@@ -159,7 +160,9 @@ def test_rows_without_a_label_do_not_end_the_probes(wires):
     torch.manual_seed(3)
     model = Ignoring().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    with sharpwatch.attach(model, optimizer, training_job="promise", probe_every=1) as watch:
+    with sharpwatch.attach(
+        model, optimizer, training_job="promise", transport=transports.new(), probe_every=1
+    ) as watch:
         for step in range(8):
             tokens = torch.randint(11, (8, 5))
             targets = torch.full_like(tokens, -100) if step < 6 else tokens
@@ -170,13 +173,13 @@ def test_rows_without_a_label_do_not_end_the_probes(wires):
         failures = watch._loop.parts.probes.failures
     assert {failure.probe for failure in failures} == {"gnb", "direction"}
     assert not any(failure.disabled for failure in failures)
-    (wire,) = wires
-    for sample in [sample for sample in wire.samples if sample.step > 6 and not sample.closing]:
+    (transport,) = transports
+    for sample in [sample for sample in transport.samples if sample.step > 6 and not sample.closing]:
         assert sample.HasField("gnb")
         assert sample.HasField("direction")
 
 
-def test_an_optimizer_that_takes_one_group_alone_gets_one_rate(wires):
+def test_an_optimizer_that_takes_one_group_alone_gets_one_rate(transports):
     torch.manual_seed(3)
     model = Net().train()
     optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=2)
@@ -188,13 +191,12 @@ def test_an_optimizer_that_takes_one_group_alone_gets_one_rate(wires):
         loss.backward()
         return loss
 
-    with sharpwatch.attach(model, optimizer, training_job="promise") as watch:
+    with sharpwatch.attach(model, optimizer, training_job="promise", transport=transports.new()) as watch:
         optimizer.step(closure)
-        command = types_pb2.Command(id="c", set_multipliers=types_pb2.MultiplierSet(multipliers={"emb": 0.5}))
-        wires[0].inbox.append(agent_pb2.SessionResponse(command=command))
+        transports[0].set_multipliers({"emb": 0.5})
         optimizer.step(closure)
         optimizer.step(closure)
         assert watch.step == 3
-    (third,) = [sample for sample in wires[0].samples if sample.step == 3 and not sample.closing]
-    assert np.frombuffer(third.tap.lr_multiplier.data, "<f4").tolist() == [0.5] * len(wires[0].hello.layer_blocks)
+    (third,) = [sample for sample in transports[0].samples if sample.step == 3 and not sample.closing]
+    assert np.frombuffer(third.tap.lr_multiplier.data, "<f4").tolist() == [0.5] * len(transports[0].hello.layer_blocks)
     assert [group["lr"] for group in optimizer.param_groups] == [0.1]

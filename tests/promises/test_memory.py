@@ -23,17 +23,16 @@ def resident(pid):
 # (0.2 MB were seen), and less than a trainer that kept them all would grow.
 STEPS, GROWTH = 150, 2.25e6
 CODE = f"""
-import functools, gc
+import gc
 from pathlib import Path
-from sharpwatch.agent import attach
-from sharpwatch.agent.transport import courier_client
+from sharpwatch.agent.transport.courier_client import CourierClient
 
 def resident():
     gc.collect()
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
-attach.CourierClient = functools.partial(courier_client.CourierClient, outbox_bytes=200_000)
-trainer = Trainer(probe_every=1, probes=("gnb",))
+transport = CourierClient(address=os.environ["SHARPWATCH_ADDRESS"], outbox_bytes=200_000)
+trainer = Trainer(transport=transport, probe_every=1, probes=("gnb",))
 trainer.train(50)
 before = resident()
 trainer.train({STEPS})
@@ -54,8 +53,8 @@ def test_a_trainer_whose_samples_nobody_takes(train, assert_unchanged):
 def test_a_courier_whose_samples_nobody_takes():
     """Sixteen times what it may keep; it holds that, and what is on its way in."""
     limit, size = 4 * MEBIBYTE, 20_000
-    hello = agent_pb2.Hello(run="run")
-    pipe = CourierClient(hello, address=f"127.0.0.1:{free_port()}", spool_bytes=limit)
+    pipe = CourierClient(address=f"127.0.0.1:{free_port()}", spool_bytes=limit)
+    pipe.greet(agent_pb2.Hello(run="run"))
     sent = 0
 
     def send_until_dropped(bytes_dropped):

@@ -74,5 +74,5 @@ def test_a_program_that_is_its_own_executable(train, assert_unchanged, tmp_path)
 def test_attach_in_a_couriers_place(monkeypatch):
     monkeypatch.setenv(ENVIRONMENT, "{}")
     model = torch.nn.Linear(2, 2)
-    with pytest.raises(AttachError, match="as another's courier"):
+    with pytest.raises(AttachError, match="as the courier of another one"):
         sharpwatch.attach(model, torch.optim.SGD(model.parameters()), training_job="promise")

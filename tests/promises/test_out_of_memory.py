@@ -49,7 +49,7 @@ def test_probes_that_find_no_memory(train, serve, room):
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
-def test_rows_are_halved_until_none_is_left(wires, monkeypatch, error):
+def test_rows_are_halved_until_none_is_left(transports, monkeypatch, error):
     seen = []
 
     def hungry(*arguments, **_):
@@ -57,9 +57,9 @@ def test_rows_are_halved_until_none_is_left(wires, monkeypatch, error):
         raise error
 
     monkeypatch.setattr("sharpwatch.agent.probes.builtin.direction_probe", hungry)
-    trainer = Trainer(probes=("direction",), probe_every=1)
+    trainer = Trainer(probes=("direction",), probe_every=1, transport=transports.new())
     trainer.train(8)
     trainer.watch.close()
     assert seen == [ROWS // 4, ROWS // 8]
-    (failure,) = wires[0].samples[-1].health.probe_failures
+    (failure,) = transports[0].samples[-1].health.probe_failures
     assert (failure.probe, failure.count, failure.disabled) == ("direction", 2, True)

@@ -5,11 +5,9 @@ from __future__ import annotations
 OUTBOX = 200_000
 LARGEST = 100_000  # of one sample, by far: four sketches of six blocks make 25 kB
 CODE = f"""
-import functools
-from sharpwatch.agent import attach
-from sharpwatch.agent.transport import courier_client
-attach.CourierClient = functools.partial(courier_client.CourierClient, outbox_bytes={OUTBOX})
-trainer = Trainer(probe_every=1)
+from sharpwatch.agent.transport.courier_client import CourierClient
+transport = CourierClient(address=os.environ["SHARPWATCH_ADDRESS"], outbox_bytes={OUTBOX})
+trainer = Trainer(transport=transport, probe_every=1)
 trainer.train(1)
 os.kill(trainer.pipe.courier_pid, signal.SIGSTOP)
 held = []

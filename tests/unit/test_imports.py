@@ -24,6 +24,7 @@ ALLOWED = {
     "agent": {"common", "blocks", "curvature"},
     "checkpointing": {"common", "curvature", "agent"},
     "integrations": {"common", "agent", "checkpointing"},
+    "testing": {"agent"},
     "daemon": {"common", "blocks", "curvature"},
     "cli": {"common", "blocks", "curvature", "agent", "daemon", "demo"},
     "demo": {""},  # as any user's script does

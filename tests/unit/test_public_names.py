@@ -62,6 +62,7 @@ def test_attach():
         ("lr_bounds", KEYWORD, (0.1, 10.0)),
         ("initial_step", KEYWORD, 0),
         ("seed", KEYWORD, 0),
+        ("transport", KEYWORD, None),
     ]
 
 

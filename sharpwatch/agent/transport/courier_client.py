@@ -45,9 +45,8 @@ class CourierClient:
     the trainer and in the courier alike.
     """
 
-    def __init__(  # noqa: PLR0913 - keyword-only, and what differs between trainers
+    def __init__(
         self,
-        hello: agent_pb2.Hello,
         *,
         address: str | Address,
         token: str | None = None,
@@ -64,7 +63,7 @@ class CourierClient:
             spool_bytes=spool_bytes,
             trainer=self._pid,
         )
-        self.greet(hello)
+        self._greeting = b""
         self._limit = outbox_bytes
         self._spool = Spool(outbox_bytes)
         # Written samples that the outbox had no room to keep: lost if the courier dies before they have left it.

@@ -14,7 +14,7 @@ from sharpwatch.integrations.huggingface import SharpwatchCallback, train
 from sharpwatch.v1 import types_pb2
 
 ROWS = torch.randint(64, (24, 16), generator=torch.Generator().manual_seed(1))  # twelve batches of 2
-APPLIED, FAILED = types_pb2.COMMAND_OUTCOME_APPLIED, types_pb2.COMMAND_OUTCOME_FAILED
+APPLIED, FAILED = "applied", "failed"
 
 
 class PerRow(GPT2LMHeadModel):
@@ -51,15 +51,15 @@ class OwnOrder(Trainer):
 class Seen(TrainerCallback):
     """The weights after each step, the newest; orders a rollback in the step of each plan."""
 
-    def __init__(self, wires, plans):
-        self.weights, self._wires, self._plans = {}, wires, list(plans)
+    def __init__(self, transports, plans):
+        self.weights, self._transports, self._plans = {}, transports, list(plans)
 
     def on_step_begin(self, args, state, _control, **_):
         if self._plans and self._plans[0][0] == state.global_step + 1:
             _, to, skip = self._plans.pop(0)
             checkpoint = types_pb2.Checkpoint(step=to, uri=str(Path(args.output_dir).resolve() / f"checkpoint-{to}"))
             target = types_pb2.Rollback(checkpoint=checkpoint, skip_from_step=skip[0], skip_to_step=skip[1])
-            self._wires[-1].order(id=f"back-{to}", rollback=target)
+            self._transports[-1].command(id=f"back-{to}", rollback=target)
 
     def on_step_end(self, _args, state, _control, model, **_):
         values = b"".join(value.detach().numpy().tobytes() for value in model.parameters())
@@ -93,12 +93,12 @@ def anew():
 
 
 @pytest.fixture
-def made(tmp_path, wires):
+def made(tmp_path, transports):
     """Make a Trainer of eight steps; returns it and what is seen of it."""
     runs = iter(range(100))
 
     def make(*plans, watched=True, kind=Trainer, model=transformer, callbacks=(), **options):
-        seen = Seen(wires, plans)
+        seen = Seen(transports, plans)
         given = {"model_init": options.pop("model_init", None)}
         folder = options.pop("folder", tmp_path / str(next(runs)))
         arguments = {"max_steps": 8, "save_steps": 2, "per_device_train_batch_size": 2, "seed": 7, **options}
@@ -110,14 +110,14 @@ def made(tmp_path, wires):
         trainer = kind(model, args, train_dataset=data, callbacks=[seen, *callbacks], **given)
         trainer.remove_callback(PrinterCallback)
         if watched:
-            trainer.add_callback(SharpwatchCallback(training_job="ways"))
+            trainer.add_callback(SharpwatchCallback(training_job="ways", transport=transports.new()))
         return trainer, seen
 
     return make
 
 
-def outcomes(wires):
-    return [result.outcome for wire in wires for result in wire.results]
+def outcomes(transports):
+    return [result.outcome for transport in transports for result in transport.results]
 
 
 WAYS = {
@@ -128,14 +128,14 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_going_back_brings_the_same_steps_again_and_is_told_once(made, wires, way):
+def test_going_back_brings_the_same_steps_again_and_is_told_once(made, transports, way):
     trainer, plain = made(watched=False, **WAYS[way])
     trainer.train()
     trainer, watched = made((6, 4, (0, 0)), **WAYS[way])
     train(trainer)
     assert watched.weights == plain.weights
-    assert outcomes(wires) == [APPLIED]
-    assert len({wire.hello.run for wire in wires}) == 1
+    assert outcomes(transports) == [APPLIED]
+    assert len({hello.run for transport in transports for hello in transport.hellos}) == 1
 
 
 @pytest.mark.parametrize(
@@ -147,17 +147,17 @@ def test_going_back_brings_the_same_steps_again_and_is_told_once(made, wires, wa
         ("ignore_data_skip", {"ignore_data_skip": True}),
     ],
 )
-def test_data_whose_place_cannot_be_found_again_is_not_skipped(made, wires, caplog, reason, options):
+def test_data_whose_place_cannot_be_found_again_is_not_skipped(made, transports, caplog, reason, options):
     trainer, plain = made(watched=False, **options)
     trainer.train()
     trainer, watched = made((6, 4, (5, 6)), **options)
     train(trainer)
     assert watched.weights == plain.weights
-    assert outcomes(wires) == [FAILED]
+    assert outcomes(transports) == [FAILED]
     assert reason in caplog.text
 
 
-def test_a_checkpoint_that_was_undone_is_no_place_to_go_to(made, wires, caplog):
+def test_a_checkpoint_that_was_undone_is_no_place_to_go_to(made, transports, caplog):
     class NotAgain(TrainerCallback):
         times = 0
 
@@ -167,12 +167,12 @@ def test_a_checkpoint_that_was_undone_is_no_place_to_go_to(made, wires, caplog):
 
     trainer, seen = made((5, 2, (3, 4)), (5, 4, (0, 0)), callbacks=[NotAgain()])
     train(trainer)
-    assert outcomes(wires) == [APPLIED, FAILED]
+    assert outcomes(transports) == [APPLIED, FAILED]
     assert "checkpoint-4: undone by a rollback" in caplog.text
     assert max(seen.weights) == 8
 
 
-def test_losses_that_are_no_one_number_do_not_end_the_training(made, wires):
+def test_losses_that_are_no_one_number_do_not_end_the_training(made, transports):
     options = {
         "kind": MeanOfRows,
         "model": lambda: transformer(PerRow),
@@ -184,7 +184,7 @@ def test_losses_that_are_no_one_number_do_not_end_the_training(made, wires):
     trainer, watched = made(**options)
     trainer.train()
     assert watched.weights == plain.weights
-    assert wires[0].samples[-1].health.swallowed_errors == 0
+    assert transports[0].samples[-1].health.swallowed_errors == 0
 
 
 def test_a_path_is_resumed_without_what_was_left_out(made, tmp_path):
@@ -206,22 +206,22 @@ def test_a_second_training_takes_what_the_first_left_out(made):
     assert watched.weights == plain.weights
 
 
-def test_an_error_on_the_way_back_is_raised_and_told(made, wires):
+def test_an_error_on_the_way_back_is_raised_and_told(made, transports):
     trainer, _ = made((6, 4, (5, 6)), callbacks=[RaisesOnceBack()])
     with pytest.raises(RuntimeError, match="a user's own"):
         train(trainer)
-    (result,) = wires[0].results
+    (result,) = transports[0].results
     assert (result.outcome, result.detail) == (FAILED, "RuntimeError: a user's own")
-    assert wires[0].closed
-    assert not any(sample.closing for sample in wires[0].samples)  # no goodbye: it did not end in order
+    assert transports[0].closed
+    assert not any(sample.closing for sample in transports[0].samples)  # no goodbye: it did not end in order
     assert "get_train_dataloader" not in vars(trainer)
 
 
-def test_without_train_a_rollback_is_refused_and_training_goes_on(made, wires):
+def test_without_train_a_rollback_is_refused_and_training_goes_on(made, transports):
     trainer, plain = made(watched=False)
     trainer.train()
     trainer, watched = made((6, 4, (5, 6)), watched=False)
-    trainer.add_callback(SharpwatchCallback(training_job="ways", control="rollback"))
+    trainer.add_callback(SharpwatchCallback(training_job="ways", transport=transports.new(), control="rollback"))
     trainer.train()
     assert watched.weights == plain.weights
-    assert outcomes(wires) == [FAILED]
+    assert outcomes(transports) == [FAILED]

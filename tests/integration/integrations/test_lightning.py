@@ -205,7 +205,7 @@ def test_a_training_that_died_after_a_rollback_goes_on_where_it_went_back_to(dae
 
 
 @pytest.mark.filterwarnings("ignore")  # Lightning's advice on a training this small
-def test_a_checkpoint_that_was_written_over_is_no_place_to_go_back_to(wires, tmp_path, caplog):
+def test_a_checkpoint_that_was_written_over_is_no_place_to_go_back_to(transports, tmp_path, caplog):
     class Module(LightningModule):
         def __init__(self):
             super().__init__()
@@ -214,21 +214,23 @@ def test_a_checkpoint_that_was_written_over_is_no_place_to_go_back_to(wires, tmp
         def training_step(self, batch, index):
             if index == 6:  # the checkpoint of step 2 is that of step 6 by now
                 checkpoint = types_pb2.Checkpoint(step=2, uri=str(tmp_path / "newest.ckpt"))
-                wires[0].order(id="back", rollback=types_pb2.Rollback(checkpoint=checkpoint))
+                transports[0].command(id="back", rollback=types_pb2.Rollback(checkpoint=checkpoint))
             return self.net(batch, batch)[1]
 
         def configure_optimizers(self):
             return torch.optim.AdamW(self.parameters())
 
     saving = ModelCheckpoint(tmp_path, filename="newest", every_n_train_steps=2, save_last=True)
-    callbacks = [SharpwatchCallback(training_job="over"), saving]
+    callbacks = [SharpwatchCallback(training_job="over", transport=transports.new()), saving]
     options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = Trainer(accelerator="cpu", max_steps=9, callbacks=callbacks, **options)
     fit(trainer, Module(), torch.utils.data.DataLoader(torch.randint(11, (40, 4)), 2))
-    told = [(checkpoint.step, Path(checkpoint.uri).name) for one in wires[0].samples for checkpoint in one.checkpoints]
+    told = [
+        (checkpoint.step, Path(checkpoint.uri).name) for one in transports[0].samples for checkpoint in one.checkpoints
+    ]
     assert told == [(step, "newest.ckpt") for step in (2, 4, 6, 8)]  # and not "last"
     assert "newest.ckpt: was saved again at step 6" in caplog.text
-    assert [result.outcome for result in wires[0].results] == [types_pb2.COMMAND_OUTCOME_FAILED]
+    assert [result.outcome for result in transports[0].results] == ["failed"]
     assert trainer.global_step == 9
 
 

@@ -18,13 +18,11 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import GPT2Config, GPT2LMHeadModel
 sys.path.insert(0, TESTS)
-from stand_ins import Wire
-from sharpwatch.agent import attach
+from stand_ins import Transports
 from sharpwatch.integrations.lightning import SharpwatchCallback
 warnings.simplefilter("ignore")
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-wires = []
-attach.CourierClient = lambda hello, **options: wires.append(Wire(hello, **options)) or wires[-1]
+transports = Transports()
 
 class Sam(torch.optim.AdamW):
     \"\"\"Sharpness-aware minimisation over AdamW.\"\"\"
@@ -81,9 +79,9 @@ def train(optimizer, options, callbacks):
 norms = []
 for optimizer, options in CASES:
     plain = train(optimizer, options, [])
-    watched = train(optimizer, options, [SharpwatchCallback(training_job="closures", address="127.0.0.1:9",
+    watched = train(optimizer, options, [SharpwatchCallback(training_job="closures", transport=transports.new(),
         probe_every=5)])
-    samples = [sample for sample in wires[-1].samples if not sample.closing]
+    samples = [sample for sample in transports[-1].samples if not sample.closing]
     print(json.dumps({
         "plain": plain, "watched": watched, "swallowed": samples[-1].health.swallowed_errors,
         "failures": [str(failure) for failure in samples[-1].health.probe_failures],

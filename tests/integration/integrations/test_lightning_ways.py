@@ -18,7 +18,7 @@ from sharpwatch.v1 import types_pb2
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's advice on trainings this small
 ROWS = torch.randint(11, (48, 4), generator=torch.Generator().manual_seed(1))
-APPLIED, FAILED = types_pb2.COMMAND_OUTCOME_APPLIED, types_pb2.COMMAND_OUTCOME_FAILED
+APPLIED, FAILED = "applied", "failed"
 
 
 class Stream(IterableDataset):
@@ -29,11 +29,11 @@ class Stream(IterableDataset):
 class Module(LightningModule):
     """Orders a rollback in the step of each plan; keeps what each step, the newest, took and made."""
 
-    def __init__(self, wires, folder, plans):
+    def __init__(self, transports, folder, plans):
         super().__init__()
         torch.manual_seed(0)
         self.net, self.drop = Net(), nn.Dropout(0.1)
-        self.wires, self.folder, self.plans = wires, folder, list(plans)
+        self.transports, self.folder, self.plans = transports, folder, list(plans)
         self.taken, self.weights = {}, {}
 
     def training_step(self, batch, _index):
@@ -42,7 +42,7 @@ class Module(LightningModule):
             _, to, skip = self.plans.pop(0)
             checkpoint = types_pb2.Checkpoint(step=to, uri=str(self.folder / f"step={to}.ckpt"))
             target = types_pb2.Rollback(checkpoint=checkpoint, skip_from_step=skip[0], skip_to_step=skip[1])
-            self.wires[-1].order(id=f"back-{to}", rollback=target)
+            self.transports[-1].command(id=f"back-{to}", rollback=target)
         parts = [part for part in (batch if isinstance(batch, list) else [batch]) if part is not None]
         self.taken[step] = [part.tolist() for part in parts]
         return sum(self.loss(part) for part in parts)
@@ -93,7 +93,7 @@ WAYS = {
 
 
 @pytest.fixture
-def made(tmp_path, wires):
+def made(tmp_path, transports):
     """Make a Trainer, a module and a loader, of 30 steps."""
     runs = iter(range(100))
 
@@ -102,23 +102,23 @@ def made(tmp_path, wires):
         folder = tmp_path / str(next(runs))
         callbacks = [*callbacks, *own.get("callbacks", ())]
         if watched:
-            callbacks.append(SharpwatchCallback(training_job="ways", **options))
+            callbacks.append(SharpwatchCallback(training_job="ways", transport=transports.new(), **options))
         callbacks.append(ModelCheckpoint(folder, filename="{step}", every_n_train_steps=4, save_top_k=-1))
         quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
         trainer = Trainer(accelerator="cpu", max_steps=30, **{**quiet, **own, "callbacks": callbacks})
-        module, data = Module(wires, folder, plans), make_loader()
+        module, data = Module(transports, folder, plans), make_loader()
         torch.manual_seed(5)
         return trainer, module, data
 
     return make
 
 
-def outcomes(wires):
-    return [result.outcome for wire in wires for result in wire.results]
+def outcomes(transports):
+    return [result.outcome for transport in transports for result in transport.results]
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_the_same_batches_come_and_come_again(made, wires, way):
+def test_the_same_batches_come_and_come_again(made, transports, way):
     trainer, plain, data = made(watched=False, way=way)
     trainer.fit(plain, data)
     # Lightning itself begins the shorter loader anew where it goes on in an epoch in which that has ended.
@@ -127,7 +127,7 @@ def test_the_same_batches_come_and_come_again(made, wires, way):
     fit(trainer, watched, data)
     assert watched.taken == plain.taken
     torch.testing.assert_close(watched.weights, plain.weights, rtol=0, atol=0)
-    assert outcomes(wires) == [APPLIED] * len(plans)
+    assert outcomes(transports) == [APPLIED] * len(plans)
 
 
 def test_of_a_stream_the_steps_own_batches_are_left_out(made):
@@ -139,24 +139,24 @@ def test_of_a_stream_the_steps_own_batches_are_left_out(made):
     assert [watched.taken[step] for step in range(1, 29)] == stream
 
 
-def test_a_loader_made_for_each_epoch_is_not_skipped_in(made, wires, caplog):
+def test_a_loader_made_for_each_epoch_is_not_skipped_in(made, transports, caplog):
     trainer, module, data = made((14, 12, (13, 15)), way="a loader for each epoch")
     fit(trainer, module, data)
-    assert outcomes(wires) == [FAILED]
+    assert outcomes(transports) == [FAILED]
     assert "reload_dataloaders_every_n_epochs" in caplog.text
 
 
-def test_an_error_on_the_way_back_is_raised_and_told(made, wires):
+def test_an_error_on_the_way_back_is_raised_and_told(made, transports):
     trainer, module, data = made((6, 4, (5, 6)), callbacks=[RaisesOnceBack()])
     with pytest.raises(RuntimeError, match="a user's own"):
         fit(trainer, module, data)
-    (result,) = wires[0].results
+    (result,) = transports[0].results
     assert (result.outcome, result.detail) == (FAILED, "RuntimeError: a user's own")
-    assert wires[0].closed
-    assert not any(sample.closing for sample in wires[0].samples)  # no goodbye: it did not end in order
+    assert transports[0].closed
+    assert not any(sample.closing for sample in transports[0].samples)  # no goodbye: it did not end in order
 
 
-def test_the_last_is_not_one_that_was_undone_where_no_folder_is_named(tmp_path, wires):
+def test_the_last_is_not_one_that_was_undone_where_no_folder_is_named(tmp_path, transports):
     class Dies(Callback):
         times = 0
 
@@ -168,9 +168,9 @@ def test_the_last_is_not_one_that_was_undone_where_no_folder_is_named(tmp_path, 
     def trained(resume, plans, *callbacks):
         saving = ModelCheckpoint(filename="{step}", every_n_train_steps=4, save_top_k=-1, save_last=True)
         quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-        callbacks = [*callbacks, SharpwatchCallback(training_job="ways"), saving]
+        callbacks = [*callbacks, SharpwatchCallback(training_job="ways", transport=transports.new()), saving]
         trainer = Trainer(accelerator="cpu", max_steps=16, default_root_dir=tmp_path, callbacks=callbacks, **quiet)
-        module = Module(wires, tmp_path / "checkpoints", plans)
+        module = Module(transports, tmp_path / "checkpoints", plans)
         fit(trainer, module, loader(), ckpt_path=resume)
         return module
 
@@ -180,20 +180,21 @@ def test_the_last_is_not_one_that_was_undone_where_no_folder_is_named(tmp_path, 
     assert min(trained("last", []).weights) == 9
 
 
-def test_without_fit_a_rollback_is_refused_and_training_goes_on(made, wires):
+def test_without_fit_a_rollback_is_refused_and_training_goes_on(made, transports):
     trainer, module, data = made((6, 4, (5, 6)), control="rollback")
     trainer.fit(module, data)
-    assert outcomes(wires) == [FAILED]
+    assert outcomes(transports) == [FAILED]
     assert trainer.global_step == 30
 
 
-def test_what_one_training_took_up_is_not_the_next_ones(made, wires, tmp_path):
+def test_what_one_training_took_up_is_not_the_next_ones(made, transports, tmp_path):
     trainer, module, data = made()
     fit(trainer, module, data)
     trainer, module, data = made()
     fit(trainer, module, data, ckpt_path=Path(tmp_path / "0/step=28.ckpt"))
     trainer.fit_loop.epoch_loop.max_steps = 40
     trainer.fit_loop.epoch_loop._batches_that_stepped = 0
-    wires.clear()
+    samples = transports[-1].samples
+    samples.clear()
     fit(trainer, module, data)
-    assert wires[0].samples[0].step == trainer.global_step - len(wires[0].samples) + 2  # and the goodbye
+    assert samples[0].step == trainer.global_step - len(samples) + 2  # and the goodbye

@@ -55,10 +55,10 @@ def matrices_and_rest(model):
     return matrices, [p for p in parameters.values() if id(p) not in held]
 
 
-def order(wire, multipliers, *, at, **bounds):
+def order(transport, multipliers, *, at, **bounds):
     """Have the agent take `multipliers` from step `at` on."""
     chosen = types_pb2.MultiplierSet(multipliers=multipliers, revision=at)
-    wire.order(id=f"{multipliers}@{at}", apply_at_step=at, set_multipliers=chosen, **bounds)
+    transport.command(id=f"{multipliers}@{at}", apply_at_step=at, set_multipliers=chosen, **bounds)
 
 
 def same(ours, theirs):

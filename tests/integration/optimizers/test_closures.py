@@ -13,21 +13,28 @@ MAKES = ELEMENTWISE | {f"schedule-free {name}": make for name, make in SCHEDULE_
 del MAKES["torchao 8 bit"]  # to compile it anew takes as long as all others together
 
 
-def train(wires, make, step):
+def train(transports, make, step):
     """The model, and what was said of its steps but for what was measured in seconds."""
     model = llama()
     optimizer = make(model.parameters())
     if hasattr(optimizer, "train"):
         optimizer.train()
-    watch = sharpwatch.attach(model, optimizer, training_job="closures", probes=("gnb", "direction"), probe_every=4)
-    order(wires[-1], MULTIPLIERS, at=FIRST)
-    order(wires[-1], {}, at=LAST + 1)
+    watch = sharpwatch.attach(
+        model,
+        optimizer,
+        training_job="closures",
+        transport=transports.new(),
+        probes=("gnb", "direction"),
+        probe_every=4,
+    )
+    order(transports[-1], MULTIPLIERS, at=FIRST)
+    order(transports[-1], {}, at=LAST + 1)
     for number in range(1, STEPS + 1):
         step(model, optimizer, number)
     assert watch._loop.border.swallowed == 0
     assert watch._loop.parts.probes.failures == ()
     watch.close()
-    samples = [sample for sample in wires[-1].samples if not sample.closing]
+    samples = [sample for sample in transports[-1].samples if not sample.closing]
     for sample in samples:
         sample.ClearField("health")
         sample.taken_at_unix_ns = 0
@@ -49,9 +56,9 @@ def within(model, optimizer, number):
 
 
 @pytest.mark.parametrize("name", MAKES)
-def test_a_closure_changes_nothing(wires, name):
-    theirs, expected = train(wires, MAKES[name], before)
-    ours, samples = train(wires, MAKES[name], within)
+def test_a_closure_changes_nothing(transports, name):
+    theirs, expected = train(transports, MAKES[name], before)
+    ours, samples = train(transports, MAKES[name], within)
     assert same(ours, theirs) == []
     assert samples == expected
     assert len(samples) == STEPS

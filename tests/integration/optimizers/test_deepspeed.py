@@ -54,19 +54,19 @@ def trained(model, optimizer, steps=4):
         optimizer.step()
 
 
-def test_a_step_is_one_however_often_torchs_optimizer_inside_steps(wires):
+def test_a_step_is_one_however_often_torchs_optimizer_inside_steps(transports):
     ours, theirs = llama(), llama()
     optimizer = Zero(ours)
-    with sharpwatch.attach(ours, optimizer, training_job="zero", probes=()) as watch:
-        order(wires[0], {"ffn": 0.5}, at=2)
+    with sharpwatch.attach(ours, optimizer, training_job="zero", transport=transports.new(), probes=()) as watch:
+        order(transports[0], {"ffn": 0.5}, at=2)
         trained(ours, optimizer)
         assert watch.step == 4
         with pytest.raises(AttachError, match="watched already"):
-            sharpwatch.attach(ours, optimizer, training_job="zero")
+            sharpwatch.attach(ours, optimizer, training_job="zero", transport=transports.new())
     trained(theirs, Zero(theirs))
     assert same(ours, theirs) == []
-    assert wires[0].hello.optimizer == "Zero"
-    assert [result.detail for result in wires[0].results] == [f"learning rates can't be changed: Zero: {REASON}"]
+    assert transports[0].hello.optimizer == "Zero"
+    assert [result.detail for result in transports[0].results] == [f"learning rates can't be changed: Zero: {REASON}"]
 
 
 def test_its_rates_are_those_of_its_groups():
@@ -100,22 +100,24 @@ class Overflowing(Zero):
         return self.overflow
 
 
-def test_a_step_that_only_finds_the_loss_scaled_too_far_is_none(wires):
+def test_a_step_that_only_finds_the_loss_scaled_too_far_is_none(transports):
     ours, theirs = llama(), llama()
-    with sharpwatch.attach(ours, optimizer := Overflowing(ours), training_job="scaled", probes=()) as watch:
+    with sharpwatch.attach(
+        ours, optimizer := Overflowing(ours), training_job="scaled", transport=transports.new(), probes=()
+    ) as watch:
         trained(ours, optimizer)
         assert watch.step == 2
         assert optimizer.step() is True  # what it returns stays what it is
     trained(theirs, Overflowing(theirs))
     assert same(ours, theirs) == []
-    assert [sample.step for sample in wires[0].samples if sample.HasField("tap")] == [1, 2]
-    assert wires[0].samples[-1].health.swallowed_errors == 0
+    assert [sample.step for sample in transports[0].samples if sample.HasField("tap")] == [1, 2]
+    assert transports[0].samples[-1].health.swallowed_errors == 0
 
 
-def test_once_the_watch_is_closed_its_step_is_its_own_again_in_effect():
+def test_once_the_watch_is_closed_its_step_is_its_own_again_in_effect(transports):
     ours, theirs = llama(), llama()
     optimizer = Zero(ours)
-    sharpwatch.attach(ours, optimizer, training_job="zero", probes=(), address="127.0.0.1:9").close()
+    sharpwatch.attach(ours, optimizer, training_job="zero", transport=transports.new(), probes=()).close()
     trained(ours, optimizer)
     trained(theirs, Zero(theirs))
     assert same(ours, theirs) == []

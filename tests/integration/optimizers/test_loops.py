@@ -33,21 +33,23 @@ def scale(optimizer, power):
 class Pair:
     """A watched model and one beside it, in the same loop."""
 
-    def __init__(self, wires, groups=None, make=torch.optim.AdamW):
+    def __init__(self, transports, groups=None, make=torch.optim.AdamW):
         self.ours, self.theirs = llama(), llama()
         groups = groups or [([name for name, _ in self.ours.named_parameters()], {})]
         self.optimizer = make(whole(self.ours, groups), lr=RATE)
         self.real = make(split(self.theirs, groups), lr=RATE)
-        self.watch = sharpwatch.attach(self.ours, self.optimizer, training_job="loops", probes=())
-        self.wire = wires[-1]
+        self.watch = sharpwatch.attach(
+            self.ours, self.optimizer, training_job="loops", transport=transports.new(), probes=()
+        )
+        self.transport = transports[-1]
 
     def run(self, step, under=range(FIRST, LAST + 1)):
         """`step(model, optimizer, number)` on both sides; whether they end in the same bits.
 
         `under` are the loop's own numbers of the steps under multipliers: its void steps are none to the agent.
         """
-        order(self.wire, EXACT, at=FIRST)
-        order(self.wire, {}, at=LAST + 1)
+        order(self.transport, EXACT, at=FIRST)
+        order(self.transport, {}, at=LAST + 1)
         for number in range(1, STEPS + 1):
             step(self.ours, self.optimizer, number)
             # Rates are scaled around `step()` alone, so that the loop may set them.
@@ -76,24 +78,24 @@ def decayed_and_not(model):
     return [(matrices, {"weight_decay": 0.1}), (rest, {"weight_decay": 0.0}), (embedding, {"lr": 3e-3, "eps": 1e-6})]
 
 
-def test_groups_of_the_users_own_keep_their_options(wires):
-    pair = Pair(wires, decayed_and_not(llama()))
+def test_groups_of_the_users_own_keep_their_options(transports):
+    pair = Pair(transports, decayed_and_not(llama()))
     assert pair.run(plain_step)
     assert [group["lr"] for group in pair.optimizer.param_groups] == [RATE, RATE, 3e-3]
     assert [group["weight_decay"] for group in pair.optimizer.param_groups] == [0.1, 0.0, 0.01]
 
 
-def test_clipped_gradients_are_what_is_stepped_on(wires):
+def test_clipped_gradients_are_what_is_stepped_on(transports):
     def step(model, optimizer, number):
         backward(model, number)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         optimizer.step()
 
-    assert Pair(wires).run(step)
+    assert Pair(transports).run(step)
 
 
 @pytest.mark.parametrize("options", [{}, {"fused": True}])
-def test_a_grad_scaler_skips_and_rescales_as_ever(wires, options):
+def test_a_grad_scaler_skips_and_rescales_as_ever(transports, options):
     scalers = {}
 
     def step(model, optimizer, number):
@@ -105,7 +107,7 @@ def test_a_grad_scaler_skips_and_rescales_as_ever(wires, options):
         scaler.step(optimizer)
         scaler.update()
 
-    pair = Pair(wires, make=lambda groups, lr: torch.optim.AdamW(groups, lr=lr, **options))
+    pair = Pair(transports, make=lambda groups, lr: torch.optim.AdamW(groups, lr=lr, **options))
     assert pair.run(step, under=range(FIRST + 1, STEPS + 1))
     assert pair.watch.step == STEPS - 2
     watched, plain = scalers.values()
@@ -113,10 +115,10 @@ def test_a_grad_scaler_skips_and_rescales_as_ever(wires, options):
     assert watched.get_scale() != 1024.0
 
 
-def test_a_group_added_under_multipliers_is_under_them_too(wires):
+def test_a_group_added_under_multipliers_is_under_them_too(transports):
     named = [name for name, _ in llama().named_parameters()]
     late = [name for name in named if "mlp" in name or "head" in name]
-    pair = Pair(wires, [([name for name in named if name not in late], {})])
+    pair = Pair(transports, [([name for name in named if name not in late], {})])
 
     def step(model, optimizer, number):
         if number == FIRST + 1:
@@ -129,36 +131,36 @@ def test_a_group_added_under_multipliers_is_under_them_too(wires):
     assert [group["lr"] for group in pair.optimizer.param_groups] == [RATE, 5e-3]
 
 
-def test_parameters_may_be_frozen_and_thawed_under_multipliers(wires):
+def test_parameters_may_be_frozen_and_thawed_under_multipliers(transports):
     def step(model, optimizer, number):
         frozen = number in {1, 2, FIRST + 1}
         model.model.embed_tokens.requires_grad_(not frozen)
         model.model.layers[0].mlp.requires_grad_(number != FIRST)
         plain_step(model, optimizer, number)
 
-    assert Pair(wires).run(step)
+    assert Pair(transports).run(step)
 
 
-def test_gradients_are_accumulated_over_several_backwards(wires):
+def test_gradients_are_accumulated_over_several_backwards(transports):
     def step(model, optimizer, number):
         model.zero_grad()
         for part in range(3):
             (loss_of(model, 10 * number + part) / 3).backward()
         optimizer.step()
 
-    assert Pair(wires).run(step)
+    assert Pair(transports).run(step)
 
 
-def test_a_loop_may_set_rates_by_hand(wires):
+def test_a_loop_may_set_rates_by_hand(transports):
     def step(model, optimizer, number):
         for group in optimizer.param_groups:
             group["lr"] = RATE / number
         plain_step(model, optimizer, number)
 
-    assert Pair(wires).run(step)
+    assert Pair(transports).run(step)
 
 
-def test_a_step_may_be_given_a_closure(wires):
+def test_a_step_may_be_given_a_closure(transports):
     def step(model, optimizer, number):
         def closure():
             optimizer.zero_grad()
@@ -168,14 +170,14 @@ def test_a_step_may_be_given_a_closure(wires):
 
         assert optimizer.step(closure).item() > 0
 
-    assert Pair(wires).run(step)
+    assert Pair(transports).run(step)
 
 
-def test_with_every_multiplier_at_one_nothing_of_it_is_touched(wires):
+def test_with_every_multiplier_at_one_nothing_of_it_is_touched(transports):
     ours, theirs = llama(), llama()
     optimizers = [torch.optim.AdamW(model.parameters(), lr=RATE) for model in (ours, theirs)]
-    watch = sharpwatch.attach(ours, optimizers[0], training_job="loops", probes=())
-    order(wires[0], {"ffn": 1.0, "qk": 1.0}, at=2)
+    watch = sharpwatch.attach(ours, optimizers[0], training_job="loops", transport=transports.new(), probes=())
+    order(transports[0], {"ffn": 1.0, "qk": 1.0}, at=2)
     groups = []
     optimizers[0].register_step_pre_hook(lambda taken, *_: groups.append(taken.param_groups))
     for number in range(1, 5):

@@ -35,12 +35,14 @@ def _eager():
 class Side:
     """A watched run, and beside it one whose groups are real: one for each parameter."""
 
-    def __init__(self, wires, make, make_real=None):
+    def __init__(self, transports, make, make_real=None):
         self.model, self.real_model = llama(), llama()
         self.optimizers = self._listed(make(self.model))
         self.real = self._listed((make_real or make)(self.real_model))
-        self.watch = sharpwatch.attach(self.model, self.optimizers, training_job="groups", probes=())
-        self.wire = wires[-1]
+        self.watch = sharpwatch.attach(
+            self.model, self.optimizers, training_job="groups", transport=transports.new(), probes=()
+        )
+        self.transport = transports[-1]
 
     @staticmethod
     def _listed(made):
@@ -60,12 +62,12 @@ class Side:
         schedules = [torch.optim.lr_scheduler.ExponentialLR(each, 0.9) for each in self.optimizers]
         for number in range(1, 11):
             if number == 2:
-                order(self.wire, MULTIPLIERS, at=FIRST)
-                order(self.wire, {}, at=LAST + 1)
+                order(self.transport, MULTIPLIERS, at=FIRST)
+                order(self.transport, {}, at=LAST + 1)
             self.step(number, MULTIPLIERS if FIRST <= number <= LAST else {})
             for schedule in schedules:
                 schedule.step()
-        assert [result.step for result in self.wire.results] == [FIRST, LAST + 1]
+        assert [result.step for result in self.transport.results] == [FIRST, LAST + 1]
         self.watch.close()
 
 
@@ -88,27 +90,27 @@ def goes_on_from_its_state_dict(side, make):
 
 
 @pytest.mark.parametrize("name", ELEMENTWISE)
-def test_a_step_is_bit_identical_to_one_with_real_groups(wires, name):
+def test_a_step_is_bit_identical_to_one_with_real_groups(transports, name):
     make = ELEMENTWISE[name]
-    side = Side(wires, lambda model: make(model.parameters()), lambda model: make(per_parameter(model)))
+    side = Side(transports, lambda model: make(model.parameters()), lambda model: make(per_parameter(model)))
     side.run()
     assert same(side.model, side.real_model) == []
     assert goes_on_from_its_state_dict(side, lambda model: make(model.parameters()))
 
 
-def test_muon_beside_adamw_steps_as_with_real_groups(wires):
+def test_muon_beside_adamw_steps_as_with_real_groups(transports):
     def make(model, groups=lambda _, parameters: parameters):
         matrices, rest = matrices_and_rest(model)
         muon = torchs("Muon", momentum=0.9)(groups(model, matrices))
         return [muon, torchs("AdamW", lr=1e-3)(groups(model, rest))]
 
-    side = Side(wires, make, lambda model: make(model, per_parameter))
+    side = Side(transports, make, lambda model: make(model, per_parameter))
     side.run()
     assert same(side.model, side.real_model) == []
     assert goes_on_from_its_state_dict(side, make)
 
 
-def test_adam_mini_steps_as_with_rates_in_its_own_groups(wires):
+def test_adam_mini_steps_as_with_rates_in_its_own_groups(transports):
     kind = imported("adam_mini", "Adam_mini")
 
     def make(model):
@@ -120,13 +122,13 @@ def test_adam_mini_steps_as_with_rates_in_its_own_groups(wires):
             group["block"] = of["block"]
         return optimizer
 
-    side = Side(wires, make, make_real)
+    side = Side(transports, make, make_real)
     side.run()
     assert same(side.model, side.real_model) == []
     assert goes_on_from_its_state_dict(side, make)
 
 
-def test_lbfgs_has_one_rate_and_takes_the_smallest_multiplier(wires):
+def test_lbfgs_has_one_rate_and_takes_the_smallest_multiplier(transports):
     def make(model):
         return torch.optim.LBFGS(model.parameters(), lr=0.5, max_iter=3, history_size=4)
 
@@ -141,15 +143,15 @@ def test_lbfgs_has_one_rate_and_takes_the_smallest_multiplier(wires):
 
     model, real_model = llama(), llama()
     optimizer, real = make(model), make(real_model)
-    watch = sharpwatch.attach(model, optimizer, training_job="groups", probes=())
+    watch = sharpwatch.attach(model, optimizer, training_job="groups", transport=transports.new(), probes=())
     for number in range(1, 9):
         if number == 2:
-            order(wires[0], MULTIPLIERS, at=FIRST)
-            order(wires[0], {}, at=LAST + 1)
+            order(transports[0], MULTIPLIERS, at=FIRST)
+            order(transports[0], {}, at=LAST + 1)
         real.param_groups[0]["lr"] = 0.5 * (min(MULTIPLIERS.values()) if FIRST <= number <= LAST else 1.0)
         step(model, optimizer, number)
         step(real_model, real, number)
-    assert [result.step for result in wires[0].results] == [FIRST, LAST + 1]
+    assert [result.step for result in transports[0].results] == [FIRST, LAST + 1]
     watch.close()
     assert same(model, real_model) == []
     for key in ("n_iter", "func_evals"):

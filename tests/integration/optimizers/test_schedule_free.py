@@ -65,16 +65,16 @@ def test_where_no_block_is_left_at_one_counters_differ_by_rounding_alone():
     assert counters(trained(ours, optimizer)) == pytest.approx(counters(trained(theirs, plain)), rel=2**-48)
 
 
-def test_a_watched_one_goes_on_from_its_state_dict_as_a_plain_one(wires):
+def test_a_watched_one_goes_on_from_its_state_dict_as_a_plain_one(transports):
     make = SCHEDULE_FREE["adamw"]
     model, fresh = llama(), llama()
     optimizer, plain = make(model.parameters()), make(fresh.parameters())
-    watch = sharpwatch.attach(model, optimizer, training_job="groups", probes=())
-    order(wires[0], MULTIPLIERS, at=3)
-    order(wires[0], {}, at=6)
+    watch = sharpwatch.attach(model, optimizer, training_job="groups", transport=transports.new(), probes=())
+    order(transports[0], MULTIPLIERS, at=3)
+    order(transports[0], {}, at=6)
     trained(model, optimizer)
     watch.close()
-    assert [result.step for result in wires[0].results] == [3, 6]
+    assert [result.step for result in transports[0].results] == [3, 6]
     fresh.load_state_dict(model.state_dict())
     plain.load_state_dict(saved(optimizer.state_dict()))
     trained(model, optimizer)
@@ -83,13 +83,13 @@ def test_a_watched_one_goes_on_from_its_state_dict_as_a_plain_one(wires):
     assert optimizer.param_groups[0]["k"] == 16
 
 
-def test_the_base_inside_the_wrapper_is_what_is_watched(wires):
+def test_the_base_inside_the_wrapper_is_what_is_watched(transports):
     kind = imported("schedulefree", "ScheduleFreeWrapper")
     ours, theirs = llama(), llama()
     wrapped = kind(torch.optim.SGD(ours.parameters(), lr=0.01), momentum=0.9)
     real = kind(torch.optim.SGD(per_parameter(theirs), lr=0.01), momentum=0.9)
-    watch = sharpwatch.attach(ours, wrapped, training_job="groups", probes=())
-    order(wires[0], EXACT, at=3)
+    watch = sharpwatch.attach(ours, wrapped, training_job="groups", transport=transports.new(), probes=())
+    order(transports[0], EXACT, at=3)
     wrapped.train()
     real.train()
     for number in range(1, 7):
@@ -100,7 +100,7 @@ def test_the_base_inside_the_wrapper_is_what_is_watched(wires):
             backward(model, number)
             optimizer.step()
     watch.close()
-    assert wires[0].results[0].step == 3
+    assert transports[0].results[0].step == 3
     assert same(ours, theirs) == []
 
 

@@ -48,14 +48,16 @@ OPTIMIZERS = {
 }
 
 
-def seen(kind, make, wires=None):
+def seen(kind, make, transports=None):
     """What the scheduler and the groups hold after each step, and the rate each step was really taken at."""
     model = llama()
     optimizer = make(model.parameters())
-    watch = sharpwatch.attach(model, optimizer, training_job="schedule", probes=()) if wires is not None else None
+    watch = None
+    if transports is not None:
+        watch = sharpwatch.attach(model, optimizer, training_job="schedule", transport=transports.new(), probes=())
     scheduler = KINDS[kind](optimizer)
     if watch:
-        order(wires[-1], MULTIPLIERS, at=3)
+        order(transports[-1], MULTIPLIERS, at=3)
     history, laid = [], []
     in_each_step(optimizer, lambda taken: laid.append(len(taken.param_groups)))
     for number in range(STEPS):
@@ -71,18 +73,18 @@ def seen(kind, make, wires=None):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_scheduler_sees_what_it_sees_without_multipliers(wires, kind, optimizer):
-    watched, laid = seen(kind, OPTIMIZERS[optimizer], wires)
+def test_a_scheduler_sees_what_it_sees_without_multipliers(transports, kind, optimizer):
+    watched, laid = seen(kind, OPTIMIZERS[optimizer], transports)
     plain, _ = seen(kind, OPTIMIZERS[optimizer])
     assert watched == plain
     assert laid == [1, 1] + [len({*MULTIPLIERS.values(), 1.0})] * (STEPS - 2)
 
 
-def test_averages_are_of_the_weights_under_multipliers(wires):
+def test_averages_are_of_the_weights_under_multipliers(transports):
     model = llama()
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
-    watch = sharpwatch.attach(model, optimizer, training_job="average", probes=())
-    order(wires[0], MULTIPLIERS, at=2)
+    watch = sharpwatch.attach(model, optimizer, training_job="average", transport=transports.new(), probes=())
+    order(transports[0], MULTIPLIERS, at=2)
     averaged = AveragedModel(model)
     weights = []
     for number in range(4):
@@ -92,7 +94,7 @@ def test_averages_are_of_the_weights_under_multipliers(wires):
         weights.append([parameter.detach().clone() for parameter in model.parameters()])
     watch.close()
     assert watch.step == 4
-    assert wires[0].results[0].step == 2
+    assert transports[0].results[0].step == 2
     for mean, *each in zip(averaged.module.parameters(), *weights, strict=True):
         # A running mean of four values in float32: each update rounds twice, at most 2^-24 of the value each.
         torch.testing.assert_close(mean, torch.stack(each).mean(0), rtol=2**-20, atol=2**-24)

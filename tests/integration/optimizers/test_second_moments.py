@@ -22,9 +22,9 @@ def _eager():
         yield
 
 
-def taps(wires, model, optimizers, steps=STEPS):
+def taps(transports, model, optimizers, steps=STEPS):
     """[steps, layer blocks] of update RMS, and each step's gradients by name."""
-    watch = sharpwatch.attach(model, optimizers, training_job="moments", probes=())
+    watch = sharpwatch.attach(model, optimizers, training_job="moments", transport=transports.new(), probes=())
     gradients = []
     for number in range(1, steps + 1):
         backward(model, number)
@@ -32,7 +32,9 @@ def taps(wires, model, optimizers, steps=STEPS):
         for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
             optimizer.step()
     watch.close()
-    read = [np.frombuffer(sample.tap.update_rms.data, "<f4") for sample in wires[-1].samples if sample.HasField("tap")]
+    read = [
+        np.frombuffer(sample.tap.update_rms.data, "<f4") for sample in transports[-1].samples if sample.HasField("tap")
+    ]
     assert len(read) == steps
     return np.array(read), gradients
 
@@ -89,13 +91,13 @@ KNOWN = {
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_update_rms_is_that_of_the_definition(wires, name):
+def test_update_rms_is_that_of_the_definition(transports, name):
     make, moments = KNOWN[name]
     model = llama()
     optimizer = make(model.parameters())
     if "schedule-free" in name:
         optimizer.train()
-    read, gradients = taps(wires, model, optimizer)
+    read, gradients = taps(transports, model, optimizer)
     # float32 against float64: a moment is rounded three times a step, by 2^-24 of it each; the rest is smaller.
     np.testing.assert_allclose(read, by_hand(model, gradients, moments), rtol=3 * STEPS * 2**-24)
 
@@ -122,25 +124,25 @@ NONE = {
 
 
 @pytest.mark.parametrize("name", NONE)
-def test_where_no_moment_is_the_gradients_own_nothing_is_said(wires, name):
+def test_where_no_moment_is_the_gradients_own_nothing_is_said(transports, name):
     model = llama()
-    read, _ = taps(wires, model, NONE[name](model))
+    read, _ = taps(transports, model, NONE[name](model))
     assert np.isnan(read).all()
 
 
-def test_beside_muon_what_adamw_holds_has_its_own_moment(wires):
+def test_beside_muon_what_adamw_holds_has_its_own_moment(transports):
     model = llama()
-    read, _ = taps(wires, model, muon_and_adamw(model))
-    known = {block.block for block, value in zip(wires[0].hello.layer_blocks, read[-1], strict=True) if value > 0}
+    read, _ = taps(transports, model, muon_and_adamw(model))
+    known = {block.block for block, value in zip(transports[0].hello.layer_blocks, read[-1], strict=True) if value > 0}
     assert known == {"emb", "norm", "head"}
 
 
-def test_a_quantised_moment_is_not_read(wires):
+def test_a_quantised_moment_is_not_read(transports):
     model = llama()
     optimizer = ELEMENTWISE["torchao 8 bit"](model.parameters())
-    read, _ = taps(wires, model, optimizer)
+    read, _ = taps(transports, model, optimizer)
     assert type(optimizer.state[model.model.layers[0].mlp.up_proj.weight]["exp_avg_sq"]) is not torch.Tensor
     # What torchao leaves in float32, for it is small: the embedding and the head have 2048 entries, a norm has 64. Of
     # qk and vo it leaves a part, which does not speak for the block.
-    known = {block.block for block, value in zip(wires[0].hello.layer_blocks, read[-1], strict=True) if value > 0}
+    known = {block.block for block, value in zip(transports[0].hello.layer_blocks, read[-1], strict=True) if value > 0}
     assert known == {"emb", "norm", "head"}

@@ -43,43 +43,45 @@ def trained(model, optimizer):
         (rprop, "Rprop: it uses a learning rate at its first step only"),
     ],
 )
-def test_it_is_tapped_and_refuses_rates_but_not_rollbacks(wires, caplog, make, reason):
+def test_it_is_tapped_and_refuses_rates_but_not_rollbacks(transports, caplog, make, reason):
     ours, theirs = llama(), llama()
     optimizer = make(ours.parameters())
     asked = []
     with caplog.at_level(logging.WARNING, "sharpwatch"):
-        watch = sharpwatch.attach(ours, optimizer, training_job="own", probes=(), on_rollback=asked.append)
+        watch = sharpwatch.attach(
+            ours, optimizer, training_job="own", transport=transports.new(), probes=(), on_rollback=asked.append
+        )
     assert [record.message for record in caplog.records] == [
         f"learning rates are watched, but can't be changed: {reason}"
     ]
-    order(wires[0], {"ffn": 0.5}, at=2)
+    order(transports[0], {"ffn": 0.5}, at=2)
     place = types_pb2.Checkpoint(step=1, uri="file:///1")
-    wires[0].order(id="back", apply_at_step=STEPS, rollback=types_pb2.Rollback(checkpoint=place))
+    transports[0].command(id="back", apply_at_step=STEPS, rollback=types_pb2.Rollback(checkpoint=place))
     trained(ours, optimizer)
     watch.close()
     trained(theirs, make(theirs.parameters()))
     assert same(ours, theirs) == []
-    rates, back = wires[0].results
+    rates, back = transports[0].results
     assert (rates.outcome, rates.detail) == (
-        types_pb2.COMMAND_OUTCOME_REFUSED,
+        "refused",
         f"learning rates can't be changed: {reason}",
     )
-    assert back.outcome == types_pb2.COMMAND_OUTCOME_APPLIED
+    assert back.outcome == "applied"
     assert [request.step for request in asked] == [1]
-    assert len([sample for sample in wires[0].samples if sample.HasField("tap")]) == STEPS
-    assert wires[0].samples[-1].health.swallowed_errors == 0
+    assert len([sample for sample in transports[0].samples if sample.HasField("tap")]) == STEPS
+    assert transports[0].samples[-1].health.swallowed_errors == 0
 
 
-def test_a_run_taken_up_with_another_optimizer_leaves_its_multipliers_behind(wires):
+def test_a_run_taken_up_with_another_optimizer_leaves_its_multipliers_behind(transports):
     model = llama()
     adamw = torch.optim.AdamW(model.parameters(), lr=RATE)
-    with sharpwatch.attach(model, adamw, training_job="own", probes=()) as watch:
-        order(wires[0], {"ffn": 0.5}, at=2)
+    with sharpwatch.attach(model, adamw, training_job="own", transport=transports.new(), probes=()) as watch:
+        order(transports[0], {"ffn": 0.5}, at=2)
         trained(model, adamw)
         state = watch.state_dict()
     ours, theirs = llama(), llama()
     optimizer = prodigy(ours.parameters())
-    with sharpwatch.attach(ours, optimizer, training_job="own", probes=()) as watch:
+    with sharpwatch.attach(ours, optimizer, training_job="own", transport=transports.new(), probes=()) as watch:
         watch.load_state_dict(state)
         trained(ours, optimizer)
     trained(theirs, prodigy(theirs.parameters()))
@@ -151,14 +153,14 @@ def accelerated(base):
 
 
 @pytest.mark.parametrize("wrap", [Sam, accelerated])
-def test_inside_a_wrapper_is_the_optimizer_that_steps(wires, wrap):
+def test_inside_a_wrapper_is_the_optimizer_that_steps(transports, wrap):
     ours, theirs = llama(), llama()
     base, plain = torch.optim.SGD(ours.parameters(), lr=RATE), torch.optim.SGD(theirs.parameters(), lr=RATE)
     wrapped = wrap(base)
     assert stepping(wrapped, ours) is base
     assert stepping(plain, theirs) is plain
-    with sharpwatch.attach(ours, wrapped, training_job="wrapped", probes=()) as watch:
-        order(wires[0], dict.fromkeys(("emb", "qk", "vo", "ffn", "norm", "head"), 0.5), at=2)
+    with sharpwatch.attach(ours, wrapped, training_job="wrapped", transport=transports.new(), probes=()) as watch:
+        order(transports[0], dict.fromkeys(("emb", "qk", "vo", "ffn", "norm", "head"), 0.5), at=2)
         trained(ours, wrapped)
         assert watch.step == STEPS
     for number in range(1, STEPS + 1):
@@ -176,15 +178,10 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 sys.path[:0] = sys.argv[1:]
-import stand_ins
-from sharpwatch.agent import attach as attach_module
 from small_llama import backward, llama, order, same
+from stand_ins import Transports
 logging.basicConfig(format="%(message)s", stream=sys.stdout)
-wires = []
-def wire(hello, **options):
-    wires.append(stand_ins.Wire(hello, **options))
-    return wires[-1]
-attach_module.CourierClient = wire
+transports = Transports()
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 def made(kind):
     if kind == "zero":
@@ -197,17 +194,17 @@ def made(kind):
 for kind in ("flat", "original", "zero"):
     print("#", kind)
     (ours, optimizer), (theirs, plain) = made(kind), made(kind)
-    watch = sharpwatch.attach(ours, optimizer, training_job="one", probe_every=2)
-    order(wires[-1], {wires[-1].hello.blocks[-1]: 0.5}, at=3)
+    watch = sharpwatch.attach(ours, optimizer, training_job="one", transport=transports.new(), probe_every=2)
+    order(transports[-1], {transports[-1].hello.blocks[-1]: 0.5}, at=3)
     for number in range(1, 6):
         for model, each in ((ours, optimizer), (theirs, plain)):
             backward(model, number)
             each.step()
     watch.close()
-    hello, samples = wires[-1].hello, wires[-1].samples
+    hello, samples = transports[-1].hello, transports[-1].samples
     print("blocks", *hello.blocks, "probes", *hello.probes)
     print("taps", sum(sample.HasField("tap") for sample in samples), "swallowed", samples[-1].health.swallowed_errors)
-    print("results", *(result.detail for result in wires[-1].results))
+    print("results", *(result.detail for result in transports[-1].results))
     print("same" if same(ours, theirs) == [] else "differ")
 dist.destroy_process_group()
 """

@@ -11,8 +11,6 @@ from torch import nn
 import sharpwatch
 from sharpwatch.errors import AttachError
 
-pytestmark = pytest.mark.usefixtures("wires")
-
 
 @pytest.fixture(autouse=True)
 def _no_settings(monkeypatch):
@@ -30,15 +28,11 @@ def optimizer(model):
     return torch.optim.AdamW(model.parameters())
 
 
-def wire(watch):
-    return watch._loop.parts.pipe
-
-
 def test_the_signature_is_the_documented_one():
     documented = (
         "model, optimizer, *, training_job, run=None, address=None, token=None, tls=None, overhead_budget=0.01, "
         "probe_every=None, probes=('gnb', 'direction'), loss_fn=None, logits_fn=None, on_rollback=None, control='lr', "
-        "lr_bounds=(0.1, 10.0), initial_step=0, seed=0"
+        "lr_bounds=(0.1, 10.0), initial_step=0, seed=0, transport=None"
     )
     parameters = inspect.signature(sharpwatch.attach).parameters.values()
     bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in parameters]
@@ -83,29 +77,30 @@ def test_the_signature_is_the_documented_one():
         ({"tls": {"ca": 3}}, "tls ca: expected a path, got int"),
         ({"token": "a\nb"}, "token"),
         ({"token": b"secret"}, "token: expected a string or None, got bytes"),
+        ({"transport": "unix:/run/s"}, "transport must have the members of sharpwatch.agent.transport.base.Transport"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_starts(model, optimizer, wires, options, says):
+def test_what_cannot_be_is_refused_before_anything_starts(model, optimizer, transports, options, says):
     with pytest.raises(AttachError, match=re.escape(says)):
-        sharpwatch.attach(model, optimizer, **({"training_job": "job"} | options))
-    assert not wires
+        sharpwatch.attach(model, optimizer, **({"training_job": "job", "transport": transports.new()} | options))
+    assert not any(transport.hellos for transport in transports)
     assert not model._forward_pre_hooks
     assert not optimizer._optimizer_step_pre_hooks
 
 
-def test_model_and_optimizer_must_belong_together(model, optimizer):
+def test_model_and_optimizer_must_belong_together(model, optimizer, transports):
     with pytest.raises(AttachError, match="holds no parameter of this model"):
-        sharpwatch.attach(Net(), optimizer, training_job="job")
+        sharpwatch.attach(Net(), optimizer, training_job="job", transport=transports.new())
     with pytest.raises(AttachError, match=r"expected a torch\.nn\.Module, got str"):
-        sharpwatch.attach("model", optimizer, training_job="job")
+        sharpwatch.attach("model", optimizer, training_job="job", transport=transports.new())
     with pytest.raises(AttachError, match=r"optimizer\[1\]: expected a torch.optim.Optimizer, got int"):
-        sharpwatch.attach(model, [optimizer, 3], training_job="job")
+        sharpwatch.attach(model, [optimizer, 3], training_job="job", transport=transports.new())
     with pytest.raises(AttachError, match="given twice"):
-        sharpwatch.attach(model, [optimizer, optimizer], training_job="job")
+        sharpwatch.attach(model, [optimizer, optimizer], training_job="job", transport=transports.new())
     with pytest.raises(AttachError, match="got none"):
-        sharpwatch.attach(model, [], training_job="job")
+        sharpwatch.attach(model, [], training_job="job", transport=transports.new())
     with pytest.raises(AttachError, match="no trainable parameter"):
-        sharpwatch.attach(model.requires_grad_(False), optimizer, training_job="job")
+        sharpwatch.attach(model.requires_grad_(False), optimizer, training_job="job", transport=transports.new())
 
 
 def lazy():
@@ -129,28 +124,28 @@ def scripted():
         (scripted, "lm_head is a ScriptModule"),
     ],
 )
-def test_a_model_that_cannot_be_read_is_refused(wires, make, says):
+def test_a_model_that_cannot_be_read_is_refused(transports, make, says):
     model = make()
     with pytest.raises(AttachError, match=re.escape(says)):
-        sharpwatch.attach(model, torch.optim.SGD(model.parameters()), training_job="job")
-    assert not wires
+        sharpwatch.attach(model, torch.optim.SGD(model.parameters()), training_job="job", transport=transports.new())
+    assert not any(transport.hellos for transport in transports)
 
 
-def test_the_run_is_named_after_the_job_without_touching_the_global_source(model, optimizer):
+def test_the_run_is_named_after_the_job_without_touching_the_global_source(model, optimizer, transports):
     random = torch.get_rng_state()
-    with sharpwatch.attach(model, optimizer, training_job="job") as one:
-        first = wire(one).hello
-    with sharpwatch.attach(model, optimizer, training_job="job") as other:
+    with sharpwatch.attach(model, optimizer, training_job="job", transport=transports.new()) as one:
+        first = transports[-1].hello
+    with sharpwatch.attach(model, optimizer, training_job="job", transport=transports.new()) as other:
         assert re.fullmatch(r"job-\d{8}-\d{6}-[0-9a-f]{6}", one.run)
         assert one.run != other.run
-        assert first.attempt != wire(other).hello.attempt
+        assert first.attempt != transports[-1].hello.attempt
     assert torch.equal(random, torch.get_rng_state())
 
 
 def test_the_address_comes_from_the_argument_the_environment_or_the_default(model, optimizer, monkeypatch):
     def target(**options):
         with sharpwatch.attach(model, optimizer, training_job="job", **options) as watch:
-            return str(wire(watch).options["address"])
+            return watch._loop.parts.pipe._destination.target
 
     assert target() == "127.0.0.1:7741"
     monkeypatch.setenv("SHARPWATCH_ADDRESS", "watch.example:99")
@@ -158,11 +153,19 @@ def test_the_address_comes_from_the_argument_the_environment_or_the_default(mode
     assert target(address="unix:/run/s") == "unix:/run/s"
 
 
-def test_the_hello_says_what_is_watched(model, optimizer):
+def test_the_hello_says_what_is_watched(model, optimizer, transports):
     with sharpwatch.attach(
-        model, optimizer, training_job="job", run="r", control="rollback", lr_bounds=(0.5, 4), initial_step=9, seed=3
+        model,
+        optimizer,
+        training_job="job",
+        transport=transports.new(),
+        run="r",
+        control="rollback",
+        lr_bounds=(0.5, 4),
+        initial_step=9,
+        seed=3,
     ) as watch:
-        hello = wire(watch).hello
+        hello = transports[-1].hello
         assert watch.step == 9
     assert (hello.protocol, hello.training_job, hello.run, hello.optimizer) == (1, "job", "r", "AdamW")
     assert (hello.control, hello.min_multiplier, hello.max_multiplier) == ("rollback", 0.5, 4.0)
@@ -179,39 +182,41 @@ class Strange(Net):
         self.mystery = nn.Parameter(torch.ones(3, 5))
 
 
-def test_a_model_that_cannot_be_divided_is_refused_until_a_rules_file_says_how(wires, monkeypatch, tmp_path):
+def test_a_model_that_cannot_be_divided_is_refused_until_a_rules_file_says_how(transports, monkeypatch, tmp_path):
     model = Strange()
     optimizer = torch.optim.AdamW(model.parameters())
     with pytest.raises(AttachError, match="mystery"):
-        sharpwatch.attach(model, optimizer, training_job="job")
-    assert not wires
+        sharpwatch.attach(model, optimizer, training_job="job", transport=transports.new())
+    assert not any(transport.hellos for transport in transports)
     rules = tmp_path / "rules.yaml"
     monkeypatch.setenv("SHARPWATCH_BLOCK_RULES", str(rules))
     rules.write_text("- match: mystery\n  block: nonsense\n")
     with pytest.raises(AttachError, match=r"rules\.yaml:2.*nonsense"):
-        sharpwatch.attach(model, optimizer, training_job="job")
+        sharpwatch.attach(model, optimizer, training_job="job", transport=transports.new())
     rules.write_text("- match: mystery\n  block: other\n")
-    watch = sharpwatch.attach(model, optimizer, training_job="job")
-    assert ("other", 15) in {(block.block, block.parameters) for block in wire(watch).hello.layer_blocks}
+    watch = sharpwatch.attach(model, optimizer, training_job="job", transport=transports.new())
+    assert ("other", 15) in {(block.block, block.parameters) for block in transports[-1].hello.layer_blocks}
     watch.close()
 
 
-def test_a_second_watch_of_one_optimizer_is_refused_until_the_first_is_closed(model, optimizer):
-    first = sharpwatch.attach(model, optimizer, training_job="job", address="127.0.0.1:9")
+def test_a_second_watch_of_one_optimizer_is_refused_until_the_first_is_closed(model, optimizer, transports):
+    first = sharpwatch.attach(model, optimizer, training_job="job", transport=transports.new())
     try:
         with pytest.raises(AttachError, match="watched already"):
-            sharpwatch.attach(model, optimizer, training_job="job", address="127.0.0.1:9")
+            sharpwatch.attach(model, optimizer, training_job="job", transport=transports.new())
     finally:
         first.close()
-    sharpwatch.attach(model, optimizer, training_job="job", address="127.0.0.1:9").close()
+    sharpwatch.attach(model, optimizer, training_job="job", transport=transports.new()).close()
 
 
-def test_the_preconditioned_probe_is_for_adams_family_alone(model, wires):
+def test_the_preconditioned_probe_is_for_adams_family_alone(model, transports):
     sgd = torch.optim.SGD(model.wte.parameters(), lr=0.1)
     adam = torch.optim.AdamW(model.lm_head.parameters())
     for optimizers in (sgd, [adam, sgd]):
         with pytest.raises(AttachError, match=r"'preconditioned'.*SGD"):
-            sharpwatch.attach(model, optimizers, training_job="job", probes=("gnb", "preconditioned"))
-    assert not wires
-    with sharpwatch.attach(model, adam, training_job="job", probes=("preconditioned",)) as watch:
-        assert list(wire(watch).hello.probes) == ["preconditioned"]
+            sharpwatch.attach(
+                model, optimizers, training_job="job", transport=transports.new(), probes=("gnb", "preconditioned")
+            )
+    assert not any(transport.hellos for transport in transports)
+    with sharpwatch.attach(model, adam, training_job="job", transport=transports.new(), probes=("preconditioned",)):
+        assert list(transports[-1].hello.probes) == ["preconditioned"]

@@ -14,7 +14,7 @@ from torch import nn
 import sharpwatch
 from sharpwatch.agent import run
 from sharpwatch.agent.reporting.pending import FORWARDS
-from sharpwatch.v1 import agent_pb2, types_pb2
+from sharpwatch.v1 import types_pb2
 
 
 class Net(stand_ins.Net):
@@ -28,32 +28,36 @@ class Net(stand_ins.Net):
 TOKENS = torch.tensor([[1, 2, 3], [4, 5, 6]])
 
 
-def made(wires, make=torch.optim.AdamW, **options):
+def made(transports, make=torch.optim.AdamW, **options):
     torch.manual_seed(3)
     model = Net().train()
     optimizer = make(model.parameters(), lr=0.01)
-    watch = sharpwatch.attach(model, optimizer, training_job="job", **({"probes": ()} | options))
-    return model, optimizer, watch, wires[-1]
+    watch = sharpwatch.attach(
+        model, optimizer, training_job="job", transport=transports.new(), **({"probes": ()} | options)
+    )
+    return model, optimizer, watch, transports[-1]
 
 
-def losses(wire):
-    return [round(sample.loss, 3) if sample.HasField("loss") else None for sample in wire.samples if not sample.closing]
+def losses(transport):
+    return [
+        round(sample.loss, 3) if sample.HasField("loss") else None for sample in transport.samples if not sample.closing
+    ]
 
 
-def test_the_models_own_loss_is_the_mean_over_micro_batches(wires):
-    model, optimizer, watch, wire = made(wires)
+def test_the_models_own_loss_is_the_mean_over_micro_batches(transports):
+    model, optimizer, watch, transport = made(transports)
     expected = []
     for tokens in (TOKENS, TOKENS.flip(0) + 1):
         loss = model(tokens)["loss"]
         loss.backward()
         expected.append(loss.item())
     optimizer.step()
-    assert losses(wire) == [pytest.approx(sum(expected) / 2, abs=1e-3)]
+    assert losses(transport) == [pytest.approx(sum(expected) / 2, abs=1e-3)]
     watch.close()
 
 
-def test_an_evaluation_between_steps_is_not_the_runs_loss(wires):
-    model, optimizer, watch, wire = made(wires)
+def test_an_evaluation_between_steps_is_not_the_runs_loss(transports):
+    model, optimizer, watch, transport = made(transports)
     loss = model(TOKENS)["loss"]
     loss.backward()
     with torch.no_grad():
@@ -62,13 +66,13 @@ def test_an_evaluation_between_steps_is_not_the_runs_loss(wires):
     model(TOKENS * 0)
     model.train()
     optimizer.step()
-    assert losses(wire) == [round(loss.item(), 3)]
+    assert losses(transport) == [round(loss.item(), 3)]
     watch.close()
 
 
 @pytest.mark.parametrize("after", [False, True])
-def test_an_observed_loss_wins_and_belongs_to_its_step_before_or_after_it(wires, after):
-    model, optimizer, watch, wire = made(wires)
+def test_an_observed_loss_wins_and_belongs_to_its_step_before_or_after_it(transports, after):
+    model, optimizer, watch, transport = made(transports)
     for number in range(1, 5):
         model(TOKENS)["loss"].backward()
         if not after:
@@ -77,28 +81,28 @@ def test_an_observed_loss_wins_and_belongs_to_its_step_before_or_after_it(wires,
         if after:
             watch.observe(loss=torch.tensor(float(number)))
     watch.close()
-    got = losses(wire)
+    got = losses(transport)
     # Of the first step the watch can't know that more comes, so its own loss has left already.
     assert got[1:] == [2.0, 3.0, 4.0]
     assert after or got[0] == 1.0
 
 
-def test_a_step_waits_for_its_late_loss_no_longer_than_until_the_next_begins(wires):
-    model, optimizer, watch, wire = made(wires)
+def test_a_step_waits_for_its_late_loss_no_longer_than_until_the_next_begins(transports):
+    model, optimizer, watch, transport = made(transports)
     model(TOKENS)["loss"].backward()
     optimizer.step()
     watch.observe(loss=1.0)
     model(TOKENS)["loss"].backward()
     optimizer.step()
-    assert len(wire.samples) == 1
+    assert len(transport.samples) == 1
     model(TOKENS)  # and no loss was observed
-    assert len(wire.samples) == 2
+    assert len(transport.samples) == 2
     watch.close()
-    assert wire.closed
+    assert transport.closed
 
 
-def test_steps_that_a_grad_scaler_skips_do_not_count(wires):
-    model, optimizer, watch, wire = made(wires)
+def test_steps_that_a_grad_scaler_skips_do_not_count(transports):
+    model, optimizer, watch, transport = made(transports)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     for poisoned in (False, True, False):
         scaler.scale(model(TOKENS)["loss"]).backward()
@@ -108,17 +112,17 @@ def test_steps_that_a_grad_scaler_skips_do_not_count(wires):
         scaler.update()
         optimizer.zero_grad()
     assert watch.step == 2
-    assert [sample.step for sample in wire.samples] == [1, 2]
+    assert [sample.step for sample in transport.samples] == [1, 2]
     watch.close()
 
 
-def test_a_fused_step_under_a_grad_scaler_is_unscaled_and_a_void_one_does_not_count(wires):
+def test_a_fused_step_under_a_grad_scaler_is_unscaled_and_a_void_one_does_not_count(transports):
     def fused(parameters, lr):
         return torch.optim.AdamW(parameters, lr=lr, fused=True)
 
     norms = []
     for scaled in (False, True):
-        model, optimizer, watch, wire = made(wires, fused)
+        model, optimizer, watch, transport = made(transports, fused)
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
         for poisoned in (False, True):
             scaler.scale(model(TOKENS)["loss"]).backward()
@@ -128,29 +132,29 @@ def test_a_fused_step_under_a_grad_scaler_is_unscaled_and_a_void_one_does_not_co
             scaler.update()
             optimizer.zero_grad()
         assert watch.step == (1 if scaled else 2)
-        norms.append(torch.frombuffer(bytearray(wire.samples[0].tap.gradient_norm.data), dtype=torch.float32))
+        norms.append(torch.frombuffer(bytearray(transport.samples[0].tap.gradient_norm.data), dtype=torch.float32))
         watch.close()
     torch.testing.assert_close(*norms)
 
 
-def test_several_optimizers_make_one_step(wires):
+def test_several_optimizers_make_one_step(transports):
     torch.manual_seed(3)
     model = Net().train()
     optimizers = [
         torch.optim.SGD(model.wte.parameters(), lr=0.1),
         torch.optim.AdamW([*model.ln_f.parameters(), *model.lm_head.parameters()], lr=0.01),
     ]
-    watch = sharpwatch.attach(model, optimizers, training_job="job", probes=())
-    wire = wires[-1]
+    watch = sharpwatch.attach(model, optimizers, training_job="job", transport=transports.new(), probes=())
+    transport = transports[-1]
     for _ in range(3):
         model(TOKENS)["loss"].backward()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()  # what one has stepped on may be gone before the other steps
     assert watch.step == 3
-    assert wire.hello.optimizer == "SGD+AdamW"
-    norms = torch.frombuffer(bytearray(wire.samples[-1].tap.gradient_norm.data), dtype=torch.float32)
-    rates = torch.frombuffer(bytearray(wire.samples[-1].tap.learning_rate.data), dtype=torch.float32)
+    assert transport.hello.optimizer == "SGD+AdamW"
+    norms = torch.frombuffer(bytearray(transport.samples[-1].tap.gradient_norm.data), dtype=torch.float32)
+    rates = torch.frombuffer(bytearray(transport.samples[-1].tap.learning_rate.data), dtype=torch.float32)
     assert (norms > 0).all()
     torch.testing.assert_close(rates, torch.tensor([0.1, 0.01, 0.01]))
     for _ in range(2):  # only one of them steps: each time it steps again, a step is over
@@ -160,10 +164,10 @@ def test_several_optimizers_make_one_step(wires):
     watch.close()
 
 
-def test_a_step_that_raises_is_not_counted_and_leaves_no_overlay(wires):
-    model, optimizer, watch, wire = made(wires)
+def test_a_step_that_raises_is_not_counted_and_leaves_no_overlay(transports):
+    model, optimizer, watch, transport = made(transports)
     cut = types_pb2.MultiplierSet(multipliers={"emb": 0.5})
-    wire.inbox = [agent_pb2.SessionResponse(command=types_pb2.Command(id="a", set_multipliers=cut))]
+    transport.command(id="a", set_multipliers=cut)
     model(TOKENS)["loss"].backward()
     optimizer.step()
     model.ln_f.weight.grad = model.ln_f.weight.grad.to_sparse()
@@ -178,74 +182,74 @@ def test_a_step_that_raises_is_not_counted_and_leaves_no_overlay(wires):
     watch.close()
 
 
-def test_an_optimizer_whose_step_calls_another_hooked_step_counts_once(wires):
+def test_an_optimizer_whose_step_calls_another_hooked_step_counts_once(transports):
     class Wrapping(torch.optim.AdamW):
         def step(self, closure=None):
             return super().step(closure)
 
     torch.optim.AdamW([nn.Parameter(torch.zeros(1))])  # torch hooks the class's step when the first one is made
-    model, optimizer, watch, wire = made(wires, Wrapping)
+    model, optimizer, watch, transport = made(transports, Wrapping)
     for _ in range(2):
         model(TOKENS)["loss"].backward()
         optimizer.step()
     assert watch.step == 2
-    assert [sample.step for sample in wire.samples] == [1, 2]
+    assert [sample.step for sample in transport.samples] == [1, 2]
     watch.close()
 
 
-def test_first_probes_run_twice_at_once(wires):
-    model, optimizer, watch, wire = made(wires, probes=("gnb", "direction"))
+def test_first_probes_run_twice_at_once(transports):
+    model, optimizer, watch, transport = made(transports, probes=("gnb", "direction"))
     for _ in range(5):
         model(TOKENS)["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert [(s.HasField("gnb"), s.HasField("direction")) for s in wire.samples] == [
+    assert [(s.HasField("gnb"), s.HasField("direction")) for s in transport.samples] == [
         (True, False),
         (False, True),
         (True, False),
         (False, True),
         (False, False),
     ]
-    assert wire.samples[0].gnb.rows == 1
-    assert wire.samples[-1].health.overhead_ratio > 0
+    assert transport.samples[0].gnb.rows == 1
+    assert transport.samples[-1].health.overhead_ratio > 0
     watch.close()
 
 
-def test_closing_takes_every_hook_away_says_goodbye_once_and_is_idempotent(wires):
-    model, optimizer, watch, wire = made(wires)
+def test_closing_takes_every_hook_away_says_goodbye_once_and_is_idempotent(transports):
+    model, optimizer, watch, transport = made(transports)
     model(TOKENS)["loss"].backward()
     optimizer.step()
     watch.saved_checkpoint(1, "file:///c")
     watch.close()
     watch.close()
     optimizer.step()
-    assert [sample.closing for sample in wire.samples] == [False, True]
-    assert [(c.step, c.uri) for c in wire.samples[-1].checkpoints] == [(1, "file:///c")]
+    assert [sample.closing for sample in transport.samples] == [False, True]
+    assert [(c.step, c.uri) for c in transport.samples[-1].checkpoints] == [(1, "file:///c")]
     assert not model._forward_hooks
     assert not optimizer._optimizer_step_pre_hooks
     assert watch.step == 1
 
 
-def test_a_close_that_is_interrupted_anywhere_has_not_begun_or_leaves_nothing_behind(wires):
+def test_a_close_that_is_interrupted_anywhere_has_not_begun_or_leaves_nothing_behind(transports):
     outcomes = set()
     for number in itertools.count():
-        model, optimizer, watch, wire = made(wires, probes=("gnb",))
-        wire.order(id="cut", set_multipliers=types_pb2.MultiplierSet(multipliers={"emb": 0.5}))
+        model, optimizer, watch, transport = made(transports, probes=("gnb",))
+        transport.command(id="cut", set_multipliers=types_pb2.MultiplierSet(multipliers={"emb": 0.5}))
         stepped(model, optimizer, 1)
         assert "step" in vars(optimizer)  # wrapped
         interrupted = interrupted_at(run, number, watch.close)
         hooks = [*model._forward_hooks, *model._forward_pre_hooks]
         hooks += [*optimizer._optimizer_step_pre_hooks, *optimizer._optimizer_step_post_hooks]
-        outcomes.add((bool(hooks), "step" in vars(optimizer), wire.samples[-1].closing, wire.closed))
+        outcomes.add((bool(hooks), "step" in vars(optimizer), transport.samples[-1].closing, transport.closed))
         watch.close()  # of one that has not begun
-        assert wire.closed
+        assert transport.closed
         if not interrupted:
             break
     assert outcomes == {(True, True, False, False), (False, False, True, True)}
 
 
-def test_who_insists_on_an_interrupt_gives_up_the_last_samples_but_the_courier_is_ended(wires, monkeypatch):
-    _, _, watch, wire = made(wires)
+def test_who_insists_on_an_interrupt_gives_up_the_last_samples_but_the_courier_is_ended(transports, monkeypatch):
+    _, _, watch, transport = made(transports)
 
     def insist(*_, **__):
         for _ in range(2):
@@ -254,35 +258,35 @@ def test_who_insists_on_an_interrupt_gives_up_the_last_samples_but_the_courier_i
     monkeypatch.setattr(watch._loop._samples.outbox, "flush", insist)
     with pytest.raises(KeyboardInterrupt):
         watch.close()
-    assert wire.closed
-    assert not wire.samples
+    assert transport.closed
+    assert not transport.samples
 
 
-def test_a_state_that_is_none_of_the_agents_is_named_so(wires, caplog):
-    _, _, watch, _ = made(wires)
+def test_a_state_that_is_none_of_the_agents_is_named_so(transports, caplog):
+    _, _, watch, _ = made(transports)
     watch.load_state_dict({"model": {}})
     assert "an agent's state of version None: this agent reads 1" in caplog.text
     watch.close()
 
 
-def test_a_loop_that_ends_in_an_error_says_no_goodbye(wires):
-    _, _, watch, wire = made(wires)
+def test_a_loop_that_ends_in_an_error_says_no_goodbye(transports):
+    _, _, watch, transport = made(transports)
     with pytest.raises(ZeroDivisionError), watch:
         raise ZeroDivisionError
-    assert wire.closed
-    assert not any(sample.closing for sample in wire.samples)
+    assert transport.closed
+    assert not any(sample.closing for sample in transport.samples)
 
 
-def test_a_watch_dies_with_its_model_and_closes_itself(wires):
-    model, optimizer, watch, wire = made(wires)
+def test_a_watch_dies_with_its_model_and_closes_itself(transports):
+    model, optimizer, watch, transport = made(transports)
     model(TOKENS)["loss"].backward()
     optimizer.step()
     gone = weakref.ref(model)
     del model, optimizer, watch
     gc.collect()
     assert gone() is None
-    assert wire.closed
-    assert wire.samples[-1].closing
+    assert transport.closed
+    assert transport.samples[-1].closing
 
 
 def stepped(model, optimizer, steps):
@@ -291,30 +295,30 @@ def stepped(model, optimizer, steps):
         optimizer.step()
 
 
-def test_a_watch_ends_where_a_parameter_it_knows_is_replaced(wires, caplog):
-    model, optimizer, _, wire = made(wires)
+def test_a_watch_ends_where_a_parameter_it_knows_is_replaced(transports, caplog):
+    model, optimizer, _, transport = made(transports)
     stepped(model, optimizer, 1)
     model.lm_head = nn.Linear(8, 11, bias=False)
     optimizer.add_param_group({"params": [model.lm_head.weight]})
     stepped(model, optimizer, 63)
-    assert [sample.step for sample in wire.samples if sample.closing] == [64]
+    assert [sample.step for sample in transport.samples if sample.closing] == [64]
     assert "lm_head.weight was replaced" in caplog.text
     stepped(model, optimizer, 1)
     assert not optimizer._optimizer_step_pre_hooks
     assert not model._forward_hooks
 
 
-def test_a_parameter_that_comes_later_is_said_once_to_be_unseen(wires, caplog):
-    model, optimizer, watch, wire = made(wires)
+def test_a_parameter_that_comes_later_is_said_once_to_be_unseen(transports, caplog):
+    model, optimizer, watch, transport = made(transports)
     model.extra = nn.Linear(2, 2, bias=False)
     stepped(model, optimizer, 128)
     assert caplog.text.count("not watched, as they came after attach: extra.weight") == 1
-    assert not any(sample.closing for sample in wire.samples)
+    assert not any(sample.closing for sample in transport.samples)
     watch.close()
 
 
-def test_losses_of_an_optimizer_that_no_one_steps_are_bounded(wires, caplog):
-    model, _, watch, _ = made(wires)
+def test_losses_of_an_optimizer_that_no_one_steps_are_bounded(transports, caplog):
+    model, _, watch, _ = made(transports)
     for _ in range(FORWARDS + 9):
         model(TOKENS)
     assert len(watch._loop._losses.take()) == FORWARDS

@@ -17,15 +17,21 @@ from sharpwatch.v1 import types_pb2
 
 
 @pytest.fixture
-def make(tmp_path, wires):
+def make(tmp_path, transports):
     """Make a model in training, with its checkpoints."""
-    del wires
 
     def made(initial_step=0, **options):
         torch.manual_seed(1)
         model = Net()
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-        watch = sharpwatch.attach(model, optimizer, training_job="plain", control="rollback", initial_step=initial_step)
+        watch = sharpwatch.attach(
+            model,
+            optimizer,
+            training_job="plain",
+            transport=transports.new(),
+            control="rollback",
+            initial_step=initial_step,
+        )
         loader = DataLoader(TensorDataset(torch.randint(11, (40, 4))), 2, shuffle=True)
         checkpoints = sharpwatch.Checkpoints(tmp_path, model, optimizer, watch=watch, data=loader, **options)
         return model, optimizer, checkpoints
@@ -46,14 +52,14 @@ def saved(folder):
     return sorted(path.name for path in folder.iterdir() if path.is_dir())
 
 
-def test_old_ones_go_but_not_one_that_a_pending_rollback_names(make, wires, tmp_path):
+def test_old_ones_go_but_not_one_that_a_pending_rollback_names(make, transports, tmp_path):
     model, optimizer, checkpoints = make(keep=2)
     for step in (1, 2, 3):
         steps(model, optimizer, checkpoints, step)
         checkpoints.save()
     assert saved(tmp_path) == ["step-2", "step-3"]
     target = types_pb2.Rollback(checkpoint=types_pb2.Checkpoint(step=2, uri=str(tmp_path / "step-2")))
-    wires[0].order(id="back", rollback=target)
+    transports[0].command(id="back", rollback=target)
     for (tokens,) in checkpoints.batches():
         model(tokens, tokens)[1].backward()
         optimizer.step()
@@ -65,7 +71,7 @@ def test_old_ones_go_but_not_one_that_a_pending_rollback_names(make, wires, tmp_
             break
     steps(model, optimizer, checkpoints, 4)
     assert checkpoints.save().name == "step-4-2"
-    assert [result.outcome for result in wires[0].results] == [types_pb2.COMMAND_OUTCOME_APPLIED]
+    assert [result.outcome for result in transports[0].results] == ["applied"]
 
 
 def test_a_save_that_was_cut_off_leaves_the_last_good_one(make, tmp_path):
@@ -194,19 +200,19 @@ def test_a_full_disk_is_one_error_and_leaves_what_stood(make):
     assert make()[2].resume() == 1
 
 
-def test_steps_that_were_undone_go_first(make, wires, tmp_path):
+def test_steps_that_were_undone_go_first(make, transports, tmp_path):
     model, optimizer, checkpoints = make(keep=3)
     for step in (1, 2, 3):
         steps(model, optimizer, checkpoints, step)
         checkpoints.save()
     target = types_pb2.Rollback(checkpoint=types_pb2.Checkpoint(step=1, uri=str(tmp_path / "step-1")))
-    wires[0].order(id="back", rollback=target)
+    transports[0].command(id="back", rollback=target)
     steps(model, optimizer, checkpoints, 2)
     checkpoints.save()
     assert saved(tmp_path) == ["step-1", "step-2-2", "step-3"]
 
 
-def test_a_run_that_had_steps_before_goes_on_counting_them(make, wires, tmp_path):
+def test_a_run_that_had_steps_before_goes_on_counting_them(make, transports, tmp_path):
     model, optimizer, checkpoints = make(initial_step=60)
     steps(model, optimizer, checkpoints, 61)
     path = checkpoints.save()
@@ -214,18 +220,18 @@ def test_a_run_that_had_steps_before_goes_on_counting_them(make, wires, tmp_path
     checkpoint = types_pb2.Checkpoint(step=61, uri=str(tmp_path / "step-61"))
     target = types_pb2.Rollback(checkpoint=checkpoint, skip_from_step=63, skip_to_step=64)
     steps(model, optimizer, checkpoints, 63)
-    wires[0].order(id="back", rollback=target)
+    transports[0].command(id="back", rollback=target)
     steps(model, optimizer, checkpoints, 64)
     steps(model, optimizer, checkpoints, 62)
     assert checkpoints.data.left_out == [(2, 3)]  # the third batch of those that were taken under this watch
 
 
-def test_an_optimizer_without_state_is_not_stepped_for_a_checkpoint(make, tmp_path):
+def test_an_optimizer_without_state_is_not_stepped_for_a_checkpoint(make, transports, tmp_path):
     model, _, _ = make()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     stepped = []
     optimizer.register_step_post_hook(lambda *_: stepped.append(1))
-    watch = sharpwatch.attach(model, optimizer, training_job="plain")
+    watch = sharpwatch.attach(model, optimizer, training_job="plain", transport=transports.new())
     checkpoints = sharpwatch.Checkpoints(tmp_path, model, optimizer, watch=watch)
     checkpoints.save()
     checkpoints.resume()

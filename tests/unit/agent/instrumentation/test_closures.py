@@ -78,12 +78,14 @@ def twice(parameters):
 class Run:
     """A watched model, and its loop's step."""
 
-    def __init__(self, wires, make=adamw, **options):
+    def __init__(self, transports, make=adamw, **options):
         torch.manual_seed(3)
         self.model = Output().train()
         self.optimizer = make(self.model.parameters())
-        self.watch = sharpwatch.attach(self.model, self.optimizer, training_job="closures", **{"probes": ()} | options)
-        self.wire = wires[-1]
+        self.watch = sharpwatch.attach(
+            self.model, self.optimizer, training_job="closures", transport=transports.new(), **{"probes": ()} | options
+        )
+        self.transport = transports[-1]
         self.losses = []  # of each evaluation
 
     def backward(self, step):
@@ -101,7 +103,7 @@ class Run:
         assert self.watch._loop.border.swallowed == 0
         assert self.watch._loop.parts.probes.failures == ()
         self.watch.close()
-        told = [sample for sample in self.wire.samples if not sample.closing]
+        told = [sample for sample in self.transport.samples if not sample.closing]
         for sample in told:
             sample.ClearField("health")
             sample.taken_at_unix_ns = 0
@@ -127,11 +129,11 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("make", [adamw, sgd])
-def test_samples_are_those_of_gradients_computed_before(wires, make, way):
+def test_samples_are_those_of_gradients_computed_before(transports, make, way):
     probes = PROBES if make is adamw else PROBES[:-1]  # the last is for Adam alone
-    ours, theirs = (Run(wires, make, probes=probes, probe_every=2, on_rollback=print) for _ in range(2))
+    ours, theirs = (Run(transports, make, probes=probes, probe_every=2, on_rollback=print) for _ in range(2))
     for run in (ours, theirs):
-        run.wire.order(id="a", apply_at_step=3, set_multipliers=types_pb2.MultiplierSet(multipliers=EXACT))
+        run.transport.command(id="a", apply_at_step=3, set_multipliers=types_pb2.MultiplierSet(multipliers=EXACT))
     for step in range(1, 7):
         WAYS[way](ours.optimizer, ours.closure(step))
         theirs.backward(step)
@@ -146,8 +148,8 @@ def test_samples_are_those_of_gradients_computed_before(wires, make, way):
 
 
 @pytest.mark.parametrize("make", [lbfgs, lbfgs_with_line_search, twice])
-def test_of_several_evaluations_the_first_is_the_steps(wires, make):
-    run = Run(wires, make, probes=("gnb", "direction"), probe_every=1)
+def test_of_several_evaluations_the_first_is_the_steps(transports, make):
+    run = Run(transports, make, probes=("gnb", "direction"), probe_every=1)
     first, evaluations = {}, []
     for step in range(1, 4):
 
@@ -171,8 +173,8 @@ def test_of_several_evaluations_the_first_is_the_steps(wires, make):
     assert all(np.isfinite(sample.direction.descent) and sample.direction.descent != 0 for sample in told)
 
 
-def test_micro_batches_of_a_closure_tell_the_gradient_noise(wires):
-    runs = [Run(wires, probes=("gnb",), probe_every=1) for _ in range(2)]
+def test_micro_batches_of_a_closure_tell_the_gradient_noise(transports):
+    runs = [Run(transports, probes=("gnb",), probe_every=1) for _ in range(2)]
 
     def accumulate(run):
         run.optimizer.zero_grad()
@@ -187,9 +189,9 @@ def test_micro_batches_of_a_closure_tell_the_gradient_noise(wires):
     assert (np.frombuffer(ours.gradient_noise.data, "<f4") > 0).all()
 
 
-def test_the_closure_sees_the_groups_that_its_user_made(wires):
-    run, seen = Run(wires, sgd), []
-    run.wire.order(id="a", apply_at_step=2, set_multipliers=types_pb2.MultiplierSet(multipliers=EXACT))
+def test_the_closure_sees_the_groups_that_its_user_made(transports):
+    run, seen = Run(transports, sgd), []
+    run.transport.command(id="a", apply_at_step=2, set_multipliers=types_pb2.MultiplierSet(multipliers=EXACT))
     (own,) = run.optimizer.param_groups
     for step in range(1, 4):
 
@@ -207,12 +209,12 @@ def test_the_closure_sees_the_groups_that_its_user_made(wires):
         assert own["lr"] == 0.5**step
     assert seen == [True] * 3
     rates = [np.frombuffer(sample.tap.learning_rate.data, "<f4").tolist() for sample in run.end()]
-    scaled = [EXACT[block.block] for block in run.wire.hello.layer_blocks]
+    scaled = [EXACT[block.block] for block in run.transport.hello.layer_blocks]
     assert rates == [[0.5] * 3, [0.25 * factor for factor in scaled], [0.125 * factor for factor in scaled]]
 
 
 @pytest.mark.parametrize("make", [adamw, lbfgs])
-def test_the_loss_that_step_returns_may_be_observed_after_it(wires, make):
+def test_the_loss_that_step_returns_may_be_observed_after_it(transports, make):
     class Silent(Net):
         def forward(self, idx):
             return super().forward(idx, idx)[1][None]
@@ -220,7 +222,7 @@ def test_the_loss_that_step_returns_may_be_observed_after_it(wires, make):
     torch.manual_seed(3)
     model = Silent().train()
     optimizer = make(model.parameters())
-    watch = sharpwatch.attach(model, optimizer, training_job="closures", probes=())
+    watch = sharpwatch.attach(model, optimizer, training_job="closures", transport=transports.new(), probes=())
 
     def closure():
         optimizer.zero_grad()
@@ -233,13 +235,13 @@ def test_the_loss_that_step_returns_may_be_observed_after_it(wires, make):
         returned.append(optimizer.step(closure).item())
         watch.observe(loss=returned[-1])
     watch.close()
-    assert [sample.loss for sample in wires[0].samples[:3]] == returned
+    assert [sample.loss for sample in transports[0].samples[:3]] == returned
 
 
-def test_the_seconds_of_a_closure_are_the_loops(wires, monkeypatch):
+def test_the_seconds_of_a_closure_are_the_loops(transports, monkeypatch):
     now, recorded = [0.0], []
     monkeypatch.setattr(overhead_timer, "perf_counter", lambda: now[0])
-    run = Run(wires, lbfgs)
+    run = Run(transports, lbfgs)
     run.watch._loop.parts.sampler.record = lambda *seconds: recorded.append(seconds)
 
     def closure():
@@ -259,10 +261,12 @@ class OwnError(Exception):
 
 
 @pytest.mark.parametrize("multipliers", [{}, EXACT])
-def test_what_a_closure_raises_reaches_the_loop_as_it_was(wires, multipliers):
-    run, plain = Run(wires), Run(wires)
+def test_what_a_closure_raises_reaches_the_loop_as_it_was(transports, multipliers):
+    run, plain = Run(transports), Run(transports)
     for each in (run, plain):
-        each.wire.order(id="a", apply_at_step=1, set_multipliers=types_pb2.MultiplierSet(multipliers=multipliers))
+        each.transport.command(
+            id="a", apply_at_step=1, set_multipliers=types_pb2.MultiplierSet(multipliers=multipliers)
+        )
     error = OwnError()
 
     def failing():
@@ -284,8 +288,8 @@ def test_what_a_closure_raises_reaches_the_loop_as_it_was(wires, multipliers):
     assert [sample.step for sample in ours] == [1, 2]
 
 
-def test_the_closures_own_value_and_name_come_through(wires):
-    run, value, called = Run(wires), object(), []
+def test_the_closures_own_value_and_name_come_through(transports):
+    run, value, called = Run(transports), object(), []
 
     class Odd(torch.optim.SGD):
         def step(self, closure):
@@ -293,7 +297,9 @@ def test_the_closures_own_value_and_name_come_through(wires):
             return closure(1, more=2)
 
     optimizer = Odd(run.model.parameters(), lr=0.1)
-    with sharpwatch.attach(run.model, optimizer, training_job="closures", probes=()) as watch:
+    with sharpwatch.attach(
+        run.model, optimizer, training_job="closures", transport=transports.new(), probes=()
+    ) as watch:
 
         def named(*args, **kwargs):
             called.append((args, kwargs))
@@ -317,8 +323,8 @@ class Never(torch.optim.SGD):
             parameter.mul_(0.9)
 
 
-def test_a_closure_that_is_never_evaluated_shows_no_reading(wires):
-    run = Run(wires, lambda parameters: Never(parameters, lr=0.1), probes=("gnb", "direction"), probe_every=1)
+def test_a_closure_that_is_never_evaluated_shows_no_reading(transports):
+    run = Run(transports, lambda parameters: Never(parameters, lr=0.1), probes=("gnb", "direction"), probe_every=1)
     run.backward(0)
     run.optimizer.step(run.closure(1))
     run.optimizer.step()
@@ -328,13 +334,13 @@ def test_a_closure_that_is_never_evaluated_shows_no_reading(wires):
     assert second.HasField("tap")
 
 
-def test_a_closure_without_gradients_breaks_nothing(wires):
+def test_a_closure_without_gradients_breaks_nothing(transports):
     class Zeroth(torch.optim.SGD):
         @torch.no_grad()
         def step(self, closure):
             return closure()
 
-    run = Run(wires, lambda parameters: Zeroth(parameters, lr=0.1), probes=("gnb", "direction"), probe_every=1)
+    run = Run(transports, lambda parameters: Zeroth(parameters, lr=0.1), probes=("gnb", "direction"), probe_every=1)
     for step in (1, 2):
         run.optimizer.step(lambda step=step: run.model(tokens(step))["loss"])
     told = run.end()
@@ -347,13 +353,13 @@ def half(model):
     return embedding, [parameter for parameter in model.parameters() if parameter is not embedding[0]]
 
 
-def test_two_optimizers_with_closures_step_together(wires):
+def test_two_optimizers_with_closures_step_together(transports):
     def pair(closures):
         torch.manual_seed(3)
         model = Output().train()
         optimizers = [make(parameters) for make, parameters in zip((sgd, adamw), half(model), strict=True)]
         options = {"probes": ("gnb", "direction"), "probe_every": 2}
-        watch = sharpwatch.attach(model, optimizers, training_job="closures", **options)
+        watch = sharpwatch.attach(model, optimizers, training_job="closures", transport=transports.new(), **options)
 
         def backward(step):
             loss = model(tokens(step))["loss"]
@@ -372,17 +378,19 @@ def test_two_optimizers_with_closures_step_together(wires):
         assert watch.step == 4
         assert watch._loop.border.swallowed == 0
         watch.close()
-        return [(s.tap, s.loss, s.gnb.traces, s.direction.descent) for s in wires[-1].samples if not s.closing]
+        return [(s.tap, s.loss, s.gnb.traces, s.direction.descent) for s in transports[-1].samples if not s.closing]
 
     assert pair(closures=True) == pair(closures=False)
 
 
-def test_a_closure_may_step_another_watched_optimizer(wires):
+def test_a_closure_may_step_another_watched_optimizer(transports):
     torch.manual_seed(3)
     model = Output().train()
     outer, inner = (sgd(parameters) for parameters in half(model))
-    watch = sharpwatch.attach(model, [outer, inner], training_job="closures", probes=("gnb",), probe_every=1)
-    wires[0].order(id="a", apply_at_step=2, set_multipliers=types_pb2.MultiplierSet(multipliers=EXACT))
+    watch = sharpwatch.attach(
+        model, [outer, inner], training_job="closures", transport=transports.new(), probes=("gnb",), probe_every=1
+    )
+    transports[0].command(id="a", apply_at_step=2, set_multipliers=types_pb2.MultiplierSet(multipliers=EXACT))
 
     def closure():
         model.zero_grad()
@@ -395,16 +403,19 @@ def test_a_closure_may_step_another_watched_optimizer(wires):
     assert [len(optimizer.param_groups) for optimizer in (outer, inner)] == [1, 1]
     assert watch._loop.border.swallowed == 0
     watch.close()
-    assert [sample.HasField("tap") for sample in wires[0].samples] == [True] * 3 + [False]
+    assert [sample.HasField("tap") for sample in transports[0].samples] == [True] * 3 + [False]
 
 
-def test_a_step_that_hands_its_closure_to_another_hooked_step_is_read_once(wires):
+def test_a_step_that_hands_its_closure_to_another_hooked_step_is_read_once(transports):
     class Wrapping(torch.optim.SGD):
         def step(self, closure=None):
             return super().step(closure)
 
     torch.optim.SGD([nn.Parameter(torch.zeros(1))])  # torch hooks the class's step when the first one is made
-    wrapped, plain = Run(wires, lambda p: Wrapping(p, lr=0.1)), Run(wires, lambda p: torch.optim.SGD(p, lr=0.1))
+    wrapped, plain = (
+        Run(transports, lambda p: Wrapping(p, lr=0.1)),
+        Run(transports, lambda p: torch.optim.SGD(p, lr=0.1)),
+    )
     for run in (wrapped, plain):
         run.optimizer.step(run.closure(1))
         run.backward(2)
@@ -412,8 +423,8 @@ def test_a_step_that_hands_its_closure_to_another_hooked_step_is_read_once(wires
     assert wrapped.end() == plain.end()
 
 
-def test_a_step_that_raised_is_read_anew(wires):
-    run, plain = Run(wires), Run(wires)
+def test_a_step_that_raised_is_read_anew(transports):
+    run, plain = Run(transports), Run(transports)
     run.backward(7)
     handle = run.optimizer.register_step_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -425,7 +436,7 @@ def test_a_step_that_raised_is_read_anew(wires):
     assert [sample.tap for sample in run.end()] == [sample.tap for sample in plain.end()]
 
 
-def test_a_watch_may_be_closed_in_a_closure(wires):
+def test_a_watch_may_be_closed_in_a_closure(transports):
     groups = []
 
     class Counted(torch.optim.SGD):
@@ -433,8 +444,8 @@ def test_a_watch_may_be_closed_in_a_closure(wires):
             closure()
             groups.append(len(self.param_groups))
 
-    run = Run(wires, lambda parameters: Counted(parameters, lr=0.1))
-    run.wire.order(id="a", set_multipliers=types_pb2.MultiplierSet(multipliers=EXACT))
+    run = Run(transports, lambda parameters: Counted(parameters, lr=0.1))
+    run.transport.command(id="a", set_multipliers=types_pb2.MultiplierSet(multipliers=EXACT))
     for step in (1, 2):
         run.optimizer.step(run.closure(step))
 
@@ -445,7 +456,7 @@ def test_a_watch_may_be_closed_in_a_closure(wires):
     run.optimizer.step(closing)
     assert groups == [1, 3, 1]
     assert run.watch.step == 2
-    assert run.wire.samples[-1].closing
+    assert run.transport.samples[-1].closing
 
 
 def broken(*_, **__):
@@ -464,9 +475,9 @@ def broken(*_, **__):
         (hooks, "through"),
     ],
 )
-def test_whatever_breaks_the_closure_is_evaluated_as_ever(wires, owner, name, monkeypatch):
+def test_whatever_breaks_the_closure_is_evaluated_as_ever(transports, owner, name, monkeypatch):
     def train():
-        run = Run(wires, lbfgs, probes=("gnb", "direction"), probe_every=1)
+        run = Run(transports, lbfgs, probes=("gnb", "direction"), probe_every=1)
         returned = [run.optimizer.step(run.closure(step)).item() for step in range(3)]
         swallowed = run.watch._loop.border.swallowed
         run.watch.close()
@@ -482,11 +493,11 @@ def test_whatever_breaks_the_closure_is_evaluated_as_ever(wires, owner, name, mo
 
 # torch's own words on what it compiles.
 @pytest.mark.filterwarnings("ignore:.*autograd.profiler.record_function", "ignore:The .grad attribute of a Tensor that")
-def test_a_compiled_step_is_what_it_is_without_sharpwatch(wires, monkeypatch):
+def test_a_compiled_step_is_what_it_is_without_sharpwatch(transports, monkeypatch):
     def train():
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()  # other tests compile too
-        run = Run(wires)
+        run = Run(transports)
         step = torch.compile(run.optimizer.step, backend="eager")
         for number in range(3):
             step(run.closure(number))

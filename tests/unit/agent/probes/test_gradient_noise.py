@@ -8,13 +8,13 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from stand_ins import Net, Wire
+from stand_ins import Net
 
 import sharpwatch
-from sharpwatch.agent import attach as attach_module
 from sharpwatch.agent.probes.gradient_noise import GradientNoise
 from sharpwatch.agent.safety.exception_barrier import ExceptionBarrier
 from sharpwatch.blocks import classify
+from sharpwatch.testing import InMemoryTransport
 from sharpwatch.wire import decode
 
 MICRO_BATCHES = 4
@@ -27,21 +27,19 @@ def tokens(seed):
 
 
 class Training:
-    """A loop of one model, watched by a wire that keeps what it would send."""
+    """A loop of one model, watched by a transport that keeps what it would send."""
 
-    def __init__(self, monkeypatch, *, compiled=False):
-        monkeypatch.setattr(attach_module, "CourierClient", self._wire)
+    def __init__(self, *, compiled=False):
         torch.manual_seed(3)
         self.model = Net().train()
         if compiled:
             self.model = torch.compile(self.model, backend="aot_eager", fullgraph=True)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01)
-        self.watch = sharpwatch.attach(self.model, self.optimizer, training_job="noise", probe_every=1, probes=("gnb",))
+        self.transport = InMemoryTransport()
+        self.watch = sharpwatch.attach(
+            self.model, self.optimizer, training_job="noise", transport=self.transport, probe_every=1, probes=("gnb",)
+        )
         self.block_map = classify(self.model)
-
-    def _wire(self, hello, **options):
-        self.wire = Wire(hello, **options)
-        return self.wire
 
     def loss(self, seed):
         batch = tokens(seed)
@@ -72,7 +70,7 @@ class Training:
         """Of each sample that has a probe; None where that has no noise."""
         self.watch.close()
         assert self.watch._loop is None or self.watch._loop.border.swallowed == 0
-        probes = [sample.gnb for sample in self.wire.samples if sample.HasField("gnb")]
+        probes = [sample.gnb for sample in self.transport.samples if sample.HasField("gnb")]
         shape = (len(self.block_map.layer_blocks),)
         return [
             decode(each.gradient_noise, name="noise", dtype="float32", shape=shape)
@@ -83,8 +81,8 @@ class Training:
 
 
 @pytest.fixture
-def training(monkeypatch):
-    return Training(monkeypatch)
+def training():
+    return Training()
 
 
 def test_it_is_the_trace_of_the_covariance_of_the_accumulated_gradient(training):
@@ -227,9 +225,9 @@ def test_where_averaging_is_not_known_it_never_listens(training):
     assert noise.take() is None
 
 
-def test_compiled_code_is_heard_and_compiled_once(monkeypatch):
+def test_compiled_code_is_heard_and_compiled_once():
     torch._dynamo.reset()
-    training = Training(monkeypatch, compiled=True)
+    training = Training(compiled=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for _ in range(3):
             training.accumulate()
