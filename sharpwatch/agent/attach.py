@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from sharpwatch.agent.control.lr_multipliers import parameter_types
 from sharpwatch.agent.distributed.rendezvous import Rendezvous, check_grouped, is_several
 from sharpwatch.agent.distributed.topology import Topology, check_rules, gather_topology
 from sharpwatch.agent.optimizers.deepspeed import hidden
-from sharpwatch.agent.optimizers.support import stepping, uncontrolled
+from sharpwatch.agent.optimizers.support import stepping, uncontrolled, uncontrolled_by_state
 from sharpwatch.agent.options import Options, check, possible
 from sharpwatch.agent.parts import Parts
 from sharpwatch.agent.probes.budget import OverheadBudget
@@ -179,7 +180,7 @@ def _made(options: Options, run: str, block_map: BlockMap, company: Topology | N
     types = parameter_types(model, block_map, optimizers)
     border = ExceptionBarrier()
     tap = Tap(block_map, dict(model.named_parameters()), optimizers, None if company is None else company.shares)
-    control = _control(options, block_map, types, uncontrolled(optimizers) if company is None else company.uncontrolled)
+    control = _control(options, block_map, types, company)
     if hidden(optimizers):
         _LOG.warning("gradient norms can't be shown: %s", hidden(optimizers))
     pipe = _transport(options) if company is None or company.ranks.leads else NullTransport()
@@ -234,7 +235,13 @@ def _identity(options: Options, run: str) -> messages.Identity:
     )
 
 
-def _control(options: Options, block_map: BlockMap, types: Mapping[int, frozenset[str]], reason: str) -> Controller:
+def _control(
+    options: Options, block_map: BlockMap, types: Mapping[int, frozenset[str]], company: Topology | None
+) -> Controller:
+    if company is None:
+        reason = uncontrolled(options.optimizers, check_split=options.control != "none")
+    else:
+        reason = company.uncontrolled
     if reason:
         _LOG.warning("learning rates are watched, but can't be changed: %s", reason)
     return Controller(
@@ -243,5 +250,7 @@ def _control(options: Options, block_map: BlockMap, types: Mapping[int, frozense
         blocks=block_map.blocks,
         parameter_types=frozenset(types.values()),
         has_callback=options.on_rollback is not None,
-        uncontrolled=f"learning rates can't be changed: {reason}" if reason else "",
+        uncontrolled=reason,
+        # On several ranks a refusal must be every rank's, and each sees its own state only.
+        by_state=partial(uncontrolled_by_state, options.optimizers) if company is None else None,
     )

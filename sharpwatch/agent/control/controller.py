@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -100,6 +100,7 @@ class Controller:
         parameter_types: Collection[frozenset[str]] = (),
         has_callback: bool = False,
         uncontrolled: str = "",
+        by_state: Callable[[], str] | None = None,
     ) -> None:
         self.mode = mode
         self.revision = 0
@@ -109,6 +110,7 @@ class Controller:
         self._parameter_types = parameter_types
         self._has_callback = has_callback
         self._uncontrolled = uncontrolled  # why no learning rate of this run can be changed
+        self._by_state = by_state  # says the same from the optimizers' state, when a command comes
         self._ramp = _Ramp(self.multipliers, self.multipliers, 0, 0)
         self._fade: tuple[int, int] | None = None  # (tick at which raises begin to fade, steps they take)
         self._tick = 0
@@ -274,8 +276,9 @@ class Controller:
         return "no action that this agent knows"
 
     def _multiplier_refusal(self, action: SetMultipliers) -> str:
-        if self._uncontrolled:
-            return self._uncontrolled
+        reason = self._uncontrolled or (self._by_state() if self._by_state is not None else "")
+        if reason:
+            return f"learning rates can't be changed: {reason}"
         low, high = self._bounds
         for block, value in action.multipliers.items():
             if block not in self.multipliers:

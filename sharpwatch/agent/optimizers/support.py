@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sharpwatch.agent.optimizers.deepspeed import DeepSpeedOptimizer, is_deepspeeds
+from sharpwatch.agent.optimizers.split_check import stacked_state, unsafe_to_split
 
 
 def stepping(optimizer: Any, model: nn.Module) -> Any:
@@ -27,9 +28,27 @@ def stepping(optimizer: Any, model: nn.Module) -> Any:
     return optimizer if inner is None else stepping(inner, model)
 
 
-def uncontrolled(optimizers: Sequence[Optimizer], ranks: int = 1) -> str:
-    """Why the learning rates of a run on `ranks` processes can't be changed by block; empty where they can."""
-    reasons = ((type(optimizer).__name__, _reason(optimizer, ranks)) for optimizer in optimizers)
+def uncontrolled(optimizers: Sequence[Optimizer], ranks: int = 1, *, check_split: bool = True) -> str:
+    """Say why the learning rates of a run can't be changed by block.
+
+    Args:
+        optimizers: All optimizers of the run.
+        ranks: The number of its processes.
+        check_split: Whether an unknown optimizer's groups must be shown to be safe to split, which steps a copy of it.
+
+    Returns:
+        The reasons, each with the optimizer's name; empty where the rates can be changed.
+    """
+    return _named(optimizers, lambda each: _reason(each, ranks) or (unsafe_to_split(each) if check_split else ""))
+
+
+def uncontrolled_by_state(optimizers: Sequence[Optimizer]) -> str:
+    """Say as `uncontrolled` does what the state that `optimizers` hold by now tells, which at attach was empty."""
+    return _named(optimizers, stacked_state)
+
+
+def _named(optimizers: Sequence[Optimizer], why: Callable[[Optimizer], str]) -> str:
+    reasons = ((type(optimizer).__name__, why(optimizer)) for optimizer in optimizers)
     return "; ".join(f"{name}: {reason}" for name, reason in reasons if reason)
 
 

@@ -57,6 +57,9 @@ class Module(LightningModule):
             bos_token_id=0, eos_token_id=0))
         self.losses = []
 
+    def on_train_start(self):
+        norms.clear()  # attach has stepped copies
+
     def training_step(self, batch, index):
         loss = self.model(input_ids=batch[0], labels=batch[0]).loss
         self.losses.append(loss.item())
@@ -67,7 +70,6 @@ class Module(LightningModule):
 
 def train(optimizer, options, callbacks):
     torch.manual_seed(0)
-    norms.clear()
     module = Module(optimizer)
     rows = torch.randint(64, (40, 16))
     Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, max_steps=10,

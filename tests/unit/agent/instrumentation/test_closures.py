@@ -300,6 +300,7 @@ def test_the_closures_own_value_and_name_come_through(transports):
     with sharpwatch.attach(
         run.model, optimizer, training_job="closures", transport=transports.new(), probes=()
     ) as watch:
+        called.clear()  # attach has stepped copies
 
         def named(*args, **kwargs):
             called.append((args, kwargs))
@@ -445,6 +446,7 @@ def test_a_watch_may_be_closed_in_a_closure(transports):
             groups.append(len(self.param_groups))
 
     run = Run(transports, lambda parameters: Counted(parameters, lr=0.1))
+    groups.clear()  # attach has stepped copies
     run.transport.command(id="a", set_multipliers=types_pb2.MultiplierSet(multipliers=EXACT))
     for step in (1, 2):
         run.optimizer.step(run.closure(step))
