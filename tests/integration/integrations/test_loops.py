@@ -1,4 +1,4 @@
-"""The loops of docs/integrations.md are run as they stand there, and go back when they are told to."""
+"""The loops of examples/ run as they are written, and roll back on command."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-DOCUMENT = (Path(__file__).parents[3] / "docs/integrations.md").read_text(encoding="utf-8")
+EXAMPLES = Path(__file__).parents[3] / "examples"
 
 # What stands before the lines in a user's script. Steps are slow enough for an operator, and end when he is done.
 COMMON = """
@@ -96,10 +96,10 @@ if ddp:
 """
 
 
-def lines(title, language="python"):
-    """The code under a title of the document, in one piece."""
-    section = DOCUMENT.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
-    return "\n".join(re.findall(rf"^```{language}\n(.*?)^```", section, re.MULTILINE | re.DOTALL))
+def section(file, name):
+    """The part of an example that the documentation shows."""
+    text = (EXAMPLES / file).read_text(encoding="utf-8")
+    return text.partition(f"# --8<-- [start:{name}]\n")[2].partition(f"# --8<-- [end:{name}]")[0]
 
 
 def patched(source, diff):
@@ -112,13 +112,14 @@ def patched(source, diff):
 
 
 def plain(folder):
-    code = lines("A plain loop").replace('"runs/gpt2-owt"', repr(folder)).replace("% 500", "% 10")
+    code = section("plain_loop.py", "import") + section("plain_loop.py", "loop")
+    code = code.replace('"runs/gpt2-owt"', repr(folder)).replace("% 100", "% 10")
     return COMMON + PLAIN + ending(code, "        checkpoints.save()  # as the last thing of a step\n")
 
 
 def nanogpt(folder, init_from="scratch"):
     source = NANOGPT.replace("FOLDER", repr(folder)).replace("START", repr(init_from))
-    return COMMON + patched(source, lines("nanoGPT", "diff"))
+    return COMMON + patched(source, (EXAMPLES / "nanogpt.patch").read_text(encoding="utf-8"))
 
 
 def ending(code, last):

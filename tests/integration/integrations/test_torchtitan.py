@@ -1,11 +1,10 @@
-"""The lines of docs/integrations.md in torchtitan's own trainer: a rollback ends where a restart by hand ends."""
+"""examples/torchtitan_trainer.py in torchtitan's own loop: a rollback ends where a restart by hand ends."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +13,9 @@ import pytest
 from missing import missing
 from scripts import filled, printed
 
-DOCUMENT = (Path(__file__).parents[3] / "docs/integrations.md").read_text(encoding="utf-8")
-SECTION = DOCUMENT.partition("\n## torchtitan\n")[2].partition("\n## ")[0]
+EXAMPLES = Path(__file__).parents[3] / "examples"
+EXAMPLE = (EXAMPLES / "torchtitan_trainer.py").read_text(encoding="utf-8")
+LINES = EXAMPLE.partition("# --8<-- [start:class]\n")[2].partition("# --8<-- [end:class]")[0]
 
 # torchtitan asks for an accelerator and for a newer torch; what stands in for them here is all that is not torchtitan.
 STAND_INS = """
@@ -153,12 +153,10 @@ class Process:
     def __init__(self, source, folder, address=""):
         path = folder / "train.py"
         path.write_text(source)
-        rules = folder / "rules.yaml"
-        rules.write_text(lines("yaml"))
         torchrun = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
         environment = {
             "SHARPWATCH_ADDRESS": address,
-            "SHARPWATCH_BLOCK_RULES": str(rules),
+            "SHARPWATCH_BLOCK_RULES": str(EXAMPLES / "torchtitan-rules.yaml"),
             "OMP_NUM_THREADS": "1",
             "TORCHDYNAMO_DISABLE": "1",  # the mask is compiled, as attention is
             "HF_HOME": str(folder / "hf"),
@@ -202,15 +200,11 @@ def training(daemon, tmp_path):
             one.process.kill()
 
 
-def lines(language):
-    return "\n".join(re.findall(rf"^```{language}\n(.*?)^```", SECTION, re.MULTILINE | re.DOTALL))
-
-
 def test_a_rollback_ends_where_a_restart_by_hand_ends(daemon, training, tmp_path):
     if importlib.util.find_spec("torchtitan") is None:
         missing("torchtitan")
     subprocess.run([sys.executable, "-c", f"{DATA}\nprepare({str(tmp_path)!r})"], check=True)
-    trainer = training(lines("python") + WATCHED)
+    trainer = training(LINES + WATCHED)
     noise = [entry["step"] for entry in trainer.until(12) if entry["noise"]]
     assert noise == [7, 8]
     (run,) = [one["run"] for one in daemon.cli("jobs")["runs"]]
@@ -224,7 +218,7 @@ def test_a_rollback_ends_where_a_restart_by_hand_ends(daemon, training, tmp_path
     assert (done["outcome"], done["rollback"]["checkpoint"]["step"]) == ("applied", 10)
     third = [trainer.until(11)[-1], *trainer.until(12)]
     trainer.end()
-    restarted = training(lines("python") + WATCHED)
+    restarted = training(LINES + WATCHED)
     fourth = restarted.until(16)
     restarted.end()
     by_hand = training(BY_HAND, STEP=5, SKIPPED={7, 8, 14}, LAST=16)
