@@ -1,0 +1,117 @@
+"""Every file of examples/ runs as it is written, and the daemon shows what it trained.
+
+nanogpt.patch and torchtitan_trainer.py are run in tests/integration/integrations, since they need another trainer's loop.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from missing import missing
+
+from sharpwatch.blocks import load_rules
+from sharpwatch.daemon.config import load_config
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+RUN_ELSEWHERE = {"tiny.py", "nanogpt.patch", "torchtitan_trainer.py"}  # tiny.py is what the others train
+
+
+@dataclass(frozen=True)
+class Example:
+    """What an example trains, and what the daemon must then know of it."""
+
+    file: str
+    training_job: str
+    steps: int
+    estimators: frozenset[str] = frozenset({"gnb", "direction"})
+    checkpoints: bool = False
+    ranks: int = 1
+    needs: tuple[str, ...] = ()
+    slow: bool = True
+
+    @property
+    def parameters(self):
+        return pytest.param(self, id=self.file, marks=[pytest.mark.slow] if self.slow else [])
+
+
+TRAINERS = (
+    Example("quickstart.py", "quickstart", 300, slow=False),
+    Example("plain_loop.py", "gpt2-owt", 300, frozenset(), checkpoints=True, slow=False),
+    Example("huggingface_trainer.py", "gpt2-trainer", 60, checkpoints=True),
+    Example("accelerate_loop.py", "gpt2-accelerate", 100),
+    Example("trl_lora.py", "llama-lora", 40, checkpoints=True, needs=("trl", "peft")),
+    Example("lightning_fit.py", "gpt2-lightning", 60, checkpoints=True),
+    Example("ddp.py", "gpt2-ddp", 100, checkpoints=True, ranks=2),
+    Example("fsdp2.py", "gpt2-fsdp2", 100, frozenset({"gnb"}), checkpoints=True, ranks=2),
+    Example("timm_vit.py", "vit-tiny", 60, frozenset({"gnb"}), needs=("timm",)),
+)
+
+
+def run(file: str, folder: Path, *, ranks: int = 1, **environment: str) -> str:
+    """Run an example in `folder`; returns what it printed."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}") if ranks > 1 else ()
+    offline = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf")}
+    done = subprocess.run(
+        [sys.executable, *launcher, str(EXAMPLES / file)],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, **offline, **environment},
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("example", [each.parameters for each in TRAINERS])
+def test_a_training_example_runs_and_is_seen(daemon, tmp_path, example):
+    for module in example.needs:
+        if importlib.util.find_spec(module) is None:
+            if module == "timm":
+                pytest.skip("timm is not installed: it needs a torchvision that fits torch's build")
+            missing(module)
+    run(example.file, tmp_path, ranks=example.ranks, SHARPWATCH_ADDRESS=daemon.grpc)
+    (seen,) = daemon.cli("jobs")["runs"]
+    assert (seen["training_job"], seen["step"]) == (example.training_job, example.steps)
+    shown = daemon.cli("show", seen["run"])
+    assert shown["probe_failures"] == []
+    found = {estimate["estimator"] for block in shown["blocks"] for estimate in block["estimates"]}
+    assert example.estimators <= found
+    assert bool(shown["checkpoints"]) is example.checkpoints
+
+
+def test_the_measured_checkpoint_is_reported(tmp_path):
+    printed = run("measure_checkpoint.py", tmp_path)
+    assert {"emb", "qk", "vo", "ffn", "norm", "whole"} <= set(re.findall(r"^(\w+) ", printed, re.MULTILINE))
+
+
+def test_the_quickstart_of_the_readme_is_the_example():
+    (lines,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert lines.strip() == (EXAMPLES / "quickstart.py").read_text().partition('"""\n\n')[2].strip()
+
+
+def test_every_example_is_run():
+    tested = {example.file for example in TRAINERS} | {"measure_checkpoint.py"} | RUN_ELSEWHERE
+    assert {path.name for path in EXAMPLES.iterdir() if path.suffix in {".py", ".patch"}} == tested
+
+
+def test_every_example_is_in_the_documentation():
+    pages = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs").rglob("*.md"))
+    for path in EXAMPLES.iterdir():
+        if path.is_file():
+            assert f"examples/{path.name}" in pages, path.name
+
+
+def test_configurations_and_rules_are_read():
+    assert load_config(EXAMPLES / "sharpwatch.yaml").policies
+    for path in EXAMPLES.glob("*-rules.yaml"):
+        assert load_rules(path)
