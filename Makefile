@@ -5,11 +5,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_READY := $(VENV)/.demo-ready
 READY := $(VENV)/.ready
+DOCS_READY := $(VENV)/.docs-ready
 BENCH := .venv-bench
 BENCH_READY := $(BENCH)/.ready
 PROTOS := $(wildcard protos/sharpwatch/v1/*.proto)
 
-.PHONY: demo test test-matrix check bench bench-curvature proto clean
+.PHONY: demo docs test test-matrix check bench bench-curvature proto clean
 
 # torch first, so that a CPU build can be asked for: TORCH_PIP_FLAGS="--index-url <PyTorch's CPU index>".
 $(DEMO_READY): pyproject.toml constraints.txt
@@ -23,8 +24,16 @@ $(READY): $(DEMO_READY)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+$(DOCS_READY): $(DEMO_READY)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
 demo: $(DEMO_READY)
 	$(BIN)/sharpwatch demo
+
+# A warning is an error. NO_MKDOCS_2_WARNING: the theme advertises another generator.
+docs: $(DOCS_READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Two at a time: most tests wait for processes. Files stay whole, for what their tests share.
 test: $(READY)

@@ -161,30 +161,30 @@ def main() -> None:
     TABLE.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-_HEAD = """# Families
+_HEAD = """# Model families
 
-Written by `python docs/families.py` with transformers {version}: {built} of {total} model classes, built on the meta
-device as their configurations stand by default, and divided into blocks. Numbers are millions of parameters. A fused
-matrix shows its parts along the outputs, in order; `12 × (qk 128, vo 64)` is once for each of 12 heads.
+Written by `python docs/families.py` with transformers {version}. {built} of {total} model classes were built on the meta
+device, with their configurations' defaults, and divided into blocks. Numbers are millions of parameters. A fused matrix
+shows its parts along the outputs, in order; `12 × (qk 128, vo 64)` means once for each of 12 heads.
 
-What is where, beside the plain cases:
+Where parameters go that are not plain embeddings, attention, feed-forward or norms:
 
-- **Latent attention** (DeepSeek-V2 and after). `q_a`, `q_b`: qk. `kv_b`: each head's key without position is qk, its
-  value vo. `kv_a`: the rows of the latent, which keys and values are both made from, are vo, and the rotated key that
-  all heads share is qk: a matrix that serves both bears no larger learning rate than the sharper of them.
-  For the same reason keys that are the values too (DeepSeek-V4, Gemma 4's global layers) are vo.
-- **Gates of attention's output**, also where they are fused with the queries (Qwen3-Next): other.
-- **Recurrences and short convolutions** (Mamba, gated delta nets, RWKV's time mixing, lightning attention, xLSTM):
-  other as a whole, whatever their matrices are called; their norms are norm.
-- **Experts** are ffn, routers, their bias corrections and gates of shared experts other, and so are the indexers of
-  sparse attention. JetMoE's experts of attention are qk and vo.
-- **Positions**, relative or absolute, token types, attention sinks, residual scales, learned queries: other. The
-  projections of positions to keys (`r`, `pos_key_proj`) too.
-- **Vision and audio towers**: attention, feed-forward and norms of their layers are qk, vo, ffn and norm, in layers
-  that bear the tower's name. Patch embeddings and convolutional frontends are other (they are matrices that all
-  patches pass, not rows that a token looks up), and so are the projectors between towers.
-- **Heads**: what stands between the last layer and the matrix that predicts tokens is head; a tied matrix is emb, with
-  its bias.
+- **Latent attention** (DeepSeek-V2 and later). `q_a` and `q_b` are qk. In `kv_b`, each head's key without position is qk
+  and its value vo. In `kv_a`, the rows of the latent, from which both keys and values are made, are vo, and the rotated key
+  that all heads share is qk. A matrix that serves both gets the block of the sharper one, since it bears no larger learning
+  rate than that. For the same reason, keys that are also the values (DeepSeek-V4, Gemma 4's global layers) are vo.
+- **Gates of attention's output** are other, also where they are fused with the queries (Qwen3-Next).
+- **Recurrences and short convolutions** (Mamba, gated delta nets, RWKV's time mixing, lightning attention, xLSTM) are other
+  as a whole, whatever their matrices are called; their norms are norm.
+- **Experts** are ffn. Routers, their bias corrections, gates of shared experts, and the indexers of sparse attention are
+  other. JetMoE's experts of attention are qk and vo.
+- **Positions**, relative or absolute, token types, attention sinks, residual scales and learned queries are other, and so
+  are the projections of positions to keys (`r`, `pos_key_proj`).
+- **Vision and audio towers**: attention, feed-forward and norms of their layers are qk, vo, ffn and norm, in layers named
+  after the tower. Patch embeddings and convolutional frontends are other: they are matrices that all patches pass through,
+  not rows that a token looks up. The projectors between towers are other too.
+- **Heads**: everything between the last layer and the matrix that predicts tokens is head. A tied matrix is emb, with its
+  bias.
 """
 
 
