@@ -43,7 +43,7 @@ class Example:
 
 TRAINERS = (
     Example("quickstart.py", "quickstart", 300, frozenset({"gnb", "direction"}), slow=False),
-    Example("plain_loop.py", "gpt2-owt", 300, frozenset(), checkpoints=True, slow=False),
+    Example("plain_loop.py", "gpt2-owt", 300, frozenset(), checkpoints=True),
     Example("huggingface_trainer.py", "gpt2-trainer", 60, checkpoints=True),
     Example("accelerate_loop.py", "gpt2-accelerate", 100),
     Example("trl_lora.py", "llama-lora", 40, checkpoints=True, needs=("trl", "peft")),
