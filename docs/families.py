@@ -163,28 +163,29 @@ def main() -> None:
 
 _HEAD = """# Model families
 
-Written by `python docs/families.py` with transformers {version}. {built} of {total} model classes were built on the meta
-device, with their configurations' defaults, and divided into blocks. Numbers are millions of parameters. A fused matrix
-shows its parts along the outputs, in order; `12 × (qk 128, vo 64)` means once for each of 12 heads.
+Written by `python docs/families.py` with transformers {version}. {built} of {total} model classes were built on the
+meta device, with their configurations' defaults, and divided into blocks. Numbers are millions of parameters. A
+fused matrix shows its parts along the outputs, in order; `12 × (qk 128, vo 64)` means once for each of 12 heads.
 
 Where parameters go that are not plain embeddings, attention, feed-forward or norms:
 
-- **Latent attention** (DeepSeek-V2 and later). `q_a` and `q_b` are qk. In `kv_b`, each head's key without position is qk
-  and its value vo. In `kv_a`, the rows of the latent, from which both keys and values are made, are vo, and the rotated key
-  that all heads share is qk. A matrix that serves both gets the block of the sharper one, since it bears no larger learning
-  rate than that. For the same reason, keys that are also the values (DeepSeek-V4, Gemma 4's global layers) are vo.
+- **Latent attention** (DeepSeek-V2 and later). `q_a` and `q_b` are qk. In `kv_b`, each head's key without position is
+  qk and its value vo. In `kv_a`, the rows of the latent, from which both keys and values are made, are vo, and the
+  rotated key that all heads share is qk. A matrix that serves both gets the block of the sharper one, since it bears
+  no larger learning rate than that. For the same reason, keys that are also the values (DeepSeek-V4, Gemma 4's global
+  layers) are vo.
 - **Gates of attention's output** are other, also where they are fused with the queries (Qwen3-Next).
-- **Recurrences and short convolutions** (Mamba, gated delta nets, RWKV's time mixing, lightning attention, xLSTM) are other
-  as a whole, whatever their matrices are called; their norms are norm.
-- **Experts** are ffn. Routers, their bias corrections, gates of shared experts, and the indexers of sparse attention are
-  other. JetMoE's experts of attention are qk and vo.
-- **Positions**, relative or absolute, token types, attention sinks, residual scales and learned queries are other, and so
-  are the projections of positions to keys (`r`, `pos_key_proj`).
-- **Vision and audio towers**: attention, feed-forward and norms of their layers are qk, vo, ffn and norm, in layers named
-  after the tower. Patch embeddings and convolutional frontends are other: they are matrices that all patches pass through,
-  not rows that a token looks up. The projectors between towers are other too.
-- **Heads**: everything between the last layer and the matrix that predicts tokens is head. A tied matrix is emb, with its
-  bias.
+- **Recurrences and short convolutions** (Mamba, gated delta nets, RWKV's time mixing, lightning attention, xLSTM) are
+  other as a whole, whatever their matrices are called; their norms are norm.
+- **Experts** are ffn. Routers, their bias corrections, gates of shared experts, and the indexers of sparse attention
+  are other. JetMoE's experts of attention are qk and vo.
+- **Positions**, relative or absolute, token types, attention sinks, residual scales and learned queries are other,
+  and so are the projections of positions to keys (`r`, `pos_key_proj`).
+- **Vision and audio towers**: attention, feed-forward and norms of their layers are qk, vo, ffn and norm, in layers
+  named after the tower. Patch embeddings and convolutional frontends are other: they are matrices that all patches
+  pass through, not rows that a token looks up. The projectors between towers are other too.
+- **Heads**: everything between the last layer and the matrix that predicts tokens is head. A tied matrix is emb, with
+  its bias.
 """
 
 
