@@ -19,6 +19,30 @@ from missing import missing
 os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed tells whoever imports it, on stdout, that it found no GPU
 
 
+# What `make test` leaves to `make test-all`: folders and files that train on several ranks, drive other projects'
+# trainers, or start many processes. tests/distributed/test_smoke.py stands for the ranks.
+SLOW = (
+    "distributed",
+    "integration/integrations",
+    "integration/optimizers",
+    "integration/test_bit_identity.py",
+    "integration/test_dashboard.py",
+    "integration/test_demo.py",
+    "integration/test_resume.py",
+    "unit/blocks/test_zoo.py",
+)
+NOT_SLOW = ("distributed/test_smoke.py",)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is slow, by the table."""
+    here = Path(__file__).parent
+    for item in items:
+        place = item.path.relative_to(here).as_posix()
+        if place.startswith(SLOW) and not place.startswith(NOT_SLOW):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     """Small tensors on few cores: threads cost more than they bring, and sums keep one order."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import multiprocessing
 import os
 import sys
 import tempfile
@@ -16,16 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import rank
-
-# Ranks are forked from a process that has imported what they all need: that takes six seconds, for each of them.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    [
-        "torch.distributed.fsdp",
-        "torch.distributed.tensor.parallel",
-        *(f"transformers.models.{name}.modeling_{name}" for name in ("gpt2", "gpt_neox", "llama", "mixtral", "t5")),
-    ]
-)
+from forked import FORKS
 
 
 @pytest.fixture(scope="session")

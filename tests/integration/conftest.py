@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import os
 import queue
-import subprocess
-import sys
 import threading
 
+import forked
 import pytest
 from daemons import Daemon
 
@@ -47,11 +46,9 @@ def script(tmp_path):
         env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
         if daemon is not None:
             env["SHARPWATCH_ADDRESS"] = daemon.grpc
-        done = subprocess.run(
-            [sys.executable, str(path)], capture_output=True, text=True, env=env, timeout=timeout, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        status, output, errors = forked.run(path=path, env=env, timeout=timeout)
+        assert status == 0, errors
+        return output
 
     return run
 
@@ -59,7 +56,7 @@ def script(tmp_path):
 class Steps:
     """What a stepping trainer printed: one JSON object for each step it took."""
 
-    def __init__(self, process: subprocess.Popen) -> None:
+    def __init__(self, process: forked.ForkedProcess) -> None:
         self._process = process
         self._lines: queue.Queue = queue.Queue()
         self._reader = threading.Thread(target=self._read)
@@ -96,10 +93,7 @@ def stepping(tmp_path, daemon):
         path = tmp_path / f"trainer{len(started)}.py"
         path.write_text(source)
         env = {**os.environ, "SHARPWATCH_ADDRESS": daemon.grpc, "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(
-            [sys.executable, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
-        )
-        started.append(Steps(process))
+        started.append(Steps(forked.ForkedProcess(path=path, env=env)))
         while not daemon.cli("jobs")["runs"]:
             started[-1].next()
         return started[-1]

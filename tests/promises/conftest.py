@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from daemons import PATIENCE, Daemon
+from forked import ForkedProcess
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # for `trainer`
@@ -21,21 +22,27 @@ TRAIN = "trainer = Trainer()\ntrainer.train_until_told()\ntrainer.close()\n"
 
 
 class Trainer:
-    """A trainer that runs `code` in a process, and session, of its own; what it printed, as it comes."""
+    """A trainer that runs `code` in a process, and session, of its own; what it printed, as it comes.
 
-    def __init__(self, code=TRAIN, *, address="", folder=HERE, stderr=None, **environment):
+    `fresh`: in a new interpreter, where the test is about its start, its end or its memory.
+    """
+
+    def __init__(self, code=TRAIN, *, address="", folder=HERE, stderr=None, fresh=False, **environment):
         path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "SHARPWATCH_ADDRESS": address}
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", PRELUDE + code],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
-            env=env | environment,
-            cwd=folder,
-            start_new_session=True,
-        )
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "SHARPWATCH_ADDRESS": address} | environment
+        if fresh:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", PRELUDE + code],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                env=env,
+                cwd=folder,
+                start_new_session=True,
+            )
+        else:
+            self.process = ForkedProcess(PRELUDE + code, env=env, cwd=folder, stderr=stderr, start_new_session=True)
         self.lines = []
         self.ended = False
         self.changed = threading.Condition()

@@ -44,6 +44,7 @@ def test_a_clock_that_jumps_a_year_ahead_and_two_back(train, serve, assert_uncha
     trainer = train(
         CODE,
         address=daemon.address,
+        fresh=True,
         LD_PRELOAD=str(library),
         FAKETIME_TIMESTAMP_FILE=str(offset),
         FAKETIME_NO_CACHE="1",

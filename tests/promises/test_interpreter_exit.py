@@ -39,7 +39,7 @@ exec(ending)
 
 def test_endings(train, serve, assert_unchanged):
     daemon = serve()
-    trainer = train(CODE.replace("ENDINGS", repr(list(ENDINGS))), address=daemon.address)
+    trainer = train(CODE.replace("ENDINGS", repr(list(ENDINGS))), address=daemon.address, fresh=True)
     assert trainer.end() == 0
     assert_unchanged(trainer)
     assert dict(zip(trainer.all_said("ending"), trainer.all_said("status"), strict=True)) == {

@@ -35,8 +35,8 @@ TO_THE_SYSTEM = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
 def test_probes_that_find_no_memory(train, serve, room):
     daemon = serve()
     code = CODE.replace("ROOM", str(room))
-    watched = train(code, address=daemon.address, **TO_THE_SYSTEM)
-    plain = train(code, SHARPWATCH_DISABLED="1", **TO_THE_SYSTEM)
+    watched = train(code, address=daemon.address, fresh=True, **TO_THE_SYSTEM)
+    plain = train(code, SHARPWATCH_DISABLED="1", fresh=True, **TO_THE_SYSTEM)
     assert (watched.end(), plain.end()) == (0, 0)
     assert watched.steps == plain.steps
     assert len(plain.steps) == 10

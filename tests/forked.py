@@ -1,0 +1,155 @@
+"""Python processes forked from one that has imported torch: importing it takes each process of its own 2 to 3 s.
+
+A forked process is what `python -c CODE` is to the code: `__main__`, its own environment, folder, session and standard
+streams, exit handlers at its end. What has to be a new interpreter (memory limits, an interpreter's own start, no
+Python) is started with `subprocess` as ever.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+import types
+from multiprocessing.reduction import DupFd
+from pathlib import Path
+
+FORKS = multiprocessing.get_context("forkserver")
+# One server serves all the tests of this process: what trainers and ranks import, in one list.
+FORKS.set_forkserver_preload(
+    [
+        "forked",
+        "torch.distributed.fsdp",
+        "torch.distributed.tensor.parallel",
+        *(f"transformers.models.{name}.modeling_{name}" for name in ("gpt2", "gpt_neox", "llama", "mixtral", "t5")),
+    ]
+)
+
+
+class ForkedProcess:
+    """As `subprocess.Popen` of a Python program, with text streams; `code` or the file `path` is run."""
+
+    def __init__(self, code="", *, path=None, env, cwd=".", stderr=None, arguments=(), start_new_session=False):
+        ours_in, theirs_out, self.stdin, self.stdout = _pipes()
+        err = 2 if stderr is None else theirs_out if stderr == subprocess.STDOUT else stderr.fileno()
+        streams = [DupFd(fd) for fd in (ours_in, theirs_out, err)]
+        what = (code, None if path is None else str(path), list(arguments))
+        self._process = FORKS.Process(target=_main, args=(what, streams, dict(env), str(cwd), start_new_session))
+        with _exported(env):
+            self._process.start()
+        self.pid = self._process.pid
+        for fd in {ours_in, theirs_out}:
+            os.close(fd)
+
+    @property
+    def returncode(self):
+        return self._process.exitcode
+
+    def poll(self):
+        return self.returncode
+
+    def wait(self, timeout=None):
+        self._process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(str(self.pid), timeout)
+        return self.returncode
+
+    def send_signal(self, number):
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+    def terminate(self):
+        self.send_signal(signal.SIGTERM)
+
+
+def run(code="", *, timeout, **options):
+    """As `subprocess.run` with its output captured: (exit status, standard output, standard error)."""
+    reader, writer = os.pipe()
+    with os.fdopen(reader, encoding="utf-8") as errors:
+        with os.fdopen(writer, "w", encoding="utf-8") as stderr:
+            process = ForkedProcess(code, stderr=stderr, **options)
+        process.stdin.close()
+        said = []
+        collect = threading.Thread(target=lambda: said.append(errors.read()))
+        collect.start()
+        output = process.stdout.read()
+        process.stdout.close()
+        status = process.wait(timeout)
+        collect.join()
+    return status, output, said[0]
+
+
+def _pipes():
+    """The child's ends of its standard input and output, and ours as text files."""
+    child_in, ours = os.pipe()
+    theirs, child_out = os.pipe()
+    return child_in, child_out, os.fdopen(ours, "w", encoding="utf-8"), os.fdopen(theirs, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _exported(env):
+    """The server, where this starts it, imports torch under the children's own number of threads."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = env.get("OMP_NUM_THREADS", "1")
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before
+
+
+def _main(what, streams, env, cwd, start_new_session):
+    """The forked process."""
+    for number, stream in enumerate(streams):
+        fd = stream.detach()
+        os.dup2(fd, number)
+        os.close(fd)
+    if start_new_session:
+        os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd)
+    sys.stdin, sys.stdout, sys.stderr = (open(fd, mode, closefd=False) for fd, mode in ((0, "r"), (1, "w"), (2, "w")))  # noqa: SIM115
+    sys.path[:0] = [folder for folder in env.get("PYTHONPATH", "").split(os.pathsep) if folder]
+    os._exit(_status(*what))
+
+
+def _status(code, path, arguments):
+    """Run the program to its end, exit handlers included; its exit status."""
+    status = 0
+    try:
+        if path is None:
+            sys.argv = ["-c", *arguments]
+            module = sys.modules["__main__"] = types.ModuleType("__main__")
+            exec(compile(code, "<string>", "exec"), module.__dict__)  # noqa: S102 - the test's own program
+        else:
+            sys.argv = [path, *arguments]
+            sys.path.insert(0, str(Path(path).parent))
+            runpy.run_path(path, run_name="__main__")
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException as error:  # noqa: BLE001 - what an interpreter does with what its program raises
+        sys.last_type, sys.last_value, sys.last_traceback = type(error), error, error.__traceback__
+        traceback.print_exc()
+        status = -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    if status < 0:
+        signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    return status
