@@ -26,6 +26,7 @@ SLOW = (
     "integration/integrations",
     "integration/optimizers",
     "integration/test_bit_identity.py",
+    "integration/test_crossings.py",
     "integration/test_dashboard.py",
     "integration/test_demo.py",
     "integration/test_resume.py",
