@@ -24,8 +24,8 @@ from sharpwatch.curvature.estimators.linesearch import LineSearchSample, linesea
 from sharpwatch.curvature.estimators.preconditioned import PreconditionedSample, preconditioned_probe
 from sharpwatch.curvature.objective.batch import Batch
 from sharpwatch.curvature.parameters.norms import squares, sum_into
-from sharpwatch.curvature.statistics.allocation import relative_error, worst
 from sharpwatch.curvature.statistics.gnb_estimators import trace_estimates
+from sharpwatch.curvature.statistics.pooling import relative_error, worst
 
 MOVING = ("direction", "linesearch")  # kinds that look at the step itself: they need the weights before it
 _GNB_DRAWS = 4

@@ -21,12 +21,11 @@ from sharpwatch.agent.safety.memory import free, given_back, out_of_memory
 from sharpwatch.agent.safety.signals import signals_held
 from sharpwatch.blocks import BlockMap
 from sharpwatch.curvature.objective.batch import Batch
-from sharpwatch.curvature.objective.outputs import EmptyBatchError
 from sharpwatch.curvature.parameters.shards import Shard, gradient_summand, held, sketch
 from sharpwatch.curvature.state.isolation import isolated
 from sharpwatch.curvature.state.snapshot import StateSnapshot
 from sharpwatch.curvature.statistics.sketch import CountSketch
-from sharpwatch.errors import DesyncError, ProbeError
+from sharpwatch.errors import DesyncError, EmptyBatchError, ProbeError
 
 _STEPS_NEED = 3  # copies of the weights that have room before one is made: itself, and twice the step's temporaries
 _FIRST_STEPS_NEED = 5  # and Adam's moments

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from sharpwatch.blocks import BlockMap
 from sharpwatch.curvature.estimators.gnb import GnbSample, OutputGradients
 from sharpwatch.curvature.objective.batch import Batch
-from sharpwatch.curvature.objective.outputs import EmptyBatchError, LogitsFn, predictions
+from sharpwatch.curvature.objective.outputs import LogitsFn, predictions
 from sharpwatch.curvature.parameters import fsdp
 from sharpwatch.curvature.parameters.norms import squares, sum_into
 from sharpwatch.curvature.parameters.shards import Shard, held_gradient, is_dtensor, sketch
 from sharpwatch.curvature.state.isolation import is_torchs, restore, unwrapped
 from sharpwatch.curvature.statistics.sketch import CountSketch
-from sharpwatch.errors import DesyncError, ProbeError
+from sharpwatch.errors import DesyncError, EmptyBatchError, ProbeError
 
 _REASON = 256  # bytes of a failure's reason that the other ranks are told
 _OUT_OF_STEP = (

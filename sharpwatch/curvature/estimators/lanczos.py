@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from sharpwatch.blocks import BlockMap
-from sharpwatch.curvature.measure.report import Spectrum
 from sharpwatch.curvature.objective.batch import Batch
 from sharpwatch.curvature.objective.hessian import Hessian, Method, opened
 from sharpwatch.curvature.objective.outputs import LossFn
 from sharpwatch.curvature.parameters.parameter_space import ParameterSpace
+from sharpwatch.curvature.statistics.estimate import Spectrum
 from sharpwatch.errors import ProbeError
 
 Product = Callable[[Tensor], Tensor]  # [n] -> [n]

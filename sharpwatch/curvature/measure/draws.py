@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from sharpwatch.blocks import BlockMap
-from sharpwatch.curvature.measure.report import BlockReport, Spectrum
-from sharpwatch.curvature.statistics.estimate import Cost, Estimate
+from sharpwatch.curvature.measure.report import BlockReport
+from sharpwatch.curvature.statistics.estimate import Cost, Estimate, Spectrum
 from sharpwatch.curvature.statistics.pooling import Pooled, pooled, scatter
 
 DrawValues = list[list[list[float]]]  # [draws][batches][layer blocks], or one number of all layers together

@@ -15,7 +15,7 @@ from sharpwatch.blocks import BlockMap, Rules, classify
 from sharpwatch.curvature.estimators.gnb import gnb_probe
 from sharpwatch.curvature.measure import validation
 from sharpwatch.curvature.measure.draws import WHOLE, Draws
-from sharpwatch.curvature.measure.report import PrecisionError, SharpnessReport
+from sharpwatch.curvature.measure.report import SharpnessReport
 from sharpwatch.curvature.measure.second_order import Plan, SecondOrder
 from sharpwatch.curvature.objective.batch import Batch
 from sharpwatch.curvature.objective.hessian import opened
@@ -23,10 +23,9 @@ from sharpwatch.curvature.objective.next_step import next_step, preconditioner
 from sharpwatch.curvature.objective.objective import Objective
 from sharpwatch.curvature.objective.outputs import LogitsFn, LossFn
 from sharpwatch.curvature.state.isolation import isolated
-from sharpwatch.curvature.statistics.allocation import relative_error
 from sharpwatch.curvature.statistics.estimate import Cost
-from sharpwatch.curvature.statistics.pooling import Pooled
-from sharpwatch.errors import ProbeError
+from sharpwatch.curvature.statistics.pooling import Pooled, relative_error
+from sharpwatch.errors import PrecisionError, ProbeError
 
 ESTIMATORS = ("gnb", "hutchinson", "lanczos")
 _TOLERANCE = 0.003  # residual over the larger end of a spectrum: where a Lanczos iteration stops

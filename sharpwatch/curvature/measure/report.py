@@ -7,20 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from sharpwatch.curvature.statistics.estimate import Cost, Estimate
-from sharpwatch.errors import ProbeError
-
-
-@dataclass(frozen=True, slots=True)
-class Spectrum:
-    """A spectral density as atoms: `weights` (their sum is 1) at `eigenvalues`, by stochastic Lanczos quadrature.
-
-    Ubaru, Chen and Saad, "Fast estimation of tr(f(A)) via stochastic Lanczos quadrature" (2017).
-    """
-
-    eigenvalues: tuple[float, ...]
-    weights: tuple[float, ...]
-    draws: int
+from sharpwatch.curvature.statistics.estimate import Cost, Estimate, Spectrum
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,14 +78,6 @@ class SharpnessReport:
         lines.append(f"loss {self.loss:.4f} over {self.tokens:,} tokens; {passes}; ± one standard error, [residual]")
         lines += [f"{block}: {why}" for block, why in self.unreached.items()]
         return "\n".join(lines)
-
-
-class PrecisionError(ProbeError):
-    """A precision that could not be reached; `report` has all that was."""
-
-    def __init__(self, report: SharpnessReport) -> None:
-        self.report = report
-        super().__init__("; ".join(f"{block}: {why}" for block, why in report.unreached.items()))
 
 
 def per_parameter(trace: Estimate, parameters: int) -> Estimate:

@@ -17,10 +17,8 @@ from sharpwatch.curvature.estimators.preconditioned import scaled_product
 from sharpwatch.curvature.measure.draws import WHOLE, Draws, Ends
 from sharpwatch.curvature.objective.hessian import Hessian
 from sharpwatch.curvature.parameters.parameter_space import ParameterSpace
-from sharpwatch.curvature.statistics.allocation import relative_error, worst
-from sharpwatch.curvature.statistics.estimate import Cost, Estimate
-from sharpwatch.curvature.statistics.pooling import Pooled
-from sharpwatch.curvature.statistics.stability import stability_ratio
+from sharpwatch.curvature.statistics.estimate import Cost, Estimate, stability_ratio
+from sharpwatch.curvature.statistics.pooling import Pooled, relative_error, worst
 
 _PRODUCTS = 100  # where a Lanczos iteration gives up; its residual then says so
 _PRICE = 4  # forwards without a graph that take the time of one product (measured on a CPU: 3.9)

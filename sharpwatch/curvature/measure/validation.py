@@ -12,8 +12,8 @@ from sharpwatch.blocks import BlockMap
 from sharpwatch.curvature.objective.batch import Batch
 from sharpwatch.curvature.objective.hessian import METHODS, Method
 from sharpwatch.curvature.objective.next_step import preconditioner, require_adam
-from sharpwatch.curvature.objective.outputs import EmptyBatchError, LogitsFn, find_labels, tokens_of
-from sharpwatch.errors import ProbeError
+from sharpwatch.curvature.objective.outputs import LogitsFn, find_labels, tokens_of
+from sharpwatch.errors import EmptyBatchError, ProbeError
 
 ALLOWED = ("gnb", "hutchinson", "lanczos", "spectrum", "direction", "linesearch", "preconditioned")
 _OF_OPTIMIZER = {"direction", "linesearch", "preconditioned"}

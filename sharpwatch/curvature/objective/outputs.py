@@ -13,7 +13,7 @@ import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from torch import Tensor, nn
 
 from sharpwatch.curvature.objective.batch import Batch
-from sharpwatch.errors import ProbeError
+from sharpwatch.errors import EmptyBatchError, ProbeError
 
 # `model` is called as the user's own would be.
 LossFn = Callable[[Any, Batch], Tensor]  # -> scalar
@@ -23,10 +23,6 @@ _IGNORED = -100  # Hugging Face's label of a position that does not count
 _TARGETS = ("targets", "target", "y")
 # Hugging Face heads whose labels stand at the position that predicts them; all others predict the next token.
 _ALIGNED_HEADS = ("ForMaskedLM", "ForTokenClassification", "ForSequenceClassification", "ForPreTraining")
-
-
-class EmptyBatchError(ProbeError):
-    """No position of a probe's rows predicts; other rows may."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

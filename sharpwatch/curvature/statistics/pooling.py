@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,3 +59,22 @@ def scatter(values: Sequence[float], shares: Sequence[float]) -> float:
     mean = math.fsum(w * x for w, x in zip(shares, values, strict=True))
     squares = math.fsum((w * (x - mean)) ** 2 for w, x in zip(shares, values, strict=True))
     return math.sqrt(squares * len(values) / (len(values) - 1))
+
+
+def relative_error(value: float, stderr: float) -> float:
+    """`stderr` over |`value`|; infinite where either says nothing, and 0 for an exact zero."""
+    if not (math.isfinite(stderr) and math.isfinite(value)):
+        return math.inf
+    if stderr == 0:
+        return 0.0
+    return stderr / abs(value) if value != 0 else math.inf
+
+
+def worst(relative_errors: Mapping[str, float]) -> str:
+    """The name with the largest relative error, the first of equals; one that is not measured yet has an infinite one.
+
+    Raises `ValueError` for none.
+    """
+    return max(
+        relative_errors, key=lambda name: math.inf if math.isnan(relative_errors[name]) else relative_errors[name]
+    )

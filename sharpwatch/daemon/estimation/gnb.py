@@ -12,10 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sharpwatch.curvature.statistics.estimate import Estimate
+from sharpwatch.curvature.statistics.estimate import Estimate, stability_ratio
 from sharpwatch.curvature.statistics.gnb_estimators import top_eigenvalues, trace_estimates
 from sharpwatch.curvature.statistics.sketch_moments import alignments, drifts, effective_ranks, sketch_moments
-from sharpwatch.curvature.statistics.stability import stability_ratio
 from sharpwatch.daemon.estimation.block_totals import Doubles, sum_rows
 from sharpwatch.daemon.estimation.hessian import probe_estimates
 from sharpwatch.daemon.estimation.windows import WINDOW_PROBES, Key, Request

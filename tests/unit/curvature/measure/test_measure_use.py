@@ -16,8 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from sharpwatch import measure
 from sharpwatch.blocks import Rule, Rules
 from sharpwatch.curvature.measure.measure import Measurement
-from sharpwatch.curvature.measure.report import PrecisionError
-from sharpwatch.errors import BlockError, ProbeError
+from sharpwatch.errors import BlockError, PrecisionError, ProbeError
 
 ALL = ("gnb", "hutchinson", "lanczos", "spectrum", "direction", "linesearch", "preconditioned")
 

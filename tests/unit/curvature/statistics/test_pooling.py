@@ -4,10 +4,13 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from sharpwatch.curvature.statistics.pooling import pooled, scatter
+from sharpwatch.curvature.statistics.pooling import pooled, relative_error, scatter, worst
 
 SHARES = (0.2, 0.5, 0.3)
+finite = st.floats(allow_nan=False, allow_infinity=False, min_value=-1e100, max_value=1e100)
 
 
 def random(*shape, seed=0):
@@ -145,3 +148,43 @@ def test_a_common_error_of_the_right_size_keeps_the_coverage():
     found = [pooled(each.tolist(), [1.0], 0.5) for each in given]
     covered = np.mean([abs(each.value - 5) < 2 * each.stderr for each in found])
     assert abs(covered - 0.954) < 4 * math.sqrt(0.954 * 0.046 / runs)  # nearly all of the error is the known normal one
+
+
+@given(value=finite.filter(lambda x: abs(x) > 1e-100), stderr=st.floats(0, 1e100))
+def test_is_the_error_over_the_size_of_the_value(value, stderr):
+    assert relative_error(value, stderr) == stderr / abs(value)
+    assert relative_error(-value, stderr) == relative_error(value, stderr)
+
+
+@pytest.mark.parametrize(("value", "stderr"), [(1.0, math.nan), (1.0, math.inf), (math.nan, 1.0), (0.0, 1.0)])
+def test_is_infinite_where_nothing_is_known(value, stderr):
+    assert relative_error(value, stderr) == math.inf
+
+
+def test_an_exact_zero_has_none():
+    assert relative_error(0.0, 0.0) == 0.0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_value_that_is_no_number_is_not_exact(value):
+    assert relative_error(value, 0.0) == math.inf
+
+
+def test_the_worst_is_the_one_with_the_largest_error():
+    assert worst({"qk": 0.1, "vo": 0.3, "ffn": 0.2}) == "vo"
+
+
+def test_the_first_of_equals_goes_first():
+    assert worst({"qk": math.inf, "vo": 0.3, "ffn": math.inf}) == "qk"
+    assert worst({"vo": 0.0, "qk": 0.0}) == "vo"
+
+
+def test_what_is_not_measured_yet_goes_before_what_is():
+    assert worst({"qk": 1e9, "vo": math.nan}) == "vo"
+    assert worst({"vo": math.nan, "qk": math.inf}) == "vo"
+    assert worst({"vo": math.inf, "qk": math.nan}) == "vo"
+
+
+def test_of_nothing_there_is_no_worst():
+    with pytest.raises(ValueError, match="empty"):
+        worst({})
