@@ -20,7 +20,7 @@ import sharpwatch
 from sharpwatch.agent.probes.gradient_noise import GradientNoise, averaged_over
 from sharpwatch.agent.safety.exception_barrier import ExceptionBarrier
 from sharpwatch.blocks import classify
-from sharpwatch.curvature.parameters.norms import squares
+from sharpwatch.curvature.parameters.norms import squared_norms
 from sharpwatch.testing import InMemoryTransport
 from sharpwatch.wire import decode
 
@@ -64,7 +64,7 @@ def accumulated(micro_batches, synchronised, views):
             with nullcontext() if last or synchronised else model.no_sync():
                 noise.forward()
                 model(batch, batch.roll(1))[1].div(micro_batches).backward()
-        stepped = squares(block_map, {name: each.grad for name, each in model.named_parameters()})
+        stepped = squared_norms(block_map, {name: each.grad for name, each in model.named_parameters()})
         own.append(noise.take().noise(block_map, stepped.numpy()))
         optimizer.step()
         optimizer.zero_grad()

@@ -28,7 +28,7 @@ from sharpwatch.curvature.estimators.gnb_sharded import sharded_gnb_probe
 from sharpwatch.curvature.objective.batch import Batch
 from sharpwatch.curvature.parameters import shards
 from sharpwatch.curvature.parameters.fsdp import DataRank
-from sharpwatch.curvature.parameters.norms import squares, sum_into
+from sharpwatch.curvature.parameters.norms import squared_norms, sum_by_index
 from sharpwatch.curvature.statistics.sketch import CountSketch
 from sharpwatch.errors import DesyncError, ProbeError
 
@@ -53,7 +53,7 @@ def batch_of(data):
 def weights_of(block_map, model):
     held = [None] * dist.get_world_size()
     dist.all_gather_object(held, {name: shards.Shard.of(p).numel for name, p in model.named_parameters()})
-    return shards.shares({name: math.prod(shape) for name, shape in block_map.shapes.items()}, held)
+    return shards.shard_weights({name: math.prod(shape) for name, shape in block_map.shapes.items()}, held)
 
 
 def source(data, draw=0):
@@ -80,7 +80,7 @@ def unsharded(model, block_map, sketcher, count):
         whole = whole + torch.nn.functional.cross_entropy(logits[mask], labels, reduction="sum")
     names, parameters = zip(*model.named_parameters(), strict=True)
     gradients = dict(zip(names, torch.autograd.grad(whole / tokens**0.5, parameters), strict=True))
-    by_layer = sum_into(squares(block_map, gradients), block_map.layer_block_of, len(block_map.layer_blocks))
+    by_layer = sum_by_index(squared_norms(block_map, gradients), block_map.layer_block_of, len(block_map.layer_blocks))
     return tokens, by_layer, sketcher.sketch(gradients)
 
 
@@ -174,7 +174,7 @@ def truth():
     exact, block_map = dense.Exact.of(model), classify(model)
     root = dense.gauss_newton_root(exact, *dense.tokens(rows=ROWS))
     parts = torch.stack([part.square().sum() for part in exact.by_part(block_map, root)])
-    return sum_into(parts, block_map.layer_block_of, len(block_map.layer_blocks)).detach()
+    return sum_by_index(parts, block_map.layer_block_of, len(block_map.layer_blocks)).detach()
 
 
 def test_two_ranks_give_the_trace_of_every_layer_block(ranks, truth):

@@ -65,7 +65,7 @@ class Whole:
 def weights_of(block_map, parameters):
     held = [None] * dist.get_world_size()
     dist.all_gather_object(held, {name: shards.Shard.of(p).numel for name, p in parameters.items()})
-    return shards.shares({name: math.prod(shape) for name, shape in block_map.shapes.items()}, held)
+    return shards.shard_weights({name: math.prod(shape) for name, shape in block_map.shapes.items()}, held)
 
 
 def shared_tap(block_map, model, optimizer):

@@ -23,9 +23,9 @@ from sharpwatch.curvature.estimators.lanczos import LanczosSample, lanczos_probe
 from sharpwatch.curvature.estimators.linesearch import LineSearchSample, linesearch_probe
 from sharpwatch.curvature.estimators.preconditioned import PreconditionedSample, preconditioned_probe
 from sharpwatch.curvature.objective.batch import Batch
-from sharpwatch.curvature.parameters.norms import squares, sum_into
+from sharpwatch.curvature.parameters.norms import squared_norms, sum_by_index
 from sharpwatch.curvature.statistics.gnb_estimators import trace_estimates
-from sharpwatch.curvature.statistics.pooling import relative_error, worst
+from sharpwatch.curvature.statistics.pooling import least_precise, relative_error
 
 MOVING = ("direction", "linesearch")  # kinds that look at the step itself: they need the weights before it
 _GNB_DRAWS = 4
@@ -158,7 +158,7 @@ class Direction(_RoundRobin):
 
     def _norms(self, tensors: Mapping[str, Tensor]) -> npt.NDArray[np.float64]:
         block_map = self._subject.block_map
-        by_block = sum_into(squares(block_map, tensors), block_map.block_of, len(block_map.blocks))
+        by_block = sum_by_index(squared_norms(block_map, tensors), block_map.block_of, len(block_map.blocks))
         norms: npt.NDArray[np.float64] = by_block.sqrt().numpy()
         return norms
 
@@ -181,7 +181,7 @@ class Hutchinson:
             subject.model,
             subject.block_map,
             part,
-            block=worst({block: self._relative_error(block) for block in subject.blocks}),
+            block=least_precise({block: self._relative_error(block) for block in subject.blocks}),
             draws=_HUTCHINSON_DRAWS,
             generator=subject.source,
             loss_fn=subject.loss_fn,

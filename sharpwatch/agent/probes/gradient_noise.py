@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from sharpwatch.agent.instrumentation.hooks import Hook
 from sharpwatch.agent.safety.exception_barrier import ExceptionBarrier
 from sharpwatch.blocks import BlockMap, Part
-from sharpwatch.curvature.parameters.norms import square, squares, stacked, sum_into
+from sharpwatch.curvature.parameters.norms import squared_norm, squared_norms, stack_sums, sum_by_index
 
 _OUTSIDE = -1  # of every backward
 # What DDP's communication hooks may be; in half precision the average is rounded, which the noise does not show.
@@ -59,7 +59,7 @@ class MicroBatches:
         if spare < 1 or not bool(self.unbroken):
             return None
         rows = torch.stack([self.local, self.whole, torch.from_numpy(stepped).to(self.whole)])
-        local, whole, taken = sum_into(rows, block_map.layer_block_of, len(block_map.layer_blocks)).numpy()
+        local, whole, taken = sum_by_index(rows, block_map.layer_block_of, len(block_map.layer_blocks)).numpy()
         ratio = np.divide(taken, whole, out=np.full_like(whole, np.nan), where=whole > 0)
         noise = (self.count * local - whole) / spare * ratio
         return np.where(np.isfinite(noise), noise, np.nan).astype(np.float32)
@@ -148,7 +148,7 @@ class GradientNoise:
         if gradient is None or gradient.is_sparse:
             return
         for index, part in self._parts[name]:
-            self._heard.found[index].append(square(part.view(gradient)))
+            self._heard.found[index].append(squared_norm(part.view(gradient)))
 
     def _begin(self, backward: int) -> None:
         """A backward begins: what is accumulated so far must be what the one before has left."""
@@ -164,7 +164,7 @@ class GradientNoise:
         _when_over(partial(_when_over, partial(self._guarded, self._end)))
 
     def _end(self) -> None:
-        heard, local = self._heard, stacked(self._heard.found)
+        heard, local = self._heard, stack_sums(self._heard.found)
         heard.local = heard.local.to(local.device) + local
         heard.whole = self._accumulated()
         heard.under_way = _OUTSIDE
@@ -175,7 +175,7 @@ class GradientNoise:
         parameters = self._heard.parameters
         given = {name: parameter.grad for name, parameter in parameters.items()}
         dense = {name: gradient for name, gradient in given.items() if gradient is not None and not gradient.is_sparse}
-        return squares(self._block_map, dense).to(next(iter(parameters.values())).device)
+        return squared_norms(self._block_map, dense).to(next(iter(parameters.values())).device)
 
 
 def averaged_over(model: nn.Module) -> int:

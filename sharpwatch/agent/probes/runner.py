@@ -21,7 +21,7 @@ from sharpwatch.agent.safety.memory import free, given_back, out_of_memory
 from sharpwatch.agent.safety.signals import signals_held
 from sharpwatch.blocks import BlockMap
 from sharpwatch.curvature.objective.batch import Batch
-from sharpwatch.curvature.parameters.shards import Shard, gradient_summand, held, sketch
+from sharpwatch.curvature.parameters.shards import Shard, local_gradient_summand, local_tensor, sketch_shards
 from sharpwatch.curvature.state.isolation import isolated
 from sharpwatch.curvature.state.snapshot import StateSnapshot
 from sharpwatch.curvature.statistics.sketch import CountSketch
@@ -162,7 +162,7 @@ class ProbeRunner:
 
         A probe has fewer rows than the step; one rank that runs out in it leaves the others waiting.
         """
-        size = sum(weight.nbytes for weight in map(held, self._subject.model.parameters()))
+        size = sum(weight.nbytes for weight in map(local_tensor, self._subject.model.parameters()))
         return free(self._device) >= given_back(self._device) + _GRADIENTS_NEED * size
 
     def sketch_gradient(self) -> Tensor | None:
@@ -175,10 +175,10 @@ class ProbeRunner:
         together, parameters = self._subject.together, dict(self._subject.model.named_parameters())
         if together is not None:  # this rank's summand
             shards = {name: Shard.of(parameter) for name, parameter in parameters.items()}
-            summands = {name: gradient_summand(parameter) for name, parameter in parameters.items()}
+            summands = {name: local_gradient_summand(parameter) for name, parameter in parameters.items()}
             found = {name: gradient for name, (gradient, _) in summands.items() if gradient is not None}
             weights = {name: together.weights[name] * ranks for name, (_, ranks) in summands.items()}
-            return sketch(self._subject.sketcher, found, shards, weights)
+            return sketch_shards(self._subject.sketcher, found, shards, weights)
         given = {name: parameter.grad for name, parameter in parameters.items()}
         gradients = {name: g.to_dense() if g.is_sparse else g for name, g in given.items() if g is not None}
         return self._subject.sketcher.sketch(gradients)
@@ -220,7 +220,7 @@ class ProbeRunner:
         """Rows of the batch, in a context in which nothing else of the program is run or changed."""
         part = captured.batch.slice(self._draw_rows(kind, captured.batch.rows))
         subject = self._subject
-        held = StateSnapshot(apart=[*part.tensors(), *subject.model.modules()])  # copies; what is put back anyway
+        held = StateSnapshot(excluded=[*part.tensors(), *subject.model.modules()])  # copies; what is put back anyway
         for value in (*part.args, *part.kwargs.values(), *_held_by(subject.loss_fn), *_held_by(subject.logits_fn)):
             held.add(value)
         with signals_held(), ExitStack() as stack:
@@ -240,7 +240,7 @@ class ProbeRunner:
         weights, device = self._subject.weights, self._device
         if free(device) < sum(weight.nbytes for weight in weights.values()):
             raise ProbeError(f"no copy of the weights to try a forward on: memory of {device} is short")
-        call = part.usable()
+        call = part.prepared()
         with isolated(self._subject.model) as live, torch.no_grad(), _Alone():  # type: ignore[no-untyped-call]
             copies = {name: weight.clone() for name, weight in weights.items()}
             for name, copy in copies.items():

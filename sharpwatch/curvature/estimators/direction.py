@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sharpwatch.blocks import BlockMap
 from sharpwatch.curvature.objective.batch import Batch
-from sharpwatch.curvature.objective.hessian import Method, opened
+from sharpwatch.curvature.objective.hessian import Method, open_hessian
 from sharpwatch.curvature.objective.outputs import LossFn
 from sharpwatch.curvature.parameters.parameter_space import ParameterSpace
 
@@ -51,17 +51,19 @@ def direction_probe(  # noqa: PLR0913 - what a probe is of, and how it is taken;
     One product for the whole, and one for each of `blocks`; leaves no trace in `model`. A parameter that `displacement`
     lacks has not moved. Raises `ProbeError` where there is no loss, no position predicts, or no derivative can be had.
     """
-    with opened(model, block_map, [batch], loss_fn=loss_fn, method=method) as hessian:
+    with open_hessian(model, block_map, [batch], loss_fn=loss_fn, method=method) as hessian:
         whole = ParameterSpace(block_map, None, hessian.objective.live.leaves)
-        step = whole.flat_of(displacement).to(whole.device, whole.dtype)
-        along = whole.by_block(step * hessian.products(whole, step[None])[0])
-        descent = whole.by_block(step * whole.flat_of(hessian.gradient(0)))
-        own = torch.full((len(block_map.blocks),), torch.nan, dtype=torch.float64, device="cpu")
+        step = whole.flatten(displacement).to(whole.device, whole.dtype)
+        curvature = whole.sum_by_block(step * hessian.products(whole, step[None])[0])
+        descent = whole.sum_by_block(step * whole.flatten(hessian.gradient(0)))
+        block_curvature = torch.full((len(block_map.blocks),), torch.nan, dtype=torch.float64, device="cpu")
         for block in blocks:
             space = ParameterSpace(block_map, block, hessian.objective.live.leaves)
-            part = space.flat_of(displacement).to(step)
-            image = hessian.products(space, part[None])[0]
-            own[block_map.blocks.index(block)] = (part.double() * image.double()).sum().cpu()
-        tokens, how = hessian.objective.tokens[0], hessian.method
-    at_start = descent + along
-    return DirectionSample(tokens, batch.rows, float(at_start.sum()), float(along.sum()), at_start, own, how)
+            block_step = space.flatten(displacement).to(step)
+            image = hessian.products(space, block_step[None])[0]
+            block_curvature[block_map.blocks.index(block)] = (block_step.double() * image.double()).sum().cpu()
+        tokens, method_used = hessian.objective.tokens[0], hessian.method
+    at_start = descent + curvature
+    return DirectionSample(
+        tokens, batch.rows, float(at_start.sum()), float(curvature.sum()), at_start, block_curvature, method_used
+    )

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from sharpwatch.blocks import BlockMap
 from sharpwatch.curvature.objective.batch import Batch
-from sharpwatch.curvature.objective.objective import dense
-from sharpwatch.curvature.objective.outputs import LogitsFn, count, predictions
-from sharpwatch.curvature.parameters.norms import squares, sum_into
+from sharpwatch.curvature.objective.objective import to_dense
+from sharpwatch.curvature.objective.outputs import LogitsFn, count_predicting, predict
+from sharpwatch.curvature.parameters.norms import squared_norms, sum_by_index
 from sharpwatch.curvature.state.isolation import isolated
 
-_CHUNK = 2**22  # entries of a temporary when labels are drawn
+_CHUNK_ENTRIES = 2**22  # entries of a temporary when labels are drawn
 
 
 class Sketcher(Protocol):
@@ -62,21 +62,21 @@ def gnb_probe(  # noqa: PLR0913 - what a probe is of, and how it is taken; each 
     """
     traces, sketches = [], []
     with isolated(model) as live:
-        logits, mask = predictions(live, live.inner, batch.usable(), logits_fn)
-        tokens = count(mask)
+        logits, mask = predict(live, live.inner, batch.prepared(), logits_fn)
+        tokens = count_predicting(mask)
         leaves = live.trainable
         output_gradients = OutputGradients(logits.detach(), mask, draws, generator, scale=1 / math.sqrt(tokens))
         for draw in range(draws):
-            found = torch.autograd.grad(
+            raw = torch.autograd.grad(
                 logits, list(leaves.values()), output_gradients[draw], retain_graph=draw + 1 < draws, allow_unused=True
             )
-            gradients = {name: dense(g) for name, g in zip(leaves, found, strict=True) if g is not None}
-            del found
-            traces.append(squares(block_map, gradients))
+            gradients = {name: to_dense(g) for name, g in zip(leaves, raw, strict=True) if g is not None}
+            del raw
+            traces.append(squared_norms(block_map, gradients))
             if sketcher is not None:
                 sketches.append(sketcher.sketch(gradients))
             del gradients
-    by_layer = sum_into(torch.stack(traces), block_map.layer_block_of, len(block_map.layer_blocks))
+    by_layer = sum_by_index(torch.stack(traces), block_map.layer_block_of, len(block_map.layer_blocks))
     return GnbSample(tokens, batch.rows, by_layer, torch.stack(sketches).cpu() if sketches else None)
 
 
@@ -90,31 +90,31 @@ class OutputGradients:
     def __init__(self, logits: Tensor, mask: Tensor, draws: int, generator: torch.Generator, *, scale: float) -> None:
         self._shape, self._dtype = logits.shape, logits.dtype
         self._values = torch.softmax(logits, -1, dtype=torch.float32).flatten(0, -2)
-        self._labels = _draw(self._values, draws, generator)
+        self._labels = _sample_labels(self._values, draws, generator)
         self._weights = (mask.flatten().float() * scale)[:, None]
         self._values.mul_(self._weights)
-        self._at: Tensor | None = None
+        self._current_labels: Tensor | None = None
 
     def __getitem__(self, draw: int) -> Tensor:
         """[*logits.shape], valid until the next one is taken."""
-        if self._at is not None:
-            self._values.scatter_add_(1, self._at, self._weights)
-        self._at = self._labels[:, draw, None]
-        self._values.scatter_add_(1, self._at, -self._weights)
+        if self._current_labels is not None:
+            self._values.scatter_add_(1, self._current_labels, self._weights)
+        self._current_labels = self._labels[:, draw, None]
+        self._values.scatter_add_(1, self._current_labels, -self._weights)
         return self._values.view(self._shape).to(self._dtype)
 
 
-def _draw(probabilities: Tensor, draws: int, generator: torch.Generator) -> Tensor:
+def _sample_labels(probabilities: Tensor, draws: int, generator: torch.Generator) -> Tensor:
     """Labels [N, draws] from rows of `probabilities` [N, V], by inverting their distribution function.
 
     Not `torch.multinomial`: on an accelerator it stops the process where a probability is not finite.
     """
-    rows = max(1, _CHUNK // probabilities.shape[1])
+    rows = max(1, _CHUNK_ENTRIES // probabilities.shape[1])
     labels = []
     for piece in torch.split(probabilities, rows):
         cumulative = piece.cumsum(1)
         uniform = torch.rand(len(piece), draws, generator=generator, dtype=piece.dtype, device=generator.device)
         # Scaled to the last sum, which rounding keeps from 1. `right`: a class of probability zero is never drawn.
-        found = torch.searchsorted(cumulative, uniform.to(piece.device) * cumulative[:, -1:], right=True)
-        labels.append(found.clamp_(max=piece.shape[1] - 1))
+        drawn = torch.searchsorted(cumulative, uniform.to(piece.device) * cumulative[:, -1:], right=True)
+        labels.append(drawn.clamp_(max=piece.shape[1] - 1))
     return torch.cat(labels)

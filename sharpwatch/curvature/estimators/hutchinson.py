@@ -16,17 +16,17 @@ from torch import Tensor, nn
 
 from sharpwatch.blocks import BlockMap
 from sharpwatch.curvature.objective.batch import Batch
-from sharpwatch.curvature.objective.hessian import Hessian, Method, opened
+from sharpwatch.curvature.objective.hessian import Hessian, Method, open_hessian
 from sharpwatch.curvature.objective.objective import Objective
 from sharpwatch.curvature.objective.outputs import LossFn
 from sharpwatch.curvature.parameters.parameter_space import ParameterSpace
 
-_PIECE = 2**18
-_PAIRS = 3  # of evaluations of L(θ): what rounding makes of it is common to all draws
-_CHANGE = 256  # ½ε²zᵀHz in units of the loss's rounding
-_LARGEST = 0.1  # ε over the root mean square of the block's weights
-_NUDGE = 1e-6  # over the weights' root mean square: moves the rounding, not the loss
-_DISAGREEMENT = 0.05  # of loss differences and exact product; 5 times what float32 makes of a smooth loss
+_DOT_ENTRIES = 2**18
+_BASE_PAIRS = 3  # of evaluations of L(θ): what rounding makes of it is common to all draws
+_CHANGE_IN_ROUNDINGS = 256  # ½ε²zᵀHz in units of the loss's rounding
+_MAX_RELATIVE_STEP = 0.1  # ε over the root mean square of the block's weights
+_RELATIVE_NUDGE = 1e-6  # over the weights' root mean square: moves the rounding, not the loss
+_MAX_DISAGREEMENT = 0.05  # of loss differences and exact product; 5 times what float32 makes of a smooth loss
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,15 +55,17 @@ def hutchinson_probe(  # noqa: PLR0913 - what a probe is of, and how it is taken
 
     Raises `ProbeError` where no position predicts or no derivative can be had.
     """
-    with opened(model, block_map, [batch], loss_fn=loss_fn, method=method) as hessian:
-        space = ParameterSpace(block_map, block, hessian.objective.live.leaves).required()
-        traces = [quadratic_forms(hessian, space, space.patterns(space.signs(generator)), 0) for _ in range(draws)]
+    with open_hessian(model, block_map, [batch], loss_fn=loss_fn, method=method) as hessian:
+        space = ParameterSpace(block_map, block, hessian.objective.live.leaves).require_trainable()
+        traces = [
+            quadratic_forms(hessian, space, space.mirrored(space.random_signs(generator)), 0) for _ in range(draws)
+        ]
         return HutchinsonSample(block, hessian.objective.tokens[0], batch.rows, torch.stack(traces), hessian.method)
 
 
 def quadratic_forms(hessian: Hessian, space: ParameterSpace, patterns: Tensor, index: int) -> Tensor:
     """One draw on batch `index` from `patterns` [K, size] by products: zᵀHz by layer block; float64 [L] on the CPU."""
-    return space.by_layer(patterns * hessian.products(space, patterns, index)).mean(0)
+    return space.sum_by_layer(patterns * hessian.products(space, patterns, index)).mean(0)
 
 
 class Deflation:
@@ -79,45 +81,45 @@ class Deflation:
         self._space = space
         self._basis = basis  # [k, size]
         self._projected = projected.to(basis)  # [k, k]
-        self._expected = space.by_layer(((self._projected @ basis) * basis).sum(0, keepdim=True))[0]
+        self._expected = space.sum_by_layer(((self._projected @ basis) * basis).sum(0, keepdim=True))[0]
 
-    def known_in_all(self, patterns: Tensor) -> float:
+    def control_variate_total(self, patterns: Tensor) -> float:
         """The same of all layers together, for less."""
-        shares = patterns @ self._basis.T
-        return float(((shares @ self._projected) * shares).sum(1).mean().double() - self._expected.sum())
+        coefficients = patterns @ self._basis.T
+        return float(((coefficients @ self._projected) * coefficients).sum(1).mean().double() - self._expected.sum())
 
     @property
-    def entries(self) -> int:
+    def numel(self) -> int:
         """Numbers that it keeps."""
         return self._basis.numel()
 
-    def known(self, patterns: Tensor) -> Tensor:
+    def control_variate(self, patterns: Tensor) -> Tensor:
         """The mean over `patterns` [K, size], less its expectation, by layer block; float64 [L] on the CPU."""
         images = (patterns @ self._basis.T @ self._projected) @ self._basis
-        return self._space.by_layer(patterns * images).mean(0) - self._expected
+        return self._space.sum_by_layer(patterns * images).mean(0) - self._expected
 
 
 @dataclass(frozen=True, slots=True)
-class Base:
+class BaseLoss:
     """L_i(θ) as the mean of several roundings of it, and the error of that mean."""
 
     value: float
     stderr: float
 
     @classmethod
-    def of(cls, objective: Objective, index: int, space: ParameterSpace, generator: torch.Generator) -> Base:
+    def of(cls, objective: Objective, index: int, space: ParameterSpace, generator: torch.Generator) -> BaseLoss:
         """From pairs of evaluations a little to both sides of θ, whose slope cancels; `space` is the whole model's."""
         means = []
-        for _ in range(_PAIRS):
-            nudge = _NUDGE * space.scale * space.signs(generator)
-            pair = []
-            for side in (nudge, -nudge):
-                with objective.displaced(space, side):
-                    pair.append(objective.value(index))
-            means.append(math.fsum(pair) / 2)
+        for _ in range(_BASE_PAIRS):
+            nudge = _RELATIVE_NUDGE * space.weight_scale * space.random_signs(generator)
+            losses = []
+            for displacement in (nudge, -nudge):
+                with objective.displaced(space, displacement):
+                    losses.append(objective.value(index))
+            means.append(math.fsum(losses) / 2)
         spread = float(torch.tensor(means, dtype=torch.float64, device="cpu").std())
         resolution = torch.finfo(space.dtype).eps * abs(means[0]) / 4
-        return cls(math.fsum(means) / _PAIRS, max(spread, resolution) / math.sqrt(_PAIRS))
+        return cls(math.fsum(means) / _BASE_PAIRS, max(spread, resolution) / math.sqrt(_BASE_PAIRS))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -130,7 +132,7 @@ class LossDifferences:
     """
 
     objective: Objective
-    bases: Sequence[Base]  # of each batch
+    bases: Sequence[BaseLoss]  # of each batch
     gradients: Sequence[Tensor] | None  # of each batch, [size]
     step: float  # ε
 
@@ -140,16 +142,16 @@ class LossDifferences:
         objective: Objective,
         space: ParameterSpace,
         *,
-        bases: Sequence[Base],
+        bases: Sequence[BaseLoss],
         gradients: Sequence[Tensor] | None,
         curvature: float,
     ) -> LossDifferences:
         """With ε from the size that zᵀHz is expected to have."""
-        rounding = max(base.stderr * math.sqrt(2 * _PAIRS) for base in bases)
+        rounding = max(base.stderr * math.sqrt(2 * _BASE_PAIRS) for base in bases)
         rounding = max(rounding, torch.finfo(space.dtype).eps * max(abs(base.value) for base in bases))
-        largest = _LARGEST * space.scale
-        wanted = math.sqrt(2 * _CHANGE * rounding / curvature) if curvature > 0 else math.inf
-        return cls(objective, bases, gradients, min(wanted, largest))
+        max_step = _MAX_RELATIVE_STEP * space.weight_scale
+        step = math.sqrt(2 * _CHANGE_IN_ROUNDINGS * rounding / curvature) if curvature > 0 else math.inf
+        return cls(objective, bases, gradients, min(step, max_step))
 
     @property
     def stderr(self) -> float:
@@ -171,7 +173,7 @@ class LossDifferences:
             share * (self._form(space, signs, index) + self._form(space, -signs, index)) / 2
             for index, share in enumerate(self.objective.shares)
         ]
-        return abs(math.fsum(forms) - exact) <= _DISAGREEMENT * curvature + 4 * self.stderr
+        return abs(math.fsum(forms) - exact) <= _MAX_DISAGREEMENT * curvature + 4 * self.stderr
 
     def _form(self, space: ParameterSpace, vector: Tensor, index: int) -> float:
         rise = self._rise(space, vector, index)
@@ -188,4 +190,6 @@ class LossDifferences:
 
 def _dot(left: Tensor, right: Tensor) -> float:
     """⟨left, right⟩ in float32 by pieces: of many millions of entries in one call it is off by parts in 10⁴."""
-    return math.fsum(float(a @ b) for a, b in zip(torch.split(left, _PIECE), torch.split(right, _PIECE), strict=True))
+    return math.fsum(
+        float(a @ b) for a, b in zip(torch.split(left, _DOT_ENTRIES), torch.split(right, _DOT_ENTRIES), strict=True)
+    )

@@ -67,16 +67,24 @@ def linesearch_probe(  # noqa: PLR0913 - what a probe is of, and how it is taken
     with isolated(model, exact=True) as live:
         objective = Objective(live, [batch], loss_fn)
         whole = ParameterSpace(block_map, None, live.leaves)
-        back = whole.flat_of({name: step.to(whole.device, torch.float32) for name, step in displacement.items()})
-        found = along(objective, whole, back, origin=back)
+        displacement_vector = whole.flatten(
+            {name: step.to(whole.device, torch.float32) for name, step in displacement.items()}
+        )
+        whole_step = critical_sharpness_along(objective, whole, displacement_vector, origin=displacement_vector)
         for block in blocks:
             index = block_map.blocks.index(block)
-            own = along(objective, whole, back * whole.mask(block), origin=back)
-            values[index], widths[index] = own.value, own.half_width
-        return LineSearchSample(objective.tokens[0], batch.rows, found.value, found.half_width, values, widths)
+            block_step = critical_sharpness_along(
+                objective, whole, displacement_vector * whole.mask(block), origin=displacement_vector
+            )
+            values[index], widths[index] = block_step.value, block_step.half_width
+        return LineSearchSample(
+            objective.tokens[0], batch.rows, whole_step.value, whole_step.half_width, values, widths
+        )
 
 
-def along(objective: Objective, space: ParameterSpace, step: Tensor, origin: Tensor | None = None) -> CriticalSharpness:
+def critical_sharpness_along(
+    objective: Objective, space: ParameterSpace, step: Tensor, origin: Tensor | None = None
+) -> CriticalSharpness:
     """Critical sharpness of `step` [space.size] from the present weights plus `origin`."""
 
     def loss(scale: float) -> float:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from sharpwatch.blocks import BlockMap
-from sharpwatch.curvature.estimators.lanczos import Lanczos, Product
+from sharpwatch.curvature.estimators.lanczos import Lanczos, Matvec
 from sharpwatch.curvature.objective.batch import Batch
-from sharpwatch.curvature.objective.hessian import Hessian, Method, opened
+from sharpwatch.curvature.objective.hessian import Hessian, Method, open_hessian
 from sharpwatch.curvature.objective.next_step import preconditioner
 from sharpwatch.curvature.objective.outputs import LossFn
 from sharpwatch.curvature.parameters.parameter_space import ParameterSpace
@@ -47,24 +47,24 @@ def preconditioned_probe(  # noqa: PLR0913 - what a probe is of, and how it is t
     Raises `ProbeError` for an optimizer that is not of Adam's family or has not stepped yet.
     """
     scales = preconditioner(model, optimizers)
-    with opened(model, block_map, [batch], loss_fn=loss_fn, method=method) as hessian:
-        space = ParameterSpace(block_map, None, hessian.objective.live.leaves).required()
-        found = Lanczos(space.signs(generator) if start is None else start.to(space.device))
-        while found.products < products and not found.exhausted:
-            found.step(scaled_product(hessian, space, scales))
-        top = found.top()
+    with open_hessian(model, block_map, [batch], loss_fn=loss_fn, method=method) as hessian:
+        space = ParameterSpace(block_map, None, hessian.objective.live.leaves).require_trainable()
+        lanczos = Lanczos(space.random_signs(generator) if start is None else start.to(space.device))
+        while lanczos.products < products and not lanczos.is_invariant:
+            lanczos.step(preconditioned_matvec(hessian, space, scales))
+        top = lanczos.top()
         return PreconditionedSample(
             tokens=hessian.objective.tokens[0],
             rows=batch.rows,
             ratio=top.value,
             residual=top.residual,
-            products=found.products,
+            products=lanczos.products,
             method=hessian.method,
             vector=top.vector,
         )
 
 
-def scaled_product(hessian: Hessian, space: ParameterSpace, scales: Mapping[str, Tensor]) -> Product:
+def preconditioned_matvec(hessian: Hessian, space: ParameterSpace, diagonals: Mapping[str, Tensor]) -> Matvec:
     """The product with D H D within `space`, D the diagonal of `scales`."""
-    diagonal = space.flat_of(scales)
+    diagonal = space.flatten(diagonals)
     return lambda vector: diagonal * hessian.products(space, (diagonal * vector)[None])[0]

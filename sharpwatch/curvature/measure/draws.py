@@ -12,14 +12,14 @@ import torch
 from sharpwatch.blocks import BlockMap
 from sharpwatch.curvature.measure.report import BlockReport
 from sharpwatch.curvature.statistics.estimate import Cost, Estimate, Spectrum
-from sharpwatch.curvature.statistics.pooling import Pooled, pooled, scatter
+from sharpwatch.curvature.statistics.pooling import PooledEstimate, pool_draws, weighted_mean_stderr
 
 DrawValues = list[list[list[float]]]  # [draws][batches][layer blocks], or one number of all layers together
-WHOLE = ""  # stands for all blocks together
+WHOLE_MODEL = ""  # stands for all blocks together
 
 
 @dataclass(frozen=True, slots=True)
-class Ends:
+class SpectrumEnds:
     """Both ends of a spectrum; the lists are Rayleigh quotients of the same vectors on each batch."""
 
     top: float
@@ -41,7 +41,7 @@ class Draws:
     hutchinson: dict[str, DrawValues] = field(default_factory=dict)
     common: dict[str, float] = field(default_factory=dict)  # the error that all hutchinson draws of a block share
     steps: dict[str, float] = field(default_factory=dict)  # ε of the loss differences; 0 where products are taken
-    ends: dict[str, Ends] = field(default_factory=dict)
+    ends: dict[str, SpectrumEnds] = field(default_factory=dict)
     spectra: dict[str, list[tuple[list[float], list[float]]]] = field(default_factory=dict)
     stability: dict[str, dict[str, Estimate]] = field(default_factory=dict)  # by block, then kind
     costs: dict[str, Cost] = field(default_factory=dict)  # by estimator, or estimator/block
@@ -55,7 +55,7 @@ class Draws:
     def from_dict(cls, values: Mapping[str, Any]) -> Draws:
         """What `to_dict` gave."""
         plain = dict(values)
-        ends = {name: Ends(**each) for name, each in plain.pop("ends").items()}
+        ends = {name: SpectrumEnds(**each) for name, each in plain.pop("ends").items()}
         costs = {name: Cost(**each) for name, each in plain.pop("costs").items()}
         stability = {
             block: {kind: Estimate(**{**one, "cost": Cost(**one["cost"])}) for kind, one in kinds.items()}
@@ -63,7 +63,7 @@ class Draws:
         }
         return cls(**plain, ends=ends, costs=costs, stability=stability)
 
-    def spend(self, name: str, cost: Cost) -> None:
+    def add_cost(self, name: str, cost: Cost) -> None:
         """Add to what `name` has cost."""
         self.costs[name] = self.costs.get(name, Cost()) + cost
 
@@ -72,14 +72,14 @@ class Draws:
         """Of all together."""
         return sum(self.costs.values(), Cost())
 
-    def gnb_trace(self, layers: Sequence[int]) -> Pooled:
+    def gnb_trace(self, layers: Sequence[int]) -> PooledEstimate:
         """Tr G of the layer blocks with these indices."""
-        return pooled([[math.fsum(row[i] for i in layers) for row in draw] for draw in self.gnb], self.shares)
+        return pool_draws([[math.fsum(row[i] for i in layers) for row in draw] for draw in self.gnb], self.shares)
 
-    def hutchinson_trace(self, block: str) -> Pooled:
+    def hutchinson_trace(self, block: str) -> PooledEstimate:
         """Tr H of a block type."""
         totals = [[math.fsum(row) for row in draw] for draw in self.hutchinson[block]]
-        return pooled(totals, self.shares, self.common.get(block, 0.0))
+        return pool_draws(totals, self.shares, self.common.get(block, 0.0))
 
     def block(self, block_map: BlockMap, name: str) -> BlockReport:
         """All that is known of a block type."""
@@ -89,22 +89,22 @@ class Draws:
             estimates["gnb"] = self._gnb(layers)
         if self.hutchinson.get(name):
             estimates["hutchinson"] = self._hutchinson(name, self.hutchinson_trace(name))
-        return self._with_ends(BlockReport(block_map.numel[name], estimates), name)
+        return self._with_spectrum(BlockReport(block_map.numel[name], estimates), name)
 
     def layers(self, block_map: BlockMap) -> dict[str, BlockReport]:
         """Traces by layer block; `hutchinson`'s only where they were taken with products."""
-        found = {}
+        reports = {}
         for index, layer in enumerate(block_map.layer_blocks):
             estimates = {"gnb": self._gnb([index])} if self.gnb else {}
             draws = self.hutchinson.get(layer.type, [])
             if draws and len(draws[0][0]) == len(block_map.layer_blocks):
-                own = pooled([[row[index] for row in draw] for draw in draws], self.shares)
-                estimates["hutchinson"] = self._hutchinson(layer.type, own)
+                trace = pool_draws([[row[index] for row in draw] for draw in draws], self.shares)
+                estimates["hutchinson"] = self._hutchinson(layer.type, trace)
             if estimates:
-                found[f"{layer.layer}.{layer.type}" if layer.layer else layer.type] = BlockReport(
+                reports[f"{layer.layer}.{layer.type}" if layer.layer else layer.type] = BlockReport(
                     layer.numel, estimates
                 )
-        return found
+        return reports
 
     def whole(self, block_map: BlockMap) -> BlockReport:
         """All blocks together; the Hessian's trace only where every block's was measured."""
@@ -113,35 +113,35 @@ class Draws:
             estimates["gnb"] = self._gnb(range(len(block_map.layer_blocks)))
         if all(self.hutchinson.get(block) for block in block_map.blocks):
             each = [self._hutchinson(block, self.hutchinson_trace(block)) for block in block_map.blocks]
-            estimates["hutchinson"] = _summed(each)
-        return self._with_ends(BlockReport(sum(block_map.numel.values()), estimates), WHOLE)
+            estimates["hutchinson"] = _sum_independent(each)
+        return self._with_spectrum(BlockReport(sum(block_map.numel.values()), estimates), WHOLE_MODEL)
 
     def _gnb(self, layers: Sequence[int]) -> Estimate:
-        found = self.gnb_trace(layers)
+        trace = self.gnb_trace(layers)
         cost = self.costs.get("gnb", Cost())
-        return Estimate(found.value, found.stderr, len(self.gnb), "gnb", method="autograd", cost=cost)
+        return Estimate(trace.value, trace.stderr, len(self.gnb), "gnb", method="autograd", cost=cost)
 
-    def _hutchinson(self, block: str, found: Pooled) -> Estimate:
+    def _hutchinson(self, block: str, trace: PooledEstimate) -> Estimate:
         method = "loss differences" if self.steps.get(block) else self.products_by
         cost = self.costs.get(f"hutchinson/{block}", Cost())
         draws = len(self.hutchinson[block])
-        return Estimate(found.value, found.stderr, draws, "hutchinson", method=method, cost=cost)
+        return Estimate(trace.value, trace.stderr, draws, "hutchinson", method=method, cost=cost)
 
-    def _with_ends(self, report: BlockReport, name: str) -> BlockReport:
+    def _with_spectrum(self, report: BlockReport, name: str) -> BlockReport:
         ends = self.ends.get(name)
         cost = self.costs.get(f"lanczos/{name}", Cost())
         top = bottom = None
         if ends is not None:
             batches = len(self.shares)
-            errors = scatter(ends.tops, self.shares), scatter(ends.bottoms, self.shares)
+            errors = weighted_mean_stderr(ends.tops, self.shares), weighted_mean_stderr(ends.bottoms, self.shares)
             top = Estimate(ends.top, errors[0], batches, "lanczos", 0, ends.top_residual, ends.method, cost)
             bottom = Estimate(ends.bottom, errors[1], batches, "lanczos", 0, ends.bottom_residual, ends.method, cost)
-        spectrum = _averaged(self.spectra.get(name, []))
+        spectrum = _average_spectra(self.spectra.get(name, []))
         stability = self.stability.get(name, {})
         return BlockReport(report.parameters, report.estimates, top, bottom, spectrum, stability)
 
 
-def _summed(estimates: Sequence[Estimate]) -> Estimate:
+def _sum_independent(estimates: Sequence[Estimate]) -> Estimate:
     """The sum of independent ones."""
     methods = "; ".join(dict.fromkeys(each.method for each in estimates))
     value, stderr = math.fsum(e.value for e in estimates), math.hypot(*(e.stderr for e in estimates))
@@ -149,7 +149,7 @@ def _summed(estimates: Sequence[Estimate]) -> Estimate:
     return Estimate(value, stderr, min(e.draws for e in estimates), "hutchinson", method=methods, cost=cost)
 
 
-def _averaged(spectra: Sequence[tuple[list[float], list[float]]]) -> Spectrum | None:
+def _average_spectra(spectra: Sequence[tuple[list[float], list[float]]]) -> Spectrum | None:
     if not spectra:
         return None
     values = torch.tensor([value for values, _ in spectra for value in values], dtype=torch.float64, device="cpu")

@@ -96,14 +96,14 @@ def per_parameter(trace: Estimate, parameters: int) -> Estimate:
 
 def _block(block: BlockReport) -> dict[str, Any]:
     single = ("trace", "sharpness", "top_eigenvalue", "bottom_eigenvalue")
-    found: dict[str, Any] = {"parameters": block.parameters}
-    found |= {name: _estimate(getattr(block, name)) for name in single if getattr(block, name) is not None}
+    values: dict[str, Any] = {"parameters": block.parameters}
+    values |= {name: _estimate(getattr(block, name)) for name in single if getattr(block, name) is not None}
     for name, several in (("estimates", block.estimates), ("stability", block.stability)):
         if several:
-            found[name] = {each: _estimate(estimate) for each, estimate in several.items()}
+            values[name] = {each: _estimate(estimate) for each, estimate in several.items()}
     if block.spectrum is not None:
-        found["spectrum"] = asdict(block.spectrum)
-    return found
+        values["spectrum"] = asdict(block.spectrum)
+    return values
 
 
 def _estimate(estimate: Estimate) -> dict[str, Any]:

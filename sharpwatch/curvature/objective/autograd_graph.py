@@ -17,25 +17,47 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sharpwatch.errors import ProbeError
 
 # Packages whose backwards are kernels that autograd can't see into.
-_KERNELS = ("flash_attn", "liger_kernel", "xformers", "apex", "transformer_engine")
+_KERNEL_PACKAGES = ("flash_attn", "liger_kernel", "xformers", "apex", "transformer_engine")
 # The beginnings of their backwards' names.
-_KINKS: tuple[str, ...] = ("Relu", "LeakyRelu", "Prelu", "Rrelu", "Elu", "Threshold", "Hard", "Softshrink", "Clamp")
-_KINKS += ("Abs", "Huber", "SmoothL1", "Round", "Floor", "Ceil", "Trunc", "Sign", "Remainder", "Fmod")
-_KINKS += ("Topk", "Sort", "Kthvalue", "Gather", "Max", "Min", "Amax", "Amin", "AdaptiveMax", "Cummax", "Cummin")
-_KINKS += ("Median", "Mode")
-_COMPLAINTS = ("not implemented", "differentiate twice", "double backward", "no autograd formula")
+_NONSMOOTH_BACKWARDS: tuple[str, ...] = (
+    "Relu",
+    "LeakyRelu",
+    "Prelu",
+    "Rrelu",
+    "Elu",
+    "Threshold",
+    "Hard",
+    "Softshrink",
+    "Clamp",
+)
+_NONSMOOTH_BACKWARDS += ("Abs", "Huber", "SmoothL1", "Round", "Floor", "Ceil", "Trunc", "Sign", "Remainder", "Fmod")
+_NONSMOOTH_BACKWARDS += (
+    "Topk",
+    "Sort",
+    "Kthvalue",
+    "Gather",
+    "Max",
+    "Min",
+    "Amax",
+    "Amin",
+    "AdaptiveMax",
+    "Cummax",
+    "Cummin",
+)
+_NONSMOOTH_BACKWARDS += ("Median", "Mode")
+_NO_SECOND_DERIVATIVE = ("not implemented", "differentiate twice", "double backward", "no autograd formula")
 
 
 def require_twice_differentiable(loss: Tensor) -> None:
     """Raise `ProbeError` with the name of a function in `loss`'s graph that has no second derivative."""
     for node in _nodes(loss):
         function = getattr(type(node), "_forward_cls", None)
-        if function is not None and _only_once(function):
+        if function is not None and _is_once_differentiable(function):
             name = f"{function.__module__}.{function.__qualname__}"
             raise ProbeError(f"the model can't be differentiated twice: {name} has no second derivative")
 
 
-def own_functions(loss: Tensor) -> list[str]:
+def custom_functions(loss: Tensor) -> list[str]:
     """The names of Python `autograd.Function`s in `loss`'s graph."""
     found = (getattr(type(node), "_forward_cls", None) for node in _nodes(loss))
     return sorted({f"{function.__module__}.{function.__qualname__}" for function in found if function is not None})
@@ -46,7 +68,7 @@ def is_smooth(loss: Tensor) -> bool:
 
     Differences go across kinks and jumps, and see a curvature there that derivatives, taken between them, don't.
     """
-    return not any(type(node).__name__.startswith(_KINKS) for node in _nodes(loss))
+    return not any(type(node).__name__.startswith(_NONSMOOTH_BACKWARDS) for node in _nodes(loss))
 
 
 def _nodes(loss: Tensor) -> Iterator[Any]:
@@ -70,14 +92,14 @@ def twice_differentiable() -> Iterator[None]:
         with sdpa_kernel(SDPBackend.MATH):
             yield
     except RuntimeError as error:
-        if not any(words in str(error) for words in _COMPLAINTS):
+        if not any(words in str(error) for words in _NO_SECOND_DERIVATIVE):
             raise
         raise ProbeError(f"the model can't be differentiated twice: {error}") from error
 
 
-def _only_once(function: type[Any]) -> bool:
+def _is_once_differentiable(function: type[Any]) -> bool:
     code = getattr(function.backward, "__code__", None)
     marked = code is not None and code.co_filename == torch.autograd.function.once_differentiable.__code__.co_filename
     return (marked and hasattr(function.backward, "__wrapped__")) or any(
-        package in function.__module__ for package in _KERNELS
+        package in function.__module__ for package in _KERNEL_PACKAGES
     )

@@ -45,42 +45,44 @@ class Batch:
                 return tensor.clone()
             return tensor.index_select(0, rows.to(tensor.device))
 
-        return _changed(self, cut)
+        return _transform(self, cut)
 
-    def usable(self) -> Batch:
+    def prepared(self) -> Batch:
         """The same call, fit for a probe.
 
         Tensors made in inference mode are copied, for they can't be saved for a backward, and Hugging Face's
         `num_items_in_batch`, which counts tokens of other rows and ranks too, is left out.
         """
         kwargs = {name: value for name, value in self.kwargs.items() if name != "num_items_in_batch"}
-        return _changed(Batch(self.args, kwargs), lambda tensor, _: tensor.clone() if tensor.is_inference() else tensor)
+        return _transform(
+            Batch(self.args, kwargs), lambda tensor, _: tensor.clone() if tensor.is_inference() else tensor
+        )
 
-    def mapped(self, change: Callable[[Tensor], Tensor]) -> Batch:
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The same call with `change` made to every tensor."""
-        return _changed(self, lambda tensor, _: change(tensor))
+        return _transform(self, lambda tensor, _: change(tensor))
 
     def tensors(self) -> Iterator[Tensor]:
         """All tensors among the arguments, through dicts, lists and tuples."""
         return _tensors([self.args, dict(self.kwargs)])
 
 
-def _changed(batch: Batch, change: Callable[[Tensor, str], Tensor]) -> Batch:
-    args = tuple(_mapped(value, "", change) for value in batch.args)
-    return Batch(args, {name: _mapped(value, name, change) for name, value in batch.kwargs.items()})
+def _transform(batch: Batch, change: Callable[[Tensor, str], Tensor]) -> Batch:
+    args = tuple(_transform_value(value, "", change) for value in batch.args)
+    return Batch(args, {name: _transform_value(value, name, change) for name, value in batch.kwargs.items()})
 
 
-def _mapped(value: Any, name: str, change: Callable[[Tensor, str], Tensor]) -> Any:
+def _transform_value(value: Any, name: str, change: Callable[[Tensor, str], Tensor]) -> Any:
     """`value` with its tensors changed, through dicts, lists and tuples; `name` is the nearest key above."""
     match value:
         case Tensor():
             return change(value, name)
         case dict():
-            return {key: _mapped(item, str(key), change) for key, item in value.items()}
+            return {key: _transform_value(item, str(key), change) for key, item in value.items()}
         case list():
-            return [_mapped(item, name, change) for item in value]
+            return [_transform_value(item, name, change) for item in value]
         case tuple():
-            items = [_mapped(item, name, change) for item in value]
+            items = [_transform_value(item, name, change) for item in value]
             return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     return value
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from sharpwatch.curvature.state.isolation import hooks_aside
+from sharpwatch.curvature.state.isolation import hooks_disabled
 from sharpwatch.errors import ProbeError
 
 # The user's hooks on all optimizers are not for a copy's step.
@@ -27,18 +27,18 @@ def next_step(
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     step: dict[str, Tensor] = {}
     for optimizer in optimizers:
-        twin = copy.deepcopy(optimizer)
+        copied_optimizer = copy.deepcopy(optimizer)
         pairs = [
             (names[id(old)], old, new)
-            for group, copied in zip(optimizer.param_groups, twin.param_groups, strict=True)
-            for old, new in zip(group["params"], copied["params"], strict=True)
+            for group, copied_group in zip(optimizer.param_groups, copied_optimizer.param_groups, strict=True)
+            for old, new in zip(group["params"], copied_group["params"], strict=True)
             if id(old) in names
         ]
         for name, _, new in pairs:
             new.grad = gradients[name].to(new).clone() if name in gradients else None
         try:
-            with hooks_aside(sys.modules[torch.optim.Optimizer.__module__], _GLOBAL_HOOKS):
-                twin.step()
+            with hooks_disabled(sys.modules[torch.optim.Optimizer.__module__], _GLOBAL_HOOKS):
+                copied_optimizer.step()
         except (TypeError, RuntimeError) as error:
             raise ProbeError(f"{type(optimizer).__name__} can't take a step with a gradient alone: {error}") from error
         step |= {name: old.detach() - new.detach() for name, old, new in pairs}
@@ -53,7 +53,7 @@ def preconditioner(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {
-        names[id(parameter)]: _scale(optimizer, group, parameter, names[id(parameter)])
+        names[id(parameter)]: _preconditioner_diagonal(optimizer, group, parameter, names[id(parameter)])
         for optimizer in optimizers
         for group in optimizer.param_groups
         for parameter in group["params"]
@@ -71,7 +71,9 @@ def require_adam(optimizers: Sequence[torch.optim.Optimizer]) -> None:
             )
 
 
-def _scale(optimizer: torch.optim.Optimizer, group: Mapping[str, object], parameter: Tensor, name: str) -> Tensor:
+def _preconditioner_diagonal(
+    optimizer: torch.optim.Optimizer, group: Mapping[str, object], parameter: Tensor, name: str
+) -> Tensor:
     require_adam([optimizer])
     state = optimizer.state.get(parameter, {})
     moment = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))

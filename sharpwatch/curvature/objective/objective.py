@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from sharpwatch.curvature.objective.batch import Batch
-from sharpwatch.curvature.objective.outputs import LossFn, tokens_of, true_loss
+from sharpwatch.curvature.objective.outputs import LossFn, count_tokens, training_loss
 from sharpwatch.curvature.parameters.parameter_space import ParameterSpace
-from sharpwatch.curvature.state.isolation import Functional, raised
+from sharpwatch.curvature.state.isolation import Functional, upcast
 from sharpwatch.curvature.statistics.estimate import Cost
 
 
@@ -23,9 +23,9 @@ class Objective:
 
     def __init__(self, live: Functional, batches: Sequence[Batch], loss_fn: LossFn | None = None) -> None:
         self.live = live
-        self._batches = [batch.usable().mapped(raised) if live.exact else batch.usable() for batch in batches]
+        self._batches = [batch.prepared().map_tensors(upcast) if live.exact else batch.prepared() for batch in batches]
         self._loss_fn = loss_fn
-        self.tokens = [tokens_of(live.inner, batch) for batch in batches]
+        self.tokens = [count_tokens(live.inner, batch) for batch in batches]
         self.shares = [tokens / sum(self.tokens) for tokens in self.tokens]
         self.cost = Cost()
 
@@ -35,7 +35,7 @@ class Objective:
     def loss(self, index: int) -> Tensor:
         """L_i at the present weights, a scalar with its graph."""
         self.cost += Cost(forwards=self.shares[index])
-        return true_loss(self.live, self.live.inner, self._batches[index], self._loss_fn)
+        return training_loss(self.live, self.live.inner, self._batches[index], self._loss_fn)
 
     def value(self, index: int) -> float:
         """L_i at the present weights."""
@@ -45,9 +45,9 @@ class Objective:
     def gradient(self, index: int, names: Sequence[str]) -> dict[str, Tensor]:
         """∇L_i by the parameters `names` at the present weights; one that it does not reach is left out."""
         leaves = [self.live.leaves[name] for name in names]
-        found = torch.autograd.grad(self.loss(index), leaves, allow_unused=True)
+        raw = torch.autograd.grad(self.loss(index), leaves, allow_unused=True)
         self.cost += Cost(backwards=self.shares[index])
-        return {name: dense(g) for name, g in zip(names, found, strict=True) if g is not None}
+        return {name: to_dense(g) for name, g in zip(names, raw, strict=True) if g is not None}
 
     @contextmanager
     def displaced(self, space: ParameterSpace, displacement: Tensor) -> Iterator[Mapping[str, Tensor]]:
@@ -55,20 +55,20 @@ class Objective:
         leaves = self.live.leaves
         moved = {
             name: (leaves[name].detach() + step[0]).to(leaves[name].dtype).requires_grad_()
-            for name, step in space.shaped(displacement[None]).items()
+            for name, step in space.unflatten(displacement[None]).items()
         }
         saved = {name: leaves[name] for name in moved}
         try:
             for name, tensor in moved.items():
                 leaves[name] = tensor
-                self.live.place(name, tensor)
+                self.live.set_parameter(name, tensor)
             yield moved
         finally:
             for name, tensor in saved.items():
                 leaves[name] = tensor
-                self.live.place(name, tensor)
+                self.live.set_parameter(name, tensor)
 
 
-def dense(gradient: Tensor) -> Tensor:
+def to_dense(gradient: Tensor) -> Tensor:
     """A gradient as its parameter is, also that of a sparse embedding."""
     return gradient.to_dense() if gradient.is_sparse else gradient

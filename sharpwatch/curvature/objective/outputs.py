@@ -19,7 +19,7 @@ from sharpwatch.errors import EmptyBatchError, ProbeError
 LossFn = Callable[[Any, Batch], Tensor]  # -> scalar
 LogitsFn = Callable[[Any, Batch], tuple[Tensor, Tensor]]  # -> logits [..., V], bool [...]: the positions that predict
 
-_IGNORED = -100  # Hugging Face's label of a position that does not count
+_IGNORED_LABEL = -100  # Hugging Face's label of a position that does not count
 _TARGETS = ("targets", "target", "y")
 # Hugging Face heads whose labels stand at the position that predicts them; all others predict the next token.
 _ALIGNED_HEADS = ("ForMaskedLM", "ForTokenClassification", "ForSequenceClassification", "ForPreTraining")
@@ -34,8 +34,8 @@ class Labels:
 
     def aligned(self) -> Tensor:
         """Labels at the positions that predict them, -100 at the others."""
-        values = self.values.masked_fill(self.values < 0, _IGNORED)
-        return F.pad(values[:, 1:], (0, 1), value=_IGNORED) if self.shifted else values
+        values = self.values.masked_fill(self.values < 0, _IGNORED_LABEL)
+        return F.pad(values[:, 1:], (0, 1), value=_IGNORED_LABEL) if self.shifted else values
 
 
 def find_labels(model: nn.Module, batch: Batch) -> Labels | None:
@@ -44,16 +44,18 @@ def find_labels(model: nn.Module, batch: Batch) -> Labels | None:
     `labels` follow Hugging Face: shifted for a causal language model, aligned for an encoder-decoder, a masked language
     model or a classifier. `targets`, `target` and `y` are aligned, as nanoGPT's.
     """
-    named = _named(model, batch)
-    labels = named.get("labels")
+    arguments = _named_arguments(model, batch)
+    labels = arguments.get("labels")
     if isinstance(labels, Tensor):
         aligned = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         aligned = aligned or labels.dim() < 2 or type(model).__name__.endswith(_ALIGNED_HEADS)
         return Labels(labels, shifted=not aligned)
-    return next((Labels(named[name], shifted=False) for name in _TARGETS if isinstance(named.get(name), Tensor)), None)
+    return next(
+        (Labels(arguments[name], shifted=False) for name in _TARGETS if isinstance(arguments.get(name), Tensor)), None
+    )
 
 
-def predictions(
+def predict(
     call: Callable[..., Any], model: nn.Module, batch: Batch, logits_fn: LogitsFn | None
 ) -> tuple[Tensor, Tensor]:
     """Logits [..., V] and a bool [...] of the positions that predict; without labels, all do.
@@ -65,11 +67,11 @@ def predictions(
         logits, mask = logits_fn(call, batch)
     else:
         labels = find_labels(model, batch)
-        logits = logits_of(call(*batch.args, **_without_labels(model, batch, labels)))
+        logits = find_logits(call(*batch.args, **_without_labels(model, batch, labels)))
         mask = (
             torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
             if labels is None
-            else labels.aligned() != _IGNORED
+            else labels.aligned() != _IGNORED_LABEL
         )
     if mask.shape != logits.shape[:-1]:
         shapes = f"logits {tuple(logits.shape)}, mask or labels {tuple(mask.shape)}"
@@ -77,13 +79,13 @@ def predictions(
     return logits, mask.to(logits.device, torch.bool)
 
 
-def true_loss(call: Callable[..., Any], model: nn.Module, batch: Batch, loss_fn: LossFn | None) -> Tensor:
+def training_loss(call: Callable[..., Any], model: nn.Module, batch: Batch, loss_fn: LossFn | None) -> Tensor:
     """The loss of `batch` that the run trains on: `loss_fn`'s, else the output's own, else cross-entropy of its labels.
 
     Raises `ProbeError` where there is none of these.
     """
     if loss_fn is not None:
-        return _scalar(loss_fn(call, batch), "loss_fn")
+        return _require_scalar(loss_fn(call, batch), "loss_fn")
     output = call(*batch.args, **batch.kwargs)
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if loss is None and isinstance(output, tuple | list):
@@ -91,29 +93,29 @@ def true_loss(call: Callable[..., Any], model: nn.Module, batch: Batch, loss_fn:
     if loss is None and isinstance(output, Tensor) and output.numel() == 1:
         loss = output
     if loss is not None:
-        return _scalar(loss, "the model's output")
+        return _require_scalar(loss, "the model's output")
     labels = find_labels(model, batch)
     if labels is None:
         raise ProbeError("the model was called without labels and returns no loss: direction needs loss_fn")
-    logits = logits_of(output)
-    return F.cross_entropy(logits.flatten(0, -2).float(), labels.aligned().flatten(), ignore_index=_IGNORED)
+    logits = find_logits(output)
+    return F.cross_entropy(logits.flatten(0, -2).float(), labels.aligned().flatten(), ignore_index=_IGNORED_LABEL)
 
 
-def tokens_of(model: nn.Module, batch: Batch) -> int:
+def count_tokens(model: nn.Module, batch: Batch) -> int:
     """How many positions predict, read from the labels; without labels, those of the first tensor that has rows.
 
     Raises `ProbeError` where none does.
     """
     labels = find_labels(model, batch)
     if labels is not None:
-        return count(labels.aligned() != _IGNORED)
+        return count_predicting(labels.aligned() != _IGNORED_LABEL)
     first = next((tensor for tensor in batch.tensors() if tensor.dim() >= 2), None)
     if first is None:
         return batch.rows
     return math.prod(first.shape[:-1]) if first.is_floating_point() else first.numel()
 
 
-def count(mask: Tensor) -> int:
+def count_predicting(mask: Tensor) -> int:
     """How many positions predict; raises `EmptyBatchError` for none."""
     tokens = int(mask.sum())
     if tokens == 0:
@@ -121,7 +123,7 @@ def count(mask: Tensor) -> int:
     return tokens
 
 
-def logits_of(output: Any) -> Tensor:
+def find_logits(output: Any) -> Tensor:
     """The logits in a model's output.
 
     They are `.logits`, `["logits"]`, the first float tensor of 3 or more dimensions of a tuple, or the output.
@@ -133,11 +135,11 @@ def logits_of(output: Any) -> Tensor:
     if logits is None and _is_logits(output, dimensions=2):
         logits = output
     if not isinstance(logits, Tensor):
-        raise ProbeError(f"no logits in the model's output, {_described(output)}; give logits_fn")
+        raise ProbeError(f"no logits in the model's output, {_describe(output)}; give logits_fn")
     return logits
 
 
-def _named(model: nn.Module, batch: Batch) -> Mapping[str, Any]:
+def _named_arguments(model: nn.Module, batch: Batch) -> Mapping[str, Any]:
     """The arguments by the names that `model.forward` gives them."""
     try:
         bound = inspect.signature(model.forward).bind_partial(*batch.args, **batch.kwargs)
@@ -152,10 +154,10 @@ def _without_labels(model: nn.Module, batch: Batch, labels: Labels | None) -> Ma
     return {name: value for name, value in batch.kwargs.items() if name != "labels"}
 
 
-def _scalar(loss: Any, source: str) -> Tensor:
+def _require_scalar(loss: Any, source: str) -> Tensor:
     depends = isinstance(loss, Tensor) and (loss.requires_grad or not torch.is_grad_enabled())
     if not depends or loss.numel() != 1:
-        raise ProbeError(f"{source} gave {_described(loss)} for a loss: expected a scalar that depends on the weights")
+        raise ProbeError(f"{source} gave {_describe(loss)} for a loss: expected a scalar that depends on the weights")
     return cast("Tensor", loss).reshape(())
 
 
@@ -163,12 +165,12 @@ def _is_logits(value: Any, dimensions: int) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= dimensions
 
 
-def _described(value: Any) -> str:
+def _describe(value: Any) -> str:
     match value:
         case Tensor():
             return f"a {str(value.dtype).removeprefix('torch.')} tensor {tuple(value.shape)}"
         case Mapping():
             return f"a mapping of {', '.join(map(str, value)) or 'nothing'}"
         case tuple() | list():
-            return f"a {type(value).__name__} of ({', '.join(map(_described, value))})"
+            return f"a {type(value).__name__} of ({', '.join(map(_describe, value))})"
     return f"a {type(value).__name__}"

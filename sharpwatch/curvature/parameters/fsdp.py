@@ -17,7 +17,7 @@ from torch import nn
 from sharpwatch.errors import ProbeError
 
 # As they are for the only backward of a step: gradients are averaged over ranks, weights let go of.
-_ORDINARY = {
+_LAST_BACKWARD_SETTINGS = {
     "reduce_grads": True,
     "all_reduce_grads": True,
     "reshard_after_backward": True,
@@ -25,7 +25,7 @@ _ORDINARY = {
     "_partial_reduce_output": None,
 }
 # What users may put in the way of weights and gradients.
-_COMMUNICATION = ("_all_gather_comm", "_reduce_scatter_comm", "_all_reduce_hook")
+_COMMUNICATION_HOOKS = ("_all_gather_comm", "_reduce_scatter_comm", "_all_reduce_hook")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +46,13 @@ class DataRank:
             return cls(0, 1)
         if len({mesh.size() for mesh in meshes}) > 1:
             raise ProbeError("modules are sharded over different numbers of ranks: no probe for these")
-        number = 0
-        for at, size in zip(meshes[0].get_coordinate(), meshes[0].shape, strict=True):
-            number = number * size + at
-        return cls(number, math.prod(meshes[0].shape))
+        index = 0
+        for coordinate, size in zip(meshes[0].get_coordinate(), meshes[0].shape, strict=True):
+            index = index * size + coordinate
+        return cls(index, math.prod(meshes[0].shape))
 
 
-def averaged(model: nn.Module) -> set[int]:
+def averaged_parameters(model: nn.Module) -> set[int]:
     """The ids of the parameters whose gradients FSDP averages."""
     return {id(one.sharded_param) for state in _states(model) for group in _groups(state) for one in group.fsdp_params}
 
@@ -68,36 +68,36 @@ def ordinary_backward(model: nn.Module) -> Iterator[None]:
     """
     states = _states(model)
     for group in (group for state in states for group in _groups(state)):
-        for name in _COMMUNICATION:
-            if not _is_torchs(getattr(group, name, None)):
+        for name in _COMMUNICATION_HOOKS:
+            if not _is_torch_communication(getattr(group, name, None)):
                 raise ProbeError(f"the model has {name.strip('_')} of the user's own, which no probe may call")
     with ExitStack() as stack:
         for context in {id(state._state_ctx): state._state_ctx for state in states}.values():  # noqa: SLF001 - as the head says
-            _lay(stack, context, "is_last_backward", value=True)
+            _override(stack, context, "is_last_backward", value=True)
         for group in (group for state in states for group in _groups(state)):
-            for name, value in _ORDINARY.items():
-                _lay(stack, group, name, value=value)
+            for name, value in _LAST_BACKWARD_SETTINGS.items():
+                _override(stack, group, name, value=value)
             for one in group.fsdp_params:
-                _lay(stack, one, "unsharded_accumulated_grad", value=None)
-                _lay(stack, getattr(one, "_unsharded_param", None), "grad", value=None)
+                _override(stack, one, "unsharded_accumulated_grad", value=None)
+                _override(stack, getattr(one, "_unsharded_param", None), "grad", value=None)
         for module in _modules(model):
             stack.callback(module.reshard)
-        stack.push(lambda kind, *_: _start_over(model) if kind else None)
+        stack.push(lambda kind, *_: _reset_unfinished_pass(model) if kind else None)
         yield
 
 
-def _is_torchs(communication: object) -> bool:
+def _is_torch_communication(communication: object) -> bool:
     return communication is None or type(communication).__module__.startswith("torch.distributed.")
 
 
-def _lay(stack: ExitStack, place: Any, name: str, *, value: object) -> None:
+def _override(stack: ExitStack, place: Any, name: str, *, value: object) -> None:
     """Set an attribute, where this version of torch has it, until `stack` unwinds."""
     if hasattr(place, name):
         stack.callback(setattr, place, name, getattr(place, name))
         setattr(place, name, value)
 
 
-def _start_over(model: nn.Module) -> None:
+def _reset_unfinished_pass(model: nn.Module) -> None:
     """Forget a pass that did not reach its end."""
     for module in _modules(model):
         state = module._get_fsdp_state()  # noqa: SLF001 - as the head says

@@ -11,40 +11,42 @@ from torch import Tensor
 from sharpwatch.blocks import BlockMap
 from sharpwatch.curvature.parameters.shards import Shard
 
-_SMALL = 2**16  # entries whose norm float32 sums up to 10⁻⁶; of 4·10⁷ it is off by 0.3 %
+_MAX_FLOAT32_ENTRIES = 2**16  # entries whose norm float32 sums up to 10⁻⁶; of 4·10⁷ it is off by 0.3 %
 
 
-def squares(block_map: BlockMap, tensors: Mapping[str, Tensor], shards: Mapping[str, Shard] | None = None) -> Tensor:
+def squared_norms(
+    block_map: BlockMap, tensors: Mapping[str, Tensor], shards: Mapping[str, Shard] | None = None
+) -> Tensor:
     """‖·‖² of each part of `tensors`; float64 [parts], not waited for. A parameter that is left out counts as zero.
 
     `shards`: what of its parameter each of `tensors` is, where they are not whole.
     """
-    found: list[list[Tensor]] = [[] for _ in block_map.parts]
-    together: dict[tuple[torch.device, torch.dtype], list[tuple[int, Tensor]]] = defaultdict(list)
+    sums: list[list[Tensor]] = [[] for _ in block_map.parts]
+    small_views: dict[tuple[torch.device, torch.dtype], list[tuple[int, Tensor]]] = defaultdict(list)
     for index, part in enumerate(block_map.parts):
         if part.parameter not in tensors:
             continue
         tensor = tensors[part.parameter]
         for view in (part.view(tensor),) if shards is None else shards[part.parameter].views(part, tensor):
-            if view.numel() <= _SMALL:
-                together[view.device, view.dtype].append((index, view))
+            if view.numel() <= _MAX_FLOAT32_ENTRIES:
+                small_views[view.device, view.dtype].append((index, view))
             else:
-                found[index].append(square(view))
-    for (_, dtype), small in together.items():
+                sums[index].append(squared_norm(view))
+    for (_, dtype), views in small_views.items():
         exact = torch.promote_types(dtype, torch.float32)
-        norms = torch._foreach_norm([view for _, view in small], 2, exact)  # noqa: SLF001 - torch names its foreach so
-        for (index, _), squared in zip(small, torch.stack(norms).double().square(), strict=True):
-            found[index].append(squared)
-    return stacked(found)
+        norms = torch._foreach_norm([view for _, view in views], 2, exact)  # noqa: SLF001 - torch names its foreach so
+        for (index, _), squared in zip(views, torch.stack(norms).double().square(), strict=True):
+            sums[index].append(squared)
+    return stack_sums(sums)
 
 
-def sum_into(values: Tensor, index: Sequence[int], size: int) -> Tensor:
+def sum_by_index(values: Tensor, index: Sequence[int], size: int) -> Tensor:
     """Sums of `values` [..., parts] by `index`; float64 [..., size] on the CPU."""
     values = values.cpu()
     return values.new_zeros(*values.shape[:-1], size).index_add_(-1, torch.tensor(index, device="cpu"), values)
 
 
-def square(view: Tensor) -> Tensor:
+def squared_norm(view: Tensor) -> Tensor:
     """‖·‖² of `view`, a float64 scalar, not waited for."""
     # By rows: float32 is exact enough for one row, and nothing as large as the view is allocated.
     exact = torch.promote_types(view.dtype, torch.float32)
@@ -52,7 +54,7 @@ def square(view: Tensor) -> Tensor:
     return rows.double().square().sum()
 
 
-def stacked(values: Iterable[Sequence[Tensor]]) -> Tensor:
+def stack_sums(values: Iterable[Sequence[Tensor]]) -> Tensor:
     """The sum of each, on one device."""
     each = list(values)
     device = next((value.device for some in each for value in some), torch.device("cpu"))

@@ -14,8 +14,10 @@ from torch import Tensor
 from sharpwatch.blocks import BlockMap, Part
 from sharpwatch.errors import ProbeError
 
-_MOST_COLOURS = 4
-_SIGNS = ((torch.arange(256, device="cpu")[:, None] >> torch.arange(8, device="cpu")) & 1) * 2 - 1  # of a byte's bits
+_MAX_COLOURS = 4
+_BYTE_SIGNS = (
+    (torch.arange(256, device="cpu")[:, None] >> torch.arange(8, device="cpu")) & 1
+) * 2 - 1  # of a byte's bits
 
 
 class ParameterSpace:
@@ -33,7 +35,7 @@ class ParameterSpace:
         self.size = sum(self._sizes)
         self.device = leaves[self.names[0]].device if self.names else torch.device("cpu")
 
-    def required(self) -> ParameterSpace:
+    def require_trainable(self) -> ParameterSpace:
         """This space; raises `ProbeError` where nothing in it requires a gradient."""
         if not self.parts:
             raise ProbeError(f"{self.block or 'model'}: nothing in it requires a gradient")
@@ -45,7 +47,7 @@ class ParameterSpace:
         return functools.reduce(torch.promote_types, (self.leaves[name].dtype for name in self.names), torch.float32)
 
     @cached_property
-    def scale(self) -> float:
+    def weight_scale(self) -> float:
         """What is large for one weight here: their root mean square, or a tenth of the whole model's if that is more.
 
         A block can be near zero without being insensitive: norms of the form 1 + w, the second factor of an adapter.
@@ -54,7 +56,7 @@ class ParameterSpace:
         everywhere = _root_mean_square([leaf.detach() for leaf in self.leaves.values()])
         return max(own, everywhere / 10) or 1.0
 
-    def shaped(self, vectors: Tensor) -> dict[str, Tensor]:
+    def unflatten(self, vectors: Tensor) -> dict[str, Tensor]:
         """`vectors` [p, size] by parameter name, each [p, *shape]; what of a fused parameter is not here is zero."""
         tensors: dict[str, Tensor] = {}
         for part, piece in zip(self.parts, torch.split(vectors, self._sizes, dim=-1), strict=True):
@@ -68,7 +70,7 @@ class ParameterSpace:
                 view.copy_(one.view(view.shape))
         return tensors
 
-    def flat(self, tensors: Mapping[str, Tensor]) -> Tensor:
+    def flatten_stacked(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """[p, size] of `tensors`, each [p, *shape]; a parameter that is left out is zero."""
         some = next(iter(tensors.values()))
         pieces = []
@@ -82,19 +84,19 @@ class ParameterSpace:
                 pieces.append(torch.stack([part.view(row).reshape(-1) for row in whole]))
         return torch.cat(pieces, 1).to(self.device)
 
-    def flat_of(self, tensors: Mapping[str, Tensor]) -> Tensor:
+    def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """[size] of `tensors`, each of its parameter's shape; a parameter that is left out is zero."""
         here = {name: tensors[name][None] for name in self.names if name in tensors}
-        return self.flat(here)[0] if here else torch.zeros(self.size, device=self.device)
+        return self.flatten_stacked(here)[0] if here else torch.zeros(self.size, device=self.device)
 
-    def by_layer(self, products: Tensor) -> Tensor:
+    def sum_by_layer(self, products: Tensor) -> Tensor:
         """Sums over each layer block of `products` [p, size]; float64 [p, L] on the CPU, zero for other blocks'."""
         sums = torch.stack([piece.double().sum(1) for piece in torch.split(products, self._sizes, dim=1)], 1)
         index = torch.tensor([self.block_map.layer_block_of[each] for each in self._indices], device="cpu")
         zeros = torch.zeros(len(products), len(self.block_map.layer_blocks), dtype=torch.float64, device="cpu")
         return zeros.index_add_(1, index, sums.cpu())
 
-    def by_block(self, products: Tensor) -> Tensor:
+    def sum_by_block(self, products: Tensor) -> Tensor:
         """Sums over each block type of `products` [size]; float64 [B] on the CPU, zero for blocks that are not here."""
         sums = torch.stack([piece.double().sum() for piece in torch.split(products, self._sizes)]).cpu()
         index = torch.tensor([self.block_map.block_of[each] for each in self._indices], device="cpu")
@@ -105,14 +107,14 @@ class ParameterSpace:
         mine = [torch.full((part.numel,), float(part.type == block), device=self.device) for part in self.parts]
         return torch.cat(mine)
 
-    def signs(self, generator: torch.Generator) -> Tensor:
+    def random_signs(self, generator: torch.Generator) -> Tensor:
         """Random signs; [size]."""
         # 64 signs a number, looked up by the byte: a tenth of the time of one each.
         words = torch.randint(-(2**63), 2**63 - 1, (self.size // 64 + 1,), generator=generator, device=generator.device)
-        table = _SIGNS.to(words.device, self.dtype)
+        table = _BYTE_SIGNS.to(words.device, self.dtype)
         return table.index_select(0, words.view(torch.uint8).int()).view(-1)[: self.size].to(self.device)
 
-    def patterns(self, signs: Tensor) -> Tensor:
+    def mirrored(self, signs: Tensor) -> Tensor:
         """`signs` [size] and their mirror images, [K, size], the mean of whose quadratic forms has less noise.
 
         The matrices of one layer block are given colours, and pattern k turns the signs of colour c by the entry (k, c)
@@ -120,10 +122,10 @@ class ParameterSpace:
         Those are what makes the noise where matrices act one after the other (query and key, value and output, up and
         down): measured, 65 to 90 % of the off-diagonal squared norm of such blocks.
         """
-        return signs * self._mirrors
+        return signs * self._mirror_signs
 
     @cached_property
-    def _mirrors(self) -> Tensor:
+    def _mirror_signs(self) -> Tensor:
         """What each pattern makes of every sign; [K, size]."""
         colours = self._colours.long()
         return _hadamard(int(colours.max()) + 1).to(self.device, self.dtype)[:, colours]
@@ -142,7 +144,7 @@ class ParameterSpace:
                 along = 0 if part.dim is None else part.dim + (part.repeats > 1)
                 for half in range(halves):
                     size = entries.shape[along] // halves
-                    entries.narrow(along, half * size, size).fill_(taken[part.layer] % _MOST_COLOURS)
+                    entries.narrow(along, half * size, size).fill_(taken[part.layer] % _MAX_COLOURS)
                     taken[part.layer] += 1
             colours.append(entries.reshape(-1))
         return torch.cat(colours)

@@ -21,7 +21,7 @@ from sharpwatch.blocks import Part
 from sharpwatch.curvature.statistics.sketch import CountSketch
 from sharpwatch.errors import BlockError, ProbeError
 
-_SLAB = 2**24  # entries of a temporary in which entries that are no run are sketched
+_SLAB_ENTRIES = 2**24  # entries of a temporary in which entries that are no run are sketched
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +38,8 @@ class Shard:
         shape = tuple(parameter.shape)
         runs: list[tuple[range, ...]] = [(range(size),) for size in shape]
         if is_dtensor(parameter):
-            for cut in _cuts(parameter):
-                runs[cut.dim] = cut.applied(runs[cut.dim])
+            for cut in _chunk_ranges(parameter):
+                runs[cut.dim] = cut.apply(runs[cut.dim])
         return cls(shape, tuple(sum(map(len, along)) for along in runs), tuple(runs))
 
     @property
@@ -63,45 +63,45 @@ class Shard:
         strides = (math.prod(self.shape[dim + 1 :]) for dim in range(len(self.shape)))
         return sum(along[0].start * stride for along, stride in zip(self.runs, strides, strict=True))
 
-    def views(self, part: Part, held: Tensor) -> Sequence[Tensor]:
+    def views(self, part: Part, local: Tensor) -> Sequence[Tensor]:
         """What of `part` lies in `held`, a tensor of the shard's shape: views that have each such entry once.
 
         There are none or one, or, where the shard cuts through stretches of a part that repeats, up to three; so of
         each of several runs.
         """
         if self.is_whole:
-            return (part.view(held),)
+            return (part.view(local),)
         if not self.numel:
             return ()
-        return (held,) if part.dim is None else tuple(self._slices(part, part.dim, held))
+        return (local,) if part.dim is None else tuple(self._slices(part, part.dim, local))
 
-    def slabs(self, held: Tensor) -> Iterator[tuple[int, Tensor]]:
+    def slabs(self, local: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Runs of the parameter's flat entries, each with its offset: those of `held`, and zeros between them."""
         if self.offset is not None:
-            yield self.offset, held
+            yield self.offset, local
             return
         inner = self.shape[1:]
-        for at, rows in _placed(self.runs[0]):
-            for some in _split(rows, max(1, _SLAB // math.prod(inner))):
-                slab = held.new_zeros(len(some), *inner)
-                own = held.narrow(0, at + some.start - rows.start, len(some))
-                for box in itertools.product(*map(_placed, self.runs[1:])):
+        for at, rows in _with_offsets(self.runs[0]):
+            for some in _split(rows, max(1, _SLAB_ENTRIES // math.prod(inner))):
+                slab = local.new_zeros(len(some), *inner)
+                own = local.narrow(0, at + some.start - rows.start, len(some))
+                for box in itertools.product(*map(_with_offsets, self.runs[1:])):
                     into = tuple(slice(run.start, run.stop) for _, run in box)
                     slab[:, *into] = own[:, *(slice(low, low + len(run)) for low, run in box)]
                 yield some.start * math.prod(inner), slab
 
-    def _slices(self, part: Part, dim: int, held: Tensor) -> Iterator[Tensor]:
+    def _slices(self, part: Part, dim: int, local: Tensor) -> Iterator[Tensor]:
         period = self.shape[dim] // part.repeats
-        for at, run in _placed(self.runs[dim]):
+        for at, run in _with_offsets(self.runs[dim]):
             uncut = range(-(-run.start // period), run.stop // period)
             if len(uncut) > 1:
-                stretches = held.narrow(dim, at + uncut.start * period - run.start, len(uncut) * period)
-                shape = (*held.shape[:dim], len(uncut), period, *held.shape[dim + 1 :])
+                stretches = local.narrow(dim, at + uncut.start * period - run.start, len(uncut) * period)
+                shape = (*local.shape[:dim], len(uncut), period, *local.shape[dim + 1 :])
                 yield stretches.view(shape).narrow(dim + 1, part.start, part.stop - part.start)
             for turn in range(run.start // period, -(-run.stop // period)):
                 begin, end = max(run.start, turn * period + part.start), min(run.stop, turn * period + part.stop)
                 if begin < end and (len(uncut) <= 1 or turn not in uncut):
-                    yield held.narrow(dim, at + begin - run.start, end - begin)
+                    yield local.narrow(dim, at + begin - run.start, end - begin)
 
 
 def is_dtensor(value: object) -> bool:
@@ -117,12 +117,12 @@ def is_sharded(model: nn.Module) -> bool:
     return any(is_dtensor(parameter) for parameter in model.parameters())
 
 
-def held(tensor: Tensor) -> Tensor:
+def local_tensor(tensor: Tensor) -> Tensor:
     """What this rank holds of `tensor`, which shares its memory; a tensor that is not spread is itself."""
     return tensor.detach().to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def is_scattered(parameter: Tensor) -> bool:
+def needs_redistribution(parameter: Tensor) -> bool:
     """Whether it takes a collective to place the gradient as `parameter` is.
 
     Under sequence parallelism ranks have sums, which the optimizer adds up in its step: before, none has an entry.
@@ -136,21 +136,21 @@ def is_scattered(parameter: Tensor) -> bool:
     )
 
 
-def held_gradient(parameter: Tensor) -> Tensor | None:
+def local_gradient(parameter: Tensor) -> Tensor | None:
     """What this rank holds of `parameter.grad`, placed as the parameter is: a collective where it `is_scattered`."""
     gradient: Any = parameter.grad
     if is_dtensor(gradient) and gradient.placements != parameter.placements:  # type: ignore[attr-defined]
         gradient = gradient.detach().redistribute(placements=parameter.placements)  # type: ignore[attr-defined]
-    return None if gradient is None else held(gradient)
+    return None if gradient is None else local_tensor(gradient)
 
 
-def gradient_summand(parameter: Tensor) -> tuple[Tensor | None, int]:
+def local_gradient_summand(parameter: Tensor) -> tuple[Tensor | None, int]:
     """What this rank adds to `parameter.grad`, in the parameter's shard, and how many ranks' such make up an entry.
 
     No collective. Raises `ProbeError` where a gradient that `is_scattered` is no sum over ranks that hold the same.
     """
-    if not is_scattered(parameter):
-        return held_gradient(parameter), 1
+    if not needs_redistribution(parameter):
+        return local_gradient(parameter), 1
     gradient: Any = parameter.grad
     placed: Any = parameter
     pairs = list(zip(gradient.placements, placed.placements, strict=True))
@@ -162,10 +162,10 @@ def gradient_summand(parameter: Tensor) -> tuple[Tensor | None, int]:
             raise ProbeError(f"a gradient is placed as {gradient.placements}, its parameter as {placed.placements}")
         ranks *= size
     cut = [then if now.is_replicate() else now for now, then in pairs]
-    return held(gradient.detach().redistribute(placements=cut)), ranks
+    return local_tensor(gradient.detach().redistribute(placements=cut)), ranks
 
 
-def shares(whole: Mapping[str, int], held_by: Iterable[Mapping[str, int]]) -> dict[str, float]:
+def shard_weights(whole: Mapping[str, int], held_by: Iterable[Mapping[str, int]]) -> dict[str, float]:
     """The weight of a rank's sums over each parameter, with which replicas count once.
 
     `whole` says how many entries each parameter has, `held_by` how many each rank of all holds.
@@ -176,7 +176,7 @@ def shares(whole: Mapping[str, int], held_by: Iterable[Mapping[str, int]]) -> di
     return {name: numel / held_together[name] for name, numel in whole.items()}
 
 
-def sketch(
+def sketch_shards(
     sketcher: CountSketch, tensors: Mapping[str, Tensor], shards: Mapping[str, Shard], weights: Mapping[str, float]
 ) -> Tensor:
     """This rank's summand of the sketch of what `tensors` are the shards of; float32 [B, size].
@@ -207,13 +207,13 @@ class _ChunkRange:
     count: int
     groups: int = 1
 
-    def applied(self, runs: tuple[range, ...]) -> tuple[range, ...]:
+    def apply(self, runs: tuple[range, ...]) -> tuple[range, ...]:
         """What is left of `runs`."""
         left: list[range] = []
         whole = range(sum(map(len, runs)))
         for group in range(self.groups):
             wanted = _chunk(_chunk(whole, group, self.groups), self.number, self.count)
-            for at, run in _placed(runs):
+            for at, run in _with_offsets(runs):
                 low, high = max(wanted.start, at), min(wanted.stop, at + len(run))
                 if low >= high:
                     continue
@@ -224,7 +224,7 @@ class _ChunkRange:
         return tuple(left)
 
 
-def _cuts(parameter: Any) -> Iterator[_ChunkRange]:
+def _chunk_ranges(parameter: Any) -> Iterator[_ChunkRange]:
     """How a DTensor is cut, one after the other.
 
     FSDP2 cuts what tensor parallelism has cut before, but its mesh dimension comes first: a strided placement says so
@@ -263,7 +263,7 @@ def _chunk(run: range, number: int, count: int) -> range:
     return run[number * each : (number + 1) * each]
 
 
-def _placed(runs: Iterable[range]) -> Iterator[tuple[int, range]]:
+def _with_offsets(runs: Iterable[range]) -> Iterator[tuple[int, range]]:
     """Each run with where it lies among all, end to end."""
     at = 0
     for run in runs:

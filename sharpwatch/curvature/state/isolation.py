@@ -27,10 +27,15 @@ _GENERATORS: Mapping[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
     "numpy": (np.random.get_state, np.random.set_state),
     "torch": (torch.get_rng_state, torch.set_rng_state),
 }
-_UNUSED: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()  # generators, by model
+_UNUSED_GENERATORS: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()  # generators, by model
 _GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 # Their hooks are part of what the module computes: weight and spectral norm, pruning, sharding.
-_KEPT = ("torch.nn.", "torch.distributed.", "transformers.distributed.", "transformers.integrations.tensor_parallel")
+_TORCH_MODULES = (
+    "torch.nn.",
+    "torch.distributed.",
+    "transformers.distributed.",
+    "transformers.integrations.tensor_parallel",
+)
 
 
 class Functional:
@@ -44,7 +49,7 @@ class Functional:
     """
 
     def __init__(self, model: nn.Module, *, exact: bool = False) -> None:
-        self.inner = unwrapped(model)
+        self.inner = unwrap(model)
         self.exact = exact
         self.leaves = {
             name: self._raised(parameter.detach()).requires_grad_(parameter.requires_grad)
@@ -54,9 +59,9 @@ class Functional:
         self._slots: dict[str, list[tuple[dict[str, Any], str]]] = defaultdict(list)
         self._buffers: list[tuple[dict[str, Any], str, Tensor]] = []
         for module in self.inner.modules():
-            self._lay(module, names)
+            self._install_registries(module, names)
         for name, leaf in self.leaves.items():
-            self.place(name, leaf)
+            self.set_parameter(name, leaf)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output."""
@@ -72,12 +77,12 @@ class Functional:
         """The leaves to differentiate by."""
         return {name: leaf for name, leaf in self.leaves.items() if leaf.requires_grad}
 
-    def place(self, name: str, tensor: Tensor) -> None:
+    def set_parameter(self, name: str, tensor: Tensor) -> None:
         """Compute with `tensor` for the parameter `name` from now on, everywhere it is used."""
         for registry, key in self._slots[name]:
             registry[key] = tensor
 
-    def _lay(self, module: nn.Module, names: Mapping[int, str]) -> None:
+    def _install_registries(self, module: nn.Module, names: Mapping[int, str]) -> None:
         parameters, buffers = dict(vars(module)["_parameters"]), dict(vars(module)["_buffers"])
         for key, parameter in parameters.items():
             if parameter is not None:
@@ -86,10 +91,10 @@ class Functional:
         vars(module)["_parameters"], vars(module)["_buffers"] = parameters, buffers
 
     def _raised(self, tensor: Tensor) -> Tensor:
-        return raised(tensor) if self.exact else tensor
+        return upcast(tensor) if self.exact else tensor
 
 
-def raised(tensor: Tensor) -> Tensor:
+def upcast(tensor: Tensor) -> Tensor:
     """`tensor` in float32 where it is of half precision."""
     return tensor.float() if tensor.dtype in {torch.bfloat16, torch.float16} else tensor
 
@@ -118,18 +123,18 @@ def restore(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(mode=False))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(_random_state_kept(model))
+        stack.enter_context(_rng_state_restored(model))
         stack.enter_context(_without_autocast_cache())
         stack.enter_context(_without_modes())
-        stack.enter_context(_attributes_kept(model))
-        stack.enter_context(hooks_aside(nn.modules.module, _GLOBAL_HOOKS))
+        stack.enter_context(_attributes_restored(model))
+        stack.enter_context(hooks_disabled(nn.modules.module, _GLOBAL_HOOKS))
         stack.enter_context(_without_reentrant_checkpoints())
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and to import it takes a second
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         for module in model.modules():
             vars(module)["training"] = False
             for name in _HOOKS:
-                _bypass(module, name)
+                _hide_user_hooks(module, name)
         yield
 
 
@@ -158,7 +163,7 @@ def _precisions() -> list[tuple[Any, str, Any]]:
     return [(backends.cuda.matmul, "allow_tf32", False), (backends.cudnn, "allow_tf32", False)]
 
 
-class _Kept:
+class _DirectCheckpoint:
     """In place of a reentrant checkpoint, whose backward knows no `torch.autograd.grad`: all is kept in memory."""
 
     @staticmethod
@@ -170,7 +175,7 @@ class _Kept:
 def _without_reentrant_checkpoints() -> Iterator[None]:
     place = torch.utils.checkpoint
     saved = place.CheckpointFunction
-    place.CheckpointFunction = _Kept  # type: ignore[assignment,misc]
+    place.CheckpointFunction = _DirectCheckpoint  # type: ignore[assignment,misc]
     try:
         yield
     finally:
@@ -178,14 +183,14 @@ def _without_reentrant_checkpoints() -> Iterator[None]:
 
 
 @contextmanager
-def _random_state_kept(model: nn.Module) -> Iterator[None]:
+def _rng_state_restored(model: nn.Module) -> Iterator[None]:
     """Puts back what was drawn inside from the process's own generators of random numbers and the accelerators'.
 
     Other threads draw from the former too, one that prepares batches, say, and must not find their draws undone. While
     there are any, a generator that `model` has once left alone is taken to be theirs.
     """
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type not in {"cpu", "meta"}}
-    unused = _UNUSED.setdefault(model, set())
+    unused = _UNUSED_GENERATORS.setdefault(model, set())
     before = {name: read() for name, (read, _) in _GENERATORS.items()}
     with ExitStack() as stack:
         for device in devices:
@@ -195,13 +200,13 @@ def _random_state_kept(model: nn.Module) -> Iterator[None]:
             yield
         finally:
             for name, (read, write) in _GENERATORS.items():
-                if _same(read(), before[name]):
+                if _equal_states(read(), before[name]):
                     unused.add(name)
                 elif name not in unused or len(sys._current_frames()) == 1:  # noqa: SLF001 - as `threading.active_count`
                     write(before[name])
 
 
-def _same(one: Any, other: Any) -> bool:
+def _equal_states(one: Any, other: Any) -> bool:
     """Whether two states of a generator are equal: a tensor, or a tuple with an array in it."""
     if isinstance(one, Tensor):
         return torch.equal(one, other)
@@ -215,11 +220,11 @@ def _without_modes() -> Iterator[None]:
         if torch._C._len_torch_dispatch_stack():  # noqa: SLF001 - there is no public way
             stack.enter_context(_disable_current_modes())
         if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:  # noqa: SLF001 - as above
-            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is))
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_identity, _identity))
         yield
 
 
-def _as_it_is(tensor: Tensor) -> Tensor:
+def _identity(tensor: Tensor) -> Tensor:
     return tensor
 
 
@@ -235,11 +240,11 @@ def _without_autocast_cache() -> Iterator[None]:
 
 
 @contextmanager
-def _attributes_kept(model: nn.Module) -> Iterator[None]:
+def _attributes_restored(model: nn.Module) -> Iterator[None]:
     """Puts back every module's attributes and what they hold; in between, tensors are copies."""
     modules = list(model.modules())
     attributes = [dict(vars(module)) for module in modules]
-    record = StateSnapshot(apart=[*modules, *model.parameters(), *model.buffers()])
+    record = StateSnapshot(excluded=[*modules, *model.parameters(), *model.buffers()])
     copies: dict[int, Tensor] = {}
     for value in itertools.chain.from_iterable(attribute.values() for attribute in attributes):
         if not isinstance(value, Tensor):
@@ -257,7 +262,7 @@ def _attributes_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def hooks_aside(place: object, names: Iterable[str]) -> Iterator[None]:
+def hooks_disabled(place: object, names: Iterable[str]) -> Iterator[None]:
     """Empty registries of hooks in `place`, a module of torch's or an optimizer, by name, for as long."""
     saved = {name: getattr(place, name) for name in names}
     try:
@@ -269,23 +274,23 @@ def hooks_aside(place: object, names: Iterable[str]) -> Iterator[None]:
             setattr(place, name, hooks)
 
 
-def _bypass(module: nn.Module, name: str) -> None:
+def _hide_user_hooks(module: nn.Module, name: str) -> None:
     """Lay a registry without the user's hooks over a module's own; handles keep pointing at the latter."""
     hooks = vars(module)[name]
     if hooks:
-        vars(module)[name] = OrderedDict((key, hook) for key, hook in hooks.items() if is_torchs(hook))
+        vars(module)[name] = OrderedDict((key, hook) for key, hook in hooks.items() if is_torch_hook(hook))
 
 
-def is_torchs(hook: Callable[..., Any]) -> bool:
+def is_torch_hook(hook: Callable[..., Any]) -> bool:
     """Whether a hook is part of what the module computes, rather than the user's."""
     while isinstance(hook, functools.partial):
         hook = hook.func
     kinds = [kind for kind in type(hook).__mro__ if kind is not nn.Module]  # a user's module may be a hook
     homes = [getattr(hook, "__module__", None), *(kind.__module__ for kind in kinds)]
-    return any(isinstance(home, str) and home.startswith(_KEPT) for home in homes)
+    return any(isinstance(home, str) and home.startswith(_TORCH_MODULES) for home in homes)
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> nn.Module:
     """The module inside wrappers that change how it runs, not what it computes."""
     while True:
         if isinstance(model, DistributedDataParallel):

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_PROBES = 4  # from so many on, the scatter of probes says more than that of draws
+_MIN_PROBES = 4  # from so many on, the scatter of probes says more than that of draws
 # Of 400 windows of a flat spectrum, for m = 4, 8, 32 and 128 each, the top eigenvalue stood at 0.96 to 0.98 of the edge
 # on average and in none above 1.25 of it. A power law's bulk reaches further: λ_i ~ 1/√i has it at 1.16 (m = 128).
-_CLEAR = 1.25
+_EDGE_MARGIN = 1.25
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,12 +51,12 @@ def trace_estimates(traces: Tensor, mask: Tensor) -> TraceEstimates:
     probes = (draws > 0).sum(1)
     means = torch.where(mask, traces, 0.0).sum(2) / draws
     value = torch.where(draws > 0, means, 0.0).sum(1) / probes
-    between = _scatter(means, draws > 0) / probes.sqrt()
+    between = _standard_deviation(means, draws > 0) / probes.sqrt()
     residuals = torch.where(mask, traces - means[:, :, None], 0.0)
-    variance = residuals.square().sum((1, 2)) / _positive(draws.sum(1) - probes)
+    variance = residuals.square().sum((1, 2)) / _positive_or_nan(draws.sum(1) - probes)
     shares = torch.where(draws > 0, 1 / draws, 0.0).sum(1)
     within = (variance * shares).sqrt() / probes
-    stderr = torch.where(probes >= _PROBES, between, torch.fmax(between, within))
+    stderr = torch.where(probes >= _MIN_PROBES, between, torch.fmax(between, within))
     return TraceEstimates(value, stderr, draws.sum(1))
 
 
@@ -77,9 +77,9 @@ def top_eigenvalues(sketches: Tensor, mask: Tensor) -> TopEigenvalues:
     values, vectors = torch.linalg.eigh((rows @ rows.mT).double() / draws[:, None, None])
     top, trace = values[:, -1], values.sum(1)
     second = values[:, -2] if values.shape[1] > 1 else torch.zeros_like(top)
-    value = _without_bias(values.clamp(min=0), draws, size)
+    value = _debiased_top(values.clamp(min=0), draws, size)
     rest = (trace - value).clamp(min=0)
-    neighbours = (_without_neighbours(top, rest, draws, size) - value).clamp(min=0)
+    neighbours = (_debiased_isolated_top(top, rest, draws, size) - value).clamp(min=0)
     # Each draw's share of the top: their mean is `top`.
     projections = (top * draws)[:, None] * vectors[:, :, -1].square()
     scatter = _projection_error(projections.view(windows, probes, per_probe), mask)
@@ -87,11 +87,11 @@ def top_eigenvalues(sketches: Tensor, mask: Tensor) -> TopEigenvalues:
     variance = torch.fmax(scatter, gaussian).square() + value.square() * 2 / size + neighbours.square()
     stderr = torch.where(draws < 2, torch.nan, variance.sqrt())
     edge = rest * (1 / draws.sqrt() + size**-0.5).square()
-    upper_bound = (top <= _CLEAR * edge) | (top - second <= stderr) | (draws < 2)
+    upper_bound = (top <= _EDGE_MARGIN * edge) | (top - second <= stderr) | (draws < 2)
     return TopEigenvalues(value, stderr, draws, upper_bound)
 
 
-def _without_bias(values: Tensor, draws: Tensor, size: int) -> Tensor:
+def _debiased_top(values: Tensor, draws: Tensor, size: int) -> Tensor:
     """λ [W] of the top of each window's ascending eigenvalues l [W, n], of which all but `draws` are padding.
 
     With a = Σ l_1/(l_1 − l_j)/(m − 1) over the other draws and b the same over the k − 1 other dimensions of the
@@ -110,7 +110,7 @@ def _without_bias(values: Tensor, draws: Tensor, size: int) -> Tensor:
     return torch.maximum(value, torch.where(draws > 1, rest / (draws * size).sqrt(), 0.0))
 
 
-def _without_neighbours(top: Tensor, rest: Tensor, draws: Tensor, size: int) -> Tensor:
+def _debiased_isolated_top(top: Tensor, rest: Tensor, draws: Tensor, size: int) -> Tensor:
     """λ [W] with l = (λ + T/m)(λ + T/k)/λ, as it were if the `rest` T of the trace were spread thinly."""
     linear = top - rest * (1 / draws + 1 / size)
     root = (linear.square() - 4 * rest.square() / (draws * size)).clamp(min=0).sqrt()
@@ -121,20 +121,20 @@ def _projection_error(projections: Tensor, mask: Tensor) -> Tensor:
     """Standard error [W] of the mean of `projections` [W, P, D], by probes where there are enough, else by draws."""
     counts = mask.sum(2)
     probes = (counts > 0).sum(1)
-    by_probe = _scatter((projections * mask).sum(2) / counts, counts > 0) / probes.sqrt()
-    by_draw = _scatter(projections.flatten(1), mask.flatten(1)) / mask.sum((1, 2)).sqrt()
-    return torch.where(probes >= _PROBES, by_probe, by_draw)
+    by_probe = _standard_deviation((projections * mask).sum(2) / counts, counts > 0) / probes.sqrt()
+    by_draw = _standard_deviation(projections.flatten(1), mask.flatten(1)) / mask.sum((1, 2)).sqrt()
+    return torch.where(probes >= _MIN_PROBES, by_probe, by_draw)
 
 
-def _scatter(values: Tensor, present: Tensor) -> Tensor:
+def _standard_deviation(values: Tensor, present: Tensor) -> Tensor:
     """Standard deviation [W] of those of `values` [W, n] that are `present`; NaN for fewer than two."""
     count = present.sum(1)
     kept = torch.where(present, values, 0.0)
     mean = kept.sum(1) / count
     squares = torch.where(present, values - mean[:, None], 0.0).square().sum(1)
-    return (squares / _positive(count - 1)).sqrt()
+    return (squares / _positive_or_nan(count - 1)).sqrt()
 
 
-def _positive(count: Tensor) -> Tensor:
+def _positive_or_nan(count: Tensor) -> Tensor:
     """`count` as a divisor, NaN where it is not above zero."""
     return torch.where(count > 0, count.double(), torch.nan)

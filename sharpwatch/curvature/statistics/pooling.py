@@ -8,31 +8,31 @@ from dataclasses import dataclass
 
 import torch
 
-_LATE = 4  # draws: with 2, errors of 14 to 28 draws were 1.1 to 1.2 times what was stated (90 seeds)
-_BATCHES = 4  # from so many on, the scatter of batches says more than that of draws
+_EXTRA_DRAWS = 4  # draws: with 2, errors of 14 to 28 draws were 1.1 to 1.2 times what was stated (90 seeds)
+_MIN_BATCHES = 4  # from so many on, the scatter of batches says more than that of draws
 
 
 @dataclass(frozen=True, slots=True)
-class Pooled:
+class PooledEstimate:
     """A mean, its standard error (NaN for a single draw), and the part of it that is the batches' own spread."""
 
     value: float
     stderr: float
-    floor: float
+    batch_stderr: float
     draws: int
 
     @property
-    def sure(self) -> float:
+    def stopping_stderr(self) -> float:
         """`stderr` as it would be with `_LATE` draws fewer, to stop by; infinite where there are none left then.
 
         Who stops at the first small error stops at one that is too small by chance: a constant number of draws more
         makes up for it, whatever their variance (Simons, "On the cost of not knowing the variance", 1968).
         """
-        fewer = self.draws - 1 - _LATE
+        fewer = self.draws - 1 - _EXTRA_DRAWS
         return self.stderr * math.sqrt((self.draws - 1) / fewer) if fewer > 0 else math.inf
 
 
-def pooled(draws: Sequence[Sequence[float]], shares: Sequence[float], common: float = 0.0) -> Pooled:
+def pool_draws(draws: Sequence[Sequence[float]], shares: Sequence[float], common: float = 0.0) -> PooledEstimate:
     """Σ_i w_i mean_j x_ij of `draws` [draws][batches], `shares` w_i; `common` is an error that all draws share.
 
     The error is that of the batches' scatter, which covers their draws, where there are 4 batches or more. Else it is
@@ -45,14 +45,14 @@ def pooled(draws: Sequence[Sequence[float]], shares: Sequence[float], common: fl
     value = float((means * weights).sum())
     within = float((values * weights).sum(1).std() / math.sqrt(count)) if count > 1 else math.nan
     if batches == 1:
-        return Pooled(value, math.hypot(within, common), 0.0, count)
-    between = scatter(means.tolist(), shares)
-    stderr = between if batches >= _BATCHES or not between < within else within
-    floor = math.sqrt(max(0.0, between**2 - within**2)) if count > 1 else 0.0
-    return Pooled(value, math.hypot(stderr if count > 1 else math.nan, common), floor, count)
+        return PooledEstimate(value, math.hypot(within, common), 0.0, count)
+    between = weighted_mean_stderr(means.tolist(), shares)
+    stderr = between if batches >= _MIN_BATCHES or not between < within else within
+    batch_stderr = math.sqrt(max(0.0, between**2 - within**2)) if count > 1 else 0.0
+    return PooledEstimate(value, math.hypot(stderr if count > 1 else math.nan, common), batch_stderr, count)
 
 
-def scatter(values: Sequence[float], shares: Sequence[float]) -> float:
+def weighted_mean_stderr(values: Sequence[float], shares: Sequence[float]) -> float:
     """Standard error of Σ_i w_i x_i, by the scatter of the x_i about it; NaN for fewer than two."""
     if len(values) < 2:
         return math.nan
@@ -70,7 +70,7 @@ def relative_error(value: float, stderr: float) -> float:
     return stderr / abs(value) if value != 0 else math.inf
 
 
-def worst(relative_errors: Mapping[str, float]) -> str:
+def least_precise(relative_errors: Mapping[str, float]) -> str:
     """The name with the largest relative error, the first of equals; one that is not measured yet has an infinite one.
 
     Raises `ValueError` for none.

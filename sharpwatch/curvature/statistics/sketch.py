@@ -29,7 +29,7 @@ from torch import Tensor
 from sharpwatch.blocks import BlockMap, Part
 from sharpwatch.errors import BlockError
 
-_WORD = 64  # entries whose signs are the bits of one hash
+_HASH_BITS = 64  # entries whose signs are the bits of one hash
 _SIGN_BIT = -(2**31)
 
 
@@ -40,12 +40,16 @@ class CountSketch:
     """
 
     def __init__(self, block_map: BlockMap, size: int = 256, seed: int = 0) -> None:
-        if size < _WORD or size % _WORD:
-            raise ValueError(f"size {size}: expected a positive multiple of {_WORD}")
+        if size < _HASH_BITS or size % _HASH_BITS:
+            raise ValueError(f"size {size}: expected a positive multiple of {_HASH_BITS}")
         self.block_map = block_map
         self.size = size
         self.seed = seed
-        self._hash = _Hash(size, sign_key=_mix_int(_mix_int(seed) + 1), rotation_key=_mix_int(_mix_int(seed) + 2))
+        self._hashes = _Hashes(
+            size,
+            sign_key=_splitmix64_int(_splitmix64_int(seed) + 1),
+            rotation_key=_splitmix64_int(_splitmix64_int(seed) + 2),
+        )
         self._first_row = {}
         row = 0
         for name, shape in block_map.shapes.items():
@@ -64,13 +68,13 @@ class CountSketch:
         """
         ranges = {name: self._range(name, values, offsets or {}) for name, values in gradients.items()}
         device = next(iter(gradients.values())).device if gradients else torch.device("cpu")
-        stage = _Stage(self._hash, self._staged_rows, len(self.block_map.blocks), device)
+        stage = _StagingBuffer(self._hashes, self._staged_rows, len(self.block_map.blocks), device)
         for part, block in zip(self.block_map.parts, self.block_map.block_of, strict=True):
             if part.parameter not in gradients:
                 continue
             low, high = ranges[part.parameter]
             values = gradients[part.parameter].reshape(-1)
-            for piece in _pieces(part, self.block_map.shapes[part.parameter], low, high, stage.limit):
+            for piece in _index_ranges(part, self.block_map.shapes[part.parameter], low, high, stage.limit):
                 stage.put(piece, values, low, self._first_row[part.parameter], block)
         return stage.result()
 
@@ -85,7 +89,7 @@ class CountSketch:
 
 
 @dataclass(frozen=True, slots=True)
-class _Hash:
+class _Hashes:
     """The random function: signs of entries and rotations of rows, from the rows' numbers."""
 
     size: int
@@ -94,13 +98,13 @@ class _Hash:
 
     def signs(self, rows: Tensor) -> Tensor:
         """Int32 [R * size]: the sign bit of each entry of `rows`."""
-        words = rows[:, None] * (self.size // _WORD) + torch.arange(self.size // _WORD, device=rows.device)
-        halves = _mix(words + self.sign_key).view(torch.int32).view(-1, 1)
+        words = rows[:, None] * (self.size // _HASH_BITS) + torch.arange(self.size // _HASH_BITS, device=rows.device)
+        halves = _splitmix64(words + self.sign_key).view(torch.int32).view(-1, 1)
         return (halves << torch.arange(32, dtype=torch.int32, device=rows.device)).bitwise_and_(_SIGN_BIT).view(-1)
 
     def rotations(self, rows: Tensor) -> Tensor:
         """Int64 [R] in [0, size); 31 bits are taken, so their remainder is uniform to size / 2^31."""
-        return ((_mix(rows + self.rotation_key) >> 33) & 0x7FFFFFFF) % self.size
+        return ((_splitmix64(rows + self.rotation_key) >> 33) & 0x7FFFFFFF) % self.size
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,14 +125,14 @@ class _IndexRange:
         return flat.as_strided((self.count, self.width), (self.stride, 1), flat.storage_offset() + at)
 
 
-class _Stage:
+class _StagingBuffer:
     """A bounded buffer of rows on their way into the sums: many small parameters cost one round of hashing."""
 
-    def __init__(self, hashed: _Hash, rows: int, blocks: int, device: torch.device) -> None:
+    def __init__(self, hashed: _Hashes, rows: int, blocks: int, device: torch.device) -> None:
         # On a CPU the fastest of 512 to 8192 (2 MiB: near its second-level cache); elsewhere outweighs the launches.
         capacity = max(2, min(rows, 2048 if device.type == "cpu" else 16384))
         self.limit = (capacity - 1) * hashed.size
-        self._hash = hashed
+        self._hashes = hashed
         self._values = torch.zeros(capacity * hashed.size, dtype=torch.float32, device=device)
         self._rows = torch.zeros(capacity, dtype=torch.int64, device=device)
         self._blocks = torch.zeros(capacity, dtype=torch.int64, device=device)
@@ -137,7 +141,7 @@ class _Stage:
 
     def put(self, piece: _IndexRange, source: Tensor, low: int, first_row: int, block: int) -> None:
         """Take `piece` of `source`, whose first entry is the parameter's entry `low`."""
-        size = self._hash.size
+        size = self._hashes.size
         column = piece.start % size
         count = -(-(column + piece.span) // size)
         if self._used + count > len(self._rows):
@@ -152,23 +156,23 @@ class _Stage:
     def result(self) -> Tensor:
         """Float32 [B, size]: the sums by rotation, each rotated and added up."""
         self._flush()
-        size = self._hash.size
+        size = self._hashes.size
         twice = torch.cat([self._sums, self._sums], -1)
         # [B, r, j] is column j - r, modulo size, of the sum of rows rotated by r.
         rotated = twice.as_strided((len(twice) // size, size, size), (2 * size * size, 2 * size - 1, 1), size)
         return rotated.sum(1)
 
     def _flush(self) -> None:
-        values = self._values[: self._used * self._hash.size]
+        values = self._values[: self._used * self._hashes.size]
         rows = self._rows[: self._used]
-        values.view(torch.int32).bitwise_xor_(self._hash.signs(rows))
-        into = self._hash.rotations(rows) + self._blocks[: self._used]
-        self._sums.index_add_(0, into, values.view(-1, self._hash.size))
+        values.view(torch.int32).bitwise_xor_(self._hashes.signs(rows))
+        into = self._hashes.rotations(rows) + self._blocks[: self._used]
+        self._sums.index_add_(0, into, values.view(-1, self._hashes.size))
         values.zero_()
         self._used = 0
 
 
-def _pieces(part: Part, shape: tuple[int, ...], low: int, high: int, limit: int) -> Iterator[_IndexRange]:
+def _index_ranges(part: Part, shape: tuple[int, ...], low: int, high: int, limit: int) -> Iterator[_IndexRange]:
     """What entries [low, high) of a parameter hold of `part`, in pieces that span at most `limit` entries.
 
     A part along dimension `dim` is the run [first, last) of each period: `shape[dim:]` entries, or where the part
@@ -194,22 +198,22 @@ def _pieces(part: Part, shape: tuple[int, ...], low: int, high: int, limit: int)
             turn += 1
 
 
-def _signed(value: int) -> int:
+def _to_int64(value: int) -> int:
     """The int64 with the same 64 bits."""
     return (value + 2**63) % 2**64 - 2**63
 
 
-def _mix_int(value: int) -> int:
+def _splitmix64_int(value: int) -> int:
     """splitmix64's output function on a Python integer, as an int64."""
     z = (value + 0x9E3779B97F4A7C15) % 2**64
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
-    return _signed(z ^ (z >> 31))
+    return _to_int64(z ^ (z >> 31))
 
 
-def _mix(values: Tensor) -> Tensor:
+def _splitmix64(values: Tensor) -> Tensor:
     """The same on int64 tensors, which wrap around; their shift drags the sign along, hence the masks."""
-    z = values * _signed(0x9E3779B97F4A7C15)
-    z = (z ^ ((z >> 30) & (2**34 - 1))) * _signed(0xBF58476D1CE4E5B9)
-    z = (z ^ ((z >> 27) & (2**37 - 1))) * _signed(0x94D049BB133111EB)
+    z = values * _to_int64(0x9E3779B97F4A7C15)
+    z = (z ^ ((z >> 30) & (2**34 - 1))) * _to_int64(0xBF58476D1CE4E5B9)
+    z = (z ^ ((z >> 27) & (2**37 - 1))) * _to_int64(0x94D049BB133111EB)
     return z ^ ((z >> 31) & (2**33 - 1))

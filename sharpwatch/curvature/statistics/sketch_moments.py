@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_FEWEST = 4  # probes that a jackknife needs; at 3 the error's own error is half of it
+_MIN_PROBES = 4  # probes that a jackknife needs; at 3 the error's own error is half of it
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,9 +37,9 @@ class SketchMoments:
     size: int
     traces: Tensor
     products: Tensor
-    along: Tensor
+    projections: Tensor
     present: Tensor
-    directed: Tensor
+    has_gradient: Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,12 +84,12 @@ def effective_ranks(moments: SketchMoments, top: Tensor) -> WindowValues:
     inverse moves by 2 Σ (λ_i²/Tr G² − λ_i/Tr G) of it, which `top` [W], the largest eigenvalue, bounds.
     """
     chosen = _leave_one_out(moments.present)
-    inverse = _jackknife(_product_of_shapes(moments, chosen, chosen), moments.present)
+    inverse = _jackknife(_normalized_product(moments, chosen, chosen), moments.present)
     share = (top.square() / _mean(moments.products, chosen, chosen)[:, 0]).clamp(0, 1) - inverse.value
     own = inverse.value.square() * 8 / moments.size * share.clamp(min=0)
     relative = inverse.stderr.square().add(own).sqrt() / inverse.value
     rank = 1 / (inverse.value * (1 + relative.square()))
-    return _kept(rank, rank * relative, (relative > 0) & (relative < 0.5))
+    return _where_resolved(rank, rank * relative, (relative > 0) & (relative < 0.5))
 
 
 def drifts(moments: SketchMoments) -> WindowValues:
@@ -104,10 +104,10 @@ def drifts(moments: SketchMoments) -> WindowValues:
     newer = moments.present & ~older
     chosen = _leave_one_out(moments.present)
     old, new = chosen * older[:, None], chosen * newer[:, None]
-    within = _product_of_shapes(moments, old, old) + _product_of_shapes(moments, new, new)
-    similarity = _jackknife(2 * _product_of_shapes(moments, old, new) / within, older, newer)
-    error = _with_sketch(similarity, moments.size)
-    return _kept(1 - similarity.value, error, error < 1)
+    within = _normalized_product(moments, old, old) + _normalized_product(moments, new, new)
+    similarity = _jackknife(2 * _normalized_product(moments, old, new) / within, older, newer)
+    error = _with_sketch_error(similarity, moments.size)
+    return _where_resolved(1 - similarity.value, error, error < 1)
 
 
 def alignments(moments: SketchMoments) -> WindowValues:
@@ -117,11 +117,11 @@ def alignments(moments: SketchMoments) -> WindowValues:
     fraction of λ_max it would be wrong wherever several are nearly equal.
     """
     chosen = _leave_one_out(moments.present)
-    along = _mean(moments.along, chosen * moments.directed[:, None], chosen)
+    projections = _mean(moments.projections, chosen * moments.has_gradient[:, None], chosen)
     norm = _mean(moments.products, chosen, chosen).clamp(min=0).sqrt()
-    cosine = _jackknife(along / norm, moments.present)
-    error = _with_sketch(cosine, moments.size)
-    return _kept(cosine.value, error, (moments.directed.sum(1) >= _FEWEST) & (error < 1))
+    cosine = _jackknife(projections / norm, moments.present)
+    error = _with_sketch_error(cosine, moments.size)
+    return _where_resolved(cosine.value, error, (moments.has_gradient.sum(1) >= _MIN_PROBES) & (error < 1))
 
 
 def _without_collisions(squares: Tensor, norms: Tensor, size: int) -> Tensor:
@@ -136,7 +136,7 @@ def _leave_one_out(present: Tensor) -> Tensor:
     return torch.cat([weights, weights * kept], 1)
 
 
-def _product_of_shapes(moments: SketchMoments, left: Tensor, right: Tensor) -> Tensor:
+def _normalized_product(moments: SketchMoments, left: Tensor, right: Tensor) -> Tensor:
     """Tr(G G') / (Tr G Tr G') [W, R] of the means of probes in `left` and in `right` [W, R, P].
 
     Both traces are taken from the same pairs: what a few draws make of them, they make of the numerator as well.
@@ -165,11 +165,11 @@ def _jackknife(statistic: Tensor, *strata: Tensor) -> WindowValues:
         mean = torch.where(stratum, without, 0.0).sum(1) / count
         spread = torch.where(stratum, without - mean[:, None], 0.0).square().sum(1)
         bias += (count - 1) * (mean - whole)
-        variance += torch.where(count >= _FEWEST, (count - 1) / count * spread, torch.nan)
+        variance += torch.where(count >= _MIN_PROBES, (count - 1) / count * spread, torch.nan)
     return WindowValues(whole - bias, variance.sqrt())
 
 
-def _with_sketch(cosine: WindowValues, size: int) -> Tensor:
+def _with_sketch_error(cosine: WindowValues, size: int) -> Tensor:
     """The error of a cosine c of two matrices, with the sketch's share.
 
     Matrices of rank one have the most: the squared correlation of two vectors from `size` numbers, of variance
@@ -180,5 +180,5 @@ def _with_sketch(cosine: WindowValues, size: int) -> Tensor:
     return cosine.stderr.square().add(own).sqrt()
 
 
-def _kept(value: Tensor, stderr: Tensor, resolved: Tensor) -> WindowValues:
+def _where_resolved(value: Tensor, stderr: Tensor, resolved: Tensor) -> WindowValues:
     return WindowValues(torch.where(resolved, value, torch.nan), torch.where(resolved, stderr, torch.nan))
