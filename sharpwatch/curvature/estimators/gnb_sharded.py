@@ -1,9 +1,11 @@
-"""The Gauss-Newton-Bartlett probe of a model whose parameters several ranks hold together.
+"""The Gauss-Newton-Bartlett probe for a model whose parameters are sharded over ranks.
 
-Here nothing can stand in for the weights: FSDP2 gathers them in hooks, and leaves gradients in `.grad`. So each draw is
-an ordinary forward and backward through the model itself, by all ranks together, and what they leave is put back.
-Gradients come back averaged over the ranks that compute on different rows, each rank with its shard: with D such ranks
-and N predicting positions in all, a backward of D/√N times the sum of cross-entropies leaves √N ∇L̂, whose squares add.
+A sharded model cannot run on stand-ins for its weights: FSDP2 gathers them in hooks and leaves gradients in `.grad`. So
+each draw is an ordinary forward and backward through the model itself, on all ranks, and their traces are removed
+afterwards.
+
+Each rank gets its shard of the gradient, averaged over the D data-parallel ranks. With N predicting positions in total,
+the backward of D/√N times the summed cross-entropy leaves √N ∇L̂, whose squares add up over the shards.
 """
 
 from __future__ import annotations
@@ -28,18 +30,16 @@ from sharpwatch.curvature.state.isolation import is_torch_hook, restore, unwrap
 from sharpwatch.curvature.statistics.sketch import CountSketch
 from sharpwatch.errors import DesyncError, EmptyBatchError, ProbeError
 
-_REASON_BYTES = 256  # bytes of a failure's reason that the other ranks are told
+_REASON_BYTES = 256  # of a failure's reason, as sent to the other ranks
 _OUT_OF_STEP_HINT = (
-    "That was in the gnb probe, within the model's own collectives: ranks wait there for each other, and to train on "
-    "would mix one rank's step with another's probe. Start again from the last checkpoint; probes=() runs none"
+    "The gnb probe failed within the model's own collectives, so ranks are out of step: training on would mix one "
+    "rank's step with another's probe. Restart from the last checkpoint; attach(probes=()) disables all probes"
 )
 
-AllReduce = Callable[
-    [Tensor], Tensor
-]  # a float64 tensor on the CPU to the sum of all ranks' such; they wait for each other
+AllReduce = Callable[[Tensor], Tensor]  # sums a float64 CPU tensor over all ranks; blocks until all have called it
 
 
-def sharded_gnb_probe(  # noqa: PLR0913 - what a probe is of, and how it is taken; each named
+def sharded_gnb_probe(  # noqa: PLR0913 - settings are keyword-only
     model: nn.Module,
     block_map: BlockMap,
     batch: AbstractContextManager[Batch],
@@ -51,15 +51,30 @@ def sharded_gnb_probe(  # noqa: PLR0913 - what a probe is of, and how it is take
     sketcher: CountSketch | None = None,
     logits_fn: LogitsFn | None = None,
 ) -> GnbSample:
-    """`draws` forwards and backwards on all ranks' rows, the same sample on each; leaves no trace in `model`.
+    """Draw the trace of G for each layer block, on all ranks together; leaves no trace in `model`.
 
-    All ranks call it together, with their `shares` as `weights`. `batch` gives this rank's rows, and is what the probe
-    runs in; `generator`, on the logits' device, is made for this probe: ranks of one `DataRank` number have the same of
-    both, others their own. Frozen and unused parameters count as zero.
+    It takes one forward and one backward for each draw. All ranks must call it, and all get the same sample.
 
-    Raises `ProbeError` on every rank where one of them fails beside the model's own collectives (its rows can't be had,
-    there are no logits, memory is short for labels or sums), or all fail alike within them. Else `DesyncError`: this
-    rank failed within them while the others went on, or does not hear of the others.
+    Args:
+        model: The model, the same on all ranks.
+        block_map: The division of its parameters into blocks.
+        batch: Gives this rank's rows, and is the context in which the probe runs.
+        draws: Number of draws.
+        generator: Random generator on the device of the logits, made for this probe. Ranks with the same `DataRank`
+            must have the same rows and the same generator state, other ranks different ones.
+        add: Sums a tensor over all ranks.
+        weights: This rank's `shard_weights`.
+        sketcher: Sketches each draw's gradient; None for traces alone.
+        logits_fn: Computes logits and mask; None to find them, see `predict`.
+
+    Returns:
+        The draws. Frozen and unused parameters count as zero.
+
+    Raises:
+        ProbeError: On every rank: one rank failed outside of the model's own collectives (no rows, no logits, no memory
+            for labels or sums), or all failed alike within them.
+        DesyncError: This rank failed within the model's collectives while others went on, or it cannot reach the
+            others.
     """
     ranks = _RankSums(add)
     with ExitStack() as stack:
@@ -76,7 +91,7 @@ def sharded_gnb_probe(  # noqa: PLR0913 - what a probe is of, and how it is take
         positions, rows = ranks.total(counts).tolist()
         tokens, rows = (round(count * probe.data_rank.count / ranks.size) for count in (positions, rows))
         if tokens == 0:
-            raise EmptyBatchError("no position of any rank's rows predicts: all labels are ignored")
+            raise EmptyBatchError("every label is ignored on every rank: no position predicts")
         scale = probe.data_rank.count / math.sqrt(tokens)
         total = torch.zeros(draws, probe.width, dtype=torch.float64, device="cpu")
         for draw in range(draws):
@@ -84,7 +99,7 @@ def sharded_gnb_probe(  # noqa: PLR0913 - what a probe is of, and how it is take
             with ranks.recording_failure():
                 if draw:
                     logits, mask = probe.forward()
-                output_gradient = logits.detach().new_zeros(()).expand(logits.shape)  # where this rank has none to give
+                output_gradient = logits.detach().new_zeros(()).expand(logits.shape)  # used if the next line fails
                 with ranks.recording_failure():
                     output_gradient = OutputGradients(logits.detach(), mask, 1, generator, scale=scale)[0]
                 gradients = probe.gradients(logits, output_gradient)
@@ -99,9 +114,9 @@ def sharded_gnb_probe(  # noqa: PLR0913 - what a probe is of, and how it is take
 
 
 class _RankProbe:
-    """What one rank computes of a probe: its shards of √N ∇L̂, and their squares and sketches."""
+    """One rank's part of the probe: its shard of √N ∇L̂, with its squared norms and sketch."""
 
-    def __init__(  # noqa: PLR0913, PLR0917 - as the probe itself
+    def __init__(  # noqa: PLR0913, PLR0917 - the arguments of the probe
         self,
         model: nn.Module,
         block_map: BlockMap,
@@ -121,7 +136,7 @@ class _RankProbe:
         self._parameters = dict(model.named_parameters())
         self._shards = {name: Shard.of(parameter) for name, parameter in self._parameters.items()}
         self._weights = weights
-        # What FSDP was told to ignore stays apart: with labels that are independent, E‖Σ_r g_r‖² is Σ_r E‖g_r‖².
+        # FSDP does not average parameters it ignores. Labels are independent, so E‖Σ_r g_r‖² is Σ_r E‖g_r‖².
         averaged_parameters = fsdp.averaged_parameters(model)
         unaveraged = {name for name, parameter in self._parameters.items() if id(parameter) not in averaged_parameters}
         self._part_weights = torch.tensor(
@@ -134,7 +149,7 @@ class _RankProbe:
         )
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        """Logits [..., V], whole on each rank, and the positions that predict; on copies of the buffers."""
+        """Run a forward on copies of the buffers; return whole logits [..., V] and the mask of predicting positions."""
         for module, buffers in self._buffers:
             vars(module)["_buffers"] = {name: None if one is None else one.clone() for name, one in buffers.items()}
         logits: Any
@@ -142,7 +157,7 @@ class _RankProbe:
         return logits.full_tensor() if is_dtensor(logits) else logits, mask
 
     def gradients(self, logits: Tensor, output_gradient: Tensor) -> dict[str, Tensor]:
-        """What this rank holds of the gradients, by name."""
+        """This rank's shards of the gradients by parameter name."""
         torch.autograd.backward(logits, output_gradient)
         found = {name: local_gradient(parameter) for name, parameter in self._parameters.items()}
         for parameter in self._parameters.values():
@@ -151,7 +166,7 @@ class _RankProbe:
 
     @torch.no_grad()
     def sums(self, gradients: Mapping[str, Tensor]) -> Tensor:
-        """This rank's summands of a draw's squares by part, and of its sketch; float64 [width] on the CPU."""
+        """This rank's summands of a draw's squared norms by part, and of its sketch; float64 [width] on the CPU."""
         by_part = squared_norms(self._block_map, gradients, self._shards).cpu() * self._part_weights
         if self._sketcher is None:
             return by_part
@@ -160,7 +175,7 @@ class _RankProbe:
 
 
 class _RankSums:
-    """Sums over all ranks, which all of them get or none: a rank that has failed says so with its next summand."""
+    """Sums over all ranks that every rank gets, or none: a rank that failed reports it with its next summand."""
 
     def __init__(self, add: AllReduce) -> None:
         self.size = 0  # ranks
@@ -171,7 +186,10 @@ class _RankSums:
 
     @contextmanager
     def recording_failure(self) -> Iterator[None]:
-        """The body may fail on this rank alone; it goes on, for the others count on its part in what follows."""
+        """Record a failure of the body, which may happen on this rank alone.
+
+        The rank goes on, since the others wait for it in the sums that follow.
+        """
         try:
             yield
         except Exception as error:  # noqa: BLE001 - raised by `total`, on all ranks
@@ -179,19 +197,30 @@ class _RankSums:
             self._reason = self._reason or said
 
     def enter_collectives(self) -> None:
-        """Enter the model's own collectives: all ranks, or none."""
+        """Enter the model's own collectives: all ranks do, or none does."""
         nothing = torch.zeros(0, device="cpu")
         with self.recording_failure():
             self._launched = launched_collectives()
         self.total(nothing)
-        # Whoever has given up waiting there for a late rank is missed by that here, before it waits in the model.
+        # If a rank timed out in the first sum, the others notice it in this one, before they wait within the model.
         self._inside = True
         self.total(nothing)
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum of all ranks' `own`. Raises `ProbeError` on all of them where one failed.
+        """Sum `values` over all ranks.
 
-        Once inside, that needs all to have launched as many collectives: then none waits for another's, nor will.
+        If a rank failed within the model's collectives, the ranks are still in step only if all of them launched the
+        same number of collectives.
+
+        Args:
+            values: This rank's float64 values.
+
+        Returns:
+            The sums.
+
+        Raises:
+            ProbeError: A rank failed; raised on all of them.
+            DesyncError: A rank failed, and the ranks are out of step.
         """
         launched = launched_collectives() - self._launched if self._inside else 0
         head = torch.tensor([1, self._reason != "", launched, launched**2], dtype=torch.float64, device="cpu")
@@ -199,14 +228,14 @@ class _RankSums:
         self.size, failures, launched, squared = (round(value) for value in summed[:4].tolist())
         if failures:
             reason = self._share_reason() if failures == 1 else self._reason
-            said = f"failed on {failures} of the ranks: {reason or 'they say why'}"
+            said = f"failed on {failures} of the ranks: {reason or 'see their logs'}"
             if launched**2 != self.size * squared:
                 raise DesyncError(f"{said}. {_OUT_OF_STEP_HINT}")
             raise ProbeError(said)
         return summed[4:].view_as(values)
 
     def _share_reason(self) -> str:
-        """The reason of the one rank that failed."""
+        """Send the reason of the one rank that failed to all ranks."""
         encoded = self._reason.encode()[:_REASON_BYTES].ljust(_REASON_BYTES)
         if not self._reason:
             encoded = bytes(_REASON_BYTES)
@@ -219,27 +248,31 @@ class _RankSums:
         except Exception as error:
             if not self._inside:
                 raise
-            said = f"failed on this rank: {self._reason}" if self._reason else f"the other ranks are gone: {error}"
+            said = f"failed on this rank: {self._reason}" if self._reason else f"lost the other ranks: {error}"
             raise DesyncError(f"{said}. {_OUT_OF_STEP_HINT}") from error
 
 
 def launched_collectives() -> int:
-    """How many this process has launched, on all its groups. Raises `RuntimeError` where a backend does not count."""
+    """Number of collectives that this process launched on all its groups.
+
+    Raises:
+        RuntimeError: A backend does not count them.
+    """
     groups: Iterable[Any] = dist.distributed_c10d._world.pg_map  # noqa: SLF001 - there is no public way to ask for all
-    real = (group for group in groups if dist.get_backend(group) != "fake")  # what meshes have where nothing is divided
+    real = (group for group in groups if dist.get_backend(group) != "fake")  # of mesh dimensions of size 1
     return sum(group._get_sequence_number_for_group() for group in real)  # noqa: SLF001 - nor for what each did
 
 
 @contextmanager
 def _gradients_cleared(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """A context in which parameters have no gradients and the user's hooks on them rest; both are put back."""
+    """A context without gradients, and without the user's hooks on parameters; both are restored."""
     with ExitStack() as stack:
         for parameter in parameters:
             stack.callback(setattr, parameter, "grad", parameter.grad)
             parameter.grad = None
             for name in ("_backward_hooks", "_post_accumulate_grad_hooks"):
                 hooks = getattr(parameter, name, None)
-                if hooks:  # changed in place: autograd has a reference to it
+                if hooks:  # changed in place, since autograd holds a reference to the dict
                     stack.callback(hooks.update, dict(hooks))
                     stack.callback(hooks.clear)
                     for key in [key for key, hook in hooks.items() if not is_torch_hook(hook)]:

@@ -1,4 +1,4 @@
-"""All that a measurement has drawn so far, as plain numbers: kept, taken up again, and summed up as a report."""
+"""The draws of a measurement as plain numbers: saved, loaded, and summarized as a report."""
 
 from __future__ import annotations
 
@@ -14,13 +14,23 @@ from sharpwatch.curvature.measure.report import BlockReport
 from sharpwatch.curvature.statistics.estimate import Cost, Estimate, Spectrum
 from sharpwatch.curvature.statistics.pooling import PooledEstimate, pool_draws, weighted_mean_stderr
 
-DrawValues = list[list[list[float]]]  # [draws][batches][layer blocks], or one number of all layers together
-WHOLE_MODEL = ""  # stands for all blocks together
+DrawValues = list[list[list[float]]]  # [draws][batches][layer blocks], or [draws][batches][1] for the sum over layers
+WHOLE_MODEL = ""  # the name of all blocks together
 
 
 @dataclass(frozen=True, slots=True)
 class SpectrumEnds:
-    """Both ends of a spectrum; the lists are Rayleigh quotients of the same vectors on each batch."""
+    """The extreme eigenvalues of one block.
+
+    Attributes:
+        top: Largest Ritz value.
+        top_residual: Its residual.
+        bottom: Smallest Ritz value.
+        bottom_residual: Its residual.
+        tops: Rayleigh quotient of the top Ritz vector on each batch.
+        bottoms: Rayleigh quotient of the bottom Ritz vector on each batch.
+        method: How the products were computed.
+    """
 
     top: float
     top_residual: float
@@ -33,27 +43,43 @@ class SpectrumEnds:
 
 @dataclass(slots=True)
 class Draws:
-    """By estimator and, where it has them, block. `shares` are the batches' weights, `losses` their losses."""
+    """All draws so far, by estimator and block.
+
+    The names of the fields are the keys of the saved state.
+
+    Attributes:
+        shares: Weight of each batch.
+        losses: Loss of each batch.
+        gnb: Draws of Tr G.
+        hutchinson: Draws of Tr H by block.
+        common: Standard error that all `hutchinson` draws of a block share.
+        steps: ε of the loss differences by block; 0 if products are used.
+        ends: Extreme eigenvalues by block.
+        spectra: Atoms and weights of each spectral draw by block.
+        stability: Stability ratios by block, then by kind.
+        costs: Cost by estimator, or by "estimator/block".
+        products_by: How products are computed.
+    """
 
     shares: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     gnb: DrawValues = field(default_factory=list)
     hutchinson: dict[str, DrawValues] = field(default_factory=dict)
-    common: dict[str, float] = field(default_factory=dict)  # the error that all hutchinson draws of a block share
-    steps: dict[str, float] = field(default_factory=dict)  # ε of the loss differences; 0 where products are taken
+    common: dict[str, float] = field(default_factory=dict)
+    steps: dict[str, float] = field(default_factory=dict)
     ends: dict[str, SpectrumEnds] = field(default_factory=dict)
     spectra: dict[str, list[tuple[list[float], list[float]]]] = field(default_factory=dict)
-    stability: dict[str, dict[str, Estimate]] = field(default_factory=dict)  # by block, then kind
-    costs: dict[str, Cost] = field(default_factory=dict)  # by estimator, or estimator/block
+    stability: dict[str, dict[str, Estimate]] = field(default_factory=dict)
+    costs: dict[str, Cost] = field(default_factory=dict)
     products_by: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """The draws as plain values for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Draws:
-        """What `to_dict` gave."""
+        """Load what `to_dict` returned."""
         plain = dict(values)
         ends = {name: SpectrumEnds(**each) for name, each in plain.pop("ends").items()}
         costs = {name: Cost(**each) for name, each in plain.pop("costs").items()}
@@ -64,16 +90,16 @@ class Draws:
         return cls(**plain, ends=ends, costs=costs, stability=stability)
 
     def add_cost(self, name: str, cost: Cost) -> None:
-        """Add to what `name` has cost."""
+        """Add `cost` to the cost of `name`."""
         self.costs[name] = self.costs.get(name, Cost()) + cost
 
     @property
     def cost(self) -> Cost:
-        """Of all together."""
+        """Total cost."""
         return sum(self.costs.values(), Cost())
 
     def gnb_trace(self, layers: Sequence[int]) -> PooledEstimate:
-        """Tr G of the layer blocks with these indices."""
+        """Tr G, summed over the layer blocks with these indices."""
         return pool_draws([[math.fsum(row[i] for i in layers) for row in draw] for draw in self.gnb], self.shares)
 
     def hutchinson_trace(self, block: str) -> PooledEstimate:
@@ -82,7 +108,7 @@ class Draws:
         return pool_draws(totals, self.shares, self.common.get(block, 0.0))
 
     def block(self, block_map: BlockMap, name: str) -> BlockReport:
-        """All that is known of a block type."""
+        """Summarize the draws of a block type."""
         layers = [i for i, each in enumerate(block_map.layer_blocks) if each.type == name]
         estimates: dict[str, Estimate] = {}
         if self.gnb:
@@ -92,7 +118,7 @@ class Draws:
         return self._with_spectrum(BlockReport(block_map.numel[name], estimates), name)
 
     def layers(self, block_map: BlockMap) -> dict[str, BlockReport]:
-        """Traces by layer block; `hutchinson`'s only where they were taken with products."""
+        """Summarize traces by layer block; Tr H is included only if it was measured by products."""
         reports = {}
         for index, layer in enumerate(block_map.layer_blocks):
             estimates = {"gnb": self._gnb([index])} if self.gnb else {}
@@ -107,7 +133,7 @@ class Draws:
         return reports
 
     def whole(self, block_map: BlockMap) -> BlockReport:
-        """All blocks together; the Hessian's trace only where every block's was measured."""
+        """Summarize all blocks together; Tr H is included only if every block was measured."""
         estimates: dict[str, Estimate] = {}
         if self.gnb:
             estimates["gnb"] = self._gnb(range(len(block_map.layer_blocks)))
@@ -142,7 +168,7 @@ class Draws:
 
 
 def _sum_independent(estimates: Sequence[Estimate]) -> Estimate:
-    """The sum of independent ones."""
+    """The sum of independent estimates."""
     methods = "; ".join(dict.fromkeys(each.method for each in estimates))
     value, stderr = math.fsum(e.value for e in estimates), math.hypot(*(e.stderr for e in estimates))
     cost = sum((each.cost for each in estimates), Cost())

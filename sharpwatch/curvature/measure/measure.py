@@ -1,4 +1,4 @@
-"""One look at a model: every block's sharpness with its error, from a list of batches; no daemon."""
+"""`measure`: the sharpness of every block of a model with standard errors, from a list of batches; no daemon needed."""
 
 from __future__ import annotations
 
@@ -28,24 +28,30 @@ from sharpwatch.curvature.statistics.pooling import PooledEstimate, relative_err
 from sharpwatch.errors import PrecisionError, ProbeError
 
 ESTIMATORS = ("gnb", "hutchinson", "lanczos")
-_RESIDUAL_TOLERANCE = 0.003  # residual over the larger end of a spectrum: where a Lanczos iteration stops
-_MAX_TOP_TOLERANCE = (
-    0.01  # at most, with a precision asked for: at 0.03 a run in a hundred took the second eigenvalue for the top
-)
-_MIN_BOTTOM_TOLERANCE = 0.1  # the same for the lower end there
-_DRAWS_PER_FORWARD = 4  # gnb draws that share a forward, in search of a precision
+_RESIDUAL_TOLERANCE = 0.003  # residual at which Lanczos stops, relative to the larger end of the spectrum
+# Limits of that tolerance if a precision is requested. At 0.03, one run in a hundred took the second eigenvalue for
+# the top one.
+_MAX_TOP_TOLERANCE = 0.01
+_MIN_BOTTOM_TOLERANCE = 0.1
+_DRAWS_PER_FORWARD = 4  # gnb draws that share a forward while a precision is being reached
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """`done` of `total` pieces of work (None: until a precision is reached), the last of which was `what`."""
+    """The progress of a measurement.
+
+    Attributes:
+        done: Number of finished pieces of work.
+        total: Number of pieces in total; None if the end depends on a precision.
+        what: The last finished piece.
+    """
 
     done: int
     total: int | None
     what: str
 
 
-def measure(  # noqa: PLR0913, PLR0917 - the public signature; each has a default that works
+def measure(  # noqa: PLR0913, PLR0917 - the public signature, with defaults
     model: nn.Module,
     batches: Sequence[Mapping[str, Any]],
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
@@ -61,17 +67,34 @@ def measure(  # noqa: PLR0913, PLR0917 - the public signature; each has a defaul
     logits_fn: LogitsFn | None = None,
     method: str = "auto",
 ) -> SharpnessReport:
-    """Measure `model` on `batches`, dicts of its arguments (Hugging Face: `input_ids`, `labels`).
+    """Measure the sharpness of `model` on `batches`; leaves no trace in `model`.
 
-    `estimators`: `gnb` (trace of the Gauss-Newton matrix), `hutchinson` (trace of the Hessian), `lanczos` (its largest
-    and smallest eigenvalue), `spectrum` (its density, from `draws` starts), and for the next step of `optimizer`
-    `direction`, `linesearch` and `preconditioned`. `precision` asks for every block's relative standard error to be
-    below it, with up to `max_draws`. `blocks` None means all, and the whole model's eigenvalues. `method`: products by
-    "autograd" alone, by "differences" of gradients alone, or "auto": autograd where that goes, and traces from the loss
-    where the loss is smooth. Leaves no trace in `model`.
+    Args:
+        model: The model, on the device where it is to be measured.
+        batches: Dicts of the model's arguments (Hugging Face: `input_ids`, `labels`).
+        optimizer: The optimizer or optimizers, for estimators that concern its next step.
+        estimators: What to measure. `gnb`: trace of the Gauss-Newton matrix. `hutchinson`: trace of the Hessian.
+            `lanczos`: largest and smallest eigenvalue of the Hessian. `spectrum`: its density, from `draws` starts.
+            `direction`, `linesearch`, `preconditioned`: stability of the optimizer's next step.
+        draws: Number of draws for each trace.
+        seed: Seed of the draws; the same seed gives the same draws.
+        precision: Requested relative standard error of every block's trace; more draws are taken to reach it.
+        max_draws: Largest number of draws, with `precision`.
+        blocks: Block types to measure; None for all of them and the eigenvalues of the whole model.
+        rules: Block rules, or the path of a YAML file; see `classify`.
+        loss_fn: Computes the loss as `loss_fn(model, batch)`; None to use the model's own.
+        logits_fn: Computes logits [..., V] and a mask of the predicting positions as `logits_fn(model, batch)`; None to
+            find them.
+        method: "autograd" differentiates twice, "differences" takes finite differences of gradients. "auto" takes
+            autograd if it works, and traces from loss differences if the loss is smooth.
 
-    Raises `ProbeError` or `BlockError` for what can't be measured, before anything starts, and `PrecisionError`, which
-    has the report, for a precision that was not reached.
+    Returns:
+        The estimates by block.
+
+    Raises:
+        ProbeError: An argument is invalid, or the model cannot be measured; raised before anything runs if possible.
+        BlockError: The model's parameters cannot be divided into blocks.
+        PrecisionError: `precision` was not reached; the error has the report.
     """
     measurement = Measurement(
         model,
@@ -97,9 +120,9 @@ def measure(  # noqa: PLR0913, PLR0917 - the public signature; each has a defaul
 
 
 class Measurement:
-    """`measure` in pieces, that can be stopped, kept and gone on with: every draw is the seed's alone.
+    """`measure` in steps: it can be interrupted, saved and resumed, since every draw depends on the seed alone.
 
-    Arguments and errors are `measure`'s; the constructor checks them and runs nothing.
+    The arguments and errors are those of `measure`. The constructor checks the arguments and runs nothing.
     """
 
     def __init__(  # noqa: PLR0913, PLR0917 - `measure`'s signature
@@ -146,7 +169,11 @@ class Measurement:
         self._done = 0
 
     def run(self) -> Generator[Progress]:
-        """Do the work, piece by piece; in between the model is on loan, and given back at the end or on `close()`."""
+        """Run piece by piece; the model is in use between pieces, and released at the end or by `close()`.
+
+        Yields:
+            The progress after each piece.
+        """
         yield from self._run_gnb()
         if set(self._plan.estimators) == {"gnb"}:
             return
@@ -164,7 +191,7 @@ class Measurement:
                     yield self._progress(name)
 
     def report(self) -> SharpnessReport:
-        """What has been found so far."""
+        """Summarize the draws so far."""
         draws = self._draws
         return SharpnessReport(
             blocks={name: draws.block(self.block_map, name) for name in self.blocks},
@@ -181,18 +208,22 @@ class Measurement:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Every draw so far, as JSON takes it, and what it was drawn from."""
+        """All draws so far as values for JSON, with a fingerprint of the inputs."""
         return {"of": self._fingerprint(), "found": self._draws.to_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`; more draws, another precision or other estimators may be asked for than when it was made.
+        """Resume from `state`; draws, precision and estimators may differ from those it was saved with.
 
-        Raises `ProbeError` where it was drawn with another seed, or from other weights, batches or blocks.
+        Args:
+            state: What `state_dict` returned.
+
+        Raises:
+            ProbeError: The state was drawn with another seed or method, or from other weights, batches or blocks.
         """
         for name, own in self._fingerprint().items():
             theirs = state.get("of", {}).get(name)
             if theirs != own:
-                raise ProbeError(f"the state is of another measurement: its {name} is {theirs}, this one's {own}")
+                raise ProbeError(f"the state belongs to another measurement: its {name} is {theirs}, expected {own}")
         self._draws = Draws.from_dict(state["found"])
         draws, first = self._draws, "lanczos" in self._plan.estimators
         self._done = len(self._batches) * bool(draws.gnb) + len(draws.ends)
@@ -230,7 +261,7 @@ class Measurement:
             drawn += new_draws
 
     def _missing_gnb_draws(self) -> int:
-        """How many more draws; every one is of all blocks."""
+        """Number of draws to take next; each covers all blocks."""
         count = len(self._draws.gnb)
         if count < self._plan.draws:
             return self._plan.draws - count
@@ -241,7 +272,7 @@ class Measurement:
         return self._draws.gnb_trace([i for i, b in enumerate(self.block_map.layer_blocks) if b.type == block])
 
     def _unreached(self) -> dict[str, str]:
-        """Why, by block, where a trace is not as precise as asked."""
+        """For each block whose trace is less precise than requested, the reason."""
         reasons: dict[str, str] = {}
         for block in self.blocks if self._plan.precision is not None else ():
             traces = {"gnb": self._gnb_trace(block)} if self._draws.gnb else {}
@@ -258,11 +289,11 @@ class Measurement:
         error = relative_error(trace.value, trace.stderr)
         shortfall = f"{estimator}'s relative standard error is {error:.2g}, not below {self._plan.precision:g}"
         if self._plan.reached(trace) is None:
-            return f"{shortfall}: its batches differ by more than that, give more of them"
+            return f"{shortfall}: the batches differ by more than that, pass more batches"
         return f"{shortfall}, with max_draws={self._plan.max_draws}"
 
     def _next_step(self) -> dict[str, Tensor]:
-        """The optimizer's, on the mean gradient of all batches."""
+        """The optimizer's next step on the mean gradient of all batches."""
         if not {"direction", "linesearch"} & set(self._plan.estimators):
             return {}
         mean: dict[str, Tensor] = {}
@@ -275,7 +306,7 @@ class Measurement:
         return next_step(self._model, self._optimizers, mean)
 
     def _generator(self, *key: object) -> torch.Generator:
-        """A random source that depends on the seed and on what is drawn alone, not on what was drawn before."""
+        """A random generator that depends on the seed and `key` alone, not on earlier draws."""
         digest = hashlib.sha256("/".join(map(str, (self._seed, *key))).encode()).digest()
         return torch.Generator(self._device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
@@ -288,7 +319,7 @@ class Measurement:
         if plan.precision is not None:
             return None
         count |= {"lanczos": len(plan.spectra), "hutchinson": plan.draws * len(plan.blocks)}
-        first = "lanczos" in plan.estimators  # whose own start is a draw
+        first = "lanczos" in plan.estimators  # its own start counts as one spectral draw
         count |= {"spectrum": (plan.draws - first) * len(plan.spectra)}
         return sum(count.get(name, 1) for name in plan.estimators)
 

@@ -1,4 +1,4 @@
-"""The part of a measurement that takes second derivatives: ends and densities of spectra, Hessian traces, stability."""
+"""The part of a measurement that needs second derivatives: spectra, Hessian traces and stability ratios."""
 
 from __future__ import annotations
 
@@ -20,20 +20,32 @@ from sharpwatch.curvature.parameters.parameter_space import ParameterSpace
 from sharpwatch.curvature.statistics.estimate import Cost, Estimate, stability_ratio
 from sharpwatch.curvature.statistics.pooling import PooledEstimate, least_precise, relative_error
 
-_MAX_PRODUCTS = 100  # where a Lanczos iteration gives up; its residual then says so
-_FORWARDS_PER_PRODUCT = 4  # forwards without a graph that take the time of one product (measured on a CPU: 3.9)
-_MAX_SHARED_ERROR = 0.5  # of the precision asked for: where an error that draws share is too large
-_MIN_TRACE_RATIO = 1.5  # Tr H over ‖H‖_F, as small as it is believed to be
-_MAX_DEFLATION_BYTES = 8 * 2**30  # of all Krylov spaces that deflate
-_QUADRATURE_PRODUCTS = 24  # products of one draw of a spectrum
-_MAX_KEPT_GRADIENTS = 4  # batches whose gradients are kept; of more, each quadratic form takes two forwards
+_MAX_PRODUCTS = 100  # of one Lanczos iteration; the residual then shows that it did not converge
+_FORWARDS_PER_PRODUCT = 4  # one product takes as long as this many forwards without a graph (on a CPU: 3.9)
+_MAX_SHARED_ERROR = 0.5  # of an error that all draws share, relative to the requested precision
+_MIN_TRACE_RATIO = 1.5  # assumed lower bound of Tr H / ‖H‖_F
+_MAX_DEFLATION_BYTES = 8 * 2**30  # of all Krylov bases kept for deflation
+_QUADRATURE_PRODUCTS = 24  # of one spectral draw
+_MAX_KEPT_GRADIENTS = 4  # with more batches, gradients are not kept and each quadratic form takes two forwards
 
-Generators = Callable[..., torch.Generator]  # from what is drawn
+Generators = Callable[..., torch.Generator]  # from the key of a draw
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is asked for. `spectra` are the blocks, and "" for the whole model; a precision of None means `draws`."""
+    """What a measurement is to do.
+
+    Attributes:
+        estimators: Names of the estimators.
+        blocks: Block types whose traces are measured.
+        spectra: Block types whose spectra are measured; "" for the whole model.
+        draws: Number of draws, if no precision is requested the final one.
+        max_draws: Largest number of draws.
+        precision: Requested relative standard error, or None.
+        tolerance: Lanczos tolerance of the top: residual relative to the larger end of the spectrum.
+        bottom_tolerance: The same for the bottom.
+        losses: Whether traces may be taken from loss differences.
+    """
 
     estimators: Sequence[str]
     blocks: Sequence[str]
@@ -41,18 +53,18 @@ class Plan:
     draws: int
     max_draws: int
     precision: float | None
-    tolerance: float  # of the top of a spectrum: residual over its larger end
+    tolerance: float
     bottom_tolerance: float
-    losses: bool  # whether traces may be taken from the loss alone
+    losses: bool
 
     def wants(self, trace: PooledEstimate | None, count: int) -> bool:
-        """Whether a trace with `have` draws needs more."""
+        """Whether a trace with `count` draws needs more."""
         if count < self.draws or trace is None:
             return True
         return self.reached(trace) is False and count < self.max_draws
 
     def reached(self, trace: PooledEstimate) -> bool | None:
-        """Whether a trace is as precise as asked; None where no further draw can bring it there."""
+        """Whether a trace is as precise as requested; None if no further draw can achieve that."""
         if (
             self.precision is None
             or trace.stderr == 0
@@ -63,7 +75,17 @@ class Plan:
 
 
 class SecondOrder:
-    """One measurement's second half; what it finds goes into `found`, what is there already is not done again."""
+    """Runs the estimators that need second derivatives, and adds their results to `draws`.
+
+    Results that `draws` already contains are not measured again.
+
+    Args:
+        plan: What to measure.
+        block_map: The division of the parameters into blocks.
+        hessian: The Hessian.
+        draws: The draws so far.
+        generator: Gives a random generator for the key of a draw.
+    """
 
     def __init__(self, plan: Plan, block_map: BlockMap, hessian: Hessian, draws: Draws, generator: Generators) -> None:
         self._plan = plan
@@ -72,16 +94,16 @@ class SecondOrder:
         self._draws = draws
         self._generator = generator
         self._spaces: dict[str, ParameterSpace] = {}
-        self._pilots: dict[str, tuple[float, float]] = {}  # zᵀHz and ‖Hz‖ of one z a block, exact
+        self._pilots: dict[str, tuple[float, float]] = {}  # exact zᵀHz and ‖Hz‖ of one z for each block
         self._differences: dict[str, LossDifferences | None] = {}
         self._deflations: dict[str, Deflation] = {}
         self._bases: list[BaseLoss] = []
         self._gradients: list[Mapping[str, Tensor]] = []
-        self._smooth_loss = False  # whether traces may be taken from the loss
+        self._smooth_loss = False  # whether traces may be taken from loss differences
         draws.products_by = hessian.method
 
     def run(self) -> Iterator[str]:
-        """Yields what each finished piece was."""
+        """Measure spectra and traces; yields the name of each finished piece."""
         self._open()
         for block in self._plan.spectra:
             if "lanczos" in self._plan.estimators and (
@@ -100,7 +122,7 @@ class SecondOrder:
             pending = {name: error for name, error in pending.items() if name != block} | self._unfinished_blocks(block)
 
     def _open(self) -> None:
-        """What no block can be charged with: the trial, the losses, the first graph."""
+        """Do the work that belongs to no block: the trial product, the losses, the first graph."""
         objective = self._hessian.objective
         self._draws.add_cost("opening", objective.cost)
         with self._metered("opening"):
@@ -109,7 +131,7 @@ class SecondOrder:
             self._smooth_loss = self._plan.losses and self._hessian.smooth
 
     def direction(self, step: Mapping[str, Tensor]) -> None:
-        """ρ = dᵀHd / 2gᵀd of the optimizer's next step d, whole and by block."""
+        """Measure ρ = dᵀHd / 2gᵀd along the optimizer's next step d, for the whole model and by block."""
         method = self._hessian.method
         for block in self._plan.spectra:
             space = self._space(block)
@@ -132,7 +154,7 @@ class SecondOrder:
                 )
 
     def linesearch(self, step: Mapping[str, Tensor]) -> None:
-        """Critical sharpness along the optimizer's next step, whole and by block."""
+        """Measure the critical sharpness along the optimizer's next step, for the whole model and by block."""
         for block in self._plan.spectra:
             space = self._space(block)
             with self._metered(f"linesearch/{block}"):
@@ -143,7 +165,7 @@ class SecondOrder:
             self._record_stability(block, "linesearch", estimate)
 
     def preconditioned(self, scales: Mapping[str, Tensor]) -> None:
-        """The top eigenvalue of the preconditioned Hessian of the whole model, in units of Adam's edge."""
+        """Measure the top eigenvalue of the preconditioned Hessian of the whole model, in units of Adam's edge."""
         space = self._space(WHOLE_MODEL)
         with self._metered("preconditioned/"):
             lanczos = Lanczos(space.random_signs(self._generator("preconditioned")))
@@ -171,9 +193,9 @@ class SecondOrder:
         return SpectrumEnds(top.value, top.residual, bottom.value, bottom.residual, tops, bottoms, self._hessian.method)
 
     def _pays(self, block: str, lanczos: Lanczos) -> bool:
-        """Whether one more product is likely to spare draws that take longer than it.
+        """Whether one more product is likely to save draws that take longer than it.
 
-        It adds `gain` to the part of ‖H‖²_F that deflation takes out of the draws' variance, 2‖H‖²_F.
+        It adds `captured_per_product` to the part of ‖H‖²_F that deflation removes from the draws' variance, 2‖H‖²_F.
         """
         quadratic, length = self._pilots[block]
         trace = max(abs(quadratic), _MIN_TRACE_RATIO * length)  # zᵀHz may be near zero by chance
@@ -183,7 +205,7 @@ class SecondOrder:
         return saved_draws > (_FORWARDS_PER_PRODUCT if self._smooth_loss else 1)
 
     def _keep_for_deflation(self, block: str, space: ParameterSpace, lanczos: Lanczos) -> None:
-        """Let the Krylov space deflate the block's draws, unless memory ends."""
+        """Keep the Krylov space to deflate the block's draws, within the limit on memory."""
         basis, projected = lanczos.projection
         kept_bytes = sum(4 * deflation.numel for deflation in self._deflations.values())
         if block and "hutchinson" in self._plan.estimators and kept_bytes + 4 * basis.numel() <= _MAX_DEFLATION_BYTES:
@@ -199,7 +221,7 @@ class SecondOrder:
         return lanczos.converged(self._plan.tolerance, self._plan.bottom_tolerance)
 
     def _rayleigh_quotients(self, space: ParameterSpace, vectors: Tensor) -> list[list[float]]:
-        """uᵀH_i u of each batch i; of one batch there is nothing to compare."""
+        """uᵀH_i u for each batch i; empty for a single batch, which needs no comparison."""
         if len(self._draws.shares) == 1:
             return [[], []]
         rows = [
@@ -220,7 +242,7 @@ class SecondOrder:
             spectra.append((list(spectrum.eigenvalues), list(spectrum.weights)))
 
     def _unfinished_blocks(self, *blocks: str) -> dict[str, float]:
-        """Which of `blocks` (none given: of all) need more draws, and how far from exact each is."""
+        """The blocks among `blocks` (of all, if none is given) that need more draws, with their relative errors."""
         unfinished = {}
         for block in blocks or self._plan.blocks:
             self._reconsider_loss_differences(block)
@@ -232,7 +254,7 @@ class SecondOrder:
         return unfinished
 
     def _reconsider_loss_differences(self, block: str) -> None:
-        """Begin again with products where the rounding of L(θ), which all draws share, is too coarse for a trace."""
+        """Start over with products if the rounding error of L(θ), which all draws share, is too large."""
         shared_error = self._draws.common.get(block, 0.0)
         if self._plan.precision is None or shared_error == 0 or len(self._draws.hutchinson[block]) < self._plan.draws:
             return
@@ -242,11 +264,11 @@ class SecondOrder:
             self._draws.steps[block] = self._draws.common[block] = 0.0
 
     def _blocks_with_draws_to_go(self) -> dict[str, float]:
-        """Blocks whose draws go on: what deflates them must be had again."""
+        """The blocks that need more draws, so that their deflation must be computed again after a resume."""
         return self._unfinished_blocks() if "hutchinson" in self._plan.estimators else {}
 
     def _draw(self, block: str) -> None:
-        """One draw on every batch."""
+        """Take one draw on every batch."""
         space = self._space(block)
         draws = self._draws.hutchinson.setdefault(block, [])
         if space.size == 0:
@@ -267,7 +289,7 @@ class SecondOrder:
         draws.append(row)
 
     def _loss_differences(self, block: str, space: ParameterSpace) -> LossDifferences | None:
-        """How the block's quadratic forms are had from the loss; None where they are to be had from products."""
+        """The loss differences of the block; None to use products."""
         if block not in self._differences:
             self._differences[block] = self._try_loss_differences(block, space) if self._smooth_loss else None
             differences = self._differences[block]
@@ -285,7 +307,7 @@ class SecondOrder:
                 self._gradients = [self._hessian.gradient(index) for index in indices]
         gradients = [space.flatten(gradient) for gradient in self._gradients] or None
         earlier_step = self._draws.steps.get(block)
-        if earlier_step is not None:  # decided before the measurement was taken up again
+        if earlier_step is not None:  # decided before the measurement was resumed
             return LossDifferences(objective, self._bases, gradients, earlier_step) if earlier_step else None
         quadratic, norm = self._pilot(block, space)
         curvature = max(abs(quadratic), math.sqrt(2) * norm)
@@ -302,7 +324,7 @@ class SecondOrder:
         return self._pilots[block]
 
     def _recording_pilot(self, block: str, space: ParameterSpace) -> Matvec:
-        """The product, the first of which, with z/√n, is kept as the block's pilot."""
+        """The product with H; the first one, with z/√n, is kept as the block's pilot."""
         matvec = hessian_matvec(self._hessian, space)
 
         def recording(vector: Tensor) -> Tensor:
@@ -327,7 +349,7 @@ class SecondOrder:
 
 
 class _CostMeter:
-    """Books what the objective spends inside under a name."""
+    """Adds the cost of the body to the cost of `name`."""
 
     def __init__(self, hessian: Hessian, draws: Draws, name: str) -> None:
         self._hessian, self._draws, self._name = hessian, draws, name

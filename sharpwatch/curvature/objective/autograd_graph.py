@@ -1,7 +1,8 @@
-"""What a loss's graph tells: what in it can be differentiated only once, and where the loss is not smooth.
+"""Checks on a loss's autograd graph: operations without a second derivative, and points where it is not smooth.
 
-torch raises for its own operators that have no second derivative. A Python `autograd.Function` whose backward is marked
-once-differentiable, or is a kernel of its own, is instead cut out of the gradient's graph: the Hessian comes out wrong.
+For its own operators torch raises an error if the second derivative is missing. For a Python `autograd.Function`, whose
+backward is marked once-differentiable or calls a custom kernel, the gradient is silently treated as constant, and the
+Hessian comes out wrong.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sharpwatch.errors import ProbeError
 
-# Packages whose backwards are kernels that autograd can't see into.
+# Packages whose backwards are kernels that autograd cannot differentiate.
 _KERNEL_PACKAGES = ("flash_attn", "liger_kernel", "xformers", "apex", "transformer_engine")
-# The beginnings of their backwards' names.
+# Prefixes of the backward nodes of functions with kinks or jumps.
 _NONSMOOTH_BACKWARDS: tuple[str, ...] = (
     "Relu",
     "LeakyRelu",
@@ -49,24 +50,31 @@ _NO_SECOND_DERIVATIVE = ("not implemented", "differentiate twice", "double backw
 
 
 def require_twice_differentiable(loss: Tensor) -> None:
-    """Raise `ProbeError` with the name of a function in `loss`'s graph that has no second derivative."""
+    """Check that no function in the graph of `loss` lacks a second derivative.
+
+    Args:
+        loss: A scalar with its graph.
+
+    Raises:
+        ProbeError: A function has no second derivative; the message names it.
+    """
     for node in _nodes(loss):
         function = getattr(type(node), "_forward_cls", None)
         if function is not None and _is_once_differentiable(function):
             name = f"{function.__module__}.{function.__qualname__}"
-            raise ProbeError(f"the model can't be differentiated twice: {name} has no second derivative")
+            raise ProbeError(f"the model cannot be differentiated twice: {name} has no second derivative")
 
 
 def custom_functions(loss: Tensor) -> list[str]:
-    """The names of Python `autograd.Function`s in `loss`'s graph."""
+    """Names of the Python `autograd.Function`s in the graph of `loss`, sorted."""
     found = (getattr(type(node), "_forward_cls", None) for node in _nodes(loss))
     return sorted({f"{function.__module__}.{function.__qualname__}" for function in found if function is not None})
 
 
 def is_smooth(loss: Tensor) -> bool:
-    """Whether nothing in `loss`'s graph chooses or has a kink: experts by top-k, ReLU and its kin.
+    """Whether no operation in the graph of `loss` has a kink or makes a choice, as ReLU or a top-k router does.
 
-    Differences go across kinks and jumps, and see a curvature there that derivatives, taken between them, don't.
+    Finite differences step across kinks and jumps, and measure a curvature there that derivatives do not have.
     """
     return not any(type(node).__name__.startswith(_NONSMOOTH_BACKWARDS) for node in _nodes(loss))
 
@@ -84,9 +92,12 @@ def _nodes(loss: Tensor) -> Iterator[Any]:
 
 @contextmanager
 def twice_differentiable() -> Iterator[None]:
-    """Around a loss and its derivatives: attention by the kernel that has two of them, also where it is recomputed.
+    """A context for a loss and its derivatives: attention uses the kernel that has a second derivative.
 
-    Turns torch's complaint about a missing second derivative into a `ProbeError`.
+    This holds for attention that is recomputed in the backward too.
+
+    Raises:
+        ProbeError: torch reports a missing second derivative.
     """
     try:
         with sdpa_kernel(SDPBackend.MATH):
@@ -94,7 +105,7 @@ def twice_differentiable() -> Iterator[None]:
     except RuntimeError as error:
         if not any(words in str(error) for words in _NO_SECOND_DERIVATIVE):
             raise
-        raise ProbeError(f"the model can't be differentiated twice: {error}") from error
+        raise ProbeError(f"the model cannot be differentiated twice: {error}") from error
 
 
 def _is_once_differentiable(function: type[Any]) -> bool:

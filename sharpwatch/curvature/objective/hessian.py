@@ -1,4 +1,4 @@
-"""Products with the Hessian of a mean loss: by differentiating twice, or by differences of gradients."""
+"""Products with the Hessian of a mean loss, by differentiating twice or by finite differences of gradients."""
 
 from __future__ import annotations
 
@@ -29,31 +29,40 @@ from sharpwatch.errors import ProbeError
 
 Method = Literal["auto", "autograd", "differences"]
 METHODS: tuple[Method, ...] = ("auto", "autograd", "differences")
-_MAX_DISAGREEMENT = 0.05  # of product and difference; rounding makes less than a thousandth
-_VECTORS_PER_BATCH = 8  # vectors: measured, 16 bring nothing more
-_TWICE_DIFFERENTIABLE: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # whether a model was seen to go
-_RELATIVE_STEP = 7e-3  # of a difference, over the norm of the block's weights
-# Central differences of the fourth order: offsets in steps, and weights (Fornberg 1988, table 1).
+_MAX_DISAGREEMENT = 0.05  # relative, of an autograd product and a finite difference; rounding gives below 0.001
+_VECTORS_PER_BATCH = 8  # for batched products; 16 were not faster
+_TWICE_DIFFERENTIABLE: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # result of the first trial
+_RELATIVE_STEP = 7e-3  # ε‖v‖ of a difference, relative to the norm of the block's weights
+# Fourth-order central difference: offsets in steps, and weights (Fornberg 1988, table 1).
 _STENCIL = ((-2, 1 / 12), (-1, -2 / 3), (1, 2 / 3), (2, -1 / 12))
 
 
 class Hessian(Protocol):
-    """H of an objective at the present weights, block by block."""
+    """The Hessian H of an objective at the present weights, accessed by matrix products."""
 
     objective: Objective
     method: str
 
     @property
     def smooth(self) -> bool:
-        """Whether the loss has neither jumps nor kinks, so that differences of it see what derivatives do."""
+        """Whether the loss has no jumps and no kinks, so that differences of losses agree with derivatives."""
         ...
 
     def products(self, space: ParameterSpace, vectors: Tensor, index: int | None = None) -> Tensor:
-        """The rows and columns of `space` in H (of batch `index` alone, where given), times `vectors`; [p, size]."""
+        """H·`vectors`, restricted to the rows and columns of `space`.
+
+        Args:
+            space: The parameters.
+            vectors: [p, space.size].
+            index: A batch, for its own Hessian H_i; None for H of the mean loss.
+
+        Returns:
+            The products [p, space.size].
+        """
         ...
 
     def gradient(self, index: int) -> dict[str, Tensor]:
-        """∇L_index by parameter name; one that the loss does not reach is left out."""
+        """∇L_index by parameter name; a parameter that the loss does not depend on is missing."""
         ...
 
 
@@ -66,10 +75,21 @@ def open_hessian(
     loss_fn: LossFn | None = None,
     method: Method = "auto",
 ) -> Iterator[Hessian]:
-    """The Hessian of `model`'s mean loss over `batches`, in float32 at least; leaves no trace in `model`.
+    """Open the Hessian of `model`'s mean loss over `batches`, in float32 or wider; leaves no trace in `model`.
 
-    "auto" differentiates twice where that goes, and takes differences elsewhere; which of them is tried with one
-    product, once for each model. Raises `ProbeError` where no derivative can be had.
+    Args:
+        model: The model.
+        block_map: The division of its parameters into blocks.
+        batches: The batches of the loss.
+        loss_fn: Computes the loss; None to use the model's own, see `training_loss`.
+        method: "autograd" differentiates twice, "differences" takes finite differences of gradients, and "auto" takes
+            the first that works, tried with one product once for each model.
+
+    Yields:
+        The Hessian.
+
+    Raises:
+        ProbeError: The derivatives cannot be computed.
     """
     known_twice_differentiable = _TWICE_DIFFERENTIABLE.get(model)
     if method == "autograd" or (method == "auto" and known_twice_differentiable is not False):
@@ -85,11 +105,11 @@ def open_hessian(
                 try:
                     yield hessian
                 except ProbeError:
-                    _TWICE_DIFFERENTIABLE.pop(model, None)  # it may have changed since: to be tried again
+                    _TWICE_DIFFERENTIABLE.pop(model, None)  # the model may have changed: try again next time
                     raise
                 return
             if method == "autograd":
-                raise ProbeError(f"{failure_reason}; differences of gradients, gnb and linesearch can do without")
+                raise ProbeError(f"{failure_reason}; method='differences', gnb and linesearch do not need that")
             del hessian
     with isolated(model, exact=True) as live:
         differences = FiniteDifferenceHessian(Objective(live, batches, loss_fn))
@@ -97,13 +117,14 @@ def open_hessian(
             differences.require_float32()
         yield differences
         if method == "auto":
-            _TWICE_DIFFERENTIABLE[model] = False  # where these fail too, it may be the batch's doing, or memory's
+            _TWICE_DIFFERENTIABLE[model] = False  # only now: if differences fail too, batch or memory may be the cause
 
 
 class AutogradHessian:
-    """Exact products, by reverse over reverse mode (Pearlmutter, "Fast exact multiplication by the Hessian", 1994).
+    """Exact products by reverse-over-reverse differentiation.
 
-    The graph of one batch's gradient is kept, for all blocks and vectors; of several batches, the last one's.
+    Pearlmutter, "Fast exact multiplication by the Hessian" (1994). The graph of the gradient of the last used batch is
+    kept for further products.
     """
 
     method = "autograd"
@@ -118,39 +139,45 @@ class AutogradHessian:
 
     @property
     def smooth(self) -> bool:
-        """Whether the loss of the batches seen so far has neither jumps nor kinks."""
+        """Whether the loss of the batches used so far has no jumps and no kinks."""
         self._gradient_graph(max(self._graph_index, 0))
         return self._smooth
 
     def failure_reason(self, space: ParameterSpace) -> str | None:
-        """Why the model can't be differentiated twice, or None; tried with a product over all of `space`.
+        """Try a product over all of `space`.
 
-        A function of the model's own whose backward autograd can't see into would be left out without a word: where
-        there is one, the product is compared with a difference of gradients.
+        A custom function whose backward autograd cannot differentiate would silently be treated as constant. So if the
+        graph has custom functions, the product is compared with a finite difference of gradients.
+
+        Args:
+            space: The parameters to differentiate by.
+
+        Returns:
+            The reason why the model cannot be differentiated twice, or None if it can.
         """
         try:
             along = space.flatten(self.gradient(0))
             product = self._product(0, space, along[None])[0]
         except ProbeError as error:
-            return str(error)  # not the error itself, whose traceback holds the graph
+            return str(error)  # the error's traceback would keep the graph alive
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            return f"the model can't be differentiated twice in float32: {error}"
+            return f"the model cannot be differentiated twice in float32: {error}"
         if not self._custom_functions:
             return None
         reference = FiniteDifferenceHessian(self.objective).products(space, along[None], 0)[0]
         if torch.linalg.vector_norm(product - reference) <= _MAX_DISAGREEMENT * torch.linalg.vector_norm(reference):
             return None
         names = ", ".join(sorted(self._custom_functions))
-        return f"the model can't be differentiated twice: of {names} autograd sees no second derivative"
+        return f"the model cannot be differentiated twice: autograd finds no second derivative of {names}"
 
     def gradient(self, index: int) -> dict[str, Tensor]:
-        """∇L_index by parameter name; one that the loss does not reach is left out."""
+        """∇L_index by parameter name; a parameter that the loss does not depend on is missing."""
         return {name: g.detach() for name, g in self._gradient_graph(index).items()}
 
     def products(self, space: ParameterSpace, vectors: Tensor, index: int | None = None) -> Tensor:
-        """H·`vectors` within `space`, [p, size]."""
+        """H·`vectors` within `space`; see `Hessian.products`."""
         if index is not None:
             return self._products(index, space, vectors)
         total = torch.zeros_like(vectors)
@@ -159,7 +186,10 @@ class AutogradHessian:
         return total
 
     def _products(self, index: int, space: ParameterSpace, vectors: Tensor) -> Tensor:
-        """Several at once, which takes 0.6 to 0.9 of the time, unless an operator has no rule for it or memory ends."""
+        """Products on one batch, batched if possible: that takes 0.6 to 0.9 of the time.
+
+        Batching fails if an operator has no batching rule, or memory runs out; then vectors go one by one.
+        """
         if len(vectors) > 1 and self._batched:
             try:
                 return torch.cat(
@@ -168,7 +198,7 @@ class AutogradHessian:
                         for some in torch.split(vectors, _VECTORS_PER_BATCH)
                     ]
                 )
-            except (RuntimeError, NotImplementedError, ProbeError):  # if it can't be had at all, it raises again below
+            except (RuntimeError, NotImplementedError, ProbeError):  # a real failure is raised again below
                 self._batched = False
         return torch.cat([self._product(index, space, one[None]) for one in vectors])
 
@@ -198,7 +228,7 @@ class AutogradHessian:
 
     def _gradient_graph(self, index: int) -> dict[str, Tensor]:
         if index != self._graph_index:
-            self._graph, self._graph_index = {}, -1  # before the next is built
+            self._graph, self._graph_index = {}, -1  # frees the old graph before the next one is built
             leaves = self.objective.live.trainable
             with twice_differentiable():
                 loss = self.objective.loss(index)
@@ -213,10 +243,10 @@ class AutogradHessian:
 
 
 class FiniteDifferenceHessian:
-    """FiniteDifferenceHessian of gradients at θ ± εv and θ ± 2εv, with ε‖v‖ = 0.007‖θ_b‖; the weights are copies.
+    """Products from gradients at θ ± εv and θ ± 2εv, with ε‖v‖ = 0.007‖θ_b‖; the weights are copies.
 
-    An absolute ε, as others take it, is off by 5 % in float32 and by 98 % in bfloat16. The plain central difference
-    has no ε that is right for every block: measured, off by 0.4 % where this one is by 0.06 %.
+    A fixed absolute ε, as other tools use, is off by 5 % in float32 and by 98 % in bfloat16. The second-order central
+    difference has no ε that suits every block: it was off by 0.4 % where this one is off by 0.06 %.
     """
 
     method = "gradient differences"
@@ -225,27 +255,27 @@ class FiniteDifferenceHessian:
         self.objective = objective
 
     def require_float32(self) -> None:
-        """Raise `ProbeError` where the model can't be run in float32, as with kernels for half precision alone."""
+        """Raise `ProbeError` if the model cannot run in float32, for example because its kernels need bfloat16."""
         try:
             self.objective.value(0)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             raise ProbeError(
-                f"the model can't be run in float32, as differences need; gnb can be had: {error}"
+                f"the model cannot run in float32, which finite differences need (gnb does not): {error}"
             ) from error
 
     @cached_property
     def smooth(self) -> bool:
-        """Whether the first batch's loss has neither jumps nor kinks."""
+        """Whether the loss of the first batch has no jumps and no kinks."""
         return is_smooth(self.objective.loss(0))
 
     def gradient(self, index: int) -> dict[str, Tensor]:
-        """∇L_index by parameter name; one that the loss does not reach is left out."""
+        """∇L_index by parameter name; a parameter that the loss does not depend on is missing."""
         return self.objective.gradient(index, list(self.objective.live.trainable))
 
     def products(self, space: ParameterSpace, vectors: Tensor, index: int | None = None) -> Tensor:
-        """H·`vectors` within `space`, [p, size]."""
+        """H·`vectors` within `space`; see `Hessian.products`."""
         shares = self.objective.shares
         weights = dict(enumerate(shares)) if index is None else {index: 1.0}
         return torch.stack([self._product(space, vector, weights) for vector in vectors])
@@ -262,6 +292,6 @@ class FiniteDifferenceHessian:
 
 
 def difference_step(space: ParameterSpace, vector: Tensor) -> float:
-    """ε of a difference along `vector`, which moves the weights by a small share of what they are."""
+    """The step ε of a difference along `vector`: it moves the weights by a small fraction of their norm."""
     length = float(torch.linalg.vector_norm(vector))
     return _RELATIVE_STEP * space.weight_scale * math.sqrt(space.size) / length if length > 0 else 1.0

@@ -1,4 +1,4 @@
-"""Squared norms of the parts of a model, summed into blocks in float64."""
+"""Squared norms of a model's tensors in float64, summed by block."""
 
 from __future__ import annotations
 
@@ -11,15 +11,21 @@ from torch import Tensor
 from sharpwatch.blocks import BlockMap
 from sharpwatch.curvature.parameters.shards import Shard
 
-_MAX_FLOAT32_ENTRIES = 2**16  # entries whose norm float32 sums up to 10⁻⁶; of 4·10⁷ it is off by 0.3 %
+_MAX_FLOAT32_ENTRIES = 2**16  # up to here a float32 norm is exact to 1e-6; with 4e7 entries it is off by 0.3 %
 
 
 def squared_norms(
     block_map: BlockMap, tensors: Mapping[str, Tensor], shards: Mapping[str, Shard] | None = None
 ) -> Tensor:
-    """‖·‖² of each part of `tensors`; float64 [parts], not waited for. A parameter that is left out counts as zero.
+    """Compute ‖·‖² of each part of the block map.
 
-    `shards`: what of its parameter each of `tensors` is, where they are not whole.
+    Args:
+        block_map: The division of the parameters into parts.
+        tensors: Tensors by parameter name; a missing parameter counts as zero.
+        shards: The shard that each tensor is, if the tensors are not whole.
+
+    Returns:
+        Float64 [parts] on the device of the tensors, computed asynchronously.
     """
     sums: list[list[Tensor]] = [[] for _ in block_map.parts]
     small_views: dict[tuple[torch.device, torch.dtype], list[tuple[int, Tensor]]] = defaultdict(list)
@@ -41,21 +47,21 @@ def squared_norms(
 
 
 def sum_by_index(values: Tensor, index: Sequence[int], size: int) -> Tensor:
-    """Sums of `values` [..., parts] by `index`; float64 [..., size] on the CPU."""
+    """Sum `values` [..., parts] by `index`; float64 [..., size] on the CPU."""
     values = values.cpu()
     return values.new_zeros(*values.shape[:-1], size).index_add_(-1, torch.tensor(index, device="cpu"), values)
 
 
 def squared_norm(view: Tensor) -> Tensor:
-    """‖·‖² of `view`, a float64 scalar, not waited for."""
-    # By rows: float32 is exact enough for one row, and nothing as large as the view is allocated.
+    """‖·‖² of `view`, a float64 scalar, computed asynchronously."""
+    # By rows: float32 is exact enough for one row, and no temporary of the size of the view is needed.
     exact = torch.promote_types(view.dtype, torch.float32)
     rows = torch.linalg.vector_norm(view, dim=-1, dtype=exact) if view.dim() else view
     return rows.double().square().sum()
 
 
 def stack_sums(values: Iterable[Sequence[Tensor]]) -> Tensor:
-    """The sum of each, on one device."""
+    """Sum each sequence of scalars, and stack the sums on one device."""
     each = list(values)
     device = next((value.device for some in each for value in some), torch.device("cpu"))
     zero = torch.zeros((), dtype=torch.float64, device=device)

@@ -1,4 +1,4 @@
-"""The state that a model's own code keeps beside its parameters, recorded so that it can be put back."""
+"""A snapshot of the state that a model's own code keeps beside its parameters, to be restored after a probe."""
 
 from __future__ import annotations
 
@@ -23,35 +23,38 @@ _IMMUTABLE = (
     *(type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType),
 )
 _IMMUTABLE_TYPES = frozenset({kind for kind in _IMMUTABLE if kind is not enum.Enum} | {torch.Size})
-_MAX_ITEMS = 1000  # of a container that are looked into; that an object may lead to, or it is not the model's own
+_MAX_ITEMS = 1000  # visited in one container; an object that leads to more is not the model's own
 _MAX_DEPTH = 20
 
 
 class _ForeignError(Exception):
-    """An object leads to something that is no data: a lock, a thread, a file."""
+    """An object leads to something that is not data: a lock, a thread, a file."""
 
 
 class StateSnapshot:
-    """What some values hold now. `restore` makes them hold it again, in place.
+    """Records the state of values, so that `restore` can set it again in place.
 
-    It goes through lists, dicts, sets and tuples to tensors without a gradient, arrays, random generators and objects
-    of the user's own. An object is recorded with all that it leads to or not at all: one that leads to a lock, a
-    thread, an optimizer or what shards a model, or to over a thousand others, is shared with more than a forward. What
-    iterators, closures and classes hold is not seen, nor what is `apart`.
+    It follows lists, dicts, sets and tuples to tensors without gradients, arrays, random generators and objects of user
+    classes. An object is recorded with everything it leads to, or not at all. One that leads to a lock, a thread, an
+    optimizer, a sharding wrapper, or more than a thousand other objects is shared with more than the forward, and is
+    left alone. The state of iterators, closures and classes is not recorded.
+
+    Args:
+        excluded: Objects that are not recorded, nor followed.
     """
 
     def __init__(self, excluded: Iterable[Any] = ()) -> None:
-        self._seen: dict[int, Any] = {id(value): value for value in excluded}  # kept, or another could come by its id
+        self._seen: dict[int, Any] = {id(value): value for value in excluded}  # references keep the ids from reuse
         self._undo: list[Callable[[], object]] = []
-        self._seen_limit = 0  # of what is seen, while an object is looked through
+        self._seen_limit = 0  # size of `_seen` at which the object being visited counts as foreign
 
     def add(self, value: Any) -> None:
-        """StateSnapshot `value` too, if it isn't yet."""
+        """Record `value`, unless it is recorded already."""
         if type(value) not in _IMMUTABLE_TYPES:
             self._visit(value, 0, strict=False)
 
     def restore(self) -> None:
-        """Everything as it was when it was added."""
+        """Set everything to its state at the time it was added."""
         for undo in reversed(self._undo):
             undo()
 
@@ -87,7 +90,7 @@ class StateSnapshot:
             self._visit_attributes(value, 0)
         except _ForeignError:
             del self._undo[undo:]
-            for key in list(self._seen)[seen:]:  # a part of it may be the model's own all the same
+            for key in list(self._seen)[seen:]:  # parts of it may still be reached from the model itself
                 del self._seen[key]
 
     def _visit_attributes(self, value: Any, depth: int) -> None:
@@ -99,7 +102,7 @@ class StateSnapshot:
             self._undo.append(_container_undo(own))
             self._visit_items(own.values(), depth, strict=True)
         for name, attribute in slots.items():
-            self._undo.append(functools.partial(object.__setattr__, value, name, attribute))  # it may be frozen
+            self._undo.append(functools.partial(object.__setattr__, value, name, attribute))  # the class may be frozen
         self._visit_items(slots.values(), depth, strict=True)
 
     def _add_tensor(self, value: Tensor) -> None:
@@ -108,7 +111,7 @@ class StateSnapshot:
         copy = value.clone()
 
         def undo() -> None:
-            # By `data`: a graph of the user's that holds the tensor must not take this for a change.
+            # Through `data`: the version counter must not change, since a user's graph may hold the tensor.
             if value.shape == copy.shape:
                 value.data.copy_(copy)
             else:
@@ -122,7 +125,7 @@ class StateSnapshot:
             self._undo.append(lambda: np.copyto(value, copy))
 
     def _add_generator(self, value: Any) -> bool:
-        """StateSnapshot a generator of random numbers, if `value` is one."""
+        """Record the state of `value` if it is a random generator; False if it is not."""
         match value:
             case torch.Generator():
                 state = value.get_state()
@@ -142,12 +145,12 @@ class StateSnapshot:
 
 
 def _belongs_to_training(value: object) -> bool:
-    """Whether `value` belongs to the training rather than the model: what shards it goes its own way in a probe too."""
+    """Whether `value` is an optimizer or shards the model; those keep their state during a probe."""
     return isinstance(value, torch.optim.Optimizer) or type(value).__module__.startswith("torch.distributed.")
 
 
 def _container_undo(current: Any) -> Callable[[], None]:
-    """What makes the container `current` hold again what it does now."""
+    """A function that gives the container `current` its present items again."""
     saved = current.copy() if current else ()
 
     def undo() -> None:
@@ -163,7 +166,7 @@ def _container_undo(current: Any) -> Callable[[], None]:
 
 
 def refill(current: dict[str, Any], saved: Mapping[str, Any]) -> None:
-    """Make `current` hold what `saved` does, in the same order; untouched where nothing changed."""
+    """Give `current` the items of `saved`, in the same order; do nothing if it has them already."""
     if list(current) == list(saved) and all(current[name] is value for name, value in saved.items()):
         return
     current.clear()

@@ -1,4 +1,4 @@
-"""A value is nothing without its error, nor without what it cost."""
+"""The result of an estimator: a value with its standard error and its cost, a spectrum, a stability ratio."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Passes over the data. A product through a kept graph of the gradient is one backward, about twice a loss's."""
+    """Passes over the data: 1 forward is one loss over all batches.
+
+    A Hessian-vector product through the kept graph of a gradient counts as one backward; it takes about as long as the
+    backward of two losses.
+    """
 
     forwards: float = 0.0
     backwards: float = 0.0
@@ -23,13 +27,18 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """One estimated quantity.
+    """One estimated quantity with its standard error.
 
-    `value`, `stderr` and `residual` share their unit; `draws` is the number of independent draws behind them;
-    `estimator` says what was estimated how (`gnb`, `hutchinson`, `lanczos`, `direction`, ...); `step` is the newest
-    optimizer step in it. `residual` is ‖Hu − λu‖ of an eigenvalue, which bounds its distance to a true one, or half the
-    bracket of a line search. `method` is how the derivatives were got: "autograd", "gradient differences",
-    "loss differences" or "losses".
+    Attributes:
+        value: The estimate.
+        stderr: Its standard error, in the unit of `value`; NaN for a single draw.
+        draws: Number of independent draws behind the estimate.
+        estimator: Name of the estimator: `gnb`, `hutchinson`, `lanczos`, `direction`, ...
+        step: The newest optimizer step that the estimate includes.
+        residual: For an eigenvalue, ‖Hu − λu‖, which bounds the distance to a true eigenvalue. For a line search, half
+            the width of the final bracket.
+        method: How derivatives were computed: "autograd", "gradient differences", "loss differences" or "losses".
+        cost: Passes over the data that the estimate took.
     """
 
     value: float
@@ -44,9 +53,14 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Spectrum:
-    """A spectral density as atoms: `weights` (their sum is 1) at `eigenvalues`, by stochastic Lanczos quadrature.
+    """A spectral density as weighted atoms, from stochastic Lanczos quadrature.
 
     Ubaru, Chen and Saad, "Fast estimation of tr(f(A)) via stochastic Lanczos quadrature" (2017).
+
+    Attributes:
+        eigenvalues: Positions of the atoms.
+        weights: Weight of each atom; they sum to 1.
+        draws: Number of random starts.
     """
 
     eigenvalues: tuple[float, ...]
@@ -56,7 +70,7 @@ class Spectrum:
 
 @dataclass(frozen=True, slots=True)
 class StabilityRatio:
-    """ρ = Σ dᵀHd / (2 Σ gᵀd); 1 is the edge. `stderr` is NaN for a single probe, which has no scatter."""
+    """ρ = Σ dᵀHd / (2 Σ gᵀd) over several probes; 1 is the edge of stability. `stderr` is NaN for a single probe."""
 
     value: float
     stderr: float
@@ -64,10 +78,17 @@ class StabilityRatio:
 
 
 def stability_ratio(curvature: Sequence[float], descent: Sequence[float]) -> StabilityRatio | None:
-    """The ratio of probes with these dᵀHd and gᵀd, or None where the steps, summed, do not descend (or there are none).
+    """Compute the directional stability ratio, averaging numerators and denominators separately.
 
-    The error is the delta method's for a ratio of means (Cochran, "Sampling techniques", section 6.4): with
+    The standard error is the delta method's for a ratio of means (Cochran, "Sampling techniques", section 6.4): with
     residuals r_i = c_i − 2ρ a_i, Var ρ ≈ n/(n−1) Σ r_i² / (2 Σ a_i)².
+
+    Args:
+        curvature: dᵀHd of each probe.
+        descent: gᵀd of each probe.
+
+    Returns:
+        The ratio, or None if the steps do not descend in sum, or there are none.
     """
     count = len(descent)
     whole = 2 * math.fsum(descent)

@@ -131,7 +131,7 @@ def test_the_loss_is_the_runs_own():
     assert double.curvature == pytest.approx(2 * own.curvature, rel=1e-4)
     assert manual.curvature == pytest.approx(own.curvature, rel=1e-4)
     assert own.tokens == int((labels[:, 1:] != -100).sum())
-    with pytest.raises(ProbeError, match="needs loss_fn"):
+    with pytest.raises(ProbeError, match="pass loss_fn"):
         direction_probe(model, block_map, Batch((ids,)), step, blocks=())
 
 

@@ -37,9 +37,7 @@ def bulk(n, low, high):
 SPECTRA = {
     "indefinite, the bottom larger in size": torch.cat([bulk(N - 4, -1, 1), torch.tensor([-15.0, -14.0, 9.0, 7.0])]),
     "clustered top": torch.cat([bulk(N - 4, 0, 1), torch.tensor([5.0, 5.001, 5.002, 5.003])]),
-    "degenerate": torch.cat(
-        [torch.is_full((N // 2,), -1.0), torch.is_full((N // 4,), 2.0), torch.is_full((N // 4,), 3.0)]
-    ),
+    "degenerate": torch.cat([torch.full((N // 2,), -1.0), torch.full((N // 4,), 2.0), torch.full((N // 4,), 3.0)]),
     "rank two": torch.cat([torch.zeros(N - 2), torch.tensor([3.0, -0.5])]),
     "positive": torch.arange(1, N + 1, dtype=torch.float64).pow(-1.5) * 100,
     "negative": -torch.arange(1, N + 1, dtype=torch.float64).pow(-1.5) * 100,

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sharpwatch.curvature.objective.batch import Batch
-from sharpwatch.curvature.objective.outputs import count_tokens, find_labels, find_logits, predictions, training_loss
+from sharpwatch.curvature.objective.outputs import count_tokens, find_labels, find_logits, predict, training_loss
 from sharpwatch.errors import ProbeError
 
 ROWS = torch.tensor([0, 2])
@@ -38,7 +38,7 @@ def test_rows_are_the_dimension_that_the_tensors_share(args, kwargs, rows):
 
 
 def test_a_call_without_tensors_has_no_rows():
-    with pytest.raises(ProbeError, match="without a tensor"):
+    with pytest.raises(ProbeError, match="without any tensor"):
         _ = Batch((3,), {"flag": True}).rows
 
 
@@ -139,7 +139,7 @@ def test_targets_of_nanogpt_models():
 
 def test_without_labels_every_position_predicts():
     model = NanoGpt().wte
-    logits, mask = predictions(model, model, Batch((ids(1, 6),)), None)
+    logits, mask = predict(model, model, Batch((ids(1, 6),)), None)
     assert logits.shape == (1, 6, 4)
     assert mask.all()
     assert count_tokens(model, Batch((ids(2, 3),))) == 6
@@ -166,9 +166,9 @@ def test_the_losses_that_a_run_may_train_on():
 
 def test_a_loss_that_does_not_depend_on_the_weights_is_refused():
     model = NanoGpt()
-    with pytest.raises(ProbeError, match="loss_fn gave a float32 tensor"):
+    with pytest.raises(ProbeError, match=r"loss_fn must give a scalar loss .*, got a float32 tensor"):
         training_loss(model, model, Batch((ids(),)), lambda *_: torch.tensor(1.0))
-    with pytest.raises(ProbeError, match="expected a scalar"):
+    with pytest.raises(ProbeError, match="must give a scalar"):
         training_loss(model, model, Batch((ids(1, 2) % 8,)), lambda called, batch: called.wte(batch.args[0]))
 
 
@@ -202,4 +202,4 @@ def test_says_what_it_saw_instead_of_logits(output, seen):
 
 def test_says_when_labels_do_not_fit_the_logits():
     with pytest.raises(ProbeError, match=r"logits \(1, 5, 4\), mask or labels \(2, 3\)"):
-        predictions(lambda *_, **__: torch.ones(1, 5, 4), HuggingFace(), Batch((LABELS,), {"labels": LABELS}), None)
+        predict(lambda *_, **__: torch.ones(1, 5, 4), HuggingFace(), Batch((LABELS,), {"labels": LABELS}), None)
