@@ -35,7 +35,7 @@ from sharpwatch.agent.transport import courier_process
 from sharpwatch.agent.transport.base import NullTransport, Transport
 from sharpwatch.agent.transport.courier_client import CourierClient
 from sharpwatch.agent.watch import Watch
-from sharpwatch.blocks import BlockMap, classified
+from sharpwatch.blocks import BlockMap, classify_reporting_unused
 from sharpwatch.common.endpoint import DEFAULT_ADDRESS
 from sharpwatch.errors import AttachError, BlockError, ConfigError
 from sharpwatch.wire import SKETCH_SIZE
@@ -146,7 +146,7 @@ def attach(  # noqa: PLR0913 - the public signature; each has a default that wor
 
 def _classified(model: nn.Module) -> tuple[BlockMap, Mapping[str, str]]:
     try:
-        return classified(model, os.environ.get("SHARPWATCH_BLOCK_RULES"))
+        return classify_reporting_unused(model, os.environ.get("SHARPWATCH_BLOCK_RULES"))
     except BlockError as error:
         raise AttachError(f"model: {error}. For attach, $SHARPWATCH_BLOCK_RULES names the file of rules") from error
     except ConfigError as error:

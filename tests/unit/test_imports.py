@@ -36,8 +36,8 @@ ALLOWED = {
     "agent.safety": {"common"},
     "agent.transport": {"common", "agent.safety"},
     "agent.control": {"blocks", "agent.safety"},
-    "agent.instrumentation": {"agent.safety", "agent.control"},
     "agent.optimizers": {"common", "blocks", "curvature"},
+    "agent.instrumentation": {"agent.safety", "agent.control", "agent.optimizers"},
     "agent.statistics": {"blocks", "curvature", "agent.safety", "agent.optimizers"},
     "agent.probes": {
         *("common", "blocks", "curvature", "agent.safety", "agent.control", "agent.instrumentation"),
