@@ -161,18 +161,18 @@ def _is_connector(at: Occurrence) -> bool:
 
 def _attention(at: Occurrence) -> Placement | None:
     name, attention = _in_attention(at)
-    found, rows = role(name), _rows(at)
-    if found == "k" and not {"v", "fused"} & roles(attention):
+    found_role, rows = role(name), _rows(at)
+    if found_role == "k" and not {"v", "fused"} & roles(attention):
         return "vo"  # there is no value matrix: the keys serve as values
-    if found == "q":
+    if found_role == "q":
         return _along_rows(at, fused.split_queries(attention, name, rows))
-    if found == "latent":
+    if found_role == "latent":
         return _along_rows(at, fused.split_latent(attention, rows))
-    if found in {"fused", "in"}:
+    if found_role in {"fused", "in"}:
         return _along_rows(at, fused.split_fused(attention, name, rows, _inputs(at)))
-    if found is None and terms(name) & (POSITION | LOOSE | CONVOLUTION):
+    if found_role is None and terms(name) & (POSITION | LOOSE | CONVOLUTION):
         return "other"
-    return _BLOCK_OF_ROLE.get(found or "")
+    return _BLOCK_OF_ROLE.get(found_role or "")
 
 
 def _in_attention(at: Occurrence) -> tuple[str, nn.Module]:

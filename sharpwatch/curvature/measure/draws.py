@@ -138,8 +138,8 @@ class Draws:
         if self.gnb:
             estimates["gnb"] = self._gnb(range(len(block_map.layer_blocks)))
         if all(self.hutchinson.get(block) for block in block_map.blocks):
-            each = [self._hutchinson(block, self.hutchinson_trace(block)) for block in block_map.blocks]
-            estimates["hutchinson"] = _sum_independent(each)
+            traces = [self._hutchinson(block, self.hutchinson_trace(block)) for block in block_map.blocks]
+            estimates["hutchinson"] = _sum_independent(traces)
         return self._with_spectrum(BlockReport(sum(block_map.numel.values()), estimates), WHOLE_MODEL)
 
     def _gnb(self, layers: Sequence[int]) -> Estimate:
@@ -169,9 +169,9 @@ class Draws:
 
 def _sum_independent(estimates: Sequence[Estimate]) -> Estimate:
     """The sum of independent estimates."""
-    methods = "; ".join(dict.fromkeys(each.method for each in estimates))
+    methods = "; ".join(dict.fromkeys(estimate.method for estimate in estimates))
     value, stderr = math.fsum(e.value for e in estimates), math.hypot(*(e.stderr for e in estimates))
-    cost = sum((each.cost for each in estimates), Cost())
+    cost = sum((estimate.cost for estimate in estimates), Cost())
     return Estimate(value, stderr, min(e.draws for e in estimates), "hutchinson", method=methods, cost=cost)
 
 

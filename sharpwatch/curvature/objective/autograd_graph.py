@@ -67,8 +67,8 @@ def require_twice_differentiable(loss: Tensor) -> None:
 
 def custom_functions(loss: Tensor) -> list[str]:
     """Names of the Python `autograd.Function`s in the graph of `loss`, sorted."""
-    found = (getattr(type(node), "_forward_cls", None) for node in _nodes(loss))
-    return sorted({f"{function.__module__}.{function.__qualname__}" for function in found if function is not None})
+    functions = (getattr(type(node), "_forward_cls", None) for node in _nodes(loss))
+    return sorted({f"{function.__module__}.{function.__qualname__}" for function in functions if function is not None})
 
 
 def is_smooth(loss: Tensor) -> bool:

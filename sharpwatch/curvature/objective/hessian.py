@@ -181,8 +181,8 @@ class AutogradHessian:
         if index is not None:
             return self._products(index, space, vectors)
         total = torch.zeros_like(vectors)
-        for each, share in enumerate(self.objective.shares):
-            total += share * self._products(each, space, vectors)
+        for i, share in enumerate(self.objective.shares):
+            total += share * self._products(i, space, vectors)
         return total
 
     def _products(self, index: int, space: ParameterSpace, vectors: Tensor) -> Tensor:
@@ -194,13 +194,13 @@ class AutogradHessian:
             try:
                 return torch.cat(
                     [
-                        self._product(index, space, some, batched=True)
-                        for some in torch.split(vectors, _VECTORS_PER_BATCH)
+                        self._product(index, space, chunk, batched=True)
+                        for chunk in torch.split(vectors, _VECTORS_PER_BATCH)
                     ]
                 )
             except (RuntimeError, NotImplementedError, ProbeError):  # a real failure is raised again below
                 self._batched = False
-        return torch.cat([self._product(index, space, one[None]) for one in vectors])
+        return torch.cat([self._product(index, space, vector[None]) for vector in vectors])
 
     def _product(self, index: int, space: ParameterSpace, vectors: Tensor, *, batched: bool = False) -> Tensor:
         graph = self._gradient_graph(index)

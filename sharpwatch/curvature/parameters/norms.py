@@ -62,7 +62,7 @@ def squared_norm(view: Tensor) -> Tensor:
 
 def stack_sums(values: Iterable[Sequence[Tensor]]) -> Tensor:
     """Sum each sequence of scalars, and stack the sums on one device."""
-    each = list(values)
-    device = next((value.device for some in each for value in some), torch.device("cpu"))
+    sequences = list(values)
+    device = next((value.device for sequence in sequences for value in sequence), torch.device("cpu"))
     zero = torch.zeros((), dtype=torch.float64, device=device)
-    return torch.stack([sum((value.to(device) for value in some), start=zero) for some in each])
+    return torch.stack([sum((value.to(device) for value in sequence), start=zero) for sequence in sequences])

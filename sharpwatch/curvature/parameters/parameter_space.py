@@ -65,9 +65,9 @@ class ParameterSpace:
         The second bound is for blocks whose weights are near zero without being sensitive, such as norms of the form 1
         + w or the second factor of an adapter.
         """
-        own = _root_mean_square([part.view(self.leaves[part.parameter].detach()) for part in self.parts])
-        everywhere = _root_mean_square([leaf.detach() for leaf in self.leaves.values()])
-        return max(own, everywhere / 10) or 1.0
+        own_scale = _root_mean_square([part.view(self.leaves[part.parameter].detach()) for part in self.parts])
+        model_scale = _root_mean_square([leaf.detach() for leaf in self.leaves.values()])
+        return max(own_scale, model_scale / 10) or 1.0
 
     def unflatten(self, vectors: Tensor) -> dict[str, Tensor]:
         """Split `vectors` [p, size] into tensors [p, *shape] by parameter name.
@@ -81,19 +81,19 @@ class ParameterSpace:
                 tensors[part.parameter] = piece.reshape(len(vectors), *shape)
                 continue
             whole = tensors.setdefault(part.parameter, vectors.new_zeros(len(vectors), *shape))
-            for row, one in zip(whole, piece, strict=True):
+            for row, values in zip(whole, piece, strict=True):
                 view = part.view(row)
-                view.copy_(one.view(view.shape))
+                view.copy_(values.view(view.shape))
         return tensors
 
     def flatten_stacked(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Join `tensors`, each [p, *shape], into vectors [p, size]; a missing parameter is zero."""
-        some = next(iter(tensors.values()))
+        example = next(iter(tensors.values()))
         pieces = []
         for part in self.parts:
             whole = tensors.get(part.parameter)
             if whole is None:
-                pieces.append(some.new_zeros(len(some), part.numel))
+                pieces.append(example.new_zeros(len(example), part.numel))
             elif part.dim is None:
                 pieces.append(whole.reshape(len(whole), -1))
             else:
@@ -102,8 +102,8 @@ class ParameterSpace:
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Join `tensors`, each of its parameter's shape, into a vector [size]; a missing parameter is zero."""
-        here = {name: tensors[name][None] for name in self.names if name in tensors}
-        return self.flatten_stacked(here)[0] if here else torch.zeros(self.size, device=self.device)
+        stacked = {name: tensors[name][None] for name in self.names if name in tensors}
+        return self.flatten_stacked(stacked)[0] if stacked else torch.zeros(self.size, device=self.device)
 
     def sum_by_layer(self, products: Tensor) -> Tensor:
         """Sum `products` [p, size] over each layer block: float64 [p, L] on the CPU, zero for other blocks."""
@@ -120,8 +120,8 @@ class ParameterSpace:
 
     def mask(self, block: str) -> Tensor:
         """Float32 [size]: 1 at the entries of `block`, 0 elsewhere."""
-        mine = [torch.full((part.numel,), float(part.type == block), device=self.device) for part in self.parts]
-        return torch.cat(mine)
+        pieces = [torch.full((part.numel,), float(part.type == block), device=self.device) for part in self.parts]
+        return torch.cat(pieces)
 
     def random_signs(self, generator: torch.Generator) -> Tensor:
         """A Rademacher vector: random signs [size]."""
@@ -174,10 +174,10 @@ class ParameterSpace:
 
 def _root_mean_square(tensors: Sequence[Tensor]) -> float:
     rows = [
-        torch.linalg.vector_norm(each, dim=-1) if each.dim() else each for each in tensors
+        torch.linalg.vector_norm(tensor, dim=-1) if tensor.dim() else tensor for tensor in tensors
     ]  # float32 is exact enough within a row
-    squares = math.fsum(float(each.double().square().sum()) for each in rows)
-    return math.sqrt(squares / max(1, sum(each.numel() for each in tensors)))
+    squares = math.fsum(float(tensor.double().square().sum()) for tensor in rows)
+    return math.sqrt(squares / max(1, sum(tensor.numel() for tensor in tensors)))
 
 
 def _hadamard(colours: int) -> Tensor:

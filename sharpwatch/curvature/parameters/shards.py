@@ -103,13 +103,13 @@ class Shard:
             return
         inner = self.shape[1:]
         for at, rows in _with_offsets(self.runs[0]):
-            for some in _split(rows, max(1, _SLAB_ENTRIES // math.prod(inner))):
-                slab = local.new_zeros(len(some), *inner)
-                own = local.narrow(0, at + some.start - rows.start, len(some))
+            for chunk in _split(rows, max(1, _SLAB_ENTRIES // math.prod(inner))):
+                slab = local.new_zeros(len(chunk), *inner)
+                local_rows = local.narrow(0, at + chunk.start - rows.start, len(chunk))
                 for box in itertools.product(*map(_with_offsets, self.runs[1:])):
                     into = tuple(slice(run.start, run.stop) for _, run in box)
-                    slab[:, *into] = own[:, *(slice(low, low + len(run)) for low, run in box)]
-                yield some.start * math.prod(inner), slab
+                    slab[:, *into] = local_rows[:, *(slice(low, low + len(run)) for low, run in box)]
+                yield chunk.start * math.prod(inner), slab
 
     def _slices(self, part: Part, dim: int, local: Tensor) -> Iterator[Tensor]:
         period = self.shape[dim] // part.repeats
@@ -196,11 +196,11 @@ def local_gradient_summand(parameter: Tensor) -> tuple[Tensor | None, int]:
     return local_tensor(gradient.detach().redistribute(placements=cut)), ranks
 
 
-def shard_weights(whole: Mapping[str, int], held_by: Iterable[Mapping[str, int]]) -> dict[str, float]:
+def shard_weights(numels: Mapping[str, int], held_by: Iterable[Mapping[str, int]]) -> dict[str, float]:
     """The weight of this rank's sums over each parameter, chosen so that replicas count once in total.
 
     Args:
-        whole: Number of entries of each parameter.
+        numels: Number of entries of each parameter.
         held_by: For each rank, the number of entries that it holds of each parameter.
 
     Returns:
@@ -209,7 +209,7 @@ def shard_weights(whole: Mapping[str, int], held_by: Iterable[Mapping[str, int]]
     held_together: Counter[str] = Counter()
     for rank in held_by:
         held_together.update(rank)
-    return {name: numel / held_together[name] for name, numel in whole.items()}
+    return {name: numel / held_together[name] for name, numel in numels.items()}
 
 
 def sketch_shards(
@@ -226,18 +226,18 @@ def sketch_shards(
     Returns:
         Float32 [B, size]; the sum over all ranks is the sketch of the whole.
     """
-    runs: dict[float, dict[str, Tensor]] = defaultdict(dict)
+    by_weight: dict[float, dict[str, Tensor]] = defaultdict(dict)
     total = torch.zeros(len(sketcher.block_map.blocks), sketcher.size, dtype=torch.float32, device="cpu")
     for name, tensor in tensors.items():
         if shards[name].offset is not None:
-            runs[weights[name]][name] = tensor
+            by_weight[weights[name]][name] = tensor
             continue
         for offset, slab in shards[name].slabs(tensor):
             total = total.to(tensor.device) + weights[name] * sketcher.sketch({name: slab}, {name: offset})
-    for weight, alike in runs.items():
-        offsets = {name: shards[name].offset or 0 for name in alike}
-        found = sketcher.sketch(alike, offsets)
-        total = total.to(found.device) + weight * found
+    for weight, tensors_of_weight in by_weight.items():
+        offsets = {name: shards[name].offset or 0 for name in tensors_of_weight}
+        part = sketcher.sketch(tensors_of_weight, offsets)
+        total = total.to(part.device) + weight * part
     return total
 
 
@@ -252,19 +252,19 @@ class _ChunkRange:
 
     def apply(self, runs: tuple[range, ...]) -> tuple[range, ...]:
         """The part of `runs` that falls into the chunk."""
-        left: list[range] = []
-        whole = range(sum(map(len, runs)))
+        remaining: list[range] = []
+        everything = range(sum(map(len, runs)))
         for group in range(self.groups):
-            wanted = _chunk(_chunk(whole, group, self.groups), self.number, self.count)
+            chunk = _chunk(_chunk(everything, group, self.groups), self.number, self.count)
             for at, run in _with_offsets(runs):
-                low, high = max(wanted.start, at), min(wanted.stop, at + len(run))
+                low, high = max(chunk.start, at), min(chunk.stop, at + len(run))
                 if low >= high:
                     continue
-                found = range(run.start + low - at, run.start + high - at)
-                if left and left[-1].stop == found.start:
-                    found = range(left.pop().start, found.stop)
-                left.append(found)
-        return tuple(left)
+                kept = range(run.start + low - at, run.start + high - at)
+                if remaining and remaining[-1].stop == kept.start:
+                    kept = range(remaining.pop().start, kept.stop)
+                remaining.append(kept)
+        return tuple(remaining)
 
 
 def _chunk_ranges(parameter: Any) -> Iterator[_ChunkRange]:
@@ -304,8 +304,8 @@ def _chunk_ranges(parameter: Any) -> Iterator[_ChunkRange]:
 
 
 def _chunk(run: range, number: int, count: int) -> range:
-    each = -(-len(run) // count)
-    return run[number * each : (number + 1) * each]
+    length = -(-len(run) // count)
+    return run[number * length : (number + 1) * length]
 
 
 def _with_offsets(runs: Iterable[range]) -> Iterator[tuple[int, range]]:

@@ -159,9 +159,9 @@ def _full_precision(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for kind in kinds:
             stack.enter_context(torch.autocast(kind, enabled=False))
-        for place, name, exact in _precisions():
-            stack.callback(setattr, place, name, getattr(place, name))
-            setattr(place, name, exact)
+        for owner, name, exact in _precisions():
+            stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, exact)
         yield
 
 
@@ -173,9 +173,11 @@ def _precisions() -> list[tuple[Any, str, Any]]:
     """
     backends = torch.backends
     if hasattr(backends.cuda.matmul, "fp32_precision"):
-        found = [getattr(getattr(backends, kind), of, None) for kind in ("cudnn", "mkldnn") for of in ("conv", "rnn")]
-        found += [backends.cuda.matmul, getattr(backends.mkldnn, "matmul", None)]
-        return [(place, "fp32_precision", "ieee") for place in found if hasattr(place, "fp32_precision")]
+        candidates = [
+            getattr(getattr(backends, kind), of, None) for kind in ("cudnn", "mkldnn") for of in ("conv", "rnn")
+        ]
+        candidates += [backends.cuda.matmul, getattr(backends.mkldnn, "matmul", None)]
+        return [(owner, "fp32_precision", "ieee") for owner in candidates if hasattr(owner, "fp32_precision")]
     return [(backends.cuda.matmul, "allow_tf32", False), (backends.cudnn, "allow_tf32", False)]
 
 
@@ -189,13 +191,13 @@ class _DirectCheckpoint:
 
 @contextmanager
 def _without_reentrant_checkpoints() -> Iterator[None]:
-    place = torch.utils.checkpoint
-    saved = place.CheckpointFunction
-    place.CheckpointFunction = _DirectCheckpoint  # type: ignore[assignment,misc]
+    module = torch.utils.checkpoint
+    saved = module.CheckpointFunction
+    module.CheckpointFunction = _DirectCheckpoint  # type: ignore[assignment,misc]
     try:
         yield
     finally:
-        place.CheckpointFunction = saved  # type: ignore[misc]
+        module.CheckpointFunction = saved  # type: ignore[misc]
 
 
 @contextmanager
@@ -223,11 +225,11 @@ def _rng_state_restored(model: nn.Module) -> Iterator[None]:
                     write(before[name])
 
 
-def _equal_states(one: Any, other: Any) -> bool:
+def _equal_states(left: Any, right: Any) -> bool:
     """Whether two generator states are equal; each is a tensor, or a tuple that contains an array."""
-    if isinstance(one, Tensor):
-        return torch.equal(one, other)
-    return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+    if isinstance(left, Tensor):
+        return torch.equal(left, right)
+    return all(np.array_equal(x, y) for x, y in zip(left, right, strict=True))
 
 
 @contextmanager
@@ -261,11 +263,11 @@ def _attributes_restored(model: nn.Module) -> Iterator[None]:
     """Restore every module's attributes and their contents after the body; inside, tensor attributes are copies."""
     modules = list(model.modules())
     attributes = [dict(vars(module)) for module in modules]
-    record = StateSnapshot(excluded=[*modules, *model.parameters(), *model.buffers()])
+    snapshot = StateSnapshot(excluded=[*modules, *model.parameters(), *model.buffers()])
     copies: dict[int, Tensor] = {}
     for value in itertools.chain.from_iterable(attribute.values() for attribute in attributes):
         if not isinstance(value, Tensor):
-            record.add(value)
+            snapshot.add(value)
     try:
         for module, attribute in zip(modules, attributes, strict=True):
             for name, value in attribute.items():
@@ -275,7 +277,7 @@ def _attributes_restored(model: nn.Module) -> Iterator[None]:
     finally:
         for module, attribute in zip(modules, attributes, strict=True):
             refill(vars(module), attribute)
-        record.restore()
+        snapshot.restore()
 
 
 @contextmanager
@@ -303,8 +305,8 @@ def is_torch_hook(hook: Callable[..., Any]) -> bool:
     while isinstance(hook, functools.partial):
         hook = hook.func
     kinds = [kind for kind in type(hook).__mro__ if kind is not nn.Module]  # the hook may be a module of the user's
-    homes = [getattr(hook, "__module__", None), *(kind.__module__ for kind in kinds)]
-    return any(isinstance(home, str) and home.startswith(_TORCH_MODULES) for home in homes)
+    modules = [getattr(hook, "__module__", None), *(kind.__module__ for kind in kinds)]
+    return any(isinstance(module, str) and module.startswith(_TORCH_MODULES) for module in modules)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

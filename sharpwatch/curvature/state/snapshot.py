@@ -94,13 +94,13 @@ class StateSnapshot:
                 del self._seen[key]
 
     def _visit_attributes(self, value: Any, depth: int) -> None:
-        own = getattr(value, "__dict__", None)
+        attributes = getattr(value, "__dict__", None)
         slots = {name: getattr(value, name) for name in copyreg._slotnames(type(value)) if hasattr(value, name)}  # type: ignore[attr-defined]  # noqa: SLF001 - as `copy` does
-        if (own is None and not slots) or _belongs_to_training(value) or depth > _MAX_DEPTH:
+        if (attributes is None and not slots) or _belongs_to_training(value) or depth > _MAX_DEPTH:
             raise _ForeignError
-        if type(own) is dict:
-            self._undo.append(_container_undo(own))
-            self._visit_items(own.values(), depth, strict=True)
+        if type(attributes) is dict:
+            self._undo.append(_container_undo(attributes))
+            self._visit_items(attributes.values(), depth, strict=True)
         for name, attribute in slots.items():
             self._undo.append(functools.partial(object.__setattr__, value, name, attribute))  # the class may be frozen
         self._visit_items(slots.values(), depth, strict=True)
