@@ -30,9 +30,9 @@ _COMMUNICATION_HOOKS = ("_all_gather_comm", "_reduce_scatter_comm", "_all_reduce
 
 @dataclass(frozen=True, slots=True)
 class DataRank:
-    """The data-parallel rank of this process: it computes on share `index` of `count` shares of each batch.
+    """The data-parallel rank of this process: it computes on share `number` of `count` shares of each batch.
 
-    Ranks that split layers among them by tensor parallelism have the same index.
+    Ranks that split layers among them by tensor parallelism have the same number.
     """
 
     number: int
