@@ -164,12 +164,12 @@ class Exact:
         sizes = [parameter.numel() for parameter in self.parameters]
         pieces = dict(zip(self.names, flat.split(sizes, -1), strict=True))
         lead = flat.shape[:-1]
-        unflatten = {name: pieces[name].view(*lead, *parameter.shape) for name, parameter in self._named()}
+        shaped = {name: pieces[name].view(*lead, *parameter.shape) for name, parameter in self._named()}
         views = []
         for part in block_map.parts:
             flat = [
                 part.view(one).reshape(-1)
-                for one in unflatten[part.parameter].reshape(-1, *block_map.shapes[part.parameter])
+                for one in shaped[part.parameter].reshape(-1, *block_map.shapes[part.parameter])
             ]
             views.append(torch.stack(flat).view(*lead, -1))
         return views

@@ -146,7 +146,7 @@ def test_the_length_of_the_start_does_not_matter(length):
 @pytest.mark.parametrize("longest", [6, 7, 12])
 @pytest.mark.parametrize("name", ["indefinite, the bottom larger in size", "clustered top", "positive"])
 def test_restarts_lead_to_the_same_ends(monkeypatch, name, longest):
-    monkeypatch.setattr(lanczos, "_LONGEST", longest)
+    monkeypatch.setattr(lanczos, "_MAX_BASIS", longest)
     matrix = rotated(SPECTRA[name])
     values = torch.linalg.eigvalsh(matrix)
     found = run(matrix, signs(N), products=100)
@@ -165,7 +165,7 @@ def test_restarts_lead_to_the_same_ends(monkeypatch, name, longest):
 
 
 def test_a_restart_loses_nothing_of_the_ends(monkeypatch):
-    monkeypatch.setattr(lanczos, "_LONGEST", 8)
+    monkeypatch.setattr(lanczos, "_MAX_BASIS", 8)
     matrix = rotated(SPECTRA["no gaps"])
     found = Lanczos(signs(N))
     tops, bottoms = [], []
@@ -242,7 +242,7 @@ def test_the_density_has_the_moments_of_the_start(name):
 
 
 def test_the_density_is_the_first_runs_even_after_restarts(monkeypatch):
-    monkeypatch.setattr(lanczos, "_LONGEST", 8)
+    monkeypatch.setattr(lanczos, "_MAX_BASIS", 8)
     matrix = rotated(SPECTRA["no gaps"])
     start = signs(N, dtype=torch.float64)
     before, after = run(matrix, start, 8).spectrum(), run(matrix, start, 50).spectrum()

@@ -101,14 +101,14 @@ def test_weights_are_the_parameters_themselves():
 def test_the_scale_is_the_weights_own_size_or_a_tenth_of_the_whole_models():
     given = leaves()
     own = ParameterSpace(MAP, "vo", given)
-    assert own.scale == pytest.approx(float(flat_weights(own).square().mean().sqrt()))
+    assert own.weight_scale == pytest.approx(float(flat_weights(own).square().mean().sqrt()))
     with torch.no_grad():
         given["0.norm"].mul_(1e-6)
         given["1.norm"].zero_()
     everything = torch.cat([tensor.detach().flatten() for tensor in given.values()])
-    assert ParameterSpace(MAP, "norm", given).scale == pytest.approx(float(everything.square().mean().sqrt()) / 10)
+    assert ParameterSpace(MAP, "norm", given).weight_scale == pytest.approx(float(everything.square().mean().sqrt()) / 10)
     zeros = {name: torch.zeros_like(tensor).requires_grad_() for name, tensor in given.items()}
-    assert ParameterSpace(MAP, "norm", zeros).scale == 1.0
+    assert ParameterSpace(MAP, "norm", zeros).weight_scale == 1.0
 
 
 def test_what_is_frozen_is_left_out():

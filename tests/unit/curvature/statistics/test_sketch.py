@@ -165,7 +165,7 @@ def test_pieces_hold_each_entry_of_a_part_once(data):
     limit = data.draw(st.integers(1, 40))
     index = torch.arange(math.prod(shape)).view(shape)
     wanted = [i for i in part.view(index).reshape(-1).tolist() if low <= i < high]
-    pieces = list(sketch_module._pieces(part, shape, low, high, limit))
+    pieces = list(sketch_module._index_ranges(part, shape, low, high, limit))
     held = torch.cat([piece.view(index.view(-1), piece.start).reshape(-1) for piece in pieces]) if pieces else index[:0]
     assert sorted(held.reshape(-1).tolist()) == sorted(wanted)
     assert all(piece.span <= limit for piece in pieces)
@@ -320,7 +320,7 @@ def test_inner_products_are_unbiased_with_the_variance_of_the_formula(name):
 
 def test_signs_and_rotations_are_balanced_and_independent():
     count, size = 4096, 256
-    hashed = CountSketch(single((1,)), size, seed=14)._hash
+    hashed = CountSketch(single((1,)), size, seed=14)._hashes
     rows = torch.arange(count)
     signs = 1.0 - 2.0 * (hashed.signs(rows) != 0).double().view(count, size)
     # Sums of n random signs have variance n; the worst of 256 columns stays below 4.5 of its standard deviations.
