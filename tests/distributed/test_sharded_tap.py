@@ -19,7 +19,7 @@ from sharpwatch.agent.probes.context import ShardReduction
 from sharpwatch.agent.probes.runner import ProbeRunner
 from sharpwatch.agent.statistics.tap import Tap
 from sharpwatch.blocks import classify
-from sharpwatch.curvature.estimators.gnb_sharded import collectives
+from sharpwatch.curvature.estimators.gnb_sharded import launched_collectives
 from sharpwatch.curvature.parameters import shards
 from sharpwatch.curvature.parameters.fsdp import DataRank
 from sharpwatch.curvature.statistics.sketch import CountSketch
@@ -74,9 +74,9 @@ def shared_tap(block_map, model, optimizer):
 
 
 def shared_reading(tap):
-    pending, before = tap.start({}), collectives()
+    pending, before = tap.start({}), launched_collectives()
     tap.read(pending, 0)
-    assert collectives() == before  # of the user's groups none, in every step
+    assert launched_collectives() == before  # of the user's groups none, in every step
     sums = torch.from_numpy(tap.local(pending))
     dist.all_reduce(sums)
     return tap.reading(sums.numpy())
@@ -95,9 +95,9 @@ def check_sketch(block_map, model, optimizer):
     weights = weights_of(block_map, dict(model.named_parameters()))
     together = ShardReduction(add, weights, DataRank.of(model).number)
     probes = ProbeRunner((), model, block_map, [optimizer], seed=3, sketch_size=64, together=together)
-    before = collectives()
+    before = launched_collectives()
     own = probes.sketch_gradient().cpu()
-    assert collectives() == before
+    assert launched_collectives() == before
     gradients = {name: full(parameter.grad) for name, parameter in model.named_parameters()}
     expected = CountSketch(block_map, size=64, seed=3).sketch(gradients)
     torch.testing.assert_close(add(own), expected, rtol=1e-4, atol=1e-5 * float(expected.nan_to_num().abs().max()))
