@@ -54,8 +54,8 @@ def direction_probe(  # noqa: PLR0913 - settings are keyword-only
 ) -> DirectionSample:
     """Measure the curvature along `displacement` at the present weights.
 
-    It takes one Hessian-vector product for the whole model and one for each of `blocks`, and leaves no trace in
-    `model`.
+    It takes one Hessian-vector product for the whole model and one for each of `blocks`, and leaves `model`
+    unchanged.
 
     Args:
         model: The model.

@@ -60,7 +60,7 @@ def gnb_probe(  # noqa: PLR0913 - settings are keyword-only
     sketcher: Sketcher | None = None,
     logits_fn: LogitsFn | None = None,
 ) -> GnbSample:
-    """Draw the trace of G for each layer block; leaves no trace in `model`.
+    """Draw the trace of G for each layer block; leaves `model` unchanged.
 
     It takes one forward on `batch`, and one backward for each draw.
 

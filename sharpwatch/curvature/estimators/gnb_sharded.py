@@ -1,7 +1,7 @@
 """The Gauss-Newton-Bartlett probe for a model whose parameters are sharded over ranks.
 
 A sharded model cannot run on stand-ins for its weights: FSDP2 gathers them in hooks and leaves gradients in `.grad`. So
-each draw is an ordinary forward and backward through the model itself, on all ranks, and their traces are removed
+each draw is an ordinary forward and backward through the model itself, on all ranks, and its side effects are undone
 afterwards.
 
 Each rank gets its shard of the gradient, averaged over the D data-parallel ranks. With N predicting positions in total,
@@ -51,7 +51,7 @@ def sharded_gnb_probe(  # noqa: PLR0913 - settings are keyword-only
     sketcher: CountSketch | None = None,
     logits_fn: LogitsFn | None = None,
 ) -> GnbSample:
-    """Draw the trace of G for each layer block, on all ranks together; leaves no trace in `model`.
+    """Draw the trace of G for each layer block, on all ranks together; leaves `model` unchanged.
 
     It takes one forward and one backward for each draw. All ranks must call it, and all get the same sample.
 

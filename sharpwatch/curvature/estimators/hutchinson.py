@@ -60,7 +60,7 @@ def hutchinson_probe(  # noqa: PLR0913 - settings are keyword-only
     loss_fn: LossFn | None = None,
     method: Method = "auto",
 ) -> HutchinsonSample:
-    """Draw the trace of H_bb for each layer block of one type; leaves no trace in `model`.
+    """Draw the trace of H_bb for each layer block of one type; leaves `model` unchanged.
 
     Args:
         model: The model.

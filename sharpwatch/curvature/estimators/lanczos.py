@@ -231,7 +231,7 @@ def lanczos_probe(  # noqa: PLR0913 - settings are keyword-only
     loss_fn: LossFn | None = None,
     method: Method = "auto",
 ) -> LanczosSample:
-    """Estimate the ends of the spectrum of H_bb; leaves no trace in `model`.
+    """Estimate the ends of the spectrum of H_bb; leaves `model` unchanged.
 
     Args:
         model: The model.

@@ -72,7 +72,7 @@ def linesearch_probe(  # noqa: PLR0913 - settings are keyword-only
 ) -> LineSearchSample:
     """Measure the critical sharpness of the step just taken, from the weights θ_t before it.
 
-    It leaves no trace in `model`.
+    It leaves `model` unchanged.
 
     Args:
         model: The model, at θ_{t+1}.

@@ -55,7 +55,7 @@ def preconditioned_probe(  # noqa: PLR0913 - settings are keyword-only
     loss_fn: LossFn | None = None,
     method: Method = "auto",
 ) -> PreconditionedSample:
-    """Estimate the largest eigenvalue of DHD by Lanczos iteration; leaves no trace in `model`.
+    """Estimate the largest eigenvalue of DHD by Lanczos iteration; leaves `model` unchanged.
 
     Args:
         model: The model.

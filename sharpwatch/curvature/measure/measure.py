@@ -67,7 +67,7 @@ def measure(  # noqa: PLR0913, PLR0917 - the public signature, with defaults
     logits_fn: LogitsFn | None = None,
     method: str = "auto",
 ) -> SharpnessReport:
-    """Measure the sharpness of `model` on `batches`; leaves no trace in `model`.
+    """Measure the sharpness of `model` on `batches`; leaves `model` unchanged.
 
     Args:
         model: The model, on the device where it is to be measured.

@@ -39,7 +39,7 @@ class Plan:
         estimators: Names of the estimators.
         blocks: Block types whose traces are measured.
         spectra: Block types whose spectra are measured; "" for the whole model.
-        draws: Number of draws, if no precision is requested the final one.
+        draws: Number of draws; with a precision, the smallest number.
         max_draws: Largest number of draws.
         precision: Requested relative standard error, or None.
         tolerance: Lanczos tolerance of the top: residual relative to the larger end of the spectrum.

@@ -75,7 +75,7 @@ def open_hessian(
     loss_fn: LossFn | None = None,
     method: Method = "auto",
 ) -> Iterator[Hessian]:
-    """Open the Hessian of `model`'s mean loss over `batches`, in float32 or wider; leaves no trace in `model`.
+    """Open the Hessian of `model`'s mean loss over `batches`, in float32 or wider; leaves `model` unchanged.
 
     Args:
         model: The model.

@@ -1,4 +1,4 @@
-"""Isolation: forwards and backwards that leave no trace in the model or in the process."""
+"""Isolation: forwards and backwards that leave the model and the process unchanged."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def upcast(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def isolated(model: nn.Module, *, exact: bool = False) -> Iterator[Functional]:
-    """Run `model` through a `Functional` that leaves no trace in it; see `restore` for what is set inside.
+    """Run `model` through a `Functional` that leaves it unchanged; see `restore` for what is set inside.
 
     Args:
         model: The model.
