@@ -493,7 +493,7 @@ MISTAKES = {
         "precision must be a float with 0 < precision < 1, a relative standard error, got 5.0",
     ),
     "a method": ({"method": "fast"}, "method must be one of 'auto', 'autograd', 'differences', got 'fast'"),
-    "a seed": ({"seed": -1}, "seed=-1: allowed is a whole number"),
+    "a seed": ({"seed": -1}, "seed must be an integer with 0 <= seed < 2\\*\\*63, got -1"),
     "no optimizer": ({"estimators": ("direction",)}, "optimizer must be given for the estimators direction"),
 }
 
