@@ -36,7 +36,7 @@ ALLOWED = {
     "agent.safety": {"common"},
     "agent.transport": {"common", "agent.safety"},
     "agent.control": {"blocks", "agent.safety"},
-    "agent.optimizers": {"common", "blocks", "curvature"},
+    "agent.optimizers": {"common", "blocks", "curvature", "agent.safety", "agent.control"},
     "agent.instrumentation": {"agent.safety", "agent.control", "agent.optimizers"},
     "agent.statistics": {"blocks", "curvature", "agent.safety", "agent.optimizers"},
     "agent.probes": {
