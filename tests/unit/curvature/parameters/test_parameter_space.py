@@ -106,7 +106,9 @@ def test_the_scale_is_the_weights_own_size_or_a_tenth_of_the_whole_models():
         given["0.norm"].mul_(1e-6)
         given["1.norm"].zero_()
     everything = torch.cat([tensor.detach().flatten() for tensor in given.values()])
-    assert ParameterSpace(MAP, "norm", given).weight_scale == pytest.approx(float(everything.square().mean().sqrt()) / 10)
+    assert ParameterSpace(MAP, "norm", given).weight_scale == pytest.approx(
+        float(everything.square().mean().sqrt()) / 10
+    )
     zeros = {name: torch.zeros_like(tensor).requires_grad_() for name, tensor in given.items()}
     assert ParameterSpace(MAP, "norm", zeros).weight_scale == 1.0
 
