@@ -337,7 +337,7 @@ def test_a_failure_of_one_rank_within_the_models_collectives_is_never_passed_ove
     waited, failed = ranks(failing_alone, 2, kind)
     assert failed.startswith("failed on this rank: OutOfMemoryError: rank 1 had no room")
     assert "failed on this rank: RuntimeError" in waited  # the collective that rank 1 left
-    assert "Start again from the last checkpoint" in failed
+    assert "Restart from the last checkpoint" in failed
 
 
 def failing_alike(backward):
@@ -371,7 +371,7 @@ def hooked():
     """A reduction of the user's own, which may keep something of each call."""
     model, calls = sharded_llama("fsdp"), []
     model.set_all_reduce_hook(calls.append)
-    with pytest.raises(ProbeError, match="all_reduce_hook of the user's own"):
+    with pytest.raises(ProbeError, match="custom all_reduce_hook"):
         probe(model, classify(dense.llama()))
     return len(calls)
 
