@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -25,16 +25,7 @@ from sharpwatch.daemon.ingest.limits import (
     few,
     require,
 )
-from sharpwatch.daemon.ingest.probes import (
-    PROBES,
-    DirectionReading,
-    GnbReading,
-    HutchinsonReading,
-    LanczosReading,
-    LineSearchReading,
-    PreconditionedReading,
-    read_probes,
-)
+from sharpwatch.daemon.ingest.probes import read_probes
 from sharpwatch.daemon.records import Checkpoint, CommandResult
 from sharpwatch.errors import WireError
 from sharpwatch.v1 import agent_pb2, types_pb2
@@ -72,30 +63,20 @@ class HealthReading:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reading:
-    """A checked Sample. `dropped_probes` names the probes left out because their numbers were not finite."""
+    """A checked Sample; `probes` by name. `dropped_probes` names those left out because a number was not finite."""
 
     sequence: int
     step: int
     taken_at: float  # unix seconds
     loss: float | None
     tap: TapValues | None
-    gnb: GnbReading | None
-    direction: DirectionReading | None
+    probes: Mapping[str, Any]
     health: HealthReading | None
     results: tuple[CommandResult, ...]
     checkpoints: tuple[Checkpoint, ...]
     closing: bool
     restored: bool
     dropped_probes: tuple[str, ...]
-    hutchinson: HutchinsonReading | None = None
-    lanczos: LanczosReading | None = None
-    linesearch: LineSearchReading | None = None
-    preconditioned: PreconditionedReading | None = None
-
-    @property
-    def probes(self) -> tuple[str, ...]:
-        """The probes that it has."""
-        return tuple(probe for probe in PROBES if getattr(self, probe) is not None)
 
 
 def _tap(tap: agent_pb2.Tap, parameters: Ints) -> TapValues:
@@ -173,7 +154,7 @@ def read_sample(manifest: RunHello, sample: agent_pb2.Sample) -> Reading:
         taken_at=sample.taken_at_unix_ns / 1e9,
         loss=sample.loss if sample.HasField("loss") else None,
         tap=_tap(sample.tap, manifest.parameters) if sample.HasField("tap") else None,
-        **{probe: probes.get(probe) for probe in PROBES},
+        probes={probe: reading for probe, reading in probes.items() if reading is not None},
         health=_health(sample.health) if sample.HasField("health") else None,
         results=tuple(map(_result, sample.results)),
         checkpoints=tuple(map(_checkpoint, sample.checkpoints)),
