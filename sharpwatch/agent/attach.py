@@ -80,7 +80,8 @@ def attach(  # noqa: PLR0913 - the public signature; each has a default that wor
         tls: PEM files by name: "ca", and for mutual TLS "cert" with "key". None connects without TLS.
         overhead_budget: The share of step time that probes and sampling may take together.
         probe_every: Run every probe each so many steps, and ignore `overhead_budget`.
-        probes: Any of "gnb", "direction", "hutchinson", "lanczos", "linesearch" and "preconditioned".
+        probes: Any of "gnb", "direction", "hutchinson", "lanczos", "linesearch", "gradient_noise" and
+            "preconditioned".
         loss_fn: `loss_fn(model, batch)` for probes: the mean loss of `model(*batch.args, **batch.kwargs)`. By default
             probes call the model as its last forward did, and take the loss of its output.
         logits_fn: `logits_fn(model, batch)` for the "gnb" probe: the logits, and a mask of the positions that predict.
@@ -202,7 +203,9 @@ def _made(options: Options, run: str, block_map: BlockMap, company: Topology | N
             sketch_size=SKETCH_SIZE,
             loss_fn=options.loss_fn,
             logits_fn=options.logits_fn,
-            together=None if company is None else company.together(model),
+            barrier=border,
+            several_ranks=company is not None,
+            shards=None if company is None else company.together(model),
         ),
         sampler=OverheadBudget(options.probes, budget=options.overhead_budget, probe_every=options.probe_every),
         control=control,

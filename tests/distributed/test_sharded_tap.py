@@ -15,8 +15,8 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 import dense
 import sharding
 
-from sharpwatch.agent.probes.context import ShardReduction
-from sharpwatch.agent.probes.runner import ProbeRunner
+from sharpwatch.agent.probes.context import ProbeContext, ProbedStep, ShardReduction
+from sharpwatch.agent.probes.gnb import ShardedGnb
 from sharpwatch.agent.statistics.tap import Tap
 from sharpwatch.blocks import classify
 from sharpwatch.curvature.estimators.gnb_sharded import launched_collectives
@@ -93,13 +93,16 @@ def damage(model):
 def check_sketch(block_map, model, optimizer):
     """The gradient's sketch, added up over ranks; none of them waits for another on the way."""
     weights = weights_of(block_map, dict(model.named_parameters()))
-    together = ShardReduction(add, weights, DataRank.of(model).number)
-    probes = ProbeRunner((), model, block_map, [optimizer], seed=3, sketch_size=64, together=together)
+    sketcher = CountSketch(block_map, size=64, seed=3)
+    reduction = ShardReduction(add, weights, DataRank.of(model).number)
+    context = ProbeContext(model, block_map, [optimizer], sketcher, torch.Generator(), shards=reduction)
+    probe = ShardedGnb(context)
     before = launched_collectives()
-    own = probes.sketch_gradient().cpu()
+    probe.before_step(ProbedStep(context))
+    own = probe._gradient_sketch.cpu()
     assert launched_collectives() == before
     gradients = {name: full(parameter.grad) for name, parameter in model.named_parameters()}
-    expected = CountSketch(block_map, size=64, seed=3).sketch(gradients)
+    expected = sketcher.sketch(gradients)
     torch.testing.assert_close(add(own), expected, rtol=1e-4, atol=1e-5 * float(expected.nan_to_num().abs().max()))
 
 
