@@ -219,9 +219,10 @@ class ProbeRunner:
         """Yields rows of the batch; nothing else of the program runs within, and its state is restored at the end."""
         context = self._context
         batch = captured.batch.slice(self._draw_rows(name, captured.batch.rows))
+        values = (*batch.args, *batch.kwargs.values(), *_held_by(context.loss_fn), *_held_by(context.logits_fn))
         # The rows are copies, and the probe itself restores the modules.
         snapshot = StateSnapshot(excluded=[*batch.tensors(), *context.model.modules()])
-        for value in (*batch.args, *batch.kwargs.values(), *_held_by(context.loss_fn), *_held_by(context.logits_fn)):
+        for value in values:
             snapshot.add(value)
         with signals_held(), ExitStack() as stack:
             captured.autocast.enter(stack)

@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sharpwatch.curvature.statistics.estimate import Estimate, stability_ratio
+from sharpwatch.curvature.statistics.estimate import Estimate
 from sharpwatch.curvature.statistics.gnb_estimators import top_eigenvalues, trace_estimates
 from sharpwatch.curvature.statistics.sketch_moments import alignments, drifts, effective_ranks, sketch_moments
-from sharpwatch.daemon.estimation.block_totals import Doubles, sum_rows
 from sharpwatch.daemon.estimation.windows import WINDOW_PROBES, Estimates, Key, ProbeSpec, Request
-from sharpwatch.daemon.ingest.limits import Floats
+from sharpwatch.daemon.ingest.hello import RunHello
+from sharpwatch.daemon.ingest.limits import Doubles, Floats
 from sharpwatch.daemon.ingest.probes import GnbReading
 
 _SPECTRAL = ("top_eigenvalue", "effective_rank", "drift", "alignment")  # quantities estimated from sketches
@@ -90,7 +90,14 @@ def _trace_windows(request: Request) -> Doubles:
     traces = np.full((len(request.windows["gnb"]), width, len(request.hello.layer_blocks)), np.nan)
     for index, (_, probe) in enumerate(request.windows["gnb"]):
         traces[index, : len(probe.traces)] = probe.traces
-    return np.concatenate([traces, sum_rows(request.hello, traces)], axis=2).transpose(2, 0, 1)
+    return np.concatenate([traces, sum_layers(request.hello, traces)], axis=2).transpose(2, 0, 1)
+
+
+def sum_layers(hello: RunHello, values: Doubles) -> Doubles:
+    """Returns the sums of `values` [..., L] over the layers of each block type, [..., B]."""
+    membership = hello.block_of[:, None] == np.arange(len(hello.blocks))
+    summed: Doubles = values @ membership
+    return summed
 
 
 def _spectra(requests: Sequence[Request], device: str) -> list[Mapping[Key, Estimate]]:

@@ -18,6 +18,7 @@ from sharpwatch.daemon.ingest.hello import RunHello
 from sharpwatch.daemon.ingest.limits import (
     MAX_COUNT,
     MAX_STEP,
+    Doubles,
     Floats,
     Ints,
     checked_name,
@@ -48,6 +49,18 @@ class TapValues:
     non_finite: Ints
     learning_rate: Floats
     lr_multiplier: Floats
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BlockTap:
+    """A tap by block type; every array is [B], with NaN where nothing was measured."""
+
+    gradient_norm: Doubles
+    weight_norm: Doubles
+    update_rms: Doubles
+    non_finite: npt.NDArray[np.int64]
+    learning_rate: Doubles
+    lr_multiplier: Doubles
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +111,42 @@ def _tap(tap: agent_pb2.Tap, parameters: Ints) -> TapValues:
         non_finite=non_finite,
         learning_rate=rate,
         lr_multiplier=multiplier,
+    )
+
+
+def _bincount(hello: RunHello, rows: Doubles) -> Doubles:
+    # In a product with a membership matrix one NaN or inf would spread to all blocks.
+    return np.bincount(hello.block_of, weights=rows, minlength=len(hello.blocks)).astype(np.float64)
+
+
+def _norms(hello: RunHello, rows: Floats) -> Doubles:
+    """The norm of the layers of each block taken together."""
+    return np.sqrt(_bincount(hello, np.square(rows, dtype=np.float64)))
+
+
+def _means(hello: RunHello, rows: Doubles) -> Doubles:
+    """Means weighted by parameters, over the rows that are not NaN; NaN where there are none."""
+    present = ~np.isnan(rows)
+    weights = np.where(present, hello.parameters, 0).astype(np.float64)
+    total = _bincount(hello, weights)
+    with np.errstate(invalid="ignore"):
+        return _bincount(hello, np.where(present, rows * hello.parameters, 0.0)) / total
+
+
+def block_tap(hello: RunHello, tap: TapValues) -> BlockTap:
+    """Makes the tap of block types from that of layer blocks.
+
+    Norms are roots of sums of squares, RMS_t is the root of a mean square weighted by parameters, and rates and
+    multipliers are means weighted by parameters.
+    """
+    squares = np.square(tap.update_rms, dtype=np.float64)
+    return BlockTap(
+        gradient_norm=_norms(hello, tap.gradient_norm),
+        weight_norm=_norms(hello, tap.weight_norm),
+        update_rms=np.sqrt(_means(hello, squares)),
+        non_finite=_bincount(hello, tap.non_finite.astype(np.float64)).astype(np.int64),
+        learning_rate=_means(hello, tap.learning_rate.astype(np.float64)),
+        lr_multiplier=_means(hello, tap.lr_multiplier.astype(np.float64)),
     )
 
 

@@ -13,12 +13,11 @@ import numpy as np
 from sharpwatch.curvature.statistics.estimate import Estimate
 from sharpwatch.daemon.decisions.decision_log import UNDER_WAY
 from sharpwatch.daemon.decisions.run_controller import Changes, RunController
-from sharpwatch.daemon.estimation.block_totals import BlockTap, block_tap
 from sharpwatch.daemon.estimation.estimator import PROBES
 from sharpwatch.daemon.estimation.hessian import observed_stability
 from sharpwatch.daemon.estimation.windows import Estimates, Key, Request
 from sharpwatch.daemon.ingest.hello import RunHello
-from sharpwatch.daemon.ingest.samples import Cursor, HealthReading, Reading
+from sharpwatch.daemon.ingest.samples import BlockTap, Cursor, HealthReading, Reading, block_tap
 from sharpwatch.daemon.records import Alert, Decision, Mode, Observation
 
 MAX_RUNS = 10_000
