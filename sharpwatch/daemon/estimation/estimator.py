@@ -60,14 +60,21 @@ def resolve_device(name: str) -> str:
 
 def estimate_all(requests: Sequence[Request], device: str) -> list[Estimates]:
     """Estimates all windows of all requests, the windows of one kind of probe in one batch on `device`."""
-    found = [Estimates() for _ in requests]
+    found: list[list[Estimates]] = [[] for _ in requests]
     for name, spec in PROBES.items():
         members = [index for index, request in enumerate(requests) if request.windows.get(name)]
         if members and spec.estimate is not None:
             of_probe = spec.estimate([requests[index] for index in members], device)
             for index, estimates in zip(members, of_probe, strict=True):
-                found[index] |= estimates
-    return found
+                found[index].append(estimates)
+    return [_together(each) for each in found]
+
+
+def _together(of_probes: Sequence[Estimates]) -> Estimates:
+    """The estimates of one run from all its probes; a single kind of probe estimates layers."""
+    values = {key: one for estimates in of_probes for key, one in estimates.values.items()}
+    layers = next((each for each in of_probes if each.layer_sharpness), Estimates())
+    return Estimates(values, layers.layer_sharpness, layers.order_correlation)
 
 
 class Estimator:

@@ -38,10 +38,8 @@ class ObservedStability:
     blocks: Mapping[str, Estimate] = field(default_factory=dict)
 
 
-def observed_stability(blocks: Sequence[str], step: int, reading: DirectionReading | None) -> ObservedStability:
+def observed_stability(blocks: Sequence[str], step: int, reading: DirectionReading) -> ObservedStability:
     """Returns the stability ratios of the probe of one step, as the detectors need them."""
-    if reading is None:
-        return ObservedStability()
     whole = _whole_ratio([reading], step)
     by_block = _block_ratios(blocks, [reading], step)
     return ObservedStability(whole, no_descent=whole is None, blocks=by_block)

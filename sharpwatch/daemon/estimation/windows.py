@@ -19,15 +19,17 @@ Window = Sequence[tuple[int, Any]]  # (step, reading), oldest first
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Request:
-    """The windows of one run, by probe, to be estimated from. A probe without a reading has no window here."""
+    """The windows of one run, to be estimated from.
+
+    Attributes:
+        hello: The Hello of the run's newest attempt.
+        windows: By probe; a probe without a reading has none.
+        step: The newest step in any of the windows.
+    """
 
     hello: RunHello
     windows: Mapping[str, Window] = field(default_factory=dict)
-
-    @property
-    def step(self) -> int:
-        """The newest step in any of the windows."""
-        return max((window[-1][0] for window in self.windows.values()), default=0)
+    step: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,19 +39,6 @@ class Estimates:
     values: Mapping[Key, Estimate] = field(default_factory=dict)
     layer_sharpness: tuple[Estimate, ...] = ()
     order_correlation: float | None = None
-
-    def __or__(self, other: Estimates) -> Estimates:
-        """Both together; only one kind of probe estimates layers."""
-        return Estimates(
-            {**self.values, **other.values},
-            other.layer_sharpness or self.layer_sharpness,
-            self.order_correlation if other.order_correlation is None else other.order_correlation,
-        )
-
-
-def _nothing_shown(reading: Any) -> Mapping[str, tuple[float, ...] | None]:
-    del reading
-    return {}
 
 
 def _unchanged(reading: Any) -> Any:
@@ -68,7 +57,7 @@ class ProbeSpec:
         window: How many readings of a run are kept to estimate from; 0 where nothing is estimated.
         estimators: The estimators under which its estimates are shown; a new estimate replaces all of them.
         estimate: Estimates a batch of requests, which all have a window of this probe, on a torch device.
-        shown: The fields of a run's snapshot that a single reading sets, by block.
+        shown: Returns the fields of a run's snapshot that a single reading sets, by block; None if it sets none.
         without_projection: What is left of a reading once the sketches' projection has changed.
     """
 
@@ -76,5 +65,5 @@ class ProbeSpec:
     window: int = 0
     estimators: tuple[str, ...] = ()
     estimate: Callable[[Sequence[Request], str], list[Estimates]] | None = None
-    shown: Callable[[Any], Mapping[str, tuple[float, ...] | None]] = _nothing_shown
+    shown: Callable[[Any], Mapping[str, tuple[float, ...] | None]] | None = None
     without_projection: Callable[[Any], Any] = _unchanged

@@ -58,7 +58,7 @@ class BlockTap:
     gradient_norm: Doubles
     weight_norm: Doubles
     update_rms: Doubles
-    non_finite: npt.NDArray[np.int64]
+    non_finite: Ints
     learning_rate: Doubles
     lr_multiplier: Doubles
 

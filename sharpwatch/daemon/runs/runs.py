@@ -14,13 +14,14 @@ from sharpwatch.curvature.statistics.estimate import Estimate
 from sharpwatch.daemon.decisions.decision_log import UNDER_WAY
 from sharpwatch.daemon.decisions.run_controller import Changes, RunController
 from sharpwatch.daemon.estimation.estimator import PROBES
-from sharpwatch.daemon.estimation.hessian import observed_stability
+from sharpwatch.daemon.estimation.hessian import ObservedStability, observed_stability
 from sharpwatch.daemon.estimation.windows import Estimates, Key, Request
 from sharpwatch.daemon.ingest.hello import RunHello
 from sharpwatch.daemon.ingest.samples import BlockTap, Cursor, HealthReading, Reading, block_tap
 from sharpwatch.daemon.records import Alert, Decision, Mode, Observation
 
 MAX_RUNS = 10_000
+_NO_STABILITY = ObservedStability()
 MAX_ATTEMPTS = 16  # remembered of a run: one of them may still be sending what it had left
 
 Phase = Literal["running", "silent", "closed"]
@@ -155,7 +156,8 @@ class Run:
         tap = block_tap(manifest, reading.tap) if reading.tap is not None else None
         changes: dict[str, Any] = {}
         for probe, one in reading.probes.items():
-            changes |= PROBES[probe].shown(one)
+            shown = PROBES[probe].shown
+            changes |= {} if shown is None else shown(one)
             if probe in self._windows:
                 self._windows[probe].append((reading.step, one))
         if tap is not None:
@@ -178,7 +180,8 @@ class Run:
             for name, window in self._windows.items()
             if window and (probes is None or name in probes)
         }
-        return Request(self.attempt.manifest, windows)
+        newest = max((window[-1][0] for window in windows.values()), default=0)
+        return Request(self.attempt.manifest, windows, newest)
 
     def take_estimates(self, request: Request, estimates: Estimates) -> None:
         """Have the estimates of `request` shown in place of those its probes made before."""
@@ -233,7 +236,8 @@ def _present(blocks: Iterable[str], values: Iterable[float]) -> dict[str, float]
 
 def _observation(manifest: RunHello, reading: Reading, tap: BlockTap | None) -> Observation:
     blocks = manifest.blocks
-    stability = observed_stability(blocks, reading.step, reading.probes.get("direction"))
+    probe = reading.probes.get("direction")
+    stability = _NO_STABILITY if probe is None else observed_stability(blocks, reading.step, probe)
     seen = Observation(
         step=reading.step,
         time=reading.taken_at,

@@ -12,7 +12,7 @@ import torch
 from sharpwatch.daemon.estimation import estimator
 from sharpwatch.daemon.estimation.estimator import estimate_all, resolve_device
 from sharpwatch.daemon.estimation.gnb import order_correlation
-from sharpwatch.daemon.estimation.hessian import observed_stability
+from sharpwatch.daemon.estimation.hessian import ObservedStability, observed_stability
 from sharpwatch.daemon.estimation.windows import Request
 from sharpwatch.daemon.ingest.hello import RunHello
 from sharpwatch.daemon.ingest.probes import DirectionReading, GnbReading
@@ -184,7 +184,7 @@ def test_the_stability_ratio_divides_sums_and_says_where_there_is_no_descent():
     assert uphill.no_descent
     assert uphill.whole is None
     assert list(uphill.blocks) == ["norm"]
-    assert not observed_stability(SMALL.blocks, 5, None).no_descent
+    assert not ObservedStability().no_descent
 
 
 def test_order_correlation_is_spearmans():
