@@ -19,7 +19,7 @@ import structlog
 from sharpwatch.daemon.decisions.decision_log import UNDER_WAY
 from sharpwatch.daemon.decisions.run_controller import Changes
 from sharpwatch.daemon.estimation.estimator import EstimationQueue, Estimator, Waiting
-from sharpwatch.daemon.estimation.windows import Request
+from sharpwatch.daemon.estimation.windows import EstimateRequest
 from sharpwatch.daemon.exporter.metrics import OwnMetrics
 from sharpwatch.daemon.ingest.queue import QueuedSample, SampleQueue
 from sharpwatch.daemon.records import Alert, Checkpoint, Decision, Revision
@@ -333,7 +333,7 @@ class Pipeline:
                 author=made.author,
             )
 
-    async def _estimate(self, requests: Sequence[Request]) -> None:
+    async def _estimate(self, requests: Sequence[EstimateRequest]) -> None:
         """Estimate every window that a probe completed, so that estimates don't depend on how samples were batched."""
         if not requests:
             return

@@ -159,7 +159,7 @@ class Probe(ABC):
 class ProbeSpec:
     """The registration of one kind of probe with the agent, in `sharpwatch.agent.probes.builtin.PROBES`.
 
-    The daemon has its own: `sharpwatch.daemon.estimation.windows.ProbeSpec`.
+    The daemon has its own: `sharpwatch.daemon.estimation.windows.ReadingSpec`.
 
     Attributes:
         name: The name in `attach(probes=...)`, which is that of the probe's field in a Sample.

@@ -15,7 +15,7 @@ import torch
 
 from sharpwatch.daemon.estimation.gnb import GNB
 from sharpwatch.daemon.estimation.hessian import DIRECTION, HUTCHINSON, LANCZOS, LINE_SEARCH, PRECONDITIONED
-from sharpwatch.daemon.estimation.windows import Estimates, ProbeSpec, Request
+from sharpwatch.daemon.estimation.windows import EstimateRequest, Estimates, ReadingSpec
 from sharpwatch.daemon.ingest.probes import GradientNoiseReading
 from sharpwatch.errors import SharpwatchError
 
@@ -28,7 +28,7 @@ def _gradient_noise(reading: GradientNoiseReading) -> Mapping[str, tuple[float, 
 
 
 # In the order in which estimates are shown.
-PROBES: dict[str, ProbeSpec] = {
+PROBES: dict[str, ReadingSpec] = {
     spec.name: spec
     for spec in (
         GNB,
@@ -37,7 +37,7 @@ PROBES: dict[str, ProbeSpec] = {
         LANCZOS,
         LINE_SEARCH,
         PRECONDITIONED,
-        ProbeSpec(name="gradient_noise", shown=_gradient_noise),
+        ReadingSpec(name="gradient_noise", shown=_gradient_noise),
     )
 }
 
@@ -58,7 +58,7 @@ def resolve_device(name: str) -> str:
     return name
 
 
-def estimate_all(requests: Sequence[Request], device: str) -> list[Estimates]:
+def estimate_all(requests: Sequence[EstimateRequest], device: str) -> list[Estimates]:
     """Estimates all windows of all requests, the windows of one kind of probe in one batch on `device`."""
     found: list[list[Estimates]] = [[] for _ in requests]
     for name, spec in PROBES.items():
@@ -90,7 +90,7 @@ class Estimator:
             1, thread_name_prefix="estimator", initializer=torch.set_num_threads, initargs=(1,)
         )
 
-    async def estimate(self, requests: Sequence[Request]) -> list[Estimates]:
+    async def estimate(self, requests: Sequence[EstimateRequest]) -> list[Estimates]:
         """Estimates `requests` in their order, in as few batches as memory allows."""
         loop = asyncio.get_running_loop()
         found: list[Estimates] = []
@@ -108,7 +108,7 @@ class Estimator:
 class Waiting:
     """A request to be estimated; `received_at` is when its newest sample came in, on a monotonic clock."""
 
-    request: Request
+    request: EstimateRequest
     received_at: float
 
 

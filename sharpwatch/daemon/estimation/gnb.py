@@ -13,7 +13,7 @@ import torch
 from sharpwatch.curvature.statistics.estimate import Estimate
 from sharpwatch.curvature.statistics.gnb_estimators import top_eigenvalues, trace_estimates
 from sharpwatch.curvature.statistics.sketch_moments import alignments, drifts, effective_ranks, sketch_moments
-from sharpwatch.daemon.estimation.windows import WINDOW_PROBES, Estimates, Key, ProbeSpec, Request
+from sharpwatch.daemon.estimation.windows import WINDOW_PROBES, EstimateRequest, Estimates, Key, ReadingSpec
 from sharpwatch.daemon.ingest.hello import RunHello
 from sharpwatch.daemon.ingest.limits import Doubles, Floats
 from sharpwatch.daemon.ingest.probes import GnbReading
@@ -33,13 +33,13 @@ def order_correlation(sharpness: Mapping[str, float]) -> float | None:
     return 1.0 - 6.0 * distance / (n * (n**2 - 1))
 
 
-def estimate_gnb(requests: Sequence[Request], device: str) -> list[Estimates]:
+def estimate_gnb(requests: Sequence[EstimateRequest], device: str) -> list[Estimates]:
     """Estimate traces, spectra and layer sharpness; an estimate whose error is not known yet is left out."""
     traces, spectra = _traces(requests, device), _spectra(requests, device)
     return [_estimates(*each) for each in zip(requests, traces, spectra, strict=True)]
 
 
-def _estimates(request: Request, traces: Sequence[Estimate], spectra: Mapping[Key, Estimate]) -> Estimates:
+def _estimates(request: EstimateRequest, traces: Sequence[Estimate], spectra: Mapping[Key, Estimate]) -> Estimates:
     """Put together the estimates of one run; `traces` are those of its layer blocks, then of its blocks."""
     hello = request.hello
     layers = len(hello.layer_blocks)
@@ -59,7 +59,7 @@ def _per_parameter(trace: Estimate, numel: int) -> Estimate:
     return replace(trace, value=trace.value / numel, stderr=trace.stderr / numel)
 
 
-def _traces(requests: Sequence[Request], device: str) -> list[list[Estimate]]:
+def _traces(requests: Sequence[EstimateRequest], device: str) -> list[list[Estimate]]:
     """Returns for each request the traces of its layer blocks, then those of its blocks."""
     windows = [_trace_windows(request) for request in requests]
     width = max(window.shape[2] for window in windows)
@@ -84,7 +84,7 @@ def _traces(requests: Sequence[Request], device: str) -> list[list[Estimate]]:
     ]
 
 
-def _trace_windows(request: Request) -> Doubles:
+def _trace_windows(request: EstimateRequest) -> Doubles:
     """Returns [L + B, probes, draws], with NaN where a probe has fewer draws than another."""
     width = max(len(probe.traces) for _, probe in request.windows["gnb"])
     traces = np.full((len(request.windows["gnb"]), width, len(request.hello.layer_blocks)), np.nan)
@@ -100,7 +100,7 @@ def sum_layers(hello: RunHello, values: Doubles) -> Doubles:
     return summed
 
 
-def _spectra(requests: Sequence[Request], device: str) -> list[Mapping[Key, Estimate]]:
+def _spectra(requests: Sequence[EstimateRequest], device: str) -> list[Mapping[Key, Estimate]]:
     """Returns for each request the estimates from its sketches: by block, and of the whole model under ""."""
     found: list[Mapping[Key, Estimate]] = [{} for _ in requests]
     by_size: dict[int, list[int]] = {}
@@ -114,7 +114,7 @@ def _spectra(requests: Sequence[Request], device: str) -> list[Mapping[Key, Esti
     return found
 
 
-def _spectra_of_one_size(requests: Sequence[Request], size: int, device: str) -> list[Mapping[Key, Estimate]]:
+def _spectra_of_one_size(requests: Sequence[EstimateRequest], size: int, device: str) -> list[Mapping[Key, Estimate]]:
     windows = _sketch_windows(requests, size)
     sketches, mask, gradients = (torch.from_numpy(each).to(device) for each in windows)
     tops = top_eigenvalues(sketches, mask)
@@ -125,7 +125,7 @@ def _spectra_of_one_size(requests: Sequence[Request], size: int, device: str) ->
     return [_spectrum(request, rows) for request in requests]
 
 
-def _spectrum(request: Request, rows: Iterator[tuple[float, ...]]) -> Mapping[Key, Estimate]:
+def _spectrum(request: EstimateRequest, rows: Iterator[tuple[float, ...]]) -> Mapping[Key, Estimate]:
     """Estimates of one run from the next of `rows`, one for each block and one for the whole model."""
     step = request.windows["gnb"][-1][0]
     values: dict[Key, Estimate] = {}
@@ -138,7 +138,7 @@ def _spectrum(request: Request, rows: Iterator[tuple[float, ...]]) -> Mapping[Ke
     return values
 
 
-def _sketch_windows(requests: Sequence[Request], size: int) -> tuple[Floats, npt.NDArray[np.bool_], Floats]:
+def _sketch_windows(requests: Sequence[EstimateRequest], size: int) -> tuple[Floats, npt.NDArray[np.bool_], Floats]:
     """Stacks the windows of all runs: W has the blocks of a run, then its whole model, then the next run.
 
     Returns:
@@ -173,7 +173,7 @@ def _without_sketches(reading: GnbReading) -> GnbReading:
     return replace(reading, sketches=None, gradient_sketch=None)
 
 
-GNB = ProbeSpec(
+GNB = ReadingSpec(
     name="gnb",
     window=WINDOW_PROBES,
     estimators=("gnb", "gnb_upper_bound"),

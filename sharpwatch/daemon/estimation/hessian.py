@@ -17,10 +17,10 @@ from sharpwatch.curvature.statistics.gnb_estimators import trace_estimates
 from sharpwatch.daemon.estimation.windows import (
     WINDOW_ALL_BLOCKS,
     WINDOW_PROBES,
+    EstimateRequest,
     Estimates,
     Key,
-    ProbeSpec,
-    Request,
+    ReadingSpec,
     Window,
 )
 from sharpwatch.daemon.ingest.hello import RunHello
@@ -179,10 +179,10 @@ def _median_error(values: Sequence[float], middle: float) -> float:
 
 def run_by_run(
     probe: str, estimate: Callable[[RunHello, Window], Mapping[Key, Estimate]]
-) -> Callable[[Sequence[Request], str], list[Estimates]]:
+) -> Callable[[Sequence[EstimateRequest], str], list[Estimates]]:
     """Makes the estimate of one run's window of `probe` into one of a batch of requests, on the CPU."""
 
-    def of_batch(requests: Sequence[Request], device: str) -> list[Estimates]:
+    def of_batch(requests: Sequence[EstimateRequest], device: str) -> list[Estimates]:
         del device
         return [Estimates(estimate(request.hello, request.windows[probe])) for request in requests]
 
@@ -193,32 +193,32 @@ def _update_ratio(reading: DirectionReading) -> Mapping[str, tuple[float, ...]]:
     return {"update_ratio": tuple(map(float, reading.update_ratio))}
 
 
-DIRECTION = ProbeSpec(
+DIRECTION = ReadingSpec(
     name="direction",
     window=WINDOW_ALL_BLOCKS,
     estimators=("direction",),
     estimate=run_by_run("direction", _stability_ratios),
     shown=_update_ratio,
 )
-HUTCHINSON = ProbeSpec(
+HUTCHINSON = ReadingSpec(
     name="hutchinson",
     window=WINDOW_ALL_BLOCKS,
     estimators=("hutchinson",),
     estimate=run_by_run("hutchinson", _traces),
 )
-LANCZOS = ProbeSpec(
+LANCZOS = ReadingSpec(
     name="lanczos",
     window=WINDOW_ALL_BLOCKS + WINDOW_PROBES,  # the whole model has turns too
     estimators=("lanczos",),
     estimate=run_by_run("lanczos", _eigenvalues),
 )
-LINE_SEARCH = ProbeSpec(
+LINE_SEARCH = ReadingSpec(
     name="linesearch",
     window=WINDOW_ALL_BLOCKS,
     estimators=("linesearch",),
     estimate=run_by_run("linesearch", _critical_sharpness),
 )
-PRECONDITIONED = ProbeSpec(
+PRECONDITIONED = ReadingSpec(
     name="preconditioned",
     window=WINDOW_PROBES,
     estimators=("preconditioned",),

@@ -18,7 +18,7 @@ Window = Sequence[tuple[int, Any]]  # (step, reading), oldest first
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Request:
+class EstimateRequest:
     """The windows of one run, to be estimated from.
 
     Attributes:
@@ -46,7 +46,7 @@ def _unchanged(reading: Any) -> Any:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ProbeSpec:
+class ReadingSpec:
     """What the daemon does with the readings of one kind of probe.
 
     Its decoder has the same name in `sharpwatch.daemon.ingest.probes.DECODERS`; the spec is registered in
@@ -64,6 +64,6 @@ class ProbeSpec:
     name: str
     window: int = 0
     estimators: tuple[str, ...] = ()
-    estimate: Callable[[Sequence[Request], str], list[Estimates]] | None = None
+    estimate: Callable[[Sequence[EstimateRequest], str], list[Estimates]] | None = None
     shown: Callable[[Any], Mapping[str, tuple[float, ...] | None]] | None = None
     without_projection: Callable[[Any], Any] = _unchanged

@@ -15,7 +15,7 @@ from sharpwatch.daemon.decisions.decision_log import UNDER_WAY
 from sharpwatch.daemon.decisions.run_controller import Changes, RunController
 from sharpwatch.daemon.estimation.estimator import PROBES
 from sharpwatch.daemon.estimation.hessian import ObservedStability, observed_stability
-from sharpwatch.daemon.estimation.windows import Estimates, Key, Request
+from sharpwatch.daemon.estimation.windows import Estimates, Key, EstimateRequest
 from sharpwatch.daemon.ingest.hello import RunHello
 from sharpwatch.daemon.ingest.samples import BlockTap, Cursor, HealthReading, Reading, block_tap
 from sharpwatch.daemon.records import Alert, Decision, Mode, Observation
@@ -173,7 +173,7 @@ class Run:
             return None
         return _observation(manifest, reading, tap)
 
-    def request(self, probes: Collection[str] | None = None) -> Request:
+    def request(self, probes: Collection[str] | None = None) -> EstimateRequest:
         """The windows of `probes` (None: of all) as they are now; a probe without a reading has none."""
         windows = {
             name: tuple(window)
@@ -181,9 +181,9 @@ class Run:
             if window and (probes is None or name in probes)
         }
         newest = max((window[-1][0] for window in windows.values()), default=0)
-        return Request(self.attempt.manifest, windows, newest)
+        return EstimateRequest(self.attempt.manifest, windows, newest)
 
-    def take_estimates(self, request: Request, estimates: Estimates) -> None:
+    def take_estimates(self, request: EstimateRequest, estimates: Estimates) -> None:
         """Have the estimates of `request` shown in place of those its probes made before."""
         if request.hello is not self.attempt.manifest:
             return  # a new attempt began meanwhile

@@ -12,7 +12,7 @@ from sharpwatch.agent.probes.context import Probe, ProbeSpec
 from sharpwatch.curvature.statistics.estimate import Estimate
 from sharpwatch.daemon.estimation import estimator
 from sharpwatch.daemon.estimation.hessian import run_by_run
-from sharpwatch.daemon.estimation.windows import ProbeSpec as DaemonSpec
+from sharpwatch.daemon.estimation.windows import ReadingSpec
 from sharpwatch.daemon.ingest import probes as decoders
 from sharpwatch.daemon.ingest.hello import read_hello
 from sharpwatch.daemon.ingest.samples import read_sample
@@ -85,7 +85,7 @@ def made_up(monkeypatch):
     spec = ProbeSpec(name=FIELD, runner=LargestGradient, encode=encode)
     monkeypatch.setitem(builtin.PROBES, FIELD, spec)
     monkeypatch.setitem(decoders.DECODERS, FIELD, lambda message, _: message.ratio)
-    of_window = DaemonSpec(name=FIELD, window=2, estimators=("made_up",), estimate=run_by_run(FIELD, largest))
+    of_window = ReadingSpec(name=FIELD, window=2, estimators=("made_up",), estimate=run_by_run(FIELD, largest))
     monkeypatch.setitem(estimator.PROBES, FIELD, of_window)
 
 

@@ -13,7 +13,7 @@ from sharpwatch.daemon.estimation import estimator
 from sharpwatch.daemon.estimation.estimator import estimate_all, resolve_device
 from sharpwatch.daemon.estimation.gnb import order_correlation
 from sharpwatch.daemon.estimation.hessian import ObservedStability, observed_stability
-from sharpwatch.daemon.estimation.windows import Request
+from sharpwatch.daemon.estimation.windows import EstimateRequest
 from sharpwatch.daemon.ingest.hello import RunHello
 from sharpwatch.daemon.ingest.probes import DirectionReading, GnbReading
 from sharpwatch.errors import SharpwatchError
@@ -67,9 +67,9 @@ def direction(curvature, descent, block_curvature, block_descent) -> DirectionRe
     )
 
 
-def request_of(of: RunHello, gnb=(), direction=()) -> Request:
+def request_of(of: RunHello, gnb=(), direction=()) -> EstimateRequest:
     given = {"gnb": gnb, "direction": direction}
-    return Request(of, {probe: window for probe, window in given.items() if window})
+    return EstimateRequest(of, {probe: window for probe, window in given.items() if window})
 
 
 def test_a_batch_of_unlike_runs_gives_each_its_own_mean_and_error():

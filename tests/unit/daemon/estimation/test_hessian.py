@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sharpwatch.daemon.estimation.estimator import estimate_all
-from sharpwatch.daemon.estimation.windows import WINDOW_PROBES, Request
+from sharpwatch.daemon.estimation.windows import WINDOW_PROBES, EstimateRequest
 from sharpwatch.daemon.ingest.hello import RunHello
 from sharpwatch.daemon.ingest.probes import (
     DirectionReading,
@@ -45,7 +45,7 @@ MANIFEST = RunHello(
 
 def estimates_from(**windows):
     """The estimates of a run from its windows, by probe."""
-    (found,) = estimate_all([Request(MANIFEST, windows)], "cpu")
+    (found,) = estimate_all([EstimateRequest(MANIFEST, windows)], "cpu")
     return found.values
 
 
