@@ -1,29 +1,40 @@
-"""Everything sharpwatch raises on purpose.
+"""Every error that sharpwatch raises on purpose.
 
 SharpwatchError
-├── ConfigError      a configuration file or a rule says something that can't be
-├── TokenFileError   the operator's token file can't be used
-├── BlockError       a parameter that no block rule places, or a rule that matches nothing
-├── AttachError      attach() was called with something it can't watch
-├── CheckpointError  a checkpoint can't be saved, or is not whole
-├── ProbeError       a probe can't run on this model or batch, with the reason
-├── DesyncError      a probe failed where ranks wait for each other: the run can't go on
-├── WireError        a message that breaks the wire contract
-├── StoreError       the journal can't be opened, read or written
-└── OperatorError    the daemon refused or could not be reached
+├── ConfigError          a configuration file or a rules file has an invalid entry
+├── TokenFileError       the file with the operator's token cannot be used
+├── BlockError           a parameter belongs to no block, or a block rule cannot be applied
+├── AttachError          attach() was called with arguments it cannot work with
+├── CheckpointError      a checkpoint cannot be saved, is incomplete, or belongs to another run
+├── ProbeError           a probe or measurement cannot run on this model, batch or optimizer
+│   ├── EmptyBatchError  every label of the batch is ignored, so there is no loss
+│   └── PrecisionError   measure() stopped before it reached the requested precision
+├── DesyncError          a collective probe failed on some ranks only: the run must stop
+├── WireError            a message violates the wire protocol
+├── StoreError           the journal cannot be opened, read or written
+└── OperatorError        the daemon refused an operator's call, or cannot be reached
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sharpwatch.curvature.measure.report import SharpnessReport
+
 
 class SharpwatchError(Exception):
-    """Root of every error sharpwatch raises on purpose."""
+    """Base class of every error that sharpwatch raises on purpose."""
 
 
 class ConfigError(SharpwatchError):
-    """A configuration says something that can't be; names file, line, key and what is allowed.
+    """A configuration file or a rules file has an invalid entry.
 
-    Line 0 and an empty key are left out: the file as a whole is meant.
+    Args:
+        message: The rule that is violated, and the offending value.
+        file: Path of the file.
+        line: Line of the entry, from 1; 0 if the error concerns the whole file.
+        key: Dotted path of the entry; empty if the error concerns the whole file.
     """
 
     def __init__(self, message: str, *, file: str, line: int, key: str) -> None:
@@ -35,34 +46,55 @@ class ConfigError(SharpwatchError):
 
 
 class TokenFileError(SharpwatchError):
-    """The file with the operator's token is missing, open to others, or holds no token."""
+    """The file with the operator's token is missing, readable by others, or empty."""
 
 
 class BlockError(SharpwatchError):
-    """A model's parameters can't be divided into blocks as asked."""
+    """A model's parameters cannot be divided into blocks as requested."""
 
 
 class AttachError(SharpwatchError):
-    """`attach` was called with something it can't watch."""
+    """`attach` was called with arguments it cannot work with."""
 
 
 class CheckpointError(SharpwatchError):
-    """A checkpoint can't be saved, is not whole, or is another run's."""
+    """A checkpoint cannot be saved, is incomplete, or belongs to another run."""
 
 
 class ProbeError(SharpwatchError):
-    """A probe can't run on this model or batch."""
+    """A probe or a measurement cannot run on this model, batch or optimizer."""
+
+
+class EmptyBatchError(ProbeError):
+    """Every label of the batch is ignored, so there is no loss to probe; another batch may work."""
+
+
+class PrecisionError(ProbeError):
+    """`measure` stopped before it reached the requested precision.
+
+    Args:
+        report: The complete report; its `unreached` gives the reason for each block.
+    """
+
+    def __init__(self, report: SharpnessReport) -> None:
+        self.report = report
+        super().__init__("; ".join(f"{block}: {reason}" for block, reason in report.unreached.items()))
 
 
 class DesyncError(SharpwatchError):
-    """A probe of several ranks failed within the model's own collectives, on some of them: they are out of step.
+    """A collective probe failed on some ranks only, so the ranks are out of step.
 
-    The one error of the agent's that reaches the training loop: to train on would give wrong weights without a word.
+    This is the only error of the agent that reaches the training loop: continuing would silently train wrong weights.
     """
 
 
 class WireError(SharpwatchError):
-    """A message breaks the wire contract; `code` is the short reason it is counted under."""
+    """A message violates the wire protocol.
+
+    Args:
+        code: Short reason, used as a metric label.
+        message: Description of the violation.
+    """
 
     def __init__(self, code: str, message: str) -> None:
         self.code = code
@@ -70,8 +102,8 @@ class WireError(SharpwatchError):
 
 
 class StoreError(SharpwatchError):
-    """The journal can't be opened, read or written."""
+    """The journal cannot be opened, read or written."""
 
 
 class OperatorError(SharpwatchError):
-    """The daemon refused an operator's call or could not be reached."""
+    """The daemon refused an operator's call, or cannot be reached."""

@@ -1,4 +1,4 @@
-"""Arrays on the wire: bytes + dtype + shape, checked before anything is allocated."""
+"""Arrays on the wire as bytes, dtype and shape, which are checked before anything is allocated."""
 
 from __future__ import annotations
 
@@ -19,15 +19,33 @@ _DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float64": np.d
 
 
 def encode(values: npt.ArrayLike, dtype: str) -> Array:
-    """Pack `values` as `dtype` (float32, float64 or int64)."""
+    """Pack an array.
+
+    Args:
+        values: The array.
+        dtype: "float32", "float64" or "int64".
+
+    Returns:
+        The message.
+    """
     array = np.ascontiguousarray(values, dtype=_DTYPES[dtype])
     return Array(dtype=dtype, shape=array.shape, data=array.tobytes())
 
 
 def decode(message: Array, *, name: str, dtype: str, shape: Sequence[int | None]) -> npt.NDArray[Any]:
-    """Unpack `message` as a read-only view, where `shape` gives each dimension's size, or None for any.
+    """Unpack an array.
 
-    Raises `WireError("malformed")` if dtype, shape or byte count is not what was said.
+    Args:
+        message: The message.
+        name: Name of the field, for errors.
+        dtype: The expected dtype.
+        shape: The expected size of each dimension; None for any size.
+
+    Returns:
+        A read-only view of the message's bytes.
+
+    Raises:
+        WireError: With code "malformed": dtype, shape or number of bytes is not as expected.
     """
     if message.dtype != dtype:
         raise WireError("malformed", f"{name}: dtype {message.dtype!r}, expected {dtype!r}")

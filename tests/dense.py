@@ -1,4 +1,4 @@
-"""The truth of tiny models: dense Jacobians and Hessians in float64, by means that the probes don't use."""
+"""Exact Jacobians and Hessians of tiny models: dense, in float64, computed independently of the probes."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def llama(*, tied=False):
 
 
 def tied_llama():
-    """The same with the head tied to the embedding."""
+    """`llama` with the head tied to the embedding."""
     return llama(tied=True)
 
 
@@ -134,7 +134,7 @@ ZOO = MODELS | {"tied_llama": tied_llama, "gpt_neox": gpt_neox, "mixtral": mixtr
 
 
 def tokens(rows=3, seed=1):
-    """Inputs, and labels of which some are ignored."""
+    """Inputs and labels, some of which are ignored."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, VOCAB, (rows, POSITIONS), generator=generator)
     labels = ids.masked_fill(torch.rand(ids.shape, generator=generator) < 0.3, -100)
@@ -143,7 +143,7 @@ def tokens(rows=3, seed=1):
 
 @dataclass(frozen=True)
 class Exact:
-    """A float64 copy without dropout, and its parameters laid end to end, one after the other."""
+    """A float64 copy of a model without dropout, with its parameters laid end to end."""
 
     model: torch.nn.Module
     names: tuple[str, ...]
@@ -160,7 +160,7 @@ class Exact:
         return [dict(self.model.named_parameters())[name] for name in self.names]
 
     def by_part(self, block_map, flat):
-        """The entries of each part of `flat` [..., n]."""
+        """The entries of each part in `flat` [..., n]."""
         sizes = [parameter.numel() for parameter in self.parameters]
         pieces = dict(zip(self.names, flat.split(sizes, -1), strict=True))
         lead = flat.shape[:-1]
@@ -175,7 +175,7 @@ class Exact:
         return views
 
     def entries(self, block_map, block):
-        """Flat indices of a block's parameters."""
+        """Flat indices of the parameters of a block."""
         index = torch.arange(sum(parameter.numel() for parameter in self.parameters))
         parts = self.by_part(block_map, index)
         return torch.cat([p for p, part in zip(parts, block_map.parts, strict=True) if part.type == block])
@@ -185,7 +185,7 @@ class Exact:
 
 
 def gauss_newton_root(exact, ids, labels):
-    """A [N V, n] with AᵀA = G: a row for each predicting position and class.
+    """A matrix A [N V, n] with AᵀA = G: one row for each predicting position and class.
 
     diag(p) − ppᵀ = RRᵀ with R = diag(√p) − p√pᵀ.
     """

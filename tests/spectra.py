@@ -9,7 +9,7 @@ ENTRIES = 600
 
 
 def spectrum(name, n=ENTRIES):
-    """Eigenvalues [n] of trace 1."""
+    """Eigenvalues [n] with sum 1."""
     index = torch.arange(1, n + 1, dtype=torch.float64)
     rest = torch.full((n,), 1.0 / n, dtype=torch.float64)
     match name:
@@ -31,10 +31,10 @@ def spectrum(name, n=ENTRIES):
 
 
 def sketched(covariances, windows, probes, draws, *, seed, directions=None):
-    """Sketches [W, P, D, SIZE] of Gaussian gradients, and [W, P, SIZE] of `directions` [P, n] if there are any.
+    """Sketches [W, P, D, SIZE] of Gaussian gradients, and [W, P, SIZE] of `directions` [P, n] if they are given.
 
-    `covariances` [n], or [P, n] by probe, are diagonal. Eigenvectors spread over many entries have sketches with
-    independent Gaussian entries, a new one for each window.
+    `covariances` are diagonals: [n], or [P, n] for each probe. Eigenvectors that spread over many entries have sketches
+    with independent Gaussian entries; each window gets new ones.
     """
     generator = torch.Generator().manual_seed(seed)
     roots = covariances.sqrt().float().expand(probes, -1)[:, None]
@@ -49,15 +49,15 @@ def sketched(covariances, windows, probes, draws, *, seed, directions=None):
 
 
 def full(sketches):
-    """The mask of windows that lack nothing."""
+    """A mask of windows without missing draws."""
     return torch.ones(sketches.shape[:3], dtype=torch.bool)
 
 
 def covered(value, stderr, truth):
-    """The share of windows that are right within two of their errors."""
+    """The fraction of windows within two standard errors of the truth."""
     return ((value - truth).abs() < 2 * stderr).double().mean()
 
 
 def least_coverage(windows):
-    """Three binomial deviations below what two errors of 7 degrees of freedom cover: Student's t has 0.914."""
+    """Three binomial deviations below the coverage of two standard errors with 7 degrees of freedom (0.914)."""
     return 0.914 - 3 * (0.914 * 0.086 / windows) ** 0.5

@@ -12,8 +12,8 @@ from benchmarks.curvature.outcome import Outcome, reason
 from benchmarks.curvature.peers import Value
 from sharpwatch import classify
 from sharpwatch.curvature.measure.measure import measure
-from sharpwatch.curvature.measure.report import PrecisionError
 from sharpwatch.curvature.statistics.estimate import Estimate
+from sharpwatch.errors import PrecisionError
 
 
 def run_sharpwatch(model: nn.Module, batch: Batch, seed: int, precision: float | None) -> Outcome:

@@ -35,7 +35,7 @@ from sharpwatch.agent.transport import courier_process
 from sharpwatch.agent.transport.base import NullTransport, Transport
 from sharpwatch.agent.transport.courier_client import CourierClient
 from sharpwatch.agent.watch import Watch
-from sharpwatch.blocks import BlockMap, classified
+from sharpwatch.blocks import BlockMap, classify_reporting_unused
 from sharpwatch.common.endpoint import DEFAULT_ADDRESS
 from sharpwatch.errors import AttachError, BlockError, ConfigError
 from sharpwatch.wire import SKETCH_SIZE
@@ -80,7 +80,8 @@ def attach(  # noqa: PLR0913 - the public signature; each has a default that wor
         tls: PEM files by name: "ca", and for mutual TLS "cert" with "key". None connects without TLS.
         overhead_budget: The share of step time that probes and sampling may take together.
         probe_every: Run every probe each so many steps, and ignore `overhead_budget`.
-        probes: Any of "gnb", "direction", "hutchinson", "lanczos", "linesearch" and "preconditioned".
+        probes: Any of "gnb", "direction", "hutchinson", "lanczos", "linesearch", "gradient_noise" and
+            "preconditioned".
         loss_fn: `loss_fn(model, batch)` for probes: the mean loss of `model(*batch.args, **batch.kwargs)`. By default
             probes call the model as its last forward did, and take the loss of its output.
         logits_fn: `logits_fn(model, batch)` for the "gnb" probe: the logits, and a mask of the positions that predict.
@@ -146,7 +147,7 @@ def attach(  # noqa: PLR0913 - the public signature; each has a default that wor
 
 def _classified(model: nn.Module) -> tuple[BlockMap, Mapping[str, str]]:
     try:
-        return classified(model, os.environ.get("SHARPWATCH_BLOCK_RULES"))
+        return classify_reporting_unused(model, os.environ.get("SHARPWATCH_BLOCK_RULES"))
     except BlockError as error:
         raise AttachError(f"model: {error}. For attach, $SHARPWATCH_BLOCK_RULES names the file of rules") from error
     except ConfigError as error:
@@ -202,7 +203,9 @@ def _made(options: Options, run: str, block_map: BlockMap, company: Topology | N
             sketch_size=SKETCH_SIZE,
             loss_fn=options.loss_fn,
             logits_fn=options.logits_fn,
-            together=None if company is None else company.together(model),
+            barrier=border,
+            several_ranks=company is not None,
+            shards=None if company is None else company.together(model),
         ),
         sampler=OverheadBudget(options.probes, budget=options.overhead_budget, probe_every=options.probe_every),
         control=control,

@@ -15,10 +15,9 @@ from torch.nn.parameter import is_lazy
 from sharpwatch.agent.control.controller import CONTROL_MODES, RollbackRequest
 from sharpwatch.agent.instrumentation.hooks import Hook
 from sharpwatch.agent.optimizers.support import is_flat, withheld
-from sharpwatch.agent.probes.builtin import DEFAULT_PROBES, PROBES, SHARDED_PROBES
+from sharpwatch.agent.probes.builtin import DEFAULT_PROBES, PROBES, sharded_probes
 from sharpwatch.agent.transport.base import Transport
 from sharpwatch.agent.transport.destination import parse_daemon_address, parse_tls, parse_token
-from sharpwatch.curvature.objective.next_step import require_adam
 from sharpwatch.curvature.parameters.fsdp import DataRank
 from sharpwatch.curvature.parameters.shards import is_sharded
 from sharpwatch.errors import AttachError, ProbeError
@@ -101,16 +100,17 @@ def possible(probes: tuple[str, ...], model: nn.Module) -> tuple[str, ...]:
         return ()  # the forward reads FSDP's own tensors, not those that a probe puts in their place
     if not probes or not is_sharded(model):
         return probes
-    if probes != DEFAULT_PROBES and not set(probes) <= set(SHARDED_PROBES):
+    shardable = sharded_probes()
+    if probes != DEFAULT_PROBES and not set(probes) <= set(shardable):
         raise AttachError(
             f"probes={probes!r}: where parameters are sharded (FSDP2, tensor parallel) "
-            f"allowed is any of {', '.join(map(repr, SHARDED_PROBES))}"
+            f"allowed is any of {', '.join(map(repr, shardable))}"
         )
     try:
         DataRank.of(model)
     except ProbeError as error:
         raise AttachError(f"probes={probes!r}: {error}; give probes=()") from error
-    return SHARDED_PROBES
+    return tuple(probe for probe in probes if probe in shardable)
 
 
 def _check_training(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
@@ -178,9 +178,9 @@ def _check_probes(probes: Sequence[str], optimizers: Sequence[torch.optim.Optimi
     listed = isinstance(probes, Collection) and not isinstance(probes, str)
     if not listed or any(probe not in PROBES for probe in probes) or len(set(probes)) < len(probes):
         raise AttachError(f"probes={probes!r}: allowed is any of {', '.join(map(repr, PROBES))}, each once")
-    if "preconditioned" in probes:
+    for check_optimizers in filter(None, (PROBES[probe].check for probe in probes)):
         try:
-            require_adam(optimizers)
+            check_optimizers(optimizers)
         except ProbeError as error:
             raise AttachError(f"probes={tuple(probes)!r}: {error}") from error
 

@@ -1,9 +1,20 @@
-"""Which parameters are which block. Free of torch until a model is classified."""
+"""The division of a model's parameters into blocks. Imports torch only when a model is classified."""
 
 from __future__ import annotations
 
 from sharpwatch.blocks.blockmap import BLOCKS, BlockMap, LayerBlock, Part, Row
-from sharpwatch.blocks.classification import classified, classify
+from sharpwatch.blocks.classification import classify, classify_reporting_unused
 from sharpwatch.blocks.rules import Rule, Rules, load_rules
 
-__all__ = ["BLOCKS", "BlockMap", "LayerBlock", "Part", "Row", "Rule", "Rules", "classified", "classify", "load_rules"]
+__all__ = [
+    "BLOCKS",
+    "BlockMap",
+    "LayerBlock",
+    "Part",
+    "Row",
+    "Rule",
+    "Rules",
+    "classify",
+    "classify_reporting_unused",
+    "load_rules",
+]

@@ -1,4 +1,4 @@
-"""The division of a model's parameters into blocks, as a value."""
+"""A block map: the division of a model's parameters into blocks, as a value."""
 
 from __future__ import annotations
 
@@ -19,7 +19,14 @@ BLOCKS = ("emb", "qk", "vo", "ffn", "norm", "head", "other")
 
 
 class Row(NamedTuple):
-    """One line of the table; a fused parameter has one a part."""
+    """One row of the table: a parameter, or one part of a fused parameter.
+
+    Attributes:
+        parameter: Name in `model.named_parameters()`.
+        type: Block type, one of `BLOCKS`.
+        layer: Name of the layer, such as "layers.3"; None outside of layers.
+        numel: Number of entries.
+    """
 
     parameter: str
     type: str
@@ -29,10 +36,20 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A parameter, or a slice of one, that belongs to one block.
+    """A parameter, or a slice of a fused parameter, that belongs to one block.
 
-    `dim` None is the whole parameter (start and stop are 0). Else dimension `dim` is `repeats` equal stretches, the
-    heads of an interleaved matrix, say, and the part is entries [start, stop) of each.
+    Dimension `dim` consists of `repeats` equal stretches, such as the heads of an interleaved matrix. The part is
+    entries [start, stop) of each stretch.
+
+    Attributes:
+        parameter: Name in `model.named_parameters()`.
+        type: Block type, one of `BLOCKS`.
+        layer: Name of the layer; None outside of layers.
+        dim: The sliced dimension; None if the part is the whole parameter (then start and stop are 0).
+        start: First entry.
+        stop: Entry after the last one.
+        numel: Number of entries.
+        repeats: Number of stretches.
     """
 
     parameter: str
@@ -45,9 +62,13 @@ class Part:
     repeats: int = 1
 
     def view(self, tensor: Tensor) -> Tensor:
-        """This part of `tensor`, which has the parameter's shape. Shares its memory.
+        """The entries of this part, as a view.
 
-        Where the part repeats, dimension `dim` becomes two: [repeats, stop - start].
+        Args:
+            tensor: A tensor of the parameter's shape.
+
+        Returns:
+            A view of `tensor`. If the part repeats, dimension `dim` becomes two: [repeats, stop - start].
         """
         if self.dim is None:
             return tensor
@@ -60,7 +81,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class LayerBlock:
-    """One block type in one layer."""
+    """One block type in one layer; `layer` is None outside of layers."""
 
     type: str
     layer: str | None
@@ -69,10 +90,16 @@ class LayerBlock:
 
 @dataclass(frozen=True)
 class BlockMap:
-    """Every parameter of a model in exactly one block, sliced where blocks share a fused parameter.
+    """A map from every parameter of a model to exactly one block, by slices where blocks share a fused parameter.
 
-    `shapes` are the full parameters', in the order of `model.named_parameters()`; `parts` follow the same order.
-    Raises `BlockError` if the parts do not cover the parameters once each.
+    `str(block_map)` is a table.
+
+    Attributes:
+        parts: The parts, in the order of `model.named_parameters()`.
+        shapes: Shapes of the whole parameters, in the same order.
+
+    Raises:
+        BlockError: The parts do not cover each parameter exactly once.
     """
 
     parts: tuple[Part, ...]
@@ -82,21 +109,21 @@ class BlockMap:
         by_parameter: dict[str, list[Part]] = {name: [] for name in self.shapes}
         for part in self.parts:
             if part.parameter not in by_parameter:
-                raise BlockError(f"{part.parameter}: the model has no such parameter")
+                raise BlockError(f"{part.parameter} is not a parameter of the model")
             if part.type not in BLOCKS:
-                raise BlockError(f"{part.parameter}: {part.type!r} is not a block type; allowed: {', '.join(BLOCKS)}")
+                raise BlockError(f"{part.parameter}: block must be one of {', '.join(BLOCKS)}, got {part.type!r}")
             by_parameter[part.parameter].append(part)
         for name, parts in by_parameter.items():
             _check_cover(name, self.shapes[name], parts)
 
     @cached_property
     def rows(self) -> tuple[Row, ...]:
-        """The table, parallel to `parts`."""
+        """The rows of the table, parallel to `parts`."""
         return tuple(Row(part.parameter, part.type, part.layer, part.numel) for part in self.parts)
 
     @cached_property
     def layer_blocks(self) -> tuple[LayerBlock, ...]:
-        """Sorted by layer (None first, numbers as numbers), then in `BLOCKS` order."""
+        """The layer blocks, sorted by layer (None first, numbers by value), then in the order of `BLOCKS`."""
         numel: Counter[tuple[str | None, str]] = Counter()
         for part in self.parts:
             numel[part.layer, part.type] += part.numel
@@ -105,30 +132,37 @@ class BlockMap:
 
     @cached_property
     def blocks(self) -> tuple[str, ...]:
-        """The types present, in `BLOCKS` order."""
+        """The block types that occur, in the order of `BLOCKS`."""
         present = {part.type for part in self.parts}
         return tuple(kind for kind in BLOCKS if kind in present)
 
     @cached_property
     def numel(self) -> dict[str, int]:
-        """Parameters by type."""
+        """Number of parameters by block type."""
         return {kind: sum(part.numel for part in self.parts if part.type == kind) for kind in self.blocks}
 
     @cached_property
     def layer_block_of(self) -> tuple[int, ...]:
-        """For each part, its index in `layer_blocks`."""
+        """The index in `layer_blocks` of each part."""
         index = {(block.layer, block.type): i for i, block in enumerate(self.layer_blocks)}
         return tuple(index[part.layer, part.type] for part in self.parts)
 
     @cached_property
     def block_of(self) -> tuple[int, ...]:
-        """For each part, its index in `blocks`."""
+        """The index in `blocks` of each part."""
         return tuple(self.blocks.index(part.type) for part in self.parts)
 
     def views(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
-        """The parts of `tensors` (parameters, gradients or optimizer state, by parameter name), parallel to `parts`.
+        """Views of the parts of `tensors`, parallel to `parts`.
 
-        Views, no copies. Raises `KeyError` for a parameter that `tensors` lacks.
+        Args:
+            tensors: Parameters, gradients or optimizer state by parameter name.
+
+        Returns:
+            The views; nothing is copied.
+
+        Raises:
+            KeyError: A parameter is missing.
         """
         return [part.view(tensors[part.parameter]) for part in self.parts]
 
@@ -157,15 +191,15 @@ def _layer_key(layer: str | None) -> tuple[int, list[tuple[int, int, str]]]:
 
 def _check_cover(name: str, shape: tuple[int, ...], parts: list[Part]) -> None:
     if not parts:
-        raise BlockError(f"{name} {shape}: no block has it")
+        raise BlockError(f"{name} {shape} belongs to no block")
     if len(parts) == 1 and parts[0].dim is None and parts[0].numel == math.prod(shape):
         return
     dim, repeats, reached = parts[0].dim, parts[0].repeats, 0
     for part in parts:
         if part.dim is None or (part.dim, part.repeats, part.start) != (dim, repeats, reached) or part.stop <= reached:
-            raise BlockError(f"{name} {shape}: its parts overlap or leave a gap at {reached} of dimension {dim}")
+            raise BlockError(f"{name} {shape}: the parts overlap or leave a gap at {reached} of dimension {dim}")
         if part.numel * shape[part.dim] != (part.stop - part.start) * repeats * math.prod(shape):
-            raise BlockError(f"{name} {shape}: a part says {part.numel} entries, and has others")
+            raise BlockError(f"{name} {shape}: numel={part.numel} does not match the slice of the part")
         reached = part.stop
     if dim is None or reached * repeats != shape[dim]:
-        raise BlockError(f"{name} {shape}: its parts end at {reached} of dimension {dim}, {repeats} times")
+        raise BlockError(f"{name} {shape}: the parts end at {reached} of dimension {dim}, repeated {repeats} times")

@@ -1,4 +1,4 @@
-"""Model and rules in, block map out."""
+"""Classification: divides a model's parameters into blocks, by the user's rules and by the known architectures."""
 
 from __future__ import annotations
 
@@ -19,34 +19,58 @@ Placement = str | Split
 
 
 def classify(model: nn.Module, rules: Rules | str | Path | None = None) -> BlockMap:
-    """Divide all parameters of `model`, frozen ones too, into blocks: exhaustive and disjoint, or it raises.
+    """Divide all parameters of `model`, including frozen ones, into blocks.
 
-    `rules` (or the path of a YAML file of them) go before what is known of transformers. Raises `BlockError` for a
-    parameter that can't be placed and for a rule that places nothing, `ConfigError` for a file that can't be.
+    Each parameter, or each slice of a fused one, belongs to exactly one block.
+
+    Args:
+        model: The model; its parameters may be on the meta device.
+        rules: Rules that take precedence over the known architectures, or the path of a YAML file of them.
+
+    Returns:
+        The block map.
+
+    Raises:
+        BlockError: A parameter cannot be classified, or a rule applies to no parameter.
+        ConfigError: The file of rules cannot be read or is invalid.
     """
-    block_map, used = classified(model, rules)
+    block_map, used = classify_reporting_unused(model, rules)
     for match, why in used.items():
         if why:
-            raise BlockError(f"rule {match!r} places nothing: {why}")
+            raise BlockError(f"rule {match!r} applies to nothing: {why}")
     return block_map
 
 
-def classified(model: nn.Module, rules: Rules | str | Path | None = None) -> tuple[BlockMap, Mapping[str, str]]:
-    """`classify` for a stage of a pipeline: says by each rule's glob why it places nothing here, empty if it does."""
-    from sharpwatch.blocks.placement import place  # noqa: PLC0415 - torch only where there is a model
+def classify_reporting_unused(
+    model: nn.Module, rules: Rules | str | Path | None = None
+) -> tuple[BlockMap, Mapping[str, str]]:
+    """Classify a model that is one stage of a pipeline, to which not every rule applies.
+
+    Args:
+        model: The model.
+        rules: As for `classify`.
+
+    Returns:
+        The block map, and for the glob of each rule the reason why it applies to nothing; empty if it does apply.
+
+    Raises:
+        BlockError: A parameter cannot be classified.
+        ConfigError: The file of rules cannot be read or is invalid.
+    """
+    from sharpwatch.blocks.placement import classify_parameter  # noqa: PLC0415 - torch only where there is a model
     from sharpwatch.blocks.tree import Tree  # noqa: PLC0415 - as above
 
     tree = Tree(model)
-    own = load_rules(rules) if isinstance(rules, str | Path) else rules or Rules()
-    placed, used = _apply(own, tree.shapes)
+    user_rules = load_rules(rules) if isinstance(rules, str | Path) else rules or Rules()
+    placed, used = _apply_rules(user_rules, tree.shapes)
     parts: list[Part] = []
     for name, shape in tree.shapes.items():
-        placement = placed[name] if name in placed else place(tree, name)
+        placement = placed[name] if name in placed else classify_parameter(tree, name)
         parts += _parts(name, shape, tree.layer(name), placement)
     return BlockMap(tuple(parts), tree.shapes), used
 
 
-def _apply(rules: Rules, shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, Placement], dict[str, str]]:
+def _apply_rules(rules: Rules, shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, Placement], dict[str, str]]:
     placed: dict[str, Placement] = {}
     used: dict[str, str] = {}
     for rule in rules.rules:
@@ -54,13 +78,13 @@ def _apply(rules: Rules, shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, 
         mine = [name for name in matched if name not in placed]
         used[rule.match] = ""
         if not mine:
-            taken = f"all {len(matched)} it matches are placed by earlier rules"
+            taken = f"earlier rules apply to all {len(matched)} parameters that it matches"
             used[rule.match] = taken if matched else "no parameter matches"
-        placed |= {name: _decide(rule, name, shapes[name]) for name in mine}
+        placed |= {name: _placement_of(rule, name, shapes[name]) for name in mine}
     return placed, used
 
 
-def _decide(rule: Rule, name: str, shape: tuple[int, ...]) -> Placement:
+def _placement_of(rule: Rule, name: str, shape: tuple[int, ...]) -> Placement:
     if rule.split is None:
         return str(rule.block)
     if not -len(shape) <= rule.split.dim < len(shape):
@@ -69,8 +93,8 @@ def _decide(rule: Rule, name: str, shape: tuple[int, ...]) -> Placement:
     total = sum(size for _, size in split.parts) * split.repeats
     if total != shape[split.dim]:
         raise BlockError(
-            f"rule {rule.match!r}: the sizes add up to {total}, dimension {split.dim} of {name} {shape} is "
-            f"{shape[split.dim]}"
+            f"rule {rule.match!r}: the sizes of the parts must add up to dimension {split.dim} of {name} {shape}, "
+            f"got {total}"
         )
     return split
 

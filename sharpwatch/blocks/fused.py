@@ -1,7 +1,8 @@
-"""How one matrix holds several of query, key, value and gate: told by the attention's type and the sizes it keeps.
+"""Layouts of fused attention matrices, which hold several of query, key, value and gate.
 
-A shape alone does not tell: [3 · heads · width, inputs] is three thirds in one model and three slices of every head in
-the next. What is not in these tables is not guessed.
+They are known by the attention's class and the sizes it keeps. The shape alone is ambiguous: [3 · heads · width,
+inputs] is three thirds in one model, and three slices of every head in another. A layout that is not in these tables is
+not guessed.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import nn
 
 from sharpwatch.blocks.rules import Split
 
-# Attention classes of transformers by the layout of their fused matrix. Query, key, value, one after the other:
+# Attention classes of transformers by the layout of their fused matrix. Query, key, value:
 _THIRDS = {
     *("Attention", "GPT2Attention", "MptAttention", "ModernBertAttention", "BlipAttention", "Blip2Attention"),
     *("InstructBlipAttention", "InstructBlipVideoAttention", "VisionAttention", "Qwen2_5_VLVisionAttention"),
@@ -24,7 +25,7 @@ _THIRDS = {
     *("SamVisionAttention", "GotOcr2VisionAttention", "PPFormulaNetVisionAttention", "DeepseekOcr2SamVisionAttention"),
     *("UnlimitedOcrSamVisionAttention", "Florence2VisionChannelAttention", "Florence2VisionWindowAttention"),
 }
-# The same, keys and values of fewer heads than queries:
+# The same, with fewer heads for keys and values than for queries:
 _GROUPED = {"Phi3Attention", "Phi4MultimodalAttention", "DbrxAttention", "Exaone4_5_VisionAttention"}
 # Query, key, value of the first head, then of the next:
 _BY_HEAD = {"GPTNeoXAttention", "GPTNeoXJapaneseAttention", "BloomAttention", "PersimmonAttention"}
@@ -32,32 +33,42 @@ _BY_HEAD |= {"DisentangledSelfAttention"}
 # Keys, then values:
 _HALVES = {"GraniteSpeechConformerAttention", "GraniteSpeechPlusConformerAttention", "JetMoeAttention"}
 _HALVES |= {"EvollaSequenceCompressorAttention"}
-# One matrix that is keys and values both:
+# One matrix that serves as both keys and values:
 _SHARED = {"DeepseekV4Attention", "DeepseekV4CSACompressor", "DeepseekV4HCACompressor"}
-# Query of the first head, the gate of its output, then of the next head:
+# Query of the first head and the gate of its output, then those of the next head:
 _GATED_QUERY = {"Qwen3NextAttention", "Qwen3_5Attention", "Qwen3_5MoeAttention", "Qwen4ExpTextAttention"}
 
 
-def keys_and_values(attention: Any, name: str, rows: int, inputs: int) -> Split | str | None:
-    """How the fused matrix `name`, [rows, inputs], is divided over its rows; None where that is not known."""
+def split_fused(attention: Any, name: str, rows: int, inputs: int) -> Split | str | None:
+    """The layout of a fused key-value or query-key-value matrix along its rows.
+
+    Args:
+        attention: The attention module.
+        name: Name of the matrix in it.
+        rows: Number of rows, its outputs.
+        inputs: Number of inputs.
+
+    Returns:
+        The split, one block, or None if the layout is not known.
+    """
     known = _classes(attention)
-    own = not known and name == "c_attn" and rows == 3 * inputs  # a model of one's own: nanoGPT's is GPT-2's
+    own = not known and name == "c_attn" and rows == 3 * inputs  # a user's model: nanoGPT has the layout of GPT-2
     if own or isinstance(attention, nn.MultiheadAttention):
         return _values_last(rows, rows // 3)
     if known & _SHARED:
-        return "vo"  # as with the latent
+        return "vo"  # counted with the values, as in split_latent
     for classes, layout in _LAYOUTS:
         if known & classes:
             return _values_last(rows, *layout(attention, rows))
-    if "CodeGenAttention" in known:  # for four tensor-parallel ranks: query, value, key of each
+    if "CodeGenAttention" in known:  # query, value, key for each of four tensor-parallel ranks
         third = rows // 12
         return Split(0, (("qk", third), ("vo", third), ("qk", third)), 4)
-    latent_heads = hasattr(attention, "qk_nope_head_dim")  # each head's key without position, then its value
+    latent_heads = hasattr(attention, "qk_nope_head_dim")  # for each head its key without position, then its value
     return _by_head(rows, attention.qk_nope_head_dim, attention.v_head_dim, "vo") if known and latent_heads else None
 
 
-def queries(attention: Any, name: str, rows: int) -> Split | str | None:
-    """A query matrix; in some models it holds the gate of each head's output behind the head's query."""
+def split_queries(attention: Any, name: str, rows: int) -> Split | str | None:
+    """The layout of a query matrix; in some models each head's query is followed by the gate of its output."""
     if _classes(attention) & _GATED_QUERY:
         return _by_head(rows, attention.head_dim, attention.head_dim, "other")
     if name == "q_gate_proj" and "AXK2Attention" in _classes(attention):
@@ -65,11 +76,11 @@ def queries(attention: Any, name: str, rows: int) -> Split | str | None:
     return "qk"
 
 
-def latent(attention: Any, rows: int) -> Split | str:
-    """What latent attention makes all heads' keys and values of, then the rotated key that they share.
+def split_latent(attention: Any, rows: int) -> Split | str:
+    """The layout of the latent projection: the latent of keys and values, then the rotary key that the heads share.
 
-    The latent is counted with the values: all that leaves attention has come through it, and where one matrix serves
-    both, it bears no larger learning rate than the sharper of the two.
+    The latent is counted with the values: everything that leaves attention has passed through it. If one matrix serves
+    both, its learning rate must suit the sharper of the two.
     """
     rank = int(attention.kv_lora_rank)
     return Split(0, (("vo", rank), ("qk", rows - rank))) if rows > rank else "vo"
@@ -79,7 +90,7 @@ def _classes(module: nn.Module) -> set[str]:
     return {cls.__name__ for cls in type(module).__mro__ if cls.__module__.startswith("transformers.models.")}
 
 
-def _head(attention: Any) -> int:
+def _head_width(attention: Any) -> int:
     names = ("head_dim", "head_size", "attention_head_size")
     return int(next(getattr(attention, name) for name in names if hasattr(attention, name)))
 
@@ -90,14 +101,14 @@ def _by_head(rows: int, first: int, second: int, block: str) -> Split | None:
 
 
 def _values_last(rows: int, values: int, repeats: int = 1) -> Split | None:
-    """`repeats` times: queries and keys, then `values` rows of values."""
+    """A split of `repeats` stretches, each of queries and keys followed by `values` rows of values."""
     before = rows // repeats - values if repeats else 0
     fits = before > 0 and values > 0 and rows % repeats == 0
     return Split(0, (("qk", before), ("vo", values)), repeats) if fits else None
 
 
 def _thirds(attention: Any, rows: int) -> tuple[int, int]:
-    encoded = getattr(attention, "is_cross_attention", False)  # keys and values alone, of the encoder
+    encoded = getattr(attention, "is_cross_attention", False)  # holds only keys and values, of the encoder
     return rows // 2 if encoded else rows // 3, 1
 
 
@@ -106,7 +117,7 @@ def _grouped(attention: Any, _rows: int) -> tuple[int, int]:
 
 
 def _thirds_by_head(attention: Any, rows: int) -> tuple[int, int]:
-    return _head(attention), rows // (3 * _head(attention))
+    return _head_width(attention), rows // (3 * _head_width(attention))
 
 
 def _halves(_attention: Any, rows: int) -> tuple[int, int]:
@@ -114,7 +125,7 @@ def _halves(_attention: Any, rows: int) -> tuple[int, int]:
 
 
 def _falcon(attention: Any, _rows: int) -> tuple[int, int]:
-    """[groups, queries of the group + 2, width]; multi-query is one group."""
+    """[groups, queries of the group + 2, width]; multi-query attention is one group."""
     if attention.new_decoder_architecture:
         return attention.head_dim, attention.num_kv_heads
     return attention.head_dim, 1 if attention.multi_query else attention.num_heads
@@ -122,11 +133,11 @@ def _falcon(attention: Any, _rows: int) -> tuple[int, int]:
 
 def _big_code(attention: Any, _rows: int) -> tuple[int, int]:
     if attention.is_cross_attention:
-        return 0, 1  # transformers' own forward does not fit its matrix there
+        return 0, 1  # the forward in transformers does not match its matrix here
     return attention.head_dim, 1 if attention.multi_query else attention.num_heads
 
 
-# For the classes of a layout, from the attention and the rows of its matrix: rows of values, and how often they come.
+# For each layout: a function of the attention and its number of rows, to the rows of values in a stretch and repeats.
 _LAYOUTS: tuple[tuple[set[str], Callable[[Any, int], tuple[int, int]]], ...] = (
     (_THIRDS, _thirds),
     (_GROUPED, _grouped),

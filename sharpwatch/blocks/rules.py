@@ -1,12 +1,12 @@
-"""A user's own block rules: ordered, from YAML or from code; the first rule that matches a parameter decides.
+"""The user's block rules, from YAML or from code; the first rule that matches a parameter applies.
 
 - match: "*.attn.sinks"            # glob on the name in model.named_parameters()
   block: other
 - match: "*.attn.qkv.*"
   split:
-    dim: 0                         # may count from the end: -1
+    dim: 0                         # negative values count from the end
     parts: [{block: qk, size: 128}, {block: vo, size: 64}]
-    repeats: 4                     # that often in a row, once a head; 1 where it is left out
+    repeats: 4                     # number of repetitions, such as heads; 1 by default
 """
 
 from __future__ import annotations
@@ -22,7 +22,13 @@ from sharpwatch.errors import BlockError
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Parts of a fused parameter, in order along `dim`: (block type, size); all of them `repeats` times in a row."""
+    """A fused parameter as parts along one dimension.
+
+    Attributes:
+        dim: The dimension.
+        parts: (block type, size) of each part, in order.
+        repeats: How often the sequence of parts repeats along `dim`.
+    """
 
     dim: int
     parts: tuple[tuple[str, int], ...]
@@ -31,7 +37,16 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Parameters whose name matches the glob `match` are `block`, or are divided as `split` says: one of the two."""
+    """Assigns the parameters whose names match a glob to one block, or splits them between blocks.
+
+    Attributes:
+        match: Glob on the name in `model.named_parameters()`.
+        block: The block type; None with `split`.
+        split: The split; None with `block`.
+
+    Raises:
+        BlockError: Neither or both of `block` and `split` are given, or a block type is unknown.
+    """
 
     match: str
     block: str | None = None
@@ -42,12 +57,12 @@ class Rule:
             raise BlockError(f"rule {self.match!r}: give either block or split")
         named = [self.block] if self.split is None else [kind for kind, _ in self.split.parts]
         if not set(named) <= set(BLOCKS):
-            raise BlockError(f"rule {self.match!r}: block {named} is not all of {', '.join(BLOCKS)}")
+            raise BlockError(f"rule {self.match!r}: block must be one of {', '.join(BLOCKS)}, got {named}")
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """Rules in order."""
+    """Rules, in order of precedence."""
 
     rules: tuple[Rule, ...] = ()
 

@@ -1,4 +1,4 @@
-"""What a module is, whatever the model: a matrix, a convolution, a table, attention, a feed-forward part."""
+"""What a module is in any model: a matrix, a convolution, an embedding, attention, a feed-forward part."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _FRAME = {"block", "layer", "module"}
 
 
 def is_linear(module: nn.Module) -> bool:
-    """A matrix, also one of transformers' own make (Conv1D, a quantized or wrapped Linear), or a 1 x 1 convolution."""
+    """Whether it is a matrix: a linear layer (also Conv1D, or a quantized or wrapped one), or a 1 x 1 convolution."""
     if isinstance(module, nn.Linear) or is_conv1d(module) or words(type(module).__name__)[-1:] == ("linear",):
         return True
     weight = getattr(module, "weight", None)
@@ -19,40 +19,43 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Hugging Face's Conv1D: a linear layer with its weight [in, out]. Known by name, transformers is not required."""
+    """Whether it is Hugging Face's Conv1D, a linear layer with its weight as [in, out].
+
+    It is recognized by name, so transformers need not be installed.
+    """
     return any(
         cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils" for cls in type(module).__mro__
     )
 
 
 def is_convolution(module: nn.Module) -> bool:
-    """A convolution of any kernel."""
+    """Whether it is a convolution with any kernel."""
     return isinstance(module, nn.modules.conv._ConvNd)  # noqa: SLF001 - what all of torch's are
 
 
 def is_embedding(module: nn.Module) -> bool:
-    """A table of vectors, also one that transformers quantizes itself."""
+    """Whether it is an embedding, also one quantized by transformers."""
     if isinstance(module, nn.Embedding):
         return True
     return words(type(module).__name__)[-1:] == ("embedding",) and "weight" in module._parameters  # noqa: SLF001
 
 
-def named(segment: str, module: nn.Module) -> frozenset[str]:
-    """The terms of a module's name and of the end of its class's name; before that stands the family's."""
+def module_terms(segment: str, module: nn.Module) -> frozenset[str]:
+    """The terms of a module's name and of the last two words of its class name; the family's name comes before them."""
     return terms(segment, "".join(word.capitalize() for word in words(type(module).__name__)[-2:]))
 
 
 def is_feed_forward(segment: str, module: nn.Module) -> bool:
-    """Named so, in words of its own: mlp, FeedForward, DenseReluDense, experts.
+    """Whether its name or class name says so: mlp, FeedForward, DenseReluDense, experts.
 
-    Of a class name the end counts: "Qwen3MoeAttention" is none, "Qwen3MoeSparseMoeBlock" is one.
+    Only the end of a class name counts: "Qwen3MoeSparseMoeBlock" is feed-forward, "Qwen3MoeAttention" is not.
     """
     ending = [word for word in words(type(module).__name__) if word not in _FRAME][-2:]
     return bool((terms(segment) | {"_".join(ending), *ending[-1:]}) & FEED_FORWARD)
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether query, key and value are in `module`, and no feed-forward part is."""
+    """Whether `module` contains query, key and value, and no feed-forward part."""
     inside = [(name.rpartition(".")[2], child) for name, child in module.named_modules()]
     if any(name in _NOT_ATTENTION or is_feed_forward(name, child) for name, child in inside):
         return False
@@ -60,12 +63,12 @@ def is_attention(module: nn.Module) -> bool:
 
 
 def is_mixer(module: nn.Module) -> bool:
-    """Whether a recurrence is in `module`, known by what only such parts own."""
+    """Whether `module` contains a recurrence, recognized by the parameters that only recurrences have."""
     return any(RECURRENCE.intersection(name.split(".")) for name, _ in module.named_parameters())
 
 
 def holds_qkv(module: nn.Module) -> bool:
-    """Whether the matrices of attention are directly in `module`; keys and values may come from elsewhere."""
+    """Whether attention matrices are directly in `module`; keys and values may come from elsewhere."""
     if isinstance(module, nn.MultiheadAttention):
         return True
     held = roles(module)
@@ -73,6 +76,6 @@ def holds_qkv(module: nn.Module) -> bool:
 
 
 def roles(module: nn.Module) -> set[str | None]:
-    """Of the matrices directly in `module` that have a name of their own."""
+    """The attention roles of the matrices directly in `module`; matrices with generic names are left out."""
     names = {*module._parameters, *(name for name, child in module.named_children() if is_linear(child))}  # noqa: SLF001
     return {role(name) for name in names if not is_plain(name)}

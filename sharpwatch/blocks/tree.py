@@ -1,4 +1,4 @@
-"""A model's module tree as the block rules read it: owners of a parameter, enclosing modules, layers."""
+"""A model's module tree as the block rules need it: owners of parameters, enclosing modules, layers."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ from torch import nn
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where a parameter hangs: its own name in its owner, and the modules from the model down to the owner."""
+class Occurrence:
+    """One occurrence of a parameter in the module tree.
+
+    Attributes:
+        leaf: Name of the parameter in its owner.
+        path: (name, module) from the model, with name "", down to the owner.
+    """
 
     leaf: str
-    path: tuple[tuple[str, nn.Module], ...]  # (segment, module); the model itself comes first, with segment ""
+    path: tuple[tuple[str, nn.Module], ...]
 
     @property
     def owner(self) -> nn.Module:
@@ -23,68 +28,68 @@ class Place:
 
     @property
     def segment(self) -> str:
-        """The owner's name in its parent; empty for the model itself."""
+        """The owner's name in its parent; "" for the model itself."""
         return self.path[-1][0]
 
     @property
-    def alone(self) -> bool:
-        """Whether it is no weight or bias of the owner as a whole, but named for itself."""
+    def is_named_itself(self) -> bool:
+        """Whether it has a name of its own, rather than being the weight or bias of its owner."""
         return self.leaf not in {"weight", "bias"}
 
     @property
     def name(self) -> str:
-        """What names it: a weight or a bias is of its owner, and named as that is."""
-        return self.leaf if self.alone else self.segment
+        """The name that describes it: the owner's for a weight or bias, else its own."""
+        return self.leaf if self.is_named_itself else self.segment
 
     @property
-    def above(self) -> tuple[tuple[str, nn.Module], ...]:
-        """The modules that `name` is inside of."""
-        return self.path if self.alone else self.path[:-1]
+    def enclosing(self) -> tuple[tuple[str, nn.Module], ...]:
+        """The modules that enclose what `name` names."""
+        return self.path if self.is_named_itself else self.path[:-1]
 
 
 class Tree:
-    """The parameters of a model, where each hangs (a shared one in several places), and their layers."""
+    """A model's parameters with their occurrences and layers; a shared parameter occurs several times."""
 
     def __init__(self, model: nn.Module) -> None:
         self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
         self.shapes = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
         self._modules = dict(model.named_modules(remove_duplicate=False))
-        self._places: dict[int, list[Place]] = {}
+        self._occurrences: dict[int, list[Occurrence]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
-            self._places.setdefault(id(parameter), []).append(self._place(name))
+            self._occurrences.setdefault(id(parameter), []).append(self._occurrence(name))
         self._labels = _labels(dict(_trunks(model, "")))
-        self._answers: dict[tuple[Callable[[nn.Module], bool], nn.Module], bool] = {}
+        self._cache: dict[tuple[Callable[[nn.Module], bool], nn.Module], bool] = {}
 
-    def places(self, parameter: nn.Parameter) -> list[Place]:
-        """Everywhere `parameter` hangs; more than one place where it is shared."""
-        return self._places[id(parameter)]
+    def occurrences(self, parameter: nn.Parameter) -> list[Occurrence]:
+        """All occurrences of `parameter`."""
+        return self._occurrences[id(parameter)]
 
     def layer(self, name: str) -> str | None:
-        """The layer's canonical name, "layers.3" or "encoder.layers.3"; None outside layers."""
+        """Canonical name of the parameter's layer, such as "layers.3" or "encoder.layers.3"; None outside of layers."""
         return next((label for prefix, label in self._labels.items() if name.startswith(prefix)), None)
 
-    def layer_depth(self, place: Place) -> int:
-        """How many modules of the path lead down to the layer, itself included; 0 where `place` is in no layer."""
+    def layer_depth(self, place: Occurrence) -> int:
+        """Number of modules in the path down to and including the layer; 0 outside of layers."""
         for depth in range(len(place.path) - 1, 0, -1):
             if "".join(segment + "." for segment, _ in place.path[1 : depth + 1]) in self._labels:
                 return depth + 1
         return 0
 
-    def ask(self, question: Callable[[nn.Module], bool], module: nn.Module) -> bool:
-        """`question(module)`, a function of `structure`, worked out once for each module."""
-        if (question, module) not in self._answers:
-            self._answers[question, module] = question(module)
-        return self._answers[question, module]
+    def cached(self, question: Callable[[nn.Module], bool], module: nn.Module) -> bool:
+        """`question(module)` for a function of `structure`, computed once for each module."""
+        if (question, module) not in self._cache:
+            self._cache[question, module] = question(module)
+        return self._cache[question, module]
 
-    def _place(self, name: str) -> Place:
+    def _occurrence(self, name: str) -> Occurrence:
         *segments, leaf = name.split(".")
         names = itertools.accumulate(segments, "{}.{}".format)
         path = ((segment, self._modules[inside]) for segment, inside in zip(segments, names, strict=True))
-        return Place(leaf, (("", self._modules[""]), *path))
+        return Occurrence(leaf, (("", self._modules[""]), *path))
 
 
 def _trunks(module: nn.Module, path: str) -> Iterator[tuple[str, list[str]]]:
-    """The outermost lists of layers: path of the list, names of the layers in it."""
+    """Yield the outermost lists of layers: the path of the list, and the names of its layers."""
     layers = _layers_in(module)
     if layers:
         yield path, layers
@@ -94,9 +99,9 @@ def _trunks(module: nn.Module, path: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def _layers_in(module: nn.Module) -> list[str]:
-    """Names of the children that are layers: modules of several parts with parameters, in a list.
+    """Names of the children that are layers: the modules with several parts, in a ModuleList.
 
-    A Sequential strings together anything, so there they must also be of one kind.
+    A Sequential can hold anything, so its layers must also be of one class.
     """
     if not isinstance(module, nn.ModuleList | nn.Sequential):
         return []
@@ -111,7 +116,7 @@ def _is_compound(module: nn.Module) -> bool:
 
 
 def _labels(trunks: dict[str, list[str]]) -> dict[str, str]:
-    """Canonical names by path prefix; several trunks are told apart by what their paths do not share."""
+    """Canonical layer names by path prefix; several lists of layers are told apart by how their paths differ."""
     segments = {path: path.split(".")[:-1] for path in trunks}
     parents = {path: names[:-1] for path, names in segments.items()}
     alike = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*parents.values(), strict=False))

@@ -1,6 +1,6 @@
-"""The words by which transformers name their parts, and what each says of a parameter.
+"""The words by which transformers name their modules, and what each says about a parameter.
 
-A name stands for its words and its pairs of neighbouring words: "FeedForward" is feed, forward and feed_forward.
+A name stands for its words and its pairs of adjacent words: "FeedForward" is feed, forward and feed_forward.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from functools import cache
 
 _WORD = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|\d+")
 
-# Tables of vectors: one for each token is `emb`; one for each place or kind, added at every token, is `other`.
+# Embeddings: of tokens they are `emb`; of positions or kinds, which are added to every token, they are `other`.
 TOKEN = {"wte", "tok", "token", "tokens", "word", "vocab", "emb", "embed", "embedding", "embeddings", "shared"}
 POSITION = {"wpe", "pos", "position", "positions", "positional", "relative", "rel", "r", "row", "column", "tile"}
 KIND = {"type", "segment", "seg", "bias", "ngram", "global", "query"}
@@ -20,53 +20,53 @@ NORM = {"norm", "ln", "layernorm", "rmsnorm"}
 
 FEED_FORWARD = {"mlp", "ffn", "ff", "ffwd", "feedforward", "feed_forward", "moe", "mo_e", "expert", "experts"}
 FEED_FORWARD |= {"dense_relu"}  # T5's DenseReluDense
-# Linear layers of a feed-forward part that has no module of its own, or one with a general name.
+# Linear layers of a feed-forward part without a module of its own, or in one with a generic name.
 FEED_FORWARD_LINEAR = {"fc1", "fc2", "linear1", "linear2", "lin1", "lin2", "c_fc", "fc_in", "fc_out", "w1", "w2", "w3"}
 FEED_FORWARD_LINEAR |= {"up_proj", "down_proj", "gate_proj", "gate_up_proj", "wi", "wi_0", "wi_1", "wo"}
 FEED_FORWARD_LINEAR |= {"dense_h_to_4h", "dense_4h_to_h", "intermediate.dense", "output.dense", "ffn_output"}
 FEED_FORWARD_LINEAR |= {"intermediate_query.dense", "output_query.dense", "intermediate.conv1d", "output.conv1d"}
-# What leads out of attention where that has no module of its own.
+# Output projections of attention without a module of its own.
 ATTENTION_LINEAR = {"post_attention.conv1d"}
 
-# The matrix that predicts tokens, and the parts that stand between it and the last layer.
+# The matrix that predicts tokens, and the parts between it and the last layer.
 HEAD = {"lm_head", "head", "output", "embed_out", "unembed", "unembedding", "output_projection", "to_logits", "decoder"}
 HEAD_PART = {"head", "lm_heads", "predictions", "vocab_transform", "pred_layer", "lm_loss", "decoder_head"}
 
-# Matrices that only their class explains: (class of the module they are in, name).
+# Matrices that are recognized by the class of their module: (class, name).
 BY_CLASS = {("ZambaHybridLayer", "linear"): "other", ("Zamba2HybridLayer", "linear"): "other"}
 BY_CLASS |= {("InklingVisionEncoderLayer", "projection"): "other"}
 BY_CLASS |= {("Kosmos2ImageToTextProjection", "dense"): "other", ("Kosmos2_5ImageToTextProjection", "dense"): "other"}
 BY_CLASS |= {("JetMoeMoA", "input_linear"): "qk", ("JetMoeMoA", "output_linear"): "vo"}  # experts of attention
 
-# What chooses experts, or the keys that are looked at.
+# Choose experts, or the keys to attend to.
 ROUTER = {"router", "routers", "indexer", "correction_bias", "expert_bias"}
-# What mixes tokens by a recurrence or a convolution: by its name, or by what it owns.
+# Mix tokens by a recurrence or a convolution: recognized by name, or by their parameters.
 MIXER = {"mamba", "lightning_attention", "recurrent_block", "short_conv", "short_convolution"}
 CONVOLUTION = {"conv", "sconv", "convs", "depthwise"}
 RECURRENCE = {"A_log", "time_decay", "igate_preact"}
-# What stands between the towers of a model, between two widths, between layers, or before the first layer.
+# Connect the towers of a model, two widths, or layers, or precede the first layer.
 CONNECTOR = {"projector", "merger", "aligner", "connector", "adapter", "resampler", "neck", "pooler", "bottleneck"}
 CONNECTOR |= {"patch", "embedding", "embeddings", "embedder", "embed", "per_layer", "altup", "laurel", "residual"}
 CONNECTOR |= {"hyper_connection", "hyper_head", "hc", "language_projection", "vision_projection", "visual_projection"}
 CONNECTOR |= {"action", "conditioning", "projectors"}
-# A tower that reads something else than text: outside of its layers nothing predicts tokens.
+# Towers for inputs other than text: outside of their layers nothing predicts tokens.
 TOWER = {"vision", "visual", "image", "video", "audio", "speech", "ctc", "protein"}
-# Vectors and small matrices of their own: learned inputs, gates, scales, attention sinks.
+# Vectors and small matrices on their own: learned inputs, gates, scales, attention sinks.
 LOOSE = {"sink", "sinks", "gate", "scale", "lambda", "lambdas", "alpha", "gamma", "latents", "latent", "residual"}
 LOOSE |= {"token", "tokens", "class_embedding", "newline", "separator", "mask_emb", "silence", "init", "probe"}
 LOOSE |= {"hidden_states", "scaling", "a", "dt"}
 
-# What a matrix of attention is to it. `latent` is what keys and values of several heads are both made from.
+# Roles of attention matrices. `latent`: keys and values of several heads are both computed from it.
 _ROLES = {"q": "q", "wq": "q", "query": "q", "k": "k", "wk": "k", "key": "k", "v": "v", "wv": "v", "value": "v"}
 _ROLES |= {"o": "o", "wo": "o", "out": "o", "output": "o", "": "o"}
 _ROLES |= dict.fromkeys(("attn", "qkv", "wqkv", "query_key_value", "kv"), "fused")
-_ROLES |= {"in": "in"}  # fused inside of attention, where nothing else has that name
-_ROLES |= {"query_key": "qk"}  # one matrix is both
+_ROLES |= {"in": "in"}  # fused; within attention nothing else has that name
+_ROLES |= {"query_key": "qk"}  # one matrix serves as both
 _ROLES |= {"q_a": "q", "q_b": "q", "kv_a_with_mqa": "latent", "kv_b": "fused", "o_a": "o", "o_b": "o"}
 _ROLES |= dict.fromkeys(("gate", "g", "output_gate"), "gate")
 _ROLES |= {"q_attn": "q", "q_gate": "q", "v_current": "v", "v_delayed": "v", "key_protein": "k", "value_protein": "v"}
 _ROLES |= {"attention_out": "o", "post": "o", "layer": "o"}
-# LUKE's queries from words or entities to words or entities; "w" is filler.
+# LUKE's queries between words and entities; "w" is filler.
 _ROLES |= dict.fromkeys(("2_e_query", "e_2_query", "e_2_e_query"), "q")
 _FILLER = {"proj", "projection", "project", "lin", "linear", "w", "c", "to", "weight", "bias", "dense"}
 _FILLER |= {"head", "global"}
@@ -74,13 +74,13 @@ _FILLER |= {"head", "global"}
 
 @cache
 def words(name: str) -> tuple[str, ...]:
-    """`name` in lower-case words: "T5LayerNorm" is (t, 5, layer, norm), "q_proj" is (q, proj)."""
+    """Split `name` into lower-case words: "T5LayerNorm" is (t, 5, layer, norm), "q_proj" is (q, proj)."""
     return tuple(word.lower() for word in _WORD.findall(name))
 
 
 @cache
 def terms(*names: str) -> frozenset[str]:
-    """The words of `names`, and the pairs in each."""
+    """The words of `names`, and the pairs of adjacent words in each."""
     each = [words(name) for name in names]
     pairs = ("_".join(pair) for name in each for pair in itertools.pairwise(name))
     return frozenset(itertools.chain(*each, pairs))
@@ -88,12 +88,12 @@ def terms(*names: str) -> frozenset[str]:
 
 @cache
 def role(name: str) -> str | None:
-    """q, k, v, o, qk, gate, latent or fused; None if the name says nothing known."""
+    """The role of an attention matrix by its name: q, k, v, o, qk, gate, latent or fused; None if unknown."""
     return _ROLES.get(_plain(name))
 
 
 def is_plain(name: str) -> bool:
-    """Whether `name` says only that there is a matrix: proj, dense, linear."""
+    """Whether `name` is generic, such as proj, dense or linear."""
     return not _plain(name)
 
 

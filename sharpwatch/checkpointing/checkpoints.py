@@ -28,7 +28,7 @@ from sharpwatch.checkpointing.data_position import paced
 from sharpwatch.checkpointing.resumable_loader import Batches
 from sharpwatch.checkpointing.rng_state import random_state, seeded, set_random_state
 from sharpwatch.common.atomic_file import read_json, sync_folder, write_json
-from sharpwatch.curvature.state.isolation import hooks_aside
+from sharpwatch.curvature.state.isolation import hooks_disabled
 from sharpwatch.errors import CheckpointError
 
 _T = TypeVar("_T")
@@ -187,7 +187,7 @@ class Checkpoints:
         """Around what DCP does. It makes an optimizer's missing state with a step() that no hook is to see."""
         with ExitStack() as stack:
             for optimizer in self._optimizers:
-                stack.enter_context(hooks_aside(optimizer, _STEP_HOOKS))
+                stack.enter_context(hooks_disabled(optimizer, _STEP_HOOKS))
             stack.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process is no fault
             try:

@@ -1,1 +1,1 @@
-"""The mathematics: probes, sketches, estimates. Pure torch, no I/O."""
+"""Curvature estimators: probes, sketches and the statistics on them. Pure torch, no I/O."""

@@ -27,7 +27,7 @@ from sharpwatch.daemon.api.http import Web
 from sharpwatch.daemon.api.operator_service import Facts, OperatorService
 from sharpwatch.daemon.config.config import Config, DaemonConfig
 from sharpwatch.daemon.decisions.run_controller import RunController
-from sharpwatch.daemon.estimation.gnb import Estimator
+from sharpwatch.daemon.estimation.estimator import Estimator
 from sharpwatch.daemon.exporter.metrics import OwnMetrics, RunCollector
 from sharpwatch.daemon.ingest.hello import RunHello
 from sharpwatch.daemon.ingest.queue import SampleQueue

@@ -18,9 +18,8 @@ import structlog
 
 from sharpwatch.daemon.decisions.decision_log import UNDER_WAY
 from sharpwatch.daemon.decisions.run_controller import Changes
-from sharpwatch.daemon.estimation.gnb import Estimator
-from sharpwatch.daemon.estimation.queue import EstimationQueue, Waiting
-from sharpwatch.daemon.estimation.windows import Request
+from sharpwatch.daemon.estimation.estimator import EstimationQueue, Estimator, Waiting
+from sharpwatch.daemon.estimation.windows import EstimateRequest
 from sharpwatch.daemon.exporter.metrics import OwnMetrics
 from sharpwatch.daemon.ingest.queue import QueuedSample, SampleQueue
 from sharpwatch.daemon.records import Alert, Checkpoint, Decision, Revision
@@ -260,8 +259,9 @@ class Pipeline:
                 self._metrics.internal_errors.labels("fold").inc()
                 log.exception("fold_failed", run=run.name, step=entry.reading.step)
             touched[run.name] = run
-            if entry.attempt is run.attempt and (probes := entry.reading.probes):
-                self._backlog.put(Waiting(run.request(probes), entry.received_at))
+            request = run.request(entry.reading.probes)
+            if entry.attempt is run.attempt and request.windows:
+                self._backlog.put(Waiting(request, entry.received_at))
             else:
                 seen.append(entry)
         for run in touched.values():
@@ -272,7 +272,7 @@ class Pipeline:
         """Estimate and show what the pipeline left behind, and have the journal take it."""
         requests = [window.request for window in batch]
         await self._estimate(requests)
-        for name in {request.manifest.run for request in requests}:
+        for name in {request.hello.run for request in requests}:
             run = self._runs.get(name)
             if run is not None:
                 run.show()
@@ -333,7 +333,7 @@ class Pipeline:
                 author=made.author,
             )
 
-    async def _estimate(self, requests: Sequence[Request]) -> None:
+    async def _estimate(self, requests: Sequence[EstimateRequest]) -> None:
         """Estimate every window that a probe completed, so that estimates don't depend on how samples were batched."""
         if not requests:
             return
@@ -342,10 +342,10 @@ class Pipeline:
                 found = await self._estimator.estimate(requests)
         except Exception:  # without estimates the tap, the alerts and the journal go on; counted
             self._metrics.internal_errors.labels("estimate").inc()
-            log.exception("estimate_failed", runs=sorted({request.manifest.run for request in requests}))
+            log.exception("estimate_failed", runs=sorted({request.hello.run for request in requests}))
             return
         for request, estimates in zip(requests, found, strict=True):
-            name = request.manifest.run
+            name = request.hello.run
             run = self._runs.get(name)
             if run is not None:
                 run.take_estimates(request, estimates)

@@ -185,6 +185,7 @@ class Sample(google.protobuf.message.Message):
     LANCZOS_FIELD_NUMBER: builtins.int
     LINESEARCH_FIELD_NUMBER: builtins.int
     PRECONDITIONED_FIELD_NUMBER: builtins.int
+    GRADIENT_NOISE_FIELD_NUMBER: builtins.int
     sequence: builtins.int
     """1, 2, 3, ... within an attempt; a gap means dropped samples."""
     step: builtins.int
@@ -214,6 +215,8 @@ class Sample(google.protobuf.message.Message):
     def linesearch(self) -> Global___LineSearchProbe: ...
     @property
     def preconditioned(self) -> Global___PreconditionedProbe: ...
+    @property
+    def gradient_noise(self) -> Global___GradientNoiseProbe: ...
     def __init__(
         self,
         *,
@@ -233,10 +236,11 @@ class Sample(google.protobuf.message.Message):
         lanczos: Global___LanczosProbe | None = ...,
         linesearch: Global___LineSearchProbe | None = ...,
         preconditioned: Global___PreconditionedProbe | None = ...,
+        gradient_noise: Global___GradientNoiseProbe | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_loss", b"_loss", "direction", b"direction", "gnb", b"gnb", "health", b"health", "hutchinson", b"hutchinson", "lanczos", b"lanczos", "linesearch", b"linesearch", "loss", b"loss", "preconditioned", b"preconditioned", "tap", b"tap"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_loss", b"_loss", "direction", b"direction", "gnb", b"gnb", "gradient_noise", b"gradient_noise", "health", b"health", "hutchinson", b"hutchinson", "lanczos", b"lanczos", "linesearch", b"linesearch", "loss", b"loss", "preconditioned", b"preconditioned", "tap", b"tap"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_loss", b"_loss", "checkpoints", b"checkpoints", "closing", b"closing", "direction", b"direction", "gnb", b"gnb", "health", b"health", "hutchinson", b"hutchinson", "lanczos", b"lanczos", "linesearch", b"linesearch", "loss", b"loss", "preconditioned", b"preconditioned", "restored", b"restored", "results", b"results", "sequence", b"sequence", "step", b"step", "taken_at_unix_ns", b"taken_at_unix_ns", "tap", b"tap"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_loss", b"_loss", "checkpoints", b"checkpoints", "closing", b"closing", "direction", b"direction", "gnb", b"gnb", "gradient_noise", b"gradient_noise", "health", b"health", "hutchinson", b"hutchinson", "lanczos", b"lanczos", "linesearch", b"linesearch", "loss", b"loss", "preconditioned", b"preconditioned", "restored", b"restored", "results", b"results", "sequence", b"sequence", "step", b"step", "taken_at_unix_ns", b"taken_at_unix_ns", "tap", b"tap"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__loss: typing_extensions.TypeAlias = typing.Literal["loss"]
     _WhichOneofArgType__loss: typing_extensions.TypeAlias = typing.Literal["_loss", b"_loss"]
@@ -323,7 +327,7 @@ class GnbProbe(google.protobuf.message.Message):
 
     @property
     def gradient_noise(self) -> sharpwatch.v1.types_pb2.Array:
-        """float32 [L]: trace of the covariance of the step's mean gradient; NaN where there was none."""
+        """As GradientNoiseProbe.noise, from agents whose Hello does not name that probe."""
 
     def __init__(
         self,
@@ -560,6 +564,34 @@ class PreconditionedProbe(google.protobuf.message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___PreconditionedProbe: typing_extensions.TypeAlias = PreconditionedProbe
+
+@typing.final
+class GradientNoiseProbe(google.protobuf.message.Message):
+    """How far the step's mean gradient scatters, from the gradients of its micro-batches and their sum."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NOISE_FIELD_NUMBER: builtins.int
+    SECONDS_FIELD_NUMBER: builtins.int
+    seconds: builtins.float
+    @property
+    def noise(self) -> sharpwatch.v1.types_pb2.Array:
+        """float32 [L]: trace of the covariance of the step's mean gradient; NaN for a layer block without a gradient.
+        Absent where the step had one micro-batch, or where its gradient is not the sum of its micro-batches' alone.
+        """
+
+    def __init__(
+        self,
+        *,
+        noise: sharpwatch.v1.types_pb2.Array | None = ...,
+        seconds: builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["noise", b"noise"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["noise", b"noise", "seconds", b"seconds"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___GradientNoiseProbe: typing_extensions.TypeAlias = GradientNoiseProbe
 
 @typing.final
 class ProbeFailure(google.protobuf.message.Message):

@@ -27,6 +27,7 @@ from sharpwatch.wire import decode
 RATES, DECAY = {True: 1e-3, False: 2e-3}, 0.1  # of matrices, and of all else
 BETA, CLIP = 0.95, 0.5
 STEPS = 8
+PROBES = ("gnb", "direction", "gradient_noise")
 BF16, FP16 = {"bf16": {"enabled": True}}, {"fp16": {"enabled": True, "initial_scale_power": 21, "hysteresis": 1}}
 AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "float16"}}
 
@@ -167,7 +168,9 @@ def trained(config, *, ordered):
     logging.getLogger("sharpwatch").addHandler(listener)
     (ours, optimizer), (theirs, _) = made(config), made(config)
     try:
-        watch = sharpwatch.attach(ours.module, optimizer, training_job="deepspeed", transport=transport, probe_every=3)
+        watch = sharpwatch.attach(
+            ours.module, optimizer, training_job="deepspeed", transport=transport, probe_every=3, probes=PROBES
+        )
     except AttachError as error:
         return {"refused": str(error)}
     if transport.hello and ordered:
@@ -215,7 +218,9 @@ def trained(config, *, ordered):
         "truth": reference.steps,
         "probes": len(probes),
         "sketches": sum(probe.HasField("gradient_sketch") for probe in probes),
-        "noises": [np.frombuffer(probe.gradient_noise.data, "<f4") for probe in probes],
+        "noises": [
+            np.frombuffer(sample.gradient_noise.noise.data, "<f4") for sample in samples if sample.HasField("gnb")
+        ],
         "swallowed": samples[-1].health.swallowed_errors,
     }
 

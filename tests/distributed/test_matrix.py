@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from stand_ins import LLAMA
 
 import sharpwatch
-from sharpwatch.agent.probes.builtin import PROBES, SHARDED_PROBES
+from sharpwatch.agent.probes.builtin import PROBES, sharded_probes
 from sharpwatch.testing import InMemoryTransport
 
 STEPS = 11
@@ -138,7 +138,7 @@ class Training:
 
 def probes_of(placement, kind):
     if placement == "FSDP2 2":
-        return SHARDED_PROBES
+        return sharded_probes()
     return PROBES if kind == "adamw" else tuple(probe for probe in PROBES if probe != "preconditioned")
 
 

@@ -17,10 +17,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from stand_ins import Net
 
 import sharpwatch
-from sharpwatch.agent.probes.gradient_noise import GradientNoise, averaged_over
+from sharpwatch.agent.probes.gradient_noise import GradientListener, averaged_over
 from sharpwatch.agent.safety.exception_barrier import ExceptionBarrier
 from sharpwatch.blocks import classify
-from sharpwatch.curvature.parameters.norms import squares
+from sharpwatch.curvature.parameters.norms import squared_norms
 from sharpwatch.testing import InMemoryTransport
 from sharpwatch.wire import decode
 
@@ -52,10 +52,10 @@ def accumulated(micro_batches, synchronised, views):
     model = nn.parallel.DistributedDataParallel(plain, gradient_as_bucket_view=views)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)  # each step the same
     watch = sharpwatch.attach(
-        model, optimizer, training_job="noise", transport=transport, probe_every=1, probes=("gnb",)
+        model, optimizer, training_job="noise", transport=transport, probe_every=1, probes=("gnb", "gradient_noise")
     )
     block_map = classify(model)
-    noise = GradientNoise(block_map, model, ExceptionBarrier(), ranks=averaged_over(model))
+    noise = GradientListener(block_map, model, ExceptionBarrier(), ranks=averaged_over(model))
     own = []
     for _ in range(3):  # of ranks, none probes at the first step
         for micro_batch in range(micro_batches):
@@ -64,12 +64,12 @@ def accumulated(micro_batches, synchronised, views):
             with nullcontext() if last or synchronised else model.no_sync():
                 noise.forward()
                 model(batch, batch.roll(1))[1].div(micro_batches).backward()
-        stepped = squares(block_map, {name: each.grad for name, each in model.named_parameters()})
+        stepped = squared_norms(block_map, {name: each.grad for name, each in model.named_parameters()})
         own.append(noise.take().noise(block_map, stepped.numpy()))
         optimizer.step()
         optimizer.zero_grad()
     watch.close()
-    told = [sample.gnb.gradient_noise for sample in transport.samples if sample.HasField("gnb")]
+    told = [sample.gradient_noise.noise for sample in transport.samples if sample.HasField("gnb")]
     at = {part.parameter: index for index, part in enumerate(block_map.parts)}
     return {
         "own": own,
@@ -121,7 +121,7 @@ def heard_with(hook):
     """Whether anything is said of a step whose gradients go through `hook`."""
     torch.manual_seed(3)
     model = nn.parallel.DistributedDataParallel(Net().train())
-    noise = GradientNoise(classify(model), model, ExceptionBarrier(), ranks=averaged_over(model))
+    noise = GradientListener(classify(model), model, ExceptionBarrier(), ranks=averaged_over(model))
     model.register_comm_hook(*HOOKS[hook]())  # a loop may do so after attach
     batch = tokens(0)
     noise.forward()

@@ -28,7 +28,7 @@ from sharpwatch.curvature.estimators.gnb_sharded import sharded_gnb_probe
 from sharpwatch.curvature.objective.batch import Batch
 from sharpwatch.curvature.parameters import shards
 from sharpwatch.curvature.parameters.fsdp import DataRank
-from sharpwatch.curvature.parameters.norms import squares, sum_into
+from sharpwatch.curvature.parameters.norms import squared_norms, sum_by_index
 from sharpwatch.curvature.statistics.sketch import CountSketch
 from sharpwatch.errors import DesyncError, ProbeError
 
@@ -53,7 +53,7 @@ def batch_of(data):
 def weights_of(block_map, model):
     held = [None] * dist.get_world_size()
     dist.all_gather_object(held, {name: shards.Shard.of(p).numel for name, p in model.named_parameters()})
-    return shards.shares({name: math.prod(shape) for name, shape in block_map.shapes.items()}, held)
+    return shards.shard_weights({name: math.prod(shape) for name, shape in block_map.shapes.items()}, held)
 
 
 def source(data, draw=0):
@@ -80,7 +80,7 @@ def unsharded(model, block_map, sketcher, count):
         whole = whole + torch.nn.functional.cross_entropy(logits[mask], labels, reduction="sum")
     names, parameters = zip(*model.named_parameters(), strict=True)
     gradients = dict(zip(names, torch.autograd.grad(whole / tokens**0.5, parameters), strict=True))
-    by_layer = sum_into(squares(block_map, gradients), block_map.layer_block_of, len(block_map.layer_blocks))
+    by_layer = sum_by_index(squared_norms(block_map, gradients), block_map.layer_block_of, len(block_map.layer_blocks))
     return tokens, by_layer, sketcher.sketch(gradients)
 
 
@@ -174,7 +174,7 @@ def truth():
     exact, block_map = dense.Exact.of(model), classify(model)
     root = dense.gauss_newton_root(exact, *dense.tokens(rows=ROWS))
     parts = torch.stack([part.square().sum() for part in exact.by_part(block_map, root)])
-    return sum_into(parts, block_map.layer_block_of, len(block_map.layer_blocks)).detach()
+    return sum_by_index(parts, block_map.layer_block_of, len(block_map.layer_blocks)).detach()
 
 
 def test_two_ranks_give_the_trace_of_every_layer_block(ranks, truth):
@@ -337,7 +337,7 @@ def test_a_failure_of_one_rank_within_the_models_collectives_is_never_passed_ove
     waited, failed = ranks(failing_alone, 2, kind)
     assert failed.startswith("failed on this rank: OutOfMemoryError: rank 1 had no room")
     assert "failed on this rank: RuntimeError" in waited  # the collective that rank 1 left
-    assert "Start again from the last checkpoint" in failed
+    assert "Restart from the last checkpoint" in failed
 
 
 def failing_alike(backward):
@@ -371,7 +371,7 @@ def hooked():
     """A reduction of the user's own, which may keep something of each call."""
     model, calls = sharded_llama("fsdp"), []
     model.set_all_reduce_hook(calls.append)
-    with pytest.raises(ProbeError, match="all_reduce_hook of the user's own"):
+    with pytest.raises(ProbeError, match="custom all_reduce_hook"):
         probe(model, classify(dense.llama()))
     return len(calls)
 

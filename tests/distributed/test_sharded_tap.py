@@ -15,11 +15,11 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 import dense
 import sharding
 
-from sharpwatch.agent.probes.context import ShardReduction
-from sharpwatch.agent.probes.runner import ProbeRunner
+from sharpwatch.agent.probes.context import ProbeContext, ProbedStep, ShardReduction
+from sharpwatch.agent.probes.gnb import ShardedGnb
 from sharpwatch.agent.statistics.tap import Tap
 from sharpwatch.blocks import classify
-from sharpwatch.curvature.estimators.gnb_sharded import collectives
+from sharpwatch.curvature.estimators.gnb_sharded import launched_collectives
 from sharpwatch.curvature.parameters import shards
 from sharpwatch.curvature.parameters.fsdp import DataRank
 from sharpwatch.curvature.statistics.sketch import CountSketch
@@ -65,7 +65,7 @@ class Whole:
 def weights_of(block_map, parameters):
     held = [None] * dist.get_world_size()
     dist.all_gather_object(held, {name: shards.Shard.of(p).numel for name, p in parameters.items()})
-    return shards.shares({name: math.prod(shape) for name, shape in block_map.shapes.items()}, held)
+    return shards.shard_weights({name: math.prod(shape) for name, shape in block_map.shapes.items()}, held)
 
 
 def shared_tap(block_map, model, optimizer):
@@ -74,9 +74,9 @@ def shared_tap(block_map, model, optimizer):
 
 
 def shared_reading(tap):
-    pending, before = tap.start({}), collectives()
+    pending, before = tap.start({}), launched_collectives()
     tap.read(pending, 0)
-    assert collectives() == before  # of the user's groups none, in every step
+    assert launched_collectives() == before  # of the user's groups none, in every step
     sums = torch.from_numpy(tap.local(pending))
     dist.all_reduce(sums)
     return tap.reading(sums.numpy())
@@ -93,13 +93,16 @@ def damage(model):
 def check_sketch(block_map, model, optimizer):
     """The gradient's sketch, added up over ranks; none of them waits for another on the way."""
     weights = weights_of(block_map, dict(model.named_parameters()))
-    together = ShardReduction(add, weights, DataRank.of(model).number)
-    probes = ProbeRunner((), model, block_map, [optimizer], seed=3, sketch_size=64, together=together)
-    before = collectives()
-    own = probes.sketch_gradient().cpu()
-    assert collectives() == before
+    sketcher = CountSketch(block_map, size=64, seed=3)
+    reduction = ShardReduction(add, weights, DataRank.of(model).number)
+    context = ProbeContext(model, block_map, [optimizer], sketcher, torch.Generator(), shards=reduction)
+    probe = ShardedGnb(context)
+    before = launched_collectives()
+    probe.before_step(ProbedStep(context))
+    own = probe._gradient_sketch.cpu()
+    assert launched_collectives() == before
     gradients = {name: full(parameter.grad) for name, parameter in model.named_parameters()}
-    expected = CountSketch(block_map, size=64, seed=3).sketch(gradients)
+    expected = sketcher.sketch(gradients)
     torch.testing.assert_close(add(own), expected, rtol=1e-4, atol=1e-5 * float(expected.nan_to_num().abs().max()))
 
 

@@ -115,10 +115,10 @@ def check_layouts():
     for layout, model in layouts(dist.get_world_size()):
         parameters = {name.removeprefix("weights."): p for name, p in model.named_parameters()}
         assert shards.is_sharded(model)
-        held = {name: shards.held(p.detach()) for name, p in parameters.items()}
+        held = {name: shards.local_tensor(p.detach()) for name, p in parameters.items()}
         found = {name: shards.Shard.of(p) for name, p in parameters.items()}
         numel = {name: math.prod(shape) for name, shape in SHAPES.items()}
-        weights = shards.shares(numel, gathered({name: shard.numel for name, shard in found.items()}))
+        weights = shards.shard_weights(numel, gathered({name: shard.numel for name, shard in found.items()}))
         for name, shape in SHAPES.items():
             shard, where = found[name], f"{layout}: {name}"
             at = [torch.tensor([i for run in runs for i in run], dtype=torch.int64) for runs in shard.runs]
@@ -152,7 +152,7 @@ def check_sketches(held, found, weights, layout):
     parts = [part for name, shape in SHAPES.items() for part in list(parts_of(name, shape))[-1]]
     block_map = BlockMap(tuple(parts), SHAPES)
     sketcher = CountSketch(block_map, size=64, seed=3)
-    total = shards.sketch(sketcher, held, found, weights)
+    total = shards.sketch_shards(sketcher, held, found, weights)
     dist.all_reduce(total)
     expected = sketcher.sketch({name: whole(shape) for name, shape in SHAPES.items()})
     torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-3, msg=layout)
@@ -169,10 +169,10 @@ def test_a_plain_parameter_is_whole():
     shard = shards.Shard.of(parameter)
     assert shard.is_whole
     assert shard.offset == 0
-    assert shards.held(parameter).data_ptr() == parameter.data_ptr()
+    assert shards.local_tensor(parameter).data_ptr() == parameter.data_ptr()
     assert not shards.is_sharded(nn.Linear(2, 2))
 
 
 def test_replicas_count_once():
     held = [{"matrix": 6, "norm": 4}, {"matrix": 4, "norm": 4}]
-    assert shards.shares({"matrix": 10, "norm": 4}, held) == {"matrix": 1.0, "norm": 0.5}
+    assert shards.shard_weights({"matrix": 10, "norm": 4}, held) == {"matrix": 1.0, "norm": 0.5}

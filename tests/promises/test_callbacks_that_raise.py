@@ -10,7 +10,7 @@ import pytest
 import torch
 from trainer import Trainer
 
-from sharpwatch.agent.probes.builtin import Gnb
+from sharpwatch.agent.probes.gnb import Gnb
 from sharpwatch.agent.probes.runner import ProbeRunner
 from sharpwatch.agent.statistics.tap import Tap
 from sharpwatch.testing import InMemoryTransport
@@ -227,7 +227,7 @@ def test_a_log_handler(transports, monkeypatch):
     handler = Broken()
     logging.getLogger("sharpwatch").addHandler(handler)
     try:
-        monkeypatch.setattr(ProbeRunner, "capture", lambda *_: {}["on purpose"])
+        monkeypatch.setattr(ProbeRunner, "forward", lambda *_: {}["on purpose"])
         failed, trainer = train(transport=transports.new())
     finally:
         logging.getLogger("sharpwatch").removeHandler(handler)

@@ -14,7 +14,8 @@ import sharpwatch
 from sharpwatch.agent.control.controller import Controller
 from sharpwatch.agent.control.param_group_override import ParamGroupOverride
 from sharpwatch.agent.probes.budget import OverheadBudget
-from sharpwatch.agent.probes.builtin import Gnb
+from sharpwatch.agent.probes.context import ProbedStep
+from sharpwatch.agent.probes.gnb import Gnb
 from sharpwatch.agent.probes.runner import ProbeRunner
 from sharpwatch.agent.statistics.tap import Tap
 from sharpwatch.testing import InMemoryTransport
@@ -57,9 +58,9 @@ def broken(*_, **__):
         (ParamGroupOverride, "remove"),
         (ParamGroupOverride, "unguard"),
         (ProbeRunner, "run"),
-        (ProbeRunner, "capture"),
-        (ProbeRunner, "copy_weights"),
-        (ProbeRunner, "sketch_gradient"),
+        (ProbeRunner, "forward"),
+        (ProbedStep, "keep_weights"),
+        (Gnb, "before_step"),
         (Gnb, "run"),
         (InMemoryTransport, "send"),
         (InMemoryTransport, "receive"),
@@ -77,7 +78,7 @@ def test_whatever_breaks_inside_the_weights_are_those_of_a_healthy_run(owner, na
         monkeypatch.setattr(owner, name, broken)
     with caplog.at_level(logging.WARNING, "sharpwatch"):
         torch.testing.assert_close(run(transports), healthy, rtol=0, atol=0)
-    if owner is Gnb:
+    if (owner, name) == (Gnb, "run"):
         failure = transports[-1].samples[-1].health.probe_failures[0]
         assert (failure.count, failure.disabled) == (3, True)
         assert failure.reason == "ZeroDivisionError: on purpose"
@@ -88,7 +89,7 @@ def test_whatever_breaks_inside_the_weights_are_those_of_a_healthy_run(owner, na
 
 
 def test_swallowed_errors_are_counted_in_the_next_sample(transports, monkeypatch):
-    monkeypatch.setattr(ProbeRunner, "capture", broken)
+    monkeypatch.setattr(ProbeRunner, "forward", broken)
     run(transports, steps=6)
     assert transports[-1].samples[-1].health.swallowed_errors == 3  # a capture for each of the three planned probes
 
@@ -144,7 +145,7 @@ def test_a_tap_that_fails_shows_no_zeros(transports, monkeypatch):
 
 
 def test_without_room_for_a_copy_of_the_weights_the_direction_probe_is_given_up(transports, monkeypatch):
-    monkeypatch.setattr(ProbeRunner, "copy_weights", broken)
+    monkeypatch.setattr(ProbedStep, "keep_weights", broken)
     run(transports, steps=10, probes=("direction",))
     last = transports[-1].samples[-2]
     assert [(f.count, f.disabled) for f in last.health.probe_failures] == [(3, True)]

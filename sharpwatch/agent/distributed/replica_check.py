@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sharpwatch.agent.optimizers.support import is_flat
-from sharpwatch.curvature.parameters.shards import Shard, held
+from sharpwatch.curvature.parameters.shards import Shard, local_tensor
 
 _CORNER = 256  # entries along each dimension that are looked at
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an entry
@@ -36,7 +36,7 @@ def replicas(model: nn.Module) -> Sequence[int]:
 def fingerprints(model: nn.Module, shards: Mapping[str, Shard]) -> dict[str, ParameterFingerprint]:
     """This rank's piece of each parameter, by the values in one corner of it; flat ones have no name to compare."""
     parameters = {name: each for name, each in model.named_parameters() if not is_flat(each)}
-    sums = [_sum(held(parameter)) for parameter in parameters.values()]
+    sums = [_sum(local_tensor(parameter)) for parameter in parameters.values()]
     values = torch.stack([each.to("cpu", non_blocking=False) for each in sums]).tolist() if sums else []
     return {
         name: ParameterFingerprint(hash(shards[name].runs), value)

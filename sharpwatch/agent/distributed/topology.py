@@ -23,7 +23,7 @@ from sharpwatch.agent.safety.exception_barrier import ExceptionBarrier
 from sharpwatch.agent.statistics.tap import Tap
 from sharpwatch.blocks import BlockMap, Part
 from sharpwatch.curvature.parameters.fsdp import DataRank
-from sharpwatch.curvature.parameters.shards import Shard, is_sharded, shares
+from sharpwatch.curvature.parameters.shards import Shard, is_sharded, shard_weights
 from sharpwatch.errors import AttachError, BlockError
 
 
@@ -130,7 +130,7 @@ def gather_topology(
     return Topology(
         ranks=RankGroup(channel, entries),
         block_map=whole,
-        shares=shares(numel, [part.held for part in parts]) if summed else {},
+        shares=shard_weights(numel, [part.held for part in parts]) if summed else {},
         sharded=sharded,
         summed=summed,
         staged=staged,

@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 
 from sharpwatch.agent.control.param_group_override import ParamGroupOverride
 from sharpwatch.agent.safety.exception_barrier import from_signal_handler
-from sharpwatch.curvature.state.isolation import hooks_aside, restore
+from sharpwatch.curvature.state.isolation import hooks_disabled, restore
 
 # Where the `step` functions are defined that sharpwatch's tests compare with real groups. Those of deepspeed.ops keep
 # their state as torch's do.
@@ -188,7 +188,7 @@ def _steps(optimizer: Optimizer, count: int, split: Sequence[int] = ()) -> tuple
     override = ParamGroupOverride(twin)
     torchs = sys.modules[Optimizer.__module__]
     # Also puts back the random states, so that both copies draw the same numbers.
-    with restore(nn.ParameterList(parameters)), hooks_aside(torchs, _GLOBAL_HOOKS):
+    with restore(nn.ParameterList(parameters)), hooks_disabled(torchs, _GLOBAL_HOOKS):
         for number in range(count):
             gradients = [_random(parameter, generator) for parameter in parameters]
             if number in split:

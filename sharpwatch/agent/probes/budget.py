@@ -1,4 +1,4 @@
-"""Which probe runs at the next step: a token bucket over measured seconds. Pure."""
+"""Which probes run after the next step, by a token bucket over measured seconds. Pure."""
 
 from __future__ import annotations
 
@@ -6,27 +6,32 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_WINDOW = 1000  # steps of the exported overhead ratio
+_WINDOW = 1000  # steps that the overhead ratio is taken over
 _SMOOTHING = 0.3  # weight of the newest measurement in a probe's expected cost
-_PROBE_SHARE = 0.25  # of the budget that probes keep where the tap alone exceeds it
+_PROBE_SHARE = 0.25  # of the budget, which probes keep even if the tap alone exceeds it
 
 
 class OverheadBudget:
-    """Spaces probes so that the agent's seconds stay under `budget` × the loop's own seconds.
+    """Spaces probes so that the agent's seconds stay below `budget` times the loop's own seconds.
 
-    Every kind runs twice at once, one a step, so that a short run shows something. The first of them warms up what it
-    uses (allocator, kernels, lazy imports) and can take a hundred times what later ones do: it is reported, but says
-    nothing of their cost and is not charged. From the second on what a probe cost is owed, and paid back before the
-    next. Kinds take turns. `probe_every` fixes the cadence instead: each such step runs all kinds.
+    Each probe first runs twice without waiting, one probe a step, so that a short run shows something. The first run
+    warms up the allocator, kernels and lazy imports and can take a hundred times as long as later ones, so its cost is
+    not charged. From the second run on the cost is charged, and must be earned back before the next probe. Probes take
+    turns.
+
+    Args:
+        probes: The names of the probes.
+        budget: The agent's share of the loop's own seconds.
+        probe_every: Runs all probes every so many steps instead, whatever they cost.
     """
 
-    def __init__(self, kinds: Sequence[str], *, budget: float, probe_every: int | None = None) -> None:
-        self._kinds = list(kinds)
+    def __init__(self, probes: Sequence[str], *, budget: float, probe_every: int | None = None) -> None:
+        self._probes = list(probes)
         self._budget = budget
         self._probe_every = probe_every
         self._expected: dict[str, float] = {}
-        self._cold = set(kinds)
-        self._under_way: set[str] = set()
+        self._cold = set(probes)
+        self._started: set[str] = set()
         self._credit = 0.0
         self._steps = 0
         self._window: deque[tuple[float, float]] = deque()
@@ -35,61 +40,61 @@ class OverheadBudget:
 
     @property
     def overhead_ratio(self) -> float:
-        """Agent seconds over the loop's own seconds, over the last 1000 steps."""
+        """The agent's seconds over the loop's own, in the last 1000 steps."""
         return self._agent_seconds / self._step_seconds if self._step_seconds > 0 else 0.0
 
     @property
     def step_seconds(self) -> float:
-        """Mean seconds of a step without the agent, over the last 1000 steps."""
+        """Mean seconds of a step without the agent, in the last 1000 steps."""
         return self._step_seconds / len(self._window) if self._window else 0.0
 
     def plan(self) -> tuple[str, ...]:
-        """The kinds to run at the next step; asking again before `started` or `record` gives the same."""
-        if not self._kinds:
+        """Returns the probes to run after the next step; it changes nothing."""
+        if not self._probes:
             return ()
         if self._probe_every is not None:
-            return tuple(self._kinds) if (self._steps + 1) % self._probe_every == 0 else ()
-        if self._under_way:
+            return tuple(self._probes) if (self._steps + 1) % self._probe_every == 0 else ()
+        if self._started:
             return ()
-        kind = self._kinds[0]
-        return (kind,) if kind not in self._expected or self._credit >= self._expected[kind] else ()
+        probe = self._probes[0]
+        return (probe,) if probe not in self._expected or self._credit >= self._expected[probe] else ()
 
-    def started(self, kinds: Sequence[str]) -> None:
-        """`kinds` are to run, and recorded some steps later; none is planned until then, but by `probe_every`."""
-        self._under_way.update(kinds)
+    def started(self, probes: Sequence[str]) -> None:
+        """`probes` will be recorded some steps later; until then no other is planned, except by `probe_every`."""
+        self._started.update(probes)
 
     def missed(self) -> None:
-        """What was started could not run."""
-        self._under_way.clear()
+        """The probes that were started could not run."""
+        self._started.clear()
 
     def record(self, step_seconds: float, tap_seconds: float, probe_seconds: Mapping[str, float]) -> None:
-        """Account for one step: the loop's own seconds, the tap's, and those of each probe that ran (or failed)."""
+        """Accounts for one step: the seconds of the loop itself, of the tap, and of each probe that ran or failed."""
         self._steps += 1
         agent = tap_seconds + sum(probe_seconds.values())
         self._remember(agent, step_seconds)
         allowance = self._budget * step_seconds
         self._credit += max(allowance - tap_seconds, _PROBE_SHARE * allowance)
-        for kind, seconds in probe_seconds.items():
-            self._under_way.discard(kind)
-            if kind in self._cold:
-                self._cold.remove(kind)
+        for probe, seconds in probe_seconds.items():
+            self._started.discard(probe)
+            if probe in self._cold:
+                self._cold.remove(probe)
             else:
                 self._credit -= seconds
-                self._learn(kind, seconds)
-            self._end_turn(kind)
-        # A long pause between steps (an evaluation) earns no burst of probes afterwards.
+                self._learn(probe, seconds)
+            self._end_turn(probe)
+        # A long pause between steps, such as an evaluation, must not be followed by a burst of probes.
         self._credit = min(self._credit, sum(self._expected.values()))
 
-    def disable(self, kind: str) -> None:
-        """Never plan `kind` again."""
-        if kind in self._kinds:
-            self._kinds.remove(kind)
-        self._expected.pop(kind, None)
+    def disable(self, probe: str) -> None:
+        """Never plans `probe` again."""
+        if probe in self._probes:
+            self._probes.remove(probe)
+        self._expected.pop(probe, None)
 
     def state_dict(self) -> dict[str, Any]:
-        """What probes cost and whose turn it is, as plain values."""
+        """What probes cost and which has its turn, as plain values."""
         return {
-            "kinds": list(self._kinds),
+            "kinds": list(self._probes),
             "expected": dict(self._expected),
             "cold": sorted(self._cold),
             "credit": self._credit,
@@ -97,26 +102,27 @@ class OverheadBudget:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was made, with the kinds of now.
+        """Continues from `state`, with the probes of this run.
 
-        Raises `KeyError`, `TypeError` or `ValueError` for what is no such state; nothing is changed then.
+        Raises:
+            KeyError, TypeError, ValueError: `state` is no such state. Nothing is changed then.
         """
-        order = {kind: place for place, kind in enumerate(state["kinds"])}
-        expected = {kind: float(state["expected"][kind]) for kind in self._kinds if kind in state["expected"]}
+        order = {probe: place for place, probe in enumerate(state["kinds"])}
+        expected = {probe: float(state["expected"][probe]) for probe in self._probes if probe in state["expected"]}
         cold, credit, steps = set(state["cold"]), float(state["credit"]), int(state["steps"])
-        self._kinds.sort(key=lambda kind: order.get(kind, -1))
-        self._cold = {kind for kind in self._kinds if kind in cold or kind not in order}
+        self._probes.sort(key=lambda probe: order.get(probe, -1))
+        self._cold = {probe for probe in self._probes if probe in cold or probe not in order}
         self._expected, self._credit, self._steps = expected, credit, steps
 
-    def _learn(self, kind: str, seconds: float) -> None:
-        if kind in self._kinds:
-            known = self._expected.get(kind, seconds)
-            self._expected[kind] = known + _SMOOTHING * (seconds - known)
+    def _learn(self, probe: str, seconds: float) -> None:
+        if probe in self._probes:
+            known = self._expected.get(probe, seconds)
+            self._expected[probe] = known + _SMOOTHING * (seconds - known)
 
-    def _end_turn(self, kind: str) -> None:
-        if kind in self._kinds:
-            self._kinds.remove(kind)
-            self._kinds.append(kind)
+    def _end_turn(self, probe: str) -> None:
+        if probe in self._probes:
+            self._probes.remove(probe)
+            self._probes.append(probe)
 
     def _remember(self, agent: float, step: float) -> None:
         self._window.append((agent, step))

@@ -1,199 +1,142 @@
-"""The kinds of probe as the agent runs them: whose turn it is, and what is kept from one probe to the next."""
+"""The built-in probes by name, and those of them that take products with the Hessian.
+
+To add a probe to the agent, write a `Probe` and its `ProbeSpec`, and list the spec in `PROBES`.
+"""
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sharpwatch.agent.probes.context import ProbeContext, ShardReduction, TakenStep
+from sharpwatch.agent.probes.context import Probe, ProbeContext, ProbedStep, ProbeSpec
+from sharpwatch.agent.probes.gnb import GNB
+from sharpwatch.agent.probes.gradient_noise import GRADIENT_NOISE
 from sharpwatch.curvature.estimators.direction import DirectionSample, direction_probe
-from sharpwatch.curvature.estimators.gnb import GnbSample, gnb_probe
-from sharpwatch.curvature.estimators.gnb_sharded import sharded_gnb_probe
 from sharpwatch.curvature.estimators.hutchinson import HutchinsonSample, hutchinson_probe
 from sharpwatch.curvature.estimators.lanczos import LanczosSample, lanczos_probe
 from sharpwatch.curvature.estimators.linesearch import LineSearchSample, linesearch_probe
 from sharpwatch.curvature.estimators.preconditioned import PreconditionedSample, preconditioned_probe
 from sharpwatch.curvature.objective.batch import Batch
-from sharpwatch.curvature.parameters.norms import squares, sum_into
-from sharpwatch.curvature.statistics.allocation import relative_error, worst
+from sharpwatch.curvature.objective.next_step import require_adam
+from sharpwatch.curvature.parameters.norms import squared_norms, sum_by_index
 from sharpwatch.curvature.statistics.gnb_estimators import trace_estimates
+from sharpwatch.curvature.statistics.pooling import least_precise, relative_error
+from sharpwatch.v1 import agent_pb2
+from sharpwatch.wire import encode
 
-MOVING = ("direction", "linesearch")  # kinds that look at the step itself: they need the weights before it
-_GNB_DRAWS = 4
 _HUTCHINSON_DRAWS = 2  # of several products each
-_PRODUCTS = 6  # of one visit: a cold Lanczos iteration takes 6 to 15, a warm one 1 to 3
-_VISITS = 6  # to one block, at most
-_SETTLED = 0.05  # residual over the top eigenvalue at which the next block has its turn
-_ROUNDS = 2  # after which a trace has to be measured anew, however well it was known
-_WINDOW = 8  # probes of a block that tell how well its trace is known: what the daemon estimates from
-
-
-@dataclass(frozen=True, slots=True)
-class GnbReport:
-    """A `gnb` probe, and of the step's own mean gradient its sketch [B, k] and noise [L], where they could be taken."""
-
-    sample: GnbSample
-    gradient_sketch: Tensor | None
-    gradient_noise: npt.NDArray[np.float32] | None = None
+_PRODUCTS = 6  # in one probe of a block: a first Lanczos iteration needs 6 to 15, one with a start vector 1 to 3
+_VISITS = 6  # probes in a row of one block, at most
+_SETTLED = 0.05  # residual over the top eigenvalue below which the next block has its turn
+_ROUNDS = 2  # rounds of all blocks after which a trace is measured anew, however well it is known
+_WINDOW = 8  # probes of a block that its trace is estimated from, as at the daemon
 
 
 @dataclass(frozen=True, slots=True)
 class DirectionReport:
-    """A `direction` probe, and ‖d_b‖/‖θ_b‖ by block type."""
+    """A `direction` probe, and ‖d_b‖/‖θ_b‖ by block."""
 
     sample: DirectionSample
     update_ratio: npt.NDArray[np.float32]
 
 
-Report = GnbReport | DirectionReport | HutchinsonSample | LanczosSample | LineSearchSample | PreconditionedSample
-
-
-class Probe(Protocol):
-    """A probe on one row in `share` of the batch: its cost goes with them. Raises whatever the probe raises.
-
-    `turn` counts how often a block's turn was given.
-    """
-
-    share: int
-    turn: int
-
-    def run(self, part: Batch, step: TakenStep) -> Report:
-        """Probe once."""
-
-
-class _RoundRobin:
-    """Whose turn it is, one after the other, among names that may change."""
-
-    turn = 0
+class _RoundRobin(Probe):
+    """Gives each block its turn, in order."""
 
     def _next(self, names: Sequence[str]) -> str:
         self.turn += 1
         return names[(self.turn - 1) % len(names)]
 
 
-class Gnb:
-    """Every block at once."""
-
-    turn = 0
-
-    share = 8
-
-    def __init__(self, subject: ProbeContext) -> None:
-        self._subject = subject
-
-    def run(self, part: Batch, step: TakenStep) -> GnbReport:
-        """Probe once."""
-        subject = self._subject
-        sample = gnb_probe(
-            subject.model,
-            subject.block_map,
-            part,
-            draws=_GNB_DRAWS,
-            generator=subject.source,
-            sketcher=subject.sketcher,
-            logits_fn=subject.logits_fn,
-        )
-        return GnbReport(sample, step.gradient_sketch, step.gradient_noise)
-
-
-class ShardedGnb:
-    """Every block at once, by all ranks together."""
-
-    share = 8
-    turn = 0
-
-    def __init__(self, subject: ProbeContext, together: ShardReduction) -> None:
-        self._subject = subject
-        self._together = together
-
-    def run(self, part: AbstractContextManager[Batch], step: TakenStep) -> GnbReport:
-        """Probe once, in the context that gives `part`: a failure of one rank, there too, is raised on all."""
-        subject, together = self._subject, self._together
-        sample = sharded_gnb_probe(
-            subject.model,
-            subject.block_map,
-            part,
-            draws=_GNB_DRAWS,
-            generator=subject.source,
-            add=together.add,
-            weights=together.weights,
-            sketcher=subject.sketcher,
-            logits_fn=subject.logits_fn,
-        )
-        own = step.gradient_sketch
-        if own is None:  # this rank's share in what all add up, as a number that shows
-            shape = len(subject.block_map.blocks), subject.sketcher.size
-            own = torch.full(shape, math.nan, dtype=torch.float32, device="cpu")
-        sketch = together.add(own.double()).float()
-        return GnbReport(sample, sketch if sketch.isfinite().all() else None)
-
-
 class Direction(_RoundRobin):
-    """The whole step, and one block's part of it in turn."""
+    """Probes the whole step, and the part of it in one block."""
 
     share = 4
 
-    def __init__(self, subject: ProbeContext) -> None:
-        self._subject = subject
+    def before_step(self, step: ProbedStep) -> None:
+        """Keeps the weights."""
+        step.keep_weights()
 
-    def run(self, part: Batch, step: TakenStep) -> DirectionReport:
-        """Probe once."""
-        subject, moved = self._subject, step.displacement
-        turn = self._next(subject.blocks)
-        sample = direction_probe(subject.model, subject.block_map, part, moved, blocks=(turn,), loss_fn=subject.loss_fn)
-        return DirectionReport(sample, self._update_ratio(moved))
+    def run(self, rows: AbstractContextManager[Batch], step: ProbedStep) -> DirectionReport:
+        """As `Probe.run`."""
+        context = self.context
+        with rows as batch:
+            moved, block = step.displacement, self._next(context.blocks)
+            sample = direction_probe(
+                context.model, context.block_map, batch, moved, blocks=(block,), loss_fn=context.loss_fn
+            )
+            return DirectionReport(sample, self._update_ratio(moved))
 
     def _update_ratio(self, moved: Mapping[str, Tensor]) -> npt.NDArray[np.float32]:
-        length, size = self._norms(moved), self._norms(self._subject.weights)
+        length, size = self._norms(moved), self._norms(self.context.weights)
         return np.divide(length, size, out=np.zeros_like(length), where=size > 0).astype(np.float32)
 
     def _norms(self, tensors: Mapping[str, Tensor]) -> npt.NDArray[np.float64]:
-        block_map = self._subject.block_map
-        by_block = sum_into(squares(block_map, tensors), block_map.block_of, len(block_map.blocks))
+        block_map = self.context.block_map
+        by_block = sum_by_index(squared_norms(block_map, tensors), block_map.block_of, len(block_map.blocks))
         norms: npt.NDArray[np.float64] = by_block.sqrt().numpy()
         return norms
 
 
-class Hutchinson:
-    """The block whose trace is known worst, from its newest probes, or that has waited for two rounds of all."""
+class LineSearch(_RoundRobin):
+    """Searches along the whole step, and along the part of it in one block."""
 
-    share = 8
-    turn = 0
+    share = 4
 
-    def __init__(self, subject: ProbeContext) -> None:
-        self._subject = subject
-        self._draws: deque[tuple[str, Tensor]] = deque(maxlen=_WINDOW * len(subject.block_map.blocks))
+    def before_step(self, step: ProbedStep) -> None:
+        """Keeps the weights."""
+        step.keep_weights()
 
-    def run(self, part: Batch, step: TakenStep) -> HutchinsonSample:
-        """Probe once."""
+    def run(self, rows: AbstractContextManager[Batch], step: ProbedStep) -> LineSearchSample:
+        """As `Probe.run`."""
+        context = self.context
+        with rows as batch:
+            moved, block = step.displacement, self._next(context.blocks)
+            return linesearch_probe(
+                context.model, context.block_map, batch, moved, blocks=(block,), loss_fn=context.loss_fn
+            )
+
+
+class Hutchinson(Probe):
+    """Probes the block whose trace estimate has the largest relative error.
+
+    A block that was not probed for two rounds goes first.
+    """
+
+    def __init__(self, context: ProbeContext) -> None:
+        super().__init__(context)
+        self._draws: deque[tuple[str, Tensor]] = deque(maxlen=_WINDOW * len(context.block_map.blocks))
+
+    def run(self, rows: AbstractContextManager[Batch], step: ProbedStep) -> HutchinsonSample:
+        """As `Probe.run`."""
         del step
-        subject = self._subject
-        sample = hutchinson_probe(
-            subject.model,
-            subject.block_map,
-            part,
-            block=worst({block: self._relative_error(block) for block in subject.blocks}),
-            draws=_HUTCHINSON_DRAWS,
-            generator=subject.source,
-            loss_fn=subject.loss_fn,
-        )
+        context = self.context
+        with rows as batch:
+            sample = hutchinson_probe(
+                context.model,
+                context.block_map,
+                batch,
+                block=least_precise({block: self._relative_error(block) for block in context.blocks}),
+                draws=_HUTCHINSON_DRAWS,
+                generator=context.source,
+                loss_fn=context.loss_fn,
+            )
         if sample.traces.isfinite().all():
             self._draws.append((sample.block, sample.traces.sum(1)))
         return sample
 
     def _relative_error(self, block: str) -> float:
         probed = [of for of, _ in self._draws]
-        if block not in probed[-_ROUNDS * len(self._subject.blocks) :]:
-            return math.inf  # never probed, or so long ago that the weights are others
+        if block not in probed[-_ROUNDS * len(self.context.blocks) :]:
+            return math.inf  # never probed, or so long ago that the weights have changed
         draws = [values for of, values in self._draws if of == block][-_WINDOW:]
         window = torch.stack(draws)[None]
         known = trace_estimates(window, torch.ones_like(window, dtype=torch.bool))
@@ -201,94 +144,147 @@ class Hutchinson:
 
 
 class Lanczos(_RoundRobin):
-    """One block, or the whole model, for as many probes as its top eigenvalue takes; then the next.
+    """Probes one block, or the whole model, until its top eigenvalue has settled; then the next.
 
-    Each of them goes on from the Ritz vectors of the one before. No more is kept than these two, and on the host: what
-    an accelerator holds between probes, the step may miss.
+    Each probe starts from the two Ritz vectors of the one before. No more than these is kept, and on the host: memory
+    of an accelerator that is held between probes could be missing in the step.
     """
 
-    share = 8
+    def __init__(self, context: ProbeContext) -> None:
+        super().__init__(context)
+        self._unsettled: tuple[str, Tensor, int] | None = None  # the block, its vectors, and how many probes it had
 
-    def __init__(self, subject: ProbeContext) -> None:
-        self._subject = subject
-        self._stay: tuple[str, Tensor, int] | None = None  # the block, its vectors, and the probes it has had
-
-    def run(self, part: Batch, step: TakenStep) -> LanczosSample:
-        """Probe once."""
+    def run(self, rows: AbstractContextManager[Batch], step: ProbedStep) -> LanczosSample:
+        """As `Probe.run`."""
         del step
-        subject = self._subject
-        stay, self._stay = self._stay, None  # where this fails, the next has its turn
-        block, start, visits = stay or (self._next((*subject.blocks, "")), None, 0)
-        sample = lanczos_probe(
-            subject.model,
-            subject.block_map,
-            part,
-            block=block,
-            products=_PRODUCTS,
-            generator=subject.source,
-            start=start,
-            loss_fn=subject.loss_fn,
-        )
+        context = self.context
+        with rows as batch:
+            unsettled, self._unsettled = self._unsettled, None  # if this probe fails, the next block has its turn
+            block, start, visits = unsettled or (self._next((*context.blocks, "")), None, 0)
+            sample = lanczos_probe(
+                context.model,
+                context.block_map,
+                batch,
+                block=block,
+                products=_PRODUCTS,
+                generator=context.source,
+                start=start,
+                loss_fn=context.loss_fn,
+            )
         settled = sample.top_residual <= _SETTLED * abs(sample.top)
         if not settled and visits + 1 < _VISITS and sample.vectors.isfinite().all():
-            self._stay = (block, sample.vectors.cpu(), visits + 1)
-        return replace(sample, vectors=torch.empty(2, 0, device="cpu"))  # they must not wait with the report
+            self._unsettled = (block, sample.vectors.cpu(), visits + 1)
+        return replace(sample, vectors=torch.empty(2, 0, device="cpu"))  # not kept until the report is sent
 
 
-class LineSearch(_RoundRobin):
-    """The whole step, and one block's part of it in turn."""
+class Preconditioned(Probe):
+    """Probes the whole model; each probe starts from the vector of the one before, which is kept on the host."""
 
-    share = 4
-
-    def __init__(self, subject: ProbeContext) -> None:
-        self._subject = subject
-
-    def run(self, part: Batch, step: TakenStep) -> LineSearchSample:
-        """Probe once."""
-        subject, moved = self._subject, step.displacement
-        turn = self._next(subject.blocks)
-        return linesearch_probe(subject.model, subject.block_map, part, moved, blocks=(turn,), loss_fn=subject.loss_fn)
-
-
-class Preconditioned:
-    """The whole model; each probe goes on from the vector of the one before, which is kept on the host."""
-
-    share = 8
-    turn = 0
-
-    def __init__(self, subject: ProbeContext) -> None:
-        self._subject = subject
+    def __init__(self, context: ProbeContext) -> None:
+        super().__init__(context)
         self._vector: Tensor | None = None
 
-    def run(self, part: Batch, step: TakenStep) -> PreconditionedSample:
-        """Probe once."""
+    def run(self, rows: AbstractContextManager[Batch], step: ProbedStep) -> PreconditionedSample:
+        """As `Probe.run`."""
         del step
-        subject = self._subject
-        start, self._vector = self._vector, None  # where this fails, the next begins anew
-        sample = preconditioned_probe(
-            subject.model,
-            subject.block_map,
-            part,
-            subject.optimizers,
-            products=_PRODUCTS,
-            generator=subject.source,
-            start=start,
-            loss_fn=subject.loss_fn,
-        )
+        context = self.context
+        with rows as batch:
+            start, self._vector = self._vector, None  # if this probe fails, the next has no start
+            sample = preconditioned_probe(
+                context.model,
+                context.block_map,
+                batch,
+                context.optimizers,
+                products=_PRODUCTS,
+                generator=context.source,
+                start=start,
+                loss_fn=context.loss_fn,
+            )
         if sample.vector.isfinite().all():
             self._vector = sample.vector.cpu()
-        return replace(sample, vector=torch.empty(0, device="cpu"))  # it must not wait with the report
+        return replace(sample, vector=torch.empty(0, device="cpu"))  # not kept until the report is sent
 
 
-KINDS: Mapping[str, Callable[[ProbeContext], Probe]] = {
-    "gnb": Gnb,
-    "direction": Direction,
-    "hutchinson": Hutchinson,
-    "lanczos": Lanczos,
-    "linesearch": LineSearch,
-    "preconditioned": Preconditioned,
-}
-SHARDED: Mapping[str, Callable[[ProbeContext, ShardReduction], ShardedGnb]] = {"gnb": ShardedGnb}
-PROBES = tuple(KINDS)
-SHARDED_PROBES = tuple(SHARDED)  # that can run where no rank has whole parameters
+def _encode_direction(report: DirectionReport, seconds: float) -> agent_pb2.DirectionProbe:
+    sample = report.sample
+    return agent_pb2.DirectionProbe(
+        tokens=sample.tokens,
+        rows=sample.rows,
+        descent=float(sample.descent),
+        curvature=float(sample.curvature),
+        block_descent=encode(sample.block_descent.cpu().numpy(), "float64"),
+        block_curvature=encode(sample.block_curvature.cpu().numpy(), "float64"),
+        update_ratio=encode(report.update_ratio, "float32"),
+        method=sample.method,
+        seconds=seconds,
+    )
+
+
+def _encode_hutchinson(sample: HutchinsonSample, seconds: float) -> agent_pb2.HutchinsonProbe:
+    return agent_pb2.HutchinsonProbe(
+        tokens=sample.tokens,
+        rows=sample.rows,
+        block=sample.block,
+        traces=encode(sample.traces.cpu().numpy(), "float64"),
+        method=sample.method,
+        seconds=seconds,
+    )
+
+
+def _encode_lanczos(sample: LanczosSample, seconds: float) -> agent_pb2.LanczosProbe:
+    return agent_pb2.LanczosProbe(
+        tokens=sample.tokens,
+        rows=sample.rows,
+        block=sample.block,
+        top=sample.top,
+        top_residual=sample.top_residual,
+        bottom=sample.bottom,
+        bottom_residual=sample.bottom_residual,
+        products=sample.products,
+        method=sample.method,
+        seconds=seconds,
+    )
+
+
+def _encode_line_search(sample: LineSearchSample, seconds: float) -> agent_pb2.LineSearchProbe:
+    return agent_pb2.LineSearchProbe(
+        tokens=sample.tokens,
+        rows=sample.rows,
+        sharpness=sample.sharpness,
+        half_width=sample.half_width,
+        block_sharpness=encode(sample.block_sharpness.cpu().numpy(), "float64"),
+        block_half_width=encode(sample.block_half_width.cpu().numpy(), "float64"),
+        seconds=seconds,
+    )
+
+
+def _encode_preconditioned(sample: PreconditionedSample, seconds: float) -> agent_pb2.PreconditionedProbe:
+    return agent_pb2.PreconditionedProbe(
+        tokens=sample.tokens,
+        rows=sample.rows,
+        ratio=sample.ratio,
+        residual=sample.residual,
+        products=sample.products,
+        method=sample.method,
+        seconds=seconds,
+    )
+
+
 DEFAULT_PROBES = ("gnb", "direction")
+PROBES: dict[str, ProbeSpec] = {
+    spec.name: spec
+    for spec in (
+        GNB,
+        ProbeSpec(name="direction", runner=Direction, encode=_encode_direction),
+        ProbeSpec(name="hutchinson", runner=Hutchinson, encode=_encode_hutchinson),
+        ProbeSpec(name="lanczos", runner=Lanczos, encode=_encode_lanczos),
+        ProbeSpec(name="linesearch", runner=LineSearch, encode=_encode_line_search),
+        GRADIENT_NOISE,
+        ProbeSpec(name="preconditioned", runner=Preconditioned, encode=_encode_preconditioned, check=require_adam),
+    )
+}
+
+
+def sharded_probes() -> tuple[str, ...]:
+    """Returns the names of the probes that can run where no rank holds whole parameters."""
+    return tuple(name for name, spec in PROBES.items() if spec.sharded_runner is not None)

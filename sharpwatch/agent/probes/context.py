@@ -1,29 +1,34 @@
-"""What probes look at: the model, and the step that has just been taken."""
+"""What a kind of probe is: the context it is given, the methods it provides, and how it is registered."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import cached_property
-from time import perf_counter
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from google.protobuf.message import Message
 from torch import Tensor, nn
 
+from sharpwatch.agent.probes.out_of_memory import copy_weights
+from sharpwatch.agent.safety.exception_barrier import ExceptionBarrier
 from sharpwatch.blocks import BlockMap
+from sharpwatch.curvature.objective.batch import Batch
 from sharpwatch.curvature.statistics.sketch import CountSketch
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ShardReduction:
-    """How ranks that hold a model together add up what they find.
+    """How ranks that each hold shards of the model add up their results.
 
-    `add` sums tensors over all ranks, `weights` are this rank's shares by parameter, `data_rank` says which of a
-    batch's shares it computes on.
+    Attributes:
+        add: Sums a tensor over all ranks; every rank must call it.
+        weights: This rank's weight in the sum, by parameter.
+        data_rank: Which share of the batch this rank computes on.
     """
 
     add: Callable[[Tensor], Tensor]
@@ -33,72 +38,139 @@ class ShardReduction:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ProbeContext:
-    """What is probed, and what a probe needs to know of the run; `together` where ranks hold the model together."""
+    """The run that is probed.
+
+    Attributes:
+        source: The generator that labels and signs are drawn from; it is seeded before each probe.
+        several_ranks: Whether other ranks train with this one.
+        shards: Set where no rank holds whole parameters, so that all ranks probe at once.
+    """
 
     model: nn.Module
     block_map: BlockMap
     optimizers: Sequence[torch.optim.Optimizer]
     sketcher: CountSketch
-    source: torch.Generator  # of labels and signs
-    loss_fn: Callable[..., Any] | None
-    logits_fn: Callable[..., Any] | None
-    together: ShardReduction | None = None
+    source: torch.Generator
+    loss_fn: Callable[..., Any] | None = None
+    logits_fn: Callable[..., Any] | None = None
+    barrier: ExceptionBarrier = field(default_factory=ExceptionBarrier)
+    several_ranks: bool = False
+    shards: ShardReduction | None = None
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """By parameter name, detached."""
+        """The parameters by name, detached."""
         return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
 
     @property
     def blocks(self) -> tuple[str, ...]:
-        """The block types that train, which may change during a run."""
+        """The block types with a trainable parameter; they may change during a run."""
         training = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         types = {part.type for part in self.block_map.parts if part.parameter in training}
         return tuple(block for block in self.block_map.blocks if block in types)
 
 
-@dataclass(slots=True)
-class BeforeStep:
-    """What is kept of the time before a step for the probes after it, and the seconds that took, by kind of probe."""
+@dataclass(slots=True, eq=False)
+class ProbedStep:
+    """One optimizer step that probes are due after. All of them share it, and with it one copy of the weights.
 
-    weights: dict[str, Tensor] | None = None
-    gradient_sketch: Tensor | None = None
-    gradient_noise: npt.NDArray[np.float32] | None = None
+    Attributes:
+        seconds: Time spent for each probe before the step and while it was listening.
+        gradient_squares: Returns the squared norms [parts] of the gradient that was stepped on; None if it is unknown.
+    """
+
+    context: ProbeContext
     seconds: dict[str, float] = field(default_factory=dict)
+    gradient_squares: Callable[[], npt.NDArray[np.float64]] | None = None
+    _asked: bool = False
+    _weights: dict[str, Tensor] | None = None
+    _displacement: dict[str, Tensor] | None = None
 
-    @contextmanager
-    def spending(self, kind: str) -> Iterator[None]:
-        """The body's seconds are the probe's."""
-        started = perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[kind] = self.seconds.get(kind, 0.0) + perf_counter() - started
+    def keep_weights(self) -> None:
+        """Copies the weights before the step, for `displacement`.
 
+        Raises:
+            ProbeError: The step may need the memory that the copy would take.
+        """
+        if not self._asked:
+            self._asked = True
+            self._weights = copy_weights(self.context.weights, self.context.optimizers)
 
-class TakenStep:
-    """The step that probes look at, once it is taken."""
-
-    def __init__(self, subject: ProbeContext, before: BeforeStep) -> None:
-        self._subject = subject
-        self._before = before
-
-    @cached_property
+    @property
     def displacement(self) -> Mapping[str, Tensor]:
-        """θ_t − θ_{t+1} by parameter name; takes the place of the copy of θ_t."""
-        copies = self._before.weights
-        if copies is None:
-            raise RuntimeError("the weights could not be copied before the step")
-        with torch.no_grad():
-            return {name: copies.pop(name).sub_(weight) for name, weight in self._subject.weights.items()}
+        """θ_t − θ_{t+1} by parameter name. It replaces the copy of θ_t, so there never are two."""
+        if self._displacement is None:
+            copies = self._weights
+            if copies is None:
+                raise RuntimeError("the weights could not be copied before the step")
+            with torch.no_grad():
+                self._displacement = {
+                    name: copies.pop(name).sub_(weight) for name, weight in self.context.weights.items()
+                }
+        return self._displacement
 
-    @property
-    def gradient_sketch(self) -> Tensor | None:
-        """Of the gradient that was stepped on; on the CPU."""
-        sketch = self._before.gradient_sketch
-        return None if sketch is None else sketch.cpu()
 
-    @property
-    def gradient_noise(self) -> npt.NDArray[np.float32] | None:
-        """Tr Cov [L] of the gradient that was stepped on; None where it was not got from several."""
-        return self._before.gradient_noise
+class Probe(ABC):
+    """One kind of probe in one run: the base class of all of them.
+
+    For each step that it is due after, `forward` is called with each forward of the model in training, `before_step`
+    when the gradients are complete, and `run` after the step. Only `run` is needed. Where the step does not come,
+    `discard` is called.
+
+    Attributes:
+        share: The probe gets one row in `share` of the batch; its cost grows with its rows.
+        turn: How many times a block has had its turn.
+    """
+
+    share: ClassVar[int] = 8
+    turn: int = 0
+
+    def __init__(self, context: ProbeContext) -> None:
+        self.context = context
+
+    def forward(self) -> None:  # noqa: B027 - most probes have no use for it
+        """The model is called in training."""
+
+    def before_step(self, step: ProbedStep) -> None:  # noqa: B027 - most probes have no use for it
+        """The gradients of `step` are complete, and no optimizer has stepped yet.
+
+        An error is logged and counted; the probe runs all the same.
+        """
+
+    def discard(self) -> None:  # noqa: B027 - most probes have no use for it
+        """Forget the step that was being prepared, and remove all hooks."""
+
+    @abstractmethod
+    def run(self, rows: AbstractContextManager[Batch], step: ProbedStep) -> Any:
+        """Probe once, at the present weights.
+
+        Args:
+            rows: Enter it to get the rows of the batch. Within it the model may be called: its state, the random
+                generators and the batch are restored at its end. A sharded probe enters it where a failure of one rank
+                is raised on all.
+            step: The step that was just taken.
+
+        Returns:
+            The report, which `ProbeSpec.encode` makes a message of. It must not hold memory of an accelerator.
+        """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeSpec:
+    """The registration of one kind of probe with the agent, in `sharpwatch.agent.probes.builtin.PROBES`.
+
+    The daemon has its own: `sharpwatch.daemon.estimation.windows.ReadingSpec`.
+
+    Attributes:
+        name: The name in `attach(probes=...)`, which is that of the probe's field in a Sample.
+        runner: Makes the probe.
+        encode: Makes a message of a report and the seconds that the probe took.
+        sharded_runner: Makes the probe where no rank holds whole parameters; None if it can't run there.
+        check: Raises `ProbeError` for optimizers that the probe can't work with.
+    """
+
+    name: str
+    runner: Callable[[ProbeContext], Probe]
+    encode: Callable[[Any, float], Message]
+    sharded_runner: Callable[[ProbeContext], Probe] | None = None
+    check: Callable[[Sequence[torch.optim.Optimizer]], None] | None = None

@@ -1,10 +1,15 @@
-"""Gradient noise: how far a step's gradient scatters, from the gradients of its micro-batches and their sum."""
+"""The gradient noise probe: how far the gradient of a step scatters.
+
+It is worked out from the gradients of the step's micro-batches and their sum, so the probe hooks into the backwards of
+the step. No detector reads it, and it is off by default.
+"""
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -17,12 +22,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from sharpwatch.agent.instrumentation.hooks import Hook
+from sharpwatch.agent.probes.context import Probe, ProbeContext, ProbedStep, ProbeSpec
 from sharpwatch.agent.safety.exception_barrier import ExceptionBarrier
 from sharpwatch.blocks import BlockMap, Part
-from sharpwatch.curvature.parameters.norms import square, squares, stacked, sum_into
+from sharpwatch.curvature.objective.batch import Batch
+from sharpwatch.curvature.parameters.norms import squared_norm, squared_norms, stack_sums, sum_by_index
+from sharpwatch.v1 import agent_pb2
+from sharpwatch.wire import encode
 
-_OUTSIDE = -1  # of every backward
-# What DDP's communication hooks may be; in half precision the average is rounded, which the noise does not show.
+_NO_BACKWARD = -1
+# DDP's communication hooks that average gradients. Those in half precision round the average; the noise ignores that.
 _AVERAGING = {
     ("torch.distributed.algorithms.ddp_comm_hooks.default_hooks", f"{name}_hook")
     for name in ("allreduce", "fp16_compress", "bf16_compress")
@@ -31,9 +40,15 @@ _AVERAGING = {
 
 @dataclass(frozen=True, slots=True)
 class MicroBatches:
-    """What was read of one accumulated gradient G: `local` are Σ‖h‖² over `count` backwards, `whole` is ‖G‖²; [parts].
+    """Squared norms of one accumulated gradient G and of the gradients h that it is the sum of.
 
-    `ranks` processes average their gradients into G. `unbroken`: nothing but these backwards made G.
+    Attributes:
+        local: Σ‖h‖² over `count` backwards, [parts].
+        whole: ‖G‖², [parts].
+        unbroken: Whether G is made of these backwards alone.
+        count: How many backwards there were.
+        ranks: How many processes average their gradients into G.
+        seconds: How long reading them took.
     """
 
     local: Tensor
@@ -44,147 +59,158 @@ class MicroBatches:
     seconds: float
 
     def noise(self, block_map: BlockMap, stepped: npt.NDArray[np.float64]) -> npt.NDArray[np.float32] | None:
-        """Tr Cov(g) [L] of the gradient g that was stepped on, whose squared norms by part are `stepped`.
+        """Returns Tr Cov(g) [L] of the gradient g that was stepped on.
 
         Of D ranks with M micro-batches each, n = D·M independent local gradients h with E h = m and Tr Cov(h) = s make
         G = Σh / D. Then E‖h‖² = ‖m‖² + s and E‖G‖² = (n² ‖m‖² + n s) / D², which leaves
         (M² E‖h‖² − E‖G‖²) / (n − 1) = n s / D² = Tr Cov(G), as in McCandlish et al. (2018), An empirical model of
         large-batch training, appendix A. This rank's M local gradients stand for all n: each has the same expectation.
-        Clipping and a loss scale come after them; ‖g‖²/‖G‖² of the layer block takes both along.
+        Clipping and unscaling happen later; the factor ‖g‖²/‖G‖² of the layer block accounts for both.
 
-        Unbiased where ‖g‖ = ‖G‖, so below zero at times if ranks are several; NaN where there is no gradient.
-        None where n is 1, or G is not theirs alone.
+        Args:
+            block_map: The blocks of the model.
+            stepped: ‖g‖², [parts].
+
+        Returns:
+            The noise, unbiased where ‖g‖ = ‖G‖ and therefore sometimes negative with several ranks; NaN for a layer
+            block without a gradient. None if n is 1, or if G is not the sum of these gradients alone.
         """
         spare = self.count * self.ranks - 1
         if spare < 1 or not bool(self.unbroken):
             return None
         rows = torch.stack([self.local, self.whole, torch.from_numpy(stepped).to(self.whole)])
-        local, whole, taken = sum_into(rows, block_map.layer_block_of, len(block_map.layer_blocks)).numpy()
+        local, whole, taken = sum_by_index(rows, block_map.layer_block_of, len(block_map.layer_blocks)).numpy()
         ratio = np.divide(taken, whole, out=np.full_like(whole, np.nan), where=whole > 0)
         noise = (self.count * local - whole) / spare * ratio
         return np.where(np.isfinite(noise), noise, np.nan).astype(np.float32)
 
 
 @dataclass(slots=True)
-class _Heard:
-    """What was heard since the first forward."""
+class _Readings:
+    """What was read since the first forward of the step."""
 
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
     forwards: int = 0
     backwards: int = 0
-    under_way: int = _OUTSIDE  # torch's number of a backward
-    found: list[list[Tensor]] = field(default_factory=list)  # ‖h‖² of the backward under way, by part
+    running: int = _NO_BACKWARD  # torch's number of the backward that is running
+    found: list[list[Tensor]] = field(default_factory=list)  # ‖h‖² of the running backward, by part
     local: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float32, device="cpu"))
     whole: Tensor | None = None
     unbroken: Tensor = field(default_factory=lambda: torch.tensor(True, device="cpu"))
-    lost: bool = False  # whether a backward did not end, or another began within it
-    open: int = 0  # calls that did not come through
+    lost: bool = False  # a backward did not end, or another began within it
+    open: int = 0  # calls of hooks that have not returned
     seconds: float = 0.0
 
     @property
     def one_to_one(self) -> bool:
-        """Whether each forward had its backward, and each was heard to its end."""
-        ended = self.under_way == _OUTSIDE and not self.lost and not self.open
+        """Whether each forward had its backward, and each backward was read to its end."""
+        ended = self.running == _NO_BACKWARD and not self.lost and not self.open
         return ended and self.backwards == self.forwards
 
 
-class GradientNoise:
-    """Listens to a model's gradients as backwards bring them, from the first forward of a step until `take`.
+class GradientListener:
+    """Reads the gradients of a model in each backward, from the first forward of a step until `take`.
 
-    `ranks`: how many processes' gradients are averaged into each; 0 where that is not known, then it never listens.
+    Args:
+        block_map: The blocks of the model.
+        model: The model.
+        barrier: Ends errors of the hooks.
+        ranks: How many processes average their gradients; 0 where that is not known, and nothing is read then.
     """
 
-    def __init__(self, block_map: BlockMap, model: nn.Module, border: ExceptionBarrier, *, ranks: int) -> None:
+    def __init__(self, block_map: BlockMap, model: nn.Module, barrier: ExceptionBarrier, *, ranks: int) -> None:
         self._block_map = block_map
         self._parts: dict[str, list[tuple[int, Part]]] = defaultdict(list)
         for index, part in enumerate(block_map.parts):
             self._parts[part.parameter].append((index, part))
         self._model = model
-        self._border = border
+        self._barrier = barrier
         self._ranks = ranks
         self._handles: list[tuple[Node, RemovableHandle]] = []  # a tensor does not keep its node alive
-        self._heard = _Heard()
+        self._readings = _Readings()
 
     def forward(self) -> None:
-        """The model is called in training, for a step whose noise is wanted."""
-        self._heard.forwards += 1
+        """The model is called in training: hook into its gradients, unless that is done."""
+        self._readings.forwards += 1
         if self._ranks and not self._handles and _is_averaged(self._model):
             training = {name: each for name, each in self._model.named_parameters() if each.requires_grad}
-            self._heard.parameters = training
+            self._readings.parameters = training
             for name, parameter in training.items():
-                # Not the tensor's own hook: that would see autograd.grad too, and torch.compile guards on it.
+                # A hook of the tensor itself would also be called by autograd.grad, and torch.compile guards on it.
                 node = get_gradient_edge(parameter).node
                 hook = Hook(partial(self._guarded, self._arrives, name))
                 self._handles.append((node, node.register_prehook(hook)))
 
     def take(self) -> MicroBatches | None:
-        """Listen no longer; what was heard, None where backwards and forwards did not go together."""
+        """Removes the hooks and returns what was read, or None if forwards and backwards were not one to one."""
         self.remove()
-        heard, self._heard = self._heard, _Heard()
-        if heard.whole is None or not heard.one_to_one:
+        readings, self._readings = self._readings, _Readings()
+        if readings.whole is None or not readings.one_to_one:
             return None
-        return MicroBatches(heard.local, heard.whole, heard.unbroken, heard.backwards, self._ranks, heard.seconds)
+        return MicroBatches(
+            readings.local, readings.whole, readings.unbroken, readings.backwards, self._ranks, readings.seconds
+        )
 
     def remove(self) -> None:
-        """Take the hooks away."""
+        """Removes the hooks."""
         while self._handles:
             _, handle = self._handles.pop()
             handle.remove()
 
     def _guarded(self, call: Callable[..., None], *values: object) -> None:
-        started, heard = time.perf_counter(), self._heard
-        heard.open += 1
-        with self._border.guard("reading the gradient noise"), torch.no_grad():
+        started, readings = time.perf_counter(), self._readings
+        readings.open += 1
+        with self._barrier.guard("reading the gradient noise"), torch.no_grad():
             call(*values)
-            heard.open -= 1
-        heard.seconds += time.perf_counter() - started
+            readings.open -= 1
+        readings.seconds += time.perf_counter() - started
 
     def _arrives(self, name: str, gradients: tuple[Tensor | None, ...]) -> None:
-        """The local gradient of parameter `name`, before it is accumulated and before ranks average theirs."""
+        """The local gradient of parameter `name` is there; it is not yet accumulated, nor averaged over ranks."""
         backward = torch._C._current_graph_task_id()  # noqa: SLF001 - as torch.utils.checkpoint asks for it
-        if backward != self._heard.under_way:
+        if backward != self._readings.running:
             self._begin(backward)
         (gradient,) = gradients
         if gradient is None or gradient.is_sparse:
             return
         for index, part in self._parts[name]:
-            self._heard.found[index].append(square(part.view(gradient)))
+            self._readings.found[index].append(squared_norm(part.view(gradient)))
 
     def _begin(self, backward: int) -> None:
-        """A backward begins: what is accumulated so far must be what the one before has left."""
-        heard = self._heard
-        heard.lost |= heard.under_way != _OUTSIDE
-        heard.under_way = backward
-        heard.found = [[] for _ in self._block_map.parts]
+        """A backward begins: the accumulated gradient must be the one that the backward before has left."""
+        readings = self._readings
+        readings.lost |= readings.running != _NO_BACKWARD
+        readings.running = backward
+        readings.found = [[] for _ in self._block_map.parts]
         before = self._accumulated()
-        heard.unbroken = (
-            heard.unbroken.to(before.device) & (before == (0.0 if heard.whole is None else heard.whole)).all()
+        readings.unbroken = (
+            readings.unbroken.to(before.device) & (before == (0.0 if readings.whole is None else readings.whole)).all()
         )
-        # DDP queues its own end until the backward is over: ours comes after it.
+        # DDP queues its own end of the backward; queueing twice puts ours after it.
         _when_over(partial(_when_over, partial(self._guarded, self._end)))
 
     def _end(self) -> None:
-        heard, local = self._heard, stacked(self._heard.found)
-        heard.local = heard.local.to(local.device) + local
-        heard.whole = self._accumulated()
-        heard.under_way = _OUTSIDE
-        heard.backwards += 1
+        readings, local = self._readings, stack_sums(self._readings.found)
+        readings.local = readings.local.to(local.device) + local
+        readings.whole = self._accumulated()
+        readings.running = _NO_BACKWARD
+        readings.backwards += 1
 
     def _accumulated(self) -> Tensor:
-        """‖·‖² of the gradients as they stand, [parts] on the model's device."""
-        parameters = self._heard.parameters
+        """Returns ‖·‖² of the accumulated gradients, [parts], on the model's device."""
+        parameters = self._readings.parameters
         given = {name: parameter.grad for name, parameter in parameters.items()}
         dense = {name: gradient for name, gradient in given.items() if gradient is not None and not gradient.is_sparse}
-        return squares(self._block_map, dense).to(next(iter(parameters.values())).device)
+        return squared_norms(self._block_map, dense).to(next(iter(parameters.values())).device)
 
 
 def averaged_over(model: nn.Module) -> int:
-    """How many processes' gradients DDP averages in `model`; 0 where it does not."""
+    """Returns how many processes average their gradients by DDP in `model`; 0 without DDP."""
     return max((module.process_group.size() for module in _wrappers(model)), default=0)
 
 
 def _is_averaged(model: nn.Module) -> bool:
-    """Whether DDP's gradients are plain averages; a hook such as PowerSGD's makes something else of them."""
+    """Returns whether DDP averages gradients; with a hook such as PowerSGD's it does something else."""
     hooks = (hook for module in _wrappers(model) for hook, _ in module._comm_hooks)  # noqa: SLF001 - there is no public way
     return all((hook.__module__, getattr(hook, "__name__", "")) in _AVERAGING for hook in hooks)
 
@@ -194,5 +220,53 @@ def _wrappers(model: nn.Module) -> Iterator[DistributedDataParallel]:
 
 
 def _when_over(call: Callable[[], None]) -> None:
-    """Call once the backward under way is over, after all that was queued before."""
+    """Has `call` called when the running backward ends, after everything queued before."""
     torch.autograd.Variable._execution_engine.queue_callback(call)  # noqa: SLF001 - as torch's own FSDP does
+
+
+@dataclass(frozen=True, slots=True)
+class GradientNoiseReport:
+    """The gradient noise [L] of a step; None where the step had none to tell."""
+
+    noise: npt.NDArray[np.float32] | None
+
+
+class GradientNoise(Probe):
+    """Reads the gradients of the micro-batches, and compares their norms with that of the gradient stepped on."""
+
+    def __init__(self, context: ProbeContext) -> None:
+        super().__init__(context)
+        ranks = averaged_over(context.model) if context.several_ranks else 1
+        self._listener = GradientListener(context.block_map, context.model, context.barrier, ranks=ranks)
+        self._micro_batches: MicroBatches | None = None
+
+    def forward(self) -> None:
+        """As `Probe.forward`."""
+        self._listener.forward()
+
+    def before_step(self, step: ProbedStep) -> None:
+        """Stops listening."""
+        del step
+        self._micro_batches = self._listener.take()
+
+    def discard(self) -> None:
+        """As `Probe.discard`."""
+        self._listener.take()
+        self._micro_batches = None
+
+    def run(self, rows: AbstractContextManager[Batch], step: ProbedStep) -> GradientNoiseReport:
+        """As `Probe.run`; the model is not called."""
+        del rows
+        taken, self._micro_batches = self._micro_batches, None
+        if taken is None or step.gradient_squares is None:
+            return GradientNoiseReport(None)
+        step.seconds["gradient_noise"] = step.seconds.get("gradient_noise", 0.0) + taken.seconds
+        return GradientNoiseReport(taken.noise(self.context.block_map, step.gradient_squares()))
+
+
+def _encode(report: GradientNoiseReport, seconds: float) -> agent_pb2.GradientNoiseProbe:
+    noise = report.noise
+    return agent_pb2.GradientNoiseProbe(noise=None if noise is None else encode(noise, "float32"), seconds=seconds)
+
+
+GRADIENT_NOISE = ProbeSpec(name="gradient_noise", runner=GradientNoise, encode=_encode)

@@ -1,9 +1,10 @@
-"""Runs the probes that are due around a step: the batch they see, what they cost, what becomes of those that fail."""
+"""Runs the probes around a step: the batch they get, what they cost, and what happens to those that fail."""
 
 from __future__ import annotations
 
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -13,34 +14,33 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sharpwatch.agent.optimizers.deepspeed import fragments, hidden
-from sharpwatch.agent.probes.builtin import KINDS, SHARDED, Probe, Report, ShardedGnb
-from sharpwatch.agent.probes.context import BeforeStep, ProbeContext, ShardReduction, TakenStep
-from sharpwatch.agent.safety.exception_barrier import from_signal_handler
-from sharpwatch.agent.safety.memory import free, given_back, out_of_memory
+from sharpwatch.agent.probes.builtin import PROBES
+from sharpwatch.agent.probes.context import Probe, ProbeContext, ProbedStep, ShardReduction
+from sharpwatch.agent.probes.out_of_memory import (
+    halve_rows,
+    has_room_for_sharded_probe,
+    is_out_of_memory,
+    require_room_for_copies,
+)
+from sharpwatch.agent.safety.exception_barrier import ExceptionBarrier, from_signal_handler
 from sharpwatch.agent.safety.signals import signals_held
 from sharpwatch.blocks import BlockMap
 from sharpwatch.curvature.objective.batch import Batch
-from sharpwatch.curvature.objective.outputs import EmptyBatchError
-from sharpwatch.curvature.parameters.shards import Shard, gradient_summand, held, sketch
 from sharpwatch.curvature.state.isolation import isolated
 from sharpwatch.curvature.state.snapshot import StateSnapshot
 from sharpwatch.curvature.statistics.sketch import CountSketch
-from sharpwatch.errors import DesyncError, ProbeError
+from sharpwatch.errors import DesyncError, EmptyBatchError, ProbeError
 
-_STEPS_NEED = 3  # copies of the weights that have room before one is made: itself, and twice the step's temporaries
-_FIRST_STEPS_NEED = 5  # and Adam's moments
-_GRADIENTS_NEED = 3  # their size: the probe's own, and what gathering and summing them takes
 _COLLECTIVES = frozenset({"c10d", "_c10d_functional", "c10d_functional", "_c10d_functional_autograd"})
-_FAILURES = 3  # in a row before a kind is given up: one drawing of rows may hold no position that predicts
+_FAILURES = 3  # in a row after which a probe is given up; the rows of a single draw may all be without labels
 
 
 class _UnfitError(ProbeError):
-    """No probe may run the model's forward: it would change the run, or wait for ranks that don't probe."""
+    """No probe may run the forward of this model: it would change the run, or wait for ranks that do not probe."""
 
 
-class _Alone(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Lets no operation pass that other ranks have to take part in."""
+class _NoCollectives(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Refuses operations that other ranks have to take part in."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run `func`."""
@@ -52,7 +52,7 @@ class _Alone(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @dataclass(frozen=True, slots=True)
 class ProbeFailure:
-    """Why a kind of probe failed last, how often, and whether it was given up."""
+    """Why a probe failed last, how often it has failed, and whether it was given up."""
 
     probe: str
     reason: str
@@ -62,20 +62,20 @@ class ProbeFailure:
 
 @dataclass(frozen=True, slots=True)
 class Autocast:
-    """The autocast in force where the model was called, one entry a device type."""
+    """The autocast in force where the model was called, with one entry for each device type."""
 
     states: tuple[tuple[str, bool, torch.dtype], ...]
 
     @classmethod
     def now(cls, device_type: str) -> Autocast:
-        """What is in force now for the CPU and `device_type`."""
-        kinds = sorted({"cpu", device_type})
-        return cls(tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds))
+        """Returns what is in force now for the CPU and `device_type`."""
+        types = sorted({"cpu", device_type})
+        return cls(tuple((each, torch.is_autocast_enabled(each), torch.get_autocast_dtype(each)) for each in types))
 
     def enter(self, stack: ExitStack) -> None:
-        """Put it in force until `stack` unwinds; without the cache, which may hold casts of other weights."""
-        for kind, enabled, dtype in self.states:
-            stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
+        """Puts it in force until `stack` unwinds, without the cache, which may hold casts of other weights."""
+        for device_type, enabled, dtype in self.states:
+            stack.enter_context(torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=False))
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,18 +88,37 @@ class Captured:
 
 @dataclass(frozen=True, slots=True)
 class ProbeRun:
-    """What the probes of one step brought, and what each took: those that failed have no report."""
+    """The reports of the probes of one step, and the seconds that each took. A probe that failed has no report."""
 
-    reports: Mapping[str, Report] = field(default_factory=dict)
+    reports: Mapping[str, Any] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 class ProbeRunner:
-    """The probes of one model: of each kind its own turns, its rows and its failures."""
+    """The probes of one run, each with its own turns, rows and failures.
 
-    def __init__(  # noqa: PLR0913 - what a probe needs to know of the run
+    Args:
+        names: The probes to run, of `sharpwatch.agent.probes.builtin.PROBES`.
+        model: The model.
+        block_map: Its blocks.
+        optimizers: Its optimizers.
+        seed: Probes draw the same rows, labels and signs for the same seed.
+        sketch_size: Entries of a sketch.
+        loss_fn: The user's loss, if any.
+        logits_fn: The user's logits, if any.
+        barrier: Ends errors of hooks and of what is done before the step.
+        several_ranks: Whether other ranks train with this one.
+        shards: How ranks add up their results, where no rank holds whole parameters.
+
+    Attributes:
+        names: As given; also those that were given up.
+        failures: One for each probe that ever failed.
+        disabled: The probes that were given up.
+    """
+
+    def __init__(  # noqa: PLR0913 - what probes need to know of the run
         self,
-        kinds: Sequence[str],
+        names: Sequence[str],
         model: nn.Module,
         block_map: BlockMap,
         optimizers: Sequence[torch.optim.Optimizer],
@@ -108,9 +127,14 @@ class ProbeRunner:
         sketch_size: int,
         loss_fn: Callable[..., Any] | None = None,
         logits_fn: Callable[..., Any] | None = None,
-        together: ShardReduction | None = None,
+        barrier: ExceptionBarrier | None = None,
+        several_ranks: bool = False,
+        shards: ShardReduction | None = None,
     ) -> None:
-        self._subject = ProbeContext(
+        self.names = tuple(names)
+        self.failures: tuple[ProbeFailure, ...] = ()
+        self.disabled: tuple[str, ...] = ()
+        self._context = ProbeContext(
             model=model,
             block_map=block_map,
             optimizers=optimizers,
@@ -118,209 +142,199 @@ class ProbeRunner:
             source=torch.Generator(next(model.parameters()).device),
             loss_fn=loss_fn,
             logits_fn=logits_fn,
-            together=together,
+            barrier=barrier or ExceptionBarrier(),
+            several_ranks=several_ranks,
+            shards=shards,
         )
-        self._kinds: dict[str, Probe | ShardedGnb] = {
-            kind: SHARDED[kind](self._subject, together) if together else KINDS[kind](self._subject) for kind in kinds
-        }
+        self._probes = {name: _made(name, self._context) for name in names}
+        self._listening = [name for name in names if _overrides(self._probes[name], Probe.forward)]
+        self._preparing = [name for name in names if _overrides(self._probes[name], Probe.before_step)]
         self._seed = seed
-        self._runs = dict.fromkeys(kinds, 0)
+        self._runs = dict.fromkeys(names, 0)
         self._rows_source = torch.Generator()
-        self._rows: dict[str, int] = {}  # of each kind's newest probe
-        self._halvings: dict[str, int] = {}  # of its rows
+        self._rows: dict[str, int] = {}  # of the newest run of each probe
+        self._halvings: Counter[str] = Counter()  # of its rows
         self._failures: dict[str, ProbeFailure] = {}
-        self._in_a_row: dict[str, int] = {}
+        self._in_a_row: Counter[str] = Counter()
         self._tried = False
 
     @property
     def _device(self) -> torch.device:
-        """Of the model, which may be moved after `attach`."""
-        return next(self._subject.model.parameters()).device
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """All that were asked for, also those that were given up."""
-        return tuple(self._kinds)
-
-    @property
-    def failures(self) -> Sequence[ProbeFailure]:
-        """One entry for each kind that ever failed."""
-        return tuple(self._failures.values())
-
-    def copy_weights(self) -> dict[str, Tensor]:
-        """θ_t by parameter name, before the step that a moving kind looks at.
-
-        Raises `ProbeError` where memory would get so short that the step itself could fail.
-        """
-        weights, device = self._subject.weights, self._device
-        copies = _STEPS_NEED if all(one.state for one in self._subject.optimizers) else _FIRST_STEPS_NEED
-        if free(device) < copies * sum(weight.nbytes for weight in weights.values()):
-            raise ProbeError(f"no copy of the weights: the step may need what is left of the memory of {device}")
-        return {name: weight.clone() for name, weight in weights.items()}
+        """The device of the model, which may be moved after `attach`."""
+        return next(self._context.model.parameters()).device
 
     def has_room(self) -> bool:
-        """Whether memory is left for all that the step has had, and for gradients beside its own.
+        """Returns whether memory is left for a probe that all ranks run together."""
+        return has_room_for_sharded_probe(self._context.model.parameters())
 
-        A probe has fewer rows than the step; one rank that runs out in it leaves the others waiting.
+    def forward(self, names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Captured:
+        """The model is called in training, in a step after which `names` are due.
+
+        Returns:
+            What it is called with: references, not copies, detached from any graph.
         """
-        size = sum(weight.nbytes for weight in map(held, self._subject.model.parameters()))
-        return free(self._device) >= given_back(self._device) + _GRADIENTS_NEED * size
+        captured = Captured(Batch(_detached(args), _detached(dict(kwargs))), Autocast.now(self._device.type))
+        for name in self._listening:
+            if name in names:
+                self._probes[name].forward()
+        return captured
 
-    def sketch_gradient(self) -> Tensor | None:
-        """Float32 [B, k] of the gradients as they stand, whatever has been done to their scale; not waited for.
+    def before_step(self, names: Sequence[str]) -> ProbedStep:
+        """The gradients of a step are complete: has the probes `names` prepare what they need of it."""
+        step = ProbedStep(self._context)
+        for name in self._preparing:
+            if name in names:
+                started = time.perf_counter()
+                with self._context.barrier.guard(f"preparing the {name} probe"):
+                    self._probes[name].before_step(step)
+                step.seconds[name] = time.perf_counter() - started
+        return step
 
-        None where they don't stand with the parameters.
-        """
-        if fragments(self._subject.optimizers) or hidden(self._subject.optimizers):
-            return None
-        together, parameters = self._subject.together, dict(self._subject.model.named_parameters())
-        if together is not None:  # this rank's summand
-            shards = {name: Shard.of(parameter) for name, parameter in parameters.items()}
-            summands = {name: gradient_summand(parameter) for name, parameter in parameters.items()}
-            found = {name: gradient for name, (gradient, _) in summands.items() if gradient is not None}
-            weights = {name: together.weights[name] * ranks for name, (_, ranks) in summands.items()}
-            return sketch(self._subject.sketcher, found, shards, weights)
-        given = {name: parameter.grad for name, parameter in parameters.items()}
-        gradients = {name: g.to_dense() if g.is_sparse else g for name, g in given.items() if g is not None}
-        return self._subject.sketcher.sketch(gradients)
+    def discard(self) -> None:
+        """The step that was being prepared does not come: removes all hooks."""
+        for probe in self._probes.values():
+            probe.discard()
 
-    def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Captured:
-        """References, no copies, to what the model is being called with; detached from any graph."""
-        return Captured(Batch(_detached(args), _detached(dict(kwargs))), Autocast.now(self._device.type))
-
-    def run(self, kinds: Sequence[str], captured: Captured, before: BeforeStep) -> ProbeRun:
-        """Run `kinds` at the present weights; a failure is recorded, not raised, but for `DesyncError`."""
-        step = TakenStep(self._subject, before)
-        reports: dict[str, Report] = {}
+    def run(self, names: Sequence[str], captured: Captured, step: ProbedStep) -> ProbeRun:
+        """Runs the probes `names` at the present weights; a failure is recorded, not raised, except `DesyncError`."""
+        reports: dict[str, Any] = {}
         seconds: dict[str, float] = {}
-        for kind in kinds:
+        for name in names:
             started = _now(self._device)
-            self._draw_anew(kind)
+            self._seed_draws(name)
             try:
-                reports[kind] = self._probe(kind, captured, step)
-                self._in_a_row[kind] = 0
+                reports[name] = self._probes[name].run(self._rows_of(name, captured), step)
+                self._in_a_row[name] = 0
             except DesyncError:
                 raise
-            except Exception as error:  # host-safety border: a probe never reaches the loop
+            except Exception as error:  # exception barrier: a probe never raises into the loop
                 if from_signal_handler(error):
                     raise
-                self._fail(kind, error)
-            seconds[kind] = _now(self._device) - started + before.seconds.get(kind, 0.0)
+                self._record_failure(name, error)
+            seconds[name] = _now(self._device) - started + step.seconds.get(name, 0.0)
         return ProbeRun(reports, seconds)
 
-    def _probe(self, kind: str, captured: Captured, step: TakenStep) -> Report:
-        probe, part = self._kinds[kind], self._part(kind, captured)
-        if isinstance(probe, ShardedGnb):
-            return probe.run(part, step)
-        with part as rows:
-            self._try(rows)
-            return probe.run(rows, step)
-
     @contextmanager
-    def _part(self, kind: str, captured: Captured) -> Iterator[Batch]:
-        """Rows of the batch, in a context in which nothing else of the program is run or changed."""
-        part = captured.batch.slice(self._draw_rows(kind, captured.batch.rows))
-        subject = self._subject
-        held = StateSnapshot(apart=[*part.tensors(), *subject.model.modules()])  # copies; what is put back anyway
-        for value in (*part.args, *part.kwargs.values(), *_held_by(subject.loss_fn), *_held_by(subject.logits_fn)):
-            held.add(value)
+    def _rows_of(self, name: str, captured: Captured) -> Iterator[Batch]:
+        """Yields rows of the batch; nothing else of the program runs within, and its state is restored at the end."""
+        context = self._context
+        batch = captured.batch.slice(self._draw_rows(name, captured.batch.rows))
+        values = (*batch.args, *batch.kwargs.values(), *_held_by(context.loss_fn), *_held_by(context.logits_fn))
+        # The rows are copies, and the probe itself restores the modules.
+        snapshot = StateSnapshot(excluded=[*batch.tensors(), *context.model.modules()])
+        for value in values:
+            snapshot.add(value)
         with signals_held(), ExitStack() as stack:
             captured.autocast.enter(stack)
-            stack.callback(held.restore)
-            yield part
+            stack.callback(snapshot.restore)
+            if not self._tried and context.shards is None:
+                self._try_forward(batch)
+            yield batch
 
-    def _try(self, part: Batch) -> None:
-        """BeforeStep the first probe, run one forward on copies of the weights.
+    def _try_forward(self, batch: Batch) -> None:
+        """Before the first probe, runs one forward on copies of the weights.
 
-        Raises `_UnfitError` if it writes into them or needs other ranks, `ProbeError` if there is no room for copies.
+        Raises:
+            _UnfitError: The forward writes into the weights, or needs other ranks.
+            ProbeError: There is no memory for the copies.
         """
-        modules = self._subject.model.modules()
-        sharded = any(type(module).__module__.startswith("torch.distributed.fsdp") for module in modules)
-        if self._tried or sharded:  # FSDP wants a backward for each forward
-            return
-        weights, device = self._subject.weights, self._device
-        if free(device) < sum(weight.nbytes for weight in weights.values()):
-            raise ProbeError(f"no copy of the weights to try a forward on: memory of {device} is short")
-        call = part.usable()
-        with isolated(self._subject.model) as live, torch.no_grad(), _Alone():  # type: ignore[no-untyped-call]
+        context = self._context
+        if any(type(module).__module__.startswith("torch.distributed.fsdp") for module in context.model.modules()):
+            return  # FSDP needs a backward for each forward
+        weights = context.weights
+        require_room_for_copies(weights)
+        call = batch.prepared()
+        with isolated(context.model) as live, torch.no_grad(), _NoCollectives():  # type: ignore[no-untyped-call]
             copies = {name: weight.clone() for name, weight in weights.items()}
             for name, copy in copies.items():
-                live.place(name, copy)
+                live.set_parameter(name, copy)
             live(*call.args, **call.kwargs)
         for name, copy in copies.items():
             if not torch.allclose(copy, weights[name], rtol=0, atol=0, equal_nan=True):
                 raise _UnfitError(f"the model's forward writes into {name}: no probe may run it")
         self._tried = True
 
-    def disabled(self) -> tuple[str, ...]:
-        """The kinds that were given up."""
-        return tuple(kind for kind, failure in self._failures.items() if failure.disabled)
-
     def state_dict(self) -> dict[str, Any]:
-        """How often each kind ran and had its turn: what it draws next follows from that. Plain values."""
+        """How often each probe ran and had its turn, as plain values; its next draws follow from them."""
         return {
             "runs": dict(self._runs),
-            "turns": {name: kind.turn for name, kind in self._kinds.items()},
+            "turns": {name: probe.turn for name, probe in self._probes.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was made, with the kinds of now; what was given up is tried again.
+        """Continues the run that made `state`, with the probes of this one; those that were given up are tried again.
 
-        Raises `KeyError`, `TypeError` or `ValueError` for what is no such state; nothing is changed then.
+        Raises:
+            KeyError, TypeError, ValueError: `state` is no such state. Nothing is changed then.
         """
         runs = {name: int(state["runs"].get(name, 0)) for name in self._runs}
-        turns = {name: int(state["turns"].get(name, 0)) for name in self._kinds}
+        turns = {name: int(state["turns"].get(name, 0)) for name in self._probes}
         self._runs = runs
-        for name, kind in self._kinds.items():
-            kind.turn = turns[name]
+        for name, probe in self._probes.items():
+            probe.turn = turns[name]
 
-    def _draw_anew(self, kind: str) -> None:
-        """Seed what the next probe of `kind` draws by the run's seed and how often it ran: all ranks the same rows.
+    def _seed_draws(self, name: str) -> None:
+        """Seeds the generators by the run's seed and how often the probe ran.
 
-        Those that compute on different data draw other labels.
+        All ranks draw the same rows; ranks that compute on different data draw different labels.
         """
-        what = f"{self._seed}/{kind}/{self._runs[kind]}"
-        self._runs[kind] += 1
-        together = self._subject.together
-        for source, name in (
+        shards = self._context.shards
+        of_run = f"{self._seed}/{name}/{self._runs[name]}"
+        self._runs[name] += 1
+        for source, drawn in (
             (self._rows_source, "rows"),
-            (self._subject.source, f"draws of {together.data_rank if together else 0}"),
+            (self._context.source, f"draws of {shards.data_rank if shards else 0}"),
         ):
-            digest = hashlib.sha256(f"{what}/{name}".encode()).digest()
+            digest = hashlib.sha256(f"{of_run}/{drawn}".encode()).digest()
             source.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
-    def _draw_rows(self, kind: str, rows: int) -> Tensor:
-        """Rows drawn without replacement: the estimate is then of the batch, not of its first rows."""
-        wanted = max(1, (rows // self._kinds[kind].share) >> self._halvings.get(kind, 0))
-        self._rows[kind] = wanted
+    def _draw_rows(self, name: str, rows: int) -> Tensor:
+        """Draws rows without replacement, so that the estimate is of the whole batch rather than of its first rows."""
+        wanted = max(1, (rows // self._probes[name].share) >> self._halvings[name])
+        self._rows[name] = wanted
         return torch.randperm(rows, generator=self._rows_source, device="cpu")[:wanted].sort().values
 
-    def _fail(self, kind: str, error: Exception) -> None:
-        """StateSnapshot why; out of memory halves the rows, what keeps failing is given up."""
-        count = self._failures[kind].count + 1 if kind in self._failures else 1
-        self._in_a_row[kind] = self._in_a_row.get(kind, 0) + 1
-        if self._subject.together is not None:  # all ranks must come to the same, and not all know why one failed
-            self._halvings[kind] = self._halvings.get(kind, 0) + 1
-            disabled = self._in_a_row[kind] >= _FAILURES and not isinstance(error, EmptyBatchError)
-        elif out_of_memory(error):
-            self._halvings[kind] = self._halvings.get(kind, 0) + 1
-            disabled = self._rows.get(kind, 0) <= 1
-        elif isinstance(error, _UnfitError):
-            disabled = True
-        elif isinstance(error, EmptyBatchError):
-            disabled = False  # the labels' doing, as in a row that is all prompt: the next rows may predict
-        else:
-            disabled = self._in_a_row[kind] >= _FAILURES
+    def _record_failure(self, name: str, error: Exception) -> None:
+        self._in_a_row[name] += 1
         reason = str(error) if isinstance(error, ProbeError) else f"{type(error).__name__}: {error}"
-        self._failures[kind] = ProbeFailure(kind, reason, count, disabled)
+        count = self._failures[name].count + 1 if name in self._failures else 1
+        self._failures[name] = ProbeFailure(name, reason, count, self._gives_up(name, error))
+        self.failures = tuple(self._failures.values())
+        self.disabled = tuple(each.probe for each in self.failures if each.disabled)
+
+    def _gives_up(self, name: str, error: Exception) -> bool:
+        """Returns whether the probe is not run again after `error`."""
+        too_often = self._in_a_row[name] >= _FAILURES
+        if self._context.shards is not None:  # all ranks must decide alike, and not all know why one of them failed
+            halve_rows(self._halvings, name, self._rows.get(name, 0))
+            return too_often and not isinstance(error, EmptyBatchError)
+        if is_out_of_memory(error):
+            return halve_rows(self._halvings, name, self._rows.get(name, 0))
+        if isinstance(error, _UnfitError):
+            return True
+        # An empty batch is due to its labels, as in a row that is all prompt; the next rows may have some.
+        return too_often and not isinstance(error, EmptyBatchError)
+
+
+def _made(name: str, context: ProbeContext) -> Probe:
+    spec = PROBES[name]
+    make = spec.runner if context.shards is None else spec.sharded_runner
+    if make is None:
+        raise ProbeError(f"probe {name!r} can't run where parameters are sharded")
+    return make(context)
+
+
+def _overrides(probe: Probe, method: Callable[..., Any]) -> bool:
+    """Returns whether `probe` has its own version of a method of `Probe`, so that no probe is called in vain."""
+    return getattr(type(probe), method.__name__) is not method
 
 
 def _held_by(function: object) -> Iterator[Any]:
-    """What a function of the user's holds: a criterion with buffers, say."""
+    """What a function of the user holds, such as a criterion with buffers."""
     yield function
     yield getattr(function, "__self__", None)
     for cell in getattr(function, "__closure__", None) or ():
-        with suppress(ValueError):  # it is empty yet
+        with suppress(ValueError):  # the cell is empty
             yield cell.cell_contents
 
 

@@ -1,4 +1,4 @@
-"""Values to protobuf and back; the wire's shapes in one place."""
+"""Makes the agent's messages from values, and values from the daemon's commands."""
 
 from __future__ import annotations
 
@@ -8,22 +8,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 from sharpwatch._version import __version__
 from sharpwatch.agent.control.controller import Command, CommandResult, RollBack, SetMultipliers
-from sharpwatch.agent.probes.builtin import DirectionReport, GnbReport, Report
+from sharpwatch.agent.probes.builtin import PROBES
 from sharpwatch.agent.probes.runner import ProbeFailure, ProbeRun
 from sharpwatch.agent.statistics.tap import TapReading
 from sharpwatch.blocks import BlockMap
-from sharpwatch.curvature.estimators.hutchinson import HutchinsonSample
-from sharpwatch.curvature.estimators.lanczos import LanczosSample
-from sharpwatch.curvature.estimators.linesearch import LineSearchSample
-from sharpwatch.curvature.estimators.preconditioned import PreconditionedSample
 from sharpwatch.v1 import agent_pb2, types_pb2
 from sharpwatch.wire import PROTOCOL, SKETCH_SIZE, encode
 
-_TEXT = 4000  # characters of a text that came from elsewhere (an error, a uri); the daemon refuses more than 4096
+_TEXT = 4000  # characters of a text from elsewhere, such as an error; the daemon refuses more than 4096
 _OUTCOMES = {
     "applied": types_pb2.COMMAND_OUTCOME_APPLIED,
     "refused": types_pb2.COMMAND_OUTCOME_REFUSED,
@@ -34,7 +28,7 @@ _OUTCOMES = {
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Which attempt of which run this is, and what it allows."""
+    """The attempt and its run, and what the run allows the daemon to do."""
 
     training_job: str
     run: str
@@ -51,7 +45,7 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """How the agent itself is doing."""
+    """The state of the agent itself."""
 
     overhead_ratio: float
     step_seconds: float
@@ -64,7 +58,7 @@ class Health:
 
 @dataclass(frozen=True, slots=True)
 class SampleValues:
-    """All that one sample says."""
+    """The values of one sample."""
 
     sequence: int
     step: int
@@ -80,7 +74,7 @@ class SampleValues:
 
 
 def hello(identity: Identity, block_map: BlockMap) -> agent_pb2.Hello:
-    """The first message of an attempt."""
+    """Makes the first message of an attempt."""
     layer_blocks = [
         types_pb2.LayerBlock(block=block.type, layer=block.layer or "", parameters=block.numel)
         for block in block_map.layer_blocks
@@ -109,14 +103,14 @@ def hello(identity: Identity, block_map: BlockMap) -> agent_pb2.Hello:
 
 
 def sample(values: SampleValues) -> agent_pb2.Sample:
-    """The message of one step."""
+    """Makes the message of one step."""
     return agent_pb2.Sample(
         sequence=values.sequence,
         step=values.step,
         taken_at_unix_ns=values.taken_at_unix_ns,
         loss=values.loss,
         tap=None if values.tap is None else _tap(values.tap),
-        **{kind: _probe(report, values.probes.seconds[kind]) for kind, report in values.probes.reports.items()},
+        **_probes(values.probes),
         health=_health(values.health),
         results=[_result(result) for result in values.results],
         checkpoints=[types_pb2.Checkpoint(step=step, uri=uri) for step, uri in values.checkpoints],
@@ -126,7 +120,7 @@ def sample(values: SampleValues) -> agent_pb2.Sample:
 
 
 def command(message: types_pb2.Command) -> Command:
-    """A command as values; an action this agent does not know becomes None, which control refuses."""
+    """Reads a command; an action that this agent does not know becomes None, which the controller refuses."""
     action: SetMultipliers | RollBack | None = None
     if message.HasField("set_multipliers"):
         asked = message.set_multipliers
@@ -155,103 +149,9 @@ def _tap(reading: TapReading) -> agent_pb2.Tap:
     )
 
 
-def _probe(report: Report, seconds: float) -> Any:
-    """The message of a report, by its type."""
-    match report:
-        case GnbReport():
-            return _gnb(report, seconds)
-        case DirectionReport():
-            return _direction(report, seconds)
-        case HutchinsonSample():
-            return _hutchinson(report, seconds)
-        case LanczosSample():
-            return _lanczos(report, seconds)
-        case LineSearchSample():
-            return _linesearch(report, seconds)
-        case PreconditionedSample():
-            return _preconditioned(report, seconds)
-
-
-def _gnb(report: GnbReport, seconds: float) -> agent_pb2.GnbProbe:
-    probe = report.sample
-    return agent_pb2.GnbProbe(
-        tokens=probe.tokens,
-        rows=probe.rows,
-        traces=_array(probe.traces, "float64"),
-        sketches=None if probe.sketches is None else _array(probe.sketches, "float32"),
-        gradient_sketch=None if report.gradient_sketch is None else _array(report.gradient_sketch, "float32"),
-        gradient_noise=None if report.gradient_noise is None else encode(report.gradient_noise, "float32"),
-        seconds=seconds,
-    )
-
-
-def _direction(report: DirectionReport, seconds: float) -> agent_pb2.DirectionProbe:
-    probe = report.sample
-    return agent_pb2.DirectionProbe(
-        tokens=probe.tokens,
-        rows=probe.rows,
-        descent=float(probe.descent),
-        curvature=float(probe.curvature),
-        block_descent=_array(probe.block_descent, "float64"),
-        block_curvature=_array(probe.block_curvature, "float64"),
-        update_ratio=encode(report.update_ratio, "float32"),
-        method=probe.method,
-        seconds=seconds,
-    )
-
-
-def _hutchinson(probe: HutchinsonSample, seconds: float) -> agent_pb2.HutchinsonProbe:
-    return agent_pb2.HutchinsonProbe(
-        tokens=probe.tokens,
-        rows=probe.rows,
-        block=probe.block,
-        traces=_array(probe.traces, "float64"),
-        method=probe.method,
-        seconds=seconds,
-    )
-
-
-def _lanczos(probe: LanczosSample, seconds: float) -> agent_pb2.LanczosProbe:
-    return agent_pb2.LanczosProbe(
-        tokens=probe.tokens,
-        rows=probe.rows,
-        block=probe.block,
-        top=probe.top,
-        top_residual=probe.top_residual,
-        bottom=probe.bottom,
-        bottom_residual=probe.bottom_residual,
-        products=probe.products,
-        method=probe.method,
-        seconds=seconds,
-    )
-
-
-def _linesearch(probe: LineSearchSample, seconds: float) -> agent_pb2.LineSearchProbe:
-    return agent_pb2.LineSearchProbe(
-        tokens=probe.tokens,
-        rows=probe.rows,
-        sharpness=probe.sharpness,
-        half_width=probe.half_width,
-        block_sharpness=_array(probe.block_sharpness, "float64"),
-        block_half_width=_array(probe.block_half_width, "float64"),
-        seconds=seconds,
-    )
-
-
-def _preconditioned(probe: PreconditionedSample, seconds: float) -> agent_pb2.PreconditionedProbe:
-    return agent_pb2.PreconditionedProbe(
-        tokens=probe.tokens,
-        rows=probe.rows,
-        ratio=probe.ratio,
-        residual=probe.residual,
-        products=probe.products,
-        method=probe.method,
-        seconds=seconds,
-    )
-
-
-def _array(tensor: Tensor, dtype: str) -> types_pb2.Array:
-    return encode(tensor.cpu().numpy(), dtype)
+def _probes(run: ProbeRun) -> dict[str, Any]:
+    """Returns the messages of the probes, by their field in a Sample."""
+    return {name: PROBES[name].encode(report, run.seconds[name]) for name, report in run.reports.items()}
 
 
 def _health(health: Health) -> agent_pb2.AgentHealth:

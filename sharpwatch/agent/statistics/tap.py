@@ -28,7 +28,7 @@ from sharpwatch.agent.statistics.reductions import (
     host_sums,
 )
 from sharpwatch.blocks import BlockMap
-from sharpwatch.curvature.parameters.shards import Shard, held, held_gradient, is_scattered
+from sharpwatch.curvature.parameters.shards import Shard, local_gradient, local_tensor, needs_redistribution
 
 Array = npt.NDArray[Any]
 
@@ -293,11 +293,11 @@ class Tap:
         """The pieces that this rank holds, each with its part: where nothing is cut, one of each part."""
         parameter, shard, rows, number = place
         if not isinstance(shard, Fragment):
-            weight, gradient, like = held(parameter), None, parameter
-            if is_scattered(parameter):
+            weight, gradient, like = local_tensor(parameter), None, parameter
+            if needs_redistribution(parameter):
                 pending.scattered += rows
             else:
-                gradient = held_gradient(parameter)
+                gradient = local_gradient(parameter)
             group = None if number is None else optimizer.param_groups[number]
             state = optimizer.state.get(parameter)  # `get`: the defaultdict must not grow
         elif shard.numel:
@@ -337,7 +337,7 @@ class Tap:
             correction = 1.0 - float(group["betas"][1]) ** steps
         if not isinstance(second, Tensor) or second.shape != shape or correction <= 0:
             return None, 1.0
-        own = held(second)
+        own = local_tensor(second)
         return (own, correction) if type(own) is Tensor else (None, 1.0)  # a quantised one is a tensor of its own kind
 
     def _step_of(self, parameter: Tensor, step: float | Tensor) -> int:

@@ -12,6 +12,7 @@ from sharpwatch.cli.measure import arguments
 from sharpwatch.cli.measure.arguments import STANDARD_OUTPUT, Request
 from sharpwatch.cli.measure.files import check_writable, need, write_whole
 from sharpwatch.cli.output.tables import write
+from sharpwatch.errors import PrecisionError
 
 if TYPE_CHECKING:
     from sharpwatch.cli.measure.session import Session
@@ -68,8 +69,6 @@ def _finish(session: Session) -> int:
 
         write_whole(request.plot, draw(report, session.title(report), request.plot.suffix))
     if report.unreached:
-        from sharpwatch.curvature.measure.report import PrecisionError  # noqa: PLC0415 - loaded by now
-
         raise PrecisionError(report)
     return 0
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sharpwatch.curvature.measure.report import Spectrum
+from sharpwatch.curvature.statistics.estimate import Spectrum
 
 DECADES = 4  # of eigenvalues on each side of 0 that the axis spreads out; smaller ones lie in its linear middle
 _SIGMA = 0.4  # of the Gaussian that stands for an atom, in units of asinh(λ/width): a sixth of a decade

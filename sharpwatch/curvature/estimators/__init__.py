@@ -1,1 +1,1 @@
-"""One estimator of curvature per module."""
+"""One curvature estimator per module."""

@@ -1,7 +1,7 @@
 """Curvature along the step that the optimizer has just taken.
 
-With d = θ_t − θ_{t+1}, and g and H at θ_{t+1}: g(θ_t)ᵀd = gᵀd + dᵀHd to second order, for each block alone with H's
-row of it. Block b's own curvature d_bᵀH_bb d_b takes a product of its own.
+Let d = θ_t − θ_{t+1}, with g and H at θ_{t+1}. To second order, g(θ_t)ᵀd = gᵀd + dᵀHd. The same holds for each block
+with its rows of H. The curvature of block b alone, d_bᵀH_bb d_b, takes a product of its own.
 """
 
 from __future__ import annotations
@@ -14,17 +14,23 @@ from torch import Tensor, nn
 
 from sharpwatch.blocks import BlockMap
 from sharpwatch.curvature.objective.batch import Batch
-from sharpwatch.curvature.objective.hessian import Method, opened
+from sharpwatch.curvature.objective.hessian import Method, open_hessian
 from sharpwatch.curvature.objective.outputs import LossFn
 from sharpwatch.curvature.parameters.parameter_space import ParameterSpace
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DirectionSample:
-    """One probe, on the CPU; `tokens` positions predict.
+    """The result of one probe, on the CPU.
 
-    `descent` is g(θ_t)ᵀd, `curvature` dᵀHd. `block_descent` float64 [B] are g_b(θ_t)ᵀd_b; `block_curvature` float64
-    [B] are d_bᵀH_bb d_b, NaN for a block that was not asked for. `method` is how the products were had.
+    Attributes:
+        tokens: Number of predicting positions.
+        rows: Number of rows.
+        descent: g(θ_t)ᵀd.
+        curvature: dᵀHd.
+        block_descent: Float64 [B], g_b(θ_t)ᵀd_b.
+        block_curvature: Float64 [B], d_bᵀH_bb d_b; NaN for a block that was not requested.
+        method: How the products were computed.
     """
 
     tokens: int
@@ -36,7 +42,7 @@ class DirectionSample:
     method: str
 
 
-def direction_probe(  # noqa: PLR0913 - what a probe is of, and how it is taken; each named
+def direction_probe(  # noqa: PLR0913 - settings are keyword-only
     model: nn.Module,
     block_map: BlockMap,
     batch: Batch,
@@ -46,22 +52,39 @@ def direction_probe(  # noqa: PLR0913 - what a probe is of, and how it is taken;
     loss_fn: LossFn | None = None,
     method: Method = "auto",
 ) -> DirectionSample:
-    """Curvature along `displacement` (θ_t − θ_{t+1}, by parameter name) at the present weights.
+    """Measure the curvature along `displacement` at the present weights.
 
-    One product for the whole, and one for each of `blocks`; leaves no trace in `model`. A parameter that `displacement`
-    lacks has not moved. Raises `ProbeError` where there is no loss, no position predicts, or no derivative can be had.
+    It takes one Hessian-vector product for the whole model and one for each of `blocks`, and leaves `model`
+    unchanged.
+
+    Args:
+        model: The model.
+        block_map: The division of its parameters into blocks.
+        batch: The arguments of the model.
+        displacement: θ_t − θ_{t+1} by parameter name; a missing parameter has not moved.
+        blocks: Block types whose own curvature is measured.
+        loss_fn: Computes the loss; None to use the model's own.
+        method: How derivatives are computed, see `open_hessian`.
+
+    Returns:
+        The curvature and the descent.
+
+    Raises:
+        ProbeError: There is no loss, every label is ignored, or the derivatives cannot be computed.
     """
-    with opened(model, block_map, [batch], loss_fn=loss_fn, method=method) as hessian:
+    with open_hessian(model, block_map, [batch], loss_fn=loss_fn, method=method) as hessian:
         whole = ParameterSpace(block_map, None, hessian.objective.live.leaves)
-        step = whole.flat_of(displacement).to(whole.device, whole.dtype)
-        along = whole.by_block(step * hessian.products(whole, step[None])[0])
-        descent = whole.by_block(step * whole.flat_of(hessian.gradient(0)))
-        own = torch.full((len(block_map.blocks),), torch.nan, dtype=torch.float64, device="cpu")
+        step = whole.flatten(displacement).to(whole.device, whole.dtype)
+        curvature = whole.sum_by_block(step * hessian.products(whole, step[None])[0])
+        descent = whole.sum_by_block(step * whole.flatten(hessian.gradient(0)))
+        block_curvature = torch.full((len(block_map.blocks),), torch.nan, dtype=torch.float64, device="cpu")
         for block in blocks:
             space = ParameterSpace(block_map, block, hessian.objective.live.leaves)
-            part = space.flat_of(displacement).to(step)
-            image = hessian.products(space, part[None])[0]
-            own[block_map.blocks.index(block)] = (part.double() * image.double()).sum().cpu()
-        tokens, how = hessian.objective.tokens[0], hessian.method
-    at_start = descent + along
-    return DirectionSample(tokens, batch.rows, float(at_start.sum()), float(along.sum()), at_start, own, how)
+            block_step = space.flatten(displacement).to(step)
+            image = hessian.products(space, block_step[None])[0]
+            block_curvature[block_map.blocks.index(block)] = (block_step.double() * image.double()).sum().cpu()
+        tokens, method_used = hessian.objective.tokens[0], hessian.method
+    at_start = descent + curvature
+    return DirectionSample(
+        tokens, batch.rows, float(at_start.sum()), float(curvature.sum()), at_start, block_curvature, method_used
+    )

@@ -1,8 +1,9 @@
-"""The Gauss-Newton-Bartlett probe: traces and sketches of the Gauss-Newton matrix from sampled labels.
+"""The Gauss-Newton-Bartlett probe: traces and sketches of the Gauss-Newton matrix G from sampled labels.
 
-With labels ŷ drawn from the model's own softmax, N‖∇_b L̂‖² is unbiased for Tr(G_bb), L̂ the mean cross-entropy over
-the N positions that predict: the score of each position has mean zero, so positions don't mix (Liu et al., "Sophia",
-arXiv 2305.14342, section 2.3; Martens, "New insights and perspectives on the natural gradient method", section 5).
+Let labels ŷ be drawn from the model's own softmax, and L̂ be the mean cross-entropy with them over the N predicting
+positions. Then N‖∇_b L̂‖² is unbiased for Tr(G_bb): the score of each position has mean zero, so cross terms between
+positions vanish (Liu et al., "Sophia", arXiv 2305.14342, section 2.3; Martens, "New insights and perspectives on the
+natural gradient method", section 5).
 """
 
 from __future__ import annotations
@@ -17,26 +18,30 @@ from torch import Tensor, nn
 
 from sharpwatch.blocks import BlockMap
 from sharpwatch.curvature.objective.batch import Batch
-from sharpwatch.curvature.objective.objective import dense
-from sharpwatch.curvature.objective.outputs import LogitsFn, count, predictions
-from sharpwatch.curvature.parameters.norms import squares, sum_into
+from sharpwatch.curvature.objective.objective import to_dense
+from sharpwatch.curvature.objective.outputs import LogitsFn, count_predicting, predict
+from sharpwatch.curvature.parameters.norms import squared_norms, sum_by_index
 from sharpwatch.curvature.state.isolation import isolated
 
-_CHUNK = 2**22  # entries of a temporary when labels are drawn
+_CHUNK_ENTRIES = 2**22  # of the temporary when labels are sampled
 
 
 class Sketcher(Protocol):
-    """A linear projection of gradients to a few numbers a block."""
+    """A linear projection of gradients to a few numbers for each block."""
 
     def sketch(self, gradients: Mapping[str, Tensor], /) -> Tensor:
-        """Float32 [B, k] of `gradients`, by parameter name."""
+        """Sketch `gradients` by parameter name; float32 [B, k]."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GnbSample:
-    """One probe, on the CPU. A number that is not finite says that the model's own are not.
+    """The result of one probe, on the CPU; a value that is not finite means that the model's own values are not.
 
-    `tokens` is N; `traces` float64 [draws, L] and `sketches` float32 [draws, B, k] are of N‖∇_b L̂‖² and √N ∇_b L̂.
+    Attributes:
+        tokens: N, the number of predicting positions.
+        rows: Number of rows.
+        traces: Float64 [draws, L], N‖∇_b L̂‖² of each layer block.
+        sketches: Float32 [draws, B, k], sketches of √N ∇_b L̂; None without a sketcher.
     """
 
     tokens: int
@@ -45,7 +50,7 @@ class GnbSample:
     sketches: Tensor | None
 
 
-def gnb_probe(  # noqa: PLR0913 - what a probe is of, and how it is taken; each named
+def gnb_probe(  # noqa: PLR0913 - settings are keyword-only
     model: nn.Module,
     block_map: BlockMap,
     batch: Batch,
@@ -55,66 +60,87 @@ def gnb_probe(  # noqa: PLR0913 - what a probe is of, and how it is taken; each 
     sketcher: Sketcher | None = None,
     logits_fn: LogitsFn | None = None,
 ) -> GnbSample:
-    """One forward on `batch` and one backward for each of `draws`; leaves no trace in `model`.
+    """Draw the trace of G for each layer block; leaves `model` unchanged.
 
-    `generator` lives on the logits' device. Frozen and unused parameters count as zero. Raises `ProbeError` where
-    the model gives no logits, or no position predicts.
+    It takes one forward on `batch`, and one backward for each draw.
+
+    Args:
+        model: The model.
+        block_map: The division of its parameters into blocks.
+        batch: The arguments of the model.
+        draws: Number of draws.
+        generator: Random generator on the device of the logits.
+        sketcher: Sketches each draw's gradient; None for traces alone.
+        logits_fn: Computes logits and mask; None to find them, see `predict`.
+
+    Returns:
+        The draws. Frozen and unused parameters count as zero.
+
+    Raises:
+        ProbeError: The model gives no logits, or every label is ignored.
     """
     traces, sketches = [], []
     with isolated(model) as live:
-        logits, mask = predictions(live, live.inner, batch.usable(), logits_fn)
-        tokens = count(mask)
+        logits, mask = predict(live, live.inner, batch.prepared(), logits_fn)
+        tokens = count_predicting(mask)
         leaves = live.trainable
         output_gradients = OutputGradients(logits.detach(), mask, draws, generator, scale=1 / math.sqrt(tokens))
         for draw in range(draws):
-            found = torch.autograd.grad(
+            raw = torch.autograd.grad(
                 logits, list(leaves.values()), output_gradients[draw], retain_graph=draw + 1 < draws, allow_unused=True
             )
-            gradients = {name: dense(g) for name, g in zip(leaves, found, strict=True) if g is not None}
-            del found
-            traces.append(squares(block_map, gradients))
+            gradients = {name: to_dense(g) for name, g in zip(leaves, raw, strict=True) if g is not None}
+            del raw
+            traces.append(squared_norms(block_map, gradients))
             if sketcher is not None:
                 sketches.append(sketcher.sketch(gradients))
             del gradients
-    by_layer = sum_into(torch.stack(traces), block_map.layer_block_of, len(block_map.layer_blocks))
+    by_layer = sum_by_index(torch.stack(traces), block_map.layer_block_of, len(block_map.layer_blocks))
     return GnbSample(tokens, batch.rows, by_layer, torch.stack(sketches).cpu() if sketches else None)
 
 
 class OutputGradients:
-    """Gradients by the logits of `scale` times the sum of the positions' cross-entropies, one for each draw of labels.
+    """Gradients with respect to the logits of `scale` times the summed cross-entropy, one for each draw of labels.
 
-    They are `scale` (softmax − onehot(ŷ)) where a position predicts, and zero elsewhere. 1/√N gives √N L̂; rather than
-    1/N it keeps half precision from underflowing. They share one float32 tensor of the logits' shape.
+    They are `scale` (softmax − onehot(ŷ)) at predicting positions, and zero elsewhere. The scale 1/√N gives √N L̂;
+    unlike 1/N, it does not underflow in half precision. All draws share one float32 tensor of the logits' shape.
+
+    Args:
+        logits: [..., V], without a graph.
+        mask: Bool [...], True where a position predicts.
+        draws: Number of draws.
+        generator: Random generator on the device of the logits.
+        scale: The factor.
     """
 
     def __init__(self, logits: Tensor, mask: Tensor, draws: int, generator: torch.Generator, *, scale: float) -> None:
         self._shape, self._dtype = logits.shape, logits.dtype
         self._values = torch.softmax(logits, -1, dtype=torch.float32).flatten(0, -2)
-        self._labels = _draw(self._values, draws, generator)
+        self._labels = _sample_labels(self._values, draws, generator)
         self._weights = (mask.flatten().float() * scale)[:, None]
         self._values.mul_(self._weights)
-        self._at: Tensor | None = None
+        self._current_labels: Tensor | None = None
 
     def __getitem__(self, draw: int) -> Tensor:
-        """[*logits.shape], valid until the next one is taken."""
-        if self._at is not None:
-            self._values.scatter_add_(1, self._at, self._weights)
-        self._at = self._labels[:, draw, None]
-        self._values.scatter_add_(1, self._at, -self._weights)
+        """The gradient of one draw, of the logits' shape; valid until the next one is taken."""
+        if self._current_labels is not None:
+            self._values.scatter_add_(1, self._current_labels, self._weights)
+        self._current_labels = self._labels[:, draw, None]
+        self._values.scatter_add_(1, self._current_labels, -self._weights)
         return self._values.view(self._shape).to(self._dtype)
 
 
-def _draw(probabilities: Tensor, draws: int, generator: torch.Generator) -> Tensor:
-    """Labels [N, draws] from rows of `probabilities` [N, V], by inverting their distribution function.
+def _sample_labels(probabilities: Tensor, draws: int, generator: torch.Generator) -> Tensor:
+    """Sample labels [N, draws] from `probabilities` [N, V] by inverting the cumulative distribution.
 
-    Not `torch.multinomial`: on an accelerator it stops the process where a probability is not finite.
+    `torch.multinomial` is not used: on an accelerator it aborts the process if a probability is not finite.
     """
-    rows = max(1, _CHUNK // probabilities.shape[1])
+    rows = max(1, _CHUNK_ENTRIES // probabilities.shape[1])
     labels = []
     for piece in torch.split(probabilities, rows):
         cumulative = piece.cumsum(1)
         uniform = torch.rand(len(piece), draws, generator=generator, dtype=piece.dtype, device=generator.device)
-        # Scaled to the last sum, which rounding keeps from 1. `right`: a class of probability zero is never drawn.
-        found = torch.searchsorted(cumulative, uniform.to(piece.device) * cumulative[:, -1:], right=True)
-        labels.append(found.clamp_(max=piece.shape[1] - 1))
+        # Scaled to the last sum, which is not exactly 1. With `right`, a class of probability zero is never drawn.
+        drawn = torch.searchsorted(cumulative, uniform.to(piece.device) * cumulative[:, -1:], right=True)
+        labels.append(drawn.clamp_(max=piece.shape[1] - 1))
     return torch.cat(labels)

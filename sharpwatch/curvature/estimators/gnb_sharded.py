@@ -1,9 +1,11 @@
-"""The Gauss-Newton-Bartlett probe of a model whose parameters several ranks hold together.
+"""The Gauss-Newton-Bartlett probe for a model whose parameters are sharded over ranks.
 
-Here nothing can stand in for the weights: FSDP2 gathers them in hooks, and leaves gradients in `.grad`. So each draw is
-an ordinary forward and backward through the model itself, by all ranks together, and what they leave is put back.
-Gradients come back averaged over the ranks that compute on different rows, each rank with its shard: with D such ranks
-and N predicting positions in all, a backward of D/√N times the sum of cross-entropies leaves √N ∇L̂, whose squares add.
+A sharded model cannot run on stand-ins for its weights: FSDP2 gathers them in hooks and leaves gradients in `.grad`. So
+each draw is an ordinary forward and backward through the model itself, on all ranks, and its side effects are undone
+afterwards.
+
+Each rank gets its shard of the gradient, averaged over the D data-parallel ranks. With N predicting positions in total,
+the backward of D/√N times the summed cross-entropy leaves √N ∇L̂, whose squares add up over the shards.
 """
 
 from __future__ import annotations
@@ -20,86 +22,101 @@ from torch import Tensor, nn
 from sharpwatch.blocks import BlockMap
 from sharpwatch.curvature.estimators.gnb import GnbSample, OutputGradients
 from sharpwatch.curvature.objective.batch import Batch
-from sharpwatch.curvature.objective.outputs import EmptyBatchError, LogitsFn, predictions
+from sharpwatch.curvature.objective.outputs import LogitsFn, predict
 from sharpwatch.curvature.parameters import fsdp
-from sharpwatch.curvature.parameters.norms import squares, sum_into
-from sharpwatch.curvature.parameters.shards import Shard, held_gradient, is_dtensor, sketch
-from sharpwatch.curvature.state.isolation import is_torchs, restore, unwrapped
+from sharpwatch.curvature.parameters.norms import squared_norms, sum_by_index
+from sharpwatch.curvature.parameters.shards import Shard, is_dtensor, local_gradient, sketch_shards
+from sharpwatch.curvature.state.isolation import is_torch_hook, restore, unwrap
 from sharpwatch.curvature.statistics.sketch import CountSketch
-from sharpwatch.errors import DesyncError, ProbeError
+from sharpwatch.errors import DesyncError, EmptyBatchError, ProbeError
 
-_REASON = 256  # bytes of a failure's reason that the other ranks are told
-_OUT_OF_STEP = (
-    "That was in the gnb probe, within the model's own collectives: ranks wait there for each other, and to train on "
-    "would mix one rank's step with another's probe. Start again from the last checkpoint; probes=() runs none"
+_REASON_BYTES = 256  # of a failure's reason, as sent to the other ranks
+_OUT_OF_STEP_HINT = (
+    "The gnb probe failed within the model's own collectives, so ranks are out of step: training on would mix one "
+    "rank's step with another's probe. Restart from the last checkpoint; attach(probes=()) disables all probes"
 )
 
-Add = Callable[[Tensor], Tensor]  # a float64 tensor on the CPU to the sum of all ranks' such; they wait for each other
+AllReduce = Callable[[Tensor], Tensor]  # sums a float64 CPU tensor over all ranks; blocks until all have called it
 
 
-def sharded_gnb_probe(  # noqa: PLR0913 - what a probe is of, and how it is taken; each named
+def sharded_gnb_probe(  # noqa: PLR0913 - settings are keyword-only
     model: nn.Module,
     block_map: BlockMap,
     batch: AbstractContextManager[Batch],
     *,
     draws: int,
     generator: torch.Generator,
-    add: Add,
+    add: AllReduce,
     weights: Mapping[str, float],
     sketcher: CountSketch | None = None,
     logits_fn: LogitsFn | None = None,
 ) -> GnbSample:
-    """`draws` forwards and backwards on all ranks' rows, the same sample on each; leaves no trace in `model`.
+    """Draw the trace of G for each layer block, on all ranks together; leaves `model` unchanged.
 
-    All ranks call it together, with their `shares` as `weights`. `batch` gives this rank's rows, and is what the probe
-    runs in; `generator`, on the logits' device, is made for this probe: ranks of one `DataRank` number have the same of
-    both, others their own. Frozen and unused parameters count as zero.
+    It takes one forward and one backward for each draw. All ranks must call it, and all get the same sample.
 
-    Raises `ProbeError` on every rank where one of them fails beside the model's own collectives (its rows can't be had,
-    there are no logits, memory is short for labels or sums), or all fail alike within them. Else `DesyncError`: this
-    rank failed within them while the others went on, or does not hear of the others.
+    Args:
+        model: The model, the same on all ranks.
+        block_map: The division of its parameters into blocks.
+        batch: Gives this rank's rows, and is the context in which the probe runs.
+        draws: Number of draws.
+        generator: Random generator on the device of the logits, made for this probe. Ranks with the same `DataRank`
+            must have the same rows and the same generator state, other ranks different ones.
+        add: Sums a tensor over all ranks.
+        weights: This rank's `shard_weights`.
+        sketcher: Sketches each draw's gradient; None for traces alone.
+        logits_fn: Computes logits and mask; None to find them, see `predict`.
+
+    Returns:
+        The draws. Frozen and unused parameters count as zero.
+
+    Raises:
+        ProbeError: On every rank: one rank failed outside of the model's own collectives (no rows, no logits, no memory
+            for labels or sums), or all failed alike within them.
+        DesyncError: This rank failed within the model's collectives while others went on, or it cannot reach the
+            others.
     """
-    together = _Together(add)
+    ranks = _RankSums(add)
     with ExitStack() as stack:
-        with together.trying():
-            probe = _Probe(model, block_map, stack.enter_context(batch), weights, sketcher, logits_fn)
+        with ranks.recording_failure():
+            probe = _RankProbe(model, block_map, stack.enter_context(batch), weights, sketcher, logits_fn)
             stack.enter_context(restore(model))
             stack.enter_context(fsdp.ordinary_backward(model))
-            stack.enter_context(_gradients_aside(list(model.parameters())))
-        together.enter()
+            stack.enter_context(_gradients_cleared(list(model.parameters())))
+        ranks.enter_collectives()
         counts = torch.zeros(2, dtype=torch.float64, device="cpu")
-        with together.trying():
+        with ranks.recording_failure():
             logits, mask = probe.forward()
             counts = torch.tensor([int(mask.sum()), probe.batch.rows], dtype=torch.float64, device="cpu")
-        positions, rows = together.total(counts).tolist()
-        tokens, rows = (round(count * probe.data.count / together.size) for count in (positions, rows))
+        positions, rows = ranks.total(counts).tolist()
+        tokens, rows = (round(count * probe.data_rank.count / ranks.size) for count in (positions, rows))
         if tokens == 0:
-            raise EmptyBatchError("no position of any rank's rows predicts: all labels are ignored")
-        scale = probe.data.count / math.sqrt(tokens)
+            raise EmptyBatchError("every label is ignored on every rank: no position predicts")
+        scale = probe.data_rank.count / math.sqrt(tokens)
         total = torch.zeros(draws, probe.width, dtype=torch.float64, device="cpu")
         for draw in range(draws):
-            own = torch.zeros_like(total[draw])
-            with together.trying():
+            local_sums = torch.zeros_like(total[draw])
+            with ranks.recording_failure():
                 if draw:
                     logits, mask = probe.forward()
-                output_gradient = logits.detach().new_zeros(()).expand(logits.shape)  # where this rank has none to give
-                with together.trying():
+                output_gradient = logits.detach().new_zeros(()).expand(logits.shape)  # used if the next line fails
+                with ranks.recording_failure():
                     output_gradient = OutputGradients(logits.detach(), mask, 1, generator, scale=scale)[0]
                 gradients = probe.gradients(logits, output_gradient)
                 del logits, output_gradient
-                own = probe.numbers(gradients)
+                local_sums = probe.sums(gradients)
                 del gradients
-            total[draw] = together.total(own)
+            total[draw] = ranks.total(local_sums)
     traces, sketches = total[:, : len(block_map.parts)], total[:, len(block_map.parts) :]
-    by_layer = sum_into(traces, block_map.layer_block_of, len(block_map.layer_blocks))
+    by_layer = sum_by_index(traces, block_map.layer_block_of, len(block_map.layer_blocks))
     shape = draws, len(block_map.blocks), -1
     return GnbSample(tokens, rows, by_layer, None if sketcher is None else sketches.float().view(shape))
 
 
-class _Probe:
-    """What one rank computes of a probe: its shards of √N ∇L̂, and their squares and sketches."""
+class _RankProbe:
+    """One rank's part of the probe: its shard of √N ∇L̂, with its squared norms and sketch."""
 
-    def __init__(  # noqa: PLR0913, PLR0917 - as the probe itself
+    def __init__(  # noqa: PLR0913, PLR0917 - the arguments of the probe
         self,
         model: nn.Module,
         block_map: BlockMap,
@@ -108,23 +125,23 @@ class _Probe:
         sketcher: CountSketch | None,
         logits_fn: LogitsFn | None,
     ) -> None:
-        self.data = fsdp.DataRank.of(model)
+        self.data_rank = fsdp.DataRank.of(model)
         self.width = len(block_map.parts) + (len(block_map.blocks) * sketcher.size if sketcher else 0)
-        self._call = unwrapped(model)
+        self._call = unwrap(model)
         self._block_map = block_map
-        self.batch = batch.usable()
+        self.batch = batch.prepared()
         self._sketcher = sketcher
         self._logits_fn = logits_fn
         self._buffers = [(module, dict(vars(module)["_buffers"])) for module in model.modules()]
         self._parameters = dict(model.named_parameters())
         self._shards = {name: Shard.of(parameter) for name, parameter in self._parameters.items()}
         self._weights = weights
-        # What FSDP was told to ignore stays apart: with labels that are independent, E‖Σ_r g_r‖² is Σ_r E‖g_r‖².
-        averaged = fsdp.averaged(model)
-        apart = {name for name, one in self._parameters.items() if id(one) not in averaged}
+        # FSDP does not average parameters it ignores. Labels are independent, so E‖Σ_r g_r‖² is Σ_r E‖g_r‖².
+        averaged_parameters = fsdp.averaged_parameters(model)
+        unaveraged = {name for name, parameter in self._parameters.items() if id(parameter) not in averaged_parameters}
         self._part_weights = torch.tensor(
             [
-                weights.get(part.parameter, 0.0) / (self.data.count if part.parameter in apart else 1)
+                weights.get(part.parameter, 0.0) / (self.data_rank.count if part.parameter in unaveraged else 1)
                 for part in block_map.parts
             ],
             dtype=torch.float64,
@@ -132,35 +149,35 @@ class _Probe:
         )
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        """Logits [..., V], whole on each rank, and the positions that predict; on copies of the buffers."""
+        """Run a forward on copies of the buffers; return whole logits [..., V] and the mask of predicting positions."""
         for module, buffers in self._buffers:
             vars(module)["_buffers"] = {name: None if one is None else one.clone() for name, one in buffers.items()}
         logits: Any
-        logits, mask = predictions(self._call, self._call, self.batch, self._logits_fn)
+        logits, mask = predict(self._call, self._call, self.batch, self._logits_fn)
         return logits.full_tensor() if is_dtensor(logits) else logits, mask
 
     def gradients(self, logits: Tensor, output_gradient: Tensor) -> dict[str, Tensor]:
-        """What this rank holds of the gradients, by name."""
+        """This rank's shards of the gradients by parameter name."""
         torch.autograd.backward(logits, output_gradient)
-        found = {name: held_gradient(parameter) for name, parameter in self._parameters.items()}
+        found = {name: local_gradient(parameter) for name, parameter in self._parameters.items()}
         for parameter in self._parameters.values():
             parameter.grad = None
         return {name: g for name, g in found.items() if g is not None}
 
     @torch.no_grad()
-    def numbers(self, gradients: Mapping[str, Tensor]) -> Tensor:
-        """This rank's summands of a draw's squares by part, and of its sketch; float64 [width] on the CPU."""
-        by_part = squares(self._block_map, gradients, self._shards).cpu() * self._part_weights
+    def sums(self, gradients: Mapping[str, Tensor]) -> Tensor:
+        """This rank's summands of a draw's squared norms by part, and of its sketch; float64 [width] on the CPU."""
+        by_part = squared_norms(self._block_map, gradients, self._shards).cpu() * self._part_weights
         if self._sketcher is None:
             return by_part
-        sketched = sketch(self._sketcher, gradients, self._shards, self._weights)
+        sketched = sketch_shards(self._sketcher, gradients, self._shards, self._weights)
         return torch.cat([by_part, sketched.flatten().cpu().double()])
 
 
-class _Together:
-    """Sums over all ranks, which all of them get or none: a rank that has failed says so with its next summand."""
+class _RankSums:
+    """Sums over all ranks that every rank gets, or none: a rank that failed reports it with its next summand."""
 
-    def __init__(self, add: Add) -> None:
+    def __init__(self, add: AllReduce) -> None:
         self.size = 0  # ranks
         self._add = add
         self._reason = ""
@@ -168,78 +185,96 @@ class _Together:
         self._launched = 0
 
     @contextmanager
-    def trying(self) -> Iterator[None]:
-        """The body may fail on this rank alone; it goes on, for the others count on its part in what follows."""
+    def recording_failure(self) -> Iterator[None]:
+        """Record a failure of the body, which may happen on this rank alone.
+
+        The rank goes on, since the others wait for it in the sums that follow.
+        """
         try:
             yield
         except Exception as error:  # noqa: BLE001 - raised by `total`, on all ranks
             said = str(error) if isinstance(error, ProbeError) else f"{type(error).__name__}: {error}"
             self._reason = self._reason or said
 
-    def enter(self) -> None:
-        """Enter the model's own collectives: all ranks, or none."""
+    def enter_collectives(self) -> None:
+        """Enter the model's own collectives: all ranks do, or none does."""
         nothing = torch.zeros(0, device="cpu")
-        with self.trying():
-            self._launched = collectives()
+        with self.recording_failure():
+            self._launched = launched_collectives()
         self.total(nothing)
-        # Whoever has given up waiting there for a late rank is missed by that here, before it waits in the model.
+        # If a rank timed out in the first sum, the others notice it in this one, before they wait within the model.
         self._inside = True
         self.total(nothing)
 
-    def total(self, own: Tensor) -> Tensor:
-        """The sum of all ranks' `own`. Raises `ProbeError` on all of them where one failed.
+    def total(self, values: Tensor) -> Tensor:
+        """Sum `values` over all ranks.
 
-        Once inside, that needs all to have launched as many collectives: then none waits for another's, nor will.
+        If a rank failed within the model's collectives, the ranks are still in step only if all of them launched the
+        same number of collectives.
+
+        Args:
+            values: This rank's float64 values.
+
+        Returns:
+            The sums.
+
+        Raises:
+            ProbeError: A rank failed; raised on all of them.
+            DesyncError: A rank failed, and the ranks are out of step.
         """
-        launched = collectives() - self._launched if self._inside else 0
+        launched = launched_collectives() - self._launched if self._inside else 0
         head = torch.tensor([1, self._reason != "", launched, launched**2], dtype=torch.float64, device="cpu")
-        summed = self._sum(torch.cat([head, own.flatten()]))
+        summed = self._sum(torch.cat([head, values.flatten()]))
         self.size, failures, launched, squared = (round(value) for value in summed[:4].tolist())
         if failures:
-            reason = self._told() if failures == 1 else self._reason
-            said = f"failed on {failures} of the ranks: {reason or 'they say why'}"
+            reason = self._share_reason() if failures == 1 else self._reason
+            said = f"failed on {failures} of the ranks: {reason or 'see their logs'}"
             if launched**2 != self.size * squared:
-                raise DesyncError(f"{said}. {_OUT_OF_STEP}")
+                raise DesyncError(f"{said}. {_OUT_OF_STEP_HINT}")
             raise ProbeError(said)
-        return summed[4:].view_as(own)
+        return summed[4:].view_as(values)
 
-    def _told(self) -> str:
-        """The reason of the one rank that failed."""
-        said = self._reason.encode()[:_REASON].ljust(_REASON)
+    def _share_reason(self) -> str:
+        """Send the reason of the one rank that failed to all ranks."""
+        encoded = self._reason.encode()[:_REASON_BYTES].ljust(_REASON_BYTES)
         if not self._reason:
-            said = bytes(_REASON)
-        told = self._sum(torch.tensor(list(said), dtype=torch.float64, device="cpu"))
-        return bytes(told.round().to(torch.uint8).tolist()).decode(errors="replace").strip()
+            encoded = bytes(_REASON_BYTES)
+        summed = self._sum(torch.tensor(list(encoded), dtype=torch.float64, device="cpu"))
+        return bytes(summed.round().to(torch.uint8).tolist()).decode(errors="replace").strip()
 
-    def _sum(self, own: Tensor) -> Tensor:
+    def _sum(self, values: Tensor) -> Tensor:
         try:
-            return self._add(own)
+            return self._add(values)
         except Exception as error:
             if not self._inside:
                 raise
-            said = f"failed on this rank: {self._reason}" if self._reason else f"the other ranks are gone: {error}"
-            raise DesyncError(f"{said}. {_OUT_OF_STEP}") from error
+            said = f"failed on this rank: {self._reason}" if self._reason else f"lost the other ranks: {error}"
+            raise DesyncError(f"{said}. {_OUT_OF_STEP_HINT}") from error
 
 
-def collectives() -> int:
-    """How many this process has launched, on all its groups. Raises `RuntimeError` where a backend does not count."""
+def launched_collectives() -> int:
+    """Number of collectives that this process launched on all its groups.
+
+    Raises:
+        RuntimeError: A backend does not count them.
+    """
     groups: Iterable[Any] = dist.distributed_c10d._world.pg_map  # noqa: SLF001 - there is no public way to ask for all
-    real = (group for group in groups if dist.get_backend(group) != "fake")  # what meshes have where nothing is divided
+    real = (group for group in groups if dist.get_backend(group) != "fake")  # of mesh dimensions of size 1
     return sum(group._get_sequence_number_for_group() for group in real)  # noqa: SLF001 - nor for what each did
 
 
 @contextmanager
-def _gradients_aside(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """A context in which parameters have no gradients and the user's hooks on them rest; both are put back."""
+def _gradients_cleared(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """A context without gradients, and without the user's hooks on parameters; both are restored."""
     with ExitStack() as stack:
         for parameter in parameters:
             stack.callback(setattr, parameter, "grad", parameter.grad)
             parameter.grad = None
             for name in ("_backward_hooks", "_post_accumulate_grad_hooks"):
                 hooks = getattr(parameter, name, None)
-                if hooks:  # changed in place: autograd has a reference to it
+                if hooks:  # changed in place, since autograd holds a reference to the dict
                     stack.callback(hooks.update, dict(hooks))
                     stack.callback(hooks.clear)
-                    for key in [key for key, hook in hooks.items() if not is_torchs(hook)]:
+                    for key in [key for key, hook in hooks.items() if not is_torch_hook(hook)]:
                         del hooks[key]
         yield

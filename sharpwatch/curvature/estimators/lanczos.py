@@ -1,9 +1,10 @@
-"""The ends of a symmetric operator's spectrum by Lanczos iteration, with residuals, warm starts and thick restarts.
+"""Lanczos iteration for the extreme eigenvalues of a symmetric operator, with warm starts and thick restarts.
 
-The largest *algebraic* eigenvalue: a Hessian is indefinite, and the most negative one can be the larger in size, which
-power iteration then takes for the top. Lanczos (1950); full orthogonalization and thick restarts as in Wu and Simon,
-"Thick-restart Lanczos method for large symmetric eigenvalue problems" (2000). A Ritz value is never above λ_max, and
-some eigenvalue is within its residual ‖Hu − θu‖ (Parlett, "The symmetric eigenvalue problem", theorem 4.5.1).
+It finds the largest *algebraic* eigenvalue. A Hessian is indefinite, and power iteration returns the most negative
+eigenvalue if that is larger in magnitude. Lanczos (1950), with full orthogonalization and thick restarts as in Wu and
+Simon, "Thick-restart Lanczos method for large symmetric eigenvalue problems" (2000). A Ritz value θ never exceeds
+λ_max, and some eigenvalue is within its residual ‖Hu − θu‖ (Parlett, "The symmetric eigenvalue problem", theorem
+4.5.1).
 """
 
 from __future__ import annotations
@@ -16,23 +17,29 @@ import torch
 from torch import Tensor, nn
 
 from sharpwatch.blocks import BlockMap
-from sharpwatch.curvature.measure.report import Spectrum
 from sharpwatch.curvature.objective.batch import Batch
-from sharpwatch.curvature.objective.hessian import Hessian, Method, opened
+from sharpwatch.curvature.objective.hessian import Hessian, Method, open_hessian
 from sharpwatch.curvature.objective.outputs import LossFn
 from sharpwatch.curvature.parameters.parameter_space import ParameterSpace
+from sharpwatch.curvature.statistics.estimate import Spectrum
 from sharpwatch.errors import ProbeError
 
-Product = Callable[[Tensor], Tensor]  # [n] -> [n]
+Matvec = Callable[[Tensor], Tensor]  # [n] -> [n]
 _BASIS_BYTES = 4 * 2**30
-_LONGEST, _SHORTEST = 48, 6  # vectors of a basis
-_KEPT = 2  # Ritz vectors of each end that a restart keeps
-_BREAKDOWN = 1e-6  # a remainder of this share of ‖H‖ is float32's rounding: the space is invariant
+_MAX_BASIS, _MIN_BASIS = 48, 6  # vectors
+_KEPT_PAIRS = 2  # Ritz vectors of each end that a restart keeps
+_BREAKDOWN = 1e-6  # a residual below this fraction of ‖H‖ is rounding error: the space is invariant
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Ritz:
-    """An approximate eigenpair: `vector` [n] of length 1, and ‖Hu − λu‖."""
+class RitzPair:
+    """An approximate eigenpair.
+
+    Attributes:
+        value: The Ritz value λ.
+        residual: ‖Hu − λu‖.
+        vector: The Ritz vector u, [n] of length 1.
+    """
 
     value: float
     residual: float
@@ -40,35 +47,42 @@ class Ritz:
 
 
 class Lanczos:
-    """A Krylov space from `start` [n] (it need not have length 1), grown by one product at a time."""
+    """A Krylov space that grows by one matrix-vector product at a time.
+
+    Args:
+        start: First vector [n], of any length.
+
+    Attributes:
+        products: Number of products so far.
+    """
 
     def __init__(self, start: Tensor) -> None:
-        room = _BASIS_BYTES // max(1, 4 * start.numel())
-        self._room = min(_LONGEST, max(_SHORTEST, room), start.numel())
-        self._basis = start.new_empty(min(self._room + 1, 8), start.numel())
+        capacity = _BASIS_BYTES // max(1, 4 * start.numel())
+        self._capacity = min(_MAX_BASIS, max(_MIN_BASIS, capacity), start.numel())
+        self._basis = start.new_empty(min(self._capacity + 1, 8), start.numel())
         self._basis[0] = start / torch.linalg.vector_norm(start)
-        self._projected = torch.zeros(self._room, self._room, dtype=torch.float64, device="cpu")  # VᵀHV
-        self._used = 0  # vectors whose product is known
-        self._remainder = math.inf  # norm of what the last product has outside the space
+        self._projected = torch.zeros(self._capacity, self._capacity, dtype=torch.float64, device="cpu")  # VᵀHV
+        self._used = 0  # number of basis vectors whose product is known
+        self._residual_norm = math.inf  # norm of the last product's component outside of the space
         self._quadrature: tuple[Tensor, Tensor] | None = None
         self._restarted = False
-        self._captured: list[float] = [0.0]  # ‖VᵀHV‖²_F after each product
+        self._captured_norms: list[float] = [0.0]  # ‖VᵀHV‖²_F after each product
         self.products = 0
 
     @property
-    def exhausted(self) -> bool:
-        """Whether the space is invariant: its Ritz values are eigenvalues."""
-        return self.products > 0 and self._remainder == 0.0
+    def is_invariant(self) -> bool:
+        """Whether the space is invariant under H, so that its Ritz values are eigenvalues."""
+        return self.products > 0 and self._residual_norm == 0.0
 
     @property
-    def full(self) -> bool:
+    def is_full(self) -> bool:
         """Whether the next product needs a restart."""
-        return self._used == self._room
+        return self._used == self._capacity
 
     @property
-    def gain(self) -> float:
-        """What a product of late has added to ‖VᵀHV‖²_F, the mean of two: that much of ‖H‖²_F is known the better."""
-        return (self._captured[-1] - self._captured[-3]) / 2 if len(self._captured) > 2 else math.inf
+    def captured_per_product(self) -> float:
+        """The part of ‖H‖²_F that each of the last two products added to ‖VᵀHV‖²_F, on average."""
+        return (self._captured_norms[-1] - self._captured_norms[-3]) / 2 if len(self._captured_norms) > 2 else math.inf
 
     @property
     def projection(self) -> tuple[Tensor, Tensor]:
@@ -76,52 +90,63 @@ class Lanczos:
         return self._basis[: self._used], self._projected[: self._used, : self._used]
 
     @property
-    def latest(self) -> Tensor:
-        """The basis vector whose product is wanted next; [n]."""
+    def next_vector(self) -> Tensor:
+        """The basis vector [n] to be multiplied next."""
         return self._basis[self._used]
 
-    def step(self, product: Product) -> None:
-        """One product with H."""
-        if self.full:
+    def step(self, product: Matvec) -> None:
+        """Multiply the next basis vector by H and extend the space."""
+        if self.is_full:
             self._restart()
-        image = product(self.latest)
+        image = product(self.next_vector)
         self.products += 1
         self._used += 1
         basis = self._basis[: self._used]
         coefficients = torch.zeros(self._used, dtype=torch.float64, device="cpu")
-        for _ in range(2):  # once more, for what rounding left
+        for _ in range(2):  # twice, because of rounding
             overlap = basis @ image
             image = image - overlap @ basis
             coefficients += overlap.double().cpu()
         self._projected[: self._used, self._used - 1] = coefficients
         self._projected[self._used - 1, : self._used] = coefficients
-        self._captured.append(float(self.projection[1].square().sum()))
+        self._captured_norms.append(float(self.projection[1].square().sum()))
         self._extend(image)
         if not self._restarted:
             values, vectors = self._decomposed()
             self._quadrature = values, vectors[0].square()
 
-    def top(self) -> Ritz:
-        """The largest Ritz value; a lower bound of λ_max."""
-        return self._ritz(-1)
+    def top(self) -> RitzPair:
+        """The pair with the largest Ritz value, a lower bound of λ_max."""
+        return self._ritz_pair(-1)
 
-    def bottom(self) -> Ritz:
-        """The smallest Ritz value; an upper bound of λ_min."""
-        return self._ritz(0)
+    def bottom(self) -> RitzPair:
+        """The pair with the smallest Ritz value, an upper bound of λ_min."""
+        return self._ritz_pair(0)
 
     def converged(self, tolerance: float, bottom_tolerance: float | None = None) -> bool:
-        """Whether the residuals of both ends are below `tolerance`, relative to the larger end in size.
+        """Whether the residuals of both ends are small enough.
 
-        The sharper bound residual²/gap trusts the Ritz values to show every neighbour: measured on 36 blocks with 12
-        starts each, it stopped at another eigenvalue than the largest in 2 % of them, 0.003 of the residual in none.
+        The sharper bound residual²/gap is not used, since it assumes that the Ritz values show every neighbour. On 36
+        blocks with 12 starts each it stopped at an eigenvalue other than the largest in 2 % of the runs; a residual
+        below 0.003 did in none.
+
+        Args:
+            tolerance: Largest residual of the top, relative to the larger end in magnitude.
+            bottom_tolerance: The same for the bottom; None for the same value.
+
+        Returns:
+            Whether both converged, or the space is invariant.
         """
         top, bottom = self.top(), self.bottom()
         scale = max(abs(top.value), abs(bottom.value))
-        least = tolerance if bottom_tolerance is None else bottom_tolerance
-        return self.exhausted or (top.residual <= tolerance * scale and bottom.residual <= least * scale)
+        bottom_limit = tolerance if bottom_tolerance is None else bottom_tolerance
+        return self.is_invariant or (top.residual <= tolerance * scale and bottom.residual <= bottom_limit * scale)
 
     def spectrum(self) -> Spectrum | None:
-        """The density seen from the start, which must have been random: eigenvalues of T, weights of its first row."""
+        """The spectral density seen from the start, which must have been random; None before the first product.
+
+        Its atoms are the eigenvalues of T, weighted by the squared first entries of its eigenvectors.
+        """
         if self._quadrature is None:
             return None
         values, weights = self._quadrature
@@ -131,34 +156,34 @@ class Lanczos:
         values, vectors = torch.linalg.eigh(self._projected[: self._used, : self._used])
         return values, vectors
 
-    def _ritz(self, which: int) -> Ritz:
+    def _ritz_pair(self, which: int) -> RitzPair:
         values, vectors = self._decomposed()
         weights = vectors[:, which]
-        residual = self._remainder * abs(float(weights[-1]))
+        residual = self._residual_norm * abs(float(weights[-1]))
         vector = weights.to(self._basis) @ self._basis[: self._used]
-        return Ritz(float(values[which]), residual, vector)
+        return RitzPair(float(values[which]), residual, vector)
 
     def _extend(self, image: Tensor) -> None:
-        length = float(torch.linalg.vector_norm(image))
-        size = float(self._projected[: self._used, : self._used].abs().max())
-        if not math.isfinite(length):
-            raise ProbeError("a product with the Hessian is not finite: the loss or its derivatives aren't")
-        if length <= _BREAKDOWN * size or self._used >= self._basis.shape[1]:
-            self._remainder = 0.0
+        norm = float(torch.linalg.vector_norm(image))
+        scale = float(self._projected[: self._used, : self._used].abs().max())
+        if not math.isfinite(norm):
+            raise ProbeError("a Hessian-vector product is not finite: the loss or its derivatives are not finite")
+        if norm <= _BREAKDOWN * scale or self._used >= self._basis.shape[1]:
+            self._residual_norm = 0.0
             return
-        self._remainder = length
+        self._residual_norm = norm
         if self._used == len(self._basis):
-            room = min(self._room + 1, 2 * len(self._basis)) - len(self._basis)
-            self._basis = torch.cat([self._basis, self._basis.new_empty(room, self._basis.shape[1])])
-        self._basis[self._used] = image / length
+            growth = min(self._capacity + 1, 2 * len(self._basis)) - len(self._basis)
+            self._basis = torch.cat([self._basis, self._basis.new_empty(growth, self._basis.shape[1])])
+        self._basis[self._used] = image / norm
 
     def _restart(self) -> None:
-        """Go on from the Ritz vectors of both ends and the last remainder, which span a Krylov space too."""
+        """Continue from the Ritz vectors of both ends and the last residual vector, which span a Krylov space too."""
         values, vectors = self._decomposed()
-        kept = [*range(_KEPT), *range(len(values) - _KEPT, len(values))]
-        following = self.latest.clone()
+        kept = [*range(_KEPT_PAIRS), *range(len(values) - _KEPT_PAIRS, len(values))]
+        next_vector = self.next_vector.clone()
         self._basis[: len(kept)] = vectors[:, kept].T.to(self._basis) @ self._basis[: self._used]
-        self._basis[len(kept)] = following
+        self._basis[len(kept)] = next_vector
         self._projected.zero_()
         self._projected[range(len(kept)), range(len(kept))] = values[kept]
         self._used = len(kept)
@@ -167,9 +192,19 @@ class Lanczos:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LanczosSample:
-    """The ends of H_bb's spectrum on one batch; `block` is "" for the whole model.
+    """The ends of the spectrum of H_bb on one batch.
 
-    `vectors` float32 [2, n_b] are the Ritz vectors of top and bottom, to start the next probe from.
+    Attributes:
+        block: The block type; "" for the whole model.
+        tokens: Number of predicting positions.
+        rows: Number of rows.
+        top: Largest Ritz value.
+        top_residual: Its residual.
+        bottom: Smallest Ritz value.
+        bottom_residual: Its residual.
+        products: Number of Hessian-vector products.
+        method: How the products were computed.
+        vectors: Float32 [2, n_b], Ritz vectors of top and bottom, from which the next probe can start.
     """
 
     block: str
@@ -184,7 +219,7 @@ class LanczosSample:
     vectors: Tensor
 
 
-def lanczos_probe(  # noqa: PLR0913 - what a probe is of, and how it is taken; each named
+def lanczos_probe(  # noqa: PLR0913 - settings are keyword-only
     model: nn.Module,
     block_map: BlockMap,
     batch: Batch,
@@ -196,17 +231,32 @@ def lanczos_probe(  # noqa: PLR0913 - what a probe is of, and how it is taken; e
     loss_fn: LossFn | None = None,
     method: Method = "auto",
 ) -> LanczosSample:
-    """At most `products` products with H_bb on `batch`, from `start` (an earlier sample's vectors) or random signs.
+    """Estimate the ends of the spectrum of H_bb; leaves `model` unchanged.
 
-    Raises `ProbeError` where no position predicts or no second derivative can be had.
+    Args:
+        model: The model.
+        block_map: The division of its parameters into blocks.
+        batch: The arguments of the model.
+        block: The block type; "" for the whole model.
+        products: Largest number of Hessian-vector products.
+        generator: Random generator of the first vector.
+        start: `vectors` of an earlier sample to start from; None for random signs.
+        loss_fn: Computes the loss; None to use the model's own.
+        method: How derivatives are computed, see `open_hessian`.
+
+    Returns:
+        The extreme eigenvalues with their residuals.
+
+    Raises:
+        ProbeError: Every label is ignored, or the derivatives cannot be computed.
     """
-    with opened(model, block_map, [batch], loss_fn=loss_fn, method=method) as hessian:
-        space = ParameterSpace(block_map, block or None, hessian.objective.live.leaves).required()
-        first = space.signs(generator) if start is None else start.to(space.device).sum(0)
-        found = Lanczos(first)
-        while found.products < products and not found.exhausted:
-            found.step(product_in(hessian, space))
-        top, bottom = found.top(), found.bottom()
+    with open_hessian(model, block_map, [batch], loss_fn=loss_fn, method=method) as hessian:
+        space = ParameterSpace(block_map, block or None, hessian.objective.live.leaves).require_trainable()
+        initial = space.random_signs(generator) if start is None else start.to(space.device).sum(0)
+        lanczos = Lanczos(initial)
+        while lanczos.products < products and not lanczos.is_invariant:
+            lanczos.step(hessian_matvec(hessian, space))
+        top, bottom = lanczos.top(), lanczos.bottom()
         return LanczosSample(
             block=block,
             tokens=hessian.objective.tokens[0],
@@ -215,12 +265,12 @@ def lanczos_probe(  # noqa: PLR0913 - what a probe is of, and how it is taken; e
             top_residual=top.residual,
             bottom=bottom.value,
             bottom_residual=bottom.residual,
-            products=found.products,
+            products=lanczos.products,
             method=hessian.method,
             vectors=torch.stack([top.vector, bottom.vector]),
         )
 
 
-def product_in(hessian: Hessian, space: ParameterSpace) -> Product:
-    """`hessian` within `space`, as a function of one vector."""
+def hessian_matvec(hessian: Hessian, space: ParameterSpace) -> Matvec:
+    """`hessian` restricted to `space`, as a function of one vector."""
     return lambda vector: hessian.products(space, vector[None])[0]

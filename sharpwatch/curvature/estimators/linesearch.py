@@ -1,6 +1,7 @@
-"""Critical sharpness: the inverse of the smallest multiple of a step that raises the loss. Forwards only, any kernel.
+"""Critical sharpness: the inverse of the smallest multiple of a step that raises the loss.
 
-Kalra et al., arXiv 2601.16979: λ_c = 1/c, c the smallest scale with L(θ − c·d) > L(θ). Written from the definition.
+Kalra et al., arXiv 2601.16979: λ_c = 1/c, where c is the smallest scale with L(θ − c·d) > L(θ). It takes forwards only,
+so any kernel works. Implemented from the definition.
 """
 
 from __future__ import annotations
@@ -19,16 +20,19 @@ from sharpwatch.curvature.objective.outputs import LossFn
 from sharpwatch.curvature.parameters.parameter_space import ParameterSpace
 from sharpwatch.curvature.state.isolation import isolated
 
-_DOUBLINGS = 12  # the search ends at 2^±12 times the step
-_BISECTIONS = 4  # from a factor of two to a sixteenth
+_DOUBLINGS = 12  # the search covers 2^-12 to 2^12 times the step
+_BISECTIONS = 4  # reduce a bracket of a factor 2 to one sixteenth
 
 
 @dataclass(frozen=True, slots=True)
 class CriticalSharpness:
-    """1/c and half of its bracket; a step that raises the loss has more than 1.
+    """1/c with half the width of its bracket; a step that raises the loss has more than 1.
 
-    Zero: no scale in reach raises it. With an infinite bracket the least that was tried does: the step may ascend.
-    NaN: the loss itself is not finite.
+    Attributes:
+        value: 1/c. 0 if no scale within the search range raises the loss; NaN if the loss is not finite.
+        half_width: Half the width of the bracket of 1/c; infinite if even the smallest scale raises the loss, as for an
+            ascent direction.
+        forwards: Number of loss evaluations.
     """
 
     value: float
@@ -38,7 +42,16 @@ class CriticalSharpness:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LineSearchSample:
-    """One probe; the tensors are float64 [B], NaN for a block that was not asked for."""
+    """The result of one probe.
+
+    Attributes:
+        tokens: Number of predicting positions.
+        rows: Number of rows.
+        sharpness: Critical sharpness of the whole step.
+        half_width: Half the width of its bracket.
+        block_sharpness: Float64 [B], of each block's part of the step; NaN for a block that was not requested.
+        block_half_width: Float64 [B], likewise.
+    """
 
     tokens: int
     rows: int
@@ -48,7 +61,7 @@ class LineSearchSample:
     block_half_width: Tensor
 
 
-def linesearch_probe(  # noqa: PLR0913 - what a probe is of, and how it is taken; each named
+def linesearch_probe(  # noqa: PLR0913 - settings are keyword-only
     model: nn.Module,
     block_map: BlockMap,
     batch: Batch,
@@ -57,9 +70,24 @@ def linesearch_probe(  # noqa: PLR0913 - what a probe is of, and how it is taken
     blocks: Sequence[str],
     loss_fn: LossFn | None = None,
 ) -> LineSearchSample:
-    """Along `displacement` (θ_t − θ_{t+1}, by parameter name), from θ_t, which the model has already left.
+    """Measure the critical sharpness of the step just taken, from the weights θ_t before it.
 
-    For the whole step, and for each of `blocks` with the others held at θ_t; leaves no trace in `model`.
+    It leaves `model` unchanged.
+
+    Args:
+        model: The model, at θ_{t+1}.
+        block_map: The division of its parameters into blocks.
+        batch: The arguments of the model.
+        displacement: θ_t − θ_{t+1} by parameter name; a missing parameter has not moved.
+        blocks: Block types that are also measured alone, with the others held at θ_t.
+        loss_fn: Computes the loss; None to use the model's own.
+
+    Returns:
+        The critical sharpness of the step and of each block.
+
+    Raises:
+        ProbeError: There is no loss.
+        EmptyBatchError: Every label is ignored.
     """
     values, widths = (
         torch.full((len(block_map.blocks),), torch.nan, dtype=torch.float64, device="cpu") for _ in range(2)
@@ -67,17 +95,35 @@ def linesearch_probe(  # noqa: PLR0913 - what a probe is of, and how it is taken
     with isolated(model, exact=True) as live:
         objective = Objective(live, [batch], loss_fn)
         whole = ParameterSpace(block_map, None, live.leaves)
-        back = whole.flat_of({name: step.to(whole.device, torch.float32) for name, step in displacement.items()})
-        found = along(objective, whole, back, origin=back)
+        displacement_vector = whole.flatten(
+            {name: step.to(whole.device, torch.float32) for name, step in displacement.items()}
+        )
+        whole_step = critical_sharpness_along(objective, whole, displacement_vector, origin=displacement_vector)
         for block in blocks:
             index = block_map.blocks.index(block)
-            own = along(objective, whole, back * whole.mask(block), origin=back)
-            values[index], widths[index] = own.value, own.half_width
-        return LineSearchSample(objective.tokens[0], batch.rows, found.value, found.half_width, values, widths)
+            block_step = critical_sharpness_along(
+                objective, whole, displacement_vector * whole.mask(block), origin=displacement_vector
+            )
+            values[index], widths[index] = block_step.value, block_step.half_width
+        return LineSearchSample(
+            objective.tokens[0], batch.rows, whole_step.value, whole_step.half_width, values, widths
+        )
 
 
-def along(objective: Objective, space: ParameterSpace, step: Tensor, origin: Tensor | None = None) -> CriticalSharpness:
-    """Critical sharpness of `step` [space.size] from the present weights plus `origin`."""
+def critical_sharpness_along(
+    objective: Objective, space: ParameterSpace, step: Tensor, origin: Tensor | None = None
+) -> CriticalSharpness:
+    """Measure the critical sharpness of `step`.
+
+    Args:
+        objective: The loss.
+        space: The parameters that the step moves.
+        step: The descent step d, [space.size].
+        origin: Displacement of the starting point from the present weights, [space.size]; None to start there.
+
+    Returns:
+        The critical sharpness.
+    """
 
     def loss(scale: float) -> float:
         offset = -scale * step if origin is None else origin - scale * step
@@ -89,7 +135,16 @@ def along(objective: Objective, space: ParameterSpace, step: Tensor, origin: Ten
 
 
 def critical_sharpness(loss: Callable[[float], float]) -> CriticalSharpness:
-    """From the loss as a function of the step's scale: doubled or halved from 1, then bisected to 1/16."""
+    """Search the critical sharpness of a loss along a line.
+
+    The scale is doubled or halved from 1 until the loss passes its start value, then the bracket is bisected to 1/16.
+
+    Args:
+        loss: The loss as a function of the step's scale.
+
+    Returns:
+        The critical sharpness.
+    """
     start = loss(0.0)
     forwards = 1
     if not math.isfinite(start):
@@ -98,7 +153,7 @@ def critical_sharpness(loss: Callable[[float], float]) -> CriticalSharpness:
     def rises(scale: float) -> bool:
         nonlocal forwards
         forwards += 1
-        return not loss(scale) <= start  # a loss that is no number has risen
+        return not loss(scale) <= start  # NaN counts as a rise
 
     high = 1.0
     factor = 0.5 if rises(high) else 2.0

@@ -1,1 +1,1 @@
-"""`sharpwatch.measure`: one look at a checkpoint."""
+"""`sharpwatch.measure`: measures the sharpness of a model once, without a daemon."""

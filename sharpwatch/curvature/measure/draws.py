@@ -1,4 +1,4 @@
-"""All that a measurement has drawn so far, as plain numbers: kept, taken up again, and summed up as a report."""
+"""The draws of a measurement as plain numbers: saved, loaded, and summarized as a report."""
 
 from __future__ import annotations
 
@@ -10,17 +10,27 @@ from typing import Any
 import torch
 
 from sharpwatch.blocks import BlockMap
-from sharpwatch.curvature.measure.report import BlockReport, Spectrum
-from sharpwatch.curvature.statistics.estimate import Cost, Estimate
-from sharpwatch.curvature.statistics.pooling import Pooled, pooled, scatter
+from sharpwatch.curvature.measure.report import BlockReport
+from sharpwatch.curvature.statistics.estimate import Cost, Estimate, Spectrum
+from sharpwatch.curvature.statistics.pooling import PooledEstimate, pool_draws, weighted_mean_stderr
 
-DrawValues = list[list[list[float]]]  # [draws][batches][layer blocks], or one number of all layers together
-WHOLE = ""  # stands for all blocks together
+DrawValues = list[list[list[float]]]  # [draws][batches][layer blocks], or [draws][batches][1] for the sum over layers
+WHOLE_MODEL = ""  # the name of all blocks together
 
 
 @dataclass(frozen=True, slots=True)
-class Ends:
-    """Both ends of a spectrum; the lists are Rayleigh quotients of the same vectors on each batch."""
+class SpectrumEnds:
+    """The extreme eigenvalues of one block.
+
+    Attributes:
+        top: Largest Ritz value.
+        top_residual: Its residual.
+        bottom: Smallest Ritz value.
+        bottom_residual: Its residual.
+        tops: Rayleigh quotient of the top Ritz vector on each batch.
+        bottoms: Rayleigh quotient of the bottom Ritz vector on each batch.
+        method: How the products were computed.
+    """
 
     top: float
     top_residual: float
@@ -33,29 +43,45 @@ class Ends:
 
 @dataclass(slots=True)
 class Draws:
-    """By estimator and, where it has them, block. `shares` are the batches' weights, `losses` their losses."""
+    """All draws so far, by estimator and block.
+
+    The names of the fields are the keys of the saved state.
+
+    Attributes:
+        shares: Weight of each batch.
+        losses: Loss of each batch.
+        gnb: Draws of Tr G.
+        hutchinson: Draws of Tr H by block.
+        common: Standard error that all `hutchinson` draws of a block share.
+        steps: ε of the loss differences by block; 0 if products are used.
+        ends: Extreme eigenvalues by block.
+        spectra: Atoms and weights of each spectral draw by block.
+        stability: Stability ratios by block, then by kind.
+        costs: Cost by estimator, or by "estimator/block".
+        products_by: How products are computed.
+    """
 
     shares: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     gnb: DrawValues = field(default_factory=list)
     hutchinson: dict[str, DrawValues] = field(default_factory=dict)
-    common: dict[str, float] = field(default_factory=dict)  # the error that all hutchinson draws of a block share
-    steps: dict[str, float] = field(default_factory=dict)  # ε of the loss differences; 0 where products are taken
-    ends: dict[str, Ends] = field(default_factory=dict)
+    common: dict[str, float] = field(default_factory=dict)
+    steps: dict[str, float] = field(default_factory=dict)
+    ends: dict[str, SpectrumEnds] = field(default_factory=dict)
     spectra: dict[str, list[tuple[list[float], list[float]]]] = field(default_factory=dict)
-    stability: dict[str, dict[str, Estimate]] = field(default_factory=dict)  # by block, then kind
-    costs: dict[str, Cost] = field(default_factory=dict)  # by estimator, or estimator/block
+    stability: dict[str, dict[str, Estimate]] = field(default_factory=dict)
+    costs: dict[str, Cost] = field(default_factory=dict)
     products_by: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """The draws as plain values for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Draws:
-        """What `to_dict` gave."""
+        """Load what `to_dict` returned."""
         plain = dict(values)
-        ends = {name: Ends(**each) for name, each in plain.pop("ends").items()}
+        ends = {name: SpectrumEnds(**each) for name, each in plain.pop("ends").items()}
         costs = {name: Cost(**each) for name, each in plain.pop("costs").items()}
         stability = {
             block: {kind: Estimate(**{**one, "cost": Cost(**one["cost"])}) for kind, one in kinds.items()}
@@ -63,93 +89,93 @@ class Draws:
         }
         return cls(**plain, ends=ends, costs=costs, stability=stability)
 
-    def spend(self, name: str, cost: Cost) -> None:
-        """Add to what `name` has cost."""
+    def add_cost(self, name: str, cost: Cost) -> None:
+        """Add `cost` to the cost of `name`."""
         self.costs[name] = self.costs.get(name, Cost()) + cost
 
     @property
     def cost(self) -> Cost:
-        """Of all together."""
+        """Total cost."""
         return sum(self.costs.values(), Cost())
 
-    def gnb_trace(self, layers: Sequence[int]) -> Pooled:
-        """Tr G of the layer blocks with these indices."""
-        return pooled([[math.fsum(row[i] for i in layers) for row in draw] for draw in self.gnb], self.shares)
+    def gnb_trace(self, layers: Sequence[int]) -> PooledEstimate:
+        """Tr G, summed over the layer blocks with these indices."""
+        return pool_draws([[math.fsum(row[i] for i in layers) for row in draw] for draw in self.gnb], self.shares)
 
-    def hutchinson_trace(self, block: str) -> Pooled:
+    def hutchinson_trace(self, block: str) -> PooledEstimate:
         """Tr H of a block type."""
         totals = [[math.fsum(row) for row in draw] for draw in self.hutchinson[block]]
-        return pooled(totals, self.shares, self.common.get(block, 0.0))
+        return pool_draws(totals, self.shares, self.common.get(block, 0.0))
 
     def block(self, block_map: BlockMap, name: str) -> BlockReport:
-        """All that is known of a block type."""
+        """Summarize the draws of a block type."""
         layers = [i for i, each in enumerate(block_map.layer_blocks) if each.type == name]
         estimates: dict[str, Estimate] = {}
         if self.gnb:
             estimates["gnb"] = self._gnb(layers)
         if self.hutchinson.get(name):
             estimates["hutchinson"] = self._hutchinson(name, self.hutchinson_trace(name))
-        return self._with_ends(BlockReport(block_map.numel[name], estimates), name)
+        return self._with_spectrum(BlockReport(block_map.numel[name], estimates), name)
 
     def layers(self, block_map: BlockMap) -> dict[str, BlockReport]:
-        """Traces by layer block; `hutchinson`'s only where they were taken with products."""
-        found = {}
+        """Summarize traces by layer block; Tr H is included only if it was measured by products."""
+        reports = {}
         for index, layer in enumerate(block_map.layer_blocks):
             estimates = {"gnb": self._gnb([index])} if self.gnb else {}
             draws = self.hutchinson.get(layer.type, [])
             if draws and len(draws[0][0]) == len(block_map.layer_blocks):
-                own = pooled([[row[index] for row in draw] for draw in draws], self.shares)
-                estimates["hutchinson"] = self._hutchinson(layer.type, own)
+                trace = pool_draws([[row[index] for row in draw] for draw in draws], self.shares)
+                estimates["hutchinson"] = self._hutchinson(layer.type, trace)
             if estimates:
-                found[f"{layer.layer}.{layer.type}" if layer.layer else layer.type] = BlockReport(
+                reports[f"{layer.layer}.{layer.type}" if layer.layer else layer.type] = BlockReport(
                     layer.numel, estimates
                 )
-        return found
+        return reports
 
     def whole(self, block_map: BlockMap) -> BlockReport:
-        """All blocks together; the Hessian's trace only where every block's was measured."""
+        """Summarize all blocks together; Tr H is included only if every block was measured."""
         estimates: dict[str, Estimate] = {}
         if self.gnb:
             estimates["gnb"] = self._gnb(range(len(block_map.layer_blocks)))
         if all(self.hutchinson.get(block) for block in block_map.blocks):
-            each = [self._hutchinson(block, self.hutchinson_trace(block)) for block in block_map.blocks]
-            estimates["hutchinson"] = _summed(each)
-        return self._with_ends(BlockReport(sum(block_map.numel.values()), estimates), WHOLE)
+            traces = [self._hutchinson(block, self.hutchinson_trace(block)) for block in block_map.blocks]
+            estimates["hutchinson"] = _sum_independent(traces)
+        return self._with_spectrum(BlockReport(sum(block_map.numel.values()), estimates), WHOLE_MODEL)
 
     def _gnb(self, layers: Sequence[int]) -> Estimate:
-        found = self.gnb_trace(layers)
+        trace = self.gnb_trace(layers)
         cost = self.costs.get("gnb", Cost())
-        return Estimate(found.value, found.stderr, len(self.gnb), "gnb", method="autograd", cost=cost)
+        return Estimate(trace.value, trace.stderr, len(self.gnb), "gnb", method="autograd", cost=cost)
 
-    def _hutchinson(self, block: str, found: Pooled) -> Estimate:
+    def _hutchinson(self, block: str, trace: PooledEstimate) -> Estimate:
         method = "loss differences" if self.steps.get(block) else self.products_by
         cost = self.costs.get(f"hutchinson/{block}", Cost())
         draws = len(self.hutchinson[block])
-        return Estimate(found.value, found.stderr, draws, "hutchinson", method=method, cost=cost)
+        return Estimate(trace.value, trace.stderr, draws, "hutchinson", method=method, cost=cost)
 
-    def _with_ends(self, report: BlockReport, name: str) -> BlockReport:
+    def _with_spectrum(self, report: BlockReport, name: str) -> BlockReport:
         ends = self.ends.get(name)
         cost = self.costs.get(f"lanczos/{name}", Cost())
         top = bottom = None
         if ends is not None:
             batches = len(self.shares)
-            errors = scatter(ends.tops, self.shares), scatter(ends.bottoms, self.shares)
+            errors = weighted_mean_stderr(ends.tops, self.shares), weighted_mean_stderr(ends.bottoms, self.shares)
             top = Estimate(ends.top, errors[0], batches, "lanczos", 0, ends.top_residual, ends.method, cost)
             bottom = Estimate(ends.bottom, errors[1], batches, "lanczos", 0, ends.bottom_residual, ends.method, cost)
-        spectrum = _averaged(self.spectra.get(name, []))
+        spectrum = _average_spectra(self.spectra.get(name, []))
         stability = self.stability.get(name, {})
         return BlockReport(report.parameters, report.estimates, top, bottom, spectrum, stability)
 
 
-def _summed(estimates: Sequence[Estimate]) -> Estimate:
-    """The sum of independent ones."""
-    methods = "; ".join(dict.fromkeys(each.method for each in estimates))
+def _sum_independent(estimates: Sequence[Estimate]) -> Estimate:
+    """The sum of independent estimates."""
+    methods = "; ".join(dict.fromkeys(estimate.method for estimate in estimates))
     value, stderr = math.fsum(e.value for e in estimates), math.hypot(*(e.stderr for e in estimates))
-    cost = sum((each.cost for each in estimates), Cost())
+    cost = sum((estimate.cost for estimate in estimates), Cost())
     return Estimate(value, stderr, min(e.draws for e in estimates), "hutchinson", method=methods, cost=cost)
 
 
-def _averaged(spectra: Sequence[tuple[list[float], list[float]]]) -> Spectrum | None:
+def _average_spectra(spectra: Sequence[tuple[list[float], list[float]]]) -> Spectrum | None:
     if not spectra:
         return None
     values = torch.tensor([value for values, _ in spectra for value in values], dtype=torch.float64, device="cpu")

@@ -1,4 +1,4 @@
-"""One look at a model: every block's sharpness with its error, from a list of batches; no daemon."""
+"""`measure`: the sharpness of every block of a model with standard errors, from a list of batches; no daemon needed."""
 
 from __future__ import annotations
 
@@ -14,37 +14,44 @@ from torch import Tensor, nn
 from sharpwatch.blocks import BlockMap, Rules, classify
 from sharpwatch.curvature.estimators.gnb import gnb_probe
 from sharpwatch.curvature.measure import validation
-from sharpwatch.curvature.measure.draws import WHOLE, Draws
-from sharpwatch.curvature.measure.report import PrecisionError, SharpnessReport
+from sharpwatch.curvature.measure.draws import WHOLE_MODEL, Draws
+from sharpwatch.curvature.measure.report import SharpnessReport
 from sharpwatch.curvature.measure.second_order import Plan, SecondOrder
 from sharpwatch.curvature.objective.batch import Batch
-from sharpwatch.curvature.objective.hessian import opened
+from sharpwatch.curvature.objective.hessian import open_hessian
 from sharpwatch.curvature.objective.next_step import next_step, preconditioner
 from sharpwatch.curvature.objective.objective import Objective
 from sharpwatch.curvature.objective.outputs import LogitsFn, LossFn
 from sharpwatch.curvature.state.isolation import isolated
-from sharpwatch.curvature.statistics.allocation import relative_error
 from sharpwatch.curvature.statistics.estimate import Cost
-from sharpwatch.curvature.statistics.pooling import Pooled
-from sharpwatch.errors import ProbeError
+from sharpwatch.curvature.statistics.pooling import PooledEstimate, relative_error
+from sharpwatch.errors import PrecisionError, ProbeError
 
 ESTIMATORS = ("gnb", "hutchinson", "lanczos")
-_TOLERANCE = 0.003  # residual over the larger end of a spectrum: where a Lanczos iteration stops
-_TOP = 0.01  # at most, with a precision asked for: at 0.03 a run in a hundred took the second eigenvalue for the top
-_BOTTOM = 0.1  # the same for the lower end there
-_CHUNK = 4  # gnb draws that share a forward, in search of a precision
+_RESIDUAL_TOLERANCE = 0.003  # residual at which Lanczos stops, relative to the larger end of the spectrum
+# Limits of that tolerance if a precision is requested. At 0.03, one run in a hundred took the second eigenvalue for
+# the top one.
+_MAX_TOP_TOLERANCE = 0.01
+_MIN_BOTTOM_TOLERANCE = 0.1
+_DRAWS_PER_FORWARD = 4  # gnb draws that share a forward while a precision is being reached
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """`done` of `total` pieces of work (None: until a precision is reached), the last of which was `what`."""
+    """The progress of a measurement.
+
+    Attributes:
+        done: Number of finished pieces of work.
+        total: Number of pieces in total; None if the end depends on a precision.
+        what: The last finished piece.
+    """
 
     done: int
     total: int | None
     what: str
 
 
-def measure(  # noqa: PLR0913, PLR0917 - the public signature; each has a default that works
+def measure(  # noqa: PLR0913, PLR0917 - the public signature, with defaults
     model: nn.Module,
     batches: Sequence[Mapping[str, Any]],
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
@@ -60,17 +67,34 @@ def measure(  # noqa: PLR0913, PLR0917 - the public signature; each has a defaul
     logits_fn: LogitsFn | None = None,
     method: str = "auto",
 ) -> SharpnessReport:
-    """Measure `model` on `batches`, dicts of its arguments (Hugging Face: `input_ids`, `labels`).
+    """Measure the sharpness of `model` on `batches`; leaves `model` unchanged.
 
-    `estimators`: `gnb` (trace of the Gauss-Newton matrix), `hutchinson` (trace of the Hessian), `lanczos` (its largest
-    and smallest eigenvalue), `spectrum` (its density, from `draws` starts), and for the next step of `optimizer`
-    `direction`, `linesearch` and `preconditioned`. `precision` asks for every block's relative standard error to be
-    below it, with up to `max_draws`. `blocks` None means all, and the whole model's eigenvalues. `method`: products by
-    "autograd" alone, by "differences" of gradients alone, or "auto": autograd where that goes, and traces from the loss
-    where the loss is smooth. Leaves no trace in `model`.
+    Args:
+        model: The model, on the device where it is to be measured.
+        batches: Dicts of the model's arguments (Hugging Face: `input_ids`, `labels`).
+        optimizer: The optimizer or optimizers, for estimators that concern its next step.
+        estimators: What to measure. `gnb`: trace of the Gauss-Newton matrix. `hutchinson`: trace of the Hessian.
+            `lanczos`: largest and smallest eigenvalue of the Hessian. `spectrum`: its density, from `draws` starts.
+            `direction`, `linesearch`, `preconditioned`: stability of the optimizer's next step.
+        draws: Number of draws for each trace.
+        seed: Seed of the draws; the same seed gives the same draws.
+        precision: Requested relative standard error of every block's trace; more draws are taken to reach it.
+        max_draws: Largest number of draws, with `precision`.
+        blocks: Block types to measure; None for all of them and the eigenvalues of the whole model.
+        rules: Block rules, or the path of a YAML file; see `classify`.
+        loss_fn: Computes the loss as `loss_fn(model, batch)`; None to use the model's own.
+        logits_fn: Computes logits [..., V] and a mask of the predicting positions as `logits_fn(model, batch)`; None to
+            find them.
+        method: "autograd" differentiates twice, "differences" takes finite differences of gradients. "auto" takes
+            autograd if it works, and traces from loss differences if the loss is smooth.
 
-    Raises `ProbeError` or `BlockError` for what can't be measured, before anything starts, and `PrecisionError`, which
-    has the report, for a precision that was not reached.
+    Returns:
+        The estimates by block.
+
+    Raises:
+        ProbeError: An argument is invalid, or the model cannot be measured; raised before anything runs if possible.
+        BlockError: The model's parameters cannot be divided into blocks.
+        PrecisionError: `precision` was not reached; the error has the report.
     """
     measurement = Measurement(
         model,
@@ -96,9 +120,9 @@ def measure(  # noqa: PLR0913, PLR0917 - the public signature; each has a defaul
 
 
 class Measurement:
-    """`measure` in pieces, that can be stopped, kept and gone on with: every draw is the seed's alone.
+    """`measure` in steps: it can be interrupted, saved and resumed, since every draw depends on the seed alone.
 
-    Arguments and errors are `measure`'s; the constructor checks them and runs nothing.
+    The arguments and errors are those of `measure`. The constructor checks the arguments and runs nothing.
     """
 
     def __init__(  # noqa: PLR0913, PLR0917 - `measure`'s signature
@@ -118,41 +142,47 @@ class Measurement:
         logits_fn: LogitsFn | None = None,
         method: str = "auto",
     ) -> None:
-        validation.model(model)
-        validation.words(estimators)
-        validation.numbers(draws, seed, precision, max_draws)
-        self._optimizers = validation.optimizers(model, optimizer, estimators)
-        self._tokens = validation.batches(model, batches, logits_fn)
+        validation.check_model(model)
+        validation.check_estimators(estimators)
+        validation.check_numbers(draws, seed, precision, max_draws)
+        self._optimizers = validation.check_optimizers(model, optimizer, estimators)
+        self._tokens = validation.check_batches(model, batches, logits_fn)
         self.block_map: BlockMap = classify(model, rules)
-        self.blocks = validation.blocks(blocks, self.block_map)
+        self.blocks = validation.check_blocks(blocks, self.block_map)
         self._model = model
         self._batches = [Batch((), dict(batch)) for batch in batches]
         self._plan = Plan(
             estimators=tuple(estimators),
             blocks=self.blocks,
-            spectra=(*self.blocks, *((WHOLE,) if blocks is None else ())),
+            spectra=(*self.blocks, *((WHOLE_MODEL,) if blocks is None else ())),
             draws=draws,
             max_draws=max(draws, max_draws),
             precision=precision,
-            tolerance=_TOLERANCE if precision is None else min(precision, _TOP),
-            bottom_tolerance=_TOLERANCE if precision is None else max(precision, _BOTTOM),
+            tolerance=_RESIDUAL_TOLERANCE if precision is None else min(precision, _MAX_TOP_TOLERANCE),
+            bottom_tolerance=_RESIDUAL_TOLERANCE if precision is None else max(precision, _MIN_BOTTOM_TOLERANCE),
             losses=method == "auto",
         )
         self._seed = seed
         self._device = next(model.parameters()).device
-        self._loss_fn, self._logits_fn, self._method = loss_fn, logits_fn, validation.method(method)
-        self._found = Draws(shares=[tokens / sum(self._tokens) for tokens in self._tokens])
+        self._loss_fn, self._logits_fn, self._method = loss_fn, logits_fn, validation.check_method(method)
+        self._draws = Draws(shares=[tokens / sum(self._tokens) for tokens in self._tokens])
         self._done = 0
 
     def run(self) -> Generator[Progress]:
-        """Do the work, piece by piece; in between the model is on loan, and given back at the end or on `close()`."""
+        """Run piece by piece; the model is in use between pieces, and released at the end or by `close()`.
+
+        Yields:
+            The progress after each piece.
+        """
         yield from self._run_gnb()
         if set(self._plan.estimators) == {"gnb"}:
             return
         step = self._next_step()
         scales = preconditioner(self._model, self._optimizers) if "preconditioned" in self._plan.estimators else {}
-        with opened(self._model, self.block_map, self._batches, loss_fn=self._loss_fn, method=self._method) as hessian:
-            second = SecondOrder(self._plan, self.block_map, hessian, self._found, self._generator)
+        with open_hessian(
+            self._model, self.block_map, self._batches, loss_fn=self._loss_fn, method=self._method
+        ) as hessian:
+            second = SecondOrder(self._plan, self.block_map, hessian, self._draws, self._generator)
             for piece in second.run():
                 yield self._progress(piece)
             for name, argument in (("direction", step), ("linesearch", step), ("preconditioned", scales)):
@@ -161,103 +191,109 @@ class Measurement:
                     yield self._progress(name)
 
     def report(self) -> SharpnessReport:
-        """What has been found so far."""
-        found = self._found
+        """Summarize the draws so far."""
+        draws = self._draws
         return SharpnessReport(
-            blocks={name: found.block(self.block_map, name) for name in self.blocks},
-            layers=found.layers(self.block_map),
-            whole=found.whole(self.block_map),
-            loss=math.fsum(w * loss for w, loss in zip(found.shares, found.losses, strict=False))
-            if found.losses
+            blocks={name: draws.block(self.block_map, name) for name in self.blocks},
+            layers=draws.layers(self.block_map),
+            whole=draws.whole(self.block_map),
+            loss=math.fsum(w * loss for w, loss in zip(draws.shares, draws.losses, strict=False))
+            if draws.losses
             else math.nan,
             tokens=sum(self._tokens),
             batches=len(self._batches),
             seed=self._seed,
-            cost=found.cost,
+            cost=draws.cost,
             unreached=self._unreached(),
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Every draw so far, as JSON takes it, and what it was drawn from."""
-        return {"of": self._fingerprint(), "found": self._found.to_dict()}
+        """All draws so far as values for JSON, with a fingerprint of the inputs."""
+        return {"of": self._fingerprint(), "found": self._draws.to_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`; more draws, another precision or other estimators may be asked for than when it was made.
+        """Resume from `state`; draws, precision and estimators may differ from those it was saved with.
 
-        Raises `ProbeError` where it was drawn with another seed, or from other weights, batches or blocks.
+        Args:
+            state: What `state_dict` returned.
+
+        Raises:
+            ProbeError: The state was drawn with another seed or method, or from other weights, batches or blocks.
         """
         for name, own in self._fingerprint().items():
             theirs = state.get("of", {}).get(name)
             if theirs != own:
-                raise ProbeError(f"the state is of another measurement: its {name} is {theirs}, this one's {own}")
-        self._found = Draws.from_dict(state["found"])
-        found, first = self._found, "lanczos" in self._plan.estimators
-        self._done = len(self._batches) * bool(found.gnb) + len(found.ends)
-        self._done += sum(map(len, found.hutchinson.values())) + sum(len(s) - first for s in found.spectra.values())
+                raise ProbeError(f"the state belongs to another measurement: its {name} is {theirs}, expected {own}")
+        self._draws = Draws.from_dict(state["found"])
+        draws, first = self._draws, "lanczos" in self._plan.estimators
+        self._done = len(self._batches) * bool(draws.gnb) + len(draws.ends)
+        self._done += sum(map(len, draws.hutchinson.values())) + sum(len(s) - first for s in draws.spectra.values())
 
     def _fingerprint(self) -> dict[str, Any]:
         shapes = hashlib.sha256(repr(self.block_map.parts).encode())
         weights = hashlib.sha256()
         for parameter in self._model.parameters():
-            weights.update(_bytes(parameter.detach().reshape(-1)[:1024]))
+            weights.update(_tensor_bytes(parameter.detach().reshape(-1)[:1024]))
         batches = hashlib.sha256()
         for batch in self._batches:
             for tensor in batch.tensors():
-                batches.update(_bytes(tensor))
+                batches.update(_tensor_bytes(tensor))
         hashes = {"block map": shapes, "weights": weights, "batches": batches}
         return {"seed": self._seed, "method": self._method} | {k: v.hexdigest()[:16] for k, v in hashes.items()}
 
     def _run_gnb(self) -> Generator[Progress]:
-        drawn = self._found.gnb
-        while "gnb" in self._plan.estimators and (wanted := self._gnb_wanted()):
-            new: list[list[list[float]]] = [[] for _ in range(wanted)]
-            for index, (batch, share) in enumerate(zip(self._batches, self._found.shares, strict=True)):
+        drawn = self._draws.gnb
+        while "gnb" in self._plan.estimators and (count := self._missing_gnb_draws()):
+            new_draws: list[list[list[float]]] = [[] for _ in range(count)]
+            for index, (batch, share) in enumerate(zip(self._batches, self._draws.shares, strict=True)):
                 sample = gnb_probe(
                     self._model,
                     self.block_map,
                     batch,
-                    draws=wanted,
+                    draws=count,
                     generator=self._generator("gnb", index, len(drawn)),
                     logits_fn=self._logits_fn,
                 )
-                for row, trace in zip(new, sample.traces.tolist(), strict=True):
+                for row, trace in zip(new_draws, sample.traces.tolist(), strict=True):
                     row.append(trace)
-                self._found.spend("gnb", Cost(share, share * wanted))
+                self._draws.add_cost("gnb", Cost(share, share * count))
                 yield self._progress("gnb")
-            drawn += new
+            drawn += new_draws
 
-    def _gnb_wanted(self) -> int:
-        """How many more draws; every one is of all blocks."""
-        have = len(self._found.gnb)
-        if have < self._plan.draws:
-            return self._plan.draws - have
-        wanting = any(self._plan.wants(self._gnb_of(block), have) for block in self.blocks)
-        return min(_CHUNK, self._plan.max_draws - have) if wanting else 0
+    def _missing_gnb_draws(self) -> int:
+        """Number of draws to take next; each covers all blocks."""
+        count = len(self._draws.gnb)
+        if count < self._plan.draws:
+            return self._plan.draws - count
+        unfinished = any(self._plan.wants(self._gnb_trace(block), count) for block in self.blocks)
+        return min(_DRAWS_PER_FORWARD, self._plan.max_draws - count) if unfinished else 0
 
-    def _gnb_of(self, block: str) -> Pooled:
-        return self._found.gnb_trace([i for i, b in enumerate(self.block_map.layer_blocks) if b.type == block])
+    def _gnb_trace(self, block: str) -> PooledEstimate:
+        return self._draws.gnb_trace([i for i, b in enumerate(self.block_map.layer_blocks) if b.type == block])
 
     def _unreached(self) -> dict[str, str]:
-        """Why, by block, where a trace is not as precise as asked."""
-        why: dict[str, str] = {}
+        """For each block whose trace is less precise than requested, the reason."""
+        reasons: dict[str, str] = {}
         for block in self.blocks if self._plan.precision is not None else ():
-            traces = {"gnb": self._gnb_of(block)} if self._found.gnb else {}
-            if self._found.hutchinson.get(block):
-                traces["hutchinson"] = self._found.hutchinson_trace(block)
-            failed = [self._excuse(name, trace) for name, trace in traces.items() if not self._plan.reached(trace)]
-            if failed:
-                why[block] = " and ".join(failed)
-        return why
+            traces = {"gnb": self._gnb_trace(block)} if self._draws.gnb else {}
+            if self._draws.hutchinson.get(block):
+                traces["hutchinson"] = self._draws.hutchinson_trace(block)
+            shortfalls = [
+                self._shortfall(name, trace) for name, trace in traces.items() if not self._plan.reached(trace)
+            ]
+            if shortfalls:
+                reasons[block] = " and ".join(shortfalls)
+        return reasons
 
-    def _excuse(self, estimator: str, trace: Pooled) -> str:
-        share = relative_error(trace.value, trace.stderr)
-        what = f"{estimator}'s relative standard error is {share:.2g}, not below {self._plan.precision:g}"
+    def _shortfall(self, estimator: str, trace: PooledEstimate) -> str:
+        error = relative_error(trace.value, trace.stderr)
+        shortfall = f"{estimator}'s relative standard error is {error:.2g}, not below {self._plan.precision:g}"
         if self._plan.reached(trace) is None:
-            return f"{what}: its batches differ by more than that, give more of them"
-        return f"{what}, with max_draws={self._plan.max_draws}"
+            return f"{shortfall}: the batches differ by more than that, pass more batches"
+        return f"{shortfall}, with max_draws={self._plan.max_draws}"
 
     def _next_step(self) -> dict[str, Tensor]:
-        """The optimizer's, on the mean gradient of all batches."""
+        """The optimizer's next step on the mean gradient of all batches."""
         if not {"direction", "linesearch"} & set(self._plan.estimators):
             return {}
         mean: dict[str, Tensor] = {}
@@ -266,27 +302,27 @@ class Measurement:
             for index, share in enumerate(objective.shares):
                 for name, gradient in objective.gradient(index, list(live.trainable)).items():
                     mean[name] = mean.get(name, 0) + share * gradient
-            self._found.spend("step", objective.cost)
+            self._draws.add_cost("step", objective.cost)
         return next_step(self._model, self._optimizers, mean)
 
-    def _generator(self, *what: object) -> torch.Generator:
-        """A random source that depends on the seed and on what is drawn alone, not on what was drawn before."""
-        digest = hashlib.sha256("/".join(map(str, (self._seed, *what))).encode()).digest()
+    def _generator(self, *key: object) -> torch.Generator:
+        """A random generator that depends on the seed and `key` alone, not on earlier draws."""
+        digest = hashlib.sha256("/".join(map(str, (self._seed, *key))).encode()).digest()
         return torch.Generator(self._device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
     def _progress(self, what: str) -> Progress:
         self._done += 1
-        return Progress(self._done, self._total(), what)
+        return Progress(self._done, self._total_pieces(), what)
 
-    def _total(self) -> int | None:
+    def _total_pieces(self) -> int | None:
         plan, count = self._plan, {"gnb": len(self._batches)}
         if plan.precision is not None:
             return None
         count |= {"lanczos": len(plan.spectra), "hutchinson": plan.draws * len(plan.blocks)}
-        first = "lanczos" in plan.estimators  # whose own start is a draw
+        first = "lanczos" in plan.estimators  # its own start counts as one spectral draw
         count |= {"spectrum": (plan.draws - first) * len(plan.spectra)}
         return sum(count.get(name, 1) for name in plan.estimators)
 
 
-def _bytes(tensor: Tensor) -> bytes:
+def _tensor_bytes(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

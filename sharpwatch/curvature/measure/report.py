@@ -1,4 +1,4 @@
-"""What `measure` found: estimates by block type, by layer block and of the whole model."""
+"""The report of `measure`: estimates by block type, by layer block and of the whole model."""
 
 from __future__ import annotations
 
@@ -7,29 +7,24 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from sharpwatch.curvature.statistics.estimate import Cost, Estimate
-from sharpwatch.errors import ProbeError
-
-
-@dataclass(frozen=True, slots=True)
-class Spectrum:
-    """A spectral density as atoms: `weights` (their sum is 1) at `eigenvalues`, by stochastic Lanczos quadrature.
-
-    Ubaru, Chen and Saad, "Fast estimation of tr(f(A)) via stochastic Lanczos quadrature" (2017).
-    """
-
-    eigenvalues: tuple[float, ...]
-    weights: tuple[float, ...]
-    draws: int
+from sharpwatch.curvature.statistics.estimate import Cost, Estimate, Spectrum
 
 
 @dataclass(frozen=True, slots=True)
 class BlockReport:
-    """The estimates of one set of parameters; None or absent where it was not asked for.
+    """The estimates of one set of parameters.
 
-    `estimates` holds the trace by estimator; `trace` is `hutchinson`'s where there are several, `sharpness` the same
-    over `parameters`. Eigenvalues are of the Hessian, the largest and the smallest algebraic one. `stability` holds the
-    ratios of the optimizer's next step, 1 being the edge, by kind: `direction`, `linesearch`, `preconditioned`.
+    Eigenvalues are of the Hessian: the algebraically largest and smallest one. Quantities that were not requested are
+    None or missing.
+
+    Attributes:
+        parameters: Number of parameters.
+        estimates: Traces by estimator.
+        top_eigenvalue: Largest eigenvalue.
+        bottom_eigenvalue: Smallest eigenvalue.
+        spectrum: Spectral density.
+        stability: Stability ratios of the optimizer's next step by kind: `direction`, `linesearch`, `preconditioned`. 1
+            is the edge of stability.
     """
 
     parameters: int
@@ -41,21 +36,29 @@ class BlockReport:
 
     @property
     def trace(self) -> Estimate | None:
-        """The trace of H, or of G where only `gnb` was asked for."""
+        """The trace of H from `hutchinson`, or of G if only `gnb` was requested."""
         return self.estimates.get("hutchinson", self.estimates.get("gnb"))
 
     @property
     def sharpness(self) -> Estimate | None:
-        """Average sharpness: the trace over the number of parameters (Wang et al. 2025, arXiv 2502.19002)."""
+        """Average sharpness: the trace divided by the number of parameters (Wang et al. 2025, arXiv 2502.19002)."""
         return None if self.trace is None else per_parameter(self.trace, self.parameters)
 
 
 @dataclass(frozen=True, slots=True)
 class SharpnessReport:
-    """One look at a model.
+    """The result of `measure`; `str(report)` is a table.
 
-    `blocks` go by type, `layers` by layer block ("layers.3.qk"; traces only), `whole` is all parameters together.
-    `unreached` says why, by block, where a precision asked for could not be had. `cost` is in passes over all batches.
+    Attributes:
+        blocks: Reports by block type.
+        layers: Reports by layer block, such as "layers.3.qk"; traces only.
+        whole: Report of all parameters together.
+        loss: Mean loss over the batches; NaN if only `gnb` was requested.
+        tokens: Number of predicting positions.
+        batches: Number of batches.
+        seed: Seed of the draws.
+        cost: Passes over all batches.
+        unreached: For each block whose requested precision was not reached, the reason.
     """
 
     blocks: Mapping[str, BlockReport]
@@ -69,7 +72,11 @@ class SharpnessReport:
     unreached: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values that `json.dumps` takes; a number that is not finite is None."""
+        """Convert to plain values for `json.dumps`.
+
+        Returns:
+            Nested dicts. A number that is not finite becomes None.
+        """
         return {
             "blocks": {name: _block(block) for name, block in self.blocks.items()},
             "layers": {name: _block(block) for name, block in self.layers.items()},
@@ -93,16 +100,8 @@ class SharpnessReport:
         return "\n".join(lines)
 
 
-class PrecisionError(ProbeError):
-    """A precision that could not be reached; `report` has all that was."""
-
-    def __init__(self, report: SharpnessReport) -> None:
-        self.report = report
-        super().__init__("; ".join(f"{block}: {why}" for block, why in report.unreached.items()))
-
-
 def per_parameter(trace: Estimate, parameters: int) -> Estimate:
-    """`trace` over `parameters`."""
+    """`trace` divided by the number of parameters."""
     return Estimate(
         trace.value / parameters,
         trace.stderr / parameters,
@@ -117,14 +116,14 @@ def per_parameter(trace: Estimate, parameters: int) -> Estimate:
 
 def _block(block: BlockReport) -> dict[str, Any]:
     single = ("trace", "sharpness", "top_eigenvalue", "bottom_eigenvalue")
-    found: dict[str, Any] = {"parameters": block.parameters}
-    found |= {name: _estimate(getattr(block, name)) for name in single if getattr(block, name) is not None}
+    values: dict[str, Any] = {"parameters": block.parameters}
+    values |= {name: _estimate(getattr(block, name)) for name in single if getattr(block, name) is not None}
     for name, several in (("estimates", block.estimates), ("stability", block.stability)):
         if several:
-            found[name] = {each: _estimate(estimate) for each, estimate in several.items()}
+            values[name] = {each: _estimate(estimate) for each, estimate in several.items()}
     if block.spectrum is not None:
-        found["spectrum"] = asdict(block.spectrum)
-    return found
+        values["spectrum"] = asdict(block.spectrum)
+    return values
 
 
 def _estimate(estimate: Estimate) -> dict[str, Any]:

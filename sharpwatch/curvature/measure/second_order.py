@@ -1,4 +1,4 @@
-"""The part of a measurement that takes second derivatives: ends and densities of spectra, Hessian traces, stability."""
+"""The part of a measurement that needs second derivatives: spectra, Hessian traces and stability ratios."""
 
 from __future__ import annotations
 
@@ -10,32 +10,42 @@ import torch
 from torch import Tensor
 
 from sharpwatch.blocks import BlockMap
-from sharpwatch.curvature.estimators.hutchinson import Base, Deflation, LossDifferences, quadratic_forms
-from sharpwatch.curvature.estimators.lanczos import Lanczos, Product, product_in
-from sharpwatch.curvature.estimators.linesearch import along
-from sharpwatch.curvature.estimators.preconditioned import scaled_product
-from sharpwatch.curvature.measure.draws import WHOLE, Draws, Ends
+from sharpwatch.curvature.estimators.hutchinson import BaseLoss, Deflation, LossDifferences, quadratic_forms
+from sharpwatch.curvature.estimators.lanczos import Lanczos, Matvec, hessian_matvec
+from sharpwatch.curvature.estimators.linesearch import critical_sharpness_along
+from sharpwatch.curvature.estimators.preconditioned import preconditioned_matvec
+from sharpwatch.curvature.measure.draws import WHOLE_MODEL, Draws, SpectrumEnds
 from sharpwatch.curvature.objective.hessian import Hessian
 from sharpwatch.curvature.parameters.parameter_space import ParameterSpace
-from sharpwatch.curvature.statistics.allocation import relative_error, worst
-from sharpwatch.curvature.statistics.estimate import Cost, Estimate
-from sharpwatch.curvature.statistics.pooling import Pooled
-from sharpwatch.curvature.statistics.stability import stability_ratio
+from sharpwatch.curvature.statistics.estimate import Cost, Estimate, stability_ratio
+from sharpwatch.curvature.statistics.pooling import PooledEstimate, least_precise, relative_error
 
-_PRODUCTS = 100  # where a Lanczos iteration gives up; its residual then says so
-_PRICE = 4  # forwards without a graph that take the time of one product (measured on a CPU: 3.9)
-_COARSE = 0.5  # of the precision asked for: where an error that draws share is too large
-_LEAST = 1.5  # Tr H over ‖H‖_F, as small as it is believed to be
-_KEPT_BYTES = 8 * 2**30  # of all Krylov spaces that deflate
-_QUADRATURE = 24  # products of one draw of a spectrum
-_GRADIENTS = 4  # batches whose gradients are kept; of more, each quadratic form takes two forwards
+_MAX_PRODUCTS = 100  # of one Lanczos iteration; the residual then shows that it did not converge
+_FORWARDS_PER_PRODUCT = 4  # one product takes as long as this many forwards without a graph (on a CPU: 3.9)
+_MAX_SHARED_ERROR = 0.5  # of an error that all draws share, relative to the requested precision
+_MIN_TRACE_RATIO = 1.5  # assumed lower bound of Tr H / ‖H‖_F
+_MAX_DEFLATION_BYTES = 8 * 2**30  # of all Krylov bases kept for deflation
+_QUADRATURE_PRODUCTS = 24  # of one spectral draw
+_MAX_KEPT_GRADIENTS = 4  # with more batches, gradients are not kept and each quadratic form takes two forwards
 
-Generators = Callable[..., torch.Generator]  # from what is drawn
+Generators = Callable[..., torch.Generator]  # from the key of a draw
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is asked for. `spectra` are the blocks, and "" for the whole model; a precision of None means `draws`."""
+    """What a measurement is to do.
+
+    Attributes:
+        estimators: Names of the estimators.
+        blocks: Block types whose traces are measured.
+        spectra: Block types whose spectra are measured; "" for the whole model.
+        draws: Number of draws; with a precision, the smallest number.
+        max_draws: Largest number of draws.
+        precision: Requested relative standard error, or None.
+        tolerance: Lanczos tolerance of the top: residual relative to the larger end of the spectrum.
+        bottom_tolerance: The same for the bottom.
+        losses: Whether traces may be taken from loss differences.
+    """
 
     estimators: Sequence[str]
     blocks: Sequence[str]
@@ -43,293 +53,313 @@ class Plan:
     draws: int
     max_draws: int
     precision: float | None
-    tolerance: float  # of the top of a spectrum: residual over its larger end
+    tolerance: float
     bottom_tolerance: float
-    losses: bool  # whether traces may be taken from the loss alone
+    losses: bool
 
-    def wants(self, trace: Pooled | None, have: int) -> bool:
-        """Whether a trace with `have` draws needs more."""
-        if have < self.draws or trace is None:
+    def wants(self, trace: PooledEstimate | None, count: int) -> bool:
+        """Whether a trace with `count` draws needs more."""
+        if count < self.draws or trace is None:
             return True
-        return self.reached(trace) is False and have < self.max_draws
+        return self.reached(trace) is False and count < self.max_draws
 
-    def reached(self, trace: Pooled) -> bool | None:
-        """Whether a trace is as precise as asked; None where no further draw can bring it there."""
-        if self.precision is None or trace.stderr == 0 or relative_error(trace.value, trace.sure) <= self.precision:
+    def reached(self, trace: PooledEstimate) -> bool | None:
+        """Whether a trace is as precise as requested; None if no further draw can achieve that."""
+        if (
+            self.precision is None
+            or trace.stderr == 0
+            or relative_error(trace.value, trace.stopping_stderr) <= self.precision
+        ):
             return True
-        return None if trace.floor > self.precision * abs(trace.value) else False
+        return None if trace.batch_stderr > self.precision * abs(trace.value) else False
 
 
 class SecondOrder:
-    """One measurement's second half; what it finds goes into `found`, what is there already is not done again."""
+    """Runs the estimators that need second derivatives, and adds their results to `draws`.
 
-    def __init__(self, plan: Plan, block_map: BlockMap, hessian: Hessian, found: Draws, generator: Generators) -> None:
+    Results that `draws` already contains are not measured again.
+
+    Args:
+        plan: What to measure.
+        block_map: The division of the parameters into blocks.
+        hessian: The Hessian.
+        draws: The draws so far.
+        generator: Gives a random generator for the key of a draw.
+    """
+
+    def __init__(self, plan: Plan, block_map: BlockMap, hessian: Hessian, draws: Draws, generator: Generators) -> None:
         self._plan = plan
         self._block_map = block_map
         self._hessian = hessian
-        self._found = found
+        self._draws = draws
         self._generator = generator
         self._spaces: dict[str, ParameterSpace] = {}
-        self._pilots: dict[str, tuple[float, float]] = {}  # zᵀHz and ‖Hz‖ of one z a block, exact
-        self._smooth: dict[str, LossDifferences | None] = {}
+        self._pilots: dict[str, tuple[float, float]] = {}  # exact zᵀHz and ‖Hz‖ of one z for each block
+        self._differences: dict[str, LossDifferences | None] = {}
         self._deflations: dict[str, Deflation] = {}
-        self._bases: list[Base] = []
+        self._bases: list[BaseLoss] = []
         self._gradients: list[Mapping[str, Tensor]] = []
-        self._smooth_loss = False  # whether traces may be taken from the loss
-        found.products_by = hessian.method
+        self._smooth_loss = False  # whether traces may be taken from loss differences
+        draws.products_by = hessian.method
 
     def run(self) -> Iterator[str]:
-        """Yields what each finished piece was."""
+        """Measure spectra and traces; yields the name of each finished piece."""
         self._open()
         for block in self._plan.spectra:
-            if "lanczos" in self._plan.estimators and (block not in self._found.ends or block in self._unfinished()):
-                self._found.ends[block] = self._ends(block)
+            if "lanczos" in self._plan.estimators and (
+                block not in self._draws.ends or block in self._blocks_with_draws_to_go()
+            ):
+                self._draws.ends[block] = self._measure_ends(block)
                 yield f"lanczos {block or 'whole model'}"
-            while "spectrum" in self._plan.estimators and len(self._found.spectra.get(block, [])) < self._plan.draws:
-                self._spectrum(block)
+            while "spectrum" in self._plan.estimators and len(self._draws.spectra.get(block, [])) < self._plan.draws:
+                self._draw_spectrum(block)
                 yield f"spectrum {block or 'whole model'}"
-        wanted = self._wanted() if "hutchinson" in self._plan.estimators else {}
-        while wanted:
-            block = worst(wanted)
+        pending = self._unfinished_blocks() if "hutchinson" in self._plan.estimators else {}
+        while pending:
+            block = least_precise(pending)
             self._draw(block)
             yield f"hutchinson {block}"
-            wanted = {name: error for name, error in wanted.items() if name != block} | self._wanted(block)
+            pending = {name: error for name, error in pending.items() if name != block} | self._unfinished_blocks(block)
 
     def _open(self) -> None:
-        """What no block can be charged with: the trial, the losses, the first graph."""
+        """Do the work that belongs to no block: the trial product, the losses, the first graph."""
         objective = self._hessian.objective
-        self._found.spend("opening", objective.cost)
-        with self._spending("opening"):
-            if not self._found.losses:
-                self._found.losses = [objective.value(index) for index in range(len(objective))]
+        self._draws.add_cost("opening", objective.cost)
+        with self._metered("opening"):
+            if not self._draws.losses:
+                self._draws.losses = [objective.value(index) for index in range(len(objective))]
             self._smooth_loss = self._plan.losses and self._hessian.smooth
 
     def direction(self, step: Mapping[str, Tensor]) -> None:
-        """ρ = dᵀHd / 2gᵀd of the optimizer's next step d, whole and by block."""
-        how = self._hessian.method
+        """Measure ρ = dᵀHd / 2gᵀd along the optimizer's next step d, for the whole model and by block."""
+        method = self._hessian.method
         for block in self._plan.spectra:
             space = self._space(block)
-            with self._spending(f"direction/{block}"):
-                d = space.flat_of(step).to(space.dtype)
-                each = []
+            with self._metered(f"direction/{block}"):
+                direction = space.flatten(step).to(space.dtype)
+                products = []
                 for index in range(len(self._hessian.objective)):
-                    gradient = space.flat_of(self._hessian.gradient(index))
-                    image = self._hessian.products(space, d[None], index)[0]
-                    each.append((_dot(d, image), _dot(gradient, d)))
-            curvature, descent = zip(*each, strict=True)
-            shares = self._found.shares
+                    gradient = space.flatten(self._hessian.gradient(index))
+                    image = self._hessian.products(space, direction[None], index)[0]
+                    products.append((_dot(direction, image), _dot(gradient, direction)))
+            curvature, descent = zip(*products, strict=True)
+            shares = self._draws.shares
             ratio = stability_ratio(
                 [c * w * len(shares) for c, w in zip(curvature, shares, strict=True)],
-                [a * w * len(shares) for a, w in zip(descent, shares, strict=True)],
+                [d * w * len(shares) for d, w in zip(descent, shares, strict=True)],
             )
             if ratio is not None:
-                self._stable(
-                    block, "direction", Estimate(ratio.value, ratio.stderr, ratio.probes, "direction", method=how)
+                self._record_stability(
+                    block, "direction", Estimate(ratio.value, ratio.stderr, ratio.probes, "direction", method=method)
                 )
 
     def linesearch(self, step: Mapping[str, Tensor]) -> None:
-        """Critical sharpness along the optimizer's next step, whole and by block."""
+        """Measure the critical sharpness along the optimizer's next step, for the whole model and by block."""
         for block in self._plan.spectra:
             space = self._space(block)
-            with self._spending(f"linesearch/{block}"):
-                found = along(self._hessian.objective, space, space.flat_of(step).to(space.dtype))
-            estimate = Estimate(found.value, math.nan, 1, "linesearch", residual=found.half_width, method="losses")
-            self._stable(block, "linesearch", estimate)
+            with self._metered(f"linesearch/{block}"):
+                critical = critical_sharpness_along(self._hessian.objective, space, space.flatten(step).to(space.dtype))
+            estimate = Estimate(
+                critical.value, math.nan, 1, "linesearch", residual=critical.half_width, method="losses"
+            )
+            self._record_stability(block, "linesearch", estimate)
 
     def preconditioned(self, scales: Mapping[str, Tensor]) -> None:
-        """The top eigenvalue of the preconditioned Hessian of the whole model, in units of Adam's edge."""
-        space = self._space(WHOLE)
-        with self._spending("preconditioned/"):
-            found = Lanczos(space.signs(self._generator("preconditioned")))
-            self._iterate(found, scaled_product(self._hessian, space, scales))
-        top = found.top()
+        """Measure the top eigenvalue of the preconditioned Hessian of the whole model, in units of Adam's edge."""
+        space = self._space(WHOLE_MODEL)
+        with self._metered("preconditioned/"):
+            lanczos = Lanczos(space.random_signs(self._generator("preconditioned")))
+            self._iterate(lanczos, preconditioned_matvec(self._hessian, space, scales))
+        top = lanczos.top()
         estimate = Estimate(top.value, math.nan, 1, "lanczos", residual=top.residual, method=self._hessian.method)
-        self._stable(WHOLE, "preconditioned", estimate)
+        self._record_stability(WHOLE_MODEL, "preconditioned", estimate)
 
-    def _ends(self, block: str) -> Ends:
+    def _measure_ends(self, block: str) -> SpectrumEnds:
         space = self._space(block)
         if space.size == 0:
-            nothing = [0.0] * len(self._found.shares)
-            return Ends(0.0, 0.0, 0.0, 0.0, nothing, nothing, "")
-        with self._spending(f"lanczos/{block}"):
-            found = Lanczos(space.signs(self._generator(block, "pilot")))
-            self._iterate(found, self._remembering(block, space))
-            while block and not (found.full or found.exhausted) and self._pays(block, found):
-                found.step(product_in(self._hessian, space))
-            top, bottom = found.top(), found.bottom()
-            tops, bottoms = self._quotients(space, torch.stack([top.vector, bottom.vector]))
-        self._keep(block, space, found)
-        spectrum = found.spectrum()
-        if spectrum is not None and not self._found.spectra.get(block):
-            self._found.spectra[block] = [(list(spectrum.eigenvalues), list(spectrum.weights))]
-        return Ends(top.value, top.residual, bottom.value, bottom.residual, tops, bottoms, self._hessian.method)
+            zeros = [0.0] * len(self._draws.shares)
+            return SpectrumEnds(0.0, 0.0, 0.0, 0.0, zeros, zeros, "")
+        with self._metered(f"lanczos/{block}"):
+            lanczos = Lanczos(space.random_signs(self._generator(block, "pilot")))
+            self._iterate(lanczos, self._recording_pilot(block, space))
+            while block and not (lanczos.is_full or lanczos.is_invariant) and self._pays(block, lanczos):
+                lanczos.step(hessian_matvec(self._hessian, space))
+            top, bottom = lanczos.top(), lanczos.bottom()
+            tops, bottoms = self._rayleigh_quotients(space, torch.stack([top.vector, bottom.vector]))
+        self._keep_for_deflation(block, space, lanczos)
+        spectrum = lanczos.spectrum()
+        if spectrum is not None and not self._draws.spectra.get(block):
+            self._draws.spectra[block] = [(list(spectrum.eigenvalues), list(spectrum.weights))]
+        return SpectrumEnds(top.value, top.residual, bottom.value, bottom.residual, tops, bottoms, self._hessian.method)
 
-    def _pays(self, block: str, found: Lanczos) -> bool:
-        """Whether one more product is likely to spare draws that take longer than it.
+    def _pays(self, block: str, lanczos: Lanczos) -> bool:
+        """Whether one more product is likely to save draws that take longer than it.
 
-        It adds `gain` to the part of ‖H‖²_F that deflation takes out of the draws' variance, 2‖H‖²_F.
+        It adds `captured_per_product` to the part of ‖H‖²_F that deflation removes from the draws' variance, 2‖H‖²_F.
         """
         quadratic, length = self._pilots[block]
-        trace = max(abs(quadratic), _LEAST * length)  # zᵀHz may be near zero by chance
+        trace = max(abs(quadratic), _MIN_TRACE_RATIO * length)  # zᵀHz may be near zero by chance
         if self._plan.precision is None or "hutchinson" not in self._plan.estimators or trace == 0:
             return False
-        spared = 2 * found.gain / (self._plan.precision * trace) ** 2
-        return spared > (_PRICE if self._smooth_loss else 1)
+        saved_draws = 2 * lanczos.captured_per_product / (self._plan.precision * trace) ** 2
+        return saved_draws > (_FORWARDS_PER_PRODUCT if self._smooth_loss else 1)
 
-    def _keep(self, block: str, space: ParameterSpace, found: Lanczos) -> None:
-        """Let the Krylov space deflate the block's draws, unless memory ends."""
-        basis, projected = found.projection
-        kept = sum(4 * each.entries for each in self._deflations.values())
-        if block and "hutchinson" in self._plan.estimators and kept + 4 * basis.numel() <= _KEPT_BYTES:
+    def _keep_for_deflation(self, block: str, space: ParameterSpace, lanczos: Lanczos) -> None:
+        """Keep the Krylov space to deflate the block's draws, within the limit on memory."""
+        basis, projected = lanczos.projection
+        kept_bytes = sum(4 * deflation.numel for deflation in self._deflations.values())
+        if block and "hutchinson" in self._plan.estimators and kept_bytes + 4 * basis.numel() <= _MAX_DEFLATION_BYTES:
             self._deflations[block] = Deflation(space, basis.clone(), projected)
 
-    def _iterate(self, found: Lanczos, product: Product) -> None:
-        while found.products < _PRODUCTS and not (found.products > 2 and self._known(found)):
-            if found.exhausted:
+    def _iterate(self, lanczos: Lanczos, matvec: Matvec) -> None:
+        while lanczos.products < _MAX_PRODUCTS and not (lanczos.products > 2 and self._has_converged(lanczos)):
+            if lanczos.is_invariant:
                 return
-            found.step(product)
+            lanczos.step(matvec)
 
-    def _known(self, found: Lanczos) -> bool:
-        return found.converged(self._plan.tolerance, self._plan.bottom_tolerance)
+    def _has_converged(self, lanczos: Lanczos) -> bool:
+        return lanczos.converged(self._plan.tolerance, self._plan.bottom_tolerance)
 
-    def _quotients(self, space: ParameterSpace, vectors: Tensor) -> list[list[float]]:
-        """uᵀH_i u of each batch i; of one batch there is nothing to compare."""
-        if len(self._found.shares) == 1:
+    def _rayleigh_quotients(self, space: ParameterSpace, vectors: Tensor) -> list[list[float]]:
+        """uᵀH_i u for each batch i; empty for a single batch, which needs no comparison."""
+        if len(self._draws.shares) == 1:
             return [[], []]
         rows = [
             [_dot(u, image) for u, image in zip(vectors, self._hessian.products(space, vectors, index), strict=True)]
-            for index in range(len(self._found.shares))
+            for index in range(len(self._draws.shares))
         ]
         return [list(column) for column in zip(*rows, strict=True)]
 
-    def _spectrum(self, block: str) -> None:
+    def _draw_spectrum(self, block: str) -> None:
         space = self._space(block)
-        spectra = self._found.spectra.setdefault(block, [])
-        with self._spending(f"spectrum/{block}"):
-            found = Lanczos(space.signs(self._generator(block, "spectrum", len(spectra))))
-            while found.products < _QUADRATURE and not found.exhausted:
-                found.step(product_in(self._hessian, space))
-        spectrum = found.spectrum()
+        spectra = self._draws.spectra.setdefault(block, [])
+        with self._metered(f"spectrum/{block}"):
+            lanczos = Lanczos(space.random_signs(self._generator(block, "spectrum", len(spectra))))
+            while lanczos.products < _QUADRATURE_PRODUCTS and not lanczos.is_invariant:
+                lanczos.step(hessian_matvec(self._hessian, space))
+        spectrum = lanczos.spectrum()
         if spectrum is not None:
             spectra.append((list(spectrum.eigenvalues), list(spectrum.weights)))
 
-    def _wanted(self, *blocks: str) -> dict[str, float]:
-        """Which of `blocks` (none given: of all) need more draws, and how far from exact each is."""
-        wanted = {}
+    def _unfinished_blocks(self, *blocks: str) -> dict[str, float]:
+        """The blocks among `blocks` (of all, if none is given) that need more draws, with their relative errors."""
+        unfinished = {}
         for block in blocks or self._plan.blocks:
-            self._leave_the_loss(block)
-            have = len(self._found.hutchinson.get(block, []))
-            trace = self._found.hutchinson_trace(block) if have else None
-            if self._plan.wants(trace, have):
-                known = trace is not None and have >= self._plan.draws
-                wanted[block] = relative_error(trace.value, trace.stderr) if known and trace else math.inf
-        return wanted
+            self._reconsider_loss_differences(block)
+            count = len(self._draws.hutchinson.get(block, []))
+            trace = self._draws.hutchinson_trace(block) if count else None
+            if self._plan.wants(trace, count):
+                started = trace is not None and count >= self._plan.draws
+                unfinished[block] = relative_error(trace.value, trace.stderr) if started and trace else math.inf
+        return unfinished
 
-    def _leave_the_loss(self, block: str) -> None:
-        """Begin again with products where the rounding of L(θ), which all draws share, is too coarse for a trace."""
-        common = self._found.common.get(block, 0.0)
-        if self._plan.precision is None or common == 0 or len(self._found.hutchinson[block]) < self._plan.draws:
+    def _reconsider_loss_differences(self, block: str) -> None:
+        """Start over with products if the rounding error of L(θ), which all draws share, is too large."""
+        shared_error = self._draws.common.get(block, 0.0)
+        if self._plan.precision is None or shared_error == 0 or len(self._draws.hutchinson[block]) < self._plan.draws:
             return
-        if common > _COARSE * self._plan.precision * abs(self._found.hutchinson_trace(block).value):
-            self._smooth[block] = None
-            self._found.hutchinson[block].clear()
-            self._found.steps[block] = self._found.common[block] = 0.0
+        if shared_error > _MAX_SHARED_ERROR * self._plan.precision * abs(self._draws.hutchinson_trace(block).value):
+            self._differences[block] = None
+            self._draws.hutchinson[block].clear()
+            self._draws.steps[block] = self._draws.common[block] = 0.0
 
-    def _unfinished(self) -> dict[str, float]:
-        """Blocks whose draws go on: what deflates them must be had again."""
-        return self._wanted() if "hutchinson" in self._plan.estimators else {}
+    def _blocks_with_draws_to_go(self) -> dict[str, float]:
+        """The blocks that need more draws, so that their deflation must be computed again after a resume."""
+        return self._unfinished_blocks() if "hutchinson" in self._plan.estimators else {}
 
     def _draw(self, block: str) -> None:
-        """One draw on every batch."""
+        """Take one draw on every batch."""
         space = self._space(block)
-        draws = self._found.hutchinson.setdefault(block, [])
+        draws = self._draws.hutchinson.setdefault(block, [])
         if space.size == 0:
-            draws.append([[0.0]] * len(self._found.shares))
+            draws.append([[0.0]] * len(self._draws.shares))
             return
-        with self._spending(f"hutchinson/{block}"):
-            smooth = self._differences(block, space)
+        with self._metered(f"hutchinson/{block}"):
+            differences = self._loss_differences(block, space)
             row = []
-            for index in range(len(self._found.shares)):
-                patterns = space.patterns(space.signs(self._generator(block, "hutchinson", len(draws), index)))
+            for index in range(len(self._draws.shares)):
+                patterns = space.mirrored(space.random_signs(self._generator(block, "hutchinson", len(draws), index)))
                 deflation = self._deflations.get(block)
-                if smooth is not None:
-                    known = deflation.known_in_all(patterns) if deflation else 0.0
-                    row.append([smooth.draw(space, patterns, index) - known])
+                if differences is not None:
+                    expected = deflation.control_variate_total(patterns) if deflation else 0.0
+                    row.append([differences.draw(space, patterns, index) - expected])
                 else:
                     forms = quadratic_forms(self._hessian, space, patterns, index)
-                    row.append((forms - deflation.known(patterns) if deflation else forms).tolist())
+                    row.append((forms - deflation.control_variate(patterns) if deflation else forms).tolist())
         draws.append(row)
 
-    def _differences(self, block: str, space: ParameterSpace) -> LossDifferences | None:
-        """How the block's quadratic forms are had from the loss; None where they are to be had from products."""
-        if block not in self._smooth:
-            self._smooth[block] = self._tried(block, space) if self._smooth_loss else None
-            found = self._smooth[block]
-            self._found.steps[block] = 0.0 if found is None else found.step
-            self._found.common[block] = 0.0 if found is None else found.stderr
-        return self._smooth[block]
+    def _loss_differences(self, block: str, space: ParameterSpace) -> LossDifferences | None:
+        """The loss differences of the block; None to use products."""
+        if block not in self._differences:
+            self._differences[block] = self._try_loss_differences(block, space) if self._smooth_loss else None
+            differences = self._differences[block]
+            self._draws.steps[block] = 0.0 if differences is None else differences.step
+            self._draws.common[block] = 0.0 if differences is None else differences.stderr
+        return self._differences[block]
 
-    def _tried(self, block: str, space: ParameterSpace) -> LossDifferences | None:
+    def _try_loss_differences(self, block: str, space: ParameterSpace) -> LossDifferences | None:
         objective = self._hessian.objective
         if not self._bases:
-            whole = self._space(WHOLE)
+            whole = self._space(WHOLE_MODEL)
             indices = range(len(objective))
-            self._bases = [Base.of(objective, i, whole, self._generator("base", i)) for i in indices]
-            if len(objective) <= _GRADIENTS:
+            self._bases = [BaseLoss.of(objective, i, whole, self._generator("base", i)) for i in indices]
+            if len(objective) <= _MAX_KEPT_GRADIENTS:
                 self._gradients = [self._hessian.gradient(index) for index in indices]
-        gradients = [space.flat_of(gradient) for gradient in self._gradients] or None
-        kept = self._found.steps.get(block)
-        if kept is not None:  # decided before the measurement was taken up again
-            return LossDifferences(objective, self._bases, gradients, kept) if kept else None
-        quadratic, length = self._pilot(block, space)
-        curvature = max(abs(quadratic), math.sqrt(2) * length)
-        found = LossDifferences.scaled(objective, space, bases=self._bases, gradients=gradients, curvature=curvature)
-        signs = space.signs(self._generator(block, "pilot"))
-        return found if found.agrees(space, signs, quadratic, curvature) else None
+        gradients = [space.flatten(gradient) for gradient in self._gradients] or None
+        earlier_step = self._draws.steps.get(block)
+        if earlier_step is not None:  # decided before the measurement was resumed
+            return LossDifferences(objective, self._bases, gradients, earlier_step) if earlier_step else None
+        quadratic, norm = self._pilot(block, space)
+        curvature = max(abs(quadratic), math.sqrt(2) * norm)
+        differences = LossDifferences.scaled(
+            objective, space, bases=self._bases, gradients=gradients, curvature=curvature
+        )
+        signs = space.random_signs(self._generator(block, "pilot"))
+        return differences if differences.agrees(space, signs, quadratic, curvature) else None
 
     def _pilot(self, block: str, space: ParameterSpace) -> tuple[float, float]:
         if block not in self._pilots:
-            signs = space.signs(self._generator(block, "pilot"))
-            self._remembering(block, space)(signs / math.sqrt(space.size))
+            signs = space.random_signs(self._generator(block, "pilot"))
+            self._recording_pilot(block, space)(signs / math.sqrt(space.size))
         return self._pilots[block]
 
-    def _remembering(self, block: str, space: ParameterSpace) -> Product:
-        """The product, the first of which, with z/√n, is kept as the block's pilot."""
-        product = product_in(self._hessian, space)
+    def _recording_pilot(self, block: str, space: ParameterSpace) -> Matvec:
+        """The product with H; the first one, with z/√n, is kept as the block's pilot."""
+        matvec = hessian_matvec(self._hessian, space)
 
-        def first(vector: Tensor) -> Tensor:
-            image = product(vector)
-            length = math.sqrt(space.size) * float(torch.linalg.vector_norm(image))
-            self._pilots.setdefault(block, (space.size * _dot(vector, image), length))
+        def recording(vector: Tensor) -> Tensor:
+            image = matvec(vector)
+            norm = math.sqrt(space.size) * float(torch.linalg.vector_norm(image))
+            self._pilots.setdefault(block, (space.size * _dot(vector, image), norm))
             return image
 
-        return first
+        return recording
 
     def _space(self, block: str) -> ParameterSpace:
         if block not in self._spaces:
             self._spaces[block] = ParameterSpace(self._block_map, block or None, self._hessian.objective.live.leaves)
         return self._spaces[block]
 
-    def _stable(self, block: str, kind: str, estimate: Estimate) -> None:
-        cost = self._found.costs[f"{kind}/{block}"]
-        self._found.stability.setdefault(block, {})[kind] = replace(estimate, cost=cost)
+    def _record_stability(self, block: str, kind: str, estimate: Estimate) -> None:
+        cost = self._draws.costs[f"{kind}/{block}"]
+        self._draws.stability.setdefault(block, {})[kind] = replace(estimate, cost=cost)
 
-    def _spending(self, name: str) -> _Spending:
-        return _Spending(self._hessian, self._found, name)
+    def _metered(self, name: str) -> _CostMeter:
+        return _CostMeter(self._hessian, self._draws, name)
 
 
-class _Spending:
-    """Books what the objective spends inside under a name."""
+class _CostMeter:
+    """Adds the cost of the body to the cost of `name`."""
 
-    def __init__(self, hessian: Hessian, found: Draws, name: str) -> None:
-        self._hessian, self._found, self._name = hessian, found, name
+    def __init__(self, hessian: Hessian, draws: Draws, name: str) -> None:
+        self._hessian, self._draws, self._name = hessian, draws, name
         self._before = Cost()
 
     def __enter__(self) -> None:
         self._before = self._hessian.objective.cost
 
     def __exit__(self, *_: object) -> None:
-        self._found.spend(self._name, self._hessian.objective.cost - self._before)
+        self._draws.add_cost(self._name, self._hessian.objective.cost - self._before)
 
 
 def _dot(left: Tensor, right: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""What a user can get wrong about a measurement, found before it starts: what, where, and what is allowed."""
+"""Checks of the arguments of `measure`, made before anything runs."""
 
 from __future__ import annotations
 
@@ -12,107 +12,123 @@ from sharpwatch.blocks import BlockMap
 from sharpwatch.curvature.objective.batch import Batch
 from sharpwatch.curvature.objective.hessian import METHODS, Method
 from sharpwatch.curvature.objective.next_step import preconditioner, require_adam
-from sharpwatch.curvature.objective.outputs import EmptyBatchError, LogitsFn, find_labels, tokens_of
-from sharpwatch.errors import ProbeError
+from sharpwatch.curvature.objective.outputs import LogitsFn, count_tokens, find_labels
+from sharpwatch.errors import EmptyBatchError, ProbeError
 
-ALLOWED = ("gnb", "hutchinson", "lanczos", "spectrum", "direction", "linesearch", "preconditioned")
-_OF_OPTIMIZER = {"direction", "linesearch", "preconditioned"}
+ESTIMATOR_NAMES = ("gnb", "hutchinson", "lanczos", "spectrum", "direction", "linesearch", "preconditioned")
+_OPTIMIZER_ESTIMATORS = {"direction", "linesearch", "preconditioned"}
 
 
-def model(given: nn.Module) -> None:
-    """A module on real devices, with something to differentiate by."""
+def check_model(given: nn.Module) -> None:
+    """Check that the model is a module with real parameters, some of which require a gradient."""
     if not isinstance(given, nn.Module):
-        raise ProbeError(f"model: expected a torch.nn.Module, got {type(given).__name__}")
+        raise ProbeError(f"model must be a torch.nn.Module, got {type(given).__name__}")
     parameters = dict(given.named_parameters())
     if not any(parameter.requires_grad for parameter in parameters.values()):
-        raise ProbeError("model: nothing in it requires a gradient")
+        raise ProbeError("model must have a parameter that requires a gradient")
     for name, parameter in parameters.items():
         if parameter.is_meta:
-            raise ProbeError(f"model: {name} is on the meta device: it has no values")
+            raise ProbeError(f"model: {name} is on the meta device, so it has no values")
 
 
-def words(estimators: Sequence[str]) -> None:
-    """The names of estimators."""
-    unknown = [name for name in estimators if name not in ALLOWED]
+def check_estimators(estimators: Sequence[str]) -> None:
+    """Check the names of the estimators."""
+    unknown = [name for name in estimators if name not in ESTIMATOR_NAMES]
     if isinstance(estimators, str) or unknown or not estimators or len(set(estimators)) < len(estimators):
-        raise ProbeError(f"estimators={estimators!r}: allowed is one or more of {', '.join(ALLOWED)}, each once")
+        raise ProbeError(
+            f"estimators must be one or more of {', '.join(ESTIMATOR_NAMES)}, each at most once, got {estimators!r}"
+        )
 
 
-def method(name: str) -> Method:
-    """How derivatives are to be had."""
+def check_method(name: str) -> Method:
+    """Check how derivatives are to be computed."""
     for known in METHODS:
         if known == name:
             return known
-    raise ProbeError(f"method={name!r}: allowed is {', '.join(map(repr, METHODS))}")
+    raise ProbeError(f"method must be one of {', '.join(map(repr, METHODS))}, got {name!r}")
 
 
-def numbers(draws: int, seed: int, precision: float | None, max_draws: int) -> None:
-    """How many draws, from where, to what end."""
-    if not (_whole(draws) and draws >= 2):
-        raise ProbeError(f"draws={draws!r}: a standard error needs at least two")
-    if not (_whole(seed) and 0 <= seed < 2**63):
-        raise ProbeError(f"seed={seed!r}: allowed is a whole number from 0 below 2**63")
+def check_numbers(draws: int, seed: int, precision: float | None, max_draws: int) -> None:
+    """Check the numeric arguments."""
+    if not (_is_integer(draws) and draws >= 2):
+        raise ProbeError(f"draws must be an integer of at least 2 (a standard error needs two draws), got {draws!r}")
+    if not (_is_integer(seed) and 0 <= seed < 2**63):
+        raise ProbeError(f"seed must be an integer with 0 <= seed < 2**63, got {seed!r}")
     if precision is not None and not (isinstance(precision, float) and 0 < precision < 1):
-        raise ProbeError(f"precision={precision!r}: allowed is a relative standard error above 0 and below 1")
-    if not (_whole(max_draws) and max_draws >= 2):
-        raise ProbeError(f"max_draws={max_draws!r}: allowed is a whole number from 2")
+        raise ProbeError(
+            f"precision must be a float with 0 < precision < 1, a relative standard error, got {precision!r}"
+        )
+    if not (_is_integer(max_draws) and max_draws >= 2):
+        raise ProbeError(f"max_draws must be an integer of at least 2, got {max_draws!r}")
 
 
-def optimizers(
+def check_optimizers(
     given: nn.Module,
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None,
     estimators: Sequence[str],
 ) -> tuple[torch.optim.Optimizer, ...]:
-    """The optimizers as a tuple; those that an estimator needs must be there, and fit."""
+    """Check that optimizers are given if an estimator needs them, and that they fit.
+
+    Returns:
+        The optimizers as a tuple.
+    """
     several = (optimizer,) if isinstance(optimizer, torch.optim.Optimizer) else tuple(optimizer or ())
-    asked = sorted(_OF_OPTIMIZER & set(estimators))
+    asked = sorted(_OPTIMIZER_ESTIMATORS & set(estimators))
     if asked and not several:
-        raise ProbeError(f"estimators: {', '.join(asked)} need the optimizer, and none is given")
+        raise ProbeError(f"optimizer must be given for the estimators {', '.join(asked)}")
     if "preconditioned" in asked:
         require_adam(several)
         preconditioner(given, several)
     return several
 
 
-def batches(given: nn.Module, several: Sequence[Mapping[str, Any]], logits_fn: LogitsFn | None) -> list[int]:
-    """How many positions of each batch predict."""
+def check_batches(given: nn.Module, several: Sequence[Mapping[str, Any]], logits_fn: LogitsFn | None) -> list[int]:
+    """Check each batch.
+
+    Returns:
+        Number of predicting positions of each batch.
+    """
     if not isinstance(several, Sequence) or not several:
-        raise ProbeError("batches: expected a list of dicts of the model's arguments, at least one")
-    return [_batch(given, f"batches[{index}]", batch, logits_fn) for index, batch in enumerate(several)]
+        raise ProbeError("batches must be a non-empty list of dicts with the model's arguments")
+    return [_check_batch(given, f"batches[{index}]", batch, logits_fn) for index, batch in enumerate(several)]
 
 
-def blocks(names: Sequence[str] | None, block_map: BlockMap) -> tuple[str, ...]:
-    """The blocks to measure, in the map's order."""
+def check_blocks(names: Sequence[str] | None, block_map: BlockMap) -> tuple[str, ...]:
+    """Check the names of the blocks.
+
+    Returns:
+        The blocks to measure, in the order of the block map.
+    """
     if names is None:
         return block_map.blocks
     unknown = [name for name in names if name not in block_map.blocks]
     if isinstance(names, str) or unknown or not names:
-        raise ProbeError(f"blocks={names!r}: this model has {', '.join(block_map.blocks)}")
+        raise ProbeError(f"blocks must be among those of the model, {', '.join(block_map.blocks)}, got {names!r}")
     return tuple(block for block in block_map.blocks if block in names)
 
 
-def _batch(given: nn.Module, where: str, values: Mapping[str, Any], logits_fn: LogitsFn | None) -> int:
+def _check_batch(given: nn.Module, where: str, values: Mapping[str, Any], logits_fn: LogitsFn | None) -> int:
     if not isinstance(values, Mapping):
-        raise ProbeError(f"{where}: expected a dict of the model's arguments, got {type(values).__name__}")
+        raise ProbeError(f"{where} must be a dict with the model's arguments, got {type(values).__name__}")
     batch = Batch((), dict(values))
     if any(tensor.numel() == 0 for tensor in batch.tensors()) or not any(True for _ in batch.tensors()):
-        raise ProbeError(f"{where}: is empty")
+        raise ProbeError(f"{where} is empty")
     _check_vocabulary(given, where, batch)
     try:
-        return batch.rows if logits_fn is not None else tokens_of(given, batch)
+        return batch.rows if logits_fn is not None else count_tokens(given, batch)
     except EmptyBatchError:
-        raise ProbeError(f"{where}: no position of it predicts: all labels are ignored") from None
+        raise ProbeError(f"{where}: every label is ignored, so no position predicts") from None
 
 
 def _check_vocabulary(given: nn.Module, where: str, batch: Batch) -> None:
-    table = _table(given)
+    table = _embedding_table(given)
     ids = batch.kwargs.get("input_ids")
     if table is not None and isinstance(ids, Tensor) and not ids.is_floating_point():
         _check_ids(f"{where}.input_ids", ids, table.num_embeddings)
     labels = find_labels(given, batch)
     classes = getattr(getattr(given, "config", None), "vocab_size", None)
     if labels is not None and isinstance(classes, int) and labels.values.dim() > 1:
-        _check_ids(f"{where}.labels", labels.values[labels.values >= 0], max(classes, _outputs(given)))
+        _check_ids(f"{where}.labels", labels.values[labels.values >= 0], max(classes, _head_outputs(given)))
 
 
 def _check_ids(where: str, ids: Tensor, size: int) -> None:
@@ -120,7 +136,7 @@ def _check_ids(where: str, ids: Tensor, size: int) -> None:
         raise ProbeError(f"{where}: token {outside} is outside the model's vocabulary of {size}")
 
 
-def _table(given: nn.Module) -> nn.Embedding | None:
+def _embedding_table(given: nn.Module) -> nn.Embedding | None:
     find = getattr(given, "get_input_embeddings", None)
     try:
         table = find() if callable(find) else None
@@ -129,11 +145,11 @@ def _table(given: nn.Module) -> nn.Embedding | None:
     return table if isinstance(table, nn.Embedding) else None
 
 
-def _outputs(given: nn.Module) -> int:
+def _head_outputs(given: nn.Module) -> int:
     find = getattr(given, "get_output_embeddings", None)
     head = find() if callable(find) else None
     return head.out_features if isinstance(head, nn.Linear) else 0
 
 
-def _whole(value: object) -> bool:
+def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)

@@ -1,1 +1,1 @@
-"""The loss as a function of the weights, and its Hessian products."""
+"""The loss as a function of the weights, and products with its Hessian."""

@@ -1,4 +1,4 @@
-"""The mean loss over some batches as a function of a model's weights."""
+"""The mean loss over batches as a function of a model's weights."""
 
 from __future__ import annotations
 
@@ -9,23 +9,34 @@ import torch
 from torch import Tensor
 
 from sharpwatch.curvature.objective.batch import Batch
-from sharpwatch.curvature.objective.outputs import LossFn, tokens_of, true_loss
+from sharpwatch.curvature.objective.outputs import LossFn, count_tokens, training_loss
 from sharpwatch.curvature.parameters.parameter_space import ParameterSpace
-from sharpwatch.curvature.state.isolation import Functional, raised
+from sharpwatch.curvature.state.isolation import Functional, upcast
 from sharpwatch.curvature.statistics.estimate import Cost
 
 
 class Objective:
-    """L = Σ_i w_i L_i over `batches`, w_i batch i's share of the positions that predict; `cost` counts what is spent.
+    """The loss L = Σ_i w_i L_i over `batches`, where w_i is batch i's share of the predicting positions.
 
-    Raises `ProbeError` where no position of a batch predicts.
+    Args:
+        live: The stand-in for the model.
+        batches: The batches.
+        loss_fn: Computes the loss; None to use the model's own, see `training_loss`.
+
+    Attributes:
+        tokens: Number of predicting positions of each batch.
+        shares: The weights w_i.
+        cost: Passes over the data so far.
+
+    Raises:
+        EmptyBatchError: Every label of a batch is ignored.
     """
 
     def __init__(self, live: Functional, batches: Sequence[Batch], loss_fn: LossFn | None = None) -> None:
         self.live = live
-        self._batches = [batch.usable().mapped(raised) if live.exact else batch.usable() for batch in batches]
+        self._batches = [batch.prepared().map_tensors(upcast) if live.exact else batch.prepared() for batch in batches]
         self._loss_fn = loss_fn
-        self.tokens = [tokens_of(live.inner, batch) for batch in batches]
+        self.tokens = [count_tokens(live.inner, batch) for batch in batches]
         self.shares = [tokens / sum(self.tokens) for tokens in self.tokens]
         self.cost = Cost()
 
@@ -33,42 +44,50 @@ class Objective:
         return len(self._batches)
 
     def loss(self, index: int) -> Tensor:
-        """L_i at the present weights, a scalar with its graph."""
+        """L_i at the present weights: a scalar with its graph."""
         self.cost += Cost(forwards=self.shares[index])
-        return true_loss(self.live, self.live.inner, self._batches[index], self._loss_fn)
+        return training_loss(self.live, self.live.inner, self._batches[index], self._loss_fn)
 
     def value(self, index: int) -> float:
-        """L_i at the present weights."""
+        """L_i at the present weights, without a graph."""
         with torch.no_grad():
             return float(self.loss(index).double())
 
     def gradient(self, index: int, names: Sequence[str]) -> dict[str, Tensor]:
-        """∇L_i by the parameters `names` at the present weights; one that it does not reach is left out."""
+        """∇L_i with respect to the parameters `names`; a parameter that the loss does not depend on is missing."""
         leaves = [self.live.leaves[name] for name in names]
-        found = torch.autograd.grad(self.loss(index), leaves, allow_unused=True)
+        raw = torch.autograd.grad(self.loss(index), leaves, allow_unused=True)
         self.cost += Cost(backwards=self.shares[index])
-        return {name: dense(g) for name, g in zip(names, found, strict=True) if g is not None}
+        return {name: to_dense(g) for name, g in zip(names, raw, strict=True) if g is not None}
 
     @contextmanager
     def displaced(self, space: ParameterSpace, displacement: Tensor) -> Iterator[Mapping[str, Tensor]]:
-        """Inside, the weights are θ + `displacement` [space.size], on copies; gives the copies to differentiate by."""
+        """A context in which the weights are θ + `displacement`, on copies.
+
+        Args:
+            space: The parameters that are displaced.
+            displacement: Vector [space.size].
+
+        Yields:
+            The displaced leaves by parameter name, to be differentiated by.
+        """
         leaves = self.live.leaves
         moved = {
             name: (leaves[name].detach() + step[0]).to(leaves[name].dtype).requires_grad_()
-            for name, step in space.shaped(displacement[None]).items()
+            for name, step in space.unflatten(displacement[None]).items()
         }
         saved = {name: leaves[name] for name in moved}
         try:
             for name, tensor in moved.items():
                 leaves[name] = tensor
-                self.live.place(name, tensor)
+                self.live.set_parameter(name, tensor)
             yield moved
         finally:
             for name, tensor in saved.items():
                 leaves[name] = tensor
-                self.live.place(name, tensor)
+                self.live.set_parameter(name, tensor)
 
 
-def dense(gradient: Tensor) -> Tensor:
-    """A gradient as its parameter is, also that of a sparse embedding."""
+def to_dense(gradient: Tensor) -> Tensor:
+    """A dense gradient; that of a sparse embedding is converted."""
     return gradient.to_dense() if gradient.is_sparse else gradient

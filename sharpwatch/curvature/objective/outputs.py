@@ -1,4 +1,4 @@
-"""What a model predicts and what it is trained on: logits, the positions that predict, the true loss."""
+"""A model's outputs and targets: its logits, the positions that predict, and the training loss."""
 
 from __future__ import annotations
 
@@ -13,81 +13,116 @@ import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from torch import Tensor, nn
 
 from sharpwatch.curvature.objective.batch import Batch
-from sharpwatch.errors import ProbeError
+from sharpwatch.errors import EmptyBatchError, ProbeError
 
-# `model` is called as the user's own would be.
+# Both are called as f(model, batch).
 LossFn = Callable[[Any, Batch], Tensor]  # -> scalar
-LogitsFn = Callable[[Any, Batch], tuple[Tensor, Tensor]]  # -> logits [..., V], bool [...]: the positions that predict
+LogitsFn = Callable[
+    [Any, Batch], tuple[Tensor, Tensor]
+]  # -> logits [..., V], bool [...]: True where a position predicts
 
-_IGNORED = -100  # Hugging Face's label of a position that does not count
+_IGNORED_LABEL = -100  # Hugging Face's label of an ignored position
 _TARGETS = ("targets", "target", "y")
-# Hugging Face heads whose labels stand at the position that predicts them; all others predict the next token.
+# Hugging Face heads whose labels are at the position that predicts them; all others predict the next token.
 _ALIGNED_HEADS = ("ForMaskedLM", "ForTokenClassification", "ForSequenceClassification", "ForPreTraining")
-
-
-class EmptyBatchError(ProbeError):
-    """No position of a probe's rows predicts; other rows may."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Labels:
-    """True labels. `shifted`: the label of position t is at t + 1; then the last position predicts nothing."""
+    """Labels of a batch, [rows, positions].
+
+    Attributes:
+        values: The labels; negative ones are ignored.
+        shifted: The label of position t is at t + 1, so the last position predicts nothing.
+    """
 
     values: Tensor
     shifted: bool
 
     def aligned(self) -> Tensor:
-        """Labels at the positions that predict them, -100 at the others."""
-        values = self.values.masked_fill(self.values < 0, _IGNORED)
-        return F.pad(values[:, 1:], (0, 1), value=_IGNORED) if self.shifted else values
+        """Labels at the positions that predict them; -100 at positions that predict nothing."""
+        values = self.values.masked_fill(self.values < 0, _IGNORED_LABEL)
+        return F.pad(values[:, 1:], (0, 1), value=_IGNORED_LABEL) if self.shifted else values
 
 
 def find_labels(model: nn.Module, batch: Batch) -> Labels | None:
-    """The labels among the arguments of `model.forward`, by name, whether passed by position or not.
+    """Find the labels among the arguments of `model.forward`, by name, whether passed by position or by keyword.
 
-    `labels` follow Hugging Face: shifted for a causal language model, aligned for an encoder-decoder, a masked language
-    model or a classifier. `targets`, `target` and `y` are aligned, as nanoGPT's.
+    `labels` follow Hugging Face: shifted for a causal language model; aligned for an encoder-decoder, a masked language
+    model or a classifier. `targets`, `target` and `y` are aligned, as in nanoGPT.
+
+    Args:
+        model: The model, or the module inside its wrappers.
+        batch: The arguments.
+
+    Returns:
+        The labels, or None.
     """
-    named = _named(model, batch)
-    labels = named.get("labels")
+    arguments = _named_arguments(model, batch)
+    labels = arguments.get("labels")
     if isinstance(labels, Tensor):
         aligned = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         aligned = aligned or labels.dim() < 2 or type(model).__name__.endswith(_ALIGNED_HEADS)
         return Labels(labels, shifted=not aligned)
-    return next((Labels(named[name], shifted=False) for name in _TARGETS if isinstance(named.get(name), Tensor)), None)
+    return next(
+        (Labels(arguments[name], shifted=False) for name in _TARGETS if isinstance(arguments.get(name), Tensor)), None
+    )
 
 
-def predictions(
+def predict(
     call: Callable[..., Any], model: nn.Module, batch: Batch, logits_fn: LogitsFn | None
 ) -> tuple[Tensor, Tensor]:
-    """Logits [..., V] and a bool [...] of the positions that predict; without labels, all do.
+    """Compute the logits of a batch.
 
-    `call` is what stands in for `model`. A Hugging Face causal model is not given its labels: its logits are the same
-    without them, and its loss would only cost memory. Raises `ProbeError` where the output has no logits.
+    A Hugging Face causal model is called without its labels: the logits are the same, and its loss would only take
+    memory.
+
+    Args:
+        call: Called in place of `model`.
+        model: The model, for its signature and configuration.
+        batch: The arguments.
+        logits_fn: Computes both results; None to find the logits in the output, and the mask from the labels.
+
+    Returns:
+        Logits [..., V], and a bool mask [...] of the positions that predict; without labels, all do.
+
+    Raises:
+        ProbeError: The output has no logits, or they do not match the labels.
     """
     if logits_fn is not None:
         logits, mask = logits_fn(call, batch)
     else:
         labels = find_labels(model, batch)
-        logits = logits_of(call(*batch.args, **_without_labels(model, batch, labels)))
+        logits = find_logits(call(*batch.args, **_without_labels(model, batch, labels)))
         mask = (
             torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
             if labels is None
-            else labels.aligned() != _IGNORED
+            else labels.aligned() != _IGNORED_LABEL
         )
     if mask.shape != logits.shape[:-1]:
         shapes = f"logits {tuple(logits.shape)}, mask or labels {tuple(mask.shape)}"
-        raise ProbeError(f"{shapes}: no label for each position; give logits_fn")
+        raise ProbeError(f"{shapes}: expected one label for each position; pass logits_fn")
     return logits, mask.to(logits.device, torch.bool)
 
 
-def true_loss(call: Callable[..., Any], model: nn.Module, batch: Batch, loss_fn: LossFn | None) -> Tensor:
-    """The loss of `batch` that the run trains on: `loss_fn`'s, else the output's own, else cross-entropy of its labels.
+def training_loss(call: Callable[..., Any], model: nn.Module, batch: Batch, loss_fn: LossFn | None) -> Tensor:
+    """Compute the loss that the run trains on, with the true labels.
 
-    Raises `ProbeError` where there is none of these.
+    Args:
+        call: Called in place of `model`.
+        model: The model, for its signature and configuration.
+        batch: The arguments.
+        loss_fn: Computes the loss; None to take the loss in the model's output, or else the cross-entropy of its
+            labels.
+
+    Returns:
+        A scalar with its graph.
+
+    Raises:
+        ProbeError: There is neither a loss nor labels.
     """
     if loss_fn is not None:
-        return _scalar(loss_fn(call, batch), "loss_fn")
+        return _require_scalar(loss_fn(call, batch), "loss_fn")
     output = call(*batch.args, **batch.kwargs)
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if loss is None and isinstance(output, tuple | list):
@@ -95,41 +130,49 @@ def true_loss(call: Callable[..., Any], model: nn.Module, batch: Batch, loss_fn:
     if loss is None and isinstance(output, Tensor) and output.numel() == 1:
         loss = output
     if loss is not None:
-        return _scalar(loss, "the model's output")
+        return _require_scalar(loss, "the model's output")
     labels = find_labels(model, batch)
     if labels is None:
-        raise ProbeError("the model was called without labels and returns no loss: direction needs loss_fn")
-    logits = logits_of(output)
-    return F.cross_entropy(logits.flatten(0, -2).float(), labels.aligned().flatten(), ignore_index=_IGNORED)
+        raise ProbeError("the model was called without labels and returns no loss: pass loss_fn")
+    logits = find_logits(output)
+    return F.cross_entropy(logits.flatten(0, -2).float(), labels.aligned().flatten(), ignore_index=_IGNORED_LABEL)
 
 
-def tokens_of(model: nn.Module, batch: Batch) -> int:
-    """How many positions predict, read from the labels; without labels, those of the first tensor that has rows.
+def count_tokens(model: nn.Module, batch: Batch) -> int:
+    """Count the predicting positions by the labels; without labels, the positions of the first tensor with rows.
 
-    Raises `ProbeError` where none does.
+    Raises:
+        EmptyBatchError: Every label is ignored.
     """
     labels = find_labels(model, batch)
     if labels is not None:
-        return count(labels.aligned() != _IGNORED)
+        return count_predicting(labels.aligned() != _IGNORED_LABEL)
     first = next((tensor for tensor in batch.tensors() if tensor.dim() >= 2), None)
     if first is None:
         return batch.rows
     return math.prod(first.shape[:-1]) if first.is_floating_point() else first.numel()
 
 
-def count(mask: Tensor) -> int:
-    """How many positions predict; raises `EmptyBatchError` for none."""
+def count_predicting(mask: Tensor) -> int:
+    """Number of positions in `mask` that predict; raises `EmptyBatchError` for none."""
     tokens = int(mask.sum())
     if tokens == 0:
-        raise EmptyBatchError("no position of these rows predicts: all labels are ignored")
+        raise EmptyBatchError("every label of these rows is ignored: no position predicts")
     return tokens
 
 
-def logits_of(output: Any) -> Tensor:
-    """The logits in a model's output.
+def find_logits(output: Any) -> Tensor:
+    """Find the logits in a model's output.
 
-    They are `.logits`, `["logits"]`, the first float tensor of 3 or more dimensions of a tuple, or the output.
-    Raises `ProbeError` that says what it saw.
+    Args:
+        output: An object with `.logits`, a mapping with "logits", a tuple (its first float tensor with 3 or more
+            dimensions counts), or the logits themselves.
+
+    Returns:
+        The logits [..., V].
+
+    Raises:
+        ProbeError: There are none; the message describes the output.
     """
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     if logits is None and isinstance(output, tuple | list):
@@ -137,15 +180,15 @@ def logits_of(output: Any) -> Tensor:
     if logits is None and _is_logits(output, dimensions=2):
         logits = output
     if not isinstance(logits, Tensor):
-        raise ProbeError(f"no logits in the model's output, {_described(output)}; give logits_fn")
+        raise ProbeError(f"found no logits in the model's output, {_describe(output)}; pass logits_fn")
     return logits
 
 
-def _named(model: nn.Module, batch: Batch) -> Mapping[str, Any]:
-    """The arguments by the names that `model.forward` gives them."""
+def _named_arguments(model: nn.Module, batch: Batch) -> Mapping[str, Any]:
+    """The arguments by their names in the signature of `model.forward`."""
     try:
         bound = inspect.signature(model.forward).bind_partial(*batch.args, **batch.kwargs)
-    except TypeError:  # a call that forward does not take as it is: hooks may have changed it on the way
+    except TypeError:  # forward does not accept this call: a pre-hook may change its arguments
         return batch.kwargs
     return {**batch.kwargs, **bound.arguments}
 
@@ -156,10 +199,10 @@ def _without_labels(model: nn.Module, batch: Batch, labels: Labels | None) -> Ma
     return {name: value for name, value in batch.kwargs.items() if name != "labels"}
 
 
-def _scalar(loss: Any, source: str) -> Tensor:
+def _require_scalar(loss: Any, source: str) -> Tensor:
     depends = isinstance(loss, Tensor) and (loss.requires_grad or not torch.is_grad_enabled())
     if not depends or loss.numel() != 1:
-        raise ProbeError(f"{source} gave {_described(loss)} for a loss: expected a scalar that depends on the weights")
+        raise ProbeError(f"{source} must give a scalar loss that depends on the weights, got {_describe(loss)}")
     return cast("Tensor", loss).reshape(())
 
 
@@ -167,12 +210,12 @@ def _is_logits(value: Any, dimensions: int) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= dimensions
 
 
-def _described(value: Any) -> str:
+def _describe(value: Any) -> str:
     match value:
         case Tensor():
             return f"a {str(value.dtype).removeprefix('torch.')} tensor {tuple(value.shape)}"
         case Mapping():
             return f"a mapping of {', '.join(map(str, value)) or 'nothing'}"
         case tuple() | list():
-            return f"a {type(value).__name__} of ({', '.join(map(_described, value))})"
+            return f"a {type(value).__name__} of ({', '.join(map(_describe, value))})"
     return f"a {type(value).__name__}"

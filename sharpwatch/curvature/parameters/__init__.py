@@ -1,1 +1,1 @@
-"""Parameters as shards, blocks and vectors."""
+"""A model's parameters as shards, as norms and as vectors."""

@@ -1,4 +1,4 @@
-"""A block's parameters laid end to end: what the linear algebra of one block, or of the whole model, works on."""
+"""The parameters of a block, or of the whole model, as vectors for linear algebra."""
 
 from __future__ import annotations
 
@@ -14,12 +14,26 @@ from torch import Tensor
 from sharpwatch.blocks import BlockMap, Part
 from sharpwatch.errors import ProbeError
 
-_MOST_COLOURS = 4
-_SIGNS = ((torch.arange(256, device="cpu")[:, None] >> torch.arange(8, device="cpu")) & 1) * 2 - 1  # of a byte's bits
+_MAX_COLOURS = 4
+# The eight signs that each byte stands for.
+_BYTE_SIGNS = (
+    (torch.arange(256, device="cpu")[:, None] >> torch.arange(8, device="cpu")) & 1
+) * 2 - 1  # of a byte's bits
 
 
 class ParameterSpace:
-    """The trainable parameters of `block`, or of all blocks where it is None, as vectors of `size` float entries."""
+    """The trainable parameters of one block as vectors of `size` entries.
+
+    Args:
+        block_map: The division of the parameters into blocks.
+        block: The block type; None for the whole model.
+        leaves: Tensors by parameter name.
+
+    Attributes:
+        parts: The parts of the block map in this space, in the order of the vectors' entries.
+        names: Names of the parameters that `parts` belong to.
+        size: Number of entries.
+    """
 
     def __init__(self, block_map: BlockMap, block: str | None, leaves: Mapping[str, Tensor]) -> None:
         self.block = block
@@ -33,29 +47,33 @@ class ParameterSpace:
         self.size = sum(self._sizes)
         self.device = leaves[self.names[0]].device if self.names else torch.device("cpu")
 
-    def required(self) -> ParameterSpace:
-        """This space; raises `ProbeError` where nothing in it requires a gradient."""
+    def require_trainable(self) -> ParameterSpace:
+        """Return this space, or raise `ProbeError` if none of its parameters requires a gradient."""
         if not self.parts:
-            raise ProbeError(f"{self.block or 'model'}: nothing in it requires a gradient")
+            raise ProbeError(f"{self.block or 'model'}: no parameter requires a gradient")
         return self
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """What its vectors are in: float32, or more where a parameter is."""
+        """The vectors' dtype: float32, or wider if a parameter is."""
         return functools.reduce(torch.promote_types, (self.leaves[name].dtype for name in self.names), torch.float32)
 
     @cached_property
-    def scale(self) -> float:
-        """What is large for one weight here: their root mean square, or a tenth of the whole model's if that is more.
+    def weight_scale(self) -> float:
+        """The scale of a weight: the root mean square of this space, or a tenth of the whole model's if that is larger.
 
-        A block can be near zero without being insensitive: norms of the form 1 + w, the second factor of an adapter.
+        The second bound is for blocks whose weights are near zero without being sensitive, such as norms of the form 1
+        + w or the second factor of an adapter.
         """
-        own = _root_mean_square([part.view(self.leaves[part.parameter].detach()) for part in self.parts])
-        everywhere = _root_mean_square([leaf.detach() for leaf in self.leaves.values()])
-        return max(own, everywhere / 10) or 1.0
+        own_scale = _root_mean_square([part.view(self.leaves[part.parameter].detach()) for part in self.parts])
+        model_scale = _root_mean_square([leaf.detach() for leaf in self.leaves.values()])
+        return max(own_scale, model_scale / 10) or 1.0
 
-    def shaped(self, vectors: Tensor) -> dict[str, Tensor]:
-        """`vectors` [p, size] by parameter name, each [p, *shape]; what of a fused parameter is not here is zero."""
+    def unflatten(self, vectors: Tensor) -> dict[str, Tensor]:
+        """Split `vectors` [p, size] into tensors [p, *shape] by parameter name.
+
+        Entries of a fused parameter that are outside of this space are zero.
+        """
         tensors: dict[str, Tensor] = {}
         for part, piece in zip(self.parts, torch.split(vectors, self._sizes, dim=-1), strict=True):
             shape = self.leaves[part.parameter].shape
@@ -63,86 +81,92 @@ class ParameterSpace:
                 tensors[part.parameter] = piece.reshape(len(vectors), *shape)
                 continue
             whole = tensors.setdefault(part.parameter, vectors.new_zeros(len(vectors), *shape))
-            for row, one in zip(whole, piece, strict=True):
+            for row, values in zip(whole, piece, strict=True):
                 view = part.view(row)
-                view.copy_(one.view(view.shape))
+                view.copy_(values.view(view.shape))
         return tensors
 
-    def flat(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """[p, size] of `tensors`, each [p, *shape]; a parameter that is left out is zero."""
-        some = next(iter(tensors.values()))
+    def flatten_stacked(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Join `tensors`, each [p, *shape], into vectors [p, size]; a missing parameter is zero."""
+        example = next(iter(tensors.values()))
         pieces = []
         for part in self.parts:
             whole = tensors.get(part.parameter)
             if whole is None:
-                pieces.append(some.new_zeros(len(some), part.numel))
+                pieces.append(example.new_zeros(len(example), part.numel))
             elif part.dim is None:
                 pieces.append(whole.reshape(len(whole), -1))
             else:
                 pieces.append(torch.stack([part.view(row).reshape(-1) for row in whole]))
         return torch.cat(pieces, 1).to(self.device)
 
-    def flat_of(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """[size] of `tensors`, each of its parameter's shape; a parameter that is left out is zero."""
-        here = {name: tensors[name][None] for name in self.names if name in tensors}
-        return self.flat(here)[0] if here else torch.zeros(self.size, device=self.device)
+    def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Join `tensors`, each of its parameter's shape, into a vector [size]; a missing parameter is zero."""
+        stacked = {name: tensors[name][None] for name in self.names if name in tensors}
+        return self.flatten_stacked(stacked)[0] if stacked else torch.zeros(self.size, device=self.device)
 
-    def by_layer(self, products: Tensor) -> Tensor:
-        """Sums over each layer block of `products` [p, size]; float64 [p, L] on the CPU, zero for other blocks'."""
+    def sum_by_layer(self, products: Tensor) -> Tensor:
+        """Sum `products` [p, size] over each layer block: float64 [p, L] on the CPU, zero for other blocks."""
         sums = torch.stack([piece.double().sum(1) for piece in torch.split(products, self._sizes, dim=1)], 1)
         index = torch.tensor([self.block_map.layer_block_of[each] for each in self._indices], device="cpu")
         zeros = torch.zeros(len(products), len(self.block_map.layer_blocks), dtype=torch.float64, device="cpu")
         return zeros.index_add_(1, index, sums.cpu())
 
-    def by_block(self, products: Tensor) -> Tensor:
-        """Sums over each block type of `products` [size]; float64 [B] on the CPU, zero for blocks that are not here."""
+    def sum_by_block(self, products: Tensor) -> Tensor:
+        """Sum `products` [size] over each block type: float64 [B] on the CPU, zero for blocks outside of this space."""
         sums = torch.stack([piece.double().sum() for piece in torch.split(products, self._sizes)]).cpu()
         index = torch.tensor([self.block_map.block_of[each] for each in self._indices], device="cpu")
         return torch.zeros(len(self.block_map.blocks), dtype=torch.float64, device="cpu").index_add_(0, index, sums)
 
     def mask(self, block: str) -> Tensor:
-        """1 at the entries of `block`, 0 elsewhere; float32 [size]."""
-        mine = [torch.full((part.numel,), float(part.type == block), device=self.device) for part in self.parts]
-        return torch.cat(mine)
+        """Float32 [size]: 1 at the entries of `block`, 0 elsewhere."""
+        pieces = [torch.full((part.numel,), float(part.type == block), device=self.device) for part in self.parts]
+        return torch.cat(pieces)
 
-    def signs(self, generator: torch.Generator) -> Tensor:
-        """Random signs; [size]."""
-        # 64 signs a number, looked up by the byte: a tenth of the time of one each.
+    def random_signs(self, generator: torch.Generator) -> Tensor:
+        """A Rademacher vector: random signs [size]."""
+        # Each random int64 gives 64 signs by a table of bytes: a tenth of the time of one number for each sign.
         words = torch.randint(-(2**63), 2**63 - 1, (self.size // 64 + 1,), generator=generator, device=generator.device)
-        table = _SIGNS.to(words.device, self.dtype)
+        table = _BYTE_SIGNS.to(words.device, self.dtype)
         return table.index_select(0, words.view(torch.uint8).int()).view(-1)[: self.size].to(self.device)
 
-    def patterns(self, signs: Tensor) -> Tensor:
-        """`signs` [size] and their mirror images, [K, size], the mean of whose quadratic forms has less noise.
+    def mirrored(self, signs: Tensor) -> Tensor:
+        """Return `signs` and its mirror images: the mean of their quadratic forms has less variance.
 
-        The matrices of one layer block are given colours, and pattern k turns the signs of colour c by the entry (k, c)
-        of a Hadamard matrix. In the mean over patterns the products of different colours cancel, whatever the Hessian.
-        Those are what makes the noise where matrices act one after the other (query and key, value and output, up and
-        down): measured, 65 to 90 % of the off-diagonal squared norm of such blocks.
+        The matrices of a layer block get colours, and image k multiplies the signs of colour c by entry (k, c) of a
+        Hadamard matrix. In the mean over the images, products between different colours cancel for any Hessian. These
+        make up 65 to 90 % (measured) of the off-diagonal squared norm of blocks whose matrices act one after the other:
+        query and key, value and output, up and down.
+
+        Args:
+            signs: A probe vector [size].
+
+        Returns:
+            The probe vectors [K, size]; `signs` is the first.
         """
-        return signs * self._mirrors
+        return signs * self._mirror_signs
 
     @cached_property
-    def _mirrors(self) -> Tensor:
-        """What each pattern makes of every sign; [K, size]."""
+    def _mirror_signs(self) -> Tensor:
+        """The sign of each entry in each image; [K, size]."""
         colours = self._colours.long()
         return _hadamard(int(colours.max()) + 1).to(self.device, self.dtype)[:, colours]
 
     @property
     def _colours(self) -> Tensor:
-        """The colour of every entry; uint8 [size]. Matrices of a layer take colours in turn; vectors have the first."""
+        """Colour of each entry, uint8 [size]: matrices of a layer take the colours in turn, vectors have colour 0."""
         taken: dict[str | None, int] = defaultdict(int)
         colours: list[Tensor] = []
         for part in self.parts:
             like = torch.zeros(self.leaves[part.parameter].shape, dtype=torch.uint8, device=self.device)
             entries = part.view(like)
             if part.layer is not None and like.dim() > 1:
-                # The slice of a fused matrix that is query and key has them one after the other, in every head or once.
+                # In a fused matrix, the slice for query and key holds one after the other, once or for each head.
                 halves = 2 if part.type == "qk" and part.dim is not None else 1
                 along = 0 if part.dim is None else part.dim + (part.repeats > 1)
                 for half in range(halves):
                     size = entries.shape[along] // halves
-                    entries.narrow(along, half * size, size).fill_(taken[part.layer] % _MOST_COLOURS)
+                    entries.narrow(along, half * size, size).fill_(taken[part.layer] % _MAX_COLOURS)
                     taken[part.layer] += 1
             colours.append(entries.reshape(-1))
         return torch.cat(colours)
@@ -150,14 +174,14 @@ class ParameterSpace:
 
 def _root_mean_square(tensors: Sequence[Tensor]) -> float:
     rows = [
-        torch.linalg.vector_norm(each, dim=-1) if each.dim() else each for each in tensors
-    ]  # float32 sums rows well
-    squares = math.fsum(float(each.double().square().sum()) for each in rows)
-    return math.sqrt(squares / max(1, sum(each.numel() for each in tensors)))
+        torch.linalg.vector_norm(tensor, dim=-1) if tensor.dim() else tensor for tensor in tensors
+    ]  # float32 is exact enough within a row
+    squares = math.fsum(float(tensor.double().square().sum()) for tensor in rows)
+    return math.sqrt(squares / max(1, sum(tensor.numel() for tensor in tensors)))
 
 
 def _hadamard(colours: int) -> Tensor:
-    """Sylvester's matrix of the smallest power of two that has `colours` columns."""
+    """Sylvester's Hadamard matrix, of the smallest power of two that is at least `colours`."""
     matrix = torch.ones(1, 1, dtype=torch.float32, device="cpu")
     while len(matrix) < colours:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])

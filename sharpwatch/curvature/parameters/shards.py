@@ -1,7 +1,7 @@
-"""What a rank holds of a model whose parameters are DTensors: cut by FSDP2, by tensor parallelism, or by both.
+"""Shards: the entries that a rank holds of DTensor parameters, under FSDP2, tensor parallelism, or both.
 
-Sums over a rank's entries, each weighted with the rank's share of its parameter, add up over all ranks to those of the
-whole model; so do sketches. `torch.distributed` is only looked at where the program has it loaded already.
+Sums over a rank's entries, weighted by its `shard_weights`, add up over the ranks to sums over the whole model; so do
+sketches. `torch.distributed` is used only if the program has imported it already.
 """
 
 from __future__ import annotations
@@ -21,12 +21,18 @@ from sharpwatch.blocks import Part
 from sharpwatch.curvature.statistics.sketch import CountSketch
 from sharpwatch.errors import BlockError, ProbeError
 
-_SLAB = 2**24  # entries of a temporary in which entries that are no run are sketched
+_SLAB_ENTRIES = 2**24  # size of the temporary that makes a shard's scattered entries contiguous
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """What a rank holds of a parameter of `shape`: along each dimension `size` entries, in `runs` laid end to end."""
+    """The entries that a rank holds of one parameter.
+
+    Attributes:
+        shape: Shape of the whole parameter.
+        size: Shape of the shard.
+        runs: For each dimension, the index ranges that the shard holds, laid end to end.
+    """
 
     shape: tuple[int, ...]
     size: tuple[int, ...]
@@ -34,27 +40,34 @@ class Shard:
 
     @classmethod
     def of(cls, parameter: Tensor) -> Shard:
-        """What this rank holds of `parameter`. Raises `BlockError` for a placement without entries: partial sums."""
+        """Determine the shard of `parameter` that this rank holds.
+
+        Args:
+            parameter: A DTensor or an ordinary tensor.
+
+        Raises:
+            BlockError: The placement has no entries of its own, as partial sums.
+        """
         shape = tuple(parameter.shape)
         runs: list[tuple[range, ...]] = [(range(size),) for size in shape]
         if is_dtensor(parameter):
-            for cut in _cuts(parameter):
-                runs[cut.dim] = cut.applied(runs[cut.dim])
+            for cut in _chunk_ranges(parameter):
+                runs[cut.dim] = cut.apply(runs[cut.dim])
         return cls(shape, tuple(sum(map(len, along)) for along in runs), tuple(runs))
 
     @property
     def numel(self) -> int:
-        """Entries in the shard."""
+        """Number of entries in the shard."""
         return math.prod(self.size)
 
     @property
     def is_whole(self) -> bool:
-        """Whether it is all of the parameter."""
+        """Whether the shard is the whole parameter."""
         return self.size == self.shape
 
     @property
     def offset(self) -> int | None:
-        """Where it starts among the parameter's flat entries if it is one run of them, else None."""
+        """The flat index of the shard's first entry if the shard is one contiguous run of the parameter, else None."""
         if not self.numel:
             return 0
         cut = [dim for dim, (size, whole) in enumerate(zip(self.size, self.shape, strict=True)) if size != whole]
@@ -63,69 +76,78 @@ class Shard:
         strides = (math.prod(self.shape[dim + 1 :]) for dim in range(len(self.shape)))
         return sum(along[0].start * stride for along, stride in zip(self.runs, strides, strict=True))
 
-    def views(self, part: Part, held: Tensor) -> Sequence[Tensor]:
-        """What of `part` lies in `held`, a tensor of the shard's shape: views that have each such entry once.
+    def views(self, part: Part, local: Tensor) -> Sequence[Tensor]:
+        """The entries of `part` in this shard.
 
-        There are none or one, or, where the shard cuts through stretches of a part that repeats, up to three; so of
-        each of several runs.
+        Args:
+            part: A part of the same parameter.
+            local: A tensor of the shard's shape.
+
+        Returns:
+            Views of `local` that contain each entry once: none, one, or up to three for each run where the shard cuts
+            through the stretches of a repeating part.
         """
         if self.is_whole:
-            return (part.view(held),)
+            return (part.view(local),)
         if not self.numel:
             return ()
-        return (held,) if part.dim is None else tuple(self._slices(part, part.dim, held))
+        return (local,) if part.dim is None else tuple(self._slices(part, part.dim, local))
 
-    def slabs(self, held: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Runs of the parameter's flat entries, each with its offset: those of `held`, and zeros between them."""
+    def slabs(self, local: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Yield contiguous runs of the parameter's flat entries, each with its offset.
+
+        The entries of `local` are in place, with zeros between them.
+        """
         if self.offset is not None:
-            yield self.offset, held
+            yield self.offset, local
             return
         inner = self.shape[1:]
-        for at, rows in _placed(self.runs[0]):
-            for some in _split(rows, max(1, _SLAB // math.prod(inner))):
-                slab = held.new_zeros(len(some), *inner)
-                own = held.narrow(0, at + some.start - rows.start, len(some))
-                for box in itertools.product(*map(_placed, self.runs[1:])):
+        for at, rows in _with_offsets(self.runs[0]):
+            for chunk in _split(rows, max(1, _SLAB_ENTRIES // math.prod(inner))):
+                slab = local.new_zeros(len(chunk), *inner)
+                local_rows = local.narrow(0, at + chunk.start - rows.start, len(chunk))
+                for box in itertools.product(*map(_with_offsets, self.runs[1:])):
                     into = tuple(slice(run.start, run.stop) for _, run in box)
-                    slab[:, *into] = own[:, *(slice(low, low + len(run)) for low, run in box)]
-                yield some.start * math.prod(inner), slab
+                    slab[:, *into] = local_rows[:, *(slice(low, low + len(run)) for low, run in box)]
+                yield chunk.start * math.prod(inner), slab
 
-    def _slices(self, part: Part, dim: int, held: Tensor) -> Iterator[Tensor]:
+    def _slices(self, part: Part, dim: int, local: Tensor) -> Iterator[Tensor]:
         period = self.shape[dim] // part.repeats
-        for at, run in _placed(self.runs[dim]):
+        for at, run in _with_offsets(self.runs[dim]):
             uncut = range(-(-run.start // period), run.stop // period)
             if len(uncut) > 1:
-                stretches = held.narrow(dim, at + uncut.start * period - run.start, len(uncut) * period)
-                shape = (*held.shape[:dim], len(uncut), period, *held.shape[dim + 1 :])
+                stretches = local.narrow(dim, at + uncut.start * period - run.start, len(uncut) * period)
+                shape = (*local.shape[:dim], len(uncut), period, *local.shape[dim + 1 :])
                 yield stretches.view(shape).narrow(dim + 1, part.start, part.stop - part.start)
             for turn in range(run.start // period, -(-run.stop // period)):
                 begin, end = max(run.start, turn * period + part.start), min(run.stop, turn * period + part.stop)
                 if begin < end and (len(uncut) <= 1 or turn not in uncut):
-                    yield held.narrow(dim, at + begin - run.start, end - begin)
+                    yield local.narrow(dim, at + begin - run.start, end - begin)
 
 
 def is_dtensor(value: object) -> bool:
-    """Whether `value` is spread over ranks."""
-    if type(value) is Tensor or type(value) is nn.Parameter:  # most are, and are asked for at every step
+    """Whether `value` is a DTensor."""
+    if type(value) is Tensor or type(value) is nn.Parameter:  # the common case, checked at every step
         return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(value, module.DTensor)
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether ranks hold `model` together: a parameter of it is a DTensor."""
+    """Whether a parameter of `model` is a DTensor."""
     return any(is_dtensor(parameter) for parameter in model.parameters())
 
 
-def held(tensor: Tensor) -> Tensor:
-    """What this rank holds of `tensor`, which shares its memory; a tensor that is not spread is itself."""
+def local_tensor(tensor: Tensor) -> Tensor:
+    """The local shard of a DTensor, sharing its memory; another tensor is returned as it is."""
     return tensor.detach().to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def is_scattered(parameter: Tensor) -> bool:
-    """Whether it takes a collective to place the gradient as `parameter` is.
+def needs_redistribution(parameter: Tensor) -> bool:
+    """Whether placing `parameter.grad` as `parameter` is placed takes a collective.
 
-    Under sequence parallelism ranks have sums, which the optimizer adds up in its step: before, none has an entry.
+    Under sequence parallelism each rank holds a partial sum, which the optimizer reduces in its step; before that no
+    rank holds final entries.
     """
     gradient: Any = parameter.grad
     placed: Any = parameter
@@ -136,21 +158,28 @@ def is_scattered(parameter: Tensor) -> bool:
     )
 
 
-def held_gradient(parameter: Tensor) -> Tensor | None:
-    """What this rank holds of `parameter.grad`, placed as the parameter is: a collective where it `is_scattered`."""
+def local_gradient(parameter: Tensor) -> Tensor | None:
+    """The local shard of `parameter.grad`, placed as the parameter is; a collective if it `needs_redistribution`."""
     gradient: Any = parameter.grad
     if is_dtensor(gradient) and gradient.placements != parameter.placements:  # type: ignore[attr-defined]
         gradient = gradient.detach().redistribute(placements=parameter.placements)  # type: ignore[attr-defined]
-    return None if gradient is None else held(gradient)
+    return None if gradient is None else local_tensor(gradient)
 
 
-def gradient_summand(parameter: Tensor) -> tuple[Tensor | None, int]:
-    """What this rank adds to `parameter.grad`, in the parameter's shard, and how many ranks' such make up an entry.
+def local_gradient_summand(parameter: Tensor) -> tuple[Tensor | None, int]:
+    """This rank's summand of `parameter.grad` in the shard of the parameter, without a collective.
 
-    No collective. Raises `ProbeError` where a gradient that `is_scattered` is no sum over ranks that hold the same.
+    Args:
+        parameter: A parameter with its gradient.
+
+    Returns:
+        The summand, or None without a gradient, and the number of ranks whose summands make up an entry.
+
+    Raises:
+        ProbeError: A gradient that `needs_redistribution` is not a partial sum of a replicated parameter.
     """
-    if not is_scattered(parameter):
-        return held_gradient(parameter), 1
+    if not needs_redistribution(parameter):
+        return local_gradient(parameter), 1
     gradient: Any = parameter.grad
     placed: Any = parameter
     pairs = list(zip(gradient.placements, placed.placements, strict=True))
@@ -159,77 +188,91 @@ def gradient_summand(parameter: Tensor) -> tuple[Tensor | None, int]:
         if now == then or now.is_replicate():
             continue
         if not (then.is_replicate() and now.is_partial() and now.reduce_op == "sum"):
-            raise ProbeError(f"a gradient is placed as {gradient.placements}, its parameter as {placed.placements}")
+            raise ProbeError(
+                f"cannot read a gradient placed as {gradient.placements} of a parameter placed as {placed.placements}"
+            )
         ranks *= size
     cut = [then if now.is_replicate() else now for now, then in pairs]
-    return held(gradient.detach().redistribute(placements=cut)), ranks
+    return local_tensor(gradient.detach().redistribute(placements=cut)), ranks
 
 
-def shares(whole: Mapping[str, int], held_by: Iterable[Mapping[str, int]]) -> dict[str, float]:
-    """The weight of a rank's sums over each parameter, with which replicas count once.
+def shard_weights(numels: Mapping[str, int], held_by: Iterable[Mapping[str, int]]) -> dict[str, float]:
+    """The weight of this rank's sums over each parameter, chosen so that replicas count once in total.
 
-    `whole` says how many entries each parameter has, `held_by` how many each rank of all holds.
+    Args:
+        numels: Number of entries of each parameter.
+        held_by: For each rank, the number of entries that it holds of each parameter.
+
+    Returns:
+        Weights by parameter name.
     """
     held_together: Counter[str] = Counter()
     for rank in held_by:
         held_together.update(rank)
-    return {name: numel / held_together[name] for name, numel in whole.items()}
+    return {name: numel / held_together[name] for name, numel in numels.items()}
 
 
-def sketch(
+def sketch_shards(
     sketcher: CountSketch, tensors: Mapping[str, Tensor], shards: Mapping[str, Shard], weights: Mapping[str, float]
 ) -> Tensor:
-    """This rank's summand of the sketch of what `tensors` are the shards of; float32 [B, size].
+    """Compute this rank's summand of a sketch.
 
-    `weights` are the rank's `shares`.
+    Args:
+        sketcher: The sketch.
+        tensors: Shards by parameter name.
+        shards: The position of each shard in its parameter.
+        weights: This rank's `shard_weights`.
+
+    Returns:
+        Float32 [B, size]; the sum over all ranks is the sketch of the whole.
     """
-    runs: dict[float, dict[str, Tensor]] = defaultdict(dict)
+    by_weight: dict[float, dict[str, Tensor]] = defaultdict(dict)
     total = torch.zeros(len(sketcher.block_map.blocks), sketcher.size, dtype=torch.float32, device="cpu")
     for name, tensor in tensors.items():
         if shards[name].offset is not None:
-            runs[weights[name]][name] = tensor
+            by_weight[weights[name]][name] = tensor
             continue
         for offset, slab in shards[name].slabs(tensor):
             total = total.to(tensor.device) + weights[name] * sketcher.sketch({name: slab}, {name: offset})
-    for weight, alike in runs.items():
-        offsets = {name: shards[name].offset or 0 for name in alike}
-        found = sketcher.sketch(alike, offsets)
-        total = total.to(found.device) + weight * found
+    for weight, tensors_of_weight in by_weight.items():
+        offsets = {name: shards[name].offset or 0 for name in tensors_of_weight}
+        part = sketcher.sketch(tensors_of_weight, offsets)
+        total = total.to(part.device) + weight * part
     return total
 
 
 @dataclass(frozen=True, slots=True)
 class _ChunkRange:
-    """Along `dim`, of each of `groups` equal chunks chunk `number` of `count`, as `torch.chunk` has them."""
+    """Chunk `number` of `count` along `dim`, of each of `groups` equal groups; sizes as in `torch.chunk`."""
 
     dim: int
     number: int
     count: int
     groups: int = 1
 
-    def applied(self, runs: tuple[range, ...]) -> tuple[range, ...]:
-        """What is left of `runs`."""
-        left: list[range] = []
-        whole = range(sum(map(len, runs)))
+    def apply(self, runs: tuple[range, ...]) -> tuple[range, ...]:
+        """The part of `runs` that falls into the chunk."""
+        remaining: list[range] = []
+        everything = range(sum(map(len, runs)))
         for group in range(self.groups):
-            wanted = _chunk(_chunk(whole, group, self.groups), self.number, self.count)
-            for at, run in _placed(runs):
-                low, high = max(wanted.start, at), min(wanted.stop, at + len(run))
+            chunk = _chunk(_chunk(everything, group, self.groups), self.number, self.count)
+            for at, run in _with_offsets(runs):
+                low, high = max(chunk.start, at), min(chunk.stop, at + len(run))
                 if low >= high:
                     continue
-                found = range(run.start + low - at, run.start + high - at)
-                if left and left[-1].stop == found.start:
-                    found = range(left.pop().start, found.stop)
-                left.append(found)
-        return tuple(left)
+                kept = range(run.start + low - at, run.start + high - at)
+                if remaining and remaining[-1].stop == kept.start:
+                    kept = range(remaining.pop().start, kept.stop)
+                remaining.append(kept)
+        return tuple(remaining)
 
 
-def _cuts(parameter: Any) -> Iterator[_ChunkRange]:
-    """How a DTensor is cut, one after the other.
+def _chunk_ranges(parameter: Any) -> Iterator[_ChunkRange]:
+    """Yield how a DTensor is split, one split after the other.
 
-    FSDP2 cuts what tensor parallelism has cut before, but its mesh dimension comes first: a strided placement says so
-    by how many chunks there were. It then comes last; any other takes a chunk of each group, as of each matrix that is
-    packed into one.
+    FSDP2 splits what tensor parallelism has split before, although its mesh dimension comes first. A strided placement
+    marks this by the number of earlier chunks, and is then applied last. Any other strided placement takes a chunk of
+    each group, as for several matrices packed into one.
     """
     from torch.distributed.tensor import Replicate, Shard  # noqa: PLC0415 - a program without DTensors need not load it
     from torch.distributed.tensor.placement_types import _StridedShard  # noqa: PLC0415 - as above
@@ -237,13 +280,15 @@ def _cuts(parameter: Any) -> Iterator[_ChunkRange]:
     mesh, placements = parameter.device_mesh, parameter.placements
     coordinate = mesh.get_coordinate()
     if coordinate is None:
-        raise BlockError(f"{tuple(parameter.shape)} is placed on other ranks than this one")
+        raise BlockError(f"parameter {tuple(parameter.shape)} has no shard on this rank")
     last = []
     for axis, placement in enumerate(placements):
         if isinstance(placement, Replicate):
             continue
         if not isinstance(placement, Shard | _StridedShard):
-            raise BlockError(f"{tuple(parameter.shape)} is placed as {placements}: no rank has its entries")
+            raise BlockError(
+                f"parameter {tuple(parameter.shape)} is placed as {placements}: expected Shard or Replicate"
+            )
         dim = placement.dim % parameter.dim()
         groups = int(placement.split_factor) if isinstance(placement, _StridedShard) else 1
         before = math.prod(
@@ -259,12 +304,12 @@ def _cuts(parameter: Any) -> Iterator[_ChunkRange]:
 
 
 def _chunk(run: range, number: int, count: int) -> range:
-    each = -(-len(run) // count)
-    return run[number * each : (number + 1) * each]
+    length = -(-len(run) // count)
+    return run[number * length : (number + 1) * length]
 
 
-def _placed(runs: Iterable[range]) -> Iterator[tuple[int, range]]:
-    """Each run with where it lies among all, end to end."""
+def _with_offsets(runs: Iterable[range]) -> Iterator[tuple[int, range]]:
+    """Yield each run with its offset among the runs laid end to end."""
     at = 0
     for run in runs:
         yield at, run

@@ -1,1 +1,1 @@
-"""Keeping a probe from changing the model: isolation, and snapshots of its state."""
+"""Isolation of a probe from the model it runs on, and snapshots of the model's state."""

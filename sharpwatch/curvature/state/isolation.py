@@ -1,4 +1,4 @@
-"""Extra forwards and backwards that leave no trace in the model or the process."""
+"""Isolation: forwards and backwards that leave the model and the process unchanged."""
 
 from __future__ import annotations
 
@@ -27,41 +27,54 @@ _GENERATORS: Mapping[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
     "numpy": (np.random.get_state, np.random.set_state),
     "torch": (torch.get_rng_state, torch.set_rng_state),
 }
-_UNUSED: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()  # generators, by model
+# Global generators that a model was seen not to use.
+_UNUSED_GENERATORS: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
 _GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
-# Their hooks are part of what the module computes: weight and spectral norm, pruning, sharding.
-_KEPT = ("torch.nn.", "torch.distributed.", "transformers.distributed.", "transformers.integrations.tensor_parallel")
+# Hooks from these modules are part of the computation: weight and spectral norm, pruning, sharding.
+_TORCH_MODULES = (
+    "torch.nn.",
+    "torch.distributed.",
+    "transformers.distributed.",
+    "transformers.integrations.tensor_parallel",
+)
 
 
 class Functional:
-    """Stands in for a model, whose modules it makes compute from `leaves` and from copies of the buffers.
+    """Stands in for a model, and computes with `leaves` in place of its parameters and with copies of its buffers.
 
-    Only to be made where `isolated` puts the modules back. What is computed never reaches the parameters' `.grad`
-    or hooks, nor the buffers, also where a checkpointed part is computed again in the backward. `leaves` go by the
-    names of `model.named_parameters()`; a frozen parameter's does not require a gradient. Other attributes are the
-    model's own. A wrapper (DDP, a compiled module) is left out: only what it wraps runs. `exact`: tensors of half
-    precision are raised to float32.
+    Use it through `isolated`, which restores the modules. The computation never reaches the parameters' `.grad` or
+    hooks, nor the buffers; that holds for checkpointed parts that the backward recomputes too. Other attributes are the
+    model's own. Wrappers (DDP, a compiled module) are removed: only the wrapped module runs.
+
+    Args:
+        model: The model.
+        exact: Compute in float32 where the model's tensors have half precision.
+
+    Attributes:
+        inner: The unwrapped module.
+        leaves: Tensors by parameter name, as in `model.named_parameters()`. The leaf of a frozen parameter does not
+            require a gradient.
     """
 
     def __init__(self, model: nn.Module, *, exact: bool = False) -> None:
-        self.inner = unwrapped(model)
+        self.inner = unwrap(model)
         self.exact = exact
         self.leaves = {
-            name: self._raised(parameter.detach()).requires_grad_(parameter.requires_grad)
+            name: self._upcast(parameter.detach()).requires_grad_(parameter.requires_grad)
             for name, parameter in model.named_parameters()
         }
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._slots: dict[str, list[tuple[dict[str, Any], str]]] = defaultdict(list)
         self._buffers: list[tuple[dict[str, Any], str, Tensor]] = []
         for module in self.inner.modules():
-            self._lay(module, names)
+            self._install_registries(module, names)
         for name, leaf in self.leaves.items():
-            self.place(name, leaf)
+            self.set_parameter(name, leaf)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's output."""
-        for registry, key, buffer in self._buffers:  # afresh: what one forward left there must not reach the next
-            registry[key] = self._raised(buffer).clone()
+        """Call the model."""
+        for registry, key, buffer in self._buffers:  # new copies: one forward's updates must not reach the next
+            registry[key] = self._upcast(buffer).clone()
         return self.inner(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -69,15 +82,15 @@ class Functional:
 
     @property
     def trainable(self) -> dict[str, Tensor]:
-        """The leaves to differentiate by."""
+        """The leaves that require a gradient."""
         return {name: leaf for name, leaf in self.leaves.items() if leaf.requires_grad}
 
-    def place(self, name: str, tensor: Tensor) -> None:
-        """Compute with `tensor` for the parameter `name` from now on, everywhere it is used."""
+    def set_parameter(self, name: str, tensor: Tensor) -> None:
+        """Compute with `tensor` as parameter `name` from now on, wherever it is used."""
         for registry, key in self._slots[name]:
             registry[key] = tensor
 
-    def _lay(self, module: nn.Module, names: Mapping[int, str]) -> None:
+    def _install_registries(self, module: nn.Module, names: Mapping[int, str]) -> None:
         parameters, buffers = dict(vars(module)["_parameters"]), dict(vars(module)["_buffers"])
         for key, parameter in parameters.items():
             if parameter is not None:
@@ -85,21 +98,25 @@ class Functional:
         self._buffers += [(buffers, key, buffer) for key, buffer in buffers.items() if buffer is not None]
         vars(module)["_parameters"], vars(module)["_buffers"] = parameters, buffers
 
-    def _raised(self, tensor: Tensor) -> Tensor:
-        return raised(tensor) if self.exact else tensor
+    def _upcast(self, tensor: Tensor) -> Tensor:
+        return upcast(tensor) if self.exact else tensor
 
 
-def raised(tensor: Tensor) -> Tensor:
-    """`tensor` in float32 where it is of half precision."""
+def upcast(tensor: Tensor) -> Tensor:
+    """`tensor` in float32 if it has half precision, else unchanged."""
     return tensor.float() if tensor.dtype in {torch.bfloat16, torch.float16} else tensor
 
 
 @contextmanager
 def isolated(model: nn.Module, *, exact: bool = False) -> Iterator[Functional]:
-    """A context in which `model` is evaluated through the `Functional` it gives, and that leaves everything as it was.
+    """Run `model` through a `Functional` that leaves it unchanged; see `restore` for what is set inside.
 
-    Inside as `restore` has it; where it is to be `exact`, with weights, buffers and products of matrices in float32 at
-    least, without autocast.
+    Args:
+        model: The model.
+        exact: Use at least float32 for weights, buffers and matrix products, without autocast.
+
+    Yields:
+        The stand-in for the model.
     """
     with restore(model), _full_precision(model) if exact else nullcontext():
         yield Functional(model, exact=exact)
@@ -107,29 +124,32 @@ def isolated(model: nn.Module, *, exact: bool = False) -> Iterator[Functional]:
 
 @contextmanager
 def restore(model: nn.Module) -> Iterator[None]:
-    """A context for extra forwards through `model`'s modules, after which everything but `.grad` is as it was.
+    """Run extra forwards through `model`'s modules, then restore everything but `.grad` and the buffers.
 
-    Inside: every module in evaluation mode, gradients enabled, autocast as around it but without its cache, the user's
-    hooks (the modules', torch's global ones, those of saved tensors) and dispatch modes bypassed, compiled code run
-    eagerly, and reentrant checkpoints kept in memory. Afterwards, also after an error, all of that is as before, as are
-    the random states (torch's of the CPU and the model's accelerators, NumPy's, Python's) and whatever attributes the
-    modules' code has set, with all that a `StateSnapshot` of them holds. Buffers are not put back.
+    Inside, every module is in evaluation mode and gradients are enabled. Autocast stays as it is, but without its
+    cache. The user's hooks (on modules, global, on saved tensors) and dispatch modes are bypassed, compiled code runs
+    eagerly, and reentrant checkpoints keep their activations. Afterwards, also after an error, all of this is undone.
+    The random states (torch's on the CPU and the model's accelerators, NumPy's, Python's) and every attribute that the
+    modules' code has set are restored, with the contents that a `StateSnapshot` records.
+
+    Args:
+        model: The model.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(mode=False))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(_random_state_kept(model))
+        stack.enter_context(_rng_state_restored(model))
         stack.enter_context(_without_autocast_cache())
         stack.enter_context(_without_modes())
-        stack.enter_context(_attributes_kept(model))
-        stack.enter_context(hooks_aside(nn.modules.module, _GLOBAL_HOOKS))
+        stack.enter_context(_attributes_restored(model))
+        stack.enter_context(hooks_disabled(nn.modules.module, _GLOBAL_HOOKS))
         stack.enter_context(_without_reentrant_checkpoints())
-        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and to import it takes a second
+        if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled, and importing it takes a second
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         for module in model.modules():
             vars(module)["training"] = False
             for name in _HOOKS:
-                _bypass(module, name)
+                _hide_user_hooks(module, name)
         yield
 
 
@@ -139,27 +159,30 @@ def _full_precision(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for kind in kinds:
             stack.enter_context(torch.autocast(kind, enabled=False))
-        for place, name, exact in _precisions():
-            stack.callback(setattr, place, name, getattr(place, name))
-            setattr(place, name, exact)
+        for owner, name, exact in _precisions():
+            stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, exact)
         yield
 
 
 def _precisions() -> list[tuple[Any, str, Any]]:
-    """Where torch lets float32 be rounded to fewer bits, and what forbids it.
+    """The settings that let torch round float32 to fewer bits, as (object, attribute, exact value).
 
-    From 2.9 on `fp32_precision`; to read what came before it raises where a user has set the new one.
+    From torch 2.9 on they are called `fp32_precision`; reading the older flags then raises if a user has set the new
+    ones.
     """
     backends = torch.backends
     if hasattr(backends.cuda.matmul, "fp32_precision"):
-        found = [getattr(getattr(backends, kind), of, None) for kind in ("cudnn", "mkldnn") for of in ("conv", "rnn")]
-        found += [backends.cuda.matmul, getattr(backends.mkldnn, "matmul", None)]
-        return [(place, "fp32_precision", "ieee") for place in found if hasattr(place, "fp32_precision")]
+        candidates = [
+            getattr(getattr(backends, kind), of, None) for kind in ("cudnn", "mkldnn") for of in ("conv", "rnn")
+        ]
+        candidates += [backends.cuda.matmul, getattr(backends.mkldnn, "matmul", None)]
+        return [(owner, "fp32_precision", "ieee") for owner in candidates if hasattr(owner, "fp32_precision")]
     return [(backends.cuda.matmul, "allow_tf32", False), (backends.cudnn, "allow_tf32", False)]
 
 
-class _Kept:
-    """In place of a reentrant checkpoint, whose backward knows no `torch.autograd.grad`: all is kept in memory."""
+class _DirectCheckpoint:
+    """Replaces a reentrant checkpoint, whose backward does not support `torch.autograd.grad`: nothing is recomputed."""
 
     @staticmethod
     def apply(function: Callable[..., Any], _: bool, *args: Any) -> Any:
@@ -168,24 +191,25 @@ class _Kept:
 
 @contextmanager
 def _without_reentrant_checkpoints() -> Iterator[None]:
-    place = torch.utils.checkpoint
-    saved = place.CheckpointFunction
-    place.CheckpointFunction = _Kept  # type: ignore[assignment,misc]
+    module = torch.utils.checkpoint
+    saved = module.CheckpointFunction
+    module.CheckpointFunction = _DirectCheckpoint  # type: ignore[assignment,misc]
     try:
         yield
     finally:
-        place.CheckpointFunction = saved  # type: ignore[misc]
+        module.CheckpointFunction = saved  # type: ignore[misc]
 
 
 @contextmanager
-def _random_state_kept(model: nn.Module) -> Iterator[None]:
-    """Puts back what was drawn inside from the process's own generators of random numbers and the accelerators'.
+def _rng_state_restored(model: nn.Module) -> Iterator[None]:
+    """Restore the global random generators, of the process and of the model's accelerators, after the body.
 
-    Other threads draw from the former too, one that prepares batches, say, and must not find their draws undone. While
-    there are any, a generator that `model` has once left alone is taken to be theirs.
+    Other threads, such as one that prepares batches, draw from the process's generators too, and their draws must not
+    be undone. So while there are other threads, a generator that `model` was once seen not to use is assumed to be
+    theirs.
     """
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type not in {"cpu", "meta"}}
-    unused = _UNUSED.setdefault(model, set())
+    unused = _UNUSED_GENERATORS.setdefault(model, set())
     before = {name: read() for name, (read, _) in _GENERATORS.items()}
     with ExitStack() as stack:
         for device in devices:
@@ -195,37 +219,37 @@ def _random_state_kept(model: nn.Module) -> Iterator[None]:
             yield
         finally:
             for name, (read, write) in _GENERATORS.items():
-                if _same(read(), before[name]):
+                if _equal_states(read(), before[name]):
                     unused.add(name)
                 elif name not in unused or len(sys._current_frames()) == 1:  # noqa: SLF001 - as `threading.active_count`
                     write(before[name])
 
 
-def _same(one: Any, other: Any) -> bool:
-    """Whether two states of a generator are equal: a tensor, or a tuple with an array in it."""
-    if isinstance(one, Tensor):
-        return torch.equal(one, other)
-    return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+def _equal_states(left: Any, right: Any) -> bool:
+    """Whether two generator states are equal; each is a tensor, or a tuple that contains an array."""
+    if isinstance(left, Tensor):
+        return torch.equal(left, right)
+    return all(np.array_equal(x, y) for x, y in zip(left, right, strict=True))
 
 
 @contextmanager
 def _without_modes() -> Iterator[None]:
-    """Without the user's dispatch modes, which count or record, and hooks of saved tensors, which move them."""
+    """Disable the user's dispatch modes, which count or record operations, and saved-tensor hooks."""
     with ExitStack() as stack:
         if torch._C._len_torch_dispatch_stack():  # noqa: SLF001 - there is no public way
             stack.enter_context(_disable_current_modes())
         if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:  # noqa: SLF001 - as above
-            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is))
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_identity, _identity))
         yield
 
 
-def _as_it_is(tensor: Tensor) -> Tensor:
+def _identity(tensor: Tensor) -> Tensor:
     return tensor
 
 
 @contextmanager
 def _without_autocast_cache() -> Iterator[None]:
-    """The cache would hold casts of the leaves, and with them a probe's graph, until the training autocast ends."""
+    """Disable the autocast cache: its casts of the leaves would keep a probe's graph alive."""
     enabled = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
@@ -235,15 +259,15 @@ def _without_autocast_cache() -> Iterator[None]:
 
 
 @contextmanager
-def _attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Puts back every module's attributes and what they hold; in between, tensors are copies."""
+def _attributes_restored(model: nn.Module) -> Iterator[None]:
+    """Restore every module's attributes and their contents after the body; inside, tensor attributes are copies."""
     modules = list(model.modules())
     attributes = [dict(vars(module)) for module in modules]
-    record = StateSnapshot(apart=[*modules, *model.parameters(), *model.buffers()])
+    snapshot = StateSnapshot(excluded=[*modules, *model.parameters(), *model.buffers()])
     copies: dict[int, Tensor] = {}
     for value in itertools.chain.from_iterable(attribute.values() for attribute in attributes):
         if not isinstance(value, Tensor):
-            record.add(value)
+            snapshot.add(value)
     try:
         for module, attribute in zip(modules, attributes, strict=True):
             for name, value in attribute.items():
@@ -253,12 +277,12 @@ def _attributes_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for module, attribute in zip(modules, attributes, strict=True):
             refill(vars(module), attribute)
-        record.restore()
+        snapshot.restore()
 
 
 @contextmanager
-def hooks_aside(place: object, names: Iterable[str]) -> Iterator[None]:
-    """Empty registries of hooks in `place`, a module of torch's or an optimizer, by name, for as long."""
+def hooks_disabled(place: object, names: Iterable[str]) -> Iterator[None]:
+    """Empty the hook registries `names` of `place`, a torch module or an optimizer, during the body."""
     saved = {name: getattr(place, name) for name in names}
     try:
         for name in saved:
@@ -269,24 +293,24 @@ def hooks_aside(place: object, names: Iterable[str]) -> Iterator[None]:
             setattr(place, name, hooks)
 
 
-def _bypass(module: nn.Module, name: str) -> None:
-    """Lay a registry without the user's hooks over a module's own; handles keep pointing at the latter."""
+def _hide_user_hooks(module: nn.Module, name: str) -> None:
+    """Shadow a module's hook registry by one without the user's hooks; their handles keep working on the original."""
     hooks = vars(module)[name]
     if hooks:
-        vars(module)[name] = OrderedDict((key, hook) for key, hook in hooks.items() if is_torchs(hook))
+        vars(module)[name] = OrderedDict((key, hook) for key, hook in hooks.items() if is_torch_hook(hook))
 
 
-def is_torchs(hook: Callable[..., Any]) -> bool:
-    """Whether a hook is part of what the module computes, rather than the user's."""
+def is_torch_hook(hook: Callable[..., Any]) -> bool:
+    """Whether a hook is part of the module's computation, rather than the user's."""
     while isinstance(hook, functools.partial):
         hook = hook.func
-    kinds = [kind for kind in type(hook).__mro__ if kind is not nn.Module]  # a user's module may be a hook
-    homes = [getattr(hook, "__module__", None), *(kind.__module__ for kind in kinds)]
-    return any(isinstance(home, str) and home.startswith(_KEPT) for home in homes)
+    kinds = [kind for kind in type(hook).__mro__ if kind is not nn.Module]  # the hook may be a module of the user's
+    modules = [getattr(hook, "__module__", None), *(kind.__module__ for kind in kinds)]
+    return any(isinstance(module, str) and module.startswith(_TORCH_MODULES) for module in modules)
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside wrappers that change how it runs, not what it computes."""
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside wrappers that change how it runs but not its result: DDP and `torch.compile`."""
     while True:
         if isinstance(model, DistributedDataParallel):
             model = model.module

@@ -1,1 +1,1 @@
-"""From draws to estimates with standard errors; sketches."""
+"""Estimates with standard errors, pooling of draws, and sketches."""

@@ -1,18 +1,20 @@
-"""What pairs of probes in a window say: effective rank, drift and alignment, without an eigenvector.
+"""Effective rank, drift and alignment of the Gauss-Newton matrix, from the sketched draws of a window.
 
-Draws of probes p ≠ q with E gg' = G_p and G_q, sketched to k numbers as s, have
+They come from moments of pairs of probes; no eigenvector is needed. Let draws of probes p ≠ q have E gg' = G_p and G_q,
+and sketches s of k numbers. Then
 
     E <s_p, s_q>² = (1 + 1/k) Tr(G_p G_q) + Tr G_p Tr G_q / k,
     E |s_p|² |s_q|² = Tr G_p Tr G_q + (2/k) Tr(G_p G_q),
 
-by sketch.py's variance and the like covariance of two squared norms. (What single rows spare is left out: one part in
-the block's number of rows.) These are solved for the traces of products. Two draws of one probe share its rows, and
-would count what a few rows make of G as G's own; those of two probes share nothing. So the window's G is that of the
-run's data, averaged over the window's steps, and the mean over pairs is unbiased for Tr G² (Hoeffding's U-statistics).
+by the variance in sketch.py and the analogous covariance of two squared norms. (The terms of single rows are left out:
+one part in the number of rows of the block.) Solving them gives the traces of products. Only pairs of different probes
+are used: two draws of one probe share its rows, so the structure of those few rows would count as structure of G. The
+window's G is therefore the average over the data and the steps of the window, and the mean over pairs is unbiased for
+Tr G² (Hoeffding's U-statistics).
 
-Values are freed of their first-order bias, and errors come, from the jackknife over probes (Arvesen, "Jackknifing
-U-statistics", 1969); the errors are joined with that of the sketch, which no window averages out. Estimates may leave
-their quantity's range by chance: pressed into it, their mean would be wrong.
+The jackknife over probes removes the first-order bias and gives standard errors (Arvesen, "Jackknifing U-statistics",
+1969). The error of the sketch, which no window averages out, is added. By chance an estimate can leave the range of its
+quantity; it is not clipped, since clipping would bias the mean.
 """
 
 from __future__ import annotations
@@ -22,38 +24,50 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_FEWEST = 4  # probes that a jackknife needs; at 3 the error's own error is half of it
+_MIN_PROBES = 4  # for a jackknife; with 3 probes the standard error has a relative error of one half
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SketchMoments:
-    """Float64 moments of windows of P probes, whose sketches have `size` numbers.
+    """Float64 moments of W windows of P probes each.
 
-    `products` [W, P, P] are of Tr(G_p G_q), `along` [W, P, P] of g_p'G_q g_p / |g_p|² for the mean gradient g_p of the
-    step of probe p; their diagonals say nothing. `traces` [W, P] are of Tr G_p. `present` and `directed` bool [W, P]:
-    the probe has draws, and also a gradient.
+    Attributes:
+        size: Numbers in each sketch.
+        traces: [W, P], Tr G_p of each probe.
+        products: [W, P, P], Tr(G_p G_q) of each pair; the diagonal has no meaning.
+        projections: [W, P, P], g_p'G_q g_p / |g_p|² for the mean gradient g_p of probe p's step; the diagonal has no
+            meaning.
+        present: Bool [W, P], True where the probe has draws.
+        has_gradient: Bool [W, P], True where the probe has draws and a gradient.
     """
 
     size: int
     traces: Tensor
     products: Tensor
-    along: Tensor
+    projections: Tensor
     present: Tensor
-    directed: Tensor
+    has_gradient: Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WindowValues:
-    """Float64 [W] values and standard errors, both NaN where a window says nothing."""
+    """Float64 [W] values and standard errors; both NaN where a window does not resolve the quantity."""
 
     value: Tensor
     stderr: Tensor
 
 
 def sketch_moments(sketches: Tensor, mask: Tensor, gradients: Tensor | None = None) -> SketchMoments:
-    """Moments of windows of `sketches` [W, P, D, k], of which those in `mask` [W, P, D] are there.
+    """Compute the moments of W windows.
 
-    `gradients` [W, P, k] are sketches of the steps' mean gradients, of any positive scale; zeros where there is none.
+    Args:
+        sketches: Float [W, P, D, k], sketched draws.
+        mask: Bool [W, P, D], True where a draw exists.
+        gradients: Float [W, P, k], sketches of the mean gradient of each probe's step, of any positive scale; zeros
+            where there is none.
+
+    Returns:
+        The moments.
     """
     windows, probes, per_probe, size = sketches.shape
     draws = mask.sum(2)
@@ -77,69 +91,89 @@ def sketch_moments(sketches: Tensor, mask: Tensor, gradients: Tensor | None = No
 
 
 def effective_ranks(moments: SketchMoments, top: Tensor) -> WindowValues:
-    """The participation ratio (Tr G)² / Tr G²: how many equal eigenvalues would spread G as far.
+    """Estimate the participation ratio (Tr G)² / Tr G²: the rank of a matrix with equal eigenvalues and the same ratio.
 
-    Its inverse is estimated, and inverted to second order; none is given where that is within two errors of zero. The
-    sketch's share of the error is that of the squared norms |Su_i|² of the eigenvectors, of variance 2/k each: the
-    inverse moves by 2 Σ (λ_i²/Tr G² − λ_i/Tr G) of it, which `top` [W], the largest eigenvalue, bounds.
+    The inverse is estimated, then inverted to second order; the result is NaN if the inverse is within two standard
+    errors of zero. The error of the sketch is that of the squared norms |Su_i|² of the eigenvectors, of variance 2/k
+    each. They change the inverse by 2 Σ (λ_i²/Tr G² − λ_i/Tr G) times the deviation, which the largest eigenvalue
+    bounds.
+
+    Args:
+        moments: Moments of W windows.
+        top: Float64 [W], largest eigenvalues.
+
+    Returns:
+        The effective ranks.
     """
     chosen = _leave_one_out(moments.present)
-    inverse = _jackknife(_product_of_shapes(moments, chosen, chosen), moments.present)
+    inverse = _jackknife(_normalized_product(moments, chosen, chosen), moments.present)
     share = (top.square() / _mean(moments.products, chosen, chosen)[:, 0]).clamp(0, 1) - inverse.value
     own = inverse.value.square() * 8 / moments.size * share.clamp(min=0)
     relative = inverse.stderr.square().add(own).sqrt() / inverse.value
     rank = 1 / (inverse.value * (1 + relative.square()))
-    return _kept(rank, rank * relative, (relative > 0) & (relative < 0.5))
+    return _where_resolved(rank, rank * relative, (relative > 0) & (relative < 0.5))
 
 
 def drifts(moments: SketchMoments) -> WindowValues:
-    """How far the window's newer half has turned from its older half, 0 to 1; the sharp directions weigh the most.
+    """Estimate how far G turned from the older to the newer half of each window: 0 is no change, 1 is orthogonal.
 
-    With Ĝ = G / Tr G of either half it is |Ĝ_old − Ĝ_new|² / (|Ĝ_old|² + |Ĝ_new|²) in Frobenius norms, so a change of
-    scale is none. A single probe in a half is no pair, and pairs within a half are some probes apart as well: a steady
-    drift reads 0.58 of what it is over half of a window of 8.
+    With Ĝ = G / Tr G of each half, the drift is |Ĝ_old − Ĝ_new|² / (|Ĝ_old|² + |Ĝ_new|²) in Frobenius norms. It ignores
+    a change of scale, and the sharpest directions weigh the most. A half needs two probes or more. Pairs within a half
+    are some probes apart too, so a steady drift over half of a window of 8 reads 0.58 of its value.
+
+    Args:
+        moments: Moments of W windows.
+
+    Returns:
+        The drifts.
     """
     order = moments.present.cumsum(1)
     older = moments.present & (order <= order[:, -1:] // 2)
     newer = moments.present & ~older
     chosen = _leave_one_out(moments.present)
     old, new = chosen * older[:, None], chosen * newer[:, None]
-    within = _product_of_shapes(moments, old, old) + _product_of_shapes(moments, new, new)
-    similarity = _jackknife(2 * _product_of_shapes(moments, old, new) / within, older, newer)
-    error = _with_sketch(similarity, moments.size)
-    return _kept(1 - similarity.value, error, error < 1)
+    within = _normalized_product(moments, old, old) + _normalized_product(moments, new, new)
+    similarity = _jackknife(2 * _normalized_product(moments, old, new) / within, older, newer)
+    error = _with_sketch_error(similarity, moments.size)
+    return _where_resolved(1 - similarity.value, error, error < 1)
 
 
 def alignments(moments: SketchMoments) -> WindowValues:
-    """The cosine between G and gg', g'Gg / (|g|² |G|_F), of the steps' mean gradients g: 0 to λ_max/|G|_F ≤ 1.
+    """Estimate the cosine g'Gg / (|g|² |G|_F) between G and gg', for the mean gradients g of the steps.
 
-    One on whose r sharp directions G is flat gives 1/√r for any gradient within them. No eigenvalue is needed: as a
-    fraction of λ_max it would be wrong wherever several are nearly equal.
+    It lies between 0 and λ_max/|G|_F ≤ 1. If G is flat on r sharp directions, any gradient within them gives 1/√r. The
+    ratio to λ_max is not used, since it needs an eigenvalue and is wrong wherever several are nearly equal.
+
+    Args:
+        moments: Moments of W windows, computed with gradients.
+
+    Returns:
+        The alignments.
     """
     chosen = _leave_one_out(moments.present)
-    along = _mean(moments.along, chosen * moments.directed[:, None], chosen)
+    projections = _mean(moments.projections, chosen * moments.has_gradient[:, None], chosen)
     norm = _mean(moments.products, chosen, chosen).clamp(min=0).sqrt()
-    cosine = _jackknife(along / norm, moments.present)
-    error = _with_sketch(cosine, moments.size)
-    return _kept(cosine.value, error, (moments.directed.sum(1) >= _FEWEST) & (error < 1))
+    cosine = _jackknife(projections / norm, moments.present)
+    error = _with_sketch_error(cosine, moments.size)
+    return _where_resolved(cosine.value, error, (moments.has_gradient.sum(1) >= _MIN_PROBES) & (error < 1))
 
 
 def _without_collisions(squares: Tensor, norms: Tensor, size: int) -> Tensor:
-    """Mean squared products of vectors from those of their sketches and the sketches' squared norms."""
+    """Mean squared inner products of vectors, from those of their sketches and the sketches' squared norms."""
     return (squares - norms / size) / (1 + 1 / size - 2 / size**2)
 
 
 def _leave_one_out(present: Tensor) -> Tensor:
-    """Float64 [W, 1 + P, P] of 0 and 1: all that are `present` [W, P], then all but one of them in turn."""
+    """0/1 weights, float64 [W, 1 + P, P]: first all `present` [W, P] probes, then all but one, in turn."""
     kept = 1 - torch.eye(present.shape[1], dtype=torch.float64, device=present.device)
     weights = present.double()[:, None]
     return torch.cat([weights, weights * kept], 1)
 
 
-def _product_of_shapes(moments: SketchMoments, left: Tensor, right: Tensor) -> Tensor:
-    """Tr(G G') / (Tr G Tr G') [W, R] of the means of probes in `left` and in `right` [W, R, P].
+def _normalized_product(moments: SketchMoments, left: Tensor, right: Tensor) -> Tensor:
+    """Tr(G G') / (Tr G Tr G') as [W, R], for the means over the probes in `left` and in `right` [W, R, P].
 
-    Both traces are taken from the same pairs: what a few draws make of them, they make of the numerator as well.
+    Numerator and denominator use the same pairs, so that the noise of a few draws cancels.
     """
     product = _mean(moments.products, left, right)
     outer = moments.traces[:, :, None] * moments.traces[:, None]
@@ -147,16 +181,21 @@ def _product_of_shapes(moments: SketchMoments, left: Tensor, right: Tensor) -> T
 
 
 def _mean(cells: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Mean [W, R] of `cells` [W, P, P] over the pairs of two probes of `left` and `right` [W, R, P], 0 or 1 each."""
+    """Mean [W, R] of `cells` [W, P, P] over pairs of different probes; `left` and `right` [W, R, P] are 0/1 weights."""
     apart = 1 - torch.eye(cells.shape[1], dtype=cells.dtype, device=cells.device)
     count = (left @ apart * right).sum(2)
     return (left @ (cells * apart) * right).sum(2) / torch.where(count > 0, count, torch.nan)
 
 
 def _jackknife(statistic: Tensor, *strata: Tensor) -> WindowValues:
-    """From `statistic` [W, 1 + P], of the whole and without each probe: the value without its bias, and its error.
+    """Jackknife estimate: the value without its first-order bias, and its standard error.
 
-    `strata` [W, P]: sets of probes that were drawn apart; NaN where one of them has too few.
+    Args:
+        statistic: Float64 [W, 1 + P], of all probes and without each probe in turn.
+        *strata: Bool [W, P] each, sets of probes that were drawn independently; NaN if one has too few.
+
+    Returns:
+        The W values.
     """
     whole, without = statistic[:, 0], statistic[:, 1:]
     bias, variance = torch.zeros_like(whole), torch.zeros_like(whole)
@@ -165,20 +204,20 @@ def _jackknife(statistic: Tensor, *strata: Tensor) -> WindowValues:
         mean = torch.where(stratum, without, 0.0).sum(1) / count
         spread = torch.where(stratum, without - mean[:, None], 0.0).square().sum(1)
         bias += (count - 1) * (mean - whole)
-        variance += torch.where(count >= _FEWEST, (count - 1) / count * spread, torch.nan)
+        variance += torch.where(count >= _MIN_PROBES, (count - 1) / count * spread, torch.nan)
     return WindowValues(whole - bias, variance.sqrt())
 
 
-def _with_sketch(cosine: WindowValues, size: int) -> Tensor:
-    """The error of a cosine c of two matrices, with the sketch's share.
+def _with_sketch_error(cosine: WindowValues, size: int) -> Tensor:
+    """Standard error of a cosine c of two matrices, with the error of the sketch added.
 
-    Matrices of rank one have the most: the squared correlation of two vectors from `size` numbers, of variance
-    4c(1−c)²/k + 2/k² (Fisher 1915, to first order, and at c = 0).
+    The sketch's error is largest for matrices of rank one. It is that of the squared correlation of two vectors from
+    `size` numbers, with variance 4c(1−c)²/k + 2/k² (Fisher 1915, to first order and at c = 0).
     """
     c = cosine.value.clamp(0, 1)
     own = 4 * c * (1 - c).square() / size + 2 / size**2
     return cosine.stderr.square().add(own).sqrt()
 
 
-def _kept(value: Tensor, stderr: Tensor, resolved: Tensor) -> WindowValues:
+def _where_resolved(value: Tensor, stderr: Tensor, resolved: Tensor) -> WindowValues:
     return WindowValues(torch.where(resolved, value, torch.nan), torch.where(resolved, stderr, torch.nan))

@@ -1,47 +1,90 @@
-"""What a run's Hessian probes and line searches say: windows to estimates, each block's from its own newest probes."""
+"""Estimates from the windows of direction, Hutchinson, Lanczos, line search and preconditioned probes, run by run."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from statistics import NormalDist
-from typing import TypeVar
+from typing import Any
 
 import torch
 
-from sharpwatch.curvature.statistics.estimate import Estimate
+from sharpwatch.curvature.statistics.estimate import Estimate, stability_ratio
 from sharpwatch.curvature.statistics.gnb_estimators import trace_estimates
-from sharpwatch.daemon.estimation.windows import WINDOW_PROBES, Key, Request
-from sharpwatch.daemon.ingest.hello import RunHello
-from sharpwatch.daemon.ingest.probes import (
-    HutchinsonReading,
-    LanczosReading,
-    LineSearchReading,
-    PreconditionedReading,
+from sharpwatch.daemon.estimation.windows import (
+    WINDOW_ALL_BLOCKS,
+    WINDOW_PROBES,
+    EstimateRequest,
+    Estimates,
+    Key,
+    ReadingSpec,
+    Window,
 )
+from sharpwatch.daemon.ingest.hello import RunHello
+from sharpwatch.daemon.ingest.probes import DirectionReading
 
-Reading = TypeVar("Reading", HutchinsonReading, LanczosReading)
 _ENDS = (("top_eigenvalue", "top"), ("bottom_eigenvalue", "bottom"))
 
 
-def probe_estimates(request: Request) -> dict[Key, Estimate]:
-    """All that the windows of `request` say, but for those of `gnb` and `direction`."""
+@dataclass(frozen=True, slots=True)
+class ObservedStability:
+    """The stability ratios of one direction probe; `no_descent` if gᵀd ≤ 0, where the ratio is undefined."""
+
+    whole: Estimate | None = None
+    no_descent: bool = False
+    blocks: Mapping[str, Estimate] = field(default_factory=dict)
+
+
+def observed_stability(blocks: Sequence[str], step: int, reading: DirectionReading) -> ObservedStability:
+    """Returns the stability ratios of the probe of one step, as the detectors need them."""
+    whole = _whole_ratio([reading], step)
+    by_block = _block_ratios(blocks, [reading], step)
+    return ObservedStability(whole, no_descent=whole is None, blocks=by_block)
+
+
+def _ratio(curvatures: Sequence[float], descents: Sequence[float], step: int, method: str) -> Estimate | None:
+    ratio = stability_ratio(curvatures, descents)
+    if ratio is None:
+        return None
+    return Estimate(ratio.value, ratio.stderr, ratio.probes, "direction", step, method=method)
+
+
+def _whole_ratio(readings: Sequence[DirectionReading], step: int) -> Estimate | None:
+    curvatures, descents = [one.curvature for one in readings], [one.descent for one in readings]
+    return _ratio(curvatures, descents, step, readings[-1].method)
+
+
+def _block_ratios(blocks: Sequence[str], readings: Sequence[DirectionReading], step: int) -> dict[str, Estimate]:
+    """By block, over the newest probes in which the block had its turn."""
+    ratios = {}
+    for index, block in enumerate(blocks):
+        taken = [one for one in readings if not math.isnan(one.block_curvature[index])][-WINDOW_PROBES:]
+        curvatures = [float(one.block_curvature[index]) for one in taken]
+        descents = [float(one.block_descent[index]) for one in taken]
+        ratio = _ratio(curvatures, descents, step, readings[-1].method)
+        if ratio is not None:
+            ratios[block] = ratio
+    return ratios
+
+
+def _stability_ratios(hello: RunHello, window: Window) -> dict[Key, Estimate]:
+    """Of the whole model and of each block; a ratio whose error is not known yet is left out."""
+    step = window[-1][0]
+    readings = [reading for _, reading in window]
+    whole = _whole_ratio(readings[-WINDOW_PROBES:], step)
+    ratios = {"": whole} if whole is not None else {}
+    ratios |= _block_ratios(hello.blocks, readings, step)
     return {
-        **_traces(request.manifest, request.hutchinson),
-        **_eigenvalues(request.lanczos),
-        **_critical_sharpness(request.manifest.blocks, request.linesearch),
-        **_preconditioned(request.preconditioned),
+        ("stability_ratio", block, "direction"): ratio for block, ratio in ratios.items() if math.isfinite(ratio.stderr)
     }
 
 
-def _traces(manifest: RunHello, window: Sequence[tuple[int, HutchinsonReading]]) -> dict[Key, Estimate]:
-    """Means over draws and probes; a block that has no error yet is left out."""
+def _traces(hello: RunHello, window: Window) -> dict[Key, Estimate]:
+    """Means over the draws and probes of each block; a block whose error is not known yet is left out."""
     by_block = _by_block(window)
-    if not by_block:
-        return {}
     probes = max(map(len, by_block.values()))
     draws = max(len(reading.traces) for taken in by_block.values() for _, reading in taken)
     values = torch.zeros(len(by_block), probes, draws, dtype=torch.float64)
@@ -57,15 +100,16 @@ def _traces(manifest: RunHello, window: Sequence[tuple[int, HutchinsonReading]])
     for (block, taken), value, stderr, count in rows:
         step, newest = taken[-1]
         trace = Estimate(value, stderr, count, "hutchinson", step, method=newest.method)
-        size = int(manifest.block_parameters[manifest.blocks.index(block)])
+        size = int(hello.block_parameters[hello.blocks.index(block)])
         if math.isfinite(stderr):
             estimates["trace", block, "hutchinson"] = trace
             estimates["sharpness", block, "hutchinson"] = replace(trace, value=value / size, stderr=stderr / size)
     return estimates
 
 
-def _eigenvalues(window: Sequence[tuple[int, LanczosReading]]) -> dict[Key, Estimate]:
-    """The newest probe's of each block and of the whole; its error is the scatter of probes, on batches unlike it."""
+def _eigenvalues(hello: RunHello, window: Window) -> dict[Key, Estimate]:
+    """The newest probe of each block and of the whole model; its error is the scatter of probes on other batches."""
+    del hello
     estimates = {}
     for block, taken in _by_block(window).items():
         step, newest = taken[-1]
@@ -77,13 +121,14 @@ def _eigenvalues(window: Sequence[tuple[int, LanczosReading]]) -> dict[Key, Esti
     return estimates
 
 
-def _critical_sharpness(blocks: Sequence[str], window: Sequence[tuple[int, LineSearchReading]]) -> dict[Key, Estimate]:
-    """Medians over the newest probes, those of a block over its turns; from two on, for one has no scatter.
+def _critical_sharpness(hello: RunHello, window: Window) -> dict[Key, Estimate]:
+    """Medians over the newest probes, and for a block over those in which it had its turn; at least two.
 
-    A step that climbs on the probe's rows raises the loss at any scale, and one such search would rule a mean.
+    A median, because a step that climbs on the probe's rows raises the loss at any scale, and one such search would
+    dominate a mean.
     """
     searches = {"": [(step, one.sharpness, one.half_width) for step, one in window]}
-    for index, block in enumerate(blocks):
+    for index, block in enumerate(hello.blocks):
         each = ((step, float(one.block_sharpness[index]), float(one.block_half_width[index])) for step, one in window)
         searches[block] = [search for search in each if not math.isnan(search[1])]
     estimates = {}
@@ -98,10 +143,9 @@ def _critical_sharpness(blocks: Sequence[str], window: Sequence[tuple[int, LineS
     return estimates
 
 
-def _preconditioned(window: Sequence[tuple[int, PreconditionedReading]]) -> dict[Key, Estimate]:
-    """The newest probe's, as of an eigenvalue."""
-    if not window:
-        return {}
+def _preconditioned(hello: RunHello, window: Window) -> dict[Key, Estimate]:
+    """The newest probe, with an error as that of an eigenvalue."""
+    del hello
     step, newest = window[-1]
     values = [one.ratio for _, one in window]
     found = Estimate(
@@ -110,24 +154,73 @@ def _preconditioned(window: Sequence[tuple[int, PreconditionedReading]]) -> dict
     return {("stability_ratio", "", "preconditioned"): found}
 
 
-def _by_block(window: Sequence[tuple[int, Reading]]) -> dict[str, list[tuple[int, Reading]]]:
+def _by_block(window: Window) -> dict[str, Window]:
     """The newest probes of each block that has any."""
-    found: dict[str, list[tuple[int, Reading]]] = {}
+    found: dict[str, list[tuple[int, Any]]] = {}
     for step, reading in window:
         found.setdefault(reading.block, []).append((step, reading))
     return {block: taken[-WINDOW_PROBES:] for block, taken in found.items()}
 
 
 def _deviation(values: Sequence[float]) -> float:
-    """Standard deviation of one of `values`, by their successive differences; NaN for a single one.
+    """Standard deviation of one of `values`, from their successive differences; NaN for a single value.
 
-    A trend, as early in training, is no error (von Neumann et al., "The mean square successive difference", 1941).
+    Differences do not count a trend as error (von Neumann et al., "The mean square successive difference", 1941).
     """
     squares = [(after - before) ** 2 for before, after in pairwise(values)]
     return math.sqrt(statistics.fmean(squares) / 2) if squares else math.nan
 
 
 def _median_error(values: Sequence[float], middle: float) -> float:
-    """Standard error of the median, from the median deviation from it; both as of a normal distribution."""
+    """Standard error of the median from the median absolute deviation, both as for a normal distribution."""
     spread = statistics.median(abs(value - middle) for value in values) / NormalDist().inv_cdf(0.75)
     return spread * math.sqrt(math.pi / 2 / len(values))
+
+
+def run_by_run(
+    probe: str, estimate: Callable[[RunHello, Window], Mapping[Key, Estimate]]
+) -> Callable[[Sequence[EstimateRequest], str], list[Estimates]]:
+    """Makes the estimate of one run's window of `probe` into one of a batch of requests, on the CPU."""
+
+    def of_batch(requests: Sequence[EstimateRequest], device: str) -> list[Estimates]:
+        del device
+        return [Estimates(estimate(request.hello, request.windows[probe])) for request in requests]
+
+    return of_batch
+
+
+def _update_ratio(reading: DirectionReading) -> Mapping[str, tuple[float, ...]]:
+    return {"update_ratio": tuple(map(float, reading.update_ratio))}
+
+
+DIRECTION = ReadingSpec(
+    name="direction",
+    window=WINDOW_ALL_BLOCKS,
+    estimators=("direction",),
+    estimate=run_by_run("direction", _stability_ratios),
+    shown=_update_ratio,
+)
+HUTCHINSON = ReadingSpec(
+    name="hutchinson",
+    window=WINDOW_ALL_BLOCKS,
+    estimators=("hutchinson",),
+    estimate=run_by_run("hutchinson", _traces),
+)
+LANCZOS = ReadingSpec(
+    name="lanczos",
+    window=WINDOW_ALL_BLOCKS + WINDOW_PROBES,  # the whole model has turns too
+    estimators=("lanczos",),
+    estimate=run_by_run("lanczos", _eigenvalues),
+)
+LINE_SEARCH = ReadingSpec(
+    name="linesearch",
+    window=WINDOW_ALL_BLOCKS,
+    estimators=("linesearch",),
+    estimate=run_by_run("linesearch", _critical_sharpness),
+)
+PRECONDITIONED = ReadingSpec(
+    name="preconditioned",
+    window=WINDOW_PROBES,
+    estimators=("preconditioned",),
+    estimate=run_by_run("preconditioned", _preconditioned),
+)

@@ -1,61 +1,69 @@
-"""What is kept of a run's probes, and under which names their estimates go."""
+"""The window of probes that an estimate is made of, and what the daemon must know of each kind of probe."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from sharpwatch.blocks import BLOCKS
+from sharpwatch.curvature.statistics.estimate import Estimate
 from sharpwatch.daemon.ingest.hello import RunHello
-from sharpwatch.daemon.ingest.probes import (
-    DirectionReading,
-    GnbReading,
-    HutchinsonReading,
-    LanczosReading,
-    LineSearchReading,
-    PreconditionedReading,
-)
 
-WINDOW_PROBES = 8  # that one estimate is made of
-_EACH = WINDOW_PROBES * len(BLOCKS)  # where blocks take turns: as many hold a full window of each
-LENGTHS: Mapping[str, int] = {
-    "gnb": WINDOW_PROBES,
-    "direction": _EACH,
-    "hutchinson": _EACH,
-    "lanczos": _EACH + WINDOW_PROBES,  # the whole model has turns too
-    "linesearch": _EACH,
-    "preconditioned": WINDOW_PROBES,
-}
-# Estimators by the probe that their estimates are made of, in the order in which they are shown.
-ESTIMATORS: Mapping[str, Sequence[str]] = {
-    "gnb": ("gnb", "gnb_upper_bound"),
-    "direction": ("direction",),
-    "hutchinson": ("hutchinson",),
-    "lanczos": ("lanczos",),
-    "linesearch": ("linesearch",),
-    "preconditioned": ("preconditioned",),
-}
+WINDOW_PROBES = 8  # probes that one estimate is made of
+WINDOW_ALL_BLOCKS = WINDOW_PROBES * len(BLOCKS)  # where blocks take turns: a full window for each of them
+
 Key = tuple[str, str, str]  # quantity, block ("" for the whole model), estimator
+Window = Sequence[tuple[int, Any]]  # (step, reading), oldest first
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Request:
-    """One run's windows: probes with the steps they were taken at, oldest first."""
+class EstimateRequest:
+    """The windows of one run, to be estimated from.
 
-    manifest: RunHello
-    gnb: tuple[tuple[int, GnbReading], ...] = ()
-    direction: tuple[tuple[int, DirectionReading], ...] = ()
-    hutchinson: tuple[tuple[int, HutchinsonReading], ...] = ()
-    lanczos: tuple[tuple[int, LanczosReading], ...] = ()
-    linesearch: tuple[tuple[int, LineSearchReading], ...] = ()
-    preconditioned: tuple[tuple[int, PreconditionedReading], ...] = ()
+    Attributes:
+        hello: The Hello of the run's newest attempt.
+        windows: By probe; a probe without a reading has none.
+        step: The newest step in any of the windows.
+    """
 
-    @property
-    def probes(self) -> tuple[str, ...]:
-        """The probes that there are windows of."""
-        return tuple(probe for probe in LENGTHS if getattr(self, probe))
+    hello: RunHello
+    windows: Mapping[str, Window] = field(default_factory=dict)
+    step: int = 0
 
-    @property
-    def step(self) -> int:
-        """The newest step in any of the windows."""
-        return max((getattr(self, probe)[-1][0] for probe in self.probes), default=0)
+
+@dataclass(frozen=True, slots=True)
+class Estimates:
+    """The estimates of one run; `layer_sharpness` has one for each layer block of the Hello, or none at all."""
+
+    values: Mapping[Key, Estimate] = field(default_factory=dict)
+    layer_sharpness: tuple[Estimate, ...] = ()
+    order_correlation: float | None = None
+
+
+def _unchanged(reading: Any) -> Any:
+    return reading
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadingSpec:
+    """What the daemon does with the readings of one kind of probe.
+
+    Its decoder has the same name in `sharpwatch.daemon.ingest.probes.DECODERS`; the spec is registered in
+    `sharpwatch.daemon.estimation.estimator.PROBES`.
+
+    Attributes:
+        name: The probe's name, which is that of its field in a Sample.
+        window: How many readings of a run are kept to estimate from; 0 where nothing is estimated.
+        estimators: The estimators under which its estimates are shown; a new estimate replaces all of them.
+        estimate: Estimates a batch of requests, which all have a window of this probe, on a torch device.
+        shown: Returns the fields of a run's snapshot that a single reading sets, by block; None if it sets none.
+        without_projection: What is left of a reading once the sketches' projection has changed.
+    """
+
+    name: str
+    window: int = 0
+    estimators: tuple[str, ...] = ()
+    estimate: Callable[[Sequence[EstimateRequest], str], list[Estimates]] | None = None
+    shown: Callable[[Any], Mapping[str, tuple[float, ...] | None]] | None = None
+    without_projection: Callable[[Any], Any] = _unchanged

@@ -17,6 +17,7 @@ from sharpwatch.daemon.ingest.limits import (
     Ints,
     checked_name,
     checked_text,
+    few,
     require,
 )
 from sharpwatch.v1 import agent_pb2
@@ -44,6 +45,7 @@ class RunHello:
     sketch_size: int
     host: str
     agent_version: str
+    probes: tuple[str, ...] = ()
 
     @property
     def block_parameters(self) -> Ints:
@@ -78,6 +80,7 @@ def read_hello(hello: agent_pb2.Hello) -> RunHello:
     low, high = hello.min_multiplier, hello.max_multiplier
     require(0 < low <= 1 <= high < math.inf, f"multiplier bounds ({low}, {high}): expected 0 < min <= 1 <= max")
     require(0 <= hello.initial_step <= MAX_STEP, f"initial_step: {hello.initial_step}")
+    few(hello.probes, "probes")
     require(0 <= hello.sketch_size <= 2**16, f"sketch_size: {hello.sketch_size}")
     return RunHello(
         training_job=checked_name(hello.training_job, "training_job"),
@@ -96,4 +99,5 @@ def read_hello(hello: agent_pb2.Hello) -> RunHello:
         sketch_size=hello.sketch_size,
         host=checked_text(hello.host, "host"),
         agent_version=checked_text(hello.agent_version, "agent_version"),
+        probes=tuple(checked_text(probe, "probes", MAX_NAME) for probe in hello.probes),
     )

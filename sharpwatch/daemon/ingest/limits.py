@@ -11,6 +11,7 @@ import numpy.typing as npt
 from sharpwatch.errors import WireError
 
 Floats = npt.NDArray[np.floating[Any]]
+Doubles = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 MAX_LAYER_BLOCKS = 16_384

@@ -1,13 +1,14 @@
-"""Probes as the daemon takes them: their shapes and limits, and what of a probe is not finite.
+"""Decodes the probes of a sample and checks their shapes, limits and numbers.
 
-Each reader returns None for a probe with a number that says nothing: the model's own were not finite. What an agent
-can't have meant (a shape, an unknown block, a negative square) raises `WireError`.
+`DECODERS` has a decoder for each field of a Sample that is a probe. A decoder returns None if a number is not finite,
+because the model's own were not; the probe is then dropped and counted. It raises `WireError` for what an agent can't
+have meant: a wrong shape, an unknown block, a negative square.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from sharpwatch.daemon.ingest.hello import RunHello
 from sharpwatch.daemon.ingest.limits import MAX_COUNT, MAX_DRAWS, MAX_NAME, Floats, checked_text, require
 from sharpwatch.v1 import agent_pb2, types_pb2
 
-LARGEST_SKETCH = 1e15  # its square, summed over blocks and a whole sketch, is finite in float32
+LARGEST_SKETCH = 1e15  # summed over all blocks and entries of a sketch, its square is finite in float32
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,16 +29,11 @@ class GnbReading:
     traces: Floats
     sketches: Floats | None
     gradient_sketch: Floats | None = None  # [B, k], of the step's mean gradient
-    gradient_noise: Floats | None = None  # [B], of the same
-
-    def without_sketches(self) -> GnbReading:
-        """Its traces alone, which depend on no projection."""
-        return replace(self, sketches=None, gradient_sketch=None)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DirectionReading:
-    """One direction probe; arrays are [B], NaN in block_curvature for a block whose turn it was not."""
+    """One direction probe; arrays are [B], with NaN in block_curvature for a block that had no turn."""
 
     tokens: int
     descent: float
@@ -73,7 +69,7 @@ class LanczosReading:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LineSearchReading:
-    """One line search; arrays are [B], NaN for a block whose turn it was not."""
+    """One line search; arrays are [B], with NaN for a block that had no turn."""
 
     tokens: int
     sharpness: float
@@ -84,7 +80,7 @@ class LineSearchReading:
 
 @dataclass(frozen=True, slots=True)
 class PreconditionedReading:
-    """The top eigenvalue as Adam sees it, in units of the edge."""
+    """The top eigenvalue of the Hessian preconditioned by Adam, over the largest that its learning rates allow."""
 
     tokens: int
     ratio: float
@@ -92,118 +88,156 @@ class PreconditionedReading:
     method: str
 
 
-ProbeReading = (
-    GnbReading | DirectionReading | HutchinsonReading | LanczosReading | LineSearchReading | PreconditionedReading
-)
+@dataclass(frozen=True, slots=True, eq=False)
+class GradientNoiseReading:
+    """The gradient noise by block [B], NaN where a layer block has none; None where the step had no noise to tell."""
+
+    noise: Floats | None
 
 
-def read_probes(manifest: RunHello, sample: agent_pb2.Sample) -> dict[str, Any]:
-    """The probes that `sample` has, by name: each one's own reading, or None where it says nothing."""
-    given = {field.name: message for field, message in sample.ListFields() if field.name in PROBES}
-    for probe, message in given.items():
-        require(0 < message.tokens <= MAX_COUNT, f"{probe}.tokens: {message.tokens}")
-    return {probe: PROBES[probe](message, manifest) for probe, message in given.items()}
+def read_probes(hello: RunHello, sample: agent_pb2.Sample) -> dict[str, Any]:
+    """Decodes the probes of a sample.
+
+    Args:
+        hello: The Hello of the sample's attempt.
+        sample: The sample.
+
+    Returns:
+        By name the reading of each probe in the sample, or None for one that is to be dropped.
+
+    Raises:
+        WireError: A probe breaks a limit.
+    """
+    given = {field.name: message for field, message in sample.ListFields() if field.name in DECODERS}
+    found = {probe: DECODERS[probe](message, hello) for probe, message in given.items()}
+    if found.get("gnb") is not None and "gradient_noise" not in hello.probes:
+        found["gradient_noise"] = _older_gradient_noise(sample.gnb, hello)
+    return found
 
 
-def _gnb(probe: agent_pb2.GnbProbe, manifest: RunHello) -> GnbReading | None:
-    traces = _draws(probe.traces, "gnb.traces", manifest)
+def _gnb(probe: agent_pb2.GnbProbe, hello: RunHello) -> GnbReading | None:
+    tokens = _tokens(probe, "gnb")
+    traces = _draws(probe.traces, "gnb.traces", hello)
     require(bool((np.isnan(traces) | (traces >= 0)).all()), "gnb.traces: a squared norm below zero")
-    shape = (len(manifest.blocks), manifest.sketch_size)
+    shape = (len(hello.blocks), hello.sketch_size)
     sketches = gradient = None
     if probe.HasField("sketches"):
         sketches = wire.decode(probe.sketches, name="gnb.sketches", dtype="float32", shape=(len(traces), *shape))
     if probe.HasField("gradient_sketch"):
         gradient = wire.decode(probe.gradient_sketch, name="gnb.gradient_sketch", dtype="float32", shape=shape)
-    # One that is so large that its square is not finite would spoil others: the runs are estimated together.
+    # Runs are estimated together: a sketch whose square is not finite would damage the estimates of others.
     small = all((np.abs(each) <= LARGEST_SKETCH).all() for each in (sketches, gradient) if each is not None)
     if not small or not _finite(traces):
         return None
-    return GnbReading(probe.tokens, traces, sketches, gradient, _gradient_noise(probe, manifest))
+    return GnbReading(tokens, traces, sketches, gradient)
 
 
-def _gradient_noise(probe: agent_pb2.GnbProbe, manifest: RunHello) -> Floats | None:
-    """By block [B], NaN where one of its layer blocks has none."""
+def _gradient_noise(probe: agent_pb2.GradientNoiseProbe, hello: RunHello) -> GradientNoiseReading | None:
+    if not probe.HasField("noise"):
+        return GradientNoiseReading(None)
+    noise = _noise_by_block(probe.noise, "gradient_noise.noise", hello)
+    return None if noise is None else GradientNoiseReading(noise)
+
+
+def _older_gradient_noise(probe: agent_pb2.GnbProbe, hello: RunHello) -> GradientNoiseReading:
+    """The noise that an agent sends with its gnb probe if gradient noise is no probe of its own there."""
     if not probe.HasField("gradient_noise"):
-        return None
-    shape = (len(manifest.layer_blocks),)
-    noise = wire.decode(probe.gradient_noise, name="gnb.gradient_noise", dtype="float32", shape=shape)
+        return GradientNoiseReading(None)
+    return GradientNoiseReading(_noise_by_block(probe.gradient_noise, "gnb.gradient_noise", hello))
+
+
+def _noise_by_block(array: types_pb2.Array, what: str, hello: RunHello) -> Floats | None:
+    """Sums over the layers of each block; None where an entry is infinite."""
+    noise = wire.decode(array, name=what, dtype="float32", shape=(len(hello.layer_blocks),))
     if np.isinf(noise).any():
         return None
-    by_block = np.zeros(len(manifest.blocks))
-    np.add.at(by_block, manifest.block_of, noise)
+    by_block = np.zeros(len(hello.blocks))
+    np.add.at(by_block, hello.block_of, noise)
     return by_block
 
 
-def _direction(probe: agent_pb2.DirectionProbe, manifest: RunHello) -> DirectionReading | None:
-    descent = _by_block(probe.block_descent, "direction.block_descent", manifest)
-    curvature = _by_block(probe.block_curvature, "direction.block_curvature", manifest)
-    ratio = _by_block(probe.update_ratio, "direction.update_ratio", manifest, "float32")
+def _direction(probe: agent_pb2.DirectionProbe, hello: RunHello) -> DirectionReading | None:
+    tokens = _tokens(probe, "direction")
+    descent = _by_block(probe.block_descent, "direction.block_descent", hello)
+    curvature = _by_block(probe.block_curvature, "direction.block_curvature", hello)
+    ratio = _by_block(probe.update_ratio, "direction.update_ratio", hello, "float32")
     method = checked_text(probe.method, "direction.method", MAX_NAME)
     if not _finite(probe.descent, probe.curvature, descent, ratio) or np.isinf(curvature).any():
         return None
-    return DirectionReading(probe.tokens, probe.descent, probe.curvature, descent, curvature, ratio, method)
+    return DirectionReading(tokens, probe.descent, probe.curvature, descent, curvature, ratio, method)
 
 
-def _hutchinson(probe: agent_pb2.HutchinsonProbe, manifest: RunHello) -> HutchinsonReading | None:
-    block = _block(probe.block, "hutchinson.block", manifest)
-    traces = _draws(probe.traces, "hutchinson.traces", manifest)
-    others = manifest.block_of != manifest.blocks.index(block)
+def _hutchinson(probe: agent_pb2.HutchinsonProbe, hello: RunHello) -> HutchinsonReading | None:
+    tokens = _tokens(probe, "hutchinson")
+    block = _block(probe.block, "hutchinson.block", hello)
+    traces = _draws(probe.traces, "hutchinson.traces", hello)
+    others = hello.block_of != hello.blocks.index(block)
     require(not traces[:, others].any(), f"hutchinson.traces: not zero outside {block}")
     method = checked_text(probe.method, "hutchinson.method", MAX_NAME)
-    return HutchinsonReading(probe.tokens, block, traces, method) if _finite(traces) else None
+    return HutchinsonReading(tokens, block, traces, method) if _finite(traces) else None
 
 
-def _lanczos(probe: agent_pb2.LanczosProbe, manifest: RunHello) -> LanczosReading | None:
-    block = _block(probe.block, "lanczos.block", manifest) if probe.block else ""
+def _lanczos(probe: agent_pb2.LanczosProbe, hello: RunHello) -> LanczosReading | None:
+    tokens = _tokens(probe, "lanczos")
+    block = _block(probe.block, "lanczos.block", hello) if probe.block else ""
     ends = (probe.top, probe.top_residual, probe.bottom, probe.bottom_residual)
     require(not (probe.top_residual < 0 or probe.bottom_residual < 0), "lanczos: a residual below zero")
     require(not probe.bottom > probe.top, "lanczos: the smallest eigenvalue above the largest")
     method = checked_text(probe.method, "lanczos.method", MAX_NAME)
-    return LanczosReading(probe.tokens, block, *ends, method) if _finite(*ends) else None
+    return LanczosReading(tokens, block, *ends, method) if _finite(*ends) else None
 
 
-def _linesearch(probe: agent_pb2.LineSearchProbe, manifest: RunHello) -> LineSearchReading | None:
-    sharpness = _by_block(probe.block_sharpness, "linesearch.block_sharpness", manifest)
-    half_width = _by_block(probe.block_half_width, "linesearch.block_half_width", manifest)
+def _linesearch(probe: agent_pb2.LineSearchProbe, hello: RunHello) -> LineSearchReading | None:
+    tokens = _tokens(probe, "linesearch")
+    sharpness = _by_block(probe.block_sharpness, "linesearch.block_sharpness", hello)
+    half_width = _by_block(probe.block_half_width, "linesearch.block_half_width", hello)
     whole = (probe.sharpness, probe.half_width)
     below = min(whole) < 0 or (sharpness < 0).any() or (half_width < 0).any()
     require(not below, "linesearch: a sharpness or a width below zero")
     if not _finite(*whole) or np.isinf(sharpness).any() or np.isinf(half_width).any():
         return None
-    return LineSearchReading(probe.tokens, *whole, sharpness, half_width)
+    return LineSearchReading(tokens, *whole, sharpness, half_width)
 
 
-def _preconditioned(probe: agent_pb2.PreconditionedProbe, manifest: RunHello) -> PreconditionedReading | None:
-    del manifest
+def _preconditioned(probe: agent_pb2.PreconditionedProbe, hello: RunHello) -> PreconditionedReading | None:
+    tokens = _tokens(probe, "preconditioned")
+    del hello
     require(not probe.residual < 0, "preconditioned: a residual below zero")
     method = checked_text(probe.method, "preconditioned.method", MAX_NAME)
     if not _finite(probe.ratio, probe.residual):
         return None
-    return PreconditionedReading(probe.tokens, probe.ratio, probe.residual, method)
+    return PreconditionedReading(tokens, probe.ratio, probe.residual, method)
 
 
-PROBES: Mapping[str, Callable[[Any, RunHello], ProbeReading | None]] = {
+DECODERS: dict[str, Callable[[Any, RunHello], Any]] = {
     "gnb": _gnb,
     "direction": _direction,
     "hutchinson": _hutchinson,
     "lanczos": _lanczos,
     "linesearch": _linesearch,
     "preconditioned": _preconditioned,
+    "gradient_noise": _gradient_noise,
 }
 
 
-def _draws(array: types_pb2.Array, what: str, manifest: RunHello) -> Floats:
-    values = wire.decode(array, name=what, dtype="float64", shape=(None, len(manifest.layer_blocks)))
+def _tokens(probe: Any, name: str) -> int:
+    tokens: int = probe.tokens
+    require(0 < tokens <= MAX_COUNT, f"{name}.tokens: {tokens}, expected 1 to 2**63 - 1")
+    return tokens
+
+
+def _draws(array: types_pb2.Array, what: str, hello: RunHello) -> Floats:
+    values = wire.decode(array, name=what, dtype="float64", shape=(None, len(hello.layer_blocks)))
     require(0 < len(values) <= MAX_DRAWS, f"{what}: {len(values)} draws, expected 1 to {MAX_DRAWS}")
     return values
 
 
-def _by_block(array: types_pb2.Array, what: str, manifest: RunHello, dtype: str = "float64") -> Floats:
-    return wire.decode(array, name=what, dtype=dtype, shape=(len(manifest.blocks),))
+def _by_block(array: types_pb2.Array, what: str, hello: RunHello, dtype: str = "float64") -> Floats:
+    return wire.decode(array, name=what, dtype=dtype, shape=(len(hello.blocks),))
 
 
-def _block(block: str, what: str, manifest: RunHello) -> str:
-    require(block in manifest.blocks, f"{what}: {block[:MAX_NAME]!r}, expected one of {list(manifest.blocks)}")
+def _block(block: str, what: str, hello: RunHello) -> str:
+    require(block in hello.blocks, f"{what}: {block[:MAX_NAME]!r}, expected one of {list(hello.blocks)}")
     return block
 
 

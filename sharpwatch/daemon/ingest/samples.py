@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from sharpwatch.daemon.ingest.hello import RunHello
 from sharpwatch.daemon.ingest.limits import (
     MAX_COUNT,
     MAX_STEP,
+    Doubles,
     Floats,
     Ints,
     checked_name,
@@ -25,16 +26,7 @@ from sharpwatch.daemon.ingest.limits import (
     few,
     require,
 )
-from sharpwatch.daemon.ingest.probes import (
-    PROBES,
-    DirectionReading,
-    GnbReading,
-    HutchinsonReading,
-    LanczosReading,
-    LineSearchReading,
-    PreconditionedReading,
-    read_probes,
-)
+from sharpwatch.daemon.ingest.probes import read_probes
 from sharpwatch.daemon.records import Checkpoint, CommandResult
 from sharpwatch.errors import WireError
 from sharpwatch.v1 import agent_pb2, types_pb2
@@ -59,6 +51,18 @@ class TapValues:
     lr_multiplier: Floats
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class BlockTap:
+    """A tap by block type; every array is [B], with NaN where nothing was measured."""
+
+    gradient_norm: Doubles
+    weight_norm: Doubles
+    update_rms: Doubles
+    non_finite: Ints
+    learning_rate: Doubles
+    lr_multiplier: Doubles
+
+
 @dataclass(frozen=True, slots=True)
 class HealthReading:
     """What the agent says of itself; None where it could not measure."""
@@ -72,30 +76,20 @@ class HealthReading:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reading:
-    """A checked Sample. `dropped_probes` names the probes left out because their numbers were not finite."""
+    """A checked Sample; `probes` by name. `dropped_probes` names those left out because a number was not finite."""
 
     sequence: int
     step: int
     taken_at: float  # unix seconds
     loss: float | None
     tap: TapValues | None
-    gnb: GnbReading | None
-    direction: DirectionReading | None
+    probes: Mapping[str, Any]
     health: HealthReading | None
     results: tuple[CommandResult, ...]
     checkpoints: tuple[Checkpoint, ...]
     closing: bool
     restored: bool
     dropped_probes: tuple[str, ...]
-    hutchinson: HutchinsonReading | None = None
-    lanczos: LanczosReading | None = None
-    linesearch: LineSearchReading | None = None
-    preconditioned: PreconditionedReading | None = None
-
-    @property
-    def probes(self) -> tuple[str, ...]:
-        """The probes that it has."""
-        return tuple(probe for probe in PROBES if getattr(self, probe) is not None)
 
 
 def _tap(tap: agent_pb2.Tap, parameters: Ints) -> TapValues:
@@ -117,6 +111,42 @@ def _tap(tap: agent_pb2.Tap, parameters: Ints) -> TapValues:
         non_finite=non_finite,
         learning_rate=rate,
         lr_multiplier=multiplier,
+    )
+
+
+def _bincount(hello: RunHello, rows: Doubles) -> Doubles:
+    # In a product with a membership matrix one NaN or inf would spread to all blocks.
+    return np.bincount(hello.block_of, weights=rows, minlength=len(hello.blocks)).astype(np.float64)
+
+
+def _norms(hello: RunHello, rows: Floats) -> Doubles:
+    """The norm of the layers of each block taken together."""
+    return np.sqrt(_bincount(hello, np.square(rows, dtype=np.float64)))
+
+
+def _means(hello: RunHello, rows: Doubles) -> Doubles:
+    """Means weighted by parameters, over the rows that are not NaN; NaN where there are none."""
+    present = ~np.isnan(rows)
+    weights = np.where(present, hello.parameters, 0).astype(np.float64)
+    total = _bincount(hello, weights)
+    with np.errstate(invalid="ignore"):
+        return _bincount(hello, np.where(present, rows * hello.parameters, 0.0)) / total
+
+
+def block_tap(hello: RunHello, tap: TapValues) -> BlockTap:
+    """Makes the tap of block types from that of layer blocks.
+
+    Norms are roots of sums of squares, RMS_t is the root of a mean square weighted by parameters, and rates and
+    multipliers are means weighted by parameters.
+    """
+    squares = np.square(tap.update_rms, dtype=np.float64)
+    return BlockTap(
+        gradient_norm=_norms(hello, tap.gradient_norm),
+        weight_norm=_norms(hello, tap.weight_norm),
+        update_rms=np.sqrt(_means(hello, squares)),
+        non_finite=_bincount(hello, tap.non_finite.astype(np.float64)).astype(np.int64),
+        learning_rate=_means(hello, tap.learning_rate.astype(np.float64)),
+        lr_multiplier=_means(hello, tap.lr_multiplier.astype(np.float64)),
     )
 
 
@@ -173,7 +203,7 @@ def read_sample(manifest: RunHello, sample: agent_pb2.Sample) -> Reading:
         taken_at=sample.taken_at_unix_ns / 1e9,
         loss=sample.loss if sample.HasField("loss") else None,
         tap=_tap(sample.tap, manifest.parameters) if sample.HasField("tap") else None,
-        **{probe: probes.get(probe) for probe in PROBES},
+        probes={probe: reading for probe, reading in probes.items() if reading is not None},
         health=_health(sample.health) if sample.HasField("health") else None,
         results=tuple(map(_result, sample.results)),
         checkpoints=tuple(map(_checkpoint, sample.checkpoints)),

@@ -10,6 +10,7 @@ from google.protobuf.message import DecodeError
 
 from sharpwatch.daemon.decisions.decision_log import UNDER_WAY
 from sharpwatch.daemon.decisions.run_controller import Changes
+from sharpwatch.daemon.estimation.estimator import PROBES
 from sharpwatch.daemon.ingest.hello import read_hello
 from sharpwatch.daemon.ingest.samples import Cursor, Reading, read_sample
 from sharpwatch.daemon.runs.runs import Attempt, Run, Runs
@@ -76,14 +77,20 @@ def _replay(run: Run, attempts: dict[str, Attempt], rows: tuple[SampleRow, ...])
                 except OperatorError as error:
                     log.warning("command_result_unplaced", run=run.name, reason=str(error))
         if attempt.manifest.same_blocks(run.attempt.manifest):
-            if reading.gnb is not None and not attempt.manifest.same_projection(run.attempt.manifest):
-                reading = replace(reading, gnb=reading.gnb.without_sketches())
+            if not attempt.manifest.same_projection(run.attempt.manifest):
+                reading = _without_projection(reading)
             observation = run.fold(reading, time.time())
             if observation is not None:
                 run.supervisor.replay(observation)
     for change in changes:
         run.note(change)
     return changes
+
+
+def _without_projection(reading: Reading) -> Reading:
+    """What is left of `reading` once the sketches' projection has changed."""
+    probes = {name: PROBES[name].without_projection(one) for name, one in reading.probes.items()}
+    return replace(reading, probes=probes)
 
 
 def _reading(attempt: Attempt, row: SampleRow) -> Reading | None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -14,17 +13,16 @@ import numpy as np
 from sharpwatch.curvature.statistics.estimate import Estimate
 from sharpwatch.daemon.decisions.decision_log import UNDER_WAY
 from sharpwatch.daemon.decisions.run_controller import Changes, RunController
-from sharpwatch.daemon.estimation.block_totals import BlockTap, block_tap
-from sharpwatch.daemon.estimation.gnb import Estimates, observed_stability
-from sharpwatch.daemon.estimation.windows import ESTIMATORS, LENGTHS, Key, Request
+from sharpwatch.daemon.estimation.estimator import PROBES
+from sharpwatch.daemon.estimation.hessian import ObservedStability, observed_stability
+from sharpwatch.daemon.estimation.windows import Estimates, Key, EstimateRequest
 from sharpwatch.daemon.ingest.hello import RunHello
-from sharpwatch.daemon.ingest.samples import Cursor, HealthReading, Reading
+from sharpwatch.daemon.ingest.samples import BlockTap, Cursor, HealthReading, Reading, block_tap
 from sharpwatch.daemon.records import Alert, Decision, Mode, Observation
 
 MAX_RUNS = 10_000
+_NO_STABILITY = ObservedStability()
 MAX_ATTEMPTS = 16  # remembered of a run: one of them may still be sending what it had left
-
-_PLACES = {one: place for place, one in enumerate(chain.from_iterable(ESTIMATORS.values()))}
 
 Phase = Literal["running", "silent", "closed"]
 
@@ -55,7 +53,7 @@ class RunSnapshot:
     last_seen_at: float = 0.0
     tap: BlockTap | None = None
     update_ratio: tuple[float, ...] | None = None  # [B], of the newest direction probe
-    gradient_noise: tuple[float, ...] | None = None  # [B], of the newest gnb probe
+    gradient_noise: tuple[float, ...] | None = None  # [B], of the newest gradient_noise probe
     health: HealthReading | None = None
     estimates: Mapping[Key, Estimate] = field(default_factory=dict)
     layer_sharpness: tuple[Estimate, ...] = ()  # [L]
@@ -100,7 +98,7 @@ class Run:
         # Journalled decisions whose command the trainer has not answered.
         self.outstanding: dict[str, Decision] = {}
         self._windows: dict[str, deque[tuple[int, Any]]] = {
-            probe: deque(maxlen=length) for probe, length in LENGTHS.items()
+            name: deque(maxlen=spec.window) for name, spec in PROBES.items() if spec.window
         }
         self._dropped_probes: Counter[str] = Counter()
         self._alerts_total: Counter[str] = Counter()
@@ -144,8 +142,9 @@ class Run:
                 order_correlation=None,
             )
         elif not after.same_projection(before):
-            gnb = self._windows["gnb"]
-            self._windows["gnb"] = deque(((step, one.without_sketches()) for step, one in gnb), gnb.maxlen)
+            for name, window in self._windows.items():
+                kept = [(step, PROBES[name].without_projection(one)) for step, one in window]
+                self._windows[name] = deque(kept, window.maxlen)
         self.attempt = attempt
         self.supervisor = supervisor
         self._draft = replace(self._draft, manifest=after, attempts=self._draft.attempts + 1, health=None)
@@ -155,14 +154,12 @@ class Run:
         self._dropped_probes.update(reading.dropped_probes)
         manifest = self.attempt.manifest
         tap = block_tap(manifest, reading.tap) if reading.tap is not None else None
-        for probe in reading.probes:
-            self._windows[probe].append((reading.step, getattr(reading, probe)))
         changes: dict[str, Any] = {}
-        if reading.direction is not None:
-            changes["update_ratio"] = tuple(map(float, reading.direction.update_ratio))
-        if reading.gnb is not None:
-            noise = reading.gnb.gradient_noise
-            changes["gradient_noise"] = None if noise is None else tuple(map(float, noise))
+        for probe, one in reading.probes.items():
+            shown = PROBES[probe].shown
+            changes |= {} if shown is None else shown(one)
+            if probe in self._windows:
+                self._windows[probe].append((reading.step, one))
         if tap is not None:
             changes["tap"] = tap
         if reading.loss is not None:
@@ -172,23 +169,30 @@ class Run:
         if reading.closing:
             changes["phase"] = "closed"
         self._draft = replace(self._draft, step=reading.step, last_sample_at=now, last_seen_at=now, **changes)
-        if tap is None and reading.loss is None and reading.direction is None:
+        if tap is None and reading.loss is None and "direction" not in reading.probes:
             return None
         return _observation(manifest, reading, tap)
 
-    def request(self, probes: Iterable[str] = tuple(LENGTHS)) -> Request:
-        """What the estimator needs of the windows of `probes` as they are now."""
-        return Request(self.attempt.manifest, **{probe: tuple(self._windows[probe]) for probe in probes})
+    def request(self, probes: Collection[str] | None = None) -> EstimateRequest:
+        """The windows of `probes` (None: of all) as they are now; a probe without a reading has none."""
+        windows = {
+            name: tuple(window)
+            for name, window in self._windows.items()
+            if window and (probes is None or name in probes)
+        }
+        newest = max((window[-1][0] for window in windows.values()), default=0)
+        return EstimateRequest(self.attempt.manifest, windows, newest)
 
-    def take_estimates(self, request: Request, estimates: Estimates) -> None:
+    def take_estimates(self, request: EstimateRequest, estimates: Estimates) -> None:
         """Have the estimates of `request` shown in place of those its probes made before."""
-        if request.manifest is not self.attempt.manifest:
+        if request.hello is not self.attempt.manifest:
             return  # a new attempt began meanwhile
-        renewed = {estimator for probe in request.probes for estimator in ESTIMATORS[probe]}
+        order = [estimator for spec in PROBES.values() for estimator in spec.estimators]
+        renewed = {estimator for probe in request.windows for estimator in PROBES[probe].estimators}
         kept = {key: one for key, one in self._draft.estimates.items() if key[2] not in renewed}
-        shown = sorted((kept | dict(estimates.values)).items(), key=lambda item: _PLACES[item[0][2]])
+        shown = sorted((kept | dict(estimates.values)).items(), key=lambda item: order.index(item[0][2]))
         self._draft = replace(self._draft, estimates=dict(shown))
-        if request.gnb:
+        if estimates.layer_sharpness:
             self._draft = replace(
                 self._draft,
                 layer_sharpness=estimates.layer_sharpness,
@@ -232,7 +236,8 @@ def _present(blocks: Iterable[str], values: Iterable[float]) -> dict[str, float]
 
 def _observation(manifest: RunHello, reading: Reading, tap: BlockTap | None) -> Observation:
     blocks = manifest.blocks
-    stability = observed_stability(blocks, reading.step, reading.direction)
+    probe = reading.probes.get("direction")
+    stability = _NO_STABILITY if probe is None else observed_stability(blocks, reading.step, probe)
     seen = Observation(
         step=reading.step,
         time=reading.taken_at,

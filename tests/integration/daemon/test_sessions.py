@@ -13,7 +13,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from sharpwatch import wire
 from sharpwatch.daemon.api import agent_service
-from sharpwatch.daemon.estimation import gnb
+from sharpwatch.daemon.estimation import estimator
 from sharpwatch.daemon.runs.runs import Run
 from sharpwatch.v1 import agent_pb2, types_pb2
 from sharpwatch.v1 import operator_pb2 as pb
@@ -72,8 +72,8 @@ async def test_a_run_that_said_goodbye_while_its_last_sample_was_estimated_is_cl
         release.wait(PATIENCE)
         return estimate_all(*asked)
 
-    estimate_all = gnb.estimate_all
-    monkeypatch.setattr(gnb, "estimate_all", held)
+    estimate_all = estimator.estimate_all
+    monkeypatch.setattr(estimator, "estimate_all", held)
     trainer = await daemon.train()
     await trainer.send(build.sample(1, gnb=build.gnb(1), closing=True))
     await asyncio.to_thread(begun.wait, PATIENCE)
@@ -92,8 +92,8 @@ async def test_no_sample_waits_for_the_estimates_of_another(daemon, build, monke
         release.wait(PATIENCE)
         return estimate_all(*asked)
 
-    estimate_all = gnb.estimate_all
-    monkeypatch.setattr(gnb, "estimate_all", held)
+    estimate_all = estimator.estimate_all
+    monkeypatch.setattr(estimator, "estimate_all", held)
     trainer, other = await daemon.train(), await daemon.train("other", "o1")
     await trainer.send(build.sample(1, gnb=build.gnb(1)))
     await asyncio.to_thread(begun.wait, PATIENCE)
@@ -329,7 +329,7 @@ async def test_a_defect_in_the_estimates_leaves_taps_and_alerts(daemon, build, m
     def broken(*_):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(gnb, "estimate_all", broken)
+    monkeypatch.setattr(estimator, "estimate_all", broken)
     trainer = await daemon.train()
     await trainer.send(build.sample(1, gnb=build.gnb(1)))
     await trainer.acknowledged(1)

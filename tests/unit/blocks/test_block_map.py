@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from sharpwatch.agent.statistics.reductions import PartTensors, Scratch, host_sums
 from sharpwatch.blocks import BLOCKS, BlockMap, Part, classify
-from sharpwatch.curvature.parameters.norms import squares, sum_into
+from sharpwatch.curvature.parameters.norms import squared_norms, sum_by_index
 from sharpwatch.curvature.statistics.sketch import CountSketch
 from sharpwatch.errors import BlockError
 
@@ -94,7 +94,7 @@ def test_a_part_that_repeats_is_summed_and_sketched_as_its_slices_are():
         BlockMap(tuple(sorted(each, key=lambda part: part.start)), {"w": shape}),
     )
     values = {"w": torch.randn(shape, generator=torch.Generator().manual_seed(0))}
-    sums = [sum_into(squares(block_map, values), block_map.block_of, 2) for block_map in maps]
+    sums = [sum_by_index(squared_norms(block_map, values), block_map.block_of, 2) for block_map in maps]
     torch.testing.assert_close(*sums, rtol=1e-6, atol=0)  # norms of small parts are summed in float32
     sketches = [CountSketch(block_map, 64, seed=1).sketch(values) for block_map in maps]
     torch.testing.assert_close(*sketches)

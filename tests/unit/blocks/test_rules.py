@@ -60,11 +60,14 @@ def test_a_rule_splits_each_of_several_heads():
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
-        ([Rule("*.attn.q_proj.*", block="qk")], "places nothing: no parameter matches"),
-        ([Rule("*", block="emb"), Rule("*.bias", block="norm")], "places nothing: all 7 it matches are placed"),
+        ([Rule("*.attn.q_proj.*", block="qk")], "applies to nothing: no parameter matches"),
+        (
+            [Rule("*", block="emb"), Rule("*.bias", block="norm")],
+            "applies to nothing: earlier rules apply to all 7 parameters",
+        ),
         ([Rule("*c_attn.bias", split=Split(1, (("qk", 16), ("vo", 8))))], "has no dimension 1"),
-        ([Rule("*c_attn.bias", split=Split(0, (("qk", 16), ("vo", 9))))], "the sizes add up to 25"),
-        ([Rule("*c_attn.bias", split=Split(0, (("qk", 16), ("vo", 8)), repeats=2))], "the sizes add up to 48"),
+        ([Rule("*c_attn.bias", split=Split(0, (("qk", 16), ("vo", 9))))], "c_attn.bias (24,), got 25"),
+        ([Rule("*c_attn.bias", split=Split(0, (("qk", 16), ("vo", 8)), repeats=2))], "c_attn.bias (24,), got 48"),
     ],
 )
 def test_rules_that_do_not_fit_the_model_are_refused(rules, message):

@@ -30,8 +30,8 @@ from sharpwatch.cli.measure.state import StateFile, read_state
 from sharpwatch.cli.measure.table import tables
 from sharpwatch.cli.measure.validation import check_batches
 from sharpwatch.cli.output.tables import plain
-from sharpwatch.curvature.measure.report import BlockReport, SharpnessReport, Spectrum
-from sharpwatch.curvature.statistics.estimate import Cost, Estimate
+from sharpwatch.curvature.measure.report import BlockReport, SharpnessReport
+from sharpwatch.curvature.statistics.estimate import Cost, Estimate, Spectrum
 from sharpwatch.errors import ProbeError, SharpwatchError
 
 VOCABULARY = 12

@@ -11,7 +11,8 @@ import torch
 from stand_ins import Net
 
 import sharpwatch
-from sharpwatch.agent.probes.gradient_noise import GradientNoise
+from sharpwatch.agent.probes import gradient_noise
+from sharpwatch.agent.probes.gradient_noise import GradientListener
 from sharpwatch.agent.safety.exception_barrier import ExceptionBarrier
 from sharpwatch.blocks import classify
 from sharpwatch.testing import InMemoryTransport
@@ -37,7 +38,12 @@ class Training:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01)
         self.transport = InMemoryTransport()
         self.watch = sharpwatch.attach(
-            self.model, self.optimizer, training_job="noise", transport=self.transport, probe_every=1, probes=("gnb",)
+            self.model,
+            self.optimizer,
+            training_job="noise",
+            transport=self.transport,
+            probe_every=1,
+            probes=("gradient_noise",),
         )
         self.block_map = classify(self.model)
 
@@ -70,12 +76,10 @@ class Training:
         """Of each sample that has a probe; None where that has no noise."""
         self.watch.close()
         assert self.watch._loop is None or self.watch._loop.border.swallowed == 0
-        probes = [sample.gnb for sample in self.transport.samples if sample.HasField("gnb")]
+        probes = [sample.gradient_noise for sample in self.transport.samples if sample.HasField("gradient_noise")]
         shape = (len(self.block_map.layer_blocks),)
         return [
-            decode(each.gradient_noise, name="noise", dtype="float32", shape=shape)
-            if each.HasField("gradient_noise")
-            else None
+            decode(each.noise, name="noise", dtype="float32", shape=shape) if each.HasField("noise") else None
             for each in probes
         ]
 
@@ -192,7 +196,7 @@ def test_it_is_absent_where_the_gradient_is_not_the_sum_of_what_was_heard(traini
 
 
 def test_no_hook_outlives_the_step_or_the_watch(training):
-    noise = training.watch._loop._probing._noise
+    noise = training.watch._loop.parts.probes._probes["gradient_noise"]._listener
     training.accumulate()
     assert len(noise._handles) == len(list(training.model.parameters()))
     training.step()
@@ -203,15 +207,37 @@ def test_no_hook_outlives_the_step_or_the_watch(training):
     assert not noise._handles
 
 
+def test_where_it_is_not_asked_for_no_hook_is_installed(training, monkeypatch):
+    training.watch.close()
+
+    def installed(*_):
+        raise AssertionError("a hook of the gradient noise")
+
+    monkeypatch.setattr(gradient_noise, "get_gradient_edge", installed)
+    monkeypatch.setattr(gradient_noise.GradientListener, "__init__", installed)
+    transport = InMemoryTransport()
+    watch = sharpwatch.attach(
+        training.model, training.optimizer, training_job="noise", transport=transport, probe_every=1
+    )
+    training.accumulate()
+    training.step()
+    watch.close()
+    assert watch._loop is None or watch._loop.border.swallowed == 0
+    (sample, _) = transport.samples
+    assert sample.HasField("gnb")
+    assert not sample.gnb.HasField("gradient_noise")
+    assert not sample.HasField("gradient_noise")
+
+
 def test_a_removed_listener_hears_nothing_and_is_freed(training):
     training.watch.close()
-    noise = GradientNoise(training.block_map, training.model, ExceptionBarrier(), ranks=1)
+    noise = GradientListener(training.block_map, training.model, ExceptionBarrier(), ranks=1)
     noise.forward()
     training.loss(0).backward()
-    assert noise._heard.backwards == 1
+    assert noise._readings.backwards == 1
     noise.remove()
     training.loss(0).backward()
-    assert noise._heard.backwards == 1
+    assert noise._readings.backwards == 1
     gone = weakref.ref(noise)
     del noise
     gc.collect()
@@ -219,7 +245,7 @@ def test_a_removed_listener_hears_nothing_and_is_freed(training):
 
 
 def test_where_averaging_is_not_known_it_never_listens(training):
-    noise = GradientNoise(training.block_map, training.model, ExceptionBarrier(), ranks=0)
+    noise = GradientListener(training.block_map, training.model, ExceptionBarrier(), ranks=0)
     noise.forward()
     training.accumulate()
     assert noise.take() is None

@@ -4,7 +4,9 @@ import numpy as np
 import torch
 
 from sharpwatch.agent.control.controller import CommandResult, RollBack, SetMultipliers
-from sharpwatch.agent.probes.builtin import PROBES, DirectionReport, GnbReport
+from sharpwatch.agent.probes.builtin import PROBES, DirectionReport
+from sharpwatch.agent.probes.gnb import GnbReport
+from sharpwatch.agent.probes.gradient_noise import GradientNoiseReport
 from sharpwatch.agent.probes.runner import ProbeFailure, ProbeRun
 from sharpwatch.agent.reporting import messages
 from sharpwatch.agent.statistics.tap import TapReading
@@ -55,10 +57,11 @@ def test_a_full_sample_carries_every_number():
             tap=tap,
             probes=ProbeRun(
                 {
-                    "gnb": GnbReport(GnbSample(30, 1, traces, sketches), sketches[0] + 1, NOISE),
+                    "gnb": GnbReport(GnbSample(30, 1, traces, sketches), sketches[0] + 1),
                     "direction": DirectionReport(direction, np.array([0.1, 0.2, 0.3], dtype=np.float32)),
+                    "gradient_noise": GradientNoiseReport(NOISE),
                 },
-                {"gnb": 0.125, "direction": 0.25},
+                {"gnb": 0.125, "direction": 0.25, "gradient_noise": 0.5},
             ),
             results=[CommandResult("c", "expired", 5, "late", ("qk",))],
             checkpoints=[(4, "file:///c")],
@@ -74,7 +77,10 @@ def test_a_full_sample_carries_every_number():
     np.testing.assert_array_equal(decode(message.gnb.sketches, name="s", dtype="float32", shape=(4, 3, 256)), sketches)
     got = decode(message.gnb.gradient_sketch, name="g", dtype="float32", shape=(3, 256))
     np.testing.assert_array_equal(got, sketches[0] + 1)
-    np.testing.assert_array_equal(decode(message.gnb.gradient_noise, name="n", dtype="float32", shape=(2,)), NOISE)
+    noise = decode(message.gradient_noise.noise, name="n", dtype="float32", shape=(2,))
+    np.testing.assert_array_equal(noise, NOISE)
+    assert message.gradient_noise.seconds == 0.5
+    assert not message.gnb.HasField("gradient_noise")
     assert (message.gnb.tokens, message.gnb.rows, message.gnb.seconds) == (30, 1, 0.125)
     assert (message.direction.descent, message.direction.curvature, message.direction.tokens) == (0.25, 0.5, 31)
     np.testing.assert_array_equal(
@@ -120,13 +126,16 @@ def test_what_hessian_probes_found_comes_in_as_it_went_out():
         max_multiplier=1,
     )
     reading = read_sample(read_hello(hello), message)
-    assert reading.probes == tuple(reports)
-    assert (reading.hutchinson.block, reading.hutchinson.traces.tolist()) == ("qk", [[0.0, 1.5, -2.0]])
-    assert reading.lanczos == LanczosReading(31, "", 9.0, 0.5, -3.0, 1.0, "gradient differences")
-    assert (reading.linesearch.sharpness, reading.linesearch.half_width) == (0.5, 0.01)
-    np.testing.assert_array_equal(reading.linesearch.block_sharpness, [nan, 0.25])
-    np.testing.assert_array_equal(reading.linesearch.block_half_width, [nan, 0.125])
-    assert reading.preconditioned == PreconditionedReading(33, 0.75, 0.01, "autograd")
+    assert tuple(reading.probes) == tuple(reports)
+    assert (reading.probes["hutchinson"].block, reading.probes["hutchinson"].traces.tolist()) == (
+        "qk",
+        [[0.0, 1.5, -2.0]],
+    )
+    assert reading.probes["lanczos"] == LanczosReading(31, "", 9.0, 0.5, -3.0, 1.0, "gradient differences")
+    assert (reading.probes["linesearch"].sharpness, reading.probes["linesearch"].half_width) == (0.5, 0.01)
+    np.testing.assert_array_equal(reading.probes["linesearch"].block_sharpness, [nan, 0.25])
+    np.testing.assert_array_equal(reading.probes["linesearch"].block_half_width, [nan, 0.125])
+    assert reading.probes["preconditioned"] == PreconditionedReading(33, 0.75, 0.01, "autograd")
 
 
 def test_health_is_told_and_long_reasons_are_cut_to_what_the_daemon_takes():

@@ -26,7 +26,7 @@ def case(request):
     return model, Batch((), {"input_ids": ids, "labels": labels}), exact, gradient, hessian, step.float().double()
 
 
-def shaped(exact, step):
+def unflatten(exact, step):
     sizes = [parameter.numel() for parameter in exact.parameters]
     pieces = zip(exact.names, exact.parameters, step.split(sizes), strict=True)
     return {name: piece.view(parameter.shape).float() for name, parameter, piece in pieces}
@@ -35,7 +35,7 @@ def shaped(exact, step):
 def test_agrees_with_the_dense_hessian(case):
     model, batch, exact, gradient, hessian, step = case
     block_map = classify(model)
-    found = direction_probe(model, block_map, batch, shaped(exact, step), blocks=block_map.blocks)
+    found = direction_probe(model, block_map, batch, unflatten(exact, step), blocks=block_map.blocks)
     product = hessian @ step
     curvature = step @ product
     # The model computes in float32: 1e-4 of each term, before they cancel.
@@ -55,7 +55,7 @@ def test_agrees_with_the_dense_hessian(case):
 def test_descents_add_up_and_curvatures_of_blocks_do_not(case):
     model, batch, exact, _, _, step = case
     block_map = classify(model)
-    found = direction_probe(model, block_map, batch, shaped(exact, step), blocks=block_map.blocks)
+    found = direction_probe(model, block_map, batch, unflatten(exact, step), blocks=block_map.blocks)
     assert float(found.block_descent.sum()) == pytest.approx(found.descent, rel=1e-12)
     assert abs(float(found.block_curvature.sum()) - found.curvature) > 0.01 * abs(found.curvature)
 
@@ -63,9 +63,9 @@ def test_descents_add_up_and_curvatures_of_blocks_do_not(case):
 def test_takes_only_the_blocks_whose_turn_it_is(case):
     model, batch, exact, _, _, step = case
     block_map = classify(model)
-    every = direction_probe(model, block_map, batch, shaped(exact, step), blocks=block_map.blocks)
+    every = direction_probe(model, block_map, batch, unflatten(exact, step), blocks=block_map.blocks)
     for blocks in ((), ("norm",), ("qk", "emb")):
-        found = direction_probe(model, block_map, batch, shaped(exact, step), blocks=blocks)
+        found = direction_probe(model, block_map, batch, unflatten(exact, step), blocks=blocks)
         taken = torch.tensor([block in blocks for block in block_map.blocks])
         assert torch.equal(~found.block_curvature.isnan(), taken)
         torch.testing.assert_close(found.block_curvature[taken], every.block_curvature[taken])
@@ -131,7 +131,7 @@ def test_the_loss_is_the_runs_own():
     assert double.curvature == pytest.approx(2 * own.curvature, rel=1e-4)
     assert manual.curvature == pytest.approx(own.curvature, rel=1e-4)
     assert own.tokens == int((labels[:, 1:] != -100).sum())
-    with pytest.raises(ProbeError, match="needs loss_fn"):
+    with pytest.raises(ProbeError, match="pass loss_fn"):
         direction_probe(model, block_map, Batch((ids,)), step, blocks=())
 
 

@@ -11,21 +11,21 @@ from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 from sharpwatch.blocks import BlockMap, Part, Rule, Rules, classify
 from sharpwatch.curvature.estimators.hutchinson import (
-    Base,
+    BaseLoss,
     Deflation,
     LossDifferences,
     hutchinson_probe,
     quadratic_forms,
 )
 from sharpwatch.curvature.objective.batch import Batch
-from sharpwatch.curvature.objective.hessian import opened
+from sharpwatch.curvature.objective.hessian import open_hessian
 from sharpwatch.curvature.parameters.parameter_space import ParameterSpace
 from sharpwatch.errors import ProbeError
 
 
 def flat_weights(space):
     """The parameters of a space, as one of its vectors."""
-    return space.flat_of({name: space.leaves[name].detach() for name in space.names})
+    return space.flatten({name: space.leaves[name].detach() for name in space.names})
 
 
 def generator(seed=0):
@@ -71,7 +71,7 @@ def drawn(model, block_map, batch, block, *, seed=0, draws=DRAWS):
 def within_colours(model, block_map, block, own):
     """`own`, a block's part of H, without the products of different colours and without its diagonal."""
     space = ParameterSpace(block_map, block, dict(model.named_parameters()))
-    turned = space.patterns(torch.ones(space.size)).double()
+    turned = space.mirrored(torch.ones(space.size)).double()
     alike = (turned.T @ turned / len(turned)).round()
     return (own * alike).fill_diagonal_(0.0)
 
@@ -115,11 +115,11 @@ def test_layers_have_their_own_traces_and_other_blocks_none(case):
 def test_a_draw_is_the_quadratic_forms_of_its_patterns(case):
     model, batch, exact, hessian = case
     block_map = classify(model)
-    with opened(model, block_map, [batch]) as found:
+    with open_hessian(model, block_map, [batch]) as found:
         for block in block_map.blocks:
             own = hessian[entries := exact.entries(block_map, block)][:, entries]
             space = ParameterSpace(block_map, block, found.objective.live.leaves)
-            patterns = space.patterns(space.signs(generator(4)))
+            patterns = space.mirrored(space.random_signs(generator(4)))
             draw = quadratic_forms(found, space, patterns, 0).sum()
             truth = torch.einsum("ki,ij,kj->k", patterns.double(), own, patterns.double()).mean()
             # float32 products: 1e-5 of the terms before they cancel.
@@ -176,11 +176,11 @@ def test_what_a_krylov_space_takes_off_a_draw_is_zero_in_the_mean_over_all_signs
     basis = torch.linalg.qr(torch.randn(10, 3, generator=generator(2)))[0].T
     deflation = Deflation(space, basis, basis @ hessian @ basis.T)
     signs = every_sign(10)
-    plain = torch.stack([deflation.known(each[None]) for each in signs])
-    patterned = torch.stack([deflation.known(space.patterns(each)) for each in signs])
+    plain = torch.stack([deflation.control_variate(each[None]) for each in signs])
+    patterned = torch.stack([deflation.control_variate(space.mirrored(each)) for each in signs])
     assert float(plain.mean(0).abs().max()) < 1e-5
     assert float(patterned.mean(0).abs().max()) < 1e-5
-    assert deflation.entries == 30
+    assert deflation.numel == 30
 
 
 def test_a_krylov_space_of_the_extreme_vectors_takes_their_variance():
@@ -193,11 +193,11 @@ def test_a_krylov_space_of_the_extreme_vectors_takes_their_variance():
     deflation = Deflation(space, vectors[:, -1:].T, values[-1:, None])
     signs = every_sign(10)
     draws = torch.einsum("ki,ij,kj->k", signs, hessian, signs).double()
-    known = torch.stack([deflation.known(each[None]) for each in signs]).sum(1)
+    known = torch.stack([deflation.control_variate(each[None]) for each in signs]).sum(1)
     assert float((draws - known).mean()) == pytest.approx(float(hessian.trace()), rel=1e-5)
     assert float((draws - known).std()) < 0.05 * float(draws.std())
     diagonal = Deflation(space, torch.eye(10)[:2], torch.diag(torch.tensor([7.0, -3.0])))
-    assert float(torch.stack([diagonal.known(each[None]) for each in signs[:50]]).abs().max()) < 1e-5
+    assert float(torch.stack([diagonal.control_variate(each[None]) for each in signs[:50]]).abs().max()) < 1e-5
 
 
 def differences(found, block_map, block, *, gradients=True, signs=None):
@@ -205,9 +205,9 @@ def differences(found, block_map, block, *, gradients=True, signs=None):
     objective = found.objective
     whole = ParameterSpace(block_map, None, objective.live.leaves)
     space = ParameterSpace(block_map, block, objective.live.leaves)
-    bases = [Base.of(objective, index, whole, generator(9)) for index in range(len(objective))]
-    own = [space.flat_of(found.gradient(index)) for index in range(len(objective))] if gradients else None
-    signs = space.signs(generator(8)) if signs is None else signs
+    bases = [BaseLoss.of(objective, index, whole, generator(9)) for index in range(len(objective))]
+    own = [space.flatten(found.gradient(index)) for index in range(len(objective))] if gradients else None
+    signs = space.random_signs(generator(8)) if signs is None else signs
     image = found.products(space, signs[None])[0]
     quadratic = float((signs.double() * image.double()).sum())
     curvature = max(abs(quadratic), 2**0.5 * float(image.norm()))
@@ -220,11 +220,11 @@ def test_loss_differences_are_the_quadratic_forms_of_the_same_signs(case, gradie
     model, batch, exact, hessian = case
     block_map = classify(model)
     count = 24
-    with opened(model, block_map, [batch]) as found:
+    with open_hessian(model, block_map, [batch]) as found:
         for block in block_map.blocks:
             own = hessian[entries := exact.entries(block_map, block)][:, entries]
             space, smooth, _, _, _ = differences(found, block_map, block, gradients=gradients)
-            patterns = [space.patterns(space.signs(generator(100 + index))) for index in range(count)]
+            patterns = [space.mirrored(space.random_signs(generator(100 + index))) for index in range(count)]
             losses = torch.tensor([smooth.draw(space, each, 0) for each in patterns], dtype=torch.float64)
             truth = torch.stack([torch.einsum("ki,ij,kj->k", p.double(), own, p.double()).mean() for p in patterns])
             off = losses - truth
@@ -239,7 +239,7 @@ def test_loss_differences_are_the_quadratic_forms_of_the_same_signs(case, gradie
 def test_loss_differences_agree_with_a_smooth_models_products(case):
     model, batch, _, _ = case
     block_map = classify(model)
-    with opened(model, block_map, [batch]) as found:
+    with open_hessian(model, block_map, [batch]) as found:
         for block in block_map.blocks:
             space, smooth, signs, quadratic, curvature = differences(found, block_map, block)
             assert smooth.agrees(space, signs, quadratic, curvature), block
@@ -253,7 +253,7 @@ def test_of_several_batches_each_has_its_own_form_and_agreement_is_of_their_mean
     ids, labels = dense.tokens(rows=4)
     cut = zip(torch.split(ids, [1, 3]), torch.split(labels, [1, 3]), strict=True)
     parts = [Batch((), {"input_ids": i, "labels": each}) for i, each in cut]
-    with opened(model, block_map, parts) as found:
+    with open_hessian(model, block_map, parts) as found:
         space, smooth, signs, quadratic, curvature = differences(found, block_map, "vo")
         assert smooth.agrees(space, signs, quadratic, curvature)
         for index in range(2):
@@ -282,12 +282,12 @@ def test_loss_differences_disagree_where_the_loss_jumps():
     model = Routed()
     ids, targets = torch.arange(512).view(8, 64), torch.randint(0, 20, (8, 64))
     block_map = classify(model, Rules((Rule("router.*", block="other"), Rule("experts", block="ffn"))))
-    with opened(model, block_map, [Batch((ids, targets))]) as found:
+    with open_hessian(model, block_map, [Batch((ids, targets))]) as found:
         assert found.method == "autograd"
         for block, expected in (("emb", False), ("ffn", True)):
             agreed = []
             for seed in range(6):
-                signs = ParameterSpace(block_map, block, found.objective.live.leaves).signs(generator(seed))
+                signs = ParameterSpace(block_map, block, found.objective.live.leaves).random_signs(generator(seed))
                 space, smooth, signs, quadratic, curvature = differences(found, block_map, block, signs=signs)
                 agreed.append(smooth.agrees(space, signs, quadratic, curvature))
             assert all(agreed) if expected else not any(agreed)
@@ -307,9 +307,11 @@ def test_the_base_losss_error_is_what_it_says(make):
         with torch.no_grad():
             logits = twin(input_ids=ids).logits[:, :-1].flatten(0, 1)
             truth = float(F.cross_entropy(logits, labels[:, 1:].flatten()))
-        with opened(model, block_map, [Batch((), {"input_ids": ids, "labels": labels})], method="differences") as found:
+        with open_hessian(
+            model, block_map, [Batch((), {"input_ids": ids, "labels": labels})], method="differences"
+        ) as found:
             whole = ParameterSpace(block_map, None, found.objective.live.leaves)
-            base = Base.of(found.objective, 0, whole, generator(seed))
+            base = BaseLoss.of(found.objective, 0, whole, generator(seed))
         assert 0 < base.stderr < 1e-6 * truth  # float32: 1.2e-7
         scores.append(abs(base.value - truth) / base.stderr)
     assert float(torch.tensor(scores).median()) < 1.5
@@ -320,10 +322,10 @@ def test_the_step_is_a_share_of_the_weights_at_most():
     model = gpt2()
     block_map = classify(model)
     ids, labels = dense.tokens()
-    with opened(model, block_map, [Batch((), {"input_ids": ids, "labels": labels})]) as found:
+    with open_hessian(model, block_map, [Batch((), {"input_ids": ids, "labels": labels})]) as found:
         space = ParameterSpace(block_map, "ffn", found.objective.live.leaves)
         largest = 0.1 * float(flat_weights(space).square().mean().sqrt())
-        bases = [Base(4.0, 1e-7)]
+        bases = [BaseLoss(4.0, 1e-7)]
         for curvature in (0.0, -1.0, 1e-12):
             scaled = LossDifferences.scaled(found.objective, space, bases=bases, gradients=None, curvature=curvature)
             assert scaled.step == pytest.approx(largest)

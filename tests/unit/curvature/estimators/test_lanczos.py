@@ -54,7 +54,7 @@ SPECTRA = {
 
 def run(matrix, start, products):
     found = Lanczos(start)
-    while found.products < products and not found.exhausted:
+    while found.products < products and not found.is_invariant:
         found.step(lambda vector: (matrix @ vector.double()).to(vector))
     return found
 
@@ -102,7 +102,7 @@ def test_the_top_is_the_largest_not_the_largest_in_size():
 def test_a_zero_matrix_is_exhausted_at_once():
     found = run(torch.zeros(9, 9, dtype=torch.float64), signs(9), products=20)
     assert found.products == 1
-    assert found.exhausted
+    assert found.is_invariant
     assert found.converged(1e-9)
     assert found.top().value == found.bottom().value == 0.0
     assert found.top().residual == 0.0
@@ -114,7 +114,7 @@ def test_is_exhausted_after_as_many_products_as_there_are_eigenvalues(name, dist
     matrix = rotated(SPECTRA[name])
     found = run(matrix, signs(len(matrix)), products=30)
     assert found.products == distinct
-    assert found.exhausted
+    assert found.is_invariant
     assert found.top().residual == found.bottom().residual == 0.0
     values = torch.unique(SPECTRA[name].double())
     # Known to float32 products of a matrix of size 3.
@@ -125,14 +125,14 @@ def test_is_exhausted_after_as_many_products_as_there_are_eigenvalues(name, dist
 def test_n_products_exhaust_n_dimensions(n):
     found = run(rotated(bulk(n, -1, 2)), signs(n), products=100)
     assert found.products <= n
-    assert found.exhausted
+    assert found.is_invariant
 
 
 def test_nothing_is_known_before_the_first_product():
     found = Lanczos(signs(5))
-    assert not found.exhausted
+    assert not found.is_invariant
     assert found.spectrum() is None
-    assert torch.allclose(found.latest, signs(5) / 5**0.5)
+    assert torch.allclose(found.next_vector, signs(5) / 5**0.5)
 
 
 @pytest.mark.parametrize("length", [1e-20, 1.0, 1e15])
@@ -146,7 +146,7 @@ def test_the_length_of_the_start_does_not_matter(length):
 @pytest.mark.parametrize("longest", [6, 7, 12])
 @pytest.mark.parametrize("name", ["indefinite, the bottom larger in size", "clustered top", "positive"])
 def test_restarts_lead_to_the_same_ends(monkeypatch, name, longest):
-    monkeypatch.setattr(lanczos, "_LONGEST", longest)
+    monkeypatch.setattr(lanczos, "_MAX_BASIS", longest)
     matrix = rotated(SPECTRA[name])
     values = torch.linalg.eigvalsh(matrix)
     found = run(matrix, signs(N), products=100)
@@ -165,7 +165,7 @@ def test_restarts_lead_to_the_same_ends(monkeypatch, name, longest):
 
 
 def test_a_restart_loses_nothing_of_the_ends(monkeypatch):
-    monkeypatch.setattr(lanczos, "_LONGEST", 8)
+    monkeypatch.setattr(lanczos, "_MAX_BASIS", 8)
     matrix = rotated(SPECTRA["no gaps"])
     found = Lanczos(signs(N))
     tops, bottoms = [], []
@@ -214,7 +214,7 @@ def test_convergence_means_what_it_says(name):
     values = torch.linalg.eigvalsh(matrix)
     scale = float(values.abs().max())
     found = Lanczos(signs(len(values)))
-    while not (found.exhausted or (found.products > 2 and found.converged(1e-3))):
+    while not (found.is_invariant or (found.products > 2 and found.converged(1e-3))):
         found.step(lambda vector: (matrix @ vector.double()).to(vector))
     assert abs(found.top().value - float(values[-1])) <= 1e-3 * scale
     assert abs(found.bottom().value - float(values[0])) <= 1e-3 * scale
@@ -238,11 +238,11 @@ def test_the_density_has_the_moments_of_the_start(name):
                 power = matrix @ power / scale
             moment = float(weights @ (nodes / scale) ** degree)
             # An invariant space is left at a remainder of 1e-6 of the norm.
-            assert moment == pytest.approx(float(start @ power), abs=1e-9 if not found.exhausted else 1e-5)
+            assert moment == pytest.approx(float(start @ power), abs=1e-9 if not found.is_invariant else 1e-5)
 
 
 def test_the_density_is_the_first_runs_even_after_restarts(monkeypatch):
-    monkeypatch.setattr(lanczos, "_LONGEST", 8)
+    monkeypatch.setattr(lanczos, "_MAX_BASIS", 8)
     matrix = rotated(SPECTRA["no gaps"])
     start = signs(N, dtype=torch.float64)
     before, after = run(matrix, start, 8).spectrum(), run(matrix, start, 50).spectrum()
@@ -272,7 +272,7 @@ def test_a_start_that_misses_an_eigenvector_says_that_its_space_is_done():
     diagonal = torch.tensor([9.0, 5.0, -1.0, 2.0])
     found = Lanczos(torch.tensor([0.0, 1.0, 0.0, 0.0]))
     found.step(lambda vector: diagonal * vector)
-    assert found.exhausted
+    assert found.is_invariant
     assert found.top().value == 5.0
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sharpwatch.blocks import classify
-from sharpwatch.curvature.estimators.linesearch import along, critical_sharpness, linesearch_probe
+from sharpwatch.curvature.estimators.linesearch import critical_sharpness, critical_sharpness_along, linesearch_probe
 from sharpwatch.curvature.objective.batch import Batch
 from sharpwatch.curvature.objective.objective import Objective
 from sharpwatch.curvature.parameters.parameter_space import ParameterSpace
@@ -190,8 +190,8 @@ def test_several_batches_are_searched_as_one():
             objective = Objective(live, batches)
             space = ParameterSpace(block_map, "vo", live.leaves)
             gradient = sum(
-                share * space.flat_of(objective.gradient(index, space.names))
+                share * space.flatten(objective.gradient(index, space.names))
                 for index, share in enumerate(objective.shares)
             )
-            found.append(along(objective, space, gradient))
+            found.append(critical_sharpness_along(objective, space, gradient))
     assert found[0].value == pytest.approx(found[1].value, abs=found[0].half_width)

@@ -121,7 +121,7 @@ def test_another_optimizer_is_refused_by_name():
 
 def test_before_the_first_step_is_refused():
     model = gpt2()
-    with pytest.raises(ProbeError, match="take a step before"):
+    with pytest.raises(ProbeError, match="take an optimizer step first"):
         preconditioned_probe(
             model, classify(model), batch(), [torch.optim.AdamW(model.parameters())], products=3, generator=generator()
         )

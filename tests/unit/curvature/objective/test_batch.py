@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sharpwatch.curvature.objective.batch import Batch
-from sharpwatch.curvature.objective.outputs import find_labels, logits_of, predictions, tokens_of, true_loss
+from sharpwatch.curvature.objective.outputs import count_tokens, find_labels, find_logits, predict, training_loss
 from sharpwatch.errors import ProbeError
 
 ROWS = torch.tensor([0, 2])
@@ -38,7 +38,7 @@ def test_rows_are_the_dimension_that_the_tensors_share(args, kwargs, rows):
 
 
 def test_a_call_without_tensors_has_no_rows():
-    with pytest.raises(ProbeError, match="without a tensor"):
+    with pytest.raises(ProbeError, match="without any tensor"):
         _ = Batch((3,), {"flag": True}).rows
 
 
@@ -80,7 +80,7 @@ def test_positions_along_a_sequence_as_long_as_the_batch_are_left_whole():
 def test_usable_leaves_out_the_count_of_other_ranks_and_inference_tensors():
     with torch.inference_mode():
         inference = ids()
-    batch = Batch((inference,), {"num_items_in_batch": 99, "labels": ids()}).usable()
+    batch = Batch((inference,), {"num_items_in_batch": 99, "labels": ids()}).prepared()
     assert not batch.args[0].is_inference()
     assert torch.equal(batch.args[0], inference)
     assert set(batch.kwargs) == {"labels"}
@@ -134,23 +134,23 @@ def test_targets_of_nanogpt_models():
     targets = torch.tensor([[1, -1, 3]])
     for batch in (Batch((targets, targets)), Batch((targets,), {"targets": targets})):
         assert find_labels(NanoGpt(), batch).aligned().tolist() == [[1, -100, 3]]
-        assert tokens_of(NanoGpt(), batch) == 2
+        assert count_tokens(NanoGpt(), batch) == 2
 
 
 def test_without_labels_every_position_predicts():
     model = NanoGpt().wte
-    logits, mask = predictions(model, model, Batch((ids(1, 6),)), None)
+    logits, mask = predict(model, model, Batch((ids(1, 6),)), None)
     assert logits.shape == (1, 6, 4)
     assert mask.all()
-    assert tokens_of(model, Batch((ids(2, 3),))) == 6
-    assert tokens_of(model, Batch((torch.zeros(2, 3, 16),))) == 6
+    assert count_tokens(model, Batch((ids(2, 3),))) == 6
+    assert count_tokens(model, Batch((torch.zeros(2, 3, 16),))) == 6
 
 
 def test_the_losses_that_a_run_may_train_on():
     torch.manual_seed(0)
     model = NanoGpt()
     inputs, targets = torch.tensor([[0, 1, 2]]), torch.tensor([[1, -1, 3]])
-    own = true_loss(model, model, Batch((inputs, targets)), None)
+    own = training_loss(model, model, Batch((inputs, targets)), None)
     assert torch.equal(own, model(inputs, targets)[1])
 
     class LogitsOnly(NanoGpt):
@@ -159,17 +159,17 @@ def test_the_losses_that_a_run_may_train_on():
 
     bare = LogitsOnly()
     bare.load_state_dict(model.state_dict())
-    torch.testing.assert_close(true_loss(bare, bare, Batch((inputs, targets)), None), own)
-    given = true_loss(model, model, Batch((inputs, targets)), lambda called, batch: 3 * called(*batch.args)[1])
+    torch.testing.assert_close(training_loss(bare, bare, Batch((inputs, targets)), None), own)
+    given = training_loss(model, model, Batch((inputs, targets)), lambda called, batch: 3 * called(*batch.args)[1])
     torch.testing.assert_close(given, 3 * own)
 
 
 def test_a_loss_that_does_not_depend_on_the_weights_is_refused():
     model = NanoGpt()
-    with pytest.raises(ProbeError, match="loss_fn gave a float32 tensor"):
-        true_loss(model, model, Batch((ids(),)), lambda *_: torch.tensor(1.0))
-    with pytest.raises(ProbeError, match="expected a scalar"):
-        true_loss(model, model, Batch((ids(1, 2) % 8,)), lambda called, batch: called.wte(batch.args[0]))
+    with pytest.raises(ProbeError, match=r"loss_fn must give a scalar loss .*, got a float32 tensor"):
+        training_loss(model, model, Batch((ids(),)), lambda *_: torch.tensor(1.0))
+    with pytest.raises(ProbeError, match="must give a scalar"):
+        training_loss(model, model, Batch((ids(1, 2) % 8,)), lambda called, batch: called.wte(batch.args[0]))
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_a_loss_that_does_not_depend_on_the_weights_is_refused():
     ],
 )
 def test_finds_the_logits(output):
-    assert logits_of(output).shape == (1, 2, 3)
+    assert find_logits(output).shape == (1, 2, 3)
 
 
 @pytest.mark.parametrize(
@@ -196,10 +196,10 @@ def test_finds_the_logits(output):
 )
 def test_says_what_it_saw_instead_of_logits(output, seen):
     with pytest.raises(ProbeError, match=seen) as caught:
-        logits_of(output)
+        find_logits(output)
     assert "logits_fn" in str(caught.value)
 
 
 def test_says_when_labels_do_not_fit_the_logits():
     with pytest.raises(ProbeError, match=r"logits \(1, 5, 4\), mask or labels \(2, 3\)"):
-        predictions(lambda *_, **__: torch.ones(1, 5, 4), HuggingFace(), Batch((LABELS,), {"labels": LABELS}), None)
+        predict(lambda *_, **__: torch.ones(1, 5, 4), HuggingFace(), Batch((LABELS,), {"labels": LABELS}), None)

@@ -15,7 +15,7 @@ from transformers import GPT2LMHeadModel, LlamaForCausalLM
 from sharpwatch.blocks import Rule, Rules, classify
 from sharpwatch.curvature.objective import hessian as engine
 from sharpwatch.curvature.objective.batch import Batch
-from sharpwatch.curvature.objective.hessian import opened
+from sharpwatch.curvature.objective.hessian import open_hessian
 from sharpwatch.curvature.parameters.parameter_space import ParameterSpace
 from sharpwatch.errors import ProbeError
 
@@ -88,7 +88,7 @@ def test_products_are_the_dense_hessians_in_every_block(case, method):
     model, batch, exact, _, hessian = case
     block_map = classify(model)
     worst = {}
-    with opened(model, block_map, [batch], method=method) as found:
+    with open_hessian(model, block_map, [batch], method=method) as found:
         for block in blocks_of(block_map):
             space = ParameterSpace(block_map, block, found.objective.live.leaves)
             own = torch.arange(len(hessian)) if block is None else exact.entries(block_map, block)
@@ -105,10 +105,10 @@ def test_products_are_the_dense_hessians_in_every_block(case, method):
 def test_the_gradient_is_the_losss(case, method):
     model, batch, exact, gradient, _ = case
     block_map = classify(model)
-    with opened(model, block_map, [batch], method=method) as found:
+    with open_hessian(model, block_map, [batch], method=method) as found:
         space = ParameterSpace(block_map, None, found.objective.live.leaves)
         own = torch.cat(exact.by_part(block_map, gradient))
-        assert relative(space.flat_of(found.gradient(0)), own) < 1e-5
+        assert relative(space.flatten(found.gradient(0)), own) < 1e-5
         assert found.method == ("gradient differences" if method == "differences" else "autograd")
         assert found.smooth
 
@@ -116,7 +116,7 @@ def test_the_gradient_is_the_losss(case, method):
 def products(model, batches, block, method, vectors=None, *, loss_fn=None, rules=None):
     """Products with three vectors of signs, or `vectors`, and by what they were had."""
     block_map = classify(model, rules)
-    with opened(model, block_map, batches, method=method, loss_fn=loss_fn) as found:
+    with open_hessian(model, block_map, batches, method=method, loss_fn=loss_fn) as found:
         space = ParameterSpace(block_map, block, found.objective.live.leaves)
         if vectors is None:
             vectors = torch.sign(random(space.size, 3))
@@ -190,7 +190,7 @@ def test_several_batches_are_as_one_that_holds_them_all(method):
     assert relative(found, truth.double()) <= (2e-5 if method == "autograd" else 1e-3)
     truths = [products(model, [parts[index]], "vo", "autograd")[0].double() for index in (2, 0)]
     block_map = classify(model)
-    with opened(model, block_map, parts, method=method) as hessian:
+    with open_hessian(model, block_map, parts, method=method) as hessian:
         space = ParameterSpace(block_map, "vo", hessian.objective.live.leaves)
         vectors = torch.sign(random(space.size, 3))
         alone = [hessian.products(space, vectors, index) for index in (2, 0)]  # in any order
@@ -201,7 +201,7 @@ def test_several_batches_are_as_one_that_holds_them_all(method):
 def test_several_vectors_at_once_are_as_one_by_one(count):
     model = llama()
     block_map = classify(model)
-    with opened(model, block_map, [whole_batch()], method="autograd") as found:
+    with open_hessian(model, block_map, [whole_batch()], method="autograd") as found:
         for block in blocks_of(block_map):
             space = ParameterSpace(block_map, block, found.objective.live.leaves)
             vectors = random(space.size, count)
@@ -216,7 +216,7 @@ def test_several_vectors_at_once_are_as_one_by_one(count):
 def test_products_do_not_depend_on_what_was_asked_before():
     model = gpt2()
     block_map = classify(model)
-    with opened(model, block_map, [whole_batch()], method="auto") as found:
+    with open_hessian(model, block_map, [whole_batch()], method="auto") as found:
         spaces = [ParameterSpace(block_map, block, found.objective.live.leaves) for block in block_map.blocks]
         first = [found.products(space, random(space.size)) for space in spaces]
         displacement = torch.ones(spaces[0].size)
@@ -516,7 +516,7 @@ def test_what_the_loss_does_not_reach_is_zero(method):
     model.unused = nn.Linear(3, 3)
     model.transformer.wpe.weight.requires_grad_(False)
     block_map = classify(model, Rules((Rule("unused.*", block="other"),)))
-    with opened(model, block_map, [whole_batch()], method=method) as found:
+    with open_hessian(model, block_map, [whole_batch()], method=method) as found:
         other = ParameterSpace(block_map, "other", found.objective.live.leaves)
         assert torch.equal(found.products(other, torch.ones(2, 12)), torch.zeros(2, 12))
         emb = ParameterSpace(block_map, "emb", found.objective.live.leaves)
@@ -531,7 +531,7 @@ def test_what_the_loss_does_not_reach_is_zero(method):
 def test_the_product_with_nothing_is_nothing(method):
     model = gpt2()
     space_of = classify(model)
-    with opened(model, space_of, [whole_batch()], method=method) as found:
+    with open_hessian(model, space_of, [whole_batch()], method=method) as found:
         space = ParameterSpace(space_of, "vo", found.objective.live.leaves)
         # FiniteDifferenceHessian: rounding of the same gradient four times over, through a step of 0.01.
         assert float(found.products(space, torch.zeros(1, space.size)).abs().max()) < 1e-5
@@ -579,7 +579,7 @@ def test_an_error_inside_leaves_the_model_as_it_was():
     before = copy.deepcopy(model.state_dict())
 
     def fail():
-        with opened(model, classify(model), [whole_batch()]):
+        with open_hessian(model, classify(model), [whole_batch()]):
             raise BoomError
 
     with pytest.raises(BoomError):
@@ -601,7 +601,7 @@ def test_works_where_gradients_are_off(mode):
 def opened_toy(model, loss_fn=None):
     generator = torch.Generator().manual_seed(1)
     ids, targets = (torch.randint(0, 20, (2, 6), generator=generator) for _ in range(2))
-    return opened(model, classify(model, TOY_RULES), [Batch((ids, targets))], loss_fn=loss_fn)
+    return open_hessian(model, classify(model, TOY_RULES), [Batch((ids, targets))], loss_fn=loss_fn)
 
 
 def test_of_a_trial_that_was_refused_nothing_is_kept_while_differences_are_taken(monkeypatch):

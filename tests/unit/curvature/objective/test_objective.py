@@ -82,9 +82,9 @@ def test_inside_the_weights_are_elsewhere_and_outside_where_they_were():
     with isolated(model, exact=True) as live:
         objective = Objective(live, [whole])
         space = ParameterSpace(block_map, "vo", live.leaves)
-        displacement = 0.1 * space.signs(torch.Generator().manual_seed(0))
+        displacement = 0.1 * space.random_signs(torch.Generator().manual_seed(0))
         before, leaves = objective.value(0), dict(live.leaves)
-        for name, values in space.shaped(displacement[None]).items():
+        for name, values in space.unflatten(displacement[None]).items():
             twin.get_parameter(name).data += values[0]
         with objective.displaced(space, displacement) as moved:
             assert objective.value(0) == float(twin(**whole.kwargs).loss.detach())

@@ -9,14 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from sharpwatch.daemon.estimation import gnb
-from sharpwatch.daemon.estimation.gnb import (
-    estimate_all,
-    observed_stability,
-    order_correlation,
-    resolve_device,
-)
-from sharpwatch.daemon.estimation.windows import Request
+from sharpwatch.daemon.estimation import estimator
+from sharpwatch.daemon.estimation.estimator import estimate_all, resolve_device
+from sharpwatch.daemon.estimation.gnb import order_correlation
+from sharpwatch.daemon.estimation.hessian import ObservedStability, observed_stability
+from sharpwatch.daemon.estimation.windows import EstimateRequest
 from sharpwatch.daemon.ingest.hello import RunHello
 from sharpwatch.daemon.ingest.probes import DirectionReading, GnbReading
 from sharpwatch.errors import SharpwatchError
@@ -70,27 +67,35 @@ def direction(curvature, descent, block_curvature, block_descent) -> DirectionRe
     )
 
 
+def request_of(of: RunHello, gnb=(), direction=()) -> EstimateRequest:
+    given = {"gnb": gnb, "direction": direction}
+    return EstimateRequest(of, {probe: window for probe, window in given.items() if window})
+
+
 def test_a_batch_of_unlike_runs_gives_each_its_own_mean_and_error():
     requests = [
-        Request(SMALL, windows(SMALL, [2, 2, 2, 2, 2], 0), ()),
-        Request(LARGE, windows(LARGE, [4, 1, 3, 2, 4, 4], 1), ()),
-        Request(SMALL, (), ()),
+        request_of(SMALL, windows(SMALL, [2, 2, 2, 2, 2], 0), ()),
+        request_of(LARGE, windows(LARGE, [4, 1, 3, 2, 4, 4], 1), ()),
+        request_of(SMALL, (), ()),
     ]
     small, large, none = estimate_all(requests, "cpu")
     assert none.values == {}
     for request, found in ((requests[0], small), (requests[1], large)):
-        of = request.manifest
+        of = request.hello
         for index, block in enumerate(of.blocks):
             rows = of.block_of == index
-            probes = np.array([probe.traces[:, rows].sum(1).mean() for _, probe in request.gnb])
+            probes = np.array([probe.traces[:, rows].sum(1).mean() for _, probe in request.windows["gnb"]])
             trace = found.values["trace", block, "gnb"]
             assert trace.value == pytest.approx(probes.mean(), rel=1e-12)
             assert trace.stderr == pytest.approx(probes.std(ddof=1) / math.sqrt(len(probes)), rel=1e-6)
-            assert (trace.draws, trace.step) == (sum(len(p.traces) for _, p in request.gnb), len(request.gnb))
+            assert (trace.draws, trace.step) == (
+                sum(len(p.traces) for _, p in request.windows["gnb"]),
+                len(request.windows["gnb"]),
+            )
             sharpness = found.values["sharpness", block, "gnb"]
             assert sharpness.value * of.block_parameters[index] == pytest.approx(trace.value)
         for index, layer in enumerate(found.layer_sharpness):
-            probes = np.array([probe.traces[:, index].mean() for _, probe in request.gnb])
+            probes = np.array([probe.traces[:, index].mean() for _, probe in request.windows["gnb"]])
             assert layer.value == pytest.approx(probes.mean() / of.parameters[index], rel=1e-12)
 
 
@@ -103,7 +108,7 @@ def test_the_whole_models_top_is_that_of_the_summed_sketches():
         along = random.normal(size=4)
         sketches = np.stack([along[:, None] * 3 * shared, along[:, None] * 4 * shared], axis=1)
         probes.append((step, GnbReading(8, np.square(sketches).sum(-1), sketches.astype("f4"))))
-    (found,) = estimate_all([Request(SMALL, tuple(probes), ())], "cpu")
+    (found,) = estimate_all([request_of(SMALL, tuple(probes), ())], "cpu")
     tops = {block: one for (quantity, block, _), one in found.values.items() if quantity == "top_eigenvalue"}
     # Projections of a sketch on itself, of 32 normal draws: (3 + 4)^2 in all, within 4 of the claimed errors.
     for block, root in (("emb", 3), ("norm", 4), ("", 7)):
@@ -127,9 +132,9 @@ def sharp_windows(of: RunHello, probes: int, seed: int, *, gradients: bool) -> t
 
 def test_what_sketches_say_is_each_windows_own_however_many_go_together():
     requests = [
-        Request(SMALL, sharp_windows(SMALL, 8, 5, gradients=True), ()),
-        Request(LARGE, sharp_windows(LARGE, 8, 6, gradients=True), ()),
-        Request(SMALL, sharp_windows(SMALL, 6, 7, gradients=False), ()),
+        request_of(SMALL, sharp_windows(SMALL, 8, 5, gradients=True), ()),
+        request_of(LARGE, sharp_windows(LARGE, 8, 6, gradients=True), ()),
+        request_of(SMALL, sharp_windows(SMALL, 6, 7, gradients=False), ()),
     ]
     together = estimate_all(requests, "cpu")
     for request, found in zip(requests, together, strict=True):
@@ -146,7 +151,7 @@ def test_what_sketches_say_is_each_windows_own_however_many_go_together():
 
 
 def test_the_keys_hold_what_their_names_say():
-    (found,) = estimate_all([Request(SMALL, sharp_windows(SMALL, 8, 8, gradients=True), ())], "cpu")
+    (found,) = estimate_all([request_of(SMALL, sharp_windows(SMALL, 8, 8, gradients=True), ())], "cpu")
     rank, drift, alignment = (
         found.values[quantity, "emb", "gnb"] for quantity in ("effective_rank", "drift", "alignment")
     )
@@ -158,13 +163,15 @@ def test_the_keys_hold_what_their_names_say():
 
 
 def test_what_has_no_error_yet_is_not_shown():
-    (found,) = estimate_all([Request(SMALL, windows(SMALL, [1], 0), ((1, direction(1, 1, [1, NAN], [1, 1])),))], "cpu")
+    (found,) = estimate_all(
+        [request_of(SMALL, windows(SMALL, [1], 0), ((1, direction(1, 1, [1, NAN], [1, 1])),))], "cpu"
+    )
     assert found.values == {}
 
 
 def test_the_stability_ratio_divides_sums_and_says_where_there_is_no_descent():
     readings = (direction(1.0, 1.0, [NAN, 0.5], [0.1, 1.0]), direction(3.0, 1.0, [0.2, 1.5], [0.2, 1.0]))
-    (found,) = estimate_all([Request(SMALL, (), ((1, readings[0]), (5, readings[1])))], "cpu")
+    (found,) = estimate_all([request_of(SMALL, (), ((1, readings[0]), (5, readings[1])))], "cpu")
     assert found.values["stability_ratio", "", "direction"].value == pytest.approx(4 / (2 * 2))
     assert found.values["stability_ratio", "", "direction"].step == 5
     assert found.values["stability_ratio", "norm", "direction"].value == pytest.approx(2 / (2 * 2))
@@ -177,7 +184,7 @@ def test_the_stability_ratio_divides_sums_and_says_where_there_is_no_descent():
     assert uphill.no_descent
     assert uphill.whole is None
     assert list(uphill.blocks) == ["norm"]
-    assert not observed_stability(SMALL.blocks, 5, None).no_descent
+    assert not ObservedStability().no_descent
 
 
 def test_order_correlation_is_spearmans():
@@ -191,10 +198,10 @@ def test_order_correlation_is_spearmans():
 
 async def test_the_estimators_thread_works_alone(monkeypatch):
     before = torch.get_num_threads()
-    monkeypatch.setattr(gnb, "estimate_all", lambda *_: [torch.get_num_threads()])
+    monkeypatch.setattr(estimator, "estimate_all", lambda *_: [torch.get_num_threads()])
     torch.set_num_threads(2)
-    with closing(gnb.Estimator("cpu")) as worker:
-        assert await worker.estimate([Request(SMALL, (), ())]) == [1]
+    with closing(estimator.Estimator("cpu")) as worker:
+        assert await worker.estimate([request_of(SMALL, (), ())]) == [1]
     torch.set_num_threads(before)
 
 

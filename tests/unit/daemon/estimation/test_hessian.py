@@ -8,9 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sharpwatch.daemon.estimation.gnb import estimate_all
-from sharpwatch.daemon.estimation.hessian import probe_estimates
-from sharpwatch.daemon.estimation.windows import WINDOW_PROBES, Request
+from sharpwatch.daemon.estimation.estimator import estimate_all
+from sharpwatch.daemon.estimation.windows import WINDOW_PROBES, EstimateRequest
 from sharpwatch.daemon.ingest.hello import RunHello
 from sharpwatch.daemon.ingest.probes import (
     DirectionReading,
@@ -44,6 +43,12 @@ MANIFEST = RunHello(
 )
 
 
+def estimates_from(**windows):
+    """The estimates of a run from its windows, by probe."""
+    (found,) = estimate_all([EstimateRequest(MANIFEST, windows)], "cpu")
+    return found.values
+
+
 def hutchinson(block: str, draws) -> HutchinsonReading:
     """`draws` of the block's trace, of which a quarter is in the first of its layers."""
     shares = {"emb": (1, 0, 0), "qk": (0, 0.25, 0.75)}[block]
@@ -66,7 +71,7 @@ def test_a_trace_is_the_mean_over_a_blocks_own_probes():
         for turn in range(6)
         for offset, block in enumerate(draws)
     )
-    found = probe_estimates(Request(MANIFEST, hutchinson=window))
+    found = estimates_from(hutchinson=window)
     for offset, (block, size) in enumerate((("emb", 64), ("qk", 16))):
         trace, means = found["trace", block, "hutchinson"], draws[block].mean(1)
         assert trace.value == pytest.approx(means.mean())
@@ -79,14 +84,14 @@ def test_a_trace_is_the_mean_over_a_blocks_own_probes():
 def test_of_a_block_only_the_newest_probes_count_and_one_draw_has_no_error():
     old = [(step, hutchinson("emb", [100.0, 101.0])) for step in range(9)]
     new = [(9 + step, hutchinson("emb", [1.0, 2.0])) for step in range(WINDOW_PROBES)]
-    found = probe_estimates(Request(MANIFEST, hutchinson=(*old, *new, (99, hutchinson("qk", [5.0])))))
+    found = estimates_from(hutchinson=(*old, *new, (99, hutchinson("qk", [5.0]))))
     assert found["trace", "emb", "hutchinson"].value == pytest.approx(1.5)
     assert ("trace", "qk", "hutchinson") not in found
 
 
 def test_probes_with_fewer_draws_weigh_as_probes():
     window = ((1, hutchinson("emb", [1.0, 3.0])), (2, hutchinson("emb", [5.0])))
-    trace = probe_estimates(Request(MANIFEST, hutchinson=window))["trace", "emb", "hutchinson"]
+    trace = estimates_from(hutchinson=window)["trace", "emb", "hutchinson"]
     assert (trace.value, trace.draws) == (pytest.approx(3.5), 3)
 
 
@@ -97,7 +102,7 @@ def test_an_eigenvalue_is_the_newest_with_its_residual_and_the_scatter_of_its_bl
         (3, lanczos("", 20.0)),
         (4, lanczos("qk", 8.0, -2.0, residual=0.25)),
     )
-    found = probe_estimates(Request(MANIFEST, lanczos=window))
+    found = estimates_from(lanczos=window)
     top, bottom = found["top_eigenvalue", "qk", "lanczos"], found["bottom_eigenvalue", "qk", "lanczos"]
     assert (top.value, top.residual, top.step, top.draws, top.method) == (8.0, 0.25, 4, 3, "autograd")
     assert top.stderr == pytest.approx(math.sqrt((2.0**2 + 1.0**2) / 2 / 2))
@@ -109,19 +114,19 @@ def test_an_eigenvalue_is_the_newest_with_its_residual_and_the_scatter_of_its_bl
 
 def test_line_searches_are_averaged_over_the_turns_of_each_block():
     window = ((1, search(0.5, emb=0.0)), (2, search(0.7, qk=0.4)), (3, search(0.6, emb=1.0)))
-    found = probe_estimates(Request(MANIFEST, linesearch=window))
+    found = estimates_from(linesearch=window)
     whole, emb = found["stability_ratio", "", "linesearch"], found["stability_ratio", "emb", "linesearch"]
     assert (whole.value, whole.draws, whole.step, whole.residual) == (pytest.approx(0.6), 3, 3, 0.02)
     assert (emb.value, emb.residual) == (0.5, 0.03)
     error = 0.1 / 0.6745 * math.sqrt(math.pi / 2 / 3)  # the median deviation, as a normal distribution has it
     assert whole.stderr == pytest.approx(math.hypot(error, 0.02 / math.sqrt(3)), rel=1e-4)
     assert ("stability_ratio", "qk", "linesearch") not in found
-    assert probe_estimates(Request(MANIFEST, linesearch=window[:1])) == {}
+    assert estimates_from(linesearch=window[:1]) == {}
 
 
 def test_one_search_along_a_climbing_step_does_not_rule_the_others():
     window = tuple(enumerate(map(search, [0.5, 0.52, 4000.0, 0.48, 0.51, 0.49])))
-    whole = probe_estimates(Request(MANIFEST, linesearch=window))["stability_ratio", "", "linesearch"]
+    whole = estimates_from(linesearch=window)["stability_ratio", "", "linesearch"]
     assert whole.value == pytest.approx(0.505)
     assert whole.stderr < 0.03
 
@@ -133,9 +138,9 @@ def test_the_errors_are_those_of_the_scatter():
     claimed, medians = [], []
     for row in values:
         tops = tuple(enumerate(lanczos("qk", top) for top in row))
-        claimed.append(probe_estimates(Request(MANIFEST, lanczos=tops))["top_eigenvalue", "qk", "lanczos"].stderr)
+        claimed.append(estimates_from(lanczos=tops)["top_eigenvalue", "qk", "lanczos"].stderr)
         searches = tuple(enumerate(search(one) for one in row - 0.2 * np.arange(WINDOW_PROBES)))
-        medians.append(probe_estimates(Request(MANIFEST, linesearch=searches))["stability_ratio", "", "linesearch"])
+        medians.append(estimates_from(linesearch=searches)["stability_ratio", "", "linesearch"])
     assert np.sqrt(np.mean(np.square(claimed))) == pytest.approx(1, abs=0.05)
     errors = np.mean([one.stderr**2 for one in medians])
     assert np.sqrt(errors) == pytest.approx(np.std([one.value for one in medians]), rel=0.15)
@@ -143,7 +148,7 @@ def test_the_errors_are_those_of_the_scatter():
 
 def test_the_preconditioned_ratio_is_the_newest():
     readings = [PreconditionedReading(8, ratio, 0.01, "autograd") for ratio in (0.5, 0.9, 0.7)]
-    found = probe_estimates(Request(MANIFEST, preconditioned=tuple(enumerate(readings, 1))))
+    found = estimates_from(preconditioned=tuple(enumerate(readings, 1)))
     (ratio,) = found.values()
     assert list(found) == [("stability_ratio", "", "preconditioned")]
     assert (ratio.value, ratio.residual, ratio.step) == (0.7, 0.01, 3)
@@ -156,7 +161,7 @@ class Supervisor:
     mode, revisions, multipliers, alerts = "observe", (), {}, ()
 
 
-EMPTY = Reading(1, 1, 0.0, None, None, None, None, None, (), (), closing=False, restored=False, dropped_probes=())
+EMPTY = Reading(1, 1, 0.0, None, None, {}, None, (), (), closing=False, restored=False, dropped_probes=())
 ONES = np.ones((2, 3))
 PROBES = {
     "gnb": GnbReading(8, ONES, None),
@@ -170,11 +175,10 @@ PROBES = {
 
 def after(run: Run, step: int, *probes: str) -> list[tuple[str, str, str]]:
     """What is shown once a sample with `probes` is estimated."""
-    reading = replace(EMPTY, sequence=step, step=step, **{probe: PROBES[probe] for probe in probes})
-    assert reading.probes == probes
+    reading = replace(EMPTY, sequence=step, step=step, probes={probe: PROBES[probe] for probe in probes})
     run.fold(reading, 0.0)
     request = run.request(reading.probes)
-    assert (request.probes, request.step) == (probes, step)
+    assert (tuple(request.windows), request.step) == (probes, step)
     run.take_estimates(request, estimate_all([request], "cpu")[0])
     run.show()
     return list(run.view.estimates)

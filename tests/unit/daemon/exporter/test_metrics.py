@@ -13,10 +13,9 @@ from prometheus_client import CollectorRegistry, generate_latest
 from sharpwatch.curvature.statistics.estimate import Estimate
 from sharpwatch.daemon.api.conversions import detail_message
 from sharpwatch.daemon.config.config import ALERT_NAMES
-from sharpwatch.daemon.estimation.block_totals import BlockTap
 from sharpwatch.daemon.exporter.metrics import OwnMetrics, RunCollector
 from sharpwatch.daemon.ingest.hello import RunHello
-from sharpwatch.daemon.ingest.samples import HealthReading
+from sharpwatch.daemon.ingest.samples import BlockTap, HealthReading
 from sharpwatch.daemon.records import Alert
 from sharpwatch.daemon.runs.runs import RunSnapshot
 

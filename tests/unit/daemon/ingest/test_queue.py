@@ -32,7 +32,7 @@ def entry(run: str, sequence: int, size: int = 10) -> QueuedSample:
         agent_version="",
     )
     reading = Reading(
-        sequence, sequence, 0.0, None, None, None, None, None, (), (), closing=False, restored=False, dropped_probes=()
+        sequence, sequence, 0.0, None, None, {}, None, (), (), closing=False, restored=False, dropped_probes=()
     )
     return QueuedSample(Attempt(manifest, b""), reading, b"x" * size, 0.0)
 

@@ -162,16 +162,19 @@ def test_a_whole_sample_is_read():
     assert (reading.sequence, reading.step, reading.taken_at) == (3, 7, 2.0)
     assert math.isnan(reading.loss)
     assert reading.tap.non_finite.tolist() == [0, 0, 2]
-    assert reading.gnb.traces.shape == (2, 3)
-    assert reading.gnb.sketches.shape == (2, 2, 64)
-    assert reading.gnb.gradient_sketch.tolist() == np.ones((2, 64)).tolist()
-    assert reading.gnb.gradient_noise.tolist() == [0.5, 0.375]  # [B]
-    assert (reading.hutchinson.block, reading.hutchinson.traces[:, 2].tolist()) == ("qk", [-3.0, 4.0])
-    assert reading.lanczos == LanczosReading(128, "", 9.0, 0.5, -3.0, 1.0, "autograd")
-    assert (reading.linesearch.sharpness, reading.linesearch.half_width) == (0.5, 0.01)
-    assert reading.linesearch.block_sharpness[1] == 0.25
-    assert reading.preconditioned == PreconditionedReading(128, 0.75, 0.01, "gradient differences")
-    assert math.isnan(reading.direction.block_curvature[0])
+    assert reading.probes["gnb"].traces.shape == (2, 3)
+    assert reading.probes["gnb"].sketches.shape == (2, 2, 64)
+    assert reading.probes["gnb"].gradient_sketch.tolist() == np.ones((2, 64)).tolist()
+    assert reading.probes["gradient_noise"].noise.tolist() == [0.5, 0.375]  # [B]
+    assert (reading.probes["hutchinson"].block, reading.probes["hutchinson"].traces[:, 2].tolist()) == (
+        "qk",
+        [-3.0, 4.0],
+    )
+    assert reading.probes["lanczos"] == LanczosReading(128, "", 9.0, 0.5, -3.0, 1.0, "autograd")
+    assert (reading.probes["linesearch"].sharpness, reading.probes["linesearch"].half_width) == (0.5, 0.01)
+    assert reading.probes["linesearch"].block_sharpness[1] == 0.25
+    assert reading.probes["preconditioned"] == PreconditionedReading(128, 0.75, 0.01, "gradient differences")
+    assert math.isnan(reading.probes["direction"].block_curvature[0])
     assert reading.health.overhead_ratio is None
     assert reading.health.dropped == {"spool": 2}
     assert reading.results[0].outcome == "applied"
@@ -247,8 +250,7 @@ def test_a_probe_that_is_not_finite_is_dropped_alone(bad):
         sequence=1, step=1, loss=2.0, tap=tap(), gnb=gnb(sketches=sketches), direction=direction(descent=bad)
     )
     reading = read_sample(MANIFEST, sample)
-    assert reading.gnb is None
-    assert reading.direction is None
+    assert not reading.probes
     assert reading.dropped_probes == ("gnb", "direction")
     assert reading.tap is not None
 
@@ -268,24 +270,40 @@ def test_a_probe_that_is_not_finite_is_dropped_alone(bad):
 def test_each_kind_of_probe_is_dropped_where_it_says_nothing(probe):
     (name,) = probe
     reading = read_sample(MANIFEST, agent_pb2.Sample(sequence=1, step=1, **probe))
-    assert getattr(reading, name) is None
+    assert name not in reading.probes
     assert reading.dropped_probes == (name,)
 
 
-def test_a_gradient_noise_is_left_out_alone_where_it_is_absent_or_infinite():
+@pytest.mark.parametrize("probes", [[], ["gnb"]])
+def test_the_gradient_noise_of_an_older_agent_is_read_from_its_gnb_probe(probes):
+    manifest = read_hello(hello(probes=probes))
     older = gnb()
     older.ClearField("gradient_noise")
     for probe in (older, gnb(noise=(math.inf, 1.0, 1.0))):
-        reading = read_sample(MANIFEST, agent_pb2.Sample(sequence=1, step=1, gnb=probe))
-        assert reading.gnb.gradient_noise is None
+        reading = read_sample(manifest, agent_pb2.Sample(sequence=1, step=1, gnb=probe))
+        assert reading.probes["gradient_noise"].noise is None
         assert reading.dropped_probes == ()
-    reading = read_sample(MANIFEST, agent_pb2.Sample(sequence=1, step=1, gnb=gnb(noise=(-1.0, math.nan, 1.0))))
-    np.testing.assert_array_equal(reading.gnb.gradient_noise, [-1.0, math.nan])
+    reading = read_sample(manifest, agent_pb2.Sample(sequence=1, step=1, gnb=gnb(noise=(-1.0, math.nan, 1.0))))
+    np.testing.assert_array_equal(reading.probes["gradient_noise"].noise, [-1.0, math.nan])
+
+
+def test_a_gradient_noise_of_its_own_is_read_by_block_and_no_gnb_probe_takes_its_place():
+    manifest = read_hello(hello(probes=["gnb", "gradient_noise"]))
+    for noise, seen in (([-1.0, math.nan, 1.0], [-1.0, math.nan]), ([0.5, 0.25, 0.125], [0.5, 0.375])):
+        own = agent_pb2.GradientNoiseProbe(noise=wire.encode(noise, "float32"))
+        reading = read_sample(manifest, agent_pb2.Sample(sequence=1, step=1, gradient_noise=own))
+        np.testing.assert_array_equal(reading.probes["gradient_noise"].noise, seen)
+    nothing = agent_pb2.Sample(sequence=1, step=1, gradient_noise=agent_pb2.GradientNoiseProbe())
+    assert read_sample(manifest, nothing).probes["gradient_noise"].noise is None
+    assert set(read_sample(manifest, agent_pb2.Sample(sequence=1, step=1, gnb=gnb())).probes) == {"gnb"}
+    infinite = agent_pb2.GradientNoiseProbe(noise=wire.encode([math.inf, 1.0, 1.0], "float32"))
+    reading = read_sample(manifest, agent_pb2.Sample(sequence=1, step=1, gradient_noise=infinite))
+    assert (dict(reading.probes), reading.dropped_probes) == ({}, ("gradient_noise",))
 
 
 def test_a_sketch_too_large_to_be_squared_is_dropped_before_it_spoils_what_it_is_estimated_with():
     reading = read_sample(MANIFEST, agent_pb2.Sample(sequence=1, step=1, gnb=gnb(sketches=np.full((2, 2, 64), 1e20))))
-    assert (reading.gnb, reading.dropped_probes) == (None, ("gnb",))
+    assert (dict(reading.probes), reading.dropped_probes) == ({}, ("gnb",))
 
 
 def test_a_resend_is_known_whether_it_waits_or_is_journalled():

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from sharpwatch import wire
 from sharpwatch.daemon.decisions.run_controller import RunController
-from sharpwatch.daemon.estimation.gnb import estimate_all
+from sharpwatch.daemon.estimation.estimator import estimate_all
 from sharpwatch.daemon.ingest.hello import read_hello
 from sharpwatch.daemon.ingest.samples import read_sample
 from sharpwatch.daemon.runs.restore import restore_run
@@ -87,6 +88,18 @@ def test_the_gradient_noise_is_that_of_the_newest_gnb_probe_by_block(run):
         assert run.view.gradient_noise == noise
 
 
+def test_a_gradient_noise_of_its_own_stays_until_the_next_of_its_kind(run):
+    manifest = replace(run.attempt.manifest, probes=("gnb", "gradient_noise"))
+    own = agent_pb2.GradientNoiseProbe(noise=wire.encode((0.5, 0.25), "float32"))
+    for probed in (agent_pb2.Sample(sequence=6, step=6, gradient_noise=own), sample(7)):
+        run.fold(read_sample(manifest, probed), 0.0)
+        run.show()
+        assert run.view.gradient_noise == (0.5, 0.25)
+    run.fold(read_sample(manifest, agent_pb2.Sample(sequence=8, step=8, gradient_noise={})), 0.0)
+    run.show()
+    assert run.view.gradient_noise is None
+
+
 @pytest.mark.parametrize(("norm", "seen"), [(math.nan, {}), (math.inf, {"emb": math.inf})])
 def test_a_gradient_that_was_not_read_is_none_and_no_damage(run, norm, seen):
     ones = wire.encode(np.ones(2), "float32")
@@ -119,7 +132,7 @@ def test_sketches_by_another_projection_are_put_away_and_traces_stay(run, said):
 def test_nothing_is_kept_of_other_blocks(run, said):
     assert estimated(run)
     run.begin(attempt(attempt="a2", **said), supervisor())
-    assert (run.request().gnb, estimated(run)) == ((), {})
+    assert (run.request().windows, estimated(run)) == ({}, {})
 
 
 @pytest.mark.parametrize("said", [{}, *BY_ANOTHER_PROJECTION])

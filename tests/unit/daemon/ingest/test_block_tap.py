@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from sharpwatch.daemon.estimation.block_totals import block_tap, sum_rows
+from sharpwatch.daemon.estimation.gnb import sum_layers
 from sharpwatch.daemon.ingest.hello import RunHello
-from sharpwatch.daemon.ingest.samples import TapValues
+from sharpwatch.daemon.ingest.samples import TapValues, block_tap
 
 SIZES = (5, 3, 7, 2)
 NAMES = (("emb", ""), ("qk", "layers.0"), ("qk", "layers.1"), ("norm", "layers.0"))
@@ -73,4 +73,7 @@ def test_counts_add_and_rates_are_weighted_by_parameters():
 
 
 def test_traces_add_over_layers_for_every_draw():
-    assert sum_rows(MANIFEST, np.array([[1.0, 2.0, 3.0, 4.0], [0.0, 1.0, 1.0, 0.0]])).tolist() == [[1, 5, 4], [0, 2, 0]]
+    assert sum_layers(MANIFEST, np.array([[1.0, 2.0, 3.0, 4.0], [0.0, 1.0, 1.0, 0.0]])).tolist() == [
+        [1, 5, 4],
+        [0, 2, 0],
+    ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from sharpwatch.daemon.estimation.queue import EstimationQueue, Waiting
+from sharpwatch.daemon.estimation.estimator import EstimationQueue, Waiting
 
 
 class Slow:

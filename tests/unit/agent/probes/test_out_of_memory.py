@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from sharpwatch.agent.safety import memory
+from sharpwatch.agent.probes import out_of_memory as memory
 
 CPU = torch.device("cpu")
 
@@ -72,6 +72,6 @@ def test_the_older_kind_of_group(groups):
 def test_what_the_cpus_allocator_raises_is_out_of_memory():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**55)
-    assert memory.out_of_memory(caught.value)
-    assert memory.out_of_memory(MemoryError())
-    assert not memory.out_of_memory(RuntimeError("another"))
+    assert memory.is_out_of_memory(caught.value)
+    assert memory.is_out_of_memory(MemoryError())
+    assert not memory.is_out_of_memory(RuntimeError("another"))

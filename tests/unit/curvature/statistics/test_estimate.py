@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from sharpwatch.curvature.statistics.stability import stability_ratio
+from sharpwatch.curvature.statistics.estimate import stability_ratio
 
 
 def test_averages_numerators_and_denominators_apart():
