@@ -131,6 +131,7 @@ def test_the_error_tree():
     assert tree == {
         "SharpwatchError": "Exception",
         "ConfigError": "SharpwatchError",
+        "TokenFileError": "SharpwatchError",
         "BlockError": "SharpwatchError",
         "AttachError": "SharpwatchError",
         "CheckpointError": "SharpwatchError",
