@@ -136,6 +136,8 @@ def test_the_error_tree():
         "AttachError": "SharpwatchError",
         "CheckpointError": "SharpwatchError",
         "ProbeError": "SharpwatchError",
+        "EmptyBatchError": "ProbeError",
+        "PrecisionError": "ProbeError",
         "DesyncError": "SharpwatchError",
         "WireError": "SharpwatchError",
         "StoreError": "SharpwatchError",
