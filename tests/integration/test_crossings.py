@@ -12,8 +12,8 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "crossings.py"
 LIMITS = {
     "attach": (40, 833),
     "step": (27, 278),
-    "step with a gnb probe": (38, 357),
-    "sample with a gnb probe, at the daemon": (27, 138),
+    "step with a gnb probe": (35, 340),
+    "sample with a gnb probe, at the daemon": (24, 135),
 }
 
 

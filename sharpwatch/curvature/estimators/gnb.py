@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from sharpwatch.blocks import BlockMap
 from sharpwatch.curvature.objective.batch import Batch
-from sharpwatch.curvature.objective.objective import to_dense
 from sharpwatch.curvature.objective.outputs import LogitsFn, count_predicting, predict
 from sharpwatch.curvature.parameters.norms import squared_norms, sum_by_index
 from sharpwatch.curvature.state.isolation import isolated
@@ -80,23 +79,25 @@ def gnb_probe(  # noqa: PLR0913 - settings are keyword-only
         ProbeError: The model gives no logits, or every label is ignored.
     """
     traces, sketches = [], []
+    rows, prepared = batch.rows, batch.prepared()
     with isolated(model) as live:
-        logits, mask = predict(live, live.inner, batch.prepared(), logits_fn)
-        tokens = count_predicting(mask)
         leaves = live.trainable
+        logits, mask = predict(live, live.inner, prepared, logits_fn)
+        tokens = count_predicting(mask)
         output_gradients = OutputGradients(logits.detach(), mask, draws, generator, scale=1 / math.sqrt(tokens))
         for draw in range(draws):
             raw = torch.autograd.grad(
                 logits, list(leaves.values()), output_gradients[draw], retain_graph=draw + 1 < draws, allow_unused=True
             )
-            gradients = {name: to_dense(g) for name, g in zip(leaves, raw, strict=True) if g is not None}
-            del raw
+            given = {name: g for name, g in zip(leaves, raw, strict=True) if g is not None}
+            gradients = {name: g.to_dense() if g.is_sparse else g for name, g in given.items()}
+            del raw, given  # sparse ones need not be kept beside their dense copies
             traces.append(squared_norms(block_map, gradients))
             if sketcher is not None:
                 sketches.append(sketcher.sketch(gradients))
             del gradients
     by_layer = sum_by_index(torch.stack(traces), block_map.layer_block_of, len(block_map.layer_blocks))
-    return GnbSample(tokens, batch.rows, by_layer, torch.stack(sketches).cpu() if sketches else None)
+    return GnbSample(tokens, rows, by_layer, torch.stack(sketches).cpu() if sketches else None)
 
 
 class OutputGradients:
