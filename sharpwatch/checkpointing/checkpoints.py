@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from sharpwatch.agent.control.controller import RollbackRequest
+from sharpwatch.agent.control.commands import RollbackRequest
 from sharpwatch.agent.optimizers.support import skips_its_step
 from sharpwatch.agent.watch import Watch
 from sharpwatch.checkpointing.data_position import paced

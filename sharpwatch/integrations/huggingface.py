@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 from torch.utils.hooks import RemovableHandle
 
 from sharpwatch.agent.attach import attach
-from sharpwatch.agent.control.controller import RollbackRequest
+from sharpwatch.agent.control.commands import RollbackRequest
 from sharpwatch.agent.watch import Watch
 from sharpwatch.checkpointing.data_position import DataPosition, Range, holds, nth_kept, union
 from sharpwatch.checkpointing.rng_state import random_state, set_random_state

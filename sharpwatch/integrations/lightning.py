@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sharpwatch.agent.attach import attach
-from sharpwatch.agent.control.controller import RollbackRequest
+from sharpwatch.agent.control.commands import RollbackRequest
 from sharpwatch.agent.watch import Watch
 from sharpwatch.checkpointing.data_position import Range
 from sharpwatch.checkpointing.resumable_loader import Batches
