@@ -8,7 +8,7 @@ from sharpwatch._version import __version__
 
 if TYPE_CHECKING:
     from sharpwatch.agent.attach import attach
-    from sharpwatch.agent.control.controller import RollbackRequest
+    from sharpwatch.agent.control.commands import RollbackRequest
     from sharpwatch.agent.watch import Watch
     from sharpwatch.blocks import BlockMap, classify
     from sharpwatch.checkpointing.checkpoints import Checkpoints
@@ -33,7 +33,7 @@ __all__ = [
 _HOMES = {
     "BlockMap": "sharpwatch.blocks",
     "Checkpoints": "sharpwatch.checkpointing.checkpoints",
-    "RollbackRequest": "sharpwatch.agent.control.controller",
+    "RollbackRequest": "sharpwatch.agent.control.commands",
     "SharpnessReport": "sharpwatch.curvature.measure.report",
     "SharpwatchError": "sharpwatch.errors",
     "Watch": "sharpwatch.agent.watch",

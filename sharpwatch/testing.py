@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
-from sharpwatch.agent.control.controller import CommandResult
+from sharpwatch.agent.control.commands import CommandResult
 from sharpwatch.v1 import agent_pb2, types_pb2
 
 __all__ = ["CommandResult", "InMemoryTransport"]

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from sharpwatch.agent.control.controller import CONTROL_MODES, Controller, RollbackRequest
+from sharpwatch.agent.control.commands import RollbackRequest
+from sharpwatch.agent.control.controller import CONTROL_MODES, Controller
 from sharpwatch.agent.control.lr_multipliers import parameter_types
 from sharpwatch.agent.distributed.rendezvous import Rendezvous, check_grouped, is_several
 from sharpwatch.agent.distributed.topology import Topology, check_rules, gather_topology
 from sharpwatch.agent.optimizers.deepspeed import hidden
-from sharpwatch.agent.optimizers.support import stepping, uncontrolled, uncontrolled_by_state
+from sharpwatch.agent.optimizers.support import lr_refusal, lr_refusal_from_state, stepping_optimizer
 from sharpwatch.agent.options import Options, check, possible
 from sharpwatch.agent.parts import Parts
 from sharpwatch.agent.probes.budget import OverheadBudget
@@ -115,7 +116,7 @@ def attach(  # noqa: PLR0913 - the public signature; each has a default that wor
     given = tuple(optimizer) if isinstance(optimizer, Iterable) else (optimizer,)
     options = Options(
         model=model,
-        optimizers=tuple(stepping(each, model) for each in given),
+        optimizers=tuple(stepping_optimizer(each, model) for each in given),
         training_job=training_job,
         run=run,
         address=address or os.environ.get("SHARPWATCH_ADDRESS") or DEFAULT_ADDRESS,
@@ -242,7 +243,7 @@ def _control(
     options: Options, block_map: BlockMap, types: Mapping[int, frozenset[str]], company: Topology | None
 ) -> Controller:
     if company is None:
-        reason = uncontrolled(options.optimizers, check_split=options.control != "none")
+        reason = lr_refusal(options.optimizers, check_split=options.control != "none")
     else:
         reason = company.uncontrolled
     if reason:
@@ -253,7 +254,7 @@ def _control(
         blocks=block_map.blocks,
         parameter_types=frozenset(types.values()),
         has_callback=options.on_rollback is not None,
-        uncontrolled=reason,
+        lr_refusal=reason,
         # On several ranks a refusal must be every rank's, and each sees its own state only.
-        by_state=partial(uncontrolled_by_state, options.optimizers) if company is None else None,
+        lr_refusal_from_state=partial(lr_refusal_from_state, options.optimizers) if company is None else None,
     )

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from sharpwatch.agent.control.controller import CONTROL_MODES, RollbackRequest
+from sharpwatch.agent.control.commands import RollbackRequest
+from sharpwatch.agent.control.controller import CONTROL_MODES
 from sharpwatch.agent.instrumentation.hooks import Hook
-from sharpwatch.agent.optimizers.support import is_flat, withheld
+from sharpwatch.agent.optimizers.support import is_flat, unreadable_parameters
 from sharpwatch.agent.probes.builtin import DEFAULT_PROBES, PROBES, sharded_probes
 from sharpwatch.agent.transport.base import Transport
 from sharpwatch.agent.transport.destination import parse_daemon_address, parse_tls, parse_token
@@ -120,8 +121,8 @@ def _check_training(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer
     own = {id(parameter) for parameter in model.parameters()}
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise AttachError("model: has no trainable parameter")
-    if withheld(model):
-        raise AttachError(f"model: {withheld(model)}")
+    if unreadable_parameters(model):
+        raise AttachError(f"model: {unreadable_parameters(model)}")
     if not optimizers:
         raise AttachError("optimizer: expected one torch.optim.Optimizer or several, got none")
     if len({id(each) for each in optimizers}) < len(optimizers):

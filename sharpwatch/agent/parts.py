@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from sharpwatch.agent.control.controller import Controller, RollbackRequest
+from sharpwatch.agent.control.commands import RollbackRequest
+from sharpwatch.agent.control.controller import Controller
 from sharpwatch.agent.distributed.aggregator import RecordAggregator
 from sharpwatch.agent.distributed.rendezvous import Rendezvous
 from sharpwatch.agent.probes.budget import OverheadBudget

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sharpwatch.agent.control.controller import RollbackRequest
+from sharpwatch.agent.control.commands import RollbackRequest
 from sharpwatch.agent.control.lr_multipliers import LrMultipliers
 from sharpwatch.agent.distributed.aggregator import RecordAggregator
 from sharpwatch.agent.instrumentation.hooks import Hooks
@@ -140,7 +140,7 @@ class WatchedRun:
         self.run, self.step = str(state["run"]), step
         parts.pipe.greet(messages.hello(replace(identity, run=self.run, initial_step=step), parts.block_map))
         self._probing.begin()
-        self.rates.guard(self._hooks.innermost)
+        self.rates.wrap_steps(self._hooks.innermost)
 
     def _takes(self, state: Mapping[str, Any]) -> bool:
         """Whether there is a state, and all ranks are given it, or its equal in what must be alike on them."""
@@ -195,7 +195,7 @@ class WatchedRun:
         if self._restored:
             self._samples.restored()
         self._samples.outbox.flush(wait=True)
-        if in_order or self.parts.control.untold:
+        if in_order or self.parts.control.has_results:
             self._samples.send_news(self.step, closing=in_order)
 
     def __del__(self) -> None:
@@ -308,7 +308,7 @@ class WatchedRun:
             self._share(self._shared, record, commands)
         self._request = self.parts.control.end(done.step, self._clock()) or self._request
         expecting = self._shared is not None and self._shared.ranks.expecting
-        self.rates.guard(self._hooks.innermost, expecting=expecting)
+        self.rates.wrap_steps(self._hooks.innermost, command_expected=expecting)
         replaced = self._roster.replaced(done.step)
         if replaced:
             _LOG.warning("%s was replaced: the watch ends, as it would go on with the old one; attach again", replaced)

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from sharpwatch.agent.control.controller import RollbackRequest
+from sharpwatch.agent.control.commands import RollbackRequest
 from sharpwatch.agent.run import WatchedRun
 
 

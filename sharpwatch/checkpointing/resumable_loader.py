@@ -1,4 +1,4 @@
-"""A loader whose position is part of a checkpoint, and that leaves batches out."""
+"""A data loader whose position can be saved in a checkpoint, and that can leave batches out."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch.utils.data import DataLoader
 
-from sharpwatch.checkpointing.data_position import DataPosition, holds, paced, union
+from sharpwatch.checkpointing.data_position import DataPosition, holds, rescaled, union
 from sharpwatch.checkpointing.rng_state import random_state, set_random_state
 from sharpwatch.errors import CheckpointError
 
@@ -17,165 +17,187 @@ from sharpwatch.errors import CheckpointError
 @runtime_checkable
 class _Stateful(Protocol):
     def state_dict(self) -> dict[str, Any]:
-        """Where it stands."""
+        """Its position."""
 
     def load_state_dict(self, state_dict: dict[str, Any], /) -> Any:
-        """Stand there again."""
+        """Continue from that position."""
 
 
-class Batches:
-    """The batches of `loader`, from wherever the run stands in it.
+class ResumableLoader:
+    """Iterates over the batches of `loader`, from the position where the run is.
 
-    A loader with `state_dict` and `load_state_dict` (torchdata's `StatefulDataLoader`, or one of your own) says itself
-    where it stands. Any other must bring the same batches again when it is iterated from the same random state and
-    epoch, as a `DataLoader` does; it is found again by passing over what has been taken.
+    A loader with `state_dict` and `load_state_dict`, such as torchdata's `StatefulDataLoader`, restores its own
+    position. Any other is iterated again from the same random state and epoch, and the batches already taken are
+    passed over; it must yield the same ones, as a `DataLoader` does.
 
-    An epoch of a loader that has a length has always as many batches: what is left out moves the next ones up.
+    If the loader has a length, every epoch has that many batches: the next ones take the place of those left out. An
+    epoch of the run may then be shorter or longer than a pass, which is one iteration over the loader.
+
+    Args:
+        loader: The training loader, or any other iterable of batches.
+
+    Attributes:
+        epoch: The number of completed epochs.
+        taken: The number of batches taken in all passes, with those left out.
+        left_out: Ranges of batches to leave out, counted as `taken`.
     """
 
     def __init__(self, loader: Iterable[Any]) -> None:
         self.loader: Any = loader
         self.epoch = 0
-        self.taken = 0  # batches of all passes, those that were left out too
+        self.taken = 0
         self.left_out: list[tuple[int, int]] = []
-        self._trail = DataPosition()
-        self._given = 0  # batches of this epoch
-        self._pass = 0  # times that the loader was begun
-        self._index = 0  # batches taken of this pass
-        self._start: dict[str, Any] = {}  # the random states in which the pass was begun
-        self._under_way: Iterator[Any] | None = None
-        self._resume: Mapping[str, Any] | None = None  # where to begin the iterator
+        self._steps = DataPosition()
+        self._yielded = 0  # batches of this epoch
+        self._pass = 0  # completed passes
+        self._index = 0  # batches taken in this pass
+        self._start: dict[str, Any] = {}  # the random states at the start of the pass
+        self._batches: Iterator[Any] | None = None  # the iterator of the pass
+        self._resume: Mapping[str, Any] | None = None  # the state to start the next iterator from
 
     def __len__(self) -> int:
-        """Batches of an epoch; raises TypeError where the loader has no length."""
+        """The number of batches of an epoch.
+
+        Raises:
+            TypeError: The loader has no length.
+        """
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
-        """The rest of the epoch that was restored; else a new one, from its first batch.
+        """Iterate over the rest of the epoch that was restored, otherwise over a new epoch.
 
-        A new pass is begun now and not with its first batch: the loader may draw from what all draw from.
+        The pass is started at once and not with its first batch, because starting it may draw random numbers.
         """
         length = self.length()
-        if self._given == length or (self._given and self._resume is None):  # the last iterator was left
+        if self._yielded == length or (self._yielded and self._resume is None):  # the last iterator was abandoned
             self._end_epoch()
             if self._pass < self.epoch:
                 self._end_pass()
-        if self._resume is None and (self._under_way is None or not self._index):
-            self._begin()
-        return self._rest(length)
+        if self._resume is None and (self._batches is None or not self._index):
+            self._start_pass()
+        return self._rest_of_epoch(length)
 
-    def _rest(self, length: int | None) -> Iterator[Any]:
-        """What is left of this epoch, of `length` batches."""
-        while length is None or self._given < length:
+    def _rest_of_epoch(self, length: int | None) -> Iterator[Any]:
+        while length is None or self._yielded < length:
             try:
                 batch = self._next()
             except StopIteration:
                 break
-            self._given += 1
+            self._yielded += 1
             yield batch
         self._end_epoch()
-        if self._under_way is not None and self._index == Batches.length(self):
-            next(self._under_way, None)  # as a loop asks once more, and a sampler draws once more
+        if self._batches is not None and self._index == ResumableLoader.length(self):
+            next(self._batches, None)  # a loop would call next() once more, for which a sampler may draw
             self._end_pass()
 
     def mark(self, step: int, taken: int | None = None) -> None:
-        """Optimizer step `step` was done with the batches taken so far, or with `taken` of them."""
-        self._trail.mark(step, self.taken if taken is None else taken)
+        """Note that optimizer step `step` is done, with all batches taken so far or with `taken` of them."""
+        self._steps.mark(step, self.taken if taken is None else taken)
 
-    def taken_by(self, first: int, last: int) -> tuple[int, int]:
-        """The batches of steps [first, last), as a range of all."""
-        return (self._trail.batches(first - 1), self._trail.batches(last - 1)) if first < last else (0, 0)
+    def batches_of(self, first: int, last: int) -> tuple[int, int]:
+        """The range of batches that the steps [first, last) took."""
+        return (self._steps.batches(first - 1), self._steps.batches(last - 1)) if first < last else (0, 0)
 
     def leave_out(self, *ranges: tuple[int, int]) -> None:
-        """Leave out the batches in `ranges`; what has been taken stays taken."""
+        """Leave out the batches in `ranges` that have not been taken yet."""
         self.left_out = union([*self.left_out, *((max(first, self.taken), last) for first, last in ranges)])
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, and the random states that go with it."""
+        """The position, and the random states at it."""
         return {
-            **self.place(),
+            **self.position(),
             "left_out": [list(one) for one in self.left_out],
-            "trail": [list(corner) for corner in self._trail.corners],
+            "trail": [list(corner) for corner in self._steps.corners],
             "length": self.length(),
             "random": random_state(),
         }
 
-    def place(self) -> dict[str, Any]:
-        """Where this stands among the batches, as a part of its state."""
+    def position(self) -> dict[str, Any]:
+        """The part of the state that says which batch is next."""
         return {
             "epoch": self.epoch,
             "taken": self.taken,
-            "given": self._given,
+            "given": self._yielded,
             "pass": self._pass,
             "index": self._index,
             "start": self._start,
-            # Not before the first batch: StatefulDataLoader would begin its iterator for it.
+            # Not before the first batch: StatefulDataLoader would start its iterator for it.
             "loader": self.loader.state_dict() if self.taken and isinstance(self.loader, _Stateful) else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Stand there again, in the random states of then."""
-        self.epoch, self.taken, self._given = state["epoch"], state["taken"], state["given"]
+        """Continue from the position of `state`, with its random states."""
+        self.epoch, self.taken, self._yielded = state["epoch"], state["taken"], state["given"]
         self.left_out = union(state["left_out"])
-        self._trail = DataPosition(state["trail"])
+        self._steps = DataPosition(state["trail"])
         self._pass, self._index, self._start = state["pass"], state["index"], state["start"]
-        if self._given == self.length():
+        if self._yielded == self.length():
             self._end_epoch()
-        self._under_way, self._resume = None, state
+        self._batches, self._resume = None, state
         set_random_state(state["random"])
 
     def length(self) -> int | None:
-        """Batches of an epoch, None where the loader has no length."""
+        """The number of batches of an epoch; None if the loader has no length."""
         try:
             return len(self)
         except TypeError:
             return None
 
-    def pace(self, length: int | None, was: int, now: int) -> Fraction:
-        """Batches that one of `now` ranks takes for each that one of `was` ranks took, whose epoch had `length`."""
-        if was == now:
+    def batch_ratio(self, old_length: int | None, old_ranks: int, ranks: int) -> Fraction:
+        """The number of batches that a rank takes now for each that one took before.
+
+        Args:
+            old_length: The number of batches of an epoch before, None if unknown.
+            old_ranks: The number of ranks before.
+            ranks: The number of ranks now.
+        """
+        if old_ranks == ranks:
             return Fraction(1)
-        mine = self.length()
-        return Fraction(mine, length) if mine and length else Fraction(was, now)
+        length = self.length()
+        return Fraction(length, old_length) if length and old_length else Fraction(old_ranks, ranks)
 
-    def taken_over(self, state: Mapping[str, Any], was: int, now: int) -> dict[str, Any]:
-        """`state` of one of `was` ranks, as it is for one of `now`: as far through its epoch.
+    def adapted_state(self, state: Mapping[str, Any], old_ranks: int, ranks: int) -> dict[str, Any]:
+        """Convert the state of one of `old_ranks` ranks for one of `ranks`, at the same share of the epoch.
 
-        Raises `CheckpointError` where only the loader could tell.
+        Raises:
+            CheckpointError: The loader keeps its own state, which only the loader could convert.
         """
         if state["loader"] and not isinstance(self.loader, DataLoader):
-            raise CheckpointError(f"the data's own state is that of a rank of {was}, and can't be taken up by {now}")
-        pace = self.pace(state["length"], was, now)
+            raise CheckpointError(
+                f"the state of the data was saved by one of {old_ranks} ranks and can't be converted for {ranks}: "
+                f"{type(self.loader).__name__} keeps its own state"
+            )
+        ratio = self.batch_ratio(state["length"], old_ranks, ranks)
         return {
             **state,
-            **{name: int(state[name] * pace) for name in ("taken", "given", "index")},
-            "trail": [(step, int(batches * pace)) for step, batches in state["trail"]],
-            "left_out": paced(state["left_out"], pace),
-            "loader": None if state["loader"] else state["loader"],  # passed over, as any DataLoader
+            **{name: int(state[name] * ratio) for name in ("taken", "given", "index")},
+            "trail": [(step, int(batches * ratio)) for step, batches in state["trail"]],
+            "left_out": rescaled(state["left_out"], ratio),
+            "loader": None if state["loader"] else state["loader"],  # None: passed over, as with any DataLoader
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy stands where this stands; the iterator, which can't be copied, it begins anew."""
-        resume = self._resume if self._under_way is None else self.state_dict()
-        return {**self.__dict__, "_under_way": None, "_resume": resume}
+        """A copy is at the same position; it starts an iterator of its own, because iterators can't be copied."""
+        resume = self._resume if self._batches is None else self.state_dict()
+        return {**self.__dict__, "_batches": None, "_resume": resume}
 
     def _end_epoch(self) -> None:
-        self._given = 0
+        self._yielded = 0
         self.epoch += 1
 
     def _end_pass(self) -> None:
-        self._under_way = self._resume = None
+        self._batches = self._resume = None
         self._index = 0
         self._pass += 1
 
     def _next(self) -> Any:
         """The next batch that is not left out; raises StopIteration at the end of a loader without a length."""
         while True:
-            iterator = self._begin() if self._under_way is None else self._under_way
+            batches = self._start_pass() if self._batches is None else self._batches
             if not self._index:
-                self._start["first"] = random_state()  # others may have drawn since: a second loader, the user's hooks
+                self._start["first"] = random_state()  # a second loader or the user's hooks may have drawn since
             try:
-                batch = next(iterator)
+                batch = next(batches)
             except StopIteration:
                 if self._index == 0:
                     raise  # an empty loader
@@ -188,8 +210,8 @@ class Batches:
             if not holds(self.left_out, self.taken - 1):
                 return batch
 
-    def _begin(self) -> Iterator[Any]:
-        """The iterator of a new pass, or again of the pass that was restored."""
+    def _start_pass(self) -> Iterator[Any]:
+        """Start the iterator of a new pass, or of the pass that was restored."""
         state, self._resume = self._resume, None
         if state is not None and state["loader"] is not None:
             self.loader.load_state_dict(state["loader"])
@@ -198,34 +220,35 @@ class Batches:
         if state is not None:
             set_random_state(state["random"])
         if passing_over:
-            self._set_start()
+            self._restore_start()
         elif state is None or not self._index:
             self._start = {"random": random_state(), "generators": [one.get_state() for one in self._generators()]}
-        iterator: Iterator[Any] = iter(self.loader)
-        self._under_way = iterator
+        batches: Iterator[Any] = iter(self.loader)
+        self._batches = batches
         if passing_over and "first" in self._start:
             set_random_state(self._start["first"])
         for _ in range(passing_over):
-            next(iterator)
-        if state is not None and self._index:  # else the pass begins here, and draws from them
+            next(batches)
+        if state is not None and self._index:  # otherwise the pass starts here, and its draws count
             set_random_state(state["random"])
-        return iterator
+        return batches
 
     def _set_epoch(self) -> None:
-        """Tell whatever shuffles by the number of the pass."""
-        places: list[Any] = [self.loader, *(getattr(self.loader, name, None) for name in ("sampler", "batch_sampler"))]
-        for place in places:
-            if hasattr(place, "set_epoch"):
-                place.set_epoch(self._pass)
+        """Call `set_epoch` of the loader and its samplers, which may shuffle by it."""
+        samplers = (getattr(self.loader, name, None) for name in ("sampler", "batch_sampler"))
+        for owner in (self.loader, *samplers):
+            if hasattr(owner, "set_epoch"):
+                owner.set_epoch(self._pass)
 
-    def _set_start(self) -> None:
+    def _restore_start(self) -> None:
+        """Set all random states to those at the start of the pass."""
         set_random_state(self._start["random"])
         for generator, state in zip(self._generators(), self._start["generators"], strict=True):
             generator.set_state(state)
 
     def _generators(self) -> list[torch.Generator]:
-        """The loader's own generators, which a pass draws from."""
+        """The loader's own generators, from which a pass draws."""
         sampler, batch_sampler = (getattr(self.loader, name, None) for name in ("sampler", "batch_sampler"))
-        places = (self.loader, sampler, batch_sampler, getattr(batch_sampler, "sampler", None))
-        found = [getattr(place, "generator", None) for place in places]
+        owners = (self.loader, sampler, batch_sampler, getattr(batch_sampler, "sampler", None))
+        found = [getattr(owner, "generator", None) for owner in owners]
         return list({id(one): one for one in found if isinstance(one, torch.Generator)}.values())

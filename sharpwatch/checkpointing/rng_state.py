@@ -1,4 +1,4 @@
-"""The state of every random number generator a training loop draws from, as a value that a checkpoint can hold."""
+"""The states of all random number generators of a training loop, as one value for a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ import torch
 
 
 def random_state() -> dict[str, Any]:
-    """Python's, NumPy's, torch's on the CPU and on the current accelerator; read with `weights_only`."""
+    """The states of Python, NumPy, and torch on the CPU and the current accelerator.
+
+    `torch.load` can read them with `weights_only=True`.
+    """
     kind, keys, *rest = np.random.get_state()  # noqa: NPY002 - the generator that users' code draws from
     state = {
         "python": random.getstate(),
@@ -24,8 +27,8 @@ def random_state() -> dict[str, Any]:
     return state
 
 
-def seeded(seed: int) -> dict[str, Any]:
-    """The state that every generator has after `seed`; they themselves stay where they are."""
+def seeded_state(seed: int) -> dict[str, Any]:
+    """The states that `random_state` would return after seeding every generator; the generators are not changed."""
     before = random_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - as above
@@ -40,7 +43,7 @@ def seeded(seed: int) -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Put every generator back to where it was at `random_state`."""
+    """Set every generator to the state that `random_state` returned."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     kind, keys, *rest = state["numpy"]

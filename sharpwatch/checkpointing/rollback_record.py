@@ -1,7 +1,7 @@
-"""What a rollback leaves behind, noted beside a framework's checkpoints.
+"""The record of rollbacks, kept in a file beside a framework's checkpoints.
 
-A training that dies after a rollback, before it has saved again, is restarted by hand: it must neither take the data
-again nor go on from a checkpoint that the rollback has undone.
+A training job may die after a rollback, before it has saved again, and be restarted by hand. It must then neither take
+the skipped data nor continue from a checkpoint that the rollback has undone.
 """
 
 from __future__ import annotations
@@ -21,49 +21,63 @@ _FILE = "sharpwatch.json"
 
 @dataclass(frozen=True, slots=True)
 class RollbackRecord:
-    """What is left out of each loader's batches, and the checkpoints, by name, that do not say so themselves."""
+    """The batches that rollbacks left out, and which checkpoints were saved before.
+
+    Attributes:
+        left_out: For each loader, the ranges of its batches that are left out.
+        older: Names of the checkpoints that do not contain `left_out`, because they were saved before.
+        undone: Of these, the checkpoints of steps that a rollback has undone.
+    """
 
     left_out: Sequence[Sequence[Range]] = ()
     older: frozenset[str] = frozenset()
-    undone: frozenset[str] = frozenset()  # of them, those of steps that were undone
+    undone: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, folder: Path) -> RollbackRecord:
-        """What the rollbacks to checkpoints in `folder` have left; nothing where there were none."""
+    def read(cls, folder: Path) -> RollbackRecord:
+        """Read the record of the checkpoints in `folder`; empty if there is none, or if it can't be read."""
         try:
-            noted = read_json(folder / _FILE)
-            return cls(noted["left_out"], frozenset(noted["older"]), frozenset(noted["undone"]))
+            values = read_json(folder / _FILE)
+            return cls(values["left_out"], frozenset(values["older"]), frozenset(values["undone"]))
         except FileNotFoundError:
             return cls()
         except (OSError, ValueError, KeyError, TypeError) as error:
-            _LOG.warning("what rollbacks have left out could not be read, and will be taken again: %s", error)
+            _LOG.warning("cannot read the rollback record, batches left out will be trained on again: %s", error)
             return cls()
 
-    def note(self, folder: Path) -> None:
-        """Note it in `folder`."""
-        noted = {"left_out": self.left_out, "older": sorted(self.older), "undone": sorted(self.undone)}
+    def write(self, folder: Path) -> None:
+        """Write the record into `folder`; a failure is logged."""
+        values = {"left_out": self.left_out, "older": sorted(self.older), "undone": sorted(self.undone)}
         try:
-            write_json(folder / _FILE, noted)
+            write_json(folder / _FILE, values)
         except OSError as error:
-            _LOG.warning("what rollbacks have left out is not noted: %s", error)
+            _LOG.warning("cannot write the rollback record, a restart may train on batches left out: %s", error)
 
     def saved(self, folder: Path, name: str) -> None:
-        """Note that checkpoint `name` in `folder` is a new one, that says itself what is left out."""
+        """Update the record in `folder` when checkpoint `name` was saved, which contains what is left out."""
         if name in self.older:
-            replace(self, older=self.older - {name}, undone=self.undone - {name}).note(folder)
+            replace(self, older=self.older - {name}, undone=self.undone - {name}).write(folder)
 
-    def after(self, target: str, ages: Mapping[str, float], left_out: Sequence[Sequence[Range]]) -> RollbackRecord:
-        """What is left when a rollback has gone to `target`; `ages` has all checkpoints, newer ones greater."""
+    def after_rollback(
+        self, target: str, ages: Mapping[str, float], left_out: Sequence[Sequence[Range]]
+    ) -> RollbackRecord:
+        """The record after a rollback.
+
+        Args:
+            target: The name of the checkpoint that was restored.
+            ages: Every checkpoint by name; newer ones have greater numbers.
+            left_out: The ranges that are left out from now on, for each loader.
+        """
         undone = {name for name, age in ages.items() if age > ages.get(target, math.inf)}
         return RollbackRecord(left_out, frozenset(ages), frozenset(ages) & (self.undone | undone))
 
     def newest(self, ages: Mapping[str, float]) -> str | None:
         """The newest checkpoint of `ages` that is not undone."""
-        standing = ages.keys() - self.undone
-        return max(standing, key=lambda name: ages[name]) if standing else None
+        remaining = ages.keys() - self.undone
+        return max(remaining, key=lambda name: ages[name]) if remaining else None
 
-    def of_checkpoint(self, name: str) -> Sequence[Sequence[Range]]:
-        """What is left out of each loader beyond what checkpoint `name` says itself, when it is gone on from."""
+    def left_out_beside(self, name: str) -> Sequence[Sequence[Range]]:
+        """For each loader, the ranges to leave out when resuming from checkpoint `name`, beyond those it contains."""
         if name in self.undone:
-            _LOG.warning("%s was undone by a rollback: what that left out may be in its weights", name)
+            _LOG.warning("%s was undone by a rollback: it may have been trained on batches that are left out", name)
         return self.left_out if name in self.older else ()

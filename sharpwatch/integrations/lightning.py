@@ -1,11 +1,11 @@
-"""sharpwatch in Lightning's Trainer: a callback, and `fit`, which can go back to a checkpoint.
+"""sharpwatch for Lightning's Trainer: a callback, and `fit`, which does rollbacks.
 
     trainer = Trainer(..., callbacks=[SharpwatchCallback(training_job="gpt2-owt"), ModelCheckpoint(...)])
     fit(trainer, module, loader)
 
-A rollback leaves `Trainer.fit` and calls it again with `ckpt_path`: Lightning itself restores model, optimizers,
-schedulers, precision plugin and loops, from its own checkpoint. What it does not keep of a plain DataLoader, the random
-states and the position in the data, `fit` puts into that checkpoint too.
+A rollback leaves `Trainer.fit` and calls it again with `ckpt_path`. Lightning itself then restores model, optimizers,
+schedulers, precision plugin and loops from its own checkpoint. It does not save the random states and the position in a
+plain DataLoader; `fit` adds them to the checkpoint.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from sharpwatch.agent.attach import attach
-from sharpwatch.agent.control.controller import RollbackRequest
+from sharpwatch.agent.control.commands import RollbackRequest
 from sharpwatch.agent.watch import Watch
 from sharpwatch.checkpointing.data_position import Range
-from sharpwatch.checkpointing.resumable_loader import Batches
+from sharpwatch.checkpointing.resumable_loader import ResumableLoader
 from sharpwatch.checkpointing.rollback_record import RollbackRecord
 from sharpwatch.errors import AttachError
 
@@ -33,31 +33,39 @@ except ImportError as error:
     raise ImportError(f"{error}: pip install 'sharpwatch[lightning]'") from error
 
 _LOG = logging.getLogger("sharpwatch")
-_LAST = "last"  # Lightning's copy of the newest checkpoint, which it writes over: no place to go back to
+_LAST = "last"  # Lightning's copy of the newest checkpoint, which it overwrites: no target for a rollback
 
 
 class SharpwatchCallback(Callback):
-    """Watches the model and the optimizers that Lightning trains; the other options are `attach`'s.
+    """Watches the model and the optimizers of a Lightning Trainer.
 
-    `model` names the attribute of the LightningModule that is the transformer; by default it is the one child that has
-    all parameters, else the whole. The agent's own state goes into Lightning's checkpoints, and a resumed training is
-    the same run. Rollbacks are taken in `fit(trainer, ...)` alone.
+    The agent's own state is saved in Lightning's checkpoints, so a resumed training is the same run. Rollbacks are done
+    only in `fit(trainer, ...)`.
+
+    Args:
+        training_job: The name of what is trained, as for `attach`.
+        model: The attribute of the LightningModule that is the transformer. By default the child that has all
+            parameters, or the LightningModule itself if there is none.
+        **attach_options: The other options of `attach`. In `fit`, `control` is "rollback" unless given.
+
+    Attributes:
+        watch: The watch, while training.
     """
 
     def __init__(self, training_job: str, *, model: str | None = None, **attach_options: Any) -> None:
         self.watch: Watch | None = None
-        self.goes_back = False  # in `fit`
-        self.loaders: list[ResumableLoader] = []
+        self.can_roll_back = False  # in `fit`
+        self.loaders: list[LightningLoader] = []
         self._model = model
         self._options = {"training_job": training_job, **attach_options}
         self._resumed: Mapping[str, Any] = {}
-        self._saved: dict[str, int] = {}  # checkpoints of this process, with the watch's steps
-        self._left_out: list[list[tuple[int, int]]] = []  # of each loader, over a rollback
-        self._stepped = 0  # Lightning's steps when a loss was last observed
-        self._loss: Tensor | None = None  # the sum of the step's micro-batches, which Lightning has divided
+        self._saved: dict[str, int] = {}  # by checkpoint that this process saved, the watch's step
+        self._left_out: list[list[tuple[int, int]]] = []  # for each loader, from a rollback until the next start
+        self._observed_step = 0  # Lightning's step when a loss was last observed
+        self._loss: Tensor | None = None  # the sum over the step's micro-batches, which Lightning has divided
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Attach, also after a rollback: Lightning makes new optimizers each time."""
+        """Attach, also after a rollback, because Lightning makes new optimizers each time."""
         resumed, options = self._resumed, dict(self._options)
         self._resumed = {}
         if self.watch is not None:
@@ -66,21 +74,21 @@ class SharpwatchCallback(Callback):
                 self.watch.restored(request.step)
             resumed, options["run"] = self.watch.state_dict(), self.watch.run
             self.watch.close()
-        if self.goes_back:
+        if self.can_roll_back:
             options.setdefault("control", "rollback")
-            _keep_resumed(trainer)
+            _prevent_second_save(trainer)
         options.setdefault("initial_step", trainer.global_step)
         self.watch = attach(_transformer(pl_module, self._model), trainer.optimizers, **options)
         self.watch.load_state_dict(resumed)
         self._left_out = []
 
     def on_train_batch_start(self, *_: Any) -> None:
-        """Follow the loaders: Lightning fetches ahead where they have no length."""
+        """Count the batch as started. Lightning prefetches from loaders without a length."""
         for loader in self.loaders:
-            loader.trained()
+            loader.batch_started()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
-        """Observe the loss; leave the loop where a rollback is pending, before anything is saved."""
+        """Observe the loss, and leave the loop if a rollback is pending, before anything is saved."""
         if self.watch is None:
             return
         for loader in self.loaders:
@@ -91,37 +99,37 @@ class SharpwatchCallback(Callback):
         if request is None:
             return
         reason = _obstacle(request, trainer, self._saved.get(request.uri, request.step))
-        if not self.goes_back:
-            reason = "rollbacks are taken in `fit(trainer, ...)` alone"
-        # What one process can't do, none does: a folder need not be there, or be read alike, on all.
+        if not self.can_roll_back:
+            reason = "rollbacks need sharpwatch.integrations.lightning.fit(trainer, ...)"
+        # All processes must do the rollback or none, and a checkpoint may be missing on some of them.
         if not trainer.strategy.reduce_boolean_decision(not reason):
-            reason = reason or "another process can't"
-            _LOG.warning("a rollback was not done, training goes on: %s", reason)
+            reason = reason or "it is impossible on another process"
+            _LOG.warning("rollback failed, training continues: %s", reason)
             self.watch.rollback_failed(reason)
             return
-        self._left_out = [[*one.left_out, one.taken_by(*request.skip)] for one in self.loaders]
-        raise _GoBack(request)
+        self._left_out = [[*one.left_out, one.batches_of(*request.skip)] for one in self.loaders]
+        raise _RollbackPending(request)
 
     def left_out(self, number: int, checkpoint: Any) -> list[Range]:
-        """What loader `number` is to leave out when it goes on from `checkpoint`, beyond what that says."""
-        known = (self._left_out, _beside(checkpoint))
+        """The ranges that loader `number` must leave out after `checkpoint`, beyond those in the checkpoint."""
+        known = (self._left_out, _left_out_beside(checkpoint))
         return [(first, last) for each in known if number < len(each) for first, last in each[number]]
 
-    def note(self, checkpoint: Path) -> None:
-        """Note what going back to `checkpoint` leaves behind."""
-        home = checkpoint.parent
-        RollbackRecord.of(home).after(checkpoint.name, _ages(home), self._left_out).note(home)
+    def record_rollback(self, checkpoint: Path) -> None:
+        """Write the rollback to `checkpoint` into the record beside it."""
+        folder = checkpoint.parent
+        RollbackRecord.read(folder).after_rollback(checkpoint.name, _ages(folder), self._left_out).write(folder)
 
     def saved(self, path: Path, *, first: bool) -> None:
-        """A checkpoint was saved at `path`; `first` on one rank."""
+        """A checkpoint was saved at `path`; `first` is True on one rank only, which updates the record."""
         if first:
-            RollbackRecord.of(path.parent).saved(path.parent, path.name)
+            RollbackRecord.read(path.parent).saved(path.parent, path.name)
         if self.watch is not None and not path.name.startswith(_LAST):
             self._saved[str(path)] = self.watch.step
             self.watch.saved_checkpoint(self.watch.step, str(path))
 
-    def give_up(self, error: BaseException) -> None:
-        """Training ended by `error`: say what became of a rollback, and no goodbye."""
+    def fail(self, error: BaseException) -> None:
+        """Training was ended by `error`: report a pending rollback as failed, and close the watch as interrupted."""
         if self.watch is not None:
             self.watch.rollback_failed(f"{type(error).__name__}: {error}")
             self.watch.__exit__(type(error), error, error.__traceback__)
@@ -132,11 +140,11 @@ class SharpwatchCallback(Callback):
         return {} if self.watch is None else self.watch.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state for when training starts."""
+        """Keep the state until training starts."""
         self._resumed = state_dict
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say goodbye."""
+        """Close the watch."""
         del trainer, pl_module
         if self.watch is not None:
             self.watch.close()
@@ -145,8 +153,8 @@ class SharpwatchCallback(Callback):
     def _observe(self, loss: Tensor | None, trainer: Trainer) -> None:
         if isinstance(loss, Tensor):
             self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
-        if trainer.global_step != self._stepped:
-            self._stepped = trainer.global_step
+        if trainer.global_step != self._observed_step:
+            self._observed_step = trainer.global_step
             if self.watch is not None and self._loss is not None:
                 self.watch.observe(loss=self._loss)
             self._loss = None
@@ -155,14 +163,24 @@ class SharpwatchCallback(Callback):
 def fit(
     trainer: Trainer, model: LightningModule, train_dataloaders: Any = None, *, ckpt_path: Any = None, **kwargs: Any
 ) -> None:
-    """`trainer.fit(...)`, that goes back to one of Lightning's own checkpoints when a rollback is asked for.
+    """Call `trainer.fit(...)`, and do rollbacks to Lightning's own checkpoints.
 
-    The rollback's batches are left out and the next ones move up, also those of the next epoch: epochs keep their
-    number of batches. The random states and the position in a loader without `state_dict` go into the checkpoints.
+    The next batches, also of the next epoch, take the place of those that a rollback skips, so epochs keep their number
+    of batches. Checkpoints also get the random states and the position in a loader without `state_dict`.
+
+    Args:
+        trainer: A Trainer with one `SharpwatchCallback`.
+        model: The LightningModule.
+        train_dataloaders: As for `Trainer.fit`.
+        ckpt_path: As for `Trainer.fit`. "last" does not resume from a checkpoint that was undone by a rollback.
+        **kwargs: Passed on to `Trainer.fit`.
+
+    Raises:
+        AttachError: The trainer has no `SharpwatchCallback`, or several.
     """
     found = [one for one in trainer.callbacks if isinstance(one, SharpwatchCallback)]  # type: ignore[attr-defined]
     if len(found) != 1:
-        raise AttachError(f"fit: the trainer needs one SharpwatchCallback, and has {len(found)}")
+        raise AttachError(f"trainer must have exactly one SharpwatchCallback, got {len(found)}")
     callback, strategy = found[0], trainer.strategy
     process, save = strategy.process_dataloader, trainer.save_checkpoint
 
@@ -170,15 +188,15 @@ def fit(
         if not trainer.training:
             return process(loader)
         left_out = callback.left_out(len(callback.loaders), trainer.ckpt_path)
-        callback.loaders.append(ResumableLoader(process(loader), trainer, left_out))
+        callback.loaders.append(LightningLoader(process(loader), trainer, left_out))
         return callback.loaders[-1]
 
-    def told(filepath: Any, *args: Any, **kwargs: Any) -> None:
+    def save_and_report(filepath: Any, *args: Any, **kwargs: Any) -> None:
         save(filepath, *args, **kwargs)
         callback.saved(Path(filepath).resolve(), first=trainer.is_global_zero)
 
-    vars(strategy)["process_dataloader"], vars(trainer)["save_checkpoint"] = resumable, told
-    callback.goes_back = True
+    vars(strategy)["process_dataloader"], vars(trainer)["save_checkpoint"] = resumable, save_and_report
+    callback.can_roll_back = True
     if ckpt_path == _LAST:
         ckpt_path = _last(trainer)
     try:
@@ -186,34 +204,34 @@ def fit(
             callback.loaders = []
             try:
                 return trainer.fit(model, train_dataloaders, ckpt_path=ckpt_path, **kwargs)
-            except _GoBack as leaving:
-                ckpt_path = leaving.request.uri
+            except _RollbackPending as pending:
+                ckpt_path = pending.request.uri
                 if trainer.is_global_zero:
-                    callback.note(Path(ckpt_path))
+                    callback.record_rollback(Path(ckpt_path))
     except BaseException as error:
-        callback.give_up(error)
+        callback.fail(error)
         raise
     finally:
         vars(strategy)["process_dataloader"], vars(trainer)["save_checkpoint"] = process, save
-        callback.goes_back = False
+        callback.can_roll_back = False
 
 
-class ResumableLoader(Batches):
-    """A training loader whose position Lightning puts into its checkpoints; for everything else it is the loader."""
+class LightningLoader(ResumableLoader):
+    """A training loader whose position Lightning saves in its checkpoints. All else is passed on to the loader."""
 
     def __init__(self, loader: Any, trainer: Trainer, left_out: Sequence[Range]) -> None:
         super().__init__(loader)
-        self._over_a_rollback = left_out
+        self._left_out_by_rollbacks = left_out
         self._trainer = trainer
-        self._ahead: deque[dict[str, Any]] = deque()  # the places of batches that were fetched and not begun
-        self._begun: dict[str, Any] = {}  # the place of the newest that was begun
+        self._prefetched: deque[dict[str, Any]] = deque()  # the positions after batches that were not started yet
+        self._started: dict[str, Any] = {}  # the position after the newest batch that was started
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.loader, name)
 
     @property
     def worker_init_fn(self) -> Any:
-        """The loader's own, which Lightning sets."""
+        """The loader's own; Lightning sets it."""
         return self.loader.worker_init_fn
 
     @worker_init_fn.setter
@@ -222,56 +240,56 @@ class ResumableLoader(Batches):
 
     @property
     def _iterator(self) -> Any:
-        """The loader's own, whose workers Lightning ends."""
-        return self.loader._iterator  # noqa: SLF001 - where Lightning looks for it
+        """The loader's own; Lightning shuts down its workers."""
+        return self.loader._iterator  # noqa: SLF001 - Lightning reads it
 
     @_iterator.setter
     def _iterator(self, value: Any) -> None:
         self.loader._iterator = value  # noqa: SLF001 - as above
 
     def length(self) -> int | None:
-        """Lightning ends an epoch, maybe earlier than the loader would; it begins a shorter one of several again."""
+        """The length of an epoch in Lightning, which may be limited, and repeats the shorter of several loaders."""
         count, own = self._trainer.num_training_batches, super().length()
         return own if math.isinf(count) else int(count) if own is None else min(int(count), own)
 
     def __iter__(self) -> Iterator[Any]:
-        """As the loader's, with a note of where each batch stood."""
-        self._ahead.clear()
+        """Iterate over the epoch; if the loader has no length, keep the position of each prefetched batch."""
+        self._prefetched.clear()
         batches = super().__iter__()
         if self.length() is not None:
             return batches
-        self._begun = self.place()
-        return self._noting(batches)
+        self._started = self.position()
+        return self._prefetch(batches)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Stand there again, and leave out what the checkpoint does not know of before anything is fetched."""
+        """Continue from the position of `state`, and leave out what rollbacks have left out since it was saved."""
         super().load_state_dict(state)
-        self.leave_out(*self._over_a_rollback)
+        self.leave_out(*self._left_out_by_rollbacks)
 
-    def trained(self) -> None:
-        """A batch is trained on."""
-        if self._ahead:
-            self._begun = self._ahead.popleft()
+    def batch_started(self) -> None:
+        """Training has started on the next batch."""
+        if self._prefetched:
+            self._started = self._prefetched.popleft()
 
-    def place(self) -> dict[str, Any]:
-        """Where training stands, which may be before what was fetched."""
-        return self._begun if self._ahead else super().place()
+    def position(self) -> dict[str, Any]:
+        """The position of training, which is before that of prefetching."""
+        return self._started if self._prefetched else super().position()
 
     def mark(self, step: int, taken: int | None = None) -> None:
-        """Optimizer step `step` was done with the batches that were begun."""
-        super().mark(step, self.place()["taken"] if taken is None else taken)
+        """Note that optimizer step `step` is done, with all batches started so far."""
+        super().mark(step, self.position()["taken"] if taken is None else taken)
 
-    def _noting(self, batches: Iterator[Any]) -> Iterator[Any]:
+    def _prefetch(self, batches: Iterator[Any]) -> Iterator[Any]:
         for batch in batches:
-            self._ahead.append(super().place())
+            self._prefetched.append(super().position())
             yield batch
 
 
-class _GoBack(Exception):  # noqa: N818 - the way out of Lightning's loop
+class _RollbackPending(Exception):  # noqa: N818 - leaves Lightning's loop, and is no error
     """A rollback is pending."""
 
     def __init__(self, request: RollbackRequest) -> None:
-        super().__init__(f"back to {request.uri}")
+        super().__init__(f"rollback to {request.uri}")
         self.request = request
 
 
@@ -282,52 +300,53 @@ def _transformer(module: LightningModule, name: str | None) -> nn.Module:
     return next((child for child in module.children() if set(child.parameters()) == parameters), module)
 
 
-def _keep_resumed(trainer: Trainer) -> None:
-    """Keep Lightning from saving the checkpoint that it goes on from once more, in the midst of the step after it."""
+def _prevent_second_save(trainer: Trainer) -> None:
+    """Prevent Lightning from saving the checkpoint that it resumes from again, in the middle of the next step."""
     for one in trainer.checkpoint_callbacks if trainer.ckpt_path else ():
         if "_last_global_step_saved" in vars(one):
             vars(one)["_last_global_step_saved"] = trainer.global_step
 
 
-def _ages(home: Path) -> dict[str, float]:
-    """The checkpoints in `home` by name, with when they were saved."""
-    return {path.name: path.stat().st_mtime for path in home.glob("*.ckpt") if path.exists()}
+def _ages(folder: Path) -> dict[str, float]:
+    """By the name of each checkpoint in `folder`, the time when it was saved."""
+    return {path.name: path.stat().st_mtime for path in folder.glob("*.ckpt") if path.exists()}
 
 
-def _homes(trainer: Trainer) -> list[Path]:
-    """The folders of the checkpoint callbacks, where they are named."""
+def _folders(trainer: Trainer) -> list[Path]:
+    """The folders of the checkpoint callbacks that have one."""
     folders = (getattr(one, "dirpath", None) for one in trainer.checkpoint_callbacks)
     return [Path(folder).resolve() for folder in folders if folder]
 
 
 def _last(trainer: Trainer) -> str:
-    """For "last", the newest checkpoint, where Lightning's own last was undone by a rollback."""
+    """What `ckpt_path="last"` means: the newest checkpoint, if Lightning's own last was undone by a rollback."""
     found = (getattr(one, "_find_last_checkpoints", lambda _: ())(trainer) for one in trainer.checkpoint_callbacks)
-    for home in dict.fromkeys([*_homes(trainer), *(Path(path).resolve().parent for each in found for path in each)]):
-        noted, ages = RollbackRecord.of(home), _ages(home)
-        newest = noted.newest(ages)
-        if newest is not None and any(name.startswith(_LAST) for name in noted.undone & ages.keys()):
-            return str(home / newest)
+    parents = (Path(path).resolve().parent for each in found for path in each)
+    for folder in dict.fromkeys([*_folders(trainer), *parents]):
+        record, ages = RollbackRecord.read(folder), _ages(folder)
+        newest = record.newest(ages)
+        if newest is not None and any(name.startswith(_LAST) for name in record.undone & ages.keys()):
+            return str(folder / newest)
     return _LAST
 
 
-def _beside(checkpoint: Any) -> Sequence[Sequence[Range]]:
-    """What rollbacks have left out of each loader and `checkpoint` does not know of."""
+def _left_out_beside(checkpoint: Any) -> Sequence[Sequence[Range]]:
+    """For each loader, the ranges that rollbacks have left out since `checkpoint` was saved."""
     path = Path(checkpoint or "")
-    return RollbackRecord.of(path.parent).of_checkpoint(path.name)
+    return RollbackRecord.read(path.parent).left_out_beside(path.name)
 
 
 def _obstacle(request: RollbackRequest, trainer: Trainer, step: int) -> str:
-    """Why the rollback to a checkpoint that was last saved at `step` can't be done; empty if it can."""
+    """Say why the rollback to a checkpoint that was last saved at `step` can't be done; empty if it can."""
     path = Path(request.uri)
-    if path.parent not in _homes(trainer):
-        return f"{path}: not in the folder of any checkpoint callback"
-    if path.name in RollbackRecord.of(path.parent).undone:
-        return f"{path}: undone by a rollback"
+    if path.parent not in _folders(trainer):
+        return f"{path} is not in the folder of a checkpoint callback"
+    if path.name in RollbackRecord.read(path.parent).undone:
+        return f"{path} was undone by a rollback"
     if step != request.step:
-        return f"{path}: was saved again at step {step}"
+        return f"{path} was saved again at step {step}"
     if not path.exists():
-        return f"{path}: not there any more"
+        return f"{path} does not exist any more"
     if request.skip[0] < request.skip[1] and trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
-        return "no data can be skipped with reload_dataloaders_every_n_epochs: it is another's each time"
+        return "skipping data needs reload_dataloaders_every_n_epochs=0: a new loader may have other data"
     return ""

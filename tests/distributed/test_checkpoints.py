@@ -233,7 +233,7 @@ def test_another_number_of_ranks_goes_on_with_the_rest_of_the_epoch(ranks, tmp_p
         torch.testing.assert_close(weights, by_hand[rank], rtol=0, atol=0)
         drawn_as_before = rank < was or alike
         assert torch.equal(random, before[min(rank, was - 1)][2]) == drawn_as_before
-        assert any(f"by {was} ranks and is taken up by {now}" in line for line in log) == (rank == 0)
+        assert any(f"by {was} ranks and is resumed by {now}" in line for line in log) == (rank == 0)
 
 
 def test_what_a_rollback_of_two_ranks_left_out_stays_so_on_one(ranks, tmp_path):

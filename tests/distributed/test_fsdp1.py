@@ -69,7 +69,7 @@ def test_flat_parameters_are_tapped_whole_and_left_alone(ranks):
     assert blocks == ["other"]
     np.testing.assert_allclose(seen, norms, rtol=1e-5)  # float32 sums in another order
     (detail,) = details
-    assert "flat ones" in detail
+    assert "flat parameters of FSDP1" in detail
 
 
 def cut_to_pieces():

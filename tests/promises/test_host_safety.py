@@ -54,9 +54,9 @@ def broken(*_, **__):
         (Controller, "begin"),
         (Controller, "end"),
         (Controller, "take_results"),
-        (ParamGroupOverride, "lay"),
-        (ParamGroupOverride, "remove"),
-        (ParamGroupOverride, "unguard"),
+        (ParamGroupOverride, "apply"),
+        (ParamGroupOverride, "restore"),
+        (ParamGroupOverride, "unwrap_step"),
         (ProbeRunner, "run"),
         (ProbeRunner, "forward"),
         (ProbedStep, "keep_weights"),
@@ -95,7 +95,7 @@ def test_swallowed_errors_are_counted_in_the_next_sample(transports, monkeypatch
 
 
 def test_an_overlay_that_cannot_be_guarded_is_still_laid_and_taken_away(transports, monkeypatch, caplog):
-    monkeypatch.setattr(ParamGroupOverride, "guard", broken)
+    monkeypatch.setattr(ParamGroupOverride, "wrap_step", broken)
     model = Net().train()
     optimizer = torch.optim.AdamW(model.parameters())
     watch = sharpwatch.attach(model, optimizer, training_job="promise", transport=transports.new(), probes=())

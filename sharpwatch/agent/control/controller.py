@@ -1,4 +1,4 @@
-"""What the daemon may change, decided on the trainer's own side: a pure state machine of commands."""
+"""Decides, on the trainer's side, which of the daemon's commands are applied and when: a pure state machine."""
 
 from __future__ import annotations
 
@@ -8,68 +8,25 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from sharpwatch.agent.control.commands import (
+    Command,
+    CommandResult,
+    Outcome,
+    RollBack,
+    RollbackRequest,
+    SetMultipliers,
+)
+
 ControlMode = Literal["none", "lr", "rollback"]
 CONTROL_MODES: tuple[ControlMode, ...] = ("none", "lr", "rollback")
 _REMEMBERED_IDS = 1024
-_WAITING_LIMIT = 64
-_TOLD_AT_ONCE = 256  # results in one sample
-
-
-@dataclass(frozen=True, slots=True)
-class RollbackRequest:
-    """Go back to the checkpoint of `step` at `uri`; leave out the batches of steps [skip[0], skip[1])."""
-
-    step: int
-    uri: str
-    skip: tuple[int, int]
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class SetMultipliers:
-    """The complete set of multipliers by block type; a block that is not named goes to 1."""
-
-    multipliers: Mapping[str, float]
-    revision: int = 0
-    ramp_steps: int = 0
-    ttl_steps: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class RollBack:
-    """Go back to the checkpoint of `step` at `uri`; leave out the batches of steps [skip[0], skip[1])."""
-
-    step: int
-    uri: str
-    skip: tuple[int, int] = (0, 0)
-
-
-@dataclass(frozen=True, slots=True)
-class Command:
-    """A decision on its way to the loop; 0 means no bound for the three that bound it."""
-
-    id: str
-    action: SetMultipliers | RollBack | None
-    apply_at_step: int = 0
-    expires_at_step: int = 0
-    expires_at_unix_ns: int = 0
-    reason: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class CommandResult:
-    """What became of a command; `step` is the first optimizer step that ran under it."""
-
-    command_id: str
-    outcome: Literal["applied", "refused", "expired", "failed"]
-    step: int
-    detail: str = ""
-    unchanged_blocks: tuple[str, ...] = ()
+_MAX_WAITING = 64
+_MAX_RESULTS = 256  # in one sample
 
 
 @dataclass(frozen=True, slots=True)
 class _Ramp:
-    """A geometric way from `start` to `target`, begun at tick `since`."""
+    """Multipliers that move geometrically from `start` to `target` within `steps` ticks, from tick `since` on."""
 
     start: Mapping[str, float]
     target: Mapping[str, float]
@@ -85,10 +42,19 @@ class _Ramp:
 
 
 class Controller:
-    """Commands in, multipliers and rollback requests out.
+    """Takes commands and gives multipliers and rollback requests.
 
-    Time is the number of the step (it goes back on a rollback) for everything a command names, and a count of the
-    steps really taken (it does not) for ramps and time-outs.
+    Commands name optimizer steps by their number, which goes back on a rollback. Ramps and time-outs count ticks: steps
+    that were really taken, which never go back.
+
+    Args:
+        mode: Which kinds of commands are accepted.
+        bounds: The smallest and the largest multiplier that is accepted.
+        blocks: The block types of the model.
+        parameter_types: For each parameter, the block types that share its learning rate.
+        has_callback: Whether the user passed `on_rollback`.
+        lr_refusal: Why the learning rates of this run can't be changed; empty if they can.
+        lr_refusal_from_state: Says the same from the optimizers' state, whenever a command comes.
     """
 
     def __init__(  # noqa: PLR0913 - keyword-only, and what differs between runs
@@ -99,8 +65,8 @@ class Controller:
         blocks: Collection[str],
         parameter_types: Collection[frozenset[str]] = (),
         has_callback: bool = False,
-        uncontrolled: str = "",
-        by_state: Callable[[], str] | None = None,
+        lr_refusal: str = "",
+        lr_refusal_from_state: Callable[[], str] | None = None,
     ) -> None:
         self.mode = mode
         self.revision = 0
@@ -109,29 +75,29 @@ class Controller:
         self._bounds = bounds
         self._parameter_types = parameter_types
         self._has_callback = has_callback
-        self._uncontrolled = uncontrolled  # why no learning rate of this run can be changed
-        self._by_state = by_state  # says the same from the optimizers' state, when a command comes
+        self.lr_refusal = lr_refusal
+        self._lr_refusal_from_state = lr_refusal_from_state
         self._ramp = _Ramp(self.multipliers, self.multipliers, 0, 0)
-        self._fade: tuple[int, int] | None = None  # (tick at which raises begin to fade, steps they take)
+        self._fade: tuple[int, int] | None = None  # (tick at which multipliers above 1 begin to fade, steps it takes)
         self._tick = 0
         self._seen: OrderedDict[str, CommandResult | None] = OrderedDict()
         self._waiting: list[Command] = []
-        self._rolling: Command | None = None  # the command behind pending_rollback
+        self._rollback_command: Command | None = None  # the one behind pending_rollback
         self._results: list[CommandResult] = []
 
     @property
-    def armed(self) -> bool:
+    def may_scale(self) -> bool:
         """Whether the next step may run under a multiplier other than 1."""
         waiting = any(isinstance(command.action, SetMultipliers) for command in self._waiting)
         return waiting or any(value != 1.0 for value in (*self.multipliers.values(), *self._ramp.target.values()))
 
     @property
-    def untold(self) -> bool:
-        """Whether there are results that were not taken yet."""
+    def has_results(self) -> bool:
+        """Whether `take_results` would return any."""
         return bool(self._results)
 
     def receive(self, command: Command, next_step: int) -> None:
-        """Take in a command before step `next_step`; an id seen before only has its result told again."""
+        """Accept or refuse a command before step `next_step`; one whose id is known gets its result again."""
         if command.id in self._seen:
             known = self._seen[command.id]
             if known is not None:
@@ -148,12 +114,12 @@ class Controller:
             self._waiting.sort(key=lambda waiting: waiting.apply_at_step)
 
     def refuse(self, command: Command, next_step: int, reason: str) -> None:
-        """Answer a command that can't be taken before step `next_step`, unless its id was seen before."""
+        """Refuse a command before step `next_step` for `reason`, unless its id is known."""
         if command.id not in self._seen:
             self._settle(command, "refused", next_step, reason)
 
     def begin(self, step: int, now_unix_ns: int) -> Mapping[str, float]:
-        """The multipliers of step `step`, which is about to be taken; asking twice gives the same."""
+        """Apply the commands that are due before `step`; returns its multipliers. Calling it twice does no harm."""
         for command in self._due(step, now_unix_ns, SetMultipliers):
             self._set(command, step)
         if self._fade is not None and self._tick >= self._fade[0]:
@@ -162,29 +128,32 @@ class Controller:
         return self.multipliers
 
     def end(self, step: int, now_unix_ns: int) -> RollbackRequest | None:
-        """Step `step` was taken; the rollback that is due now, if any. It stays pending until it is settled."""
+        """Count `step` as taken; returns the rollback that is due now, if any.
+
+        It stays pending until `rolled_back` or `rollback_failed` is called.
+        """
         self._tick += 1
         for command in self._due(step, now_unix_ns, RollBack):
             request = self._request(command, step)
             if request is not None:
-                self.pending_rollback, self._rolling = request, command
+                self.pending_rollback, self._rollback_command = request, command
                 return request
         return None
 
     def rolled_back(self, step: int) -> None:
-        """The loop stands at `step` again; the next step is `step` + 1."""
-        if self._rolling is not None:
-            self._settle(self._rolling, "applied", step + 1, f"restored to step {step}")
-        self.pending_rollback = self._rolling = None
+        """The loop has restored the checkpoint of `step`; the next step is `step` + 1."""
+        if self._rollback_command is not None:
+            self._settle(self._rollback_command, "applied", step + 1, f"restored to step {step}")
+        self.pending_rollback = self._rollback_command = None
 
     def rollback_failed(self, step: int, reason: str) -> None:
-        """The restore that was due after step `step` raised."""
-        if self._rolling is not None:
-            self._settle(self._rolling, "failed", step, reason)
-        self.pending_rollback = self._rolling = None
+        """The pending rollback could not be done after `step`, for `reason`."""
+        if self._rollback_command is not None:
+            self._settle(self._rollback_command, "failed", step, reason)
+        self.pending_rollback = self._rollback_command = None
 
     def state_dict(self) -> dict[str, Any]:
-        """What is in force and what was answered, as plain values; commands that still wait are sent again."""
+        """The multipliers and the results so far, as plain values. The daemon sends waiting commands again."""
         return {
             "revision": self.revision,
             "start": dict(self._ramp.start),
@@ -195,11 +164,14 @@ class Controller:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was made; what the present bounds forbid is brought within them.
+        """Continue from `state`, with its multipliers clamped to the present bounds.
 
-        Raises `KeyError`, `TypeError` or `ValueError` for what is no such state; nothing is changed then.
+        Raises:
+            KeyError: `state` lacks an entry. Nothing is changed then, nor below.
+            TypeError: An entry has the wrong type.
+            ValueError: An entry has a wrong value.
         """
-        low, high = (1.0, 1.0) if self.mode == "none" or self._uncontrolled else self._bounds
+        low, high = (1.0, 1.0) if self.mode == "none" or self.lr_refusal else self._bounds
 
         def bounded(values: Mapping[str, float]) -> dict[str, float]:
             return {block: min(max(float(values.get(block, 1.0)), low), high) for block in self.multipliers}
@@ -215,12 +187,12 @@ class Controller:
         self.multipliers = ramp.at(-1) if elapsed else dict(ramp.start)
 
     def take_results(self) -> tuple[CommandResult, ...]:
-        """The next results not told yet; they are told once."""
-        results, self._results = tuple(self._results[:_TOLD_AT_ONCE]), self._results[_TOLD_AT_ONCE:]
+        """Remove and return the oldest results, as many as fit in a sample."""
+        results, self._results = tuple(self._results[:_MAX_RESULTS]), self._results[_MAX_RESULTS:]
         return results
 
     def _due(self, step: int, now_unix_ns: int, kind: type[SetMultipliers | RollBack]) -> list[Command]:
-        """Take from the waiting commands of `kind` those whose step has come, and settle those that expired."""
+        """Remove and return the waiting commands of `kind` that are due; those that expired get their result."""
         due: list[Command] = []
         for command in tuple(self._waiting):
             if not isinstance(command.action, kind):
@@ -242,11 +214,11 @@ class Controller:
         self._fade = (self._tick + action.ttl_steps, action.ramp_steps) if action.ttl_steps else None
         self.revision = action.revision
         unchanged = _unchanged(action.multipliers, target, self._parameter_types)
-        detail = f"shares every parameter with a smaller multiplier: {', '.join(unchanged)}" if unchanged else ""
-        self._settle(command, "applied", step, detail, unchanged)
+        detail = f"each parameter is shared with a block of a smaller multiplier: {', '.join(unchanged)}"
+        self._settle(command, "applied", step, detail if unchanged else "", unchanged)
 
     def _start_fade(self, steps: int) -> None:
-        """The daemon did not renew its raises in time: they return to 1; cuts stay."""
+        """Return multipliers above 1 to 1, as the daemon did not renew them in time; those below 1 stay."""
         now = self._ramp.at(self._tick - 1)
         target = {block: min(value, 1.0) for block, value in self._ramp.target.items()}
         self._ramp, self._fade = _Ramp(now, target, self._tick, steps), None
@@ -257,51 +229,51 @@ class Controller:
         if self.pending_rollback is not None:
             self._settle(command, "refused", step, "another rollback is pending")
         elif action.step > step:
-            self._settle(command, "refused", step, f"checkpoint step {action.step} lies ahead of step {step}")
+            self._settle(command, "refused", step, f"the checkpoint's step {action.step} is ahead of step {step}")
         else:
             return RollbackRequest(action.step, action.uri, action.skip, command.reason)
         return None
 
     def _refusal(self, command: Command) -> str:
-        """Why `command` can't be taken; empty if it can."""
+        """Why `command` can't be accepted; empty if it can."""
         if self.mode == "none":
-            return 'control="none" refuses every command'
-        if len(self._waiting) >= _WAITING_LIMIT:
-            return f"{_WAITING_LIMIT} commands wait already"
+            return 'attach was called with control="none": every command is refused'
+        if len(self._waiting) >= _MAX_WAITING:
+            return f"{_MAX_WAITING} commands are waiting already"
         match command.action:
             case SetMultipliers() as action:
                 return self._multiplier_refusal(action)
             case RollBack() as action:
                 return self._rollback_refusal(action)
-        return "no action that this agent knows"
+        return "unknown action: the daemon may be newer than the trainer's sharpwatch"
 
     def _multiplier_refusal(self, action: SetMultipliers) -> str:
-        reason = self._uncontrolled or (self._by_state() if self._by_state is not None else "")
+        reason = self.lr_refusal or (self._lr_refusal_from_state() if self._lr_refusal_from_state else "")
         if reason:
             return f"learning rates can't be changed: {reason}"
         low, high = self._bounds
         for block, value in action.multipliers.items():
             if block not in self.multipliers:
-                return f"unknown block {block!r}; this model has {', '.join(self.multipliers)}"
+                return f"unknown block {block!r}: the model has {', '.join(self.multipliers)}"
             if not math.isfinite(value) or not low <= value <= high:
-                return f"{block}={value:g} is outside lr_bounds [{low:g}, {high:g}]"
+                return f"multiplier of {block!r} must be within lr_bounds ({low:g}, {high:g}), got {value:g}"
         if action.ramp_steps < 0 or action.ttl_steps < 0:
-            return "ramp_steps and ttl_steps can't be negative"
+            return f"ramp_steps and ttl_steps must be >= 0, got {action.ramp_steps} and {action.ttl_steps}"
         return ""
 
     def _rollback_refusal(self, action: RollBack) -> str:
         if self.mode != "rollback" and not self._has_callback:
-            return f'control="{self.mode}" takes a rollback only with on_rollback=; control="rollback" does without'
+            return f'control="{self.mode}" accepts rollbacks only with on_rollback=; control="rollback" needs none'
         if action.step < 0 or not action.uri:
-            return "a rollback needs a checkpoint: a step of 0 or more and a uri"
+            return f"a rollback needs a checkpoint with step >= 0 and a uri, got {action.step} and {action.uri!r}"
         if action.skip[1] < action.skip[0]:
-            return f"skip ends before it begins: {action.skip}"
+            return f"skip must satisfy first <= last, got {action.skip}"
         return ""
 
     def _settle(
         self,
         command: Command,
-        outcome: Literal["applied", "refused", "expired", "failed"],
+        outcome: Outcome,
         step: int,
         detail: str = "",
         unchanged_blocks: tuple[str, ...] = (),
@@ -311,8 +283,8 @@ class Controller:
         self._results.append(result)
 
 
-def effective(types: Collection[str], multipliers: Mapping[str, float]) -> float:
-    """The multiplier of a parameter that holds blocks of `types`: it has one rate, so the smallest counts."""
+def smallest_multiplier(types: Collection[str], multipliers: Mapping[str, float]) -> float:
+    """The multiplier of a parameter that belongs to blocks of `types`; it has one learning rate, so the smallest."""
     return min((multipliers[block] for block in types), default=1.0)
 
 
@@ -324,11 +296,11 @@ def _expired(command: Command, step: int, now_unix_ns: int) -> bool:
 def _unchanged(
     named: Collection[str], target: Mapping[str, float], parameter_types: Collection[frozenset[str]]
 ) -> tuple[str, ...]:
-    """The named blocks none of whose parameters runs at the block's own multiplier."""
+    """The named blocks that have no parameter at the block's own multiplier."""
     return tuple(
         block
         for block in target
         if block in named
         and any(block in types for types in parameter_types)
-        and all(effective(types, target) < target[block] for types in parameter_types if block in types)
+        and all(smallest_multiplier(types, target) < target[block] for types in parameter_types if block in types)
     )

@@ -1,7 +1,7 @@
-"""Split parameter groups laid over an optimizer for the length of one `step()`.
+"""Gives an optimizer split parameter groups for the duration of one `step()`.
 
-A scheduler, a checkpoint and the user's own code keep seeing the groups they made: the list in
-`optimizer.param_groups` is swapped for another and put back, never edited.
+Schedulers, checkpoints and the user's own code keep seeing the groups that the user made: the list in
+`optimizer.param_groups` is replaced by another and restored, never edited.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 Group = dict[str, Any]
 
 
-# The power of the learning rate that a group's value goes with. Schedule-free optimizers weigh their averages by the
-# rates of the past: those weights stay the schedule's own.
+# By option of a group, the power p so that the option scales with multiplier ** p. Schedule-free optimizers weight
+# their averages by past learning rates; those weights must stay the schedule's.
 _POWERS: dict[str, Callable[[Group], float]] = {
     "lr": lambda _: 1.0,
     "scheduled_lr": lambda _: 1.0,
@@ -29,80 +29,80 @@ _POWERS: dict[str, Callable[[Group], float]] = {
 
 @dataclass(frozen=True, slots=True)
 class _SplitGroup:
-    """One multiplier's share of a group, and the values it was laid with."""
+    """The parameters of a group that have one multiplier."""
 
-    group: Group
+    group: Group  # the user's
     multiplier: float
-    laid: Group
-    before: Group
+    applied: Group  # what the optimizer sees instead
+    before: Group  # a copy of `applied` from before the step
 
 
 class ParamGroupOverride:
-    """The overlay of one optimizer.
+    """Replaces the parameter groups of one optimizer by split ones, and restores them.
 
-    `guard()` makes sure that it is taken away when `step()` raises: torch then runs no post-hook, so while a
-    multiplier differs from 1 the instance's `step` is a wrapper with `finally`.
+    Call `apply` before a step and `restore` after it. Torch runs no post-hook if `step()` raises, so `wrap_step` makes
+    the instance's `step` a wrapper that restores the groups in any case.
     """
 
-    laid: Mapping[int, float] = types.MappingProxyType({})  # the multipliers by which groups are split now
+    applied: Mapping[int, float] = types.MappingProxyType({})  # the multipliers by which groups are split now
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
         self._own: list[Group] | None = None
-        self._pieces: list[_SplitGroup] = []
+        self._splits: list[_SplitGroup] = []
         self._wrapper: Callable[..., Any] | None = None
         self._replaced: Any = None
 
-    def lay(self, multipliers: Mapping[int, float]) -> None:
-        """Split the groups by `multipliers` (of parameters, by id; 1 where absent). Nothing to split: nothing laid."""
-        self.remove()
+    def apply(self, multipliers: Mapping[int, float]) -> None:
+        """Split the groups by `multipliers`, by parameter id and 1 where absent. If all are 1, nothing changes."""
+        self.restore()
         if all(value == 1.0 for value in multipliers.values()):
             return
         own = self._optimizer.param_groups
-        laid: list[Group] = []
+        groups: list[Group] = []
         for group in own:
-            pieces = _split(group, multipliers)
-            self._pieces.extend(pieces)
-            laid.extend([piece.laid for piece in pieces] or [group])
+            splits = _split(group, multipliers)
+            self._splits.extend(splits)
+            groups.extend([split.applied for split in splits] or [group])
         self._own = own
-        self.laid = multipliers
-        self._optimizer.param_groups = laid
+        self.applied = multipliers
+        self._optimizer.param_groups = groups
 
-    def remove(self) -> None:
-        """Put the optimizer's own groups back; what `step()` changed in a group (a counter) is carried over."""
+    def restore(self) -> None:
+        """Restore the optimizer's own groups, with the options that `step()` changed, as a counter."""
         if self._own is None:
             return
         self._optimizer.param_groups, self._own = self._own, None
-        self.laid = ParamGroupOverride.laid
-        pieces, self._pieces = self._pieces, []
-        # The piece nearest 1 last: where pieces disagree, its value is the one an undivided group would hold.
-        for piece in sorted(pieces, key=lambda piece: -_distance(piece.multiplier)):
-            _carry_back(piece)
+        self.applied = ParamGroupOverride.applied
+        splits, self._splits = self._splits, []
+        # The multiplier nearest 1 comes last: where values differ, it wins, as nearest to those of an unsplit group.
+        for split in sorted(splits, key=lambda split: -_distance(split.multiplier)):
+            _copy_changes_back(split)
 
-    def guard(self, before: Callable[[], None]) -> None:
-        """Wrap the instance's `step`, once; `before` is called first."""
-        if self._wrapper is not None and _stands_in(self._wrapper, self._optimizer.step):
+    def wrap_step(self, before: Callable[[], None]) -> None:
+        """Wrap the instance's `step`, once: the wrapper calls `before` first, and restores the groups at last."""
+        if self._wrapper is not None and _is_wrapped_by(self._optimizer.step, self._wrapper):
             return
         self._replaced = self._optimizer.__dict__.get("step")
         current = self._optimizer.step
         inner: Callable[..., Any] = getattr(current, "__func__", current)
         is_method = hasattr(current, "__func__")
 
-        # functools.wraps also copies the mark by which torch's schedulers know their own wrapper, and a bound method
-        # is what they ask for (`step.__func__`) when they come after this one.
+        # Torch's schedulers mark their own wrapper, and functools.wraps copies the mark. A scheduler that is made after
+        # this wrapper asks for `step.__func__`, so it must be a bound method.
         @functools.wraps(inner)
         def step(optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
             try:
                 before()
                 return inner(optimizer, *args, **kwargs) if is_method else inner(*args, **kwargs)
             finally:
-                self.remove()
+                self.restore()
 
         self._wrapper = step
         self._optimizer.__dict__["step"] = types.MethodType(step, self._optimizer)
 
-    def unguard(self) -> None:
-        """Take the wrapper off; where someone has wrapped it since, it stays inside and does nothing."""
+    def unwrap_step(self) -> None:
+        """Remove the wrapper. If someone else has wrapped it since, it stays inside and changes nothing."""
         if self._wrapper is None:
             return
         current = self._optimizer.__dict__.get("step")
@@ -116,23 +116,23 @@ class ParamGroupOverride:
 
 
 def _split(group: Group, multipliers: Mapping[int, float]) -> list[_SplitGroup]:
-    """One piece for each multiplier in the group, parameters in their order; none where all are 1."""
+    """Split a group into one for each multiplier, with its parameters in their order; empty where all are 1."""
     shares: dict[float, list[Any]] = {}
     for parameter in group["params"]:
         shares.setdefault(multipliers.get(id(parameter), 1.0), []).append(parameter)
     if set(shares) <= {1.0}:
         return []
     nearest = min(shares, key=_distance)
-    pieces = []
+    splits = []
     for multiplier, parameters in shares.items():
-        values = group if multiplier == nearest else _apart(group)
-        laid = {**values, "params": parameters, **_scaled(group, multiplier)}
-        pieces.append(_SplitGroup(group, multiplier, laid, dict(laid)))
-    return pieces
+        values = group if multiplier == nearest else _with_cloned_tensors(group)
+        applied = {**values, "params": parameters, **_scaled(group, multiplier)}
+        splits.append(_SplitGroup(group, multiplier, applied, dict(applied)))
+    return splits
 
 
-def _apart(group: Group) -> Group:
-    """The group with tensors of its own: a counter that `step()` raises in place is raised once."""
+def _with_cloned_tensors(group: Group) -> Group:
+    """The group with its own copies of tensors, so that `step()` increments a counter of the user's group only once."""
     return {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in group.items()}
 
 
@@ -141,20 +141,20 @@ def _scaled(group: Group, multiplier: float) -> Group:
     return {key: group[key] * factor for key, factor in factors.items() if factor != 1.0}
 
 
-def _carry_back(piece: _SplitGroup) -> None:
-    for key, value in piece.laid.items():
-        if key == "params" or (key in piece.before and value is piece.before[key]):
+def _copy_changes_back(split: _SplitGroup) -> None:
+    for key, value in split.applied.items():
+        if key == "params" or (key in split.before and value is split.before[key]):
             continue
-        factor = piece.multiplier ** _POWERS[key](piece.group) if key in _POWERS else 1.0
-        piece.group[key] = value if factor == 1.0 else value / factor
+        factor = split.multiplier ** _POWERS[key](split.group) if key in _POWERS else 1.0
+        split.group[key] = value if factor == 1.0 else value / factor
 
 
 def _distance(multiplier: float) -> float:
     return abs(multiplier - 1.0)
 
 
-def _stands_in(wrapper: Callable[..., Any], step: Any) -> bool:
-    """Whether `wrapper` is somewhere in the chain of wrappers around `step`."""
+def _is_wrapped_by(step: Any, wrapper: Callable[..., Any]) -> bool:
+    """Whether `wrapper` is `step` itself or one of the functions that it wraps."""
     current = getattr(step, "__func__", step)
     while current is not None:
         if current is wrapper:

@@ -11,7 +11,8 @@ from sharpwatch.agent.distributed.channel import RankGroup, RankProgress, StepMe
 from sharpwatch.agent.distributed.commit import COMMIT_DELAY_STEPS
 from sharpwatch.agent.reporting.pending import StepRecord
 from sharpwatch.agent.safety.exception_barrier import ExceptionBarrier
-from sharpwatch.agent.statistics.tap import AsyncHostCopy, Tap
+from sharpwatch.agent.statistics.host_copy import AsyncHostCopy
+from sharpwatch.agent.statistics.tap import Tap
 
 _CLOSING = 1.0  # seconds for the last words
 

@@ -16,7 +16,7 @@ from sharpwatch.agent.distributed.channel import Introduction, RankGroup, join
 from sharpwatch.agent.distributed.rendezvous import Rendezvous
 from sharpwatch.agent.distributed.replica_check import ParameterFingerprint, fingerprints, replicas
 from sharpwatch.agent.optimizers.deepspeed import fragments
-from sharpwatch.agent.optimizers.support import is_flat, uncontrolled
+from sharpwatch.agent.optimizers.support import is_flat, lr_refusal
 from sharpwatch.agent.options import Options
 from sharpwatch.agent.probes.context import ShardReduction
 from sharpwatch.agent.safety.exception_barrier import ExceptionBarrier
@@ -112,7 +112,7 @@ def gather_topology(
     if flat:  # each rank has its own piece under the same name
         mine = replace(mine, block_map=_stretched(block_map, dist.get_world_size()))
     sharded = flat or is_sharded(model)
-    reason = uncontrolled(optimizers, dist.get_world_size(), check_split=options.control != "none")
+    reason = lr_refusal(optimizers, dist.get_world_size(), check_split=options.control != "none")
     own = _RankReport(mine.digest, replicated, rules, sharded, sharded or bool(cut), run, reason)
     channel, all_of_them = join(Introduction(equal=options.equal, own=own))
     owns = [each.own for each in all_of_them if isinstance(each.own, _RankReport)]

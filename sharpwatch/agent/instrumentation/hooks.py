@@ -1,22 +1,24 @@
-"""What torch holds of a loop: hooks around the model's forward, each optimizer's `step()`, and its closure."""
+"""Hooks around the model's forward, each optimizer's `step()`, and the closure that a step evaluates."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from sharpwatch.agent.control.lr_multipliers import LrMultipliers
-from sharpwatch.agent.instrumentation.closures import Arguments, Closure, through
 from sharpwatch.agent.optimizers.support import skips_its_step
+
+Closure = Callable[..., Any]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of `step()` as torch's hooks get them: the optimizer is the first
 
 
 class Hook:
-    """A hook for modules and optimizers; where it returns None, torch goes on with what it has."""
+    """A hook for modules and optimizers. If it returns None, torch continues with the arguments it has."""
 
     __slots__ = ("_call",)
 
@@ -24,57 +26,63 @@ class Hook:
         self._call = call
 
     def __call__(self, *args: Any) -> Any:
-        """Call on, unless torch.compile traces us: a graph of ours, or a break for it, would change the user's own.
+        """Call the wrapped function, except while torch traces or records the caller.
 
-        Nor into a CUDA graph: it would replay what we launch, and to wait for the device breaks its capture.
+        Under torch.compile the agent's operations, or a graph break for them, would change the user's graph. A CUDA
+        graph would replay the agent's kernels, and waiting for the device breaks its capture.
         """
         return None if torch.compiler.is_compiling() or _is_capturing() else self._call(*args)
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[object, ...]]:
-        """Copied or pickled with its model, it does nothing there, and needs no sharpwatch to be loaded."""
+        """Copied or pickled with its model, it does nothing there, and loads without sharpwatch."""
         return getattr, (nullcontext(), "__exit__")
 
 
 class Steps(Protocol):
-    """What is told of a loop's steps; `which` is an optimizer's number."""
+    """Receives the events of a training loop; `which` is the index of an optimizer."""
 
     rates: LrMultipliers
 
     def idle(self) -> bool:
-        """Whether nothing is to be told."""
+        """Whether events are to be ignored."""
 
     def ours(self, doing: str, /) -> AbstractContextManager[None]:
-        """The body is the agent's own work: what it raises ends here, its seconds are counted."""
+        """Run the body as the agent's own work: its exceptions are swallowed and its time is counted."""
 
     def forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], /) -> None:
-        """The model is called in training."""
+        """The model is about to be called in training."""
 
     def output(self, output: Any, /) -> None:
-        """What it returned."""
+        """The call returned `output`."""
 
     def begin(self, which: int, /) -> None:
         """A `step()` begins."""
 
     def read(self, which: int, /) -> None:
-        """The gradients stand that it steps on."""
+        """The gradients of this `step()` are ready."""
 
     def end(self, which: int, /) -> None:
-        """It has ended."""
+        """The `step()` has returned."""
 
     def go_back(self) -> None:
-        """No step is under way: the place for a rollback. What that raises is the loop's."""
+        """No step is in progress, so a rollback can be done. What it raises reaches the loop."""
 
 
 class Hooks:
-    """Tells `steps` what a loop does with a model and its optimizers, from now on until `remove`."""
+    """Tells `steps` what a loop does with a model and its optimizers, until every handle in `handles` is removed.
+
+    Attributes:
+        handles: The handles of all hooks.
+        repeating: Whether a closure runs that the same step has evaluated before.
+    """
 
     def __init__(self, steps: Steps, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        self.repeating = False  # in a closure that its step has evaluated before
+        self.repeating = False
         self._steps = steps
         self._optimizers = optimizers
         self._number = {id(optimizer): i for i, optimizer in enumerate(optimizers)}
-        self._void: set[int] = set()  # optimizers in a step() that GradScaler makes void
-        self._awaited: set[int] = set()  # optimizers whose closure has yet to bring their gradients
+        self._skipped: set[int] = set()  # optimizers in a step() that changes nothing, because of an overflow
+        self._awaiting_closure: set[int] = set()  # optimizers whose closure has not computed the gradients yet
         self._pre = [optimizer.register_step_pre_hook(Hook(self._before_step)) for optimizer in optimizers]
         self._post = [optimizer.register_step_post_hook(Hook(self._after_step)) for optimizer in optimizers]
         self.handles = [
@@ -85,23 +93,23 @@ class Hooks:
         ]
 
     def innermost(self, which: int) -> None:
-        """Put our hooks around `step()` itself, inside all others: those then never see groups that are split."""
+        """Make the hooks of an optimizer the innermost ones, so that no other hook sees groups that are split."""
         optimizer = self._optimizers[which]
         _move(optimizer._optimizer_step_pre_hooks, self._pre[which].id, last=True)  # noqa: SLF001 - no public way
         _move(optimizer._optimizer_step_post_hooks, self._post[which].id, last=False)  # noqa: SLF001 - as above
 
-    def _hears(self, module: nn.Module) -> bool:
-        """Whether a forward of `module` is the step's own."""
+    def _counts(self, module: nn.Module) -> bool:
+        """Whether a forward of `module` belongs to the training step."""
         return not (self.repeating or self._steps.idle()) and module.training and torch.is_grad_enabled()
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._hears(module):
+        if self._counts(module):
             with self._steps.ours("watching a forward"):
                 self._steps.forward(args, kwargs)
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         del args, kwargs
-        if self._hears(module):
+        if self._counts(module):
             with self._steps.ours("reading the model's loss"):
                 self._steps.output(output)
 
@@ -111,35 +119,35 @@ class Hooks:
         steps = self._steps
         if steps.idle():
             return None
-        which, given = self._number[id(optimizer)], None
-        self._void.discard(which)
-        self._awaited.discard(which)
+        which, replaced = self._number[id(optimizer)], None
+        self._skipped.discard(which)
+        self._awaiting_closure.discard(which)
         with steps.ours("reading the tap"):
             if skips_its_step(optimizer):
-                self._void.add(which)
+                self._skipped.add(which)
                 return None
             steps.begin(which)
-            given = through(partial(self._evaluate, which), args, kwargs)
-            if given is None:
+            replaced = replace_closure(functools.partial(self._evaluate, which), args, kwargs)
+            if replaced is None:
                 steps.read(which)
             else:
-                self._awaited.add(which)
-        with steps.ours("laying learning rates"):
-            steps.rates.lay(which, steps.rates.multipliers())
-        return given
+                self._awaiting_closure.add(which)
+        with steps.ours("applying learning-rate multipliers"):
+            steps.rates.apply(which, steps.rates.multipliers())
+        return replaced
 
     def _evaluate(self, which: int, closure: Closure, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate the closure of a `step()`, which sees the optimizer's own groups.
+        """Evaluate the closure of a `step()`, with the optimizer's own groups restored while it runs.
 
-        The gradients that the first evaluation leaves are the step's; later ones look at other weights.
+        The first evaluation computes the gradients of the step; later ones are at other weights.
         """
         steps = self._steps
-        laid: Mapping[int, float] = {}
+        applied: Mapping[int, float] = {}
         if steps.idle():
             return closure(*args, **kwargs)
-        with steps.ours("taking learning rates away"):
-            laid = steps.rates.remove(which)
-        repeating, self.repeating = self.repeating, which not in self._awaited
+        with steps.ours("restoring parameter groups"):
+            applied = steps.rates.restore(which)
+        repeating, self.repeating = self.repeating, which not in self._awaiting_closure
         try:
             result = closure(*args, **kwargs)
         finally:
@@ -147,11 +155,11 @@ class Hooks:
         if steps.idle():
             return result
         with steps.ours("reading the tap"):
-            if which in self._awaited:
-                self._awaited.discard(which)
+            if which in self._awaiting_closure:
+                self._awaiting_closure.discard(which)
                 steps.read(which)
-        with steps.ours("laying learning rates"):
-            steps.rates.lay(which, laid)
+        with steps.ours("applying learning-rate multipliers"):
+            steps.rates.apply(which, applied)
         return result
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -160,12 +168,38 @@ class Hooks:
         if steps.idle():
             return
         which = self._number[id(optimizer)]
-        with steps.ours("taking learning rates away"):
-            steps.rates.remove(which)
+        with steps.ours("restoring parameter groups"):
+            steps.rates.restore(which)
         with steps.ours("ending a step"):
-            if which not in self._void:
+            if which not in self._skipped:
                 steps.end(which)
         steps.go_back()
+
+
+def replace_closure(evaluate: Closure, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+    """Make `evaluate(closure)` stand in for the closure of a `step()`.
+
+    Args:
+        evaluate: Called with the closure, and with the arguments that the optimizer passes to it.
+        args: The positional arguments of the step's hook, the optimizer first.
+        kwargs: Its keyword arguments.
+
+    Returns:
+        The new arguments; None if the step has no closure.
+    """
+    if callable(kwargs.get("closure")):
+        return args, {**kwargs, "closure": _evaluated_by(evaluate, kwargs["closure"])}
+    if len(args) > 1 and callable(args[1]):
+        return (args[0], _evaluated_by(evaluate, args[1]), *args[2:]), kwargs
+    return None
+
+
+def _evaluated_by(evaluate: Closure, closure: Closure) -> Closure:
+    @functools.wraps(closure)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return evaluate(closure, *args, **kwargs)
+
+    return call
 
 
 def _move(hooks: Any, number: int, *, last: bool) -> None:

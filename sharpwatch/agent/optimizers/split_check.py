@@ -192,9 +192,9 @@ def _steps(optimizer: Optimizer, count: int, split: Sequence[int] = ()) -> tuple
         for number in range(count):
             gradients = [_random(parameter, generator) for parameter in parameters]
             if number in split:
-                override.lay(multipliers)
+                override.apply(multipliers)
             _step(twin, parameters, gradients)
-            override.remove()
+            override.restore()
     return [parameter.detach().cpu().to(torch.complex128) for parameter in parameters], twin
 
 

@@ -1,4 +1,4 @@
-"""Optimizers as the field has them: which one takes the step, and what of a run can't be changed or read."""
+"""Which object takes the optimizer steps of a model, and which models and optimizers can't be read or controlled."""
 
 from __future__ import annotations
 
@@ -12,10 +12,18 @@ from sharpwatch.agent.optimizers.deepspeed import DeepSpeedOptimizer, is_deepspe
 from sharpwatch.agent.optimizers.split_check import stacked_state, unsafe_to_split
 
 
-def stepping(optimizer: Any, model: nn.Module) -> Any:
-    """What takes the steps of `model`, also where `optimizer` wraps it and shows its groups as its own.
+def stepping_optimizer(optimizer: Any, model: nn.Module) -> Any:
+    """Find the optimizer that takes the steps of `model`.
 
-    Such are Accelerate's, SAM, Lookahead and the schedule-free wrapper. DeepSpeed's become a `DeepSpeedOptimizer`.
+    Some optimizers wrap another one and show its groups as their own: Accelerate's, SAM, Lookahead, the schedule-free
+    wrapper. An optimizer of DeepSpeed's gets a `DeepSpeedOptimizer`, always the same one.
+
+    Args:
+        optimizer: What the user passed to `attach`.
+        model: The model that it trains.
+
+    Returns:
+        The inner optimizer; `optimizer` itself if it wraps none.
     """
     if is_deepspeeds(optimizer):
         known = getattr(optimizer.step, "__self__", None)
@@ -25,10 +33,10 @@ def stepping(optimizer: Any, model: nn.Module) -> Any:
         )
     groups = getattr(optimizer, "param_groups", None)
     inner = next((held for held in _held(optimizer) if held.param_groups is groups), None)
-    return optimizer if inner is None else stepping(inner, model)
+    return optimizer if inner is None else stepping_optimizer(inner, model)
 
 
-def uncontrolled(optimizers: Sequence[Optimizer], ranks: int = 1, *, check_split: bool = True) -> str:
+def lr_refusal(optimizers: Sequence[Optimizer], ranks: int = 1, *, check_split: bool = True) -> str:
     """Say why the learning rates of a run can't be changed by block.
 
     Args:
@@ -42,8 +50,8 @@ def uncontrolled(optimizers: Sequence[Optimizer], ranks: int = 1, *, check_split
     return _named(optimizers, lambda each: _reason(each, ranks) or (unsafe_to_split(each) if check_split else ""))
 
 
-def uncontrolled_by_state(optimizers: Sequence[Optimizer]) -> str:
-    """Say as `uncontrolled` does what the state that `optimizers` hold by now tells, which at attach was empty."""
+def lr_refusal_from_state(optimizers: Sequence[Optimizer]) -> str:
+    """Say the same as `lr_refusal` from the optimizers' state, which does not exist yet when `attach` is called."""
     return _named(optimizers, stacked_state)
 
 
@@ -53,28 +61,29 @@ def _named(optimizers: Sequence[Optimizer], why: Callable[[Optimizer], str]) -> 
 
 
 def is_flat(parameter: object) -> bool:
-    """Whether FSDP (the first, without use_orig_params) laid several parameters end to end in this one."""
-    return getattr(parameter, "_is_flat_param", False)  # FlatParameter's own mark; to import it takes 0.6 s
+    """Whether FSDP1, without use_orig_params, has concatenated several parameters into this one."""
+    return getattr(parameter, "_is_flat_param", False)  # FlatParameter sets it; importing that class takes 0.6 s
 
 
 def skips_its_step(optimizer: Optimizer) -> bool:
-    """Whether the next `step()` changes nothing: GradScaler found an overflow and leaves it to a fused step to skip.
+    """Whether the next `step()` will change nothing, because GradScaler found an overflow.
 
-    Reading the flag waits for the device, as GradScaler itself would.
+    GradScaler leaves it to a fused optimizer to skip the step. Reading its flag waits for the device, as GradScaler
+    itself does with other optimizers.
     """
-    found = getattr(optimizer, "found_inf", None)
-    return isinstance(found, Tensor) and bool(found.item())
+    overflow = getattr(optimizer, "found_inf", None)
+    return isinstance(overflow, Tensor) and bool(overflow.item())
 
 
-def withheld(model: nn.Module) -> str:
-    """Why the parameters of `model` can't be read between steps; empty where they can."""
+def unreadable_parameters(model: nn.Module) -> str:
+    """Say why the parameters of `model` can't be read between steps; empty if they can."""
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        return "DeepSpeed's ZeRO-3 holds its parameters; with stages up to 2 it can be watched"
+        return "parameters partitioned by DeepSpeed's ZeRO-3 can't be read; use stage 1 or 2"
     handles = (getattr(module, "_handle", None) for module in model.modules())
     if any(
         getattr(each, "uses_sharded_strategy", False) and getattr(each, "_use_orig_params", False) for each in handles
     ):
-        return "FSDP1 with use_orig_params=True cuts its parameters to pieces; FSDP2 (fully_shard) does not"
+        return "parameters sharded by FSDP1 with use_orig_params=True can't be read; use FSDP2 (fully_shard)"
     return ""
 
 
@@ -86,55 +95,55 @@ def _is_flat(optimizer: Optimizer, _: int) -> bool:
     return any(is_flat(parameter) for group in optimizer.param_groups for parameter in group["params"])
 
 
-def _delegates(optimizer: Optimizer, _: int) -> bool:
+def _wraps_another(optimizer: Optimizer, _: int) -> bool:
     return any(_held(optimizer))
 
 
-def _is_driven(optimizer: Optimizer, _: int) -> bool:
+def _is_deepspeeds(optimizer: Optimizer, _: int) -> bool:
     return isinstance(optimizer, DeepSpeedOptimizer)
 
 
-def _has_no_rate(optimizer: Optimizer, _: int) -> bool:
+def _has_no_lr(optimizer: Optimizer, _: int) -> bool:
     return any(group.get("lr") is None for group in optimizer.param_groups)
 
 
-def _has_one_rate(optimizer: Optimizer, _: int) -> bool:
+def _needs_equal_lrs(optimizer: Optimizer, _: int) -> bool:
     return any(kind.__name__.startswith(("DAdapt", "Prodigy")) for kind in type(optimizer).__mro__)
 
 
-def _starts_with_rate(optimizer: Optimizer, _: int) -> bool:
+def _reads_lr_once(optimizer: Optimizer, _: int) -> bool:
     return any(kind.__name__ == "Rprop" for kind in type(optimizer).__mro__)
 
 
-def _keeps_rates(optimizer: Optimizer, _: int) -> bool:
+def _keeps_lrs(optimizer: Optimizer, _: int) -> bool:
     return hasattr(optimizer, "base_lrs")
 
 
-def _shares_out(optimizer: Optimizer, ranks: int) -> bool:
+def _distributes_parameters(optimizer: Optimizer, ranks: int) -> bool:
     kind = type(optimizer)
     return ranks > 1 and kind.__name__ in {"Muon", "MuonWithAuxAdam"} and not kind.__module__.startswith("torch.")
 
 
-def _overrides(optimizer: Optimizer, _: int) -> bool:
+def _overrides_by_position(optimizer: Optimizer, _: int) -> bool:
     manager = getattr(optimizer, "mng", None)
     return any(getattr(manager, name, None) for name in ("index2config", "module_weight_config_triple"))
 
 
 _REASONS: dict[str, Callable[[Optimizer, int], bool]] = {
-    "its parameters are FSDP's flat ones, of several blocks each": _is_flat,
-    "DeepSpeed keeps gradients, master weights and their groups to itself": _is_driven,
-    "it hands its groups to another optimizer, by their position": _delegates,
-    "it makes its own learning rate": _has_no_rate,
-    "it estimates one learning rate for all groups, and raises where they differ": _has_one_rate,
-    "it uses a learning rate at its first step only": _starts_with_rate,
-    "it keeps a rate by each group's position": _keeps_rates,
-    "each rank keeps the momentum of every n-th parameter of a group": _shares_out,
-    "bitsandbytes finds its overrides by a parameter's position in its group": _overrides,
+    "its parameters are flat parameters of FSDP1, each of several blocks": _is_flat,
+    "DeepSpeed keeps gradients, master weights and their groups to itself": _is_deepspeeds,
+    "it passes its groups to another optimizer by their position": _wraps_another,
+    "it computes its own learning rate": _has_no_lr,
+    "it estimates one learning rate for all groups, and raises if they differ": _needs_equal_lrs,
+    "it uses the learning rate in its first step only": _reads_lr_once,
+    "it keeps learning rates by the position of the group": _keeps_lrs,
+    "each rank keeps the momentum of every n-th parameter of a group": _distributes_parameters,
+    "bitsandbytes finds its overrides by a parameter's position in its group": _overrides_by_position,
 }
 
 
 def _held(optimizer: object) -> Iterator[Any]:
-    """Other optimizers that `optimizer` has among its attributes."""
+    """The other optimizers among the attributes of `optimizer`."""
     for value in getattr(optimizer, "__dict__", {}).values():
         if value is not optimizer and (isinstance(value, Optimizer) or is_deepspeeds(value)):
             yield value

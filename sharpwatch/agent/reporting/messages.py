@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sharpwatch._version import __version__
-from sharpwatch.agent.control.controller import Command, CommandResult, RollBack, SetMultipliers
+from sharpwatch.agent.control.commands import Command, CommandResult, RollBack, SetMultipliers
 from sharpwatch.agent.probes.builtin import PROBES
 from sharpwatch.agent.probes.runner import ProbeFailure, ProbeRun
 from sharpwatch.agent.statistics.tap import TapReading

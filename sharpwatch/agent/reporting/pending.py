@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from sharpwatch.agent.probes.runner import ProbeRun
-from sharpwatch.agent.statistics.tap import AsyncHostCopy, PendingTap, TapReading
+from sharpwatch.agent.statistics.host_copy import AsyncHostCopy
+from sharpwatch.agent.statistics.tap import PendingTap, TapReading
 
 _LIMIT = 8  # steps whose numbers may be under way
 FORWARDS = 1024  # of a step, the newest, whose own losses count

@@ -1,4 +1,4 @@
-"""Sums over the entries of each part of a model: on the host in chunks that stay in cache, on a device by foreach."""
+"""Sums over the entries of each part of a model: on the CPU in chunks that stay in cache, on a device by foreach."""
 
 from __future__ import annotations
 
@@ -11,22 +11,27 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-# Columns of the sums. SCALED is that of g^2 / max(v, floor), NaN without a second moment; SECOND is that of v, both
-# bias-corrected. Where a gradient has entries that are not finite, its sums are over those that are.
+# Columns of the sums: g², w², g² / max(v̂, floor), v̂, and the number of entries of g that are not finite. The other sums
+# are over the finite entries. SCALED and SECOND are NaN without a second moment.
 GRADIENT, WEIGHT, SCALED, SECOND, NON_FINITE = range(5)
 COLUMNS = 5
-_CHUNK = 2**17  # entries: 512 KiB of float32, so that three of them stay in the L2 cache (2x faster than whole tensors)
-# Entries of v̂ under a tenth of their part's mean count as a tenth. A rare token's row, of which Adam has seen nothing,
-# would otherwise rule the mean: with R distinct tokens a batch, one such row of V adds g²/floor/V, about 1/(share·R).
+_CHUNK = 2**17  # entries: 512 KiB of float32, so that three of them fit in the L2 cache (2x faster than whole tensors)
+# The floor of v̂ is this share of its mean over the part. Without it the row of a rare token, which Adam has not seen
+# yet, would dominate the mean: with R distinct tokens a batch, one such row of V adds g²/floor/V, about 1/(share·R).
 FLOOR_SHARE = 0.1
 _SMALL = 2**12  # entries: parts up to this size are summed together
-_DEVICE_BATCH = 2**26  # entries of scratch that a device pass may hold at a time: 256 MiB
+_DEVICE_BATCH = 2**26  # entries of scratch memory that a device pass may hold at a time: 256 MiB
 
 
 class PartTensors(NamedTuple):
-    """One part's views, or those of a piece of it. `correction` is 1 - β₂^t.
+    """Views of one part of a model, or of the piece of it that this rank holds.
 
-    `floor` bounds v̂ from below. NaN takes it from the mean of v̂ here; 0, for a piece, says that it can't be known yet.
+    Attributes:
+        weight: The weights.
+        gradient: Their gradient, None if there is none.
+        second: The second moment v, None if there is none.
+        correction: The bias correction of v: v̂ = v / correction.
+        floor: The lower bound of v̂. NaN computes it from the mean of v̂; 0 means that it is not known yet.
     """
 
     weight: Tensor
@@ -37,20 +42,20 @@ class PartTensors(NamedTuple):
 
 
 class Scratch:
-    """Buffers of the host pass, kept between steps."""
+    """Buffers of the pass on the CPU, kept between steps."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
     def take(self, name: str, size: int) -> Tensor:
-        """A float32 buffer of `size` entries; its content is whatever was left there."""
+        """A float32 buffer of `size` entries, not initialized."""
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < size:
             buffer = self._buffers[name] = torch.empty(max(size, _CHUNK), dtype=torch.float32, device="cpu")
         return buffer[:size]
 
     def flat(self, name: str, piece: Tensor) -> Tensor:
-        """`piece` as contiguous float32 [n]: itself where it is that already, else a copy in the buffer."""
+        """`piece` as contiguous float32 [n]: a view if it is that already, otherwise a copy in the buffer."""
         if piece.dtype is torch.float32 and piece.is_contiguous():
             return piece.view(-1)
         buffer = self.take(name, piece.numel())
@@ -59,12 +64,17 @@ class Scratch:
 
 
 def host_sums(parts: Sequence[PartTensors], scratch: Scratch) -> npt.NDArray[np.float64]:
-    """The sums [P, 5] of parts on the CPU. Every tensor is read from memory once."""
+    """The sums [P, 5] of parts on the CPU. Every tensor is read from memory once.
+
+    Args:
+        parts: What to sum over.
+        scratch: Buffers, to be passed again at the next step.
+    """
     sums = np.empty((len(parts), COLUMNS))
     bundled = [i for i, part in enumerate(parts) if _bundles(part)]
     if bundled:
         sums[bundled] = _bundle_sums([parts[i] for i in bundled])
-    # What is not finite needs the closer look, as does what is large, sliced or of another type.
+    # The other parts are summed one by one: those that are large, sliced, of another type, or not finite.
     done = {i for i in bundled if np.isfinite(sums[i, :SCALED]).all() and not np.isinf(sums[i, SCALED])}
     for i, part in enumerate(parts):
         if i not in done:
@@ -73,7 +83,7 @@ def host_sums(parts: Sequence[PartTensors], scratch: Scratch) -> npt.NDArray[np.
 
 
 def _bundles(part: PartTensors) -> bool:
-    """Whether a part is one of the many small ones (biases, norms), for which calls cost more than numbers."""
+    """Whether a part is one of the many small ones (biases, norms), for which calls cost more than arithmetic."""
     gradient, second = part.gradient, part.second
     return (
         gradient is not None
@@ -85,7 +95,7 @@ def _bundles(part: PartTensors) -> bool:
 
 
 def _bundle_sums(parts: Sequence[PartTensors]) -> npt.NDArray[np.float64]:
-    """The sums [P, 5] of small parts laid end to end; NON_FINITE is left at 0."""
+    """The sums [P, 5] of small parts, concatenated; NON_FINITE stays 0."""
     gradient = torch.cat([cast("Tensor", part.gradient).reshape(-1) for part in parts]).numpy()
     second = torch.cat([cast("Tensor", part.second).reshape(-1) for part in parts]).numpy()
     weight = torch.cat([part.weight.reshape(-1) for part in parts]).numpy()
@@ -97,7 +107,7 @@ def _bundle_sums(parts: Sequence[PartTensors]) -> npt.NDArray[np.float64]:
         sums: npt.NDArray[np.float64] = np.add.reduceat(values, starts, dtype=np.float64)
         return sums
 
-    with np.errstate(all="ignore"):  # damage shows in the sums, and is looked at closer there
+    with np.errstate(all="ignore"):  # host_sums checks whether the sums are finite
         totals = sums_of(second)
         known = np.array([part.floor for part in parts]) * corrections
         floors = np.where(np.isnan(known), FLOOR_SHARE * totals / sizes, known)
@@ -111,7 +121,7 @@ def _bundle_sums(parts: Sequence[PartTensors]) -> npt.NDArray[np.float64]:
 def _part_sums(part: PartTensors, scratch: Scratch) -> tuple[float, float, float, float, float]:
     gradient, second = part.gradient, part.second
     if gradient is not None and gradient.is_sparse:
-        gradient, second = gradient.coalesce().values(), None  # rows: no shape in common with the second moment
+        gradient, second = gradient.coalesce().values(), None  # some rows only, unlike the second moment
         weight_sq = _square_sum(part.weight, scratch)
         gradient_sq = _square_sum(gradient, scratch)
     else:
@@ -119,7 +129,7 @@ def _part_sums(part: PartTensors, scratch: Scratch) -> tuple[float, float, float
             second = None
         floor = part.floor * part.correction  # in units of v, not v̂
         if second is not None and math.isnan(floor):
-            floor = FLOOR_SHARE * float(second.mean(dtype=torch.float64))  # no earlier read has told it
+            floor = FLOOR_SHARE * float(second.mean(dtype=torch.float64))  # not known from an earlier step
         gradient_sq, weight_sq, scaled, total = _chunked(part.weight, gradient, second, floor, scratch)
     if not math.isfinite(weight_sq):
         weight_sq = _finite_square_sum(part.weight)[0]
@@ -128,7 +138,7 @@ def _part_sums(part: PartTensors, scratch: Scratch) -> tuple[float, float, float
         gradient_sq, non_finite = _finite_square_sum(gradient)
     if second is None:
         return gradient_sq, weight_sq, math.nan, math.nan, non_finite
-    # A sum over damaged entries says nothing of the healthy ones, and v̂ of 0 has no scale to measure g by.
+    # Undefined if some entries are not finite, or if v̂ is 0 everywhere.
     usable = non_finite == 0 and math.isfinite(scaled)
     seen = scaled * part.correction if usable else math.nan
     return gradient_sq, weight_sq, seen, total / part.correction, non_finite
@@ -160,7 +170,7 @@ def _chunked(
 
 
 def _chunks(tensors: list[Tensor], rows: int) -> Iterable[Sequence[Tensor]]:
-    """The same piece of each tensor, in turn: flat, or `rows` rows of each."""
+    """Corresponding pieces of all tensors: flat, or `rows` rows of each if `rows` is not 0."""
     if tensors[0].numel() <= _CHUNK:
         return (tensors,)
     pieces = [torch.split(tensor, rows) if rows else torch.split(tensor.view(-1), _CHUNK) for tensor in tensors]
@@ -172,17 +182,17 @@ def _square_sum(tensor: Tensor, scratch: Scratch) -> float:
 
 
 def _finite_square_sum(tensor: Tensor) -> tuple[float, int]:
-    """Σx² over the finite entries in float64 (float32 overflows past 1e19), and how many are not finite."""
+    """Σx² over the finite entries in float64 (float32 overflows above 1e19), and the number of the other entries."""
     finite = tensor.isfinite()
     clean = torch.where(finite, tensor, 0.0).double()
     return float(clean.square().sum()), tensor.numel() - int(finite.sum())
 
 
 def device_sums(parts: Sequence[PartTensors]) -> Tensor:
-    """The sums [P, 5] of parts on one accelerator, float64 and still there: nothing waits for them.
+    """The sums [P, 5] of parts on one accelerator, float64 on that device. Nothing waits for them.
 
-    Counting what is not finite would cost a pass of its own, so NON_FINITE is 1 where there is any; the reader sets
-    it right by a slower read of the next step. SCALED is NaN until a floor is known from an earlier read.
+    Counting entries that are not finite would cost another pass, so NON_FINITE is 1 if there is any; the tap counts
+    them at the next step. SCALED is NaN until a floor is known from an earlier step.
     """
     device = parts[0].weight.device
     sums = torch.zeros(len(parts), COLUMNS, dtype=torch.float64, device=device)
@@ -204,9 +214,9 @@ def _dense(gradient: Tensor) -> Tensor:
 
 
 def _norms(tensors: Sequence[Tensor], order: int) -> Tensor:
-    """Norms float64 [n]; slices are made contiguous first, or foreach would take its slow way for all."""
+    """Norms float64 [n]. Slices are made contiguous first, because one slice makes foreach slow for all tensors."""
     ready = [tensor.contiguous() for tensor in tensors]
-    return torch.stack([norm.double() for norm in torch._foreach_norm(ready, order)])  # noqa: SLF001 - torch names its foreach so
+    return torch.stack([norm.double() for norm in torch._foreach_norm(ready, order)])  # noqa: SLF001 - torch's name for it
 
 
 def _fill_squares(sums: Tensor, column: int, tensors: dict[int, Tensor]) -> None:
@@ -218,13 +228,13 @@ def _fill_squares(sums: Tensor, column: int, tensors: dict[int, Tensor]) -> None
 
 
 def _index(rows: Sequence[int], device: torch.device) -> Tensor:
-    """Row numbers on `device`, sent without waiting."""
+    """Row numbers on `device`, copied without waiting."""
     host = torch.tensor(rows, device="cpu")
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
 def _batches(rows: Sequence[int], parts: Sequence[PartTensors]) -> list[list[int]]:
-    """`rows` in order, cut where the scratch of one batch would pass its limit."""
+    """Split `rows` so that each batch needs at most `_DEVICE_BATCH` entries of scratch memory."""
     batches: list[list[int]] = []
     held = _DEVICE_BATCH
     for i in rows:

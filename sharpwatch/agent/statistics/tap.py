@@ -1,4 +1,4 @@
-"""The free statistics of a step, read from what is there already: gradients, the second moment, weights, rates."""
+"""The tap: statistics of every step, read from the gradients, second moments, weights and learning rates in use."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sharpwatch.agent.optimizers.deepspeed import DeepSpeedOptimizer, Fragment, fragments
+from sharpwatch.agent.statistics.host_copy import AsyncHostCopy, as_number, copied
 from sharpwatch.agent.statistics.reductions import (
     COLUMNS,
     FLOOR_SHARE,
@@ -27,6 +28,7 @@ from sharpwatch.agent.statistics.reductions import (
     device_sums,
     host_sums,
 )
+from sharpwatch.agent.statistics.second_moment import SecondMoments
 from sharpwatch.blocks import BlockMap
 from sharpwatch.curvature.parameters.shards import Shard, local_gradient, local_tensor, needs_redistribution
 
@@ -35,10 +37,15 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True, slots=True)
 class TapReading:
-    """One step's statistics, arrays [L] over `block_map.layer_blocks`.
+    """The statistics of one step: arrays [L], one entry for each of `block_map.layer_blocks`.
 
-    Norms are over the finite entries, `non_finite` counts the others. `update_rms` is NaN without a second moment, and
-    with `gradient_norm` where gradients can't be read.
+    Attributes:
+        gradient_norm: Norm of the finite entries of the gradient; NaN if it can't be read.
+        weight_norm: Norm of the finite entries of the weights.
+        update_rms: Root mean square of g / √v̂; NaN without a second moment, or if the gradient can't be read.
+        non_finite: The number of entries of the gradient that are not finite.
+        learning_rate: Mean learning rate over the parameters, multiplier included.
+        lr_multiplier: Mean multiplier over the parameters.
     """
 
     gradient_norm: Array
@@ -49,36 +56,18 @@ class TapReading:
     lr_multiplier: Array
 
 
-class AsyncHostCopy:
-    """A small tensor on its way to the host; nothing waits for it."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._event: torch.cuda.Event | None = None
-        self._host = tensor.detach()
-        if tensor.device.type == "cuda":
-            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
-            self._host.copy_(tensor.detach(), non_blocking=True)
-            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._event.record(torch.cuda.current_stream(tensor.device))
-
-    @property
-    def ready(self) -> bool:
-        """Whether `read` would return at once."""
-        return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
-
-    def read(self) -> Tensor:
-        """The tensor on the CPU; waits for it where it must."""
-        if self._event is not None:
-            self._event.synchronize()
-        return self._host.cpu()
-
-
 @dataclass(slots=True)
 class PendingTap:
     """A reading whose numbers may still be on the device.
 
-    `read` are the parts that were looked at, `scattered` those whose gradients no rank has entries of; `host`
-    and `device` have sums of pieces, with the parts they are of.
+    Attributes:
+        multipliers: The learning-rate multiplier of each part.
+        read: The parts that were read.
+        scattered: Of these, the parts whose gradient no rank has yet, because the optimizer itself reduces it.
+        host: Sums of pieces computed on the CPU, each with the part that it belongs to.
+        device: The same, computed on a device.
+        learning_rates: The learning rates, by optimizer and parameter group.
+        unscale: By optimizer, the loss scale that its gradients still have.
     """
 
     multipliers: Array
@@ -86,21 +75,20 @@ class PendingTap:
     scattered: list[int] = field(default_factory=list)
     host: list[tuple[list[int], Array]] = field(default_factory=list)
     device: list[tuple[list[int], AsyncHostCopy]] = field(default_factory=list)
-    rates: dict[tuple[int, int], float | AsyncHostCopy] = field(default_factory=dict)
-    unscale: dict[int, float | AsyncHostCopy] = field(
-        default_factory=dict
-    )  # by optimizer: the scale still on its gradients
+    learning_rates: dict[tuple[int, int], float | AsyncHostCopy] = field(default_factory=dict)
+    unscale: dict[int, float | AsyncHostCopy] = field(default_factory=dict)
 
     @property
     def ready(self) -> bool:
         """Whether every number has arrived."""
-        late = [later for _, later in self.device]
-        late += [value for value in (*self.rates.values(), *self.unscale.values()) if isinstance(value, AsyncHostCopy)]
-        return all(later.ready for later in late)
+        copies = [sums for _, sums in self.device]
+        scalars = (*self.learning_rates.values(), *self.unscale.values())
+        copies += [value for value in scalars if isinstance(value, AsyncHostCopy)]
+        return all(copy.ready for copy in copies)
 
 
 class _HeldParameter(NamedTuple):
-    """A parameter that this rank holds something of, the parts it is made of, and the group that steps it."""
+    """A parameter of which this rank holds entries, with the rows of its parts and the group that steps it."""
 
     parameter: Tensor
     shard: Shard | Fragment
@@ -109,13 +97,20 @@ class _HeldParameter(NamedTuple):
 
 
 class Tap:
-    """Reads one model under one or several optimizers.
+    """Reads the statistics of a model right before its optimizers step.
 
-    Of a sharded model it reads what this rank holds. `shares` are the weights of this rank's sums by parameter, 1 where
-    left out: the sum of all ranks' `local` numbers is then the model's.
+    For each step call `start`, `read` for every optimizer, and `resolve` once the reading is ready. If a model is held
+    by several ranks, sum their `local` arrays and pass the result to `reading` instead.
+
+    Args:
+        block_map: The blocks of the model.
+        parameters: Its parameters by name, those of this rank.
+        optimizers: The optimizers that step them; the methods name one by its index `which`.
+        shares: By parameter name, the weight of this rank's sums, 1 if absent; over all ranks the weighted sums must
+            add up to those of the model.
     """
 
-    columns = COLUMNS + 3  # rates, multipliers, and whether an optimizer holds the part
+    columns = COLUMNS + 3  # the sums, then learning rate, multiplier, and whether an optimizer holds the part
 
     def __init__(
         self,
@@ -138,31 +133,31 @@ class Tap:
         self._layer_of = np.array(block_map.layer_block_of)
         self._layers = len(block_map.layer_blocks)
         self._numel = np.array([part.numel for part in self._parts], dtype=np.float64)
-        # While none is known, that of a whole part comes from its own mean; a piece's mean is not its part's.
+        # Until a floor is known, a whole part computes its own from its mean. A piece can't: its mean is another.
         self._no_floors = np.array([math.nan if shard.is_whole else 0.0 for shard in self._shards])
         self._floors: list[float] = self._no_floors.tolist()
         self._count_exactly = False
         self._scratch = Scratch()
-        self._steps: dict[int, tuple[Tensor, int]] = {}  # by parameter id: a device's step counter, and its value
+        self._second_moments = SecondMoments()
         self._layout: tuple[tuple[int, ...], ...] | None = None
         self._owner: list[tuple[int, int] | None] = []
         self._hidden: list[int] = []  # parts whose gradients can't be read
         self._places: list[list[_HeldParameter]] = []
 
     def start(self, multipliers: Mapping[int, float]) -> PendingTap:
-        """A reading to be filled by each optimizer; `multipliers` by parameter id, 1 where absent."""
+        """Start the reading of a step; `multipliers` are by parameter id, 1 if absent."""
         self._find_owners()
         return PendingTap(np.array([multipliers.get(id(parameter), 1.0) for parameter in self._parameters]))
 
     @torch.no_grad()
     def read(self, pending: PendingTap, which: int) -> None:
-        """Read what optimizer `which` is about to step on (the first one also what none of them holds)."""
+        """Read what an optimizer is about to step on; the first one also reads parameters that no optimizer holds."""
         optimizer = self._optimizers[which]
-        for number, group in enumerate(optimizer.param_groups):
-            pending.rates[which, number] = _value(group.get("lr"))
+        for i, group in enumerate(optimizer.param_groups):
+            pending.learning_rates[which, i] = copied(group.get("lr"))
         scale = getattr(optimizer, "grad_scale", None)  # GradScaler leaves unscaling to a fused optimizer
         if scale is not None:
-            pending.unscale[which] = _value(scale)
+            pending.unscale[which] = copied(scale)
         by_device: dict[torch.device, tuple[list[int], list[PartTensors]]] = defaultdict(lambda: ([], []))
         for place in self._places[which]:
             pending.read += place.rows
@@ -180,31 +175,31 @@ class Tap:
                 pending.device.append((members, AsyncHostCopy(sums)))
 
     def resolve(self, pending: PendingTap) -> TapReading:
-        """The reading of a model that this process holds alone, once `pending.ready`."""
+        """The reading of a model that this process holds alone. Call it once `pending.ready`."""
         return self.reading(self.local(pending))
 
     def local(self, pending: PendingTap) -> Array:
-        """This rank's summand [parts, columns] of the numbers that all ranks' add up to, once `pending.ready`."""
+        """This rank's sums [parts, columns], to be added to those of the other ranks. Call it once `pending.ready`."""
         sums = np.zeros((len(self._parts), COLUMNS))
         sums[self._here, SCALED] = sums[self._here, SECOND] = math.nan
-        sums[pending.read] = 0.0  # what no piece is added to is held by other ranks
-        for members, values in (*pending.host, *((members, later.read().numpy()) for members, later in pending.device)):
+        sums[pending.read] = 0.0  # a part without a piece here is held by other ranks
+        for members, values in (*pending.host, *((members, copy.read().numpy()) for members, copy in pending.device)):
             np.add.at(sums, members, values)
         sums[:, [GRADIENT, SCALED]] /= self._scales(pending)[:, None]
         sums *= self._shares[:, None]
         sums[[*self._hidden, *pending.scattered], GRADIENT] = math.nan
         owned = self._held_share * [owner is not None for owner in self._owner]
-        return np.column_stack([sums, owned * self._rates(pending), owned * pending.multipliers, owned])
+        return np.column_stack([sums, owned * self._learning_rates(pending), owned * pending.multipliers, owned])
 
     def stepped(self, pending: PendingTap) -> Array:
-        """Squared norms [parts] of the gradients that are stepped on, where no other rank holds a part of them."""
+        """Squared norms [parts] of the gradients after clipping, of a model that this process holds alone."""
         squares: Array = self._clipped(self.local(pending))[:, GRADIENT]
         return squares
 
     def reading(self, sums: Array) -> TapReading:
-        """The reading, from the sum over ranks of their `local` numbers.
+        """Turn the sum of all ranks' `local` arrays into a reading.
 
-        It sets the floors of the next ones, so every rank takes its own, after the same step.
+        This also sets the floors of the next readings, so every rank must call it, after the same step.
         """
         sums = self._clipped(sums)
         rates, multipliers, owned = sums[:, COLUMNS:].T
@@ -214,7 +209,7 @@ class Tap:
         seen = ~np.isnan(sums[:, SCALED])
         counted = self._by_layer(np.where(seen, self._numel, 0.0))
         scaled = self._by_layer(np.where(seen, sums[:, SCALED], 0.0))
-        # Of a layer block whose second moments are known in part (8-bit weights with plain biases), nothing is said.
+        # A layer block has no update_rms if only some of its second moments are known (8-bit weights, plain biases).
         whole = self._by_layer(~seen & (sums[:, GRADIENT] != 0)) == 0
         known = (counted > 0) & whole
         return TapReading(
@@ -227,7 +222,7 @@ class Tap:
         )
 
     def _clipped(self, sums: Array) -> Array:
-        """`sums` of the gradients that are stepped on, also where it is within its `step()` that an optimizer clips."""
+        """The sums after the clipping that some optimizers do within their `step()`."""
         for which, optimizer in enumerate(self._optimizers):
             if isinstance(optimizer, DeepSpeedOptimizer):
                 rows = [i for i, owner in enumerate(self._owner) if owner and owner[0] == which]
@@ -241,25 +236,25 @@ class Tap:
         return sums
 
     def _owned_mean(self, values: Array, owned: Array, none: float) -> Array:
-        """The parameter-weighted mean over what an optimizer holds; `none` where it holds nothing of a layer block."""
+        """The mean by layer block over the entries that an optimizer holds; `none` if there are none."""
         total = self._by_layer(self._numel * owned)
         means: Array = np.divide(
             self._by_layer(self._numel * values), total, out=np.full(self._layers, none), where=total > 0
         )
         return means
 
-    def _rates(self, pending: PendingTap) -> Array:
-        rates = {key: _number(value) for key, value in pending.rates.items()}
+    def _learning_rates(self, pending: PendingTap) -> Array:
+        rates = {key: as_number(value) for key, value in pending.learning_rates.items()}
         own = np.array([rates.get(owner, 0.0) if owner else 0.0 for owner in self._owner])
         return own * pending.multipliers
 
     def _scales(self, pending: PendingTap) -> Array:
-        """What to divide each part's squared gradient by."""
-        squares = {which: _number(value) ** 2 for which, value in pending.unscale.items()}
+        """The square of the loss scale that each part's gradient still has."""
+        squares = {which: as_number(value) ** 2 for which, value in pending.unscale.items()}
         return np.array([squares.get(owner[0], 1.0) if owner else 1.0 for owner in self._owner])
 
     def _find_owners(self) -> None:
-        """Which optimizer and group holds each part; looked up again when a group was added or unfrozen."""
+        """Find the optimizer and group of each part, again whenever a group was added or changed its size."""
         layout = tuple(
             tuple(len(group["params"]) for group in optimizer.param_groups) for optimizer in self._optimizers
         )
@@ -290,7 +285,7 @@ class Tap:
     def _pieces(
         self, place: _HeldParameter, optimizer: torch.optim.Optimizer, pending: PendingTap
     ) -> Iterator[tuple[int, PartTensors]]:
-        """The pieces that this rank holds, each with its part: where nothing is cut, one of each part."""
+        """The pieces of a parameter on this rank, each with the row of its part; an unsharded part is one piece."""
         parameter, shard, rows, number = place
         if not isinstance(shard, Fragment):
             weight, gradient, like = local_tensor(parameter), None, parameter
@@ -306,17 +301,17 @@ class Tap:
         else:
             return
         if not weight.numel() or not (weight.is_floating_point() or weight.is_complex()):
-            return  # codes of a quantised weight have no norm
+            return  # the codes of a quantised weight have no norm
         second, correction = None, 1.0
-        # A sparse gradient has rows, not the parameter's shape; it belongs to an embedding, which is never fused.
+        # A sparse gradient has only some rows, so its shape differs; it belongs to an embedding, which is never fused.
         dense = gradient is not None and not gradient.is_sparse
         if dense and state and group is not None:
-            second, correction = self._second_moment(parameter, group, state, like.shape)
+            second, correction = self._second_moments.read(parameter, group, state, like.shape)
         if weight.is_complex():
             weight, gradient, second = (_real(tensor) for tensor in (weight, gradient, second))
         for i in rows:
             part, floor = self._parts[i], self._floors[i]
-            if part.dim is None and shard.is_whole:  # most are; the rest is slower
+            if part.dim is None and shard.is_whole:  # the usual case, and the fast one
                 yield i, PartTensors(weight, gradient, second, correction, floor)
                 continue
             weights = shard.views(part, weight)
@@ -325,38 +320,14 @@ class Tap:
             for piece in zip(weights, gradients, seconds, strict=True):
                 yield i, PartTensors(*piece, correction, floor)
 
-    def _second_moment(
-        self, parameter: Tensor, group: Mapping[str, Any], state: Mapping[str, Any], shape: torch.Size
-    ) -> tuple[Tensor | None, float]:
-        """The second moment of step t-1 and 1 - β₂^(t-1): Adam's `exp_avg_sq`, or RMSprop's `square_avg` as it is."""
-        second, correction = state.get("square_avg"), 1.0
-        # Adafactor's moment has no betas, Adan's has three; Prodigy's is in units of its d.
-        if len(group.get("betas", ())) == 2 and "d" not in group:
-            steps = self._step_of(parameter, state.get("step", group.get("k", 0)))  # schedule-free: by group
-            second = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))  # what divides the step
-            correction = 1.0 - float(group["betas"][1]) ** steps
-        if not isinstance(second, Tensor) or second.shape != shape or correction <= 0:
-            return None, 1.0
-        own = local_tensor(second)
-        return (own, correction) if type(own) is Tensor else (None, 1.0)  # a quantised one is a tensor of its own kind
-
-    def _step_of(self, parameter: Tensor, step: float | Tensor) -> int:
-        """The state's step count; one on a device is read once (and after a reload), then counted along."""
-        if not isinstance(step, Tensor) or step.device.type == "cpu":
-            return int(step)
-        counter, count = self._steps.get(id(parameter), (None, 0))
-        count = count + 1 if counter is step else int(step.item())
-        self._steps[id(parameter)] = (step, count)
-        return count
-
 
 def _real(tensor: Tensor | None) -> Any:
-    """Real and imaginary parts, as Adam takes them."""
+    """Real and imaginary parts as separate entries, as Adam handles them."""
     return torch.view_as_real(tensor.resolve_conj()) if tensor is not None and tensor.is_complex() else tensor
 
 
 def _counts(parts: Sequence[PartTensors], sums: Tensor) -> Tensor:
-    """Entries of the gradients that are not finite, [P] on the device: a slower read after a damaged one."""
+    """The number of entries of each gradient that are not finite, [P] on the device; costs another pass."""
     zero = sums.new_zeros(())
     gradients = [part.gradient for part in parts]
     return torch.stack([zero if g is None else (~_values(g).isfinite()).sum().double() for g in gradients])
@@ -364,13 +335,3 @@ def _counts(parts: Sequence[PartTensors], sums: Tensor) -> Tensor:
 
 def _values(gradient: Tensor) -> Tensor:
     return gradient.coalesce().values() if gradient.is_sparse else gradient
-
-
-def _value(value: float | Tensor | None) -> float | AsyncHostCopy:
-    if isinstance(value, Tensor) and value.device.type != "cpu":
-        return AsyncHostCopy(value)
-    return 0.0 if value is None else float(value)  # relative steps: there is no rate
-
-
-def _number(value: float | AsyncHostCopy) -> float:
-    return float(value.read()) if isinstance(value, AsyncHostCopy) else value

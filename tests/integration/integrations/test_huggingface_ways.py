@@ -168,7 +168,7 @@ def test_a_checkpoint_that_was_undone_is_no_place_to_go_to(made, transports, cap
     trainer, seen = made((5, 2, (3, 4)), (5, 4, (0, 0)), callbacks=[NotAgain()])
     train(trainer)
     assert outcomes(transports) == [APPLIED, FAILED]
-    assert "checkpoint-4: undone by a rollback" in caplog.text
+    assert "checkpoint-4 was undone by a rollback" in caplog.text
     assert max(seen.weights) == 8
 
 

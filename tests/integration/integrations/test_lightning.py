@@ -229,7 +229,7 @@ def test_a_checkpoint_that_was_written_over_is_no_place_to_go_back_to(transports
         (checkpoint.step, Path(checkpoint.uri).name) for one in transports[0].samples for checkpoint in one.checkpoints
     ]
     assert told == [(step, "newest.ckpt") for step in (2, 4, 6, 8)]  # and not "last"
-    assert "newest.ckpt: was saved again at step 6" in caplog.text
+    assert "newest.ckpt was saved again at step 6" in caplog.text
     assert [result.outcome for result in transports[0].results] == ["failed"]
     assert trainer.global_step == 9
 

@@ -10,7 +10,7 @@ import torch
 from small_llama import RATE, backward, llama, order, same
 
 import sharpwatch
-from sharpwatch.agent.optimizers.support import stepping
+from sharpwatch.agent.optimizers.support import stepping_optimizer
 from sharpwatch.errors import AttachError
 
 REASON = "DeepSpeed keeps gradients, master weights and their groups to itself"
@@ -71,7 +71,7 @@ def test_a_step_is_one_however_often_torchs_optimizer_inside_steps(transports):
 
 def test_its_rates_are_those_of_its_groups():
     model = llama()
-    driven = stepping(Zero(model, (RATE, 3e-3)), model)
+    driven = stepping_optimizer(Zero(model, (RATE, 3e-3)), model)
     driven.register_step_pre_hook(lambda *_: None)
     trained(model, driven, steps=1)
     assert [group["lr"] for group in driven.param_groups] == [RATE, 3e-3]
@@ -81,7 +81,7 @@ def test_of_groups_that_are_not_known_no_rate_is_shown():
     model = llama()
     optimizer = Zero(model)
     del optimizer.bit16_groups
-    driven = stepping(optimizer, model)
+    driven = stepping_optimizer(optimizer, model)
     driven.register_step_pre_hook(lambda *_: None)
     trained(model, driven, steps=1)
     assert [group["lr"] for group in driven.param_groups] == [None]

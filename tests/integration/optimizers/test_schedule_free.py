@@ -13,13 +13,13 @@ EXACT = {"emb": 0.5, "qk": 0.25, "ffn": 4.0, "norm": 2.0}  # powers of two: prod
 NONE_AT_ONE = dict.fromkeys(("emb", "qk", "vo", "ffn", "norm", "head"), 3.0) | {"ffn": 0.3}
 
 
-def overlaid(model, optimizer, multipliers):
+def overridden(model, optimizer, multipliers):
     """`optimizer` under multipliers from its first step on."""
     kinds = blocks(model)
     each = {id(parameter): multipliers.get(kinds[name], 1.0) for name, parameter in model.named_parameters()}
-    overlay = ParamGroupOverride(optimizer)
-    optimizer.register_step_pre_hook(lambda *_: overlay.lay(each))
-    optimizer.register_step_post_hook(lambda *_: overlay.remove())
+    override = ParamGroupOverride(optimizer)
+    optimizer.register_step_pre_hook(lambda *_: override.apply(each))
+    optimizer.register_step_post_hook(lambda *_: override.restore())
 
 
 def trained(model, optimizer, steps=8):
@@ -40,7 +40,7 @@ def counters(optimizer):
 def test_weights_and_averages_are_those_of_real_groups(name):
     ours, theirs = llama(), llama()
     optimizer = SCHEDULE_FREE[name](ours.parameters())
-    overlaid(ours, optimizer, EXACT)
+    overridden(ours, optimizer, EXACT)
     real = SCHEDULE_FREE[name](per_parameter(theirs))
     for group in real.param_groups:
         group["lr"] *= EXACT.get(group["block"], 1.0)
@@ -53,14 +53,14 @@ def test_weights_and_averages_are_those_of_real_groups(name):
 def test_what_its_group_counts_is_what_a_plain_one_counts(name):
     ours, theirs = llama(), llama()
     optimizer, plain = SCHEDULE_FREE[name](ours.parameters()), SCHEDULE_FREE[name](theirs.parameters())
-    overlaid(ours, optimizer, EXACT)
+    overridden(ours, optimizer, EXACT)
     assert counters(trained(ours, optimizer)) == counters(trained(theirs, plain))
 
 
 def test_where_no_block_is_left_at_one_counters_differ_by_rounding_alone():
     ours, theirs = llama(), llama()
     optimizer, plain = SCHEDULE_FREE["adamw"](ours.parameters()), SCHEDULE_FREE["adamw"](theirs.parameters())
-    overlaid(ours, optimizer, NONE_AT_ONE)
+    overridden(ours, optimizer, NONE_AT_ONE)
     # A value goes through two roundings a step, each of at most 2^-53 of it; 8 steps.
     assert counters(trained(ours, optimizer)) == pytest.approx(counters(trained(theirs, plain)), rel=2**-48)
 

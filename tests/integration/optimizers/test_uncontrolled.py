@@ -11,7 +11,7 @@ import torch
 from small_llama import RATE, backward, imported, llama, order, same
 
 import sharpwatch
-from sharpwatch.agent.optimizers.support import stepping, uncontrolled
+from sharpwatch.agent.optimizers.support import lr_refusal, stepping_optimizer
 from sharpwatch.v1 import types_pb2
 
 STEPS = 5
@@ -38,9 +38,9 @@ def trained(model, optimizer):
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (relative_adafactor, "Adafactor: it makes its own learning rate"),
-        (prodigy, "Prodigy: it estimates one learning rate for all groups, and raises where they differ"),
-        (rprop, "Rprop: it uses a learning rate at its first step only"),
+        (relative_adafactor, "Adafactor: it computes its own learning rate"),
+        (prodigy, "Prodigy: it estimates one learning rate for all groups, and raises if they differ"),
+        (rprop, "Rprop: it uses the learning rate in its first step only"),
     ],
 )
 def test_it_is_tapped_and_refuses_rates_but_not_rollbacks(transports, caplog, make, reason):
@@ -101,21 +101,21 @@ def test_prodigy_would_have_raised():
 def test_muon_that_shares_a_group_out_over_ranks_is_left_alone():
     kind = type("MuonWithAuxAdam", (torch.optim.SGD,), {"__module__": "muon"})
     model = llama()
-    assert uncontrolled([kind(model.parameters())], ranks=1) == ""
-    assert "every n-th parameter" in uncontrolled([kind(model.parameters())], ranks=2)
-    assert uncontrolled([torch.optim.AdamW(model.parameters())], ranks=2) == ""
+    assert lr_refusal([kind(model.parameters())], ranks=1) == ""
+    assert "every n-th parameter" in lr_refusal([kind(model.parameters())], ranks=2)
+    assert lr_refusal([torch.optim.AdamW(model.parameters())], ranks=2) == ""
 
 
 def test_rates_kept_by_a_groups_position_are_left_alone():
     optimizer = torch.optim.Adam(llama().parameters())
     optimizer.base_lrs = [group["lr"] for group in optimizer.param_groups]  # as AdaBound does
-    assert uncontrolled([optimizer]) == "Adam: it keeps a rate by each group's position"
+    assert lr_refusal([optimizer]) == "Adam: it keeps learning rates by the position of the group"
 
 
 def test_one_that_cannot_be_controlled_speaks_for_all():
     model = llama()
     head = rprop([model.lm_head.weight])
-    assert uncontrolled([torch.optim.AdamW(model.model.parameters()), head]).startswith("Rprop: ")
+    assert lr_refusal([torch.optim.AdamW(model.model.parameters()), head]).startswith("Rprop: ")
 
 
 @pytest.fixture
@@ -130,9 +130,9 @@ def test_overrides_of_bitsandbytes_go_by_position(overrides):
     kind = imported("bitsandbytes.optim", "AdamW8bit")
     model = llama()
     overrides.register_parameters(model.parameters())
-    assert uncontrolled([kind(model.parameters())]) == ""
+    assert lr_refusal([kind(model.parameters())]) == ""
     overrides.register_module_override(model.lm_head, "weight", {"optim_bits": 32})
-    assert "position" in uncontrolled([kind(model.parameters())])
+    assert "position" in lr_refusal([kind(model.parameters())])
 
 
 class Sam(torch.optim.Optimizer):
@@ -157,8 +157,8 @@ def test_inside_a_wrapper_is_the_optimizer_that_steps(transports, wrap):
     ours, theirs = llama(), llama()
     base, plain = torch.optim.SGD(ours.parameters(), lr=RATE), torch.optim.SGD(theirs.parameters(), lr=RATE)
     wrapped = wrap(base)
-    assert stepping(wrapped, ours) is base
-    assert stepping(plain, theirs) is plain
+    assert stepping_optimizer(wrapped, ours) is base
+    assert stepping_optimizer(plain, theirs) is plain
     with sharpwatch.attach(ours, wrapped, training_job="wrapped", transport=transports.new(), probes=()) as watch:
         order(transports[0], dict.fromkeys(("emb", "qk", "vo", "ffn", "norm", "head"), 0.5), at=2)
         trained(ours, wrapped)
@@ -223,7 +223,7 @@ def one_rank(tmp_path_factory, request):
 
 
 def test_flat_parameters_are_tapped_as_other_without_probes(one_rank):
-    flat = "AdamW: its parameters are FSDP's flat ones, of several blocks each"
+    flat = "AdamW: its parameters are flat parameters of FSDP1, each of several blocks"
     assert one_rank["flat"] == [
         "FSDP's flat parameters are watched as block 'other', without probes; fully_shard (FSDP2) shows the blocks",
         f"learning rates are watched, but can't be changed: {flat}",
@@ -244,7 +244,7 @@ def test_fsdp_with_original_parameters_is_controlled(one_rank):
 
 
 def test_an_optimizer_that_hands_its_groups_on_is_left_alone(one_rank):
-    reason = "ZeroRedundancyOptimizer: it hands its groups to another optimizer, by their position"
+    reason = "ZeroRedundancyOptimizer: it passes its groups to another optimizer by their position"
     assert one_rank["zero"] == [
         f"learning rates are watched, but can't be changed: {reason}",
         "blocks emb qk vo ffn norm head probes gnb direction",

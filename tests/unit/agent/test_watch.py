@@ -312,7 +312,7 @@ def test_a_parameter_that_comes_later_is_said_once_to_be_unseen(transports, capl
     model, optimizer, watch, transport = made(transports)
     model.extra = nn.Linear(2, 2, bias=False)
     stepped(model, optimizer, 128)
-    assert caplog.text.count("not watched, as they came after attach: extra.weight") == 1
+    assert caplog.text.count("parameters added after attach are not watched: extra.weight") == 1
     assert not any(sample.closing for sample in transport.samples)
     watch.close()
 

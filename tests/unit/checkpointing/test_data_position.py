@@ -8,28 +8,28 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sharpwatch.checkpointing.data_position import DataPosition, holds, nth_kept, paced, union
+from sharpwatch.checkpointing.data_position import DataPosition, holds, nth_kept, rescaled, union
 
 RANGES = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), max_size=5)
 
 
 @given(st.lists(st.integers(1, 3), min_size=1, max_size=40))
-def test_a_trail_knows_what_every_step_took(paces):
-    trail, taken = DataPosition(), [0]
+def test_a_position_knows_what_every_step_took(paces):
+    position, taken = DataPosition(), [0]
     for step, pace in enumerate(paces, 1):
         taken.append(taken[-1] + pace)
-        trail.mark(step, taken[-1])
-        trail.mark(step, taken[-1] + 1)  # a later micro-batch, of the next step
-    again = DataPosition(trail.corners)
+        position.mark(step, taken[-1])
+        position.mark(step, taken[-1] + 1)  # a later micro-batch, of the next step
+    again = DataPosition(position.corners)
     assert [again.batches(step) for step in range(len(taken))] == taken
     assert again.batches(len(taken) + 1) == taken[-1] + 2 * paces[-1]
 
 
-def test_a_steady_trail_stays_small():
-    trail = DataPosition()
+def test_a_steady_position_stays_small():
+    position = DataPosition()
     for step in range(1, 10_000):
-        trail.mark(step, 4 * step)
-    assert len(trail.corners) == 2
+        position.mark(step, 4 * step)
+    assert len(position.corners) == 2
 
 
 @given(RANGES)
@@ -49,7 +49,7 @@ def test_the_nth_kept_batch(ranges, number):
 @given(RANGES, st.integers(1, 4), st.integers(1, 4))
 def test_ranges_hold_as_much_data_at_another_pace(ranges, was, now):
     merged = union(ranges)
-    again = paced(merged, Fraction(was, now))  # a batch of n ranks is n portions of data
+    again = rescaled(merged, Fraction(was, now))  # a batch of n ranks is n portions of data
     held = {portion for portion in range(200) if holds(merged, portion // was)}
     found = {portion for portion in range(200) if holds(again, portion // now)}
     assert held <= found

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from sharpwatch.checkpointing.resumable_loader import Batches
+from sharpwatch.checkpointing.resumable_loader import ResumableLoader
 from sharpwatch.errors import CheckpointError
 
 # torchdata's last release calls what newer versions of torch deprecate.
@@ -109,9 +109,9 @@ def test_it_goes_on_where_it_stood(name, at):
     if name == "workers" and at not in {3, 10}:
         pytest.skip("starting workers takes seconds")
     torch.manual_seed(1)
-    whole, state = through(Batches(LOADERS[name]()), 26, at)
+    whole, state = through(ResumableLoader(LOADERS[name]()), 26, at)
     torch.manual_seed(99)
-    again = Batches(LOADERS[name]())
+    again = ResumableLoader(LOADERS[name]())
     again.load_state_dict(state)
     assert run(again, 26 - at) == whole[at:]
 
@@ -120,9 +120,9 @@ def test_it_goes_on_where_it_stood(name, at):
 @pytest.mark.parametrize("name", [name for name in LOADERS if name not in {"workers", "stateful"}])
 def test_a_copy_goes_on_where_it_was_made(name):
     torch.manual_seed(1)
-    whole = run(Batches(LOADERS[name]()), 26)
+    whole = run(ResumableLoader(LOADERS[name]()), 26)
     torch.manual_seed(1)
-    batches = Batches(LOADERS[name]())
+    batches = ResumableLoader(LOADERS[name]())
     for _, _ in zip(range(3), batches, strict=False):
         torch.rand(())
     twin = copy.deepcopy(batches)
@@ -139,7 +139,7 @@ def test_without_a_restore_it_is_the_loader(name):
             loader.sampler.set_epoch(epoch)
         plain += [(epoch, values(batch), torch.rand(()).item()) for batch in loader]
     torch.manual_seed(1)
-    batches = Batches(LOADERS[name]())
+    batches = ResumableLoader(LOADERS[name]())
     assert run(batches, len(plain)) == plain
     assert batches.epoch == 2
 
@@ -147,10 +147,10 @@ def test_without_a_restore_it_is_the_loader(name):
 @pytest.mark.parametrize("name", ["shuffled", "stateful", "draws"])
 def test_what_is_left_out_moves_the_next_ones_up(name):
     torch.manual_seed(1)
-    all_batches = [data for _, data, _ in run(Batches(LOADERS[name]()), 24)]
+    all_batches = [data for _, data, _ in run(ResumableLoader(LOADERS[name]()), 24)]
     torch.manual_seed(1)
-    _, state = through(Batches(LOADERS[name]()), 4, 4)
-    again = Batches(LOADERS[name]())
+    _, state = through(ResumableLoader(LOADERS[name]()), 4, 4)
+    again = ResumableLoader(LOADERS[name]())
     again.load_state_dict(state)
     again.leave_out((2, 7), (8, 9))  # of which 2 and 3 are taken already
     seen = run(again, 12)
@@ -176,21 +176,21 @@ def test_an_iterator_that_is_left_begins_anew_as_the_loaders_own_does(name):
     torch.manual_seed(1)
     plain = left(LOADERS[name]())
     torch.manual_seed(1)
-    assert left(Batches(LOADERS[name]())) == plain
+    assert left(ResumableLoader(LOADERS[name]())) == plain
 
 
 def test_steps_are_told_as_batches():
-    batches = Batches(DataLoader(DATA, 2))
+    batches = ResumableLoader(DataLoader(DATA, 2))
     for number, _ in enumerate(batches, 1):
         batches.mark(number // 2)
-    assert batches.taken_by(2, 4) == (2, 6)
-    assert batches.taken_by(4, 4) == (0, 0)
+    assert batches.batches_of(2, 4) == (2, 6)
+    assert batches.batches_of(4, 4) == (0, 0)
 
 
 @pytest.mark.parametrize("kind", [DataLoader, StatefulDataLoader])
 def test_one_rank_sees_the_rest_of_what_two_have_seen(kind):
     def share(ranks, rank):
-        return Batches(kind(DATA, 2, sampler=DistributedSampler(DATA, num_replicas=ranks, rank=rank, seed=5)))
+        return ResumableLoader(kind(DATA, 2, sampler=DistributedSampler(DATA, num_replicas=ranks, rank=rank, seed=5)))
 
     seen = []
     for rank in (0, 1):
@@ -200,7 +200,7 @@ def test_one_rank_sees_the_rest_of_what_two_have_seen(kind):
         seen += [item for _, data, _ in rest for item in data]
     first = [item for rank in (0, 1) for _, data, _ in run(share(2, rank), 1) for item in data]
     alone = share(1, 0)
-    alone.load_state_dict(alone.taken_over(state, 2, 1))
+    alone.load_state_dict(alone.adapted_state(state, 2, 1))
     assert alone.taken == 6
     rest = [item for _, data, _ in run(alone, 4) for item in data]
     assert sorted(first + seen + rest) == list(range(20))
@@ -210,19 +210,19 @@ def test_one_rank_sees_the_rest_of_what_two_have_seen(kind):
 
 def test_a_shuffled_loader_that_says_where_it_stands_is_passed_over_in_the_same_order():
     torch.manual_seed(1)
-    order = [data for _, data, _ in run(Batches(LOADERS["stateful"]()), 10)]
+    order = [data for _, data, _ in run(ResumableLoader(LOADERS["stateful"]()), 10)]
     torch.manual_seed(1)
-    state = through(Batches(LOADERS["stateful"]()), 3, 3)[1]
-    again = Batches(LOADERS["stateful"]())
+    state = through(ResumableLoader(LOADERS["stateful"]()), 3, 3)[1]
+    again = ResumableLoader(LOADERS["stateful"]())
     again.load_state_dict(state)
     state = through(again, 2, 2)[1]
-    alone = Batches(LOADERS["stateful"]())
-    alone.load_state_dict(alone.taken_over(state, 2, 1))  # not shared between ranks: the epoch stays as long
+    alone = ResumableLoader(LOADERS["stateful"]())
+    alone.load_state_dict(alone.adapted_state(state, 2, 1))  # not shared between ranks: the epoch stays as long
     assert [data for _, data, _ in run(alone, 5)] == order[5:]
 
 
 def test_only_an_empty_place_of_the_loaders_own_is_taken_up_by_another_number_of_ranks():
-    _, state = through(Batches(Draws()), 3, 3)
-    assert Batches(Draws()).taken_over(state, 2, 1)["loader"] == {}
-    with pytest.raises(CheckpointError, match="a rank of 2, and can't be taken up by 1"):
-        Batches(Draws()).taken_over(state | {"loader": {"position": 3}}, 2, 1)
+    _, state = through(ResumableLoader(Draws()), 3, 3)
+    assert ResumableLoader(Draws()).adapted_state(state, 2, 1)["loader"] == {}
+    with pytest.raises(CheckpointError, match="one of 2 ranks and can't be converted for 1"):
+        ResumableLoader(Draws()).adapted_state(state | {"loader": {"position": 3}}, 2, 1)

@@ -8,7 +8,7 @@ import random
 import numpy as np
 import torch
 
-from sharpwatch.checkpointing.rng_state import random_state, seeded, set_random_state
+from sharpwatch.checkpointing.rng_state import random_state, seeded_state, set_random_state
 
 
 def draws():
@@ -31,7 +31,7 @@ def test_what_is_drawn_is_drawn_again():
 
 def test_a_seed_begins_every_generator_and_moves_none():
     before = random_state()
-    states = [seeded(seed) for seed in (2**63 + 1, 2**63 + 1, 5)]
+    states = [seeded_state(seed) for seed in (2**63 + 1, 2**63 + 1, 5)]
     drawn = []
     for state in states:
         set_random_state(state)
@@ -41,5 +41,5 @@ def test_a_seed_begins_every_generator_and_moves_none():
     set_random_state(before)
     first = draws()
     set_random_state(before)
-    seeded(3)
+    seeded_state(3)
     assert draws() == first

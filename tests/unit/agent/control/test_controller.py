@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sharpwatch.agent.control.controller import Command, Controller, RollBack, SetMultipliers, effective
+from sharpwatch.agent.control.commands import Command, RollBack, SetMultipliers
+from sharpwatch.agent.control.controller import Controller, smallest_multiplier
 
 BLOCKS = ("emb", "qk", "vo", "ffn", "norm", "other")
 # GPT-2: one fused parameter for qk and part of vo, the rest each for itself.
@@ -38,7 +39,7 @@ def test_a_command_is_applied_at_the_next_step_and_names_it():
     control = make()
     run(control, 4)
     control.receive(cut(ffn=0.5), 5)
-    assert control.armed
+    assert control.may_scale
     assert control.take_results() == ()
     assert control.begin(5, 0)["ffn"] == 0.5
     (result,) = control.take_results()
@@ -73,7 +74,7 @@ def test_a_second_command_ramps_from_where_the_first_one_stands():
     half_way = run(control, 2)[-1]["ffn"]
     control.receive(cut("b", ramp=2, ffn=1.0), 3)
     assert [m["ffn"] for m in run(control, 3, start=3)] == pytest.approx([math.sqrt(half_way), 1.0, 1.0], rel=1e-12)
-    assert not control.armed
+    assert not control.may_scale
 
 
 def test_raises_return_to_one_after_the_ttl_and_cuts_hold():
@@ -108,9 +109,9 @@ def test_begin_twice_for_one_step_is_one_begin():
         (cut(ffn=math.nan), "lr_bounds"),
         (cut(ffn=math.inf), "lr_bounds"),
         (cut(ffn=-1.0), "lr_bounds"),
-        (cut(ramp=-1, ffn=0.5), "negative"),
-        (Command("x", None), "no action"),
-        (back(), 'takes a rollback only with on_rollback=; control="rollback" does without'),
+        (cut(ramp=-1, ffn=0.5), "must be >= 0"),
+        (Command("x", None), "unknown action"),
+        (back(), 'accepts rollbacks only with on_rollback=; control="rollback" needs none'),
     ],
 )
 def test_what_breaks_a_rule_is_refused_at_once(command, says):
@@ -177,7 +178,7 @@ def test_unchanged_blocks_are_those_whose_own_multiplier_acts_nowhere():
 
 
 def test_a_fused_parameter_takes_the_smaller_multiplier():
-    assert effective(frozenset(["qk", "vo"]), {"qk": 0.5, "vo": 2.0}) == 0.5
+    assert smallest_multiplier(frozenset(["qk", "vo"]), {"qk": 0.5, "vo": 2.0}) == 0.5
 
 
 def test_a_rollback_is_pending_until_it_is_done():
@@ -208,7 +209,7 @@ def test_a_rollback_into_the_future_is_refused():
     control = make("rollback")
     control.receive(back(step=9), 6)
     assert control.end(6, 0) is None
-    assert "lies ahead" in control.take_results()[0].detail
+    assert "is ahead of step" in control.take_results()[0].detail
 
 
 def test_a_rollback_does_not_turn_a_ramp_back():

@@ -29,12 +29,12 @@ def multipliers_of(net, values=MULTIPLIERS):
 
 
 def hooked(optimizer, multipliers):
-    """The overlay as the agent lays it: hooks, and the guard before the first step under it."""
-    overlay = ParamGroupOverride(optimizer)
-    optimizer.register_step_pre_hook(lambda *_: overlay.lay(multipliers))
-    optimizer.register_step_post_hook(lambda *_: overlay.remove())
-    overlay.guard(lambda: None)
-    return overlay
+    """The override as the agent applies it: by hooks, with the step wrapped first."""
+    override = ParamGroupOverride(optimizer)
+    optimizer.register_step_pre_hook(lambda *_: override.apply(multipliers))
+    optimizer.register_step_post_hook(lambda *_: override.restore())
+    override.wrap_step(lambda: None)
+    return override
 
 
 def backward(net, step):
@@ -44,7 +44,7 @@ def backward(net, step):
 
 
 @pytest.mark.parametrize("make", [adamw, sgd])
-def test_overlaid_groups_step_bit_identically_to_real_ones(make):
+def test_split_groups_step_bit_identically_to_real_ones(make):
     ours, theirs = model(), model()
     optimizer = make(ours.parameters(), 0.01)
     hooked(optimizer, multipliers_of(ours))
@@ -77,23 +77,23 @@ def test_the_optimizers_own_groups_are_the_same_objects_after_a_step():
     assert seen == [[0.005, 0.01, 0.04]]
 
 
-def test_a_group_that_nothing_splits_is_laid_as_itself():
+def test_a_group_that_nothing_splits_stays_itself():
     net = model()
     optimizer = sgd([{"params": net[0].parameters()}, {"params": list(net[1:].parameters())}], 0.01)
-    overlay = ParamGroupOverride(optimizer)
+    override = ParamGroupOverride(optimizer)
     own = optimizer.param_groups
-    overlay.lay({id(net[0].weight): 0.5})
+    override.apply({id(net[0].weight): 0.5})
     assert [len(group["params"]) for group in optimizer.param_groups] == [1, 1, 4]
     assert optimizer.param_groups[2] is own[1]
-    overlay.remove()
+    override.restore()
     assert optimizer.param_groups is own
 
 
 @pytest.mark.parametrize("multipliers", [{}, {1: 1.0}])
-def test_with_every_multiplier_at_one_nothing_is_laid(multipliers):
+def test_with_every_multiplier_at_one_nothing_is_applied(multipliers):
     optimizer = sgd(model().parameters(), 0.01)
     own = optimizer.param_groups
-    ParamGroupOverride(optimizer).lay(multipliers)
+    ParamGroupOverride(optimizer).apply(multipliers)
     assert optimizer.param_groups is own
 
 
@@ -130,7 +130,7 @@ def failing_step(optimizer, net):
 
 
 @pytest.mark.parametrize("scheduler", ["none", "before", "after"])
-def test_the_overlay_is_taken_away_when_step_raises(scheduler):
+def test_the_groups_are_restored_when_step_raises(scheduler):
     net = model()
     optimizer = adamw(net.parameters(), 0.01)
     own = optimizer.param_groups
@@ -145,11 +145,11 @@ def test_the_overlay_is_taken_away_when_step_raises(scheduler):
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
-def test_a_scheduler_made_before_or_after_the_guard_works_and_warns_of_nothing(order):
+def test_a_scheduler_made_before_or_after_the_wrapper_works_and_warns_of_nothing(order):
     net = model()
     optimizer = sgd(net.parameters(), 0.01)
     made = [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)] if order == "before" else []
-    overlay = hooked(optimizer, multipliers_of(net))
+    override = hooked(optimizer, multipliers_of(net))
     if order == "after":
         made.append(torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5))
     for step in range(2):  # a warning about the order of step() calls would be an error here
@@ -157,28 +157,28 @@ def test_a_scheduler_made_before_or_after_the_guard_works_and_warns_of_nothing(o
         optimizer.step()
         made[0].step()
     assert optimizer.param_groups[0]["lr"] == 0.0025
-    overlay.unguard()
-    overlay.guard(lambda: None)  # again, over whatever was left
+    override.unwrap_step()
+    override.wrap_step(lambda: None)  # again, over whatever was left
     torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
     with pytest.raises(TypeError):
         optimizer.step("no closure")
     assert len(optimizer.param_groups) == 1
 
 
-def test_unguard_leaves_the_instance_as_it_was():
+def test_unwrap_step_leaves_the_instance_as_it_was():
     optimizer = sgd(model().parameters(), 0.01)
-    overlay = ParamGroupOverride(optimizer)
-    overlay.guard(lambda: None)
-    overlay.guard(lambda: None)
+    override = ParamGroupOverride(optimizer)
+    override.wrap_step(lambda: None)
+    override.wrap_step(lambda: None)
     assert "step" in vars(optimizer)
-    overlay.unguard()
+    override.unwrap_step()
     assert "step" not in vars(optimizer)
     torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
     theirs = vars(optimizer)["step"]
-    overlay.guard(lambda: None)
-    overlay.unguard()
+    override.wrap_step(lambda: None)
+    override.unwrap_step()
     assert vars(optimizer)["step"] is theirs
-    overlay.unguard()
+    override.unwrap_step()
 
 
 def test_state_dict_and_a_step_under_a_grad_scaler_see_one_group():
@@ -198,10 +198,10 @@ def test_a_tensor_rate_is_scaled_without_being_touched():
     net = model()
     rate = torch.tensor(0.01)
     optimizer = torch.optim.AdamW(net.parameters(), lr=rate)
-    overlay = ParamGroupOverride(optimizer)
-    overlay.lay(multipliers_of(net))
+    override = ParamGroupOverride(optimizer)
+    override.apply(multipliers_of(net))
     assert [round(float(group["lr"]), 6) for group in optimizer.param_groups] == [0.005, 0.01, 0.04]
-    overlay.remove()
+    override.restore()
     assert optimizer.param_groups[0]["lr"] is rate
     assert float(rate) == pytest.approx(0.01)
 

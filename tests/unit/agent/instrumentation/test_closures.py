@@ -471,11 +471,11 @@ def broken(*_, **__):
     [
         (Tap, "start"),
         (Tap, "read"),
-        (ParamGroupOverride, "lay"),
-        (ParamGroupOverride, "remove"),
+        (ParamGroupOverride, "apply"),
+        (ParamGroupOverride, "restore"),
         (ProbeRunner, "forward"),
         (Gnb, "before_step"),
-        (hooks, "through"),
+        (hooks, "replace_closure"),
     ],
 )
 def test_whatever_breaks_the_closure_is_evaluated_as_ever(transports, owner, name, monkeypatch):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from sharpwatch.agent.control.controller import CommandResult, RollBack, SetMultipliers
+from sharpwatch.agent.control.commands import CommandResult, RollBack, SetMultipliers
 from sharpwatch.agent.probes.builtin import PROBES, DirectionReport
 from sharpwatch.agent.probes.gnb import GnbReport
 from sharpwatch.agent.probes.gradient_noise import GradientNoiseReport

@@ -1,0 +1,42 @@
+"""Copies of small device tensors to the host that nothing waits for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class AsyncHostCopy:
+    """A copy of `tensor` on the host, made without waiting for the device. Poll `ready`, then call `read`."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._host = tensor.detach()
+        if tensor.device.type == "cuda":
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
+            self._host.copy_(tensor.detach(), non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record(torch.cuda.current_stream(tensor.device))
+
+    @property
+    def ready(self) -> bool:
+        """Whether `read` would return at once."""
+        return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
+
+    def read(self) -> Tensor:
+        """The tensor on the CPU; waits until it has arrived."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host.cpu()
+
+
+def copied(value: float | Tensor | None) -> float | AsyncHostCopy:
+    """`value` as a number, or as a host copy if it is on a device; 0 for None."""
+    if isinstance(value, Tensor) and value.device.type != "cpu":
+        return AsyncHostCopy(value)
+    return 0.0 if value is None else float(value)
+
+
+def as_number(value: float | AsyncHostCopy) -> float:
+    """The number that `copied` was given; waits until it has arrived."""
+    return float(value.read()) if isinstance(value, AsyncHostCopy) else value
