@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 
 import pytest
 
@@ -143,5 +144,5 @@ def test_the_error_tree():
         "StoreError": "SharpwatchError",
         "OperatorError": "SharpwatchError",
     }
-    drawn = [line for line in errors.__doc__.splitlines() if line.startswith(("├── ", "└── "))]
-    assert [line.split()[1] for line in drawn] == [name for name in tree if name != "SharpwatchError"]
+    drawn = re.findall(r"^[│ ]*[├└]── (\w+)", errors.__doc__, re.MULTILINE)
+    assert drawn == [name for name in tree if name != "SharpwatchError"]
