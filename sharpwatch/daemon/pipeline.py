@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from sharpwatch.daemon.decisions.decision_log import UNDER_WAY
+from sharpwatch.daemon.decisions.lifecycle import UNDER_WAY
 from sharpwatch.daemon.decisions.run_controller import Changes
 from sharpwatch.daemon.estimation.estimator import EstimationQueue, Estimator, Waiting
 from sharpwatch.daemon.estimation.windows import EstimateRequest

@@ -12,8 +12,19 @@ Mode = Literal["observe", "advise", "enforce"]
 DecisionMode = Literal["observe", "advise", "enforce", "operator"]
 Severity = Literal["warning", "critical"]
 Action = Literal["notify", "scale_lr", "set_lr", "ramp_back", "rollback"]
+# A decision is a draft until it is recorded, and then never again. `decisions.lifecycle` has the transitions.
 Outcome = Literal[
-    "observed", "proposed", "approved", "rejected", "refused", "sent", "applied", "recovered", "failed", "expired"
+    "draft",
+    "observed",
+    "proposed",
+    "approved",
+    "rejected",
+    "refused",
+    "sent",
+    "applied",
+    "recovered",
+    "failed",
+    "expired",
 ]
 
 

@@ -1,23 +1,26 @@
-"""The records of one run: decisions and revisions as they stand, and which of them changed since the last look."""
+"""The decisions and LR revisions of one run, and which of them changed since they were last taken to the journal."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from sharpwatch.daemon.decisions.lifecycle import FINAL, UNDER_WAY, Event, advance, is_settled
 from sharpwatch.daemon.records import Alert, Decision, Revision
 from sharpwatch.errors import OperatorError
-
-UNDER_WAY = ("approved", "sent")
-FINAL = ("observed", "rejected", "refused", "recovered", "failed", "expired")
 
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """Records that changed, to be upserted; `commands` are decisions to be sent once they are journalled.
+    """Records that changed and are to be journalled.
 
-    `transitions` are the changed decisions in every form they took on the way, in order.
+    Attributes:
+        alerts: Changed alerts.
+        decisions: Changed decisions, each as it is now.
+        revisions: Changed LR revisions.
+        commands: Decisions whose command is to be sent once they are journalled.
+        transitions: The changed decisions in every state they had in between, in order.
     """
 
     alerts: tuple[Alert, ...] = ()
@@ -28,7 +31,15 @@ class Changes:
 
 
 class DecisionLog:
-    """Decisions and revisions of one run. A decision with a final outcome never changes again."""
+    """The decisions and LR revisions of one run.
+
+    The outcome of a decision changes by events alone, as `lifecycle.TRANSITIONS` has them. `take` returns what changed
+    since it was last called.
+
+    Args:
+        run: The run's name.
+        blocks: The run's block types.
+    """
 
     def __init__(self, run: str, blocks: Iterable[str]) -> None:
         self.run = run
@@ -44,89 +55,129 @@ class DecisionLog:
 
     @property
     def decisions(self) -> tuple[Decision, ...]:
-        """Every decision, oldest first."""
+        """All decisions, oldest first."""
         return tuple(self._decisions.values())
 
     @property
     def revisions(self) -> tuple[Revision, ...]:
-        """Every revision, from 1 on without a gap."""
+        """All revisions, numbered from 1 without a gap."""
         return tuple(self._revisions)
 
     @property
     def multipliers(self) -> dict[str, float]:
-        """The set in force, or on its way there: every block of the run."""
+        """The multipliers in force or sent to the trainer, of every block of the run."""
         return self.set_before(len(self._revisions) + 1)
 
     def restore(self, decisions: Iterable[Decision], revisions: Sequence[Revision]) -> None:
-        """Take up journalled records."""
-        self._decisions = {made.id: made for made in decisions}
+        """Starts from journalled records."""
+        self._decisions = {decision.id: decision for decision in decisions}
         self._revisions = sorted(revisions, key=lambda revision: revision.revision)
-        self._unsettled = {made.id: None for made in self._decisions.values() if _unsettled(made)}
+        self._unsettled = {one.id: None for one in self._decisions.values() if not is_settled(one)}
 
-    def unsettled(self) -> Iterator[Decision]:
-        """The decisions whose outcome may still change."""
-        return iter([self._decisions[identity] for identity in self._unsettled])
+    def unsettled(self) -> tuple[Decision, ...]:
+        """Returns the decisions whose outcome may still change."""
+        return tuple(self._decisions[identity] for identity in self._unsettled)
 
     def find(self, identity: str) -> Decision:
-        """The decision of that id; raises `OperatorError`."""
+        """Returns the decision with the id `identity`.
+
+        Raises:
+            OperatorError: The run has no such decision.
+        """
         if identity not in self._decisions:
             raise OperatorError(f"run {self.run} has no decision {identity}")
         return self._decisions[identity]
 
     def note_alerts(self, alerts: Iterable[Alert]) -> None:
-        """Have `alerts` recorded."""
+        """Has `alerts` journalled."""
         self._changed_alerts.update((alert.id, alert) for alert in alerts)
 
-    def add(self, made: Decision) -> Decision:
-        """Record a new decision."""
-        return self._put(made)
+    def add(self, draft: Decision, event: Event) -> Decision:
+        """Records a new decision.
 
-    def update(self, made: Decision, **changes: Any) -> Decision:
-        """Record `made` with `changes`; a final outcome stays what it is."""
-        current = self._decisions[made.id]
-        return current if current.outcome in FINAL else self._put(replace(current, **changes))
+        Args:
+            draft: The decision, with the outcome "draft".
+            event: What becomes of it first.
 
-    def send(self, made: Decision) -> None:
-        """Have the command of `made` sent."""
-        self._commands[made.id] = None
+        Returns:
+            The decision with its outcome.
 
-    def revise(self, made: Decision, *, author: str, reason: str, now: float, undoes: int = 0) -> Decision:
-        """Number the set that `made` puts in force, and tell `made` its number."""
+        Raises:
+            ValueError: `event` is not possible for a draft.
+        """
+        return self._put(replace(draft, outcome=advance(draft.outcome, event)))
+
+    def advance(self, decision: Decision, event: Event, **changes: Any) -> Decision:
+        """Records what happened to a decision.
+
+        Args:
+            decision: The decision. Its newest state in the log counts; this one may be older.
+            event: What happened. It is ignored for a decision that is final, because answers and alerts can come late.
+            **changes: New values of other fields than `outcome`.
+
+        Returns:
+            The decision as it is now.
+
+        Raises:
+            ValueError: `event` is not possible for the decision's outcome.
+        """
+        current = self._decisions[decision.id]
+        if current.outcome in FINAL:
+            return current
+        return self._put(replace(current, outcome=advance(current.outcome, event), **changes))
+
+    def send(self, decision: Decision) -> None:
+        """Has the command of `decision` sent once it is journalled."""
+        self._commands[decision.id] = None
+
+    def revise(self, decision: Decision, *, author: str, reason: str, now: float, undoes: int = 0) -> Decision:
+        """Gives the multipliers of a decision the next revision number.
+
+        Args:
+            decision: The decision that puts them in force.
+            author: Who asked for them.
+            reason: Why.
+            now: Unix seconds.
+            undoes: The revision that this one takes back; 0 for none.
+
+        Returns:
+            The decision with its revision number.
+        """
         number = len(self._revisions) + 1
         self._revisions.append(
-            Revision(self.run, number, dict(made.multipliers), author, reason, now, made.id, undoes=undoes)
+            Revision(self.run, number, dict(decision.multipliers), author, reason, now, decision.id, undoes=undoes)
         )
         self._changed_revisions[number] = None
-        return self.update(made, revision=number)
+        return self._put(replace(self._decisions[decision.id], revision=number))
 
     def applied(self, number: int, step: int) -> None:
-        """The trainer put revision `number` in force at `step`."""
+        """Records that the trainer put revision `number` in force at `step`."""
         revision = self._revisions[number - 1]
         if revision.applied_step is None:
             self._revisions[number - 1] = replace(revision, applied_step=step)
             self._changed_revisions[number] = None
 
     def took_effect(self, revision: Revision) -> bool:
-        """Whether `revision` is or was in force, or is on its way there."""
+        """Returns whether `revision` was ever in force, or was sent and may still be applied."""
         return revision.applied_step is not None or self._decisions[revision.decision_id].outcome in UNDER_WAY
 
     def effective(self) -> list[Revision]:
-        """The revisions that took effect, oldest first."""
+        """Returns the revisions that took effect, oldest first."""
         return [revision for revision in self._revisions if self.took_effect(revision)]
 
     def set_before(self, number: int) -> dict[str, float]:
-        """The set in force before revision `number`."""
+        """Returns the multipliers in force before revision `number`."""
         for revision in reversed(self._revisions[: number - 1]):
             if self.took_effect(revision):
                 return self.complete(revision.multipliers)
         return self.complete({})
 
     def complete(self, multipliers: Mapping[str, float]) -> dict[str, float]:
-        """`multipliers` with every block of the run; a block that is not named stands at 1."""
+        """Returns `multipliers` with every block of the run; a block that is not named has 1."""
         return {block: multipliers.get(block, 1.0) for block in self.blocks}
 
     def take(self) -> Changes:
-        """What changed since the last call."""
+        """Returns what changed since the last call."""
         changes = Changes(
             alerts=tuple(self._changed_alerts.values()),
             decisions=tuple(self._decisions[identity] for identity in self._changed_decisions),
@@ -139,23 +190,18 @@ class DecisionLog:
         self._transitions.clear()
         return changes
 
-    def _put(self, made: Decision) -> Decision:
-        if _state(made) != _state(self._decisions.get(made.id)):
-            self._transitions.append(made)
-        self._decisions[made.id] = made
-        self._changed_decisions[made.id] = None
-        if _unsettled(made):
-            self._unsettled[made.id] = None
+    def _put(self, decision: Decision) -> Decision:
+        if _audited(decision) != _audited(self._decisions.get(decision.id)):
+            self._transitions.append(decision)
+        self._decisions[decision.id] = decision
+        self._changed_decisions[decision.id] = None
+        if is_settled(decision):
+            self._unsettled.pop(decision.id, None)
         else:
-            self._unsettled.pop(made.id, None)
-        return made
+            self._unsettled[decision.id] = None
+        return decision
 
 
-def _state(made: Decision | None) -> tuple[str, ...]:
-    """What an audit tells of a decision at one time."""
-    return () if made is None else (made.outcome, made.detail, made.author, made.reason)
-
-
-def _unsettled(made: Decision) -> bool:
-    """An operator's own decision is done once it is applied; a policy's has still to prove itself."""
-    return made.outcome not in FINAL and not (made.outcome == "applied" and not made.policy)
+def _audited(decision: Decision | None) -> tuple[str, ...]:
+    """The fields whose changes the journal keeps."""
+    return () if decision is None else (decision.outcome, decision.detail, decision.author, decision.reason)

@@ -30,7 +30,7 @@ class Permissions:
         return OK if self.control != "none" else 'control: the run was attached with control="none"'
 
     def rollback(self) -> str:
-        """Whether a rollback may be asked for."""
+        """Whether a rollback may be operator for."""
         if self.control == "none":
             return self.multipliers()
         if self.can_roll_back or self.control == "rollback":
@@ -47,9 +47,9 @@ class GuardContext:
     decisions: Sequence[Decision]
 
 
-def bounds(policy: PolicyConfig, allowed: Permissions) -> tuple[float, float]:
+def bounds(policy: PolicyConfig, permissions: Permissions) -> tuple[float, float]:
     """The tighter of the policy's and the run's bounds on a multiplier."""
-    low, high = allowed.lr_bounds
+    low, high = permissions.lr_bounds
     return max(low, policy.guard.min_multiplier), min(high, policy.guard.max_multiplier)
 
 
@@ -57,26 +57,28 @@ def judge_scale(
     policy: PolicyConfig,
     before: Mapping[str, float],
     after: Mapping[str, float],
-    allowed: Permissions,
-    moment: GuardContext,
+    permissions: Permissions,
+    context: GuardContext,
 ) -> str:
     """The verdict on setting the multipliers from `before` to `after`."""
     return _first_refusal(
-        allowed.multipliers(),
-        _cooldown(policy, moment),
-        _effect(policy, before, after, allowed),
+        permissions.multipliers(),
+        _cooldown(policy, context),
+        _effect(policy, before, after, permissions),
         _time_out(policy, before),
-        _hourly(policy, moment),
+        _hourly(policy, context),
     )
 
 
-def judge_rollback(policy: PolicyConfig, plan: RollbackPlan | None, allowed: Permissions, moment: GuardContext) -> str:
+def judge_rollback(
+    policy: PolicyConfig, plan: RollbackPlan | None, permissions: Permissions, context: GuardContext
+) -> str:
     """The verdict on asking for `plan`."""
     return _first_refusal(
-        allowed.rollback(),
+        permissions.rollback(),
         OK if plan is not None else "checkpoint: none was saved before the onset",
-        _rollback_window(policy, moment),
-        _hourly(policy, moment),
+        _rollback_window(policy, context),
+        _hourly(policy, context),
     )
 
 
@@ -89,10 +91,12 @@ def _first_refusal(*verdicts: str) -> str:
     return next((verdict for verdict in verdicts if verdict != OK), OK)
 
 
-def _effect(policy: PolicyConfig, before: Mapping[str, float], after: Mapping[str, float], allowed: Permissions) -> str:
+def _effect(
+    policy: PolicyConfig, before: Mapping[str, float], after: Mapping[str, float], permissions: Permissions
+) -> str:
     if after != before:
         return OK
-    low, high = bounds(policy, allowed)
+    low, high = bounds(policy, permissions)
     if policy.action.factor < 1:
         return f"min_multiplier: every block is at or below {low:g} already"
     return f"max_multiplier: every block is at or above {high:g} already"
@@ -118,13 +122,13 @@ def _since(made: Decision) -> int:
     return made.step if made.applied_step is None else made.applied_step
 
 
-def _this_timeline(moment: GuardContext) -> Sequence[Decision]:
+def _this_timeline(context: GuardContext) -> Sequence[Decision]:
     """What was decided on the timeline the run is on.
 
     From the newest applied rollback on, and of that nothing at a step still ahead: there the run began again from a
     checkpoint, and its cooldown would last until it had come as far once more.
     """
-    decisions = [made for made in moment.decisions if made.step <= moment.step or _went_back(made)]
+    decisions = [made for made in context.decisions if made.step <= context.step or _went_back(made)]
     for index in range(len(decisions) - 1, -1, -1):
         if _went_back(decisions[index]):
             return decisions[index:]
@@ -135,28 +139,28 @@ def _went_back(made: Decision) -> bool:
     return made.action == "rollback" and made.applied_step is not None
 
 
-def _cooldown(policy: PolicyConfig, moment: GuardContext) -> str:
+def _cooldown(policy: PolicyConfig, context: GuardContext) -> str:
     """Any policy's action counts: two policies that see the same trouble must not cut twice."""
-    for made in reversed(_acted(_this_timeline(moment), _RATES)):
-        if moment.step - _since(made) < policy.guard.cooldown_steps:
+    for made in reversed(_acted(_this_timeline(context), _RATES)):
+        if context.step - _since(made) < policy.guard.cooldown_steps:
             return f"cooldown_steps: {policy.guard.cooldown_steps} have to pass after {made.id} (step {_since(made)})"
     return OK
 
 
-def _hourly(policy: PolicyConfig, moment: GuardContext) -> str:
+def _hourly(policy: PolicyConfig, context: GuardContext) -> str:
     recent = [
         made
-        for made in _acted(moment.decisions, _COUNTED)
-        if made.policy == policy.name and moment.now - made.made_at < _HOUR
+        for made in _acted(context.decisions, _COUNTED)
+        if made.policy == policy.name and context.now - made.made_at < _HOUR
     ]
     if len(recent) < policy.guard.max_actions_per_hour:
         return OK
     return f"max_actions_per_hour: {policy.guard.max_actions_per_hour} in the last hour"
 
 
-def _rollback_window(policy: PolicyConfig, moment: GuardContext) -> str:
+def _rollback_window(policy: PolicyConfig, context: GuardContext) -> str:
     window = policy.guard.rollback_window_steps
-    for made in reversed(_acted(_this_timeline(moment), ("rollback",))):
-        if moment.step - _since(made) < window:
+    for made in reversed(_acted(_this_timeline(context), ("rollback",))):
+        if context.step - _since(made) < window:
             return f"rollback_window_steps: one rollback in {window} steps, and {made.id} was at step {_since(made)}"
     return OK

@@ -1,101 +1,209 @@
-"""What became of a decision: the trainer's answer, the signal's, or time's."""
+"""The life of a decision: which outcomes it can have, and which event leads from one to the next.
+
+                observe ──▶ observed
+                refuse ───▶ refused
+    draft ──────send ─────▶ sent ────────┐  apply ──▶ applied ──┐  recover ───▶ recovered
+                propose ──▶ proposed     ├─ refuse ─▶ refused   ├─ fail ──────▶ failed
+                              │          ├─ fail ───▶ failed    └─ supersede ─▶ failed
+                              ├─ approve ▶ approved  expire ─▶ expired
+                              ├─ reject ─▶ rejected
+                              └─ expire, supersede ─▶ expired
+
+`TRANSITIONS` is this picture as a table, and `advance` is the only way to a new outcome: `DecisionLog` calls it for
+every event. `DecisionLifecycle` raises the events of decisions that are not final yet: the trainer's answer, recovery
+or its absence, and expiry. Policies (`engine`) and operators (`operator_requests`) raise the others.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
+from typing import TYPE_CHECKING, Literal, get_args
 
 from sharpwatch.daemon.config.config import GuardConfig
-from sharpwatch.daemon.decisions.decision_log import UNDER_WAY, DecisionLog
 from sharpwatch.daemon.decisions.guards import REFUSED_THERE
 from sharpwatch.daemon.decisions.policy import EscalationChain
 from sharpwatch.daemon.decisions.ramp_back import held_cuts, hold_steps
 from sharpwatch.daemon.detection.alerts import AlertBook
-from sharpwatch.daemon.records import CommandResult, Decision, Observation
+from sharpwatch.daemon.records import CommandResult, Decision, Observation, Outcome
 
-LOST_AFTER = 100  # steps past its expiry a command's result is waited for: samples that carry it can be dropped
+if TYPE_CHECKING:
+    from sharpwatch.daemon.decisions.decision_log import DecisionLog
+
+Event = Literal[
+    "observe", "propose", "refuse", "send", "approve", "reject", "supersede", "apply", "fail", "expire", "recover"
+]
+
+TRANSITIONS: Mapping[tuple[Outcome, Event], Outcome] = {
+    # A policy or an operator makes the decision; a guard can refuse it.
+    ("draft", "observe"): "observed",
+    ("draft", "propose"): "proposed",
+    ("draft", "refuse"): "refused",
+    ("draft", "send"): "sent",
+    # An operator answers a proposal, nobody does in time, or another set of multipliers comes into force first.
+    ("proposed", "approve"): "approved",
+    ("proposed", "reject"): "rejected",
+    ("proposed", "expire"): "expired",
+    ("proposed", "supersede"): "expired",
+    # The trainer answers the command, or never does.
+    ("approved", "apply"): "applied",
+    ("approved", "refuse"): "refused",
+    ("approved", "fail"): "failed",
+    ("approved", "expire"): "expired",
+    ("sent", "apply"): "applied",
+    ("sent", "refuse"): "refused",
+    ("sent", "fail"): "failed",
+    ("sent", "expire"): "expired",
+    # The change cures the alert, does not, or the policy acts again because it was not enough.
+    ("applied", "recover"): "recovered",
+    ("applied", "fail"): "failed",
+    ("applied", "supersede"): "failed",
+}
+OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
+EVENTS: tuple[Event, ...] = get_args(Event)
+FINAL = frozenset(OUTCOMES) - {outcome for outcome, _ in TRANSITIONS}  # no event leads on from these
+UNDER_WAY = frozenset(outcome for outcome, event in TRANSITIONS if event == "apply")  # the trainer's answer is due
+
+LOST_AFTER = 100  # steps that a result may come after its command's expiry: the samples that carry it can be dropped
+_RESULT_EVENTS: Mapping[str, Event] = {"applied": "apply", "refused": "refuse", "expired": "expire", "failed": "fail"}
+
+
+def can(outcome: Outcome, event: Event) -> bool:
+    """Returns whether a decision with `outcome` can take `event`."""
+    return (outcome, event) in TRANSITIONS
+
+
+def advance(outcome: Outcome, event: Event) -> Outcome:
+    """Looks up the outcome that an event leads to.
+
+    Args:
+        outcome: The decision's present outcome; "draft" before it is recorded.
+        event: What happened to it.
+
+    Returns:
+        The new outcome.
+
+    Raises:
+        ValueError: `TRANSITIONS` has no such transition.
+    """
+    if not can(outcome, event):
+        possible = ", ".join(other for other in EVENTS if can(outcome, other)) or "none, it is final"
+        raise ValueError(f"event {event!r} is not possible for a decision that is {outcome}; possible: {possible}")
+    return TRANSITIONS[outcome, event]
+
+
+def is_settled(decision: Decision) -> bool:
+    """Returns whether the outcome of `decision` can no longer change.
+
+    An operator's own decision is settled once it is applied; a policy's has still to cure its alert.
+    """
+    return decision.outcome in FINAL or (decision.outcome == "applied" and not decision.policy)
 
 
 class DecisionLifecycle:
-    """Moves the unsettled decisions of a run on."""
+    """Moves the unsettled decisions of a run on.
 
-    def __init__(self, ledger: DecisionLog, book: AlertBook, ladder: EscalationChain) -> None:
-        self._ledger = ledger
+    Args:
+        log: The run's decisions.
+        book: The run's alerts, which tell whether a change has cured its alert.
+        chain: The run's policies, whose guards say how long to wait.
+    """
+
+    def __init__(self, log: DecisionLog, book: AlertBook, chain: EscalationChain) -> None:
+        self._log = log
         self._book = book
-        self._ladder = ladder
+        self._chain = chain
 
-    def result(self, made: Decision, result: CommandResult) -> None:
-        """The trainer answered the command of `made`."""
-        detail = _joined(made.detail, result.detail)
-        if result.outcome != "applied":
-            guard = f"{REFUSED_THERE}: {result.detail}" if result.outcome == "refused" else made.guard
-            self._ledger.update(made, outcome=result.outcome, detail=detail, guard=guard)
+    def record_result(self, decision: Decision, result: CommandResult) -> None:
+        """Records the trainer's answer to the command of `decision`; a second answer changes nothing."""
+        if decision.outcome not in UNDER_WAY:
             return
+        event = _RESULT_EVENTS[result.outcome]
+        detail = _joined(decision.detail, result.detail)
+        if event == "apply":
+            self._apply(decision, result, detail)
+        elif event == "refuse":
+            self._log.advance(decision, event, detail=detail, guard=f"{REFUSED_THERE}: {result.detail}")
+        else:
+            self._log.advance(decision, event, detail=detail)
+
+    def settle(self, observation: Observation, found: AbstractSet[str], now: float) -> None:
+        """Judges every unsettled decision by a step of the run.
+
+        Args:
+            observation: The step.
+            found: The names of the alerts that the detectors found at it.
+            now: Unix seconds.
+        """
+        self.expire_proposals(now)
+        for decision in self._log.unsettled():
+            if decision.outcome in UNDER_WAY:
+                self._settle_unanswered(decision, observation)
+            elif decision.applied_step is not None:
+                self._settle_effect(decision, decision.applied_step, observation.step, found)
+
+    def expire_proposals(self, now: float) -> None:
+        """Expires the proposals that nobody approved in time; also called on approval, as a silent run has no steps."""
+        for decision in self._log.unsettled():
+            waited = now - decision.made_at
+            if decision.outcome == "proposed" and waited > self._guard(decision).approve_within:
+                self._expire(decision, "nobody approved it in time")
+
+    def _apply(self, decision: Decision, result: CommandResult, detail: str) -> None:
         if result.unchanged_blocks:
             detail = _joined(detail, f"unchanged: {', '.join(result.unchanged_blocks)}")
-        self._ledger.update(made, outcome="applied", detail=detail, applied_step=result.step)
-        if made.action == "rollback":
-            self._ledger.note_alerts(self._book.close_all())
+        self._log.advance(decision, "apply", detail=detail, applied_step=result.step)
+        if decision.action == "rollback":
+            self._log.note_alerts(self._book.close_all())
 
-    def settle(self, obs: Observation, found: AbstractSet[str], now: float) -> None:
-        """Judge every unsettled decision by the step `obs`, at which alerts of the names `found` were seen."""
-        self.expire(now)
-        for made in tuple(self._ledger.unsettled()):
-            if made.outcome in UNDER_WAY:
-                self._settle_silence(made, obs)
-            elif made.applied_step is not None:
-                self._settle_effect(made, made.applied_step, obs.step, found)
-
-    def expire(self, now: float) -> None:
-        """Put away the proposals that nobody approved in time; a silent run has no steps to do it at."""
-        for made in tuple(self._ledger.unsettled()):
-            if made.outcome == "proposed" and now - made.made_at > self._guard(made).approve_within:
-                self._ledger.update(made, outcome="expired", detail=_joined(made.detail, "nobody approved it in time"))
-
-    def _settle_silence(self, made: Decision, obs: Observation) -> None:
-        if not made.expires_at_step or obs.step <= made.expires_at_step + LOST_AFTER:
+    def _settle_unanswered(self, decision: Decision, observation: Observation) -> None:
+        if not decision.expires_at_step or observation.step <= decision.expires_at_step + LOST_AFTER:
             return
-        if made.revision and _in_force(made, obs):
-            self._ledger.applied(made.revision, obs.step)
-            detail = _joined(made.detail, "the result was lost; the trainer's multipliers show it")
-            self._ledger.update(made, outcome="applied", detail=detail, applied_step=obs.step)
-        else:
-            self._ledger.update(made, outcome="expired", detail=_joined(made.detail, "the trainer never answered"))
-
-    def _settle_effect(self, made: Decision, applied: int, step: int, found: AbstractSet[str]) -> None:
-        guard = self._guard(made)
-        if made.action == "ramp_back":
-            if step - applied >= self._hold(made):
-                self._ledger.update(made, outcome="recovered")
+        if not decision.revision or not _in_force(decision, observation):
+            self._expire(decision, "the trainer never answered")
             return
-        waited = step - applied >= guard.recover_within_steps
-        back = made.alert_name in found
-        if made.action == "rollback":
-            if back:
-                self._fail(made, "the alert came back after the rollback")
-            elif waited and self._book.active(made.alert_name) is None:
-                self._ledger.update(made, outcome="recovered")
-        elif self._book.active(made.alert_name) is None:
-            self._ledger.update(made, outcome="recovered")
-        elif back and waited:
-            self._fail(made, f"no recovery within {guard.recover_within_steps} steps")
+        self._log.applied(decision.revision, observation.step)
+        detail = _joined(decision.detail, "the result was lost; the trainer's multipliers show it")
+        self._log.advance(decision, "apply", detail=detail, applied_step=observation.step)
 
-    def _fail(self, made: Decision, why: str) -> None:
-        self._ledger.update(made, outcome="failed", detail=_joined(made.detail, why))
+    def _settle_effect(self, decision: Decision, applied: int, step: int, found: AbstractSet[str]) -> None:
+        if decision.action == "ramp_back":
+            if step - applied >= self._hold(decision):
+                self._log.advance(decision, "recover")
+            return
+        within = self._guard(decision).recover_within_steps
+        waited = step - applied >= within
+        came_back = decision.alert_name in found
+        if decision.action == "rollback":
+            if came_back:
+                self._fail(decision, "the alert came back after the rollback")
+            elif waited and self._book.active(decision.alert_name) is None:
+                self._log.advance(decision, "recover")
+        elif self._book.active(decision.alert_name) is None:
+            self._log.advance(decision, "recover")
+        elif came_back and waited:
+            self._fail(decision, f"no recovery within {within} steps")
 
-    def _guard(self, made: Decision) -> GuardConfig:
-        policy = self._ladder.named(made.policy)
+    def _fail(self, decision: Decision, why: str) -> None:
+        self._log.advance(decision, "fail", detail=_joined(decision.detail, why))
+
+    def _expire(self, decision: Decision, why: str) -> None:
+        self._log.advance(decision, "expire", detail=_joined(decision.detail, why))
+
+    def _guard(self, decision: Decision) -> GuardConfig:
+        policy = self._chain.named(decision.policy)
         return policy.guard if policy is not None else GuardConfig()
 
-    def _hold(self, made: Decision) -> int:
-        policy = self._ladder.named(made.policy)
-        return hold_steps(policy, held_cuts(self._ledger).relapses) if policy is not None else GuardConfig().hold_steps
+    def _hold(self, decision: Decision) -> int:
+        policy = self._chain.named(decision.policy)
+        return hold_steps(policy, held_cuts(self._log).relapses) if policy is not None else GuardConfig().hold_steps
 
 
-def _in_force(made: Decision, obs: Observation) -> bool:
-    seen = obs.multipliers
+def _in_force(decision: Decision, observation: Observation) -> bool:
+    seen = observation.multipliers
     return bool(seen) and all(
-        math.isclose(seen[block], value, rel_tol=1e-5) for block, value in made.multipliers.items() if block in seen
+        math.isclose(seen[block], value, rel_tol=1e-5) for block, value in decision.multipliers.items() if block in seen
     )
 
 

@@ -6,8 +6,9 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from sharpwatch.daemon.decisions.decision_log import UNDER_WAY, DecisionLog
+from sharpwatch.daemon.decisions.decision_log import DecisionLog
 from sharpwatch.daemon.decisions.guards import OK, Permissions
+from sharpwatch.daemon.decisions.lifecycle import UNDER_WAY, Event, can
 from sharpwatch.daemon.decisions.policy import newest
 from sharpwatch.daemon.records import Action, Checkpoint, Decision, RollbackPlan
 from sharpwatch.errors import OperatorError
@@ -16,7 +17,7 @@ EXPIRES_AFTER_STEPS = 1000  # an operator's command that a trainer could not tak
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class OperatorContext:
     """Who asks and why, at which step of the run (None: not known yet) and when, in unix seconds."""
 
     author: str
@@ -26,171 +27,174 @@ class Asked:
 
 
 class OperatorRequests:
-    """Writes an operator's decisions into the ledger; raises `OperatorError` on what can't be."""
+    """Writes an operator's decisions into the decision log; raises `OperatorError` on what can't be."""
 
-    def __init__(self, ledger: DecisionLog, allowed: Permissions, new_id: Callable[[], str]) -> None:
-        self._ledger = ledger
-        self._allowed = allowed
+    def __init__(self, log: DecisionLog, permissions: Permissions, new_id: Callable[[], str]) -> None:
+        self._log = log
+        self._permissions = permissions
         self._new_id = new_id
 
-    def set(self, wanted: Mapping[str, float], ramp_steps: int, apply_at_step: int, asked: Asked) -> Decision:
+    def set(
+        self, wanted: Mapping[str, float], ramp_steps: int, apply_at_step: int, operator: OperatorContext
+    ) -> Decision:
         """Put `wanted` in force; blocks that are not named keep what they have."""
-        _permitted(self._allowed.multipliers())
+        _permitted(self._permissions.multipliers())
         self._check_set(wanted)
         if ramp_steps < 0:
             raise OperatorError(f"ramp_steps {ramp_steps}: allowed is 0 or more")
-        step = asked.step or 0
+        step = operator.step or 0
         if apply_at_step and not step < apply_at_step <= step + EXPIRES_AFTER_STEPS:
             allowed = f"0 for the next step, or {step + 1} to {step + EXPIRES_AFTER_STEPS}"
             raise OperatorError(f"apply_at_step {apply_at_step}: the run stands at step {step}; allowed: {allowed}")
-        made = self._order("set_lr", asked, apply_at_step)
-        multipliers = {**self._ledger.multipliers, **wanted}
+        made = self._draft("set_lr", operator, apply_at_step)
+        multipliers = {**self._log.multipliers, **wanted}
         return self._revise(replace(made, multipliers=multipliers, ramp_steps=ramp_steps))
 
-    def undo(self, number: int, asked: Asked) -> Decision:
+    def undo(self, number: int, operator: OperatorContext) -> Decision:
         """Put the set before revision `number` in force again; 0 is the newest that changed something."""
-        _permitted(self._allowed.multipliers())
-        ledger = self._ledger
-        done = {revision.revision: revision for revision in ledger.effective()}
+        _permitted(self._permissions.multipliers())
+        log = self._log
+        done = {revision.revision: revision for revision in log.effective()}
         if not number:
-            changing = (n for n, one in done.items() if ledger.complete(one.multipliers) != ledger.set_before(n))
+            changing = (n for n, one in done.items() if log.complete(one.multipliers) != log.set_before(n))
             number = max(changing, default=0)
         if number not in done:
             known = ", ".join(map(str, done)) or "none yet"
-            raise OperatorError(f"no revision {number or ''} of run {ledger.run} took effect; known: {known}")
-        target = ledger.set_before(number)
-        if target == ledger.multipliers:
+            raise OperatorError(f"no revision {number or ''} of run {log.run} took effect; known: {known}")
+        target = log.set_before(number)
+        if target == log.multipliers:
             raise OperatorError(f"the set before revision {number} is in force already")
-        made = self._order("set_lr", replace(asked, reason=asked.reason or f"undo of revision {number}"))
+        made = self._draft("set_lr", replace(operator, reason=operator.reason or f"undo of revision {number}"))
         return self._revise(replace(made, multipliers=self._within(target)), undoes=number)
 
     def reissue(self, step: int, now: float) -> Decision | None:
         """Put the set in force again: a new attempt of the run begins with every multiplier at 1."""
-        in_force = self._ledger.multipliers
-        if self._allowed.multipliers() != OK or all(value == 1.0 for value in in_force.values()):
+        in_force = self._log.multipliers
+        if self._permissions.multipliers() != OK or all(value == 1.0 for value in in_force.values()):
             return None
         reason = "a new attempt begins at 1: what was in force is put back"
-        made = self._order("set_lr", Asked("sharpwatch", reason, step, now))
+        made = self._draft("set_lr", OperatorContext("sharpwatch", reason, step, now))
         multipliers = self._within(in_force)
-        return self._revise(replace(made, multipliers=multipliers, ttl_steps=time_out_kept(self._ledger, multipliers)))
+        return self._revise(replace(made, multipliers=multipliers, ttl_steps=time_out_kept(self._log, multipliers)))
 
     def rollback(
-        self, checkpoints: Iterable[Checkpoint], to_step: int | None, skip: tuple[int, int], asked: Asked
+        self, checkpoints: Iterable[Checkpoint], to_step: int | None, skip: tuple[int, int], operator: OperatorContext
     ) -> Decision:
         """Go back to the newest checkpoint at or before `to_step`, round the batches of steps [skip[0], skip[1])."""
-        _permitted(self._allowed.rollback())
+        _permitted(self._permissions.rollback())
         if skip[0] < 0 or skip[1] < skip[0]:
             raise OperatorError(f"skip {skip[0]} to {skip[1]}: the range ends before it begins")
-        limits = [at for at in (to_step, asked.step) if at is not None]
+        limits = [at for at in (to_step, operator.step) if at is not None]
         saved = tuple(checkpoints)
         target = newest(saved, min(limits) if limits else None)
         if target is None:
             have = ", ".join(str(one.step) for one in saved[-8:]) or "none"
             raise OperatorError(f"no checkpoint to go back to at or before step {to_step}; saved: {have}")
         plan = RollbackPlan(target, *skip)
-        self._check_rollback(plan, asked.step)
-        made = self._ledger.add(replace(self._order("rollback", asked), rollback=plan))
-        self._ledger.send(made)
+        self._check_rollback(plan, operator.step)
+        made = self._log.add(replace(self._draft("rollback", operator), rollback=plan), "send")
+        self._log.send(made)
         return made
 
-    def approve(self, identity: str, asked: Asked) -> Decision:
+    def approve(self, identity: str, operator: OperatorContext) -> Decision:
         """Have a proposal sent."""
-        made = self._proposal(identity, "approved")
+        made = self._proposal(identity, "approve", "approved")
         is_rollback = made.action == "rollback"
-        _permitted(self._allowed.rollback() if is_rollback else self._allowed.multipliers())
+        _permitted(self._permissions.rollback() if is_rollback else self._permissions.multipliers())
         if made.rollback is not None:
-            self._check_rollback(made.rollback, asked.step)
+            self._check_rollback(made.rollback, operator.step)
         life = made.expires_at_step  # of a proposal: how many steps its command may live
-        approved = self._ledger.update(
+        approved = self._log.advance(
             made,
-            outcome="approved",
-            author=asked.author,
-            reason=asked.reason,
-            expires_at_step=asked.step + life if asked.step is not None else 0,
+            "approve",
+            author=operator.author,
+            reason=operator.reason,
+            expires_at_step=operator.step + life if operator.step is not None else 0,
         )
         if is_rollback:
-            self._ledger.send(approved)
+            self._log.send(approved)
             return approved
-        return self._revise(approved, undoes=self._taken_back(approved), at=asked.now)
+        return self._revise(approved, undoes=self._undone_ramp_back(approved), at=operator.now)
 
-    def reject(self, identity: str, asked: Asked) -> Decision:
+    def reject(self, identity: str, operator: OperatorContext) -> Decision:
         """Put a proposal away."""
-        made = self._proposal(identity, "rejected")
-        return self._ledger.update(made, outcome="rejected", author=asked.author, reason=asked.reason)
+        made = self._proposal(identity, "reject", "rejected")
+        return self._log.advance(made, "reject", author=operator.author, reason=operator.reason)
 
     def _check_rollback(self, plan: RollbackPlan, step: int | None) -> None:
         """A proposal may have been made before the run went back by another."""
-        if any(made.action == "rollback" and made.outcome in UNDER_WAY for made in self._ledger.unsettled()):
+        if any(made.action == "rollback" and made.outcome in UNDER_WAY for made in self._log.unsettled()):
             raise OperatorError("another rollback is under way")
         if step is not None and plan.checkpoint.step > step:
             raise OperatorError(f"the checkpoint of step {plan.checkpoint.step} lies ahead: the run stands at {step}")
 
-    def _taken_back(self, made: Decision) -> int:
+    def _undone_ramp_back(self, made: Decision) -> int:
         """A policy's `set_lr` takes back the ramp back that is the newest revision; others undo nothing."""
-        return self._ledger.effective()[-1].revision if made.action == "set_lr" else 0
+        return self._log.effective()[-1].revision if made.action == "set_lr" else 0
 
-    def _proposal(self, identity: str, verb: str) -> Decision:
-        made = self._ledger.find(identity)
-        if made.outcome != "proposed":
-            raise OperatorError(f"decision {identity} is {made.outcome}: only a proposal can be {verb}")
+    def _proposal(self, identity: str, event: Event, participle: str) -> Decision:
+        made = self._log.find(identity)
+        if not can(made.outcome, event):
+            raise OperatorError(f"decision {identity} is {made.outcome}: only a proposal can be {participle}")
         return made
 
     def _check_set(self, wanted: Mapping[str, float]) -> None:
-        low, high = self._allowed.lr_bounds
-        blocks = self._ledger.blocks
+        low, high = self._permissions.lr_bounds
+        blocks = self._log.blocks
         if not wanted:
             raise OperatorError(f"no block is named; allowed: {', '.join(blocks)}")
         for block, value in wanted.items():
             if block not in blocks:
-                raise OperatorError(f"run {self._ledger.run} has no block {block!r}; allowed: {', '.join(blocks)}")
+                raise OperatorError(f"run {self._log.run} has no block {block!r}; allowed: {', '.join(blocks)}")
             if not math.isfinite(value) or not low <= value <= high:
                 raise OperatorError(f"{block}={value:g} is outside the run's lr_bounds; allowed: {low:g} to {high:g}")
 
-    def _order(self, action: Action, asked: Asked, apply_at_step: int = 0) -> Decision:
-        if not asked.author.strip():
+    def _draft(self, action: Action, operator: OperatorContext, apply_at_step: int = 0) -> Decision:
+        if not operator.author.strip():
             raise OperatorError("a change needs an author")
-        expires = max(apply_at_step, asked.step) + EXPIRES_AFTER_STEPS if asked.step is not None else 0
+        expires = max(apply_at_step, operator.step) + EXPIRES_AFTER_STEPS if operator.step is not None else 0
         return Decision(
             id=self._new_id(),
-            run=self._ledger.run,
-            made_at=asked.now,
-            step=asked.step or 0,
+            run=self._log.run,
+            made_at=operator.now,
+            step=operator.step or 0,
             action=action,
             mode="operator",
-            outcome="sent",
+            outcome="draft",
             apply_at_step=apply_at_step,
             expires_at_step=expires,
-            author=asked.author,
-            reason=asked.reason,
+            author=operator.author,
+            reason=operator.reason,
         )
 
     def _revise(self, made: Decision, *, undoes: int = 0, at: float | None = None) -> Decision:
-        return issue(self._ledger, made, author=made.author, now=made.made_at if at is None else at, undoes=undoes)
+        return issue(self._log, made, author=made.author, now=made.made_at if at is None else at, undoes=undoes)
 
     def _within(self, multipliers: Mapping[str, float]) -> dict[str, float]:
         """An earlier attempt may have had wider bounds."""
-        low, high = self._allowed.lr_bounds
+        low, high = self._permissions.lr_bounds
         return {block: min(max(value, low), high) for block, value in multipliers.items()}
 
 
-def issue(ledger: DecisionLog, made: Decision, *, author: str, now: float, undoes: int = 0) -> Decision:
+def issue(log: DecisionLog, made: Decision, *, author: str, now: float, undoes: int = 0) -> Decision:
     """Number the set of `made` and have it sent; proposals that started from the set before it are void."""
-    for other in tuple(ledger.unsettled()):
+    for other in log.unsettled():
         if other.outcome == "proposed" and other.action != "rollback" and other.id != made.id:
-            ledger.update(other, outcome="expired", detail=f"{other.detail}; another set came in force first")
-    ledger.add(made)
-    made = ledger.revise(made, author=author, reason=made.reason or made.detail, now=now, undoes=undoes)
-    ledger.send(made)
+            log.advance(other, "supersede", detail=f"{other.detail}; another set came in force first")
+    if can(made.outcome, "send"):  # an approved proposal is recorded already
+        made = log.add(made, "send")
+    made = log.revise(made, author=author, reason=made.reason or made.detail, now=now, undoes=undoes)
+    log.send(made)
     return made
 
 
-def time_out_kept(ledger: DecisionLog, multipliers: Mapping[str, float]) -> int:
+def time_out_kept(log: DecisionLog, multipliers: Mapping[str, float]) -> int:
     """The TTL of the set in force where `multipliers` keep a raise of it: a raise that ends must not become lasting."""
-    effective = ledger.effective()
+    effective = log.effective()
     if not effective:
         return 0
     kept = any(value > 1 and multipliers.get(block) == value for block, value in effective[-1].multipliers.items())
-    return ledger.find(effective[-1].decision_id).ttl_steps if kept else 0
+    return log.find(effective[-1].decision_id).ttl_steps if kept else 0
 
 
 def _permitted(verdict: str) -> None:

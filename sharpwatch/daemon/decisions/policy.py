@@ -22,20 +22,20 @@ class EscalationChain:
         return next((policy for policy in self.policies if policy.name == name), None)
 
     def answering(self, alert: Alert, decisions: Iterable[Decision], step: int) -> tuple[PolicyConfig, ...]:
-        """The rungs to stand on at `step`: from each policy that matches, up while its time is over."""
+        """The policies that answer `alert` at `step`: of each that matches, the last it has escalated to."""
         answered = [made for made in decisions if made.alert_id == alert.id]
         return tuple(
             dict.fromkeys(
-                self._climb(policy, answered, step) for policy in self.policies if policy.match.alert == alert.name
+                self._escalate(policy, answered, step) for policy in self.policies if policy.match.alert == alert.name
             )
         )
 
-    def _climb(self, policy: PolicyConfig, answered: Sequence[Decision], step: int) -> PolicyConfig:
+    def _escalate(self, policy: PolicyConfig, answered: Sequence[Decision], step: int) -> PolicyConfig:
         first = next((made for made in answered if made.policy == policy.name), None)
         if policy.escalate is None or first is None or step - first.step < policy.escalate.after_steps:
             return policy
         above = self.named(policy.escalate.to)
-        return policy if above is None else self._climb(above, answered, step)
+        return policy if above is None else self._escalate(above, answered, step)
 
 
 def strongest(policies: Iterable[PolicyConfig]) -> Mode:

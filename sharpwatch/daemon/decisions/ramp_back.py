@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from sharpwatch.daemon.config.config import PolicyConfig
-from sharpwatch.daemon.decisions.decision_log import DecisionLog
 from sharpwatch.daemon.records import Alert, Decision, Revision
+
+if TYPE_CHECKING:
+    from sharpwatch.daemon.decisions.decision_log import DecisionLog
 
 _LONGEST_DOUBLING = 20
 
@@ -21,7 +24,7 @@ class ActiveCut:
     before: Mapping[str, float]
 
     def without(self, blocks: Iterable[str]) -> ActiveCut:
-        """The rung over the other blocks."""
+        """The cut over the other blocks."""
         return ActiveCut(
             self.policy, self.alert_name, {b: value for b, value in self.before.items() if b not in blocks}
         )
@@ -29,42 +32,42 @@ class ActiveCut:
 
 @dataclass(frozen=True, slots=True)
 class HeldCuts:
-    """The rungs that stand, oldest first; how often a ramp back had to be taken back; the ramp back just made."""
+    """The cuts that stand, oldest first; how often a ramp back had to be taken back; the ramp back just made."""
 
-    rungs: tuple[ActiveCut, ...] = ()
+    cuts: tuple[ActiveCut, ...] = ()
     relapses: int = 0
     newest: Revision | None = None  # of all that took effect
     ramped: ActiveCut | None = None  # what `newest` took away, where it is a ramp back
 
 
-def held_cuts(ledger: DecisionLog) -> HeldCuts:
+def held_cuts(log: DecisionLog) -> HeldCuts:
     """Follow the revisions that took effect.
 
     A block that an operator's revision changes is the operator's from then on: the daemon never ramps it back.
     """
-    rungs: list[ActiveCut] = []
+    cuts: list[ActiveCut] = []
     taken: dict[int, ActiveCut] = {}
     relapses = 0
     newest: Revision | None = None
     ramped: ActiveCut | None = None
-    before = ledger.complete({})
-    for revision in ledger.effective():
-        made = ledger.find(revision.decision_id)
-        after = ledger.complete(revision.multipliers)
+    before = log.complete({})
+    for revision in log.effective():
+        made = log.find(revision.decision_id)
+        after = log.complete(revision.multipliers)
         changed = {block: before[block] for block in after if after[block] != before[block]}
         newest, ramped = revision, None
         if not made.policy:
-            rungs = [rung for old in rungs if (rung := old.without(changed)).before]
+            cuts = [cut for old in cuts if (cut := old.without(changed)).before]
         elif made.action == "scale_lr":
-            relapses = relapses if rungs else 0
-            rungs.append(ActiveCut(made.policy, made.alert_name, changed))
-        elif made.action == "ramp_back" and rungs:
-            ramped = taken[revision.revision] = rungs.pop()
+            relapses = relapses if cuts else 0
+            cuts.append(ActiveCut(made.policy, made.alert_name, changed))
+        elif made.action == "ramp_back" and cuts:
+            ramped = taken[revision.revision] = cuts.pop()
         elif made.action == "set_lr" and revision.undoes in taken:
             relapses += 1
-            rungs.append(taken[revision.undoes])
+            cuts.append(taken[revision.undoes])
         before = after
-    return HeldCuts(tuple(rungs), relapses, newest, ramped)
+    return HeldCuts(tuple(cuts), relapses, newest, ramped)
 
 
 def hold_steps(policy: PolicyConfig, relapses: int) -> int:

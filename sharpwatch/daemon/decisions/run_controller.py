@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Mapping
 from uuid import uuid4
 
 from sharpwatch.daemon.config.config import PolicyConfig
-from sharpwatch.daemon.decisions.decision_log import UNDER_WAY, Changes, DecisionLog
+from sharpwatch.daemon.decisions.decision_log import Changes, DecisionLog
 from sharpwatch.daemon.decisions.engine import PolicyEngine
 from sharpwatch.daemon.decisions.guards import Control, Permissions
 from sharpwatch.daemon.decisions.lifecycle import DecisionLifecycle
-from sharpwatch.daemon.decisions.operator_requests import Asked, OperatorRequests
+from sharpwatch.daemon.decisions.operator_requests import OperatorContext, OperatorRequests
 from sharpwatch.daemon.decisions.policy import MODES, EscalationChain, strongest
 from sharpwatch.daemon.detection.alerts import AlertBook
 from sharpwatch.daemon.detection.baselines import History, Scores
@@ -45,14 +45,14 @@ class RunController:
         can_roll_back: bool = False,
         new_id: Callable[[], str] = _random_id,
     ) -> None:
-        allowed = Permissions(control, lr_bounds, can_roll_back)
-        self._ladder = EscalationChain(tuple(policies))
-        self._ledger = DecisionLog(run, blocks)
+        permissions = Permissions(control, lr_bounds, can_roll_back)
+        self._chain = EscalationChain(tuple(policies))
+        self._log = DecisionLog(run, blocks)
         self._book = AlertBook(run, {detector.name: detector.quiet for detector in DETECTORS}, new_id)
         self._history = History()
-        self._orders = OperatorRequests(self._ledger, allowed, new_id)
-        self._outcomes = DecisionLifecycle(self._ledger, self._book, self._ladder)
-        self._actor = PolicyEngine(self._ledger, self._book, self._ladder, allowed, new_id)
+        self._requests = OperatorRequests(self._log, permissions, new_id)
+        self._lifecycle = DecisionLifecycle(self._log, self._book, self._chain)
+        self._engine = PolicyEngine(self._log, self._book, self._chain, permissions, new_id)
         self._checkpoints: dict[Checkpoint, None] = {}
         self._mode = mode
         self._step: int | None = None
@@ -66,12 +66,12 @@ class RunController:
     @property
     def decisions(self) -> tuple[Decision, ...]:
         """Every decision, oldest first."""
-        return self._ledger.decisions
+        return self._log.decisions
 
     @property
     def revisions(self) -> tuple[Revision, ...]:
         """Every LR revision, from 1 on."""
-        return self._ledger.revisions
+        return self._log.revisions
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
@@ -81,7 +81,7 @@ class RunController:
     @property
     def mode(self) -> Mode:
         """The run's own mode, or else the one of its policies that reaches furthest."""
-        return self._mode or strongest(self._ladder.policies)
+        return self._mode or strongest(self._chain.policies)
 
     @property
     def own_mode(self) -> Mode | None:
@@ -91,20 +91,20 @@ class RunController:
     @property
     def multipliers(self) -> Mapping[str, float]:
         """The target set in force, or on its way there, by block."""
-        return self._ledger.multipliers
+        return self._log.multipliers
 
     def observe(self, obs: Observation, now: float) -> Changes:
         """Take in the next step; `now` is in unix seconds."""
         scores, findings = self._see(obs)
         judged = [detector.name for detector in DETECTORS if detector.judged(scores)]
-        self._ledger.note_alerts(self._book.see(findings, judged))
-        self._outcomes.settle(obs, {finding.name for finding in findings}, now)
+        self._log.note_alerts(self._book.see(findings, judged))
+        self._lifecycle.settle(obs, {finding.name for finding in findings}, now)
         if self._new_attempt and obs.multipliers:
             self._new_attempt = False
             if all(math.isclose(value, 1.0) for value in obs.multipliers.values()):
-                self._orders.reissue(obs.step, now)
-        self._actor.act(findings, tuple(self._checkpoints), self._mode, obs.step, now)
-        return self._ledger.take()
+                self._requests.reissue(obs.step, now)
+        self._engine.act(findings, tuple(self._checkpoints), self._mode, obs.step, now)
+        return self._log.take()
 
     def replay(self, obs: Observation) -> None:
         """Take in a journalled step: baselines and open alerts move on, nothing is decided and no alert opens."""
@@ -113,12 +113,11 @@ class RunController:
 
     def command_result(self, result: CommandResult, now: float) -> Changes:  # noqa: ARG002  the clock comes with all
         """Take in what the trainer made of a command; telling it twice changes nothing."""
-        made = self._ledger.find(result.command_id)
+        made = self._log.find(result.command_id)
         if result.outcome == "applied" and made.revision:
-            self._ledger.applied(made.revision, result.step)
-        if made.outcome in UNDER_WAY:
-            self._outcomes.result(made, result)
-        return self._ledger.take()
+            self._log.applied(made.revision, result.step)
+        self._lifecycle.record_result(made, result)
+        return self._log.take()
 
     def checkpoint(self, cp: Checkpoint) -> None:
         """Note a place to roll back to."""
@@ -142,32 +141,32 @@ class RunController:
         now: float,
     ) -> Changes:
         """Put an operator's multipliers in force; raises `OperatorError` on what can't be."""
-        self._orders.set(multipliers, ramp_steps, apply_at_step, Asked(author, reason, self._step, now))
-        return self._ledger.take()
+        self._requests.set(multipliers, ramp_steps, apply_at_step, OperatorContext(author, reason, self._step, now))
+        return self._log.take()
 
     def undo(self, revision: int, author: str, reason: str, now: float) -> Changes:
         """Put the set before `revision` (0: the newest) in force again; raises `OperatorError`."""
-        self._orders.undo(revision, Asked(author, reason, self._step, now))
-        return self._ledger.take()
+        self._requests.undo(revision, OperatorContext(author, reason, self._step, now))
+        return self._log.take()
 
     def request_rollback(  # noqa: PLR0913, PLR0917  the fields of the operator's request
         self, to_step: int | None, skip_from: int, skip_to: int, author: str, reason: str, now: float
     ) -> Changes:
         """Ask for a rollback to the newest checkpoint at or before `to_step` (None: of all); raises `OperatorError`."""
-        asked = Asked(author, reason, self._step, now)
-        self._orders.rollback(self._checkpoints, to_step, (skip_from, skip_to), asked)
-        return self._ledger.take()
+        operator = OperatorContext(author, reason, self._step, now)
+        self._requests.rollback(self._checkpoints, to_step, (skip_from, skip_to), operator)
+        return self._log.take()
 
     def approve(self, decision_id: str, author: str, reason: str, now: float) -> Changes:
         """Send a proposal; raises `OperatorError` where it is none, or none any more."""
-        self._outcomes.expire(now)
-        self._orders.approve(decision_id, Asked(author, reason, self._step, now))
-        return self._ledger.take()
+        self._lifecycle.expire_proposals(now)
+        self._requests.approve(decision_id, OperatorContext(author, reason, self._step, now))
+        return self._log.take()
 
     def reject(self, decision_id: str, author: str, reason: str, now: float) -> Changes:
         """Put a proposal away; raises `OperatorError` where it is none, or none any more."""
-        self._orders.reject(decision_id, Asked(author, reason, self._step, now))
-        return self._ledger.take()
+        self._requests.reject(decision_id, OperatorContext(author, reason, self._step, now))
+        return self._log.take()
 
     def set_mode(
         self,
@@ -180,7 +179,7 @@ class RunController:
         if mode not in MODES:
             raise OperatorError(f"mode {mode!r} is not allowed; allowed: {', '.join(MODES)}")
         self._mode = mode
-        return self._ledger.take()
+        return self._log.take()
 
     def restore(
         self,
@@ -192,7 +191,7 @@ class RunController:
     ) -> None:
         """Take up journalled records; `replay` of the newest samples gives the rest."""
         self._book.restore(alerts)
-        self._ledger.restore(decisions, tuple(revisions))
+        self._log.restore(decisions, tuple(revisions))
         self._checkpoints = dict.fromkeys(checkpoints)
         self._mode = mode or self._mode
         self._new_attempt = False
@@ -204,7 +203,7 @@ class RunController:
     def take_over(self, earlier: RunController) -> None:
         """Carry on for a new attempt of the run, whose trainer begins with every multiplier at 1."""
         self.restore(earlier.alerts, earlier.decisions, earlier.revisions, earlier.checkpoints, earlier.own_mode)
-        if earlier._ledger.blocks == self._ledger.blocks:
+        if earlier._log.blocks == self._log.blocks:
             self._history = earlier._history
         self._step = earlier._step
         self.begin_anew()

@@ -8,7 +8,7 @@ from dataclasses import replace
 import structlog
 from google.protobuf.message import DecodeError
 
-from sharpwatch.daemon.decisions.decision_log import UNDER_WAY
+from sharpwatch.daemon.decisions.lifecycle import UNDER_WAY
 from sharpwatch.daemon.decisions.run_controller import Changes
 from sharpwatch.daemon.estimation.estimator import PROBES
 from sharpwatch.daemon.ingest.hello import read_hello

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from sharpwatch.curvature.statistics.estimate import Estimate
-from sharpwatch.daemon.decisions.decision_log import UNDER_WAY
+from sharpwatch.daemon.decisions.lifecycle import UNDER_WAY
 from sharpwatch.daemon.decisions.run_controller import Changes, RunController
 from sharpwatch.daemon.estimation.estimator import PROBES
 from sharpwatch.daemon.estimation.hessian import ObservedStability, observed_stability

@@ -55,18 +55,18 @@ def test_others_keep_what_they_have():
     assert scaled({"qk": 0.8, "vo": 2.0}, ["qk"], 0.5, (0.1, 10.0)) == {"qk": 0.4, "vo": 2.0}
 
 
-def test_the_ladder_is_climbed_rung_by_rung_for_each_alert():
-    ladder = EscalationChain((policy("cut", to="more"), policy("more", alert="", to="back"), policy("back", alert="")))
+def test_the_chain_is_followed_policy_by_policy_for_each_alert():
+    chain = EscalationChain((policy("cut", to="more"), policy("more", alert="", to="back"), policy("back", alert="")))
 
-    def rung(decisions: list[Decision], step: int) -> list[str]:
-        return [one.name for one in ladder.answering(ALERT, decisions, step)]
+    def answering(decisions: list[Decision], step: int) -> list[str]:
+        return [one.name for one in chain.answering(ALERT, decisions, step)]
 
-    assert rung([], 1000) == ["cut"]
-    assert rung([answer("cut", 100)], 149) == ["cut"]
-    assert rung([answer("cut", 100)], 150) == ["more"]
-    assert rung([answer("cut", 100), answer("more", 150)], 199) == ["more"]
-    assert rung([answer("cut", 100), answer("more", 150)], 200) == ["back"]
-    assert rung([answer("cut", 100, alert="an earlier one")], 200) == ["cut"]
+    assert answering([], 1000) == ["cut"]
+    assert answering([answer("cut", 100)], 149) == ["cut"]
+    assert answering([answer("cut", 100)], 150) == ["more"]
+    assert answering([answer("cut", 100), answer("more", 150)], 199) == ["more"]
+    assert answering([answer("cut", 100), answer("more", 150)], 200) == ["back"]
+    assert answering([answer("cut", 100, alert="an earlier one")], 200) == ["cut"]
 
 
 def test_rollback_goes_before_the_onset_and_round_its_data():

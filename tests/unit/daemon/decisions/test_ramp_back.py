@@ -9,10 +9,10 @@ from sharpwatch.daemon.records import Alert, Decision, Outcome
 
 
 class Book:
-    """A ledger into which revisions are written one by one."""
+    """A decision log into which revisions are written one by one."""
 
     def __init__(self) -> None:
-        self.ledger = DecisionLog("run", ("qk", "vo"))
+        self.log = DecisionLog("run", ("qk", "vo"))
 
     def put(
         self,
@@ -24,50 +24,51 @@ class Book:
         undoes: int = 0,
         outcome: Outcome = "applied",
     ) -> Book:
-        number = len(self.ledger.revisions) + 1
+        number = len(self.log.revisions) + 1
         step = 10 * number
-        made = self.ledger.add(
-            Decision(
-                f"d{number}",
-                "run",
-                0.0,
-                step,
-                action,
-                "enforce",
-                outcome,
-                policy=policy,
-                alert_name="A",
-                multipliers={"qk": qk, "vo": vo},
-                applied_step=step,
-            )
+        draft = Decision(
+            f"d{number}",
+            "run",
+            0.0,
+            step,
+            action,
+            "enforce",
+            "draft",
+            policy=policy,
+            alert_name="A",
+            multipliers={"qk": qk, "vo": vo},
         )
-        self.ledger.revise(made, author="x", reason="", now=0.0, undoes=undoes)
+        made = self.log.revise(self.log.add(draft, "send"), author="x", reason="", now=0.0, undoes=undoes)
         if outcome == "applied":
-            self.ledger.applied(number, step)
+            made = self.log.advance(made, "apply", applied_step=step)
+            self.log.applied(number, step)
+        elif outcome == "expired":
+            made = self.log.advance(made, "expire")
+        assert made.outcome == outcome
         return self
 
-    def rungs(self) -> list[dict[str, float]]:
-        return [dict(rung.before) for rung in held_cuts(self.ledger).rungs]
+    def cuts(self) -> list[dict[str, float]]:
+        return [dict(cut.before) for cut in held_cuts(self.log).cuts]
 
 
-def test_rungs_pile_up_and_come_off_newest_first():
+def test_cuts_pile_up_and_come_off_newest_first():
     book = Book().put("scale_lr", 0.5, 0.5).put("scale_lr", 0.25, 0.5)
-    assert book.rungs() == [{"qk": 1.0, "vo": 1.0}, {"qk": 0.5}]
+    assert book.cuts() == [{"qk": 1.0, "vo": 1.0}, {"qk": 0.5}]
     book.put("ramp_back", 0.5, 0.5)
-    assert book.rungs() == [{"qk": 1.0, "vo": 1.0}]
-    assert held_cuts(book.ledger).ramped == ActiveCut("p", "A", {"qk": 0.5})
+    assert book.cuts() == [{"qk": 1.0, "vo": 1.0}]
+    assert held_cuts(book.log).ramped == ActiveCut("p", "A", {"qk": 0.5})
 
 
-def test_what_never_took_effect_is_no_rung():
-    assert Book().put("scale_lr", 0.5, outcome="expired").rungs() == []
-    assert Book().put("scale_lr", 0.5, outcome="sent").rungs() == [{"qk": 1.0}]
+def test_what_never_took_effect_is_no_cut():
+    assert Book().put("scale_lr", 0.5, outcome="expired").cuts() == []
+    assert Book().put("scale_lr", 0.5, outcome="sent").cuts() == [{"qk": 1.0}]
 
 
 def test_a_block_that_an_operator_moves_is_no_longer_the_daemons():
     book = Book().put("scale_lr", 0.5, 0.5).put("set_lr", 0.7, 0.5, policy="")
-    assert book.rungs() == [{"vo": 1.0}]
+    assert book.cuts() == [{"vo": 1.0}]
     book.put("set_lr", 0.7, 0.9, policy="")
-    assert book.rungs() == []
+    assert book.cuts() == []
 
 
 def test_a_ramp_taken_back_doubles_the_hold_until_a_fresh_start():
@@ -75,12 +76,12 @@ def test_a_ramp_taken_back_doubles_the_hold_until_a_fresh_start():
     book = Book().put("scale_lr", 0.5)
     for relapse in (1, 2, 3):
         book.put("ramp_back", 1.0)
-        book.put("set_lr", 0.5, undoes=len(book.ledger.revisions))
-        assert held_cuts(book.ledger).relapses == relapse
+        book.put("set_lr", 0.5, undoes=len(book.log.revisions))
+        assert held_cuts(book.log).relapses == relapse
         assert hold_steps(policy, relapse) == 100 * 2**relapse
-        assert book.rungs() == [{"qk": 1.0}]
+        assert book.cuts() == [{"qk": 1.0}]
     book.put("ramp_back", 1.0).put("scale_lr", 0.5)
-    assert held_cuts(book.ledger).relapses == 0
+    assert held_cuts(book.log).relapses == 0
 
 
 def test_a_raise_ends_with_its_ttl():
@@ -92,7 +93,7 @@ def test_a_raise_ends_with_its_ttl():
 
 def test_quiet_since_the_newest_trouble_or_change_on_this_timeline():
     alerts = [Alert("a", "run", "A", (), "warning", "", 1, last, active=False) for last in (30, 500)]
-    decisions = Book().put("scale_lr", 0.5).put("scale_lr", 0.2).ledger.decisions  # applied at 10 and 20
+    decisions = Book().put("scale_lr", 0.5).put("scale_lr", 0.2).log.decisions  # applied at 10 and 20
     assert quiet_since(alerts, decisions, 100) == 30
     assert quiet_since(alerts, decisions, 25) == 20
     assert quiet_since([], [], 25) == 25

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from sharpwatch.daemon.config.config import ActionConfig, EscalateConfig, GuardConfig, MatchConfig, PolicyConfig
-from sharpwatch.daemon.decisions.decision_log import FINAL
+from sharpwatch.daemon.decisions.lifecycle import FINAL
 from sharpwatch.daemon.decisions.run_controller import Changes, RunController
 from sharpwatch.daemon.records import Checkpoint, CommandResult, Decision, Observation
 from sharpwatch.errors import OperatorError
@@ -25,7 +25,7 @@ CUT = PolicyConfig(
     "cut", MatchConfig("UpdateRmsSpike"), "enforce", ActionConfig("scale_lr", "alert", factor=0.5, ttl_steps=500), GUARD
 )
 ROLLBACK = PolicyConfig("back", action=ActionConfig("rollback"), mode="enforce")
-LADDER = (replace(CUT, escalate=EscalateConfig(30, "back")), ROLLBACK)
+CHAIN = (replace(CUT, escalate=EscalateConfig(30, "back")), ROLLBACK)
 
 
 class Trainer:
@@ -230,8 +230,8 @@ def test_a_raise_that_ends_does_not_become_lasting_under_a_later_cut_or_a_new_at
     assert (command.multipliers["emb"], command.ttl_steps) == (2.0, 500)
 
 
-def test_the_ladder_ends_in_a_rollback_before_the_onset_once():
-    trainer = trained(LADDER)
+def test_the_escalation_chain_ends_in_a_rollback_before_the_onset_once():
+    trainer = trained(CHAIN)
     for at in (60, 110, 125):
         trainer.supervisor.checkpoint(Checkpoint(at, f"file:{at}"))
     trainer.heat["ffn"] = 1000.0
@@ -260,7 +260,7 @@ def test_no_checkpoint_before_the_onset_is_no_rollback():
     assert (made.outcome, made.guard) == ("refused", "checkpoint: none was saved before the onset")
 
 
-def test_what_held_is_ramped_back_one_rung_at_a_time():
+def test_what_held_is_ramped_back_one_cut_at_a_time():
     trainer = trained()
     trainer.heat["ffn"] = 1000.0
     trainer.run(15)
@@ -456,7 +456,7 @@ def test_a_restart_changes_nothing(restart_after):
     """The run that was restarted decides the same, at the same steps, as the one that was not."""
     told = []
     for restarts in (False, True):
-        trainer = trained(LADDER)
+        trainer = trained(CHAIN)
         trainer.supervisor.checkpoint(Checkpoint(100, "file"))
         trainer.heat["ffn"] = 8.0
         trainer.run(restart_after)

@@ -1,0 +1,83 @@
+"""The life of a decision, transition by transition."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from sharpwatch.daemon.decisions.decision_log import DecisionLog
+from sharpwatch.daemon.decisions.lifecycle import EVENTS, FINAL, OUTCOMES, TRANSITIONS, UNDER_WAY, advance, can
+from sharpwatch.daemon.records import Decision
+
+# Written out once more, so that no transition can come or go unseen. A pair that is not here must be refused.
+EXPECTED = {
+    "draft": {"observe": "observed", "propose": "proposed", "refuse": "refused", "send": "sent"},
+    "proposed": {"approve": "approved", "reject": "rejected", "expire": "expired", "supersede": "expired"},
+    "approved": {"apply": "applied", "refuse": "refused", "fail": "failed", "expire": "expired"},
+    "sent": {"apply": "applied", "refuse": "refused", "fail": "failed", "expire": "expired"},
+    "applied": {"recover": "recovered", "fail": "failed", "supersede": "failed"},
+    "observed": {},
+    "rejected": {},
+    "refused": {},
+    "recovered": {},
+    "failed": {},
+    "expired": {},
+}
+PAIRS = [(outcome, event) for outcome in OUTCOMES for event in EVENTS]
+
+
+def test_every_outcome_and_event_is_expected_or_refused():
+    assert EXPECTED.keys() == set(OUTCOMES)
+    assert {event for events in EXPECTED.values() for event in events} == set(EVENTS)
+    assert len(PAIRS) == 11 * 11
+
+
+@pytest.mark.parametrize(("outcome", "event"), PAIRS)
+def test_advance(outcome, event):
+    expected = EXPECTED[outcome].get(event)
+    assert can(outcome, event) == (expected is not None)
+    if expected is None:
+        with pytest.raises(ValueError, match=f"event '{event}' is not possible for a decision that is {outcome}"):
+            advance(outcome, event)
+    else:
+        assert advance(outcome, event) == expected
+
+
+@pytest.mark.parametrize(("outcome", "event"), [pair for pair in PAIRS if pair[0] != "draft"])
+def test_the_log_executes_the_table_and_leaves_what_is_final(outcome, event):
+    log = DecisionLog("run", ("qk",))
+    decision = Decision("d1", "run", 0.0, 1, "scale_lr", "enforce", outcome, policy="cut", multipliers={"qk": 0.5})
+    log.restore([decision], [])
+    if outcome in FINAL:
+        assert log.advance(decision, event, detail="late") == decision
+        assert log.take().transitions == ()
+    elif can(outcome, event):
+        after = replace(decision, outcome=EXPECTED[outcome][event], detail="why")
+        assert log.advance(decision, event, detail="why") == after
+        assert log.take().transitions == (after,)
+    else:
+        with pytest.raises(ValueError, match="not possible"):
+            log.advance(decision, event)
+        assert log.find("d1") == decision
+
+
+@pytest.mark.parametrize("event", EVENTS)
+def test_the_log_takes_a_draft_by_its_first_event_alone(event):
+    log = DecisionLog("run", ("qk",))
+    draft = Decision("d1", "run", 0.0, 1, "scale_lr", "enforce", "draft")
+    if can("draft", event):
+        assert log.add(draft, event).outcome == EXPECTED["draft"][event]
+    else:
+        with pytest.raises(ValueError, match="not possible"):
+            log.add(draft, event)
+        assert log.decisions == ()
+
+
+def test_no_event_leads_back_to_a_draft_and_every_outcome_is_reached():
+    assert set(TRANSITIONS.values()) == set(OUTCOMES) - {"draft"}
+
+
+def test_which_outcomes_are_final_and_which_wait_for_the_trainer():
+    assert {"observed", "rejected", "refused", "recovered", "failed", "expired"} == FINAL
+    assert {"approved", "sent"} == UNDER_WAY
