@@ -35,7 +35,7 @@ from sharpwatch.daemon.logging import configure_logs
 from sharpwatch.daemon.pipeline import Pipeline
 from sharpwatch.daemon.runs.restore import REPLAYED_SAMPLES, restore_run
 from sharpwatch.daemon.runs.runs import Runs
-from sharpwatch.daemon.storage.store import Store
+from sharpwatch.daemon.storage.journal import Store
 from sharpwatch.errors import SharpwatchError
 from sharpwatch.v1.operator_pb2_grpc import add_OperatorServiceServicer_to_server
 

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 
 import structlog
 
@@ -22,81 +20,17 @@ from sharpwatch.daemon.estimation.estimator import EstimationQueue, Estimator, W
 from sharpwatch.daemon.estimation.windows import EstimateRequest
 from sharpwatch.daemon.exporter.metrics import OwnMetrics
 from sharpwatch.daemon.ingest.queue import QueuedSample, SampleQueue
-from sharpwatch.daemon.records import Alert, Checkpoint, Decision, Revision
+from sharpwatch.daemon.records import Decision
 from sharpwatch.daemon.runs.runs import Attempt, Run, Runs
-from sharpwatch.daemon.storage.journal import AttemptRow, Batch, EstimateRow, ModeRow, SampleRow, TransitionRow
-from sharpwatch.daemon.storage.store import Store
+from sharpwatch.daemon.storage.journal import Store
+from sharpwatch.daemon.storage.pending_writes import Batch, PendingWrites
+from sharpwatch.daemon.storage.schema import AttemptRow, EstimateRow, ModeRow, SampleRow
 from sharpwatch.errors import OperatorError, StoreError
 
 log = structlog.get_logger(__name__)
 
 _FIRST_RETRY, _LAST_RETRY = 0.1, 5.0  # seconds between tries of a failing journal
-MAX_UNWRITTEN_ESTIMATES = 100_000  # the oldest go while the journal fails; they can be made again from samples
 _FAIR = 64  # samples folded before the loop serves others
-
-
-@dataclass(slots=True)
-class PendingWrites:
-    """Records that the journal does not have yet, each in its newest form; of decisions every transition too."""
-
-    attempts: dict[str, AttemptRow] = field(default_factory=dict)
-    alerts: dict[str, Alert] = field(default_factory=dict)
-    decisions: dict[str, Decision] = field(default_factory=dict)
-    transitions: list[TransitionRow] = field(default_factory=list)
-    revisions: dict[tuple[str, int], Revision] = field(default_factory=dict)
-    checkpoints: dict[tuple[str, Checkpoint], None] = field(default_factory=dict)
-    rewinds: dict[str, int] = field(default_factory=dict)  # run -> the step after which its checkpoints are void
-    modes: list[ModeRow] = field(default_factory=list)
-    estimates: deque[EstimateRow] = field(default_factory=lambda: deque(maxlen=MAX_UNWRITTEN_ESTIMATES))
-    commands: dict[str, str] = field(default_factory=dict)  # decision id -> run
-
-    def take_up(self, run: str, changes: Changes) -> None:
-        """Add what a supervisor changed."""
-        now = time.time()
-        self.transitions.extend(
-            TransitionRow(run, made.id, now, made.outcome, made.detail, made.author, made.reason)
-            for made in changes.transitions
-        )
-        self.alerts.update((alert.id, alert) for alert in changes.alerts)
-        self.decisions.update((made.id, made) for made in changes.decisions)
-        self.revisions.update(((run, one.revision), one) for one in changes.revisions)
-        # A command without its journalled decision must not leave, wherever the supervisor put it.
-        self.decisions.update((made.id, made) for made in changes.commands if made.id not in self.decisions)
-        self.commands.update((made.id, run) for made in changes.commands)
-
-    def rewind(self, run: str, step: int) -> None:
-        """`run` was restored to `step`: forget the checkpoints after it."""
-        self.rewinds[run] = min(step, self.rewinds.get(run, step))
-        self.checkpoints = {(of, cp): None for of, cp in self.checkpoints if of != run or cp.step <= step}
-
-    def under(self, newer: PendingWrites) -> None:
-        """Put what has come since on top."""
-        self.attempts.update(newer.attempts)
-        self.alerts.update(newer.alerts)
-        self.decisions.update(newer.decisions)
-        self.transitions.extend(newer.transitions)
-        self.revisions.update(newer.revisions)
-        for run, step in newer.rewinds.items():
-            self.rewind(run, step)
-        self.checkpoints.update(newer.checkpoints)
-        self.modes.extend(newer.modes)
-        self.estimates.extend(newer.estimates)
-        self.commands.update(newer.commands)
-
-    def batch(self, samples: Iterable[SampleRow] = ()) -> Batch:
-        """All of it, as one transaction."""
-        return Batch(
-            attempts=tuple(self.attempts.values()),
-            samples=tuple(samples),
-            alerts=tuple(self.alerts.values()),
-            decisions=tuple(self.decisions.values()),
-            transitions=tuple(self.transitions),
-            revisions=tuple(self.revisions.values()),
-            rewinds=tuple(self.rewinds.items()),
-            checkpoints=tuple(self.checkpoints),
-            modes=tuple(self.modes),
-            estimates=tuple(self.estimates),
-        )
 
 
 class Pipeline:
@@ -120,7 +54,7 @@ class Pipeline:
         self._metrics = metrics
         self._on_settled = on_settled
         self._on_command = on_command
-        self._unwritten = PendingWrites()
+        self._pending = PendingWrites()
         self._backlog = EstimationQueue(self._estimate_waiting)
         self._writing = asyncio.Lock()
         self._retry_at = 0.0
@@ -152,22 +86,22 @@ class Pipeline:
         """Journal an operator's changes and send their commands; raises `StoreError` while the journal fails."""
         self._take_up(run, changes)
         if mode is not None:
-            self._unwritten.modes.append(mode)
+            self._pending.modes.append(mode)
         run.show()
         await self._write(())
 
     async def restored(self, run: Run, changes: Sequence[Changes]) -> None:
         """Journal what the restart itself found out, and estimate from the windows as they are."""
         for change in changes:
-            self._unwritten.take_up(run.name, change)
+            self._pending.add(run.name, change)
         await self._estimate([run.request()])
-        self._unwritten.estimates.clear()  # the journal has them from before
+        self._pending.estimates.clear()  # the journal has them from before
         run.show()
 
     async def register(self, attempt: Attempt, now: float) -> None:
         """Journal that an attempt began; while the journal fails this waits with the rest."""
         manifest = attempt.manifest
-        self._unwritten.attempts[manifest.attempt] = AttemptRow(manifest.run, manifest.attempt, attempt.hello, now)
+        self._pending.attempts[manifest.attempt] = AttemptRow(manifest.run, manifest.attempt, attempt.hello, now)
         with suppress(StoreError):
             await self._write(())
 
@@ -185,29 +119,29 @@ class Pipeline:
         await self._process([entry for entry in entries if not entry.processed])
         if not written:
             self._intake.put_back(entries)
-        elif self._unwritten.batch():
+        elif self._pending.batch():
             with suppress(StoreError):
                 await self._write(())
         await self._backlog.room()
 
     async def _write(self, entries: Sequence[QueuedSample]) -> None:
-        """One transaction: `entries` and all that is unwritten. Then, and only then, acknowledge and send."""
+        """One transaction: `entries` and all that is pending. Then, and only then, acknowledge and send."""
         async with self._writing:
-            unwritten, self._unwritten = self._unwritten, PendingWrites()
+            pending, self._pending = self._pending, PendingWrites()
             now = time.time()
-            batch = unwritten.batch(_row(entry, now) for entry in entries)
+            batch = pending.batch(_row(entry, now) for entry in entries)
             try:
                 if batch:
                     await self._timed_write(batch)
             except StoreError:
-                unwritten.under(self._unwritten)
-                self._unwritten = unwritten
+                pending.add_newer(self._pending)
+                self._pending = pending
                 raise
         for entry in entries:
             entry.attempt.cursor.settle(entry.reading.sequence)
         for attempt in {entry.attempt.manifest.attempt: entry.attempt for entry in entries}.values():
             self._on_settled(attempt, attempt.cursor.journalled)
-        for identity, run in unwritten.commands.items():
+        for identity, run in pending.commands.items():
             try:
                 self._send(run, identity)
             except Exception:  # one command that can't be put on the wire must not end the daemon; counted
@@ -290,10 +224,10 @@ class Pipeline:
             self._metrics.dropped_probes.labels(probe).inc()
         if reading.restored:
             run.supervisor.rewind(reading.step)
-            self._unwritten.rewind(run.name, reading.step)
+            self._pending.rewind(run.name, reading.step)
         for checkpoint in reading.checkpoints:
             run.supervisor.checkpoint(checkpoint)
-            self._unwritten.checkpoints[run.name, checkpoint] = None
+            self._pending.checkpoints[run.name, checkpoint] = None
         for result in reading.results:
             run.outstanding.pop(result.command_id, None)
             try:
@@ -308,7 +242,7 @@ class Pipeline:
 
     def _take_up(self, run: Run, changes: Changes) -> None:
         run.note(changes)
-        self._unwritten.take_up(run.name, changes)
+        self._pending.add(run.name, changes)
         for alert in changes.alerts:
             log.warning(
                 "alert",
@@ -351,7 +285,7 @@ class Pipeline:
                 run.take_estimates(request, estimates)
             for (quantity, block, _), estimate in estimates.values.items():
                 if estimate.step == request.step:  # the others were taken before: it is other blocks' turn
-                    self._unwritten.estimates.append(EstimateRow(name, quantity, block, estimate))
+                    self._pending.estimates.append(EstimateRow(name, quantity, block, estimate))
 
 
 def _row(entry: QueuedSample, now: float) -> SampleRow:

@@ -22,7 +22,7 @@ from sharpwatch.daemon.decisions.run_controller import Changes
 from sharpwatch.daemon.pipeline import Pipeline
 from sharpwatch.daemon.records import Decision, Mode
 from sharpwatch.daemon.runs.runs import Run, Runs
-from sharpwatch.daemon.storage.journal import ModeRow
+from sharpwatch.daemon.storage.schema import ModeRow
 from sharpwatch.errors import OperatorError, StoreError
 from sharpwatch.v1 import operator_pb2 as pb
 from sharpwatch.v1.operator_pb2_grpc import OperatorServiceServicer

@@ -14,7 +14,7 @@ from sharpwatch.daemon.estimation.estimator import PROBES
 from sharpwatch.daemon.ingest.hello import read_hello
 from sharpwatch.daemon.ingest.samples import Cursor, Reading, read_sample
 from sharpwatch.daemon.runs.runs import Attempt, Run, Runs
-from sharpwatch.daemon.storage.journal import SampleRow, StoredAttempt, StoredRun
+from sharpwatch.daemon.storage.schema import SampleRow, StoredAttempt, StoredRun
 from sharpwatch.errors import OperatorError, WireError
 from sharpwatch.v1 import agent_pb2
 

@@ -1,175 +1,52 @@
-"""The SQLite journal: one connection, used from one thread; every write is one transaction.
+"""The journal: an SQLite file in which the daemon keeps samples and records, written on a thread of its own.
 
-The journal is in WAL mode with synchronous=FULL. An acknowledged sample is forgotten by the trainer's side, and a
-command that was sent must be found again, so a commit has to survive power loss and not only a killed process; NORMAL
-would keep the file sound but could lose the newest commits. The price is one fsync a batch, not one a sample.
+The file is in WAL mode with synchronous=FULL. The trainer's side forgets a sample once it is acknowledged, and a
+command that was sent must be found again, so a commit has to survive power loss, not only a killed process. With NORMAL
+the file would stay sound but could lose its newest commits. The price is one fsync a batch of samples.
 """
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import json
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import asdict, astuple
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from sharpwatch.curvature.statistics.estimate import Estimate
-from sharpwatch.daemon.records import Alert, Checkpoint, Decision, Mode, Revision, RollbackPlan
+from sharpwatch.daemon.records import Alert, Checkpoint, Decision, Revision, RollbackPlan
+from sharpwatch.daemon.storage.pending_writes import Batch
+from sharpwatch.daemon.storage.schema import (
+    FIRST_TABLES,
+    SCHEMA_VERSION,
+    SCHEMAS,
+    EstimateRow,
+    SampleRow,
+    StoredAttempt,
+    StoredRun,
+)
 from sharpwatch.errors import StoreError
 
-_TABLES = """
-CREATE TABLE attempts (
-    id INTEGER PRIMARY KEY, run TEXT NOT NULL, attempt TEXT NOT NULL UNIQUE, hello BLOB NOT NULL,
-    acknowledged INTEGER NOT NULL DEFAULT 0, seen_at REAL NOT NULL, closed INTEGER NOT NULL DEFAULT 0);
-CREATE INDEX attempts_by_run ON attempts (run, id);
-CREATE TABLE samples (
-    id INTEGER PRIMARY KEY, run TEXT NOT NULL, attempt TEXT NOT NULL, sequence INTEGER NOT NULL,
-    step INTEGER NOT NULL, payload BLOB NOT NULL, UNIQUE (attempt, sequence));
-CREATE INDEX samples_by_run ON samples (run, id);
-CREATE TABLE alerts (id TEXT PRIMARY KEY, run TEXT NOT NULL, first_step INTEGER NOT NULL, record TEXT NOT NULL);
-CREATE INDEX alerts_by_run ON alerts (run);
-CREATE TABLE decisions (
-    id TEXT PRIMARY KEY, run TEXT NOT NULL, made_at REAL NOT NULL, outcome TEXT NOT NULL, record TEXT NOT NULL);
-CREATE INDEX decisions_by_run ON decisions (run, made_at);
-CREATE TABLE revisions (
-    run TEXT NOT NULL, revision INTEGER NOT NULL, record TEXT NOT NULL, PRIMARY KEY (run, revision));
-CREATE TABLE checkpoints (
-    run TEXT NOT NULL, step INTEGER NOT NULL, uri TEXT NOT NULL, PRIMARY KEY (run, step, uri));
-CREATE TABLE modes (
-    id INTEGER PRIMARY KEY, run TEXT NOT NULL, mode TEXT NOT NULL, author TEXT NOT NULL, reason TEXT NOT NULL,
-    made_at REAL NOT NULL);
-CREATE TABLE estimates (
-    id INTEGER PRIMARY KEY, run TEXT NOT NULL, quantity TEXT NOT NULL, block TEXT NOT NULL, estimator TEXT NOT NULL,
-    step INTEGER NOT NULL, value REAL, stderr REAL, draws INTEGER NOT NULL);
-CREATE INDEX estimates_by_run ON estimates (run, id);
-"""
-_TRANSITIONS = """
-CREATE TABLE transitions (
-    id INTEGER PRIMARY KEY, run TEXT NOT NULL, decision TEXT NOT NULL, at REAL NOT NULL, outcome TEXT NOT NULL,
-    detail TEXT NOT NULL, author TEXT NOT NULL, reason TEXT NOT NULL);
-CREATE INDEX transitions_by_decision ON transitions (decision, id);
-"""
-_RESIDUALS = """
-ALTER TABLE estimates ADD COLUMN residual REAL;
-ALTER TABLE estimates ADD COLUMN method TEXT NOT NULL DEFAULT '';
-"""
-_SCHEMAS = (_TABLES, _TRANSITIONS, _RESIDUALS)  # each on top of the one before; a journal of version n has the first n
-SCHEMA_VERSION = len(_SCHEMAS)
-_FIRST_TABLES = {"attempts", "samples", "alerts", "decisions", "revisions"}  # that a journal of any version has
-_TRIM_EVERY = 100  # appended rows of a run between two trims: retention is exact to this many
+Result = TypeVar("Result")
+_TRIM_EVERY = 100  # rows of a run appended between two trims, so retention is exact to this many
 _ESTIMATES_PER_SAMPLE = 4
 
 
-@dataclass(frozen=True, slots=True)
-class AttemptRow:
-    """An attempt as it first said hello; `hello` is the serialized message."""
-
-    run: str
-    attempt: str
-    hello: bytes
-    seen_at: float
-
-
-@dataclass(frozen=True, slots=True)
-class SampleRow:
-    """A sample as it came; `payload` is the serialized SessionRequest."""
-
-    run: str
-    attempt: str
-    sequence: int
-    step: int
-    payload: bytes
-    received_at: float  # unix seconds
-    closing: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class TransitionRow:
-    """One change of a decision, at unix seconds; `author` and `reason` are whoever's brought it there."""
-
-    run: str
-    decision: str
-    at: float
-    outcome: str
-    detail: str
-    author: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class ModeRow:
-    """A run's mode as an operator set it."""
-
-    run: str
-    mode: Mode
-    author: str
-    reason: str
-    made_at: float
-
-
-@dataclass(frozen=True, slots=True)
-class EstimateRow:
-    """An estimate; `block` is empty for the whole model."""
-
-    run: str
-    quantity: str
-    block: str
-    estimate: Estimate
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """What goes into the journal in one transaction."""
-
-    attempts: tuple[AttemptRow, ...] = ()
-    samples: tuple[SampleRow, ...] = ()
-    alerts: tuple[Alert, ...] = ()
-    decisions: tuple[Decision, ...] = ()
-    transitions: tuple[TransitionRow, ...] = ()
-    revisions: tuple[Revision, ...] = ()
-    rewinds: tuple[tuple[str, int], ...] = ()  # run, and the step after which its earlier checkpoints are void
-    checkpoints: tuple[tuple[str, Checkpoint], ...] = ()
-    modes: tuple[ModeRow, ...] = ()
-    estimates: tuple[EstimateRow, ...] = ()
-
-    def __bool__(self) -> bool:
-        return any(getattr(self, field.name) for field in fields(self))
-
-
-@dataclass(frozen=True, slots=True)
-class StoredAttempt:
-    """An attempt found in the journal; all its samples up to `acknowledged` were journalled."""
-
-    attempt: str
-    hello: bytes
-    acknowledged: int
-    seen_at: float
-    closed: bool
-
-
-@dataclass(frozen=True, slots=True)
-class StoredRun:
-    """All that the journal knows of a run; sequences are oldest first."""
-
-    run: str
-    attempts: tuple[StoredAttempt, ...]
-    samples: tuple[SampleRow, ...]
-    alerts: tuple[Alert, ...]
-    decisions: tuple[Decision, ...]
-    revisions: tuple[Revision, ...]
-    checkpoints: tuple[Checkpoint, ...]
-    mode: Mode | None
-
-
 def database_path(url: str) -> Path:
-    """The file that a `sqlite:///relative` or `sqlite:////absolute` URL names."""
+    """Returns the path in a `sqlite:///relative` or `sqlite:////absolute` URL.
+
+    Raises:
+        StoreError: The URL has another form.
+    """
     prefix = "sqlite:///"
     if not url.startswith(prefix) or len(url) == len(prefix):
-        raise StoreError(f"store {url!r}: expected sqlite:///PATH")
+        raise StoreError(f"store must be sqlite:///PATH, got {url!r}")
     return Path(url.removeprefix(prefix)).expanduser()
 
 
@@ -178,7 +55,7 @@ def _record(value: Alert | Decision | Revision) -> str:
 
 
 def _estimate(row: EstimateRow) -> tuple[str | float, ...]:
-    """A NaN is a NULL there."""
+    # SQLite stores a NaN as NULL.
     one = row.estimate
     measured = (one.estimator, one.step, one.value, one.stderr, one.draws, one.residual, one.method)
     return (row.run, row.quantity, row.block, *measured)
@@ -198,13 +75,20 @@ def _alert(record: str) -> Alert:
 
 
 class Journal:
-    """The open journal. Raises `StoreError`, which names the path and the cause, from every method."""
+    """An open journal, for one thread at a time.
+
+    Every method raises `StoreError`, with the path and the cause, if the file can't be opened, read or written.
+
+    Args:
+        url: Where the journal is, as `sqlite:///PATH`. A file that does not exist is made.
+        retain_samples: How many of its newest samples are kept of each run.
+    """
 
     def __init__(self, url: str, *, retain_samples: int) -> None:
         self.path = database_path(url).absolute()
         self._retain = {"samples": retain_samples, "estimates": retain_samples * _ESTIMATES_PER_SAMPLE}
         self._untrimmed: dict[tuple[str, str], int] = {}
-        with self._said():
+        with self._store_errors():
             self._lock = self._take_lock()
             try:
                 self._connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
@@ -214,31 +98,31 @@ class Journal:
                 raise
 
     def close(self) -> None:
-        """Close the file and let another daemon have it."""
-        with self._said():
+        """Closes the file and releases its lock."""
+        with self._store_errors():
             self._connection.close()
         os.close(self._lock)
 
     def write(self, batch: Batch) -> None:
-        """Journal `batch` in one transaction: all of it, or none."""
-        with self._said(), self._transaction() as connection:
+        """Writes `batch` in one transaction: all of it, or none."""
+        with self._store_errors(), self._transaction() as connection:
             self._write_attempts(connection, batch)
             self._write_records(connection, batch)
             self._trim(connection, batch)
 
     def runs(self) -> tuple[str, ...]:
-        """The names of all runs, the one that began its newest attempt last at the end."""
-        with self._said():
+        """Returns the names of all runs, in the order in which their newest attempts began."""
+        with self._store_errors():
             query = "SELECT run FROM attempts GROUP BY run ORDER BY max(id)"
             return tuple(run for (run,) in self._connection.execute(query))
 
     def load(self, run: str, *, samples: int) -> StoredRun:
-        """All records of a run, and its newest `samples` samples."""
-        with self._said():
+        """Returns all records of a run and its newest `samples` samples."""
+        with self._store_errors():
             return self._load(run, samples)
 
     @contextmanager
-    def _said(self) -> Iterator[None]:
+    def _store_errors(self) -> Iterator[None]:
         try:
             yield
         except (sqlite3.Error, OSError) as error:
@@ -252,34 +136,35 @@ class Journal:
             yield self._connection
             self._connection.execute("COMMIT")
         except BaseException:
-            # SQLite ends the transaction itself on some errors, a full disk among them.
+            # On some errors, such as a full disk, SQLite has ended the transaction already.
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
             raise
 
     def _take_lock(self) -> int:
-        """Hold `PATH.lock`: a second daemon on the same journal would take the runs for its own."""
+        """Locks `PATH.lock`, so that no second daemon can serve the runs of this journal."""
         lock = os.open(f"{self.path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             os.close(lock)
-            raise StoreError(f"journal {self.path}: another daemon holds it") from error
+            raise StoreError(f"journal {self.path}: another daemon is using it") from error
         return lock
 
     def _prepare(self) -> None:
         (version,) = self._connection.execute("PRAGMA user_version").fetchone()
         if version > SCHEMA_VERSION:
             raise StoreError(
-                f"journal {self.path}: schema {version}, written by a newer sharpwatch; this one knows {SCHEMA_VERSION}"
+                f"journal {self.path}: cannot read schema version {version}, which a newer sharpwatch wrote; "
+                f"this version reads up to {SCHEMA_VERSION}"
             )
         tables = {name for (name,) in self._connection.execute("SELECT name FROM sqlite_master")}
-        if not (tables >= _FIRST_TABLES if version else not tables):
-            raise StoreError(f"journal {self.path}: a database of something else")
+        if not (tables >= FIRST_TABLES if version else not tables):
+            raise StoreError(f"journal {self.path}: the file is a database of another program")
         self._connection.execute("PRAGMA journal_mode=WAL")
         self._connection.execute("PRAGMA synchronous=FULL")
         if version < SCHEMA_VERSION:
-            script = "".join(_SCHEMAS[version:])
+            script = "".join(SCHEMAS[version:])
             self._connection.executescript(f"BEGIN;{script}PRAGMA user_version={SCHEMA_VERSION};COMMIT;")
 
     def _write_attempts(self, connection: sqlite3.Connection, batch: Batch) -> None:
@@ -340,7 +225,7 @@ class Journal:
         for key in [key for key, count in self._untrimmed.items() if count >= _TRIM_EVERY]:
             table, run = key
             connection.execute(
-                f"DELETE FROM {table} WHERE run = ? AND id <= "  # noqa: S608  one of our two tables
+                f"DELETE FROM {table} WHERE run = ? AND id <= "  # noqa: S608  the name of one of two tables
                 f"(SELECT id FROM {table} WHERE run = ? ORDER BY id DESC LIMIT 1 OFFSET ?)",
                 (run, run, self._retain[table]),
             )
@@ -384,3 +269,59 @@ class Journal:
             ),
             mode=mode[0] if mode else None,
         )
+
+
+class Store:
+    """An open journal on a thread of its own, so that a slow disk never blocks the event loop.
+
+    Use `Store.open` to make one. Every method raises `StoreError`, as `Journal` does.
+    """
+
+    def __init__(self, journal: Journal, thread: ThreadPoolExecutor) -> None:
+        self._journal = journal
+        self._thread = thread
+
+    @classmethod
+    async def open(cls, url: str, *, retain_samples: int) -> Store:
+        """Opens a journal, or creates it, for this process alone.
+
+        Args:
+            url: Where the journal is, as `sqlite:///PATH`.
+            retain_samples: How many of its newest samples are kept of each run.
+
+        Raises:
+            StoreError: It can't be opened, is of a newer version, or another daemon is using it.
+        """
+        thread = ThreadPoolExecutor(1, thread_name_prefix="journal")
+        opening = partial(Journal, url, retain_samples=retain_samples)
+        try:
+            journal = await asyncio.get_running_loop().run_in_executor(thread, opening)
+        except BaseException:
+            thread.shutdown()
+            raise
+        return cls(journal, thread)
+
+    @property
+    def path(self) -> Path:
+        """The journal's file."""
+        return self._journal.path
+
+    async def write(self, batch: Batch) -> None:
+        """Writes `batch` in one transaction; returns once it would survive power loss."""
+        await self._call(partial(self._journal.write, batch))
+
+    async def runs(self) -> tuple[str, ...]:
+        """Returns the names of all runs, in the order in which their newest attempts began."""
+        return await self._call(self._journal.runs)
+
+    async def load(self, run: str, *, samples: int) -> StoredRun:
+        """Returns all records of a run and its newest `samples` samples."""
+        return await self._call(partial(self._journal.load, run, samples=samples))
+
+    async def close(self) -> None:
+        """Closes the journal after the writes in progress."""
+        await self._call(self._journal.close)
+        self._thread.shutdown()
+
+    async def _call(self, function: Callable[[], Result]) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function)

@@ -247,7 +247,7 @@ async def test_a_daemon_that_all_could_command_does_not_start(running, tmp_path)
 
 
 async def test_two_daemons_do_not_share_a_port_or_a_journal(running, daemon, tmp_path):
-    with pytest.raises(SharpwatchError, match="another daemon holds it"):
+    with pytest.raises(SharpwatchError, match="another daemon is using it"):
         async with running():
             pass
     with pytest.raises(SharpwatchError, match=r"grpc 127\.0\.0\.1:\d+: can't listen there"):

@@ -16,13 +16,13 @@ import pytest
 
 from sharpwatch.curvature.statistics.estimate import Estimate
 from sharpwatch.daemon.records import Alert, Checkpoint, Decision, Revision, RollbackPlan
-from sharpwatch.daemon.storage.journal import (
-    _SCHEMAS,
+from sharpwatch.daemon.storage.journal import Journal
+from sharpwatch.daemon.storage.pending_writes import Batch
+from sharpwatch.daemon.storage.schema import (
     SCHEMA_VERSION,
+    SCHEMAS,
     AttemptRow,
-    Batch,
     EstimateRow,
-    Journal,
     ModeRow,
     SampleRow,
     TransitionRow,
@@ -158,7 +158,7 @@ def test_a_decision_and_its_transition_are_written_together_or_not_at_all(journa
 def old_journal(path: Path, version: int) -> None:
     """A journal as the sharpwatch of that schema left it, with three samples and an estimate."""
     with closing(sqlite3.connect(path)) as beside:
-        beside.executescript("".join(_SCHEMAS[:version]))
+        beside.executescript("".join(SCHEMAS[:version]))
         rows = [("run", "a1", n, n + 10, b"x") for n in (1, 2, 3)]
         beside.executemany("INSERT INTO samples (run, attempt, sequence, step, payload) VALUES (?, ?, ?, ?, ?)", rows)
         beside.execute(
@@ -201,13 +201,13 @@ def test_a_closing_sample_closes_its_attempt(journal):
 
 
 def test_a_second_daemon_is_kept_out(journal, url):
-    with pytest.raises(StoreError, match=r"journal\.db: another daemon holds it"):
+    with pytest.raises(StoreError, match=r"journal\.db: another daemon is using it"):
         Journal(url, retain_samples=100)
     assert journal.runs() == ()
 
 
 def test_what_can_not_be_a_journal_is_refused_with_path_and_cause(tmp_path):
-    with pytest.raises(StoreError, match="expected sqlite:///PATH"):
+    with pytest.raises(StoreError, match="must be sqlite:///PATH"):
         Journal("postgresql://somewhere", retain_samples=1)
     with pytest.raises(StoreError, match=r"nowhere/j\.db: No such file or directory"):
         Journal(f"sqlite:///{tmp_path}/nowhere/j.db", retain_samples=1)
@@ -216,11 +216,11 @@ def test_what_can_not_be_a_journal_is_refused_with_path_and_cause(tmp_path):
         Journal(f"sqlite:///{tmp_path}/text.db", retain_samples=1)
     with closing(sqlite3.connect(tmp_path / "newer.db")) as newer:
         newer.execute("PRAGMA user_version=99")
-    with pytest.raises(StoreError, match="schema 99, written by a newer sharpwatch"):
+    with pytest.raises(StoreError, match="schema version 99, which a newer sharpwatch wrote"):
         Journal(f"sqlite:///{tmp_path}/newer.db", retain_samples=1)
     with closing(sqlite3.connect(tmp_path / "other.db")) as other:
         other.execute("CREATE TABLE cats (name)")
-    with pytest.raises(StoreError, match="a database of something else"):
+    with pytest.raises(StoreError, match="a database of another program"):
         Journal(f"sqlite:///{tmp_path}/other.db", retain_samples=1)
 
 
@@ -229,7 +229,7 @@ def test_a_database_of_something_else_is_left_as_it_is(tmp_path, version):
     with closing(sqlite3.connect(tmp_path / "other.db")) as other:
         other.executescript(f"CREATE TABLE cats (name); PRAGMA user_version={version};")
     before = (tmp_path / "other.db").read_bytes()
-    with pytest.raises(StoreError, match="a database of something else"):
+    with pytest.raises(StoreError, match="a database of another program"):
         Journal(f"sqlite:///{tmp_path}/other.db", retain_samples=1)
     assert (tmp_path / "other.db").read_bytes() == before
 
@@ -256,7 +256,9 @@ def test_a_full_disk_takes_nothing_and_says_so_then_all_of_it(journal):
 
 WRITER = """
 import sys
-from sharpwatch.daemon.storage.journal import AttemptRow, Batch, Journal, SampleRow
+from sharpwatch.daemon.storage.journal import Journal
+from sharpwatch.daemon.storage.pending_writes import Batch
+from sharpwatch.daemon.storage.schema import AttemptRow, SampleRow
 journal = Journal(sys.argv[1], retain_samples=100_000)
 journal.write(Batch(attempts=(AttemptRow("run", "a1", b"", 0.0),)))
 sequence = 0

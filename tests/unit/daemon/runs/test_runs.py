@@ -16,7 +16,7 @@ from sharpwatch.daemon.ingest.hello import read_hello
 from sharpwatch.daemon.ingest.samples import read_sample
 from sharpwatch.daemon.runs.restore import restore_run
 from sharpwatch.daemon.runs.runs import Attempt, Run, Runs, Signal
-from sharpwatch.daemon.storage.journal import SampleRow, StoredAttempt, StoredRun
+from sharpwatch.daemon.storage.schema import SampleRow, StoredAttempt, StoredRun
 from sharpwatch.v1 import agent_pb2, types_pb2
 
 SIZES = {"emb": 64, "norm": 8}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from sharpwatch.daemon.decisions.decision_log import Changes
-from sharpwatch.daemon.pipeline import PendingWrites
 from sharpwatch.daemon.records import Decision
+from sharpwatch.daemon.storage.pending_writes import PendingWrites
 
 PROPOSED = Decision("d1", "run", 1.0, 7, "notify", "advise", "proposed")
 
@@ -17,10 +17,10 @@ def changed(made: Decision) -> Changes:
 
 def test_a_failing_journal_loses_no_transition():
     failed, meanwhile = PendingWrites(), PendingWrites()
-    failed.take_up("run", changed(PROPOSED))
-    failed.take_up("run", changed(replace(PROPOSED, outcome="approved", author="ann", reason="go on")))
-    meanwhile.take_up("run", changed(replace(PROPOSED, outcome="expired")))
-    failed.under(meanwhile)
+    failed.add("run", changed(PROPOSED))
+    failed.add("run", changed(replace(PROPOSED, outcome="approved", author="ann", reason="go on")))
+    meanwhile.add("run", changed(replace(PROPOSED, outcome="expired")))
+    failed.add_newer(meanwhile)
     batch = failed.batch()
     assert [made.outcome for made in batch.decisions] == ["expired"]
     assert [(row.decision, row.outcome, row.author) for row in batch.transitions] == [

@@ -1,0 +1,134 @@
+"""The tables of the journal and the records in them.
+
+Each schema version adds to the one before, and a journal of an older version is upgraded when it is opened. A field
+added to a record must therefore have a default, because older journals hold the record without it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sharpwatch.curvature.statistics.estimate import Estimate
+from sharpwatch.daemon.records import Alert, Checkpoint, Decision, Mode, Revision
+
+_TABLES = """
+CREATE TABLE attempts (
+    id INTEGER PRIMARY KEY, run TEXT NOT NULL, attempt TEXT NOT NULL UNIQUE, hello BLOB NOT NULL,
+    acknowledged INTEGER NOT NULL DEFAULT 0, seen_at REAL NOT NULL, closed INTEGER NOT NULL DEFAULT 0);
+CREATE INDEX attempts_by_run ON attempts (run, id);
+CREATE TABLE samples (
+    id INTEGER PRIMARY KEY, run TEXT NOT NULL, attempt TEXT NOT NULL, sequence INTEGER NOT NULL,
+    step INTEGER NOT NULL, payload BLOB NOT NULL, UNIQUE (attempt, sequence));
+CREATE INDEX samples_by_run ON samples (run, id);
+CREATE TABLE alerts (id TEXT PRIMARY KEY, run TEXT NOT NULL, first_step INTEGER NOT NULL, record TEXT NOT NULL);
+CREATE INDEX alerts_by_run ON alerts (run);
+CREATE TABLE decisions (
+    id TEXT PRIMARY KEY, run TEXT NOT NULL, made_at REAL NOT NULL, outcome TEXT NOT NULL, record TEXT NOT NULL);
+CREATE INDEX decisions_by_run ON decisions (run, made_at);
+CREATE TABLE revisions (
+    run TEXT NOT NULL, revision INTEGER NOT NULL, record TEXT NOT NULL, PRIMARY KEY (run, revision));
+CREATE TABLE checkpoints (
+    run TEXT NOT NULL, step INTEGER NOT NULL, uri TEXT NOT NULL, PRIMARY KEY (run, step, uri));
+CREATE TABLE modes (
+    id INTEGER PRIMARY KEY, run TEXT NOT NULL, mode TEXT NOT NULL, author TEXT NOT NULL, reason TEXT NOT NULL,
+    made_at REAL NOT NULL);
+CREATE TABLE estimates (
+    id INTEGER PRIMARY KEY, run TEXT NOT NULL, quantity TEXT NOT NULL, block TEXT NOT NULL, estimator TEXT NOT NULL,
+    step INTEGER NOT NULL, value REAL, stderr REAL, draws INTEGER NOT NULL);
+CREATE INDEX estimates_by_run ON estimates (run, id);
+"""
+_TRANSITIONS = """
+CREATE TABLE transitions (
+    id INTEGER PRIMARY KEY, run TEXT NOT NULL, decision TEXT NOT NULL, at REAL NOT NULL, outcome TEXT NOT NULL,
+    detail TEXT NOT NULL, author TEXT NOT NULL, reason TEXT NOT NULL);
+CREATE INDEX transitions_by_decision ON transitions (decision, id);
+"""
+_RESIDUALS = """
+ALTER TABLE estimates ADD COLUMN residual REAL;
+ALTER TABLE estimates ADD COLUMN method TEXT NOT NULL DEFAULT '';
+"""
+SCHEMAS = (_TABLES, _TRANSITIONS, _RESIDUALS)  # a journal of version n has the first n
+SCHEMA_VERSION = len(SCHEMAS)
+FIRST_TABLES = {"attempts", "samples", "alerts", "decisions", "revisions"}  # in a journal of any version
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptRow:
+    """An attempt of a run; `hello` is its serialized Hello, `seen_at` the unix seconds of that."""
+
+    run: str
+    attempt: str
+    hello: bytes
+    seen_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRow:
+    """A sample as it was received; `payload` is the serialized SessionRequest."""
+
+    run: str
+    attempt: str
+    sequence: int
+    step: int
+    payload: bytes
+    received_at: float  # unix seconds
+    closing: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TransitionRow:
+    """One state of a decision, entered at unix seconds `at`; `author` and `reason` are those of the change."""
+
+    run: str
+    decision: str
+    at: float
+    outcome: str
+    detail: str
+    author: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModeRow:
+    """A mode that an operator set for a run."""
+
+    run: str
+    mode: Mode
+    author: str
+    reason: str
+    made_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class EstimateRow:
+    """An estimate; `block` is empty for the whole model."""
+
+    run: str
+    quantity: str
+    block: str
+    estimate: Estimate
+
+
+@dataclass(frozen=True, slots=True)
+class StoredAttempt:
+    """An attempt read from the journal, which has all its samples up to the sequence `acknowledged`."""
+
+    attempt: str
+    hello: bytes
+    acknowledged: int
+    seen_at: float
+    closed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRun:
+    """All records of a run, each kind oldest first."""
+
+    run: str
+    attempts: tuple[StoredAttempt, ...]
+    samples: tuple[SampleRow, ...]
+    alerts: tuple[Alert, ...]
+    decisions: tuple[Decision, ...]
+    revisions: tuple[Revision, ...]
+    checkpoints: tuple[Checkpoint, ...]
+    mode: Mode | None
