@@ -23,7 +23,7 @@ from sharpwatch.daemon.ingest.queue import QueuedSample, SampleQueue
 from sharpwatch.daemon.records import Decision
 from sharpwatch.daemon.runs.runs import Attempt, Run, Runs
 from sharpwatch.daemon.storage.journal import Store
-from sharpwatch.daemon.storage.pending_writes import Batch, PendingWrites
+from sharpwatch.daemon.storage.pending_writes import PendingWrites
 from sharpwatch.daemon.storage.schema import AttemptRow, EstimateRow, ModeRow, SampleRow
 from sharpwatch.errors import OperatorError, StoreError
 
@@ -119,7 +119,7 @@ class Pipeline:
         await self._process([entry for entry in entries if not entry.processed])
         if not written:
             self._intake.put_back(entries)
-        elif self._pending.batch():
+        elif self._pending != PendingWrites():
             with suppress(StoreError):
                 await self._write(())
         await self._backlog.room()
@@ -129,10 +129,9 @@ class Pipeline:
         async with self._writing:
             pending, self._pending = self._pending, PendingWrites()
             now = time.time()
-            batch = pending.batch(_row(entry, now) for entry in entries)
             try:
-                if batch:
-                    await self._timed_write(batch)
+                if entries or pending != PendingWrites():
+                    await self._timed_write(pending, [_row(entry, now) for entry in entries])
             except StoreError:
                 pending.add_newer(self._pending)
                 self._pending = pending
@@ -148,10 +147,10 @@ class Pipeline:
                 self._metrics.internal_errors.labels("send").inc()
                 log.exception("send_failed", run=run, decision=identity)
 
-    async def _timed_write(self, batch: Batch) -> None:
+    async def _timed_write(self, pending: PendingWrites, samples: Sequence[SampleRow]) -> None:
         try:
             with self._metrics.store.time():
-                await self._store.write(batch)
+                await self._store.write(pending, samples)
         except StoreError as error:
             self._metrics.store_errors.inc()
             self._metrics.store_writable.set(0)

@@ -12,7 +12,8 @@ import fcntl
 import json
 import os
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, astuple
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sharpwatch.daemon.records import Alert, Checkpoint, Decision, Revision, RollbackPlan
-from sharpwatch.daemon.storage.pending_writes import Batch
+from sharpwatch.daemon.storage.pending_writes import PendingWrites
 from sharpwatch.daemon.storage.schema import (
     FIRST_TABLES,
     SCHEMA_VERSION,
@@ -87,7 +88,7 @@ class Journal:
     def __init__(self, url: str, *, retain_samples: int) -> None:
         self.path = database_path(url).absolute()
         self._retain = {"samples": retain_samples, "estimates": retain_samples * _ESTIMATES_PER_SAMPLE}
-        self._untrimmed: dict[tuple[str, str], int] = {}
+        self._untrimmed: Counter[tuple[str, str]] = Counter()  # rows appended since the last trim
         with self._store_errors():
             self._lock = self._take_lock()
             try:
@@ -103,12 +104,12 @@ class Journal:
             self._connection.close()
         os.close(self._lock)
 
-    def write(self, batch: Batch) -> None:
-        """Writes `batch` in one transaction: all of it, or none."""
+    def write(self, records: PendingWrites, samples: Sequence[SampleRow] = ()) -> None:
+        """Writes records and samples in one transaction: all of them, or none."""
         with self._store_errors(), self._transaction() as connection:
-            self._write_attempts(connection, batch)
-            self._write_records(connection, batch)
-            self._trim(connection, batch)
+            self._write_attempts(connection, records, samples)
+            self._write_records(connection, records)
+            self._trim(connection, records, samples)
 
     def runs(self) -> tuple[str, ...]:
         """Returns the names of all runs, in the order in which their newest attempts began."""
@@ -167,61 +168,59 @@ class Journal:
             script = "".join(SCHEMAS[version:])
             self._connection.executescript(f"BEGIN;{script}PRAGMA user_version={SCHEMA_VERSION};COMMIT;")
 
-    def _write_attempts(self, connection: sqlite3.Connection, batch: Batch) -> None:
+    def _write_attempts(
+        self, connection: sqlite3.Connection, records: PendingWrites, samples: Sequence[SampleRow]
+    ) -> None:
         connection.executemany(
             "INSERT INTO attempts (run, attempt, hello, seen_at) VALUES (?, ?, ?, ?) ON CONFLICT (attempt) DO NOTHING",
-            [(row.run, row.attempt, row.hello, row.seen_at) for row in batch.attempts],
+            [(row.run, row.attempt, row.hello, row.seen_at) for row in records.attempts.values()],
         )
         connection.executemany(
             "INSERT OR IGNORE INTO samples (run, attempt, sequence, step, payload) VALUES (?, ?, ?, ?, ?)",
-            [(row.run, row.attempt, row.sequence, row.step, row.payload) for row in batch.samples],
+            [(row.run, row.attempt, row.sequence, row.step, row.payload) for row in samples],
         )
-        newest = {row.attempt: row for row in batch.samples}
+        newest = {row.attempt: row for row in samples}
         connection.executemany(
             "UPDATE attempts SET acknowledged = max(acknowledged, ?), seen_at = ?, closed = ? WHERE attempt = ?",
             [(row.sequence, row.received_at, row.closing, row.attempt) for row in newest.values()],
         )
 
-    def _write_records(self, connection: sqlite3.Connection, batch: Batch) -> None:
+    def _write_records(self, connection: sqlite3.Connection, records: PendingWrites) -> None:
         connection.executemany(
             "INSERT OR REPLACE INTO alerts VALUES (?, ?, ?, ?)",
-            [(alert.id, alert.run, alert.first_step, _record(alert)) for alert in batch.alerts],
+            [(alert.id, alert.run, alert.first_step, _record(alert)) for alert in records.alerts.values()],
         )
         connection.executemany(
             "INSERT INTO decisions VALUES (?, ?, ?, ?, ?) "
             "ON CONFLICT (id) DO UPDATE SET outcome = excluded.outcome, record = excluded.record",
-            [(made.id, made.run, made.made_at, made.outcome, _record(made)) for made in batch.decisions],
+            [(made.id, made.run, made.made_at, made.outcome, _record(made)) for made in records.decisions.values()],
         )
         connection.executemany(
             "INSERT INTO transitions (run, decision, at, outcome, detail, author, reason) VALUES (?, ?, ?, ?, ?, ?, ?)",
-            [astuple(row) for row in batch.transitions],
+            [astuple(row) for row in records.transitions],
         )
         connection.executemany(
             "INSERT OR REPLACE INTO revisions VALUES (?, ?, ?)",
-            [(revision.run, revision.revision, _record(revision)) for revision in batch.revisions],
+            [(revision.run, revision.revision, _record(revision)) for revision in records.revisions.values()],
         )
-        connection.executemany("DELETE FROM checkpoints WHERE run = ? AND step > ?", batch.rewinds)
+        connection.executemany("DELETE FROM checkpoints WHERE run = ? AND step > ?", list(records.rewinds.items()))
         connection.executemany(
             "INSERT OR IGNORE INTO checkpoints VALUES (?, ?, ?)",
-            [(run, checkpoint.step, checkpoint.uri) for run, checkpoint in batch.checkpoints],
+            [(run, checkpoint.step, checkpoint.uri) for run, checkpoint in records.checkpoints],
         )
         connection.executemany(
             "INSERT INTO modes (run, mode, author, reason, made_at) VALUES (?, ?, ?, ?, ?)",
-            [(row.run, row.mode, row.author, row.reason, row.made_at) for row in batch.modes],
+            [(row.run, row.mode, row.author, row.reason, row.made_at) for row in records.modes],
         )
         connection.executemany(
             "INSERT INTO estimates (run, quantity, block, estimator, step, value, stderr, draws, residual, method) "
             "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            map(_estimate, batch.estimates),
+            map(_estimate, records.estimates),
         )
 
-    def _trim(self, connection: sqlite3.Connection, batch: Batch) -> None:
-        appended: Iterable[tuple[str, str]] = (
-            *(("samples", row.run) for row in batch.samples),
-            *(("estimates", row.run) for row in batch.estimates),
-        )
-        for key in appended:
-            self._untrimmed[key] = self._untrimmed.get(key, 0) + 1
+    def _trim(self, connection: sqlite3.Connection, records: PendingWrites, samples: Sequence[SampleRow]) -> None:
+        self._untrimmed.update(("samples", row.run) for row in samples)
+        self._untrimmed.update(("estimates", row.run) for row in records.estimates)
         for key in [key for key, count in self._untrimmed.items() if count >= _TRIM_EVERY]:
             table, run = key
             connection.execute(
@@ -306,9 +305,9 @@ class Store:
         """The journal's file."""
         return self._journal.path
 
-    async def write(self, batch: Batch) -> None:
-        """Writes `batch` in one transaction; returns once it would survive power loss."""
-        await self._call(partial(self._journal.write, batch))
+    async def write(self, records: PendingWrites, samples: Sequence[SampleRow] = ()) -> None:
+        """Writes records and samples in one transaction; returns once they would survive power loss."""
+        await self._call(partial(self._journal.write, records, samples))
 
     async def runs(self) -> tuple[str, ...]:
         """Returns the names of all runs, in the order in which their newest attempts began."""

@@ -4,40 +4,20 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 from sharpwatch.daemon.decisions.decision_log import Changes
 from sharpwatch.daemon.records import Alert, Checkpoint, Decision, Revision
-from sharpwatch.daemon.storage.schema import AttemptRow, EstimateRow, ModeRow, SampleRow, TransitionRow
+from sharpwatch.daemon.storage.schema import AttemptRow, EstimateRow, ModeRow, TransitionRow
 
 MAX_PENDING_ESTIMATES = 100_000  # the oldest go while the journal fails; they can be made again from samples
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """All that one transaction writes to the journal."""
-
-    attempts: tuple[AttemptRow, ...] = ()
-    samples: tuple[SampleRow, ...] = ()
-    alerts: tuple[Alert, ...] = ()
-    decisions: tuple[Decision, ...] = ()
-    transitions: tuple[TransitionRow, ...] = ()
-    revisions: tuple[Revision, ...] = ()
-    rewinds: tuple[tuple[str, int], ...] = ()  # run, and the step after which its checkpoints are void
-    checkpoints: tuple[tuple[str, Checkpoint], ...] = ()
-    modes: tuple[ModeRow, ...] = ()
-    estimates: tuple[EstimateRow, ...] = ()
-
-    def __bool__(self) -> bool:
-        return any(getattr(self, field.name) for field in fields(self))
 
 
 @dataclass(slots=True)
 class PendingWrites:
     """Records that the journal does not have yet: each in its newest form, and of decisions every state.
 
-    The pipeline collects changes here and writes `batch()`. If the write fails, it puts the changes that came meanwhile
+    The pipeline collects changes here for the next transaction. If that fails, it puts the changes that came meanwhile
     on top with `add_newer`, and tries again with all of them.
     """
 
@@ -84,18 +64,3 @@ class PendingWrites:
         self.modes.extend(newer.modes)
         self.estimates.extend(newer.estimates)
         self.commands.update(newer.commands)
-
-    def batch(self, samples: Iterable[SampleRow] = ()) -> Batch:
-        """Returns all of it, with `samples`, for one transaction."""
-        return Batch(
-            attempts=tuple(self.attempts.values()),
-            samples=tuple(samples),
-            alerts=tuple(self.alerts.values()),
-            decisions=tuple(self.decisions.values()),
-            transitions=tuple(self.transitions),
-            revisions=tuple(self.revisions.values()),
-            rewinds=tuple(self.rewinds.items()),
-            checkpoints=tuple(self.checkpoints),
-            modes=tuple(self.modes),
-            estimates=tuple(self.estimates),
-        )

@@ -17,7 +17,7 @@ import pytest
 from sharpwatch.curvature.statistics.estimate import Estimate
 from sharpwatch.daemon.records import Alert, Checkpoint, Decision, Revision, RollbackPlan
 from sharpwatch.daemon.storage.journal import Journal
-from sharpwatch.daemon.storage.pending_writes import Batch
+from sharpwatch.daemon.storage.pending_writes import PendingWrites
 from sharpwatch.daemon.storage.schema import (
     SCHEMA_VERSION,
     SCHEMAS,
@@ -30,6 +30,19 @@ from sharpwatch.daemon.storage.schema import (
 from sharpwatch.errors import StoreError
 
 ATTEMPT = AttemptRow("run", "a1", b"hello", 100.0)
+
+
+def write(journal: Journal, samples=(), **rows) -> None:
+    """Write rows, given by their kind, in one transaction."""
+    by_id = {
+        "attempts": lambda row: row.attempt,
+        "alerts": lambda row: row.id,
+        "decisions": lambda row: row.id,
+        "revisions": lambda row: (row.run, row.revision),
+    }
+    records = {kind: {key(row): row for row in rows.pop(kind, ())} for kind, key in by_id.items()}
+    records |= {"checkpoints": dict.fromkeys(rows.pop("checkpoints", ())), "rewinds": dict(rows.pop("rewinds", ()))}
+    journal.write(PendingWrites(**records, **rows), samples)
 
 
 def samples(first: int, last: int, *, size: int = 8, closed: bool = False) -> tuple[SampleRow, ...]:
@@ -52,9 +65,9 @@ def journal(url):
 
 def test_checkpoints_of_a_timeline_that_was_left_are_forgotten(journal):
     kept, void, other = Checkpoint(3, "file:///c3"), Checkpoint(9, "file:///c9"), Checkpoint(9, "file:///o9")
-    journal.write(Batch(attempts=(ATTEMPT,), checkpoints=(("run", kept), ("run", void), ("else", other))))
+    write(journal, attempts=(ATTEMPT,), checkpoints=(("run", kept), ("run", void), ("else", other)))
     again = Checkpoint(5, "file:///c5")
-    journal.write(Batch(rewinds=(("run", 4),), checkpoints=(("run", again),)))
+    write(journal, rewinds=(("run", 4),), checkpoints=(("run", again),))
     assert journal.load("run", samples=0).checkpoints == (kept, again)
     assert journal.load("else", samples=0).checkpoints == (other,)
 
@@ -84,17 +97,16 @@ def test_every_record_comes_back_as_it_went(journal):
     revision = Revision("run", 1, {"qk": 0.5}, "ann", "why", 1.5, "d1", applied_step=9)
     traced = EstimateRow("run", "trace", "qk", Estimate(2.0, math.nan, 4, "gnb", 7))
     sharp = EstimateRow("run", "top_eigenvalue", "", Estimate(9.0, 0.5, 2, "lanczos", 8, 0.25, "autograd"))
-    journal.write(
-        Batch(
-            attempts=(ATTEMPT,),
-            samples=samples(1, 3),
-            alerts=(alert,),
-            decisions=(made,),
-            revisions=(revision,),
-            checkpoints=(("run", Checkpoint(3, "file:///c")),),
-            modes=(ModeRow("run", "enforce", "ann", "why", 2.0),),
-            estimates=(traced, sharp),
-        )
+    write(
+        journal,
+        attempts=(ATTEMPT,),
+        samples=samples(1, 3),
+        alerts=(alert,),
+        decisions=(made,),
+        revisions=(revision,),
+        checkpoints=(("run", Checkpoint(3, "file:///c")),),
+        modes=(ModeRow("run", "enforce", "ann", "why", 2.0),),
+        estimates=(traced, sharp),
     )
     stored = journal.load("run", samples=2)
     assert stored.alerts == (alert,)
@@ -116,8 +128,8 @@ def test_every_record_comes_back_as_it_went(journal):
 def test_a_record_that_changes_keeps_its_place(journal):
     first = Decision("d1", "run", 1.0, 7, "notify", "advise", "proposed")
     second = Decision("d2", "run", 2.0, 8, "notify", "advise", "observed")
-    journal.write(Batch(attempts=(ATTEMPT,), decisions=(first, second)))
-    journal.write(Batch(decisions=(Decision("d1", "run", 1.0, 7, "notify", "advise", "rejected"),)))
+    write(journal, attempts=(ATTEMPT,), decisions=(first, second))
+    write(journal, decisions=(Decision("d1", "run", 1.0, 7, "notify", "advise", "rejected"),))
     assert [(made.id, made.outcome) for made in journal.load("run", samples=0).decisions] == [
         ("d1", "rejected"),
         ("d2", "observed"),
@@ -136,10 +148,10 @@ def test_what_people_and_policies_did_is_kept_step_by_step_for_ever(journal):
         TransitionRow("run", "d1", 3.0, "applied", "z 9", "ann", "go on"),
     ]
     modes = [ModeRow("run", "enforce", "ann", "night", 4.0), ModeRow("run", "observe", "bob", "day", 5.0)]
-    journal.write(Batch(attempts=(ATTEMPT,), transitions=tuple(rows[:2]), modes=tuple(modes[:1])))
-    journal.write(Batch(transitions=tuple(rows[2:]), modes=tuple(modes[1:])))
+    write(journal, attempts=(ATTEMPT,), transitions=tuple(rows[:2]), modes=tuple(modes[:1]))
+    write(journal, transitions=tuple(rows[2:]), modes=tuple(modes[1:]))
     for first in range(1, 1000, 50):  # far beyond what is retained of samples
-        journal.write(Batch(samples=samples(first, first + 49)))
+        write(journal, samples=samples(first, first + 49))
     columns = "run, decision, at, outcome, detail, author, reason"
     assert audit(journal, f"SELECT {columns} FROM transitions ORDER BY id") == list(map(astuple, rows))  # noqa: S608
     kept = audit(journal, "SELECT run, mode, author, reason, made_at FROM modes ORDER BY id")
@@ -151,7 +163,7 @@ def test_a_decision_and_its_transition_are_written_together_or_not_at_all(journa
     made = Decision("d1", "run", 1.0, 7, "notify", "advise", "proposed")
     broken = TransitionRow("run", "d1", 1.0, None, "", "", "")  # violates NOT NULL
     with pytest.raises(StoreError):
-        journal.write(Batch(attempts=(ATTEMPT,), decisions=(made,), transitions=(broken,)))
+        write(journal, attempts=(ATTEMPT,), decisions=(made,), transitions=(broken,))
     assert audit(journal, "SELECT * FROM decisions") == []
 
 
@@ -175,7 +187,7 @@ def test_a_journal_of_an_earlier_schema_is_taken_on(url, tmp_path, version):
     sharp = EstimateRow("run", "top_eigenvalue", "qk", Estimate(9.0, 0.5, 2, "lanczos", 8, 0.25, "autograd"))
     sent = TransitionRow("run", "d1", 1.0, "sent", "", "ann", "")
     with closing(Journal(url, retain_samples=100)) as journal:
-        journal.write(Batch(transitions=(sent,), estimates=(sharp,)))
+        write(journal, transitions=(sent,), estimates=(sharp,))
         assert len(journal.load("run", samples=10).samples) == 3
     with closing(Journal(url, retain_samples=100)) as journal:
         assert audit(journal, "SELECT decision FROM transitions") == [("d1",)]
@@ -184,10 +196,10 @@ def test_a_journal_of_an_earlier_schema_is_taken_on(url, tmp_path, version):
 
 
 def test_resent_samples_are_kept_once_and_old_ones_go(journal):
-    journal.write(Batch(attempts=(ATTEMPT,)))
+    write(journal, attempts=(ATTEMPT,))
     for first in range(1, 1000, 50):
-        journal.write(Batch(samples=samples(first, first + 49)))
-        journal.write(Batch(samples=samples(first, first + 49)))
+        write(journal, samples=samples(first, first + 49))
+        write(journal, samples=samples(first, first + 49))
     kept = [row.sequence for row in journal.load("run", samples=10_000).samples]
     assert kept[-1] == 1000
     assert kept == sorted(set(kept))
@@ -196,7 +208,7 @@ def test_resent_samples_are_kept_once_and_old_ones_go(journal):
 
 
 def test_a_closing_sample_closes_its_attempt(journal):
-    journal.write(Batch(attempts=(ATTEMPT,), samples=samples(1, 1, closed=True)))
+    write(journal, attempts=(ATTEMPT,), samples=samples(1, 1, closed=True))
     assert journal.load("run", samples=1).attempts[0].closed
 
 
@@ -237,34 +249,34 @@ def test_a_database_of_something_else_is_left_as_it_is(tmp_path, version):
 def test_decisions_come_back_in_the_order_they_were_made_though_the_clock_went_back(journal):
     made = [Decision(name, "run", at, 1, "notify", "observe", "observed") for name, at in (("a", 9.0), ("b", 5.0))]
     for one in made:
-        journal.write(Batch(decisions=(one,)))
+        write(journal, decisions=(one,))
     assert journal.load("run", samples=1).decisions == tuple(made)
 
 
 def test_a_full_disk_takes_nothing_and_says_so_then_all_of_it(journal):
-    journal.write(Batch(attempts=(ATTEMPT,), samples=samples(1, 2)))
+    write(journal, attempts=(ATTEMPT,), samples=samples(1, 2))
     (pages,) = journal._connection.execute("PRAGMA page_count").fetchone()
     journal._connection.execute(f"PRAGMA max_page_count={pages + 2}")  # SQLITE_FULL, as a full disk gives it
-    large = Batch(samples=samples(3, 10, size=100_000))
+    large = samples(3, 10, size=100_000)
     with pytest.raises(StoreError, match=r"journal\.db: database or disk is full"):
-        journal.write(large)
+        write(journal, samples=large)
     assert [row.sequence for row in journal.load("run", samples=99).samples] == [1, 2]
     journal._connection.execute("PRAGMA max_page_count=1000000")
-    journal.write(large)
+    write(journal, samples=large)
     assert journal.load("run", samples=99).attempts[0].acknowledged == 10
 
 
 WRITER = """
 import sys
 from sharpwatch.daemon.storage.journal import Journal
-from sharpwatch.daemon.storage.pending_writes import Batch
+from sharpwatch.daemon.storage.pending_writes import PendingWrites
 from sharpwatch.daemon.storage.schema import AttemptRow, SampleRow
 journal = Journal(sys.argv[1], retain_samples=100_000)
-journal.write(Batch(attempts=(AttemptRow("run", "a1", b"", 0.0),)))
+journal.write(PendingWrites(attempts={"a1": AttemptRow("run", "a1", b"", 0.0)}))
 sequence = 0
 while True:
     sequence += 1
-    journal.write(Batch(samples=(SampleRow("run", "a1", sequence, sequence, b"x" * 500, 0.0),)))
+    journal.write(PendingWrites(), [SampleRow("run", "a1", sequence, sequence, b"x" * 500, 0.0)])
     print(sequence, flush=True)
 """
 

@@ -21,12 +21,11 @@ def test_a_failing_journal_loses_no_transition():
     failed.add("run", changed(replace(PROPOSED, outcome="approved", author="ann", reason="go on")))
     meanwhile.add("run", changed(replace(PROPOSED, outcome="expired")))
     failed.add_newer(meanwhile)
-    batch = failed.batch()
-    assert [made.outcome for made in batch.decisions] == ["expired"]
-    assert [(row.decision, row.outcome, row.author) for row in batch.transitions] == [
+    assert [made.outcome for made in failed.decisions.values()] == ["expired"]
+    assert [(row.decision, row.outcome, row.author) for row in failed.transitions] == [
         ("d1", "proposed", ""),
         ("d1", "approved", "ann"),
         ("d1", "expired", ""),
     ]
-    times = [row.at for row in batch.transitions]
+    times = [row.at for row in failed.transitions]
     assert times == sorted(times)
