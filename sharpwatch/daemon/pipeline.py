@@ -14,10 +14,11 @@ from contextlib import suppress
 
 import structlog
 
+from sharpwatch.daemon.decisions.decision_log import Changes
 from sharpwatch.daemon.decisions.lifecycle import UNDER_WAY
-from sharpwatch.daemon.decisions.run_controller import Changes
-from sharpwatch.daemon.estimation.estimator import EstimationQueue, Estimator, Waiting
-from sharpwatch.daemon.estimation.windows import EstimateRequest
+from sharpwatch.daemon.estimation.gnb import Estimator
+from sharpwatch.daemon.estimation.queue import EstimationQueue, Waiting
+from sharpwatch.daemon.estimation.windows import Request
 from sharpwatch.daemon.exporter.metrics import OwnMetrics
 from sharpwatch.daemon.ingest.queue import QueuedSample, SampleQueue
 from sharpwatch.daemon.records import Decision

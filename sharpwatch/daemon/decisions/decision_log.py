@@ -30,6 +30,9 @@ class Changes:
     transitions: tuple[Decision, ...] = ()
 
 
+NO_CHANGES = Changes()
+
+
 class DecisionLog:
     """The decisions and LR revisions of one run.
 
@@ -46,7 +49,9 @@ class DecisionLog:
         self.blocks = tuple(blocks)
         self._decisions: dict[str, Decision] = {}
         self._revisions: list[Revision] = []
-        self._unsettled: dict[str, None] = {}  # ids of decisions whose outcome may still change
+        self.open: dict[str, None] = {}  # ids of decisions whose outcome may still change
+        self.newest_revision = 0  # its number
+        self.changed = False  # whether `take` has something to return
         self._changed_alerts: dict[str, Alert] = {}
         self._changed_decisions: dict[str, None] = {}
         self._changed_revisions: dict[int, None] = {}
@@ -72,11 +77,12 @@ class DecisionLog:
         """Starts from journalled records."""
         self._decisions = {decision.id: decision for decision in decisions}
         self._revisions = sorted(revisions, key=lambda revision: revision.revision)
-        self._unsettled = {one.id: None for one in self._decisions.values() if not is_settled(one)}
+        self.newest_revision = self._revisions[-1].revision if self._revisions else 0
+        self.open = {one.id: None for one in self._decisions.values() if not is_settled(one)}
 
     def unsettled(self) -> tuple[Decision, ...]:
         """Returns the decisions whose outcome may still change."""
-        return tuple(self._decisions[identity] for identity in self._unsettled)
+        return tuple(self._decisions[identity] for identity in self.open)
 
     def find(self, identity: str) -> Decision:
         """Returns the decision with the id `identity`.
@@ -91,6 +97,7 @@ class DecisionLog:
     def note_alerts(self, alerts: Iterable[Alert]) -> None:
         """Has `alerts` journalled."""
         self._changed_alerts.update((alert.id, alert) for alert in alerts)
+        self.changed = self.changed or bool(self._changed_alerts)
 
     def add(self, draft: Decision, event: Event) -> Decision:
         """Records a new decision.
@@ -129,6 +136,7 @@ class DecisionLog:
     def send(self, decision: Decision) -> None:
         """Has the command of `decision` sent once it is journalled."""
         self._commands[decision.id] = None
+        self.changed = True
 
     def revise(self, decision: Decision, *, author: str, reason: str, now: float, undoes: int = 0) -> Decision:
         """Gives the multipliers of a decision the next revision number.
@@ -143,7 +151,7 @@ class DecisionLog:
         Returns:
             The decision with its revision number.
         """
-        number = len(self._revisions) + 1
+        self.newest_revision = number = len(self._revisions) + 1
         self._revisions.append(
             Revision(self.run, number, dict(decision.multipliers), author, reason, now, decision.id, undoes=undoes)
         )
@@ -156,6 +164,7 @@ class DecisionLog:
         if revision.applied_step is None:
             self._revisions[number - 1] = replace(revision, applied_step=step)
             self._changed_revisions[number] = None
+            self.changed = True
 
     def took_effect(self, revision: Revision) -> bool:
         """Returns whether `revision` was ever in force, or was sent and may still be applied."""
@@ -188,6 +197,7 @@ class DecisionLog:
         for changed in (self._changed_alerts, self._changed_decisions, self._changed_revisions, self._commands):
             changed.clear()
         self._transitions.clear()
+        self.changed = False
         return changes
 
     def _put(self, decision: Decision) -> Decision:
@@ -195,10 +205,11 @@ class DecisionLog:
             self._transitions.append(decision)
         self._decisions[decision.id] = decision
         self._changed_decisions[decision.id] = None
+        self.changed = True
         if is_settled(decision):
-            self._unsettled.pop(decision.id, None)
+            self.open.pop(decision.id, None)
         else:
-            self._unsettled[decision.id] = None
+            self.open[decision.id] = None
         return decision
 
 

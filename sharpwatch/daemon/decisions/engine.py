@@ -60,7 +60,7 @@ class PolicyEngine:
         self, findings: Sequence[Finding], checkpoints: Sequence[Checkpoint], mode: Mode | None, step: int, now: float
     ) -> None:
         """Decide what there is to decide at `step`. While a command is under way its effect is waited for."""
-        if not findings and self._book.any_active:
+        if not findings and self._book.open:
             return
         at = _StepContext(step, now, mode, checkpoints)
         if findings:

@@ -1,4 +1,4 @@
-"""One run's state machine: observations, results and operators' wishes in, changed records and commands out."""
+"""Controls one run: takes observations, results and operators' requests, returns changed records and commands."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from uuid import uuid4
 
 from sharpwatch.daemon.config.config import PolicyConfig
-from sharpwatch.daemon.decisions.decision_log import Changes, DecisionLog
+from sharpwatch.daemon.decisions.decision_log import NO_CHANGES, Changes, DecisionLog
 from sharpwatch.daemon.decisions.engine import PolicyEngine
 from sharpwatch.daemon.decisions.guards import Control, Permissions
 from sharpwatch.daemon.decisions.lifecycle import DecisionLifecycle
@@ -18,8 +18,6 @@ from sharpwatch.daemon.detection.baselines import History, Scores
 from sharpwatch.daemon.detection.detectors import DETECTORS
 from sharpwatch.daemon.records import Alert, Checkpoint, CommandResult, Decision, Finding, Mode, Observation, Revision
 from sharpwatch.errors import OperatorError
-
-__all__ = ["Changes", "RunController"]
 
 
 def _random_id() -> str:
@@ -55,6 +53,7 @@ class RunController:
         self._engine = PolicyEngine(self._log, self._book, self._chain, permissions, new_id)
         self._checkpoints: dict[Checkpoint, None] = {}
         self._mode = mode
+        self._strongest = strongest(self._chain.policies)
         self._step: int | None = None
         self._new_attempt = False
 
@@ -74,6 +73,16 @@ class RunController:
         return self._log.revisions
 
     @property
+    def newest_revision(self) -> int:
+        """The number of the newest LR revision; 0 before the first."""
+        return self._log.newest_revision
+
+    @property
+    def alert_open(self) -> bool:
+        """Whether an alert is open, which changes at every step."""
+        return bool(self._book.open)
+
+    @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
         """The places to roll back to, in the order they were saved."""
         return tuple(self._checkpoints)
@@ -81,7 +90,7 @@ class RunController:
     @property
     def mode(self) -> Mode:
         """The run's own mode, or else the one of its policies that reaches furthest."""
-        return self._mode or strongest(self._chain.policies)
+        return self._mode or self._strongest
 
     @property
     def own_mode(self) -> Mode | None:
@@ -94,17 +103,23 @@ class RunController:
         return self._log.multipliers
 
     def observe(self, obs: Observation, now: float) -> Changes:
-        """Take in the next step; `now` is in unix seconds."""
+        """Take in the next step; `now` is in unix seconds.
+
+        Most steps of a healthy run change nothing. They do not reach the decisions at all.
+        """
         scores, findings = self._see(obs)
-        judged = [detector.name for detector in DETECTORS if detector.judged(scores)]
-        self._log.note_alerts(self._book.see(findings, judged))
-        self._lifecycle.settle(obs, {finding.name for finding in findings}, now)
+        if findings or self._book.open:
+            judged = [detector.name for detector in DETECTORS if detector.judged(scores)]
+            self._log.note_alerts(self._book.see(findings, judged))
+        if self._log.open:
+            self._lifecycle.settle(obs, {finding.name for finding in findings}, now)
         if self._new_attempt and obs.multipliers:
             self._new_attempt = False
             if all(math.isclose(value, 1.0) for value in obs.multipliers.values()):
                 self._requests.reissue(obs.step, now)
-        self._engine.act(findings, tuple(self._checkpoints), self._mode, obs.step, now)
-        return self._log.take()
+        if findings or self._log.newest_revision:  # without a revision there is nothing to ramp back
+            self._engine.act(findings, tuple(self._checkpoints), self._mode, obs.step, now)
+        return self._log.take() if self._log.changed else NO_CHANGES
 
     def replay(self, obs: Observation) -> None:
         """Take in a journalled step: baselines and open alerts move on, nothing is decided and no alert opens."""

@@ -24,7 +24,7 @@ class AlertBook:
         self._run = run
         self._quiet = quiet
         self._new_id = new_id
-        self._open: dict[str, _Open] = {}
+        self.open: dict[str, _Open] = {}  # by name
         self._all: dict[str, Alert] = {}
 
     @property
@@ -34,35 +34,28 @@ class AlertBook:
 
     def active(self, name: str) -> Alert | None:
         """The open alert of that name."""
-        return self._open[name].alert if name in self._open else None
-
-    @property
-    def any_active(self) -> bool:
-        """Whether an alert is open."""
-        return bool(self._open)
+        return self.open[name].alert if name in self.open else None
 
     def restore(self, alerts: Iterable[Alert]) -> None:
         """Take up journalled alerts."""
         self._all = {alert.id: alert for alert in alerts}
-        self._open = {
-            alert.name: _Open(alert, recorded=alert.last_step) for alert in self._all.values() if alert.active
-        }
+        self.open = {alert.name: _Open(alert, recorded=alert.last_step) for alert in self._all.values() if alert.active}
 
     def see(self, findings: Sequence[Finding], judged: Iterable[str]) -> tuple[Alert, ...]:
         """Fold one step's findings; `judged` are the names that had a signal. Returns the alerts to record."""
         changed = [alert for finding in findings if (alert := self._find(finding)) is not None]
         found = {finding.name for finding in findings}
         for name in judged:
-            if name in self._open and name not in found:
-                self._open[name].quiet += 1
-                if self._open[name].quiet >= self._quiet[name]:
+            if name in self.open and name not in found:
+                self.open[name].quiet += 1
+                if self.open[name].quiet >= self._quiet[name]:
                     changed.append(self._close(name))
         return tuple(changed)
 
     def replay(self, findings: Sequence[Finding], judged: Iterable[str]) -> None:
         """Carry open alerts on, as `see` does; open and close none."""
         found = {finding.name: finding for finding in findings}
-        for name, entry in self._open.items():
+        for name, entry in self.open.items():
             finding = found.get(name)
             if finding is not None:
                 self._carry_on(entry, finding)
@@ -71,10 +64,10 @@ class AlertBook:
 
     def close_all(self) -> tuple[Alert, ...]:
         """Close what is open: the run went back to before it."""
-        return tuple(self._close(name) for name in tuple(self._open))
+        return tuple(self._close(name) for name in tuple(self.open))
 
     def _find(self, finding: Finding) -> Alert | None:
-        entry = self._open.get(finding.name)
+        entry = self.open.get(finding.name)
         if entry is None:
             alert = Alert(
                 id=self._new_id(),
@@ -87,7 +80,7 @@ class AlertBook:
                 last_step=finding.step,
                 active=True,
             )
-            self._open[finding.name] = _Open(alert, recorded=finding.step)
+            self.open[finding.name] = _Open(alert, recorded=finding.step)
             self._all[alert.id] = alert
             return alert
         before = entry.alert
@@ -115,6 +108,6 @@ class AlertBook:
         self._all[alert.id] = entry.alert
 
     def _close(self, name: str) -> Alert:
-        closed = replace(self._open.pop(name).alert, active=False)
+        closed = replace(self.open.pop(name).alert, active=False)
         self._all[closed.id] = closed
         return closed

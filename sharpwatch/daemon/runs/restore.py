@@ -8,9 +8,8 @@ from dataclasses import replace
 import structlog
 from google.protobuf.message import DecodeError
 
+from sharpwatch.daemon.decisions.decision_log import Changes
 from sharpwatch.daemon.decisions.lifecycle import UNDER_WAY
-from sharpwatch.daemon.decisions.run_controller import Changes
-from sharpwatch.daemon.estimation.estimator import PROBES
 from sharpwatch.daemon.ingest.hello import read_hello
 from sharpwatch.daemon.ingest.samples import Cursor, Reading, read_sample
 from sharpwatch.daemon.runs.runs import Attempt, Run, Runs

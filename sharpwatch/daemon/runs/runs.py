@@ -11,11 +11,12 @@ from typing import Any, Literal
 import numpy as np
 
 from sharpwatch.curvature.statistics.estimate import Estimate
+from sharpwatch.daemon.decisions.decision_log import Changes
 from sharpwatch.daemon.decisions.lifecycle import UNDER_WAY
-from sharpwatch.daemon.decisions.run_controller import Changes, RunController
-from sharpwatch.daemon.estimation.estimator import PROBES
-from sharpwatch.daemon.estimation.hessian import ObservedStability, observed_stability
-from sharpwatch.daemon.estimation.windows import Estimates, Key, EstimateRequest
+from sharpwatch.daemon.decisions.run_controller import RunController
+from sharpwatch.daemon.estimation.block_totals import BlockTap, block_tap
+from sharpwatch.daemon.estimation.gnb import Estimates, observed_stability
+from sharpwatch.daemon.estimation.windows import ESTIMATORS, LENGTHS, Key, Request
 from sharpwatch.daemon.ingest.hello import RunHello
 from sharpwatch.daemon.ingest.samples import BlockTap, Cursor, HealthReading, Reading, block_tap
 from sharpwatch.daemon.records import Alert, Decision, Mode, Observation
