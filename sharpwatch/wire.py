@@ -1,9 +1,12 @@
-"""Arrays on the wire as bytes, dtype and shape, which are checked before anything is allocated."""
+"""The wire contract beside the messages themselves: how arrays are packed, and the limits that every message keeps.
+
+An array is bytes, dtype and shape, checked before anything is allocated. All checks raise `WireError`.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -15,6 +18,17 @@ from sharpwatch.v1.types_pb2 import Array
 PROTOCOL = 1
 MAX_MESSAGE_BYTES = 16 * 2**20
 SKETCH_SIZE = 256
+MAX_LAYER_BLOCKS = 16_384
+MAX_DRAWS = 64
+MAX_NAME = 253  # characters
+MAX_TEXT = 4_096  # characters
+MAX_ITEMS = 256  # results, checkpoints, probe failures, reasons for dropped samples: of each, in one sample
+MAX_COUNT = 2**63 - 1  # what SQLite's integers and numpy's int64 hold
+MAX_STEP = 2**53  # so that a step planned ahead, an expiry or the end of a skipped range fits an int64
+
+Floats = npt.NDArray[np.floating[Any]]
+Doubles = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
 _DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float64": np.dtype("<f8"), "int64": np.dtype("<i8")}
 
 
@@ -57,3 +71,45 @@ def decode(message: Array, *, name: str, dtype: str, shape: Sequence[int | None]
     if size != len(message.data):
         raise WireError("malformed", f"{name}: {len(message.data)} bytes, expected {size} for shape {got}")
     return np.frombuffer(message.data, dtype=_DTYPES[dtype]).reshape(got)
+
+
+def decode_fields(message: Any, dtypes: Mapping[str, str], *, name: str, rows: int) -> dict[str, npt.NDArray[Any]]:
+    """Unpacks several fields of a message, which all have one value for each of `rows`.
+
+    Args:
+        message: The message with the fields.
+        dtypes: The dtype of each field.
+        name: What errors call the message.
+        rows: The size of each array.
+
+    Raises:
+        WireError: As `decode`.
+    """
+    return {
+        field: decode(getattr(message, field), name=f"{name}.{field}", dtype=dtype, shape=(rows,))
+        for field, dtype in dtypes.items()
+    }
+
+
+def require(condition: bool, reason: str, code: str = "malformed") -> None:
+    """Raises `WireError(code, reason)` unless `condition` holds."""
+    if not condition:
+        raise WireError(code, reason)
+
+
+def checked_name(value: str, what: str) -> str:
+    """Returns `value` if it is printable and has 1 to `MAX_NAME` characters; `what` is the field's name in errors."""
+    require(0 < len(value) <= MAX_NAME, f"{what} must have 1 to {MAX_NAME} characters, got {len(value)}")
+    require(value.isprintable(), f"{what} must be printable, got {value!r}")
+    return value
+
+
+def checked_text(value: str, what: str, limit: int = MAX_TEXT) -> str:
+    """Returns `value` if it has at most `limit` characters; `what` is the field's name in errors."""
+    require(len(value) <= limit, f"{what} must have at most {limit} characters, got {len(value)}")
+    return value
+
+
+def require_few(items: Sized, what: str) -> None:
+    """Raises `WireError` if `items` has more than `MAX_ITEMS`; `what` is the field's name in errors."""
+    require(len(items) <= MAX_ITEMS, f"{what} must have at most {MAX_ITEMS} items, got {len(items)}")

@@ -1,4 +1,4 @@
-"""The daemon as a whole: everything wired, from the first check of the configuration to the last flush."""
+"""Builds the whole daemon, serves until it is told to stop, and drains."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from sharpwatch import wire
 from sharpwatch._version import __version__
 from sharpwatch.daemon.api.agent_service import AgentService, Sessions
 from sharpwatch.daemon.api.auth import Authorizer, check_grpc_address, load_token
-from sharpwatch.daemon.api.http import Web
-from sharpwatch.daemon.api.operator_service import Facts, OperatorService
+from sharpwatch.daemon.api.http import HttpServer
+from sharpwatch.daemon.api.operator_service import DaemonInfo, OperatorService
 from sharpwatch.daemon.config.config import Config, DaemonConfig
 from sharpwatch.daemon.decisions.run_controller import RunController
 from sharpwatch.daemon.estimation.estimator import Estimator
@@ -45,10 +45,10 @@ DRAIN_SECONDS = 2.0
 RETRY_AFTER_SECONDS = 1.0
 QUEUE_BYTES = 256 * 2**20
 _SERVICES = ("sharpwatch.v1.AgentService", "sharpwatch.v1.OperatorService")
-# gRPC itself cuts off what is twice as large; between the two the daemon refuses, with a reason, and counts.
+# gRPC cuts off messages above this. Between the limit and this, the daemon refuses with a reason, and counts.
 _OPTIONS = (
     ("grpc.max_receive_message_length", 2 * wire.MAX_MESSAGE_BYTES),
-    ("grpc.so_reuseport", 0),  # a second daemon on the port must fail, not share it
+    ("grpc.so_reuseport", 0),  # a second daemon on the same port must fail
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
@@ -56,12 +56,19 @@ _OPTIONS = (
 
 
 def run(config: Config) -> int:
-    """Serve until SIGTERM or SIGINT; returns the exit status."""
+    """Serves until SIGTERM or SIGINT.
+
+    Args:
+        config: The checked configuration.
+
+    Returns:
+        The exit status: 0 after a signal, 1 if the daemon could not start or failed.
+    """
     configure_logs(config.daemon.log_level)
     try:
         return asyncio.run(_main(config))
     except SharpwatchError as error:
-        log.error("not_serving", reason=str(error))  # noqa: TRY400  the reason is the message
+        log.error("not_serving", reason=str(error))  # noqa: TRY400  the message is the reason
         return 1
 
 
@@ -84,7 +91,7 @@ async def _main(config: Config) -> int:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Daemon:
-    """A daemon that serves: its bound addresses, and the task that does the work."""
+    """A running daemon: the addresses that it serves, and the task of its pipeline."""
 
     grpc: str
     http: str
@@ -93,40 +100,47 @@ class Daemon:
 
 @asynccontextmanager
 async def serving(config: Config) -> AsyncIterator[Daemon]:
-    """A whole daemon for the length of a `with`, drained at its end; raises `SharpwatchError` if it can't start."""
+    """Runs a daemon for the length of a `with`, and drains it at the end.
+
+    Args:
+        config: The checked configuration.
+
+    Raises:
+        SharpwatchError: It can't start.
+    """
     settings = config.daemon
     check_grpc_address(settings.grpc)
-    gate = Authorizer(load_token(settings.token_file))
+    authorizer = Authorizer(load_token(settings.token_file))
     started_at = time.monotonic()
     registry = CollectorRegistry()
-    runs = Runs(lambda manifest, earlier: _supervisor(config, manifest, earlier))
+    runs = Runs(lambda hello, earlier: _controller(config, hello, earlier))
     async with AsyncExitStack() as stack:
         store = await Store.open(settings.store, retain_samples=settings.retain_samples)
         stack.push_async_callback(store.close)
         estimator = Estimator(settings.device)
         stack.callback(estimator.close)
-        intake = SampleQueue(settings.queue_capacity, QUEUE_BYTES, on_evict=lambda entry: sessions.evicted(entry))  # noqa: PLW0108  made below
-        metrics = OwnMetrics(registry, queue_depth=lambda: intake.depth, queue_capacity=intake.capacity)
+        queue = SampleQueue(settings.queue_capacity, QUEUE_BYTES, on_evict=lambda entry: sessions.evicted(entry))  # noqa: PLW0108  defined below
+        metrics = OwnMetrics(registry, queue_depth=lambda: queue.depth, queue_capacity=queue.capacity)
         sessions = Sessions(metrics)
         registry.register(
-            RunCollector(runs.views, time.time, stale_after=settings.stale_after, layers=settings.layer_metrics)
+            RunCollector(runs.snapshots, time.time, stale_after=settings.stale_after, layers=settings.layer_metrics)
         )
         pipeline = Pipeline(
             runs=runs,
-            intake=intake,
+            queue=queue,
             store=store,
             estimator=estimator,
             metrics=metrics,
-            on_settled=sessions.settled,
+            on_journalled=sessions.acknowledge,
             on_command=sessions.command,
         )
         await _restore(runs, store, pipeline)
-        web = Web(registry, unready=lambda: pipeline.store_error)
-        http = await web.start(settings.http)
-        stack.push_async_callback(web.stop)
-        agents = AgentService(runs=runs, intake=intake, pipeline=pipeline, sessions=sessions, metrics=metrics)
-        facts = Facts(started_at, estimator.device, settings.store, http)
-        operators = OperatorService(runs=runs, pipeline=pipeline, gate=gate, facts=facts)
+        http_server = HttpServer(registry, unready=lambda: pipeline.store_error)
+        http = await http_server.start(settings.http)
+        stack.push_async_callback(http_server.stop)
+        agents = AgentService(runs=runs, queue=queue, pipeline=pipeline, sessions=sessions, metrics=metrics)
+        info = DaemonInfo(started_at, estimator.device, settings.store, http)
+        operators = OperatorService(runs=runs, pipeline=pipeline, authorizer=authorizer, info=info)
         server, health, address = await _start_grpc(settings, agents, operators)
         worker = asyncio.create_task(pipeline.run(), name="pipeline")
         log.info(
@@ -159,19 +173,19 @@ async def _restore(runs: Runs, store: Store, pipeline: Pipeline) -> None:
             await pipeline.restored(run, changes)
 
 
-def _supervisor(config: Config, manifest: RunHello, earlier: RunController | None) -> RunController:
-    """A supervisor of a new attempt, which knows all that the run's `earlier` one knew."""
-    supervisor = RunController(
-        manifest.run,
-        blocks=manifest.blocks,
+def _controller(config: Config, hello: RunHello, earlier: RunController | None) -> RunController:
+    """Makes the controller of a new attempt, which takes over all that the run's `earlier` one knows."""
+    controller = RunController(
+        hello.run,
+        blocks=hello.blocks,
         policies=config.policies,
-        control=manifest.control,
-        lr_bounds=manifest.lr_bounds,
-        can_roll_back=manifest.can_roll_back,
+        control=hello.control,
+        lr_bounds=hello.lr_bounds,
+        can_roll_back=hello.can_roll_back,
     )
     if earlier is not None:
-        supervisor.take_over(earlier)
-    return supervisor
+        controller.take_over(earlier)
+    return controller
 
 
 async def _start_grpc(
@@ -194,17 +208,17 @@ async def _start_grpc(
 
 
 def _bind(server: grpc.aio.Server, address: str) -> str:
-    """Listen; a socket is its owner's alone from its first moment, for who connects there may command."""
+    """Listens. A unix socket has mode 0600 from its first moment, because whoever connects to it is an operator."""
     before = os.umask(0o177)
     try:
         port = server.add_insecure_port(address)
     except RuntimeError as error:
-        raise SharpwatchError(f"grpc {address}: can't listen there; is another daemon running?") from error
+        raise SharpwatchError(f"grpc {address}: cannot listen there; is another daemon running?") from error
     finally:
         os.umask(before)
     if address.startswith("unix:"):
         mode = stat.S_IMODE(Path(address.removeprefix("unix:")).stat().st_mode)
         if mode & 0o077:
-            raise SharpwatchError(f"grpc {address}: the socket has mode {mode:04o}, others could command the daemon")
+            raise SharpwatchError(f"grpc {address}: the socket must have mode 0600, got {mode:04o}")
         return address
     return f"{address.rpartition(':')[0]}:{port}"

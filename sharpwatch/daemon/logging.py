@@ -1,4 +1,4 @@
-"""Structured logs on stderr: JSON, one event a line; for people where stderr is a terminal."""
+"""Structured logs on stderr: one JSON object a line, or coloured text if stderr is a terminal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from structlog.typing import Processor
 
 
 def configure_logs(level: str) -> None:
-    """Send structlog's events and those of the standard library (aiohttp, asyncio, grpc) to stderr in one form."""
+    """Sends the events of structlog and of the standard library (aiohttp, asyncio, grpc) to stderr in one form.
+
+    Args:
+        level: The lowest level that is logged: debug, info, warning or error.
+    """
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,

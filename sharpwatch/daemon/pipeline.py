@@ -1,8 +1,8 @@
-"""From queue to journal to decisions: the one worker through which every sample and every change goes.
+"""The pipeline: one task through which every sample and every change goes, from the queue to journal and decisions.
 
-Nothing is acknowledged before it is journalled, and no command is sent before its decision is. Estimates follow when
-they are done, for no alert or decision waits for them: they carry the step they are of. While the journal
-fails, samples are still estimated, observed and shown; acknowledgements and commands wait for it.
+A sample is acknowledged only once it is journalled, and a command is sent only once its decision is. Estimates follow
+when they are done: no alert or decision waits for them, and each carries the step that it is of. While the journal
+fails, samples are still estimated, judged and exported; acknowledgements and commands wait until it takes writes again.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from contextlib import suppress
 
 import structlog
 
-from sharpwatch.daemon.decisions.decision_log import Changes
+from sharpwatch.daemon.decisions.decision_log import NO_CHANGES, Changes
 from sharpwatch.daemon.decisions.lifecycle import UNDER_WAY
-from sharpwatch.daemon.estimation.gnb import Estimator
-from sharpwatch.daemon.estimation.queue import EstimationQueue, Waiting
-from sharpwatch.daemon.estimation.windows import Request
+from sharpwatch.daemon.estimation.estimator import EstimationQueue, Estimator, Waiting
+from sharpwatch.daemon.estimation.windows import EstimateRequest, Estimates
 from sharpwatch.daemon.exporter.metrics import OwnMetrics
 from sharpwatch.daemon.ingest.queue import QueuedSample, SampleQueue
-from sharpwatch.daemon.records import Decision
+from sharpwatch.daemon.ingest.samples import Reading
+from sharpwatch.daemon.records import Alert, Decision
 from sharpwatch.daemon.runs.runs import Attempt, Run, Runs
 from sharpwatch.daemon.storage.journal import Store
 from sharpwatch.daemon.storage.pending_writes import PendingWrites
@@ -31,32 +31,42 @@ from sharpwatch.errors import OperatorError, StoreError
 log = structlog.get_logger(__name__)
 
 _FIRST_RETRY, _LAST_RETRY = 0.1, 5.0  # seconds between tries of a failing journal
-_FAIR = 64  # samples folded before the loop serves others
+_YIELD_EVERY = 64  # samples folded before other tasks get a turn
 
 
 class Pipeline:
-    """Owns the order of things; `on_settled` hears of journalled samples, `on_command` of decisions to send."""
+    """Moves samples through journal, runs and estimates.
 
-    def __init__(  # noqa: PLR0913  what it stands between
+    Args:
+        runs: The runs that samples belong to.
+        queue: Where sessions put samples.
+        store: The journal.
+        estimator: Estimates windows of probes.
+        metrics: The daemon's own metrics.
+        on_journalled: Called with an attempt and its newest journalled sequence, to acknowledge it.
+        on_command: Called with a run and a journalled decision whose command is to be sent.
+    """
+
+    def __init__(  # noqa: PLR0913  everything that it stands between
         self,
         *,
         runs: Runs,
-        intake: SampleQueue,
+        queue: SampleQueue,
         store: Store,
         estimator: Estimator,
         metrics: OwnMetrics,
-        on_settled: Callable[[Attempt, int], None],
+        on_journalled: Callable[[Attempt, int], None],
         on_command: Callable[[Run, Decision], None],
     ) -> None:
         self._runs = runs
-        self._intake = intake
+        self._queue = queue
         self._store = store
         self._estimator = estimator
         self._metrics = metrics
-        self._on_settled = on_settled
+        self._on_journalled = on_journalled
         self._on_command = on_command
         self._pending = PendingWrites()
-        self._backlog = EstimationQueue(self._estimate_waiting)
+        self._estimation_queue = EstimationQueue(self._estimate_waiting)
         self._writing = asyncio.Lock()
         self._retry_at = 0.0
         self._retry_after = _FIRST_RETRY
@@ -64,54 +74,66 @@ class Pipeline:
         self.store_error = ""
 
     async def run(self) -> None:
-        """Work until told to stop, and then what is queued; what a failing journal won't take stays with the agents."""
+        """Works until `stop`, and then finishes what is queued.
+
+        If the journal still fails then, the samples that it has not taken stay with the agents.
+        """
         while not self._stopping:
             with suppress(TimeoutError):
-                async with asyncio.timeout(self._patience()):
-                    await self._intake.filled()
+                async with asyncio.timeout(self._retry_delay()):
+                    await self._queue.filled()
             await self._cycle()
         self._retry_at = 0.0
         await self._cycle()
-        await self._backlog.settled()
+        await self._estimation_queue.settled()
         with suppress(StoreError):
             await self._write(())
         if self.store_error:
-            log.error("samples_left_unjournalled", samples=self._intake.depth, store_error=self.store_error)
+            log.error("samples_left_unjournalled", samples=self._queue.depth, store_error=self.store_error)
 
     def stop(self) -> None:
-        """Have `run` return after the cycle under way and one more."""
+        """Makes `run` return after the present cycle and one more."""
         self._stopping = True
-        self._intake.wake()
+        self._queue.wake()
 
     async def submit(self, run: Run, changes: Changes, mode: ModeRow | None = None) -> None:
-        """Journal an operator's changes and send their commands; raises `StoreError` while the journal fails."""
-        self._take_up(run, changes)
+        """Journals what an operator changed, then sends the commands in it.
+
+        Args:
+            run: The run.
+            changes: What its controller made of the request.
+            mode: The run's new mode, if that was set.
+
+        Raises:
+            StoreError: The journal fails. The changes are written, and their commands sent, once it works again.
+        """
+        self._record(run, changes)
         if mode is not None:
             self._pending.modes.append(mode)
-        run.show()
+        run.publish(mode=run.controller.mode)
         await self._write(())
 
     async def restored(self, run: Run, changes: Sequence[Changes]) -> None:
-        """Journal what the restart itself found out, and estimate from the windows as they are."""
+        """Has the changes that a restart found out journalled, and estimates the restored windows."""
         for change in changes:
             self._pending.add(run.name, change)
         await self._estimate([run.request()])
-        self._pending.estimates.clear()  # the journal has them from before
-        run.show()
+        self._pending.estimates.clear()  # the journal has them already
+        run.publish()
 
     async def register(self, attempt: Attempt, now: float) -> None:
-        """Journal that an attempt began; while the journal fails this waits with the rest."""
-        manifest = attempt.manifest
-        self._pending.attempts[manifest.attempt] = AttemptRow(manifest.run, manifest.attempt, attempt.hello, now)
+        """Journals that an attempt began at unix seconds `now`; if the journal fails, that is written later."""
+        hello = attempt.hello
+        self._pending.attempts[hello.attempt] = AttemptRow(hello.run, hello.attempt, attempt.message, now)
         with suppress(StoreError):
             await self._write(())
 
-    def _patience(self) -> float | None:
-        """Seconds until the journal is worth another try; None while it is well."""
+    def _retry_delay(self) -> float | None:
+        """Seconds until a failing journal is tried again; None if it works."""
         return max(0.0, self._retry_at - time.monotonic()) if self.store_error else None
 
     async def _cycle(self) -> None:
-        entries = self._intake.take()
+        entries = self._queue.take()
         written = False
         if time.monotonic() >= self._retry_at:
             with suppress(StoreError):
@@ -119,32 +141,31 @@ class Pipeline:
                 written = True
         await self._process([entry for entry in entries if not entry.processed])
         if not written:
-            self._intake.put_back(entries)
+            self._queue.put_back(entries)
         elif self._pending != PendingWrites():
             with suppress(StoreError):
                 await self._write(())
-        await self._backlog.room()
+        await self._estimation_queue.room()
 
     async def _write(self, entries: Sequence[QueuedSample]) -> None:
-        """One transaction: `entries` and all that is pending. Then, and only then, acknowledge and send."""
+        """Writes samples and all pending records in one transaction, and only then acknowledges and sends."""
         async with self._writing:
             pending, self._pending = self._pending, PendingWrites()
-            now = time.time()
             try:
                 if entries or pending != PendingWrites():
-                    await self._timed_write(pending, [_row(entry, now) for entry in entries])
+                    await self._timed_write(pending, _rows(entries, time.time()))
             except StoreError:
                 pending.add_newer(self._pending)
                 self._pending = pending
                 raise
         for entry in entries:
-            entry.attempt.cursor.settle(entry.reading.sequence)
-        for attempt in {entry.attempt.manifest.attempt: entry.attempt for entry in entries}.values():
-            self._on_settled(attempt, attempt.cursor.journalled)
+            entry.attempt.cursor.mark_journalled(entry.reading.sequence)
+        for attempt in {entry.attempt.hello.attempt: entry.attempt for entry in entries}.values():
+            self._on_journalled(attempt, attempt.cursor.journalled)
         for identity, run in pending.commands.items():
             try:
                 self._send(run, identity)
-            except Exception:  # one command that can't be put on the wire must not end the daemon; counted
+            except Exception:  # a command that can't be sent must not end the daemon; counted
                 self._metrics.internal_errors.labels("send").inc()
                 log.exception("send_failed", run=run, decision=identity)
 
@@ -156,7 +177,7 @@ class Pipeline:
             self._metrics.store_errors.inc()
             self._metrics.store_writable.set(0)
             if not self.store_error:
-                log.error("store_failed", error=str(error))  # noqa: TRY400  the cause is in the message
+                log.error("store_failed", error=str(error))  # noqa: TRY400  the message has the cause
             self.store_error = str(error)
             self._retry_at = time.monotonic() + self._retry_after
             self._retry_after = min(2 * self._retry_after, _LAST_RETRY)
@@ -170,50 +191,50 @@ class Pipeline:
         run = self._runs.get(name)
         if run is None:
             return
-        # The decision as it stands now: it may have expired, or been answered, while the journal failed.
-        made = next((made for made in run.supervisor.decisions if made.id == identity), None)
+        # The decision as it is now: while the journal failed it may have expired or been answered.
+        made = next((made for made in run.controller.decisions if made.id == identity), None)
         if made is not None and made.outcome in UNDER_WAY:
             run.outstanding[identity] = made
             self._on_command(run, made)
 
     async def _process(self, entries: list[QueuedSample]) -> None:
         touched: dict[str, Run] = {}
-        seen: list[QueuedSample] = []
+        done: list[QueuedSample] = []
         for index, entry in enumerate(entries):
-            if index % _FAIR == _FAIR - 1:
+            if index % _YIELD_EVERY == _YIELD_EVERY - 1:
                 await asyncio.sleep(0)
             entry.processed = True
             run = self._runs.get(entry.run)
             if run is None:
-                seen.append(entry)
+                done.append(entry)
                 continue
             try:
                 self._fold(run, entry)
-            except Exception:  # one run's trouble must not end the others; counted
+            except Exception:  # an error in one run must not stop the others; counted
                 self._metrics.internal_errors.labels("fold").inc()
-                log.exception("fold_failed", run=run.name, step=entry.reading.step)
-            touched[run.name] = run
+                log.exception("fold_failed", run=entry.run, step=entry.reading.step)
+            touched[entry.run] = run
             request = run.request(entry.reading.probes)
             if entry.attempt is run.attempt and request.windows:
-                self._backlog.put(Waiting(request, entry.received_at))
+                self._estimation_queue.put(Waiting(request, entry.received_at))
             else:
-                seen.append(entry)
+                done.append(entry)
         for run in touched.values():
-            run.show()
-        self._note_shown(entry.received_at for entry in seen)
+            run.publish()
+        self._observe_latency(entry.received_at for entry in done)
 
     async def _estimate_waiting(self, batch: Sequence[Waiting]) -> None:
-        """Estimate and show what the pipeline left behind, and have the journal take it."""
+        """Estimates and publishes a batch of the estimation queue, and wakes the pipeline to journal it."""
         requests = [window.request for window in batch]
         await self._estimate(requests)
         for name in {request.hello.run for request in requests}:
             run = self._runs.get(name)
             if run is not None:
-                run.show()
-        self._note_shown(window.received_at for window in batch)
-        self._intake.wake()
+                run.publish()
+        self._observe_latency(window.received_at for window in batch)
+        self._queue.wake()
 
-    def _note_shown(self, received: Iterable[float]) -> None:
+    def _observe_latency(self, received: Iterable[float]) -> None:
         now = time.monotonic()
         for received_at in received:
             self._metrics.ingest_to_metric.observe(now - received_at)
@@ -222,80 +243,99 @@ class Pipeline:
         reading, now = entry.reading, time.time()
         for probe in reading.dropped_probes:
             self._metrics.dropped_probes.labels(probe).inc()
+        self._take_reports(run, reading, now)
+        if entry.attempt is not run.attempt:
+            return  # a newer attempt has replaced this one, so its measurements are out of date
+        observation = run.fold(reading, now)
+        if observation is not None:
+            self._record(run, run.controller.observe(observation, now))
+
+    def _take_reports(self, run: Run, reading: Reading, now: float) -> None:
+        """Takes what a sample reports beside measurements; also the last samples of a replaced attempt count."""
         if reading.restored:
-            run.supervisor.rewind(reading.step)
+            run.controller.rewind(reading.step)
             self._pending.rewind(run.name, reading.step)
         for checkpoint in reading.checkpoints:
-            run.supervisor.checkpoint(checkpoint)
+            run.controller.checkpoint(checkpoint)
             self._pending.checkpoints[run.name, checkpoint] = None
         for result in reading.results:
             run.outstanding.pop(result.command_id, None)
             try:
-                self._take_up(run, run.supervisor.command_result(result, now))
+                self._record(run, run.controller.command_result(result, now))
             except OperatorError as error:
                 log.warning("command_result_unplaced", run=run.name, command=result.command_id, reason=str(error))
-        if entry.attempt is not run.attempt:
-            return  # an attempt that a newer one has replaced says goodbye; its measurements are history
-        observation = run.fold(reading, now)
-        if observation is not None:
-            self._take_up(run, run.supervisor.observe(observation, now))
 
-    def _take_up(self, run: Run, changes: Changes) -> None:
-        run.note(changes)
+    def _record(self, run: Run, changes: Changes) -> None:
+        if changes == NO_CHANGES:
+            return
+        run.count(changes)
         self._pending.add(run.name, changes)
         for alert in changes.alerts:
-            log.warning(
-                "alert",
-                run=run.name,
-                alert=alert.name,
-                blocks=alert.blocks,
-                severity=alert.severity,
-                active=alert.active,
-                step=alert.last_step,
-                evidence=alert.evidence,
-            )
+            _log_alert(run.name, alert)
         for made in changes.decisions:
-            log.info(
-                "decision",
-                run=run.name,
-                decision=made.id,
-                action=made.action,
-                mode=made.mode,
-                outcome=made.outcome,
-                guard=made.guard,
-                step=made.step,
-                author=made.author,
-            )
+            _log_decision(run.name, made)
 
     async def _estimate(self, requests: Sequence[EstimateRequest]) -> None:
-        """Estimate every window that a probe completed, so that estimates don't depend on how samples were batched."""
+        """Estimates every window that a probe completed, so that estimates don't depend on how samples are batched."""
         if not requests:
             return
         try:
             with self._metrics.estimate.time():
                 found = await self._estimator.estimate(requests)
-        except Exception:  # without estimates the tap, the alerts and the journal go on; counted
+        except Exception:  # taps, alerts and the journal must go on without estimates; counted
             self._metrics.internal_errors.labels("estimate").inc()
             log.exception("estimate_failed", runs=sorted({request.hello.run for request in requests}))
             return
         for request, estimates in zip(requests, found, strict=True):
-            name = request.hello.run
-            run = self._runs.get(name)
-            if run is not None:
-                run.take_estimates(request, estimates)
-            for (quantity, block, _), estimate in estimates.values.items():
-                if estimate.step == request.step:  # the others were taken before: it is other blocks' turn
-                    self._pending.estimates.append(EstimateRow(name, quantity, block, estimate))
+            self._take_estimates(request, estimates)
+
+    def _take_estimates(self, request: EstimateRequest, estimates: Estimates) -> None:
+        name = request.hello.run
+        run = self._runs.get(name)
+        if run is not None:
+            run.take_estimates(request, estimates)
+        for (quantity, block, _), estimate in estimates.values.items():
+            if estimate.step == request.step:  # the others are journalled already
+                self._pending.estimates.append(EstimateRow(name, quantity, block, estimate))
 
 
-def _row(entry: QueuedSample, now: float) -> SampleRow:
-    reading = entry.reading
-    return SampleRow(
-        run=entry.run,
-        attempt=entry.attempt.manifest.attempt,
-        sequence=reading.sequence,
-        step=reading.step,
-        payload=entry.payload,
-        received_at=now,
-        closing=reading.closing,
+def _log_alert(run: str, alert: Alert) -> None:
+    log.warning(
+        "alert",
+        run=run,
+        alert=alert.name,
+        blocks=alert.blocks,
+        severity=alert.severity,
+        active=alert.active,
+        step=alert.last_step,
+        evidence=alert.evidence,
     )
+
+
+def _log_decision(run: str, decision: Decision) -> None:
+    log.info(
+        "decision",
+        run=run,
+        decision=decision.id,
+        action=decision.action,
+        mode=decision.mode,
+        outcome=decision.outcome,
+        guard=decision.guard,
+        step=decision.step,
+        author=decision.author,
+    )
+
+
+def _rows(entries: Sequence[QueuedSample], now: float) -> list[SampleRow]:
+    return [
+        SampleRow(
+            run=entry.run,
+            attempt=entry.attempt.hello.attempt,
+            sequence=entry.reading.sequence,
+            step=entry.reading.step,
+            payload=entry.payload,
+            received_at=now,
+            closing=entry.reading.closing,
+        )
+        for entry in entries
+    ]

@@ -1,4 +1,4 @@
-"""The values the daemon keeps: what it saw, what it found, what it decided."""
+"""The values that the daemon keeps: observations, findings, alerts, decisions and revisions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Outcome = Literal[
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """One step of one run, as the detectors see it. Mappings go by block type; an absent key was not measured."""
+    """One step of a run, as the detectors see it. Mappings are by block type; a key that is absent was not measured."""
 
     step: int
     time: float  # unix seconds, the trainer's clock
@@ -39,16 +39,16 @@ class Observation:
     weight_norm: Mapping[str, float] = field(default_factory=dict)
     update_rms: Mapping[str, float] = field(default_factory=dict)
     non_finite: Mapping[str, int] = field(default_factory=dict)
-    # Directional stability ratio of this step's own probe (not a window): whole model, and by block.
+    # Directional stability ratio of the probe of this step, not of a window: whole model, and by block.
     stability: Estimate | None = None
-    no_descent: bool = False  # the probe ran, but g.d <= 0: there is no ratio
+    no_descent: bool = False  # the probe ran, but g.d <= 0, where the ratio is undefined
     block_stability: Mapping[str, Estimate] = field(default_factory=dict)
     multipliers: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What one detector says of one step. `blocks` worst first."""
+    """The finding of one detector at one step; `blocks` are worst first."""
 
     name: str
     blocks: tuple[str, ...]
@@ -59,7 +59,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Alert:
-    """Findings of one name that hang together."""
+    """Findings of one detector at steps close to each other."""
 
     id: str
     run: str
@@ -74,7 +74,7 @@ class Alert:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A place to roll back to."""
+    """A checkpoint that a run can be rolled back to."""
 
     step: int
     uri: str
@@ -82,7 +82,7 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class RollbackPlan:
-    """Go back to `checkpoint`; leave out the batches of steps [skip_from_step, skip_to_step)."""
+    """A rollback to `checkpoint` that leaves out the batches of steps [skip_from_step, skip_to_step)."""
 
     checkpoint: Checkpoint
     skip_from_step: int
@@ -91,7 +91,7 @@ class RollbackPlan:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What was made of an alert, or asked by an operator. Kept for ever."""
+    """A decision of a policy about an alert, or of an operator. It is kept for ever."""
 
     id: str
     run: str
@@ -105,7 +105,7 @@ class Decision:
     alert_name: str = ""
     guard: str = "ok"
     detail: str = ""
-    multipliers: Mapping[str, float] = field(default_factory=dict)  # the complete set it would put in force
+    multipliers: Mapping[str, float] = field(default_factory=dict)  # of every block, as they would be in force
     ramp_steps: int = 0
     ttl_steps: int = 0
     apply_at_step: int = 0
@@ -119,7 +119,7 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Revision:
-    """The numbered set of block multipliers in force; a block that is not named stands at 1."""
+    """A numbered set of block multipliers; a block that is not named has 1."""
 
     run: str
     revision: int
@@ -134,7 +134,7 @@ class Revision:
 
 @dataclass(frozen=True, slots=True)
 class CommandResult:
-    """What the trainer made of a command; `command_id` is the decision's id."""
+    """The trainer's answer to a command; `command_id` is the id of the decision."""
 
     command_id: str
     outcome: Literal["applied", "refused", "expired", "failed"]

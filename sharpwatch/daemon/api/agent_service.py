@@ -1,7 +1,7 @@
-"""AgentService: one session per attempt; hello, samples in, acknowledgements, refusals and commands out.
+"""AgentService: a session for each attempt. Samples come in; acknowledgements, refusals and commands go out.
 
-Messages are taken as bytes and parsed here, so that one that does not parse is refused and counted like any other bad
-one, and a good one goes into the journal as it came.
+Messages are received as bytes and parsed here. One that does not parse is refused and counted like any other bad one,
+and a good one goes into the journal exactly as it came.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from sharpwatch.v1 import agent_pb2
 
 log = structlog.get_logger(__name__)
 
-MAX_REASON = 1_000  # characters of what is told of a bad message, which may quote it
-MAX_OUTGOING = 1_024  # refusals and commands waiting for a client that does not read
+MAX_REASON = 1_000  # characters of a refusal, which may quote the bad message
+MAX_OUTGOING = 1_024  # refusals and commands that wait for a client which does not read
 Context = grpc.aio.ServicerContext[bytes, agent_pb2.SessionResponse]
 
 
 class SessionEndedError(Exception):
-    """This session is over, with the status the client is to see."""
+    """Ends a session with the status `code` and a reason, which the client sees."""
 
     def __init__(self, code: grpc.StatusCode, reason: str) -> None:
         self.code = code
@@ -45,7 +45,7 @@ class SessionEndedError(Exception):
 
 
 class Session:
-    """What goes out to one attempt: the newest acknowledgement, and a bounded queue of all else."""
+    """What is to be sent to one attempt: the newest acknowledgement, and a bounded queue of all other responses."""
 
     def __init__(self, attempt: Attempt) -> None:
         self.attempt = attempt
@@ -56,35 +56,39 @@ class Session:
         self._wake = asyncio.Event()
 
     def acknowledge(self, sequence: int) -> None:
-        """Say that all up to `sequence` is journalled; a later call overtakes an earlier one."""
+        """Sends that all samples up to `sequence` are journalled; replaces an acknowledgement that is not sent yet."""
         self._acknowledged = max(self._acknowledged, sequence)
         self._wake.set()
 
     def send(self, response: agent_pb2.SessionResponse) -> None:
-        """Queue a response; a client that lets too many pile up is ended."""
+        """Queues a response; ends the session if too many are unread."""
         if len(self._responses) >= MAX_OUTGOING:
-            self.end(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{MAX_OUTGOING} responses were not read")
+            self.end(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{MAX_OUTGOING} responses are unread")
             return
         self._responses.append(response)
         self._wake.set()
 
     def refuse(self, sequence: int, code: str, reason: str) -> None:
-        """Tell that the sample `sequence` will never be taken."""
+        """Sends that the sample `sequence` is refused, so that the agent does not send it again."""
         refusal = agent_pb2.Refusal(sequence=sequence, code=code, reason=reason)
         self.send(agent_pb2.SessionResponse(refusal=refusal))
 
     def end(self, code: grpc.StatusCode, reason: str) -> None:
-        """End the call with a status, after what is queued."""
+        """Ends the call with a status, after what is queued."""
         self._end = self._end or SessionEndedError(code, reason)
         self._wake.set()
 
     def finish(self, *, at_once: bool = False) -> None:
-        """End the call in order, once all that the client sent is answered, or with what is queued now."""
+        """Ends the call without an error, once all samples are answered or, with `at_once`, after what is queued."""
         self._finished, self._at_once = True, at_once
         self._wake.set()
 
     async def outgoing(self) -> AsyncIterator[agent_pb2.SessionResponse]:
-        """Responses as they come; raises `SessionEndedError` where the session is ended."""
+        """Yields responses as they come.
+
+        Raises:
+            SessionEndedError: `end` was called.
+        """
         while True:
             await self._wake.wait()
             self._wake.clear()
@@ -100,54 +104,54 @@ class Session:
 
 
 class Sessions:
-    """The live sessions, one an attempt."""
+    """The live sessions, at most one for each attempt."""
 
     def __init__(self, metrics: OwnMetrics) -> None:
         self._metrics = metrics
         self._live: dict[str, Session] = {}
 
     def open(self, attempt: Attempt) -> Session:
-        """A session for `attempt`; one it already had is ended."""
+        """Opens a session for `attempt`, and ends the one that it already has."""
         session = Session(attempt)
-        older = self._live.get(attempt.manifest.attempt)
+        older = self._live.get(attempt.hello.attempt)
         if older is not None:
             older.end(grpc.StatusCode.ABORTED, "a newer session of this attempt took over")
-        self._live[attempt.manifest.attempt] = session
+        self._live[attempt.hello.attempt] = session
         self._metrics.sessions.set(len(self._live))
         return session
 
     def close(self, session: Session) -> bool:
-        """Take `session` out; False where a newer one has its place."""
-        identity = session.attempt.manifest.attempt
+        """Removes `session`; returns False if a newer one has replaced it."""
+        identity = session.attempt.hello.attempt
         if self._live.get(identity) is not session:
             return False
         del self._live[identity]
         self._metrics.sessions.set(len(self._live))
         return True
 
-    def settled(self, attempt: Attempt, sequence: int) -> None:
-        """Acknowledge, where the attempt is connected."""
-        session = self._live.get(attempt.manifest.attempt)
+    def acknowledge(self, attempt: Attempt, sequence: int) -> None:
+        """Acknowledges all samples up to `sequence`, if the attempt is connected."""
+        session = self._live.get(attempt.hello.attempt)
         if session is not None:
             session.acknowledge(sequence)
 
     def evicted(self, entry: QueuedSample) -> None:
-        """The queue dropped `entry`: count it and tell its agent not to send it again."""
+        """Counts a sample that the queue dropped, and refuses it."""
         entry.attempt.cursor.forget(entry.reading.sequence)
         self._metrics.refused.labels("overflow").inc()
-        session = self._live.get(entry.attempt.manifest.attempt)
+        session = self._live.get(entry.attempt.hello.attempt)
         if session is not None:
             session.refuse(entry.reading.sequence, "overflow", "the daemon's queue is full")
 
     def command(self, run: Run, decision: Decision) -> None:
-        """Send a decision's command to the run's newest attempt, where it is connected."""
-        session = self._live.get(run.attempt.manifest.attempt)
+        """Sends the command of a decision to the newest attempt of a run, if it is connected."""
+        session = self._live.get(run.attempt.hello.attempt)
         if session is not None:
             log.info("command_sent", run=run.name, decision=decision.id, action=decision.action)
             session.send(agent_pb2.SessionResponse(command=command_message(decision)))
 
     def drain(self, reason: str, retry_after: float) -> None:
-        """Send everyone away in order."""
+        """Asks every agent to reconnect `retry_after` seconds later, and ends its session."""
         response = agent_pb2.SessionResponse(drain=agent_pb2.Drain(reason=reason, retry_after_seconds=retry_after))
         for session in self._live.values():
             session.send(response)
@@ -155,20 +159,28 @@ class Sessions:
 
 
 class AgentService:
-    """The trainers' side of the daemon."""
+    """Serves the agents.
+
+    Args:
+        runs: All runs.
+        queue: Where samples are put.
+        pipeline: Journals new attempts.
+        sessions: The live sessions.
+        metrics: The daemon's own metrics.
+    """
 
     def __init__(
-        self, *, runs: Runs, intake: SampleQueue, pipeline: Pipeline, sessions: Sessions, metrics: OwnMetrics
+        self, *, runs: Runs, queue: SampleQueue, pipeline: Pipeline, sessions: Sessions, metrics: OwnMetrics
     ) -> None:
         self._runs = runs
-        self._intake = intake
+        self._queue = queue
         self._pipeline = pipeline
         self._sessions = sessions
         self._metrics = metrics
         self.draining = False
 
     def handlers(self) -> grpc.GenericRpcHandler[bytes, agent_pb2.SessionResponse]:
-        """What to register with the server."""
+        """Returns the handler to register with the server."""
         session = grpc.stream_stream_rpc_method_handler(
             self.session,
             request_deserializer=None,
@@ -179,17 +191,17 @@ class AgentService:
     async def session(
         self, requests: AsyncIterator[bytes], context: Context
     ) -> AsyncIterator[agent_pb2.SessionResponse]:
-        """One stream, from Hello to the client's end or the daemon's."""
+        """Serves one stream, from its Hello until client or daemon ends it."""
         try:
-            attempt, run = await self._greet(requests)
+            attempt, run = await self._handshake(requests)
         except SessionEndedError as error:
             self._metrics.refused.labels("hello").inc()
             log.warning("session_refused", peer=context.peer(), reason=str(error))
             await context.abort(error.code, str(error))
         session = self._sessions.open(attempt)
         if attempt is run.attempt:
-            run.show(phase="running")
-        log.info("session_opened", run=run.name, attempt=attempt.manifest.attempt, peer=context.peer())
+            run.publish(phase="running")
+        log.info("session_opened", run=run.name, attempt=attempt.hello.attempt, peer=context.peer())
         reader = asyncio.create_task(self._read(requests, session))
         try:
             yield self._welcome(attempt)
@@ -199,11 +211,11 @@ class AgentService:
             async for response in session.outgoing():
                 yield response
         except SessionEndedError as error:
-            log.warning("session_ended", run=run.name, attempt=attempt.manifest.attempt, reason=str(error))
+            log.warning("session_ended", run=run.name, attempt=attempt.hello.attempt, reason=str(error))
             await context.abort(error.code, str(error))
         finally:
             reader.cancel()
-            self._leave(session, run)
+            self._close(session, run)
 
     def _welcome(self, attempt: Attempt) -> agent_pb2.SessionResponse:
         welcome = agent_pb2.Welcome(
@@ -213,13 +225,13 @@ class AgentService:
         )
         return agent_pb2.SessionResponse(welcome=welcome)
 
-    def _leave(self, session: Session, run: Run) -> None:
+    def _close(self, session: Session, run: Run) -> None:
         if self._sessions.close(session) and session.attempt is run.attempt:
             if run.phase == "running":
-                run.show(phase="silent", last_seen_at=time.time())
-            log.info("session_closed", run=run.name, attempt=session.attempt.manifest.attempt, phase=run.phase)
+                run.publish(phase="silent", last_seen_at=time.time())
+            log.info("session_closed", run=run.name, attempt=session.attempt.hello.attempt, phase=run.phase)
 
-    async def _greet(self, requests: AsyncIterator[bytes]) -> tuple[Attempt, Run]:
+    async def _handshake(self, requests: AsyncIterator[bytes]) -> tuple[Attempt, Run]:
         if self.draining:
             raise SessionEndedError(grpc.StatusCode.UNAVAILABLE, "the daemon is stopping")
         try:
@@ -231,36 +243,36 @@ class AgentService:
             request = _parse(message, "hello")
             return await self._admit(read_hello(request.hello), request.hello.SerializeToString())
         except WireError as error:
-            raise SessionEndedError(grpc.StatusCode.INVALID_ARGUMENT, f"{error.code}: {_said(error)}") from error
+            raise SessionEndedError(grpc.StatusCode.INVALID_ARGUMENT, f"{error.code}: {_reason(error)}") from error
 
-    async def _admit(self, manifest: RunHello, hello: bytes) -> tuple[Attempt, Run]:
-        owner = self._runs.owner(manifest.attempt)
-        if owner is not None and owner != manifest.run:
-            raise WireError("wrong_run", f"attempt {manifest.attempt} belongs to run {owner}")
-        held = self._runs.get(manifest.run)
-        if held is not None and held.attempt.manifest.training_job != manifest.training_job:
-            other = held.attempt.manifest.training_job
-            raise WireError("wrong_run", f"run {manifest.run} belongs to training job {other}")
-        known, run = self._runs.attempt(manifest.run, manifest.attempt), self._runs.get(manifest.run)
+    async def _admit(self, hello: RunHello, message: bytes) -> tuple[Attempt, Run]:
+        owner = self._runs.owner(hello.attempt)
+        if owner is not None and owner != hello.run:
+            raise WireError("wrong_run", f"attempt {hello.attempt} belongs to run {owner}")
+        held = self._runs.get(hello.run)
+        if held is not None and held.attempt.hello.training_job != hello.training_job:
+            other = held.attempt.hello.training_job
+            raise WireError("wrong_run", f"run {hello.run} belongs to training job {other}")
+        known, run = self._runs.attempt(hello.run, hello.attempt), self._runs.get(hello.run)
         if known is not None and run is not None:
-            if not known.manifest.same_blocks(manifest):
-                raise WireError("malformed", f"attempt {manifest.attempt} said a Hello of other blocks before")
+            if not known.hello.same_blocks(hello):
+                raise WireError("malformed", f"attempt {hello.attempt} sent a Hello with other blocks before")
             return known, run
-        attempt = Attempt(manifest, hello)
+        attempt = Attempt(hello, message)
         now = time.time()
         run = self._runs.begin(attempt, now)
         if run is None:
-            raise SessionEndedError(grpc.StatusCode.RESOURCE_EXHAUSTED, "as many runs as the daemon holds are live")
+            raise SessionEndedError(grpc.StatusCode.RESOURCE_EXHAUSTED, "the daemon holds as many live runs as it can")
         await self._pipeline.register(attempt, now)
         return attempt, run
 
     async def _read(self, requests: AsyncIterator[bytes], session: Session) -> None:
         try:
             await self._read_all(requests, session)
-        except Exception:  # a session must not stand there unheard for our mistake; counted
+        except Exception:  # otherwise a session would stay open without a reader; counted
             self._metrics.internal_errors.labels("session").inc()
-            log.exception("session_failed", run=session.attempt.manifest.run)
-            session.end(grpc.StatusCode.INTERNAL, "the daemon failed on a message; its log says more")
+            log.exception("session_failed", run=session.attempt.hello.run)
+            session.end(grpc.StatusCode.INTERNAL, "the daemon failed on a message; see its log")
 
     async def _read_all(self, requests: AsyncIterator[bytes], session: Session) -> None:
         async for message in requests:
@@ -281,34 +293,34 @@ class AgentService:
         try:
             request = _parse(message, "sample")
             sequence = request.sample.sequence
-            reading = read_sample(attempt.manifest, request.sample)
+            reading = read_sample(attempt.hello, request.sample)
             place = self._place(attempt, reading)
         except WireError as error:
             self._metrics.refused.labels(error.code).inc()
-            reason = _said(error)
-            log.warning("sample_refused", run=attempt.manifest.run, sequence=sequence, code=error.code, reason=reason)
+            reason = _reason(error)
+            log.warning("sample_refused", run=attempt.hello.run, sequence=sequence, code=error.code, reason=reason)
             session.refuse(sequence, error.code, reason)
             return
         if place == "new":
-            self._intake.put(QueuedSample(attempt, reading, message, received_at))
+            self._queue.put(QueuedSample(attempt.hello.run, attempt, reading, message, received_at))
         elif place == "journalled":
             session.acknowledge(attempt.cursor.journalled)
 
     def _place(self, attempt: Attempt, reading: Reading) -> str:
-        run = self._runs.get(attempt.manifest.run)
+        run = self._runs.get(attempt.hello.run)
         if run is None:
-            raise WireError("unknown_run", f"run {attempt.manifest.run} was given up for newer ones")
-        return attempt.cursor.judge(reading.sequence, reading.step, restored=reading.restored)
+            raise WireError("unknown_run", f"run {attempt.hello.run} was dropped for newer runs")
+        return attempt.cursor.place(reading.sequence, reading.step, restored=reading.restored)
 
 
-def _said(error: WireError) -> str:
-    """What a message is refused for, short enough for a client to take it."""
+def _reason(error: WireError) -> str:
+    """Returns why a message is refused, short enough to be sent."""
     return str(error)[:MAX_REASON]
 
 
 def _check_size(message: bytes) -> None:
     if len(message) > wire.MAX_MESSAGE_BYTES:
-        raise WireError("oversized", f"{len(message)} bytes, at most {wire.MAX_MESSAGE_BYTES}")
+        raise WireError("oversized", f"a message must have at most {wire.MAX_MESSAGE_BYTES} bytes, got {len(message)}")
 
 
 def _parse(message: bytes, expected: Literal["hello", "sample"]) -> agent_pb2.SessionRequest:

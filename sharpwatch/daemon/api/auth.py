@@ -1,8 +1,8 @@
-"""Who may do what, without certificates: loopback and sockets only, and a token for what changes something.
+"""Who may do what: the daemon serves loopback and unix sockets only, and changes need the operator's token.
 
-A caller on the unix socket is an operator by the file's mode, 0600: only the daemon's own user (and root) can connect.
-gRPC for Python doesn't tell a peer's uid, so the mode has to do it. Loopback is shared by all users of a machine; there
-the operator shows the token that only the daemon's user can read.
+There are no certificates. A caller on the unix socket is an operator, because its mode 0600 lets only the daemon's own
+user (and root) connect; gRPC for Python does not tell the uid of a peer. Loopback is shared by all users of a machine,
+so there an operator sends the token, which only the daemon's user can read.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SCHEME = "Bearer "
 
 
 def check_grpc_address(address: str) -> None:
-    """Refuse an address that other machines could reach.
+    """Refuses an address that other machines could reach.
 
     Raises:
         SharpwatchError: `address` is neither loopback nor a unix socket.
@@ -36,7 +36,7 @@ def check_grpc_address(address: str) -> None:
 
 
 def load_token(file: str | Path) -> str:
-    """Read the operator's token; make the file where there is none.
+    """Reads the operator's token; makes the file if there is none.
 
     Raises:
         TokenFileError: The file cannot be used, or belongs to another user than the daemon's.
@@ -52,13 +52,17 @@ def load_token(file: str | Path) -> str:
 
 
 class Authorizer:
-    """Tells operators from viewers."""
+    """Tells operators from viewers.
+
+    Args:
+        token: The operator's token.
+    """
 
     def __init__(self, token: str) -> None:
         self._token = token.encode()
 
     def role(self, context: grpc.aio.ServicerContext[Any, Any]) -> Role:
-        """What the caller may do."""
+        """Returns the role of the caller."""
         if context.peer().startswith("unix:"):
             return "operator"
         for key, value in context.invocation_metadata() or ():
@@ -68,11 +72,11 @@ class Authorizer:
         return "viewer"
 
     async def require_operator(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-        """End the call unless the caller is an operator."""
+        """Ends the call unless the caller is an operator."""
         if self.role(context) == "operator":
             return
         if any(key == "authorization" for key, _ in context.invocation_metadata() or ()):
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "this token is not the operator's")
         await context.abort(
-            grpc.StatusCode.UNAUTHENTICATED, "a change needs the operator's token: authorization: Bearer"
+            grpc.StatusCode.UNAUTHENTICATED, "a change needs the operator's token, in the header authorization: Bearer"
         )

@@ -1,4 +1,4 @@
-"""What the daemon keeps, as protobuf."""
+"""Converts what the daemon keeps to protobuf messages."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from sharpwatch.curvature.statistics.estimate import Estimate
 from sharpwatch.daemon.records import Alert, Checkpoint, Decision, Revision, RollbackPlan
-from sharpwatch.daemon.runs.runs import Phase, RunSnapshot
+from sharpwatch.daemon.runs.snapshot import Phase, RunSnapshot
 from sharpwatch.v1 import operator_pb2, types_pb2
 
 _PHASES: dict[Phase, operator_pb2.RunPhase.ValueType] = {
@@ -22,7 +22,7 @@ def _nanoseconds(seconds: float) -> int:
 
 
 def checkpoint_message(checkpoint: Checkpoint) -> types_pb2.Checkpoint:
-    """A checkpoint on the wire."""
+    """Returns a checkpoint as a message."""
     return types_pb2.Checkpoint(step=checkpoint.step, uri=checkpoint.uri)
 
 
@@ -35,7 +35,7 @@ def _rollback_message(plan: RollbackPlan) -> types_pb2.Rollback:
 
 
 def command_message(decision: Decision) -> types_pb2.Command:
-    """The command that carries `decision` to the trainer."""
+    """Returns the command that tells the trainer of `decision`."""
     command = types_pb2.Command(
         id=decision.id,
         apply_at_step=decision.apply_at_step,
@@ -58,7 +58,7 @@ def command_message(decision: Decision) -> types_pb2.Command:
 
 
 def alert_message(alert: Alert) -> operator_pb2.Alert:
-    """An alert on the wire."""
+    """Returns an alert as a message."""
     return operator_pb2.Alert(
         id=alert.id,
         run=alert.run,
@@ -73,7 +73,7 @@ def alert_message(alert: Alert) -> operator_pb2.Alert:
 
 
 def decision_message(decision: Decision) -> operator_pb2.Decision:
-    """A decision on the wire."""
+    """Returns a decision as a message."""
     return operator_pb2.Decision(
         id=decision.id,
         run=decision.run,
@@ -97,7 +97,7 @@ def decision_message(decision: Decision) -> operator_pb2.Decision:
 
 
 def revision_message(revision: Revision) -> operator_pb2.Revision:
-    """An LR revision on the wire."""
+    """Returns an LR revision as a message."""
     return operator_pb2.Revision(
         revision=revision.revision,
         multipliers=revision.multipliers,
@@ -124,62 +124,62 @@ def _estimate_message(quantity: str, block: str, estimate: Estimate) -> types_pb
     )
 
 
-def run_message(view: RunSnapshot) -> operator_pb2.Run:
-    """A run in one line."""
+def run_message(snapshot: RunSnapshot) -> operator_pb2.Run:
+    """Returns the summary of a run."""
     return operator_pb2.Run(
-        run=view.manifest.run,
-        training_job=view.manifest.training_job,
-        phase=_PHASES[view.phase],
-        attempts=view.attempts,
-        step=view.manifest.initial_step if view.step is None else view.step,
-        loss=view.loss,
-        last_sample_at_unix_ns=_nanoseconds(view.last_sample_at or 0.0),
-        mode=view.mode,
-        control=view.manifest.control,
-        lr_revision=view.lr_revision,
-        active_alerts=sum(alert.active for alert in view.alerts),
+        run=snapshot.hello.run,
+        training_job=snapshot.hello.training_job,
+        phase=_PHASES[snapshot.phase],
+        attempts=snapshot.attempts,
+        step=snapshot.hello.initial_step if snapshot.step is None else snapshot.step,
+        loss=snapshot.loss,
+        last_sample_at_unix_ns=_nanoseconds(snapshot.last_sample_at or 0.0),
+        mode=snapshot.mode,
+        control=snapshot.hello.control,
+        lr_revision=snapshot.lr_revision,
+        active_alerts=sum(alert.active for alert in snapshot.alerts),
     )
 
 
 _TAP = ("gradient_norm", "weight_norm", "update_rms", "learning_rate", "lr_multiplier")
 
 
-def _block_messages(view: RunSnapshot) -> list[operator_pb2.Block]:
-    measured = {} if view.tap is None else {field: getattr(view.tap, field) for field in _TAP}
-    measured |= {"update_ratio": view.update_ratio, "gradient_noise": view.gradient_noise}
+def _block_messages(snapshot: RunSnapshot) -> list[operator_pb2.Block]:
+    measured = {} if snapshot.tap is None else {field: getattr(snapshot.tap, field) for field in _TAP}
+    measured |= {"update_ratio": snapshot.update_ratio, "gradient_noise": snapshot.gradient_noise}
     blocks = []
-    for index, name in enumerate(view.manifest.blocks):
-        block = operator_pb2.Block(block=name, parameters=int(view.manifest.block_parameters[index]))
+    for index, name in enumerate(snapshot.hello.blocks):
+        block = operator_pb2.Block(block=name, parameters=int(snapshot.hello.block_parameters[index]))
         for field, values in measured.items():
             if values is not None and not math.isnan(values[index]):
                 setattr(block, field, float(values[index]))
         block.estimates.extend(
             _estimate_message(quantity, of, estimate)
-            for (quantity, of, _), estimate in view.estimates.items()
+            for (quantity, of, _), estimate in snapshot.estimates.items()
             if of == name
         )
         blocks.append(block)
     return blocks
 
 
-def detail_message(view: RunSnapshot, checkpoints: Iterable[Checkpoint]) -> operator_pb2.RunDetail:
-    """All that is shown of a run."""
-    health = view.health
+def detail_message(snapshot: RunSnapshot, checkpoints: Iterable[Checkpoint]) -> operator_pb2.RunDetail:
+    """Returns all about a run."""
+    health = snapshot.health
     return operator_pb2.RunDetail(
-        run=run_message(view),
-        blocks=_block_messages(view),
+        run=run_message(snapshot),
+        blocks=_block_messages(snapshot),
         estimates=[
             _estimate_message(quantity, of, estimate)
-            for (quantity, of, _), estimate in view.estimates.items()
+            for (quantity, of, _), estimate in snapshot.estimates.items()
             if not of
         ],
-        alerts=map(alert_message, view.alerts),
+        alerts=map(alert_message, snapshot.alerts),
         checkpoints=map(checkpoint_message, checkpoints),
         overhead_ratio=health.overhead_ratio if health is not None else None,
         step_seconds=health.step_seconds if health is not None else None,
         dropped=health.dropped if health is not None else None,
         probe_failures=health.probe_failures if health is not None else None,
-        block_order_correlation=view.order_correlation,
-        optimizer=view.manifest.optimizer,
-        host=view.manifest.host,
+        block_order_correlation=snapshot.order_correlation,
+        optimizer=snapshot.hello.optimizer,
+        host=snapshot.hello.host,
     )

@@ -1,4 +1,4 @@
-"""HTTP: /metrics, /-/healthy, /-/ready."""
+"""The daemon's HTTP server: /metrics, /-/healthy and /-/ready."""
 
 from __future__ import annotations
 
@@ -12,8 +12,13 @@ from prometheus_client.exposition import choose_encoder
 from sharpwatch.errors import SharpwatchError
 
 
-class Web:
-    """The daemon's HTTP side; `unready` says why the daemon isn't ready, empty if it is."""
+class HttpServer:
+    """Serves metrics and health.
+
+    Args:
+        registry: The metrics.
+        unready: Returns why the daemon is not ready, or an empty string if it is.
+    """
 
     def __init__(self, registry: CollectorRegistry, unready: Callable[[], str]) -> None:
         self._registry = registry
@@ -25,7 +30,17 @@ class Web:
         self._runner = web.AppRunner(app, access_log=None)
 
     async def start(self, address: str) -> str:
-        """Serve on HOST:PORT; returns the address bound, where port 0 has become a real one."""
+        """Starts to serve.
+
+        Args:
+            address: HOST:PORT; port 0 takes any free one.
+
+        Returns:
+            The address that is bound.
+
+        Raises:
+            SharpwatchError: The address can't be bound.
+        """
         host, _, port = address.rpartition(":")
         await self._runner.setup()
         try:
@@ -37,12 +52,12 @@ class Web:
         return f"[{bound[0]}]:{bound[1]}" if ":" in bound[0] else f"{bound[0]}:{bound[1]}"
 
     async def stop(self) -> None:
-        """Finish what is being answered and close."""
+        """Finishes the requests in progress and stops."""
         await self._runner.cleanup()
 
     async def _metrics(self, request: web.Request) -> web.Response:
         encoder, content_type = choose_encoder(request.headers.get("Accept", ""))
-        # On a thread: the collector reads immutable views, and with many runs writing them out takes a while.
+        # On a thread, because with many runs this takes a while; the collector reads immutable snapshots.
         body = await asyncio.to_thread(encoder, self._registry)
         response = web.Response(body=body, headers={"Content-Type": content_type})
         response.enable_compression()

@@ -1,5 +1,5 @@
 # ruff: noqa: N802  the methods are named by the wire
-"""OperatorService: what operators see and do. Reading is open to who can connect; changing asks for the operator."""
+"""OperatorService: what operators see and change. Anyone who connects may read; changes need the operator's token."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sharpwatch._version import __version__
 from sharpwatch.daemon.api.auth import Authorizer
 from sharpwatch.daemon.api.conversions import decision_message, detail_message, revision_message, run_message
 from sharpwatch.daemon.decisions.decision_log import Changes
-from sharpwatch.daemon.decisions.lifecycle import FINAL
+from sharpwatch.daemon.decisions.lifecycle import is_settled
 from sharpwatch.daemon.pipeline import Pipeline
 from sharpwatch.daemon.records import Decision, Mode
 from sharpwatch.daemon.runs.runs import Run, Runs
@@ -30,7 +30,7 @@ from sharpwatch.v1.operator_pb2_grpc import OperatorServiceServicer
 Context = grpc.aio.ServicerContext[Any, Any]
 _DEFAULT_LIMIT, _MOST = 100, 10_000
 _MAX_REASON = 2_000
-_NAMED = 5  # decisions named where what was said fits several
+_NAMED = 5  # decisions that an error lists when an id is ambiguous
 
 
 class Audited(Protocol):
@@ -41,8 +41,8 @@ class Audited(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
-    """What the daemon knows of itself once it serves."""
+class DaemonInfo:
+    """Facts about the daemon that are fixed once it serves."""
 
     started_at: float  # monotonic seconds
     device: str
@@ -51,54 +51,63 @@ class Facts:
 
 
 class OperatorService(OperatorServiceServicer):
-    """The operators' side of the daemon."""
+    """Serves the operators.
 
-    def __init__(self, *, runs: Runs, pipeline: Pipeline, gate: Authorizer, facts: Facts) -> None:
+    Args:
+        runs: All runs.
+        pipeline: Journals changes and sends their commands.
+        authorizer: Tells operators from viewers.
+        info: Facts about the daemon.
+    """
+
+    def __init__(self, *, runs: Runs, pipeline: Pipeline, authorizer: Authorizer, info: DaemonInfo) -> None:
         self._runs = runs
         self._pipeline = pipeline
-        self._gate = gate
-        self._facts = facts
+        self._authorizer = authorizer
+        self._info = info
         self._draining = False
 
     def drain(self) -> None:
-        """End every watch; calls that answer at once may still come."""
+        """Ends every watch; other calls are still answered."""
         self._draining = True
         for run in self._runs:
             run.signal.notify()
 
     async def GetDaemon(self, request: pb.GetDaemonRequest, context: Context) -> pb.GetDaemonResponse:
-        """The daemon itself."""
+        """Returns facts about the daemon."""
         del request
         return pb.GetDaemonResponse(
             version=__version__,
             protocol=wire.PROTOCOL,
-            uptime_seconds=time.monotonic() - self._facts.started_at,
-            device=self._facts.device,
-            store=self._facts.store,
-            http_address=self._facts.http_address,
+            uptime_seconds=time.monotonic() - self._info.started_at,
+            device=self._info.device,
+            store=self._info.store,
+            http_address=self._info.http_address,
             runs=len(self._runs),
             store_writable=not self._pipeline.store_error,
             store_error=self._pipeline.store_error,
-            role=self._gate.role(context),
+            role=self._authorizer.role(context),
         )
 
     async def ListRuns(self, request: pb.ListRunsRequest, context: Context) -> pb.ListRunsResponse:
-        """All runs held, by training job and name."""
+        """Lists all runs, by training job and name."""
         del request, context
-        views = sorted(self._runs.views(), key=lambda view: (view.manifest.training_job, view.manifest.run))
-        return pb.ListRunsResponse(runs=map(run_message, views))
+        snapshots = sorted(
+            self._runs.snapshots(), key=lambda snapshot: (snapshot.hello.training_job, snapshot.hello.run)
+        )
+        return pb.ListRunsResponse(runs=map(run_message, snapshots))
 
     async def GetRun(self, request: pb.GetRunRequest, context: Context) -> pb.GetRunResponse:
-        """All about a run."""
+        """Returns all about a run."""
         run = await self._run(request.run, context)
-        return pb.GetRunResponse(detail=detail_message(run.view, run.supervisor.checkpoints))
+        return pb.GetRunResponse(detail=detail_message(run.snapshot, run.controller.checkpoints))
 
     async def WatchRun(self, request: pb.WatchRunRequest, context: Context) -> AsyncIterator[pb.WatchRunResponse]:
-        """All about a run, again at each change, at most one every `min_interval_seconds`."""
+        """Yields all about a run at each change, at most once every `min_interval_seconds`."""
         run = await self._run(request.run, context)
         while True:
             version = run.signal.version
-            yield pb.WatchRunResponse(detail=detail_message(run.view, run.supervisor.checkpoints))
+            yield pb.WatchRunResponse(detail=detail_message(run.snapshot, run.controller.checkpoints))
             if request.min_interval_seconds > 0:
                 await asyncio.sleep(request.min_interval_seconds)
             await self._changed(run, version, context)
@@ -106,11 +115,11 @@ class OperatorService(OperatorServiceServicer):
     async def SetLearningRates(
         self, request: pb.SetLearningRatesRequest, context: Context
     ) -> pb.SetLearningRatesResponse:
-        """Put block multipliers in force."""
-        run = await self._may_change(request.run, request, context)
-        changes = await self._ask(
+        """Puts block multipliers in force."""
+        run = await self._authorized_run(request.run, request, context)
+        changes = await self._change(
             context,
-            lambda: run.supervisor.set_learning_rates(
+            lambda: run.controller.set_learning_rates(
                 dict(request.multipliers),
                 request.ramp_steps,
                 request.apply_at_step,
@@ -119,30 +128,30 @@ class OperatorService(OperatorServiceServicer):
                 time.time(),
             ),
         )
-        return pb.SetLearningRatesResponse(decision=await self._journalled(run, changes, context))
+        return pb.SetLearningRatesResponse(decision=await self._submit_decision(run, changes, context))
 
     async def UndoLearningRates(
         self, request: pb.UndoLearningRatesRequest, context: Context
     ) -> pb.UndoLearningRatesResponse:
-        """Put the multipliers before a revision in force again."""
-        run = await self._may_change(request.run, request, context)
-        changes = await self._ask(
+        """Puts the multipliers before a revision in force again."""
+        run = await self._authorized_run(request.run, request, context)
+        changes = await self._change(
             context,
-            lambda: run.supervisor.undo(request.revision, request.author, request.reason, time.time()),
+            lambda: run.controller.undo(request.revision, request.author, request.reason, time.time()),
         )
-        return pb.UndoLearningRatesResponse(decision=await self._journalled(run, changes, context))
+        return pb.UndoLearningRatesResponse(decision=await self._submit_decision(run, changes, context))
 
     async def ListRevisions(self, request: pb.ListRevisionsRequest, context: Context) -> pb.ListRevisionsResponse:
-        """A run's LR revisions, oldest first."""
+        """Lists the LR revisions of a run, oldest first."""
         run = await self._run(request.run, context)
-        return pb.ListRevisionsResponse(revisions=map(revision_message, run.supervisor.revisions))
+        return pb.ListRevisionsResponse(revisions=map(revision_message, run.controller.revisions))
 
     async def RequestRollback(self, request: pb.RequestRollbackRequest, context: Context) -> pb.RequestRollbackResponse:
-        """Ask the trainer to go back to a checkpoint."""
-        run = await self._may_change(request.run, request, context)
-        changes = await self._ask(
+        """Asks the trainer to go back to a checkpoint."""
+        run = await self._authorized_run(request.run, request, context)
+        changes = await self._change(
             context,
-            lambda: run.supervisor.request_rollback(
+            lambda: run.controller.request_rollback(
                 request.to_step if request.HasField("to_step") else None,
                 request.skip_from_step,
                 request.skip_to_step,
@@ -151,68 +160,69 @@ class OperatorService(OperatorServiceServicer):
                 time.time(),
             ),
         )
-        return pb.RequestRollbackResponse(decision=await self._journalled(run, changes, context))
+        return pb.RequestRollbackResponse(decision=await self._submit_decision(run, changes, context))
 
     async def SetMode(self, request: pb.SetModeRequest, context: Context) -> pb.SetModeResponse:
-        """Set what policies may do to a run."""
-        run = await self._may_change(request.run, request, context)
+        """Sets what policies may do to a run."""
+        run = await self._authorized_run(request.run, request, context)
         if request.mode not in get_args(Mode):
             allowed = ", ".join(get_args(Mode))
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"mode {request.mode!r}; allowed: {allowed}")
+            await context.abort(
+                grpc.StatusCode.INVALID_ARGUMENT, f"mode must be one of {allowed}, got {request.mode!r}"
+            )
         mode = cast("Mode", request.mode)
-        changes = await self._ask(
-            context, lambda: run.supervisor.set_mode(mode, request.author, request.reason, time.time())
+        changes = await self._change(
+            context, lambda: run.controller.set_mode(mode, request.author, request.reason, time.time())
         )
         await self._submit(run, changes, context, ModeRow(run.name, mode, request.author, request.reason, time.time()))
-        return pb.SetModeResponse(run=run_message(run.view))
+        return pb.SetModeResponse(run=run_message(run.snapshot))
 
     async def ListDecisions(self, request: pb.ListDecisionsRequest, context: Context) -> pb.ListDecisionsResponse:
-        """The newest decisions, newest first; of all runs where none is named."""
+        """Lists the newest decisions of a run or of all runs, newest first."""
         runs = [await self._run(request.run, context)] if request.run else list(self._runs)
         limit = min(request.limit or _DEFAULT_LIMIT, _MOST)
-        made = chain.from_iterable(reversed(run.supervisor.decisions) for run in runs)
+        made = chain.from_iterable(reversed(run.controller.decisions) for run in runs)
         newest = heapq.nlargest(limit, made, key=lambda one: one.made_at)
         return pb.ListDecisionsResponse(decisions=map(decision_message, newest))
 
     async def WatchDecision(
         self, request: pb.WatchDecisionRequest, context: Context
     ) -> AsyncIterator[pb.WatchDecisionResponse]:
-        """A decision, again at each change, until its outcome is final."""
-        run, identity = await self._meant(request.id, context)
+        """Yields a decision at each change, until it is settled."""
+        run, identity = await self._find_decision(request.id, context)
         shown = None
         while True:
             version = run.signal.version
             made = _decision(run, identity)
             if made != shown:
                 yield pb.WatchDecisionResponse(decision=decision_message(made))
-            # An operator's own is done once it is applied; a policy's has still to prove itself.
-            if made.outcome in FINAL or (made.outcome == "applied" and not made.policy):
+            if is_settled(made):
                 return
             shown = made
             await self._changed(run, version, context)
 
     async def ApproveDecision(self, request: pb.ApproveDecisionRequest, context: Context) -> pb.ApproveDecisionResponse:
-        """Let a proposed decision be carried out."""
-        await self._authorise(request, context)
-        run, identity = await self._meant(request.id, context)
-        changes = await self._ask(
-            context, lambda: run.supervisor.approve(identity, request.author, request.reason, time.time())
+        """Approves a proposed decision."""
+        await self._authorize(request, context)
+        run, identity = await self._find_decision(request.id, context)
+        changes = await self._change(
+            context, lambda: run.controller.approve(identity, request.author, request.reason, time.time())
         )
         await self._submit(run, changes, context)
         return pb.ApproveDecisionResponse(decision=decision_message(_decision(run, identity)))
 
     async def RejectDecision(self, request: pb.RejectDecisionRequest, context: Context) -> pb.RejectDecisionResponse:
-        """Put a proposed decision aside."""
-        await self._authorise(request, context)
-        run, identity = await self._meant(request.id, context)
-        changes = await self._ask(
-            context, lambda: run.supervisor.reject(identity, request.author, request.reason, time.time())
+        """Rejects a proposed decision."""
+        await self._authorize(request, context)
+        run, identity = await self._find_decision(request.id, context)
+        changes = await self._change(
+            context, lambda: run.controller.reject(identity, request.author, request.reason, time.time())
         )
         await self._submit(run, changes, context)
         return pb.RejectDecisionResponse(decision=decision_message(_decision(run, identity)))
 
     async def _changed(self, run: Run, version: int, context: Context) -> None:
-        """Wait until `run` is past `version`; ends the call where the daemon stops."""
+        """Waits until `run` is past `version`; ends the call if the daemon stops."""
         if not self._draining:
             await run.signal.after(version)
         if self._draining:
@@ -224,34 +234,36 @@ class OperatorService(OperatorServiceServicer):
             await context.abort(grpc.StatusCode.NOT_FOUND, f"no run {name!r}")
         return run
 
-    async def _meant(self, said: str, context: Context) -> tuple[Run, str]:
-        """The decision that an id, or the beginning of just one, names, and its run."""
-        found = self._runs.decisions(said) if said else []
+    async def _find_decision(self, given: str, context: Context) -> tuple[Run, str]:
+        """Finds a decision by its id or by a beginning that no other id has; returns its run and its whole id."""
+        found = self._runs.decisions(given) if given else []
         if not found:
-            await context.abort(grpc.StatusCode.NOT_FOUND, f"no decision {said!r}")
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"no decision {given!r}")
         if len(found) > 1:
             some = ", ".join(identity for _, identity in found[:_NAMED]) + (", ..." if len(found) > _NAMED else "")
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"{len(found)} decisions begin with {said!r}: {some}")
+            await context.abort(
+                grpc.StatusCode.INVALID_ARGUMENT, f"{len(found)} decisions begin with {given!r}: {some}"
+            )
         return found[0]
 
-    async def _authorise(self, request: Audited, context: Context) -> None:
-        await self._gate.require_operator(context)
+    async def _authorize(self, request: Audited, context: Context) -> None:
+        await self._authorizer.require_operator(context)
         if not request.author.strip():
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "author: a change needs the name of who asks for it")
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "author must name who asks for the change")
         if max(len(request.author), len(request.reason)) > _MAX_REASON:
             await context.abort(
-                grpc.StatusCode.INVALID_ARGUMENT, f"author and reason: at most {_MAX_REASON} characters"
+                grpc.StatusCode.INVALID_ARGUMENT, f"author and reason must have at most {_MAX_REASON} characters each"
             )
 
-    async def _may_change(self, name: str, request: Audited, context: Context) -> Run:
-        await self._authorise(request, context)
+    async def _authorized_run(self, name: str, request: Audited, context: Context) -> Run:
+        await self._authorize(request, context)
         return await self._run(name, context)
 
-    async def _ask(self, context: Context, change: Callable[[], Changes]) -> Changes:
-        """Let the supervisor judge; nothing is begun that could not be journalled."""
+    async def _change(self, context: Context, change: Callable[[], Changes]) -> Changes:
+        """Lets the controller make the change, unless the journal fails: no change may go unrecorded."""
         if self._pipeline.store_error:
             await context.abort(
-                grpc.StatusCode.UNAVAILABLE, f"nothing can be audited now: {self._pipeline.store_error}"
+                grpc.StatusCode.UNAVAILABLE, f"no change can be journalled now: {self._pipeline.store_error}"
             )
         try:
             return change()
@@ -264,13 +276,13 @@ class OperatorService(OperatorServiceServicer):
         except StoreError as error:
             made = ", ".join(made.id for made in changes.decisions) or "the change"
             await context.abort(
-                grpc.StatusCode.UNAVAILABLE, f"{made} waits for the journal and is sent once it takes writes: {error}"
+                grpc.StatusCode.UNAVAILABLE, f"{made} is sent once the journal takes writes again: {error}"
             )
 
-    async def _journalled(self, run: Run, changes: Changes, context: Context) -> pb.Decision:
+    async def _submit_decision(self, run: Run, changes: Changes, context: Context) -> pb.Decision:
         await self._submit(run, changes, context)
         return decision_message(_decision(run, changes.decisions[-1].id))
 
 
 def _decision(run: Run, identity: str) -> Decision:
-    return next(made for made in run.supervisor.decisions if made.id == identity)
+    return next(made for made in run.controller.decisions if made.id == identity)

@@ -15,8 +15,8 @@ from sharpwatch.curvature.statistics.gnb_estimators import top_eigenvalues, trac
 from sharpwatch.curvature.statistics.sketch_moments import alignments, drifts, effective_ranks, sketch_moments
 from sharpwatch.daemon.estimation.windows import WINDOW_PROBES, EstimateRequest, Estimates, Key, ReadingSpec
 from sharpwatch.daemon.ingest.hello import RunHello
-from sharpwatch.daemon.ingest.limits import Doubles, Floats
 from sharpwatch.daemon.ingest.probes import GnbReading
+from sharpwatch.wire import Doubles, Floats
 
 _SPECTRAL = ("top_eigenvalue", "effective_rank", "drift", "alignment")  # quantities estimated from sketches
 ORDER = ("emb", "qk", "ffn", "vo", "norm")  # least sharp first: Wang et al. 2025, arXiv 2502.19002

@@ -1,4 +1,4 @@
-"""`/metrics`: a collector over the views of all runs, and the daemon's own counters."""
+"""`/metrics`: a collector over the snapshots of all runs, and the daemon's own counters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 from sharpwatch._version import __version__
 from sharpwatch.curvature.statistics.estimate import Estimate
 from sharpwatch.daemon.detection.detectors import DETECTORS
-from sharpwatch.daemon.runs.runs import RunSnapshot
+from sharpwatch.daemon.runs.snapshot import RunSnapshot
 
 MAX_LAYER_SERIES = 512  # layer blocks exported of one run
 _RUN = ("training_job", "run")
@@ -84,18 +84,18 @@ class OwnMetrics:
 class RunCollector(Collector):
     """Exports each run that is live or was seen less than `stale_after` seconds ago.
 
-    `views` may be called on any thread; `now` is unix seconds.
+    `snapshots` may be called on any thread; `now` is unix seconds.
     """
 
     def __init__(
         self,
-        views: Callable[[], Iterable[RunSnapshot]],
+        snapshots: Callable[[], Iterable[RunSnapshot]],
         now: Callable[[], float],
         *,
         stale_after: float,
         layers: bool = True,
     ) -> None:
-        self._views = views
+        self._snapshots = snapshots
         self._now = now
         self._stale_after = stale_after
         self._layers = layers
@@ -107,19 +107,21 @@ class RunCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """One family after another, each over all runs."""
         oldest = self._now() - self._stale_after
-        views = [view for view in self._views() if view.phase == "running" or view.last_seen_at >= oldest]
-        views.sort(key=lambda view: (view.manifest.training_job, view.manifest.run))
-        yield from _run_families(views)
-        yield from _tap_families(views)
-        yield from _estimate_families(views)
-        yield from _action_families(views)
-        yield from _agent_families(views)
+        snapshots = [
+            snapshot for snapshot in self._snapshots() if snapshot.phase == "running" or snapshot.last_seen_at >= oldest
+        ]
+        snapshots.sort(key=lambda snapshot: (snapshot.hello.training_job, snapshot.hello.run))
+        yield from _run_families(snapshots)
+        yield from _tap_families(snapshots)
+        yield from _estimate_families(snapshots)
+        yield from _action_families(snapshots)
+        yield from _agent_families(snapshots)
         if self._layers:
-            yield from _layer_families(views)
+            yield from _layer_families(snapshots)
 
 
-def _labels(view: RunSnapshot, *labels: str) -> list[str]:
-    return [view.manifest.training_job, view.manifest.run, *labels]
+def _labels(snapshot: RunSnapshot, *labels: str) -> list[str]:
+    return [snapshot.hello.training_job, snapshot.hello.run, *labels]
 
 
 def _gauge(name: str, documentation: str, *labels: str) -> GaugeMetricFamily:
@@ -130,7 +132,7 @@ def _counter(name: str, documentation: str, *labels: str) -> CounterMetricFamily
     return CounterMetricFamily(f"sharpwatch_{name}", documentation, labels=(*_RUN, *labels))
 
 
-def _run_families(views: list[RunSnapshot]) -> Iterator[Metric]:
+def _run_families(snapshots: list[RunSnapshot]) -> Iterator[Metric]:
     info = InfoMetricFamily(
         "sharpwatch_run",
         "What the run said of itself; always 1.",
@@ -140,18 +142,18 @@ def _run_families(views: list[RunSnapshot]) -> Iterator[Metric]:
     loss = _gauge("run_loss", "The newest training loss, as the run reports it.")
     stamp = _gauge("run_last_sample_timestamp_seconds", "When the newest sample came in, unix seconds.")
     parameters = _gauge("block_parameters", "Parameters of the block type over all layers.", "block")
-    for view in views:
-        manifest = view.manifest
-        extra = (manifest.optimizer, manifest.host, manifest.agent_version, manifest.control, view.mode, view.phase)
-        info.add_metric(_labels(view, *extra), {})
-        if view.step is not None:
-            step.add_metric(_labels(view), view.step)
-        if view.loss is not None:
-            loss.add_metric(_labels(view), view.loss)
-        if view.last_sample_at is not None:
-            stamp.add_metric(_labels(view), view.last_sample_at)
-        for block, numel in zip(manifest.blocks, manifest.block_parameters, strict=True):
-            parameters.add_metric(_labels(view, block), int(numel))
+    for snapshot in snapshots:
+        hello = snapshot.hello
+        extra = (hello.optimizer, hello.host, hello.agent_version, hello.control, snapshot.mode, snapshot.phase)
+        info.add_metric(_labels(snapshot, *extra), {})
+        if snapshot.step is not None:
+            step.add_metric(_labels(snapshot), snapshot.step)
+        if snapshot.loss is not None:
+            loss.add_metric(_labels(snapshot), snapshot.loss)
+        if snapshot.last_sample_at is not None:
+            stamp.add_metric(_labels(snapshot), snapshot.last_sample_at)
+        for block, numel in zip(hello.blocks, hello.block_parameters, strict=True):
+            parameters.add_metric(_labels(snapshot, block), int(numel))
     yield from (info, step, loss, stamp, parameters)
 
 
@@ -164,31 +166,31 @@ _TAP = (
 )
 
 
-def _tap_families(views: list[RunSnapshot]) -> Iterator[Metric]:
+def _tap_families(snapshots: list[RunSnapshot]) -> Iterator[Metric]:
     for name, documentation in _TAP:
         family = _gauge(f"block_{name}", documentation, "block")
-        for view in views:
-            if view.tap is None:
+        for snapshot in snapshots:
+            if snapshot.tap is None:
                 continue
-            _add_present(family, view, getattr(view.tap, name))
+            _add_present(family, snapshot, getattr(snapshot.tap, name))
         yield family
     ratio = _gauge("block_update_ratio", "Norm of the block's update over the norm of its weights.", "block")
-    for view in views:
-        if view.update_ratio is not None:
-            _add_present(ratio, view, view.update_ratio)
+    for snapshot in snapshots:
+        if snapshot.update_ratio is not None:
+            _add_present(ratio, snapshot, snapshot.update_ratio)
     yield ratio
     noise = _gauge("block_gradient_noise", "Trace of the covariance of the block's step gradient.", "block")
-    for view in views:
-        if view.gradient_noise is not None:
-            _add_present(noise, view, view.gradient_noise)
+    for snapshot in snapshots:
+        if snapshot.gradient_noise is not None:
+            _add_present(noise, snapshot, snapshot.gradient_noise)
     yield noise
 
 
-def _add_present(family: GaugeMetricFamily, view: RunSnapshot, values: Iterable[float]) -> None:
+def _add_present(family: GaugeMetricFamily, snapshot: RunSnapshot, values: Iterable[float]) -> None:
     """A NaN means that nothing was measured; an infinity is shown."""
-    for block, value in zip(view.manifest.blocks, values, strict=True):
+    for block, value in zip(snapshot.hello.blocks, values, strict=True):
         if not math.isnan(value):
-            family.add_metric(_labels(view, block), float(value))
+            family.add_metric(_labels(snapshot, block), float(value))
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,68 +263,68 @@ def _whole_estimates() -> dict[str, _Estimated]:
     }
 
 
-def _estimate_families(views: list[RunSnapshot]) -> Iterator[Metric]:
+def _estimate_families(snapshots: list[RunSnapshot]) -> Iterator[Metric]:
     by_block, whole = _block_estimates(), _whole_estimates()
     order = _gauge(
         "block_order_correlation",
         "Spearman correlation of measured sharpness with emb < qk < ffn < vo < norm, -1 to 1.",
     )
-    for view in views:
-        for (quantity, block, estimator), estimate in view.estimates.items():
+    for snapshot in snapshots:
+        for (quantity, block, estimator), estimate in snapshot.estimates.items():
             family = (by_block if block else whole).get(quantity)
             kind = _KINDS.get(estimator, estimator)
             if family is not None:
-                family.add(_labels(view, *([block] if block else []), kind), estimate)
-        if view.order_correlation is not None:
-            order.add_metric(_labels(view), view.order_correlation)
+                family.add(_labels(snapshot, *([block] if block else []), kind), estimate)
+        if snapshot.order_correlation is not None:
+            order.add_metric(_labels(snapshot), snapshot.order_correlation)
     for family in (*by_block.values(), *whole.values()):
         yield from family
     yield order
 
 
-def _action_families(views: list[RunSnapshot]) -> Iterator[Metric]:
+def _action_families(snapshots: list[RunSnapshot]) -> Iterator[Metric]:
     active = _gauge(
         "alert_active", "1 while the alert stands, 0 after; block is empty for an alert on none.", "alert", "block"
     )
     alerts = _counter("alerts", "Alerts raised.", "alert")
     decisions = _counter("decisions", "Decisions that reached the outcome.", "action", "mode", "outcome")
     revision = _gauge("lr_revision", "Number of the newest LR revision; 0 before the first.")
-    for view in views:
+    for snapshot in snapshots:
         standing: dict[tuple[str, str], bool] = {}
-        for alert in view.alerts:
+        for alert in snapshot.alerts:
             for block in alert.blocks or ("",):
                 standing[alert.name, block] = alert.active or standing.get((alert.name, block), False)
         for (name, block), stands in standing.items():
-            active.add_metric(_labels(view, name, block), float(stands))
+            active.add_metric(_labels(snapshot, name, block), float(stands))
         # Each from 0 on: increase() can't see a counter that begins at 1.
-        for name, count in (dict.fromkeys(_ALERTS, 0) | dict(view.alerts_total)).items():
-            alerts.add_metric(_labels(view, name), count)
-        for (action, mode, outcome), count in view.decisions_total.items():
-            decisions.add_metric(_labels(view, action, mode, outcome), count)
-        revision.add_metric(_labels(view), view.lr_revision)
+        for name, count in (dict.fromkeys(_ALERTS, 0) | dict(snapshot.alerts_total)).items():
+            alerts.add_metric(_labels(snapshot, name), count)
+        for (action, mode, outcome), count in snapshot.decisions_total.items():
+            decisions.add_metric(_labels(snapshot, action, mode, outcome), count)
+        revision.add_metric(_labels(snapshot), snapshot.lr_revision)
     yield from (active, alerts, decisions, revision)
 
 
-def _agent_families(views: list[RunSnapshot]) -> Iterator[Metric]:
+def _agent_families(snapshots: list[RunSnapshot]) -> Iterator[Metric]:
     overhead = _gauge("agent_overhead_ratio", "Agent's seconds over the step's seconds, as the agent measures it.")
     dropped = _counter("agent_dropped_samples", "Samples the agent lost in this attempt, by reason.", "reason")
-    for view in views:
-        if view.health is None:
+    for snapshot in snapshots:
+        if snapshot.health is None:
             continue
-        if view.health.overhead_ratio is not None:
-            overhead.add_metric(_labels(view), view.health.overhead_ratio)
-        for reason, count in view.health.dropped.items():
-            dropped.add_metric(_labels(view, reason), count)
+        if snapshot.health.overhead_ratio is not None:
+            overhead.add_metric(_labels(snapshot), snapshot.health.overhead_ratio)
+        for reason, count in snapshot.health.dropped.items():
+            dropped.add_metric(_labels(snapshot, reason), count)
     yield from (overhead, dropped)
 
 
-def _layer_families(views: list[RunSnapshot]) -> Iterator[Metric]:
+def _layer_families(snapshots: list[RunSnapshot]) -> Iterator[Metric]:
     """Blocks inside layers only: those outside every layer are whole under sharpwatch_block_*."""
     family = _estimated("layer_sharpness", f"{_SHARPNESS} One block in one layer.", "block", "layer", "estimator")
-    for view in views:
-        if not view.layer_sharpness:
+    for snapshot in snapshots:
+        if not snapshot.layer_sharpness:
             continue
-        rows = zip(view.manifest.layer_blocks, view.layer_sharpness, strict=True)
+        rows = zip(snapshot.hello.layer_blocks, snapshot.layer_sharpness, strict=True)
         for (block, layer), estimate in islice((row for row in rows if row[0][1]), MAX_LAYER_SERIES):
-            family.add(_labels(view, block, layer, estimate.estimator), estimate)
+            family.add(_labels(snapshot, block, layer, estimate.estimator), estimate)
     yield from family

@@ -1,33 +1,33 @@
-"""What an attempt says of itself once: a checked Hello, by which its samples are read."""
+"""The Hello with which an attempt of a run begins, checked. It tells how the samples of the attempt are read."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, cast, get_args
 
 import numpy as np
 
 from sharpwatch import wire
 from sharpwatch.blocks import BLOCKS
-from sharpwatch.daemon.ingest.limits import (
+from sharpwatch.v1 import agent_pb2
+from sharpwatch.wire import (
     MAX_LAYER_BLOCKS,
     MAX_NAME,
     MAX_STEP,
     Ints,
     checked_name,
     checked_text,
-    few,
     require,
+    require_few,
 )
-from sharpwatch.v1 import agent_pb2
 
 Control = Literal["none", "lr", "rollback"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RunHello:
-    """A checked Hello. L layer blocks, B blocks."""
+    """A checked Hello of a model with L layer blocks, which belong to B block types."""
 
     training_job: str
     run: str
@@ -46,42 +46,55 @@ class RunHello:
     host: str
     agent_version: str
     probes: tuple[str, ...] = ()
+    block_parameters: Ints = field(init=False)  # [B]
 
-    @property
-    def block_parameters(self) -> Ints:
-        """Parameters by block, [B]."""
-        return np.bincount(self.block_of, weights=self.parameters, minlength=len(self.blocks)).astype(np.int64)
+    def __post_init__(self) -> None:
+        sums = np.bincount(self.block_of, weights=self.parameters, minlength=len(self.blocks))
+        object.__setattr__(self, "block_parameters", sums.astype(np.int64))
 
     def same_blocks(self, other: RunHello) -> bool:
-        """Whether what `other`'s arrays are of is what this one's are of, row by row."""
+        """Returns whether arrays of both have the same layer blocks, row by row."""
         of = (self.blocks, self.layer_blocks)
         return of == (other.blocks, other.layer_blocks) and np.array_equal(self.parameters, other.parameters)
 
     def same_projection(self, other: RunHello) -> bool:
-        """Whether sketches of both are of one projection, where they are of the same blocks."""
+        """Returns whether sketches of both are made with the same projection, given the same blocks."""
         return (self.seed, self.sketch_size) == (other.seed, other.sketch_size)
 
 
 def read_hello(hello: agent_pb2.Hello) -> RunHello:
-    """Check a Hello."""
-    require(hello.protocol == wire.PROTOCOL, f"protocol {hello.protocol}, this daemon speaks {wire.PROTOCOL}")
+    """Checks a Hello.
+
+    Args:
+        hello: The message.
+
+    Raises:
+        WireError: Code "malformed", with the field and its limit.
+    """
+    require(
+        hello.protocol == wire.PROTOCOL,
+        f"protocol must be {wire.PROTOCOL}, got {hello.protocol}",
+    )
     blocks = tuple(hello.blocks)
-    require(0 < len(blocks) == len(set(blocks)), "blocks: empty or with a name twice")
+    require(0 < len(blocks) == len(set(blocks)), "blocks must name at least one block, and none twice")
     unknown = sorted(set(blocks) - set(BLOCKS))
-    require(not unknown, f"blocks: {unknown} unknown, allowed are {list(BLOCKS)}")
+    require(not unknown, f"blocks must be of {list(BLOCKS)}, got {unknown}")
     rows = hello.layer_blocks
-    require(0 < len(rows) <= MAX_LAYER_BLOCKS, f"layer_blocks: {len(rows)} rows, expected 1 to {MAX_LAYER_BLOCKS}")
+    require(0 < len(rows) <= MAX_LAYER_BLOCKS, f"layer_blocks must have 1 to {MAX_LAYER_BLOCKS} rows, got {len(rows)}")
     pairs = tuple((row.block, row.layer) for row in rows)
-    require(len(set(pairs)) == len(pairs), "layer_blocks: a block of a layer twice")
-    require({block for block, _ in pairs} == set(blocks), "layer_blocks: not the blocks of `blocks`")
-    require(all(len(layer) <= MAX_NAME for _, layer in pairs), f"layer_blocks: a layer above {MAX_NAME} characters")
-    require(all(0 < row.parameters < 2**53 for row in rows), "layer_blocks: parameters must be 1 to 2**53")
-    require(hello.control in get_args(Control), f"control: {hello.control!r}, expected one of {get_args(Control)}")
+    require(len(set(pairs)) == len(pairs), "layer_blocks must not have a block of a layer twice")
+    require({block for block, _ in pairs} == set(blocks), "layer_blocks must have the same blocks as `blocks`")
+    require(
+        all(len(layer) <= MAX_NAME for _, layer in pairs),
+        f"a layer must have at most {MAX_NAME} characters",
+    )
+    require(all(0 < row.parameters < 2**53 for row in rows), "layer_blocks must have 1 to 2**53 parameters each")
+    require(hello.control in get_args(Control), f"control must be one of {get_args(Control)}, got {hello.control!r}")
     low, high = hello.min_multiplier, hello.max_multiplier
-    require(0 < low <= 1 <= high < math.inf, f"multiplier bounds ({low}, {high}): expected 0 < min <= 1 <= max")
-    require(0 <= hello.initial_step <= MAX_STEP, f"initial_step: {hello.initial_step}")
-    few(hello.probes, "probes")
-    require(0 <= hello.sketch_size <= 2**16, f"sketch_size: {hello.sketch_size}")
+    require(0 < low <= 1 <= high < math.inf, f"multiplier bounds must satisfy 0 < min <= 1 <= max, got ({low}, {high})")
+    require(0 <= hello.initial_step <= MAX_STEP, f"initial_step must be 0 to 2**53, got {hello.initial_step}")
+    require_few(hello.probes, "probes")
+    require(0 <= hello.sketch_size <= 2**16, f"sketch_size must be 0 to 2**16, got {hello.sketch_size}")
     return RunHello(
         training_job=checked_name(hello.training_job, "training_job"),
         run=checked_name(hello.run, "run"),

@@ -15,8 +15,8 @@ import numpy as np
 
 from sharpwatch import wire
 from sharpwatch.daemon.ingest.hello import RunHello
-from sharpwatch.daemon.ingest.limits import MAX_COUNT, MAX_DRAWS, MAX_NAME, Floats, checked_text, require
 from sharpwatch.v1 import agent_pb2, types_pb2
+from sharpwatch.wire import MAX_COUNT, MAX_DRAWS, MAX_NAME, Floats, checked_text, require
 
 LARGEST_SKETCH = 1e15  # summed over all blocks and entries of a sketch, its square is finite in float32
 

@@ -1,4 +1,4 @@
-"""The bounded queue between sessions and journal, over all runs; when full, the busiest run loses its oldest sample."""
+"""Samples on their way from a session to the journal: which of them are new, and the bounded queue."""
 
 from __future__ import annotations
 
@@ -6,32 +6,93 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from sharpwatch.daemon.ingest.samples import Reading
+from sharpwatch.errors import WireError
 
 if TYPE_CHECKING:
     from sharpwatch.daemon.runs.runs import Attempt
 
 
+class Cursor:
+    """How far one attempt has come: which sequences are journalled, which wait for it, and the newest step.
+
+    Args:
+        journalled: The newest sequence in the journal; 0 before the first.
+        step: The step of the newest sample; -1 before the first.
+    """
+
+    def __init__(self, journalled: int = 0, step: int = -1) -> None:
+        self.journalled = journalled
+        self.step = step
+        self._waiting: set[int] = set()
+        self._highest = journalled
+
+    def place(self, sequence: int, step: int, *, restored: bool) -> Literal["new", "waiting", "journalled"]:
+        """Tells a new sample from one that was sent again, and notes a new one.
+
+        Args:
+            sequence: The sample's sequence.
+            step: Its step.
+            restored: Whether it says that the run was restored. Only then can its step be lower than the last.
+
+        Returns:
+            "new"; "waiting" if it is in the queue already; "journalled" if it is in the journal.
+
+        Raises:
+            WireError: Code "out_of_order", if its sequence or its step is lower than an earlier sample's.
+        """
+        if sequence <= self.journalled:
+            return "journalled"
+        if sequence in self._waiting:
+            return "waiting"
+        if sequence < self._highest:
+            raise WireError("out_of_order", f"sequence {sequence} after {self._highest}: sequences must rise")
+        if step < self.step and not restored:
+            raise WireError(
+                "out_of_order", f"step {step} after {self.step}: steps must not fall unless the run was restored"
+            )
+        self.step = step
+        self._highest = sequence
+        self._waiting.add(sequence)
+        return "new"
+
+    @property
+    def idle(self) -> bool:
+        """Whether no sample waits for the journal."""
+        return not self._waiting
+
+    def mark_journalled(self, sequence: int) -> None:
+        """Notes that `sequence` is journalled, and so is every earlier one that was not dropped."""
+        self._waiting.discard(sequence)
+        self.journalled = max(self.journalled, sequence)
+
+    def forget(self, sequence: int) -> None:
+        """Notes that `sequence` was dropped from the queue and will never be journalled."""
+        self._waiting.discard(sequence)
+
+
 @dataclass(slots=True, eq=False)
 class QueuedSample:
-    """A sample on its way: `payload` is what the journal keeps, `received_at` a monotonic clock's seconds."""
+    """A sample in the queue; `payload` is its bytes for the journal, `received_at` is in monotonic seconds."""
 
+    run: str
     attempt: Attempt
     reading: Reading
     payload: bytes
     received_at: float
     processed: bool = field(default=False)
 
-    @property
-    def run(self) -> str:
-        """The run's name."""
-        return self.attempt.manifest.run
-
 
 class SampleQueue:
-    """Holds at most `capacity` samples and `capacity_bytes` of payload; `on_evict` hears of each sample lost."""
+    """The samples of all runs that wait for the journal. When it is full, the busiest run loses its oldest sample.
+
+    Args:
+        capacity: How many samples it holds.
+        capacity_bytes: How many bytes of payload it holds.
+        on_evict: Called with each sample that is dropped.
+    """
 
     def __init__(self, capacity: int, capacity_bytes: int, on_evict: Callable[[QueuedSample], None]) -> None:
         self.capacity = capacity
@@ -45,36 +106,36 @@ class SampleQueue:
 
     @property
     def depth(self) -> int:
-        """Samples held."""
+        """How many samples it holds now."""
         return self._depth
 
     def put(self, entry: QueuedSample) -> None:
-        """Add the newest sample of its run."""
+        """Appends the newest sample of its run."""
         self._runs.setdefault(entry.run, deque()).append(entry)
         self._account(entry, 1)
         self._shrink()
         self._filled.set()
 
     def put_back(self, entries: Iterable[QueuedSample]) -> None:
-        """Return what `take` gave, ahead of what has come since; it wakes nobody."""
+        """Returns what `take` gave, ahead of what has come since, without waking `filled`."""
         for entry in reversed(list(entries)):
             self._runs.setdefault(entry.run, deque()).appendleft(entry)
             self._account(entry, 1)
         self._shrink()
 
     def take(self) -> list[QueuedSample]:
-        """Everything held, each run's samples in their order."""
+        """Removes and returns all samples; those of a run are in their order."""
         self._filled.clear()
         entries = [entry for queue in self._runs.values() for entry in queue]
         self._runs, self._run_bytes, self._depth, self._bytes = {}, {}, 0, 0
         return entries
 
     async def filled(self) -> None:
-        """Wait until a sample was put since the last `take`."""
+        """Waits until a sample was put since the last `take`."""
         await self._filled.wait()
 
     def wake(self) -> None:
-        """Have `filled` return though nothing came."""
+        """Makes `filled` return although nothing was put."""
         self._filled.set()
 
     def _account(self, entry: QueuedSample, sign: int) -> None:

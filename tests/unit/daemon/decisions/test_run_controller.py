@@ -30,7 +30,7 @@ CHAIN = (replace(CUT, escalate=EscalateConfig(30, "back")), ROLLBACK)
 
 
 class Trainer:
-    """A run with its supervisor: the trainer applies each command at the step after the one it came with.
+    """A run with its controller: the trainer applies each command at the step after the one it came with.
 
     A block whose rate is `heat` times what it should be, times its multiplier, shows it in its update RMS.
     """
@@ -44,7 +44,7 @@ class Trainer:
             "can_roll_back": True,
             **options,
         }
-        self.supervisor = RunController("run", new_id=lambda: f"d{next(counter)}", **self.options)
+        self.controller = RunController("run", new_id=lambda: f"d{next(counter)}", **self.options)
         self.noise = np.random.default_rng(0)
         self.multipliers = dict.fromkeys(BLOCKS, 1.0)
         self.heat = dict.fromkeys(BLOCKS, 0.0)
@@ -70,31 +70,31 @@ class Trainer:
             }
             obs = Observation(self.step, self.now, loss=3.0, update_rms=rms, multipliers=dict(self.multipliers))
             self.seen.append(obs)
-            self.take(self.supervisor.observe(obs, self.now))
+            self.take(self.controller.observe(obs, self.now))
 
     def answer(self, made: Decision) -> None:
         if self.refuses:
-            self.supervisor.command_result(CommandResult(made.id, "refused", self.step, self.refuses), self.now)
+            self.controller.command_result(CommandResult(made.id, "refused", self.step, self.refuses), self.now)
             return
         if made.rollback is not None:
             self.step = made.rollback.checkpoint.step + 1
             self.heat = dict.fromkeys(BLOCKS, 0.0)  # the batch that did it is left out
         else:
             self.multipliers = dict.fromkeys(BLOCKS, 1.0) | dict(made.multipliers)
-        self.supervisor.command_result(CommandResult(made.id, "applied", self.step), self.now)
+        self.controller.command_result(CommandResult(made.id, "applied", self.step), self.now)
 
     @property
     def now(self) -> float:
         return 1e9 + len(self.seen) * 0.1
 
     def actions(self) -> list[tuple[str, str]]:
-        return [(made.action, made.outcome) for made in self.supervisor.decisions]
+        return [(made.action, made.outcome) for made in self.controller.decisions]
 
 
 def trained(*args, **options) -> Trainer:
     trainer = Trainer(*args, **options)
     trainer.run(120)
-    assert trainer.supervisor.alerts == ()
+    assert trainer.controller.alerts == ()
     return trainer
 
 
@@ -102,28 +102,28 @@ def test_a_cut_of_the_blocks_of_the_alert_is_sent_applied_and_recovers():
     trainer = trained()
     trainer.heat["ffn"] = 20.0
     trainer.run(1)
-    (made,) = trainer.supervisor.decisions
+    (made,) = trainer.controller.decisions
     assert (made.outcome, made.policy, made.multipliers) == ("sent", "cut", dict.fromkeys(BLOCKS, 1.0) | {"ffn": 0.5})
     assert made.ttl_steps == 0  # a cut holds
     assert made.expires_at_step == 121 + GUARD.expires_after_steps
     trainer.heat["ffn"] = 0.0
     trainer.run(25)
-    (made,) = trainer.supervisor.decisions
+    (made,) = trainer.controller.decisions
     assert (made.outcome, made.applied_step, made.revision) == ("recovered", 122, 1)
-    (revision,) = trainer.supervisor.revisions
+    (revision,) = trainer.controller.revisions
     assert (revision.applied_step, revision.author, revision.decision_id) == (122, "policy cut", made.id)
-    assert [alert.active for alert in trainer.supervisor.alerts] == [False]
+    assert [alert.active for alert in trainer.controller.alerts] == [False]
 
 
 def test_cuts_go_on_after_each_cooldown_down_to_the_bound_and_what_was_not_enough_has_failed():
     trainer = trained()
     trainer.heat["ffn"] = 1000.0
     trainer.run(100)
-    cuts = [made for made in trainer.supervisor.decisions if made.outcome != "refused"]
+    cuts = [made for made in trainer.controller.decisions if made.outcome != "refused"]
     assert [made.multipliers["ffn"] for made in cuts] == [0.5, 0.25, 0.125, 0.1]
     assert all(b.applied_step - a.applied_step >= 10 for a, b in itertools.pairwise(cuts))
     assert [made.outcome for made in cuts[:-1]] == ["failed"] * 3
-    refused = [made.guard.partition(":")[0] for made in trainer.supervisor.decisions if made.outcome == "refused"]
+    refused = [made.guard.partition(":")[0] for made in trainer.controller.decisions if made.outcome == "refused"]
     assert refused == ["cooldown_steps", "min_multiplier"]
 
 
@@ -131,7 +131,7 @@ def test_a_refusal_is_recorded_once():
     trainer = trained(control="none")
     trainer.heat["ffn"] = 1000.0
     trainer.run(50)
-    (made,) = trainer.supervisor.decisions
+    (made,) = trainer.controller.decisions
     assert (made.outcome, made.revision) == ("refused", 0)
     assert made.guard.startswith('control: the run was attached with control="none"')
 
@@ -140,9 +140,9 @@ def test_observe_says_once_what_it_would_do_and_does_nothing():
     trainer = trained(mode="observe")
     trainer.heat["ffn"] = 1000.0
     trainer.run(50)
-    (made,) = trainer.supervisor.decisions
+    (made,) = trainer.controller.decisions
     assert (made.outcome, made.mode, made.multipliers["ffn"]) == ("observed", "observe", 0.5)
-    assert trainer.supervisor.revisions == ()
+    assert trainer.controller.revisions == ()
 
 
 def test_actions_per_hour():
@@ -150,29 +150,29 @@ def test_actions_per_hour():
     trainer.heat["ffn"] = 1000.0
     trainer.run(100)
     assert trainer.multipliers["ffn"] == 0.25
-    assert trainer.supervisor.decisions[-1].guard.startswith("max_actions_per_hour: 2")
+    assert trainer.controller.decisions[-1].guard.startswith("max_actions_per_hour: 2")
 
 
 def test_advise_proposes_once_and_an_approval_sends_it():
     trainer = trained(mode="advise")
     trainer.heat["ffn"] = 20.0
     trainer.run(5)
-    (made,) = trainer.supervisor.decisions
+    (made,) = trainer.controller.decisions
     assert (made.outcome, trainer.waiting) == ("proposed", [])
-    changes = trainer.take(trainer.supervisor.approve(made.id, "ann", "yes", trainer.now))
+    changes = trainer.take(trainer.controller.approve(made.id, "ann", "yes", trainer.now))
     assert [(one.outcome, one.author, one.reason) for one in changes.commands] == [("approved", "ann", "yes")]
     assert changes.commands[0].expires_at_step == trainer.step + GUARD.expires_after_steps
     trainer.run(1)
     assert trainer.multipliers["ffn"] == 0.5
     with pytest.raises(OperatorError, match="applied: only a proposal can be approved"):
-        trainer.supervisor.approve(made.id, "ann", "again", trainer.now)
+        trainer.controller.approve(made.id, "ann", "again", trainer.now)
 
 
 def test_a_rejected_proposal_is_not_made_again_for_its_alert():
     trainer = trained(mode="advise")
     trainer.heat["ffn"] = 20.0
     trainer.run(5)
-    trainer.supervisor.reject(trainer.supervisor.decisions[0].id, "ann", "no", trainer.now)
+    trainer.controller.reject(trainer.controller.decisions[0].id, "ann", "no", trainer.now)
     trainer.run(60)
     assert trainer.actions() == [("scale_lr", "rejected")]
 
@@ -184,34 +184,34 @@ def test_a_proposal_expires_by_the_clock_and_by_a_change_of_what_it_stood_on():
     assert trainer.actions()[0] == ("scale_lr", "expired")
     trainer.run(5)
     assert trainer.actions()[-1][1] == "proposed"
-    trainer.take(trainer.supervisor.set_learning_rates({"qk": 0.7}, 0, 0, "ann", "mine", trainer.now))
-    assert trainer.supervisor.decisions[-2].outcome == "expired"
+    trainer.take(trainer.controller.set_learning_rates({"qk": 0.7}, 0, 0, "ann", "mine", trainer.now))
+    assert trainer.controller.decisions[-2].outcome == "expired"
 
 
 def test_a_silent_run_keeps_no_proposal_open():
     trainer = trained(mode="advise")
     trainer.heat["ffn"] = 20.0
     trainer.run(1)
-    (made,) = trainer.supervisor.decisions
+    (made,) = trainer.controller.decisions
     with pytest.raises(OperatorError, match="is expired"):
-        trainer.supervisor.approve(made.id, "ann", "late", trainer.now + GUARD.approve_within + 1)
+        trainer.controller.approve(made.id, "ann", "late", trainer.now + GUARD.approve_within + 1)
 
 
 def test_a_proposed_rollback_is_not_approved_beside_another_nor_once_the_run_went_back_behind_it():
     trainer = trained((replace(ROLLBACK, match=MatchConfig("UpdateRmsSpike")),), mode="advise")
     for at in (10, 110):
-        trainer.supervisor.checkpoint(Checkpoint(at, f"file:{at}"))
+        trainer.controller.checkpoint(Checkpoint(at, f"file:{at}"))
     trainer.heat["ffn"] = 1000.0
     trainer.run(1)
-    (made,) = trainer.supervisor.decisions
+    (made,) = trainer.controller.decisions
     assert (made.outcome, made.rollback.checkpoint.step) == ("proposed", 110)
-    trainer.take(trainer.supervisor.request_rollback(50, 0, 0, "ann", "mine", trainer.now))
+    trainer.take(trainer.controller.request_rollback(50, 0, 0, "ann", "mine", trainer.now))
     with pytest.raises(OperatorError, match="another rollback is under way"):
-        trainer.supervisor.approve(made.id, "ben", "yes", trainer.now)
+        trainer.controller.approve(made.id, "ben", "yes", trainer.now)
     trainer.run(1)
     assert trainer.step == 11
     with pytest.raises(OperatorError, match="step 110 lies ahead"):
-        trainer.supervisor.approve(made.id, "ben", "yes", trainer.now)
+        trainer.controller.approve(made.id, "ben", "yes", trainer.now)
 
 
 def test_a_raise_that_ends_does_not_become_lasting_under_a_later_cut_or_a_new_attempt():
@@ -219,13 +219,13 @@ def test_a_raise_that_ends_does_not_become_lasting_under_a_later_cut_or_a_new_at
     trainer = trained((raised, replace(CUT, name="cut")), mode="enforce")
     trainer.heat["ffn"] = 1000.0
     trainer.run(12)
-    first, *_, later = (made for made in trainer.supervisor.decisions if made.outcome in {"applied", "sent", "failed"})
+    first, *_, later = (made for made in trainer.controller.decisions if made.outcome in {"applied", "sent", "failed"})
     assert (first.policy, first.ttl_steps) == ("raise", 500)
     assert later.policy == "cut"
     assert (later.multipliers["emb"], later.multipliers["ffn"], later.ttl_steps) == (2.0, 0.5, 500)
     trainer.run(1)
     again = RunController("run", **trainer.options)
-    again.take_over(trainer.supervisor)
+    again.take_over(trainer.controller)
     ones = dict.fromkeys(BLOCKS, 1.0)
     (command,) = again.observe(Observation(1, trainer.now, multipliers=ones), trainer.now).commands
     assert (command.multipliers["emb"], command.ttl_steps) == (2.0, 500)
@@ -234,30 +234,30 @@ def test_a_raise_that_ends_does_not_become_lasting_under_a_later_cut_or_a_new_at
 def test_the_escalation_chain_ends_in_a_rollback_before_the_onset_once():
     trainer = trained(CHAIN)
     for at in (60, 110, 125):
-        trainer.supervisor.checkpoint(Checkpoint(at, f"file:{at}"))
+        trainer.controller.checkpoint(Checkpoint(at, f"file:{at}"))
     trainer.heat["ffn"] = 1000.0
     trainer.run(31)
-    made = trainer.supervisor.decisions[-1]
+    made = trainer.controller.decisions[-1]
     assert (made.action, made.outcome, made.rollback.checkpoint) == ("rollback", "sent", Checkpoint(110, "file:110"))
     assert made.rollback.skip_from_step == 121 - 10
     assert made.rollback.skip_to_step == made.step + 10 + 1
     trainer.run(1)
     assert trainer.step == 111
-    assert not any(alert.active for alert in trainer.supervisor.alerts)
+    assert not any(alert.active for alert in trainer.controller.alerts)
     trainer.run(110)
-    assert next(one for one in trainer.supervisor.decisions if one.id == made.id).outcome == "recovered"
+    assert next(one for one in trainer.controller.decisions if one.id == made.id).outcome == "recovered"
     trainer.heat["ffn"] = 1000.0
     trainer.run(120)
-    assert [one.outcome for one in trainer.supervisor.decisions if one.action == "rollback"] == ["recovered", "refused"]
-    assert trainer.supervisor.decisions[-1].guard.startswith("rollback_window_steps")
+    assert [one.outcome for one in trainer.controller.decisions if one.action == "rollback"] == ["recovered", "refused"]
+    assert trainer.controller.decisions[-1].guard.startswith("rollback_window_steps")
 
 
 def test_no_checkpoint_before_the_onset_is_no_rollback():
     trainer = trained((replace(ROLLBACK, match=MatchConfig("UpdateRmsSpike")),))
-    trainer.supervisor.checkpoint(Checkpoint(122, "too late"))
+    trainer.controller.checkpoint(Checkpoint(122, "too late"))
     trainer.heat["ffn"] = 1000.0
     trainer.run(5)
-    (made,) = trainer.supervisor.decisions
+    (made,) = trainer.controller.decisions
     assert (made.outcome, made.guard) == ("refused", "checkpoint: none was saved before the onset")
 
 
@@ -274,41 +274,41 @@ def test_what_held_is_ramped_back_one_cut_at_a_time():
         if trainer.multipliers["ffn"] != way[-1]:
             way.append(trainer.multipliers["ffn"])
     assert way == [0.25, 0.5, 1.0]
-    ramps = [made for made in trainer.supervisor.decisions if made.action == "ramp_back"]
+    ramps = [made for made in trainer.controller.decisions if made.action == "ramp_back"]
     assert ramps[1].applied_step - ramps[0].applied_step >= GUARD.hold_steps
     assert ramps[0].ramp_steps == GUARD.hold_steps // 2
     trainer.run(GUARD.hold_steps + 1)
-    assert [made.outcome for made in trainer.supervisor.decisions if made.action == "ramp_back"] == ["recovered"] * 2
+    assert [made.outcome for made in trainer.controller.decisions if made.action == "ramp_back"] == ["recovered"] * 2
     trainer.run(200)
-    assert len(trainer.supervisor.revisions) == 4
+    assert len(trainer.controller.revisions) == 4
 
 
 def test_a_fault_that_persists_is_met_ever_more_rarely():
     trainer = trained()
     trainer.heat["ffn"] = 8.0
     trainer.run(1500)
-    ramps = [made for made in trainer.supervisor.decisions if made.action == "ramp_back"]
+    ramps = [made for made in trainer.controller.decisions if made.action == "ramp_back"]
     waits = [later.step - earlier.step for earlier, later in itertools.pairwise(ramps)]
     assert len(waits) >= 2
     assert all(later >= 1.9 * earlier for earlier, later in itertools.pairwise(waits))
     for ramp in ramps[:-1]:
         assert ramp.outcome == "failed"
-    restored = [made for made in trainer.supervisor.decisions if made.action == "set_lr"]
-    assert [one.undoes for one in trainer.supervisor.revisions if one.undoes] == [
+    restored = [made for made in trainer.controller.decisions if made.action == "set_lr"]
+    assert [one.undoes for one in trainer.controller.revisions if one.undoes] == [
         one.revision for one in ramps[: len(restored)]
     ]
     # Put back at once: the alert that did it began at that very step.
-    assert {made.step for made in restored} <= {alert.first_step for alert in trainer.supervisor.alerts}
+    assert {made.step for made in restored} <= {alert.first_step for alert in trainer.controller.alerts}
 
 
 def test_an_operators_revision_is_never_ramped_away():
     trainer = trained()
-    trainer.take(trainer.supervisor.set_learning_rates({"emb": 4.0, "ffn": 0.8}, 5, 0, "ann", "plan", trainer.now))
+    trainer.take(trainer.controller.set_learning_rates({"emb": 4.0, "ffn": 0.8}, 5, 0, "ann", "plan", trainer.now))
     trainer.run(120)
     trainer.heat["ffn"] = 1000.0
     trainer.run(2)
     assert trainer.multipliers["ffn"] == 0.4
-    assert trainer.supervisor.decisions[-1].ttl_steps == 0  # or the trainer would end the operator's raise
+    assert trainer.controller.decisions[-1].ttl_steps == 0  # or the trainer would end the operator's raise
     trainer.heat["ffn"] = 0.0
     trainer.run(300)
     assert trainer.multipliers == {**dict.fromkeys(BLOCKS, 1.0), "emb": 4.0, "ffn": 0.8}
@@ -319,26 +319,26 @@ def test_a_cut_that_an_operator_changes_is_the_operators():
     trainer.heat["ffn"] = 20.0
     trainer.run(2)
     trainer.heat["ffn"] = 0.0
-    trainer.take(trainer.supervisor.set_learning_rates({"ffn": 0.3}, 0, 0, "ann", "mine", trainer.now))
+    trainer.take(trainer.controller.set_learning_rates({"ffn": 0.3}, 0, 0, "ann", "mine", trainer.now))
     trainer.run(400)
     assert trainer.multipliers["ffn"] == 0.3
-    assert not any(made.action == "ramp_back" for made in trainer.supervisor.decisions)
+    assert not any(made.action == "ramp_back" for made in trainer.controller.decisions)
 
 
 def test_undo_puts_back_what_was_before():
     trainer = trained()
     for wanted in ({"qk": 0.5}, {"qk": 0.7, "emb": 2.0}):
-        trainer.take(trainer.supervisor.set_learning_rates(wanted, 0, 0, "ann", "try", trainer.now))
+        trainer.take(trainer.controller.set_learning_rates(wanted, 0, 0, "ann", "try", trainer.now))
         trainer.run(1)
-    trainer.take(trainer.supervisor.undo(0, "bob", "", trainer.now))
+    trainer.take(trainer.controller.undo(0, "bob", "", trainer.now))
     trainer.run(1)
     assert trainer.multipliers == dict.fromkeys(BLOCKS, 1.0) | {"qk": 0.5}
-    newest = trainer.supervisor.revisions[-1]
+    newest = trainer.controller.revisions[-1]
     assert (newest.revision, newest.undoes, newest.author, newest.reason) == (3, 2, "bob", "undo of revision 2")
     with pytest.raises(OperatorError, match="in force already"):
-        trainer.supervisor.undo(2, "bob", "", trainer.now)
+        trainer.controller.undo(2, "bob", "", trainer.now)
     with pytest.raises(OperatorError, match="known: 1, 2, 3"):
-        trainer.supervisor.undo(9, "bob", "", trainer.now)
+        trainer.controller.undo(9, "bob", "", trainer.now)
 
 
 @pytest.mark.parametrize(
@@ -357,17 +357,17 @@ def test_undo_puts_back_what_was_before():
 def test_nonsense_is_refused_and_leaves_nothing_behind(wanted, ramp, at, author, said):
     trainer = trained()
     with pytest.raises(OperatorError, match=said):
-        trainer.supervisor.set_learning_rates(wanted, ramp, at, author, "why", trainer.now)
-    assert trainer.supervisor.decisions == trainer.supervisor.revisions == ()
+        trainer.controller.set_learning_rates(wanted, ramp, at, author, "why", trainer.now)
+    assert trainer.controller.decisions == trainer.controller.revisions == ()
 
 
 def test_operators_rollback():
     trainer = trained()
-    ask = trainer.supervisor.request_rollback
+    ask = trainer.controller.request_rollback
     with pytest.raises(OperatorError, match="saved: none"):
         ask(None, 0, 0, "ann", "bad", trainer.now)
     for at in (50, 100):
-        trainer.supervisor.checkpoint(Checkpoint(at, f"file:{at}"))
+        trainer.controller.checkpoint(Checkpoint(at, f"file:{at}"))
     with pytest.raises(OperatorError, match="ends before"):
         ask(None, 9, 3, "ann", "bad", trainer.now)
     changes = ask(70, 60, 80, "ann", "bad shard", trainer.now)
@@ -375,7 +375,7 @@ def test_operators_rollback():
     with pytest.raises(OperatorError, match="under way"):
         ask(None, 0, 0, "ann", "bad", trainer.now)
     with pytest.raises(OperatorError, match="neither on_rollback"):
-        trained(control="lr", can_roll_back=False).supervisor.request_rollback(None, 0, 0, "ann", "", 0.0)
+        trained(control="lr", can_roll_back=False).controller.request_rollback(None, 0, 0, "ann", "", 0.0)
 
 
 def test_a_refusal_by_the_trainer_is_not_a_storm_and_what_it_refused_was_never_in_force():
@@ -383,9 +383,9 @@ def test_a_refusal_by_the_trainer_is_not_a_storm_and_what_it_refused_was_never_i
     trainer.refuses = "out of bounds"
     trainer.heat["ffn"] = 1000.0
     trainer.run(25)
-    sent = [made for made in trainer.supervisor.decisions if made.revision]
+    sent = [made for made in trainer.controller.decisions if made.revision]
     assert [made.guard for made in sent] == ["trainer: out of bounds"] * 3  # one a cooldown
-    assert trainer.supervisor.multipliers == dict.fromkeys(BLOCKS, 1.0)
+    assert trainer.controller.multipliers == dict.fromkeys(BLOCKS, 1.0)
 
 
 def test_a_command_never_answered_expires_and_a_late_answer_still_counts():
@@ -394,13 +394,13 @@ def test_a_command_never_answered_expires_and_a_late_answer_still_counts():
     trainer.heat["ffn"] = 20.0
     trainer.run(1)
     trainer.heat["ffn"] = 0.0
-    (made,) = trainer.supervisor.decisions
+    (made,) = trainer.controller.decisions
     trainer.run(GUARD.expires_after_steps + 101)
-    assert trainer.supervisor.decisions[0].outcome == "expired"
-    assert trainer.supervisor.multipliers["ffn"] == 1.0
-    trainer.supervisor.command_result(CommandResult(made.id, "applied", 130), trainer.now)
-    assert trainer.supervisor.decisions[0].outcome == "expired"
-    assert trainer.supervisor.multipliers["ffn"] == 0.5
+    assert trainer.controller.decisions[0].outcome == "expired"
+    assert trainer.controller.multipliers["ffn"] == 1.0
+    trainer.controller.command_result(CommandResult(made.id, "applied", 130), trainer.now)
+    assert trainer.controller.decisions[0].outcome == "expired"
+    assert trainer.controller.multipliers["ffn"] == 0.5
 
 
 def test_a_lost_result_is_read_off_the_multipliers():
@@ -411,22 +411,22 @@ def test_a_lost_result_is_read_off_the_multipliers():
     trainer.heat["ffn"] = 0.0
     trainer.multipliers["ffn"] = 0.5
     trainer.run(GUARD.expires_after_steps + 101)
-    assert trainer.supervisor.decisions[0].applied_step is not None
-    assert "lost" in trainer.supervisor.decisions[0].detail
+    assert trainer.controller.decisions[0].applied_step is not None
+    assert "lost" in trainer.controller.decisions[0].detail
 
 
 def test_an_unknown_result_is_refused():
     with pytest.raises(OperatorError, match="no decision nope"):
-        trained().supervisor.command_result(CommandResult("nope", "applied", 1), 0.0)
+        trained().controller.command_result(CommandResult("nope", "applied", 1), 0.0)
 
 
 def test_a_new_attempt_gets_back_what_was_in_force():
     trainer = trained()
-    trainer.take(trainer.supervisor.set_learning_rates({"qk": 0.5}, 0, 0, "ann", "plan", trainer.now))
+    trainer.take(trainer.controller.set_learning_rates({"qk": 0.5}, 0, 0, "ann", "plan", trainer.now))
     trainer.run(1)
     fresh = RunController("run", **trainer.options)
-    fresh.take_over(trainer.supervisor)
-    trainer.supervisor, trainer.multipliers = fresh, dict.fromkeys(BLOCKS, 1.0)
+    fresh.take_over(trainer.controller)
+    trainer.controller, trainer.multipliers = fresh, dict.fromkeys(BLOCKS, 1.0)
     trainer.run(2)
     assert trainer.multipliers["qk"] == 0.5
     assert fresh.revisions[-1].author == "sharpwatch"
@@ -434,17 +434,17 @@ def test_a_new_attempt_gets_back_what_was_in_force():
 
 def test_mode():
     assert RunController("r", blocks=BLOCKS, policies=()).mode == "observe"
-    supervisor = RunController("r", blocks=BLOCKS, policies=(CUT,))
-    assert (supervisor.mode, supervisor.own_mode) == ("enforce", None)
-    supervisor.set_mode("advise")
-    assert supervisor.mode == supervisor.own_mode == "advise"
+    controller = RunController("r", blocks=BLOCKS, policies=(CUT,))
+    assert (controller.mode, controller.own_mode) == ("enforce", None)
+    controller.set_mode("advise")
+    assert controller.mode == controller.own_mode == "advise"
     with pytest.raises(OperatorError, match="observe, advise, enforce"):
-        supervisor.set_mode("off")
+        controller.set_mode("off")
 
 
 def restored(trainer: Trainer) -> RunController:
     """What a restarted daemon makes of the journal."""
-    old = trainer.supervisor
+    old = trainer.controller
     new = RunController("run", **trainer.options)
     new.restore(old.alerts, old.decisions, old.revisions, old.checkpoints, old.own_mode)
     for seen in trainer.seen:
@@ -458,16 +458,16 @@ def test_a_restart_changes_nothing(restart_after):
     told = []
     for restarts in (False, True):
         trainer = trained(CHAIN)
-        trainer.supervisor.checkpoint(Checkpoint(100, "file"))
+        trainer.controller.checkpoint(Checkpoint(100, "file"))
         trainer.heat["ffn"] = 8.0
         trainer.run(restart_after)
         if restarts:
-            trainer.supervisor = restored(trainer)
+            trainer.controller = restored(trainer)
         trainer.run(600 - restart_after)
         told.append(
-            [(d.step, d.action, d.outcome, d.applied_step, dict(d.multipliers)) for d in trainer.supervisor.decisions]
+            [(d.step, d.action, d.outcome, d.applied_step, dict(d.multipliers)) for d in trainer.controller.decisions]
         )
-        told[-1].append([(a.name, a.first_step, a.last_step, a.active) for a in trainer.supervisor.alerts])
+        told[-1].append([(a.name, a.first_step, a.last_step, a.active) for a in trainer.controller.alerts])
     assert told[0] == told[1]
     assert len(told[0]) > 4
 
@@ -482,7 +482,7 @@ class AnyRun(RuleBasedStateMachine):
         cut = replace(CUT, guard=guard, action=replace(CUT.action, blocks="all"), escalate=EscalateConfig(8, "back"))
         bad = replace(cut, name="bad", match=MatchConfig("NonFinite"), action=replace(cut.action, factor=0.3))
         self.trainer = Trainer((cut, bad, ROLLBACK), mode=mode, lr_bounds=self.bounds)
-        self.supervisor = self.trainer.supervisor
+        self.controller = self.trainer.controller
         self.final: dict[str, Decision] = {}
         self.trainer.run(60)
 
@@ -505,20 +505,20 @@ class AnyRun(RuleBasedStateMachine):
                 multipliers=dict(self.trainer.multipliers),
             )
             self.trainer.seen.append(obs)
-            self.trainer.take(self.supervisor.observe(obs, self.trainer.now))
+            self.trainer.take(self.controller.observe(obs, self.trainer.now))
 
     @rule(wanted=st.dictionaries(st.sampled_from((*BLOCKS, "kv")), st.floats(0.01, 8)), ahead=st.integers(-2, 40))
     def ask(self, wanted, ahead):
         at = self.trainer.step + ahead if ahead > 0 else 0
-        self.attempt(lambda now: self.supervisor.set_learning_rates(wanted, 0, at, "ann", "why", now))
+        self.attempt(lambda now: self.controller.set_learning_rates(wanted, 0, at, "ann", "why", now))
 
     @rule(number=st.integers(0, 8))
     def undo(self, number):
-        self.attempt(lambda now: self.supervisor.undo(number, "ann", "", now))
+        self.attempt(lambda now: self.controller.undo(number, "ann", "", now))
 
     @rule(mode=st.sampled_from(["observe", "advise", "enforce"]))
     def set_mode(self, mode):
-        self.supervisor.set_mode(mode)
+        self.controller.set_mode(mode)
 
     @rule(refuses=st.sampled_from(["", "", "no"]), silent=st.sampled_from([False, False, True]))
     def change_temper(self, refuses, silent):
@@ -526,26 +526,26 @@ class AnyRun(RuleBasedStateMachine):
 
     @rule()
     def save(self):
-        self.supervisor.checkpoint(Checkpoint(self.trainer.step, "file"))
+        self.controller.checkpoint(Checkpoint(self.trainer.step, "file"))
 
-    @precondition(lambda self: any(made.outcome == "proposed" for made in self.supervisor.decisions))
+    @precondition(lambda self: any(made.outcome == "proposed" for made in self.controller.decisions))
     @rule(yes=st.booleans())
     def judge(self, yes):
-        made = next(made for made in self.supervisor.decisions if made.outcome == "proposed")
-        say = self.supervisor.approve if yes else self.supervisor.reject
+        made = next(made for made in self.controller.decisions if made.outcome == "proposed")
+        say = self.controller.approve if yes else self.controller.reject
         self.attempt(lambda now: say(made.id, "ann", "why", now))
 
     @rule()
     def restart(self):
         options = {**self.trainer.options, "mode": None}
         new = RunController("run", **options)
-        old = self.supervisor
+        old = self.controller
         new.restore(old.alerts, old.decisions, old.revisions, old.checkpoints, old.own_mode)
         for seen in self.trainer.seen:
             new.replay(seen)
         assert (new.decisions, new.revisions, new.multipliers) == (old.decisions, old.revisions, old.multipliers)
         assert [a.id for a in new.alerts if a.active] == [a.id for a in old.alerts if a.active]
-        self.supervisor = self.trainer.supervisor = new
+        self.controller = self.trainer.controller = new
 
     def attempt(self, call) -> None:
         try:
@@ -555,13 +555,13 @@ class AnyRun(RuleBasedStateMachine):
 
     @invariant()
     def promises_hold(self):
-        if not hasattr(self, "supervisor"):
+        if not hasattr(self, "controller"):
             return  # before `begin`
         low, high = self.bounds
-        revisions = self.supervisor.revisions
+        revisions = self.controller.revisions
         assert all(low <= value <= high for one in revisions for value in one.multipliers.values())
         assert [one.revision for one in revisions] == list(range(1, len(revisions) + 1))
-        for made in self.supervisor.decisions:
+        for made in self.controller.decisions:
             assert self.final.get(made.id, made) == made
             if made.outcome in FINAL:
                 self.final[made.id] = made

@@ -21,7 +21,7 @@ from sharpwatch.errors import SharpwatchError
 NAN = math.nan
 
 
-def manifest(layers, blocks, parameters, size=64) -> RunHello:
+def hello(layers, blocks, parameters, size=64) -> RunHello:
     return RunHello(
         training_job="job",
         run="run",
@@ -42,10 +42,8 @@ def manifest(layers, blocks, parameters, size=64) -> RunHello:
     )
 
 
-SMALL = manifest((("emb", ""), ("norm", "0")), ("emb", "norm"), (64, 8))
-LARGE = manifest(
-    (("emb", ""), ("qk", "0"), ("qk", "1"), ("norm", "0")), ("emb", "qk", "norm"), (64, 32, 32, 16), size=128
-)
+SMALL = hello((("emb", ""), ("norm", "0")), ("emb", "norm"), (64, 8))
+LARGE = hello((("emb", ""), ("qk", "0"), ("qk", "1"), ("norm", "0")), ("emb", "qk", "norm"), (64, 32, 32, 16), size=128)
 
 
 def windows(of: RunHello, draws: list[int], seed: int) -> tuple[tuple[int, GnbReading], ...]:

@@ -23,7 +23,7 @@ from sharpwatch.daemon.ingest.samples import Reading
 from sharpwatch.daemon.runs.runs import Attempt, Run
 
 NAN = math.nan
-MANIFEST = RunHello(
+HELLO = RunHello(
     training_job="job",
     run="run",
     attempt="a",
@@ -45,7 +45,7 @@ MANIFEST = RunHello(
 
 def estimates_from(**windows):
     """The estimates of a run from its windows, by probe."""
-    (found,) = estimate_all([EstimateRequest(MANIFEST, windows)], "cpu")
+    (found,) = estimate_all([EstimateRequest(HELLO, windows)], "cpu")
     return found.values
 
 
@@ -185,7 +185,7 @@ def after(run: Run, step: int, *probes: str) -> list[tuple[str, str, str]]:
 
 
 def test_a_probe_renews_its_own_estimates_alone_and_all_keep_one_order():
-    run = Run(Attempt(MANIFEST, b""), Supervisor(), now=0.0)
+    run = Run(Attempt(HELLO, b""), Supervisor(), now=0.0)
     shown = [after(run, step, *PROBES) for step in (1, 2)][-1]
     assert {estimator for _, _, estimator in shown} == {*PROBES}
     assert [key[2] for key in shown] == sorted((key[2] for key in shown), key=list(PROBES).index)

@@ -17,9 +17,9 @@ from sharpwatch.daemon.exporter.metrics import OwnMetrics, RunCollector
 from sharpwatch.daemon.ingest.hello import RunHello
 from sharpwatch.daemon.ingest.samples import BlockTap, HealthReading
 from sharpwatch.daemon.records import Alert
-from sharpwatch.daemon.runs.runs import RunSnapshot
+from sharpwatch.daemon.runs.snapshot import RunSnapshot
 
-MANIFEST = RunHello(
+HELLO = RunHello(
     training_job="job",
     run="run",
     attempt="a",
@@ -48,7 +48,7 @@ def alert(identity: str, blocks: tuple[str, ...], *, active: bool) -> Alert:
 
 
 FULL = RunSnapshot(
-    manifest=MANIFEST,
+    hello=HELLO,
     phase="running",
     attempts=1,
     mode="advise",
@@ -171,9 +171,9 @@ sharpwatch_layer_sharpness_stderr{block="qk",estimator="gnb",layer="layers.0",ru
 """  # noqa: E501  as Prometheus reads it
 
 
-def exposition(*views: RunSnapshot, now: float = 1000.5, layers: bool = True) -> str:
+def exposition(*snapshots: RunSnapshot, now: float = 1000.5, layers: bool = True) -> str:
     registry = CollectorRegistry()
-    registry.register(RunCollector(lambda: views, lambda: now, stale_after=60.0, layers=layers))
+    registry.register(RunCollector(lambda: snapshots, lambda: now, stale_after=60.0, layers=layers))
     return generate_latest(registry).decode()
 
 
@@ -196,7 +196,7 @@ def test_exposition_is_golden():
 
 
 def test_a_run_that_measured_nothing_exports_no_number_it_has_not():
-    empty = RunSnapshot(manifest=MANIFEST, phase="running", attempts=1, mode="observe", lr_revision=0, multipliers={})
+    empty = RunSnapshot(hello=HELLO, phase="running", attempts=1, mode="observe", lr_revision=0, multipliers={})
     lines = samples(exposition(empty)).splitlines()
     assert {line.partition("{")[0] for line in lines} == {
         "sharpwatch_run_info",

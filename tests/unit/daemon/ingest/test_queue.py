@@ -1,19 +1,21 @@
-"""The bounded queue: order, bounds, and who loses."""
+"""The cursor of an attempt, and the bounded queue: order, bounds, and who loses."""
 
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sharpwatch.daemon.ingest.hello import RunHello
-from sharpwatch.daemon.ingest.queue import QueuedSample, SampleQueue
+from sharpwatch.daemon.ingest.queue import Cursor, QueuedSample, SampleQueue
 from sharpwatch.daemon.ingest.samples import Reading
 from sharpwatch.daemon.runs.runs import Attempt
+from sharpwatch.errors import WireError
 
 
 def entry(run: str, sequence: int, size: int = 10) -> QueuedSample:
-    manifest = RunHello(
+    hello = RunHello(
         training_job="job",
         run=run,
         attempt=f"{run}-1",
@@ -34,7 +36,7 @@ def entry(run: str, sequence: int, size: int = 10) -> QueuedSample:
     reading = Reading(
         sequence, sequence, 0.0, None, None, {}, None, (), (), closing=False, restored=False, dropped_probes=()
     )
-    return QueuedSample(Attempt(manifest, b""), reading, b"x" * size, 0.0)
+    return QueuedSample(run, Attempt(hello, b""), reading, b"x" * size, 0.0)
 
 
 def named(entries) -> list[tuple[str, int]]:
@@ -43,48 +45,98 @@ def named(entries) -> list[tuple[str, int]]:
 
 def test_the_busiest_run_loses_its_oldest():
     lost = []
-    intake = SampleQueue(4, 10_000, lost.append)
+    queue = SampleQueue(4, 10_000, lost.append)
     for run, sequence in (("quiet", 1), ("busy", 1), ("busy", 2), ("busy", 3), ("quiet", 2)):
-        intake.put(entry(run, sequence))
+        queue.put(entry(run, sequence))
     assert named(lost) == [("busy", 1)]
-    assert intake.depth == 4
+    assert queue.depth == 4
 
 
 def test_large_samples_are_bounded_by_their_bytes():
     lost = []
-    intake = SampleQueue(100, 1_000, lost.append)
+    queue = SampleQueue(100, 1_000, lost.append)
     for sequence in range(1, 6):
-        intake.put(entry("small", sequence))
-    intake.put(entry("large", 1, 600))
-    intake.put(entry("large", 2, 600))
+        queue.put(entry("small", sequence))
+    queue.put(entry("large", 1, 600))
+    queue.put(entry("large", 2, 600))
     assert named(lost) == [("large", 1)]
 
 
 def test_what_is_put_back_goes_ahead_of_what_came_since():
     lost = []
-    intake = SampleQueue(3, 10_000, lost.append)
-    intake.put(entry("run", 1))
-    intake.put(entry("run", 2))
-    taken = intake.take()
-    assert intake.depth == 0
-    intake.put(entry("run", 3))
-    intake.put(entry("run", 4))
-    intake.put_back(taken)
+    queue = SampleQueue(3, 10_000, lost.append)
+    queue.put(entry("run", 1))
+    queue.put(entry("run", 2))
+    taken = queue.take()
+    assert queue.depth == 0
+    queue.put(entry("run", 3))
+    queue.put(entry("run", 4))
+    queue.put_back(taken)
     assert named(lost) == [("run", 1)]
-    assert named(intake.take()) == [("run", 2), ("run", 3), ("run", 4)]
+    assert named(queue.take()) == [("run", 2), ("run", 3), ("run", 4)]
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 400)), max_size=60))
 def test_nothing_is_lost_uncounted_and_no_bound_is_passed(samples):
     lost: list[QueuedSample] = []
-    intake = SampleQueue(8, 1_500, lost.append)
+    queue = SampleQueue(8, 1_500, lost.append)
     put = [entry(run, sequence, size) for sequence, (run, size) in enumerate(samples, 1)]
     for one in put:
-        intake.put(one)
-        assert intake.depth <= 8
-    held = intake.take()
+        queue.put(one)
+        assert queue.depth <= 8
+    held = queue.take()
     assert sum(len(one.payload) for one in held) <= 1_500
     assert sorted(named(lost) + named(held)) == sorted(named(put))
     for run in "abc":
         sequences = [one.reading.sequence for one in held if one.run == run]
         assert sequences == sorted(sequences)
+
+
+def test_a_resend_is_known_whether_it_waits_or_is_journalled():
+    cursor = Cursor()
+    assert cursor.place(1, 10, restored=False) == "new"
+    assert cursor.place(2, 11, restored=False) == "new"
+    assert cursor.place(1, 10, restored=False) == "waiting"
+    cursor.mark_journalled(1)
+    cursor.mark_journalled(2)
+    assert cursor.place(1, 10, restored=False) == "journalled"
+    assert cursor.idle
+
+
+def test_sequences_may_leave_gaps_and_not_fill_them_later():
+    cursor = Cursor()
+    cursor.place(5, 10, restored=False)
+    with pytest.raises(WireError, match="sequence 3 after 5") as caught:
+        cursor.place(3, 10, restored=False)
+    assert caught.value.code == "out_of_order"
+
+
+def test_steps_go_back_only_where_a_sample_says_that_the_run_was_restored():
+    cursor = Cursor()
+    cursor.place(1, 10, restored=False)
+    with pytest.raises(WireError, match="step 4 after 10"):
+        cursor.place(2, 4, restored=False)
+    assert cursor.place(3, 4, restored=True) == "new"
+    with pytest.raises(WireError, match="step 3 after 4"):
+        cursor.place(4, 3, restored=False)
+
+
+@given(st.lists(st.tuples(st.integers(1, 20), st.booleans()), max_size=60))
+def test_no_sequence_is_new_again_once_it_is_journalled(events):
+    cursor, journalled = Cursor(), set()
+    waiting = set()
+    for sequence, settle in events:
+        try:
+            place = cursor.place(sequence, 1, restored=False)
+        except WireError:
+            assert sequence not in waiting
+            continue
+        assert (place == "journalled") == (sequence <= max(journalled, default=0))
+        if place == "new":
+            assert sequence not in waiting
+            waiting.add(sequence)
+        if settle:
+            for one in sorted(waiting):
+                cursor.mark_journalled(one)
+            journalled |= waiting
+            waiting.clear()

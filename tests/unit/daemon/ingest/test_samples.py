@@ -6,14 +6,11 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from sharpwatch import wire
 from sharpwatch.daemon.ingest.hello import read_hello
-from sharpwatch.daemon.ingest.limits import MAX_DRAWS, MAX_ITEMS
 from sharpwatch.daemon.ingest.probes import LanczosReading, PreconditionedReading
-from sharpwatch.daemon.ingest.samples import Cursor, read_sample
+from sharpwatch.daemon.ingest.samples import read_sample
 from sharpwatch.errors import WireError
 from sharpwatch.v1 import agent_pb2, types_pb2
 
@@ -104,28 +101,28 @@ def direction(descent=1.0, curvature=0.5, block_curvature=(math.nan, 0.25)) -> a
     )
 
 
-MANIFEST = read_hello(hello())
+HELLO = read_hello(hello())
 
 
-def test_a_hello_becomes_a_manifest():
-    assert MANIFEST.blocks == BLOCKS
-    assert MANIFEST.block_of.tolist() == [0, 1, 1]
-    assert MANIFEST.block_parameters.tolist() == [40, 16]
-    assert MANIFEST.lr_bounds == (0.1, 10)
+def test_a_hello_is_read():
+    assert HELLO.blocks == BLOCKS
+    assert HELLO.block_of.tolist() == [0, 1, 1]
+    assert HELLO.block_parameters.tolist() == [40, 16]
+    assert HELLO.lr_bounds == (0.1, 10)
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"protocol": 99}, "protocol 99"),
+        ({"protocol": 99}, "got 99"),
         ({"blocks": []}, "blocks"),
         ({"blocks": ["emb", "emb", "qk"]}, "twice"),
         ({"blocks": ["emb", "attention"]}, "'attention'"),
-        ({"blocks": ["emb", "qk", "vo"]}, "not the blocks"),
+        ({"blocks": ["emb", "qk", "vo"]}, "same blocks as"),
         ({"layer_blocks": []}, "layer_blocks"),
-        ({"layer_blocks": [types_pb2.LayerBlock(block="emb", parameters=0)]}, "not the blocks"),
+        ({"layer_blocks": [types_pb2.LayerBlock(block="emb", parameters=0)]}, "same blocks as"),
         ({"run": ""}, "run"),
-        ({"run": "a\nb"}, "printed"),
+        ({"run": "a\nb"}, "printable"),
         ({"attempt": "x" * 300}, "attempt"),
         ({"control": "everything"}, "control"),
         ({"min_multiplier": 0.0}, "bounds"),
@@ -158,10 +155,10 @@ def test_a_whole_sample_is_read():
         results=[types_pb2.CommandResult(command_id="c", outcome=types_pb2.COMMAND_OUTCOME_APPLIED, step=7)],
         checkpoints=[types_pb2.Checkpoint(step=5, uri="file:///c")],
     )
-    reading = read_sample(MANIFEST, sample)
+    reading = read_sample(HELLO, sample)
     assert (reading.sequence, reading.step, reading.taken_at) == (3, 7, 2.0)
     assert math.isnan(reading.loss)
-    assert reading.tap.non_finite.tolist() == [0, 0, 2]
+    assert reading.tap.non_finite.tolist() == [0, 2]  # [B]
     assert reading.probes["gnb"].traces.shape == (2, 3)
     assert reading.probes["gnb"].sketches.shape == (2, 2, 64)
     assert reading.probes["gnb"].gradient_sketch.tolist() == np.ones((2, 64)).tolist()
@@ -195,7 +192,7 @@ def test_a_whole_sample_is_read():
         ({"tap": tap(learning_rate=([0.1, math.nan, 0.1], "float32"))}, "non_finite"),
         ({"tap": tap(lr_multiplier=([1.0, math.inf, 1.0], "float32"))}, "non_finite"),
         ({"tap": agent_pb2.Tap()}, "malformed"),
-        ({"gnb": gnb(traces=np.ones((MAX_DRAWS + 1, 3)))}, "malformed"),
+        ({"gnb": gnb(traces=np.ones((wire.MAX_DRAWS + 1, 3)))}, "malformed"),
         ({"gnb": gnb(traces=[[1.0, -1.0, 1.0]])}, "malformed"),
         ({"gnb": gnb(sketches=np.ones((2, 2, 32)))}, "malformed"),
         ({"gnb": agent_pb2.GnbProbe(tokens=0, traces=wire.encode(np.ones((1, 3)), "float64"))}, "malformed"),
@@ -205,7 +202,7 @@ def test_a_whole_sample_is_read():
         ({"hutchinson": hutchinson(block="vo")}, "malformed"),
         ({"hutchinson": hutchinson(block="")}, "malformed"),
         ({"hutchinson": hutchinson(block="emb")}, "malformed"),  # its traces are of another block
-        ({"hutchinson": hutchinson(traces=np.zeros((MAX_DRAWS + 1, 3)))}, "malformed"),
+        ({"hutchinson": hutchinson(traces=np.zeros((wire.MAX_DRAWS + 1, 3)))}, "malformed"),
         ({"hutchinson": hutchinson(traces=np.zeros((0, 3)))}, "malformed"),
         ({"hutchinson": hutchinson(traces=((0.0, 1.0),))}, "malformed"),
         ({"hutchinson": hutchinson(tokens=0)}, "malformed"),
@@ -221,7 +218,7 @@ def test_a_whole_sample_is_read():
         ({"preconditioned": preconditioned(residual=-0.5)}, "malformed"),
         ({"preconditioned": preconditioned(tokens=0)}, "malformed"),
         ({"results": [types_pb2.CommandResult(command_id="c")]}, "malformed"),
-        ({"checkpoints": [types_pb2.Checkpoint(step=1, uri="u")] * (MAX_ITEMS + 1)}, "malformed"),
+        ({"checkpoints": [types_pb2.Checkpoint(step=1, uri="u")] * (wire.MAX_ITEMS + 1)}, "malformed"),
         (
             {"results": [types_pb2.CommandResult(command_id="c", outcome="COMMAND_OUTCOME_APPLIED", step=2**63 - 1)]},
             "malformed",
@@ -232,14 +229,14 @@ def test_a_whole_sample_is_read():
 )
 def test_a_sample_that_breaks_the_contract_is_refused(sample, code):
     with pytest.raises(WireError) as caught:
-        read_sample(MANIFEST, agent_pb2.Sample(**{"sequence": 1, "step": 1} | sample))
+        read_sample(HELLO, agent_pb2.Sample(**{"sequence": 1, "step": 1} | sample))
     assert caught.value.code == code
 
 
 def test_claimed_bytes_are_checked_before_anything_is_made_of_them():
     lie = types_pb2.Array(dtype="float64", shape=[2**31, 3], data=b"")
     with pytest.raises(WireError, match="0 bytes, expected"):
-        read_sample(MANIFEST, agent_pb2.Sample(sequence=1, step=1, gnb=agent_pb2.GnbProbe(tokens=1, traces=lie)))
+        read_sample(HELLO, agent_pb2.Sample(sequence=1, step=1, gnb=agent_pb2.GnbProbe(tokens=1, traces=lie)))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -249,7 +246,7 @@ def test_a_probe_that_is_not_finite_is_dropped_alone(bad):
     sample = agent_pb2.Sample(
         sequence=1, step=1, loss=2.0, tap=tap(), gnb=gnb(sketches=sketches), direction=direction(descent=bad)
     )
-    reading = read_sample(MANIFEST, sample)
+    reading = read_sample(HELLO, sample)
     assert not reading.probes
     assert reading.dropped_probes == ("gnb", "direction")
     assert reading.tap is not None
@@ -269,88 +266,38 @@ def test_a_probe_that_is_not_finite_is_dropped_alone(bad):
 )
 def test_each_kind_of_probe_is_dropped_where_it_says_nothing(probe):
     (name,) = probe
-    reading = read_sample(MANIFEST, agent_pb2.Sample(sequence=1, step=1, **probe))
+    reading = read_sample(HELLO, agent_pb2.Sample(sequence=1, step=1, **probe))
     assert name not in reading.probes
     assert reading.dropped_probes == (name,)
 
 
 @pytest.mark.parametrize("probes", [[], ["gnb"]])
 def test_the_gradient_noise_of_an_older_agent_is_read_from_its_gnb_probe(probes):
-    manifest = read_hello(hello(probes=probes))
+    greeting = read_hello(hello(probes=probes))
     older = gnb()
     older.ClearField("gradient_noise")
     for probe in (older, gnb(noise=(math.inf, 1.0, 1.0))):
-        reading = read_sample(manifest, agent_pb2.Sample(sequence=1, step=1, gnb=probe))
+        reading = read_sample(greeting, agent_pb2.Sample(sequence=1, step=1, gnb=probe))
         assert reading.probes["gradient_noise"].noise is None
         assert reading.dropped_probes == ()
-    reading = read_sample(manifest, agent_pb2.Sample(sequence=1, step=1, gnb=gnb(noise=(-1.0, math.nan, 1.0))))
+    reading = read_sample(greeting, agent_pb2.Sample(sequence=1, step=1, gnb=gnb(noise=(-1.0, math.nan, 1.0))))
     np.testing.assert_array_equal(reading.probes["gradient_noise"].noise, [-1.0, math.nan])
 
 
 def test_a_gradient_noise_of_its_own_is_read_by_block_and_no_gnb_probe_takes_its_place():
-    manifest = read_hello(hello(probes=["gnb", "gradient_noise"]))
+    greeting = read_hello(hello(probes=["gnb", "gradient_noise"]))
     for noise, seen in (([-1.0, math.nan, 1.0], [-1.0, math.nan]), ([0.5, 0.25, 0.125], [0.5, 0.375])):
         own = agent_pb2.GradientNoiseProbe(noise=wire.encode(noise, "float32"))
-        reading = read_sample(manifest, agent_pb2.Sample(sequence=1, step=1, gradient_noise=own))
+        reading = read_sample(greeting, agent_pb2.Sample(sequence=1, step=1, gradient_noise=own))
         np.testing.assert_array_equal(reading.probes["gradient_noise"].noise, seen)
     nothing = agent_pb2.Sample(sequence=1, step=1, gradient_noise=agent_pb2.GradientNoiseProbe())
-    assert read_sample(manifest, nothing).probes["gradient_noise"].noise is None
-    assert set(read_sample(manifest, agent_pb2.Sample(sequence=1, step=1, gnb=gnb())).probes) == {"gnb"}
+    assert read_sample(greeting, nothing).probes["gradient_noise"].noise is None
+    assert set(read_sample(greeting, agent_pb2.Sample(sequence=1, step=1, gnb=gnb())).probes) == {"gnb"}
     infinite = agent_pb2.GradientNoiseProbe(noise=wire.encode([math.inf, 1.0, 1.0], "float32"))
-    reading = read_sample(manifest, agent_pb2.Sample(sequence=1, step=1, gradient_noise=infinite))
+    reading = read_sample(greeting, agent_pb2.Sample(sequence=1, step=1, gradient_noise=infinite))
     assert (dict(reading.probes), reading.dropped_probes) == ({}, ("gradient_noise",))
 
 
 def test_a_sketch_too_large_to_be_squared_is_dropped_before_it_spoils_what_it_is_estimated_with():
-    reading = read_sample(MANIFEST, agent_pb2.Sample(sequence=1, step=1, gnb=gnb(sketches=np.full((2, 2, 64), 1e20))))
+    reading = read_sample(HELLO, agent_pb2.Sample(sequence=1, step=1, gnb=gnb(sketches=np.full((2, 2, 64), 1e20))))
     assert (dict(reading.probes), reading.dropped_probes) == ({}, ("gnb",))
-
-
-def test_a_resend_is_known_whether_it_waits_or_is_journalled():
-    cursor = Cursor()
-    assert cursor.judge(1, 10, restored=False) == "new"
-    assert cursor.judge(2, 11, restored=False) == "new"
-    assert cursor.judge(1, 10, restored=False) == "waiting"
-    cursor.settle(1)
-    cursor.settle(2)
-    assert cursor.judge(1, 10, restored=False) == "journalled"
-    assert cursor.idle
-
-
-def test_sequences_may_leave_gaps_and_not_fill_them_later():
-    cursor = Cursor()
-    cursor.judge(5, 10, restored=False)
-    with pytest.raises(WireError, match="sequence 3 after 5") as caught:
-        cursor.judge(3, 10, restored=False)
-    assert caught.value.code == "out_of_order"
-
-
-def test_steps_go_back_only_where_a_sample_says_that_the_run_was_restored():
-    cursor = Cursor()
-    cursor.judge(1, 10, restored=False)
-    with pytest.raises(WireError, match="step 4 after 10"):
-        cursor.judge(2, 4, restored=False)
-    assert cursor.judge(3, 4, restored=True) == "new"
-    with pytest.raises(WireError, match="step 3 after 4"):
-        cursor.judge(4, 3, restored=False)
-
-
-@given(st.lists(st.tuples(st.integers(1, 20), st.booleans()), max_size=60))
-def test_no_sequence_is_new_again_once_it_is_journalled(events):
-    cursor, journalled = Cursor(), set()
-    waiting = set()
-    for sequence, settle in events:
-        try:
-            place = cursor.judge(sequence, 1, restored=False)
-        except WireError:
-            assert sequence not in waiting
-            continue
-        assert (place == "journalled") == (sequence <= max(journalled, default=0))
-        if place == "new":
-            assert sequence not in waiting
-            waiting.add(sequence)
-        if settle:
-            for one in sorted(waiting):
-                cursor.settle(one)
-            journalled |= waiting
-            waiting.clear()

@@ -53,51 +53,51 @@ def sample(sequence: int, sketch_size: int = 64) -> agent_pb2.Sample:
     return agent_pb2.Sample(sequence=sequence, step=sequence, gnb=probe)
 
 
-def supervisor(*_) -> RunController:
+def controller(*_) -> RunController:
     return RunController("run", blocks=tuple(SIZES), policies=())
 
 
 def fold(run: Run, steps: range) -> None:
     for step in steps:
-        run.fold(read_sample(run.attempt.manifest, sample(step, run.attempt.manifest.sketch_size)), 0.0)
+        run.fold(read_sample(run.attempt.hello, sample(step, run.attempt.hello.sketch_size)), 0.0)
 
 
 def estimated(run: Run) -> dict[str, int]:
     """The draws that each quantity's estimate of the whole window is made of."""
     request = run.request()
     run.take_estimates(request, estimate_all([request], "cpu")[0])
-    run.show()
-    return {quantity: one.draws for (quantity, block, _), one in run.view.estimates.items() if block == "emb"}
+    run.publish()
+    return {quantity: one.draws for (quantity, block, _), one in run.snapshot.estimates.items() if block == "emb"}
 
 
 @pytest.fixture
 def run() -> Run:
-    run = Run(attempt(), supervisor(), now=0.0)
+    run = Run(attempt(), controller(), now=0.0)
     fold(run, range(1, 6))
     return run
 
 
 def test_the_gradient_noise_is_that_of_the_newest_gnb_probe_by_block(run):
-    manifest = run.attempt.manifest
+    hello = run.attempt.hello
     for sequence, noise in ((6, (0.5, 0.25)), (7, None)):
         probed = sample(sequence)
         if noise is not None:
             probed.gnb.gradient_noise.CopyFrom(wire.encode(noise, "float32"))
-        run.fold(read_sample(manifest, probed), 0.0)
-        run.show()
-        assert run.view.gradient_noise == noise
+        run.fold(read_sample(hello, probed), 0.0)
+        run.publish()
+        assert run.snapshot.gradient_noise == noise
 
 
 def test_a_gradient_noise_of_its_own_stays_until_the_next_of_its_kind(run):
-    manifest = replace(run.attempt.manifest, probes=("gnb", "gradient_noise"))
+    hello = replace(run.attempt.hello, probes=("gnb", "gradient_noise"))
     own = agent_pb2.GradientNoiseProbe(noise=wire.encode((0.5, 0.25), "float32"))
     for probed in (agent_pb2.Sample(sequence=6, step=6, gradient_noise=own), sample(7)):
-        run.fold(read_sample(manifest, probed), 0.0)
-        run.show()
-        assert run.view.gradient_noise == (0.5, 0.25)
-    run.fold(read_sample(manifest, agent_pb2.Sample(sequence=8, step=8, gradient_noise={})), 0.0)
-    run.show()
-    assert run.view.gradient_noise is None
+        run.fold(read_sample(hello, probed), 0.0)
+        run.publish()
+        assert run.snapshot.gradient_noise == (0.5, 0.25)
+    run.fold(read_sample(hello, agent_pb2.Sample(sequence=8, step=8, gradient_noise={})), 0.0)
+    run.publish()
+    assert run.snapshot.gradient_noise is None
 
 
 @pytest.mark.parametrize(("norm", "seen"), [(math.nan, {}), (math.inf, {"emb": math.inf})])
@@ -111,19 +111,19 @@ def test_a_gradient_that_was_not_read_is_none_and_no_damage(run, norm, seen):
         learning_rate=ones,
         lr_multiplier=ones,
     )
-    reading = read_sample(run.attempt.manifest, agent_pb2.Sample(sequence=6, step=6, tap=tap))
+    reading = read_sample(run.attempt.hello, agent_pb2.Sample(sequence=6, step=6, tap=tap))
     assert run.fold(reading, 0.0).gradient_norm == seen | {"norm": 1.0}
 
 
 def test_windows_go_on_over_attempts_of_the_same_blocks_and_projection(run):
-    run.begin(attempt(attempt="a2"), supervisor())
+    run.begin(attempt(attempt="a2"), controller())
     fold(run, range(6, 7))
     assert (estimated(run)["trace"], estimated(run)["top_eigenvalue"]) == (24, 24)
 
 
 @pytest.mark.parametrize("said", BY_ANOTHER_PROJECTION)
 def test_sketches_by_another_projection_are_put_away_and_traces_stay(run, said):
-    run.begin(attempt(attempt="a2", **said), supervisor())
+    run.begin(attempt(attempt="a2", **said), controller())
     fold(run, range(6, 8))
     assert (estimated(run)["trace"], estimated(run)["top_eigenvalue"]) == (28, 8)
 
@@ -131,7 +131,7 @@ def test_sketches_by_another_projection_are_put_away_and_traces_stay(run, said):
 @pytest.mark.parametrize("said", OF_OTHER_BLOCKS)
 def test_nothing_is_kept_of_other_blocks(run, said):
     assert estimated(run)
-    run.begin(attempt(attempt="a2", **said), supervisor())
+    run.begin(attempt(attempt="a2", **said), controller())
     assert (run.request().windows, estimated(run)) == ({}, {})
 
 
@@ -139,13 +139,13 @@ def test_nothing_is_kept_of_other_blocks(run, said):
 def test_a_restart_replays_older_attempts_likewise(said):
     attempts = attempt(), attempt(attempt="a2", **said)
     samples = [("a1", sample(number)) for number in range(1, 6)]
-    samples.append(("a2", sample(6, attempts[1].manifest.sketch_size)))
+    samples.append(("a2", sample(6, attempts[1].hello.sketch_size)))
     rows = tuple(
         SampleRow("run", of, one.sequence, one.step, agent_pb2.SessionRequest(sample=one).SerializeToString(), 0.0)
         for of, one in samples
     )
-    told = tuple(StoredAttempt(one.manifest.attempt, one.hello, 6, 0.0, closed=False) for one in attempts)
-    runs = Runs(supervisor)
+    told = tuple(StoredAttempt(one.hello.attempt, one.hello, 6, 0.0, closed=False) for one in attempts)
+    runs = Runs(controller)
     restore_run(runs, StoredRun("run", told, rows, (), (), (), (), None))
     found = estimated(runs.get("run"))
     assert (found["trace"], found["top_eigenvalue"]) == (24, 4 if said else 24)
