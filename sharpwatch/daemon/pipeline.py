@@ -145,7 +145,8 @@ class Pipeline:
         elif self._pending != PendingWrites():
             with suppress(StoreError):
                 await self._write(())
-        await self._estimation_queue.room()
+        if entries:
+            await self._estimation_queue.room()
 
     async def _write(self, entries: Sequence[QueuedSample]) -> None:
         """Writes samples and all pending records in one transaction, and only then acknowledges and sends."""

@@ -78,11 +78,6 @@ class RunController:
         return self._log.newest_revision
 
     @property
-    def alert_open(self) -> bool:
-        """Whether an alert is open, which changes at every step."""
-        return bool(self._book.open)
-
-    @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
         """The places to roll back to, in the order they were saved."""
         return tuple(self._checkpoints)

@@ -15,6 +15,7 @@ import numpy as np
 
 from sharpwatch import wire
 from sharpwatch.daemon.ingest.hello import RunHello
+from sharpwatch.errors import WireError
 from sharpwatch.v1 import agent_pb2, types_pb2
 from sharpwatch.wire import MAX_COUNT, MAX_DRAWS, MAX_NAME, Floats, checked_text, require
 
@@ -222,7 +223,8 @@ DECODERS: dict[str, Callable[[Any, RunHello], Any]] = {
 
 def _tokens(probe: Any, name: str) -> int:
     tokens: int = probe.tokens
-    require(0 < tokens <= MAX_COUNT, f"{name}.tokens: {tokens}, expected 1 to 2**63 - 1")
+    if not 0 < tokens <= MAX_COUNT:
+        raise WireError("malformed", f"{name}.tokens must be 1 to 2**63 - 1, got {tokens}")
     return tokens
 
 

@@ -187,8 +187,8 @@ def _measured(value: float) -> float | None:
 
 
 def _health(health: agent_pb2.AgentHealth) -> HealthReading:
-    require_few(health.dropped, "health.dropped")
-    require_few(health.probe_failures, "health.probe_failures")
+    if max(len(health.dropped), len(health.probe_failures)) > MAX_ITEMS:
+        raise WireError("malformed", f"health.dropped and probe_failures must have at most {MAX_ITEMS} items each")
     if not all(count <= MAX_COUNT for count in health.dropped.values()):
         raise WireError("malformed", "health.dropped must be counts of at most 2**63")
     return HealthReading(

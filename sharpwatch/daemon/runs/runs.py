@@ -83,6 +83,7 @@ class Run:
         self._decisions_total: Counter[tuple[str, str, str]] = Counter()
         self._counted: dict[str, str] = {}  # by id: "raised" for an alert, the last outcome for a decision
         self._controller_changed = True  # since the last publish
+        self._open_alerts: set[str] = set()  # ids; the controller moves them on at every step
         # What the next `publish` makes the snapshot.
         self._draft = RunSnapshot(
             hello=attempt.hello,
@@ -196,6 +197,7 @@ class Run:
         """Counts new alerts and outcomes, and forgets commands that were answered or have expired."""
         self._controller_changed = self._controller_changed or changes != NO_CHANGES
         for alert in changes.alerts:
+            (self._open_alerts.add if alert.active else self._open_alerts.discard)(alert.id)
             if alert.id not in self._counted:
                 self._counted[alert.id] = "raised"
                 self._alerts_total[alert.name] += 1
@@ -212,7 +214,7 @@ class Run:
         Args:
             **changes: Fields of `RunSnapshot` to be set as well.
         """
-        if self._controller_changed or self.controller.alert_open:
+        if self._controller_changed or self._open_alerts:
             changes = self._controller_state() | changes
             self._controller_changed = False
         self._draft = self.snapshot = replace(self._draft, dropped_probes=dict(self._dropped_probes), **changes)

@@ -155,10 +155,10 @@ def test_the_preconditioned_ratio_is_the_newest():
     assert ratio.stderr == pytest.approx(math.sqrt((0.4**2 + 0.2**2) / 2 / 2))
 
 
-class Supervisor:
-    """What a run asks of one to be shown."""
+class FakeController:
+    """What a run reads of a controller to publish it."""
 
-    mode, revisions, multipliers, alerts = "observe", (), {}, ()
+    mode, newest_revision, multipliers, alerts = "observe", 0, {}, ()
 
 
 EMPTY = Reading(1, 1, 0.0, None, None, {}, None, (), (), closing=False, restored=False, dropped_probes=())
@@ -180,18 +180,18 @@ def after(run: Run, step: int, *probes: str) -> list[tuple[str, str, str]]:
     request = run.request(reading.probes)
     assert (tuple(request.windows), request.step) == (probes, step)
     run.take_estimates(request, estimate_all([request], "cpu")[0])
-    run.show()
-    return list(run.view.estimates)
+    run.publish()
+    return list(run.snapshot.estimates)
 
 
 def test_a_probe_renews_its_own_estimates_alone_and_all_keep_one_order():
-    run = Run(Attempt(HELLO, b""), Supervisor(), now=0.0)
+    run = Run(Attempt(HELLO, b""), FakeController(), now=0.0)
     shown = [after(run, step, *PROBES) for step in (1, 2)][-1]
     assert {estimator for _, _, estimator in shown} == {*PROBES}
     assert [key[2] for key in shown] == sorted((key[2] for key in shown), key=list(PROBES).index)
-    first = dict(run.view.estimates)
+    first = dict(run.snapshot.estimates)
     for step, probe in enumerate(PROBES, 3):
         assert after(run, step, probe) == shown
-        changed = {key[2] for key, one in run.view.estimates.items() if one.step == step}
+        changed = {key[2] for key, one in run.snapshot.estimates.items() if one.step == step}
         assert changed == {probe}
-    assert run.view.estimates.keys() == first.keys()
+    assert run.snapshot.estimates.keys() == first.keys()
