@@ -156,7 +156,7 @@ async def test_a_full_disk_stops_acknowledgements_and_not_the_daemon(start, buil
     assert not about.store_writable
     assert "journal.db" in about.store_error
     change = pb.SetLearningRatesRequest(run="busy", multipliers={"qk": 0.5}, author="ann")
-    with pytest.raises(grpc.aio.AioRpcError, match="nothing can be audited now"):
+    with pytest.raises(grpc.aio.AioRpcError, match="no change can be journalled now"):
         await daemon.operator.SetLearningRates(change, metadata=daemon.credentials)
 
     resource.prlimit(running.process.pid, resource.RLIMIT_FSIZE, unlimited)

@@ -250,7 +250,7 @@ async def test_two_daemons_do_not_share_a_port_or_a_journal(running, daemon, tmp
     with pytest.raises(SharpwatchError, match="another daemon is using it"):
         async with running():
             pass
-    with pytest.raises(SharpwatchError, match=r"grpc 127\.0\.0\.1:\d+: can't listen there"):
+    with pytest.raises(SharpwatchError, match=r"grpc 127\.0\.0\.1:\d+: cannot listen there"):
         async with running(grpc=daemon.grpc, store=f"sqlite:///{tmp_path}/second.db"):
             pass
     with pytest.raises(SharpwatchError, match=r"http 127\.0\.0\.1:\d+: .*in use"):
