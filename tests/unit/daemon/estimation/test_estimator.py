@@ -26,31 +26,31 @@ def windows(count: int) -> list[Waiting]:
 
 async def test_what_comes_in_meanwhile_is_the_next_batch_in_its_order():
     slow = Slow()
-    backlog = EstimationQueue(slow)
+    queue = EstimationQueue(slow)
     first, *rest = windows(4)
-    backlog.put(first)
+    queue.put(first)
     await slow.begun.wait()
     for one in rest:
-        backlog.put(one)
+        queue.put(one)
     slow.go_on.set()
-    await backlog.settled()
+    await queue.settled()
     assert slow.batches == [[first], rest]
-    backlog.put(first)
-    await backlog.settled()
+    queue.put(first)
+    await queue.settled()
     assert slow.batches[2:] == [[first]]
 
 
 async def test_there_is_room_until_there_is_none():
     slow = Slow()
-    backlog = EstimationQueue(slow, capacity=2)
+    queue = EstimationQueue(slow, capacity=2)
     first, second, third = windows(3)
-    await backlog.room()
-    backlog.put(first)
+    await queue.room()
+    queue.put(first)
     await slow.begun.wait()
-    backlog.put(second)
-    await backlog.room()
-    backlog.put(third)
-    waiting = asyncio.create_task(backlog.room())
+    queue.put(second)
+    await queue.room()
+    queue.put(third)
+    waiting = asyncio.create_task(queue.room())
     await asyncio.sleep(0)  # a turn of the loop, in which it would be done
     assert not waiting.done()
     slow.go_on.set()
@@ -60,12 +60,12 @@ async def test_there_is_room_until_there_is_none():
 
 async def test_who_gives_up_waiting_does_not_end_the_estimates():
     slow = Slow()
-    backlog = EstimationQueue(slow)
-    backlog.put(windows(1)[0])
+    queue = EstimationQueue(slow)
+    queue.put(windows(1)[0])
     await slow.begun.wait()
-    waiting = asyncio.create_task(backlog.settled())
+    waiting = asyncio.create_task(queue.settled())
     await asyncio.sleep(0)
     waiting.cancel()
     await asyncio.wait((waiting,))
     slow.go_on.set()
-    await backlog.settled()
+    await queue.settled()
