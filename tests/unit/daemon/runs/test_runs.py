@@ -144,7 +144,7 @@ def test_a_restart_replays_older_attempts_likewise(said):
         SampleRow("run", of, one.sequence, one.step, agent_pb2.SessionRequest(sample=one).SerializeToString(), 0.0)
         for of, one in samples
     )
-    told = tuple(StoredAttempt(one.hello.attempt, one.hello, 6, 0.0, closed=False) for one in attempts)
+    told = tuple(StoredAttempt(one.hello.attempt, one.message, 6, 0.0, closed=False) for one in attempts)
     runs = Runs(controller)
     restore_run(runs, StoredRun("run", told, rows, (), (), (), (), None))
     found = estimated(runs.get("run"))
