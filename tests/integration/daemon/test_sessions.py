@@ -233,7 +233,7 @@ async def test_a_session_without_a_good_hello_is_turned_away(daemon, build):
     await silent.call.done_writing()
     await hasty.send(build.sample(1))
     await wrong.send(build.hello(protocol=99))
-    for trainer, says in ((silent, "no Hello"), (hasty, "must be a Hello"), (wrong, "protocol 99")):
+    for trainer, says in ((silent, "no Hello"), (hasty, "must be a Hello"), (wrong, "protocol must be 1, got 99")):
         code, details = await trainer.ended()
         assert code is grpc.StatusCode.INVALID_ARGUMENT
         assert says in details
