@@ -41,7 +41,7 @@ class SecondMoments:
             correction = 1.0 - float(group["betas"][1]) ** steps
         if not isinstance(second, Tensor) or second.shape != shape or correction <= 0:
             return None, 1.0
-        own = local_tensor(second)
+        own = second if type(second) is Tensor else local_tensor(second)
         return (own, correction) if type(own) is Tensor else (None, 1.0)  # a quantised one is a subclass
 
     def _step_of(self, parameter: Tensor, step: float | Tensor) -> int:
