@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,11 +12,12 @@ from torch import Tensor
 from sharpwatch.curvature.parameters.shards import local_tensor
 
 
+@dataclass(slots=True)
 class SecondMoments:
     """Reads v and its bias correction from optimizer states, without waiting for a device at every step."""
 
-    def __init__(self) -> None:
-        self._steps: dict[int, tuple[Tensor, int]] = {}  # by parameter id: the step counter on a device, and its value
+    # By parameter id: the step counter on a device, and its value.
+    _steps: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
 
     def read(
         self, parameter: Tensor, group: Mapping[str, Any], state: Mapping[str, Any], shape: torch.Size
