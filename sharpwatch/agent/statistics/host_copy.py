@@ -28,15 +28,3 @@ class AsyncHostCopy:
         if self._event is not None:
             self._event.synchronize()
         return self._host.cpu()
-
-
-def copied(value: float | Tensor | None) -> float | AsyncHostCopy:
-    """`value` as a number, or as a host copy if it is on a device; 0 for None."""
-    if isinstance(value, Tensor) and value.device.type != "cpu":
-        return AsyncHostCopy(value)
-    return 0.0 if value is None else float(value)
-
-
-def as_number(value: float | AsyncHostCopy) -> float:
-    """The number that `copied` was given; waits until it has arrived."""
-    return float(value.read()) if isinstance(value, AsyncHostCopy) else value

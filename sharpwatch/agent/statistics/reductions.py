@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -41,11 +42,11 @@ class PartTensors(NamedTuple):
     floor: float = math.nan
 
 
+@dataclass(slots=True)
 class Scratch:
     """Buffers of the pass on the CPU, kept between steps."""
 
-    def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
+    _buffers: dict[str, Tensor] = field(default_factory=dict)
 
     def take(self, name: str, size: int) -> Tensor:
         """A float32 buffer of `size` entries, not initialized."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,11 +12,12 @@ from torch import Tensor
 from sharpwatch.curvature.parameters.shards import local_tensor
 
 
+@dataclass(slots=True)
 class SecondMoments:
     """Reads v and its bias correction from optimizer states, without waiting for a device at every step."""
 
-    def __init__(self) -> None:
-        self._steps: dict[int, tuple[Tensor, int]] = {}  # by parameter id: the step counter on a device, and its value
+    # By parameter id: the step counter on a device, and its value.
+    _steps: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
 
     def read(
         self, parameter: Tensor, group: Mapping[str, Any], state: Mapping[str, Any], shape: torch.Size
@@ -41,7 +43,7 @@ class SecondMoments:
             correction = 1.0 - float(group["betas"][1]) ** steps
         if not isinstance(second, Tensor) or second.shape != shape or correction <= 0:
             return None, 1.0
-        own = local_tensor(second)
+        own = second if type(second) is Tensor else local_tensor(second)
         return (own, correction) if type(own) is Tensor else (None, 1.0)  # a quantised one is a subclass
 
     def _step_of(self, parameter: Tensor, step: float | Tensor) -> int:

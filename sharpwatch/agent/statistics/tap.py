@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sharpwatch.agent.optimizers.deepspeed import DeepSpeedOptimizer, Fragment, fragments
-from sharpwatch.agent.statistics.host_copy import AsyncHostCopy, as_number, copied
+from sharpwatch.agent.statistics.host_copy import AsyncHostCopy
 from sharpwatch.agent.statistics.reductions import (
     COLUMNS,
     FLOOR_SHARE,
@@ -154,10 +154,10 @@ class Tap:
         """Read what an optimizer is about to step on; the first one also reads parameters that no optimizer holds."""
         optimizer = self._optimizers[which]
         for i, group in enumerate(optimizer.param_groups):
-            pending.learning_rates[which, i] = copied(group.get("lr"))
+            pending.learning_rates[which, i] = _copied(group.get("lr"))
         scale = getattr(optimizer, "grad_scale", None)  # GradScaler leaves unscaling to a fused optimizer
         if scale is not None:
-            pending.unscale[which] = copied(scale)
+            pending.unscale[which] = _copied(scale)
         by_device: dict[torch.device, tuple[list[int], list[PartTensors]]] = defaultdict(lambda: ([], []))
         for place in self._places[which]:
             pending.read += place.rows
@@ -244,13 +244,13 @@ class Tap:
         return means
 
     def _learning_rates(self, pending: PendingTap) -> Array:
-        rates = {key: as_number(value) for key, value in pending.learning_rates.items()}
+        rates = {key: _as_number(value) for key, value in pending.learning_rates.items()}
         own = np.array([rates.get(owner, 0.0) if owner else 0.0 for owner in self._owner])
         return own * pending.multipliers
 
     def _scales(self, pending: PendingTap) -> Array:
         """The square of the loss scale that each part's gradient still has."""
-        squares = {which: as_number(value) ** 2 for which, value in pending.unscale.items()}
+        squares = {which: _as_number(value) ** 2 for which, value in pending.unscale.items()}
         return np.array([squares.get(owner[0], 1.0) if owner else 1.0 for owner in self._owner])
 
     def _find_owners(self) -> None:
@@ -335,3 +335,14 @@ def _counts(parts: Sequence[PartTensors], sums: Tensor) -> Tensor:
 
 def _values(gradient: Tensor) -> Tensor:
     return gradient.coalesce().values() if gradient.is_sparse else gradient
+
+
+def _copied(value: float | Tensor | None) -> float | AsyncHostCopy:
+    """`value` as a number, or as a host copy if it is on a device; 0 for None, as there is no learning rate then."""
+    if isinstance(value, Tensor) and value.device.type != "cpu":
+        return AsyncHostCopy(value)
+    return 0.0 if value is None else float(value)
+
+
+def _as_number(value: float | AsyncHostCopy) -> float:
+    return float(value.read()) if isinstance(value, AsyncHostCopy) else value
