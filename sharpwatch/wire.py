@@ -74,7 +74,7 @@ def decode(message: Array, *, name: str, dtype: str, shape: Sequence[int | None]
 
 
 def decode_fields(message: Any, dtypes: Mapping[str, str], *, name: str, rows: int) -> dict[str, npt.NDArray[Any]]:
-    """Unpacks several fields of a message, which all have one value for each of `rows`.
+    """Unpack several fields of a message, which all have one value for each of `rows`.
 
     Args:
         message: The message with the fields.
@@ -92,24 +92,24 @@ def decode_fields(message: Any, dtypes: Mapping[str, str], *, name: str, rows: i
 
 
 def require(condition: bool, reason: str, code: str = "malformed") -> None:
-    """Raises `WireError(code, reason)` unless `condition` holds."""
+    """Raise `WireError(code, reason)` unless `condition` holds."""
     if not condition:
         raise WireError(code, reason)
 
 
 def checked_name(value: str, what: str) -> str:
-    """Returns `value` if it is printable and has 1 to `MAX_NAME` characters; `what` is the field's name in errors."""
+    """Return `value` if it is printable and has 1 to `MAX_NAME` characters; `what` is the field's name in errors."""
     require(0 < len(value) <= MAX_NAME, f"{what} must have 1 to {MAX_NAME} characters, got {len(value)}")
     require(value.isprintable(), f"{what} must be printable, got {value!r}")
     return value
 
 
 def checked_text(value: str, what: str, limit: int = MAX_TEXT) -> str:
-    """Returns `value` if it has at most `limit` characters; `what` is the field's name in errors."""
+    """Return `value` if it has at most `limit` characters; `what` is the field's name in errors."""
     require(len(value) <= limit, f"{what} must have at most {limit} characters, got {len(value)}")
     return value
 
 
 def require_few(items: Sized, what: str) -> None:
-    """Raises `WireError` if `items` has more than `MAX_ITEMS`; `what` is the field's name in errors."""
+    """Raise `WireError` if `items` has more than `MAX_ITEMS`; `what` is the field's name in errors."""
     require(len(items) <= MAX_ITEMS, f"{what} must have at most {MAX_ITEMS} items, got {len(items)}")
