@@ -14,14 +14,13 @@ from contextlib import suppress
 
 import structlog
 
-from sharpwatch.daemon.decisions.decision_log import NO_CHANGES, Changes
 from sharpwatch.daemon.decisions.lifecycle import UNDER_WAY
 from sharpwatch.daemon.estimation.estimator import EstimationQueue, Estimator, Waiting
 from sharpwatch.daemon.estimation.windows import EstimateRequest, Estimates
 from sharpwatch.daemon.exporter.metrics import OwnMetrics
 from sharpwatch.daemon.ingest.queue import QueuedSample, SampleQueue
 from sharpwatch.daemon.ingest.samples import Reading
-from sharpwatch.daemon.records import Alert, Decision
+from sharpwatch.daemon.records import NO_CHANGES, Alert, Changes, Decision
 from sharpwatch.daemon.runs.runs import Attempt, Run, Runs
 from sharpwatch.daemon.storage.journal import Store
 from sharpwatch.daemon.storage.pending_writes import PendingWrites

@@ -141,3 +141,25 @@ class CommandResult:
     step: int
     detail: str = ""
     unchanged_blocks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """Records that changed and are to be journalled.
+
+    Attributes:
+        alerts: Changed alerts.
+        decisions: Changed decisions, each as it is now.
+        revisions: Changed LR revisions.
+        commands: Decisions whose command is to be sent once they are journalled.
+        transitions: The changed decisions in every state they had in between, in order.
+    """
+
+    alerts: tuple[Alert, ...] = ()
+    decisions: tuple[Decision, ...] = ()
+    revisions: tuple[Revision, ...] = ()
+    commands: tuple[Decision, ...] = ()
+    transitions: tuple[Decision, ...] = ()
+
+
+NO_CHANGES = Changes()

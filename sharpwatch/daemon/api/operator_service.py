@@ -17,10 +17,9 @@ from sharpwatch import wire
 from sharpwatch._version import __version__
 from sharpwatch.daemon.api.auth import Authorizer
 from sharpwatch.daemon.api.conversions import decision_message, detail_message, revision_message, run_message
-from sharpwatch.daemon.decisions.decision_log import Changes
 from sharpwatch.daemon.decisions.lifecycle import is_settled
 from sharpwatch.daemon.pipeline import Pipeline
-from sharpwatch.daemon.records import Decision, Mode
+from sharpwatch.daemon.records import Changes, Decision, Mode
 from sharpwatch.daemon.runs.runs import Run, Runs
 from sharpwatch.daemon.storage.schema import ModeRow
 from sharpwatch.errors import OperatorError, StoreError

@@ -3,34 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from sharpwatch.daemon.decisions.lifecycle import FINAL, UNDER_WAY, Event, advance, is_settled
-from sharpwatch.daemon.records import Alert, Decision, Revision
+from sharpwatch.daemon.records import Alert, Changes, Decision, Revision
 from sharpwatch.errors import OperatorError
-
-
-@dataclass(frozen=True, slots=True)
-class Changes:
-    """Records that changed and are to be journalled.
-
-    Attributes:
-        alerts: Changed alerts.
-        decisions: Changed decisions, each as it is now.
-        revisions: Changed LR revisions.
-        commands: Decisions whose command is to be sent once they are journalled.
-        transitions: The changed decisions in every state they had in between, in order.
-    """
-
-    alerts: tuple[Alert, ...] = ()
-    decisions: tuple[Decision, ...] = ()
-    revisions: tuple[Revision, ...] = ()
-    commands: tuple[Decision, ...] = ()
-    transitions: tuple[Decision, ...] = ()
-
-
-NO_CHANGES = Changes()
 
 
 class DecisionLog:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from uuid import uuid4
 
 from sharpwatch.daemon.config.config import PolicyConfig
-from sharpwatch.daemon.decisions.decision_log import NO_CHANGES, Changes, DecisionLog
+from sharpwatch.daemon.decisions.decision_log import DecisionLog
 from sharpwatch.daemon.decisions.engine import PolicyEngine
 from sharpwatch.daemon.decisions.guards import Control, Permissions
 from sharpwatch.daemon.decisions.lifecycle import DecisionLifecycle
@@ -16,7 +16,18 @@ from sharpwatch.daemon.decisions.policy import MODES, EscalationChain, strongest
 from sharpwatch.daemon.detection.alerts import AlertBook
 from sharpwatch.daemon.detection.baselines import History, Scores
 from sharpwatch.daemon.detection.detectors import DETECTORS
-from sharpwatch.daemon.records import Alert, Checkpoint, CommandResult, Decision, Finding, Mode, Observation, Revision
+from sharpwatch.daemon.records import (
+    NO_CHANGES,
+    Alert,
+    Changes,
+    Checkpoint,
+    CommandResult,
+    Decision,
+    Finding,
+    Mode,
+    Observation,
+    Revision,
+)
 from sharpwatch.errors import OperatorError
 
 

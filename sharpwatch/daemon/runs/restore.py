@@ -8,7 +8,6 @@ from dataclasses import replace
 import structlog
 from google.protobuf.message import DecodeError
 
-from sharpwatch.daemon.decisions.decision_log import Changes
 from sharpwatch.daemon.decisions.lifecycle import UNDER_WAY
 from sharpwatch.daemon.estimation.estimator import PROBES
 from sharpwatch.daemon.ingest.hello import read_hello
@@ -16,6 +15,7 @@ from sharpwatch.daemon.ingest.queue import Cursor
 from sharpwatch.daemon.ingest.samples import Reading, read_sample
 from sharpwatch.daemon.runs.runs import Attempt, Run, Runs
 from sharpwatch.daemon.storage.schema import SampleRow, StoredAttempt, StoredRun
+from sharpwatch.daemon.records import Changes
 from sharpwatch.errors import OperatorError, WireError
 from sharpwatch.v1 import agent_pb2
 

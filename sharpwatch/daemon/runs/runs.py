@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from sharpwatch.daemon.decisions.decision_log import NO_CHANGES, Changes
 from sharpwatch.daemon.decisions.lifecycle import UNDER_WAY
 from sharpwatch.daemon.decisions.run_controller import RunController
 from sharpwatch.daemon.estimation.estimator import PROBES
@@ -19,7 +18,7 @@ from sharpwatch.daemon.estimation.windows import EstimateRequest, Estimates
 from sharpwatch.daemon.ingest.hello import RunHello
 from sharpwatch.daemon.ingest.queue import Cursor
 from sharpwatch.daemon.ingest.samples import Reading
-from sharpwatch.daemon.records import Decision, Observation
+from sharpwatch.daemon.records import Changes, Decision, NO_CHANGES, Observation
 from sharpwatch.daemon.runs.snapshot import Phase, RunSnapshot
 
 MAX_RUNS = 10_000

@@ -6,8 +6,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
-from sharpwatch.daemon.decisions.decision_log import Changes
-from sharpwatch.daemon.records import Alert, Checkpoint, Decision, Revision
+from sharpwatch.daemon.records import Alert, Changes, Checkpoint, Decision, Revision
 from sharpwatch.daemon.storage.schema import AttemptRow, EstimateRow, ModeRow, TransitionRow
 
 MAX_PENDING_ESTIMATES = 100_000  # the oldest go while the journal fails; they can be made again from samples

@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from sharpwatch.daemon.config.config import ActionConfig, EscalateConfig, GuardConfig, MatchConfig, PolicyConfig
-from sharpwatch.daemon.decisions.decision_log import Changes
 from sharpwatch.daemon.decisions.lifecycle import FINAL
 from sharpwatch.daemon.decisions.run_controller import RunController
-from sharpwatch.daemon.records import Checkpoint, CommandResult, Decision, Observation
+from sharpwatch.daemon.records import Changes, Checkpoint, CommandResult, Decision, Observation
 from sharpwatch.errors import OperatorError
 
 BLOCKS = ("emb", "qk", "vo", "ffn", "norm")

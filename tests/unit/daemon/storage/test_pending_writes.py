@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from sharpwatch.daemon.decisions.decision_log import Changes
-from sharpwatch.daemon.records import Decision
+from sharpwatch.daemon.records import Changes, Decision
 from sharpwatch.daemon.storage.pending_writes import PendingWrites
 
 PROPOSED = Decision("d1", "run", 1.0, 7, "notify", "advise", "proposed")
