@@ -13,7 +13,7 @@ LIMITS = {
     "attach": (40, 833),
     "step": (27, 278),
     "step with a gnb probe": (35, 340),
-    "sample with a gnb probe, at the daemon": (24, 135),
+    "sample with a gnb probe, at the daemon": (15, 69),
 }
 
 
