@@ -13,7 +13,7 @@ from torch import nn
 
 import sharpwatch
 from sharpwatch.agent import run
-from sharpwatch.agent.reporting.pending import FORWARDS
+from sharpwatch.agent.reporting.reporter import MAX_FORWARDS
 from sharpwatch.v1 import types_pb2
 
 
@@ -255,7 +255,7 @@ def test_who_insists_on_an_interrupt_gives_up_the_last_samples_but_the_courier_i
         for _ in range(2):
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(watch._loop._samples.outbox, "flush", insist)
+    monkeypatch.setattr(watch._loop._reporter, "flush", insist)
     with pytest.raises(KeyboardInterrupt):
         watch.close()
     assert transport.closed
@@ -265,7 +265,7 @@ def test_who_insists_on_an_interrupt_gives_up_the_last_samples_but_the_courier_i
 def test_a_state_that_is_none_of_the_agents_is_named_so(transports, caplog):
     _, _, watch, _ = made(transports)
     watch.load_state_dict({"model": {}})
-    assert "an agent's state of version None: this agent reads 1" in caplog.text
+    assert "cannot load agent state version None: this version of sharpwatch reads version 1" in caplog.text
     watch.close()
 
 
@@ -319,8 +319,8 @@ def test_a_parameter_that_comes_later_is_said_once_to_be_unseen(transports, capl
 
 def test_losses_of_an_optimizer_that_no_one_steps_are_bounded(transports, caplog):
     model, _, watch, _ = made(transports)
-    for _ in range(FORWARDS + 9):
+    for _ in range(MAX_FORWARDS + 9):
         model(TOKENS)
-    assert len(watch._loop._losses.take()) == FORWARDS
+    assert len(watch._loop._losses.take()) == MAX_FORWARDS
     assert caplog.text.count("forwards without a step of a watched optimizer") == 1
     watch.close()
