@@ -161,7 +161,7 @@ def _watched(options: Options, run: str, rendezvous: Rendezvous) -> WatchedRun:
     if not strategy.may_probe:
         options = replace(options, probes=())
     if strategy.layout.unreadable:
-        _LOG.warning("gradient norms can't be shown: %s", strategy.layout.unreadable)
+        _LOG.warning("gradient norms are not readable: %s", strategy.layout.unreadable)
     identity = _identity(options, strategy.run)
     types = parameter_types(options.model, strategy.block_map, options.optimizers)
     control = _control(options, strategy, types)

@@ -107,10 +107,6 @@ class DeepSpeedOptimizer(Optimizer):
     @property
     def grad_scale(self) -> float | Tensor | None:
         """The factor on its gradients until it steps."""
-        scaler = getattr(self._driver, "torch_autocast_gradscaler", None)
-        if scaler is not None:
-            scale: Tensor | None = scaler._scale  # noqa: SLF001 - get_scale() waits for the device
-            return scale
         return getattr(self._driver, "loss_scale", None)
 
     @property
@@ -204,17 +200,16 @@ def _groups(driver: Any, model: nn.Module) -> list[dict[str, Any]]:
 
 
 def _unreadable(driver: Any) -> str:
+    """The options of ZeRO under which its gradients can't be read; empty where they can."""
     if not hasattr(driver, "averaged_gradients"):
         return ""  # not ZeRO's
-    if getattr(driver, "zenflow", False):
-        return "ZenFlow holds a part of them back"
-    if getattr(driver, "round_robin_gradients", False) and max(driver.partition_count) > 1:
-        return "DeepSpeed's own map of them is wrong under round_robin_gradients"
-    if "muon" in type(driver.optimizer).__name__.lower() and not driver.cpu_offload:
-        return "ZeRO turns them into Muon's updates before step()"
-    if getattr(driver, "torch_autocast_gradscaler", None) is not None and driver.clip_grad:
-        return "under torch_autocast in fp16 ZeRO clips them before it takes the loss's scale out of them"
-    return ""
+    options = {
+        "ZenFlow": getattr(driver, "zenflow", False),
+        "round_robin_gradients": getattr(driver, "round_robin_gradients", False),
+        "Muon": "muon" in type(driver.optimizer).__name__.lower(),
+        "torch_autocast in fp16": getattr(driver, "torch_autocast_gradscaler", None) is not None,
+    }
+    return next((f"DeepSpeed's ZeRO with {name}" for name, is_set in options.items() if is_set), "")
 
 
 def _boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Shard]:
