@@ -292,12 +292,9 @@ class WatchedRun:
                 self.restored(request.step)
 
     def _complete(self, done: _StepInProgress) -> None:
-        with signals_held():  # one that raises would end this half-way, and a sample be lost
-            self._conclude(done)
-
-    def _conclude(self, done: _StepInProgress) -> None:
-        self._current = None
+        """The step `done` was taken. A signal handler that raises in here costs its sample, and nothing else."""
         self.step = done.step
+        self._current = None
         # Half a reading would show false zeros.
         tap = done.tap if len(done.read) == len(self._options.optimizers) else None
         probes = self.scheduler.run(done.step, done.due or DueProbes(), tap)
@@ -311,12 +308,12 @@ class WatchedRun:
             restored=self._restored,
             awaits_loss=not losses or self._losses.comes_after_step,
         )
-        self._restored = False
         commands = [response.command for response in self.transport.receive() if response.HasField("command")]
         self.scheduler.account(self.timer.lap(), probes.seconds)
         ended = self.strategy.end_step(
             record, commands, due_probes=self.scheduler.wanted, swallowed_errors=self.barrier.swallowed
         )
+        self._restored = False
         for command in ended.commands:
             self._receive(command, self.step + 1)
         self._report(ended.records)

@@ -171,12 +171,11 @@ class Reporter:
         self._send(step, time.time_ns(), closing=closing)
 
     def _send(self, step: int, taken_at_unix_ns: int, **values: Any) -> None:
-        self._sequence += 1
         checkpoints = tuple(self._checkpoints)
         self._checkpoints.clear()
         restored, self._restored = self._restored, False
         sample = messages.SampleValues(
-            sequence=self._sequence,
+            sequence=self._sequence + 1,
             step=step,
             taken_at_unix_ns=taken_at_unix_ns,
             health=self._health(),
@@ -185,7 +184,9 @@ class Reporter:
             restored=restored,
             **values,
         )
-        self._transport.send(agent_pb2.SessionRequest(sample=messages.sample(sample)))
+        request = agent_pb2.SessionRequest(sample=messages.sample(sample))
+        self._sequence += 1  # only now: a signal handler that raises before leaves no gap
+        self._transport.send(request)
 
     def _health(self) -> messages.Health:
         dropped = dict(self._transport.dropped)

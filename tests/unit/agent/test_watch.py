@@ -248,6 +248,37 @@ def test_a_close_that_is_interrupted_anywhere_has_not_begun_or_leaves_nothing_be
     assert outcomes == {(True, True, False, False), (False, False, True, True)}
 
 
+def test_a_step_that_is_interrupted_anywhere_costs_its_own_sample_at_most(transports):
+    kept = []  # or one would be collected, and so run, while the next is interrupted
+    for number in itertools.count():
+        model, optimizer, watch, transport = made(transports)
+        kept.append(watch._loop)
+        transport.command(id="cut", set_multipliers=types_pb2.MultiplierSet(multipliers={"emb": 0.5}))
+        stepped(model, optimizer, 2)
+        model(TOKENS)["loss"].backward()
+        interrupted = interrupted_at(run, number, optimizer.step)
+        assert [group["lr"] for group in optimizer.param_groups] == [0.01]
+        stepped(model, optimizer, 2)
+        watch.close()
+        *samples, goodbye = transport.samples
+        steps = [sample.step for sample in samples]
+        assert goodbye.closing
+        # Before the step it was none; after it, it counts, also where its sample is lost.
+        assert watch.step in ((4, 5) if interrupted else (5,))
+        lost = set(range(1, watch.step + 1)) - set(steps)
+        assert steps == sorted(set(steps))
+        assert lost <= {3}
+        assert not lost or interrupted
+        assert [sample.sequence for sample in transport.samples] == list(range(1, len(transport.samples) + 1))
+        assert [result.outcome for result in transport.results] == ["applied"]
+        assert samples[-1].health.multipliers["emb"] == 0.5
+        assert goodbye.health.swallowed_errors == 0
+        assert not [*model._forward_hooks, *optimizer._optimizer_step_pre_hooks]
+        assert "step" not in vars(optimizer)
+        if not interrupted:
+            break
+
+
 def test_who_insists_on_an_interrupt_gives_up_the_last_samples_but_the_courier_is_ended(transports, monkeypatch):
     _, _, watch, transport = made(transports)
 
