@@ -54,7 +54,7 @@ def test_the_signature_is_the_documented_one():
         ({"probe_every": 2.5}, "probe_every=2.5"),
         (
             {"probes": ("gnb", "sharpness")},
-            "'gnb', 'direction', 'hutchinson', 'lanczos', 'linesearch', 'preconditioned'",
+            "'gnb', 'direction', 'hutchinson', 'lanczos', 'linesearch', 'gradient_noise', 'preconditioned'",
         ),
         ({"probes": "gnb"}, "probes='gnb'"),
         ({"probes": None}, "probes=None: allowed is any of"),
