@@ -74,15 +74,15 @@ def train(address: str, size: str, probes: Sequence[str]) -> None:
         watched.model, watched.optimizer, training_job="promises", address=address, probes=tuple(probes)
     )
     # What has no public name: what the pipe knows of acknowledgements, what the sampler was told of the last step.
-    parts = watch._loop.parts  # type: ignore[union-attr]  # noqa: SLF001
-    spool, costs = parts.pipe._spool, parts.sampler._window  # type: ignore[attr-defined]  # noqa: SLF001
+    run = watch._loop  # noqa: SLF001
+    spool, costs = run.transport._spool, run.scheduler.budget._window  # type: ignore[union-attr]  # noqa: SLF001
     for trainer in (plain, watched) * _WARM_UP:
         trainer.step()
     while not select.select([sys.stdin], [], [], 0)[0]:
         pair = {"plain": plain.step()[0], "watched": watched.step()[0], "agent": costs[-1][0]}
         print(json.dumps(pair | {"taken": spool.newest, "acknowledged": spool.settled}), flush=True)
     watch.close()
-    print(json.dumps({"dropped": dict(parts.pipe.dropped)}), flush=True)
+    print(json.dumps({"dropped": dict(run.transport.dropped)}), flush=True)
 
 
 class Run(threading.Thread):

@@ -1,4 +1,4 @@
-"""`attach`: what a user can get wrong is found, all ranks are met, and then a watch is put together."""
+"""`attach`: checks the options, meets the other ranks, and builds the pieces of a watched run."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,20 +16,19 @@ from torch import nn
 
 from sharpwatch.agent.control.commands import RollbackRequest
 from sharpwatch.agent.control.controller import CONTROL_MODES, Controller
-from sharpwatch.agent.control.lr_multipliers import parameter_types
-from sharpwatch.agent.distributed.rendezvous import Rendezvous, check_grouped, is_several
-from sharpwatch.agent.distributed.topology import Topology, check_rules, gather_topology
-from sharpwatch.agent.optimizers.deepspeed import hidden
-from sharpwatch.agent.optimizers.support import lr_refusal, lr_refusal_from_state, stepping_optimizer
+from sharpwatch.agent.control.lr_multipliers import LrMultipliers, parameter_types
+from sharpwatch.agent.distributed.rendezvous import Rendezvous, check_initialized, rendezvous_for
+from sharpwatch.agent.distributed.strategy import Strategy, connect
+from sharpwatch.agent.optimizers.support import stepping_optimizer
 from sharpwatch.agent.options import Options, check, possible
-from sharpwatch.agent.parts import Parts
 from sharpwatch.agent.probes.budget import OverheadBudget
 from sharpwatch.agent.probes.builtin import DEFAULT_PROBES
 from sharpwatch.agent.probes.runner import ProbeRunner
+from sharpwatch.agent.probes.scheduler import ProbeScheduler
 from sharpwatch.agent.reporting import messages
+from sharpwatch.agent.reporting.reporter import Reporter
 from sharpwatch.agent.run import WatchedRun
 from sharpwatch.agent.safety.exception_barrier import ExceptionBarrier
-from sharpwatch.agent.statistics.tap import Tap
 from sharpwatch.agent.transport import courier_process
 from sharpwatch.agent.transport.base import NullTransport, Transport
 from sharpwatch.agent.transport.courier_client import CourierClient
@@ -136,13 +133,12 @@ def attach(  # noqa: PLR0913 - the public signature; each has a default that wor
     )
     name = run or f"{training_job}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
     disabled = os.environ.get("SHARPWATCH_DISABLED") == "1"
-    meeting = Rendezvous() if isinstance(model, nn.Module) and is_several(model) else None
-    with nullcontext() if meeting is None else meeting.attending():
+    rendezvous = rendezvous_for(model)
+    with rendezvous.attending():
         check(options)
         if not disabled:
-            return Watch(name, initial_step, WatchedRun(_parts(options, name, meeting)))
-    if meeting is not None:
-        meeting.stay_away("sharpwatch is disabled there, and must be on all ranks or none")
+            return Watch(name, initial_step, _watched(options, name, rendezvous))
+    rendezvous.refuse("sharpwatch is disabled there, and must be on all ranks or none")
     return Watch(name, initial_step, None)
 
 
@@ -155,66 +151,65 @@ def _classified(model: nn.Module) -> tuple[BlockMap, Mapping[str, str]]:
         raise AttachError(f"$SHARPWATCH_BLOCK_RULES: {error}") from error
 
 
-def _parts(options: Options, run: str, meeting: Rendezvous | None) -> Parts:
-    """The parts of the watch on this rank, once every rank has made its own."""
-    check_grouped()
-    model = options.model
-    block_map, rules = _classified(model)
-    options = replace(options, probes=possible(tuple(options.probes), model))
-    if meeting is None:
-        check_rules([rules])
-        return _made(options, run, block_map, None)
-    company = gather_topology(meeting, options, block_map, rules, run)
-    if company.staged:
+def _watched(options: Options, run: str, rendezvous: Rendezvous) -> WatchedRun:
+    """The watched run on this rank, once every rank has made its own."""
+    check_initialized()
+    blocks = _classified(options.model)
+    options = replace(options, probes=possible(tuple(options.probes), options.model))
+    barrier = ExceptionBarrier()
+    strategy = connect(rendezvous, options, blocks, run, barrier)
+    if not strategy.may_probe:
         options = replace(options, probes=())
-    parts = _made(options, company.run, company.block_map, company)
+    if strategy.layout.unreadable:
+        _LOG.warning("gradient norms are not readable: %s", strategy.layout.unreadable)
+    identity = _identity(options, strategy.run)
+    types = parameter_types(options.model, strategy.block_map, options.optimizers)
+    control = _control(options, strategy, types)
+    transport = _transport(options) if strategy.leads else NullTransport()
     try:
-        meeting.all("the start")
+        transport.greet(messages.hello(identity, strategy.block_map))
+        strategy.wait_for_start()
     except AttachError:
-        parts.pipe.close()
+        transport.close()
         raise
-    return replace(parts, meeting=meeting)
-
-
-def _made(options: Options, run: str, block_map: BlockMap, company: Topology | None) -> Parts:
-    model, optimizers = options.model, options.optimizers
-    identity = _identity(options, run)
-    types = parameter_types(model, block_map, optimizers)
-    border = ExceptionBarrier()
-    tap = Tap(block_map, dict(model.named_parameters()), optimizers, None if company is None else company.shares)
-    control = _control(options, block_map, types, company)
-    if hidden(optimizers):
-        _LOG.warning("gradient norms can't be shown: %s", hidden(optimizers))
-    pipe = _transport(options) if company is None or company.ranks.leads else NullTransport()
-    pipe.greet(messages.hello(identity, block_map))
-    return Parts(
-        identity=identity,
-        named=options.run is not None,
-        block_map=block_map,
-        model=model,
-        optimizers=optimizers,
-        parameter_types=types,
-        tap=tap,
-        probes=ProbeRunner(
-            options.probes,
-            model,
-            block_map,
-            optimizers,
-            seed=options.seed,
-            sketch_size=SKETCH_SIZE,
-            loss_fn=options.loss_fn,
-            logits_fn=options.logits_fn,
-            barrier=border,
-            several_ranks=company is not None,
-            shards=None if company is None else company.together(model),
-        ),
-        sampler=OverheadBudget(options.probes, budget=options.overhead_budget, probe_every=options.probe_every),
+    scheduler = _scheduler(options, strategy, barrier)
+    reporter = Reporter(
+        transport,
+        tap=strategy.tap,
         control=control,
-        pipe=pipe,
-        border=border,
-        on_rollback=options.on_rollback,
-        shared=None if company is None else company.shared(tap, border, next(model.parameters()).device),
+        budget=scheduler.budget,
+        failures=lambda: scheduler.runner.failures,
+        swallowed_errors=lambda: strategy.swallowed_errors(barrier.swallowed),
     )
+    return WatchedRun(
+        options,
+        identity,
+        strategy,
+        control=control,
+        scheduler=scheduler,
+        reporter=reporter,
+        rates=LrMultipliers(options.optimizers, types, control),
+        transport=transport,
+        barrier=barrier,
+    )
+
+
+def _scheduler(options: Options, strategy: Strategy, barrier: ExceptionBarrier) -> ProbeScheduler:
+    probes = ProbeRunner(
+        options.probes,
+        options.model,
+        strategy.block_map,
+        options.optimizers,
+        seed=options.seed,
+        sketch_size=SKETCH_SIZE,
+        loss_fn=options.loss_fn,
+        logits_fn=options.logits_fn,
+        barrier=barrier,
+        several_ranks=strategy.several_ranks,
+        shards=strategy.shard_reduction,
+    )
+    budget = OverheadBudget(options.probes, budget=options.overhead_budget, probe_every=options.probe_every)
+    return ProbeScheduler(probes, budget, strategy)
 
 
 def _transport(options: Options) -> Transport:
@@ -239,22 +234,15 @@ def _identity(options: Options, run: str) -> messages.Identity:
     )
 
 
-def _control(
-    options: Options, block_map: BlockMap, types: Mapping[int, frozenset[str]], company: Topology | None
-) -> Controller:
-    if company is None:
-        reason = lr_refusal(options.optimizers, check_split=options.control != "none")
-    else:
-        reason = company.uncontrolled
-    if reason:
-        _LOG.warning("learning rates are watched, but can't be changed: %s", reason)
+def _control(options: Options, strategy: Strategy, types: Mapping[int, frozenset[str]]) -> Controller:
+    if strategy.lr_refusal:
+        _LOG.warning("learning rates are watched, but can't be changed: %s", strategy.lr_refusal)
     return Controller(
         next(mode for mode in CONTROL_MODES if mode == options.control),
         bounds=options.bounds,
-        blocks=block_map.blocks,
+        blocks=strategy.block_map.blocks,
         parameter_types=frozenset(types.values()),
         has_callback=options.on_rollback is not None,
-        lr_refusal=reason,
-        # On several ranks a refusal must be every rank's, and each sees its own state only.
-        lr_refusal_from_state=partial(lr_refusal_from_state, options.optimizers) if company is None else None,
+        lr_refusal=strategy.lr_refusal,
+        lr_refusal_from_state=strategy.lr_refusal_from_state,
     )

@@ -42,31 +42,31 @@ class Watch:
     @property
     def pending_rollback(self) -> RollbackRequest | None:
         """For loops that restore on their own: the rollback to do now, then call `restored`."""
-        return None if self._loop is None else self._loop.parts.control.pending_rollback
+        return None if self._loop is None else self._loop.control.pending_rollback
 
     def observe(self, *, loss: float | Tensor) -> None:
         """The step's loss, before or after `optimizer.step()`; no sync."""
         if self._loop is not None:
-            with self._loop.border.guard("observing the loss"):
+            with self._loop.barrier.guard("observing the loss"):
                 self._loop.observe(loss)
 
     def saved_checkpoint(self, step: int, uri: str) -> None:
         """A checkpoint of `step` stands at `uri`: a place that a rollback can go to."""
         if self._loop is not None:
-            with self._loop.border.guard("noting a checkpoint"):
+            with self._loop.barrier.guard("noting a checkpoint"):
                 self._loop.checkpoint(int(step), str(uri))
 
     def restored(self, step: int) -> None:
         """The loop put the run back to `step`."""
         if self._loop is not None:
-            with self._loop.border.guard("noting a restore"):
+            with self._loop.barrier.guard("noting a restore"):
                 self._loop.restored(int(step))
 
     def rollback_failed(self, reason: str) -> None:
         """The pending rollback can't be done; the loop stands where it stood."""
         if self._loop is not None:
-            with self._loop.border.guard("telling of a failed rollback"):
-                self._loop.parts.control.rollback_failed(self._loop.step, str(reason))
+            with self._loop.barrier.guard("telling of a failed rollback"):
+                self._loop.control.rollback_failed(self._loop.step, str(reason))
 
     def state_dict(self) -> dict[str, Any]:
         """The agent's own state for the run's checkpoint, as plain values: what is in force, what probes have cost.
@@ -74,7 +74,7 @@ class Watch:
         The same on every rank; empty where sharpwatch is disabled or closed.
         """
         if self._loop is not None:
-            with self._loop.border.guard("making the agent's state"):
+            with self._loop.barrier.guard("making the agent's state"):
                 return self._loop.state_dict()
         return {}
 
@@ -86,7 +86,7 @@ class Watch:
         with the same state, or none takes it up.
         """
         if self._loop is not None:
-            with self._loop.border.guard("loading the agent's state"):
+            with self._loop.barrier.guard("loading the agent's state"):
                 self._loop.load_state_dict(state)
 
     def close(self) -> None:

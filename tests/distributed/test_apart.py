@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from stand_ins import Net
 
 import sharpwatch
-from sharpwatch.agent.distributed.channel import Introduction, RankGroup, RankProgress, StepMessage, join
+from sharpwatch.agent.distributed.channel import RankGroup, RankProgress, StepMessage
+from sharpwatch.agent.distributed.rendezvous import Introduction, join
 from sharpwatch.testing import InMemoryTransport
 from sharpwatch.v1 import types_pb2
 
@@ -48,7 +49,7 @@ class Loop:
         self.watch = sharpwatch.attach(self.model.train(), self.optimizer, **options) if watched else None
         self.optimizer.register_step_pre_hook(lambda optimizer, *_: self.groups.append(len(optimizer.param_groups)))
         torch.manual_seed(self.rank)
-        self.ranks = self.watch._loop._shared.ranks if watched else None
+        self.ranks = self.watch._loop.strategy.ranks if watched else None
 
     def run(self, *, skip=(), after=lambda _: None):
         for step in range(1, STEPS + 1):
@@ -123,14 +124,14 @@ def test_ranks_that_do_not_meet_at_each_step_are_not_made_to(ranks):
 def deaf():
     """Rank 1 can read no word any more once it has stood by a command."""
     loop = Loop("ddp")
-    come = RankGroup._come
+    arrived = RankGroup._arrived
 
     def broken(self, *given, **named):
-        if self.rank == 1 and self.expecting and self._consent._stood:
+        if self.rank == 1 and self.expecting and self._commit._acknowledged_in:
             raise RuntimeError("Connection reset by peer")
-        return come(self, *given, **named)
+        return arrived(self, *given, **named)
 
-    RankGroup._come = broken
+    RankGroup._arrived = broken
 
     def after(step):
         if step == 2:
@@ -170,12 +171,12 @@ def test_closing_does_not_wait_for_who_closes_later(ranks):
 
 def far_on():
     channel, _ = join(Introduction())
-    company = RankGroup(channel, 0)
+    group = RankGroup(channel, 0)
     read = []
     for step in range(100_000_002, 100_000_012):
-        read += company.agree(StepMessage(RankProgress(step)))
+        read += group.exchange(StepMessage(RankProgress(step)))
         dist.barrier()
-    return len(read + company.finish(30)), company.add(torch.ones(0)) if not company.lost else None
+    return len(read + group.drain(30)), group.sum(torch.ones(0)) if not group.lost else None
 
 
 def test_steps_are_told_apart_by_whole_numbers_however_large(ranks):

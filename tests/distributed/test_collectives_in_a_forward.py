@@ -44,7 +44,7 @@ def train(watched, own_group):
         optimizer.zero_grad()
     failures = []
     if watch:
-        failures = [(failure.probe, failure.reason, failure.count) for failure in watch._loop.parts.probes.failures]
+        failures = [(failure.probe, failure.reason, failure.count) for failure in watch._loop.scheduler.runner.failures]
         watch.close()
     return [parameter.detach() for parameter in model.parameters()], failures
 

@@ -15,8 +15,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from stand_ins import Net, in_each_step
 
 import sharpwatch
-from sharpwatch.agent.distributed.channel import Introduction, RankGroup, RankProgress, StepMessage, join
+from sharpwatch.agent.distributed.channel import RankGroup, RankProgress, StepMessage
 from sharpwatch.agent.distributed.commit import COMMIT_DELAY_STEPS
+from sharpwatch.agent.distributed.rendezvous import Introduction, join
 from sharpwatch.errors import AttachError
 from sharpwatch.testing import InMemoryTransport
 from sharpwatch.v1 import types_pb2
@@ -186,12 +187,12 @@ def test_all_ranks_are_told_what_one_has_wrong(ranks):
 def apart():
     """Rank 1 takes one step fewer."""
     channel, _ = join(Introduction())
-    company, read = RankGroup(channel, 0), []
+    group, read = RankGroup(channel, 0), []
     for step in range(1, 9):
-        read += company.agree(StepMessage(RankProgress(step + (dist.get_rank() == 1 and step > 3))))
+        read += group.exchange(StepMessage(RankProgress(step + (dist.get_rank() == 1 and step > 3))))
         dist.barrier()
-    read += company.finish(30)
-    return company.rank, company.lost, [word.place.step for word in read]
+    read += group.drain(30)
+    return group.rank, group.lost, [message.progress.step for message in read]
 
 
 def test_ranks_that_take_different_steps_agree_to_nothing(ranks):

@@ -84,7 +84,7 @@ def test_a_copy_of_what_holds_a_watch_holds_a_closed_one(name, tmp_path):
         steps += 1
         assert model.watch.step == steps
     assert steps == 4
-    assert model.watch._loop.border.swallowed == 0
+    assert model.watch._loop.barrier.swallowed == 0
     model.watch.close()
 
 
@@ -116,7 +116,7 @@ def train(how):
         call(tokens(), tokens())[1].backward()
         step()
         optimizer.zero_grad()
-    assert watch._loop is None or watch._loop.border.swallowed == 0
+    assert watch._loop is None or watch._loop.barrier.swallowed == 0
     watch.close()
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     torch._dynamo.reset()

@@ -152,8 +152,8 @@ def train(kept, *, given=None, watched, batches=None, probes=PROBES, steps=6, lo
     failures = []
     if watch is not None:
         loop = watch._loop
-        failures = [(failure.probe, failure.reason) for failure in loop.parts.probes.failures]
-        assert loop.border.swallowed == 0
+        failures = [(failure.probe, failure.reason) for failure in loop.scheduler.runner.failures]
+        assert loop.barrier.swallowed == 0
         watch.close()
     return losses, torch.cat([p.detach().flatten() for p in model.parameters()]), failures
 

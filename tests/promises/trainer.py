@@ -64,7 +64,7 @@ class Trainer:
 
     @property
     def pipe(self):
-        return self.loop.parts.pipe
+        return self.loop.transport
 
     def batch(self):
         return torch.randint(VOCABULARY, (ROWS, LENGTH))
@@ -111,8 +111,8 @@ class Trainer:
 
     def tell(self):
         if self.loop is not None:
-            probes = {failure.probe: failure.count for failure in self.loop.parts.probes.failures}
-            say(swallowed=self.loop.border.swallowed, dropped=self.pipe.dropped, failed_probes=probes)
+            probes = {failure.probe: failure.count for failure in self.loop.scheduler.runner.failures}
+            say(swallowed=self.loop.barrier.swallowed, dropped=self.pipe.dropped, failed_probes=probes)
 
 
 def say(**words):

@@ -114,9 +114,12 @@ class Controller:
             self._waiting.sort(key=lambda waiting: waiting.apply_at_step)
 
     def refuse(self, command: Command, next_step: int, reason: str) -> None:
-        """Refuse a command before step `next_step` for `reason`, unless its id is known."""
+        """Refuse a command before step `next_step` for `reason`, unless its id is known.
+
+        It is not remembered: other ranks, whose state must be the same, may never have received it.
+        """
         if command.id not in self._seen:
-            self._settle(command, "refused", next_step, reason)
+            self._results.append(CommandResult(command.id, "refused", next_step, reason))
 
     def begin(self, step: int, now_unix_ns: int) -> Mapping[str, float]:
         """Apply the commands that are due before `step`; returns its multipliers. Calling it twice does no harm."""

@@ -1,23 +1,22 @@
-"""The processes of one run: what they agree on, and what they add up, without one that waits for another.
+"""The messages that the ranks of a run exchange, and the sums they take, without one rank waiting for another.
 
-A step's `StepMessage` is summed over ranks by an asynchronous gloo reduction, launched at the end of the step and
-read once it has completed: no step waits for it. All ranks act on a message `COMMIT_DELAY_STEPS` messages later.
+A step's `StepMessage` is summed over ranks by an asynchronous gloo reduction, which is launched at the end of the step
+and read once it has completed. All ranks act on a message `COMMIT_DELAY_STEPS` steps later.
 
-Everything said between ranks is a reduction of one width, for gloo ends a process whose peer sends another. Each says
-in its first numbers what it is and of which step, so that ranks that have come apart read it. A rank that can't read,
-or reads that, is lost to sharpwatch: it agrees to nothing any more, and soon neither do the others.
+Every reduction has the same width, because gloo ends a process whose peer sends another. The first numbers of each say
+what it is and of which step, so that ranks which have come apart notice it. A rank that can't read a reduction, or
+notices that, is lost: it takes part in nothing any more, and soon neither do the others.
 """
 
 from __future__ import annotations
 
 import ctypes
 import logging
-import secrets
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from enum import IntEnum
 from typing import Any
@@ -28,21 +27,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sharpwatch.agent.distributed.commit import CHUNK_BYTES, COMMIT_DELAY_STEPS, Ack, Arbiter, Committed, TwoPhaseCommit
-from sharpwatch.agent.distributed.rendezvous import patience
-from sharpwatch.errors import AttachError
+from sharpwatch.agent.distributed.commit import CHUNK_BYTES, COMMIT_DELAY_STEPS, Ack, Committed, TwoPhaseCommit
+from sharpwatch.agent.distributed.rendezvous import Channel, collective_timeout, retire
 
-_AT_MOST = 2.0  # seconds that a step waits for what all should have launched
-_BEHIND = 128  # words under way, and the run's ranks are not in step
-_FOREVER = timedelta(days=30)  # the group's own patience: an operation that it gives up can't be taken up again
-_MODULUS = 2**20  # so that the squares of 8192 ranks' numbers add up exactly
+_WAIT_SECONDS = 2.0  # that a step waits for a reduction which all ranks should have launched
+_MAX_UNREAD = 128  # messages; ranks that are further apart are lost to each other
+_FOREVER = timedelta(days=30)  # the timeout of the group itself: it can't be used again after one
+_MODULUS = 2**20  # of the header's numbers, so that the sum of 8192 ranks' squares is exact
 _LOG = logging.getLogger("sharpwatch")
 
 _Array = npt.NDArray[np.float64]
 
 
 class _ReductionKind(IntEnum):
-    WORD = 1
+    STEP = 1
     VOTE = 2
     SUM = 3
     FAREWELL = 4
@@ -50,7 +48,7 @@ class _ReductionKind(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class RankProgress:
-    """Where a rank is: its step, and how often it has called a model that all call together."""
+    """How far a rank is: its step, and how many forwards it has begun of a model that all ranks call together."""
 
     step: int
     forwards: int = 0
@@ -58,27 +56,19 @@ class RankProgress:
 
 @dataclass(frozen=True, slots=True)
 class StepMessage:
-    """What the ranks say at the end of a step: rank 0's own numbers, and sums over all.
+    """The message of one step: rank 0's own numbers, and sums over all ranks.
 
-    `sums` are a tap's, of the step of `losses`, which may be an earlier one than that of `place`.
+    `tap_sums` and `loss` are those of one step, which may be an earlier one than that of `progress`.
     """
 
-    place: RankProgress
+    progress: RankProgress
     clock_unix_ns: float = 0.0  # rank 0's
-    kinds: int = 0  # rank 0's: probes that are due, one bit each
+    due_probes: int = 0  # rank 0's, one bit each
     loss: float = 0.0  # the sum of `losses` losses
     losses: int = 0
     taps: int = 0  # ranks whose tap was read
     swallowed_errors: int = 0
-    sums: _Array | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Channel:
-    """The gloo group that ranks talk over, and the referee where one question has one answer."""
-
-    group: Any
-    referee: Arbiter
+    tap_sums: _Array | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,33 +77,41 @@ class _PendingReduction:
 
     work: Any
     numbers: _Array
-    same: _Array  # what every rank should have put first
-    number: int = 0  # a word's
+    header: _Array  # that every rank should have sent
+    message: int = 0  # the number of a step message
+
+    @property
+    def progress(self) -> RankProgress:
+        """Of this rank when it was launched."""
+        return RankProgress(*self.header[1:].astype(int).tolist())
 
 
-_SAME = 3  # numbers that say what a reduction is; their squares follow
-_NUMBERS = 8  # of a word: clock, kinds, loss, losses, taps, errors, bytes left, standing
-_PIECE = CHUNK_BYTES // 4  # then a message's, four bytes in each; then the tap's sums
+_HEADER = 3  # numbers that say what a reduction is; their squares follow
+_FIELDS = 8  # of a step message: clock, due probes, loss, losses, taps, errors, bytes left, acknowledged
+_CHUNK = CHUNK_BYTES // 4  # then a command's chunk, four bytes in a number; then the tap's sums
 
 
 class RankGroup:
-    """This process among `size`, as rank 0 to `size` - 1."""
+    """This process among the ranks of a run. `tap_size` numbers of a tap fit in each step message.
 
-    def __init__(self, channel: Channel, entries: int) -> None:
-        self._group, self._referee = channel.group, channel.referee
+    `lost`: this rank takes part in nothing any more.
+    """
+
+    def __init__(self, channel: Channel, tap_size: int) -> None:
+        self._group, self._arbiter = channel.group, channel.arbiter
         dist.distributed_c10d._set_pg_timeout(_FOREVER, self._group)  # noqa: SLF001 - there is no public way
         self.rank, self.size = dist.get_rank(channel.group), dist.get_world_size(channel.group)
         self.lost = False
-        self._entries = entries
-        self._room = _NUMBERS + _PIECE + entries
-        self._consent = TwoPhaseCommit(self.size, channel.referee)
-        self._next = 0  # number of the coming word
-        self._words: deque[_PendingReduction] = deque()
-        self._read_words: list[StepMessage] = []
+        self._tap_size = tap_size
+        self._width = _FIELDS + _CHUNK + tap_size
+        self._commit = TwoPhaseCommit(self.size, channel.arbiter)
+        self._next = 0  # number of the next step message
+        self._unread: deque[_PendingReduction] = deque()  # step messages
+        self._read_messages: list[StepMessage] = []
         self._votes = 0
-        self._given_up: list[_PendingReduction] = []  # what is not waited for any more
-        self._place = RankProgress(0)  # of the last vote
-        self._patience = patience().total_seconds()
+        self._abandoned: list[_PendingReduction] = []  # not waited for any more
+        self._progress = RankProgress(0)  # at the last vote
+        self._timeout = collective_timeout().total_seconds()
 
     @property
     def leads(self) -> bool:
@@ -122,71 +120,76 @@ class RankGroup:
 
     @property
     def expecting(self) -> bool:
-        """Whether a message may be taken before the next step."""
-        return self._consent.expecting
+        """Whether a command may be committed before the next step."""
+        return self._commit.expecting
 
-    def send(self, message: bytes) -> None:
-        """Rank 0 has `message` for all ranks: `take` hands it out on each before the same step."""
-        if not self.lost:
-            self._consent.send(message)
+    def propose(self, command: bytes) -> None:
+        """Rank 0 has `command` for all ranks: `committed` returns it on each of them before the same step."""
+        self._commit.propose(command)
 
-    def take(self) -> list[Committed]:
-        """What is settled of messages before the step to come: the same on every rank.
+    def committed(self) -> list[Committed]:
+        """The commands to apply before the next step: the same on every rank.
 
-        Waits 2 s at most, and only where a word that is still under way may say that it is to be taken now.
+        Waits at most 2 s, and only while a step message that may commit a command has not arrived.
         """
         try:
-            deadline = time.monotonic() + _AT_MOST
-            while not self.lost and self._consent.unclear(self._next) and self._come(self._words[0], deadline):
+            deadline = time.monotonic() + _WAIT_SECONDS
+            while not self.lost and self._commit.in_doubt(self._next) and self._arrived(self._unread[0], deadline):
                 self._read()
-            if self._consent.unclear(self._next):
-                self._consent.give_up()
-            return self._consent.settle(self._next)
+            if self._commit.in_doubt(self._next):
+                self._commit.abort()
+            return self._commit.committed(self._next)
         except (RuntimeError, ValueError) as error:
-            self._part(error)
+            self._lose(error)
             return []
 
-    def agree(self, own: StepMessage, *, in_step: bool = False) -> list[StepMessage]:
-        """Launch the word of this step; those that have come, in order.
+    def refused(self) -> list[bytes]:
+        """Rank 0's commands that can't be committed any more, as the ranks are not in lock step."""
+        never = self._commit.stopped or (self.lost and not self._commit.is_scheduled)
+        return self._commit.withdraw() if never else []
 
-        Every rank calls this once a step. `own.sums` has as many numbers on every rank, at every step. Where ranks are
-        `in_step`, all calling one model together, the message of `COMMIT_DELAY_STEPS` steps before the next has come,
-        or the ranks are lost; newer ones are not read, so that what follows from a word does at the same step on all.
+    def exchange(self, own: StepMessage, *, lock_step: bool = False) -> list[StepMessage]:
+        """Launch this step's message; the messages that have arrived, in order.
+
+        Every rank calls this once a step. `own.tap_sums` has as many numbers on every rank, at every step. In
+        `lock_step`, where all ranks call one model together, the message of `COMMIT_DELAY_STEPS` steps before the next
+        one has arrived, or the ranks are lost. Newer ones are not read then, so that all ranks act on a message at the
+        same step.
         """
         number, self._next = self._next, self._next + 1
         if not self.lost:
-            with self._parting():
-                late = number + 1 - COMMIT_DELAY_STEPS
-                if not in_step:
-                    self._read_all(time.monotonic(), len(self._words))
-                elif not self._read_all(time.monotonic() + _AT_MOST, late - self._first + 1):
-                    raise ValueError(f"the word of {COMMIT_DELAY_STEPS - 1} steps ago has not come")
-                if len(self._words) >= _BEHIND:
-                    raise ValueError(f"words of {_BEHIND} steps have not come")
-                self._words.append(self._say(own, number))
-        return self._handed_on()
+            with self._losing():
+                if lock_step:
+                    due = number + 2 - COMMIT_DELAY_STEPS - self._first_unread
+                    self._read_all(due, time.monotonic() + _WAIT_SECONDS, must_arrive=True)
+                else:
+                    self._read_all(len(self._unread), time.monotonic())
+                if len(self._unread) >= _MAX_UNREAD:
+                    raise ValueError(f"no messages from the other ranks for {_MAX_UNREAD} steps")
+                self._unread.append(self._launch_message(own, number))
+        return self._take_read()
 
-    def all(self, ready: bool, place: RankProgress) -> bool:
-        """Whether every rank is ready, and at the same place; all come to the same, and wait for it 2 s at most."""
+    def vote(self, ready: bool, progress: RankProgress) -> bool:
+        """Whether every rank is ready and equally far. All ranks get the same answer, after 2 s at most."""
         if self.lost:
             return False
-        name = f"vote {self._votes}"
-        self._votes, self._place = self._votes + 1, place
+        question = f"vote {self._votes}"
+        self._votes, self._progress = self._votes + 1, progress
         try:
-            vote = self._launch(_ReductionKind.VOTE, place, np.array([float(ready)]))
-            came = self._come(vote, time.monotonic() + _AT_MOST)
-            if came and self._payload(vote)[0] != self.size:
+            vote = self._launch(_ReductionKind.VOTE, progress, np.array([float(ready)]))
+            arrived = self._arrived(vote, time.monotonic() + _WAIT_SECONDS)
+            if arrived and self._payload(vote)[0] != self.size:
                 return False
-            if not came:
-                self._given_up.append(vote)
-            return self._referee(name, "yes" if came else "no") == "yes"
+            if not arrived:
+                self._abandoned.append(vote)
+            return self._arbiter(question, "yes" if arrived else "no") == "yes"
         except (RuntimeError, ValueError) as error:
-            self._part(error)
+            self._lose(error)
             with suppress(RuntimeError):
-                self._referee(name, "no")
+                self._arbiter(question, "no")
             return False
 
-    def add(self, tensor: Tensor) -> Tensor:
+    def sum(self, tensor: Tensor) -> Tensor:
         """The sum of all ranks' `tensor`, float64 on the CPU; for places where all wait for each other anyway.
 
         Raises `RuntimeError` where a rank is lost.
@@ -196,194 +199,137 @@ class RankGroup:
         own = tensor.detach().to("cpu", torch.float64).numpy().reshape(-1)
         summed = [own[:0]]
         try:
-            deadline = time.monotonic() + self._patience
-            pieces = [own[i : i + self._room] for i in range(0, len(own), self._room)]
-            for part in [self._launch(_ReductionKind.SUM, self._place, piece) for piece in pieces]:
-                self._come(part, deadline, or_fail="a sum of a probe has not come")
+            deadline = time.monotonic() + self._timeout
+            pieces = [own[i : i + self._width] for i in range(0, len(own), self._width)]
+            for part in [self._launch(_ReductionKind.SUM, self._progress, piece) for piece in pieces]:
+                if not self._arrived(part, deadline):
+                    raise ValueError(f"no sum of a probe within {self._timeout:.0f} s")  # noqa: TRY301 - lost either way
                 summed.append(self._payload(part))
         except (RuntimeError, ValueError) as error:
-            self._part(error)
+            self._lose(error)
             raise RuntimeError(f"the other ranks are lost: {error}") from error
         return torch.from_numpy(np.concatenate(summed)[: len(own)]).view(tensor.shape)
 
-    def finish(self, seconds: float) -> list[StepMessage]:
-        """The words that come within `seconds`; then `leave`."""
+    def drain(self, seconds: float) -> list[StepMessage]:
+        """The messages that arrive within `seconds`; then `leave`."""
         if not self.lost:
-            with self._parting():
-                self._read_all(time.monotonic() + seconds, len(self._words))
+            with self._losing():
+                self._read_all(len(self._unread), time.monotonic() + seconds)
             self.leave()
-        return self._handed_on()
+        return self._take_read()
 
     def leave(self) -> None:
-        """Agree to nothing more; what is under way is left to itself."""
+        """Take part in nothing any more; reductions under way are left to themselves."""
         self.lost = True
         with suppress(RuntimeError):
-            self._consent.give_up()
-        if all(each.work.is_completed() for each in (*self._words, *self._given_up)):
-            _IDLE.append(self._group)
+            self._commit.abort()
+        if all(each.work.is_completed() for each in (*self._unread, *self._abandoned)):
+            retire(self._group)
             self._group = None
         else:
             _LEFT.append(self)
 
     @property
-    def _first(self) -> int:
-        """Number of the oldest word under way."""
-        return self._words[0].number if self._words else self._next
+    def _first_unread(self) -> int:
+        return self._unread[0].message if self._unread else self._next
 
-    def _say(self, own: StepMessage, number: int) -> _PendingReduction:
-        said = self._consent.say(number, len(self._words))
-        payload = np.zeros(self._room)
+    def _launch_message(self, own: StepMessage, number: int) -> _PendingReduction:
+        ack = self._commit.outgoing(number, len(self._unread))
+        payload = np.zeros(self._width)
         payload[2:6] = own.loss, own.losses, own.taps, own.swallowed_errors
-        payload[7] = said.standing
+        payload[7] = ack.acknowledged
         if self.leads:
-            payload[0], payload[1], payload[6] = own.clock_unix_ns, own.kinds, said.left
-            payload[_NUMBERS : _NUMBERS + _PIECE] = np.frombuffer(said.piece.ljust(CHUNK_BYTES, b"\0"), "<u4")
-        if own.sums is not None:
-            payload[_NUMBERS + _PIECE :] = own.sums
-        return self._launch(_ReductionKind.WORD, own.place, payload, number)
+            payload[0], payload[1], payload[6] = own.clock_unix_ns, own.due_probes, ack.bytes_left
+            payload[_FIELDS : _FIELDS + _CHUNK] = np.frombuffer(ack.chunk.ljust(CHUNK_BYTES, b"\0"), "<u4")
+        if own.tap_sums is not None:
+            payload[_FIELDS + _CHUNK :] = own.tap_sums
+        return self._launch(_ReductionKind.STEP, own.progress, payload, number)
 
-    def _launch(self, what: _ReductionKind, place: RankProgress, payload: _Array, number: int = 0) -> _PendingReduction:
-        same = np.array([what, place.step, place.forwards], dtype=np.float64) % _MODULUS
-        numbers = np.zeros(2 * _SAME + self._room)
-        numbers[: 2 * _SAME] = *same, *same**2
-        numbers[2 * _SAME : 2 * _SAME + len(payload)] = payload
+    def _launch(
+        self, kind: _ReductionKind, progress: RankProgress, payload: _Array, message: int = 0
+    ) -> _PendingReduction:
+        header = np.array([kind, progress.step, progress.forwards], dtype=np.float64) % _MODULUS
+        numbers = np.zeros(2 * _HEADER + self._width)
+        numbers[: 2 * _HEADER] = *header, *header**2
+        numbers[2 * _HEADER : 2 * _HEADER + len(payload)] = payload
         work = dist.all_reduce(torch.from_numpy(numbers), group=self._group, async_op=True)
-        return _PendingReduction(work, numbers, same, number)
+        return _PendingReduction(work, numbers, header, message)
 
-    def _come(self, launched: _PendingReduction, deadline: float, *, or_fail: str = "") -> bool:
-        """Whether it has come by `deadline`, on the monotonic clock.
-
-        Raises `RuntimeError` where it never will, `ValueError` with `or_fail` where it has not.
-        """
+    def _arrived(self, launched: _PendingReduction, deadline: float) -> bool:
+        """Whether it has completed by `deadline`, on the monotonic clock. Raises `RuntimeError` where it never will."""
         left = deadline - time.monotonic()
         if not launched.work.is_completed() and left > 0:
-            with suppress(RuntimeError):  # it waits in vain, or has failed: the next `wait` says so
+            with suppress(RuntimeError):  # a timeout, or a failure that the next `wait` raises
                 launched.work.wait(timedelta(milliseconds=1 + int(1000 * left)))  # 0 is forever
         if not launched.work.is_completed():
-            if or_fail:
-                raise ValueError(or_fail)
             return False
         launched.work.wait()
         return True
 
     def _payload(self, launched: _PendingReduction) -> _Array:
-        """The summed numbers. Raises `ValueError` where ranks have said different things."""
-        squares = launched.numbers[_SAME : 2 * _SAME]
-        mean = launched.numbers[:_SAME] / self.size
-        if (mean != launched.same).any() or (squares != self.size * launched.same**2).any():
+        """The summed numbers. Raises `ValueError` where ranks sent different kinds, or of different steps."""
+        squares = launched.numbers[_HEADER : 2 * _HEADER]
+        mean = launched.numbers[:_HEADER] / self.size
+        if (mean != launched.header).any() or (squares != self.size * launched.header**2).any():
             raise ValueError(
-                f"ranks take different steps: this one is at {_place(launched.same)}, their mean {_place(mean)}"
+                f"ranks take different steps: this one is at {_place(launched.header)}, their mean {_place(mean)}"
             )
-        return launched.numbers[2 * _SAME :]
+        return launched.numbers[2 * _HEADER :]
 
-    def _read_all(self, deadline: float, count: int) -> bool:
-        """Read the oldest `count` words; False where they have not come by `deadline`."""
+    def _read_all(self, count: int, deadline: float, *, must_arrive: bool = False) -> None:
+        """Read the oldest `count` messages, or those that arrive by `deadline`.
+
+        Raises `ValueError` where one that `must_arrive` does not.
+        """
         for _ in range(count):
-            if not self._come(self._words[0], deadline):
-                return False
+            if not self._arrived(self._unread[0], deadline):
+                if must_arrive:
+                    step = self._unread[0].progress.step
+                    raise ValueError(f"no message from the other ranks for step {step} within {_WAIT_SECONDS:.0f} s")
+                return
             self._read()
-        return True
 
     def _read(self) -> None:
-        """Read the oldest word, which has come."""
-        launched = self._words.popleft()
+        """Read the oldest message, which has arrived."""
+        launched = self._unread.popleft()
         payload = self._payload(launched)
-        clock, kinds, loss, losses, taps, errors, left, standing = payload[:_NUMBERS].tolist()
-        piece = payload[_NUMBERS : _NUMBERS + _PIECE].astype("<u4").tobytes()[: min(CHUNK_BYTES, int(left))]
-        self._consent.hear(launched.number, Ack(piece, int(left), int(standing)), int(clock))
-        place = RankProgress(*launched.same[1:].astype(int).tolist())
-        sums = payload[_NUMBERS + _PIECE :] if self._entries else None
-        self._read_words.append(StepMessage(place, clock, int(kinds), loss, int(losses), int(taps), int(errors), sums))
+        clock, due_probes, loss, losses, taps, errors, left, acknowledged = payload[:_FIELDS].tolist()
+        chunk = payload[_FIELDS : _FIELDS + _CHUNK].astype("<u4").tobytes()[: min(CHUNK_BYTES, int(left))]
+        self._commit.receive(launched.message, Ack(chunk, int(left), int(acknowledged)), int(clock))
+        sums = payload[_FIELDS + _CHUNK :] if self._tap_size else None
+        self._read_messages.append(
+            StepMessage(launched.progress, clock, int(due_probes), loss, int(losses), int(taps), int(errors), sums)
+        )
 
-    def _handed_on(self) -> list[StepMessage]:
-        words, self._read_words = self._read_words, []
-        return words
+    def _take_read(self) -> list[StepMessage]:
+        messages, self._read_messages = self._read_messages, []
+        return messages
 
     @contextmanager
-    def _parting(self) -> Iterator[None]:
-        """The body talks to the others; where that fails they are lost, and it ends there."""
+    def _losing(self) -> Iterator[None]:
+        """Run the body; where it fails to talk to the other ranks they are lost."""
         try:
             yield
         except (RuntimeError, ValueError) as error:
-            self._part(error)
+            self._lose(error)
 
-    def _part(self, error: Exception) -> None:
+    def _lose(self, error: Exception) -> None:
         if not self.lost:
-            with suppress(RuntimeError):  # read by the others in place of what they say next
-                self._given_up.append(self._launch(_ReductionKind.FAREWELL, self._place, np.zeros(0)))
+            with suppress(RuntimeError):  # the others read it in place of this rank's next message
+                self._abandoned.append(self._launch(_ReductionKind.FAREWELL, self._progress, np.zeros(0)))
             self.leave()
             _LOG.warning(
-                "rank %d of %d has lost the others and agrees to nothing any more: %s", self.rank, self.size, error
+                "rank %d/%d: %s. Training continues; commands will be refused on all ranks from now on",
+                self.rank,
+                self.size,
+                error,
             )
 
 
-_IDLE: list[Any] = []  # groups, to be freed when all ranks have met again, and so all have left
 # Freed while torch still works on them, a group and its tensors can deadlock the process; at its end it would wait.
 _LEFT: list[RankGroup] = []
 ctypes.pythonapi.Py_IncRef(ctypes.py_object(_LEFT))
 
 
-def _place(same: _Array) -> str:
-    return f"step {same[1]:g}, forward {same[2]:g}"
-
-
-@dataclass(frozen=True, slots=True)
-class Introduction:
-    """What a rank says of itself at attach: an `error`, or what must be `equal` on all, and its `own` part."""
-
-    error: str = ""
-    equal: Mapping[str, object] = field(default_factory=dict)
-    own: object = None
-
-
-def join(mine: Introduction) -> tuple[Channel, list[Introduction]]:
-    """A channel between all ranks of the run, and what each says of itself.
-
-    Raises `AttachError` on every rank where one of them failed, has other settings, or did not come while the loop's
-    own collectives would have waited for it.
-    """
-    size, wait = dist.get_world_size(), patience()
-    try:
-        group = dist.new_group(backend="gloo", timeout=wait)
-        gathered: list[Any] = [None] * size
-        dist.all_gather_object(gathered, (secrets.token_hex(8), mine), group=group)
-    except (RuntimeError, ValueError) as error:
-        seconds = int(wait.total_seconds())
-        raise AttachError(
-            f"not all {size} ranks called attach within {seconds} s (all must, not rank 0 alone): {error}"
-        ) from error
-    _free_idle()
-    introductions = [each for _, each in gathered]
-    try:
-        _compare(introductions)
-    except AttachError:
-        _IDLE.append(group)
-        raise
-    return Channel(group, _referee(gathered[0][0])), introductions
-
-
-def _referee(watch: str) -> Arbiter:
-    """The store that all ranks have met at: it asks rank 0's host, and raises `RuntimeError` where that is gone."""
-    store = dist.distributed_c10d._get_default_store()  # noqa: SLF001 - torch gives it nowhere else
-
-    def settle(name: str, proposal: str) -> str:
-        return str(store.compare_set(f"sharpwatch/{watch}/{name}", "", proposal).decode())
-
-    return settle
-
-
-def _compare(introductions: Sequence[Introduction]) -> None:
-    """Raises `AttachError` where a rank has failed, or has other settings."""
-    for rank, each in enumerate(introductions):
-        if each.error:
-            raise AttachError(f"rank {rank}: {each.error}")
-        for name, value in each.equal.items():
-            if value != introductions[0].equal[name]:
-                raise AttachError(f"{name}: rank 0 has {introductions[0].equal[name]!r}, rank {rank} {value!r}")
-
-
-def _free_idle() -> None:
-    """Free the groups of watches that have ended."""
-    while _IDLE:
-        with suppress(RuntimeError, ValueError, AssertionError):  # the loop has destroyed all groups itself
-            dist.destroy_process_group(_IDLE.pop())
+def _place(header: _Array) -> str:
+    return f"step {header[1]:g}, forward {header[2]:g}"

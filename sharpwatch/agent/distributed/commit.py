@@ -1,10 +1,13 @@
-"""What rank 0 has to say to all ranks: taken by all before the same step, or by none. Pure, but for the referee.
+"""Two-phase commit of commands, over the messages that ranks exchange once a step.
 
-Time is the number of the word. Rank 0 puts a message into its words, piece by piece. A rank that has heard all of it,
-and has read all but the newest words, stands by it in each further word. The first word in which all stand by it names
-the time: `COMMIT_DELAY_STEPS` words later. So a rank must have read by then each word in which it stood by the message,
-and no other; if it has not, it gives the message up. No exchange of words alone could make all ranks decide alike:
-before anyone acts a referee is asked, who holds to what he was told first.
+Two-phase commit. Rank 0 streams a command in its per-step messages. A rank that has received all of it acknowledges in
+each following message. The first message acknowledged by every rank fixes the commit step: every rank applies the
+command `COMMIT_DELAY_STEPS` steps later. By then a rank must have read each message in which it acknowledged.
+
+Where ranks run in lock step these messages have arrived. A rank that still misses one is in doubt: the others may have
+read it. Messages alone can't settle that (it is the two generals' problem), so each rank records its decision with an
+arbiter before it acts, and the first record holds for all. After an abort no rank commits a command any more: ranks
+that are so far apart are not in lock step.
 """
 
 from __future__ import annotations
@@ -13,110 +16,130 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-COMMIT_DELAY_STEPS = 3  # words from the one that all stand by to the step before which the message is taken
-CHUNK_BYTES = 512  # bytes of a message in a word
-_PROMPT = 2  # words under way to a rank that keeps up
-_NEVER = "never"
+COMMIT_DELAY_STEPS = 3  # from the message that every rank acknowledges to the step before which the command is applied
+CHUNK_BYTES = 512  # of a command in one message
+_MAX_UNREAD = 2  # messages under way to a rank that keeps up
+_ABORT = "abort"
+_STOPPED = -(2**40)  # in place of an acknowledgement: makes the sum over ranks negative
 
-Arbiter = Callable[[str, str], str]  # what is settled for a name: what the first rank proposed
+Arbiter = Callable[[str, str], str]  # (question, proposed answer): the answer that was proposed first
 
 
 @dataclass(frozen=True, slots=True)
 class Ack:
-    """A word's part of it: rank 0's piece, and how many bytes are left with it; the message stood by, or 0."""
+    """The part of a step message: rank 0's chunk, how many bytes it and the rest have, and the command acknowledged."""
 
-    piece: bytes = b""
-    left: int = 0
-    standing: int = 0
+    chunk: bytes = b""
+    bytes_left: int = 0
+    acknowledged: int = 0  # its number; 0 for none, negative from a rank that has stopped
 
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """A message that is to be taken now, by rank 0's clock when all stood by it; or by nobody."""
+    """A command to apply now, and rank 0's clock in the message that every rank acknowledged."""
 
-    message: bytes
-    taken: bool
+    command: bytes
     clock_unix_ns: int
 
 
 class TwoPhaseCommit:
-    """This rank's side of it, among `size`."""
+    """One rank's side of the protocol, among `size` ranks. Messages are numbered as the steps since attach.
 
-    def __init__(self, size: int, referee: Arbiter) -> None:
+    `stopped`: a command was aborted, and none is committed any more.
+    """
+
+    def __init__(self, size: int, arbiter: Arbiter) -> None:
+        self.stopped = False
         self._size = size
-        self._referee = referee
-        self._number = 1  # of the message that is under way, or will be
-        self._unsent: deque[bytes] = deque()  # rank 0's, the first of them under way
+        self._arbiter = arbiter
+        self._number = 1  # of the command that is under way, or comes next
+        self._queue: deque[bytes] = deque()  # rank 0's, the first of them under way
         self._sent = 0  # bytes of it
-        self._heard = b""
-        self._whole = False
-        self._stood: deque[int] = deque()  # words, not read yet, in which this rank stands by it
-        self._at: int | None = None  # before this word's step it is taken
+        self._received = b""
+        self._is_complete = False
+        self._acknowledged_in: deque[int] = deque()  # messages, not read yet, in which this rank acknowledged
+        self._commit_step: int | None = None
         self._clock = 0
-        self._given_up = False
-        self._overdue: list[Committed] = []  # settled by now for the others, while this rank was behind
 
     @property
     def expecting(self) -> bool:
-        """Whether a message may be taken before the next step."""
-        return self._whole
+        """Whether a command may be committed before the next step."""
+        return self._is_complete and not self.stopped
 
-    def send(self, message: bytes) -> None:
-        """Rank 0 has `message` for all."""
-        self._unsent.append(message)
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether the commit step of a command is known."""
+        return self._commit_step is not None
 
-    def say(self, word: int, unread: int) -> Ack:
-        """For word `word`, with `unread` earlier ones still under way to this rank."""
-        piece, left = b"", 0
-        if self._unsent:
-            left = len(self._unsent[0]) - self._sent
-            piece = self._unsent[0][self._sent : self._sent + CHUNK_BYTES]
-            self._sent += len(piece)
-        if not self._whole or unread > _PROMPT:
-            return Ack(piece, left)
-        self._stood.append(word)
-        return Ack(piece, left, self._number)
+    def propose(self, command: bytes) -> None:
+        """Rank 0 has `command` for all ranks."""
+        self._queue.append(command)
 
-    def hear(self, word: int, said: Ack, clock_unix_ns: int) -> None:
-        """Word `word` of all: rank 0's piece, and the sum of what each stands by."""
-        if self._at is not None and self._at <= word:  # given up and read late: this is about the next message
-            self._overdue.append(self._end(taken=False))
-        if self._stood and self._stood[0] == word:
-            self._stood.popleft()
-        if self._at is None and said.standing == self._size * self._number:
-            self._at, self._clock = word + COMMIT_DELAY_STEPS, clock_unix_ns
-        if said.left:
-            self._heard += said.piece
-            self._whole = said.left <= CHUNK_BYTES
+    def withdraw(self) -> list[bytes]:
+        """Rank 0's commands that are not committed; they never will be."""
+        commands = list(self._queue)
+        self._queue.clear()
+        return commands
 
-    def unclear(self, word: int) -> bool:
-        """Whether an earlier word has to be read to know what is to be taken before the step of `word`."""
-        stood = self._stood[0] if self._stood else word
-        return self._at is None and not self._given_up and stood + COMMIT_DELAY_STEPS <= word
+    def outgoing(self, message: int, unread: int) -> Ack:
+        """The part of message number `message`, while `unread` earlier ones are under way to this rank."""
+        if self.stopped:
+            return Ack(acknowledged=_STOPPED)
+        chunk, left = b"", 0
+        if self._queue:
+            left = len(self._queue[0]) - self._sent
+            chunk = self._queue[0][self._sent : self._sent + CHUNK_BYTES]
+            self._sent += len(chunk)
+        if not self._is_complete or unread > _MAX_UNREAD:
+            return Ack(chunk, left)
+        self._acknowledged_in.append(message)
+        return Ack(chunk, left, self._number)
 
-    def give_up(self) -> None:
-        """Words can't be read in time: have all leave the message, unless one has taken it."""
-        if self._at is not None or self._stood:
-            self._at, self._given_up = None, True  # also where the referee is gone
-            answer = self._settle(_NEVER)
-            self._at = None if answer == _NEVER else int(answer)
+    def receive(self, message: int, summed: Ack, clock_unix_ns: int) -> None:
+        """Read message number `message`: rank 0's chunk and clock, and the sum of what each rank acknowledges."""
+        if self.stopped:
+            return
+        if self._acknowledged_in and self._acknowledged_in[0] == message:
+            self._acknowledged_in.popleft()
+        if self._commit_step is None and summed.acknowledged == self._size * self._number:
+            self._commit_step, self._clock = message + COMMIT_DELAY_STEPS, clock_unix_ns
+        if summed.acknowledged < 0:
+            self.abort()
+        if summed.bytes_left:
+            self._received += summed.chunk
+            self._is_complete = summed.bytes_left <= CHUNK_BYTES
 
-    def settle(self, word: int) -> list[Committed]:
-        """What is to become of messages before the step of `word`."""
-        settled, self._overdue = self._overdue, []
-        if self._at is not None and self._at <= word:
-            settled.append(self._end(taken=self._settle(str(self._at)) != _NEVER))
-        return settled
+    def in_doubt(self, step: int) -> bool:
+        """Whether a message that is still under way may commit a command before `step`."""
+        oldest = self._acknowledged_in[0] if self._acknowledged_in else step
+        return self._commit_step is None and oldest + COMMIT_DELAY_STEPS <= step
 
-    def _end(self, *, taken: bool) -> Committed:
-        """The message under way is settled: the next one's turn."""
-        settled = Committed(self._heard, taken, self._clock)
-        if self._unsent:
-            self._unsent.popleft()
+    def abort(self) -> None:
+        """Stop committing, unless another rank has decided for the command that this rank acknowledged."""
+        may_commit = self._commit_step is not None or self._acknowledged_in
+        self._commit_step, self.stopped = None, True  # also where the arbiter is gone
+        answer = self._record(_ABORT) if may_commit else _ABORT
+        if answer != _ABORT:
+            self._commit_step, self.stopped = int(answer), False
+
+    def committed(self, step: int) -> list[Committed]:
+        """The command to apply before `step`, if any."""
+        if self._commit_step is None or self._commit_step > step:
+            return []
+        if self._record(str(self._commit_step)) == _ABORT:
+            self._commit_step, self.stopped = None, True
+            return []
+        return [self._next_command()]
+
+    def _next_command(self) -> Committed:
+        """End the command that is committed; the next one's turn."""
+        committed = Committed(self._received, self._clock)
+        if self._queue:
+            self._queue.popleft()
         self._number += 1
-        self._sent, self._heard, self._whole, self._at, self._given_up = 0, b"", False, None, False
-        self._stood.clear()
-        return settled
+        self._sent, self._received, self._is_complete, self._commit_step = 0, b"", False, None
+        self._acknowledged_in.clear()
+        return committed
 
-    def _settle(self, proposal: str) -> str:
-        return self._referee(f"message {self._number}", proposal)
+    def _record(self, decision: str) -> str:
+        return self._arbiter(f"command {self._number}", decision)

@@ -1,8 +1,8 @@
-"""Whether ranks have the same parameters under the same names: replicas of one model, or models of their own."""
+"""Tells replicas of one model from models of their own: fingerprints of the parameters that ranks hold."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by by
 
 @dataclass(frozen=True, slots=True)
 class ParameterFingerprint:
-    """What a rank holds of a parameter: which of its entries, and what tells their values."""
+    """Which entries of a parameter a rank holds (`place`), and a sum over some of their values."""
 
     place: int
     value: int
@@ -33,13 +33,16 @@ def replicas(model: nn.Module) -> Sequence[int]:
     return ()
 
 
-def fingerprints(model: nn.Module, shards: Mapping[str, Shard]) -> dict[str, ParameterFingerprint]:
-    """This rank's piece of each parameter, by the values in one corner of it; flat ones have no name to compare."""
+def fingerprints(model: nn.Module) -> dict[str, ParameterFingerprint]:
+    """This rank's piece of each parameter, by the values in one corner of it; flat ones have no name to compare.
+
+    Raises `BlockError` for a parameter that is placed in partial sums, without entries.
+    """
     parameters = {name: each for name, each in model.named_parameters() if not is_flat(each)}
     sums = [_sum(local_tensor(parameter)) for parameter in parameters.values()]
     values = torch.stack([each.to("cpu", non_blocking=False) for each in sums]).tolist() if sums else []
     return {
-        name: ParameterFingerprint(hash(shards[name].runs), value)
+        name: ParameterFingerprint(hash(Shard.of(parameters[name]).runs), value)
         for name, value in zip(parameters, values, strict=True)
     }
 

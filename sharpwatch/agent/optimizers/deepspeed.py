@@ -1,4 +1,4 @@
-"""DeepSpeed's own optimizers in the place of torch's: their steps, and what they keep on this rank of parameters."""
+"""DeepSpeed's optimizers in the place of torch's: their steps, and the fragments of parameters that ZeRO steps here."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from sharpwatch.agent.optimizers.layout import Holding, Layout, StepTensors
 from sharpwatch.blocks import Part
 from sharpwatch.curvature.parameters.shards import Shard
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fragment:
-    """What ZeRO steps on this rank of a parameter: `numel` of its flat entries, from `start` on.
+    """The entries of a parameter that ZeRO steps on this rank: `numel` of its flat entries, from `start` on.
 
-    Weight, gradient and moments of them stand in DeepSpeed's flat partitions until its `step()`; `optimizer` is the
-    one inside, whose parameters the partitions are. What is read is read anew each time, as DeepSpeed's own public
-    `safe_get_full_grad` does, but for its sum over ranks.
+    Their weights, gradients and moments are in DeepSpeed's flat partitions until its `step()`; `optimizer` is the inner
+    one, whose parameters are the partitions. Each is read anew every time, as DeepSpeed's public `safe_get_full_grad`
+    does, but without its sum over ranks.
     """
 
     parameter: Any
@@ -33,7 +34,7 @@ class Fragment:
 
     @classmethod
     def of(cls, parameter: Any, optimizer: Optimizer) -> Fragment:
-        """None of its entries where all are stepped on other ranks."""
+        """The fragment of `parameter` on this rank; without entries where other ranks step all of them."""
         mapping = parameter._hp_mapping  # noqa: SLF001 - DeepSpeed's own, public by functions that sum over ranks alone
         address = None if mapping is None else mapping.lp_fragment_address
         return cls(parameter, optimizer, *((0, 0) if address is None else (address.start, address.numel)))
@@ -44,37 +45,29 @@ class Fragment:
         return bool(self.numel == self.parameter.numel())
 
     @property
-    def weight(self) -> Tensor:
-        """Of the weights that are stepped, flat."""
+    def tensors(self) -> StepTensors:
+        """The tensors that the inner optimizer steps on, flat; the gradient averaged over ranks, but not clipped."""
         weight: Tensor = self._mapping.hp_fragment.detach()
-        return weight
+        group = self.optimizer.param_groups[self._mapping.param_group_index]
+        return StepTensors(weight, self._gradient, group, self._state(group), weight)
 
     @property
-    def gradient(self) -> Tensor:
-        """Averaged over ranks, flat; not clipped, and still scaled."""
+    def _gradient(self) -> Tensor:
         index = self.parameter._index_in_param_group  # noqa: SLF001 - as above
         gradient: Tensor = self._mapping.get_lp_grad_fragment(index).detach().reshape(-1)
         # Beside bf16 weights each rank can have all of it, in float32.
         return gradient if gradient.numel() == self.numel else gradient.narrow(0, self.start, self.numel)
 
-    @property
-    def group(self) -> dict[str, Any]:
-        """The options that it is stepped with."""
-        group: dict[str, Any] = self.optimizer.param_groups[self._mapping.param_group_index]
-        return group
-
-    @property
-    def state(self) -> dict[str, Any]:
-        """Its optimizer's state, moments flat."""
+    def _state(self, group: Mapping[str, Any]) -> dict[str, Any]:
         address = self._mapping.hp_fragment_address
-        (partition,) = self.group["params"]
+        (partition,) = group["params"]
         return {
             key: value.narrow(0, address.start, address.numel) if _is_like(value, partition) else value
             for key, value in self.optimizer.state.get(partition, {}).items()
         }
 
     def views(self, part: Part, held: Tensor) -> Sequence[Tensor]:
-        """What of `part` lies in `held`, one of this fragment's tensors: views that have each such entry once."""
+        """Views of `held`, one of this fragment's tensors, that have each entry of `part` once."""
         if not self.numel:
             return ()
         return (held,) if part.dim is None else tuple(self._slices(part, held))
@@ -91,21 +84,21 @@ class Fragment:
 
 
 class DeepSpeedOptimizer(Optimizer):
-    """Stands for one of DeepSpeed's: torch's hooks around its `step()`, over the model's parameters in its groups.
+    """An optimizer of DeepSpeed's with torch's hooks around its `step()`, over the model's parameters in its groups.
 
-    Its instance's `step` is wrapped with the first hook and stays so; without hooks it only passes on.
+    The instance's `step` is wrapped when the first hook is registered, and stays so; without hooks it only passes on.
     """
 
     def __init__(self, driver: Any, model: nn.Module) -> None:
         super().__init__(_groups(driver, model), {"lr": None})
         self._driver, self._step = driver, driver.step
-        self.hidden = _hidden(driver)  # why its gradients can't be read; empty where they can
-        super().register_step_pre_hook(DeepSpeedOptimizer._prepare)  # the first, so that the tap's finds what it leaves
+        self.unreadable = _unreadable(driver)  # why its gradients can't be read; empty where they can
+        super().register_step_pre_hook(DeepSpeedOptimizer._prepare)  # before the tap's hook, which reads what it sets
 
     @property
     def fragments(self) -> Mapping[int, Fragment]:
-        """By parameter id; none where gradients stay with the parameters until the step, or can't be read."""
-        if self.hidden:
+        """By parameter id; empty where gradients stay with the parameters until the step, or can't be read."""
+        if self.unreadable:
             return {}
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         mapped = (parameter for parameter in parameters if hasattr(parameter, "_hp_mapping"))
@@ -113,16 +106,12 @@ class DeepSpeedOptimizer(Optimizer):
 
     @property
     def grad_scale(self) -> float | Tensor | None:
-        """What its gradients are multiplied by until it steps."""
-        scaler = getattr(self._driver, "torch_autocast_gradscaler", None)
-        if scaler is not None:
-            scale: Tensor | None = scaler._scale  # noqa: SLF001 - get_scale() waits for the device
-            return scale
+        """The factor on its gradients until it steps."""
         return getattr(self._driver, "loss_scale", None)
 
     @property
-    def clips_to(self) -> float:
-        """The norm to which it clips all its gradients together, once it steps: all are divided by norm / this + ε."""
+    def clip_norm(self) -> float:
+        """The norm to which it clips all its gradients together in `step()`, each divided by norm / this + ε."""
         return float(getattr(self._driver, "clip_grad", 0.0)) or math.inf
 
     def register_step_pre_hook(self, hook: Any) -> RemovableHandle:
@@ -131,7 +120,7 @@ class DeepSpeedOptimizer(Optimizer):
         return super().register_step_pre_hook(hook)
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
-        """The driver's own step; raises `_SkippedStep` where it only found that the loss was scaled too far."""
+        """Call the driver's own step; raises `_SkippedStep` where it only found that the loss was scaled too far."""
         scaled = getattr(self._driver, "loss_scale", 1.0) != 1.0
         result = self._step(*args, **kwargs)
         if scaled and getattr(self._driver, "overflow", False):
@@ -141,11 +130,11 @@ class DeepSpeedOptimizer(Optimizer):
     def _drive(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return self.step(*args, **kwargs)
-        except _SkippedStep as void:  # on its way it has passed the hooks by that come after a step
-            return void.result
+        except _SkippedStep as skipped:  # it has passed torch's post-hooks by on its way here
+            return skipped.result
 
     def _prepare(self, *_: object) -> None:
-        """Its learning rates, and gradients that are on their way to the host: its step waits for them, too."""
+        """Copy its learning rates, and wait for gradients on their way to the host, as its own step does."""
         theirs = self._driver.param_groups
         if len(theirs) == len(self.param_groups):
             for group, of in zip(self.param_groups, theirs, strict=True):
@@ -155,27 +144,52 @@ class DeepSpeedOptimizer(Optimizer):
 
 
 class _SkippedStep(Exception):  # noqa: N818 - no error
-    """A step that was none."""
+    """A `step()` that changed no weight."""
 
     def __init__(self, result: Any) -> None:
         self.result = result
 
 
+class DeepSpeedLayout(Layout):
+    """The layout of a run with an optimizer of DeepSpeed's: fragments under ZeRO 1 and 2, else as torch's own."""
+
+    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
+        self._driven = {i: each for i, each in enumerate(optimizers) if isinstance(each, DeepSpeedOptimizer)}
+        self._fragments = {key: one for each in self._driven.values() for key, one in each.fragments.items()}
+        self.unreadable = "; ".join(each.unreadable for each in self._driven.values() if each.unreadable)
+        self.fragmented = bool(self._fragments)
+        self.gradients_in_place = not (self.fragmented or self.unreadable)
+
+    def holding(self, parameter: Tensor) -> Holding:
+        """As `Layout.holding`."""
+        return self._fragments.get(id(parameter)) or super().holding(parameter)
+
+    def tensors(self, parameter: Tensor, optimizer: Optimizer, group: int | None) -> StepTensors | None:
+        """As `Layout.tensors`."""
+        fragment = self._fragments.get(id(parameter))
+        if fragment is None:
+            return super().tensors(parameter, optimizer, group)
+        return fragment.tensors if fragment.numel else None
+
+    def is_hidden(self, which: int) -> bool:
+        """As `Layout.is_hidden`."""
+        return which in self._driven and bool(self._driven[which].unreadable)
+
+    def clip_norms(self) -> Mapping[int, float]:
+        """As `Layout.clip_norms`."""
+        return {which: each.clip_norm for which, each in self._driven.items()}
+
+
 def is_deepspeeds(value: object) -> bool:
-    """Whether it is one of the optimizers of DeepSpeed's that are none of torch's: ZeRO's and mixed precision's."""
+    """Whether `value` is an optimizer of DeepSpeed's own, for ZeRO or mixed precision, and none of torch's."""
     names = {kind.__name__ for kind in type(value).__mro__}
     return "DeepSpeedOptimizer" in names and not isinstance(value, Optimizer)
 
 
-def fragments(optimizers: Sequence[Optimizer]) -> dict[int, Fragment]:
-    """By parameter id, of the parameters that ZeRO steps in fragments."""
-    driven = (optimizer for optimizer in optimizers if isinstance(optimizer, DeepSpeedOptimizer))
-    return {key: fragment for each in driven for key, fragment in each.fragments.items()}
-
-
-def hidden(optimizers: Sequence[Optimizer]) -> str:
-    """Why gradients of `optimizers` can't be read; empty where all can."""
-    return "; ".join(each.hidden for each in optimizers if isinstance(each, DeepSpeedOptimizer) and each.hidden)
+def layout_of(optimizers: Sequence[Optimizer]) -> Layout:
+    """Where `optimizers` keep the tensors that they step on."""
+    driven = any(isinstance(each, DeepSpeedOptimizer) for each in optimizers)
+    return DeepSpeedLayout(optimizers) if driven else Layout()
 
 
 def _groups(driver: Any, model: nn.Module) -> list[dict[str, Any]]:
@@ -185,18 +199,17 @@ def _groups(driver: Any, model: nn.Module) -> list[dict[str, Any]]:
     return [{"params": list(group)} for group in groups]
 
 
-def _hidden(driver: Any) -> str:
+def _unreadable(driver: Any) -> str:
+    """The options of ZeRO under which its gradients can't be read; empty where they can."""
     if not hasattr(driver, "averaged_gradients"):
         return ""  # not ZeRO's
-    if getattr(driver, "zenflow", False):
-        return "ZenFlow holds a part of them back"
-    if getattr(driver, "round_robin_gradients", False) and max(driver.partition_count) > 1:
-        return "DeepSpeed's own map of them is wrong under round_robin_gradients"
-    if "muon" in type(driver.optimizer).__name__.lower() and not driver.cpu_offload:
-        return "ZeRO turns them into Muon's updates before step()"
-    if getattr(driver, "torch_autocast_gradscaler", None) is not None and driver.clip_grad:
-        return "under torch_autocast in fp16 ZeRO clips them before it takes the loss's scale out of them"
-    return ""
+    options = {
+        "ZenFlow": getattr(driver, "zenflow", False),
+        "round_robin_gradients": getattr(driver, "round_robin_gradients", False),
+        "Muon": "muon" in type(driver.optimizer).__name__.lower(),
+        "torch_autocast in fp16": getattr(driver, "torch_autocast_gradscaler", None) is not None,
+    }
+    return next((f"DeepSpeed's ZeRO with {name}" for name, is_set in options.items() if is_set), "")
 
 
 def _boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Shard]:

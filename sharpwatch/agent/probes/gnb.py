@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sharpwatch.agent.optimizers.deepspeed import fragments, hidden
+from sharpwatch.agent.optimizers.deepspeed import layout_of
 from sharpwatch.agent.probes.context import Probe, ProbeContext, ProbedStep, ProbeSpec, ShardReduction
 from sharpwatch.curvature.estimators.gnb import GnbSample, gnb_probe
 from sharpwatch.curvature.estimators.gnb_sharded import sharded_gnb_probe
@@ -37,8 +37,7 @@ class _GnbProbe(Probe):
 
     def __init__(self, context: ProbeContext) -> None:
         super().__init__(context)
-        optimizers = context.optimizers
-        self._with_parameters = not (fragments(optimizers) or hidden(optimizers))  # the gradients, as torch has them
+        self._with_parameters = layout_of(context.optimizers).gradients_in_place
 
     def before_step(self, step: ProbedStep) -> None:
         """Sketches the gradient as it stands, whatever has been done to its scale."""

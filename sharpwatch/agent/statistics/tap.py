@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sharpwatch.agent.optimizers.deepspeed import DeepSpeedOptimizer, Fragment, fragments
+from sharpwatch.agent.optimizers.layout import Holding, Layout
 from sharpwatch.agent.statistics.host_copy import AsyncHostCopy
 from sharpwatch.agent.statistics.reductions import (
     COLUMNS,
@@ -30,7 +30,7 @@ from sharpwatch.agent.statistics.reductions import (
 )
 from sharpwatch.agent.statistics.second_moment import SecondMoments
 from sharpwatch.blocks import BlockMap
-from sharpwatch.curvature.parameters.shards import Shard, local_gradient, local_tensor, needs_redistribution
+from sharpwatch.curvature.parameters.shards import Shard
 
 Array = npt.NDArray[Any]
 
@@ -91,7 +91,7 @@ class _HeldParameter(NamedTuple):
     """A parameter of which this rank holds entries, with the rows of its parts and the group that steps it."""
 
     parameter: Tensor
-    shard: Shard | Fragment
+    holding: Holding
     rows: list[int]
     group: int | None
 
@@ -108,6 +108,7 @@ class Tap:
         optimizers: The optimizers that step them; the methods name one by its index `which`.
         shares: By parameter name, the weight of this rank's sums, 1 if absent; over all ranks the weighted sums must
             add up to those of the model.
+        layout: Where the optimizers keep what they step on; by default as torch's own do.
     """
 
     columns = COLUMNS + 3  # the sums, then learning rate, multiplier, and whether an optimizer holds the part
@@ -118,28 +119,29 @@ class Tap:
         parameters: Mapping[str, Tensor],
         optimizers: Sequence[torch.optim.Optimizer],
         shares: Mapping[str, float] | None = None,
+        layout: Layout | None = None,
     ) -> None:
         self._parts = block_map.parts
-        cut = fragments(optimizers)
-        shards = {name: cut.get(id(parameter)) or Shard.of(parameter) for name, parameter in parameters.items()}
+        self._layout = layout or Layout()
+        holdings = {name: self._layout.holding(parameter) for name, parameter in parameters.items()}
         elsewhere = torch.empty(0, device="cpu")  # a parameter of another stage of a pipeline
         self._parameters = [parameters.get(part.parameter, elsewhere) for part in self._parts]
-        self._shards = [shards.get(part.parameter, Shard.of(elsewhere)) for part in self._parts]
+        self._holdings = [holdings.get(part.parameter, Shard.of(elsewhere)) for part in self._parts]
         self._here = np.array([part.parameter in parameters for part in self._parts])
         self._shares = np.array([(shares or {}).get(part.parameter, 1.0) for part in self._parts]) * self._here
         whole = [max(1, math.prod(block_map.shapes[part.parameter])) for part in self._parts]
-        self._held_share = self._shares * [shard.numel for shard in self._shards] / whole
+        self._held_share = self._shares * [holding.numel for holding in self._holdings] / whole
         self._optimizers = optimizers
         self._layer_of = np.array(block_map.layer_block_of)
         self._layers = len(block_map.layer_blocks)
         self._numel = np.array([part.numel for part in self._parts], dtype=np.float64)
         # Until a floor is known, a whole part computes its own from its mean. A piece can't: its mean is another.
-        self._no_floors = np.array([math.nan if shard.is_whole else 0.0 for shard in self._shards])
+        self._no_floors = np.array([math.nan if holding.is_whole else 0.0 for holding in self._holdings])
         self._floors: list[float] = self._no_floors.tolist()
         self._count_exactly = False
         self._scratch = Scratch()
         self._second_moments = SecondMoments()
-        self._layout: tuple[tuple[int, ...], ...] | None = None
+        self._group_sizes: tuple[tuple[int, ...], ...] | None = None
         self._owner: list[tuple[int, int] | None] = []
         self._hidden: list[int] = []  # parts whose gradients can't be read
         self._places: list[list[_HeldParameter]] = []
@@ -223,12 +225,11 @@ class Tap:
 
     def _clipped(self, sums: Array) -> Array:
         """The sums after the clipping that some optimizers do within their `step()`."""
-        for which, optimizer in enumerate(self._optimizers):
-            if isinstance(optimizer, DeepSpeedOptimizer):
-                rows = [i for i, owner in enumerate(self._owner) if owner and owner[0] == which]
-                excess = (math.sqrt(sums[rows, GRADIENT].sum()) + 1e-6) / optimizer.clips_to
-                sums = sums.copy()
-                sums[np.ix_(rows, [GRADIENT, SCALED])] /= max(1.0, excess) ** 2
+        for which, limit in self._layout.clip_norms().items():
+            rows = [i for i, owner in enumerate(self._owner) if owner and owner[0] == which]
+            excess = (math.sqrt(sums[rows, GRADIENT].sum()) + 1e-6) / limit
+            sums = sums.copy()
+            sums[np.ix_(rows, [GRADIENT, SCALED])] /= max(1.0, excess) ** 2
         return sums
 
     def _by_layer(self, values: Array) -> Array:
@@ -255,12 +256,10 @@ class Tap:
 
     def _find_owners(self) -> None:
         """Find the optimizer and group of each part, again whenever a group was added or changed its size."""
-        layout = tuple(
-            tuple(len(group["params"]) for group in optimizer.param_groups) for optimizer in self._optimizers
-        )
-        if layout == self._layout:
+        sizes = tuple(tuple(len(group["params"]) for group in optimizer.param_groups) for optimizer in self._optimizers)
+        if sizes == self._group_sizes:
             return
-        self._layout = layout
+        self._group_sizes = sizes
         owner = {
             id(parameter): (which, number)
             for which, optimizer in enumerate(self._optimizers)
@@ -268,10 +267,7 @@ class Tap:
             for parameter in group["params"]
         }
         self._owner = [owner.get(id(parameter)) for parameter in self._parameters]
-        hidden = [
-            isinstance(optimizer, DeepSpeedOptimizer) and bool(optimizer.hidden) for optimizer in self._optimizers
-        ]
-        self._hidden = [i for i, owner in enumerate(self._owner) if owner and hidden[owner[0]]]
+        self._hidden = [i for i, owner in enumerate(self._owner) if owner and self._layout.is_hidden(owner[0])]
         rows: dict[int, list[int]] = {}
         for i in np.flatnonzero(self._here).tolist():
             rows.setdefault(id(self._parameters[i]), []).append(i)
@@ -279,27 +275,20 @@ class Tap:
         for first, *more in rows.values():
             which, number = self._owner[first] or (0, None)
             self._places[which].append(
-                _HeldParameter(self._parameters[first], self._shards[first], [first, *more], number)
+                _HeldParameter(self._parameters[first], self._holdings[first], [first, *more], number)
             )
 
     def _pieces(
         self, place: _HeldParameter, optimizer: torch.optim.Optimizer, pending: PendingTap
     ) -> Iterator[tuple[int, PartTensors]]:
         """The pieces of a parameter on this rank, each with the row of its part; an unsharded part is one piece."""
-        parameter, shard, rows, number = place
-        if not isinstance(shard, Fragment):
-            weight, gradient, like = local_tensor(parameter), None, parameter
-            if needs_redistribution(parameter):
-                pending.scattered += rows
-            else:
-                gradient = local_gradient(parameter)
-            group = None if number is None else optimizer.param_groups[number]
-            state = optimizer.state.get(parameter)  # `get`: the defaultdict must not grow
-        elif shard.numel:
-            weight, gradient, group, state = shard.weight, shard.gradient, shard.group, shard.state
-            like = weight
-        else:
+        parameter, holding, rows, number = place
+        tensors = self._layout.tensors(parameter, optimizer, number)
+        if tensors is None:
             return
+        weight, gradient, group, state, like, scattered = tensors
+        if scattered:
+            pending.scattered += rows
         if not weight.numel() or not (weight.is_floating_point() or weight.is_complex()):
             return  # the codes of a quantised weight have no norm
         second, correction = None, 1.0
@@ -311,12 +300,12 @@ class Tap:
             weight, gradient, second = (_real(tensor) for tensor in (weight, gradient, second))
         for i in rows:
             part, floor = self._parts[i], self._floors[i]
-            if part.dim is None and shard.is_whole:  # the usual case, and the fast one
+            if part.dim is None and holding.is_whole:  # the usual case, and the fast one
                 yield i, PartTensors(weight, gradient, second, correction, floor)
                 continue
-            weights = shard.views(part, weight)
-            gradients = [gradient] * len(weights) if gradient is None or not dense else shard.views(part, gradient)
-            seconds = [None] * len(weights) if second is None else shard.views(part, second)
+            weights = holding.views(part, weight)
+            gradients = [gradient] * len(weights) if gradient is None or not dense else holding.views(part, gradient)
+            seconds = [None] * len(weights) if second is None else holding.views(part, second)
             for piece in zip(weights, gradients, seconds, strict=True):
                 yield i, PartTensors(*piece, correction, floor)
 

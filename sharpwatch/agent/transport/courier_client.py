@@ -116,17 +116,19 @@ class CourierClient:
         if self._inert():
             return
         try:
-            # A handler that raises between a write and the note of it would have a frame written twice, or a half.
-            with signals_held():
-                if self._courier is None and self._restart.due(time.monotonic()):
+            if self._courier is None and self._restart.due(time.monotonic()):
+                with signals_held():  # else it could be started and not known
                     self._start()
-                if self._courier is not None:
-                    self._pull(self._courier)
-                    self._push(self._courier)
+            if self._courier is not None:
+                self._pull(self._courier)
+                self._push(self._courier)
         except CourierGoneError:
             self._lost("it closed its pipe")
         except WireError as error:
             self._lost(str(error))
+        except BaseException:  # a signal handler's: whether the last write was noted is not known
+            self._lost("a signal handler raised while it was written to")
+            raise
 
     def close(self, timeout: float = 2.0) -> None:
         """Hand over what is queued and let the courier finish; takes at most `timeout` seconds."""

@@ -13,7 +13,7 @@ from torch import nn
 
 import sharpwatch
 from sharpwatch.agent import run
-from sharpwatch.agent.reporting.pending import FORWARDS
+from sharpwatch.agent.reporting.reporter import MAX_FORWARDS
 from sharpwatch.v1 import types_pb2
 
 
@@ -248,6 +248,37 @@ def test_a_close_that_is_interrupted_anywhere_has_not_begun_or_leaves_nothing_be
     assert outcomes == {(True, True, False, False), (False, False, True, True)}
 
 
+def test_a_step_that_is_interrupted_anywhere_costs_its_own_sample_at_most(transports):
+    kept = []  # or one would be collected, and so run, while the next is interrupted
+    for number in itertools.count():
+        model, optimizer, watch, transport = made(transports)
+        kept.append(watch._loop)
+        transport.command(id="cut", set_multipliers=types_pb2.MultiplierSet(multipliers={"emb": 0.5}))
+        stepped(model, optimizer, 2)
+        model(TOKENS)["loss"].backward()
+        interrupted = interrupted_at(run, number, optimizer.step)
+        assert [group["lr"] for group in optimizer.param_groups] == [0.01]
+        stepped(model, optimizer, 2)
+        watch.close()
+        *samples, goodbye = transport.samples
+        steps = [sample.step for sample in samples]
+        assert goodbye.closing
+        # Before the step it was none; after it, it counts, also where its sample is lost.
+        assert watch.step in ((4, 5) if interrupted else (5,))
+        lost = set(range(1, watch.step + 1)) - set(steps)
+        assert steps == sorted(set(steps))
+        assert lost <= {3}
+        assert not lost or interrupted
+        assert [sample.sequence for sample in transport.samples] == list(range(1, len(transport.samples) + 1))
+        assert [result.outcome for result in transport.results] == ["applied"]
+        assert samples[-1].health.multipliers["emb"] == 0.5
+        assert goodbye.health.swallowed_errors == 0
+        assert not [*model._forward_hooks, *optimizer._optimizer_step_pre_hooks]
+        assert "step" not in vars(optimizer)
+        if not interrupted:
+            break
+
+
 def test_who_insists_on_an_interrupt_gives_up_the_last_samples_but_the_courier_is_ended(transports, monkeypatch):
     _, _, watch, transport = made(transports)
 
@@ -255,7 +286,7 @@ def test_who_insists_on_an_interrupt_gives_up_the_last_samples_but_the_courier_i
         for _ in range(2):
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(watch._loop._samples.outbox, "flush", insist)
+    monkeypatch.setattr(watch._loop._reporter, "flush", insist)
     with pytest.raises(KeyboardInterrupt):
         watch.close()
     assert transport.closed
@@ -265,7 +296,7 @@ def test_who_insists_on_an_interrupt_gives_up_the_last_samples_but_the_courier_i
 def test_a_state_that_is_none_of_the_agents_is_named_so(transports, caplog):
     _, _, watch, _ = made(transports)
     watch.load_state_dict({"model": {}})
-    assert "an agent's state of version None: this agent reads 1" in caplog.text
+    assert "cannot load agent state version None: this version of sharpwatch reads version 1" in caplog.text
     watch.close()
 
 
@@ -319,8 +350,8 @@ def test_a_parameter_that_comes_later_is_said_once_to_be_unseen(transports, capl
 
 def test_losses_of_an_optimizer_that_no_one_steps_are_bounded(transports, caplog):
     model, _, watch, _ = made(transports)
-    for _ in range(FORWARDS + 9):
+    for _ in range(MAX_FORWARDS + 9):
         model(TOKENS)
-    assert len(watch._loop._losses.take()) == FORWARDS
+    assert len(watch._loop._losses.take()) == MAX_FORWARDS
     assert caplog.text.count("forwards without a step of a watched optimizer") == 1
     watch.close()

@@ -1,4 +1,4 @@
-"""A message is taken by all ranks before the same step, or by none, however late each reads the words."""
+"""A command is applied by all ranks before the same step, or by none, however late each reads the messages."""
 
 from __future__ import annotations
 
@@ -11,56 +11,78 @@ STEPS = 40
 
 
 class Ranks:
-    """Ranks whose words come as late as `delays` says, by rank and step; one referee."""
+    """Ranks whose messages arrive as late as `delays` says, by rank and step; one arbiter."""
 
     def __init__(self, size):
         answers = {}
         self.all = [TwoPhaseCommit(size, answers.setdefault) for _ in range(size)]
-        self.said, self.read = [], [0] * size
-        self.settled = [[] for _ in self.all]
+        self.sent, self.read = [], [0] * size
+        self.committed = [[] for _ in self.all]
+        self.refused = []
 
     def step(self, number, delays):
-        for rank, consent in enumerate(self.all):
+        for rank, commit in enumerate(self.all):
             while self.read[rank] < number - delays[rank]:
-                self.hear(rank)
-            if consent.unclear(number):
-                consent.give_up()
-            self.settled[rank] += [(number, each.message, each.taken) for each in consent.settle(number)]
-        parts = [consent.say(number, number - read) for consent, read in zip(self.all, self.read, strict=True)]
-        self.said.append(Ack(parts[0].piece, parts[0].left, sum(part.standing for part in parts)))
+                self.receive(rank)
+            if commit.in_doubt(number):
+                commit.abort()
+            self.committed[rank] += [(number, each.command) for each in commit.committed(number)]
+        if self.all[0].stopped:
+            self.refused += self.all[0].withdraw()
+        parts = [commit.outgoing(number, number - read) for commit, read in zip(self.all, self.read, strict=True)]
+        self.sent.append(Ack(parts[0].chunk, parts[0].bytes_left, sum(part.acknowledged for part in parts)))
 
-    def hear(self, rank):
-        word = self.read[rank]
+    def receive(self, rank):
+        message = self.read[rank]
         self.read[rank] += 1
-        self.all[rank].hear(word, self.said[word], clock_unix_ns=word)
+        self.all[rank].receive(message, self.sent[message], clock_unix_ns=message)
 
 
-def test_a_message_of_several_words_is_taken_in_the_first_step_that_it_can_be():
-    ranks, message = Ranks(3), bytes(range(256)) * 5
-    ranks.all[0].send(message)
+def test_a_command_of_several_chunks_is_applied_before_the_first_step_that_it_can_be():
+    ranks, command = Ranks(3), bytes(range(256)) * 5
+    ranks.all[0].propose(command)
     for number in range(12):
         ranks.step(number, [0, 0, 0])
-    pieces = -(-len(message) // CHUNK_BYTES)
-    assert ranks.settled == [[(pieces + COMMIT_DELAY_STEPS, message, True)]] * 3
+    chunks = -(-len(command) // CHUNK_BYTES)
+    assert ranks.committed == [[(chunks + COMMIT_DELAY_STEPS, command)]] * 3
+    assert not ranks.refused
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 6), min_size=3, max_size=3), min_size=STEPS, max_size=STEPS))
-def test_all_take_a_message_before_the_same_step_or_none_does(delays):
+def test_all_ranks_apply_a_command_before_the_same_step_or_none_does(delays):
     ranks = Ranks(3)
-    for message in (b"one", b"two" * CHUNK_BYTES, b"three"):
-        ranks.all[0].send(message)
+    commands = [b"one", b"two" * CHUNK_BYTES, b"three"]
+    for command in commands:
+        ranks.all[0].propose(command)
     for number in range(STEPS):
         ranks.step(number, delays[number])
-    taken = [[one for one in settled if one[2]] for settled in ranks.settled]
-    assert taken[0] == taken[1] == taken[2]
+    for number in range(STEPS, STEPS + 30):
+        ranks.step(number, [0, 0, 0])
+    first = [command for _, command in ranks.committed[0]]
+    assert ranks.committed == [ranks.committed[0]] * 3
+    assert first + ranks.refused == commands  # each is answered
+    if ranks.refused:
+        assert all(commit.stopped for commit in ranks.all)
+
+
+def test_a_command_is_refused_once_a_rank_misses_the_message_that_may_commit_it():
+    ranks = Ranks(2)
+    ranks.all[0].propose(b"cut")
+    for number in range(10):
+        # Rank 0 acknowledges in message 1 and can read none from then on, for a while; it decides before rank 1.
+        ranks.step(number, [0 if number < 2 or number > 7 else 10, 0])
+    ranks.all[0].propose(b"cut again")
+    ranks.step(10, [0, 0])
+    assert ranks.committed == [[], []]
+    assert ranks.refused == [b"cut", b"cut again"]
 
 
 def test_a_rank_that_can_read_no_more_is_not_left_behind_by_the_others():
     ranks = Ranks(2)
-    ranks.all[0].send(b"cut")
+    ranks.all[0].propose(b"cut")
     for number in range(10):
-        ranks.step(number, [0, 0 if number < 2 else 10])  # it has stood by it in the word of step 1
+        ranks.step(number, [0, 0 if number < 2 else 10])  # it has acknowledged in message 1
         if number == 2:
-            ranks.all[1].give_up()
-    assert [one for one in ranks.settled[0] if one[2]] == ranks.settled[1] == []
+            ranks.all[1].abort()
+    assert ranks.committed == [[], []]
