@@ -143,7 +143,7 @@ def attach(  # noqa: PLR0913 - the public signature; each has a default that wor
             return Watch(name, initial_step, WatchedRun(_parts(options, name, meeting)))
     if meeting is not None:
         meeting.stay_away("sharpwatch is disabled there, and must be on all ranks or none")
-    return Watch(name, initial_step, None)
+    return Watch(name, initial_step, None, disabled=True)
 
 
 def _classified(model: nn.Module) -> tuple[BlockMap, Mapping[str, str]]:

@@ -85,7 +85,7 @@ def check(options: Options) -> None:
     if options.transport is not None and not isinstance(options.transport, Transport):
         raise AttachError(
             "transport must have the members of sharpwatch.agent.transport.base.Transport (greet, send, receive, "
-            f"close, dropped) or be None, got {type(options.transport).__name__}"
+            f"close, dropped, connection) or be None, got {type(options.transport).__name__}"
         )
     parse_daemon_address(options.address)
     parse_token(options.token)

@@ -30,6 +30,7 @@ from sharpwatch.agent.reporting.reporter import Reporter
 from sharpwatch.agent.safety.overhead_timer import OverheadTimer
 from sharpwatch.agent.safety.signals import signals_held
 from sharpwatch.agent.statistics.tap import PendingTap
+from sharpwatch.agent.status import announcement, collect
 from sharpwatch.v1 import types_pb2
 
 _STATE_VERSION = 1
@@ -65,6 +66,7 @@ class WatchedRun:
         self._roster = ParameterIdentity(parts.model)
         self._samples = Reporter(parts)
         self._probing = ProbeScheduler(parts)
+        self._announced = False
         self._begun = False  # whether there was a forward or a step
         self._restored = False  # since the last step, where that is told with the next one's record
         self._round: _StepInProgress | None = None
@@ -75,6 +77,16 @@ class WatchedRun:
         self._closed = False
 
     # What the loop calls.
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing is watched any more."""
+        return self._closed
+
+    @property
+    def last_probe_steps(self) -> Mapping[str, int]:
+        """The step at which each probe last ran, by its name."""
+        return self._probing.last_steps
 
     def observe(self, loss: float | Tensor) -> None:
         """The step's loss."""
@@ -306,6 +318,8 @@ class WatchedRun:
             self._samples.outbox.add(record, wait_for_loss=not losses or self._losses.comes_after_step)
         else:
             self._share(self._shared, record, commands)
+        if not self._announced:
+            self._announce()
         self._request = self.parts.control.end(done.step, self._clock()) or self._request
         expecting = self._shared is not None and self._shared.ranks.expecting
         self.rates.wrap_steps(self._hooks.innermost, command_expected=expecting)
@@ -313,6 +327,13 @@ class WatchedRun:
         if replaced:
             _LOG.warning("%s was replaced: the watch ends, as it would go on with the old one; attach again", replaced)
             self.close(in_order=True)
+
+    def _announce(self) -> None:
+        """Log what is watched, once, after the first step; on several ranks the leading one does."""
+        self._announced = True
+        if self._shared is None or self._shared.ranks.leads:
+            with self.border.guard("announcing the run"):
+                _LOG.info("%s", announcement(collect(self)))
 
     def _share(self, shared: RecordAggregator, record: StepRecord, commands: Sequence[types_pb2.Command]) -> None:
         """Say what this step brought, and hear what all have said of earlier ones."""

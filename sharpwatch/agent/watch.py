@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from torch import Tensor
 
 from sharpwatch.agent.control.commands import RollbackRequest
 from sharpwatch.agent.run import WatchedRun
+from sharpwatch.agent.status import WatchStatus, collect
 
 
 class Watch:
@@ -20,10 +22,12 @@ class Watch:
     What does reach the loop, through `optimizer.step()`, is what `on_rollback` raises, and `DesyncError`.
     """
 
-    def __init__(self, run: str, step: int, loop: WatchedRun | None) -> None:
+    def __init__(self, run: str, step: int, loop: WatchedRun | None, *, disabled: bool = False) -> None:
         self._run = run
         self._step = step
         self._loop = loop  # None: disabled, or closed
+        state: Literal["watching", "disabled", "closed"] = "closed" if loop is None else "watching"
+        self._last_status = WatchStatus(state="disabled" if disabled else state, run=run, step=step)
 
     def __reduce__(self) -> tuple[type[Self], tuple[str, int, None]]:
         """A copy of what holds a watch (a model, a trainer) is not watched: it has a closed one."""
@@ -38,6 +42,14 @@ class Watch:
     def step(self) -> int:
         """Optimizer steps that took effect."""
         return self._step if self._loop is None else self._loop.step
+
+    @property
+    def status(self) -> WatchStatus:
+        """What is watched, whether the daemon is reached, and how probes and control are doing; prints as a table."""
+        if self._loop is not None:
+            with self._loop.border.guard("collecting the status"):
+                return collect(self._loop)
+        return replace(self._last_status, run=self.run, step=self.step)
 
     @property
     def pending_rollback(self) -> RollbackRequest | None:
@@ -97,6 +109,7 @@ class Watch:
         if self._loop is not None:
             self._run, self._step = self._loop.run, self._loop.step
             self._loop.close(in_order=in_order)
+            self._last_status = self.status
             self._loop = None
 
     def __enter__(self) -> Self:

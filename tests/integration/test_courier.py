@@ -19,6 +19,7 @@ import pytest
 from daemons import PATIENCE, ack, await_end, free_port, honest, response, silent_after, welcome
 
 from sharpwatch.agent.transport import courier, courier_process
+from sharpwatch.agent.transport.base import Connection
 from sharpwatch.agent.transport.courier_client import CourierClient
 from sharpwatch.agent.transport.destination import Destination
 from sharpwatch.agent.transport.framing import frame
@@ -103,6 +104,48 @@ def test_commands_come_back_and_nothing_else_does(serve, attach):
     daemon.wait(lambda: received.extend(pipe.receive()) or len(received) == 3, pipe)
     assert [each.command.id for each in received] == ["c1", "c2", "c3"]
     assert pipe.receive() == []
+
+
+def test_the_trainer_is_told_whether_the_daemon_is_reached(serve, attach):
+    first = serve(silent_after(2))
+    pipe = attach(first)
+    assert pipe.connection == Connection(first.address)
+    send(pipe, [1, 2, 3])
+    first.wait(lambda: pipe.connection.acknowledged == 2, pipe)
+    connected = pipe.connection
+    assert connected.connected
+    assert connected.since_unix_ns > 0
+    assert connected.reason == ""
+    first.stop()
+    first.wait(lambda: not pipe.connection.connected, pipe)
+    first.wait(lambda: "refused" in pipe.connection.reason, pipe)
+    assert pipe.connection.since_unix_ns > connected.since_unix_ns
+    assert pipe.connection.acknowledged == 2
+    second = serve(lambda daemon, samples: honest(daemon, samples, acknowledged=2), address=first.address)
+    second.wait(lambda: pipe.connection.acknowledged == 3, pipe)
+    assert pipe.connection.connected
+    pipe.close()
+    assert (pipe.connection.connected, pipe.connection.reason) == (False, "closed")
+
+
+def test_a_daemon_that_goes_away_says_why(serve, attach):
+    def draining(_, __):
+        yield welcome()
+        yield response(drain=agent_pb2.Drain(reason="restarting"))
+
+    daemon = serve(draining)
+    pipe = attach(daemon)
+    daemon.wait(lambda: pipe.connection.reason == "drained: restarting", pipe)
+    assert not pipe.connection.connected
+
+
+def test_a_courier_that_died_is_no_connection(serve, attach):
+    daemon = serve()
+    pipe = attach(daemon)
+    daemon.wait(lambda: pipe.connection.connected, pipe)
+    os.kill(pipe.courier_pid, signal.SIGKILL)
+    daemon.wait(lambda: pipe.connection.reason.startswith("the courier is gone"), pipe)
+    daemon.wait(lambda: pipe.connection.connected, pipe)
 
 
 def test_a_unix_socket_and_a_token(serve, attach, tmp_path):

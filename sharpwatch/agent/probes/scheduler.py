@@ -29,10 +29,12 @@ class ProbeScheduler:
 
     Attributes:
         running: Whether a probe is running now, whose own forwards are not the loop's.
+        last_steps: The step at which each probe last ran, by its name.
     """
 
     def __init__(self, parts: Parts) -> None:
         self.running = False
+        self.last_steps: dict[str, int] = {}
         self._parts = parts
         self._runner = parts.probes
         self._captured: Captured | None = None
@@ -69,6 +71,7 @@ class ProbeScheduler:
             probes = self._runner.run(names, captured, probed)
         finally:
             self.running = False
+        self.last_steps |= dict.fromkeys(probes.seconds, step)
         for name in self._runner.disabled:
             self._parts.sampler.disable(name)
         return probes

@@ -77,6 +77,7 @@ class Courier:
         self._backoff = Backoff(FIRST_WAIT_SECONDS, LAST_WAIT_SECONDS, jitter)
         self._hello: bytes | None = None
         self._sent = 0  # highest sequence ever sent
+        self._confirmed = 0  # highest sequence that the daemon has acknowledged
         self._limit = _MAX_REQUEST_BYTES
         self._welcomed = False  # ever
         self._news = asyncio.Event()  # a sample came, or the end
@@ -164,13 +165,15 @@ class Courier:
         wait: float | None = None
         try:
             await self._session(hello)
+            return self._backoff.next()
         except SessionOverError as error:
-            wait = error.wait
-            _LOG.info("stream ended: %s", error)
+            wait, reason = error.wait, str(error)
         except grpc.aio.AioRpcError as error:
-            _LOG.info("stream ended: %s: %s", error.code(), error.details())
+            reason = f"{error.code().name}: {error.details()}"
         except (TimeoutError, asyncio.InvalidStateError, OSError) as error:
-            _LOG.info("stream ended: %s: %s", type(error).__name__, error)
+            reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        _LOG.info("stream ended: %s", reason)
+        self._upward.disconnected(reason)
         return self._backoff.next() if wait is None else wait
 
     async def _session(self, hello: bytes) -> None:
@@ -198,7 +201,9 @@ class Courier:
                 break
         self._spool.rewind()
         if response.welcome.acknowledged_sequence <= self._spool.newest:
-            self._spool.settle(response.welcome.acknowledged_sequence)
+            self._confirmed = response.welcome.acknowledged_sequence
+            self._spool.settle(self._confirmed)
+        self._upward.connected(self._confirmed)
         self._upward.settle(self._spool.settled)
         self._limit = response.welcome.max_message_bytes or _MAX_REQUEST_BYTES
         self._welcomed = True
@@ -260,6 +265,8 @@ class Courier:
             _LOG.warning("acknowledgement of %d, which was never sent, ignored", sequence)
             return
         self._spool.settle(sequence)
+        self._confirmed = max(self._confirmed, sequence)
+        self._upward.connected(self._confirmed)
         self._upward.settle(self._spool.settled)
         self._backoff.reset()
 

@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError
 
 from sharpwatch.agent.safety.exception_barrier import warn
 from sharpwatch.agent.safety.signals import signals_held
+from sharpwatch.agent.transport.base import Connection
 from sharpwatch.agent.transport.courier_process import LOG, CourierGoneError, CourierProcess, NoCourierError
 from sharpwatch.agent.transport.destination import Destination, Tls, parse_daemon_address, parse_tls, parse_token
 from sharpwatch.agent.transport.framing import Unframer, frame
@@ -69,6 +70,7 @@ class CourierClient:
         # Written samples that the outbox had no room to keep: lost if the courier dies before they have left it.
         self._entrusted: OrderedDict[int, None] = OrderedDict()
         self._dropped: Counter[str] = Counter()
+        self._connection = Connection(where.target)
         self._commands: list[agent_pb2.SessionResponse] = []
         self._restart = _Restart()
         self._courier: CourierProcess | None = None
@@ -85,6 +87,11 @@ class CourierClient:
     def dropped(self) -> dict[str, int]:
         """Samples lost so far, by reason."""
         return dict(self._dropped)
+
+    @property
+    def connection(self) -> Connection:
+        """Whether the courier has a session with the daemon, as far as has been read."""
+        return self._connection
 
     @property
     def courier_pid(self) -> int | None:
@@ -144,6 +151,7 @@ class CourierClient:
             patience = max(0.0, deadline - time.monotonic())
         finally:
             self._closed = True
+            self._note_session(connected=False, reason="closed")
             if self._courier is not None:
                 self._courier.leave(kill=stuck, seconds=patience)
                 self._courier = None
@@ -172,9 +180,11 @@ class CourierClient:
             self._courier = CourierProcess(self._destination)
         except OSError as error:
             self._restart.warn(f"no courier could be started: {error}")
+            self._note_session(connected=False, reason=f"no courier could be started: {error}")
             return
         except NoCourierError as error:
             self._restart.give_up(str(error))
+            self._note_session(connected=False, reason=str(error))
             return
         self._unframer = Unframer(MAX_RESPONSE_BYTES)
         self._writing = memoryview(self._greeting)
@@ -184,6 +194,7 @@ class CourierClient:
         if courier is None:
             return
         courier.leave(kill=True)
+        self._note_session(connected=False, reason=f"the courier is gone: {reason}")
         now = time.monotonic()
         log = os.environ.get(LOG) or f"nowhere: name a file in ${LOG}"
         self._started_one |= courier.pid is not None
@@ -234,6 +245,20 @@ class CourierClient:
                 self._settle(min(response.ack.sequence, self._spool.newest))
             case "refusal":
                 self._count(response.refusal.code)
+            case "welcome":
+                self._note_session(connected=True, acknowledged=response.welcome.acknowledged_sequence)
+            case "drain":
+                self._note_session(connected=False, reason=response.drain.reason)
+
+    def _note_session(self, *, connected: bool, acknowledged: int = 0, reason: str = "") -> None:
+        before = self._connection
+        self._connection = Connection(
+            address=before.address,
+            connected=connected,
+            since_unix_ns=before.since_unix_ns if connected == before.connected else time.time_ns(),
+            acknowledged=max(before.acknowledged, acknowledged),
+            reason=reason,
+        )
 
     def _settle(self, sequence: int) -> None:
         """The courier holds nothing any more up to and with `sequence`."""

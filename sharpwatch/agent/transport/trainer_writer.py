@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from sharpwatch.agent.transport.framing import frame
 from sharpwatch.v1 import agent_pb2
 
+_MAX_REASON = 300  # characters
 _MAX_COMMANDS = 256  # the daemon sends again what was not answered
 
 
@@ -22,8 +23,20 @@ class TrainerWriter:
         self._told = 0
         self._refused: deque[tuple[int, str]] = deque()
         self._commands: deque[bytes] = deque(maxlen=_MAX_COMMANDS)
+        self._session: agent_pb2.SessionResponse | None = None  # the newest state of the session, not told yet
         self._writing = b""
         os.set_blocking(end, False)
+
+    def connected(self, acknowledged: int) -> None:
+        """A session is open, and the daemon has acknowledged all samples up to number `acknowledged`."""
+        self._session = agent_pb2.SessionResponse(welcome=agent_pb2.Welcome(acknowledged_sequence=acknowledged))
+        self._flush()
+
+    def disconnected(self, reason: str) -> None:
+        """No session is open, for `reason`."""
+        drain = agent_pb2.Drain(reason=reason[:_MAX_REASON])
+        self._session = agent_pb2.SessionResponse(drain=drain)
+        self._flush()
 
     def settle(self, sequence: int) -> None:
         """The courier holds nothing any more up to and with `sequence`."""
@@ -64,6 +77,9 @@ class TrainerWriter:
             sequence, code = self._refused.popleft()
             refusal = agent_pb2.Refusal(sequence=sequence, code=code)
             yield agent_pb2.SessionResponse(refusal=refusal).SerializeToString()
+        if self._session is not None:
+            session, self._session = self._session, None
+            yield session.SerializeToString()
         if self._told < self._settled:
             self._told = self._settled
             yield agent_pb2.SessionResponse(ack=agent_pb2.Ack(sequence=self._settled)).SerializeToString()
