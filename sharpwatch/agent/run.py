@@ -289,7 +289,7 @@ class WatchedRun:
         try:
             self.parts.on_rollback(request)
         except BaseException as error:
-            with self.border.guard("telling of a failed rollback"):
+            with self.border.guard("reporting a failed rollback"):
                 self.parts.control.rollback_failed(self.step, f"{type(error).__name__}: {error}")
                 self._samples.outbox.flush(wait=True)
                 self._samples.send_news(self.step)

@@ -213,7 +213,7 @@ def _overhead(status: WatchStatus) -> str:
 def _control(status: WatchStatus) -> str:
     changed = [f"{block} x {value:.4g}" for block, value in status.multipliers.items() if value != 1.0]
     rates = ", ".join(changed) or "every multiplier is 1"
-    reason = f"; {status.lr_refusal}" if status.lr_refusal else ""
+    reason = f"; learning rates can't be changed: {status.lr_refusal}" if status.lr_refusal else ""
     return f"{status.control}: {rates}, revision {status.revision}{reason}"
 
 

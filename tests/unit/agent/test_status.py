@@ -110,9 +110,9 @@ def test_it_says_why_learning_rates_cannot_be_changed():
     model = Net()
     optimizer = torch.optim.Rprop(model.parameters())
     with sharpwatch.attach(model, optimizer, training_job="job", transport=InMemoryTransport()) as watch:
-        assert watch.status.lr_refusal == (
-            "learning rates can't be changed: Rprop: it uses a learning rate at its first step only"
-        )
+        status = watch.status
+    assert status.lr_refusal == "Rprop: it uses a learning rate at its first step only"
+    assert f"revision 0; learning rates can't be changed: {status.lr_refusal}" in str(status)
 
 
 def test_the_connection_is_the_transports():
