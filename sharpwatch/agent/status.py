@@ -60,7 +60,7 @@ class WatchStatus:
         blocks: The block types of the model.
         parameters: How many parameters (tensors) are watched.
         frozen: Names of the watched parameters that are not trained.
-        other: Names of the parameters that no rule gave a block, and that fell to "other".
+        other: Names of the parameters in block "other", which belong to none of the usual ones.
         connection: Whether the daemon is reached.
         dropped: Samples that were lost, by reason.
         probes: Each probe that was asked for.
@@ -223,7 +223,8 @@ def _names(names: Sequence[str]) -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.2g} %"
+    percent = 100 * share
+    return f"{percent:.0f} %" if percent >= 100 else f"{percent:.2g} %"
 
 
 def _count(number: int) -> str:
