@@ -57,7 +57,7 @@ def test_the_signature_is_the_documented_one():
         ({"probe_every": 2.5}, "probe_every must be None or a whole number of steps >= 1, got 2.5"),
         (
             {"probes": ("gnb", "sharpness")},
-            "'gnb', 'direction', 'hutchinson', 'lanczos', 'linesearch', 'preconditioned'",
+            "'gnb', 'direction', 'hutchinson', 'lanczos', 'linesearch', 'gradient_noise', 'preconditioned'",
         ),
         ({"probes": "gnb"}, "each once, got 'gnb'"),
         ({"probes": None}, "each once, got None"),

@@ -12,7 +12,7 @@ from stand_ins import Net
 
 import sharpwatch
 from sharpwatch.agent.probes.budget import OverheadBudget
-from sharpwatch.agent.probes.builtin import Gnb
+from sharpwatch.agent.probes.gnb import Gnb
 from sharpwatch.agent.transport.base import Connection
 from sharpwatch.errors import ProbeError
 from sharpwatch.testing import InMemoryTransport
@@ -111,7 +111,7 @@ def test_it_says_why_learning_rates_cannot_be_changed():
     optimizer = torch.optim.Rprop(model.parameters())
     with sharpwatch.attach(model, optimizer, training_job="job", transport=InMemoryTransport()) as watch:
         status = watch.status
-    assert status.lr_refusal == "Rprop: it uses a learning rate at its first step only"
+    assert status.lr_refusal == "Rprop: it uses the learning rate in its first step only"
     assert f"revision 0; learning rates can't be changed: {status.lr_refusal}" in str(status)
 
 
