@@ -9,6 +9,7 @@ from sharpwatch._version import __version__
 if TYPE_CHECKING:
     from sharpwatch.agent.attach import attach
     from sharpwatch.agent.control.commands import RollbackRequest
+    from sharpwatch.agent.status import WatchStatus
     from sharpwatch.agent.watch import Watch
     from sharpwatch.blocks import BlockMap, classify
     from sharpwatch.checkpointing.checkpoints import Checkpoints
@@ -23,6 +24,7 @@ __all__ = [
     "SharpnessReport",
     "SharpwatchError",
     "Watch",
+    "WatchStatus",
     "__version__",
     "attach",
     "classify",
@@ -37,6 +39,7 @@ _HOMES = {
     "SharpnessReport": "sharpwatch.curvature.measure.report",
     "SharpwatchError": "sharpwatch.errors",
     "Watch": "sharpwatch.agent.watch",
+    "WatchStatus": "sharpwatch.agent.status",
     "attach": "sharpwatch.agent.attach",
     "classify": "sharpwatch.blocks",
     "measure": "sharpwatch.curvature.measure.measure",

@@ -27,6 +27,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from sharpwatch.agent.control.commands import CommandResult
+from sharpwatch.agent.transport.base import Connection
 from sharpwatch.v1 import agent_pb2, types_pb2
 
 __all__ = ["CommandResult", "InMemoryTransport"]
@@ -66,6 +67,12 @@ class InMemoryTransport:
     def results(self) -> list[CommandResult]:
         """What became of the commands, in the order in which the agent answered."""
         return [_result(result) for sample in self.samples for result in sample.results]
+
+    @property
+    def connection(self) -> Connection:
+        """Connected while a watch is open; every sample counts as acknowledged."""
+        last = self.samples[-1].sequence if self.samples else 0
+        return Connection("memory", bool(self.hellos) and not self.closed, acknowledged=last)
 
     # What a test sends.
 

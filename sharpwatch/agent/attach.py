@@ -139,7 +139,7 @@ def attach(  # noqa: PLR0913 - the public signature; each has a default that wor
         if not disabled:
             return Watch(name, initial_step, _watched(options, name, rendezvous))
     rendezvous.refuse("sharpwatch is disabled there, and must be on all ranks or none")
-    return Watch(name, initial_step, None)
+    return Watch(name, initial_step, None, disabled=True)
 
 
 def _classified(model: nn.Module) -> tuple[BlockMap, Mapping[str, str]]:

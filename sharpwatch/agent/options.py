@@ -1,4 +1,4 @@
-"""What `attach` is given, and what of it can be wrong."""
+"""The options of `attach`, and the checks of their values."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from sharpwatch.curvature.parameters.shards import is_sharded
 from sharpwatch.errors import AttachError, ProbeError
 
 _LOG = logging.getLogger("sharpwatch")
-_LONGEST_NAME = 253  # what the daemon takes
+_LONGEST_NAME = 253  # the daemon's limit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What `attach` was given; `optimizers` are those that take the steps."""
+    """The options that `attach` was called with; `optimizers` are those that take the steps, without wrappers."""
 
     model: nn.Module
     optimizers: tuple[torch.optim.Optimizer, ...]
@@ -52,13 +52,13 @@ class Options:
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """The smallest and the largest multiplier."""
+        """The smallest and the largest learning-rate multiplier, as floats."""
         low, high = self.lr_bounds
         return float(low), float(high)
 
     @property
     def equal(self) -> Mapping[str, object]:
-        """What all ranks of a run must give alike."""
+        """The options that must be the same on all ranks of a run."""
         return {
             "training_job": self.training_job,
             "run": self.run,
@@ -73,19 +73,23 @@ class Options:
 
 
 def check(options: Options) -> None:
-    """Raise `AttachError` on what a user got wrong."""
+    """Check every option.
+
+    Raises:
+        AttachError: Names the first option that is wrong, its value, and the rule it breaks.
+    """
     _check_training(options.model, options.optimizers)
     _check_numbers(options)
-    _check_words(options)
+    _check_names(options)
     _check_probes(options.probes, options.optimizers)
     for name in ("loss_fn", "logits_fn", "on_rollback"):
         value = getattr(options, name)
         if value is not None and not callable(value):
-            raise AttachError(f"{name}: expected a callable or None, got {type(value).__name__}")
+            raise AttachError(f"{name} must be a callable or None, got {type(value).__name__}")
     if options.transport is not None and not isinstance(options.transport, Transport):
         raise AttachError(
             "transport must have the members of sharpwatch.agent.transport.base.Transport (greet, send, receive, "
-            f"close, dropped) or be None, got {type(options.transport).__name__}"
+            f"close, dropped, connection) or be None, got {type(options.transport).__name__}"
         )
     parse_daemon_address(options.address)
     parse_token(options.token)
@@ -93,56 +97,60 @@ def check(options: Options) -> None:
 
 
 def possible(probes: tuple[str, ...], model: nn.Module) -> tuple[str, ...]:
-    """The probes that can run on `model`: of the default ones those that can, of others all, or it raises."""
+    """The probes that will run on `model`: the default ones as far as they can, or all of those that were asked for.
+
+    Raises:
+        AttachError: A probe was asked for that can't run on sharded parameters.
+    """
     if any(map(is_flat, model.parameters())):
         _LOG.warning(
-            "FSDP's flat parameters are watched as block 'other', without probes; fully_shard (FSDP2) shows the blocks"
+            "FSDP1's flat parameters are watched as block 'other', without probes; FSDP2 (fully_shard) shows the blocks"
         )
-        return ()  # the forward reads FSDP's own tensors, not those that a probe puts in their place
+        return ()  # the forward reads tensors of FSDP's own, not the parameters that a probe replaces
     if not probes or not is_sharded(model):
         return probes
     shardable = sharded_probes()
     if probes != DEFAULT_PROBES and not set(probes) <= set(shardable):
         raise AttachError(
-            f"probes={probes!r}: where parameters are sharded (FSDP2, tensor parallel) "
-            f"allowed is any of {', '.join(map(repr, shardable))}"
+            f"probes must be any of {', '.join(map(repr, shardable))} where parameters are sharded "
+            f"(FSDP2, tensor parallel), got {probes!r}"
         )
     try:
         DataRank.of(model)
     except ProbeError as error:
-        raise AttachError(f"probes={probes!r}: {error}; give probes=()") from error
+        raise AttachError(f"probes must be () for this model, got {probes!r}: {error}") from error
     return tuple(probe for probe in probes if probe in shardable)
 
 
 def _check_training(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
     if not isinstance(model, nn.Module):
-        raise AttachError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    _check_material(model)
+        raise AttachError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    _check_parameters(model)
     own = {id(parameter) for parameter in model.parameters()}
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise AttachError("model: has no trainable parameter")
+        raise AttachError("model must have a parameter that requires a gradient, got one without")
     if unreadable_parameters(model):
         raise AttachError(f"model: {unreadable_parameters(model)}")
     if not optimizers:
-        raise AttachError("optimizer: expected one torch.optim.Optimizer or several, got none")
+        raise AttachError("optimizer must be one torch.optim.Optimizer or several, got none")
     if len({id(each) for each in optimizers}) < len(optimizers):
-        raise AttachError("optimizer: the same optimizer is given twice")
+        raise AttachError("optimizer must name each optimizer once, got the same one twice")
     for i, each in enumerate(optimizers):
         if not isinstance(each, torch.optim.Optimizer):
-            raise AttachError(f"optimizer[{i}]: expected a torch.optim.Optimizer, got {type(each).__name__}")
+            raise AttachError(f"optimizer[{i}] must be a torch.optim.Optimizer, got {type(each).__name__}")
         if not any(id(parameter) in own for group in each.param_groups for parameter in group["params"]):
-            raise AttachError(f"optimizer[{i}]: {type(each).__name__} holds no parameter of this model")
-        # Two watches would lay their learning rates over each other's.
+            raise AttachError(f"optimizer[{i}] must hold a parameter of this model; {type(each).__name__} holds none")
+        # The multipliers of two watches would be applied on top of each other.
         if any(isinstance(hook, Hook) for hook in each._optimizer_step_pre_hooks.values()):  # noqa: SLF001 - no public way
             raise AttachError(f"optimizer[{i}]: {type(each).__name__} is watched already; close() that watch first")
 
 
-def _check_material(model: nn.Module) -> None:
+def _check_parameters(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
             raise AttachError(f"model: {name} has no shape yet; call the model once before attach")
         if parameter.is_meta:
-            raise AttachError(f"model: {name} is on the meta device, without values; give it some before attach")
+            raise AttachError(f"model: {name} is on the meta device, without values; initialize it before attach")
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise AttachError(f"model: {name or 'it'} is a ScriptModule, which probes can't call with other weights")
@@ -152,38 +160,43 @@ def _check_numbers(options: Options) -> None:
     budget, probe_every, lr_bounds = options.overhead_budget, options.probe_every, options.lr_bounds
     initial_step, seed = options.initial_step, options.seed
     if not (_is_number(budget) and 0 < budget <= 1):
-        raise AttachError(f"overhead_budget={budget!r}: allowed is a share of step time above 0, up to 1")
+        raise AttachError(
+            f"overhead_budget must satisfy 0 < overhead_budget <= 1 (a share of step time), got {budget!r}"
+        )
     if probe_every is not None and not (_is_integer(probe_every) and probe_every >= 1):
-        raise AttachError(f"probe_every={probe_every!r}: allowed is None or a whole number of steps from 1")
+        raise AttachError(f"probe_every must be None or a whole number of steps >= 1, got {probe_every!r}")
     if not (isinstance(lr_bounds, tuple | list) and len(lr_bounds) == 2 and all(map(_is_number, lr_bounds))):
-        raise AttachError(f"lr_bounds={lr_bounds!r}: expected two numbers, (smallest, largest)")
+        raise AttachError(f"lr_bounds must be two numbers (low, high), got {lr_bounds!r}")
     if not 0 < lr_bounds[0] <= 1 <= lr_bounds[1] < math.inf:
-        raise AttachError(f"lr_bounds={lr_bounds!r}: allowed is 0 < smallest <= 1 <= largest")
+        raise AttachError(f"lr_bounds must satisfy 0 < low <= 1 <= high, got {lr_bounds!r}")
     if not (_is_integer(initial_step) and initial_step >= 0):
-        raise AttachError(f"initial_step={initial_step!r}: allowed is a whole number from 0")
+        raise AttachError(f"initial_step must be a whole number >= 0, got {initial_step!r}")
     if not (_is_integer(seed) and 0 <= seed < 2**63):
-        raise AttachError(f"seed={seed!r}: allowed is a whole number from 0 below 2**63")
+        raise AttachError(f"seed must be a whole number, 0 <= seed < 2**63, got {seed!r}")
 
 
-def _check_words(options: Options) -> None:
+def _check_names(options: Options) -> None:
     training_job, run, control = options.training_job, options.run, options.control
-    if not _is_name(training_job, _LONGEST_NAME - 32):  # the rest is for what a run's name adds to it
-        raise AttachError(f"training_job={training_job!r}: expected 1 to {_LONGEST_NAME - 32} printable characters")
+    if not _is_name(training_job, _LONGEST_NAME - 32):  # a run's name adds up to 32
+        raise AttachError(
+            f"training_job must have 1 to {_LONGEST_NAME - 32} printable characters, got {training_job!r}"
+        )
     if run is not None and not _is_name(run, _LONGEST_NAME):
-        raise AttachError(f"run={run!r}: expected 1 to {_LONGEST_NAME} printable characters, or None for a made one")
+        raise AttachError(f"run must have 1 to {_LONGEST_NAME} printable characters, or be None, got {run!r}")
     if control not in CONTROL_MODES:
-        raise AttachError(f"control={control!r}: allowed is {', '.join(map(repr, CONTROL_MODES))}")
+        raise AttachError(f"control must be one of {', '.join(map(repr, CONTROL_MODES))}, got {control!r}")
 
 
 def _check_probes(probes: Sequence[str], optimizers: Sequence[torch.optim.Optimizer]) -> None:
     listed = isinstance(probes, Collection) and not isinstance(probes, str)
     if not listed or any(probe not in PROBES for probe in probes) or len(set(probes)) < len(probes):
-        raise AttachError(f"probes={probes!r}: allowed is any of {', '.join(map(repr, PROBES))}, each once")
-    for check_optimizers in filter(None, (PROBES[probe].check for probe in probes)):
+        raise AttachError(f"probes must be any of {', '.join(map(repr, PROBES))}, each once, got {probes!r}")
+    for probe, check_optimizers in ((probe, PROBES[probe].check) for probe in probes):
         try:
-            check_optimizers(optimizers)
+            if check_optimizers is not None:
+                check_optimizers(optimizers)
         except ProbeError as error:
-            raise AttachError(f"probes={tuple(probes)!r}: {error}") from error
+            raise AttachError(f"probes can't have {probe!r} for these optimizers, got {probes!r}: {error}") from error
 
 
 def _is_name(value: object, longest: int) -> bool:

@@ -29,6 +29,7 @@ from sharpwatch.agent.safety.exception_barrier import ExceptionBarrier
 from sharpwatch.agent.safety.overhead_timer import OverheadTimer
 from sharpwatch.agent.safety.signals import signals_held
 from sharpwatch.agent.statistics.tap import PendingTap
+from sharpwatch.agent.status import announcement, collect
 from sharpwatch.agent.transport.base import Transport
 from sharpwatch.v1 import types_pb2
 
@@ -85,11 +86,12 @@ class WatchedRun:
         self.transport = transport
         self.barrier = barrier
         self.timer = OverheadTimer()
-        self._options = options
+        self.options = options
         self._identity = identity
         self._reporter = reporter
         self._losses = LossTracker()
         self._parameters = ParameterIdentity(options.model)
+        self._announced = False
         self._begun = False  # whether there was a forward or a step
         self._restored = False  # since the last step, whose record says so
         self._current: _StepInProgress | None = None
@@ -100,6 +102,11 @@ class WatchedRun:
         self._closed = False
 
     # What the loop calls.
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing is watched any more."""
+        return self._closed
 
     def observe(self, loss: float | Tensor) -> None:
         """The step's loss."""
@@ -151,7 +158,7 @@ class WatchedRun:
             raise ValueError(
                 f"cannot load agent state version {version}: this version of sharpwatch reads version {_STATE_VERSION}"
             )
-        job, run = self._identity.training_job, self.run if self._options.run is not None else state["run"]
+        job, run = self._identity.training_job, self.run if self.options.run is not None else state["run"]
         if (job, run) != (state["training_job"], state["run"]):
             _LOG.info("agent state not loaded: it is of run %s of %s", state["run"], state["training_job"])
             return
@@ -242,7 +249,7 @@ class WatchedRun:
         (a generator and a discriminator in turn, one optimizer's warm-up).
         """
         if self._current is not None and which in self._current.stepped:
-            for other in set(range(len(self._options.optimizers))) - self._current.stepped - self._current.read:
+            for other in set(range(len(self.options.optimizers))) - self._current.stepped - self._current.read:
                 with self.barrier.guard("reading the tap"):
                     self.read(other)
             self._complete(self._current)
@@ -271,18 +278,18 @@ class WatchedRun:
         """The `step()` of optimizer `which` has ended."""
         if self._current is not None:
             self._current.stepped.add(which)
-            if len(self._current.stepped) == len(self._options.optimizers):
+            if len(self._current.stepped) == len(self.options.optimizers):
                 self._complete(self._current)
 
     def go_back(self) -> None:
         """Do the rollback that is due, by the user's callback; what that raises reaches the loop."""
         request, self._request = self._request, None
-        if request is None or self._options.on_rollback is None:
+        if request is None or self.options.on_rollback is None:
             return
         try:
-            self._options.on_rollback(request)
+            self.options.on_rollback(request)
         except BaseException as error:
-            with self.barrier.guard("telling of a failed rollback"):
+            with self.barrier.guard("reporting a failed rollback"):
                 self.control.rollback_failed(self.step, f"{type(error).__name__}: {error}")
                 self._reporter.flush(wait=True)
                 self._reporter.send_news(self.step)
@@ -296,7 +303,7 @@ class WatchedRun:
         self.step = done.step
         self._current = None
         # Half a reading would show false zeros.
-        tap = done.tap if len(done.read) == len(self._options.optimizers) else None
+        tap = done.tap if len(done.read) == len(self.options.optimizers) else None
         probes = self.scheduler.run(done.step, done.due or DueProbes(), tap)
         losses = self._losses.take()
         record = StepRecord(
@@ -318,12 +325,21 @@ class WatchedRun:
             self._receive(command, self.step + 1)
         self._report(ended.records)
         self.scheduler.agree()
+        if not self._announced:
+            self._announce()
         self._request = self.control.end(done.step, self.strategy.clock()) or self._request
         self.rates.wrap_steps(self._hooks.innermost, command_expected=self.strategy.expects_command)
         replaced = self._parameters.replaced(done.step)
         if replaced:
             _LOG.warning("%s was replaced: the watch ends, as it would go on with the old one; attach again", replaced)
             self.close(in_order=True)
+
+    def _announce(self) -> None:
+        """Log what is watched, once, after the first step; on several ranks the leading one does."""
+        self._announced = True
+        if self.strategy.leads:
+            with self.barrier.guard("announcing the run"):
+                _LOG.info("%s", announcement(collect(self)))
 
     def _report(self, records: Iterable[StepRecord]) -> None:
         for record in records:

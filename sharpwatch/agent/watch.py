@@ -1,32 +1,35 @@
-"""What the training loop holds: the agent's public face."""
+"""`Watch`: the object that `attach` returns to the training loop."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from torch import Tensor
 
 from sharpwatch.agent.control.commands import RollbackRequest
 from sharpwatch.agent.run import WatchedRun
+from sharpwatch.agent.status import WatchStatus, collect
 
 
 class Watch:
-    """One attempt of one run under watch. Everything public may be called at any time, and never raises.
+    """One attempt of one run under watch, as `attach` returns it; also a context manager that closes itself.
 
-    What can't be done is logged; after `close` nothing is.
-
-    What does reach the loop, through `optimizer.step()`, is what `on_rollback` raises, and `DesyncError`.
+    Its methods may be called at any time and never raise: errors are logged. After `close` they do nothing. Two errors
+    do reach the training loop, through `optimizer.step()`: what `on_rollback` raises, and `DesyncError`.
     """
 
-    def __init__(self, run: str, step: int, loop: WatchedRun | None) -> None:
+    def __init__(self, run: str, step: int, loop: WatchedRun | None, *, disabled: bool = False) -> None:
         self._run = run
         self._step = step
         self._loop = loop  # None: disabled, or closed
+        state: Literal["watching", "disabled", "closed"] = "closed" if loop is None else "watching"
+        self._last_status = WatchStatus(state="disabled" if disabled else state, run=run, step=step)
 
     def __reduce__(self) -> tuple[type[Self], tuple[str, int, None]]:
-        """A copy of what holds a watch (a model, a trainer) is not watched: it has a closed one."""
+        """A copy, as of a trainer that holds a watch, is a closed watch."""
         return type(self), (self.run, self.step, None)
 
     @property
@@ -36,42 +39,60 @@ class Watch:
 
     @property
     def step(self) -> int:
-        """Optimizer steps that took effect."""
+        """Optimizer steps that took effect, those before `attach` included."""
         return self._step if self._loop is None else self._loop.step
 
     @property
+    def status(self) -> WatchStatus:
+        """The state of the watch at this moment: blocks, daemon, probes, overhead, control. Prints as a table."""
+        if self._loop is not None:
+            with self._loop.barrier.guard("collecting the status"):
+                return collect(self._loop)
+        return replace(self._last_status, run=self.run, step=self.step)
+
+    @property
     def pending_rollback(self) -> RollbackRequest | None:
-        """For loops that restore on their own: the rollback to do now, then call `restored`."""
+        """The rollback that the loop must do now, or None; afterwards call `restored` or `rollback_failed`."""
         return None if self._loop is None else self._loop.control.pending_rollback
 
     def observe(self, *, loss: float | Tensor) -> None:
-        """The step's loss, before or after `optimizer.step()`; no sync."""
+        """Report the loss of a step, before or after its `optimizer.step()`; does not wait for the device.
+
+        Args:
+            loss: The loss as a number, or a tensor with one element. Without it the loss in the model's output is used.
+        """
         if self._loop is not None:
             with self._loop.barrier.guard("observing the loss"):
                 self._loop.observe(loss)
 
     def saved_checkpoint(self, step: int, uri: str) -> None:
-        """A checkpoint of `step` stands at `uri`: a place that a rollback can go to."""
+        """Report a checkpoint, to which a rollback may go.
+
+        Args:
+            step: The step after which it was saved.
+            uri: Where it is; a rollback names it by this.
+        """
         if self._loop is not None:
-            with self._loop.barrier.guard("noting a checkpoint"):
+            with self._loop.barrier.guard("reporting a checkpoint"):
                 self._loop.checkpoint(int(step), str(uri))
 
     def restored(self, step: int) -> None:
-        """The loop put the run back to `step`."""
+        """Report that the loop has restored the checkpoint of `step`; the next step is `step` + 1."""
         if self._loop is not None:
-            with self._loop.barrier.guard("noting a restore"):
+            with self._loop.barrier.guard("reporting a restore"):
                 self._loop.restored(int(step))
 
     def rollback_failed(self, reason: str) -> None:
-        """The pending rollback can't be done; the loop stands where it stood."""
+        """Report that the pending rollback can't be done, and why; training continues from the present step."""
         if self._loop is not None:
-            with self._loop.barrier.guard("telling of a failed rollback"):
+            with self._loop.barrier.guard("reporting a failed rollback"):
                 self._loop.control.rollback_failed(self._loop.step, str(reason))
 
     def state_dict(self) -> dict[str, Any]:
-        """The agent's own state for the run's checkpoint, as plain values: what is in force, what probes have cost.
+        """Return the agent's own state for the run's checkpoint: multipliers in force, and what probes have cost.
 
-        The same on every rank; empty where sharpwatch is disabled or closed.
+        Returns:
+            Plain values, the same on every rank; empty if the watch is disabled or closed.
         """
         if self._loop is not None:
             with self._loop.barrier.guard("making the agent's state"):
@@ -79,24 +100,31 @@ class Watch:
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on as the run that made `state`: its name, step and multipliers; to be called before the first forward.
+        """Continue as the run that made `state`, with its name, step and multipliers.
 
-        Later it does nothing: a run that is rolled back keeps what is in force. So does the state of another training
-        job, or of another run than the one named at `attach`, and an empty one. On several ranks all of them call it,
-        with the same state, or none takes it up.
+        Must be called before the first forward; later it does nothing, so that a rollback keeps the multipliers in
+        force. It also does nothing if `state` is empty, of another training job, or of another run than the one named
+        at `attach`. On several ranks all must call it with the same state, or none of them uses it.
+
+        Args:
+            state: What `state_dict` returned.
         """
         if self._loop is not None:
             with self._loop.barrier.guard("loading the agent's state"):
                 self._loop.load_state_dict(state)
 
     def close(self) -> None:
-        """Take every hook away and say goodbye; takes at most 2 s, 3 s on several ranks. Ctrl-C waits as long, once."""
+        """Remove every hook and send the last samples; takes at most 2 s, or 3 s on several ranks.
+
+        The first Ctrl-C during `close` is deferred until it returns; a second one interrupts it.
+        """
         self._close(in_order=True)
 
     def _close(self, *, in_order: bool) -> None:
         if self._loop is not None:
             self._run, self._step = self._loop.run, self._loop.step
             self._loop.close(in_order=in_order)
+            self._last_status = self.status
             self._loop = None
 
     def __enter__(self) -> Self:

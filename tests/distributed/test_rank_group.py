@@ -164,7 +164,7 @@ def test_where_a_rank_dies_the_run_ends_as_it_would_have(ranks):
 
 
 WRONG = {
-    "control='nothing'": [{}, {"control": "nothing"}],
+    "control must be one of 'none', 'lr', 'rollback', got 'nothing'": [{}, {"control": "nothing"}],
     "seed: rank 0 has 1, rank 1 2": [{"seed": 1}, {"seed": 2}],
     "run: rank 0 has 'a', rank 1 'b'": [{"run": "a"}, {"run": "b"}],
 }

@@ -19,10 +19,10 @@ import pytest
 from daemons import PATIENCE, ack, await_end, free_port, honest, response, silent_after, welcome
 
 from sharpwatch.agent.transport import courier, courier_process
+from sharpwatch.agent.transport.base import Connection
 from sharpwatch.agent.transport.courier_client import CourierClient
 from sharpwatch.agent.transport.destination import Destination
-from sharpwatch.agent.transport.framing import frame
-from sharpwatch.agent.transport.trainer_writer import TrainerWriter
+from sharpwatch.agent.transport.framing import TrainerWriter, frame
 from sharpwatch.v1 import agent_pb2, types_pb2
 
 HELLO = agent_pb2.Hello(protocol=1, run="run", training_job="job", attempt="attempt")
@@ -103,6 +103,48 @@ def test_commands_come_back_and_nothing_else_does(serve, attach):
     daemon.wait(lambda: received.extend(pipe.receive()) or len(received) == 3, pipe)
     assert [each.command.id for each in received] == ["c1", "c2", "c3"]
     assert pipe.receive() == []
+
+
+def test_the_trainer_is_told_whether_the_daemon_is_reached(serve, attach):
+    first = serve(silent_after(2))
+    pipe = attach(first)
+    assert pipe.connection == Connection(first.address)
+    send(pipe, [1, 2, 3])
+    first.wait(lambda: pipe.connection.acknowledged == 2, pipe)
+    connected = pipe.connection
+    assert connected.connected
+    assert connected.since_unix_ns > 0
+    assert connected.reason == ""
+    first.stop()
+    first.wait(lambda: not pipe.connection.connected, pipe)
+    first.wait(lambda: "refused" in pipe.connection.reason, pipe)
+    assert pipe.connection.since_unix_ns > connected.since_unix_ns
+    assert pipe.connection.acknowledged == 2
+    second = serve(lambda daemon, samples: honest(daemon, samples, acknowledged=2), address=first.address)
+    second.wait(lambda: pipe.connection.acknowledged == 3, pipe)
+    assert pipe.connection.connected
+    pipe.close()
+    assert (pipe.connection.connected, pipe.connection.reason) == (False, "closed")
+
+
+def test_a_daemon_that_goes_away_says_why(serve, attach):
+    def draining(_, __):
+        yield welcome()
+        yield response(drain=agent_pb2.Drain(reason="restarting"))
+
+    daemon = serve(draining)
+    pipe = attach(daemon)
+    daemon.wait(lambda: pipe.connection.reason == "drained: restarting", pipe)
+    assert not pipe.connection.connected
+
+
+def test_a_courier_that_died_is_no_connection(serve, attach):
+    daemon = serve()
+    pipe = attach(daemon)
+    daemon.wait(lambda: pipe.connection.connected, pipe)
+    os.kill(pipe.courier_pid, signal.SIGKILL)
+    daemon.wait(lambda: pipe.connection.reason.startswith("the courier is gone"), pipe)
+    daemon.wait(lambda: pipe.connection.connected, pipe)
 
 
 def test_a_unix_socket_and_a_token(serve, attach, tmp_path):
@@ -399,7 +441,7 @@ def test_a_stopped_courier_never_blocks_the_trainer(serve, attach):
 
 
 def test_close_kills_a_courier_that_takes_nothing_more(serve, attach, monkeypatch):
-    monkeypatch.setattr(courier_process, "_CODE", "import signal; signal.pause()")
+    monkeypatch.setattr(courier_process, "_COURIER_CODE", "import signal; signal.pause()")
     pipe = attach(serve(), outbox_bytes=100_000)
     process = pipe.courier_pid
     send(pipe, range(1, 1_001), size=2_000)
@@ -447,7 +489,7 @@ trainer.poll()  # until it has closed its end
 @pytest.mark.parametrize("moment", [WHEN_WOKEN, AT_THE_END], ids=["woken", "at the end"])
 def test_an_interrupted_close_leaves_nothing_open(attach, monkeypatch, moment):
     ready = frame(response(command=types_pb2.Command(id="ready")))
-    monkeypatch.setattr(courier_process, "_CODE", INTERRUPT.replace("READY", repr(ready)) + moment)
+    monkeypatch.setattr(courier_process, "_COURIER_CODE", INTERRUPT.replace("READY", repr(ready)) + moment)
     before = descriptors()
     pipe = attach(f"127.0.0.1:{free_port()}")
     process = pipe.courier_pid
@@ -485,7 +527,7 @@ def test_a_sample_larger_than_the_outbox_keeps_all_but_its_arrays(serve, attach)
 def test_a_courier_gone_mad_is_replaced(serve, attach, monkeypatch, caplog, tmp_path, code):  # noqa: PLR0917 - fixtures
     daemon = serve()
     known = tmp_path / "pid"
-    monkeypatch.setattr(courier_process, "_CODE", f"open({str(known)!r}, 'w').write(str(os.getpid())); {code}")
+    monkeypatch.setattr(courier_process, "_COURIER_CODE", f"open({str(known)!r}, 'w').write(str(os.getpid())); {code}")
     pipe = attach(daemon)
     sent = 1
     pipe.send(request(1))
@@ -529,7 +571,7 @@ def program_for_python(monkeypatch, tmp_path):
 @pytest.mark.parametrize("act", ["echo hello; exec sleep 1000", "sleep 1000", "exit 3"])
 def test_what_is_no_python_is_ended_and_not_started_again(attach, monkeypatch, caplog, program_for_python, act):
     started = program_for_python(act)
-    monkeypatch.setattr(courier_process, "_BIRTH_SECONDS", 0.1)
+    monkeypatch.setattr(courier_process, "_REPORT_SECONDS", 0.1)
     pipe = attach(f"127.0.0.1:{free_port()}")
     send(pipe, [1, 2])
     assert "no courier in this program" in caplog.text
@@ -714,7 +756,7 @@ for stream in range(3):
 pipe = CourierClient(address=pipe._destination.target)
 pipe.greet(agent_pb2.Hello(run="run"))
 pipe.flush()
-ends = pipe._courier._inward.fileno(), pipe._courier._outward.fileno()
+ends = pipe._courier._from_courier.fileno(), pipe._courier._to_courier.fileno()
 send(pipe, 1)
 pipe.close()
 os._exit(0 if min(ends) > 2 else 1)

@@ -27,6 +27,7 @@ def test_the_package_hands_on_these_names():
         "SharpnessReport",
         "SharpwatchError",
         "Watch",
+        "WatchStatus",
         "__version__",
         "attach",
         "classify",
@@ -77,6 +78,10 @@ def test_watch(method, parameters):
 
 def test_watch_shows_a_pending_rollback():
     assert isinstance(inspect.getattr_static(sharpwatch.Watch, "pending_rollback"), property)
+
+
+def test_watch_shows_its_status():
+    assert isinstance(inspect.getattr_static(sharpwatch.Watch, "status"), property)
 
 
 def test_rollback_request():

@@ -86,6 +86,11 @@ class Controller:
         self._results: list[CommandResult] = []
 
     @property
+    def present_lr_refusal(self) -> str:
+        """Why a command for learning rates would be refused now, if it would for every block; else empty."""
+        return self.lr_refusal or (self._lr_refusal_from_state() if self._lr_refusal_from_state else "")
+
+    @property
     def may_scale(self) -> bool:
         """Whether the next step may run under a multiplier other than 1."""
         waiting = any(isinstance(command.action, SetMultipliers) for command in self._waiting)
@@ -251,7 +256,7 @@ class Controller:
         return "unknown action: the daemon may be newer than the trainer's sharpwatch"
 
     def _multiplier_refusal(self, action: SetMultipliers) -> str:
-        reason = self.lr_refusal or (self._lr_refusal_from_state() if self._lr_refusal_from_state else "")
+        reason = self.present_lr_refusal
         if reason:
             return f"learning rates can't be changed: {reason}"
         low, high = self._bounds

@@ -39,6 +39,11 @@ class OverheadBudget:
         self._step_seconds = 0.0
 
     @property
+    def budget(self) -> float | None:
+        """The share of step time that the agent may take; None where `probe_every` fixes the cadence instead."""
+        return self._budget if self._probe_every is None else None
+
+    @property
     def overhead_ratio(self) -> float:
         """The agent's seconds over the loop's own, in the last 1000 steps."""
         return self._agent_seconds / self._step_seconds if self._step_seconds > 0 else 0.0

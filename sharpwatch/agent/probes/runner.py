@@ -22,7 +22,7 @@ from sharpwatch.agent.probes.out_of_memory import (
     is_out_of_memory,
     require_room_for_copies,
 )
-from sharpwatch.agent.safety.exception_barrier import ExceptionBarrier, from_signal_handler
+from sharpwatch.agent.safety.exception_barrier import ExceptionBarrier, from_signal_handler, warn
 from sharpwatch.agent.safety.signals import signals_held
 from sharpwatch.blocks import BlockMap
 from sharpwatch.curvature.objective.batch import Batch
@@ -163,6 +163,11 @@ class ProbeRunner:
         """The device of the model, which may be moved after `attach`."""
         return next(self._context.model.parameters()).device
 
+    @property
+    def runs(self) -> Mapping[str, int]:
+        """How often each probe ran, failures included."""
+        return dict(self._runs)
+
     def has_room(self) -> bool:
         """Returns whether memory is left for a probe that all ranks run together."""
         return has_room_for_sharded_probe(self._context.model.parameters())
@@ -298,7 +303,9 @@ class ProbeRunner:
         self._in_a_row[name] += 1
         reason = str(error) if isinstance(error, ProbeError) else f"{type(error).__name__}: {error}"
         count = self._failures[name].count + 1 if name in self._failures else 1
-        self._failures[name] = ProbeFailure(name, reason, count, self._gives_up(name, error))
+        failure = self._failures[name] = ProbeFailure(name, reason, count, self._gives_up(name, error))
+        if failure.disabled:
+            warn("probe %s is given up after %d failures: %s", name, count, reason)
         self.failures = tuple(self._failures.values())
         self.disabled = tuple(each.probe for each in self.failures if each.disabled)
 

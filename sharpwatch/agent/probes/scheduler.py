@@ -35,10 +35,12 @@ class ProbeScheduler:
 
     Attributes:
         running: Whether a probe is running now, whose own forwards are not the loop's.
+        last_steps: The step at which each probe last ran, by its name.
     """
 
     def __init__(self, runner: ProbeRunner, budget: OverheadBudget, strategy: Strategy) -> None:
         self.running = False
+        self.last_steps: dict[str, int] = {}
         self.runner = runner
         self.budget = budget
         self._strategy = strategy
@@ -76,6 +78,7 @@ class ProbeScheduler:
             probes = self.runner.run(names, captured, probed)
         finally:
             self.running = False
+        self.last_steps |= dict.fromkeys(probes.seconds, step)
         for name in self.runner.disabled:
             self.budget.disable(name)
         return probes

@@ -1,1 +1,1 @@
-"""What keeps the agent from harming the training run."""
+"""Keeps the agent from harming the training run: exceptions, signals and time."""

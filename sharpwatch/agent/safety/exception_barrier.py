@@ -1,4 +1,4 @@
-"""The host-safety border: nothing the agent does raises into the training loop, but ranks that are out of step."""
+"""The exception barrier: nothing that the agent does raises into the training loop, except `DesyncError`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from types import FrameType
 from sharpwatch.errors import DesyncError
 
 _LOG = logging.getLogger("sharpwatch")
-_REMEMBERED = 256  # distinct errors; past that they are counted only
+_REMEMBERED = 256  # distinct errors that are logged; further ones are only counted
 
 
 class ExceptionBarrier:
-    """Counts every swallowed error and logs each distinct one (place and type) once."""
+    """Swallows the agent's errors: counts each, and logs each distinct one (by place and type) once."""
 
     def __init__(self) -> None:
         self.swallowed = 0
@@ -24,7 +24,12 @@ class ExceptionBarrier:
 
     @contextmanager
     def guard(self, doing: str) -> Iterator[None]:
-        """Run the body; what it raises ends here, unless it is the program's own, or ranks are out of step."""
+        """Run the body and swallow what it raises; `doing` names it in the log.
+
+        Raises:
+            DesyncError: Ranks are out of step.
+            Exception: One that a signal handler of the program raised while the body ran.
+        """
         try:
             yield
         except DesyncError:
@@ -33,28 +38,28 @@ class ExceptionBarrier:
             if from_signal_handler(error):
                 raise
             self.swallowed += 1
-            self._tell(doing, error)
+            self._log(doing, error)
 
-    def _tell(self, doing: str, error: Exception) -> None:
+    def _log(self, doing: str, error: Exception) -> None:
         *_, (frame, line) = traceback.walk_tb(error.__traceback__)
         key = (doing, type(error).__name__, f"{frame.f_code.co_filename}:{line}")
         if key in self._logged or len(self._logged) >= _REMEMBERED:
             return
         self._logged.add(key)
-        warn("%s failed, training goes on (logged once): %s: %s", doing, type(error).__name__, error, error=error)
+        warn("%s failed; training continues (logged once): %s: %s", doing, type(error).__name__, error, error=error)
 
 
 def warn(message: str, *arguments: object, error: Exception | None = None) -> None:
-    """Log a warning; handlers and filters of the program's own may raise."""
+    """Log a warning, also where a handler or filter of the program raises."""
     with suppress(Exception):
         _LOG.warning(message, *arguments, exc_info=error)
 
 
 def from_signal_handler(error: Exception) -> bool:
-    """Whether a signal handler of the program raised it: it came while our code happened to run.
+    """Whether a signal handler of the program raised `error` while the agent happened to run.
 
-    Such as torch's own for DataLoader workers that die, or one that ends a preempted run. Python calls a handler with
-    the frame that it interrupts, which no other function is given by its caller.
+    Examples are torch's handler for DataLoader workers that die, and one that ends a preempted run. Python calls a
+    handler with the frame that it interrupts; no other function is called with its caller's frame.
     """
     return any(
         frame.f_back is not None and any(value is frame.f_back for value in _arguments(frame))
@@ -63,7 +68,7 @@ def from_signal_handler(error: Exception) -> bool:
 
 
 def _arguments(frame: FrameType) -> Iterator[object]:
-    """What `frame` was called with, as far as its names still hold it."""
+    """The arguments that `frame` was called with, as far as its variables still hold them."""
     code = frame.f_code
     count = code.co_argcount + code.co_kwonlyargcount
     values = frame.f_locals

@@ -1,4 +1,4 @@
-"""What a step takes, and how much of it is the agent's."""
+"""Measures the seconds of a step, and which of them are the agent's."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from time import perf_counter
 
 
 class OverheadTimer:
-    """Tells the agent's seconds from the loop's own."""
+    """Splits the seconds of each step into the agent's and the loop's own."""
 
     def __init__(self) -> None:
-        self._since: float | None = None  # the last lap
-        self._agents = 0.0  # of this lap
-        self._working: float | None = None  # since when the agent is at work
+        self._since: float | None = None  # when the step began
+        self._agents = 0.0  # the agent's seconds in this step
+        self._working: float | None = None  # when the agent's present work began
 
     def start(self) -> None:
-        """A step is under way, if none was."""
+        """Begin a step, unless one has begun."""
         self._since = self._since or perf_counter()
 
     def stop(self) -> None:
-        """What comes is no part of a step."""
+        """Forget the step: the time until the next `start` belongs to none."""
         self._since = None
 
     @contextmanager
     def agent(self) -> Iterator[None]:
-        """The body's seconds are the agent's; those of a body within it count once."""
+        """Count the body's seconds as the agent's; nested bodies count once."""
         if self._working is not None:
             yield
             return
@@ -37,7 +37,7 @@ class OverheadTimer:
             self._working = None
 
     def lap(self) -> tuple[float, float] | None:
-        """A step is over: the loop's own seconds and the agent's; None where its beginning was not seen."""
+        """End a step: returns the loop's own seconds and the agent's, or None if its beginning was not seen."""
         now, since = perf_counter(), self._since
         if self._working is not None:
             self._agents += now - self._working

@@ -1,8 +1,8 @@
-"""Signals that come in the midst of what must not be cut short wait until it has ended."""
+"""Defers the program's signal handlers while the agent does what must not be cut short."""
 
 from __future__ import annotations
 
-import _signal  # type: ignore[import-not-found]  # `signal` makes enumerations of what it has: ten times as long
+import _signal  # type: ignore[import-not-found]  # ten times as fast as `signal`, which makes enumerations
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -16,11 +16,11 @@ _NUMBERS = tuple(map(int, signal.valid_signals()))
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """A context in which the program's signal handlers don't run; what came is raised again at its end.
+    """Defer the program's signal handlers until the end of the body; each signal is then raised again.
 
-    A handler that saves a checkpoint would find a probe's weights in the model, and one that raises would end half-way
-    what is under way. A signal that comes a second time is not held: someone insists. Handlers run in the main thread
-    alone, so in another nothing is done.
+    During a probe a handler that saves a checkpoint would find other weights in the model, and one that raises would
+    leave work half done. A signal that arrives a second time runs its handler at once. Handlers run in the main thread
+    only, so in another thread this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -37,16 +37,16 @@ def signals_held() -> Iterator[None]:
 
     for number in _NUMBERS:
         handler = _signal.getsignal(number)
-        if callable(handler):  # SIG_DFL, SIG_IGN and what was set outside of Python are left
+        if callable(handler):  # not SIG_DFL, SIG_IGN, or a handler set outside of Python
             handlers[number] = handler
     try:
         for number in handlers:
             _signal.signal(number, hold)
         yield
     finally:
-        over = True  # one that raises may leave `hold` in the place of others: it then passes them on
+        over = True  # from here on `hold` runs the handler, should one that raises leave it in place
         for number, handler in handlers.items():
-            if _signal.getsignal(number) is hold:  # else somebody has set another meanwhile
+            if _signal.getsignal(number) is hold:  # otherwise the program has set another one since
                 _signal.signal(number, handler)
         for number in came:
             signal.raise_signal(number)

@@ -1,1 +1,1 @@
-"""From the trainer to the daemon: pipe, courier process, spool, stream."""
+"""Carries samples from the trainer to the daemon, and commands back, by way of a courier process."""

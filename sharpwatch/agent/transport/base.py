@@ -3,10 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Protocol, runtime_checkable
 
 from sharpwatch.v1 import agent_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """Whether a daemon is reached, as far as the trainer has heard.
+
+    Attributes:
+        address: The daemon's address; empty for a transport that has none.
+        connected: Whether a session with the daemon is open.
+        since_unix_ns: When `connected` last changed; 0 before the first session.
+        acknowledged: Sequence number of the newest sample that the daemon has acknowledged; 0 before the first.
+        reason: Why no session is open; empty if one is, or if nothing was heard yet.
+    """
+
+    address: str = ""
+    connected: bool = False
+    since_unix_ns: int = 0
+    acknowledged: int = 0
+    reason: str = ""
 
 
 @runtime_checkable
@@ -27,6 +47,10 @@ class Transport(Protocol):
     def dropped(self) -> Mapping[str, int]:
         """Samples lost so far, by reason."""
 
+    @property
+    def connection(self) -> Connection:
+        """Whether the daemon is reached."""
+
     def send(self, request: agent_pb2.SessionRequest, /) -> None:
         """Queue a message, which holds one sample."""
 
@@ -41,6 +65,7 @@ class NullTransport:
     """Sends nothing: the transport of every rank but the leading one."""
 
     dropped: Mapping[str, int] = MappingProxyType({})
+    connection = Connection(reason="the leading rank sends for all ranks")
 
     def greet(self, hello: agent_pb2.Hello, /) -> None:
         """Do nothing."""

@@ -1,7 +1,7 @@
-"""The courier: a process beside the trainer that owns the gRPC channel to the daemon.
+"""The courier: a process beside the trainer that holds the gRPC channel to the daemon.
 
-It reads frames from the trainer, keeps what the daemon has not acknowledged, and sends it again over every new stream.
-It ends when its input does, or when the trainer is gone, after draining for at most DRAIN_SECONDS.
+It reads frames from the trainer, keeps the samples that the daemon has not acknowledged, and sends them again in every
+new session. When its input ends or the trainer is gone, it delivers for at most DRAIN_SECONDS more, and ends.
 """
 
 from __future__ import annotations
@@ -22,29 +22,28 @@ from google.protobuf.message import DecodeError
 
 from sharpwatch.agent.transport.courier_process import ENVIRONMENT
 from sharpwatch.agent.transport.destination import Destination, Tls
-from sharpwatch.agent.transport.framing import Unframer
+from sharpwatch.agent.transport.framing import TrainerWriter, Unframer
 from sharpwatch.agent.transport.spool import Spool
-from sharpwatch.agent.transport.trainer_writer import TrainerWriter
 from sharpwatch.common.backoff import Backoff
 from sharpwatch.errors import WireError
 from sharpwatch.v1 import agent_pb2
 
-DRAIN_SECONDS = 1.5  # below the 2 s that the trainer gives: it then sees us end
-WELCOME_SECONDS = 3.0  # to connect and be welcomed
-SILENCE_SECONDS = 20.0  # with samples on their way and nothing heard: a dead connection can look alive for long
+DRAIN_SECONDS = 1.5  # less than the 2 s that the trainer waits for the courier's end
+WELCOME_SECONDS = 3.0  # to connect and get the daemon's Welcome
+SILENCE_SECONDS = 20.0  # without an answer to samples sent: a dead connection can look alive for long
 FIRST_WAIT_SECONDS = 0.2
-LAST_WAIT_SECONDS = 4.0  # so that a daemon that returns sees its runs within 5 s
-_TRAINER_SECONDS = 0.5  # between looks at whether the trainer is alive
-_HANG_SECONDS = 30  # without such a look: whatever hangs then, in whichever thread, ends with this process
+LAST_WAIT_SECONDS = 4.0  # so that a restarted daemon has its runs back within 5 s
+_TRAINER_SECONDS = 0.5  # between checks that the trainer is alive
+_HANG_SECONDS = 30  # without such a check SIGALRM ends this process, whichever thread hangs
 _MAX_REQUEST_BYTES = 64 * 2**20
 _MAX_RESPONSE_BYTES = 2**20
 _MAX_COMMAND_BYTES = 2**16
 _METHOD = "/sharpwatch.v1.AgentService/Session"
-# Refusals that say nothing against the sample's events, which then travel on.
-_INNOCENT = frozenset({"overflow", "out_of_order", "non_finite"})
+# Refusals for reasons that the sample's events have no part in: the next sample carries them.
+_KEEPS_EVENTS = frozenset({"overflow", "out_of_order", "non_finite"})
 _OPTIONS = (
     ("grpc.enable_http_proxy", 0),
-    ("grpc.use_local_subchannel_pool", 1),  # a new channel starts without the last one's backoff
+    ("grpc.use_local_subchannel_pool", 1),  # a new channel does not inherit the backoff of the last one
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.min_reconnect_backoff_ms", 1_000),
     ("grpc.max_reconnect_backoff_ms", 4_000),
@@ -59,7 +58,7 @@ Call = grpc.aio.StreamStreamCall[bytes, bytes]
 
 
 class SessionOverError(Exception):
-    """This stream is over; come back after `wait` seconds, or by the backoff where it is None."""
+    """The session has ended; try again after `wait` seconds, or by the backoff if it is None."""
 
     def __init__(self, reason: str, wait: float | None = None) -> None:
         self.wait = wait
@@ -67,29 +66,30 @@ class SessionOverError(Exception):
 
 
 class Courier:
-    """One courier's whole life."""
+    """Delivers the samples of one trainer to one daemon."""
 
-    def __init__(self, destination: Destination, upward: TrainerWriter) -> None:
+    def __init__(self, destination: Destination, to_trainer: TrainerWriter) -> None:
         self._destination = destination
-        self._upward = upward
+        self._to_trainer = to_trainer
         self._spool = Spool(destination.spool_bytes)
         jitter = random.Random()  # noqa: S311 - not a secret
         self._backoff = Backoff(FIRST_WAIT_SECONDS, LAST_WAIT_SECONDS, jitter)
         self._hello: bytes | None = None
         self._sent = 0  # highest sequence ever sent
+        self._confirmed = 0  # highest sequence that the daemon has acknowledged
         self._limit = _MAX_REQUEST_BYTES
-        self._welcomed = False  # ever
-        self._news = asyncio.Event()  # a sample came, or the end
+        self._welcomed = False  # whether any session was welcomed
+        self._news = asyncio.Event()  # a sample came, or the trainer ended
         self._ended = asyncio.Event()
 
     async def run(self, trainer: asyncio.StreamReader) -> None:
-        """Deliver until the trainer ends, then drain."""
+        """Deliver samples until the trainer ends, then what is left for at most DRAIN_SECONDS."""
         tasks = [asyncio.create_task(self._read(trainer)), asyncio.create_task(self._watch_trainer())]
         delivering = asyncio.create_task(self._deliver())
-        # Should delivery fail on something unforeseen, this process ends, and the trainer's pipe starts a new one.
+        # If delivery fails on an unforeseen error, this process ends and the trainer starts a new one.
         delivering.add_done_callback(lambda _: self._end())
         await self._ended.wait()
-        signal.alarm(math.ceil(DRAIN_SECONDS) + 2)  # ends this process should anything hang from here on
+        signal.alarm(math.ceil(DRAIN_SECONDS) + 2)  # ends this process if anything below hangs
         if not self._done:
             await asyncio.wait({delivering}, timeout=DRAIN_SECONDS)
         for task in (*tasks, delivering):
@@ -106,14 +106,14 @@ class Courier:
                 for payload in unframer.feed(data):
                     self._accept(payload)
         except (WireError, DecodeError, OSError):
-            _LOG.exception("the trainer's side of the pipe is broken")
+            _LOG.exception("can't read from the trainer")
         finally:
             self._end()
 
     async def _watch_trainer(self) -> None:
-        """A worker forked from the trainer can hold the pipe open when the trainer itself is gone."""
-        with _life_of(self._destination.trainer) as goes_on:
-            while goes_on():
+        """End when the trainer is gone: a worker forked from it may still hold the pipe open."""
+        with _liveness(self._destination.trainer) as is_alive:
+            while is_alive():
                 if not self._ended.is_set():
                     signal.alarm(_HANG_SECONDS)
                 await asyncio.sleep(_TRAINER_SECONDS)
@@ -128,10 +128,10 @@ class Courier:
         if request.HasField("hello"):
             self._hello = payload
         elif not self._spool.put(request.sample, payload):
-            self._upward.refuse(request.sample.sequence, "out_of_order")
+            self._to_trainer.refuse(request.sample.sequence, "out_of_order")
         while self._spool.overfull:
-            self._upward.refuse(self._spool.drop_oldest(), "spool_full")
-        self._upward.settle(self._spool.settled)
+            self._to_trainer.refuse(self._spool.drop_oldest(), "spool_full")
+        self._to_trainer.settle(self._spool.settled)
         self._news.set()
 
     # To the daemon.
@@ -148,29 +148,31 @@ class Courier:
             last_try = self._ended.is_set() and not self._welcomed
             wait = await self._try_session(self._hello)
             if self._done or (last_try and not self._welcomed):
-                return  # there was no daemon all along; the trainer need not wait for one
+                return  # no daemon was ever reached: the trainer must not wait for one
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._pause(), wait)
 
     async def _pause(self) -> None:
-        """Until the trainer ends, which is worth another try at once; then for good."""
+        """Wait for the trainer's end, upon which the next try is due at once; after it, wait for a moment."""
         if self._ended.is_set():
             await asyncio.sleep(FIRST_WAIT_SECONDS)
         else:
             await self._ended.wait()
 
     async def _try_session(self, hello: bytes) -> float:
-        """One stream, from its Hello to its end; seconds to wait after it."""
+        """Run one session, from its Hello to its end; returns the seconds to wait after it."""
         wait: float | None = None
         try:
             await self._session(hello)
+            return self._backoff.next()
         except SessionOverError as error:
-            wait = error.wait
-            _LOG.info("stream ended: %s", error)
+            wait, reason = error.wait, str(error)
         except grpc.aio.AioRpcError as error:
-            _LOG.info("stream ended: %s: %s", error.code(), error.details())
+            reason = f"{error.code().name}: {error.details()}"
         except (TimeoutError, asyncio.InvalidStateError, OSError) as error:
-            _LOG.info("stream ended: %s: %s", type(error).__name__, error)
+            reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        _LOG.info("session ended: %s", reason)
+        self._to_trainer.disconnected(reason)
         return self._backoff.next() if wait is None else wait
 
     async def _session(self, hello: bytes) -> None:
@@ -198,8 +200,10 @@ class Courier:
                 break
         self._spool.rewind()
         if response.welcome.acknowledged_sequence <= self._spool.newest:
-            self._spool.settle(response.welcome.acknowledged_sequence)
-        self._upward.settle(self._spool.settled)
+            self._confirmed = response.welcome.acknowledged_sequence
+            self._spool.settle(self._confirmed)
+        self._to_trainer.connected(self._confirmed)
+        self._to_trainer.settle(self._spool.settled)
         self._limit = response.welcome.max_message_bytes or _MAX_REQUEST_BYTES
         self._welcomed = True
         _LOG.info("welcomed by %s, %d samples to send", response.welcome.daemon_version, len(self._spool))
@@ -221,7 +225,7 @@ class Courier:
         try:
             while not (await asyncio.wait({reading}, timeout=SILENCE_SECONDS))[0]:
                 if self._spool.sent:
-                    raise SessionOverError(f"nothing heard for {SILENCE_SECONDS:g} s")
+                    raise SessionOverError(f"no answer from the daemon for {SILENCE_SECONDS:g} s")
             return reading.result()
         finally:
             reading.cancel()
@@ -246,10 +250,10 @@ class Courier:
                 self._acknowledged(response.ack.sequence)
             case "refusal":
                 code = response.refusal.code
-                self._refused(response.refusal.sequence, code, keep_events=code in _INNOCENT)
+                self._refused(response.refusal.sequence, code, keep_events=code in _KEEPS_EVENTS)
             case "command":
                 if len(payload) <= _MAX_COMMAND_BYTES:
-                    self._upward.command(payload)
+                    self._to_trainer.command(payload)
             case "drain":
                 asked = response.drain.retry_after_seconds
                 wait = min(asked, LAST_WAIT_SECONDS) if asked > 0 else None
@@ -257,31 +261,33 @@ class Courier:
 
     def _acknowledged(self, sequence: int) -> None:
         if sequence > self._sent:
-            _LOG.warning("acknowledgement of %d, which was never sent, ignored", sequence)
+            _LOG.warning("ignored the acknowledgement of sample %d, which was never sent", sequence)
             return
         self._spool.settle(sequence)
-        self._upward.settle(self._spool.settled)
+        self._confirmed = max(self._confirmed, sequence)
+        self._to_trainer.connected(self._confirmed)
+        self._to_trainer.settle(self._spool.settled)
         self._backoff.reset()
 
     def _refused(self, sequence: int, code: str, *, keep_events: bool) -> None:
         if self._spool.refuse(sequence, keep_events=keep_events):
             _LOG.warning("sample %d refused: %s", sequence, code)
-            self._upward.refuse(sequence, code)
-            self._upward.settle(self._spool.settled)
+            self._to_trainer.refuse(sequence, code)
+            self._to_trainer.settle(self._spool.settled)
 
 
 @contextlib.contextmanager
-def _life_of(process: int) -> Iterator[Callable[[], bool]]:
-    """Whether a process goes on, to be asked: by its number alone, a zombie does, and so does whoever has it next."""
+def _liveness(process: int) -> Iterator[Callable[[], bool]]:
+    """Yield a function that says whether `process` runs; not by its id, which a zombie or a new process may have."""
     try:
-        watched = os.pidfd_open(process)
+        descriptor = os.pidfd_open(process)
     except OSError:  # before Linux 5.3
         yield lambda: _exists(process)
         return
     try:
-        yield lambda: not select.select([watched], [], [], 0)[0]
+        yield lambda: not select.select([descriptor], [], [], 0)[0]
     finally:
-        os.close(watched)
+        os.close(descriptor)
 
 
 def _exists(process: int) -> bool:
@@ -289,7 +295,7 @@ def _exists(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # it has become another user's
+    except PermissionError:  # it has changed its user
         return True
     return True
 
@@ -297,7 +303,7 @@ def _exists(process: int) -> bool:
 async def _message(call: Call) -> bytes:
     payload = await call.read()
     if not isinstance(payload, bytes):  # grpc.aio.EOF
-        raise SessionOverError(f"the daemon ended it: {await call.code()}: {await call.details()}")
+        raise SessionOverError(f"the daemon closed the session: {await call.code()}: {await call.details()}")
     return payload
 
 
@@ -305,12 +311,12 @@ def _parsed(payload: bytes) -> agent_pb2.SessionResponse | None:
     try:
         return agent_pb2.SessionResponse.FromString(payload)
     except DecodeError:
-        _LOG.warning("%d bytes of garbage from the daemon ignored", len(payload))
+        _LOG.warning("ignored %d bytes from the daemon that are no message", len(payload))
         return None
 
 
 def _credentials(tls: Tls) -> grpc.ChannelCredentials:
-    """Read anew for every stream: certificates are replaced while runs go on."""
+    """Read the PEM files; for every session anew, as certificates are replaced during long runs."""
     ca, key, cert = (None if path is None else Path(path).read_bytes() for path in (tls.ca, tls.key, tls.cert))
     return grpc.ssl_channel_credentials(ca, key, cert)
 
@@ -324,14 +330,18 @@ async def _run(destination: Destination, inward: int, outward: int) -> None:
 
 
 def main() -> None:
-    """Run as a process whose standard input and output are the pipes to the trainer."""
+    """Run the courier in this process; standard input and output are the pipes to the trainer.
+
+    Environment:
+        SHARPWATCH_COURIER: The destination as JSON, set by the trainer.
+    """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s courier %(process)d %(message)s")
     destination = Destination.from_json(os.environ.pop(ENVIRONMENT))
-    # Nothing that prints may get between the frames.
+    # What prints to standard output must not end up between frames.
     inward, outward = os.dup(0), os.dup(1)
     os.dup2(2, 1)
     asyncio.run(_run(destination, inward, outward))
-    os._exit(0)  # gRPC's own threads have nothing left to say
+    os._exit(0)  # without waiting for gRPC's threads
 
 
 if __name__ == "__main__":

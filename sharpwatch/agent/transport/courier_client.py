@@ -1,7 +1,7 @@
-"""The trainer's end of the way to the daemon: it writes to the courier, and never waits for anyone.
+"""The trainer's transport: it writes samples to the courier process, and never blocks.
 
-What has been written is kept until the courier says that it has left (acknowledged, refused or dropped), as far as
-the outbox reaches: a courier that dies is replaced, and the next one gets it again.
+A written sample is kept, as far as the outbox has room, until the courier reports that it holds it no more
+(acknowledged, refused or dropped). A courier that dies is replaced, and the new one gets what was kept.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError
 
 from sharpwatch.agent.safety.exception_barrier import warn
 from sharpwatch.agent.safety.signals import signals_held
+from sharpwatch.agent.transport.base import Connection
 from sharpwatch.agent.transport.courier_process import LOG, CourierGoneError, CourierProcess, NoCourierError
 from sharpwatch.agent.transport.destination import Destination, Tls, parse_daemon_address, parse_tls, parse_token
 from sharpwatch.agent.transport.framing import Unframer, frame
@@ -33,16 +34,25 @@ _LAST_RESTART_SECONDS = 30.0
 _READS_PER_CALL = 16
 _MAX_COMMANDS = 256
 _MAX_REASONS = 32
-_CLOSING_STARTS = 2  # couriers that close() tries
-_STUCK_SECONDS = 1.0  # without taking a byte, at the end
+_CLOSING_STARTS = 2  # couriers that close() may start
+_STUCK_SECONDS = 1.0  # without reading a byte: close() then takes the courier for stuck
 
 
 class CourierClient:
-    """The way to the courier, for one thread. After the constructor nothing here blocks (but `close`) or raises.
+    """The `Transport` that `attach` makes; for use in one thread.
 
-    The courier is started at the first use, so that what greets the daemon may still change. The constructor raises
-    `AttachError` for an address, a token or a tls mapping that is none. `dropped` counts samples lost, by reason, in
-    the trainer and in the courier alike.
+    The courier is started when the first sample is sent or `receive` is called, so that the greeting may change until
+    then. Only the constructor raises, and only `close` blocks.
+
+    Args:
+        address: The daemon's address: "HOST:PORT" or "unix:PATH".
+        token: The daemon's bearer token, if it has one.
+        tls: PEM files by name: "ca", and "cert" with "key".
+        outbox_bytes: How many bytes of samples the trainer keeps for the courier.
+        spool_bytes: How many bytes of samples the courier keeps for the daemon.
+
+    Raises:
+        AttachError: The address, the token or the TLS files are not valid.
     """
 
     def __init__(
@@ -66,33 +76,39 @@ class CourierClient:
         self._greeting = b""
         self._limit = outbox_bytes
         self._spool = Spool(outbox_bytes)
-        # Written samples that the outbox had no room to keep: lost if the courier dies before they have left it.
+        # Written samples that the outbox had no room to keep: they are lost if the courier dies with them.
         self._entrusted: OrderedDict[int, None] = OrderedDict()
         self._dropped: Counter[str] = Counter()
+        self._connection = Connection(where.target)
         self._commands: list[agent_pb2.SessionResponse] = []
         self._restart = _Restart()
         self._courier: CourierProcess | None = None
         self._started_one = False
         self._unframer = Unframer(MAX_RESPONSE_BYTES)
-        self._writing = memoryview(b"")  # what is left of a frame that the pipe has a part of
+        self._writing = memoryview(b"")  # the rest of a frame that was written in part
         self._closed = False
 
     def greet(self, hello: agent_pb2.Hello) -> None:
-        """Greet the daemon with `hello`: to be called before the first use."""
+        """Open every session with `hello`; must be called before the first sample is sent."""
         self._greeting = frame(agent_pb2.SessionRequest(hello=hello).SerializeToString())
 
     @property
     def dropped(self) -> dict[str, int]:
-        """Samples lost so far, by reason."""
+        """Samples lost so far in trainer and courier, by reason."""
         return dict(self._dropped)
 
     @property
+    def connection(self) -> Connection:
+        """Whether the courier has a session with the daemon, by its last message."""
+        return self._connection
+
+    @property
     def courier_pid(self) -> int | None:
-        """The courier's process id; None while there is none, or nothing was heard of it yet."""
+        """The courier's process id; None while no courier runs, or it has not reported yet."""
         return None if self._courier is None else self._courier.pid
 
     def send(self, request: agent_pb2.SessionRequest) -> None:
-        """Queue a sample, and write what the pipe takes."""
+        """Queue a sample, and write as much as the pipe takes."""
         if self._inert():
             return
         payload = request.SerializeToString()
@@ -106,13 +122,13 @@ class CourierClient:
         self.flush()
 
     def receive(self) -> list[agent_pb2.SessionResponse]:
-        """The commands that have come, oldest first."""
+        """Return the commands that came in since the last call, oldest first."""
         self.flush()
         commands, self._commands = self._commands, []
         return commands
 
     def flush(self) -> None:
-        """Read what has come and write what fits; a courier that is gone is replaced when its time has come."""
+        """Read what came in and write what the pipe takes; start a courier if none runs and one is due."""
         if self._inert():
             return
         try:
@@ -131,11 +147,11 @@ class CourierClient:
             raise
 
     def close(self, timeout: float = 2.0) -> None:
-        """Hand over what is queued and let the courier finish; takes at most `timeout` seconds."""
+        """Write what is queued and wait for the courier to end, for at most `timeout` seconds in all."""
         if self._inert():
             return
         deadline = time.monotonic() + timeout
-        stuck, patience = False, 0.0  # of a close that Ctrl-C cuts short, in a program that may go on
+        stuck, patience = False, 0.0  # for a close that Ctrl-C cuts short
         try:
             if self._courier is not None:
                 self._courier.wake()
@@ -146,15 +162,16 @@ class CourierClient:
             patience = max(0.0, deadline - time.monotonic())
         finally:
             self._closed = True
+            self._note_session(connected=False, reason="closed")
             if self._courier is not None:
                 self._courier.leave(kill=stuck, seconds=patience)
                 self._courier = None
             undelivered = len(self._spool) + len(self._entrusted)
-            if undelivered:  # as far as anyone has said by now
+            if undelivered:  # as far as the courier has reported
                 self._count("undelivered", undelivered)
 
     def _inert(self) -> bool:
-        """Closed, or a fork's copy, whose courier is its parent's."""
+        """Whether it is closed, or a forked child's copy: the courier belongs to the parent."""
         return self._closed or os.getpid() != self._pid
 
     def _make_room(self) -> None:
@@ -174,9 +191,11 @@ class CourierClient:
             self._courier = CourierProcess(self._destination)
         except OSError as error:
             self._restart.warn(f"no courier could be started: {error}")
+            self._note_session(connected=False, reason=f"no courier could be started: {error}")
             return
         except NoCourierError as error:
             self._restart.give_up(str(error))
+            self._note_session(connected=False, reason=str(error))
             return
         self._unframer = Unframer(MAX_RESPONSE_BYTES)
         self._writing = memoryview(self._greeting)
@@ -186,14 +205,15 @@ class CourierClient:
         if courier is None:
             return
         courier.leave(kill=True)
+        self._note_session(connected=False, reason=f"the courier is gone: {reason}")
         now = time.monotonic()
-        log = os.environ.get(LOG) or f"nowhere: name a file in ${LOG}"
+        log = os.environ.get(LOG) or f"none; ${LOG} names a file for it"
         self._started_one |= courier.pid is not None
         if self._started_one:
             self._restart.ended(now, now - courier.started)
-            self._restart.warn(f"the courier is gone ({reason}) and will be replaced; its log goes to {log}")
-        else:  # it may be the training program itself, once more
-            self._restart.give_up(f"sys.executable={sys.executable!r} did not start one; its log goes to {log}")
+            self._restart.warn(f"the courier is gone ({reason}) and will be replaced; its log: {log}")
+        else:  # sys.executable may be the training program itself
+            self._restart.give_up(f"sys.executable={sys.executable!r} did not start one; its log: {log}")
         self._writing = memoryview(b"")
         self._spool.rewind()
         if self._entrusted:
@@ -203,7 +223,7 @@ class CourierClient:
     # Bytes.
 
     def _push(self, courier: CourierProcess) -> None:
-        """Write until the pipe is full."""
+        """Write until the pipe is full or nothing is left to write."""
         while self._writing or self._take_up_next():
             written = courier.write(self._writing)
             if not written:
@@ -236,15 +256,29 @@ class CourierClient:
                 self._settle(min(response.ack.sequence, self._spool.newest))
             case "refusal":
                 self._count(response.refusal.code)
+            case "welcome":
+                self._note_session(connected=True, acknowledged=response.welcome.acknowledged_sequence)
+            case "drain":
+                self._note_session(connected=False, reason=response.drain.reason)
+
+    def _note_session(self, *, connected: bool, acknowledged: int = 0, reason: str = "") -> None:
+        before = self._connection
+        self._connection = Connection(
+            address=before.address,
+            connected=connected,
+            since_unix_ns=before.since_unix_ns if connected == before.connected else time.time_ns(),
+            acknowledged=max(before.acknowledged, acknowledged),
+            reason=reason,
+        )
 
     def _settle(self, sequence: int) -> None:
-        """The courier holds nothing any more up to and with `sequence`."""
+        """The courier holds no sample up to `sequence` any more."""
         self._spool.settle(sequence)
         while self._entrusted and next(iter(self._entrusted)) <= sequence:
             self._entrusted.popitem(last=False)
 
     def _count(self, reason: str, samples: int = 1) -> None:
-        """Reasons come from the daemon too: as many and as long as the wire allows, no more."""
+        """Count lost samples; reasons come from the daemon too, so their number and length are limited."""
         name = reason[:64] if reason.isprintable() and reason else "unnamed"
         known = name in self._dropped or len(self._dropped) < _MAX_REASONS
         self._dropped[name if known else "other"] += samples
@@ -253,11 +287,11 @@ class CourierClient:
 
     @property
     def _pending(self) -> int:
-        """Zero when the courier has been given all."""
+        """How much is still to be written; 0 when everything was."""
         return len(self._writing) + self._spool.unsent
 
     def _hand_over(self, deadline: float) -> bool:
-        """Write all that is queued; False if the courier stopped taking it."""
+        """Write everything that is queued; returns False if the courier has stopped reading."""
         for _ in range(_CLOSING_STARTS):
             if self._courier is None and self._pending:
                 self._restart.now()
@@ -267,7 +301,7 @@ class CourierClient:
         return True
 
     def _write_until(self, deadline: float) -> float:
-        """Write until all is written, the courier dies, or `deadline`; when it last took something."""
+        """Write until all is written, the courier dies or `deadline` passes; returns when it last read something."""
         progress = time.monotonic()
         self.flush()
         while self._courier is not None and self._pending and (now := time.monotonic()) < deadline:
@@ -279,7 +313,7 @@ class CourierClient:
         return progress
 
     def _await_end(self, courier: CourierProcess, deadline: float) -> None:
-        """Read on until the courier closes its end, so that what it says is counted."""
+        """Read until the courier closes its end, so that its last reports are counted."""
         try:
             while (remaining := deadline - time.monotonic()) > 0:
                 courier.wait_ready(write=False, seconds=remaining)

@@ -1,7 +1,7 @@
-"""The courier as the trainer sees it: a process started by exec, and two pipes that never block.
+"""Starts, signals and ends the courier process; reads and writes its two pipes without blocking.
 
-It is no child of the trainer, where a loop around `os.wait()` would meet it and never end: what is started forks the
-courier and ends at once. Of the courier's own end the pipes tell.
+The courier must not be a child of the trainer, whose own loop around `os.wait()` would then wait for it forever. So
+the process that is started (the launcher) forks the courier and exits at once. The pipes show when the courier ends.
 """
 
 from __future__ import annotations
@@ -21,16 +21,18 @@ from typing import IO
 
 from sharpwatch.agent.transport.destination import Destination
 
-ENVIRONMENT = "SHARPWATCH_COURIER"  # the destination as JSON, in the courier's environment alone
+# Environment variables. The first holds the destination as JSON, is set for the courier alone, and marks its process;
+# users set the second to a file that the courier's log is appended to. Without it the courier logs nothing.
+ENVIRONMENT = "SHARPWATCH_COURIER"
 LOG = "SHARPWATCH_COURIER_LOG"
 _PIPE_BYTES = 2**20
 _READ_BYTES = 2**16
-_INSTANT_SECONDS = 0.5  # that the trainer gives a courier to come up, which takes some 20 ms
-_BIRTH_SECONDS = 10.0  # without its first word: then what was started is another program
-_FIRST_WORD = b"courier "  # and the process id in four bytes
-# No site yet (-S), whose hooks can take long or start threads. The alarm, which a trainer may have blocked or ignored,
-# ends a courier that hangs before its own watch over itself begins (an import from a dead file system).
-_BIRTH = f"""
+_START_SECONDS = 0.5  # that the trainer waits for a courier to start, which takes some 20 ms
+_REPORT_SECONDS = 10.0  # without its report: then sys.executable is some other program
+_REPORT = b"courier "  # the courier reports its start by this and its process id in four bytes
+# Without `site` (-S) at first, whose hooks can take long or start threads. A trainer may have blocked or ignored
+# signals; SIGALRM must end a courier that hangs before it checks on itself (as in an import from a dead file system).
+_LAUNCHER_CODE = f"""
 import os, signal, sys
 if os.fork():
     os._exit(0)
@@ -39,11 +41,11 @@ for number in signal.valid_signals() - {{signal.SIGPIPE, signal.SIGXFSZ}}:
         signal.signal(number, signal.SIG_DFL)
 signal.pthread_sigmask(signal.SIG_SETMASK, ())
 signal.alarm(60)
-os.write(1, {_FIRST_WORD!r} + os.getpid().to_bytes(4, "little"))
+os.write(1, {_REPORT!r} + os.getpid().to_bytes(4, "little"))
 """
-# The working directory stays off the path (-P): a trainer's folder may hold a queue.py or a types.py. The package's own
-# home goes to the end of it, for trainers that found sharpwatch by changing sys.path.
-_CODE = """
+# The working directory is kept out of sys.path (-P): a trainer's folder may hold a queue.py or a types.py. The folder
+# of the package is appended, for trainers that found sharpwatch by changing sys.path.
+_COURIER_CODE = """
 import site
 site.main()
 sys.path.append(sys.argv.pop())
@@ -54,17 +56,17 @@ _HOME = str(Path(__file__).resolve().parents[3])
 
 
 class NoCourierError(Exception):
-    """In this program there can be none, now or later."""
+    """No courier can be started in this program, now or later."""
 
 
 class CourierGoneError(Exception):
-    """The courier closed its end."""
+    """The courier has closed its end of a pipe."""
 
 
 class _End:
-    """Our end of a pipe.
+    """The trainer's end of a pipe, which checks that its descriptor still is that pipe.
 
-    A program that closes every descriptor frees our number for a file of its own, which must not get our bytes.
+    A program that closes every descriptor frees its number for another file, which must not get the agent's bytes.
     """
 
     def __init__(self, number: int) -> None:
@@ -73,7 +75,7 @@ class _End:
         self._pipe = _identity(number)
 
     def fileno(self) -> int:
-        """The descriptor; raises `CourierGoneError` where it was closed, or is another's by now."""
+        """The descriptor; raises `CourierGoneError` if it was closed, or is another file's by now."""
         if self._pipe is None or _identity(self._number) != self._pipe:
             raise CourierGoneError
         return self._number
@@ -85,7 +87,7 @@ class _End:
 
 
 def _identity(number: int) -> tuple[int, int] | None:
-    """Which file a descriptor leads to; None where it is closed."""
+    """The device and inode of an open descriptor; None if it is closed."""
     try:
         status = os.fstat(number)
     except OSError:
@@ -94,9 +96,15 @@ def _identity(number: int) -> tuple[int, int] | None:
 
 
 class CourierProcess:
-    """A running courier. Raises `OSError` where none can be started, `NoCourierError` where none ever can.
+    """A running courier, started by the constructor.
 
-    `pid` is its process id; None until its first word was read.
+    Attributes:
+        pid: Its process id; None until its report was read.
+        started: When it was started, by `time.monotonic`.
+
+    Raises:
+        OSError: It could not be started now.
+        NoCourierError: It can never be started in this program.
     """
 
     def __init__(self, destination: Destination) -> None:
@@ -106,115 +114,121 @@ class CourierProcess:
         self.started = time.monotonic()
         with contextlib.ExitStack() as undo:
             with contextlib.ExitStack() as theirs:
-                self._middleman, (inward, outward) = _start(destination, undo, theirs)
-            self._inward, self._outward = _End(inward), _End(outward)
-            self.wait_ready(write=False, seconds=_INSTANT_SECONDS)
-            _await_reaped(self._middleman, self.started + _INSTANT_SECONDS)
+                self._launcher, (from_courier, to_courier) = _start(destination, undo, theirs)
+            self._from_courier, self._to_courier = _End(from_courier), _End(to_courier)
+            self.wait_ready(write=False, seconds=_START_SECONDS)
+            _await_reaped(self._launcher, self.started + _START_SECONDS)
             undo.pop_all()
         _LIVE.add(self)
 
     def write(self, data: memoryview) -> int:
-        """Bytes that the pipe took, 0 if it is full; raises `CourierGoneError`."""
+        """Write to the courier; returns how many bytes the pipe took, and raises `CourierGoneError`."""
         with _no_sigpipe():
             try:
-                return os.write(self._outward.fileno(), data)
+                return os.write(self._to_courier.fileno(), data)
             except BlockingIOError:
                 return 0
             except OSError as error:
                 raise CourierGoneError from error
 
     def read(self) -> bytes:
-        """What has come, b"" if nothing has; raises `CourierGoneError`."""
+        """Return what the courier has written, b"" if nothing; raises `CourierGoneError`."""
         try:
-            data = os.read(self._inward.fileno(), _READ_BYTES)
+            data = os.read(self._from_courier.fileno(), _READ_BYTES)
         except BlockingIOError:
-            if self.pid is None and time.monotonic() - self.started > _BIRTH_SECONDS:
+            if self.pid is None and time.monotonic() - self.started > _REPORT_SECONDS:
                 raise CourierGoneError from None
             return b""
         if not data:
             raise CourierGoneError
-        return data if self.pid is not None else self._born(data)
+        return data if self.pid is not None else self._without_report(data)
 
-    def _born(self, data: bytes) -> bytes:
-        """Take the courier's first word, which came whole, off `data`."""
-        word, data = data[: len(_FIRST_WORD) + 4], data[len(_FIRST_WORD) + 4 :]
-        if not word.startswith(_FIRST_WORD):
+    def _without_report(self, data: bytes) -> bytes:
+        """Read the courier's report, which arrives whole, and return the rest of `data`."""
+        report, data = data[: len(_REPORT) + 4], data[len(_REPORT) + 4 :]
+        if not report.startswith(_REPORT):
             raise CourierGoneError
-        self.pid = int.from_bytes(word[len(_FIRST_WORD) :], "little")
+        self.pid = int.from_bytes(report[len(_REPORT) :], "little")
         _reap()
         return data
 
     def wait_ready(self, *, write: bool, seconds: float) -> None:
-        """Return when something can be read (or, with `write`, written), or after `seconds`."""
+        """Wait until something can be read (or, with `write`, written), for at most `seconds`."""
         poll = select.poll()
-        poll.register(self._inward.fileno(), select.POLLIN)
+        poll.register(self._from_courier.fileno(), select.POLLIN)
         if write:
-            poll.register(self._outward.fileno(), select.POLLOUT)
+            poll.register(self._to_courier.fileno(), select.POLLOUT)
         poll.poll(max(0.0, seconds) * 1000)
 
     def wake(self) -> None:
-        """Let a courier go on that someone stopped: it could else neither finish nor end."""
+        """Continue a courier that someone stopped; otherwise it could not end."""
         self._signal(signal.SIGCONT)
 
     def end_input(self) -> None:
-        """Tell the courier that nothing more comes."""
-        self._outward.close()
+        """Tell the courier that no more samples come."""
+        self._to_courier.close()
 
     def leave(self, *, kill: bool, seconds: float = 0.0) -> None:
-        """Close both pipes and wait up to `seconds` for the courier's end; what is not known as one is killed."""
+        """Close both pipes and wait up to `seconds` for the courier to end.
+
+        It is killed first if `kill` is set, or if it never reported and may be some other program.
+        """
         deadline = time.monotonic() + seconds
         if self.pid is None:
-            _kill_children(self._middleman)
+            _kill_children(self._launcher)
         elif kill:
             self._signal(signal.SIGKILL)
-        self._outward.close()
+        self._to_courier.close()
         self._hung_up(seconds)
         self._close_pipes()
         if self.pid is not None:
-            _CHILDREN.add(self.pid)  # where the trainer takes in orphans (as process 1, as a subreaper)
+            _CHILDREN.add(self.pid)  # it is a child if the trainer adopts orphans (as process 1, or a subreaper)
             _await_reaped(self.pid, deadline)
 
     def forget(self) -> None:
-        """In a fork's copy: let go of the pipes, which are the parent's."""
+        """Close the pipes in a forked child; they belong to the parent."""
         self._close_pipes()
 
     def _signal(self, number: int) -> None:
-        """To the courier, while it holds its end of the pipe: its process id is surely its own as long."""
+        """Send a signal, but only while the courier holds its end of the pipe: until then its process id is its own."""
         if self.pid is not None and not self._hung_up():
             with contextlib.suppress(OSError):
                 os.kill(self.pid, number)
 
     def _hung_up(self, seconds: float = 0.0) -> bool:
-        """Whether the courier has closed its end, or closes it within `seconds`; or ours is closed."""
+        """Whether the courier closes its end within `seconds`, or either end is closed already."""
         poll = select.poll()
         try:
-            poll.register(self._inward.fileno(), 0)
+            poll.register(self._from_courier.fileno(), 0)
         except CourierGoneError:
             return True
         return bool(poll.poll(max(0.0, seconds) * 1000))
 
     def _close_pipes(self) -> None:
         _LIVE.discard(self)
-        self._inward.close()
-        self._outward.close()
+        self._from_courier.close()
+        self._to_courier.close()
 
 
 _LIVE: weakref.WeakSet[CourierProcess] = weakref.WeakSet()
-_CHILDREN: set[int] = set()  # process ids that are to be reaped, if they are children of ours
+_CHILDREN: set[int] = set()  # process ids to reap, if they are children of this process
 
 
 def _require_python() -> None:
-    """Elsewhere `sys.executable` would be the training program, and start it once more."""
+    """Raise `NoCourierError` where `sys.executable` is the training program itself and would be started once more."""
     if getattr(sys, "frozen", False):
-        raise NoCourierError("this program is frozen: it has no Python to start one with")
+        raise NoCourierError("this program is frozen, without a Python interpreter to start one with")
     if not sys.executable:
-        raise NoCourierError("sys.executable is empty: there is no Python to start one with")
+        raise NoCourierError("sys.executable is empty: no Python interpreter is known to start one with")
 
 
 def _start(
     destination: Destination, undo: contextlib.ExitStack, theirs: contextlib.ExitStack
 ) -> tuple[int, tuple[int, int]]:
-    """The middleman, and our ends of the courier's output and input; `undo` closes ours, `theirs` its ends here."""
+    """Start the launcher; returns its process id, and the trainer's ends of the courier's output and input.
+
+    `undo` closes these ends, `theirs` the courier's ends in this process.
+    """
     down_read, down_write = _pipe()
     theirs.callback(os.close, down_read)
     undo.callback(os.close, down_write)
@@ -223,20 +237,20 @@ def _start(
     undo.callback(os.close, up_read)
     _enlarge(down_write)
     process = subprocess.Popen(
-        [sys.executable, "-P", "-S", "-c", _BIRTH + _CODE, _HOME],
+        [sys.executable, "-P", "-S", "-c", _LAUNCHER_CODE + _COURIER_CODE, _HOME],
         stdin=down_read,
         stdout=up_write,
         stderr=theirs.enter_context(_log()),
         env={**os.environ, ENVIRONMENT: destination.to_json()},
-        start_new_session=True,  # Ctrl-C in the trainer's terminal is not for the courier
+        start_new_session=True,  # Ctrl-C in the trainer's terminal must not end the courier
     )
-    process.returncode = 0  # it is reaped by its number
+    process.returncode = 0  # `_reap` reaps it by its id
     _CHILDREN.add(process.pid)
     return process.pid, (up_read, down_write)
 
 
 def _pipe() -> tuple[int, int]:
-    """A pipe whose ends stay clear of 0, 1 and 2, where a trainer with closed standard streams still writes."""
+    """Make a pipe with descriptors above 2: a trainer with closed standard streams still writes to 0, 1 and 2."""
     low = os.pipe()
     with contextlib.ExitStack() as stack:
         for end in low:
@@ -258,7 +272,7 @@ def _log() -> IO[bytes]:
 
 
 def _enlarge(end: int) -> None:
-    """Ask for a larger pipe; what the kernel gives has to do."""
+    """Ask the kernel for a larger pipe; a smaller one works too."""
     if hasattr(fcntl, "F_SETPIPE_SZ"):
         with contextlib.suppress(OSError):
             fcntl.fcntl(end, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
@@ -266,7 +280,7 @@ def _enlarge(end: int) -> None:
 
 @contextlib.contextmanager
 def _no_sigpipe() -> Iterator[None]:
-    """Keep a dead courier's SIGPIPE from the trainer, which may have put the signal back to its deadly default."""
+    """Keep the SIGPIPE of a write to a dead courier from a trainer that may have set it back to its deadly default."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPIPE})
     try:
         yield
@@ -278,7 +292,7 @@ def _no_sigpipe() -> Iterator[None]:
 
 
 def _reap() -> None:
-    """Reap what has ended of `_CHILDREN`, and forget what is no child of ours, or was reaped by the program."""
+    """Reap the processes of `_CHILDREN` that have ended; forget those that are no children, or were reaped already."""
     for child in tuple(_CHILDREN):
         try:
             running = os.waitpid(child, os.WNOHANG)[0] == 0
@@ -295,17 +309,17 @@ def _await_reaped(child: int, deadline: float) -> None:
         _reap()
 
 
-def _kill_children(middleman: int) -> None:
-    """The middleman, if it is still there, and what it has started: all that is in its group."""
+def _kill_children(launcher: int) -> None:
+    """Kill the launcher, if it still runs, and all that it has started: its process group."""
     _reap()
-    if middleman in _CHILDREN:
+    if launcher in _CHILDREN:
         with contextlib.suppress(OSError):
-            os.killpg(middleman, signal.SIGKILL)
-        _await_reaped(middleman, time.monotonic() + _INSTANT_SECONDS)
+            os.killpg(launcher, signal.SIGKILL)
+        _await_reaped(launcher, time.monotonic() + _START_SECONDS)
 
 
 def _forget_all() -> None:
-    """A worker's copy of the pipes would keep the courier waiting for an end of input that never comes."""
+    """Close the pipes in a forked child, whose copies would keep the courier from seeing the end of its input."""
     for courier in list(_LIVE):
         courier.forget()
     _CHILDREN.clear()

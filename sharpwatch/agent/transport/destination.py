@@ -1,4 +1,4 @@
-"""Where the courier connects to, and the credentials it shows: checked by `attach`."""
+"""Where the courier connects to, and with which credentials; `attach` checks them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Tls:
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """All that the courier needs to know; `trainer` is a process id."""
+    """What the courier is started with; `trainer` is the trainer's process id."""
 
     target: str
     token: str
@@ -34,12 +34,12 @@ class Destination:
     trainer: int
 
     def to_json(self) -> str:
-        """For the courier's environment: never its argv, which everyone can read."""
+        """Return it as JSON for the courier's environment; every user of the machine could read its argv."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Destination:
-        """What `to_json` wrote."""
+        """Read what `to_json` returned."""
         values = json.loads(text)
         tls = values.pop("tls")
         return cls(tls=None if tls is None else Tls(**tls), **values)
@@ -49,7 +49,7 @@ def parse_daemon_address(text: str) -> Address:
     """Read the `address` given to `attach`.
 
     Raises:
-        AttachError: It is no address.
+        AttachError: It is not a valid address.
     """
     try:
         return parse_address(text)
@@ -58,28 +58,36 @@ def parse_daemon_address(text: str) -> Address:
 
 
 def parse_tls(tls: Mapping[str, str] | None) -> Tls | None:
-    """Read {"ca": PATH, "cert": PATH, "key": PATH}, each optional; raises `AttachError`."""
+    """Read the `tls` option of `attach`, {"ca": PATH, "cert": PATH, "key": PATH}, each optional.
+
+    Raises:
+        AttachError: A key or a value is wrong, or a file does not exist.
+    """
     if tls is None:
         return None
     if not isinstance(tls, Mapping) or not set(tls) <= set(_TLS_KEYS):
-        raise AttachError(f"tls={tls!r}: allowed is a mapping of {', '.join(_TLS_KEYS)} to paths of PEM files, or None")
+        raise AttachError(f"tls must map any of {', '.join(_TLS_KEYS)} to paths of PEM files, or be None, got {tls!r}")
     if ("cert" in tls) != ("key" in tls):
-        raise AttachError("tls: a certificate needs its key: give both cert and key, or neither")
+        raise AttachError(f"tls must have both cert and key, or neither, got {', '.join(tls)}")
     paths: dict[str, Path] = {}
     for name, given in tls.items():
         if not isinstance(given, str | os.PathLike):
-            raise AttachError(f"tls {name}: expected a path, got {type(given).__name__}")
+            raise AttachError(f"tls[{name!r}] must be a path, got {type(given).__name__}")
         path = paths[name] = Path(given).absolute()
         if not path.is_file():
-            raise AttachError(f"tls {name}: no file at {path}")
+            raise AttachError(f"tls[{name!r}] must be a file, and there is none at {path}")
     return Tls(**{name: str(path) for name, path in paths.items()})
 
 
 def parse_token(token: str | None) -> str:
-    """Check that the token can stand in a header; "" for none. Raises `AttachError`, which does not show it."""
+    """Read the `token` option of `attach`; "" for none.
+
+    Raises:
+        AttachError: It can't stand in a header. The message does not show it.
+    """
     if token is not None and not isinstance(token, str):
-        raise AttachError(f"token: expected a string or None, got {type(token).__name__}")
+        raise AttachError(f"token must be a string or None, got {type(token).__name__}")
     stripped = (token or "").strip()
     if not (stripped.isascii() and stripped.isprintable()):
-        raise AttachError("token: allowed are printable ASCII characters on one line")
+        raise AttachError("token must consist of printable ASCII characters on one line")
     return stripped

@@ -1,8 +1,8 @@
-"""Samples that nobody has acknowledged yet: in order, bounded, and none of their events lost.
+"""A bounded queue of samples that were not acknowledged yet, which keeps the events of samples it has to drop.
 
-Both ends of the pipe keep one: the trainer for what the courier might lose by dying, the courier for what the daemon
-has not journalled. Events are what must not go with a dropped sample: command results, checkpoints, the flags that
-say it is the last or that a checkpoint was restored.
+Trainer and courier have one each. The trainer's holds what is lost if the courier dies, the courier's what the daemon
+has not journalled. Events must survive their sample: command results, checkpoints, and the flags `closing` and
+`restored`. A dropped sample passes them on to the next one.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 from sharpwatch.v1 import agent_pb2
 
-MAX_EVENTS = 256  # of a kind in one sample, the daemon's limit; past it the oldest go
+MAX_EVENTS = 256  # of a kind in one sample, the daemon's limit; beyond it the oldest are dropped
 
 
 @dataclass(frozen=True, slots=True)
 class SpooledRequest:
-    """A sample as it goes over the wire: a serialized SessionRequest."""
+    """A sample as the daemon gets it: a serialized `SessionRequest`. `eventful`: it holds events."""
 
     sequence: int
     payload: bytes
@@ -25,44 +25,47 @@ class SpooledRequest:
 
 
 class Spool:
-    """Unacknowledged samples by sequence: first those sent, then those not."""
+    """Unacknowledged samples in the order of their numbers: first those already sent, then those not yet sent.
+
+    Where it holds more than `limit_bytes` (`overfull`), the owner drops samples.
+    """
 
     def __init__(self, limit_bytes: int) -> None:
-        self.newest = 0  # highest sequence that ever came in
+        self.newest = 0  # highest sequence number put in so far
         self.size = 0  # bytes held
         self._limit = limit_bytes
         self._sent: OrderedDict[int, SpooledRequest] = OrderedDict()
         self._unsent: OrderedDict[int, SpooledRequest] = OrderedDict()
-        self._stranded = agent_pb2.Sample()  # events that wait for a sample to go with
+        self._stranded = agent_pb2.Sample()  # events of dropped samples, for the next one put in
 
     def __len__(self) -> int:
         return len(self._sent) + len(self._unsent)
 
     @property
     def unsent(self) -> int:
-        """Samples that still have to be sent."""
+        """How many samples were not sent yet."""
         return len(self._unsent)
 
     @property
     def sent(self) -> int:
-        """Samples that were sent and still wait for an answer."""
+        """How many samples were sent and not answered yet."""
         return len(self._sent)
 
     @property
     def overfull(self) -> bool:
-        """Whether something has to go; the newest sample never does."""
+        """Whether a sample must be dropped; the newest one never is."""
         return self.size > self._limit and len(self) > 1
 
     @property
     def settled(self) -> int:
-        """Every sequence up to and with this one has left."""
+        """The highest sequence number such that no sample up to it is held."""
         for entries in (self._sent, self._unsent):
             if entries:
                 return next(iter(entries)) - 1
         return self.newest
 
     def put(self, sample: agent_pb2.Sample, payload: bytes) -> bool:
-        """Take in the newest sample, `payload` being its serialized SessionRequest; False if it is not the newest."""
+        """Add a sample with its serialized `SessionRequest`; returns False, and does not, if it is not the newest."""
         if sample.sequence <= self.newest:
             return False
         self.newest = sample.sequence
@@ -72,7 +75,7 @@ class Spool:
         return True
 
     def next(self) -> SpooledRequest | None:
-        """The oldest sample not sent; it now counts as sent."""
+        """Return the oldest unsent sample and count it as sent; None if there is none."""
         if not self._unsent:
             return None
         sequence, entry = self._unsent.popitem(last=False)
@@ -80,18 +83,21 @@ class Spool:
         return entry
 
     def rewind(self) -> None:
-        """The receiver is a new one: nothing counts as sent."""
+        """Count every sample as unsent, for a new receiver."""
         self._sent.update(self._unsent)
         self._sent, self._unsent = OrderedDict(), self._sent
 
     def settle(self, sequence: int) -> None:
-        """Let all go up to and with `sequence`: they have arrived."""
+        """Remove every sample up to `sequence`: they have arrived."""
         for entries in (self._sent, self._unsent):
             while entries and next(iter(entries)) <= sequence:
                 self._forget(entries)
 
     def refuse(self, sequence: int, *, keep_events: bool) -> bool:
-        """Let the sent sample `sequence` go, its events to the first that is not sent; False if it is not held."""
+        """Remove the sent sample `sequence`; returns False if it is not held.
+
+        With `keep_events` its events go to the first unsent sample.
+        """
         entry = self._sent.pop(sequence, None)
         if entry is None:
             return False
@@ -101,11 +107,11 @@ class Spool:
         return True
 
     def release_sent(self) -> int | None:
-        """Let the oldest sent sample go, events and all; its sequence, or None where nothing is sent."""
+        """Remove the oldest sent sample with its events; returns its number, or None if no sample was sent."""
         return self._forget(self._sent).sequence if self._sent else None
 
     def drop_oldest(self) -> int:
-        """Let the oldest sample go, its events to the one after it; its sequence."""
+        """Remove the oldest sample, pass its events on to the next one, and return its number."""
         entry = self._forget(self._sent or self._unsent)
         if entry.eventful:
             self._carry(_sample(entry), self._sent or self._unsent)
@@ -122,7 +128,7 @@ class Spool:
         return entry
 
     def _carry(self, events: agent_pb2.Sample, entries: OrderedDict[int, SpooledRequest]) -> None:
-        """Give `events` to the first of `entries`, or keep them for the next sample that comes."""
+        """Add `events` to the first of `entries`, or keep them for the next sample that is put in."""
         if not has_events(events):
             return
         if not entries:
@@ -136,12 +142,12 @@ class Spool:
 
 
 def has_events(sample: agent_pb2.Sample) -> bool:
-    """Whether `sample` holds what must not be lost with it."""
+    """Whether `sample` holds events, which must not be lost with it."""
     return bool(sample.results or sample.checkpoints or sample.closing or sample.restored)
 
 
 def without_arrays(sample: agent_pb2.Sample) -> agent_pb2.Sample:
-    """`sample` without its statistics and probes, where those are what makes it too large."""
+    """A copy of `sample` without its tap and probes, for a sample that is too large to send."""
     lean = agent_pb2.Sample()
     lean.CopyFrom(sample)
     for name in ("tap", "gnb", "direction"):

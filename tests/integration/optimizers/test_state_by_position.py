@@ -61,56 +61,58 @@ def trained(model, optimizers):
             optimizer.step()
 
 
-def commanded(wires, kind, **options):
+def commanded(transports, kind, **options):
     """A run that is sent a command for rates, beside one without sharpwatch; the results of its commands."""
     (ours, optimizers), (theirs, plain) = made(kind), made(kind)
-    watch = sharpwatch.attach(ours, optimizers, training_job="stacked", probe_every=2, **options)
-    order(wires[0], {"qk": 0.5}, at=4)
+    watch = sharpwatch.attach(
+        ours, optimizers, training_job="stacked", transport=transports.new(), probe_every=2, **options
+    )
+    order(transports[0], {"qk": 0.5}, at=4)
     place = types_pb2.Checkpoint(step=1, uri="file:///1")
-    wires[0].order(id="back", apply_at_step=STEPS, rollback=types_pb2.Rollback(checkpoint=place))
+    transports[0].command(id="back", apply_at_step=STEPS, rollback=types_pb2.Rollback(checkpoint=place))
     trained(ours, optimizers)
     watch.close()
     trained(theirs, plain)
     assert same(ours, theirs) == []
-    assert len([sample for sample in wires[0].samples if sample.HasField("tap")]) == STEPS
-    assert any(sample.HasField("gnb") for sample in wires[0].samples)
-    assert wires[0].samples[-1].health.swallowed_errors == 0
-    return wires[0].results
+    assert len([sample for sample in transports[0].samples if sample.HasField("tap")]) == STEPS
+    assert any(sample.HasField("gnb") for sample in transports[0].samples)
+    assert transports[0].samples[-1].health.swallowed_errors == 0
+    return transports[0].results
 
 
-def test_a_stacked_momentum_is_refused_at_attach(wires, caplog):
+def test_a_stacked_momentum_is_refused_at_attach(transports, caplog):
     asked = []
     with caplog.at_level(logging.WARNING, "sharpwatch"):
-        rates, back = commanded(wires, Stacked, on_rollback=asked.append)
+        rates, back = commanded(transports, Stacked, on_rollback=asked.append)
     reason = "Stacked: its steps depend on how parameters are grouped, as copies showed at attach"
     assert [record.message for record in caplog.records] == [
         f"learning rates are watched, but can't be changed: {reason}"
     ]
-    assert rates.outcome == types_pb2.COMMAND_OUTCOME_REFUSED
+    assert rates.outcome == "refused"
     assert rates.detail == f"learning rates can't be changed: {reason}"
-    assert back.outcome == types_pb2.COMMAND_OUTCOME_APPLIED
+    assert back.outcome == "applied"
     assert [request.step for request in asked] == [1]
 
 
-def test_one_that_only_real_sizes_show_is_refused_when_a_command_comes(wires, caplog):
+def test_one_that_only_real_sizes_show_is_refused_when_a_command_comes(transports, caplog):
     with caplog.at_level(logging.WARNING, "sharpwatch"):
-        rates, back = commanded(wires, StackedWhenLarge, on_rollback=lambda _: None)
+        rates, back = commanded(transports, StackedWhenLarge, on_rollback=lambda _: None)
     assert caplog.records == []
-    assert rates.outcome == types_pb2.COMMAND_OUTCOME_REFUSED
+    assert rates.outcome == "refused"
     assert rates.detail == (
         "learning rates can't be changed: StackedWhenLarge: it keeps 'buffer' of several parameters under one of them"
     )
-    assert back.outcome == types_pb2.COMMAND_OUTCOME_APPLIED
+    assert back.outcome == "applied"
 
 
-def test_without_control_no_copy_is_stepped(wires):
+def test_without_control_no_copy_is_stepped(transports):
     class Untouched(Stacked):
         def step(self):
             raise AssertionError
 
     model, optimizers = made(Untouched)
-    sharpwatch.attach(model, optimizers, training_job="stacked", control="none").close()
-    assert len(wires) == 1
+    sharpwatch.attach(model, optimizers, training_job="stacked", transport=transports.new(), control="none").close()
+    assert transports[0].closed
 
 
 TESTED = (

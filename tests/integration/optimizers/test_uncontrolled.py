@@ -225,7 +225,7 @@ def one_rank(tmp_path_factory, request):
 def test_flat_parameters_are_tapped_as_other_without_probes(one_rank):
     flat = "AdamW: its parameters are flat parameters of FSDP1, each of several blocks"
     assert one_rank["flat"] == [
-        "FSDP's flat parameters are watched as block 'other', without probes; fully_shard (FSDP2) shows the blocks",
+        "FSDP1's flat parameters are watched as block 'other', without probes; FSDP2 (fully_shard) shows the blocks",
         f"learning rates are watched, but can't be changed: {flat}",
         "blocks other probes",
         "taps 5 swallowed 0",

@@ -42,41 +42,44 @@ def test_the_signature_is_the_documented_one():
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"training_job": ""}, "training_job=''"),
-        ({"training_job": "x" * 300}, "training_job="),
-        ({"training_job": "a\nb"}, "training_job="),
-        ({"run": ""}, "run=''"),
-        ({"overhead_budget": 0.0}, "overhead_budget=0.0"),
-        ({"overhead_budget": 1.5}, "overhead_budget=1.5"),
-        ({"overhead_budget": float("nan")}, "overhead_budget=nan"),
-        ({"overhead_budget": "1%"}, "overhead_budget='1%'"),
-        ({"probe_every": 0}, "probe_every=0"),
-        ({"probe_every": 2.5}, "probe_every=2.5"),
+        ({"training_job": ""}, "training_job must have 1 to 221 printable characters, got ''"),
+        ({"training_job": "x" * 300}, "training_job must have 1 to 221 printable characters, got 'xx"),
+        ({"training_job": "a\nb"}, "training_job must have 1 to 221 printable characters, got 'a\\nb'"),
+        ({"run": ""}, "run must have 1 to 253 printable characters, or be None, got ''"),
+        (
+            {"overhead_budget": 0.0},
+            "overhead_budget must satisfy 0 < overhead_budget <= 1 (a share of step time), got 0.0",
+        ),
+        ({"overhead_budget": 1.5}, "overhead_budget <= 1 (a share of step time), got 1.5"),
+        ({"overhead_budget": float("nan")}, "overhead_budget <= 1 (a share of step time), got nan"),
+        ({"overhead_budget": "1%"}, "overhead_budget <= 1 (a share of step time), got '1%'"),
+        ({"probe_every": 0}, "probe_every must be None or a whole number of steps >= 1, got 0"),
+        ({"probe_every": 2.5}, "probe_every must be None or a whole number of steps >= 1, got 2.5"),
         (
             {"probes": ("gnb", "sharpness")},
             "'gnb', 'direction', 'hutchinson', 'lanczos', 'linesearch', 'gradient_noise', 'preconditioned'",
         ),
-        ({"probes": "gnb"}, "probes='gnb'"),
-        ({"probes": None}, "probes=None: allowed is any of"),
+        ({"probes": "gnb"}, "each once, got 'gnb'"),
+        ({"probes": None}, "each once, got None"),
         ({"probes": iter(["gnb"])}, "each once"),
         ({"probes": ("gnb", "gnb")}, "each once"),
         ({"control": "all"}, "'none', 'lr', 'rollback'"),
-        ({"lr_bounds": (0.0, 2.0)}, "0 < smallest <= 1 <= largest"),
-        ({"lr_bounds": (1.5, 2.0)}, "0 < smallest <= 1 <= largest"),
-        ({"lr_bounds": (0.5, 0.9)}, "0 < smallest <= 1 <= largest"),
-        ({"lr_bounds": (0.5, float("inf"))}, "0 < smallest <= 1 <= largest"),
-        ({"lr_bounds": 2.0}, "expected two numbers"),
-        ({"initial_step": -1}, "initial_step=-1"),
-        ({"initial_step": 1.0}, "initial_step=1.0"),
-        ({"seed": -1}, "seed=-1"),
-        ({"on_rollback": "restore"}, "on_rollback: expected a callable"),
-        ({"loss_fn": 3}, "loss_fn: expected a callable"),
+        ({"lr_bounds": (0.0, 2.0)}, "lr_bounds must satisfy 0 < low <= 1 <= high, got ("),
+        ({"lr_bounds": (1.5, 2.0)}, "lr_bounds must satisfy 0 < low <= 1 <= high, got ("),
+        ({"lr_bounds": (0.5, 0.9)}, "lr_bounds must satisfy 0 < low <= 1 <= high, got ("),
+        ({"lr_bounds": (0.5, float("inf"))}, "lr_bounds must satisfy 0 < low <= 1 <= high, got ("),
+        ({"lr_bounds": 2.0}, "lr_bounds must be two numbers (low, high), got 2.0"),
+        ({"initial_step": -1}, "initial_step must be a whole number >= 0, got -1"),
+        ({"initial_step": 1.0}, "initial_step must be a whole number >= 0, got 1.0"),
+        ({"seed": -1}, "seed must be a whole number, 0 <= seed < 2**63, got -1"),
+        ({"on_rollback": "restore"}, "on_rollback must be a callable or None, got str"),
+        ({"loss_fn": 3}, "loss_fn must be a callable or None, got int"),
         ({"address": "localhost"}, "address: expected HOST:PORT or unix:PATH"),
         ({"address": 7741}, "address: expected HOST:PORT or unix:PATH"),
         ({"tls": {"certificate": "x"}}, "ca, cert, key"),
-        ({"tls": {"ca": 3}}, "tls ca: expected a path, got int"),
+        ({"tls": {"ca": 3}}, "tls['ca'] must be a path, got int"),
         ({"token": "a\nb"}, "token"),
-        ({"token": b"secret"}, "token: expected a string or None, got bytes"),
+        ({"token": b"secret"}, "token must be a string or None, got bytes"),
         ({"transport": "unix:/run/s"}, "transport must have the members of sharpwatch.agent.transport.base.Transport"),
     ],
 )
@@ -89,17 +92,17 @@ def test_what_cannot_be_is_refused_before_anything_starts(model, optimizer, tran
 
 
 def test_model_and_optimizer_must_belong_together(model, optimizer, transports):
-    with pytest.raises(AttachError, match="holds no parameter of this model"):
+    with pytest.raises(AttachError, match="must hold a parameter of this model"):
         sharpwatch.attach(Net(), optimizer, training_job="job", transport=transports.new())
-    with pytest.raises(AttachError, match=r"expected a torch\.nn\.Module, got str"):
+    with pytest.raises(AttachError, match=r"model must be a torch\.nn\.Module, got str"):
         sharpwatch.attach("model", optimizer, training_job="job", transport=transports.new())
-    with pytest.raises(AttachError, match=r"optimizer\[1\]: expected a torch.optim.Optimizer, got int"):
+    with pytest.raises(AttachError, match=r"optimizer\[1\] must be a torch.optim.Optimizer, got int"):
         sharpwatch.attach(model, [optimizer, 3], training_job="job", transport=transports.new())
-    with pytest.raises(AttachError, match="given twice"):
+    with pytest.raises(AttachError, match="got the same one twice"):
         sharpwatch.attach(model, [optimizer, optimizer], training_job="job", transport=transports.new())
     with pytest.raises(AttachError, match="got none"):
         sharpwatch.attach(model, [], training_job="job", transport=transports.new())
-    with pytest.raises(AttachError, match="no trainable parameter"):
+    with pytest.raises(AttachError, match="model must have a parameter that requires a gradient"):
         sharpwatch.attach(model.requires_grad_(False), optimizer, training_job="job", transport=transports.new())
 
 

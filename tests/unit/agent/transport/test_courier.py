@@ -6,8 +6,7 @@ import signal
 
 from sharpwatch.agent.transport.courier import Courier
 from sharpwatch.agent.transport.destination import Destination
-from sharpwatch.agent.transport.framing import frame
-from sharpwatch.agent.transport.trainer_writer import TrainerWriter
+from sharpwatch.agent.transport.framing import TrainerWriter, frame
 from sharpwatch.v1 import agent_pb2
 
 

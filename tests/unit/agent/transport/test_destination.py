@@ -13,11 +13,11 @@ def test_an_address_that_is_none_is_an_error_of_attach():
 
 def test_tls_names_what_is_wrong():
     assert parse_tls(None) is None
-    with pytest.raises(AttachError, match="allowed is a mapping of ca, cert, key"):
+    with pytest.raises(AttachError, match="tls must map any of ca, cert, key"):
         parse_tls({"certificate": "x"})
-    with pytest.raises(AttachError, match="needs its key"):
+    with pytest.raises(AttachError, match="tls must have both cert and key, or neither, got cert"):
         parse_tls({"cert": "x"})
-    with pytest.raises(AttachError, match=r"tls ca: no file at /nowhere/ca\.pem"):
+    with pytest.raises(AttachError, match=r"tls\['ca'\] must be a file, and there is none at /nowhere/ca\.pem"):
         parse_tls({"ca": "/nowhere/ca.pem"})
 
 

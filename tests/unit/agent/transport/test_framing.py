@@ -24,5 +24,5 @@ def test_payloads_come_back_however_the_stream_is_cut(payloads, cut):
 def test_a_length_above_the_limit_is_no_frame():
     unframer = Unframer(limit=10)
     assert unframer.feed(frame(b"x" * 10)) == [b"x" * 10]
-    with pytest.raises(WireError, match="11 bytes, at most 10"):
+    with pytest.raises(WireError, match="at most 10 bytes, got 11"):
         unframer.feed(frame(b"x" * 11))
