@@ -105,8 +105,6 @@ ALLOWED = {
 }
 # Imports that still point up, each to go.
 UPWARD = {
-    ("agent.probes", "agent.parts"),
-    ("agent.reporting", "agent.parts"),
     ("daemon.ingest.queue", "daemon.runs"),
 }
 # Modules through which a program reaches files, processes, threads' or the network's outside.

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
-from sharpwatch.agent.distributed.strategy import Strategy
 from sharpwatch.agent.probes.budget import OverheadBudget
 from sharpwatch.agent.probes.context import ProbedStep
 from sharpwatch.agent.probes.runner import Captured, ProbeRun, ProbeRunner
-from sharpwatch.agent.statistics.tap import PendingTap
+from sharpwatch.agent.statistics.tap import PendingTap, Tap
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +22,28 @@ class DueProbes:
 
 
 _NONE_DUE = DueProbes()
+
+
+class ProbingStrategy(Protocol):
+    """What of a `distributed.strategy.Strategy` the scheduler asks."""
+
+    @property
+    def probes_from_start(self) -> bool:
+        """Whether a probe may be due at the first step."""
+
+    @property
+    def probes_together(self) -> bool:
+        """Whether all ranks run a probe at once, on the model that they share."""
+
+    @property
+    def tap(self) -> Tap:
+        """The tap, whose reading knows the squared gradients of the step."""
+
+    def due_probes(self, planned: tuple[str, ...], names: Sequence[str], /) -> tuple[str, ...]:
+        """The probes due after the next step, the same on all ranks that probe together."""
+
+    def all_ready(self, step: int, captured: bool, has_room: Callable[[], bool], /) -> bool:
+        """Whether every rank that probes together can run the probe now."""
 
 
 class ProbeScheduler:
@@ -38,7 +59,7 @@ class ProbeScheduler:
         last_steps: The step at which each probe last ran, by its name.
     """
 
-    def __init__(self, runner: ProbeRunner, budget: OverheadBudget, strategy: Strategy) -> None:
+    def __init__(self, runner: ProbeRunner, budget: OverheadBudget, strategy: ProbingStrategy) -> None:
         self.running = False
         self.last_steps: dict[str, int] = {}
         self.runner = runner

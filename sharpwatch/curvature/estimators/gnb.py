@@ -79,10 +79,9 @@ def gnb_probe(  # noqa: PLR0913 - settings are keyword-only
         ProbeError: The model gives no logits, or every label is ignored.
     """
     traces, sketches = [], []
-    rows, prepared = batch.rows, batch.prepared()
     with isolated(model) as live:
         leaves = live.trainable
-        logits, mask = predict(live, live.inner, prepared, logits_fn)
+        logits, mask = predict(live, live.inner, batch.prepared(), logits_fn)
         tokens = count_predicting(mask)
         output_gradients = OutputGradients(logits.detach(), mask, draws, generator, scale=1 / math.sqrt(tokens))
         for draw in range(draws):
@@ -97,7 +96,7 @@ def gnb_probe(  # noqa: PLR0913 - settings are keyword-only
                 sketches.append(sketcher.sketch(gradients))
             del gradients
     by_layer = sum_by_index(torch.stack(traces), block_map.layer_block_of, len(block_map.layer_blocks))
-    return GnbSample(tokens, rows, by_layer, torch.stack(sketches).cpu() if sketches else None)
+    return GnbSample(tokens, batch.rows, by_layer, torch.stack(sketches).cpu() if sketches else None)
 
 
 class OutputGradients:

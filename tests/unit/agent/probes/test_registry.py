@@ -60,7 +60,7 @@ def largest(hello, window):
 class Controller:
     """What a run asks of one to be shown."""
 
-    mode, revisions, multipliers, alerts = "observe", (), {}, ()
+    mode, newest_revision, multipliers, alerts = "observe", 0, {}, ()
 
 
 def train(name, steps=3):
@@ -104,8 +104,8 @@ def test_a_made_up_probe_runs_travels_and_is_estimated():
     request = run.request()
     assert list(request.windows) == [FIELD]
     run.take_estimates(request, estimator.estimate_all([request], "cpu")[0])
-    run.show()
-    (shown,) = run.view.estimates.items()
+    run.publish()
+    (shown,) = run.snapshot.estimates.items()
     assert shown[0] == ("stability_ratio", "", "made_up")
     assert shown[1].value == pytest.approx(max(expected[-2:]))
     assert (shown[1].draws, shown[1].step) == (2, 3)

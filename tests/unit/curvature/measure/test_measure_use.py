@@ -463,8 +463,8 @@ def test_the_report_is_plain_values_and_a_table(gpt2):
 
 MISTAKES = {
     "no batches": ({"batches": []}, "batches must be a non-empty list of dicts with the model's arguments"),
-    "a tensor for a list": ({"batches": torch.ones(2, 5)}, "batches: expected a list of dicts"),
-    "a batch for a list": ({"batches": batch()}, "batches: expected a list of dicts"),
+    "a tensor for a list": ({"batches": torch.ones(2, 5)}, "batches must be a non-empty list of dicts"),
+    "a batch for a list": ({"batches": batch()}, "batches must be a non-empty list of dicts"),
     "an empty batch": ({"batches": [{"input_ids": torch.zeros(0, 5, dtype=torch.long)}]}, r"batches\[0\] is empty"),
     "a batch of nothing": ({"batches": [batch(), {}]}, r"batches\[1\] is empty"),
     "all labels ignored": (
