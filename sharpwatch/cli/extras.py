@@ -1,4 +1,4 @@
-"""Packages that only some commands need: an error says which extra of sharpwatch brings them."""
+"""Imports of packages that only some commands need; an error says which extra of sharpwatch installs them."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import math
 import re
@@ -321,10 +322,13 @@ class LazyCommand:
     target: str
 
     def load(self, name: str) -> click.Command:
-        """Import the command."""
+        """Import the command, and end the pause of the garbage collector that `main` began."""
         module, _, attribute = self.target.partition(":")
         with needs_extra(name, "cli"):
             command: click.Command = getattr(importlib.import_module(module), attribute)
+        if not gc.isenabled():
+            gc.freeze()  # modules are never garbage
+            gc.enable()
         return command
 
 

@@ -6,13 +6,13 @@ import os
 import stat
 from pathlib import Path
 
-from platformdirs import user_config_path
-
 from sharpwatch.errors import TokenFileError
 
 
 def default_token_file() -> Path:
     """Where daemon and command line look for the token: `$XDG_CONFIG_HOME/sharpwatch`, by default `~/.config`."""
+    from platformdirs import user_config_path  # noqa: PLC0415 - slow to import, and not needed with a named file
+
     return user_config_path("sharpwatch") / "operator.token"
 
 

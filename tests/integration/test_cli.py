@@ -340,7 +340,7 @@ async def test_client_commands_never_load_torch_or_numpy(operator, environ):
         "import sys; from sharpwatch.cli.main import main\n"
         "for argv in (['jobs'], ['show', 'llama'], ['lr', 'show', 'llama'], ['decisions'], ['mode', 'llama']):\n"
         "    assert main(argv) == 0, argv\n"
-        "print([name for name in ('torch', 'numpy', 'rich', 'aiohttp') if name in sys.modules])\n"
+        "print([name for name in ('torch', 'numpy', 'rich', 'aiohttp', 'pydantic') if name in sys.modules])\n"
     )
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", script),

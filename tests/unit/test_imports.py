@@ -210,7 +210,17 @@ def test_in_the_agent_only_the_courier_imports_grpc():
 
 
 def test_the_agent_needs_no_extra():
-    extras = {"aiohttp", "click", "platformdirs", "pydantic", "structlog", "prometheus_client", "rich", "transformers", "tokenizers"}
+    extras = {
+        "aiohttp",
+        "click",
+        "platformdirs",
+        "pydantic",
+        "structlog",
+        "prometheus_client",
+        "rich",
+        "transformers",
+        "tokenizers",
+    }
     assert not {name: found for name in within("agent", "curvature", "blocks") if (found := roots(name) & extras)}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -79,6 +78,8 @@ def author(environ: Mapping[str, str]) -> str:
     """Who makes a change: $SHARPWATCH_AUTHOR, else user@host."""
     if environ.get("SHARPWATCH_AUTHOR"):
         return environ["SHARPWATCH_AUTHOR"]
+    import getpass  # noqa: PLC0415 - only commands that change something have an author
+
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # a container's uid without a name

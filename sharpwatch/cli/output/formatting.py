@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from decimal import Decimal
 
 from sharpwatch.v1.types_pb2 import Estimate
 
@@ -34,6 +33,8 @@ def with_error(value: float, stderr: float) -> str:
         value: The value.
         stderr: Its standard error; nan or inf if unknown.
     """
+    from decimal import Decimal  # noqa: PLC0415 - slow to import, and only errors need it
+
     if not math.isfinite(value):
         return number(value)
     if not (math.isfinite(stderr) and stderr >= 0):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -70,6 +69,8 @@ def show(payload: Message | dict[str, Any], grids: Sequence[Grid] | str, *, as_j
         as_json: Whether to print the payload rather than the text.
     """
     if as_json:
+        import json  # noqa: PLC0415 - as above
+
         found = to_dict(payload) if isinstance(payload, Message) else payload
         print(json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False))
     elif isinstance(grids, str):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from sharpwatch.cli.main import main
@@ -81,3 +84,71 @@ def test_help_lists_every_command_without_loading_any(capsys):
 def test_every_command_has_help(argv, capsys):
     assert main(argv) == 0
     assert capsys.readouterr().out.startswith(f"Usage: sharpwatch {' '.join(argv[:-1])} ")
+
+
+def complete(monkeypatch, *words):
+    """What bash offers for the last of `words`."""
+    monkeypatch.setenv("_SHARPWATCH_COMPLETE", "bash_complete")
+    monkeypatch.setenv("COMP_WORDS", " ".join(("sharpwatch", *words)))
+    monkeypatch.setenv("COMP_CWORD", str(len(words)))
+    assert main([]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        (("d",), ["demo", "decisions", "doctor"]),
+        (("lr", "s"), ["show", "set"]),
+        (("lr", "set", "--re"), ["--reason"]),
+        (("serve", "--log-level", "w"), ["warning"]),
+        (("demo", "--fault", "b"), ["bad-batches"]),
+        (("mode", "run", ""), ["observe", "advise", "enforce"]),
+    ],
+)
+def test_the_shell_completes_commands_options_and_values(words, offered, monkeypatch, capsys):
+    complete(monkeypatch, *words)
+    assert [line.partition(",")[2] for line in capsys.readouterr().out.splitlines()] == offered
+
+
+def test_a_shell_gets_its_completion_script(monkeypatch, capsys):
+    monkeypatch.setenv("_SHARPWATCH_COMPLETE", "bash_source")
+    assert main([]) == 0
+    assert "COMP_WORDS" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words", [("d",), ("serve", "--log-level", "w"), ("demo", "--fault", "b"), ("measure", "--dtype", "f")]
+)
+def test_completion_loads_neither_torch_nor_rich(words):
+    code = (
+        "import os, sys; from sharpwatch.cli.main import main\n"
+        f"words = {('sharpwatch', *words)!r}\n"
+        "os.environ |= {'_SHARPWATCH_COMPLETE': 'bash_complete', 'COMP_WORDS': ' '.join(words)}\n"
+        "os.environ['COMP_CWORD'] = str(len(words) - 1)\n"
+        "main([])\n"
+        "print([name for name in ('torch', 'rich', 'pydantic', 'transformers') if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_without_click_the_command_line_says_what_to_install():
+    code = "import sys; sys.modules['click'] = None; from sharpwatch.cli.main import main; sys.exit(main(['jobs']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        "sharpwatch: the command line needs the package click, which is not installed; "
+        "run: pip install 'sharpwatch[cli]'\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        *(["demo"], ["measure"], ["jobs"], ["show"], ["decisions"], ["lr", "set"], ["lr", "undo"], ["mode"]),
+        *(["rollback"], ["approve"], ["reject"], ["serve"], ["check-config"], ["doctor"]),
+    ],
+)
+def test_help_has_an_example(argv, capsys):
+    assert main([*argv, "--help"]) == 0
+    assert f"Example:\n  sharpwatch {' '.join(argv)}" in capsys.readouterr().out
