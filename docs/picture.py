@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from sharpwatch.demo.play import play
-from sharpwatch.demo.train import Recipe
+from sharpwatch.demo.recipe import Recipe
 from sharpwatch.demo.view import render
 
 STEPS = 400

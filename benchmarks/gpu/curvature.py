@@ -32,7 +32,7 @@ from sharpwatch.curvature.estimators.hutchinson import hutchinson_probe
 from sharpwatch.curvature.estimators.lanczos import lanczos_probe
 from sharpwatch.curvature.estimators.linesearch import linesearch_probe
 from sharpwatch.curvature.objective.batch import Batch
-from sharpwatch.demo.text import Corpus, load_corpus
+from sharpwatch.demo.corpus import Corpus, load_corpus
 from sharpwatch.errors import ProbeError
 
 CACHE = Path(".bench")

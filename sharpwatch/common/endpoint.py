@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,8 @@ class Address:
     @property
     def is_loopback(self) -> bool:
         """Whether the host is this machine's loopback."""
+        import ipaddress  # noqa: PLC0415 - slow to import, and most commands do not ask
+
         host = self.target.rpartition(":")[0].strip("[]")
         try:
             return ipaddress.ip_address(host).is_loopback

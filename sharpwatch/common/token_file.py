@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-import secrets
 import stat
 from pathlib import Path
-
-from platformdirs import user_config_path
 
 from sharpwatch.errors import TokenFileError
 
 
 def default_token_file() -> Path:
     """Where daemon and command line look for the token: `$XDG_CONFIG_HOME/sharpwatch`, by default `~/.config`."""
+    from platformdirs import user_config_path  # noqa: PLC0415 - slow to import, and not needed with a named file
+
     return user_config_path("sharpwatch") / "operator.token"
 
 
@@ -47,6 +46,8 @@ def make_token(path: Path) -> None:
     Raises:
         TokenFileError: The file exists or cannot be written.
     """
+    import secrets  # noqa: PLC0415 - slow to import, and commands only read tokens
+
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

@@ -1,1 +1,1 @@
-"""A real run to look at: small transformers on real text, with faults to inject."""
+"""A real run to watch: small transformers on real text, with faults to inject."""

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import secrets
 import time
 from collections.abc import Sequence
-from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
 
-from sharpwatch.demo.faults import BAD_BATCHES, CORRUPT_WEIGHT, FAULTS, LR_JUMP
-from sharpwatch.demo.play import Outcome, play
-from sharpwatch.demo.result import summarise
-from sharpwatch.demo.train import Recipe
-from sharpwatch.demo.view import decision_line, render
+from sharpwatch.demo.play import DemoOutcome, play
+from sharpwatch.demo.recipe import BAD_BATCHES, CORRUPT_WEIGHT, LR_JUMP, MODELS, DemoOptions, Recipe
+from sharpwatch.demo.view import decision_line, estimate_of, render
+from sharpwatch.v1 import operator_pb2 as pb
 
-MODELS = ("gpt2", "llama")
 _FAULT_AT = 0.5  # of the run: late enough for baselines, early enough to see the end of it
-_WHAT = {
+_LOSS_WINDOW = 20  # steps that the losses "before" and "at the end" are the means of
+_FAULTS = {
     "none": "nothing is broken",
     "lr-jump": f"the schedule multiplies the learning rate by {LR_JUMP:g}, to the end of the run",
     "weight-corruption": f"one feed-forward weight becomes {CORRUPT_WEIGHT:g}",
@@ -28,71 +26,46 @@ _WHAT = {
 }
 
 
-def _steps(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a number of steps; 1 or more is allowed")
-    return value
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `sharpwatch demo`."""
-    parser.add_argument("--model", choices=MODELS, help="train only this one (default: one after the other)")
-    parser.add_argument("--steps", type=_steps, default=400, help="optimizer steps (default: %(default)s)")
-    parser.add_argument("--fault", choices=FAULTS, default="lr-jump", help="what goes wrong (default: %(default)s)")
-    parser.add_argument(
-        "--mode",
-        choices=("observe", "advise", "enforce"),
-        default="enforce",
-        help="what the policy may do (default: %(default)s)",
-    )
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the result; no live view")
-    parser.add_argument(
-        "--folder", type=Path, default=Path(".demo"), help="where runs and the tokenised text go (default: %(default)s)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of weights, data and fault (default: %(default)s)")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Play the asked-for runs; returns the exit status."""
-    console = Console(quiet=args.json is not None)
-    models: Sequence[str] = (args.model,) if args.model else MODELS
+def run(options: DemoOptions) -> int:
+    """Play a run for each model, and return the exit status."""
+    console = Console(quiet=options.json is not None)
+    models: Sequence[str] = (options.model,) if options.model else MODELS
     results: list[dict[str, Any]] = []
     for model in models:
-        recipe = _recipe(args, model)
-        console.print(f"[bold]{model}[/]: {args.steps} steps, {_fault_sentence(recipe)}, policy mode {args.mode}")
-        outcome = play(recipe, args.mode, console)
+        recipe = _recipe(options, model)
+        console.print(f"[bold]{model}[/]: {options.steps} steps, {_fault_sentence(recipe)}, policy mode {options.mode}")
+        outcome = play(recipe, options.mode, console)
         results.append(summarise(recipe, outcome))
         _sum_up(console, recipe, outcome, results[-1])
-    if args.json is not None:
-        args.json.write_text(json.dumps(results[0] if args.model else results, indent=2) + "\n", encoding="utf-8")
+    if options.json is not None:
+        options.json.write_text(json.dumps(results[0] if options.model else results, indent=2) + "\n", encoding="utf-8")
     return 0
 
 
-def _recipe(args: argparse.Namespace, model: str) -> Recipe:
-    root = args.folder.resolve()
+def _recipe(options: DemoOptions, model: str) -> Recipe:
+    root = options.folder.resolve()
     name = f"demo-{model}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     folder = root / name
     folder.mkdir(parents=True)
     return Recipe(
         model=model,
-        steps=args.steps,
-        fault=args.fault,
-        fault_step=int(args.steps * _FAULT_AT),
+        steps=options.steps,
+        fault=options.fault,
+        fault_step=int(options.steps * _FAULT_AT),
         run=name,
         address="",
         folder=str(folder),
         cache=str(root / "cache"),
-        seed=args.seed,
+        seed=options.seed,
     )
 
 
 def _fault_sentence(recipe: Recipe) -> str:
     at = "" if recipe.fault == "none" else f"at step {recipe.fault_step} "
-    return at + _WHAT[recipe.fault]
+    return at + _FAULTS[recipe.fault]
 
 
-def _sum_up(console: Console, recipe: Recipe, outcome: Outcome, result: dict[str, Any]) -> None:
+def _sum_up(console: Console, recipe: Recipe, outcome: DemoOutcome, result: dict[str, Any]) -> None:
     loss = result["loss"]
     if console.is_terminal:
         losses = [loss for _, loss in outcome.losses]
@@ -120,3 +93,68 @@ def _sum_up(console: Console, recipe: Recipe, outcome: Outcome, result: dict[str
     console.print(f"    sharpwatch serve --config {outcome.config} --grpc 127.0.0.1:7741", soft_wrap=True)
     console.print(f"    sharpwatch show {recipe.run}; sharpwatch decisions {recipe.run}", soft_wrap=True)
     console.print("  in Grafana    grafana/ has the dashboard, deploy/ the scrape configuration and alert rules\n")
+
+
+def summarise(recipe: Recipe, outcome: DemoOutcome) -> dict[str, Any]:
+    """The result of a run, as `--json` writes it."""
+    detail = outcome.detail
+    return {
+        "run": recipe.run,
+        "model": recipe.model,
+        "steps": recipe.steps,
+        "fault": {"kind": recipe.fault, "step": recipe.fault_step},
+        "blocks": {block.block: _block(block) for block in detail.blocks},
+        "alerts": [
+            {
+                "name": alert.name,
+                "step": alert.first_step,
+                "last_step": alert.last_step,
+                "blocks": list(alert.blocks),
+                "severity": alert.severity,
+                "evidence": alert.evidence,
+            }
+            for alert in sorted(detail.alerts, key=lambda alert: alert.first_step)
+        ],
+        "decisions": [_decision(decision) for decision in outcome.decisions],
+        "loss": _loss(recipe, outcome.losses),
+        "overhead_ratio": detail.overhead_ratio,
+        "metrics_url": outcome.metrics_url,
+        "dropped": sum(detail.dropped.values()),
+    }
+
+
+def _block(block: pb.Block) -> dict[str, Any]:
+    sharpness = estimate_of(block.estimates, "sharpness")
+    trace = estimate_of(block.estimates, "trace")
+    top = estimate_of(block.estimates, "top_eigenvalue")
+    return {
+        "sharpness": sharpness.value if sharpness else None,
+        "stderr": sharpness.stderr if sharpness else None,
+        "trace": trace.value if trace else None,
+        "top_eigenvalue": top.value if top else None,
+        "parameters": block.parameters,
+    }
+
+
+def _decision(decision: pb.Decision) -> dict[str, Any]:
+    return {
+        "action": decision.action,
+        "mode": decision.mode,
+        "outcome": decision.outcome,
+        "applied_step": decision.applied_step if decision.HasField("applied_step") else None,
+        "step": decision.step,
+        "alert": decision.alert_name,
+        "multipliers": dict(decision.multipliers),
+        "guard": decision.guard,
+        "detail": decision.detail,
+    }
+
+
+def _loss(recipe: Recipe, losses: list[tuple[int, float]]) -> dict[str, float | None]:
+    before = [loss for step, loss in losses if recipe.fault_step - _LOSS_WINDOW < step <= recipe.fault_step]
+    after = [loss for step, loss in losses if step > recipe.fault_step]
+    return {
+        "before_fault": fmean(before) if before else None,
+        "peak": max(after) if after else None,
+        "end": fmean([loss for _, loss in losses[-_LOSS_WINDOW:]]),
+    }

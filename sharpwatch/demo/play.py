@@ -17,8 +17,8 @@ import grpc.aio
 from rich.console import Console
 from rich.live import Live
 
-from sharpwatch.demo.policy import write_config
-from sharpwatch.demo.train import Recipe, command
+from sharpwatch.demo.recipe import Recipe
+from sharpwatch.demo.train import command
 from sharpwatch.demo.view import decision_line, render
 from sharpwatch.errors import SharpwatchError
 from sharpwatch.v1 import operator_pb2 as pb
@@ -27,34 +27,68 @@ from sharpwatch.v1.operator_pb2_grpc import OperatorServiceStub
 if TYPE_CHECKING:
     from sharpwatch.v1.operator_pb2_grpc import OperatorServiceAsyncStub
 
-_LINE_EVERY = 25  # steps between two lines where there is no terminal to redraw
+_LINE_EVERY = 25  # steps between two printed lines if there is no terminal
+# The learning rate jumps by a factor of 30, so repeated cuts have to reach 1/30: each is to a fifth, two steps apart.
+# A production policy cuts less and waits longer; see examples/sharpwatch.yaml.
+_CONFIG = """\
+daemon:
+  grpc: "127.0.0.1:0"
+  http: "127.0.0.1:0"
+  store: "sqlite:///{folder}/sharpwatch.db"
+  token_file: "{folder}/operator.token"
+policies:
+  - name: cut-on-update-rms
+    match: {{alert: UpdateRmsSpike}}
+    mode: {mode}
+    action: {{kind: scale_lr, blocks: all, factor: 0.2}}
+    guard: {{min_multiplier: 0.02, cooldown_steps: 2, max_actions_per_hour: 20}}
+  - name: cut-on-stability-limit
+    match: {{alert: StabilityLimit}}
+    mode: {mode}
+    action: {{kind: scale_lr, blocks: all, factor: 0.2}}
+    guard: {{min_multiplier: 0.02, cooldown_steps: 2, max_actions_per_hour: 20}}
+  - name: cut-on-loss-spike
+    match: {{alert: LossSpike}}
+    mode: {mode}
+    action: {{kind: scale_lr, blocks: all, factor: 0.2}}
+    guard: {{min_multiplier: 0.02, cooldown_steps: 2, max_actions_per_hour: 20}}
+"""
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What was left when the run had ended."""
+class DemoOutcome:
+    """The state of a run at its end, and where its files are."""
 
     detail: pb.RunDetail
     decisions: list[pb.Decision]  # oldest first
-    losses: list[tuple[int, float]]  # (step, loss), in the order they happened
+    losses: list[tuple[int, float]]  # (step, loss) in time order
     metrics_url: str
     config: Path
 
 
 @dataclass(frozen=True)
-class Addresses:
+class DaemonAddresses:
     """Where the daemon listens."""
 
     grpc: str
     http: str
 
 
-def play(recipe: Recipe, mode: str, console: Console) -> Outcome:
-    """Run `recipe` to its end under a policy in `mode`, showing it on `console`."""
+def play(recipe: Recipe, mode: str, console: Console) -> DemoOutcome:
+    """Run a recipe to its end, and show it.
+
+    Args:
+        recipe: The run; its address is ignored.
+        mode: What the policy may do: observe, advise or enforce.
+        console: Where to show it.
+
+    Raises:
+        SharpwatchError: The daemon or the trainer failed; the message names its log.
+    """
     return asyncio.run(_play(recipe, mode, console))
 
 
-async def _play(recipe: Recipe, mode: str, console: Console) -> Outcome:
+async def _play(recipe: Recipe, mode: str, console: Console) -> DemoOutcome:
     folder = Path(recipe.folder)
     config = write_config(folder, mode)
     async with _daemon(config, folder) as addresses:
@@ -71,12 +105,19 @@ async def _play(recipe: Recipe, mode: str, console: Console) -> Outcome:
             decisions = (await operator.ListDecisions(pb.ListDecisionsRequest(run=recipe.run))).decisions
     losses = json.loads((folder / "losses.json").read_text(encoding="utf-8"))
     ordered = sorted(decisions, key=lambda decision: decision.made_at_unix_ns)
-    return Outcome(detail, ordered, losses, f"http://{addresses.http}/metrics", config)
+    return DemoOutcome(detail, ordered, losses, f"http://{addresses.http}/metrics", config)
+
+
+def write_config(folder: Path, mode: str) -> Path:
+    """Write the daemon's configuration into `folder`, and return its path."""
+    path = folder / "sharpwatch.yaml"
+    path.write_text(_CONFIG.format(folder=folder, mode=mode), encoding="utf-8")
+    return path
 
 
 @asynccontextmanager
-async def _daemon(config: Path, folder: Path) -> AsyncIterator[Addresses]:
-    """A daemon in a process of its own, stopped at the end."""
+async def _daemon(config: Path, folder: Path) -> AsyncIterator[DaemonAddresses]:
+    """Run a daemon as a process, stopped at the end."""
     log = folder / "daemon.log"
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "sharpwatch", "serve", "--config", str(config), stderr=subprocess.PIPE
@@ -108,19 +149,19 @@ async def _pump(stream: asyncio.StreamReader, log: Path) -> None:
             file.flush()
 
 
-def _addresses(line: bytes) -> Addresses | None:
+def _addresses(line: bytes) -> DaemonAddresses | None:
     try:
         event = json.loads(line)
     except ValueError:
         return None
     if not isinstance(event, dict) or event.get("event") != "serving":
         return None
-    return Addresses(event["grpc"], event["http"])
+    return DaemonAddresses(event["grpc"], event["http"])
 
 
 @asynccontextmanager
 async def _trainer(recipe: Recipe, folder: Path) -> AsyncIterator[asyncio.subprocess.Process]:
-    """The trainer in a process of its own, killed if the view ends first."""
+    """Run the trainer as a process, killed if the view ends first."""
     with (folder / "trainer.log").open("wb") as log:
         process = await asyncio.create_subprocess_exec(
             *command(recipe), stdout=log, stderr=log, env={**os.environ, "TOKENIZERS_PARALLELISM": "false"}
@@ -134,7 +175,7 @@ async def _trainer(recipe: Recipe, folder: Path) -> AsyncIterator[asyncio.subpro
 
 
 async def _watch(operator: OperatorServiceAsyncStub, recipe: Recipe, console: Console) -> None:
-    """Show the run until it closes."""
+    """Show the run until it is closed."""
     losses: list[float] = []
     with Live(console=console, auto_refresh=False, transient=True) as live:
         shown = -_LINE_EVERY
@@ -153,7 +194,7 @@ async def _watch(operator: OperatorServiceAsyncStub, recipe: Recipe, console: Co
 
 
 async def _details(operator: OperatorServiceAsyncStub, run: str) -> AsyncIterator[pb.RunDetail]:
-    """The run's messages, from when it first shows up."""
+    """Yield the run's state whenever it changes, once the daemon knows the run."""
     while True:
         try:
             async for message in operator.WatchRun(pb.WatchRunRequest(run=run, min_interval_seconds=0.25)):

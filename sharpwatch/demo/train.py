@@ -1,46 +1,92 @@
-"""The demo's trainer: an ordinary training script with the agent attached, in a process of its own."""
+"""The demo's trainer: an ordinary training script with the agent attached, run as a process."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import sharpwatch
-from sharpwatch.demo import faults
-from sharpwatch.demo.models import LENGTH, ROWS, build
-from sharpwatch.demo.text import Corpus, load_corpus
+from sharpwatch.demo.corpus import Corpus, load_corpus
+from sharpwatch.demo.recipe import BAD_BATCHES, CORRUPT_WEIGHT, LR_JUMP, Fault, Recipe
 
+LENGTH = 128  # tokens in a row
+ROWS = 8  # rows in a batch
 PEAK_RATE = 1e-3
 WARMUP_STEPS = 30
 CHECKPOINT_EVERY = 50
-# The steps of this demo take a tenth of a second and there are few of them; a production run with the default
-# budget of 1 % sees its first hundred probes in ten thousand steps.
+# The demo has few steps of a tenth of a second each; with the default budget of 1 %, the first hundred probes of a
+# production run take ten thousand steps.
 OVERHEAD_BUDGET = 0.1
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """One run of the demo."""
+def build(name: str, vocabulary: int) -> nn.Module:
+    """Make a transformer of Hugging Face's own classes, small enough for two cores.
 
-    model: str
-    steps: int
-    fault: faults.Fault
-    fault_step: int
-    run: str
-    address: str
-    folder: str  # where checkpoints and the losses go
-    cache: str  # where the tokenised text is kept
-    seed: int = 0
+    Args:
+        name: `gpt2` (fused QKV, tied head, dropout) or `llama` (grouped queries, RMSNorm, own head).
+        vocabulary: The number of tokens.
+    """
+    if name == "gpt2":
+        return GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=vocabulary,
+                n_positions=LENGTH,
+                n_embd=128,
+                n_layer=4,
+                n_head=4,
+                bos_token_id=0,
+                eos_token_id=0,
+            )
+        )
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=128,
+            intermediate_size=344,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=LENGTH,
+            tie_word_embeddings=False,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    )
 
 
-class Trainer:
-    """Model, optimizer, schedule and data of one run, and how to put them back."""
+def rate_factor(fault: Fault, step: int, fault_step: int) -> float:
+    """The factor by which the schedule is wrong at `step`."""
+    return LR_JUMP if fault == "lr-jump" and step >= fault_step else 1.0
+
+
+def corrupt_weight(model: nn.Module) -> str:
+    """Overwrite one weight of the third layer's feed-forward block.
+
+    Returns:
+        The parameter's name.
+    """
+    for name, parameter in model.named_parameters():
+        if ".2.mlp." in name and parameter.dim() == 2:
+            with torch.no_grad():
+                parameter[parameter.shape[0] // 2, parameter.shape[1] // 2] = CORRUPT_WEIGHT
+            return name
+    raise ValueError("the model has no feed-forward matrix in a third layer")
+
+
+def spoil_batch(tokens: Tensor, vocabulary: int, generator: torch.Generator) -> Tensor:
+    """Random tokens in the shape of `tokens`, as from a broken shard."""
+    return torch.randint(vocabulary, tokens.shape, generator=generator)
+
+
+class DemoTrainer:
+    """The model, optimizer, schedule and data of one run; saves and restores them."""
 
     def __init__(self, recipe: Recipe, corpus: Corpus) -> None:
         torch.manual_seed(recipe.seed)
@@ -53,28 +99,28 @@ class Trainer:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.rate)
         self.data = torch.Generator().manual_seed(recipe.seed + 1)
         self.noise = torch.Generator().manual_seed(recipe.seed + 2)
-        self.position = 0  # batches drawn; the batch of step n is the n-th unless some were skipped
+        self.position = 0  # batches drawn; step n trains on the n-th unless some were skipped
         self.skip = range(0)
         self.step = 0
         self.losses: list[tuple[int, float]] = []
 
     def rate(self, step: int) -> float:
-        """The schedule: a linear warm-up, then flat, times what the fault makes of it."""
-        fault = faults.rate_factor(self.recipe.fault, step, self.recipe.fault_step)
+        """The schedule: a linear warm-up, then constant, times the fault's factor."""
+        fault = rate_factor(self.recipe.fault, step, self.recipe.fault_step)
         return min(1.0, (step + 1) / WARMUP_STEPS) * fault
 
     def batch(self) -> torch.Tensor:
-        """The next batch that is not to be skipped: int64 [ROWS, LENGTH]."""
+        """The next batch that is not skipped: int64 [ROWS, LENGTH]."""
         while True:
             tokens = self.corpus.batch(ROWS, LENGTH, self.data)
             self.position += 1
-            if self.recipe.fault == "bad-batches" and 0 < self.position - self.recipe.fault_step <= faults.BAD_BATCHES:
-                tokens = faults.spoil_batch(tokens, self.corpus.vocabulary, self.noise)
+            if self.recipe.fault == "bad-batches" and 0 < self.position - self.recipe.fault_step <= BAD_BATCHES:
+                tokens = spoil_batch(tokens, self.corpus.vocabulary, self.noise)
             if self.position not in self.skip:
                 return tokens
 
     def save(self) -> str:
-        """Write a checkpoint; returns its path."""
+        """Write a checkpoint, and return its path."""
         path = Path(self.recipe.folder) / f"step-{self.step}.pt"
         state = {
             "model": self.model.state_dict(),
@@ -89,10 +135,10 @@ class Trainer:
         return str(path)
 
     def restore(self, request: sharpwatch.RollbackRequest) -> None:
-        """Put everything back to a checkpoint; the batches to be skipped are passed over when they come.
+        """Restore everything from a checkpoint, and skip the requested batches from then on.
 
-        This runs inside `optimizer.step()`, so what the loop does after it still happens: a checkpoint is therefore
-        the state right after `optimizer.step()`, before the schedule moves.
+        This runs inside `optimizer.step()`, and the loop's remaining lines still run after it. Therefore a checkpoint
+        holds the state right after `optimizer.step()`, before the schedule moves.
         """
         state = torch.load(request.uri, weights_only=True)
         self.model.load_state_dict(state["model"])
@@ -105,9 +151,9 @@ class Trainer:
 
 
 def train(recipe: Recipe) -> None:
-    """Train to the end and write `losses.json` into the run's folder: [[step, loss], ...]."""
-    torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))  # a core is for the daemon and the view
-    trainer = Trainer(recipe, load_corpus(Path(recipe.cache)))
+    """Train to the end, and write `losses.json` into the run's folder: [[step, loss], ...]."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))  # leave a core for the daemon and the view
+    trainer = DemoTrainer(recipe, load_corpus(Path(recipe.cache)))
     model, optimizer = trainer.model, trainer.optimizer
     watch = sharpwatch.attach(
         model,
@@ -123,7 +169,7 @@ def train(recipe: Recipe) -> None:
     with watch:
         while trainer.step < recipe.steps:
             if recipe.fault == "weight-corruption" and trainer.step == recipe.fault_step:
-                faults.corrupt_weight(model)
+                corrupt_weight(model)
             tokens = trainer.batch()
             loss = model(input_ids=tokens, labels=tokens).loss
             loss.backward()
@@ -145,6 +191,4 @@ def command(recipe: Recipe) -> list[str]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("recipe", type=json.loads)
-    train(Recipe(**parser.parse_args().recipe))
+    train(Recipe(**json.loads(sys.argv[1])))

@@ -1,4 +1,4 @@
-"""What the demo shows while it runs: loss, per-block sharpness with its error, alerts and decisions."""
+"""The demo's live view: loss, sharpness of each block with its error, alerts and decisions."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from sharpwatch.v1.operator_pb2 import Decision, RunDetail
 from sharpwatch.v1.types_pb2 import Estimate
 
 _BARS = "▁▂▃▄▅▆▇█"
-_SCALE = 30  # characters for the range of sharpness on screen
+_SCALE = 30  # characters of the sharpness axis
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """All `values` as at most `width` bars, each the mean of an equal share of them."""
+    """Draw `values` as at most `width` bars, each the mean of an equal share of them."""
     finite = [value for value in values if math.isfinite(value)]
     bars = min(width, len(finite))
     means = [fmean(finite[len(finite) * i // bars : len(finite) * (i + 1) // bars]) for i in range(bars)]
@@ -31,12 +31,12 @@ def sparkline(values: Sequence[float], width: int) -> str:
 
 
 def estimate_of(estimates: Sequence[Estimate], quantity: str) -> Estimate | None:
-    """The estimate of `quantity`, if there is one yet."""
+    """The estimate of `quantity`, or None."""
     return next((estimate for estimate in estimates if estimate.quantity == quantity), None)
 
 
 def error_bar(estimate: Estimate, low: float, high: float) -> Text:
-    """Value and two standard errors on a logarithmic axis from `low` to `high`."""
+    """Draw a value and two standard errors on a logarithmic axis from `low` to `high`."""
     width = _SCALE / max(math.log(high / low), 1e-9)
 
     def column(value: float) -> int:
@@ -70,7 +70,7 @@ def _blocks(detail: RunDetail) -> Table:
 
 
 def decision_line(decision: Decision) -> str:
-    """One decision in one line."""
+    """Describe a decision in one line."""
     cause = decision.alert_name or decision.reason
     where = f" from step {decision.applied_step}" if decision.HasField("applied_step") else ""
     why = f" ({decision.guard})" if decision.outcome == "refused" else ""
@@ -87,7 +87,7 @@ def _change(decision: Decision) -> str:
 
 
 def render(detail: RunDetail, decisions: Sequence[Decision], losses: Sequence[float], steps: int) -> RenderableType:
-    """The whole picture for one message of `WatchRun`."""
+    """Draw the view of one message of `WatchRun`."""
     run = detail.run
     loss = f"{run.loss:.3f}" if run.HasField("loss") else "…"
     head = Text(f"step {run.step}/{steps}   loss {loss}   mode {run.mode}   LR revision {run.lr_revision}")

@@ -17,7 +17,7 @@ import pytest
 import pytest_asyncio
 
 from sharpwatch._version import __version__
-from sharpwatch.cli.client.client import Endpoint, connected
+from sharpwatch.cli.client.client import Connection, connected
 from sharpwatch.errors import OperatorError
 from sharpwatch.v1 import operator_pb2 as pb
 from sharpwatch.v1.operator_pb2_grpc import OperatorServiceServicer, add_OperatorServiceServicer_to_server
@@ -317,7 +317,7 @@ def test_a_daemon_that_hangs(tmp_path):
         address = f"127.0.0.1:{silent.getsockname()[1]}"
         with (
             pytest.raises(OperatorError, match=f"daemon at {address} did not answer in time"),
-            connected(Endpoint(address, "", tmp_path)) as stub,
+            connected(Connection(address, "", tmp_path)) as stub,
         ):
             stub.ListRuns(pb.ListRunsRequest(), timeout=0.3)
 
@@ -340,7 +340,7 @@ async def test_client_commands_never_load_torch_or_numpy(operator, environ):
         "import sys; from sharpwatch.cli.main import main\n"
         "for argv in (['jobs'], ['show', 'llama'], ['lr', 'show', 'llama'], ['decisions'], ['mode', 'llama']):\n"
         "    assert main(argv) == 0, argv\n"
-        "print([name for name in ('torch', 'numpy', 'rich', 'aiohttp') if name in sys.modules])\n"
+        "print([name for name in ('torch', 'numpy', 'rich', 'aiohttp', 'pydantic') if name in sys.modules])\n"
     )
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", script),
@@ -378,7 +378,7 @@ async def test_doctor_finds_what_is_wrong_and_says_what_to_do(cli):
         "check": "store",
         "state": "fail",
         "found": "sqlite:///x.db: disk full",
-        "remedy": "free space or mend permissions there; agents keep a limited spool until then",
+        "remedy": "free space or fix permissions there; agents keep a limited spool until then",
     }
 
 

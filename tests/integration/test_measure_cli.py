@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from sharpwatch.cli.main import main
-from sharpwatch.cli.measure.data import Cut, load_batches
+from sharpwatch.cli.measure.data import TextWindows, load_batches
 from sharpwatch.cli.measure.model import load
 
 VOCABULARY = 300
@@ -153,7 +153,7 @@ def test_a_checkpoint_and_a_text_give_a_table_json_and_a_figure(here):
     assert sum(report["blocks"]["qk"]["spectrum"]["weights"]) == pytest.approx(1)
     assert report["tokens"] == 2 * (LENGTH - 1)
     model = gpt2().eval()
-    batches = load_batches("text.txt", Cut(rows=1, batches=2), load("gpt2", "cpu", None), seed=0)
+    batches = load_batches("text.txt", TextWindows(rows=1, batches=2), load("gpt2", "cpu", None), seed=0)
     losses = [model(**batch).loss.item() for batch in batches]
     assert report["loss"] == pytest.approx(sum(losses) / 2, rel=1e-5)
     svg = plot.read_text(encoding="utf-8")
@@ -173,7 +173,7 @@ def test_a_killed_measurement_goes_on_and_ends_as_if_it_had_not_been(here, crash
     else:
         assert killed.returncode == 128 + number
         assert "stopping after this piece; again to stop at once" in killed.stderr
-        assert f"kept in {state}: the same command goes on from there" in killed.stderr
+        assert f"kept in {state}: the same command continues from there" in killed.stderr
         assert killed.stdout.startswith("block")
     begun = found(state)["measurement"]
     assert main(["measure", *resumable]) == 0
@@ -193,7 +193,10 @@ def test_a_state_takes_more_draws_but_not_another_seed(here, capsys):
     assert found(state)["measurement"]["found"]["gnb"][:2] == first
     assert capsys.readouterr().out == ""
     assert main([*asked, "4", "--seed", "1"]) == 1
-    assert "its seed is 0, this one's 1; move it away, or measure as then" in capsys.readouterr().err
+    assert (
+        "its seed is 0, this one's 1; move the file away, or repeat that measurement's options"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_precision_that_is_not_reached_leaves_everything_and_fails_with_one_line(here, capsys):
@@ -225,7 +228,7 @@ def test_json_can_be_printed(capsys):
         (["gpt2", "text.txt", "--length", "33"], "--length 33: this model takes 2 to 32 tokens"),
         (["gpt2", "text.txt", "--rows", "9999"], "DATA text.txt: is too short: --batches 1 of --rows 9999 need 9999"),
         (["gpt2", "gpt2/model.safetensors", "--batches", "2"], "has 1 batches, --batches asks for 2"),
-        (["gpt2", "/dev/null"], "DATA /dev/null: is not there; allowed: a text file"),
+        (["gpt2", "/dev/null"], "DATA /dev/null: does not exist; expected a text file"),
         (["t5", "text.txt"], "an encoder-decoder is trained on pairs of texts"),
         (["users_crash:frozen", "batch.pt"], "model must have a parameter that requires a gradient"),
         (["gpt2", "batch.pt", "--device", "cuda:99"], "--device cuda:99: is not there"),
@@ -251,7 +254,7 @@ def test_weights_that_are_missing_are_not_made_up(here, capsys):
 @pytest.mark.usefixtures("here")
 def test_windows_are_apart_and_spread_over_the_whole_text():
     loaded = load("gpt2", "cpu", None)
-    one, two = load_batches("text.txt", Cut(rows=3, length=10, batches=2), loaded, seed=0)
+    one, two = load_batches("text.txt", TextWindows(rows=3, length=10, batches=2), loaded, seed=0)
     assert one["input_ids"].shape == two["input_ids"].shape == (3, 10)
     assert torch.equal(one["input_ids"], one["labels"])
     words = PreTrainedTokenizerFast.from_pretrained("gpt2")
@@ -266,7 +269,7 @@ def test_windows_are_apart_and_spread_over_the_whole_text():
 @pytest.mark.usefixtures("here")
 def test_a_masked_model_guesses_a_share_of_the_text_chosen_by_the_seed():
     loaded = load("bert", "cpu", None)
-    (batch,) = load_batches("text.txt", Cut(rows=64), loaded, seed=0)
+    (batch,) = load_batches("text.txt", TextWindows(rows=64), loaded, seed=0)
     ids, labels = batch["input_ids"], batch["labels"]
     assert ids.shape == (64, LENGTH)
     assert (ids[:, 0] == 1).all()
@@ -276,7 +279,7 @@ def test_a_masked_model_guesses_a_share_of_the_text_chosen_by_the_seed():
     assert not guessed[:, [0, -1]].any()
     assert 0.7 < (ids[guessed] == SPECIAL.index("[MASK]")).float().mean() < 0.9
     kept = ~guessed
-    (other,) = load_batches("text.txt", Cut(rows=64), loaded, seed=1)
+    (other,) = load_batches("text.txt", TextWindows(rows=64), loaded, seed=1)
     assert not torch.equal(labels, other["labels"])
     both = kept & (other["labels"] == -100)
     assert torch.equal(ids[both], other["input_ids"][both])

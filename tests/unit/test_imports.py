@@ -90,13 +90,14 @@ ALLOWED = {
     },
     "daemon": {"common", "blocks", "curvature.statistics", "daemon"},
     "demo": {""},  # as any user's script does
-    "cli.arguments": {"common"},
-    "cli.output": {"common", "cli.arguments"},
-    "cli.client": {"common", "cli.arguments", "cli.output"},
-    "cli.doctor": {"common", "cli.arguments", "cli.output", "cli.client"},
-    "cli.measure": {"common", "blocks", "curvature", "cli.arguments", "cli.output"},
+    "cli.extras": set(),
+    "cli.options": {"common", "cli.extras"},
+    "cli.output": {"common"},
+    "cli.client": {"common", "cli.options", "cli.output"},
+    "cli.doctor": {"common", "cli.output", "cli.client"},
+    "cli.measure": {"common", "blocks", "curvature", "cli.extras", "cli.options", "cli.output"},
     "cli.commands": {
-        *("common", "blocks", "daemon", "demo", "cli.arguments", "cli.output", "cli.client", "cli.doctor"),
+        *("common", "daemon", "demo", "cli.extras", "cli.options", "cli.output", "cli.client", "cli.doctor"),
         "cli.measure",
     },
     "cli": {"common", "cli"},
@@ -207,7 +208,17 @@ def test_in_the_agent_only_the_courier_imports_grpc():
 
 
 def test_the_agent_needs_no_extra():
-    extras = {"aiohttp", "structlog", "prometheus_client", "rich", "transformers", "tokenizers"}
+    extras = {
+        "aiohttp",
+        "click",
+        "platformdirs",
+        "pydantic",
+        "structlog",
+        "prometheus_client",
+        "rich",
+        "transformers",
+        "tokenizers",
+    }
     assert not {name: found for name in within("agent", "curvature", "blocks") if (found := roots(name) & extras)}
 
 

@@ -1,1 +1,1 @@
-"""The operator's channel to the daemon."""
+"""The operator's connection to the daemon."""

@@ -1,9 +1,7 @@
-"""The operator's channel to the daemon: where it is, who we are, and its refusals in plain words."""
+"""The operator's connection to the daemon: address, token, and errors in plain words."""
 
 from __future__ import annotations
 
-import argparse
-import getpass
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,43 +12,55 @@ from typing import Any
 
 import grpc
 
+from sharpwatch.cli.options import DaemonOptions
 from sharpwatch.common.endpoint import DEFAULT_ADDRESS, parse_address
 from sharpwatch.common.token_file import default_token_file, read_token
 from sharpwatch.errors import OperatorError
 from sharpwatch.v1.operator_pb2 import ListRunsRequest
 from sharpwatch.v1.operator_pb2_grpc import OperatorServiceStub
 
-_ANSWER_SECONDS = 10.0  # for calls that need no trainer
-# The daemon is ours and near: an HTTP proxy of the environment is for other hosts.
-# And what it sends was asked for: a long list of decisions is more than gRPC's 4 MiB.
-_OPTIONS = (("grpc.enable_http_proxy", 0), ("grpc.max_receive_message_length", -1))
+_CALL_SECONDS = 10.0  # deadline of calls that need no trainer
+# No HTTP proxy: the daemon is the user's own and near, the environment's proxy is for other hosts.
+# No limit on size: the user asked for the answer, and a long list of decisions exceeds gRPC's 4 MiB.
+_CHANNEL_OPTIONS = (("grpc.enable_http_proxy", 0), ("grpc.max_receive_message_length", -1))
 
 
 @dataclass(frozen=True, slots=True)
-class Endpoint:
-    """Where the daemon is, and the token to show it ("": none)."""
+class Connection:
+    """How to reach the daemon.
+
+    Attributes:
+        address: HOST:PORT or unix:PATH.
+        token: The operator's token; empty for none.
+        token_file: The file that the token is from, or would be.
+    """
 
     address: str
     token: str
     token_file: Path
 
     @property
-    def private(self) -> bool:
-        """Whether what is sent stays on this machine."""
+    def is_local(self) -> bool:
+        """Whether everything sent stays on this machine."""
         return parse_address(self.address).is_local
 
 
-def endpoint(given: Mapping[str, Any], environ: Mapping[str, str]) -> Endpoint:
-    """The daemon to speak to, from options, then the environment, then the defaults.
+def find_connection(options: DaemonOptions, environ: Mapping[str, str]) -> Connection:
+    """Take address and token from the options, else from the environment, else from their default places.
 
-    Raises `OperatorError` for an address that is none, a token file that others can read, or one that was named and
-    is not there.
+    Args:
+        options: The options on the command line.
+        environ: The environment's variables.
+
+    Raises:
+        OperatorError: $SHARPWATCH_ADDRESS is not an address.
+        TokenFileError: Others can read the token file, or a named one does not exist.
     """
-    chosen = given.get("address") or _environment_address(environ) or DEFAULT_ADDRESS
-    named = given.get("token_file") or environ.get("SHARPWATCH_TOKEN_FILE")
+    address = options.address or _environment_address(environ) or DEFAULT_ADDRESS
+    named = options.token_file or environ.get("SHARPWATCH_TOKEN_FILE")
     path = Path(named).expanduser() if named else default_token_file()
     token = read_token(path) if named or path.exists() else ""
-    return Endpoint(chosen, token, path)
+    return Connection(address, token, path)
 
 
 def _environment_address(environ: Mapping[str, str]) -> str:
@@ -65,9 +75,11 @@ def _environment_address(environ: Mapping[str, str]) -> str:
 
 
 def author(environ: Mapping[str, str]) -> str:
-    """Who a change is put down to: $SHARPWATCH_AUTHOR, else user@host."""
+    """Who makes a change: $SHARPWATCH_AUTHOR, else user@host."""
     if environ.get("SHARPWATCH_AUTHOR"):
         return environ["SHARPWATCH_AUTHOR"]
+    import getpass  # noqa: PLC0415 - only commands that change something have an author
+
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # a container's uid without a name
@@ -76,22 +88,22 @@ def author(environ: Mapping[str, str]) -> str:
 
 
 class _CallDetails(grpc.ClientCallDetails):
-    """A call's details with other metadata and deadline."""
+    """The details of a call, with other metadata and another deadline."""
 
     def __init__(
-        self, of: grpc.ClientCallDetails, metadata: tuple[tuple[str, str], ...], timeout: float | None
+        self, details: grpc.ClientCallDetails, metadata: tuple[tuple[str, str], ...], timeout: float | None
     ) -> None:
-        self.method = of.method
+        self.method = details.method
         self.timeout = timeout
         self.metadata = metadata
-        self.credentials = of.credentials
-        self.wait_for_ready = getattr(of, "wait_for_ready", None)
-        self.compression = getattr(of, "compression", None)
+        self.credentials = details.credentials
+        self.wait_for_ready = getattr(details, "wait_for_ready", None)
+        self.compression = getattr(details, "compression", None)
 
 
-# Generic in the stubs, not at run time.
-class _Caller(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):  # type: ignore[type-arg]
-    """Shows the token with every call, and gives every single answer a deadline."""
+# Generic in grpc's stubs, not at run time.
+class _TokenInterceptor(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):  # type: ignore[type-arg]
+    """Sends the token with every call, and sets a deadline for calls with a single answer."""
 
     def __init__(self, token: str) -> None:
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
@@ -99,56 +111,74 @@ class _Caller(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientIntercepto
     def intercept_unary_unary(
         self, continuation: Callable[..., Any], client_call_details: grpc.ClientCallDetails, request: Any
     ) -> Any:
-        """Add token and deadline."""
-        timeout = client_call_details.timeout or _ANSWER_SECONDS
+        """Add the token and a deadline."""
+        timeout = client_call_details.timeout or _CALL_SECONDS
         return continuation(_CallDetails(client_call_details, self._metadata, timeout), request)
 
     def intercept_unary_stream(
         self, continuation: Callable[..., Any], client_call_details: grpc.ClientCallDetails, request: Any
     ) -> Any:
-        """Add the token; a stream's deadline is its caller's choice."""
+        """Add the token; the caller sets the deadline of a stream."""
         return continuation(_CallDetails(client_call_details, self._metadata, client_call_details.timeout), request)
 
 
 @contextmanager
-def operator(args: argparse.Namespace) -> Iterator[OperatorServiceStub]:
-    """The operator service for the length of a `with`; a failed call leaves it as an `OperatorError`."""
-    with connected(endpoint(vars(args), os.environ)) as stub:
+def operator(options: DaemonOptions) -> Iterator[OperatorServiceStub]:
+    """Open the operator service of the daemon that the options and the environment name.
+
+    Raises:
+        OperatorError: A call in the `with` block failed.
+        TokenFileError: The token file cannot be used.
+    """
+    with connected(find_connection(options, os.environ)) as stub:
         yield stub
 
 
 @contextmanager
-def connected(to: Endpoint) -> Iterator[OperatorServiceStub]:
-    """`operator`, of an endpoint."""
-    if to.token and not to.private:
+def connected(connection: Connection) -> Iterator[OperatorServiceStub]:
+    """Open the operator service of a connection.
+
+    Raises:
+        OperatorError: A call in the `with` block failed, or the token would cross the network unencrypted.
+    """
+    if connection.token and not connection.is_local:
         raise OperatorError(
-            f"the token in {to.token_file} would cross the network to {to.address} unencrypted; "
+            f"the token in {connection.token_file} would cross the network to {connection.address} unencrypted; "
             "use an SSH tunnel to its loopback address, or its unix socket"
         )
-    with grpc.insecure_channel(to.address, options=_OPTIONS) as channel:
+    with grpc.insecure_channel(connection.address, options=_CHANNEL_OPTIONS) as channel:
         try:
-            yield OperatorServiceStub(grpc.intercept_channel(channel, _Caller(to.token)))
+            yield OperatorServiceStub(grpc.intercept_channel(channel, _TokenInterceptor(connection.token)))
         except grpc.RpcError as error:
-            raise OperatorError(plain_words(error.code(), error.details() or "", to)) from error
+            raise OperatorError(plain_words(error.code(), error.details() or "", connection)) from error
 
 
-def plain_words(code: grpc.StatusCode, details: str, to: Endpoint) -> str:
-    """What a gRPC status means for the one who typed the command, in one line."""
-    said = " ".join(details.split())
-    reason = f": {said}" if said else ""
-    shown = f"the token shown is {to.token_file}" if to.token else f"no token was shown ({to.token_file} is not there)"
+def plain_words(code: grpc.StatusCode, details: str, connection: Connection) -> str:
+    """Say in one line what the status of a failed call means to the user.
+
+    Args:
+        code: The status.
+        details: The daemon's or gRPC's own message; may be empty.
+        connection: The connection that was used.
+    """
+    address, token_file = connection.address, connection.token_file
+    message = " ".join(details.split())
+    reason = f": {message}" if message else ""
+    token = (
+        f"the token shown is {token_file}" if connection.token else f"no token was shown ({token_file} is not there)"
+    )
     words = {
-        grpc.StatusCode.UNAVAILABLE: _unavailable(said, to.address),
-        grpc.StatusCode.DEADLINE_EXCEEDED: f"daemon at {to.address} did not answer in time; is it overloaded or hung?",
-        grpc.StatusCode.UNAUTHENTICATED: f"daemon at {to.address} does not know you{reason}; {shown}",
-        grpc.StatusCode.PERMISSION_DENIED: f"not allowed at {to.address}{reason}; {shown}",
-        grpc.StatusCode.UNIMPLEMENTED: f"daemon at {to.address} does not know this command; is it an older version?",
-        grpc.StatusCode.RESOURCE_EXHAUSTED: f"daemon at {to.address} has no room for this now{reason}",
-        grpc.StatusCode.CANCELLED: f"daemon at {to.address} broke the call off{reason}",
+        grpc.StatusCode.UNAVAILABLE: _unavailable(message, address),
+        grpc.StatusCode.DEADLINE_EXCEEDED: f"daemon at {address} did not answer in time; is it overloaded or hung?",
+        grpc.StatusCode.UNAUTHENTICATED: f"daemon at {address} does not know you{reason}; {token}",
+        grpc.StatusCode.PERMISSION_DENIED: f"not allowed at {address}{reason}; {token}",
+        grpc.StatusCode.UNIMPLEMENTED: f"daemon at {address} does not know this command; is it an older version?",
+        grpc.StatusCode.RESOURCE_EXHAUSTED: f"daemon at {address} has no room for this now{reason}",
+        grpc.StatusCode.CANCELLED: f"daemon at {address} cancelled the call{reason}",
     }
     if code in words:
         return words[code]
-    if said and code in (
+    if message and code in (
         grpc.StatusCode.NOT_FOUND,
         grpc.StatusCode.INVALID_ARGUMENT,
         grpc.StatusCode.FAILED_PRECONDITION,
@@ -156,26 +186,37 @@ def plain_words(code: grpc.StatusCode, details: str, to: Endpoint) -> str:
         grpc.StatusCode.ABORTED,
         grpc.StatusCode.OUT_OF_RANGE,
     ):
-        return said  # the daemon's own words say what, where and what is allowed
-    return f"daemon at {to.address} failed with {code.name}{reason}; its log says more"
+        return message  # the daemon's own message names the argument, the value and the rule
+    return f"daemon at {address} failed with {code.name}{reason}; its log says more"
 
 
-def _unavailable(said: str, address: str) -> str:
-    # gRPC's own words for a connection that fails list every address it tried: noise beside the one that was asked for.
-    if not said or said.startswith(("failed to connect", "connections to all", "DNS resolution", "Socket closed")):
+def _unavailable(message: str, address: str) -> str:
+    # gRPC's message for a failed connection lists every address it tried, which only distracts.
+    if not message or message.startswith(
+        ("failed to connect", "connections to all", "DNS resolution", "Socket closed")
+    ):
         return f"daemon not reachable at {address}; is it running? start it with: sharpwatch serve"
-    return f"daemon at {address} can't do this now: {said}"
+    return f"daemon at {address} can't do this now: {message}"
 
 
 def resolve_run(stub: OperatorServiceStub, given: str) -> str:
-    """The full name of the run that `given` is the name, or the start of the name, of."""
+    """Find the full name of a run.
+
+    Args:
+        stub: The operator service.
+        given: The run's name or its beginning.
+
+    Raises:
+        OperatorError: No run's name begins so, or more than one.
+    """
     return match_run(given, [run.run for run in stub.ListRuns(ListRunsRequest()).runs])
 
 
 def match_run(given: str, names: Sequence[str]) -> str:
-    """The name that is `given`, or the only one that starts with it.
+    """Find the name that equals `given`, or else the only one that begins with it.
 
-    Raises `OperatorError`, with the candidates, where there is none or more than one.
+    Raises:
+        OperatorError: There is no such name, or more than one; the message lists the candidates.
     """
     if given in names:
         return given

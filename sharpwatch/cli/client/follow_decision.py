@@ -1,8 +1,7 @@
-"""Following a decision until the trainer has answered."""
+"""Follow a decision until the trainer has answered, and print the outcome."""
 
 from __future__ import annotations
 
-import argparse
 import threading
 from collections.abc import Mapping
 from queue import SimpleQueue
@@ -15,57 +14,65 @@ from sharpwatch.errors import OperatorError
 from sharpwatch.v1.operator_pb2 import Decision, WatchDecisionRequest
 from sharpwatch.v1.operator_pb2_grpc import OperatorServiceStub
 
-_ON_ITS_WAY = frozenset({"proposed", "approved", "sent"})
+_PENDING = frozenset({"proposed", "approved", "sent"})
 _DONE = frozenset({"applied", "recovered", "observed"})
 
 
-def finish(
+def follow(
     stub: OperatorServiceStub,
-    args: argparse.Namespace,
     decision: Decision,
-    named: Mapping[str, float] | None = None,
-) -> int:
-    """Wait for the trainer's answer unless told not to, and report it; `named` are the blocks that were asked for.
+    timeout: float | None,
+    *,
+    as_json: bool,
+    requested: Mapping[str, float] | None = None,
+) -> None:
+    """Wait for the trainer's answer to a decision, and print the outcome.
 
-    Raises `OperatorError` if the answer is no, or none came in time; with --json the decision is printed all the same.
+    Args:
+        stub: The operator service.
+        decision: The decision as the daemon returned it.
+        timeout: Seconds to wait; None not to wait.
+        as_json: Whether to print JSON, which is printed also before an error is raised.
+        requested: The multipliers on the command line, by block.
+
+    Raises:
+        OperatorError: The trainer refused, or did not answer in time.
     """
-    if not args.no_wait and decision.outcome in _ON_ITS_WAY:
+    if timeout is not None and decision.outcome in _PENDING:
         try:
-            decision = _follow(stub, decision, args.timeout)
+            decision = _wait(stub, decision, timeout)
         except KeyboardInterrupt:
-            raise OperatorError(f"stopped waiting; {_still(decision)}") from None
-    failed = decision.outcome not in _DONE and not (args.no_wait and decision.outcome in _ON_ITS_WAY)
-    if args.json or not failed:
-        show(args, decision, said(decision, named))
+            raise OperatorError(f"stopped waiting; {_pending_note(decision)}") from None
+    failed = decision.outcome not in _DONE and not (timeout is None and decision.outcome in _PENDING)
+    if as_json or not failed:
+        show(decision, describe_outcome(decision, requested), as_json=as_json)
     if failed:
-        raise OperatorError(refusal(decision, args.timeout))
-    return 0
+        raise OperatorError(describe_failure(decision, timeout or 0.0))
 
 
-def _follow(stub: OperatorServiceStub, decision: Decision, timeout: float) -> Decision:
-    """The decision once it is settled, or as it stands after `timeout` seconds."""
+def _wait(stub: OperatorServiceStub, decision: Decision, timeout: float) -> Decision:
+    """The settled decision, or its state after `timeout` seconds."""
     news: SimpleQueue[Decision | grpc.RpcError | None] = SimpleQueue()
-    # In a thread of its own: a Ctrl-C that lands inside gRPC can leave one of its locks taken, and closing the channel
-    # (which is what ends this thread) then never returns.
-    listener = threading.Thread(target=_listen, args=(stub, decision.id, timeout, news), daemon=True)
-    listener.start()
+    # In another thread: a Ctrl-C inside gRPC can leave one of its locks held, and then closing the channel, which ends
+    # the thread, would never return.
+    threading.Thread(target=_listen, args=(stub, decision.id, timeout, news), daemon=True).start()
     newest = decision
-    while newest.outcome in _ON_ITS_WAY:
-        heard = news.get()
-        if heard is None:
+    while newest.outcome in _PENDING:
+        item = news.get()
+        if item is None:
             break
-        if isinstance(heard, grpc.RpcError):
-            if heard.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+        if isinstance(item, grpc.RpcError):
+            if item.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                 break
-            raise heard
-        newest = heard
+            raise item
+        newest = item
     return newest
 
 
 def _listen(
     stub: OperatorServiceStub, id_: str, timeout: float, news: SimpleQueue[Decision | grpc.RpcError | None]
 ) -> None:
-    """Put every message of a decision's stream into `news`, then the error or the None that ended it."""
+    """Put every state of the decision into `news`, then the error that ended the stream, or None."""
     try:
         for response in stub.WatchDecision(WatchDecisionRequest(id=id_), timeout=timeout):
             news.put(response.decision)
@@ -75,39 +82,52 @@ def _listen(
         news.put(None)
 
 
-def said(decision: Decision, named: Mapping[str, float] | None = None) -> str:
-    """A decision's outcome in one line, and what the trainer added to it: `revision 3 applied at step 412: qk 0.5`."""
-    what = f"revision {decision.revision}" if decision.revision else decision.action
+def describe_outcome(decision: Decision, requested: Mapping[str, float] | None = None) -> str:
+    """A decision's outcome in one line, and below it the trainer's remark if there is one.
+
+    Args:
+        decision: The decision.
+        requested: The multipliers on the command line, which are named even where they are 1.
+
+    Returns:
+        Such as `revision 3 applied at step 412: qk 0.5`.
+    """
+    subject = f"revision {decision.revision}" if decision.revision else decision.action
     when = f" at step {decision.applied_step}" if decision.HasField("applied_step") else ""
     id_ = "" if decision.HasField("applied_step") else f" (decision {decision.id})"
-    line = f"{what} {decision.outcome}{when}: {change(decision, named)}{id_}"
+    line = f"{subject} {decision.outcome}{when}: {describe_change(decision, requested)}{id_}"
     return f"{line}\n{decision.detail}" if decision.detail else line
 
 
-def change(decision: Decision, named: Mapping[str, float] | None = None) -> str:
-    """What a decision changes."""
+def describe_change(decision: Decision, requested: Mapping[str, float] | None = None) -> str:
+    """What a decision changes: its multipliers, or the checkpoint to go back to."""
     if decision.HasField("rollback"):
-        back = decision.rollback
-        place = f" ({back.checkpoint.uri})" if back.checkpoint.uri else ""
+        rollback = decision.rollback
+        place = f" ({rollback.checkpoint.uri})" if rollback.checkpoint.uri else ""
         skipped = (
-            f", skipping steps {back.skip_from_step} to {back.skip_to_step - 1}"
-            if back.skip_to_step > back.skip_from_step
+            f", skipping steps {rollback.skip_from_step} to {rollback.skip_to_step - 1}"
+            if rollback.skip_to_step > rollback.skip_from_step
             else ""
         )
-        return f"back to step {back.checkpoint.step}{place}{skipped}"
+        return f"back to step {rollback.checkpoint.step}{place}{skipped}"
     if decision.multipliers or decision.action in ("set_lr", "scale_lr", "ramp_back"):
-        return formatting.multipliers(decision.multipliers, named)
+        return formatting.multipliers(decision.multipliers, requested)
     return formatting.ABSENT
 
 
-def refusal(decision: Decision, timeout: float) -> str:
-    """Why a decision did not come into force."""
-    if decision.outcome in _ON_ITS_WAY:
-        return f"no answer from the trainer of {decision.run} within {timeout:g} s; {_still(decision)}"
+def describe_failure(decision: Decision, timeout: float) -> str:
+    """Why a decision was not applied.
+
+    Args:
+        decision: The decision.
+        timeout: Seconds that were waited.
+    """
+    if decision.outcome in _PENDING:
+        return f"no answer from the trainer of {decision.run} within {timeout:g} s; {_pending_note(decision)}"
     guard = decision.guard if decision.guard not in ("", "ok") else ""
     why = ": ".join(part for part in (guard, decision.detail) if part) or "no reason given"
     return f"decision {decision.id} {decision.outcome}: {why}"
 
 
-def _still(decision: Decision) -> str:
+def _pending_note(decision: Decision) -> str:
     return f"decision {decision.id} stays {decision.outcome}: see sharpwatch decisions {decision.run}"

@@ -1,1 +1,1 @@
-"""The other commands."""
+"""The commands, and the group that they are in."""

@@ -1,15 +1,27 @@
-"""`sharpwatch lr`: the blocks' learning-rate multipliers and their revisions."""
+"""`sharpwatch lr`: the learning-rate multipliers of a run's blocks, and their revisions."""
 
 from __future__ import annotations
 
-import argparse
 import os
+from collections.abc import Mapping
 
-from sharpwatch.cli.arguments import Command, add_multipliers, add_reason, add_run, add_waiting, count
+import click
+
 from sharpwatch.cli.client.client import author, operator, resolve_run
-from sharpwatch.cli.client.follow_decision import finish
+from sharpwatch.cli.client.follow_decision import follow
+from sharpwatch.cli.options import (
+    COUNT,
+    CommandGroup,
+    DaemonCommand,
+    DaemonOptions,
+    multipliers_argument,
+    reason_option,
+    run_argument,
+    wait_options,
+)
 from sharpwatch.cli.output import formatting
-from sharpwatch.cli.output.output import show, to_dict
+from sharpwatch.cli.output.output import show as print_answer
+from sharpwatch.cli.output.output import to_dict
 from sharpwatch.cli.output.tables import Grid
 from sharpwatch.v1.operator_pb2 import (
     GetRunRequest,
@@ -20,52 +32,26 @@ from sharpwatch.v1.operator_pb2 import (
     UndoLearningRatesRequest,
 )
 
-
-def _set_arguments(parser: argparse.ArgumentParser) -> None:
-    add_run(parser)
-    add_multipliers(parser)
-    parser.add_argument("--ramp", metavar="N", type=count, default=0, help="move there over N steps (default: at once)")
-    parser.add_argument("--at-step", metavar="N", type=count, default=0, help="not before step N (default: the next)")
-    add_reason(parser)
-    add_waiting(parser)
+lr = CommandGroup(
+    "lr",
+    help="Show, set and undo the multipliers of a run's learning rates. Each block has one; every change of them is "
+    "a numbered revision.",
+    example="sharpwatch lr set gpt2-a1 qk=0.5 --reason 'loss spikes'\nsharpwatch lr undo gpt2-a1",
+)
 
 
-def _set(args: argparse.Namespace) -> int:
-    with operator(args) as stub:
-        request = SetLearningRatesRequest(
-            run=resolve_run(stub, args.run),
-            multipliers=args.multipliers,
-            ramp_steps=args.ramp,
-            apply_at_step=args.at_step,
-            author=author(os.environ),
-            reason=args.reason,
-        )
-        return finish(stub, args, stub.SetLearningRates(request).decision, args.multipliers)
-
-
-def _undo_arguments(parser: argparse.ArgumentParser) -> None:
-    add_run(parser)
-    parser.add_argument("--revision", metavar="N", type=count, default=0, help="which one (default: the newest)")
-    add_reason(parser)
-    add_waiting(parser)
-
-
-def _undo(args: argparse.Namespace) -> int:
-    with operator(args) as stub:
-        request = UndoLearningRatesRequest(
-            run=resolve_run(stub, args.run), revision=args.revision, author=author(os.environ), reason=args.reason
-        )
-        return finish(stub, args, stub.UndoLearningRates(request).decision)
-
-
-def _show(args: argparse.Namespace) -> int:
-    with operator(args) as stub:
-        run = resolve_run(stub, args.run)
-        detail = stub.GetRun(GetRunRequest(run=run)).detail
-        revisions = stub.ListRevisions(ListRevisionsRequest(run=run)).revisions
+@lr.command(cls=DaemonCommand, example="sharpwatch lr show gpt2-a1")
+@run_argument()
+@click.pass_obj
+def show(options: DaemonOptions, run: str) -> None:
+    """Show each block's learning rate and multiplier, and the newest revision."""
+    with operator(options) as stub:
+        name = resolve_run(stub, run)
+        detail = stub.GetRun(GetRunRequest(run=name)).detail
+        revisions = stub.ListRevisions(ListRevisionsRequest(run=name)).revisions
     newest = max(revisions, key=lambda revision: revision.revision, default=None)
     payload = {
-        "run": run,
+        "run": name,
         "lr_revision": detail.run.lr_revision,
         "newest_revision": to_dict(newest) if newest else None,
         "blocks": [
@@ -73,12 +59,12 @@ def _show(args: argparse.Namespace) -> int:
             for block in to_dict(detail)["blocks"]
         ],
     }
-    show(args, payload, [rates(detail, newest), *([history([newest])] if newest else [])])
-    return 0
+    grids = [rate_table(detail, newest), *([revision_table([newest])] if newest else [])]
+    print_answer(payload, grids, as_json=options.json)
 
 
-def rates(detail: RunDetail, newest: Revision | None) -> Grid:
-    """Each block's rate and multiplier as the trainer reported them."""
+def rate_table(detail: RunDetail, newest: Revision | None) -> Grid:
+    """Each block's rate and multiplier as the trainer reported them, beside the multiplier of the newest revision."""
     wanted = newest.multipliers if newest else {}
     return Grid(
         "lrrr",
@@ -97,15 +83,54 @@ def rates(detail: RunDetail, newest: Revision | None) -> Grid:
     )
 
 
-def _history(args: argparse.Namespace) -> int:
-    with operator(args) as stub:
-        response = stub.ListRevisions(ListRevisionsRequest(run=resolve_run(stub, args.run)))
-    show(args, response, [history(sorted(response.revisions, key=lambda revision: revision.revision))])
-    return 0
+@lr.command(
+    "set",
+    cls=DaemonCommand,
+    example="sharpwatch lr set gpt2-a1 qk=0.5 vo=0.8 --ramp 20 --reason 'loss spikes'",
+)
+@run_argument()
+@multipliers_argument()
+@click.option("--ramp", metavar="STEPS", type=COUNT, default=0, help="Move there over so many steps. Default: at once.")
+@click.option("--at-step", metavar="STEP", type=COUNT, default=0, help="Not before this step. Default: the next one.")
+@reason_option()
+@wait_options
+@click.pass_obj
+def set_multipliers(  # noqa: PLR0913, PLR0917 - click passes every option by name
+    options: DaemonOptions,
+    run: str,
+    multipliers: Mapping[str, float],
+    ramp: int,
+    at_step: int,
+    reason: str,
+    timeout: float | None,
+) -> None:
+    """Multiply the learning rates of blocks by a factor each, and wait until the trainer has done it."""
+    with operator(options) as stub:
+        request = SetLearningRatesRequest(
+            run=resolve_run(stub, run),
+            multipliers=multipliers,
+            ramp_steps=ramp,
+            apply_at_step=at_step,
+            author=author(os.environ),
+            reason=reason,
+        )
+        decision = stub.SetLearningRates(request).decision
+        follow(stub, decision, timeout, as_json=options.json, requested=multipliers)
 
 
-def history(revisions: list[Revision]) -> Grid:
-    """Revisions, who made them and why."""
+@lr.command(cls=DaemonCommand, example="sharpwatch lr history gpt2-a1")
+@run_argument()
+@click.pass_obj
+def history(options: DaemonOptions, run: str) -> None:
+    """List the revisions: the multipliers of each, who made it and why."""
+    with operator(options) as stub:
+        response = stub.ListRevisions(ListRevisionsRequest(run=resolve_run(stub, run)))
+    revisions = sorted(response.revisions, key=lambda revision: revision.revision)
+    print_answer(response, [revision_table(revisions)], as_json=options.json)
+
+
+def revision_table(revisions: list[Revision]) -> Grid:
+    """A row for each revision, in the given order."""
     return Grid(
         "rlrlll",
         tuple(
@@ -122,13 +147,21 @@ def history(revisions: list[Revision]) -> Grid:
             for revision in revisions
         ),
         ("revision", "made at", "applied at step", "multipliers", "author", "reason"),
-        empty="no revision: every block stands at 1",
+        empty="no revision: the multiplier of every block is 1",
     )
 
 
-COMMANDS = {
-    "show": Command(add_run, _show),
-    "set": Command(_set_arguments, _set),
-    "history": Command(add_run, _history),
-    "undo": Command(_undo_arguments, _undo),
-}
+@lr.command(cls=DaemonCommand, example="sharpwatch lr undo gpt2-a1 --reason 'loss is calm again'")
+@run_argument()
+@click.option("--revision", metavar="N", type=COUNT, default=0, help="The revision to undo. Default: the newest.")
+@reason_option()
+@wait_options
+@click.pass_obj
+def undo(options: DaemonOptions, run: str, revision: int, reason: str, timeout: float | None) -> None:
+    """Undo a revision by a new one, and wait until the trainer has done it."""
+    with operator(options) as stub:
+        request = UndoLearningRatesRequest(
+            run=resolve_run(stub, run), revision=revision, author=author(os.environ), reason=reason
+        )
+        decision = stub.UndoLearningRates(request).decision
+        follow(stub, decision, timeout, as_json=options.json)

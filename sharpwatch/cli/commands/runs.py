@@ -1,35 +1,34 @@
-"""`sharpwatch jobs`, `show` and `mode`: the runs a daemon knows, and one of them."""
+"""`sharpwatch jobs`, `show` and `mode`: the runs that a daemon knows, and one of them."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import time
 
-from sharpwatch.cli.arguments import Command, add_reason, add_run
+import click
+
 from sharpwatch.cli.client.client import author, operator, resolve_run
+from sharpwatch.cli.options import DaemonCommand, DaemonOptions, reason_option, run_argument
 from sharpwatch.cli.output import formatting
-from sharpwatch.cli.output.output import show
-from sharpwatch.cli.output.run_view import phase, picture
+from sharpwatch.cli.output.output import show as print_answer
+from sharpwatch.cli.output.run_view import phase, run_view
 from sharpwatch.cli.output.tables import Grid
 from sharpwatch.v1.operator_pb2 import GetRunRequest, ListRunsRequest, Run, SetModeRequest
 
 _MODES = ("observe", "advise", "enforce")
 
 
-def _nothing(parser: argparse.ArgumentParser) -> None:
-    """No arguments of its own."""
-
-
-def _jobs(args: argparse.Namespace) -> int:
-    with operator(args) as stub:
+@click.command(cls=DaemonCommand, example="sharpwatch jobs\nsharpwatch jobs --json")
+@click.pass_obj
+def jobs(options: DaemonOptions) -> None:
+    """List the runs that the daemon knows, by training job."""
+    with operator(options) as stub:
         response = stub.ListRuns(ListRunsRequest())
-    show(args, response, [table(list(response.runs), time.time())])
-    return 0
+    print_answer(response, [run_table(list(response.runs), time.time())], as_json=options.json)
 
 
-def table(runs: list[Run], now: float) -> Grid:
-    """Runs by training job."""
+def run_table(runs: list[Run], now: float) -> Grid:
+    """A row for each run, sorted by training job; `now` in unix seconds."""
     return Grid(
         "lllrrlrrl",
         tuple(
@@ -51,39 +50,38 @@ def table(runs: list[Run], now: float) -> Grid:
     )
 
 
-def _show(args: argparse.Namespace) -> int:
-    with operator(args) as stub:
-        detail = stub.GetRun(GetRunRequest(run=resolve_run(stub, args.run))).detail
-    show(args, detail, picture(detail, time.time()))
-    return 0
+@click.command(cls=DaemonCommand, example="sharpwatch show gpt2-a1")
+@run_argument()
+@click.pass_obj
+def show(options: DaemonOptions, run: str) -> None:
+    """Show one run: its state, the sharpness of its blocks, its alerts, and failures of its agent."""
+    with operator(options) as stub:
+        detail = stub.GetRun(GetRunRequest(run=resolve_run(stub, run))).detail
+    print_answer(detail, run_view(detail, time.time()), as_json=options.json)
 
 
-def _mode_arguments(parser: argparse.ArgumentParser) -> None:
-    add_run(parser)
-    parser.add_argument(
-        "mode",
-        metavar="MODE",
-        nargs="?",
-        choices=_MODES,
-        help="observe, advise or enforce: the mode to put the run in (default: print it)",
-    )
-    add_reason(parser)
+@click.command(cls=DaemonCommand, example="sharpwatch mode gpt2-a1 enforce --reason 'on call tonight'")
+@run_argument()
+@click.argument(
+    "mode",
+    metavar="[MODE]",
+    required=False,
+    type=click.Choice(_MODES),
+    help="The run's new mode: observe, advise or enforce. Default: print the present one.",
+)
+@reason_option()
+@click.pass_obj
+def mode(options: DaemonOptions, run: str, mode: str | None, reason: str) -> None:
+    """Print or set what the daemon's policies may do to a run.
 
-
-def _mode(args: argparse.Namespace) -> int:
-    with operator(args) as stub:
-        name = resolve_run(stub, args.run)
-        if args.mode:
-            request = SetModeRequest(run=name, mode=args.mode, author=author(os.environ), reason=args.reason)
-            run = stub.SetMode(request).run
+    In mode observe they only record decisions, in mode advise they propose them to an operator, and in mode enforce
+    they act.
+    """
+    with operator(options) as stub:
+        name = resolve_run(stub, run)
+        if mode:
+            request = SetModeRequest(run=name, mode=mode, author=author(os.environ), reason=reason)
+            found = stub.SetMode(request).run
         else:
-            run = stub.GetRun(GetRunRequest(run=name)).detail.run
-    show(args, run, f"{run.run}: {run.mode}")
-    return 0
-
-
-COMMANDS = {
-    "jobs": Command(_nothing, _jobs),
-    "show": Command(add_run, _show),
-    "mode": Command(_mode_arguments, _mode),
-}
+            found = stub.GetRun(GetRunRequest(run=name)).detail.run
+    print_answer(found, f"{found.run}: {found.mode}", as_json=options.json)

@@ -1,1 +1,1 @@
-"""`sharpwatch doctor`."""
+"""The checks of `sharpwatch doctor`."""

@@ -1,4 +1,4 @@
-"""Checks of this machine: what is installed, and what the kernel grants."""
+"""Checks of this machine: installed packages, the device, the pipe and the wire code."""
 
 from __future__ import annotations
 
@@ -12,14 +12,21 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Literal
 
-PIPE_BYTES = 2**20  # what the agent asks the kernel for, between trainer and courier
+PIPE_BYTES = 2**20  # the size that the agent requests for the pipe between trainer and courier
 _OLDEST_PYTHON = (3, 11)
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """One check's result; `remedy` says what to do unless `state` is ok."""
+    """The result of one check.
+
+    Attributes:
+        check: What was checked.
+        state: How it went.
+        found: What was found.
+        remedy: What to do, unless the state is ok.
+    """
 
     check: str
     state: Literal["ok", "warn", "fail"]
@@ -28,7 +35,7 @@ class CheckResult:
 
 
 def python() -> CheckResult:
-    """Whether this Python is new enough."""
+    """Check that this Python is new enough."""
     found = ".".join(map(str, sys.version_info[:3]))
     if sys.version_info[:2] < _OLDEST_PYTHON:
         return CheckResult("python", "fail", found, f"install Python {'.'.join(map(str, _OLDEST_PYTHON))} or newer")
@@ -36,19 +43,20 @@ def python() -> CheckResult:
 
 
 def packages() -> Iterator[CheckResult]:
-    """What the installed sharpwatch declares: the agent's packages must be there, the extras' may be."""
+    """Check the packages that sharpwatch declares: the agent needs its own, the extras may be missing."""
     try:
         declared = metadata.requires("sharpwatch") or []
     except metadata.PackageNotFoundError:
         yield CheckResult("packages", "fail", "sharpwatch is not installed", "pip install sharpwatch")
         return
     yield _group("agent's packages", [line for line in declared if "extra ==" not in line], "fail", "sharpwatch")
-    daemon = [line for line in declared if re.search(r"extra == ['\"]daemon['\"]", line)]
-    yield _group("daemon's packages", daemon, "warn", "sharpwatch[daemon]")
+    for extra, check in (("cli", "command line's packages"), ("daemon", "daemon's packages")):
+        lines = [line for line in declared if re.search(rf"extra == ['\"]{extra}['\"]", line)]
+        yield _group(check, lines, "warn", f"sharpwatch[{extra}]")
 
 
 def _group(check: str, declared: list[str], missing_is: Literal["warn", "fail"], install: str) -> CheckResult:
-    names = [match[0] for line in declared if (match := _NAME.match(line))]
+    names = [match[0] for line in declared if (match := _NAME.match(line)) and match[0] != "sharpwatch"]
     versions = {name: _version(name) for name in names}
     missing = [name for name, version in versions.items() if not version]
     found = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
@@ -65,7 +73,7 @@ def _version(name: str) -> str:
 
 
 def device() -> CheckResult:
-    """The device that curvature is computed on."""
+    """Check that torch loads, and name the device that it computes curvature on."""
     try:
         torch = importlib.import_module("torch")
     except (ImportError, OSError) as error:  # OSError: a shared library of it can't be loaded
@@ -83,7 +91,7 @@ def device() -> CheckResult:
 
 
 def pipe() -> CheckResult:
-    """Whether the kernel grants the agent's pipe its size; only Linux lets it be chosen."""
+    """Check that the kernel grants the size of the agent's pipe; only Linux lets a process choose it."""
     if not hasattr(fcntl, "F_SETPIPE_SZ"):
         return CheckResult("pipe size", "ok", "fixed by this system")
     ends = os.pipe()
@@ -98,16 +106,16 @@ def pipe() -> CheckResult:
         return CheckResult(
             "pipe size",
             "warn",
-            f"{size} bytes granted, {PIPE_BYTES} asked for: samples drop while the courier is busy",
+            f"{size} bytes granted, {PIPE_BYTES} requested: samples drop while the courier is busy",
             "raise sysctl fs.pipe-max-size and fs.pipe-user-pages-soft",
         )
     return CheckResult("pipe size", "ok", f"{size} bytes")
 
 
 def wire() -> CheckResult:
-    """Whether the generated wire code fits the installed protobuf and gRPC."""
+    """Check that the generated wire code loads with the installed protobuf and gRPC."""
     try:
-        from google.protobuf.runtime_version import VersionError  # noqa: PLC0415 - it may be what is missing
+        from google.protobuf.runtime_version import VersionError  # noqa: PLC0415 - protobuf may be missing
     except ImportError as error:
         return CheckResult("wire code", "fail", str(error), "pip install --upgrade protobuf")
     try:

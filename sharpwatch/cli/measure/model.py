@@ -1,9 +1,14 @@
-"""MODEL on the command line to a model: a Hugging Face folder, or a user's own function."""
+"""Load the argument MODEL: a Hugging Face folder, or a user's function."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import re
+import sys
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +17,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from sharpwatch.cli.measure.factory import call, is_factory
-from sharpwatch.cli.measure.files import need
+from sharpwatch.cli.extras import need
 from sharpwatch.errors import SharpwatchError
 
+_FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
-# Transformers' class to load with, by what the model was trained to do, and its table of the models it knows.
+# By task: the transformers class that loads a model, and the table of the models that it knows.
 _AUTO = {
     "seq2seq": ("AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES"),
     "causal": ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
@@ -26,8 +31,16 @@ _AUTO = {
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Loaded:
-    """A model on its device. `task` is a key of `_AUTO` for a folder; a user's function has neither task nor folder."""
+class LoadedModel:
+    """A model on its device.
+
+    Attributes:
+        model: The model.
+        device: The device of its parameters.
+        optimizer: The optimizer, if a user's function returned one.
+        folder: The checkpoint's folder; None for a user's function.
+        task: What it was trained for, a key of `_AUTO`; empty for a user's function.
+    """
 
     model: nn.Module
     device: torch.device
@@ -37,7 +50,14 @@ class Loaded:
 
 
 def find_device(text: str) -> torch.device:
-    """The device that `text` names; raises `SharpwatchError` where this machine or this torch has no such one."""
+    """Find a device.
+
+    Args:
+        text: Its name, such as `cuda:1`.
+
+    Raises:
+        SharpwatchError: This machine or this torch has no such device.
+    """
     try:
         device = torch.device(text)
         torch.empty(0, device=device)
@@ -48,11 +68,17 @@ def find_device(text: str) -> torch.device:
     return device
 
 
-def load(model: str, device: str | None, dtype: str | None) -> Loaded:
-    """The model that MODEL names.
+def load(model: str, device: str | None, dtype: str | None) -> LoadedModel:
+    """Load a model.
 
-    A folder's is put on `device`, else on the GPU where there is one, in `dtype`, else in float32: curvature in half
-    precision is mostly rounding. A function's stays as it is, but for what is given. Raises `SharpwatchError`.
+    Args:
+        model: A Hugging Face folder, or module:function.
+        device: Where to put it. Default: for a folder the GPU if there is one; a function's model stays where it is.
+        dtype: The type of its weights. Default: for a folder float32, since curvature in half precision is mostly
+            rounding error; a function's model keeps its own.
+
+    Raises:
+        SharpwatchError: The model cannot be loaded.
     """
     to = None if device is None else find_device(device)
     if Path(model).is_dir():
@@ -61,7 +87,7 @@ def load(model: str, device: str | None, dtype: str | None) -> Loaded:
         return _from_factory(model, to, _dtype(dtype))
     what = "is a file" if Path(model).is_file() else "is not there"
     raise SharpwatchError(
-        f"MODEL {model}: {what}; allowed: a folder with config.json and weights on this machine "
+        f"MODEL {model}: {what}; expected a folder with config.json and weights on this machine "
         "(nothing is downloaded), or module:function"
     )
 
@@ -74,7 +100,7 @@ def _dtype(name: str | None) -> torch.dtype | None:
     return None if name is None else getattr(torch, name)
 
 
-def _from_factory(factory: str, device: torch.device | None, dtype: torch.dtype | None) -> Loaded:
+def _from_factory(factory: str, device: torch.device | None, dtype: torch.dtype | None) -> LoadedModel:
     made = call(factory)
     model, optimizer = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module) or not (optimizer is None or isinstance(optimizer, Optimizer)):
@@ -83,13 +109,13 @@ def _from_factory(factory: str, device: torch.device | None, dtype: torch.dtype 
     # Module.to changes the parameters in place, so that the optimizer keeps them.
     model = model.to(device=device, dtype=dtype)
     first = next(model.parameters(), torch.empty(0))
-    return Loaded(model, first.device, optimizer)
+    return LoadedModel(model, first.device, optimizer)
 
 
-def _from_folder(folder: Path, device: torch.device, dtype: torch.dtype) -> Loaded:
+def _from_folder(folder: Path, device: torch.device, dtype: torch.dtype) -> LoadedModel:
     task = _task(folder)
     if not any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
-        raise SharpwatchError(f"{folder}: has config.json but no weights; looked for {', '.join(_WEIGHTS)}")
+        raise SharpwatchError(f"{folder}: has config.json but no weights; expected {', '.join(_WEIGHTS)}")
     os.environ["HF_HUB_OFFLINE"] = "1"
     transformers = need("transformers", f"{folder}: a checkpoint folder")
     transformers.utils.logging.set_verbosity_error()
@@ -100,11 +126,11 @@ def _from_folder(folder: Path, device: torch.device, dtype: torch.dtype) -> Load
     except Exception as error:
         raise SharpwatchError(f"{folder}: can't be loaded: {type(error).__name__}: {error}") from error
     _check_complete(folder, told)
-    return Loaded(model.to(device), device, folder=folder, task=task)
+    return LoadedModel(model.to(device), device, folder=folder, task=task)
 
 
 def _task(folder: Path) -> str:
-    """What the model in `folder` was trained to do, from its config.json."""
+    """What the model in `folder` was trained for, from its config.json."""
     architectures = _config(folder).get("architectures") or []
     transformers = need("transformers", f"{folder}: a checkpoint folder")
     tables = need("transformers.models.auto.modeling_auto", f"{folder}: a checkpoint folder")
@@ -113,8 +139,8 @@ def _task(folder: Path) -> str:
             return task
     named = ", ".join(map(str, architectures)) or "none"
     raise SharpwatchError(
-        f"{folder}/config.json: architectures: {named}: no language model that transformers {transformers.__version__} "
-        "knows; write a function that returns the model, and give module:function"
+        f"{folder}/config.json: architectures: {named}: not a language model that transformers "
+        f"{transformers.__version__} knows; write a function that returns the model, and name it as module:function"
     )
 
 
@@ -123,7 +149,7 @@ def _config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise SharpwatchError(f"{folder}: has no config.json, so it is no Hugging Face checkpoint") from error
+        raise SharpwatchError(f"{folder}: has no config.json, so it is not a Hugging Face checkpoint") from error
     except (OSError, ValueError) as error:
         raise SharpwatchError(f"{path}: can't be read: {error}") from error
     if not isinstance(config, dict):
@@ -132,8 +158,62 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _check_complete(folder: Path, told: dict[str, Any]) -> None:
-    """Transformers only warns of weights that are not in the files, and makes random ones up."""
+    """Refuse missing weights, which transformers would replace by random ones with only a warning."""
     missing = sorted(str(key) for key in told.get("missing_keys") or ())
     if missing:
         named = f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
         raise SharpwatchError(f"{folder}: the weight files lack {len(missing)} of the model's parameters: {named}")
+
+
+# A user's function
+
+
+def is_factory(text: str) -> bool:
+    """Whether `text` has the form `module:function`."""
+    return _FACTORY.fullmatch(text) is not None
+
+
+def call(factory: str) -> Any:
+    """Call a user's function without arguments.
+
+    Args:
+        factory: `module:function`; modules in the current directory come first.
+
+    Returns:
+        What the function returns.
+
+    Raises:
+        SharpwatchError: There is no such function, or it failed; the message says in which line.
+    """
+    function = _find(factory)
+    try:
+        return function()
+    except Exception as error:
+        raise SharpwatchError(f"{factory} raised {_describe(error)}") from error
+
+
+def _find(factory: str) -> Callable[[], Any]:
+    name, _, attribute = factory.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise SharpwatchError(f"{factory}: importing {name} raised {_describe(error)}") from error
+        raise SharpwatchError(f"{factory}: no module {error.name} in {here}, and none is installed") from error
+    except Exception as error:
+        raise SharpwatchError(f"{factory}: importing {name} raised {_describe(error)}") from error
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        problem = "is not a function" if hasattr(module, attribute) else "does not exist"
+        raise SharpwatchError(f"{factory}: {attribute} {problem}, in {module.__file__}")
+    return function  # type: ignore[no-any-return]
+
+
+def _describe(error: Exception) -> str:
+    """The error and the line that raised it, in place of a traceback."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if len(frames) > 1 else ""
+    return f"{type(error).__name__}: {error}{where}"

@@ -1,4 +1,4 @@
-"""One figure of a measurement: sharpness by layer and by block, and the spectrum of each block's Hessian."""
+"""The figure of a measurement: sharpness by layer and by block, and the spectrum of each block's Hessian."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sharpwatch.cli.measure.density import DECADES, Density, density
+import numpy as np
+from numpy.typing import NDArray
+
 from sharpwatch.cli.output import formatting
 from sharpwatch.curvature.measure.report import BlockReport, SharpnessReport, per_parameter
-from sharpwatch.curvature.statistics.estimate import Estimate
+from sharpwatch.curvature.statistics.estimate import Estimate, Spectrum
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
-# Okabe and Ito's colours, which colour-blind people can tell apart.
+# The colours of Okabe and Ito, which colour-blind people can tell apart.
 _COLOURS = {
     "emb": "#56B4E9",
     "qk": "#0072B2",
@@ -29,14 +31,40 @@ _COLOURS = {
     "whole": "#333333",
 }
 _MARKS = {"hutchinson": ("o", "Hessian"), "gnb": ("s", "Gauss-Newton matrix")}
-_SPREAD = 0.5  # of a layer's place on the axis, that its blocks share side by side
-_WIDTH, _UPPER, _LOWER = 11.0, 4.6, 2.5  # inches: of the figure, of sharpness, of a line of spectra
+_SPREAD = 0.5  # the width in which the blocks of a layer stand side by side; layers are 1 apart
+_WIDTH, _UPPER, _LOWER = 11.0, 4.6, 2.5  # inches: the figure, the part with sharpness, a row of spectra
 _DPI = 150
+_DECADES = 4  # of eigenvalues on each side of 0 that the axis spreads out; smaller ones are in its linear middle
+_SIGMA = 0.4  # of the Gaussian drawn for an eigenvalue, in units of asinh(λ/width): a sixth of a decade
+_MARGIN = 6 * _SIGMA
+_POINTS = 300
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Density:
+    """A smoothed spectrum.
+
+    Attributes:
+        width: A power of ten. The axis asinh(λ/width) is linear up to about it, and logarithmic beyond on both sides.
+        eigenvalues: Where the density is given.
+        share: The share of the eigenvalues per unit of asinh(λ/width); its integral over that axis is 1.
+    """
+
+    width: float
+    eigenvalues: NDArray[np.float64]
+    share: NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A sharpness where it is drawn: `x`, the block type that gives the colour, the estimator that gives the mark."""
+    """A sharpness in the figure.
+
+    Attributes:
+        x: Its place on the axis.
+        block: The block type, which gives the colour.
+        estimator: The estimator, which gives the marker.
+        sharpness: The value and its error.
+    """
 
     x: float
     block: str
@@ -45,8 +73,14 @@ class Point:
 
 
 def draw(report: SharpnessReport, title: str, suffix: str) -> bytes:
-    """The figure as a file's content, in the format that `suffix` (".svg", ".png" or ".pdf") names."""
-    from matplotlib import rc_context  # noqa: PLC0415 - slow to load, and only a figure needs it
+    """Draw the figure as the content of a file.
+
+    Args:
+        report: The measurement.
+        title: The title.
+        suffix: The format: ".svg", ".png" or ".pdf".
+    """
+    from matplotlib import rc_context  # noqa: PLC0415 - slow to import, and only a figure needs it
 
     content = io.BytesIO()
     # A fixed salt and no date: the same measurement gives the same bytes.
@@ -57,7 +91,7 @@ def draw(report: SharpnessReport, title: str, suffix: str) -> bytes:
 
 
 def figure(report: SharpnessReport, title: str) -> Figure:
-    """Sharpness above; below, a spectrum for each block that has one."""
+    """Draw the sharpness, and below it a spectrum for each block that has one."""
     from matplotlib.figure import Figure  # noqa: PLC0415 - as above
 
     everything = {**report.blocks, "whole": report.whole}
@@ -74,8 +108,8 @@ def figure(report: SharpnessReport, title: str) -> Figure:
     return drawn
 
 
-def layer_places(report: SharpnessReport) -> dict[str, float]:
-    """Where each layer stands on the axis, in the report's order; a gap before a stack of another name."""
+def layer_positions(report: SharpnessReport) -> dict[str, float]:
+    """The place of each layer on the axis, in the report's order, with a gap between stacks of layers."""
     places: dict[str, float] = {}
     x, stack = 0.0, None
     for name in report.layers:
@@ -89,8 +123,8 @@ def layer_places(report: SharpnessReport) -> dict[str, float]:
 
 
 def layer_points(report: SharpnessReport) -> list[Point]:
-    """Blocks of one layer side by side, each type at the same side of every layer."""
-    places, kinds = layer_places(report), kinds_of(report)
+    """The blocks of each layer, side by side in the same order for every layer."""
+    places, kinds = layer_positions(report), block_types(report)
     points = []
     for name, block in report.layers.items():
         layer, _, kind = name.rpartition(".")
@@ -103,14 +137,14 @@ def layer_points(report: SharpnessReport) -> list[Point]:
     return points
 
 
-def kinds_of(report: SharpnessReport) -> list[str]:
-    """The block types there are, in their usual order; by layer there may be more than were asked for as a whole."""
+def block_types(report: SharpnessReport) -> list[str]:
+    """The block types in the report, in their usual order; layers may have more types than were measured as a whole."""
     there = {*report.blocks, *(name.rpartition(".")[2] for name in report.layers)}
     return [kind for kind in _COLOURS if kind in there]
 
 
 def outside_points(report: SharpnessReport) -> list[Point]:
-    """Blocks in no layer: embeddings, the head, the last norm."""
+    """The blocks outside all layers: embeddings, the head, the last norm."""
     outside = {name: block for name, block in report.layers.items() if "." not in name}
     return [
         Point(x, name, block.trace.estimator, block.sharpness)
@@ -120,7 +154,7 @@ def outside_points(report: SharpnessReport) -> list[Point]:
 
 
 def type_points(report: SharpnessReport) -> list[Point]:
-    """Whole block types, by every estimator there is."""
+    """The block types over all layers, a point for each estimator."""
     return [
         Point(x + _shift(index, len(block.estimates)), name, kind, per_parameter(trace, block.parameters))
         for x, (name, block) in enumerate(report.blocks.items())
@@ -133,7 +167,7 @@ def _shift(index: int, of: int) -> float:
 
 
 def _sharpness(part: SubFigure, report: SharpnessReport) -> None:
-    places, outside = layer_places(report), outside_points(report)
+    places, outside = layer_positions(report), outside_points(report)
     widths = [max(3.0, len(places)), max(1.0, 0.9 * len(outside)), max(1.0, len(report.blocks))]
     layered, side, types = part.subplots(1, 3, sharey=True, width_ratios=_bounded(widths))
     layered.set_yscale("log")
@@ -152,7 +186,7 @@ def _sharpness(part: SubFigure, report: SharpnessReport) -> None:
 
 
 def _set_limits(axes: Axes, points: list[Point]) -> None:
-    """A decade's third beyond the points and their upper errors; a lower error that passes 0 has no end."""
+    """Leave a factor of 2 around the points and their upper errors; a lower error that passes 0 is cut off."""
     sizes = [abs(p.sharpness.value) for p in points if p.sharpness.value != 0 and math.isfinite(p.sharpness.value)]
     tops = [abs(p.sharpness.value) + p.sharpness.stderr for p in points if math.isfinite(p.sharpness.stderr)]
     if sizes:
@@ -160,13 +194,13 @@ def _set_limits(axes: Axes, points: list[Point]) -> None:
 
 
 def _bounded(widths: list[float]) -> list[float]:
-    """The layers' panel takes between a third and a little more than half of the width: names need theirs."""
+    """Give the panel of layers between a third and a little more than half of the width; names need the rest."""
     rest = widths[1] + widths[2]
     return [min(max(widths[0], rest / 2), 1.1 * rest), *widths[1:]]
 
 
 def _short(layer: str, places: Mapping[str, float]) -> str:
-    """`3` for layers.3; with its stack's first letters where there are several: `enc 3`."""
+    """`3` for layers.3, or `enc 3` if there are several stacks of layers."""
     stack, _, number = layer.rpartition(".")
     return number if len({name.rpartition(".")[0] for name in places}) == 1 else f"{stack[:3]} {number}"
 
@@ -188,7 +222,7 @@ def _panel(axes: Axes, points: list[Point], title: str, *, joined: bool = False)
 
 
 def _mark(axes: Axes, point: Point) -> None:
-    """A point with its error; a negative one at its size, hollow: a logarithmic axis has no place for it."""
+    """Draw a point with its error. A negative one is hollow and at its size, since the axis is logarithmic."""
     value, colour = point.sharpness.value, _COLOURS[point.block]
     if not math.isfinite(value) or value == 0:
         return
@@ -214,7 +248,7 @@ def _legend(part: SubFigure, report: SharpnessReport) -> None:
     def mark(label: str, colour: str, shape: str, face: str | None = None) -> Line2D:
         return Line2D([], [], linestyle="", marker=shape, color=colour, markerfacecolor=face or colour, label=label)
 
-    handles = [mark(kind, _COLOURS[kind], "o") for kind in kinds_of(report)]
+    handles = [mark(kind, _COLOURS[kind], "o") for kind in block_types(report)]
     used = dict.fromkeys(kind for block in report.blocks.values() for kind in block.estimates)
     handles += [mark(f"of the {_MARKS[kind][1]}", "#333333", _MARKS[kind][0]) for kind in used if kind in _MARKS]
     everything = [*report.blocks.values(), *report.layers.values()]
@@ -245,7 +279,9 @@ def _spectrum(axes: Axes, name: str, block: BlockReport) -> None:
     axes.set_yscale("log")
     axes.fill_between(found.eigenvalues, found.share, 1e-300, color=_COLOURS[name], alpha=0.35, linewidth=0)
     axes.plot(found.eigenvalues, found.share, color=_COLOURS[name], linewidth=1.2)
-    axes.set_ylim(0.1 / block.parameters, found.share.max() * 8)  # one eigenvalue of n is seen, and room for the labels
+    axes.set_ylim(
+        0.1 / block.parameters, found.share.max() * 8
+    )  # one eigenvalue of n is visible, and there is room for labels
     starts = f"{block.spectrum.draws} random start{'' if block.spectrum.draws == 1 else 's'}"
     axes.set_title(f"{'whole model' if name == 'whole' else name}, {starts}", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
@@ -255,8 +291,22 @@ def _spectrum(axes: Axes, name: str, block: BlockReport) -> None:
             _mark_end(axes, end.value, side)
 
 
+def density(spectrum: Spectrum) -> Density:
+    """Smooth a spectrum with a Gaussian of one width on the asinh axis.
+
+    On λ itself, a Gaussian of one width would hide all structure near 0, or be invisible far from it.
+    """
+    values, weights = np.array(spectrum.eigenvalues), np.array(spectrum.weights)
+    largest = float(np.abs(values).max())
+    width = 10.0 ** (math.floor(math.log10(largest)) - _DECADES) if largest > 0 else 1.0
+    at = np.arcsinh(values / width)
+    axis = np.linspace(at.min() - _MARGIN, at.max() + _MARGIN, _POINTS)
+    bells = np.exp(-0.5 * ((axis[:, None] - at) / _SIGMA) ** 2) / (_SIGMA * math.sqrt(2 * math.pi))
+    return Density(width, np.sinh(axis) * width, bells @ weights)
+
+
 def _mark_end(axes: Axes, value: float, side: str) -> None:
-    """An extreme eigenvalue: a line, and its value at the top, on the inner side."""
+    """Mark an extreme eigenvalue by a line, with its value at the top on the inner side."""
     axes.axvline(value, color="#333333", linewidth=0.8, linestyle="--")
     axes.annotate(
         formatting.number(value).replace("-", "−"),
@@ -271,10 +321,10 @@ def _mark_end(axes: Axes, value: float, side: str) -> None:
 
 
 def _ticks(found: Density) -> tuple[list[float], list[str]]:
-    """0 and every second power of ten on each side; the first decade is left to the 0."""
+    """Place ticks at 0 and at every second power of ten; the first decade is left free for the 0."""
     low, high = float(found.eigenvalues[0]), float(found.eigenvalues[-1])
     first = round(math.log10(found.width)) + 2
-    exponents = range(first, first + DECADES, 2)
+    exponents = range(first, first + _DECADES, 2)
     sizes = [(10.0**exponent, exponent) for exponent in exponents]
     ticks = [(-size, rf"$-10^{{{exponent}}}$") for size, exponent in reversed(sizes) if -size >= low]
     ticks += [(0.0, "0")] if low <= 0 <= high else []

@@ -1,4 +1,4 @@
-"""How far a measurement is, on standard error: a bar on a terminal, now and then a line elsewhere."""
+"""The progress of a measurement, on standard error: a bar on a terminal, a line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -7,32 +7,24 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self, TextIO
+from typing import TYPE_CHECKING, Self, TextIO
+
+from sharpwatch.curvature.measure.measure import Progress
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
-_EVERY = 10.0  # seconds between two lines of a log
+_LINE_SECONDS = 10.0  # between two lines if there is no terminal
 
 
-class ProgressStep(Protocol):
-    """What the engine says after each piece of work."""
+class ProgressDisplay:
+    """Shows the pieces of work of a measurement. A context manager, which removes its bar at the end.
 
-    @property
-    def done(self) -> int:
-        """Pieces done."""
-
-    @property
-    def total(self) -> int | None:
-        """Pieces to do, as far as is known now."""
-
-    @property
-    def what(self) -> str:
-        """What was done last, such as "hutchinson qk"."""
-
-
-class Progress:
-    """Shows pieces; a context manager, since a bar has to be taken away again."""
+    Args:
+        quiet: Show nothing.
+        stream: Where to show them; standard error by default.
+        clock: Seconds.
+    """
 
     def __init__(
         self, *, quiet: bool, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
@@ -57,22 +49,22 @@ class Progress:
     ) -> None:
         self._open.close()
 
-    def show(self, piece: ProgressStep) -> None:
-        """Show that `piece` is done."""
+    def show(self, piece: Progress) -> None:
+        """Show that a piece is done."""
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=piece.done, total=piece.total, description=piece.what)
-        elif not self._quiet and self._clock() - self._shown >= _EVERY:
+        elif not self._quiet and self._clock() - self._shown >= _LINE_SECONDS:
             self._shown = self._clock()
-            print(f"sharpwatch measure: {told(piece)}, {piece.what}", file=self._stream, flush=True)
+            print(f"sharpwatch measure: {count_pieces(piece)}, {piece.what}", file=self._stream, flush=True)
 
 
-def told(piece: ProgressStep) -> str:
-    """`12 of 40 pieces`."""
+def count_pieces(piece: Progress) -> str:
+    """The progress so far, such as `12 of 40 pieces`."""
     return f"{piece.done} pieces" if piece.total is None else f"{piece.done} of {piece.total} pieces"
 
 
 def _bar(stream: TextIO) -> Bar | None:
-    """A bar, or None where rich is not installed."""
+    """A bar, or None if rich is not installed."""
     try:
         from rich import progress  # noqa: PLC0415 - only for a terminal
         from rich.console import Console  # noqa: PLC0415 - only for a terminal

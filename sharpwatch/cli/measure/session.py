@@ -1,39 +1,79 @@
-"""One measurement from what was asked for to its report: loaded, checked, run in pieces, kept."""
+"""One measurement, from the request to the report: load, check, run piece by piece, keep the state."""
 
 from __future__ import annotations
 
 import math
+import os
+import signal
 from contextlib import ExitStack, closing
-from typing import Any
+from types import FrameType, TracebackType
+from typing import Any, Self
 
 import torch
 
 from sharpwatch._version import __version__
 from sharpwatch.blocks import load_rules
-from sharpwatch.cli.measure.arguments import Request
-from sharpwatch.cli.measure.data import Cut, load_batches
+from sharpwatch.cli.measure.command import MeasureRequest
+from sharpwatch.cli.measure.data import TextWindows, load_batches
+from sharpwatch.cli.measure.files import StateFile, read_state
 from sharpwatch.cli.measure.model import load
-from sharpwatch.cli.measure.progress import Progress, ProgressStep, told
-from sharpwatch.cli.measure.signals import Stop
-from sharpwatch.cli.measure.state import StateFile, read_state
-from sharpwatch.cli.measure.validation import check_batches
+from sharpwatch.cli.measure.progress import ProgressDisplay, count_pieces
 from sharpwatch.cli.output import formatting
-from sharpwatch.curvature.measure.measure import Measurement
+from sharpwatch.curvature.measure.measure import Measurement, Progress
 from sharpwatch.curvature.measure.report import SharpnessReport
+from sharpwatch.curvature.measure.validation import check_values
 from sharpwatch.errors import SharpwatchError
 
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-class Session:
-    """Everything a user can get wrong raises here, in the constructor; `run` does the work."""
 
-    def __init__(self, request: Request) -> None:
+class DeferredSignals:
+    """Defers Ctrl-C and SIGTERM while entered, so that the piece of work in progress is not lost.
+
+    Attributes:
+        received: The number of the signal that came, 0 for none. A second signal raises KeyboardInterrupt at once.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        self._handlers = {number: signal.signal(number, self._receive) for number in _STOP_SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - a handler's signature
+        if self.received:
+            raise KeyboardInterrupt
+        self.received = number
+        # Not print: the handler may interrupt another write to the same stream.
+        os.write(2, b"\nsharpwatch measure: stopping after this piece; again to stop at once\n")
+
+
+class MeasureSession:
+    """One `sharpwatch measure`. The constructor loads and checks everything; `run` does the work.
+
+    Args:
+        request: The arguments on the command line.
+
+    Raises:
+        SharpwatchError: Model, data or options cannot be used, or do not fit together.
+    """
+
+    def __init__(self, request: MeasureRequest) -> None:
         self.request = request
-        self._last: ProgressStep | None = None
+        self._last: Progress | None = None
         kept = None if request.state is None else read_state(request.state)
         rules = None if request.rules is None else load_rules(request.rules)
         loaded = load(request.model, request.device, request.dtype)
-        cut = Cut(request.rows, request.length, request.batches)
-        batches = load_batches(request.data, cut, loaded, request.seed)
+        windows = TextWindows(request.rows, request.length, request.batches)
+        batches = load_batches(request.data, windows, loaded, request.seed)
         self._device = str(loaded.device)
         self._measurement = Measurement(
             loaded.model,
@@ -48,7 +88,7 @@ class Session:
             rules=rules,
             method=request.method,
         )
-        check_batches(loaded.model, self._measurement.block_map, batches, request.data)
+        check_values(loaded.model, self._measurement.block_map, batches, f"DATA {request.data}")
         self._file: StateFile | None = None
         if request.state is not None:
             self._file = StateFile(request.state)
@@ -56,66 +96,74 @@ class Session:
                 self._file.load(self._measurement, kept)
 
     @property
-    def pieces(self) -> int:
-        """Pieces of work done."""
+    def pieces_done(self) -> int:
+        """The number of pieces of work done."""
         return 0 if self._last is None else self._last.done
 
-    def told(self) -> str:
-        """How far it is."""
-        return "0 pieces" if self._last is None else told(self._last)
+    def progress(self) -> str:
+        """The progress so far, such as `12 of 40 pieces`."""
+        return "0 pieces" if self._last is None else count_pieces(self._last)
 
     def run(self) -> int:
-        """Measure; returns the signal that asked for an end before it was reached, else 0.
+        """Measure, and keep all draws in the state file however this ends.
 
-        What is done is in the state file, however this ends.
+        Returns:
+            The number of the signal that stopped the measurement early, 0 if none did.
+
+        Raises:
+            SharpwatchError: The device has too little memory.
         """
         try:
-            with Stop() as stop, Progress(quiet=self.request.quiet) as progress, ExitStack() as stack:
-                # Closed at once where it is left early: until then the engine has the model on loan.
+            with (
+                DeferredSignals() as signals,
+                ProgressDisplay(quiet=self.request.quiet) as display,
+                ExitStack() as stack,
+            ):
+                # Closed at once if left early: until then the model is not as the user's module made it.
                 for piece in stack.enter_context(closing(self._measurement.run())):
                     self._last = piece
-                    progress.show(piece)
+                    display.show(piece)
                     if self._file is not None:
                         self._file.save_if_due(self._measurement)
-                    if stop.asked:
-                        return stop.asked
+                    if signals.received:
+                        return signals.received
         except torch.OutOfMemoryError as error:
-            less = "give fewer --rows or a shorter --length"
-            raise SharpwatchError(f"out of memory on {self._device} after {self.told()}: {less}") from error
+            less = "use fewer --rows or a shorter --length"
+            raise SharpwatchError(f"out of memory on {self._device} after {self.progress()}: {less}") from error
         finally:
             if self._file is not None:
                 self._file.save(self._measurement)
         return 0
 
-    def kept(self) -> str:
-        """What became of the draws so far."""
+    def state_note(self) -> str:
+        """Where the draws so far are kept, or why they are not."""
         if self._file is None:
             return "not kept: --state FILE was not given"
         if self._file.trouble:
             return f"not kept: {self._file.trouble}"
-        return f"kept in {self._file.path}: the same command goes on from there"
+        return f"kept in {self._file.path}: the same command continues from there"
 
     def report(self) -> SharpnessReport:
-        """What was measured so far."""
+        """The results so far."""
         return self._measurement.report()
 
     def title(self, report: SharpnessReport) -> str:
-        """The figure's heading."""
+        """The title of the figure."""
         loss = f"loss {formatting.number(report.loss)} over " if math.isfinite(report.loss) else ""
         return f"{self.request.model} on {self.request.data}: {loss}{report.tokens:,} tokens"
 
     def provenance(self) -> dict[str, Any]:
-        """What was measured how: enough to do it again."""
-        asked = self.request
+        """What was measured and how: enough to repeat it."""
+        request = self.request
         return {
             "sharpwatch": __version__,
-            "model": asked.model,
-            "data": asked.data,
-            "estimators": list(asked.estimators),
-            "draws": asked.draws,
-            "precision": asked.precision,
-            "max_draws": asked.max_draws,
-            "method": asked.method,
+            "model": request.model,
+            "data": request.data,
+            "estimators": list(request.estimators),
+            "draws": request.draws,
+            "precision": request.precision,
+            "max_draws": request.max_draws,
+            "method": request.method,
             "device": self._device,
-            "dtype": asked.dtype,
+            "dtype": request.dtype,
         }

@@ -1,4 +1,4 @@
-"""What a measurement found, as a table and a few lines below it."""
+"""The tables that `sharpwatch measure` prints."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ _STABILITY = {"direction": "step", "linesearch": "line search", "preconditioned"
 
 
 def tables(report: SharpnessReport, *, layers: bool = False) -> list[Grid]:
-    """By block and whole, by layer where `layers`, of the optimizer's next step, and what the numbers stand on."""
+    """The results of a measurement: by block, by layer, of the optimizer's next step, and facts about the measurement.
+
+    Args:
+        report: The results.
+        layers: Whether to add the table by layer.
+    """
     found = [_grid({**report.blocks, "whole": report.whole}, "block")]
     if layers:
         found.append(_grid(report.layers, "layer block"))
@@ -56,7 +61,7 @@ def _stability(report: SharpnessReport) -> Grid:
 
 
 def _cell(estimate: Estimate | None) -> str:
-    """Value and standard error; of an eigenvalue from one start, its residual: it bounds the distance to a true one."""
+    """Format a value and its standard error, or the residual of an eigenvalue that was computed from one start."""
     if estimate is None:
         return formatting.ABSENT
     if math.isfinite(estimate.residual) and not (math.isfinite(estimate.stderr) and estimate.stderr > 0):
@@ -66,7 +71,9 @@ def _cell(estimate: Estimate | None) -> str:
 
 def _facts(report: SharpnessReport) -> Grid:
     cost, batches = report.cost, f"{report.batches} batch{'' if report.batches == 1 else 'es'}"
-    loss = formatting.number(report.loss) if math.isfinite(report.loss) else formatting.ABSENT  # gnb has no use for it
+    loss = (
+        formatting.number(report.loss) if math.isfinite(report.loss) else formatting.ABSENT
+    )  # gnb does not compute it
     facts = [
         ("loss", f"{loss} over {report.tokens:,} tokens in {batches}"),
         ("seed", str(report.seed)),

@@ -1,1 +1,1 @@
-"""Formatting for people and machines."""
+"""How the commands print: numbers, tables, and JSON."""

@@ -1,34 +1,40 @@
-"""Numbers and times as people read them."""
+"""Format numbers and times for people."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from decimal import Decimal
 
 from sharpwatch.v1.types_pb2 import Estimate
 
 ABSENT = "–"
-_DIGITS = 6  # of a value at most, however small its error
-_PLAIN = (1e-3, 1e5)  # sizes written without an exponent
+_DIGITS = 6  # at most, however small the error
+_PLAIN = (1e-3, 1e5)  # values between these are written without an exponent
 
 
 def number(value: float, digits: int = 4) -> str:
-    """`value` to `digits` significant digits."""
+    """Format `value` to `digits` significant digits."""
     return f"{value:.{digits}g}"
 
 
 def optional(value: float | None) -> str:
-    """`number`, or a dash for what was not measured."""
+    """Format a value, or a dash for one that was not measured."""
     return ABSENT if value is None else number(value)
 
 
 def with_error(value: float, stderr: float) -> str:
-    """`3.4e-09 ± 2e-10`: the error to one digit, the value to the error's place and at least one digit.
+    """Format a value with its standard error, such as `3.4e-09 ± 2e-10`.
 
-    An error that is not known (one draw) is written `?`, and the value to three digits.
+    The error has one digit; the value ends at the error's place, with one digit at least. An unknown error (of a
+    single draw) is written `?`, and the value to three digits.
+
+    Args:
+        value: The value.
+        stderr: Its standard error; nan or inf if unknown.
     """
+    from decimal import Decimal  # noqa: PLC0415 - slow to import, and only errors need it
+
     if not math.isfinite(value):
         return number(value)
     if not (math.isfinite(stderr) and stderr >= 0):
@@ -48,24 +54,24 @@ def with_error(value: float, stderr: float) -> str:
 
 
 def estimate(message: Estimate | None) -> str:
-    """An estimate with its error, or a dash."""
+    """Format an estimate with its error, or a dash."""
     return ABSENT if message is None else with_error(message.value, message.stderr)
 
 
 def percent(ratio: float) -> str:
-    """A ratio as a percentage of two digits."""
+    """Format a ratio as a percentage with two digits."""
     return f"{number(100 * ratio, 2)} %"
 
 
 def timestamp(unix_ns: int) -> str:
-    """Seconds of UTC, or a dash for 0."""
+    """Format a time in UTC to the second, or a dash for 0."""
     if not unix_ns:
         return ABSENT
     return datetime.fromtimestamp(unix_ns // 10**9, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def age(unix_ns: int, now: float) -> str:
-    """How long before `now` (unix seconds) that was, in its largest unit."""
+    """Format the time that passed until `now` (unix seconds), in its largest unit."""
     if not unix_ns:
         return "never"
     passed = now - unix_ns / 1e9
@@ -75,14 +81,19 @@ def age(unix_ns: int, now: float) -> str:
 
 
 def span(duration: float) -> str:
-    """A duration in seconds, in its largest unit."""
+    """Format a duration, given in seconds, in its largest unit."""
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
         if duration >= 2 * size:
             return f"{duration / size:.0f} {unit}"
     return f"{duration:.0f} s"
 
 
-def multipliers(values: Mapping[str, float], named: Mapping[str, float] | None = None) -> str:
-    """The blocks that stand at another multiplier than 1, and those `named`: `emb 2, qk 0.5`."""
-    shown = {block: value for block, value in values.items() if value != 1 or block in (named or ())}
+def multipliers(values: Mapping[str, float], requested: Mapping[str, float] | None = None) -> str:
+    """Format multipliers, such as `emb 2, qk 0.5`.
+
+    Args:
+        values: The multiplier of each block; only those other than 1 are shown.
+        requested: Blocks to show in any case.
+    """
+    shown = {block: value for block, value in values.items() if value != 1 or block in (requested or ())}
     return ", ".join(f"{block} {value:g}" for block, value in sorted(shown.items())) or "every block 1"

@@ -1,4 +1,4 @@
-"""One run at a glance: what `sharpwatch show` prints."""
+"""The tables that `sharpwatch show` prints about one run."""
 
 from __future__ import annotations
 
@@ -17,9 +17,14 @@ _QUANTITIES = {
 }
 
 
-def picture(detail: RunDetail, now: float) -> list[Grid]:
-    """Header, blocks, what the estimates stand on, alerts, and what went wrong in the agent; `now` in unix seconds."""
-    return [header(detail, now), blocks(detail.blocks), sources(detail), alerts(detail), troubles(detail)]
+def run_view(detail: RunDetail, now: float) -> list[Grid]:
+    """Everything about a run: its state, blocks, the origin of the estimates, alerts and failures.
+
+    Args:
+        detail: The daemon's answer.
+        now: Unix seconds, which ages are relative to.
+    """
+    return [state(detail, now), blocks(detail.blocks), sources(detail), alerts(detail), failures(detail)]
 
 
 def phase(run: Run) -> str:
@@ -27,8 +32,8 @@ def phase(run: Run) -> str:
     return RunPhase.Name(run.phase).removeprefix("RUN_PHASE_").lower()
 
 
-def header(detail: RunDetail, now: float) -> Grid:
-    """The run, where it stands, and what may be done to it."""
+def state(detail: RunDetail, now: float) -> Grid:
+    """The run's names, progress, mode and checkpoints."""
     run = detail.run
     each = f", {formatting.number(detail.step_seconds, 3)} s each" if detail.HasField("step_seconds") else ""
     seen = formatting.age(run.last_sample_at_unix_ns, now)
@@ -58,12 +63,12 @@ def _model(estimates: Sequence[Estimate]) -> Iterable[tuple[str, Estimate]]:
 
 
 def first(estimates: Sequence[Estimate], quantity: str) -> Estimate | None:
-    """The daemon's first estimate of `quantity`, if there is one."""
+    """The first estimate of `quantity`, or None."""
     return next((estimate for estimate in estimates if estimate.quantity == quantity), None)
 
 
 def blocks(found: Sequence[Block]) -> Grid:
-    """A row for each block: curvature with errors, then the last step's statistics."""
+    """A row for each block: curvature with its error, then statistics of the last step."""
     return Grid(
         "lrrrrrrrrr",
         tuple(_block(block) for block in found),
@@ -96,7 +101,7 @@ def _block(block: Block) -> tuple[str, ...]:
 
 
 def sources(detail: RunDetail) -> Grid:
-    """Which estimator each column comes from, of how many draws and how old; empty before the first probe."""
+    """For each quantity: its estimator, number of draws and step; empty before the first probe."""
     rows = []
     for quantity, name in _QUANTITIES.items():
         found = [estimate for block in detail.blocks if (estimate := first(block.estimates, quantity))]
@@ -113,7 +118,7 @@ def _range(values: Sequence[int]) -> str:
 
 
 def alerts(detail: RunDetail) -> Grid:
-    """Active alerts, the newest first."""
+    """The active alerts, the newest first."""
     active = sorted((alert for alert in detail.alerts if alert.active), key=lambda alert: -alert.first_step)
     return Grid(
         "lllrrl",
@@ -133,8 +138,8 @@ def alerts(detail: RunDetail) -> Grid:
     )
 
 
-def troubles(detail: RunDetail) -> Grid:
-    """Probes that fail and samples that were lost."""
+def failures(detail: RunDetail) -> Grid:
+    """Failed probes and dropped samples."""
     rows = [("probe failure", failure) for failure in detail.probe_failures]
     rows += [("dropped samples", f"{count} {reason}") for reason, count in sorted(detail.dropped.items()) if count]
     return Grid("ll", tuple(rows), empty="no probe failure, no sample dropped")

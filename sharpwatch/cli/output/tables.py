@@ -1,4 +1,4 @@
-"""Grids of text: drawn by rich on a terminal, aligned plain text anywhere else."""
+"""Tables of text: drawn by rich on a terminal, aligned plain text anywhere else."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _GAP = "  "
-# Words that carry a judgement, coloured wherever a cell is exactly one of them.
+# Words for good, doubtful and bad states; a cell that is one of them is coloured.
 _STYLES = {
     **dict.fromkeys(("ok", "running", "applied", "recovered"), "green"),
     **dict.fromkeys(("warn", "warning", "proposed", "silent"), "yellow"),
@@ -21,24 +21,29 @@ _STYLES = {
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Rows of cells under `headings` (none: no heading line); `align` has an `l` or `r` for each column.
+    """A table.
 
-    The first column names the row: where a grid is too wide for a terminal, it is repeated in each part.
+    Attributes:
+        align: An `l` or `r` for each column.
+        rows: The cells. The first column names the row; a table split for a narrow terminal repeats it in each part.
+        headings: One for each column, or none for no heading line.
+        title: A line above the table.
+        empty: The text to print if there are no rows.
     """
 
     align: str
     rows: tuple[tuple[str, ...], ...]
     headings: tuple[str, ...] = ()
     title: str = ""
-    empty: str = ""  # what to say where there is no row
+    empty: str = ""
 
     def widths(self) -> list[int]:
-        """Characters of each column."""
+        """The width of each column in characters."""
         lines = [clean_row(row) for row in (self.headings, *self.rows) if row]
         return [max((len(line[column]) for line in lines), default=0) for column in range(len(self.align))]
 
     def split(self, width: int) -> list[Grid]:
-        """Grids no wider than `width`, where single columns allow that, which together have all columns."""
+        """Split the columns into grids at most `width` wide, unless the first and one other column are wider."""
         widths = self.widths()
         groups: list[list[int]] = [[0]]
         for column in range(1, len(widths)):
@@ -57,17 +62,17 @@ class Grid:
 
 
 def clean(text: str) -> str:
-    """`text` on one line, with what a terminal would obey instead of showing made visible."""
+    """Put `text` on one line, and make control characters visible."""
     return "".join(c if c.isprintable() else " " if c.isspace() else f"\\x{ord(c):02x}" for c in text)
 
 
 def clean_row(row: Sequence[str]) -> tuple[str, ...]:
-    """Every cell `clean`."""
+    """Clean every cell."""
     return tuple(clean(cell) for cell in row)
 
 
 def plain(grids: Sequence[Grid]) -> str:
-    """The grids as aligned text, an empty line between them."""
+    """Format grids as aligned text, with an empty line between them."""
     return "\n\n".join(filter(None, map(_plain_grid, grids)))
 
 
@@ -87,13 +92,18 @@ def _plain_grid(grid: Grid) -> str:
 
 
 def write(grids: Sequence[Grid], stream: TextIO | None = None) -> None:
-    """Print the grids, with rich where `stream` (standard output) is a terminal and rich is installed."""
+    """Print grids: with rich if the stream is a terminal and rich is installed, else as plain text.
+
+    Args:
+        grids: The tables.
+        stream: Where to; standard output by default.
+    """
     out = stream or sys.stdout
     if not out.isatty():
         print(plain(grids), file=out)
         return
     try:
-        import rich  # noqa: F401, PLC0415 - only for a terminal; the agent's installation comes without it
+        import rich  # noqa: F401, PLC0415 - only for a terminal; the extra `cli` does not install it
     except ModuleNotFoundError:
         print(plain(grids), file=out)
         return
@@ -114,7 +124,7 @@ def _draw(grids: Sequence[Grid], out: TextIO) -> None:
             continue
         if grid.title:
             console.print(Text(grid.title, style="bold"))
-        # Only tables are split; facts without a heading wrap in their last column.
+        # Only tables with headings are split; in others the last column wraps.
         for part in grid.split(console.width) if grid.headings else [grid]:
             _draw_grid(part, console)
 

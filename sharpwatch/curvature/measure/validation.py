@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,10 +14,12 @@ from sharpwatch.curvature.objective.batch import Batch
 from sharpwatch.curvature.objective.hessian import METHODS, Method
 from sharpwatch.curvature.objective.next_step import preconditioner, require_adam
 from sharpwatch.curvature.objective.outputs import LogitsFn, count_tokens, find_labels
+from sharpwatch.curvature.state.isolation import isolated
 from sharpwatch.errors import EmptyBatchError, ProbeError
 
 ESTIMATOR_NAMES = ("gnb", "hutchinson", "lanczos", "spectrum", "direction", "linesearch", "preconditioned")
 _OPTIMIZER_ESTIMATORS = {"direction", "linesearch", "preconditioned"}
+_IGNORED = -100  # the only label below 0 that Hugging Face's losses ignore
 
 
 def check_model(given: nn.Module) -> None:
@@ -153,3 +156,63 @@ def _head_outputs(given: nn.Module) -> int:
 
 def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_values(given: nn.Module, block_map: BlockMap, several: Sequence[Mapping[str, Any]], source: str) -> None:
+    """Check that a model takes batches whose origin is unknown, before it is measured on them.
+
+    A token id out of range would make the device unusable on a GPU, and raise a bare IndexError on a CPU. Sizes that
+    the model does not state are read from its blocks. Labels follow Hugging Face's losses, which ignore only -100.
+
+    Args:
+        given: The model.
+        block_map: Its blocks.
+        several: The batches.
+        source: Where the batches are from, the beginning of the error message.
+
+    Raises:
+        ProbeError: A token id or a label is out of range, or a call with the first batch fails.
+    """
+    tokens = _size(given, block_map, "emb", nn.Embedding, "num_embeddings")
+    classes = _size(given, block_map, "head", nn.Linear, "out_features")
+    for index, batch in enumerate(several):
+        where = f"{source}: batch {index}"
+        _check_tokens(given, batch, tokens, where)
+        _check_labels(given, batch, classes, where)
+    _check_call(given, several[0], f"{source}: batch 0")
+
+
+def _check_call(given: nn.Module, batch: Mapping[str, Any], where: str) -> None:
+    try:
+        with isolated(given) as live, torch.no_grad():
+            live(**batch)
+    except Exception as error:  # whatever the model raises
+        raise ProbeError(f"{where}: the model can't be called with it: {type(error).__name__}: {error}") from error
+
+
+def _size(given: nn.Module, block_map: BlockMap, block: str, kind: type[nn.Module], size: str) -> int | None:
+    """The `size` of the only module of `kind` in `block`; None unless there is exactly one size."""
+    names = dict.fromkeys(part.parameter.rpartition(".")[0] for part in block_map.parts if part.type == block)
+    sizes = {getattr(module, size) for name in names if isinstance(module := given.get_submodule(name), kind)}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _check_tokens(given: nn.Module, batch: Mapping[str, Any], size: int | None, where: str) -> None:
+    name = next((name for name in inspect.signature(given.forward).parameters if name in batch), None)
+    ids = None if name is None else batch[name]
+    if size is not None and isinstance(ids, Tensor) and not ids.is_floating_point() and ids.dtype != torch.bool:
+        _check_ids(f"{where}: {name}", ids, size)
+
+
+def _check_labels(given: nn.Module, batch: Mapping[str, Any], classes: int | None, where: str) -> None:
+    labels = find_labels(given, Batch(kwargs=batch))
+    if labels is None:
+        return
+    below = labels.values[labels.values < 0]
+    if "labels" in batch and (below != _IGNORED).any():
+        wrong = int(below[below != _IGNORED][0])
+        raise ProbeError(f"{where}: label {wrong}: a label below 0 must be {_IGNORED}, which is ignored")
+    largest = int(labels.values.max())
+    # The size of a head that is tied, or has layers of its own, says nothing about the labels.
+    if classes is not None and not hasattr(given, "config") and largest >= classes:
+        raise ProbeError(f"{where}: label {largest} is outside the {classes} that the model has logits for")

@@ -1,6 +1,9 @@
-"""What can't be on a command line is answered in one line that says what can."""
+"""A wrong command line is answered in one line that says what is valid; help and completion."""
 
 from __future__ import annotations
+
+import subprocess
+import sys
 
 import pytest
 
@@ -12,26 +15,32 @@ USAGE = 2
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        ([], "sharpwatch: the following arguments are required: COMMAND;"),
-        (["jbos"], "invalid choice: 'jbos' (choose from 'serve', "),
-        (["lr"], "sharpwatch lr: the following arguments are required: COMMAND;"),
-        (["lr", "put"], "(choose from 'show', 'set', 'history', 'undo')"),
-        (["lr", "set", "run"], "sharpwatch lr set: the following arguments are required: BLOCK=FACTOR;"),
-        (["lr", "set", "run", "qk"], "'qk' is no multiplier; allowed: BLOCK=FACTOR, such as qk=0.5, above 0"),
-        (["lr", "set", "run", "qk=0"], "'qk=0' is no multiplier"),
-        (["lr", "set", "run", "qk=-1"], "'qk=-1' is no multiplier"),
-        (["lr", "set", "run", "qk=nan"], "'qk=nan' is no multiplier"),
-        (["lr", "set", "run", "qk=inf"], "'qk=inf' is no multiplier"),
-        (["lr", "set", "run", "=2"], "'=2' is no multiplier"),
+        ([], "sharpwatch: missing command; choose from demo, measure, jobs, "),
+        (["jbos"], "no command 'jbos'; choose from demo, measure, jobs, "),
+        (["lr"], "sharpwatch lr: missing command; choose from show, set, history, undo;"),
+        (["lr", "put"], "no command 'put'; choose from show, set, history, undo;"),
+        (["lr", "set", "run"], "sharpwatch lr set: Missing argument 'BLOCK=FACTOR...';"),
+        (
+            ["lr", "set", "run", "qk"],
+            "'qk' is not a multiplier; it must be BLOCK=FACTOR with a factor above 0, such as",
+        ),
+        (["lr", "set", "run", "qk=0"], "'qk=0' is not a multiplier"),
+        (["lr", "set", "run", "qk=-1"], "'qk=-1' is not a multiplier"),
+        (["lr", "set", "run", "qk=nan"], "'qk=nan' is not a multiplier"),
+        (["lr", "set", "run", "qk=inf"], "'qk=inf' is not a multiplier"),
+        (["lr", "set", "run", "=2"], "'=2' is not a multiplier"),
         (["lr", "set", "run", "qk=1", "qk=2"], "qk is given twice"),
-        (["lr", "set", "run", "qk=1", "--ramp", "-3"], "--ramp"),
-        (["lr", "set", "run", "qk=1", "--ramp", "1.5"], "'1.5' is not a whole number, 0 or more"),
+        (["lr", "set", "run", "qk=1", "--ramp", "-3"], "'--ramp': '-3' is not a whole number, 0 or more"),
+        (["lr", "set", "run", "qk=1", "--ramp", "1.5"], "'--ramp': '1.5' is not a whole number, 0 or more"),
         (["lr", "set", "run", "qk=1", "--timeout", "0"], "'0' is not a positive number of seconds"),
-        (["lr", "set", "run", "qk=1", "--tim", "3"], "unrecognized arguments: --tim 3"),
-        (["rollback", "run"], "the following arguments are required: --reason"),
-        (["rollback", "run", "--reason", "r", "--skip", "9:5"], "'9:5' is no range of steps; allowed: A:B with A < B"),
-        (["rollback", "run", "--reason", "r", "--skip", "5"], "'5' is no range of steps"),
-        (["mode", "run", "act"], "invalid choice: 'act' (choose from 'observe', 'advise', 'enforce')"),
+        (["lr", "set", "run", "qk=1", "--tim", "3"], "No such option '--tim'"),
+        (["rollback", "run"], "Missing option '--reason'"),
+        (
+            ["rollback", "run", "--reason", "r", "--skip", "9:5"],
+            "'9:5' is not a range of steps; it must be A:B with A < B",
+        ),
+        (["rollback", "run", "--reason", "r", "--skip", "5"], "'5' is not a range of steps"),
+        (["mode", "run", "act"], "'[MODE]': 'act' is not one of 'observe', 'advise', 'enforce'"),
         (
             ["jobs", "--address", "nowhere"],
             "expected HOST:PORT or unix:PATH, the port from 1 to 65535",
@@ -39,12 +48,12 @@ USAGE = 2
         (["--address", "host:0", "jobs"], "got 'host:0'"),
         (["--address", "host:65536", "jobs"], "got 'host:65536'"),
         (["--address", "unix:", "jobs"], "got 'unix:'"),
-        (["decisions", "run", "more"], "unrecognized arguments: more"),
-        (["approve"], "the following arguments are required: ID"),
+        (["decisions", "run", "more"], "Got unexpected extra argument (more)"),
+        (["approve"], "Missing argument 'ID'"),
         (["serve", "--config", "f", "--http", "unix:x"], "got 'unix:x'"),
         (["serve", "--config", "f", "--grpc", "x"], "got 'x'"),
         (["--json", "serve", "--config", "f"], "sharpwatch serve: --json is for commands that ask the daemon"),
-        (["check-config"], "the following arguments are required: FILE"),
+        (["check-config"], "Missing argument 'FILE'"),
     ],
 )
 def test_a_wrong_command_line_is_one_line_and_exit_2(argv, said, capsys):
@@ -74,4 +83,72 @@ def test_help_lists_every_command_without_loading_any(capsys):
 @pytest.mark.parametrize("argv", [["lr", "--help"], ["lr", "set", "--help"], ["rollback", "-h"], ["doctor", "--help"]])
 def test_every_command_has_help(argv, capsys):
     assert main(argv) == 0
-    assert capsys.readouterr().out.startswith(f"usage: sharpwatch {' '.join(argv[:-1])} ")
+    assert capsys.readouterr().out.startswith(f"Usage: sharpwatch {' '.join(argv[:-1])} ")
+
+
+def complete(monkeypatch, *words):
+    """What bash offers for the last of `words`."""
+    monkeypatch.setenv("_SHARPWATCH_COMPLETE", "bash_complete")
+    monkeypatch.setenv("COMP_WORDS", " ".join(("sharpwatch", *words)))
+    monkeypatch.setenv("COMP_CWORD", str(len(words)))
+    assert main([]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        (("d",), ["demo", "decisions", "doctor"]),
+        (("lr", "s"), ["show", "set"]),
+        (("lr", "set", "--re"), ["--reason"]),
+        (("serve", "--log-level", "w"), ["warning"]),
+        (("demo", "--fault", "b"), ["bad-batches"]),
+        (("mode", "run", ""), ["observe", "advise", "enforce"]),
+    ],
+)
+def test_the_shell_completes_commands_options_and_values(words, offered, monkeypatch, capsys):
+    complete(monkeypatch, *words)
+    assert [line.partition(",")[2] for line in capsys.readouterr().out.splitlines()] == offered
+
+
+def test_a_shell_gets_its_completion_script(monkeypatch, capsys):
+    monkeypatch.setenv("_SHARPWATCH_COMPLETE", "bash_source")
+    assert main([]) == 0
+    assert "COMP_WORDS" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words", [("d",), ("serve", "--log-level", "w"), ("demo", "--fault", "b"), ("measure", "--dtype", "f")]
+)
+def test_completion_loads_neither_torch_nor_rich(words):
+    code = (
+        "import os, sys; from sharpwatch.cli.main import main\n"
+        f"words = {('sharpwatch', *words)!r}\n"
+        "os.environ |= {'_SHARPWATCH_COMPLETE': 'bash_complete', 'COMP_WORDS': ' '.join(words)}\n"
+        "os.environ['COMP_CWORD'] = str(len(words) - 1)\n"
+        "main([])\n"
+        "print([name for name in ('torch', 'rich', 'pydantic', 'transformers') if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_without_click_the_command_line_says_what_to_install():
+    code = "import sys; sys.modules['click'] = None; from sharpwatch.cli.main import main; sys.exit(main(['jobs']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        "sharpwatch: the command line needs the package click, which is not installed; "
+        "run: pip install 'sharpwatch[cli]'\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        *(["demo"], ["measure"], ["jobs"], ["show"], ["decisions"], ["lr", "set"], ["lr", "undo"], ["mode"]),
+        *(["rollback"], ["approve"], ["reject"], ["serve"], ["check-config"], ["doctor"]),
+    ],
+)
+def test_help_has_an_example(argv, capsys):
+    assert main([*argv, "--help"]) == 0
+    assert f"Example:\n  sharpwatch {' '.join(argv)}" in capsys.readouterr().out

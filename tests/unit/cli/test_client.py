@@ -5,7 +5,8 @@ from __future__ import annotations
 import grpc
 import pytest
 
-from sharpwatch.cli.client.client import Endpoint, author, connected, endpoint, match_run, plain_words
+from sharpwatch.cli.client.client import Connection, author, connected, find_connection, match_run, plain_words
+from sharpwatch.cli.options import DaemonOptions
 from sharpwatch.errors import OperatorError, TokenFileError
 
 RUNS = ["gpt2-a1", "gpt2-b7", "llama"]
@@ -27,23 +28,30 @@ def write_token(path, text="s3cret\n", mode=0o600):
 @pytest.mark.usefixtures("home")
 def test_address_comes_from_the_option_then_the_environment_then_the_default():
     environ = {"SHARPWATCH_ADDRESS": "unix:/run/sw.sock"}
-    assert endpoint({"address": "host:1"}, environ).address == "host:1"
-    assert endpoint({}, environ).address == "unix:/run/sw.sock"
-    assert endpoint({}, {}).address == "127.0.0.1:7741"
+    assert find_connection(DaemonOptions(address="host:1"), environ).address == "host:1"
+    assert find_connection(DaemonOptions(), environ).address == "unix:/run/sw.sock"
+    assert find_connection(DaemonOptions(), {}).address == "127.0.0.1:7741"
     with pytest.raises(OperatorError, match=r"\$SHARPWATCH_ADDRESS: expected HOST:PORT or unix:PATH, .*, got 'x'"):
-        endpoint({}, {"SHARPWATCH_ADDRESS": "x"})
+        find_connection(DaemonOptions(), {"SHARPWATCH_ADDRESS": "x"})
 
 
 def test_token_comes_from_the_option_then_the_environment_then_the_default(home):
-    assert endpoint({}, {}).token == ""
+    assert find_connection(DaemonOptions(), {}).token == ""
     write_token(home / ".config/sharpwatch/operator.token", "default")
     named = write_token(home / "named")
     other = write_token(home / "other", "other")
     environ = {"SHARPWATCH_TOKEN_FILE": other}
-    found = [endpoint(*given).token for given in (({}, {}), ({}, environ), ({"token_file": named}, environ))]
+    found = [
+        find_connection(*given).token
+        for given in (
+            (DaemonOptions(), {}),
+            (DaemonOptions(), environ),
+            (DaemonOptions(token_file=named), environ),
+        )
+    ]
     assert found == ["default", "other", "s3cret"]
     with pytest.raises(TokenFileError, match="token file /nowhere/token: No such file"):
-        endpoint({"token_file": "/nowhere/token"}, {})
+        find_connection(DaemonOptions(None, "/nowhere/token"), {})
 
 
 def test_the_default_token_file_is_where_xdg_says(home, monkeypatch):
@@ -51,27 +59,27 @@ def test_the_default_token_file_is_where_xdg_says(home, monkeypatch):
     path = home / "xdg/sharpwatch/operator.token"
     path.parent.mkdir(parents=True)
     write_token(path, "of-xdg")
-    assert endpoint({}, {}).token_file == path
-    assert endpoint({}, {}).token
+    assert find_connection(DaemonOptions(), {}).token_file == path
+    assert find_connection(DaemonOptions(), {}).token
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o666])
 def test_a_token_that_others_can_use_is_refused(home, mode):
     path = write_token(home / "token", mode=mode)
     with pytest.raises(TokenFileError, match=rf"has mode 0{mode:o}: others can read it; run: chmod 600 {path}"):
-        endpoint({"token_file": path}, {})
+        find_connection(DaemonOptions(token_file=path), {})
 
 
 @pytest.mark.parametrize("text", ["", "\n", "two words", "one\ntwo\n"])
 def test_a_token_file_without_one_token_is_refused(home, text):
     with pytest.raises(TokenFileError, match="must hold one line with the token"):
-        endpoint({"token_file": write_token(home / "token", text)}, {})
+        find_connection(DaemonOptions(token_file=write_token(home / "token", text)), {})
 
 
 def test_a_token_never_crosses_the_network_in_the_clear(tmp_path):
     with (
         pytest.raises(OperatorError, match=r"to 10\.0\.0\.1:7741 unencrypted; use an SSH tunnel"),
-        connected(Endpoint("10.0.0.1:7741", "s3cret", tmp_path / "token")),
+        connected(Connection("10.0.0.1:7741", "s3cret", tmp_path / "token")),
     ):
         pytest.fail("connected")
 
@@ -132,9 +140,9 @@ def test_candidates_are_listed(given, names, said):
     ],
 )
 def test_a_status_in_plain_words(tmp_path, code, details, said):
-    assert plain_words(code, details, Endpoint("here:1", "", tmp_path.__class__("/t"))) == said
+    assert plain_words(code, details, Connection("here:1", "", tmp_path.__class__("/t"))) == said
 
 
 def test_every_status_has_words_of_one_line(tmp_path):
     for code in grpc.StatusCode:
-        assert "\n" not in plain_words(code, "a\nb", Endpoint("here:1", "token", tmp_path))
+        assert "\n" not in plain_words(code, "a\nb", Connection("here:1", "token", tmp_path))

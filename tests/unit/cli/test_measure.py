@@ -17,20 +17,26 @@ import torch
 from torch import nn
 
 from sharpwatch.blocks import classify
+from sharpwatch.cli.extras import need
 from sharpwatch.cli.main import main
-from sharpwatch.cli.measure.data import Cut, load_batches
-from sharpwatch.cli.measure.density import density
-from sharpwatch.cli.measure.factory import call, is_factory
-from sharpwatch.cli.measure.files import check_writable, need, write_whole
-from sharpwatch.cli.measure.model import Loaded, find_device, load
-from sharpwatch.cli.measure.plot import draw, figure, layer_places, layer_points, outside_points, type_points
-from sharpwatch.cli.measure.progress import Progress
-from sharpwatch.cli.measure.signals import Stop
-from sharpwatch.cli.measure.state import StateFile, read_state
+from sharpwatch.cli.measure.data import TextWindows, load_batches
+from sharpwatch.cli.measure.files import StateFile, check_writable, read_state, write_whole
+from sharpwatch.cli.measure.model import LoadedModel, call, find_device, is_factory, load
+from sharpwatch.cli.measure.plot import (
+    density,
+    draw,
+    figure,
+    layer_points,
+    layer_positions,
+    outside_points,
+    type_points,
+)
+from sharpwatch.cli.measure.progress import ProgressDisplay
+from sharpwatch.cli.measure.session import DeferredSignals
 from sharpwatch.cli.measure.table import tables
-from sharpwatch.cli.measure.validation import check_batches
 from sharpwatch.cli.output.tables import plain
 from sharpwatch.curvature.measure.report import BlockReport, SharpnessReport
+from sharpwatch.curvature.measure.validation import check_values
 from sharpwatch.curvature.statistics.estimate import Cost, Estimate, Spectrum
 from sharpwatch.errors import ProbeError, SharpwatchError
 
@@ -76,17 +82,17 @@ def report(**more):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--estimators", "gnb,foo"], "'foo' is not one of the estimators; allowed: gnb,hutchinson,lanczos,spectrum,"),
+        (["--estimators", "gnb,foo"], "'foo' is not one of the estimators, which are gnb,hutchinson,lanczos,spectrum,"),
         (["--estimators", ""], "'' is not one of the estimators"),
-        (["--blocks", "qk,kq"], "'kq' is not one of the blocks; allowed: emb,qk,vo,ffn,norm,head,other;"),
+        (["--blocks", "qk,kq"], "'kq' is not one of the blocks, which are emb,qk,vo,ffn,norm,head,other;"),
         (["--draws", "1"], "'1' is not a whole number, 2 or more: one draw has no standard error;"),
         (["--rows", "0"], "'0' is not a whole number, 1 or more;"),
-        (["--precision", "5"], "'5' is no relative error; allowed: above 0 and below 1, such as 0.05;"),
-        (["--precision", "nan"], "'nan' is no relative error"),
-        (["--plot", "x.gif"], "'x.gif' ends in .gif; allowed: .svg, .png, .pdf;"),
+        (["--precision", "5"], "'5' is not a relative error; it must be above 0 and below 1, such as 0.05;"),
+        (["--precision", "nan"], "'nan' is not a relative error"),
+        (["--plot", "x.gif"], "'x.gif' ends in .gif; it must end in .svg, .png, .pdf;"),
         (["--plot", "x"], "'x' ends in nothing;"),
-        (["--dtype", "int8"], "invalid choice: 'int8' (choose from 'float64', 'float32', 'bfloat16', 'float16')"),
-        (["--json", "a.x", "--state", "a.x"], "--json, --plot and --state need a file each;"),
+        (["--dtype", "int8"], "'--dtype': 'int8' is not one of 'float64', 'float32', 'bfloat16', 'float16'"),
+        (["--json", "a.x", "--state", "a.x"], "--json, --plot and --state must be different files;"),
     ],
 )
 def test_what_cannot_be_on_the_command_line_is_answered_in_one_line(options, said, capsys):
@@ -102,7 +108,7 @@ def test_what_cannot_be_on_the_command_line_is_answered_in_one_line(options, sai
 def test_an_output_that_cannot_be_written_is_refused_before_anything_starts(tmp_path, capsys):
     assert main(["measure", "model", "data", "--json", str(tmp_path / "none" / "a.json")]) == 1
     assert f"--json {tmp_path}/none/a.json: there is no folder {tmp_path}/none" in capsys.readouterr().err
-    with pytest.raises(SharpwatchError, match="is a folder; give a file"):
+    with pytest.raises(SharpwatchError, match="is a folder; name a file"):
         check_writable(tmp_path, "--plot")
 
 
@@ -159,7 +165,7 @@ def test_a_function_is_written_with_its_module(text, is_one):
     [
         ("def make():\n    raise KeyError('x')", r"users_own:make raised KeyError: 'x' \(.*users_own.py:2\)"),
         ("make = 3", r"make is not a function, in .*users_own.py"),
-        ("", r"make is not there, in .*users_own.py"),
+        ("", r"make does not exist, in .*users_own.py"),
         ("import nosuch", r"importing users_own raised ModuleNotFoundError: No module named 'nosuch'"),
         ("1 / 0", r"importing users_own raised ZeroDivisionError: division by zero"),
     ],
@@ -172,7 +178,7 @@ def test_a_users_function_that_fails_is_named_with_its_line(module, source, said
 
 @pytest.mark.usefixtures("module")
 def test_a_module_that_is_not_there_is_named():
-    with pytest.raises(SharpwatchError, match="there is no module nosuch_module in"):
+    with pytest.raises(SharpwatchError, match="no module nosuch_module in"):
         call("nosuch_module:make")
 
 
@@ -196,10 +202,10 @@ def test_a_function_may_return_an_optimizer_too(module):
 @pytest.mark.parametrize(
     ("files", "said"),
     [
-        ({}, "has no config.json, so it is no Hugging Face checkpoint"),
+        ({}, "has no config.json, so it is not a Hugging Face checkpoint"),
         ({"config.json": "{"}, "config.json: can't be read"),
         ({"config.json": "[]"}, "config.json: is not a JSON object"),
-        ({"config.json": '{"architectures": ["ResNetModel"]}'}, "architectures: ResNetModel: no language model"),
+        ({"config.json": '{"architectures": ["ResNetModel"]}'}, "architectures: ResNetModel: not a language model"),
         ({"config.json": '{"architectures": ["GPT2LMHeadModel"]}'}, "has config.json but no weights"),
         (
             {"config.json": '{"architectures": ["GPT2LMHeadModel"]}', "model.safetensors": "x"},
@@ -217,7 +223,7 @@ def test_a_folder_that_is_no_checkpoint_is_refused_with_what_it_lacks(tmp_path, 
 
 
 def test_a_model_that_is_nowhere_says_what_is_allowed():
-    with pytest.raises(SharpwatchError, match=r"MODEL gpt2-xl: is not there; allowed: a folder with config\.json"):
+    with pytest.raises(SharpwatchError, match=r"MODEL gpt2-xl: is not there; expected a folder with config\.json"):
         load("gpt2-xl", None, None)
 
 
@@ -231,7 +237,7 @@ def test_a_device_that_is_not_there_is_named(name):
 
 
 def loaded(**more):
-    return Loaded(Plain(), torch.device("cpu"), **more)
+    return LoadedModel(Plain(), torch.device("cpu"), **more)
 
 
 def batch(**more):
@@ -252,7 +258,7 @@ def test_a_batch_file_that_holds_no_batches_is_refused(tmp_path, saved, said):
     path = tmp_path / "batch.pt"
     torch.save(saved, path)
     with pytest.raises(SharpwatchError, match=said):
-        load_batches(str(path), Cut(), loaded(), seed=0)
+        load_batches(str(path), TextWindows(), loaded(), seed=0)
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
@@ -260,36 +266,36 @@ def test_a_file_that_holds_no_tensors_is_refused(tmp_path, suffix):
     path = tmp_path / f"batch{suffix}"
     path.write_text("no tensors")
     with pytest.raises(SharpwatchError, match=f"batch{suffix}: is not a file of tensors: "):
-        load_batches(str(path), Cut(), loaded(), seed=0)
+        load_batches(str(path), TextWindows(), loaded(), seed=0)
 
 
 def test_batches_are_taken_as_they_are_up_to_the_number_asked_for(tmp_path):
     path = tmp_path / "batch.pt"
     torch.save([batch(), batch()], path)
-    assert len(load_batches(str(path), Cut(), loaded(), seed=0)) == 2
-    assert len(load_batches(str(path), Cut(batches=1), loaded(), seed=0)) == 1
+    assert len(load_batches(str(path), TextWindows(), loaded(), seed=0)) == 2
+    assert len(load_batches(str(path), TextWindows(batches=1), loaded(), seed=0)) == 1
     with pytest.raises(SharpwatchError, match="has 2 batches, --batches asks for 3"):
-        load_batches(str(path), Cut(batches=3), loaded(), seed=0)
+        load_batches(str(path), TextWindows(batches=3), loaded(), seed=0)
     with pytest.raises(SharpwatchError, match="--rows and --length cut a text"):
-        load_batches(str(path), Cut(rows=1), loaded(), seed=0)
+        load_batches(str(path), TextWindows(rows=1), loaded(), seed=0)
 
 
 def test_an_endless_function_needs_a_number(module):
     module("import torch\ndef make():\n    while True:\n        yield {'idx': torch.ones(2, 3)}")
-    assert len(load_batches("users_own:make", Cut(batches=3), loaded(), seed=0)) == 3
-    with pytest.raises(SharpwatchError, match="say how many with --batches"):
-        load_batches("users_own:make", Cut(), loaded(), seed=0)
+    assert len(load_batches("users_own:make", TextWindows(batches=3), loaded(), seed=0)) == 3
+    with pytest.raises(SharpwatchError, match="set the number with --batches"):
+        load_batches("users_own:make", TextWindows(), loaded(), seed=0)
 
 
 def test_a_text_needs_a_tokenizer(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("some text")
-    with pytest.raises(SharpwatchError, match="a text needs a tokenizer, and a model made by a function brings none"):
-        load_batches(str(path), Cut(), loaded(), seed=0)
+    with pytest.raises(SharpwatchError, match="a text needs a tokenizer, and a model made by a function has none"):
+        load_batches(str(path), TextWindows(), loaded(), seed=0)
     with pytest.raises(SharpwatchError, match="has no tokenizer"):
-        load_batches(str(path), Cut(), loaded(folder=tmp_path, task="causal"), seed=0)
+        load_batches(str(path), TextWindows(), loaded(folder=tmp_path, task="causal"), seed=0)
     with pytest.raises(SharpwatchError, match="an encoder-decoder is trained on pairs of texts"):
-        load_batches(str(path), Cut(), loaded(folder=tmp_path, task="seq2seq"), seed=0)
+        load_batches(str(path), TextWindows(), loaded(folder=tmp_path, task="seq2seq"), seed=0)
 
 
 @pytest.mark.parametrize(
@@ -298,22 +304,22 @@ def test_a_text_needs_a_tokenizer(tmp_path):
         ({"idx": torch.full((2, 3), 12)}, "idx: token 12 is outside the model's vocabulary of 12"),
         ({"idx": torch.full((2, 3), -1)}, "idx: token -1 is outside"),
         ({"labels": torch.full((2, 3), 12)}, "label 12 is outside the 12 that the model has logits for"),
-        ({"labels": torch.full((2, 3), -1)}, "label -1: below 0 only -100, which is ignored, is allowed"),
+        ({"labels": torch.full((2, 3), -1)}, "label -1: a label below 0 must be -100, which is ignored"),
     ],
 )
 def test_a_batch_that_does_not_fit_the_model_is_named(changed, said):
     model = Plain()
     good = batch(labels=torch.ones(2, 3, dtype=torch.int64))
-    check_batches(model, classify(model), [good], "file.pt")
+    check_values(model, classify(model), [good], "DATA file.pt")
     with pytest.raises(SharpwatchError, match=f"DATA file.pt: batch 1: {said}"):
-        check_batches(model, classify(model), [good, {**good, **changed}], "file.pt")
+        check_values(model, classify(model), [good, {**good, **changed}], "DATA file.pt")
 
 
 def test_a_batch_that_the_model_does_not_take_is_named():
     model = Plain()
     wrong = {"ids": torch.ones(2, 3, dtype=torch.int64)}
     with pytest.raises(SharpwatchError, match=r"batch 0: the model can't be called with it: TypeError: .*'ids'"):
-        check_batches(model, classify(model), [wrong], "file.pt")
+        check_values(model, classify(model), [wrong], "DATA file.pt")
 
 
 # State
@@ -349,7 +355,10 @@ def test_a_state_is_read_as_it_was_written(tmp_path):
 def test_a_state_of_another_measurement_is_refused_and_says_what_differs(tmp_path):
     path = tmp_path / "state.json"
     StateFile(path).save(Draws(3))
-    with pytest.raises(SharpwatchError, match=r"--state .*state.json: seed 3, now 4; move it away, or measure as then"):
+    with pytest.raises(
+        SharpwatchError,
+        match=r"--state .*state.json: seed 3, now 4; move the file away, or repeat that measurement's options",
+    ):
         StateFile(path).load(Draws(4), read_state(path))
 
 
@@ -358,7 +367,9 @@ def test_a_state_that_another_version_wrote_is_refused(tmp_path):
     StateFile(path).save(Draws(3))
     kept = read_state(path)
     del kept["measurement"]["seed"]
-    with pytest.raises(SharpwatchError, match=r"state\.json: was written by another sharpwatch; move it away"):
+    with pytest.raises(
+        SharpwatchError, match=r"state\.json: was written by another version of sharpwatch; move the file away"
+    ):
         StateFile(path).load(Draws(3), kept)
 
 
@@ -366,7 +377,7 @@ def test_a_state_that_another_version_wrote_is_refused(tmp_path):
 def test_a_file_that_is_no_state_is_left_alone(tmp_path, text):
     path = tmp_path / "notes.txt"
     path.write_text(text)
-    with pytest.raises(SharpwatchError, match="exists and is not the state of a measurement; give another file"):
+    with pytest.raises(SharpwatchError, match="exists and is not the state of a measurement; name another file"):
         read_state(path)
     assert path.read_text() == text
 
@@ -399,10 +410,10 @@ def test_a_disk_that_is_full_is_noted_and_then_forgotten(tmp_path):
 
 def test_the_first_signal_waits_and_the_second_does_not():
     before = signal.getsignal(signal.SIGTERM)
-    with Stop() as stop:
-        assert stop.asked == 0
+    with DeferredSignals() as signals:
+        assert signals.received == 0
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.asked == signal.SIGTERM
+        assert signals.received == signal.SIGTERM
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) is before
@@ -424,7 +435,7 @@ def test_a_terminal_gets_a_bar(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "100")
     out = Terminal()
-    with Progress(quiet=False, stream=out) as progress:
+    with ProgressDisplay(quiet=False, stream=out) as progress:
         progress.show(Piece(3, 12, "hutchinson qk"))
     assert "hutchinson qk" in out.getvalue()
     assert "3/12" in out.getvalue()
@@ -433,7 +444,7 @@ def test_a_terminal_gets_a_bar(monkeypatch):
 def test_a_log_gets_a_line_now_and_then():
     now = [0.0]
     out = io.StringIO()
-    with Progress(quiet=False, stream=out, clock=lambda: now[0]) as progress:
+    with ProgressDisplay(quiet=False, stream=out, clock=lambda: now[0]) as progress:
         for done in range(1, 31):
             now[0] += 1.0
             progress.show(Piece(done, None if done > 15 else 15, "gnb"))
@@ -447,7 +458,7 @@ def test_a_log_gets_a_line_now_and_then():
 @pytest.mark.parametrize("stream", [io.StringIO, Terminal])
 def test_quiet_is_quiet(stream):
     out = stream()
-    with Progress(quiet=True, stream=out, clock=lambda: 1e9) as progress:
+    with ProgressDisplay(quiet=True, stream=out, clock=lambda: 1e9) as progress:
         progress.show(Piece(1, 2, "gnb"))
     assert not out.getvalue()
 
@@ -496,7 +507,7 @@ def test_a_density_of_nothing_but_zeros_can_be_drawn():
 def test_layers_stand_in_order_and_stacks_apart():
     names = ["emb", "decoder.layers.0.qk", "decoder.layers.1.qk", "encoder.layers.0.qk"]
     found = SharpnessReport({}, {name: block(1.0) for name in names}, block(1.0), 1.0, 1, 1, 0, Cost())
-    assert layer_places(found) == {"decoder.layers.0": 0.0, "decoder.layers.1": 1.0, "encoder.layers.0": 3.0}
+    assert layer_positions(found) == {"decoder.layers.0": 0.0, "decoder.layers.1": 1.0, "encoder.layers.0": 3.0}
 
 
 def test_every_block_has_its_point():

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 
-from sharpwatch.cli.client.follow_decision import refusal, said
-from sharpwatch.cli.commands import decisions, lr, runs
-from sharpwatch.cli.doctor import doctor
+from sharpwatch.cli.client.follow_decision import describe_failure, describe_outcome
+from sharpwatch.cli.commands.decisions import decision_table
+from sharpwatch.cli.commands.doctor import check_table
+from sharpwatch.cli.commands.lr import rate_table, revision_table
+from sharpwatch.cli.commands.runs import run_table
 from sharpwatch.cli.doctor.daemon_checks import clock, metrics_url
 from sharpwatch.cli.doctor.local_checks import CheckResult
-from sharpwatch.cli.output.run_view import picture
+from sharpwatch.cli.output.run_view import run_view
 from sharpwatch.cli.output.tables import plain
 from sharpwatch.v1.operator_pb2 import Alert, Block, Decision, Revision, Run, RunDetail, RunPhase
 from sharpwatch.v1.types_pb2 import Checkpoint, Estimate, Rollback
@@ -111,12 +113,12 @@ dropped samples  12 spool_full"""
 
 
 def test_show():
-    assert plain(picture(DETAIL, NOW)) == SHOWN
+    assert plain(run_view(DETAIL, NOW)) == SHOWN
 
 
 def test_show_of_a_run_that_has_said_nothing_yet():
     detail = RunDetail(run=Run(run="new", training_job="job", phase=RunPhase.RUN_PHASE_SILENT, mode="observe"))
-    assert plain(picture(detail, NOW)).endswith(
+    assert plain(run_view(detail, NOW)).endswith(
         "\n\nno block reported yet\n\nno probe has come in yet\n\nno active alert"
         "\n\nno probe failure, no sample dropped"
     )
@@ -124,12 +126,12 @@ def test_show_of_a_run_that_has_said_nothing_yet():
 
 def test_jobs():
     other = Run(run="b", training_job="a-job", phase=RunPhase.RUN_PHASE_CLOSED, mode="observe")
-    assert plain([runs.table([RUN, other], NOW)]) == (
+    assert plain([run_table([RUN, other], NOW)]) == (
         "training job  run      phase    step   loss  mode     LR revision  alerts  last sample\n"
         "a-job         b        closed      0      –  observe            0       0  never\n"
         "gpt2-owt      gpt2-a1  running   412  3.451  enforce            3       1  2 s ago"
     )
-    assert "no run yet" in plain([runs.table([], NOW)])
+    assert "no run yet" in plain([run_table([], NOW)])
 
 
 def test_history():
@@ -137,7 +139,7 @@ def test_history():
         Revision(revision=1, multipliers={"qk": 0.5}, author="ada@node3", reason="spikes", made_at_unix_ns=SAMPLED),
         Revision(revision=2, author="ada@node3", made_at_unix_ns=SAMPLED, applied_step=420, undoes=1),
     ]
-    assert plain([lr.history(revisions)]) == (
+    assert plain([revision_table(revisions)]) == (
         "revision  made at               applied at step  multipliers    author     reason\n"
         "       1  2023-11-14T22:13:18Z          not yet  qk 0.5         ada@node3  spikes\n"
         "       2  2023-11-14T22:13:18Z              420  every block 1  ada@node3  undoes 1"
@@ -145,7 +147,7 @@ def test_history():
 
 
 def test_rates():
-    assert plain([lr.rates(DETAIL, Revision(multipliers={"qk": 0.4}))]) == (
+    assert plain([rate_table(DETAIL, Revision(multipliers={"qk": 0.4}))]) == (
         "run gpt2-a1, step 412, revision 3\n"
         "block  learning rate  multiplier  asked for\n"
         "emb           0.0003           1          1\n"
@@ -185,7 +187,7 @@ BACK = Decision(
 
 
 def test_decisions():
-    assert plain([decisions.table([CUT, BACK])]) == (
+    assert plain([decision_table([CUT, BACK])]) == (
         "id  made at               run      step  action    mode      outcome  "
         "change                                                   by                   why\n"
         "d7  2023-11-14T22:13:18Z  gpt2-a1   405  scale_lr  enforce   applied  "
@@ -198,25 +200,25 @@ def test_decisions():
 
 
 def test_what_a_decision_came_to():
-    assert said(CUT) == "revision 3 applied at step 412: emb 2, qk 0.5"
+    assert describe_outcome(CUT) == "revision 3 applied at step 412: emb 2, qk 0.5"
     unchanged = Decision(revision=4, outcome="applied", applied_step=9, multipliers={"qk": 1.0}, detail="unchanged: vo")
-    assert said(unchanged, {"qk": 1.0}) == "revision 4 applied at step 9: qk 1\nunchanged: vo"
-    assert said(BACK).startswith(
+    assert describe_outcome(unchanged, {"qk": 1.0}) == "revision 4 applied at step 9: qk 1\nunchanged: vo"
+    assert describe_outcome(BACK).startswith(
         "rollback refused: back to step 400 (/ckpt/400), skipping steps 405 to 420 (decision d8)"
     )
 
 
 def test_why_a_decision_did_not_come_into_force():
-    assert refusal(BACK, 5) == "decision d8 refused: cooldown: 90 steps to go"
+    assert describe_failure(BACK, 5) == "decision d8 refused: cooldown: 90 steps to go"
     sent = Decision(id="d9", run="gpt2-a1", outcome="sent")
-    assert refusal(sent, 5) == (
+    assert describe_failure(sent, 5) == (
         "no answer from the trainer of gpt2-a1 within 5 s; decision d9 stays sent: see sharpwatch decisions gpt2-a1"
     )
 
 
 def test_doctor_says_what_to_do_below_what_is_wrong():
-    findings = [CheckResult("python", "ok", "3.11.7"), CheckResult("store", "fail", "disk full", "free space")]
-    assert plain([doctor.table(findings)]) == (
+    results = [CheckResult("python", "ok", "3.11.7"), CheckResult("store", "fail", "disk full", "free space")]
+    assert plain([check_table(results)]) == (
         "ok    python  3.11.7\n"
         "fail  store   disk full\n"
         "              → free space"

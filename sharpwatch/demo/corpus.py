@@ -1,4 +1,4 @@
-"""Real text that every Python brings along: its documentation and its sources, as BPE tokens."""
+"""The demo's text: the documentation and sources that come with every Python, as BPE tokens."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to
 
 @dataclass(frozen=True)
 class Corpus:
-    """Token ids of the whole text and the number of distinct ones."""
+    """The token ids of the whole text, and the size of the vocabulary."""
 
     tokens: Tensor  # int64 [tokens]
     vocabulary: int
 
     def batch(self, rows: int, length: int, generator: torch.Generator) -> Tensor:
-        """`rows` windows of `length` tokens from random places: int64 [rows, length]."""
+        """Draw `rows` windows of `length` tokens from random places: int64 [rows, length]."""
         starts = torch.randint(len(self.tokens) - length, (rows, 1), generator=generator)
         return self.tokens[starts + torch.arange(length)]
 
@@ -49,7 +49,11 @@ def _documents() -> list[str]:
 
 
 def load_corpus(cache: Path) -> Corpus:
-    """Tokenise the text, once: the ids are kept in `cache`, named after the text they came from."""
+    """Tokenise the text, or load the tokens of an earlier call.
+
+    Args:
+        cache: The folder that keeps the tokens, in a file named after a hash of the text.
+    """
     documents = _documents()
     digest = hashlib.sha256("\0".join(documents).encode()).hexdigest()[:16]
     path = cache / f"tokens-{digest}-{VOCABULARY}.pt"

@@ -1,0 +1,104 @@
+"""`sharpwatch serve`, `check-config` and `demo`: commands that load the daemon or the demo, once they run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sharpwatch.cli.extras import needs_extra
+from sharpwatch.cli.options import DaemonCommand, DaemonOptions, LocalCommand, address, whole_number
+from sharpwatch.cli.output.output import show as print_answer
+from sharpwatch.cli.output.tables import Grid
+from sharpwatch.demo.recipe import FAULTS, MODELS, MODES, DemoOptions
+
+if TYPE_CHECKING:
+    from sharpwatch.daemon.config.config import Config
+
+_LOG_LEVELS = ("debug", "info", "warning", "error")
+_FILE = click.Path(path_type=Path)
+
+
+@click.command(cls=LocalCommand, example="sharpwatch serve --config sharpwatch.yaml")
+@click.option("--config", metavar="FILE", type=_FILE, help="YAML. Default: all defaults, no policies.")
+@click.option(
+    "--grpc", metavar="ADDRESS", type=address(listen=True), help="For agents and operators: HOST:PORT or unix:PATH."
+)
+@click.option(
+    "--http", metavar="ADDRESS", type=address(sockets=False, listen=True), help="For metrics and health: HOST:PORT."
+)
+@click.option("--store", metavar="URL", help="The journal, such as sqlite:///sharpwatch.db.")
+@click.option("--log-level", type=click.Choice(_LOG_LEVELS), help="The least severity to log.")
+def serve(config: Path | None, **overrides: Any) -> int:
+    """Run the daemon until SIGTERM or Ctrl-C.
+
+    The other options override the configuration file. Port 0 takes a free port.
+    """
+    with needs_extra("serve", "daemon"):
+        from sharpwatch.daemon.app import run  # noqa: PLC0415 - loads torch, which takes seconds
+        from sharpwatch.daemon.config.load import load_config  # noqa: PLC0415 - as above
+    loaded = load_config(config)
+    given = {name: value for name, value in overrides.items() if value is not None}
+    return run(dataclasses.replace(loaded, daemon=dataclasses.replace(loaded.daemon, **given)))
+
+
+def _print_schema(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    del param
+    if value:
+        with needs_extra("check-config", "daemon"):
+            from sharpwatch.daemon.config.load import json_schema  # noqa: PLC0415 - loads pydantic
+        print(json.dumps(json_schema(), indent=2))
+        ctx.exit()
+
+
+@click.command("check-config", cls=DaemonCommand, example="sharpwatch check-config sharpwatch.yaml")
+@click.argument("file", metavar="FILE", type=_FILE, help="The daemon's configuration, YAML.")
+@click.option(
+    "--schema",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_schema,
+    help="Print the JSON schema of the file, for editors, and exit.",
+)
+@click.pass_obj
+def check_config(options: DaemonOptions, file: Path) -> None:
+    """Check a daemon's configuration file: print its addresses and policies, or the file, line and key of an error."""
+    with needs_extra("check-config", "daemon"):
+        from sharpwatch.daemon.config.load import load_config  # noqa: PLC0415 - loads pydantic
+    config = load_config(file)
+    payload = {"file": str(file), "valid": True, **dataclasses.asdict(config)}
+    print_answer(payload, describe_config(file, config), as_json=options.json)
+
+
+def describe_config(file: Path, config: Config) -> list[Grid]:
+    """The addresses and the policies of a configuration."""
+    daemon = config.daemon
+    facts = (("config", f"{file} is valid"), ("grpc", daemon.grpc), ("http", daemon.http), ("store", daemon.store))
+    policies = tuple((policy.name, policy.match.alert, policy.mode, policy.action.kind) for policy in config.policies)
+    return [Grid("ll", facts), Grid("llll", policies, ("policy", "alert", "mode", "action"), empty="no policy")]
+
+
+@click.command(cls=LocalCommand, example="sharpwatch demo --model gpt2 --fault lr-jump")
+@click.option("--model", type=click.Choice(MODELS), help="Train only this one. Default: one after the other.")
+@click.option("--steps", metavar="N", type=whole_number(1), default=400, help="Optimizer steps.", show_default=True)
+@click.option("--fault", type=click.Choice(FAULTS), default="lr-jump", help="What goes wrong.", show_default=True)
+@click.option("--mode", type=click.Choice(MODES), default="enforce", help="What the policy may do.", show_default=True)
+@click.option("--json", metavar="FILE", type=_FILE, help="Write the result to a file; no live view.")
+@click.option(
+    "--folder",
+    metavar="FOLDER",
+    type=_FILE,
+    default=Path(".demo"),
+    help="Where to keep runs and the tokenised text.",
+    show_default=True,
+)
+@click.option("--seed", metavar="N", type=int, default=0, help="Of weights, data and fault.", show_default=True)
+def demo(**options: Any) -> int:
+    """Watch a small transformer train on real text, break at the middle of its run, and recover."""
+    with needs_extra("demo", "demo"):
+        from sharpwatch.demo.main import run  # noqa: PLC0415 - loads torch and transformers
+    return run(DemoOptions(**options))

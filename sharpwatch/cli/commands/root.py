@@ -1,0 +1,71 @@
+"""The group `sharpwatch` and the table of its commands."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import click
+
+from sharpwatch._version import __version__
+from sharpwatch.cli.options import LazyCommand, LazyGroup
+
+PROGRAM = "sharpwatch"
+_COMPLETION = "_SHARPWATCH_COMPLETE"
+
+_START, _LOOK, _ACT, _CHECK = "Get started", "Look at runs", "Act on a run", "Run and check a daemon"
+_HERE = "sharpwatch.cli.commands"
+_COMMANDS = {
+    "demo": LazyCommand(_START, "Watch a small model train, break and recover.", f"{_HERE}.local:demo"),
+    "measure": LazyCommand(_START, "Measure the sharpness of a checkpoint.", "sharpwatch.cli.measure.command:measure"),
+    "jobs": LazyCommand(_LOOK, "List the runs that the daemon knows.", f"{_HERE}.runs:jobs"),
+    "show": LazyCommand(_LOOK, "Show one run: blocks, alerts, failures.", f"{_HERE}.runs:show"),
+    "decisions": LazyCommand(_LOOK, "List decisions and their outcomes.", f"{_HERE}.decisions:decisions"),
+    "lr": LazyCommand(_ACT, "Show, set and undo learning-rate multipliers.", f"{_HERE}.lr:lr"),
+    "mode": LazyCommand(_ACT, "Print or set a run's mode: observe, advise, enforce.", f"{_HERE}.runs:mode"),
+    "rollback": LazyCommand(_ACT, "Ask a trainer to go back to a checkpoint.", f"{_HERE}.decisions:rollback"),
+    "approve": LazyCommand(_ACT, "Approve a proposed decision.", f"{_HERE}.decisions:approve"),
+    "reject": LazyCommand(_ACT, "Reject a proposed decision.", f"{_HERE}.decisions:reject"),
+    "serve": LazyCommand(_CHECK, "Run the daemon.", f"{_HERE}.local:serve"),
+    "check-config": LazyCommand(_CHECK, "Check a daemon's configuration file.", f"{_HERE}.local:check_config"),
+    "doctor": LazyCommand(_CHECK, "Check this installation and its daemon.", f"{_HERE}.doctor:doctor"),
+}
+
+root = LazyGroup(
+    PROGRAM,
+    lazy=_COMMANDS,
+    help="Watch the sharpness of a transformer's blocks while it trains, alert on it, and act on it.",
+    epilog="`sharpwatch COMMAND --help` explains a command.",
+    example="sharpwatch serve\nsharpwatch jobs",
+)
+click.version_option(__version__, prog_name=PROGRAM, message="%(prog)s %(version)s")(root)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line, or complete one for a shell.
+
+    Args:
+        arguments: What follows `sharpwatch` on the command line.
+
+    Returns:
+        The exit status.
+    """
+    if instruction := os.environ.get(_COMPLETION):
+        from click.shell_completion import shell_complete  # noqa: PLC0415 - only for completion
+
+        return shell_complete(root, {}, PROGRAM, _COMPLETION, instruction)
+    try:
+        # Not root.main(): it would turn Ctrl-C and a closed pipe into messages of its own.
+        with root.make_context(PROGRAM, list(arguments)) as context:
+            return int(root.invoke(context) or 0)
+    except click.exceptions.Exit as finished:
+        return finished.exit_code
+    except click.UsageError as error:
+        _print_usage_error(error)
+        return error.exit_code
+
+
+def _print_usage_error(error: click.UsageError) -> None:
+    command = error.ctx.command_path if error.ctx else PROGRAM
+    message = " ".join(error.format_message().split()).rstrip(".")
+    click.echo(f"{command}: {message}; see {command} --help", err=True)
