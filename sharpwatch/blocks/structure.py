@@ -74,5 +74,14 @@ def holds_qkv(module: nn.Module) -> bool:
 
 def roles(module: nn.Module) -> set[str | None]:
     """Of the matrices directly in `module` that have a name of their own."""
-    names = {*module._parameters, *(name for name, child in module.named_children() if is_linear(child))}  # noqa: SLF001
+    matrices = (name for name, child in module.named_children() if _holds_matrix(name, child))
+    names = {*module._parameters, *matrices}  # noqa: SLF001
     return {role(name) for name in names if not is_plain(name)}
+
+
+def _holds_matrix(name: str, module: nn.Module) -> bool:
+    """Whether `module` is a matrix, or the queries', keys' or values' projection with a matrix in it."""
+    if is_linear(module):
+        return True
+    wraps = role(name) in {"q", "k", "v"}
+    return wraps and any(is_plain(inner) and is_linear(child) for inner, child in module.named_children())
