@@ -1,10 +1,11 @@
-"""Writes docs/families.md, the table of the families that block maps are made for: `python docs/families.py`.
+"""Writes docs/families.md, the table of the families that block maps are made for: `python docs/families.py [FILE]`.
 
 Each family of transformers is built as its configuration stands by default, on the meta device: no weights, no memory.
 """
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from sharpwatch.blocks import BLOCKS, BlockMap, classify
+from sharpwatch.errors import BlockError
 
 TABLE = Path(__file__).with_name("families.md")
 
@@ -111,7 +113,10 @@ def _divided(family: Family) -> BlockMap | Exception:
         model = build(family)
     except Exception as error:  # noqa: BLE001 - whatever stops transformers is the reason
         return error
-    return classify(model)
+    try:
+        return classify(model)
+    except BlockError as error:
+        return error
 
 
 def splits(block_map: BlockMap) -> Iterator[str]:
@@ -134,8 +139,9 @@ def row(family: Family, block_map: BlockMap | Exception) -> str:
     start = f"| {family.name} | {family.model} | {', '.join(family.kinds)} |"
     if isinstance(block_map, Exception):
         error = block_map
+        what = "not classified" if isinstance(error, BlockError) else "not built"
         reason = " ".join(str(error).split()).replace("|", "/")[:90]
-        return f"{start} not built: {type(error).__name__.removeprefix('StrictDataclass')}: {reason} |" + " |" * 7
+        return f"{start} {what}: {type(error).__name__.removeprefix('StrictDataclass')}: {reason} |" + " |" * 7
     sizes = Counter(block_map.numel)
     return f"{start} {'; '.join(splits(block_map))} |" + "".join(f" {_millions(sizes[block])} |" for block in BLOCKS)
 
@@ -144,12 +150,12 @@ def _millions(count: int) -> str:
     return f"{count / 1e6:,.0f}" if count >= 1e9 else f"{count / 1e6:.4g}" if count else ""
 
 
-def main() -> None:
-    """Write the table."""
+def main(table: Path = TABLE) -> None:
+    """Write the table to this file."""
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     rows = [row(family, _divided(family)) for family in families()]
-    built = sum("not built:" not in line for line in rows)
+    built = sum("| not " not in line for line in rows)
     names = "".join(f" {block} |" for block in BLOCKS)
     head = _HEAD.format(version=transformers.__version__, built=built, total=len(rows))
     lines = [
@@ -158,7 +164,7 @@ def main() -> None:
         "|---|---|---|---|" + "---:|" * len(BLOCKS),
         *rows,
     ]
-    TABLE.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    table.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 _HEAD = """# Model families
@@ -190,4 +196,4 @@ Where parameters go that are not plain embeddings, attention, feed-forward or no
 
 
 if __name__ == "__main__":
-    main()
+    main(*map(Path, sys.argv[1:]))

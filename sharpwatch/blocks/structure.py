@@ -77,5 +77,14 @@ def holds_qkv(module: nn.Module) -> bool:
 
 def roles(module: nn.Module) -> set[str | None]:
     """The attention roles of the matrices directly in `module`; matrices with generic names are left out."""
-    names = {*module._parameters, *(name for name, child in module.named_children() if is_linear(child))}  # noqa: SLF001
+    matrices = (name for name, child in module.named_children() if _holds_matrix(name, child))
+    names = {*module._parameters, *matrices}  # noqa: SLF001
     return {role(name) for name in names if not is_plain(name)}
+
+
+def _holds_matrix(name: str, module: nn.Module) -> bool:
+    """Whether `module` is a matrix, or wraps the matrix that projects queries, keys or values."""
+    if is_linear(module):
+        return True
+    wraps = role(name) in {"q", "k", "v"}
+    return wraps and any(is_plain(inner) and is_linear(child) for inner, child in module.named_children())

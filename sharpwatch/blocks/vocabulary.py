@@ -35,6 +35,7 @@ HEAD_PART = {"head", "lm_heads", "predictions", "vocab_transform", "pred_layer",
 # Matrices that are recognized by the class of their module: (class, name).
 BY_CLASS = {("ZambaHybridLayer", "linear"): "other", ("Zamba2HybridLayer", "linear"): "other"}
 BY_CLASS |= {("InklingVisionEncoderLayer", "projection"): "other"}
+BY_CLASS |= {("Apertus1p5VisionTokenizerVectorQuantizer", "embedding"): "other"}  # scores patches; not a lookup table
 BY_CLASS |= {("Kosmos2ImageToTextProjection", "dense"): "other", ("Kosmos2_5ImageToTextProjection", "dense"): "other"}
 BY_CLASS |= {("JetMoeMoA", "input_linear"): "qk", ("JetMoeMoA", "output_linear"): "vo"}  # experts of attention
 
@@ -43,18 +44,18 @@ ROUTER = {"router", "routers", "indexer", "correction_bias", "expert_bias"}
 # Mix tokens by a recurrence or a convolution: recognized by name, or by their parameters.
 MIXER = {"mamba", "lightning_attention", "recurrent_block", "short_conv", "short_convolution"}
 CONVOLUTION = {"conv", "sconv", "convs", "depthwise"}
-RECURRENCE = {"A_log", "time_decay", "igate_preact"}
+RECURRENCE = {"A_log", "time_decay", "igate_preact", "weight_hh_l0"}
 # Connect the towers of a model, two widths, or layers, or precede the first layer.
 CONNECTOR = {"projector", "merger", "aligner", "connector", "adapter", "resampler", "neck", "pooler", "bottleneck"}
 CONNECTOR |= {"patch", "embedding", "embeddings", "embedder", "embed", "per_layer", "altup", "laurel", "residual"}
 CONNECTOR |= {"hyper_connection", "hyper_head", "hc", "language_projection", "vision_projection", "visual_projection"}
-CONNECTOR |= {"action", "conditioning", "projectors"}
+CONNECTOR |= {"action", "conditioning", "projectors", "message_gate", "pre_projection", "post_projection"}
 # Towers for inputs other than text: outside of their layers nothing predicts tokens.
 TOWER = {"vision", "visual", "image", "video", "audio", "speech", "ctc", "protein"}
 # Vectors and small matrices on their own: learned inputs, gates, scales, attention sinks.
 LOOSE = {"sink", "sinks", "gate", "scale", "lambda", "lambdas", "alpha", "gamma", "latents", "latent", "residual"}
 LOOSE |= {"token", "tokens", "class_embedding", "newline", "separator", "mask_emb", "silence", "init", "probe"}
-LOOSE |= {"hidden_states", "scaling", "a", "dt"}
+LOOSE |= {"hidden_states", "scaling", "a", "dt", "sqk"}
 
 # Roles of attention matrices. `latent`: keys and values of several heads are both computed from it.
 _ROLES = {"q": "q", "wq": "q", "query": "q", "k": "k", "wk": "k", "key": "k", "v": "v", "wv": "v", "value": "v"}

@@ -208,6 +208,30 @@ def test_separate_projections_and_head_norms():
     assert attention == biased | {"proj.weight": "vo"}
 
 
+class WrappedAttention(nn.Module):
+    """Each projection is a module with its own norm, as in Inkling2; the output's also holds a gate."""
+
+    def __init__(self):
+        super().__init__()
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            wrapper = nn.ModuleDict({"linear": nn.Linear(D, D, bias=False), "norm": LayerNorm(D)})
+            self.add_module(name, wrapper)
+        self.o_proj["gate_proj"] = nn.Linear(D, D, bias=False)
+
+
+def test_projections_that_are_modules_of_their_own():
+    found = types(classify(NanoGPT(WrappedAttention)))
+    attention = "transformer.h.0.attn."
+    assert [found[f"{attention}{name}_proj.linear.weight"] for name in "qkvo"] == ["qk", "qk", "vo", "vo"]
+    assert [found[f"{attention}{name}_proj.norm.weight"] for name in "qkvo"] == 4 * ["norm"]
+    assert found[f"{attention}o_proj.gate_proj.weight"] == "other"
+
+
+def test_a_recurrence_of_torchs_own_is_other():
+    found = types(classify(NanoGPT(lambda: nn.LSTM(D, D))))
+    assert {kind for name, kind in found.items() if ".attn." in name} == {"other"}
+
+
 class Head(nn.Module):
     """One head of attention as in Karpathy's lecture."""
 

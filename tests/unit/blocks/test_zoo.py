@@ -30,7 +30,7 @@ zoo = script()
 TABLE = zoo.TABLE.read_text(encoding="utf-8").splitlines()
 ROWS = {tuple(line.split(" | ")[:2]): line for line in TABLE if line.startswith("| ")}
 # Families that need a library which is not installed, or whose configuration contradicts itself.
-NOT_BUILT = {"fast_vlm", "gemma3n", "perception_lm", "gemma4_assistant", "gemma4_unified_assistant"}
+NOT_BUILT = {"fast_vlm", "gemma3n", "perception_lm", "gemma4_assistant"}
 # No attention at all: state spaces, recurrences, a Fourier transform.
 WITHOUT_ATTENTION = {"falcon_mamba", "fnet", "mamba", "mamba2", "rwkv", "xlstm"}
 FEED_FORWARD = re.compile(r"(layers?|blocks?|h)\.\d+\.(.+\.)?(mlp|feed_forward|ffn|experts|shared_experts?)\.")
