@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from scripts import POLICIES, START, TOLD, filled, printed, weights
 
 # The model, the data and the loop's parts, as any user's script has them. Batches of epoch 0 that are numbered 22 to 24

@@ -13,9 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
-from scripts import POLICIES, START, TOLD, filled, printed, weights
 from torch.utils.data import DataLoader, TensorDataset
 
+from scripts import POLICIES, START, TOLD, filled, printed, weights
 from sharpwatch.integrations.huggingface import _without
 
 # What any user's script has: 40 sequences, shuffled, two micro-batches of 2 to a step: ten steps an epoch.

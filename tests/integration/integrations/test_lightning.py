@@ -10,9 +10,9 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from scripts import POLICIES, START, TOLD, filled, printed, weights
 from stand_ins import Net
 
+from scripts import POLICIES, START, TOLD, filled, printed, weights
 from sharpwatch.integrations.lightning import SharpwatchCallback, fit
 from sharpwatch.v1 import types_pb2
 

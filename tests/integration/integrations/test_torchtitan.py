@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from missing import missing
+
 from scripts import filled, printed
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
