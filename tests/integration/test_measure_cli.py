@@ -194,8 +194,7 @@ def test_a_state_takes_more_draws_but_not_another_seed(here, capsys):
     assert capsys.readouterr().out == ""
     assert main([*asked, "4", "--seed", "1"]) == 1
     assert (
-        "its seed is 0, this one's 1; move the file away, or repeat that measurement's options"
-        in capsys.readouterr().err
+        "its seed is 0, expected 1; move the file away, or repeat that measurement's options" in capsys.readouterr().err
     )
 
 

@@ -15,7 +15,7 @@ TIMES = 20
 # A daemon takes seconds to import what it needs. This imports it once, and serves in a child for each line it reads.
 NURSERY = """
 import os, sys
-import sharpwatch.cli.commands.serve
+import sharpwatch.daemon.app
 from sharpwatch.cli.main import main
 for config in sys.stdin:
     if (child := os.fork()) == 0:
