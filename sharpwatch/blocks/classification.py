@@ -58,7 +58,7 @@ def classify_reporting_unused(
         ConfigError: The file of rules cannot be read or is invalid.
     """
     from sharpwatch.blocks.placement import classify_parameter  # noqa: PLC0415 - torch only where there is a model
-    from sharpwatch.blocks.tree import Tree  # noqa: PLC0415 - as above
+    from sharpwatch.blocks.structure import Tree  # noqa: PLC0415 - as above
 
     tree = Tree(model)
     user_rules = load_rules(rules) if isinstance(rules, str | Path) else rules or Rules()

@@ -11,6 +11,8 @@ from torch import nn
 from sharpwatch.blocks import fused
 from sharpwatch.blocks.rules import Split
 from sharpwatch.blocks.structure import (
+    Occurrence,
+    Tree,
     holds_qkv,
     is_attention,
     is_conv1d,
@@ -22,7 +24,6 @@ from sharpwatch.blocks.structure import (
     module_terms,
     roles,
 )
-from sharpwatch.blocks.tree import Occurrence, Tree
 from sharpwatch.blocks.vocabulary import (
     ATTENTION_LINEAR,
     BY_CLASS,

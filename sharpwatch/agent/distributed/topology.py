@@ -78,7 +78,7 @@ def gather_topology(
     parameters = dict(model.named_parameters())
     layout = layout_of(optimizers)
     try:
-        held = {name: layout.holding(parameter).numel for name, parameter in parameters.items()}
+        held = {name: holding.numel for name, holding in layout.holdings(parameters).items()}
         mine = _RankModel(block_map, held, fingerprints(model))
     except BlockError as error:
         raise AttachError(f"model: {error}") from error

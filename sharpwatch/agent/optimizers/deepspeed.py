@@ -160,9 +160,11 @@ class DeepSpeedLayout(Layout):
         self.fragmented = bool(self._fragments)
         self.gradients_in_place = not (self.fragmented or self.unreadable)
 
-    def holding(self, parameter: Tensor) -> Holding:
-        """As `Layout.holding`."""
-        return self._fragments.get(id(parameter)) or super().holding(parameter)
+    def holdings(self, parameters: Mapping[str, Tensor]) -> dict[str, Holding]:
+        """As `Layout.holdings`."""
+        others = {name: each for name, each in parameters.items() if id(each) not in self._fragments}
+        whole = super().holdings(others)
+        return {name: whole[name] if name in whole else self._fragments[id(each)] for name, each in parameters.items()}
 
     def tensors(self, parameter: Tensor, optimizer: Optimizer, group: int | None) -> StepTensors | None:
         """As `Layout.tensors`."""

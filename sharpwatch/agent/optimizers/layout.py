@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -51,9 +51,15 @@ class Layout:
     fragmented = False  # whether each rank steps a piece of every parameter that all ranks hold
     gradients_in_place = True  # whether `parameter.grad` is what the optimizer steps on
 
-    def holding(self, parameter: Tensor) -> Holding:
-        """The entries of `parameter` that this rank steps. Raises `BlockError` for a placement without entries."""
-        return Shard.of(parameter)
+    def holdings(self, parameters: Mapping[str, Tensor]) -> dict[str, Holding]:
+        """The entries of each parameter that this rank steps. Raises `BlockError` for a placement without entries."""
+        return {name: Shard.of(parameter) for name, parameter in parameters.items()}
+
+    def all_tensors(
+        self, parameters: Iterable[tuple[Tensor, int | None]], optimizer: torch.optim.Optimizer
+    ) -> list[StepTensors | None]:
+        """`tensors` of each of `parameters`, given with the number of its group."""
+        return [self.tensors(parameter, optimizer, group) for parameter, group in parameters]
 
     def tensors(self, parameter: Tensor, optimizer: torch.optim.Optimizer, group: int | None) -> StepTensors | None:
         """What `optimizer` steps `parameter` on, in its group of that number; None if this rank has none of it."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sharpwatch.agent.optimizers.layout import StepTensors
 from sharpwatch.curvature.parameters.shards import local_tensor
 
 
@@ -18,6 +19,21 @@ class SecondMoments:
 
     # By parameter id: the step counter on a device, and its value.
     _steps: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
+
+    def read_all(
+        self, parameters: Sequence[Tensor], tensors: Sequence[StepTensors | None]
+    ) -> list[tuple[Tensor | None, float]]:
+        """`read` for each parameter that has a dense gradient, a state and a group; (None, 1.0) for the others."""
+        return [
+            self.read(parameter, held.group, held.state, held.like.shape)
+            if held is not None
+            and held.state
+            and held.group is not None
+            and held.gradient is not None
+            and not held.gradient.is_sparse
+            else (None, 1.0)
+            for parameter, held in zip(parameters, tensors, strict=True)
+        ]
 
     def read(
         self, parameter: Tensor, group: Mapping[str, Any], state: Mapping[str, Any], shape: torch.Size

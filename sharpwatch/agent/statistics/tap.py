@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sharpwatch.agent.optimizers.layout import Holding, Layout
+from sharpwatch.agent.optimizers.layout import Holding, Layout, StepTensors
 from sharpwatch.agent.statistics.host_copy import AsyncHostCopy
 from sharpwatch.agent.statistics.reductions import (
     COLUMNS,
@@ -92,6 +92,7 @@ class _HeldParameter(NamedTuple):
 
     parameter: Tensor
     holding: Holding
+    is_whole: bool
     rows: list[int]
     group: int | None
 
@@ -123,7 +124,7 @@ class Tap:
     ) -> None:
         self._parts = block_map.parts
         self._layout = layout or Layout()
-        holdings = {name: self._layout.holding(parameter) for name, parameter in parameters.items()}
+        holdings = self._layout.holdings(parameters)
         elsewhere = torch.empty(0, device="cpu")  # a parameter of another stage of a pipeline
         self._parameters = [parameters.get(part.parameter, elsewhere) for part in self._parts]
         self._holdings = [holdings.get(part.parameter, Shard.of(elsewhere)) for part in self._parts]
@@ -161,9 +162,16 @@ class Tap:
         if scale is not None:
             pending.unscale[which] = _copied(scale)
         by_device: dict[torch.device, tuple[list[int], list[PartTensors]]] = defaultdict(lambda: ([], []))
-        for place in self._places[which]:
+        places = self._places[which]
+        tensors = self._layout.all_tensors([(place.parameter, place.group) for place in places], optimizer)
+        moments = self._second_moments.read_all([place.parameter for place in places], tensors)
+        for place, held, moment in zip(places, tensors, moments, strict=True):
             pending.read += place.rows
-            for i, piece in self._pieces(place, optimizer, pending):
+            if held is None:
+                continue
+            if held.scattered:
+                pending.scattered += place.rows
+            for i, piece in self._pieces(place, held, moment):
                 members, pieces = by_device[piece.weight.device]
                 members.append(i)
                 pieces.append(piece)
@@ -274,33 +282,26 @@ class Tap:
         self._places = [[] for _ in self._optimizers]
         for first, *more in rows.values():
             which, number = self._owner[first] or (0, None)
+            holding = self._holdings[first]
             self._places[which].append(
-                _HeldParameter(self._parameters[first], self._holdings[first], [first, *more], number)
+                _HeldParameter(self._parameters[first], holding, holding.is_whole, [first, *more], number)
             )
 
     def _pieces(
-        self, place: _HeldParameter, optimizer: torch.optim.Optimizer, pending: PendingTap
+        self, place: _HeldParameter, held: StepTensors, moment: tuple[Tensor | None, float]
     ) -> Iterator[tuple[int, PartTensors]]:
         """The pieces of a parameter on this rank, each with the row of its part; an unsharded part is one piece."""
-        parameter, holding, rows, number = place
-        tensors = self._layout.tensors(parameter, optimizer, number)
-        if tensors is None:
-            return
-        weight, gradient, group, state, like, scattered = tensors
-        if scattered:
-            pending.scattered += rows
+        holding, (second, correction) = place.holding, moment
+        weight, gradient = held.weight, held.gradient
         if not weight.numel() or not (weight.is_floating_point() or weight.is_complex()):
             return  # the codes of a quantised weight have no norm
-        second, correction = None, 1.0
         # A sparse gradient has only some rows, so its shape differs; it belongs to an embedding, which is never fused.
         dense = gradient is not None and not gradient.is_sparse
-        if dense and state and group is not None:
-            second, correction = self._second_moments.read(parameter, group, state, like.shape)
         if weight.is_complex():
             weight, gradient, second = (_real(tensor) for tensor in (weight, gradient, second))
-        for i in rows:
+        for i in place.rows:
             part, floor = self._parts[i], self._floors[i]
-            if part.dim is None and holding.is_whole:  # the usual case, and the fast one
+            if part.dim is None and place.is_whole:  # the usual case, and the fast one
                 yield i, PartTensors(weight, gradient, second, correction, floor)
                 continue
             weights = holding.views(part, weight)
