@@ -66,7 +66,7 @@ def classify_reporting_unused(
     parts: list[Part] = []
     for name, shape in tree.shapes.items():
         placement = placed[name] if name in placed else classify_parameter(tree, name)
-        parts += _parts(name, shape, tree.layer(name), placement)
+        parts += _parts(name, shape, tree.layers[name], placement)
     return BlockMap(tuple(parts), tree.shapes), used
 
 

@@ -67,7 +67,7 @@ def classify_parameter(tree: Tree, name: str) -> Placement:
     Raises:
         BlockError: The block is not known.
     """
-    occurrences = tree.occurrences(tree.parameters[name])
+    occurrences = tree.occurrences[id(tree.parameters[name])]
     for candidate in sorted(occurrences, key=lambda at: (not is_embedding(at.owner), not is_linear(at.owner))):
         placement = _classify_at(tree, candidate)
         if placement is not None:
@@ -119,7 +119,7 @@ def _enclosing_kind(tree: Tree, at: Occurrence) -> str | None:
     """What encloses `at`, searched from the inside out: "attention", "ffn", "other" or None."""
     if terms(at.name) & ROUTER:
         return "other"
-    depth = tree.layer_depth(at)
+    depth = at.layer_depth
     for here in range(len(at.path) - 1, max(depth, 1) - 1, -1):
         segment, module = at.path[here]
         if _is_router(at.path[here - 1][1], segment, module):
@@ -207,7 +207,7 @@ def _outside_submodules(tree: Tree, at: Occurrence) -> Placement | None:
     """The block of a matrix that is in no attention or feed-forward module, but directly in a layer or in the model."""
     if at.is_named_itself or not at.enclosing:
         return None
-    if not tree.layer_depth(at):
+    if not at.layer_depth:
         return _outside_layers(tree, at)
     return _attention(at) if _is_beside_queries(at) else _in_layer(at)
 
@@ -235,7 +235,7 @@ def _outside_layers(tree: Tree, at: Occurrence) -> str | None:
 def _head(tree: Tree, owner: nn.Module) -> str:
     """The block of a matrix that predicts tokens; a bias goes with its matrix, which may be tied to the embedding."""
     weight = getattr(owner, "weight", None)
-    occurrences = tree.occurrences(weight) if isinstance(weight, nn.Parameter) else []
+    occurrences = tree.occurrences[id(weight)] if isinstance(weight, nn.Parameter) else []
     return "emb" if any(is_embedding(occurrence.owner) for occurrence in occurrences) else "head"
 
 

@@ -106,6 +106,7 @@ class Occurrence:
         enclosing: The modules that enclose what `name` names, as in `path`.
         segment: The owner's name in its parent; "" for the model itself.
         is_named_itself: Whether it has a name of its own, rather than being the weight or bias of its owner.
+        layer_depth: Number of modules in `path` down to and including the layer; 0 outside of layers.
     """
 
     leaf: str
@@ -115,35 +116,32 @@ class Occurrence:
     enclosing: tuple[tuple[str, nn.Module], ...]
     segment: str
     is_named_itself: bool
+    layer_depth: int
 
 
 class Tree:
-    """A model's parameters with their occurrences and layers; a shared parameter occurs several times."""
+    """A model's parameters with their occurrences and layers; a shared parameter occurs several times.
+
+    Args:
+        model: The model.
+
+    Attributes:
+        parameters: The parameters by name.
+        shapes: Their shapes.
+        layers: Canonical names of their layers, such as "layers.3" or "encoder.layers.3"; None outside of layers.
+        occurrences: All occurrences of each parameter, by its id.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
         self.shapes = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
         self._modules = dict(model.named_modules(remove_duplicate=False))
-        self._occurrences: dict[int, list[Occurrence]] = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            self._occurrences.setdefault(id(parameter), []).append(self._occurrence(name))
         self._labels = _labels(dict(_trunks(model, "")))
+        self.layers = {name: self._layer(name) for name in self.parameters}
+        self.occurrences: dict[int, list[Occurrence]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            self.occurrences.setdefault(id(parameter), []).append(self._occurrence(name))
         self._cache: dict[tuple[Callable[[nn.Module], bool], nn.Module], bool] = {}
-
-    def occurrences(self, parameter: nn.Parameter) -> list[Occurrence]:
-        """All occurrences of `parameter`."""
-        return self._occurrences[id(parameter)]
-
-    def layer(self, name: str) -> str | None:
-        """Canonical name of the parameter's layer, such as "layers.3" or "encoder.layers.3"; None outside of layers."""
-        return next((label for prefix, label in self._labels.items() if name.startswith(prefix)), None)
-
-    def layer_depth(self, place: Occurrence) -> int:
-        """Number of modules in the path down to and including the layer; 0 outside of layers."""
-        for depth in range(len(place.path) - 1, 0, -1):
-            if "".join(segment + "." for segment, _ in place.path[1 : depth + 1]) in self._labels:
-                return depth + 1
-        return 0
 
     def cached(self, question: Callable[[nn.Module], bool], module: nn.Module) -> bool:
         """`question(module)`, computed once for each module."""
@@ -155,14 +153,26 @@ class Tree:
         *segments, leaf = name.split(".")
         names = itertools.accumulate(segments, "{}.{}".format)
         path = ((segment, self._modules[inside]) for segment, inside in zip(segments, names, strict=True))
-        return _occurrence(leaf, (("", self._modules[""]), *path))
+        whole = (("", self._modules[""]), *path)
+        segment, owner = whole[-1]
+        named_itself = leaf not in {"weight", "bias"}
+        return Occurrence(
+            leaf,
+            whole,
+            owner,
+            name=leaf if named_itself else segment,
+            enclosing=whole if named_itself else whole[:-1],
+            segment=segment,
+            is_named_itself=named_itself,
+            layer_depth=self._layer_depth(segments),
+        )
 
+    def _layer(self, name: str) -> str | None:
+        return next((label for prefix, label in self._labels.items() if name.startswith(prefix)), None)
 
-def _occurrence(leaf: str, path: tuple[tuple[str, nn.Module], ...]) -> Occurrence:
-    segment, owner = path[-1]
-    if leaf in {"weight", "bias"}:
-        return Occurrence(leaf, path, owner, segment, path[:-1], segment, is_named_itself=False)
-    return Occurrence(leaf, path, owner, leaf, path, segment, is_named_itself=True)
+    def _layer_depth(self, segments: list[str]) -> int:
+        depths = range(len(segments), 0, -1)
+        return next((depth + 1 for depth in depths if ".".join(segments[:depth]) + "." in self._labels), 0)
 
 
 def _trunks(module: nn.Module, path: str) -> Iterator[tuple[str, list[str]]]:

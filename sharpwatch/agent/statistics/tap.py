@@ -29,7 +29,7 @@ from sharpwatch.agent.statistics.reductions import (
     host_sums,
 )
 from sharpwatch.agent.statistics.second_moment import SecondMoments
-from sharpwatch.blocks import BlockMap
+from sharpwatch.blocks import BlockMap, Part
 from sharpwatch.curvature.parameters.shards import Shard
 
 Array = npt.NDArray[Any]
@@ -291,7 +291,7 @@ class Tap:
         self, place: _HeldParameter, held: StepTensors, moment: tuple[Tensor | None, float]
     ) -> Iterator[tuple[int, PartTensors]]:
         """The pieces of a parameter on this rank, each with the row of its part; an unsharded part is one piece."""
-        holding, (second, correction) = place.holding, moment
+        second, correction = moment
         weight, gradient = held.weight, held.gradient
         if not weight.numel() or not (weight.is_floating_point() or weight.is_complex()):
             return  # the codes of a quantised weight have no norm
@@ -299,16 +299,24 @@ class Tap:
         dense = gradient is not None and not gradient.is_sparse
         if weight.is_complex():
             weight, gradient, second = (_real(tensor) for tensor in (weight, gradient, second))
+        # DeepSpeed's tensors are flat even if they are whole.
+        in_one_piece = place.is_whole and held.weight.shape == place.parameter.shape
+        cut = _view if in_one_piece else place.holding.views
         for i in place.rows:
             part, floor = self._parts[i], self._floors[i]
             if part.dim is None and place.is_whole:  # the usual case, and the fast one
                 yield i, PartTensors(weight, gradient, second, correction, floor)
                 continue
-            weights = holding.views(part, weight)
-            gradients = [gradient] * len(weights) if gradient is None or not dense else holding.views(part, gradient)
-            seconds = [None] * len(weights) if second is None else holding.views(part, second)
+            weights = cut(part, weight)
+            gradients = [gradient] * len(weights) if gradient is None or not dense else cut(part, gradient)
+            seconds = [None] * len(weights) if second is None else cut(part, second)
             for piece in zip(weights, gradients, seconds, strict=True):
                 yield i, PartTensors(*piece, correction, floor)
+
+
+def _view(part: Part, whole: Tensor) -> Sequence[Tensor]:
+    """The view of `part` of a parameter that this rank holds in one piece."""
+    return (part.view(whole),)
 
 
 def _real(tensor: Tensor | None) -> Any:
