@@ -1,4 +1,4 @@
-"""The wire contract beside the messages themselves: how arrays are packed, and the limits that every message keeps.
+"""Packing of arrays on the wire, and the limits of every message; protos/sharpwatch/v1 has the messages themselves.
 
 An array is bytes, dtype and shape, checked before anything is allocated. All checks raise `WireError`.
 """

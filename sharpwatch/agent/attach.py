@@ -1,4 +1,4 @@
-"""`attach`: checks the options, meets the other ranks, and builds the pieces of a watched run."""
+"""`attach`: checks the options, synchronizes with the other ranks, and constructs the `WatchedRun`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from sharpwatch.agent.reporting import messages
 from sharpwatch.agent.reporting.reporter import Reporter
 from sharpwatch.agent.run import WatchedRun
 from sharpwatch.agent.safety.exception_barrier import ExceptionBarrier
-from sharpwatch.agent.transport import courier_process
+from sharpwatch.agent.transport import courier_launcher
 from sharpwatch.agent.transport.base import NullTransport, Transport
 from sharpwatch.agent.transport.courier_client import CourierClient
 from sharpwatch.agent.watch import Watch
@@ -105,7 +105,7 @@ def attach(  # noqa: PLR0913 - the public signature; each has a default that wor
         SHARPWATCH_BLOCK_RULES: A YAML file of rules that say which parameter belongs to which block, as for `classify`.
         SHARPWATCH_DISABLED: With the value 1 nothing is watched, and the watch returned does nothing.
     """
-    if courier_process.ENVIRONMENT in os.environ:
+    if courier_launcher.ENVIRONMENT in os.environ:
         # Training here too would overwrite the first program's files, and start a third program in turn.
         raise AttachError(
             "this process was started as the courier of another one: sys.executable there is this program, not Python"

@@ -1,4 +1,4 @@
-"""A watched run, from `attach` to `close`: what its loop calls, and the life of a step as the hooks tell of it."""
+"""A watched run, from `attach` to `close`: what the training loop calls, and how hook events drive each step."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ class WatchedRun:
             self._reporter.next_step()
 
     def checkpoint(self, step: int, uri: str) -> None:
-        """There is a checkpoint of `step` at `uri`."""
+        """Record that a checkpoint of `step` was saved at `uri`."""
         self._reporter.checkpoint(step, uri)
 
     def restored(self, step: int) -> None:
@@ -263,7 +263,7 @@ class WatchedRun:
             self._current = _StepInProgress(step, self.strategy.tap.start(self.rates.multipliers()))
 
     def read(self, which: int) -> None:
-        """The gradients are there that optimizer `which` steps on."""
+        """Called when the gradients for optimizer `which` are complete."""
         current, tap = self._current, self.strategy.tap
         if current is None:
             return

@@ -1,4 +1,7 @@
-"""The states of all random number generators of a training loop, as one value for a checkpoint."""
+"""The states of all random number generators of a training loop, as one value for a checkpoint.
+
+Around a probe, `curvature.state.isolation` restores them.
+"""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ import grpc
 import pytest
 from daemons import PATIENCE, ack, await_end, free_port, honest, response, silent_after, welcome
 
-from sharpwatch.agent.transport import courier, courier_process
+from sharpwatch.agent.transport import courier, courier_launcher
 from sharpwatch.agent.transport.base import Connection
 from sharpwatch.agent.transport.courier_client import CourierClient
 from sharpwatch.agent.transport.destination import Destination
@@ -441,7 +441,7 @@ def test_a_stopped_courier_never_blocks_the_trainer(serve, attach):
 
 
 def test_close_kills_a_courier_that_takes_nothing_more(serve, attach, monkeypatch):
-    monkeypatch.setattr(courier_process, "_COURIER_CODE", "import signal; signal.pause()")
+    monkeypatch.setattr(courier_launcher, "_COURIER_CODE", "import signal; signal.pause()")
     pipe = attach(serve(), outbox_bytes=100_000)
     process = pipe.courier_pid
     send(pipe, range(1, 1_001), size=2_000)
@@ -489,7 +489,7 @@ trainer.poll()  # until it has closed its end
 @pytest.mark.parametrize("moment", [WHEN_WOKEN, AT_THE_END], ids=["woken", "at the end"])
 def test_an_interrupted_close_leaves_nothing_open(attach, monkeypatch, moment):
     ready = frame(response(command=types_pb2.Command(id="ready")))
-    monkeypatch.setattr(courier_process, "_COURIER_CODE", INTERRUPT.replace("READY", repr(ready)) + moment)
+    monkeypatch.setattr(courier_launcher, "_COURIER_CODE", INTERRUPT.replace("READY", repr(ready)) + moment)
     before = descriptors()
     pipe = attach(f"127.0.0.1:{free_port()}")
     process = pipe.courier_pid
@@ -527,7 +527,7 @@ def test_a_sample_larger_than_the_outbox_keeps_all_but_its_arrays(serve, attach)
 def test_a_courier_gone_mad_is_replaced(serve, attach, monkeypatch, caplog, tmp_path, code):  # noqa: PLR0917 - fixtures
     daemon = serve()
     known = tmp_path / "pid"
-    monkeypatch.setattr(courier_process, "_COURIER_CODE", f"open({str(known)!r}, 'w').write(str(os.getpid())); {code}")
+    monkeypatch.setattr(courier_launcher, "_COURIER_CODE", f"open({str(known)!r}, 'w').write(str(os.getpid())); {code}")
     pipe = attach(daemon)
     sent = 1
     pipe.send(request(1))
@@ -571,7 +571,7 @@ def program_for_python(monkeypatch, tmp_path):
 @pytest.mark.parametrize("act", ["echo hello; exec sleep 1000", "sleep 1000", "exit 3"])
 def test_what_is_no_python_is_ended_and_not_started_again(attach, monkeypatch, caplog, program_for_python, act):
     started = program_for_python(act)
-    monkeypatch.setattr(courier_process, "_REPORT_SECONDS", 0.1)
+    monkeypatch.setattr(courier_launcher, "_REPORT_SECONDS", 0.1)
     pipe = attach(f"127.0.0.1:{free_port()}")
     send(pipe, [1, 2])
     assert "no courier in this program" in caplog.text

@@ -5,7 +5,7 @@ from __future__ import annotations
 from daemons import await_end
 
 CODE = """
-from sharpwatch.agent.transport import courier_process
+from sharpwatch.agent.transport import courier_launcher
 
 HANGING = '''
 import os, time
@@ -17,14 +17,14 @@ courier._HANG_SECONDS = 1
 courier.Courier._session = hang
 main()
 '''
-whole = courier_process._COURIER_CODE
-courier_process._COURIER_CODE = whole.removesuffix("main()\\n") + HANGING
+whole = courier_launcher._COURIER_CODE
+courier_launcher._COURIER_CODE = whole.removesuffix("main()\\n") + HANGING
 signal.signal(signal.SIGALRM, signal.SIG_IGN)
 signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
 trainer = Trainer()
 trainer.step()
 say(courier=trainer.pipe.courier_pid)
-courier_process._COURIER_CODE = whole
+courier_launcher._COURIER_CODE = whole
 while trainer.pipe._spool.settled < 1:
     trainer.step()
 trainer.close()

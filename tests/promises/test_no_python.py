@@ -9,7 +9,7 @@ import torch
 from daemons import await_end
 
 import sharpwatch
-from sharpwatch.agent.transport.courier_process import ENVIRONMENT
+from sharpwatch.agent.transport.courier_launcher import ENVIRONMENT
 from sharpwatch.errors import AttachError
 
 STEPS = 10

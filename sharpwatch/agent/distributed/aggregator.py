@@ -13,10 +13,10 @@ from sharpwatch.agent.statistics.tap import Tap
 
 
 class RecordAggregator:
-    """Records on their way: each waits `lag` steps for its own numbers, then for those of the other ranks.
+    """Queues step records until this rank's values (`lag` steps later) and then the sums over all ranks arrive.
 
-    The lag is there because a loss may come late, and an accelerator is behind. Where taps are `summed`, no rank has
-    whole gradients; else rank 0's tap is everyone's, and `leads` says whether this is rank 0.
+    The lag exists because a loss may come late, and an accelerator computes asynchronously. Where taps are `summed`,
+    no rank has whole gradients; else rank 0's tap is everyone's, and `leads` says whether this is rank 0.
     """
 
     def __init__(self, tap: Tap, barrier: ExceptionBarrier, *, summed: bool, leads: bool, lag: int) -> None:

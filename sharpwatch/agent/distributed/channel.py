@@ -4,8 +4,8 @@ A step's `StepMessage` is summed over ranks by an asynchronous gloo reduction, w
 and read once it has completed. All ranks act on a message `COMMIT_DELAY_STEPS` steps later.
 
 Every reduction has the same width, because gloo ends a process whose peer sends another. The first numbers of each say
-what it is and of which step, so that ranks which have come apart notice it. A rank that can't read a reduction, or
-notices that, is lost: it takes part in nothing any more, and soon neither do the others.
+what it is and of which step, so that ranks that are out of step detect it. A rank that can't read a reduction, or
+detects this, stops exchanging messages, and the others soon do too.
 """
 
 from __future__ import annotations

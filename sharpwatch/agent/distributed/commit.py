@@ -2,7 +2,8 @@
 
 Two-phase commit. Rank 0 streams a command in its per-step messages. A rank that has received all of it acknowledges in
 each following message. The first message acknowledged by every rank fixes the commit step: every rank applies the
-command `COMMIT_DELAY_STEPS` steps later. By then a rank must have read each message in which it acknowledged.
+command `COMMIT_DELAY_STEPS` steps later. A rank commits only if it has by then read every message in which
+it acknowledged.
 
 Where ranks run in lock step these messages have arrived. A rank that still misses one is in doubt: the others may have
 read it. Messages alone can't settle that (it is the two generals' problem), so each rank records its decision with an

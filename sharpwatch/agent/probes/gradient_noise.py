@@ -226,7 +226,7 @@ def _when_over(call: Callable[[], None]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class GradientNoiseReport:
-    """The gradient noise [L] of a step; None where the step had none to tell."""
+    """The gradient noise [L] of a step; None if the step yields no estimate."""
 
     noise: npt.NDArray[np.float32] | None
 

@@ -36,7 +36,7 @@ _FAILURES = 3  # in a row after which a probe is given up; the rows of a single 
 
 
 class _UnfitError(ProbeError):
-    """No probe may run the forward of this model: it would change the run, or wait for ranks that do not probe."""
+    """Raised when a probe must not run the model's forward: it would change the run, or wait for other ranks."""
 
 
 class _NoCollectives(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -332,7 +332,7 @@ def _made(name: str, context: ProbeContext) -> Probe:
 
 
 def _overrides(probe: Probe, method: Callable[..., Any]) -> bool:
-    """Returns whether `probe` has its own version of a method of `Probe`, so that no probe is called in vain."""
+    """Returns whether `probe` overrides a method of `Probe`; those that do nothing are not called."""
     return getattr(type(probe), method.__name__) is not method
 
 

@@ -101,7 +101,7 @@ class LossTracker:
 class Reporter:
     """Sends the records of steps, in order and as their numbers arrive, and other news, over `transport`.
 
-    The queue of records is bounded: the oldest goes first. Each sample has all news that there are by then.
+    The queue of records is bounded: when full, the oldest is dropped. Each sample carries all events pending by then.
 
     Args:
         transport: takes the samples.

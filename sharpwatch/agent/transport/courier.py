@@ -20,7 +20,7 @@ from pathlib import Path
 import grpc
 from google.protobuf.message import DecodeError
 
-from sharpwatch.agent.transport.courier_process import ENVIRONMENT
+from sharpwatch.agent.transport.courier_launcher import ENVIRONMENT
 from sharpwatch.agent.transport.destination import Destination, Tls
 from sharpwatch.agent.transport.framing import TrainerWriter, Unframer
 from sharpwatch.agent.transport.spool import Spool

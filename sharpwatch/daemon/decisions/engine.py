@@ -157,13 +157,13 @@ class PolicyEngine:
         )
 
     def _supersede(self, made: Decision) -> None:
-        """What was tried before against the same alert was not enough."""
+        """Mark earlier decisions on the same alert as superseded."""
         for other in self._log.unsettled():
             if other.id != made.id and other.outcome == "applied" and other.alert_name == made.alert_name:
                 self._log.advance(other, "supersede", detail=f"{other.detail}; not enough: {made.id} followed")
 
     def _undo_ramp_back(self, alerts: Sequence[Alert], at: _StepContext) -> bool:
-        """Put a cut in force again whose ramp back brought an alert within its hold."""
+        """Reapply a cut if an alert fires within the hold after its ramp-back."""
         state = held_cuts(self._log)
         policy = self._chain.named(state.ramped.policy) if state.ramped is not None else None
         if state.newest is None or state.newest.applied_step is None or policy is None:
@@ -186,7 +186,7 @@ class PolicyEngine:
         return done
 
     def _ramp_back(self, at: _StepContext) -> None:
-        """Take the newest cut away, once it has been quiet for the hold."""
+        """Ramp back the newest cut after a quiet hold."""
         state = held_cuts(self._log)
         policy = self._chain.named(state.cuts[-1].policy) if state.cuts else None
         if policy is None or self._permissions.multipliers() != OK:

@@ -102,7 +102,7 @@ def is_settled(decision: Decision) -> bool:
 
 
 class DecisionLifecycle:
-    """Moves the unsettled decisions of a run on.
+    """Advances a run's unsettled decisions to their next outcome.
 
     Args:
         log: The run's decisions.

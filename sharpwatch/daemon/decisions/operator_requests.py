@@ -27,7 +27,7 @@ class OperatorContext:
 
 
 class OperatorRequests:
-    """Writes an operator's decisions into the decision log; raises `OperatorError` on what can't be."""
+    """Writes an operator's decisions into the decision log; raises `OperatorError` if a request is invalid."""
 
     def __init__(self, log: DecisionLog, permissions: Permissions, new_id: Callable[[], str]) -> None:
         self._log = log

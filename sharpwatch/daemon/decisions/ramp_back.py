@@ -80,7 +80,7 @@ def hold_steps(policy: PolicyConfig, relapses: int) -> int:
 
 
 def quiet_since(alerts: Iterable[Alert], decisions: Iterable[Decision], step: int) -> int:
-    """The last step at which there was trouble or a change; steps ahead of `step` lie on a timeline that was left."""
+    """The last step at which there was trouble or a change; a rollback discarded the steps after `step`."""
     steps = [alert.last_step for alert in alerts]
     steps += [made.applied_step for made in decisions if made.applied_step is not None]
     return max((at for at in steps if at <= step), default=step)

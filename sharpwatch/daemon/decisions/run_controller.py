@@ -36,10 +36,10 @@ def _random_id() -> str:
 
 
 class RunController:
-    """Finds trouble in one run and decides what to do about it; pure but for the ids it makes.
+    """Runs detectors and policies for one run. Deterministic except for the ids it generates.
 
-    `mode` is the run's own and goes over every policy's; None leaves each policy its own. `control`, `lr_bounds` and
-    `can_roll_back` are what the trainer was attached with.
+    `mode` is the run's own and overrides every policy's mode; None leaves each policy its own. `control`, `lr_bounds`
+    and `can_roll_back` are what the trainer was attached with.
     """
 
     def __init__(  # noqa: PLR0913  what a run and its trainer are
@@ -196,7 +196,7 @@ class RunController:
         reason: str = "",  # noqa: ARG002  as author
         now: float = 0.0,  # noqa: ARG002  as author
     ) -> Changes:
-        """Set the run's own mode, which goes over every policy's."""
+        """Set the run's own mode, which overrides every policy's."""
         if mode not in MODES:
             raise OperatorError(f"mode {mode!r} is not allowed; allowed: {', '.join(MODES)}")
         self._mode = mode

@@ -1,4 +1,4 @@
-"""Findings of one name that hang together are one alert, from the first until it has been quiet for long enough."""
+"""Groups consecutive findings of one detector into an alert, which closes after a quiet period."""
 
 from __future__ import annotations
 
