@@ -93,7 +93,7 @@ class Trainer:
             probes=("gnb", "direction") if budget else (),
         )
         self.counted: list[tuple[float, float]] = []
-        sampler = self.watch._loop.scheduler.budget  # noqa: SLF001 - what it counts has no public face
+        sampler = self.watch._watched.scheduler.budget  # noqa: SLF001 - what it counts has no public face
         record = sampler.record
 
         def keep(step: float, tap: float, probes: dict[str, float]) -> None:
@@ -115,7 +115,7 @@ class Trainer:
         if self.watch is not None:
             # Or the time in which the other trainer steps would be taken for this one's, and the budget for twice what
             # it is: the clock goes on with the next forward.
-            self.watch._loop.timer.stop()  # noqa: SLF001 - as above
+            self.watch._watched.timer.stop()  # noqa: SLF001 - as above
         return seconds
 
 

@@ -74,7 +74,7 @@ def train(address: str, size: str, probes: Sequence[str]) -> None:
         watched.model, watched.optimizer, training_job="promises", address=address, probes=tuple(probes)
     )
     # What has no public name: what the pipe knows of acknowledgements, what the sampler was told of the last step.
-    run = watch._loop  # noqa: SLF001
+    run = watch._watched  # noqa: SLF001
     spool, costs = run.transport._spool, run.scheduler.budget._window  # type: ignore[union-attr]  # noqa: SLF001
     for trainer in (plain, watched) * _WARM_UP:
         trainer.step()

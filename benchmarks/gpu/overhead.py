@@ -89,7 +89,7 @@ def hold_no_sync(arguments: argparse.Namespace) -> None:
             with no_sync(arguments.device):
                 for _ in range(20):
                     trainer.step()
-            swallowed = watch._loop.barrier.swallowed  # noqa: SLF001 - a sync would end there
+            swallowed = watch._watched.barrier.swallowed  # noqa: SLF001 - a sync would end there
         print(json.dumps({"no sync": name, "swallowed_errors": swallowed}), flush=True)
     breaks = {}
     for watched in (False, True):
@@ -145,10 +145,10 @@ def compare(size: str, budget: float, arguments: argparse.Namespace) -> dict[str
     with watched.attach(budget) as watch:
         for number in range(_WARM_UP + arguments.steps):
             pair = timed(plain), timed(watched)
-            watch._loop.timer.stop()  # noqa: SLF001 - the other trainer's step is no part of this one's
+            watch._watched.timer.stop()  # noqa: SLF001 - the other trainer's step is no part of this one's
             if number >= _WARM_UP:
                 pairs.append(pair)
-        ratio = watch._loop.scheduler.budget.overhead_ratio  # noqa: SLF001 - what it counts has no public face
+        ratio = watch._watched.scheduler.budget.overhead_ratio  # noqa: SLF001 - what it counts has no public face
     without, with_agent = (list(column) for column in zip(*pairs, strict=True))
     return {
         "model": size,

@@ -21,11 +21,11 @@ class Watch:
     do reach the training loop, through `optimizer.step()`: what `on_rollback` raises, and `DesyncError`.
     """
 
-    def __init__(self, run: str, step: int, loop: WatchedRun | None, *, disabled: bool = False) -> None:
+    def __init__(self, run: str, step: int, watched: WatchedRun | None, *, disabled: bool = False) -> None:
         self._run = run
         self._step = step
-        self._loop = loop  # None: disabled, or closed
-        state: Literal["watching", "disabled", "closed"] = "closed" if loop is None else "watching"
+        self._watched = watched  # None: disabled, or closed
+        state: Literal["watching", "disabled", "closed"] = "closed" if watched is None else "watching"
         self._last_status = WatchStatus(state="disabled" if disabled else state, run=run, step=step)
 
     def __reduce__(self) -> tuple[type[Self], tuple[str, int, None]]:
@@ -35,25 +35,25 @@ class Watch:
     @property
     def run(self) -> str:
         """The run's name."""
-        return self._run if self._loop is None else self._loop.run
+        return self._run if self._watched is None else self._watched.run
 
     @property
     def step(self) -> int:
         """Optimizer steps that took effect, those before `attach` included."""
-        return self._step if self._loop is None else self._loop.step
+        return self._step if self._watched is None else self._watched.step
 
     @property
     def status(self) -> WatchStatus:
         """The state of the watch at this moment: blocks, daemon, probes, overhead, control. Prints as a table."""
-        if self._loop is not None:
-            with self._loop.barrier.guard("collecting the status"):
-                return collect(self._loop)
+        if self._watched is not None:
+            with self._watched.barrier.guard("collecting the status"):
+                return collect(self._watched)
         return replace(self._last_status, run=self.run, step=self.step)
 
     @property
     def pending_rollback(self) -> RollbackRequest | None:
         """The rollback that the loop must do now, or None; afterwards call `restored` or `rollback_failed`."""
-        return None if self._loop is None else self._loop.control.pending_rollback
+        return None if self._watched is None else self._watched.control.pending_rollback
 
     def observe(self, *, loss: float | Tensor) -> None:
         """Report the loss of a step, before or after its `optimizer.step()`; does not wait for the device.
@@ -61,9 +61,9 @@ class Watch:
         Args:
             loss: The loss as a number, or a tensor with one element. Without it the loss in the model's output is used.
         """
-        if self._loop is not None:
-            with self._loop.barrier.guard("observing the loss"):
-                self._loop.observe(loss)
+        if self._watched is not None:
+            with self._watched.barrier.guard("observing the loss"):
+                self._watched.observe(loss)
 
     def saved_checkpoint(self, step: int, uri: str) -> None:
         """Report a checkpoint, to which a rollback may go.
@@ -72,21 +72,21 @@ class Watch:
             step: The step after which it was saved.
             uri: Where it is; a rollback names it by this.
         """
-        if self._loop is not None:
-            with self._loop.barrier.guard("reporting a checkpoint"):
-                self._loop.checkpoint(int(step), str(uri))
+        if self._watched is not None:
+            with self._watched.barrier.guard("reporting a checkpoint"):
+                self._watched.checkpoint(int(step), str(uri))
 
     def restored(self, step: int) -> None:
         """Report that the loop has restored the checkpoint of `step`; the next step is `step` + 1."""
-        if self._loop is not None:
-            with self._loop.barrier.guard("reporting a restore"):
-                self._loop.restored(int(step))
+        if self._watched is not None:
+            with self._watched.barrier.guard("reporting a restore"):
+                self._watched.restored(int(step))
 
     def rollback_failed(self, reason: str) -> None:
         """Report that the pending rollback can't be done, and why; training continues from the present step."""
-        if self._loop is not None:
-            with self._loop.barrier.guard("reporting a failed rollback"):
-                self._loop.control.rollback_failed(self._loop.step, str(reason))
+        if self._watched is not None:
+            with self._watched.barrier.guard("reporting a failed rollback"):
+                self._watched.control.rollback_failed(self._watched.step, str(reason))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the agent's own state for the run's checkpoint: multipliers in force, and what probes have cost.
@@ -94,9 +94,9 @@ class Watch:
         Returns:
             Plain values, the same on every rank; empty if the watch is disabled or closed.
         """
-        if self._loop is not None:
-            with self._loop.barrier.guard("making the agent's state"):
-                return self._loop.state_dict()
+        if self._watched is not None:
+            with self._watched.barrier.guard("making the agent's state"):
+                return self._watched.state_dict()
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -109,9 +109,9 @@ class Watch:
         Args:
             state: What `state_dict` returned.
         """
-        if self._loop is not None:
-            with self._loop.barrier.guard("loading the agent's state"):
-                self._loop.load_state_dict(state)
+        if self._watched is not None:
+            with self._watched.barrier.guard("loading the agent's state"):
+                self._watched.load_state_dict(state)
 
     def close(self) -> None:
         """Remove every hook and send the last samples; takes at most 2 s, or 3 s on several ranks.
@@ -121,11 +121,11 @@ class Watch:
         self._close(in_order=True)
 
     def _close(self, *, in_order: bool) -> None:
-        if self._loop is not None:
-            self._run, self._step = self._loop.run, self._loop.step
-            self._loop.close(in_order=in_order)
+        if self._watched is not None:
+            self._run, self._step = self._watched.run, self._watched.step
+            self._watched.close(in_order=in_order)
             self._last_status = self.status
-            self._loop = None
+            self._watched = None
 
     def __enter__(self) -> Self:
         return self

@@ -49,7 +49,7 @@ class Loop:
         self.watch = sharpwatch.attach(self.model.train(), self.optimizer, **options) if watched else None
         self.optimizer.register_step_pre_hook(lambda optimizer, *_: self.groups.append(len(optimizer.param_groups)))
         torch.manual_seed(self.rank)
-        self.ranks = self.watch._loop.strategy.ranks if watched else None
+        self.ranks = self.watch._watched.strategy.ranks if watched else None
 
     def run(self, *, skip=(), after=lambda _: None):
         for step in range(1, STEPS + 1):

@@ -46,7 +46,7 @@ def train(kind, by_closure):
             optimizer.step()
         if transport.hello and step == 3:
             transport.command(id="cut", set_multipliers=types_pb2.MultiplierSet(multipliers={"emb": 0.5, "ffn": 0.25}))
-    assert watch._loop.barrier.swallowed == 0
+    assert watch._watched.barrier.swallowed == 0
     watch.close()
     samples = [sample for sample in transport.samples if not sample.closing]
     for sample in samples:

@@ -44,7 +44,9 @@ def train(watched, own_group):
         optimizer.zero_grad()
     failures = []
     if watch:
-        failures = [(failure.probe, failure.reason, failure.count) for failure in watch._loop.scheduler.runner.failures]
+        failures = [
+            (failure.probe, failure.reason, failure.count) for failure in watch._watched.scheduler.runner.failures
+        ]
         watch.close()
     return [parameter.detach() for parameter in model.parameters()], failures
 

@@ -111,7 +111,7 @@ def stages():
         if transport.hello and step == 2:
             action = types_pb2.MultiplierSet(multipliers={"emb": 0.5, "head": 0.5}, revision=3)
             transport.command(id="cut", set_multipliers=action)
-    revision = watch._loop.control.revision
+    revision = watch._watched.control.revision
     watch.close()
     return rates, revision, [result.outcome for result in transport.results]
 
@@ -151,7 +151,7 @@ def resumed(how):
     if dist.get_rank() == 0 or how != "absent":
         watch.load_state_dict(state)
     go_on(optimizer)
-    found = watch.run, watch.step, watch._loop.control.multipliers["emb"]
+    found = watch.run, watch.step, watch._watched.control.multipliers["emb"]
     watch.close()
     return found
 

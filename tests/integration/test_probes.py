@@ -38,8 +38,8 @@ for value in model.state_dict().values():
     digest.update(value.contiguous().numpy().tobytes())
 said = {"weights": digest.hexdigest(), "loss": loss.item()}
 if "SHARPWATCH_ADDRESS" in os.environ:
-    failures = [str(failure) for failure in watch._loop.scheduler.runner.failures]
-    swallowed = watch._loop.barrier.swallowed
+    failures = [str(failure) for failure in watch._watched.scheduler.runner.failures]
+    swallowed = watch._watched.barrier.swallowed
     watch.close()
     batches = [{"input_ids": rows, "labels": rows} for rows in ids.split(2)]  # as many rows as a probe sees
     measured = sharpwatch.measure(model, batches, estimators=("hutchinson",), draws=4)

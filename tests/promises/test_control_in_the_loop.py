@@ -122,8 +122,8 @@ def test_step_hooks_of_the_program_s_own_never_see_split_groups(transports):
     assert (late < 1).all()  # it was stepped
     assert groups[0]["lr"] == 0.003
     loop.optimizer.load_state_dict(checkpoints[-1])
-    assert loop.watch._loop.barrier.swallowed == 0
-    assert loop.watch._loop.control.multipliers["ffn"] == 0.5
+    assert loop.watch._watched.barrier.swallowed == 0
+    assert loop.watch._watched.control.multipliers["ffn"] == 0.5
 
 
 def test_a_set_with_all_multipliers_at_one_takes_everything_away(transports):

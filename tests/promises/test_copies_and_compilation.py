@@ -36,11 +36,11 @@ def test_a_copy_of_a_watched_model_works_and_is_not_watched(duplicate):
     model, optimizer = made()
     with attached(model, optimizer) as watch:
         twin = duplicate(model)
-        before = watch._loop._losses._forwards
+        before = watch._watched._losses._forwards
         expected = model(tokens(), tokens())[1]
-        assert watch._loop._losses._forwards == before + 1
+        assert watch._watched._losses._forwards == before + 1
         assert torch.equal(twin(tokens(), tokens())[1], expected)
-        assert watch._loop._losses._forwards == before + 1
+        assert watch._watched._losses._forwards == before + 1
         assert b"sharpwatch" not in pickle.dumps(nn.Sequential(model)).replace(Net.__module__.encode(), b"")
         torch.optim.swa_utils.AveragedModel(model).update_parameters(model)
         copy.deepcopy(optimizer)
@@ -84,7 +84,7 @@ def test_a_copy_of_what_holds_a_watch_holds_a_closed_one(name, tmp_path):
         steps += 1
         assert model.watch.step == steps
     assert steps == 4
-    assert model.watch._loop.barrier.swallowed == 0
+    assert model.watch._watched.barrier.swallowed == 0
     model.watch.close()
 
 
@@ -116,7 +116,7 @@ def train(how):
         call(tokens(), tokens())[1].backward()
         step()
         optimizer.zero_grad()
-    assert watch._loop is None or watch._loop.barrier.swallowed == 0
+    assert watch._watched is None or watch._watched.barrier.swallowed == 0
     watch.close()
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     torch._dynamo.reset()

@@ -171,7 +171,7 @@ def test_rows_without_a_label_do_not_end_the_probes(transports):
             model(tokens, targets)[1].backward()
             optimizer.step()
             optimizer.zero_grad()
-        failures = watch._loop.scheduler.runner.failures
+        failures = watch._watched.scheduler.runner.failures
     assert {failure.probe for failure in failures} == {"gnb", "direction"}
     assert not any(failure.disabled for failure in failures)
     (transport,) = transports

@@ -151,7 +151,7 @@ def train(kept, *, given=None, watched, batches=None, probes=PROBES, steps=6, lo
         losses.append(loss.item())
     failures = []
     if watch is not None:
-        loop = watch._loop
+        loop = watch._watched
         failures = [(failure.probe, failure.reason) for failure in loop.scheduler.runner.failures]
         assert loop.barrier.swallowed == 0
         watch.close()

@@ -60,7 +60,7 @@ class Trainer:
         self.watch = sharpwatch.attach(
             self.model, self.optimizer, **{"training_job": "promise", "run": "run", "probe_every": 5} | options
         )
-        self.loop = self.watch._loop  # None where sharpwatch is disabled
+        self.loop = self.watch._watched  # None where sharpwatch is disabled
 
     @property
     def pipe(self):

@@ -31,8 +31,8 @@ def train(transports, make, step):
     order(transports[-1], {}, at=LAST + 1)
     for number in range(1, STEPS + 1):
         step(model, optimizer, number)
-    assert watch._loop.barrier.swallowed == 0
-    assert watch._loop.scheduler.runner.failures == ()
+    assert watch._watched.barrier.swallowed == 0
+    assert watch._watched.scheduler.runner.failures == ()
     watch.close()
     samples = [sample for sample in transports[-1].samples if not sample.closing]
     for sample in samples:

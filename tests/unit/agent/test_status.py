@@ -136,7 +136,7 @@ def test_a_closed_watch_shows_its_last_status():
 def test_a_watch_that_closed_itself_says_so():
     loop = Loop()
     loop.steps(1)
-    loop.watch._loop.close(in_order=True)
+    loop.watch._watched.close(in_order=True)
     assert loop.watch.status.state == "closed"
 
 

@@ -252,7 +252,7 @@ def test_a_step_that_is_interrupted_anywhere_costs_its_own_sample_at_most(transp
     kept = []  # or one would be collected, and so run, while the next is interrupted
     for number in itertools.count():
         model, optimizer, watch, transport = made(transports)
-        kept.append(watch._loop)
+        kept.append(watch._watched)
         transport.command(id="cut", set_multipliers=types_pb2.MultiplierSet(multipliers={"emb": 0.5}))
         stepped(model, optimizer, 2)
         model(TOKENS)["loss"].backward()
@@ -286,7 +286,7 @@ def test_who_insists_on_an_interrupt_gives_up_the_last_samples_but_the_courier_i
         for _ in range(2):
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(watch._loop._reporter, "flush", insist)
+    monkeypatch.setattr(watch._watched._reporter, "flush", insist)
     with pytest.raises(KeyboardInterrupt):
         watch.close()
     assert transport.closed
@@ -352,6 +352,6 @@ def test_losses_of_an_optimizer_that_no_one_steps_are_bounded(transports, caplog
     model, _, watch, _ = made(transports)
     for _ in range(MAX_FORWARDS + 9):
         model(TOKENS)
-    assert len(watch._loop._losses.take()) == MAX_FORWARDS
+    assert len(watch._watched._losses.take()) == MAX_FORWARDS
     assert caplog.text.count("forwards without a step of a watched optimizer") == 1
     watch.close()

@@ -101,8 +101,8 @@ class Run:
 
     def end(self):
         """Its samples, with nothing in them that was measured in seconds."""
-        assert self.watch._loop.barrier.swallowed == 0
-        assert self.watch._loop.scheduler.runner.failures == ()
+        assert self.watch._watched.barrier.swallowed == 0
+        assert self.watch._watched.scheduler.runner.failures == ()
         self.watch.close()
         told = [sample for sample in self.transport.samples if not sample.closing]
         for sample in told:
@@ -243,7 +243,7 @@ def test_the_seconds_of_a_closure_are_the_loops(transports, monkeypatch):
     now, recorded = [0.0], []
     monkeypatch.setattr(overhead_timer, "perf_counter", lambda: now[0])
     run = Run(transports, lbfgs)
-    run.watch._loop.scheduler.budget.record = lambda *seconds: recorded.append(seconds)
+    run.watch._watched.scheduler.budget.record = lambda *seconds: recorded.append(seconds)
 
     def closure():
         now[0] += 1.0
@@ -378,7 +378,7 @@ def test_two_optimizers_with_closures_step_together(transports):
                 optimizers[0].step()
                 optimizers[1].step()
         assert watch.step == 4
-        assert watch._loop.barrier.swallowed == 0
+        assert watch._watched.barrier.swallowed == 0
         watch.close()
         return [(s.tap, s.loss, s.gnb.traces, s.direction.descent) for s in transports[-1].samples if not s.closing]
 
@@ -403,7 +403,7 @@ def test_a_closure_may_step_another_watched_optimizer(transports):
         outer.step(closure)
     assert watch.step == 3
     assert [len(optimizer.param_groups) for optimizer in (outer, inner)] == [1, 1]
-    assert watch._loop.barrier.swallowed == 0
+    assert watch._watched.barrier.swallowed == 0
     watch.close()
     assert [sample.HasField("tap") for sample in transports[0].samples] == [True] * 3 + [False]
 
@@ -482,7 +482,7 @@ def test_whatever_breaks_the_closure_is_evaluated_as_ever(transports, owner, nam
     def train():
         run = Run(transports, lbfgs, probes=("gnb", "direction"), probe_every=1)
         returned = [run.optimizer.step(run.closure(step)).item() for step in range(3)]
-        swallowed = run.watch._loop.barrier.swallowed
+        swallowed = run.watch._watched.barrier.swallowed
         run.watch.close()
         return swallowed, (returned, run.losses, [parameter.tolist() for parameter in run.model.parameters()])
 
@@ -504,7 +504,7 @@ def test_a_compiled_step_is_what_it_is_without_sharpwatch(transports, monkeypatc
         step = torch.compile(run.optimizer.step, backend="eager")
         for number in range(3):
             step(run.closure(number))
-        assert run.watch._loop is None or run.watch._loop.barrier.swallowed == 0
+        assert run.watch._watched is None or run.watch._watched.barrier.swallowed == 0
         run.watch.close()
         captured = torch._dynamo.utils.counters["stats"]["calls_captured"]
         torch._dynamo.reset()

@@ -75,7 +75,7 @@ class Training:
     def noises(self):
         """Of each sample that has a probe; None where that has no noise."""
         self.watch.close()
-        assert self.watch._loop is None or self.watch._loop.barrier.swallowed == 0
+        assert self.watch._watched is None or self.watch._watched.barrier.swallowed == 0
         probes = [sample.gradient_noise for sample in self.transport.samples if sample.HasField("gradient_noise")]
         shape = (len(self.block_map.layer_blocks),)
         return [
@@ -196,7 +196,7 @@ def test_it_is_absent_where_the_gradient_is_not_the_sum_of_what_was_heard(traini
 
 
 def test_no_hook_outlives_the_step_or_the_watch(training):
-    noise = training.watch._loop.scheduler.runner._probes["gradient_noise"]._listener
+    noise = training.watch._watched.scheduler.runner._probes["gradient_noise"]._listener
     training.accumulate()
     assert len(noise._handles) == len(list(training.model.parameters()))
     training.step()
@@ -222,7 +222,7 @@ def test_where_it_is_not_asked_for_no_hook_is_installed(training, monkeypatch):
     training.accumulate()
     training.step()
     watch.close()
-    assert watch._loop is None or watch._loop.barrier.swallowed == 0
+    assert watch._watched is None or watch._watched.barrier.swallowed == 0
     (sample, _) = transport.samples
     assert sample.HasField("gnb")
     assert not sample.gnb.HasField("gradient_noise")
