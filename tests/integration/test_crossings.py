@@ -10,9 +10,9 @@ import pytest
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "crossings.py"
 LIMITS = {
-    "attach": (40, 833),
-    "step": (27, 278),
-    "step with a gnb probe": (35, 340),
+    "attach": (41, 470),
+    "step": (24, 165),
+    "step with a gnb probe": (34, 223),
     "sample with a gnb probe, at the daemon": (15, 69),
 }
 

@@ -1,8 +1,8 @@
 """How the processes that train one model act as one run: a strategy for each way of spreading a model over them.
 
-`SingleProcess` needs no communication. `Replicated`: every rank has the whole model, and rank 0's numbers stand for
-all. `DeepSpeed`: every rank has all weights, but steps fragments of them, so that taps are summed. `Sharded`:
-no rank has the whole model, so that taps are summed and all ranks probe together. `Pipeline`: each rank has a stage of the model.
+`SingleProcess` needs no communication. `Replicated`: every rank has the whole model, and rank 0 reports for all.
+`DeepSpeed`: every rank has all weights, but steps fragments of them, so that taps are summed. `Sharded`: no rank has
+the whole model, so that taps are summed and all ranks probe together. `Pipeline`: each rank has a stage of the model.
 
 A new backend is a subclass of `Strategy`, or of one of these, and a line in `connect`.
 """
