@@ -36,9 +36,9 @@ def sent(monkeypatch):
     messages = []
     send = CourierClient.send
 
-    def record(pipe, request):
+    def record(client, request):
         messages.append(request.sample)
-        send(pipe, request)
+        send(client, request)
 
     monkeypatch.setattr(CourierClient, "send", record)
     return messages

@@ -41,11 +41,11 @@ def test_probes_that_find_no_memory(train, serve, room):
     assert watched.steps == plain.steps
     assert len(plain.steps) == 10
     shortages = ("can't allocate memory", "no copy of the weights")  # found, or foreseen
-    assert any(shortage in reason for shortage in shortages for reason in watched.said("reasons"))
-    assert watched.said("dropped") == {}
+    assert any(shortage in reason for shortage in shortages for reason in watched.latest("reasons"))
+    assert watched.latest("dropped") == {}
     assert daemon.sequences == list(range(1, 12))
     told = {failure.probe: failure.count for failure in daemon.samples[-1].health.probe_failures}
-    assert told == watched.said("failed_probes")
+    assert told == watched.latest("failed_probes")
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])

@@ -63,7 +63,7 @@ class Trainer:
         self.loop = self.watch._watched  # None where sharpwatch is disabled
 
     @property
-    def pipe(self):
+    def transport(self):
         return self.loop.transport
 
     def batch(self):
@@ -87,11 +87,11 @@ class Trainer:
         for _ in range(steps):
             self.step()
 
-    def train_until_told(self):
+    def train_until_stopped(self):
         """Train until standard input ends; also say which samples nobody has to keep any more."""
         while not select.select([sys.stdin], [], [], 0)[0]:
             self.step()
-            say(acknowledged=self.pipe._spool.settled)
+            say(acknowledged=self.transport._spool.settled)
 
     def digest(self):
         """Of weights, optimizer state, learning rates and the random source."""
@@ -112,7 +112,7 @@ class Trainer:
     def tell(self):
         if self.loop is not None:
             probes = {failure.probe: failure.count for failure in self.loop.scheduler.runner.failures}
-            say(swallowed=self.loop.barrier.swallowed, dropped=self.pipe.dropped, failed_probes=probes)
+            say(swallowed=self.loop.barrier.swallowed, dropped=self.transport.dropped, failed_probes=probes)
 
 
 def say(**words):
