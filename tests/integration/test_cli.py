@@ -17,7 +17,7 @@ import pytest
 import pytest_asyncio
 
 from sharpwatch._version import __version__
-from sharpwatch.cli.client.client import Connection, connected
+from sharpwatch.cli.client.client import DaemonConnection, connected
 from sharpwatch.errors import OperatorError
 from sharpwatch.v1 import operator_pb2 as pb
 from sharpwatch.v1.operator_pb2_grpc import OperatorServiceServicer, add_OperatorServiceServicer_to_server
@@ -317,7 +317,7 @@ def test_a_daemon_that_hangs(tmp_path):
         address = f"127.0.0.1:{silent.getsockname()[1]}"
         with (
             pytest.raises(OperatorError, match=f"daemon at {address} did not answer in time"),
-            connected(Connection(address, "", tmp_path)) as stub,
+            connected(DaemonConnection(address, "", tmp_path)) as stub,
         ):
             stub.ListRuns(pb.ListRunsRequest(), timeout=0.3)
 

@@ -2,7 +2,8 @@
 
 `SingleProcess` asks nobody. `Replicated`: every rank has the whole model, and rank 0's numbers are everyone's.
 `DeepSpeed`: every rank has all weights, but steps fragments of them, so that taps are summed. `Sharded`: no rank has
-the whole model, so that taps are summed and all ranks probe together. `Pipeline`: each rank has a stage of the model.
+the whole model, so that taps are summed and all ranks probe together. `PipelineParallel`: each rank has a stage of
+the model.
 
 A new backend is a subclass of `Strategy`, or of one of these, and a line in `connect`.
 """
@@ -305,7 +306,7 @@ class Sharded(Replicated):
         return super()._completed(message)
 
 
-class Pipeline(Replicated):
+class PipelineParallel(Replicated):
     """Each process has a stage of the model, with parameters of its own; it is not probed."""
 
     sums_taps = True
@@ -339,7 +340,7 @@ def connect(
     topology = gather_topology(rendezvous, options, block_map, idle_rules, run)
     kind: type[Replicated] = Replicated
     if topology.staged:
-        kind = Pipeline
+        kind = PipelineParallel
     elif topology.sharded:
         kind = Sharded
     elif topology.summed:

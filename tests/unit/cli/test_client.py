@@ -5,7 +5,7 @@ from __future__ import annotations
 import grpc
 import pytest
 
-from sharpwatch.cli.client.client import Connection, author, connected, find_connection, match_run, plain_words
+from sharpwatch.cli.client.client import DaemonConnection, author, connected, find_connection, match_run, plain_words
 from sharpwatch.cli.options import DaemonOptions
 from sharpwatch.errors import OperatorError, TokenFileError
 
@@ -79,7 +79,7 @@ def test_a_token_file_without_one_token_is_refused(home, text):
 def test_a_token_never_crosses_the_network_in_the_clear(tmp_path):
     with (
         pytest.raises(OperatorError, match=r"to 10\.0\.0\.1:7741 unencrypted; use an SSH tunnel"),
-        connected(Connection("10.0.0.1:7741", "s3cret", tmp_path / "token")),
+        connected(DaemonConnection("10.0.0.1:7741", "s3cret", tmp_path / "token")),
     ):
         pytest.fail("connected")
 
@@ -140,9 +140,9 @@ def test_candidates_are_listed(given, names, said):
     ],
 )
 def test_a_status_in_plain_words(tmp_path, code, details, said):
-    assert plain_words(code, details, Connection("here:1", "", tmp_path.__class__("/t"))) == said
+    assert plain_words(code, details, DaemonConnection("here:1", "", tmp_path.__class__("/t"))) == said
 
 
 def test_every_status_has_words_of_one_line(tmp_path):
     for code in grpc.StatusCode:
-        assert "\n" not in plain_words(code, "a\nb", Connection("here:1", "token", tmp_path))
+        assert "\n" not in plain_words(code, "a\nb", DaemonConnection("here:1", "token", tmp_path))

@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from sharpwatch.daemon.config.config import ActionConfig, EscalateConfig, GuardConfig, MatchConfig, PolicyConfig
 from sharpwatch.daemon.decisions.lifecycle import FINAL
 from sharpwatch.daemon.decisions.run_controller import RunController
-from sharpwatch.daemon.records import Changes, Checkpoint, CommandResult, Decision, Observation
+from sharpwatch.daemon.records import Changes, Checkpoint, Decision, Observation, ReportedResult
 from sharpwatch.errors import OperatorError
 
 BLOCKS = ("emb", "qk", "vo", "ffn", "norm")
@@ -73,14 +73,14 @@ class Trainer:
 
     def answer(self, made: Decision) -> None:
         if self.refuses:
-            self.controller.command_result(CommandResult(made.id, "refused", self.step, self.refuses), self.now)
+            self.controller.command_result(ReportedResult(made.id, "refused", self.step, self.refuses), self.now)
             return
         if made.rollback is not None:
             self.step = made.rollback.checkpoint.step + 1
             self.heat = dict.fromkeys(BLOCKS, 0.0)  # the batch that did it is left out
         else:
             self.multipliers = dict.fromkeys(BLOCKS, 1.0) | dict(made.multipliers)
-        self.controller.command_result(CommandResult(made.id, "applied", self.step), self.now)
+        self.controller.command_result(ReportedResult(made.id, "applied", self.step), self.now)
 
     @property
     def now(self) -> float:
@@ -397,7 +397,7 @@ def test_a_command_never_answered_expires_and_a_late_answer_still_counts():
     trainer.run(GUARD.expires_after_steps + 101)
     assert trainer.controller.decisions[0].outcome == "expired"
     assert trainer.controller.multipliers["ffn"] == 1.0
-    trainer.controller.command_result(CommandResult(made.id, "applied", 130), trainer.now)
+    trainer.controller.command_result(ReportedResult(made.id, "applied", 130), trainer.now)
     assert trainer.controller.decisions[0].outcome == "expired"
     assert trainer.controller.multipliers["ffn"] == 0.5
 
@@ -416,7 +416,7 @@ def test_a_lost_result_is_read_off_the_multipliers():
 
 def test_an_unknown_result_is_refused():
     with pytest.raises(OperatorError, match="no decision nope"):
-        trained().controller.command_result(CommandResult("nope", "applied", 1), 0.0)
+        trained().controller.command_result(ReportedResult("nope", "applied", 1), 0.0)
 
 
 def test_a_new_attempt_gets_back_what_was_in_force():
