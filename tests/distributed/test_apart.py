@@ -115,10 +115,10 @@ def out_of_step():
 
 
 def test_ranks_that_do_not_meet_at_each_step_are_not_made_to(ranks):
-    (lost, groups, told), (lost_too, groups_too, _) = ranks(out_of_step, 2)
+    (lost, groups, reported), (lost_too, groups_too, _) = ranks(out_of_step, 2)
     assert lost == lost_too == [False]
     assert groups == groups_too == {1}  # no command is taken by ranks so far apart
-    assert told == list(range(1, STEPS + 1))
+    assert reported == list(range(1, STEPS + 1))
 
 
 def deaf():

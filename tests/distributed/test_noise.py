@@ -69,11 +69,11 @@ def accumulated(micro_batches, synchronised, views):
         optimizer.step()
         optimizer.zero_grad()
     watch.close()
-    told = [sample.gradient_noise.noise for sample in transport.samples if sample.HasField("gnb")]
+    sent = [sample.gradient_noise.noise for sample in transport.samples if sample.HasField("gnb")]
     at = {part.parameter: index for index, part in enumerate(block_map.parts)}
     return {
         "own": own,
-        "told": [decode(each, name="noise", dtype="float32", shape=own[0].shape) for each in told],
+        "sent": [decode(each, name="noise", dtype="float32", shape=own[0].shape) for each in sent],
         "gradients": gradients,
         "layers": [block_map.layer_block_of[at[name]] for name in dict(model.named_parameters())],
     }
@@ -93,10 +93,10 @@ def test_the_mean_of_what_the_ranks_find_is_the_covariance_of_their_average(rank
     for step in range(3):
         mean = np.mean([each["own"][step] for each in found], axis=0)
         np.testing.assert_allclose(mean, expected, rtol=CLOSE)
-    assert len(found[0]["told"]) == 2
-    for told in found[0]["told"]:
-        np.testing.assert_allclose(told, found[0]["own"][0], rtol=CLOSE)
-    assert found[1]["told"] == []
+    assert len(found[0]["sent"]) == 2
+    for sent in found[0]["sent"]:
+        np.testing.assert_allclose(sent, found[0]["own"][0], rtol=CLOSE)
+    assert found[1]["sent"] == []
 
 
 def left_alone(_, bucket):
@@ -134,5 +134,5 @@ def heard_with_each():
 
 
 def test_nothing_is_said_of_gradients_that_are_not_plain_averages(ranks):
-    for heard in ranks(heard_with_each, RANKS):
-        assert heard == {"fp16": True, "PowerSGD": False, "wrapped": False, "local": False}
+    for results in ranks(heard_with_each, RANKS):
+        assert results == {"fp16": True, "PowerSGD": False, "wrapped": False, "local": False}

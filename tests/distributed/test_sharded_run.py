@@ -192,6 +192,6 @@ def out_of_step():
 
 
 def test_ranks_out_of_step_train_no_further(ranks):
-    for said in ranks(out_of_step, 2):
-        assert said.startswith("failed on 2 of the ranks: RuntimeError: on purpose")
-        assert "gnb" in said
+    for error in ranks(out_of_step, 2):
+        assert error.startswith("failed on 2 of the ranks: RuntimeError: on purpose")
+        assert "gnb" in error

@@ -279,15 +279,15 @@ async def test_lr_show_and_history(cli):
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "expected"),
     [
         (("show", "gpt2"), "run 'gpt2' may be any of gpt2-a1, gpt2-b7; write more of it"),
         (("show", "bert"), "no run 'bert'; the daemon knows gpt2-a1, gpt2-b7, llama-c3"),
         (("lr", "set", "llama", "nope=2"), "block 'nope': the run has emb, qk, vo"),
     ],
 )
-async def test_a_refusal_is_one_line_on_stderr_and_exit_1(cli, args, said):
-    assert await cli(*args) == (1, "", f"sharpwatch: {said}\n")
+async def test_a_refusal_is_one_line_on_stderr_and_exit_1(cli, args, expected):
+    assert await cli(*args) == (1, "", f"sharpwatch: {expected}\n")
 
 
 async def test_without_the_token_commands_are_refused_and_looking_is_not(cli, tmp_path):
@@ -308,8 +308,8 @@ async def test_a_socket_is_an_address(operator, cli):
 
 
 async def test_no_daemon_is_one_line_that_says_where_and_what_to_do(cli):
-    said = "daemon not reachable at 127.0.0.1:1; is it running? start it with: sharpwatch serve"
-    assert await cli("jobs", "--address", "127.0.0.1:1") == (1, "", f"sharpwatch: {said}\n")
+    expected = "daemon not reachable at 127.0.0.1:1; is it running? start it with: sharpwatch serve"
+    assert await cli("jobs", "--address", "127.0.0.1:1") == (1, "", f"sharpwatch: {expected}\n")
 
 
 def test_a_daemon_that_hangs(tmp_path):

@@ -117,8 +117,8 @@ def test_a_replayed_command_is_applied_once_and_its_result_told_again(train, ser
         yield welcome()
         for sample in samples:
             yield ack(sample.sequence)
-            told = [each.command_id for sent in daemon.samples for each in sent.results]
-            yield cut if "cut" not in told else restore if "restore" not in told else cut
+            answered_ids = [each.command_id for sent in daemon.samples for each in sent.results]
+            yield cut if "cut" not in answered_ids else restore if "restore" not in answered_ids else cut
 
     daemon = serve(replaying)
     trainer = train(address=daemon.address)

@@ -100,14 +100,14 @@ def test_an_overlay_that_cannot_be_guarded_is_still_laid_and_taken_away(transpor
     optimizer = torch.optim.AdamW(model.parameters())
     watch = sharpwatch.attach(model, optimizer, training_job="promise", transport=transports.new(), probes=())
     transports[-1].set_multipliers({"emb": 0.5})
-    laid = []
+    group_counts = []
     with caplog.at_level(logging.WARNING, "sharpwatch"):
         for _ in range(2):
             model(torch.ones(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.long))[1].backward()
-            handle = optimizer.register_step_pre_hook(lambda opt, *_: laid.append(len(opt.param_groups)))
+            handle = optimizer.register_step_pre_hook(lambda opt, *_: group_counts.append(len(opt.param_groups)))
             optimizer.step()
             handle.remove()
-    assert laid == [1, 2]
+    assert group_counts == [1, 2]
     assert len(optimizer.param_groups) == 1
     assert "on purpose" in caplog.text
     watch.close()

@@ -44,8 +44,8 @@ def test_probes_that_find_no_memory(train, serve, room):
     assert any(shortage in reason for shortage in shortages for reason in watched.latest("reasons"))
     assert watched.latest("dropped") == {}
     assert daemon.sequences == list(range(1, 12))
-    told = {failure.probe: failure.count for failure in daemon.samples[-1].health.probe_failures}
-    assert told == watched.latest("failed_probes")
+    reported = {failure.probe: failure.count for failure in daemon.samples[-1].health.probe_failures}
+    assert reported == watched.latest("failed_probes")
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])

@@ -133,8 +133,8 @@ def test_a_rollback_ends_where_a_restart_by_hand_ends(daemon, watched, script):
     assert len(left_out) == 4  # one of them void
     names = {"FOLDER": done["rollback"]["checkpoint"]["uri"], "SCALED": True, "TAKEN": taken[20]}
     by_hand = printed(script(filled(BY_HAND, **names, SKIP=list(left_out), LAST=again[-1]["batch"])))
-    told = ("batch", "weights", "scale", "rate")
-    assert [{name: entry[name] for name in told} for entry in again] == by_hand[-len(again) :]
+    compared = ("batch", "weights", "scale", "rate")
+    assert [{name: entry[name] for name in compared} for entry in again] == by_hand[-len(again) :]
     assert len({entry["scale"] for entry in by_hand}) > 1
 
 

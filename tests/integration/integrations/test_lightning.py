@@ -225,10 +225,10 @@ def test_a_checkpoint_that_was_written_over_is_no_place_to_go_back_to(transports
     options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = Trainer(accelerator="cpu", max_steps=9, callbacks=callbacks, **options)
     fit(trainer, Module(), torch.utils.data.DataLoader(torch.randint(11, (40, 4)), 2))
-    told = [
+    reported = [
         (checkpoint.step, Path(checkpoint.uri).name) for one in transports[0].samples for checkpoint in one.checkpoints
     ]
-    assert told == [(step, "newest.ckpt") for step in (2, 4, 6, 8)]  # and not "last"
+    assert reported == [(step, "newest.ckpt") for step in (2, 4, 6, 8)]  # and not "last"
     assert "newest.ckpt was saved again at step 6" in caplog.text
     assert [result.outcome for result in transports[0].results] == ["failed"]
     assert trainer.global_step == 9

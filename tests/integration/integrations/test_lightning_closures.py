@@ -104,8 +104,8 @@ CASES = [
 
 
 def test_closures_are_evaluated_as_often_as_the_optimizer_does_and_nothing_is_changed(script):
-    told = script(SCRIPT.replace("TESTS", repr(TESTS)).replace("CASES", repr(CASES)))
-    results = [json.loads(line) for line in told.splitlines() if line.startswith("{")]
+    output = script(SCRIPT.replace("TESTS", repr(TESTS)).replace("CASES", repr(CASES)))
+    results = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     for (optimizer, options), result in zip(CASES, results, strict=True):
         assert result["watched"] == result["plain"], (optimizer, options)
         assert result["steps"] == list(range(1, 11))

@@ -131,8 +131,8 @@ def test_gpt2s_fused_matrix_is_split_where_its_own_forward_splits_it():
     assert len(queries_and_keys) == 2
     # Without queries and keys, attention is uniform; without values it would be nothing at all.
     attention = model.transformer.h[0].attn
-    heard = []
-    attention.register_forward_hook(lambda _, __, output: heard.append(output[0]))
+    inputs = []
+    attention.register_forward_hook(lambda _, __, output: inputs.append(output[0]))
     with torch.no_grad():
         for view in queries_and_keys:
             view.zero_()
@@ -140,7 +140,7 @@ def test_gpt2s_fused_matrix_is_split_where_its_own_forward_splits_it():
         values = model.transformer.h[0].ln_1(model.transformer.wte(tokens) + model.transformer.wpe(tokens))
         values = values @ attention.c_attn.weight[:, 2 * D :] + attention.c_attn.bias[2 * D :]
         uniform = values.cumsum(1) / torch.arange(1, T + 1)[None, :, None]
-        torch.testing.assert_close(heard[0], attention.c_proj(uniform))
+        torch.testing.assert_close(inputs[0], attention.c_proj(uniform))
     assert not torch.equal(before, model(tokens).logits)
 
 

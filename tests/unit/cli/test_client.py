@@ -101,7 +101,7 @@ def test_a_whole_name_wins_over_longer_ones():
 
 
 @pytest.mark.parametrize(
-    ("given", "names", "said"),
+    ("given", "names", "expected"),
     [
         ("gpt2", RUNS, "run 'gpt2' may be any of gpt2-a1, gpt2-b7; write more of it"),
         ("bert", RUNS, "no run 'bert'; the daemon knows gpt2-a1, gpt2-b7, llama"),
@@ -109,14 +109,14 @@ def test_a_whole_name_wins_over_longer_ones():
         ("r", [f"r{n}" for n in range(10)], "run 'r' may be any of r0, r1, r2, r3, r4, r5, r6, r7 and 2 more"),
     ],
 )
-def test_candidates_are_listed(given, names, said):
+def test_candidates_are_listed(given, names, expected):
     with pytest.raises(OperatorError) as error:
         match_run(given, names)
-    assert str(error.value).startswith(said)
+    assert str(error.value).startswith(expected)
 
 
 @pytest.mark.parametrize(
-    ("code", "details", "said"),
+    ("code", "details", "expected"),
     [
         (
             grpc.StatusCode.UNAVAILABLE,
@@ -139,8 +139,8 @@ def test_candidates_are_listed(given, names, said):
         (grpc.StatusCode.NOT_FOUND, "", "daemon at here:1 failed with NOT_FOUND; its log says more"),
     ],
 )
-def test_a_status_in_plain_words(tmp_path, code, details, said):
-    assert plain_words(code, details, DaemonConnection("here:1", "", tmp_path.__class__("/t"))) == said
+def test_a_status_in_plain_words(tmp_path, code, details, expected):
+    assert plain_words(code, details, DaemonConnection("here:1", "", tmp_path.__class__("/t"))) == expected
 
 
 def test_every_status_has_words_of_one_line(tmp_path):

@@ -341,7 +341,7 @@ def test_undo_puts_back_what_was_before():
 
 
 @pytest.mark.parametrize(
-    ("wanted", "ramp", "at", "author", "said"),
+    ("wanted", "ramp", "at", "author", "expected"),
     [
         ({}, 0, 0, "ann", "no block"),
         ({"kv": 1.0}, 0, 0, "ann", "allowed: emb, qk"),
@@ -353,9 +353,9 @@ def test_undo_puts_back_what_was_before():
         ({"qk": 0.5}, 0, 0, " ", "author"),
     ],
 )
-def test_nonsense_is_refused_and_leaves_nothing_behind(wanted, ramp, at, author, said):
+def test_nonsense_is_refused_and_leaves_nothing_behind(wanted, ramp, at, author, expected):
     trainer = trained()
-    with pytest.raises(OperatorError, match=said):
+    with pytest.raises(OperatorError, match=expected):
         trainer.controller.set_learning_rates(wanted, ramp, at, author, "why", trainer.now)
     assert trainer.controller.decisions == trainer.controller.revisions == ()
 
@@ -454,7 +454,7 @@ def restored(trainer: Trainer) -> RunController:
 @pytest.mark.parametrize("restart_after", [1, 2, 15, 40, 150, 400])
 def test_a_restart_changes_nothing(restart_after):
     """The run that was restarted decides the same, at the same steps, as the one that was not."""
-    told = []
+    histories = []
     for restarts in (False, True):
         trainer = trained(CHAIN)
         trainer.controller.checkpoint(Checkpoint(100, "file"))
@@ -463,12 +463,12 @@ def test_a_restart_changes_nothing(restart_after):
         if restarts:
             trainer.controller = restored(trainer)
         trainer.run(600 - restart_after)
-        told.append(
+        histories.append(
             [(d.step, d.action, d.outcome, d.applied_step, dict(d.multipliers)) for d in trainer.controller.decisions]
         )
-        told[-1].append([(a.name, a.first_step, a.last_step, a.active) for a in trainer.controller.alerts])
-    assert told[0] == told[1]
-    assert len(told[0]) > 4
+        histories[-1].append([(a.name, a.first_step, a.last_step, a.active) for a in trainer.controller.alerts])
+    assert histories[0] == histories[1]
+    assert len(histories[0]) > 4
 
 
 class AnyRun(RuleBasedStateMachine):
