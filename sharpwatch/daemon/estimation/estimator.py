@@ -105,7 +105,7 @@ class Estimator:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Waiting:
+class QueuedRequest:
     """A request to be estimated; `received_at` is when its newest sample came in, on a monotonic clock."""
 
     request: EstimateRequest
@@ -118,13 +118,15 @@ class EstimationQueue:
     `estimate` is awaited with all requests that wait, one batch at a time; it must not raise.
     """
 
-    def __init__(self, estimate: Callable[[Sequence[Waiting]], Awaitable[None]], capacity: int = CAPACITY) -> None:
+    def __init__(
+        self, estimate: Callable[[Sequence[QueuedRequest]], Awaitable[None]], capacity: int = CAPACITY
+    ) -> None:
         self._estimate = estimate
         self._capacity = capacity
-        self._waiting: list[Waiting] = []
+        self._waiting: list[QueuedRequest] = []
         self._task: asyncio.Task[None] | None = None
 
-    def put(self, window: Waiting) -> None:
+    def put(self, window: QueuedRequest) -> None:
         """Has `window` estimated in the next batch."""
         self._waiting.append(window)
         if self._task is None or self._task.done():

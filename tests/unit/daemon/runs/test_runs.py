@@ -1,4 +1,4 @@
-"""Views are swapped whole, waiting for them misses none, and a new attempt's windows mix with no other's."""
+"""Snapshots are swapped whole, waiting for them misses none, and a new attempt's windows mix with no other's."""
 
 from __future__ import annotations
 
