@@ -73,7 +73,7 @@ def train(address: str, size: str, probes: Sequence[str]) -> None:
     watch = watched.watch = sharpwatch.attach(
         watched.model, watched.optimizer, training_job="promises", address=address, probes=tuple(probes)
     )
-    # What has no public name: what the pipe knows of acknowledgements, what the sampler was told of the last step.
+    # Without a public name: the spool, which counts acknowledgements, and the budget's record of the last step.
     run = watch._watched  # noqa: SLF001
     spool, costs = run.transport._spool, run.scheduler.budget._window  # type: ignore[union-attr]  # noqa: SLF001
     for trainer in (plain, watched) * _WARM_UP:
@@ -86,7 +86,7 @@ def train(address: str, size: str, probes: Sequence[str]) -> None:
 
 
 class Run(threading.Thread):
-    """Trainers in a process of their own, and what they have said so far."""
+    """Trainers in a process of their own, and the lines that they have printed so far."""
 
     def __init__(self, address: str, size: str, probes: Sequence[str]) -> None:
         super().__init__(daemon=True)
@@ -110,7 +110,7 @@ class Run(threading.Thread):
         with self._news:
             newest = self.received[-1]["taken"] if self.received else 0
             while not self.received or self.received[-1]["acknowledged"] <= newest:
-                assert self._news.wait(_PATIENCE), "the trainers say nothing"
+                assert self._news.wait(_PATIENCE), "the trainers print nothing"
                 assert time.monotonic() < started + _PATIENCE, "the stream does not come back"
         return time.monotonic() - started
 

@@ -122,7 +122,7 @@ def test_ranks_that_do_not_meet_at_each_step_are_not_made_to(ranks):
 
 
 def deaf():
-    """Rank 1 can read no word any more once it has stood by a command."""
+    """Rank 1 can read no step message any more once it has acknowledged a command."""
     loop = Loop("ddp")
     arrived = RankGroup._arrived
 

@@ -156,7 +156,7 @@ class Reference:
 
 
 def watched():
-    """By configuration, what was said and seen on this rank, and what it should have been."""
+    """By configuration, what this rank logged and sampled, and what it should have been."""
     with torch.compiler.set_stance("force_eager"):  # Muon's update is compiled, which takes longer than all the rest
         return {name: trained(config, ordered=name != "zero 0") for name, config in CONFIGS.items()}
 
@@ -266,12 +266,12 @@ def test_norms_rates_and_rms_are_those_of_the_whole_step(leading, name):
 
 @pytest.mark.parametrize("name", WATCHED)
 def test_what_cannot_be_read_is_not_shown_and_said_at_attach(run, leading, name):
-    said_at_attach = (
+    logged_at_attach = (
         [f"gradient norms are not readable: DeepSpeed's ZeRO with {UNREADABLE[name]}"] if name in UNREADABLE else []
     )
     for each in run:
         logged = [line for line in each[name]["logged"] if line.startswith("gradient norms")]
-        assert logged == said_at_attach
+        assert logged == logged_at_attach
     for tap in leading[name]["taps"]:
         assert np.isnan(tap["gradient_norm"]).all() == (name in UNREADABLE)
         assert np.isnan(tap["update_rms"]).all() or rms_is_known(name)

@@ -117,8 +117,8 @@ HOOKS = {
 }
 
 
-def heard_with(hook):
-    """Whether anything is said of a step whose gradients go through `hook`."""
+def sampled_with(hook):
+    """Whether noise is sampled in a step whose gradients go through `hook`."""
     torch.manual_seed(3)
     model = nn.parallel.DistributedDataParallel(Net().train())
     noise = GradientListener(classify(model), model, ExceptionBarrier(), ranks=averaged_over(model))
@@ -129,10 +129,10 @@ def heard_with(hook):
     return noise.take() is not None
 
 
-def heard_with_each():
-    return {hook: heard_with(hook) for hook in HOOKS}
+def sampled_with_each():
+    return {hook: sampled_with(hook) for hook in HOOKS}
 
 
-def test_nothing_is_said_of_gradients_that_are_not_plain_averages(ranks):
-    for results in ranks(heard_with_each, RANKS):
+def test_gradients_that_are_not_plain_averages_give_no_noise(ranks):
+    for results in ranks(sampled_with_each, RANKS):
         assert results == {"fp16": True, "PowerSGD": False, "wrapped": False, "local": False}

@@ -86,7 +86,7 @@ def test_under_ddp_a_watched_run_is_bit_identical_to_a_plain_one(ranks):
 
 
 def cut():
-    """Rank 0 is told to cut a block after its third step; rank 1 is a whole step behind in the steps after."""
+    """Rank 0 receives a cut after its third step; rank 1 is a whole step behind in the steps after."""
     training, store = Training(), dist.distributed_c10d._get_default_store()
 
     def after(step):
@@ -120,7 +120,7 @@ def both(ranks):
 def test_a_command_is_applied_at_the_same_step_on_all_also_where_one_lags(both):
     first, second = both
     assert first["groups"] == second["groups"]
-    # Received after step 4, all stand by it in the word of step 5 at the earliest.
+    # Received after step 4, all acknowledge it in the message of step 5 at the earliest.
     changed = first["groups"].index(2) + 1
     assert changed >= 5 + COMMIT_DELAY_STEPS
     assert first["groups"] == [1] * (changed - 1) + [2] * (STEPS - changed + 1)
@@ -196,7 +196,7 @@ def apart():
 
 
 def test_ranks_that_take_different_steps_agree_to_nothing(ranks):
-    # Words 1 to 3 agree; word 4 shows it, on all ranks after the same step.
+    # Messages 1 to 3 agree; message 4 shows the difference, on all ranks after the same step.
     assert ranks(apart, 3) == [(rank, True, [1, 2, 3]) for rank in range(3)]
 
 

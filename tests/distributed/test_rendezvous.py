@@ -28,7 +28,7 @@ def attached(model=None, kind=torch.optim.SGD, transport=None, **options):
     model = model or Net()
     optimizer = kind(model.parameters(), lr=0.1)
     try:
-        options = {"training_job": "meeting", "transport": transport or InMemoryTransport(), **options}
+        options = {"training_job": "rendezvous", "transport": transport or InMemoryTransport(), **options}
         return sharpwatch.attach(model, optimizer, **options), model, optimizer
     except AttachError as error:
         return str(error), model, optimizer
@@ -164,7 +164,7 @@ def test_a_state_that_all_ranks_are_given_is_taken_up(ranks):
 def test_a_state_that_one_rank_cannot_take_up_is_taken_up_by_none(ranks, how):
     first, second = ranks(resumed, 2, how)
     assert first == second
-    assert first[0].startswith("meeting-")
+    assert first[0].startswith("rendezvous-")
     assert first[1:] == (1, 1.0)
 
 

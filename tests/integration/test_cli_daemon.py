@@ -58,13 +58,13 @@ async def served(tmp_path, environ):
         env=environ,
         stderr=asyncio.subprocess.PIPE,
     )
-    expected = b""
+    output = b""
     async for line in process.stderr:
-        expected += line
+        output += line
         if json.loads(line)["event"] == "serving":
             break
     else:
-        pytest.fail(f"the daemon ended: {expected.decode()}")
+        pytest.fail(f"the daemon ended: {output.decode()}")
     yield process
     process.send_signal(signal.SIGTERM)
     _, rest = await process.communicate()

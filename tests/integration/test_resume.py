@@ -103,7 +103,7 @@ def test_a_new_process_goes_on_as_the_same_run_with_what_was_in_force(daemon, tm
     after = next(lines(second))
     assert after["run"] == run
     assert after["step"] > before["step"]
-    assert after["rates"] == [0.5e-3, 1e-3]  # from its first step on, before the daemon has said a word
+    assert after["rates"] == [0.5e-3, 1e-3]  # from its first step on, before the daemon has sent anything
     assert daemon.cli("lr", "set", run, "emb=0.4")["outcome"] == "applied"
     end(second)
     jobs = daemon.cli("jobs")["runs"]
@@ -130,4 +130,4 @@ def test_torchrun_goes_on_as_the_same_run_after_a_rank_was_lost_and_with_fewer(d
     end(job)
     (job,) = daemon.cli("jobs")["runs"]
     assert job["run"] == run
-    assert job["attempts"] >= 2  # of the first, killed within a tenth of a second, the daemon may not have heard
+    assert job["attempts"] >= 2  # of the first, killed within a tenth of a second, the daemon may know nothing

@@ -54,7 +54,7 @@ def assert_as_plain(prepare, monkeypatch, **options):
     return failed, trainer
 
 
-# In probes: given up and told, no more.
+# In probes: the probe is given up and its failure reported, no more.
 
 
 @pytest.mark.parametrize(("callback", "probe"), [("logits_fn", "gnb"), ("loss_fn", "direction")])

@@ -1,4 +1,4 @@
-"""Promise: whatever a daemon says, nothing breaks, nothing is applied that is not allowed, and refusals are told."""
+"""Promise: whatever a daemon says, nothing breaks, nothing forbidden is applied, and refusals are reported."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def test_swallowed_errors_are_counted_in_the_next_sample(transports, monkeypatch
     assert transports[-1].samples[-1].health.swallowed_errors == 3  # a capture for each of the three planned probes
 
 
-def test_an_overlay_that_cannot_be_guarded_is_still_laid_and_taken_away(transports, monkeypatch, caplog):
+def test_an_override_that_cannot_be_guarded_is_still_applied_and_restored(transports, monkeypatch, caplog):
     monkeypatch.setattr(ParamGroupOverride, "wrap_step", broken)
     model = Net().train()
     optimizer = torch.optim.AdamW(model.parameters())

@@ -33,5 +33,5 @@ def test_a_pipe_that_nobody_reads(train, serve, assert_unchanged):
     assert trainer.latest("dropped").keys() == {"outbox_full"}
     assert len(daemon.sequences) == len(trainer.steps) + 1 - trainer.latest("dropped")["outbox_full"]
     assert daemon.sequences == sorted(set(daemon.sequences))
-    # The daemon is told.
+    # The daemon learns how many were dropped.
     assert dict(daemon.samples[-1].health.dropped) == trainer.latest("dropped")

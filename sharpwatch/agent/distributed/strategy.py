@@ -131,9 +131,9 @@ class Strategy:
         """The swallowed errors of all ranks, where this one has `own`."""
         return own
 
-    def due_probes(self, planned: tuple[str, ...], kinds: Sequence[str]) -> tuple[str, ...]:
-        """Those of `kinds` to run after the next step, where this rank has `planned` some."""
-        del kinds
+    def due_probes(self, planned: tuple[str, ...], names: Sequence[str]) -> tuple[str, ...]:
+        """Those of `names` to run after the next step, where this rank has `planned` some."""
+        del names
         return planned
 
     def all_ready(self, step: int, has_batch: bool, has_room: Callable[[], bool]) -> bool:
@@ -248,9 +248,9 @@ class Replicated(Strategy):
         del own
         return self._swallowed_errors
 
-    def due_probes(self, planned: tuple[str, ...], kinds: Sequence[str]) -> tuple[str, ...]:
+    def due_probes(self, planned: tuple[str, ...], names: Sequence[str]) -> tuple[str, ...]:
         """As `Strategy.due_probes`: rank 0's."""
-        del kinds
+        del names
         return planned if self.leads else ()
 
     def _exchange(self, own: StepMessage, *, lock_step: bool = False) -> list[StepRecord]:
@@ -292,10 +292,10 @@ class Sharded(Replicated):
         self._due_now = 0 if self.ranks.lost else self._due.popleft()
         return ended
 
-    def due_probes(self, planned: tuple[str, ...], kinds: Sequence[str]) -> tuple[str, ...]:
+    def due_probes(self, planned: tuple[str, ...], names: Sequence[str]) -> tuple[str, ...]:
         """As `Strategy.due_probes`: those that rank 0 found due at an earlier step, on all ranks alike."""
         del planned
-        return tuple(kind for i, kind in enumerate(kinds) if self._due_now >> i & 1)
+        return tuple(name for i, name in enumerate(names) if self._due_now >> i & 1)
 
     def all_ready(self, step: int, has_batch: bool, has_room: Callable[[], bool]) -> bool:
         """As `Strategy.all_ready`; all ranks get the same answer."""

@@ -350,7 +350,7 @@ class _Restart:
         self._at = now + self._backoff.next()
 
     def warn(self, message: str) -> None:
-        """Once: a courier that comes and goes is counted, not told of each time."""
+        """Warn once; a courier that keeps ending is counted, not logged each time."""
         if not self._warned:
             self._warned = True
             warn("%s", message)

@@ -134,7 +134,7 @@ def sample(sequence: int, step: int | None = None, **parts) -> agent_pb2.Sample:
 
 @dataclass
 class Trainer:
-    """One session; what the daemon says is kept in `heard`, by kind."""
+    """One session; the daemon's responses are kept in `received`, by kind."""
 
     call: grpc.aio.StreamStreamCall
     welcome: agent_pb2.Welcome | None = None
