@@ -179,7 +179,7 @@ def far_on():
     return len(read + group.drain(30)), group.sum(torch.ones(0)) if not group.lost else None
 
 
-def test_steps_are_told_apart_by_whole_numbers_however_large(ranks):
+def test_steps_are_distinguished_by_whole_numbers_however_large(ranks):
     # The sum of six squares of such steps is none that a float64 can hold.
     assert [count for count, _ in ranks(far_on, 6)] == [10] * 6
 

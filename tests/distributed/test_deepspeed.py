@@ -265,7 +265,7 @@ def test_norms_rates_and_rms_are_those_of_the_whole_step(leading, name):
 
 
 @pytest.mark.parametrize("name", WATCHED)
-def test_what_cannot_be_read_is_not_shown_and_said_at_attach(run, leading, name):
+def test_what_cannot_be_read_is_not_shown_and_logged_at_attach(run, leading, name):
     logged_at_attach = (
         [f"gradient norms are not readable: DeepSpeed's ZeRO with {UNREADABLE[name]}"] if name in UNREADABLE else []
     )

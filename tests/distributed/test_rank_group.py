@@ -179,7 +179,7 @@ def refused():
     return reported
 
 
-def test_all_ranks_are_told_what_one_has_wrong(ranks):
+def test_all_ranks_get_the_error_of_one(ranks):
     for reported in ranks(refused, 2):
         assert all(expected in message for expected, message in zip(WRONG, reported, strict=True))
 

@@ -352,7 +352,7 @@ async def test_client_commands_never_load_torch_or_numpy(operator, environ):
     assert out.splitlines()[-1] == b"[]"
 
 
-async def test_on_a_terminal_the_picture_is_drawn_and_fits(operator, environ):
+async def test_on_a_terminal_the_run_view_is_drawn_and_fits(operator, environ):
     ours, theirs = pty.openpty()
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "sharpwatch", "show", "llama"),

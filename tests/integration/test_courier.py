@@ -105,7 +105,7 @@ def test_commands_come_back_and_nothing_else_does(serve, attach):
     assert client.receive() == []
 
 
-def test_the_trainer_is_told_whether_the_daemon_is_reached(serve, attach):
+def test_the_trainer_knows_whether_the_daemon_is_reached(serve, attach):
     first = serve(silent_after(2))
     client = attach(first)
     assert client.connection == Connection(first.address)

@@ -236,7 +236,7 @@ def test_json_can_be_printed(capsys):
         (["gpt2", "batch.pt", "--rules", "none.yaml"], "none.yaml: rules: can't be read"),
     ],
 )
-def test_what_cannot_be_measured_is_told_in_one_line(arguments, expected, capsys):
+def test_what_cannot_be_measured_is_reported_in_one_line(arguments, expected, capsys):
     assert main(["measure", *arguments]) == 1
     printed = capsys.readouterr()
     assert expected in printed.err

@@ -175,7 +175,7 @@ def test_a_forward_under_cudnn_flags_is_probed(recorded):
     raises=AssertionError,
     reason="a loop that calls another method than forward gets no probe, and is not told why",
 )
-def test_a_loop_that_calls_another_method_is_probed_or_told_why_not(recorded):
+def test_a_loop_that_calls_another_method_is_probed_or_gets_the_reason(recorded):
     model = LM()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     recorded.attach(model, optimizer, probe_every=2)

@@ -109,7 +109,7 @@ def test_more_commands_than_anyone_can_take(train, serve, assert_unchanged):
     assert all(len(sample.results) <= 256 for sample in daemon.samples)
 
 
-def test_a_replayed_command_is_applied_once_and_its_result_told_again(train, serve):
+def test_a_replayed_command_is_applied_once_and_its_result_sent_again(train, serve):
     cut = multipliers("cut", {"ffn": 0.5}, revision=1)
     restore = multipliers("restore", {}, revision=2)
 

@@ -20,8 +20,8 @@ trainer.train(2)
 peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmPeak"))
 resource.setrlimit(resource.RLIMIT_AS, (peak * 2**10 + ROOM * 2**20,) * 2)
 trainer.train(8)
-if trainer.loop is not None:
-    say(reasons=[failure.reason for failure in trainer.loop.scheduler.runner.failures])
+if trainer.watched is not None:
+    say(reasons=[failure.reason for failure in trainer.watched.scheduler.runner.failures])
 trainer.close()
 """
 

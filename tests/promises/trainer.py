@@ -60,11 +60,11 @@ class Trainer:
         self.watch = sharpwatch.attach(
             self.model, self.optimizer, **{"training_job": "promise", "run": "run", "probe_every": 5} | options
         )
-        self.loop = self.watch._watched  # None where sharpwatch is disabled
+        self.watched = self.watch._watched  # None where sharpwatch is disabled
 
     @property
     def transport(self):
-        return self.loop.transport
+        return self.watched.transport
 
     def batch(self):
         return torch.randint(VOCABULARY, (ROWS, LENGTH))
@@ -110,9 +110,9 @@ class Trainer:
         self.tell()
 
     def tell(self):
-        if self.loop is not None:
-            probes = {failure.probe: failure.count for failure in self.loop.scheduler.runner.failures}
-            say(swallowed=self.loop.barrier.swallowed, dropped=self.transport.dropped, failed_probes=probes)
+        if self.watched is not None:
+            probes = {failure.probe: failure.count for failure in self.watched.scheduler.runner.failures}
+            say(swallowed=self.watched.barrier.swallowed, dropped=self.transport.dropped, failed_probes=probes)
 
 
 def say(**words):

@@ -67,10 +67,10 @@ def estimate_all(requests: Sequence[EstimateRequest], device: str) -> list[Estim
             of_probe = spec.estimate([requests[index] for index in members], device)
             for index, estimates in zip(members, of_probe, strict=True):
                 found[index].append(estimates)
-    return [_together(each) for each in found]
+    return [_combined(each) for each in found]
 
 
-def _together(of_probes: Sequence[Estimates]) -> Estimates:
+def _combined(of_probes: Sequence[Estimates]) -> Estimates:
     """The estimates of one run from all its probes; a single kind of probe estimates layers."""
     values = {key: one for estimates in of_probes for key, one in estimates.values.items()}
     layers = next((each for each in of_probes if each.layer_sharpness), Estimates())

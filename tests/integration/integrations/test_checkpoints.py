@@ -180,7 +180,7 @@ def test_a_rollback_to_a_damaged_checkpoint_fails_and_training_goes_on(daemon, w
     assert weights(after) == since(by_hand([], last + 5), after[0]["step"])
 
 
-def test_a_batch_that_breaks_the_run_is_gone_round_without_an_operator(daemon, watched):
+def test_a_batch_that_breaks_the_run_is_skipped_without_an_operator(daemon, watched):
     daemon.stop()
     daemon.policies = POLICIES
     daemon.start()

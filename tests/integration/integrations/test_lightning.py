@@ -134,7 +134,7 @@ FAULT = """
 """
 
 
-def test_a_fault_is_gone_round_without_an_operator(daemon, stepping, script, tmp_path):
+def test_a_fault_is_skipped_without_an_operator(daemon, stepping, script, tmp_path):
     daemon.stop()
     daemon.policies = POLICIES
     daemon.start()

@@ -323,7 +323,7 @@ def test_multihead_attention_with_widths_of_its_own():
     assert [found[name] for name in names] == ["qk", "qk", "vo", "qk", "vo", "vo"]
 
 
-def test_layers_of_an_encoder_decoder_are_told_apart():
+def test_layers_of_an_encoder_decoder_are_distinguished():
     config = T5Config(d_model=D, d_ff=8, num_layers=2, num_decoder_layers=1, num_heads=2, d_kv=4, vocab_size=V)
     block_map = classify(T5ForConditionalGeneration(config))
     layers = {row.parameter: row.layer for row in block_map.rows}

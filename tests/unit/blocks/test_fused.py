@@ -280,7 +280,7 @@ def test_gates_that_are_fused_with_queries(name, options, matrix):
     )  # norms its queries
 
 
-def test_the_latent_is_told_from_the_shared_key():
+def test_the_latent_is_distinguished_from_the_shared_key():
     model = language_model("deepseek_v3", LATENT)
     out = model.model.layers[0].self_attn.o_proj
     weights = dict(model.named_parameters())

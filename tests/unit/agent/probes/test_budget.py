@@ -38,7 +38,7 @@ def test_what_the_probes_cost_is_paid_back_before_the_next():
     assert third == pytest.approx(0.20 / 0.0008, abs=3)
 
 
-def test_kinds_take_turns():
+def test_probes_take_turns():
     ran = [probes[0] for probes in drive(OverheadBudget(("gnb", "direction"), budget=0.05), 2000) if probes]
     assert ran[0::2] == ["gnb"] * len(ran[0::2])
     assert ran[1::2] == ["direction"] * len(ran[1::2])

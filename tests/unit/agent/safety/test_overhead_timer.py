@@ -65,7 +65,7 @@ def test_what_raises_is_counted_too(clock):
     assert watch.lap() == (2, 1)
 
 
-def test_before_a_beginning_was_seen_nothing_is_told(clock):
+def test_before_a_beginning_was_seen_nothing_is_returned(clock):
     watch = OverheadTimer()
     with watch.agent():
         clock.advance(1)

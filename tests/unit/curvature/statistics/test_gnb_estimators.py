@@ -157,7 +157,7 @@ def test_estimates_scale_as_their_quantity_does_and_know_no_order(seed, scale, d
     same(found, top_eigenvalues(sketches[:, probes][:, :, draws], full(sketches)))
 
 
-def test_windows_go_together_as_they_go_alone():
+def test_windows_in_one_batch_give_the_same_estimates_as_alone():
     sketches = sketched(spectrum("ten"), 5, 8, 4, seed=6)
     batched = top_eigenvalues(sketches, full(sketches))
     for index, alone in enumerate(sketches.split(1)):

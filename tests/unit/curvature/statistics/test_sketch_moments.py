@@ -139,7 +139,7 @@ def test_padding_changes_nothing(seed, places):
 
 @PROPERTY
 @given(st.lists(st.integers(0, 2**31), min_size=2, max_size=4))
-def test_windows_go_together_as_they_go_alone(seeds):
+def test_windows_in_one_batch_give_the_same_estimates_as_alone(seeds):
     each = [window(seed) for seed in seeds]
     batched = estimates(torch.cat([one for one, _ in each]), None, torch.cat([one for _, one in each]))
     same(batched, torch.cat([estimates(sketches, None, gradients) for sketches, gradients in each], dim=2))
@@ -166,7 +166,7 @@ def test_alignment_needs_four_gradients_and_no_more():
     assert estimates(sketches)[2].isnan().all()
 
 
-def test_what_is_too_flat_to_be_told_from_more_so_has_no_rank():
+def test_a_spectrum_too_flat_to_resolve_has_no_rank():
     """Rank 3000 at 32 draws: the inverse's error is about its size."""
     value, _ = estimates(sketched(torch.full((3000,), 1 / 3000), 60, 8, 4, seed=7))[0]
     assert value.isnan().double().mean() > 0.8

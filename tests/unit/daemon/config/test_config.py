@@ -190,6 +190,6 @@ def test_what_python_itself_gives_up_on_is_refused_like_all_else(load):
         load(f"daemon: {{http: '127.0.0.1:{'9' * 5000}'}}")
 
 
-def test_a_file_that_is_no_yaml_is_told_with_its_line(load):
+def test_a_file_that_is_no_yaml_is_reported_with_its_line(load):
     with pytest.raises(ConfigError, match=r"sharpwatch\.yaml:2: is not YAML: "):
         load("daemon:\n\tgrpc: x\n")

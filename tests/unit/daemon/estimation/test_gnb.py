@@ -128,7 +128,7 @@ def sharp_windows(of: RunHello, probes: int, seed: int, *, gradients: bool) -> t
     return tuple(found)
 
 
-def test_what_sketches_say_is_each_windows_own_however_many_go_together():
+def test_sketch_estimates_are_each_windows_own_however_many_are_batched():
     requests = [
         request_of(SMALL, sharp_windows(SMALL, 8, 5, gradients=True), ()),
         request_of(LARGE, sharp_windows(LARGE, 8, 6, gradients=True), ()),
