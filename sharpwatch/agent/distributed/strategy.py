@@ -65,7 +65,7 @@ class Strategy:
     several_ranks: ClassVar[bool] = False
     may_probe: ClassVar[bool] = True
     probes_from_start: ClassVar[bool] = True  # whether a probe may be due at the first step
-    probes_together: ClassVar[bool] = False  # whether all ranks run a probe at once, on the model that they share
+    all_ranks_probe: ClassVar[bool] = False  # whether all ranks run a probe at once, on the model that they share
     shard_reduction: ShardReduction | None = None  # how probes that run together add up
 
     def __init__(
@@ -188,7 +188,7 @@ class Replicated(Strategy):
 
     def agree_on_state(self, state: Mapping[str, Any]) -> bool:
         """As `Strategy.agree_on_state`; the same in what must be alike on all ranks."""
-        own = {"sampler"} if self.probes_together else {"sampler", "probes"}  # what this rank alone has run
+        own = {"sampler"} if self.all_ranks_probe else {"sampler", "probes"}  # what this rank alone has run
         try:
             alike = [sorted(state), {key: value for key, value in state.items() if key not in own}]
             text = json.dumps(alike, sort_keys=True) if state else ""
@@ -276,7 +276,7 @@ class Sharded(Replicated):
 
     sums_taps = True
     lock_step = True
-    probes_together = True
+    all_ranks_probe = True
 
     def __init__(self, options: Options, topology: Topology, rendezvous: Rendezvous, barrier: ExceptionBarrier) -> None:
         super().__init__(options, topology, rendezvous, barrier)
