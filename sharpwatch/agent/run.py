@@ -1,4 +1,4 @@
-"""A watched run, from `attach` to `close`: what its loop calls, and the life of a step as the hooks tell of it."""
+"""A watched run, from `attach` to `close`: what its loop calls, and the life of a step as the hooks report it."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def test_an_alert_whose_signal_stops_coming_closes_and_its_cut_is_ramped_back(ma
 @pytest.mark.xfail(
     strict=True,
     raises=AssertionError,
-    reason="each burst of the same trouble is an alert of its own, so the chain never reaches its next rung",
+    reason="each burst of the same trouble is an alert of its own, so the chain never reaches its next policy",
 )
 def test_trouble_in_bursts_escalates_along_the_chain(make_daemon, train):
     daemon = make_daemon(LADDER)

@@ -32,7 +32,7 @@ def sgd(parameters):
 
 @pytest.fixture
 def sent(monkeypatch):
-    """What goes down the real pipe."""
+    """What is sent to the real courier."""
     messages = []
     send = CourierClient.send
 

@@ -57,6 +57,6 @@ def test_workers_by_fork_and_by_spawn(train, serve):
     assert watched.all_values("dropped") == [{}] * 2
     assert [hello.run for hello in daemon.hellos] == ["run"] * 2  # one of each trainer, none of a worker's
     for samples, run in zip(daemon.streams, watched.runs, strict=True):
-        # A step may have ended, and the signal's handler raise before it is told of.
+        # A step may have ended, and the signal's handler raise before it is reported.
         assert len(run) + 1 <= len(samples) <= len(run) + 2
         assert [sample.sequence for sample in samples] == list(range(1, len(samples) + 1))

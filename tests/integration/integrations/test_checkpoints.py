@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from scripts import POLICIES, START, TOLD, filled, printed, weights
+from scripts import POLICIES, START, UNTIL_STOPPED, filled, printed, weights
 
 # The model, the data and the loop's parts, as any user's script has them. Batches of epoch 0 that are numbered 22 to 24
 # carry labels of noise: the fault.
@@ -35,7 +35,7 @@ def train(ids):
 
 WATCHED = (
     PARTS
-    + TOLD
+    + UNTIL_STOPPED
     + """
 import sharpwatch
 watch = sharpwatch.attach(model, [decayed, plain], training_job="plain", run="plain", control="rollback",

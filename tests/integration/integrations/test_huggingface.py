@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from torch.utils.data import DataLoader, TensorDataset
 
-from scripts import POLICIES, START, TOLD, filled, printed, weights
+from scripts import POLICIES, START, UNTIL_STOPPED, filled, printed, weights
 from sharpwatch.integrations.huggingface import _without
 
 # What any user's script has: 40 sequences, shuffled, two micro-batches of 2 to a step: ten steps an epoch.
@@ -42,7 +42,7 @@ class Tell(TrainerCallback):
 
 WATCHED = (
     PARTS
-    + TOLD
+    + UNTIL_STOPPED
     + """
 from sharpwatch.integrations.huggingface import SharpwatchCallback, train
 

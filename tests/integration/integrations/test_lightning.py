@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from stand_ins import Net
 
-from scripts import POLICIES, START, TOLD, filled, printed, weights
+from scripts import POLICIES, START, UNTIL_STOPPED, filled, printed, weights
 from sharpwatch.integrations.lightning import SharpwatchCallback, fit
 from sharpwatch.v1 import types_pb2
 
@@ -59,7 +59,7 @@ options = dict(accelerator="cpu", accumulate_grad_batches=2, gradient_clip_val=1
 
 WATCHED = (
     PARTS
-    + TOLD
+    + UNTIL_STOPPED
     + """
 from sharpwatch.integrations.lightning import SharpwatchCallback, fit
 

@@ -11,7 +11,7 @@ import pytest
 TESTS = str(Path(__file__).parents[2])
 
 # Each of CASES, plain and watched: digests of the weights, the norms of the gradients that each step began with, and
-# what a pipe without a courier was given.
+# what a transport without a courier was given.
 SCRIPT = """
 import hashlib, json, logging, math, sys, warnings, torch
 from lightning.pytorch import LightningModule, Trainer

@@ -1,4 +1,4 @@
-"""Which rows of a fused matrix are values, told by what attention does with them and not by the rules.
+"""Which rows of a fused matrix are values, found by what attention does with them and not by the rules.
 
 What enters the output projection is linear in the values and in nothing else: twice the values (and their biases) are
 exactly twice as much there. A slice that missed a row of values, or held one of queries or keys, would not show that.

@@ -8,7 +8,7 @@ from sharpwatch.daemon.estimation.estimator import EstimationQueue, QueuedReques
 
 
 class Slow:
-    """An estimator that is told when to go on."""
+    """An estimator that waits for a signal to go on."""
 
     def __init__(self) -> None:
         self.batches: list[list[QueuedRequest]] = []
