@@ -3,7 +3,7 @@
 Records every call of a function of sharpwatch, by `sys.setprofile`, over `attach`, a step, a step with a `gnb` probe,
 and a sample's way through a daemon in a process of its own. It uses public names alone. For each operation it prints
 calls, functions, files, changes of file from one call to the next, and how many of those went back to an earlier file;
-`-v` adds the files in their order. tests/integration/test_crossings.py holds the figures.
+`-v` adds the files in their order. tests/integration/test_crossings.py holds the counts.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Net(nn.Module):
         return {"logits": logits, "loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())}
 
 
-def figures(seen: Sequence[Call]) -> dict[str, Any]:
+def count_crossings(seen: Sequence[Call]) -> dict[str, Any]:
     """The counts of one recording."""
     path = [name for name, _ in itertools.groupby(name for name, _ in seen)]
     return {
@@ -131,7 +131,7 @@ def start_daemon(folder: Path) -> tuple[subprocess.Popen[str], str]:
 
 
 def measured() -> dict[str, dict[str, Any]]:
-    """The figures of each operation."""
+    """The counts of each operation."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     model = Net().train()
@@ -146,7 +146,7 @@ def measured() -> dict[str, dict[str, Any]]:
                     model, optimizer, training_job="crossings", address=address, probe_every=5, probes=("gnb",)
                 )
             )
-            found["attach"] = figures(calls)
+            found["attach"] = count_crossings(calls)
             for step in range(1, max(STEPS) + 1):
                 if step == max(STEPS):
                     time.sleep(1.0)  # nothing of earlier samples is under way; only its silence could tell
@@ -156,11 +156,11 @@ def measured() -> dict[str, dict[str, Any]]:
                 output["loss"].backward()
                 _, stepped = recorder.record(optimizer.step)
                 if step in STEPS:
-                    found[STEPS[step]] = figures([*forward, *stepped])
+                    found[STEPS[step]] = count_crossings([*forward, *stepped])
                 optimizer.zero_grad()
                 time.sleep(0.05)
             time.sleep(2.0)
-            found[SAMPLE] = figures(_told(daemon, Path(folder) / "calls.json"))
+            found[SAMPLE] = count_crossings(_daemon_calls(daemon, Path(folder) / "calls.json"))
             watch.close()
         finally:
             daemon.terminate()
@@ -168,7 +168,7 @@ def measured() -> dict[str, dict[str, Any]]:
     return found
 
 
-def _told(daemon: subprocess.Popen[str], kept: Path) -> list[Call]:
+def _daemon_calls(daemon: subprocess.Popen[str], kept: Path) -> list[Call]:
     daemon.send_signal(signal.SIGUSR2)
     while not kept.exists():
         time.sleep(0.05)

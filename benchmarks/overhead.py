@@ -93,14 +93,14 @@ class Trainer:
             probes=("gnb", "direction") if budget else (),
         )
         self.counted: list[tuple[float, float]] = []
-        sampler = self.watch._watched.scheduler.budget  # noqa: SLF001 - what it counts has no public face
-        record = sampler.record
+        overhead_budget = self.watch._watched.scheduler.budget  # noqa: SLF001 - what it counts has no public face
+        record = overhead_budget.record
 
         def keep(step: float, tap: float, probes: dict[str, float]) -> None:
             self.counted.append((tap, sum(probes.values())))
             record(step, tap, probes)
 
-        sampler.record = keep
+        overhead_budget.record = keep
 
     def step(self, times: int = 1) -> tuple[float, float]:
         """One step of `times` micro-batches; returns its seconds by the clock and by the processor."""

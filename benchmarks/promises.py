@@ -73,7 +73,7 @@ def train(address: str, size: str, probes: Sequence[str]) -> None:
     watch = watched.watch = sharpwatch.attach(
         watched.model, watched.optimizer, training_job="promises", address=address, probes=tuple(probes)
     )
-    # What has no public name: what the pipe knows of acknowledgements, what the sampler was told of the last step.
+    # Without a public name: the spool, which counts acknowledgements, and the budget's record of the last step.
     run = watch._watched  # noqa: SLF001
     spool, costs = run.transport._spool, run.scheduler.budget._window  # type: ignore[union-attr]  # noqa: SLF001
     for trainer in (plain, watched) * _WARM_UP:
@@ -86,11 +86,11 @@ def train(address: str, size: str, probes: Sequence[str]) -> None:
 
 
 class Run(threading.Thread):
-    """Trainers in a process of their own, and what they have said so far."""
+    """Trainers in a process of their own, and the lines that they have printed so far."""
 
     def __init__(self, address: str, size: str, probes: Sequence[str]) -> None:
         super().__init__(daemon=True)
-        self.said: list[dict[str, Any]] = []
+        self.received: list[dict[str, Any]] = []
         self._news = threading.Condition()
         command = [sys.executable, __file__, "--size", size, "--address", address, "--probes", *probes]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -101,16 +101,16 @@ class Run(threading.Thread):
         assert self._process.stdout is not None
         for line in self._process.stdout:
             with self._news:
-                self.said.append(json.loads(line))
+                self.received.append(json.loads(line))
                 self._news.notify()
 
     def await_stream(self) -> float:
         """Until a sample is acknowledged that is not taken yet; the seconds that took."""
         started = time.monotonic()
         with self._news:
-            newest = self.said[-1]["taken"] if self.said else 0
-            while not self.said or self.said[-1]["acknowledged"] <= newest:
-                assert self._news.wait(_PATIENCE), "the trainers say nothing"
+            newest = self.received[-1]["taken"] if self.received else 0
+            while not self.received or self.received[-1]["acknowledged"] <= newest:
+                assert self._news.wait(_PATIENCE), "the trainers print nothing"
                 assert time.monotonic() < started + _PATIENCE, "the stream does not come back"
         return time.monotonic() - started
 
@@ -137,7 +137,7 @@ def measure(size: str, kills: int, probes: Sequence[str]) -> dict[str, object]:
             back.append(run.await_stream())
         run.end()
         daemon.kill()
-    *pairs, last = run.said
+    *pairs, last = run.received
     times = {name: np.array([pair[name] for pair in pairs]) for name in ("plain", "watched", "agent")}
     p99 = float(np.percentile(times["plain"], 99))
     trainers = ("plain", "watched")

@@ -278,7 +278,7 @@ def control() -> list[Panel]:
     return [
         by_block(
             "Learning-rate multipliers",
-            "What operators and policies have laid over the schedule. Normal: 1. The trainer reports them, so this is "
+            "What operators and policies apply on top of the schedule. Normal: 1. The trainer reports them, so this is "
             "what is in force, ramps included.",
             "sharpwatch_block_lr_multiplier",
             scale=LOG,

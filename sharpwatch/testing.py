@@ -42,7 +42,7 @@ class InMemoryTransport:
     One transport may serve several watches, one after the other.
 
     Attributes:
-        hellos: What was said at each greeting: one by `attach`, another where a checkpoint's state is taken up.
+        hellos: The Hello of each greeting: one by `attach`, another where a checkpoint's state is taken up.
         samples: One message for each step and the goodbye; `sharpwatch.wire.decode` reads their arrays.
         dropped: Samples to report as lost, by reason; a test may fill it.
         closed: Whether the watch was closed.

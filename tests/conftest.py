@@ -31,6 +31,7 @@ SLOW = (
     "integration/test_demo.py",
     "integration/test_resume.py",
     "unit/blocks/test_zoo.py",
+    "unit/curvature/measure/test_measure_use.py",
 )
 NOT_SLOW = ("distributed/test_smoke.py",)
 

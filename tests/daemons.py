@@ -86,15 +86,15 @@ class ScriptedDaemon(grpc.GenericRpcHandler):
     def sequences(self):
         return [sample.sequence for sample in self.samples]
 
-    def wait(self, condition, pipe=None):
-        """Until `condition()`; with `pipe`, a training loop goes on in the meantime."""
+    def wait(self, condition, client=None):
+        """Until `condition()`; with `client`, a training loop goes on in the meantime."""
         deadline = time.monotonic() + PATIENCE
         with self.changed:
             while not condition():
                 assert time.monotonic() < deadline, f"in vain; streams: {[len(each) for each in self.streams]}"
-                self.changed.wait(PATIENCE if pipe is None else 0.01)
-                if pipe is not None:
-                    pipe.flush()
+                self.changed.wait(PATIENCE if client is None else 0.01)
+                if client is not None:
+                    client.flush()
 
     def stop(self):
         self.closing.set()

@@ -79,14 +79,14 @@ def run(code="", *, timeout, **options):
         with os.fdopen(writer, "w", encoding="utf-8") as stderr:
             process = ForkedProcess(code, stderr=stderr, **options)
         process.stdin.close()
-        said = []
-        collect = threading.Thread(target=lambda: said.append(errors.read()))
+        error_output = []
+        collect = threading.Thread(target=lambda: error_output.append(errors.read()))
         collect.start()
         output = process.stdout.read()
         process.stdout.close()
         status = process.wait(timeout)
         collect.join()
-    return status, output, said[0]
+    return status, output, error_output[0]
 
 
 def _pipes():

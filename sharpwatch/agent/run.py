@@ -53,7 +53,7 @@ class WatchedRun:
 
     Args:
         options: those of `attach`.
-        identity: the run and this attempt at it, as the daemon was told.
+        identity: the run and this attempt at it, as sent to the daemon.
         strategy: how the processes that train the model act as one run.
         control: takes commands.
         scheduler: runs probes.

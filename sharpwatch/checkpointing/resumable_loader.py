@@ -15,7 +15,7 @@ from sharpwatch.errors import CheckpointError
 
 
 @runtime_checkable
-class _Stateful(Protocol):
+class _StatefulLoader(Protocol):
     def state_dict(self) -> dict[str, Any]:
         """Its position."""
 
@@ -122,7 +122,7 @@ class ResumableLoader:
             "index": self._index,
             "start": self._start,
             # Not before the first batch: StatefulDataLoader would start its iterator for it.
-            "loader": self.loader.state_dict() if self.taken and isinstance(self.loader, _Stateful) else None,
+            "loader": self.loader.state_dict() if self.taken and isinstance(self.loader, _StatefulLoader) else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

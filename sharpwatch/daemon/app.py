@@ -1,4 +1,4 @@
-"""Builds the whole daemon, serves until it is told to stop, and drains."""
+"""Builds the whole daemon, serves until a signal stops it, and drains."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from contextlib import suppress
 import structlog
 
 from sharpwatch.daemon.decisions.lifecycle import UNDER_WAY
-from sharpwatch.daemon.estimation.estimator import EstimationQueue, Estimator, Waiting
+from sharpwatch.daemon.estimation.estimator import EstimationQueue, Estimator, QueuedRequest
 from sharpwatch.daemon.estimation.windows import EstimateRequest, Estimates
 from sharpwatch.daemon.exporter.metrics import OwnMetrics
 from sharpwatch.daemon.ingest.queue import QueuedSample, SampleQueue
@@ -140,7 +140,7 @@ class Pipeline:
                 written = True
         await self._process([entry for entry in entries if not entry.processed])
         if not written:
-            self._queue.put_back(entries)
+            self._queue.requeue(entries)
         elif self._pending != PendingWrites():
             with suppress(StoreError):
                 await self._write(())
@@ -216,14 +216,14 @@ class Pipeline:
             touched[entry.run] = run
             request = run.request(entry.reading.probes)
             if entry.attempt is run.attempt and request.windows:
-                self._estimation_queue.put(Waiting(request, entry.received_at))
+                self._estimation_queue.put(QueuedRequest(request, entry.received_at))
             else:
                 done.append(entry)
         for run in touched.values():
             run.publish()
         self._observe_latency(entry.received_at for entry in done)
 
-    async def _estimate_waiting(self, batch: Sequence[Waiting]) -> None:
+    async def _estimate_waiting(self, batch: Sequence[QueuedRequest]) -> None:
         """Estimates and publishes a batch of the estimation queue, and wakes the pipeline to journal it."""
         requests = [window.request for window in batch]
         await self._estimate(requests)

@@ -133,7 +133,7 @@ class Revision:
 
 
 @dataclass(frozen=True, slots=True)
-class CommandResult:
+class ReportedResult:
     """The trainer's answer to a command; `command_id` is the id of the decision."""
 
     command_id: str

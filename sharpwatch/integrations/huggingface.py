@@ -113,7 +113,7 @@ class SharpwatchCallback(TrainerCallback):
         if state.is_world_process_zero:
             folder, name = _output_dir(args), Path(request.uri).name
             RollbackRecord.read(folder).after_rollback(name, _ages(args), [self.left_out]).write(folder)
-        raise _RollbackPending(request)
+        raise _StopTraining(request)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         """Save the agent's state in the checkpoint, and tell the watch of the checkpoint."""
@@ -221,7 +221,7 @@ def train(trainer: Trainer, resume_from_checkpoint: str | bool | None = None, **
                 callback.resume_from(Path(checkpoint))
             try:
                 return trainer.train(resume_from_checkpoint=checkpoint, **kwargs)
-            except _RollbackPending as pending:
+            except _StopTraining as pending:
                 checkpoint = pending.request.uri
                 _reset(trainer, start)
     except BaseException as error:
@@ -234,7 +234,7 @@ def train(trainer: Trainer, resume_from_checkpoint: str | bool | None = None, **
         callback.can_roll_back = False
 
 
-class _RollbackPending(Exception):  # noqa: N818 - leaves Trainer's loop, and is no error
+class _StopTraining(Exception):  # noqa: N818 - leaves Trainer's loop, and is no error
     """A rollback is pending."""
 
     def __init__(self, request: RollbackRequest) -> None:

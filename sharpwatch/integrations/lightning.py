@@ -108,7 +108,7 @@ class SharpwatchCallback(Callback):
             self.watch.rollback_failed(reason)
             return
         self._left_out = [[*one.left_out, one.batches_of(*request.skip)] for one in self.loaders]
-        raise _RollbackPending(request)
+        raise _StopFitting(request)
 
     def left_out(self, number: int, checkpoint: Any) -> list[Range]:
         """The ranges that loader `number` must leave out after `checkpoint`, beyond those in the checkpoint."""
@@ -204,7 +204,7 @@ def fit(
             callback.loaders = []
             try:
                 return trainer.fit(model, train_dataloaders, ckpt_path=ckpt_path, **kwargs)
-            except _RollbackPending as pending:
+            except _StopFitting as pending:
                 ckpt_path = pending.request.uri
                 if trainer.is_global_zero:
                     callback.record_rollback(Path(ckpt_path))
@@ -285,7 +285,7 @@ class LightningLoader(ResumableLoader):
             yield batch
 
 
-class _RollbackPending(Exception):  # noqa: N818 - leaves Lightning's loop, and is no error
+class _StopFitting(Exception):  # noqa: N818 - leaves Lightning's loop, and is no error
     """A rollback is pending."""
 
     def __init__(self, request: RollbackRequest) -> None:

@@ -42,8 +42,8 @@ def run(function, n, *arguments, timeout=60):
                 process.kill()
                 process.join()
         if not succeeded:
-            told = [f"--- rank {i}: {process.exitcode}\n{_output(folder, i)}" for i, process in enumerate(processes)]
-            pytest.fail(f"{function.__name__} on {n} ranks, within {timeout} s\n" + "\n".join(told), pytrace=False)
+            outputs = [f"--- rank {i}: {process.exitcode}\n{_output(folder, i)}" for i, process in enumerate(processes)]
+            pytest.fail(f"{function.__name__} on {n} ranks, within {timeout} s\n" + "\n".join(outputs), pytrace=False)
         return [torch.load(f"{folder}/result{i}", weights_only=False) for i in range(n)]
 
 

@@ -115,14 +115,14 @@ def out_of_step():
 
 
 def test_ranks_that_do_not_meet_at_each_step_are_not_made_to(ranks):
-    (lost, groups, told), (lost_too, groups_too, _) = ranks(out_of_step, 2)
+    (lost, groups, reported), (lost_too, groups_too, _) = ranks(out_of_step, 2)
     assert lost == lost_too == [False]
     assert groups == groups_too == {1}  # no command is taken by ranks so far apart
-    assert told == list(range(1, STEPS + 1))
+    assert reported == list(range(1, STEPS + 1))
 
 
 def deaf():
-    """Rank 1 can read no word any more once it has stood by a command."""
+    """Rank 1 can read no step message any more once it has acknowledged a command."""
     loop = Loop("ddp")
     arrived = RankGroup._arrived
 
@@ -179,7 +179,7 @@ def far_on():
     return len(read + group.drain(30)), group.sum(torch.ones(0)) if not group.lost else None
 
 
-def test_steps_are_told_apart_by_whole_numbers_however_large(ranks):
+def test_steps_are_distinguished_by_whole_numbers_however_large(ranks):
     # The sum of six squares of such steps is none that a float64 can hold.
     assert [count for count, _ in ranks(far_on, 6)] == [10] * 6
 

@@ -88,9 +88,9 @@ def watched(sharding, folder):
             transport.command(id="back", rollback=target, reason="bad shard")
         if checkpoints.step == STEPS:
             break
-    told = [result.outcome for result in transport.results]
+    outcomes = [result.outcome for result in transport.results]
     watch.close()
-    return [found[step] for step in range(1, STEPS + 1)], back, told
+    return [found[step] for step in range(1, STEPS + 1)], back, outcomes
 
 
 def taken_up(sharding, folder):
@@ -118,9 +118,9 @@ def three_ways(sharding, folder):
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
 def test_a_rollback_leaves_a_range_of_data_out_on_every_rank(ranks, tmp_path, sharding):
     for rank, (plain, rolled_back, resumed) in enumerate(ranks(three_ways, 2, sharding, str(tmp_path))):
-        found, back, told = rolled_back
+        found, back, outcomes = rolled_back
         assert back == [9]
-        assert told == (["applied"] if rank == 0 else [])
+        assert outcomes == (["applied"] if rank == 0 else [])
         torch.testing.assert_close(found, plain, rtol=0, atol=0)
         step, *found = resumed
         assert step == 8

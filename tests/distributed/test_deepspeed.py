@@ -156,15 +156,15 @@ class Reference:
 
 
 def watched():
-    """By configuration, what was said and seen on this rank, and what it should have been."""
+    """By configuration, what this rank logged and sampled, and what it should have been."""
     with torch.compiler.set_stance("force_eager"):  # Muon's update is compiled, which takes longer than all the rest
         return {name: trained(config, ordered=name != "zero 0") for name, config in CONFIGS.items()}
 
 
 def trained(config, *, ordered):
-    transport, said = InMemoryTransport(), []
+    transport, logged = InMemoryTransport(), []
     listener = logging.Handler()
-    listener.emit = lambda record: said.append(record.getMessage())
+    listener.emit = lambda record: logged.append(record.getMessage())
     logging.getLogger("sharpwatch").addHandler(listener)
     (ours, optimizer), (theirs, _) = made(config), made(config)
     try:
@@ -192,7 +192,7 @@ def trained(config, *, ordered):
     watch.close()
     logging.getLogger("sharpwatch").removeHandler(listener)
     found = {
-        "said": said,
+        "logged": logged,
         "steps": taken,
         "void": turn - STEPS,
         "same": all(map(torch.equal, ours.module.parameters(), theirs.module.parameters())),
@@ -207,13 +207,13 @@ def trained(config, *, ordered):
     taps = [sample.tap for sample in samples if sample.HasField("tap")]
     probes = [sample.gnb for sample in samples if sample.HasField("gnb")]
 
-    def told(tap):
+    def reading(tap):
         return {name: decode(getattr(tap, name), name=name, dtype="float32", shape=shape).copy() for name in names}
 
     return found | {
         "optimizer": transport.hello.optimizer,
         "results": [result.detail for result in transport.results],
-        "taps": list(map(told, taps)),
+        "taps": list(map(reading, taps)),
         "non_finite": [decode(tap.non_finite, name="n", dtype="int64", shape=shape).sum().item() for tap in taps],
         "truth": reference.steps,
         "probes": len(probes),
@@ -265,13 +265,13 @@ def test_norms_rates_and_rms_are_those_of_the_whole_step(leading, name):
 
 
 @pytest.mark.parametrize("name", WATCHED)
-def test_what_cannot_be_read_is_not_shown_and_said_at_attach(run, leading, name):
-    said_at_attach = (
+def test_what_cannot_be_read_is_not_shown_and_logged_at_attach(run, leading, name):
+    logged_at_attach = (
         [f"gradient norms are not readable: DeepSpeed's ZeRO with {UNREADABLE[name]}"] if name in UNREADABLE else []
     )
     for each in run:
-        said = [line for line in each[name]["said"] if line.startswith("gradient norms")]
-        assert said == said_at_attach
+        logged = [line for line in each[name]["logged"] if line.startswith("gradient norms")]
+        assert logged == logged_at_attach
     for tap in leading[name]["taps"]:
         assert np.isnan(tap["gradient_norm"]).all() == (name in UNREADABLE)
         assert np.isnan(tap["update_rms"]).all() or rms_is_known(name)
@@ -294,7 +294,7 @@ def test_rates_are_changed_in_torchs_own_optimizer_alone(run, leading):
     for name in ("zero 1", "zero 2", "zero 0 bf16", "zero 1 bf16"):
         (detail,) = leading[name]["results"]
         assert detail.endswith("DeepSpeed keeps gradients, master weights and their groups to itself")
-        assert any(detail.removeprefix("learning rates can't be changed: ") in line for line in leading[name]["said"])
+        assert any(detail.removeprefix("learning rates can't be changed: ") in line for line in leading[name]["logged"])
     ordered = leading["zero 0 ordered"]
     assert ordered["results"] == [""]
     assert sorted(set(ordered["taps"][-1]["lr_multiplier"])) == [0.5, 1.0]
@@ -306,13 +306,13 @@ def test_gradients_are_only_sketched_where_they_stand_with_the_parameters(leadin
 
 
 def test_the_noise_of_one_process_is_that_of_torchs_own_optimizer(run, leading):
-    heard = {name: [noise for noise in leading[name]["noises"] if np.isfinite(noise).any()] for name in WATCHED}
+    finite = {name: [noise for noise in leading[name]["noises"] if np.isfinite(noise).any()] for name in WATCHED}
     if len(run) > 1:
-        assert not any(heard.values())
+        assert not any(finite.values())
         return
-    assert {name for name, noises in heard.items() if noises} == {"zero 0", "zero 1"}  # of two micro-batches
+    assert {name for name, noises in finite.items() if noises} == {"zero 0", "zero 1"}  # of two micro-batches
     # Rounded differently, weights part: by their rate where a gradient of 0 is rounded to both sides of it.
-    np.testing.assert_allclose(heard["zero 1"], heard["zero 0"], rtol=1e-3)
+    np.testing.assert_allclose(finite["zero 1"], finite["zero 0"], rtol=1e-3)
 
 
 def test_zero_3_is_refused_on_every_rank(run):

@@ -176,7 +176,7 @@ def assert_identical(compared, placement, kind, steps=STEPS):
     assert [sample["step"] for sample in sent] == [*range(1, steps + 1), steps]
     assert all((sample["swallowed"], sample["failures"]) == (0, []) for sample in sent)
     probed = [sample["step"] for sample in sent if sample["probes"] == list(probes_of(placement, kind))]
-    # Where ranks probe together all are told first, by the word of an earlier step.
+    # Where all ranks probe, the message of an earlier step announces the probe.
     assert len(probed) == 1 if placement == "FSDP2 2" else probed == [PROBE_EVERY, 2 * PROBE_EVERY]
 
 

@@ -69,11 +69,11 @@ def accumulated(micro_batches, synchronised, views):
         optimizer.step()
         optimizer.zero_grad()
     watch.close()
-    told = [sample.gradient_noise.noise for sample in transport.samples if sample.HasField("gnb")]
+    sent = [sample.gradient_noise.noise for sample in transport.samples if sample.HasField("gnb")]
     at = {part.parameter: index for index, part in enumerate(block_map.parts)}
     return {
         "own": own,
-        "told": [decode(each, name="noise", dtype="float32", shape=own[0].shape) for each in told],
+        "sent": [decode(each, name="noise", dtype="float32", shape=own[0].shape) for each in sent],
         "gradients": gradients,
         "layers": [block_map.layer_block_of[at[name]] for name in dict(model.named_parameters())],
     }
@@ -93,10 +93,10 @@ def test_the_mean_of_what_the_ranks_find_is_the_covariance_of_their_average(rank
     for step in range(3):
         mean = np.mean([each["own"][step] for each in found], axis=0)
         np.testing.assert_allclose(mean, expected, rtol=CLOSE)
-    assert len(found[0]["told"]) == 2
-    for told in found[0]["told"]:
-        np.testing.assert_allclose(told, found[0]["own"][0], rtol=CLOSE)
-    assert found[1]["told"] == []
+    assert len(found[0]["sent"]) == 2
+    for sent in found[0]["sent"]:
+        np.testing.assert_allclose(sent, found[0]["own"][0], rtol=CLOSE)
+    assert found[1]["sent"] == []
 
 
 def left_alone(_, bucket):
@@ -117,8 +117,8 @@ HOOKS = {
 }
 
 
-def heard_with(hook):
-    """Whether anything is said of a step whose gradients go through `hook`."""
+def sampled_with(hook):
+    """Whether noise is sampled in a step whose gradients go through `hook`."""
     torch.manual_seed(3)
     model = nn.parallel.DistributedDataParallel(Net().train())
     noise = GradientListener(classify(model), model, ExceptionBarrier(), ranks=averaged_over(model))
@@ -129,10 +129,10 @@ def heard_with(hook):
     return noise.take() is not None
 
 
-def heard_with_each():
-    return {hook: heard_with(hook) for hook in HOOKS}
+def sampled_with_each():
+    return {hook: sampled_with(hook) for hook in HOOKS}
 
 
-def test_nothing_is_said_of_gradients_that_are_not_plain_averages(ranks):
-    for heard in ranks(heard_with_each, RANKS):
-        assert heard == {"fp16": True, "PowerSGD": False, "wrapped": False, "local": False}
+def test_gradients_that_are_not_plain_averages_give_no_noise(ranks):
+    for results in ranks(sampled_with_each, RANKS):
+        assert results == {"fp16": True, "PowerSGD": False, "wrapped": False, "local": False}

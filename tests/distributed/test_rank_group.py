@@ -86,7 +86,7 @@ def test_under_ddp_a_watched_run_is_bit_identical_to_a_plain_one(ranks):
 
 
 def cut():
-    """Rank 0 is told to cut a block after its third step; rank 1 is a whole step behind in the steps after."""
+    """Rank 0 receives a cut after its third step; rank 1 is a whole step behind in the steps after."""
     training, store = Training(), dist.distributed_c10d._get_default_store()
 
     def after(step):
@@ -105,7 +105,7 @@ def cut():
         "losses": training.losses,
         "weights": training.weights,
         "results": [(result.command_id, result.outcome, result.step) for s in samples for result in s.results],
-        "told": [(sample.step, sample.loss) for sample in samples if not sample.closing],
+        "reported": [(sample.step, sample.loss) for sample in samples if not sample.closing],
         "probed": [sample.step for sample in samples if sample.HasField("gnb")],
         "taps": sum(sample.HasField("tap") for sample in samples),
         "run": training.watch.run,
@@ -120,7 +120,7 @@ def both(ranks):
 def test_a_command_is_applied_at_the_same_step_on_all_also_where_one_lags(both):
     first, second = both
     assert first["groups"] == second["groups"]
-    # Received after step 4, all stand by it in the word of step 5 at the earliest.
+    # Received after step 4, all acknowledge it in the message of step 5 at the earliest.
     changed = first["groups"].index(2) + 1
     assert changed >= 5 + COMMIT_DELAY_STEPS
     assert first["groups"] == [1] * (changed - 1) + [2] * (STEPS - changed + 1)
@@ -131,10 +131,10 @@ def test_a_command_is_applied_at_the_same_step_on_all_also_where_one_lags(both):
 def test_one_rank_speaks_for_all(both):
     first, second = both
     assert first["run"] == second["run"]
-    assert second["told"] == []
+    assert second["reported"] == []
     means = [(step + 1, sum(pair) / 2) for step, pair in enumerate(zip(first["losses"], second["losses"], strict=True))]
-    assert [step for step, _ in first["told"]] == [step for step, _ in means]
-    assert [loss for _, loss in first["told"]] == pytest.approx([loss for _, loss in means])
+    assert [step for step, _ in first["reported"]] == [step for step, _ in means]
+    assert [loss for _, loss in first["reported"]] == pytest.approx([loss for _, loss in means])
     assert first["probed"] == list(range(2, STEPS + 1, 2))
     assert first["taps"] == STEPS
 
@@ -171,17 +171,17 @@ WRONG = {
 
 
 def refused():
-    told = []
+    reported = []
     for options in WRONG.values():
         with pytest.raises(AttachError) as error:
             Training(**options[dist.get_rank()])
-        told.append(str(error.value))
-    return told
+        reported.append(str(error.value))
+    return reported
 
 
-def test_all_ranks_are_told_what_one_has_wrong(ranks):
-    for told in ranks(refused, 2):
-        assert all(expected in said for expected, said in zip(WRONG, told, strict=True))
+def test_all_ranks_get_the_error_of_one(ranks):
+    for reported in ranks(refused, 2):
+        assert all(expected in message for expected, message in zip(WRONG, reported, strict=True))
 
 
 def apart():
@@ -196,7 +196,7 @@ def apart():
 
 
 def test_ranks_that_take_different_steps_agree_to_nothing(ranks):
-    # Words 1 to 3 agree; word 4 shows it, on all ranks after the same step.
+    # Messages 1 to 3 agree; message 4 shows the difference, on all ranks after the same step.
     assert ranks(apart, 3) == [(rank, True, [1, 2, 3]) for rank in range(3)]
 
 
@@ -233,9 +233,9 @@ def staged():
 
 
 def test_stages_of_a_pipeline_are_tapped_as_one_model(ranks):
-    (first, told), (second, nothing) = ranks(staged, 2)
+    (first, reported), (second, nothing) = ranks(staged, 2)
     assert nothing is None
-    probes, read = told
+    probes, read = reported
     assert probes == []
     assert list(read) == list(range(1, 9))
     for step, reading in read.items():

@@ -28,7 +28,7 @@ def attached(model=None, kind=torch.optim.SGD, transport=None, **options):
     model = model or Net()
     optimizer = kind(model.parameters(), lr=0.1)
     try:
-        options = {"training_job": "meeting", "transport": transport or InMemoryTransport(), **options}
+        options = {"training_job": "rendezvous", "transport": transport or InMemoryTransport(), **options}
         return sharpwatch.attach(model, optimizer, **options), model, optimizer
     except AttachError as error:
         return str(error), model, optimizer
@@ -52,8 +52,8 @@ def disabled(who):
 
 
 def test_a_disabled_rank_holds_up_nobody_and_their_groups_stay_in_step(ranks):
-    told = "rank 1: sharpwatch is disabled there, and must be on all ranks or none"
-    assert ranks(disabled, 2, [1]) == [(told, 2.0), ("Watch", 2.0)]
+    error = "rank 1: sharpwatch is disabled there, and must be on all ranks or none"
+    assert ranks(disabled, 2, [1]) == [(error, 2.0), ("Watch", 2.0)]
 
 
 def test_where_all_ranks_are_disabled_none_meets(ranks):
@@ -63,26 +63,26 @@ def test_where_all_ranks_are_disabled_none_meets(ranks):
 def missing():
     """Rank 1 never attaches; the loop's own collectives would wait for it three seconds."""
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=3))
-    told = None if dist.get_rank() else attached()[0]
+    error = None if dist.get_rank() else attached()[0]
     dist.distributed_c10d._get_default_store().set(f"past {dist.get_rank()}", "")
     dist.distributed_c10d._get_default_store().wait(["past 0", "past 1"])
-    return told, go_on(attached()[2])
+    return error, go_on(attached()[2])
 
 
 def test_nobody_waits_for_a_missing_rank_longer_than_the_loop_would(ranks):
-    told = "rank 0: not all 2 ranks called attach within 3 s (all must, not one)"
-    assert ranks(missing, 2) == [(told, 2.0), (None, 2.0)]
+    error = "rank 0: not all 2 ranks called attach within 3 s (all must, not one)"
+    assert ranks(missing, 2) == [(error, 2.0), (None, 2.0)]
 
 
 def failing():
-    """Rank 0 can't make its part, after all have told each other of theirs."""
+    """Rank 0 can't make its part, after all ranks have exchanged theirs."""
 
     class Broken(InMemoryTransport):
         def greet(self, _):
             raise AttachError("tls: the files are gone")
 
-    told, model, optimizer = attached(transport=Broken())
-    return told, len(model._forward_pre_hooks), go_on(optimizer)
+    error, model, optimizer = attached(transport=Broken())
+    return error, len(model._forward_pre_hooks), go_on(optimizer)
 
 
 def test_where_one_rank_fails_no_rank_is_watched(ranks):
@@ -164,7 +164,7 @@ def test_a_state_that_all_ranks_are_given_is_taken_up(ranks):
 def test_a_state_that_one_rank_cannot_take_up_is_taken_up_by_none(ranks, how):
     first, second = ranks(resumed, 2, how)
     assert first == second
-    assert first[0].startswith("meeting-")
+    assert first[0].startswith("rendezvous-")
     assert first[1:] == (1, 1.0)
 
 
@@ -178,15 +178,15 @@ def several(seeds, groups):
     rules = Path(os.environ["RESULTS"], f"rules{dist.get_rank()}.yaml")
     rules.write_text('- {match: "*", block: ffn}')
     os.environ["SHARPWATCH_BLOCK_RULES"] = str(rules)
-    told = attached(model)[0]
-    return told if isinstance(told, str) else told.close()
+    attempt = attached(model)[0]
+    return attempt if isinstance(attempt, str) else attempt.close()
 
 
 @pytest.mark.parametrize(("seeds", "groups"), [((1, 2), False), ((1, 1), True)], ids=["values", "groups"])
 def test_ranks_with_models_of_their_own_are_no_replicas(ranks, seeds, groups):
-    for told in ranks(several, 2, seeds, groups):
-        assert "0.weight: not the same on rank 1 as on rank 0" in told
-        assert "process groups of their own" in told
+    for error in ranks(several, 2, seeds, groups):
+        assert "0.weight: not the same on rank 1 as on rank 0" in error
+        assert "process groups of their own" in error
 
 
 def test_ranks_that_start_from_the_same_values_are_replicas_without_a_wrapper(ranks):
@@ -198,8 +198,8 @@ def pipeline(extra):
     rules = Path(os.environ["RESULTS"], f"rules{dist.get_rank()}.yaml")
     rules.write_text("\n".join(f'- {{match: "{name}.*", block: ffn}}' for name in ("l0", "l1", *extra)))
     os.environ["SHARPWATCH_BLOCK_RULES"] = str(rules)
-    told = attached(nn.ModuleDict({f"l{dist.get_rank()}": nn.Linear(8, 8)}))[0]
-    return told if isinstance(told, str) else told.close()
+    attempt = attached(nn.ModuleDict({f"l{dist.get_rank()}": nn.Linear(8, 8)}))[0]
+    return attempt if isinstance(attempt, str) else attempt.close()
 
 
 def test_the_stages_of_a_pipeline_share_a_file_of_rules(ranks):

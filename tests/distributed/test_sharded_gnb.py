@@ -272,7 +272,7 @@ def fail_after(model, block_map):
         probe(model, block_map, logits_fn=logits_fn)
 
 
-def undisturbed():
+def unchanged_by_probes():
     plain, expected = train(probed=False)
     probed, found = train(probed=True)
     assert expected == found == {"forward": 6, "accumulated": 3}
@@ -281,7 +281,7 @@ def undisturbed():
 
 
 def test_training_is_bit_identical(ranks):
-    ranks(undisturbed, 2)
+    ranks(unchanged_by_probes, 2)
 
 
 class Hurried:

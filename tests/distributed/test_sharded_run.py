@@ -110,7 +110,7 @@ def test_a_watched_run_is_bit_identical_and_probed_and_tapped_as_one(kind, ranks
     assert [sample.step for sample in samples if not sample.closing] == list(range(1, STEPS + 1))
     assert first[1][3] == ["gnb"]
     probed = [sample.step for sample in samples if sample.HasField("gnb")]
-    # Told of by the word of an earlier step, from the first of them on.
+    # Announced by the message of an earlier step, from the first of them on.
     assert len(probed) >= 2
     for sample in samples:
         assert sample.health.swallowed_errors == 0
@@ -123,7 +123,7 @@ def test_a_watched_run_is_bit_identical_and_probed_and_tapped_as_one(kind, ranks
             assert sample.gnb.HasField("gradient_sketch")
 
 
-def test_multipliers_are_laid_over_shards_at_the_same_step(ranks):
+def test_multipliers_are_applied_to_shards_at_the_same_step(ranks):
     first, second = ranks(train, 2, "fsdp", timeout=120)
     assert first[2] == second[2]
     assert sorted(set(first[2])) == [1, 3]  # emb, ffn and all the rest
@@ -192,6 +192,6 @@ def out_of_step():
 
 
 def test_ranks_out_of_step_train_no_further(ranks):
-    for said in ranks(out_of_step, 2):
-        assert said.startswith("failed on 2 of the ranks: RuntimeError: on purpose")
-        assert "gnb" in said
+    for error in ranks(out_of_step, 2):
+        assert error.startswith("failed on 2 of the ranks: RuntimeError: on purpose")
+        assert "gnb" in error

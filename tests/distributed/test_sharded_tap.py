@@ -151,13 +151,13 @@ def check():
     offload = CPUOffloadPolicy(pin_memory=False)
     train(dense.llama, lambda model: sharding.by_fsdp(model, both, offload_policy=offload), own)
     # Ranks that compute together see the same rows. Here gradients are placed otherwise than their parameters.
-    together = dense.tokens(seed=square.get_local_rank("dp"))[0]
+    tokens = dense.tokens(seed=square.get_local_rank("dp"))[0]
     by_rows = partial(sharding.by_tensor_parallelism, mesh=square["tp"])
     train(dense.llama, by_rows, dense.tokens()[0], scattered=True)
     train(
         dense.llama,
         lambda model: sharding.by_fsdp(sharding.by_tensor_parallelism(model, square["tp"]), square["dp"]),
-        together,
+        tokens,
     )
 
 

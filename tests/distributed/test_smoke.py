@@ -87,7 +87,7 @@ def test_a_run_is_unchanged_until_a_command_that_all_ranks_take(kind, ranks):
     assert [sample.step for sample in samples if not sample.closing] == list(range(1, STEPS + 1))
     assert any(sample.HasField("gnb") for sample in samples)
     assert all(not sample.health.swallowed_errors and not sample.health.probe_failures for sample in samples)
-    results_told = [result for each in first[4] for result in agent_pb2.Sample.FromString(each).results]
-    assert [(result.command_id, result.outcome) for result in results_told] == [
+    results_sent = [result for each in first[4] for result in agent_pb2.Sample.FromString(each).results]
+    assert [(result.command_id, result.outcome) for result in results_sent] == [
         ("cut", types_pb2.COMMAND_OUTCOME_APPLIED)
     ]

@@ -17,7 +17,7 @@ import pytest
 import pytest_asyncio
 
 from sharpwatch._version import __version__
-from sharpwatch.cli.client.client import Connection, connected
+from sharpwatch.cli.client.client import DaemonConnection, connected
 from sharpwatch.errors import OperatorError
 from sharpwatch.v1 import operator_pb2 as pb
 from sharpwatch.v1.operator_pb2_grpc import OperatorServiceServicer, add_OperatorServiceServicer_to_server
@@ -279,15 +279,15 @@ async def test_lr_show_and_history(cli):
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "expected"),
     [
         (("show", "gpt2"), "run 'gpt2' may be any of gpt2-a1, gpt2-b7; write more of it"),
         (("show", "bert"), "no run 'bert'; the daemon knows gpt2-a1, gpt2-b7, llama-c3"),
         (("lr", "set", "llama", "nope=2"), "block 'nope': the run has emb, qk, vo"),
     ],
 )
-async def test_a_refusal_is_one_line_on_stderr_and_exit_1(cli, args, said):
-    assert await cli(*args) == (1, "", f"sharpwatch: {said}\n")
+async def test_a_refusal_is_one_line_on_stderr_and_exit_1(cli, args, expected):
+    assert await cli(*args) == (1, "", f"sharpwatch: {expected}\n")
 
 
 async def test_without_the_token_commands_are_refused_and_looking_is_not(cli, tmp_path):
@@ -308,8 +308,8 @@ async def test_a_socket_is_an_address(operator, cli):
 
 
 async def test_no_daemon_is_one_line_that_says_where_and_what_to_do(cli):
-    said = "daemon not reachable at 127.0.0.1:1; is it running? start it with: sharpwatch serve"
-    assert await cli("jobs", "--address", "127.0.0.1:1") == (1, "", f"sharpwatch: {said}\n")
+    expected = "daemon not reachable at 127.0.0.1:1; is it running? start it with: sharpwatch serve"
+    assert await cli("jobs", "--address", "127.0.0.1:1") == (1, "", f"sharpwatch: {expected}\n")
 
 
 def test_a_daemon_that_hangs(tmp_path):
@@ -317,7 +317,7 @@ def test_a_daemon_that_hangs(tmp_path):
         address = f"127.0.0.1:{silent.getsockname()[1]}"
         with (
             pytest.raises(OperatorError, match=f"daemon at {address} did not answer in time"),
-            connected(Connection(address, "", tmp_path)) as stub,
+            connected(DaemonConnection(address, "", tmp_path)) as stub,
         ):
             stub.ListRuns(pb.ListRunsRequest(), timeout=0.3)
 
@@ -352,7 +352,7 @@ async def test_client_commands_never_load_torch_or_numpy(operator, environ):
     assert out.splitlines()[-1] == b"[]"
 
 
-async def test_on_a_terminal_the_picture_is_drawn_and_fits(operator, environ):
+async def test_on_a_terminal_the_run_view_is_drawn_and_fits(operator, environ):
     ours, theirs = pty.openpty()
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "sharpwatch", "show", "llama"),

@@ -58,13 +58,13 @@ async def served(tmp_path, environ):
         env=environ,
         stderr=asyncio.subprocess.PIPE,
     )
-    said = b""
+    output = b""
     async for line in process.stderr:
-        said += line
+        output += line
         if json.loads(line)["event"] == "serving":
             break
     else:
-        pytest.fail(f"the daemon ended: {said.decode()}")
+        pytest.fail(f"the daemon ended: {output.decode()}")
     yield process
     process.send_signal(signal.SIGTERM)
     _, rest = await process.communicate()
@@ -152,7 +152,7 @@ async def test_a_learning_rate_reaches_the_trainer_and_is_undone(cli):
 
 @pytest.mark.usefixtures("trainer")
 async def test_what_the_daemon_refuses_is_one_line_and_exit_1(cli):
-    for args, said in (
+    for args, expected in (
         (("lr", "set", "gpt2", "nope=0.5"), "nope"),
         (("lr", "set", "gpt2", "qk=100"), "10"),
         (("lr", "undo", "gpt2"), "revision"),
@@ -163,7 +163,7 @@ async def test_what_the_daemon_refuses_is_one_line_and_exit_1(cli):
         assert (status, out) == (1, ""), args
         assert err.startswith("sharpwatch: ")
         assert err.count("\n") == 1
-        assert said in err
+        assert expected in err
 
 
 @pytest.mark.usefixtures("served")

@@ -30,18 +30,18 @@ HELLO = agent_pb2.Hello(protocol=1, run="run", training_job="job", attempt="atte
 
 @pytest.fixture
 def attach():
-    pipes = []
+    clients = []
 
     def start(daemon, **options):
         address = daemon if isinstance(daemon, str) else daemon.address
-        pipes.append(CourierClient(address=address, **options))
-        pipes[-1].greet(HELLO)
-        pipes[-1].flush()  # the first use starts the courier
-        return pipes[-1]
+        clients.append(CourierClient(address=address, **options))
+        clients[-1].greet(HELLO)
+        clients[-1].flush()  # the first use starts the courier
+        return clients[-1]
 
     yield start
-    for pipe in pipes:
-        pipe.close()
+    for client in clients:
+        client.close()
 
 
 def request(sequence, size=0, **fields):
@@ -59,16 +59,16 @@ def result_ids(samples):
     return [each.command_id for sample in samples for each in sample.results]
 
 
-def send(pipe, sequences, **fields):
+def send(client, sequences, **fields):
     for sequence in sequences:
-        pipe.send(request(sequence, **fields))
+        client.send(request(sequence, **fields))
 
 
-def await_new_courier(pipe, old):
+def await_new_courier(client, old):
     deadline = time.monotonic() + PATIENCE
-    while pipe.courier_pid in (old, None):
+    while client.courier_pid in (old, None):
         assert time.monotonic() < deadline, "no new courier"
-        pipe.flush()
+        client.flush()
         select.select([], [], [], 0.01)
 
 
@@ -77,15 +77,15 @@ def await_new_courier(pipe, old):
 
 def test_samples_arrive_in_order_and_close_leaves_nothing(serve, attach):
     daemon = serve()
-    pipe = attach(daemon)
-    process = pipe.courier_pid
-    send(pipe, range(1, 201))
-    pipe.send(request(201, closing=True))
-    pipe.close()
+    client = attach(daemon)
+    process = client.courier_pid
+    send(client, range(1, 201))
+    client.send(request(201, closing=True))
+    client.close()
     assert daemon.sequences == list(range(1, 202))
     assert daemon.samples[-1].closing
     assert daemon.hellos == [HELLO]
-    assert pipe.dropped == {}
+    assert client.dropped == {}
     await_end(process)
 
 
@@ -97,34 +97,34 @@ def test_commands_come_back_and_nothing_else_does(serve, attach):
             yield response(command=types_pb2.Command(id=f"c{sample.sequence}"))
 
     daemon = serve(commanding)
-    pipe = attach(daemon)
-    send(pipe, [1, 2, 3])
+    client = attach(daemon)
+    send(client, [1, 2, 3])
     received = []
-    daemon.wait(lambda: received.extend(pipe.receive()) or len(received) == 3, pipe)
+    daemon.wait(lambda: received.extend(client.receive()) or len(received) == 3, client)
     assert [each.command.id for each in received] == ["c1", "c2", "c3"]
-    assert pipe.receive() == []
+    assert client.receive() == []
 
 
-def test_the_trainer_is_told_whether_the_daemon_is_reached(serve, attach):
+def test_the_trainer_knows_whether_the_daemon_is_reached(serve, attach):
     first = serve(silent_after(2))
-    pipe = attach(first)
-    assert pipe.connection == Connection(first.address)
-    send(pipe, [1, 2, 3])
-    first.wait(lambda: pipe.connection.acknowledged == 2, pipe)
-    connected = pipe.connection
+    client = attach(first)
+    assert client.connection == Connection(first.address)
+    send(client, [1, 2, 3])
+    first.wait(lambda: client.connection.acknowledged == 2, client)
+    connected = client.connection
     assert connected.connected
     assert connected.since_unix_ns > 0
     assert connected.reason == ""
     first.stop()
-    first.wait(lambda: not pipe.connection.connected, pipe)
-    first.wait(lambda: "refused" in pipe.connection.reason, pipe)
-    assert pipe.connection.since_unix_ns > connected.since_unix_ns
-    assert pipe.connection.acknowledged == 2
+    first.wait(lambda: not client.connection.connected, client)
+    first.wait(lambda: "refused" in client.connection.reason, client)
+    assert client.connection.since_unix_ns > connected.since_unix_ns
+    assert client.connection.acknowledged == 2
     second = serve(lambda daemon, samples: honest(daemon, samples, acknowledged=2), address=first.address)
-    second.wait(lambda: pipe.connection.acknowledged == 3, pipe)
-    assert pipe.connection.connected
-    pipe.close()
-    assert (pipe.connection.connected, pipe.connection.reason) == (False, "closed")
+    second.wait(lambda: client.connection.acknowledged == 3, client)
+    assert client.connection.connected
+    client.close()
+    assert (client.connection.connected, client.connection.reason) == (False, "closed")
 
 
 def test_a_daemon_that_goes_away_says_why(serve, attach):
@@ -133,27 +133,27 @@ def test_a_daemon_that_goes_away_says_why(serve, attach):
         yield response(drain=agent_pb2.Drain(reason="restarting"))
 
     daemon = serve(draining)
-    pipe = attach(daemon)
-    daemon.wait(lambda: pipe.connection.reason == "drained: restarting", pipe)
-    assert not pipe.connection.connected
+    client = attach(daemon)
+    daemon.wait(lambda: client.connection.reason == "drained: restarting", client)
+    assert not client.connection.connected
 
 
 def test_a_courier_that_died_is_no_connection(serve, attach):
     daemon = serve()
-    pipe = attach(daemon)
-    daemon.wait(lambda: pipe.connection.connected, pipe)
-    os.kill(pipe.courier_pid, signal.SIGKILL)
-    daemon.wait(lambda: pipe.connection.reason.startswith("the courier is gone"), pipe)
-    daemon.wait(lambda: pipe.connection.connected, pipe)
+    client = attach(daemon)
+    daemon.wait(lambda: client.connection.connected, client)
+    os.kill(client.courier_pid, signal.SIGKILL)
+    daemon.wait(lambda: client.connection.reason.startswith("the courier is gone"), client)
+    daemon.wait(lambda: client.connection.connected, client)
 
 
 def test_a_unix_socket_and_a_token(serve, attach, tmp_path):
     daemon = serve(address=f"unix:{tmp_path}/daemon.sock")
-    pipe = attach(daemon, token="the-token")  # noqa: S106 - a test's own
-    send(pipe, [1])
-    daemon.wait(lambda: daemon.sequences == [1], pipe)
+    client = attach(daemon, token="the-token")  # noqa: S106 - a test's own
+    send(client, [1])
+    daemon.wait(lambda: daemon.sequences == [1], client)
     assert daemon.metadata[0]["authorization"] == "Bearer the-token"
-    assert b"the-token" not in Path(f"/proc/{pipe.courier_pid}/cmdline").read_bytes()
+    assert b"the-token" not in Path(f"/proc/{client.courier_pid}/cmdline").read_bytes()
 
 
 def test_mutual_tls(serve, attach, tmp_path, program):
@@ -164,9 +164,9 @@ def test_mutual_tls(serve, attach, tmp_path, program):
     pair = [(key.read_bytes(), cert.read_bytes())]
     credentials = grpc.ssl_server_credentials(pair, root_certificates=cert.read_bytes(), require_client_auth=True)
     daemon = serve(credentials=credentials)
-    pipe = attach(daemon, tls={"ca": str(cert), "cert": str(cert), "key": str(key)})
-    send(pipe, [1])
-    daemon.wait(lambda: daemon.sequences == [1], pipe)
+    client = attach(daemon, tls={"ca": str(cert), "cert": str(cert), "key": str(key)})
+    send(client, [1])
+    daemon.wait(lambda: daemon.sequences == [1], client)
 
 
 def test_a_proxy_of_the_environment_is_not_used(serve, attach, monkeypatch):
@@ -174,9 +174,9 @@ def test_a_proxy_of_the_environment_is_not_used(serve, attach, monkeypatch):
         monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
     monkeypatch.delenv("no_proxy", raising=False)
     daemon = serve()
-    pipe = attach(daemon)
-    send(pipe, [1])
-    daemon.wait(lambda: daemon.sequences == [1], pipe)
+    client = attach(daemon)
+    send(client, [1])
+    daemon.wait(lambda: daemon.sequences == [1], client)
 
 
 def test_a_working_directory_full_of_traps(serve, attach, tmp_path, monkeypatch):
@@ -184,14 +184,14 @@ def test_a_working_directory_full_of_traps(serve, attach, tmp_path, monkeypatch)
         (tmp_path / f"{name}.py").write_text("raise RuntimeError")
     monkeypatch.chdir(tmp_path)
     daemon = serve()
-    pipe = attach(daemon)
-    send(pipe, [1])
-    daemon.wait(lambda: daemon.sequences == [1], pipe)
+    client = attach(daemon)
+    send(client, [1])
+    daemon.wait(lambda: daemon.sequences == [1], client)
 
 
 def test_ctrl_c_and_argv_are_the_trainers_own(serve, attach):
-    pipe = attach(serve())
-    assert os.getsid(pipe.courier_pid) != os.getsid(0)
+    client = attach(serve())
+    assert os.getsid(client.courier_pid) != os.getsid(0)
 
 
 # Daemons.
@@ -199,49 +199,49 @@ def test_ctrl_c_and_argv_are_the_trainers_own(serve, attach):
 
 def test_a_restarted_daemon_gets_what_it_had_not_acknowledged(serve, attach):
     first = serve(silent_after(50))
-    pipe = attach(first)
-    send(pipe, range(1, 101))
-    first.wait(lambda: first.sequences == list(range(1, 101)), pipe)
+    client = attach(first)
+    send(client, range(1, 101))
+    first.wait(lambda: first.sequences == list(range(1, 101)), client)
     first.stop()
-    send(pipe, range(101, 151))
+    send(client, range(101, 151))
     second = serve(lambda daemon, samples: honest(daemon, samples, acknowledged=50), address=first.address)
-    second.wait(lambda: len(second.sequences) >= 100, pipe)
+    second.wait(lambda: len(second.sequences) >= 100, client)
     assert second.sequences == list(range(51, 151))
     assert second.hellos == [HELLO]
-    assert pipe.dropped == {}
+    assert client.dropped == {}
 
 
 def test_a_daemon_that_was_never_started(attach):
-    pipe = attach(f"127.0.0.1:{free_port()}")
-    process = pipe.courier_pid
-    send(pipe, range(1, 301))
-    assert pipe.receive() == []
-    pipe.close()
+    client = attach(f"127.0.0.1:{free_port()}")
+    process = client.courier_pid
+    send(client, range(1, 301))
+    assert client.receive() == []
+    client.close()
     await_end(process)
-    assert pipe.dropped == {"undelivered": 300}
+    assert client.dropped == {"undelivered": 300}
 
 
 def test_a_daemon_that_comes_late_gets_all(serve, attach):
     address = f"127.0.0.1:{free_port()}"
-    pipe = attach(address)
-    send(pipe, range(1, 101))
+    client = attach(address)
+    send(client, range(1, 101))
     daemon = serve(address=address)
-    daemon.wait(lambda: daemon.sequences == list(range(1, 101)), pipe)
+    daemon.wait(lambda: daemon.sequences == list(range(1, 101)), client)
 
 
 def test_a_host_that_accepts_and_never_answers(attach):
     with socket.create_server(("127.0.0.1", 0)) as mute:
-        pipe = attach(f"127.0.0.1:{mute.getsockname()[1]}")
+        client = attach(f"127.0.0.1:{mute.getsockname()[1]}")
         mute.settimeout(PATIENCE)
         first, _ = mute.accept()
-        send(pipe, range(1, 11))
+        send(client, range(1, 11))
         second, _ = mute.accept()  # it gave up on the first
-        process = pipe.courier_pid
-        pipe.close()
+        process = client.courier_pid
+        client.close()
         await_end(process)
         first.close()
         second.close()
-    assert pipe.dropped == {"undelivered": 10}
+    assert client.dropped == {"undelivered": 10}
 
 
 def test_a_daemon_that_never_welcomes_is_tried_again(serve, attach):
@@ -251,9 +251,9 @@ def test_a_daemon_that_never_welcomes_is_tried_again(serve, attach):
         yield from ()
 
     daemon = serve(hung, honest)
-    pipe = attach(daemon)
-    send(pipe, [1, 2])
-    daemon.wait(lambda: daemon.sequences == [1, 2], pipe)
+    client = attach(daemon)
+    send(client, [1, 2])
+    daemon.wait(lambda: daemon.sequences == [1, 2], client)
     assert daemon.hellos == [HELLO, HELLO]
 
 
@@ -315,14 +315,14 @@ def drained_for_nan(_, samples):
 @pytest.mark.parametrize("script", [garbage, huge, lying, drained_for_ever, drained_for_nan])
 def test_a_lying_daemon_costs_no_sample(serve, attach, script):
     daemon = serve(script, honest)
-    pipe = attach(daemon)
-    process = pipe.courier_pid
-    send(pipe, [1, 2, 3])
-    daemon.wait(lambda: len(daemon.streams) == 2 and len(daemon.streams[1]) == 3, pipe)
+    client = attach(daemon)
+    process = client.courier_pid
+    send(client, [1, 2, 3])
+    daemon.wait(lambda: len(daemon.streams) == 2 and len(daemon.streams[1]) == 3, client)
     assert [sample.sequence for sample in daemon.streams[1]] == [1, 2, 3]
-    assert pipe.receive() == []
-    pipe.close()
-    assert pipe.dropped == {}
+    assert client.receive() == []
+    client.close()
+    assert client.dropped == {}
     await_end(process)
 
 
@@ -338,31 +338,31 @@ def test_a_refused_sample_is_counted_and_not_sent_again(serve, attach):
                 return
 
     daemon = serve(refusing, honest)
-    pipe = attach(daemon)
-    pipe.send(request(1))
-    pipe.send(request(2, results=[result("guilty")]))
-    pipe.send(request(3))
-    pipe.send(request(4, results=[result("innocent")]))
-    daemon.wait(lambda: pipe.dropped == {"malformed": 1, "overflow": 1}, pipe)
-    pipe.send(request(5))
-    daemon.wait(lambda: len(daemon.streams) == 2 and len(daemon.streams[1]) == 3, pipe)
+    client = attach(daemon)
+    client.send(request(1))
+    client.send(request(2, results=[result("guilty")]))
+    client.send(request(3))
+    client.send(request(4, results=[result("innocent")]))
+    daemon.wait(lambda: client.dropped == {"malformed": 1, "overflow": 1}, client)
+    client.send(request(5))
+    daemon.wait(lambda: len(daemon.streams) == 2 and len(daemon.streams[1]) == 3, client)
     assert [sample.sequence for sample in daemon.streams[1]] == [1, 3, 5]
     assert result_ids(daemon.streams[1]) == ["innocent"]
 
 
 def test_the_couriers_own_spool_is_bounded_and_loses_no_event(serve, attach):
     address = f"127.0.0.1:{free_port()}"
-    pipe = attach(address, spool_bytes=10_000)
+    client = attach(address, spool_bytes=10_000)
     for sequence in range(1, 101):
-        pipe.send(request(sequence, size=1_000, results=[result(f"r{sequence}")] if sequence % 10 == 0 else []))
+        client.send(request(sequence, size=1_000, results=[result(f"r{sequence}")] if sequence % 10 == 0 else []))
     deadline = time.monotonic() + PATIENCE
-    while pipe.dropped.get("spool_full", 0) < 90:
-        assert time.monotonic() < deadline, pipe.dropped
-        pipe.flush()
+    while client.dropped.get("spool_full", 0) < 90:
+        assert time.monotonic() < deadline, client.dropped
+        client.flush()
         select.select([], [], [], 0.01)
     daemon = serve(address=address)
-    daemon.wait(lambda: daemon.sequences[-1:] == [100], pipe)
-    assert len(daemon.sequences) + pipe.dropped["spool_full"] == 100
+    daemon.wait(lambda: daemon.sequences[-1:] == [100], client)
+    assert len(daemon.sequences) + client.dropped["spool_full"] == 100
     assert daemon.sequences == list(range(101 - len(daemon.sequences), 101))
     assert result_ids(daemon.samples) == [f"r{sequence}" for sequence in range(10, 101, 10)]
 
@@ -370,55 +370,55 @@ def test_the_couriers_own_spool_is_bounded_and_loses_no_event(serve, attach):
 # Couriers.
 
 
-def test_a_killed_courier_is_replaced_and_loses_nothing_that_the_outbox_kept(serve, attach):
+def test_a_killed_courier_is_replaced_and_loses_nothing_that_was_pending(serve, attach):
     daemon = serve(silent_after(20), honest)
-    pipe = attach(daemon)
-    send(pipe, range(1, 51))
-    daemon.wait(lambda: len(daemon.sequences) == 50, pipe)
-    old = pipe.courier_pid
+    client = attach(daemon)
+    send(client, range(1, 51))
+    daemon.wait(lambda: len(daemon.sequences) == 50, client)
+    old = client.courier_pid
     os.kill(old, signal.SIGKILL)
     await_end(old)
-    send(pipe, range(51, 101))
-    await_new_courier(pipe, old)
-    daemon.wait(lambda: daemon.sequences[-1] == 100, pipe)
+    send(client, range(51, 101))
+    await_new_courier(client, old)
+    daemon.wait(lambda: daemon.sequences[-1] == 100, client)
     again = [sample.sequence for sample in daemon.streams[1]]
     assert again == list(range(again[0], 101))
     assert again[0] <= 21
     assert daemon.hellos == [HELLO, HELLO]
-    assert pipe.dropped == {}
+    assert client.dropped == {}
 
 
 def test_what_died_with_a_courier_is_counted(serve, attach):
     daemon = serve(silent_after(0), honest)
-    pipe = attach(daemon, outbox_bytes=20_000)
-    send(pipe, range(1, 101), size=1_000)
-    daemon.wait(lambda: len(daemon.sequences) == 100, pipe)
-    old = pipe.courier_pid
+    client = attach(daemon, pending_bytes=20_000)
+    send(client, range(1, 101), size=1_000)
+    daemon.wait(lambda: len(daemon.sequences) == 100, client)
+    old = client.courier_pid
     os.kill(old, signal.SIGKILL)
     await_end(old)
-    await_new_courier(pipe, old)
-    daemon.wait(lambda: daemon.sequences[100:][-1:] == [100], pipe)
+    await_new_courier(client, old)
+    daemon.wait(lambda: daemon.sequences[100:][-1:] == [100], client)
     assert 0 < len(daemon.streams[1]) < 100
-    assert pipe.dropped == {"courier_died": 100 - len(daemon.streams[1])}
+    assert client.dropped == {"courier_died": 100 - len(daemon.streams[1])}
 
 
 def test_a_courier_killed_at_the_end_costs_nothing(serve, attach):
     daemon = serve(silent_after(0), honest)
-    pipe = attach(daemon)
-    send(pipe, range(1, 11))
-    daemon.wait(lambda: len(daemon.sequences) == 10, pipe)
-    os.kill(pipe.courier_pid, signal.SIGKILL)
-    await_end(pipe.courier_pid)
-    pipe.close()
+    client = attach(daemon)
+    send(client, range(1, 11))
+    daemon.wait(lambda: len(daemon.sequences) == 10, client)
+    os.kill(client.courier_pid, signal.SIGKILL)
+    await_end(client.courier_pid)
+    client.close()
     assert [sample.sequence for sample in daemon.streams[1]] == list(range(1, 11))
-    assert pipe.dropped == {}
+    assert client.dropped == {}
 
 
 def test_a_stopped_courier_never_blocks_the_trainer(serve, attach):
     daemon = serve()
     limit = 100_000
-    pipe = attach(daemon, outbox_bytes=limit)
-    os.kill(pipe.courier_pid, signal.SIGSTOP)
+    client = attach(daemon, pending_bytes=limit)
+    os.kill(client.courier_pid, signal.SIGSTOP)
     samples = 2_000
     for sequence in range(1, samples + 1):  # 4 MB; the pipe takes 1 MiB
         news = sequence % 100 == 0
@@ -426,13 +426,13 @@ def test_a_stopped_courier_never_blocks_the_trainer(serve, attach):
             "results": [result(f"r{sequence}")] if news else [],
             "checkpoints": [types_pb2.Checkpoint(step=sequence)] if news else [],
         }
-        pipe.send(request(sequence, size=2_000, **fields))
-        assert pipe._spool.size <= limit + 10_000
-    lost = pipe.dropped["outbox_full"]
+        client.send(request(sequence, size=2_000, **fields))
+        assert client._spool.size <= limit + 10_000
+    lost = client.dropped["outbox_full"]
     assert lost > 0
-    os.kill(pipe.courier_pid, signal.SIGCONT)
-    daemon.wait(lambda: daemon.sequences[-1:] == [samples], pipe)
-    assert pipe.dropped == {"outbox_full": lost}
+    os.kill(client.courier_pid, signal.SIGCONT)
+    daemon.wait(lambda: daemon.sequences[-1:] == [samples], client)
+    assert client.dropped == {"outbox_full": lost}
     assert len(daemon.sequences) == samples - lost
     assert daemon.sequences == sorted(daemon.sequences)
     news = list(range(100, samples + 1, 100))
@@ -442,23 +442,23 @@ def test_a_stopped_courier_never_blocks_the_trainer(serve, attach):
 
 def test_close_kills_a_courier_that_takes_nothing_more(serve, attach, monkeypatch):
     monkeypatch.setattr(courier_launcher, "_COURIER_CODE", "import signal; signal.pause()")
-    pipe = attach(serve(), outbox_bytes=100_000)
-    process = pipe.courier_pid
-    send(pipe, range(1, 1_001), size=2_000)
-    pipe.close()
+    client = attach(serve(), pending_bytes=100_000)
+    process = client.courier_pid
+    send(client, range(1, 1_001), size=2_000)
+    client.close()
     await_end(process)
-    assert sum(pipe.dropped.values()) == 1_000
+    assert sum(client.dropped.values()) == 1_000
 
 
 def test_close_wakes_a_courier_that_was_stopped(serve, attach):
     daemon = serve()
-    pipe = attach(daemon)
-    process = pipe.courier_pid
-    send(pipe, [1])
-    daemon.wait(lambda: daemon.samples, pipe)
+    client = attach(daemon)
+    process = client.courier_pid
+    send(client, [1])
+    daemon.wait(lambda: daemon.samples, client)
     os.kill(process, signal.SIGSTOP)
-    send(pipe, range(2, 1_001), size=2_000)  # more than the pipe takes
-    pipe.close()
+    send(client, range(2, 1_001), size=2_000)  # more than the pipe takes
+    client.close()
     await_end(process)
     assert daemon.sequences == list(range(1, 1_001))
 
@@ -491,28 +491,28 @@ def test_an_interrupted_close_leaves_nothing_open(attach, monkeypatch, moment):
     ready = frame(response(command=types_pb2.Command(id="ready")))
     monkeypatch.setattr(courier_launcher, "_COURIER_CODE", INTERRUPT.replace("READY", repr(ready)) + moment)
     before = descriptors()
-    pipe = attach(f"127.0.0.1:{free_port()}")
-    process = pipe.courier_pid
+    client = attach(f"127.0.0.1:{free_port()}")
+    process = client.courier_pid
     received = []
     while not received:
-        received = pipe.receive()
+        received = client.receive()
     sent = 100 if moment is AT_THE_END else 1_000  # which is more than the pipe takes
-    send(pipe, range(1, sent + 1), size=2_000)
+    send(client, range(1, sent + 1), size=2_000)
     with pytest.raises(KeyboardInterrupt):
-        pipe.close()
+        client.close()
     await_end(process)
-    assert pipe.courier_pid is None
+    assert client.courier_pid is None
     assert descriptors() == before
-    assert pipe.dropped == {"undelivered": sent}
+    assert client.dropped == {"undelivered": sent}
 
 
-def test_a_sample_larger_than_the_outbox_keeps_all_but_its_arrays(serve, attach):
+def test_a_sample_larger_than_pending_bytes_keeps_all_but_its_arrays(serve, attach):
     daemon = serve()
-    pipe = attach(daemon, outbox_bytes=10_000)
-    pipe.send(request(1, size=20_000, loss=1.5, results=[result("r")], closing=True))
-    daemon.wait(lambda: daemon.sequences == [1], pipe)
+    client = attach(daemon, pending_bytes=10_000)
+    client.send(request(1, size=20_000, loss=1.5, results=[result("r")], closing=True))
+    daemon.wait(lambda: daemon.sequences == [1], client)
     assert daemon.samples == [agent_pb2.Sample(sequence=1, step=1, loss=1.5, results=[result("r")], closing=True)]
-    assert pipe.dropped == {"oversized": 1}
+    assert client.dropped == {"oversized": 1}
 
 
 @pytest.mark.parametrize(
@@ -528,15 +528,15 @@ def test_a_courier_gone_mad_is_replaced(serve, attach, monkeypatch, caplog, tmp_
     daemon = serve()
     known = tmp_path / "pid"
     monkeypatch.setattr(courier_launcher, "_COURIER_CODE", f"open({str(known)!r}, 'w').write(str(os.getpid())); {code}")
-    pipe = attach(daemon)
+    client = attach(daemon)
     sent = 1
-    pipe.send(request(1))
+    client.send(request(1))
     while "the courier is gone" not in caplog.text:
         sent += 1
-        pipe.send(request(sent))
-        assert pipe.receive() == []
+        client.send(request(sent))
+        assert client.receive() == []
     monkeypatch.undo()
-    daemon.wait(lambda: daemon.sequences[-1:] == [sent], pipe)
+    daemon.wait(lambda: daemon.sequences[-1:] == [sent], client)
     assert daemon.sequences == list(range(1, sent + 1))
     await_end(int(known.read_text()))
 
@@ -545,10 +545,10 @@ def test_no_courier_can_be_started(serve, attach, monkeypatch, caplog):
     daemon = serve()
     with monkeypatch.context() as broken:
         broken.setattr(sys, "executable", "/nowhere/python")
-        pipe = attach(daemon)
-        send(pipe, [1, 2])
-        assert pipe.courier_pid is None
-    daemon.wait(lambda: daemon.sequences == [1, 2], pipe)
+        client = attach(daemon)
+        send(client, [1, 2])
+        assert client.courier_pid is None
+    daemon.wait(lambda: daemon.sequences == [1, 2], client)
     assert [record.message for record in caplog.records] == [
         "no courier could be started: [Errno 2] No such file or directory: '/nowhere/python'"
     ]
@@ -572,26 +572,26 @@ def program_for_python(monkeypatch, tmp_path):
 def test_what_is_no_python_is_ended_and_not_started_again(attach, monkeypatch, caplog, program_for_python, act):
     started = program_for_python(act)
     monkeypatch.setattr(courier_launcher, "_REPORT_SECONDS", 0.1)
-    pipe = attach(f"127.0.0.1:{free_port()}")
-    send(pipe, [1, 2])
+    client = attach(f"127.0.0.1:{free_port()}")
+    send(client, [1, 2])
     assert "no courier in this program" in caplog.text
     (process,) = started()
     await_end(process)
-    pipe.close()
+    client.close()
     assert started() == [process]
     assert len(caplog.records) == 1
-    assert pipe.dropped == {"undelivered": 2}
+    assert client.dropped == {"undelivered": 2}
 
 
 def test_close_ends_what_has_not_shown_itself_to_be_a_courier(attach, program_for_python, tmp_path):
     started = program_for_python(f"sleep 1000 & echo $! >> {tmp_path}/pids; wait")
-    pipe = attach(f"127.0.0.1:{free_port()}")
-    send(pipe, [1, 2])
-    pipe.close()
+    client = attach(f"127.0.0.1:{free_port()}")
+    send(client, [1, 2])
+    client.close()
     assert len(started()) == 2
     for process in started():
         await_end(process)
-    assert pipe.dropped == {"undelivered": 2}
+    assert client.dropped == {"undelivered": 2}
 
 
 def descriptors():
@@ -610,18 +610,18 @@ def children():
 def test_nothing_is_left_open(attach):
     before = (threading.active_count(), children(), descriptors())
     for _ in range(3):
-        pipe = attach(f"127.0.0.1:{free_port()}")
-        os.kill(pipe.courier_pid, signal.SIGKILL)
-        await_end(pipe.courier_pid)
-        await_new_courier(pipe, pipe.courier_pid)
-        send(pipe, [1])
+        client = attach(f"127.0.0.1:{free_port()}")
+        os.kill(client.courier_pid, signal.SIGKILL)
+        await_end(client.courier_pid)
+        await_new_courier(client, client.courier_pid)
+        send(client, [1])
         ours = descriptors().keys() - before[2].keys()
         assert len(ours) == 2
         assert not any(os.get_inheritable(end) for end in ours)
-        pipe.close()
-        pipe.close()
-        pipe.send(request(2))
-        assert pipe.receive() == []
+        client.close()
+        client.close()
+        client.send(request(2))
+        assert client.receive() == []
     assert (threading.active_count(), children(), descriptors()) == before
 
 
@@ -629,18 +629,18 @@ def test_nothing_is_left_open(attach):
 
 
 def trainer(code, address):
-    """A trainer that runs `code` with a pipe to `address`, its output line by line."""
+    """A trainer that runs `code` with a client to `address`, its output line by line."""
     prelude = f"""
 import os, signal, sys, threading
 from sharpwatch.agent.transport.courier_client import CourierClient
 from sharpwatch.v1 import agent_pb2
-def send(pipe, sequence):
-    pipe.send(agent_pb2.SessionRequest(sample=agent_pb2.Sample(sequence=sequence)))
+def send(client, sequence):
+    client.send(agent_pb2.SessionRequest(sample=agent_pb2.Sample(sequence=sequence)))
 def say(word):
     print(word, flush=True)
-pipe = CourierClient(address={address!r})
-pipe.greet(agent_pb2.Hello(run="run"))
-pipe.flush()
+client = CourierClient(address={address!r})
+client.greet(agent_pb2.Hello(run="run"))
+client.flush()
 """
     return subprocess.Popen(
         [sys.executable, "-c", prelude + code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -660,19 +660,19 @@ def test_in_a_forks_copy_all_is_inert(serve):
     daemon = serve()
     code = """
 before = set(os.listdir("/proc/self/fd"))
-send(pipe, 1)
+send(client, 1)
 if (worker := os.fork()) == 0:
     left = set(os.listdir("/proc/self/fd"))
-    send(pipe, 2)
-    assert pipe.receive() == []
-    pipe.flush()
-    pipe.close()
-    del pipe
+    send(client, 2)
+    assert client.receive() == []
+    client.flush()
+    client.close()
+    del client
     os._exit(0 if len(left) == len(before) - 2 else 1)
 assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == 0
-send(pipe, 3)
-pipe.close()
-say(pipe.dropped)
+send(client, 3)
+client.close()
+say(client.dropped)
 """
     with finishing(trainer(code, daemon.address)) as process:
         assert process.stdout.readline() == "{}\n"
@@ -684,11 +684,11 @@ say(pipe.dropped)
 def test_a_killed_trainers_samples_arrive_though_a_worker_lives_on(serve):
     daemon = serve()
     code = """
-send(pipe, 1)
+send(client, 1)
 if (worker := os.fork()) == 0:
     signal.pause()
-say(f"{worker} {pipe.courier_pid}")
-send(pipe, 2)
+say(f"{worker} {client.courier_pid}")
+send(client, 2)
 say("ready")
 signal.pause()
 """
@@ -707,11 +707,11 @@ def test_a_worker_that_holds_the_pipe_does_not_hold_the_courier(serve):
     daemon = serve()
     code = """
 import ctypes
-send(pipe, 1)
+send(client, 1)
 libc = ctypes.PyDLL(None)
 if (worker := libc.fork()) == 0:
     libc.pause()
-say(f"{worker} {pipe.courier_pid}")
+say(f"{worker} {client.courier_pid}")
 signal.pause()
 """
     with finishing(trainer(code, daemon.address)) as process:
@@ -727,18 +727,18 @@ def test_a_deadly_sigpipe_does_not_reach_the_trainer(serve):
     daemon = serve()
     code = """
 signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-old = pipe.courier_pid
-send(pipe, 1)
+old = client.courier_pid
+send(client, 1)
 os.kill(old, signal.SIGKILL)
-courier = pipe._courier
+courier = client._courier
 courier.read = lambda: b""  # it would tell before the write does
 sequence = 1
-while pipe._courier is courier:
+while client._courier is courier:
     sequence += 1
-    send(pipe, sequence)
+    send(client, sequence)
 assert signal.SIGPIPE not in signal.sigpending()
 assert signal.SIGPIPE not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
-pipe.close()
+client.close()
 say(sequence)
 """
     with finishing(trainer(code, daemon.address)) as process:
@@ -750,15 +750,15 @@ say(sequence)
 def test_with_closed_standard_streams_the_pipes_stay_clear_of_them(serve):
     daemon = serve()
     code = """
-pipe.close()
+client.close()
 for stream in range(3):
     os.close(stream)
-pipe = CourierClient(address=pipe._destination.target)
-pipe.greet(agent_pb2.Hello(run="run"))
-pipe.flush()
-ends = pipe._courier._from_courier.fileno(), pipe._courier._to_courier.fileno()
-send(pipe, 1)
-pipe.close()
+client = CourierClient(address=client._destination.target)
+client.greet(agent_pb2.Hello(run="run"))
+client.flush()
+ends = client._courier._from_courier.fileno(), client._courier._to_courier.fileno()
+send(client, 1)
+client.close()
 os._exit(0 if min(ends) > 2 else 1)
 """
     with finishing(trainer(code, daemon.address)) as process:

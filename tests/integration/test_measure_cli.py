@@ -144,8 +144,10 @@ def test_a_checkpoint_and_a_text_give_a_table_json_and_a_figure(here):
     options = ("--rows", "1", "--batches", "2", "--draws", "2", "--blocks", "qk,norm")
     done = command("gpt2", "text.txt", *options, "--json", str(json_file), "--plot", str(plot))
     assert done.returncode == 0, done.stderr
-    said = [line for line in done.stderr.splitlines() if "torchao" not in line and "_pytree.py" not in line]
-    assert all(line.startswith("sharpwatch measure: ") for line in said)  # of a slow machine; torchao has its own say
+    expected = [line for line in done.stderr.splitlines() if "torchao" not in line and "_pytree.py" not in line]
+    assert all(
+        line.startswith("sharpwatch measure: ") for line in expected
+    )  # of a slow machine; torchao has its own say
     assert [line.split()[0] for line in done.stdout.splitlines()[:4]] == ["block", "qk", "norm", "whole"]
     report = found(json_file)
     assert report["measured"]["model"] == "gpt2"
@@ -202,10 +204,10 @@ def test_a_precision_that_is_not_reached_leaves_everything_and_fails_with_one_li
     json_file, plot = here / "found.json", here / "found.png"
     asked = ["--precision", "0.0001", "--max-draws", "3", "--draws", "2", "--estimators", "gnb"]
     assert main(["measure", "gpt2", "batch.pt", *asked, "--json", str(json_file), "--plot", str(plot)]) == 1
-    told = capsys.readouterr()
-    assert told.err.count("\n") == 1
-    assert "emb: gnb's relative standard error is " in told.err
-    assert told.out.startswith("block")
+    printed = capsys.readouterr()
+    assert printed.err.count("\n") == 1
+    assert "emb: gnb's relative standard error is " in printed.err
+    assert printed.out.startswith("block")
     assert set(found(json_file)["unreached"]) >= {"emb", "qk"}
     assert plot.read_bytes().startswith(b"\x89PNG")
 
@@ -218,7 +220,7 @@ def test_json_can_be_printed(capsys):
 
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "expected"),
     [
         (["narrow", "text.txt"], "is outside the model's vocabulary of 100"),
         (["gpt2", "ignored.pt"], "every label is ignored, so no position predicts"),
@@ -234,12 +236,12 @@ def test_json_can_be_printed(capsys):
         (["gpt2", "batch.pt", "--rules", "none.yaml"], "none.yaml: rules: can't be read"),
     ],
 )
-def test_what_cannot_be_measured_is_told_in_one_line(arguments, said, capsys):
+def test_what_cannot_be_measured_is_reported_in_one_line(arguments, expected, capsys):
     assert main(["measure", *arguments]) == 1
-    told = capsys.readouterr()
-    assert said in told.err
-    assert told.err.count("\n") == 1
-    assert told.out == ""
+    printed = capsys.readouterr()
+    assert expected in printed.err
+    assert printed.err.count("\n") == 1
+    assert printed.out == ""
 
 
 def test_weights_that_are_missing_are_not_made_up(here, capsys):

@@ -36,7 +36,7 @@ for step in range(STEPS):
 digest = hashlib.sha256()
 for value in model.state_dict().values():
     digest.update(value.contiguous().numpy().tobytes())
-said = {"weights": digest.hexdigest(), "loss": loss.item()}
+result = {"weights": digest.hexdigest(), "loss": loss.item()}
 if "SHARPWATCH_ADDRESS" in os.environ:
     failures = [str(failure) for failure in watch._watched.scheduler.runner.failures]
     swallowed = watch._watched.barrier.swallowed
@@ -44,8 +44,8 @@ if "SHARPWATCH_ADDRESS" in os.environ:
     batches = [{"input_ids": rows, "labels": rows} for rows in ids.split(2)]  # as many rows as a probe sees
     measured = sharpwatch.measure(model, batches, estimators=("hutchinson",), draws=4)
     traces = {name: (block.trace.value, block.trace.stderr) for name, block in measured.blocks.items()}
-    said |= {"failures": failures, "swallowed": swallowed, "traces": traces}
-print(json.dumps(said))
+    result |= {"failures": failures, "swallowed": swallowed, "traces": traces}
+print(json.dumps(result))
 """.replace("STEPS", str(STEPS))
 
 

@@ -85,17 +85,17 @@ def lines(process):
             yield json.loads(line)
 
 
-def known(daemon, told):
+def known(daemon, entries):
     """The run, once it has taken a step after which the daemon knows it."""
-    return next(entry["run"] for entry in told if entry["run"] in daemon.get("/metrics"))
+    return next(entry["run"] for entry in entries if entry["run"] in daemon.get("/metrics"))
 
 
 def test_a_new_process_goes_on_as_the_same_run_with_what_was_in_force(daemon, tmp_path):
     first = start(tmp_path, daemon)
-    told = lines(first)
-    run = known(daemon, told)
+    entries = lines(first)
+    run = known(daemon, entries)
     decision = daemon.cli("lr", "set", run, "emb=0.5")
-    before = next(entry for entry in told if entry["step"] >= decision["applied_step"])
+    before = next(entry for entry in entries if entry["step"] >= decision["applied_step"])
     assert before["rates"] == [0.5e-3, 1e-3]
     end(first)
 
@@ -103,7 +103,7 @@ def test_a_new_process_goes_on_as_the_same_run_with_what_was_in_force(daemon, tm
     after = next(lines(second))
     assert after["run"] == run
     assert after["step"] > before["step"]
-    assert after["rates"] == [0.5e-3, 1e-3]  # from its first step on, before the daemon has said a word
+    assert after["rates"] == [0.5e-3, 1e-3]  # from its first step on, before the daemon has sent anything
     assert daemon.cli("lr", "set", run, "emb=0.4")["outcome"] == "applied"
     end(second)
     jobs = daemon.cli("jobs")["runs"]
@@ -114,12 +114,12 @@ def test_torchrun_goes_on_as_the_same_run_after_a_rank_was_lost_and_with_fewer(d
     job = start(
         tmp_path, daemon, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"
     )
-    told = lines(job)
-    run = known(daemon, told)
-    step = next(entry["step"] for entry in told if entry["step"] > 5)  # its second rank dies after step 5, once
+    entries = lines(job)
+    run = known(daemon, entries)
+    step = next(entry["step"] for entry in entries if entry["step"] > 5)  # its second rank dies after step 5, once
     job.terminate()
     job.wait()
-    for _ in told:
+    for _ in entries:
         pass
 
     alone = start(tmp_path, daemon)
@@ -130,4 +130,4 @@ def test_torchrun_goes_on_as_the_same_run_after_a_rank_was_lost_and_with_fewer(d
     end(job)
     (job,) = daemon.cli("jobs")["runs"]
     assert job["run"] == run
-    assert job["attempts"] >= 2  # of the first, killed within a tenth of a second, the daemon may not have heard
+    assert job["attempts"] >= 2  # of the first, killed within a tenth of a second, the daemon may know nothing

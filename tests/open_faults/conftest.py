@@ -1,4 +1,4 @@
-"""What the tests of known faults share: a watch whose every word is kept, and a real daemon with trainers by hand."""
+"""What the tests of known faults share: a watch whose messages are kept, and a real daemon with trainers by hand."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import pytest
 from daemons import Daemon
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the two modules below
-from told import Told
+from recorded_watch import RecordedWatch
 from wire_trainer import WireTrainer
 
 
 @pytest.fixture
-def told(serve):
-    """Attach to a daemon that takes every sample; afterwards, everything it was told."""
-    return Told(serve())
+def recorded(serve):
+    """Attach to a daemon that takes every sample; afterwards, everything it received."""
+    return RecordedWatch(serve())
 
 
 @pytest.fixture

@@ -76,18 +76,18 @@ def test_an_alert_whose_signal_stops_coming_closes_and_its_cut_is_ramped_back(ma
 @pytest.mark.xfail(
     strict=True,
     raises=AssertionError,
-    reason="each burst of the same trouble is an alert of its own, so the ladder never reaches its next rung",
+    reason="each burst of the same trouble is an alert of its own, so the chain never reaches its next policy",
 )
-def test_trouble_in_bursts_climbs_the_ladder(make_daemon, train):
+def test_trouble_in_bursts_escalates_along_the_chain(make_daemon, train):
     daemon = make_daemon(LADDER)
     trainer = train(daemon)
     trainer.steps(100)
-    for _ in range(10):  # 5 steps of every 60, for 600 steps: three times as long as the ladder waits
+    for _ in range(10):  # 5 steps of every 60, for 600 steps: three times as long as the chain waits
         trainer.steps(5, update_rms={"vo": 4.0, "ffn": 4.0})
         trainer.steps(55)
     acted = {made["policy"] for made in decisions(daemon) if made["applied_step"] is not None}
     if "cut-blocks" not in acted:
-        pytest.fail("the ladder was never stepped on")
+        pytest.fail("the chain was never entered")
     assert "cut-all" in acted
 
 

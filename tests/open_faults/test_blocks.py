@@ -63,12 +63,12 @@ def test_sharpness_is_over_what_is_trained(frozen_report, block):
     raises=AssertionError,
     reason="frozen parameters count in a run's blocks, whose sharpness they dilute",
 )
-def test_frozen_parameters_are_no_part_of_a_runs_blocks(told):
+def test_frozen_parameters_are_no_part_of_a_runs_blocks(recorded):
     model = llama(lambda name: "down_proj" in name or "norm" in name)
-    told.attach(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0))
-    told.close()
-    parameters = dict.fromkeys(told.hello.blocks, 0)
-    for row in told.hello.layer_blocks:
+    recorded.attach(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0))
+    recorded.close()
+    parameters = dict.fromkeys(recorded.hello.blocks, 0)
+    for row in recorded.hello.layer_blocks:
         parameters[row.block] += row.parameters
     assert parameters == {"ffn": 2 * 16 * 16, "norm": 5 * 16}
 
@@ -104,10 +104,10 @@ def test_adapters_are_placed_by_what_they_adapt(adapted):
 
 
 @pytest.mark.xfail(strict=True, raises=AttachError, reason="attach refuses a LoRA model over its parameters' names")
-def test_a_model_with_adapters_is_watched(adapted, told):
-    told.attach(adapted, torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad]))
-    told.close()
-    assert set(told.hello.blocks) == {"qk", "vo"}  # what is trained
+def test_a_model_with_adapters_is_watched(adapted, recorded):
+    recorded.attach(adapted, torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad]))
+    recorded.close()
+    assert set(recorded.hello.blocks) == {"qk", "vo"}  # what is trained
 
 
 class Named(nn.Module):
@@ -124,11 +124,11 @@ class Named(nn.Module):
 
 
 @pytest.mark.xfail(strict=True, raises=AttachError, reason="one parameter that no rule knows stops the whole job")
-def test_attach_stops_no_job_over_a_name(told):
+def test_attach_stops_no_job_over_a_name(recorded):
     model = Named()
-    told.attach(model, torch.optim.AdamW(model.parameters()))
-    told.close()
-    assert "other" in told.hello.blocks
+    recorded.attach(model, torch.optim.AdamW(model.parameters()))
+    recorded.close()
+    assert "other" in recorded.hello.blocks
 
 
 BERT = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 12}

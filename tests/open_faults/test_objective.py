@@ -67,7 +67,7 @@ def copying(steps: int, rows: int = 20):
     raises=AssertionError,
     reason="the first dimension is taken for the batch: probes of a time-major model cut its sequences short",
 )
-def test_a_time_major_batch_is_not_cut_along_time(told):
+def test_a_time_major_batch_is_not_cut_along_time(recorded):
     torch.manual_seed(1)
     model = Seq2SeqDecoder()
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
@@ -82,16 +82,16 @@ def test_a_time_major_batch_is_not_cut_along_time(told):
     for tokens in copying(300):
         step(tokens)
     optimizer.param_groups[0]["lr"] = 0.0  # what is measured stands still
-    watch = told.attach(model, optimizer, probe_every=1, probes=("gnb",))
+    watch = recorded.attach(model, optimizer, probe_every=1, probes=("gnb",))
     for tokens in copying(12):
         watch.observe(loss=step(tokens))
-    told.close()
+    recorded.close()
     whole = sharpwatch.measure(model, [{"src": tokens[:-1]}], estimators=("gnb",), draws=32)
     true = sum(block.trace.value for block in whole.blocks.values())
-    if told.probes("gnb"):
-        assert sum(told.traces(newest=8).values()) < 1.6 * true
+    if recorded.probes("gnb"):
+        assert sum(recorded.traces(newest=8).values()) < 1.6 * true
     else:
-        assert "gnb" in told.reasons
+        assert "gnb" in recorded.reasons
 
 
 class NeoBERTLMHead(BertForMaskedLM):
@@ -316,11 +316,11 @@ class Denoiser(nn.Module):
     raises=AssertionError,
     reason="an image that the model returns is taken for logits over its last dimension",
 )
-def test_an_image_is_not_taken_for_logits(told):
+def test_an_image_is_not_taken_for_logits(recorded):
     torch.manual_seed(0)
     model = Denoiser()
     optimizer = torch.optim.SGD(model.parameters(), 0.0)  # what is measured stands still
-    watch = told.attach(model, optimizer, probe_every=1, probes=("gnb",))
+    watch = recorded.attach(model, optimizer, probe_every=1, probes=("gnb",))
     for _ in range(10):
         x = torch.randn(8, 3, 16, 16)
         loss = (model(x + torch.randn_like(x)) - x).square().mean()
@@ -328,9 +328,9 @@ def test_an_image_is_not_taken_for_logits(told):
         watch.observe(loss=loss)
         optimizer.step()
         optimizer.zero_grad()
-    told.close()
-    if not told.probes("gnb"):
-        assert "gnb" in told.reasons
+    recorded.close()
+    if not recorded.probes("gnb"):
+        assert "gnb" in recorded.reasons
         return
     images, names = model(x + torch.randn_like(x)), [name for name, _ in model.named_parameters()]
     true = 0.0  # of `head`: 2/M E‖Jᵀv‖² over random signs v, M entries of the image
@@ -339,4 +339,4 @@ def test_an_image_is_not_taken_for_logits(told):
         gradients = torch.autograd.grad(images, list(model.parameters()), signs, retain_graph=True)
         squares = [g.square().sum() for name, g in zip(names, gradients, strict=True) if name.startswith("head")]
         true += float(sum(squares)) * 2 / images.numel() / 32
-    assert told.traces(newest=8)["head"] == pytest.approx(true, rel=0.5)
+    assert recorded.traces(newest=8)["head"] == pytest.approx(true, rel=0.5)

@@ -9,7 +9,7 @@ import logging
 
 import pytest
 import torch
-from told import values
+from recorded_watch import values
 from torch import nn
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
@@ -60,11 +60,11 @@ def no_rate(model) -> torch.optim.Optimizer:
         ),
     ],
 )
-def test_gradient_noise_of_token_weighted_micro_batches_is_right_or_absent(told, sizes):
+def test_gradient_noise_of_token_weighted_micro_batches_is_right_or_absent(recorded, sizes):
     torch.manual_seed(0)
     model, gradients = LM(), []
     optimizer = no_rate(model)
-    told.attach(model, optimizer, probe_every=1, probes=("gnb",))
+    recorded.attach(model, optimizer, probe_every=1, probes=("gnb",))
     for _ in range(150):
         for size in sizes:
             x = torch.randint(0, 9, (1, size))
@@ -74,8 +74,8 @@ def test_gradient_noise_of_token_weighted_micro_batches_is_right_or_absent(told,
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
         optimizer.step()
         optimizer.zero_grad()
-    told.close()
-    noise = [values(p.gradient_noise).sum() for p in told.probes("gnb") if p.HasField("gradient_noise")]
+    recorded.close()
+    noise = [values(p.gradient_noise).sum() for p in recorded.probes("gnb") if p.HasField("gradient_noise")]
     true = float(torch.stack(gradients).var(0).sum())
     assert not noise or 0.7 * true < sum(noise) / len(noise) < 1.4 * true
 
@@ -159,15 +159,15 @@ def test_a_forward_under_cudnn_flags_is_measured():
 
 
 @pytest.mark.xfail(strict=True, raises=AssertionError, reason="probes of a forward under cudnn.flags fail")
-def test_a_forward_under_cudnn_flags_is_probed(told):
+def test_a_forward_under_cudnn_flags_is_probed(recorded):
     torch.manual_seed(0)
     model, x = UnderFlags(), torch.randint(0, 9, (8, 6))
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    told.attach(model, optimizer, probe_every=2, probes=("gnb", "direction"))
+    recorded.attach(model, optimizer, probe_every=2, probes=("gnb", "direction"))
     train(optimizer, 8, lambda: model(x, x)["loss"])
-    told.close()
-    assert told.reasons == {}
-    assert told.probes("direction")
+    recorded.close()
+    assert recorded.reasons == {}
+    assert recorded.probes("direction")
 
 
 @pytest.mark.xfail(
@@ -175,13 +175,13 @@ def test_a_forward_under_cudnn_flags_is_probed(told):
     raises=AssertionError,
     reason="a loop that calls another method than forward gets no probe, and is not told why",
 )
-def test_a_loop_that_calls_another_method_is_probed_or_told_why_not(told):
+def test_a_loop_that_calls_another_method_is_probed_or_gets_the_reason(recorded):
     model = LM()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    told.attach(model, optimizer, probe_every=2)
+    recorded.attach(model, optimizer, probe_every=2)
     train(optimizer, 200, lambda: model.compute_loss(torch.randint(0, 9, (8, 6))))
-    told.close()
-    assert told.probes("gnb") or told.reasons
+    recorded.close()
+    assert recorded.probes("gnb") or recorded.reasons
 
 
 @pytest.mark.xfail(
@@ -189,12 +189,12 @@ def test_a_loop_that_calls_another_method_is_probed_or_told_why_not(told):
     raises=AssertionError,
     reason="embeddings resized after attach break the probes for good, while the watch goes on",
 )
-def test_parameters_whose_data_was_swapped_end_the_watch(told, caplog):
+def test_parameters_whose_data_was_swapped_end_the_watch(recorded, caplog):
     torch.manual_seed(0)
     size = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 32, "n_positions": 16}
     model = GPT2LMHeadModel(GPT2Config(**size, bos_token_id=0, eos_token_id=0, loss_type="ForCausalLM"))
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    told.attach(model, optimizer, probe_every=2)
+    recorded.attach(model, optimizer, probe_every=2)
     weight = model.transformer.wte.weight
     model.resize_token_embeddings(48)
     if model.transformer.wte.weight is not weight:
@@ -203,7 +203,7 @@ def test_parameters_whose_data_was_swapped_end_the_watch(told, caplog):
     with caplog.at_level(logging.WARNING, "sharpwatch"):
         train(optimizer, 140, lambda: model(input_ids=ids, labels=ids).loss)
         text = caplog.text  # before the loop closes the watch
-    told.close()
+    recorded.close()
     assert "attach again" in text
 
 
@@ -212,16 +212,16 @@ def test_parameters_whose_data_was_swapped_end_the_watch(told, caplog):
     raises=AssertionError,
     reason="a model that trains in eval mode, as from_pretrained leaves it, gets no probe, and nothing says so",
 )
-def test_a_model_in_eval_mode_is_probed(told):
+def test_a_model_in_eval_mode_is_probed(recorded):
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SMALL)).eval()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    told.attach(model, optimizer, probe_every=5)
+    recorded.attach(model, optimizer, probe_every=5)
     ids = torch.randint(0, 64, (4, 16))
     train(optimizer, 30, lambda: model(input_ids=ids, labels=ids).loss)
-    told.close()
-    assert told.probes("gnb")
-    assert told.probes("direction")
+    recorded.close()
+    assert recorded.probes("gnb")
+    assert recorded.probes("direction")
 
 
 @pytest.mark.xfail(
@@ -230,19 +230,19 @@ def test_a_model_in_eval_mode_is_probed(told):
     reason="router logits, which transformers collects by hooks, are missing in a probe's forward: every probe fails",
 )
 @pytest.mark.parametrize("masked", [False, True])
-def test_a_mixture_of_experts_with_router_logits_is_probed(told, masked):
+def test_a_mixture_of_experts_with_router_logits_is_probed(recorded, masked):
     torch.manual_seed(0)
     size = SMALL | {"num_local_experts": 4, "num_experts_per_tok": 2}
     model = MixtralForCausalLM(MixtralConfig(**size, output_router_logits=True)).train()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    told.attach(model, optimizer, probe_every=3)
+    recorded.attach(model, optimizer, probe_every=3)
     ids = torch.randint(0, 64, (4, 16))
     batch = {"input_ids": ids, "labels": ids} | ({"attention_mask": torch.ones_like(ids)} if masked else {})
     train(optimizer, 12, lambda: model(**batch).loss)
-    told.close()
-    assert told.reasons == {}
-    assert told.probes("gnb")
-    assert told.probes("direction")
+    recorded.close()
+    assert recorded.reasons == {}
+    assert recorded.probes("gnb")
+    assert recorded.probes("direction")
 
 
 class Classifier(nn.Module):
@@ -262,7 +262,7 @@ class Classifier(nn.Module):
     raises=TypeError,
     reason="loss_fn can't get at targets that are outside of the model's call",
 )
-def test_loss_fn_gets_the_rows_of_a_batch_that_the_loop_observed(told):
+def test_loss_fn_gets_the_rows_of_a_batch_that_the_loop_observed(recorded):
     """The loss of a plain classifier is outside of the model; the loop hands its batch to `observe`."""
     torch.manual_seed(0)
     model = Classifier()
@@ -272,7 +272,7 @@ def test_loss_fn_gets_the_rows_of_a_batch_that_the_loop_observed(told):
         return functional.cross_entropy(model(batch["x"]), batch["y"])
 
     probes = ("gnb", "direction", "hutchinson")
-    watch = told.attach(model, optimizer, probe_every=2, loss_fn=loss_fn, probes=probes)
+    watch = recorded.attach(model, optimizer, probe_every=2, loss_fn=loss_fn, probes=probes)
     for _ in range(12):
         y = torch.randint(0, 4, (64,))
         batch = {"x": torch.randn(64, 12) + y.view(-1, 1), "y": y}
@@ -281,9 +281,9 @@ def test_loss_fn_gets_the_rows_of_a_batch_that_the_loop_observed(told):
         watch.observe(loss=loss, batch=batch)
         optimizer.step()
         optimizer.zero_grad()
-    told.close()
-    assert told.reasons == {}
-    assert all(told.probes(kind) for kind in probes)
+    recorded.close()
+    assert recorded.reasons == {}
+    assert all(recorded.probes(kind) for kind in probes)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -292,7 +292,7 @@ def test_loss_fn_gets_the_rows_of_a_batch_that_the_loop_observed(told):
     raises=AssertionError,
     reason="the callback shows the model's own loss where Trainer trains on compute_loss",
 )
-def test_the_loss_that_trainer_shows_is_the_one_it_trains_on(told, tmp_path):
+def test_the_loss_that_trainer_shows_is_the_one_it_trains_on(recorded, tmp_path):
     from transformers import Trainer, TrainingArguments  # noqa: PLC0415 - with Accelerate, for this test alone
 
     from sharpwatch.integrations.huggingface import SharpwatchCallback, train  # noqa: PLC0415 - as above
@@ -312,9 +312,9 @@ def test_the_loss_that_trainer_shows_is_the_one_it_trains_on(told, tmp_path):
         str(tmp_path), max_steps=6, per_device_train_batch_size=4, report_to=[], use_cpu=True, disable_tqdm=True,
         save_strategy="no", logging_steps=6,
     )  # fmt: skip
-    callback = SharpwatchCallback(training_job="faults", address=told.daemon.address, probe_every=2)
+    callback = SharpwatchCallback(training_job="faults", address=recorded.daemon.address, probe_every=2)
     data = [{"input_ids": row, "labels": row} for row in ids]
     train(Mine(LlamaForCausalLM(LlamaConfig(**SMALL)), arguments, train_dataset=data, callbacks=[callback]))
-    told.daemon.wait(lambda: any(sample.closing for sample in told.samples))
-    shown = [sample.loss for sample in told.samples if sample.HasField("loss")]
+    recorded.daemon.wait(lambda: any(sample.closing for sample in recorded.samples))
+    shown = [sample.loss for sample in recorded.samples if sample.HasField("loss")]
     assert shown == pytest.approx(trained_on, rel=1e-4)

@@ -99,7 +99,7 @@ class WireTrainer:
             self.step(**readings)
 
     def wait(self, condition) -> None:
-        """Until `condition()`, asked again whenever the daemon said something."""
+        """Until `condition()`, asked again whenever the daemon sent something."""
         with self._changed:
             if not self._changed.wait_for(condition, PATIENCE):
                 raise TimeoutError(f"in vain, at step {self.step_taken}")
@@ -146,9 +146,9 @@ class WireTrainer:
 
     def _hello(self, run: str, attempt: str, changes) -> agent_pb2.Hello:
         layer_blocks = [types_pb2.LayerBlock(block=block, layer="", parameters=PARAMETERS) for block in BLOCKS]
-        said = {"protocol": 1, "training_job": "job", "run": run, "attempt": attempt, "optimizer": "AdamW"}
-        said |= {"control": "lr", "min_multiplier": 0.01, "max_multiplier": 10.0, "sketch_size": SKETCH}
-        return agent_pb2.Hello(**said | changes, blocks=BLOCKS, layer_blocks=layer_blocks)
+        fields = {"protocol": 1, "training_job": "job", "run": run, "attempt": attempt, "optimizer": "AdamW"}
+        fields |= {"control": "lr", "min_multiplier": 0.01, "max_multiplier": 10.0, "sketch_size": SKETCH}
+        return agent_pb2.Hello(**fields | changes, blocks=BLOCKS, layer_blocks=layer_blocks)
 
     def _noise(self) -> np.ndarray:
         """A healthy reading of every block, around 1."""

@@ -18,7 +18,7 @@ from forked import ForkedProcess
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # for `trainer`
 PRELUDE = "import os, signal, sys\nfrom trainer import *\n"
-TRAIN = "trainer = Trainer()\ntrainer.train_until_told()\ntrainer.close()\n"
+TRAIN = "trainer = Trainer()\ntrainer.train_until_stopped()\ntrainer.close()\n"
 
 
 class Trainer:
@@ -68,16 +68,16 @@ class Trainer:
         starts = [number for number, line in enumerate(self.steps) if line["step"] == 1]
         return [self.steps[start:stop] for start, stop in zip(starts, [*starts[1:], None], strict=True)]
 
-    def all_said(self, word):
-        """All that it said of `word`, in order."""
-        return [line[word] for line in self.lines if word in line]
+    def all_values(self, key):
+        """All values that it printed for `key`, in order."""
+        return [line[key] for line in self.lines if key in line]
 
-    def said(self, word, before=None):
-        """The last of it, `before` it has said any."""
-        return next((line[word] for line in reversed(self.lines) if word in line), before)
+    def latest(self, key, before=None):
+        """The last value that it printed for `key`; `before` if it has printed none."""
+        return next((line[key] for line in reversed(self.lines) if key in line), before)
 
     def wait(self, condition):
-        """Until `condition()`; it is asked again whenever the trainer has said something."""
+        """Until `condition()`; it is asked again whenever the trainer has printed something."""
         deadline = time.monotonic() + PATIENCE
         with self.changed:
             while not condition():
@@ -85,19 +85,19 @@ class Trainer:
                 assert time.monotonic() < deadline, f"in vain: {self.lines[-3:]}"
                 self.changed.wait(PATIENCE)
 
-    def wait_said(self, word):
-        self.wait(lambda: self.said(word) is not None)
-        return self.said(word)
+    def wait_for(self, key):
+        self.wait(lambda: self.latest(key) is not None)
+        return self.latest(key)
 
     def more(self, steps):
         """Until it has taken so many more steps of its run."""
-        target = self.said("step", 0) + steps
-        self.wait(lambda: self.said("step", 0) >= target)
+        target = self.latest("step", 0) + steps
+        self.wait(lambda: self.latest("step", 0) >= target)
 
     def await_stream(self):
         """Until a sample is acknowledged that is not taken yet."""
-        last = self.said("step", 0)
-        self.wait(lambda: self.said("acknowledged", 0) > last)
+        last = self.latest("step", 0)
+        self.wait(lambda: self.latest("acknowledged", 0) > last)
 
     def end(self):
         """Until it has ended; its exit status."""

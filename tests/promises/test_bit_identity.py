@@ -32,13 +32,13 @@ def sgd(parameters):
 
 @pytest.fixture
 def sent(monkeypatch):
-    """What goes down the real pipe."""
+    """What is sent to the real courier."""
     messages = []
     send = CourierClient.send
 
-    def record(pipe, request):
+    def record(client, request):
         messages.append(request.sample)
-        send(pipe, request)
+        send(client, request)
 
     monkeypatch.setattr(CourierClient, "send", record)
     return messages

@@ -54,7 +54,7 @@ def assert_as_plain(prepare, monkeypatch, **options):
     return failed, trainer
 
 
-# In probes: given up and told, no more.
+# In probes: the probe is given up and its failure reported, no more.
 
 
 @pytest.mark.parametrize(("callback", "probe"), [("logits_fn", "gnb"), ("loss_fn", "direction")])
@@ -62,7 +62,7 @@ def test_a_callback_of_the_probes(transports, monkeypatch, callback, probe):
     failed, trainer = assert_as_plain(
         lambda _: None, monkeypatch, probe_every=1, transport=transports.new(), **{callback: broken}
     )
-    assert failed == trainer.loop.barrier.swallowed == 0
+    assert failed == trainer.watched.barrier.swallowed == 0
     (failure,) = transports[0].samples[-1].health.probe_failures
     assert (failure.probe, failure.count, failure.disabled) == (probe, 3, True)
 
@@ -96,7 +96,7 @@ HOOKS = {
 def test_a_users_own_hook(transports, monkeypatch, where):
     failed, trainer = assert_as_plain(HOOKS[where], monkeypatch, transport=transports.new())
     assert failed == 1
-    assert trainer.loop.barrier.swallowed == 0
+    assert trainer.watched.barrier.swallowed == 0
     assert trainer.watch.step == (STEPS if where == "after a step" else STEPS - 1)
     *steps, goodbye = transports[0].samples
     assert [sample.step for sample in steps] == list(range(1, trainer.watch.step + 1))
@@ -127,7 +127,7 @@ class Halting(torch.optim.Optimizer):
 def test_a_step_that_raises_half_way(transports, monkeypatch):
     failed, trainer = assert_as_plain(lambda _: None, monkeypatch, optimizer=Halting, transport=transports.new())
     assert failed == 1
-    assert trainer.loop.barrier.swallowed == 0
+    assert trainer.watched.barrier.swallowed == 0
 
 
 def test_a_step_that_raises_half_way_under_a_multiplier(transports):
@@ -151,7 +151,7 @@ def test_a_step_that_raises_half_way_under_a_multiplier(transports):
         factor = 0.5 if ".linear" in name else 1.0
         assert torch.equal(weight, before[name] - factor * rate * gradients[name]), name
     trainer.watch.close()
-    assert trainer.loop.barrier.swallowed == 0
+    assert trainer.watched.barrier.swallowed == 0
 
 
 # A signal handler's error may come while our code runs: it is the loop's all the same.
@@ -211,7 +211,7 @@ def test_a_signal_handler(transports, monkeypatch, number, place):
     plain_failed, plain = train(prepare=lambda plain: getattr(plain.optimizer, as_if)(raising_at(5)))
     assert failed == plain_failed == 1
     assert trainer.digest() == plain.digest()
-    assert trainer.loop.barrier.swallowed == 0
+    assert trainer.watched.barrier.swallowed == 0
     assert not transports[0].samples[-1].health.probe_failures
 
 
@@ -235,4 +235,4 @@ def test_a_log_handler(transports, monkeypatch):
     _, plain = train()
     assert failed == 0
     assert trainer.digest() == plain.digest()
-    assert transports[0].samples[-1].health.swallowed_errors == trainer.loop.barrier.swallowed == 4
+    assert transports[0].samples[-1].health.swallowed_errors == trainer.watched.barrier.swallowed == 4

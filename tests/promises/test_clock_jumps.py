@@ -50,10 +50,10 @@ def test_a_clock_that_jumps_a_year_ahead_and_two_back(train, serve, assert_uncha
         FAKETIME_NO_CACHE="1",
         FAKETIME_DONT_FAKE_MONOTONIC="1",
     )
-    trainer.wait(lambda: trainer.said("clock"))
+    trainer.wait(lambda: trainer.latest("clock"))
     for days in (365, -365):
         offset.write_text(f"{days:+d}d")
-        trainer.wait(lambda days=days: abs(trainer.said("clock") - time.time() - days * DAY) < DAY)
+        trainer.wait(lambda days=days: abs(trainer.latest("clock") - time.time() - days * DAY) < DAY)
         sent = len(daemon.sequences)
         daemon.wait(lambda sent=sent: len(daemon.sequences) > sent + 5)
         if days > 0:
@@ -61,8 +61,8 @@ def test_a_clock_that_jumps_a_year_ahead_and_two_back(train, serve, assert_uncha
             daemon.wait(lambda: any(sample.results for sample in daemon.samples))
     assert trainer.end() == 0
     assert_unchanged(trainer)
-    assert trainer.said("swallowed") == 0
-    assert trainer.said("dropped") == {}
+    assert trainer.latest("swallowed") == 0
+    assert trainer.latest("dropped") == {}
     assert daemon.sequences == list(range(1, len(trainer.steps) + 2))
     assert len(daemon.hellos) == 1
     (result,) = [each for sample in daemon.samples for each in sample.results]

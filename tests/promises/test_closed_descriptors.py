@@ -5,11 +5,11 @@ from __future__ import annotations
 CODE = """
 trainer = Trainer()
 trainer.train(5)
-old = trainer.pipe.courier_pid
+old = trainer.transport.courier_pid
 os.closerange(3, 256)
 files = [open(str(number), "w+b") for number in range(32)]  # under the numbers that the pipes had, too
 assert max(file.fileno() for file in files) > 16
-while trainer.pipe.courier_pid in (old, None):
+while trainer.transport.courier_pid in (old, None):
     trainer.step()
 trainer.train(5)
 trainer.close()
@@ -22,7 +22,7 @@ def test_files_under_the_numbers_of_our_pipes(train, serve, assert_unchanged, tm
     trainer = train(CODE, address=daemon.address, folder=tmp_path)
     assert trainer.end() == 0
     assert_unchanged(trainer)
-    assert trainer.said("sizes") == [0] * 32
-    assert trainer.said("swallowed") == 0
-    assert trainer.said("dropped") == {}
+    assert trainer.latest("sizes") == [0] * 32
+    assert trainer.latest("swallowed") == 0
+    assert trainer.latest("dropped") == {}
     assert set(daemon.sequences) == set(range(1, len(trainer.steps) + 2))

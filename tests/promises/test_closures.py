@@ -32,7 +32,7 @@ def lbfgs_with_line_search(parameters):
 
 @pytest.fixture
 def sent(monkeypatch):
-    """What goes down the real pipe."""
+    """What is sent to the real courier."""
     messages = []
     monkeypatch.setattr(CourierClient, "send", lambda _, request: messages.append(request.sample))
     return messages

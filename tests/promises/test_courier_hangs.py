@@ -23,9 +23,9 @@ signal.signal(signal.SIGALRM, signal.SIG_IGN)
 signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
 trainer = Trainer()
 trainer.step()
-say(courier=trainer.pipe.courier_pid)
+say(courier=trainer.transport.courier_pid)
 courier_launcher._COURIER_CODE = whole
-while trainer.pipe._spool.settled < 1:
+while trainer.transport._spool.settled < 1:
     trainer.step()
 trainer.close()
 """
@@ -38,8 +38,8 @@ def test_a_courier_that_hangs(train, serve, assert_unchanged, tmp_path):
     assert trainer.end() == 0
     assert_unchanged(trainer)
     assert log.read_text().startswith("hangs")
-    await_end(trainer.said("courier"))
-    assert trainer.said("swallowed") == 0
-    assert trainer.said("dropped") == {}
+    await_end(trainer.latest("courier"))
+    assert trainer.latest("swallowed") == 0
+    assert trainer.latest("dropped") == {}
     assert len(daemon.hellos) == 1
     assert set(daemon.sequences) == set(range(1, len(trainer.steps) + 2))

@@ -8,11 +8,11 @@ KILLING = """
 trainer = Trainer()
 for _ in range(3):
     newest = trainer.steps
-    while trainer.pipe._spool.settled <= newest:  # it is at work
+    while trainer.transport._spool.settled <= newest:  # it is at work
         trainer.step()
-    old = trainer.pipe.courier_pid
+    old = trainer.transport.courier_pid
     os.kill(old, signal.SIGKILL)
-    while trainer.pipe.courier_pid in (old, None):
+    while trainer.transport.courier_pid in (old, None):
         trainer.step()
 trainer.train(10)
 trainer.close()
@@ -20,10 +20,10 @@ trainer.close()
 STOPPED = """
 trainer = Trainer()
 trainer.train(1)
-os.kill(trainer.pipe.courier_pid, signal.SIGSTOP)
-say(courier=trainer.pipe.courier_pid)
+os.kill(trainer.transport.courier_pid, signal.SIGSTOP)
+say(courier=trainer.transport.courier_pid)
 trainer.train(60)
-say(acknowledged=trainer.pipe._spool.settled)
+say(acknowledged=trainer.transport._spool.settled)
 trainer.close()
 """
 
@@ -33,8 +33,8 @@ def test_a_courier_killed_three_times(train, serve, assert_unchanged):
     trainer = train(KILLING, address=daemon.address)
     assert trainer.end() == 0
     assert_unchanged(trainer)
-    assert trainer.said("swallowed") == 0
-    assert trainer.said("dropped") == {}
+    assert trainer.latest("swallowed") == 0
+    assert trainer.latest("dropped") == {}
     assert len(daemon.hellos) in (3, 4)  # the last may not have come so far
     assert set(daemon.sequences) == set(range(1, len(trainer.steps) + 2))
 
@@ -44,7 +44,7 @@ def test_a_courier_that_is_stopped(train, serve, assert_unchanged):
     trainer = train(STOPPED, address=daemon.address)
     assert trainer.end() == 0
     assert_unchanged(trainer)
-    assert trainer.said("acknowledged") <= 1  # nothing of the sixty steps
-    assert trainer.said("swallowed") == 0
-    await_end(trainer.said("courier"))
+    assert trainer.latest("acknowledged") <= 1  # nothing of the sixty steps
+    assert trainer.latest("swallowed") == 0
+    await_end(trainer.latest("courier"))
     assert daemon.sequences == list(range(1, 63))  # as soon as it could go on

@@ -8,7 +8,7 @@ CODE = """
 for address in ADDRESSES:
     trainer = Trainer(address=address)
     trainer.train(30)
-    say(courier=trainer.pipe.courier_pid)
+    say(courier=trainer.transport.courier_pid)
     trainer.close()
 """
 
@@ -19,9 +19,9 @@ def test_without_a_daemon_the_run_is_the_same(train, assert_unchanged, tmp_path)
     assert trainer.end() == 0
     assert_unchanged(trainer)
     assert [len(run) for run in trainer.runs] == [30] * len(addresses)
-    assert trainer.all_said("swallowed") == [0] * len(addresses)
-    assert trainer.all_said("failed_probes") == [{}] * len(addresses)
+    assert trainer.all_values("swallowed") == [0] * len(addresses)
+    assert trainer.all_values("failed_probes") == [{}] * len(addresses)
     # A sample a step and the goodbye.
-    assert trainer.all_said("dropped") == [{"undelivered": 31}] * len(addresses)
-    for courier in trainer.all_said("courier"):
+    assert trainer.all_values("dropped") == [{"undelivered": 31}] * len(addresses)
+    for courier in trainer.all_values("courier"):
         await_end(courier)

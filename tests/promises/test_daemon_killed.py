@@ -61,7 +61,7 @@ def test_a_daemon_killed_twenty_times(train, assert_unchanged, daemon, nursery):
     trainer.await_stream()
     daemon.kill()
     for _ in range(TIMES - 1):
-        acknowledged = trainer.said("acknowledged")  # so long after the kill
+        acknowledged = trainer.latest("acknowledged")  # so long after the kill
         assert journalled(daemon)[:acknowledged] == list(range(1, acknowledged + 1))
         with serving(nursery, daemon.configure(), signal.SIGKILL):
             trainer.await_stream()
@@ -69,6 +69,6 @@ def test_a_daemon_killed_twenty_times(train, assert_unchanged, daemon, nursery):
         trainer.await_stream()
         assert trainer.end() == 0
     assert_unchanged(trainer)
-    assert trainer.said("dropped") == {}
-    assert trainer.said("swallowed") == 0
+    assert trainer.latest("dropped") == {}
+    assert trainer.latest("swallowed") == 0
     assert journalled(daemon) == list(range(1, len(trainer.steps) + 2))

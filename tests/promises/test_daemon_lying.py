@@ -1,4 +1,4 @@
-"""Promise: whatever a daemon says, nothing breaks, nothing is applied that is not allowed, and refusals are told."""
+"""Promise: whatever a daemon says, nothing breaks, nothing forbidden is applied, and refusals are reported."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def test_garbage_and_commands_that_are_not_allowed(train, serve, assert_unchange
     daemon.wait(lambda: results(daemon).keys() >= BAD_COMMANDS.keys())
     assert trainer.end() == 0
     assert_unchanged(trainer)
-    assert trainer.said("swallowed") == 0
-    assert trainer.said("dropped") == {}
+    assert trainer.latest("swallowed") == 0
+    assert trainer.latest("dropped") == {}
     assert daemon.sequences == list(range(1, len(trainer.steps) + 2))
     assert {each.outcome for each in results(daemon).values()} == {REFUSED}
     assert all(each.detail for each in results(daemon).values())
@@ -102,14 +102,14 @@ def test_more_commands_than_anyone_can_take(train, serve, assert_unchanged):
     daemon.wait(lambda: len(daemon.samples) > answered + 10)
     assert trainer.end() == 0
     assert_unchanged(trainer)
-    assert trainer.said("swallowed") == 0
-    assert trainer.said("dropped") == {}
+    assert trainer.latest("swallowed") == 0
+    assert trainer.latest("dropped") == {}
     assert {each.outcome for each in results(daemon).values()} == {REFUSED}
     assert all("commands wait already" in each.detail for each in results(daemon).values())
     assert all(len(sample.results) <= 256 for sample in daemon.samples)
 
 
-def test_a_replayed_command_is_applied_once_and_its_result_told_again(train, serve):
+def test_a_replayed_command_is_applied_once_and_its_result_sent_again(train, serve):
     cut = multipliers("cut", {"ffn": 0.5}, revision=1)
     restore = multipliers("restore", {}, revision=2)
 
@@ -117,8 +117,8 @@ def test_a_replayed_command_is_applied_once_and_its_result_told_again(train, ser
         yield welcome()
         for sample in samples:
             yield ack(sample.sequence)
-            told = [each.command_id for sent in daemon.samples for each in sent.results]
-            yield cut if "cut" not in told else restore if "restore" not in told else cut
+            answered_ids = [each.command_id for sent in daemon.samples for each in sent.results]
+            yield cut if "cut" not in answered_ids else restore if "restore" not in answered_ids else cut
 
     daemon = serve(replaying)
     trainer = train(address=daemon.address)
@@ -135,7 +135,7 @@ def test_a_replayed_command_is_applied_once_and_its_result_told_again(train, ser
     restored = results(daemon)["restore"].step
     in_force = {sample.health.lr_revision for sample in daemon.samples if sample.step >= restored}
     assert in_force == {2}
-    assert trainer.said("swallowed") == 0
+    assert trainer.latest("swallowed") == 0
 
 
 def takes_nothing_of_any_size(_, samples):
@@ -164,7 +164,7 @@ for address in {addresses!r}:
     trainer = train(code)
     assert trainer.end() == 0
     assert_unchanged(trainer)
-    assert trainer.all_said("swallowed") == [0] * 4
-    sizes, *drains = trainer.all_said("dropped")
+    assert trainer.all_values("swallowed") == [0] * 4
+    sizes, *drains = trainer.all_values("dropped")
     assert sizes == {"oversized": 21}
     assert drains == [{"undelivered": 21}] * 3

@@ -13,7 +13,7 @@ CODE = """
 for address in ADDRESSES:
     trainer = Trainer(address=address)
     trainer.train(30)
-    say(courier=trainer.pipe.courier_pid)
+    say(courier=trainer.transport.courier_pid)
     trainer.close()
 """
 
@@ -39,7 +39,7 @@ def test_a_daemon_that_never_answers(train, serve, assert_unchanged):
         assert trainer.end() == 0
     assert_unchanged(trainer)
     assert [len(run) for run in trainer.runs] == [30] * 3
-    assert trainer.all_said("swallowed") == [0] * 3
-    assert trainer.all_said("dropped") == [{"undelivered": 31}] * 3  # a sample a step and the goodbye
-    for courier in trainer.all_said("courier"):
+    assert trainer.all_values("swallowed") == [0] * 3
+    assert trainer.all_values("dropped") == [{"undelivered": 31}] * 3  # a sample a step and the goodbye
+    for courier in trainer.all_values("courier"):
         await_end(courier)

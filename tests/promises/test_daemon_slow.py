@@ -28,7 +28,7 @@ def test_a_daemon_that_takes_one_sample_while_a_hundred_steps_are_taken(train, s
         go_on.set()
     assert trainer.end() == 0
     assert_unchanged(trainer)
-    assert trainer.said("dropped") == {}
-    assert trainer.said("swallowed") == 0
+    assert trainer.latest("dropped") == {}
+    assert trainer.latest("swallowed") == 0
     assert daemon.sequences == list(range(1, len(trainer.steps) + 2))
     assert daemon.samples[-1].closing

@@ -52,11 +52,11 @@ def test_workers_by_fork_and_by_spawn(train, serve):
         assert len(plain_run) >= 20
         # When the death of a worker shows is the operating system's matter.
         assert all(step == other for step, other in zip(run, plain_run, strict=False))
-    assert len(watched.all_said("died")) == len(plain.all_said("died")) == 2
-    assert watched.all_said("swallowed") == [0] * 2
-    assert watched.all_said("dropped") == [{}] * 2
+    assert len(watched.all_values("died")) == len(plain.all_values("died")) == 2
+    assert watched.all_values("swallowed") == [0] * 2
+    assert watched.all_values("dropped") == [{}] * 2
     assert [hello.run for hello in daemon.hellos] == ["run"] * 2  # one of each trainer, none of a worker's
     for samples, run in zip(daemon.streams, watched.runs, strict=True):
-        # A step may have ended, and the signal's handler raise before it is told of.
+        # A step may have ended, and the signal's handler raise before it is reported.
         assert len(run) + 1 <= len(samples) <= len(run) + 2
         assert [sample.sequence for sample in samples] == list(range(1, len(samples) + 1))

@@ -19,15 +19,15 @@ def test_the_daemons_disk(train, daemon, assert_unchanged):
     # No file of the daemon may grow past this.
     unlimited = resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
     trainer.wait(lambda: "store_failed" in events(daemon))
-    acknowledged = trainer.said("acknowledged")
+    acknowledged = trainer.latest("acknowledged")
     trainer.more(30)
-    assert trainer.said("acknowledged") - acknowledged < 30
+    assert trainer.latest("acknowledged") - acknowledged < 30
     resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE, unlimited)
     trainer.await_stream()
     assert trainer.end() == 0
     assert_unchanged(trainer)
-    assert trainer.said("swallowed") == 0
-    assert trainer.said("dropped") == {}
+    assert trainer.latest("swallowed") == 0
+    assert trainer.latest("dropped") == {}
     with closing(sqlite3.connect(f"{daemon.folder}/sharpwatch.db")) as journal:
         held = [sequence for (sequence,) in journal.execute("SELECT sequence FROM samples ORDER BY sequence")]
     assert held == list(range(1, len(trainer.steps) + 2))
@@ -39,9 +39,9 @@ import resource, torch._dynamo  # which writes to a temporary folder, once
 resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
 trainer = Trainer()
 trainer.train(10)
-old = trainer.pipe.courier_pid
+old = trainer.transport.courier_pid
 os.kill(old, signal.SIGKILL)  # which is something to log
-while trainer.pipe.courier_pid in (old, None):
+while trainer.transport.courier_pid in (old, None):
     trainer.step()
 trainer.train(10)
 trainer.close()
@@ -55,7 +55,7 @@ def test_the_trainers_disk(train, serve, assert_unchanged, tmp_path):
         trainer = train(FULL, address=daemon.address, folder=tmp_path, stderr=full, **environment)
     assert trainer.end() == 0
     assert_unchanged(trainer)
-    assert trainer.said("swallowed") == 0
-    assert trainer.said("dropped") == {}
+    assert trainer.latest("swallowed") == 0
+    assert trainer.latest("dropped") == {}
     assert set(daemon.sequences) == set(range(1, len(trainer.steps) + 2))
     assert not list(tmp_path.iterdir())

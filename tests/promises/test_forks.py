@@ -30,7 +30,7 @@ for name, act in {ACTS!r}.items():
             os.dup2(os.open(os.devnull, os.O_WRONLY), end)  # its steps are none of the run's
         exec(act)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    say(act=name, status=status, others=[pid for pid in children() if pid != trainer.pipe.courier_pid])
+    say(act=name, status=status, others=[pid for pid in children() if pid != trainer.transport.courier_pid])
 trainer.train(5)
 trainer.close()
 say(left=children())
@@ -42,12 +42,12 @@ def test_forks(train, serve, assert_unchanged, reference):
     trainer = train(CODE, address=daemon.address)
     assert trainer.end() == 0
     assert_unchanged(trainer)
-    assert dict(zip(trainer.all_said("act"), trainer.all_said("status"), strict=True)) == STATUS
-    assert trainer.said("child_digest") == reference.until(10)[-1]["digest"]
-    assert not any(trainer.all_said("others"))  # neither zombies nor anything else
-    assert trainer.said("left") == []
-    assert trainer.said("swallowed") == 0
-    assert trainer.said("dropped") == {}
+    assert dict(zip(trainer.all_values("act"), trainer.all_values("status"), strict=True)) == STATUS
+    assert trainer.latest("child_digest") == reference.until(10)[-1]["digest"]
+    assert not any(trainer.all_values("others"))  # neither zombies nor anything else
+    assert trainer.latest("left") == []
+    assert trainer.latest("swallowed") == 0
+    assert trainer.latest("dropped") == {}
     assert [hello.run for hello in daemon.hellos] == ["run", "another"]
     assert [sample.sequence for sample in daemon.streams[0]] == list(range(1, len(trainer.steps) + 2))
     assert [sample.closing for sample in daemon.streams[1]] == [True]

@@ -94,20 +94,20 @@ def test_swallowed_errors_are_counted_in_the_next_sample(transports, monkeypatch
     assert transports[-1].samples[-1].health.swallowed_errors == 3  # a capture for each of the three planned probes
 
 
-def test_an_overlay_that_cannot_be_guarded_is_still_laid_and_taken_away(transports, monkeypatch, caplog):
+def test_an_override_that_cannot_be_guarded_is_still_applied_and_restored(transports, monkeypatch, caplog):
     monkeypatch.setattr(ParamGroupOverride, "wrap_step", broken)
     model = Net().train()
     optimizer = torch.optim.AdamW(model.parameters())
     watch = sharpwatch.attach(model, optimizer, training_job="promise", transport=transports.new(), probes=())
     transports[-1].set_multipliers({"emb": 0.5})
-    laid = []
+    group_counts = []
     with caplog.at_level(logging.WARNING, "sharpwatch"):
         for _ in range(2):
             model(torch.ones(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.long))[1].backward()
-            handle = optimizer.register_step_pre_hook(lambda opt, *_: laid.append(len(opt.param_groups)))
+            handle = optimizer.register_step_pre_hook(lambda opt, *_: group_counts.append(len(opt.param_groups)))
             optimizer.step()
             handle.remove()
-    assert laid == [1, 2]
+    assert group_counts == [1, 2]
     assert len(optimizer.param_groups) == 1
     assert "on purpose" in caplog.text
     watch.close()

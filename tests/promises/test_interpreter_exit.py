@@ -10,7 +10,7 @@ import signal
 
 from daemons import await_end
 
-STOP = "os.kill(trainer.pipe.courier_pid, signal.SIGSTOP); "
+STOP = "os.kill(trainer.transport.courier_pid, signal.SIGSTOP); "
 ENDINGS = {  # code: (exit status, whether it ended in order)
     "trainer.watch.close()": (0, True),
     "pass": (0, True),
@@ -32,7 +32,7 @@ else:
     os._exit(0)
 trainer = Trainer(run=ending)
 trainer.train(7)
-say(courier=trainer.pipe.courier_pid)
+say(courier=trainer.transport.courier_pid)
 exec(ending)
 """
 
@@ -42,10 +42,10 @@ def test_endings(train, serve, assert_unchanged):
     trainer = train(CODE.replace("ENDINGS", repr(list(ENDINGS))), address=daemon.address, fresh=True)
     assert trainer.end() == 0
     assert_unchanged(trainer)
-    assert dict(zip(trainer.all_said("ending"), trainer.all_said("status"), strict=True)) == {
+    assert dict(zip(trainer.all_values("ending"), trainer.all_values("status"), strict=True)) == {
         ending: status for ending, (status, _) in ENDINGS.items()
     }
-    for courier in trainer.all_said("courier"):
+    for courier in trainer.all_values("courier"):
         await_end(courier)
     arrived = {hello.run: samples for hello, samples in zip(daemon.hellos, daemon.streams, strict=True)}
     assert arrived.keys() == ENDINGS.keys()
@@ -56,8 +56,8 @@ def test_endings(train, serve, assert_unchanged):
 
 def test_a_stopped_courier_of_a_trainer_that_is_gone_ends_when_it_may_go_on(train):
     trainer = train(
-        "trainer = Trainer()\ntrainer.step()\nsay(courier=trainer.pipe.courier_pid)\n" + STOP + "os._exit(0)"
+        "trainer = Trainer()\ntrainer.step()\nsay(courier=trainer.transport.courier_pid)\n" + STOP + "os._exit(0)"
     )
     assert trainer.end() == 0
-    os.kill(trainer.said("courier"), signal.SIGCONT)
-    await_end(trainer.said("courier"))
+    os.kill(trainer.latest("courier"), signal.SIGCONT)
+    await_end(trainer.latest("courier"))

@@ -14,7 +14,7 @@ START = """
 os.open(os.environ["TERMINAL"], os.O_RDWR)
 trainer = Trainer()
 trainer.step()
-say(courier=trainer.pipe.courier_pid)
+say(courier=trainer.transport.courier_pid)
 """
 ON = "trainer.train(10**6)\n"
 CAUGHT = """
@@ -55,7 +55,7 @@ def start(train, serve, terminal):
 def assert_delivered(assert_unchanged):
     def check(daemon, trainer, *, goodbye):
         assert_unchanged(trainer)
-        await_end(trainer.said("courier"))
+        await_end(trainer.latest("courier"))
         assert len(daemon.hellos) == 1
         # The step at which it was interrupted may be taken and not printed.
         taken = len([sample for sample in daemon.samples if not sample.closing])
@@ -69,12 +69,12 @@ def assert_delivered(assert_unchanged):
 def test_ctrl_c_caught_by_the_loop(start, terminal, assert_delivered):
     daemon, trainer = start(CAUGHT)
     os.write(terminal[0], b"\x03")
-    assert trainer.wait_said("interrupted")
-    taken = trainer.said("step")
+    assert trainer.wait_for("interrupted")
+    taken = trainer.latest("step")
     daemon.wait(lambda: len(daemon.samples) >= taken)  # the courier is well
     assert trainer.end() == 0
     assert_delivered(daemon, trainer, goodbye=True)
-    assert trainer.said("dropped") == {}
+    assert trainer.latest("dropped") == {}
 
 
 def test_ctrl_c_that_ends_the_trainer(start, terminal, assert_delivered):

@@ -31,12 +31,12 @@ def resident():
     gc.collect()
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
-transport = CourierClient(address=os.environ["SHARPWATCH_ADDRESS"], outbox_bytes=200_000)
+transport = CourierClient(address=os.environ["SHARPWATCH_ADDRESS"], pending_bytes=200_000)
 trainer = Trainer(transport=transport, probe_every=1, probes=("gnb",))
 trainer.train(50)
 before = resident()
 trainer.train({STEPS})
-say(growth=resident() - before, size=trainer.pipe._spool.size)
+say(growth=resident() - before, size=trainer.transport._spool.size)
 trainer.close()
 """
 
@@ -45,38 +45,38 @@ def test_a_trainer_whose_samples_nobody_takes(train, assert_unchanged):
     trainer = train(CODE, address=f"127.0.0.1:{free_port()}")
     assert trainer.end() == 0
     assert_unchanged(trainer)
-    assert trainer.said("size") < 200_000
-    assert trainer.said("growth") < GROWTH
-    assert sum(trainer.said("dropped").values()) == len(trainer.steps) + 1
+    assert trainer.latest("size") < 200_000
+    assert trainer.latest("growth") < GROWTH
+    assert sum(trainer.latest("dropped").values()) == len(trainer.steps) + 1
 
 
 def test_a_courier_whose_samples_nobody_takes():
     """Sixteen times what it may keep; it holds that, and what is on its way in."""
     limit, size = 4 * MEBIBYTE, 20_000
-    pipe = CourierClient(address=f"127.0.0.1:{free_port()}", spool_bytes=limit)
-    pipe.greet(agent_pb2.Hello(run="run"))
+    client = CourierClient(address=f"127.0.0.1:{free_port()}", spool_bytes=limit)
+    client.greet(agent_pb2.Hello(run="run"))
     sent = 0
 
     def send_until_dropped(bytes_dropped):
         nonlocal sent
         deadline = time.monotonic() + PATIENCE
-        while pipe.dropped.get("spool_full", 0) * size < bytes_dropped:
-            assert time.monotonic() < deadline, pipe.dropped
-            if pipe._spool.unsent < 10:
+        while client.dropped.get("spool_full", 0) * size < bytes_dropped:
+            assert time.monotonic() < deadline, client.dropped
+            if client._spool.unsent < 10:
                 sent += 1
                 sample = agent_pb2.Sample(sequence=sent, step=sent)
                 sample.gnb.sketches.data = bytes(size)
-                pipe.send(agent_pb2.SessionRequest(sample=sample))
+                client.send(agent_pb2.SessionRequest(sample=sample))
             else:
                 select.select([], [], [], 0.01)
-                pipe.flush()
+                client.flush()
 
     try:
         send_until_dropped(limit)
-        before = resident(pipe.courier_pid)
+        before = resident(client.courier_pid)
         send_until_dropped(16 * limit)
-        assert resident(pipe.courier_pid) - before < limit
+        assert resident(client.courier_pid) - before < limit
     finally:
-        pipe.close()
-    assert pipe.dropped.keys() == {"spool_full", "undelivered"}
-    assert sum(pipe.dropped.values()) == sent
+        client.close()
+    assert client.dropped.keys() == {"spool_full", "undelivered"}
+    assert sum(client.dropped.values()) == sent

@@ -24,17 +24,17 @@ signal.signal(signal.SIGCHLD, lambda *_: signals.append(1))
 trainer = Trainer()
 for _ in range(2):
     newest = trainer.steps
-    while trainer.pipe._spool.settled <= newest:  # it is at work
+    while trainer.transport._spool.settled <= newest:  # it is at work
         trainer.step()
-    say(signals=len(signals), children=children(), courier=trainer.pipe.courier_pid)
+    say(signals=len(signals), children=children(), courier=trainer.transport.courier_pid)
     if (own := os.fork()) == 0:
         os._exit(0)
     say(reaped=reap(), own=[own])
-    os.kill(trainer.pipe.courier_pid, signal.SIGKILL)
-    while trainer.pipe.courier_pid is not None:
+    os.kill(trainer.transport.courier_pid, signal.SIGKILL)
+    while trainer.transport.courier_pid is not None:
         trainer.step()
     signals.clear()
-trainer.train_until_told()
+trainer.train_until_stopped()
 trainer.close()
 say(left=children())
 """
@@ -52,13 +52,13 @@ def children():
 trainer = Trainer()
 for _ in range(2):
     newest = trainer.steps
-    while trainer.pipe._spool.settled <= newest:
+    while trainer.transport._spool.settled <= newest:
         trainer.step()
-    old = trainer.pipe.courier_pid
+    old = trainer.transport.courier_pid
     os.kill(old, signal.SIGKILL)
-    while trainer.pipe.courier_pid in (old, None):
+    while trainer.transport.courier_pid in (old, None):
         trainer.step()
-    say(children=children(), courier=[trainer.pipe.courier_pid])
+    say(children=children(), courier=[trainer.transport.courier_pid])
 trainer.close()
 say(left=children())
 """
@@ -67,17 +67,17 @@ say(left=children())
 def test_a_program_that_waits_for_whatever_child_there_is(train, serve, assert_unchanged):
     daemon = serve()
     trainer = train(WAITING, address=daemon.address)
-    trainer.wait_said("own")
+    trainer.wait_for("own")
     trainer.await_stream()
     assert trainer.end() == 0
     assert_unchanged(trainer)
-    assert trainer.all_said("signals") == [1, 1]  # what starts a courier ends at once
-    assert trainer.all_said("children") == [[], []]
-    assert trainer.all_said("reaped") == trainer.all_said("own")
-    assert trainer.said("left") == []
-    assert trainer.said("swallowed") == 0
-    assert trainer.said("dropped") == {}
-    for courier in trainer.all_said("courier"):
+    assert trainer.all_values("signals") == [1, 1]  # what starts a courier ends at once
+    assert trainer.all_values("children") == [[], []]
+    assert trainer.all_values("reaped") == trainer.all_values("own")
+    assert trainer.latest("left") == []
+    assert trainer.latest("swallowed") == 0
+    assert trainer.latest("dropped") == {}
+    for courier in trainer.all_values("courier"):
         await_end(courier)
 
 
@@ -86,7 +86,7 @@ def test_a_program_that_takes_in_orphans(train, serve, assert_unchanged):
     trainer = train(ADOPTING, address=daemon.address)
     assert trainer.end() == 0
     assert_unchanged(trainer)
-    assert trainer.all_said("children") == trainer.all_said("courier")  # and no zombie of the one before
-    assert trainer.said("left") == []
-    assert trainer.said("swallowed") == 0
-    assert trainer.said("dropped") == {}
+    assert trainer.all_values("children") == trainer.all_values("courier")  # and no zombie of the one before
+    assert trainer.latest("left") == []
+    assert trainer.latest("swallowed") == 0
+    assert trainer.latest("dropped") == {}

@@ -19,7 +19,7 @@ for lie in "sys.frozen = True", "sys.executable = ''", "sys.executable = None":
     exec(lie)
     trainer = Trainer()
     trainer.train({STEPS})
-    say(courier=trainer.pipe.courier_pid)
+    say(courier=trainer.transport.courier_pid)
     trainer.close()
     sys.frozen, sys.executable = frozen, executable
 """
@@ -34,7 +34,7 @@ sys.executable = os.path.abspath("program")
 from trainer import *
 trainer = Trainer()
 note("attached")
-while not trainer.pipe._restart._given_up:
+while not trainer.transport._restart._given_up:
     trainer.step()
 trainer.train(10)
 trainer.close()
@@ -48,9 +48,9 @@ def test_a_program_that_says_it_has_no_python(train, assert_unchanged, tmp_path)
         stderr.seek(0)
         said = stderr.read()
     assert_unchanged(trainer)
-    assert trainer.all_said("courier") == [None] * 3
-    assert trainer.all_said("swallowed") == [0] * 3
-    assert trainer.all_said("dropped") == [{"undelivered": STEPS + 1}] * 3
+    assert trainer.all_values("courier") == [None] * 3
+    assert trainer.all_values("swallowed") == [0] * 3
+    assert trainer.all_values("dropped") == [{"undelivered": STEPS + 1}] * 3
     assert said.count("no courier in this program") == 3  # once a run
 
 
@@ -67,8 +67,8 @@ def test_a_program_that_is_its_own_executable(train, assert_unchanged, tmp_path)
     assert [process for word, process in notes if word == "attached"] == [str(trainer.process.pid)]
     for _, process in notes:
         await_end(int(process))
-    assert trainer.said("swallowed") == 0
-    assert trainer.said("dropped") == {"undelivered": len(trainer.steps) + 1}
+    assert trainer.latest("swallowed") == 0
+    assert trainer.latest("dropped") == {"undelivered": len(trainer.steps) + 1}
 
 
 def test_attach_in_a_couriers_place(monkeypatch):

@@ -20,8 +20,8 @@ trainer.train(2)
 peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmPeak"))
 resource.setrlimit(resource.RLIMIT_AS, (peak * 2**10 + ROOM * 2**20,) * 2)
 trainer.train(8)
-if trainer.loop is not None:
-    say(reasons=[failure.reason for failure in trainer.loop.scheduler.runner.failures])
+if trainer.watched is not None:
+    say(reasons=[failure.reason for failure in trainer.watched.scheduler.runner.failures])
 trainer.close()
 """
 
@@ -41,11 +41,11 @@ def test_probes_that_find_no_memory(train, serve, room):
     assert watched.steps == plain.steps
     assert len(plain.steps) == 10
     shortages = ("can't allocate memory", "no copy of the weights")  # found, or foreseen
-    assert any(shortage in reason for shortage in shortages for reason in watched.said("reasons"))
-    assert watched.said("dropped") == {}
+    assert any(shortage in reason for shortage in shortages for reason in watched.latest("reasons"))
+    assert watched.latest("dropped") == {}
     assert daemon.sequences == list(range(1, 12))
-    told = {failure.probe: failure.count for failure in daemon.samples[-1].health.probe_failures}
-    assert told == watched.said("failed_probes")
+    reported = {failure.probe: failure.count for failure in daemon.samples[-1].health.probe_failures}
+    assert reported == watched.latest("failed_probes")
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-OUTBOX = 200_000
+PENDING = 200_000
 LARGEST = 100_000  # of one sample, by far: four sketches of six blocks make 25 kB
 CODE = f"""
 from sharpwatch.agent.transport.courier_client import CourierClient
-transport = CourierClient(address=os.environ["SHARPWATCH_ADDRESS"], outbox_bytes={OUTBOX})
+transport = CourierClient(address=os.environ["SHARPWATCH_ADDRESS"], pending_bytes={PENDING})
 trainer = Trainer(transport=transport, probe_every=1)
 trainer.train(1)
-os.kill(trainer.pipe.courier_pid, signal.SIGSTOP)
+os.kill(trainer.transport.courier_pid, signal.SIGSTOP)
 held = []
-while trainer.pipe.dropped.get("outbox_full", 0) < 20:
+while trainer.transport.dropped.get("outbox_full", 0) < 20:
     trainer.step()
-    held.append(trainer.pipe._spool.size)
-say(held=max(held), lost=trainer.pipe.dropped["outbox_full"])
-os.kill(trainer.pipe.courier_pid, signal.SIGCONT)
-while trainer.pipe._spool.unsent:
+    held.append(trainer.transport._spool.size)
+say(held=max(held), lost=trainer.transport.dropped["outbox_full"])
+os.kill(trainer.transport.courier_pid, signal.SIGCONT)
+while trainer.transport._spool.unsent:
     trainer.step()
 trainer.close()
 """
@@ -27,11 +27,11 @@ def test_a_pipe_that_nobody_reads(train, serve, assert_unchanged):
     trainer = train(CODE, address=daemon.address)
     assert trainer.end() == 0
     assert_unchanged(trainer)
-    assert OUTBOX / 2 < trainer.said("held") < OUTBOX + LARGEST
-    assert trainer.said("swallowed") == 0
-    assert trainer.said("dropped")["outbox_full"] >= trainer.said("lost")
-    assert trainer.said("dropped").keys() == {"outbox_full"}
-    assert len(daemon.sequences) == len(trainer.steps) + 1 - trainer.said("dropped")["outbox_full"]
+    assert PENDING / 2 < trainer.latest("held") < PENDING + LARGEST
+    assert trainer.latest("swallowed") == 0
+    assert trainer.latest("dropped")["outbox_full"] >= trainer.latest("lost")
+    assert trainer.latest("dropped").keys() == {"outbox_full"}
+    assert len(daemon.sequences) == len(trainer.steps) + 1 - trainer.latest("dropped")["outbox_full"]
     assert daemon.sequences == sorted(set(daemon.sequences))
-    # The daemon is told.
-    assert dict(daemon.samples[-1].health.dropped) == trainer.said("dropped")
+    # The daemon learns how many were dropped.
+    assert dict(daemon.samples[-1].health.dropped) == trainer.latest("dropped")

@@ -60,11 +60,11 @@ class Trainer:
         self.watch = sharpwatch.attach(
             self.model, self.optimizer, **{"training_job": "promise", "run": "run", "probe_every": 5} | options
         )
-        self.loop = self.watch._watched  # None where sharpwatch is disabled
+        self.watched = self.watch._watched  # None where sharpwatch is disabled
 
     @property
-    def pipe(self):
-        return self.loop.transport
+    def transport(self):
+        return self.watched.transport
 
     def batch(self):
         return torch.randint(VOCABULARY, (ROWS, LENGTH))
@@ -87,11 +87,11 @@ class Trainer:
         for _ in range(steps):
             self.step()
 
-    def train_until_told(self):
+    def train_until_stopped(self):
         """Train until standard input ends; also say which samples nobody has to keep any more."""
         while not select.select([sys.stdin], [], [], 0)[0]:
             self.step()
-            say(acknowledged=self.pipe._spool.settled)
+            say(acknowledged=self.transport._spool.settled)
 
     def digest(self):
         """Of weights, optimizer state, learning rates and the random source."""
@@ -110,9 +110,9 @@ class Trainer:
         self.tell()
 
     def tell(self):
-        if self.loop is not None:
-            probes = {failure.probe: failure.count for failure in self.loop.scheduler.runner.failures}
-            say(swallowed=self.loop.barrier.swallowed, dropped=self.pipe.dropped, failed_probes=probes)
+        if self.watched is not None:
+            probes = {failure.probe: failure.count for failure in self.watched.scheduler.runner.failures}
+            say(swallowed=self.watched.barrier.swallowed, dropped=self.transport.dropped, failed_probes=probes)
 
 
 def say(**words):

@@ -26,15 +26,15 @@ _MAX_RESULTS = 256  # in one sample
 
 @dataclass(frozen=True, slots=True)
 class _Ramp:
-    """Multipliers that move geometrically from `start` to `target` within `steps` ticks, from tick `since` on."""
+    """Multipliers that move geometrically from `start` to `target` within `steps` steps, after the first `since`."""
 
     start: Mapping[str, float]
     target: Mapping[str, float]
     since: int
     steps: int
 
-    def at(self, tick: int) -> dict[str, float]:
-        done = tick - self.since + 1
+    def at(self, taken: int) -> dict[str, float]:
+        done = taken - self.since + 1
         if done >= self.steps:
             return dict(self.target)
         share = done / self.steps
@@ -44,8 +44,8 @@ class _Ramp:
 class Controller:
     """Takes commands and gives multipliers and rollback requests.
 
-    Commands name optimizer steps by their number, which goes back on a rollback. Ramps and time-outs count ticks: steps
-    that were really taken, which never go back.
+    Commands name optimizer steps by their number, which goes back on a rollback. Ramps and time-outs count the
+    steps that were really taken, a number that never goes back.
 
     Args:
         mode: Which kinds of commands are accepted.
@@ -78,8 +78,10 @@ class Controller:
         self.lr_refusal = lr_refusal
         self._lr_refusal_from_state = lr_refusal_from_state
         self._ramp = _Ramp(self.multipliers, self.multipliers, 0, 0)
-        self._fade: tuple[int, int] | None = None  # (tick at which multipliers above 1 begin to fade, steps it takes)
-        self._tick = 0
+        self._fade: tuple[int, int] | None = (
+            None  # (steps taken when multipliers above 1 begin to fade, steps it takes)
+        )
+        self._taken = 0
         self._seen: OrderedDict[str, CommandResult | None] = OrderedDict()
         self._waiting: list[Command] = []
         self._rollback_command: Command | None = None  # the one behind pending_rollback
@@ -130,9 +132,9 @@ class Controller:
         """Apply the commands that are due before `step`; returns its multipliers. Calling it twice does no harm."""
         for command in self._due(step, now_unix_ns, SetMultipliers):
             self._set(command, step)
-        if self._fade is not None and self._tick >= self._fade[0]:
+        if self._fade is not None and self._taken >= self._fade[0]:
             self._start_fade(self._fade[1])
-        self.multipliers = self._ramp.at(self._tick)
+        self.multipliers = self._ramp.at(self._taken)
         return self.multipliers
 
     def end(self, step: int, now_unix_ns: int) -> RollbackRequest | None:
@@ -140,7 +142,7 @@ class Controller:
 
         It stays pending until `rolled_back` or `rollback_failed` is called.
         """
-        self._tick += 1
+        self._taken += 1
         for command in self._due(step, now_unix_ns, RollBack):
             request = self._request(command, step)
             if request is not None:
@@ -166,8 +168,8 @@ class Controller:
             "revision": self.revision,
             "start": dict(self._ramp.start),
             "target": dict(self._ramp.target),
-            "ramp": [self._tick - self._ramp.since, self._ramp.steps],
-            "fade": None if self._fade is None else [self._fade[0] - self._tick, self._fade[1]],
+            "ramp": [self._taken - self._ramp.since, self._ramp.steps],
+            "fade": None if self._fade is None else [self._fade[0] - self._taken, self._fade[1]],
             "answered": [asdict(result) for result in self._seen.values() if result is not None],
         }
 
@@ -190,7 +192,7 @@ class Controller:
             CommandResult(**{**each, "unchanged_blocks": tuple(each["unchanged_blocks"])}) for each in state["answered"]
         ]
         self._fade = None if fade is None else (int(fade[0]), int(fade[1]))
-        self._ramp, self._tick, self.revision = ramp, 0, int(state["revision"])
+        self._ramp, self._taken, self.revision = ramp, 0, int(state["revision"])
         self._seen = OrderedDict((result.command_id, result) for result in answered)
         self.multipliers = ramp.at(-1) if elapsed else dict(ramp.start)
 
@@ -217,9 +219,9 @@ class Controller:
         action = command.action
         assert isinstance(action, SetMultipliers)  # noqa: S101 - narrowed by _due
         target = dict.fromkeys(self.multipliers, 1.0) | dict(action.multipliers)
-        now = self._ramp.at(self._tick - 1) if self._tick > self._ramp.since else dict(self._ramp.start)
-        self._ramp = _Ramp(now, target, self._tick, action.ramp_steps)
-        self._fade = (self._tick + action.ttl_steps, action.ramp_steps) if action.ttl_steps else None
+        now = self._ramp.at(self._taken - 1) if self._taken > self._ramp.since else dict(self._ramp.start)
+        self._ramp = _Ramp(now, target, self._taken, action.ramp_steps)
+        self._fade = (self._taken + action.ttl_steps, action.ramp_steps) if action.ttl_steps else None
         self.revision = action.revision
         unchanged = _unchanged(action.multipliers, target, self._parameter_types)
         detail = f"each parameter is shared with a block of a smaller multiplier: {', '.join(unchanged)}"
@@ -227,9 +229,9 @@ class Controller:
 
     def _start_fade(self, steps: int) -> None:
         """Return multipliers above 1 to 1, as the daemon did not renew them in time; those below 1 stay."""
-        now = self._ramp.at(self._tick - 1)
+        now = self._ramp.at(self._taken - 1)
         target = {block: min(value, 1.0) for block, value in self._ramp.target.items()}
-        self._ramp, self._fade = _Ramp(now, target, self._tick, steps), None
+        self._ramp, self._fade = _Ramp(now, target, self._taken, steps), None
 
     def _request(self, command: Command, step: int) -> RollbackRequest | None:
         action = command.action

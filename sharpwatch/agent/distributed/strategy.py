@@ -2,7 +2,8 @@
 
 `SingleProcess` needs no communication. `Replicated`: every rank has the whole model, and rank 0 reports for all.
 `DeepSpeed`: every rank has all weights, but steps fragments of them, so that taps are summed. `Sharded`: no rank has
-the whole model, so that taps are summed and all ranks probe together. `Pipeline`: each rank has a stage of the model.
+the whole model, so that taps are summed and all ranks probe together. `PipelineParallel`: each rank has a stage of
+the model.
 
 A new backend is a subclass of `Strategy`, or of one of these, and a line in `connect`.
 """
@@ -64,7 +65,7 @@ class Strategy:
     several_ranks: ClassVar[bool] = False
     may_probe: ClassVar[bool] = True
     probes_from_start: ClassVar[bool] = True  # whether a probe may be due at the first step
-    probes_together: ClassVar[bool] = False  # whether all ranks run a probe at once, on the model that they share
+    all_ranks_probe: ClassVar[bool] = False  # whether all ranks run a probe at once, on the model that they share
     shard_reduction: ShardReduction | None = None  # how probes that run together add up
 
     def __init__(
@@ -130,9 +131,9 @@ class Strategy:
         """The swallowed errors of all ranks, where this one has `own`."""
         return own
 
-    def due_probes(self, planned: tuple[str, ...], kinds: Sequence[str]) -> tuple[str, ...]:
-        """Those of `kinds` to run after the next step, where this rank has `planned` some."""
-        del kinds
+    def due_probes(self, planned: tuple[str, ...], names: Sequence[str]) -> tuple[str, ...]:
+        """Those of `names` to run after the next step, where this rank has `planned` some."""
+        del names
         return planned
 
     def all_ready(self, step: int, has_batch: bool, has_room: Callable[[], bool]) -> bool:
@@ -187,7 +188,7 @@ class Replicated(Strategy):
 
     def agree_on_state(self, state: Mapping[str, Any]) -> bool:
         """As `Strategy.agree_on_state`; the same in what must be alike on all ranks."""
-        own = {"sampler"} if self.probes_together else {"sampler", "probes"}  # what this rank alone has run
+        own = {"sampler"} if self.all_ranks_probe else {"sampler", "probes"}  # what this rank alone has run
         try:
             alike = [sorted(state), {key: value for key, value in state.items() if key not in own}]
             text = json.dumps(alike, sort_keys=True) if state else ""
@@ -247,9 +248,9 @@ class Replicated(Strategy):
         del own
         return self._swallowed_errors
 
-    def due_probes(self, planned: tuple[str, ...], kinds: Sequence[str]) -> tuple[str, ...]:
+    def due_probes(self, planned: tuple[str, ...], names: Sequence[str]) -> tuple[str, ...]:
         """As `Strategy.due_probes`: rank 0's."""
-        del kinds
+        del names
         return planned if self.leads else ()
 
     def _exchange(self, own: StepMessage, *, lock_step: bool = False) -> list[StepRecord]:
@@ -275,7 +276,7 @@ class Sharded(Replicated):
 
     sums_taps = True
     lock_step = True
-    probes_together = True
+    all_ranks_probe = True
 
     def __init__(self, options: Options, topology: Topology, rendezvous: Rendezvous, barrier: ExceptionBarrier) -> None:
         super().__init__(options, topology, rendezvous, barrier)
@@ -291,10 +292,10 @@ class Sharded(Replicated):
         self._due_now = 0 if self.ranks.lost else self._due.popleft()
         return ended
 
-    def due_probes(self, planned: tuple[str, ...], kinds: Sequence[str]) -> tuple[str, ...]:
+    def due_probes(self, planned: tuple[str, ...], names: Sequence[str]) -> tuple[str, ...]:
         """As `Strategy.due_probes`: those that rank 0 found due at an earlier step, on all ranks alike."""
         del planned
-        return tuple(kind for i, kind in enumerate(kinds) if self._due_now >> i & 1)
+        return tuple(name for i, name in enumerate(names) if self._due_now >> i & 1)
 
     def all_ready(self, step: int, has_batch: bool, has_room: Callable[[], bool]) -> bool:
         """As `Strategy.all_ready`; all ranks get the same answer."""
@@ -305,7 +306,7 @@ class Sharded(Replicated):
         return super()._completed(message)
 
 
-class Pipeline(Replicated):
+class PipelineParallel(Replicated):
     """Each process has a stage of the model, with parameters of its own; it is not probed."""
 
     sums_taps = True
@@ -339,7 +340,7 @@ def connect(
     topology = gather_topology(rendezvous, options, block_map, idle_rules, run)
     kind: type[Replicated] = Replicated
     if topology.staged:
-        kind = Pipeline
+        kind = PipelineParallel
     elif topology.sharded:
         kind = Sharded
     elif topology.summed:

@@ -56,7 +56,7 @@ class _RoundRobin(Probe):
         return names[(self.turn - 1) % len(names)]
 
 
-class Direction(_RoundRobin):
+class DirectionProbe(_RoundRobin):
     """Probes the whole step, and the part of it in one block."""
 
     share = 4
@@ -86,7 +86,7 @@ class Direction(_RoundRobin):
         return norms
 
 
-class LineSearch(_RoundRobin):
+class LineSearchProbe(_RoundRobin):
     """Searches along the whole step, and along the part of it in one block."""
 
     share = 4
@@ -105,7 +105,7 @@ class LineSearch(_RoundRobin):
             )
 
 
-class Hutchinson(Probe):
+class HutchinsonProbe(Probe):
     """Probes the block whose trace estimate has the largest relative error.
 
     A block that was not probed for two rounds goes first.
@@ -143,7 +143,7 @@ class Hutchinson(Probe):
         return relative_error(float(known.value), float(known.stderr))
 
 
-class Lanczos(_RoundRobin):
+class LanczosProbe(_RoundRobin):
     """Probes one block, or the whole model, until its top eigenvalue has settled; then the next.
 
     Each probe starts from the two Ritz vectors of the one before. No more than these is kept, and on the host: memory
@@ -177,7 +177,7 @@ class Lanczos(_RoundRobin):
         return replace(sample, vectors=torch.empty(2, 0, device="cpu"))  # not kept until the report is sent
 
 
-class Preconditioned(Probe):
+class PreconditionedProbe(Probe):
     """Probes the whole model; each probe starts from the vector of the one before, which is kept on the host."""
 
     def __init__(self, context: ProbeContext) -> None:
@@ -275,12 +275,12 @@ PROBES: dict[str, ProbeSpec] = {
     spec.name: spec
     for spec in (
         GNB,
-        ProbeSpec(name="direction", runner=Direction, encode=_encode_direction),
-        ProbeSpec(name="hutchinson", runner=Hutchinson, encode=_encode_hutchinson),
-        ProbeSpec(name="lanczos", runner=Lanczos, encode=_encode_lanczos),
-        ProbeSpec(name="linesearch", runner=LineSearch, encode=_encode_line_search),
+        ProbeSpec(name="direction", runner=DirectionProbe, encode=_encode_direction),
+        ProbeSpec(name="hutchinson", runner=HutchinsonProbe, encode=_encode_hutchinson),
+        ProbeSpec(name="lanczos", runner=LanczosProbe, encode=_encode_lanczos),
+        ProbeSpec(name="linesearch", runner=LineSearchProbe, encode=_encode_line_search),
         GRADIENT_NOISE,
-        ProbeSpec(name="preconditioned", runner=Preconditioned, encode=_encode_preconditioned, check=require_adam),
+        ProbeSpec(name="preconditioned", runner=PreconditionedProbe, encode=_encode_preconditioned, check=require_adam),
     )
 }
 

@@ -32,7 +32,7 @@ class ProbingStrategy(Protocol):
         """Whether a probe may be due at the first step."""
 
     @property
-    def probes_together(self) -> bool:
+    def all_ranks_probe(self) -> bool:
         """Whether all ranks run a probe at once, on the model that they share."""
 
     @property
@@ -81,14 +81,14 @@ class ProbeScheduler:
     def prepare(self) -> DueProbes:
         """The gradients of a step are complete: prepares the probes that are due after it."""
         # Where all ranks probe together, they also agree on whether each of them has seen a batch.
-        if not self._due or (self._captured is None and not self._strategy.probes_together):
+        if not self._due or (self._captured is None and not self._strategy.all_ranks_probe):
             return _NONE_DUE
         return DueProbes(self._due, self.runner.before_step(self._due))
 
     def run(self, step: int, due: DueProbes, tap: PendingTap | None) -> ProbeRun:
         """Step number `step` is taken: runs the probes that are due."""
         captured, self._captured = self._captured, None
-        names = self._due if self._strategy.probes_together else due.names  # or one rank would wait for another
+        names = self._due if self._strategy.all_ranks_probe else due.names  # or one rank would wait for another
         if not names or not self._all_ready(captured, step) or captured is None:
             return ProbeRun()
         probed = due.step or self.runner.before_step(())
@@ -134,7 +134,7 @@ class ProbeScheduler:
     def _planned(self) -> tuple[str, ...]:
         """The probes that fit the budget after the next step, or after a later one where ranks must agree first."""
         names = self.budget.plan()
-        if self._strategy.probes_together:
+        if self._strategy.all_ranks_probe:
             self.budget.started(names)
         return names
 

@@ -112,7 +112,7 @@ class Reporter:
         swallowed_errors: how many errors were swallowed, now.
     """
 
-    def __init__(  # noqa: PLR0913 - all that a sample tells of
+    def __init__(  # noqa: PLR0913 - all that a sample contains
         self,
         transport: Transport,
         *,

@@ -12,14 +12,14 @@ from sharpwatch.v1 import agent_pb2
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """Whether a daemon is reached, as far as the trainer has heard.
+    """Whether a daemon is reached, as last reported by the courier.
 
     Attributes:
         address: The daemon's address; empty for a transport that has none.
         connected: Whether a session with the daemon is open.
         since_unix_ns: When `connected` last changed; 0 before the first session.
         acknowledged: Sequence number of the newest sample that the daemon has acknowledged; 0 before the first.
-        reason: Why no session is open; empty if one is, or if nothing was heard yet.
+        reason: Why no session is open; empty if one is, or before the first report.
     """
 
     address: str = ""

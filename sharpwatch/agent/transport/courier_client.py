@@ -1,6 +1,6 @@
 """The trainer's transport: it writes samples to the courier process, and never blocks.
 
-A written sample is kept, as far as the outbox has room, until the courier reports that it holds it no more
+A written sample is kept, up to `pending_bytes` of them, until the courier reports that it holds it no more
 (acknowledged, refused or dropped). A courier that dies is replaced, and the new one gets what was kept.
 """
 
@@ -26,7 +26,7 @@ from sharpwatch.common.endpoint import Address
 from sharpwatch.errors import WireError
 from sharpwatch.v1 import agent_pb2
 
-OUTBOX_BYTES = 4 * 2**20
+PENDING_BYTES = 4 * 2**20
 SPOOL_BYTES = 64 * 2**20
 MAX_RESPONSE_BYTES = 2**20
 _FIRST_RESTART_SECONDS = 0.2
@@ -48,7 +48,7 @@ class CourierClient:
         address: The daemon's address: "HOST:PORT" or "unix:PATH".
         token: The daemon's bearer token, if it has one.
         tls: PEM files by name: "ca", and "cert" with "key".
-        outbox_bytes: How many bytes of samples the trainer keeps for the courier.
+        pending_bytes: How many bytes of samples the trainer keeps for the courier.
         spool_bytes: How many bytes of samples the courier keeps for the daemon.
 
     Raises:
@@ -61,7 +61,7 @@ class CourierClient:
         address: str | Address,
         token: str | None = None,
         tls: Mapping[str, str] | Tls | None = None,
-        outbox_bytes: int = OUTBOX_BYTES,
+        pending_bytes: int = PENDING_BYTES,
         spool_bytes: int = SPOOL_BYTES,
     ) -> None:
         where = address if isinstance(address, Address) else parse_daemon_address(address)
@@ -74,9 +74,9 @@ class CourierClient:
             trainer=self._pid,
         )
         self._greeting = b""
-        self._limit = outbox_bytes
-        self._spool = Spool(outbox_bytes)
-        # Written samples that the outbox had no room to keep: they are lost if the courier dies with them.
+        self._limit = pending_bytes
+        self._spool = Spool(pending_bytes)
+        # Written samples that did not fit in `pending_bytes`: they are lost if the courier dies with them.
         self._entrusted: OrderedDict[int, None] = OrderedDict()
         self._dropped: Counter[str] = Counter()
         self._connection = Connection(where.target)
@@ -350,7 +350,7 @@ class _Restart:
         self._at = now + self._backoff.next()
 
     def warn(self, message: str) -> None:
-        """Once: a courier that comes and goes is counted, not told of each time."""
+        """Warn once; a courier that keeps ending is counted, not logged each time."""
         if not self._warned:
             self._warned = True
             warn("%s", message)

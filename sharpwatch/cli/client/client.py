@@ -26,7 +26,7 @@ _CHANNEL_OPTIONS = (("grpc.enable_http_proxy", 0), ("grpc.max_receive_message_le
 
 
 @dataclass(frozen=True, slots=True)
-class Connection:
+class DaemonConnection:
     """How to reach the daemon.
 
     Attributes:
@@ -45,7 +45,7 @@ class Connection:
         return parse_address(self.address).is_local
 
 
-def find_connection(options: DaemonOptions, environ: Mapping[str, str]) -> Connection:
+def find_connection(options: DaemonOptions, environ: Mapping[str, str]) -> DaemonConnection:
     """Take address and token from the options, else from the environment, else from their default places.
 
     Args:
@@ -60,7 +60,7 @@ def find_connection(options: DaemonOptions, environ: Mapping[str, str]) -> Conne
     named = options.token_file or environ.get("SHARPWATCH_TOKEN_FILE")
     path = Path(named).expanduser() if named else default_token_file()
     token = read_token(path) if named or path.exists() else ""
-    return Connection(address, token, path)
+    return DaemonConnection(address, token, path)
 
 
 def _environment_address(environ: Mapping[str, str]) -> str:
@@ -135,7 +135,7 @@ def operator(options: DaemonOptions) -> Iterator[OperatorServiceStub]:
 
 
 @contextmanager
-def connected(connection: Connection) -> Iterator[OperatorServiceStub]:
+def connected(connection: DaemonConnection) -> Iterator[OperatorServiceStub]:
     """Open the operator service of a connection.
 
     Raises:
@@ -153,7 +153,7 @@ def connected(connection: Connection) -> Iterator[OperatorServiceStub]:
             raise OperatorError(plain_words(error.code(), error.details() or "", connection)) from error
 
 
-def plain_words(code: grpc.StatusCode, details: str, connection: Connection) -> str:
+def plain_words(code: grpc.StatusCode, details: str, connection: DaemonConnection) -> str:
     """Say in one line what the status of a failed call means to the user.
 
     Args:

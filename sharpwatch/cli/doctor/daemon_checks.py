@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from email.utils import parsedate_to_datetime
 
 from sharpwatch._version import __version__
-from sharpwatch.cli.client.client import Connection, connected
+from sharpwatch.cli.client.client import DaemonConnection, connected
 from sharpwatch.cli.doctor.local_checks import CheckResult
 from sharpwatch.cli.output import formatting
 from sharpwatch.errors import OperatorError
@@ -19,7 +19,7 @@ _SKEW_SECONDS = 5.0  # with more, times of steps and decisions cannot be compare
 _HTTP_SECONDS = 5.0
 
 
-def token(connection: Connection) -> CheckResult:
+def token(connection: DaemonConnection) -> CheckResult:
     """Check that there is a token to send with commands."""
     if connection.token:
         return CheckResult("token file", "ok", f"{connection.token_file}, readable by its owner only")
@@ -27,7 +27,7 @@ def token(connection: Connection) -> CheckResult:
     return CheckResult("token file", "warn", f"{connection.token_file} is not there: commands may be refused", remedy)
 
 
-def daemon(connection: Connection) -> Iterator[CheckResult]:
+def daemon(connection: DaemonConnection) -> Iterator[CheckResult]:
     """Ask the daemon about itself, and check its answer."""
     try:
         with connected(connection) as stub:

@@ -122,10 +122,10 @@ def _from_folder(folder: Path, device: torch.device, dtype: torch.dtype) -> Load
     transformers.utils.logging.disable_progress_bar()
     auto = getattr(transformers, _AUTO[task][0])
     try:
-        model, told = auto.from_pretrained(folder, local_files_only=True, dtype=dtype, output_loading_info=True)
+        model, loading_info = auto.from_pretrained(folder, local_files_only=True, dtype=dtype, output_loading_info=True)
     except Exception as error:
         raise SharpwatchError(f"{folder}: can't be loaded: {type(error).__name__}: {error}") from error
-    _check_complete(folder, told)
+    _check_complete(folder, loading_info)
     return LoadedModel(model.to(device), device, folder=folder, task=task)
 
 
@@ -157,9 +157,9 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _check_complete(folder: Path, told: dict[str, Any]) -> None:
+def _check_complete(folder: Path, loading_info: dict[str, Any]) -> None:
     """Refuse missing weights, which transformers would replace by random ones with only a warning."""
-    missing = sorted(str(key) for key in told.get("missing_keys") or ())
+    missing = sorted(str(key) for key in loading_info.get("missing_keys") or ())
     if missing:
         named = f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
         raise SharpwatchError(f"{folder}: the weight files lack {len(missing)} of the model's parameters: {named}")

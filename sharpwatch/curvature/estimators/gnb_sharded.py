@@ -193,8 +193,8 @@ class _RankSums:
         try:
             yield
         except Exception as error:  # noqa: BLE001 - raised by `total`, on all ranks
-            said = str(error) if isinstance(error, ProbeError) else f"{type(error).__name__}: {error}"
-            self._reason = self._reason or said
+            message = str(error) if isinstance(error, ProbeError) else f"{type(error).__name__}: {error}"
+            self._reason = self._reason or message
 
     def enter_collectives(self) -> None:
         """Enter the model's own collectives: all ranks do, or none does."""
@@ -228,10 +228,10 @@ class _RankSums:
         self.size, failures, launched, squared = (round(value) for value in summed[:4].tolist())
         if failures:
             reason = self._share_reason() if failures == 1 else self._reason
-            said = f"failed on {failures} of the ranks: {reason or 'see their logs'}"
+            message = f"failed on {failures} of the ranks: {reason or 'see their logs'}"
             if launched**2 != self.size * squared:
-                raise DesyncError(f"{said}. {_OUT_OF_STEP_HINT}")
-            raise ProbeError(said)
+                raise DesyncError(f"{message}. {_OUT_OF_STEP_HINT}")
+            raise ProbeError(message)
         return summed[4:].view_as(values)
 
     def _share_reason(self) -> str:
@@ -248,8 +248,8 @@ class _RankSums:
         except Exception as error:
             if not self._inside:
                 raise
-            said = f"failed on this rank: {self._reason}" if self._reason else f"lost the other ranks: {error}"
-            raise DesyncError(f"{said}. {_OUT_OF_STEP_HINT}") from error
+            message = f"failed on this rank: {self._reason}" if self._reason else f"lost the other ranks: {error}"
+            raise DesyncError(f"{message}. {_OUT_OF_STEP_HINT}") from error
 
 
 def launched_collectives() -> int:

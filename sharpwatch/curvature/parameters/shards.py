@@ -206,10 +206,10 @@ def shard_weights(numels: Mapping[str, int], held_by: Iterable[Mapping[str, int]
     Returns:
         Weights by parameter name.
     """
-    held_together: Counter[str] = Counter()
+    held_by_all: Counter[str] = Counter()
     for rank in held_by:
-        held_together.update(rank)
-    return {name: numel / held_together[name] for name, numel in numels.items()}
+        held_by_all.update(rank)
+    return {name: numel / held_by_all[name] for name, numel in numels.items()}
 
 
 def sketch_shards(

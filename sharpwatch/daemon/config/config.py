@@ -62,23 +62,23 @@ def _one_of(allowed: tuple[str, ...], *, expected: str = "") -> WrapValidator:
 
 
 @dataclass(frozen=True)
-class _Rules(GroupedMetadata):
-    """Several rules on one value; pydantic takes them apart."""
+class _Constraints(GroupedMetadata):
+    """Several constraints on one value; pydantic takes them apart."""
 
-    rules: tuple[Any, ...]
+    constraints: tuple[Any, ...]
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self.rules)
+        return iter(self.constraints)
 
 
-def _integer(low: int, high: int) -> _Rules:
-    return _Rules((Field(strict=True, ge=low, le=high), _expecting(f"an integer from {low} to {high}")))
+def _integer(low: int, high: int) -> _Constraints:
+    return _Constraints((Field(strict=True, ge=low, le=high), _expecting(f"an integer from {low} to {high}")))
 
 
-def _number(low: float, high: float) -> _Rules:
+def _number(low: float, high: float) -> _Constraints:
     """A finite number within (low, high]."""
     rule = Field(strict=True, gt=low, le=high, allow_inf_nan=False)
-    return _Rules((rule, _expecting(f"a number above {low:g}, at most {high:g}")))
+    return _Constraints((rule, _expecting(f"a number above {low:g}, at most {high:g}")))
 
 
 def _seconds(value: Any) -> Any:

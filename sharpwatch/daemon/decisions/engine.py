@@ -23,7 +23,7 @@ from sharpwatch.daemon.decisions.ramp_back import HeldCuts, held_cuts, hold_step
 from sharpwatch.daemon.detection.alerts import AlertBook
 from sharpwatch.daemon.records import Action, Alert, Checkpoint, Decision, Finding, Mode
 
-_STANDING = ("observed", "proposed", "rejected")  # said already; not said again for the same reason
+_ANNOUNCED = ("observed", "proposed", "rejected")  # journalled already; not repeated for the same reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +93,13 @@ class PolicyEngine:
         return OK
 
     def _notify(self, policy: PolicyConfig, alert: Alert, at: _StepContext) -> None:
-        if not self._decided_before(policy, alert, _STANDING):
+        if not self._decided_before(policy, alert, _ANNOUNCED):
             made = self._draft("notify", policy, at.mode_of(policy), alert, at)
             self._log.add(replace(made, detail=alert.evidence), "observe")
 
     def _act_on(self, policy: PolicyConfig, alert: Alert, at: _StepContext) -> None:
         mode = at.mode_of(policy)
-        if mode != "enforce" and self._decided_before(policy, alert, _STANDING if mode == "advise" else ("observed",)):
+        if mode != "enforce" and self._decided_before(policy, alert, _ANNOUNCED if mode == "advise" else ("observed",)):
             return
         made = self._draft(policy.action.kind, policy, mode, alert, at)
         context = GuardContext(at.step, at.now, self._log.decisions)
@@ -172,7 +172,7 @@ class PolicyEngine:
         if not since <= at.step < since + hold_steps(policy, state.relapses):
             return False
         made = self._draft("set_lr", policy, at.mode_of(policy), alerts[0], at)
-        if self._decided_before(policy, alerts[0], (*_STANDING, "refused", "expired"), "set_lr"):
+        if self._decided_before(policy, alerts[0], (*_ANNOUNCED, "refused", "expired"), "set_lr"):
             return False
         made = replace(
             made,
@@ -214,7 +214,7 @@ class PolicyEngine:
     def _ramp_back_pending(self, since: int, hold: int, step: int) -> bool:
         for made in reversed(self._log.decisions):
             if made.action == "ramp_back" and since <= made.step <= step:
-                return made.outcome in _STANDING or step - made.step < hold
+                return made.outcome in _ANNOUNCED or step - made.step < hold
         return False
 
     def _draft(

@@ -26,7 +26,7 @@ from sharpwatch.daemon.decisions.guards import REFUSED_THERE
 from sharpwatch.daemon.decisions.policy import EscalationChain
 from sharpwatch.daemon.decisions.ramp_back import held_cuts, hold_steps
 from sharpwatch.daemon.detection.alerts import AlertBook
-from sharpwatch.daemon.records import CommandResult, Decision, Observation, Outcome
+from sharpwatch.daemon.records import Decision, Observation, Outcome, ReportedResult
 
 if TYPE_CHECKING:
     from sharpwatch.daemon.decisions.decision_log import DecisionLog
@@ -115,7 +115,7 @@ class DecisionLifecycle:
         self._book = book
         self._chain = chain
 
-    def record_result(self, decision: Decision, result: CommandResult) -> None:
+    def record_result(self, decision: Decision, result: ReportedResult) -> None:
         """Records the trainer's answer to the command of `decision`; a second answer changes nothing."""
         if decision.outcome not in UNDER_WAY:
             return
@@ -150,7 +150,7 @@ class DecisionLifecycle:
             if decision.outcome == "proposed" and waited > self._guard(decision).approve_within:
                 self._expire(decision, "nobody approved it in time")
 
-    def _apply(self, decision: Decision, result: CommandResult, detail: str) -> None:
+    def _apply(self, decision: Decision, result: ReportedResult, detail: str) -> None:
         if result.unchanged_blocks:
             detail = _joined(detail, f"unchanged: {', '.join(result.unchanged_blocks)}")
         self._log.advance(decision, "apply", detail=detail, applied_step=result.step)

@@ -21,11 +21,11 @@ from sharpwatch.daemon.records import (
     Alert,
     Changes,
     Checkpoint,
-    CommandResult,
     Decision,
     Finding,
     Mode,
     Observation,
+    ReportedResult,
     Revision,
 )
 from sharpwatch.errors import OperatorError
@@ -132,7 +132,7 @@ class RunController:
         scores, findings = self._see(obs)
         self._book.replay(findings, [detector.name for detector in DETECTORS if detector.judged(scores)])
 
-    def command_result(self, result: CommandResult, now: float) -> Changes:  # noqa: ARG002  the clock comes with all
+    def command_result(self, result: ReportedResult, now: float) -> Changes:  # noqa: ARG002  the clock comes with all
         """Take in what the trainer made of a command; telling it twice changes nothing."""
         made = self._log.find(result.command_id)
         if result.outcome == "applied" and made.revision:

@@ -12,7 +12,7 @@ from sharpwatch.curvature.statistics.estimate import Estimate
 from sharpwatch.daemon.records import Observation
 
 WINDOW = 100
-WARM_UP = 50  # samples of a step signal before anything is said
+WARM_UP = 50  # samples of a step signal before it can raise an alert
 WARM_UP_PROBES = 10  # of a probe signal, which comes every tenth step or so
 SET_ASIDE = 6.0  # z from which a sample stays out of the baseline: a spike must not become normal
 # A level that stands for so many samples in a row is the run's new level. It takes several windows, longer than any

@@ -33,9 +33,9 @@ def non_finite(scores: Scores) -> Finding | None:
     blocks = _worst_first({**norms, **counts})
     if not blocks and not bad_loss:
         return None
-    said = [f"loss is {seen.loss}"] if bad_loss else []
-    said += [f"{block}: {counts.get(block, 'some')} gradient entries not finite" for block in blocks]
-    return Finding("NonFinite", blocks, "critical", "; ".join(said), seen.step)
+    evidence = [f"loss is {seen.loss}"] if bad_loss else []
+    evidence += [f"{block}: {counts.get(block, 'some')} gradient entries not finite" for block in blocks]
+    return Finding("NonFinite", blocks, "critical", "; ".join(evidence), seen.step)
 
 
 def loss_spike(recent: Sequence[Scores]) -> Finding | None:
@@ -66,14 +66,14 @@ def update_rms_spike(recent: Sequence[Scores]) -> Finding | None:
     jumped = _weight_jumps(recent)
     if not jumped and not _seen_twice(high, recent):
         return None
-    said = [f"weight norm of {block} ×{jumped[block]:.3g} in one step" for block in _worst_first(jumped)]
-    said += [
+    evidence = [f"weight norm of {block} ×{jumped[block]:.3g} in one step" for block in _worst_first(jumped)]
+    evidence += [
         f"update RMS of {block} {now.observation.update_rms[block]:.3g} (z {high[block]:.1f})"
         for block in _worst_first(high)
     ]
     blocks = tuple(dict.fromkeys((*_worst_first(jumped), *_worst_first(high))))
     severity: Severity = "critical" if jumped or max(high.values()) > SURE_SPIKE else "warning"
-    return Finding("UpdateRmsSpike", blocks, severity, "; ".join(said), now.observation.step)
+    return Finding("UpdateRmsSpike", blocks, severity, "; ".join(evidence), now.observation.step)
 
 
 def _seen_twice(high: Mapping[str, float], recent: Sequence[Scores]) -> bool:

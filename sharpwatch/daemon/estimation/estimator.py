@@ -67,10 +67,10 @@ def estimate_all(requests: Sequence[EstimateRequest], device: str) -> list[Estim
             of_probe = spec.estimate([requests[index] for index in members], device)
             for index, estimates in zip(members, of_probe, strict=True):
                 found[index].append(estimates)
-    return [_together(each) for each in found]
+    return [_combined(each) for each in found]
 
 
-def _together(of_probes: Sequence[Estimates]) -> Estimates:
+def _combined(of_probes: Sequence[Estimates]) -> Estimates:
     """The estimates of one run from all its probes; a single kind of probe estimates layers."""
     values = {key: one for estimates in of_probes for key, one in estimates.values.items()}
     layers = next((each for each in of_probes if each.layer_sharpness), Estimates())
@@ -105,7 +105,7 @@ class Estimator:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Waiting:
+class QueuedRequest:
     """A request to be estimated; `received_at` is when its newest sample came in, on a monotonic clock."""
 
     request: EstimateRequest
@@ -118,13 +118,15 @@ class EstimationQueue:
     `estimate` is awaited with all requests that wait, one batch at a time; it must not raise.
     """
 
-    def __init__(self, estimate: Callable[[Sequence[Waiting]], Awaitable[None]], capacity: int = CAPACITY) -> None:
+    def __init__(
+        self, estimate: Callable[[Sequence[QueuedRequest]], Awaitable[None]], capacity: int = CAPACITY
+    ) -> None:
         self._estimate = estimate
         self._capacity = capacity
-        self._waiting: list[Waiting] = []
+        self._waiting: list[QueuedRequest] = []
         self._task: asyncio.Task[None] | None = None
 
-    def put(self, window: Waiting) -> None:
+    def put(self, window: QueuedRequest) -> None:
         """Has `window` estimated in the next batch."""
         self._waiting.append(window)
         if self._task is None or self._task.done():

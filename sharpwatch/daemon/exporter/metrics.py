@@ -290,12 +290,12 @@ def _action_families(snapshots: list[RunSnapshot]) -> Iterator[Metric]:
     decisions = _counter("decisions", "Decisions that reached the outcome.", "action", "mode", "outcome")
     revision = _gauge("lr_revision", "Number of the newest LR revision; 0 before the first.")
     for snapshot in snapshots:
-        standing: dict[tuple[str, str], bool] = {}
+        active_by_block: dict[tuple[str, str], bool] = {}
         for alert in snapshot.alerts:
             for block in alert.blocks or ("",):
-                standing[alert.name, block] = alert.active or standing.get((alert.name, block), False)
-        for (name, block), stands in standing.items():
-            active.add_metric(_labels(snapshot, name, block), float(stands))
+                active_by_block[alert.name, block] = alert.active or active_by_block.get((alert.name, block), False)
+        for (name, block), is_active in active_by_block.items():
+            active.add_metric(_labels(snapshot, name, block), float(is_active))
         # Each from 0 on: increase() can't see a counter that begins at 1.
         for name, count in (dict.fromkeys(_ALERTS, 0) | dict(snapshot.alerts_total)).items():
             alerts.add_metric(_labels(snapshot, name), count)

@@ -116,7 +116,7 @@ class SampleQueue:
         self._shrink()
         self._filled.set()
 
-    def put_back(self, entries: Iterable[QueuedSample]) -> None:
+    def requeue(self, entries: Iterable[QueuedSample]) -> None:
         """Returns what `take` gave, ahead of what has come since, without waking `filled`."""
         for entry in reversed(list(entries)):
             self._runs.setdefault(entry.run, deque()).appendleft(entry)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from sharpwatch import wire
 from sharpwatch.daemon.ingest.hello import RunHello
 from sharpwatch.daemon.ingest.probes import read_probes
-from sharpwatch.daemon.records import Checkpoint, CommandResult
+from sharpwatch.daemon.records import Checkpoint, ReportedResult
 from sharpwatch.errors import WireError
 from sharpwatch.v1 import agent_pb2, types_pb2
 from sharpwatch.wire import (
@@ -86,7 +86,7 @@ class Reading:
     tap: BlockTap | None
     probes: Mapping[str, Any]
     health: HealthReading | None
-    results: tuple[CommandResult, ...]
+    results: tuple[ReportedResult, ...]
     checkpoints: tuple[Checkpoint, ...]
     closing: bool
     restored: bool
@@ -205,12 +205,12 @@ def _probe_failure(failure: agent_pb2.ProbeFailure) -> str:
     return f"{probe}: {reason} (×{failure.count}{', disabled' if failure.disabled else ''})"
 
 
-def _result(result: types_pb2.CommandResult) -> CommandResult:
+def _result(result: types_pb2.CommandResult) -> ReportedResult:
     what = f"result of {result.command_id!r}"
     require_few(result.unchanged_blocks, "result.unchanged_blocks")
     require(-MAX_STEP <= result.step <= MAX_STEP, f"{what}: step must be -2**53 to 2**53, got {result.step}")
     require(result.outcome in _OUTCOMES, f"{what}: outcome must be one of {sorted(_OUTCOMES)}, got {result.outcome}")
-    return CommandResult(
+    return ReportedResult(
         command_id=checked_name(result.command_id, "result.command_id"),
         outcome=_OUTCOMES[result.outcome],
         step=result.step,

@@ -134,11 +134,11 @@ def sample(sequence: int, step: int | None = None, **parts) -> agent_pb2.Sample:
 
 @dataclass
 class Trainer:
-    """One session; what the daemon says is kept in `heard`, by kind."""
+    """One session; the daemon's responses are kept in `received`, by kind."""
 
     call: grpc.aio.StreamStreamCall
     welcome: agent_pb2.Welcome | None = None
-    heard: dict[str, list] = field(default_factory=dict)
+    received: dict[str, list] = field(default_factory=dict)
 
     async def send(self, message: agent_pb2.Hello | agent_pb2.Sample) -> None:
         kind = "hello" if isinstance(message, agent_pb2.Hello) else "sample"
@@ -146,15 +146,15 @@ class Trainer:
 
     async def next(self, kind: str):
         """The next response of `kind`; those of other kinds are kept."""
-        while not self.heard.get(kind):
+        while not self.received.get(kind):
             async with asyncio.timeout(PATIENCE):
                 response = await self.call.read()
             if response is grpc.aio.EOF:
                 raise AssertionError(f"the session ended before a {kind}: {await self.call.code()}")
-            self.heard.setdefault(response.WhichOneof("message"), []).append(
+            self.received.setdefault(response.WhichOneof("message"), []).append(
                 getattr(response, response.WhichOneof("message"))
             )
-        return self.heard[kind].pop(0)
+        return self.received[kind].pop(0)
 
     async def acknowledged(self, sequence: int) -> None:
         """Wait until all up to `sequence` is journalled."""

@@ -144,8 +144,8 @@ async def test_a_full_disk_stops_acknowledgements_and_not_the_daemon(start, buil
     assert {one.code for one in lost} == {"overflow"}
     # The oldest: but for those that a retry of the journal has in its hands at that moment.
     assert max(one.sequence for one in lost) < 20
-    assert "refusal" not in quiet.heard
-    assert "ack" not in {kind for kind, heard in busy.heard.items() if heard}
+    assert "refusal" not in quiet.received
+    assert "ack" not in {kind for kind, received in busy.received.items() if received}
     status, reason = await daemon.get("/-/ready")
     assert status == 503
     assert "journal.db" in reason
@@ -165,7 +165,7 @@ async def test_a_full_disk_stops_acknowledgements_and_not_the_daemon(start, buil
     await busy.acknowledged(20)
     assert await daemon.get("/-/ready") == (200, "ready\n")
     assert await daemon.metric("sharpwatch_store_writable") == 1
-    assert "command" not in busy.heard
+    assert "command" not in busy.received
     assert [event["event"] for event in running.log].count("store_failed") == 1
     for trainer in (quiet, busy):
         trainer.call.cancel()
@@ -180,10 +180,10 @@ async def test_sigterm_flushes_says_goodbye_and_exits_0(start, build):
     status = await running.exit(signal.SIGTERM)
     assert status == 0
     assert (await trainer.next("drain")).reason == "the daemon is stopping"
-    said = trainer.heard["ack"][-1].sequence if trainer.heard.get("ack") else 1
+    acknowledged = trainer.received["ack"][-1].sequence if trainer.received.get("ack") else 1
     assert running.log[-1]["event"] == "stopped"
     again = await (await start()).client.train()
-    assert again.welcome.acknowledged_sequence >= said
+    assert again.welcome.acknowledged_sequence >= acknowledged
     again.call.cancel()
 
 

@@ -132,7 +132,7 @@ async def test_a_command_that_was_not_answered_is_sent_again_and_an_answered_one
     third = await daemon.train()
     await third.send(build.sample(3))
     await third.acknowledged(3)
-    assert "command" not in third.heard
+    assert "command" not in third.received
     third.call.cancel()
 
 
@@ -168,7 +168,7 @@ async def test_a_rollback_lets_the_steps_go_back(daemon, build):
     await trainer.send(build.sample(2, step=11))
     await trainer.send(build.sample(3, step=6, restored=True, results=[result]))
     await trainer.acknowledged(3)
-    assert "refusal" not in trainer.heard
+    assert "refusal" not in trainer.received
     detail = await daemon.shown("run", lambda detail: detail.run.step == 6)
     assert [checkpoint.uri for checkpoint in detail.checkpoints] == ["file:///c5"]  # the later one was left behind
     trainer.call.cancel()
@@ -269,7 +269,7 @@ async def test_a_stopping_daemon_sends_everyone_away(running, build):
         trainer_end, daemon_end = trainer.next("drain"), daemon.stop()
         await daemon_end
         assert (await trainer_end).retry_after_seconds > 0
-        assert trainer.heard["ack"][-1].sequence == 1
+        assert trainer.received["ack"][-1].sequence == 1
         assert (await trainer.ended())[0] is grpc.StatusCode.OK
         with suppress(grpc.aio.AioRpcError):
             while await watch.read() is not grpc.aio.EOF:

@@ -184,8 +184,8 @@ async def test_promtool_checks_a_real_exposition(running, build, program):
         program("promtool"), "check", "metrics",
         stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
     )  # fmt: skip
-    said, _ = await process.communicate(text.encode())
-    assert (process.returncode, said) == (0, b"")
+    output, _ = await process.communicate(text.encode())
+    assert (process.returncode, output) == (0, b"")
 
 
 async def test_an_alert_and_its_decision_survive_a_restart(running, build):

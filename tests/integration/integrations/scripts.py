@@ -20,8 +20,8 @@ def tell(**what):
     print(json.dumps(what), flush=True)
 """
 
-# Trains until it is told to stop, and can die without any goodbye.
-TOLD = """
+# Trains until its input ends, and can die without any goodbye.
+UNTIL_STOPPED = """
 signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 over = threading.Event()
 threading.Thread(target=lambda: (sys.stdin.read(), over.set()), daemon=True).start()
@@ -44,10 +44,10 @@ def filled(source, **names):
 
 
 def printed(text):
-    """What a script has told; frameworks print too."""
+    """The lines that a script printed as JSON; frameworks print too."""
     return [json.loads(line) for line in text.splitlines() if line.startswith('{"')]
 
 
 def weights(entries):
-    """The digests of weights that were told, by step."""
+    """The digests of weights that were printed, by step."""
     return {entry["step"]: entry["weights"] for entry in entries if "weights" in entry}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from scripts import POLICIES, START, TOLD, filled, printed, weights
+from scripts import POLICIES, START, UNTIL_STOPPED, filled, printed, weights
 
 # The model, the data and the loop's parts, as any user's script has them. Batches of epoch 0 that are numbered 22 to 24
 # carry labels of noise: the fault.
@@ -35,7 +35,7 @@ def train(ids):
 
 WATCHED = (
     PARTS
-    + TOLD
+    + UNTIL_STOPPED
     + """
 import sharpwatch
 watch = sharpwatch.attach(model, [decayed, plain], training_job="plain", run="plain", control="rollback",
@@ -133,8 +133,8 @@ def test_a_rollback_ends_where_a_restart_by_hand_ends(daemon, watched, script):
     assert len(left_out) == 4  # one of them void
     names = {"FOLDER": done["rollback"]["checkpoint"]["uri"], "SCALED": True, "TAKEN": taken[20]}
     by_hand = printed(script(filled(BY_HAND, **names, SKIP=list(left_out), LAST=again[-1]["batch"])))
-    told = ("batch", "weights", "scale", "rate")
-    assert [{name: entry[name] for name in told} for entry in again] == by_hand[-len(again) :]
+    compared = ("batch", "weights", "scale", "rate")
+    assert [{name: entry[name] for name in compared} for entry in again] == by_hand[-len(again) :]
     assert len({entry["scale"] for entry in by_hand}) > 1
 
 
@@ -180,7 +180,7 @@ def test_a_rollback_to_a_damaged_checkpoint_fails_and_training_goes_on(daemon, w
     assert weights(after) == since(by_hand([], last + 5), after[0]["step"])
 
 
-def test_a_batch_that_breaks_the_run_is_gone_round_without_an_operator(daemon, watched):
+def test_a_batch_that_breaks_the_run_is_skipped_without_an_operator(daemon, watched):
     daemon.stop()
     daemon.policies = POLICIES
     daemon.start()

@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from torch.utils.data import DataLoader, TensorDataset
 
-from scripts import POLICIES, START, TOLD, filled, printed, weights
+from scripts import POLICIES, START, UNTIL_STOPPED, filled, printed, weights
 from sharpwatch.integrations.huggingface import _without
 
 # What any user's script has: 40 sequences, shuffled, two micro-batches of 2 to a step: ten steps an epoch.
@@ -42,7 +42,7 @@ class Tell(TrainerCallback):
 
 WATCHED = (
     PARTS
-    + TOLD
+    + UNTIL_STOPPED
     + """
 from sharpwatch.integrations.huggingface import SharpwatchCallback, train
 
@@ -142,7 +142,7 @@ class Faulty(Trainer):
 trainer = Faulty(model"""
 
 
-def test_a_fault_is_gone_round_without_an_operator(daemon, stepping, script, tmp_path):
+def test_a_fault_is_skipped_without_an_operator(daemon, stepping, script, tmp_path):
     daemon.stop()
     daemon.policies = POLICIES
     daemon.start()
@@ -166,7 +166,7 @@ def test_a_fault_is_gone_round_without_an_operator(daemon, stepping, script, tmp
     assert first[14] not in again.values()
 
 
-def test_two_ranks_go_back_together(daemon, on_two_ranks, tmp_path):
+def test_both_ranks_roll_back(daemon, on_two_ranks, tmp_path):
     # The first rank, and with it the other, waits at step 20 until the daemon has sent the command.
     ranked = {"seed=7": 'seed=7, ddp_backend="gloo"', "(40, 16)": "(160, 16)", "max_steps=10_000": "max_steps=36"}
     gate = {

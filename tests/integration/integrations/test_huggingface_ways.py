@@ -128,7 +128,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_going_back_brings_the_same_steps_again_and_is_told_once(made, transports, way):
+def test_going_back_brings_the_same_steps_again_and_is_reported_once(made, transports, way):
     trainer, plain = made(watched=False, **WAYS[way])
     trainer.train()
     trainer, watched = made((6, 4, (0, 0)), **WAYS[way])
@@ -206,7 +206,7 @@ def test_a_second_training_takes_what_the_first_left_out(made):
     assert watched.weights == plain.weights
 
 
-def test_an_error_on_the_way_back_is_raised_and_told(made, transports):
+def test_an_error_on_the_way_back_is_raised_and_reported(made, transports):
     trainer, _ = made((6, 4, (5, 6)), callbacks=[RaisesOnceBack()])
     with pytest.raises(RuntimeError, match="a user's own"):
         train(trainer)

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from stand_ins import Net
 
-from scripts import POLICIES, START, TOLD, filled, printed, weights
+from scripts import POLICIES, START, UNTIL_STOPPED, filled, printed, weights
 from sharpwatch.integrations.lightning import SharpwatchCallback, fit
 from sharpwatch.v1 import types_pb2
 
@@ -59,7 +59,7 @@ options = dict(accelerator="cpu", accumulate_grad_batches=2, gradient_clip_val=1
 
 WATCHED = (
     PARTS
-    + TOLD
+    + UNTIL_STOPPED
     + """
 from sharpwatch.integrations.lightning import SharpwatchCallback, fit
 
@@ -134,7 +134,7 @@ FAULT = """
 """
 
 
-def test_a_fault_is_gone_round_without_an_operator(daemon, stepping, script, tmp_path):
+def test_a_fault_is_skipped_without_an_operator(daemon, stepping, script, tmp_path):
     daemon.stop()
     daemon.policies = POLICIES
     daemon.start()
@@ -225,10 +225,10 @@ def test_a_checkpoint_that_was_written_over_is_no_place_to_go_back_to(transports
     options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = Trainer(accelerator="cpu", max_steps=9, callbacks=callbacks, **options)
     fit(trainer, Module(), torch.utils.data.DataLoader(torch.randint(11, (40, 4)), 2))
-    told = [
+    reported = [
         (checkpoint.step, Path(checkpoint.uri).name) for one in transports[0].samples for checkpoint in one.checkpoints
     ]
-    assert told == [(step, "newest.ckpt") for step in (2, 4, 6, 8)]  # and not "last"
+    assert reported == [(step, "newest.ckpt") for step in (2, 4, 6, 8)]  # and not "last"
     assert "newest.ckpt was saved again at step 6" in caplog.text
     assert [result.outcome for result in transports[0].results] == ["failed"]
     assert trainer.global_step == 9

@@ -11,7 +11,7 @@ import pytest
 TESTS = str(Path(__file__).parents[2])
 
 # Each of CASES, plain and watched: digests of the weights, the norms of the gradients that each step began with, and
-# what a pipe without a courier was given.
+# what a transport without a courier was given.
 SCRIPT = """
 import hashlib, json, logging, math, sys, warnings, torch
 from lightning.pytorch import LightningModule, Trainer
@@ -104,8 +104,8 @@ CASES = [
 
 
 def test_closures_are_evaluated_as_often_as_the_optimizer_does_and_nothing_is_changed(script):
-    told = script(SCRIPT.replace("TESTS", repr(TESTS)).replace("CASES", repr(CASES)))
-    results = [json.loads(line) for line in told.splitlines() if line.startswith("{")]
+    output = script(SCRIPT.replace("TESTS", repr(TESTS)).replace("CASES", repr(CASES)))
+    results = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     for (optimizer, options), result in zip(CASES, results, strict=True):
         assert result["watched"] == result["plain"], (optimizer, options)
         assert result["steps"] == list(range(1, 11))

@@ -146,7 +146,7 @@ def test_a_loader_made_for_each_epoch_is_not_skipped_in(made, transports, caplog
     assert "reload_dataloaders_every_n_epochs" in caplog.text
 
 
-def test_an_error_on_the_way_back_is_raised_and_told(made, transports):
+def test_an_error_on_the_way_back_is_raised_and_reported(made, transports):
     trainer, module, data = made((6, 4, (5, 6)), callbacks=[RaisesOnceBack()])
     with pytest.raises(RuntimeError, match="a user's own"):
         fit(trainer, module, data)

@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 over = threading.Event()
 threading.Thread(target=lambda: (sys.stdin.read(), over.set()), daemon=True).start()
 
-def told(optimizer, *_):
+def print_step(optimizer, *_):
     weights = float(sum(p.double().abs().sum() for group in optimizer.param_groups for p in group["params"]))
     rate, best = optimizer.param_groups[0]["lr"], globals().get("best_val_loss")
     print(json.dumps({"step": checkpoints.step, "weights": weights, "rate": rate, "best": best}), flush=True)
@@ -32,7 +32,7 @@ rows = torch.randint(64, (4000, 16))
 PLAIN = """
 model = gpt2
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-optimizer.register_step_post_hook(told)
+optimizer.register_step_post_hook(print_step)
 scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.999**step)
 loader = DataLoader([{"input_ids": row, "labels": row} for row in rows], 4, shuffle=True)
 """
@@ -63,7 +63,7 @@ def estimate_loss():
 model, out_dir, init_from, iter_num, best_val_loss = Model(), FOLDER, START, 0, 1e9
 gradient_accumulation_steps, eval_interval, ddp = 2, 10, False
 optimizer = torch.optim.AdamW(model.parameters())
-optimizer.register_step_post_hook(told)
+optimizer.register_step_post_hook(print_step)
 scaler = torch.amp.GradScaler("cpu", enabled=False)
 
 # training loop

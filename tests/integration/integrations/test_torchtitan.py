@@ -173,11 +173,11 @@ class Process:
 
     def until(self, step):
         """What it tells up to the first time that it has done `step`."""
-        told = []
+        entries = []
         for line in self.process.stdout:
-            told += printed(line)
-            if told and told[-1]["step"] == step:
-                return told
+            entries += printed(line)
+            if entries and entries[-1]["step"] == step:
+                return entries
         raise AssertionError(f"ended before step {step}")
 
     def end(self):

@@ -58,8 +58,8 @@ def seen(kind, make, transports=None):
     scheduler = KINDS[kind](optimizer)
     if watch:
         order(transports[-1], MULTIPLIERS, at=3)
-    history, laid = [], []
-    in_each_step(optimizer, lambda taken: laid.append(len(taken.param_groups)))
+    history, group_counts = [], []
+    in_each_step(optimizer, lambda taken: group_counts.append(len(taken.param_groups)))
     for number in range(STEPS):
         backward(model, number)
         optimizer.step()
@@ -68,16 +68,16 @@ def seen(kind, make, transports=None):
         history.append(copy.deepcopy((scheduler.get_last_lr(), state, optimizer.state_dict()["param_groups"])))
     if watch:
         watch.close()
-    return history, laid
+    return history, group_counts
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_scheduler_sees_what_it_sees_without_multipliers(transports, kind, optimizer):
-    watched, laid = seen(kind, OPTIMIZERS[optimizer], transports)
+    watched, group_counts = seen(kind, OPTIMIZERS[optimizer], transports)
     plain, _ = seen(kind, OPTIMIZERS[optimizer])
     assert watched == plain
-    assert laid == [1, 1] + [len({*MULTIPLIERS.values(), 1.0})] * (STEPS - 2)
+    assert group_counts == [1, 1] + [len({*MULTIPLIERS.values(), 1.0})] * (STEPS - 2)
 
 
 def test_averages_are_of_the_weights_under_multipliers(transports):

@@ -124,7 +124,7 @@ NONE = {
 
 
 @pytest.mark.parametrize("name", NONE)
-def test_where_no_moment_is_the_gradients_own_nothing_is_said(transports, name):
+def test_where_no_moment_is_the_gradients_own_nothing_is_reported(transports, name):
     model = llama()
     read, _ = taps(transports, model, NONE[name](model))
     assert np.isnan(read).all()

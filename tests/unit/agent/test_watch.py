@@ -164,7 +164,7 @@ def test_several_optimizers_make_one_step(transports):
     watch.close()
 
 
-def test_a_step_that_raises_is_not_counted_and_leaves_no_overlay(transports):
+def test_a_step_that_raises_is_not_counted_and_leaves_no_override(transports):
     model, optimizer, watch, transport = made(transports)
     cut = types_pb2.MultiplierSet(multipliers={"emb": 0.5})
     transport.command(id="a", set_multipliers=cut)
@@ -339,7 +339,7 @@ def test_a_watch_ends_where_a_parameter_it_knows_is_replaced(transports, caplog)
     assert not model._forward_hooks
 
 
-def test_a_parameter_that_comes_later_is_said_once_to_be_unseen(transports, caplog):
+def test_a_parameter_that_comes_later_is_reported_once_as_unseen(transports, caplog):
     model, optimizer, watch, transport = made(transports)
     model.extra = nn.Linear(2, 2, bias=False)
     stepped(model, optimizer, 128)

@@ -131,8 +131,8 @@ def test_gpt2s_fused_matrix_is_split_where_its_own_forward_splits_it():
     assert len(queries_and_keys) == 2
     # Without queries and keys, attention is uniform; without values it would be nothing at all.
     attention = model.transformer.h[0].attn
-    heard = []
-    attention.register_forward_hook(lambda _, __, output: heard.append(output[0]))
+    inputs = []
+    attention.register_forward_hook(lambda _, __, output: inputs.append(output[0]))
     with torch.no_grad():
         for view in queries_and_keys:
             view.zero_()
@@ -140,7 +140,7 @@ def test_gpt2s_fused_matrix_is_split_where_its_own_forward_splits_it():
         values = model.transformer.h[0].ln_1(model.transformer.wte(tokens) + model.transformer.wpe(tokens))
         values = values @ attention.c_attn.weight[:, 2 * D :] + attention.c_attn.bias[2 * D :]
         uniform = values.cumsum(1) / torch.arange(1, T + 1)[None, :, None]
-        torch.testing.assert_close(heard[0], attention.c_proj(uniform))
+        torch.testing.assert_close(inputs[0], attention.c_proj(uniform))
     assert not torch.equal(before, model(tokens).logits)
 
 
@@ -323,7 +323,7 @@ def test_multihead_attention_with_widths_of_its_own():
     assert [found[name] for name in names] == ["qk", "qk", "vo", "qk", "vo", "vo"]
 
 
-def test_layers_of_an_encoder_decoder_are_told_apart():
+def test_layers_of_an_encoder_decoder_are_distinguished():
     config = T5Config(d_model=D, d_ff=8, num_layers=2, num_decoder_layers=1, num_heads=2, d_kv=4, vocab_size=V)
     block_map = classify(T5ForConditionalGeneration(config))
     layers = {row.parameter: row.layer for row in block_map.rows}

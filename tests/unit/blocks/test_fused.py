@@ -1,4 +1,4 @@
-"""Which rows of a fused matrix are values, told by what attention does with them and not by the rules.
+"""Which rows of a fused matrix are values, found by what attention does with them and not by the rules.
 
 What enters the output projection is linear in the values and in nothing else: twice the values (and their biases) are
 exactly twice as much there. A slice that missed a row of values, or held one of queries or keys, would not show that.
@@ -69,9 +69,11 @@ LANGUAGE = [
 
 def named(case):
     name, options, _ = case
-    told = [f"{key}={value}" for key, value in options.items() if key in {"multi_query", "add_cross_attention", "bias"}]
-    told += [key for key in ("new_decoder_architecture", "attention_bias") if options.get(key)]
-    return "-".join([name, *told])
+    labels = [
+        f"{key}={value}" for key, value in options.items() if key in {"multi_query", "add_cross_attention", "bias"}
+    ]
+    labels += [key for key in ("new_decoder_architecture", "attention_bias") if options.get(key)]
+    return "-".join([name, *labels])
 
 
 def language_model(name, options):
@@ -87,7 +89,7 @@ def language_model(name, options):
     return model
 
 
-def heard(module, run):
+def inputs_of(module, run):
     """What enters `module` in a run."""
     taken = []
     hook = module.register_forward_pre_hook(lambda _, inputs: taken.append(inputs[0].detach().clone()))
@@ -110,12 +112,12 @@ def scale(weights, parts, kind, factor):
 def doubled_values_double_the_output(weights, parts, out, run):
     """`parts` are those of attention without its output projection `out`."""
     assert any(part.dim is not None for part in parts)
-    before = heard(out, run)
+    before = inputs_of(out, run)
     scale(weights, parts, "vo", 2)
     # Latent attention norms a part of what is doubled, with an epsilon.
-    torch.testing.assert_close(heard(out, run), 2 * before, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(inputs_of(out, run), 2 * before, rtol=1e-4, atol=1e-5)
     scale(weights, parts, "qk", torch.tensor([3.0, 0.3]))  # not all alike: some models norm their queries and keys
-    assert not torch.allclose(heard(out, run), 2 * before, rtol=1e-3)
+    assert not torch.allclose(inputs_of(out, run), 2 * before, rtol=1e-3)
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=named(case)) for case in LANGUAGE])
@@ -265,31 +267,31 @@ def test_gates_that_are_fused_with_queries(name, options, matrix):
     def run():
         model(tokens)
 
-    inputs = heard(getattr(attention, matrix), run)
+    inputs = inputs_of(getattr(attention, matrix), run)
     gate = parts[1].view(weights[parts[1].parameter]).detach().clone().flatten(0, 1)
-    gated = heard(attention.o_proj, run)
+    gated = inputs_of(attention.o_proj, run)
     scale(weights, parts, "other", 0)
-    half = heard(attention.o_proj, run)
+    half = inputs_of(attention.o_proj, run)
     # With a gate of zero each output is halved, and nothing else has changed.
     torch.testing.assert_close(gated, 2 * half * torch.sigmoid(inputs @ gate.T), rtol=1e-4, atol=1e-5)
     scale(weights, parts, "qk", 0.1)
     assert (
-        not torch.allclose(heard(attention.o_proj, run), half, rtol=1e-3) or name == "qwen3_next"
+        not torch.allclose(inputs_of(attention.o_proj, run), half, rtol=1e-3) or name == "qwen3_next"
     )  # norms its queries
 
 
-def test_the_latent_is_told_from_the_shared_key():
+def test_the_latent_is_distinguished_from_the_shared_key():
     model = language_model("deepseek_v3", LATENT)
     out = model.model.layers[0].self_attn.o_proj
     weights = dict(model.named_parameters())
     parts = [part for part in classify(model).parts if part.parameter.endswith("kv_a_proj_with_mqa.weight")]
     tokens = torch.randint(50, (2, T), generator=torch.Generator().manual_seed(1))
-    before = heard(out, lambda: model(tokens))
+    before = inputs_of(out, lambda: model(tokens))
     # The latent is normed before anything is made of it: its scale is nothing, if that of all of it and only of it.
     scale(weights, parts, "vo", 3)
-    torch.testing.assert_close(heard(out, lambda: model(tokens)), before, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(inputs_of(out, lambda: model(tokens)), before, rtol=1e-4, atol=1e-5)
     scale(weights, parts, "qk", 3)
-    assert not torch.allclose(heard(out, lambda: model(tokens)), before, rtol=1e-3)
+    assert not torch.allclose(inputs_of(out, lambda: model(tokens)), before, rtol=1e-3)
 
 
 def test_every_layout_is_shown():

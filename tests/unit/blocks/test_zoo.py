@@ -64,7 +64,7 @@ def test_family(family):
         types[part.parameter].add(part.type)
     assert sum(block_map.numel.values()) == model.num_parameters()
     norms_are_norm(model, types)
-    embeddings_and_heads_are_told(model, types)
+    embeddings_and_heads_are_recognised(model, types)
     feed_forward_is_ffn(types)
     projections_are_qk_and_vo(types)
     biases_go_with_their_matrix(model, block_map)
@@ -87,7 +87,7 @@ def norms_are_norm(model, types):
             assert all(types[name] == {"norm"} for name in owned(module, path) if name in types), path
 
 
-def embeddings_and_heads_are_told(model, types):
+def embeddings_and_heads_are_recognised(model, types):
     """Transformers' own accessors say which are which."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     table, head = accessor(model.get_input_embeddings), accessor(model.get_output_embeddings)

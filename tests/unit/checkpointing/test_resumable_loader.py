@@ -179,7 +179,7 @@ def test_an_iterator_that_is_left_begins_anew_as_the_loaders_own_does(name):
     assert left(ResumableLoader(LOADERS[name]())) == plain
 
 
-def test_steps_are_told_as_batches():
+def test_steps_are_reported_as_batches():
     batches = ResumableLoader(DataLoader(DATA, 2))
     for number, _ in enumerate(batches, 1):
         batches.mark(number // 2)

@@ -43,7 +43,7 @@ def test_what_is_newer_than_where_a_rollback_goes_is_undone():
     assert RollbackRecord().newest(ages) == "at-16"
 
 
-def test_what_cannot_be_read_or_written_is_told_and_stops_nothing(tmp_path, caplog):
+def test_what_cannot_be_read_or_written_is_logged_and_stops_nothing(tmp_path, caplog):
     (tmp_path / "sharpwatch.json").write_text("{half")
     assert RollbackRecord.read(tmp_path) == RollbackRecord()
     assert "cannot read the rollback record" in caplog.text

@@ -13,7 +13,7 @@ USAGE = 2
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "expected"),
     [
         ([], "sharpwatch: missing command; choose from demo, measure, jobs, "),
         (["jbos"], "no command 'jbos'; choose from demo, measure, jobs, "),
@@ -56,11 +56,11 @@ USAGE = 2
         (["check-config"], "Missing argument 'FILE'"),
     ],
 )
-def test_a_wrong_command_line_is_one_line_and_exit_2(argv, said, capsys):
+def test_a_wrong_command_line_is_one_line_and_exit_2(argv, expected, capsys):
     assert main(argv) == USAGE
     out, err = capsys.readouterr()
     assert out == ""
-    assert said in err
+    assert expected in err
     assert err.count("\n") == 1
     assert err.startswith("sharpwatch")
     assert "--help" in err

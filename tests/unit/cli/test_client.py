@@ -5,7 +5,7 @@ from __future__ import annotations
 import grpc
 import pytest
 
-from sharpwatch.cli.client.client import Connection, author, connected, find_connection, match_run, plain_words
+from sharpwatch.cli.client.client import DaemonConnection, author, connected, find_connection, match_run, plain_words
 from sharpwatch.cli.options import DaemonOptions
 from sharpwatch.errors import OperatorError, TokenFileError
 
@@ -79,7 +79,7 @@ def test_a_token_file_without_one_token_is_refused(home, text):
 def test_a_token_never_crosses_the_network_in_the_clear(tmp_path):
     with (
         pytest.raises(OperatorError, match=r"to 10\.0\.0\.1:7741 unencrypted; use an SSH tunnel"),
-        connected(Connection("10.0.0.1:7741", "s3cret", tmp_path / "token")),
+        connected(DaemonConnection("10.0.0.1:7741", "s3cret", tmp_path / "token")),
     ):
         pytest.fail("connected")
 
@@ -101,7 +101,7 @@ def test_a_whole_name_wins_over_longer_ones():
 
 
 @pytest.mark.parametrize(
-    ("given", "names", "said"),
+    ("given", "names", "expected"),
     [
         ("gpt2", RUNS, "run 'gpt2' may be any of gpt2-a1, gpt2-b7; write more of it"),
         ("bert", RUNS, "no run 'bert'; the daemon knows gpt2-a1, gpt2-b7, llama"),
@@ -109,14 +109,14 @@ def test_a_whole_name_wins_over_longer_ones():
         ("r", [f"r{n}" for n in range(10)], "run 'r' may be any of r0, r1, r2, r3, r4, r5, r6, r7 and 2 more"),
     ],
 )
-def test_candidates_are_listed(given, names, said):
+def test_candidates_are_listed(given, names, expected):
     with pytest.raises(OperatorError) as error:
         match_run(given, names)
-    assert str(error.value).startswith(said)
+    assert str(error.value).startswith(expected)
 
 
 @pytest.mark.parametrize(
-    ("code", "details", "said"),
+    ("code", "details", "expected"),
     [
         (
             grpc.StatusCode.UNAVAILABLE,
@@ -139,10 +139,10 @@ def test_candidates_are_listed(given, names, said):
         (grpc.StatusCode.NOT_FOUND, "", "daemon at here:1 failed with NOT_FOUND; its log says more"),
     ],
 )
-def test_a_status_in_plain_words(tmp_path, code, details, said):
-    assert plain_words(code, details, Connection("here:1", "", tmp_path.__class__("/t"))) == said
+def test_a_status_in_plain_words(tmp_path, code, details, expected):
+    assert plain_words(code, details, DaemonConnection("here:1", "", tmp_path.__class__("/t"))) == expected
 
 
 def test_every_status_has_words_of_one_line(tmp_path):
     for code in grpc.StatusCode:
-        assert "\n" not in plain_words(code, "a\nb", Connection("here:1", "token", tmp_path))
+        assert "\n" not in plain_words(code, "a\nb", DaemonConnection("here:1", "token", tmp_path))

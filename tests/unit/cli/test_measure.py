@@ -80,7 +80,7 @@ def report(**more):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "expected"),
     [
         (["--estimators", "gnb,foo"], "'foo' is not one of the estimators, which are gnb,hutchinson,lanczos,spectrum,"),
         (["--estimators", ""], "'' is not one of the estimators"),
@@ -95,11 +95,11 @@ def report(**more):
         (["--json", "a.x", "--state", "a.x"], "--json, --plot and --state must be different files;"),
     ],
 )
-def test_what_cannot_be_on_the_command_line_is_answered_in_one_line(options, said, capsys):
+def test_what_cannot_be_on_the_command_line_is_answered_in_one_line(options, expected, capsys):
     assert main(["measure", "model", "data", *options]) == 2
-    told = capsys.readouterr().err
-    assert said in told
-    assert told.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert expected in printed
+    assert printed.count("\n") == 1
 
 
 # Files
@@ -161,7 +161,7 @@ def test_a_function_is_written_with_its_module(text, is_one):
 
 
 @pytest.mark.parametrize(
-    ("source", "said"),
+    ("source", "expected"),
     [
         ("def make():\n    raise KeyError('x')", r"users_own:make raised KeyError: 'x' \(.*users_own.py:2\)"),
         ("make = 3", r"make is not a function, in .*users_own.py"),
@@ -170,9 +170,9 @@ def test_a_function_is_written_with_its_module(text, is_one):
         ("1 / 0", r"importing users_own raised ZeroDivisionError: division by zero"),
     ],
 )
-def test_a_users_function_that_fails_is_named_with_its_line(module, source, said):
+def test_a_users_function_that_fails_is_named_with_its_line(module, source, expected):
     module(source)
-    with pytest.raises(SharpwatchError, match=said):
+    with pytest.raises(SharpwatchError, match=expected):
         call("users_own:make")
 
 
@@ -200,7 +200,7 @@ def test_a_function_may_return_an_optimizer_too(module):
 
 
 @pytest.mark.parametrize(
-    ("files", "said"),
+    ("files", "expected"),
     [
         ({}, "has no config.json, so it is not a Hugging Face checkpoint"),
         ({"config.json": "{"}, "config.json: can't be read"),
@@ -213,12 +213,12 @@ def test_a_function_may_return_an_optimizer_too(module):
         ),
     ],
 )
-def test_a_folder_that_is_no_checkpoint_is_refused_with_what_it_lacks(tmp_path, files, said):
+def test_a_folder_that_is_no_checkpoint_is_refused_with_what_it_lacks(tmp_path, files, expected):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(SharpwatchError) as refused:
         load(str(tmp_path), "cpu", None)
-    assert said in str(refused.value)
+    assert expected in str(refused.value)
     assert str(tmp_path) in str(refused.value)
 
 
@@ -245,7 +245,7 @@ def batch(**more):
 
 
 @pytest.mark.parametrize(
-    ("saved", "said"),
+    ("saved", "expected"),
     [
         ([], "is empty: no batch to measure on"),
         ({}, "batch 0: is empty: no tensor among no arguments"),
@@ -254,10 +254,10 @@ def batch(**more):
         (torch.ones(2), "holds a Tensor; expected a dict of the model's arguments, or a list of them"),
     ],
 )
-def test_a_batch_file_that_holds_no_batches_is_refused(tmp_path, saved, said):
+def test_a_batch_file_that_holds_no_batches_is_refused(tmp_path, saved, expected):
     path = tmp_path / "batch.pt"
     torch.save(saved, path)
-    with pytest.raises(SharpwatchError, match=said):
+    with pytest.raises(SharpwatchError, match=expected):
         load_batches(str(path), TextWindows(), loaded(), seed=0)
 
 
@@ -299,7 +299,7 @@ def test_a_text_needs_a_tokenizer(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "expected"),
     [
         ({"idx": torch.full((2, 3), 12)}, "idx: token 12 is outside the model's vocabulary of 12"),
         ({"idx": torch.full((2, 3), -1)}, "idx: token -1 is outside"),
@@ -307,11 +307,11 @@ def test_a_text_needs_a_tokenizer(tmp_path):
         ({"labels": torch.full((2, 3), -1)}, "label -1: a label below 0 must be -100, which is ignored"),
     ],
 )
-def test_a_batch_that_does_not_fit_the_model_is_named(changed, said):
+def test_a_batch_that_does_not_fit_the_model_is_named(changed, expected):
     model = Plain()
     good = batch(labels=torch.ones(2, 3, dtype=torch.int64))
     check_values(model, classify(model), [good], "DATA file.pt")
-    with pytest.raises(SharpwatchError, match=f"DATA file.pt: batch 1: {said}"):
+    with pytest.raises(SharpwatchError, match=f"DATA file.pt: batch 1: {expected}"):
         check_values(model, classify(model), [good, {**good, **changed}], "DATA file.pt")
 
 

@@ -116,7 +116,7 @@ def test_show():
     assert plain(run_view(DETAIL, NOW)) == SHOWN
 
 
-def test_show_of_a_run_that_has_said_nothing_yet():
+def test_show_of_a_run_that_has_sent_nothing_yet():
     detail = RunDetail(run=Run(run="new", training_job="job", phase=RunPhase.RUN_PHASE_SILENT, mode="observe"))
     assert plain(run_view(detail, NOW)).endswith(
         "\n\nno block reported yet\n\nno probe has come in yet\n\nno active alert"

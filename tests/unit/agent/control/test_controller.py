@@ -130,7 +130,7 @@ def test_control_none_refuses_everything():
     assert [result.outcome for result in control.take_results()] == ["refused", "refused"]
 
 
-def test_an_id_is_applied_once_and_its_result_told_again():
+def test_an_id_is_applied_once_and_its_result_sent_again():
     control = make()
     control.receive(cut(ffn=0.5), 1)
     control.begin(1, 0)

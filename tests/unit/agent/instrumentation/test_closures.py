@@ -104,13 +104,13 @@ class Run:
         assert self.watch._watched.barrier.swallowed == 0
         assert self.watch._watched.scheduler.runner.failures == ()
         self.watch.close()
-        told = [sample for sample in self.transport.samples if not sample.closing]
-        for sample in told:
+        samples = [sample for sample in self.transport.samples if not sample.closing]
+        for sample in samples:
             sample.ClearField("health")
             sample.taken_at_unix_ns = 0
             for probe in filter(sample.HasField, PROBES):
                 getattr(sample, probe).seconds = 0.0
-        return told
+        return samples
 
 
 def norms(sample):
@@ -164,14 +164,14 @@ def test_of_several_evaluations_the_first_is_the_steps(transports, make):
 
         assert run.optimizer.step(closure).item() == first[step][0]
     assert all(evaluations.count(step) > 1 for step in first)
-    told = run.end()
-    assert [sample.loss for sample in told] == [loss for loss, _ in first.values()]
-    for sample, (_, expected) in zip(told, first.values(), strict=True):
+    samples = run.end()
+    assert [sample.loss for sample in samples] == [loss for loss, _ in first.values()]
+    for sample, (_, expected) in zip(samples, first.values(), strict=True):
         # The model's norm is two parameters in one block.
         shown = norms(sample)
         np.testing.assert_allclose(shown[:2], [expected[0], np.hypot(*expected[1:])], rtol=1e-6)
-    assert all(sample.HasField("gnb") and sample.HasField("direction") for sample in told)
-    assert all(np.isfinite(sample.direction.descent) and sample.direction.descent != 0 for sample in told)
+    assert all(sample.HasField("gnb") and sample.HasField("direction") for sample in samples)
+    assert all(np.isfinite(sample.direction.descent) and sample.direction.descent != 0 for sample in samples)
 
 
 def test_micro_batches_of_a_closure_tell_the_gradient_noise(transports):
@@ -345,9 +345,9 @@ def test_a_closure_without_gradients_breaks_nothing(transports):
     run = Run(transports, lambda parameters: Zeroth(parameters, lr=0.1), probes=("gnb", "direction"), probe_every=1)
     for step in (1, 2):
         run.optimizer.step(lambda step=step: run.model(tokens(step))["loss"])
-    told = run.end()
-    assert [norms(sample).tolist() for sample in told] == [[0.0] * 3] * 2
-    assert not any(sample.HasField(probe) for sample in told for probe in PROBES)
+    samples = run.end()
+    assert [norms(sample).tolist() for sample in samples] == [[0.0] * 3] * 2
+    assert not any(sample.HasField(probe) for sample in samples for probe in PROBES)
 
 
 def half(model):

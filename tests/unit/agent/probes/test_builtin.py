@@ -82,7 +82,7 @@ def test_the_step_is_what_the_optimizer_did_and_is_worked_out_once(context, step
 
 
 def test_the_update_ratio_is_that_of_each_block(context, step):
-    report = builtin.Direction(context).run(ROWS, step)
+    report = builtin.DirectionProbe(context).run(ROWS, step)
     views = zip(
         context.block_map.block_of,
         context.block_map.views(step.displacement),
@@ -98,7 +98,7 @@ def test_the_update_ratio_is_that_of_each_block(context, step):
 def test_a_frozen_block_has_no_turn(context, step):
     context.model.wte.requires_grad_(False)
     assert context.blocks == ("norm", "head")
-    probe = builtin.Hutchinson(context)
+    probe = builtin.HutchinsonProbe(context)
     assert {probe.run(ROWS, step).block for _ in range(4)} <= {"norm", "head"}
 
 
@@ -127,7 +127,7 @@ def test_hutchinson_goes_where_the_relative_error_is_worst(context, step, monkey
 
     asked = Asked(answer)
     monkeypatch.setattr(builtin, "hutchinson_probe", asked)
-    probe = builtin.Hutchinson(context)
+    probe = builtin.HutchinsonProbe(context)
     for _ in range(27):
         probe.run(ROWS, step)
     blocks = [call["block"] for call in asked.calls]
@@ -143,7 +143,7 @@ def test_a_trace_that_is_not_finite_does_not_count(context, step, monkeypatch):
         return HutchinsonSample(asked["block"], 8, 8, torch.full((2, 3), value, dtype=torch.float64), "autograd")
 
     monkeypatch.setattr(builtin, "hutchinson_probe", Asked(answer))
-    probe = builtin.Hutchinson(context)
+    probe = builtin.HutchinsonProbe(context)
     assert [probe.run(ROWS, step).block for _ in range(4)] == ["emb", "emb", "norm", "head"]
 
 
@@ -161,18 +161,18 @@ def lanczos(residuals):
 def test_lanczos_stays_at_a_block_until_its_top_has_settled_and_goes_on_from_its_vectors(context, step, monkeypatch):
     asked = lanczos({1: 0.3, 2: 0.06})
     monkeypatch.setattr(builtin, "lanczos_probe", asked)
-    probe = builtin.Lanczos(context)
+    probe = builtin.LanczosProbe(context)
     samples = [probe.run(ROWS, step) for _ in range(6)]
     assert [call["block"] for call in asked.calls] == ["emb", "emb", "emb", "norm", "head", ""]
     starts = [call["start"] for call in asked.calls]
     assert [None if start is None else float(start[0, 0]) for start in starts] == [None, 1.0, 2.0, None, None, None]
-    assert all(sample.vectors.numel() == 0 for sample in samples)  # they don't wait in the outbox
+    assert all(sample.vectors.numel() == 0 for sample in samples)  # they are not kept pending
 
 
 def test_lanczos_goes_on_after_six_probes_and_after_one_that_fails(context, step, monkeypatch):
     asked = lanczos(dict.fromkeys(range(1, 9), 0.9))
     monkeypatch.setattr(builtin, "lanczos_probe", asked)
-    probe = builtin.Lanczos(context)
+    probe = builtin.LanczosProbe(context)
     for _ in range(7):
         probe.run(ROWS, step)
     assert [call["block"] for call in asked.calls] == ["emb"] * 6 + ["norm"]
@@ -191,7 +191,7 @@ def test_the_preconditioned_probe_goes_on_from_its_vector_unless_that_says_nothi
 
     asked = Asked(answer)
     monkeypatch.setattr(builtin, "preconditioned_probe", asked)
-    probe = builtin.Preconditioned(context)
+    probe = builtin.PreconditionedProbe(context)
     samples = [probe.run(ROWS, step) for _ in range(3)]
     assert [call["start"] is None for call in asked.calls] == [True, False, True]
     assert all(sample.vector.numel() == 0 for sample in samples)

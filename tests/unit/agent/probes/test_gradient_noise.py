@@ -189,7 +189,7 @@ def broken(training):
     [left_over, thrown_away, zeroed, single, summed, twice, overflown, broken],
     ids=lambda each: each.__name__,
 )
-def test_it_is_absent_where_the_gradient_is_not_the_sum_of_what_was_heard(training, accumulate):
+def test_it_is_absent_where_the_gradient_is_not_the_sum_of_the_recorded_backwards(training, accumulate):
     accumulate(training)
     training.step()
     assert training.noises() == [None]
@@ -251,7 +251,7 @@ def test_where_averaging_is_not_known_it_never_listens(training):
     assert noise.take() is None
 
 
-def test_compiled_code_is_heard_and_compiled_once():
+def test_compiled_code_is_recorded_and_compiled_once():
     torch._dynamo.reset()
     training = Training(compiled=True)
     with torch._dynamo.config.patch(error_on_recompile=True):

@@ -138,7 +138,7 @@ def test_what_hessian_probes_found_comes_in_as_it_went_out():
     assert reading.probes["preconditioned"] == PreconditionedReading(33, 0.75, 0.01, "autograd")
 
 
-def test_health_is_told_and_long_reasons_are_cut_to_what_the_daemon_takes():
+def test_health_is_sent_and_long_reasons_are_cut_to_what_the_daemon_takes():
     health = messages.sample(messages.SampleValues(sequence=1, step=0, taken_at_unix_ns=0, health=HEALTH)).health
     assert (health.overhead_ratio, health.step_seconds, health.swallowed_errors) == (0.01, 0.5, 2)
     assert dict(health.dropped) == {"spool_full": 3}

@@ -15,7 +15,7 @@ class Clock:
     def __call__(self):
         return self.now
 
-    def tick(self, seconds):
+    def advance(self, seconds):
         self.now += seconds
 
     def fail(self):
@@ -33,15 +33,15 @@ def clock(monkeypatch):
 def test_a_lap_tells_the_agents_seconds_from_the_loops(clock):
     watch = OverheadTimer()
     watch.start()
-    clock.tick(8)
+    clock.advance(8)
     with watch.agent():
-        clock.tick(1)
+        clock.advance(1)
         with watch.agent():
-            clock.tick(2)
+            clock.advance(2)
     watch.start()  # under way already
-    clock.tick(16)
+    clock.advance(16)
     assert watch.lap() == (24, 3)
-    clock.tick(4)
+    clock.advance(4)
     assert watch.lap() == (4, 0)
 
 
@@ -49,10 +49,10 @@ def test_a_lap_in_the_agents_work_divides_it(clock):
     watch = OverheadTimer()
     watch.start()
     with watch.agent():
-        clock.tick(1)
+        clock.advance(1)
         assert watch.lap() == (0, 1)
-        clock.tick(2)
-    clock.tick(4)
+        clock.advance(2)
+    clock.advance(4)
     assert watch.lap() == (4, 2)
 
 
@@ -61,17 +61,17 @@ def test_what_raises_is_counted_too(clock):
     watch.start()
     with pytest.raises(ZeroDivisionError), watch.agent():
         clock.fail()
-    clock.tick(2)
+    clock.advance(2)
     assert watch.lap() == (2, 1)
 
 
-def test_before_a_beginning_was_seen_nothing_is_told(clock):
+def test_before_a_beginning_was_seen_nothing_is_returned(clock):
     watch = OverheadTimer()
     with watch.agent():
-        clock.tick(1)
+        clock.advance(1)
     assert watch.lap() is None
-    clock.tick(2)
+    clock.advance(2)
     watch.stop()
     assert watch.lap() is None
-    clock.tick(4)
+    clock.advance(4)
     assert watch.lap() == (4, 0)

@@ -67,12 +67,12 @@ def test_an_interrupt_anywhere_in_a_send_loses_and_breaks_nothing(monkeypatch):
                 client.send(request)
         client._await_end = lambda *_: None
         client.close()
-        told = [sequences(courier) for courier in started]
+        delivered = [sequences(courier) for courier in started]
         # Each courier has what its trainer keeps, in order; the last has all that came before the interrupt, too.
-        assert all(seen == sorted(set(seen)) for seen in told)
-        assert told[-1] in ([1, 2, 3, 4, 5], [1, 2, 4, 5])
-        assert interrupted or told == [[1, 2, 3, 4, 5]]
-        ends.add((len(started), 3 in told[-1]))
+        assert all(seen == sorted(set(seen)) for seen in delivered)
+        assert delivered[-1] in ([1, 2, 3, 4, 5], [1, 2, 4, 5])
+        assert interrupted or delivered == [[1, 2, 3, 4, 5]]
+        ends.add((len(started), 3 in delivered[-1]))
         if not interrupted:
             break
     assert ends == {(1, False), (1, True), (2, True)}  # not queued yet; after it; in the midst of it

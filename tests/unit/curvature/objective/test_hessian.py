@@ -206,10 +206,10 @@ def test_several_vectors_at_once_are_as_one_by_one(count):
             space = ParameterSpace(block_map, block, found.objective.live.leaves)
             vectors = random(space.size, count)
             before = found.objective.cost
-            together = found.products(space, vectors)
+            batched = found.products(space, vectors)
             assert (found.objective.cost - before).backwards in {count, count + 1}  # the first opens the graph
             alone = torch.cat([found.products(space, vector[None]) for vector in vectors])
-            assert relative(together, alone.double()) < 1e-5
+            assert relative(batched, alone.double()) < 1e-5
         assert found._batched
 
 

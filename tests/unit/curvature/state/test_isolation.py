@@ -195,7 +195,7 @@ def test_no_graph_is_kept_alive():
 # Of torch, about the hooks that this test lays on every module, whose outputs and inputs are not all tensors.
 @pytest.mark.filterwarnings("ignore:For backward hooks to be called", "ignore:Full backward hook is firing")
 @pytest.mark.parametrize("kind", KINDS)
-def test_hooks_are_bypassed_and_put_back(kind):
+def test_hooks_are_bypassed_and_restored(kind):
     model = dense.gpt2()
     ids, labels = dense.tokens()
     calls = []
@@ -362,7 +362,7 @@ class Busy(nn.Module):
 
 
 @pytest.mark.parametrize("take", [gnb_probe, direction_probe])
-def test_every_random_source_and_what_modules_keep_in_place_are_put_back(take):
+def test_every_random_source_and_what_modules_keep_in_place_are_restored(take):
     model = Busy()
     ids = torch.randint(11, (2, 5))
     model(ids, ids)

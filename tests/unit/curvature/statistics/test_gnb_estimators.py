@@ -157,10 +157,10 @@ def test_estimates_scale_as_their_quantity_does_and_know_no_order(seed, scale, d
     same(found, top_eigenvalues(sketches[:, probes][:, :, draws], full(sketches)))
 
 
-def test_windows_go_together_as_they_go_alone():
+def test_windows_in_one_batch_give_the_same_estimates_as_alone():
     sketches = sketched(spectrum("ten"), 5, 8, 4, seed=6)
-    together = top_eigenvalues(sketches, full(sketches))
+    batched = top_eigenvalues(sketches, full(sketches))
     for index, alone in enumerate(sketches.split(1)):
         found = top_eigenvalues(alone, full(alone))
-        torch.testing.assert_close(found.value, together.value[index : index + 1], rtol=1e-5, atol=0)
-        torch.testing.assert_close(found.stderr, together.stderr[index : index + 1], rtol=1e-5, atol=0)
+        torch.testing.assert_close(found.value, batched.value[index : index + 1], rtol=1e-5, atol=0)
+        torch.testing.assert_close(found.stderr, batched.stderr[index : index + 1], rtol=1e-5, atol=0)

@@ -45,11 +45,11 @@ def model():
     kept, source = Kept(), torch.Generator().manual_seed(0)
     for _ in range(WINDOWS * PROBES):
         gnb_probe(live, block_map, Batch((ids,), {"labels": labels}), draws=DRAWS, generator=source, sketcher=kept)
-    truth = [figures_of(root[:, index], flat[index]) for index in entries]
+    truth = [estimates_of(root[:, index], flat[index]) for index in entries]
     return block_map, kept.gradients, {name: value.float() for name, value in gradient.items()}, torch.tensor(truth).T
 
 
-def figures_of(root, gradient):
+def estimates_of(root, gradient):
     """Top eigenvalue, effective rank, drift and alignment of G = AᵀA."""
     eigenvalues = torch.linalg.eigvalsh(root @ root.T)
     norm = eigenvalues.norm()

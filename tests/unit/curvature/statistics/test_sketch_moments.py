@@ -15,7 +15,7 @@ WINDOWS = 150
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=20, database=None)
 
 
-def figures(sketches, mask=None, gradients=None):
+def estimates(sketches, mask=None, gradients=None):
     """Rank, drift and alignment: values and errors [3, 2, W]."""
     mask = full(sketches) if mask is None else mask
     moments = sketch_moments(sketches, mask, gradients)
@@ -48,7 +48,7 @@ def check(value, stderr, truth, *, bias):
 def test_the_rank_is_the_participation_ratio(name):
     eigenvalues = spectrum(name)
     sketches = sketched(eigenvalues, WINDOWS, 8, 4, seed=1)
-    value, stderr = figures(sketches)[0]
+    value, stderr = estimates(sketches)[0]
     shown = value.isfinite()
     assert shown.double().mean() > 0.85  # a flat spectrum's is not told from an infinite one in one window of ten
     truth = float(1 / eigenvalues.square().sum())
@@ -62,7 +62,7 @@ def test_drift_is_how_far_the_halves_have_turned(name, share, scale):
     covariances = turned(spectrum(name), share, scale)
     old, new = covariances[0], covariances[-1] / scale
     truth = float(1 - 2 * (old @ new) / (old @ old + new @ new))
-    value, stderr = figures(sketched(covariances, WINDOWS, 8, 4, seed=2))[1]
+    value, stderr = estimates(sketched(covariances, WINDOWS, 8, 4, seed=2))[1]
     assert value.isfinite().double().mean() > 0.97
     shown = value.isfinite()
     check(value[shown], stderr[shown], truth, bias=0.03)
@@ -75,7 +75,7 @@ def test_alignment_is_the_cosine_of_the_gradients_square_and_the_curvature(name,
     eigenvalues, directions = spectrum(name), toward_top(share)
     truth = float((directions.square() @ eigenvalues).mean() / eigenvalues.norm())
     sketches, gradients = sketched(eigenvalues, WINDOWS, 8, 4, seed=3, directions=directions)
-    value, stderr = figures(sketches, gradients=gradients)[2]
+    value, stderr = estimates(sketches, gradients=gradients)[2]
     check(value, stderr, truth, bias=0.02)
     assert stderr.median() < 0.15
 
@@ -87,11 +87,11 @@ def test_rows_of_one_probe_are_not_taken_for_curvature():
         own[probe, 100 + probe] = 0.5
     shared = spectrum("large spike").float()
     truth = float((1.5**2) / shared.square().sum())
-    value, stderr = figures(sketched(shared + own, WINDOWS, 8, 4, seed=4))[0]
+    value, stderr = estimates(sketched(shared + own, WINDOWS, 8, 4, seed=4))[0]
     shown = value.isfinite()
     check(value[shown], stderr[shown], truth, bias=0.06 * truth)
     # Pairs of draws of one probe, 3 in 31, would add 0.5² each to Tr G², which is 0.09: a fifth less rank.
-    drift, error = figures(sketched(shared + own, WINDOWS, 8, 4, seed=4))[1]
+    drift, error = estimates(sketched(shared + own, WINDOWS, 8, 4, seed=4))[1]
     assert abs(drift[error < 1].mean()) < 0.05
 
 
@@ -111,18 +111,18 @@ def same(left, right):
 @given(st.integers(0, 2**31), st.floats(1e-6, 1e6), st.floats(1e-6, 1e6))
 def test_no_scale_matters(seed, scale, other):
     sketches, gradients = window(seed)
-    same(figures(sketches, None, gradients), figures(scale * sketches, None, other * gradients))
+    same(estimates(sketches, None, gradients), estimates(scale * sketches, None, other * gradients))
 
 
 @PROPERTY
 @given(st.integers(0, 2**31), st.permutations(range(3)), st.permutations(range(4)), st.permutations(range(4)))
 def test_no_order_matters_but_that_of_the_halves(seed, draws, older, newer):
     sketches, gradients = window(seed)
-    found = figures(sketches, None, gradients)
+    found = estimates(sketches, None, gradients)
     order = [*older, *(4 + index for index in newer)]
-    same(figures(sketches[:, order][:, :, draws], None, gradients[:, order]), found)
+    same(estimates(sketches[:, order][:, :, draws], None, gradients[:, order]), found)
     halves = [4, 5, 6, 7, 0, 1, 2, 3]
-    same(figures(sketches[:, halves], None, gradients[:, halves]), found)
+    same(estimates(sketches[:, halves], None, gradients[:, halves]), found)
 
 
 @PROPERTY
@@ -134,40 +134,40 @@ def test_padding_changes_nothing(seed, places):
     mask = torch.zeros(2, 12, 5, dtype=torch.bool)
     for probe, place in enumerate(at):
         padded[:, place, 1:4], along[:, place], mask[:, place, 1:4] = sketches[:, probe], gradients[:, probe], True
-    same(figures(padded, mask, along), figures(sketches, None, gradients))
+    same(estimates(padded, mask, along), estimates(sketches, None, gradients))
 
 
 @PROPERTY
 @given(st.lists(st.integers(0, 2**31), min_size=2, max_size=4))
-def test_windows_go_together_as_they_go_alone(seeds):
+def test_windows_in_one_batch_give_the_same_estimates_as_alone(seeds):
     each = [window(seed) for seed in seeds]
-    together = figures(torch.cat([one for one, _ in each]), None, torch.cat([one for _, one in each]))
-    same(together, torch.cat([figures(sketches, None, gradients) for sketches, gradients in each], dim=2))
+    batched = estimates(torch.cat([one for one, _ in each]), None, torch.cat([one for _, one in each]))
+    same(batched, torch.cat([estimates(sketches, None, gradients) for sketches, gradients in each], dim=2))
 
 
 def test_too_small_a_window_says_nothing():
     sketches, gradients = window(5)
-    assert figures(sketches[:, :3], None, gradients[:, :3]).isnan().all()
-    rank, drift, alignment = figures(sketches[:, :7], None, gradients[:, :7])
+    assert estimates(sketches[:, :3], None, gradients[:, :3]).isnan().all()
+    rank, drift, alignment = estimates(sketches[:, :7], None, gradients[:, :7])
     assert rank.isfinite().all()
     assert drift.isnan().all()  # an older half of three
     assert alignment.isfinite().all()
-    assert figures(torch.zeros(2, 8, 4, SIZE), None, gradients).isnan().all()
+    assert estimates(torch.zeros(2, 8, 4, SIZE), None, gradients).isnan().all()
 
 
 def test_alignment_needs_four_gradients_and_no_more():
     eigenvalues, directions = spectrum("power 1.5"), toward_top(1.0)
     sketches, gradients = sketched(eigenvalues, WINDOWS, 8, 4, seed=6, directions=directions)
     gradients[:, :4] = 0
-    value, stderr = figures(sketches, None, gradients)[2]
+    value, stderr = estimates(sketches, None, gradients)[2]
     check(value, stderr, float(eigenvalues[0] / eigenvalues.norm()), bias=0.02)
     gradients[:, 4] = 0
-    assert figures(sketches, None, gradients)[2].isnan().all()
-    assert figures(sketches)[2].isnan().all()
+    assert estimates(sketches, None, gradients)[2].isnan().all()
+    assert estimates(sketches)[2].isnan().all()
 
 
-def test_what_is_too_flat_to_be_told_from_more_so_has_no_rank():
+def test_a_spectrum_too_flat_to_resolve_has_no_rank():
     """Rank 3000 at 32 draws: the inverse's error is about its size."""
-    value, _ = figures(sketched(torch.full((3000,), 1 / 3000), 60, 8, 4, seed=7))[0]
+    value, _ = estimates(sketched(torch.full((3000,), 1 / 3000), 60, 8, 4, seed=7))[0]
     assert value.isnan().double().mean() > 0.8
     assert math.isfinite(value[value.isfinite()].sum())

@@ -71,7 +71,7 @@ def test_addresses(load, address):
 
 
 @pytest.mark.parametrize(
-    ("text", "line", "key", "said"),
+    ("text", "line", "key", "expected"),
     [
         ("daemon:\n  grcp: x\n", 2, "daemon.grcp", "did you mean 'grpc'"),
         ("deamon: {}\n", 1, "deamon", "allowed: daemon, policies"),
@@ -159,11 +159,11 @@ def test_addresses(load, address):
         ),
     ],
 )
-def test_what_cannot_work_is_refused_with_its_place(load, text, line, key, said):
+def test_what_cannot_work_is_refused_with_its_place(load, text, line, key, expected):
     with pytest.raises(ConfigError) as refused:
         load(text)
     assert (refused.value.line, refused.value.key) == (line, key)
-    assert said in str(refused.value)
+    assert expected in str(refused.value)
     assert str(refused.value).startswith(f"{refused.value.file}:{line}: {key}: ")
 
 
@@ -190,6 +190,6 @@ def test_what_python_itself_gives_up_on_is_refused_like_all_else(load):
         load(f"daemon: {{http: '127.0.0.1:{'9' * 5000}'}}")
 
 
-def test_a_file_that_is_no_yaml_is_told_with_its_line(load):
+def test_a_file_that_is_no_yaml_is_reported_with_its_line(load):
     with pytest.raises(ConfigError, match=r"sharpwatch\.yaml:2: is not YAML: "):
         load("daemon:\n\tgrpc: x\n")

@@ -8,7 +8,7 @@ from sharpwatch.daemon.records import Decision
 DRAFT = Decision("d1", "run", 1.0, 7, "scale_lr", "advise", "draft", policy="p", multipliers={"qk": 0.5})
 
 
-def test_every_transition_is_told_though_the_record_holds_the_last_alone():
+def test_every_transition_is_returned_though_the_record_holds_the_last_alone():
     log = DecisionLog("run", ("qk",))
     log.add(DRAFT, "propose")
     log.advance(DRAFT, "approve", author="ann", reason="go on")

@@ -69,7 +69,7 @@ def test_the_chain_is_followed_policy_by_policy_for_each_alert():
     assert answering([answer("cut", 100, alert="an earlier one")], 200) == ["cut"]
 
 
-def test_rollback_goes_before_the_onset_and_round_its_data():
+def test_rollback_goes_before_the_onset_and_skips_its_data():
     saved = [Checkpoint(50, "a"), Checkpoint(99, "b"), Checkpoint(99, "c"), Checkpoint(100, "d")]
     plan = rollback_plan(policy("p", kind="rollback", skip_margin=10), ALERT, saved, 130)
     assert plan == RollbackPlan(Checkpoint(99, "c"), 100, 141)

@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from sharpwatch.daemon.config.config import ActionConfig, EscalateConfig, GuardConfig, MatchConfig, PolicyConfig
 from sharpwatch.daemon.decisions.lifecycle import FINAL
 from sharpwatch.daemon.decisions.run_controller import RunController
-from sharpwatch.daemon.records import Changes, Checkpoint, CommandResult, Decision, Observation
+from sharpwatch.daemon.records import Changes, Checkpoint, Decision, Observation, ReportedResult
 from sharpwatch.errors import OperatorError
 
 BLOCKS = ("emb", "qk", "vo", "ffn", "norm")
@@ -73,14 +73,14 @@ class Trainer:
 
     def answer(self, made: Decision) -> None:
         if self.refuses:
-            self.controller.command_result(CommandResult(made.id, "refused", self.step, self.refuses), self.now)
+            self.controller.command_result(ReportedResult(made.id, "refused", self.step, self.refuses), self.now)
             return
         if made.rollback is not None:
             self.step = made.rollback.checkpoint.step + 1
             self.heat = dict.fromkeys(BLOCKS, 0.0)  # the batch that did it is left out
         else:
             self.multipliers = dict.fromkeys(BLOCKS, 1.0) | dict(made.multipliers)
-        self.controller.command_result(CommandResult(made.id, "applied", self.step), self.now)
+        self.controller.command_result(ReportedResult(made.id, "applied", self.step), self.now)
 
     @property
     def now(self) -> float:
@@ -341,7 +341,7 @@ def test_undo_puts_back_what_was_before():
 
 
 @pytest.mark.parametrize(
-    ("wanted", "ramp", "at", "author", "said"),
+    ("wanted", "ramp", "at", "author", "expected"),
     [
         ({}, 0, 0, "ann", "no block"),
         ({"kv": 1.0}, 0, 0, "ann", "allowed: emb, qk"),
@@ -353,9 +353,9 @@ def test_undo_puts_back_what_was_before():
         ({"qk": 0.5}, 0, 0, " ", "author"),
     ],
 )
-def test_nonsense_is_refused_and_leaves_nothing_behind(wanted, ramp, at, author, said):
+def test_nonsense_is_refused_and_leaves_nothing_behind(wanted, ramp, at, author, expected):
     trainer = trained()
-    with pytest.raises(OperatorError, match=said):
+    with pytest.raises(OperatorError, match=expected):
         trainer.controller.set_learning_rates(wanted, ramp, at, author, "why", trainer.now)
     assert trainer.controller.decisions == trainer.controller.revisions == ()
 
@@ -397,7 +397,7 @@ def test_a_command_never_answered_expires_and_a_late_answer_still_counts():
     trainer.run(GUARD.expires_after_steps + 101)
     assert trainer.controller.decisions[0].outcome == "expired"
     assert trainer.controller.multipliers["ffn"] == 1.0
-    trainer.controller.command_result(CommandResult(made.id, "applied", 130), trainer.now)
+    trainer.controller.command_result(ReportedResult(made.id, "applied", 130), trainer.now)
     assert trainer.controller.decisions[0].outcome == "expired"
     assert trainer.controller.multipliers["ffn"] == 0.5
 
@@ -416,7 +416,7 @@ def test_a_lost_result_is_read_off_the_multipliers():
 
 def test_an_unknown_result_is_refused():
     with pytest.raises(OperatorError, match="no decision nope"):
-        trained().controller.command_result(CommandResult("nope", "applied", 1), 0.0)
+        trained().controller.command_result(ReportedResult("nope", "applied", 1), 0.0)
 
 
 def test_a_new_attempt_gets_back_what_was_in_force():
@@ -454,7 +454,7 @@ def restored(trainer: Trainer) -> RunController:
 @pytest.mark.parametrize("restart_after", [1, 2, 15, 40, 150, 400])
 def test_a_restart_changes_nothing(restart_after):
     """The run that was restarted decides the same, at the same steps, as the one that was not."""
-    told = []
+    histories = []
     for restarts in (False, True):
         trainer = trained(CHAIN)
         trainer.controller.checkpoint(Checkpoint(100, "file"))
@@ -463,12 +463,12 @@ def test_a_restart_changes_nothing(restart_after):
         if restarts:
             trainer.controller = restored(trainer)
         trainer.run(600 - restart_after)
-        told.append(
+        histories.append(
             [(d.step, d.action, d.outcome, d.applied_step, dict(d.multipliers)) for d in trainer.controller.decisions]
         )
-        told[-1].append([(a.name, a.first_step, a.last_step, a.active) for a in trainer.controller.alerts])
-    assert told[0] == told[1]
-    assert len(told[0]) > 4
+        histories[-1].append([(a.name, a.first_step, a.last_step, a.active) for a in trainer.controller.alerts])
+    assert histories[0] == histories[1]
+    assert len(histories[0]) > 4
 
 
 class AnyRun(RuleBasedStateMachine):

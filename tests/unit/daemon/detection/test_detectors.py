@@ -239,7 +239,7 @@ def test_ratio_is_silent_in_its_own_warm_up():
     assert findings(History(), probes) == []
 
 
-def test_non_finite_is_said_at_once_and_stays_out_of_the_baselines():
+def test_non_finite_is_reported_at_once_and_stays_out_of_the_baselines():
     bad = replace(healthy([401])[0], loss=math.nan, non_finite={"qk": 3, "ffn": 40, "emb": 0})
     (found,) = findings(History(), [bad])
     assert (found.name, found.blocks, found.severity) == ("NonFinite", ("ffn", "qk"), "critical")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 
-from sharpwatch.daemon.estimation.estimator import EstimationQueue, Waiting
+from sharpwatch.daemon.estimation.estimator import EstimationQueue, QueuedRequest
 
 
 class Slow:
-    """An estimator that is told when to go on."""
+    """An estimator that waits for a signal to go on."""
 
     def __init__(self) -> None:
-        self.batches: list[list[Waiting]] = []
+        self.batches: list[list[QueuedRequest]] = []
         self.begun, self.go_on = asyncio.Event(), asyncio.Event()
 
     async def __call__(self, batch) -> None:
@@ -20,8 +20,8 @@ class Slow:
         await self.go_on.wait()
 
 
-def windows(count: int) -> list[Waiting]:
-    return [Waiting(None, float(number)) for number in range(count)]
+def windows(count: int) -> list[QueuedRequest]:
+    return [QueuedRequest(None, float(number)) for number in range(count)]
 
 
 async def test_what_comes_in_meanwhile_is_the_next_batch_in_its_order():

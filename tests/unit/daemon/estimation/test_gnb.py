@@ -128,24 +128,24 @@ def sharp_windows(of: RunHello, probes: int, seed: int, *, gradients: bool) -> t
     return tuple(found)
 
 
-def test_what_sketches_say_is_each_windows_own_however_many_go_together():
+def test_sketch_estimates_are_each_windows_own_however_many_are_batched():
     requests = [
         request_of(SMALL, sharp_windows(SMALL, 8, 5, gradients=True), ()),
         request_of(LARGE, sharp_windows(LARGE, 8, 6, gradients=True), ()),
         request_of(SMALL, sharp_windows(SMALL, 6, 7, gradients=False), ()),
     ]
-    together = estimate_all(requests, "cpu")
-    for request, found in zip(requests, together, strict=True):
+    batched = estimate_all(requests, "cpu")
+    for request, found in zip(requests, batched, strict=True):
         (alone,) = estimate_all([request], "cpu")
         assert found.values.keys() == alone.values.keys()
         for key, one in found.values.items():
             assert (one.value, one.stderr) == pytest.approx((alone.values[key].value, alone.values[key].stderr), 1e-4)
-    quantities = {(quantity, block) for quantity, block, _ in together[0].values}
+    quantities = {(quantity, block) for quantity, block, _ in batched[0].values}
     wanted = {"top_eigenvalue", "effective_rank", "drift", "alignment"}
     assert quantities >= {(quantity, block) for quantity in wanted for block in ("emb", "norm", "")}
     # Six probes are no two halves of four, and without gradients nothing is aligned.
-    assert {quantity for quantity, _, _ in together[2].values} & {"drift", "alignment"} == set()
-    assert ("effective_rank", "emb", "gnb") in together[2].values
+    assert {quantity for quantity, _, _ in batched[2].values} & {"drift", "alignment"} == set()
+    assert ("effective_rank", "emb", "gnb") in batched[2].values
 
 
 def test_the_keys_hold_what_their_names_say():

@@ -234,7 +234,7 @@ def test_promtool_finds_nothing_to_mend(program):
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
-def test_operators_are_told_what_is_exported_of_a_block_each_step():
+def test_operators_get_what_is_exported_of_a_block_each_step():
     emb, qk = detail_message(FULL, ()).blocks
     measured = {
         block.block: {

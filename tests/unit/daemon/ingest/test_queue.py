@@ -62,7 +62,7 @@ def test_large_samples_are_bounded_by_their_bytes():
     assert named(lost) == [("large", 1)]
 
 
-def test_what_is_put_back_goes_ahead_of_what_came_since():
+def test_requeued_samples_go_ahead_of_newer_ones():
     lost = []
     queue = SampleQueue(3, 10_000, lost.append)
     queue.put(entry("run", 1))
@@ -71,7 +71,7 @@ def test_what_is_put_back_goes_ahead_of_what_came_since():
     assert queue.depth == 0
     queue.put(entry("run", 3))
     queue.put(entry("run", 4))
-    queue.put_back(taken)
+    queue.requeue(taken)
     assert named(lost) == [("run", 1)]
     assert named(queue.take()) == [("run", 2), ("run", 3), ("run", 4)]
 

@@ -1,4 +1,4 @@
-"""Views are swapped whole, waiting for them misses none, and a new attempt's windows mix with no other's."""
+"""Snapshots are swapped whole, waiting for them misses none, and a new attempt's windows mix with no other's."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ BY_ANOTHER_PROJECTION = [{"seed": 1}, {"sketch_size": 32}]
 
 
 def attempt(**changes) -> Attempt:
-    said = HELLO | {"blocks": list(changes.get("sizes", SIZES))} | changes
-    rows = [types_pb2.LayerBlock(block=block, parameters=size) for block, size in said.pop("sizes").items()]
+    fields = HELLO | {"blocks": list(changes.get("sizes", SIZES))} | changes
+    rows = [types_pb2.LayerBlock(block=block, parameters=size) for block, size in fields.pop("sizes").items()]
     hello = agent_pb2.Hello(
         protocol=wire.PROTOCOL,
         training_job="job",
@@ -36,7 +36,7 @@ def attempt(**changes) -> Attempt:
         control="none",
         min_multiplier=1,
         max_multiplier=1,
-        **said,
+        **fields,
     )
     return Attempt(read_hello(hello), hello.SerializeToString())
 
@@ -121,34 +121,34 @@ def test_windows_go_on_over_attempts_of_the_same_blocks_and_projection(run):
     assert (estimated(run)["trace"], estimated(run)["top_eigenvalue"]) == (24, 24)
 
 
-@pytest.mark.parametrize("said", BY_ANOTHER_PROJECTION)
-def test_sketches_by_another_projection_are_put_away_and_traces_stay(run, said):
-    run.begin(attempt(attempt="a2", **said), controller())
+@pytest.mark.parametrize("changes", BY_ANOTHER_PROJECTION)
+def test_sketches_by_another_projection_are_put_away_and_traces_stay(run, changes):
+    run.begin(attempt(attempt="a2", **changes), controller())
     fold(run, range(6, 8))
     assert (estimated(run)["trace"], estimated(run)["top_eigenvalue"]) == (28, 8)
 
 
-@pytest.mark.parametrize("said", OF_OTHER_BLOCKS)
-def test_nothing_is_kept_of_other_blocks(run, said):
+@pytest.mark.parametrize("changes", OF_OTHER_BLOCKS)
+def test_nothing_is_kept_of_other_blocks(run, changes):
     assert estimated(run)
-    run.begin(attempt(attempt="a2", **said), controller())
+    run.begin(attempt(attempt="a2", **changes), controller())
     assert (run.request().windows, estimated(run)) == ({}, {})
 
 
-@pytest.mark.parametrize("said", [{}, *BY_ANOTHER_PROJECTION])
-def test_a_restart_replays_older_attempts_likewise(said):
-    attempts = attempt(), attempt(attempt="a2", **said)
+@pytest.mark.parametrize("changes", [{}, *BY_ANOTHER_PROJECTION])
+def test_a_restart_replays_older_attempts_likewise(changes):
+    attempts = attempt(), attempt(attempt="a2", **changes)
     samples = [("a1", sample(number)) for number in range(1, 6)]
     samples.append(("a2", sample(6, attempts[1].hello.sketch_size)))
     rows = tuple(
         SampleRow("run", of, one.sequence, one.step, agent_pb2.SessionRequest(sample=one).SerializeToString(), 0.0)
         for of, one in samples
     )
-    told = tuple(StoredAttempt(one.hello.attempt, one.message, 6, 0.0, closed=False) for one in attempts)
+    stored = tuple(StoredAttempt(one.hello.attempt, one.message, 6, 0.0, closed=False) for one in attempts)
     runs = Runs(controller)
-    restore_run(runs, StoredRun("run", told, rows, (), (), (), (), None))
+    restore_run(runs, StoredRun("run", stored, rows, (), (), (), (), None))
     found = estimated(runs.get("run"))
-    assert (found["trace"], found["top_eigenvalue"]) == (24, 4 if said else 24)
+    assert (found["trace"], found["top_eigenvalue"]) == (24, 4 if changes else 24)
 
 
 async def test_a_version_that_came_before_the_wait_is_not_missed():

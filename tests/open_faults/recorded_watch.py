@@ -1,4 +1,4 @@
-"""A watch at a daemon that takes every sample, and what that daemon was told."""
+"""A watch at a daemon that takes every sample, and what that daemon received."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def values(array: types_pb2.Array) -> np.ndarray:
     return np.frombuffer(array.data, array.dtype).reshape(array.shape)
 
 
-class Told:
+class RecordedWatch:
     """Everything that one watch says on the wire, from its Hello to its goodbye."""
 
     def __init__(self, daemon: ScriptedDaemon) -> None:
@@ -26,7 +26,7 @@ class Told:
         return self.watch
 
     def close(self) -> None:
-        """Close the watch, and wait until all that it said has come."""
+        """Close the watch, and wait until all its messages have arrived."""
         self.watch.close()
         self.daemon.wait(lambda: any(sample.closing for sample in self.samples))
 
@@ -50,6 +50,6 @@ class Told:
 
     @property
     def reasons(self) -> dict[str, str]:
-        """Why a kind of probe did not run, as far as that was told."""
+        """Why a kind of probe did not run, as reported to the daemon."""
         failures = (failure for sample in self.samples for failure in sample.health.probe_failures)
         return {failure.probe: failure.reason for failure in failures}
