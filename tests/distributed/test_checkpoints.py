@@ -134,8 +134,8 @@ def failing(folder):
     checkpoints = sharpwatch.Checkpoints(folder, loop.model, loop.optimizer, watch=watch)
     first = checkpoints.save()
     if dist.get_rank() == 1:  # one rank can't make its part
-        checkpoints._others["broken"] = nn.Module()
-        checkpoints._others["broken"].state_dict = lambda: 1 / 0
+        checkpoints._extras["broken"] = nn.Module()
+        checkpoints._extras["broken"].state_dict = lambda: 1 / 0
     with pytest.raises(CheckpointError, match="rank 1: ZeroDivisionError"):
         checkpoints.save()
     watch.close()
