@@ -328,23 +328,33 @@ def test_batches_that_differ_too_much_are_not_drawn_from_for_ever(gpt2):
     assert max(found.trace.draws for found in raised.value.report.blocks.values()) < 10**5
 
 
+def two_batches():
+    estimators = ("gnb", "lanczos", "hutchinson", "spectrum")
+    return Measurement(dense.gpt2(), [batch(), batch(seed=2)], draws=3, seed=5, estimators=estimators)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted():
+    """The report of `two_batches`, and the totals that it said it would come to."""
+    whole = two_batches()
+    totals = [progress.total for progress in whole.run()]
+    return whole.report(), totals
+
+
 @pytest.mark.parametrize("stop", [3, 14, 25])
-def test_goes_on_where_it_was_stopped(stop):
-    model = dense.gpt2()
-    arguments = {"draws": 3, "seed": 5, "estimators": ("gnb", "lanczos", "hutchinson", "spectrum")}
-    whole = Measurement(model, [batch(), batch(seed=2)], **arguments)
-    total = [progress.total for progress in whole.run()]
-    first = Measurement(model, [batch(), batch(seed=2)], **arguments)
+def test_goes_on_where_it_was_stopped(stop, uninterrupted):
+    whole, total = uninterrupted
+    first = two_batches()
     pieces = first.run()
     for _ in range(stop):
         next(pieces)
     pieces.close()
     kept = json.loads(json.dumps(first.state_dict()))
-    second = Measurement(model, [batch(), batch(seed=2)], **arguments)
+    second = two_batches()
     second.load_state_dict(kept)
     list(second.run())
     assert total == [len(total)] * len(total)
-    for block, found in whole.report().blocks.items():
+    for block, found in whole.blocks.items():
         again = second.report().blocks[block]
         assert again.trace.value == pytest.approx(found.trace.value, rel=1e-6)
         assert again.trace.stderr == pytest.approx(found.trace.stderr, rel=1e-6)
