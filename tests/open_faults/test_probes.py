@@ -64,7 +64,7 @@ def test_gradient_noise_of_token_weighted_micro_batches_is_right_or_absent(recor
     torch.manual_seed(0)
     model, gradients = LM(), []
     optimizer = no_rate(model)
-    recorded.attach(model, optimizer, probe_every=1, probes=("gnb",))
+    recorded.attach(model, optimizer, probe_every=1, probes=("gradient_noise",))
     for _ in range(150):
         for size in sizes:
             x = torch.randint(0, 9, (1, size))
@@ -75,7 +75,7 @@ def test_gradient_noise_of_token_weighted_micro_batches_is_right_or_absent(recor
         optimizer.step()
         optimizer.zero_grad()
     recorded.close()
-    noise = [values(p.gradient_noise).sum() for p in recorded.probes("gnb") if p.HasField("gradient_noise")]
+    noise = [values(probe.noise).sum() for probe in recorded.probes("gradient_noise") if probe.HasField("noise")]
     true = float(torch.stack(gradients).var(0).sum())
     assert not noise or 0.7 * true < sum(noise) / len(noise) < 1.4 * true
 
