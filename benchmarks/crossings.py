@@ -125,7 +125,6 @@ def start_daemon(folder: Path) -> tuple[subprocess.Popen[str], str]:
     for line in daemon.stderr:
         event = json.loads(line) if line.startswith("{") else {}
         if event.get("event") == "serving":
-            threading.Thread(target=daemon.stderr.read, daemon=True).start()
             return daemon, str(event["grpc"])
     raise RuntimeError("the daemon did not start")
 
@@ -164,7 +163,7 @@ def measured() -> dict[str, dict[str, Any]]:
             watch.close()
         finally:
             daemon.terminate()
-            daemon.wait(20)
+            daemon.communicate(timeout=20)
     return found
 
 

@@ -105,7 +105,7 @@ def test_more_commands_than_anyone_can_take(train, serve, assert_unchanged):
     assert trainer.latest("swallowed") == 0
     assert trainer.latest("dropped") == {}
     assert {each.outcome for each in results(daemon).values()} == {REFUSED}
-    assert all("commands wait already" in each.detail for each in results(daemon).values())
+    assert all("commands are waiting already" in each.detail for each in results(daemon).values())
     assert all(len(sample.results) <= 256 for sample in daemon.samples)
 
 

@@ -132,12 +132,12 @@ class CourierClient:
         if self._inert():
             return
         try:
-            if self._courier is None and self._restart.due(time.monotonic()):
-                with signals_held():  # else it could be started and not known
+            with signals_held():  # a handler that raises in the midst of a write would cost the courier
+                if self._courier is None and self._restart.due(time.monotonic()):
                     self._start()
-            if self._courier is not None:
-                self._pull(self._courier)
-                self._push(self._courier)
+                if self._courier is not None:
+                    self._pull(self._courier)
+                    self._push(self._courier)
         except CourierGoneError:
             self._lost("it closed its pipe")
         except WireError as error:
