@@ -10,9 +10,9 @@ import pytest
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "crossings.py"
 LIMITS = {
-    "attach": (41, 470),
-    "step": (24, 165),
-    "step with a gnb probe": (34, 223),
+    "attach": (41, 475),
+    "step": (25, 175),
+    "step with a gnb probe": (35, 235),
     "sample with a gnb probe, at the daemon": (15, 69),
 }
 
