@@ -10,9 +10,9 @@ import pytest
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "crossings.py"
 LIMITS = {
-    "attach": (41, 475),
-    "step": (25, 175),
-    "step with a gnb probe": (35, 235),
+    "attach": (41, 470),
+    "step": (25, 171),
+    "step with a gnb probe": (35, 229),
     "sample with a gnb probe, at the daemon": (15, 69),
 }
 

@@ -131,20 +131,20 @@ class CourierClient:
         """Read what came in and write what the pipe takes; start a courier if none runs and one is due."""
         if self._inert():
             return
-        try:
-            with signals_held():  # a handler that raises in the midst of a write would cost the courier
+        with signals_held():  # outermost: a signal that was held raises once all that was written is recorded
+            try:
                 if self._courier is None and self._restart.due(time.monotonic()):
                     self._start()
                 if self._courier is not None:
                     self._pull(self._courier)
                     self._push(self._courier)
-        except CourierGoneError:
-            self._lost("it closed its pipe")
-        except WireError as error:
-            self._lost(str(error))
-        except BaseException:  # a signal handler's: whether the last write was noted is not known
-            self._lost("a signal handler raised while it was written to")
-            raise
+            except CourierGoneError:
+                self._lost("it closed its pipe")
+            except WireError as error:
+                self._lost(str(error))
+            except BaseException:  # a second signal's: whether the last write was noted is not known
+                self._lost("a signal handler raised while it was written to")
+                raise
 
     def close(self, timeout: float = 2.0) -> None:
         """Write what is queued and wait for the courier to end, for at most `timeout` seconds in all."""
