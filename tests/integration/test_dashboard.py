@@ -40,7 +40,7 @@ torch.manual_seed(0)
 config = GPT2Config(vocab_size=64, n_positions=16, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
 model = GPT2LMHeadModel(config)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-probes = ("gnb", "direction", "hutchinson", "lanczos", "linesearch", "preconditioned")
+probes = ("gnb", "direction", "gradient_noise", "hutchinson", "lanczos", "linesearch", "preconditioned")
 watch = sharpwatch.attach(model, optimizer, training_job="dashboard", run="broken", probe_every=4, probes=probes)
 for step in range(STEPS):
     if step == 150:

@@ -477,11 +477,14 @@ def precisions():
     if not hasattr(torch.backends.cudnn, "conv"):
         pytest.skip("this torch has one setting only")
     saved = torch.backends.fp32_precision, [place.fp32_precision for place in places()]
+    convolutions = torch.backends.cudnn.allow_tf32
     yield lambda: [torch.backends.fp32_precision, *(place.fp32_precision for place in places())]
     torch.set_float32_matmul_precision("highest")
     torch.backends.fp32_precision = saved[0]
     for place, value in zip(places(), saved[1], strict=True):
         place.fp32_precision = value
+    torch.backends.cudnn.allow_tf32 = convolutions  # a flag beside them: where they differ, reading it raises
+    assert torch.backends.cudnn.allow_tf32 == convolutions
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
