@@ -19,16 +19,16 @@ def resident(pid):
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-# A sample with its sketches has 30 kB, so 150 of them 4.5 MB: a trainer that kept them all would grow by twice the bound.
-# What malloc has given out is counted, not resident pages: of these the allocator gives back and takes 3 MB at a time.
+# A sample with its sketches has 30 kB, so 150 of them 4.5 MB: a trainer that kept them all would grow by twice as much.
+# Counted is what malloc has handed out: resident pages come and go 3 MB at a time.
 STEPS, GROWTH = 150, 2.25e6
 CODE = f"""
 import ctypes, gc
 from sharpwatch.agent.transport.courier_client import CourierClient
 
 class MallInfo(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks "
-        "keepcost".split()]
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
 
 mallinfo = ctypes.CDLL(None).mallinfo2
 mallinfo.restype = MallInfo
