@@ -21,6 +21,8 @@ import types
 from multiprocessing.reduction import DupFd
 from pathlib import Path
 
+import torch
+
 FORKS = multiprocessing.get_context("forkserver")
 # One server serves all the tests of this process: what trainers and ranks import, in one list.
 FORKS.set_forkserver_preload(
@@ -42,8 +44,7 @@ class ForkedProcess:
         streams = [DupFd(fd) for fd in (ours_in, theirs_out, err)]
         what = (code, None if path is None else str(path), list(arguments))
         self._process = FORKS.Process(target=_main, args=(what, streams, dict(env), str(cwd), start_new_session))
-        with _exported(env):
-            self._process.start()
+        self._process.start()
         self.pid = self._process.pid
         for fd in {ours_in, theirs_out}:
             os.close(fd)
@@ -96,20 +97,6 @@ def _pipes():
     return child_in, child_out, os.fdopen(ours, "w", encoding="utf-8"), os.fdopen(theirs, encoding="utf-8")
 
 
-@contextlib.contextmanager
-def _exported(env):
-    """The server, where this starts it, imports torch under the children's own number of threads."""
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = env.get("OMP_NUM_THREADS", "1")
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before
-
-
 def _main(what, streams, env, cwd, start_new_session):
     """The forked process."""
     for number, stream in enumerate(streams):
@@ -122,6 +109,8 @@ def _main(what, streams, env, cwd, start_new_session):
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
+    # The server read this when it imported torch, under whatever environment it was started in.
+    torch.set_num_threads(int(env.get("OMP_NUM_THREADS", "1")))
     sys.stdin, sys.stdout, sys.stderr = (open(fd, mode, closefd=False) for fd, mode in ((0, "r"), (1, "w"), (2, "w")))  # noqa: SIM115
     sys.path[:0] = [folder for folder in env.get("PYTHONPATH", "").split(os.pathsep) if folder]
     os._exit(_status(*what))
