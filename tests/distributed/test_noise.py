@@ -20,7 +20,7 @@ import sharpwatch
 from sharpwatch.agent.probes.gradient_noise import GradientListener, averaged_over
 from sharpwatch.agent.safety.exception_barrier import ExceptionBarrier
 from sharpwatch.blocks import classify
-from sharpwatch.curvature.parameters.norms import squared_norms
+from sharpwatch.curvature.parameters.shards import squared_norms
 from sharpwatch.testing import InMemoryTransport
 from sharpwatch.wire import decode
 

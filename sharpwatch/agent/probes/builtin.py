@@ -26,7 +26,7 @@ from sharpwatch.curvature.estimators.linesearch import LineSearchSample, linesea
 from sharpwatch.curvature.estimators.preconditioned import PreconditionedSample, preconditioned_probe
 from sharpwatch.curvature.objective.batch import Batch
 from sharpwatch.curvature.objective.next_step import require_adam
-from sharpwatch.curvature.parameters.norms import squared_norms, sum_by_index
+from sharpwatch.curvature.parameters.shards import squared_norms, sum_by_index
 from sharpwatch.curvature.statistics.gnb_estimators import trace_estimates
 from sharpwatch.curvature.statistics.pooling import least_precise, relative_error
 from sharpwatch.v1 import agent_pb2

@@ -26,7 +26,7 @@ from sharpwatch.agent.probes.context import Probe, ProbeContext, ProbedStep, Pro
 from sharpwatch.agent.safety.exception_barrier import ExceptionBarrier
 from sharpwatch.blocks import BlockMap, Part
 from sharpwatch.curvature.objective.batch import Batch
-from sharpwatch.curvature.parameters.norms import squared_norm, squared_norms, stack_sums, sum_by_index
+from sharpwatch.curvature.parameters.shards import squared_norm, squared_norms, stack_sums, sum_by_index
 from sharpwatch.v1 import agent_pb2
 from sharpwatch.wire import encode
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sharpwatch.blocks import BlockMap
 from sharpwatch.curvature.objective.batch import Batch
 from sharpwatch.curvature.objective.outputs import LogitsFn, count_predicting, predict
-from sharpwatch.curvature.parameters.norms import squared_norms, sum_by_index
+from sharpwatch.curvature.parameters.shards import squared_norms, sum_by_index
 from sharpwatch.curvature.state.isolation import isolated
 
 _CHUNK_ENTRIES = 2**22  # of the temporary when labels are sampled

@@ -24,8 +24,14 @@ from sharpwatch.curvature.estimators.gnb import GnbSample, OutputGradients
 from sharpwatch.curvature.objective.batch import Batch
 from sharpwatch.curvature.objective.outputs import LogitsFn, predict
 from sharpwatch.curvature.parameters import fsdp
-from sharpwatch.curvature.parameters.norms import squared_norms, sum_by_index
-from sharpwatch.curvature.parameters.shards import Shard, is_dtensor, local_gradient, sketch_shards
+from sharpwatch.curvature.parameters.shards import (
+    Shard,
+    is_dtensor,
+    local_gradient,
+    sketch_shards,
+    squared_norms,
+    sum_by_index,
+)
 from sharpwatch.curvature.state.isolation import is_torch_hook, restore, unwrap
 from sharpwatch.curvature.statistics.sketch import CountSketch
 from sharpwatch.errors import DesyncError, EmptyBatchError, ProbeError

@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from sharpwatch.agent.statistics.reductions import PartTensors, Scratch, host_sums
 from sharpwatch.blocks import BLOCKS, BlockMap, Part, classify
-from sharpwatch.curvature.parameters.norms import squared_norms, sum_by_index
+from sharpwatch.curvature.parameters.shards import squared_norms, sum_by_index
 from sharpwatch.curvature.statistics.sketch import CountSketch
 from sharpwatch.errors import BlockError
 
