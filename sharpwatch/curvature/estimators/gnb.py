@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sharpwatch.blocks import BlockMap
-from sharpwatch.curvature.objective.batch import Batch
-from sharpwatch.curvature.objective.outputs import LogitsFn, count_predicting, predict
+from sharpwatch.curvature.objective.batch import Batch, LogitsFn, count_predicting, predict
 from sharpwatch.curvature.parameters.shards import squared_norms, sum_by_index
 from sharpwatch.curvature.state.isolation import isolated
 

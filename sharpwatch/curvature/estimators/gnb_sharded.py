@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from sharpwatch.blocks import BlockMap
 from sharpwatch.curvature.estimators.gnb import GnbSample, OutputGradients
-from sharpwatch.curvature.objective.batch import Batch
-from sharpwatch.curvature.objective.outputs import LogitsFn, predict
+from sharpwatch.curvature.objective.batch import Batch, LogitsFn, predict
 from sharpwatch.curvature.parameters import fsdp
 from sharpwatch.curvature.parameters.shards import (
     Shard,

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from sharpwatch.blocks import BlockMap
-from sharpwatch.curvature.objective.batch import Batch
+from sharpwatch.curvature.objective.batch import Batch, LossFn
 from sharpwatch.curvature.objective.hessian import Hessian, Method, open_hessian
 from sharpwatch.curvature.objective.objective import Objective
-from sharpwatch.curvature.objective.outputs import LossFn
 from sharpwatch.curvature.parameters.parameter_space import ParameterSpace
 
 _DOT_ENTRIES = 2**18

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from sharpwatch.blocks import BlockMap
-from sharpwatch.curvature.objective.batch import Batch
+from sharpwatch.curvature.objective.batch import Batch, LossFn
 from sharpwatch.curvature.objective.hessian import Hessian, Method, open_hessian
-from sharpwatch.curvature.objective.outputs import LossFn
 from sharpwatch.curvature.parameters.parameter_space import ParameterSpace
 from sharpwatch.curvature.statistics.estimate import Spectrum
 from sharpwatch.errors import ProbeError

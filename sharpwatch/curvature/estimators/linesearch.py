@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from sharpwatch.blocks import BlockMap
-from sharpwatch.curvature.objective.batch import Batch
+from sharpwatch.curvature.objective.batch import Batch, LossFn
 from sharpwatch.curvature.objective.objective import Objective
-from sharpwatch.curvature.objective.outputs import LossFn
 from sharpwatch.curvature.parameters.parameter_space import ParameterSpace
 from sharpwatch.curvature.state.isolation import isolated
 

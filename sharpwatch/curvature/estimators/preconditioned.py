@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from sharpwatch.blocks import BlockMap
 from sharpwatch.curvature.estimators.lanczos import Lanczos, Matvec
-from sharpwatch.curvature.objective.batch import Batch
+from sharpwatch.curvature.objective.batch import Batch, LossFn
 from sharpwatch.curvature.objective.hessian import Hessian, Method, open_hessian
 from sharpwatch.curvature.objective.next_step import preconditioner
-from sharpwatch.curvature.objective.outputs import LossFn
 from sharpwatch.curvature.parameters.parameter_space import ParameterSpace
 
 

@@ -17,11 +17,10 @@ from sharpwatch.curvature.measure import validation
 from sharpwatch.curvature.measure.draws import WHOLE_MODEL, Draws
 from sharpwatch.curvature.measure.report import SharpnessReport
 from sharpwatch.curvature.measure.second_order import Plan, SecondOrder
-from sharpwatch.curvature.objective.batch import Batch
+from sharpwatch.curvature.objective.batch import Batch, LogitsFn, LossFn
 from sharpwatch.curvature.objective.hessian import open_hessian
 from sharpwatch.curvature.objective.next_step import next_step, preconditioner
 from sharpwatch.curvature.objective.objective import Objective
-from sharpwatch.curvature.objective.outputs import LogitsFn, LossFn
 from sharpwatch.curvature.state.isolation import isolated
 from sharpwatch.curvature.statistics.estimate import Cost
 from sharpwatch.curvature.statistics.pooling import PooledEstimate, relative_error

@@ -10,16 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from sharpwatch.blocks import BlockMap
-from sharpwatch.curvature.objective.batch import Batch
+from sharpwatch.curvature.objective.batch import IGNORED_LABEL, Batch, LogitsFn, count_tokens, find_labels
 from sharpwatch.curvature.objective.hessian import METHODS, Method
 from sharpwatch.curvature.objective.next_step import preconditioner, require_adam
-from sharpwatch.curvature.objective.outputs import LogitsFn, count_tokens, find_labels
 from sharpwatch.curvature.state.isolation import isolated
 from sharpwatch.errors import EmptyBatchError, ProbeError
 
 ESTIMATOR_NAMES = ("gnb", "hutchinson", "lanczos", "spectrum", "direction", "linesearch", "preconditioned")
 _OPTIMIZER_ESTIMATORS = {"direction", "linesearch", "preconditioned"}
-_IGNORED = -100  # the only label below 0 that Hugging Face's losses ignore
 
 
 def check_model(given: nn.Module) -> None:
@@ -209,9 +207,9 @@ def _check_labels(given: nn.Module, batch: Mapping[str, Any], classes: int | Non
     if labels is None:
         return
     below = labels.values[labels.values < 0]
-    if "labels" in batch and (below != _IGNORED).any():
-        wrong = int(below[below != _IGNORED][0])
-        raise ProbeError(f"{where}: label {wrong}: a label below 0 must be {_IGNORED}, which is ignored")
+    if "labels" in batch and (below != IGNORED_LABEL).any():
+        wrong = int(below[below != IGNORED_LABEL][0])
+        raise ProbeError(f"{where}: label {wrong}: a label below 0 must be {IGNORED_LABEL}, which is ignored")
     largest = int(labels.values.max())
     # The size of a head that is tied, or has layers of its own, says nothing about the labels.
     if classes is not None and not hasattr(given, "config") and largest >= classes:

@@ -1,15 +1,24 @@
-"""The arguments of a model call as a value, with its rows."""
+"""A batch: the arguments of a model call, its labels, logits and predicting positions, and its training loss."""
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
-from torch import Tensor
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own name for it
+from torch import Tensor, nn
 
-from sharpwatch.errors import ProbeError
+from sharpwatch.errors import EmptyBatchError, ProbeError
+
+IGNORED_LABEL = -100  # Hugging Face's label of an ignored position
+_TARGETS = ("targets", "target", "y")
+# Hugging Face heads whose labels are at the position that predicts them; all others predict the next token.
+_ALIGNED_HEADS = ("ForMaskedLM", "ForTokenClassification", "ForSequenceClassification", "ForPreTraining")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,6 +88,206 @@ class Batch:
     def tensors(self) -> Iterator[Tensor]:
         """All tensors among the arguments, including those in dicts, lists and tuples."""
         return _tensors([self.args, dict(self.kwargs)])
+
+
+# Both are called as f(model, batch).
+LossFn = Callable[[Any, Batch], Tensor]  # -> scalar
+# -> logits [..., V], bool [...]: True where a position predicts
+LogitsFn = Callable[[Any, Batch], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Labels:
+    """Labels of a batch, [rows, positions].
+
+    Attributes:
+        values: The labels; negative ones are ignored.
+        shifted: The label of position t is at t + 1, so the last position predicts nothing.
+    """
+
+    values: Tensor
+    shifted: bool
+
+    def aligned(self) -> Tensor:
+        """Labels at the positions that predict them; -100 at positions that predict nothing."""
+        values = self.values.masked_fill(self.values < 0, IGNORED_LABEL)
+        return F.pad(values[:, 1:], (0, 1), value=IGNORED_LABEL) if self.shifted else values
+
+
+def find_labels(model: nn.Module, batch: Batch) -> Labels | None:
+    """Find the labels among the arguments of `model.forward`, by name, whether passed by position or by keyword.
+
+    `labels` follow Hugging Face: shifted for a causal language model; aligned for an encoder-decoder, a masked language
+    model or a classifier. `targets`, `target` and `y` are aligned, as in nanoGPT.
+
+    Args:
+        model: The model, or the module inside its wrappers.
+        batch: The arguments.
+
+    Returns:
+        The labels, or None.
+    """
+    arguments = _named_arguments(model, batch)
+    labels = arguments.get("labels")
+    if isinstance(labels, Tensor):
+        aligned = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        aligned = aligned or labels.dim() < 2 or type(model).__name__.endswith(_ALIGNED_HEADS)
+        return Labels(labels, shifted=not aligned)
+    return next(
+        (Labels(arguments[name], shifted=False) for name in _TARGETS if isinstance(arguments.get(name), Tensor)), None
+    )
+
+
+def predict(
+    call: Callable[..., Any], model: nn.Module, batch: Batch, logits_fn: LogitsFn | None
+) -> tuple[Tensor, Tensor]:
+    """Compute the logits of a batch.
+
+    A Hugging Face causal model is called without its labels: the logits are the same, and its loss would only take
+    memory.
+
+    Args:
+        call: Called in place of `model`.
+        model: The model, for its signature and configuration.
+        batch: The arguments.
+        logits_fn: Computes both results; None to find the logits in the output, and the mask from the labels.
+
+    Returns:
+        Logits [..., V], and a bool mask [...] of the positions that predict; without labels, all do.
+
+    Raises:
+        ProbeError: The output has no logits, or they do not match the labels.
+    """
+    if logits_fn is not None:
+        logits, mask = logits_fn(call, batch)
+    else:
+        labels = find_labels(model, batch)
+        logits = find_logits(call(*batch.args, **_without_labels(model, batch, labels)))
+        mask = (
+            torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
+            if labels is None
+            else labels.aligned() != IGNORED_LABEL
+        )
+    if mask.shape != logits.shape[:-1]:
+        shapes = f"logits {tuple(logits.shape)}, mask or labels {tuple(mask.shape)}"
+        raise ProbeError(f"{shapes}: expected one label for each position; pass logits_fn")
+    return logits, mask.to(logits.device, torch.bool)
+
+
+def training_loss(call: Callable[..., Any], model: nn.Module, batch: Batch, loss_fn: LossFn | None) -> Tensor:
+    """Compute the loss that the run trains on, with the true labels.
+
+    Args:
+        call: Called in place of `model`.
+        model: The model, for its signature and configuration.
+        batch: The arguments.
+        loss_fn: Computes the loss; None to take the loss in the model's output, or else the cross-entropy of its
+            labels.
+
+    Returns:
+        A scalar with its graph.
+
+    Raises:
+        ProbeError: There is neither a loss nor labels.
+    """
+    if loss_fn is not None:
+        return _require_scalar(loss_fn(call, batch), "loss_fn")
+    output = call(*batch.args, **batch.kwargs)
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if loss is None and isinstance(output, tuple | list):
+        loss = next((item for item in output if isinstance(item, Tensor) and item.numel() == 1), None)
+    if loss is None and isinstance(output, Tensor) and output.numel() == 1:
+        loss = output
+    if loss is not None:
+        return _require_scalar(loss, "the model's output")
+    labels = find_labels(model, batch)
+    if labels is None:
+        raise ProbeError("the model was called without labels and returns no loss: pass loss_fn")
+    logits = find_logits(output)
+    return F.cross_entropy(logits.flatten(0, -2).float(), labels.aligned().flatten(), ignore_index=IGNORED_LABEL)
+
+
+def count_tokens(model: nn.Module, batch: Batch) -> int:
+    """Count the predicting positions by the labels; without labels, the positions of the first tensor with rows.
+
+    Raises:
+        EmptyBatchError: Every label is ignored.
+    """
+    labels = find_labels(model, batch)
+    if labels is not None:
+        return count_predicting(labels.aligned() != IGNORED_LABEL)
+    first = next((tensor for tensor in batch.tensors() if tensor.dim() >= 2), None)
+    if first is None:
+        return batch.rows
+    return math.prod(first.shape[:-1]) if first.is_floating_point() else first.numel()
+
+
+def count_predicting(mask: Tensor) -> int:
+    """Number of positions in `mask` that predict; raises `EmptyBatchError` for none."""
+    tokens = int(mask.sum())
+    if tokens == 0:
+        raise EmptyBatchError("every label of these rows is ignored: no position predicts")
+    return tokens
+
+
+def find_logits(output: Any) -> Tensor:
+    """Find the logits in a model's output.
+
+    Args:
+        output: An object with `.logits`, a mapping with "logits", a tuple (its first float tensor with 3 or more
+            dimensions counts), or the logits themselves.
+
+    Returns:
+        The logits [..., V].
+
+    Raises:
+        ProbeError: There are none; the message describes the output.
+    """
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if logits is None and isinstance(output, tuple | list):
+        logits = next((item for item in output if _is_logits(item, dimensions=3)), None)
+    if logits is None and _is_logits(output, dimensions=2):
+        logits = output
+    if not isinstance(logits, Tensor):
+        raise ProbeError(f"found no logits in the model's output, {_describe(output)}; pass logits_fn")
+    return logits
+
+
+def _named_arguments(model: nn.Module, batch: Batch) -> Mapping[str, Any]:
+    """The arguments by their names in the signature of `model.forward`."""
+    try:
+        bound = inspect.signature(model.forward).bind_partial(*batch.args, **batch.kwargs)
+    except TypeError:  # forward does not accept this call: a pre-hook may change its arguments
+        return batch.kwargs
+    return {**batch.kwargs, **bound.arguments}
+
+
+def _without_labels(model: nn.Module, batch: Batch, labels: Labels | None) -> Mapping[str, Any]:
+    if labels is None or not labels.shifted or not hasattr(model, "config"):
+        return batch.kwargs
+    return {name: value for name, value in batch.kwargs.items() if name != "labels"}
+
+
+def _require_scalar(loss: Any, source: str) -> Tensor:
+    depends = isinstance(loss, Tensor) and (loss.requires_grad or not torch.is_grad_enabled())
+    if not depends or loss.numel() != 1:
+        raise ProbeError(f"{source} must give a scalar loss that depends on the weights, got {_describe(loss)}")
+    return cast("Tensor", loss).reshape(())
+
+
+def _is_logits(value: Any, dimensions: int) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= dimensions
+
+
+def _describe(value: Any) -> str:
+    match value:
+        case Tensor():
+            return f"a {str(value.dtype).removeprefix('torch.')} tensor {tuple(value.shape)}"
+        case Mapping():
+            return f"a mapping of {', '.join(map(str, value)) or 'nothing'}"
+        case tuple() | list():
+            return f"a {type(value).__name__} of ({', '.join(map(_describe, value))})"
+    return f"a {type(value).__name__}"
 
 
 def _transform(batch: Batch, change: Callable[[Tensor, str], Tensor]) -> Batch:

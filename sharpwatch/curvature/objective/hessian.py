@@ -19,9 +19,8 @@ from sharpwatch.curvature.objective.autograd_graph import (
     require_twice_differentiable,
     twice_differentiable,
 )
-from sharpwatch.curvature.objective.batch import Batch
+from sharpwatch.curvature.objective.batch import Batch, LossFn
 from sharpwatch.curvature.objective.objective import Objective, to_dense
-from sharpwatch.curvature.objective.outputs import LossFn
 from sharpwatch.curvature.parameters.parameter_space import ParameterSpace
 from sharpwatch.curvature.state.isolation import isolated
 from sharpwatch.curvature.statistics.estimate import Cost

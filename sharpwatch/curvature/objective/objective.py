@@ -8,8 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from sharpwatch.curvature.objective.batch import Batch
-from sharpwatch.curvature.objective.outputs import LossFn, count_tokens, training_loss
+from sharpwatch.curvature.objective.batch import Batch, LossFn, count_tokens, training_loss
 from sharpwatch.curvature.parameters.parameter_space import ParameterSpace
 from sharpwatch.curvature.state.isolation import Functional, upcast
 from sharpwatch.curvature.statistics.estimate import Cost

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from sharpwatch.curvature.objective.batch import Batch
-from sharpwatch.curvature.objective.outputs import count_tokens, find_labels, find_logits, predict, training_loss
+from sharpwatch.curvature.objective.batch import Batch, count_tokens, find_labels, find_logits, predict, training_loss
 from sharpwatch.errors import ProbeError
 
 ROWS = torch.tensor([0, 2])
