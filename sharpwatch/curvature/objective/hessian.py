@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from sharpwatch.blocks import BlockMap
-from sharpwatch.curvature.objective.autograd_graph import (
+from sharpwatch.curvature.objective.batch import Batch, LossFn
+from sharpwatch.curvature.objective.objective import (
+    Objective,
     custom_functions,
     is_smooth,
     require_twice_differentiable,
+    to_dense,
     twice_differentiable,
 )
-from sharpwatch.curvature.objective.batch import Batch, LossFn
-from sharpwatch.curvature.objective.objective import Objective, to_dense
 from sharpwatch.curvature.parameters.parameter_space import ParameterSpace
 from sharpwatch.curvature.state.isolation import isolated
 from sharpwatch.curvature.statistics.estimate import Cost
