@@ -26,11 +26,10 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from sharpwatch import classify
-from sharpwatch.curvature.estimators.direction import direction_probe
+from sharpwatch.curvature.estimators.directional import direction_probe, linesearch_probe
 from sharpwatch.curvature.estimators.gnb import gnb_probe
 from sharpwatch.curvature.estimators.hutchinson import hutchinson_probe
 from sharpwatch.curvature.estimators.lanczos import lanczos_probe
-from sharpwatch.curvature.estimators.linesearch import linesearch_probe
 from sharpwatch.curvature.objective.batch import Batch
 from sharpwatch.demo.corpus import Corpus, load_corpus
 from sharpwatch.errors import ProbeError

@@ -19,13 +19,16 @@ from torch import Tensor
 from sharpwatch.agent.probes.context import Probe, ProbeContext, ProbedStep, ProbeSpec
 from sharpwatch.agent.probes.gnb import GNB
 from sharpwatch.agent.probes.gradient_noise import GRADIENT_NOISE
-from sharpwatch.curvature.estimators.direction import DirectionSample, direction_probe
+from sharpwatch.curvature.estimators.directional import (
+    DirectionSample,
+    LineSearchSample,
+    direction_probe,
+    linesearch_probe,
+)
 from sharpwatch.curvature.estimators.hutchinson import HutchinsonSample, hutchinson_probe
 from sharpwatch.curvature.estimators.lanczos import LanczosSample, lanczos_probe
-from sharpwatch.curvature.estimators.linesearch import LineSearchSample, linesearch_probe
-from sharpwatch.curvature.estimators.preconditioned import PreconditionedSample, preconditioned_probe
+from sharpwatch.curvature.estimators.preconditioned import PreconditionedSample, preconditioned_probe, require_adam
 from sharpwatch.curvature.objective.batch import Batch
-from sharpwatch.curvature.objective.next_step import require_adam
 from sharpwatch.curvature.parameters.shards import squared_norms, sum_by_index
 from sharpwatch.curvature.statistics.gnb_estimators import trace_estimates
 from sharpwatch.curvature.statistics.pooling import least_precise, relative_error

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,8 @@ from sharpwatch.blocks import BlockMap
 from sharpwatch.curvature.estimators.lanczos import Lanczos, Matvec
 from sharpwatch.curvature.objective.batch import Batch, LossFn
 from sharpwatch.curvature.objective.hessian import Hessian, Method, open_hessian
-from sharpwatch.curvature.objective.next_step import preconditioner
 from sharpwatch.curvature.parameters.parameter_space import ParameterSpace
+from sharpwatch.errors import ProbeError
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,3 +96,59 @@ def preconditioned_matvec(hessian: Hessian, space: ParameterSpace, diagonals: Ma
     """The product with DHD within `space` as a function of one vector; `diagonals` are D by parameter name."""
     diagonal = space.flatten(diagonals)
     return lambda vector: diagonal * hessian.products(space, (diagonal * vector)[None])[0]
+
+
+def preconditioner(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """Compute the diagonal D = (η(1 − β₁) / ((2 + 2β₁)(√v̂ + ε)))^½ of Adam and its variants.
+
+    λ_max(DHD) is 1 at the edge of stability (Cohen et al., "Adaptive gradient methods at the edge of stability", arXiv
+    2207.14484, equation 3).
+
+    Args:
+        model: The model.
+        optimizers: Its optimizers.
+
+    Returns:
+        Entries of D by parameter name, each of the parameter's shape; zero for a parameter that never had a gradient.
+
+    Raises:
+        ProbeError: An optimizer has no second moment, or has not stepped yet.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {
+        names[id(parameter)]: _preconditioner_diagonal(optimizer, group, parameter, names[id(parameter)])
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if id(parameter) in names and parameter.requires_grad
+    }
+
+
+def require_adam(optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Check that every optimizer is a variant of Adam: its groups have `lr`, `betas` and `eps`.
+
+    Raises:
+        ProbeError: One is not.
+    """
+    for optimizer in optimizers:
+        if not all({"betas", "eps", "lr"} <= set(group) for group in optimizer.param_groups):
+            raise ProbeError(
+                f"preconditioned needs Adam or a variant with betas and eps, got {type(optimizer).__name__}; "
+                "direction and linesearch work with any optimizer"
+            )
+
+
+def _preconditioner_diagonal(
+    optimizer: torch.optim.Optimizer, group: Mapping[str, object], parameter: Tensor, name: str
+) -> Tensor:
+    require_adam([optimizer])
+    state = optimizer.state.get(parameter, {})
+    moment = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))
+    if moment is None and optimizer.state:  # the parameter never had a gradient, so Adam does not move it
+        return torch.zeros_like(parameter, dtype=torch.float32)
+    if not isinstance(moment, Tensor) or moment.shape != parameter.shape:
+        raise ProbeError(f"{type(optimizer).__name__} has no second moment of {name} yet: take an optimizer step first")
+    (first, second), epsilon, rate = cast("Any", (group["betas"], group["eps"], group["lr"]))
+    correction = 1 - float(second) ** float(state.get("step", torch.inf))
+    root: Tensor = (moment.float() / correction).sqrt().add_(float(epsilon))
+    return root.reciprocal_().mul_(float(rate) * (1 - float(first)) / (2 + 2 * float(first))).sqrt_()

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from sharpwatch.blocks import BlockMap, Rules, classify
+from sharpwatch.curvature.estimators.directional import next_step
 from sharpwatch.curvature.estimators.gnb import gnb_probe
+from sharpwatch.curvature.estimators.preconditioned import preconditioner
 from sharpwatch.curvature.measure import validation
 from sharpwatch.curvature.measure.draws import WHOLE_MODEL, Draws
 from sharpwatch.curvature.measure.report import SharpnessReport
 from sharpwatch.curvature.measure.second_order import Plan, SecondOrder
 from sharpwatch.curvature.objective.batch import Batch, LogitsFn, LossFn
 from sharpwatch.curvature.objective.hessian import open_hessian
-from sharpwatch.curvature.objective.next_step import next_step, preconditioner
 from sharpwatch.curvature.objective.objective import Objective
 from sharpwatch.curvature.state.isolation import isolated
 from sharpwatch.curvature.statistics.estimate import Cost

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from sharpwatch.blocks import BlockMap
+from sharpwatch.curvature.estimators.directional import critical_sharpness_along
 from sharpwatch.curvature.estimators.hutchinson import BaseLoss, Deflation, LossDifferences, quadratic_forms
 from sharpwatch.curvature.estimators.lanczos import Lanczos, Matvec, hessian_matvec
-from sharpwatch.curvature.estimators.linesearch import critical_sharpness_along
 from sharpwatch.curvature.estimators.preconditioned import preconditioned_matvec
 from sharpwatch.curvature.measure.draws import WHOLE_MODEL, Draws, SpectrumEnds
 from sharpwatch.curvature.objective.hessian import Hessian

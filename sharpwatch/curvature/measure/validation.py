@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from sharpwatch.blocks import BlockMap
+from sharpwatch.curvature.estimators.preconditioned import preconditioner, require_adam
 from sharpwatch.curvature.objective.batch import IGNORED_LABEL, Batch, LogitsFn, count_tokens, find_labels
 from sharpwatch.curvature.objective.hessian import METHODS, Method
-from sharpwatch.curvature.objective.next_step import preconditioner, require_adam
 from sharpwatch.curvature.state.isolation import isolated
 from sharpwatch.errors import EmptyBatchError, ProbeError
 

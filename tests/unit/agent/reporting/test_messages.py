@@ -10,11 +10,10 @@ from sharpwatch.agent.probes.gradient_noise import GradientNoiseReport
 from sharpwatch.agent.probes.runner import ProbeFailure, ProbeRun
 from sharpwatch.agent.reporting import messages
 from sharpwatch.agent.statistics.tap import TapReading
-from sharpwatch.curvature.estimators.direction import DirectionSample
+from sharpwatch.curvature.estimators.directional import DirectionSample, LineSearchSample
 from sharpwatch.curvature.estimators.gnb import GnbSample
 from sharpwatch.curvature.estimators.hutchinson import HutchinsonSample
 from sharpwatch.curvature.estimators.lanczos import LanczosSample
-from sharpwatch.curvature.estimators.linesearch import LineSearchSample
 from sharpwatch.curvature.estimators.preconditioned import PreconditionedSample
 from sharpwatch.daemon.ingest.hello import read_hello
 from sharpwatch.daemon.ingest.probes import LanczosReading, PreconditionedReading

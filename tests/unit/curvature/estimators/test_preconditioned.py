@@ -7,9 +7,8 @@ from torch import nn
 from transformers import GPT2LMHeadModel
 
 from sharpwatch.blocks import classify
-from sharpwatch.curvature.estimators.preconditioned import preconditioned_probe
+from sharpwatch.curvature.estimators.preconditioned import preconditioned_probe, preconditioner
 from sharpwatch.curvature.objective.batch import Batch
-from sharpwatch.curvature.objective.next_step import preconditioner
 from sharpwatch.errors import ProbeError
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from sharpwatch.blocks import Rule, Rules, classify
-from sharpwatch.curvature.estimators.direction import direction_probe
+from sharpwatch.curvature.estimators.directional import direction_probe
 from sharpwatch.curvature.estimators.gnb import gnb_probe
 from sharpwatch.curvature.objective.batch import Batch
 from sharpwatch.curvature.state.isolation import isolated

@@ -9,7 +9,8 @@ import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from sharpwatch.curvature.objective.next_step import next_step, preconditioner, require_adam
+from sharpwatch.curvature.estimators.directional import next_step
+from sharpwatch.curvature.estimators.preconditioned import preconditioner, require_adam
 from sharpwatch.errors import ProbeError
 
 

@@ -1,12 +1,17 @@
-"""Critical sharpness: the inverse of the smallest multiple of a step that raises the loss.
+"""Sharpness along the step that an optimizer has taken, or will take next.
 
-Kalra et al., arXiv 2601.16979: λ_c = 1/c, where c is the smallest scale with L(θ − c·d) > L(θ). It takes forwards only,
-so any kernel works. Implemented from the definition.
+For the step d = θ_t − θ_{t+1}, with g and H at θ_{t+1}: to second order, g(θ_t)ᵀd = gᵀd + dᵀHd. The same holds for each
+block with its rows of H. The curvature of block b alone, d_bᵀH_bb d_b, takes a product of its own.
+
+Critical sharpness (Kalra et al., arXiv 2601.16979) is λ_c = 1/c, where c is the smallest scale with L(θ − c·d) > L(θ).
+It takes forwards only, so any kernel works. Implemented from the definition.
 """
 
 from __future__ import annotations
 
+import copy
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,12 +20,87 @@ from torch import Tensor, nn
 
 from sharpwatch.blocks import BlockMap
 from sharpwatch.curvature.objective.batch import Batch, LossFn
+from sharpwatch.curvature.objective.hessian import Method, open_hessian
 from sharpwatch.curvature.objective.objective import Objective
 from sharpwatch.curvature.parameters.parameter_space import ParameterSpace
-from sharpwatch.curvature.state.isolation import isolated
+from sharpwatch.curvature.state.isolation import hooks_disabled, isolated
+from sharpwatch.errors import ProbeError
 
 _DOUBLINGS = 12  # the search covers 2^-12 to 2^12 times the step
 _BISECTIONS = 4  # reduce a bracket of a factor 2 to one sixteenth
+# Global hooks on optimizers, which must not run for the step of a copy.
+_GLOBAL_HOOKS = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DirectionSample:
+    """The result of one probe, on the CPU.
+
+    Attributes:
+        tokens: Number of predicting positions.
+        rows: Number of rows.
+        descent: g(θ_t)ᵀd.
+        curvature: dᵀHd.
+        block_descent: Float64 [B], g_b(θ_t)ᵀd_b.
+        block_curvature: Float64 [B], d_bᵀH_bb d_b; NaN for a block that was not requested.
+        method: How the products were computed.
+    """
+
+    tokens: int
+    rows: int
+    descent: float
+    curvature: float
+    block_descent: Tensor
+    block_curvature: Tensor
+    method: str
+
+
+def direction_probe(  # noqa: PLR0913 - settings are keyword-only
+    model: nn.Module,
+    block_map: BlockMap,
+    batch: Batch,
+    displacement: Mapping[str, Tensor],
+    *,
+    blocks: Sequence[str],
+    loss_fn: LossFn | None = None,
+    method: Method = "auto",
+) -> DirectionSample:
+    """Measure the curvature along `displacement` at the present weights.
+
+    It takes one Hessian-vector product for the whole model and one for each of `blocks`, and leaves `model`
+    unchanged.
+
+    Args:
+        model: The model.
+        block_map: The division of its parameters into blocks.
+        batch: The arguments of the model.
+        displacement: θ_t − θ_{t+1} by parameter name; a missing parameter has not moved.
+        blocks: Block types whose own curvature is measured.
+        loss_fn: Computes the loss; None to use the model's own.
+        method: How derivatives are computed, see `open_hessian`.
+
+    Returns:
+        The curvature and the descent.
+
+    Raises:
+        ProbeError: There is no loss, every label is ignored, or the derivatives cannot be computed.
+    """
+    with open_hessian(model, block_map, [batch], loss_fn=loss_fn, method=method) as hessian:
+        whole = ParameterSpace(block_map, None, hessian.objective.live.leaves)
+        step = whole.flatten(displacement).to(whole.device, whole.dtype)
+        curvature = whole.sum_by_block(step * hessian.products(whole, step[None])[0])
+        descent = whole.sum_by_block(step * whole.flatten(hessian.gradient(0)))
+        block_curvature = torch.full((len(block_map.blocks),), torch.nan, dtype=torch.float64, device="cpu")
+        for block in blocks:
+            space = ParameterSpace(block_map, block, hessian.objective.live.leaves)
+            block_step = space.flatten(displacement).to(step)
+            image = hessian.products(space, block_step[None])[0]
+            block_curvature[block_map.blocks.index(block)] = (block_step.double() * image.double()).sum().cpu()
+        tokens, method_used = hessian.objective.tokens[0], hessian.method
+    at_start = descent + curvature
+    return DirectionSample(
+        tokens, batch.rows, float(at_start.sum()), float(curvature.sum()), at_start, block_curvature, method_used
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,3 +247,42 @@ def critical_sharpness(loss: Callable[[float], float]) -> CriticalSharpness:
         middle = (low + high) / 2
         low, high = (low, middle) if rises(middle) else (middle, high)
     return CriticalSharpness((1 / low + 1 / high) / 2, (1 / low - 1 / high) / 2, forwards)
+
+
+def next_step(
+    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], gradients: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Compute the step −Δθ that `gradients` lead to, on copies of the optimizers and the weights.
+
+    Learning rates, weight decay and momentum are included.
+
+    Args:
+        model: The model.
+        optimizers: Its optimizers.
+        gradients: Gradients by parameter name.
+
+    Returns:
+        −Δθ by parameter name.
+
+    Raises:
+        ProbeError: An optimizer cannot step with gradients alone, for example because it needs a closure.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    step: dict[str, Tensor] = {}
+    for optimizer in optimizers:
+        copied_optimizer = copy.deepcopy(optimizer)
+        pairs = [
+            (names[id(old)], old, new)
+            for group, copied_group in zip(optimizer.param_groups, copied_optimizer.param_groups, strict=True)
+            for old, new in zip(group["params"], copied_group["params"], strict=True)
+            if id(old) in names
+        ]
+        for name, _, new in pairs:
+            new.grad = gradients[name].to(new).clone() if name in gradients else None
+        try:
+            with hooks_disabled(sys.modules[torch.optim.Optimizer.__module__], _GLOBAL_HOOKS):
+                copied_optimizer.step()
+        except (TypeError, RuntimeError) as error:
+            raise ProbeError(f"{type(optimizer).__name__} cannot step with gradients alone: {error}") from error
+        step |= {name: old.detach() - new.detach() for name, old, new in pairs}
+    return step
