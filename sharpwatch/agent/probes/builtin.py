@@ -30,8 +30,7 @@ from sharpwatch.curvature.estimators.lanczos import LanczosSample, lanczos_probe
 from sharpwatch.curvature.estimators.preconditioned import PreconditionedSample, preconditioned_probe, require_adam
 from sharpwatch.curvature.objective.batch import Batch
 from sharpwatch.curvature.parameters.shards import squared_norms, sum_by_index
-from sharpwatch.curvature.statistics.gnb_estimators import trace_estimates
-from sharpwatch.curvature.statistics.pooling import least_precise, relative_error
+from sharpwatch.curvature.statistics.pooling import least_precise, relative_error, trace_estimates
 from sharpwatch.v1 import agent_pb2
 from sharpwatch.wire import encode
 

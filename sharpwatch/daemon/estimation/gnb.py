@@ -11,8 +11,14 @@ import numpy.typing as npt
 import torch
 
 from sharpwatch.curvature.statistics.estimate import Estimate
-from sharpwatch.curvature.statistics.gnb_estimators import top_eigenvalues, trace_estimates
-from sharpwatch.curvature.statistics.sketch_moments import alignments, drifts, effective_ranks, sketch_moments
+from sharpwatch.curvature.statistics.gnb_eigenvalues import (
+    alignments,
+    drifts,
+    effective_ranks,
+    sketch_moments,
+    top_eigenvalues,
+)
+from sharpwatch.curvature.statistics.pooling import trace_estimates
 from sharpwatch.daemon.estimation.windows import WINDOW_PROBES, EstimateRequest, Estimates, Key, ReadingSpec
 from sharpwatch.daemon.ingest.hello import RunHello
 from sharpwatch.daemon.ingest.probes import GnbReading

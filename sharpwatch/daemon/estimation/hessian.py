@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sharpwatch.curvature.statistics.estimate import Estimate, stability_ratio
-from sharpwatch.curvature.statistics.gnb_estimators import trace_estimates
+from sharpwatch.curvature.statistics.pooling import trace_estimates
 from sharpwatch.daemon.estimation.windows import (
     WINDOW_ALL_BLOCKS,
     WINDOW_PROBES,

@@ -8,7 +8,7 @@ from torch import nn
 from sharpwatch.blocks import BLOCKS, Rule, Rules, classify
 from sharpwatch.curvature.estimators.gnb import gnb_probe
 from sharpwatch.curvature.objective.batch import Batch
-from sharpwatch.curvature.statistics.gnb_estimators import trace_estimates
+from sharpwatch.curvature.statistics.pooling import trace_estimates
 from sharpwatch.curvature.statistics.sketch import CountSketch
 from sharpwatch.errors import ProbeError
 

@@ -8,8 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from spectra import ENTRIES, SIZE, covered, full, least_coverage, sketched, spectrum
 
-from sharpwatch.curvature.statistics.gnb_estimators import top_eigenvalues
-from sharpwatch.curvature.statistics.sketch_moments import alignments, drifts, effective_ranks, sketch_moments
+from sharpwatch.curvature.statistics.gnb_eigenvalues import (
+    alignments,
+    drifts,
+    effective_ranks,
+    sketch_moments,
+    top_eigenvalues,
+)
 
 WINDOWS = 150
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=20, database=None)

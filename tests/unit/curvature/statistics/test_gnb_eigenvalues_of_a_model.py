@@ -12,9 +12,14 @@ from spectra import covered
 from sharpwatch.blocks import classify
 from sharpwatch.curvature.estimators.gnb import gnb_probe
 from sharpwatch.curvature.objective.batch import Batch
-from sharpwatch.curvature.statistics.gnb_estimators import top_eigenvalues
+from sharpwatch.curvature.statistics.gnb_eigenvalues import (
+    alignments,
+    drifts,
+    effective_ranks,
+    sketch_moments,
+    top_eigenvalues,
+)
 from sharpwatch.curvature.statistics.sketch import CountSketch
-from sharpwatch.curvature.statistics.sketch_moments import alignments, drifts, effective_ranks, sketch_moments
 
 WINDOWS, PROBES, DRAWS, SIZE = 24, 8, 4, 256
 

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from spectra import SIZE, covered, full, least_coverage, sketched, spectrum
 
-from sharpwatch.curvature.statistics.gnb_estimators import top_eigenvalues, trace_estimates
+from sharpwatch.curvature.statistics.gnb_eigenvalues import top_eigenvalues
+from sharpwatch.curvature.statistics.pooling import trace_estimates
 
 WINDOWS = 150
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=20, database=None)
