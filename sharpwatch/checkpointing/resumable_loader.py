@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from sharpwatch.checkpointing.data_position import DataPosition, holds, rescaled, union
-from sharpwatch.checkpointing.rng_state import random_state, set_random_state
+from sharpwatch.common.rng_state import random_state, set_random_state
 from sharpwatch.errors import CheckpointError
 
 

@@ -22,7 +22,7 @@ ALLOWED = {
     "wire": {"errors", "v1"},
     "common": set(),
     "blocks": {"common"},
-    "curvature.state": set(),
+    "curvature.state": {"common"},
     "curvature.statistics": {"blocks"},
     "curvature.parameters": {"blocks", "curvature.statistics"},
     "curvature.objective": {"blocks", "curvature.state", "curvature.statistics", "curvature.parameters"},

@@ -1,34 +1,28 @@
-"""Isolation: forwards and backwards that leave the model and the process unchanged."""
+"""Isolation: forwards and backwards that leave the model and the process unchanged.
+
+Random states are restored by `common.rng_state`, what the model's own code keeps in its attributes by `snapshot`.
+"""
 
 from __future__ import annotations
 
 import functools
 import itertools
-import random
 import sys
-import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import _disable_current_modes
 
+from sharpwatch.common.rng_state import rng_state_restored
 from sharpwatch.curvature.state.snapshot import StateSnapshot, refill
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GENERATORS: Mapping[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
-    "random": (random.getstate, random.setstate),
-    "numpy": (np.random.get_state, np.random.set_state),
-    "torch": (torch.get_rng_state, torch.set_rng_state),
-}
-# Global generators that a model was seen not to use.
-_UNUSED_GENERATORS: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
 _GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 # Hooks from these modules are part of the computation: weight and spectral norm, pruning, sharding.
 _TORCH_MODULES = (
@@ -138,7 +132,7 @@ def restore(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(mode=False))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(_rng_state_restored(model))
+        stack.enter_context(rng_state_restored(model))
         stack.enter_context(_without_autocast_cache())
         stack.enter_context(_without_modes())
         stack.enter_context(_attributes_restored(model))
@@ -198,38 +192,6 @@ def _without_reentrant_checkpoints() -> Iterator[None]:
         yield
     finally:
         module.CheckpointFunction = saved  # type: ignore[misc]
-
-
-@contextmanager
-def _rng_state_restored(model: nn.Module) -> Iterator[None]:
-    """Restore the global random generators, of the process and of the model's accelerators, after the body.
-
-    Other threads, such as one that prepares batches, draw from the process's generators too, and their draws must not
-    be undone. So while there are other threads, a generator that `model` was once seen not to use is assumed to be
-    theirs.
-    """
-    devices = {parameter.device for parameter in model.parameters() if parameter.device.type not in {"cpu", "meta"}}
-    unused = _UNUSED_GENERATORS.setdefault(model, set())
-    before = {name: read() for name, (read, _) in _GENERATORS.items()}
-    with ExitStack() as stack:
-        for device in devices:
-            backend = torch.get_device_module(device)
-            stack.callback(backend.set_rng_state, backend.get_rng_state(device), device)
-        try:
-            yield
-        finally:
-            for name, (read, write) in _GENERATORS.items():
-                if _equal_states(read(), before[name]):
-                    unused.add(name)
-                elif name not in unused or len(sys._current_frames()) == 1:  # noqa: SLF001 - as `threading.active_count`
-                    write(before[name])
-
-
-def _equal_states(left: Any, right: Any) -> bool:
-    """Whether two generator states are equal; each is a tensor, or a tuple that contains an array."""
-    if isinstance(left, Tensor):
-        return torch.equal(left, right)
-    return all(np.array_equal(x, y) for x, y in zip(left, right, strict=True))
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import random
 import numpy as np
 import torch
 
-from sharpwatch.checkpointing.rng_state import random_state, seeded_state, set_random_state
+from sharpwatch.common.rng_state import random_state, seeded_state, set_random_state
 
 
 def draws():
