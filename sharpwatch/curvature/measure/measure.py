@@ -16,8 +16,7 @@ from sharpwatch.curvature.estimators.directional import next_step
 from sharpwatch.curvature.estimators.gnb import gnb_probe
 from sharpwatch.curvature.estimators.preconditioned import preconditioner
 from sharpwatch.curvature.measure import validation
-from sharpwatch.curvature.measure.draws import WHOLE_MODEL, Draws
-from sharpwatch.curvature.measure.report import SharpnessReport
+from sharpwatch.curvature.measure.report import WHOLE_MODEL, Draws, SharpnessReport
 from sharpwatch.curvature.measure.second_order import Plan, SecondOrder
 from sharpwatch.curvature.objective.batch import Batch, LogitsFn, LossFn
 from sharpwatch.curvature.objective.hessian import open_hessian

@@ -1,13 +1,24 @@
-"""The report of `measure`: estimates by block type, by layer block and of the whole model."""
+"""The report of `measure`, and the draws it is made of.
+
+`Draws` holds plain numbers, which can be saved, loaded and added to; `SharpnessReport` and `BlockReport` are the
+estimates by block type, by layer block and of the whole model.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
+
+from sharpwatch.blocks import BlockMap
 from sharpwatch.curvature.statistics.estimate import Cost, Estimate, Spectrum
+from sharpwatch.curvature.statistics.pooling import PooledEstimate, pool_draws, weighted_mean_stderr
+
+DrawValues = list[list[list[float]]]  # [draws][batches][layer blocks], or [draws][batches][1] for the sum over layers
+WHOLE_MODEL = ""  # the name of all blocks together
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,3 +156,169 @@ def _cell(estimate: Estimate | None) -> str:
     stderr = f" ± {estimate.stderr:.2g}" if math.isfinite(estimate.stderr) else ""
     residual = f" [{estimate.residual:.1g}]" if math.isfinite(estimate.residual) else ""
     return f"{estimate.value:.4g}{stderr}{residual}"
+
+
+@dataclass(frozen=True, slots=True)
+class SpectrumEnds:
+    """The extreme eigenvalues of one block.
+
+    Attributes:
+        top: Largest Ritz value.
+        top_residual: Its residual.
+        bottom: Smallest Ritz value.
+        bottom_residual: Its residual.
+        tops: Rayleigh quotient of the top Ritz vector on each batch.
+        bottoms: Rayleigh quotient of the bottom Ritz vector on each batch.
+        method: How the products were computed.
+    """
+
+    top: float
+    top_residual: float
+    bottom: float
+    bottom_residual: float
+    tops: list[float]
+    bottoms: list[float]
+    method: str
+
+
+@dataclass(slots=True)
+class Draws:
+    """All draws so far, by estimator and block.
+
+    The names of the fields are the keys of the saved state.
+
+    Attributes:
+        shares: Weight of each batch.
+        losses: Loss of each batch.
+        gnb: Draws of Tr G.
+        hutchinson: Draws of Tr H by block.
+        common: Standard error that all `hutchinson` draws of a block share.
+        steps: ε of the loss differences by block; 0 if products are used.
+        ends: Extreme eigenvalues by block.
+        spectra: Atoms and weights of each spectral draw by block.
+        stability: Stability ratios by block, then by kind.
+        costs: Cost by estimator, or by "estimator/block".
+        products_by: How products are computed.
+    """
+
+    shares: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    gnb: DrawValues = field(default_factory=list)
+    hutchinson: dict[str, DrawValues] = field(default_factory=dict)
+    common: dict[str, float] = field(default_factory=dict)
+    steps: dict[str, float] = field(default_factory=dict)
+    ends: dict[str, SpectrumEnds] = field(default_factory=dict)
+    spectra: dict[str, list[tuple[list[float], list[float]]]] = field(default_factory=dict)
+    stability: dict[str, dict[str, Estimate]] = field(default_factory=dict)
+    costs: dict[str, Cost] = field(default_factory=dict)
+    products_by: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The draws as plain values for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Draws:
+        """Load what `to_dict` returned."""
+        plain = dict(values)
+        ends = {name: SpectrumEnds(**each) for name, each in plain.pop("ends").items()}
+        costs = {name: Cost(**each) for name, each in plain.pop("costs").items()}
+        stability = {
+            block: {kind: Estimate(**{**one, "cost": Cost(**one["cost"])}) for kind, one in kinds.items()}
+            for block, kinds in plain.pop("stability").items()
+        }
+        return cls(**plain, ends=ends, costs=costs, stability=stability)
+
+    def add_cost(self, name: str, cost: Cost) -> None:
+        """Add `cost` to the cost of `name`."""
+        self.costs[name] = self.costs.get(name, Cost()) + cost
+
+    @property
+    def cost(self) -> Cost:
+        """Total cost."""
+        return sum(self.costs.values(), Cost())
+
+    def gnb_trace(self, layers: Sequence[int]) -> PooledEstimate:
+        """Tr G, summed over the layer blocks with these indices."""
+        return pool_draws([[math.fsum(row[i] for i in layers) for row in draw] for draw in self.gnb], self.shares)
+
+    def hutchinson_trace(self, block: str) -> PooledEstimate:
+        """Tr H of a block type."""
+        totals = [[math.fsum(row) for row in draw] for draw in self.hutchinson[block]]
+        return pool_draws(totals, self.shares, self.common.get(block, 0.0))
+
+    def block(self, block_map: BlockMap, name: str) -> BlockReport:
+        """Summarize the draws of a block type."""
+        layers = [i for i, each in enumerate(block_map.layer_blocks) if each.type == name]
+        estimates: dict[str, Estimate] = {}
+        if self.gnb:
+            estimates["gnb"] = self._gnb(layers)
+        if self.hutchinson.get(name):
+            estimates["hutchinson"] = self._hutchinson(name, self.hutchinson_trace(name))
+        return self._with_spectrum(BlockReport(block_map.numel[name], estimates), name)
+
+    def layers(self, block_map: BlockMap) -> dict[str, BlockReport]:
+        """Summarize traces by layer block; Tr H is included only if it was measured by products."""
+        reports = {}
+        for index, layer in enumerate(block_map.layer_blocks):
+            estimates = {"gnb": self._gnb([index])} if self.gnb else {}
+            draws = self.hutchinson.get(layer.type, [])
+            if draws and len(draws[0][0]) == len(block_map.layer_blocks):
+                trace = pool_draws([[row[index] for row in draw] for draw in draws], self.shares)
+                estimates["hutchinson"] = self._hutchinson(layer.type, trace)
+            if estimates:
+                reports[f"{layer.layer}.{layer.type}" if layer.layer else layer.type] = BlockReport(
+                    layer.numel, estimates
+                )
+        return reports
+
+    def whole(self, block_map: BlockMap) -> BlockReport:
+        """Summarize all blocks together; Tr H is included only if every block was measured."""
+        estimates: dict[str, Estimate] = {}
+        if self.gnb:
+            estimates["gnb"] = self._gnb(range(len(block_map.layer_blocks)))
+        if all(self.hutchinson.get(block) for block in block_map.blocks):
+            traces = [self._hutchinson(block, self.hutchinson_trace(block)) for block in block_map.blocks]
+            estimates["hutchinson"] = _sum_independent(traces)
+        return self._with_spectrum(BlockReport(sum(block_map.numel.values()), estimates), WHOLE_MODEL)
+
+    def _gnb(self, layers: Sequence[int]) -> Estimate:
+        trace = self.gnb_trace(layers)
+        cost = self.costs.get("gnb", Cost())
+        return Estimate(trace.value, trace.stderr, len(self.gnb), "gnb", method="autograd", cost=cost)
+
+    def _hutchinson(self, block: str, trace: PooledEstimate) -> Estimate:
+        method = "loss differences" if self.steps.get(block) else self.products_by
+        cost = self.costs.get(f"hutchinson/{block}", Cost())
+        draws = len(self.hutchinson[block])
+        return Estimate(trace.value, trace.stderr, draws, "hutchinson", method=method, cost=cost)
+
+    def _with_spectrum(self, report: BlockReport, name: str) -> BlockReport:
+        ends = self.ends.get(name)
+        cost = self.costs.get(f"lanczos/{name}", Cost())
+        top = bottom = None
+        if ends is not None:
+            batches = len(self.shares)
+            errors = weighted_mean_stderr(ends.tops, self.shares), weighted_mean_stderr(ends.bottoms, self.shares)
+            top = Estimate(ends.top, errors[0], batches, "lanczos", 0, ends.top_residual, ends.method, cost)
+            bottom = Estimate(ends.bottom, errors[1], batches, "lanczos", 0, ends.bottom_residual, ends.method, cost)
+        spectrum = _average_spectra(self.spectra.get(name, []))
+        stability = self.stability.get(name, {})
+        return BlockReport(report.parameters, report.estimates, top, bottom, spectrum, stability)
+
+
+def _sum_independent(estimates: Sequence[Estimate]) -> Estimate:
+    """The sum of independent estimates."""
+    methods = "; ".join(dict.fromkeys(estimate.method for estimate in estimates))
+    value, stderr = math.fsum(e.value for e in estimates), math.hypot(*(e.stderr for e in estimates))
+    cost = sum((estimate.cost for estimate in estimates), Cost())
+    return Estimate(value, stderr, min(e.draws for e in estimates), "hutchinson", method=methods, cost=cost)
+
+
+def _average_spectra(spectra: Sequence[tuple[list[float], list[float]]]) -> Spectrum | None:
+    if not spectra:
+        return None
+    values = torch.tensor([value for values, _ in spectra for value in values], dtype=torch.float64, device="cpu")
+    weights = torch.tensor([weight for _, weights in spectra for weight in weights], dtype=torch.float64, device="cpu")
+    order = values.argsort()
+    return Spectrum(tuple(values[order].tolist()), tuple((weights[order] / len(spectra)).tolist()), len(spectra))

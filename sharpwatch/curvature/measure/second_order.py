@@ -14,7 +14,7 @@ from sharpwatch.curvature.estimators.directional import critical_sharpness_along
 from sharpwatch.curvature.estimators.hutchinson import BaseLoss, Deflation, LossDifferences, quadratic_forms
 from sharpwatch.curvature.estimators.lanczos import Lanczos, Matvec, hessian_matvec
 from sharpwatch.curvature.estimators.preconditioned import preconditioned_matvec
-from sharpwatch.curvature.measure.draws import WHOLE_MODEL, Draws, SpectrumEnds
+from sharpwatch.curvature.measure.report import WHOLE_MODEL, Draws, SpectrumEnds
 from sharpwatch.curvature.objective.hessian import Hessian
 from sharpwatch.curvature.parameters.parameter_space import ParameterSpace
 from sharpwatch.curvature.statistics.estimate import Cost, Estimate, stability_ratio
