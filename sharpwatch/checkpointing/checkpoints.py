@@ -24,8 +24,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from sharpwatch.agent.control.commands import RollbackRequest
 from sharpwatch.agent.optimizers.support import skips_its_step
 from sharpwatch.agent.watch import Watch
-from sharpwatch.checkpointing.data_position import rescaled
-from sharpwatch.checkpointing.resumable_loader import ResumableLoader
+from sharpwatch.checkpointing.resumable_loader import ResumableLoader, rescaled
 from sharpwatch.common.atomic_file import read_json, sync_folder, write_json
 from sharpwatch.common.rng_state import random_state, seeded_state, set_random_state
 from sharpwatch.curvature.state.isolation import hooks_disabled

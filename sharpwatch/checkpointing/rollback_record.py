@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sharpwatch.checkpointing.data_position import Range
+from sharpwatch.checkpointing.resumable_loader import Range
 from sharpwatch.common.atomic_file import read_json, write_json
 
 _LOG = logging.getLogger("sharpwatch")

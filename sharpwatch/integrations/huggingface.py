@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from sharpwatch.agent.attach import attach
 from sharpwatch.agent.control.commands import RollbackRequest
 from sharpwatch.agent.watch import Watch
-from sharpwatch.checkpointing.data_position import DataPosition, Range, holds, nth_kept, union
+from sharpwatch.checkpointing.resumable_loader import DataPosition, Range, holds, nth_kept, union
 from sharpwatch.checkpointing.rollback_record import RollbackRecord
 from sharpwatch.common.atomic_file import read_json, write_json
 from sharpwatch.common.rng_state import random_state, set_random_state

@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from sharpwatch.agent.attach import attach
 from sharpwatch.agent.control.commands import RollbackRequest
 from sharpwatch.agent.watch import Watch
-from sharpwatch.checkpointing.data_position import Range
-from sharpwatch.checkpointing.resumable_loader import ResumableLoader
+from sharpwatch.checkpointing.resumable_loader import Range, ResumableLoader
 from sharpwatch.checkpointing.rollback_record import RollbackRecord
 from sharpwatch.errors import AttachError
 
