@@ -1,7 +1,8 @@
-"""Addresses of a daemon: HOST:PORT, [IPV6]:PORT or unix:PATH."""
+"""Reaching a daemon: its address (HOST:PORT, [IPV6]:PORT or unix:PATH), and the waits between attempts."""
 
 from __future__ import annotations
 
+import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,3 +69,27 @@ def parse_address(text: str, *, sockets: bool = True, listen: bool = False) -> A
         forms = "HOST:PORT or unix:PATH" if sockets else "HOST:PORT"
         raise ValueError(f"expected {forms}, the port from {lowest} to 65535, an IPv6 host in brackets, got {text!r}")
     return Address(text)
+
+
+class Backoff:
+    """Waits that double from `first` to `last` seconds.
+
+    Args:
+        first: The first wait, in seconds.
+        last: The longest wait, in seconds.
+        jitter: Draws each wait from [half of it, all of it], so that many clients do not come back at once.
+    """
+
+    def __init__(self, first: float, last: float, jitter: random.Random | None = None) -> None:
+        self._first, self._last = first, last
+        self._jitter = jitter
+        self._wait = first
+
+    def reset(self) -> None:
+        """Begin anew with the first wait."""
+        self._wait = self._first
+
+    def next(self) -> float:
+        """Seconds to wait now."""
+        wait, self._wait = self._wait, min(2 * self._wait, self._last)
+        return wait if self._jitter is None else wait * self._jitter.uniform(0.5, 1.0)

@@ -24,7 +24,7 @@ from sharpwatch.agent.transport.courier_launcher import ENVIRONMENT
 from sharpwatch.agent.transport.destination import Destination, Tls
 from sharpwatch.agent.transport.framing import TrainerWriter, Unframer
 from sharpwatch.agent.transport.spool import Spool
-from sharpwatch.common.backoff import Backoff
+from sharpwatch.common.endpoint import Backoff
 from sharpwatch.errors import WireError
 from sharpwatch.v1 import agent_pb2
 

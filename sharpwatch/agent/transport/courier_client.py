@@ -21,8 +21,7 @@ from sharpwatch.agent.transport.courier_launcher import LOG, CourierGoneError, C
 from sharpwatch.agent.transport.destination import Destination, Tls, parse_daemon_address, parse_tls, parse_token
 from sharpwatch.agent.transport.framing import Unframer, frame
 from sharpwatch.agent.transport.spool import Spool, without_arrays
-from sharpwatch.common.backoff import Backoff
-from sharpwatch.common.endpoint import Address
+from sharpwatch.common.endpoint import Address, Backoff
 from sharpwatch.errors import WireError
 from sharpwatch.v1 import agent_pb2
 
