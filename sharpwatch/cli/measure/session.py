@@ -19,7 +19,7 @@ from sharpwatch.cli.measure.files import StateFile, read_state
 from sharpwatch.cli.measure.model import load
 from sharpwatch.cli.measure.progress import ProgressDisplay, count_pieces
 from sharpwatch.cli.output import formatting
-from sharpwatch.curvature.measure.measure import Measurement, Progress
+from sharpwatch.curvature.measure.measure import Measurement, Progress, Settings
 from sharpwatch.curvature.measure.report import SharpnessReport
 from sharpwatch.curvature.measure.validation import check_values
 from sharpwatch.errors import SharpwatchError
@@ -75,19 +75,17 @@ class MeasureSession:
         windows = TextWindows(request.rows, request.length, request.batches)
         batches = load_batches(request.data, windows, loaded, request.seed)
         self._device = str(loaded.device)
-        self._measurement = Measurement(
-            loaded.model,
-            batches,
-            loaded.optimizer,
+        settings = Settings(
             request.estimators,
             request.draws,
             request.seed,
-            precision=request.precision,
-            max_draws=request.max_draws,
-            blocks=request.blocks,
-            rules=rules,
+            request.precision,
+            request.max_draws,
+            request.blocks,
+            rules,
             method=request.method,
         )
+        self._measurement = Measurement(loaded.model, batches, loaded.optimizer, settings)
         check_values(loaded.model, self._measurement.block_map, batches, f"DATA {request.data}")
         self._file: StateFile | None = None
         if request.state is not None:

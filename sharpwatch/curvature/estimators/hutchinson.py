@@ -229,7 +229,7 @@ class LossDifferences:
         if self.gradients is None:
             rise = (rise + self._rise(space, -vector, index)) / 2
         else:
-            rise -= self.step * _dot(self.gradients[index], vector)
+            rise -= self.step * _dot_in_pieces(self.gradients[index], vector)
         return 2 * rise / self.step**2
 
     def _rise(self, space: ParameterSpace, vector: Tensor, index: int) -> float:
@@ -237,7 +237,7 @@ class LossDifferences:
             return self.objective.value(index) - self.bases[index].value
 
 
-def _dot(left: Tensor, right: Tensor) -> float:
+def _dot_in_pieces(left: Tensor, right: Tensor) -> float:
     """⟨left, right⟩ in float32, piece by piece: over many millions of entries a single call is off by about 1e-4."""
     return math.fsum(
         float(a @ b) for a, b in zip(torch.split(left, _DOT_ENTRIES), torch.split(right, _DOT_ENTRIES), strict=True)

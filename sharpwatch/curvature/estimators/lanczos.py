@@ -114,6 +114,11 @@ class Lanczos:
             values, vectors = self._decomposed()
             self._quadrature = values, vectors[0].square()
 
+    def run(self, product: Matvec, products: int) -> None:
+        """Take steps until the space has seen `products` products, or is invariant."""
+        while self.products < products and not self.is_invariant:
+            self.step(product)
+
     def top(self) -> RitzPair:
         """The pair with the largest Ritz value, a lower bound of λ_max."""
         return self._ritz_pair(-1)
@@ -253,8 +258,7 @@ def lanczos_probe(  # noqa: PLR0913 - settings are keyword-only
         space = ParameterSpace(block_map, block or None, hessian.objective.live.leaves).require_trainable()
         initial = space.random_signs(generator) if start is None else start.to(space.device).sum(0)
         lanczos = Lanczos(initial)
-        while lanczos.products < products and not lanczos.is_invariant:
-            lanczos.step(hessian_matvec(hessian, space))
+        lanczos.run(hessian_matvec(hessian, space), products)
         top, bottom = lanczos.top(), lanczos.bottom()
         return LanczosSample(
             block=block,

@@ -78,8 +78,7 @@ def preconditioned_probe(  # noqa: PLR0913 - settings are keyword-only
     with open_hessian(model, block_map, [batch], loss_fn=loss_fn, method=method) as hessian:
         space = ParameterSpace(block_map, None, hessian.objective.live.leaves).require_trainable()
         lanczos = Lanczos(space.random_signs(generator) if start is None else start.to(space.device))
-        while lanczos.products < products and not lanczos.is_invariant:
-            lanczos.step(preconditioned_matvec(hessian, space, scales))
+        lanczos.run(preconditioned_matvec(hessian, space, scales), products)
         top = lanczos.top()
         return PreconditionedSample(
             tokens=hessian.objective.tokens[0],

@@ -36,6 +36,22 @@ _DRAWS_PER_FORWARD = 4  # gnb draws that share a forward while a precision is be
 
 
 @dataclass(frozen=True, slots=True)
+class Settings:
+    """What to measure and how precisely: the arguments of `measure` that describe no model, with its defaults."""
+
+    estimators: Sequence[str] = ESTIMATORS
+    draws: int = 8
+    seed: int = 0
+    precision: float | None = None
+    max_draws: int = 256
+    blocks: Sequence[str] | None = None
+    rules: Rules | str | None = None
+    loss_fn: LossFn | None = None
+    logits_fn: LogitsFn | None = None
+    method: str = "auto"
+
+
+@dataclass(frozen=True, slots=True)
 class Progress:
     """The progress of a measurement.
 
@@ -95,21 +111,19 @@ def measure(  # noqa: PLR0913, PLR0917 - the public signature, with defaults
         BlockError: The model's parameters cannot be divided into blocks.
         PrecisionError: `precision` was not reached; the error has the report.
     """
-    measurement = Measurement(
-        model,
-        batches,
-        optimizer,
+    settings = Settings(
         estimators,
         draws,
         seed,
-        precision=precision,
-        max_draws=max_draws,
-        blocks=blocks,
-        rules=rules,
+        precision,
+        max_draws,
+        blocks,
+        rules,
         loss_fn=loss_fn,
         logits_fn=logits_fn,
         method=method,
     )
+    measurement = Measurement(model, batches, optimizer, settings)
     for _ in measurement.run():
         pass
     report = measurement.report()
@@ -124,46 +138,26 @@ class Measurement:
     The arguments and errors are those of `measure`. The constructor checks the arguments and runs nothing.
     """
 
-    def __init__(  # noqa: PLR0913, PLR0917 - `measure`'s signature
+    def __init__(
         self,
         model: nn.Module,
         batches: Sequence[Mapping[str, Any]],
-        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
-        estimators: Sequence[str] = ESTIMATORS,
-        draws: int = 8,
-        seed: int = 0,
-        *,
-        precision: float | None = None,
-        max_draws: int = 256,
-        blocks: Sequence[str] | None = None,
-        rules: Rules | str | None = None,
-        loss_fn: LossFn | None = None,
-        logits_fn: LogitsFn | None = None,
-        method: str = "auto",
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None,
+        settings: Settings,
     ) -> None:
         validation.check_model(model)
-        validation.check_estimators(estimators)
-        validation.check_numbers(draws, seed, precision, max_draws)
-        self._optimizers = validation.check_optimizers(model, optimizer, estimators)
-        self._tokens = validation.check_batches(model, batches, logits_fn)
-        self.block_map: BlockMap = classify(model, rules)
-        self.blocks = validation.check_blocks(blocks, self.block_map)
+        validation.check_estimators(settings.estimators)
+        validation.check_numbers(settings.draws, settings.seed, settings.precision, settings.max_draws)
+        self._optimizers = validation.check_optimizers(model, optimizer, settings.estimators)
+        self._tokens = validation.check_batches(model, batches, settings.logits_fn)
+        self.block_map: BlockMap = classify(model, settings.rules)
+        self.blocks = validation.check_blocks(settings.blocks, self.block_map)
+        self._method = validation.check_method(settings.method)
+        self._settings = settings
         self._model = model
         self._batches = [Batch((), dict(batch)) for batch in batches]
-        self._plan = Plan(
-            estimators=tuple(estimators),
-            blocks=self.blocks,
-            spectra=(*self.blocks, *((WHOLE_MODEL,) if blocks is None else ())),
-            draws=draws,
-            max_draws=max(draws, max_draws),
-            precision=precision,
-            tolerance=_RESIDUAL_TOLERANCE if precision is None else min(precision, _MAX_TOP_TOLERANCE),
-            bottom_tolerance=_RESIDUAL_TOLERANCE if precision is None else max(precision, _MIN_BOTTOM_TOLERANCE),
-            losses=method == "auto",
-        )
-        self._seed = seed
+        self._plan = _plan(settings, self.blocks)
         self._device = next(model.parameters()).device
-        self._loss_fn, self._logits_fn, self._method = loss_fn, logits_fn, validation.check_method(method)
         self._draws = Draws(shares=[tokens / sum(self._tokens) for tokens in self._tokens])
         self._done = 0
 
@@ -179,7 +173,7 @@ class Measurement:
         step = self._next_step()
         scales = preconditioner(self._model, self._optimizers) if "preconditioned" in self._plan.estimators else {}
         with open_hessian(
-            self._model, self.block_map, self._batches, loss_fn=self._loss_fn, method=self._method
+            self._model, self.block_map, self._batches, loss_fn=self._settings.loss_fn, method=self._method
         ) as hessian:
             second = SecondOrder(self._plan, self.block_map, hessian, self._draws, self._generator)
             for piece in second.run():
@@ -201,7 +195,7 @@ class Measurement:
             else math.nan,
             tokens=sum(self._tokens),
             batches=len(self._batches),
-            seed=self._seed,
+            seed=self._settings.seed,
             cost=draws.cost,
             unreached=self._unreached(),
         )
@@ -238,7 +232,9 @@ class Measurement:
             for tensor in batch.tensors():
                 batches.update(_tensor_bytes(tensor))
         hashes = {"block map": shapes, "weights": weights, "batches": batches}
-        return {"seed": self._seed, "method": self._method} | {k: v.hexdigest()[:16] for k, v in hashes.items()}
+        return {"seed": self._settings.seed, "method": self._method} | {
+            k: v.hexdigest()[:16] for k, v in hashes.items()
+        }
 
     def _run_gnb(self) -> Generator[Progress]:
         drawn = self._draws.gnb
@@ -251,7 +247,7 @@ class Measurement:
                     batch,
                     draws=count,
                     generator=self._generator("gnb", index, len(drawn)),
-                    logits_fn=self._logits_fn,
+                    logits_fn=self._settings.logits_fn,
                 )
                 for row, trace in zip(new_draws, sample.traces.tolist(), strict=True):
                     row.append(trace)
@@ -297,7 +293,7 @@ class Measurement:
             return {}
         mean: dict[str, Tensor] = {}
         with isolated(self._model, exact=True) as live:
-            objective = Objective(live, self._batches, self._loss_fn)
+            objective = Objective(live, self._batches, self._settings.loss_fn)
             for index, share in enumerate(objective.shares):
                 for name, gradient in objective.gradient(index, list(live.trainable)).items():
                     mean[name] = mean.get(name, 0) + share * gradient
@@ -306,7 +302,7 @@ class Measurement:
 
     def _generator(self, *key: object) -> torch.Generator:
         """A random generator that depends on the seed and `key` alone, not on earlier draws."""
-        digest = hashlib.sha256("/".join(map(str, (self._seed, *key))).encode()).digest()
+        digest = hashlib.sha256("/".join(map(str, (self._settings.seed, *key))).encode()).digest()
         return torch.Generator(self._device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
     def _progress(self, what: str) -> Progress:
@@ -325,3 +321,19 @@ class Measurement:
 
 def _tensor_bytes(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _plan(settings: Settings, blocks: Sequence[str]) -> Plan:
+    precision = settings.precision
+    return Plan(
+        estimators=tuple(settings.estimators),
+        blocks=blocks,
+        # Eigenvalues of the whole model do not add up from those of blocks, so they take products of their own.
+        spectra=(*blocks, *((WHOLE_MODEL,) if settings.blocks is None else ())),
+        draws=settings.draws,
+        max_draws=max(settings.draws, settings.max_draws),
+        precision=precision,
+        tolerance=_RESIDUAL_TOLERANCE if precision is None else min(precision, _MAX_TOP_TOLERANCE),
+        bottom_tolerance=_RESIDUAL_TOLERANCE if precision is None else max(precision, _MIN_BOTTOM_TOLERANCE),
+        losses=settings.method == "auto",
+    )

@@ -235,8 +235,7 @@ class SecondOrder:
         spectra = self._draws.spectra.setdefault(block, [])
         with self._metered(f"spectrum/{block}"):
             lanczos = Lanczos(space.random_signs(self._generator(block, "spectrum", len(spectra))))
-            while lanczos.products < _QUADRATURE_PRODUCTS and not lanczos.is_invariant:
-                lanczos.step(hessian_matvec(self._hessian, space))
+            lanczos.run(hessian_matvec(self._hessian, space), _QUADRATURE_PRODUCTS)
         spectrum = lanczos.spectrum()
         if spectrum is not None:
             spectra.append((list(spectrum.eigenvalues), list(spectrum.weights)))

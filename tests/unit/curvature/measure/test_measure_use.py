@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sharpwatch import measure
 from sharpwatch.blocks import Rule, Rules
-from sharpwatch.curvature.measure.measure import Measurement
+from sharpwatch.curvature.measure.measure import Measurement, Settings
 from sharpwatch.errors import BlockError, PrecisionError, ProbeError
 
 ALL = ("gnb", "hutchinson", "lanczos", "spectrum", "direction", "linesearch", "preconditioned")
@@ -123,7 +123,7 @@ def test_leaves_no_trace_where_it_is_stopped():
     model = dense.gpt2()
     optimizer = stepped(model)
     before = Everything(model, optimizer)
-    pieces = Measurement(model, [batch()], optimizer, ALL, draws=2).run()
+    pieces = Measurement(model, [batch()], optimizer, Settings(ALL, draws=2)).run()
     for _ in range(9):
         next(pieces)
     pieces.close()
@@ -330,7 +330,7 @@ def test_batches_that_differ_too_much_are_not_drawn_from_for_ever(gpt2):
 
 def two_batches():
     estimators = ("gnb", "lanczos", "hutchinson", "spectrum")
-    return Measurement(dense.gpt2(), [batch(), batch(seed=2)], draws=3, seed=5, estimators=estimators)
+    return Measurement(dense.gpt2(), [batch(), batch(seed=2)], None, Settings(estimators, draws=3, seed=5))
 
 
 @pytest.fixture(scope="module")
@@ -364,15 +364,15 @@ def test_goes_on_where_it_was_stopped(stop, uninterrupted):
 
 def test_does_not_go_on_from_another_measurement():
     model = dense.gpt2()
-    state = Measurement(model, [batch()], seed=1).state_dict()
+    state = Measurement(model, [batch()], None, Settings(seed=1)).state_dict()
     with pytest.raises(ProbeError, match="its seed is 1, expected 2"):
-        Measurement(model, [batch()], seed=2).load_state_dict(state)
+        Measurement(model, [batch()], None, Settings(seed=2)).load_state_dict(state)
     with pytest.raises(ProbeError, match="its batches is"):
-        Measurement(model, [batch(seed=3)], seed=1).load_state_dict(state)
+        Measurement(model, [batch(seed=3)], None, Settings(seed=1)).load_state_dict(state)
     with torch.no_grad():
         model.lm_head.weight[0, 0] += 1
     with pytest.raises(ProbeError, match="its weights is"):
-        Measurement(model, [batch()], seed=1).load_state_dict(state)
+        Measurement(model, [batch()], None, Settings(seed=1)).load_state_dict(state)
 
 
 def test_a_spectrum_has_the_moments_of_the_matrix(gpt2):
@@ -515,7 +515,7 @@ def test_says_what_is_wrong_before_anything_starts(mistake):
     model.register_forward_pre_hook(lambda *_: pytest.fail("a forward ran"))
     arguments = {"batches": [batch()], **given}
     with pytest.raises(ProbeError, match=message):
-        Measurement(model, arguments.pop("batches"), **arguments)
+        Measurement(model, arguments.pop("batches"), None, Settings(**arguments))
 
 
 def test_says_that_nothing_requires_a_gradient():
