@@ -29,10 +29,12 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace `path` by `content` and wait until it is on the disk. Raises `OSError`."""
+    # In the same folder: a rename is atomic only within one file system.
     draft = path.with_name(f".{path.name}")
     with draft.open("wb") as file:
         file.write(content)
         file.flush()
+        # Before the rename: a crash could otherwise leave an empty file under the final name.
         os.fsync(file.fileno())
     draft.replace(path)
     sync_folder(path.parent)
@@ -40,6 +42,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Wait until what was made, renamed or deleted in `folder` is on the disk. Raises `OSError`."""
+    # A rename is an entry of the folder, which has to reach the disk as well.
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

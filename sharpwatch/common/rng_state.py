@@ -35,6 +35,7 @@ def random_state() -> dict[str, Any]:
 
     `torch.load` can read them with `weights_only=True`.
     """
+    # As a tensor: `weights_only` loads no arrays of NumPy's.
     kind, keys, *rest = np.random.get_state()  # noqa: NPY002 - the generator that users' code draws from
     state = {
         "python": random.getstate(),

@@ -50,6 +50,8 @@ def make_token(path: Path) -> None:
 
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # Exclusive, so that no token in use is replaced, and with its mode from the start: nobody can read it in
+        # between.
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except OSError as error:
         raise TokenFileError(f"token file {path}: {error.strerror}") from error

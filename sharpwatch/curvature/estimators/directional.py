@@ -97,6 +97,7 @@ def direction_probe(  # noqa: PLR0913 - settings are keyword-only
             image = hessian.products(space, block_step[None])[0]
             block_curvature[block_map.blocks.index(block)] = (block_step.double() * image.double()).sum().cpu()
         tokens, method_used = hessian.objective.tokens[0], hessian.method
+    # g(θ_t) by the expansion above: a gradient at the old weights would take another backward.
     at_start = descent + curvature
     return DirectionSample(
         tokens, batch.rows, float(at_start.sum()), float(curvature.sum()), at_start, block_curvature, method_used
@@ -246,6 +247,7 @@ def critical_sharpness(loss: Callable[[float], float]) -> CriticalSharpness:
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
         low, high = (low, middle) if rises(middle) else (middle, high)
+    # The middle in 1/c, not in c: the half width must bound the value's own error.
     return CriticalSharpness((1 / low + 1 / high) / 2, (1 / low - 1 / high) / 2, forwards)
 
 
@@ -270,6 +272,7 @@ def next_step(
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     step: dict[str, Tensor] = {}
     for optimizer in optimizers:
+        # Copies its parameters too, and keeps the state by the copies; schedules and momenta stay as they are.
         copied_optimizer = copy.deepcopy(optimizer)
         pairs = [
             (names[id(old)], old, new)
@@ -278,6 +281,7 @@ def next_step(
             if id(old) in names
         ]
         for name, _, new in pairs:
+            # A clone, since a step may write into its gradients.
             new.grad = gradients[name].to(new).clone() if name in gradients else None
         try:
             with hooks_disabled(sys.modules[torch.optim.Optimizer.__module__], _GLOBAL_HOOKS):

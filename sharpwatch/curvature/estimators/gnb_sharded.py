@@ -94,6 +94,8 @@ def sharded_gnb_probe(  # noqa: PLR0913 - settings are keyword-only
             logits, mask = probe.forward()
             counts = torch.tensor([int(mask.sum()), probe.batch.rows], dtype=torch.float64, device="cpu")
         positions, rows = ranks.total(counts).tolist()
+        # Ranks that split layers by tensor parallelism have the same rows, so the sum over ranks counts these
+        # repeatedly.
         tokens, rows = (round(count * probe.data_rank.count / ranks.size) for count in (positions, rows))
         if tokens == 0:
             raise EmptyBatchError("every label is ignored on every rank: no position predicts")
@@ -104,6 +106,8 @@ def sharded_gnb_probe(  # noqa: PLR0913 - settings are keyword-only
             with ranks.recording_failure():
                 if draw:
                     logits, mask = probe.forward()
+                # A rank that fails to make its output gradient runs the backward on zeros: the others wait for it in
+                # there.
                 output_gradient = logits.detach().new_zeros(()).expand(logits.shape)  # used if the next line fails
                 with ranks.recording_failure():
                     output_gradient = OutputGradients(logits.detach(), mask, 1, generator, scale=scale)[0]
@@ -155,6 +159,7 @@ class _RankProbe:
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Run a forward on copies of the buffers; return whole logits [..., V] and the mask of predicting positions."""
+        # `restore` puts the registries back, but not what a forward writes into the buffers: it gets copies.
         for module, buffers in self._buffers:
             vars(module)["_buffers"] = {name: None if one is None else one.clone() for name, one in buffers.items()}
         logits: Any
@@ -234,6 +239,7 @@ class _RankSums:
         if failures:
             reason = self._share_reason() if failures == 1 else self._reason
             message = f"failed on {failures} of the ranks: {reason or 'see their logs'}"
+            # (Σx)² = n Σx² only if all x are equal, so two sums are enough to compare the counts of all ranks.
             if launched**2 != self.size * squared:
                 raise DesyncError(f"{message}. {_OUT_OF_STEP_HINT}")
             raise ProbeError(message)
@@ -244,6 +250,7 @@ class _RankSums:
         encoded = self._reason.encode()[:_REASON_BYTES].ljust(_REASON_BYTES)
         if not self._reason:
             encoded = bytes(_REASON_BYTES)
+        # The other ranks add zeros, so the sum is the text.
         summed = self._sum(torch.tensor(list(encoded), dtype=torch.float64, device="cpu"))
         return bytes(summed.round().to(torch.uint8).tolist()).decode(errors="replace").strip()
 

@@ -162,6 +162,7 @@ class BaseLoss:
                     losses.append(objective.value(index))
             means.append(math.fsum(losses) / 2)
         spread = float(torch.tensor(means, dtype=torch.float64, device="cpu").std())
+        # Few evaluations can agree by chance, so the spread alone would call a rounded loss exact.
         resolution = torch.finfo(space.dtype).eps * abs(means[0]) / 4
         return cls(math.fsum(means) / _BASE_PAIRS, max(spread, resolution) / math.sqrt(_BASE_PAIRS))
 
@@ -196,6 +197,7 @@ class LossDifferences:
         curvature: float,
     ) -> LossDifferences:
         """Choose ε by the expected size `curvature` of zᵀHz."""
+        # The error of a single evaluation, from that of the mean over 2·_BASE_PAIRS of them.
         rounding = max(base.stderr * math.sqrt(2 * _BASE_PAIRS) for base in bases)
         rounding = max(rounding, torch.finfo(space.dtype).eps * max(abs(base.value) for base in bases))
         max_step = _MAX_RELATIVE_STEP * space.weight_scale
@@ -218,6 +220,7 @@ class LossDifferences:
 
     def agrees(self, space: ParameterSpace, signs: Tensor, exact: float, curvature: float) -> bool:
         """Whether the mean for z and −z is the `exact` zᵀHz up to 5 % of `curvature`; false for a loss with jumps."""
+        # z and −z together: the term of third order averages out over draws, but would decide about a single one.
         forms = [
             share * (self._form(space, signs, index) + self._form(space, -signs, index)) / 2
             for index, share in enumerate(self.objective.shares)

@@ -58,6 +58,7 @@ class Lanczos:
     def __init__(self, start: Tensor) -> None:
         capacity = _BASIS_BYTES // max(1, 4 * start.numel())
         self._capacity = min(_MAX_BASIS, max(_MIN_BASIS, capacity), start.numel())
+        # Grown by doubling, since most iterations end after about a dozen products.
         self._basis = start.new_empty(min(self._capacity + 1, 8), start.numel())
         self._basis[0] = start / torch.linalg.vector_norm(start)
         self._projected = torch.zeros(self._capacity, self._capacity, dtype=torch.float64, device="cpu")  # VᵀHV
@@ -102,6 +103,8 @@ class Lanczos:
         self._used += 1
         basis = self._basis[: self._used]
         coefficients = torch.zeros(self._used, dtype=torch.float64, device="cpu")
+        # Against all earlier vectors, although exact arithmetic needs the last two alone: with rounding, eigenvectors
+        # that have converged come back as copies otherwise.
         for _ in range(2):  # twice, because of rounding
             overlap = basis @ image
             image = image - overlap @ basis
@@ -110,6 +113,7 @@ class Lanczos:
         self._projected[self._used - 1, : self._used] = coefficients
         self._captured_norms.append(float(self.projection[1].square().sum()))
         self._extend(image)
+        # A restart replaces the random start by Ritz vectors, from which the weights of a density can't be read.
         if not self._restarted:
             values, vectors = self._decomposed()
             self._quadrature = values, vectors[0].square()
@@ -172,6 +176,7 @@ class Lanczos:
         scale = float(self._projected[: self._used, : self._used].abs().max())
         if not math.isfinite(norm):
             raise ProbeError("a Hessian-vector product is not finite: the loss or its derivatives are not finite")
+        # What is left is rounding: scaled up to a basis vector, it would be a direction of noise.
         if norm <= _BREAKDOWN * scale or self._used >= self._basis.shape[1]:
             self._residual_norm = 0.0
             return
@@ -256,6 +261,8 @@ def lanczos_probe(  # noqa: PLR0913 - settings are keyword-only
     """
     with open_hessian(model, block_map, [batch], loss_fn=loss_fn, method=method) as hessian:
         space = ParameterSpace(block_map, block or None, hessian.objective.live.leaves).require_trainable()
+        # A warm start has both Ritz vectors in it, as its space must reach both ends. The gradient as a first start
+        # saved no products, 5 against 4 to 5 (docs/log.md).
         initial = space.random_signs(generator) if start is None else start.to(space.device).sum(0)
         lanczos = Lanczos(initial)
         lanczos.run(hessian_matvec(hessian, space), products)

@@ -142,12 +142,14 @@ def _preconditioner_diagonal(
 ) -> Tensor:
     require_adam([optimizer])
     state = optimizer.state.get(parameter, {})
+    # AMSGrad divides by the running maximum.
     moment = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))
     if moment is None and optimizer.state:  # the parameter never had a gradient, so Adam does not move it
         return torch.zeros_like(parameter, dtype=torch.float32)
     if not isinstance(moment, Tensor) or moment.shape != parameter.shape:
         raise ProbeError(f"{type(optimizer).__name__} has no second moment of {name} yet: take an optimizer step first")
     (first, second), epsilon, rate = cast("Any", (group["betas"], group["eps"], group["lr"]))
+    # Without a count of steps the moment is taken as it is: β₂^∞ = 0.
     correction = 1 - float(second) ** float(state.get("step", torch.inf))
     root: Tensor = (moment.float() / correction).sqrt().add_(float(epsilon))
     return root.reciprocal_().mul_(float(rate) * (1 - float(first)) / (2 + 2 * float(first))).sqrt_()

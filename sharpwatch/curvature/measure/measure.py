@@ -167,6 +167,7 @@ class Measurement:
         Yields:
             The progress after each piece.
         """
+        # `gnb` runs in the model's own precision, the rest on a stand-in in float32 that stays open until the end.
         yield from self._run_gnb()
         if set(self._plan.estimators) == {"gnb"}:
             return
@@ -226,6 +227,7 @@ class Measurement:
         shapes = hashlib.sha256(repr(self.block_map.parts).encode())
         weights = hashlib.sha256()
         for parameter in self._model.parameters():
+            # The head of each parameter tells one training state from another, without a copy of all weights.
             weights.update(_tensor_bytes(parameter.detach().reshape(-1)[:1024]))
         batches = hashlib.sha256()
         for batch in self._batches:
@@ -260,6 +262,7 @@ class Measurement:
         count = len(self._draws.gnb)
         if count < self._plan.draws:
             return self._plan.draws - count
+        # One backward draws for every block, so the least precise one decides for all.
         unfinished = any(self._plan.wants(self._gnb_trace(block), count) for block in self.blocks)
         return min(_DRAWS_PER_FORWARD, self._plan.max_draws - count) if unfinished else 0
 

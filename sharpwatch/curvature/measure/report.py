@@ -263,6 +263,7 @@ class Draws:
         for index, layer in enumerate(block_map.layer_blocks):
             estimates = {"gnb": self._gnb([index])} if self.gnb else {}
             draws = self.hutchinson.get(layer.type, [])
+            # Loss differences give the sum over layers alone.
             if draws and len(draws[0][0]) == len(block_map.layer_blocks):
                 trace = pool_draws([[row[index] for row in draw] for draw in draws], self.shares)
                 estimates["hutchinson"] = self._hutchinson(layer.type, trace)
@@ -299,6 +300,8 @@ class Draws:
         top = bottom = None
         if ends is not None:
             batches = len(self.shares)
+            # The Ritz vector is that of the mean loss. How its quotients differ between batches says what the data
+            # contribute.
             errors = weighted_mean_stderr(ends.tops, self.shares), weighted_mean_stderr(ends.bottoms, self.shares)
             top = Estimate(ends.top, errors[0], batches, "lanczos", 0, ends.top_residual, ends.method, cost)
             bottom = Estimate(ends.bottom, errors[1], batches, "lanczos", 0, ends.bottom_residual, ends.method, cost)
@@ -321,4 +324,5 @@ def _average_spectra(spectra: Sequence[tuple[list[float], list[float]]]) -> Spec
     values = torch.tensor([value for values, _ in spectra for value in values], dtype=torch.float64, device="cpu")
     weights = torch.tensor([weight for _, weights in spectra for weight in weights], dtype=torch.float64, device="cpu")
     order = values.argsort()
+    # Each spectrum's weights sum to 1, so their union divided by the count is the average density.
     return Spectrum(tuple(values[order].tolist()), tuple((weights[order] / len(spectra)).tolist()), len(spectra))

@@ -116,6 +116,7 @@ class SecondOrder:
                 yield f"spectrum {block or 'whole model'}"
         pending = self._unfinished_blocks() if "hutchinson" in self._plan.estimators else {}
         while pending:
+            # Every block is to reach the same relative error, so the worst goes first.
             block = least_precise(pending)
             self._draw(block)
             yield f"hutchinson {block}"
@@ -124,6 +125,7 @@ class SecondOrder:
     def _open(self) -> None:
         """Do the work that belongs to no block: the trial product, the losses, the first graph."""
         objective = self._hessian.objective
+        # `open_hessian` has tried a product before this object existed.
         self._draws.add_cost("opening", objective.cost)
         with self._metered("opening"):
             if not self._draws.losses:
@@ -144,6 +146,7 @@ class SecondOrder:
                     products.append((_dot(direction, image), _dot(gradient, direction)))
             curvature, descent = zip(*products, strict=True)
             shares = self._draws.shares
+            # `stability_ratio` weighs probes alike, but batches count by their tokens.
             ratio = stability_ratio(
                 [c * w * len(shares) for c, w in zip(curvature, shares, strict=True)],
                 [d * w * len(shares) for d, w in zip(descent, shares, strict=True)],

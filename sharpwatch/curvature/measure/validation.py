@@ -78,6 +78,7 @@ def check_optimizers(
     if asked and not several:
         raise ProbeError(f"optimizer must be given for the estimators {', '.join(asked)}")
     if "preconditioned" in asked:
+        # Computed and dropped: whether there is a second moment must be known before the first probe.
         require_adam(several)
         preconditioner(given, several)
     return several
@@ -129,6 +130,7 @@ def _check_vocabulary(given: nn.Module, where: str, batch: Batch) -> None:
     labels = find_labels(given, batch)
     classes = getattr(getattr(given, "config", None), "vocab_size", None)
     if labels is not None and isinstance(classes, int) and labels.values.dim() > 1:
+        # A head may be padded to more outputs than the configuration's vocabulary.
         _check_ids(f"{where}.labels", labels.values[labels.values >= 0], max(classes, _head_outputs(given)))
 
 

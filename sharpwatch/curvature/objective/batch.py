@@ -131,6 +131,7 @@ def find_labels(model: nn.Module, batch: Batch) -> Labels | None:
     labels = arguments.get("labels")
     if isinstance(labels, Tensor):
         aligned = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        # One label for a row is a classifier's; there is no next token to shift to.
         aligned = aligned or labels.dim() < 2 or type(model).__name__.endswith(_ALIGNED_HEADS)
         return Labels(labels, shifted=not aligned)
     return next(
@@ -194,6 +195,7 @@ def training_loss(call: Callable[..., Any], model: nn.Module, batch: Batch, loss
         return _require_scalar(loss_fn(call, batch), "loss_fn")
     output = call(*batch.args, **batch.kwargs)
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    # The first scalar: nanoGPT returns (logits, loss), Hugging Face (loss, logits).
     if loss is None and isinstance(output, tuple | list):
         loss = next((item for item in output if isinstance(item, Tensor) and item.numel() == 1), None)
     if loss is None and isinstance(output, Tensor) and output.numel() == 1:
@@ -219,6 +221,7 @@ def count_tokens(model: nn.Module, batch: Batch) -> int:
     first = next((tensor for tensor in batch.tensors() if tensor.dim() >= 2), None)
     if first is None:
         return batch.rows
+    # A float tensor [..., width] has a vector for each position, token ids have a number.
     return math.prod(first.shape[:-1]) if first.is_floating_point() else first.numel()
 
 
@@ -305,6 +308,7 @@ def _transform_value(value: Any, name: str, change: Callable[[Tensor, str], Tens
         case list():
             return [_transform_value(item, name, change) for item in value]
         case tuple():
+            # A named tuple takes its fields one by one.
             items = [_transform_value(item, name, change) for item in value]
             return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     return value

@@ -160,6 +160,7 @@ class AutogradHessian:
             product = self._product(0, space, along[None])[0]
         except ProbeError as error:
             return str(error)  # the error's traceback would keep the graph alive
+        # Memory says nothing about derivatives: a smaller batch may do.
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -180,6 +181,7 @@ class AutogradHessian:
         """H·`vectors` within `space`; see `Hessian.products`."""
         if index is not None:
             return self._products(index, space, vectors)
+        # Batch by batch: only one batch's graph is held at a time.
         total = torch.zeros_like(vectors)
         for i, share in enumerate(self.objective.shares):
             total += share * self._products(i, space, vectors)
@@ -293,5 +295,7 @@ class FiniteDifferenceHessian:
 
 def difference_step(space: ParameterSpace, vector: Tensor) -> float:
     """The step ε of a difference along `vector`: it moves the weights by a small fraction of their norm."""
+    # weight_scale·√size is ‖θ_b‖, with a bound from below for blocks near zero: scaled by their own norm, their
+    # differences were rounding alone.
     length = float(torch.linalg.vector_norm(vector))
     return _RELATIVE_STEP * space.weight_scale * math.sqrt(space.size) / length if length > 0 else 1.0

@@ -90,6 +90,7 @@ class Objective:
             The displaced leaves by parameter name, to be differentiated by.
         """
         leaves = self.live.leaves
+        # New tensors in place of the leaves: adding to the weights and subtracting again would leave rounding errors.
         moved = {
             name: (leaves[name].detach() + step[0]).to(leaves[name].dtype).requires_grad_()
             for name, step in space.unflatten(displacement[None]).items()
@@ -142,6 +143,7 @@ def is_smooth(loss: Tensor) -> bool:
 
 
 def _nodes(loss: Tensor) -> Iterator[Any]:
+    # No recursion: a deep model's graph is deeper than Python's stack.
     seen, waiting = set(), [loss.grad_fn]
     while waiting:
         node = waiting.pop()
@@ -171,6 +173,7 @@ def twice_differentiable() -> Iterator[None]:
 
 
 def _is_once_differentiable(function: type[Any]) -> bool:
+    # `once_differentiable` leaves no mark but its wrapper, whose code is in its file.
     code = getattr(function.backward, "__code__", None)
     marked = code is not None and code.co_filename == torch.autograd.function.once_differentiable.__code__.co_filename
     return (marked and hasattr(function.backward, "__wrapped__")) or any(

@@ -54,6 +54,7 @@ class DataRank:
             return cls(0, 1)
         if len({mesh.size() for mesh in meshes}) > 1:
             raise ProbeError("probes need all modules sharded over the same number of ranks")
+        # Under HSDP the mesh has two dimensions, and both divide the batch.
         index = 0
         for coordinate, size in zip(meshes[0].get_coordinate(), meshes[0].shape, strict=True):
             index = index * size + coordinate
@@ -83,6 +84,7 @@ def ordinary_backward(model: nn.Module) -> Iterator[None]:
         for name in _COMMUNICATION_HOOKS:
             if not _is_torch_communication(getattr(group, name, None)):
                 raise ProbeError(f"the model has a custom {name.strip('_')}, which a probe must not call")
+    # Unwound from the end: first an unfinished pass, then the weights, and the user's settings last.
     with ExitStack() as stack:
         for context in {id(state._state_ctx): state._state_ctx for state in states}.values():  # noqa: SLF001 - as the head says
             _override(stack, context, "is_last_backward", value=True)
@@ -118,6 +120,7 @@ def _reset_unfinished_pass(model: nn.Module) -> None:
 
 
 def _modules(model: nn.Module) -> list[Any]:
+    # Not imported: a program without FSDP need not load it.
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return [module for module in model.modules() if fsdp is not None and isinstance(module, fsdp.FSDPModule)]
 

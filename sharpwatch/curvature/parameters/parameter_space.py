@@ -107,6 +107,7 @@ class ParameterSpace:
 
     def sum_by_layer(self, products: Tensor) -> Tensor:
         """Sum `products` [p, size] over each layer block: float64 [p, L] on the CPU, zero for other blocks."""
+        # float64: a float32 sum of tens of millions of entries is off by parts in a thousand.
         sums = torch.stack([piece.double().sum(1) for piece in torch.split(products, self._sizes, dim=1)], 1)
         index = torch.tensor([self.block_map.layer_block_of[each] for each in self._indices], device="cpu")
         zeros = torch.zeros(len(products), len(self.block_map.layer_blocks), dtype=torch.float64, device="cpu")

@@ -105,6 +105,7 @@ class Shard:
         inner = self.shape[1:]
         for at, rows in _with_offsets(self.runs[0]):
             for chunk in _split(rows, max(1, _SLAB_ENTRIES // math.prod(inner))):
+                # Sketches hash runs of flat entries; zeros between the shard's entries add nothing.
                 slab = local.new_zeros(len(chunk), *inner)
                 local_rows = local.narrow(0, at + chunk.start - rows.start, len(chunk))
                 for box in itertools.product(*map(_with_offsets, self.runs[1:])):
@@ -184,6 +185,7 @@ def local_gradient_summand(parameter: Tensor) -> tuple[Tensor | None, int]:
     gradient: Any = parameter.grad
     placed: Any = parameter
     pairs = list(zip(gradient.placements, placed.placements, strict=True))
+    # An entry is a sum over every mesh dimension in which the gradient is partial.
     ranks = 1
     for size, (now, then) in zip(placed.device_mesh.shape, pairs, strict=True):
         if now == then or now.is_replicate():
@@ -227,6 +229,7 @@ def sketch_shards(
     Returns:
         Float32 [B, size]; the sum over all ranks is the sketch of the whole.
     """
+    # Tensors of equal weight are sketched in one call, where small ones share a round of hashing.
     by_weight: dict[float, dict[str, Tensor]] = defaultdict(dict)
     total = torch.zeros(len(sketcher.block_map.blocks), sketcher.size, dtype=torch.float32, device="cpu")
     for name, tensor in tensors.items():
@@ -256,6 +259,7 @@ def squared_norms(
         Float64 [parts] on the device of the tensors, computed asynchronously.
     """
     sums: list[list[Tensor]] = [[] for _ in block_map.parts]
+    # One call norms all small views: on an accelerator their launches would cost more than their sums.
     small_views: dict[tuple[torch.device, torch.dtype], list[tuple[int, Tensor]]] = defaultdict(list)
     for index, part in enumerate(block_map.parts):
         if part.parameter not in tensors:

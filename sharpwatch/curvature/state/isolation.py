@@ -24,6 +24,7 @@ from sharpwatch.curvature.state.snapshot import StateSnapshot, refill
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
+# Taken for a user's, those of transformers' tensor parallelism left a q_norm 7 % off without an error (docs/log.md).
 # Hooks from these modules are part of the computation: weight and spectral norm, pruning, sharding.
 _TORCH_MODULES = (
     "torch.nn.",
@@ -130,6 +131,8 @@ def restore(model: nn.Module) -> Iterator[None]:
         model: The model.
     """
     with ExitStack() as stack:
+        # An optimizer steps without gradients, and the model may have been called in inference mode: a probe needs a
+        # graph.
         stack.enter_context(torch.inference_mode(mode=False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(rng_state_restored(model))
@@ -141,6 +144,7 @@ def restore(model: nn.Module) -> Iterator[None]:
         if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled, and importing it takes a second
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         for module in model.modules():
+            # Not by `eval()`, which may be a method of the user's own.
             vars(module)["training"] = False
             for name in _HOOKS:
                 _hide_user_hooks(module, name)
@@ -233,6 +237,7 @@ def _attributes_restored(model: nn.Module) -> Iterator[None]:
     try:
         for module, attribute in zip(modules, attributes, strict=True):
             for name, value in attribute.items():
+                # A forward may write into tensors that are no buffers, such as a cache: it gets copies of them.
                 if isinstance(value, Tensor) and not value.requires_grad:
                     vars(module)[name] = copies.setdefault(id(value), value.clone())
         yield

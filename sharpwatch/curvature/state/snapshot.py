@@ -55,6 +55,7 @@ class StateSnapshot:
 
     def restore(self) -> None:
         """Set everything to its state at the time it was added."""
+        # The last one first: containers are recorded before their contents, and get their items back after these.
         for undo in reversed(self._undo):
             undo()
 

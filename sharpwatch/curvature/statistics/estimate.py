@@ -91,6 +91,7 @@ def stability_ratio(curvature: Sequence[float], descent: Sequence[float]) -> Sta
         The ratio, or None if the steps do not descend in sum, or there are none.
     """
     count = len(descent)
+    # Sums, not a mean of ratios: where a single probe's descent is near zero its own ratio is arbitrarily large.
     whole = 2 * math.fsum(descent)
     if not whole > 0:
         return None

@@ -74,6 +74,7 @@ def top_eigenvalues(sketches: Tensor, mask: Tensor) -> TopEigenvalues:
     present = mask.flatten(1)
     draws = present.sum(1)
     rows = torch.where(present[..., None], sketches.flatten(1, 2).float(), 0.0)
+    # The Gram matrix of m draws has the eigenvalues of the sketched G, k × k, that are not zero, and is smaller.
     values, vectors = torch.linalg.eigh((rows @ rows.mT).double() / draws[:, None, None])
     top, trace = values[:, -1], values.sum(1)
     second = values[:, -2] if values.shape[1] > 1 else torch.zeros_like(top)
@@ -84,6 +85,7 @@ def top_eigenvalues(sketches: Tensor, mask: Tensor) -> TopEigenvalues:
     projections = (top * draws)[:, None] * vectors[:, :, -1].square()
     scatter = _projection_error(projections.view(windows, probes, per_probe), mask)
     gaussian = value * (2 / draws).sqrt()
+    # `fmax` passes over NaN, which the scatter of too few draws is.
     variance = torch.fmax(scatter, gaussian).square() + value.square() * 2 / size + neighbours.square()
     stderr = torch.where(draws < 2, torch.nan, variance.sqrt())
     edge = rest * (1 / draws.sqrt() + size**-0.5).square()
@@ -235,6 +237,7 @@ def drifts(moments: SketchMoments) -> WindowValues:
         The drifts.
     """
     order = moments.present.cumsum(1)
+    # By order, not by step: halves of as many probes each have errors of the same size.
     older = moments.present & (order <= order[:, -1:] // 2)
     newer = moments.present & ~older
     chosen = _leave_one_out(moments.present)
@@ -289,6 +292,7 @@ def _normalized_product(moments: SketchMoments, left: Tensor, right: Tensor) -> 
 
 def _mean(cells: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Mean [W, R] of `cells` [W, P, P] over pairs of different probes; `left` and `right` [W, R, P] are 0/1 weights."""
+    # Draws of one probe share its rows, so a probe's product with itself is not unbiased.
     apart = 1 - torch.eye(cells.shape[1], dtype=cells.dtype, device=cells.device)
     count = (left @ apart * right).sum(2)
     return (left @ (cells * apart) * right).sum(2) / torch.where(count > 0, count, torch.nan)

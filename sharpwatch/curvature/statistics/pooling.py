@@ -72,6 +72,7 @@ def pool_draws(draws: Sequence[Sequence[float]], shares: Sequence[float], common
     if batches == 1:
         return PooledEstimate(value, math.hypot(within, common), 0.0, count)
     between = weighted_mean_stderr(means.tolist(), shares)
+    # `not between < within` rather than `>=`: with a single draw `within` is NaN, and `between` counts.
     stderr = between if batches >= _MIN_BATCHES or not between < within else within
     batch_stderr = math.sqrt(max(0.0, between**2 - within**2)) if count > 1 else 0.0
     return PooledEstimate(value, math.hypot(stderr if count > 1 else math.nan, common), batch_stderr, count)
@@ -143,6 +144,7 @@ def trace_estimates(traces: Tensor, mask: Tensor) -> TraceEstimates:
     """
     draws = mask.sum(2)
     probes = (draws > 0).sum(1)
+    # Padding may be NaN, which times zero is NaN again, so it is replaced and not multiplied.
     means = torch.where(mask, traces, 0.0).sum(2) / draws
     value = torch.where(draws > 0, means, 0.0).sum(1) / probes
     between = standard_deviation(means, draws > 0) / probes.sqrt()

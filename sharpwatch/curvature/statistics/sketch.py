@@ -61,6 +61,7 @@ class CountSketch:
             sign_key=_splitmix64_int(_splitmix64_int(seed) + 1),
             rotation_key=_splitmix64_int(_splitmix64_int(seed) + 2),
         )
+        # Rows are counted through all parameters, so no two of them share their signs.
         self._first_row = {}
         row = 0
         for name, shape in block_map.shapes.items():
@@ -183,6 +184,7 @@ class _StagingBuffer:
     def _flush(self) -> None:
         values = self._values[: self._used * self._hashes.size]
         rows = self._rows[: self._used]
+        # A sign is the top bit of a float: xor sets it without a product, and without a tensor of ±1.
         values.view(torch.int32).bitwise_xor_(self._hashes.signs(rows))
         into = self._hashes.rotations(rows) + self._blocks[: self._used]
         self._sums.index_add_(0, into, values.view(-1, self._hashes.size))
