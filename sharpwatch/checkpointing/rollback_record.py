@@ -42,6 +42,7 @@ class RollbackRecord:
         except FileNotFoundError:
             return cls()
         except (OSError, ValueError, KeyError, TypeError) as error:
+            # A training that could go on must not end for it.
             _LOG.warning("cannot read the rollback record, batches left out will be trained on again: %s", error)
             return cls()
 
@@ -68,6 +69,8 @@ class RollbackRecord:
             ages: Every checkpoint by name; newer ones have greater numbers.
             left_out: The ranges that are left out from now on, for each loader.
         """
+        # All checkpoints that exist now were saved without `left_out`, so all are `older`; those past the target are
+        # undone.
         undone = {name for name, age in ages.items() if age > ages.get(target, math.inf)}
         return RollbackRecord(left_out, frozenset(ages), frozenset(ages) & (self.undone | undone))
 

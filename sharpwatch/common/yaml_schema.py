@@ -113,6 +113,7 @@ def _mapping(
     for name, value in node.value:
         here = (*location, str(name.value))
         if name.value in values:
+            # The line of the second one, which is the one to delete.
             lines[here] = name.start_mark.line + 1
             raise document.error(here, "given twice")
         values[str(name.value)] = _plain(value, here, document, lines)

@@ -1,1 +1,1 @@
-"""One curvature estimator per module."""
+"""Curvature estimators, one idea a module; `lanczos` has the eigenvalues of the Hessian."""

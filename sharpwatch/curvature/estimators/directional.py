@@ -95,6 +95,7 @@ def direction_probe(  # noqa: PLR0913 - settings are keyword-only
             space = ParameterSpace(block_map, block, hessian.objective.live.leaves)
             block_step = space.flatten(displacement).to(step)
             image = hessian.products(space, block_step[None])[0]
+            # Summed in float64: the terms have both signs, and cancel.
             block_curvature[block_map.blocks.index(block)] = (block_step.double() * image.double()).sum().cpu()
         tokens, method_used = hessian.objective.tokens[0], hessian.method
     # g(θ_t) by the expansion above: a gradient at the old weights would take another backward.
@@ -172,6 +173,7 @@ def linesearch_probe(  # noqa: PLR0913 - settings are keyword-only
     values, widths = (
         torch.full((len(block_map.blocks),), torch.nan, dtype=torch.float64, device="cpu") for _ in range(2)
     )
+    # In float32: in half precision the loss takes the same value at neighbouring scales, and never seems to rise.
     with isolated(model, exact=True) as live:
         objective = Objective(live, [batch], loss_fn)
         whole = ParameterSpace(block_map, None, live.leaves)
@@ -236,12 +238,14 @@ def critical_sharpness(loss: Callable[[float], float]) -> CriticalSharpness:
         return not loss(scale) <= start  # NaN counts as a rise
 
     high = 1.0
+    # The loss at the step itself says on which side of it the answer lies.
     factor = 0.5 if rises(high) else 2.0
     for _ in range(_DOUBLINGS):
         high *= factor
         if rises(high) == (factor > 1):
             break
     else:
+        # No scale raises the loss, or the smallest does.
         return CriticalSharpness(0.0 if factor > 1 else 1 / high, 1 / high if factor > 1 else math.inf, forwards)
     low, high = (high, 2 * high) if factor < 1 else (high / 2, high)
     for _ in range(_BISECTIONS):

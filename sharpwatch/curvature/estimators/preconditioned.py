@@ -74,6 +74,7 @@ def preconditioned_probe(  # noqa: PLR0913 - settings are keyword-only
     Raises:
         ProbeError: An optimizer is not a variant of Adam, or has not stepped yet.
     """
+    # Before the Hessian is opened: without a second moment nothing is to run.
     scales = preconditioner(model, optimizers)
     with open_hessian(model, block_map, [batch], loss_fn=loss_fn, method=method) as hessian:
         space = ParameterSpace(block_map, None, hessian.objective.live.leaves).require_trainable()
@@ -93,6 +94,7 @@ def preconditioned_probe(  # noqa: PLR0913 - settings are keyword-only
 
 def preconditioned_matvec(hessian: Hessian, space: ParameterSpace, diagonals: Mapping[str, Tensor]) -> Matvec:
     """The product with DHD within `space` as a function of one vector; `diagonals` are D by parameter name."""
+    # DHD is symmetric, as Lanczos needs, and has the eigenvalues of D²H, which is what Adam's step sees.
     diagonal = space.flatten(diagonals)
     return lambda vector: diagonal * hessian.products(space, (diagonal * vector)[None])[0]
 
@@ -151,5 +153,6 @@ def _preconditioner_diagonal(
     (first, second), epsilon, rate = cast("Any", (group["betas"], group["eps"], group["lr"]))
     # Without a count of steps the moment is taken as it is: β₂^∞ = 0.
     correction = 1 - float(second) ** float(state.get("step", torch.inf))
+    # With momentum as an average the edge is at (2 + 2β₁)/(1 − β₁) over the rate, so D² is Adam's rate over that.
     root: Tensor = (moment.float() / correction).sqrt().add_(float(epsilon))
     return root.reciprocal_().mul_(float(rate) * (1 - float(first)) / (2 + 2 * float(first))).sqrt_()

@@ -220,6 +220,7 @@ class Measurement:
                 raise ProbeError(f"the state belongs to another measurement: its {name} is {theirs}, expected {own}")
         self._draws = Draws.from_dict(state["found"])
         draws, first = self._draws, "lanczos" in self._plan.estimators
+        # Pieces that the state has; `total` counts them too.
         self._done = len(self._batches) * bool(draws.gnb) + len(draws.ends)
         self._done += sum(map(len, draws.hutchinson.values())) + sum(len(s) - first for s in draws.spectra.values())
 
@@ -298,6 +299,7 @@ class Measurement:
         with isolated(self._model, exact=True) as live:
             objective = Objective(live, self._batches, self._settings.loss_fn)
             for index, share in enumerate(objective.shares):
+                # Weighted by positions, as the gradient of all batches as one would be.
                 for name, gradient in objective.gradient(index, list(live.trainable)).items():
                     mean[name] = mean.get(name, 0) + share * gradient
             self._draws.add_cost("step", objective.cost)
@@ -334,6 +336,7 @@ def _plan(settings: Settings, blocks: Sequence[str]) -> Plan:
         # Eigenvalues of the whole model do not add up from those of blocks, so they take products of their own.
         spectra=(*blocks, *((WHOLE_MODEL,) if settings.blocks is None else ())),
         draws=settings.draws,
+        # `draws` are taken in any case.
         max_draws=max(settings.draws, settings.max_draws),
         precision=precision,
         tolerance=_RESIDUAL_TOLERANCE if precision is None else min(precision, _MAX_TOP_TOLERANCE),

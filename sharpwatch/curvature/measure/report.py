@@ -142,6 +142,7 @@ def _estimate(estimate: Estimate) -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
+    # JSON has no NaN and no infinity.
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -279,6 +280,8 @@ class Draws:
         if self.gnb:
             estimates["gnb"] = self._gnb(range(len(block_map.layer_blocks)))
         if all(self.hutchinson.get(block) for block in block_map.blocks):
+            # The sum over blocks: signs drawn over the whole model at once would add the variance of all products
+            # between blocks.
             traces = [self._hutchinson(block, self.hutchinson_trace(block)) for block in block_map.blocks]
             estimates["hutchinson"] = _sum_independent(traces)
         return self._with_spectrum(BlockReport(sum(block_map.numel.values()), estimates), WHOLE_MODEL)
@@ -313,6 +316,7 @@ class Draws:
 def _sum_independent(estimates: Sequence[Estimate]) -> Estimate:
     """The sum of independent estimates."""
     methods = "; ".join(dict.fromkeys(estimate.method for estimate in estimates))
+    # Every block has signs of its own, so the errors add in squares.
     value, stderr = math.fsum(e.value for e in estimates), math.hypot(*(e.stderr for e in estimates))
     cost = sum((estimate.cost for estimate in estimates), Cost())
     return Estimate(value, stderr, min(e.draws for e in estimates), "hutchinson", method=methods, cost=cost)

@@ -117,6 +117,7 @@ def _check_batch(given: nn.Module, where: str, values: Mapping[str, Any], logits
         raise ProbeError(f"{where} is empty")
     _check_vocabulary(given, where, batch)
     try:
+        # A user's `logits_fn` shows the positions only in a forward, and none may run yet: rows stand for them.
         return batch.rows if logits_fn is not None else count_tokens(given, batch)
     except EmptyBatchError:
         raise ProbeError(f"{where}: every label is ignored, so no position predicts") from None
@@ -129,6 +130,7 @@ def _check_vocabulary(given: nn.Module, where: str, batch: Batch) -> None:
         _check_ids(f"{where}.input_ids", ids, table.num_embeddings)
     labels = find_labels(given, batch)
     classes = getattr(getattr(given, "config", None), "vocab_size", None)
+    # Labels of one dimension are classes of rows, and no tokens.
     if labels is not None and isinstance(classes, int) and labels.values.dim() > 1:
         # A head may be padded to more outputs than the configuration's vocabulary.
         _check_ids(f"{where}.labels", labels.values[labels.values >= 0], max(classes, _head_outputs(given)))

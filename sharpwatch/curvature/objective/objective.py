@@ -55,6 +55,7 @@ class Objective:
         self._batches = [batch.prepared().map_tensors(upcast) if live.exact else batch.prepared() for batch in batches]
         self._loss_fn = loss_fn
         self.tokens = [count_tokens(live.inner, batch) for batch in batches]
+        # By positions, so that L is the mean loss of all rows in one batch, however they are split.
         self.shares = [tokens / sum(self.tokens) for tokens in self.tokens]
         self.cost = Cost()
 

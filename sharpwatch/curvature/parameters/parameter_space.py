@@ -14,11 +14,9 @@ from torch import Tensor
 from sharpwatch.blocks import BlockMap, Part
 from sharpwatch.errors import ProbeError
 
-_MAX_COLOURS = 4
-# The eight signs that each byte stands for.
-_BYTE_SIGNS = (
-    (torch.arange(256, device="cpu")[:, None] >> torch.arange(8, device="cpu")) & 1
-) * 2 - 1  # of a byte's bits
+_MAX_COLOURS = 4  # so a draw takes four products at most
+# The eight signs that each byte stands for, by its bits.
+_BYTE_SIGNS = ((torch.arange(256, device="cpu")[:, None] >> torch.arange(8, device="cpu")) & 1) * 2 - 1
 
 
 class ParameterSpace:
@@ -40,6 +38,7 @@ class ParameterSpace:
         self.block_map = block_map
         self.leaves = leaves
         chosen = [index for index, part in enumerate(block_map.parts) if block is None or part.type == block]
+        # Frozen parameters are not part of the loss's curvature as the run sees it.
         self._indices = [index for index in chosen if leaves[block_map.parts[index].parameter].requires_grad]
         self.parts: tuple[Part, ...] = tuple(block_map.parts[index] for index in self._indices)
         self.names: tuple[str, ...] = tuple(dict.fromkeys(part.parameter for part in self.parts))

@@ -71,6 +71,7 @@ class Shard:
         """The flat index of the shard's first entry if the shard is one contiguous run of the parameter, else None."""
         if not self.numel:
             return 0
+        # One run, if every dimension before the last one that is cut has a single index left.
         cut = [dim for dim, (size, whole) in enumerate(zip(self.size, self.shape, strict=True)) if size != whole]
         if any(len(along) > 1 for along in self.runs) or (cut and any(size > 1 for size in self.size[: cut[-1]])):
             return None
@@ -116,6 +117,7 @@ class Shard:
     def _slices(self, part: Part, dim: int, local: Tensor) -> Iterator[Tensor]:
         period = self.shape[dim] // part.repeats
         for at, run in _with_offsets(self.runs[dim]):
+            # Stretches that the shard holds whole make one strided view; those cut at either end have a view each.
             uncut = range(-(-run.start // period), run.stop // period)
             if len(uncut) > 1:
                 stretches = local.narrow(dim, at + uncut.start * period - run.start, len(uncut) * period)
@@ -280,6 +282,7 @@ def squared_norms(
 
 def sum_by_index(values: Tensor, index: Sequence[int], size: int) -> Tensor:
     """Sum `values` [..., parts] by `index`; float64 [..., size] on the CPU."""
+    # On a CPU `index_add_` adds in order; on an accelerator the order, and so the last bit, would vary.
     values = values.cpu()
     return values.new_zeros(*values.shape[:-1], size).index_add_(-1, torch.tensor(index, device="cpu"), values)
 

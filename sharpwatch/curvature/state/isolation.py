@@ -82,10 +82,12 @@ class Functional:
 
     def set_parameter(self, name: str, tensor: Tensor) -> None:
         """Compute with `tensor` as parameter `name` from now on, wherever it is used."""
+        # A tied parameter is in several registries.
         for registry, key in self._slots[name]:
             registry[key] = tensor
 
     def _install_registries(self, module: nn.Module, names: Mapping[int, str]) -> None:
+        # Whole registries are exchanged, so that putting the module's own dicts back undoes everything.
         parameters, buffers = dict(vars(module)["_parameters"]), dict(vars(module)["_buffers"])
         for key, parameter in parameters.items():
             if parameter is not None:
@@ -281,6 +283,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, DistributedDataParallel):
             model = model.module
+        # Known by its registry: importing torch._dynamo to ask for the class takes a second.
         elif "_orig_mod" in vars(model).get("_modules", {}):
             model = model.get_submodule("_orig_mod")
         else:

@@ -73,6 +73,7 @@ def top_eigenvalues(sketches: Tensor, mask: Tensor) -> TopEigenvalues:
     windows, probes, per_probe, size = sketches.shape
     present = mask.flatten(1)
     draws = present.sum(1)
+    # Padding becomes rows of zeros: they add eigenvalues of zero, which `_debiased_top` leaves out.
     rows = torch.where(present[..., None], sketches.flatten(1, 2).float(), 0.0)
     # The Gram matrix of m draws has the eigenvalues of the sketched G, k × k, that are not zero, and is smaller.
     values, vectors = torch.linalg.eigh((rows @ rows.mT).double() / draws[:, None, None])
@@ -112,6 +113,7 @@ def _debiased_top(values: Tensor, draws: Tensor, size: int) -> Tensor:
     """
     top = values[:, -1]
     padding = values.shape[1] - draws
+    # A zero of the padding adds top/(top − 0) = 1 to the sum.
     repelled = (top[:, None] / (top[:, None] - values[:, :-1])).sum(1) - padding
     by_draws = torch.where(draws > 1, repelled / (draws - 1), 1.0)
     by_buckets = (size - draws + repelled) / (size - 1)
@@ -219,6 +221,7 @@ def effective_ranks(moments: SketchMoments, top: Tensor) -> WindowValues:
     share = (top.square() / _mean(moments.products, chosen, chosen)[:, 0]).clamp(0, 1) - inverse.value
     own = inverse.value.square() * 8 / moments.size * share.clamp(min=0)
     relative = inverse.stderr.square().add(own).sqrt() / inverse.value
+    # The mean of 1/x is (1 + relative²)/mean(x) to second order.
     rank = 1 / (inverse.value * (1 + relative.square()))
     return _where_resolved(rank, rank * relative, (relative > 0) & (relative < 0.5))
 
@@ -245,6 +248,7 @@ def drifts(moments: SketchMoments) -> WindowValues:
     within = _normalized_product(moments, old, old) + _normalized_product(moments, new, new)
     similarity = _jackknife(2 * _normalized_product(moments, old, new) / within, older, newer)
     error = _with_sketch_error(similarity, moments.size)
+    # An error as large as the range says nothing: an effective rank of hundreds needs a longer window (docs/log.md).
     return _where_resolved(1 - similarity.value, error, error < 1)
 
 

@@ -68,12 +68,14 @@ def pool_draws(draws: Sequence[Sequence[float]], shares: Sequence[float], common
     count, batches = values.shape
     means = values.mean(0)
     value = float((means * weights).sum())
+    # Draw j of every batch together make draw j of the pooled value.
     within = float((values * weights).sum(1).std() / math.sqrt(count)) if count > 1 else math.nan
     if batches == 1:
         return PooledEstimate(value, math.hypot(within, common), 0.0, count)
     between = weighted_mean_stderr(means.tolist(), shares)
     # `not between < within` rather than `>=`: with a single draw `within` is NaN, and `between` counts.
     stderr = between if batches >= _MIN_BATCHES or not between < within else within
+    # By chance batches may spread less than their draws say.
     batch_stderr = math.sqrt(max(0.0, between**2 - within**2)) if count > 1 else 0.0
     return PooledEstimate(value, math.hypot(stderr if count > 1 else math.nan, common), batch_stderr, count)
 

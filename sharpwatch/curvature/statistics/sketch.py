@@ -176,6 +176,7 @@ class _StagingBuffer:
         """The sums by rotation, each rotated back and added up; float32 [B, size]."""
         self._flush()
         size = self._hashes.size
+        # Rotation by a view: laid twice end to end, a row holds all of its own rotations.
         twice = torch.cat([self._sums, self._sums], -1)
         # rotated[b, r, j] is column (j - r) % size of the sum of the rows with rotation r.
         rotated = twice.as_strided((len(twice) // size, size, size), (2 * size * size, 2 * size - 1, 1), size)
