@@ -79,6 +79,7 @@ def hutchinson_probe(  # noqa: PLR0913 - settings are keyword-only
     """
     with open_hessian(model, block_map, [batch], loss_fn=loss_fn, method=method) as hessian:
         space = ParameterSpace(block_map, block, hessian.objective.live.leaves).require_trainable()
+        # zᵀHz is a sum over layers, and each summand is unbiased for the trace of its own diagonal block.
         traces = [
             quadratic_forms(hessian, space, space.mirrored(space.random_signs(generator)), 0) for _ in range(draws)
         ]
@@ -118,6 +119,7 @@ class Deflation:
         self._space = space
         self._basis = basis  # [k, size]
         self._projected = projected.to(basis)  # [k, k]
+        # For random signs E zᵀAz is Tr A, whatever lies off the diagonal.
         self._expected = space.sum_by_layer(((self._projected @ basis) * basis).sum(0, keepdim=True))[0]
 
     def control_variate_total(self, patterns: Tensor) -> float:
@@ -155,6 +157,7 @@ class BaseLoss:
         """
         means = []
         for _ in range(_BASE_PAIRS):
+            # At the same weights the same rounding would come out each time.
             nudge = _RELATIVE_NUDGE * space.weight_scale * space.random_signs(generator)
             losses = []
             for displacement in (nudge, -nudge):

@@ -183,6 +183,7 @@ class SecondOrder:
             zeros = [0.0] * len(self._draws.shares)
             return SpectrumEnds(0.0, 0.0, 0.0, 0.0, zeros, zeros, "")
         with self._metered(f"lanczos/{block}"):
+            # The start is the pilot's z, so the first product serves the choice of ε for this block's traces as well.
             lanczos = Lanczos(space.random_signs(self._generator(block, "pilot")))
             self._iterate(lanczos, self._recording_pilot(block, space))
             while block and not (lanczos.is_full or lanczos.is_invariant) and self._pays(block, lanczos):
@@ -312,6 +313,8 @@ class SecondOrder:
         if earlier_step is not None:  # decided before the measurement was resumed
             return LossDifferences(objective, self._bases, gradients, earlier_step) if earlier_step else None
         quadratic, norm = self._pilot(block, space)
+        # One zᵀHz may be near zero by chance: the standard deviation of others is √2‖H‖_F at most, and ‖Hz‖ estimates
+        # ‖H‖_F.
         curvature = max(abs(quadratic), math.sqrt(2) * norm)
         differences = LossDifferences.scaled(
             objective, space, bases=self._bases, gradients=gradients, curvature=curvature

@@ -196,6 +196,7 @@ def _size(given: nn.Module, block_map: BlockMap, block: str, kind: type[nn.Modul
     """The `size` of the only module of `kind` in `block`; None unless there is exactly one size."""
     names = dict.fromkeys(part.parameter.rpartition(".")[0] for part in block_map.parts if part.type == block)
     sizes = {getattr(module, size) for name in names if isinstance(module := given.get_submodule(name), kind)}
+    # With several sizes, such as of tokens and of positions, it is not known which one the ids are held against.
     return sizes.pop() if len(sizes) == 1 else None
 
 

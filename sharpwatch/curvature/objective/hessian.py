@@ -167,6 +167,7 @@ class AutogradHessian:
             return f"the model cannot be differentiated twice in float32: {error}"
         if not self._custom_functions:
             return None
+        # Along the gradient: it has a part in every parameter that the loss depends on.
         reference = FiniteDifferenceHessian(self.objective).products(space, along[None], 0)[0]
         if torch.linalg.vector_norm(product - reference) <= _MAX_DISAGREEMENT * torch.linalg.vector_norm(reference):
             return None

@@ -30,6 +30,7 @@ _NONSMOOTH_BACKWARDS = (
     *("Topk", "Sort", "Kthvalue", "Gather", "Max", "Min", "Amax", "Amin", "AdaptiveMax", "Cummax", "Cummin"),
     *("Median", "Mode"),
 )
+# What torch's own errors about a missing second derivative say.
 _NO_SECOND_DERIVATIVE = ("not implemented", "differentiate twice", "double backward", "no autograd formula")
 
 

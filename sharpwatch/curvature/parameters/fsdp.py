@@ -81,6 +81,7 @@ def ordinary_backward(model: nn.Module) -> Iterator[None]:
     """
     states = _states(model)
     for group in (group for state in states for group in _groups(state)):
+        # Compression that feeds its error back keeps a remainder for the next step, which a probe must not change.
         for name in _COMMUNICATION_HOOKS:
             if not _is_torch_communication(getattr(group, name, None)):
                 raise ProbeError(f"the model has a custom {name.strip('_')}, which a probe must not call")

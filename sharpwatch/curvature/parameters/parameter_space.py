@@ -66,6 +66,7 @@ class ParameterSpace:
         """
         own_scale = _root_mean_square([part.view(self.leaves[part.parameter].detach()) for part in self.parts])
         model_scale = _root_mean_square([leaf.detach() for leaf in self.leaves.values()])
+        # All weights may be zero, and a step of length 0 would divide by 0.
         return max(own_scale, model_scale / 10) or 1.0
 
     def unflatten(self, vectors: Tensor) -> dict[str, Tensor]:
@@ -80,6 +81,7 @@ class ParameterSpace:
                 tensors[part.parameter] = piece.reshape(len(vectors), *shape)
                 continue
             whole = tensors.setdefault(part.parameter, vectors.new_zeros(len(vectors), *shape))
+            # Row by row, since a part's view is defined on its parameter's own shape.
             for row, values in zip(whole, piece, strict=True):
                 view = part.view(row)
                 view.copy_(values.view(view.shape))

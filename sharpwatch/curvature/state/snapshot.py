@@ -107,6 +107,8 @@ class StateSnapshot:
         self._visit_items(slots.values(), depth, strict=True)
 
     def _add_tensor(self, value: Tensor) -> None:
+        # Subclasses, such as a DTensor, may communicate when copied; tensors with gradients are the parameters'
+        # business.
         if type(value) is not Tensor or value.requires_grad or value.is_inference() or value.layout != torch.strided:
             return
         copy = value.clone()

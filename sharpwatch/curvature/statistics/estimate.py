@@ -96,6 +96,7 @@ def stability_ratio(curvature: Sequence[float], descent: Sequence[float]) -> Sta
     if not whole > 0:
         return None
     value = math.fsum(curvature) / whole
+    # A single probe has no spread to tell an error from.
     if count < 2:
         return StabilityRatio(value, math.nan, count)
     residuals = (c - 2 * value * a for c, a in zip(curvature, descent, strict=True))
