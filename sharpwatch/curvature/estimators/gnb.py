@@ -80,7 +80,8 @@ def gnb_probe(  # noqa: PLR0913 - settings are keyword-only
     traces, sketches = [], []
     with isolated(model) as live:
         leaves = live.trainable
-        logits, mask = predict(live, live.inner, batch.prepared(), logits_fn)
+        rows, prepared = batch.rows, batch.prepared()
+        logits, mask = predict(live, live.inner, prepared, logits_fn)
         tokens = count_predicting(mask)
         output_gradients = OutputGradients(logits.detach(), mask, draws, generator, scale=1 / math.sqrt(tokens))
         # One forward serves all draws, each a backward of its own through the kept graph. Draws are not batched by
@@ -93,12 +94,12 @@ def gnb_probe(  # noqa: PLR0913 - settings are keyword-only
             given = {name: g for name, g in zip(leaves, raw, strict=True) if g is not None}
             gradients = {name: g.to_dense() if g.is_sparse else g for name, g in given.items()}
             del raw, given  # sparse ones need not be kept beside their dense copies
-            traces.append(squared_norms(block_map, gradients))
             if sketcher is not None:
                 sketches.append(sketcher.sketch(gradients))
+            traces.append(squared_norms(block_map, gradients))
             del gradients
-    by_layer = sum_by_index(torch.stack(traces), block_map.layer_block_of, len(block_map.layer_blocks))
-    return GnbSample(tokens, batch.rows, by_layer, torch.stack(sketches).cpu() if sketches else None)
+        by_layer = sum_by_index(torch.stack(traces), block_map.layer_block_of, len(block_map.layer_blocks))
+    return GnbSample(tokens, rows, by_layer, torch.stack(sketches).cpu() if sketches else None)
 
 
 class OutputGradients:
