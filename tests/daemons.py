@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
+from forked import COMMAND_LINE, ForkedProcess
 
 from sharpwatch.v1 import agent_pb2
 
@@ -141,14 +142,14 @@ def await_end(pid):
 
 @dataclass
 class Daemon:
-    """`sharpwatch serve` as a subprocess; `start` returns when it serves."""
+    """`sharpwatch serve` in a process of its own; `start` returns when it serves."""
 
     folder: Path
     policies: str = "policies: []"
     extra: str = ""
     grpc: str = "127.0.0.1:0"
     http: str = "127.0.0.1:0"
-    process: subprocess.Popen | None = None
+    process: ForkedProcess | None = None
     log: deque = field(default_factory=lambda: deque(maxlen=1000))
 
     @property
@@ -170,8 +171,8 @@ class Daemon:
         return config
 
     def start(self) -> Daemon:
-        command = [sys.executable, "-m", "sharpwatch", "serve", "--config", str(self.configure())]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        arguments = ("serve", "--config", str(self.configure()))
+        self.process = ForkedProcess(COMMAND_LINE, env=os.environ, stderr=subprocess.PIPE, arguments=arguments)
         for line in self.process.stderr:
             self.log.append(line)
             event = json.loads(line) if line.startswith("{") else {}
@@ -189,13 +190,13 @@ class Daemon:
     def kill(self) -> None:
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
-        self.process.stderr.close()
+        self.process.close()
 
     def stop(self) -> int:
         if self.process.poll() is None:
             self.process.terminate()
         status = self.process.wait(timeout=20)
-        self.process.stderr.close()
+        self.process.close()
         return status
 
     def get(self, path: str) -> str:

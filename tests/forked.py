@@ -35,18 +35,22 @@ FORKS.set_forkserver_preload(
 )
 
 
+# `python -m sharpwatch`, as code.
+COMMAND_LINE = "import runpy; runpy.run_module('sharpwatch', run_name='__main__', alter_sys=True)"
+
+
 class ForkedProcess:
     """As `subprocess.Popen` of a Python program, with text streams; `code` or the file `path` is run."""
 
     def __init__(self, code="", *, path=None, env, cwd=".", stderr=None, arguments=(), start_new_session=False):
         ours_in, theirs_out, self.stdin, self.stdout = _pipes()
-        err = 2 if stderr is None else theirs_out if stderr == subprocess.STDOUT else stderr.fileno()
+        self.stderr, err = _error_stream(stderr, theirs_out)
         streams = [DupFd(fd) for fd in (ours_in, theirs_out, err)]
         what = (code, None if path is None else str(path), list(arguments))
         self._process = FORKS.Process(target=_main, args=(what, streams, dict(env), str(cwd), start_new_session))
         self._process.start()
         self.pid = self._process.pid
-        for fd in {ours_in, theirs_out}:
+        for fd in {ours_in, theirs_out, *([err] if stderr == subprocess.PIPE else [])}:
             os.close(fd)
 
     @property
@@ -69,24 +73,27 @@ class ForkedProcess:
     def kill(self):
         self.send_signal(signal.SIGKILL)
 
+    def close(self):
+        """Close our ends of its streams."""
+        for stream in filter(None, (self.stdin, self.stdout, self.stderr)):
+            with contextlib.suppress(BrokenPipeError):
+                stream.close()
+
     def terminate(self):
         self.send_signal(signal.SIGTERM)
 
 
 def run(code="", *, timeout, **options):
     """As `subprocess.run` with its output captured: (exit status, standard output, standard error)."""
-    reader, writer = os.pipe()
-    with os.fdopen(reader, encoding="utf-8") as errors:
-        with os.fdopen(writer, "w", encoding="utf-8") as stderr:
-            process = ForkedProcess(code, stderr=stderr, **options)
-        process.stdin.close()
-        error_output = []
-        collect = threading.Thread(target=lambda: error_output.append(errors.read()))
-        collect.start()
-        output = process.stdout.read()
-        process.stdout.close()
-        status = process.wait(timeout)
-        collect.join()
+    process = ForkedProcess(code, stderr=subprocess.PIPE, **options)
+    process.stdin.close()
+    error_output = []
+    collect = threading.Thread(target=lambda: error_output.append(process.stderr.read()))
+    collect.start()
+    output = process.stdout.read()
+    status = process.wait(timeout)
+    collect.join()
+    process.close()
     return status, output, error_output[0]
 
 
@@ -95,6 +102,14 @@ def _pipes():
     child_in, ours = os.pipe()
     theirs, child_out = os.pipe()
     return child_in, child_out, os.fdopen(ours, "w", encoding="utf-8"), os.fdopen(theirs, encoding="utf-8")
+
+
+def _error_stream(stderr, stdout):
+    """Our end of the child's standard error as a text file, or None; the child's end."""
+    if stderr == subprocess.PIPE:
+        ours, theirs = os.pipe()
+        return os.fdopen(ours, encoding="utf-8"), theirs
+    return None, 2 if stderr is None else stdout if stderr == subprocess.STDOUT else stderr.fileno()
 
 
 def _main(what, streams, env, cwd, start_new_session):
@@ -122,6 +137,7 @@ def _status(code, path, arguments):
     try:
         if path is None:
             sys.argv = ["-c", *arguments]
+            sys.path.insert(0, "")
             module = sys.modules["__main__"] = types.ModuleType("__main__")
             exec(compile(code, "<string>", "exec"), module.__dict__)  # noqa: S102 - the test's own program
         else:

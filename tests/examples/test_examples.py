@@ -13,6 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import forked
 import pytest
 from missing import missing
 
@@ -54,21 +55,19 @@ TRAINERS = (
 )
 
 
+LAUNCHER = "import runpy; runpy.run_module('torch.distributed.run', run_name='__main__', alter_sys=True)"  # torchrun
+
+
 def run(file: str, folder: Path, *, ranks: int = 1, **environment: str) -> str:
     """Run an example in `folder`; returns what it printed."""
-    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}") if ranks > 1 else ()
     offline = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf")}
-    done = subprocess.run(
-        [sys.executable, *launcher, str(EXAMPLES / file)],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env={**os.environ, **offline, **environment},
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    options = {"path": EXAMPLES / file, "env": {**os.environ, **offline, **environment}, "cwd": folder}
+    if ranks > 1:
+        arguments = ("--standalone", f"--nproc-per-node={ranks}", str(options.pop("path")))
+        options |= {"code": LAUNCHER, "arguments": arguments}
+    status, output, errors = forked.run(**options, timeout=240)
+    assert status == 0, output + errors
+    return output
 
 
 @pytest.mark.parametrize("example", [each.parameters for each in TRAINERS])

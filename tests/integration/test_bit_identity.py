@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
+from forked import ForkedProcess
 
 STEPS = 200
 
@@ -53,18 +52,15 @@ print(json.dumps({"weights": digest.hexdigest(), "losses": losses}))
 def train(tmp_path, optimizer: str, half_way=lambda: None, **environment: str) -> dict:
     path = tmp_path / "identity.py"
     path.write_text(SCRIPT)
-    process = subprocess.Popen(
-        [sys.executable, str(path), optimizer],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-    )
-    with process:
-        assert process.stdout.readline() == "half-way\n"
-        half_way()
-        out, _ = process.communicate("go on\n", timeout=200)
-    assert process.returncode == 0
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    process = ForkedProcess(path=path, arguments=[optimizer], env=environment)
+    assert process.stdout.readline() == "half-way\n"
+    half_way()
+    process.stdin.write("go on\n")
+    process.stdin.close()
+    out = process.stdout.read()
+    assert process.wait(timeout=200) == 0
+    process.close()
     return json.loads(out)
 
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from pydoc_data import topics
 
+import forked
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
@@ -118,14 +119,9 @@ def here(folder, monkeypatch, tmp_path):
 
 
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "sharpwatch", "measure", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-    )
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    done = forked.run(forked.COMMAND_LINE, arguments=("measure", *arguments), cwd=Path.cwd(), env=env, timeout=120)
+    return subprocess.CompletedProcess(arguments, *done)
 
 
 def found(path: Path) -> dict:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
-import sys
+import subprocess
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import aiohttp
 import grpc
 import numpy as np
 import pytest
+from forked import COMMAND_LINE, ForkedProcess
 
 from sharpwatch import wire
 from sharpwatch.daemon.app import serving
@@ -272,14 +274,14 @@ def running(configure, tmp_path):
 class Process:
     """`sharpwatch serve` in a process of its own, its log lines kept as they come."""
 
-    process: asyncio.subprocess.Process
+    process: ForkedProcess
     client: Client | None = None
     log: list[dict] = field(default_factory=list)
 
     async def event(self, name: str) -> dict:
         """The next log event of that name."""
         async with asyncio.timeout(PATIENCE):
-            async for line in self.process.stderr:
+            while line := await asyncio.to_thread(self.process.stderr.readline):
                 self.log.append(json.loads(line))
                 if self.log[-1]["event"] == name:
                     return self.log[-1]
@@ -289,9 +291,11 @@ class Process:
         """Send a signal; the exit status."""
         self.process.send_signal(number)
         async with asyncio.timeout(PATIENCE):
-            rest = await self.process.stderr.read()
+            rest = await asyncio.to_thread(self.process.stderr.read)
             self.log += map(json.loads, rest.splitlines())
-            return await self.process.wait()
+            status = await asyncio.to_thread(self.process.wait)
+        self.process.close()
+        return status
 
 
 @pytest.fixture
@@ -301,8 +305,8 @@ async def start(configure, tmp_path):
 
         async def started(**changes) -> Process:
             configure(**changes)
-            command = (sys.executable, "-m", "sharpwatch", "serve", "--config", str(tmp_path / "sharpwatch.yaml"))
-            run = Process(await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE))
+            arguments = ("serve", "--config", str(tmp_path / "sharpwatch.yaml"))
+            run = Process(ForkedProcess(COMMAND_LINE, env=os.environ, stderr=subprocess.PIPE, arguments=arguments))
             stack.push_async_callback(ended, run)
             serving = await run.event("serving")
             channel = await stack.enter_async_context(grpc.aio.insecure_channel(serving["grpc"]))
@@ -314,6 +318,7 @@ async def start(configure, tmp_path):
         async def ended(run: Process) -> None:
             if run.process.returncode is None:
                 await run.exit(signal.SIGKILL)
+            run.process.close()
 
         yield started
 

@@ -118,7 +118,7 @@ async def test_no_acknowledged_sample_is_lost_whenever_the_daemon_is_killed(star
     for task in rest:
         task.cancel()
     assert all(task.exception() is not None for task in done)  # the daemon was killed under them
-    await first.process.wait()
+    await asyncio.to_thread(first.process.wait)
     trainer = await (await start()).client.train()
     assert trainer.welcome.acknowledged_sequence >= acknowledged > 200
     trainer.call.cancel()
