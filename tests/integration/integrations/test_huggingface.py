@@ -6,13 +6,13 @@ import importlib
 import json
 import os
 import socket
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
+from forked import ForkedProcess
 from torch.utils.data import DataLoader, TensorDataset
 
 from scripts import POLICIES, START, UNTIL_STOPPED, filled, printed, weights
