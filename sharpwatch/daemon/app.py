@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import stat
+import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -18,6 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry
+from structlog.typing import Processor
 
 from sharpwatch import wire
 from sharpwatch._version import __version__
@@ -31,7 +34,6 @@ from sharpwatch.daemon.estimation.estimator import Estimator
 from sharpwatch.daemon.exporter.metrics import OwnMetrics, RunCollector
 from sharpwatch.daemon.ingest.hello import RunHello
 from sharpwatch.daemon.ingest.queue import SampleQueue
-from sharpwatch.daemon.logging import configure_logs
 from sharpwatch.daemon.pipeline import Pipeline
 from sharpwatch.daemon.runs.restore import REPLAYED_SAMPLES, restore_run
 from sharpwatch.daemon.runs.runs import Runs
@@ -222,3 +224,36 @@ def _bind(server: grpc.aio.Server, address: str) -> str:
             raise SharpwatchError(f"grpc {address}: the socket must have mode 0600, got {mode:04o}")
         return address
     return f"{address.rpartition(':')[0]}:{port}"
+
+
+def configure_logs(level: str) -> None:
+    """Sends the events of structlog and of the standard library (aiohttp, asyncio, grpc) to stderr in one form.
+
+    Args:
+        level: The lowest level that is logged: debug, info, warning or error.
+    """
+    shared: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    terminal = sys.stderr.isatty()
+    renderer: list[Processor] = (
+        [structlog.dev.ConsoleRenderer()]
+        if terminal
+        else [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+    )
+    structlog.configure(
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        cache_logger_on_first_use=False,
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *renderer],
+            foreign_pre_chain=shared,
+        )
+    )
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
