@@ -23,8 +23,7 @@ from sharpwatch.daemon.ingest.samples import Reading
 from sharpwatch.daemon.records import NO_CHANGES, Alert, Changes, Decision
 from sharpwatch.daemon.runs.runs import Attempt, Run, Runs
 from sharpwatch.daemon.storage.journal import Store
-from sharpwatch.daemon.storage.pending_writes import PendingWrites
-from sharpwatch.daemon.storage.schema import AttemptRow, EstimateRow, ModeRow, SampleRow
+from sharpwatch.daemon.storage.schema import AttemptRow, EstimateRow, ModeRow, PendingWrites, SampleRow
 from sharpwatch.errors import OperatorError, StoreError
 
 log = structlog.get_logger(__name__)

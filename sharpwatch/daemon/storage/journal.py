@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sharpwatch.daemon.records import Alert, Checkpoint, Decision, Revision, RollbackPlan
-from sharpwatch.daemon.storage.pending_writes import PendingWrites
 from sharpwatch.daemon.storage.schema import (
     FIRST_TABLES,
     SCHEMA_VERSION,
     SCHEMAS,
     EstimateRow,
+    PendingWrites,
     SampleRow,
     StoredAttempt,
     StoredRun,

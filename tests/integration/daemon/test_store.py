@@ -17,13 +17,13 @@ import pytest
 from sharpwatch.curvature.statistics.estimate import Estimate
 from sharpwatch.daemon.records import Alert, Checkpoint, Decision, Revision, RollbackPlan
 from sharpwatch.daemon.storage.journal import Journal
-from sharpwatch.daemon.storage.pending_writes import PendingWrites
 from sharpwatch.daemon.storage.schema import (
     SCHEMA_VERSION,
     SCHEMAS,
     AttemptRow,
     EstimateRow,
     ModeRow,
+    PendingWrites,
     SampleRow,
     TransitionRow,
 )
@@ -269,7 +269,7 @@ def test_a_full_disk_takes_nothing_and_says_so_then_all_of_it(journal):
 WRITER = """
 import sys
 from sharpwatch.daemon.storage.journal import Journal
-from sharpwatch.daemon.storage.pending_writes import PendingWrites
+from sharpwatch.daemon.storage.schema import PendingWrites
 from sharpwatch.daemon.storage.schema import AttemptRow, SampleRow
 journal = Journal(sys.argv[1], retain_samples=100_000)
 journal.write(PendingWrites(attempts={"a1": AttemptRow("run", "a1", b"", 0.0)}))

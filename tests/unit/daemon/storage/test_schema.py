@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from sharpwatch.daemon.records import Changes, Decision
-from sharpwatch.daemon.storage.pending_writes import PendingWrites
+from sharpwatch.daemon.storage.schema import PendingWrites
 
 PROPOSED = Decision("d1", "run", 1.0, 7, "notify", "advise", "proposed")
 
