@@ -104,10 +104,6 @@ ALLOWED = {
     "__main__": {"cli"},
     "": {"blocks", "curvature", "agent", "checkpointing"},  # the package's own public names
 }
-# Imports that still point up, each to go.
-UPWARD = {
-    ("daemon.ingest.queue", "daemon.runs"),
-}
 # Modules through which a program reaches files, processes, threads' or the network's outside.
 IO = {"os", "io", "pathlib", "socket", "ssl", "select", "selectors", "subprocess", "multiprocessing", "threading"}
 IO |= {"asyncio", "signal", "shutil", "tempfile", "http", "urllib", "sqlite3", "logging", "time", "yaml", "pickle"}
@@ -164,8 +160,6 @@ def is_in(name, part):
 def is_allowed(name, dotted):
     own, target = room_of(name), room_of(dotted)
     if target in {own, None} or (target in BASE and own not in BASE):
-        return True
-    if any(is_in(name, source) and is_in(dotted, above) for source, above in UPWARD):
         return True
     return any(target == room or (room and target.startswith(f"{room}.")) for room in ALLOWED[own])
 

@@ -21,11 +21,12 @@ from sharpwatch._version import __version__
 from sharpwatch.daemon.api.conversions import command_message
 from sharpwatch.daemon.exporter.metrics import OwnMetrics
 from sharpwatch.daemon.ingest.hello import RunHello, read_hello
-from sharpwatch.daemon.ingest.queue import QueuedSample, SampleQueue
+from sharpwatch.daemon.ingest.queue import Attempt, QueuedSample, SampleQueue
 from sharpwatch.daemon.ingest.samples import Reading, read_sample
 from sharpwatch.daemon.pipeline import Pipeline
 from sharpwatch.daemon.records import Decision
-from sharpwatch.daemon.runs.runs import Attempt, Run, Runs
+from sharpwatch.daemon.runs.registry import Runs
+from sharpwatch.daemon.runs.run import Run
 from sharpwatch.errors import WireError
 from sharpwatch.v1 import agent_pb2
 

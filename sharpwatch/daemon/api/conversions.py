@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from sharpwatch.curvature.statistics.estimate import Estimate
 from sharpwatch.daemon.records import Alert, Checkpoint, Decision, Revision, RollbackPlan
-from sharpwatch.daemon.runs.snapshot import Phase, RunSnapshot
+from sharpwatch.daemon.runs.run import Phase, RunSnapshot
 from sharpwatch.v1 import operator_pb2, types_pb2
 
 _PHASES: dict[Phase, operator_pb2.RunPhase.ValueType] = {

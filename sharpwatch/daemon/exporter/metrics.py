@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 from sharpwatch._version import __version__
 from sharpwatch.curvature.statistics.estimate import Estimate
 from sharpwatch.daemon.detection.detectors import DETECTORS
-from sharpwatch.daemon.runs.snapshot import RunSnapshot
+from sharpwatch.daemon.runs.run import RunSnapshot
 
 MAX_LAYER_SERIES = 512  # layer blocks exported of one run
 _RUN = ("training_job", "run")

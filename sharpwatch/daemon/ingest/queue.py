@@ -1,4 +1,4 @@
-"""Samples on their way from a session to the journal: which of them are new, and the bounded queue."""
+"""Attempts of runs, how far the samples of each have come, and the bounded queue of samples for the journal."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from sharpwatch.daemon.ingest.hello import RunHello
 from sharpwatch.daemon.ingest.samples import Reading
 from sharpwatch.errors import WireError
-
-if TYPE_CHECKING:
-    from sharpwatch.daemon.runs.runs import Attempt
 
 
 class Cursor:
@@ -71,6 +69,16 @@ class Cursor:
     def forget(self, sequence: int) -> None:
         """Notes that `sequence` was dropped from the queue and will never be journalled."""
         self._waiting.discard(sequence)
+
+
+@dataclass(slots=True, eq=False)
+class Attempt:
+    """One attach of a run: its Hello, the bytes of that for the journal, and how far its samples have come."""
+
+    hello: RunHello
+    message: bytes
+    cursor: Cursor = field(default_factory=Cursor)
+    journalled: bool = False  # whether its Hello is in the journal
 
 
 @dataclass(slots=True, eq=False)

@@ -14,7 +14,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from sharpwatch import wire
 from sharpwatch.daemon.api import agent_service
 from sharpwatch.daemon.estimation import estimator
-from sharpwatch.daemon.runs.runs import Run
+from sharpwatch.daemon.runs.run import Run
 from sharpwatch.v1 import agent_pb2, types_pb2
 from sharpwatch.v1 import operator_pb2 as pb
 

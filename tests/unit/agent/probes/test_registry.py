@@ -15,8 +15,9 @@ from sharpwatch.daemon.estimation.hessian import run_by_run
 from sharpwatch.daemon.estimation.windows import ReadingSpec
 from sharpwatch.daemon.ingest import probes as decoders
 from sharpwatch.daemon.ingest.hello import read_hello
+from sharpwatch.daemon.ingest.queue import Attempt
 from sharpwatch.daemon.ingest.samples import read_sample
-from sharpwatch.daemon.runs.runs import Attempt, Run
+from sharpwatch.daemon.runs.run import Run
 from sharpwatch.errors import AttachError, ProbeError
 from sharpwatch.testing import InMemoryTransport
 from sharpwatch.v1 import agent_pb2

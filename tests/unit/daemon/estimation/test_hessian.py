@@ -19,8 +19,9 @@ from sharpwatch.daemon.ingest.probes import (
     LineSearchReading,
     PreconditionedReading,
 )
+from sharpwatch.daemon.ingest.queue import Attempt
 from sharpwatch.daemon.ingest.samples import Reading
-from sharpwatch.daemon.runs.runs import Attempt, Run
+from sharpwatch.daemon.runs.run import Run
 
 NAN = math.nan
 HELLO = RunHello(

@@ -17,7 +17,7 @@ from sharpwatch.daemon.exporter.metrics import OwnMetrics, RunCollector
 from sharpwatch.daemon.ingest.hello import RunHello
 from sharpwatch.daemon.ingest.samples import BlockTap, HealthReading
 from sharpwatch.daemon.records import Alert
-from sharpwatch.daemon.runs.snapshot import RunSnapshot
+from sharpwatch.daemon.runs.run import RunSnapshot
 
 HELLO = RunHello(
     training_job="job",

@@ -8,9 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sharpwatch.daemon.ingest.hello import RunHello
-from sharpwatch.daemon.ingest.queue import Cursor, QueuedSample, SampleQueue
+from sharpwatch.daemon.ingest.queue import Attempt, Cursor, QueuedSample, SampleQueue
 from sharpwatch.daemon.ingest.samples import Reading
-from sharpwatch.daemon.runs.runs import Attempt
 from sharpwatch.errors import WireError
 
 
