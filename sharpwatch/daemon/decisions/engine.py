@@ -1,4 +1,4 @@
-"""Turns findings into decisions: follows the escalation chain, undoes a ramp back that failed, ramps back held cuts."""
+"""Turns alerts into decisions: asks policies, guards and the ramp-back what to do, and records and sends it."""
 
 from __future__ import annotations
 
@@ -7,23 +7,25 @@ from dataclasses import dataclass, replace
 
 from sharpwatch.daemon.config.config import PolicyConfig
 from sharpwatch.daemon.decisions.decision_log import DecisionLog
-from sharpwatch.daemon.decisions.guards import (
+from sharpwatch.daemon.decisions.lifecycle import UNDER_WAY
+from sharpwatch.daemon.decisions.operator_requests import issue, time_out_kept
+from sharpwatch.daemon.decisions.policy import (
+    ANNOUNCED,
     OK,
+    EscalationChain,
     GuardContext,
     Permissions,
+    affected,
     bounds,
     guard_name,
     judge_rollback,
     judge_scale,
+    rollback_plan,
+    scaled,
 )
-from sharpwatch.daemon.decisions.lifecycle import UNDER_WAY
-from sharpwatch.daemon.decisions.operator_requests import issue, time_out_kept
-from sharpwatch.daemon.decisions.policy import EscalationChain, affected, rollback_plan, scaled
-from sharpwatch.daemon.decisions.ramp_back import HeldCuts, held_cuts, hold_steps, quiet_since
-from sharpwatch.daemon.detection.alerts import AlertBook
+from sharpwatch.daemon.decisions.ramp_back import failed_ramp_back, ramp_back_due
+from sharpwatch.daemon.detection.detectors import AlertLog
 from sharpwatch.daemon.records import Action, Alert, Checkpoint, Decision, Finding, Mode
-
-_ANNOUNCED = ("observed", "proposed", "rejected")  # journalled already; not repeated for the same reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +47,13 @@ class PolicyEngine:
     def __init__(
         self,
         log: DecisionLog,
-        book: AlertBook,
+        alerts: AlertLog,
         chain: EscalationChain,
         permissions: Permissions,
         new_id: Callable[[], str],
     ) -> None:
         self._log = log
-        self._book = book
+        self._alerts = alerts
         self._chain = chain
         self._permissions = permissions
         self._new_id = new_id
@@ -60,7 +62,7 @@ class PolicyEngine:
         self, findings: Sequence[Finding], checkpoints: Sequence[Checkpoint], mode: Mode | None, step: int, now: float
     ) -> None:
         """Decide what there is to decide at `step`. While a command is under way its effect is waited for."""
-        if not findings and self._book.open:
+        if not findings and self._alerts.open:
             return
         at = _StepContext(step, now, mode, checkpoints)
         if findings:
@@ -69,8 +71,8 @@ class PolicyEngine:
             self._ramp_back(at)
 
     def _answer(self, findings: Iterable[Finding], at: _StepContext) -> None:
-        alerts = [alert for finding in findings if (alert := self._book.active(finding.name)) is not None]
-        if not self._under_way(at.step) and self._undo_ramp_back(alerts, at):
+        alerts = [alert for finding in findings if (alert := self._alerts.active(finding.name)) is not None]
+        if alerts and not self._under_way(at.step) and self._undo_ramp_back(alerts[0], at):
             return
         for alert in alerts:
             for policy in self._chain.answering(alert, self._log.decisions, at.step):
@@ -93,13 +95,13 @@ class PolicyEngine:
         return OK
 
     def _notify(self, policy: PolicyConfig, alert: Alert, at: _StepContext) -> None:
-        if not self._decided_before(policy, alert, _ANNOUNCED):
+        if not self._decided_before(policy, alert, ANNOUNCED):
             made = self._draft("notify", policy, at.mode_of(policy), alert, at)
             self._log.add(replace(made, detail=alert.evidence), "observe")
 
     def _act_on(self, policy: PolicyConfig, alert: Alert, at: _StepContext) -> None:
         mode = at.mode_of(policy)
-        if mode != "enforce" and self._decided_before(policy, alert, _ANNOUNCED if mode == "advise" else ("observed",)):
+        if mode != "enforce" and self._decided_before(policy, alert, ANNOUNCED if mode == "advise" else ("observed",)):
             return
         made = self._draft(policy.action.kind, policy, mode, alert, at)
         context = GuardContext(at.step, at.now, self._log.decisions)
@@ -162,60 +164,36 @@ class PolicyEngine:
             if other.id != made.id and other.outcome == "applied" and other.alert_name == made.alert_name:
                 self._log.advance(other, "supersede", detail=f"{other.detail}; not enough: {made.id} followed")
 
-    def _undo_ramp_back(self, alerts: Sequence[Alert], at: _StepContext) -> bool:
-        """Reapply a cut if an alert fires within the hold after its ramp-back."""
-        state = held_cuts(self._log)
-        policy = self._chain.named(state.ramped.policy) if state.ramped is not None else None
-        if state.newest is None or state.newest.applied_step is None or policy is None:
+    def _undo_ramp_back(self, alert: Alert, at: _StepContext) -> bool:
+        """Reapply a change if an alert fires within the hold after its ramp-back."""
+        failed = failed_ramp_back(self._log, self._chain, alert, at.step)
+        if failed is None:
             return False
-        since = state.newest.applied_step
-        if not since <= at.step < since + hold_steps(policy, state.relapses):
+        policy = failed.policy
+        if self._decided_before(policy, alert, (*ANNOUNCED, "refused", "expired"), "set_lr"):
             return False
-        made = self._draft("set_lr", policy, at.mode_of(policy), alerts[0], at)
-        if self._decided_before(policy, alerts[0], (*_ANNOUNCED, "refused", "expired"), "set_lr"):
-            return False
+        made = self._draft("set_lr", policy, at.mode_of(policy), alert, at)
         made = replace(
-            made,
-            multipliers=self._log.set_before(state.newest.revision),
-            guard=self._permissions.multipliers(),
-            detail=f"{alerts[0].name} came back after revision {state.newest.revision} was ramped back",
+            made, multipliers=failed.multipliers, guard=self._permissions.multipliers(), detail=failed.detail
         )
-        done = self._record(made, policy, at, undoes=state.newest.revision) in UNDER_WAY
+        done = self._record(made, policy, at, undoes=failed.revision.revision) in UNDER_WAY
         if done:
-            self._log.advance(self._log.find(state.newest.decision_id), "fail", detail=f"{alerts[0].name} came back")
+            self._log.advance(self._log.find(failed.revision.decision_id), "fail", detail=f"{alert.name} came back")
         return done
 
     def _ramp_back(self, at: _StepContext) -> None:
-        """Ramp back the newest cut after a quiet hold."""
-        state = held_cuts(self._log)
-        policy = self._chain.named(state.cuts[-1].policy) if state.cuts else None
-        if policy is None or self._permissions.multipliers() != OK:
+        due = ramp_back_due(self._log, self._alerts.all, self._chain, self._permissions, at.step)
+        if due is None:
             return
-        since = quiet_since(self._book.all, self._log.decisions, at.step)
-        hold = hold_steps(policy, state.relapses)
-        if at.step - since < hold or self._ramp_back_pending(since, hold, at.step):
-            return
-        self._record(self._ramp(policy, state, hold, at), policy, at)
-
-    def _ramp(self, policy: PolicyConfig, state: HeldCuts, hold: int, at: _StepContext) -> Decision:
-        cut = state.cuts[-1]
-        low, high = self._permissions.lr_bounds
-        before = {block: min(max(value, low), high) for block, value in cut.before.items()}
-        made = self._draft("ramp_back", policy, at.mode_of(policy), None, at)
-        return replace(
+        made = self._draft("ramp_back", due.policy, at.mode_of(due.policy), None, at)
+        made = replace(
             made,
-            alert_name=cut.alert_name,
-            multipliers={**self._log.multipliers, **before},
-            # Half the hold on the way up, half of it there, before it counts as held.
-            ramp_steps=max(policy.action.ramp_steps, hold // 2),
-            detail=f"quiet for {hold} steps: {', '.join(f'{b} back to {v:.3g}' for b, v in before.items())}",
+            alert_name=due.alert_name,
+            multipliers=due.multipliers,
+            ramp_steps=due.ramp_steps,
+            detail=due.detail,
         )
-
-    def _ramp_back_pending(self, since: int, hold: int, step: int) -> bool:
-        for made in reversed(self._log.decisions):
-            if made.action == "ramp_back" and since <= made.step <= step:
-                return made.outcome in _ANNOUNCED or step - made.step < hold
-        return False
+        self._record(made, due.policy, at)
 
     def _draft(
         self, action: Action, policy: PolicyConfig, mode: Mode, alert: Alert | None, at: _StepContext

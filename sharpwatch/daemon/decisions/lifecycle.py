@@ -22,10 +22,9 @@ from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Literal, get_args
 
 from sharpwatch.daemon.config.config import GuardConfig
-from sharpwatch.daemon.decisions.guards import REFUSED_THERE
-from sharpwatch.daemon.decisions.policy import EscalationChain
-from sharpwatch.daemon.decisions.ramp_back import held_cuts, hold_steps
-from sharpwatch.daemon.detection.alerts import AlertBook
+from sharpwatch.daemon.decisions.policy import REFUSED_THERE, EscalationChain
+from sharpwatch.daemon.decisions.ramp_back import hold_steps, scaling_state
+from sharpwatch.daemon.detection.detectors import AlertLog
 from sharpwatch.daemon.records import Decision, Observation, Outcome, ReportedResult
 
 if TYPE_CHECKING:
@@ -106,13 +105,13 @@ class DecisionLifecycle:
 
     Args:
         log: The run's decisions.
-        book: The run's alerts, which tell whether a change has cured its alert.
+        alerts: The run's alerts, which tell whether a change has cured its alert.
         chain: The run's policies, whose guards say how long to wait.
     """
 
-    def __init__(self, log: DecisionLog, book: AlertBook, chain: EscalationChain) -> None:
+    def __init__(self, log: DecisionLog, alerts: AlertLog, chain: EscalationChain) -> None:
         self._log = log
-        self._book = book
+        self._alerts = alerts
         self._chain = chain
 
     def record_result(self, decision: Decision, result: ReportedResult) -> None:
@@ -155,7 +154,7 @@ class DecisionLifecycle:
             detail = _joined(detail, f"unchanged: {', '.join(result.unchanged_blocks)}")
         self._log.advance(decision, "apply", detail=detail, applied_step=result.step)
         if decision.action == "rollback":
-            self._log.note_alerts(self._book.close_all())
+            self._log.note_alerts(self._alerts.close_all())
 
     def _settle_unanswered(self, decision: Decision, observation: Observation) -> None:
         if not decision.expires_at_step or observation.step <= decision.expires_at_step + LOST_AFTER:
@@ -178,9 +177,9 @@ class DecisionLifecycle:
         if decision.action == "rollback":
             if came_back:
                 self._fail(decision, "the alert came back after the rollback")
-            elif waited and self._book.active(decision.alert_name) is None:
+            elif waited and self._alerts.active(decision.alert_name) is None:
                 self._log.advance(decision, "recover")
-        elif self._book.active(decision.alert_name) is None:
+        elif self._alerts.active(decision.alert_name) is None:
             self._log.advance(decision, "recover")
         elif came_back and waited:
             self._fail(decision, f"no recovery within {within} steps")
@@ -197,7 +196,11 @@ class DecisionLifecycle:
 
     def _hold(self, decision: Decision) -> int:
         policy = self._chain.named(decision.policy)
-        return hold_steps(policy, held_cuts(self._log).relapses) if policy is not None else GuardConfig().hold_steps
+        return (
+            hold_steps(policy, scaling_state(self._log).failed_ramp_backs)
+            if policy is not None
+            else GuardConfig().hold_steps
+        )
 
 
 def _in_force(decision: Decision, observation: Observation) -> bool:

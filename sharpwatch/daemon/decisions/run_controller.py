@@ -9,13 +9,11 @@ from uuid import uuid4
 from sharpwatch.daemon.config.config import PolicyConfig
 from sharpwatch.daemon.decisions.decision_log import DecisionLog
 from sharpwatch.daemon.decisions.engine import PolicyEngine
-from sharpwatch.daemon.decisions.guards import Control, Permissions
 from sharpwatch.daemon.decisions.lifecycle import DecisionLifecycle
 from sharpwatch.daemon.decisions.operator_requests import OperatorContext, OperatorRequests
-from sharpwatch.daemon.decisions.policy import MODES, EscalationChain, strongest
-from sharpwatch.daemon.detection.alerts import AlertBook
+from sharpwatch.daemon.decisions.policy import MODES, Control, EscalationChain, Permissions, strongest
 from sharpwatch.daemon.detection.baselines import History, Scores
-from sharpwatch.daemon.detection.detectors import DETECTORS
+from sharpwatch.daemon.detection.detectors import DETECTORS, AlertLog
 from sharpwatch.daemon.records import (
     NO_CHANGES,
     Alert,
@@ -57,11 +55,11 @@ class RunController:
         permissions = Permissions(control, lr_bounds, can_roll_back)
         self._chain = EscalationChain(tuple(policies))
         self._log = DecisionLog(run, blocks)
-        self._book = AlertBook(run, {detector.name: detector.quiet for detector in DETECTORS}, new_id)
+        self._alerts = AlertLog(run, {detector.name: detector.quiet for detector in DETECTORS}, new_id)
         self._history = History()
         self._requests = OperatorRequests(self._log, permissions, new_id)
-        self._lifecycle = DecisionLifecycle(self._log, self._book, self._chain)
-        self._engine = PolicyEngine(self._log, self._book, self._chain, permissions, new_id)
+        self._lifecycle = DecisionLifecycle(self._log, self._alerts, self._chain)
+        self._engine = PolicyEngine(self._log, self._alerts, self._chain, permissions, new_id)
         self._checkpoints: dict[Checkpoint, None] = {}
         self._mode = mode
         self._strongest = strongest(self._chain.policies)
@@ -71,7 +69,7 @@ class RunController:
     @property
     def alerts(self) -> tuple[Alert, ...]:
         """Every alert of the run, oldest first."""
-        return self._book.all
+        return self._alerts.all
 
     @property
     def decisions(self) -> tuple[Decision, ...]:
@@ -114,9 +112,9 @@ class RunController:
         Most steps of a healthy run change nothing. They do not reach the decisions at all.
         """
         scores, findings = self._see(obs)
-        if findings or self._book.open:
+        if findings or self._alerts.open:
             judged = [detector.name for detector in DETECTORS if detector.judged(scores)]
-            self._log.note_alerts(self._book.see(findings, judged))
+            self._log.note_alerts(self._alerts.see(findings, judged))
         if self._log.open:
             self._lifecycle.settle(obs, {finding.name for finding in findings}, now)
         if self._new_attempt and obs.multipliers:
@@ -130,7 +128,7 @@ class RunController:
     def replay(self, obs: Observation) -> None:
         """Take in a journalled step: baselines and open alerts move on, nothing is decided and no alert opens."""
         scores, findings = self._see(obs)
-        self._book.replay(findings, [detector.name for detector in DETECTORS if detector.judged(scores)])
+        self._alerts.replay(findings, [detector.name for detector in DETECTORS if detector.judged(scores)])
 
     def command_result(self, result: ReportedResult, now: float) -> Changes:  # noqa: ARG002  the clock comes with all
         """Take in what the trainer made of a command; telling it twice changes nothing."""
@@ -211,7 +209,7 @@ class RunController:
         mode: Mode | None,
     ) -> None:
         """Take up journalled records; `replay` of the newest samples gives the rest."""
-        self._book.restore(alerts)
+        self._alerts.restore(alerts)
         self._log.restore(decisions, tuple(revisions))
         self._checkpoints = dict.fromkeys(checkpoints)
         self._mode = mode or self._mode

@@ -1,10 +1,10 @@
-"""Which cuts stand, and how long each must hold."""
+"""Which changes of policies are in force, and how long each must hold."""
 
 from __future__ import annotations
 
 from sharpwatch.daemon.config.config import ActionConfig, GuardConfig, PolicyConfig
 from sharpwatch.daemon.decisions.decision_log import DecisionLog
-from sharpwatch.daemon.decisions.ramp_back import ActiveCut, held_cuts, hold_steps, quiet_since
+from sharpwatch.daemon.decisions.ramp_back import ActiveScaling, hold_steps, quiet_since, scaling_state
 from sharpwatch.daemon.records import Alert, Decision, Outcome
 
 
@@ -47,41 +47,41 @@ class Book:
         assert made.outcome == outcome
         return self
 
-    def cuts(self) -> list[dict[str, float]]:
-        return [dict(cut.before) for cut in held_cuts(self.log).cuts]
+    def active(self) -> list[dict[str, float]]:
+        return [dict(scaling.before) for scaling in scaling_state(self.log).active]
 
 
 def test_cuts_pile_up_and_come_off_newest_first():
     book = Book().put("scale_lr", 0.5, 0.5).put("scale_lr", 0.25, 0.5)
-    assert book.cuts() == [{"qk": 1.0, "vo": 1.0}, {"qk": 0.5}]
+    assert book.active() == [{"qk": 1.0, "vo": 1.0}, {"qk": 0.5}]
     book.put("ramp_back", 0.5, 0.5)
-    assert book.cuts() == [{"qk": 1.0, "vo": 1.0}]
-    assert held_cuts(book.log).ramped == ActiveCut("p", "A", {"qk": 0.5})
+    assert book.active() == [{"qk": 1.0, "vo": 1.0}]
+    assert scaling_state(book.log).ramped_back == ActiveScaling("p", "A", {"qk": 0.5})
 
 
 def test_what_never_took_effect_is_no_cut():
-    assert Book().put("scale_lr", 0.5, outcome="expired").cuts() == []
-    assert Book().put("scale_lr", 0.5, outcome="sent").cuts() == [{"qk": 1.0}]
+    assert Book().put("scale_lr", 0.5, outcome="expired").active() == []
+    assert Book().put("scale_lr", 0.5, outcome="sent").active() == [{"qk": 1.0}]
 
 
 def test_a_block_that_an_operator_moves_is_no_longer_the_daemons():
     book = Book().put("scale_lr", 0.5, 0.5).put("set_lr", 0.7, 0.5, policy="")
-    assert book.cuts() == [{"vo": 1.0}]
+    assert book.active() == [{"vo": 1.0}]
     book.put("set_lr", 0.7, 0.9, policy="")
-    assert book.cuts() == []
+    assert book.active() == []
 
 
 def test_a_ramp_taken_back_doubles_the_hold_until_a_fresh_start():
     policy = PolicyConfig("p", action=ActionConfig("scale_lr", factor=0.5), guard=GuardConfig(hold_steps=100))
     book = Book().put("scale_lr", 0.5)
-    for relapse in (1, 2, 3):
+    for failed in (1, 2, 3):
         book.put("ramp_back", 1.0)
         book.put("set_lr", 0.5, undoes=len(book.log.revisions))
-        assert held_cuts(book.log).relapses == relapse
-        assert hold_steps(policy, relapse) == 100 * 2**relapse
-        assert book.cuts() == [{"qk": 1.0}]
+        assert scaling_state(book.log).failed_ramp_backs == failed
+        assert hold_steps(policy, failed) == 100 * 2**failed
+        assert book.active() == [{"qk": 1.0}]
     book.put("ramp_back", 1.0).put("scale_lr", 0.5)
-    assert held_cuts(book.log).relapses == 0
+    assert scaling_state(book.log).failed_ramp_backs == 0
 
 
 def test_a_raise_ends_with_its_ttl():
