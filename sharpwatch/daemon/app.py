@@ -1,4 +1,4 @@
-"""Builds the whole daemon, serves until a signal stops it, and drains."""
+"""Builds the whole daemon, serves gRPC and HTTP until a signal stops it, and drains."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import signal
 import stat
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
 import structlog
+from aiohttp import web
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
@@ -26,12 +27,11 @@ from sharpwatch import wire
 from sharpwatch._version import __version__
 from sharpwatch.daemon.api.agent_service import AgentService, Sessions
 from sharpwatch.daemon.api.auth import Authorizer, check_grpc_address, load_token
-from sharpwatch.daemon.api.http import HttpServer
 from sharpwatch.daemon.api.operator_service import DaemonInfo, OperatorService
 from sharpwatch.daemon.config.config import Config, DaemonConfig
 from sharpwatch.daemon.decisions.run_controller import RunController
 from sharpwatch.daemon.estimation.estimator import Estimator
-from sharpwatch.daemon.exporter.metrics import OwnMetrics, RunCollector
+from sharpwatch.daemon.exporter.metrics import OwnMetrics, RunCollector, render
 from sharpwatch.daemon.ingest.hello import RunHello
 from sharpwatch.daemon.ingest.queue import SampleQueue
 from sharpwatch.daemon.pipeline import Pipeline
@@ -256,3 +256,61 @@ def configure_logs(level: str) -> None:
         )
     )
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+
+
+class HttpServer:
+    """Serves `/metrics`, which `exporter.metrics` renders, `/-/healthy` and `/-/ready`.
+
+    Args:
+        registry: The metrics.
+        unready: Returns why the daemon is not ready, or an empty string if it is.
+    """
+
+    def __init__(self, registry: CollectorRegistry, unready: Callable[[], str]) -> None:
+        self._registry = registry
+        self._unready = unready
+        app = web.Application()
+        app.router.add_get("/metrics", self._metrics)
+        app.router.add_get("/-/healthy", self._healthy)
+        app.router.add_get("/-/ready", self._ready)
+        self._runner = web.AppRunner(app, access_log=None)
+
+    async def start(self, address: str) -> str:
+        """Starts to serve.
+
+        Args:
+            address: HOST:PORT; port 0 takes any free one.
+
+        Returns:
+            The address that is bound.
+
+        Raises:
+            SharpwatchError: The address can't be bound.
+        """
+        host, _, port = address.rpartition(":")
+        await self._runner.setup()
+        try:
+            await web.TCPSite(self._runner, host.strip("[]"), int(port)).start()
+        except OSError as error:
+            await self._runner.cleanup()
+            raise SharpwatchError(f"http {address}: {error.strerror}") from error
+        bound = self._runner.addresses[0]
+        return f"[{bound[0]}]:{bound[1]}" if ":" in bound[0] else f"{bound[0]}:{bound[1]}"
+
+    async def stop(self) -> None:
+        """Finishes the requests in progress and stops."""
+        await self._runner.cleanup()
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        # On a thread, because with many runs this takes a while; the collector reads immutable snapshots.
+        body, content_type = await asyncio.to_thread(render, self._registry, request.headers.get("Accept", ""))
+        response = web.Response(body=body, headers={"Content-Type": content_type})
+        response.enable_compression()
+        return response
+
+    async def _healthy(self, _: web.Request) -> web.Response:
+        return web.Response(text="ok\n")
+
+    async def _ready(self, _: web.Request) -> web.Response:
+        reason = self._unready()
+        return web.Response(text=f"{reason or 'ready'}\n", status=503 if reason else 200)

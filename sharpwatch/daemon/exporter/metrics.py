@@ -1,4 +1,4 @@
-"""`/metrics`: a collector over the snapshots of all runs, and the daemon's own counters."""
+"""What `/metrics` shows, and its rendering: a collector over all runs' snapshots, and the daemon's own counters."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from itertools import islice
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from sharpwatch._version import __version__
@@ -22,6 +23,20 @@ MAX_LAYER_SERIES = 512  # layer blocks exported of one run
 _RUN = ("training_job", "run")
 _ALERTS = sorted(detector.name for detector in DETECTORS)
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+
+def render(registry: CollectorRegistry, accept: str) -> tuple[bytes, str]:
+    """Renders the body of `/metrics`; safe on any thread.
+
+    Args:
+        registry: The metrics.
+        accept: The request's Accept header, by which Prometheus asks for a format.
+
+    Returns:
+        The body and its content type.
+    """
+    encoder, content_type = choose_encoder(accept)
+    return encoder(registry), content_type
 
 
 class OwnMetrics:
