@@ -28,7 +28,7 @@ from sharpwatch._version import __version__
 from sharpwatch.daemon.api.agent_service import AgentService, Sessions
 from sharpwatch.daemon.api.auth import Authorizer, check_grpc_address, load_token
 from sharpwatch.daemon.api.operator_service import DaemonInfo, OperatorService
-from sharpwatch.daemon.config.config import Config, DaemonConfig
+from sharpwatch.daemon.config.settings import Config, DaemonConfig
 from sharpwatch.daemon.decisions.run_controller import RunController
 from sharpwatch.daemon.estimation.estimator import Estimator
 from sharpwatch.daemon.exporter.metrics import OwnMetrics, RunCollector, render

@@ -16,7 +16,7 @@ from sharpwatch.cli.output.tables import Grid
 from sharpwatch.demo.recipe import FAULTS, MODELS, MODES, DemoOptions
 
 if TYPE_CHECKING:
-    from sharpwatch.daemon.config.config import Config
+    from sharpwatch.daemon.config.settings import Config
 
 _LOG_LEVELS = ("debug", "info", "warning", "error")
 _FILE = click.Path(path_type=Path)

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from sharpwatch.common.yaml_schema import Location, YamlDocument, nearest, read_yaml
-from sharpwatch.daemon.config.config import (
+from sharpwatch.daemon.config.settings import (
     ALERT_NAMES,
     ActionConfig,
     Config,

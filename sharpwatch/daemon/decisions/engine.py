@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from sharpwatch.daemon.config.config import PolicyConfig
+from sharpwatch.daemon.config.settings import PolicyConfig
 from sharpwatch.daemon.decisions.decision_log import DecisionLog
 from sharpwatch.daemon.decisions.lifecycle import UNDER_WAY
 from sharpwatch.daemon.decisions.operator_requests import issue, time_out_kept

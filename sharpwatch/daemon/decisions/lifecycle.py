@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Literal, get_args
 
-from sharpwatch.daemon.config.config import GuardConfig
+from sharpwatch.daemon.config.settings import GuardConfig
 from sharpwatch.daemon.decisions.policy import REFUSED_THERE, EscalationChain
 from sharpwatch.daemon.decisions.ramp_back import hold_steps, scaling_state
 from sharpwatch.daemon.detection.detectors import AlertLog

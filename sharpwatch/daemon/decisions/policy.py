@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from sharpwatch.daemon.config.config import PolicyConfig
+from sharpwatch.daemon.config.settings import PolicyConfig
 from sharpwatch.daemon.records import Alert, Checkpoint, Decision, Mode, RollbackPlan
 
 MODES: tuple[Mode, ...] = ("observe", "advise", "enforce")

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sharpwatch.daemon.config.config import PolicyConfig
+from sharpwatch.daemon.config.settings import PolicyConfig
 from sharpwatch.daemon.decisions.policy import ANNOUNCED, OK, EscalationChain, Permissions
 from sharpwatch.daemon.records import Alert, Decision, Revision
 

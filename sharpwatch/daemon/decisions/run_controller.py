@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from uuid import uuid4
 
-from sharpwatch.daemon.config.config import PolicyConfig
+from sharpwatch.daemon.config.settings import PolicyConfig
 from sharpwatch.daemon.decisions.decision_log import DecisionLog
 from sharpwatch.daemon.decisions.engine import PolicyEngine
 from sharpwatch.daemon.decisions.lifecycle import DecisionLifecycle

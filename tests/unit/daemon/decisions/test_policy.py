@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sharpwatch.daemon.config.config import ActionConfig, EscalateConfig, GuardConfig, MatchConfig, PolicyConfig
+from sharpwatch.daemon.config.settings import ActionConfig, EscalateConfig, GuardConfig, MatchConfig, PolicyConfig
 from sharpwatch.daemon.decisions.policy import (
     EscalationChain,
     GuardContext,

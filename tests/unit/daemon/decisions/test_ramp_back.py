@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sharpwatch.daemon.config.config import ActionConfig, GuardConfig, PolicyConfig
+from sharpwatch.daemon.config.settings import ActionConfig, GuardConfig, PolicyConfig
 from sharpwatch.daemon.decisions.decision_log import DecisionLog
 from sharpwatch.daemon.decisions.ramp_back import ActiveScaling, hold_steps, quiet_since, scaling_state
 from sharpwatch.daemon.records import Alert, Decision, Outcome

@@ -13,7 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from sharpwatch.daemon.config.config import ActionConfig, EscalateConfig, GuardConfig, MatchConfig, PolicyConfig
+from sharpwatch.daemon.config.settings import ActionConfig, EscalateConfig, GuardConfig, MatchConfig, PolicyConfig
 from sharpwatch.daemon.decisions.lifecycle import FINAL
 from sharpwatch.daemon.decisions.run_controller import RunController
 from sharpwatch.daemon.records import Changes, Checkpoint, Decision, Observation, ReportedResult

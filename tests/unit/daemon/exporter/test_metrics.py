@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from sharpwatch.curvature.statistics.estimate import Estimate
 from sharpwatch.daemon.api.conversions import detail_message
-from sharpwatch.daemon.config.config import ALERT_NAMES
+from sharpwatch.daemon.config.settings import ALERT_NAMES
 from sharpwatch.daemon.exporter.metrics import OwnMetrics, RunCollector
 from sharpwatch.daemon.ingest.hello import RunHello
 from sharpwatch.daemon.ingest.samples import BlockTap, HealthReading

@@ -1,13 +1,15 @@
-"""The daemon's configuration: what is taken, and what is refused where and why."""
+"""The daemon's configuration: what is taken, what is refused where and why, and the JSON schema for editors."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from sharpwatch.daemon.config.config import ActionConfig, Config, DaemonConfig, EscalateConfig, GuardConfig
-from sharpwatch.daemon.config.load import load_config
+import sharpwatch.daemon.config
+from sharpwatch.daemon.config.load import json_schema, load_config
+from sharpwatch.daemon.config.settings import ActionConfig, Config, DaemonConfig, EscalateConfig, GuardConfig
 from sharpwatch.errors import ConfigError
 
 ROOT = Path(__file__).parents[4]
@@ -193,3 +195,21 @@ def test_what_python_itself_gives_up_on_is_refused_like_all_else(load):
 def test_a_file_that_is_no_yaml_is_reported_with_its_line(load):
     with pytest.raises(ConfigError, match=r"sharpwatch\.yaml:2: is not YAML: "):
         load("daemon:\n\tgrpc: x\n")
+
+
+SHIPPED = Path(sharpwatch.daemon.config.__file__).with_name("schema.json")
+
+
+def test_the_shipped_schema_is_up_to_date():
+    assert json.loads(SHIPPED.read_text(encoding="utf-8")) == json_schema()
+
+
+def test_it_names_every_key_and_its_limits():
+    schema = json_schema()
+    daemon, guard, action = (schema["$defs"][f"{name}Config"]["properties"] for name in ("Daemon", "Guard", "Action"))
+    assert daemon["queue_capacity"] == {"default": 4096, "maximum": 1_000_000, "minimum": 16} | {
+        key: daemon["queue_capacity"][key] for key in ("title", "type")
+    }
+    assert guard["min_multiplier"]["exclusiveMinimum"] == 0.0
+    assert action["kind"]["enum"] == ["notify", "scale_lr", "rollback"]
+    assert schema["additionalProperties"] is False
