@@ -8,8 +8,8 @@ from queue import SimpleQueue
 
 import grpc
 
-from sharpwatch.cli.output import formatting
-from sharpwatch.cli.output.output import show
+from sharpwatch.cli import output
+from sharpwatch.cli.output import print_answer
 from sharpwatch.errors import OperatorError
 from sharpwatch.v1.operator_pb2 import Decision, WatchDecisionRequest
 from sharpwatch.v1.operator_pb2_grpc import OperatorServiceStub
@@ -45,7 +45,7 @@ def follow(
             raise OperatorError(f"stopped waiting; {_pending_note(decision)}") from None
     failed = decision.outcome not in _DONE and not (timeout is None and decision.outcome in _PENDING)
     if as_json or not failed:
-        show(decision, describe_outcome(decision, requested), as_json=as_json)
+        print_answer(decision, describe_outcome(decision, requested), as_json=as_json)
     if failed:
         raise OperatorError(describe_failure(decision, timeout or 0.0))
 
@@ -111,8 +111,8 @@ def describe_change(decision: Decision, requested: Mapping[str, float] | None = 
         )
         return f"back to step {rollback.checkpoint.step}{place}{skipped}"
     if decision.multipliers or decision.action in ("set_lr", "scale_lr", "ramp_back"):
-        return formatting.multipliers(decision.multipliers, requested)
-    return formatting.ABSENT
+        return output.multipliers(decision.multipliers, requested)
+    return output.ABSENT
 
 
 def describe_failure(decision: Decision, timeout: float) -> str:

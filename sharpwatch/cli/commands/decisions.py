@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from sharpwatch.cli import output
 from sharpwatch.cli.client.client import author, operator, resolve_run
 from sharpwatch.cli.client.follow_decision import describe_change, describe_outcome, follow
 from sharpwatch.cli.options import (
@@ -19,9 +20,7 @@ from sharpwatch.cli.options import (
     run_argument,
     wait_options,
 )
-from sharpwatch.cli.output import formatting
-from sharpwatch.cli.output.output import show as print_answer
-from sharpwatch.cli.output.tables import Grid
+from sharpwatch.cli.output import Grid, print_answer
 from sharpwatch.v1.operator_pb2 import (
     ApproveDecisionRequest,
     Decision,
@@ -50,14 +49,14 @@ def decision_table(found: Iterable[Decision]) -> Grid:
         tuple(
             (
                 decision.id,
-                formatting.timestamp(decision.made_at_unix_ns),
+                output.timestamp(decision.made_at_unix_ns),
                 decision.run,
                 str(decision.step),
                 decision.action,
                 decision.mode,
                 decision.outcome,
                 describe_change(decision),
-                decision.author or decision.policy or formatting.ABSENT,
+                decision.author or decision.policy or output.ABSENT,
                 _reasons(decision),
             )
             for decision in found
@@ -71,7 +70,7 @@ def _reasons(decision: Decision) -> str:
     guard = decision.guard if decision.guard not in ("", "ok") else ""
     applied = f"applied at step {decision.applied_step}" if decision.HasField("applied_step") else ""
     parts = (decision.alert_name, decision.reason, guard, decision.detail, applied)
-    return "; ".join(part for part in parts if part) or formatting.ABSENT
+    return "; ".join(part for part in parts if part) or output.ABSENT
 
 
 def _id_argument() -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -11,8 +11,7 @@ import click
 from sharpwatch.cli.doctor import local_checks
 from sharpwatch.cli.doctor.local_checks import CheckResult
 from sharpwatch.cli.options import DaemonCommand, DaemonOptions
-from sharpwatch.cli.output.output import show as print_answer
-from sharpwatch.cli.output.tables import Grid
+from sharpwatch.cli.output import Grid, print_answer
 from sharpwatch.errors import OperatorError, TokenFileError
 
 

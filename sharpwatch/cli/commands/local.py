@@ -11,8 +11,7 @@ import click
 
 from sharpwatch.cli.extras import needs_extra
 from sharpwatch.cli.options import DaemonCommand, DaemonOptions, LocalCommand, address, whole_number
-from sharpwatch.cli.output.output import show as print_answer
-from sharpwatch.cli.output.tables import Grid
+from sharpwatch.cli.output import Grid, print_answer
 from sharpwatch.demo.recipe import FAULTS, MODELS, MODES, DemoOptions
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import click
 
+from sharpwatch.cli import output
 from sharpwatch.cli.client.client import author, operator, resolve_run
 from sharpwatch.cli.client.follow_decision import follow
 from sharpwatch.cli.options import (
@@ -19,10 +20,7 @@ from sharpwatch.cli.options import (
     run_argument,
     wait_options,
 )
-from sharpwatch.cli.output import formatting
-from sharpwatch.cli.output.output import show as print_answer
-from sharpwatch.cli.output.output import to_dict
-from sharpwatch.cli.output.tables import Grid
+from sharpwatch.cli.output import Grid, print_answer, to_dict
 from sharpwatch.v1.operator_pb2 import (
     GetRunRequest,
     ListRevisionsRequest,
@@ -71,9 +69,9 @@ def rate_table(detail: RunDetail, newest: Revision | None) -> Grid:
         tuple(
             (
                 block.block,
-                formatting.optional(block.learning_rate if block.HasField("learning_rate") else None),
-                formatting.optional(block.lr_multiplier if block.HasField("lr_multiplier") else None),
-                formatting.number(wanted.get(block.block, 1.0)),
+                output.optional(block.learning_rate if block.HasField("learning_rate") else None),
+                output.optional(block.lr_multiplier if block.HasField("lr_multiplier") else None),
+                output.number(wanted.get(block.block, 1.0)),
             )
             for block in detail.blocks
         ),
@@ -136,9 +134,9 @@ def revision_table(revisions: list[Revision]) -> Grid:
         tuple(
             (
                 str(revision.revision),
-                formatting.timestamp(revision.made_at_unix_ns),
+                output.timestamp(revision.made_at_unix_ns),
                 str(revision.applied_step) if revision.HasField("applied_step") else "not yet",
-                formatting.multipliers(revision.multipliers),
+                output.multipliers(revision.multipliers),
                 revision.author,
                 f"undoes {revision.undoes}: {revision.reason}".removesuffix(": ")
                 if revision.undoes

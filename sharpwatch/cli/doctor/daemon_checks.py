@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from email.utils import parsedate_to_datetime
 
 from sharpwatch._version import __version__
+from sharpwatch.cli import output
 from sharpwatch.cli.client.client import DaemonConnection, connected
 from sharpwatch.cli.doctor.local_checks import CheckResult
-from sharpwatch.cli.output import formatting
 from sharpwatch.errors import OperatorError
 from sharpwatch.v1.operator_pb2 import GetDaemonRequest, GetDaemonResponse
 
@@ -49,7 +49,7 @@ def daemon(connection: DaemonConnection) -> Iterator[CheckResult]:
 def version(answer: GetDaemonResponse, address: str) -> CheckResult:
     """Check that daemon and command line have the same version."""
     found = (
-        f"{address}: sharpwatch {answer.version}, up {formatting.span(answer.uptime_seconds)}, "
+        f"{address}: sharpwatch {answer.version}, up {output.span(answer.uptime_seconds)}, "
         f"{answer.runs} runs, estimates on {answer.device}"
     )
     if answer.version != __version__:
@@ -104,7 +104,7 @@ def metrics(url: str) -> Iterator[CheckResult]:
         )
         return
     if b"sharpwatch_" in body:
-        yield CheckResult("metrics", "ok", f"{url}, {formatting.number(len(body) / 1024, 3)} KiB")
+        yield CheckResult("metrics", "ok", f"{url}, {output.number(len(body) / 1024, 3)} KiB")
     else:
         yield CheckResult(
             "metrics", "fail", f"{url} is not sharpwatch's", "another program has the port: change daemon.http"
@@ -117,5 +117,5 @@ def clock(theirs: float, ours: float) -> CheckResult:
     """Compare two clocks, given in unix seconds."""
     skew = abs(theirs - ours)
     if skew > _SKEW_SECONDS:
-        return CheckResult("clock", "warn", f"{formatting.span(skew)} from the daemon's", "synchronise both with NTP")
+        return CheckResult("clock", "warn", f"{output.span(skew)} from the daemon's", "synchronise both with NTP")
     return CheckResult("clock", "ok", f"within {_SKEW_SECONDS:g} s of the daemon's")

@@ -15,7 +15,7 @@ from sharpwatch.blocks import BLOCKS
 from sharpwatch.cli.extras import need
 from sharpwatch.cli.measure.files import check_writable, write_whole
 from sharpwatch.cli.options import COUNT, LocalCommand, ParsedText, SectionOption, real, whole_number
-from sharpwatch.cli.output.tables import write
+from sharpwatch.cli.output import print_tables
 from sharpwatch.errors import PrecisionError
 
 if TYPE_CHECKING:
@@ -238,7 +238,7 @@ def _show(session: MeasureSession, report: SharpnessReport) -> None:
     from sharpwatch.cli.measure.table import tables  # noqa: PLC0415 - as above
 
     if not session.request.quiet and session.request.json != _STANDARD_OUTPUT:
-        write(tables(report, layers=session.request.layers))
+        print_tables(tables(report, layers=session.request.layers))
 
 
 def _json(session: MeasureSession, report: SharpnessReport) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sharpwatch.cli.output import formatting
+from sharpwatch.cli import output
 from sharpwatch.curvature.measure.report import BlockReport, SharpnessReport, per_parameter
 from sharpwatch.curvature.statistics.estimate import Estimate, Spectrum
 
@@ -309,7 +309,7 @@ def _mark_end(axes: Axes, value: float, side: str) -> None:
     """Mark an extreme eigenvalue by a line, with its value at the top on the inner side."""
     axes.axvline(value, color="#333333", linewidth=0.8, linestyle="--")
     axes.annotate(
-        formatting.number(value).replace("-", "−"),
+        output.number(value).replace("-", "−"),
         (value, 0.98),
         xycoords=("data", "axes fraction"),
         xytext=(-3 if side == "right" else 3, 0),

@@ -13,12 +13,12 @@ import torch
 
 from sharpwatch._version import __version__
 from sharpwatch.blocks import load_rules
+from sharpwatch.cli import output
 from sharpwatch.cli.measure.command import MeasureRequest
 from sharpwatch.cli.measure.data import TextWindows, load_batches
 from sharpwatch.cli.measure.files import StateFile, read_state
 from sharpwatch.cli.measure.model import load
 from sharpwatch.cli.measure.progress import ProgressDisplay, count_pieces
-from sharpwatch.cli.output import formatting
 from sharpwatch.curvature.measure.measure import Measurement, Progress, Settings
 from sharpwatch.curvature.measure.report import SharpnessReport
 from sharpwatch.curvature.measure.validation import check_values
@@ -147,7 +147,7 @@ class MeasureSession:
 
     def title(self, report: SharpnessReport) -> str:
         """The title of the figure."""
-        loss = f"loss {formatting.number(report.loss)} over " if math.isfinite(report.loss) else ""
+        loss = f"loss {output.number(report.loss)} over " if math.isfinite(report.loss) else ""
         return f"{self.request.model} on {self.request.data}: {loss}{report.tokens:,} tokens"
 
     def provenance(self) -> dict[str, Any]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 
-from sharpwatch.cli.output import formatting
-from sharpwatch.cli.output.tables import Grid
+from sharpwatch.cli import output
+from sharpwatch.cli.output import Grid
 from sharpwatch.curvature.measure.report import BlockReport, SharpnessReport, per_parameter
 from sharpwatch.curvature.statistics.estimate import Estimate
 
@@ -63,17 +63,15 @@ def _stability(report: SharpnessReport) -> Grid:
 def _cell(estimate: Estimate | None) -> str:
     """Format a value and its standard error, or the residual of an eigenvalue that was computed from one start."""
     if estimate is None:
-        return formatting.ABSENT
+        return output.ABSENT
     if math.isfinite(estimate.residual) and not (math.isfinite(estimate.stderr) and estimate.stderr > 0):
-        return f"{formatting.number(estimate.value)} [{formatting.number(estimate.residual, 1)}]"
-    return formatting.with_error(estimate.value, estimate.stderr)
+        return f"{output.number(estimate.value)} [{output.number(estimate.residual, 1)}]"
+    return output.with_error(estimate.value, estimate.stderr)
 
 
 def _facts(report: SharpnessReport) -> Grid:
     cost, batches = report.cost, f"{report.batches} batch{'' if report.batches == 1 else 'es'}"
-    loss = (
-        formatting.number(report.loss) if math.isfinite(report.loss) else formatting.ABSENT
-    )  # gnb does not compute it
+    loss = output.number(report.loss) if math.isfinite(report.loss) else output.ABSENT  # gnb does not compute it
     facts = [
         ("loss", f"{loss} over {report.tokens:,} tokens in {batches}"),
         ("seed", str(report.seed)),

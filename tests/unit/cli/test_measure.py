@@ -34,7 +34,7 @@ from sharpwatch.cli.measure.plot import (
 from sharpwatch.cli.measure.progress import ProgressDisplay
 from sharpwatch.cli.measure.session import DeferredSignals
 from sharpwatch.cli.measure.table import tables
-from sharpwatch.cli.output.tables import plain
+from sharpwatch.cli.output import plain
 from sharpwatch.curvature.measure.report import BlockReport, SharpnessReport
 from sharpwatch.curvature.measure.validation import check_values
 from sharpwatch.curvature.statistics.estimate import Cost, Estimate, Spectrum

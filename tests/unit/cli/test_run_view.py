@@ -8,11 +8,10 @@ from sharpwatch.cli.client.follow_decision import describe_failure, describe_out
 from sharpwatch.cli.commands.decisions import decision_table
 from sharpwatch.cli.commands.doctor import check_table
 from sharpwatch.cli.commands.lr import rate_table, revision_table
-from sharpwatch.cli.commands.runs import run_table
+from sharpwatch.cli.commands.runs import run_table, run_view
 from sharpwatch.cli.doctor.daemon_checks import clock, metrics_url
 from sharpwatch.cli.doctor.local_checks import CheckResult
-from sharpwatch.cli.output.run_view import run_view
-from sharpwatch.cli.output.tables import plain
+from sharpwatch.cli.output import plain
 from sharpwatch.v1.operator_pb2 import Alert, Block, Decision, Revision, Run, RunDetail, RunPhase
 from sharpwatch.v1.types_pb2 import Checkpoint, Estimate, Rollback
 

@@ -1,1 +1,0 @@
-"""How the commands print: numbers, tables, and JSON."""
