@@ -17,7 +17,7 @@ import pytest
 import pytest_asyncio
 
 from sharpwatch._version import __version__
-from sharpwatch.cli.client.client import DaemonConnection, connected
+from sharpwatch.cli.client import DaemonConnection, connected
 from sharpwatch.errors import OperatorError
 from sharpwatch.v1 import operator_pb2 as pb
 from sharpwatch.v1.operator_pb2_grpc import OperatorServiceServicer, add_OperatorServiceServicer_to_server

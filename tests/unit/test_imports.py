@@ -94,11 +94,9 @@ ALLOWED = {
     "cli.options": {"common", "cli.extras"},
     "cli.output": {"common"},
     "cli.client": {"common", "cli.options", "cli.output"},
-    "cli.doctor": {"common", "cli.output", "cli.client"},
     "cli.measure": {"common", "blocks", "curvature", "cli.extras", "cli.options", "cli.output"},
     "cli.commands": {
-        *("common", "daemon", "demo", "cli.extras", "cli.options", "cli.output", "cli.client", "cli.doctor"),
-        "cli.measure",
+        *("common", "daemon", "demo", "cli.extras", "cli.options", "cli.output", "cli.client", "cli.measure"),
     },
     "cli": {"common", "cli"},
     "__main__": {"cli"},

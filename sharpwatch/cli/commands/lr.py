@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import click
 
 from sharpwatch.cli import output
-from sharpwatch.cli.client.client import author, operator, resolve_run
-from sharpwatch.cli.client.follow_decision import follow
+from sharpwatch.cli.client import author, operator, resolve_run
+from sharpwatch.cli.commands.decisions import follow
 from sharpwatch.cli.options import (
     COUNT,
     CommandGroup,

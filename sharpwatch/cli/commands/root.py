@@ -16,7 +16,7 @@ _COMPLETION = "_SHARPWATCH_COMPLETE"
 _START, _LOOK, _ACT, _CHECK = "Get started", "Look at runs", "Act on a run", "Run and check a daemon"
 _HERE = "sharpwatch.cli.commands"
 _COMMANDS = {
-    "demo": LazyCommand(_START, "Watch a small model train, break and recover.", f"{_HERE}.local:demo"),
+    "demo": LazyCommand(_START, "Watch a small model train, break and recover.", f"{_HERE}.serve:demo"),
     "measure": LazyCommand(_START, "Measure the sharpness of a checkpoint.", "sharpwatch.cli.measure.command:measure"),
     "jobs": LazyCommand(_LOOK, "List the runs that the daemon knows.", f"{_HERE}.runs:jobs"),
     "show": LazyCommand(_LOOK, "Show one run: blocks, alerts, failures.", f"{_HERE}.runs:show"),
@@ -26,8 +26,8 @@ _COMMANDS = {
     "rollback": LazyCommand(_ACT, "Ask a trainer to go back to a checkpoint.", f"{_HERE}.decisions:rollback"),
     "approve": LazyCommand(_ACT, "Approve a proposed decision.", f"{_HERE}.decisions:approve"),
     "reject": LazyCommand(_ACT, "Reject a proposed decision.", f"{_HERE}.decisions:reject"),
-    "serve": LazyCommand(_CHECK, "Run the daemon.", f"{_HERE}.local:serve"),
-    "check-config": LazyCommand(_CHECK, "Check a daemon's configuration file.", f"{_HERE}.local:check_config"),
+    "serve": LazyCommand(_CHECK, "Run the daemon.", f"{_HERE}.serve:serve"),
+    "check-config": LazyCommand(_CHECK, "Check a daemon's configuration file.", f"{_HERE}.serve:check_config"),
     "doctor": LazyCommand(_CHECK, "Check this installation and its daemon.", f"{_HERE}.doctor:doctor"),
 }
 

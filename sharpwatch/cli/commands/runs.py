@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 import click
 
 from sharpwatch.cli import output
-from sharpwatch.cli.client.client import author, operator, resolve_run
+from sharpwatch.cli.client import author, operator, resolve_run
 from sharpwatch.cli.options import DaemonCommand, DaemonOptions, reason_option, run_argument
 from sharpwatch.cli.output import Grid, print_answer
 from sharpwatch.v1.operator_pb2 import Block, GetRunRequest, ListRunsRequest, Run, RunDetail, RunPhase, SetModeRequest

@@ -5,7 +5,7 @@ from __future__ import annotations
 import grpc
 import pytest
 
-from sharpwatch.cli.client.client import DaemonConnection, author, connected, find_connection, match_run, plain_words
+from sharpwatch.cli.client import DaemonConnection, author, connected, find_connection, match_run, plain_words
 from sharpwatch.cli.options import DaemonOptions
 from sharpwatch.errors import OperatorError, TokenFileError
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import math
 
-from sharpwatch.cli.client.follow_decision import describe_failure, describe_outcome
-from sharpwatch.cli.commands.decisions import decision_table
-from sharpwatch.cli.commands.doctor import check_table
+from sharpwatch.cli.commands.decisions import decision_table, describe_failure, describe_outcome
+from sharpwatch.cli.commands.doctor import CheckResult, check_clock, check_table, metrics_url
 from sharpwatch.cli.commands.lr import rate_table, revision_table
 from sharpwatch.cli.commands.runs import run_table, run_view
-from sharpwatch.cli.doctor.daemon_checks import clock, metrics_url
-from sharpwatch.cli.doctor.local_checks import CheckResult
 from sharpwatch.cli.output import plain
 from sharpwatch.v1.operator_pb2 import Alert, Block, Decision, Revision, Run, RunDetail, RunPhase
 from sharpwatch.v1.types_pb2 import Checkpoint, Estimate, Rollback
@@ -231,6 +228,6 @@ def test_metrics_are_sought_where_the_daemon_is():
 
 
 def test_clocks_apart_are_warned_of():
-    assert clock(100.0, 103.0).state == "ok"
-    assert clock(100.0, 40.0).found == "60 s from the daemon's"
-    assert clock(100.0, 40.0).state == "warn"
+    assert check_clock(100.0, 103.0).state == "ok"
+    assert check_clock(100.0, 40.0).found == "60 s from the daemon's"
+    assert check_clock(100.0, 40.0).state == "warn"

@@ -1,4 +1,4 @@
-"""`sharpwatch serve`, `check-config` and `demo`: commands that load the daemon or the demo, once they run."""
+"""`sharpwatch serve`, `check-config` and `demo`: the commands that run a daemon or the demo on this machine."""
 
 from __future__ import annotations
 
