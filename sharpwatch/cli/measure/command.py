@@ -235,7 +235,7 @@ def _finish(session: MeasureSession) -> int:
 
 
 def _show(session: MeasureSession, report: SharpnessReport) -> None:
-    from sharpwatch.cli.measure.table import tables  # noqa: PLC0415 - as above
+    from sharpwatch.cli.measure.display import tables  # noqa: PLC0415 - as above
 
     if not session.request.quiet and session.request.json != _STANDARD_OUTPUT:
         print_tables(tables(report, layers=session.request.layers))

@@ -16,9 +16,9 @@ from sharpwatch.blocks import load_rules
 from sharpwatch.cli import output
 from sharpwatch.cli.measure.command import MeasureRequest
 from sharpwatch.cli.measure.data import TextWindows, load_batches
+from sharpwatch.cli.measure.display import ProgressDisplay, count_pieces
 from sharpwatch.cli.measure.files import StateFile, read_state
 from sharpwatch.cli.measure.model import load
-from sharpwatch.cli.measure.progress import ProgressDisplay, count_pieces
 from sharpwatch.curvature.measure.measure import Measurement, Progress, Settings
 from sharpwatch.curvature.measure.report import SharpnessReport
 from sharpwatch.curvature.measure.validation import check_values

@@ -20,6 +20,7 @@ from sharpwatch.blocks import classify
 from sharpwatch.cli.extras import need
 from sharpwatch.cli.main import main
 from sharpwatch.cli.measure.data import TextWindows, load_batches
+from sharpwatch.cli.measure.display import ProgressDisplay, tables
 from sharpwatch.cli.measure.files import StateFile, check_writable, read_state, write_whole
 from sharpwatch.cli.measure.model import LoadedModel, call, find_device, is_factory, load
 from sharpwatch.cli.measure.plot import (
@@ -31,9 +32,7 @@ from sharpwatch.cli.measure.plot import (
     outside_points,
     type_points,
 )
-from sharpwatch.cli.measure.progress import ProgressDisplay
 from sharpwatch.cli.measure.session import DeferredSignals
-from sharpwatch.cli.measure.table import tables
 from sharpwatch.cli.output import plain
 from sharpwatch.curvature.measure.report import BlockReport, SharpnessReport
 from sharpwatch.curvature.measure.validation import check_values
