@@ -9,9 +9,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sharpwatch.demo.play import play
+from sharpwatch.demo.play import play, render
 from sharpwatch.demo.recipe import Recipe
-from sharpwatch.demo.view import render
 
 STEPS = 400
 

@@ -31,7 +31,7 @@ from sharpwatch.curvature.estimators.gnb import gnb_probe
 from sharpwatch.curvature.estimators.hutchinson import hutchinson_probe
 from sharpwatch.curvature.estimators.lanczos import lanczos_probe
 from sharpwatch.curvature.objective.batch import Batch
-from sharpwatch.demo.corpus import Corpus, load_corpus
+from sharpwatch.demo.train import Corpus, load_corpus
 from sharpwatch.errors import ProbeError
 
 CACHE = Path(".bench")

@@ -11,9 +11,8 @@ from typing import Any
 
 from rich.console import Console
 
-from sharpwatch.demo.play import DemoOutcome, play
+from sharpwatch.demo.play import DemoOutcome, decision_line, estimate_of, play, render
 from sharpwatch.demo.recipe import BAD_BATCHES, CORRUPT_WEIGHT, LR_JUMP, MODELS, DemoOptions, Recipe
-from sharpwatch.demo.view import decision_line, estimate_of, render
 from sharpwatch.v1 import operator_pb2 as pb
 
 _FAULT_AT = 0.5  # of the run: late enough for baselines, early enough to see the end of it

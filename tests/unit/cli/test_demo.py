@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from sharpwatch.demo.view import decision_line, error_bar, sparkline
+from sharpwatch.demo.play import decision_line, error_bar, sparkline
 from sharpwatch.v1.operator_pb2 import Decision
 from sharpwatch.v1.types_pb2 import Checkpoint, Estimate, Rollback
 
