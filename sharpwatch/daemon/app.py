@@ -35,7 +35,8 @@ from sharpwatch.daemon.exporter.metrics import OwnMetrics, RunCollector, render
 from sharpwatch.daemon.ingest.hello import RunHello
 from sharpwatch.daemon.ingest.queue import SampleQueue
 from sharpwatch.daemon.pipeline import Pipeline
-from sharpwatch.daemon.runs.registry import REPLAYED_SAMPLES, Runs, restore_run
+from sharpwatch.daemon.runs.restore import REPLAYED_SAMPLES, restore_run
+from sharpwatch.daemon.runs.run import Runs
 from sharpwatch.daemon.storage.journal import Store
 from sharpwatch.errors import SharpwatchError
 from sharpwatch.v1.operator_pb2_grpc import add_OperatorServiceServicer_to_server

@@ -21,8 +21,7 @@ from sharpwatch.daemon.exporter.metrics import OwnMetrics
 from sharpwatch.daemon.ingest.queue import Attempt, QueuedSample, SampleQueue
 from sharpwatch.daemon.ingest.samples import Reading
 from sharpwatch.daemon.records import NO_CHANGES, Alert, Changes, Decision
-from sharpwatch.daemon.runs.registry import Runs
-from sharpwatch.daemon.runs.run import Run
+from sharpwatch.daemon.runs.run import Run, Runs
 from sharpwatch.daemon.storage.journal import Store
 from sharpwatch.daemon.storage.schema import AttemptRow, EstimateRow, ModeRow, PendingWrites, SampleRow
 from sharpwatch.errors import OperatorError, StoreError

@@ -13,7 +13,7 @@ LIMITS = {
     "attach": (40, 470),
     "step": (25, 171),
     "step with a gnb probe": (34, 229),
-    "sample with a gnb probe, at the daemon": (15, 69),
+    "sample with a gnb probe, at the daemon": (15, 66),
 }
 
 

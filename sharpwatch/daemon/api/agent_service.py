@@ -25,8 +25,7 @@ from sharpwatch.daemon.ingest.queue import Attempt, QueuedSample, SampleQueue
 from sharpwatch.daemon.ingest.samples import Reading, read_sample
 from sharpwatch.daemon.pipeline import Pipeline
 from sharpwatch.daemon.records import Decision
-from sharpwatch.daemon.runs.registry import Runs
-from sharpwatch.daemon.runs.run import Run
+from sharpwatch.daemon.runs.run import Run, Runs
 from sharpwatch.errors import WireError
 from sharpwatch.v1 import agent_pb2
 

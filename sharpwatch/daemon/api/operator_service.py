@@ -20,8 +20,7 @@ from sharpwatch.daemon.api.conversions import decision_message, detail_message, 
 from sharpwatch.daemon.decisions.lifecycle import is_settled
 from sharpwatch.daemon.pipeline import Pipeline
 from sharpwatch.daemon.records import Changes, Decision, Mode
-from sharpwatch.daemon.runs.registry import Runs
-from sharpwatch.daemon.runs.run import Run
+from sharpwatch.daemon.runs.run import Run, Runs
 from sharpwatch.daemon.storage.schema import ModeRow
 from sharpwatch.errors import OperatorError, StoreError
 from sharpwatch.v1 import operator_pb2 as pb

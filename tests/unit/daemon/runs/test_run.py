@@ -15,8 +15,8 @@ from sharpwatch.daemon.estimation.estimator import estimate_all
 from sharpwatch.daemon.ingest.hello import read_hello
 from sharpwatch.daemon.ingest.queue import Attempt
 from sharpwatch.daemon.ingest.samples import read_sample
-from sharpwatch.daemon.runs.registry import Runs, restore_run
-from sharpwatch.daemon.runs.run import Run, Signal
+from sharpwatch.daemon.runs.restore import restore_run
+from sharpwatch.daemon.runs.run import Run, Runs, Signal
 from sharpwatch.daemon.storage.schema import SampleRow, StoredAttempt, StoredRun
 from sharpwatch.v1 import agent_pb2, types_pb2
 
