@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import wraps
+from itertools import pairwise, takewhile
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -224,6 +225,16 @@ class ReadableCommand(click.Command):
         kwargs["context_settings"] = {"help_option_names": ["-h", "--help"], "max_content_width": _HELP_WIDTH}
         super().__init__(*args, **kwargs)
         self.example = example
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Refuse the name of an option in the place of a value: click would take it as the value."""
+        options = [param for param in self.get_params(ctx) if isinstance(param, click.Option)]
+        names = {name for option in options for name in (*option.opts, *option.secondary_opts)}
+        with_value = {name for option in options if not option.is_flag for name in option.opts}
+        for option, value in pairwise(takewhile("--".__ne__, args)):
+            if option in with_value and value in names and not ctx.resilient_parsing:
+                raise click.UsageError(f"{option} has no value; if {value} is its value, write {option}={value}", ctx)
+        return super().parse_args(ctx, args)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options, a section for each heading."""

@@ -40,6 +40,12 @@ USAGE = 2
             "'9:5' is not a range of steps; it must be A:B with A < B",
         ),
         (["rollback", "run", "--reason", "r", "--skip", "5"], "'5' is not a range of steps"),
+        (
+            ["rollback", "run", "--reason", "--json"],
+            "--reason has no value; if --json is its value, write --reason=--json",
+        ),
+        (["jobs", "--address", "--json"], "--address has no value"),
+        (["rollback", "run", "--reason=--json", "--skip", "5"], "'5' is not a range of steps"),
         (["mode", "run", "act"], "'[MODE]': 'act' is not one of 'observe', 'advise', 'enforce'"),
         (
             ["jobs", "--address", "nowhere"],
