@@ -97,9 +97,9 @@ def number(value: float, digits: int = 4) -> str:
     return f"{value:.{digits}g}"
 
 
-def optional(value: float | None) -> str:
-    """Format a value, or a dash for one that was not measured."""
-    return ABSENT if value is None else number(value)
+def measured(message: Message, name: str) -> str:
+    """Format a number in a message, or a dash if the field is absent, because it was not measured."""
+    return number(getattr(message, name)) if message.HasField(name) else ABSENT
 
 
 def with_error(value: float, stderr: float) -> str:

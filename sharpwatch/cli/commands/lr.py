@@ -69,8 +69,8 @@ def rate_table(detail: RunDetail, newest: Revision | None) -> Grid:
         tuple(
             (
                 block.block,
-                output.optional(block.learning_rate if block.HasField("learning_rate") else None),
-                output.optional(block.lr_multiplier if block.HasField("lr_multiplier") else None),
+                output.measured(block, "learning_rate"),
+                output.measured(block, "lr_multiplier"),
                 output.number(wanted.get(block.block, 1.0)),
             )
             for block in detail.blocks

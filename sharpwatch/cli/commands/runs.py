@@ -37,7 +37,7 @@ def run_table(runs: list[Run], now: float) -> Grid:
                 run.run,
                 phase(run),
                 str(run.step),
-                output.optional(run.loss if run.HasField("loss") else None),
+                output.measured(run, "loss"),
                 run.mode,
                 str(run.lr_revision),
                 str(run.active_alerts),
@@ -120,7 +120,7 @@ def state(detail: RunDetail, now: float) -> Grid:
         ("training job", ", ".join(filter(None, (run.training_job, detail.optimizer, detail.host)))),
         ("phase", f"{phase(run)}, attempt {run.attempts}, last sample {seen}"),
         ("step", f"{run.step}{each}"),
-        ("loss", output.optional(run.loss if run.HasField("loss") else None)),
+        ("loss", output.measured(run, "loss")),
         ("mode", f"{run.mode}, control {run.control}, LR revision {run.lr_revision}"),
         (
             "overhead",
@@ -164,17 +164,11 @@ def blocks(found: Sequence[Block]) -> Grid:
 
 
 def _block(block: Block) -> tuple[str, ...]:
-    measured = (
-        block.gradient_norm if block.HasField("gradient_norm") else None,
-        block.update_rms if block.HasField("update_rms") else None,
-        block.learning_rate if block.HasField("learning_rate") else None,
-        block.lr_multiplier if block.HasField("lr_multiplier") else None,
-    )
     return (
         block.block,
         f"{block.parameters:,}",
         *(output.estimate(first(block.estimates, quantity)) for quantity in _QUANTITIES),
-        *map(output.optional, measured),
+        *(output.measured(block, name) for name in ("gradient_norm", "update_rms", "learning_rate", "lr_multiplier")),
     )
 
 

@@ -18,6 +18,7 @@ from sharpwatch._version import __version__
 from sharpwatch.daemon.api.auth import Authorizer
 from sharpwatch.daemon.api.conversions import decision_message, detail_message, revision_message, run_message
 from sharpwatch.daemon.decisions.lifecycle import is_settled
+from sharpwatch.daemon.decisions.run_controller import RunController
 from sharpwatch.daemon.pipeline import Pipeline
 from sharpwatch.daemon.records import Changes, Decision, Mode
 from sharpwatch.daemon.runs.run import Run, Runs
@@ -202,23 +203,26 @@ class OperatorService(OperatorServiceServicer):
 
     async def ApproveDecision(self, request: pb.ApproveDecisionRequest, context: Context) -> pb.ApproveDecisionResponse:
         """Approves a proposed decision."""
-        await self._authorize(request, context)
-        run, identity = await self._find_decision(request.id, context)
-        changes = await self._change(
-            context, lambda: run.controller.approve(identity, request.author, request.reason, time.time())
-        )
-        await self._submit(run, changes, context)
-        return pb.ApproveDecisionResponse(decision=decision_message(_decision(run, identity)))
+        return pb.ApproveDecisionResponse(decision=await self._answer(request, context, RunController.approve))
 
     async def RejectDecision(self, request: pb.RejectDecisionRequest, context: Context) -> pb.RejectDecisionResponse:
         """Rejects a proposed decision."""
+        return pb.RejectDecisionResponse(decision=await self._answer(request, context, RunController.reject))
+
+    async def _answer(
+        self,
+        request: pb.ApproveDecisionRequest | pb.RejectDecisionRequest,
+        context: Context,
+        answer: Callable[[RunController, str, str, str, float], Changes],
+    ) -> pb.Decision:
+        """Approves or rejects a proposed decision, by a method of its run's controller."""
         await self._authorize(request, context)
         run, identity = await self._find_decision(request.id, context)
         changes = await self._change(
-            context, lambda: run.controller.reject(identity, request.author, request.reason, time.time())
+            context, lambda: answer(run.controller, identity, request.author, request.reason, time.time())
         )
         await self._submit(run, changes, context)
-        return pb.RejectDecisionResponse(decision=decision_message(_decision(run, identity)))
+        return decision_message(_decision(run, identity))
 
     async def _changed(self, run: Run, version: int, context: Context) -> None:
         """Waits until `run` is past `version`; ends the call if the daemon stops."""
