@@ -1,7 +1,7 @@
-"""The pipeline: one task through which every sample and every change goes, from the queue to journal and decisions.
+"""The pipeline: one task that takes every sample and every change from the queue to the journal and to decisions.
 
 A sample is acknowledged only once it is journalled, and a command is sent only once its decision is. Estimates follow
-when they are done: no alert or decision waits for them, and each carries the step that it is of. While the journal
+when they are done: no alert or decision waits for them, and each carries its step. While the journal
 fails, samples are still estimated, judged and exported; acknowledgements and commands wait until it takes writes again.
 """
 
@@ -45,7 +45,7 @@ class Pipeline:
         on_command: Called with a run and a journalled decision whose command is to be sent.
     """
 
-    def __init__(  # noqa: PLR0913  everything that it stands between
+    def __init__(  # noqa: PLR0913  the parts that it connects
         self,
         *,
         runs: Runs,
@@ -112,7 +112,7 @@ class Pipeline:
         await self._write(())
 
     async def restored(self, run: Run, changes: Sequence[Changes]) -> None:
-        """Has the changes that a restart found out journalled, and estimates the restored windows."""
+        """Journals the changes that a restart found in replayed samples, and estimates the restored windows."""
         for change in changes:
             self._pending.add(run.name, change)
         await self._estimate([run.request()])
@@ -250,7 +250,7 @@ class Pipeline:
             self._record(run, run.controller.observe(observation, now))
 
     def _take_reports(self, run: Run, reading: Reading, now: float) -> None:
-        """Takes what a sample reports beside measurements; also the last samples of a replaced attempt count."""
+        """Takes what a sample reports beside measurements, also from the last samples of a replaced attempt."""
         if reading.restored:
             run.controller.rewind(reading.step)
             self._pending.rewind(run.name, reading.step)

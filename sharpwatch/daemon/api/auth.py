@@ -1,4 +1,4 @@
-"""Who may do what: the daemon serves loopback and unix sockets only, and changes need the operator's token.
+"""Authorization: the daemon serves loopback and unix sockets only, and changes need the operator's token.
 
 There are no certificates. A caller on the unix socket is an operator, because its mode 0600 lets only the daemon's own
 user (and root) connect; gRPC for Python does not tell the uid of a peer. Loopback is shared by all users of a machine,

@@ -1,4 +1,4 @@
-"""Reads the daemon's configuration file; what cannot work is refused with file, line, key and what is valid."""
+"""Reads the daemon's configuration file. An error names the file, the line, the key and what is valid there."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def load_config(path: str | Path | None = None) -> Config:
         path: A YAML file; None or an empty file is the default configuration.
 
     Raises:
-        ConfigError: The file cannot be read, or something in it cannot work.
+        ConfigError: The file cannot be read, or a key or a value in it is invalid.
     """
     document = YamlDocument("", None, {}) if path is None else read_yaml(Path(path))
     if document.data is None:
@@ -68,13 +68,13 @@ def json_schema() -> dict[str, Any]:
 
 
 def _first_error(document: YamlDocument, found: Iterable[ErrorDetails]) -> ConfigError:
-    """The error that stands first in the file."""
+    """Returns the first error in the file."""
     errors = [_explained(document, each) for each in found]
     return min(errors, key=lambda error: error.line)
 
 
 def _explained(document: YamlDocument, error: ErrorDetails) -> ConfigError:
-    """Pydantic's error in this file's terms."""
+    """Translates an error of pydantic to one with file, line and key."""
     location = _within(document, error["loc"])
     name = error["loc"][-1] if error["loc"] else ""
     match error["type"]:
@@ -93,7 +93,7 @@ def _explained(document: YamlDocument, error: ErrorDetails) -> ConfigError:
 
 
 def _within(document: YamlDocument, location: Sequence[str | int]) -> Location:
-    """`location` without the steps that pydantic adds for the branches of a union, and without a missing key."""
+    """Returns `location` without the steps that pydantic adds for branches of a union, and without a missing key."""
     found: Location = ()
     for step in location:
         holder = document.at(found)
@@ -103,14 +103,14 @@ def _within(document: YamlDocument, location: Sequence[str | int]) -> Location:
 
 
 def _keys(location: Location) -> list[str]:
-    """The keys that are valid in the mapping at `location`."""
+    """Returns the keys that are valid in the mapping at `location`."""
     section = next((step for step in reversed(location) if isinstance(step, str)), "")
     kind = PolicyConfig if section == "policies" else _SECTIONS.get(section, Config)
     return [field.name for field in dataclasses.fields(kind)]
 
 
 def _check_action(document: YamlDocument, policy_at: Location, policy: PolicyConfig) -> None:
-    """An action takes the keys of its own kind alone, and says what it does."""
+    """Checks that an action has a kind, and the keys of that kind alone."""
     at = (*policy_at, "action")
     given, kind = document.at(at), policy.action.kind
     if given is None:
@@ -141,7 +141,7 @@ def _check_guard(document: YamlDocument, policy_at: Location, guard: GuardConfig
 
 
 def _check_effect(document: YamlDocument, at: Location, policy: PolicyConfig) -> None:
-    """A factor that its own guard never lets through has no effect."""
+    """Checks that the policy's own guard lets its factor through."""
     action, guard = policy.action, policy.guard
     if action.kind != "scale_lr":
         return
@@ -164,7 +164,7 @@ def _check_effect(document: YamlDocument, at: Location, policy: PolicyConfig) ->
 
 
 def _check_escalation(document: YamlDocument, policies: Sequence[PolicyConfig]) -> None:
-    """Names are unique, every `escalate.to` exists, no chain is a circle, and every policy can be reached."""
+    """Checks that names are unique, every `escalate.to` exists, no chain is a circle, and every policy can run."""
     by_name: dict[str, PolicyConfig] = {}
     for index, policy in enumerate(policies):
         if policy.name in by_name:

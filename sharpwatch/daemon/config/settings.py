@@ -35,7 +35,7 @@ _FORBID = ConfigDict(extra="forbid")
 
 
 def _expecting(expected: str) -> WrapValidator:
-    """Say what is expected, whichever of the inner rules a value breaks."""
+    """Replaces the error of any inner rule by one that says what is expected."""
 
     def validate(value: Any, inner: Any) -> Any:
         try:
@@ -48,7 +48,7 @@ def _expecting(expected: str) -> WrapValidator:
 
 
 def _one_of(allowed: tuple[str, ...], *, expected: str = "") -> WrapValidator:
-    """Name the valid words, and the nearest of them."""
+    """Replaces the error by one that lists the valid words and names the nearest one."""
 
     def validate(value: Any, inner: Any) -> Any:
         try:
@@ -63,7 +63,7 @@ def _one_of(allowed: tuple[str, ...], *, expected: str = "") -> WrapValidator:
 
 @dataclass(frozen=True)
 class _Constraints(GroupedMetadata):
-    """Several constraints on one value; pydantic takes them apart."""
+    """Several constraints on one value, which pydantic iterates over."""
 
     constraints: tuple[Any, ...]
 
@@ -82,7 +82,7 @@ def _number(low: float, high: float) -> _Constraints:
 
 
 def _seconds(value: Any) -> Any:
-    """`1.5m` in seconds."""
+    """Converts a duration such as `1.5m` to seconds."""
     units = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": _DAY}
     if isinstance(value, str) and value[-1:] in units:
         return float(value[:-1]) * units[value[-1]]
@@ -175,7 +175,7 @@ class DaemonConfig:
 
 @dataclass(frozen=True, slots=True)
 class MatchConfig:
-    """The alert a policy answers; empty: the policy runs only where another one escalates to it."""
+    """The alert that a policy answers; empty for a policy that runs only when another one escalates to it."""
 
     __pydantic_config__: ClassVar[ConfigDict] = _FORBID
 
@@ -188,8 +188,8 @@ class ActionConfig:
 
     Attributes:
         kind: Which action.
-        blocks: The blocks of the alert, all, or the named ones (`scale_lr`).
-        factor: What the multipliers are multiplied by (`scale_lr`).
+        blocks: `alert` for the blocks of the alert, `all`, or a list of blocks (`scale_lr`).
+        factor: The factor on their multipliers (`scale_lr`).
         ramp_steps: Steps over which the change is spread geometrically (`scale_lr`).
         ttl_steps: Steps after which a raise ends if the daemon falls silent (`scale_lr`).
         skip_margin: Steps of data left out on both sides of the alert (`rollback`).
@@ -207,7 +207,7 @@ class ActionConfig:
 
 @dataclass(frozen=True, slots=True)
 class GuardConfig:
-    """What a policy must keep to. Times are in optimizer steps, `approve_within` in seconds."""
+    """The limits on a policy's actions. Times are in optimizer steps, `approve_within` in seconds."""
 
     __pydantic_config__: ClassVar[ConfigDict] = _FORBID
 
@@ -224,7 +224,7 @@ class GuardConfig:
 
 @dataclass(frozen=True, slots=True)
 class EscalateConfig:
-    """The next policy, `to`, where the alert still stands `after_steps` after the first action."""
+    """The policy that takes over, `to`, if the alert is still active `after_steps` steps after the first action."""
 
     __pydantic_config__: ClassVar[ConfigDict] = _FORBID
 
@@ -234,7 +234,7 @@ class EscalateConfig:
 
 @dataclass(frozen=True, slots=True)
 class PolicyConfig:
-    """One answer to one alert."""
+    """A policy: the alert that it answers, its action, and the limits on that."""
 
     __pydantic_config__: ClassVar[ConfigDict] = _FORBID
 
@@ -248,7 +248,7 @@ class PolicyConfig:
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """All of the daemon's configuration; the default watches, and does nothing else."""
+    """The whole configuration; with the default one, the daemon only watches."""
 
     __pydantic_config__: ClassVar[ConfigDict] = _FORBID
 

@@ -40,7 +40,7 @@ class OperatorRequests:
         _permitted(self._permissions.multipliers())
         self._check_set(wanted)
         if ramp_steps < 0:
-            raise OperatorError(f"ramp_steps {ramp_steps}: allowed is 0 or more")
+            raise OperatorError(f"ramp_steps must be 0 or more, got {ramp_steps}")
         step = operator.step or 0
         if apply_at_step and not step < apply_at_step <= step + EXPIRES_AFTER_STEPS:
             allowed = f"0 for the next step, or {step + 1} to {step + EXPIRES_AFTER_STEPS}"

@@ -19,7 +19,9 @@ from sharpwatch.daemon.estimation.windows import EstimateRequest, Estimates, Rea
 from sharpwatch.daemon.ingest.probes import GradientNoiseReading
 from sharpwatch.errors import SharpwatchError
 
-CAPACITY = 1024  # windows that may wait; beyond it the pipeline waits, its queue fills, and the busiest run gives way
+CAPACITY = (
+    1024  # windows that may wait; beyond it the pipeline waits, its queue fills, and the busiest run loses samples
+)
 _BATCH = 256  # requests in one batch, so that their padded sketches stay below some tens of megabytes
 
 

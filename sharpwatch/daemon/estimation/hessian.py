@@ -58,7 +58,7 @@ def _whole_ratio(readings: Sequence[DirectionReading], step: int) -> Estimate | 
 
 
 def _block_ratios(blocks: Sequence[str], readings: Sequence[DirectionReading], step: int) -> dict[str, Estimate]:
-    """By block, over the newest probes in which the block had its turn."""
+    """Estimates the ratio of each block from the newest probes that measured it."""
     ratios = {}
     for index, block in enumerate(blocks):
         taken = [one for one in readings if not math.isnan(one.block_curvature[index])][-WINDOW_PROBES:]
@@ -71,7 +71,7 @@ def _block_ratios(blocks: Sequence[str], readings: Sequence[DirectionReading], s
 
 
 def _stability_ratios(hello: RunHello, window: Window) -> dict[Key, Estimate]:
-    """Of the whole model and of each block; a ratio whose error is not known yet is left out."""
+    """Estimates the ratio of the whole model and of each block; one whose error is not known yet is left out."""
     step = window[-1][0]
     readings = [reading for _, reading in window]
     whole = _whole_ratio(readings[-WINDOW_PROBES:], step)
@@ -122,7 +122,7 @@ def _eigenvalues(hello: RunHello, window: Window) -> dict[Key, Estimate]:
 
 
 def _critical_sharpness(hello: RunHello, window: Window) -> dict[Key, Estimate]:
-    """Medians over the newest probes, and for a block over those in which it had its turn; at least two.
+    """Medians over the newest probes, for a block over those that measured it; at least two.
 
     A median, because a step that climbs on the probe's rows raises the loss at any scale, and one such search would
     dominate a mean.
@@ -144,7 +144,7 @@ def _critical_sharpness(hello: RunHello, window: Window) -> dict[Key, Estimate]:
 
 
 def _preconditioned(hello: RunHello, window: Window) -> dict[Key, Estimate]:
-    """The newest probe, with an error as that of an eigenvalue."""
+    """The newest probe; its error is the scatter of probes on other batches."""
     del hello
     step, newest = window[-1]
     values = [one.ratio for _, one in window]
@@ -208,7 +208,7 @@ HUTCHINSON = ReadingSpec(
 )
 LANCZOS = ReadingSpec(
     name="lanczos",
-    window=WINDOW_ALL_BLOCKS + WINDOW_PROBES,  # the whole model has turns too
+    window=WINDOW_ALL_BLOCKS + WINDOW_PROBES,  # the whole model is probed in turn too
     estimators=("lanczos",),
     estimate=run_by_run("lanczos", _eigenvalues),
 )

@@ -1,4 +1,4 @@
-"""The window of probes that an estimate is made of, and what the daemon must know of each kind of probe."""
+"""The windows of probes from which estimates are made, and the registration of a kind of probe."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class ReadingSpec:
         estimators: The estimators under which its estimates are shown; a new estimate replaces all of them.
         estimate: Estimates a batch of requests, which all have a window of this probe, on a torch device.
         shown: Returns the fields of a run's snapshot that a single reading sets, by block; None if it sets none.
-        without_projection: What is left of a reading once the sketches' projection has changed.
+        without_projection: Returns the part of a reading that stays valid when the sketches' projection changes.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The Hello with which an attempt of a run begins, checked. It tells how the samples of the attempt are read."""
+"""Checks the Hello with which an attempt of a run begins; it describes the arrays in the attempt's samples."""
 
 from __future__ import annotations
 

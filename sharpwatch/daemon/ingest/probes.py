@@ -1,8 +1,8 @@
 """Decodes the probes of a sample and checks their shapes, limits and numbers.
 
 `DECODERS` has a decoder for each field of a Sample that is a probe. A decoder returns None if a number is not finite,
-because the model's own were not; the probe is then dropped and counted. It raises `WireError` for what an agent can't
-have meant: a wrong shape, an unknown block, a negative square.
+because the model's own numbers were not; the probe is then dropped and counted. It raises `WireError` for what no
+correct agent sends: a wrong shape, an unknown block, a negative square.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class GnbReading:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DirectionReading:
-    """One direction probe; arrays are [B], with NaN in block_curvature for a block that had no turn."""
+    """One direction probe; arrays are [B], with NaN in block_curvature for a block that was not probed."""
 
     tokens: int
     descent: float
@@ -70,7 +70,7 @@ class LanczosReading:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LineSearchReading:
-    """One line search; arrays are [B], with NaN for a block that had no turn."""
+    """One line search; arrays are [B], with NaN for a block that was not probed."""
 
     tokens: int
     sharpness: float
@@ -91,7 +91,7 @@ class PreconditionedReading:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GradientNoiseReading:
-    """The gradient noise by block [B], NaN where a layer block has none; None where the step had no noise to tell."""
+    """The gradient noise by block [B], NaN where a layer block has none; None if the step has none."""
 
     noise: Floats | None
 
@@ -119,7 +119,7 @@ def read_probes(hello: RunHello, sample: agent_pb2.Sample) -> dict[str, Any]:
 def _gnb(probe: agent_pb2.GnbProbe, hello: RunHello) -> GnbReading | None:
     tokens = _tokens(probe, "gnb")
     traces = _draws(probe.traces, "gnb.traces", hello)
-    require(bool((np.isnan(traces) | (traces >= 0)).all()), "gnb.traces: a squared norm below zero")
+    require(bool((np.isnan(traces) | (traces >= 0)).all()), "gnb.traces must not be negative")
     shape = (len(hello.blocks), hello.sketch_size)
     sketches = gradient = None
     if probe.HasField("sketches"):
@@ -141,14 +141,14 @@ def _gradient_noise(probe: agent_pb2.GradientNoiseProbe, hello: RunHello) -> Gra
 
 
 def _older_gradient_noise(probe: agent_pb2.GnbProbe, hello: RunHello) -> GradientNoiseReading:
-    """The noise that an agent sends with its gnb probe if gradient noise is no probe of its own there."""
+    """Reads the noise in the gnb probe of an older agent, for which gradient noise is no probe of its own."""
     if not probe.HasField("gradient_noise"):
         return GradientNoiseReading(None)
     return GradientNoiseReading(_noise_by_block(probe.gradient_noise, "gnb.gradient_noise", hello))
 
 
 def _noise_by_block(array: types_pb2.Array, what: str, hello: RunHello) -> Floats | None:
-    """Sums over the layers of each block; None where an entry is infinite."""
+    """Sums the noise over the layers of each block; None if an entry is infinite."""
     noise = wire.decode(array, name=what, dtype="float32", shape=(len(hello.layer_blocks),))
     if np.isinf(noise).any():
         return None
@@ -173,7 +173,7 @@ def _hutchinson(probe: agent_pb2.HutchinsonProbe, hello: RunHello) -> Hutchinson
     block = _block(probe.block, "hutchinson.block", hello)
     traces = _draws(probe.traces, "hutchinson.traces", hello)
     others = hello.block_of != hello.blocks.index(block)
-    require(not traces[:, others].any(), f"hutchinson.traces: not zero outside {block}")
+    require(not traces[:, others].any(), f"hutchinson.traces must be zero outside {block}")
     method = checked_text(probe.method, "hutchinson.method", MAX_NAME)
     return HutchinsonReading(tokens, block, traces, method) if _finite(traces) else None
 
@@ -182,8 +182,8 @@ def _lanczos(probe: agent_pb2.LanczosProbe, hello: RunHello) -> LanczosReading |
     tokens = _tokens(probe, "lanczos")
     block = _block(probe.block, "lanczos.block", hello) if probe.block else ""
     ends = (probe.top, probe.top_residual, probe.bottom, probe.bottom_residual)
-    require(not (probe.top_residual < 0 or probe.bottom_residual < 0), "lanczos: a residual below zero")
-    require(not probe.bottom > probe.top, "lanczos: the smallest eigenvalue above the largest")
+    require(not (probe.top_residual < 0 or probe.bottom_residual < 0), "lanczos residuals must not be negative")
+    require(not probe.bottom > probe.top, "lanczos.bottom must be at most lanczos.top")
     method = checked_text(probe.method, "lanczos.method", MAX_NAME)
     return LanczosReading(tokens, block, *ends, method) if _finite(*ends) else None
 
@@ -194,7 +194,7 @@ def _linesearch(probe: agent_pb2.LineSearchProbe, hello: RunHello) -> LineSearch
     half_width = _by_block(probe.block_half_width, "linesearch.block_half_width", hello)
     whole = (probe.sharpness, probe.half_width)
     below = min(whole) < 0 or (sharpness < 0).any() or (half_width < 0).any()
-    require(not below, "linesearch: a sharpness or a width below zero")
+    require(not below, "linesearch sharpness and half-width must not be negative")
     if not _finite(*whole) or np.isinf(sharpness).any() or np.isinf(half_width).any():
         return None
     return LineSearchReading(tokens, *whole, sharpness, half_width)
@@ -203,7 +203,7 @@ def _linesearch(probe: agent_pb2.LineSearchProbe, hello: RunHello) -> LineSearch
 def _preconditioned(probe: agent_pb2.PreconditionedProbe, hello: RunHello) -> PreconditionedReading | None:
     tokens = _tokens(probe, "preconditioned")
     del hello
-    require(not probe.residual < 0, "preconditioned: a residual below zero")
+    require(not probe.residual < 0, "preconditioned.residual must not be negative")
     method = checked_text(probe.method, "preconditioned.method", MAX_NAME)
     if not _finite(probe.ratio, probe.residual):
         return None
@@ -230,7 +230,7 @@ def _tokens(probe: Any, name: str) -> int:
 
 def _draws(array: types_pb2.Array, what: str, hello: RunHello) -> Floats:
     values = wire.decode(array, name=what, dtype="float64", shape=(None, len(hello.layer_blocks)))
-    require(0 < len(values) <= MAX_DRAWS, f"{what}: {len(values)} draws, expected 1 to {MAX_DRAWS}")
+    require(0 < len(values) <= MAX_DRAWS, f"{what} must have 1 to {MAX_DRAWS} draws, got {len(values)}")
     return values
 
 
@@ -239,7 +239,7 @@ def _by_block(array: types_pb2.Array, what: str, hello: RunHello, dtype: str = "
 
 
 def _block(block: str, what: str, hello: RunHello) -> str:
-    require(block in hello.blocks, f"{what}: {block[:MAX_NAME]!r}, expected one of {list(hello.blocks)}")
+    require(block in hello.blocks, f"{what} must be one of {list(hello.blocks)}, got {block[:MAX_NAME]!r}")
     return block
 
 

@@ -14,7 +14,7 @@ from sharpwatch.errors import WireError
 
 
 class Cursor:
-    """How far one attempt has come: which sequences are journalled, which wait for it, and the newest step.
+    """How far the samples of one attempt have come: the sequences journalled, those in the queue, and the newest step.
 
     Args:
         journalled: The newest sequence in the journal; 0 before the first.
@@ -28,7 +28,7 @@ class Cursor:
         self._highest = journalled
 
     def place(self, sequence: int, step: int, *, restored: bool) -> Literal["new", "waiting", "journalled"]:
-        """Tells a new sample from one that was sent again, and notes a new one.
+        """Tells a new sample from one that was sent again, and remembers a new one.
 
         Args:
             sequence: The sample's sequence.
@@ -62,18 +62,18 @@ class Cursor:
         return not self._waiting
 
     def mark_journalled(self, sequence: int) -> None:
-        """Notes that `sequence` is journalled, and so is every earlier one that was not dropped."""
+        """Records that `sequence` is journalled, and with it every earlier one that was not dropped."""
         self._waiting.discard(sequence)
         self.journalled = max(self.journalled, sequence)
 
     def forget(self, sequence: int) -> None:
-        """Notes that `sequence` was dropped from the queue and will never be journalled."""
+        """Records that `sequence` was dropped from the queue and will never be journalled."""
         self._waiting.discard(sequence)
 
 
 @dataclass(slots=True, eq=False)
 class Attempt:
-    """One attach of a run: its Hello, the bytes of that for the journal, and how far its samples have come."""
+    """One attach of a run: its Hello, the bytes of that for the journal, and the cursor of its samples."""
 
     hello: RunHello
     message: bytes

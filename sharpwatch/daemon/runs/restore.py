@@ -71,7 +71,7 @@ def _attempt(row: StoredAttempt) -> Attempt | None:
 
 
 def _replay(run: Run, attempts: dict[str, Attempt], rows: tuple[SampleRow, ...]) -> list[Changes]:
-    """Folds the samples. Nothing is decided, but a result that came in just before the daemon ended still counts."""
+    """Folds the samples. Nothing is decided, but results of commands that are still outstanding are taken in."""
     changes = []
     for row in rows:
         attempt = attempts.get(row.attempt)

@@ -59,7 +59,7 @@ class RunSnapshot:
 
 
 class Signal:
-    """Wakes waiters when something changes, without saying what."""
+    """Wakes waiters when a run changes; they read its snapshot to see what changed."""
 
     def __init__(self) -> None:
         self.version = 0
@@ -250,7 +250,7 @@ class Run:
 
 
 def _present(blocks: Iterable[str], values: Iterable[float]) -> dict[str, float]:
-    """Leaves out NaN, which stands for a value that was not measured."""
+    """Leaves out NaN, which means that a value was not measured."""
     return {block: float(value) for block, value in zip(blocks, values, strict=True) if not np.isnan(value)}
 
 

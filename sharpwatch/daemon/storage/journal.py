@@ -1,8 +1,8 @@
 """The journal: an SQLite file in which the daemon keeps samples and records, written on a thread of its own.
 
-The file is in WAL mode with synchronous=FULL. The trainer's side forgets a sample once it is acknowledged, and a
-command that was sent must be found again, so a commit has to survive power loss, not only a killed process. With NORMAL
-the file would stay sound but could lose its newest commits. The price is one fsync a batch of samples.
+The file is in WAL mode with synchronous=FULL. An agent forgets a sample once it is acknowledged, and a command that
+was sent must not be lost, so a commit has to survive power loss, not only a killed process. With NORMAL the file would
+stay consistent but could lose its newest commits. The price is one fsync a batch of samples.
 """
 
 from __future__ import annotations

@@ -136,15 +136,15 @@ class StoredRun:
     mode: Mode | None
 
 
-MAX_PENDING_ESTIMATES = 100_000  # the oldest go while the journal fails; they can be made again from samples
+MAX_PENDING_ESTIMATES = 100_000  # the oldest are dropped while the journal fails; samples can give them again
 
 
 @dataclass(slots=True)
 class PendingWrites:
-    """Records that the journal does not have yet: each in its newest form, and of decisions every state.
+    """Records that the journal does not have yet: the newest state of each, and every state of a decision.
 
-    The pipeline collects changes here for the next transaction. If that fails, it puts the changes that came meanwhile
-    on top with `add_newer`, and tries again with all of them.
+    The pipeline collects changes here for the next transaction. If that fails, it adds the changes that came meanwhile
+    with `add_newer`, and tries again with all of them.
     """
 
     attempts: dict[str, AttemptRow] = field(default_factory=dict)
