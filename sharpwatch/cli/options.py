@@ -1,4 +1,4 @@
-"""What the commands are made of: argument types, shared options, and commands and groups with readable help."""
+"""The parts of commands: argument types, shared options, and commands and groups with readable help."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ from sharpwatch.daemon.decisions.run_controller import RunController
 from sharpwatch.daemon.estimation.estimator import Estimator
 from sharpwatch.daemon.exporter.metrics import OwnMetrics, RunCollector, render
 from sharpwatch.daemon.ingest.hello import RunHello
-from sharpwatch.daemon.ingest.queue import SampleQueue
+from sharpwatch.daemon.ingest.samples import SampleQueue
 from sharpwatch.daemon.pipeline import Pipeline
 from sharpwatch.daemon.runs.restore import REPLAYED_SAMPLES, restore_run
 from sharpwatch.daemon.runs.run import Runs

@@ -18,8 +18,8 @@ from sharpwatch.daemon.decisions.lifecycle import UNDER_WAY
 from sharpwatch.daemon.estimation.estimator import EstimationQueue, Estimator, QueuedRequest
 from sharpwatch.daemon.estimation.windows import EstimateRequest, Estimates
 from sharpwatch.daemon.exporter.metrics import OwnMetrics
-from sharpwatch.daemon.ingest.queue import Attempt, QueuedSample, SampleQueue
-from sharpwatch.daemon.ingest.samples import Reading
+from sharpwatch.daemon.ingest.hello import Attempt
+from sharpwatch.daemon.ingest.samples import QueuedSample, Reading, SampleQueue
 from sharpwatch.daemon.records import NO_CHANGES, Alert, Changes, Decision
 from sharpwatch.daemon.runs.run import Run, Runs
 from sharpwatch.daemon.storage.journal import Store

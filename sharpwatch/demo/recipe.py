@@ -1,4 +1,4 @@
-"""What a demo run consists of, and the faults it can have. Free of torch, so that the command line loads fast."""
+"""The recipe of a demo run: its options and faults. Free of torch, so that the command line loads fast."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`sharpwatch decisions`, `approve`, `reject` and `rollback`: what was decided, and an operator's part in it."""
+"""`sharpwatch decisions`, `approve`, `reject` and `rollback`: the decisions, and an operator's answers and requests."""
 
 from __future__ import annotations
 

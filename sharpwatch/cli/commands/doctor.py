@@ -1,4 +1,4 @@
-"""`sharpwatch doctor`: what keeps a run from being watched from here, and what to do about it."""
+"""`sharpwatch doctor`: checks of this machine and of the daemon, and what to do about each problem."""
 
 from __future__ import annotations
 

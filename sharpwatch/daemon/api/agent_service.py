@@ -20,9 +20,8 @@ from sharpwatch import wire
 from sharpwatch._version import __version__
 from sharpwatch.daemon.api.conversions import command_message
 from sharpwatch.daemon.exporter.metrics import OwnMetrics
-from sharpwatch.daemon.ingest.hello import RunHello, read_hello
-from sharpwatch.daemon.ingest.queue import Attempt, QueuedSample, SampleQueue
-from sharpwatch.daemon.ingest.samples import Reading, read_sample
+from sharpwatch.daemon.ingest.hello import Attempt, RunHello, read_hello
+from sharpwatch.daemon.ingest.samples import QueuedSample, Reading, SampleQueue, read_sample
 from sharpwatch.daemon.pipeline import Pipeline
 from sharpwatch.daemon.records import Decision
 from sharpwatch.daemon.runs.run import Run, Runs

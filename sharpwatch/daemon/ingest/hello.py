@@ -1,4 +1,4 @@
-"""Checks the Hello with which an attempt of a run begins; it describes the arrays in the attempt's samples."""
+"""An attempt of a run: its Hello, checked, which describes the arrays in its samples, and how far those have come."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from sharpwatch import wire
 from sharpwatch.blocks import BLOCKS
+from sharpwatch.errors import WireError
 from sharpwatch.v1 import agent_pb2
 from sharpwatch.wire import (
     MAX_LAYER_BLOCKS,
@@ -114,3 +115,71 @@ def read_hello(hello: agent_pb2.Hello) -> RunHello:
         agent_version=checked_text(hello.agent_version, "agent_version"),
         probes=tuple(checked_text(probe, "probes", MAX_NAME) for probe in hello.probes),
     )
+
+
+class Cursor:
+    """How far the samples of one attempt have come: the sequences journalled, those in the queue, and the newest step.
+
+    Args:
+        journalled: The newest sequence in the journal; 0 before the first.
+        step: The step of the newest sample; -1 before the first.
+    """
+
+    def __init__(self, journalled: int = 0, step: int = -1) -> None:
+        self.journalled = journalled
+        self.step = step
+        self._waiting: set[int] = set()
+        self._highest = journalled
+
+    def place(self, sequence: int, step: int, *, restored: bool) -> Literal["new", "waiting", "journalled"]:
+        """Tells a new sample from one that was sent again, and remembers a new one.
+
+        Args:
+            sequence: The sample's sequence.
+            step: Its step.
+            restored: Whether it says that the run was restored. Only then can its step be lower than the last.
+
+        Returns:
+            "new"; "waiting" if it is in the queue already; "journalled" if it is in the journal.
+
+        Raises:
+            WireError: Code "out_of_order", if its sequence or its step is lower than an earlier sample's.
+        """
+        if sequence <= self.journalled:
+            return "journalled"
+        if sequence in self._waiting:
+            return "waiting"
+        if sequence < self._highest:
+            raise WireError("out_of_order", f"sequence {sequence} after {self._highest}: sequences must rise")
+        if step < self.step and not restored:
+            raise WireError(
+                "out_of_order", f"step {step} after {self.step}: steps must not fall unless the run was restored"
+            )
+        self.step = step
+        self._highest = sequence
+        self._waiting.add(sequence)
+        return "new"
+
+    @property
+    def idle(self) -> bool:
+        """Whether no sample waits for the journal."""
+        return not self._waiting
+
+    def mark_journalled(self, sequence: int) -> None:
+        """Records that `sequence` is journalled, and with it every earlier one that was not dropped."""
+        self._waiting.discard(sequence)
+        self.journalled = max(self.journalled, sequence)
+
+    def forget(self, sequence: int) -> None:
+        """Records that `sequence` was dropped from the queue and will never be journalled."""
+        self._waiting.discard(sequence)
+
+
+@dataclass(slots=True, eq=False)
+class Attempt:
+    """One attach of a run: its Hello, the bytes of that for the journal, and the cursor of its samples."""
+
+    hello: RunHello
+    message: bytes
+    cursor: Cursor = field(default_factory=Cursor)
+    journalled: bool = False  # whether its Hello is in the journal

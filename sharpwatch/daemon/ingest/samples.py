@@ -1,21 +1,24 @@
-"""Reads a Sample: checks it against the limits and the Hello of its attempt, and gathers its values by block type.
+"""Reads samples, and queues them for the journal.
 
-`read_sample` is pure. A message that breaks the wire contract raises `WireError(code, reason)` with one of the codes
+`read_sample` checks a Sample against the limits and the Hello of its attempt, and gathers its values by block type. It
+is pure. A message that breaks the wire contract raises `WireError(code, reason)` with one of the codes
 `malformed`, `non_finite`, `out_of_order` and `wrong_run`; the session answers with a Refusal and counts it by its code.
 """
 
 from __future__ import annotations
 
+import asyncio
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from sharpwatch import wire
-from sharpwatch.daemon.ingest.hello import RunHello
+from sharpwatch.daemon.ingest.hello import Attempt, RunHello
 from sharpwatch.daemon.ingest.probes import read_probes
 from sharpwatch.daemon.records import Checkpoint, ReportedResult
 from sharpwatch.errors import WireError
@@ -222,3 +225,90 @@ def _result(result: types_pb2.CommandResult) -> ReportedResult:
 def _checkpoint(checkpoint: types_pb2.Checkpoint) -> Checkpoint:
     require(0 <= checkpoint.step <= MAX_STEP, f"checkpoint.step must be 0 to 2**53, got {checkpoint.step}")
     return Checkpoint(checkpoint.step, checked_text(checkpoint.uri, "checkpoint.uri"))
+
+
+# The queue
+
+
+@dataclass(slots=True, eq=False)
+class QueuedSample:
+    """A sample in the queue; `payload` is its bytes for the journal, `received_at` is in monotonic seconds."""
+
+    run: str
+    attempt: Attempt
+    reading: Reading
+    payload: bytes
+    received_at: float
+    processed: bool = field(default=False)
+
+
+class SampleQueue:
+    """The samples of all runs that wait for the journal. When it is full, the busiest run loses its oldest sample.
+
+    Args:
+        capacity: How many samples it holds.
+        capacity_bytes: How many bytes of payload it holds.
+        on_evict: Called with each sample that is dropped.
+    """
+
+    def __init__(self, capacity: int, capacity_bytes: int, on_evict: Callable[[QueuedSample], None]) -> None:
+        self.capacity = capacity
+        self._capacity_bytes = capacity_bytes
+        self._on_evict = on_evict
+        self._runs: dict[str, deque[QueuedSample]] = {}
+        self._run_bytes: dict[str, int] = {}
+        self._depth = 0
+        self._bytes = 0
+        self._filled = asyncio.Event()
+
+    @property
+    def depth(self) -> int:
+        """How many samples it holds now."""
+        return self._depth
+
+    def put(self, entry: QueuedSample) -> None:
+        """Appends the newest sample of its run."""
+        self._runs.setdefault(entry.run, deque()).append(entry)
+        self._account(entry, 1)
+        self._shrink()
+        self._filled.set()
+
+    def requeue(self, entries: Iterable[QueuedSample]) -> None:
+        """Returns what `take` gave, ahead of what has come since, without waking `filled`."""
+        for entry in reversed(list(entries)):
+            self._runs.setdefault(entry.run, deque()).appendleft(entry)
+            self._account(entry, 1)
+        self._shrink()
+
+    def take(self) -> list[QueuedSample]:
+        """Removes and returns all samples; those of a run are in their order."""
+        self._filled.clear()
+        entries = [entry for queue in self._runs.values() for entry in queue]
+        self._runs, self._run_bytes, self._depth, self._bytes = {}, {}, 0, 0
+        return entries
+
+    async def filled(self) -> None:
+        """Waits until a sample was put since the last `take`."""
+        await self._filled.wait()
+
+    def wake(self) -> None:
+        """Makes `filled` return although nothing was put."""
+        self._filled.set()
+
+    def _account(self, entry: QueuedSample, sign: int) -> None:
+        size = sign * len(entry.payload)
+        self._depth += sign
+        self._bytes += size
+        self._run_bytes[entry.run] = self._run_bytes.get(entry.run, 0) + size
+
+    def _shrink(self) -> None:
+        while self._depth > self.capacity or self._bytes > self._capacity_bytes:
+            if self._depth > self.capacity:
+                busiest = max(self._runs, key=lambda run: len(self._runs[run]))
+            else:
+                busiest = max(self._run_bytes, key=self._run_bytes.__getitem__)
+            entry = self._runs[busiest].popleft()
+            self._account(entry, -1)
+            if not self._runs[busiest]:
+                del self._runs[busiest], self._run_bytes[busiest]
+            self._on_evict(entry)

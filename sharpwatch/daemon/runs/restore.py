@@ -10,8 +10,7 @@ from google.protobuf.message import DecodeError
 
 from sharpwatch.daemon.decisions.lifecycle import UNDER_WAY
 from sharpwatch.daemon.estimation.estimator import PROBES
-from sharpwatch.daemon.ingest.hello import read_hello
-from sharpwatch.daemon.ingest.queue import Attempt, Cursor
+from sharpwatch.daemon.ingest.hello import Attempt, Cursor, read_hello
 from sharpwatch.daemon.ingest.samples import Reading, read_sample
 from sharpwatch.daemon.records import Changes
 from sharpwatch.daemon.runs.run import Run, Runs

@@ -16,8 +16,7 @@ from sharpwatch.daemon.decisions.run_controller import RunController
 from sharpwatch.daemon.estimation.estimator import PROBES
 from sharpwatch.daemon.estimation.hessian import observed_stability
 from sharpwatch.daemon.estimation.windows import EstimateRequest, Estimates, Key
-from sharpwatch.daemon.ingest.hello import RunHello
-from sharpwatch.daemon.ingest.queue import Attempt
+from sharpwatch.daemon.ingest.hello import Attempt, RunHello
 from sharpwatch.daemon.ingest.samples import BlockTap, HealthReading, Reading
 from sharpwatch.daemon.records import NO_CHANGES, Alert, Changes, Decision, Mode, Observation
 

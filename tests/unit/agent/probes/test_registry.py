@@ -14,8 +14,7 @@ from sharpwatch.daemon.estimation import estimator
 from sharpwatch.daemon.estimation.hessian import run_by_run
 from sharpwatch.daemon.estimation.windows import ReadingSpec
 from sharpwatch.daemon.ingest import probes as decoders
-from sharpwatch.daemon.ingest.hello import read_hello
-from sharpwatch.daemon.ingest.queue import Attempt
+from sharpwatch.daemon.ingest.hello import Attempt, read_hello
 from sharpwatch.daemon.ingest.samples import read_sample
 from sharpwatch.daemon.runs.run import Run
 from sharpwatch.errors import AttachError, ProbeError

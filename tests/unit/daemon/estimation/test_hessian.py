@@ -10,7 +10,7 @@ import pytest
 
 from sharpwatch.daemon.estimation.estimator import estimate_all
 from sharpwatch.daemon.estimation.windows import WINDOW_PROBES, EstimateRequest
-from sharpwatch.daemon.ingest.hello import RunHello
+from sharpwatch.daemon.ingest.hello import Attempt, RunHello
 from sharpwatch.daemon.ingest.probes import (
     DirectionReading,
     GnbReading,
@@ -19,7 +19,6 @@ from sharpwatch.daemon.ingest.probes import (
     LineSearchReading,
     PreconditionedReading,
 )
-from sharpwatch.daemon.ingest.queue import Attempt
 from sharpwatch.daemon.ingest.samples import Reading
 from sharpwatch.daemon.runs.run import Run
 

@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sharpwatch.daemon.ingest.hello import RunHello
-from sharpwatch.daemon.ingest.queue import Attempt, Cursor, QueuedSample, SampleQueue
-from sharpwatch.daemon.ingest.samples import Reading
+from sharpwatch.daemon.ingest.hello import Attempt, Cursor, RunHello
+from sharpwatch.daemon.ingest.samples import QueuedSample, Reading, SampleQueue
 from sharpwatch.errors import WireError
 
 

@@ -12,8 +12,7 @@ import pytest
 from sharpwatch import wire
 from sharpwatch.daemon.decisions.run_controller import RunController
 from sharpwatch.daemon.estimation.estimator import estimate_all
-from sharpwatch.daemon.ingest.hello import read_hello
-from sharpwatch.daemon.ingest.queue import Attempt
+from sharpwatch.daemon.ingest.hello import Attempt, read_hello
 from sharpwatch.daemon.ingest.samples import read_sample
 from sharpwatch.daemon.runs.restore import restore_run
 from sharpwatch.daemon.runs.run import Run, Runs, Signal
