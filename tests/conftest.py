@@ -20,7 +20,8 @@ os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed tells whoever imports it,
 
 
 # What `make test` leaves to `make test-all`: folders and files that train on several ranks, drive other projects'
-# trainers, or start many processes. tests/distributed/test_smoke.py stands for the ranks.
+# trainers, start many processes, or measure every block of six models. tests/distributed/test_smoke.py stands for the
+# ranks.
 SLOW = (
     "distributed",
     "integration/integrations",
@@ -30,7 +31,9 @@ SLOW = (
     "integration/test_dashboard.py",
     "integration/test_demo.py",
     "integration/test_resume.py",
+    "open_faults",
     "unit/blocks/test_zoo.py",
+    "unit/curvature/measure/test_measure.py",
     "unit/curvature/measure/test_measure_use.py",
 )
 NOT_SLOW = ("distributed/test_smoke.py",)

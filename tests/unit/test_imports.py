@@ -214,9 +214,9 @@ def test_the_agent_needs_no_extra():
     assert not {name: found for name in within("agent", "curvature", "blocks") if (found := roots(name) & extras)}
 
 
-def loaded_after(statement):
-    """The modules in `sys.modules` of a fresh interpreter after `statement`."""
-    code = f"{statement}\nimport sys\nprint('\\n'.join(sys.modules))"
+def loaded_by(statement, before=""):
+    """The modules that `statement` brings to `sys.modules` of a fresh interpreter that has run `before`."""
+    code = f"import sys\n{before}\nknown = set(sys.modules)\n{statement}\nprint('\\n'.join(set(sys.modules) - known))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return set(done.stdout.split())
@@ -234,12 +234,11 @@ def loaded_after(statement):
     ],
 )
 def test_the_trainer_is_left_without_grpc(statement, framework):
-    loaded = loaded_after(statement)
+    loaded = loaded_by(statement, before=framework)
     assert "sharpwatch" in loaded
-    ours = {name.partition(".")[0] for name in loaded - loaded_after(framework)}
-    assert not ours & {"grpc", "aiohttp", "structlog"}
+    assert not {name.partition(".")[0] for name in loaded} & {"grpc", "aiohttp", "structlog"}
     assert not {name for name in loaded if name.startswith("sharpwatch.daemon")}
 
 
 def test_block_names_and_rules_come_without_torch():
-    assert "torch" not in loaded_after("import sharpwatch.blocks")
+    assert "torch" not in loaded_by("import sharpwatch.blocks")
