@@ -28,7 +28,7 @@ from sharpwatch.agent.probes.scheduler import ProbeScheduler
 from sharpwatch.agent.reporting import messages
 from sharpwatch.agent.reporting.reporter import Reporter
 from sharpwatch.agent.run import WatchedRun
-from sharpwatch.agent.safety.exception_barrier import ExceptionBarrier
+from sharpwatch.agent.safety import ExceptionBarrier
 from sharpwatch.agent.transport import courier_launcher
 from sharpwatch.agent.transport.base import NullTransport, Transport
 from sharpwatch.agent.transport.courier_client import CourierClient

@@ -25,9 +25,7 @@ from sharpwatch.agent.options import Options
 from sharpwatch.agent.probes.scheduler import DueProbes, ProbeScheduler
 from sharpwatch.agent.reporting import messages
 from sharpwatch.agent.reporting.reporter import MAX_FORWARDS, LossTracker, Reporter, StepRecord
-from sharpwatch.agent.safety.exception_barrier import ExceptionBarrier
-from sharpwatch.agent.safety.overhead_timer import OverheadTimer
-from sharpwatch.agent.safety.signals import signals_held
+from sharpwatch.agent.safety import ExceptionBarrier, OverheadTimer, signals_held
 from sharpwatch.agent.statistics.tap import PendingTap
 from sharpwatch.agent.status import announcement, collect
 from sharpwatch.agent.transport.base import Transport

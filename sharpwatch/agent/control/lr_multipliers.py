@@ -11,7 +11,7 @@ from torch import nn
 
 from sharpwatch.agent.control.controller import Controller, smallest_multiplier
 from sharpwatch.agent.control.param_group_override import ParamGroupOverride
-from sharpwatch.agent.safety.exception_barrier import ExceptionBarrier
+from sharpwatch.agent.safety import ExceptionBarrier
 from sharpwatch.blocks import BlockMap
 
 

@@ -27,7 +27,7 @@ from sharpwatch.agent.optimizers.support import lr_refusal, lr_refusal_from_stat
 from sharpwatch.agent.options import Options
 from sharpwatch.agent.probes.context import ShardReduction
 from sharpwatch.agent.reporting.reporter import StepRecord
-from sharpwatch.agent.safety.exception_barrier import ExceptionBarrier
+from sharpwatch.agent.safety import ExceptionBarrier
 from sharpwatch.agent.statistics.host_copy import AsyncHostCopy
 from sharpwatch.agent.statistics.tap import Tap
 from sharpwatch.blocks import BlockMap

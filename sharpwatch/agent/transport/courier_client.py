@@ -14,8 +14,7 @@ from collections.abc import Mapping
 
 from google.protobuf.message import DecodeError
 
-from sharpwatch.agent.safety.exception_barrier import warn
-from sharpwatch.agent.safety.signals import signals_held
+from sharpwatch.agent.safety import signals_held, warn
 from sharpwatch.agent.transport.base import Connection
 from sharpwatch.agent.transport.courier_launcher import LOG, CourierGoneError, CourierProcess, NoCourierError
 from sharpwatch.agent.transport.destination import Destination, Tls, parse_daemon_address, parse_tls, parse_token
