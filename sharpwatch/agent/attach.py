@@ -25,8 +25,7 @@ from sharpwatch.agent.probes.budget import OverheadBudget
 from sharpwatch.agent.probes.builtin import DEFAULT_PROBES
 from sharpwatch.agent.probes.runner import ProbeRunner
 from sharpwatch.agent.probes.scheduler import ProbeScheduler
-from sharpwatch.agent.reporting import messages
-from sharpwatch.agent.reporting.reporter import Reporter
+from sharpwatch.agent.reporting import Identity, Reporter, hello_message
 from sharpwatch.agent.run import WatchedRun
 from sharpwatch.agent.safety import ExceptionBarrier
 from sharpwatch.agent.transport import courier_launcher
@@ -167,7 +166,7 @@ def _watched(options: Options, run: str, rendezvous: Rendezvous) -> WatchedRun:
     control = _control(options, strategy, types)
     transport = _transport(options) if strategy.leads else NullTransport()
     try:
-        transport.greet(messages.hello(identity, strategy.block_map))
+        transport.greet(hello_message(identity, strategy.block_map))
         strategy.wait_for_start()
     except AttachError:
         transport.close()
@@ -218,8 +217,8 @@ def _transport(options: Options) -> Transport:
     return CourierClient(address=options.address, token=options.token, tls=options.tls)
 
 
-def _identity(options: Options, run: str) -> messages.Identity:
-    return messages.Identity(
+def _identity(options: Options, run: str) -> Identity:
+    return Identity(
         training_job=options.training_job,
         run=run,
         attempt=secrets.token_hex(16),

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from sharpwatch.agent.control.commands import RollbackRequest
 from sharpwatch.agent.control.controller import CONTROL_MODES
-from sharpwatch.agent.instrumentation.hooks import Hook
+from sharpwatch.agent.hooks import Hook
 from sharpwatch.agent.optimizers.support import is_flat, unreadable_parameters
 from sharpwatch.agent.probes.builtin import DEFAULT_PROBES, PROBES, sharded_probes
 from sharpwatch.agent.transport.base import Transport

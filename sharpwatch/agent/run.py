@@ -19,12 +19,18 @@ from sharpwatch.agent.control.commands import RollbackRequest
 from sharpwatch.agent.control.controller import Controller
 from sharpwatch.agent.control.lr_multipliers import LrMultipliers
 from sharpwatch.agent.distributed.strategy import Strategy
-from sharpwatch.agent.instrumentation.hooks import Hooks
-from sharpwatch.agent.optimizers.parameter_identity import ParameterIdentity
+from sharpwatch.agent.hooks import Hooks, ParameterIdentity
 from sharpwatch.agent.options import Options
 from sharpwatch.agent.probes.scheduler import DueProbes, ProbeScheduler
-from sharpwatch.agent.reporting import messages
-from sharpwatch.agent.reporting.reporter import MAX_FORWARDS, LossTracker, Reporter, StepRecord
+from sharpwatch.agent.reporting import (
+    MAX_FORWARDS,
+    Identity,
+    LossTracker,
+    Reporter,
+    StepRecord,
+    hello_message,
+    read_command,
+)
 from sharpwatch.agent.safety import ExceptionBarrier, OverheadTimer, signals_held
 from sharpwatch.agent.statistics.tap import PendingTap
 from sharpwatch.agent.status import announcement, collect
@@ -63,7 +69,7 @@ class WatchedRun:
     def __init__(  # noqa: PLR0913 - the pieces of a run, each made by `attach`
         self,
         options: Options,
-        identity: messages.Identity,
+        identity: Identity,
         strategy: Strategy,
         *,
         control: Controller,
@@ -166,7 +172,7 @@ class WatchedRun:
         self.scheduler.runner.load_state_dict(state["probes"])
         self.run, self.step = str(state["run"]), step
         identity = replace(self._identity, run=self.run, initial_step=step)
-        self.transport.greet(messages.hello(identity, self.strategy.block_map))
+        self.transport.greet(hello_message(identity, self.strategy.block_map))
         self.scheduler.begin()
         self.rates.wrap_steps(self._hooks.innermost)
 
@@ -345,7 +351,7 @@ class WatchedRun:
 
     def _receive(self, command: types_pb2.Command, step: int, refusal: str = "") -> None:
         """Take a command before `step`, or refuse it with a reason."""
-        known = messages.command(command)
+        known = read_command(command)
         if refusal:
             self.control.refuse(known, step, refusal)
         else:

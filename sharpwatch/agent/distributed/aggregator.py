@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import replace
 
 from sharpwatch.agent.distributed.channel import StepMessage
-from sharpwatch.agent.reporting.reporter import StepRecord
+from sharpwatch.agent.reporting import StepRecord
 from sharpwatch.agent.safety import ExceptionBarrier
 from sharpwatch.agent.statistics.host_copy import AsyncHostCopy
 from sharpwatch.agent.statistics.tap import Tap

@@ -26,7 +26,7 @@ from sharpwatch.agent.optimizers.deepspeed import layout_of
 from sharpwatch.agent.optimizers.support import lr_refusal, lr_refusal_from_state
 from sharpwatch.agent.options import Options
 from sharpwatch.agent.probes.context import ShardReduction
-from sharpwatch.agent.reporting.reporter import StepRecord
+from sharpwatch.agent.reporting import StepRecord
 from sharpwatch.agent.safety import ExceptionBarrier
 from sharpwatch.agent.statistics.host_copy import AsyncHostCopy
 from sharpwatch.agent.statistics.tap import Tap

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from sharpwatch.agent.optimizers.deepspeed import DeepSpeedOptimizer, is_deepspeeds
@@ -63,16 +63,6 @@ def _named(optimizers: Sequence[Optimizer], why: Callable[[Optimizer], str]) -> 
 def is_flat(parameter: object) -> bool:
     """Whether FSDP1, without use_orig_params, has concatenated several parameters into this one."""
     return getattr(parameter, "_is_flat_param", False)  # FlatParameter sets it; importing that class takes 0.6 s
-
-
-def skips_its_step(optimizer: Optimizer) -> bool:
-    """Whether the next `step()` will change nothing, because GradScaler found an overflow.
-
-    GradScaler leaves it to a fused optimizer to skip the step. Reading its flag waits for the device, as GradScaler
-    itself does with other optimizers.
-    """
-    overflow = getattr(optimizer, "found_inf", None)
-    return isinstance(overflow, Tensor) and bool(overflow.item())
 
 
 def unreadable_parameters(model: nn.Module) -> str:

@@ -13,7 +13,7 @@ from torch import nn
 
 import sharpwatch
 from sharpwatch.agent import run
-from sharpwatch.agent.reporting.reporter import MAX_FORWARDS
+from sharpwatch.agent.reporting import MAX_FORWARDS
 from sharpwatch.v1 import types_pb2
 
 

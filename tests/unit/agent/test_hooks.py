@@ -11,9 +11,8 @@ from stand_ins import Net
 from torch import nn
 
 import sharpwatch
-from sharpwatch.agent import safety
+from sharpwatch.agent import hooks, safety
 from sharpwatch.agent.control.param_group_override import ParamGroupOverride
-from sharpwatch.agent.instrumentation import hooks
 from sharpwatch.agent.probes.builtin import PROBES
 from sharpwatch.agent.probes.gnb import Gnb
 from sharpwatch.agent.probes.runner import ProbeRunner
