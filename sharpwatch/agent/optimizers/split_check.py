@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sharpwatch.agent.control.param_group_override import ParamGroupOverride
+from sharpwatch.agent.control.lr_multipliers import ParamGroupOverride
 from sharpwatch.agent.safety import from_signal_handler
 from sharpwatch.curvature.state.isolation import hooks_disabled, restore
 

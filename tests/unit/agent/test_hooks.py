@@ -12,7 +12,7 @@ from torch import nn
 
 import sharpwatch
 from sharpwatch.agent import hooks, safety
-from sharpwatch.agent.control.param_group_override import ParamGroupOverride
+from sharpwatch.agent.control.lr_multipliers import ParamGroupOverride
 from sharpwatch.agent.probes.builtin import PROBES
 from sharpwatch.agent.probes.gnb import Gnb
 from sharpwatch.agent.probes.runner import ProbeRunner
