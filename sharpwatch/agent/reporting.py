@@ -18,8 +18,7 @@ from sharpwatch.agent.control.controller import Controller
 from sharpwatch.agent.probes.budget import OverheadBudget
 from sharpwatch.agent.probes.builtin import PROBES
 from sharpwatch.agent.probes.runner import ProbeFailure, ProbeRun
-from sharpwatch.agent.statistics.host_copy import AsyncHostCopy
-from sharpwatch.agent.statistics.tap import PendingTap, Tap, TapReading
+from sharpwatch.agent.statistics.tap import AsyncHostCopy, PendingTap, Tap, TapReading
 from sharpwatch.agent.transport.base import Transport
 from sharpwatch.blocks import BlockMap
 from sharpwatch.v1 import agent_pb2, types_pb2

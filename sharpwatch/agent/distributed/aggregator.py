@@ -8,8 +8,7 @@ from dataclasses import replace
 from sharpwatch.agent.distributed.channel import StepMessage
 from sharpwatch.agent.reporting import StepRecord
 from sharpwatch.agent.safety import ExceptionBarrier
-from sharpwatch.agent.statistics.host_copy import AsyncHostCopy
-from sharpwatch.agent.statistics.tap import Tap
+from sharpwatch.agent.statistics.tap import AsyncHostCopy, Tap
 
 
 class RecordAggregator:

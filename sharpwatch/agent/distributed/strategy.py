@@ -22,14 +22,12 @@ from sharpwatch.agent.distributed.channel import RankProgress, StepMessage
 from sharpwatch.agent.distributed.commit import COMMIT_DELAY_STEPS
 from sharpwatch.agent.distributed.rendezvous import Rendezvous
 from sharpwatch.agent.distributed.topology import Topology, gather_topology, require_placed
-from sharpwatch.agent.optimizers.deepspeed import layout_of
-from sharpwatch.agent.optimizers.support import lr_refusal, lr_refusal_from_state
+from sharpwatch.agent.optimizers.support import layout_of, lr_refusal, lr_refusal_from_state
 from sharpwatch.agent.options import Options
 from sharpwatch.agent.probes.context import ShardReduction
 from sharpwatch.agent.reporting import StepRecord
 from sharpwatch.agent.safety import ExceptionBarrier
-from sharpwatch.agent.statistics.host_copy import AsyncHostCopy
-from sharpwatch.agent.statistics.tap import Tap
+from sharpwatch.agent.statistics.tap import AsyncHostCopy, Tap
 from sharpwatch.blocks import BlockMap
 from sharpwatch.curvature.parameters.fsdp import DataRank
 from sharpwatch.v1 import types_pb2

@@ -12,8 +12,7 @@ import torch.distributed as dist
 from sharpwatch.agent.distributed.channel import RankGroup
 from sharpwatch.agent.distributed.rendezvous import Introduction, Rendezvous, join
 from sharpwatch.agent.distributed.replica_check import ParameterFingerprint, fingerprints, replicas
-from sharpwatch.agent.optimizers.deepspeed import layout_of
-from sharpwatch.agent.optimizers.support import is_flat, lr_refusal
+from sharpwatch.agent.optimizers.support import is_flat, layout_of, lr_refusal
 from sharpwatch.agent.options import Options
 from sharpwatch.agent.statistics.tap import Tap
 from sharpwatch.blocks import BlockMap, Part
@@ -78,7 +77,7 @@ def gather_topology(
     parameters = dict(model.named_parameters())
     layout = layout_of(optimizers)
     try:
-        held = {name: holding.numel for name, holding in layout.holdings(parameters).items()}
+        held = {name: entries.numel for name, entries in layout.local_entries(parameters).items()}
         mine = _RankModel(block_map, held, fingerprints(model))
     except BlockError as error:
         raise AttachError(f"model: {error}") from error
