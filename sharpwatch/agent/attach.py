@@ -21,10 +21,9 @@ from sharpwatch.agent.distributed.rendezvous import Rendezvous, check_initialize
 from sharpwatch.agent.distributed.strategy import Strategy, connect
 from sharpwatch.agent.optimizers.support import stepping_optimizer
 from sharpwatch.agent.options import Options, check, possible
-from sharpwatch.agent.probes.budget import OverheadBudget
 from sharpwatch.agent.probes.builtin import DEFAULT_PROBES
 from sharpwatch.agent.probes.runner import ProbeRunner
-from sharpwatch.agent.probes.scheduler import ProbeScheduler
+from sharpwatch.agent.probes.scheduler import OverheadBudget, ProbeScheduler
 from sharpwatch.agent.reporting import Identity, Reporter, hello_message
 from sharpwatch.agent.run import WatchedRun
 from sharpwatch.agent.safety import ExceptionBarrier

@@ -15,9 +15,9 @@ from torch import Tensor
 from sharpwatch._version import __version__
 from sharpwatch.agent.control.commands import Command, CommandResult, RollBack, SetMultipliers
 from sharpwatch.agent.control.controller import Controller
-from sharpwatch.agent.probes.budget import OverheadBudget
 from sharpwatch.agent.probes.builtin import PROBES
 from sharpwatch.agent.probes.runner import ProbeFailure, ProbeRun
+from sharpwatch.agent.probes.scheduler import OverheadBudget
 from sharpwatch.agent.statistics.tap import AsyncHostCopy, PendingTap, Tap, TapReading
 from sharpwatch.agent.transport.base import Transport
 from sharpwatch.blocks import BlockMap

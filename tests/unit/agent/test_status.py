@@ -11,8 +11,8 @@ import torch
 from stand_ins import Net
 
 import sharpwatch
-from sharpwatch.agent.probes.budget import OverheadBudget
 from sharpwatch.agent.probes.gnb import Gnb
+from sharpwatch.agent.probes.scheduler import OverheadBudget
 from sharpwatch.agent.transport.base import Connection
 from sharpwatch.errors import ProbeError
 from sharpwatch.testing import InMemoryTransport
