@@ -17,8 +17,7 @@ from sharpwatch.agent.control.controller import CONTROL_MODES
 from sharpwatch.agent.hooks import Hook
 from sharpwatch.agent.optimizers.support import is_flat, unreadable_parameters
 from sharpwatch.agent.probes.builtin import DEFAULT_PROBES, PROBES, sharded_probes
-from sharpwatch.agent.transport.base import Transport
-from sharpwatch.agent.transport.destination import parse_daemon_address, parse_tls, parse_token
+from sharpwatch.agent.transport.base import Transport, parse_daemon_address, parse_tls, parse_token
 from sharpwatch.curvature.parameters.fsdp import DataRank
 from sharpwatch.curvature.parameters.shards import is_sharded
 from sharpwatch.errors import AttachError, ProbeError

@@ -15,10 +15,15 @@ from collections.abc import Mapping
 from google.protobuf.message import DecodeError
 
 from sharpwatch.agent.safety import signals_held, warn
-from sharpwatch.agent.transport.base import Connection
-from sharpwatch.agent.transport.courier_launcher import LOG, CourierGoneError, CourierProcess, NoCourierError
-from sharpwatch.agent.transport.destination import Destination, Tls, parse_daemon_address, parse_tls, parse_token
-from sharpwatch.agent.transport.framing import Unframer, frame
+from sharpwatch.agent.transport.base import Connection, Destination, Tls, parse_daemon_address, parse_tls, parse_token
+from sharpwatch.agent.transport.courier_launcher import (
+    LOG,
+    CourierGoneError,
+    CourierProcess,
+    NoCourierError,
+    Unframer,
+    frame,
+)
 from sharpwatch.agent.transport.spool import Spool, without_arrays
 from sharpwatch.common.endpoint import Address, Backoff
 from sharpwatch.errors import WireError
