@@ -79,6 +79,24 @@ class Part:
         return stretches.narrow(self.dim + 1, self.start, self.stop - self.start)
 
 
+@dataclass(frozen=True, slots=True)
+class Split:
+    """A fused parameter as parts along one dimension.
+
+    Attributes:
+        dim: The dimension.
+        parts: (block type, size) of each part, in order.
+        repeats: How often the sequence of parts repeats along `dim`.
+    """
+
+    dim: int
+    parts: tuple[tuple[str, int], ...]
+    repeats: int = 1
+
+
+Placement = str | Split  # of a whole parameter in one block, or of the parts of a fused one
+
+
 def part_views(parts: Sequence[Part], tensors: Sequence[Tensor | None]) -> list[list[Tensor | None]]:
     """The entries of each part of a parameter in each of several tensors.
 
