@@ -25,12 +25,12 @@ from sharpwatch.agent.probes.builtin import DEFAULT_PROBES
 from sharpwatch.agent.probes.runner import ProbeRunner
 from sharpwatch.agent.probes.scheduler import OverheadBudget, ProbeScheduler
 from sharpwatch.agent.reporting import Identity, Reporter, hello_message
-from sharpwatch.agent.run import WatchedRun
 from sharpwatch.agent.safety import ExceptionBarrier
 from sharpwatch.agent.transport import courier_launcher
 from sharpwatch.agent.transport.base import NullTransport, Transport
 from sharpwatch.agent.transport.courier_client import CourierClient
 from sharpwatch.agent.watch import Watch
+from sharpwatch.agent.watched_run import WatchedRun
 from sharpwatch.blocks import BlockMap, classify_reporting_unused
 from sharpwatch.common.endpoint import DEFAULT_ADDRESS
 from sharpwatch.errors import AttachError, BlockError, ConfigError

@@ -51,7 +51,7 @@ class Steps(Protocol):
     def idle(self) -> bool:
         """Whether events are to be ignored."""
 
-    def ours(self, doing: str, /) -> AbstractContextManager[None]:
+    def agent_work(self, doing: str, /) -> AbstractContextManager[None]:
         """Run the body as the agent's own work: its exceptions are swallowed and its time is counted."""
 
     def forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], /) -> None:
@@ -109,13 +109,13 @@ class Hooks:
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._counts(module):
-            with self._steps.ours("watching a forward"):
+            with self._steps.agent_work("watching a forward"):
                 self._steps.forward(args, kwargs)
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         del args, kwargs
         if self._counts(module):
-            with self._steps.ours("reading the model's loss"):
+            with self._steps.agent_work("reading the model's loss"):
                 self._steps.output(output)
 
     def _before_step(
@@ -127,7 +127,7 @@ class Hooks:
         which, replaced = self._number[id(optimizer)], None
         self._skipped.discard(which)
         self._awaiting_closure.discard(which)
-        with steps.ours("reading the tap"):
+        with steps.agent_work("reading the tap"):
             if skips_its_step(optimizer):
                 self._skipped.add(which)
                 return None
@@ -137,7 +137,7 @@ class Hooks:
                 steps.read(which)
             else:
                 self._awaiting_closure.add(which)
-        with steps.ours("applying learning-rate multipliers"):
+        with steps.agent_work("applying learning-rate multipliers"):
             steps.rates.apply(which, steps.rates.multipliers())
         return replaced
 
@@ -150,7 +150,7 @@ class Hooks:
         applied: Mapping[int, float] = {}
         if steps.idle():
             return closure(*args, **kwargs)
-        with steps.ours("restoring parameter groups"):
+        with steps.agent_work("restoring parameter groups"):
             applied = steps.rates.restore(which)
         repeating, self.repeating = self.repeating, which not in self._awaiting_closure
         try:
@@ -159,11 +159,11 @@ class Hooks:
             self.repeating = repeating
         if steps.idle():
             return result
-        with steps.ours("reading the tap"):
+        with steps.agent_work("reading the tap"):
             if which in self._awaiting_closure:
                 self._awaiting_closure.discard(which)
                 steps.read(which)
-        with steps.ours("applying learning-rate multipliers"):
+        with steps.agent_work("applying learning-rate multipliers"):
             steps.rates.apply(which, applied)
         return result
 
@@ -173,9 +173,9 @@ class Hooks:
         if steps.idle():
             return
         which = self._number[id(optimizer)]
-        with steps.ours("restoring parameter groups"):
+        with steps.agent_work("restoring parameter groups"):
             steps.rates.restore(which)
-        with steps.ours("ending a step"):
+        with steps.agent_work("ending a step"):
             if which not in self._skipped:
                 steps.end(which)
         steps.go_back()

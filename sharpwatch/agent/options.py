@@ -121,6 +121,17 @@ def possible(probes: tuple[str, ...], model: nn.Module) -> tuple[str, ...]:
     return tuple(probe for probe in probes if probe in shardable)
 
 
+def require_placed(idle_rules: Sequence[Mapping[str, str]]) -> None:
+    """Raise `AttachError` where a rule of the user's places nothing on any rank; stages of a pipeline share a file.
+
+    `idle_rules` are, of each rank, those that place nothing there, with the reason; a reason is empty where one does.
+    """
+    idle = {match: why for each in idle_rules for match, why in each.items()}
+    for match, why in idle.items():
+        if all(each.get(match, why) for each in idle_rules):
+            raise AttachError(f"$SHARPWATCH_BLOCK_RULES: rule {match!r} places nothing: {why}")
+
+
 def _check_training(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
     if not isinstance(model, nn.Module):
         raise AttachError(f"model must be a torch.nn.Module, got {type(model).__name__}")

@@ -23,6 +23,8 @@ from sharpwatch.errors import DesyncError
 
 _LOG = logging.getLogger("sharpwatch")
 _REMEMBERED = 256  # distinct errors that are logged; further ones are only counted
+_Handler = Callable[[int, FrameType | None], Any]
+_NUMBERS = tuple(map(int, signal.valid_signals()))
 
 
 class ExceptionBarrier:
@@ -126,8 +128,11 @@ class OverheadTimer:
         return None if since is None else (max(0.0, now - since - agents), agents)
 
 
-_Handler = Callable[[int, FrameType | None], Any]
-_NUMBERS = tuple(map(int, signal.valid_signals()))
+@contextmanager
+def agent_work(doing: str, barrier: ExceptionBarrier, timer: OverheadTimer) -> Iterator[None]:
+    """The body is the agent's own work: `barrier` swallows its errors, and `timer` counts its seconds."""
+    with barrier.guard(doing), timer.agent():
+        yield
 
 
 @contextmanager

@@ -21,9 +21,9 @@ from sharpwatch.agent.distributed.aggregator import RecordAggregator
 from sharpwatch.agent.distributed.channel import RankProgress, StepMessage
 from sharpwatch.agent.distributed.commit import COMMIT_DELAY_STEPS
 from sharpwatch.agent.distributed.rendezvous import Rendezvous
-from sharpwatch.agent.distributed.topology import Topology, gather_topology, require_placed
+from sharpwatch.agent.distributed.topology import Topology, gather_topology
 from sharpwatch.agent.optimizers.support import layout_of, lr_refusal, lr_refusal_from_state
-from sharpwatch.agent.options import Options
+from sharpwatch.agent.options import Options, require_placed
 from sharpwatch.agent.probes.context import ShardReduction
 from sharpwatch.agent.reporting import StepRecord
 from sharpwatch.agent.safety import ExceptionBarrier

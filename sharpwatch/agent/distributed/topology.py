@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sharpwatch.agent.distributed.channel import RankGroup
 from sharpwatch.agent.distributed.rendezvous import AttachMessage, Rendezvous, join
 from sharpwatch.agent.optimizers.support import is_flat, layout_of, lr_refusal
-from sharpwatch.agent.options import Options
+from sharpwatch.agent.options import Options, require_placed
 from sharpwatch.agent.statistics.tap import Tap
 from sharpwatch.blocks import BlockMap, Part
 from sharpwatch.curvature.parameters.shards import Shard, is_sharded, local_tensor, shard_weights
@@ -127,17 +127,6 @@ def gather_topology(
         run=reports[0].run,
         lr_refusal="; ".join(dict.fromkeys(report.lr_refusal for report in reports if report.lr_refusal)),
     )
-
-
-def require_placed(idle_rules: Sequence[Mapping[str, str]]) -> None:
-    """Raise `AttachError` where a rule of the user's places nothing on any rank; stages of a pipeline share a file.
-
-    `idle_rules` are, of each rank, those that place nothing there, with the reason; a reason is empty where one does.
-    """
-    idle = {match: why for each in idle_rules for match, why in each.items()}
-    for match, why in idle.items():
-        if all(each.get(match, why) for each in idle_rules):
-            raise AttachError(f"$SHARPWATCH_BLOCK_RULES: rule {match!r} places nothing: {why}")
 
 
 def _check_replicas(models: Sequence[_RankModel], replicated: Sequence[Sequence[int]]) -> None:

@@ -8,8 +8,8 @@ import os
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -31,7 +31,7 @@ from sharpwatch.agent.reporting import (
     hello_message,
     read_command,
 )
-from sharpwatch.agent.safety import ExceptionBarrier, OverheadTimer, signals_held
+from sharpwatch.agent.safety import ExceptionBarrier, OverheadTimer, agent_work, signals_held
 from sharpwatch.agent.statistics.tap import PendingTap
 from sharpwatch.agent.status import announcement, collect
 from sharpwatch.agent.transport.base import Transport
@@ -224,11 +224,9 @@ class WatchedRun:
         """Whether the run ignores what happens: a probe's own forward, a forked child's, or after the end."""
         return self._closed or self.scheduler.running or os.getpid() != self._pid
 
-    @contextmanager
-    def ours(self, doing: str) -> Iterator[None]:
-        """The body is the agent's own work: its errors end here, and its seconds are counted."""
-        with self.barrier.guard(doing), self.timer.agent():
-            yield
+    def agent_work(self, doing: str) -> AbstractContextManager[None]:
+        """As `safety.agent_work`, of this run."""
+        return agent_work(doing, self.barrier, self.timer)
 
     def forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """The model is called in training."""
