@@ -90,7 +90,7 @@ def attach(  # noqa: PLR0913 - the public signature; each has a default that wor
         initial_step: Optimizer steps already taken, where training goes on from a checkpoint.
         seed: Seeds what probes draw; the global random state is never used.
         transport: Carries samples and commands instead of a courier process, as `sharpwatch.testing.InMemoryTransport`
-            does in tests; `address`, `token` and `tls` are then not used. Used on the leading rank alone.
+            does in tests; `address`, `token` and `tls` are then not used. Used on rank 0 alone.
 
     Returns:
         The watch, which is also a context manager that closes itself.
@@ -163,7 +163,7 @@ def _watched(options: Options, run: str, rendezvous: Rendezvous) -> WatchedRun:
     identity = _identity(options, strategy.run)
     types = parameter_types(options.model, strategy.block_map, options.optimizers)
     control = _control(options, strategy, types)
-    transport = _transport(options) if strategy.leads else NullTransport()
+    transport = _transport(options) if strategy.is_rank_zero else NullTransport()
     try:
         transport.greet(hello_message(identity, strategy.block_map))
         strategy.wait_for_start()

@@ -337,7 +337,7 @@ class Reporter:
             self._send(record.step, record.taken_at_unix_ns, loss=record.loss(), tap=tap, probes=record.probes)
 
     def send_news(self, step: int, *, closing: bool = False) -> None:
-        """Send a sample that is no step's: results and checkpoints that would else wait, or the goodbye."""
+        """Send a sample that belongs to no step: results and checkpoints that would else wait, or the last one."""
         self._send(step, time.time_ns(), closing=closing)
 
     def _send(self, step: int, taken_at_unix_ns: int, **values: Any) -> None:

@@ -182,7 +182,7 @@ class WatchedRun:
             self.strategy.begin()
 
     def close(self, *, in_order: bool) -> None:
-        """Remove every hook and let the courier finish; says goodbye where the loop ended `in_order`."""
+        """Remove every hook and let the courier finish; the last sample says whether the loop ended `in_order`."""
         if self._closed:
             return
         with signals_held():  # Ctrl-C would leave hooks, or the courier, that nobody ends any more
@@ -337,9 +337,9 @@ class WatchedRun:
             self.close(in_order=True)
 
     def _announce(self) -> None:
-        """Log what is watched, once, after the first step; on several ranks the leading one does."""
+        """Log what is watched, once, after the first step; on several ranks rank 0 does."""
         self._announced = True
-        if self.strategy.leads:
+        if self.strategy.is_rank_zero:
             with self.barrier.guard("announcing the run"):
                 _LOG.info("%s", announcement(collect(self)))
 

@@ -67,10 +67,10 @@ class Transport(Protocol):
 
 
 class NullTransport:
-    """Sends nothing: the transport of every rank but the leading one."""
+    """Sends nothing: the transport of every rank but rank 0."""
 
     dropped: Mapping[str, int] = MappingProxyType({})
-    connection = Connection(reason="the leading rank sends for all ranks")
+    connection = Connection(reason="rank 0 sends for all ranks")
 
     def greet(self, hello: agent_pb2.Hello, /) -> None:
         """Do nothing."""
