@@ -37,13 +37,13 @@ class InMemoryTransport:
     """Keeps what an agent sends, and gives it the commands of a test.
 
     Pass it as `attach(..., transport=...)`; no courier is started then and no daemon is needed. On several ranks pass
-    one on each: that of the leading rank is used, the others stay empty.
+    one on each: that of rank 0 is used, the others stay empty.
 
     One transport may serve several watches, one after the other.
 
     Attributes:
-        hellos: The Hello of each greeting: one by `attach`, another where a checkpoint's state is taken up.
-        samples: One message for each step and the goodbye; `sharpwatch.wire.decode` reads their arrays.
+        hellos: The Hello messages: one by `attach`, another where a checkpoint's state is taken up.
+        samples: One message for each step, and one at `close`; `sharpwatch.wire.decode` reads their arrays.
         dropped: Samples to report as lost, by reason; a test may fill it.
         closed: Whether the watch was closed.
     """
@@ -60,7 +60,7 @@ class InMemoryTransport:
 
     @property
     def hello(self) -> agent_pb2.Hello | None:
-        """The newest greeting; None before `attach`, and on ranks that don't lead."""
+        """The newest Hello; None before `attach`, and on ranks other than 0."""
         return self.hellos[-1] if self.hellos else None
 
     @property

@@ -21,18 +21,16 @@ from sharpwatch.agent.distributed.rendezvous import Rendezvous, check_initialize
 from sharpwatch.agent.distributed.strategy import Strategy, connect
 from sharpwatch.agent.optimizers.support import stepping_optimizer
 from sharpwatch.agent.options import Options, check, possible
-from sharpwatch.agent.probes.budget import OverheadBudget
 from sharpwatch.agent.probes.builtin import DEFAULT_PROBES
 from sharpwatch.agent.probes.runner import ProbeRunner
-from sharpwatch.agent.probes.scheduler import ProbeScheduler
-from sharpwatch.agent.reporting import messages
-from sharpwatch.agent.reporting.reporter import Reporter
-from sharpwatch.agent.run import WatchedRun
-from sharpwatch.agent.safety.exception_barrier import ExceptionBarrier
+from sharpwatch.agent.probes.scheduler import OverheadBudget, ProbeScheduler
+from sharpwatch.agent.reporting import Identity, Reporter, hello_message
+from sharpwatch.agent.safety import ExceptionBarrier
 from sharpwatch.agent.transport import courier_launcher
 from sharpwatch.agent.transport.base import NullTransport, Transport
 from sharpwatch.agent.transport.courier_client import CourierClient
 from sharpwatch.agent.watch import Watch
+from sharpwatch.agent.watched_run import WatchedRun
 from sharpwatch.blocks import BlockMap, classify_reporting_unused
 from sharpwatch.common.endpoint import DEFAULT_ADDRESS
 from sharpwatch.errors import AttachError, BlockError, ConfigError
@@ -92,7 +90,7 @@ def attach(  # noqa: PLR0913 - the public signature; each has a default that wor
         initial_step: Optimizer steps already taken, where training goes on from a checkpoint.
         seed: Seeds what probes draw; the global random state is never used.
         transport: Carries samples and commands instead of a courier process, as `sharpwatch.testing.InMemoryTransport`
-            does in tests; `address`, `token` and `tls` are then not used. Used on the leading rank alone.
+            does in tests; `address`, `token` and `tls` are then not used. Used on rank 0 alone.
 
     Returns:
         The watch, which is also a context manager that closes itself.
@@ -165,9 +163,9 @@ def _watched(options: Options, run: str, rendezvous: Rendezvous) -> WatchedRun:
     identity = _identity(options, strategy.run)
     types = parameter_types(options.model, strategy.block_map, options.optimizers)
     control = _control(options, strategy, types)
-    transport = _transport(options) if strategy.leads else NullTransport()
+    transport = _transport(options) if strategy.is_rank_zero else NullTransport()
     try:
-        transport.greet(messages.hello(identity, strategy.block_map))
+        transport.greet(hello_message(identity, strategy.block_map))
         strategy.wait_for_start()
     except AttachError:
         transport.close()
@@ -218,8 +216,8 @@ def _transport(options: Options) -> Transport:
     return CourierClient(address=options.address, token=options.token, tls=options.tls)
 
 
-def _identity(options: Options, run: str) -> messages.Identity:
-    return messages.Identity(
+def _identity(options: Options, run: str) -> Identity:
+    return Identity(
         training_job=options.training_job,
         run=run,
         attempt=secrets.token_hex(16),

@@ -14,11 +14,10 @@ from torch.nn.parameter import is_lazy
 
 from sharpwatch.agent.control.commands import RollbackRequest
 from sharpwatch.agent.control.controller import CONTROL_MODES
-from sharpwatch.agent.instrumentation.hooks import Hook
+from sharpwatch.agent.hooks import Hook
 from sharpwatch.agent.optimizers.support import is_flat, unreadable_parameters
 from sharpwatch.agent.probes.builtin import DEFAULT_PROBES, PROBES, sharded_probes
-from sharpwatch.agent.transport.base import Transport
-from sharpwatch.agent.transport.destination import parse_daemon_address, parse_tls, parse_token
+from sharpwatch.agent.transport.base import Transport, parse_daemon_address, parse_tls, parse_token
 from sharpwatch.curvature.parameters.fsdp import DataRank
 from sharpwatch.curvature.parameters.shards import is_sharded
 from sharpwatch.errors import AttachError, ProbeError
@@ -120,6 +119,17 @@ def possible(probes: tuple[str, ...], model: nn.Module) -> tuple[str, ...]:
     except ProbeError as error:
         raise AttachError(f"probes must be () for this model, got {probes!r}: {error}") from error
     return tuple(probe for probe in probes if probe in shardable)
+
+
+def require_placed(idle_rules: Sequence[Mapping[str, str]]) -> None:
+    """Raise `AttachError` where a rule of the user's places nothing on any rank; stages of a pipeline share a file.
+
+    `idle_rules` are, of each rank, those that place nothing there, with the reason; a reason is empty where one does.
+    """
+    idle = {match: why for each in idle_rules for match, why in each.items()}
+    for match, why in idle.items():
+        if all(each.get(match, why) for each in idle_rules):
+            raise AttachError(f"$SHARPWATCH_BLOCK_RULES: rule {match!r} places nothing: {why}")
 
 
 def _check_training(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:

@@ -12,7 +12,7 @@ from sharpwatch.agent.control.commands import RollbackRequest
 from sharpwatch.agent.transport.base import Connection
 
 if TYPE_CHECKING:
-    from sharpwatch.agent.run import WatchedRun
+    from sharpwatch.agent.watched_run import WatchedRun
 
 _NAMES = 3  # parameters that the table names
 _LABEL = 10  # columns

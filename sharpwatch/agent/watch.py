@@ -10,8 +10,8 @@ from typing import Any, Literal, Self
 from torch import Tensor
 
 from sharpwatch.agent.control.commands import RollbackRequest
-from sharpwatch.agent.run import WatchedRun
 from sharpwatch.agent.status import WatchStatus, collect
+from sharpwatch.agent.watched_run import WatchedRun
 
 
 class Watch:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from sharpwatch.blocks.blockmap import BLOCKS, BlockMap, LayerBlock, Part, Row
-from sharpwatch.blocks.classification import classify, classify_reporting_unused
-from sharpwatch.blocks.rules import Rule, Rules, load_rules
+from sharpwatch.blocks.classification import Rule, Rules, classify, classify_reporting_unused, load_rules
 
 __all__ = [
     "BLOCKS",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
@@ -77,6 +77,37 @@ class Part:
         shape = tensor.shape
         stretches = tensor.view(*shape[: self.dim], self.repeats, -1, *shape[self.dim + 1 :])
         return stretches.narrow(self.dim + 1, self.start, self.stop - self.start)
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """A fused parameter as parts along one dimension.
+
+    Attributes:
+        dim: The dimension.
+        parts: (block type, size) of each part, in order.
+        repeats: How often the sequence of parts repeats along `dim`.
+    """
+
+    dim: int
+    parts: tuple[tuple[str, int], ...]
+    repeats: int = 1
+
+
+Placement = str | Split  # of a whole parameter in one block, or of the parts of a fused one
+
+
+def part_views(parts: Sequence[Part], tensors: Sequence[Tensor | None]) -> list[list[Tensor | None]]:
+    """The entries of each part of a parameter in each of several tensors.
+
+    Args:
+        parts: Parts of one parameter.
+        tensors: Tensors of the parameter's shape; None stays None.
+
+    Returns:
+        For each part its views of `tensors`, in their order.
+    """
+    return [[None if tensor is None else part.view(tensor) for tensor in tensors] for part in parts]
 
 
 @dataclass(frozen=True, slots=True)

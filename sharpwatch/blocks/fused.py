@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from sharpwatch.blocks.rules import Split
+from sharpwatch.blocks.blockmap import Split
 
 # Attention classes of transformers by the layout of their fused matrix. Query, key, value:
 _THIRDS = {

@@ -5,12 +5,6 @@ A name stands for its words and its pairs of adjacent words: "FeedForward" is fe
 
 from __future__ import annotations
 
-import itertools
-import re
-from functools import cache
-
-_WORD = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|\d+")
-
 # Embeddings: of tokens they are `emb`; of positions or kinds, which are added to every token, they are `other`.
 TOKEN = {"wte", "tok", "token", "tokens", "word", "vocab", "emb", "embed", "embedding", "embeddings", "shared"}
 POSITION = {"wpe", "pos", "position", "positions", "positional", "relative", "rel", "r", "row", "column", "tile"}
@@ -58,45 +52,16 @@ LOOSE |= {"token", "tokens", "class_embedding", "newline", "separator", "mask_em
 LOOSE |= {"hidden_states", "scaling", "a", "dt", "sqk"}
 
 # Roles of attention matrices. `latent`: keys and values of several heads are both computed from it.
-_ROLES = {"q": "q", "wq": "q", "query": "q", "k": "k", "wk": "k", "key": "k", "v": "v", "wv": "v", "value": "v"}
-_ROLES |= {"o": "o", "wo": "o", "out": "o", "output": "o", "": "o"}
-_ROLES |= dict.fromkeys(("attn", "qkv", "wqkv", "query_key_value", "kv"), "fused")
-_ROLES |= {"in": "in"}  # fused; within attention nothing else has that name
-_ROLES |= {"query_key": "qk"}  # one matrix serves as both
-_ROLES |= {"q_a": "q", "q_b": "q", "kv_a_with_mqa": "latent", "kv_b": "fused", "o_a": "o", "o_b": "o"}
-_ROLES |= dict.fromkeys(("gate", "g", "output_gate"), "gate")
-_ROLES |= {"q_attn": "q", "q_gate": "q", "v_current": "v", "v_delayed": "v", "key_protein": "k", "value_protein": "v"}
-_ROLES |= {"attention_out": "o", "post": "o", "layer": "o"}
+ROLES = {"q": "q", "wq": "q", "query": "q", "k": "k", "wk": "k", "key": "k", "v": "v", "wv": "v", "value": "v"}
+ROLES |= {"o": "o", "wo": "o", "out": "o", "output": "o", "": "o"}
+ROLES |= dict.fromkeys(("attn", "qkv", "wqkv", "query_key_value", "kv"), "fused")
+ROLES |= {"in": "in"}  # fused; within attention nothing else has that name
+ROLES |= {"query_key": "qk"}  # one matrix serves as both
+ROLES |= {"q_a": "q", "q_b": "q", "kv_a_with_mqa": "latent", "kv_b": "fused", "o_a": "o", "o_b": "o"}
+ROLES |= dict.fromkeys(("gate", "g", "output_gate"), "gate")
+ROLES |= {"q_attn": "q", "q_gate": "q", "v_current": "v", "v_delayed": "v", "key_protein": "k", "value_protein": "v"}
+ROLES |= {"attention_out": "o", "post": "o", "layer": "o"}
 # LUKE's queries between words and entities; "w" is filler.
-_ROLES |= dict.fromkeys(("2_e_query", "e_2_query", "e_2_e_query"), "q")
-_FILLER = {"proj", "projection", "project", "lin", "linear", "w", "c", "to", "weight", "bias", "dense"}
-_FILLER |= {"head", "global"}
-
-
-@cache
-def words(name: str) -> tuple[str, ...]:
-    """Split `name` into lower-case words: "T5LayerNorm" is (t, 5, layer, norm), "q_proj" is (q, proj)."""
-    return tuple(word.lower() for word in _WORD.findall(name))
-
-
-@cache
-def terms(*names: str) -> frozenset[str]:
-    """The words of `names`, and the pairs of adjacent words in each."""
-    each = [words(name) for name in names]
-    pairs = ("_".join(pair) for name in each for pair in itertools.pairwise(name))
-    return frozenset(itertools.chain(*each, pairs))
-
-
-@cache
-def role(name: str) -> str | None:
-    """The role of an attention matrix by its name: q, k, v, o, qk, gate, latent or fused; None if unknown."""
-    return _ROLES.get(_plain(name))
-
-
-def is_plain(name: str) -> bool:
-    """Whether `name` is generic, such as proj, dense or linear."""
-    return not _plain(name)
-
-
-def _plain(name: str) -> str:
-    return "_".join(word for word in words(name) if word not in _FILLER)
+ROLES |= dict.fromkeys(("2_e_query", "e_2_query", "e_2_e_query"), "q")
+FILLER = {"proj", "projection", "project", "lin", "linear", "w", "c", "to", "weight", "bias", "dense"}
+FILLER |= {"head", "global"}

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from sharpwatch.agent.control.commands import RollbackRequest
-from sharpwatch.agent.optimizers.support import skips_its_step
+from sharpwatch.agent.hooks import skips_its_step
 from sharpwatch.agent.watch import Watch
 from sharpwatch.checkpointing.resumable_loader import ResumableLoader, rescaled
 from sharpwatch.common.atomic_file import read_json, sync_folder, write_json

@@ -20,7 +20,7 @@ from stand_ins import Net
 
 import sharpwatch
 from sharpwatch.agent.distributed.channel import RankGroup, RankProgress, StepMessage
-from sharpwatch.agent.distributed.rendezvous import Introduction, join
+from sharpwatch.agent.distributed.rendezvous import AttachMessage, join
 from sharpwatch.testing import InMemoryTransport
 from sharpwatch.v1 import types_pb2
 
@@ -170,7 +170,7 @@ def test_closing_does_not_wait_for_who_closes_later(ranks):
 
 
 def far_on():
-    channel, _ = join(Introduction())
+    channel, _ = join(AttachMessage())
     group = RankGroup(channel, 0)
     read = []
     for step in range(100_000_002, 100_000_012):

@@ -18,7 +18,7 @@ from stand_ins import Net
 
 import sharpwatch
 from sharpwatch.agent.probes.gradient_noise import GradientListener, averaged_over
-from sharpwatch.agent.safety.exception_barrier import ExceptionBarrier
+from sharpwatch.agent.safety import ExceptionBarrier
 from sharpwatch.blocks import classify
 from sharpwatch.curvature.parameters.shards import squared_norms
 from sharpwatch.testing import InMemoryTransport

@@ -17,7 +17,7 @@ from stand_ins import Net, in_each_step
 import sharpwatch
 from sharpwatch.agent.distributed.channel import RankGroup, RankProgress, StepMessage
 from sharpwatch.agent.distributed.commit import COMMIT_DELAY_STEPS
-from sharpwatch.agent.distributed.rendezvous import Introduction, join
+from sharpwatch.agent.distributed.rendezvous import AttachMessage, join
 from sharpwatch.errors import AttachError
 from sharpwatch.testing import InMemoryTransport
 from sharpwatch.v1 import types_pb2
@@ -186,7 +186,7 @@ def test_all_ranks_get_the_error_of_one(ranks):
 
 def apart():
     """Rank 1 takes one step fewer."""
-    channel, _ = join(Introduction())
+    channel, _ = join(AttachMessage())
     group, read = RankGroup(channel, 0), []
     for step in range(1, 9):
         read += group.exchange(StepMessage(RankProgress(step + (dist.get_rank() == 1 and step > 3))))

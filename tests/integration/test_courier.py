@@ -19,10 +19,10 @@ import pytest
 from daemons import PATIENCE, ack, await_end, free_port, honest, response, silent_after, welcome
 
 from sharpwatch.agent.transport import courier, courier_launcher
-from sharpwatch.agent.transport.base import Connection
+from sharpwatch.agent.transport.base import Connection, Destination
 from sharpwatch.agent.transport.courier_client import CourierClient
-from sharpwatch.agent.transport.destination import Destination
-from sharpwatch.agent.transport.framing import TrainerWriter, frame
+from sharpwatch.agent.transport.courier_launcher import frame
+from sharpwatch.agent.transport.trainer_writer import TrainerWriter
 from sharpwatch.v1 import agent_pb2, types_pb2
 
 HELLO = agent_pb2.Hello(protocol=1, run="run", training_job="job", attempt="attempt")

@@ -10,9 +10,9 @@ import pytest
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "crossings.py"
 LIMITS = {
-    "attach": (40, 470),
-    "step": (25, 171),
-    "step with a gnb probe": (34, 229),
+    "attach": (32, 83),
+    "step": (16, 103),
+    "step with a gnb probe": (25, 161),
     "sample with a gnb probe, at the daemon": (15, 66),
 }
 

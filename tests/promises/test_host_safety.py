@@ -12,11 +12,11 @@ from torch import nn
 
 import sharpwatch
 from sharpwatch.agent.control.controller import Controller
-from sharpwatch.agent.control.param_group_override import ParamGroupOverride
-from sharpwatch.agent.probes.budget import OverheadBudget
+from sharpwatch.agent.control.lr_multipliers import ParamGroupOverride
 from sharpwatch.agent.probes.context import ProbedStep
 from sharpwatch.agent.probes.gnb import Gnb
 from sharpwatch.agent.probes.runner import ProbeRunner
+from sharpwatch.agent.probes.scheduler import OverheadBudget
 from sharpwatch.agent.statistics.tap import Tap
 from sharpwatch.testing import InMemoryTransport
 

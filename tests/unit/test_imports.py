@@ -37,10 +37,10 @@ ALLOWED = {
     "agent.transport": {"common", "agent.safety"},
     "agent.control": {"blocks", "agent.safety"},
     "agent.optimizers": {"common", "blocks", "curvature", "agent.safety", "agent.control"},
-    "agent.instrumentation": {"agent.safety", "agent.control", "agent.optimizers"},
+    "agent.hooks": {"curvature", "agent.safety", "agent.control", "agent.optimizers"},
     "agent.statistics": {"blocks", "curvature", "agent.safety", "agent.optimizers"},
     "agent.probes": {
-        *("common", "blocks", "curvature", "agent.safety", "agent.control", "agent.instrumentation"),
+        *("common", "blocks", "curvature", "agent.safety", "agent.control", "agent.hooks"),
         *("agent.optimizers", "agent.statistics"),
     },
     "agent.options": {
@@ -50,7 +50,7 @@ ALLOWED = {
         "agent.safety",
         "agent.transport",
         "agent.control",
-        "agent.instrumentation",
+        "agent.hooks",
         "agent.optimizers",
         "agent.statistics",
         "agent.probes",

@@ -1,18 +1,173 @@
-"""Applies the multipliers that a `Controller` has in force to the parameter groups of the optimizers."""
+"""Applies learning-rate multipliers: gives optimizers split parameter groups for the duration of one `step()`.
+
+Schedulers, checkpoints and the user's own code keep seeing the groups that the user made: the list in
+`optimizer.param_groups` is replaced by another and restored, never edited.
+"""
 
 from __future__ import annotations
 
+import functools
+import types
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
 from sharpwatch.agent.control.controller import Controller, smallest_multiplier
-from sharpwatch.agent.control.param_group_override import ParamGroupOverride
-from sharpwatch.agent.safety.exception_barrier import ExceptionBarrier
+from sharpwatch.agent.safety import ExceptionBarrier
 from sharpwatch.blocks import BlockMap
+
+Group = dict[str, Any]
+
+
+# By option of a group, the power p so that the option scales with multiplier ** p. Schedule-free optimizers weight
+# their averages by past learning rates; those weights must stay the schedule's.
+_POWERS: dict[str, Callable[[Group], float]] = {
+    "lr": lambda _: 1.0,
+    "scheduled_lr": lambda _: 1.0,
+    "lr_max": lambda _: 1.0,
+    "weight_sum": lambda group: group.get("weight_lr_power", 0.0),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _SplitGroup:
+    """The parameters of a group that have one multiplier."""
+
+    group: Group  # the user's
+    multiplier: float
+    applied: Group  # what the optimizer sees instead
+    before: Group  # a copy of `applied` from before the step
+
+
+class ParamGroupOverride:
+    """Replaces the parameter groups of one optimizer by split ones, and restores them.
+
+    Call `apply` before a step and `restore` after it. Torch runs no post-hook if `step()` raises, so `wrap_step` makes
+    the instance's `step` a wrapper that restores the groups in any case.
+    """
+
+    applied: Mapping[int, float] = types.MappingProxyType({})  # the multipliers by which groups are split now
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        self._own: list[Group] | None = None
+        self._splits: list[_SplitGroup] = []
+        self._wrapper: Callable[..., Any] | None = None
+        self._replaced: Any = None
+
+    def apply(self, multipliers: Mapping[int, float]) -> None:
+        """Split the groups by `multipliers`, by parameter id and 1 where absent. If all are 1, nothing changes."""
+        self.restore()
+        if all(value == 1.0 for value in multipliers.values()):
+            return
+        own = self._optimizer.param_groups
+        groups: list[Group] = []
+        for group in own:
+            splits = _split(group, multipliers)
+            self._splits.extend(splits)
+            groups.extend([split.applied for split in splits] or [group])
+        self._own = own
+        self.applied = multipliers
+        self._optimizer.param_groups = groups
+
+    def restore(self) -> None:
+        """Restore the optimizer's own groups, with the options that `step()` changed, as a counter."""
+        if self._own is None:
+            return
+        self._optimizer.param_groups, self._own = self._own, None
+        self.applied = ParamGroupOverride.applied
+        splits, self._splits = self._splits, []
+        # The multiplier nearest 1 comes last: where values differ, it wins, as nearest to those of an unsplit group.
+        for split in sorted(splits, key=lambda split: -_distance(split.multiplier)):
+            _copy_changes_back(split)
+
+    def wrap_step(self, before: Callable[[], None]) -> None:
+        """Wrap the instance's `step`, once: the wrapper calls `before` first, and restores the groups at last."""
+        if self._wrapper is not None and _is_wrapped_by(self._optimizer.step, self._wrapper):
+            return
+        self._replaced = self._optimizer.__dict__.get("step")
+        current = self._optimizer.step
+        inner: Callable[..., Any] = getattr(current, "__func__", current)
+        is_method = hasattr(current, "__func__")
+
+        # Torch's schedulers mark their own wrapper, and functools.wraps copies the mark. A scheduler that is made after
+        # this wrapper asks for `step.__func__`, so it must be a bound method.
+        @functools.wraps(inner)
+        def step(optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+            try:
+                before()
+                return inner(optimizer, *args, **kwargs) if is_method else inner(*args, **kwargs)
+            finally:
+                self.restore()
+
+        self._wrapper = step
+        self._optimizer.__dict__["step"] = types.MethodType(step, self._optimizer)
+
+    def unwrap_step(self) -> None:
+        """Remove the wrapper. If someone else has wrapped it since, it stays inside and changes nothing."""
+        if self._wrapper is None:
+            return
+        current = self._optimizer.__dict__.get("step")
+        if getattr(current, "__func__", None) is not self._wrapper:
+            return
+        if self._replaced is None:
+            del self._optimizer.__dict__["step"]
+        else:
+            self._optimizer.__dict__["step"] = self._replaced
+        self._wrapper = self._replaced = None
+
+
+def _split(group: Group, multipliers: Mapping[int, float]) -> list[_SplitGroup]:
+    """Split a group into one for each multiplier, with its parameters in their order; empty where all are 1."""
+    shares: dict[float, list[Any]] = {}
+    for parameter in group["params"]:
+        shares.setdefault(multipliers.get(id(parameter), 1.0), []).append(parameter)
+    if set(shares) <= {1.0}:
+        return []
+    nearest = min(shares, key=_distance)
+    splits = []
+    for multiplier, parameters in shares.items():
+        values = group if multiplier == nearest else _with_cloned_tensors(group)
+        applied = {**values, "params": parameters, **_scaled(group, multiplier)}
+        splits.append(_SplitGroup(group, multiplier, applied, dict(applied)))
+    return splits
+
+
+def _with_cloned_tensors(group: Group) -> Group:
+    """The group with its own copies of tensors, so that `step()` increments a counter of the user's group only once."""
+    return {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in group.items()}
+
+
+def _scaled(group: Group, multiplier: float) -> Group:
+    factors = {key: multiplier ** power(group) for key, power in _POWERS.items() if key in group}
+    return {key: group[key] * factor for key, factor in factors.items() if factor != 1.0}
+
+
+def _copy_changes_back(split: _SplitGroup) -> None:
+    for key, value in split.applied.items():
+        if key == "params" or (key in split.before and value is split.before[key]):
+            continue
+        factor = split.multiplier ** _POWERS[key](split.group) if key in _POWERS else 1.0
+        split.group[key] = value if factor == 1.0 else value / factor
+
+
+def _distance(multiplier: float) -> float:
+    return abs(multiplier - 1.0)
+
+
+def _is_wrapped_by(step: Any, wrapper: Callable[..., Any]) -> bool:
+    """Whether `wrapper` is `step` itself or one of the functions that it wraps."""
+    current = getattr(step, "__func__", step)
+    while current is not None:
+        if current is wrapper:
+            return True
+        current = getattr(current, "__wrapped__", None)
+    return False
 
 
 class LrMultipliers:

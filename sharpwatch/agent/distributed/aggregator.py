@@ -6,25 +6,24 @@ from collections import deque
 from dataclasses import replace
 
 from sharpwatch.agent.distributed.channel import StepMessage
-from sharpwatch.agent.reporting.reporter import StepRecord
-from sharpwatch.agent.safety.exception_barrier import ExceptionBarrier
-from sharpwatch.agent.statistics.host_copy import AsyncHostCopy
-from sharpwatch.agent.statistics.tap import Tap
+from sharpwatch.agent.reporting import StepRecord
+from sharpwatch.agent.safety import ExceptionBarrier
+from sharpwatch.agent.statistics.tap import AsyncHostCopy, Tap
 
 
 class RecordAggregator:
     """Queues step records until this rank's values (`lag` steps later) and then the sums over all ranks arrive.
 
     The lag exists because a loss may come late, and an accelerator computes asynchronously. Where taps are `summed`,
-    no rank has whole gradients; else rank 0's tap is everyone's, and `leads` says whether this is rank 0.
+    no rank has whole gradients; else rank 0's tap is everyone's, and `is_rank_zero` says whether this is rank 0.
     """
 
-    def __init__(self, tap: Tap, barrier: ExceptionBarrier, *, summed: bool, leads: bool, lag: int) -> None:
+    def __init__(self, tap: Tap, barrier: ExceptionBarrier, *, summed: bool, is_rank_zero: bool, lag: int) -> None:
         self.lag = lag
         self._tap = tap
         self._barrier = barrier
         self._summed = summed
-        self._leads = leads
+        self._is_rank_zero = is_rank_zero
         self._waiting: deque[StepRecord] = deque()  # for their own numbers
         self._sent: deque[StepRecord | None] = deque()  # one for each message under way
 
@@ -70,7 +69,7 @@ class RecordAggregator:
     def _filled(self, message: StepMessage, record: StepRecord) -> StepMessage:
         values = [loss.read().item() if isinstance(loss, AsyncHostCopy) else loss for loss in record.losses]
         sums = None
-        if record.tap is not None and (self._summed or self._leads):
+        if record.tap is not None and (self._summed or self._is_rank_zero):
             with self._barrier.guard("adding up the tap"):  # or this rank alone would send nothing
                 local = self._tap.local(record.tap)
                 if self._summed:

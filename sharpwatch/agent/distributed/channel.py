@@ -43,7 +43,7 @@ class _ReductionKind(IntEnum):
     STEP = 1
     VOTE = 2
     SUM = 3
-    FAREWELL = 4
+    LEAVE = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,7 @@ class RankGroup:
         self._timeout = collective_timeout().total_seconds()
 
     @property
-    def leads(self) -> bool:
+    def is_rank_zero(self) -> bool:
         """Whether this process speaks to the daemon."""
         return self.rank == 0
 
@@ -238,7 +238,7 @@ class RankGroup:
         payload = np.zeros(self._width)
         payload[2:6] = own.loss, own.losses, own.taps, own.swallowed_errors
         payload[7] = ack.acknowledged
-        if self.leads:
+        if self.is_rank_zero:
             payload[0], payload[1], payload[6] = own.clock_unix_ns, own.due_probes, ack.bytes_left
             payload[_FIELDS : _FIELDS + _CHUNK] = np.frombuffer(ack.chunk.ljust(CHUNK_BYTES, b"\0"), "<u4")
         if own.tap_sums is not None:
@@ -316,7 +316,7 @@ class RankGroup:
     def _lose(self, error: Exception) -> None:
         if not self.lost:
             with suppress(RuntimeError):  # the others read it in place of this rank's next message
-                self._abandoned.append(self._launch(_ReductionKind.FAREWELL, self._progress, np.zeros(0)))
+                self._abandoned.append(self._launch(_ReductionKind.LEAVE, self._progress, np.zeros(0)))
             self.leave()
             _LOG.warning(
                 "rank %d/%d: %s. Training continues; commands will be refused on all ranks from now on",

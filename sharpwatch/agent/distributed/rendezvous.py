@@ -181,7 +181,7 @@ class Channel:
 
 
 @dataclass(frozen=True, slots=True)
-class Introduction:
+class AttachMessage:
     """What a rank sends at attach: an `error`, or the options that must be `equal` on all, and its `own` report."""
 
     error: str = ""
@@ -189,8 +189,8 @@ class Introduction:
     own: object = None
 
 
-def join(mine: Introduction) -> tuple[Channel, list[Introduction]]:
-    """Open a channel between all ranks of the run; the channel, and every rank's introduction.
+def join(mine: AttachMessage) -> tuple[Channel, list[AttachMessage]]:
+    """Open a channel between all ranks of the run; the channel, and every rank's message.
 
     Raises `AttachError` on every rank where one of them failed, has other options, or did not call this within the
     timeout of the loop's own collectives.
@@ -206,13 +206,13 @@ def join(mine: Introduction) -> tuple[Channel, list[Introduction]]:
             f"not all {size} ranks called attach within {seconds} s (all must, not rank 0 alone): {error}"
         ) from error
     _free_idle()
-    introductions = [each for _, each in gathered]
+    messages = [each for _, each in gathered]
     try:
-        _compare(introductions)
+        _compare(messages)
     except AttachError:
         retire(group)
         raise
-    return Channel(group, _store_arbiter(gathered[0][0])), introductions
+    return Channel(group, _store_arbiter(gathered[0][0])), messages
 
 
 def _store_arbiter(watch: str) -> Arbiter:
@@ -225,14 +225,14 @@ def _store_arbiter(watch: str) -> Arbiter:
     return decide
 
 
-def _compare(introductions: Sequence[Introduction]) -> None:
+def _compare(messages: Sequence[AttachMessage]) -> None:
     """Raises `AttachError` where a rank has failed, or has other options."""
-    for rank, each in enumerate(introductions):
+    for rank, each in enumerate(messages):
         if each.error:
             raise AttachError(f"rank {rank}: {each.error}")
         for name, value in each.equal.items():
-            if value != introductions[0].equal[name]:
-                raise AttachError(f"{name}: rank 0 has {introductions[0].equal[name]!r}, rank {rank} {value!r}")
+            if value != messages[0].equal[name]:
+                raise AttachError(f"{name}: rank 0 has {messages[0].equal[name]!r}, rank {rank} {value!r}")
 
 
 def retire(group: Any) -> None:

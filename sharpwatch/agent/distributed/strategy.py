@@ -21,15 +21,13 @@ from sharpwatch.agent.distributed.aggregator import RecordAggregator
 from sharpwatch.agent.distributed.channel import RankProgress, StepMessage
 from sharpwatch.agent.distributed.commit import COMMIT_DELAY_STEPS
 from sharpwatch.agent.distributed.rendezvous import Rendezvous
-from sharpwatch.agent.distributed.topology import Topology, gather_topology, require_placed
-from sharpwatch.agent.optimizers.deepspeed import layout_of
-from sharpwatch.agent.optimizers.support import lr_refusal, lr_refusal_from_state
-from sharpwatch.agent.options import Options
+from sharpwatch.agent.distributed.topology import Topology, gather_topology
+from sharpwatch.agent.optimizers.support import layout_of, lr_refusal, lr_refusal_from_state
+from sharpwatch.agent.options import Options, require_placed
 from sharpwatch.agent.probes.context import ShardReduction
-from sharpwatch.agent.reporting.reporter import StepRecord
-from sharpwatch.agent.safety.exception_barrier import ExceptionBarrier
-from sharpwatch.agent.statistics.host_copy import AsyncHostCopy
-from sharpwatch.agent.statistics.tap import Tap
+from sharpwatch.agent.reporting import StepRecord
+from sharpwatch.agent.safety import ExceptionBarrier
+from sharpwatch.agent.statistics.tap import AsyncHostCopy, Tap
 from sharpwatch.blocks import BlockMap
 from sharpwatch.curvature.parameters.fsdp import DataRank
 from sharpwatch.v1 import types_pb2
@@ -61,7 +59,7 @@ class Strategy:
     A run calls `begin` once, for each step `forward`, `begin_step` and `end_step`, and `close` at its end.
     """
 
-    leads = True  # whether this process speaks to the daemon
+    is_rank_zero = True  # whether this process speaks to the daemon
     several_ranks: ClassVar[bool] = False
     may_probe: ClassVar[bool] = True
     probes_from_start: ClassVar[bool] = True  # whether a probe may be due at the first step
@@ -168,11 +166,13 @@ class Replicated(Strategy):
         shares, reason = topology.shares, topology.lr_refusal
         super().__init__(options, topology.block_map, topology.run, shares=shares, lr_refusal=reason)
         self.ranks = topology.ranks
-        self.leads = self.ranks.leads
+        self.is_rank_zero = self.ranks.is_rank_zero
         self._rendezvous = rendezvous
         # A loss may come late, and an accelerator's numbers are a step further behind.
         lag = 1 if next(options.model.parameters()).device.type == "cpu" else 2
-        self._records = RecordAggregator(self.tap, barrier, summed=self.sums_taps, leads=self.leads, lag=lag)
+        self._records = RecordAggregator(
+            self.tap, barrier, summed=self.sums_taps, is_rank_zero=self.is_rank_zero, lag=lag
+        )
         self._forwards = 0
         self._clock = 0  # rank 0's in the message that committed the newest command
         self._swallowed_errors = 0
@@ -251,7 +251,7 @@ class Replicated(Strategy):
     def due_probes(self, planned: tuple[str, ...], names: Sequence[str]) -> tuple[str, ...]:
         """As `Strategy.due_probes`: rank 0's."""
         del names
-        return planned if self.leads else ()
+        return planned if self.is_rank_zero else ()
 
     def _exchange(self, own: StepMessage, *, lock_step: bool = False) -> list[StepRecord]:
         records = []

@@ -1,4 +1,7 @@
-"""Collects at attach which rank holds which part of the model, and checks that all ranks passed the same options."""
+"""Collects at attach which rank holds which part of the model, and checks that all ranks passed the same options.
+
+Fingerprints of the parameters tell replicas of one model from models of their own.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,30 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 
+import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from sharpwatch.agent.distributed.channel import RankGroup
-from sharpwatch.agent.distributed.rendezvous import Introduction, Rendezvous, join
-from sharpwatch.agent.distributed.replica_check import ParameterFingerprint, fingerprints, replicas
-from sharpwatch.agent.optimizers.deepspeed import layout_of
-from sharpwatch.agent.optimizers.support import is_flat, lr_refusal
-from sharpwatch.agent.options import Options
+from sharpwatch.agent.distributed.rendezvous import AttachMessage, Rendezvous, join
+from sharpwatch.agent.optimizers.support import is_flat, layout_of, lr_refusal
+from sharpwatch.agent.options import Options, require_placed
 from sharpwatch.agent.statistics.tap import Tap
 from sharpwatch.blocks import BlockMap, Part
-from sharpwatch.curvature.parameters.shards import is_sharded, shard_weights
+from sharpwatch.curvature.parameters.shards import Shard, is_sharded, local_tensor, shard_weights
 from sharpwatch.errors import AttachError, BlockError
+
+_CORNER = 256  # entries along each dimension that are looked at
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an entry
+
+
+@dataclass(frozen=True, slots=True)
+class _ParameterFingerprint:
+    """Which entries of a parameter a rank holds (`place`), and a sum over some of their values."""
+
+    place: int
+    value: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +42,7 @@ class _RankModel:
 
     block_map: BlockMap
     held: Mapping[str, int]
-    fingerprints: Mapping[str, ParameterFingerprint]
+    fingerprints: Mapping[str, _ParameterFingerprint]
 
     @property
     def digest(self) -> bytes:
@@ -78,11 +93,11 @@ def gather_topology(
     parameters = dict(model.named_parameters())
     layout = layout_of(optimizers)
     try:
-        held = {name: holding.numel for name, holding in layout.holdings(parameters).items()}
-        mine = _RankModel(block_map, held, fingerprints(model))
+        held = {name: entries.numel for name, entries in layout.local_entries(parameters).items()}
+        mine = _RankModel(block_map, held, _fingerprints(model))
     except BlockError as error:
         raise AttachError(f"model: {error}") from error
-    replicated = replicas(model)
+    replicated = _replicas(model)
     rendezvous.wait_for_all("attach")
     flat = any(map(is_flat, parameters.values()))
     if flat:  # each rank has its own piece under the same name
@@ -90,8 +105,8 @@ def gather_topology(
     sharded = flat or is_sharded(model)
     reason = lr_refusal(optimizers, dist.get_world_size(), check_split=options.control != "none")
     own = _RankReport(mine.digest, replicated, idle_rules, sharded, sharded or layout.fragmented, run, reason)
-    channel, introductions = join(Introduction(equal=options.equal, own=own))
-    reports = [each.own for each in introductions if isinstance(each.own, _RankReport)]
+    channel, messages = join(AttachMessage(equal=options.equal, own=own))
+    reports = [each.own for each in messages if isinstance(each.own, _RankReport)]
     require_placed([report.idle_rules for report in reports])
     models = [mine] * len(reports)
     if any(report.model != own.model for report in reports):
@@ -112,17 +127,6 @@ def gather_topology(
         run=reports[0].run,
         lr_refusal="; ".join(dict.fromkeys(report.lr_refusal for report in reports if report.lr_refusal)),
     )
-
-
-def require_placed(idle_rules: Sequence[Mapping[str, str]]) -> None:
-    """Raise `AttachError` where a rule of the user's places nothing on any rank; stages of a pipeline share a file.
-
-    `idle_rules` are, of each rank, those that place nothing there, with the reason; a reason is empty where one does.
-    """
-    idle = {match: why for each in idle_rules for match, why in each.items()}
-    for match, why in idle.items():
-        if all(each.get(match, why) for each in idle_rules):
-            raise AttachError(f"$SHARPWATCH_BLOCK_RULES: rule {match!r} places nothing: {why}")
 
 
 def _check_replicas(models: Sequence[_RankModel], replicated: Sequence[Sequence[int]]) -> None:
@@ -164,3 +168,35 @@ def _stretched(block_map: BlockMap, times: int) -> BlockMap:
     """`block_map` with each parameter a vector `times` as long."""
     parts = tuple(replace(part, numel=part.numel * times) for part in block_map.parts)
     return BlockMap(parts, {name: (math.prod(shape) * times,) for name, shape in block_map.shapes.items()})
+
+
+def _replicas(model: nn.Module) -> Sequence[int]:
+    """The ranks that DDP keeps alike with this one; none without DDP."""
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel):
+            return dist.get_process_group_ranks(module.process_group)
+    return ()
+
+
+def _fingerprints(model: nn.Module) -> dict[str, _ParameterFingerprint]:
+    """This rank's piece of each parameter, by the values in one corner of it; flat ones have no name to compare.
+
+    Raises `BlockError` for a parameter that is placed in partial sums, without entries.
+    """
+    parameters = {name: each for name, each in model.named_parameters() if not is_flat(each)}
+    sums = [_sum(local_tensor(parameter)) for parameter in parameters.values()]
+    values = torch.stack([each.to("cpu", non_blocking=False) for each in sums]).tolist() if sums else []
+    return {
+        name: _ParameterFingerprint(hash(Shard.of(parameters[name]).runs), value)
+        for name, value in zip(parameters, values, strict=True)
+    }
+
+
+def _sum(tensor: Tensor) -> Tensor:
+    """The sum of the corner's bits as integers: exact, so the same in any order and on any device."""
+    try:
+        plain = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
+        corner = plain[tuple(slice(_CORNER) for _ in plain.shape)].contiguous().reshape(-1)
+        return corner.view(_BITS[corner.element_size()]).sum(dtype=torch.int64)
+    except (RuntimeError, TypeError, NotImplementedError, KeyError):  # quantized, by a class of its own
+        return torch.zeros((), dtype=torch.int64)

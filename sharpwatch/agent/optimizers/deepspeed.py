@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from sharpwatch.agent.optimizers.layout import Holding, Layout, StepTensors
+from sharpwatch.agent.optimizers.step_tensors import Layout, LocalEntries, StepTensors
 from sharpwatch.blocks import Part
 from sharpwatch.curvature.parameters.shards import Shard
 
@@ -160,10 +160,10 @@ class DeepSpeedLayout(Layout):
         self.fragmented = bool(self._fragments)
         self.gradients_in_place = not (self.fragmented or self.unreadable)
 
-    def holdings(self, parameters: Mapping[str, Tensor]) -> dict[str, Holding]:
-        """As `Layout.holdings`."""
+    def local_entries(self, parameters: Mapping[str, Tensor]) -> dict[str, LocalEntries]:
+        """As `Layout.local_entries`."""
         others = {name: each for name, each in parameters.items() if id(each) not in self._fragments}
-        whole = super().holdings(others)
+        whole = super().local_entries(others)
         return {name: whole[name] if name in whole else self._fragments[id(each)] for name, each in parameters.items()}
 
     def tensors(self, parameter: Tensor, optimizer: Optimizer, group: int | None) -> StepTensors | None:
@@ -180,18 +180,6 @@ class DeepSpeedLayout(Layout):
     def clip_norms(self) -> Mapping[int, float]:
         """As `Layout.clip_norms`."""
         return {which: each.clip_norm for which, each in self._driven.items()}
-
-
-def is_deepspeeds(value: object) -> bool:
-    """Whether `value` is an optimizer of DeepSpeed's own, for ZeRO or mixed precision, and none of torch's."""
-    names = {kind.__name__ for kind in type(value).__mro__}
-    return "DeepSpeedOptimizer" in names and not isinstance(value, Optimizer)
-
-
-def layout_of(optimizers: Sequence[Optimizer]) -> Layout:
-    """Where `optimizers` keep the tensors that they step on."""
-    driven = any(isinstance(each, DeepSpeedOptimizer) for each in optimizers)
-    return DeepSpeedLayout(optimizers) if driven else Layout()
 
 
 def _groups(driver: Any, model: nn.Module) -> list[dict[str, Any]]:

@@ -27,8 +27,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sharpwatch.agent.control.param_group_override import ParamGroupOverride
-from sharpwatch.agent.safety.exception_barrier import from_signal_handler
+from sharpwatch.agent.control.lr_multipliers import ParamGroupOverride
+from sharpwatch.agent.safety import from_signal_handler
 from sharpwatch.curvature.state.isolation import hooks_disabled, restore
 
 # Where the `step` functions are defined that sharpwatch's tests compare with real groups. Those of deepspeed.ops keep

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from sharpwatch.agent.optimizers.deepspeed import DeepSpeedOptimizer, is_deepspeeds
+from sharpwatch.agent.optimizers.deepspeed import DeepSpeedLayout, DeepSpeedOptimizer
 from sharpwatch.agent.optimizers.split_check import stacked_state, unsafe_to_split
+from sharpwatch.agent.optimizers.step_tensors import Layout
 
 
 def stepping_optimizer(optimizer: Any, model: nn.Module) -> Any:
@@ -25,7 +26,7 @@ def stepping_optimizer(optimizer: Any, model: nn.Module) -> Any:
     Returns:
         The inner optimizer; `optimizer` itself if it wraps none.
     """
-    if is_deepspeeds(optimizer):
+    if _is_deepspeed_driver(optimizer):
         known = getattr(optimizer.step, "__self__", None)
         name = type(optimizer).__name__
         return (
@@ -34,6 +35,12 @@ def stepping_optimizer(optimizer: Any, model: nn.Module) -> Any:
     groups = getattr(optimizer, "param_groups", None)
     inner = next((held for held in _held(optimizer) if held.param_groups is groups), None)
     return optimizer if inner is None else stepping_optimizer(inner, model)
+
+
+def layout_of(optimizers: Sequence[Optimizer]) -> Layout:
+    """Where `optimizers` keep the tensors that they step on."""
+    driven = any(isinstance(each, DeepSpeedOptimizer) for each in optimizers)
+    return DeepSpeedLayout(optimizers) if driven else Layout()
 
 
 def lr_refusal(optimizers: Sequence[Optimizer], ranks: int = 1, *, check_split: bool = True) -> str:
@@ -63,16 +70,6 @@ def _named(optimizers: Sequence[Optimizer], why: Callable[[Optimizer], str]) -> 
 def is_flat(parameter: object) -> bool:
     """Whether FSDP1, without use_orig_params, has concatenated several parameters into this one."""
     return getattr(parameter, "_is_flat_param", False)  # FlatParameter sets it; importing that class takes 0.6 s
-
-
-def skips_its_step(optimizer: Optimizer) -> bool:
-    """Whether the next `step()` will change nothing, because GradScaler found an overflow.
-
-    GradScaler leaves it to a fused optimizer to skip the step. Reading its flag waits for the device, as GradScaler
-    itself does with other optimizers.
-    """
-    overflow = getattr(optimizer, "found_inf", None)
-    return isinstance(overflow, Tensor) and bool(overflow.item())
 
 
 def unreadable_parameters(model: nn.Module) -> str:
@@ -145,5 +142,11 @@ _REASONS: dict[str, Callable[[Optimizer, int], bool]] = {
 def _held(optimizer: object) -> Iterator[Any]:
     """The other optimizers among the attributes of `optimizer`."""
     for value in getattr(optimizer, "__dict__", {}).values():
-        if value is not optimizer and (isinstance(value, Optimizer) or is_deepspeeds(value)):
+        if value is not optimizer and (isinstance(value, Optimizer) or _is_deepspeed_driver(value)):
             yield value
+
+
+def _is_deepspeed_driver(value: object) -> bool:
+    """Whether `value` is an optimizer of DeepSpeed's own, for ZeRO or mixed precision, and none of torch's."""
+    names = {kind.__name__ for kind in type(value).__mro__}
+    return "DeepSpeedOptimizer" in names and not isinstance(value, Optimizer)

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from google.protobuf.message import Message
 from torch import Tensor
 
 from sharpwatch.agent.probes.context import Probe, ProbeContext, ProbedStep, ProbeSpec
@@ -207,70 +210,44 @@ class PreconditionedProbe(Probe):
         return replace(sample, vector=torch.empty(0, device="cpu"))  # not kept until the report is sent
 
 
-def _encode_direction(report: DirectionReport, seconds: float) -> agent_pb2.DirectionProbe:
+def _encode(
+    message: Callable[..., Message], names: Collection[str], sample: object, seconds: float, **others: Any
+) -> Message:
+    """Makes the message of a sample.
+
+    Args:
+        message: The class of the message.
+        names: Its fields that are attributes of the sample by the same name; tensors become float64 arrays.
+        sample: What an estimator returned.
+        seconds: How long the probe took.
+        **others: Its other fields.
+    """
+    values = {name: getattr(sample, name) for name in ("tokens", "rows", *names)}
+    arrays = {name: encode(v.cpu().numpy(), "float64") for name, v in values.items() if isinstance(v, Tensor)}
+    return message(**values | arrays | others, seconds=seconds)
+
+
+def _encode_direction(report: DirectionReport, seconds: float) -> Message:
     sample = report.sample
-    return agent_pb2.DirectionProbe(
-        tokens=sample.tokens,
-        rows=sample.rows,
+    return _encode(
+        agent_pb2.DirectionProbe,
+        ("block_descent", "block_curvature", "method"),
+        sample,
+        seconds,
         descent=float(sample.descent),
         curvature=float(sample.curvature),
-        block_descent=encode(sample.block_descent.cpu().numpy(), "float64"),
-        block_curvature=encode(sample.block_curvature.cpu().numpy(), "float64"),
         update_ratio=encode(report.update_ratio, "float32"),
-        method=sample.method,
-        seconds=seconds,
     )
 
 
-def _encode_hutchinson(sample: HutchinsonSample, seconds: float) -> agent_pb2.HutchinsonProbe:
-    return agent_pb2.HutchinsonProbe(
-        tokens=sample.tokens,
-        rows=sample.rows,
-        block=sample.block,
-        traces=encode(sample.traces.cpu().numpy(), "float64"),
-        method=sample.method,
-        seconds=seconds,
-    )
-
-
-def _encode_lanczos(sample: LanczosSample, seconds: float) -> agent_pb2.LanczosProbe:
-    return agent_pb2.LanczosProbe(
-        tokens=sample.tokens,
-        rows=sample.rows,
-        block=sample.block,
-        top=sample.top,
-        top_residual=sample.top_residual,
-        bottom=sample.bottom,
-        bottom_residual=sample.bottom_residual,
-        products=sample.products,
-        method=sample.method,
-        seconds=seconds,
-    )
-
-
-def _encode_line_search(sample: LineSearchSample, seconds: float) -> agent_pb2.LineSearchProbe:
-    return agent_pb2.LineSearchProbe(
-        tokens=sample.tokens,
-        rows=sample.rows,
-        sharpness=sample.sharpness,
-        half_width=sample.half_width,
-        block_sharpness=encode(sample.block_sharpness.cpu().numpy(), "float64"),
-        block_half_width=encode(sample.block_half_width.cpu().numpy(), "float64"),
-        seconds=seconds,
-    )
-
-
-def _encode_preconditioned(sample: PreconditionedSample, seconds: float) -> agent_pb2.PreconditionedProbe:
-    return agent_pb2.PreconditionedProbe(
-        tokens=sample.tokens,
-        rows=sample.rows,
-        ratio=sample.ratio,
-        residual=sample.residual,
-        products=sample.products,
-        method=sample.method,
-        seconds=seconds,
-    )
-
+_encode_hutchinson = partial(_encode, agent_pb2.HutchinsonProbe, ("block", "traces", "method"))
+_encode_lanczos = partial(
+    _encode, agent_pb2.LanczosProbe, ("block", "top", "top_residual", "bottom", "bottom_residual", "products", "method")
+)
+_encode_line_search = partial(
+    _encode, agent_pb2.LineSearchProbe, ("sharpness", "half_width", "block_sharpness", "block_half_width")
+)
+_encode_preconditioned = partial(_encode, agent_pb2.PreconditionedProbe, ("ratio", "residual", "products", "method"))
 
 DEFAULT_PROBES = ("gnb", "direction")
 PROBES: dict[str, ProbeSpec] = {

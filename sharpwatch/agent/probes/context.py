@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 from torch import Tensor, nn
 
 from sharpwatch.agent.probes.out_of_memory import copy_weights
-from sharpwatch.agent.safety.exception_barrier import ExceptionBarrier
+from sharpwatch.agent.safety import ExceptionBarrier
 from sharpwatch.blocks import BlockMap
 from sharpwatch.curvature.objective.batch import Batch
 from sharpwatch.curvature.statistics.sketch import CountSketch

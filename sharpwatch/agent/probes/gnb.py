@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sharpwatch.agent.optimizers.deepspeed import layout_of
+from sharpwatch.agent.optimizers.support import layout_of
 from sharpwatch.agent.probes.context import Probe, ProbeContext, ProbedStep, ProbeSpec, ShardReduction
 from sharpwatch.curvature.estimators.gnb import GnbSample, gnb_probe
 from sharpwatch.curvature.estimators.gnb_sharded import sharded_gnb_probe

@@ -21,9 +21,9 @@ from torch.autograd.graph import Node, get_gradient_edge
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
-from sharpwatch.agent.instrumentation.hooks import Hook
+from sharpwatch.agent.hooks import Hook
 from sharpwatch.agent.probes.context import Probe, ProbeContext, ProbedStep, ProbeSpec
-from sharpwatch.agent.safety.exception_barrier import ExceptionBarrier
+from sharpwatch.agent.safety import ExceptionBarrier
 from sharpwatch.blocks import BlockMap, Part
 from sharpwatch.curvature.objective.batch import Batch
 from sharpwatch.curvature.parameters.shards import squared_norm, squared_norms, stack_sums, sum_by_index

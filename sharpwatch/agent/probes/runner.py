@@ -22,8 +22,7 @@ from sharpwatch.agent.probes.out_of_memory import (
     is_out_of_memory,
     require_room_for_copies,
 )
-from sharpwatch.agent.safety.exception_barrier import ExceptionBarrier, from_signal_handler, warn
-from sharpwatch.agent.safety.signals import signals_held
+from sharpwatch.agent.safety import ExceptionBarrier, from_signal_handler, signals_held, warn
 from sharpwatch.blocks import BlockMap
 from sharpwatch.curvature.objective.batch import Batch
 from sharpwatch.curvature.state.isolation import isolated

@@ -6,15 +6,14 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sharpwatch.agent.optimizers.layout import Holding, Layout, StepTensors
-from sharpwatch.agent.statistics.host_copy import AsyncHostCopy
+from sharpwatch.agent.optimizers.step_tensors import Layout, LocalEntries, SecondMoments, StepTensors
 from sharpwatch.agent.statistics.reductions import (
     COLUMNS,
     FLOOR_SHARE,
@@ -28,11 +27,35 @@ from sharpwatch.agent.statistics.reductions import (
     device_sums,
     host_sums,
 )
-from sharpwatch.agent.statistics.second_moment import SecondMoments
-from sharpwatch.blocks import BlockMap, Part
+from sharpwatch.blocks import BlockMap
+from sharpwatch.blocks.blockmap import part_views
 from sharpwatch.curvature.parameters.shards import Shard
 
 Array = npt.NDArray[Any]
+
+
+class AsyncHostCopy:
+    """A copy of `tensor` on the host, made without waiting for the device. Poll `ready`, then call `read`."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._host = tensor.detach()
+        if tensor.device.type == "cuda":
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
+            self._host.copy_(tensor.detach(), non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record(torch.cuda.current_stream(tensor.device))
+
+    @property
+    def ready(self) -> bool:
+        """Whether `read` would return at once."""
+        return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
+
+    def read(self) -> Tensor:
+        """The tensor on the CPU; waits until it has arrived."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host.cpu()
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +114,7 @@ class _HeldParameter(NamedTuple):
     """A parameter of which this rank holds entries, with the rows of its parts and the group that steps it."""
 
     parameter: Tensor
-    holding: Holding
+    entries: LocalEntries
     is_whole: bool
     rows: list[int]
     group: int | None
@@ -124,20 +147,20 @@ class Tap:
     ) -> None:
         self._parts = block_map.parts
         self._layout = layout or Layout()
-        holdings = self._layout.holdings(parameters)
+        entries = self._layout.local_entries(parameters)
         elsewhere = torch.empty(0, device="cpu")  # a parameter of another stage of a pipeline
         self._parameters = [parameters.get(part.parameter, elsewhere) for part in self._parts]
-        self._holdings = [holdings.get(part.parameter, Shard.of(elsewhere)) for part in self._parts]
+        self._entries = [entries.get(part.parameter, Shard.of(elsewhere)) for part in self._parts]
         self._here = np.array([part.parameter in parameters for part in self._parts])
         self._shares = np.array([(shares or {}).get(part.parameter, 1.0) for part in self._parts]) * self._here
         whole = [max(1, math.prod(block_map.shapes[part.parameter])) for part in self._parts]
-        self._held_share = self._shares * [holding.numel for holding in self._holdings] / whole
+        self._held_share = self._shares * [each.numel for each in self._entries] / whole
         self._optimizers = optimizers
         self._layer_of = np.array(block_map.layer_block_of)
         self._layers = len(block_map.layer_blocks)
         self._numel = np.array([part.numel for part in self._parts], dtype=np.float64)
         # Until a floor is known, a whole part computes its own from its mean. A piece can't: its mean is another.
-        self._no_floors = np.array([math.nan if holding.is_whole else 0.0 for holding in self._holdings])
+        self._no_floors = np.array([math.nan if each.is_whole else 0.0 for each in self._entries])
         self._floors: list[float] = self._no_floors.tolist()
         self._count_exactly = False
         self._scratch = Scratch()
@@ -282,9 +305,9 @@ class Tap:
         self._places = [[] for _ in self._optimizers]
         for first, *more in rows.values():
             which, number = self._owner[first] or (0, None)
-            holding = self._holdings[first]
+            here = self._entries[first]
             self._places[which].append(
-                _HeldParameter(self._parameters[first], holding, holding.is_whole, [first, *more], number)
+                _HeldParameter(self._parameters[first], here, here.is_whole, [first, *more], number)
             )
 
     def _pieces(
@@ -301,22 +324,24 @@ class Tap:
             weight, gradient, second = (_real(tensor) for tensor in (weight, gradient, second))
         # DeepSpeed's tensors are flat even if they are whole.
         in_one_piece = place.is_whole and held.weight.shape == place.parameter.shape
-        cut = _view if in_one_piece else place.holding.views
+        if in_one_piece and self._parts[place.rows[0]].dim is not None:
+            parts = [self._parts[i] for i in place.rows]
+            views = part_views(parts, (weight, gradient if dense else None, second))
+            for i, (w, g, v) in zip(place.rows, views, strict=True):
+                yield i, PartTensors(cast("Tensor", w), g if dense else gradient, v, correction, self._floors[i])
+            return
         for i in place.rows:
             part, floor = self._parts[i], self._floors[i]
             if part.dim is None and place.is_whole:  # the usual case, and the fast one
                 yield i, PartTensors(weight, gradient, second, correction, floor)
                 continue
-            weights = cut(part, weight)
-            gradients = [gradient] * len(weights) if gradient is None or not dense else cut(part, gradient)
-            seconds = [None] * len(weights) if second is None else cut(part, second)
+            weights = place.entries.views(part, weight)
+            gradients = (
+                [gradient] * len(weights) if gradient is None or not dense else place.entries.views(part, gradient)
+            )
+            seconds = [None] * len(weights) if second is None else place.entries.views(part, second)
             for piece in zip(weights, gradients, seconds, strict=True):
                 yield i, PartTensors(*piece, correction, floor)
-
-
-def _view(part: Part, whole: Tensor) -> Sequence[Tensor]:
-    """The view of `part` of a parameter that this rank holds in one piece."""
-    return (part.view(whole),)
 
 
 def _real(tensor: Tensor | None) -> Any:

@@ -20,10 +20,10 @@ from pathlib import Path
 import grpc
 from google.protobuf.message import DecodeError
 
-from sharpwatch.agent.transport.courier_launcher import ENVIRONMENT
-from sharpwatch.agent.transport.destination import Destination, Tls
-from sharpwatch.agent.transport.framing import TrainerWriter, Unframer
+from sharpwatch.agent.transport.base import Destination, Tls
+from sharpwatch.agent.transport.courier_launcher import ENVIRONMENT, Unframer
 from sharpwatch.agent.transport.spool import Spool
+from sharpwatch.agent.transport.trainer_writer import TrainerWriter
 from sharpwatch.common.endpoint import Backoff
 from sharpwatch.errors import WireError
 from sharpwatch.v1 import agent_pb2

@@ -14,12 +14,16 @@ from collections.abc import Mapping
 
 from google.protobuf.message import DecodeError
 
-from sharpwatch.agent.safety.exception_barrier import warn
-from sharpwatch.agent.safety.signals import signals_held
-from sharpwatch.agent.transport.base import Connection
-from sharpwatch.agent.transport.courier_launcher import LOG, CourierGoneError, CourierProcess, NoCourierError
-from sharpwatch.agent.transport.destination import Destination, Tls, parse_daemon_address, parse_tls, parse_token
-from sharpwatch.agent.transport.framing import Unframer, frame
+from sharpwatch.agent.safety import signals_held, warn
+from sharpwatch.agent.transport.base import Connection, Destination, Tls, parse_daemon_address, parse_tls, parse_token
+from sharpwatch.agent.transport.courier_launcher import (
+    LOG,
+    CourierGoneError,
+    CourierProcess,
+    NoCourierError,
+    Unframer,
+    frame,
+)
 from sharpwatch.agent.transport.spool import Spool, without_arrays
 from sharpwatch.common.endpoint import Address, Backoff
 from sharpwatch.errors import WireError
@@ -40,7 +44,7 @@ _STUCK_SECONDS = 1.0  # without reading a byte: close() then takes the courier f
 class CourierClient:
     """The `Transport` that `attach` makes; for use in one thread.
 
-    The courier is started when the first sample is sent or `receive` is called, so that the greeting may change until
+    The courier is started when the first sample is sent or `receive` is called, so that the Hello may change until
     then. Only the constructor raises, and only `close` blocks.
 
     Args:
@@ -72,7 +76,7 @@ class CourierClient:
             spool_bytes=spool_bytes,
             trainer=self._pid,
         )
-        self._greeting = b""
+        self._hello = b""
         self._limit = pending_bytes
         self._spool = Spool(pending_bytes)
         # Written samples that did not fit in `pending_bytes`: they are lost if the courier dies with them.
@@ -89,7 +93,7 @@ class CourierClient:
 
     def greet(self, hello: agent_pb2.Hello) -> None:
         """Open every session with `hello`; must be called before the first sample is sent."""
-        self._greeting = frame(agent_pb2.SessionRequest(hello=hello).SerializeToString())
+        self._hello = frame(agent_pb2.SessionRequest(hello=hello).SerializeToString())
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -197,7 +201,7 @@ class CourierClient:
             self._note_session(connected=False, reason=str(error))
             return
         self._unframer = Unframer(MAX_RESPONSE_BYTES)
-        self._writing = memoryview(self._greeting)
+        self._writing = memoryview(self._hello)
 
     def _lost(self, reason: str) -> None:
         courier, self._courier = self._courier, None

@@ -1,5 +1,8 @@
 """Starts, signals and ends the courier process; reads and writes its two pipes without blocking.
 
+Frames on the pipes are a 4-byte little-endian length, then that many bytes. The trainer writes `SessionRequest`
+messages, as they will go to the daemon; `trainer_writer` says what the courier writes back.
+
 The courier must not be a child of the trainer, whose own loop around `os.wait()` would then wait for it forever. So
 the process that is started (the launcher) forks the courier and exits at once. The pipes show when the courier ends.
 """
@@ -19,12 +22,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from sharpwatch.agent.transport.destination import Destination
+from sharpwatch.agent.transport.base import Destination
+from sharpwatch.errors import WireError
 
 # Environment variables. The first holds the destination as JSON, is set for the courier alone, and marks its process;
 # users set the second to a file that the courier's log is appended to. Without it the courier logs nothing.
 ENVIRONMENT = "SHARPWATCH_COURIER"
 LOG = "SHARPWATCH_COURIER_LOG"
+_FRAME_HEADER = 4
 _PIPE_BYTES = 2**20
 _READ_BYTES = 2**16
 _START_SECONDS = 0.5  # that the trainer waits for a courier to start, which takes some 20 ms
@@ -53,6 +58,40 @@ from sharpwatch.agent.transport.courier import main
 main()
 """
 _HOME = str(Path(__file__).resolve().parents[3])
+
+
+def frame(payload: bytes) -> bytes:
+    """Return `payload` as one frame."""
+    return len(payload).to_bytes(_FRAME_HEADER, "little") + payload
+
+
+class Unframer:
+    """Splits a stream of bytes into the payloads of its frames."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """Return the payloads that `data` completes.
+
+        Raises:
+            WireError: A frame is longer than the limit. The stream is then corrupt, or not a stream of frames.
+        """
+        self._buffer += data
+        payloads = []
+        start = 0
+        while len(self._buffer) - start >= _FRAME_HEADER:
+            length = int.from_bytes(self._buffer[start : start + _FRAME_HEADER], "little")
+            if length > self._limit:
+                raise WireError("oversized", f"a frame must have at most {self._limit} bytes, got {length}")
+            end = start + _FRAME_HEADER + length
+            if len(self._buffer) < end:
+                break
+            payloads.append(bytes(self._buffer[start + _FRAME_HEADER : end]))
+            start = end
+        del self._buffer[:start]
+        return payloads
 
 
 class NoCourierError(Exception):

@@ -7,7 +7,7 @@ import torch
 from small_llama import MULTIPLIERS, SCHEDULE_FREE, backward, blocks, imported, llama, order, per_parameter, same, saved
 
 import sharpwatch
-from sharpwatch.agent.control.param_group_override import ParamGroupOverride
+from sharpwatch.agent.control.lr_multipliers import ParamGroupOverride
 
 EXACT = {"emb": 0.5, "qk": 0.25, "ffn": 4.0, "norm": 2.0}  # powers of two: products with them round nothing
 NONE_AT_ONE = dict.fromkeys(("emb", "qk", "vo", "ffn", "norm", "head"), 3.0) | {"ffn": 0.3}

@@ -11,8 +11,8 @@ import torch
 from stand_ins import Net
 
 import sharpwatch
-from sharpwatch.agent.probes.budget import OverheadBudget
 from sharpwatch.agent.probes.gnb import Gnb
+from sharpwatch.agent.probes.scheduler import OverheadBudget
 from sharpwatch.agent.transport.base import Connection
 from sharpwatch.errors import ProbeError
 from sharpwatch.testing import InMemoryTransport
@@ -194,7 +194,7 @@ def test_it_prints_as_a_table_of_about_ten_lines(monkeypatch):
             Connection("a:1", since_unix_ns=10**18, reason="drained"),
             r"a:1 not connected since 2001-09-0\d .*: drained;",
         ),
-        (Connection(reason="the leading rank sends for all ranks"), "the leading rank sends for all ranks;"),
+        (Connection(reason="rank 0 sends for all ranks"), "rank 0 sends for all ranks;"),
     ],
 )
 def test_the_daemons_line(connection, text):

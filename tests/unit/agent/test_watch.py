@@ -12,8 +12,8 @@ from interrupts import interrupted_at
 from torch import nn
 
 import sharpwatch
-from sharpwatch.agent import run
-from sharpwatch.agent.reporting.reporter import MAX_FORWARDS
+from sharpwatch.agent import watched_run
+from sharpwatch.agent.reporting import MAX_FORWARDS
 from sharpwatch.v1 import types_pb2
 
 
@@ -237,7 +237,7 @@ def test_a_close_that_is_interrupted_anywhere_has_not_begun_or_leaves_nothing_be
         transport.command(id="cut", set_multipliers=types_pb2.MultiplierSet(multipliers={"emb": 0.5}))
         stepped(model, optimizer, 1)
         assert "step" in vars(optimizer)  # wrapped
-        interrupted = interrupted_at(run, number, watch.close)
+        interrupted = interrupted_at(watched_run, number, watch.close)
         hooks = [*model._forward_hooks, *model._forward_pre_hooks]
         hooks += [*optimizer._optimizer_step_pre_hooks, *optimizer._optimizer_step_post_hooks]
         outcomes.add((bool(hooks), "step" in vars(optimizer), transport.samples[-1].closing, transport.closed))
@@ -256,7 +256,7 @@ def test_a_step_that_is_interrupted_anywhere_costs_its_own_sample_at_most(transp
         transport.command(id="cut", set_multipliers=types_pb2.MultiplierSet(multipliers={"emb": 0.5}))
         stepped(model, optimizer, 2)
         model(TOKENS)["loss"].backward()
-        interrupted = interrupted_at(run, number, optimizer.step)
+        interrupted = interrupted_at(watched_run, number, optimizer.step)
         assert [group["lr"] for group in optimizer.param_groups] == [0.01]
         stepped(model, optimizer, 2)
         watch.close()

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from sharpwatch.blocks import BLOCKS, Rule, Rules, classify, load_rules
-from sharpwatch.blocks.rules import Split
+from sharpwatch.blocks.blockmap import Split
 from sharpwatch.errors import BlockError, ConfigError
 
 D = 8

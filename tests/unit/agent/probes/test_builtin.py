@@ -9,7 +9,7 @@ import pytest
 import torch
 from stand_ins import Net
 
-from sharpwatch.agent.instrumentation.hooks import Hook
+from sharpwatch.agent.hooks import Hook
 from sharpwatch.agent.probes import builtin, out_of_memory
 from sharpwatch.agent.probes.context import ProbeContext, ProbedStep
 from sharpwatch.agent.probes.gnb import Gnb

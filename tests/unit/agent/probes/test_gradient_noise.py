@@ -13,7 +13,7 @@ from stand_ins import Net
 import sharpwatch
 from sharpwatch.agent.probes import gradient_noise
 from sharpwatch.agent.probes.gradient_noise import GradientListener
-from sharpwatch.agent.safety.exception_barrier import ExceptionBarrier
+from sharpwatch.agent.safety import ExceptionBarrier
 from sharpwatch.blocks import classify
 from sharpwatch.testing import InMemoryTransport
 from sharpwatch.wire import decode

@@ -4,9 +4,10 @@ import asyncio
 import os
 import signal
 
+from sharpwatch.agent.transport.base import Destination
 from sharpwatch.agent.transport.courier import Courier
-from sharpwatch.agent.transport.destination import Destination
-from sharpwatch.agent.transport.framing import TrainerWriter, frame
+from sharpwatch.agent.transport.courier_launcher import frame
+from sharpwatch.agent.transport.trainer_writer import TrainerWriter
 from sharpwatch.v1 import agent_pb2
 
 

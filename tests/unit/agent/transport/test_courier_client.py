@@ -9,7 +9,7 @@ from interrupts import interrupted_at
 
 from sharpwatch.agent.transport import courier_client
 from sharpwatch.agent.transport.courier_client import CourierClient
-from sharpwatch.agent.transport.framing import Unframer
+from sharpwatch.agent.transport.courier_launcher import Unframer
 from sharpwatch.v1 import agent_pb2
 
 

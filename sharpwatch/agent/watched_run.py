@@ -8,8 +8,8 @@ import os
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,15 +19,19 @@ from sharpwatch.agent.control.commands import RollbackRequest
 from sharpwatch.agent.control.controller import Controller
 from sharpwatch.agent.control.lr_multipliers import LrMultipliers
 from sharpwatch.agent.distributed.strategy import Strategy
-from sharpwatch.agent.instrumentation.hooks import Hooks
-from sharpwatch.agent.optimizers.parameter_identity import ParameterIdentity
+from sharpwatch.agent.hooks import Hooks, ParameterIdentity
 from sharpwatch.agent.options import Options
 from sharpwatch.agent.probes.scheduler import DueProbes, ProbeScheduler
-from sharpwatch.agent.reporting import messages
-from sharpwatch.agent.reporting.reporter import MAX_FORWARDS, LossTracker, Reporter, StepRecord
-from sharpwatch.agent.safety.exception_barrier import ExceptionBarrier
-from sharpwatch.agent.safety.overhead_timer import OverheadTimer
-from sharpwatch.agent.safety.signals import signals_held
+from sharpwatch.agent.reporting import (
+    MAX_FORWARDS,
+    Identity,
+    LossTracker,
+    Reporter,
+    StepRecord,
+    hello_message,
+    read_command,
+)
+from sharpwatch.agent.safety import ExceptionBarrier, OverheadTimer, agent_work, signals_held
 from sharpwatch.agent.statistics.tap import PendingTap
 from sharpwatch.agent.status import announcement, collect
 from sharpwatch.agent.transport.base import Transport
@@ -65,7 +69,7 @@ class WatchedRun:
     def __init__(  # noqa: PLR0913 - the pieces of a run, each made by `attach`
         self,
         options: Options,
-        identity: messages.Identity,
+        identity: Identity,
         strategy: Strategy,
         *,
         control: Controller,
@@ -168,7 +172,7 @@ class WatchedRun:
         self.scheduler.runner.load_state_dict(state["probes"])
         self.run, self.step = str(state["run"]), step
         identity = replace(self._identity, run=self.run, initial_step=step)
-        self.transport.greet(messages.hello(identity, self.strategy.block_map))
+        self.transport.greet(hello_message(identity, self.strategy.block_map))
         self.scheduler.begin()
         self.rates.wrap_steps(self._hooks.innermost)
 
@@ -178,7 +182,7 @@ class WatchedRun:
             self.strategy.begin()
 
     def close(self, *, in_order: bool) -> None:
-        """Remove every hook and let the courier finish; says goodbye where the loop ended `in_order`."""
+        """Remove every hook and let the courier finish; the last sample says whether the loop ended `in_order`."""
         if self._closed:
             return
         with signals_held():  # Ctrl-C would leave hooks, or the courier, that nobody ends any more
@@ -220,11 +224,9 @@ class WatchedRun:
         """Whether the run ignores what happens: a probe's own forward, a forked child's, or after the end."""
         return self._closed or self.scheduler.running or os.getpid() != self._pid
 
-    @contextmanager
-    def ours(self, doing: str) -> Iterator[None]:
-        """The body is the agent's own work: its errors end here, and its seconds are counted."""
-        with self.barrier.guard(doing), self.timer.agent():
-            yield
+    def agent_work(self, doing: str) -> AbstractContextManager[None]:
+        """As `safety.agent_work`, of this run."""
+        return agent_work(doing, self.barrier, self.timer)
 
     def forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """The model is called in training."""
@@ -335,9 +337,9 @@ class WatchedRun:
             self.close(in_order=True)
 
     def _announce(self) -> None:
-        """Log what is watched, once, after the first step; on several ranks the leading one does."""
+        """Log what is watched, once, after the first step; on several ranks rank 0 does."""
         self._announced = True
-        if self.strategy.leads:
+        if self.strategy.is_rank_zero:
             with self.barrier.guard("announcing the run"):
                 _LOG.info("%s", announcement(collect(self)))
 
@@ -347,7 +349,7 @@ class WatchedRun:
 
     def _receive(self, command: types_pb2.Command, step: int, refusal: str = "") -> None:
         """Take a command before `step`, or refuse it with a reason."""
-        known = messages.command(command)
+        known = read_command(command)
         if refusal:
             self.control.refuse(known, step, refusal)
         else:

@@ -1,8 +1,7 @@
-"""Frames on the two pipes between trainer and courier: a 4-byte little-endian length, then that many bytes.
+"""The courier's writer to the trainer.
 
-The trainer writes `SessionRequest` messages to the courier, as they will go to the daemon. The courier writes
-`SessionResponse` messages back: commands as they came, and four that it makes itself. `Welcome`: a session with the
-daemon is open. `Drain`: none is. `Refusal`: a sample was lost. `Ack`: the courier holds no sample up to this number.
+It writes `SessionResponse` messages: commands as they came, and four that it makes itself. `Welcome`: a session with
+the daemon is open. `Drain`: none is. `Refusal`: a sample was lost. `Ack`: the courier holds no sample up to its number.
 """
 
 from __future__ import annotations
@@ -12,46 +11,11 @@ import os
 from collections import deque
 from collections.abc import Iterator
 
-from sharpwatch.errors import WireError
+from sharpwatch.agent.transport.courier_launcher import frame
 from sharpwatch.v1 import agent_pb2
 
-_HEADER = 4
 _MAX_REASON = 300  # characters
 _MAX_COMMANDS = 256  # the daemon sends unanswered commands again
-
-
-def frame(payload: bytes) -> bytes:
-    """Return `payload` as one frame."""
-    return len(payload).to_bytes(_HEADER, "little") + payload
-
-
-class Unframer:
-    """Splits a stream of bytes into the payloads of its frames."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._buffer = bytearray()
-
-    def feed(self, data: bytes) -> list[bytes]:
-        """Return the payloads that `data` completes.
-
-        Raises:
-            WireError: A frame is longer than the limit. The stream is then corrupt, or not a stream of frames.
-        """
-        self._buffer += data
-        payloads = []
-        start = 0
-        while len(self._buffer) - start >= _HEADER:
-            length = int.from_bytes(self._buffer[start : start + _HEADER], "little")
-            if length > self._limit:
-                raise WireError("oversized", f"a frame must have at most {self._limit} bytes, got {length}")
-            end = start + _HEADER + length
-            if len(self._buffer) < end:
-                break
-            payloads.append(bytes(self._buffer[start + _HEADER : end]))
-            start = end
-        del self._buffer[:start]
-        return payloads
 
 
 class TrainerWriter:

@@ -1,17 +1,22 @@
-"""Hooks around the model's forward, each optimizer's `step()`, and the closure that a step evaluates."""
+"""What the agent sees of a training loop: forwards, each optimizer's `step()` and closure, and replaced parameters."""
 
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sharpwatch.agent.control.lr_multipliers import LrMultipliers
-from sharpwatch.agent.optimizers.support import skips_its_step
+from sharpwatch.agent.optimizers.support import is_flat
+from sharpwatch.curvature.parameters.shards import is_sharded
+
+_CHECK_INTERVAL = 64  # steps between two checks of the parameters
+_LOG = logging.getLogger("sharpwatch")
 
 Closure = Callable[..., Any]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of `step()` as torch's hooks get them: the optimizer is the first
@@ -46,7 +51,7 @@ class Steps(Protocol):
     def idle(self) -> bool:
         """Whether events are to be ignored."""
 
-    def ours(self, doing: str, /) -> AbstractContextManager[None]:
+    def agent_work(self, doing: str, /) -> AbstractContextManager[None]:
         """Run the body as the agent's own work: its exceptions are swallowed and its time is counted."""
 
     def forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], /) -> None:
@@ -104,13 +109,13 @@ class Hooks:
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._counts(module):
-            with self._steps.ours("watching a forward"):
+            with self._steps.agent_work("watching a forward"):
                 self._steps.forward(args, kwargs)
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         del args, kwargs
         if self._counts(module):
-            with self._steps.ours("reading the model's loss"):
+            with self._steps.agent_work("reading the model's loss"):
                 self._steps.output(output)
 
     def _before_step(
@@ -122,7 +127,7 @@ class Hooks:
         which, replaced = self._number[id(optimizer)], None
         self._skipped.discard(which)
         self._awaiting_closure.discard(which)
-        with steps.ours("reading the tap"):
+        with steps.agent_work("reading the tap"):
             if skips_its_step(optimizer):
                 self._skipped.add(which)
                 return None
@@ -132,7 +137,7 @@ class Hooks:
                 steps.read(which)
             else:
                 self._awaiting_closure.add(which)
-        with steps.ours("applying learning-rate multipliers"):
+        with steps.agent_work("applying learning-rate multipliers"):
             steps.rates.apply(which, steps.rates.multipliers())
         return replaced
 
@@ -145,7 +150,7 @@ class Hooks:
         applied: Mapping[int, float] = {}
         if steps.idle():
             return closure(*args, **kwargs)
-        with steps.ours("restoring parameter groups"):
+        with steps.agent_work("restoring parameter groups"):
             applied = steps.rates.restore(which)
         repeating, self.repeating = self.repeating, which not in self._awaiting_closure
         try:
@@ -154,11 +159,11 @@ class Hooks:
             self.repeating = repeating
         if steps.idle():
             return result
-        with steps.ours("reading the tap"):
+        with steps.agent_work("reading the tap"):
             if which in self._awaiting_closure:
                 self._awaiting_closure.discard(which)
                 steps.read(which)
-        with steps.ours("applying learning-rate multipliers"):
+        with steps.agent_work("applying learning-rate multipliers"):
             steps.rates.apply(which, applied)
         return result
 
@@ -168,9 +173,9 @@ class Hooks:
         if steps.idle():
             return
         which = self._number[id(optimizer)]
-        with steps.ours("restoring parameter groups"):
+        with steps.agent_work("restoring parameter groups"):
             steps.rates.restore(which)
-        with steps.ours("ending a step"):
+        with steps.agent_work("ending a step"):
             if which not in self._skipped:
                 steps.end(which)
         steps.go_back()
@@ -194,6 +199,16 @@ def replace_closure(evaluate: Closure, args: tuple[Any, ...], kwargs: dict[str, 
     return None
 
 
+def skips_its_step(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the next `step()` will change nothing, because GradScaler found an overflow.
+
+    GradScaler leaves it to a fused optimizer to skip the step. Reading its flag waits for the device, as GradScaler
+    itself does with other optimizers.
+    """
+    overflow = getattr(optimizer, "found_inf", None)
+    return isinstance(overflow, Tensor) and bool(overflow.item())
+
+
 def _evaluated_by(evaluate: Closure, closure: Closure) -> Closure:
     @functools.wraps(closure)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -210,3 +225,38 @@ def _move(hooks: Any, number: int, *, last: bool) -> None:
 def _is_capturing() -> bool:
     started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return bool(started) and torch.cuda.is_current_stream_capturing()
+
+
+class ParameterIdentity:
+    """Remembers the parameters of `model`, and finds out when they are replaced by others."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._known = _names(model)
+        # FSDP itself replaces parameters by others and restores them during each step.
+        self._can_check = not (is_sharded(model) or any(map(is_flat, model.parameters())))
+
+    def replaced(self, step: int) -> str:
+        """Compare the model's parameters with the known ones, at every 64th step.
+
+        Parameters added since `attach` are not watched; each is logged once.
+
+        Args:
+            step: The number of the step just taken.
+
+        Returns:
+            The name of the first known parameter that the model no longer has; empty if it has all.
+        """
+        if not self._can_check or step % _CHECK_INTERVAL:
+            return ""
+        now = _names(self._model)
+        gone = [name for key, name in self._known.items() if key not in now]
+        if not gone and now.keys() != self._known.keys():
+            new = [name for key, name in now.items() if key not in self._known]
+            _LOG.warning("parameters added after attach are not watched: %s", ", ".join(new))
+            self._known |= now
+        return gone[0] if gone else ""
+
+
+def _names(model: nn.Module) -> dict[int, str]:
+    return {id(parameter): name for name, parameter in model.named_parameters()}

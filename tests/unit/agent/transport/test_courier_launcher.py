@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sharpwatch.agent.transport.framing import Unframer, frame
+from sharpwatch.agent.transport.courier_launcher import Unframer, frame
 from sharpwatch.errors import WireError
 
 

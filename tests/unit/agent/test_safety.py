@@ -1,9 +1,13 @@
 from __future__ import annotations
 
-import pytest
+import itertools
+import signal
 
-from sharpwatch.agent.safety import overhead_timer as module
-from sharpwatch.agent.safety.overhead_timer import OverheadTimer
+import pytest
+from interrupts import interrupted_at
+
+from sharpwatch.agent import safety
+from sharpwatch.agent.safety import OverheadTimer, signals_held
 
 
 class Clock:
@@ -26,7 +30,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(module, "perf_counter", clock)
+    monkeypatch.setattr(safety, "perf_counter", clock)
     return clock
 
 
@@ -75,3 +79,35 @@ def test_before_a_beginning_was_seen_nothing_is_returned(clock):
     assert watch.lap() is None
     clock.advance(4)
     assert watch.lap() == (4, 0)
+
+
+@pytest.fixture
+def terminations():
+    """One entry for each SIGTERM that the program's own handler was given."""
+    came = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
+    yield came
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_a_signal_waits_for_the_end_and_is_not_held_twice(terminations):
+    with signals_held():
+        signal.raise_signal(signal.SIGTERM)
+        assert terminations == []
+        signal.raise_signal(signal.SIGTERM)
+        assert len(terminations) == 1
+    assert len(terminations) == 2
+
+
+def test_a_context_that_is_interrupted_anywhere_holds_nothing_later(terminations):
+    def held():
+        with signals_held():
+            pass
+
+    for number in itertools.count():
+        interrupted = interrupted_at(safety, number, held)
+        signal.raise_signal(signal.SIGTERM)
+        assert len(terminations) == number + 1
+        if not interrupted:
+            break
+    assert number > 10

@@ -11,12 +11,11 @@ from stand_ins import Net
 from torch import nn
 
 import sharpwatch
-from sharpwatch.agent.control.param_group_override import ParamGroupOverride
-from sharpwatch.agent.instrumentation import hooks
+from sharpwatch.agent import hooks, safety
+from sharpwatch.agent.control.lr_multipliers import ParamGroupOverride
 from sharpwatch.agent.probes.builtin import PROBES
 from sharpwatch.agent.probes.gnb import Gnb
 from sharpwatch.agent.probes.runner import ProbeRunner
-from sharpwatch.agent.safety import overhead_timer
 from sharpwatch.agent.statistics.tap import Tap
 from sharpwatch.v1 import types_pb2
 
@@ -241,7 +240,7 @@ def test_the_loss_that_step_returns_may_be_observed_after_it(transports, make):
 
 def test_the_seconds_of_a_closure_are_the_loops(transports, monkeypatch):
     now, recorded = [0.0], []
-    monkeypatch.setattr(overhead_timer, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(safety, "perf_counter", lambda: now[0])
     run = Run(transports, lbfgs)
     run.watch._watched.scheduler.budget.record = lambda *seconds: recorded.append(seconds)
 

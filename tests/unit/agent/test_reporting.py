@@ -8,7 +8,7 @@ from sharpwatch.agent.probes.builtin import PROBES, DirectionReport
 from sharpwatch.agent.probes.gnb import GnbReport
 from sharpwatch.agent.probes.gradient_noise import GradientNoiseReport
 from sharpwatch.agent.probes.runner import ProbeFailure, ProbeRun
-from sharpwatch.agent.reporting import messages
+from sharpwatch.agent.reporting import Health, SampleValues, read_command, sample_message
 from sharpwatch.agent.statistics.tap import TapReading
 from sharpwatch.curvature.estimators.directional import DirectionSample, LineSearchSample
 from sharpwatch.curvature.estimators.gnb import GnbSample
@@ -22,7 +22,7 @@ from sharpwatch.v1 import agent_pb2, types_pb2
 from sharpwatch.wire import PROTOCOL, decode
 
 NOISE = np.array([0.5, np.nan], dtype=np.float32)
-HEALTH = messages.Health(
+HEALTH = Health(
     overhead_ratio=0.01,
     step_seconds=0.5,
     dropped={"spool_full": 3},
@@ -46,8 +46,8 @@ def test_a_full_sample_carries_every_number():
     sketches = torch.arange(4 * 3 * 256, dtype=torch.float32).view(4, 3, 256)
     along = torch.tensor([1.0, float("nan"), 3.0], dtype=torch.float64)
     direction = DirectionSample(31, 2, 0.25, 0.5, torch.ones(3, dtype=torch.float64), along, "autograd")
-    message = messages.sample(
-        messages.SampleValues(
+    message = sample_message(
+        SampleValues(
             sequence=7,
             step=5,
             taken_at_unix_ns=11,
@@ -105,10 +105,8 @@ def test_what_hessian_probes_found_comes_in_as_it_went_out():
         "preconditioned": PreconditionedSample(33, 4, 0.75, 0.01, 5, "autograd", torch.ones(4)),
     }
     seconds = dict.fromkeys(reports, 0.25)
-    values = messages.SampleValues(
-        sequence=1, step=2, taken_at_unix_ns=0, health=HEALTH, probes=ProbeRun(reports, seconds)
-    )
-    message = agent_pb2.Sample.FromString(messages.sample(values).SerializeToString())
+    values = SampleValues(sequence=1, step=2, taken_at_unix_ns=0, health=HEALTH, probes=ProbeRun(reports, seconds))
+    message = agent_pb2.Sample.FromString(sample_message(values).SerializeToString())
     assert [getattr(message, probe).seconds for probe in reports] == [0.25] * 4
     assert [getattr(message, probe).rows for probe in reports] == [1, 2, 3, 4]
     assert (message.lanczos.products, message.preconditioned.products) == (6, 5)
@@ -138,7 +136,7 @@ def test_what_hessian_probes_found_comes_in_as_it_went_out():
 
 
 def test_health_is_sent_and_long_reasons_are_cut_to_what_the_daemon_takes():
-    health = messages.sample(messages.SampleValues(sequence=1, step=0, taken_at_unix_ns=0, health=HEALTH)).health
+    health = sample_message(SampleValues(sequence=1, step=0, taken_at_unix_ns=0, health=HEALTH)).health
     assert (health.overhead_ratio, health.step_seconds, health.swallowed_errors) == (0.01, 0.5, 2)
     assert dict(health.dropped) == {"spool_full": 3}
     assert dict(health.multipliers) == {"qk": 0.5, "emb": 1.0}
@@ -148,9 +146,7 @@ def test_health_is_sent_and_long_reasons_are_cut_to_what_the_daemon_takes():
 
 
 def test_what_was_not_measured_is_absent():
-    message = messages.sample(
-        messages.SampleValues(sequence=1, step=0, taken_at_unix_ns=0, health=HEALTH, closing=True)
-    )
+    message = sample_message(SampleValues(sequence=1, step=0, taken_at_unix_ns=0, health=HEALTH, closing=True))
     assert not any(message.HasField(name) for name in ("loss", "tap", *PROBES))
     assert message.closing
 
@@ -160,12 +156,12 @@ def test_commands_become_values():
     message = types_pb2.Command(
         id="a", apply_at_step=5, expires_at_step=9, expires_at_unix_ns=10, reason="why", set_multipliers=multipliers
     )
-    command = messages.command(message)
+    command = read_command(message)
     assert command.action == SetMultipliers({"qk": 0.5}, 3, 20, 500)
     assert (command.id, command.apply_at_step, command.expires_at_step) == ("a", 5, 9)
     assert (command.expires_at_unix_ns, command.reason) == (10, "why")
     back = types_pb2.Rollback(
         checkpoint=types_pb2.Checkpoint(step=4, uri="file:///c"), skip_from_step=5, skip_to_step=8
     )
-    assert messages.command(types_pb2.Command(id="b", rollback=back)).action == RollBack(4, "file:///c", (5, 8))
-    assert messages.command(types_pb2.Command(id="c")).action is None
+    assert read_command(types_pb2.Command(id="b", rollback=back)).action == RollBack(4, "file:///c", (5, 8))
+    assert read_command(types_pb2.Command(id="c")).action is None

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sharpwatch.agent.probes.budget import OverheadBudget
+from sharpwatch.agent.probes.scheduler import OverheadBudget
 
 STEP, TAP = 0.1, 0.0002
 COST = {"gnb": 0.05, "direction": 0.1}

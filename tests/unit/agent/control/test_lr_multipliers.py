@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sharpwatch.agent.control.param_group_override import ParamGroupOverride
+from sharpwatch.agent.control.lr_multipliers import ParamGroupOverride
 
 MULTIPLIERS = (0.5, 1.0, 4.0)  # of the three layers
 

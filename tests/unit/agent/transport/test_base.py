@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from sharpwatch.agent.transport.destination import Destination, Tls, parse_daemon_address, parse_tls, parse_token
+from sharpwatch.agent.transport.base import Destination, Tls, parse_daemon_address, parse_tls, parse_token
 from sharpwatch.errors import AttachError
 
 

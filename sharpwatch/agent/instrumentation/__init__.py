@@ -1,1 +1,0 @@
-"""Hooks on the model and its optimizers."""

@@ -1,1 +1,0 @@
-"""From a step's record to messages for the daemon."""

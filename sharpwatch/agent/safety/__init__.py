@@ -1,1 +1,0 @@
-"""Keeps the agent from harming the training run: exceptions, signals and time."""
