@@ -128,7 +128,7 @@ class InMemoryTransport:
 
     # What the agent calls.
 
-    def greet(self, hello: agent_pb2.Hello, /) -> None:
+    def send_hello(self, hello: agent_pb2.Hello, /) -> None:
         """Keep `hello`; a closed transport is open again."""
         self.hellos.append(hello)
         self.closed = False

@@ -28,7 +28,7 @@ from sharpwatch.agent.reporting import Identity, Reporter, hello_message
 from sharpwatch.agent.safety import ExceptionBarrier
 from sharpwatch.agent.transport import courier_launcher
 from sharpwatch.agent.transport.base import NullTransport, Transport
-from sharpwatch.agent.transport.courier_client import CourierClient
+from sharpwatch.agent.transport.courier_handle import CourierHandle
 from sharpwatch.agent.watch import Watch
 from sharpwatch.agent.watched_run import WatchedRun
 from sharpwatch.blocks import BlockMap, classify_reporting_unused
@@ -165,7 +165,7 @@ def _watched(options: Options, run: str, rendezvous: Rendezvous) -> WatchedRun:
     control = _control(options, strategy, types)
     transport = _transport(options) if strategy.is_rank_zero else NullTransport()
     try:
-        transport.greet(hello_message(identity, strategy.block_map))
+        transport.send_hello(hello_message(identity, strategy.block_map))
         strategy.wait_for_start()
     except AttachError:
         transport.close()
@@ -213,7 +213,7 @@ def _scheduler(options: Options, strategy: Strategy, barrier: ExceptionBarrier) 
 def _transport(options: Options) -> Transport:
     if options.transport is not None:
         return options.transport
-    return CourierClient(address=options.address, token=options.token, tls=options.tls)
+    return CourierHandle(address=options.address, token=options.token, tls=options.tls)
 
 
 def _identity(options: Options, run: str) -> Identity:

@@ -87,7 +87,7 @@ def check(options: Options) -> None:
             raise AttachError(f"{name} must be a callable or None, got {type(value).__name__}")
     if options.transport is not None and not isinstance(options.transport, Transport):
         raise AttachError(
-            "transport must have the members of sharpwatch.agent.transport.base.Transport (greet, send, receive, "
+            "transport must have the members of sharpwatch.agent.transport.base.Transport (send_hello, send, receive, "
             f"close, dropped, connection) or be None, got {type(options.transport).__name__}"
         )
     parse_daemon_address(options.address)

@@ -336,7 +336,7 @@ class Reporter:
             tap = record.reading or (None if record.tap is None else self._tap.resolve(record.tap))
             self._send(record.step, record.taken_at_unix_ns, loss=record.loss(), tap=tap, probes=record.probes)
 
-    def send_news(self, step: int, *, closing: bool = False) -> None:
+    def send_events(self, step: int, *, closing: bool = False) -> None:
         """Send a sample that belongs to no step: results and checkpoints that would else wait, or the last one."""
         self._send(step, time.time_ns(), closing=closing)
 

@@ -172,7 +172,7 @@ class WatchedRun:
         self.scheduler.runner.load_state_dict(state["probes"])
         self.run, self.step = str(state["run"]), step
         identity = replace(self._identity, run=self.run, initial_step=step)
-        self.transport.greet(hello_message(identity, self.strategy.block_map))
+        self.transport.send_hello(hello_message(identity, self.strategy.block_map))
         self.scheduler.begin()
         self.rates.wrap_steps(self._hooks.innermost)
 
@@ -213,7 +213,7 @@ class WatchedRun:
             self._reporter.restored()
         self._reporter.flush(wait=True)
         if in_order or self.control.has_results:
-            self._reporter.send_news(self.step, closing=in_order)
+            self._reporter.send_events(self.step, closing=in_order)
 
     def __del__(self) -> None:
         self.close(in_order=True)  # model and optimizers went away, and this with them
@@ -259,8 +259,8 @@ class WatchedRun:
             self._begin()
             self._reporter.next_step()
             step = self.step + 1
-            for ruling in self.strategy.begin_step():
-                self._receive(ruling.command, step, ruling.refusal)
+            for due in self.strategy.begin_step():
+                self._receive(due.command, step, due.refusal)
             self.control.begin(step, self.strategy.clock())
             self._current = _StepInProgress(step, self.strategy.tap.start(self.rates.multipliers()))
 
@@ -294,7 +294,7 @@ class WatchedRun:
             with self.barrier.guard("reporting a failed rollback"):
                 self.control.rollback_failed(self.step, f"{type(error).__name__}: {error}")
                 self._reporter.flush(wait=True)
-                self._reporter.send_news(self.step)
+                self._reporter.send_events(self.step)
             raise
         with self.barrier.guard("ending a rollback"):
             if self.control.pending_rollback is not None:

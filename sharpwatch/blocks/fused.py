@@ -1,4 +1,4 @@
-"""Layouts of fused attention matrices, which hold several of query, key, value and gate.
+"""Splits fused attention matrices (QKV): their layouts, which hold several of query, key, value and gate.
 
 They are known by the attention's class and the sizes it keeps. The shape alone is ambiguous: [3 · heads · width,
 inputs] is three thirds in one model, and three slices of every head in another. A layout that is not in these tables is

@@ -245,7 +245,7 @@ class Pipeline:
         self._take_reports(run, reading, now)
         if entry.attempt is not run.attempt:
             return  # a newer attempt has replaced this one, so its measurements are out of date
-        observation = run.fold(reading, now)
+        observation = run.update(reading, now)
         if observation is not None:
             self._record(run, run.controller.observe(observation, now))
 

@@ -78,7 +78,7 @@ def failing():
     """Rank 0 can't make its part, after all ranks have exchanged theirs."""
 
     class Broken(InMemoryTransport):
-        def greet(self, _):
+        def send_hello(self, _):
             raise AttachError("tls: the files are gone")
 
     error, model, optimizer = attached(transport=Broken())

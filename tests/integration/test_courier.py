@@ -20,7 +20,7 @@ from daemons import PATIENCE, ack, await_end, free_port, honest, response, silen
 
 from sharpwatch.agent.transport import courier, courier_launcher
 from sharpwatch.agent.transport.base import Connection, Destination
-from sharpwatch.agent.transport.courier_client import CourierClient
+from sharpwatch.agent.transport.courier_handle import CourierHandle
 from sharpwatch.agent.transport.courier_launcher import frame
 from sharpwatch.agent.transport.trainer_writer import TrainerWriter
 from sharpwatch.v1 import agent_pb2, types_pb2
@@ -34,8 +34,8 @@ def attach():
 
     def start(daemon, **options):
         address = daemon if isinstance(daemon, str) else daemon.address
-        clients.append(CourierClient(address=address, **options))
-        clients[-1].greet(HELLO)
+        clients.append(CourierHandle(address=address, **options))
+        clients[-1].send_hello(HELLO)
         clients[-1].flush()  # the first use starts the courier
         return clients[-1]
 
@@ -632,14 +632,14 @@ def trainer(code, address):
     """A trainer that runs `code` with a client to `address`, its output line by line."""
     prelude = f"""
 import os, signal, sys, threading
-from sharpwatch.agent.transport.courier_client import CourierClient
+from sharpwatch.agent.transport.courier_handle import CourierHandle
 from sharpwatch.v1 import agent_pb2
 def send(client, sequence):
     client.send(agent_pb2.SessionRequest(sample=agent_pb2.Sample(sequence=sequence)))
 def say(word):
     print(word, flush=True)
-client = CourierClient(address={address!r})
-client.greet(agent_pb2.Hello(run="run"))
+client = CourierHandle(address={address!r})
+client.send_hello(agent_pb2.Hello(run="run"))
 client.flush()
 """
     return subprocess.Popen(
@@ -753,8 +753,8 @@ def test_with_closed_standard_streams_the_pipes_stay_clear_of_them(serve):
 client.close()
 for stream in range(3):
     os.close(stream)
-client = CourierClient(address=client._destination.target)
-client.greet(agent_pb2.Hello(run="run"))
+client = CourierHandle(address=client._destination.target)
+client.send_hello(agent_pb2.Hello(run="run"))
 client.flush()
 ends = client._courier._from_courier.fileno(), client._courier._to_courier.fileno()
 send(client, 1)

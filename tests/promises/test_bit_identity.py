@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import sharpwatch
 from sharpwatch.agent.probes.builtin import PROBES
-from sharpwatch.agent.transport.courier_client import CourierClient
+from sharpwatch.agent.transport.courier_handle import CourierHandle
 
 STEPS = 200
 ABSENT = "127.0.0.1:9"  # discard: nothing listens there
@@ -34,13 +34,13 @@ def sgd(parameters):
 def sent(monkeypatch):
     """What is sent to the real courier."""
     messages = []
-    send = CourierClient.send
+    send = CourierHandle.send
 
     def record(client, request):
         messages.append(request.sample)
         send(client, request)
 
-    monkeypatch.setattr(CourierClient, "send", record)
+    monkeypatch.setattr(CourierHandle, "send", record)
     return messages
 
 

@@ -8,7 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import sharpwatch
 from sharpwatch.agent.probes.builtin import PROBES
-from sharpwatch.agent.transport.courier_client import CourierClient
+from sharpwatch.agent.transport.courier_handle import CourierHandle
 
 STEPS = 25
 ABSENT = "127.0.0.1:9"  # discard: nothing listens there
@@ -34,7 +34,7 @@ def lbfgs_with_line_search(parameters):
 def sent(monkeypatch):
     """What is sent to the real courier."""
     messages = []
-    monkeypatch.setattr(CourierClient, "send", lambda _, request: messages.append(request.sample))
+    monkeypatch.setattr(CourierHandle, "send", lambda _, request: messages.append(request.sample))
     return messages
 
 

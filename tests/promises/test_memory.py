@@ -9,7 +9,7 @@ from pathlib import Path
 
 from daemons import PATIENCE, free_port
 
-from sharpwatch.agent.transport.courier_client import CourierClient
+from sharpwatch.agent.transport.courier_handle import CourierHandle
 from sharpwatch.v1 import agent_pb2
 
 MEBIBYTE = 2**20
@@ -24,7 +24,7 @@ def resident(pid):
 STEPS, GROWTH = 150, 2.25e6
 CODE = f"""
 import ctypes, gc
-from sharpwatch.agent.transport.courier_client import CourierClient
+from sharpwatch.agent.transport.courier_handle import CourierHandle
 
 class MallInfo(ctypes.Structure):
     names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
@@ -38,7 +38,7 @@ def allocated():
     found = mallinfo()
     return found.uordblks + found.hblkhd
 
-transport = CourierClient(address=os.environ["SHARPWATCH_ADDRESS"], pending_bytes=200_000)
+transport = CourierHandle(address=os.environ["SHARPWATCH_ADDRESS"], pending_bytes=200_000)
 trainer = Trainer(transport=transport, probe_every=1, probes=("gnb",))
 trainer.train(50)
 before = allocated()
@@ -60,8 +60,8 @@ def test_a_trainer_whose_samples_nobody_takes(train, assert_unchanged):
 def test_a_courier_whose_samples_nobody_takes():
     """Sixteen times what it may keep; it holds that, and what is on its way in."""
     limit, size = 4 * MEBIBYTE, 20_000
-    client = CourierClient(address=f"127.0.0.1:{free_port()}", spool_bytes=limit)
-    client.greet(agent_pb2.Hello(run="run"))
+    client = CourierHandle(address=f"127.0.0.1:{free_port()}", spool_bytes=limit)
+    client.send_hello(agent_pb2.Hello(run="run"))
     sent = 0
 
     def send_until_dropped(bytes_dropped):

@@ -5,8 +5,8 @@ from __future__ import annotations
 PENDING = 200_000
 LARGEST = 100_000  # of one sample, by far: four sketches of six blocks make 25 kB
 CODE = f"""
-from sharpwatch.agent.transport.courier_client import CourierClient
-transport = CourierClient(address=os.environ["SHARPWATCH_ADDRESS"], pending_bytes={PENDING})
+from sharpwatch.agent.transport.courier_handle import CourierHandle
+transport = CourierHandle(address=os.environ["SHARPWATCH_ADDRESS"], pending_bytes={PENDING})
 trainer = Trainer(transport=transport, probe_every=1)
 trainer.train(1)
 os.kill(trainer.transport.courier_pid, signal.SIGSTOP)

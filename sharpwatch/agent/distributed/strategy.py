@@ -39,7 +39,7 @@ _NOT_IN_LOCK_STEP = (
 )
 
 
-class Ruling(NamedTuple):
+class DueCommand(NamedTuple):
     """A command to apply now, or to refuse where there is a `refusal`."""
 
     command: types_pb2.Command
@@ -99,7 +99,7 @@ class Strategy:
     def forward(self) -> None:
         """The model is called in training."""
 
-    def begin_step(self) -> Sequence[Ruling]:
+    def begin_step(self) -> Sequence[DueCommand]:
         """The commands that are decided for before the step to come: the same on all ranks."""
         return ()
 
@@ -204,15 +204,15 @@ class Replicated(Strategy):
         """As `Strategy.forward`."""
         self._forwards += self.lock_step  # else ranks may differ in it
 
-    def begin_step(self) -> Sequence[Ruling]:
+    def begin_step(self) -> Sequence[DueCommand]:
         """As `Strategy.begin_step`."""
-        rulings = []
+        due = []
         for each in self.ranks.committed():
             self._clock = each.clock_unix_ns
-            rulings += [Ruling(command) for command in _unpacked(each.command)]
+            due += [DueCommand(command) for command in _unpacked(each.command)]
         for packed in self.ranks.refused():
-            rulings += [Ruling(command, _NOT_IN_LOCK_STEP) for command in _unpacked(packed)]
-        return rulings
+            due += [DueCommand(command, _NOT_IN_LOCK_STEP) for command in _unpacked(packed)]
+        return due
 
     def end_step(
         self, record: StepRecord, commands: Sequence[types_pb2.Command], *, due_probes: int, swallowed_errors: int

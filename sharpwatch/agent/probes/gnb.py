@@ -1,4 +1,7 @@
-"""The Gauss-Newton-Bartlett probe: traces and sketches of all blocks at once, and the sketch of the step's gradient."""
+"""Runs the `gnb` probe in training: traces and sketches of all blocks at once, and the sketch of the step's gradient.
+
+The estimator is `curvature.estimators.gnb`, or `gnb_sharded` where no rank holds whole parameters.
+"""
 
 from __future__ import annotations
 

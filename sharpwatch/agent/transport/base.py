@@ -41,7 +41,7 @@ class Transport(Protocol):
     The training loop calls `send` and `receive` in every step, so they must neither block nor raise.
     """
 
-    def greet(self, hello: agent_pb2.Hello, /) -> None:
+    def send_hello(self, hello: agent_pb2.Hello, /) -> None:
         """Open every session with `hello`.
 
         `attach` calls this once. A run that takes up the state of a checkpoint calls it again with its new name and
@@ -72,7 +72,7 @@ class NullTransport:
     dropped: Mapping[str, int] = MappingProxyType({})
     connection = Connection(reason="rank 0 sends for all ranks")
 
-    def greet(self, hello: agent_pb2.Hello, /) -> None:
+    def send_hello(self, hello: agent_pb2.Hello, /) -> None:
         """Do nothing."""
 
     def send(self, request: agent_pb2.SessionRequest, /) -> None:

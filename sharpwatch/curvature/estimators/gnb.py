@@ -1,4 +1,4 @@
-"""The Gauss-Newton-Bartlett probe: traces and sketches of the Gauss-Newton matrix G from sampled labels.
+"""The Gauss-Newton-Bartlett estimator: traces and sketches of the Gauss-Newton matrix G from sampled labels.
 
 Let labels ŷ be drawn from the model's own softmax, and L̂ be the mean cross-entropy with them over the N predicting
 positions. Then N‖∇_b L̂‖² is unbiased for Tr(G_bb): the score of each position has mean zero, so cross terms between

@@ -11,7 +11,8 @@
 
 `TRANSITIONS` is this picture as a table, and `advance` is the only way to a new outcome: `DecisionLog` calls it for
 every event. `DecisionLifecycle` raises the events of decisions that are not final yet: the trainer's answer, recovery
-or its absence, and expiry. Policies (`engine`) and operators (`operator_requests`) raise the others.
+or its absence, and expiry. Policies (`engine`) and operators (`operator_requests`) raise the others, and set the
+step by which a trainer must answer; the trainer refuses what comes later (`agent.control.controller`).
 """
 
 from __future__ import annotations

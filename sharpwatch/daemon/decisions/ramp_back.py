@@ -1,7 +1,7 @@
 """The ramp-back: takes a policy's change of multipliers back after a quiet hold, and reapplies it if its alert returns.
 
 `ramp_back_due` decides when, and to which multipliers; `failed_ramp_back` decides when that has to be undone. The
-policy engine records and sends what they decide.
+policy engine records and sends what they decide; the trainer moves there step by step (`agent.control.controller`).
 """
 
 from __future__ import annotations

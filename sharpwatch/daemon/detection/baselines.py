@@ -51,7 +51,7 @@ class Baseline:
         level = self._median()
         return (math.log(value) - level) / max(self._floor, _MAD_TO_SD * self._deviation(level))
 
-    def fold(self, value: float, patience: int) -> None:
+    def update(self, value: float, patience: int) -> None:
         """Take `value` in, or set it aside; after `patience` in a row set aside, they are the new level."""
         if not math.isfinite(value) or value <= 0.0:
             return
@@ -142,7 +142,7 @@ class History:
         if self._settling:
             self._settling -= 1
         else:
-            self._fold(observation)
+            self._update(observation)
         return scores
 
     def _go_back(self) -> None:
@@ -161,18 +161,18 @@ class History:
             block_stability=_each(self._block_stability, {b: surely(e) for b, e in seen.block_stability.items()}),
         )
 
-    def _fold(self, seen: Observation) -> None:
+    def _update(self, seen: Observation) -> None:
         patience = self._patience
         if seen.loss is not None:
-            self._loss.fold(seen.loss, patience)
+            self._loss.update(seen.loss, patience)
         for baselines, values in ((self._gradient_norm, seen.gradient_norm), (self._update_rms, seen.update_rms)):
             for block, value in values.items():
-                baselines.setdefault(block, Baseline(NORM_FLOOR, WARM_UP)).fold(value, patience)
+                baselines.setdefault(block, Baseline(NORM_FLOOR, WARM_UP)).update(value, patience)
         if seen.stability is not None:
-            self._stability.fold(_ratio(seen.stability.value), patience)
+            self._stability.update(_ratio(seen.stability.value), patience)
         for block, estimate in seen.block_stability.items():
             baseline = self._block_stability.setdefault(block, Baseline(RATIO_FLOOR, WARM_UP_PROBES))
-            baseline.fold(_ratio(estimate.value), patience)
+            baseline.update(_ratio(estimate.value), patience)
 
     def _note_multipliers(self, now: Mapping[str, float]) -> None:
         before = self._multipliers

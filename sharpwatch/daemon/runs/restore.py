@@ -87,7 +87,7 @@ def _replay(run: Run, attempts: dict[str, Attempt], rows: tuple[SampleRow, ...])
         if attempt.hello.same_blocks(run.attempt.hello):
             if not attempt.hello.same_projection(run.attempt.hello):
                 reading = _without_projection(reading)
-            observation = run.fold(reading, time.time())
+            observation = run.update(reading, time.time())
             if observation is not None:
                 run.controller.replay(observation)
     for change in changes:

@@ -157,7 +157,7 @@ class Run:
             order_correlation=None,
         )
 
-    def fold(self, reading: Reading, now: float) -> Observation | None:
+    def update(self, reading: Reading, now: float) -> Observation | None:
         """Takes in a sample of the newest attempt.
 
         Args:

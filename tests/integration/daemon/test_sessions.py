@@ -311,10 +311,10 @@ async def test_a_defect_met_in_one_run_is_counted_and_harms_no_other(daemon, bui
     def broken(self, reading, now):
         if self.name == "bad":
             raise ZeroDivisionError
-        return fold(self, reading, now)
+        return update(self, reading, now)
 
-    fold = Run.fold
-    monkeypatch.setattr(Run, "fold", broken)
+    update = Run.update
+    monkeypatch.setattr(Run, "update", broken)
     good, bad = await daemon.train("good", "g1"), await daemon.train("bad", "b1")
     for trainer in (bad, good):
         await trainer.send(build.sample(1))

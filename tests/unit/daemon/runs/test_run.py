@@ -57,9 +57,9 @@ def controller(*_) -> RunController:
     return RunController("run", blocks=tuple(SIZES), policies=())
 
 
-def fold(run: Run, steps: range) -> None:
+def update(run: Run, steps: range) -> None:
     for step in steps:
-        run.fold(read_sample(run.attempt.hello, sample(step, run.attempt.hello.sketch_size)), 0.0)
+        run.update(read_sample(run.attempt.hello, sample(step, run.attempt.hello.sketch_size)), 0.0)
 
 
 def estimated(run: Run) -> dict[str, int]:
@@ -73,7 +73,7 @@ def estimated(run: Run) -> dict[str, int]:
 @pytest.fixture
 def run() -> Run:
     run = Run(attempt(), controller(), now=0.0)
-    fold(run, range(1, 6))
+    update(run, range(1, 6))
     return run
 
 
@@ -83,7 +83,7 @@ def test_the_gradient_noise_is_that_of_the_newest_gnb_probe_by_block(run):
         probed = sample(sequence)
         if noise is not None:
             probed.gnb.gradient_noise.CopyFrom(wire.encode(noise, "float32"))
-        run.fold(read_sample(hello, probed), 0.0)
+        run.update(read_sample(hello, probed), 0.0)
         run.publish()
         assert run.snapshot.gradient_noise == noise
 
@@ -92,10 +92,10 @@ def test_a_gradient_noise_of_its_own_stays_until_the_next_of_its_kind(run):
     hello = replace(run.attempt.hello, probes=("gnb", "gradient_noise"))
     own = agent_pb2.GradientNoiseProbe(noise=wire.encode((0.5, 0.25), "float32"))
     for probed in (agent_pb2.Sample(sequence=6, step=6, gradient_noise=own), sample(7)):
-        run.fold(read_sample(hello, probed), 0.0)
+        run.update(read_sample(hello, probed), 0.0)
         run.publish()
         assert run.snapshot.gradient_noise == (0.5, 0.25)
-    run.fold(read_sample(hello, agent_pb2.Sample(sequence=8, step=8, gradient_noise={})), 0.0)
+    run.update(read_sample(hello, agent_pb2.Sample(sequence=8, step=8, gradient_noise={})), 0.0)
     run.publish()
     assert run.snapshot.gradient_noise is None
 
@@ -112,19 +112,19 @@ def test_a_gradient_that_was_not_read_is_none_and_no_damage(run, norm, seen):
         lr_multiplier=ones,
     )
     reading = read_sample(run.attempt.hello, agent_pb2.Sample(sequence=6, step=6, tap=tap))
-    assert run.fold(reading, 0.0).gradient_norm == seen | {"norm": 1.0}
+    assert run.update(reading, 0.0).gradient_norm == seen | {"norm": 1.0}
 
 
 def test_windows_go_on_over_attempts_of_the_same_blocks_and_projection(run):
     run.begin(attempt(attempt="a2"), controller())
-    fold(run, range(6, 7))
+    update(run, range(6, 7))
     assert (estimated(run)["trace"], estimated(run)["top_eigenvalue"]) == (24, 24)
 
 
 @pytest.mark.parametrize("changes", BY_ANOTHER_PROJECTION)
 def test_sketches_by_another_projection_are_put_away_and_traces_stay(run, changes):
     run.begin(attempt(attempt="a2", **changes), controller())
-    fold(run, range(6, 8))
+    update(run, range(6, 8))
     assert (estimated(run)["trace"], estimated(run)["top_eigenvalue"]) == (28, 8)
 
 

@@ -7,8 +7,8 @@ import itertools
 
 from interrupts import interrupted_at
 
-from sharpwatch.agent.transport import courier_client
-from sharpwatch.agent.transport.courier_client import CourierClient
+from sharpwatch.agent.transport import courier_handle
+from sharpwatch.agent.transport.courier_handle import CourierHandle
 from sharpwatch.agent.transport.courier_launcher import Unframer
 from sharpwatch.v1 import agent_pb2
 
@@ -54,15 +54,15 @@ def test_an_interrupt_anywhere_in_a_send_loses_and_breaks_nothing(monkeypatch):
     ends = set()
     for number in itertools.count():
         started = []
-        monkeypatch.setattr(courier_client, "CourierProcess", lambda _, started=started: Courier(started))
-        client = CourierClient(address="127.0.0.1:1")
-        client.greet(agent_pb2.SessionRequest(hello=agent_pb2.Hello(run="r")).hello)
+        monkeypatch.setattr(courier_handle, "CourierProcess", lambda _, started=started: Courier(started))
+        client = CourierHandle(address="127.0.0.1:1")
+        client.send_hello(agent_pb2.SessionRequest(hello=agent_pb2.Hello(run="r")).hello)
         for sequence in range(1, 6):
             if started:
                 started[-1].budget = 40  # a part of what there is
             request = agent_pb2.SessionRequest(sample=agent_pb2.Sample(sequence=sequence, loss=sequence))
             if sequence == 3:
-                interrupted = interrupted_at(courier_client, number, functools.partial(client.send, request))
+                interrupted = interrupted_at(courier_handle, number, functools.partial(client.send, request))
             else:
                 client.send(request)
         client._await_end = lambda *_: None

@@ -1,4 +1,6 @@
-"""The trainer's transport: it writes samples to the courier process, and never blocks.
+"""The trainer's handle of its courier process: writes samples to it without blocking, and starts it anew if it dies.
+
+The courier itself, which connects to the daemon and tries again, is in `courier`.
 
 A written sample is kept, up to `pending_bytes` of them, until the courier reports that it holds it no more
 (acknowledged, refused or dropped). A courier that dies is replaced, and the new one gets what was kept.
@@ -41,7 +43,7 @@ _CLOSING_STARTS = 2  # couriers that close() may start
 _STUCK_SECONDS = 1.0  # without reading a byte: close() then takes the courier for stuck
 
 
-class CourierClient:
+class CourierHandle:
     """The `Transport` that `attach` makes; for use in one thread.
 
     The courier is started when the first sample is sent or `receive` is called, so that the Hello may change until
@@ -91,7 +93,7 @@ class CourierClient:
         self._writing = memoryview(b"")  # the rest of a frame that was written in part
         self._closed = False
 
-    def greet(self, hello: agent_pb2.Hello) -> None:
+    def send_hello(self, hello: agent_pb2.Hello) -> None:
         """Open every session with `hello`; must be called before the first sample is sent."""
         self._hello = frame(agent_pb2.SessionRequest(hello=hello).SerializeToString())
 
@@ -136,7 +138,7 @@ class CourierClient:
             return
         with signals_held():  # outermost: a signal that was held raises once all that was written is recorded
             try:
-                if self._courier is None and self._restart.due(time.monotonic()):
+                if self._courier is None and self._restart.is_due(time.monotonic()):
                     self._start()
                 if self._courier is not None:
                     self._pull(self._courier)
@@ -189,7 +191,7 @@ class CourierClient:
     # The courier's life.
 
     def _start(self) -> None:
-        self._restart.tried(time.monotonic())
+        self._restart.note_start(time.monotonic())
         try:
             self._courier = CourierProcess(self._destination)
         except OSError as error:
@@ -213,7 +215,7 @@ class CourierClient:
         log = os.environ.get(LOG) or f"none; ${LOG} names a file for it"
         self._started_one |= courier.pid is not None
         if self._started_one:
-            self._restart.ended(now, now - courier.started)
+            self._restart.note_end(now, now - courier.started)
             self._restart.warn(f"the courier is gone ({reason}) and will be replaced; its log: {log}")
         else:  # sys.executable may be the training program itself
             self._restart.give_up(f"sys.executable={sys.executable!r} did not start one; its log: {log}")
@@ -297,7 +299,7 @@ class CourierClient:
         """Write everything that is queued; returns False if the courier has stopped reading."""
         for _ in range(_CLOSING_STARTS):
             if self._courier is None and self._pending:
-                self._restart.now()
+                self._restart.allow_now()
             progress = self._write_until(deadline)
             if self._courier is not None or not self._pending:
                 return not self._pending or deadline - progress < _STUCK_SECONDS
@@ -334,20 +336,20 @@ class _Restart:
         self._warned = False
         self._given_up = False
 
-    def due(self, now: float) -> bool:
+    def is_due(self, now: float) -> bool:
         return now >= self._at and not self._given_up
 
-    def now(self) -> None:
+    def allow_now(self) -> None:
         self._at = 0.0
 
     def give_up(self, reason: str) -> None:
         self._given_up = True
         self.warn(f"no courier in this program, nothing is sent to the daemon: {reason}")
 
-    def tried(self, now: float) -> None:
+    def note_start(self, now: float) -> None:
         self._at = now + _FIRST_RESTART_SECONDS
 
-    def ended(self, now: float, lived: float) -> None:
+    def note_end(self, now: float, lived: float) -> None:
         if lived > _LAST_RESTART_SECONDS:
             self._backoff.reset()
         self._at = now + self._backoff.next()
