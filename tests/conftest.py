@@ -37,15 +37,20 @@ SLOW = (
     "unit/curvature/measure/test_measure_use.py",
 )
 NOT_SLOW = ("distributed/test_smoke.py",)
+# Run first: what takes a minute or more by itself, and would leave one of two processes idle at the end.
+FIRST = ("integration/test_demo.py", "distributed/test_matrix.py", "integration/test_bit_identity.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what is slow, by the table."""
-    here = Path(__file__).parent
+    """Mark what is slow, and put the longest first, by the tables."""
     for item in items:
-        place = item.path.relative_to(here).as_posix()
-        if place.startswith(SLOW) and not place.startswith(NOT_SLOW):
+        if _place(item).startswith(SLOW) and not _place(item).startswith(NOT_SLOW):
             item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: next((i for i, path in enumerate(FIRST) if _place(item).startswith(path)), len(FIRST)))
+
+
+def _place(item: pytest.Item) -> str:
+    return item.path.relative_to(Path(__file__).parent).as_posix()
 
 
 @pytest.fixture(autouse=True, scope="session")
