@@ -115,7 +115,7 @@ def test_leaves_no_trace_where_it_raises_half_way(calls):
         return called(**given.kwargs).loss
 
     with pytest.raises(EnoughError):
-        measure(model, [batch()], optimizer, ALL, draws=8, loss_fn=loss_fn)
+        measure(model, [batch()], optimizer, ALL, draws=4, loss_fn=loss_fn)
     before.assert_untouched(optimizer)
 
 
