@@ -5,7 +5,7 @@
 
 Both checkouts run under the same packages, in turn, each time in new processes. Compared is processor time, which other
 programs on the machine change less than wall time: of the training thread per `optimizer.step()` (the median), of the
-process for `measure`, of the daemon for 300 samples, every fifth with a `gnb` probe. For each workload it prints the
+process for `measure`, of the daemon for 170 samples, every fifth with a `gnb` probe. For each workload it prints the
 median of the ratios of the pairs and an upper bound on it: with 20 pairs the 15th smallest, above which the true median
 lies with probability 2 %.
 """
@@ -29,8 +29,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import sharpwatch
 
 _HERE = Path(__file__).parents[1]
-_STEPS, _WARM_UP = 300, 20
-_DRAWS = 10
+_STEPS, _WARM_UP = 150, 20
+_DRAWS = 4
 
 
 def _model() -> tuple[GPT2LMHeadModel, torch.Tensor]:

@@ -20,25 +20,39 @@ os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed tells whoever imports it,
 
 
 # What `make test` leaves to `make test-all`: folders and files that train on several ranks, drive other projects'
-# trainers, start many processes, or measure every block of six models. tests/distributed/test_smoke.py stands for the
-# ranks.
+# trainers, start many processes or wait for many deaths, or measure every block of six models.
+# tests/distributed/test_smoke.py stands for the ranks.
 SLOW = (
     "distributed",
     "integration/integrations",
     "integration/optimizers",
     "integration/test_bit_identity.py",
+    "integration/test_cli_daemon.py",
     "integration/test_crossings.py",
     "integration/test_dashboard.py",
     "integration/test_demo.py",
+    "integration/test_measure_cli.py",
+    "integration/test_probes.py",
     "integration/test_resume.py",
     "open_faults",
+    "promises/test_daemon_killed.py",
+    "promises/test_out_of_memory.py",
     "unit/blocks/test_zoo.py",
     "unit/curvature/measure/test_measure.py",
     "unit/curvature/measure/test_measure_use.py",
 )
 NOT_SLOW = ("distributed/test_smoke.py",)
-# Run first: what takes a minute or more by itself, and would leave one of two processes idle at the end.
-FIRST = ("integration/test_demo.py", "distributed/test_matrix.py", "integration/test_bit_identity.py")
+# Run first: what takes long by itself, and would leave one of two processes idle at the end.
+FIRST = (
+    "integration/test_demo.py",
+    "distributed/test_matrix.py",
+    "integration/integrations/test_torchtitan.py",
+    "promises/test_daemon_killed.py",
+    "integration/test_bit_identity.py",
+    "promises/test_bit_identity.py",
+    "promises/test_interpreter_exit.py",
+    "integration/test_courier.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

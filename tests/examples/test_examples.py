@@ -87,6 +87,7 @@ def test_a_training_example_runs_and_is_seen(daemon, tmp_path, example):
     assert bool(shown["checkpoints"]) is example.checkpoints
 
 
+@pytest.mark.slow
 def test_the_measured_checkpoint_is_reported(tmp_path):
     printed = run("measure_checkpoint.py", tmp_path)
     assert {"emb", "qk", "vo", "ffn", "norm", "whole"} <= set(re.findall(r"^ *(\w+) ", printed, re.MULTILINE))
