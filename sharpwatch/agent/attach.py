@@ -132,10 +132,12 @@ def attach(  # noqa: PLR0913 - the public signature; each has a default that wor
     name = run or f"{training_job}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
     disabled = os.environ.get("SHARPWATCH_DISABLED") == "1"
     rendezvous = rendezvous_for(model)
+    # The checks run within it: a wrong option on one rank then raises on all, and no rank waits for it.
     with rendezvous.attending():
         check(options)
         if not disabled:
             return Watch(name, initial_step, _watched(options, name, rendezvous))
+    # A disabled rank says so and goes on; otherwise the others would wait for it until they time out.
     rendezvous.refuse("sharpwatch is disabled there, and must be on all ranks or none")
     return Watch(name, initial_step, None, disabled=True)
 
@@ -156,6 +158,7 @@ def _watched(options: Options, run: str, rendezvous: Rendezvous) -> WatchedRun:
     options = replace(options, probes=possible(tuple(options.probes), options.model))
     barrier = ExceptionBarrier()
     strategy = connect(rendezvous, options, blocks, run, barrier)
+    # A stage of a pipeline can't be called on a batch by itself.
     if not strategy.may_probe:
         options = replace(options, probes=())
     if strategy.layout.unreadable:
@@ -164,6 +167,7 @@ def _watched(options: Options, run: str, rendezvous: Rendezvous) -> WatchedRun:
     types = parameter_types(options.model, strategy.block_map, options.optimizers)
     control = _control(options, strategy, types)
     transport = _transport(options) if strategy.is_rank_zero else NullTransport()
+    # The hello starts no courier yet, so nothing is left running if another rank refuses.
     try:
         transport.send_hello(hello_message(identity, strategy.block_map))
         strategy.wait_for_start()
@@ -220,6 +224,7 @@ def _identity(options: Options, run: str) -> Identity:
     return Identity(
         training_job=options.training_job,
         run=run,
+        # Tells the attempts at a run apart, also two that begin at the same step.
         attempt=secrets.token_hex(16),
         optimizer="+".join(type(each).__name__ for each in options.optimizers),
         control=options.control,

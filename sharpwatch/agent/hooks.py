@@ -15,6 +15,7 @@ from sharpwatch.agent.control.lr_multipliers import LrMultipliers
 from sharpwatch.agent.optimizers.support import is_flat
 from sharpwatch.curvature.parameters.shards import is_sharded
 
+# Going through all modules at every step would cost too much for what happens rarely.
 _CHECK_INTERVAL = 64  # steps between two checks of the parameters
 _LOG = logging.getLogger("sharpwatch")
 
@@ -40,6 +41,7 @@ class Hook:
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[object, ...]]:
         """Copied or pickled with its model, it does nothing there, and loads without sharpwatch."""
+        # It takes any arguments, returns None, and is of the standard library.
         return getattr, (nullcontext(), "__exit__")
 
 
@@ -128,6 +130,7 @@ class Hooks:
         self._skipped.discard(which)
         self._awaiting_closure.discard(which)
         with steps.agent_work("reading the tap"):
+            # A step that changes nothing does not count, and its gradients are not finite.
             if skips_its_step(optimizer):
                 self._skipped.add(which)
                 return None
@@ -156,7 +159,9 @@ class Hooks:
         try:
             result = closure(*args, **kwargs)
         finally:
+            # Put back rather than set to False: a closure may step another optimizer, with its own closure.
             self.repeating = repeating
+        # Asked again, because the closure may have closed the watch.
         if steps.idle():
             return result
         with steps.agent_work("reading the tap"):
@@ -178,6 +183,7 @@ class Hooks:
         with steps.agent_work("ending a step"):
             if which not in self._skipped:
                 steps.end(which)
+        # Outside of the barrier: what the user's callback raises must reach the loop.
         steps.go_back()
 
 

@@ -58,6 +58,7 @@ class Options:
     @property
     def equal(self) -> Mapping[str, object]:
         """The options that must be the same on all ranks of a run."""
+        # Not those that rank 0 alone uses: where it connects to, and its overhead budget.
         return {
             "training_job": self.training_job,
             "run": self.run,
@@ -118,6 +119,7 @@ def possible(probes: tuple[str, ...], model: nn.Module) -> tuple[str, ...]:
         DataRank.of(model)
     except ProbeError as error:
         raise AttachError(f"probes must be () for this model, got {probes!r}: {error}") from error
+    # The default probes are narrowed in silence: nobody asked for them by name.
     return tuple(probe for probe in probes if probe in shardable)
 
 
@@ -169,6 +171,7 @@ def _check_parameters(model: nn.Module) -> None:
 def _check_numbers(options: Options) -> None:
     budget, probe_every, lr_bounds = options.overhead_budget, options.probe_every, options.lr_bounds
     initial_step, seed = options.initial_step, options.seed
+    # Types are checked before values: a comparison with text would raise a TypeError that names no option.
     if not (_is_number(budget) and 0 < budget <= 1):
         raise AttachError(
             f"overhead_budget must satisfy 0 < overhead_budget <= 1 (a share of step time), got {budget!r}"
@@ -214,6 +217,7 @@ def _is_name(value: object, longest: int) -> bool:
 
 
 def _is_number(value: object) -> bool:
+    # True and False are integers in Python, but as an option's value a mistake.
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

@@ -189,6 +189,7 @@ def _result(result: CommandResult) -> types_pb2.CommandResult:
     )
 
 
+# On a GPU each holds pinned memory until its numbers have come.
 _MAX_RECORDS = 8  # whose numbers may be on their way from the device
 _MAX_CHECKPOINTS = 256  # in one sample
 MAX_FORWARDS = 1024  # of a step, the newest, whose own losses count
@@ -254,6 +255,7 @@ class LossTracker:
     def observe(self, loss: float | Tensor) -> float | AsyncHostCopy | None:
         """The loss if it belongs to the step already taken; None if it is kept for the next."""
         value = _value_of(loss)
+        # A loop may call another method of the model, past its hooks: then no forward is ever seen.
         if self._sees_forwards and self._forwards == 0:
             self.comes_after_step = True
             return value
@@ -315,6 +317,7 @@ class Reporter:
 
     def add(self, record: StepRecord) -> None:
         """Queue `record`; where it awaits a loss, no further than until the next step begins."""
+        # What was before the restore has step numbers that come again, so it must leave first.
         if record.restored:
             self.restored()
         self._records.append(record)

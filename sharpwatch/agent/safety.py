@@ -47,6 +47,7 @@ class ExceptionBarrier:
         except DesyncError:
             raise
         except Exception as error:
+            # The agent only happened to run; the program relies on its handler's exception to end.
             if from_signal_handler(error):
                 raise
             self.swallowed += 1
@@ -55,6 +56,7 @@ class ExceptionBarrier:
     def _log(self, doing: str, error: Exception) -> None:
         *_, (frame, line) = traceback.walk_tb(error.__traceback__)
         key = (doing, type(error).__name__, f"{frame.f_code.co_filename}:{line}")
+        # An error that comes at every step must not fill the program's log, and the set must stay small.
         if key in self._logged or len(self._logged) >= _REMEMBERED:
             return
         self._logged.add(key)
@@ -73,6 +75,7 @@ def from_signal_handler(error: Exception) -> bool:
     Examples are torch's handler for DataLoader workers that die, and one that ends a preempted run. Python calls a
     handler with the frame that it interrupts; no other function is called with its caller's frame.
     """
+    # Not by asking signal.getsignal: a handler that runs once has reset itself by then.
     return any(
         frame.f_back is not None and any(value is frame.f_back for value in _arguments(frame))
         for frame, _ in traceback.walk_tb(error.__traceback__)
@@ -121,6 +124,7 @@ class OverheadTimer:
     def lap(self) -> tuple[float, float] | None:
         """End a step: returns the loop's own seconds and the agent's, or None if its beginning was not seen."""
         now, since = perf_counter(), self._since
+        # A lap falls within the agent's own work, which is divided between the two steps.
         if self._working is not None:
             self._agents += now - self._working
             self._working = now
@@ -169,5 +173,6 @@ def signals_held() -> Iterator[None]:
         for number, handler in handlers.items():
             if _signal.getsignal(number) is hold:  # otherwise the program has set another one since
                 _signal.signal(number, handler)
+        # After all handlers are back, as each of these may raise.
         for number in came:
             signal.raise_signal(number)

@@ -135,6 +135,7 @@ def collect(run: WatchedRun) -> WatchStatus:
         frozen=tuple(name for name, value in run.options.model.named_parameters() if not value.requires_grad),
         other=tuple(dict.fromkeys(part.parameter for part in block_map.parts if part.type == "other")),
         connection=run.transport.connection,
+        # Copied here and below: the status is of one moment, and the run goes on.
         dropped=MappingProxyType(dict(run.transport.dropped)),
         probes=_probes(run),
         overhead_ratio=budget.overhead_ratio,

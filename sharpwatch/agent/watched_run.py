@@ -172,8 +172,10 @@ class WatchedRun:
         self.scheduler.runner.load_state_dict(state["probes"])
         self.run, self.step = str(state["run"]), step
         identity = replace(self._identity, run=self.run, initial_step=step)
+        # No sample has been sent yet, so no courier has opened a session under the old name.
         self.transport.send_hello(hello_message(identity, self.strategy.block_map))
         self.scheduler.begin()
+        # The multipliers loaded are in force from the very first step.
         self.rates.wrap_steps(self._hooks.innermost)
 
     def _begin(self) -> None:
@@ -198,6 +200,7 @@ class WatchedRun:
 
     def _remove_hooks(self) -> None:
         """Leave model, optimizers and gradients as they were."""
+        # First, so that a hook that can't be removed does nothing any more.
         self._closed = True
         atexit.unregister(self._at_exit)
         with self.barrier.guard("removing the gradients' hooks"):
@@ -251,6 +254,7 @@ class WatchedRun:
         (a generator and a discriminator in turn, one optimizer's warm-up).
         """
         if self._current is not None and which in self._current.stepped:
+            # Those that took no part are read too: a reading without them would show false zeros.
             for other in set(range(len(self.options.optimizers))) - self._current.stepped - self._current.read:
                 with self.barrier.guard("reading the tap"):
                     self.read(other)
@@ -290,6 +294,7 @@ class WatchedRun:
             return
         try:
             self.options.on_rollback(request)
+        # Also Ctrl-C: the daemon must not wait for a rollback that was given up.
         except BaseException as error:
             with self.barrier.guard("reporting a failed rollback"):
                 self.control.rollback_failed(self.step, f"{type(error).__name__}: {error}")
@@ -302,6 +307,7 @@ class WatchedRun:
 
     def _complete(self, done: _StepInProgress) -> None:
         """The step `done` was taken. A signal handler that raises in here costs its sample, and nothing else."""
+        # First of all: a signal handler that raises further down then costs this step's sample, not its count.
         self.step = done.step
         self._current = None
         # Half a reading would show false zeros.
@@ -318,6 +324,7 @@ class WatchedRun:
             awaits_loss=not losses or self._losses.comes_after_step,
         )
         commands = [response.command for response in self.transport.receive() if response.HasField("command")]
+        # After the probes, whose seconds are this step's, and before the next step is planned with them.
         self.scheduler.account(self.timer.lap(), probes.seconds)
         ended = self.strategy.end_step(
             record, commands, due_probes=self.scheduler.wanted, swallowed_errors=self.barrier.swallowed
@@ -357,6 +364,7 @@ class WatchedRun:
 
 
 def _close_at_exit(run: WatchedRun) -> Callable[[], None]:
+    # A strong reference would keep model and optimizers alive until the program's end.
     reference = weakref.ref(run)
 
     def close() -> None:

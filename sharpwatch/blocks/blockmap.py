@@ -119,6 +119,7 @@ class LayerBlock:
     numel: int
 
 
+# Without slots, since cached_property keeps its values in `__dict__`.
 @dataclass(frozen=True)
 class BlockMap:
     """A map from every parameter of a model to exactly one block, by slices where blocks share a fused parameter.
@@ -216,6 +217,7 @@ def _label(part: Part) -> str:
 
 
 def _layer_key(layer: str | None) -> tuple[int, list[tuple[int, int, str]]]:
+    # Numbers and text in tuples of one form, as they can't be compared with each other: layer 10 follows layer 9.
     pieces = re.split(r"(\d+)", layer or "")
     return int(layer is not None), [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in pieces]
 

@@ -117,6 +117,7 @@ def _apply_rules(rules: Rules, shapes: dict[str, tuple[int, ...]]) -> tuple[dict
     used: dict[str, str] = {}
     for rule in rules.rules:
         matched = [name for name in shapes if fnmatchcase(name, rule.match)]
+        # A rule whose parameters are all taken by earlier ones is reported as unused: their order may be wrong.
         mine = [name for name in matched if name not in placed]
         used[rule.match] = ""
         if not mine:
@@ -131,6 +132,7 @@ def _placement_of(rule: Rule, name: str, shape: tuple[int, ...]) -> Placement:
         return str(rule.block)
     if not -len(shape) <= rule.split.dim < len(shape):
         raise BlockError(f"rule {rule.match!r}: {name} {shape} has no dimension {rule.split.dim}")
+    # Checked here although BlockMap checks it too, because the rule to correct is known here.
     split = Split(rule.split.dim % len(shape), rule.split.parts, rule.split.repeats)
     total = sum(size for _, size in split.parts) * split.repeats
     if total != shape[split.dim]:

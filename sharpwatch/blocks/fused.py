@@ -87,6 +87,7 @@ def split_latent(attention: Any, rows: int) -> Split | str:
 
 
 def _classes(module: nn.Module) -> set[str]:
+    # Only transformers' own classes: a user's class of the same name may have another layout.
     return {cls.__name__ for cls in type(module).__mro__ if cls.__module__.startswith("transformers.models.")}
 
 

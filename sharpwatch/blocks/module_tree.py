@@ -51,6 +51,7 @@ class Tree:
     def __init__(self, model: nn.Module) -> None:
         self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
         self.shapes = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
+        # With duplicates: a tied parameter's block follows from all places where it occurs.
         self._modules = dict(model.named_modules(remove_duplicate=False))
         self._labels = _labels(dict(_trunks(model, "")))
         self.layers = {name: self._layer(name) for name in self.parameters}
@@ -122,6 +123,7 @@ def _labels(trunks: dict[str, list[str]]) -> dict[str, str]:
     for path, layers in trunks.items():
         own = parents[path][shared:]
         twins = sum(other == parents[path] for other in parents.values()) > 1
+        # "h", "blocks" and "layers" are all called layers, so that models of different families can be compared.
         trunk = ".".join([*own, segments[path][-1] if twins else "layers"])
         labels |= {f"{path}{layer}.": f"{trunk}.{layer}" for layer in layers}
     return labels

@@ -74,6 +74,7 @@ def _classify_at(tree: Tree, at: Occurrence) -> Placement | None:
         return "other"
     if _is_embedding(at.owner):
         return _embedding(at)
+    # Before attention: q_norm and k_norm are norms, wherever they are.
     if _is_norm(at):
         return "norm"
     known = BY_CLASS.get((type(at.enclosing[-1][1]).__name__, at.name)) if at.enclosing else None
@@ -128,6 +129,7 @@ def _is_router(parent: nn.Module, segment: str, module: nn.Module) -> bool:
         return True
     if _words(segment)[-1:] != ("gate",):
         return False
+    # Beside experts a gate chooses among them; elsewhere it is a matrix of a gated feed-forward part.
     return any({"expert", "experts"}.intersection(_words(name)) for name, _ in parent.named_children())
 
 
@@ -295,6 +297,7 @@ def _is_feed_forward(segment: str, module: nn.Module) -> bool:
 def _is_attention(module: nn.Module) -> bool:
     """Whether `module` contains query, key and value, and no feed-forward part."""
     inside = [(name.rpartition(".")[2], child) for name, child in module.named_modules()]
+    # A layer holds attention somewhere inside too, but is no attention module.
     if any(name in _NOT_ATTENTION or _is_feed_forward(name, child) for name, child in inside):
         return False
     return any(_holds_qkv(child) for _, child in inside)

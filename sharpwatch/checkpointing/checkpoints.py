@@ -145,6 +145,7 @@ class Checkpoints:
         """
         if self.data is not None:
             self.data.mark(self.step)
+        # Rank 0's name for all: it deletes drafts meanwhile, so the others may find other names in use.
         path = self.folder / self._on_all_ranks(self._new_name)[0]
         draft = self.folder / f".{path.name}"
         with self._dcp():
@@ -172,6 +173,7 @@ class Checkpoints:
         self._load(path, state)
         if self.data is not None:
             ratio = self.data.batch_ratio(head["length"], head["ranks"], self._ranks)
+            # From the head and not the checkpoint: rollbacks since it was saved have left out more.
             self.data.leave_out(*rescaled(head["left_out"], ratio))
         self._watch.load_state_dict(state["watch"])
         if self._watch.step != self.step:  # sharpwatch was disabled when this was saved
@@ -201,6 +203,7 @@ class Checkpoints:
             self._watch.rollback_failed(str(error))
             return None
         if self.data is not None:
+            # Asked before the load, which replaces the record of what each step took.
             left_out = (*self.data.left_out, self.data.batches_of(*request.skip))
             self._load(path, state)
             self.data.leave_out(*left_out)
@@ -286,6 +289,7 @@ class Checkpoints:
         for name, one in self._extras.items():
             one.load_state_dict(state["others"][name])
         self._steps = state["step"]
+        # After model and optimizers: DCP makes missing optimizer state by a step, which may draw.
         set_random_state(state["random"])
         if self.data is not None:
             self.data.load_state_dict(state["data"])
@@ -312,6 +316,7 @@ class Checkpoints:
     def _publish(self, draft: Path, path: Path, digests: dict[str, str]) -> None:
         if self._rank == 0:
             write_json(draft / _CONTENTS, {"step": self.step, "ranks": self._ranks, "files": digests})
+            # Atomic, and after its contents are written: a kill leaves a draft or a complete checkpoint.
             draft.rename(path)
             sync_folder(self.folder)
             self._set_head(path)

@@ -89,6 +89,7 @@ class ResumableLoader:
             self._yielded += 1
             yield batch
         self._end_epoch()
+        # The loader's own length: a subclass may limit its epochs, and the pass then goes on.
         if self._batches is not None and self._index == ResumableLoader.length(self):
             next(self._batches, None)  # a loop would call next() once more, for which a sampler may draw
             self._end_pass()
@@ -254,6 +255,7 @@ class ResumableLoader:
         sampler, batch_sampler = (getattr(self.loader, name, None) for name in ("sampler", "batch_sampler"))
         owners = (self.loader, sampler, batch_sampler, getattr(batch_sampler, "sampler", None))
         found = [getattr(owner, "generator", None) for owner in owners]
+        # By id: a DataLoader hands its own generator to its sampler.
         return list({id(one): one for one in found if isinstance(one, torch.Generator)}.values())
 
 
@@ -320,5 +322,6 @@ def nth_kept(ranges: Sequence[Range], number: int) -> int:
 def _slope(start: Range, end: Range) -> tuple[int, int]:
     """Batches for each step between two corners, as a reduced fraction."""
     batches, steps = end[1] - start[1], end[0] - start[0]
+    # In whole numbers, so that equal slopes are equal and a steady run stays two corners.
     divisor = gcd(batches, steps)
     return batches // divisor, steps // divisor

@@ -83,4 +83,5 @@ class RollbackRecord:
         """For each loader, the ranges to leave out when resuming from checkpoint `name`, beyond those it contains."""
         if name in self.undone:
             _LOG.warning("%s was undone by a rollback: it may have been trained on batches that are left out", name)
+        # A checkpoint saved after the rollback has these ranges in its own state.
         return self.left_out if name in self.older else ()

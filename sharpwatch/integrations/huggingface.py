@@ -78,6 +78,7 @@ class SharpwatchCallback(TrainerCallback):
         if watch is not None and request is not None:
             watch.restored(request.step)
             known, run = watch.state_dict(), {"run": watch.run}
+        # A rollback goes on with the same watch, unless Trainer has made model or optimizer anew (model_init).
         if watch is None or request is None or self._watched != (kwargs["model"], kwargs["optimizer"]):
             watch = self.watch = self._attached(kwargs["model"], kwargs["optimizer"], state.global_step, run)
             watch.load_state_dict(known)
@@ -113,6 +114,7 @@ class SharpwatchCallback(TrainerCallback):
         if state.is_world_process_zero:
             folder, name = _output_dir(args), Path(request.uri).name
             RollbackRecord.read(folder).after_rollback(name, _ages(args), [self.left_out]).write(folder)
+        # By an exception: told to stop by its own flag, Trainer would still evaluate, save and report an end.
         raise _StopTraining(request)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
@@ -180,6 +182,7 @@ class SharpwatchCallback(TrainerCallback):
         """The micro-batches of the steps to skip that come after the checkpoint; `epoch` is the length of an epoch."""
         first, last = (
             nth_kept(self.left_out, _taken(self._steps.batches(step - 1), args.gradient_accumulation_steps, epoch))
+            # Batches before the checkpoint have been trained on and stay so.
             for step in (max(request.skip[0], request.step + 1), request.skip[1])
         )
         return first, last
@@ -209,6 +212,7 @@ def train(trainer: Trainer, resume_from_checkpoint: str | bool | None = None, **
     callback, checkpoint, start = found[0], resume_from_checkpoint, random_state()
     callback.can_roll_back, callback.left_out = True, []
     loader = trainer.get_train_dataloader
+    # Only what the user set on the instance is put back; the class's method comes back by itself.
     own = vars(trainer).get("get_train_dataloader")
     vars(trainer)["get_train_dataloader"] = lambda: _without(loader(), callback.left_out)
     if checkpoint is True:

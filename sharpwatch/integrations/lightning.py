@@ -71,6 +71,7 @@ class SharpwatchCallback(Callback):
             request = self.watch.pending_rollback
             if request is not None:
                 self.watch.restored(request.step)
+            # The new watch goes on as the same run, with the multipliers now in force.
             resumed, options["run"] = self.watch.state_dict(), self.watch.run
             self.watch.close()
         if self.can_roll_back:
@@ -152,6 +153,7 @@ class SharpwatchCallback(Callback):
     def _observe(self, loss: Tensor | None, trainer: Trainer) -> None:
         if isinstance(loss, Tensor):
             self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
+        # Under accumulation Lightning calls this for each micro-batch; the loss is told once a step.
         if trainer.global_step != self._observed_step:
             self._observed_step = trainer.global_step
             if self.watch is not None and self._loss is not None:
@@ -184,6 +186,7 @@ def fit(
     process, save = strategy.process_dataloader, trainer.save_checkpoint
 
     def resumable(loader: Any) -> Any:
+        # Validation loaders have no position to keep.
         if not trainer.training:
             return process(loader)
         left_out = callback.left_out(len(callback.loaders), trainer.ckpt_path)

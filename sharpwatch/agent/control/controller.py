@@ -19,8 +19,10 @@ from sharpwatch.agent.control.commands import (
 
 ControlMode = Literal["none", "lr", "rollback"]
 CONTROL_MODES: tuple[ControlMode, ...] = ("none", "lr", "rollback")
+# The daemon sends a command again until its result has come, so an id must outlive every resend of it.
 _REMEMBERED_IDS = 1024
 _MAX_WAITING = 64
+# The daemon's limit: it refuses a sample with more as a whole.
 _MAX_RESULTS = 256  # in one sample
 
 
@@ -38,6 +40,7 @@ class _Ramp:
         if done >= self.steps:
             return dict(self.target)
         share = done / self.steps
+        # Geometric, because rates act by their ratio: halving and doubling take equally many steps.
         return {block: a * (self.target[block] / a) ** share for block, a in self.start.items()}
 
 
@@ -110,6 +113,7 @@ class Controller:
             if known is not None:
                 self._results.append(known)
             return
+        # Noted before it has a result: the same command may come again while it waits for its step.
         self._seen[command.id] = None
         while len(self._seen) > _REMEMBERED_IDS:
             self._seen.popitem(last=False)
@@ -118,6 +122,7 @@ class Controller:
             self._settle(command, "refused", next_step, refusal)
         else:
             self._waiting.append(command)
+            # By step and not by arrival: of two commands that are due at once the later one's multipliers must win.
             self._waiting.sort(key=lambda waiting: waiting.apply_at_step)
 
     def refuse(self, command: Command, next_step: int, reason: str) -> None:
@@ -134,6 +139,7 @@ class Controller:
             self._set(command, step)
         if self._fade is not None and self._taken >= self._fade[0]:
             self._start_fade(self._fade[1])
+        # Computed from the steps taken and not multiplied on, so that a second call for the same step changes nothing.
         self.multipliers = self._ramp.at(self._taken)
         return self.multipliers
 
@@ -168,6 +174,7 @@ class Controller:
             "revision": self.revision,
             "start": dict(self._ramp.start),
             "target": dict(self._ramp.target),
+            # Relative to the steps taken, a number that starts at 0 again in the next process.
             "ramp": [self._taken - self._ramp.since, self._ramp.steps],
             "fade": None if self._fade is None else [self._fade[0] - self._taken, self._fade[1]],
             "answered": [asdict(result) for result in self._seen.values() if result is not None],
@@ -181,6 +188,7 @@ class Controller:
             TypeError: An entry has the wrong type.
             ValueError: An entry has a wrong value.
         """
+        # A run taken up where rates can't be changed must not inherit multipliers that nobody could take back.
         low, high = (1.0, 1.0) if self.mode == "none" or self.lr_refusal else self._bounds
 
         def bounded(values: Mapping[str, float]) -> dict[str, float]:
@@ -218,6 +226,7 @@ class Controller:
     def _set(self, command: Command, step: int) -> None:
         action = command.action
         assert isinstance(action, SetMultipliers)  # noqa: S101 - narrowed by _due
+        # Starts from 1 for every block: the daemon need not know which blocks an earlier set, maybe lost, has named.
         target = dict.fromkeys(self.multipliers, 1.0) | dict(action.multipliers)
         now = self._ramp.at(self._taken - 1) if self._taken > self._ramp.since else dict(self._ramp.start)
         self._ramp = _Ramp(now, target, self._taken, action.ramp_steps)
@@ -230,6 +239,7 @@ class Controller:
     def _start_fade(self, steps: int) -> None:
         """Return multipliers above 1 to 1, as the daemon did not renew them in time; those below 1 stay."""
         now = self._ramp.at(self._taken - 1)
+        # Protective cuts hold when the daemon falls silent; a raise needs one that watches what it does.
         target = {block: min(value, 1.0) for block, value in self._ramp.target.items()}
         self._ramp, self._fade = _Ramp(now, target, self._taken, steps), None
 

@@ -63,6 +63,7 @@ class ParamGroupOverride:
     def apply(self, multipliers: Mapping[int, float]) -> None:
         """Split the groups by `multipliers`, by parameter id and 1 where absent. If all are 1, nothing changes."""
         self.restore()
+        # Without multipliers the optimizer keeps its own list, so that a run without commands is a plain run.
         if all(value == 1.0 for value in multipliers.values()):
             return
         own = self._optimizer.param_groups
@@ -79,6 +80,7 @@ class ParamGroupOverride:
         """Restore the optimizer's own groups, with the options that `step()` changed, as a counter."""
         if self._own is None:
             return
+        # The groups come back before options are copied: should copying fail, the loop still sees its own groups.
         self._optimizer.param_groups, self._own = self._own, None
         self.applied = ParamGroupOverride.applied
         splits, self._splits = self._splits, []
@@ -129,6 +131,7 @@ def _split(group: Group, multipliers: Mapping[int, float]) -> list[_SplitGroup]:
         shares.setdefault(multipliers.get(id(parameter), 1.0), []).append(parameter)
     if set(shares) <= {1.0}:
         return []
+    # One split keeps the group's own tensors, so that an increment in place reaches the user's group.
     nearest = min(shares, key=_distance)
     splits = []
     for multiplier, parameters in shares.items():
@@ -150,6 +153,7 @@ def _scaled(group: Group, multiplier: float) -> Group:
 
 def _copy_changes_back(split: _SplitGroup) -> None:
     for key, value in split.applied.items():
+        # By identity: comparing the values of tensors would wait for their device.
         if key == "params" or (key in split.before and value is split.before[key]):
             continue
         factor = split.multiplier ** _POWERS[key](split.group) if key in _POWERS else 1.0
@@ -193,6 +197,7 @@ class LrMultipliers:
     def multipliers(self) -> Mapping[int, float]:
         """The multipliers in force by parameter id, only those that differ from 1."""
         by_type = self._control.multipliers
+        # Asked for at each step, while multipliers rarely change and parameters are many.
         if by_type != self._cache[0]:
             each = {key: smallest_multiplier(types, by_type) for key, types in self._parameter_types.items()}
             self._cache = (dict(by_type), {key: value for key, value in each.items() if value != 1.0})

@@ -41,6 +41,7 @@ class RecordAggregator:
         """`message` with the numbers of the record that is due; one is due whenever more than `lag` wait."""
         due = len(self._waiting) > (0 if closing else self.lag)
         record = self._waiting.popleft() if due else None
+        # Also None: messages and records are matched by their order alone.
         self._sent.append(record)
         return message if record is None else self._filled(message, record)
 
@@ -49,8 +50,10 @@ class RecordAggregator:
         record = self._sent.popleft()
         if record is None:
             return []
+        # Ranks may lack a loss, so the mean is over those that had one.
         record.losses = [summed.loss / summed.losses] if summed.losses else []
         if self._summed and record.tap is not None:
+            # A sum that lacks one rank's part would look like a smaller gradient.
             if summed.taps == ranks and summed.tap_sums is not None:
                 record.reading = self._tap.reading(summed.tap_sums.reshape(-1, self._tap.columns))
             record.tap = None  # one rank's numbers alone would be false

@@ -32,6 +32,7 @@ from sharpwatch.agent.distributed.rendezvous import Channel, collective_timeout,
 
 _WAIT_SECONDS = 2.0  # that a step waits for a reduction which all ranks should have launched
 _MAX_UNREAD = 128  # messages; ranks that are further apart are lost to each other
+# A single wait of gloo's may run out and be repeated; the group's own timeout ends the group.
 _FOREVER = timedelta(days=30)  # the timeout of the group itself: it can't be used again after one
 _MODULUS = 2**20  # of the header's numbers, so that the sum of 8192 ranks' squares is exact
 _LOG = logging.getLogger("sharpwatch")
@@ -103,6 +104,7 @@ class RankGroup:
         self.rank, self.size = dist.get_rank(channel.group), dist.get_world_size(channel.group)
         self.lost = False
         self._tap_size = tap_size
+        # Fixed at attach, also for votes and sums: gloo ends a process whose peer sends another size.
         self._width = _FIELDS + _CHUNK + tap_size
         self._commit = TwoPhaseCommit(self.size, channel.arbiter)
         self._next = 0  # number of the next step message
@@ -136,6 +138,7 @@ class RankGroup:
             deadline = time.monotonic() + _WAIT_SECONDS
             while not self.lost and self._commit.in_doubt(self._next) and self._arrived(self._unread[0], deadline):
                 self._read()
+            # The others may have read the message that this rank misses; the arbiter knows what they decided.
             if self._commit.in_doubt(self._next):
                 self._commit.abort()
             return self._commit.committed(self._next)
@@ -178,10 +181,12 @@ class RankGroup:
         try:
             vote = self._launch(_ReductionKind.VOTE, progress, np.array([float(ready)]))
             arrived = self._arrived(vote, time.monotonic() + _WAIT_SECONDS)
+            # Every rank that has the sum sees the same "no", so nobody proposes "yes" to the arbiter.
             if arrived and self._payload(vote)[0] != self.size:
                 return False
             if not arrived:
                 self._abandoned.append(vote)
+            # A rank whose wait ran out can't know whether the others' did too; the first record holds for all.
             return self._arbiter(question, "yes" if arrived else "no") == "yes"
         except (RuntimeError, ValueError) as error:
             self._lose(error)
@@ -200,7 +205,9 @@ class RankGroup:
         summed = [own[:0]]
         try:
             deadline = time.monotonic() + self._timeout
+            # Cut to the common width, as every reduction must have it.
             pieces = [own[i : i + self._width] for i in range(0, len(own), self._width)]
+            # All are launched before the first is waited for, so that they overlap.
             for part in [self._launch(_ReductionKind.SUM, self._progress, piece) for piece in pieces]:
                 if not self._arrived(part, deadline):
                     raise ValueError(f"no sum of a probe within {self._timeout:.0f} s")  # noqa: TRY301 - lost either way
@@ -250,6 +257,7 @@ class RankGroup:
     ) -> _PendingReduction:
         header = np.array([kind, progress.step, progress.forwards], dtype=np.float64) % _MODULUS
         numbers = np.zeros(2 * _HEADER + self._width)
+        # The mean alone could hide a difference, as of ranks at steps 4 and 6 for one at 5; the squares then differ.
         numbers[: 2 * _HEADER] = *header, *header**2
         numbers[2 * _HEADER : 2 * _HEADER + len(payload)] = payload
         work = dist.all_reduce(torch.from_numpy(numbers), group=self._group, async_op=True)
@@ -263,6 +271,7 @@ class RankGroup:
                 launched.work.wait(timedelta(milliseconds=1 + int(1000 * left)))  # 0 is forever
         if not launched.work.is_completed():
             return False
+        # A failed reduction counts as completed as well; this raises its error.
         launched.work.wait()
         return True
 
@@ -294,6 +303,7 @@ class RankGroup:
         launched = self._unread.popleft()
         payload = self._payload(launched)
         clock, due_probes, loss, losses, taps, errors, left, acknowledged = payload[:_FIELDS].tolist()
+        # The last chunk of a command is padded to the common width; `left` says how many bytes are its own.
         chunk = payload[_FIELDS : _FIELDS + _CHUNK].astype("<u4").tobytes()[: min(CHUNK_BYTES, int(left))]
         self._commit.receive(launched.message, Ack(chunk, int(left), int(acknowledged)), int(clock))
         sums = payload[_FIELDS + _CHUNK :] if self._tap_size else None

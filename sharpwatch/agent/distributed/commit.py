@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 COMMIT_DELAY_STEPS = 3  # from the message that every rank acknowledges to the step before which the command is applied
+# Every step's message has room for a chunk, whether there is a command or not, so it is small.
 CHUNK_BYTES = 512  # of a command in one message
 _MAX_UNREAD = 2  # messages under way to a rank that keeps up
 _ABORT = "abort"
@@ -91,6 +92,7 @@ class TwoPhaseCommit:
             left = len(self._queue[0]) - self._sent
             chunk = self._queue[0][self._sent : self._sent + CHUNK_BYTES]
             self._sent += len(chunk)
+        # A rank that lags would acknowledge what it can't act on in time, and put all ranks in doubt.
         if not self._is_complete or unread > _MAX_UNREAD:
             return Ack(chunk, left)
         self._acknowledged_in.append(message)
@@ -102,6 +104,7 @@ class TwoPhaseCommit:
             return
         if self._acknowledged_in and self._acknowledged_in[0] == message:
             self._acknowledged_in.popleft()
+        # A rank adds the command's number or 0, or a large negative number; the sum is this only if all acknowledged.
         if self._commit_step is None and summed.acknowledged == self._size * self._number:
             self._commit_step, self._clock = message + COMMIT_DELAY_STEPS, clock_unix_ns
         if summed.acknowledged < 0:
@@ -117,6 +120,7 @@ class TwoPhaseCommit:
 
     def abort(self) -> None:
         """Stop committing, unless another rank has decided for the command that this rank acknowledged."""
+        # Without an acknowledgement of this rank no message can have committed the command: there is nothing to ask.
         may_commit = self._commit_step is not None or self._acknowledged_in
         self._commit_step, self.stopped = None, True  # also where the arbiter is gone
         answer = self._record(_ABORT) if may_commit else _ABORT

@@ -95,6 +95,7 @@ class StoreRendezvous:
         """As `Rendezvous.attending`."""
         try:
             yield
+        # Also Ctrl-C and SystemExit: the other ranks wait for this one, whatever ended it.
         except BaseException as error:
             self.refuse(str(error) or type(error).__name__)
             raise
@@ -102,6 +103,7 @@ class StoreRendezvous:
     def refuse(self, reason: str) -> None:
         """As `Rendezvous.refuse`."""
         with suppress(RuntimeError):  # without its store the loop's own group is lost too
+            # The first reason stays: those that follow are mostly its consequences.
             self._store.compare_set("refused", "", f"rank {self._rank}: {reason}")
 
     def wait_for_all(self, place: str) -> None:
@@ -114,8 +116,10 @@ class StoreRendezvous:
     def agree(self, proposal: str) -> bool:
         """As `Rendezvous.agree`."""
         if not proposal or self._store.compare_set("proposal", "", proposal).decode() != proposal:
+            # Said for those that wait: a veto must not cost them their minute.
             self._decided("no")
             return False
+        # Counted rather than gathered: a collective would hang where one rank never calls this.
         if self._store.add("proposing", 1) == self._size:
             return self._decided("yes")
         self._set_within("agreed", min(collective_timeout(), _LOADING).total_seconds())
@@ -165,6 +169,7 @@ def check_initialized() -> None:
 def collective_timeout() -> timedelta:
     """The timeout of the loop's own collectives."""
     group = distributed_c10d._get_default_group()  # noqa: SLF001 - torch gives it nowhere else
+    # Private to torch and different between backends; a version without it only has the usual timeout.
     with suppress(RuntimeError, AttributeError):
         timeout = group._get_backend(group._device_types[0]).options._timeout  # noqa: SLF001
         if isinstance(timeout, timedelta):
@@ -197,6 +202,7 @@ def join(mine: AttachMessage) -> tuple[Channel, list[AttachMessage]]:
     """
     size, wait = dist.get_world_size(), collective_timeout()
     try:
+        # gloo also where the loop uses NCCL: the messages are on the host, and must not queue on the device.
         group = dist.new_group(backend="gloo", timeout=wait)
         gathered: list[Any] = [None] * size
         dist.all_gather_object(gathered, (secrets.token_hex(8), mine), group=group)
@@ -205,6 +211,7 @@ def join(mine: AttachMessage) -> tuple[Channel, list[AttachMessage]]:
         raise AttachError(
             f"not all {size} ranks called attach within {seconds} s (all must, not rank 0 alone): {error}"
         ) from error
+    # Only here, where all ranks have met and none can still be using a group of an earlier watch.
     _free_idle()
     messages = [each for _, each in gathered]
     try:
@@ -220,6 +227,7 @@ def _store_arbiter(watch: str) -> Arbiter:
     store = dist.distributed_c10d._get_default_store()  # noqa: SLF001 - torch gives it nowhere else
 
     def decide(question: str, proposed: str) -> str:
+        # compare_set is atomic on the store's host: whoever asks second gets the first one's answer.
         return str(store.compare_set(f"sharpwatch/{watch}/{question}", "", proposed).decode())
 
     return decide

@@ -188,6 +188,7 @@ class Replicated(Strategy):
 
     def agree_on_state(self, state: Mapping[str, Any]) -> bool:
         """As `Strategy.agree_on_state`; the same in what must be alike on all ranks."""
+        # Costs are measured by each rank's own clock, so the sampler's state differs between ranks that agree.
         own = {"sampler"} if self.all_ranks_probe else {"sampler", "probes"}  # what this rank alone has run
         try:
             alike = [sorted(state), {key: value for key, value in state.items() if key not in own}]
@@ -208,6 +209,7 @@ class Replicated(Strategy):
         """As `Strategy.begin_step`."""
         due = []
         for each in self.ranks.committed():
+            # Rank 0's clock for all, or a command might expire on one rank and be applied on another.
             self._clock = each.clock_unix_ns
             due += [DueCommand(command) for command in _unpacked(each.command)]
         for packed in self.ranks.refused():
@@ -232,6 +234,7 @@ class Replicated(Strategy):
     def close(self, step: int) -> Sequence[StepRecord]:
         """As `Strategy.close`: records that are complete within a second, then the others as this rank knows them."""
         records = []
+        # As many messages as records still wait for their turn; each message carries one.
         for _ in range(self._records.lag):
             own = StepMessage(RankProgress(step, self._forwards), time.time_ns())
             records += self._exchange(self._records.fill(own, closing=True))
@@ -281,6 +284,7 @@ class Sharded(Replicated):
     def __init__(self, options: Options, topology: Topology, rendezvous: Rendezvous, barrier: ExceptionBarrier) -> None:
         super().__init__(options, topology, rendezvous, barrier)
         self.shard_reduction = ShardReduction(self.ranks.sum, topology.shares, DataRank.of(options.model).number)
+        # At the first steps no message has been read yet, and every end of a step takes one entry.
         self._due: deque[int] = deque([0] * (COMMIT_DELAY_STEPS - 1))  # rank 0's probes in the newest messages
         self._due_now = 0
 
@@ -339,6 +343,7 @@ def connect(
         return SingleProcess(options, block_map, run)
     topology = gather_topology(rendezvous, options, block_map, idle_rules, run)
     kind: type[Replicated] = Replicated
+    # In this order: staged implies sharded, and sharded implies summed.
     if topology.staged:
         kind = PipelineParallel
     elif topology.sharded:

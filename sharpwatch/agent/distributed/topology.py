@@ -93,6 +93,7 @@ def gather_topology(
     parameters = dict(model.named_parameters())
     layout = layout_of(optimizers)
     try:
+        # What can fail on one rank alone is done before the meeting, so that it refuses instead of being waited for.
         held = {name: entries.numel for name, entries in layout.local_entries(parameters).items()}
         mine = _RankModel(block_map, held, _fingerprints(model))
     except BlockError as error:
@@ -110,7 +111,9 @@ def gather_topology(
     require_placed([report.idle_rules for report in reports])
     models = [mine] * len(reports)
     if any(report.model != own.model for report in reports):
+        # All ranks see the same digests, so all of them take part in this or none does.
         dist.all_gather_object(models, mine, group=channel.group)
+    # Two models with the same names would be watched and controlled as one.
     _check_replicas(models, [report.replicas for report in reports])
     whole = _merged([each.block_map for each in models])
     staged = any(each.block_map.shapes != whole.shapes for each in models)
@@ -187,6 +190,7 @@ def _fingerprints(model: nn.Module) -> dict[str, _ParameterFingerprint]:
     sums = [_sum(local_tensor(parameter)) for parameter in parameters.values()]
     values = torch.stack([each.to("cpu", non_blocking=False) for each in sums]).tolist() if sums else []
     return {
+        # Hashes of numbers and ranges, unlike those of text, are the same in every process.
         name: _ParameterFingerprint(hash(Shard.of(parameters[name]).runs), value)
         for name, value in zip(parameters, values, strict=True)
     }

@@ -91,6 +91,7 @@ class DeepSpeedOptimizer(Optimizer):
 
     def __init__(self, driver: Any, model: nn.Module) -> None:
         super().__init__(_groups(driver, model), {"lr": None})
+        # The original step, taken before it is wrapped: `step` below would otherwise call itself.
         self._driver, self._step = driver, driver.step
         self.unreadable = _unreadable(driver)  # why its gradients can't be read; empty where they can
         super().register_step_pre_hook(DeepSpeedOptimizer._prepare)  # before the tap's hook, which reads what it sets
@@ -123,6 +124,7 @@ class DeepSpeedOptimizer(Optimizer):
         """Call the driver's own step; raises `_SkippedStep` where it only found that the loss was scaled too far."""
         scaled = getattr(self._driver, "loss_scale", 1.0) != 1.0
         result = self._step(*args, **kwargs)
+        # DeepSpeed returns normally from a skipped step; only an exception keeps torch from running its post-hooks.
         if scaled and getattr(self._driver, "overflow", False):
             raise _SkippedStep(result)
         return result
@@ -136,6 +138,7 @@ class DeepSpeedOptimizer(Optimizer):
     def _prepare(self, *_: object) -> None:
         """Copy its learning rates, and wait for gradients on their way to the host, as its own step does."""
         theirs = self._driver.param_groups
+        # Their groups hold flat partitions, so only their rates are copied, and only where the groups correspond.
         if len(theirs) == len(self.param_groups):
             for group, of in zip(self.param_groups, theirs, strict=True):
                 group["lr"] = of.get("lr")

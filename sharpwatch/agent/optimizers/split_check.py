@@ -79,12 +79,14 @@ def unsafe_to_split(optimizer: Optimizer) -> str:
         Why they can't be split; empty where they can.
     """
     try:
+        # The usual optimizers cost nothing at attach: no copy is made or stepped.
         if _is_tested(optimizer):
             return ""
         return stacked_state(optimizer) or _trial(optimizer)
     except Exception as error:
         if from_signal_handler(error):
             raise
+        # The state is the user's own object and may fail in any way; then nothing is shown, and rates are refused.
         with suppress(Exception):
             if _holds_state_by_parameter(optimizer):
                 return ""
@@ -174,6 +176,7 @@ def _trial(optimizer: Optimizer) -> str:
     gaps = [(one - other).norm().item() for one, other in zip(whole, split, strict=True)]
     if not all(gap <= _TOLERANCE * way for gap, way in zip(gaps, ways, strict=True)):
         return "its steps depend on how parameters are grouped, as copies showed at attach"
+    # Two copies that both stood still are equal without having shown anything.
     if not any(ways) and any(twin.state.values()) and not _holds_state_by_parameter(twin):
         raise _NotTriedError("a copy takes no step on random gradients")
     return ""
@@ -181,6 +184,7 @@ def _trial(optimizer: Optimizer) -> str:
 
 def _steps(optimizer: Optimizer, count: int, split: Sequence[int] = ()) -> tuple[list[Tensor], Optimizer]:
     """The parameters of a copy after `count` steps, those numbered in `split` with each parameter in its own group."""
+    # A generator of its own: both copies need the same gradients, and the run's random state must not move.
     generator = torch.Generator().manual_seed(0)
     twin = _twin(optimizer, generator)
     parameters = [parameter for group in twin.param_groups for parameter in group["params"]]
@@ -195,6 +199,7 @@ def _steps(optimizer: Optimizer, count: int, split: Sequence[int] = ()) -> tuple
                 override.apply(multipliers)
             _step(twin, parameters, gradients)
             override.restore()
+    # One type for real and complex parameters.
     return [parameter.detach().cpu().to(torch.complex128) for parameter in parameters], twin
 
 
@@ -206,6 +211,7 @@ def _step(twin: Optimizer, parameters: Sequence[Tensor], gradients: Sequence[Ten
 
     evaluate()
     closure = inspect.signature(type(twin).step).parameters.get("closure")
+    # Only where it must be: some optimizers evaluate a closure several times, and take another path with one.
     required = closure is not None and closure.default is inspect.Parameter.empty
     step: Callable[..., object] = twin.step
     step(*([evaluate] if required else []))
@@ -223,6 +229,7 @@ def _twin(optimizer: Optimizer, generator: torch.Generator) -> Optimizer:
     kind = type(optimizer)
     if hasattr(kind, "__del__"):  # it would free what the optimizer itself still uses
         raise _NotTriedError(f"{kind.__name__} has a __del__ method, so it is not copied")
+    # Without __init__, whose arguments are not known.
     twin: Optimizer = object.__new__(kind)
     state: defaultdict[object, Any] = defaultdict(dict)
     memo: dict[int, Any] = {id(optimizer): twin, id(optimizer.state): state}

@@ -28,11 +28,13 @@ def stepping_optimizer(optimizer: Any, model: nn.Module) -> Any:
     """
     if _is_deepspeed_driver(optimizer):
         known = getattr(optimizer.step, "__self__", None)
+        # A class of the driver's own name, because messages and the Hello name an optimizer by its class.
         name = type(optimizer).__name__
         return (
             known if isinstance(known, DeepSpeedOptimizer) else type(name, (DeepSpeedOptimizer,), {})(optimizer, model)
         )
     groups = getattr(optimizer, "param_groups", None)
+    # The very same list: an optimizer that only holds another one, with other groups, is no wrapper of it.
     inner = next((held for held in _held(optimizer) if held.param_groups is groups), None)
     return optimizer if inner is None else stepping_optimizer(inner, model)
 
@@ -100,10 +102,12 @@ def _is_deepspeeds(optimizer: Optimizer, _: int) -> bool:
     return isinstance(optimizer, DeepSpeedOptimizer)
 
 
+# Such as Adafactor with relative steps.
 def _has_no_lr(optimizer: Optimizer, _: int) -> bool:
     return any(group.get("lr") is None for group in optimizer.param_groups)
 
 
+# By the class's name, so that the packages that define them need not be installed.
 def _needs_equal_lrs(optimizer: Optimizer, _: int) -> bool:
     return any(kind.__name__.startswith(("DAdapt", "Prodigy")) for kind in type(optimizer).__mro__)
 
@@ -112,6 +116,7 @@ def _reads_lr_once(optimizer: Optimizer, _: int) -> bool:
     return any(kind.__name__ == "Rprop" for kind in type(optimizer).__mro__)
 
 
+# Such as AdaBound, which raises where a group is split.
 def _keeps_lrs(optimizer: Optimizer, _: int) -> bool:
     return hasattr(optimizer, "base_lrs")
 

@@ -81,6 +81,7 @@ class DirectionProbe(_RoundRobin):
             return DirectionReport(sample, self._update_ratio(moved))
 
     def _update_ratio(self, moved: Mapping[str, Tensor]) -> npt.NDArray[np.float32]:
+        # A block of zeros, such as biases at the start, has no ratio; 0 says so without a warning.
         length, size = self._norms(moved), self._norms(self.context.weights)
         return np.divide(length, size, out=np.zeros_like(length), where=size > 0).astype(np.float32)
 
@@ -134,6 +135,7 @@ class HutchinsonProbe(Probe):
                 generator=context.source,
                 loss_fn=context.loss_fn,
             )
+        # One draw that is not finite would make the block's error NaN for a whole window.
         if sample.traces.isfinite().all():
             self._draws.append((sample.block, sample.traces.sum(1)))
         return sample

@@ -93,6 +93,7 @@ class ProbedStep:
             ProbeError: The step may need the memory that the copy would take.
         """
         if not self._asked:
+            # Set first: where the copy failed, the next probe of the step must not try it again.
             self._asked = True
             self._weights = copy_weights(self.context.weights, self.context.optimizers)
 

@@ -45,6 +45,7 @@ class _GnbProbe(Probe):
     def before_step(self, step: ProbedStep) -> None:
         """Sketches the gradient as it stands, whatever has been done to its scale."""
         del step
+        # What a step that never ended has left must not be taken for this step's.
         self._gradient_sketch = None
         if self._with_parameters:
             self._gradient_sketch = self._sketch()
@@ -84,6 +85,7 @@ class Gnb(_GnbProbe):
 
     def _sketch(self) -> Tensor:
         given = {name: parameter.grad for name, parameter in self.context.model.named_parameters()}
+        # The sketch goes by an entry's place in the whole parameter, which a sparse gradient lacks.
         gradients = {name: g.to_dense() if g.is_sparse else g for name, g in given.items() if g is not None}
         return self.context.sketcher.sketch(gradients)
 

@@ -162,6 +162,7 @@ class GradientListener:
         readings.open += 1
         with self._barrier.guard("reading the gradient noise"), torch.no_grad():
             call(*values)
+            # Not in a `finally`: a call that failed leaves it above 0, and the step then yields no estimate.
             readings.open -= 1
         readings.seconds += time.perf_counter() - started
 
@@ -183,6 +184,7 @@ class GradientListener:
         readings.running = backward
         readings.found = [[] for _ in self._block_map.parts]
         before = self._accumulated()
+        # Kept on the device until the step is over; asking here would make the backward wait.
         readings.unbroken = (
             readings.unbroken.to(before.device) & (before == (0.0 if readings.whole is None else readings.whole)).all()
         )

@@ -32,6 +32,7 @@ _CACHE = ("inactive_file", "active_file", "total_inactive_file", "total_active_f
 
 def is_out_of_memory(error: Exception) -> bool:
     """Returns whether `error` says so: accelerators have a class of their own, the CPU's allocator a RuntimeError."""
+    # The CPU's allocator has no class of its own; its name in the message is all there is.
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
     )
@@ -85,6 +86,7 @@ def has_room_for_sharded_probe(parameters: Iterable[nn.Parameter]) -> bool:
 def free(device: torch.device) -> float:
     """Returns how many bytes can still be allocated on `device`, by the nearest limit; infinite if none is known."""
     if device.type == "cuda":
+        # What torch's allocator has cached is taken from the driver, but free for the next tensor.
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
     if device.type == "cpu":
@@ -136,6 +138,7 @@ def _control_groups() -> Iterator[float]:
             else:
                 continue
             group = root / path.lstrip("/")
+            # A limit may be set on any group above, and each of them counts all its children.
             for folder in (group, *group.parents[: len(group.relative_to(root).parts)]):
                 with suppress(OSError, ValueError):  # no such file; no number, but "max"
                     yield int((folder / limit).read_text()) - int((folder / usage).read_text()) + _cache(folder)

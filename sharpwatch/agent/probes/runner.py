@@ -209,6 +209,7 @@ class ProbeRunner:
             try:
                 reports[name] = self._probes[name].run(self._rows_of(name, captured), step)
                 self._in_a_row[name] = 0
+            # The one error that must end the run: training on would silently train wrong weights.
             except DesyncError:
                 raise
             except Exception as error:  # exception barrier: a probe never raises into the loop
@@ -230,6 +231,7 @@ class ProbeRunner:
             snapshot.add(value)
         with signals_held(), ExitStack() as stack:
             captured.autocast.enter(stack)
+            # Registered after autocast, so that it runs before autocast ends, with signals still held.
             stack.callback(snapshot.restore)
             if not self._tried and context.shards is None:
                 self._try_forward(batch)
@@ -249,6 +251,7 @@ class ProbeRunner:
         require_room_for_copies(weights)
         call = batch.prepared()
         with isolated(context.model) as live, torch.no_grad(), _NoCollectives():  # type: ignore[no-untyped-call]
+            # On copies, because version counters do not show what is written through `.data`.
             copies = {name: weight.clone() for name, weight in weights.items()}
             for name, copy in copies.items():
                 live.set_parameter(name, copy)
@@ -289,6 +292,7 @@ class ProbeRunner:
             (self._rows_source, "rows"),
             (self._context.source, f"draws of {shards.data_rank if shards else 0}"),
         ):
+            # Not hash(), which differs between processes: ranks must draw alike, and so must a resumed run.
             digest = hashlib.sha256(f"{of_run}/{drawn}".encode()).digest()
             source.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
@@ -360,5 +364,6 @@ def _detached(value: Any) -> Any:
 
 def _now(device: torch.device) -> float:
     if device.type == "cuda":
+        # Otherwise a probe's kernels would be charged to whatever waits for the device next.
         torch.cuda.synchronize(device)
     return time.perf_counter()

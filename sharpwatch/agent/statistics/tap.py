@@ -41,6 +41,7 @@ class AsyncHostCopy:
         self._event: torch.cuda.Event | None = None
         self._host = tensor.detach()
         if tensor.device.type == "cuda":
+            # Pinned, or CUDA would make the copy wait for the device.
             self._host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
             self._host.copy_(tensor.detach(), non_blocking=True)
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -217,6 +218,7 @@ class Tap:
         sums[self._here, SCALED] = sums[self._here, SECOND] = math.nan
         sums[pending.read] = 0.0  # a part without a piece here is held by other ranks
         for members, values in (*pending.host, *((members, copy.read().numpy()) for members, copy in pending.device)):
+            # Not `+=`: a part may have several pieces here, and numpy would count only one of them.
             np.add.at(sums, members, values)
         sums[:, [GRADIENT, SCALED]] /= self._scales(pending)[:, None]
         sums *= self._shares[:, None]

@@ -30,6 +30,7 @@ from sharpwatch.v1 import agent_pb2
 
 DRAIN_SECONDS = 1.5  # less than the 2 s that the trainer waits for the courier's end
 WELCOME_SECONDS = 3.0  # to connect and get the daemon's Welcome
+# gRPC's keepalive did not notice a stopped server within 40 s of steady sending.
 SILENCE_SECONDS = 20.0  # without an answer to samples sent: a dead connection can look alive for long
 FIRST_WAIT_SECONDS = 0.2
 LAST_WAIT_SECONDS = 4.0  # so that a restarted daemon has its runs back within 5 s
@@ -42,6 +43,7 @@ _METHOD = "/sharpwatch.v1.AgentService/Session"
 # Refusals for reasons that the sample's events have no part in: the next sample carries them.
 _KEEPS_EVENTS = frozenset({"overflow", "out_of_order", "non_finite"})
 _OPTIONS = (
+    # A proxy in the environment is meant for the web: the daemon may be on this host or in this network.
     ("grpc.enable_http_proxy", 0),
     ("grpc.use_local_subchannel_pool", 1),  # a new channel does not inherit the backoff of the last one
     ("grpc.initial_reconnect_backoff_ms", 200),
@@ -129,6 +131,7 @@ class Courier:
             self._hello = payload
         elif not self._spool.put(request.sample, payload):
             self._to_trainer.refuse(request.sample.sequence, "out_of_order")
+        # Every sample that is given up is reported, so that the trainer counts it as lost.
         while self._spool.overfull:
             self._to_trainer.refuse(self._spool.drop_oldest(), "spool_full")
         self._to_trainer.settle(self._spool.settled)
@@ -198,7 +201,9 @@ class Courier:
             response = _parsed(await _message(call))
             if response is not None and response.HasField("welcome"):
                 break
+        # Sent is not taken: what the last session left unacknowledged goes out again.
         self._spool.rewind()
+        # A daemon that acknowledges what it never got must not make this one drop samples.
         if response.welcome.acknowledged_sequence <= self._spool.newest:
             self._confirmed = response.welcome.acknowledged_sequence
             self._spool.settle(self._confirmed)
@@ -234,6 +239,7 @@ class Courier:
         while True:
             self._news.clear()
             while (entry := self._spool.next()) is not None:
+                # The daemon would end the stream at a message that is too long, at every try again.
                 if len(entry.payload) > self._limit:
                     self._refused(entry.sequence, "oversized", keep_events=True)
                     continue
@@ -267,6 +273,7 @@ class Courier:
         self._confirmed = max(self._confirmed, sequence)
         self._to_trainer.connected(self._confirmed)
         self._to_trainer.settle(self._spool.settled)
+        # Only an acknowledgement shows that the daemon works; a welcome alone does not.
         self._backoff.reset()
 
     def _refused(self, sequence: int, code: str, *, keep_events: bool) -> None:

@@ -36,6 +36,7 @@ SPOOL_BYTES = 64 * 2**20
 MAX_RESPONSE_BYTES = 2**20
 _FIRST_RESTART_SECONDS = 0.2
 _LAST_RESTART_SECONDS = 30.0
+# Bounds the time in a step, however much a courier writes.
 _READS_PER_CALL = 16
 _MAX_COMMANDS = 256
 _MAX_REASONS = 32
@@ -121,6 +122,7 @@ class CourierHandle:
             self._count("oversized")
             request = agent_pb2.SessionRequest(sample=without_arrays(request.sample))
             payload = request.SerializeToString()
+        # Numbers only grow in a session: the daemon would take an older one for a resend.
         if not self._spool.put(request.sample, payload):
             self._count("out_of_order")
         self._make_room()
@@ -160,6 +162,7 @@ class CourierHandle:
         try:
             if self._courier is not None:
                 self._courier.wake()
+            # A tenth of the time is left for the courier to deliver and end.
             stuck = not self._hand_over(deadline - timeout / 10)
             if self._courier is not None and not stuck:
                 self._courier.end_input()
@@ -202,6 +205,7 @@ class CourierHandle:
             self._restart.give_up(str(error))
             self._note_session(connected=False, reason=str(error))
             return
+        # The last courier may have died in the midst of a frame.
         self._unframer = Unframer(MAX_RESPONSE_BYTES)
         self._writing = memoryview(self._hello)
 
@@ -220,6 +224,7 @@ class CourierHandle:
         else:  # sys.executable may be the training program itself
             self._restart.give_up(f"sys.executable={sys.executable!r} did not start one; its log: {log}")
         self._writing = memoryview(b"")
+        # What the last courier had not reported as settled goes to the next one.
         self._spool.rewind()
         if self._entrusted:
             self._count("courier_died", len(self._entrusted))
@@ -258,6 +263,7 @@ class CourierHandle:
             case "command":
                 self._commands = [*self._commands, response][-_MAX_COMMANDS:]
             case "ack":
+                # A courier gone mad must not settle samples that do not exist yet.
                 self._settle(min(response.ack.sequence, self._spool.newest))
             case "refusal":
                 self._count(response.refusal.code)
@@ -350,6 +356,7 @@ class _Restart:
         self._at = now + _FIRST_RESTART_SECONDS
 
     def note_end(self, now: float, lived: float) -> None:
+        # One that lived long died of something else than its start.
         if lived > _LAST_RESTART_SECONDS:
             self._backoff.reset()
         self._at = now + self._backoff.next()

@@ -30,6 +30,7 @@ from sharpwatch.errors import WireError
 ENVIRONMENT = "SHARPWATCH_COURIER"
 LOG = "SHARPWATCH_COURIER_LOG"
 _FRAME_HEADER = 4
+# By default the most that Linux grants a user without privileges.
 _PIPE_BYTES = 2**20
 _READ_BYTES = 2**16
 _START_SECONDS = 0.5  # that the trainer waits for a courier to start, which takes some 20 ms
@@ -109,6 +110,7 @@ class _End:
     """
 
     def __init__(self, number: int) -> None:
+        # The training loop must never wait in a write to a courier that does not read.
         os.set_blocking(number, False)
         self._number = number
         self._pipe = _identity(number)
@@ -324,6 +326,7 @@ def _no_sigpipe() -> Iterator[None]:
     try:
         yield
     except CourierGoneError:
+        # Takes the pending signal away, before unblocking would deliver it.
         signal.sigtimedwait({signal.SIGPIPE}, 0)
         raise
     finally:
@@ -351,6 +354,7 @@ def _await_reaped(child: int, deadline: float) -> None:
 def _kill_children(launcher: int) -> None:
     """Kill the launcher, if it still runs, and all that it has started: its process group."""
     _reap()
+    # Once reaped, its id may be another process's.
     if launcher in _CHILDREN:
         with contextlib.suppress(OSError):
             os.killpg(launcher, signal.SIGKILL)

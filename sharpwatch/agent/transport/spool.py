@@ -54,6 +54,7 @@ class Spool:
     @property
     def overfull(self) -> bool:
         """Whether a sample must be dropped; the newest one never is."""
+        # The newest stays even if it is larger than the limit: events of the others have moved into it.
         return self.size > self._limit and len(self) > 1
 
     @property
@@ -84,6 +85,7 @@ class Spool:
 
     def rewind(self) -> None:
         """Count every sample as unsent, for a new receiver."""
+        # Sent samples are all older than the unsent ones, so the order by number is kept.
         self._sent.update(self._unsent)
         self._sent, self._unsent = OrderedDict(), self._sent
 
