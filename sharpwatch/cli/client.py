@@ -59,6 +59,7 @@ def find_connection(options: DaemonOptions, environ: Mapping[str, str]) -> Daemo
     address = options.address or _environment_address(environ) or DEFAULT_ADDRESS
     named = options.token_file or environ.get("SHARPWATCH_TOKEN_FILE")
     path = Path(named).expanduser() if named else default_token_file()
+    # A file that was named must exist. Without one, reading works with no token.
     token = read_token(path) if named or path.exists() else ""
     return DaemonConnection(address, token, path)
 
@@ -112,6 +113,7 @@ class _TokenInterceptor(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClient
         self, continuation: Callable[..., Any], client_call_details: grpc.ClientCallDetails, request: Any
     ) -> Any:
         """Add the token and a deadline."""
+        # gRPC waits for ever by default, and a hung daemon would hang the command.
         timeout = client_call_details.timeout or _CALL_SECONDS
         return continuation(_CallDetails(client_call_details, self._metadata, timeout), request)
 
@@ -141,6 +143,7 @@ def connected(connection: DaemonConnection) -> Iterator[OperatorServiceStub]:
     Raises:
         OperatorError: A call in the `with` block failed, or the token would cross the network unencrypted.
     """
+    # Before the channel opens, which is not encrypted: the token goes out with the first call.
     if connection.token and not connection.is_local:
         raise OperatorError(
             f"the token in {connection.token_file} would cross the network to {connection.address} unencrypted; "
@@ -218,6 +221,7 @@ def match_run(given: str, names: Sequence[str]) -> str:
     Raises:
         OperatorError: There is no such name, or more than one; the message lists the candidates.
     """
+    # A whole name wins, else it could not be named where a longer one begins with it.
     if given in names:
         return given
     found = sorted(name for name in names if name.startswith(given))

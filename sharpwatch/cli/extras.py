@@ -24,6 +24,7 @@ def needs_extra(purpose: str, extra: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as missing:
+        # A missing module of our own is a defect, and no extra would install it.
         if missing.name is None or missing.name.startswith("sharpwatch"):
             raise
         raise SharpwatchError(

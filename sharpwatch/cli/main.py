@@ -25,11 +25,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show ± is no reason to fail
+    # Only for a process of its own: a program that calls `main` keeps its collector.
     if argv is None:
         # The command's imports create many objects that stay, and scanning them takes a tenth of the start-up time.
         gc.disable()  # until the command is imported, see LazyCommand.load
     try:
         status = _run(sys.argv[1:] if argv is None else argv)
+        # Here, where a closed pipe is caught: at exit Python would print the error itself.
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader has seen enough. Python would flush once more at exit, into the closed pipe.
@@ -51,5 +53,6 @@ def _run(arguments: Sequence[str]) -> int:
 
 
 def _fail(message: str, status: int = 1) -> int:
+    # One line, whatever line breaks a library put into its message.
     print(f"sharpwatch: {' '.join(message.split())}", file=sys.stderr)
     return status

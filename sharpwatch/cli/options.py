@@ -68,6 +68,7 @@ def whole_number(minimum: int, why: str = "") -> ParsedText:
     """
 
     def parse(text: str) -> int:
+        # At most 18 digits fit the wire's 64 bits. `int` alone would also take `1_000` and ` 5 `.
         if not re.fullmatch(r"\d{1,18}", text) or int(text) < minimum:
             raise ValueError(f"{text!r} is not a whole number, {minimum} or more{why and f': {why}'}")
         return int(text)
@@ -160,6 +161,7 @@ def _remember(ctx: click.Context, param: click.Parameter, value: Any) -> None:
     """Keep a daemon option in the object that all contexts of a command line share; the last one given counts."""
     options = ctx.ensure_object(DaemonOptions)
     if value:
+        # Only a value that was given: the defaults of the command would erase what stood before its name.
         setattr(options, str(param.name), value)
 
 
@@ -231,6 +233,7 @@ class ReadableCommand(click.Command):
         options = [param for param in self.get_params(ctx) if isinstance(param, click.Option)]
         names = {name for option in options for name in (*option.opts, *option.secondary_opts)}
         with_value = {name for option in options if not option.is_flag for name in option.opts}
+        # Behind `--` everything is an argument, also what looks like an option.
         for option, value in pairwise(takewhile("--".__ne__, args)):
             if option in with_value and value in names and not ctx.resilient_parsing:
                 raise click.UsageError(f"{option} has no value; if {value} is its value, write {option}={value}", ctx)
@@ -302,6 +305,7 @@ class CommandGroup(DaemonCommand, click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Find the command; the error for an unknown one lists the known ones."""
         names = self.list_commands(ctx)
+        # While a shell completes, a half-written word is no error.
         if args[0] not in names and not ctx.resilient_parsing:
             raise click.UsageError(f"no command {args[0]!r}; choose from {', '.join(names)}", ctx)
         return super().resolve_command(ctx, args)

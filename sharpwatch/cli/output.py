@@ -38,11 +38,13 @@ def to_dict(message: Message) -> dict[str, Any]:
     """
     from google.protobuf.json_format import MessageToDict  # noqa: PLC0415 - slow to import, and only JSON needs it
 
+    # protobuf's JSON has 64-bit integers as text, and NaN as the text "NaN"; `_with_numbers` undoes both.
     found = MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
     return _with_numbers(message.DESCRIPTOR, found)
 
 
 def _with_numbers(descriptor: Any, found: Mapping[str, Any]) -> dict[str, Any]:
+    # Over all fields of the type: protobuf leaves out an optional one that is absent.
     return {field.name: _field(field, found.get(field.name)) for field in descriptor.fields}
 
 
@@ -120,9 +122,11 @@ def with_error(value: float, stderr: float) -> str:
         return f"{number(value, 3)} ± ?"
     if stderr == 0:
         return f"{number(value, _DIGITS)} ± 0"
+    # Decimal, because the place of a digit is exact in it; a float's logarithm is off by one near powers of ten.
     error = Decimal(f"{stderr:.0e}")
     place = error.adjusted()
     if value:
+        # The value keeps a digit where the error is larger than it, and at most six where the error is tiny.
         size = Decimal(f"{value:e}").adjusted()
         place = min(size, max(place, size - _DIGITS + 1))
     rounded = Decimal(repr(float(value))).quantize(Decimal(1).scaleb(place))
@@ -154,6 +158,7 @@ def age(unix_ns: int, now: float) -> str:
     if not unix_ns:
         return "never"
     passed = now - unix_ns / 1e9
+    # The daemon may be on a machine with another clock, so a second ahead is no error.
     if passed < 0:
         return f"{span(-passed)} ahead of this clock" if passed < -1 else "now"
     return f"{span(passed)} ago"
@@ -162,6 +167,7 @@ def age(unix_ns: int, now: float) -> str:
 def span(duration: float) -> str:
     """Format a duration, given in seconds, in its largest unit."""
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        # From two units on: `90 min` says more than `2 h`.
         if duration >= 2 * size:
             return f"{duration / size:.0f} {unit}"
     return f"{duration:.0f} s"
@@ -233,6 +239,7 @@ class Grid:
 
 def clean(text: str) -> str:
     """Put `text` on one line, and make control characters visible."""
+    # Names and reasons come from other machines. An escape sequence in one could rewrite the reader's terminal.
     return "".join(c if c.isprintable() else " " if c.isspace() else f"\\x{ord(c):02x}" for c in text)
 
 
@@ -310,5 +317,6 @@ def _draw_grid(grid: Grid, console: Console) -> None:
         heading = Text(grid.headings[index]) if grid.headings else ""
         table.add_column(heading, justify="right" if side == "r" else "left", overflow="fold")
     for row in grid.rows:
+        # As Text: rich would obey markup in a plain string, and `[red]` may be part of a run's name.
         table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in clean_row(row)))
     console.print(table)

@@ -60,9 +60,11 @@ def parse_address(text: str, *, sockets: bool = True, listen: bool = False) -> A
     """
     if sockets and isinstance(text, str) and text.startswith("unix:") and text != "unix:":
         path = str(Path(text.removeprefix("unix:")).absolute())
+        # Refused here, because the kernel would cut it.
         if len(path.encode()) > _SOCKET_PATH_BYTES:
             raise ValueError(f"a socket's path must have at most {_SOCKET_PATH_BYTES} bytes, got {path}")
         return Address(f"unix:{path}")
+    # IPv6 only in brackets: in `::1:7741` nobody can say where the port begins.
     match = _HOST_PORT.fullmatch(text) if isinstance(text, str) else None
     if match is None or not (0 if listen else 1) <= int(match[2]) < 2**16:
         lowest = "0" if listen else "1"

@@ -52,7 +52,9 @@ def seeded_state(seed: int) -> dict[str, Any]:
     """The states that `random_state` would return after seeding every generator; the generators are not changed."""
     before = random_state()
     random.seed(seed)
+    # NumPy takes a seed of 32 bits only.
     np.random.seed(seed % 2**32)  # noqa: NPY002 - as above
+    # Not `torch.manual_seed`: that seeds every accelerator, and only the current one is restored below.
     torch.default_generator.manual_seed(seed)
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is not None:

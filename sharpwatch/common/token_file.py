@@ -28,6 +28,7 @@ def read_token(path: Path) -> str:
     try:
         status = path.stat()
         mode = stat.S_IMODE(status.st_mode)
+        # Before it is read: a token that others could read or replace proves nothing about who sends it.
         if mode & 0o077:
             raise TokenFileError(f"token file {path} has mode {mode:04o}: others can read it; run: chmod 600 {path}")
         token = path.read_text(encoding="ascii").strip()

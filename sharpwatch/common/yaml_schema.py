@@ -64,6 +64,7 @@ def read_yaml(path: Path, root: str = "") -> YamlDocument:
     """
     file = str(path)
     try:
+        # Nodes, not `safe_load`: that forgets the lines, and keeps the last of two equal keys without a word.
         node: yaml.Node | None = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
         lines: dict[Location, int] = {(): 1}
         document = YamlDocument(file, None, lines, root)
@@ -76,6 +77,7 @@ def read_yaml(path: Path, root: str = "") -> YamlDocument:
         line = error.problem_mark.line + 1 if error.problem_mark else 0
         raise ConfigError(f"is not YAML: {error.problem}", file=file, line=line, key=root) from error
     except RecursionError as error:
+        # PyYAML recurses with the nesting of the file, and so does `_plain`.
         raise ConfigError("is nested too deep", file=file, line=0, key=root) from error
     except yaml.YAMLError as error:
         raise ConfigError(f"is not YAML: {error}", file=file, line=0, key=root) from error

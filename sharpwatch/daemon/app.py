@@ -45,6 +45,7 @@ log = structlog.get_logger(__name__)
 
 DRAIN_SECONDS = 2.0
 RETRY_AFTER_SECONDS = 1.0
+# A second bound beside the number of samples: one sample may have 16 MiB, and 4096 of those would be 64 GiB.
 QUEUE_BYTES = 256 * 2**20
 _SERVICES = ("sharpwatch.v1.AgentService", "sharpwatch.v1.OperatorService")
 # gRPC cuts off messages above this. Between the limit and this, the daemon refuses with a reason, and counts.
@@ -53,6 +54,7 @@ _OPTIONS = (
     ("grpc.so_reuseport", 0),  # a second daemon on the same port must fail
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    # The courier pings every 10 s. gRPC by default closes a connection that pings more often than every 5 min.
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
 )
 
@@ -77,12 +79,14 @@ def run(config: Config) -> int:
 async def _main(config: Config) -> int:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
+    # Through the loop: a handler of `signal` runs between any two bytecodes, and must not call into asyncio.
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     async with serving(config) as daemon:
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait((stopping, daemon.worker), return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
+        # Without its worker the daemon would take samples that nobody journals, so it ends and a supervisor sees it.
         if daemon.worker.done():
             log.critical("worker_failed", exc_info=daemon.worker.exception())
             return 1
@@ -111,6 +115,7 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:
         SharpwatchError: It can't start.
     """
     settings = config.daemon
+    # Before anything is opened: an address that must not be served leaves no journal and no token file behind.
     check_grpc_address(settings.grpc)
     authorizer = Authorizer(load_token(settings.token_file))
     started_at = time.monotonic()
@@ -136,6 +141,7 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:
             on_journalled=sessions.acknowledge,
             on_command=sessions.command,
         )
+        # Before HTTP and gRPC are served: an agent that reconnects must find its cursor, and a scrape its runs.
         await _restore(runs, store, pipeline)
         http_server = HttpServer(registry, unready=lambda: pipeline.store_error)
         http = await http_server.start(settings.http)
@@ -144,6 +150,7 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:
         info = DaemonInfo(started_at, estimator.device, settings.store, http)
         operators = OperatorService(runs=runs, pipeline=pipeline, authorizer=authorizer, info=info)
         server, health, address = await _start_grpc(settings, agents, operators)
+        # Only once every address is bound, so that a start which fails has no worker to stop.
         worker = asyncio.create_task(pipeline.run(), name="pipeline")
         log.info(
             "serving",
@@ -157,10 +164,14 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:
         try:
             yield Daemon(address, http, worker)
         finally:
+            # No new session, then an unhealthy state, then the worker, whose last write still acknowledges to open
+            # sessions. Those are drained after that, so that agents send again only samples that are not journalled.
             agents.draining = True
             await health.enter_graceful_shutdown()
             pipeline.stop()
+            # Not `await worker`: its own error is logged in `_main`, and must not keep the rest from being stopped.
             await asyncio.wait((worker,))
+            # A watch waits for a change of its run, which no longer comes, and would hold up `server.stop`.
             operators.drain()
             sessions.drain("the daemon is stopping", RETRY_AFTER_SECONDS)
             await server.stop(DRAIN_SECONDS)
@@ -198,6 +209,7 @@ async def _start_grpc(
     add_OperatorServiceServicer_to_server(operators, server)
     health = HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    # The empty name is the whole server, in the protocol of gRPC health checks.
     for service in ("", *_SERVICES):
         await health.set(service, health_pb2.HealthCheckResponse.SERVING)
     if settings.reflection:
@@ -237,6 +249,7 @@ def configure_logs(level: str) -> None:
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
+    # JSON for machines: `sharpwatch demo` reads the addresses from the event `serving`.
     terminal = sys.stderr.isatty()
     renderer: list[Processor] = (
         [structlog.dev.ConsoleRenderer()]

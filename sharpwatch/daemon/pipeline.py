@@ -65,6 +65,8 @@ class Pipeline:
         self._on_command = on_command
         self._pending = PendingWrites()
         self._estimation_queue = EstimationQueue(self._estimate_waiting)
+        # The worker, operators' calls and new attempts all write. One at a time, because a write that fails puts its
+        # records back, and must not put them over those of a later write.
         self._writing = asyncio.Lock()
         self._retry_at = 0.0
         self._retry_after = _FIRST_RETRY
@@ -83,6 +85,7 @@ class Pipeline:
             await self._cycle()
         self._retry_at = 0.0
         await self._cycle()
+        # The cycle may have put windows into the queue. Their estimates are written by the last write.
         await self._estimation_queue.settled()
         with suppress(StoreError):
             await self._write(())
@@ -108,6 +111,7 @@ class Pipeline:
         self._record(run, changes)
         if mode is not None:
             self._pending.modes.append(mode)
+        # Published though the write may fail: the controller has changed already, and the change stays pending.
         run.publish(mode=run.controller.mode)
         await self._write(())
 
@@ -133,22 +137,28 @@ class Pipeline:
     async def _cycle(self) -> None:
         entries = self._queue.take()
         written = False
+        # Written before they are folded, so that no acknowledgement waits for detectors and policies.
+        # What these decide is written after, by a second transaction.
         if time.monotonic() >= self._retry_at:
             with suppress(StoreError):
                 await self._write(entries)
                 written = True
+        # A sample is folded once, however often its write fails: the detectors must not see a step twice.
         await self._process([entry for entry in entries if not entry.processed])
         if not written:
+            # Back into the bounded queue, and not kept here: while the disk is full, memory must not grow.
             self._queue.requeue(entries)
         elif self._pending != PendingWrites():
             with suppress(StoreError):
                 await self._write(())
         if entries:
+            # Waiting here fills the queue of samples, which is where the busiest run's are dropped and counted.
             await self._estimation_queue.room()
 
     async def _write(self, entries: Sequence[QueuedSample]) -> None:
         """Writes samples and all pending records in one transaction, and only then acknowledges and sends."""
         async with self._writing:
+            # Swapped before the await, so that what comes during the write goes into the next one.
             pending, self._pending = self._pending, PendingWrites()
             try:
                 if entries or pending != PendingWrites():
@@ -159,6 +169,7 @@ class Pipeline:
                 raise
         for entry in entries:
             entry.attempt.cursor.mark_journalled(entry.reading.sequence)
+        # One acknowledgement for each attempt: it covers all sequences up to its own.
         for attempt in {entry.attempt.hello.attempt: entry.attempt for entry in entries}.values():
             self._on_journalled(attempt, attempt.cursor.journalled)
         for identity, run in pending.commands.items():
@@ -176,6 +187,7 @@ class Pipeline:
             self._metrics.store_errors.inc()
             self._metrics.store_writable.set(0)
             if not self.store_error:
+                # Once for each outage, not for each try.
                 log.error("store_failed", error=str(error))  # noqa: TRY400  the message has the cause
             self.store_error = str(error)
             self._retry_at = time.monotonic() + self._retry_after
@@ -214,10 +226,12 @@ class Pipeline:
                 log.exception("fold_failed", run=entry.run, step=entry.reading.step)
             touched[entry.run] = run
             request = run.request(entry.reading.probes)
+            # Its latency ends when its estimates are published, or here if it has none.
             if entry.attempt is run.attempt and request.windows:
                 self._estimation_queue.put(QueuedRequest(request, entry.received_at))
             else:
                 done.append(entry)
+        # Once a batch and run, because a snapshot copies records and wakes every watcher.
         for run in touched.values():
             run.publish()
         self._observe_latency(entry.received_at for entry in done)
@@ -251,6 +265,7 @@ class Pipeline:
 
     def _take_reports(self, run: Run, reading: Reading, now: float) -> None:
         """Takes what a sample reports beside measurements, also from the last samples of a replaced attempt."""
+        # Before checkpoints and results, which are of the timeline after the restore.
         if reading.restored:
             run.controller.rewind(reading.step)
             self._pending.rewind(run.name, reading.step)
@@ -258,6 +273,7 @@ class Pipeline:
             run.controller.checkpoint(checkpoint)
             self._pending.checkpoints[run.name, checkpoint] = None
         for result in reading.results:
+            # Removed even if the controller refuses the result: the trainer has answered, and must not get it again.
             run.outstanding.pop(result.command_id, None)
             try:
                 self._record(run, run.controller.command_result(result, now))

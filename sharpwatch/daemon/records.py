@@ -105,6 +105,7 @@ class Decision:
     alert_name: str = ""
     guard: str = "ok"
     detail: str = ""
+    # The whole set, not the difference: a command then means the same, whichever command came before it.
     multipliers: Mapping[str, float] = field(default_factory=dict)  # of every block, as they would be in force
     ramp_steps: int = 0
     ttl_steps: int = 0

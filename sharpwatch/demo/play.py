@@ -103,6 +103,7 @@ async def _play(recipe: Recipe, mode: str, console: Console) -> DemoOutcome:
         async with grpc.aio.insecure_channel(addresses.grpc) as channel, _trainer(recipe, folder) as trainer:
             operator: OperatorServiceAsyncStub = OperatorServiceStub(channel)
             viewer = asyncio.create_task(_watch(operator, recipe, console))
+            # The trainer first: if it fails before it attaches, the view would wait for a run that never appears.
             status = await trainer.wait()
             if status:
                 viewer.cancel()
@@ -140,10 +141,12 @@ async def _daemon(config: Path, folder: Path) -> AsyncIterator[DaemonAddresses]:
                 break
         if addresses is None:
             raise SharpwatchError(f"the daemon did not start; see {log}")
+        # Read to the end: once the pipe is full, the daemon would block in its next log line.
         pump = asyncio.create_task(_pump(process.stderr, log))
         try:
             yield addresses
         finally:
+            # Not killed: on SIGTERM it journals what is queued, and the journal is what the user looks at afterwards.
             process.terminate()
             await process.wait()
             await pump

@@ -40,6 +40,7 @@ class Corpus:
 def _documents() -> list[str]:
     from pydoc_data import topics  # noqa: PLC0415 - 700 kB of text, only when asked for
 
+    # Text that every Python brings along, so that the demo downloads nothing.
     library = Path(sysconfig.get_path("stdlib"))
     english = [text for _, text in sorted(topics.topics.items())]
     sources: list[str] = []
@@ -67,6 +68,7 @@ def load_corpus(cache: Path) -> Corpus:
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
         tokens = _encode(documents)
+        # Renamed when complete: an interrupted first run must not leave half a cache for the next.
         partial = path.with_suffix(".partial")
         torch.save(tokens, partial)
         partial.replace(path)
@@ -174,6 +176,7 @@ class DemoTrainer:
         )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.rate)
         self.data = torch.Generator().manual_seed(recipe.seed + 1)
+        # A generator apart from the data's, so that the fault does not change which batches come after it.
         self.noise = torch.Generator().manual_seed(recipe.seed + 2)
         self.position = 0  # batches drawn; step n trains on the n-th unless some were skipped
         self.skip = range(0)
@@ -192,6 +195,7 @@ class DemoTrainer:
             self.position += 1
             if self.recipe.fault == "bad-batches" and 0 < self.position - self.recipe.fault_step <= BAD_BATCHES:
                 tokens = spoil_batch(tokens, self.corpus.vocabulary, self.noise)
+            # Drawn all the same, so that the generator stands where it would after training on the skipped batches.
             if self.position not in self.skip:
                 return tokens
 

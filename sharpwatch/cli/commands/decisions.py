@@ -177,7 +177,9 @@ def follow(
         try:
             decision = _wait(stub, decision, timeout)
         except KeyboardInterrupt:
+            # Ctrl-C ends the waiting, not the command: the trainer may still apply it, and the user must know.
             raise OperatorError(f"stopped waiting; {_pending_note(decision)}") from None
+    # With --no-wait, a decision that is still under way is what was asked for.
     failed = decision.outcome not in _DONE and not (timeout is None and decision.outcome in _PENDING)
     if as_json or not failed:
         print_answer(decision, describe_outcome(decision, requested), as_json=as_json)
@@ -197,6 +199,7 @@ def _wait(stub: OperatorServiceStub, decision: Decision, timeout: float) -> Deci
         if item is None:
             break
         if isinstance(item, grpc.RpcError):
+            # The deadline of the stream is the user's --timeout, which the caller reports with the decision's state.
             if item.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                 break
             raise item

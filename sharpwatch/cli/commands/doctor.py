@@ -72,6 +72,7 @@ def run_checks(options: DaemonOptions, environ: Mapping[str, str]) -> Iterator[C
     yield check_pipe()
     wire = check_wire()
     yield wire
+    # Everything below speaks the wire, and would only repeat the same error.
     if wire.state != "fail":
         yield from _daemon_checks(options, environ)
 
@@ -143,6 +144,7 @@ def _version(name: str) -> str:
 def check_device() -> CheckResult:
     """Check that torch loads, and name the device that it computes curvature on."""
     try:
+        # Imported, not looked up: a torch whose shared libraries are missing is installed and yet does not load.
         torch = importlib.import_module("torch")
     except (ImportError, OSError) as error:  # OSError: a shared library of it can't be loaded
         return CheckResult("torch", "fail", f"does not load: {error}", "reinstall torch for this machine's CPU or GPU")
@@ -164,6 +166,7 @@ def check_pipe() -> CheckResult:
         return CheckResult("pipe size", "ok", "fixed by this system")
     ends = os.pipe()
     try:
+        # By trying: the limits also depend on the user's other pipes.
         size = fcntl.fcntl(ends[0], fcntl.F_SETPIPE_SZ, PIPE_BYTES)
     except OSError:
         size = fcntl.fcntl(ends[0], fcntl.F_GETPIPE_SZ)
@@ -272,6 +275,7 @@ def metrics_url(http_address: str, grpc_address: str) -> str:
 
 def check_metrics(url: str) -> Iterator[CheckResult]:
     """Check that `url` serves sharpwatch's metrics, and compare the daemon's clock with this machine's."""
+    # Without the environment's proxy, which is for other hosts than the user's own daemon.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(url, timeout=_HTTP_SECONDS) as answer:

@@ -40,6 +40,7 @@ def serve(config: Path | None, **overrides: Any) -> int:
         from sharpwatch.daemon.app import run  # noqa: PLC0415 - loads torch, which takes seconds
         from sharpwatch.daemon.config.load import load_config  # noqa: PLC0415 - as above
     loaded = load_config(config)
+    # An option that was not given is None, and must not replace the file's value.
     given = {name: value for name, value in overrides.items() if value is not None}
     return run(dataclasses.replace(loaded, daemon=dataclasses.replace(loaded.daemon, **given)))
 
@@ -50,6 +51,7 @@ def _print_schema(ctx: click.Context, param: click.Parameter, value: bool) -> No
         with needs_extra("check-config", "daemon"):
             from sharpwatch.daemon.config.load import json_schema  # noqa: PLC0415 - loads pydantic
         print(json.dumps(json_schema(), indent=2))
+        # The option is eager and ends the command here, since FILE is required but no schema needs it.
         ctx.exit()
 
 

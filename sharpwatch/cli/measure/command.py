@@ -207,6 +207,7 @@ def _check_outputs(request: MeasureRequest) -> None:
         if path is not None and path != _STANDARD_OUTPUT:
             check_writable(path, option)
     if request.plot is not None:
+        # Imported only at the end, so its absence would cost the whole measurement.
         need("matplotlib", "--plot")
 
 
@@ -229,6 +230,7 @@ def _finish(session: MeasureSession) -> int:
         from sharpwatch.cli.measure.plot import draw  # noqa: PLC0415 - only if a figure is wanted
 
         write_whole(request.plot, draw(report, session.title(report), request.plot.suffix))
+    # After all output is written: the numbers are good, only less precise than was asked for.
     if report.unreached:
         raise PrecisionError(report)
     return 0

@@ -66,6 +66,7 @@ def _read_tensors(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return need("safetensors.torch", f"{path}: a .safetensors file").load_file(path)
+        # Tensors alone: a pickle can run any code. On the CPU, because the file may name a GPU that is not here.
         return torch.load(path, map_location="cpu", weights_only=True)
     except (SharpwatchError, MemoryError):
         raise
@@ -82,6 +83,7 @@ def _take(found: Any, wanted: int | None, source: str) -> Batches:
         raise SharpwatchError(
             f"{source}: holds a {type(found).__name__}; expected a dict of the model's arguments, or a list of them"
         )
+    # A generator may be endless, and all of its batches would be loaded before the first piece of work.
     if wanted is None and not isinstance(found, Sized):
         raise SharpwatchError(f"{source}: has no known number of batches; set the number with --batches")
     batches = [_batch(batch, f"{source}: batch {index}") for index, batch in enumerate(islice(found, wanted))]
@@ -139,6 +141,7 @@ def _from_text(path: Path, windows: TextWindows, loaded: LoadedModel, seed: int)
             "use a batch file with input_ids and labels"
         )
     tokenizer = _tokenizer(loaded.folder)
+    # A masked model was trained on rows within special tokens.
     special = _special_tokens(tokenizer) if loaded.task == "masked" else _SpecialTokens()
     ids = tokenizer(_read_text(path), add_special_tokens=False, verbose=False)["input_ids"]
     rows = _rows(path, ids, windows, _longest(loaded.model, tokenizer), special)
@@ -214,6 +217,7 @@ def _rows(path: Path, ids: Sequence[int], windows: TextWindows, longest: int, sp
             f"DATA {path}: is too short: --batches {batches} of --rows {rows} need {rows * batches} "
             f"windows of {text} tokens, and its {len(ids)} tokens are {available}"
         )
+    # The same windows for every seed, so that two seeds differ by their draws and not by the text.
     starts = torch.arange(rows * batches) * available // (rows * batches) * text
     taken = torch.tensor(ids)[starts[:, None] + torch.arange(text)]
     before, after = (
@@ -226,6 +230,7 @@ def _mask(rows: Tensor, tokenizer: Any, special: _SpecialTokens, seed: int) -> t
     """Inputs and labels for a masked language model; special tokens are never masked."""
     if tokenizer.mask_token_id is None:
         raise SharpwatchError("the tokenizer has no mask token, which a masked language model's text needs")
+    # A generator of its own, on the CPU: the same tokens are masked on every device.
     generator = torch.Generator().manual_seed(seed)
     predicted = torch.rand(rows.shape, generator=generator) < _PREDICTED
     predicted[:, : len(special.before)] = False

@@ -74,6 +74,7 @@ def _cell(estimate: Estimate | None) -> str:
     """Format a value and its standard error, or the residual of an eigenvalue that was computed from one start."""
     if estimate is None:
         return output.ABSENT
+    # One start on one batch has no scatter, so its error is the residual, which bounds something else than ± does.
     if math.isfinite(estimate.residual) and not (math.isfinite(estimate.stderr) and estimate.stderr > 0):
         return f"{output.number(estimate.value)} [{output.number(estimate.residual, 1)}]"
     return output.with_error(estimate.value, estimate.stderr)

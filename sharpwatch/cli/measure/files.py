@@ -130,6 +130,7 @@ class StateFile:
             self.trouble = ""
         except SharpwatchError as error:
             self.trouble = str(error)
+        # After a failure too: a full disk is then tried once a second, not at each piece.
         self._written = self.clock()
 
 
@@ -153,6 +154,7 @@ def read_state(path: Path) -> dict[str, Any] | None:
         raise SharpwatchError(f"--state {path}: can't be read: {error.strerror}") from error
     except ValueError:
         kept = None
+    # Refused rather than replaced: the option may name a file that has nothing to do with this.
     if not isinstance(kept, dict) or kept.get("format") != _FORMAT:
         raise SharpwatchError(f"--state {path}: exists and is not the state of a measurement; name another file")
     return kept

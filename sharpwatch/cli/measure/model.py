@@ -60,6 +60,7 @@ def find_device(text: str) -> torch.device:
     """
     try:
         device = torch.device(text)
+        # By using it: `torch.device` takes the name of a GPU that is not there.
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         count = torch.cuda.device_count()
@@ -124,6 +125,7 @@ def _from_folder(folder: Path, device: torch.device, dtype: torch.dtype) -> Load
     try:
         model, loading_info = auto.from_pretrained(folder, local_files_only=True, dtype=dtype, output_loading_info=True)
     except Exception as error:
+        # Any exception, because the files decide what is raised: by safetensors, json, torch or the model's own code.
         raise SharpwatchError(f"{folder}: can't be loaded: {type(error).__name__}: {error}") from error
     _check_complete(folder, loading_info)
     return LoadedModel(model.to(device), device, folder=folder, task=task)
@@ -195,11 +197,13 @@ def call(factory: str) -> Any:
 def _find(factory: str) -> Callable[[], Any]:
     name, _, attribute = factory.partition(":")
     here = str(Path.cwd())
+    # The installed script has its own folder first in `sys.path`, not the current one as `python -m` has.
     if here not in sys.path:
         sys.path.insert(0, here)
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
+        # The user's module may exist and import another that does not; the error must name the right one.
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise SharpwatchError(f"{factory}: importing {name} raised {_describe(error)}") from error
         raise SharpwatchError(f"{factory}: no module {error.name} in {here}, and none is installed") from error
@@ -215,5 +219,6 @@ def _find(factory: str) -> Callable[[], Any]:
 def _describe(error: Exception) -> str:
     """The error and the line that raised it, in place of a traceback."""
     frames = traceback.extract_tb(error.__traceback__)
+    # A single frame is the call in this file, which tells the user nothing.
     where = f" ({frames[-1].filename}:{frames[-1].lineno})" if len(frames) > 1 else ""
     return f"{type(error).__name__}: {error}{where}"

@@ -69,6 +69,7 @@ class MeasureSession:
     def __init__(self, request: MeasureRequest) -> None:
         self.request = request
         self._last: Progress | None = None
+        # State and rules before the model, which can take minutes to load: their errors should show at once.
         kept = None if request.state is None else read_state(request.state)
         rules = None if request.rules is None else load_rules(request.rules)
         loaded = load(request.model, request.device, request.dtype)
@@ -86,6 +87,7 @@ class MeasureSession:
             method=request.method,
         )
         self._measurement = Measurement(loaded.model, batches, loaded.optimizer, settings)
+        # Before the first piece: on a GPU, a token id out of range makes the device unusable for the process.
         check_values(loaded.model, self._measurement.block_map, batches, f"DATA {request.data}")
         self._file: StateFile | None = None
         if request.state is not None:

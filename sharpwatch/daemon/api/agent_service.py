@@ -56,11 +56,13 @@ class Session:
 
     def acknowledge(self, sequence: int) -> None:
         """Sends that all samples up to `sequence` are journalled; replaces an acknowledgement that is not sent yet."""
+        # A number, not a queue: the newest acknowledgement says all that earlier ones said.
         self._acknowledged = max(self._acknowledged, sequence)
         self._wake.set()
 
     def send(self, response: agent_pb2.SessionResponse) -> None:
         """Queues a response; ends the session if too many are unread."""
+        # Ended, not dropped from: in its next session the agent sends again, and outstanding commands go out again.
         if len(self._responses) >= MAX_OUTGOING:
             self.end(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{MAX_OUTGOING} responses are unread")
             return
@@ -90,6 +92,7 @@ class Session:
         """
         while True:
             await self._wake.wait()
+            # Cleared before the queue is read, so that what comes while a response is on its way wakes the loop again.
             self._wake.clear()
             while self._responses:
                 yield self._responses.popleft()
@@ -114,6 +117,7 @@ class Sessions:
         session = Session(attempt)
         older = self._live.get(attempt.hello.attempt)
         if older is not None:
+            # A courier gives up a stream that is silent and connects again, before this side has noticed anything.
             older.end(grpc.StatusCode.ABORTED, "a newer session of this attempt took over")
         self._live[attempt.hello.attempt] = session
         self._metrics.sessions.set(len(self._live))
@@ -136,6 +140,7 @@ class Sessions:
 
     def evicted(self, entry: QueuedSample) -> None:
         """Counts a sample that the queue dropped, and refuses it."""
+        # Otherwise the session would wait for it at its end, and never close.
         entry.attempt.cursor.forget(entry.reading.sequence)
         self._metrics.refused.labels("overflow").inc()
         session = self._live.get(entry.attempt.hello.attempt)
@@ -180,6 +185,7 @@ class AgentService:
 
     def handlers(self) -> grpc.GenericRpcHandler[bytes, agent_pb2.SessionResponse]:
         """Returns the handler to register with the server."""
+        # By hand: the generated servicer parses messages itself, and one that is malformed ends the call uncounted.
         session = grpc.stream_stream_rpc_method_handler(
             self.session,
             request_deserializer=None,
@@ -201,10 +207,12 @@ class AgentService:
         if attempt is run.attempt:
             run.publish(phase="running")
         log.info("session_opened", run=run.name, attempt=attempt.hello.attempt, peer=context.peer())
+        # A task of its own: acknowledgements must go out also while no sample comes in.
         reader = asyncio.create_task(self._read(requests, session))
         try:
             yield self._welcome(attempt)
             if attempt is run.attempt:
+                # They may have been lost with the last connection. The trainer applies a command of one id once.
                 for decision in list(run.outstanding.values()):
                     self._sessions.command(run, decision)
             async for response in session.outgoing():
@@ -225,7 +233,9 @@ class AgentService:
         return agent_pb2.SessionResponse(welcome=welcome)
 
     def _close(self, session: Session, run: Run) -> None:
+        # A session that a newer one replaced says nothing about the run.
         if self._sessions.close(session) and session.attempt is run.attempt:
+            # A run that sent its closing sample stays closed.
             if run.phase == "running":
                 run.publish(phase="silent", last_seen_at=time.time())
             log.info("session_closed", run=run.name, attempt=session.attempt.hello.attempt, phase=run.phase)
@@ -245,10 +255,12 @@ class AgentService:
             raise SessionEndedError(grpc.StatusCode.INVALID_ARGUMENT, f"{error.code}: {_reason(error)}") from error
 
     async def _admit(self, hello: RunHello, message: bytes) -> tuple[Attempt, Run]:
+        # The journal knows a sample by attempt and sequence, so one id in two runs would mix their samples.
         owner = self._runs.owner(hello.attempt)
         if owner is not None and owner != hello.run:
             raise WireError("wrong_run", f"attempt {hello.attempt} belongs to run {owner}")
         held = self._runs.get(hello.run)
+        # Another job under the same run name would be given this one's multipliers.
         if held is not None and held.attempt.hello.training_job != hello.training_job:
             other = held.attempt.hello.training_job
             raise WireError("wrong_run", f"run {hello.run} belongs to training job {other}")
@@ -279,6 +291,7 @@ class AgentService:
                 _check_size(message)
             except WireError as error:
                 self._metrics.refused.labels(error.code).inc()
+                # Not a refusal: that needs the sequence, and a message of this size is not parsed to find it.
                 session.end(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{error.code}: {error}")
                 return
             self._take(message, session)
@@ -293,6 +306,7 @@ class AgentService:
             request = _parse(message, "sample")
             sequence = request.sample.sequence
             reading = read_sample(attempt.hello, request.sample)
+            # Last, because it moves the cursor: a sample that is refused must leave no trace.
             place = self._place(attempt, reading)
         except WireError as error:
             self._metrics.refused.labels(error.code).inc()

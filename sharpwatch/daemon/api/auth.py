@@ -45,6 +45,7 @@ def load_token(file: str | Path) -> str:
     if not path.exists():
         make_token(path)
     token = read_token(path)
+    # Whoever owns the file can read the token, whatever its mode.
     owner = path.stat().st_uid
     if owner != os.geteuid():
         raise TokenFileError(f"token file {path} belongs to uid {owner}, but the daemon runs as uid {os.geteuid()}")
@@ -67,6 +68,7 @@ class Authorizer:
             return "operator"
         for key, value in context.invocation_metadata() or ():
             shown = value if isinstance(value, bytes) else value.encode()
+            # Compared in constant time, so that a wrong token's answer does not tell how much of it was right.
             if key == "authorization" and hmac.compare_digest(shown, _SCHEME.encode() + self._token):
                 return "operator"
         return "viewer"

@@ -151,6 +151,7 @@ def _block_messages(snapshot: RunSnapshot) -> list[operator_pb2.Block]:
     for index, name in enumerate(snapshot.hello.blocks):
         block = operator_pb2.Block(block=name, parameters=int(snapshot.hello.block_parameters[index]))
         for field, values in measured.items():
+            # Left unset, which the fields allow, so that a client can't take NaN for a measurement.
             if values is not None and not math.isnan(values[index]):
                 setattr(block, field, float(values[index]))
         block.estimates.extend(

@@ -182,6 +182,7 @@ class OperatorService(OperatorServiceServicer):
         runs = [await self._run(request.run, context)] if request.run else list(self._runs)
         limit = min(request.limit or _DEFAULT_LIMIT, _MOST)
         made = chain.from_iterable(reversed(run.controller.decisions) for run in runs)
+        # `nlargest` keeps the given order of equals, so of one moment's decisions the newest comes first.
         newest = heapq.nlargest(limit, made, key=lambda one: one.made_at)
         return pb.ListDecisionsResponse(decisions=map(decision_message, newest))
 
@@ -226,6 +227,7 @@ class OperatorService(OperatorServiceServicer):
 
     async def _changed(self, run: Run, version: int, context: Context) -> None:
         """Waits until `run` is past `version`; ends the call if the daemon stops."""
+        # Asked before and after: `drain` may come while this waits, and must not be waited for if it came before.
         if not self._draining:
             await run.signal.after(version)
         if self._draining:
@@ -264,6 +266,7 @@ class OperatorService(OperatorServiceServicer):
 
     async def _change(self, context: Context, change: Callable[[], Changes]) -> Changes:
         """Lets the controller make the change, unless the journal fails: no change may go unrecorded."""
+        # Asked before the controller: once it has made a decision, that can't be taken back.
         if self._pipeline.store_error:
             await context.abort(
                 grpc.StatusCode.UNAVAILABLE, f"no change can be journalled now: {self._pipeline.store_error}"

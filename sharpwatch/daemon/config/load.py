@@ -48,6 +48,7 @@ def load_config(path: str | Path | None = None) -> Config:
         ConfigError: The file cannot be read, or a key or a value in it is invalid.
     """
     document = YamlDocument("", None, {}) if path is None else read_yaml(Path(path))
+    # An empty file, or one with comments alone, is None in YAML, and valid here.
     if document.data is None:
         return Config()
     try:
@@ -70,6 +71,7 @@ def json_schema() -> dict[str, Any]:
 def _first_error(document: YamlDocument, found: Iterable[ErrorDetails]) -> ConfigError:
     """Returns the first error in the file."""
     errors = [_explained(document, each) for each in found]
+    # pydantic reports in the order of the fields; people mend a file from its top.
     return min(errors, key=lambda error: error.line)
 
 
@@ -112,12 +114,14 @@ def _keys(location: Location) -> list[str]:
 def _check_action(document: YamlDocument, policy_at: Location, policy: PolicyConfig) -> None:
     """Checks that an action has a kind, and the keys of that kind alone."""
     at = (*policy_at, "action")
+    # From the document, because the value has defaults and does not say which keys were written.
     given, kind = document.at(at), policy.action.kind
     if given is None:
         raise document.error(policy_at, f"action is missing; allowed: {', '.join(_keys(policy_at))}")
     if "kind" not in given:
         raise document.error(at, f"kind is missing; allowed: {', '.join(_keys(at))}")
     for name in given:
+        # One class has the keys of all kinds, so `extra="forbid"` alone would let `factor` of a rollback pass.
         if name != "kind" and name not in _ACTION_KEYS[kind]:
             allowed = ", ".join(("kind", *_ACTION_KEYS[kind]))
             raise document.error((*at, name), f"means nothing to {kind}; allowed: {allowed}")
@@ -190,6 +194,7 @@ def _check_escalation(document: YamlDocument, policies: Sequence[PolicyConfig]) 
 
 
 def _check_chain(document: YamlDocument, index: int, policy: PolicyConfig, by_name: dict[str, PolicyConfig]) -> None:
+    # Every target exists by now, and a circle ends the loop at its first repeated name.
     chain, current = [policy.name], policy
     while current.escalate is not None:
         current = by_name[current.escalate.to]

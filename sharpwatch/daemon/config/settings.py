@@ -31,6 +31,7 @@ ALERT_NAMES: tuple[AlertName, ...] = get_args(AlertName)
 ActionKind = Literal["notify", "scale_lr", "rollback"]
 _MANY = 10**9
 _DAY = 86_400.0
+# A mistyped key must be an error: pydantic would ignore it, and a guard would silently keep its default.
 _FORBID = ConfigDict(extra="forbid")
 
 
@@ -72,6 +73,7 @@ class _Constraints(GroupedMetadata):
 
 
 def _integer(low: int, high: int) -> _Constraints:
+    # Strict, because pydantic otherwise takes `true` for 1 and the text "5" for 5.
     return _Constraints((Field(strict=True, ge=low, le=high), _expecting(f"an integer from {low} to {high}")))
 
 
@@ -84,6 +86,7 @@ def _number(low: float, high: float) -> _Constraints:
 def _seconds(value: Any) -> Any:
     """Converts a duration such as `1.5m` to seconds."""
     units = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": _DAY}
+    # Text that is no number raises ValueError, which `_expecting` turns into the rule.
     if isinstance(value, str) and value[-1:] in units:
         return float(value[:-1]) * units[value[-1]]
     return value
@@ -95,6 +98,7 @@ Duration = Annotated[
     Field(strict=True, ge=1.0, le=30 * _DAY, allow_inf_nan=False),
     BeforeValidator(_seconds),
     _expecting(_DURATION),
+    # The schema that pydantic derives has the number alone, and editors would mark `5m` as wrong.
     WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "string", "pattern": r"^[0-9.]+[smhd]$"}]}),
 ]
 Text = Annotated[str, Field(strict=True, min_length=1), _expecting("a string that is not empty")]
@@ -148,6 +152,7 @@ BlockList = Annotated[tuple[Block, ...], AfterValidator(_check_different)]
 Factor = Annotated[float, _number(0.0, 100.0), AfterValidator(_check_factor)]
 Blocks = Annotated[
     Annotated[Literal["alert", "all"], _one_of(("alert", "all")), Tag("word")] | Annotated[BlockList, Tag("list")],
+    # Without it pydantic tries both branches and reports the errors of both, also of the one that was not meant.
     Discriminator(lambda value: "list" if isinstance(value, list | tuple) else "word"),
 ]
 GrpcAddress = Annotated[str, Field(strict=True), _expecting("a string"), _check_address(sockets=True)]
@@ -164,9 +169,11 @@ class DaemonConfig:
     http: HttpAddress = "127.0.0.1:9741"
     device: Device = "auto"
     store: Store = "sqlite:///sharpwatch.db"
+    # A factory, because platformdirs is slow to import and not needed where the file is named.
     token_file: Text = field(default_factory=lambda: str(default_token_file()))
     stale_after: Duration = 900.0
     queue_capacity: Annotated[int, _integer(16, 1_000_000)] = 4096
+    # At least 1,000, which is what a restart folds again (`restore.REPLAYED_SAMPLES`).
     retain_samples: Annotated[int, _integer(1_000, _MANY)] = 10_000
     layer_metrics: Flag = True
     reflection: Flag = False
@@ -240,6 +247,7 @@ class PolicyConfig:
 
     name: Text
     match: MatchConfig = field(default_factory=MatchConfig)
+    # A policy only records until somebody writes that it may act.
     mode: PolicyMode = "observe"
     action: ActionConfig = field(default_factory=ActionConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)

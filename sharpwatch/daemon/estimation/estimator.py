@@ -53,6 +53,8 @@ def resolve_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        # By using it: a name can be valid where the device is not there. A torch built without CUDA raises
+        # AssertionError.
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
@@ -142,9 +144,11 @@ class EstimationQueue:
     async def settled(self) -> None:
         """Waits until the queue is empty and its last batch is estimated."""
         if self._task is not None:
+            # Shielded: who gives up waiting must not cancel the estimates of all others.
             await asyncio.shield(self._task)
 
     async def _work(self) -> None:
         while self._waiting:
+            # All that wait, so that the slower the estimates are, the larger and cheaper their batches get.
             batch, self._waiting = self._waiting, []
             await self._estimate(batch)

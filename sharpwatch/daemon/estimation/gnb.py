@@ -30,6 +30,7 @@ ORDER = ("emb", "qk", "ffn", "vo", "norm")  # least sharp first: Wang et al. 202
 
 def order_correlation(sharpness: Mapping[str, float]) -> float | None:
     """Returns the Spearman correlation of measured sharpness with `ORDER`, or None for fewer than three blocks."""
+    # `head` and `other` have no place in the paper's order.
     present = [block for block in ORDER if math.isfinite(sharpness.get(block, math.nan))]
     n = len(present)
     if n < 3:
@@ -52,6 +53,7 @@ def _estimates(request: EstimateRequest, traces: Sequence[Estimate], spectra: Ma
     values: dict[Key, Estimate] = {}
     sharpness: dict[str, float] = {}
     for block, numel, trace in zip(hello.blocks, hello.block_parameters, traces[layers:], strict=True):
+        # Nothing is shown or stored without its error, and a single draw has none.
         if math.isfinite(trace.stderr):
             average = _per_parameter(trace, int(numel))
             values["trace", block, "gnb"], values["sharpness", block, "gnb"] = trace, average
@@ -70,6 +72,7 @@ def _traces(requests: Sequence[EstimateRequest], device: str) -> list[list[Estim
     windows = [_trace_windows(request) for request in requests]
     width = max(window.shape[2] for window in windows)
     probes = max(window.shape[1] for window in windows)
+    # Runs differ in probes and draws. Padded to one array, they are one call on the device instead of one for each.
     padded = np.concatenate(
         [
             np.pad(
@@ -96,6 +99,8 @@ def _trace_windows(request: EstimateRequest) -> Doubles:
     traces = np.full((len(request.windows["gnb"]), width, len(request.hello.layer_blocks)), np.nan)
     for index, (_, probe) in enumerate(request.windows["gnb"]):
         traces[index, : len(probe.traces)] = probe.traces
+    # Layers are summed draw by draw, before pooling: their traces within one draw are correlated, and errors
+    # that were added up afterwards would be wrong.
     return np.concatenate([traces, sum_layers(request.hello, traces)], axis=2).transpose(2, 0, 1)
 
 
@@ -112,6 +117,7 @@ def _spectra(requests: Sequence[EstimateRequest], device: str) -> list[Mapping[K
     by_size: dict[int, list[int]] = {}
     for index, request in enumerate(requests):
         if any(probe.sketches is not None for _, probe in request.windows["gnb"]):
+            # Only sketches of one size can be stacked.
             by_size.setdefault(request.hello.sketch_size, []).append(index)
     for size, members in by_size.items():
         some = _spectra_of_one_size([requests[index] for index in members], size, device)
@@ -126,6 +132,7 @@ def _spectra_of_one_size(requests: Sequence[EstimateRequest], size: int, device:
     tops = top_eigenvalues(sketches, mask)
     moments = sketch_moments(sketches, mask, gradients)
     quantities = (tops, effective_ranks(moments, tops.value), drifts(moments), alignments(moments))
+    # Stacked first, so that a GPU is waited for once and not for every quantity.
     columns = torch.stack([column for one in quantities for column in (one.value, one.stderr)]).tolist()
     rows = zip(tops.draws.tolist(), tops.upper_bound.tolist(), *columns, strict=True)
     return [_spectrum(request, rows) for request in requests]
@@ -138,6 +145,7 @@ def _spectrum(request: EstimateRequest, rows: Iterator[tuple[float, ...]]) -> Ma
     for block in (*request.hello.blocks, ""):
         draws, bound, *columns = next(rows)
         for quantity, value, stderr in zip(_SPECTRAL, columns[::2], columns[1::2], strict=True):
+            # In a short window noise alone can make the largest eigenvalue, which then only bounds the true one.
             estimator = "gnb_upper_bound" if bound and quantity == "top_eigenvalue" else "gnb"
             if math.isfinite(stderr):
                 values[quantity, block, estimator] = Estimate(value, stderr, int(draws), estimator, step)

@@ -61,6 +61,7 @@ def _block_ratios(blocks: Sequence[str], readings: Sequence[DirectionReading], s
     """Estimates the ratio of each block from the newest probes that measured it."""
     ratios = {}
     for index, block in enumerate(blocks):
+        # Blocks take turns, so a block's last eight probes lie further back than the model's last eight.
         taken = [one for one in readings if not math.isnan(one.block_curvature[index])][-WINDOW_PROBES:]
         curvatures = [float(one.block_curvature[index]) for one in taken]
         descents = [float(one.block_descent[index]) for one in taken]
@@ -88,6 +89,7 @@ def _traces(hello: RunHello, window: Window) -> dict[Key, Estimate]:
     probes = max(map(len, by_block.values()))
     draws = max(len(reading.traces) for taken in by_block.values() for _, reading in taken)
     values = torch.zeros(len(by_block), probes, draws, dtype=torch.float64)
+    # Blocks and probes differ in their draws; all are pooled in one call.
     mask = torch.zeros(values.shape, dtype=torch.bool)
     for row, taken in enumerate(by_block.values()):
         for column, (_, reading) in enumerate(taken):
@@ -116,6 +118,7 @@ def _eigenvalues(hello: RunHello, window: Window) -> dict[Key, Estimate]:
         for quantity, end in _ENDS:
             values = [getattr(reading, end) for _, reading in taken]
             residual = getattr(newest, f"{end}_residual")
+            # The newest, not a mean: the eigenvalue drifts while the run trains, and each probe is a whole measurement.
             found = Estimate(values[-1], _deviation(values), len(values), "lanczos", step, residual, newest.method)
             estimates[quantity, block, "lanczos"] = found
     return estimates
@@ -137,6 +140,8 @@ def _critical_sharpness(hello: RunHello, window: Window) -> dict[Key, Estimate]:
         if len(taken) > 1:
             steps, values, widths = zip(*taken, strict=True)
             middle = statistics.median(values)
+            # The search ends with the edge somewhere within ± half_width, and a uniform value there has a standard
+            # deviation of half_width/√3.
             stderr = math.hypot(_median_error(values, middle), widths[-1] / math.sqrt(3))
             found = Estimate(middle, stderr, len(values), "linesearch", steps[-1], widths[-1], "losses")
             estimates["stability_ratio", block, "linesearch"] = found

@@ -84,13 +84,16 @@ def read_hello(hello: agent_pb2.Hello) -> RunHello:
     require(0 < len(rows) <= MAX_LAYER_BLOCKS, f"layer_blocks must have 1 to {MAX_LAYER_BLOCKS} rows, got {len(rows)}")
     pairs = tuple((row.block, row.layer) for row in rows)
     require(len(set(pairs)) == len(pairs), "layer_blocks must not have a block of a layer twice")
+    # A block without a layer block would divide by 0 parameters, and one too many would have no column.
     require({block for block, _ in pairs} == set(blocks), "layer_blocks must have the same blocks as `blocks`")
     require(
         all(len(layer) <= MAX_NAME for _, layer in pairs),
         f"a layer must have at most {MAX_NAME} characters",
     )
+    # Sums and means of counts are made in float64, which is exact up to there.
     require(all(0 < row.parameters < 2**53 for row in rows), "layer_blocks must have 1 to 2**53 parameters each")
     require(hello.control in get_args(Control), f"control must be one of {get_args(Control)}, got {hello.control!r}")
+    # 1 must be within: it is where every run starts and what a ramp-back returns to.
     low, high = hello.min_multiplier, hello.max_multiplier
     require(0 < low <= 1 <= high < math.inf, f"multiplier bounds must satisfy 0 < min <= 1 <= max, got ({low}, {high})")
     require(0 <= hello.initial_step <= MAX_STEP, f"initial_step must be 0 to 2**53, got {hello.initial_step}")
@@ -149,6 +152,8 @@ class Cursor:
             return "journalled"
         if sequence in self._waiting:
             return "waiting"
+        # A gap is valid, because the agent's spool drops its oldest. Filling it later is not: the step would come
+        # after newer ones, and detectors see steps in order.
         if sequence < self._highest:
             raise WireError("out_of_order", f"sequence {sequence} after {self._highest}: sequences must rise")
         if step < self.step and not restored:
@@ -168,6 +173,8 @@ class Cursor:
     def mark_journalled(self, sequence: int) -> None:
         """Records that `sequence` is journalled, and with it every earlier one that was not dropped."""
         self._waiting.discard(sequence)
+        # An acknowledgement covers all earlier sequences. That is safe because a run's samples are journalled in order,
+        # and one that was dropped is refused by its own message.
         self.journalled = max(self.journalled, sequence)
 
     def forget(self, sequence: int) -> None:

@@ -119,6 +119,7 @@ def read_probes(hello: RunHello, sample: agent_pb2.Sample) -> dict[str, Any]:
 def _gnb(probe: agent_pb2.GnbProbe, hello: RunHello) -> GnbReading | None:
     tokens = _tokens(probe, "gnb")
     traces = _draws(probe.traces, "gnb.traces", hello)
+    # A NaN passes here, because it is the model's doing: it drops the probe below, and is no breach of contract.
     require(bool((np.isnan(traces) | (traces >= 0)).all()), "gnb.traces must not be negative")
     shape = (len(hello.blocks), hello.sketch_size)
     sketches = gradient = None
@@ -153,6 +154,7 @@ def _noise_by_block(array: types_pb2.Array, what: str, hello: RunHello) -> Float
     if np.isinf(noise).any():
         return None
     by_block = np.zeros(len(hello.blocks))
+    # `add.at`, because `by_block[block_of] += noise` would keep one row of each block.
     np.add.at(by_block, hello.block_of, noise)
     return by_block
 
@@ -173,6 +175,7 @@ def _hutchinson(probe: agent_pb2.HutchinsonProbe, hello: RunHello) -> Hutchinson
     block = _block(probe.block, "hutchinson.block", hello)
     traces = _draws(probe.traces, "hutchinson.traces", hello)
     others = hello.block_of != hello.blocks.index(block)
+    # Random signs in other blocks too would add the off-diagonal Hessian to the variance: to 1000 times for `norm`.
     require(not traces[:, others].any(), f"hutchinson.traces must be zero outside {block}")
     method = checked_text(probe.method, "hutchinson.method", MAX_NAME)
     return HutchinsonReading(tokens, block, traces, method) if _finite(traces) else None
@@ -182,6 +185,7 @@ def _lanczos(probe: agent_pb2.LanczosProbe, hello: RunHello) -> LanczosReading |
     tokens = _tokens(probe, "lanczos")
     block = _block(probe.block, "lanczos.block", hello) if probe.block else ""
     ends = (probe.top, probe.top_residual, probe.bottom, probe.bottom_residual)
+    # Written with `not`, so that a NaN passes and drops the probe instead of refusing the sample.
     require(not (probe.top_residual < 0 or probe.bottom_residual < 0), "lanczos residuals must not be negative")
     require(not probe.bottom > probe.top, "lanczos.bottom must be at most lanczos.top")
     method = checked_text(probe.method, "lanczos.method", MAX_NAME)
@@ -193,6 +197,7 @@ def _linesearch(probe: agent_pb2.LineSearchProbe, hello: RunHello) -> LineSearch
     sharpness = _by_block(probe.block_sharpness, "linesearch.block_sharpness", hello)
     half_width = _by_block(probe.block_half_width, "linesearch.block_half_width", hello)
     whole = (probe.sharpness, probe.half_width)
+    # As above, a NaN compares false; in the arrays it means a block that was not probed.
     below = min(whole) < 0 or (sharpness < 0).any() or (half_width < 0).any()
     require(not below, "linesearch sharpness and half-width must not be negative")
     if not _finite(*whole) or np.isinf(sharpness).any() or np.isinf(half_width).any():

@@ -125,6 +125,7 @@ def read_sample(hello: RunHello, sample: agent_pb2.Sample) -> Reading:
 
 
 def _check_numbers(sample: agent_pb2.Sample) -> None:
+    # The wire has unsigned 64 bits here, SQLite's integers are signed.
     if not 0 < sample.sequence <= MAX_COUNT:
         raise WireError("malformed", f"sequence must be 1 to 2**63, got {sample.sequence}")
     if not 0 <= sample.step <= MAX_STEP:
@@ -140,6 +141,7 @@ def _tap(tap: agent_pb2.Tap, hello: RunHello) -> BlockTap:
     counts = rows["non_finite"]
     if not ((counts >= 0) & (counts <= hello.parameters)).all():
         raise WireError("malformed", "tap.non_finite must be counts from 0 to the parameters of each layer block")
+    # Norms may be infinite or NaN, since the model's gradients may be. Rates are the optimizer's own settings.
     for name in ("learning_rate", "lr_multiplier"):
         if not np.isfinite(rows[name]).all():
             raise WireError("non_finite", f"tap.{name} must be finite")
@@ -156,6 +158,7 @@ def gather_blocks(hello: RunHello, rows: Mapping[str, npt.NDArray[Any]]) -> Bloc
         hello: The Hello, which says how many parameters each layer block has, and of which block type it is.
         rows: An array [L] for each field of `BlockTap`.
     """
+    # In float64: in float32 the square of a norm above 1.8e19 is infinite.
     squares = np.square(rows["update_rms"], dtype=np.float64)
     return BlockTap(
         gradient_norm=_norms(hello, rows["gradient_norm"]),
@@ -179,8 +182,10 @@ def _norms(hello: RunHello, rows: Floats) -> Doubles:
 def _means(hello: RunHello, rows: Doubles) -> Doubles:
     """Means weighted by parameters over the rows that are not NaN; NaN for a block that has no such row."""
     present = ~np.isnan(rows)
+    # A layer block without a second moment has no RMS, and must not pull the mean of its type to 0.
     weights = np.where(present, hello.parameters, 0).astype(np.float64)
     total = _sums(hello, weights)
+    # 0/0 is the NaN that is wanted for a block without such a row.
     with np.errstate(invalid="ignore"):
         return _sums(hello, np.where(present, rows * hello.parameters, 0.0)) / total
 
@@ -239,6 +244,7 @@ class QueuedSample:
     reading: Reading
     payload: bytes
     received_at: float
+    # Whether it is folded into its run; it can be so and still wait for a failing journal.
     processed: bool = field(default=False)
 
 
@@ -275,6 +281,7 @@ class SampleQueue:
 
     def requeue(self, entries: Iterable[QueuedSample]) -> None:
         """Returns what `take` gave, ahead of what has come since, without waking `filled`."""
+        # Reversed, because each goes to the front. With `filled` set, the pipeline would try again at once.
         for entry in reversed(list(entries)):
             self._runs.setdefault(entry.run, deque()).appendleft(entry)
             self._account(entry, 1)
@@ -282,6 +289,7 @@ class SampleQueue:
 
     def take(self) -> list[QueuedSample]:
         """Removes and returns all samples; those of a run are in their order."""
+        # Everything at once, because a transaction costs one fsync whatever its size.
         self._filled.clear()
         entries = [entry for queue in self._runs.values() for entry in queue]
         self._runs, self._run_bytes, self._depth, self._bytes = {}, {}, 0, 0
@@ -302,6 +310,7 @@ class SampleQueue:
         self._run_bytes[entry.run] = self._run_bytes.get(entry.run, 0) + size
 
     def _shrink(self) -> None:
+        # From the busiest run, so that a fast trainer can't push out the samples of slow ones.
         while self._depth > self.capacity or self._bytes > self._capacity_bytes:
             if self._depth > self.capacity:
                 busiest = max(self._runs, key=lambda run: len(self._runs[run]))

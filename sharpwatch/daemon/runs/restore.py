@@ -39,19 +39,25 @@ def restore_run(runs: Runs, stored: StoredRun) -> list[Changes]:
     newest = list(attempts.values())[-1]
     run = None
     for attempt in attempts.values():
+        # All of them, oldest first: an older one may still be sending its last samples.
         run = runs.begin(attempt, stored.attempts[-1].seen_at)
     if run is None:
         return []
+    # After the last `begin`: each makes a new controller, from the second on for a trainer that starts at 1.
     run.controller.restore(stored.alerts, stored.decisions, stored.revisions, stored.checkpoints, stored.mode)
     if len(attempts) > 1 and all(row.attempt != newest.hello.attempt for row in stored.samples):
         run.controller.begin_anew()  # the daemon ended before it received a sample of the newest attempt
+    # So that counters go on where they were: Prometheus would take a smaller value for a reset.
     run.count(Changes(stored.alerts, stored.decisions, stored.revisions, ()))
+    # They are sent again when the trainer connects, since nothing says whether it has received them.
     run.outstanding.update((made.id, made) for made in stored.decisions if made.outcome in UNDER_WAY)
+    # After the outstanding commands are known, because the samples may hold their answers.
     changes = _replay(run, attempts, stored.samples)
     closed = next(row.closed for row in stored.attempts if row.attempt == newest.hello.attempt)
     seen_at = stored.attempts[-1].seen_at
     run.publish(
         attempts=len(stored.attempts),
+        # Never "running": no trainer is connected before the daemon serves.
         phase="closed" if closed else "silent",
         last_seen_at=seen_at,
         last_sample_at=seen_at if stored.samples else None,
@@ -77,13 +83,16 @@ def _replay(run: Run, attempts: dict[str, Attempt], rows: tuple[SampleRow, ...])
         reading = _reading(attempt, row) if attempt is not None else None
         if attempt is None or reading is None:
             continue
+        # The journal keeps how far sequences have come, but not the step.
         attempt.cursor.step = reading.step
         for result in reading.results:
+            # Other results were taken and journalled before the restart.
             if run.outstanding.pop(result.command_id, None) is not None:
                 try:
                     changes.append(run.controller.command_result(result, time.time()))
                 except OperatorError as error:
                     log.warning("command_result_unplaced", run=run.name, reason=str(error))
+        # Arrays of other blocks can't go into one window or baseline with those of the newest attempt.
         if attempt.hello.same_blocks(run.attempt.hello):
             if not attempt.hello.same_projection(run.attempt.hello):
                 reading = _without_projection(reading)

@@ -66,6 +66,8 @@ class Signal:
 
     def notify(self) -> None:
         """Wakes all who wait for a later version."""
+        # A new event rather than `clear`: who waits for the old one is woken, however late it runs. The version lets
+        # a waiter see a change that came before it began to wait.
         self.version += 1
         self._event.set()
         self._event = asyncio.Event()
@@ -98,6 +100,7 @@ class Run:
         self._dropped_probes: Counter[str] = Counter()
         self._alerts_total: Counter[str] = Counter()
         self._decisions_total: Counter[tuple[str, str, str]] = Counter()
+        # A decision is journalled again when a detail changes; only a new outcome counts.
         self._counted: dict[str, str] = {}  # by id: "raised" for an alert, the last outcome for a decision
         self._controller_changed = True  # since the last publish
         self._open_alerts: set[str] = set()  # ids; the controller moves them on at every step
@@ -133,6 +136,7 @@ class Run:
             controller: Its controller.
         """
         before, after = self.attempt.hello, attempt.hello
+        # Otherwise windows go on over a new attempt: it is the same model, and its estimates need no new start.
         if not after.same_blocks(before):
             self._drop_measurements()
         elif not after.same_projection(before):
@@ -180,6 +184,7 @@ class Run:
         if reading.closing:
             changes["phase"] = "closed"
         self._draft = replace(self._draft, step=reading.step, last_sample_at=now, last_seen_at=now, **changes)
+        # A sample may carry only results or checkpoints; to a detector it would be a step without a loss.
         if reading.tap is None and reading.loss is None and "direction" not in reading.probes:
             return None
         return _observation(self.attempt.hello.blocks, reading)
@@ -196,6 +201,7 @@ class Run:
 
     def take_estimates(self, request: EstimateRequest, estimates: Estimates) -> None:
         """Replaces the estimates that the probes of `request` had before, unless a new attempt has begun meanwhile."""
+        # Estimates run on another thread while samples come in, so the attempt may have changed meanwhile.
         if request.hello is not self.attempt.hello:
             return
         order = [estimator for spec in PROBES.values() for estimator in spec.estimators]
@@ -231,6 +237,7 @@ class Run:
         Args:
             **changes: Fields of `RunSnapshot` to be set as well.
         """
+        # Copied only when they have changed: on a healthy run the records stay the same for thousands of steps.
         if self._controller_changed or self._open_alerts:
             changes = self._controller_state() | changes
             self._controller_changed = False
@@ -336,6 +343,7 @@ class Runs:
 
     def snapshots(self) -> tuple[RunSnapshot, ...]:
         """Returns the snapshot of every run; safe on any thread."""
+        # `list` first: /metrics reads on a thread of its own while the event loop may add a run.
         return tuple(run.snapshot for run in list(self._runs.values()))
 
     def decisions(self, prefix: str) -> list[tuple[Run, str]]:
@@ -345,11 +353,13 @@ class Runs:
             The run and the id of each decision whose id begins with `prefix`; only that one if an id equals it.
         """
         found = [(run, made.id) for run in self for made in run.controller.decisions if made.id.startswith(prefix)]
+        # A whole id wins, else it could not be named where a longer id begins with it.
         return [one for one in found if one[1] == prefix] or found
 
     def _make_room(self) -> bool:
         if len(self._runs) < MAX_RUNS:
             return True
+        # A run with a live session is never dropped: its samples could only be refused.
         gone = [run for run in self._runs.values() if run.snapshot.phase != "running"]
         if not gone:
             return False

@@ -92,6 +92,7 @@ class Journal:
         with self._store_errors():
             self._lock = self._take_lock()
             try:
+                # `isolation_level=None`: Python would otherwise begin and commit transactions by itself.
                 self._connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
                 self._prepare()
             except BaseException:
@@ -144,6 +145,8 @@ class Journal:
 
     def _take_lock(self) -> int:
         """Locks `PATH.lock`, so that no second daemon can serve the runs of this journal."""
+        # SQLite's own locks are held for one transaction, and would let two daemons write in turn. The kernel releases
+        # this one when the process ends, also after kill -9.
         lock = os.open(f"{self.path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -154,6 +157,7 @@ class Journal:
 
     def _prepare(self) -> None:
         (version,) = self._connection.execute("PRAGMA user_version").fetchone()
+        # All checks come before the first PRAGMA that writes: a file that is not ours stays as it is.
         if version > SCHEMA_VERSION:
             raise StoreError(
                 f"journal {self.path}: cannot read schema version {version}, which a newer sharpwatch wrote; "
@@ -165,6 +169,7 @@ class Journal:
         self._connection.execute("PRAGMA journal_mode=WAL")
         self._connection.execute("PRAGMA synchronous=FULL")
         if version < SCHEMA_VERSION:
+            # Tables and version in one transaction: a daemon killed in the middle leaves the older schema whole.
             script = "".join(SCHEMAS[version:])
             self._connection.executescript(f"BEGIN;{script}PRAGMA user_version={SCHEMA_VERSION};COMMIT;")
 
@@ -176,9 +181,11 @@ class Journal:
             [(row.run, row.attempt, row.hello, row.seen_at) for row in records.attempts.values()],
         )
         connection.executemany(
+            # A sample may come twice: journalled, but sent again because the acknowledgement was lost.
             "INSERT OR IGNORE INTO samples (run, attempt, sequence, step, payload) VALUES (?, ?, ?, ?, ?)",
             [(row.run, row.attempt, row.sequence, row.step, row.payload) for row in samples],
         )
+        # Rows of an attempt are in order, so the last one stays.
         newest = {row.attempt: row for row in samples}
         connection.executemany(
             "UPDATE attempts SET acknowledged = max(acknowledged, ?), seen_at = ?, closed = ? WHERE attempt = ?",
@@ -191,6 +198,8 @@ class Journal:
             [(alert.id, alert.run, alert.first_step, _record(alert)) for alert in records.alerts.values()],
         )
         connection.executemany(
+            # Not OR REPLACE, which deletes the row and inserts a new one: decisions are loaded by rowid, the order in
+            # which they were made, since the clock may go back.
             "INSERT INTO decisions VALUES (?, ?, ?, ?, ?) "
             "ON CONFLICT (id) DO UPDATE SET outcome = excluded.outcome, record = excluded.record",
             [(made.id, made.run, made.made_at, made.outcome, _record(made)) for made in records.decisions.values()],
@@ -203,6 +212,7 @@ class Journal:
             "INSERT OR REPLACE INTO revisions VALUES (?, ?, ?)",
             [(revision.run, revision.revision, _record(revision)) for revision in records.revisions.values()],
         )
+        # Before the new ones: those of the timeline that begins at the restore must stay.
         connection.executemany("DELETE FROM checkpoints WHERE run = ? AND step > ?", list(records.rewinds.items()))
         connection.executemany(
             "INSERT OR IGNORE INTO checkpoints VALUES (?, ?, ?)",
@@ -291,6 +301,7 @@ class Store:
         Raises:
             StoreError: It can't be opened, is of a newer version, or another daemon is using it.
         """
+        # One thread: a journal is for one thread at a time, and writes stay in the order in which they were asked for.
         thread = ThreadPoolExecutor(1, thread_name_prefix="journal")
         opening = partial(Journal, url, retain_samples=retain_samples)
         try:

@@ -49,6 +49,7 @@ _RESIDUALS = """
 ALTER TABLE estimates ADD COLUMN residual REAL;
 ALTER TABLE estimates ADD COLUMN method TEXT NOT NULL DEFAULT '';
 """
+# Only appended to: an entry that was released is in journals that exist.
 SCHEMAS = (_TABLES, _TRANSITIONS, _RESIDUALS)  # a journal of version n has the first n
 SCHEMA_VERSION = len(SCHEMAS)
 FIRST_TABLES = {"attempts", "samples", "alerts", "decisions", "revisions"}  # in a journal of any version
@@ -150,6 +151,7 @@ class PendingWrites:
     attempts: dict[str, AttemptRow] = field(default_factory=dict)
     alerts: dict[str, Alert] = field(default_factory=dict)
     decisions: dict[str, Decision] = field(default_factory=dict)
+    # A list, where the others are dicts: decisions are replaced by their newest state, the audit keeps every one.
     transitions: list[TransitionRow] = field(default_factory=list)
     revisions: dict[tuple[str, int], Revision] = field(default_factory=dict)
     checkpoints: dict[tuple[str, Checkpoint], None] = field(default_factory=dict)
@@ -174,6 +176,7 @@ class PendingWrites:
 
     def rewind(self, run: str, step: int) -> None:
         """Drops the checkpoints of `run` after `step`, to which it was restored."""
+        # The lowest: after two restores, checkpoints behind either are of a timeline that was left.
         self.rewinds[run] = min(step, self.rewinds.get(run, step))
         self.checkpoints = {(of, cp): None for of, cp in self.checkpoints if of != run or cp.step <= step}
 
@@ -184,6 +187,7 @@ class PendingWrites:
         self.decisions.update(newer.decisions)
         self.transitions.extend(newer.transitions)
         self.revisions.update(newer.revisions)
+        # Before the checkpoints of `newer`, which were made after the restore.
         for run, step in newer.rewinds.items():
             self.rewind(run, step)
         self.checkpoints.update(newer.checkpoints)
