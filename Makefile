@@ -35,7 +35,7 @@ demo: $(DEMO_READY)
 docs: $(DOCS_READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# Two at a time: most tests wait for processes. `make test` takes under five minutes, `make test-all` is what CI runs.
+# Two at a time: most tests wait for processes. `make test` leaves out the slow tests, `make test-all` is what CI runs.
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
