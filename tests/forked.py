@@ -35,8 +35,12 @@ FORKS.set_forkserver_preload(
 )
 
 
-# `python -m sharpwatch`, as code.
-COMMAND_LINE = "import runpy; runpy.run_module('sharpwatch', run_name='__main__', alter_sys=True)"
+def module_code(name):
+    """`python -m NAME`, as code."""
+    return f"import runpy; runpy.run_module({name!r}, run_name='__main__', alter_sys=True)"
+
+
+COMMAND_LINE = module_code("sharpwatch")
 
 
 class ForkedProcess:

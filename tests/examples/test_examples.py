@@ -55,7 +55,7 @@ TRAINERS = (
 )
 
 
-LAUNCHER = "import runpy; runpy.run_module('torch.distributed.run', run_name='__main__', alter_sys=True)"  # torchrun
+TORCHRUN = forked.module_code("torch.distributed.run")
 
 
 def run(file: str, folder: Path, *, ranks: int = 1, **environment: str) -> str:
@@ -64,7 +64,7 @@ def run(file: str, folder: Path, *, ranks: int = 1, **environment: str) -> str:
     options = {"path": EXAMPLES / file, "env": {**os.environ, **offline, **environment}, "cwd": folder}
     if ranks > 1:
         arguments = ("--standalone", f"--nproc-per-node={ranks}", str(options.pop("path")))
-        options |= {"code": LAUNCHER, "arguments": arguments}
+        options |= {"code": TORCHRUN, "arguments": arguments}
     status, output, errors = forked.run(**options, timeout=240)
     assert status == 0, output + errors
     return output

@@ -144,19 +144,6 @@ def test_the_loss_is_the_runs_own():
         direction_probe(model, block_map, Batch((ids,)), step, blocks=())
 
 
-class _Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
-        return 3 * x**2 * grad
-
-
 def test_says_where_there_is_no_second_derivative():
     class Fused(nn.Module):
         def __init__(self):
@@ -164,7 +151,7 @@ def test_says_where_there_is_no_second_derivative():
             self.wte = nn.Embedding(5, 4)
 
         def forward(self, idx):
-            return _Once.apply(self.wte(idx)).square().sum()
+            return dense.Once.apply(self.wte(idx)).square().sum()
 
     torch.manual_seed(0)
     model = Fused()

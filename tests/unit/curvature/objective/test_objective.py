@@ -364,19 +364,6 @@ def test_sees_into_a_checkpointed_part(reentrant):
         assert is_smooth(checkpoint(lambda y: F.silu(live(y)), x, use_reentrant=reentrant).sum())
 
 
-class Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
-        return 3 * x**2 * grad
-
-
 class Twice(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -391,7 +378,7 @@ class Twice(torch.autograd.Function):
 
 def test_names_the_function_that_has_no_second_derivative():
     with pytest.raises(ProbeError, match=r"differentiated twice.*Once"):
-        require_twice_differentiable(through(Once.apply))
+        require_twice_differentiable(through(dense.Once.apply))
     require_twice_differentiable(through(Twice.apply))
 
 
