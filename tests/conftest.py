@@ -34,12 +34,19 @@ SLOW = (
     "integration/test_measure_cli.py",
     "integration/test_probes.py",
     "integration/test_resume.py",
+    "integration/test_twenty_lines.py",
     "open_faults",
+    "promises/test_clock_jumps.py",
     "promises/test_daemon_killed.py",
+    "promises/test_daemon_lying.py",
+    "promises/test_data_loader_workers.py",
+    "promises/test_memory.py",
+    "promises/test_no_python.py",
     "promises/test_out_of_memory.py",
     "unit/blocks/test_zoo.py",
     "unit/curvature/measure/test_measure.py",
     "unit/curvature/measure/test_measure_use.py",
+    "unit/curvature/statistics/test_gnb_eigenvalues_of_a_model.py",
 )
 NOT_SLOW = ("distributed/test_smoke.py",)
 # Run first: what takes long by itself, and would leave one of two processes idle at the end.

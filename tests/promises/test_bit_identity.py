@@ -79,7 +79,10 @@ def assert_identical(one, other):
     assert torch.equal(one[3], other[3])
 
 
-@pytest.mark.parametrize(("make", "probes"), [(adamw, PROBES), (sgd, [*PROBES][:-1])])  # the last is for Adam alone
+@pytest.mark.parametrize(
+    ("make", "probes"),
+    [(adamw, PROBES), pytest.param(sgd, [*PROBES][:-1], marks=pytest.mark.slow)],  # the last is for Adam alone
+)
 def test_watched_and_plain_runs_are_bit_identical_without_a_daemon(make, probes, sent, caplog):
     with caplog.at_level(logging.WARNING, "sharpwatch"):
         watched = train(make, watched=True, probe_every=5, probes=probes)
