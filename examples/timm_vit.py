@@ -1,10 +1,11 @@
-"""An image classifier of timm: the loss is computed outside the model, so the loop tells sharpwatch of it."""
+"""An image classifier of timm: the loss is computed outside the model, so the loop hands its batch to sharpwatch."""
 
 import os
 from pathlib import Path
 
 import timm
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 # --8<-- [start:loop]
@@ -18,14 +19,20 @@ model = timm.create_model(
 )
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
-# `gnb` draws its own labels from the logits; `direction` would need `loss_fn`, since the model never sees the labels.
-watch = sharpwatch.attach(model, optimizer, training_job="vit-tiny", probes=("gnb",), probe_every=5)
+
+def loss_fn(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Return the loss that is trained on, of any rows of a batch."""
+    images, labels = batch
+    return cross_entropy(model(images), labels)
+
+
+watch = sharpwatch.attach(model, optimizer, training_job="vit-tiny", loss_fn=loss_fn, probe_every=5)
 for _ in range(60):
     labels = torch.randint(10, (16,))
     images = torch.randn(16, 3, 32, 32) + labels.view(-1, 1, 1, 1) / 10  # classes differ in brightness
-    loss = cross_entropy(model(images), labels)
+    loss = loss_fn(model, (images, labels))
     loss.backward()
-    watch.observe(loss=loss)
+    watch.observe(loss=loss, batch=(images, labels))
     optimizer.step()
     optimizer.zero_grad()
 watch.close()

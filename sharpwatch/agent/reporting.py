@@ -10,15 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 from sharpwatch._version import __version__
 from sharpwatch.agent.control.commands import Command, CommandResult, RollBack, SetMultipliers
 from sharpwatch.agent.control.controller import Controller
+from sharpwatch.agent.losses import StepLoss
 from sharpwatch.agent.probes.builtin import PROBES
 from sharpwatch.agent.probes.runner import ProbeFailure, ProbeRun
 from sharpwatch.agent.probes.scheduler import OverheadBudget
-from sharpwatch.agent.statistics.tap import AsyncHostCopy, PendingTap, Tap, TapReading
+from sharpwatch.agent.statistics.tap import PendingTap, Tap, TapReading
 from sharpwatch.agent.transport.base import Transport
 from sharpwatch.blocks import BlockMap
 from sharpwatch.v1 import agent_pb2, types_pb2
@@ -192,7 +191,6 @@ def _result(result: CommandResult) -> types_pb2.CommandResult:
 # On a GPU each holds pinned memory until its numbers have come.
 _MAX_RECORDS = 8  # whose numbers may be on their way from the device
 _MAX_CHECKPOINTS = 256  # in one sample
-MAX_FORWARDS = 1024  # of a step, the newest, whose own losses count
 
 
 @dataclass(slots=True)
@@ -203,7 +201,7 @@ class StepRecord:
     taken_at_unix_ns: int
     tap: PendingTap | None  # None: it could not be read
     probes: ProbeRun
-    losses: list[float | AsyncHostCopy] = field(default_factory=list)
+    loss: StepLoss = field(default_factory=StepLoss)
     reading: TapReading | None = None  # of all ranks, in place of `tap`
     restored: bool = False  # the first since the run was put back
     awaits_loss: bool = False  # until the next step begins
@@ -211,63 +209,13 @@ class StepRecord:
     @property
     def ready(self) -> bool:
         """Whether every number is on the host."""
-        tapped = self.tap is None or self.tap.ready
-        return tapped and all(loss.ready for loss in self.losses if isinstance(loss, AsyncHostCopy))
+        return (self.tap is None or self.tap.ready) and self.loss.ready
 
-    def loss(self) -> float | None:
-        """The mean over the step's micro-batches."""
-        values = [float(loss.read()) if isinstance(loss, AsyncHostCopy) else loss for loss in self.losses]
-        return sum(values) / len(values) if values else None
-
-    def late_loss(self, loss: float | AsyncHostCopy) -> None:
+    def late_loss(self, loss: StepLoss) -> None:
         """Take the loss that came after the step, if it is still awaited."""
         if self.awaits_loss:
-            self.losses = [loss]
+            self.loss = loss
         self.awaits_loss = False
-
-
-class LossTracker:
-    """Tells which step a loss belongs to.
-
-    An observed loss wins over the model's own. Where a loss is observed with no forward since the last `step()`, the
-    loop observes after stepping: the loss is that step's, whose record therefore waits for it.
-    """
-
-    def __init__(self) -> None:
-        self.comes_after_step = False
-        self._observed: float | AsyncHostCopy | None = None
-        self._own: deque[float | AsyncHostCopy] = deque(maxlen=MAX_FORWARDS)
-        self._forwards = 0
-        self._sees_forwards = False
-
-    def forward(self) -> int:
-        """A training forward begins; how many there were since the last step, with this one."""
-        self._forwards += 1
-        self._sees_forwards = True
-        return self._forwards
-
-    def output(self, output: Any) -> None:
-        """Keep the loss that the model's `output` carries, if any."""
-        loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
-        if isinstance(loss, Tensor) and loss.numel() == 1:
-            self._own.append(_value_of(loss))
-
-    def observe(self, loss: float | Tensor) -> float | AsyncHostCopy | None:
-        """The loss if it belongs to the step already taken; None if it is kept for the next."""
-        value = _value_of(loss)
-        # A loop may call another method of the model, past its hooks: then no forward is ever seen.
-        if self._sees_forwards and self._forwards == 0:
-            self.comes_after_step = True
-            return value
-        self._observed = value
-        return None
-
-    def take(self) -> list[float | AsyncHostCopy]:
-        """The losses of the step just taken."""
-        losses = list(self._own) if self._observed is None else [self._observed]
-        self._own.clear()
-        self._observed, self._forwards = None, 0
-        return losses
 
 
 class Reporter:
@@ -337,7 +285,7 @@ class Reporter:
         while self._records and (wait or (not self._records[0].awaits_loss and self._records[0].ready)):
             record = self._records.popleft()
             tap = record.reading or (None if record.tap is None else self._tap.resolve(record.tap))
-            self._send(record.step, record.taken_at_unix_ns, loss=record.loss(), tap=tap, probes=record.probes)
+            self._send(record.step, record.taken_at_unix_ns, loss=record.loss.read(), tap=tap, probes=record.probes)
 
     def send_events(self, step: int, *, closing: bool = False) -> None:
         """Send a sample that belongs to no step: results and checkpoints that would else wait, or the last one."""
@@ -374,10 +322,3 @@ class Reporter:
             lr_revision=self._control.revision,
             multipliers=self._control.multipliers,
         )
-
-
-def _value_of(loss: float | Tensor) -> float | AsyncHostCopy:
-    """A loss as it is now; one on a device is copied without a sync."""
-    if isinstance(loss, Tensor) and loss.device.type != "cpu":
-        return AsyncHostCopy(loss)
-    return float(loss.detach()) if isinstance(loss, Tensor) else float(loss)

@@ -71,6 +71,7 @@ class WatchStatus:
         multipliers: The learning-rate multipliers in force, by block type.
         revision: The number of the daemon's last set of multipliers; 0 before the first.
         pending_rollback: The rollback that the loop must do now.
+        loss: Where the newest step's loss is from: "observed", "the model's own", or "none" with the reason.
         swallowed_errors: Errors of the agent itself that were kept from the training loop.
     """
 
@@ -92,6 +93,7 @@ class WatchStatus:
     multipliers: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     revision: int = 0
     pending_rollback: RollbackRequest | None = None
+    loss: str = ""
     swallowed_errors: int = 0
 
     def __str__(self) -> str:
@@ -108,6 +110,8 @@ class WatchStatus:
             yield "frozen", _names(self.frozen)
         if self.other:
             yield "other", _names(self.other)
+        if self.loss:
+            yield "loss", self.loss
         yield "daemon", f"{_connection(self.connection)}; {_dropped(self.dropped)}"
         for number, probe in enumerate(self.probes):
             yield "" if number else "probes", _probe(probe)
@@ -147,6 +151,7 @@ def collect(run: WatchedRun) -> WatchStatus:
         multipliers=MappingProxyType(dict(control.multipliers)),
         revision=control.revision,
         pending_rollback=control.pending_rollback,
+        loss=run.losses.source,
         swallowed_errors=run.barrier.swallowed,
     )
 

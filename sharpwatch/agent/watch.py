@@ -55,15 +55,23 @@ class Watch:
         """The rollback that the loop must do now, or None; afterwards call `restored` or `rollback_failed`."""
         return None if self._watched is None else self._watched.control.pending_rollback
 
-    def observe(self, *, loss: float | Tensor) -> None:
-        """Report the loss of a step, before or after its `optimizer.step()`; does not wait for the device.
+    def observe(self, *, loss: float | Tensor | None = None, batch: Any = None) -> None:
+        """Report the loss of a step, and the batch it is of; does not wait for the device.
+
+        The loss may be reported before or after the `optimizer.step()` of its step. Several in one step are averaged.
+        The batch must come before it, best between backward and step: probes run within `optimizer.step()`.
 
         Args:
-            loss: The loss as a number, or a tensor with one element. Without it the loss in the model's output is used.
+            loss: The loss as a number, or a tensor with one element. Without it the loss in the model's output is used,
+                where backward ran from it.
+            batch: What `attach(loss_fn=...)` is to be called with, for loops whose targets are no arguments of the
+                model: a tensor, or a dict, list, tuple or dataclass of tensors and others. Probes call
+                `loss_fn(model, rows)`, where `rows` is the same with some rows of every tensor that has one for each
+                row of the batch. Nothing is copied before a probe; tensors must not change in place until the step.
         """
         if self._watched is not None:
             with self._watched.barrier.guard("observing the loss"):
-                self._watched.observe(loss)
+                self._watched.observe(loss, batch)
 
     def saved_checkpoint(self, step: int, uri: str) -> None:
         """Report a checkpoint, to which a rollback may go.

@@ -20,18 +20,12 @@ from sharpwatch.agent.control.controller import Controller
 from sharpwatch.agent.control.lr_multipliers import LrMultipliers
 from sharpwatch.agent.distributed.strategy import Strategy
 from sharpwatch.agent.hooks import Hooks, ParameterIdentity
+from sharpwatch.agent.losses import MAX_FORWARDS, LossTracker
 from sharpwatch.agent.options import Options
+from sharpwatch.agent.probes.observed import LATE
 from sharpwatch.agent.probes.scheduler import DueProbes, ProbeScheduler
-from sharpwatch.agent.reporting import (
-    MAX_FORWARDS,
-    Identity,
-    LossTracker,
-    Reporter,
-    StepRecord,
-    hello_message,
-    read_command,
-)
-from sharpwatch.agent.safety import ExceptionBarrier, OverheadTimer, agent_work, signals_held
+from sharpwatch.agent.reporting import Identity, Reporter, StepRecord, hello_message, read_command
+from sharpwatch.agent.safety import ExceptionBarrier, OverheadTimer, agent_work, signals_held, warn
 from sharpwatch.agent.statistics.tap import PendingTap
 from sharpwatch.agent.status import announcement, collect
 from sharpwatch.agent.transport.base import Transport
@@ -93,9 +87,10 @@ class WatchedRun:
         self.options = options
         self._identity = identity
         self._reporter = reporter
-        self._losses = LossTracker()
+        self.losses = LossTracker(barrier)
         self._parameters = ParameterIdentity(options.model)
         self._announced = False
+        self._warned: set[str] = set()
         self._begun = False  # whether there was a forward or a step
         self._restored = False  # since the last step, whose record says so
         self._current: _StepInProgress | None = None
@@ -112,14 +107,29 @@ class WatchedRun:
         """Whether nothing is watched any more."""
         return self._closed
 
-    def observe(self, loss: float | Tensor) -> None:
-        """The step's loss."""
+    def observe(self, loss: float | Tensor | None, batch: Any = None) -> None:
+        """The step's loss and batch; each may be None."""
         if self._hooks.repeating:
             return
-        late = self._losses.observe(loss)
+        late = None if loss is None else self.losses.observe(loss)
         if late is not None:
             self.strategy.late_loss(late)
             self._reporter.next_step()
+        if batch is not None:
+            self._observe_batch(batch, late=late is not None)
+
+    def _observe_batch(self, batch: Any, *, late: bool) -> None:
+        if self.options.loss_fn is None and self.options.logits_fn is None:
+            self._warn_once("observe(batch=...) is of use only with attach(loss_fn=...): the batch is not looked at")
+            return
+        if late:
+            self._warn_once(LATE)
+        self.scheduler.observe(batch, late=late)
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warn(message)
 
     def checkpoint(self, step: int, uri: str) -> None:
         """Record that a checkpoint of `step` was saved at `uri`."""
@@ -235,7 +245,7 @@ class WatchedRun:
         """The model is called in training."""
         self._begin()
         self.timer.start()
-        if self._losses.forward() == MAX_FORWARDS:
+        if self.losses.forward(kwargs) == MAX_FORWARDS:
             _LOG.warning(
                 "%d forwards without a step of a watched optimizer: if it was replaced, call attach again", MAX_FORWARDS
             )
@@ -245,7 +255,9 @@ class WatchedRun:
 
     def output(self, output: Any) -> None:
         """It returned `output`, maybe with its loss."""
-        self._losses.output(output)
+        own = self.losses.output(output)
+        if own is not None:
+            self.scheduler.output(own.was_trained_on)
 
     def begin(self, which: int) -> None:
         """Optimizer `which` begins a `step()`.
@@ -314,15 +326,15 @@ class WatchedRun:
         # Half a reading would show false zeros.
         tap = done.tap if len(done.read) == len(self.options.optimizers) else None
         probes = self.scheduler.run(done.step, done.due or DueProbes(), tap)
-        losses = self._losses.take()
+        loss = self.losses.take()
         record = StepRecord(
             done.step,
             time.time_ns(),
             tap,
             probes,
-            losses,
+            loss,
             restored=self._restored,
-            awaits_loss=not losses or self._losses.comes_after_step,
+            awaits_loss=not loss.terms or self.losses.comes_after_step,
         )
         commands = [response.command for response in self.transport.receive() if response.HasField("command")]
         # After the probes, whose seconds are this step's, and before the next step is planned with them.

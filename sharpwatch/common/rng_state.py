@@ -26,8 +26,8 @@ _GENERATORS: Mapping[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
     "numpy": (np.random.get_state, np.random.set_state),
     "torch": (torch.get_rng_state, torch.set_rng_state),
 }
-# Global generators that a model was seen not to use. Weak, so that a probe keeps no model alive.
-_UNUSED_GENERATORS: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
+# Global generators that a model or a function was seen not to use. Weak, so that a probe keeps no model alive.
+_UNUSED_GENERATORS: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
 
 
 def random_state() -> dict[str, Any]:
@@ -78,15 +78,19 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def rng_state_restored(model: nn.Module) -> Iterator[None]:
+def rng_state_restored(model: nn.Module, user: object = None) -> Iterator[None]:
     """Restore the global random generators, of the process and of the model's accelerators, after the body.
 
     Other threads, such as one that prepares batches, draw from the process's generators too, and their draws must not
-    be undone. So while there are other threads, a generator that `model` was once seen not to use is assumed to be
+    be undone. So while there are other threads, a generator that `user` was once seen not to use is assumed to be
     theirs.
+
+    Args:
+        model: The model, for its accelerators.
+        user: What the body calls: a function that draws where the model does not; by default the model.
     """
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type not in {"cpu", "meta"}}
-    unused = _UNUSED_GENERATORS.setdefault(model, set())
+    unused = _unused_by(model if user is None else user)
     before = {name: read() for name, (read, _) in _GENERATORS.items()}
     with ExitStack() as stack:
         for device in devices:
@@ -100,6 +104,15 @@ def rng_state_restored(model: nn.Module) -> Iterator[None]:
                     unused.add(name)
                 elif name not in unused or len(sys._current_frames()) == 1:  # noqa: SLF001 - as `threading.active_count`
                     write(before[name])
+
+
+def _unused_by(user: Any) -> set[str]:
+    """The generators that `user` was seen not to use; none is remembered of what can't be a key of a dict."""
+    try:
+        # A bound method is a new object each time.
+        return _UNUSED_GENERATORS.setdefault(getattr(user, "__func__", user), set())
+    except TypeError:
+        return set()
 
 
 def _equal_states(left: Any, right: Any) -> bool:

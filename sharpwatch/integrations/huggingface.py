@@ -9,6 +9,7 @@ restores model, optimizer, scheduler, random states, scaler and the position in 
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import re
@@ -19,7 +20,6 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
-from torch.utils.hooks import RemovableHandle
 
 from sharpwatch.agent.attach import attach
 from sharpwatch.agent.control.commands import RollbackRequest
@@ -31,8 +31,8 @@ from sharpwatch.common.rng_state import random_state, set_random_state
 from sharpwatch.errors import AttachError
 
 try:
-    from accelerate import skip_first_batches
-    from accelerate.utils import gather_object
+    from accelerate import Accelerator, skip_first_batches
+    from accelerate.utils import DistributedType, gather_object
     from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 except ImportError as error:
     raise ImportError(f"{error}: pip install 'sharpwatch[huggingface]'") from error
@@ -64,9 +64,7 @@ class SharpwatchCallback(TrainerCallback):
         self._watched: tuple[Any, Any] = (None, None)
         self._resumed: dict[str, Any] | None = None
         self._steps = DataPosition()  # Trainer's steps by the watch's, which has none that a GradScaler skipped
-        self._hook: RemovableHandle | None = None
-        self._losses: list[Tensor] = []
-        self._losses_add_up = False  # whether a micro-batch's loss is its share of the step's mean, not its own mean
+        self._backward_losses: _BackwardLosses | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         """Attach, or continue watching after a rollback."""
@@ -85,11 +83,10 @@ class SharpwatchCallback(TrainerCallback):
         self._steps = DataPosition(resumed.get("trail", [(watch.step, state.global_step)]))
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        """Observe the step's loss."""
-        losses, self._losses = self._losses, []
+        """Observe the step's loss: the sum over its micro-batches, whose losses are their shares of its mean."""
+        losses = self._backward_losses.take() if self._backward_losses is not None else []
         if self.watch is not None and losses:
-            total = sum(losses[1:], losses[0])
-            self.watch.observe(loss=total if self._losses_add_up else total / len(losses))
+            self.watch.observe(loss=sum(losses[1:], losses[0]))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         """Leave the loop if a rollback is pending, before anything is evaluated or saved."""
@@ -146,9 +143,9 @@ class SharpwatchCallback(TrainerCallback):
     def _close(self) -> None:
         if self.watch is not None:
             self.watch.close()
-        if self._hook is not None:
-            self._hook.remove()
-        self.watch = self._hook = None
+        if self._backward_losses is not None:
+            self._backward_losses.remove()
+        self.watch = self._backward_losses = None
         self._watched = (None, None)
 
     def _attached(self, model: nn.Module, optimizer: Any, step: int, run: dict[str, str]) -> Watch:
@@ -156,15 +153,10 @@ class SharpwatchCallback(TrainerCallback):
         control = {"control": "rollback"} if self.can_roll_back else {}
         watch = attach(model, optimizer, **{"initial_step": step, **control, **self._options, **run})
         self._watched = (model, optimizer)
-        self._hook = model.register_forward_hook(self._after_forward, with_kwargs=True)
+        trainer = _calling_trainer(self)
+        if trainer is not None:
+            self._backward_losses = _BackwardLosses(trainer.accelerator)
         return watch
-
-    def _after_forward(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        del args
-        loss = output.get("loss") if isinstance(output, dict) else None
-        if model.training and isinstance(loss, Tensor) and loss.numel() == 1:
-            self._losses.append(loss.detach())
-            self._losses_add_up = kwargs.get("num_items_in_batch") is not None
 
     def resume_from(self, checkpoint: Path) -> None:
         """Read the agent's state in `checkpoint`, and add to `left_out` what it says."""
@@ -238,6 +230,41 @@ def train(trainer: Trainer, resume_from_checkpoint: str | bool | None = None, **
         callback.can_roll_back = False
 
 
+class _BackwardLosses:
+    """The losses that backward runs from, as Trainer gives them to its Accelerator.
+
+    They are what `compute_loss` returned, or a subclass made of it, each divided by the number of micro-batches unless
+    it is a share of the whole step's mean already.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self._losses: list[Tensor] = []
+        self._original = accelerator.backward
+        self._replaced = vars(accelerator).get("backward")
+        vars(accelerator)["backward"] = self._backward
+
+    def take(self) -> list[Tensor]:
+        """The losses since the last call."""
+        losses, self._losses = self._losses, []
+        return losses
+
+    def remove(self) -> None:
+        """Leave the Accelerator as it was."""
+        if vars(self._accelerator).get("backward") == self._backward:
+            del vars(self._accelerator)["backward"]
+            if self._replaced is not None:
+                vars(self._accelerator)["backward"] = self._replaced
+
+    def _backward(self, loss: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            own = loss.detach()
+            # Accelerate divides by its own number of micro-batches, which is 1 under newer Trainers.
+            deepspeed = self._accelerator.distributed_type == DistributedType.DEEPSPEED
+            self._losses.append(own if deepspeed else own / self._accelerator.gradient_accumulation_steps)
+        return self._original(loss, *args, **kwargs)
+
+
 class _StopTraining(Exception):  # noqa: N818 - leaves Trainer's loop, and is no error
     """A rollback is pending."""
 
@@ -306,6 +333,17 @@ def _taken(steps: int, accumulation: int, epoch: int) -> int:
     """The number of micro-batches in Trainer's first `steps` steps; the last step of an epoch may have fewer."""
     epochs, rest = divmod(steps, -(-epoch // accumulation))
     return epochs * epoch + min(rest * accumulation, epoch)
+
+
+def _calling_trainer(callback: SharpwatchCallback) -> Trainer | None:
+    """The Trainer that is calling `callback`; it passes its callbacks all that it has, but not itself."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, Trainer) and callback in caller.callback_handler.callbacks:
+            return caller
+        frame = frame.f_back
+    return None
 
 
 def _output_dir(args: TrainingArguments) -> Path:

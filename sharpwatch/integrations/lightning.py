@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sharpwatch.agent.attach import attach
@@ -60,8 +61,8 @@ class SharpwatchCallback(Callback):
         self._resumed: Mapping[str, Any] = {}
         self._saved: dict[str, int] = {}  # by checkpoint that this process saved, the watch's step
         self._left_out: list[list[tuple[int, int]]] = []  # for each loader, from a rollback until the next start
-        self._observed_step = 0  # Lightning's step when a loss was last observed
-        self._loss: Tensor | None = None  # the sum over the step's micro-batches, which Lightning has divided
+        self._observed_step = 0  # Lightning's
+        self._losses: list[Tensor] = []  # that backward ran from since the last step; Lightning has divided them
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach, also after a rollback, because Lightning makes new optimizers each time."""
@@ -87,14 +88,30 @@ class SharpwatchCallback(Callback):
         for loader in self.loaders:
             loader.batch_started()
 
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Keep the loss that backward runs from: what `training_step` returned, or gave to `manual_backward`."""
+        del pl_module
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            # By the scaler's own product: asking for its scale would wait for the device.
+            scale = 1.0 if scaler is None else scaler.scale(torch.ones_like(loss.detach()))
+            self._losses.append(loss.detach() / scale)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Observe the loss of the step."""
+        del pl_module, optimizer
+        self._observe(trainer)
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
-        """Observe the loss, and leave the loop if a rollback is pending, before anything is saved."""
+        """Leave the loop if a rollback is pending, before anything is saved."""
+        del pl_module, outputs
         if self.watch is None:
             return
+        if trainer.global_step != self._observed_step:  # a module's own `optimizer_step` may go past Lightning's hook
+            self._observed_step = trainer.global_step
+            self._observe(trainer)
         for loader in self.loaders:
             loader.mark(self.watch.step)
-        if pl_module.automatic_optimization:
-            self._observe(outputs.get("loss") if isinstance(outputs, dict) else outputs, trainer)
         request = self.watch.pending_rollback
         if request is None:
             return
@@ -150,15 +167,12 @@ class SharpwatchCallback(Callback):
             self.watch.close()
         self.watch = None
 
-    def _observe(self, loss: Tensor | None, trainer: Trainer) -> None:
-        if isinstance(loss, Tensor):
-            self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
-        # Under accumulation Lightning calls this for each micro-batch; the loss is told once a step.
-        if trainer.global_step != self._observed_step:
-            self._observed_step = trainer.global_step
-            if self.watch is not None and self._loss is not None:
-                self.watch.observe(loss=self._loss)
-            self._loss = None
+    def _observe(self, trainer: Trainer) -> None:
+        """Observe the sum over the step's micro-batches."""
+        losses, self._losses = self._losses, []
+        # Which of several optimizers a loss is for is not known; the model's own loss is shown, if it is trained on.
+        if self.watch is not None and losses and len(trainer.optimizers) == 1:
+            self.watch.observe(loss=sum(losses[1:], losses[0]))
 
 
 def fit(

@@ -51,7 +51,8 @@ TRAINERS = (
     Example("lightning_fit.py", "gpt2-lightning", 60, checkpoints=True),
     Example("ddp.py", "gpt2-ddp", 100, checkpoints=True, ranks=2),
     Example("fsdp2.py", "gpt2-fsdp2", 100, checkpoints=True, ranks=2),
-    Example("timm_vit.py", "vit-tiny", 60, needs=("timm",)),
+    Example("classifier.py", "classifier", 100, frozenset({"gnb", "direction"}), slow=False),
+    Example("timm_vit.py", "vit-tiny", 60, frozenset({"gnb", "direction"}), needs=("timm",)),
 )
 
 

@@ -36,11 +36,11 @@ def test_a_copy_of_a_watched_model_works_and_is_not_watched(duplicate):
     model, optimizer = made()
     with attached(model, optimizer) as watch:
         twin = duplicate(model)
-        before = watch._watched._losses._forwards
+        before = watch._watched.losses._forwards
         expected = model(tokens(), tokens())[1]
-        assert watch._watched._losses._forwards == before + 1
+        assert watch._watched.losses._forwards == before + 1
         assert torch.equal(twin(tokens(), tokens())[1], expected)
-        assert watch._watched._losses._forwards == before + 1
+        assert watch._watched.losses._forwards == before + 1
         assert b"sharpwatch" not in pickle.dumps(nn.Sequential(model)).replace(Net.__module__.encode(), b"")
         torch.optim.swa_utils.AveragedModel(model).update_parameters(model)
         copy.deepcopy(optimizer)

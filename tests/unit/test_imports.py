@@ -25,7 +25,7 @@ ALLOWED = {
     "curvature.state": {"common"},
     "curvature.statistics": {"blocks"},
     "curvature.parameters": {"blocks", "curvature.statistics"},
-    "curvature.objective": {"blocks", "curvature.state", "curvature.statistics", "curvature.parameters"},
+    "curvature.objective": {"common", "blocks", "curvature.state", "curvature.statistics", "curvature.parameters"},
     "curvature.estimators": {
         *("blocks", "curvature.state", "curvature.statistics", "curvature.parameters", "curvature.objective")
     },
@@ -55,13 +55,14 @@ ALLOWED = {
         "agent.statistics",
         "agent.probes",
     },
+    "agent.losses": {"agent.safety", "agent.hooks", "agent.statistics"},
     "agent.reporting": {
         *("common", "blocks", "curvature", "agent.safety", "agent.control", "agent.statistics", "agent.probes"),
-        *("agent.transport", "agent.optimizers", "agent.options"),
+        *("agent.transport", "agent.optimizers", "agent.options", "agent.losses"),
     },
     "agent.distributed": {
         *("common", "blocks", "curvature", "agent.safety", "agent.control", "agent.optimizers", "agent.statistics"),
-        *("agent.probes", "agent.options", "agent.reporting", "agent.transport"),
+        *("agent.probes", "agent.options", "agent.losses", "agent.reporting", "agent.transport"),
     },
     "agent": {"common", "blocks", "curvature", "agent"},  # attach and what it puts together
     "checkpointing": {"common", "curvature", "agent"},

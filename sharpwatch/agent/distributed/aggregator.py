@@ -6,9 +6,10 @@ from collections import deque
 from dataclasses import replace
 
 from sharpwatch.agent.distributed.channel import StepMessage
+from sharpwatch.agent.losses import StepLoss
 from sharpwatch.agent.reporting import StepRecord
 from sharpwatch.agent.safety import ExceptionBarrier
-from sharpwatch.agent.statistics.tap import AsyncHostCopy, Tap
+from sharpwatch.agent.statistics.tap import Tap
 
 
 class RecordAggregator:
@@ -32,10 +33,10 @@ class RecordAggregator:
         record.awaits_loss = False  # it waits here
         self._waiting.append(record)
 
-    def late_loss(self, loss: float | AsyncHostCopy) -> None:
+    def late_loss(self, loss: StepLoss) -> None:
         """The loss of the newest record."""
         if self._waiting:
-            self._waiting[-1].losses = [loss]
+            self._waiting[-1].loss = loss
 
     def fill(self, message: StepMessage, *, closing: bool = False) -> StepMessage:
         """`message` with the numbers of the record that is due; one is due whenever more than `lag` wait."""
@@ -51,7 +52,7 @@ class RecordAggregator:
         if record is None:
             return []
         # Ranks may lack a loss, so the mean is over those that had one.
-        record.losses = [summed.loss / summed.losses] if summed.losses else []
+        record.loss = StepLoss([(summed.loss / summed.losses, [1.0])] if summed.losses else [])
         if self._summed and record.tap is not None:
             # A sum that lacks one rank's part would look like a smaller gradient.
             if summed.taps == ranks and summed.tap_sums is not None:
@@ -70,7 +71,7 @@ class RecordAggregator:
         return records
 
     def _filled(self, message: StepMessage, record: StepRecord) -> StepMessage:
-        values = [loss.read().item() if isinstance(loss, AsyncHostCopy) else loss for loss in record.losses]
+        loss = record.loss.read()
         sums = None
         if record.tap is not None and (self._summed or self._is_rank_zero):
             with self._barrier.guard("adding up the tap"):  # or this rank alone would send nothing
@@ -79,4 +80,6 @@ class RecordAggregator:
                     sums = local.reshape(-1)
                 else:
                     record.reading = self._tap.reading(local)
-        return replace(message, loss=sum(values), losses=len(values), taps=int(sums is not None), tap_sums=sums)
+        return replace(
+            message, loss=loss or 0.0, losses=int(loss is not None), taps=int(sums is not None), tap_sums=sums
+        )

@@ -22,13 +22,14 @@ from sharpwatch.agent.distributed.channel import RankProgress, StepMessage
 from sharpwatch.agent.distributed.commit import COMMIT_DELAY_STEPS
 from sharpwatch.agent.distributed.rendezvous import Rendezvous
 from sharpwatch.agent.distributed.topology import Topology, gather_topology
+from sharpwatch.agent.losses import StepLoss
 from sharpwatch.agent.optimizers.split_check import PresentState
 from sharpwatch.agent.optimizers.support import layout_of, lr_refusal
 from sharpwatch.agent.options import Options, require_placed
 from sharpwatch.agent.probes.context import ShardReduction
 from sharpwatch.agent.reporting import StepRecord
 from sharpwatch.agent.safety import ExceptionBarrier
-from sharpwatch.agent.statistics.tap import AsyncHostCopy, Tap
+from sharpwatch.agent.statistics.tap import Tap
 from sharpwatch.blocks import BlockMap
 from sharpwatch.curvature.parameters.fsdp import DataRank
 from sharpwatch.v1 import types_pb2
@@ -114,7 +115,7 @@ class Strategy:
         self._newest = record
         return EndOfStep([record], commands)
 
-    def late_loss(self, loss: float | AsyncHostCopy) -> None:
+    def late_loss(self, loss: StepLoss) -> None:
         """The loss of the newest step has come after it."""
         if self._newest is not None:
             self._newest.late_loss(loss)
@@ -239,7 +240,7 @@ class Replicated(Strategy):
         own = StepMessage(progress, time.time_ns(), due_probes, swallowed_errors=swallowed_errors)
         return EndOfStep(self._exchange(self._records.fill(own), lock_step=self.lock_step))
 
-    def late_loss(self, loss: float | AsyncHostCopy) -> None:
+    def late_loss(self, loss: StepLoss) -> None:
         """As `Strategy.late_loss`."""
         self._records.late_loss(loss)
 

@@ -80,6 +80,7 @@ class Gnb(_GnbProbe):
                 generator=context.source,
                 sketcher=context.sketcher,
                 logits_fn=context.logits_fn,
+                loss_fn=context.loss_fn,
             )
         return GnbReport(sample, None if gradient is None else gradient.cpu())
 
@@ -107,6 +108,7 @@ class ShardedGnb(_GnbProbe):
             weights=shards.weights,
             sketcher=context.sketcher,
             logits_fn=context.logits_fn,
+            loss_fn=context.loss_fn,
         )
         if own is None:  # the sum over ranks is then NaN, so that all of them leave it out
             shape = len(context.block_map.blocks), context.sketcher.size

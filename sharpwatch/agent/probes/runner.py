@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sharpwatch.agent.probes.builtin import PROBES
 from sharpwatch.agent.probes.context import Probe, ProbeContext, ProbedStep, ShardReduction
+from sharpwatch.agent.probes.observed import ObservedBatch
 from sharpwatch.agent.probes.out_of_memory import (
     halve_rows,
     has_room_for_sharded_probe,
@@ -79,10 +80,19 @@ class Autocast:
 
 @dataclass(frozen=True, slots=True)
 class Captured:
-    """What the model was last called with in training."""
+    """What the model was last called with in training, and what the loop showed of it.
+
+    Attributes:
+        batch: The arguments of the call; without any where no call was seen.
+        autocast: The autocast in force there.
+        observed: The loop's own batch, for `loss_fn` and `logits_fn`.
+        trained_on: Whether backward ran from the loss in the call's output; None if there is no loss in it.
+    """
 
     batch: Batch
     autocast: Autocast
+    observed: ObservedBatch | None = None
+    trained_on: Callable[[], bool] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,11 +187,15 @@ class ProbeRunner:
         Returns:
             What it is called with: references, not copies, detached from any graph.
         """
-        captured = Captured(Batch(_detached(args), _detached(dict(kwargs))), Autocast.now(self._device.type))
+        captured = Captured(Batch(args, kwargs).map_tensors(Tensor.detach), Autocast.now(self._device.type))
         for name in self._listening:
             if name in names:
                 self._probes[name].forward()
         return captured
+
+    def without_forward(self) -> Captured:
+        """No call of the model was seen in the step, but the loop observed a batch."""
+        return Captured(Batch(), Autocast.now(self._device.type))
 
     def before_step(self, names: Sequence[str]) -> ProbedStep:
         """The gradients of a step are complete: has the probes `names` prepare what they need of it."""
@@ -223,7 +237,8 @@ class ProbeRunner:
     def _rows_of(self, name: str, captured: Captured) -> Iterator[Batch]:
         """Yields rows of the batch; nothing else of the program runs within, and its state is restored at the end."""
         context = self._context
-        batch = captured.batch.slice(self._draw_rows(name, captured.batch.rows))
+        whole = self._batch_of(name, captured)
+        batch = whole.slice(self._draw_rows(name, whole.rows))
         values = (*batch.args, *batch.kwargs.values(), *_held_by(context.loss_fn), *_held_by(context.logits_fn))
         # The rows are copies, and the probe itself restores the modules.
         snapshot = StateSnapshot(excluded=[*batch.tensors(), *context.model.modules()])
@@ -236,6 +251,19 @@ class ProbeRunner:
             if not self._tried and context.shards is None:
                 self._try_forward(batch)
             yield batch
+
+    def _batch_of(self, name: str, captured: Captured) -> Batch:
+        """The batch that the probe `name` runs on.
+
+        Raises:
+            ProbeError: The observed batch can't be used, or the loop trains on a loss that this probe does not know.
+        """
+        context = self._context
+        # `gnb` needs the logits; all others need the loss.
+        known = context.loss_fn or (context.logits_fn if name == "gnb" else None)
+        if known is None and captured.trained_on is not None and not captured.trained_on():
+            raise ProbeError("the loop does not train on the loss that the model returns: pass loss_fn")
+        return captured.batch if known is None or captured.observed is None else captured.observed.take()
 
     def _try_forward(self, batch: Batch) -> None:
         """Before the first probe, runs one forward on copies of the weights.
@@ -255,7 +283,10 @@ class ProbeRunner:
             copies = {name: weight.clone() for name, weight in weights.items()}
             for name, copy in copies.items():
                 live.set_parameter(name, copy)
-            live(*call.args, **call.kwargs)
+            if call.observed:
+                (context.loss_fn or context.logits_fn or live)(live, call.passed)
+            else:
+                live(*call.args, **call.kwargs)
         for name, copy in copies.items():
             if not torch.allclose(copy, weights[name], rtol=0, atol=0, equal_nan=True):
                 raise _UnfitError(f"the model's forward writes into {name}: no probe may run it")
@@ -346,20 +377,6 @@ def _held_by(function: object) -> Iterator[Any]:
     for cell in getattr(function, "__closure__", None) or ():
         with suppress(ValueError):  # the cell is empty
             yield cell.cell_contents
-
-
-def _detached(value: Any) -> Any:
-    match value:
-        case Tensor():
-            return value.detach()
-        case dict():
-            return {key: _detached(item) for key, item in value.items()}
-        case list():
-            return [_detached(item) for item in value]
-        case tuple():
-            items = [_detached(item) for item in value]
-            return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-    return value
 
 
 def _now(device: torch.device) -> float:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
 from sharpwatch.agent.probes.context import ProbedStep
+from sharpwatch.agent.probes.observed import ObservedBatch
 from sharpwatch.agent.probes.runner import Captured, ProbeRun, ProbeRunner
 from sharpwatch.agent.statistics.tap import PendingTap, Tap
 
@@ -201,6 +202,8 @@ class ProbeScheduler:
         self.budget = budget
         self._strategy = strategy
         self._captured: Captured | None = None
+        self._observed: ObservedBatch | None = None  # the loop's own batch in this step
+        self._observes = False  # whether it ever showed one
         self._due: tuple[str, ...] = ()  # after the next step
         self.begin()
 
@@ -213,16 +216,27 @@ class ProbeScheduler:
         if self._due:
             self._captured = self.runner.forward(self._due, args, kwargs)
 
+    def output(self, trained_on: Callable[[], bool]) -> None:
+        """The model returned a loss, of which `trained_on` tells later whether backward ran from it."""
+        if self._captured is not None:
+            self._captured = replace(self._captured, trained_on=trained_on)
+
+    def observe(self, batch: Any, *, late: bool) -> None:
+        """The loop shows its batch; it is `late` where the probes of its step have run already."""
+        self._observes = True
+        if self._due:
+            self._observed = ObservedBatch(batch, late=late)
+
     def prepare(self) -> DueProbes:
         """The gradients of a step are complete: prepares the probes that are due after it."""
         # Where all ranks probe together, they also agree on whether each of them has seen a batch.
-        if not self._due or (self._captured is None and not self._strategy.all_ranks_probe):
+        if not self._due or not (self._seen or self._strategy.all_ranks_probe):
             return _NONE_DUE
         return DueProbes(self._due, self.runner.before_step(self._due))
 
     def run(self, step: int, due: DueProbes, tap: PendingTap | None) -> ProbeRun:
         """Step number `step` is taken: runs the probes that are due."""
-        captured, self._captured = self._captured, None
+        captured = self._take()
         names = self._due if self._strategy.all_ranks_probe else due.names  # or one rank would wait for another
         # The vote comes before this rank's own batch is looked at: every rank must take part in it.
         if not names or not self._all_ready(captured, step) or captured is None:
@@ -260,12 +274,23 @@ class ProbeScheduler:
 
     def forget(self) -> None:
         """What was captured belongs to no step: the run was put back."""
-        self._captured = None
+        self._captured = self._observed = None
         self.runner.discard()
 
     def close(self) -> None:
         """Removes all hooks."""
         self.runner.discard()
+
+    @property
+    def _seen(self) -> bool:
+        """Whether there is a batch to probe on: where the loop shows its own, the one of this step."""
+        return self._observed is not None or (self._captured is not None and not self._observes)
+
+    def _take(self) -> Captured | None:
+        """What was captured in this step."""
+        seen, captured, observed = self._seen, self._captured, self._observed
+        self._captured = self._observed = None
+        return replace(captured or self.runner.without_forward(), observed=observed) if seen else None
 
     def _planned(self) -> tuple[str, ...]:
         """The probes that fit the budget after the next step, or after a later one where ranks must agree first."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sharpwatch.blocks import BlockMap
-from sharpwatch.curvature.objective.batch import Batch, LogitsFn, count_predicting, predict
+from sharpwatch.curvature.objective.batch import Batch, LogitsFn, LossFn, count_predicting, predict
 from sharpwatch.curvature.parameters.shards import squared_norms, sum_by_index
 from sharpwatch.curvature.state.isolation import isolated
 
@@ -57,6 +57,7 @@ def gnb_probe(  # noqa: PLR0913 - settings are keyword-only
     generator: torch.Generator,
     sketcher: Sketcher | None = None,
     logits_fn: LogitsFn | None = None,
+    loss_fn: LossFn | None = None,
 ) -> GnbSample:
     """Draw the trace of G for each layer block; leaves `model` unchanged.
 
@@ -70,6 +71,7 @@ def gnb_probe(  # noqa: PLR0913 - settings are keyword-only
         generator: Random generator on the device of the logits.
         sketcher: Sketches each draw's gradient; None for traces alone.
         logits_fn: Computes logits and mask; None to find them, see `predict`.
+        loss_fn: Calls the model on a batch that the loop observed, see `predict`.
 
     Returns:
         The draws. Frozen and unused parameters count as zero.
@@ -81,7 +83,7 @@ def gnb_probe(  # noqa: PLR0913 - settings are keyword-only
     with isolated(model) as live:
         leaves = live.trainable
         rows, prepared = batch.rows, batch.prepared()
-        logits, mask = predict(live, live.inner, prepared, logits_fn)
+        logits, mask = predict(live, live.inner, prepared, logits_fn, loss_fn)
         tokens = count_predicting(mask)
         output_gradients = OutputGradients(logits.detach(), mask, draws, generator, scale=1 / math.sqrt(tokens))
         # One forward serves all draws, each a backward of its own through the kept graph. Draws are not batched by

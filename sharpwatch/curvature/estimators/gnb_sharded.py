@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from sharpwatch.blocks import BlockMap
 from sharpwatch.curvature.estimators.gnb import GnbSample, OutputGradients
-from sharpwatch.curvature.objective.batch import Batch, LogitsFn, predict
+from sharpwatch.curvature.objective.batch import Batch, LogitsFn, LossFn, predict
 from sharpwatch.curvature.parameters import fsdp
 from sharpwatch.curvature.parameters.shards import (
     Shard,
@@ -55,6 +55,7 @@ def sharded_gnb_probe(  # noqa: PLR0913 - settings are keyword-only
     weights: Mapping[str, float],
     sketcher: CountSketch | None = None,
     logits_fn: LogitsFn | None = None,
+    loss_fn: LossFn | None = None,
 ) -> GnbSample:
     """Draw the trace of G for each layer block, on all ranks together; leaves `model` unchanged.
 
@@ -71,6 +72,7 @@ def sharded_gnb_probe(  # noqa: PLR0913 - settings are keyword-only
         weights: This rank's `shard_weights`.
         sketcher: Sketches each draw's gradient; None for traces alone.
         logits_fn: Computes logits and mask; None to find them, see `predict`.
+        loss_fn: Calls the model on a batch that the loop observed, see `predict`.
 
     Returns:
         The draws. Frozen and unused parameters count as zero.
@@ -84,7 +86,7 @@ def sharded_gnb_probe(  # noqa: PLR0913 - settings are keyword-only
     ranks = _RankSums(add)
     with ExitStack() as stack:
         with ranks.recording_failure():
-            probe = _RankProbe(model, block_map, stack.enter_context(batch), weights, sketcher, logits_fn)
+            probe = _RankProbe(model, block_map, stack.enter_context(batch), weights, sketcher, logits_fn, loss_fn)
             stack.enter_context(restore(model))
             stack.enter_context(fsdp.ordinary_backward(model))
             stack.enter_context(_gradients_cleared(list(model.parameters())))
@@ -133,6 +135,7 @@ class _RankProbe:
         weights: Mapping[str, float],
         sketcher: CountSketch | None,
         logits_fn: LogitsFn | None,
+        loss_fn: LossFn | None,
     ) -> None:
         self.data_rank = fsdp.DataRank.of(model)
         self.width = len(block_map.parts) + (len(block_map.blocks) * sketcher.size if sketcher else 0)
@@ -141,6 +144,7 @@ class _RankProbe:
         self.batch = batch.prepared()
         self._sketcher = sketcher
         self._logits_fn = logits_fn
+        self._loss_fn = loss_fn
         self._buffers = [(module, dict(vars(module)["_buffers"])) for module in model.modules()]
         self._parameters = dict(model.named_parameters())
         self._shards = {name: Shard.of(parameter) for name, parameter in self._parameters.items()}
@@ -163,7 +167,7 @@ class _RankProbe:
         for module, buffers in self._buffers:
             vars(module)["_buffers"] = {name: None if one is None else one.clone() for name, one in buffers.items()}
         logits: Any
-        logits, mask = predict(self._call, self._call, self.batch, self._logits_fn)
+        logits, mask = predict(self._call, self._call, self.batch, self._logits_fn, self._loss_fn)
         return logits.full_tensor() if is_dtensor(logits) else logits, mask
 
     def gradients(self, logits: Tensor, output_gradient: Tensor) -> dict[str, Tensor]:

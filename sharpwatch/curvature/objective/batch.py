@@ -6,13 +6,15 @@ import inspect
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from torch import Tensor, nn
 
+from sharpwatch.common.rng_state import rng_state_restored
+from sharpwatch.curvature.objective.nested import map_tensors, tensors
 from sharpwatch.errors import EmptyBatchError, ProbeError
 
 IGNORED_LABEL = -100  # Hugging Face's label of an ignored position
@@ -23,15 +25,23 @@ _ALIGNED_HEADS = ("ForMaskedLM", "ForTokenClassification", "ForSequenceClassific
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """The arguments of one forward, `model(*args, **kwargs)`; `loss_fn` and `logits_fn` are called with it.
+    """The arguments of one forward, `model(*args, **kwargs)`, or a batch as the training loop holds it.
 
     Attributes:
         args: Positional arguments.
         kwargs: Keyword arguments.
+        observed: The one argument is a batch of the loop's, from `watch.observe(batch=...)`, for `loss_fn` and
+            `logits_fn` alone: only they know how to call the model on it.
     """
 
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    observed: bool = False
+
+    @property
+    def passed(self) -> Any:
+        """What `loss_fn` and `logits_fn` are called with: the batch that the loop observed, or else this call."""
+        return self.args[0] if self.observed else self
 
     @property
     def rows(self) -> int:
@@ -46,7 +56,8 @@ class Batch:
         sizes = Counter(tensor.shape[0] for tensor in tensors if tensor.dim() >= 2)
         sizes = sizes or Counter(tensor.shape[0] for tensor in tensors if tensor.dim() == 1)
         if not sizes:
-            raise ProbeError("the model was called without any tensor that has a batch dimension")
+            source = "the batch given to observe() has no" if self.observed else "the model was called without any"
+            raise ProbeError(f"{source} tensor that has a batch dimension")
         return max(sizes, key=lambda size: (sizes[size], size))
 
     def slice(self, rows: Tensor) -> Batch:
@@ -78,7 +89,7 @@ class Batch:
         """
         kwargs = {name: value for name, value in self.kwargs.items() if name != "num_items_in_batch"}
         return _transform(
-            Batch(self.args, kwargs), lambda tensor, _: tensor.clone() if tensor.is_inference() else tensor
+            replace(self, kwargs=kwargs), lambda tensor, _: tensor.clone() if tensor.is_inference() else tensor
         )
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -86,14 +97,14 @@ class Batch:
         return _transform(self, lambda tensor, _: change(tensor))
 
     def tensors(self) -> Iterator[Tensor]:
-        """All tensors among the arguments, including those in dicts, lists and tuples."""
-        return _tensors([self.args, dict(self.kwargs)])
+        """All tensors among the arguments, including those in nests."""
+        return tensors([self.args, self.kwargs])
 
 
-# Both are called as f(model, batch).
-LossFn = Callable[[Any, Batch], Tensor]  # -> scalar
+# Both are called as f(model, batch.passed).
+LossFn = Callable[[Any, Any], Tensor]  # -> scalar
 # -> logits [..., V], bool [...]: True where a position predicts
-LogitsFn = Callable[[Any, Batch], tuple[Tensor, Tensor]]
+LogitsFn = Callable[[Any, Any], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -125,8 +136,10 @@ def find_labels(model: nn.Module, batch: Batch) -> Labels | None:
         batch: The arguments.
 
     Returns:
-        The labels, or None.
+        The labels, or None; for a batch that the loop observed always None.
     """
+    if batch.observed:
+        return None
     arguments = _named_arguments(model, batch)
     labels = arguments.get("labels")
     if isinstance(labels, Tensor):
@@ -140,7 +153,11 @@ def find_labels(model: nn.Module, batch: Batch) -> Labels | None:
 
 
 def predict(
-    call: Callable[..., Any], model: nn.Module, batch: Batch, logits_fn: LogitsFn | None
+    call: Callable[..., Any],
+    model: nn.Module,
+    batch: Batch,
+    logits_fn: LogitsFn | None,
+    loss_fn: LossFn | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the logits of a batch.
 
@@ -152,6 +169,7 @@ def predict(
         model: The model, for its signature and configuration.
         batch: The arguments.
         logits_fn: Computes both results; None to find the logits in the output, and the mask from the labels.
+        loss_fn: Calls the model on a batch that the loop observed, where there is no `logits_fn`.
 
     Returns:
         Logits [..., V], and a bool mask [...] of the positions that predict; without labels, all do.
@@ -160,7 +178,10 @@ def predict(
         ProbeError: The output has no logits, or they do not match the labels.
     """
     if logits_fn is not None:
-        logits, mask = logits_fn(call, batch)
+        logits, mask = logits_fn(call, batch.passed)
+    elif batch.observed:
+        logits = find_logits(call_loss_fn(call, model, batch, loss_fn).output)
+        mask = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
     else:
         labels = find_labels(model, batch)
         logits = find_logits(call(*batch.args, **_without_labels(model, batch, labels)))
@@ -192,7 +213,7 @@ def training_loss(call: Callable[..., Any], model: nn.Module, batch: Batch, loss
         ProbeError: There is neither a loss nor labels.
     """
     if loss_fn is not None:
-        return _require_scalar(loss_fn(call, batch), "loss_fn")
+        return _require_scalar(loss_fn(call, batch.passed), "loss_fn")
     output = call(*batch.args, **batch.kwargs)
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     # The first scalar: nanoGPT returns (logits, loss), Hugging Face (loss, logits).
@@ -210,8 +231,59 @@ def training_loss(call: Callable[..., Any], model: nn.Module, batch: Batch, loss
     return F.cross_entropy(logits.flatten(0, -2).float(), labels.aligned().flatten(), ignore_index=IGNORED_LABEL)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class LossCall:
+    """One call of a `loss_fn`, and the call of the model within it.
+
+    Attributes:
+        loss: The loss, a scalar with its graph.
+        arguments: What the model was called with; the labels may be among it.
+        output: What the model returned, with its graph.
+    """
+
+    loss: Tensor
+    arguments: Batch
+    output: Any
+
+
+def call_loss_fn(call: Callable[..., Any], model: nn.Module, batch: Batch, loss_fn: LossFn | None) -> LossCall:
+    """Compute the loss of a batch by `loss_fn`, and record how it calls the model.
+
+    Args:
+        call: Called in place of `model`.
+        model: The module that runs when `call` is called.
+        batch: The batch.
+        loss_fn: The function.
+
+    Returns:
+        The loss, and the call of the model.
+
+    Raises:
+        ProbeError: There is no `loss_fn`, or it calls the model more than once or not at all.
+    """
+    if loss_fn is None:
+        raise ProbeError("a batch given to observe() needs attach(loss_fn=...)")
+    calls: list[tuple[Batch, Any]] = []
+
+    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        calls.append((Batch(args, kwargs), output))
+
+    # By a hook rather than around `call`: a loss_fn may call the model that it closes over.
+    handle = model.register_forward_hook(record, with_kwargs=True)
+    try:
+        with rng_state_restored(model, loss_fn):
+            loss = _require_scalar(loss_fn(call, batch.passed), "loss_fn")
+    finally:
+        handle.remove()
+    if len(calls) != 1:
+        raise ProbeError(f"loss_fn must call the model once for its logits, got {len(calls)} calls; pass logits_fn")
+    return LossCall(loss, *calls[0])
+
+
 def count_tokens(model: nn.Module, batch: Batch) -> int:
     """Count the predicting positions by the labels; without labels, the positions of the first tensor with rows.
+
+    Of a batch that the loop observed, the rows count.
 
     Raises:
         EmptyBatchError: Every label is ignored.
@@ -219,6 +291,8 @@ def count_tokens(model: nn.Module, batch: Batch) -> int:
     labels = find_labels(model, batch)
     if labels is not None:
         return count_predicting(labels.aligned() != IGNORED_LABEL)
+    if batch.observed:
+        return batch.rows
     first = next((tensor for tensor in batch.tensors() if tensor.dim() >= 2), None)
     if first is None:
         return batch.rows
@@ -295,33 +369,6 @@ def _describe(value: Any) -> str:
 
 
 def _transform(batch: Batch, change: Callable[[Tensor, str], Tensor]) -> Batch:
-    args = tuple(_transform_value(value, "", change) for value in batch.args)
-    return Batch(args, {name: _transform_value(value, name, change) for name, value in batch.kwargs.items()})
-
-
-def _transform_value(value: Any, name: str, change: Callable[[Tensor, str], Tensor]) -> Any:
-    """`value` with `change` applied to its tensors, in dicts, lists and tuples; `name` is the nearest key above."""
-    match value:
-        case Tensor():
-            return change(value, name)
-        case dict():
-            return {key: _transform_value(item, str(key), change) for key, item in value.items()}
-        case list():
-            return [_transform_value(item, name, change) for item in value]
-        case tuple():
-            # A named tuple takes its fields one by one.
-            items = [_transform_value(item, name, change) for item in value]
-            return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-    return value
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    match value:
-        case Tensor():
-            yield value
-        case dict():
-            for item in value.values():
-                yield from _tensors(item)
-        case list() | tuple():
-            for item in value:
-                yield from _tensors(item)
+    args = tuple(map_tensors(value, change) for value in batch.args)
+    kwargs = {name: map_tensors(value, change, name) for name, value in batch.kwargs.items()}
+    return replace(batch, args=args, kwargs=kwargs)

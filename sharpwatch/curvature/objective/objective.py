@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from sharpwatch.common.rng_state import rng_state_restored
 from sharpwatch.curvature.objective.batch import Batch, LossFn, count_tokens, training_loss
 from sharpwatch.curvature.parameters.parameter_space import ParameterSpace
 from sharpwatch.curvature.state.isolation import Functional, upcast
@@ -66,7 +67,9 @@ class Objective:
     def loss(self, index: int) -> Tensor:
         """L_i at the present weights: a scalar with its graph."""
         self.cost += Cost(forwards=self.shares[index])
-        return training_loss(self.live, self.live.inner, self._batches[index], self._loss_fn)
+        # Each call draws the same random numbers, as a diffusion's noise: L must be one function of the weights.
+        with rng_state_restored(self.live.inner, self._loss_fn):
+            return training_loss(self.live, self.live.inner, self._batches[index], self._loss_fn)
 
     def value(self, index: int) -> float:
         """L_i at the present weights, without a graph."""

@@ -13,7 +13,7 @@ from torch import nn
 
 import sharpwatch
 from sharpwatch.agent import watched_run
-from sharpwatch.agent.reporting import MAX_FORWARDS
+from sharpwatch.agent.losses import MAX_FORWARDS
 from sharpwatch.v1 import types_pb2
 
 
@@ -352,6 +352,6 @@ def test_losses_of_an_optimizer_that_no_one_steps_are_bounded(transports, caplog
     model, _, watch, _ = made(transports)
     for _ in range(MAX_FORWARDS + 9):
         model(TOKENS)
-    assert len(watch._watched._losses.take()) == MAX_FORWARDS
+    assert len(watch._watched.losses._own) == MAX_FORWARDS
     assert caplog.text.count("forwards without a step of a watched optimizer") == 1
     watch.close()
