@@ -33,7 +33,8 @@ from sharpwatch.agent.optimizers.optimizer_copy import (
 from sharpwatch.agent.optimizers.trial_guard import TrialGuard
 from sharpwatch.agent.safety import from_signal_handler, signals_held
 from sharpwatch.curvature.parameters.shards import local_tensor
-from sharpwatch.curvature.state.isolation import full_precision, hooks_disabled, restore
+from sharpwatch.curvature.state.hooks import hooks_disabled
+from sharpwatch.curvature.state.isolation import full_precision, restore
 
 _GLOBAL_HOOKS = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
 # Of the gradients, in turn: a step that clips, or ignores what is small, takes each of its ways.
