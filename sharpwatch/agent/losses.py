@@ -173,9 +173,9 @@ def _read(number: Number) -> float:
 
 def _checked_number(loss: float | Tensor) -> Number:
     """As `_number`; raises `TypeError` for anything else."""
-    got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
     # Not numbers alone: NumPy's have `__float__` too.
     if not (loss.numel() == 1 if isinstance(loss, Tensor) else hasattr(loss, "__float__")):
+        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
         raise TypeError(f"loss must be a number or a tensor with one element, got {got}")
     return _number(loss)
 
