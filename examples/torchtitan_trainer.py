@@ -61,7 +61,8 @@ class Watched(Trainer):
         dims, loss, self.loss = self.parallel_dims, self.loss, 0.0
         self.watch.observe(loss=loss * (dims.dp_replicate * dims.dp_shard * dims.cp))  # a rank's part of a mean
         if self.config.checkpoint.enable and self.step % self.config.checkpoint.interval == 0:
-            self.watch.saved_checkpoint(self.step, f"step-{self.step}")
+            path = Path(self.checkpointer.folder, f"step-{self.step}")
+            self.watch.saved_checkpoint(self.step, str(path.resolve()))
 
     def attach(self) -> None:
         """Attach, and load what the checkpoint holds of an earlier attempt."""

@@ -108,13 +108,15 @@ def attach(  # noqa: PLR0913 - the public signature; each has a default that wor
         raise AttachError(
             "this process was started as the courier of another one: sys.executable there is this program, not Python"
         )
-    given = tuple(optimizer) if isinstance(optimizer, Iterable) else (optimizer,)
+    given = (optimizer,) if isinstance(optimizer, str) or not isinstance(optimizer, Iterable) else tuple(optimizer)
     options = Options(
         model=model,
         optimizers=tuple(stepping_optimizer(each, model) for each in given),
         training_job=training_job,
         run=run,
-        address=address or os.environ.get("SHARPWATCH_ADDRESS") or DEFAULT_ADDRESS,
+        address=os.environ.get("SHARPWATCH_ADDRESS") or DEFAULT_ADDRESS
+        if address is None or address == ""
+        else address,
         token=token,
         tls=tls,
         overhead_budget=overhead_budget,
@@ -129,7 +131,7 @@ def attach(  # noqa: PLR0913 - the public signature; each has a default that wor
         seed=seed,
         transport=transport,
     )
-    name = run or f"{training_job}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+    name = run if run is not None else f"{training_job}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
     disabled = os.environ.get("SHARPWATCH_DISABLED") == "1"
     rendezvous = rendezvous_for(model)
     # The checks run within it: a wrong option on one rank then raises on all, and no rank waits for it.

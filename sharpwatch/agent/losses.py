@@ -132,7 +132,7 @@ class LossTracker:
     def observe(self, loss: float | Tensor) -> StepLoss | None:
         """The loss if it belongs to the step already taken; None if it is kept for the next."""
         self._silent_steps = 0
-        term: tuple[Number, list[Number]] = (_number(loss), [1.0])
+        term: tuple[Number, list[Number]] = (_checked_number(loss), [1.0])
         # A loop may call another method of the model, past its hooks: then no forward is ever seen.
         if self._sees_forwards and self._forwards == 0 and not self._undecided:
             self.comes_after_step = True
@@ -169,6 +169,15 @@ class LossTracker:
 
 def _read(number: Number) -> float:
     return float(number.read()) if isinstance(number, AsyncHostCopy) else number
+
+
+def _checked_number(loss: float | Tensor) -> Number:
+    """As `_number`; raises `TypeError` for anything else."""
+    # Not numbers alone: NumPy's have `__float__` too.
+    if not (loss.numel() == 1 if isinstance(loss, Tensor) else hasattr(loss, "__float__")):
+        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+        raise TypeError(f"loss must be a number or a tensor with one element, got {got}")
+    return _number(loss)
 
 
 def _number(value: float | Tensor) -> Number:

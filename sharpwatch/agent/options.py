@@ -201,7 +201,7 @@ def _check_names(options: Options) -> None:
 
 
 def _check_probes(probes: Sequence[str], optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    listed = isinstance(probes, Collection) and not isinstance(probes, str)
+    listed = isinstance(probes, Collection) and not isinstance(probes, str) and all(isinstance(p, str) for p in probes)
     if not listed or any(probe not in PROBES for probe in probes) or len(set(probes)) < len(probes):
         raise AttachError(f"probes must be any of {', '.join(map(repr, PROBES))}, each once, got {probes!r}")
     for probe, check_optimizers in ((probe, PROBES[probe].check) for probe in probes):

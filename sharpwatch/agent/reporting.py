@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sharpwatch._version import __version__
+from sharpwatch.agent.checkpoint_log import CheckpointLog
 from sharpwatch.agent.control.commands import Command, CommandResult, RollBack, SetMultipliers
 from sharpwatch.agent.control.controller import Controller
 from sharpwatch.agent.losses import StepLoss
@@ -76,6 +77,7 @@ class SampleValues:
     probes: ProbeRun = field(default_factory=ProbeRun)
     results: Sequence[CommandResult] = ()
     checkpoints: Sequence[tuple[int, str]] = field(default=())
+    deleted_checkpoints: Sequence[str] = ()
     closing: bool = False
     restored: bool = False
 
@@ -121,6 +123,7 @@ def sample_message(values: SampleValues) -> agent_pb2.Sample:
         health=_health(values.health),
         results=[_result(result) for result in values.results],
         checkpoints=[types_pb2.Checkpoint(step=step, uri=uri) for step, uri in values.checkpoints],
+        deleted_checkpoints=values.deleted_checkpoints,
         closing=values.closing,
         restored=values.restored,
     )
@@ -191,7 +194,6 @@ def _result(result: CommandResult) -> types_pb2.CommandResult:
 
 # On a GPU each holds pinned memory until its numbers have come.
 _MAX_RECORDS = 8  # whose numbers may be on their way from the device
-_MAX_CHECKPOINTS = 256  # in one sample
 
 
 @dataclass(slots=True)
@@ -252,12 +254,13 @@ class Reporter:
         self._records: deque[StepRecord] = deque()
         self._dropped = 0
         self._sequence = 0
-        self._checkpoints: deque[tuple[int, str]] = deque(maxlen=_MAX_CHECKPOINTS)  # not sent yet
+        self.checkpoints = CheckpointLog()
         self._restored = False  # since the last sample
 
-    def checkpoint(self, step: int, uri: str) -> None:
-        """There is a checkpoint of `step` at `uri`."""
-        self._checkpoints.append((step, uri))
+    @property
+    def has_events(self) -> bool:
+        """Whether there is news for `send_events`."""
+        return bool(self.checkpoints.new or self.checkpoints.gone or self._control.has_results)
 
     def restored(self) -> None:
         """The run was put back: send what was before, and mark the next sample."""
@@ -293,8 +296,8 @@ class Reporter:
         self._send(step, time.time_ns(), closing=closing)
 
     def _send(self, step: int, taken_at_unix_ns: int, **values: Any) -> None:
-        checkpoints = tuple(self._checkpoints)
-        self._checkpoints.clear()
+        # Asked here, because most steps have no news of checkpoints.
+        checkpoints, deleted = self.checkpoints.take() if self.checkpoints.new or self.checkpoints.gone else ((), ())
         restored, self._restored = self._restored, False
         sample = SampleValues(
             sequence=self._sequence + 1,
@@ -303,6 +306,7 @@ class Reporter:
             health=self._health(),
             results=self._control.take_results(),
             checkpoints=checkpoints,
+            deleted_checkpoints=deleted,
             restored=restored,
             **values,
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 from sharpwatch.agent.control.commands import RollbackRequest
 from sharpwatch.agent.status import WatchStatus, collect
 from sharpwatch.agent.watched_run import WatchedRun
+from sharpwatch.wire import MAX_STEP, MAX_TEXT
 
 
 class Watch:
@@ -52,7 +53,7 @@ class Watch:
 
     @property
     def pending_rollback(self) -> RollbackRequest | None:
-        """The rollback that the loop must do now, or None; afterwards call `restored` or `rollback_failed`."""
+        """The rollback that the loop must do now, or None; afterwards call `restored`, or say why not."""
         return None if self._watched is None else self._watched.control.pending_rollback
 
     def observe(self, *, loss: float | Tensor | None = None, batch: Any = None) -> None:
@@ -78,23 +79,48 @@ class Watch:
 
         Args:
             step: The step after which it was saved.
-            uri: Where it is; a rollback names it by this.
+            uri: Where it is; a rollback names it by this. A checkpoint that was reported with the same `uri` before
+                counts as overwritten.
         """
         if self._watched is not None:
             with self._watched.barrier.guard("reporting a checkpoint"):
-                self._watched.checkpoint(int(step), str(uri))
+                self._watched.checkpoint(_checked_step(step), _checked_uri(uri))
+
+    def deleted_checkpoint(self, uri: str) -> None:
+        """Report that a checkpoint was deleted, so that no rollback goes to it.
+
+        Where `uri` is the path of a file or folder, the agent finds that out when the next checkpoint is saved.
+
+        Args:
+            uri: As given to `saved_checkpoint`.
+        """
+        if self._watched is not None:
+            with self._watched.barrier.guard("reporting a deleted checkpoint"):
+                self._watched.checkpoint_deleted(_checked_uri(uri))
 
     def restored(self, step: int) -> None:
         """Report that the loop has restored the checkpoint of `step`; the next step is `step` + 1."""
         if self._watched is not None:
             with self._watched.barrier.guard("reporting a restore"):
-                self._watched.restored(int(step))
+                self._watched.restored(_checked_step(step))
 
     def rollback_failed(self, reason: str) -> None:
-        """Report that the pending rollback can't be done, and why; training continues from the present step."""
+        """Report that the pending rollback can't be done, and why; training continues from the present step.
+
+        Its checkpoint is not offered again until it is saved anew.
+        """
         if self._watched is not None:
             with self._watched.barrier.guard("reporting a failed rollback"):
                 self._watched.control.rollback_failed(self._watched.step, str(reason))
+
+    def rollback_refused(self, reason: str) -> None:
+        """Report that the pending rollback can't be done as it was asked for, though its checkpoint is good.
+
+        Such as one that skips data which the loop can't skip. Training continues from the present step.
+        """
+        if self._watched is not None:
+            with self._watched.barrier.guard("reporting a refused rollback"):
+                self._watched.control.rollback_failed(self._watched.step, str(reason), "refused")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the agent's own state for the run's checkpoint: multipliers in force, and what probes have cost.
@@ -142,3 +168,22 @@ class Watch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._close(in_order=error is None)
+
+
+def _checked_step(step: object) -> int:
+    """A step that the daemon takes: it would refuse the whole sample for another."""
+    try:
+        number = int(step)  # type: ignore[call-overload]  # whatever was passed
+    except (TypeError, ValueError):
+        number = -1
+    if not 0 <= number <= MAX_STEP:
+        raise ValueError(f"step must be a whole number >= 0, got {step!r}")
+    return int(number)
+
+
+def _checked_uri(uri: object) -> str:
+    """The URI of a checkpoint as text, as `_checked_step`."""
+    text = "" if uri is None or isinstance(uri, int | float) else str(uri)
+    if not 0 < len(text) <= MAX_TEXT:
+        raise ValueError(f"uri must be a path or another text of 1 to {MAX_TEXT} characters, got {uri!r}")
+    return text

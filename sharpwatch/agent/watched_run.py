@@ -27,13 +27,13 @@ from sharpwatch.agent.options import Options
 from sharpwatch.agent.probes.observed import LATE
 from sharpwatch.agent.probes.scheduler import DueProbes, ProbeScheduler
 from sharpwatch.agent.reporting import Identity, Reporter, StepRecord, hello_message, read_command
+from sharpwatch.agent.run_state import Part, load_run_state, run_state
 from sharpwatch.agent.safety import ExceptionBarrier, OverheadTimer, agent_work, signals_held, warn
 from sharpwatch.agent.statistics.tap import PendingTap
 from sharpwatch.agent.status import announcement, collect
 from sharpwatch.agent.transport.base import Transport
 from sharpwatch.v1 import types_pb2
 
-_STATE_VERSION = 1
 _LOG = logging.getLogger("sharpwatch")
 
 
@@ -136,12 +136,17 @@ class WatchedRun:
             warn(message)
 
     def checkpoint(self, step: int, uri: str) -> None:
-        """Record that a checkpoint of `step` was saved at `uri`."""
-        self._reporter.checkpoint(step, uri)
+        """Record that a checkpoint of `step` was saved at `uri`, and which of the earlier ones are gone."""
+        self._reporter.checkpoints.saved(step, uri, look=self.strategy.is_rank_zero)  # rank 0 reports for all
+
+    def checkpoint_deleted(self, uri: str) -> None:
+        """Record that there is no checkpoint at `uri` any more."""
+        self._reporter.checkpoints.deleted(uri)
 
     def restored(self, step: int) -> None:
         """The run was put back to `step`."""
         self._restored = True
+        self._reporter.checkpoints.restored(step)
         self.step = step
         self._current = None
         self.scheduler.forget()
@@ -150,15 +155,7 @@ class WatchedRun:
 
     def state_dict(self) -> dict[str, Any]:
         """The state of this run, as plain values."""
-        return {
-            "version": _STATE_VERSION,
-            "training_job": self._identity.training_job,
-            "run": self.run,
-            "step": self.step,
-            "control": self.control.state_dict(),
-            "sampler": self.scheduler.budget.state_dict(),
-            "probes": self.scheduler.runner.state_dict(),
-        }
+        return run_state(replace(self._identity, run=self.run), self.step, self._stateful_parts())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on as the run that made `state`, unless it is another's, or this one has begun.
@@ -171,26 +168,19 @@ class WatchedRun:
             if state:
                 _LOG.warning("agent state not loaded: not all ranks were given the same state")
             return
-        version = state.get("version")
-        if version != _STATE_VERSION:
-            raise ValueError(
-                f"cannot load agent state version {version}: this version of sharpwatch reads version {_STATE_VERSION}"
-            )
-        job, run = self._identity.training_job, self.run if self.options.run is not None else state["run"]
-        if (job, run) != (state["training_job"], state["run"]):
-            _LOG.info("agent state not loaded: it is of run %s of %s", state["run"], state["training_job"])
+        own, is_named = replace(self._identity, run=self.run), self.options.run is not None
+        identity = load_run_state(state, own, self._stateful_parts(), is_named=is_named)
+        if identity is None:
             return
-        step = int(state["step"])
-        self.control.load_state_dict(state["control"])
-        self.scheduler.budget.load_state_dict(state["sampler"])
-        self.scheduler.runner.load_state_dict(state["probes"])
-        self.run, self.step = str(state["run"]), step
-        identity = replace(self._identity, run=self.run, initial_step=step)
+        self.run, self.step = identity.run, identity.initial_step
         # No sample has been sent yet, so no courier has opened a session under the old name.
         self.transport.send_hello(hello_message(identity, self.strategy.block_map))
         self.scheduler.begin()
         # The multipliers loaded are in force from the very first step.
         self.rates.wrap_steps(self._hooks.innermost)
+
+    def _stateful_parts(self) -> dict[str, Part]:
+        return {"control": self.control, "sampler": self.scheduler.budget, "probes": self.scheduler.runner}
 
     def _begin(self) -> None:
         if not self._begun:
@@ -231,7 +221,7 @@ class WatchedRun:
         if self._restored:
             self._reporter.restored()
         self._reporter.flush(wait=True)
-        if in_order or self.control.has_results:
+        if in_order or self._reporter.has_events:
             self._reporter.send_events(self.step, closing=in_order)
 
     def __del__(self) -> None:
@@ -345,7 +335,11 @@ class WatchedRun:
             restored=self._restored,
             awaits_loss=not loss.terms or self.losses.comes_after_step,
         )
-        commands = [response.command for response in self.transport.receive() if response.HasField("command")]
+        commands = [
+            response.command
+            for response in self.transport.receive()
+            if response.HasField("command") and not self._fail_if_gone(response.command)
+        ]
         # After the probes, whose seconds are this step's, and before the next step is planned with them.
         self.scheduler.account(self.timer.lap(), probes.seconds)
         ended = self.strategy.end_step(
@@ -375,6 +369,14 @@ class WatchedRun:
     def _report(self, records: Iterable[StepRecord]) -> None:
         for record in records:
             self._reporter.add(record)
+
+    def _fail_if_gone(self, command: types_pb2.Command) -> bool:
+        """Whether `command` is a rollback to a checkpoint that was deleted, which then has failed on all ranks."""
+        uri = command.rollback.checkpoint.uri
+        if not uri or not self._reporter.checkpoints.is_gone(uri):
+            return False
+        self._reporter.checkpoints.deleted(uri)
+        return self.control.refuse(read_command(command), self.step + 1, f"{uri} does not exist any more", "failed")
 
     def _receive(self, command: types_pb2.Command, step: int, refusal: str = "") -> None:
         """Take a command before `step`, or refuse it with a reason."""

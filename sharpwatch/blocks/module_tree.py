@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from sharpwatch.errors import BlockError
+
 
 @dataclass(frozen=True, slots=True)
 class Occurrence:
@@ -40,6 +42,9 @@ class Tree:
     Args:
         model: The model.
 
+    Raises:
+        BlockError: It is no module.
+
     Attributes:
         parameters: The parameters by name.
         shapes: Their shapes.
@@ -49,6 +54,8 @@ class Tree:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        if not isinstance(model, nn.Module):
+            raise BlockError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
         self.shapes = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
         # With duplicates: a tied parameter's block follows from all places where it occurs.

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from sharpwatch.agent.control.commands import RollbackRequest
 from sharpwatch.agent.hooks import skips_its_step
 from sharpwatch.agent.watch import Watch
+from sharpwatch.checkpointing.parts import Stateful, check_loop, checked_extras, checked_folder, checked_optimizers
 from sharpwatch.checkpointing.resumable_loader import ResumableLoader, rescaled
 from sharpwatch.common.atomic_file import read_json, sync_folder, write_json
 from sharpwatch.common.rng_state import random_state, seeded_state, set_random_state
@@ -39,16 +40,6 @@ _OTHER_RANKS = (
     "draw other random numbers; a step has as many rows as the batches of the present ranks together"
 )
 _STEP_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-
-
-class Stateful(Protocol):
-    """An object with a state to save, such as a scheduler or a GradScaler."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Its state."""
-
-    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any:
-        """Set its state."""
 
 
 class Checkpoints:
@@ -68,10 +59,12 @@ class Checkpoints:
         data: The training loader, if its position is to be saved. Iterate over `batches`, not over the loader.
         scheduler: A learning-rate scheduler, or several.
         scaler: The GradScaler.
-        keep: How many checkpoints to keep; older ones are deleted.
+        keep: How many checkpoints to keep; older ones are deleted, and the daemon is told.
+
+    Under Accelerate pass what `accelerator.prepare` returned.
 
     Raises:
-        CheckpointError: `keep` is less than 1.
+        CheckpointError: An argument has a wrong type or value, or an optimizer holds a parameter of another model.
     """
 
     def __init__(  # noqa: PLR0913 - the parts of a training loop
@@ -82,20 +75,16 @@ class Checkpoints:
         *,
         watch: Watch,
         data: Iterable[Any] | None = None,
-        scheduler: Stateful | Sequence[Stateful] = (),
+        scheduler: Stateful | Sequence[Stateful] | None = (),
         scaler: Stateful | None = None,
         keep: int = 3,
     ) -> None:
-        if keep < 1:
-            raise CheckpointError(f"keep must be >= 1, got {keep}")
-        self.folder = Path(folder).resolve()
+        check_loop(model, watch, data, keep)
+        self.folder = checked_folder(folder)
         self.data = None if data is None else ResumableLoader(data)
         self._model = model
-        self._optimizers = (optimizer,) if isinstance(optimizer, torch.optim.Optimizer) else tuple(optimizer)
-        schedulers = tuple(scheduler) if isinstance(scheduler, Sequence) else (scheduler,)
-        self._extras = {f"scheduler-{i}": one for i, one in enumerate(schedulers)}
-        if scaler is not None:
-            self._extras["scaler"] = scaler
+        self._optimizers = checked_optimizers(optimizer, model)
+        self._extras = checked_extras(scheduler, scaler)
         self._watch = watch
         self._keep = keep
         self._steps = watch.step
@@ -152,8 +141,10 @@ class Checkpoints:
             save(self._dcp_state(), storage_writer=FileSystemWriter(draft))
         self._on_all_ranks(lambda: self._write_rank(draft))
         digests = self._digests(draft)
-        self._on_all_ranks(lambda: self._publish(draft, path, digests))
+        deleted = self._on_all_ranks(lambda: self._publish(draft, path, digests))[0]
         self._watch.saved_checkpoint(self.step, str(path))
+        for name in deleted:
+            self._watch.deleted_checkpoint(str(self.folder / name))
         return path
 
     def resume(self) -> int:
@@ -184,7 +175,8 @@ class Checkpoints:
     def roll_back(self) -> RollbackRequest | None:
         """Do the pending rollback, if there is one. Call it between two steps; `batches` does.
 
-        If the checkpoint is gone or damaged, the rollback is reported as failed and training continues.
+        If the checkpoint is gone or damaged, the rollback is reported as failed and training continues. The checkpoint
+        is then not offered again.
 
         Returns:
             The rollback that was done; None if none was.
@@ -254,7 +246,7 @@ class Checkpoints:
 
     def _read(self, path: Path) -> dict[str, Any]:
         """Verify every file of a checkpoint, and read this rank's state; changes nothing."""
-        contents = self._on_all_ranks(lambda: read_json(path / _CONTENTS))[0]
+        contents = self._on_all_ranks(lambda: _contents(path))[0]
         found = self._digests(path)
         damaged = sorted(name for name, digest in contents["files"].items() if found.get(name) != digest)
         if damaged:
@@ -313,14 +305,16 @@ class Checkpoints:
         shares = self._on_all_ranks(lambda: {name: _digest(folder / name) for name in names[self._rank :: self._ranks]})
         return {name: digest for share in shares for name, digest in share.items()}
 
-    def _publish(self, draft: Path, path: Path, digests: dict[str, str]) -> None:
-        if self._rank == 0:
-            write_json(draft / _CONTENTS, {"step": self.step, "ranks": self._ranks, "files": digests})
-            # Atomic, and after its contents are written: a kill leaves a draft or a complete checkpoint.
-            draft.rename(path)
-            sync_folder(self.folder)
-            self._set_head(path)
-            self._prune(path)
+    def _publish(self, draft: Path, path: Path, digests: dict[str, str]) -> list[str]:
+        """Make a draft the newest checkpoint; returns the names of those that were deleted for it."""
+        if self._rank:
+            return []
+        write_json(draft / _CONTENTS, {"step": self.step, "ranks": self._ranks, "files": digests})
+        # Atomic, and after its contents are written: a kill leaves a draft or a complete checkpoint.
+        draft.rename(path)
+        sync_folder(self.folder)
+        self._set_head(path)
+        return self._prune(path)
 
     def _set_head(self, path: Path) -> None:
         left_out, length = ([], None) if self.data is None else (self.data.left_out, self.data.length())
@@ -335,15 +329,19 @@ class Checkpoints:
     def _head(self) -> dict[str, Any]:
         return read_json(self.folder / _HEAD) if (self.folder / _HEAD).exists() else {}
 
-    def _prune(self, newest: Path) -> None:
-        """Delete old checkpoints, but not the newest nor that of a pending rollback."""
+    def _prune(self, newest: Path) -> list[str]:
+        """Delete old checkpoints, but not the newest nor that of a pending rollback; returns their names."""
         pending = self._watch.pending_rollback
         named = {newest, *([Path(pending.uri)] if pending else [])}
         saved = sorted(self.folder.glob(f"step-*/{_CONTENTS}"), key=lambda file: file.stat().st_mtime_ns)
+        deleted = []
         for old in [file.parent for file in saved][: -self._keep]:
             if old not in named:
                 with suppress(OSError):  # as a draft, so that after a kill the next save deletes the rest
-                    shutil.rmtree(old.rename(old.with_name(f".{old.name}")))
+                    draft = old.rename(old.with_name(f".{old.name}"))
+                    deleted.append(old.name)
+                    shutil.rmtree(draft)
+        return deleted
 
     # Ranks.
 
@@ -354,7 +352,8 @@ class Checkpoints:
         try:
             value = work()
         except Exception as error:  # noqa: BLE001 - the other ranks must not wait for this one
-            failure = f"rank {self._rank}: {type(error).__name__}: {error}"
+            kind = "" if isinstance(error, CheckpointError) else f"{type(error).__name__}: "
+            failure = f"rank {self._rank}: {kind}{error}"
         outcomes: list[Any] = [(value, failure)]
         if self._ranks > 1:
             outcomes *= self._ranks
@@ -363,6 +362,15 @@ class Checkpoints:
         if failures:
             raise CheckpointError(f"{self.folder}: {'; '.join(failures)}")
         return [value for value, _ in outcomes]
+
+
+def _contents(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path / _CONTENTS)
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path}: missing or damaged: {_CONTENTS}" if path.exists() else f"{path} does not exist any more"
+        ) from None
 
 
 def _rank_file(rank: int) -> str:

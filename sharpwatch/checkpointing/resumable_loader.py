@@ -55,6 +55,10 @@ class ResumableLoader:
         self._pass = 0  # completed passes
         self._index = 0  # batches taken in this pass
         self._start: dict[str, Any] = {}  # the random states at the start of the pass
+        # A loader of Accelerate's fetches a batch ahead, whose draws are made before the step in between.
+        self._fetches_ahead = hasattr(loader, "base_dataloader")
+        self._before: dict[str, Any] | None = None  # of such a one, the random states before the newest batch
+        self._after: dict[str, Any] | None = None  # those to set after the next one
         self._batches: Iterator[Any] | None = None  # the iterator of the pass
         self._resume: Mapping[str, Any] | None = None  # the state to start the next iterator from
 
@@ -126,7 +130,10 @@ class ResumableLoader:
             "index": self._index,
             "start": self._start,
             # Not before the first batch: StatefulDataLoader would start its iterator for it.
-            "loader": self.loader.state_dict() if self.taken and isinstance(self.loader, _StatefulLoader) else None,
+            "loader": self.loader.state_dict() if self.taken and _keeps_position(self.loader) else None,
+            "before": self._before,
+            "generators": [one.get_state() for one in self._generators()] if self._fetches_ahead else [],
+            "seeds": [one.initial_seed for one in self._seeded_samplers()],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -135,10 +142,24 @@ class ResumableLoader:
         self.left_out = union(state["left_out"])
         self._steps = DataPosition(state["trail"])
         self._pass, self._index, self._start = state["pass"], state["index"], state["start"]
+        for sampler, seed in zip(self._seeded_samplers(), state.get("seeds", ()), strict=False):
+            sampler.initial_seed = seed
         if self._yielded == self.length():
             self._end_epoch()
-        self._batches, self._resume = None, state
+        self._batches, self._resume, self._after = None, state, None
+        if self._fetches_ahead and (state["loader"] or {}).get("_iterator_finished"):
+            self._skip_to_next_pass(state)
         set_random_state(state["random"])
+
+    def _skip_to_next_pass(self, state: Mapping[str, Any]) -> None:
+        """Go to the next pass: a loader of Accelerate's whose pass has ended would begin it by itself, uncounted."""
+        self.loader.load_state_dict(state["loader"])
+        iter(self.loader.base_dataloader)  # takes the state; the next pass then starts as any
+        for generator, now in zip(self._generators(), state["generators"], strict=False):
+            generator.set_state(now)
+        self._end_pass()
+        if self.length() is None:
+            self._end_epoch()
 
     def length(self) -> int | None:
         """The number of batches of an epoch; None if the loader has no length."""
@@ -200,6 +221,8 @@ class ResumableLoader:
             batches = self._start_pass() if self._batches is None else self._batches
             if not self._index:
                 self._start["first"] = random_state()  # a second loader or the user's hooks may have drawn since
+            if self._fetches_ahead:
+                self._before = random_state()
             try:
                 batch = next(batches)
             except StopIteration:
@@ -209,6 +232,9 @@ class ResumableLoader:
                 if self.length() is None:
                     raise
                 continue
+            if self._after is not None:
+                set_random_state(self._after)
+                self._after = None
             self.taken += 1
             self._index += 1
             if not holds(self.left_out, self.taken - 1):
@@ -223,40 +249,64 @@ class ResumableLoader:
         self._set_epoch()
         if state is not None:
             set_random_state(state["random"])
-        if passing_over:
+        # One of Accelerate's that restores its own position starts its samplers anew for it, which draw.
+        starts_again = bool(passing_over or (self._fetches_ahead and state is not None and self._index))
+        if starts_again:
             self._restore_start()
         elif state is None or not self._index:
             self._start = {"random": random_state(), "generators": [one.get_state() for one in self._generators()]}
         batches: Iterator[Any] = iter(self.loader)
         self._batches = batches
-        if passing_over and "first" in self._start:
+        if starts_again and "first" in self._start:
             set_random_state(self._start["first"])
-        for _ in range(passing_over):
+        for number in range(1, passing_over + 1):
+            if number == passing_over and state is not None and state.get("before") is not None:
+                set_random_state(state["before"])
             next(batches)
-        if state is not None and self._index:  # otherwise the pass starts here, and its draws count
+        if state is not None and starts_again and not passing_over:
+            self._after = state["random"]  # it starts with its first batch
+        elif state is not None and self._index:  # otherwise the pass starts here, and its draws count
             set_random_state(state["random"])
         return batches
 
     def _set_epoch(self) -> None:
         """Call `set_epoch` of the loader and its samplers, which may shuffle by it."""
-        samplers = (getattr(self.loader, name, None) for name in ("sampler", "batch_sampler"))
-        for owner in (self.loader, *samplers):
+        for owner in self._owners():
             if hasattr(owner, "set_epoch"):
                 owner.set_epoch(self._pass)
 
     def _restore_start(self) -> None:
         """Set all random states to those at the start of the pass."""
         set_random_state(self._start["random"])
-        for generator, state in zip(self._generators(), self._start["generators"], strict=True):
+        for generator, state in zip(self._generators(), self._start["generators"], strict=False):
             generator.set_state(state)
 
     def _generators(self) -> list[torch.Generator]:
         """The loader's own generators, from which a pass draws."""
-        sampler, batch_sampler = (getattr(self.loader, name, None) for name in ("sampler", "batch_sampler"))
-        owners = (self.loader, sampler, batch_sampler, getattr(batch_sampler, "sampler", None))
-        found = [getattr(owner, "generator", None) for owner in owners]
+        found = [getattr(owner, "generator", None) for owner in self._owners() if not _is_seeded(owner)]
         # By id: a DataLoader hands its own generator to its sampler.
         return list({id(one): one for one in found if isinstance(one, torch.Generator)}.values())
+
+    def _seeded_samplers(self) -> list[Any]:
+        """Samplers that draw by a seed and the epoch alone, as Accelerate's."""
+        return [owner for owner in self._owners() if _is_seeded(owner)]
+
+    def _owners(self) -> list[Any]:
+        """The loader, its samplers, and those that they wrap, as Accelerate's do, in a fixed order."""
+        owners = [self.loader]
+        for owner in owners:  # which grows
+            inner = (getattr(owner, name, None) for name in ("sampler", "batch_sampler"))
+            owners += [one for one in inner if one is not None and all(one is not known for known in owners)]
+        return owners
+
+
+def _keeps_position(loader: Any) -> bool:
+    """Whether a loader restores its own position. One of Accelerate's does so if the loader that it wraps does."""
+    return isinstance(getattr(loader, "base_dataloader", loader), _StatefulLoader)
+
+
+def _is_seeded(sampler: Any) -> bool:
+    return isinstance(getattr(sampler, "initial_seed", None), int) and hasattr(sampler, "set_epoch")
 
 
 class DataPosition:

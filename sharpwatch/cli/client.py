@@ -14,7 +14,7 @@ import grpc
 
 from sharpwatch.cli.options import DaemonOptions
 from sharpwatch.common.endpoint import DEFAULT_ADDRESS, parse_address
-from sharpwatch.common.token_file import default_token_file, read_token
+from sharpwatch.common.token_file import default_token_file, read_token, token_path
 from sharpwatch.errors import OperatorError
 from sharpwatch.v1.operator_pb2 import ListRunsRequest
 from sharpwatch.v1.operator_pb2_grpc import OperatorServiceStub
@@ -58,7 +58,7 @@ def find_connection(options: DaemonOptions, environ: Mapping[str, str]) -> Daemo
     """
     address = options.address or _environment_address(environ) or DEFAULT_ADDRESS
     named = options.token_file or environ.get("SHARPWATCH_TOKEN_FILE")
-    path = Path(named).expanduser() if named else default_token_file()
+    path = token_path(named) if named else default_token_file()
     # A file that was named must exist. Without one, reading works with no token.
     token = read_token(path) if named or path.exists() else ""
     return DaemonConnection(address, token, path)

@@ -13,7 +13,24 @@ def default_token_file() -> Path:
     """Where daemon and command line look for the token: `$XDG_CONFIG_HOME/sharpwatch`, by default `~/.config`."""
     from platformdirs import user_config_path  # noqa: PLC0415 - slow to import, and not needed with a named file
 
-    return user_config_path("sharpwatch") / "operator.token"
+    try:
+        return user_config_path("sharpwatch") / "operator.token"
+    except RuntimeError:  # no home directory: a container's uid without $HOME; `token_path` says so where it is needed
+        return Path("~/.config/sharpwatch/operator.token")
+
+
+def token_path(named: str | Path) -> Path:
+    """The path of a token file, whose name may begin with `~`.
+
+    Raises:
+        TokenFileError: The user has no home directory.
+    """
+    try:
+        return Path(named).expanduser()
+    except RuntimeError:
+        raise TokenFileError(
+            f"token file {named}: this user has no home directory; set $HOME, or name another file"
+        ) from None
 
 
 def read_token(path: Path) -> str:

@@ -265,13 +265,6 @@ class Pipeline:
 
     def _take_reports(self, run: Run, reading: Reading, now: float) -> None:
         """Takes what a sample reports beside measurements, also from the last samples of a replaced attempt."""
-        # Before checkpoints and results, which are of the timeline after the restore.
-        if reading.restored:
-            run.controller.rewind(reading.step)
-            self._pending.rewind(run.name, reading.step)
-        for checkpoint in reading.checkpoints:
-            run.controller.checkpoint(checkpoint)
-            self._pending.checkpoints[run.name, checkpoint] = None
         for result in reading.results:
             # Removed even if the controller refuses the result: the trainer has answered, and must not get it again.
             run.outstanding.pop(result.command_id, None)
@@ -279,6 +272,9 @@ class Pipeline:
                 self._record(run, run.controller.command_result(result, now))
             except OperatorError as error:
                 log.warning("command_result_unplaced", run=run.name, command=result.command_id, reason=str(error))
+        # After the results: a checkpoint to which a rollback failed may have been saved anew since.
+        if reading.checkpoints or reading.deleted_checkpoints or reading.restored:
+            self._record(run, run.controller.note_checkpoints(reading.checkpoint_report))
 
     def _record(self, run: Run, changes: Changes) -> None:
         if changes == NO_CHANGES:

@@ -74,10 +74,19 @@ class Alert:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint that a run can be rolled back to."""
+    """A checkpoint that a run can be rolled back to; its URI is no other checkpoint's."""
 
     step: int
     uri: str
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointReport:
+    """What a trainer says of its checkpoints: those saved and deleted, and the step to which it was restored."""
+
+    saved: tuple[Checkpoint, ...] = ()
+    deleted: tuple[str, ...] = ()  # their URIs
+    restored_to: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +163,7 @@ class Changes:
         revisions: Changed LR revisions.
         commands: Decisions whose command is to be sent once they are journalled.
         transitions: The changed decisions in every state they had in between, in order.
+        checkpoints: By URI the step of each checkpoint that was saved, and None for each that is gone.
     """
 
     alerts: tuple[Alert, ...] = ()
@@ -161,6 +171,7 @@ class Changes:
     revisions: tuple[Revision, ...] = ()
     commands: tuple[Decision, ...] = ()
     transitions: tuple[Decision, ...] = ()
+    checkpoints: Mapping[str, int | None] = field(default_factory=dict)
 
 
 NO_CHANGES = Changes()

@@ -65,6 +65,7 @@ class SharpwatchCallback(TrainerCallback):
         self._resumed: dict[str, Any] | None = None
         self._steps = DataPosition()  # Trainer's steps by the watch's, which has none that a GradScaler skipped
         self._backward_losses: _BackwardLosses | None = None
+        self._folders: set[str] = set()  # Trainer's checkpoints when last looked at
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         """Attach, or continue watching after a rollback."""
@@ -81,6 +82,7 @@ class SharpwatchCallback(TrainerCallback):
             watch = self.watch = self._attached(kwargs["model"], kwargs["optimizer"], state.global_step, run)
             watch.load_state_dict(known)
         self._steps = DataPosition(resumed.get("trail", [(watch.step, state.global_step)]))
+        self._folders = set(_ages(args))
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         """Observe the step's loss: the sum over its micro-batches, whose losses are their shares of its mean."""
@@ -98,13 +100,14 @@ class SharpwatchCallback(TrainerCallback):
             return
         loader = kwargs["train_dataloader"]
         if not self.can_roll_back:
-            self.watch.rollback_failed("rollbacks need sharpwatch.integrations.huggingface.train(trainer)")
+            self.watch.rollback_refused("rollbacks need sharpwatch.integrations.huggingface.train(trainer)")
             return
         # All processes must do the rollback or none, and a checkpoint may be missing on some of them.
-        reason = "; ".join({*filter(None, gather_object([_obstacle(request, args, loader)]))})
-        if reason:
-            _LOG.warning("rollback failed, training continues: %s", reason)
-            self.watch.rollback_failed(reason)
+        found = gather_object([(_obstacle(request, args), _unskippable(request, args, loader))])
+        failed, refused = ("; ".join({*filter(None, reasons)}) for reasons in zip(*found, strict=True))
+        if failed or refused:
+            _LOG.warning("no rollback, training continues: %s", failed or refused)
+            self.watch.rollback_failed(failed) if failed else self.watch.rollback_refused(refused)
             return
         if request.skip[0] < request.skip[1]:
             self.left_out = union([*self.left_out, self._batches(request, args, len(loader))])
@@ -119,6 +122,10 @@ class SharpwatchCallback(TrainerCallback):
         folder = _folder(args, state)
         if self.watch is None or not folder.is_dir():
             return
+        there = set(_ages(args))
+        for name in self._folders - there:  # Trainer has deleted it: save_total_limit
+            self.watch.deleted_checkpoint(str(folder.parent / name))
+        self._folders = there
         values = {"watch": self.watch.state_dict(), "trail": self._steps.corners, "left_out": self.left_out}
         if state.is_world_process_zero:
             try:
@@ -196,8 +203,10 @@ def train(trainer: Trainer, resume_from_checkpoint: str | bool | None = None, **
         What `Trainer.train` returns.
 
     Raises:
-        AttachError: The trainer has no `SharpwatchCallback`, or several.
+        AttachError: It is no Trainer, or has no `SharpwatchCallback`, or several.
     """
+    if not isinstance(trainer, Trainer):
+        raise AttachError(f"trainer must be a transformers.Trainer, got {type(trainer).__name__}")
     found = [one for one in trainer.callback_handler.callbacks if isinstance(one, SharpwatchCallback)]
     if len(found) != 1:
         raise AttachError(f"trainer must have exactly one SharpwatchCallback, got {len(found)}")
@@ -360,8 +369,8 @@ def _ages(args: TrainingArguments) -> dict[str, float]:
     return {name: int(found[1]) for name in names if (found := re.fullmatch(r"checkpoint-(\d+)", name))}
 
 
-def _obstacle(request: RollbackRequest, args: TrainingArguments, loader: Any) -> str:
-    """Say why the rollback can't be done; empty if it can."""
+def _obstacle(request: RollbackRequest, args: TrainingArguments) -> str:
+    """Say why the checkpoint can't be restored; empty if it can."""
     folder = Path(request.uri)
     if folder.parent != _output_dir(args):
         return f"{folder} is not in output_dir {_output_dir(args)}"
@@ -370,11 +379,13 @@ def _obstacle(request: RollbackRequest, args: TrainingArguments, loader: Any) ->
         return f"{folder} lacks {', '.join(missing)}"
     if folder.name in RollbackRecord.read(folder.parent).undone:
         return f"{folder} was undone by a rollback"
-    return _unskippable(args, loader) if request.skip[0] < request.skip[1] else ""
+    return ""
 
 
-def _unskippable(args: TrainingArguments, loader: Any) -> str:
-    """Say why batches of `loader` can't be skipped; empty if they can."""
+def _unskippable(request: RollbackRequest, args: TrainingArguments, loader: Any) -> str:
+    """Say why the batches that are to be skipped can't be; empty if they can."""
+    if request.skip[0] >= request.skip[1]:
+        return ""
     batch_sampler = getattr(loader, "batch_sampler", None)
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or batch_sampler is None:
         return "skipping data needs a DataLoader over a dataset that has a length"

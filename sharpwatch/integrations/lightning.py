@@ -11,9 +11,8 @@ plain DataLoader; `fit` adds them to the checkpoint.
 from __future__ import annotations
 
 import logging
-import math
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,10 @@ from torch import Tensor, nn
 from sharpwatch.agent.attach import attach
 from sharpwatch.agent.control.commands import RollbackRequest
 from sharpwatch.agent.watch import Watch
-from sharpwatch.checkpointing.resumable_loader import Range, ResumableLoader
+from sharpwatch.checkpointing.resumable_loader import Range
 from sharpwatch.checkpointing.rollback_record import RollbackRecord
 from sharpwatch.errors import AttachError
+from sharpwatch.integrations.lightning_loader import LightningLoader
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -115,17 +115,27 @@ class SharpwatchCallback(Callback):
         request = self.watch.pending_rollback
         if request is None:
             return
-        reason = _obstacle(request, trainer, self._saved.get(request.uri, request.step))
-        if not self.can_roll_back:
-            reason = "rollbacks need sharpwatch.integrations.lightning.fit(trainer, ...)"
-        # All processes must do the rollback or none, and a checkpoint may be missing on some of them.
-        if not trainer.strategy.reduce_boolean_decision(not reason):
-            reason = reason or "it is impossible on another process"
-            _LOG.warning("rollback failed, training continues: %s", reason)
-            self.watch.rollback_failed(reason)
+        if self._is_impossible(request, trainer, self.watch):
             return
         self._left_out = [[*one.left_out, one.batches_of(*request.skip)] for one in self.loaders]
         raise _StopFitting(request)
+
+    def _is_impossible(self, request: RollbackRequest, trainer: Trainer, watch: Watch) -> bool:
+        """Tell the watch if the rollback can't be done, and say so."""
+        failed = _obstacle(request, trainer, self._saved.get(request.uri, request.step))
+        refused = _unskippable(request, trainer)
+        if not self.can_roll_back:
+            failed, refused = "", "rollbacks need sharpwatch.integrations.lightning.fit(trainer, ...)"
+        # All processes must do the rollback or none, and a checkpoint may be missing on some of them.
+        possible = trainer.strategy.reduce_boolean_decision(not failed)
+        if possible and not refused:  # the same on all
+            return False
+        if not possible:
+            watch.rollback_failed(failed or "the checkpoint can't be restored on another process")
+        else:
+            watch.rollback_refused(refused)
+        _LOG.warning("no rollback, training continues: %s", failed or refused or "impossible on another process")
+        return True
 
     def left_out(self, number: int, checkpoint: Any) -> list[Range]:
         """The ranges that loader `number` must leave out after `checkpoint`, beyond those in the checkpoint."""
@@ -144,6 +154,12 @@ class SharpwatchCallback(Callback):
         if self.watch is not None and not path.name.startswith(_LAST):
             self._saved[str(path)] = self.watch.step
             self.watch.saved_checkpoint(self.watch.step, str(path))
+
+    def deleted(self, path: Path) -> None:
+        """Lightning has deleted the checkpoint at `path`: save_top_k."""
+        self._saved.pop(str(path), None)
+        if self.watch is not None:
+            self.watch.deleted_checkpoint(str(path))
 
     def fail(self, error: BaseException) -> None:
         """Training was ended by `error`: report a pending rollback as failed, and close the watch as interrupted."""
@@ -191,13 +207,40 @@ def fit(
         **kwargs: Passed on to `Trainer.fit`.
 
     Raises:
-        AttachError: The trainer has no `SharpwatchCallback`, or several.
+        AttachError: It is no Trainer of `lightning.pytorch`, or has no `SharpwatchCallback`, or several.
     """
+    if not isinstance(trainer, Trainer):
+        kind = type(trainer)
+        raise AttachError(f"trainer must be a lightning.pytorch.Trainer, got {kind.__module__}.{kind.__name__}")
     found = [one for one in trainer.callbacks if isinstance(one, SharpwatchCallback)]  # type: ignore[attr-defined]
     if len(found) != 1:
         raise AttachError(f"trainer must have exactly one SharpwatchCallback, got {len(found)}")
-    callback, strategy = found[0], trainer.strategy
-    process, save = strategy.process_dataloader, trainer.save_checkpoint
+    callback = found[0]
+    if ckpt_path == _LAST:
+        ckpt_path = _last(trainer)
+    callback.can_roll_back = True
+    try:
+        with _reporting(trainer, callback):
+            while True:
+                callback.loaders = []
+                try:
+                    return trainer.fit(model, train_dataloaders, ckpt_path=ckpt_path, **kwargs)
+                except _StopFitting as pending:
+                    ckpt_path = pending.request.uri
+                    if trainer.is_global_zero:
+                        callback.record_rollback(Path(ckpt_path))
+    except BaseException as error:
+        callback.fail(error)
+        raise
+    finally:
+        callback.can_roll_back = False
+
+
+@contextmanager
+def _reporting(trainer: Trainer, callback: SharpwatchCallback) -> Iterator[None]:
+    """Have the callback told of the training loaders, and of checkpoints saved and deleted, during the body."""
+    strategy = trainer.strategy
+    process, save, remove = strategy.process_dataloader, trainer.save_checkpoint, strategy.remove_checkpoint
 
     def resumable(loader: Any) -> Any:
         # Validation loaders have no position to keep.
@@ -211,94 +254,17 @@ def fit(
         save(filepath, *args, **kwargs)
         callback.saved(Path(filepath).resolve(), first=trainer.is_global_zero)
 
+    def remove_and_report(filepath: Any) -> None:
+        remove(filepath)
+        callback.deleted(Path(filepath).resolve())
+
     vars(strategy)["process_dataloader"], vars(trainer)["save_checkpoint"] = resumable, save_and_report
-    callback.can_roll_back = True
-    if ckpt_path == _LAST:
-        ckpt_path = _last(trainer)
+    vars(strategy)["remove_checkpoint"] = remove_and_report
     try:
-        while True:
-            callback.loaders = []
-            try:
-                return trainer.fit(model, train_dataloaders, ckpt_path=ckpt_path, **kwargs)
-            except _StopFitting as pending:
-                ckpt_path = pending.request.uri
-                if trainer.is_global_zero:
-                    callback.record_rollback(Path(ckpt_path))
-    except BaseException as error:
-        callback.fail(error)
-        raise
+        yield
     finally:
         vars(strategy)["process_dataloader"], vars(trainer)["save_checkpoint"] = process, save
-        callback.can_roll_back = False
-
-
-class LightningLoader(ResumableLoader):
-    """A training loader whose position Lightning saves in its checkpoints. All else is passed on to the loader."""
-
-    def __init__(self, loader: Any, trainer: Trainer, left_out: Sequence[Range]) -> None:
-        super().__init__(loader)
-        self._left_out_by_rollbacks = left_out
-        self._trainer = trainer
-        self._prefetched: deque[dict[str, Any]] = deque()  # the positions after batches that were not started yet
-        self._started: dict[str, Any] = {}  # the position after the newest batch that was started
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.loader, name)
-
-    @property
-    def worker_init_fn(self) -> Any:
-        """The loader's own; Lightning sets it."""
-        return self.loader.worker_init_fn
-
-    @worker_init_fn.setter
-    def worker_init_fn(self, value: Any) -> None:
-        self.loader.worker_init_fn = value
-
-    @property
-    def _iterator(self) -> Any:
-        """The loader's own; Lightning shuts down its workers."""
-        return self.loader._iterator  # noqa: SLF001 - Lightning reads it
-
-    @_iterator.setter
-    def _iterator(self, value: Any) -> None:
-        self.loader._iterator = value  # noqa: SLF001 - as above
-
-    def length(self) -> int | None:
-        """The length of an epoch in Lightning, which may be limited, and repeats the shorter of several loaders."""
-        count, own = self._trainer.num_training_batches, super().length()
-        return own if math.isinf(count) else int(count) if own is None else min(int(count), own)
-
-    def __iter__(self) -> Iterator[Any]:
-        """Iterate over the epoch; if the loader has no length, keep the position of each prefetched batch."""
-        self._prefetched.clear()
-        batches = super().__iter__()
-        if self.length() is not None:
-            return batches
-        self._started = self.position()
-        return self._prefetch(batches)
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from the position of `state`, and leave out what rollbacks have left out since it was saved."""
-        super().load_state_dict(state)
-        self.leave_out(*self._left_out_by_rollbacks)
-
-    def batch_started(self) -> None:
-        """Training has started on the next batch."""
-        if self._prefetched:
-            self._started = self._prefetched.popleft()
-
-    def position(self) -> dict[str, Any]:
-        """The position of training, which is before that of prefetching."""
-        return self._started if self._prefetched else super().position()
-
-    def mark(self, step: int, taken: int | None = None) -> None:
-        """Note that optimizer step `step` is done, with all batches started so far."""
-        super().mark(step, self.position()["taken"] if taken is None else taken)
-
-    def _prefetch(self, batches: Iterator[Any]) -> Iterator[Any]:
-        for batch in batches:
-            self._prefetched.append(super().position())
-            yield batch
+        vars(strategy)["remove_checkpoint"] = remove
 
 
 class _StopFitting(Exception):  # noqa: N818 - leaves Lightning's loop, and is no error
@@ -311,7 +277,11 @@ class _StopFitting(Exception):  # noqa: N818 - leaves Lightning's loop, and is n
 
 def _transformer(module: LightningModule, name: str | None) -> nn.Module:
     if name is not None:
-        return module.get_submodule(name)
+        modules = dict(module.named_modules())
+        if name not in modules:
+            children = ", ".join(child for child, _ in module.named_children())
+            raise AttachError(f"model must name a module of the LightningModule ({children}), got {name!r}")
+        return modules[name]
     parameters = set(module.parameters())
     return next((child for child in module.children() if set(child.parameters()) == parameters), module)
 
@@ -353,7 +323,7 @@ def _left_out_beside(checkpoint: Any) -> Sequence[Sequence[Range]]:
 
 
 def _obstacle(request: RollbackRequest, trainer: Trainer, step: int) -> str:
-    """Say why the rollback to a checkpoint that was last saved at `step` can't be done; empty if it can."""
+    """Say why a checkpoint that was last saved at `step` can't be restored; empty if it can."""
     path = Path(request.uri)
     if path.parent not in _folders(trainer):
         return f"{path} is not in the folder of a checkpoint callback"
@@ -363,6 +333,11 @@ def _obstacle(request: RollbackRequest, trainer: Trainer, step: int) -> str:
         return f"{path} was saved again at step {step}"
     if not path.exists():
         return f"{path} does not exist any more"
+    return ""
+
+
+def _unskippable(request: RollbackRequest, trainer: Trainer) -> str:
+    """Say why the batches that are to be skipped can't be; empty if they can."""
     if request.skip[0] < request.skip[1] and trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
         return "skipping data needs reload_dataloaders_every_n_epochs=0: a new loader may have other data"
     return ""

@@ -186,6 +186,7 @@ class Sample(google.protobuf.message.Message):
     LINESEARCH_FIELD_NUMBER: builtins.int
     PRECONDITIONED_FIELD_NUMBER: builtins.int
     GRADIENT_NOISE_FIELD_NUMBER: builtins.int
+    DELETED_CHECKPOINTS_FIELD_NUMBER: builtins.int
     sequence: builtins.int
     """1, 2, 3, ... within an attempt; a gap means dropped samples."""
     step: builtins.int
@@ -217,6 +218,12 @@ class Sample(google.protobuf.message.Message):
     def preconditioned(self) -> Global___PreconditionedProbe: ...
     @property
     def gradient_noise(self) -> Global___GradientNoiseProbe: ...
+    @property
+    def deleted_checkpoints(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """URIs of checkpoints that were deleted. Of a URI that was saved and deleted since the sample before, only the
+        newest of both is told.
+        """
+
     def __init__(
         self,
         *,
@@ -237,10 +244,11 @@ class Sample(google.protobuf.message.Message):
         linesearch: Global___LineSearchProbe | None = ...,
         preconditioned: Global___PreconditionedProbe | None = ...,
         gradient_noise: Global___GradientNoiseProbe | None = ...,
+        deleted_checkpoints: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_loss", b"_loss", "direction", b"direction", "gnb", b"gnb", "gradient_noise", b"gradient_noise", "health", b"health", "hutchinson", b"hutchinson", "lanczos", b"lanczos", "linesearch", b"linesearch", "loss", b"loss", "preconditioned", b"preconditioned", "tap", b"tap"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_loss", b"_loss", "checkpoints", b"checkpoints", "closing", b"closing", "direction", b"direction", "gnb", b"gnb", "gradient_noise", b"gradient_noise", "health", b"health", "hutchinson", b"hutchinson", "lanczos", b"lanczos", "linesearch", b"linesearch", "loss", b"loss", "preconditioned", b"preconditioned", "restored", b"restored", "results", b"results", "sequence", b"sequence", "step", b"step", "taken_at_unix_ns", b"taken_at_unix_ns", "tap", b"tap"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_loss", b"_loss", "checkpoints", b"checkpoints", "closing", b"closing", "deleted_checkpoints", b"deleted_checkpoints", "direction", b"direction", "gnb", b"gnb", "gradient_noise", b"gradient_noise", "health", b"health", "hutchinson", b"hutchinson", "lanczos", b"lanczos", "linesearch", b"linesearch", "loss", b"loss", "preconditioned", b"preconditioned", "restored", b"restored", "results", b"results", "sequence", b"sequence", "step", b"step", "taken_at_unix_ns", b"taken_at_unix_ns", "tap", b"tap"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__loss: typing_extensions.TypeAlias = typing.Literal["loss"]
     _WhichOneofArgType__loss: typing_extensions.TypeAlias = typing.Literal["_loss", b"_loss"]

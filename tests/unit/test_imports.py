@@ -57,9 +57,10 @@ ALLOWED = {
         "agent.probes",
     },
     "agent.losses": {"agent.safety", "agent.hooks", "agent.statistics"},
+    "agent.checkpoint_log": set(),
     "agent.reporting": {
         *("common", "blocks", "curvature", "agent.safety", "agent.control", "agent.statistics", "agent.probes"),
-        *("agent.transport", "agent.optimizers", "agent.options", "agent.losses"),
+        *("agent.transport", "agent.optimizers", "agent.options", "agent.losses", "agent.checkpoint_log"),
     },
     "agent.distributed": {
         *("common", "blocks", "curvature", "agent.safety", "agent.control", "agent.optimizers", "agent.statistics"),

@@ -117,13 +117,15 @@ class Controller:
             # By step and not by arrival: of two commands that are due at once the later one's multipliers must win.
             self._waiting.sort(key=lambda waiting: waiting.apply_at_step)
 
-    def refuse(self, command: Command, next_step: int, reason: str) -> None:
-        """Refuse a command before step `next_step` for `reason`, unless its id is known.
+    def refuse(self, command: Command, next_step: int, reason: str, outcome: Outcome = "refused") -> bool:
+        """Refuse a command before step `next_step` for `reason`; returns False, and does not, if its id is known.
 
         It is not remembered: other ranks, whose state must be the same, may never have received it.
         """
-        if command.id not in self._seen:
-            self._results.append(CommandResult(command.id, "refused", next_step, reason))
+        if command.id in self._seen:
+            return False
+        self._results.append(CommandResult(command.id, outcome, next_step, reason))
+        return True
 
     def begin(self, step: int, now_unix_ns: int) -> Mapping[str, float]:
         """Apply the commands that are due before `step`; returns its multipliers. Calling it twice does no harm."""
@@ -154,10 +156,10 @@ class Controller:
             self._settle(self._rollback_command, "applied", step + 1, f"restored to step {step}")
         self.pending_rollback = self._rollback_command = None
 
-    def rollback_failed(self, step: int, reason: str) -> None:
-        """The pending rollback could not be done after `step`, for `reason`."""
+    def rollback_failed(self, step: int, reason: str, outcome: Outcome = "failed") -> None:
+        """The pending rollback was not done after `step`, for `reason`; "failed": its checkpoint can't be restored."""
         if self._rollback_command is not None:
-            self._settle(self._rollback_command, "failed", step, reason)
+            self._settle(self._rollback_command, outcome, step, reason)
         self.pending_rollback = self._rollback_command = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -191,8 +193,9 @@ class Controller:
         answered = [
             CommandResult(**{**each, "unchanged_blocks": tuple(each["unchanged_blocks"])}) for each in state["answered"]
         ]
-        self._fade = None if fade is None else (int(fade[0]), int(fade[1]))
-        self._ramp, self._taken, self.revision = ramp, 0, int(state["revision"])
+        loaded_fade = None if fade is None else (int(fade[0]), int(fade[1]))
+        revision = int(state["revision"])
+        self._ramp, self._fade, self._taken, self.revision = ramp, loaded_fade, 0, revision
         self._seen = OrderedDict((result.command_id, result) for result in answered)
         self.multipliers = ramp.at(-1) if elapsed else dict(ramp.start)
 
@@ -225,8 +228,7 @@ class Controller:
         self._fade = (self._taken + action.ttl_steps, action.ramp_steps) if action.ttl_steps else None
         self.revision = action.revision
         unchanged = _unchanged(action.multipliers, target, self._parameter_types)
-        detail = f"each parameter is shared with a block of a smaller multiplier: {', '.join(unchanged)}"
-        self._settle(command, "applied", step, detail if unchanged else "", unchanged)
+        self._settle(command, "applied", step, _shared_rates(target, self._parameter_types), unchanged)
 
     def _start_fade(self, steps: int) -> None:
         """Return multipliers above 1 to 1, as the daemon did not renew them in time; those below 1 stay."""
@@ -303,6 +305,20 @@ def smallest_multiplier(types: Collection[str], multipliers: Mapping[str, float]
 def _expired(command: Command, step: int, now_unix_ns: int) -> bool:
     late_step = 0 < command.expires_at_step < step
     return late_step or 0 < command.expires_at_unix_ns < now_unix_ns
+
+
+def _shared_rates(target: Mapping[str, float], parameter_types: Collection[frozenset[str]]) -> str:
+    """Say which blocks have parameters at another multiplier than their own, because other blocks share them."""
+    remarks: dict[str, list[str]] = {}
+    for block, own in target.items():
+        held = [types for types in parameter_types if block in types]
+        values = [smallest_multiplier(types, target) for types in held]
+        elsewhere = f", {own:g} elsewhere" if own in values else ""
+        for value in sorted(set(values) - {own}):
+            others = frozenset().union(*(types for types, got in zip(held, values, strict=True) if got == value))
+            names = ", ".join(other for other in target if other in others and target[other] == value)
+            remarks.setdefault(f"{value:g} where parameters are shared with {names}{elsewhere}", []).append(block)
+    return "; ".join(f"{', '.join(blocks)} {remark}" for remark, blocks in remarks.items())
 
 
 def _unchanged(

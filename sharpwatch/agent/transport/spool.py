@@ -1,16 +1,17 @@
 """A bounded queue of samples that were not acknowledged yet, which keeps the events of samples it has to drop.
 
 Trainer and courier have one each. The trainer's holds what is lost if the courier dies, the courier's what the daemon
-has not journalled. Events must survive their sample: command results, checkpoints, and the flags `closing` and
-`restored`. A dropped sample passes them on to the next one.
+has not journalled. Events must survive their sample: command results, checkpoints saved and deleted, and the flags
+`closing` and `restored`. A dropped sample passes them on to the next one.
 """
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from sharpwatch.v1 import agent_pb2
+from sharpwatch.v1 import agent_pb2, types_pb2
 
 MAX_EVENTS = 256  # of a kind in one sample, the daemon's limit; beyond it the oldest are dropped
 
@@ -145,7 +146,8 @@ class Spool:
 
 def has_events(sample: agent_pb2.Sample) -> bool:
     """Whether `sample` holds events, which must not be lost with it."""
-    return bool(sample.results or sample.checkpoints or sample.closing or sample.restored)
+    listed = sample.results or sample.checkpoints or sample.deleted_checkpoints
+    return bool(listed or sample.closing or sample.restored)
 
 
 def without_arrays(sample: agent_pb2.Sample) -> agent_pb2.Sample:
@@ -164,9 +166,21 @@ def _sample(entry: SpooledRequest) -> agent_pb2.Sample:
 def _add_events(sample: agent_pb2.Sample, events: agent_pb2.Sample, *, before: bool) -> None:
     first, second = (events, sample) if before else (sample, events)
     results = [*first.results, *second.results][-MAX_EVENTS:]
-    checkpoints = [*first.checkpoints, *second.checkpoints][-MAX_EVENTS:]
-    del sample.results[:], sample.checkpoints[:]
+    checkpoints, deleted = _checkpoints(first, second)
+    del sample.results[:], sample.checkpoints[:], sample.deleted_checkpoints[:]
     sample.results.extend(results)
-    sample.checkpoints.extend(checkpoints)
+    sample.checkpoints.extend(checkpoints[-MAX_EVENTS:])
+    sample.deleted_checkpoints.extend(deleted[-MAX_EVENTS:])
     sample.closing = sample.closing or events.closing
     sample.restored = sample.restored or events.restored
+
+
+def _checkpoints(first: agent_pb2.Sample, second: agent_pb2.Sample) -> tuple[list[types_pb2.Checkpoint], list[str]]:
+    """The checkpoints that two samples tell of together, and the URIs of those that are gone."""
+    last = second.step if second.restored else math.inf  # those of later steps were undone
+    undone = [each.uri for each in first.checkpoints if each.step > last]
+    saved = {each.uri for each in second.checkpoints}
+    deleted = [uri for uri in (*first.deleted_checkpoints, *undone) if uri not in saved]
+    gone = {*deleted, *second.deleted_checkpoints}
+    kept = [each for each in first.checkpoints if each.uri not in gone | saved]
+    return [*kept, *second.checkpoints], [*deleted, *second.deleted_checkpoints]

@@ -114,10 +114,10 @@ def _from_factory(factory: str, device: torch.device | None, dtype: torch.dtype 
 
 
 def _from_folder(folder: Path, device: torch.device, dtype: torch.dtype) -> LoadedModel:
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported, which `_task` does
     task = _task(folder)
     if not any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
         raise SharpwatchError(f"{folder}: has config.json but no weights; expected {', '.join(_WEIGHTS)}")
-    os.environ["HF_HUB_OFFLINE"] = "1"
     transformers = need("transformers", f"{folder}: a checkpoint folder")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -148,6 +148,7 @@ class Measurement:
     ) -> None:
         validation.check_model(model)
         validation.check_estimators(settings.estimators)
+        validation.check_functions(loss_fn=settings.loss_fn, logits_fn=settings.logits_fn)
         validation.check_numbers(settings.draws, settings.seed, settings.precision, settings.max_draws)
         self._optimizers = validation.check_optimizers(model, optimizer, settings.estimators)
         self._tokens = validation.check_batches(model, batches, settings.logits_fn)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,8 +36,7 @@ def check_model(given: nn.Module) -> None:
 
 def check_estimators(estimators: Sequence[str]) -> None:
     """Check the names of the estimators."""
-    unknown = [name for name in estimators if name not in ESTIMATOR_NAMES]
-    if isinstance(estimators, str) or unknown or not estimators or len(set(estimators)) < len(estimators):
+    if not _are_names_of(estimators, ESTIMATOR_NAMES) or len(set(estimators)) < len(estimators):
         raise ProbeError(
             f"estimators must be one or more of {', '.join(ESTIMATOR_NAMES)}, each at most once, got {estimators!r}"
         )
@@ -75,7 +74,7 @@ def check_optimizers(
     Returns:
         The optimizers as a tuple.
     """
-    several = (optimizer,) if isinstance(optimizer, torch.optim.Optimizer) else tuple(optimizer or ())
+    several = _as_tuple(optimizer)
     asked = sorted(_OPTIMIZER_ESTIMATORS & set(estimators))
     if asked and not several:
         raise ProbeError(f"optimizer must be given for the estimators {', '.join(asked)}")
@@ -83,6 +82,16 @@ def check_optimizers(
         # Computed and dropped: whether there is a second moment must be known before the first probe.
         require_adam(several)
         preconditioner(given, several)
+    return several
+
+
+def _as_tuple(optimizer: Any) -> tuple[torch.optim.Optimizer, ...]:
+    """The optimizers that were given: one, several or none."""
+    one = isinstance(optimizer, torch.optim.Optimizer | str) or not isinstance(optimizer, Iterable)
+    several = () if optimizer is None else (optimizer,) if one else tuple(optimizer)
+    for each in several:
+        if not isinstance(each, torch.optim.Optimizer):
+            raise ProbeError(f"optimizer must be one torch.optim.Optimizer, several or None, got {type(each).__name__}")
     return several
 
 
@@ -105,15 +114,14 @@ def check_blocks(names: Sequence[str] | None, block_map: BlockMap) -> tuple[str,
     """
     if names is None:
         return block_map.blocks
-    unknown = [name for name in names if name not in block_map.blocks]
-    if isinstance(names, str) or unknown or not names:
+    if not _are_names_of(names, block_map.blocks):
         raise ProbeError(f"blocks must be among those of the model, {', '.join(block_map.blocks)}, got {names!r}")
     return tuple(block for block in block_map.blocks if block in names)
 
 
 def _check_batch(given: nn.Module, where: str, values: Mapping[str, Any], logits_fn: LogitsFn | None) -> int:
-    if not isinstance(values, Mapping):
-        raise ProbeError(f"{where} must be a dict with the model's arguments, got {type(values).__name__}")
+    if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
+        raise ProbeError(f"{where} must be a dict with the model's arguments by name, got {_described(values)}")
     batch = Batch((), dict(values))
     if any(tensor.numel() == 0 for tensor in batch.tensors()) or not any(True for _ in batch.tensors()):
         raise ProbeError(f"{where} is empty")
@@ -156,6 +164,24 @@ def _head_outputs(given: nn.Module) -> int:
     find = getattr(given, "get_output_embeddings", None)
     head = find() if callable(find) else None
     return head.out_features if isinstance(head, nn.Linear) else 0
+
+
+def _described(values: object) -> str:
+    return f"one with the keys {', '.join(map(repr, values))}" if isinstance(values, Mapping) else type(values).__name__
+
+
+def check_functions(**given: object) -> None:
+    """Check that each of the arguments `given` is a function or None."""
+    for name, value in given.items():
+        if value is not None and not callable(value):
+            raise ProbeError(f"{name} must be a callable or None, got {type(value).__name__}")
+
+
+def _are_names_of(names: object, known: Collection[str]) -> bool:
+    """Whether `names` lists one or more of `known`."""
+    if not isinstance(names, Collection) or isinstance(names, str) or len(names) == 0:
+        return False
+    return all(isinstance(name, str) and name in known for name in names)
 
 
 def _is_integer(value: object) -> bool:

@@ -225,7 +225,10 @@ def training_loss(call: Callable[..., Any], model: nn.Module, batch: Batch, loss
         return _require_scalar(loss, "the model's output")
     labels = find_labels(model, batch)
     if labels is None:
-        raise ProbeError("the model was called without labels and returns no loss: pass loss_fn")
+        raise ProbeError(
+            "the model was called without labels and returns no loss: pass loss_fn, which all that differentiates the "
+            "training loss needs then (not gnb, nor gradient_noise)"
+        )
     # In float32: the mean over thousands of positions would have two digits in half precision.
     logits = find_logits(output)
     return F.cross_entropy(logits.flatten(0, -2).float(), labels.aligned().flatten(), ignore_index=IGNORED_LABEL)

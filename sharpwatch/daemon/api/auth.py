@@ -15,7 +15,7 @@ from typing import Any, Literal
 import grpc
 
 from sharpwatch.common.endpoint import Address
-from sharpwatch.common.token_file import make_token, read_token
+from sharpwatch.common.token_file import make_token, read_token, token_path
 from sharpwatch.errors import SharpwatchError, TokenFileError
 
 Role = Literal["viewer", "operator"]
@@ -41,7 +41,7 @@ def load_token(file: str | Path) -> str:
     Raises:
         TokenFileError: The file cannot be used, or belongs to another user than the daemon's.
     """
-    path = Path(file).expanduser()
+    path = token_path(file)
     if not path.exists():
         make_token(path)
     token = read_token(path)

@@ -18,7 +18,7 @@ step by which a trainer must answer; the trainer refuses what comes later (`agen
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -26,7 +26,7 @@ from sharpwatch.daemon.config.settings import GuardConfig
 from sharpwatch.daemon.decisions.policy import REFUSED_THERE, EscalationChain
 from sharpwatch.daemon.decisions.ramp_back import hold_steps, scaling_state
 from sharpwatch.daemon.detection.detectors import AlertLog
-from sharpwatch.daemon.records import Decision, Observation, Outcome, ReportedResult
+from sharpwatch.daemon.records import Checkpoint, Decision, Observation, Outcome, ReportedResult
 
 if TYPE_CHECKING:
     from sharpwatch.daemon.decisions.decision_log import DecisionLog
@@ -149,6 +149,12 @@ class DecisionLifecycle:
             waited = now - decision.made_at
             if decision.outcome == "proposed" and waited > self._guard(decision).approve_within:
                 self._expire(decision, "nobody approved it in time")
+
+    def checkpoints_lost(self, lost: Collection[Checkpoint]) -> None:
+        """Expires the proposals to go back to one of `lost`: approved, they could only fail."""
+        for decision in self._log.unsettled() if lost else ():
+            if decision.outcome == "proposed" and decision.rollback and decision.rollback.checkpoint in lost:
+                self._expire(decision, "its checkpoint can no longer be restored")
 
     def _apply(self, decision: Decision, result: ReportedResult, detail: str) -> None:
         if result.unchanged_blocks:

@@ -83,12 +83,13 @@ class OperatorRequests:
         _permitted(self._permissions.rollback())
         if skip[0] < 0 or skip[1] < skip[0]:
             raise OperatorError(f"skip {skip[0]} to {skip[1]}: the range ends before it begins")
-        limits = [at for at in (to_step, operator.step) if at is not None]
+        limit = min((at for at in (to_step, operator.step) if at is not None), default=None)
         saved = tuple(checkpoints)
-        target = newest(saved, min(limits) if limits else None)
+        target = newest(saved, limit)
         if target is None:
             have = ", ".join(str(one.step) for one in saved[-8:]) or "none"
-            raise OperatorError(f"no checkpoint to go back to at or before step {to_step}; saved: {have}")
+            before = "" if limit is None else f" at or before step {limit}"
+            raise OperatorError(f"no checkpoint to go back to{before}; there are those of steps: {have}")
         plan = RollbackPlan(target, *skip)
         self._check_rollback(plan, operator.step)
         made = self._log.add(replace(self._draft("rollback", operator), rollback=plan), "send")

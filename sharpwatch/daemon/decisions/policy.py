@@ -154,7 +154,7 @@ def judge_rollback(
     """The verdict on asking for `plan`."""
     return _first_refusal(
         permissions.rollback(),
-        OK if plan is not None else "checkpoint: none was saved before the onset",
+        OK if plan is not None else "checkpoint: there is none from before the onset",
         _rollback_window(policy, context),
         _hourly(policy, context),
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from uuid import uuid4
 
 from sharpwatch.daemon.config.settings import PolicyConfig
 from sharpwatch.daemon.decisions.decision_log import DecisionLog
 from sharpwatch.daemon.decisions.engine import PolicyEngine
-from sharpwatch.daemon.decisions.lifecycle import DecisionLifecycle
+from sharpwatch.daemon.decisions.lifecycle import UNDER_WAY, DecisionLifecycle
 from sharpwatch.daemon.decisions.operator_requests import OperatorContext, OperatorRequests
 from sharpwatch.daemon.decisions.policy import MODES, Control, EscalationChain, Permissions, strongest
 from sharpwatch.daemon.detection.baselines import History, Scores
@@ -19,6 +20,7 @@ from sharpwatch.daemon.records import (
     Alert,
     Changes,
     Checkpoint,
+    CheckpointReport,
     Decision,
     Finding,
     Mode,
@@ -60,7 +62,7 @@ class RunController:
         self._requests = OperatorRequests(self._log, permissions, new_id)
         self._lifecycle = DecisionLifecycle(self._log, self._alerts, self._chain)
         self._engine = PolicyEngine(self._log, self._alerts, self._chain, permissions, new_id)
-        self._checkpoints: dict[Checkpoint, None] = {}
+        self._checkpoints: dict[str, Checkpoint] = {}  # by URI, in the order they were saved
         self._mode = mode
         self._strongest = strongest(self._chain.policies)
         self._step: int | None = None
@@ -88,8 +90,8 @@ class RunController:
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
-        """The places to roll back to, in the order they were saved."""
-        return tuple(self._checkpoints)
+        """The checkpoints that are there to roll back to, in the order they were saved."""
+        return tuple(self._checkpoints.values())
 
     @property
     def mode(self) -> Mode:
@@ -122,7 +124,7 @@ class RunController:
             if all(math.isclose(value, 1.0) for value in obs.multipliers.values()):
                 self._requests.reissue(obs.step, now)
         if findings or self._log.newest_revision:  # without a revision there is nothing to ramp back
-            self._engine.act(findings, tuple(self._checkpoints), self._mode, obs.step, now)
+            self._engine.act(findings, self.checkpoints, self._mode, obs.step, now)
         return self._log.take() if self._log.changed else NO_CHANGES
 
     def replay(self, obs: Observation) -> None:
@@ -135,20 +137,41 @@ class RunController:
         made = self._log.find(result.command_id)
         if result.outcome == "applied" and made.revision:
             self._log.applied(made.revision, result.step)
+        gone = self._unrestorable(made, result) if made.outcome in UNDER_WAY else []
         self._lifecycle.record_result(made, result)
-        return self._log.take()
+        return self._without(gone)
 
-    def checkpoint(self, cp: Checkpoint) -> None:
-        """Note a place to roll back to."""
-        self._checkpoints.pop(cp, None)
-        self._checkpoints[cp] = None
+    def replay_result(self, result: ReportedResult, now: float) -> Changes:  # noqa: ARG002  as `command_result`
+        """Take in a result whose decision is journalled, while what became of its checkpoint may not be."""
+        return self._without(self._unrestorable(self._log.find(result.command_id), result))
 
-    def rewind(self, step: int) -> None:
-        """The run was restored to `step` or the one before: checkpoints after it are of a timeline that was left.
+    def note_checkpoints(self, report: CheckpointReport) -> Changes:
+        """Take in what the trainer says of its checkpoints; telling it twice changes nothing.
 
-        A rollback into that timeline would bring back the very trouble the last one left behind.
+        After a restore, checkpoints of later steps are of a timeline that was left: a rollback to one of them would
+        bring back the very trouble that the restore left behind.
         """
-        self._checkpoints = {cp: None for cp in self._checkpoints if cp.step <= step}
+        restored_to = math.inf if report.restored_to is None else report.restored_to
+        left = (one.uri for one in self._checkpoints.values() if one.step > restored_to)
+        changes = self._without([*left, *(uri for uri in report.deleted if uri in self._checkpoints)])
+        for checkpoint in report.saved:
+            self._checkpoints.pop(checkpoint.uri, None)
+            self._checkpoints[checkpoint.uri] = checkpoint
+        saved = {checkpoint.uri: checkpoint.step for checkpoint in report.saved}
+        return replace(changes, checkpoints={**changes.checkpoints, **saved})
+
+    def _unrestorable(self, made: Decision, result: ReportedResult) -> list[str]:
+        """The URI of the checkpoint that could not be restored, unless it was saved anew."""
+        if made.rollback is None or result.outcome != "failed":
+            return []
+        target = made.rollback.checkpoint
+        return [target.uri] if self._checkpoints.get(target.uri) == target else []
+
+    def _without(self, gone: Sequence[str]) -> Changes:
+        """No longer offer the checkpoints of the URIs `gone`; proposals to go back to one of them expire."""
+        lost = [self._checkpoints.pop(uri) for uri in gone]
+        self._lifecycle.checkpoints_lost(lost)
+        return replace(self._log.take(), checkpoints=dict.fromkeys(gone))
 
     def set_learning_rates(  # noqa: PLR0913, PLR0917  the fields of the operator's request
         self,
@@ -173,7 +196,7 @@ class RunController:
     ) -> Changes:
         """Ask for a rollback to the newest checkpoint at or before `to_step` (None: of all); raises `OperatorError`."""
         operator = OperatorContext(author, reason, self._step, now)
-        self._requests.rollback(self._checkpoints, to_step, (skip_from, skip_to), operator)
+        self._requests.rollback(self.checkpoints, to_step, (skip_from, skip_to), operator)
         return self._log.take()
 
     def approve(self, decision_id: str, author: str, reason: str, now: float) -> Changes:
@@ -211,7 +234,7 @@ class RunController:
         """Take up journalled records; `replay` of the newest samples gives the rest."""
         self._alerts.restore(alerts)
         self._log.restore(decisions, tuple(revisions))
-        self._checkpoints = dict.fromkeys(checkpoints)
+        self.note_checkpoints(CheckpointReport(tuple(checkpoints)))
         self._mode = mode or self._mode
         self._new_attempt = False
 

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from sharpwatch import wire
 from sharpwatch.daemon.ingest.hello import Attempt, RunHello
 from sharpwatch.daemon.ingest.probes import read_probes
-from sharpwatch.daemon.records import Checkpoint, ReportedResult
+from sharpwatch.daemon.records import Checkpoint, CheckpointReport, ReportedResult
 from sharpwatch.errors import WireError
 from sharpwatch.v1 import agent_pb2, types_pb2
 from sharpwatch.wire import (
@@ -94,6 +94,12 @@ class Reading:
     closing: bool
     restored: bool
     dropped_probes: tuple[str, ...]
+    deleted_checkpoints: tuple[str, ...] = ()  # their URIs
+
+    @property
+    def checkpoint_report(self) -> CheckpointReport:
+        """What the sample says of the run's checkpoints."""
+        return CheckpointReport(self.checkpoints, self.deleted_checkpoints, self.step if self.restored else None)
 
 
 def read_sample(hello: RunHello, sample: agent_pb2.Sample) -> Reading:
@@ -118,6 +124,7 @@ def read_sample(hello: RunHello, sample: agent_pb2.Sample) -> Reading:
         health=_health(sample.health) if sample.HasField("health") else None,
         results=tuple(map(_result, sample.results)),
         checkpoints=tuple(map(_checkpoint, sample.checkpoints)),
+        deleted_checkpoints=tuple(checked_text(uri, "deleted_checkpoints") for uri in sample.deleted_checkpoints),
         closing=sample.closing,
         restored=sample.restored,
         dropped_probes=tuple(probe for probe, reading in probes.items() if reading is None),
@@ -127,13 +134,13 @@ def read_sample(hello: RunHello, sample: agent_pb2.Sample) -> Reading:
 def _check_numbers(sample: agent_pb2.Sample) -> None:
     # The wire has unsigned 64 bits here, SQLite's integers are signed.
     if not 0 < sample.sequence <= MAX_COUNT:
-        raise WireError("malformed", f"sequence must be 1 to 2**63, got {sample.sequence}")
+        raise WireError("malformed", f"sequence must be 1 to 2**63 - 1, got {sample.sequence}")
     if not 0 <= sample.step <= MAX_STEP:
         raise WireError("malformed", f"step must be 0 to 2**53, got {sample.step}")
     if sample.taken_at_unix_ns > MAX_COUNT:
-        raise WireError("malformed", f"taken_at_unix_ns must be at most 2**63, got {sample.taken_at_unix_ns}")
-    if max(len(sample.results), len(sample.checkpoints)) > MAX_ITEMS:
-        raise WireError("malformed", f"results and checkpoints must have at most {MAX_ITEMS} items each")
+        raise WireError("malformed", f"taken_at_unix_ns must be at most 2**63 - 1, got {sample.taken_at_unix_ns}")
+    if max(len(sample.results), len(sample.checkpoints), len(sample.deleted_checkpoints)) > MAX_ITEMS:
+        raise WireError("malformed", f"results, checkpoints and deleted_checkpoints must have at most {MAX_ITEMS} each")
 
 
 def _tap(tap: agent_pb2.Tap, hello: RunHello) -> BlockTap:
@@ -198,7 +205,7 @@ def _health(health: agent_pb2.AgentHealth) -> HealthReading:
     if max(len(health.dropped), len(health.probe_failures)) > MAX_ITEMS:
         raise WireError("malformed", f"health.dropped and probe_failures must have at most {MAX_ITEMS} items each")
     if not all(count <= MAX_COUNT for count in health.dropped.values()):
-        raise WireError("malformed", "health.dropped must be counts of at most 2**63")
+        raise WireError("malformed", "health.dropped must be counts of at most 2**63 - 1")
     return HealthReading(
         overhead_ratio=_measured(health.overhead_ratio),
         step_seconds=_measured(health.step_seconds),

@@ -12,7 +12,7 @@ from sharpwatch.daemon.decisions.lifecycle import UNDER_WAY
 from sharpwatch.daemon.estimation.estimator import PROBES
 from sharpwatch.daemon.ingest.hello import Attempt, Cursor, read_hello
 from sharpwatch.daemon.ingest.samples import Reading, read_sample
-from sharpwatch.daemon.records import Changes
+from sharpwatch.daemon.records import NO_CHANGES, Changes
 from sharpwatch.daemon.runs.run import Run, Runs
 from sharpwatch.daemon.storage.schema import SampleRow, StoredAttempt, StoredRun
 from sharpwatch.errors import OperatorError, WireError
@@ -85,13 +85,7 @@ def _replay(run: Run, attempts: dict[str, Attempt], rows: tuple[SampleRow, ...])
             continue
         # The journal keeps how far sequences have come, but not the step.
         attempt.cursor.step = reading.step
-        for result in reading.results:
-            # Other results were taken and journalled before the restart.
-            if run.outstanding.pop(result.command_id, None) is not None:
-                try:
-                    changes.append(run.controller.command_result(result, time.time()))
-                except OperatorError as error:
-                    log.warning("command_result_unplaced", run=run.name, reason=str(error))
+        changes += _replay_reports(run, reading)
         # Arrays of other blocks can't go into one window or baseline with those of the newest attempt.
         if attempt.hello.same_blocks(run.attempt.hello):
             if not attempt.hello.same_projection(run.attempt.hello):
@@ -102,6 +96,21 @@ def _replay(run: Run, attempts: dict[str, Attempt], rows: tuple[SampleRow, ...])
     for change in changes:
         run.count(change)
     return changes
+
+
+def _replay_reports(run: Run, reading: Reading) -> list[Changes]:
+    """Takes in what a sample reports beside measurements: the daemon may have ended before it journalled that."""
+    changes = []
+    for result in reading.results:
+        # The decisions of other results were journalled before the restart.
+        outstanding = run.outstanding.pop(result.command_id, None) is not None
+        take = run.controller.command_result if outstanding else run.controller.replay_result
+        try:
+            changes.append(take(result, time.time()))
+        except OperatorError as error:
+            log.warning("command_result_unplaced", run=run.name, reason=str(error))
+    changes.append(run.controller.note_checkpoints(reading.checkpoint_report))
+    return [each for each in changes if each != NO_CHANGES]
 
 
 def _without_projection(reading: Reading) -> Reading:

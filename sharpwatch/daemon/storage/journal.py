@@ -43,12 +43,15 @@ def database_path(url: str) -> Path:
     """Returns the path in a `sqlite:///relative` or `sqlite:////absolute` URL.
 
     Raises:
-        StoreError: The URL has another form.
+        StoreError: The URL has another form, or names a home directory that does not exist.
     """
     prefix = "sqlite:///"
     if not url.startswith(prefix) or len(url) == len(prefix):
         raise StoreError(f"store must be sqlite:///PATH, got {url!r}")
-    return Path(url.removeprefix(prefix)).expanduser()
+    try:
+        return Path(url.removeprefix(prefix)).expanduser()
+    except RuntimeError:
+        raise StoreError(f"store {url}: this user has no home directory; set $HOME, or name another path") from None
 
 
 def _record(value: Alert | Decision | Revision) -> str:
@@ -212,11 +215,11 @@ class Journal:
             "INSERT OR REPLACE INTO revisions VALUES (?, ?, ?)",
             [(revision.run, revision.revision, _record(revision)) for revision in records.revisions.values()],
         )
-        # Before the new ones: those of the timeline that begins at the restore must stay.
-        connection.executemany("DELETE FROM checkpoints WHERE run = ? AND step > ?", list(records.rewinds.items()))
+        # Also those that were saved: what was at their URI before was overwritten.
+        connection.executemany("DELETE FROM checkpoints WHERE run = ? AND uri = ?", list(records.checkpoints))
         connection.executemany(
-            "INSERT OR IGNORE INTO checkpoints VALUES (?, ?, ?)",
-            [(run, checkpoint.step, checkpoint.uri) for run, checkpoint in records.checkpoints],
+            "INSERT INTO checkpoints VALUES (?, ?, ?)",
+            [(run, step, uri) for (run, uri), step in records.checkpoints.items() if step is not None],
         )
         connection.executemany(
             "INSERT INTO modes (run, mode, author, reason, made_at) VALUES (?, ?, ?, ?, ?)",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from sharpwatch.curvature.statistics.estimate import Estimate
@@ -154,8 +155,7 @@ class PendingWrites:
     # A list, where the others are dicts: decisions are replaced by their newest state, the audit keeps every one.
     transitions: list[TransitionRow] = field(default_factory=list)
     revisions: dict[tuple[str, int], Revision] = field(default_factory=dict)
-    checkpoints: dict[tuple[str, Checkpoint], None] = field(default_factory=dict)
-    rewinds: dict[str, int] = field(default_factory=dict)  # run -> the step after which its checkpoints are void
+    checkpoints: dict[tuple[str, str], int | None] = field(default_factory=dict)  # (run, URI) -> step; None: gone
     modes: list[ModeRow] = field(default_factory=list)
     estimates: deque[EstimateRow] = field(default_factory=lambda: deque(maxlen=MAX_PENDING_ESTIMATES))
     commands: dict[str, str] = field(default_factory=dict)  # decision id -> run
@@ -170,15 +170,10 @@ class PendingWrites:
         self.alerts.update((alert.id, alert) for alert in changes.alerts)
         self.decisions.update((made.id, made) for made in changes.decisions)
         self.revisions.update(((run, one.revision), one) for one in changes.revisions)
+        self._put_checkpoints({(run, uri): step for uri, step in changes.checkpoints.items()})
         # No command may be sent before its decision is journalled, even if the decision itself did not change.
         self.decisions.update((made.id, made) for made in changes.commands if made.id not in self.decisions)
         self.commands.update((made.id, run) for made in changes.commands)
-
-    def rewind(self, run: str, step: int) -> None:
-        """Drops the checkpoints of `run` after `step`, to which it was restored."""
-        # The lowest: after two restores, checkpoints behind either are of a timeline that was left.
-        self.rewinds[run] = min(step, self.rewinds.get(run, step))
-        self.checkpoints = {(of, cp): None for of, cp in self.checkpoints if of != run or cp.step <= step}
 
     def add_newer(self, newer: PendingWrites) -> None:
         """Adds all of `newer`, whose records replace those of the same id here."""
@@ -187,10 +182,12 @@ class PendingWrites:
         self.decisions.update(newer.decisions)
         self.transitions.extend(newer.transitions)
         self.revisions.update(newer.revisions)
-        # Before the checkpoints of `newer`, which were made after the restore.
-        for run, step in newer.rewinds.items():
-            self.rewind(run, step)
-        self.checkpoints.update(newer.checkpoints)
+        self._put_checkpoints(newer.checkpoints)
         self.modes.extend(newer.modes)
         self.estimates.extend(newer.estimates)
         self.commands.update(newer.commands)
+
+    def _put_checkpoints(self, newer: Mapping[tuple[str, str], int | None]) -> None:
+        for key, step in newer.items():
+            self.checkpoints.pop(key, None)  # the journal lists checkpoints in the order they were saved
+            self.checkpoints[key] = step

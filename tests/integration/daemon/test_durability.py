@@ -12,6 +12,7 @@ import pytest
 from sharpwatch.v1 import operator_pb2 as pb
 from sharpwatch.v1 import types_pb2
 
+FAILED = types_pb2.COMMAND_OUTCOME_FAILED
 RATES = pb.SetLearningRatesRequest(run="run", multipliers={"qk": 0.5}, author="ann", reason="too sharp")
 
 
@@ -77,6 +78,41 @@ async def test_a_daemon_killed_takes_its_runs_up_where_they_were(start, build):
     (kept,) = (await daemon.operator.ListDecisions(pb.ListDecisionsRequest())).decisions
     assert (kept.outcome, kept.author, kept.applied_step) == ("applied", "ann", 21)
     again.call.cancel()
+
+
+async def test_only_checkpoints_that_exist_are_offered_also_after_a_restart(start, build):
+    def saved(*steps: int) -> list[types_pb2.Checkpoint]:
+        return [types_pb2.Checkpoint(step=step, uri=f"c{step}") for step in steps]
+
+    def steps(detail: pb.RunDetail) -> list[int]:
+        return [checkpoint.step for checkpoint in detail.checkpoints]
+
+    first = await start()
+    daemon = first.client
+    trainer = await daemon.train()
+    await trainer.send(build.sample(1, step=50, checkpoints=saved(10, 20, 30, 40)))
+    await trainer.send(build.sample(2, step=51, deleted_checkpoints=["c20", "unknown"]))
+    await daemon.shown("run", lambda detail: steps(detail) == [10, 30, 40])
+    request = pb.RequestRollbackRequest(run="run", author="ann", reason="spike")
+    made = (await daemon.operator.RequestRollback(request, metadata=daemon.credentials)).decision
+    assert (await trainer.next("command")).rollback.checkpoint.uri == "c40"
+    failed = types_pb2.CommandResult(command_id=made.id, outcome=FAILED, step=52, detail="c40 does not exist any more")
+    await trainer.send(build.sample(3, step=52, results=[failed]))
+    await trainer.acknowledged(3)
+    await daemon.shown("run", lambda detail: steps(detail) == [10, 30])
+    assert await first.exit(signal.SIGKILL) == -signal.SIGKILL
+
+    daemon = (await start()).client
+    assert steps((await daemon.operator.GetRun(pb.GetRunRequest(run="run"))).detail) == [10, 30]
+    (kept,) = (await daemon.operator.ListDecisions(pb.ListDecisionsRequest())).decisions
+    assert (kept.outcome, kept.detail) == ("failed", "c40 does not exist any more")
+    trainer = await daemon.train()
+    await trainer.send(build.sample(4, step=53, checkpoints=saved(40)))  # anew
+    await daemon.shown("run", lambda detail: steps(detail) == [10, 30, 40])
+    request.to_step = 39
+    await daemon.operator.RequestRollback(request, metadata=daemon.credentials)
+    assert (await trainer.next("command")).rollback.checkpoint.uri == "c30"
+    trainer.call.cancel()
 
 
 async def test_a_new_attempt_gets_its_multipliers_though_the_daemon_ended_before_its_first_step(running, build):

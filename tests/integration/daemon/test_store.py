@@ -41,7 +41,7 @@ def write(journal: Journal, samples=(), **rows) -> None:
         "revisions": lambda row: (row.run, row.revision),
     }
     records = {kind: {key(row): row for row in rows.pop(kind, ())} for kind, key in by_id.items()}
-    records |= {"checkpoints": dict.fromkeys(rows.pop("checkpoints", ())), "rewinds": dict(rows.pop("rewinds", ()))}
+    records["checkpoints"] = {(run, uri): step for run, step, uri in rows.pop("checkpoints", ())}
     journal.write(PendingWrites(**records, **rows), samples)
 
 
@@ -63,13 +63,16 @@ def journal(url):
         yield opened
 
 
-def test_checkpoints_of_a_timeline_that_was_left_are_forgotten(journal):
-    kept, void, other = Checkpoint(3, "file:///c3"), Checkpoint(9, "file:///c9"), Checkpoint(9, "file:///o9")
-    write(journal, attempts=(ATTEMPT,), checkpoints=(("run", kept), ("run", void), ("else", other)))
-    again = Checkpoint(5, "file:///c5")
-    write(journal, rewinds=(("run", 4),), checkpoints=(("run", again),))
-    assert journal.load("run", samples=0).checkpoints == (kept, again)
-    assert journal.load("else", samples=0).checkpoints == (other,)
+def test_checkpoints_that_are_gone_are_forgotten_and_others_come_in_the_order_they_were_saved(journal):
+    first = (("run", 3, "c3"), ("run", 9, "c9"), ("run", 4, "last"), ("else", 9, "c9"))
+    write(journal, attempts=(ATTEMPT,), checkpoints=first)
+    write(journal, checkpoints=(("run", None, "c9"), ("run", 5, "c5"), ("run", 6, "last"), ("run", 3, "c3")))
+    assert journal.load("run", samples=0).checkpoints == (
+        Checkpoint(5, "c5"),
+        Checkpoint(6, "last"),
+        Checkpoint(3, "c3"),
+    )
+    assert journal.load("else", samples=0).checkpoints == (Checkpoint(9, "c9"),)
 
 
 def test_every_record_comes_back_as_it_went(journal):
@@ -104,7 +107,7 @@ def test_every_record_comes_back_as_it_went(journal):
         alerts=(alert,),
         decisions=(made,),
         revisions=(revision,),
-        checkpoints=(("run", Checkpoint(3, "file:///c")),),
+        checkpoints=(("run", 3, "file:///c"),),
         modes=(ModeRow("run", "enforce", "ann", "why", 2.0),),
         estimates=(traced, sharp),
     )

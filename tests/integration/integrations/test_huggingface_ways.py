@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from sharpwatch.integrations.huggingface import SharpwatchCallback, train
 from sharpwatch.v1 import types_pb2
 
 ROWS = torch.randint(64, (24, 16), generator=torch.Generator().manual_seed(1))  # twelve batches of 2
-APPLIED, FAILED = "applied", "failed"
+APPLIED, FAILED, REFUSED = "applied", "failed", "refused"
 
 
 class PerRow(GPT2LMHeadModel):
@@ -153,7 +154,7 @@ def test_data_whose_place_cannot_be_found_again_is_not_skipped(made, transports,
     trainer, watched = made((6, 4, (5, 6)), **options)
     train(trainer)
     assert watched.weights == plain.weights
-    assert outcomes(transports) == [FAILED]
+    assert outcomes(transports) == [REFUSED]  # and not failed: the checkpoint is good
     assert reason in caplog.text
 
 
@@ -224,4 +225,50 @@ def test_without_train_a_rollback_is_refused_and_training_goes_on(made, transpor
     trainer.add_callback(SharpwatchCallback(training_job="ways", transport=transports.new(), control="rollback"))
     trainer.train()
     assert watched.weights == plain.weights
-    assert outcomes(transports) == [FAILED]
+    assert outcomes(transports) == [REFUSED]
+
+
+def news(transports):
+    """The names of the checkpoints that were saved, and of those that were deleted."""
+    samples = [sample for transport in transports for sample in transport.samples]
+    saved = [Path(checkpoint.uri).name for sample in samples for checkpoint in sample.checkpoints]
+    return saved, [Path(uri).name for sample in samples for uri in sample.deleted_checkpoints]
+
+
+def test_what_trainer_deletes_is_told_also_of_an_earlier_training(made, transports, tmp_path):
+    trainer, _ = made(save_total_limit=2, folder=tmp_path / "runs")
+    train(trainer)
+    assert news(transports) == ([f"checkpoint-{step}" for step in (2, 4, 6, 8)], ["checkpoint-2", "checkpoint-4"])
+    transports.clear()
+    trainer, _ = made(save_total_limit=2, folder=tmp_path / "runs", max_steps=12)
+    train(trainer, resume_from_checkpoint=True)
+    assert news(transports) == (["checkpoint-10", "checkpoint-12"], ["checkpoint-6", "checkpoint-8"])
+
+
+class Deletes(TrainerCallback):
+    """Deletes a checkpoint by hand, or a file of it, while training."""
+
+    def __init__(self, name):
+        self._name = name
+
+    def on_step_begin(self, args, state, _control, **_):
+        if state.global_step == 5:
+            path = Path(args.output_dir, self._name)
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("checkpoint-4", "checkpoint-4 does not exist any more"),
+        ("checkpoint-4/optimizer.pt", "checkpoint-4 lacks optimizer.pt"),
+    ],
+)
+def test_a_checkpoint_that_was_deleted_by_hand_is_refused_and_training_goes_on(made, transports, name, reason):
+    trainer, plain = made(watched=False)
+    trainer.train()
+    trainer, watched = made((6, 4, (0, 0)), callbacks=[Deletes(name)])
+    train(trainer)
+    assert watched.weights == plain.weights
+    (result,) = transports[0].results
+    assert (result.outcome, result.detail.endswith(reason)) == (FAILED, True)

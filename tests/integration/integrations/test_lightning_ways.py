@@ -18,7 +18,7 @@ from sharpwatch.v1 import types_pb2
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's advice on trainings this small
 ROWS = torch.randint(11, (48, 4), generator=torch.Generator().manual_seed(1))
-APPLIED, FAILED = "applied", "failed"
+APPLIED, FAILED, REFUSED = "applied", "failed", "refused"
 
 
 class Stream(IterableDataset):
@@ -142,7 +142,7 @@ def test_of_a_stream_the_steps_own_batches_are_left_out(made):
 def test_a_loader_made_for_each_epoch_is_not_skipped_in(made, transports, caplog):
     trainer, module, data = made((14, 12, (13, 15)), way="a loader for each epoch")
     fit(trainer, module, data)
-    assert outcomes(transports) == [FAILED]
+    assert outcomes(transports) == [REFUSED]  # and not failed: the checkpoint is good
     assert "reload_dataloaders_every_n_epochs" in caplog.text
 
 
@@ -183,8 +183,25 @@ def test_the_last_is_not_one_that_was_undone_where_no_folder_is_named(tmp_path, 
 def test_without_fit_a_rollback_is_refused_and_training_goes_on(made, transports):
     trainer, module, data = made((6, 4, (5, 6)), control="rollback")
     trainer.fit(module, data)
-    assert outcomes(transports) == [FAILED]
+    assert outcomes(transports) == [REFUSED]
     assert trainer.global_step == 30
+
+
+def test_what_lightning_deletes_is_told(transports, tmp_path):
+    saving = ModelCheckpoint(
+        tmp_path, filename="{step}", every_n_train_steps=4, save_top_k=2, monitor="step", mode="max"
+    )
+    callback = SharpwatchCallback(training_job="ways", transport=transports.new())
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(accelerator="cpu", max_steps=16, callbacks=[callback, saving], **quiet)
+    fit(trainer, Module(transports, tmp_path, []), loader())
+    samples = transports[0].samples
+    assert [Path(one.uri).name for sample in samples for one in sample.checkpoints] == [
+        f"step={step}.ckpt" for step in (4, 8, 12, 16)
+    ]
+    deleted = [Path(uri).name for sample in samples for uri in sample.deleted_checkpoints]
+    assert deleted == ["step=4.ckpt", "step=8.ckpt"]
+    assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["step=12.ckpt", "step=16.ckpt"]
 
 
 def test_what_one_training_took_up_is_not_the_next_ones(made, transports, tmp_path):

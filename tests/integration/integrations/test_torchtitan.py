@@ -210,8 +210,10 @@ def test_a_rollback_ends_where_a_restart_by_hand_ends(daemon, training, tmp_path
     assert noise == [7, 8]
     (run,) = [one["run"] for one in daemon.cli("jobs")["runs"]]
     back = ("rollback", run, "--to-step", "7", "--skip", "7:9", "--reason", "noise")
-    with away(tmp_path / "out/checkpoint/step-5"):
-        assert "step-5: not there any more" in daemon.command(*back).stderr
+    with away(tmp_path / "out/checkpoint/step-10"):
+        gone = daemon.command("rollback", run, "--reason", "to the newest")
+    assert "step-10: not there any more" in gone.stderr
+    assert [one["step"] for one in daemon.cli("show", run)["checkpoints"]] == [5]
     done = daemon.cli(*back)
     assert (done["outcome"], done["rollback"]["checkpoint"]["step"]) == ("applied", 5)
     second = [trainer.until(6)[-1], *trainer.until(16)]

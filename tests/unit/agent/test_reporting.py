@@ -65,6 +65,7 @@ def test_a_full_sample_carries_every_number():
             ),
             results=[CommandResult("c", "expired", 5, "late", ("qk",))],
             checkpoints=[(4, "file:///c")],
+            deleted_checkpoints=["file:///b"],
         )
     )
     message = type(message).FromString(message.SerializeToString())
@@ -92,6 +93,7 @@ def test_a_full_sample_carries_every_number():
     assert (result.command_id, result.outcome) == ("c", types_pb2.COMMAND_OUTCOME_EXPIRED)
     assert (result.step, result.detail, list(result.unchanged_blocks)) == (5, "late", ["qk"])
     assert [(c.step, c.uri) for c in message.checkpoints] == [(4, "file:///c")]
+    assert list(message.deleted_checkpoints) == ["file:///b"]
     assert not message.closing
 
 

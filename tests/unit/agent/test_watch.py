@@ -300,6 +300,113 @@ def test_a_state_that_is_none_of_the_agents_is_named_so(transports, caplog):
     watch.close()
 
 
+@pytest.mark.parametrize("part", ["step", "control", "sampler", "probes"])
+def test_a_state_that_is_damaged_in_one_part_is_not_loaded_at_all(transports, caplog, part):
+    model, optimizer, watch, transport = made(transports, probes=("gnb",), run="run")
+    transport.command(id="cut", set_multipliers=types_pb2.MultiplierSet(multipliers={"emb": 0.5}, revision=7))
+    stepped(model, optimizer, 3)
+    state = watch.state_dict()
+    watch.close()
+    model, optimizer, watch, transport = made(transports, probes=("gnb",), run="run")
+    fresh = watch.state_dict()
+    damaged = {"step": "x", "control": {**state["control"], "revision": "x", "fade": [3, 4]}}
+    watch.load_state_dict({**state, part: damaged.get(part, {})})
+    assert "loading the agent's state" in caplog.text
+    assert watch.state_dict() == fresh
+    watch.load_state_dict(state)
+    assert (watch.step, watch.state_dict()["control"]["revision"]) == (3, 7)
+    watch.close()
+
+
+def test_deleted_checkpoints_are_told_with_the_next_sample(transports, tmp_path):
+    model, optimizer, watch, transport = made(transports)
+    paths = [tmp_path / name for name in ("a", "b", "c")]
+    for step, path in enumerate(paths, 1):
+        stepped(model, optimizer, 1)
+        path.mkdir()
+        watch.saved_checkpoint(step, path)
+    paths[0].rmdir()
+    watch.deleted_checkpoint(paths[1])
+    stepped(model, optimizer, 1)
+    watch.saved_checkpoint(4, "elsewhere")
+    watch.close()
+    assert [c.uri for sample in transport.samples for c in sample.checkpoints] == [*map(str, paths), "elsewhere"]
+    told = [uri for sample in transport.samples for uri in sample.deleted_checkpoints]
+    assert told == [str(paths[1]), str(paths[0])]
+
+
+def test_a_checkpoint_saved_last_is_told_though_the_loop_ends_in_an_error(transports):
+    model, optimizer, watch, transport = made(transports)
+    stepped(model, optimizer, 1)
+    watch.saved_checkpoint(1, "a")
+    with pytest.raises(ZeroDivisionError), watch:
+        raise ZeroDivisionError
+    assert [c.uri for c in transport.samples[-1].checkpoints] == ["a"]
+    assert not transport.samples[-1].closing
+
+
+def test_a_rollback_to_a_checkpoint_that_was_deleted_fails_before_the_loop_is_asked(transports, tmp_path):
+    asked = []
+    model, optimizer, watch, transport = made(transports, on_rollback=asked.append)
+    for step, name in ((1, "known"), (2, "there")):
+        stepped(model, optimizer, 1)
+        (tmp_path / name).mkdir()
+        watch.saved_checkpoint(step, tmp_path / name)
+    (tmp_path / "known").rmdir()
+    for name in ("known", "earlier", "there"):  # "earlier": of an attempt before this one
+        transport.roll_back(1, str(tmp_path / name), id=name)
+    stepped(model, optimizer, 2)
+    watch.close()
+    assert [request.uri for request in asked] == [str(tmp_path / "there")]
+    assert [(result.command_id, result.outcome) for result in transport.results] == [
+        ("known", "failed"),
+        ("earlier", "failed"),
+        ("there", "applied"),
+    ]
+    assert transport.results[0].detail == f"{tmp_path}/known does not exist any more"
+    told = [uri for sample in transport.samples for uri in sample.deleted_checkpoints]
+    assert told == [str(tmp_path / "known"), str(tmp_path / "earlier")]
+
+
+def test_a_rollback_that_is_refused_leaves_its_checkpoint_alone(transports):
+    model, optimizer, watch, transport = made(transports, control="rollback")
+    for command in ("can't", "won't"):
+        transport.roll_back(1, "a", id=command)
+        stepped(model, optimizer, 2)
+        (watch.rollback_failed if command == "can't" else watch.rollback_refused)(command)
+    watch.close()
+    results = [(result.command_id, result.outcome, result.detail) for result in transport.results]
+    assert results == [("can't", "failed", "can't"), ("won't", "refused", "won't")]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda watch: watch.saved_checkpoint(None, "a"), "step must be a whole number >= 0, got None"),
+        (lambda watch: watch.saved_checkpoint("a", 3), "step must be a whole number >= 0, got 'a'"),
+        (lambda watch: watch.saved_checkpoint(-1, "a"), "step must be a whole number >= 0, got -1"),
+        (lambda watch: watch.saved_checkpoint(1, None), "uri must be a path or another text of 1 to 4096 characters"),
+        (lambda watch: watch.saved_checkpoint(1, ""), "uri must be a path or another text of 1 to 4096 characters"),
+        (lambda watch: watch.deleted_checkpoint(7), "uri must be a path or another text of 1 to 4096 characters"),
+        (lambda watch: watch.restored("x"), "step must be a whole number >= 0, got 'x'"),
+        (lambda watch: watch.observe(loss=[3.0]), "loss must be a number or a tensor with one element, got [3.0]"),
+        (lambda watch: watch.observe(loss="3"), "loss must be a number or a tensor with one element, got '3'"),
+        (
+            lambda watch: watch.observe(loss=torch.ones(2, 3)),
+            "loss must be a number or a tensor with one element, got a tensor of shape (2, 3)",
+        ),
+    ],
+)
+def test_a_wrong_argument_is_named_in_the_log_and_reported_to_nobody(transports, caplog, call, message):
+    model, optimizer, watch, transport = made(transports)
+    call(watch)
+    assert message in caplog.text
+    stepped(model, optimizer, 1)
+    watch.close()
+    assert not any(sample.checkpoints or sample.deleted_checkpoints for sample in transport.samples)
+    assert watch.step == 1
+
+
 def test_a_loop_that_ends_in_an_error_says_no_goodbye(transports):
     _, _, watch, transport = made(transports)
     with pytest.raises(ZeroDivisionError), watch:

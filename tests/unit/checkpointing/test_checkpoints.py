@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,6 +54,10 @@ def saved(folder):
     return sorted(path.name for path in folder.iterdir() if path.is_dir())
 
 
+def deleted(transport):
+    return [Path(uri).name for sample in transport.samples for uri in sample.deleted_checkpoints]
+
+
 def test_old_ones_go_but_not_one_that_a_pending_rollback_names(make, transports, tmp_path):
     model, optimizer, checkpoints = make(keep=2)
     for step in (1, 2, 3):
@@ -72,6 +78,84 @@ def test_old_ones_go_but_not_one_that_a_pending_rollback_names(make, transports,
     steps(model, optimizer, checkpoints, 4)
     assert checkpoints.save().name == "step-4-2"
     assert [result.outcome for result in transports[0].results] == ["applied"]
+    told = [Path(checkpoint.uri).name for sample in transports[0].samples for checkpoint in sample.checkpoints]
+    assert told == ["step-1", "step-2", "step-3"]  # the rollback has left "step-4" behind
+    assert deleted(transports[0]) == ["step-1", "step-4"]
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut"])
+def test_a_rollback_to_one_that_was_deleted_or_damaged_by_hand_fails_with_the_reason(
+    make, transports, tmp_path, damage
+):
+    model, optimizer, checkpoints = make()
+    for step in (1, 2):
+        steps(model, optimizer, checkpoints, step)
+        checkpoints.save()
+    transports[0].roll_back(1, str(tmp_path / "step-1"))
+    if damage == "gone":
+        shutil.rmtree(tmp_path / "step-1")
+    else:
+        (tmp_path / "step-1" / "checkpoint.json").unlink()
+    steps(model, optimizer, checkpoints, 4)
+    (result,) = transports[0].results
+    assert result.outcome == "failed"
+    assert f"{tmp_path}/step-1" in result.detail
+    assert ("does not exist any more" if damage == "gone" else "missing or damaged: checkpoint.json") in result.detail
+    assert checkpoints.step == 4
+
+
+ARGUMENTS = {
+    "folder": ([None, 3, "", b"x"], "folder must be the path of a folder, got "),
+    "model": ([None, "gpt2", {}], "model must be a torch.nn.Module, got "),
+    "optimizer": ([None, "adam", 3, torch.optim.AdamW], "optimizer must be a torch.optim.Optimizer, got "),
+    "watch": ([None, "run"], "watch must be what sharpwatch.attach returned, got "),
+    "data": (["text", 3, b""], "data must be a data loader or another iterable of batches, got "),
+    "scheduler": (["cosine", 3, torch.optim.lr_scheduler.StepLR], "scheduler must have state_dict and load_state_dict"),
+    "scaler": ([True, "fp16"], "scaler must have state_dict and load_state_dict, got "),
+    "keep": ([0, "3", None, True, 2.0], "keep must be a whole number >= 1, got "),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [(name, value, message) for name, (values, message) in ARGUMENTS.items() for value in values],
+)
+def test_a_wrong_argument_is_named_before_anything_is_made(transports, tmp_path, name, value, message):
+    model = Net()
+    optimizer = torch.optim.AdamW(model.parameters())
+    watch = sharpwatch.attach(model, optimizer, training_job="plain", transport=transports.new())
+    given = {"folder": tmp_path / "new", "model": model, "optimizer": optimizer, "watch": watch, name: value}
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        sharpwatch.Checkpoints(**given)
+    assert not (tmp_path / "new").exists()
+    assert not optimizer._optimizer_step_post_hooks.keys() - {watch._watched._hooks._post[0].id}
+
+
+@pytest.mark.parametrize(
+    ("optimizers", "message"),
+    [
+        (lambda _: [], "optimizer must be one torch.optim.Optimizer or several, got none"),
+        (
+            lambda model: [torch.optim.SGD(model.parameters()), "adam"],
+            "optimizer[1] must be a torch.optim.Optimizer, got str",
+        ),
+        (
+            lambda model: torch.optim.SGD([*model.parameters(), torch.zeros(1, requires_grad=True)]),
+            "optimizer must hold parameters of model alone, but SGD holds another",
+        ),
+    ],
+)
+def test_an_optimizer_that_cannot_be_saved_is_refused(transports, tmp_path, optimizers, message):
+    model = Net()
+    watch = sharpwatch.attach(
+        model, torch.optim.SGD(model.parameters()), training_job="plain", transport=transports.new()
+    )
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        sharpwatch.Checkpoints(tmp_path, model, optimizers(model), watch=watch)
+
+
+def test_no_scheduler_is_none(make):
+    make(scheduler=None)
 
 
 def test_a_save_that_was_cut_off_leaves_the_last_good_one(make, tmp_path):

@@ -177,6 +177,33 @@ def test_unchanged_blocks_are_those_whose_own_multiplier_acts_nowhere():
     assert control.take_results()[0].unchanged_blocks == ()
 
 
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [
+        ({"ffn": 0.5}, ""),
+        ({"qk": 0.5}, "vo 0.5 where parameters are shared with qk, 1 elsewhere"),
+        ({"vo": 0.5}, "qk 0.5 where parameters are shared with vo"),
+        ({"qk": 2.0}, "qk 1 where parameters are shared with vo"),
+        ({"qk": 0.5, "vo": 0.5}, ""),
+        ({"qk": 0.25, "vo": 0.5}, "vo 0.25 where parameters are shared with qk, 0.5 elsewhere"),
+    ],
+)
+def test_the_result_says_what_each_block_of_a_fused_parameter_got(wanted, said):
+    control = make()
+    control.receive(cut(**wanted), 1)
+    control.begin(1, 0)
+    assert control.take_results()[0].detail == said
+
+
+def test_where_all_blocks_share_one_rate_the_result_says_so_once():
+    control = Controller(
+        "lr", bounds=(0.1, 10.0), blocks=("emb", "qk", "ffn"), parameter_types=[frozenset({"emb", "qk", "ffn"})]
+    )
+    control.receive(cut(qk=0.5), 1)
+    control.begin(1, 0)
+    assert control.take_results()[0].detail == "emb, ffn 0.5 where parameters are shared with qk"
+
+
 def test_a_fused_parameter_takes_the_smaller_multiplier():
     assert smallest_multiplier(frozenset(["qk", "vo"]), {"qk": 0.5, "vo": 2.0}) == 0.5
 

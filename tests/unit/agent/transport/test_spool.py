@@ -7,14 +7,16 @@ from sharpwatch.agent.transport.spool import MAX_EVENTS, Spool, has_events, with
 from sharpwatch.v1 import agent_pb2, types_pb2
 
 
-def sample(sequence, results=(), checkpoints=(), closing=False, loss=None):
+def sample(sequence, *, results=(), checkpoints=(), deleted=(), closing=False, restored=False, loss=None):
     return agent_pb2.Sample(
         sequence=sequence,
         step=sequence,
         loss=loss,
         results=[types_pb2.CommandResult(command_id=each) for each in results],
-        checkpoints=[types_pb2.Checkpoint(step=each) for each in checkpoints],
+        checkpoints=[types_pb2.Checkpoint(step=each, uri=f"c{each}") for each in checkpoints],
+        deleted_checkpoints=[f"c{each}" for each in deleted],
         closing=closing,
+        restored=restored,
     )
 
 
@@ -78,6 +80,26 @@ def test_a_dropped_sample_hands_its_events_to_the_next():
     assert ids([left]) == ["a", "b"]
     assert [each.step for each in left.checkpoints] == [10, 20]
     assert (left.sequence, left.loss) == (2, 2.5)
+
+
+def test_of_a_checkpoint_that_was_saved_and_deleted_the_newest_news_stays():
+    spool = Spool(0)
+    put(spool, sample(1, checkpoints=[10, 20], deleted=[5, 6]))
+    put(spool, sample(2, checkpoints=[5], deleted=[10]))
+    spool.drop_oldest()
+    (left,) = drain(spool)
+    assert [each.step for each in left.checkpoints] == [20, 5]
+    assert list(left.deleted_checkpoints) == ["c6", "c10"]
+
+
+def test_checkpoints_that_a_restore_left_behind_are_not_handed_on():
+    spool = Spool(0)
+    put(spool, sample(1, checkpoints=[1, 9]))
+    put(spool, sample(3, restored=True))
+    spool.drop_oldest()
+    (left,) = drain(spool)
+    assert [each.step for each in left.checkpoints] == [1]
+    assert list(left.deleted_checkpoints) == ["c9"]  # the file may have been another checkpoint before
 
 
 def test_the_newest_sample_is_never_over_the_limit():
@@ -207,3 +229,4 @@ def overhead(message):
 def test_a_plain_sample_has_no_events():
     assert not has_events(sample(1, loss=1.0))
     assert has_events(sample(1, closing=True))
+    assert has_events(sample(1, deleted=[3]))

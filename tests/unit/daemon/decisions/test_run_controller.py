@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from sharpwatch.daemon.config.settings import ActionConfig, EscalateConfig, GuardConfig, MatchConfig, PolicyConfig
 from sharpwatch.daemon.decisions.lifecycle import FINAL
 from sharpwatch.daemon.decisions.run_controller import RunController
-from sharpwatch.daemon.records import Changes, Checkpoint, Decision, Observation, ReportedResult
+from sharpwatch.daemon.records import Changes, Checkpoint, CheckpointReport, Decision, Observation, ReportedResult
 from sharpwatch.errors import OperatorError
 
 BLOCKS = ("emb", "qk", "vo", "ffn", "norm")
@@ -199,7 +199,7 @@ def test_a_silent_run_keeps_no_proposal_open():
 def test_a_proposed_rollback_is_not_approved_beside_another_nor_once_the_run_went_back_behind_it():
     trainer = trained((replace(ROLLBACK, match=MatchConfig("UpdateRmsSpike")),), mode="advise")
     for at in (10, 110):
-        trainer.controller.checkpoint(Checkpoint(at, f"file:{at}"))
+        trainer.controller.note_checkpoints(CheckpointReport((Checkpoint(at, f"file:{at}"),)))
     trainer.heat["ffn"] = 1000.0
     trainer.run(1)
     (made,) = trainer.controller.decisions
@@ -233,7 +233,7 @@ def test_a_raise_that_ends_does_not_become_lasting_under_a_later_cut_or_a_new_at
 def test_the_escalation_chain_ends_in_a_rollback_before_the_onset_once():
     trainer = trained(CHAIN)
     for at in (60, 110, 125):
-        trainer.controller.checkpoint(Checkpoint(at, f"file:{at}"))
+        trainer.controller.note_checkpoints(CheckpointReport((Checkpoint(at, f"file:{at}"),)))
     trainer.heat["ffn"] = 1000.0
     trainer.run(31)
     made = trainer.controller.decisions[-1]
@@ -253,11 +253,11 @@ def test_the_escalation_chain_ends_in_a_rollback_before_the_onset_once():
 
 def test_no_checkpoint_before_the_onset_is_no_rollback():
     trainer = trained((replace(ROLLBACK, match=MatchConfig("UpdateRmsSpike")),))
-    trainer.controller.checkpoint(Checkpoint(122, "too late"))
+    trainer.controller.note_checkpoints(CheckpointReport((Checkpoint(122, "too late"),)))
     trainer.heat["ffn"] = 1000.0
     trainer.run(5)
     (made,) = trainer.controller.decisions
-    assert (made.outcome, made.guard) == ("refused", "checkpoint: none was saved before the onset")
+    assert (made.outcome, made.guard) == ("refused", "checkpoint: there is none from before the onset")
 
 
 def test_what_held_is_ramped_back_one_cut_at_a_time():
@@ -363,10 +363,10 @@ def test_nonsense_is_refused_and_leaves_nothing_behind(wanted, ramp, at, author,
 def test_operators_rollback():
     trainer = trained()
     ask = trainer.controller.request_rollback
-    with pytest.raises(OperatorError, match="saved: none"):
+    with pytest.raises(OperatorError, match="there are those of steps: none"):
         ask(None, 0, 0, "ann", "bad", trainer.now)
     for at in (50, 100):
-        trainer.controller.checkpoint(Checkpoint(at, f"file:{at}"))
+        trainer.controller.note_checkpoints(CheckpointReport((Checkpoint(at, f"file:{at}"),)))
     with pytest.raises(OperatorError, match="ends before"):
         ask(None, 9, 3, "ann", "bad", trainer.now)
     changes = ask(70, 60, 80, "ann", "bad shard", trainer.now)
@@ -457,7 +457,7 @@ def test_a_restart_changes_nothing(restart_after):
     histories = []
     for restarts in (False, True):
         trainer = trained(CHAIN)
-        trainer.controller.checkpoint(Checkpoint(100, "file"))
+        trainer.controller.note_checkpoints(CheckpointReport((Checkpoint(100, "file"),)))
         trainer.heat["ffn"] = 8.0
         trainer.run(restart_after)
         if restarts:
@@ -469,6 +469,91 @@ def test_a_restart_changes_nothing(restart_after):
         histories[-1].append([(a.name, a.first_step, a.last_step, a.active) for a in trainer.controller.alerts])
     assert histories[0] == histories[1]
     assert len(histories[0]) > 4
+
+
+BACK_AT_ONCE = replace(
+    ROLLBACK, match=MatchConfig("UpdateRmsSpike"), guard=GuardConfig(rollback_window_steps=5, cooldown_steps=1)
+)
+
+
+def saved(trainer: Trainer, *steps: int) -> dict[int, Checkpoint]:
+    made = {step: Checkpoint(step, f"file:{step}") for step in steps}
+    trainer.controller.note_checkpoints(CheckpointReport(tuple(made.values())))
+    return made
+
+
+def test_a_checkpoint_that_was_deleted_is_not_offered_until_it_is_saved_anew():
+    trainer = trained()
+    there = saved(trainer, 50, 100)
+    changes = trainer.controller.note_checkpoints(CheckpointReport(deleted=("file:100", "unknown")))
+    assert changes.checkpoints == {"file:100": None}
+    assert trainer.controller.checkpoints == (there[50],)
+    ask = trainer.controller.request_rollback
+    assert ask(None, 0, 0, "ann", "bad", trainer.now).commands[0].rollback.checkpoint == there[50]
+    saved(trainer, 100)
+    assert trainer.controller.checkpoints == (there[50], there[100])
+
+
+def test_a_checkpoint_that_was_overwritten_is_the_newer_one():
+    trainer = trained()
+    for step in (50, 100):
+        trainer.controller.note_checkpoints(CheckpointReport((Checkpoint(step, "last.pt"),)))
+    assert trainer.controller.checkpoints == (Checkpoint(100, "last.pt"),)
+    with pytest.raises(OperatorError, match=r"no checkpoint .* at or before step 60; there are those of steps: 100"):
+        trainer.controller.request_rollback(60, 0, 0, "ann", "bad", trainer.now)
+    changes = trainer.controller.note_checkpoints(CheckpointReport(restored_to=60))
+    assert changes.checkpoints == {"last.pt": None}  # what it held at step 50 is gone
+    assert trainer.controller.checkpoints == ()
+
+
+def test_a_restore_leaves_the_checkpoints_of_later_steps_behind():
+    trainer = trained()
+    there = saved(trainer, 50, 100)
+    changes = trainer.controller.note_checkpoints(CheckpointReport((Checkpoint(60, "new"),), restored_to=60))
+    assert changes.checkpoints == {"file:100": None, "new": 60}
+    assert trainer.controller.checkpoints == (there[50], Checkpoint(60, "new"))
+
+
+@pytest.mark.parametrize(("outcome", "stays"), [("failed", False), ("refused", True), ("expired", True)])
+def test_the_checkpoint_of_a_rollback_that_failed_is_not_offered_again(outcome, stays):
+    trainer = trained()
+    there = saved(trainer, 50, 100)
+    (made,) = trainer.controller.request_rollback(None, 0, 0, "ann", "bad", trainer.now).commands
+    result = ReportedResult(made.id, outcome, trainer.step, "gone")
+    changes = trainer.controller.command_result(result, trainer.now)
+    assert (there[100] in trainer.controller.checkpoints) == stays
+    assert changes.checkpoints == ({} if stays else {"file:100": None})
+    saved(trainer, 100)  # anew
+    trainer.controller.command_result(result, trainer.now)  # the answer comes a second time
+    assert there[100] in trainer.controller.checkpoints
+
+
+def test_a_policy_goes_on_to_the_checkpoint_before_the_one_that_failed():
+    trainer = trained((BACK_AT_ONCE,))
+    saved(trainer, 60, 110)
+    trainer.heat["ffn"] = 1000.0
+    trainer.run(1)
+    (first,) = trainer.controller.decisions
+    assert (first.outcome, first.rollback.checkpoint.step) == ("sent", 110)
+    trainer.waiting.clear()
+    trainer.controller.command_result(ReportedResult(first.id, "failed", trainer.step, "gone"), trainer.now)
+    trainer.silent = True
+    trainer.run(6)
+    tried = [(one.outcome, one.rollback.checkpoint.step) for one in trainer.controller.decisions if one.rollback]
+    assert [one for one in tried if one[0] != "refused"] == [("failed", 110), ("sent", 60)]
+
+
+def test_a_proposal_expires_with_its_checkpoint_and_the_next_names_one_that_is_there():
+    trainer = trained((BACK_AT_ONCE,), mode="advise")
+    saved(trainer, 60, 110)
+    trainer.heat["ffn"] = 1000.0
+    trainer.run(1)
+    changes = trainer.controller.note_checkpoints(CheckpointReport(deleted=("file:110",)))
+    assert [(one.outcome, one.rollback.checkpoint.step) for one in changes.decisions] == [("expired", 110)]
+    assert changes.decisions[0].detail.endswith("its checkpoint can no longer be restored")
+    trainer.run(6)
+    newest = trainer.controller.decisions[-1]
+    assert (newest.outcome, newest.rollback.checkpoint.step) == ("proposed", 60)
 
 
 class AnyRun(RuleBasedStateMachine):
@@ -525,7 +610,11 @@ class AnyRun(RuleBasedStateMachine):
 
     @rule()
     def save(self):
-        self.controller.checkpoint(Checkpoint(self.trainer.step, "file"))
+        self.controller.note_checkpoints(CheckpointReport((Checkpoint(self.trainer.step, "file"),)))
+
+    @rule()
+    def delete(self):
+        self.controller.note_checkpoints(CheckpointReport(deleted=("file",)))
 
     @precondition(lambda self: any(made.outcome == "proposed" for made in self.controller.decisions))
     @rule(yes=st.booleans())

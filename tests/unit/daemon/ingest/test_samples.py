@@ -11,6 +11,7 @@ from sharpwatch import wire
 from sharpwatch.daemon.ingest.hello import read_hello
 from sharpwatch.daemon.ingest.probes import LanczosReading, PreconditionedReading
 from sharpwatch.daemon.ingest.samples import read_sample
+from sharpwatch.daemon.records import Checkpoint, CheckpointReport
 from sharpwatch.errors import WireError
 from sharpwatch.v1 import agent_pb2, types_pb2
 
@@ -154,6 +155,7 @@ def test_a_whole_sample_is_read():
         health=agent_pb2.AgentHealth(overhead_ratio=math.nan, step_seconds=0.1, dropped={"spool": 2}),
         results=[types_pb2.CommandResult(command_id="c", outcome=types_pb2.COMMAND_OUTCOME_APPLIED, step=7)],
         checkpoints=[types_pb2.Checkpoint(step=5, uri="file:///c")],
+        deleted_checkpoints=["file:///b"],
     )
     reading = read_sample(HELLO, sample)
     assert (reading.sequence, reading.step, reading.taken_at) == (3, 7, 2.0)
@@ -175,7 +177,9 @@ def test_a_whole_sample_is_read():
     assert reading.health.overhead_ratio is None
     assert reading.health.dropped == {"spool": 2}
     assert reading.results[0].outcome == "applied"
-    assert reading.checkpoints[0].uri == "file:///c"
+    assert reading.checkpoint_report == CheckpointReport((Checkpoint(5, "file:///c"),), ("file:///b",))
+    sample.restored = True
+    assert read_sample(HELLO, sample).checkpoint_report.restored_to == 7
     assert reading.dropped_probes == ()
 
 
@@ -225,12 +229,20 @@ def test_a_whole_sample_is_read():
         ),
         ({"checkpoints": [types_pb2.Checkpoint(step=2**63 - 1, uri="u")]}, "malformed"),
         ({"checkpoints": [types_pb2.Checkpoint(step=1, uri="u" * 5000)]}, "malformed"),
+        ({"deleted_checkpoints": ["u"] * (wire.MAX_ITEMS + 1)}, "malformed"),
+        ({"deleted_checkpoints": ["u" * 5000]}, "malformed"),
     ],
 )
 def test_a_sample_that_breaks_the_contract_is_refused(sample, code):
     with pytest.raises(WireError) as caught:
         read_sample(HELLO, agent_pb2.Sample(**{"sequence": 1, "step": 1} | sample))
     assert caught.value.code == code
+
+
+def test_the_highest_sequence_is_the_highest_that_the_journal_holds():
+    assert read_sample(HELLO, agent_pb2.Sample(sequence=2**63 - 1, step=1)).sequence == 2**63 - 1
+    with pytest.raises(WireError, match=r"sequence must be 1 to 2\*\*63 - 1, got 9223372036854775808"):
+        read_sample(HELLO, agent_pb2.Sample(sequence=2**63, step=1))
 
 
 def test_claimed_bytes_are_checked_before_anything_is_made_of_them():

@@ -14,9 +14,10 @@ from sharpwatch.daemon.decisions.run_controller import RunController
 from sharpwatch.daemon.estimation.estimator import estimate_all
 from sharpwatch.daemon.ingest.hello import Attempt, read_hello
 from sharpwatch.daemon.ingest.samples import read_sample
+from sharpwatch.daemon.records import Checkpoint, Decision, RollbackPlan
 from sharpwatch.daemon.runs.restore import restore_run
 from sharpwatch.daemon.runs.run import Run, Runs, Signal
-from sharpwatch.daemon.storage.schema import SampleRow, StoredAttempt, StoredRun
+from sharpwatch.daemon.storage.schema import PendingWrites, SampleRow, StoredAttempt, StoredRun
 from sharpwatch.v1 import agent_pb2, types_pb2
 
 SIZES = {"emb": 64, "norm": 8}
@@ -149,6 +150,42 @@ def test_a_restart_replays_older_attempts_likewise(changes):
     restore_run(runs, StoredRun("run", stored, rows, (), (), (), (), None))
     found = estimated(runs.get("run"))
     assert (found["trace"], found["top_eigenvalue"]) == (24, 4 if changes else 24)
+
+
+def test_a_restart_takes_in_news_of_checkpoints_that_were_not_journalled():
+    """The daemon ended after it had written the samples, and before what it had made of them."""
+    made = Decision(
+        "d1", "run", 1.0, 7, "rollback", "operator", "sent", rollback=RollbackPlan(Checkpoint(4, "c4"), 0, 0)
+    )
+    failed = types_pb2.CommandResult(command_id="d1", outcome=types_pb2.COMMAND_OUTCOME_FAILED, step=8)
+    samples = (
+        agent_pb2.Sample(
+            sequence=1, step=6, checkpoints=[types_pb2.Checkpoint(step=s, uri=f"c{s}") for s in (2, 4, 6)]
+        ),
+        agent_pb2.Sample(sequence=2, step=7, deleted_checkpoints=["c6"]),
+        agent_pb2.Sample(sequence=3, step=8, results=[failed]),
+        agent_pb2.Sample(sequence=4, step=9, checkpoints=[types_pb2.Checkpoint(step=9, uri="c9")]),
+    )
+    rows = tuple(
+        SampleRow("run", "a1", one.sequence, one.step, agent_pb2.SessionRequest(sample=one).SerializeToString(), 0.0)
+        for one in samples
+    )
+    stored = StoredRun(
+        "run", (StoredAttempt("a1", attempt().message, 4, 1.0, closed=False),), rows, (), (made,), (), (), None
+    )
+    runs = Runs(controller)
+    changes = restore_run(runs, stored)
+    left = (Checkpoint(2, "c2"), Checkpoint(9, "c9"))
+    assert runs.get("run").controller.checkpoints == left
+    pending = PendingWrites()
+    for change in changes:
+        pending.add("run", change)
+    assert pending.checkpoints == {("run", "c2"): 2, ("run", "c6"): None, ("run", "c4"): None, ("run", "c9"): 9}
+    # Once more, from what was journalled by then: nothing is different.
+    again = Runs(controller)
+    settled = pending.decisions["d1"]
+    restore_run(again, replace(stored, decisions=(settled,), checkpoints=left))
+    assert {*again.get("run").controller.checkpoints} == {*left}
 
 
 async def test_a_version_that_came_before_the_wait_is_not_missed():

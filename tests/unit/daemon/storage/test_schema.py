@@ -28,3 +28,17 @@ def test_a_failing_journal_loses_no_transition():
     ]
     times = [row.at for row in failed.transitions]
     assert times == sorted(times)
+
+
+def test_of_each_checkpoint_the_newest_news_is_written():
+    failed, meanwhile = PendingWrites(), PendingWrites()
+    failed.add("run", Changes(checkpoints={"a": 1, "b": 2, "c": None}))
+    failed.add("else", Changes(checkpoints={"a": 9}))
+    meanwhile.add("run", Changes(checkpoints={"b": None, "a": 3}))
+    failed.add_newer(meanwhile)
+    assert list(failed.checkpoints.items()) == [
+        (("run", "c"), None),
+        (("else", "a"), 9),
+        (("run", "b"), None),
+        (("run", "a"), 3),
+    ]
