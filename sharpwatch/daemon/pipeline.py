@@ -14,7 +14,7 @@ from contextlib import suppress
 
 import structlog
 
-from sharpwatch.daemon.decisions.lifecycle import UNDER_WAY
+from sharpwatch.daemon.decisions.transitions import UNDER_WAY
 from sharpwatch.daemon.estimation.estimator import EstimationQueue, Estimator, QueuedRequest
 from sharpwatch.daemon.estimation.windows import EstimateRequest, Estimates
 from sharpwatch.daemon.exporter.metrics import OwnMetrics

@@ -17,8 +17,8 @@ from sharpwatch import wire
 from sharpwatch._version import __version__
 from sharpwatch.daemon.api.auth import Authorizer
 from sharpwatch.daemon.api.conversions import decision_message, detail_message, revision_message, run_message
-from sharpwatch.daemon.decisions.lifecycle import is_settled
 from sharpwatch.daemon.decisions.run_controller import RunController
+from sharpwatch.daemon.decisions.transitions import is_settled
 from sharpwatch.daemon.pipeline import Pipeline
 from sharpwatch.daemon.records import Changes, Decision, Mode
 from sharpwatch.daemon.runs.run import Run, Runs

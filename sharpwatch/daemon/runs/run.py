@@ -11,8 +11,8 @@ from typing import Any, Literal
 import numpy as np
 
 from sharpwatch.curvature.statistics.estimate import Estimate
-from sharpwatch.daemon.decisions.lifecycle import UNDER_WAY
 from sharpwatch.daemon.decisions.run_controller import RunController
+from sharpwatch.daemon.decisions.transitions import UNDER_WAY
 from sharpwatch.daemon.estimation.estimator import PROBES
 from sharpwatch.daemon.estimation.hessian import observed_stability
 from sharpwatch.daemon.estimation.windows import EstimateRequest, Estimates, Key
