@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 import click
 
 from sharpwatch.cli import output
-from sharpwatch.cli.client import author, operator, resolve_run
-from sharpwatch.cli.options import DaemonCommand, DaemonOptions, reason_option, run_argument
+from sharpwatch.cli.client import author, operator, resolve_run, run_argument
+from sharpwatch.cli.options import DaemonCommand, DaemonOptions, reason_option
 from sharpwatch.cli.output import Grid, print_answer
 from sharpwatch.v1.operator_pb2 import Block, GetRunRequest, ListRunsRequest, Run, RunDetail, RunPhase, SetModeRequest
 from sharpwatch.v1.types_pb2 import Estimate
@@ -75,15 +75,14 @@ def mode(options: DaemonOptions, run: str, mode: str | None, reason: str) -> Non
     """Print or set what the daemon's policies may do to a run.
 
     In mode observe they only record decisions, in mode advise they propose them to an operator, and in mode enforce
-    they act.
+    they act. To set a mode, the run's name must be given in full.
     """
     with operator(options) as stub:
-        name = resolve_run(stub, run)
         if mode:
-            request = SetModeRequest(run=name, mode=mode, author=author(os.environ), reason=reason)
+            request = SetModeRequest(run=run, mode=mode, author=author(os.environ), reason=reason)
             found = stub.SetMode(request).run
         else:
-            found = stub.GetRun(GetRunRequest(run=name)).detail.run
+            found = stub.GetRun(GetRunRequest(run=resolve_run(stub, run))).detail.run
     print_answer(found, f"{found.run}: {found.mode}", as_json=options.json)
 
 
