@@ -17,7 +17,7 @@ import structlog
 from sharpwatch.daemon.decisions.transitions import UNDER_WAY
 from sharpwatch.daemon.estimation.estimator import EstimationQueue, Estimator, QueuedRequest
 from sharpwatch.daemon.estimation.windows import EstimateRequest, Estimates
-from sharpwatch.daemon.exporter.metrics import OwnMetrics
+from sharpwatch.daemon.exporter.own_metrics import OwnMetrics
 from sharpwatch.daemon.ingest.hello import Attempt
 from sharpwatch.daemon.ingest.samples import QueuedSample, Reading, SampleQueue
 from sharpwatch.daemon.records import NO_CHANGES, Alert, Changes, Decision

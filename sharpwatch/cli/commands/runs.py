@@ -126,6 +126,8 @@ def state(detail: RunDetail, now: float) -> Grid:
             f"{output.percent(detail.overhead_ratio)} of step time" if detail.HasField("overhead_ratio") else "–",
         ),
     ]
+    if detail.objective:
+        facts.append(("objective", f"{detail.objective} ({detail.objective_state})"))
     facts += [(f"model's {name}", output.estimate(found)) for name, found in _model(detail.estimates)]
     if detail.HasField("block_order_correlation"):
         facts.append(("block order", f"rank correlation {output.number(detail.block_order_correlation, 2)}"))
@@ -172,15 +174,25 @@ def _block(block: Block) -> tuple[str, ...]:
 
 
 def sources(detail: RunDetail) -> Grid:
-    """For each quantity: its estimator, number of draws and step; empty before the first probe."""
-    rows = []
+    """Where the estimates that are shown come from, and how old they are; empty before the first probe."""
+    found: dict[tuple[str, str, int], list[Estimate]] = {}
     for quantity, name in _QUANTITIES.items():
-        found = [estimate for block in detail.blocks if (estimate := first(block.estimates, quantity))]
-        if found:
-            draws = _range([estimate.draws for estimate in found])
-            at = _range([estimate.step for estimate in found])
-            rows.append((name, ", ".join(sorted({estimate.estimator for estimate in found})), draws, at))
-    return Grid("llrr", tuple(rows), ("quantity", "estimator", "draws", "step"), empty="no probe has come in yet")
+        for estimates in (*(block.estimates for block in detail.blocks), detail.estimates):
+            if estimate := first(estimates, quantity):
+                found.setdefault((name, estimate.estimator, estimate.step), []).append(estimate)
+    rows = tuple(
+        (
+            name,
+            estimator,
+            _range([estimate.draws for estimate in estimates]),
+            str(step),
+            str(max(0, detail.run.step - step)),
+            ", ".join(estimate.block or "whole model" for estimate in estimates),
+        )
+        for (name, estimator, step), estimates in found.items()
+    )
+    headings = ("quantity", "estimator", "draws", "step", "steps ago", "of")
+    return Grid("llrrrl", rows, headings, empty="no probe has come in yet")
 
 
 def _range(values: Sequence[int]) -> str:
@@ -210,7 +222,9 @@ def alerts(detail: RunDetail) -> Grid:
 
 
 def failures(detail: RunDetail) -> Grid:
-    """Failed probes and dropped samples."""
+    """Failed probes, the agent's own errors and dropped samples."""
     rows = [("probe failure", failure) for failure in detail.probe_failures]
+    if detail.swallowed_errors:
+        rows.append(("agent's own errors", f"{detail.swallowed_errors}, each in the trainer's log"))
     rows += [("dropped samples", f"{count} {reason}") for reason, count in sorted(detail.dropped.items()) if count]
     return Grid("ll", tuple(rows), empty="no probe failure, no sample dropped")

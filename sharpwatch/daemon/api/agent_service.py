@@ -19,7 +19,7 @@ from google.protobuf.message import DecodeError
 from sharpwatch import wire
 from sharpwatch._version import __version__
 from sharpwatch.daemon.api.conversions import command_message
-from sharpwatch.daemon.exporter.metrics import OwnMetrics
+from sharpwatch.daemon.exporter.own_metrics import OwnMetrics
 from sharpwatch.daemon.ingest.hello import Attempt, RunHello, read_hello
 from sharpwatch.daemon.ingest.samples import QueuedSample, Reading, SampleQueue, read_sample
 from sharpwatch.daemon.pipeline import Pipeline
