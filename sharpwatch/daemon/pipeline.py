@@ -127,6 +127,7 @@ class Pipeline:
         """Journals that an attempt began at unix seconds `now`; if the journal fails, that is written later."""
         hello = attempt.hello
         self._pending.attempts[hello.attempt] = AttemptRow(hello.run, hello.attempt, attempt.message, now)
+        attempt.message = b""  # the journal's alone; some are of megabytes
         with suppress(StoreError):
             await self._write(())
 

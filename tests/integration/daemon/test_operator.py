@@ -143,7 +143,7 @@ async def test_a_new_attempt_is_given_the_multipliers_in_force(daemon, build):
     made = (await daemon.operator.SetLearningRates(HALVE, metadata=daemon.credentials)).decision
     await trainer.send(build.sample(2, results=[types_pb2.CommandResult(command_id=made.id, outcome=APPLIED, step=2)]))
     await outcomes(daemon, made.id)
-    trainer.call.cancel()
+    await trainer.leave()
     resumed = await daemon.train(attempt="a2", initial_step=2)
     await resumed.send(build.sample(1, step=3))  # its multipliers stand at 1
     command = await resumed.next("command")
