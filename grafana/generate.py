@@ -12,7 +12,6 @@ import sys
 from panels import (
     BY_BLOCK,
     COLOURS,
-    DATASOURCE,
     LOG,
     RUN,
     Json,
@@ -25,6 +24,7 @@ from panels import (
     number,
     or_none,
     place,
+    variable,
     with_error,
 )
 
@@ -306,6 +306,7 @@ def control() -> list[Panel]:
 
 def agent() -> list[Panel]:
     """What watching costs, and what it missed."""
+    estimates = f'max by (estimator) ({{__name__=~"sharpwatch_(block_)?estimate_step", {RUN}}})'
     return [
         lines(
             "Agent overhead",
@@ -321,6 +322,20 @@ def agent() -> list[Panel]:
             (or_none(latest("sharpwatch_agent_dropped_samples_total", "reason"), "reason"), "{{reason}}"),
             stepped=True,
         ),
+        lines(
+            "Age of the estimates",
+            "Steps since the newest probe behind them. Normal: falls to 0 at every probe. Growing means that the probe "
+            "fails or has no budget left; after ten times its usual pace its estimates are let go, and the line ends.",
+            (f"{latest('sharpwatch_run_step')} - on () group_right () {estimates}", "{{estimator}}"),
+            stepped=True,
+        ),
+        lines(
+            "Failed probes",
+            "How many since the attempt began, by probe. Normal: none, or few. `sharpwatch show` has the reason; a "
+            "probe that fails three times in a row is given up.",
+            (or_none(latest("sharpwatch_agent_probe_failures_total", "probe"), "probe"), "{{probe}}"),
+            stepped=True,
+        ),
     ]
 
 
@@ -332,22 +347,6 @@ def loss() -> Panel:
         "look at the stability ratio and update RMS first.",
         (latest("sharpwatch_run_loss"), "loss"),
     )
-
-
-def variable(name: str, label: str, query: str) -> Json:
-    """A drop-down list that Prometheus fills."""
-    return {
-        "name": name,
-        "label": label,
-        "type": "query",
-        "datasource": DATASOURCE,
-        "definition": query,
-        "query": {"qryType": 1, "query": query, "refId": "PrometheusVariableQueryEditor-VariableQuery"},
-        "refresh": 2,  # with the time range: runs come and go
-        "sort": 2,  # names that begin with a date show the newest first
-        "multi": False,
-        "includeAll": False,
-    }
 
 
 def dashboard() -> Json:

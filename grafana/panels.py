@@ -175,6 +175,22 @@ def by_block(title: str, description: str, metric: str, *, matchers: str = RUN, 
     return lines(title, description, query, overrides=block_colours(), **style)
 
 
+def variable(name: str, label: str, query: str) -> Json:
+    """A drop-down list that Prometheus fills."""
+    return {
+        "name": name,
+        "label": label,
+        "type": "query",
+        "datasource": DATASOURCE,
+        "definition": query,
+        "query": {"qryType": 1, "query": query, "refId": "PrometheusVariableQueryEditor-VariableQuery"},
+        "refresh": 2,  # with the time range: runs come and go
+        "sort": 2,  # names that begin with a date show the newest first
+        "multi": False,
+        "includeAll": False,
+    }
+
+
 def place(rows: list[tuple[str, int, list[Panel]]]) -> list[Json]:
     """Panels of (row title, height, panels) from left to right, rows from top to bottom."""
     placed: list[Json] = []

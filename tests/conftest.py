@@ -13,8 +13,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the modules that several folders of tests share
 import stand_ins
-from daemons import ScriptedDaemon
+from daemons import Daemon, ScriptedDaemon
 from missing import missing
+from wire_trainer import WireTrainer
 
 os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed tells whoever imports it, on stdout, that it found no GPU
 
@@ -115,3 +116,17 @@ def serve():
     yield start
     for daemon in daemons:
         daemon.stop()
+
+
+@pytest.fixture
+def train():
+    """Connect trainers that speak the wire by hand: `train(daemon, run="run")`."""
+    connected = []
+
+    def connect(to: Daemon, **hello) -> WireTrainer:
+        connected.append(WireTrainer(to.grpc, **hello))
+        return connected[-1]
+
+    yield connect
+    for trainer in connected:
+        trainer.stop()

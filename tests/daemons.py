@@ -31,8 +31,9 @@ def response(**fields):
     return agent_pb2.SessionResponse(**fields).SerializeToString()
 
 
-def welcome(acknowledged=0):
-    return response(welcome=agent_pb2.Welcome(daemon_version="test", acknowledged_sequence=acknowledged))
+def welcome(acknowledged=0, heartbeat_seconds=0):
+    fields = {"acknowledged_sequence": acknowledged, "heartbeat_seconds": heartbeat_seconds}
+    return response(welcome=agent_pb2.Welcome(daemon_version="test", **fields))
 
 
 def ack(sequence):
@@ -44,7 +45,7 @@ class ScriptedDaemon(grpc.GenericRpcHandler):
 
     def __init__(self, *scripts, address="127.0.0.1:0", credentials=None):
         self.scripts = list(scripts) or [honest]
-        self.hellos, self.metadata, self.streams = [], [], []
+        self.hellos, self.metadata, self.streams, self.heartbeats = [], [], [], []
         self.changed = threading.Condition()
         self.closing = threading.Event()  # for scripts that hang
         self._server = grpc.server(futures.ThreadPoolExecutor(16), handlers=[self], options=[("grpc.so_reuseport", 0)])
@@ -73,11 +74,16 @@ class ScriptedDaemon(grpc.GenericRpcHandler):
     def _recorded(self, requests, number):
         with contextlib.suppress(grpc.RpcError):  # how a broken stream ends the server's iterator
             for payload in requests:
-                sample = agent_pb2.SessionRequest.FromString(payload).sample
+                request = agent_pb2.SessionRequest.FromString(payload)
+                is_sample = request.HasField("sample")
                 with self.changed:
-                    self.streams[number].append(sample)
+                    kept, message = self.heartbeats, request.heartbeat
+                    if is_sample:
+                        kept, message = self.streams[number], request.sample
+                    kept.append(message)
                     self.changed.notify_all()
-                yield sample
+                if is_sample:
+                    yield request.sample
 
     @property
     def samples(self):

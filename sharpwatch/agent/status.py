@@ -196,6 +196,8 @@ def _connection(connection: Connection) -> str:
         newest = f", sample {connection.acknowledged} acknowledged" if connection.acknowledged else ""
         return f"{connection.address} connected{since}{newest}"
     known = "not connected" if connection.since_unix_ns else "not reached yet"
+    if connection.refused:
+        known = "does not take this run"
     return f"{connection.address} {known}{since}" + (f": {connection.reason}" if connection.reason else "")
 
 

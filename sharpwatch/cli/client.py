@@ -10,16 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import grpc
 
-from sharpwatch.cli.options import DaemonOptions
+from sharpwatch.cli.options import DaemonOptions, Decorator
 from sharpwatch.common.endpoint import DEFAULT_ADDRESS, parse_address
 from sharpwatch.common.token_file import default_token_file, read_token, token_path
-from sharpwatch.errors import OperatorError
+from sharpwatch.errors import OperatorError, TokenFileError
 from sharpwatch.v1.operator_pb2 import ListRunsRequest
 from sharpwatch.v1.operator_pb2_grpc import OperatorServiceStub
 
 _CALL_SECONDS = 10.0  # deadline of calls that need no trainer
+_COMPLETION_SECONDS = 1.0  # a shell waits so long for the names that it offers
 # No HTTP proxy: the daemon is the user's own and near, the environment's proxy is for other hosts.
 # No limit on size: the user asked for the answer, and a long list of decisions exceeds gRPC's 4 MiB.
 _CHANNEL_OPTIONS = (("grpc.enable_http_proxy", 0), ("grpc.max_receive_message_length", -1))
@@ -106,15 +108,16 @@ class _CallDetails(grpc.ClientCallDetails):
 class _TokenInterceptor(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):  # type: ignore[type-arg]
     """Sends the token with every call, and sets a deadline for calls with a single answer."""
 
-    def __init__(self, token: str) -> None:
+    def __init__(self, token: str, deadline: float) -> None:
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        self._deadline = deadline
 
     def intercept_unary_unary(
         self, continuation: Callable[..., Any], client_call_details: grpc.ClientCallDetails, request: Any
     ) -> Any:
         """Add the token and a deadline."""
         # gRPC waits for ever by default, and a hung daemon would hang the command.
-        timeout = client_call_details.timeout or _CALL_SECONDS
+        timeout = client_call_details.timeout or self._deadline
         return continuation(_CallDetails(client_call_details, self._metadata, timeout), request)
 
     def intercept_unary_stream(
@@ -137,8 +140,12 @@ def operator(options: DaemonOptions) -> Iterator[OperatorServiceStub]:
 
 
 @contextmanager
-def connected(connection: DaemonConnection) -> Iterator[OperatorServiceStub]:
+def connected(connection: DaemonConnection, deadline: float = _CALL_SECONDS) -> Iterator[OperatorServiceStub]:
     """Open the operator service of a connection.
+
+    Args:
+        connection: How to reach the daemon.
+        deadline: Seconds within which a call must be answered.
 
     Raises:
         OperatorError: A call in the `with` block failed, or the token would cross the network unencrypted.
@@ -151,7 +158,7 @@ def connected(connection: DaemonConnection) -> Iterator[OperatorServiceStub]:
         )
     with grpc.insecure_channel(connection.address, options=_CHANNEL_OPTIONS) as channel:
         try:
-            yield OperatorServiceStub(grpc.intercept_channel(channel, _TokenInterceptor(connection.token)))
+            yield OperatorServiceStub(grpc.intercept_channel(channel, _TokenInterceptor(connection.token, deadline)))
         except grpc.RpcError as error:
             raise OperatorError(plain_words(error.code(), error.details() or "", connection)) from error
 
@@ -202,8 +209,45 @@ def _unavailable(message: str, address: str) -> str:
     return f"daemon at {address} can't do this now: {message}"
 
 
+def run_argument(*, required: bool = True, whole: bool = False) -> Decorator:
+    """The argument RUN, which the shell completes with the names that the daemon knows.
+
+    Args:
+        required: Whether it must be given.
+        whole: Whether the command changes something: the daemon then refuses a name that is not given in full.
+    """
+    about = (
+        "A run's name in full." if whole else "A run's name, or the beginning of it if no other run's name begins so."
+    )
+    metavar = "RUN" if required else "[RUN]"
+    return click.argument("run", metavar=metavar, required=required, help=about, shell_complete=_complete_run)
+
+
+def _complete_run(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    del param
+    return completions(ctx, lambda stub: [run.run for run in stub.ListRuns(ListRunsRequest()).runs], incomplete)
+
+
+def completions(
+    ctx: click.Context, names: Callable[[OperatorServiceStub], Sequence[str]], incomplete: str
+) -> list[str]:
+    """What a shell may offer for a half-written name; nothing if the daemon can't be asked.
+
+    Args:
+        ctx: The command line so far.
+        names: Asks the daemon for all names.
+        incomplete: What is written of the name.
+    """
+    options = ctx.find_object(DaemonOptions) or DaemonOptions()
+    try:
+        with connected(find_connection(options, os.environ), deadline=_COMPLETION_SECONDS) as stub:
+            return sorted(name for name in names(stub) if name.startswith(incomplete))
+    except (OperatorError, TokenFileError):
+        return []
+
+
 def resolve_run(stub: OperatorServiceStub, given: str) -> str:
-    """Find the full name of a run.
+    """Find the full name of a run that is to be shown; a command that changes a run takes its name as it is given.
 
     Args:
         stub: The operator service.

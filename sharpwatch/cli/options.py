@@ -165,12 +165,6 @@ def _remember(ctx: click.Context, param: click.Parameter, value: Any) -> None:
         setattr(options, str(param.name), value)
 
 
-def run_argument(*, required: bool = True) -> Decorator:
-    """The argument RUN."""
-    about = "A run's name, or the beginning of it if no other run's name begins so."
-    return click.argument("run", metavar="RUN" if required else "[RUN]", required=required, help=about)
-
-
 def _multipliers(ctx: click.Context, param: click.Parameter, value: Sequence[tuple[str, float]]) -> Mapping[str, float]:
     gathered: dict[str, float] = {}
     for block, factor in value:

@@ -31,7 +31,8 @@ from sharpwatch.daemon.api.operator_service import DaemonInfo, OperatorService
 from sharpwatch.daemon.config.settings import Config, DaemonConfig
 from sharpwatch.daemon.decisions.run_controller import RunController
 from sharpwatch.daemon.estimation.estimator import Estimator
-from sharpwatch.daemon.exporter.metrics import OwnMetrics, RunCollector, render
+from sharpwatch.daemon.exporter.metrics import RunCollector, render
+from sharpwatch.daemon.exporter.own_metrics import OwnMetrics
 from sharpwatch.daemon.ingest.hello import RunHello
 from sharpwatch.daemon.ingest.samples import SampleQueue
 from sharpwatch.daemon.pipeline import Pipeline

@@ -14,10 +14,10 @@ from contextlib import suppress
 
 import structlog
 
-from sharpwatch.daemon.decisions.lifecycle import UNDER_WAY
+from sharpwatch.daemon.decisions.transitions import UNDER_WAY
 from sharpwatch.daemon.estimation.estimator import EstimationQueue, Estimator, QueuedRequest
 from sharpwatch.daemon.estimation.windows import EstimateRequest, Estimates
-from sharpwatch.daemon.exporter.metrics import OwnMetrics
+from sharpwatch.daemon.exporter.own_metrics import OwnMetrics
 from sharpwatch.daemon.ingest.hello import Attempt
 from sharpwatch.daemon.ingest.samples import QueuedSample, Reading, SampleQueue
 from sharpwatch.daemon.records import NO_CHANGES, Alert, Changes, Decision
@@ -127,6 +127,7 @@ class Pipeline:
         """Journals that an attempt began at unix seconds `now`; if the journal fails, that is written later."""
         hello = attempt.hello
         self._pending.attempts[hello.attempt] = AttemptRow(hello.run, hello.attempt, attempt.message, now)
+        attempt.message = b""  # the journal's alone; some are of megabytes
         with suppress(StoreError):
             await self._write(())
 

@@ -25,21 +25,25 @@ class SessionRequest(google.protobuf.message.Message):
 
     HELLO_FIELD_NUMBER: builtins.int
     SAMPLE_FIELD_NUMBER: builtins.int
+    HEARTBEAT_FIELD_NUMBER: builtins.int
     @property
     def hello(self) -> Global___Hello: ...
     @property
     def sample(self) -> Global___Sample: ...
+    @property
+    def heartbeat(self) -> Global___Heartbeat: ...
     def __init__(
         self,
         *,
         hello: Global___Hello | None = ...,
         sample: Global___Sample | None = ...,
+        heartbeat: Global___Heartbeat | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["hello", b"hello", "message", b"message", "sample", b"sample"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["heartbeat", b"heartbeat", "hello", b"hello", "message", b"message", "sample", b"sample"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["hello", b"hello", "message", b"message", "sample", b"sample"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["heartbeat", b"heartbeat", "hello", b"hello", "message", b"message", "sample", b"sample"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: typing_extensions.TypeAlias = typing.Literal["hello", "sample"]
+    _WhichOneofReturnType_message: typing_extensions.TypeAlias = typing.Literal["hello", "sample", "heartbeat"]
     _WhichOneofArgType_message: typing_extensions.TypeAlias = typing.Literal["message", b"message"]
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -671,11 +675,17 @@ class AgentHealth(google.protobuf.message.Message):
     PROBE_FAILURES_FIELD_NUMBER: builtins.int
     LR_REVISION_FIELD_NUMBER: builtins.int
     MULTIPLIERS_FIELD_NUMBER: builtins.int
+    OBJECTIVE_FIELD_NUMBER: builtins.int
+    OBJECTIVE_STATE_FIELD_NUMBER: builtins.int
     overhead_ratio: builtins.float
     """Agent seconds over step seconds, measured."""
     step_seconds: builtins.float
     swallowed_errors: builtins.int
     lr_revision: builtins.int
+    objective: builtins.str
+    """What "gnb" takes for the loss, one line for people; empty before the first check."""
+    objective_state: builtins.str
+    """How it is known: "verified", "assumed", "undecided", "refused"; empty before the first check."""
     @property
     def dropped(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]:
         """Samples lost so far, by reason."""
@@ -696,8 +706,10 @@ class AgentHealth(google.protobuf.message.Message):
         probe_failures: collections.abc.Iterable[Global___ProbeFailure] | None = ...,
         lr_revision: builtins.int = ...,
         multipliers: collections.abc.Mapping[builtins.str, builtins.float] | None = ...,
+        objective: builtins.str = ...,
+        objective_state: builtins.str = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["dropped", b"dropped", "lr_revision", b"lr_revision", "multipliers", b"multipliers", "overhead_ratio", b"overhead_ratio", "probe_failures", b"probe_failures", "step_seconds", b"step_seconds", "swallowed_errors", b"swallowed_errors"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["dropped", b"dropped", "lr_revision", b"lr_revision", "multipliers", b"multipliers", "objective", b"objective", "objective_state", b"objective_state", "overhead_ratio", b"overhead_ratio", "probe_failures", b"probe_failures", "step_seconds", b"step_seconds", "swallowed_errors", b"swallowed_errors"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___AgentHealth: typing_extensions.TypeAlias = AgentHealth
@@ -709,21 +721,44 @@ class Welcome(google.protobuf.message.Message):
     DAEMON_VERSION_FIELD_NUMBER: builtins.int
     ACKNOWLEDGED_SEQUENCE_FIELD_NUMBER: builtins.int
     MAX_MESSAGE_BYTES_FIELD_NUMBER: builtins.int
+    HEARTBEAT_SECONDS_FIELD_NUMBER: builtins.int
     daemon_version: builtins.str
     acknowledged_sequence: builtins.int
     """Highest sequence of this attempt that is journalled. 0: none."""
     max_message_bytes: builtins.int
+    heartbeat_seconds: builtins.float
+    """How often the daemon wants to hear from an agent that has no sample to send. 0: it takes no Heartbeat."""
     def __init__(
         self,
         *,
         daemon_version: builtins.str = ...,
         acknowledged_sequence: builtins.int = ...,
         max_message_bytes: builtins.int = ...,
+        heartbeat_seconds: builtins.float = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["acknowledged_sequence", b"acknowledged_sequence", "daemon_version", b"daemon_version", "max_message_bytes", b"max_message_bytes"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["acknowledged_sequence", b"acknowledged_sequence", "daemon_version", b"daemon_version", "heartbeat_seconds", b"heartbeat_seconds", "max_message_bytes", b"max_message_bytes"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Welcome: typing_extensions.TypeAlias = Welcome
+
+@typing.final
+class Heartbeat(google.protobuf.message.Message):
+    """The trainer is alive, though it has sent no sample for a while: it is in a long step, or evaluates."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LAST_FIELD_NUMBER: builtins.int
+    last: builtins.bool
+    """The trainer is gone: nothing follows, and another attempt of the run may begin at once."""
+    def __init__(
+        self,
+        *,
+        last: builtins.bool = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["last", b"last"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___Heartbeat: typing_extensions.TypeAlias = Heartbeat
 
 @typing.final
 class Ack(google.protobuf.message.Message):
@@ -776,15 +811,19 @@ class Drain(google.protobuf.message.Message):
 
     REASON_FIELD_NUMBER: builtins.int
     RETRY_AFTER_SECONDS_FIELD_NUMBER: builtins.int
+    REFUSED_FIELD_NUMBER: builtins.int
     reason: builtins.str
     retry_after_seconds: builtins.float
+    refused: builtins.bool
+    """Set by the courier alone, for its trainer: the daemon is there, but refuses this run."""
     def __init__(
         self,
         *,
         reason: builtins.str = ...,
         retry_after_seconds: builtins.float = ...,
+        refused: builtins.bool = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["reason", b"reason", "retry_after_seconds", b"retry_after_seconds"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["reason", b"reason", "refused", b"refused", "retry_after_seconds", b"retry_after_seconds"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Drain: typing_extensions.TypeAlias = Drain

@@ -128,10 +128,10 @@ async def trainer(served, environ):
 
 @pytest.mark.usefixtures("trainer")
 async def test_a_learning_rate_reaches_the_trainer_and_is_undone(cli):
-    status, out, err = await cli("lr", "set", "gpt2", "qk=0.5", "vo=0.8", "--reason", "spikes")
+    status, out, err = await cli("lr", "set", "gpt2-a1", "qk=0.5", "vo=0.8", "--reason", "spikes")
     assert (status, err) == (0, "")
     assert out == "revision 1 applied at step 2: qk 0.5, vo 0.8\nunchanged: vo\n"
-    status, out, err = await cli("lr", "undo", "gpt2", "--reason", "calm again")
+    status, out, err = await cli("lr", "undo", "gpt2-a1", "--reason", "calm again")
     assert (status, err) == (0, "")
     assert out.startswith("revision 2 applied at step 3: every block 1")
     status, out, _ = await cli("lr", "history", "gpt2", "--json")
@@ -145,7 +145,7 @@ async def test_a_learning_rate_reaches_the_trainer_and_is_undone(cli):
     status, out, err = await cli("show", "gpt2")
     assert (status, err) == (0, "")
     assert "job, AdamW" in out
-    status, out, err = await cli("mode", "gpt2", "enforce", "--reason", "on call")
+    status, out, err = await cli("mode", "gpt2-a1", "enforce", "--reason", "on call")
     assert (status, out, err) == (0, "gpt2-a1: enforce\n", "")
     assert await cli("mode", "gpt2") == (0, "gpt2-a1: enforce\n", "")
 
@@ -153,17 +153,43 @@ async def test_a_learning_rate_reaches_the_trainer_and_is_undone(cli):
 @pytest.mark.usefixtures("trainer")
 async def test_what_the_daemon_refuses_is_one_line_and_exit_1(cli):
     for args, expected in (
-        (("lr", "set", "gpt2", "nope=0.5"), "nope"),
-        (("lr", "set", "gpt2", "qk=100"), "10"),
-        (("lr", "undo", "gpt2"), "revision"),
-        (("rollback", "gpt2", "--reason", "r"), "checkpoint"),
+        (("lr", "set", "gpt2-a1", "nope=0.5"), "nope"),
+        (("lr", "set", "gpt2-a1", "qk=100"), "10"),
+        (("lr", "undo", "gpt2-a1"), "revision"),
+        (("rollback", "gpt2-a1", "--reason", "r"), "checkpoint"),
         (("approve", "nothing"), "no decision 'nothing'"),
+        (("lr", "set", "gpt2", "qk=0.5"), "got 'gpt2'; say which one is meant: gpt2-a1"),
+        (("lr", "set", "bert", "qk=0.5"), "no run 'bert'"),
     ):
         status, out, err = await cli(*args)
         assert (status, out) == (1, ""), args
         assert err.startswith("sharpwatch: ")
         assert err.count("\n") == 1
         assert expected in err
+
+
+@pytest.mark.usefixtures("trainer")
+async def test_what_changes_a_run_takes_its_whole_name(cli):
+    """Also where it is the only run: `RUN=; sharpwatch rollback "$RUN"` must not roll it back."""
+    for command, given in (
+        ("lr set RUN qk=0.5", "gpt2"),
+        ("lr undo RUN", "g"),
+        ("rollback RUN --reason r", ""),
+        ("mode RUN enforce", "gpt2-a"),
+    ):
+        status, out, err = await cli(*(given if word == "RUN" else word for word in command.split()))
+        assert (status, out) == (1, ""), command
+        assert f"got {given!r}; say which one is meant: gpt2-a1" in err
+    assert json.loads((await cli("decisions", "--json"))[1])["decisions"] == []
+    assert await cli("mode", "gpt2") == (0, "gpt2-a1: observe\n", "")  # to read, the beginning of a name is enough
+
+
+@pytest.mark.usefixtures("trainer")
+async def test_a_shell_completes_the_names_that_the_daemon_knows(cli, environ):
+    environ |= {"_SHARPWATCH_COMPLETE": "bash_complete", "COMP_WORDS": "sharpwatch lr set gp", "COMP_CWORD": "3"}
+    assert await cli() == (0, "plain,gpt2-a1\n", "")
+    environ["SHARPWATCH_ADDRESS"] = "unix:/nowhere"
+    assert await cli() == (0, "\n", "")
 
 
 @pytest.mark.usefixtures("served")

@@ -105,6 +105,29 @@ def test_commands_come_back_and_nothing_else_does(serve, attach):
     assert client.receive() == []
 
 
+def test_a_daemon_that_asks_for_it_hears_of_a_trainer_in_a_long_step_and_of_its_end(serve, attach):
+    def asking(_, samples):
+        yield welcome(heartbeat_seconds=1e-9)  # less often than it asks for
+        yield from (ack(sample.sequence) for sample in samples)
+
+    daemon = serve(asking)
+    client = attach(daemon)
+    send(client, [1])
+    daemon.wait(lambda: len(daemon.heartbeats) == 2, client)
+    client.close()
+    assert [beat.last for beat in daemon.heartbeats] == [*[False] * (len(daemon.heartbeats) - 1), True]
+    assert daemon.sequences == [1]
+
+
+def test_a_daemon_that_does_not_ask_for_it_gets_no_heartbeat(serve, attach):
+    daemon = serve()
+    client = attach(daemon)
+    send(client, [1])
+    daemon.wait(lambda: daemon.sequences == [1], client)
+    client.close()
+    assert daemon.heartbeats == []
+
+
 def test_the_trainer_knows_whether_the_daemon_is_reached(serve, attach):
     first = serve(silent_after(2))
     client = attach(first)

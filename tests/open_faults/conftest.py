@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 from daemons import Daemon
 
-sys.path.insert(0, str(Path(__file__).parent))  # for the two modules below
+sys.path.insert(0, str(Path(__file__).parent))  # for the module below
 from recorded_watch import RecordedWatch
-from wire_trainer import WireTrainer
 
 
 @pytest.fixture
@@ -39,20 +38,6 @@ def make_daemon(tmp_path):
 def daemon(make_daemon):
     """A running daemon without policies."""
     return make_daemon()
-
-
-@pytest.fixture
-def train():
-    """Connect trainers that speak the wire by hand: `train(daemon, run="run")`."""
-    connected = []
-
-    def connect(to: Daemon, **hello) -> WireTrainer:
-        connected.append(WireTrainer(to.grpc, **hello))
-        return connected[-1]
-
-    yield connect
-    for trainer in connected:
-        trainer.stop()
 
 
 @pytest.fixture

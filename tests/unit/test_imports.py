@@ -81,7 +81,10 @@ ALLOWED = {
         *("blocks", "curvature.statistics", "daemon.records", "daemon.config", "daemon.storage", "daemon.detection"),
         *("daemon.decisions", "daemon.ingest", "daemon.estimation"),
     },
-    "daemon.exporter": {"blocks", "curvature.statistics", "daemon.records", "daemon.detection", "daemon.runs"},
+    "daemon.exporter": {
+        *("blocks", "curvature.statistics", "daemon.records", "daemon.detection", "daemon.ingest"),
+        *("daemon.estimation", "daemon.runs"),
+    },
     "daemon.pipeline": {
         *("blocks", "curvature.statistics", "daemon.records", "daemon.config", "daemon.storage", "daemon.detection"),
         *("daemon.decisions", "daemon.ingest", "daemon.estimation", "daemon.runs", "daemon.exporter"),

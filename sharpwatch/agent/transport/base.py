@@ -25,6 +25,7 @@ class Connection:
         since_unix_ns: When `connected` last changed; 0 before the first session.
         acknowledged: Sequence number of the newest sample that the daemon has acknowledged; 0 before the first.
         reason: Why no session is open; empty if one is, or before the first report.
+        refused: Whether the daemon is there, but does not take the run. It is asked again every few seconds.
     """
 
     address: str = ""
@@ -32,6 +33,7 @@ class Connection:
     since_unix_ns: int = 0
     acknowledged: int = 0
     reason: str = ""
+    refused: bool = False
 
 
 @runtime_checkable

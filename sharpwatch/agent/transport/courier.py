@@ -29,6 +29,7 @@ from sharpwatch.errors import WireError
 from sharpwatch.v1 import agent_pb2
 
 DRAIN_SECONDS = 1.5  # less than the 2 s that the trainer waits for the courier's end
+FAREWELL_SECONDS = 0.3  # that a daemon has to end the session, once it has all samples
 WELCOME_SECONDS = 3.0  # to connect and get the daemon's Welcome
 # gRPC's keepalive did not notice a stopped server within 40 s of steady sending.
 SILENCE_SECONDS = 20.0  # without an answer to samples sent: a dead connection can look alive for long
@@ -39,7 +40,18 @@ _HANG_SECONDS = 30  # without such a check SIGALRM ends this process, whichever 
 _MAX_REQUEST_BYTES = 64 * 2**20
 _MAX_RESPONSE_BYTES = 2**20
 _MAX_COMMAND_BYTES = 2**16
+_MIN_HEARTBEAT_SECONDS = 1.0  # whatever the daemon asks for
 _METHOD = "/sharpwatch.v1.AgentService/Session"
+# With these the daemon is there, but does not take the run: the trainer's own log must say why.
+_REFUSALS = frozenset(
+    {
+        grpc.StatusCode.INVALID_ARGUMENT,
+        grpc.StatusCode.ALREADY_EXISTS,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        grpc.StatusCode.PERMISSION_DENIED,
+        grpc.StatusCode.UNAUTHENTICATED,
+    }
+)
 # Refusals for reasons that the sample's events have no part in: the next sample carries them.
 _KEEPS_EVENTS = frozenset({"overflow", "out_of_order", "non_finite"})
 _OPTIONS = (
@@ -81,6 +93,8 @@ class Courier:
         self._confirmed = 0  # highest sequence that the daemon has acknowledged
         self._limit = _MAX_REQUEST_BYTES
         self._welcomed = False  # whether any session was welcomed
+        self._open = False  # whether the present session was welcomed
+        self._heartbeat: float | None = None  # seconds after which the daemon wants to hear of a silent trainer
         self._news = asyncio.Event()  # a sample came, or the trainer ended
         self._ended = asyncio.Event()
 
@@ -92,8 +106,9 @@ class Courier:
         delivering.add_done_callback(lambda _: self._end())
         await self._ended.wait()
         signal.alarm(math.ceil(DRAIN_SECONDS) + 2)  # ends this process if anything below hangs
-        if not self._done:
-            await asyncio.wait({delivering}, timeout=DRAIN_SECONDS)
+        # With nothing left to deliver, an open session is still told that the trainer is gone.
+        if not self._done or self._open:
+            await asyncio.wait({delivering}, timeout=FAREWELL_SECONDS if self._done else DRAIN_SECONDS)
         for task in (*tasks, delivering):
             task.cancel()
         await asyncio.wait((*tasks, delivering))
@@ -165,6 +180,7 @@ class Courier:
     async def _try_session(self, hello: bytes) -> float:
         """Run one session, from its Hello to its end; returns the seconds to wait after it."""
         wait: float | None = None
+        refused = False
         try:
             await self._session(hello)
             return self._backoff.next()
@@ -172,10 +188,13 @@ class Courier:
             wait, reason = error.wait, str(error)
         except grpc.aio.AioRpcError as error:
             reason = f"{error.code().name}: {error.details()}"
+            refused = not self._open and error.code() in _REFUSALS
         except (TimeoutError, asyncio.InvalidStateError, OSError) as error:
             reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        finally:
+            self._open = False
         _LOG.info("session ended: %s", reason)
-        self._to_trainer.disconnected(reason)
+        self._to_trainer.disconnected(reason, refused=refused)
         return self._backoff.next() if wait is None else wait
 
     async def _session(self, hello: bytes) -> None:
@@ -210,7 +229,9 @@ class Courier:
         self._to_trainer.connected(self._confirmed)
         self._to_trainer.settle(self._spool.settled)
         self._limit = response.welcome.max_message_bytes or _MAX_REQUEST_BYTES
-        self._welcomed = True
+        asked = response.welcome.heartbeat_seconds
+        self._heartbeat = max(asked, _MIN_HEARTBEAT_SECONDS) if asked > 0 else None
+        self._welcomed = self._open = True
         _LOG.info("welcomed by %s, %d samples to send", response.welcome.daemon_version, len(self._spool))
 
     async def _exchange(self, call: Call) -> None:
@@ -246,9 +267,15 @@ class Courier:
                 self._sent = max(self._sent, entry.sequence)
                 await call.write(entry.payload)
             if self._ended.is_set():
+                if self._heartbeat is not None:
+                    await call.write(_heartbeat(last=True))
                 await call.done_writing()
                 return
-            await self._news.wait()
+            try:
+                await asyncio.wait_for(self._news.wait(), self._heartbeat)
+            except TimeoutError:
+                # This process lives no longer than the trainer, which may be in a long step.
+                await call.write(_heartbeat())
 
     def _take(self, response: agent_pb2.SessionResponse, payload: bytes) -> None:
         match response.WhichOneof("message"):
@@ -320,6 +347,10 @@ def _parsed(payload: bytes) -> agent_pb2.SessionResponse | None:
     except DecodeError:
         _LOG.warning("ignored %d bytes from the daemon that are no message", len(payload))
         return None
+
+
+def _heartbeat(*, last: bool = False) -> bytes:
+    return agent_pb2.SessionRequest(heartbeat=agent_pb2.Heartbeat(last=last)).SerializeToString()
 
 
 def _credentials(tls: Tls) -> grpc.ChannelCredentials:

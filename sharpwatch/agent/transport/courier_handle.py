@@ -40,6 +40,7 @@ _LAST_RESTART_SECONDS = 30.0
 _READS_PER_CALL = 16
 _MAX_COMMANDS = 256
 _MAX_REASONS = 32
+_LOGGED_REFUSALS = 8
 _CLOSING_STARTS = 2  # couriers that close() may start
 _STUCK_SECONDS = 1.0  # without reading a byte: close() then takes the courier for stuck
 
@@ -86,6 +87,7 @@ class CourierHandle:
         self._entrusted: OrderedDict[int, None] = OrderedDict()
         self._dropped: Counter[str] = Counter()
         self._connection = Connection(where.target)
+        self._refusals: set[str] = set()  # that were logged since the last session
         self._commands: list[agent_pb2.SessionResponse] = []
         self._restart = _Restart()
         self._courier: CourierProcess | None = None
@@ -270,9 +272,11 @@ class CourierHandle:
             case "welcome":
                 self._note_session(connected=True, acknowledged=response.welcome.acknowledged_sequence)
             case "drain":
-                self._note_session(connected=False, reason=response.drain.reason)
+                drain = response.drain
+                self._note_session(connected=False, reason=drain.reason, refused=drain.refused)
 
-    def _note_session(self, *, connected: bool, acknowledged: int = 0, reason: str = "") -> None:
+    def _note_session(self, *, connected: bool, acknowledged: int = 0, reason: str = "", refused: bool = False) -> None:
+        self._log_refusal(reason if refused else "", connected=connected)
         before = self._connection
         self._connection = Connection(
             address=before.address,
@@ -280,7 +284,18 @@ class CourierHandle:
             since_unix_ns=before.since_unix_ns if connected == before.connected else time.time_ns(),
             acknowledged=max(before.acknowledged, acknowledged),
             reason=reason,
+            refused=refused,
         )
+
+    def _log_refusal(self, reason: str, *, connected: bool) -> None:
+        """Say in the trainer's log that it is not watched, once for each reason, and when it is watched after all."""
+        where = self._connection.address
+        if reason and reason not in self._refusals and len(self._refusals) < _LOGGED_REFUSALS:
+            self._refusals.add(reason)
+            warn("the daemon at %s does not take this run, which is not watched until it does: %s", where, reason)
+        elif connected and self._refusals:
+            self._refusals.clear()
+            warn("the daemon at %s takes this run now", where)
 
     def _settle(self, sequence: int) -> None:
         """The courier holds no sample up to `sequence` any more."""

@@ -39,9 +39,10 @@ class TrainerWriter:
         self._session = agent_pb2.SessionResponse(welcome=agent_pb2.Welcome(acknowledged_sequence=acknowledged))
         self._flush()
 
-    def disconnected(self, reason: str) -> None:
-        """Report that no session is open, and why."""
-        self._session = agent_pb2.SessionResponse(drain=agent_pb2.Drain(reason=reason[:_MAX_REASON]))
+    def disconnected(self, reason: str, *, refused: bool = False) -> None:
+        """Report that no session is open, and why; `refused`: the daemon is there, but does not take the run."""
+        drain = agent_pb2.Drain(reason=reason[:_MAX_REASON], refused=refused)
+        self._session = agent_pb2.SessionResponse(drain=drain)
         self._flush()
 
     def settle(self, sequence: int) -> None:

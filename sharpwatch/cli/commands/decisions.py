@@ -12,14 +12,13 @@ import click
 import grpc
 
 from sharpwatch.cli import output
-from sharpwatch.cli.client import author, operator, resolve_run
+from sharpwatch.cli.client import author, completions, operator, resolve_run, run_argument
 from sharpwatch.cli.options import (
     COUNT,
     STEP_RANGE,
     DaemonCommand,
     DaemonOptions,
     reason_option,
-    run_argument,
     wait_options,
 )
 from sharpwatch.cli.output import Grid, print_answer
@@ -82,10 +81,21 @@ def _reasons(decision: Decision) -> str:
 
 
 def _id_argument() -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    return click.argument("id_", metavar="ID", help="The decision's id, as `sharpwatch decisions` shows it.")
+    about = "The decision's id in full, as `sharpwatch decisions` shows it."
+    return click.argument("id_", metavar="ID", help=about, shell_complete=_complete_proposal)
 
 
-@click.command(cls=DaemonCommand, example="sharpwatch approve d7")
+def _complete_proposal(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    del param
+    return completions(ctx, _proposals, incomplete)
+
+
+def _proposals(stub: OperatorServiceStub) -> list[str]:
+    found = stub.ListDecisions(ListDecisionsRequest()).decisions
+    return [decision.id for decision in found if decision.outcome == "proposed"]
+
+
+@click.command(cls=DaemonCommand, example="sharpwatch approve 3f9c01d2ab47")
 @_id_argument()
 @reason_option()
 @wait_options
@@ -97,7 +107,7 @@ def approve(options: DaemonOptions, id_: str, reason: str, timeout: float | None
         follow(stub, stub.ApproveDecision(request).decision, timeout, as_json=options.json)
 
 
-@click.command(cls=DaemonCommand, example="sharpwatch reject d7 --reason 'expected after the restart'")
+@click.command(cls=DaemonCommand, example="sharpwatch reject 3f9c01d2ab47 --reason 'expected after the restart'")
 @_id_argument()
 @reason_option()
 @click.pass_obj
@@ -112,7 +122,7 @@ def reject(options: DaemonOptions, id_: str, reason: str) -> None:
 @click.command(
     cls=DaemonCommand, example="sharpwatch rollback gpt2-a1 --to-step 400 --skip 405:421 --reason 'corrupt shard'"
 )
-@run_argument()
+@run_argument(whole=True)
 @click.option(
     "--to-step",
     metavar="STEP",
@@ -140,7 +150,7 @@ def rollback(  # noqa: PLR0913, PLR0917 - click passes every option by name
     """Ask a trainer to go back to a checkpoint, and wait until it has done so."""
     with operator(options) as stub:
         request = RequestRollbackRequest(
-            run=resolve_run(stub, run),
+            run=run,
             to_step=to_step,
             skip_from_step=skip[0],
             skip_to_step=skip[1],

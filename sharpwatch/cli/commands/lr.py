@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import click
 
 from sharpwatch.cli import output
-from sharpwatch.cli.client import author, operator, resolve_run
+from sharpwatch.cli.client import author, operator, resolve_run, run_argument
 from sharpwatch.cli.commands.decisions import follow
 from sharpwatch.cli.options import (
     COUNT,
@@ -17,7 +17,6 @@ from sharpwatch.cli.options import (
     DaemonOptions,
     multipliers_argument,
     reason_option,
-    run_argument,
     wait_options,
 )
 from sharpwatch.cli.output import Grid, print_answer, to_dict
@@ -86,7 +85,7 @@ def rate_table(detail: RunDetail, newest: Revision | None) -> Grid:
     cls=DaemonCommand,
     example="sharpwatch lr set gpt2-a1 qk=0.5 vo=0.8 --ramp 20 --reason 'loss spikes'",
 )
-@run_argument()
+@run_argument(whole=True)
 @multipliers_argument()
 @click.option("--ramp", metavar="STEPS", type=COUNT, default=0, help="Move there over so many steps. Default: at once.")
 @click.option("--at-step", metavar="STEP", type=COUNT, default=0, help="Not before this step. Default: the next one.")
@@ -105,7 +104,7 @@ def set_multipliers(  # noqa: PLR0913, PLR0917 - click passes every option by na
     """Multiply the learning rates of blocks by a factor each, and wait until the trainer has done it."""
     with operator(options) as stub:
         request = SetLearningRatesRequest(
-            run=resolve_run(stub, run),
+            run=run,
             multipliers=multipliers,
             ramp_steps=ramp,
             apply_at_step=at_step,
@@ -150,7 +149,7 @@ def revision_table(revisions: list[Revision]) -> Grid:
 
 
 @lr.command(cls=DaemonCommand, example="sharpwatch lr undo gpt2-a1 --reason 'loss is calm again'")
-@run_argument()
+@run_argument(whole=True)
 @click.option("--revision", metavar="N", type=COUNT, default=0, help="The revision to undo. Default: the newest.")
 @reason_option()
 @wait_options
@@ -158,8 +157,6 @@ def revision_table(revisions: list[Revision]) -> Grid:
 def undo(options: DaemonOptions, run: str, revision: int, reason: str, timeout: float | None) -> None:
     """Undo a revision by a new one, and wait until the trainer has done it."""
     with operator(options) as stub:
-        request = UndoLearningRatesRequest(
-            run=resolve_run(stub, run), revision=revision, author=author(os.environ), reason=reason
-        )
+        request = UndoLearningRatesRequest(run=run, revision=revision, author=author(os.environ), reason=reason)
         decision = stub.UndoLearningRates(request).decision
         follow(stub, decision, timeout, as_json=options.json)

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 import click
 
 from sharpwatch.cli import output
-from sharpwatch.cli.client import author, operator, resolve_run
-from sharpwatch.cli.options import DaemonCommand, DaemonOptions, reason_option, run_argument
+from sharpwatch.cli.client import author, operator, resolve_run, run_argument
+from sharpwatch.cli.options import DaemonCommand, DaemonOptions, reason_option
 from sharpwatch.cli.output import Grid, print_answer
 from sharpwatch.v1.operator_pb2 import Block, GetRunRequest, ListRunsRequest, Run, RunDetail, RunPhase, SetModeRequest
 from sharpwatch.v1.types_pb2 import Estimate
@@ -75,15 +75,14 @@ def mode(options: DaemonOptions, run: str, mode: str | None, reason: str) -> Non
     """Print or set what the daemon's policies may do to a run.
 
     In mode observe they only record decisions, in mode advise they propose them to an operator, and in mode enforce
-    they act.
+    they act. To set a mode, the run's name must be given in full.
     """
     with operator(options) as stub:
-        name = resolve_run(stub, run)
         if mode:
-            request = SetModeRequest(run=name, mode=mode, author=author(os.environ), reason=reason)
+            request = SetModeRequest(run=run, mode=mode, author=author(os.environ), reason=reason)
             found = stub.SetMode(request).run
         else:
-            found = stub.GetRun(GetRunRequest(run=name)).detail.run
+            found = stub.GetRun(GetRunRequest(run=resolve_run(stub, run))).detail.run
     print_answer(found, f"{found.run}: {found.mode}", as_json=options.json)
 
 
@@ -127,6 +126,8 @@ def state(detail: RunDetail, now: float) -> Grid:
             f"{output.percent(detail.overhead_ratio)} of step time" if detail.HasField("overhead_ratio") else "–",
         ),
     ]
+    if detail.objective:
+        facts.append(("objective", f"{detail.objective} ({detail.objective_state})"))
     facts += [(f"model's {name}", output.estimate(found)) for name, found in _model(detail.estimates)]
     if detail.HasField("block_order_correlation"):
         facts.append(("block order", f"rank correlation {output.number(detail.block_order_correlation, 2)}"))
@@ -173,15 +174,25 @@ def _block(block: Block) -> tuple[str, ...]:
 
 
 def sources(detail: RunDetail) -> Grid:
-    """For each quantity: its estimator, number of draws and step; empty before the first probe."""
-    rows = []
+    """Where the estimates that are shown come from, and how old they are; empty before the first probe."""
+    found: dict[tuple[str, str, int], list[Estimate]] = {}
     for quantity, name in _QUANTITIES.items():
-        found = [estimate for block in detail.blocks if (estimate := first(block.estimates, quantity))]
-        if found:
-            draws = _range([estimate.draws for estimate in found])
-            at = _range([estimate.step for estimate in found])
-            rows.append((name, ", ".join(sorted({estimate.estimator for estimate in found})), draws, at))
-    return Grid("llrr", tuple(rows), ("quantity", "estimator", "draws", "step"), empty="no probe has come in yet")
+        for estimates in (*(block.estimates for block in detail.blocks), detail.estimates):
+            if estimate := first(estimates, quantity):
+                found.setdefault((name, estimate.estimator, estimate.step), []).append(estimate)
+    rows = tuple(
+        (
+            name,
+            estimator,
+            _range([estimate.draws for estimate in estimates]),
+            str(step),
+            str(max(0, detail.run.step - step)),
+            ", ".join(estimate.block or "whole model" for estimate in estimates),
+        )
+        for (name, estimator, step), estimates in found.items()
+    )
+    headings = ("quantity", "estimator", "draws", "step", "steps ago", "of")
+    return Grid("llrrrl", rows, headings, empty="no probe has come in yet")
 
 
 def _range(values: Sequence[int]) -> str:
@@ -211,7 +222,9 @@ def alerts(detail: RunDetail) -> Grid:
 
 
 def failures(detail: RunDetail) -> Grid:
-    """Failed probes and dropped samples."""
+    """Failed probes, the agent's own errors and dropped samples."""
     rows = [("probe failure", failure) for failure in detail.probe_failures]
+    if detail.swallowed_errors:
+        rows.append(("agent's own errors", f"{detail.swallowed_errors}, each in the trainer's log"))
     rows += [("dropped samples", f"{count} {reason}") for reason, count in sorted(detail.dropped.items()) if count]
     return Grid("ll", tuple(rows), empty="no probe failure, no sample dropped")

@@ -18,9 +18,10 @@ from google.protobuf.message import DecodeError
 
 from sharpwatch import wire
 from sharpwatch._version import __version__
+from sharpwatch.daemon.api.admission import Admission, RefusedError, client_of
 from sharpwatch.daemon.api.conversions import command_message
-from sharpwatch.daemon.exporter.metrics import OwnMetrics
-from sharpwatch.daemon.ingest.hello import Attempt, RunHello, read_hello
+from sharpwatch.daemon.exporter.own_metrics import OwnMetrics, SessionRefusal
+from sharpwatch.daemon.ingest.hello import Attempt, read_hello
 from sharpwatch.daemon.ingest.samples import QueuedSample, Reading, SampleQueue, read_sample
 from sharpwatch.daemon.pipeline import Pipeline
 from sharpwatch.daemon.records import Decision
@@ -32,6 +33,8 @@ log = structlog.get_logger(__name__)
 
 MAX_REASON = 1_000  # characters of a refusal, which may quote the bad message
 MAX_OUTGOING = 1_024  # refusals and commands that wait for a client which does not read
+HEARTBEAT_SECONDS = 10.0  # a third of the silence after which a run may go to another trainer
+_LOGGED = 256  # refused sessions that are remembered, as each tries again every few seconds
 Context = grpc.aio.ServicerContext[bytes, agent_pb2.SessionResponse]
 
 
@@ -46,8 +49,9 @@ class SessionEndedError(Exception):
 class Session:
     """What is to be sent to one attempt: the newest acknowledgement, and a bounded queue of all other responses."""
 
-    def __init__(self, attempt: Attempt) -> None:
+    def __init__(self, attempt: Attempt, client: str) -> None:
         self.attempt = attempt
+        self.client = client
         self._responses: deque[agent_pb2.SessionResponse] = deque()
         self._acknowledged = 0
         self._end: SessionEndedError | None = None
@@ -112,9 +116,13 @@ class Sessions:
         self._metrics = metrics
         self._live: dict[str, Session] = {}
 
-    def open(self, attempt: Attempt) -> Session:
+    def count(self, client: str) -> int:
+        """Returns how many sessions `client` has."""
+        return sum(session.client == client for session in self._live.values())
+
+    def open(self, attempt: Attempt, client: str) -> Session:
         """Opens a session for `attempt`, and ends the one that it already has."""
-        session = Session(attempt)
+        session = Session(attempt, client)
         older = self._live.get(attempt.hello.attempt)
         if older is not None:
             # A courier gives up a stream that is silent and connects again, before this side has noticed anything.
@@ -181,6 +189,8 @@ class AgentService:
         self._pipeline = pipeline
         self._sessions = sessions
         self._metrics = metrics
+        self._admission = Admission(runs, sessions.count)
+        self._logged: set[str] = set()
         self.draining = False
 
     def handlers(self) -> grpc.GenericRpcHandler[bytes, agent_pb2.SessionResponse]:
@@ -198,18 +208,20 @@ class AgentService:
     ) -> AsyncIterator[agent_pb2.SessionResponse]:
         """Serves one stream, from its Hello until client or daemon ends it."""
         try:
-            attempt, run = await self._handshake(requests)
-        except SessionEndedError as error:
-            self._metrics.refused.labels("hello").inc()
-            log.warning("session_refused", peer=context.peer(), reason=str(error))
+            session, run = await self._handshake(requests, context.peer())
+        except RefusedError as error:
+            self._count_refusal(error, context.peer())
             await context.abort(error.code, str(error))
-        session = self._sessions.open(attempt)
+        attempt = session.attempt
         if attempt is run.attempt:
             run.publish(phase="running")
         log.info("session_opened", run=run.name, attempt=attempt.hello.attempt, peer=context.peer())
         # A task of its own: acknowledgements must go out also while no sample comes in.
         reader = asyncio.create_task(self._read(requests, session))
         try:
+            if not attempt.journalled:
+                attempt.journalled = True
+                await self._pipeline.register(attempt, time.time())
             yield self._welcome(attempt)
             if attempt is run.attempt:
                 # They may have been lost with the last connection. The trainer applies a command of one id once.
@@ -229,53 +241,52 @@ class AgentService:
             daemon_version=__version__,
             acknowledged_sequence=attempt.cursor.journalled,
             max_message_bytes=wire.MAX_MESSAGE_BYTES,
+            heartbeat_seconds=HEARTBEAT_SECONDS,
         )
         return agent_pb2.SessionResponse(welcome=welcome)
 
     def _close(self, session: Session, run: Run) -> None:
         # A session that a newer one replaced says nothing about the run.
-        if self._sessions.close(session) and session.attempt is run.attempt:
+        if not self._sessions.close(session):
+            return
+        session.attempt.presence.broke(time.monotonic())
+        if session.attempt is run.attempt:
             # A run that sent its closing sample stays closed.
             if run.phase == "running":
                 run.publish(phase="silent", last_seen_at=time.time())
             log.info("session_closed", run=run.name, attempt=session.attempt.hello.attempt, phase=run.phase)
 
-    async def _handshake(self, requests: AsyncIterator[bytes]) -> tuple[Attempt, Run]:
+    async def _handshake(self, requests: AsyncIterator[bytes], peer: str) -> tuple[Session, Run]:
         if self.draining:
-            raise SessionEndedError(grpc.StatusCode.UNAVAILABLE, "the daemon is stopping")
+            raise RefusedError("stopping", grpc.StatusCode.UNAVAILABLE, "the daemon is stopping")
         try:
             message = await anext(requests)
         except StopAsyncIteration:
-            raise SessionEndedError(grpc.StatusCode.INVALID_ARGUMENT, "no Hello") from None
+            raise RefusedError("malformed", grpc.StatusCode.INVALID_ARGUMENT, "no Hello") from None
         try:
             _check_size(message)
-            request = _parse(message, "hello")
-            return await self._admit(read_hello(request.hello), request.hello.SerializeToString())
+            sent = _parse(message, "hello").hello
+            hello = read_hello(sent)
+            now = time.monotonic()
+            client = client_of(peer, hello)
+            attempt, run = self._admission.admit(hello, sent.SerializeToString(), client, now)
         except WireError as error:
-            raise SessionEndedError(grpc.StatusCode.INVALID_ARGUMENT, f"{error.code}: {_reason(error)}") from error
+            reason: SessionRefusal = "wrong_run" if error.code == "wrong_run" else "malformed"
+            text = f"{error.code}: {_reason(error)}"
+            raise RefusedError(reason, grpc.StatusCode.INVALID_ARGUMENT, text) from error
+        # In the same turn of the loop: of two trainers that come at once, one must find the other.
+        attempt.presence.heard(now)
+        return self._sessions.open(attempt, client), run
 
-    async def _admit(self, hello: RunHello, message: bytes) -> tuple[Attempt, Run]:
-        # The journal knows a sample by attempt and sequence, so one id in two runs would mix their samples.
-        owner = self._runs.owner(hello.attempt)
-        if owner is not None and owner != hello.run:
-            raise WireError("wrong_run", f"attempt {hello.attempt} belongs to run {owner}")
-        held = self._runs.get(hello.run)
-        # Another job under the same run name would be given this one's multipliers.
-        if held is not None and held.attempt.hello.training_job != hello.training_job:
-            other = held.attempt.hello.training_job
-            raise WireError("wrong_run", f"run {hello.run} belongs to training job {other}")
-        known, run = self._runs.attempt(hello.run, hello.attempt), self._runs.get(hello.run)
-        if known is not None and run is not None:
-            if not known.hello.same_blocks(hello):
-                raise WireError("malformed", f"attempt {hello.attempt} sent a Hello with other blocks before")
-            return known, run
-        attempt = Attempt(hello, message)
-        now = time.time()
-        run = self._runs.begin(attempt, now)
-        if run is None:
-            raise SessionEndedError(grpc.StatusCode.RESOURCE_EXHAUSTED, "the daemon holds as many live runs as it can")
-        await self._pipeline.register(attempt, now)
-        return attempt, run
+    def _count_refusal(self, error: RefusedError, peer: str) -> None:
+        self._metrics.refused.labels("hello").inc()
+        self._metrics.sessions_refused.labels(error.reason).inc()
+        if str(error) in self._logged:
+            return
+        if len(self._logged) >= _LOGGED:
+            self._logged.clear()
+        self._logged.add(str(error))
+        log.warning("session_refused", peer=peer, code=error.reason, reason=str(error))
 
     async def _read(self, requests: AsyncIterator[bytes], session: Session) -> None:
         try:
@@ -299,25 +310,42 @@ class AgentService:
 
     def _take(self, message: bytes, session: Session) -> None:
         received_at = time.monotonic()
-        self._metrics.received.inc()
-        sequence = 0
+        session.attempt.presence.heard(received_at)
+        replaced = self._admission.replaced(session.attempt, received_at)
+        if replaced:
+            session.end(grpc.StatusCode.FAILED_PRECONDITION, replaced)
+            return
+        try:
+            request = _parse(message, "sample", "heartbeat")
+        except WireError as error:
+            self._metrics.received.inc()
+            self._refuse(session, 0, error)
+            return
+        if request.HasField("sample"):
+            self._metrics.received.inc()
+            self._take_sample(request.sample, message, session, received_at)
+        elif request.heartbeat.last:
+            session.attempt.presence.left()
+
+    def _take_sample(self, sample: agent_pb2.Sample, message: bytes, session: Session, received_at: float) -> None:
         attempt = session.attempt
         try:
-            request = _parse(message, "sample")
-            sequence = request.sample.sequence
-            reading = read_sample(attempt.hello, request.sample)
+            reading = read_sample(attempt.hello, sample)
             # Last, because it moves the cursor: a sample that is refused must leave no trace.
             place = self._place(attempt, reading)
         except WireError as error:
-            self._metrics.refused.labels(error.code).inc()
-            reason = _reason(error)
-            log.warning("sample_refused", run=attempt.hello.run, sequence=sequence, code=error.code, reason=reason)
-            session.refuse(sequence, error.code, reason)
+            self._refuse(session, sample.sequence, error)
             return
         if place == "new":
             self._queue.put(QueuedSample(attempt.hello.run, attempt, reading, message, received_at))
         elif place == "journalled":
             session.acknowledge(attempt.cursor.journalled)
+
+    def _refuse(self, session: Session, sequence: int, error: WireError) -> None:
+        self._metrics.refused.labels(error.code).inc()
+        reason, run = _reason(error), session.attempt.hello.run
+        log.warning("sample_refused", run=run, sequence=sequence, code=error.code, reason=reason)
+        session.refuse(sequence, error.code, reason)
 
     def _place(self, attempt: Attempt, reading: Reading) -> str:
         run = self._runs.get(attempt.hello.run)
@@ -336,11 +364,11 @@ def _check_size(message: bytes) -> None:
         raise WireError("oversized", f"a message must have at most {wire.MAX_MESSAGE_BYTES} bytes, got {len(message)}")
 
 
-def _parse(message: bytes, expected: Literal["hello", "sample"]) -> agent_pb2.SessionRequest:
+def _parse(message: bytes, *expected: Literal["hello", "sample", "heartbeat"]) -> agent_pb2.SessionRequest:
     try:
         request = agent_pb2.SessionRequest.FromString(message)
     except DecodeError as error:
         raise WireError("malformed", f"not a SessionRequest: {error}") from error
-    if not request.HasField(expected):
-        raise WireError("malformed", "the first message must be a Hello, and all others Samples")
+    if request.WhichOneof("message") not in expected:
+        raise WireError("malformed", "the first message must be a Hello, and all others Samples or Heartbeats")
     return request

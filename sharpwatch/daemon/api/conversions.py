@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from sharpwatch.curvature.statistics.estimate import Estimate
 from sharpwatch.daemon.records import Alert, Checkpoint, Decision, Revision, RollbackPlan
-from sharpwatch.daemon.runs.run import Phase, RunSnapshot
+from sharpwatch.daemon.runs.snapshot import Phase, RunSnapshot
 from sharpwatch.v1 import operator_pb2, types_pb2
 
 _PHASES: dict[Phase, operator_pb2.RunPhase.ValueType] = {
@@ -183,4 +183,7 @@ def detail_message(snapshot: RunSnapshot, checkpoints: Iterable[Checkpoint]) -> 
         block_order_correlation=snapshot.order_correlation,
         optimizer=snapshot.hello.optimizer,
         host=snapshot.hello.host,
+        swallowed_errors=health.swallowed_errors if health is not None else 0,
+        objective=health.objective if health is not None else "",
+        objective_state=health.objective_state if health is not None else "",
     )

@@ -6,10 +6,10 @@ from __future__ import annotations
 import asyncio
 import heapq
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Protocol, cast, get_args
+from typing import Any, NoReturn, Protocol, cast, get_args
 
 import grpc
 
@@ -17,8 +17,8 @@ from sharpwatch import wire
 from sharpwatch._version import __version__
 from sharpwatch.daemon.api.auth import Authorizer
 from sharpwatch.daemon.api.conversions import decision_message, detail_message, revision_message, run_message
-from sharpwatch.daemon.decisions.lifecycle import is_settled
 from sharpwatch.daemon.decisions.run_controller import RunController
+from sharpwatch.daemon.decisions.transitions import is_settled
 from sharpwatch.daemon.pipeline import Pipeline
 from sharpwatch.daemon.records import Changes, Decision, Mode
 from sharpwatch.daemon.runs.run import Run, Runs
@@ -30,7 +30,7 @@ from sharpwatch.v1.operator_pb2_grpc import OperatorServiceServicer
 Context = grpc.aio.ServicerContext[Any, Any]
 _DEFAULT_LIMIT, _MOST = 100, 10_000
 _MAX_REASON = 2_000
-_NAMED = 5  # decisions that an error lists when an id is ambiguous
+_NAMED = 8  # runs or decisions that an error lists
 
 
 class Audited(Protocol):
@@ -218,7 +218,7 @@ class OperatorService(OperatorServiceServicer):
     ) -> pb.Decision:
         """Approves or rejects a proposed decision, by a method of its run's controller."""
         await self._authorize(request, context)
-        run, identity = await self._find_decision(request.id, context)
+        run, identity = await self._decision_to_answer(request.id, context)
         changes = await self._change(
             context, lambda: answer(run.controller, identity, request.author, request.reason, time.time())
         )
@@ -240,16 +240,25 @@ class OperatorService(OperatorServiceServicer):
         return run
 
     async def _find_decision(self, given: str, context: Context) -> tuple[Run, str]:
-        """Finds a decision by its id or by a beginning that no other id has; returns its run and its whole id."""
+        """Finds a decision to read, by its id or by a beginning that no other id has; returns its run and its id."""
         found = self._runs.decisions(given) if given else []
         if not found:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"no decision {given!r}")
         if len(found) > 1:
-            some = ", ".join(identity for _, identity in found[:_NAMED]) + (", ..." if len(found) > _NAMED else "")
+            some = _some([identity for _, identity in found])
             await context.abort(
                 grpc.StatusCode.INVALID_ARGUMENT, f"{len(found)} decisions begin with {given!r}: {some}"
             )
         return found[0]
+
+    async def _decision_to_answer(self, given: str, context: Context) -> tuple[Run, str]:
+        """Finds a decision by its whole id; a beginning could be of another decision than the one that is meant."""
+        found = self._runs.decisions(given)
+        whole = next((one for one in found if one[1] == given), None)
+        if whole is None:
+            proposed = [identity for run, identity in found if _decision(run, identity).outcome == "proposed"]
+            await _refuse_name(context, "decision", given, proposed)
+        return whole
 
     async def _authorize(self, request: Audited, context: Context) -> None:
         await self._authorizer.require_operator(context)
@@ -261,8 +270,12 @@ class OperatorService(OperatorServiceServicer):
             )
 
     async def _authorized_run(self, name: str, request: Audited, context: Context) -> Run:
+        """Finds the run that is to be changed, by its whole name."""
         await self._authorize(request, context)
-        return await self._run(name, context)
+        run = self._runs.get(name)
+        if run is None:
+            await _refuse_name(context, "run", name, sorted(each.name for each in self._runs))
+        return run
 
     async def _change(self, context: Context, change: Callable[[], Changes]) -> Changes:
         """Lets the controller make the change, unless the journal fails: no change may go unrecorded."""
@@ -288,6 +301,24 @@ class OperatorService(OperatorServiceServicer):
     async def _submit_decision(self, run: Run, changes: Changes, context: Context) -> pb.Decision:
         await self._submit(run, changes, context)
         return decision_message(_decision(run, changes.decisions[-1].id))
+
+
+async def _refuse_name(context: Context, kind: str, given: str, names: Iterable[str]) -> NoReturn:
+    """Ends a call that would change something, as `given` is none of `names`; says which of them it may be."""
+    candidates = [name for name in names if name.startswith(given)]
+    if not candidates:
+        await context.abort(grpc.StatusCode.NOT_FOUND, f"no {kind} {given!r}")
+    # Also with a single candidate: `rollback ""` would else be for the only run there is.
+    await context.abort(
+        grpc.StatusCode.INVALID_ARGUMENT,
+        f"a {kind} that is changed must be named in full, got {given!r}; say which one is meant: {_some(candidates)}",
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    """Returns the first of `names`, and how many more there are."""
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _decision(run: Run, identity: str) -> Decision:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sharpwatch.daemon.decisions.lifecycle import FINAL, UNDER_WAY, Event, advance, is_settled
+from sharpwatch.daemon.decisions.transitions import FINAL, UNDER_WAY, Event, advance, is_settled
 from sharpwatch.daemon.records import Alert, Changes, Decision, Revision
 from sharpwatch.errors import OperatorError
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 from sharpwatch.daemon.config.settings import PolicyConfig
 from sharpwatch.daemon.decisions.decision_log import DecisionLog
-from sharpwatch.daemon.decisions.lifecycle import UNDER_WAY
 from sharpwatch.daemon.decisions.operator_requests import issue, time_out_kept
 from sharpwatch.daemon.decisions.policy import (
     ANNOUNCED,
@@ -24,6 +23,7 @@ from sharpwatch.daemon.decisions.policy import (
     scaled,
 )
 from sharpwatch.daemon.decisions.ramp_back import failed_ramp_back, ramp_back_due
+from sharpwatch.daemon.decisions.transitions import UNDER_WAY
 from sharpwatch.daemon.detection.detectors import AlertLog
 from sharpwatch.daemon.records import Action, Alert, Checkpoint, Decision, Finding, Mode
 
@@ -104,7 +104,7 @@ class PolicyEngine:
         if mode != "enforce" and self._decided_before(policy, alert, ANNOUNCED if mode == "advise" else ("observed",)):
             return
         made = self._draft(policy.action.kind, policy, mode, alert, at)
-        context = GuardContext(at.step, at.now, self._log.decisions)
+        context = GuardContext(at.step, at.now, self._log.decisions, alert.id, mode)
         if policy.action.kind == "rollback":
             plan = rollback_plan(policy, alert, at.checkpoints, at.step)
             made = replace(made, rollback=plan, guard=judge_rollback(policy, plan, self._permissions, context))

@@ -1,18 +1,8 @@
-"""The life of a decision: which outcomes it can have, and which event leads from one to the next.
+"""Moves decisions that are not final yet on: by the trainer's answer, by recovery or its absence, and by expiry.
 
-                observe ──▶ observed
-                refuse ───▶ refused
-    draft ──────send ─────▶ sent ────────┐  apply ──▶ applied ──┐  recover ───▶ recovered
-                propose ──▶ proposed     ├─ refuse ─▶ refused   ├─ fail ──────▶ failed
-                              │          ├─ fail ───▶ failed    └─ supersede ─▶ failed
-                              ├─ approve ▶ approved  expire ─▶ expired
-                              ├─ reject ─▶ rejected
-                              └─ expire, supersede ─▶ expired
-
-`TRANSITIONS` is this picture as a table, and `advance` is the only way to a new outcome: `DecisionLog` calls it for
-every event. `DecisionLifecycle` raises the events of decisions that are not final yet: the trainer's answer, recovery
-or its absence, and expiry. Policies (`engine`) and operators (`operator_requests`) raise the others, and set the
-step by which a trainer must answer; the trainer refuses what comes later (`agent.control.controller`).
+`transitions` has the outcomes and the events. Policies (`engine`) and operators (`operator_requests`) raise the other
+events, and set the step by which a trainer must answer; the trainer refuses what comes later
+(`agent.control.controller`).
 """
 
 from __future__ import annotations
@@ -20,85 +10,20 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from collections.abc import Set as AbstractSet
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING
 
 from sharpwatch.daemon.config.settings import GuardConfig
-from sharpwatch.daemon.decisions.policy import REFUSED_THERE, EscalationChain
+from sharpwatch.daemon.decisions.policy import EscalationChain
 from sharpwatch.daemon.decisions.ramp_back import hold_steps, scaling_state
+from sharpwatch.daemon.decisions.transitions import REFUSED_THERE, UNDER_WAY, Event
 from sharpwatch.daemon.detection.detectors import AlertLog
-from sharpwatch.daemon.records import Checkpoint, Decision, Observation, Outcome, ReportedResult
+from sharpwatch.daemon.records import Checkpoint, Decision, Observation, ReportedResult
 
 if TYPE_CHECKING:
     from sharpwatch.daemon.decisions.decision_log import DecisionLog
 
-Event = Literal[
-    "observe", "propose", "refuse", "send", "approve", "reject", "supersede", "apply", "fail", "expire", "recover"
-]
-
-TRANSITIONS: Mapping[tuple[Outcome, Event], Outcome] = {
-    # A policy or an operator makes the decision; a guard can refuse it.
-    ("draft", "observe"): "observed",
-    ("draft", "propose"): "proposed",
-    ("draft", "refuse"): "refused",
-    ("draft", "send"): "sent",
-    # An operator answers a proposal, nobody does in time, or another set of multipliers comes into force first.
-    ("proposed", "approve"): "approved",
-    ("proposed", "reject"): "rejected",
-    ("proposed", "expire"): "expired",
-    ("proposed", "supersede"): "expired",
-    # The trainer answers the command, or never does.
-    ("approved", "apply"): "applied",
-    ("approved", "refuse"): "refused",
-    ("approved", "fail"): "failed",
-    ("approved", "expire"): "expired",
-    ("sent", "apply"): "applied",
-    ("sent", "refuse"): "refused",
-    ("sent", "fail"): "failed",
-    ("sent", "expire"): "expired",
-    # The change cures the alert, does not, or the policy acts again because it was not enough.
-    ("applied", "recover"): "recovered",
-    ("applied", "fail"): "failed",
-    ("applied", "supersede"): "failed",
-}
-OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
-EVENTS: tuple[Event, ...] = get_args(Event)
-FINAL = frozenset(OUTCOMES) - {outcome for outcome, _ in TRANSITIONS}  # no event leads on from these
-UNDER_WAY = frozenset(outcome for outcome, event in TRANSITIONS if event == "apply")  # the trainer's answer is due
-
 LOST_AFTER = 100  # steps that a result may come after its command's expiry: the samples that carry it can be dropped
 _RESULT_EVENTS: Mapping[str, Event] = {"applied": "apply", "refused": "refuse", "expired": "expire", "failed": "fail"}
-
-
-def can(outcome: Outcome, event: Event) -> bool:
-    """Returns whether a decision with `outcome` can take `event`."""
-    return (outcome, event) in TRANSITIONS
-
-
-def advance(outcome: Outcome, event: Event) -> Outcome:
-    """Looks up the outcome that an event leads to.
-
-    Args:
-        outcome: The decision's present outcome; "draft" before it is recorded.
-        event: What happened to it.
-
-    Returns:
-        The new outcome.
-
-    Raises:
-        ValueError: `TRANSITIONS` has no such transition.
-    """
-    if not can(outcome, event):
-        possible = ", ".join(other for other in EVENTS if can(outcome, other)) or "none, it is final"
-        raise ValueError(f"event {event!r} is not possible for a decision that is {outcome}; possible: {possible}")
-    return TRANSITIONS[outcome, event]
-
-
-def is_settled(decision: Decision) -> bool:
-    """Returns whether the outcome of `decision` can no longer change.
-
-    An operator's own decision is settled once it is applied; a policy's has still to cure its alert.
-    """
-    return decision.outcome in FINAL or (decision.outcome == "applied" and not decision.policy)
 
 
 class DecisionLifecycle:

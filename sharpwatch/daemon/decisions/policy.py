@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sharpwatch.daemon.config.settings import PolicyConfig
+from sharpwatch.daemon.decisions.transitions import came_to_nothing, took_effect
 from sharpwatch.daemon.records import Alert, Checkpoint, Decision, Mode, RollbackPlan
 
 MODES: tuple[Mode, ...] = ("observe", "advise", "enforce")
@@ -88,7 +89,6 @@ def newest(checkpoints: Iterable[Checkpoint], at_most: int | None) -> Checkpoint
 
 
 OK = "ok"
-REFUSED_THERE = "trainer"  # the guard's name where the trainer's own side refused
 Control = Literal["none", "lr", "rollback"]
 _RATES = ("scale_lr", "set_lr", "rollback")  # what a further cut waits after: each may be the cure already
 _COUNTED = ("scale_lr", "rollback")  # a cut put back after a ramp that failed must never find its quota used up
@@ -118,11 +118,13 @@ class Permissions:
 
 @dataclass(frozen=True, slots=True)
 class GuardContext:
-    """Where the run stands: its step, unix seconds, and what was decided before."""
+    """Where the run stands: its step, unix seconds, what was decided before; the alert to answer, and in which mode."""
 
     step: int
     now: float
     decisions: Sequence[Decision]
+    alert_id: str = ""
+    mode: Mode = "enforce"
 
 
 def bounds(policy: PolicyConfig, permissions: Permissions) -> tuple[float, float]:
@@ -145,6 +147,7 @@ def judge_scale(
         _effect(policy, before, after, permissions),
         _time_out(policy, before),
         _hourly(policy, context),
+        _repeated(policy, context),
     )
 
 
@@ -157,6 +160,7 @@ def judge_rollback(
         OK if plan is not None else "checkpoint: there is none from before the onset",
         _rollback_window(policy, context),
         _hourly(policy, context),
+        _repeated(policy, context),
     )
 
 
@@ -188,12 +192,7 @@ def _time_out(policy: PolicyConfig, before: Mapping[str, float]) -> str:
 
 
 def _acted(decisions: Iterable[Decision], actions: tuple[str, ...]) -> list[Decision]:
-    return [made for made in decisions if made.policy and made.action in actions and not _never_left(made)]
-
-
-def _never_left(made: Decision) -> bool:
-    """One that the trainer refused did leave: asking again at every step would be a storm."""
-    return made.outcome == "observed" or (made.outcome == "refused" and not made.guard.startswith(REFUSED_THERE))
+    return [made for made in decisions if made.policy and made.action in actions and took_effect(made)]
 
 
 def _since(made: Decision) -> int:
@@ -234,6 +233,25 @@ def _hourly(policy: PolicyConfig, context: GuardContext) -> str:
     if len(recent) < policy.guard.max_actions_per_hour:
         return OK
     return f"max_actions_per_hour: {policy.guard.max_actions_per_hour} in the last hour"
+
+
+def _repeated(policy: PolicyConfig, context: GuardContext) -> str:
+    """What came to nothing does not count as an action, but to try it again at every step would be a storm.
+
+    Proposals that nobody approved hold up proposals alone: they must not keep a run that is set to enforce from acting.
+    """
+    tries = [
+        made
+        for made in context.decisions
+        if (made.policy, made.alert_id, made.mode) == (policy.name, context.alert_id, context.mode)
+        and came_to_nothing(made)
+    ]
+    wait, most = policy.guard.cooldown_steps, policy.guard.max_actions_per_hour
+    if any(0 <= context.step - made.step < wait for made in tries):
+        return f"cooldown_steps: {wait} have to pass after {tries[-1].id}, which came to nothing"
+    if sum(context.now - made.made_at < _HOUR for made in tries) >= most:
+        return f"max_actions_per_hour: {most} in the last hour came to nothing"
+    return OK
 
 
 def _rollback_window(policy: PolicyConfig, context: GuardContext) -> str:

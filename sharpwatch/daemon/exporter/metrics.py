@@ -1,28 +1,26 @@
-"""What `/metrics` shows, and its rendering: a collector over all runs' snapshots, and the daemon's own counters."""
+"""What `/metrics` shows of the runs, from their snapshots, and its rendering."""
 
 from __future__ import annotations
 
 import math
-import platform
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-import torch
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from sharpwatch._version import __version__
 from sharpwatch.curvature.statistics.estimate import Estimate
 from sharpwatch.daemon.detection.detectors import DETECTORS
-from sharpwatch.daemon.runs.run import RunSnapshot
+from sharpwatch.daemon.estimation.estimator import PROBES
+from sharpwatch.daemon.ingest.samples import FailedProbe
+from sharpwatch.daemon.runs.snapshot import RunSnapshot
 
 MAX_LAYER_SERIES = 512  # layer blocks exported of one run
 _RUN = ("training_job", "run")
 _ALERTS = sorted(detector.name for detector in DETECTORS)
-_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
 def render(registry: CollectorRegistry, accept: str) -> tuple[bytes, str]:
@@ -39,67 +37,11 @@ def render(registry: CollectorRegistry, accept: str) -> tuple[bytes, str]:
     return encoder(registry), content_type
 
 
-class OwnMetrics:
-    """What the daemon counts and times of itself."""
-
-    def __init__(self, registry: CollectorRegistry, *, queue_depth: Callable[[], int], queue_capacity: int) -> None:
-        disable_created_metrics()  # type: ignore[no-untyped-call]
-        self.received = Counter(
-            "sharpwatch_samples_received", "Samples that came in, refused ones included.", registry=registry
-        )
-        self.refused = Counter(
-            "sharpwatch_samples_refused", "Messages refused, by reason code.", ["code"], registry=registry
-        )
-        self.dropped_probes = Counter(
-            "sharpwatch_probes_dropped",
-            "Probes left out of their sample because a number in them was not finite.",
-            ["probe"],
-            registry=registry,
-        )
-        self.ingest_to_metric = Histogram(
-            "sharpwatch_ingest_to_metric_seconds",
-            "From a sample's arrival until metrics show it.",
-            registry=registry,
-            buckets=_SECONDS,
-        )
-        self.estimate = Histogram(
-            "sharpwatch_estimate_seconds",
-            "Time of one batched curvature estimate over all runs with new probes.",
-            registry=registry,
-            buckets=_SECONDS,
-        )
-        self.store = Histogram(
-            "sharpwatch_store_seconds", "Time of one journal transaction.", registry=registry, buckets=_SECONDS
-        )
-        self.store_errors = Counter("sharpwatch_store_errors", "Journal transactions that failed.", registry=registry)
-        self.store_writable = Gauge(
-            "sharpwatch_store_writable", "1 while the journal takes writes, 0 while it fails.", registry=registry
-        )
-        self.store_writable.set(1)
-        self.sessions = Gauge("sharpwatch_sessions", "Agent sessions connected now.", registry=registry)
-        self.internal_errors = Counter(
-            "sharpwatch_internal_errors",
-            "Samples and estimates that the daemon itself failed on; its log has each.",
-            ["where"],
-            registry=registry,
-        )
-        depth = Gauge("sharpwatch_queue_depth", "Samples waiting for the journal.", registry=registry)
-        depth.set_function(queue_depth)
-        room = Gauge("sharpwatch_queue_capacity", "Samples the queue holds before it drops.", registry=registry)
-        room.set(queue_capacity)
-        build = Gauge(
-            "sharpwatch_build_info",
-            "Versions the daemon runs on; always 1.",
-            ["version", "python", "torch"],
-            registry=registry,
-        )
-        build.labels(__version__, platform.python_version(), torch.__version__).set(1)
-
-
 class RunCollector(Collector):
     """Exports each run that is live or was seen less than `stale_after` seconds ago.
 
-    `snapshots` may be called on any thread; `now` is unix seconds.
+    Measurements that are too old (`RunSnapshot.without_stale`) are left out. `snapshots` may be called on any thread;
+    `now` is unix seconds.
     """
 
     def __init__(
@@ -123,7 +65,9 @@ class RunCollector(Collector):
         """One family after another, each over all runs."""
         oldest = self._now() - self._stale_after
         snapshots = [
-            snapshot for snapshot in self._snapshots() if snapshot.phase == "running" or snapshot.last_seen_at >= oldest
+            snapshot.without_stale()
+            for snapshot in self._snapshots()
+            if snapshot.phase == "running" or snapshot.last_seen_at >= oldest
         ]
         snapshots.sort(key=lambda snapshot: (snapshot.hello.training_job, snapshot.hello.run))
         yield from _run_families(snapshots)
@@ -250,6 +194,7 @@ _ALIGNMENT = (
     "Cosine between the Gauss-Newton matrix and the gradient's outer product, g'Gg/(|g|^2 ||G||_F); "
     "lambda_max/||G||_F along the sharpest direction."
 )
+_STEP = "Step of the newest probe behind the estimates"
 _KINDS = {"direction": "directional"}  # where a stability ratio's estimator has another name than its kind
 
 
@@ -284,17 +229,23 @@ def _estimate_families(snapshots: list[RunSnapshot]) -> Iterator[Metric]:
         "block_order_correlation",
         "Spearman correlation of measured sharpness with emb < qk < ffn < vo < norm, -1 to 1.",
     )
+    block_step = _gauge("block_estimate_step", f"{_STEP} of the block.", "block", "estimator")
+    step = _gauge("estimate_step", f"{_STEP} over all parameters.", "estimator")
     for snapshot in snapshots:
+        newest: dict[tuple[str, str], int] = {}
         for (quantity, block, estimator), estimate in snapshot.estimates.items():
             family = (by_block if block else whole).get(quantity)
             kind = _KINDS.get(estimator, estimator)
             if family is not None:
                 family.add(_labels(snapshot, *([block] if block else []), kind), estimate)
+                newest[block, kind] = max(estimate.step, newest.get((block, kind), 0))
+        for (block, kind), at in newest.items():
+            (block_step if block else step).add_metric(_labels(snapshot, *([block] if block else []), kind), at)
         if snapshot.order_correlation is not None:
             order.add_metric(_labels(snapshot), snapshot.order_correlation)
     for family in (*by_block.values(), *whole.values()):
         yield from family
-    yield order
+    yield from (block_step, step, order)
 
 
 def _action_families(snapshots: list[RunSnapshot]) -> Iterator[Metric]:
@@ -323,6 +274,7 @@ def _action_families(snapshots: list[RunSnapshot]) -> Iterator[Metric]:
 def _agent_families(snapshots: list[RunSnapshot]) -> Iterator[Metric]:
     overhead = _gauge("agent_overhead_ratio", "Agent's seconds over the step's seconds, as the agent measures it.")
     dropped = _counter("agent_dropped_samples", "Samples the agent lost in this attempt, by reason.", "reason")
+    swallowed = _counter("agent_swallowed_errors", "Errors of the agent itself, kept from the training loop.")
     for snapshot in snapshots:
         if snapshot.health is None:
             continue
@@ -330,7 +282,36 @@ def _agent_families(snapshots: list[RunSnapshot]) -> Iterator[Metric]:
             overhead.add_metric(_labels(snapshot), snapshot.health.overhead_ratio)
         for reason, count in snapshot.health.dropped.items():
             dropped.add_metric(_labels(snapshot, reason), count)
-    yield from (overhead, dropped)
+        swallowed.add_metric(_labels(snapshot), snapshot.health.swallowed_errors)
+    yield from (overhead, dropped, swallowed, *_probe_families(snapshots), _objective_family(snapshots))
+
+
+def _probe_families(snapshots: list[RunSnapshot]) -> Iterator[Metric]:
+    failures = _counter("agent_probe_failures", "Probes that failed in this attempt; the run's view has why.", "probe")
+    given_up = _gauge("agent_probe_given_up", "1 if the probe failed for good and will not run again.", "probe")
+    for snapshot in snapshots:
+        if snapshot.health is None:
+            continue
+        failed = snapshot.health.failed_probes
+        # Of known probes alone: what a client names must not become labels without bound.
+        for probe in (probe for probe in PROBES if probe in failed or probe in snapshot.hello.probes):
+            one = failed.get(probe, FailedProbe(0, given_up=False))
+            failures.add_metric(_labels(snapshot, probe), one.count)
+            given_up.add_metric(_labels(snapshot, probe), float(one.given_up))
+    yield from (failures, given_up)
+
+
+def _objective_family(snapshots: list[RunSnapshot]) -> Metric:
+    objective = InfoMetricFamily(
+        "sharpwatch_objective",
+        "What gnb takes for the run's loss, and how that is known; always 1.",
+        labels=(*_RUN, "objective", "state"),
+    )
+    for snapshot in snapshots:
+        health = snapshot.health
+        if health is not None and health.objective:
+            objective.add_metric(_labels(snapshot, health.objective, health.objective_state), {})
+    return objective
 
 
 def _layer_families(snapshots: list[RunSnapshot]) -> Iterator[Metric]:

@@ -1,4 +1,4 @@
-"""An attempt of a run: its Hello, checked, which describes the arrays in its samples, and how far those have come."""
+"""An attempt of a run: its Hello, checked, how far its samples have come, and whether its trainer is there."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ from sharpwatch.wire import (
 )
 
 Control = Literal["none", "lr", "rollback"]
+SILENT_SECONDS = 30.0  # without a message after which an open stream does not keep its run any more
+RECONNECT_SECONDS = 6.0  # a courier is back within 5 s of the end of its stream, or of a restart of the daemon
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -182,11 +184,48 @@ class Cursor:
         self._waiting.discard(sequence)
 
 
+class Presence:
+    """Whether the trainer of an attempt is there, so that its run is not given to another one.
+
+    It is while its stream is open and was heard in the last `SILENT_SECONDS`, and for `RECONNECT_SECONDS` after its
+    stream broke: then its courier is about to come back. All times are in monotonic seconds.
+    """
+
+    def __init__(self) -> None:
+        self._open = False
+        self._heard_at = self._broke_at = -math.inf
+
+    def heard(self, now: float) -> None:
+        """Records a message of its open stream, the Hello included."""
+        self._open, self._heard_at = True, now
+
+    def broke(self, now: float) -> None:
+        """Records that its stream ended; it is awaited, unless the trainer was gone by then."""
+        if self._open:
+            self.await_return(now)
+
+    def await_return(self, now: float) -> None:
+        """Begins to wait for it, as a daemon does that was restarted."""
+        self._open, self._broke_at = False, now
+
+    def left(self) -> None:
+        """Records that the trainer is gone."""
+        self._open, self._broke_at = False, -math.inf
+
+    def is_there(self, now: float) -> bool:
+        """Returns whether the trainer is there."""
+        if self._open:
+            return now - self._heard_at < SILENT_SECONDS
+        return now - self._broke_at < RECONNECT_SECONDS
+
+
 @dataclass(slots=True, eq=False)
 class Attempt:
-    """One attach of a run: its Hello, the bytes of that for the journal, and the cursor of its samples."""
+    """One attach of a run: its Hello, the bytes of that for the journal, how far its samples are, and its presence."""
 
     hello: RunHello
     message: bytes
     cursor: Cursor = field(default_factory=Cursor)
+    presence: Presence = field(default_factory=Presence)
+    began_at: float = -math.inf  # monotonic seconds; of an attempt before the daemon's start, it is not known
     journalled: bool = False  # whether its Hello is in the journal

@@ -42,6 +42,7 @@ _OUTCOMES: dict[int, Literal["applied", "refused", "expired", "failed"]] = {
     types_pb2.COMMAND_OUTCOME_EXPIRED: "expired",
     types_pb2.COMMAND_OUTCOME_FAILED: "failed",
 }
+MAX_LABEL = 300  # characters of a text that becomes a label; no sample is worth refusing for a longer one
 _TAP_DTYPES = {
     "gradient_norm": "float32",
     "weight_norm": "float32",
@@ -65,14 +66,29 @@ class BlockTap:
 
 
 @dataclass(frozen=True, slots=True)
+class FailedProbe:
+    """How often a probe has failed, and whether it will not run again."""
+
+    count: int
+    given_up: bool
+
+
+@dataclass(frozen=True, slots=True)
 class HealthReading:
-    """What the agent reports of itself; None where it could not measure."""
+    """What the agent reports of itself; None where it could not measure.
+
+    `probe_failures` are for people; `failed_probes` has the same by probe.
+    """
 
     overhead_ratio: float | None
     step_seconds: float | None
     dropped: Mapping[str, int]
     probe_failures: tuple[str, ...]
     lr_revision: int
+    failed_probes: Mapping[str, FailedProbe] = field(default_factory=dict)
+    swallowed_errors: int = 0
+    objective: str = ""
+    objective_state: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -212,6 +228,10 @@ def _health(health: agent_pb2.AgentHealth) -> HealthReading:
         dropped={checked_name(reason, "health.dropped"): count for reason, count in health.dropped.items()},
         probe_failures=tuple(map(_probe_failure, health.probe_failures)),
         lr_revision=health.lr_revision,
+        failed_probes={one.probe: FailedProbe(one.count, one.disabled) for one in health.probe_failures},
+        swallowed_errors=health.swallowed_errors,
+        objective=health.objective[:MAX_LABEL],
+        objective_state=health.objective_state[:MAX_LABEL],
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import structlog
 from google.protobuf.message import DecodeError
 
-from sharpwatch.daemon.decisions.lifecycle import UNDER_WAY
+from sharpwatch.daemon.decisions.transitions import UNDER_WAY
 from sharpwatch.daemon.estimation.estimator import PROBES
 from sharpwatch.daemon.ingest.hello import Attempt, Cursor, read_hello
 from sharpwatch.daemon.ingest.samples import Reading, read_sample

@@ -1,60 +1,28 @@
-"""The runs that the daemon holds, each with its attempt, windows of probes, newest values and snapshot; all bounded."""
+"""The runs that the daemon holds, each with its attempt, windows of probes and newest values; all bounded."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
-from sharpwatch.curvature.statistics.estimate import Estimate
-from sharpwatch.daemon.decisions.lifecycle import UNDER_WAY
 from sharpwatch.daemon.decisions.run_controller import RunController
+from sharpwatch.daemon.decisions.transitions import UNDER_WAY
 from sharpwatch.daemon.estimation.estimator import PROBES
 from sharpwatch.daemon.estimation.hessian import observed_stability
-from sharpwatch.daemon.estimation.windows import EstimateRequest, Estimates, Key
+from sharpwatch.daemon.estimation.windows import WINDOW_PROBES, EstimateRequest, Estimates
 from sharpwatch.daemon.ingest.hello import Attempt, RunHello
-from sharpwatch.daemon.ingest.samples import BlockTap, HealthReading, Reading
-from sharpwatch.daemon.records import NO_CHANGES, Alert, Changes, Decision, Mode, Observation
+from sharpwatch.daemon.ingest.samples import Reading
+from sharpwatch.daemon.records import NO_CHANGES, Changes, Decision, Observation
+from sharpwatch.daemon.runs.snapshot import Phase, ProbeSteps, RunSnapshot
 
-MAX_RUNS = 10_000
-MAX_ATTEMPTS = 16  # remembered of a run, as one of them may still be sending its last samples
-
-Phase = Literal["running", "silent", "closed"]
-
-
-@dataclass(frozen=True, slots=True)
-class RunSnapshot:
-    """The state of a run at one time.
-
-    It is immutable, and a run replaces it as a whole, so that any thread may read it. Values of readings are those of
-    the newest sample that had them; arrays and tuples marked [B] or [L] are in the order of the Hello.
-    """
-
-    hello: RunHello
-    phase: Phase
-    attempts: int
-    mode: Mode
-    lr_revision: int
-    multipliers: Mapping[str, float]
-    step: int | None = None
-    loss: float | None = None
-    last_sample_at: float | None = None  # unix seconds, by the daemon's clock
-    last_seen_at: float = 0.0
-    tap: BlockTap | None = None
-    update_ratio: tuple[float, ...] | None = None  # [B], of the newest direction probe
-    gradient_noise: tuple[float, ...] | None = None  # [B], of the newest gradient_noise probe
-    health: HealthReading | None = None
-    estimates: Mapping[Key, Estimate] = field(default_factory=dict)
-    layer_sharpness: tuple[Estimate, ...] = ()  # [L]
-    order_correlation: float | None = None
-    alerts: tuple[Alert, ...] = ()
-    alerts_total: Mapping[str, int] = field(default_factory=dict)
-    decisions_total: Mapping[tuple[str, str, str], int] = field(default_factory=dict)  # by action, mode, outcome
-    dropped_probes: Mapping[str, int] = field(default_factory=dict)
+MAX_RUNS = 1_000
+MAX_ATTEMPTS = 4  # remembered of a run, as one of them may still be sending its last samples
+MAX_LAYER_BLOCKS_HELD = 2**21  # of all attempts that are remembered: some 400 MB
 
 
 class Signal:
@@ -97,6 +65,7 @@ class Run:
         self._windows: dict[str, deque[tuple[int, Any]]] = {
             name: deque(maxlen=spec.window) for name, spec in PROBES.items() if spec.window
         }
+        self._probe_steps: dict[str, deque[int]] = {name: deque(maxlen=WINDOW_PROBES) for name in PROBES}
         self._dropped_probes: Counter[str] = Counter()
         self._alerts_total: Counter[str] = Counter()
         self._decisions_total: Counter[tuple[str, str, str]] = Counter()
@@ -126,7 +95,7 @@ class Run:
         """The phase by the newest sample, which may not be published yet."""
         return self._draft.phase
 
-    def begin(self, attempt: Attempt, controller: RunController) -> None:
+    def begin(self, attempt: Attempt, controller: RunController, *, again: bool = False) -> None:
         """Starts a new attempt.
 
         Measurements of other blocks than the new attempt has are dropped, and sketches of another projection.
@@ -134,6 +103,7 @@ class Run:
         Args:
             attempt: The new attempt.
             controller: Its controller.
+            again: Whether it was an attempt of this run before, and another one came in between.
         """
         before, after = self.attempt.hello, attempt.hello
         # Otherwise windows go on over a new attempt: it is the same model, and its estimates need no new start.
@@ -146,14 +116,17 @@ class Run:
         self.attempt = attempt
         self.controller = controller
         self._controller_changed = True
-        self._draft = replace(self._draft, hello=after, attempts=self._draft.attempts + 1, health=None)
+        self._draft = replace(self._draft, hello=after, attempts=self._draft.attempts + (not again), health=None)
 
     def _drop_measurements(self) -> None:
         for window in self._windows.values():
             window.clear()
+        for steps in self._probe_steps.values():
+            steps.clear()
         self._draft = replace(
             self._draft,
             tap=None,
+            probe_steps={},
             update_ratio=None,
             gradient_noise=None,
             estimates={},
@@ -178,6 +151,9 @@ class Run:
             changes |= {} if shown is None else shown(one)
             if probe in self._windows:
                 self._windows[probe].append((reading.step, one))
+            self._probe_steps[probe].append(reading.step)
+            steps = {probe: ProbeSteps.of(self._probe_steps[probe])}
+            changes["probe_steps"] = {**changes.get("probe_steps", self._draft.probe_steps), **steps}
         for name in ("tap", "loss", "health"):
             if getattr(reading, name) is not None:
                 changes[name] = getattr(reading, name)
@@ -287,7 +263,8 @@ MakeController = Callable[[RunHello, RunController | None], RunController]
 class Runs:
     """All runs, by name.
 
-    At most `MAX_RUNS` are held. A new one replaces the run that was last seen longest ago, but never one that is live.
+    At most `MAX_RUNS` are held. A new one replaces the run that was last seen longest ago, one that never sent a sample
+    before all others, but never one that is live.
 
     Args:
         make_controller: Makes the controller of each new attempt.
@@ -317,28 +294,29 @@ class Runs:
         return next((run for run, attempts in self._attempts.items() if identity in attempts), None)
 
     def begin(self, attempt: Attempt, now: float) -> Run | None:
-        """Starts a new attempt, of a known run or of a new one.
+        """Starts an attempt, of a known run or of a new one.
 
         Args:
-            attempt: The new attempt.
+            attempt: The attempt: a new one, or one that another has replaced meanwhile.
             now: Unix seconds.
 
         Returns:
             Its run, or None if the run is new and all `MAX_RUNS` that are held are live.
         """
-        name = attempt.hello.run
+        name, identity = attempt.hello.run, attempt.hello.attempt
+        has_room = self._make_room(attempt)
         run = self._runs.get(name)
+        attempts = self._attempts.get(name, {})
         if run is not None:
-            run.begin(attempt, self._make_controller(attempt.hello, run.controller))
-        elif self._make_room():
-            run = Run(attempt, self._make_controller(attempt.hello, None), now=now)
-            self._runs[name] = run
+            run.begin(attempt, self._make_controller(attempt.hello, run.controller), again=identity in attempts)
+        elif has_room:
+            run = self._runs[name] = Run(attempt, self._make_controller(attempt.hello, None), now=now)
         else:
             return None
-        attempts = self._attempts.setdefault(name, {})
-        attempts[attempt.hello.attempt] = attempt
-        while len(attempts) > MAX_ATTEMPTS:
-            del attempts[next(iter(attempts))]
+        attempts.pop(identity, None)
+        self._attempts[name] = {**attempts, identity: attempt}
+        while len(self._attempts[name]) > MAX_ATTEMPTS:
+            del self._attempts[name][next(iter(self._attempts[name]))]
         return run
 
     def snapshots(self) -> tuple[RunSnapshot, ...]:
@@ -356,13 +334,20 @@ class Runs:
         # A whole id wins, else it could not be named where a longer id begins with it.
         return [one for one in found if one[1] == prefix] or found
 
-    def _make_room(self) -> bool:
-        if len(self._runs) < MAX_RUNS:
-            return True
-        # A run with a live session is never dropped: its samples could only be refused.
-        gone = [run for run in self._runs.values() if run.snapshot.phase != "running"]
-        if not gone:
-            return False
-        oldest = min(gone, key=lambda run: run.snapshot.last_seen_at).name
-        del self._runs[oldest], self._attempts[oldest]
+    def _make_room(self, attempt: Attempt) -> bool:
+        """Drops runs until there is room for another attempt; returns False if only live ones are left."""
+        name, rows = attempt.hello.run, len(attempt.hello.layer_blocks)
+        is_new = name not in self._runs
+        while (is_new and len(self._runs) >= MAX_RUNS) or self._layer_blocks() + rows > MAX_LAYER_BLOCKS_HELD:
+            # A run with a live session is never dropped: its samples could only be refused.
+            gone = [run for run in self._runs.values() if run.snapshot.phase != "running" and run.name != name]
+            if not gone:
+                return False
+            # A flood of names alone drops no run that was trained.
+            oldest = min(gone, key=lambda run: (run.snapshot.step is not None, run.snapshot.last_seen_at)).name
+            del self._runs[oldest], self._attempts[oldest]
         return True
+
+    def _layer_blocks(self) -> int:
+        """How many layer blocks the remembered attempts have, which is what their memory grows with."""
+        return sum(len(one.hello.layer_blocks) for attempts in self._attempts.values() for one in attempts.values())

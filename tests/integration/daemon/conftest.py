@@ -142,9 +142,15 @@ class Trainer:
     welcome: agent_pb2.Welcome | None = None
     received: dict[str, list] = field(default_factory=dict)
 
-    async def send(self, message: agent_pb2.Hello | agent_pb2.Sample) -> None:
-        kind = "hello" if isinstance(message, agent_pb2.Hello) else "sample"
+    async def send(self, message: agent_pb2.Hello | agent_pb2.Sample | agent_pb2.Heartbeat) -> None:
+        kind = type(message).__name__.lower()
         await self.call.write(agent_pb2.SessionRequest(**{kind: message}))
+
+    async def leave(self) -> None:
+        """End as the courier of a trainer that is gone."""
+        await self.send(agent_pb2.Heartbeat(last=True))
+        await self.call.done_writing()
+        assert (await self.ended())[0] is grpc.StatusCode.OK
 
     async def next(self, kind: str):
         """The next response of `kind`; those of other kinds are kept."""

@@ -124,6 +124,7 @@ async def test_a_new_attempt_gets_its_multipliers_though_the_daemon_ended_before
         done = types_pb2.CommandResult(command_id=(await first.next("command")).id, outcome=1, step=2)
         await first.send(build.sample(2, results=[done]))
         await first.acknowledged(2)
+        await first.leave()
         await daemon.train("run", "a2")
     async with running() as daemon:
         second = await daemon.train("run", "a2")

@@ -143,7 +143,7 @@ async def test_a_new_attempt_is_given_the_multipliers_in_force(daemon, build):
     made = (await daemon.operator.SetLearningRates(HALVE, metadata=daemon.credentials)).decision
     await trainer.send(build.sample(2, results=[types_pb2.CommandResult(command_id=made.id, outcome=APPLIED, step=2)]))
     await outcomes(daemon, made.id)
-    trainer.call.cancel()
+    await trainer.leave()
     resumed = await daemon.train(attempt="a2", initial_step=2)
     await resumed.send(build.sample(1, step=3))  # its multipliers stand at 1
     command = await resumed.next("command")
@@ -199,24 +199,46 @@ async def proposal(daemon, build, run: str) -> str:
     return made.id
 
 
-async def test_a_decision_is_meant_by_the_beginning_of_its_id(running, build, monkeypatch):
+async def test_a_decision_is_answered_by_its_whole_id(running, build, monkeypatch):
     numbers = count(1)
     monkeypatch.setattr(run_controller, "uuid4", lambda: SimpleNamespace(hex=f"{next(numbers):04x}{'f' * 28}"))
     async with running(policies=PROPOSES) as daemon:
         token = daemon.credentials
         first, second = await proposal(daemon, build, "one"), await proposal(daemon, build, "two")
         approve, reject = daemon.operator.ApproveDecision, daemon.operator.RejectDecision
-        assert await refused(approve(pb.ApproveDecisionRequest(id="00", author="ann"), metadata=token)) == (
-            grpc.StatusCode.INVALID_ARGUMENT,
-            f"2 decisions begin with '00': {first}, {second}",
-        )
-        for nothing in ("", "fff"):
-            code, _ = await refused(reject(pb.RejectDecisionRequest(id=nothing, author="ann"), metadata=token))
-            assert code is grpc.StatusCode.NOT_FOUND
-        done = await approve(pb.ApproveDecisionRequest(id=first[:4], author="ann"), metadata=token)
+        for given, meant in (("", f"{first}, {second}"), ("00", f"{first}, {second}"), (first[:-1], first)):
+            code, details = await refused(approve(pb.ApproveDecisionRequest(id=given, author="ann"), metadata=token))
+            assert code is grpc.StatusCode.INVALID_ARGUMENT
+            assert details.endswith(f"got {given!r}; say which one is meant: {meant}")
+        code, _ = await refused(reject(pb.RejectDecisionRequest(id="fff", author="ann"), metadata=token))
+        assert code is grpc.StatusCode.NOT_FOUND
+        done = await approve(pb.ApproveDecisionRequest(id=first, author="ann"), metadata=token)
         assert (done.decision.id, done.decision.run, done.decision.author) == (first, "one", "ann")
-        done = await reject(pb.RejectDecisionRequest(id=second[:4], author="ann"), metadata=token)
+        done = await reject(pb.RejectDecisionRequest(id=second, author="ann"), metadata=token)
         assert (done.decision.id, done.decision.outcome) == (second, "rejected")
+        # To read, a beginning that no other has is enough.
+        assert await outcomes(daemon, second[:4]) == ["rejected"]
+
+
+async def test_a_change_of_a_run_takes_its_whole_name(daemon):
+    for run in ("prod", "prod-2"):
+        await daemon.train(run, f"{run}-1")
+    token, who = daemon.credentials, {"author": "ann", "reason": "why"}
+    for given, meant in (("", "prod, prod-2"), ("pro", "prod, prod-2"), ("prod-", "prod-2")):
+        for call in (
+            daemon.operator.SetLearningRates(
+                pb.SetLearningRatesRequest(run=given, multipliers={"qk": 0.5}, **who), metadata=token
+            ),
+            daemon.operator.UndoLearningRates(pb.UndoLearningRatesRequest(run=given, **who), metadata=token),
+            daemon.operator.RequestRollback(pb.RequestRollbackRequest(run=given, **who), metadata=token),
+            daemon.operator.SetMode(pb.SetModeRequest(run=given, mode="enforce", **who), metadata=token),
+        ):
+            code, details = await refused(call)
+            assert code is grpc.StatusCode.INVALID_ARGUMENT
+            assert details == (
+                f"a run that is changed must be named in full, got {given!r}; say which one is meant: {meant}"
+            )
+    assert not (await daemon.operator.ListDecisions(pb.ListDecisionsRequest())).decisions
 
 
 async def test_a_unix_socket_is_the_operators_alone_and_needs_no_token(running, build, tmp_path):

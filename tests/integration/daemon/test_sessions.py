@@ -288,15 +288,17 @@ async def test_a_new_attempt_continues_the_run(daemon, build):
     first = await daemon.train(attempt="a1")
     await first.send(build.sample(1, step=100))
     await first.acknowledged(1)
+    await first.leave()
     second = await daemon.train(attempt="a2", initial_step=50)
     assert second.welcome.acknowledged_sequence == 0
     await second.send(build.sample(1, step=51))  # not out of order: another attempt
     await second.acknowledged(1)
-    await first.send(build.sample(2, step=101))  # what the old attempt still had is kept, and moves nothing
-    await first.acknowledged(2)
+    again = await daemon.train(attempt="a1")
+    await again.send(build.sample(2, step=101))  # what the old attempt still had is kept, and moves nothing
+    await again.acknowledged(2)
     detail = await daemon.shown("run", lambda detail: detail.run.attempts == 2)
     assert detail.run.step == 51
-    first.call.cancel()
+    again.call.cancel()
     second.call.cancel()
 
 

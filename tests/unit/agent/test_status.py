@@ -194,6 +194,7 @@ def test_it_prints_as_a_table_of_about_ten_lines(monkeypatch):
             Connection("a:1", since_unix_ns=10**18, reason="drained"),
             r"a:1 not connected since 2001-09-0\d .*: drained;",
         ),
+        (Connection("a:1", reason="held", refused=True), "a:1 does not take this run: held;"),
         (Connection(reason="rank 0 sends for all ranks"), "rank 0 sends for all ranks;"),
     ],
 )

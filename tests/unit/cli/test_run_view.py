@@ -54,7 +54,9 @@ DETAIL = RunDetail(
         block("qk", 65_536, 3.21e-7, math.nan, gradient_norm=1.5, update_rms=1.01, lr_multiplier=0.5, ratio=1.31),
         Block(block="norm", parameters=768),
     ],
-    estimates=[Estimate(quantity="stability_ratio", value=0.87, stderr=0.042, draws=8, estimator="direction")],
+    estimates=[
+        Estimate(quantity="stability_ratio", value=0.87, stderr=0.042, draws=8, estimator="direction", step=400)
+    ],
     alerts=[
         Alert(
             name="StabilityLimit",
@@ -73,6 +75,9 @@ DETAIL = RunDetail(
     dropped={"spool_full": 12},
     probe_failures=["direction: out of memory (2 times)"],
     block_order_correlation=0.9,
+    swallowed_errors=1,
+    objective="mean cross-entropy of shifted labels",
+    objective_state="verified",
 )
 
 SHOWN = """\
@@ -83,6 +88,7 @@ step                     412, 0.213 s each
 loss                     3.451
 mode                     enforce, control lr, LR revision 3
 overhead                 0.81 % of step time
+objective                mean cross-entropy of shifted labels (verified)
 model's stability ratio  0.87 ± 0.04
 block order              rank correlation 0.9
 checkpoints              2, newest of step 400 at /ckpt/400
@@ -96,16 +102,18 @@ qk         65,536     3.21e-07 ± ?        0.021 ± ?               –      1.3
 norm          768                –                –               –                –              –           –  \
             –           –
 
-quantity         estimator  draws  step
-sharpness        gnb           64   410
-trace            gnb           64     0
-stability ratio  direction      8   408
+quantity         estimator  draws  step  steps ago  of
+sharpness        gnb           64   410          2  emb, qk
+trace            gnb           64     0        412  emb, qk
+stability ratio  direction      8   408          4  qk
+stability ratio  direction      8   400         12  whole model
 
 alert           severity  blocks  since step  last step  evidence
 StabilityLimit  critical  qk, vo         400        412  ratio 1.31 ± 0.03 > 1
 
-probe failure    direction: out of memory (2 times)
-dropped samples  12 spool_full"""
+probe failure       direction: out of memory (2 times)
+agent's own errors  1, each in the trainer's log
+dropped samples     12 spool_full"""
 
 
 def test_show():

@@ -23,6 +23,7 @@ from sharpwatch.daemon.decisions.policy import (
     scaled,
     strongest,
 )
+from sharpwatch.daemon.decisions.transitions import OUTCOMES
 from sharpwatch.daemon.records import Alert, Checkpoint, Decision, RollbackPlan
 
 BLOCKS = ("emb", "qk", "vo", "ffn")
@@ -108,8 +109,8 @@ ONE, HALF = {"qk": 1.0}, {"qk": 0.5}
 
 
 def made(step: int, action: str = "scale_lr", outcome: str = "applied", **more) -> Decision:
-    fields = {"policy": "cut", "applied_step": step, "made_at": 0.0, **more}
-    return Decision("d1", "run", step=step, action=action, mode="enforce", outcome=outcome, **fields)
+    fields = {"policy": "cut", "applied_step": step, "made_at": 0.0, "mode": "enforce", **more}
+    return Decision("d1", "run", step=step, action=action, outcome=outcome, **fields)
 
 
 def scale(*decisions: Decision, step: int = 200, now: float = 4000.0, before=ONE, after=HALF, policy=CUT, allowed=FREE):
@@ -160,7 +161,7 @@ def test_a_raise_does_not_put_its_time_out_over_raises_in_force():
         (made(160, "set_lr", policy=""), "ok"),
         (made(160, outcome="observed"), "ok"),
         (made(160, outcome="refused", guard="control: no"), "ok"),
-        (made(160, outcome="refused", guard="trainer: no"), "cooldown_steps"),
+        (made(160, outcome="refused", guard="trainer: no", applied_step=None, alert_id="earlier"), "ok"),
     ],
 )
 def test_cooldown(decision, verdict):
@@ -179,6 +180,58 @@ def test_actions_per_hour_count_the_policys_own_that_left():
     assert scale(*two, now=4100.1) == "ok"
     assert scale(two[0], replace(two[1], policy="another")) == "ok"
     assert scale(two[0], replace(two[1], action="set_lr")) == "ok"
+
+
+UNDONE = {"draft", "observed", "proposed", "rejected", "refused", "expired"}
+
+
+@pytest.mark.parametrize("outcome", OUTCOMES)
+@pytest.mark.parametrize("mode", ["advise", "enforce"])
+def test_only_what_was_done_or_is_under_way_uses_up_a_limit(outcome, mode):
+    """For another alert than the one it was about: `test_the_same_is_not_tried_at_every_step` has the same alert."""
+    step = None if outcome in UNDONE | {"approved", "sent"} else 160
+    like = {"outcome": outcome, "mode": mode, "applied_step": step, "alert_id": "earlier", "made_at": 3900.0}
+    counts = outcome not in UNDONE
+    assert scale(made(160, **like)) == ("cooldown_steps" if counts else "ok")
+    assert scale(
+        made(10, **like | {"applied_step": step and 10}), made(11, **like | {"applied_step": step and 11})
+    ) == ("max_actions_per_hour" if counts else "ok")
+    assert back(made(1900, "rollback", **like | {"applied_step": step and 1900})) == (
+        "rollback_window_steps" if counts else "ok"
+    )
+
+
+def test_what_failed_before_it_was_applied_did_nothing():
+    assert scale(made(160, outcome="failed", applied_step=None, alert_id="earlier")) == "ok"
+    assert scale(made(160, outcome="failed", alert_id="earlier")) == "cooldown_steps"
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        {"outcome": "expired"},
+        {"outcome": "failed"},
+        {"outcome": "refused", "guard": "trainer: no"},
+    ],
+    ids=lambda end: end["outcome"],
+)
+@pytest.mark.parametrize("mode", ["advise", "enforce"])
+def test_the_same_is_not_tried_at_every_step(end, mode):
+    like = {**end, "applied_step": None, "mode": mode, "alert_id": "a1", "made_at": 3900.0}
+
+    def verdict(*decisions, at=200, policy=CUT, alert="a1", in_mode=mode):
+        context = GuardContext(at, 4000.0, decisions, alert, in_mode)
+        return guard_name(judge_scale(policy, ONE, HALF, FREE, context))
+
+    one, two = made(160, **like), made(161, **like)
+    assert verdict(one) == "cooldown_steps"
+    assert verdict(one, at=210) == "ok"
+    assert verdict(one, two, at=300) == "max_actions_per_hour"
+    assert verdict(replace(one, made_at=300.0), replace(two, made_at=300.0), at=300) == "ok"
+    assert verdict(one, two, alert="a2") == "ok"
+    assert verdict(one, two, policy=replace(CUT, name="another")) == "ok"
+    # Proposals that nobody answered must not keep a run from acting once it is set to enforce.
+    assert verdict(one, two, in_mode="enforce" if mode == "advise" else "advise") == "ok"
 
 
 def test_one_rollback_a_window_and_only_to_a_checkpoint():

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from sharpwatch.daemon.config.settings import ActionConfig, EscalateConfig, GuardConfig, MatchConfig, PolicyConfig
-from sharpwatch.daemon.decisions.lifecycle import FINAL
 from sharpwatch.daemon.decisions.run_controller import RunController
+from sharpwatch.daemon.decisions.transitions import FINAL
 from sharpwatch.daemon.records import Changes, Checkpoint, CheckpointReport, Decision, Observation, ReportedResult
 from sharpwatch.errors import OperatorError
 
@@ -185,6 +185,30 @@ def test_a_proposal_expires_by_the_clock_and_by_a_change_of_what_it_stood_on():
     assert trainer.actions()[-1][1] == "proposed"
     trainer.take(trainer.controller.set_learning_rates({"qk": 0.7}, 0, 0, "ann", "mine", trainer.now))
     assert trainer.controller.decisions[-2].outcome == "expired"
+
+
+def test_proposals_that_nobody_answered_do_not_keep_the_run_from_acting():
+    guard = replace(GUARD, approve_within=1.0, max_actions_per_hour=2, cooldown_steps=30)
+    trainer = trained((replace(CUT, guard=guard),), mode="advise")
+    trainer.heat["ffn"] = 20.0
+    trainer.run(70)
+    assert [outcome for _, outcome in trainer.actions()].count("expired") == 2
+    trainer.controller.set_mode("enforce")
+    trainer.run(2)
+    assert trainer.multipliers["ffn"] == 0.5
+
+
+@pytest.mark.parametrize("end", ["unanswered", "refused", "lost"])
+def test_an_alert_that_stands_is_no_reason_to_try_the_same_at_every_step(end):
+    guard = replace(GUARD, approve_within=1.0, expires_after_steps=1, cooldown_steps=0, max_actions_per_hour=3)
+    trainer = trained((replace(CUT, guard=guard),), mode="advise" if end == "unanswered" else "enforce")
+    trainer.heat["ffn"] = 1000.0
+    trainer.refuses, trainer.silent = "no" if end == "refused" else "", end == "lost"
+    trainer.run(1000)
+    tried = [made for made in trainer.controller.decisions if not made.guard.startswith("max_actions_per_hour")]
+    assert len({alert.id for alert in trainer.controller.alerts}) == 1
+    assert [made.outcome for made in tried] == 3 * ["refused" if end == "refused" else "expired"]
+    assert trainer.multipliers["ffn"] == 1.0
 
 
 def test_a_silent_run_keeps_no_proposal_open():

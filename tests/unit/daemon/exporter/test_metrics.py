@@ -13,11 +13,12 @@ from prometheus_client import CollectorRegistry, generate_latest
 from sharpwatch.curvature.statistics.estimate import Estimate
 from sharpwatch.daemon.api.conversions import detail_message
 from sharpwatch.daemon.config.settings import ALERT_NAMES
-from sharpwatch.daemon.exporter.metrics import OwnMetrics, RunCollector
+from sharpwatch.daemon.exporter.metrics import RunCollector
+from sharpwatch.daemon.exporter.own_metrics import OwnMetrics
 from sharpwatch.daemon.ingest.hello import RunHello
-from sharpwatch.daemon.ingest.samples import BlockTap, HealthReading
+from sharpwatch.daemon.ingest.samples import BlockTap, FailedProbe, HealthReading
 from sharpwatch.daemon.records import Alert
-from sharpwatch.daemon.runs.run import RunSnapshot
+from sharpwatch.daemon.runs.snapshot import ProbeSteps, RunSnapshot
 
 HELLO = RunHello(
     training_job="job",
@@ -36,6 +37,7 @@ HELLO = RunHello(
     sketch_size=64,
     host="h",
     agent_version="0.1.0",
+    probes=("gnb", "direction"),
 )
 
 
@@ -68,7 +70,18 @@ FULL = RunSnapshot(
     ),
     update_ratio=(0.01, 0.02),
     gradient_noise=(0.125, math.nan),
-    health=HealthReading(0.004, 0.1, {"spool": 3}, (), 2),
+    health=HealthReading(
+        0.004,
+        0.1,
+        {"spool": 3},
+        ("gnb: no logits (×3, disabled)",),
+        2,
+        {"gnb": FailedProbe(3, given_up=True), "invented": FailedProbe(9, given_up=True)},
+        1,
+        "mean cross-entropy of shifted labels",
+        "verified",
+    ),
+    probe_steps={"gnb": ProbeSteps(7, 2.0), "direction": ProbeSteps(6, 2.0)},
     estimates={
         ("trace", "qk", "gnb"): estimate(32.0, 8.0),
         ("sharpness", "qk", "gnb"): estimate(2.0),
@@ -78,7 +91,7 @@ FULL = RunSnapshot(
         ("stability_ratio", "qk", "direction"): estimate(0.5, 0.125, "direction"),
         ("stability_ratio", "emb", "direction"): estimate(math.nan, math.nan, "direction"),
         ("trace", "qk", "hutchinson"): estimate(40.0, 4.0, "hutchinson"),
-        ("sharpness", "qk", "hutchinson"): estimate(2.5, 0.25, "hutchinson"),
+        ("sharpness", "qk", "hutchinson"): replace(estimate(2.5, 0.25, "hutchinson"), step=9),
         ("top_eigenvalue", "qk", "lanczos"): estimate(8.0, 0.5, "lanczos", 0.125),
         ("bottom_eigenvalue", "qk", "lanczos"): estimate(-3.0, math.nan, "lanczos", 0.25),
         ("top_eigenvalue", "", "lanczos"): estimate(12.0, 1.0, "lanczos", 0.5),
@@ -155,6 +168,17 @@ sharpwatch_stability_ratio{kind="linesearch",run="run",training_job="job"} 0.375
 sharpwatch_stability_ratio_stderr{kind="directional",run="run",training_job="job"} 0.125
 sharpwatch_stability_ratio_stderr{kind="preconditioned",run="run",training_job="job"} 0.125
 sharpwatch_stability_ratio_stderr{kind="linesearch",run="run",training_job="job"} 0.125
+sharpwatch_block_estimate_step{block="qk",estimator="gnb",run="run",training_job="job"} 7.0
+sharpwatch_block_estimate_step{block="qk",estimator="directional",run="run",training_job="job"} 7.0
+sharpwatch_block_estimate_step{block="emb",estimator="directional",run="run",training_job="job"} 7.0
+sharpwatch_block_estimate_step{block="qk",estimator="hutchinson",run="run",training_job="job"} 9.0
+sharpwatch_block_estimate_step{block="qk",estimator="lanczos",run="run",training_job="job"} 7.0
+sharpwatch_block_estimate_step{block="qk",estimator="linesearch",run="run",training_job="job"} 7.0
+sharpwatch_estimate_step{estimator="gnb",run="run",training_job="job"} 7.0
+sharpwatch_estimate_step{estimator="directional",run="run",training_job="job"} 7.0
+sharpwatch_estimate_step{estimator="lanczos",run="run",training_job="job"} 7.0
+sharpwatch_estimate_step{estimator="preconditioned",run="run",training_job="job"} 7.0
+sharpwatch_estimate_step{estimator="linesearch",run="run",training_job="job"} 7.0
 sharpwatch_block_order_correlation{run="run",training_job="job"} 0.75
 sharpwatch_alert_active{alert="UpdateRmsSpike",block="qk",run="run",training_job="job"} 1.0
 sharpwatch_alert_active{alert="UpdateRmsSpike",block="emb",run="run",training_job="job"} 1.0
@@ -166,6 +190,12 @@ sharpwatch_decisions_total{action="scale_lr",mode="advise",outcome="proposed",ru
 sharpwatch_lr_revision{run="run",training_job="job"} 2.0
 sharpwatch_agent_overhead_ratio{run="run",training_job="job"} 0.004
 sharpwatch_agent_dropped_samples_total{reason="spool",run="run",training_job="job"} 3.0
+sharpwatch_agent_swallowed_errors_total{run="run",training_job="job"} 1.0
+sharpwatch_agent_probe_failures_total{probe="gnb",run="run",training_job="job"} 3.0
+sharpwatch_agent_probe_failures_total{probe="direction",run="run",training_job="job"} 0.0
+sharpwatch_agent_probe_given_up{probe="gnb",run="run",training_job="job"} 1.0
+sharpwatch_agent_probe_given_up{probe="direction",run="run",training_job="job"} 0.0
+sharpwatch_objective_info{objective="mean cross-entropy of shifted labels",run="run",state="verified",training_job="job"} 1.0
 sharpwatch_layer_sharpness{block="qk",estimator="gnb",layer="layers.0",run="run",training_job="job"} 2.0
 sharpwatch_layer_sharpness_stderr{block="qk",estimator="gnb",layer="layers.0",run="run",training_job="job"} 0.5
 """  # noqa: E501  as Prometheus reads it
@@ -215,6 +245,32 @@ def test_a_run_that_measured_nothing_exports_no_number_it_has_not():
 def test_a_run_that_left_is_exported_until_stale_after(phase, age, shown):
     text = exposition(replace(FULL, phase=phase), now=1000.5 + age)
     assert ("sharpwatch_run_step{" in text) == shown
+
+
+def exported(snapshot: RunSnapshot) -> set[str]:
+    return {line.partition("{")[0] for line in samples(exposition(snapshot)).splitlines()}
+
+
+def test_a_probe_that_was_given_up_lets_its_gauges_go_and_no_others():
+    """The others were read at every step, or by a probe that goes on."""
+    steps = FULL.probe_steps | {name: ProbeSteps(105, 2.0) for name in ("hutchinson", "lanczos", "linesearch")}
+    let_go = exported(FULL) - exported(replace(FULL, step=108, probe_steps=steps | {"direction": ProbeSteps(105, 2.0)}))
+    assert let_go == {
+        "sharpwatch_block_effective_rank",
+        "sharpwatch_block_effective_rank_stderr",
+        "sharpwatch_block_drift",
+        "sharpwatch_block_drift_stderr",
+        "sharpwatch_block_gradient_alignment",
+        "sharpwatch_block_gradient_alignment_stderr",
+        "sharpwatch_block_order_correlation",
+        "sharpwatch_layer_sharpness",
+        "sharpwatch_layer_sharpness_stderr",
+    }
+    text = exposition(replace(FULL, step=108, probe_steps=steps))
+    assert 'estimator="hutchinson"' in text
+    assert 'estimator="gnb"' not in text
+    assert 'kind="directional"' not in text
+    assert "sharpwatch_block_update_ratio{" not in text  # the direction probe reads it, which is too old as well
 
 
 def test_layers_can_be_off():

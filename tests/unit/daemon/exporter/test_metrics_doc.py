@@ -7,7 +7,8 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
-from sharpwatch.daemon.exporter.metrics import OwnMetrics, RunCollector
+from sharpwatch.daemon.exporter.metrics import RunCollector
+from sharpwatch.daemon.exporter.own_metrics import OwnMetrics
 
 DOCUMENT = (Path(__file__).parents[4] / "docs/metrics.md").read_text(encoding="utf-8")
 SUFFIXES = {"counter": "_total", "info": "_info"}

@@ -15,6 +15,7 @@ from sharpwatch.daemon.estimation.estimator import estimate_all
 from sharpwatch.daemon.ingest.hello import Attempt, read_hello
 from sharpwatch.daemon.ingest.samples import read_sample
 from sharpwatch.daemon.records import Checkpoint, Decision, RollbackPlan
+from sharpwatch.daemon.runs import run as run_module
 from sharpwatch.daemon.runs.restore import restore_run
 from sharpwatch.daemon.runs.run import Run, Runs, Signal
 from sharpwatch.daemon.storage.schema import PendingWrites, SampleRow, StoredAttempt, StoredRun
@@ -202,3 +203,38 @@ async def test_every_waiter_is_woken_once_for_many_changes():
     signal.notify()
     signal.notify()
     assert await asyncio.gather(*waiters) == [2, 2, 2]
+
+
+def names(runs: Runs) -> list[str]:
+    return [run.name for run in runs]
+
+
+def begin(runs: Runs, name: str, identity: str = "", *, at: float = 0.0) -> Run | None:
+    """An attempt of the run `name`, with two layer blocks."""
+    one = attempt(attempt=identity or f"{name}-1")
+    return runs.begin(Attempt(replace(one.hello, run=name), b""), at)
+
+
+def test_what_is_held_of_all_attempts_is_bounded(monkeypatch):
+    monkeypatch.setattr(run_module, "MAX_LAYER_BLOCKS_HELD", 6)
+    runs = Runs(controller)
+    live = begin(runs, "live")
+    live.publish(phase="running")
+    for at, name in enumerate("abc"):
+        begin(runs, name, at=at)
+    assert names(runs) == ["live", "b", "c"]
+    for number in range(6):  # of one run, whose attempts have room of their own
+        assert begin(runs, "live", f"live-{number}") is live
+    assert names(runs) == ["live"]
+    assert [runs.attempt("live", f"live-{number}") is not None for number in range(6)] == [False] * 2 + [True] * 4
+    assert begin(runs, "d") is None
+
+
+def test_an_attempt_that_comes_back_is_the_newest_again_and_no_further_one():
+    runs = Runs(controller)
+    first, second = attempt(), attempt(attempt="a2")
+    for each in (first, second, first):
+        run = runs.begin(each, 0.0)
+    run.publish()
+    assert (run.attempt, run.snapshot.attempts) == (first, 2)
+    assert runs.attempt("run", "a2") is second

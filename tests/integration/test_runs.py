@@ -1,7 +1,4 @@
-"""Known faults: each test states what is right and fails today; a fix removes its mark.
-
-Here: who may speak for a run, which run a command means, what counts as an action, and how long an estimate is shown.
-"""
+"""Who may speak for a run, which run a command means, what counts as an action, and how long an estimate is shown."""
 
 from __future__ import annotations
 
@@ -34,11 +31,6 @@ def reaches(trainer) -> bool:
     return True
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="whoever says Hello with the name of a live run takes it over",
-)
 def test_a_live_run_keeps_its_name_and_the_newcomer_is_refused(daemon, train):
     first = train(daemon, run="prod")
     first.steps(3)
@@ -49,11 +41,6 @@ def test_a_live_run_keeps_its_name_and_the_newcomer_is_refused(daemon, train):
     assert shown["attempts"] == 1
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="a newcomer that ends in order closes the run of the trainer that is still at work",
-)
 def test_a_newcomer_does_not_close_a_live_run(daemon, train):
     first = train(daemon, run="prod")
     first.steps(3)
@@ -66,11 +53,6 @@ def test_a_newcomer_does_not_close_a_live_run(daemon, train):
     assert (shown["phase"], shown["step"]) == ("RUN_PHASE_RUNNING", 4)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="a command for a run whose name is empty goes to the only run there is",
-)
 def test_a_rollback_of_no_run_is_refused(daemon, train):
     trainer = train(daemon, run="prod", control="rollback", can_roll_back=True)
     trainer.steps(2, checkpoints=[])
@@ -80,11 +62,6 @@ def test_a_rollback_of_no_run_is_refused(daemon, train):
     assert daemon.cli("decisions", "prod")["decisions"] == []
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="a command takes the beginning of a run's name for the run",
-)
 def test_a_command_for_the_beginning_of_a_name_is_refused(daemon, train):
     trainer = train(daemon, run="lronly")
     trainer.steps(3)
@@ -94,11 +71,6 @@ def test_a_command_for_the_beginning_of_a_name_is_refused(daemon, train):
 
 
 @pytest.mark.parametrize("end", ["rejected", "expired"])
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="a proposal that was never carried out uses up max_actions_per_hour",
-)
 def test_what_was_not_done_uses_up_no_quota(make_daemon, train, end):
     daemon = make_daemon(ADVISE)
     trainer = train(daemon)
@@ -132,31 +104,16 @@ def estimated(daemon, train, steps: int):
     trainer.steps(steps, health=GIVEN_UP)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="the estimates of a probe that was given up are exported for ever, as if they were of now",
-)
 def test_estimates_of_a_probe_that_was_given_up_are_let_go(daemon, train):
     estimated(daemon, train, 300)
     assert series(daemon, "sharpwatch_block_sharpness") == []
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="no exported series says of which step an estimate is",
-)
 def test_estimates_carry_their_step(daemon, train):
     estimated(daemon, train, 5)
     assert [line for line in series(daemon, r"sharpwatch_\w*step\w*") if float(line.rpartition(" ")[2]) == 7]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="that a probe failed, or was given up, is not exported",
-)
 def test_probe_failures_are_exported(daemon, train):
     estimated(daemon, train, 5)
     assert [line for line in series(daemon, r"sharpwatch_\w*probe\w*fail\w*") if 'probe="gnb"' in line]

@@ -1,4 +1,4 @@
-"""The life of a decision, transition by transition."""
+"""The life of a decision, transition by transition, and what of it counts as done."""
 
 from __future__ import annotations
 
@@ -7,7 +7,17 @@ from dataclasses import replace
 import pytest
 
 from sharpwatch.daemon.decisions.decision_log import DecisionLog
-from sharpwatch.daemon.decisions.lifecycle import EVENTS, FINAL, OUTCOMES, TRANSITIONS, UNDER_WAY, advance, can
+from sharpwatch.daemon.decisions.transitions import (
+    EVENTS,
+    FINAL,
+    OUTCOMES,
+    TRANSITIONS,
+    UNDER_WAY,
+    advance,
+    came_to_nothing,
+    can,
+    took_effect,
+)
 from sharpwatch.daemon.records import Decision
 
 # Written out once more, so that no transition can come or go unseen. A pair that is not here must be refused.
@@ -81,3 +91,50 @@ def test_no_event_leads_back_to_a_draft_and_every_outcome_is_reached():
 def test_which_outcomes_are_final_and_which_wait_for_the_trainer():
     assert {"observed", "rejected", "refused", "recovered", "failed", "expired"} == FINAL
     assert {"approved", "sent"} == UNDER_WAY
+
+
+# Of every outcome: whether it counts as done without having been applied, and applied; None where that can't be.
+DONE = {
+    "draft": (False, None),
+    "observed": (False, None),
+    "proposed": (False, None),
+    "approved": (True, None),
+    "rejected": (False, None),
+    "refused": (False, None),
+    "sent": (True, None),
+    "applied": (None, True),
+    "recovered": (None, True),
+    "failed": (False, True),
+    "expired": (False, None),
+}
+ENDS = [
+    (outcome, step)
+    for outcome, done in DONE.items()
+    for step, counts in zip((None, 5), done, strict=True)
+    if counts is not None
+]
+
+
+def decision(outcome: str, applied_step: int | None, guard: str = "ok") -> Decision:
+    return Decision("d1", "run", 0.0, 1, "scale_lr", "enforce", outcome, "cut", guard=guard, applied_step=applied_step)
+
+
+def test_of_every_outcome_it_is_said_whether_it_counts():
+    assert DONE.keys() == set(OUTCOMES)
+
+
+@pytest.mark.parametrize(("outcome", "applied_step"), ENDS)
+def test_what_counts_is_what_was_applied_or_may_be_at_any_moment(outcome, applied_step):
+    assert took_effect(decision(outcome, applied_step)) == DONE[outcome][applied_step is not None]
+
+
+@pytest.mark.parametrize(("outcome", "applied_step"), ENDS)
+def test_what_came_to_nothing_had_left_and_did_not_count(outcome, applied_step):
+    expected = applied_step is None and outcome in {"rejected", "failed", "expired"}
+    assert came_to_nothing(decision(outcome, applied_step)) == expected
+    assert not (came_to_nothing(decision(outcome, applied_step)) and took_effect(decision(outcome, applied_step)))
+
+
+@pytest.mark.parametrize(("guard", "expected"), [("trainer: no", True), ("cooldown_steps: 9 have to pass", False)])
+def test_a_refusal_came_to_nothing_where_the_trainer_refused(guard, expected):
+    assert came_to_nothing(decision("refused", None, guard)) == expected

@@ -1,0 +1,82 @@
+"""What the daemon counts and times of itself."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+
+from sharpwatch._version import __version__
+
+# Why a session is not opened: the Hello is not valid, or of another's run; the run has a live trainer; the client has
+# too many runs, or all clients have; the daemon ends.
+SessionRefusal = Literal["malformed", "wrong_run", "live_run", "client_runs", "runs", "stopping"]
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+
+class OwnMetrics:
+    """What the daemon counts and times of itself."""
+
+    def __init__(self, registry: CollectorRegistry, *, queue_depth: Callable[[], int], queue_capacity: int) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        self.received = Counter(
+            "sharpwatch_samples_received", "Samples that came in, refused ones included.", registry=registry
+        )
+        self.refused = Counter(
+            "sharpwatch_samples_refused", "Messages refused, by reason code.", ["code"], registry=registry
+        )
+        self.dropped_probes = Counter(
+            "sharpwatch_probes_dropped",
+            "Probes left out of their sample because a number in them was not finite.",
+            ["probe"],
+            registry=registry,
+        )
+        self.ingest_to_metric = Histogram(
+            "sharpwatch_ingest_to_metric_seconds",
+            "From a sample's arrival until metrics show it.",
+            registry=registry,
+            buckets=_SECONDS,
+        )
+        self.estimate = Histogram(
+            "sharpwatch_estimate_seconds",
+            "Time of one batched curvature estimate over all runs with new probes.",
+            registry=registry,
+            buckets=_SECONDS,
+        )
+        self.store = Histogram(
+            "sharpwatch_store_seconds", "Time of one journal transaction.", registry=registry, buckets=_SECONDS
+        )
+        self.store_errors = Counter("sharpwatch_store_errors", "Journal transactions that failed.", registry=registry)
+        self.store_writable = Gauge(
+            "sharpwatch_store_writable", "1 while the journal takes writes, 0 while it fails.", registry=registry
+        )
+        self.store_writable.set(1)
+        self.sessions = Gauge("sharpwatch_sessions", "Agent sessions connected now.", registry=registry)
+        self.sessions_refused = Counter(
+            "sharpwatch_sessions_refused",
+            "Sessions that were not opened, by reason; an agent that is refused tries again every few seconds.",
+            ["reason"],
+            registry=registry,
+        )
+        for reason in get_args(SessionRefusal):
+            self.sessions_refused.labels(reason)  # from 0 on: increase() can't see a counter that begins at 1
+        self.internal_errors = Counter(
+            "sharpwatch_internal_errors",
+            "Samples and estimates that the daemon itself failed on; its log has each.",
+            ["where"],
+            registry=registry,
+        )
+        depth = Gauge("sharpwatch_queue_depth", "Samples waiting for the journal.", registry=registry)
+        depth.set_function(queue_depth)
+        room = Gauge("sharpwatch_queue_capacity", "Samples the queue holds before it drops.", registry=registry)
+        room.set(queue_capacity)
+        build = Gauge(
+            "sharpwatch_build_info",
+            "Versions the daemon runs on; always 1.",
+            ["version", "python", "torch"],
+            registry=registry,
+        )
+        build.labels(__version__, platform.python_version(), torch.__version__).set(1)

@@ -1,0 +1,92 @@
+"""The state of a run at one time, and which of its measurements are too old to be shown as its present state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any, Literal
+
+from sharpwatch.curvature.statistics.estimate import Estimate
+from sharpwatch.daemon.estimation.estimator import PROBES
+from sharpwatch.daemon.estimation.windows import Key
+from sharpwatch.daemon.ingest.hello import RunHello
+from sharpwatch.daemon.ingest.samples import BlockTap, HealthReading
+from sharpwatch.daemon.records import Alert, Mode
+
+Phase = Literal["running", "silent", "closed"]
+# How old the newest reading of a probe may be until what it measured is let go: so many steps, and so many times the
+# steps that usually lie between two readings.
+STALE_STEPS = 100
+STALE_READINGS = 10
+# Which probe reads the fields that no estimate stands behind.
+_READ_BY = {"update_ratio": "direction", "gradient_noise": "gradient_noise"}
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeSteps:
+    """The step of a probe's newest reading, and the mean steps between its last ones; None while there is one."""
+
+    newest: int
+    between: float | None = None
+
+    @classmethod
+    def of(cls, steps: Sequence[int]) -> ProbeSteps:
+        """Returns those of readings at `steps`, the newest last; a rollback lets the steps fall."""
+        forward = [after - before for before, after in pairwise(steps) if after > before]
+        return cls(steps[-1], sum(forward) / len(forward) if forward else None)
+
+
+@dataclass(frozen=True, slots=True)
+class RunSnapshot:
+    """The state of a run at one time.
+
+    It is immutable, and a run replaces it as a whole, so that any thread may read it. Values of readings are those of
+    the newest sample that had them; arrays and tuples marked [B] or [L] are in the order of the Hello.
+    """
+
+    hello: RunHello
+    phase: Phase
+    attempts: int
+    mode: Mode
+    lr_revision: int
+    multipliers: Mapping[str, float]
+    step: int | None = None
+    loss: float | None = None
+    last_sample_at: float | None = None  # unix seconds, by the daemon's clock
+    last_seen_at: float = 0.0
+    tap: BlockTap | None = None
+    update_ratio: tuple[float, ...] | None = None  # [B], of the newest direction probe
+    gradient_noise: tuple[float, ...] | None = None  # [B], of the newest gradient_noise probe
+    health: HealthReading | None = None
+    probe_steps: Mapping[str, ProbeSteps] = field(default_factory=dict)  # by probe that has a reading
+    estimates: Mapping[Key, Estimate] = field(default_factory=dict)
+    layer_sharpness: tuple[Estimate, ...] = ()  # [L]
+    order_correlation: float | None = None
+    alerts: tuple[Alert, ...] = ()
+    alerts_total: Mapping[str, int] = field(default_factory=dict)
+    decisions_total: Mapping[tuple[str, str, str], int] = field(default_factory=dict)  # by action, mode, outcome
+    dropped_probes: Mapping[str, int] = field(default_factory=dict)
+
+    def without_stale(self) -> RunSnapshot:
+        """Returns this snapshot without what was measured by probes whose newest reading is too old."""
+        stale = {probe for probe in self.probe_steps if self._is_stale(probe)}
+        if not stale:
+            return self
+        gone = {estimator for probe in stale for estimator in PROBES[probe].estimators}
+        changes: dict[str, Any] = {name: None for name, probe in _READ_BY.items() if probe in stale}
+        if "gnb" in stale:
+            changes |= {"layer_sharpness": (), "order_correlation": None}
+        kept = {key: one for key, one in self.estimates.items() if key[2] not in gone}
+        return replace(self, estimates=kept, **changes)
+
+    def _is_stale(self, probe: str) -> bool:
+        taken = self.probe_steps[probe]
+        age = 0 if self.step is None else self.step - taken.newest
+        if age <= STALE_STEPS:
+            return False
+        failed = self.health.failed_probes.get(probe) if self.health is not None else None
+        # An attempt that names its probes, but not this one, is of a run that goes on without it.
+        if (failed is not None and failed.given_up) or (self.hello.probes and probe not in self.hello.probes):
+            return True
+        return taken.between is not None and age > STALE_READINGS * taken.between
