@@ -1,16 +1,11 @@
 """An image classifier of timm: the loss is computed outside the model, so the loop tells sharpwatch of it."""
 
-import os
-from pathlib import Path
-
 import timm
 import torch
 from torch.nn.functional import cross_entropy
 
 # --8<-- [start:loop]
 import sharpwatch
-
-os.environ.setdefault("SHARPWATCH_BLOCK_RULES", str(Path(__file__).with_name("timm-rules.yaml")))
 
 torch.manual_seed(0)
 model = timm.create_model(

@@ -28,7 +28,7 @@ from sharpwatch.curvature.objective.batch import Batch
 from sharpwatch.curvature.state.isolation import isolated
 from sharpwatch.curvature.state.snapshot import StateSnapshot
 from sharpwatch.curvature.statistics.sketch import CountSketch
-from sharpwatch.errors import DesyncError, EmptyBatchError, ProbeError
+from sharpwatch.errors import DesyncError, EmptyBatchError, ProbeError, TrainingChangedError
 
 _COLLECTIVES = frozenset({"c10d", "_c10d_functional", "c10d_functional", "_c10d_functional_autograd"})
 _FAILURES = 3  # in a row after which a probe is given up; the rows of a single draw may all be without labels
@@ -186,6 +186,8 @@ class ProbeRunner:
     def before_step(self, names: Sequence[str]) -> ProbedStep:
         """The gradients of a step are complete: has the probes `names` prepare what they need of it."""
         step = ProbedStep(self._context)
+        if not names or self._context.training_change:
+            return step  # `run` then says why
         for name in self._preparing:
             if name in names:
                 started = time.perf_counter()
@@ -207,6 +209,7 @@ class ProbeRunner:
             started = _now(self._device)
             self._seed_draws(name)
             try:
+                self._context.require_same_training()
                 reports[name] = self._probes[name].run(self._rows_of(name, captured), step)
                 self._in_a_row[name] = 0
             # The one error that must end the run: training on would silently train wrong weights.
@@ -317,13 +320,13 @@ class ProbeRunner:
         too_often = self._in_a_row[name] >= _FAILURES
         if self._context.shards is not None:  # all ranks must decide alike, and not all know why one of them failed
             halve_rows(self._halvings, name, self._rows.get(name, 0))
-            return too_often and not isinstance(error, EmptyBatchError)
+            return too_often and not isinstance(error, EmptyBatchError | TrainingChangedError)
         if is_out_of_memory(error):
             return halve_rows(self._halvings, name, self._rows.get(name, 0))
         if isinstance(error, _UnfitError):
             return True
         # An empty batch is due to its labels, as in a row that is all prompt; the next rows may have some.
-        return too_often and not isinstance(error, EmptyBatchError)
+        return too_often and not isinstance(error, EmptyBatchError | TrainingChangedError)
 
 
 def _made(name: str, context: ProbeContext) -> Probe:

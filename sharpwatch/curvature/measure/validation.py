@@ -105,7 +105,7 @@ def check_blocks(names: Sequence[str] | None, block_map: BlockMap) -> tuple[str,
         return block_map.blocks
     unknown = [name for name in names if name not in block_map.blocks]
     if isinstance(names, str) or unknown or not names:
-        raise ProbeError(f"blocks must be among those of the model, {', '.join(block_map.blocks)}, got {names!r}")
+        raise ProbeError(f"blocks must be among those that are trained, {', '.join(block_map.blocks)}, got {names!r}")
     return tuple(block for block in block_map.blocks if block in names)
 
 
