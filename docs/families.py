@@ -114,7 +114,7 @@ def _divided(family: Family) -> BlockMap | Exception:
     except Exception as error:  # noqa: BLE001 - whatever stops transformers is the reason
         return error
     try:
-        return classify(model)
+        return classify(model, strict=True)
     except BlockError as error:
         return error
 

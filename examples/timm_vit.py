@@ -1,8 +1,5 @@
 """An image classifier of timm: the loss is computed outside the model, so the loop hands its batch to sharpwatch."""
 
-import os
-from pathlib import Path
-
 import timm
 import torch
 from torch import nn
@@ -10,8 +7,6 @@ from torch.nn.functional import cross_entropy
 
 # --8<-- [start:loop]
 import sharpwatch
-
-os.environ.setdefault("SHARPWATCH_BLOCK_RULES", str(Path(__file__).with_name("timm-rules.yaml")))
 
 torch.manual_seed(0)
 model = timm.create_model(

@@ -1,7 +1,5 @@
-"""Fine-tuning with TRL and LoRA: the callback of Hugging Face's Trainer, and block rules for the adapters."""
+"""Fine-tuning with TRL and LoRA: the callback of Hugging Face's Trainer."""
 
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,10 +35,8 @@ fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 fast.add_special_tokens({"eos_token": "</s>", "pad_token": "<pad>"})
 dataset = Dataset.from_list([{"input_ids": row["input_ids"].tolist()} for row in rows(400)])
 
+
 # --8<-- [start:train]
-os.environ.setdefault("SHARPWATCH_BLOCK_RULES", str(Path(__file__).with_name("lora-rules.yaml")))
-
-
 def logits(model: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the logits and which positions predict: in training, TRL's forward computes a loss without logits."""
     output = model(*batch.args, **{**batch.kwargs, "labels": None, "fused_lm_head": False})

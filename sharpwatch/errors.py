@@ -8,6 +8,7 @@ SharpwatchError
 ├── CheckpointError      a checkpoint cannot be saved, is incomplete, or belongs to another run
 ├── ProbeError           a probe or measurement cannot run on this model, batch or optimizer
 │   ├── EmptyBatchError  every label of the batch is ignored, so there is no loss
+│   ├── TrainingChangedError  parameters were frozen or unfrozen since attach()
 │   └── PrecisionError   measure() stopped before it reached the requested precision
 ├── DesyncError          a collective probe failed on some ranks only: the run must stop
 ├── WireError            a message violates the wire protocol
@@ -67,6 +68,10 @@ class ProbeError(SharpwatchError):
 
 class EmptyBatchError(ProbeError):
     """Every label of the batch is ignored, so there is no loss to probe; another batch may work."""
+
+
+class TrainingChangedError(ProbeError):
+    """Parameters were frozen or unfrozen since `attach`, so the blocks are no longer what is trained."""
 
 
 class PrecisionError(ProbeError):

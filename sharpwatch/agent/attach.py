@@ -31,8 +31,9 @@ from sharpwatch.agent.transport.base import NullTransport, Transport
 from sharpwatch.agent.transport.courier_handle import CourierHandle
 from sharpwatch.agent.watch import Watch
 from sharpwatch.agent.watched_run import WatchedRun
-from sharpwatch.blocks import BlockMap, classify_reporting_unused
+from sharpwatch.blocks import BlockMap, RulesLike, classify_reporting_unused, report_unplaced
 from sharpwatch.common.endpoint import DEFAULT_ADDRESS
+from sharpwatch.curvature.parameters.trained import trained_parameters
 from sharpwatch.errors import AttachError, BlockError, ConfigError
 from sharpwatch.wire import SKETCH_SIZE
 
@@ -58,6 +59,8 @@ def attach(  # noqa: PLR0913 - the public signature; each has a default that wor
     lr_bounds: tuple[float, float] = (0.1, 10.0),
     initial_step: int = 0,
     seed: int = 0,
+    rules: RulesLike | None = None,
+    strict: bool = False,
     transport: Transport | None = None,
 ) -> Watch:
     """Watch `model` while `optimizer` trains it.
@@ -89,6 +92,10 @@ def attach(  # noqa: PLR0913 - the public signature; each has a default that wor
         lr_bounds: The smallest and the largest multiplier of a learning rate that is accepted.
         initial_step: Optimizer steps already taken, where training goes on from a checkpoint.
         seed: Seeds what probes draw; the global random state is never used.
+        rules: Block rules that take precedence over what is known: a dict by glob, such as `{"*.gizmo": "ffn"}`, a list
+            of rules, or the path of a YAML file. By default the file that $SHARPWATCH_BLOCK_RULES names, if any.
+        strict: Raise where a parameter's block is not known. By default such a parameter is watched as block "other",
+            with one warning that has the rule to write.
         transport: Carries samples and commands instead of a courier process, as `sharpwatch.testing.InMemoryTransport`
             does in tests; `address`, `token` and `tls` are then not used. Used on rank 0 alone.
 
@@ -100,7 +107,8 @@ def attach(  # noqa: PLR0913 - the public signature; each has a default that wor
 
     Environment:
         SHARPWATCH_ADDRESS: The daemon's address where `address` is not given.
-        SHARPWATCH_BLOCK_RULES: A YAML file of rules that say which parameter belongs to which block, as for `classify`.
+        SHARPWATCH_BLOCK_RULES: A YAML file of rules that say which parameter belongs to which block, where `rules` is
+            not given.
         SHARPWATCH_DISABLED: With the value 1 nothing is watched, and the watch returned does nothing.
     """
     if courier_launcher.ENVIRONMENT in os.environ:
@@ -129,6 +137,8 @@ def attach(  # noqa: PLR0913 - the public signature; each has a default that wor
         lr_bounds=lr_bounds,
         initial_step=initial_step,
         seed=seed,
+        rules=rules,
+        strict=strict,
         transport=transport,
     )
     name = run if run is not None else f"{training_job}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
@@ -144,25 +154,33 @@ def attach(  # noqa: PLR0913 - the public signature; each has a default that wor
     return Watch(name, initial_step, None, disabled=True)
 
 
-def _classified(model: nn.Module) -> tuple[BlockMap, Mapping[str, str]]:
+def _classified(options: Options) -> tuple[BlockMap, Mapping[str, str]]:
+    """The blocks of what is trained, and the rules that place nothing."""
     try:
-        return classify_reporting_unused(model, os.environ.get("SHARPWATCH_BLOCK_RULES"))
-    except BlockError as error:
-        raise AttachError(f"model: {error}. For attach, $SHARPWATCH_BLOCK_RULES names the file of rules") from error
-    except ConfigError as error:
-        raise AttachError(f"$SHARPWATCH_BLOCK_RULES: {error}") from error
+        block_map, idle_rules = classify_reporting_unused(options.model, options.block_rules)
+    except (BlockError, ConfigError) as error:
+        raise AttachError(f"{options.rules_source}: {error}") from error
+    block_map = block_map.restricted_to(trained_parameters(options.model))
+    if options.strict:
+        try:
+            report_unplaced(block_map, strict=True)
+        except BlockError as error:
+            raise AttachError(f"model: {error}") from error
+    return block_map, idle_rules
 
 
 def _watched(options: Options, run: str, rendezvous: Rendezvous) -> WatchedRun:
     """The watched run on this rank, once every rank has made its own."""
     check_initialized()
-    blocks = _classified(options.model)
+    blocks = _classified(options)
     options = replace(options, probes=possible(tuple(options.probes), options.model))
     barrier = ExceptionBarrier()
     strategy = connect(rendezvous, options, blocks, run, barrier)
     # A stage of a pipeline can't be called on a batch by itself.
     if not strategy.may_probe:
         options = replace(options, probes=())
+    if strategy.is_rank_zero:
+        report_unplaced(strategy.block_map, strict=False)
     if strategy.layout.unreadable:
         _LOG.warning("gradient norms are not readable: %s", strategy.layout.unreadable)
     identity = _identity(options, strategy.run)

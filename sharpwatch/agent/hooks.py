@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ from sharpwatch.curvature.objective.nested import tensors
 from sharpwatch.curvature.parameters.shards import is_sharded
 
 # Going through all modules at every step would cost too much for what happens rarely.
-_CHECK_INTERVAL = 64  # steps between two checks of the parameters
+CHECK_INTERVAL = 64  # steps between two checks of the parameters
 _MAX_OUTPUTS = 64  # tensors of an output that a backward is looked for at; the caches of all layers are among them
 _LOG = logging.getLogger("sharpwatch")
 
@@ -304,26 +304,24 @@ def _is_capturing() -> bool:
 
 
 class ParameterIdentity:
-    """Remembers the parameters of `model`, and finds out when they are replaced by others."""
+    """Remembers the parameters of `model`, and finds out when they are replaced by others, or by other shapes."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._known = _names(model)
+        self._shapes = {id(parameter): parameter.shape for parameter in model.parameters()}
         # FSDP itself replaces parameters by others and restores them during each step.
         self._can_check = not (is_sharded(model) or any(map(is_flat, model.parameters())))
 
-    def replaced(self, step: int) -> str:
-        """Compare the model's parameters with the known ones, at every 64th step.
+    def replaced(self) -> str:
+        """Compare the model's parameters with the known ones.
 
         Parameters added since `attach` are not watched; each is logged once.
 
-        Args:
-            step: The number of the step just taken.
-
         Returns:
-            The name of the first known parameter that the model no longer has; empty if it has all.
+            What became of the first known parameter that the model no longer has as it was; empty if it has all.
         """
-        if not self._can_check or step % _CHECK_INTERVAL:
+        if not self._can_check:
             return ""
         now = _names(self._model)
         gone = [name for key, name in self._known.items() if key not in now]
@@ -331,7 +329,16 @@ class ParameterIdentity:
             new = [name for key, name in now.items() if key not in self._known]
             _LOG.warning("parameters added after attach are not watched: %s", ", ".join(new))
             self._known |= now
-        return gone[0] if gone else ""
+        if gone:
+            return f"{gone[0]} was replaced by another parameter"
+        return next(self._resized(), "")
+
+    def _resized(self) -> Iterator[str]:
+        """Transformers' `resize_token_embeddings` keeps the parameter, and gives it other data."""
+        for name, parameter in self._model.named_parameters():
+            then = self._shapes.setdefault(id(parameter), parameter.shape)
+            if parameter.shape != then:
+                yield f"{name} is of shape {tuple(parameter.shape)} now, and was of {tuple(then)}"
 
 
 def _names(model: nn.Module) -> dict[int, str]:

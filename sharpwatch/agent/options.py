@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +19,13 @@ from sharpwatch.agent.hooks import Hook
 from sharpwatch.agent.optimizers.support import is_flat, unreadable_parameters
 from sharpwatch.agent.probes.builtin import DEFAULT_PROBES, PROBES, sharded_probes
 from sharpwatch.agent.transport.base import Transport, parse_daemon_address, parse_tls, parse_token
+from sharpwatch.blocks import RulesLike
 from sharpwatch.curvature.parameters.fsdp import DataRank
 from sharpwatch.curvature.parameters.shards import is_sharded
 from sharpwatch.errors import AttachError, ProbeError
 
 _LOG = logging.getLogger("sharpwatch")
+_RULES = "SHARPWATCH_BLOCK_RULES"
 _LONGEST_NAME = 253  # the daemon's limit
 
 
@@ -47,6 +50,8 @@ class Options:
     lr_bounds: tuple[float, float]
     initial_step: int
     seed: int
+    rules: RulesLike | None
+    strict: bool
     transport: Transport | None
 
     @property
@@ -54,6 +59,16 @@ class Options:
         """The smallest and the largest learning-rate multiplier, as floats."""
         low, high = self.lr_bounds
         return float(low), float(high)
+
+    @property
+    def block_rules(self) -> RulesLike | None:
+        """The block rules: those given, else those of the environment."""
+        return self.rules if self.rules is not None else os.environ.get(_RULES) or None
+
+    @property
+    def rules_source(self) -> str:
+        """Where the block rules are from, as error messages name it."""
+        return "rules" if self.rules is not None else f"${_RULES}"
 
     @property
     def equal(self) -> Mapping[str, object]:
@@ -68,6 +83,7 @@ class Options:
             "lr_bounds": self.bounds,
             "initial_step": self.initial_step,
             "seed": self.seed,
+            "rules": self.rules,
             "on_rollback": self.on_rollback is not None,
         }
 
@@ -123,15 +139,17 @@ def possible(probes: tuple[str, ...], model: nn.Module) -> tuple[str, ...]:
     return tuple(probe for probe in probes if probe in shardable)
 
 
-def require_placed(idle_rules: Sequence[Mapping[str, str]]) -> None:
-    """Raise `AttachError` where a rule of the user's places nothing on any rank; stages of a pipeline share a file.
+def require_placed(idle_rules: Sequence[Mapping[str, str]], source: str) -> None:
+    """Raise `AttachError` where a rule of the user's places nothing on any rank; a pipeline's stages share them.
 
-    `idle_rules` are, of each rank, those that place nothing there, with the reason; a reason is empty where one does.
+    Args:
+        idle_rules: Of each rank, the rules that place nothing there, with the reason; a reason is empty where one does.
+        source: Where the rules are from.
     """
     idle = {match: why for each in idle_rules for match, why in each.items()}
     for match, why in idle.items():
         if all(each.get(match, why) for each in idle_rules):
-            raise AttachError(f"$SHARPWATCH_BLOCK_RULES: rule {match!r} places nothing: {why}")
+            raise AttachError(f"{source}: rule {match!r} places nothing: {why}")
 
 
 def _check_training(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:

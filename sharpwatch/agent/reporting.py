@@ -85,7 +85,9 @@ class SampleValues:
 def hello_message(identity: Identity, block_map: BlockMap) -> agent_pb2.Hello:
     """Makes the first message of an attempt."""
     layer_blocks = [
-        types_pb2.LayerBlock(block=block.type, layer=block.layer or "", parameters=block.numel)
+        types_pb2.LayerBlock(
+            block=block.type, layer=block.layer or "", parameters=block.numel, adapter_parameters=block.adapter_numel
+        )
         for block in block_map.layer_blocks
     ]
     return agent_pb2.Hello(

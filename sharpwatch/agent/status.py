@@ -20,11 +20,12 @@ _LABEL = 10  # columns
 
 @dataclass(frozen=True, slots=True)
 class BlockStatus:
-    """One block type: how many entries its parameters have, in how many layers."""
+    """One block type: how many entries its parameters have, in how many layers, and how many are of adapters."""
 
     block: str
     entries: int
     layers: int
+    adapter_entries: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +58,14 @@ class WatchStatus:
         training_job: The name of what is trained.
         run: The name of this attempt.
         step: Optimizer steps that took effect.
-        blocks: The block types of the model.
-        parameters: How many parameters (tensors) are watched.
-        frozen: Names of the watched parameters that are not trained.
-        other: Names of the parameters in block "other", which belong to none of the usual ones.
+        ended: Why the watch ended by itself; empty if it did not.
+        blocks: The block types of what is trained.
+        parameters: How many parameters (tensors) are watched: those that were trained at `attach`.
+        frozen: Names of the model's parameters that are not trained.
+        training_change: What was frozen or unfrozen since `attach`; the blocks stay those of `attach`, and no curvature
+            is measured. Empty if nothing was.
+        other: Names of the watched parameters in block "other", which belong to none of the usual ones.
+        unplaced: Those of them whose block is not known, and no rule says.
         connection: Whether the daemon is reached.
         dropped: Samples that were lost, by reason.
         probes: Each probe that was asked for.
@@ -79,10 +84,13 @@ class WatchStatus:
     run: str
     step: int
     training_job: str = ""
+    ended: str = ""
     blocks: Sequence[BlockStatus] = ()
     parameters: int = 0
     frozen: Sequence[str] = ()
+    training_change: str = ""
     other: Sequence[str] = ()
+    unplaced: Sequence[str] = ()
     connection: Connection = field(default_factory=Connection)
     dropped: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     probes: Sequence[ProbeStatus] = ()
@@ -102,14 +110,19 @@ class WatchStatus:
 
     def _run(self) -> str:
         of = f" of {self.training_job}" if self.training_job else ""
-        return f"{self.run}{of}, step {self.step}" + ("" if self.state == "watching" else f" ({self.state})")
+        state = f"{self.state}: {self.ended}" if self.ended else self.state
+        return f"{self.run}{of}, step {self.step}" + ("" if self.state == "watching" else f" ({state})")
 
     def _rows(self) -> Iterator[tuple[str, str]]:
         yield "blocks", f"{_blocks(self)} ({self.parameters} parameters)"
         if self.frozen:
             yield "frozen", _names(self.frozen)
+        if self.training_change:
+            yield "changed", f"{self.training_change}; attach again"
         if self.other:
             yield "other", _names(self.other)
+        if self.unplaced:
+            yield "unplaced", f"{_names(self.unplaced)}; attach(rules=...) places them"
         if self.loss:
             yield "loss", self.loss
         yield "daemon", f"{_connection(self.connection)}; {_dropped(self.dropped)}"
@@ -131,13 +144,21 @@ def collect(run: WatchedRun) -> WatchStatus:
         training_job=run.options.training_job,
         run=run.run,
         step=run.step,
+        ended=run.end_reason,
         blocks=tuple(
-            BlockStatus(block, entries, sum(each.type == block for each in block_map.layer_blocks))
+            BlockStatus(
+                block,
+                entries,
+                sum(each.type == block for each in block_map.layer_blocks),
+                block_map.adapter_numel[block],
+            )
             for block, entries in block_map.numel.items()
         ),
         parameters=len(block_map.shapes),
+        training_change=str(run.training_change),
         frozen=tuple(name for name, value in run.options.model.named_parameters() if not value.requires_grad),
         other=tuple(dict.fromkeys(part.parameter for part in block_map.parts if part.type == "other")),
+        unplaced=block_map.unplaced,
         connection=run.transport.connection,
         # Copied here and below: the status is of one moment, and the run goes on.
         dropped=MappingProxyType(dict(run.transport.dropped)),
@@ -183,7 +204,15 @@ def _probes(run: WatchedRun) -> tuple[ProbeStatus, ...]:
 
 
 def _blocks(status: WatchStatus) -> str:
-    return ", ".join(f"{each.block} {_count(each.entries)}" for each in status.blocks)
+    return ", ".join(f"{each.block} {_count(each.entries)}{_adapters(each)}" for each in status.blocks)
+
+
+def _adapters(block: BlockStatus) -> str:
+    if not block.adapter_entries:
+        return ""
+    return (
+        " of adapters" if block.adapter_entries == block.entries else f" ({_count(block.adapter_entries)} of adapters)"
+    )
 
 
 def _connection(connection: Connection) -> str:

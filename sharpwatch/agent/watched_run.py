@@ -21,7 +21,7 @@ from sharpwatch.agent.control.controller import Controller
 from sharpwatch.agent.control.lr_multipliers import LrMultipliers
 from sharpwatch.agent.distributed.strategy import Strategy
 from sharpwatch.agent.forwards import Forwards
-from sharpwatch.agent.hooks import Hooks, ParameterIdentity
+from sharpwatch.agent.hooks import CHECK_INTERVAL, Hooks, ParameterIdentity
 from sharpwatch.agent.losses import LossTracker
 from sharpwatch.agent.options import Options
 from sharpwatch.agent.probes.observed import LATE
@@ -32,6 +32,7 @@ from sharpwatch.agent.safety import ExceptionBarrier, OverheadTimer, agent_work,
 from sharpwatch.agent.statistics.tap import PendingTap
 from sharpwatch.agent.status import announcement, collect
 from sharpwatch.agent.transport.base import Transport
+from sharpwatch.curvature.parameters.trained import TrainingChange
 from sharpwatch.v1 import types_pb2
 
 _LOG = logging.getLogger("sharpwatch")
@@ -90,7 +91,9 @@ class WatchedRun:
         self._identity = identity
         self._reporter = reporter
         self.losses = LossTracker(barrier)
+        self.end_reason = ""  # why the watch ended by itself
         self._parameters = ParameterIdentity(options.model)
+        self._told_change = TrainingChange()
         self._announced = False
         self._warned: set[str] = set()
         self._begun = False  # whether there was a forward or a step
@@ -110,6 +113,11 @@ class WatchedRun:
     def closed(self) -> bool:
         """Whether nothing is watched any more."""
         return self._closed
+
+    @property
+    def training_change(self) -> TrainingChange:
+        """What was frozen or unfrozen since `attach`."""
+        return TrainingChange.of(self.options.model, self.strategy.block_map)
 
     def observe(self, loss: float | Tensor | None, batch: Any = None) -> None:
         """The step's loss and batch; each may be None."""
@@ -320,6 +328,9 @@ class WatchedRun:
         # First of all: a signal handler that raises further down then costs this step's sample, not its count.
         self.step = done.step
         self._current = None
+        # Before probes, which parameters of other shapes would break; where ranks must keep step, at its end.
+        if done.due and done.due.names and not self.strategy.several_ranks and self._ended_by_replacement():
+            return
         # Half a reading would show false zeros.
         tap = done.tap if len(done.read) == len(self.options.optimizers) else None
         with self.barrier.guard("looking for the model's calls"):
@@ -354,10 +365,24 @@ class WatchedRun:
             self._announce()
         self._request = self.control.end(done.step, self.strategy.clock()) or self._request
         self.rates.wrap_steps(self._hooks.innermost, command_expected=self.strategy.expects_command)
-        replaced = self._parameters.replaced(done.step)
+        if done.step % CHECK_INTERVAL == 0 and not self._ended_by_replacement():
+            self._tell_training_change()
+
+    def _ended_by_replacement(self) -> bool:
+        """End the watch if a parameter was replaced, as it would go on with the old one; returns whether it was."""
+        replaced = self._parameters.replaced()
         if replaced:
-            _LOG.warning("%s was replaced: the watch ends, as it would go on with the old one; attach again", replaced)
+            self.end_reason = f"{replaced}; attach again"
+            _LOG.warning("the watch of run %s ends: %s", self.run, self.end_reason)
             self.close(in_order=True)
+        return bool(replaced)
+
+    def _tell_training_change(self) -> None:
+        """Log once what was frozen or unfrozen since attach: it stays as it is in what is watched."""
+        change = self.training_change
+        if change and change != self._told_change:
+            _LOG.warning("%s: attach again to measure the curvature of what is trained now", change)
+        self._told_change = change
 
     def _announce(self) -> None:
         """Log what is watched, once, after the first step; on several ranks rank 0 does."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from sharpwatch.blocks.blockmap import BLOCKS, BlockMap, LayerBlock, Part, Row
-from sharpwatch.blocks.classification import Rule, Rules, classify, classify_reporting_unused, load_rules
+from sharpwatch.blocks.classification import classify, classify_reporting_unused, report_unplaced
+from sharpwatch.blocks.rules import Rule, Rules, RulesLike, load_rules
 
 __all__ = [
     "BLOCKS",
@@ -13,7 +14,9 @@ __all__ = [
     "Row",
     "Rule",
     "Rules",
+    "RulesLike",
     "classify",
     "classify_reporting_unused",
     "load_rules",
+    "report_unplaced",
 ]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -33,6 +33,19 @@ class Row(NamedTuple):
     layer: str | None
     numel: int
 
+    @property
+    def adapter(self) -> bool:
+        """Whether the parameter belongs to an adapter, such as LoRA's."""
+        return False
+
+
+class _AdapterRow(Row):  # not a field of `Row`, which callers may unpack
+    __slots__ = ()
+
+    @property
+    def adapter(self) -> bool:
+        return True
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -50,6 +63,8 @@ class Part:
         stop: Entry after the last one.
         numel: Number of entries.
         repeats: Number of stretches.
+        adapter: Whether the parameter belongs to an adapter, such as LoRA's.
+        known: Whether the block is known, or given by a rule; else it is "other".
     """
 
     parameter: str
@@ -60,6 +75,9 @@ class Part:
     stop: int
     numel: int
     repeats: int = 1
+    # Not in the repr, by which `measure` knows the blocks of a saved state again.
+    adapter: bool = field(default=False, repr=False)
+    known: bool = field(default=True, repr=False)
 
     def view(self, tensor: Tensor) -> Tensor:
         """The entries of this part, as a view.
@@ -112,11 +130,19 @@ def part_views(parts: Sequence[Part], tensors: Sequence[Tensor | None]) -> list[
 
 @dataclass(frozen=True, slots=True)
 class LayerBlock:
-    """One block type in one layer; `layer` is None outside of layers."""
+    """One block type in one layer; `layer` is None outside of layers.
+
+    Attributes:
+        type: Block type.
+        layer: Name of the layer.
+        numel: Number of entries.
+        adapter_numel: Number of those that belong to adapters.
+    """
 
     type: str
     layer: str | None
     numel: int
+    adapter_numel: int = 0
 
 
 # Without slots, since cached_property keeps its values in `__dict__`.
@@ -151,16 +177,19 @@ class BlockMap:
     @cached_property
     def rows(self) -> tuple[Row, ...]:
         """The rows of the table, parallel to `parts`."""
-        return tuple(Row(part.parameter, part.type, part.layer, part.numel) for part in self.parts)
+        kinds = ((_AdapterRow if part.adapter else Row, part) for part in self.parts)
+        return tuple(kind(part.parameter, part.type, part.layer, part.numel) for kind, part in kinds)
 
     @cached_property
     def layer_blocks(self) -> tuple[LayerBlock, ...]:
         """The layer blocks, sorted by layer (None first, numbers by value), then in the order of `BLOCKS`."""
         numel: Counter[tuple[str | None, str]] = Counter()
+        of_adapters: Counter[tuple[str | None, str]] = Counter()
         for part in self.parts:
             numel[part.layer, part.type] += part.numel
+            of_adapters[part.layer, part.type] += part.adapter * part.numel
         order = sorted(numel, key=lambda key: (*_layer_key(key[0]), BLOCKS.index(key[1])))
-        return tuple(LayerBlock(kind, layer, numel[layer, kind]) for layer, kind in order)
+        return tuple(LayerBlock(kind, layer, numel[layer, kind], of_adapters[layer, kind]) for layer, kind in order)
 
     @cached_property
     def blocks(self) -> tuple[str, ...]:
@@ -184,6 +213,30 @@ class BlockMap:
         """The index in `blocks` of each part."""
         return tuple(self.blocks.index(part.type) for part in self.parts)
 
+    @cached_property
+    def adapter_numel(self) -> dict[str, int]:
+        """Number of parameters of adapters by block type."""
+        return {
+            kind: sum(part.adapter * part.numel for part in self.parts if part.type == kind) for kind in self.blocks
+        }
+
+    @cached_property
+    def unplaced(self) -> tuple[str, ...]:
+        """Names of the parameters whose block is not known, and no rule says: they are counted as "other"."""
+        return tuple(part.parameter for part in self.parts if not part.known)
+
+    def restricted_to(self, parameters: Collection[str]) -> BlockMap:
+        """The map of some of the parameters alone, such as those that are trained.
+
+        Args:
+            parameters: Their names.
+
+        Returns:
+            A map of those of `parameters` that this one has, in the same order.
+        """
+        parts = tuple(part for part in self.parts if part.parameter in parameters)
+        return BlockMap(parts, {name: shape for name, shape in self.shapes.items() if name in parameters})
+
     def views(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
         """Views of the parts of `tensors`, parallel to `parts`.
 
@@ -200,7 +253,7 @@ class BlockMap:
 
     def __str__(self) -> str:
         cells = [("parameter", "type", "layer", "numel")]
-        cells += [(_label(part), part.type, part.layer or "-", f"{part.numel:,}") for part in self.parts]
+        cells += [(_label(part), _block(part), part.layer or "-", f"{part.numel:,}") for part in self.parts]
         cells += [("total", kind, "", f"{count:,}") for kind, count in self.numel.items()]
         widths = [max(len(row[column]) for row in cells) for column in range(4)]
         return "\n".join(
@@ -214,6 +267,10 @@ def _label(part: Part) -> str:
         return part.parameter
     each = f"{part.repeats} x " if part.repeats > 1 else ""
     return f"{part.parameter}[{':, ' * part.dim}{each}{part.start}:{part.stop}]"
+
+
+def _block(part: Part) -> str:
+    return f"{part.type} (adapter)" if part.adapter else part.type
 
 
 def _layer_key(layer: str | None) -> tuple[int, list[tuple[int, int, str]]]:

@@ -1,91 +1,55 @@
-"""Classification: divides a model's parameters into blocks, by the user's rules and by the known architectures.
-
-The user's rules come from YAML or from code; the first rule that matches a parameter applies:
-
-- match: "*.attn.sinks"            # glob on the name in model.named_parameters()
-  block: other
-- match: "*.attn.qkv.*"
-  split:
-    dim: 0                         # negative values count from the end
-    parts: [{block: qk, size: 128}, {block: vo, size: 64}]
-    repeats: 4                     # number of repetitions, such as heads; 1 by default
-"""
+"""Classification: divides a model's parameters into blocks, by the user's rules and by the known architectures."""
 
 from __future__ import annotations
 
+import json
+import logging
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from fnmatch import fnmatchcase
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from sharpwatch.blocks.blockmap import BLOCKS, BlockMap, Part, Placement, Split
-from sharpwatch.common.yaml_schema import Location, YamlDocument, read_yaml
+from sharpwatch.blocks.blockmap import BLOCKS, BlockMap, Part, Placement
+from sharpwatch.blocks.rules import RulesLike, apply_rules, as_rules
 from sharpwatch.errors import BlockError
 
 if TYPE_CHECKING:
     from torch import nn
 
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """Assigns the parameters whose names match a glob to one block, or splits them between blocks.
-
-    Attributes:
-        match: Glob on the name in `model.named_parameters()`.
-        block: The block type; None with `split`.
-        split: The split; None with `block`.
-
-    Raises:
-        BlockError: Neither or both of `block` and `split` are given, or a block type is unknown.
-    """
-
-    match: str
-    block: str | None = None
-    split: Split | None = None
-
-    def __post_init__(self) -> None:
-        if (self.block is None) == (self.split is None):
-            raise BlockError(f"rule {self.match!r}: give either block or split")
-        named = [self.block] if self.split is None else [kind for kind, _ in self.split.parts]
-        if not set(named) <= set(BLOCKS):
-            raise BlockError(f"rule {self.match!r}: block must be one of {', '.join(BLOCKS)}, got {named}")
+_LOG = logging.getLogger("sharpwatch")
+_NAMES = 6  # parameters, and rules, that a message shows
 
 
-@dataclass(frozen=True, slots=True)
-class Rules:
-    """Rules, in order of precedence."""
-
-    rules: tuple[Rule, ...] = ()
-
-
-def classify(model: nn.Module, rules: Rules | str | Path | None = None) -> BlockMap:
+def classify(model: nn.Module, rules: RulesLike | None = None, *, strict: bool = False) -> BlockMap:
     """Divide all parameters of `model`, including frozen ones, into blocks.
 
-    Each parameter, or each slice of a fused one, belongs to exactly one block.
+    Each parameter, or each slice of a fused one, belongs to exactly one block. A parameter whose block is not known is
+    counted as `other`, with one warning in the log that has the rules to write.
 
     Args:
         model: The model; its parameters may be on the meta device.
-        rules: Rules that take precedence over the known architectures, or the path of a YAML file of them.
+        rules: Rules that take precedence over the known architectures: a dict by glob, such as `{"*.gizmo": "ffn"}`, a
+            list of rules, or the path of a YAML file.
+        strict: Raise where a parameter's block is not known.
 
     Returns:
         The block map.
 
     Raises:
-        BlockError: A parameter cannot be classified, or a rule applies to no parameter.
+        BlockError: A rule is invalid or applies to no parameter; with `strict`, a parameter's block is not known.
         ConfigError: The file of rules cannot be read or is invalid.
     """
     block_map, used = classify_reporting_unused(model, rules)
     for match, why in used.items():
         if why:
             raise BlockError(f"rule {match!r} applies to nothing: {why}")
+    report_unplaced(block_map, strict=strict)
     return block_map
 
 
-def classify_reporting_unused(
-    model: nn.Module, rules: Rules | str | Path | None = None
-) -> tuple[BlockMap, Mapping[str, str]]:
+def classify_reporting_unused(model: nn.Module, rules: RulesLike | None = None) -> tuple[BlockMap, Mapping[str, str]]:
     """Classify a model that is one stage of a pipeline, to which not every rule applies.
 
     Args:
@@ -96,51 +60,67 @@ def classify_reporting_unused(
         The block map, and for the glob of each rule the reason why it applies to nothing; empty if it does apply.
 
     Raises:
-        BlockError: A parameter cannot be classified.
+        BlockError: A rule is invalid.
         ConfigError: The file of rules cannot be read or is invalid.
     """
     from sharpwatch.blocks.module_tree import Tree  # noqa: PLC0415 - torch only where there is a model
     from sharpwatch.blocks.placement import classify_parameters  # noqa: PLC0415 - as above
 
     tree = Tree(model)
-    user_rules = load_rules(rules) if isinstance(rules, str | Path) else rules or Rules()
-    placed, used = _apply_rules(user_rules, tree.shapes)
+    placed, used = apply_rules(as_rules(rules), tree.shapes)
     placed |= classify_parameters(tree, [name for name in tree.shapes if name not in placed])
     parts: list[Part] = []
     for name, shape in tree.shapes.items():
-        parts += _parts(name, shape, tree.layers[name], placed[name])
+        adapter = any(at.adapter for at in tree.occurrences[id(tree.parameters[name])])
+        own = _parts(name, shape, tree.layers[name], placed.get(name, "other"))
+        parts += [replace(part, adapter=adapter, known=name in placed) for part in own]
     return BlockMap(tuple(parts), tree.shapes), used
 
 
-def _apply_rules(rules: Rules, shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, Placement], dict[str, str]]:
-    placed: dict[str, Placement] = {}
-    used: dict[str, str] = {}
-    for rule in rules.rules:
-        matched = [name for name in shapes if fnmatchcase(name, rule.match)]
-        # A rule whose parameters are all taken by earlier ones is reported as unused: their order may be wrong.
-        mine = [name for name in matched if name not in placed]
-        used[rule.match] = ""
-        if not mine:
-            taken = f"earlier rules apply to all {len(matched)} parameters that it matches"
-            used[rule.match] = taken if matched else "no parameter matches"
-        placed |= {name: _placement_of(rule, name, shapes[name]) for name in mine}
-    return placed, used
+def report_unplaced(block_map: BlockMap, *, strict: bool) -> None:
+    """Tell of the parameters whose block is not known, and which rules would place them: one warning in the log.
+
+    Args:
+        block_map: A block map.
+        strict: Raise instead.
+
+    Raises:
+        BlockError: With `strict`, if there are such parameters.
+    """
+    if not block_map.unplaced:
+        return
+    message = unplaced_message(block_map)
+    if strict:
+        raise BlockError(message)
+    _LOG.warning("%s. Until then they count as 'other'", message)
 
 
-def _placement_of(rule: Rule, name: str, shape: tuple[int, ...]) -> Placement:
-    if rule.split is None:
-        return str(rule.block)
-    if not -len(shape) <= rule.split.dim < len(shape):
-        raise BlockError(f"rule {rule.match!r}: {name} {shape} has no dimension {rule.split.dim}")
-    # Checked here although BlockMap checks it too, because the rule to correct is known here.
-    split = Split(rule.split.dim % len(shape), rule.split.parts, rule.split.repeats)
-    total = sum(size for _, size in split.parts) * split.repeats
-    if total != shape[split.dim]:
-        raise BlockError(
-            f"rule {rule.match!r}: the sizes of the parts must add up to dimension {split.dim} of {name} {shape}, "
-            f"got {total}"
-        )
-    return split
+def unplaced_message(block_map: BlockMap) -> str:
+    """Name the parameters whose block is not known, and the rules to write, as they may be passed for `rules`."""
+    shapes = [f"{name} {block_map.shapes[name]}" for name in block_map.unplaced]
+    rules = dict.fromkeys((_glob(name, block_map) for name in block_map.unplaced), "other")
+    shown = json.dumps(dict(list(rules.items())[:_NAMES]))
+    split = '{"split": {"dim": 0, "parts": [{"block": "qk", "size": ...}, {"block": "vo", "size": ...}]}}'
+    return (
+        f"these parameters belong to no known block: {_first(shapes)}. To place them, pass "
+        f"rules={shown}{_more(len(rules))} with their blocks ({', '.join(BLOCKS)}); a fused matrix has {split} instead "
+        "of a block"
+    )
+
+
+def _glob(name: str, block_map: BlockMap) -> str:
+    """`name` with numbers as `*`, since layers are alike, unless that would match what is placed already."""
+    glob = re.sub(r"\.\d+(?=\.)", ".*", name)
+    matched = {each for each in block_map.shapes if fnmatchcase(each, glob)}
+    return glob if matched <= set(block_map.unplaced) else name
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:_NAMES]) + _more(len(names))
+
+
+def _more(count: int) -> str:
+    return f" and {count - _NAMES} more" if count > _NAMES else ""
 
 
 def _parts(name: str, shape: tuple[int, ...], layer: str | None, placement: Placement) -> list[Part]:
@@ -152,90 +132,3 @@ def _parts(name: str, shape: tuple[int, ...], layer: str | None, placement: Plac
         parts.append(Part(name, block, layer, placement.dim, start, start + size, size * rest, repeats))
         start += size
     return parts
-
-
-def load_rules(path: str | Path) -> Rules:
-    """Read a file of rules.
-
-    Args:
-        path: A YAML file with a list of rules, as above.
-
-    Raises:
-        ConfigError: The file cannot be read or holds something else; names file, line, key and what is valid.
-    """
-    document = read_yaml(Path(path), root="rules")
-    if document.data is None:
-        raise document.error((), "is empty; expected a list of rules")
-    reader = _RulesReader(document)
-    return Rules(tuple(reader.rule(at) for at in reader.items(())))
-
-
-@dataclass(frozen=True, slots=True)
-class _RulesReader:
-    """Checks the values of a document and makes rules of them."""
-
-    document: YamlDocument
-
-    def rule(self, at: Location) -> Rule:
-        given = self.mapping(at, required=("match",), optional=("block", "split"))
-        if ("block" in given) == ("split" in given):
-            raise self.document.error(at, "give either block or split")
-        match = self.text((*at, "match"))
-        if "block" in given:
-            return Rule(match, block=self.block((*at, "block")))
-        return Rule(match, split=self.split((*at, "split")))
-
-    def split(self, at: Location) -> Split:
-        given = self.mapping(at, required=("dim", "parts"), optional=("repeats",))
-        parts = self.items((*at, "parts"))
-        if len(parts) < 2:
-            raise self.document.error((*at, "parts"), "expected two parts or more")
-        repeats = self.count((*at, "repeats")) if "repeats" in given else 1
-        return Split(self.integer((*at, "dim")), tuple(self.part(part) for part in parts), repeats)
-
-    def part(self, at: Location) -> tuple[str, int]:
-        self.mapping(at, required=("block", "size"))
-        return self.block((*at, "block")), self.count((*at, "size"))
-
-    def block(self, at: Location) -> str:
-        name = self.text(at)
-        if name not in BLOCKS:
-            raise self.document.error(at, f"{name!r} is not a block type; allowed: {', '.join(BLOCKS)}")
-        return name
-
-    def text(self, at: Location) -> str:
-        value = self.document.at(at)
-        if not isinstance(value, str) or not value:
-            raise self.document.error(at, "expected a string")
-        return value
-
-    def count(self, at: Location) -> int:
-        value = self.integer(at)
-        if value < 1:
-            raise self.document.error(at, f"{value}: expected an integer of 1 or more")
-        return value
-
-    def integer(self, at: Location) -> int:
-        value = self.document.at(at)
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise self.document.error(at, "expected an integer")
-        return value
-
-    def items(self, at: Location) -> list[Location]:
-        value = self.document.at(at)
-        if not isinstance(value, list):
-            raise self.document.error(at, "expected a list")
-        return [(*at, index) for index in range(len(value))]
-
-    def mapping(self, at: Location, *, required: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, Any]:
-        allowed = ", ".join(sorted((*required, *optional)))
-        value = self.document.at(at)
-        if not isinstance(value, dict):
-            raise self.document.error(at, f"expected a mapping with keys {allowed}")
-        for name in value:
-            if name not in (*required, *optional):
-                raise self.document.error((*at, name), f"unknown key; allowed: {allowed}")
-        for name in required:
-            if name not in value:
-                raise self.document.error((*at, name), f"is missing; allowed: {allowed}")
-        return value

@@ -1,8 +1,8 @@
 """Splits fused attention matrices (QKV): their layouts, which hold several of query, key, value and gate.
 
-They are known by the attention's class and the sizes it keeps. The shape alone is ambiguous: [3 · heads · width,
-inputs] is three thirds in one model, and three slices of every head in another. A layout that is not in these tables is
-not guessed.
+They are known by the attention's class and the sizes it keeps, or else read from its code. The shape alone is
+ambiguous: [3 · heads · width, inputs] is three thirds in one model, and three slices of every head in another. A layout
+that neither tells is not guessed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,11 @@ from typing import Any
 
 from torch import nn
 
+from sharpwatch.blocks.adapters import bare_children
 from sharpwatch.blocks.blockmap import Split
+from sharpwatch.blocks.fused_source import division_of
+from sharpwatch.blocks.module_kinds import is_convolution, is_linear
+from sharpwatch.blocks.vocabulary import plain, role
 
 # Attention classes of transformers by the layout of their fused matrix. Query, key, value:
 _THIRDS = {
@@ -63,8 +67,29 @@ def split_fused(attention: Any, name: str, rows: int, inputs: int) -> Split | st
     if "CodeGenAttention" in known:  # query, value, key for each of four tensor-parallel ranks
         third = rows // 12
         return Split(0, (("qk", third), ("vo", third), ("qk", third)), 4)
-    latent_heads = hasattr(attention, "qk_nope_head_dim")  # for each head its key without position, then its value
-    return _by_head(rows, attention.qk_nope_head_dim, attention.v_head_dim, "vo") if known and latent_heads else None
+    if known and hasattr(attention, "qk_nope_head_dim"):  # for each head its key without position, then its value
+        return _by_head(rows, attention.qk_nope_head_dim, attention.v_head_dim, "vo")
+    return _by_code(attention, name, rows)
+
+
+def _by_code(attention: nn.Module, name: str, rows: int) -> Split | None:
+    """The layout as the code of `attention` divides what the matrix gives; None if it can't be read from it."""
+    parts = 2 if plain(name) == "kv" else 3
+    # The features of a convolution are not the last dimension of what it gives.
+    convolves = is_convolution(getattr(attention, name, attention))
+    division = "" if convolves else division_of(attention, name, parts)
+    if division == "equal" and rows % parts == 0:
+        return _values_last(rows, rows // parts)
+    queries = _output_inputs(attention)
+    # Keys are as wide as values, and all heads of the queries together as the output projection's inputs.
+    return _values_last(rows, (rows - queries) // 2) if division == "sizes" and parts == 3 and queries else None
+
+
+def _output_inputs(attention: nn.Module) -> int:
+    """Number of inputs of the output projection; 0 if it is not the only matrix beside the fused one."""
+    matrices = [child for name, child in bare_children(attention) if is_linear(child) and role(name) == "o"]
+    inputs = [getattr(each, "in_features", 0) for each in matrices]
+    return int(inputs[0]) if len(inputs) == 1 else 0
 
 
 def split_queries(attention: Any, name: str, rows: int) -> Split | str | None:
@@ -74,6 +99,15 @@ def split_queries(attention: Any, name: str, rows: int) -> Split | str | None:
     if name == "q_gate_proj" and "AXK2Attention" in _classes(attention):
         return _by_head(rows, attention.qk_head_dim, attention.v_head_dim, "other")
     return "qk"
+
+
+def split_joint_output(layer: Any, name: str, inputs: int) -> Split | None:
+    """The layout of an output projection that attention and feed-forward share: what attention gives comes first.
+
+    The layers of diffusers that do so (Flux) keep the feed-forward part's first matrix beside it.
+    """
+    features = getattr(getattr(layer, "proj_mlp", None), "out_features", 0) if name == "proj_out" else 0
+    return Split(1, (("vo", inputs - features), ("ffn", features))) if 0 < features < inputs else None
 
 
 def split_latent(attention: Any, rows: int) -> Split | str:

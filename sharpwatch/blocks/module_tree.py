@@ -1,4 +1,4 @@
-"""The module tree of a model: where each parameter occurs in it, and in which layer."""
+"""The module tree of a model: where each parameter occurs in it, and in which layer. Wrappers are left out."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from sharpwatch.blocks.adapters import Path, bare_children, route
 from sharpwatch.errors import BlockError
 
 
@@ -19,21 +20,28 @@ class Occurrence:
         leaf: Name of the parameter in its owner.
         path: (name, module) from the model, with name "", down to the owner.
         owner: The module whose parameter it is.
-        name: The name that describes it: the owner's for a weight or bias, else its own.
+        name: The name that describes it: the owner's, or that of the list it is alone in, for a weight or bias, else
+            its own.
         enclosing: The modules that enclose what `name` names, as in `path`.
         segment: The owner's name in its parent; "" for the model itself.
         is_named_itself: Whether it has a name of its own, rather than being the weight or bias of its owner.
         layer_depth: Number of modules in `path` down to and including the layer; 0 outside of layers.
+        shape: The parameter's shape.
+        adapter: Whether the parameter belongs to an adapter. All else is then of the parameter that it adapts.
+        index: Its place among all occurrences of parameters, in the order in which they are registered.
     """
 
     leaf: str
-    path: tuple[tuple[str, nn.Module], ...]
+    path: Path
     owner: nn.Module
     name: str
-    enclosing: tuple[tuple[str, nn.Module], ...]
+    enclosing: Path
     segment: str
     is_named_itself: bool
     layer_depth: int
+    shape: tuple[int, ...]
+    adapter: bool
+    index: int
 
 
 class Tree:
@@ -50,47 +58,67 @@ class Tree:
         shapes: Their shapes.
         layers: Canonical names of their layers, such as "layers.3" or "encoder.layers.3"; None outside of layers.
         occurrences: All occurrences of each parameter, by its id.
+        layers_span: The indices of the first and the last occurrence in a layer; (-1, -1) without layers.
         answers: What has been found out about its modules, by question and module.
     """
 
     def __init__(self, model: nn.Module) -> None:
         if not isinstance(model, nn.Module):
             raise BlockError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
+        # One pass: PEFT's adapter of torch's attention makes new parameters in each.
+        every = list(model.named_parameters(remove_duplicate=False))
+        first = {id(parameter): name for name, parameter in reversed(every)}
+        self.parameters = {name: parameter for name, parameter in every if first[id(parameter)] == name}
         self.shapes = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
-        # With duplicates: a tied parameter's block follows from all places where it occurs.
-        self._modules = dict(model.named_modules(remove_duplicate=False))
+        self._model = model
         self._labels = _labels(dict(_trunks(model, "")))
-        self.layers = {name: self._layer(name) for name in self.parameters}
         self.occurrences: dict[int, list[Occurrence]] = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            self.occurrences.setdefault(id(parameter), []).append(self._occurrence(name))
+        # With duplicates: a tied parameter's block follows from all places where it occurs.
+        for index, (name, parameter) in enumerate(every):
+            self.occurrences.setdefault(id(parameter), []).append(self._occurrence(index, name, parameter))
+        found = itertools.chain.from_iterable(self.occurrences.values())
+        inside = [at.index for at in found if at.layer_depth] or [-1]
+        self.layers_span = min(inside), max(inside)
+        self.layers = {name: self._layer(self.occurrences[id(each)][0]) for name, each in self.parameters.items()}
         self.answers: dict[tuple[Callable[[nn.Module], bool], nn.Module], bool] = {}
 
-    def _occurrence(self, name: str) -> Occurrence:
-        *segments, leaf = name.split(".")
-        names = itertools.accumulate(segments, "{}.{}".format)
-        path = ((segment, self._modules[inside]) for segment, inside in zip(segments, names, strict=True))
-        whole = (("", self._modules[""]), *path)
-        segment, owner = whole[-1]
-        named_itself = leaf not in {"weight", "bias"}
+    def _occurrence(self, index: int, name: str, parameter: nn.Parameter) -> Occurrence:
+        found = route(self._model, name)
+        segment, owner = found.path[-1]
+        named_itself = found.leaf not in {"weight", "bias"}
+        # The only part with parameters of a list is named by the list, as `to_out` of a matrix and its dropout.
+        alone = not named_itself and _is_alone(found.path)
         return Occurrence(
-            leaf,
-            whole,
+            found.leaf,
+            found.path,
             owner,
-            name=leaf if named_itself else segment,
-            enclosing=whole if named_itself else whole[:-1],
+            name=found.leaf if named_itself else found.path[-2][0] if alone else segment,
+            enclosing=found.path if named_itself else found.path[: -2 if alone else -1],
             segment=segment,
             is_named_itself=named_itself,
-            layer_depth=self._layer_depth(segments),
+            layer_depth=self._layer_depth(found.path),
+            shape=found.shape or tuple(parameter.shape),
+            adapter=found.adapter,
+            index=index,
         )
 
-    def _layer(self, name: str) -> str | None:
-        return next((label for prefix, label in self._labels.items() if name.startswith(prefix)), None)
+    def _layer(self, at: Occurrence) -> str | None:
+        return self._labels[_prefix(at.path[: at.layer_depth])] if at.layer_depth else None
 
-    def _layer_depth(self, segments: list[str]) -> int:
-        depths = range(len(segments), 0, -1)
-        return next((depth + 1 for depth in depths if ".".join(segments[:depth]) + "." in self._labels), 0)
+    def _layer_depth(self, path: Path) -> int:
+        depths = range(1, len(path))
+        return next((depth + 1 for depth in depths if _prefix(path[: depth + 1]) in self._labels), 0)
+
+
+def _is_alone(path: Path) -> bool:
+    """Whether the last module of `path` is the only one with parameters in a list of modules."""
+    if len(path) < 3 or not isinstance(path[-2][1], nn.ModuleList | nn.Sequential):
+        return False
+    return sum(next(child.parameters(), None) is not None for child in path[-2][1].children()) == 1
+
+
+def _prefix(path: Path) -> str:
+    return "".join(f"{name}." for name, _ in path[1:])
 
 
 def _trunks(module: nn.Module, path: str) -> Iterator[tuple[str, list[str]]]:
@@ -99,7 +127,7 @@ def _trunks(module: nn.Module, path: str) -> Iterator[tuple[str, list[str]]]:
     if layers:
         yield path, layers
         return
-    for name, child in module.named_children():
+    for name, child in bare_children(module):
         yield from _trunks(child, f"{path}{name}.")
 
 
@@ -110,14 +138,14 @@ def _layers_in(module: nn.Module) -> list[str]:
     """
     if not isinstance(module, nn.ModuleList | nn.Sequential):
         return []
-    layers = {name: child for name, child in module.named_children() if _is_compound(child)}
+    layers = {name: child for name, child in bare_children(module) if _is_compound(child)}
     if isinstance(module, nn.Sequential) and len({type(child) for child in layers.values()}) > 1:
         return []
     return list(layers)
 
 
 def _is_compound(module: nn.Module) -> bool:
-    return any(next(child.parameters(), None) is not None for child in module.children())
+    return any(next(child.parameters(), None) is not None for _, child in bare_children(module))
 
 
 def _labels(trunks: dict[str, list[str]]) -> dict[str, str]:

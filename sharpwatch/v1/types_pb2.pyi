@@ -76,19 +76,24 @@ class LayerBlock(google.protobuf.message.Message):
     BLOCK_FIELD_NUMBER: builtins.int
     LAYER_FIELD_NUMBER: builtins.int
     PARAMETERS_FIELD_NUMBER: builtins.int
+    ADAPTER_PARAMETERS_FIELD_NUMBER: builtins.int
     block: builtins.str
     """emb, qk, vo, ffn, norm, head or other."""
     layer: builtins.str
     """"layers.3"; empty for parameters outside every layer."""
     parameters: builtins.int
+    """Those that are trained."""
+    adapter_parameters: builtins.int
+    """Of these, the parameters of adapters, such as LoRA's."""
     def __init__(
         self,
         *,
         block: builtins.str = ...,
         layer: builtins.str = ...,
         parameters: builtins.int = ...,
+        adapter_parameters: builtins.int = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["block", b"block", "layer", b"layer", "parameters", b"parameters"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["adapter_parameters", b"adapter_parameters", "block", b"block", "layer", b"layer", "parameters", b"parameters"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___LayerBlock: typing_extensions.TypeAlias = LayerBlock

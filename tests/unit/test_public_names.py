@@ -64,6 +64,8 @@ def test_attach():
         ("lr_bounds", KEYWORD, (0.1, 10.0)),
         ("initial_step", KEYWORD, 0),
         ("seed", KEYWORD, 0),
+        ("rules", KEYWORD, None),
+        ("strict", KEYWORD, False),
         ("transport", KEYWORD, None),
     ]
 
@@ -103,6 +105,7 @@ def test_measure():
         ("loss_fn", KEYWORD, None),
         ("logits_fn", KEYWORD, None),
         ("method", KEYWORD, "auto"),
+        ("strict", KEYWORD, False),
     ]
 
 
@@ -120,7 +123,11 @@ def test_checkpoints():
 
 
 def test_classify():
-    assert signature(sharpwatch.classify) == [("model", POSITIONAL, REQUIRED), ("rules", POSITIONAL, None)]
+    assert signature(sharpwatch.classify) == [
+        ("model", POSITIONAL, REQUIRED),
+        ("rules", POSITIONAL, None),
+        ("strict", KEYWORD, False),
+    ]
 
 
 def test_blocks():
@@ -143,6 +150,7 @@ def test_the_error_tree():
         "CheckpointError": "SharpwatchError",
         "ProbeError": "SharpwatchError",
         "EmptyBatchError": "ProbeError",
+        "TrainingChangedError": "ProbeError",
         "PrecisionError": "ProbeError",
         "DesyncError": "SharpwatchError",
         "WireError": "SharpwatchError",

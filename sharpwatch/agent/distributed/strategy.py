@@ -359,7 +359,7 @@ def connect(
     """
     block_map, idle_rules = classified
     if rendezvous.alone:
-        require_placed([idle_rules])
+        require_placed([idle_rules], options.rules_source)
         return SingleProcess(options, block_map, run)
     topology = gather_topology(rendezvous, options, block_map, idle_rules, run)
     kind: type[Replicated] = Replicated

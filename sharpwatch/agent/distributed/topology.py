@@ -108,7 +108,7 @@ def gather_topology(
     own = _RankReport(mine.digest, replicated, idle_rules, sharded, sharded or layout.fragmented, run, reason)
     channel, messages = join(AttachMessage(equal=options.equal, own=own))
     reports = [each.own for each in messages if isinstance(each.own, _RankReport)]
-    require_placed([report.idle_rules for report in reports])
+    require_placed([report.idle_rules for report in reports], options.rules_source)
     models = [mine] * len(reports)
     if any(report.model != own.model for report in reports):
         # All ranks see the same digests, so all of them take part in this or none does.

@@ -18,7 +18,9 @@ from sharpwatch.agent.probes.out_of_memory import copy_weights
 from sharpwatch.agent.safety import ExceptionBarrier
 from sharpwatch.blocks import BlockMap
 from sharpwatch.curvature.objective.batch import Batch
+from sharpwatch.curvature.parameters.trained import TrainingChange
 from sharpwatch.curvature.statistics.sketch import CountSketch
+from sharpwatch.errors import TrainingChangedError
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,8 +65,24 @@ class ProbeContext:
         return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
 
     @property
+    def watched_weights(self) -> dict[str, Tensor]:
+        """The parameters of the blocks by name, detached: frozen ones, which no step moves, are none of them."""
+        return {name: weight for name, weight in self.weights.items() if name in self.block_map.shapes}
+
+    @property
+    def training_change(self) -> TrainingChange:
+        """How what is trained differs from what the blocks are made of."""
+        return TrainingChange.of(self.model, self.block_map)
+
+    def require_same_training(self) -> None:
+        """Raise `TrainingChangedError` where other parameters are trained than the blocks are made of."""
+        change = self.training_change
+        if change:
+            raise TrainingChangedError(f"{change}: sharpness is over what was trained at attach; attach again")
+
+    @property
     def blocks(self) -> tuple[str, ...]:
-        """The block types with a trainable parameter; they may change during a run."""
+        """The block types with a trainable parameter."""
         training = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         types = {part.type for part in self.block_map.parts if part.parameter in training}
         return tuple(block for block in self.block_map.blocks if block in types)
@@ -95,7 +113,7 @@ class ProbedStep:
         if not self._asked:
             # Set first: where the copy failed, the next probe of the step must not try it again.
             self._asked = True
-            self._weights = copy_weights(self.context.weights, self.context.optimizers)
+            self._weights = copy_weights(self.context.watched_weights, self.context.optimizers)
 
     @property
     def displacement(self) -> Mapping[str, Tensor]:
@@ -106,7 +124,7 @@ class ProbedStep:
                 raise RuntimeError("the weights could not be copied before the step")
             with torch.no_grad():
                 self._displacement = {
-                    name: copies.pop(name).sub_(weight) for name, weight in self.context.weights.items()
+                    name: copies.pop(name).sub_(weight) for name, weight in self.context.watched_weights.items()
                 }
         return self._displacement
 

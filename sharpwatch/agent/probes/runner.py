@@ -32,7 +32,7 @@ from sharpwatch.curvature.parameters.parameter_space import require_real
 from sharpwatch.curvature.state.isolation import Functional
 from sharpwatch.curvature.state.snapshot import StateSnapshot
 from sharpwatch.curvature.statistics.sketch import CountSketch
-from sharpwatch.errors import DesyncError, EmptyBatchError, ProbeError
+from sharpwatch.errors import DesyncError, EmptyBatchError, ProbeError, TrainingChangedError
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +192,8 @@ class ProbeRunner:
     def before_step(self, names: Sequence[str]) -> ProbedStep:
         """The gradients of a step are complete: has the probes `names` prepare what they need of it."""
         step = ProbedStep(self._context)
+        if not names or self._context.training_change:
+            return step  # `run` then says why
         for name in self._preparing:
             if name in names:
                 started = time.perf_counter()
@@ -213,6 +215,7 @@ class ProbeRunner:
             started = _now(self._device)
             self._seed_draws(name)
             try:
+                self._context.require_same_training()
                 reports[name] = self._probes[name].run(self._rows_of(name, captured), step)
                 self._failures.succeeded(name, self._probes[name].reason)
             # The one error that must end the run: training on would silently train wrong weights.
@@ -328,13 +331,13 @@ class ProbeRunner:
         too_often = self._failures.repeats(name)
         if self._context.shards is not None:  # all ranks must decide alike, and not all know why one of them failed
             halve_rows(self._halvings, name, self._rows.get(name, 0))
-            return too_often and not isinstance(error, EmptyBatchError)
+            return too_often and not isinstance(error, EmptyBatchError | TrainingChangedError)
         if is_out_of_memory(error):
             return halve_rows(self._halvings, name, self._rows.get(name, 0))
         if isinstance(error, UnfitError):
             return True
         # An empty batch is due to its labels, as in a row that is all prompt; the next rows may have some.
-        return too_often and not isinstance(error, EmptyBatchError)
+        return too_often and not isinstance(error, EmptyBatchError | TrainingChangedError)
 
 
 def _made(name: str, context: ProbeContext) -> Probe:

@@ -88,7 +88,7 @@ class MeasureSession:
         )
         self._measurement = Measurement(loaded.model, batches, loaded.optimizer, settings)
         # Before the first piece: on a GPU, a token id out of range makes the device unusable for the process.
-        check_values(loaded.model, self._measurement.block_map, batches, f"DATA {request.data}")
+        check_values(loaded.model, self._measurement.whole_map, batches, f"DATA {request.data}")
         self._file: StateFile | None = None
         if request.state is not None:
             self._file = StateFile(request.state)

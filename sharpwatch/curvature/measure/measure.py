@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sharpwatch.blocks import BlockMap, Rules, classify
+from sharpwatch.blocks import BlockMap, RulesLike, classify
 from sharpwatch.curvature.estimators.directional import next_step
 from sharpwatch.curvature.estimators.gnb import gnb_probe
 from sharpwatch.curvature.estimators.preconditioned import preconditioner
@@ -22,6 +22,7 @@ from sharpwatch.curvature.objective.batch import Batch, LogitsFn, LossFn
 from sharpwatch.curvature.objective.hessian import open_hessian
 from sharpwatch.curvature.objective.hooked_weights import require_hooked_weights
 from sharpwatch.curvature.objective.objective import Objective
+from sharpwatch.curvature.parameters.trained import trained_parameters
 from sharpwatch.curvature.state.isolation import isolated
 from sharpwatch.curvature.statistics.estimate import Cost
 from sharpwatch.curvature.statistics.pooling import PooledEstimate, relative_error
@@ -46,10 +47,11 @@ class Settings:
     precision: float | None = None
     max_draws: int = 256
     blocks: Sequence[str] | None = None
-    rules: Rules | str | None = None
+    rules: RulesLike | None = None
     loss_fn: LossFn | None = None
     logits_fn: LogitsFn | None = None
     method: str = "auto"
+    strict: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +80,15 @@ def measure(  # noqa: PLR0913, PLR0917 - the public signature, with defaults
     precision: float | None = None,
     max_draws: int = 256,
     blocks: Sequence[str] | None = None,
-    rules: Rules | str | None = None,
+    rules: RulesLike | None = None,
     loss_fn: LossFn | None = None,
     logits_fn: LogitsFn | None = None,
     method: str = "auto",
+    strict: bool = False,
 ) -> SharpnessReport:
     """Measure the sharpness of `model` on `batches`; leaves `model` unchanged.
+
+    Sharpness is over what is trained: parameters that require no gradient are no part of any block.
 
     Args:
         model: The model, on the device where it is to be measured.
@@ -97,19 +102,20 @@ def measure(  # noqa: PLR0913, PLR0917 - the public signature, with defaults
         precision: Requested relative standard error of every block's trace; more draws are taken to reach it.
         max_draws: Largest number of draws, with `precision`.
         blocks: Block types to measure; None for all of them and the eigenvalues of the whole model.
-        rules: Block rules, or the path of a YAML file; see `classify`.
+        rules: Block rules: a dict by glob, a list, or the path of a YAML file; see `classify`.
         loss_fn: Computes the loss as `loss_fn(model, batch)`; None to use the model's own.
         logits_fn: Computes logits [..., V] and a mask of the predicting positions as `logits_fn(model, batch)`; None to
             find them.
         method: "autograd" differentiates twice, "differences" takes finite differences of gradients. "auto" takes
             autograd if it works, and traces from loss differences if the loss is smooth.
+        strict: Raise where a parameter's block is not known; by default it is `other`, with a warning in the log.
 
     Returns:
         The estimates by block.
 
     Raises:
         ProbeError: An argument is invalid, or the model cannot be measured; raised before anything runs if possible.
-        BlockError: The model's parameters cannot be divided into blocks.
+        BlockError: A rule is invalid or applies to no parameter; with `strict`, a parameter's block is not known.
         PrecisionError: `precision` was not reached; the error has the report.
     """
     settings = Settings(
@@ -123,6 +129,7 @@ def measure(  # noqa: PLR0913, PLR0917 - the public signature, with defaults
         loss_fn=loss_fn,
         logits_fn=logits_fn,
         method=method,
+        strict=strict,
     )
     measurement = Measurement(model, batches, optimizer, settings)
     for _ in measurement.run():
@@ -152,7 +159,8 @@ class Measurement:
         validation.check_numbers(settings.draws, settings.seed, settings.precision, settings.max_draws)
         self._optimizers = validation.check_optimizers(model, optimizer, settings.estimators)
         self._tokens = validation.check_batches(model, batches, settings.logits_fn)
-        self.block_map: BlockMap = classify(model, settings.rules)
+        self.whole_map: BlockMap = classify(model, settings.rules, strict=settings.strict)  # with what is frozen
+        self.block_map = self.whole_map.restricted_to(trained_parameters(model))
         self.blocks = validation.check_blocks(settings.blocks, self.block_map)
         self._method = validation.check_method(settings.method)
         self._settings = settings

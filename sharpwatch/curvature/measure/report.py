@@ -29,7 +29,7 @@ class BlockReport:
     None or missing.
 
     Attributes:
-        parameters: Number of parameters.
+        parameters: Number of trained parameters.
         estimates: Traces by estimator.
         top_eigenvalue: Largest eigenvalue.
         bottom_eigenvalue: Smallest eigenvalue.
@@ -52,7 +52,7 @@ class BlockReport:
 
     @property
     def sharpness(self) -> Estimate | None:
-        """Average sharpness: the trace divided by the number of parameters (Wang et al. 2025, arXiv 2502.19002)."""
+        """Average sharpness: the trace over the number of trained parameters (Wang et al. 2025, arXiv 2502.19002)."""
         return None if self.trace is None else per_parameter(self.trace, self.parameters)
 
 

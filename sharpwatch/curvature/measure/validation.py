@@ -115,7 +115,7 @@ def check_blocks(names: Sequence[str] | None, block_map: BlockMap) -> tuple[str,
     if names is None:
         return block_map.blocks
     if not _are_names_of(names, block_map.blocks):
-        raise ProbeError(f"blocks must be among those of the model, {', '.join(block_map.blocks)}, got {names!r}")
+        raise ProbeError(f"blocks must be among those that are trained, {', '.join(block_map.blocks)}, got {names!r}")
     return tuple(block for block in block_map.blocks if block in names)
 
 

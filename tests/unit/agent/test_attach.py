@@ -32,7 +32,7 @@ def test_the_signature_is_the_documented_one():
     documented = (
         "model, optimizer, *, training_job, run=None, address=None, token=None, tls=None, overhead_budget=0.01, "
         "probe_every=None, probes=('gnb', 'direction'), loss_fn=None, logits_fn=None, on_rollback=None, control='lr', "
-        "lr_bounds=(0.1, 10.0), initial_step=0, seed=0, transport=None"
+        "lr_bounds=(0.1, 10.0), initial_step=0, seed=0, rules=None, strict=False, transport=None"
     )
     parameters = inspect.signature(sharpwatch.attach).parameters.values()
     bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in parameters]
@@ -185,11 +185,13 @@ class Strange(Net):
         self.mystery = nn.Parameter(torch.ones(3, 5))
 
 
-def test_a_model_that_cannot_be_divided_is_refused_until_a_rules_file_says_how(transports, monkeypatch, tmp_path):
+def test_a_parameter_of_no_known_block_is_refused_if_asked_until_a_rules_file_says_how(
+    transports, monkeypatch, tmp_path
+):
     model = Strange()
     optimizer = torch.optim.AdamW(model.parameters())
     with pytest.raises(AttachError, match="mystery"):
-        sharpwatch.attach(model, optimizer, training_job="job", transport=transports.new())
+        sharpwatch.attach(model, optimizer, training_job="job", transport=transports.new(), strict=True)
     assert not any(transport.hellos for transport in transports)
     rules = tmp_path / "rules.yaml"
     monkeypatch.setenv("SHARPWATCH_BLOCK_RULES", str(rules))

@@ -52,10 +52,10 @@ def test_it_says_what_is_watched():
     assert (status.state, status.training_job, status.run, status.step) == ("watching", "job", "run", 0)
     assert [(each.block, each.entries, each.layers) for each in status.blocks] == [
         ("emb", 88, 1),
-        ("norm", 16, 1),
+        ("norm", 8, 1),
         ("head", 88, 1),
     ]
-    assert status.parameters == 4
+    assert status.parameters == 3
     assert status.frozen == ("ln_f.bias",)
     assert status.other == ()
 
@@ -64,7 +64,7 @@ def test_parameters_that_fell_to_other_are_named(monkeypatch, tmp_path):
     rules = tmp_path / "rules.yaml"
     rules.write_text("- match: ln_f.*\n  block: other\n")
     monkeypatch.setenv("SHARPWATCH_BLOCK_RULES", str(rules))
-    assert Loop().watch.status.other == ("ln_f.weight", "ln_f.bias")
+    assert Loop().watch.status.other == ("ln_f.weight",)
 
 
 def test_probes_are_counted_and_those_given_up_have_a_reason(monkeypatch):
@@ -173,7 +173,7 @@ def test_it_prints_as_a_table_of_about_ten_lines(monkeypatch):
     status = dataclasses.replace(loop.watch.status, overhead_ratio=0.02345, overhead_budget=0.01)
     assert str(status).splitlines() == [
         "run       run of job, step 9",
-        "blocks    emb 88, norm 16, head 88 (4 parameters)",
+        "blocks    emb 88, norm 8, head 88 (3 parameters)",
         "frozen    ln_f.bias",
         "daemon    memory connected, sample 8 acknowledged; samples dropped: 2 outbox_full",
         "probes    gnb: last at step 6, 3 runs, 3 failed; given up: no logits in the output",
@@ -214,7 +214,7 @@ def test_the_first_step_says_once_what_is_watched(caplog):
     (record,) = (record for record in caplog.records if record.levelno == logging.INFO)
     assert record.name == "sharpwatch"
     assert record.getMessage() == (
-        "watching run run of job: blocks emb 88, norm 16, head 88; daemon memory connected; "
+        "watching run run of job: blocks emb 88, norm 8, head 88; daemon memory connected; "
         "probes gnb, direction within 1 % of step time"
     )
 

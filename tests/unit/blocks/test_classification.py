@@ -1,10 +1,10 @@
 from __future__ import annotations
 
+import ast
 import re
 
 import pytest
 import torch
-import yaml
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -19,7 +19,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from sharpwatch.blocks import Row, Rule, Rules, classify
+from sharpwatch.blocks import Row, classify
 from sharpwatch.errors import BlockError
 
 D, V, T = 8, 11, 6  # width, vocabulary, positions
@@ -368,14 +368,14 @@ class LookAlike(nn.Module):
         self.query_key_value, self.dense = nn.Linear(D, 3 * D), nn.Linear(D, D)
 
 
-def test_a_fused_matrix_of_unknown_order_raises_although_its_shape_fits():
+def test_a_fused_matrix_of_unknown_order_is_not_placed_although_its_shape_fits():
     with pytest.raises(BlockError, match=re.escape("transformer.h.0.attn.query_key_value.weight (24, 8)")):
-        classify(NanoGPT(LookAlike))
+        classify(NanoGPT(LookAlike), strict=True)
 
 
-def test_a_fused_matrix_that_is_not_three_squares_raises():
+def test_a_fused_matrix_that_is_not_three_squares_is_not_placed():
     with pytest.raises(BlockError, match=r"transformer\.h\.0\.attn\.c_attn\.weight \(16, 8\)"):
-        classify(NanoGPT(lambda: CausalSelfAttention(fused=2 * D)))
+        classify(NanoGPT(lambda: CausalSelfAttention(fused=2 * D)), strict=True)
 
 
 def with_part(**modules):
@@ -390,20 +390,67 @@ def with_part(**modules):
 )
 def test_a_name_that_merely_contains_a_known_word_is_not_placed(name):
     with pytest.raises(BlockError, match=rf"transformer\.h\.0\.attn\.{name}\.weight \(8, 8\)"):
-        classify(with_part(**{name: nn.Linear(D, D)}))
+        classify(with_part(**{name: nn.Linear(D, D)}), strict=True)
 
 
-def test_what_is_not_understood_names_parameter_shape_and_remedy():
+def strange(layers=1):
+    model = NanoGPT(layers=layers)
+    for layer in model.transformer["h"]:
+        layer.register_parameter("wobble", nn.Parameter(torch.ones(3)))
+    return model
+
+
+def test_parameters_of_no_known_block_are_other_with_one_warning(caplog):
+    model = strange(layers=2)
+    model.register_parameter("gizmo", nn.Parameter(torch.ones(2, 2)))
+    found = classify(model)
+    assert found.unplaced == ("gizmo", "transformer.h.0.wobble", "transformer.h.1.wobble")
+    assert {types(found)[name] for name in found.unplaced} == {"other"}
+    assert sum(part.numel for part in found.parts) == sum(parameter.numel() for parameter in model.parameters())
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "gizmo (2, 2), transformer.h.0.wobble (3,), transformer.h.1.wobble (3,)" in record.message
+
+
+def rules_of(message):
+    """The rules that a message shows, as they would be pasted."""
+    return ast.literal_eval(re.search(r"rules=(\{.*?\})", message)[1])
+
+
+def test_the_rules_of_the_message_can_be_pasted(caplog):
+    model = strange(layers=2)
+    classify(model)
+    rules = rules_of(caplog.text)
+    assert rules == {"transformer.h.*.wobble": "other"}
+    caplog.clear()
+    found = classify(model, rules | {"transformer.h.*.wobble": "norm"}, strict=True)
+    assert found.unplaced == ()
+    assert [row.type for row in found.rows if "wobble" in row.parameter] == ["norm", "norm"]
+    assert not caplog.records
+
+
+def test_a_rule_of_the_message_matches_nothing_that_is_placed(caplog):
+    model = nn.Module()
+    model.layers = nn.ModuleList([nn.ModuleDict({"mlp": nn.Linear(D, D)}), nn.Module()])
+    model.layers[1].weight = nn.Parameter(torch.ones(2))  # `layers.*.weight` would match mlp.weight too
+    classify(model)
+    assert rules_of(caplog.text) == {"layers.1.weight": "other"}
+
+
+def test_a_message_about_many_parameters_stays_short():
     model = NanoGPT()
-    model.transformer["h"][0].register_parameter("temperature", nn.Parameter(torch.ones(3)))
-    with pytest.raises(BlockError) as caught:
-        classify(model)
-    message = str(caught.value)
-    assert "transformer.h.0.temperature (3,)" in message
-    # The remedy it shows is one that works.
-    rule = yaml.safe_load(re.search(r"rules=\.\.\.\): (\[\{.*?\}\])", message)[1])[0]
-    rules = Rules((Rule(rule["match"], block=rule["block"]),))
-    assert types(classify(model, rules))["transformer.h.0.temperature"] == "other"
+    for i in range(40):
+        model.register_parameter(f"gizmo_{i}", nn.Parameter(torch.ones(2, 2)))
+    with pytest.raises(
+        BlockError, match=r"^these parameters belong to no known block: gizmo_0 \(2, 2\), .* and 34 more"
+    ) as caught:
+        classify(model, strict=True)
+    assert len(str(caught.value)) < 1000
+
+
+def test_what_is_not_understood_raises_where_it_is_asked_to():
+    with pytest.raises(BlockError, match=re.escape("transformer.h.0.wobble (3,)")):
+        classify(strange(), strict=True)
 
 
 @pytest.mark.parametrize("build", [gpt2, lambda: llama(tied=False), NanoGPT], ids=["gpt2", "llama", "nanogpt"])

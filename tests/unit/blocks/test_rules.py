@@ -95,6 +95,43 @@ def test_the_example_is_read():
     )
 
 
+SPLIT = {"dim": 0, "parts": [{"block": "qk", "size": 16}, {"block": "vo", "size": 8}]}
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"*.wpe.*": "emb", "*c_attn.bias": {"split": SPLIT}},
+        [{"match": "*.wpe.*", "block": "emb"}, {"match": "*c_attn.bias", "split": SPLIT}],
+        ({"match": "*.wpe.*", "block": "emb"}, Rule("*c_attn.bias", split=Split(0, (("qk", 16), ("vo", 8))))),
+        Rules((Rule("*.wpe.*", block="emb"), Rule("*c_attn.bias", split=Split(0, (("qk", 16), ("vo", 8)))))),
+    ],
+    ids=["dict", "list", "mixed", "Rules"],
+)
+def test_rules_may_be_given_in_several_forms(rules):
+    found = classify(gpt2(), rules)
+    assert types(found)["transformer.wpe.weight"] == "emb"
+    assert [(p.type, p.numel) for p in found.parts if p.parameter.endswith("c_attn.bias")] == [("qk", 16), ("vo", 8)]
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"*.wpe.*": "embedding"}, "rules[0].block: 'embedding' is not a block type; allowed: emb, qk, vo, ffn"),
+        ({"*.wpe.*": 3}, "rules[0].block: expected a string"),
+        ({3: "emb"}, "rules[0].match: expected a string"),
+        ({"*.wpe.*": {"dim": 0, "parts": []}}, "rules[0].dim: unknown key; allowed: block, match, split"),
+        ({"*.wpe.*": {"split": {"dim": 0, "parts": []}}}, "rules[0].split.parts: expected two parts or more"),
+        ([{"match": "*"}], "rules[0]: give either block or split"),
+        (["*.wpe.*"], "rules[0]: expected a mapping with keys block, match, split"),
+        (7, "rules must be a dict by glob, a list of rules or the path of a file, got int"),
+    ],
+)
+def test_rules_that_can_not_be_name_their_place(rules, message):
+    with pytest.raises(BlockError, match=re.escape(message)):
+        classify(gpt2(), rules)
+
+
 def test_classify_takes_the_path_of_a_file(tmp_path):
     path = tmp_path / "rules.yaml"
     path.write_text('- {match: "transformer.wpe.weight", block: emb}\n')

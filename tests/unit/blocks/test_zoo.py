@@ -58,7 +58,7 @@ def test_family(family):
                 zoo.build(family)
             return
         model = zoo.build(family)
-    block_map = classify(model)
+    block_map = classify(model, strict=True)
     types = defaultdict(set)
     for part in block_map.parts:
         types[part.parameter].add(part.type)

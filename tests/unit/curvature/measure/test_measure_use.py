@@ -496,7 +496,7 @@ MISTAKES = {
     ),
     "a block": (
         {"blocks": ["mlp"]},
-        r"blocks must be among those of the model, emb, qk, vo, ffn, norm, other, got \['mlp'\]",
+        r"blocks must be among those that are trained, emb, qk, vo, ffn, norm, other, got \['mlp'\]",
     ),
     "a precision": (
         {"precision": 5.0},
