@@ -246,6 +246,5 @@ def _control(options: Options, strategy: Strategy, types: Mapping[int, frozenset
         blocks=strategy.block_map.blocks,
         parameter_types=frozenset(types.values()),
         has_callback=options.on_rollback is not None,
-        lr_refusal=strategy.lr_refusal,
-        lr_refusal_from_state=strategy.lr_refusal_from_state,
+        lr_refusal=strategy.check_lr,
     )

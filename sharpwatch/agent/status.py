@@ -141,7 +141,9 @@ def collect(run: WatchedRun) -> WatchStatus:
         overhead_ratio=budget.overhead_ratio,
         overhead_budget=budget.budget,
         control=control.mode,
-        lr_refusal='control="none"' if control.mode == "none" else control.present_lr_refusal,
+        lr_refusal='control="none"'
+        if control.mode == "none"
+        else run.strategy.lr_refusal or run.strategy.present_state.refusal,
         multipliers=MappingProxyType(dict(control.multipliers)),
         revision=control.revision,
         pending_rollback=control.pending_rollback,

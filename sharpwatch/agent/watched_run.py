@@ -284,6 +284,7 @@ class WatchedRun:
         """The `step()` of optimizer `which` has ended."""
         if self._current is not None:
             self._current.stepped.add(which)
+            self.strategy.present_state.stepped.add(which)
             if len(self._current.stepped) == len(self.options.optimizers):
                 self._complete(self._current)
 

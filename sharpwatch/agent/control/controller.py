@@ -56,8 +56,7 @@ class Controller:
         blocks: The block types of the model.
         parameter_types: For each parameter, the block types that share its learning rate.
         has_callback: Whether the user passed `on_rollback`.
-        lr_refusal: Why the learning rates of this run can't be changed; empty if they can.
-        lr_refusal_from_state: Says the same from the optimizers' state, whenever a command comes.
+        lr_refusal: Says why the learning rates of this run can't be changed, or nothing; asked when they are to be.
     """
 
     def __init__(  # noqa: PLR0913 - keyword-only, and what differs between runs
@@ -68,8 +67,7 @@ class Controller:
         blocks: Collection[str],
         parameter_types: Collection[frozenset[str]] = (),
         has_callback: bool = False,
-        lr_refusal: str = "",
-        lr_refusal_from_state: Callable[[], str] | None = None,
+        lr_refusal: Callable[[], str] = str,
     ) -> None:
         self.mode = mode
         self.revision = 0
@@ -78,8 +76,7 @@ class Controller:
         self._bounds = bounds
         self._parameter_types = parameter_types
         self._has_callback = has_callback
-        self.lr_refusal = lr_refusal
-        self._lr_refusal_from_state = lr_refusal_from_state
+        self._lr_refusal = lr_refusal
         self._ramp = _Ramp(self.multipliers, self.multipliers, 0, 0)
         self._fade: tuple[int, int] | None = (
             None  # (steps taken when multipliers above 1 begin to fade, steps it takes)
@@ -89,11 +86,6 @@ class Controller:
         self._waiting: list[Command] = []
         self._rollback_command: Command | None = None  # the one behind pending_rollback
         self._results: list[CommandResult] = []
-
-    @property
-    def present_lr_refusal(self) -> str:
-        """Why a command for learning rates would be refused now, if it would for every block; else empty."""
-        return self.lr_refusal or (self._lr_refusal_from_state() if self._lr_refusal_from_state else "")
 
     @property
     def may_scale(self) -> bool:
@@ -189,7 +181,7 @@ class Controller:
             ValueError: An entry has a wrong value.
         """
         # A run taken up where rates can't be changed must not inherit multipliers that nobody could take back.
-        low, high = (1.0, 1.0) if self.mode == "none" or self.lr_refusal else self._bounds
+        low, high = (1.0, 1.0) if self.mode == "none" or self._lr_refusal() else self._bounds
 
         def bounded(values: Mapping[str, float]) -> dict[str, float]:
             return {block: min(max(float(values.get(block, 1.0)), low), high) for block in self.multipliers}
@@ -268,7 +260,7 @@ class Controller:
         return "unknown action: the daemon may be newer than the trainer's sharpwatch"
 
     def _multiplier_refusal(self, action: SetMultipliers) -> str:
-        reason = self.present_lr_refusal
+        reason = self._lr_refusal()
         if reason:
             return f"learning rates can't be changed: {reason}"
         low, high = self._bounds

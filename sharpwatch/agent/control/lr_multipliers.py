@@ -34,6 +34,9 @@ _POWERS: dict[str, Callable[[Group], float]] = {
 }
 
 
+_NO_PIECES: Mapping[int, int] = types.MappingProxyType({})
+
+
 @dataclass(frozen=True, slots=True)
 class _SplitGroup:
     """The parameters of a group that have one multiplier."""
@@ -60,16 +63,19 @@ class ParamGroupOverride:
         self._wrapper: Callable[..., Any] | None = None
         self._replaced: Any = None
 
-    def apply(self, multipliers: Mapping[int, float]) -> None:
-        """Split the groups by `multipliers`, by parameter id and 1 where absent. If all are 1, nothing changes."""
+    def apply(self, multipliers: Mapping[int, float], pieces: Mapping[int, int] = _NO_PIECES) -> None:
+        """Split the groups by `multipliers`, by parameter id and 1 where absent. If all are 1, nothing changes.
+
+        `pieces`, by parameter id, divide groups further: parameters of one multiplier are together in a piece.
+        """
         self.restore()
         # Without multipliers the optimizer keeps its own list, so that a run without commands is a plain run.
-        if all(value == 1.0 for value in multipliers.values()):
+        if not pieces and all(value == 1.0 for value in multipliers.values()):
             return
         own = self._optimizer.param_groups
         groups: list[Group] = []
         for group in own:
-            splits = _split(group, multipliers)
+            splits = _split(group, multipliers, pieces)
             self._splits.extend(splits)
             groups.extend([split.applied for split in splits] or [group])
         self._own = own
@@ -124,18 +130,19 @@ class ParamGroupOverride:
         self._wrapper = self._replaced = None
 
 
-def _split(group: Group, multipliers: Mapping[int, float]) -> list[_SplitGroup]:
-    """Split a group into one for each multiplier, with its parameters in their order; empty where all are 1."""
-    shares: dict[float, list[Any]] = {}
+def _split(group: Group, multipliers: Mapping[int, float], pieces: Mapping[int, int]) -> list[_SplitGroup]:
+    """Split a group into one for each multiplier and piece, with its parameters in their order; empty if all are 1."""
+    shares: dict[tuple[float, int], list[Any]] = {}
     for parameter in group["params"]:
-        shares.setdefault(multipliers.get(id(parameter), 1.0), []).append(parameter)
-    if set(shares) <= {1.0}:
+        key = multipliers.get(id(parameter), 1.0), pieces.get(id(parameter), 0)
+        shares.setdefault(key, []).append(parameter)
+    if set(shares) <= {(1.0, 0)}:
         return []
     # One split keeps the group's own tensors, so that an increment in place reaches the user's group.
-    nearest = min(shares, key=_distance)
+    nearest = min(shares, key=lambda share: _distance(share[0]))
     splits = []
-    for multiplier, parameters in shares.items():
-        values = group if multiplier == nearest else _with_cloned_tensors(group)
+    for (multiplier, piece), parameters in shares.items():
+        values = group if (multiplier, piece) == nearest else _with_cloned_tensors(group)
         applied = {**values, "params": parameters, **_scaled(group, multiplier)}
         splits.append(_SplitGroup(group, multiplier, applied, dict(applied)))
     return splits

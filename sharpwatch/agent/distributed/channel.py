@@ -14,7 +14,7 @@ import ctypes
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -88,7 +88,7 @@ class _PendingReduction:
 
 
 _HEADER = 3  # numbers that say what a reduction is; their squares follow
-_FIELDS = 8  # of a step message: clock, due probes, loss, losses, taps, errors, bytes left, acknowledged
+_FIELDS = 9  # of a step message: clock, due probes, loss, losses, taps, errors, bytes left, acknowledged, objections
 _CHUNK = CHUNK_BYTES // 4  # then a command's chunk, four bytes in a number; then the tap's sums
 
 
@@ -124,6 +124,10 @@ class RankGroup:
     def expecting(self) -> bool:
         """Whether a command may be committed before the next step."""
         return self._commit.expecting
+
+    def object_to(self, objects: Callable[[bytes], bool]) -> None:
+        """Have `objects` asked whether this rank can't apply a command; if one rank can't, it is refused on all."""
+        self._commit.objects = objects
 
     def propose(self, command: bytes) -> None:
         """Rank 0 has `command` for all ranks: `committed` returns it on each of them before the same step."""
@@ -244,7 +248,7 @@ class RankGroup:
         ack = self._commit.outgoing(number, len(self._unread))
         payload = np.zeros(self._width)
         payload[2:6] = own.loss, own.losses, own.taps, own.swallowed_errors
-        payload[7] = ack.acknowledged
+        payload[7], payload[8] = ack.acknowledged, ack.objections
         if self.is_rank_zero:
             payload[0], payload[1], payload[6] = own.clock_unix_ns, own.due_probes, ack.bytes_left
             payload[_FIELDS : _FIELDS + _CHUNK] = np.frombuffer(ack.chunk.ljust(CHUNK_BYTES, b"\0"), "<u4")
@@ -302,10 +306,11 @@ class RankGroup:
         """Read the oldest message, which has arrived."""
         launched = self._unread.popleft()
         payload = self._payload(launched)
-        clock, due_probes, loss, losses, taps, errors, left, acknowledged = payload[:_FIELDS].tolist()
+        clock, due_probes, loss, losses, taps, errors, left, acknowledged, objections = payload[:_FIELDS].tolist()
         # The last chunk of a command is padded to the common width; `left` says how many bytes are its own.
         chunk = payload[_FIELDS : _FIELDS + _CHUNK].astype("<u4").tobytes()[: min(CHUNK_BYTES, int(left))]
-        self._commit.receive(launched.message, Ack(chunk, int(left), int(acknowledged)), int(clock))
+        summed = Ack(chunk, int(left), int(acknowledged), int(objections))
+        self._commit.receive(launched.message, summed, int(clock))
         sums = payload[_FIELDS + _CHUNK :] if self._tap_size else None
         self._read_messages.append(
             StepMessage(launched.progress, clock, int(due_probes), loss, int(losses), int(taps), int(errors), sums)

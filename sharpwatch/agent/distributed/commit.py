@@ -3,7 +3,8 @@
 Two-phase commit. Rank 0 streams a command in its per-step messages. A rank that has received all of it acknowledges in
 each following message. The first message acknowledged by every rank fixes the commit step: every rank applies the
 command `COMMIT_DELAY_STEPS` steps later. A rank commits only if it has by then read every message in which
-it acknowledged.
+it acknowledged. A rank that can't apply a command objects as it acknowledges it, and all ranks refuse it in place of
+applying it.
 
 Where ranks run in lock step these messages have arrived. A rank that still misses one is in doubt: the others may have
 read it. Messages alone can't settle that (it is the two generals' problem), so each rank records its decision with an
@@ -34,24 +35,31 @@ class Ack:
     chunk: bytes = b""
     bytes_left: int = 0
     acknowledged: int = 0  # its number; 0 for none, negative from a rank that has stopped
+    objections: int = 0  # ranks that can't apply it
 
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """A command to apply now, and rank 0's clock in the message that every rank acknowledged."""
+    """A command to apply now, and rank 0's clock in the message that every rank acknowledged.
+
+    `objected`: to refuse now, as a rank can't apply it.
+    """
 
     command: bytes
     clock_unix_ns: int
+    objected: bool = False
 
 
 class TwoPhaseCommit:
     """One rank's side of the protocol, among `size` ranks. Messages are numbered as the steps since attach.
 
-    `stopped`: a command was aborted, and none is committed any more.
+    `stopped`: a command was aborted, and none is committed any more. `objects`: asked once for each command, before it
+    is acknowledged, whether this rank can't apply it.
     """
 
     def __init__(self, size: int, arbiter: Arbiter) -> None:
         self.stopped = False
+        self.objects: Callable[[bytes], bool] = lambda _: False
         self._size = size
         self._arbiter = arbiter
         self._number = 1  # of the command that is under way, or comes next
@@ -62,6 +70,8 @@ class TwoPhaseCommit:
         self._acknowledged_in: deque[int] = deque()  # messages, not read yet, in which this rank acknowledged
         self._commit_step: int | None = None
         self._clock = 0
+        self._objects: bool | None = None  # this rank to the command under way; None before it was asked
+        self._objected = False  # any rank, in the message that all acknowledged
 
     @property
     def expecting(self) -> bool:
@@ -96,7 +106,9 @@ class TwoPhaseCommit:
         if not self._is_complete or unread > _MAX_UNREAD:
             return Ack(chunk, left)
         self._acknowledged_in.append(message)
-        return Ack(chunk, left, self._number)
+        if self._objects is None:
+            self._objects = self.objects(self._received)
+        return Ack(chunk, left, self._number, int(self._objects))
 
     def receive(self, message: int, summed: Ack, clock_unix_ns: int) -> None:
         """Read message number `message`: rank 0's chunk and clock, and the sum of what each rank acknowledges."""
@@ -107,6 +119,7 @@ class TwoPhaseCommit:
         # A rank adds the command's number or 0, or a large negative number; the sum is this only if all acknowledged.
         if self._commit_step is None and summed.acknowledged == self._size * self._number:
             self._commit_step, self._clock = message + COMMIT_DELAY_STEPS, clock_unix_ns
+            self._objected = summed.objections > 0
         if summed.acknowledged < 0:
             self.abort()
         if summed.bytes_left:
@@ -138,11 +151,12 @@ class TwoPhaseCommit:
 
     def _next_command(self) -> Committed:
         """End the command that is committed; the next one's turn."""
-        committed = Committed(self._received, self._clock)
+        committed = Committed(self._received, self._clock, self._objected)
         if self._queue:
             self._queue.popleft()
         self._number += 1
         self._sent, self._received, self._is_complete, self._commit_step = 0, b"", False, None
+        self._objects, self._objected = None, False
         self._acknowledged_in.clear()
         return committed
 

@@ -22,7 +22,8 @@ from sharpwatch.agent.distributed.channel import RankProgress, StepMessage
 from sharpwatch.agent.distributed.commit import COMMIT_DELAY_STEPS
 from sharpwatch.agent.distributed.rendezvous import Rendezvous
 from sharpwatch.agent.distributed.topology import Topology, gather_topology
-from sharpwatch.agent.optimizers.support import layout_of, lr_refusal, lr_refusal_from_state
+from sharpwatch.agent.optimizers.split_check import PresentState
+from sharpwatch.agent.optimizers.support import layout_of, lr_refusal
 from sharpwatch.agent.options import Options, require_placed
 from sharpwatch.agent.probes.context import ShardReduction
 from sharpwatch.agent.reporting import StepRecord
@@ -37,6 +38,7 @@ _NOT_IN_LOCK_STEP = (
     "the ranks of this run are not in lock step: a step message was not received by all of them in time, "
     "so that they can't apply a command at the same step"
 )
+_ANOTHER_OBJECTS = "the optimizer of another rank does not allow it; that rank's log says why"
 
 
 class DueCommand(NamedTuple):
@@ -72,6 +74,7 @@ class Strategy:
         self.run = run
         self.block_map = block_map  # of the whole model
         self.lr_refusal = lr_refusal  # why no learning rate of the run can be changed; empty where they can
+        self.present_state = PresentState(options.optimizers if options.control != "none" else ())
         self.layout = layout_of(options.optimizers)
         parameters = dict(options.model.named_parameters())
         self.tap = Tap(block_map, parameters, options.optimizers, shares, self.layout)
@@ -82,9 +85,9 @@ class Strategy:
         """Whether a command may be committed right before the next step."""
         return False
 
-    def lr_refusal_from_state(self) -> str:
-        """As `lr_refusal`, by the state that optimizers have by now; empty where the ranks may differ in it."""
-        return ""
+    def check_lr(self) -> str:
+        """As `lr_refusal`, by what the optimizers hold before rates are changed; the same on all ranks."""
+        return self.lr_refusal or self.present_state.check()
 
     def wait_for_start(self) -> None:
         """Wait until every rank can be watched. Raises `AttachError` where one can't."""
@@ -146,11 +149,6 @@ class SingleProcess(Strategy):
     def __init__(self, options: Options, block_map: BlockMap, run: str) -> None:
         reason = lr_refusal(options.optimizers, check_split=options.control != "none")
         super().__init__(options, block_map, run, shares={}, lr_refusal=reason)
-        self._optimizers = options.optimizers
-
-    def lr_refusal_from_state(self) -> str:
-        """As `Strategy.lr_refusal_from_state`."""
-        return lr_refusal_from_state(self._optimizers)
 
 
 class Replicated(Strategy):
@@ -167,6 +165,7 @@ class Replicated(Strategy):
         super().__init__(options, topology.block_map, topology.run, shares=shares, lr_refusal=reason)
         self.ranks = topology.ranks
         self.is_rank_zero = self.ranks.is_rank_zero
+        self.ranks.object_to(self._objects_to)
         self._rendezvous = rendezvous
         # A loss may come late, and an accelerator's numbers are a step further behind.
         lag = 1 if next(options.model.parameters()).device.type == "cpu" else 2
@@ -174,6 +173,7 @@ class Replicated(Strategy):
             self.tap, barrier, summed=self.sums_taps, is_rank_zero=self.is_rank_zero, lag=lag
         )
         self._forwards = 0
+        self._objection = ""  # of this rank to the command under way
         self._clock = 0  # rank 0's in the message that committed the newest command
         self._swallowed_errors = 0
 
@@ -181,6 +181,10 @@ class Replicated(Strategy):
     def expects_command(self) -> bool:
         """As `Strategy.expects_command`."""
         return self.ranks.expecting
+
+    def check_lr(self) -> str:
+        """As `Strategy.check_lr`: what they hold is checked as ranks commit a command."""
+        return self.lr_refusal
 
     def wait_for_start(self) -> None:
         """As `Strategy.wait_for_start`."""
@@ -191,11 +195,15 @@ class Replicated(Strategy):
         # Costs are measured by each rank's own clock, so the sampler's state differs between ranks that agree.
         own = {"sampler"} if self.all_ranks_probe else {"sampler", "probes"}  # what this rank alone has run
         try:
-            alike = [sorted(state), {key: value for key, value in state.items() if key not in own}]
+            objection = self.present_state.check() if state else ""
+            alike = [sorted(state), {key: value for key, value in state.items() if key not in own}, bool(objection)]
             text = json.dumps(alike, sort_keys=True) if state else ""
         except (TypeError, ValueError):
             text = ""  # not made by this agent
-        return self._rendezvous.agree(hashlib.sha256(text.encode()).hexdigest() if text else "")
+        agreed = self._rendezvous.agree(hashlib.sha256(text.encode()).hexdigest() if text else "")
+        if agreed and text:
+            self.lr_refusal = self.lr_refusal or objection
+        return agreed
 
     def begin(self) -> None:
         """As `Strategy.begin`; the other ranks need not wait for a state."""
@@ -211,7 +219,11 @@ class Replicated(Strategy):
         for each in self.ranks.committed():
             # Rank 0's clock for all, or a command might expire on one rank and be applied on another.
             self._clock = each.clock_unix_ns
-            due += [DueCommand(command) for command in _unpacked(each.command)]
+            refusal = f"learning rates can't be changed: {self._objection or _ANOTHER_OBJECTS}"
+            due += [
+                DueCommand(command, refusal if each.objected and command.HasField("set_multipliers") else "")
+                for command in _unpacked(each.command)
+            ]
         for packed in self.ranks.refused():
             due += [DueCommand(command, _NOT_IN_LOCK_STEP) for command in _unpacked(packed)]
         return due
@@ -255,6 +267,13 @@ class Replicated(Strategy):
         """As `Strategy.due_probes`: rank 0's."""
         del names
         return planned if self.is_rank_zero else ()
+
+    def _objects_to(self, packed: bytes) -> bool:
+        """Whether this rank can't apply one of the commands in `packed`."""
+        scales = any(command.HasField("set_multipliers") for command in _unpacked(packed))
+        # What was refused at attach is refused on all ranks without this.
+        self._objection = self.present_state.check() if scales and not self.lr_refusal else ""
+        return bool(self._objection)
 
     def _exchange(self, own: StepMessage, *, lock_step: bool = False) -> list[StepRecord]:
         records = []

@@ -1,40 +1,43 @@
-"""Checks at attach that splitting an optimizer's parameter groups for one step leaves its state right.
+"""Checks that splitting an optimizer's parameter groups for one step leaves its steps and its state right.
 
-A learning-rate command splits groups, which is right only where the optimizer keeps its state by parameter. Some keep
+A learning-rate command splits groups, which is right only where an optimizer keeps its state by parameter. Some keep
 one stacked momentum of a whole group under the group's first parameter; after a split each parameter would get the
-momentum of another. So an optimizer must be shown to be safe, in this order:
+momentum of another. So an optimizer must be shown to be safe:
 
-1. Its `step` is one that sharpwatch's own tests cover.
-2. A copy of it, with small stand-ins for its parameters, takes the same steps whether its groups are split or not.
-3. Where no copy can be stepped: the state that it holds already is each parameter's own.
+- Its code is one that sharpwatch's own tests cover, or
+- copies of it take the same steps whether their groups are split or not (`split_trial`): small ones without state at
+  attach, and copies of what it holds by then before the first command is in force.
+
+Where no copy can be made or stepped, rates can't be changed.
 """
 
 from __future__ import annotations
 
-import copy
 import inspect
-import random
-import sys
+import logging
+import re
 import types
-from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
-from enum import Enum
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from sharpwatch.agent.control.lr_multipliers import ParamGroupOverride
+from sharpwatch.agent.optimizers.optimizer_copy import (
+    ATOMS,
+    NoRoomError,
+    NotTriedError,
+    tensors_in,
+)
+from sharpwatch.agent.optimizers.split_trial import NEW, PRESENT, trial
 from sharpwatch.agent.safety import from_signal_handler
-from sharpwatch.curvature.state.isolation import hooks_disabled, restore
 
-# Where the `step` functions are defined that sharpwatch's tests compare with real groups. Those of deepspeed.ops keep
-# their state as torch's do.
+# Where, beside torch, the optimizers are defined that sharpwatch's tests compare with real groups. Those of
+# deepspeed.ops keep their state as torch's do.
 _TESTED = (
-    "torch.optim",
     "adam_mini",
     "bitsandbytes",
     "deepspeed.ops",
@@ -43,34 +46,20 @@ _TESTED = (
     "torchao",
     "transformers.optimization",
 )
-
-_GLOBAL_HOOKS = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
-
-# Of the copy's steps 0 to 4, 2 and 3 are split: state exists by then. Step 4 starts from what a split leaves behind.
-_STEPS, _SPLIT = 5, (2, 3)
-_RATE = 0.1  # of the copy: a warm-up may begin at 0, and bfloat16 would round small steps away
-_SCALE = 0.1  # of its weights and gradients
-_NUDGE = 1e-6  # multipliers must differ for a group to be split; the steps then differ by about as much
-# Of how far a parameter moved. Rounding of batched products stays below it; mixed-up state differs by its own size.
-_TOLERANCE = 0.1
-
-# The copy has stand-ins for at most so many groups, shapes in a group and parameters of a shape. Their sides are cut to
-# the last of these numbers, because some optimizers decompose matrices.
-_GROUPS, _SHAPES, _PER_SHAPE, _SIDE = 32, 16, 3, 16
-_BYTES, _OBJECTS = 1 << 26, 10_000  # in the attributes that are copied
-_NUMBERS_AND_TEXT = (type(None), int, float, complex, str, bytes)
-_ATOMS = (*_NUMBERS_AND_TEXT, type, torch.dtype, torch.device, Enum, random.Random, types.BuiltinFunctionType)
-
-
-class _NotTriedError(Exception):
-    """The optimizer can't be copied or stepped; the message says why."""
+# What code names that may wait for other ranks.
+_COMMUNICATION = re.compile(
+    r"(^|[._])(dist|distributed|comm|hvd|horovod|mpi4py|full_tensor|redistribute|symm_mem|all_reduce|all_gather\w*"
+    r"|reduce_scatter\w*|all_to_all\w*)($|[._])"
+)
+_BESIDE = 4096  # entries of a tensor beside the state above which it counts as state
+_LOG = logging.getLogger("sharpwatch")
 
 
 def unsafe_to_split(optimizer: Optimizer) -> str:
-    """Check whether the groups of `optimizer` can be split for one step.
+    """Check at attach whether the groups of `optimizer` can be split for one step.
 
-    Calls the `step()` of a copy where the optimizer is unknown, never on several processes: it may wait for other
-    ranks. The optimizer, its parameters, gradients and state, and all random states are left as they are.
+    Calls the `step()` of copies where the optimizer is unknown. The optimizer, its parameters, gradients and state, and
+    all random states are left as they are.
 
     Args:
         optimizer: One of the optimizers of the run.
@@ -78,20 +67,88 @@ def unsafe_to_split(optimizer: Optimizer) -> str:
     Returns:
         Why they can't be split; empty where they can.
     """
-    try:
-        # The usual optimizers cost nothing at attach: no copy is made or stepped.
-        if _is_tested(optimizer):
+    return _shown(optimizer, _tried_at_attach)
+
+
+@dataclass(slots=True, eq=False)
+class PresentState:
+    """Checks, before a command is in force, that the groups of `optimizers` can be split as they are by now.
+
+    An unknown optimizer is tried once more, on copies of what it holds, when the first command comes, and again when it
+    has got state or parameters since. A refusal is logged, and holds for the rest of the run.
+
+    Attributes:
+        optimizers: Those of the run.
+        refusal: Why they can't be split, once a check has found it.
+        stepped: Indices of those whose `step()` was seen.
+    """
+
+    optimizers: Sequence[Optimizer]
+    refusal: str = ""
+    stepped: set[int] = field(default_factory=set)
+    _tried: dict[int, object] = field(default_factory=dict)  # by index: what there was
+
+    def check(self) -> str:
+        """The reason against splitting groups, with the optimizer's name; empty where there is none."""
+        if not self.refusal:
+            reasons = [(type(each).__name__, self._why(number)) for number, each in enumerate(self.optimizers)]
+            self.refusal = "; ".join(f"{name}: {reason}" for name, reason in reasons if reason)
+            if self.refusal:
+                _LOG.warning("learning rates can't be changed any more: %s", self.refusal)
+        return self.refusal or self._unseen()
+
+    def _unseen(self) -> str:
+        """Why rates can't be changed yet: a step that is never seen is not under any multiplier."""
+        unseen = [each for number, each in enumerate(self.optimizers) if number not in self.stepped]
+        if not self.stepped or not unseen:
             return ""
-        return stacked_state(optimizer) or _trial(optimizer)
+        return f"{type(unseen[0]).__name__}: no step() of it was seen yet; inside of a compiled function it never is"
+
+    def _why(self, number: int) -> str:
+        optimizer = self.optimizers[number]
+        there = [len(group["params"]) for group in optimizer.param_groups], bool(optimizer.state)
+        if self._tried.get(number) == there:
+            return _shown(optimizer, lambda _: "")
+        self._tried[number] = there
+        return _shown(optimizer, _tried_with_state)
+
+
+def _shown(optimizer: Optimizer, tried: Callable[[Optimizer], str]) -> str:
+    try:
+        if _is_compiled(optimizer):
+            return "its step() is compiled, which does not see groups that are split for a step"
+        # The usual optimizers cost nothing: no copy is made or stepped.
+        return "" if _is_tested(optimizer) else stacked_state(optimizer) or tried(optimizer)
     except Exception as error:
         if from_signal_handler(error):
             raise
-        # The state is the user's own object and may fail in any way; then nothing is shown, and rates are refused.
-        with suppress(Exception):
-            if _holds_state_by_parameter(optimizer):
-                return ""
-        why = str(error) if isinstance(error, _NotTriedError) else f"a copy raised {type(error).__name__}: {error}"
+        # The optimizer is the user's own and may fail in any way; then nothing is shown, and rates are refused.
+        why = str(error) if isinstance(error, NotTriedError) else f"a copy raised {type(error).__name__}: {error}"
         return f"it could not be shown that its groups can be split: {why}"
+
+
+def _tried_at_attach(optimizer: Optimizer) -> str:
+    _check_code(type(optimizer))
+    try:
+        return trial(optimizer, NEW)
+    except Exception as error:
+        # One that makes its state in __init__, or can't step small matrices, is tried as it is.
+        if from_signal_handler(error):
+            raise
+        try:
+            return trial(optimizer, PRESENT)
+        except Exception as second:
+            if from_signal_handler(second):
+                raise
+            raise error from None
+
+
+def _tried_with_state(optimizer: Optimizer) -> str:
+    _check_code(type(optimizer))
+    try:
+        return trial(optimizer, PRESENT)
+    except (NoRoomError, torch.OutOfMemoryError):
+        return _kept_beside(optimizer)  # what the small copies at attach showed is all there is
 
 
 def stacked_state(optimizer: Optimizer) -> str:
@@ -103,8 +160,6 @@ def stacked_state(optimizer: Optimizer) -> str:
     Returns:
         What was found, as a reason against splitting its groups; empty where there is none.
     """
-    if _is_tested(optimizer):
-        return ""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             for key, value in _state_of(optimizer, parameter).items():
@@ -125,190 +180,120 @@ def _state_of(optimizer: Optimizer, parameter: Tensor) -> dict[Any, Any]:
     return state if isinstance(state, dict) else {}
 
 
-def _is_tested(optimizer: Optimizer) -> bool:
-    home = str(inspect.unwrap(type(optimizer).step).__module__)
-    return any(home == tested or home.startswith(f"{tested}.") for tested in _TESTED)
-
-
-def _holds_state_by_parameter(optimizer: Optimizer) -> bool:
-    """Whether there is state already, all of it shaped like its parameter or a single number, and none elsewhere."""
-    elsewhere = [value for name, value in vars(optimizer).items() if name not in {"state", "param_groups"}]
-    for group in optimizer.param_groups:
-        elsewhere += [value for name, value in group.items() if name != "params"]
-        trained = [parameter for parameter in group["params"] if parameter.requires_grad]
-        states = [_state_of(optimizer, parameter) for parameter in trained]
-        if not all(states) or len({frozenset(state) for state in states}) > 1:
-            return False
-        for parameter, state in zip(trained, states, strict=True):
-            if any(tensor.numel() > 1 and tensor.shape != parameter.shape for tensor in _tensors(state)):
-                return False
-    return all(tensor.numel() <= 1 for tensor in _tensors(elsewhere))
-
-
-def _tensors(value: object) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, (list, tuple)):
-        for each in value:
-            yield from _tensors(each)
-
-
-# The trial on copies.
-
-
-def _trial(optimizer: Optimizer) -> str:
-    """Step one copy whole and one that is split for a while, on the same gradients, and compare their parameters."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        raise _NotTriedError(
-            "step() of an unknown class is not tried on several processes; attach after its first step"
-        )
-    start, _ = _steps(optimizer, 0)
-    whole, _ = _steps(optimizer, _STEPS)
-    try:
-        split, twin = _steps(optimizer, _STEPS, split=_SPLIT)
-    except Exception as error:
-        if from_signal_handler(error):
-            raise
-        return f"step() of a copy failed when its groups were split: {type(error).__name__}: {error}"
-    ways = [(one - begin).norm().item() for one, begin in zip(whole, start, strict=True)]
-    gaps = [(one - other).norm().item() for one, other in zip(whole, split, strict=True)]
-    if not all(gap <= _TOLERANCE * way for gap, way in zip(gaps, ways, strict=True)):
-        return "its steps depend on how parameters are grouped, as copies showed at attach"
-    # Two copies that both stood still are equal without having shown anything.
-    if not any(ways) and any(twin.state.values()) and not _holds_state_by_parameter(twin):
-        raise _NotTriedError("a copy takes no step on random gradients")
+def _kept_beside(optimizer: Optimizer) -> str:
+    """Look for large tensors that are neither parameters nor their state."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    known = {id(each) for parameter in parameters for each in (parameter, parameter.grad)}
+    for held in (vars(optimizer), *optimizer.param_groups):
+        for name, value in held.items():
+            if name in {"state", "param_groups", "params"}:
+                continue
+            if any(each.numel() >= _BESIDE and id(each) not in known for each in tensors_in(value)):
+                return f"it keeps {name!r} beside the state of its parameters, and is too large or too slow to be tried"
     return ""
 
 
-def _steps(optimizer: Optimizer, count: int, split: Sequence[int] = ()) -> tuple[list[Tensor], Optimizer]:
-    """The parameters of a copy after `count` steps, those numbered in `split` with each parameter in its own group."""
-    # A generator of its own: both copies need the same gradients, and the run's random state must not move.
-    generator = torch.Generator().manual_seed(0)
-    twin = _twin(optimizer, generator)
-    parameters = [parameter for group in twin.param_groups for parameter in group["params"]]
-    multipliers = {id(parameter): 1 + number * _NUDGE for number, parameter in enumerate(parameters, 1)}
-    override = ParamGroupOverride(twin)
-    torchs = sys.modules[Optimizer.__module__]
-    # Also puts back the random states, so that both copies draw the same numbers.
-    with restore(nn.ParameterList(parameters)), hooks_disabled(torchs, _GLOBAL_HOOKS):
-        for number in range(count):
-            gradients = [_random(parameter, generator) for parameter in parameters]
-            if number in split:
-                override.apply(multipliers)
-            _step(twin, parameters, gradients)
-            override.restore()
-    # One type for real and complex parameters.
-    return [parameter.detach().cpu().to(torch.complex128) for parameter in parameters], twin
+# What the code of an optimizer's class says.
 
 
-def _step(twin: Optimizer, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-    def evaluate(*_: object, **__: object) -> Tensor:
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient.clone() if parameter.requires_grad else None
-        return torch.zeros(())
-
-    evaluate()
-    closure = inspect.signature(type(twin).step).parameters.get("closure")
-    # Only where it must be: some optimizers evaluate a closure several times, and take another path with one.
-    required = closure is not None and closure.default is inspect.Parameter.empty
-    step: Callable[..., object] = twin.step
-    step(*([evaluate] if required else []))
+def _is_compiled(optimizer: Optimizer) -> bool:
+    """Whether `torch.compile` was called on its whole `step`, of the instance or of its class."""
+    for step in (optimizer.step, type(optimizer).step):
+        for layer in _layers(step):
+            compiled = getattr(layer, "_torchdynamo_orig_callable", None) is not None
+            if compiled and not getattr(layer, "_torchdynamo_disable", False):
+                return True
+    return False
 
 
-def _random(like: Tensor, generator: torch.Generator) -> Tensor:
-    return (_SCALE * torch.randn(like.shape, generator=generator, device="cpu", dtype=torch.float32)).to(like)
+def _is_tested(optimizer: Optimizer) -> bool:
+    """Whether all methods of its class, but for `__init__`, are those of optimizers that sharpwatch's tests cover."""
+    own = (function for name, function in _methods(type(optimizer)) if name != "__init__")
+    homes = (_home(layer) for function in own for layer in _layers(function) if not _is_torchs(layer))
+    return all(any(each == tested or each.startswith(f"{tested}.") for tested in _TESTED) for each in homes)
 
 
-def _twin(optimizer: Optimizer, generator: torch.Generator) -> Optimizer:
-    """A copy of `optimizer` without state and hooks, for small stand-ins of some of its parameters.
-
-    Made without `copy.deepcopy(optimizer)`, by which torch's optimizers lose the attributes that subclasses add.
-    """
-    kind = type(optimizer)
-    if hasattr(kind, "__del__"):  # it would free what the optimizer itself still uses
-        raise _NotTriedError(f"{kind.__name__} has a __del__ method, so it is not copied")
-    # Without __init__, whose arguments are not known.
-    twin: Optimizer = object.__new__(kind)
-    state: defaultdict[object, Any] = defaultdict(dict)
-    memo: dict[int, Any] = {id(optimizer): twin, id(optimizer.state): state}
-    absent = torch.empty(0, device="meta")  # for parameters without a stand-in: no step must reach the real ones
-    memo |= {id(parameter): absent for group in optimizer.param_groups for parameter in group["params"]}
-    groups: list[dict[str, Any]] = []
-    for group in optimizer.param_groups[:_GROUPS]:
-        chosen = _chosen(group["params"])
-        stand_ins = [_stand_in(parameter, generator) for parameter in chosen]
-        memo |= {id(parameter): stand_in for parameter, stand_in in zip(chosen, stand_ins, strict=True)}
-        groups.append({"params": stand_ins})
-        memo[id(group)] = groups[-1]
-    memo[id(optimizer.param_groups)] = groups
-    for group, new in zip(optimizer.param_groups, groups, strict=False):
-        new.update(_copied({name: value for name, value in group.items() if name != "params"}, memo))
-        new["lr"] = torch.full_like(new["lr"], _RATE) if isinstance(new["lr"], Tensor) else _RATE
-    state.update(_copied({key: value for key, value in optimizer.state.items() if not isinstance(key, Tensor)}, memo))
-    hooks = {name: OrderedDict[int, Any]() for name in vars(optimizer) if name.startswith("_optimizer_")}
-    own = {name: value for name, value in vars(optimizer).items() if name not in hooks and not _replaces(kind, name)}
-    vars(twin).update(_copied(own, memo) | hooks)
-    return twin
+def _methods(kind: type) -> Iterator[tuple[str, Callable[..., Any]]]:
+    """The functions of a class and its bases, without those of torch's base class of all optimizers."""
+    for base in kind.__mro__:
+        if base not in {Optimizer, object}:
+            for name, value in vars(base).items():
+                function = getattr(value, "__func__", value)  # of a static or class method
+                if isinstance(function, types.FunctionType):
+                    yield name, function
 
 
-def _replaces(kind: type, name: str) -> bool:
-    """Whether an attribute of an instance stands in for a method: a scheduler's `step` would step the real one."""
-    return callable(getattr(kind, name, None))
+def _shares_nothing(function: Callable[..., Any]) -> bool:
+    """Whether `function` closes over nothing that could belong to the run: a copy of it is the function itself."""
+    # Torch's wrappers (no_grad, compile) close over objects of torch's own, beside the function that they wrap.
+    own = (layer for layer in _layers(function) if not _is_torchs(layer))
+    return all(_is_harmless(value) for layer in own for value in _closed_over(layer))
 
 
-def _chosen(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """A few parameters of each shape, in their order."""
-    counts: dict[object, int] = defaultdict(int)
-    chosen = []
-    for parameter in parameters:
-        key = (_shape(parameter), parameter.dtype, parameter.device)
-        counts[key] += 1
-        if counts[key] <= _PER_SHAPE and len(counts) <= _SHAPES:
-            chosen.append(parameter)
-    return chosen
+def _layers(function: Any) -> Iterator[Any]:
+    """`function` and those that it wraps, one inside the other."""
+    current = getattr(function, "__func__", function)
+    while current is not None:
+        yield current
+        current = getattr(current, "__wrapped__", None)
 
 
-def _shape(parameter: Tensor) -> tuple[int, ...]:
-    return tuple(min(size, _SIDE) for size in parameter.shape)
+def _home(function: Any) -> str:
+    """The module that `function` was defined in."""
+    # `functools.wraps` copies `__module__` from what it wraps.
+    return str(getattr(function, "__globals__", {}).get("__name__"))
 
 
-def _stand_in(parameter: Tensor, generator: torch.Generator) -> Tensor:
-    empty = torch.empty(_shape(parameter), dtype=parameter.dtype, device=parameter.device)
-    new = nn.Parameter(_random(empty, generator), requires_grad=parameter.requires_grad)
-    vars(new).update({name: value for name, value in vars(parameter).items() if isinstance(value, _NUMBERS_AND_TEXT)})
-    return new
+def _is_torchs(function: Any) -> bool:
+    """Whether `function` was defined in torch."""
+    return _home(function).partition(".")[0] == "torch"
 
 
-def _copied(values: dict[Any, Any], memo: dict[int, Any]) -> dict[Any, Any]:
-    """A deep copy of `values`, which must be small and hold nothing that a copy would share with the original."""
-    queue: list[object] = [values]
-    seen, room = set(memo), _BYTES
-    while queue:
-        value = queue.pop()
-        if isinstance(value, _ATOMS) or id(value) in seen:
+def _closed_over(function: Any) -> Iterator[object]:
+    for cell in getattr(function, "__closure__", None) or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # not assigned yet
             continue
-        seen.add(id(value))
-        room -= value.nbytes if isinstance(value, Tensor) else 0
-        if room < 0 or len(seen) - len(memo) > _OBJECTS:
-            raise _NotTriedError("its attributes are too large to copy")
-        queue.extend(_inside(value))
-    return copy.deepcopy(values, memo)
 
 
-def _inside(value: object) -> Iterable[object]:
-    """What a deep copy of `value` copies with it."""
-    kind = type(value)
-    if isinstance(value, dict):
-        return [*value.keys(), *value.values()]
-    if isinstance(value, (list, tuple, set, frozenset, deque)):
-        return value
-    if isinstance(value, types.MethodType):
-        return (value.__self__,)
-    if isinstance(value, Tensor) or (isinstance(value, types.FunctionType) and value.__closure__ is None):
-        return ()
-    by_default = kind.__reduce_ex__ is object.__reduce_ex__ and kind.__reduce__ is object.__reduce__
-    if hasattr(value, "__dict__") and by_default and not hasattr(kind, "__del__"):
-        return (vars(value),)
-    raise _NotTriedError(f"it holds a {kind.__module__}.{kind.__qualname__}, which is not copied")
+def _is_harmless(value: object) -> bool:
+    if isinstance(value, types.FunctionType):
+        return _shares_nothing(value)
+    return isinstance(value, (*ATOMS, types.ModuleType))
+
+
+def _check_code(kind: type) -> None:
+    """Raise `NotTriedError` where a copy's step could reach the run, or other ranks, past the copy."""
+    for name, function in _methods(kind):
+        if not _shares_nothing(function):
+            raise NotTriedError(f"its {name}() closes over other objects of the program")
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        names = [name for _, function in _methods(kind) for name in _named_in(function, set())]
+        found = next(filter(_COMMUNICATION.search, names), None)
+        if found is not None:
+            raise NotTriedError(
+                f"its code names {found!r}: step() may wait for other ranks, so that no copy is stepped"
+            )
+
+
+def _named_in(function: Any, seen: set[int]) -> Iterator[str]:
+    """What the code of `function` names, and that of the functions outside of torch that it calls by name."""
+    for layer in _layers(function):
+        inner = getattr(layer, "_torchdynamo_orig_callable", layer)
+        code = getattr(inner, "__code__", None)
+        if code is None or id(code) in seen or _is_torchs(inner):
+            continue
+        seen.add(id(code))
+        for name in _names_of(code):
+            value = inner.__globals__.get(name)
+            yield from (name, str(value.__name__ if inspect.ismodule(value) else getattr(value, "__module__", "")))
+            if inspect.isfunction(value):
+                yield from _named_in(value, seen)
+
+
+def _names_of(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names_of(constant)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sharpwatch.agent.optimizers.deepspeed import DeepSpeedLayout, DeepSpeedOptimizer
-from sharpwatch.agent.optimizers.split_check import stacked_state, unsafe_to_split
+from sharpwatch.agent.optimizers.split_check import unsafe_to_split
 from sharpwatch.agent.optimizers.step_tensors import Layout
 
 
@@ -56,16 +56,10 @@ def lr_refusal(optimizers: Sequence[Optimizer], ranks: int = 1, *, check_split: 
     Returns:
         The reasons, each with the optimizer's name; empty where the rates can be changed.
     """
-    return _named(optimizers, lambda each: _reason(each, ranks) or (unsafe_to_split(each) if check_split else ""))
-
-
-def lr_refusal_from_state(optimizers: Sequence[Optimizer]) -> str:
-    """Say the same as `lr_refusal` from the optimizers' state, which does not exist yet when `attach` is called."""
-    return _named(optimizers, stacked_state)
-
-
-def _named(optimizers: Sequence[Optimizer], why: Callable[[Optimizer], str]) -> str:
-    reasons = ((type(optimizer).__name__, why(optimizer)) for optimizer in optimizers)
+    reasons = [
+        (type(each).__name__, _reason(each, ranks) or (unsafe_to_split(each) if check_split else ""))
+        for each in optimizers
+    ]
     return "; ".join(f"{name}: {reason}" for name, reason in reasons if reason)
 
 
@@ -95,7 +89,18 @@ def _is_flat(optimizer: Optimizer, _: int) -> bool:
 
 
 def _wraps_another(optimizer: Optimizer, _: int) -> bool:
-    return any(_held(optimizer))
+    # Also several, in a list or by name.
+    values = vars(optimizer).values()
+    listed = [
+        *(each for each in values if isinstance(each, (list, tuple))),
+        *(each.values() for each in values if isinstance(each, dict)),
+    ]
+    return any(_held(optimizer)) or any(_is_optimizer(each) for several in listed for each in several)
+
+
+# Such as torchao's CPUOffloadOptimizer; groups that are set in place of them never reach its step().
+def _computes_groups(optimizer: Optimizer, _: int) -> bool:
+    return "param_groups" not in vars(optimizer)
 
 
 def _is_deepspeeds(optimizer: Optimizer, _: int) -> bool:
@@ -135,6 +140,7 @@ _REASONS: dict[str, Callable[[Optimizer, int], bool]] = {
     "its parameters are flat parameters of FSDP1, each of several blocks": _is_flat,
     "DeepSpeed keeps gradients, master weights and their groups to itself": _is_deepspeeds,
     "it passes its groups to another optimizer by their position": _wraps_another,
+    "its param_groups are not an attribute that can be replaced": _computes_groups,
     "it computes its own learning rate": _has_no_lr,
     "it estimates one learning rate for all groups, and raises if they differ": _needs_equal_lrs,
     "it uses the learning rate in its first step only": _reads_lr_once,
@@ -147,8 +153,12 @@ _REASONS: dict[str, Callable[[Optimizer, int], bool]] = {
 def _held(optimizer: object) -> Iterator[Any]:
     """The other optimizers among the attributes of `optimizer`."""
     for value in getattr(optimizer, "__dict__", {}).values():
-        if value is not optimizer and (isinstance(value, Optimizer) or _is_deepspeed_driver(value)):
+        if value is not optimizer and _is_optimizer(value):
             yield value
+
+
+def _is_optimizer(value: object) -> bool:
+    return isinstance(value, Optimizer) or _is_deepspeed_driver(value)
 
 
 def _is_deepspeed_driver(value: object) -> bool:

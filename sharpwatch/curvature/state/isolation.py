@@ -115,7 +115,7 @@ def isolated(model: nn.Module, *, exact: bool = False) -> Iterator[Functional]:
     Yields:
         The stand-in for the model.
     """
-    with restore(model), _full_precision(model) if exact else nullcontext():
+    with restore(model), full_precision(model) if exact else nullcontext():
         yield Functional(model, exact=exact)
 
 
@@ -154,7 +154,8 @@ def restore(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _full_precision(model: nn.Module) -> Iterator[None]:
+def full_precision(model: nn.Module) -> Iterator[None]:
+    """Compute without autocast, and without rounding float32 to fewer bits, on the devices of `model`."""
     kinds = {"cpu", *(parameter.device.type for parameter in model.parameters() if parameter.device.type != "meta")}
     with ExitStack() as stack:
         for kind in kinds:

@@ -17,7 +17,7 @@ class Ranks:
         answers = {}
         self.all = [TwoPhaseCommit(size, answers.setdefault) for _ in range(size)]
         self.sent, self.read = [], [0] * size
-        self.committed = [[] for _ in self.all]
+        self.committed, self.objected = [[] for _ in self.all], [[] for _ in self.all]
         self.refused = []
 
     def step(self, number, delays):
@@ -26,11 +26,16 @@ class Ranks:
                 self.receive(rank)
             if commit.in_doubt(number):
                 commit.abort()
-            self.committed[rank] += [(number, each.command) for each in commit.committed(number)]
+            committed = commit.committed(number)
+            self.committed[rank] += [(number, each.command) for each in committed if not each.objected]
+            self.objected[rank] += [(number, each.command) for each in committed if each.objected]
         if self.all[0].stopped:
             self.refused += self.all[0].withdraw()
         parts = [commit.outgoing(number, number - read) for commit, read in zip(self.all, self.read, strict=True)]
-        self.sent.append(Ack(parts[0].chunk, parts[0].bytes_left, sum(part.acknowledged for part in parts)))
+        acknowledged, objections = (
+            sum(getattr(part, name) for part in parts) for name in ("acknowledged", "objections")
+        )
+        self.sent.append(Ack(parts[0].chunk, parts[0].bytes_left, acknowledged, objections))
 
     def receive(self, rank):
         message = self.read[rank]
@@ -86,3 +91,24 @@ def test_a_rank_that_can_read_no_more_is_not_left_behind_by_the_others():
         if number == 2:
             ranks.all[1].abort()
     assert ranks.committed == [[], []]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 2), min_size=3, max_size=3), min_size=STEPS, max_size=STEPS), st.integers(0, 2))
+def test_what_one_rank_objects_to_is_refused_by_all_at_the_same_step(delays, objecting):
+    ranks = Ranks(3)
+    asked = []
+    ranks.all[objecting].objects = lambda command: asked.append(command) or command == b"two"
+    for command in (b"one", b"two", b"three"):
+        ranks.all[0].propose(command)
+    for number in range(STEPS):
+        ranks.step(number, delays[number])
+    for number in range(STEPS, STEPS + 30):
+        ranks.step(number, [0, 0, 0])
+    assert ranks.committed == [ranks.committed[0]] * 3
+    assert ranks.objected == [ranks.objected[0]] * 3
+    answered = [*ranks.committed[0], *ranks.objected[0]]
+    assert [command for _, command in sorted(answered)] + ranks.refused == [b"one", b"two", b"three"]
+    assert all(command == b"two" for _, command in ranks.objected[0])
+    assert all(command != b"two" for _, command in ranks.committed[0])
+    assert asked == [b"one", b"two", b"three"][: len(asked)]  # once for each
