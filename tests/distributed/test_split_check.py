@@ -108,7 +108,7 @@ def train(how, name, *, watched, objecting=None):
     if watched:
         watch = sharpwatch.attach(model, optimizer, training_job="own", transport=transport, probes=())
         if objecting == dist.get_rank():
-            watch._watched.strategy.present_state.check = lambda: "Own: a reason"
+            watch._watched.strategy.present_state.refusal = "Own: a reason"
     torch.manual_seed(1 + dist.get_rank())
     for step in range(1, STEPS + 1):
         ids = torch.randint(32, (4, 8))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import random
 import types
 from collections import OrderedDict, defaultdict, deque
@@ -32,7 +33,7 @@ _SCALE = 0.1  # of the weights of new stand-ins
 _RATE = 0.1  # of the copy: a warm-up may begin at 0, and bfloat16 would round small steps away
 
 _NUMBERS_AND_TEXT = (type(None), int, float, complex, str, bytes)
-_ATOMS = (*_NUMBERS_AND_TEXT, type, torch.dtype, torch.device, Enum, random.Random, types.BuiltinFunctionType)
+ATOMS = (*_NUMBERS_AND_TEXT, type, torch.dtype, torch.device, Enum, random.Random, types.BuiltinFunctionType)
 _AMP = {"grad_scale", "found_inf"}  # which GradScaler sets for the length of one step
 
 Pairs = list[list[tuple[Tensor, Tensor]]]  # by group: parameters with their stand-ins
@@ -194,7 +195,7 @@ def _deep_copy(values: dict[Any, Any], memo: dict[int, Any]) -> dict[Any, Any]:
     seen, room = set(memo), _BYTES
     while queue:
         value = queue.pop()
-        if isinstance(value, _ATOMS) or id(value) in seen:
+        if isinstance(value, ATOMS) or id(value) in seen:
             continue
         seen.add(id(value))
         room -= value.nbytes if isinstance(value, Tensor) else 0
@@ -233,7 +234,7 @@ def _inside(value: object) -> Iterable[object]:
         return (value.__self__,)
     if isinstance(value, functools.partial):
         return value.func, value.args, value.keywords
-    if isinstance(value, Tensor) or (isinstance(value, types.FunctionType) and shares_nothing(value)):
+    if isinstance(value, Tensor) or (isinstance(value, types.FunctionType) and _closes_over_nothing(value)):
         return ()
     by_default = kind.__reduce_ex__ is object.__reduce_ex__ and kind.__reduce__ is object.__reduce__
     if hasattr(value, "__dict__") and by_default and not (hasattr(kind, "__del__") or hasattr(kind, "__deepcopy__")):
@@ -241,44 +242,12 @@ def _inside(value: object) -> Iterable[object]:
     raise NotTriedError(f"it holds a {kind.__module__}.{kind.__qualname__}, which is not copied")
 
 
-def shares_nothing(function: Callable[..., Any]) -> bool:
-    """Whether `function` closes over nothing that could belong to the run: a copy of it is the function itself."""
+def _closes_over_nothing(function: types.FunctionType) -> bool:
+    """Whether a copy of `function` is the function itself."""
+    inner = inspect.unwrap(function)
     # Torch's wrappers (no_grad, compile) close over objects of torch's own, beside the function that they wrap.
-    own = (layer for layer in layers(function) if not is_torchs(layer))
-    return all(_is_harmless(value) for layer in own for value in _closed_over(layer))
-
-
-def layers(function: Any) -> Iterator[Any]:
-    """`function` and those that it wraps, one inside the other."""
-    current = getattr(function, "__func__", function)
-    while current is not None:
-        yield current
-        current = getattr(current, "__wrapped__", None)
-
-
-def home(function: Any) -> str:
-    """The module that `function` was defined in."""
-    # `functools.wraps` copies `__module__` from what it wraps.
-    return str(getattr(function, "__globals__", {}).get("__name__"))
-
-
-def is_torchs(function: Any) -> bool:
-    """Whether `function` was defined in torch."""
-    return home(function).partition(".")[0] == "torch"
-
-
-def _closed_over(function: Any) -> Iterator[object]:
-    for cell in getattr(function, "__closure__", None) or ():
-        try:
-            yield cell.cell_contents
-        except ValueError:  # not assigned yet
-            continue
-
-
-def _is_harmless(value: object) -> bool:
-    if isinstance(value, types.FunctionType):
-        return shares_nothing(value)
-    return isinstance(value, (*_ATOMS, types.ModuleType))
+    wrapped_by_torch = str(function.__globals__.get("__name__")).startswith("torch.")
+    return inner.__closure__ is None and (inner is function or wrapped_by_torch)
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:

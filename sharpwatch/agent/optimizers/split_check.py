@@ -18,6 +18,7 @@ import logging
 import re
 import types
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,12 +27,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sharpwatch.agent.optimizers.optimizer_copy import (
+    ATOMS,
     NoRoomError,
     NotTriedError,
-    home,
-    is_torchs,
-    layers,
-    shares_nothing,
     tensors_in,
 )
 from sharpwatch.agent.optimizers.split_trial import NEW, PRESENT, trial
@@ -72,23 +70,28 @@ def unsafe_to_split(optimizer: Optimizer) -> str:
     return _shown(optimizer, _tried_at_attach)
 
 
+@dataclass(slots=True, eq=False)
 class PresentState:
     """Checks, before a command is in force, that the groups of `optimizers` can be split as they are by now.
 
     An unknown optimizer is tried once more, on copies of what it holds, when the first command comes, and again when it
     has got state or parameters since. A refusal is logged, and holds for the rest of the run.
+
+    Attributes:
+        optimizers: Those of the run.
+        refusal: Why they can't be split, once a check has found it.
+        stepped: Indices of those whose `step()` was seen.
     """
 
-    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
-        self.refusal = ""
-        self.stepped: set[int] = set()  # indices of the optimizers whose step() was seen
-        self._optimizers = optimizers
-        self._tried: dict[int, object] = {}  # by index: what there was
+    optimizers: Sequence[Optimizer]
+    refusal: str = ""
+    stepped: set[int] = field(default_factory=set)
+    _tried: dict[int, object] = field(default_factory=dict)  # by index: what there was
 
     def check(self) -> str:
         """The reason against splitting groups, with the optimizer's name; empty where there is none."""
         if not self.refusal:
-            reasons = [(type(each).__name__, self._why(number)) for number, each in enumerate(self._optimizers)]
+            reasons = [(type(each).__name__, self._why(number)) for number, each in enumerate(self.optimizers)]
             self.refusal = "; ".join(f"{name}: {reason}" for name, reason in reasons if reason)
             if self.refusal:
                 _LOG.warning("learning rates can't be changed any more: %s", self.refusal)
@@ -96,13 +99,13 @@ class PresentState:
 
     def _unseen(self) -> str:
         """Why rates can't be changed yet: a step that is never seen is not under any multiplier."""
-        unseen = [each for number, each in enumerate(self._optimizers) if number not in self.stepped]
+        unseen = [each for number, each in enumerate(self.optimizers) if number not in self.stepped]
         if not self.stepped or not unseen:
             return ""
         return f"{type(unseen[0]).__name__}: no step() of it was seen yet; inside of a compiled function it never is"
 
     def _why(self, number: int) -> str:
-        optimizer = self._optimizers[number]
+        optimizer = self.optimizers[number]
         there = [len(group["params"]) for group in optimizer.param_groups], bool(optimizer.state)
         if self._tried.get(number) == there:
             return _shown(optimizer, lambda _: "")
@@ -196,7 +199,7 @@ def _kept_beside(optimizer: Optimizer) -> str:
 def _is_compiled(optimizer: Optimizer) -> bool:
     """Whether `torch.compile` was called on its whole `step`, of the instance or of its class."""
     for step in (optimizer.step, type(optimizer).step):
-        for layer in layers(step):
+        for layer in _layers(step):
             compiled = getattr(layer, "_torchdynamo_orig_callable", None) is not None
             if compiled and not getattr(layer, "_torchdynamo_disable", False):
                 return True
@@ -206,7 +209,7 @@ def _is_compiled(optimizer: Optimizer) -> bool:
 def _is_tested(optimizer: Optimizer) -> bool:
     """Whether all methods of its class, but for `__init__`, are those of optimizers that sharpwatch's tests cover."""
     own = (function for name, function in _methods(type(optimizer)) if name != "__init__")
-    homes = (home(layer) for function in own for layer in layers(function) if not is_torchs(layer))
+    homes = (_home(layer) for function in own for layer in _layers(function) if not _is_torchs(layer))
     return all(any(each == tested or each.startswith(f"{tested}.") for tested in _TESTED) for each in homes)
 
 
@@ -220,10 +223,50 @@ def _methods(kind: type) -> Iterator[tuple[str, Callable[..., Any]]]:
                     yield name, function
 
 
+def _shares_nothing(function: Callable[..., Any]) -> bool:
+    """Whether `function` closes over nothing that could belong to the run: a copy of it is the function itself."""
+    # Torch's wrappers (no_grad, compile) close over objects of torch's own, beside the function that they wrap.
+    own = (layer for layer in _layers(function) if not _is_torchs(layer))
+    return all(_is_harmless(value) for layer in own for value in _closed_over(layer))
+
+
+def _layers(function: Any) -> Iterator[Any]:
+    """`function` and those that it wraps, one inside the other."""
+    current = getattr(function, "__func__", function)
+    while current is not None:
+        yield current
+        current = getattr(current, "__wrapped__", None)
+
+
+def _home(function: Any) -> str:
+    """The module that `function` was defined in."""
+    # `functools.wraps` copies `__module__` from what it wraps.
+    return str(getattr(function, "__globals__", {}).get("__name__"))
+
+
+def _is_torchs(function: Any) -> bool:
+    """Whether `function` was defined in torch."""
+    return _home(function).partition(".")[0] == "torch"
+
+
+def _closed_over(function: Any) -> Iterator[object]:
+    for cell in getattr(function, "__closure__", None) or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # not assigned yet
+            continue
+
+
+def _is_harmless(value: object) -> bool:
+    if isinstance(value, types.FunctionType):
+        return _shares_nothing(value)
+    return isinstance(value, (*ATOMS, types.ModuleType))
+
+
 def _check_code(kind: type) -> None:
     """Raise `NotTriedError` where a copy's step could reach the run, or other ranks, past the copy."""
     for name, function in _methods(kind):
-        if not shares_nothing(function):
+        if not _shares_nothing(function):
             raise NotTriedError(f"its {name}() closes over other objects of the program")
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         names = [name for _, function in _methods(kind) for name in _named_in(function, set())]
@@ -236,10 +279,10 @@ def _check_code(kind: type) -> None:
 
 def _named_in(function: Any, seen: set[int]) -> Iterator[str]:
     """What the code of `function` names, and that of the functions outside of torch that it calls by name."""
-    for layer in layers(function):
+    for layer in _layers(function):
         inner = getattr(layer, "_torchdynamo_orig_callable", layer)
         code = getattr(inner, "__code__", None)
-        if code is None or id(code) in seen or is_torchs(inner):
+        if code is None or id(code) in seen or _is_torchs(inner):
             continue
         seen.add(id(code))
         for name in _names_of(code):
