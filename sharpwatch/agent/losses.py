@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -60,7 +61,11 @@ class OwnLoss:
         self.weights: list[Number] = []
         self._barrier = barrier
         self._output = loss.output_nr
-        if loss.grad_fn is not None:
+        if loss.grad_fn is None:
+            return
+        if _backward_is_compiled():
+            self.weights.append(1.0)  # no hook runs there: it is assumed
+        else:
             loss.grad_fn.register_prehook(Hook(self._arrived))
 
     def was_trained_on(self) -> bool:
@@ -165,6 +170,12 @@ class LossTracker:
                 "the loop does not train on the loss that the model returns, so no loss is shown, and probes of the "
                 "loss need attach(loss_fn=...): report the loss with watch.observe(loss=...)"
             )
+
+
+def _backward_is_compiled() -> bool:
+    """Whether the program has used compiled autograd, whose graphs leave out the agent's hooks."""
+    utils = sys.modules.get("torch._dynamo.utils")
+    return utils is not None and "compiled_autograd" in utils.counters
 
 
 def _read(number: Number) -> float:

@@ -52,6 +52,7 @@ TRAINERS = (
     Example("ddp.py", "gpt2-ddp", 100, checkpoints=True, ranks=2),
     Example("fsdp2.py", "gpt2-fsdp2", 100, checkpoints=True, ranks=2),
     Example("classifier.py", "classifier", 100, frozenset({"gnb", "direction"}), slow=False),
+    Example("diffusion_transformer.py", "dit", 30, frozenset({"direction", "hutchinson"}), needs=("diffusers",)),
     Example("timm_vit.py", "vit-tiny", 60, frozenset({"gnb", "direction"}), needs=("timm",)),
 )
 
@@ -75,8 +76,8 @@ def run(file: str, folder: Path, *, ranks: int = 1, **environment: str) -> str:
 def test_a_training_example_runs_and_is_seen(daemon, tmp_path, example):
     for module in example.needs:
         if importlib.util.find_spec(module) is None:
-            if module == "timm":
-                pytest.skip("timm is not installed: it needs a torchvision that fits torch's build")
+            if module in {"timm", "diffusers"}:
+                pytest.skip(f"{module} is not installed; timm needs a torchvision that fits torch's build")
             missing(module)
     run(example.file, tmp_path, ranks=example.ranks, SHARPWATCH_ADDRESS=daemon.grpc)
     (seen,) = daemon.cli("jobs")["runs"]

@@ -10,9 +10,9 @@ import pytest
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "crossings.py"
 LIMITS = {
-    "attach": (32, 83),
-    "step": (16, 103),
-    "step with a gnb probe": (25, 161),
+    "attach": (33, 83),
+    "step": (17, 109),
+    "step with a gnb probe": (27, 183),
     "sample with a gnb probe, at the daemon": (15, 68),
 }
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import stand_ins
@@ -181,6 +185,37 @@ def test_a_compiled_model_whose_logits_are_trained_on(transports):
     watch.close()
     samples = [sample for sample in transports[-1].samples if not sample.closing]
     assert [sample.loss if sample.HasField("loss") else None for sample in samples] == expected
+
+
+COMPILED = """
+import torch, sharpwatch
+from sharpwatch.testing import InMemoryTransport
+from test_losses import Net, TOKENS
+model, transport = Net().train(), InMemoryTransport()
+optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+watch = sharpwatch.attach(model, optimizer, training_job="job", transport=transport, probes=())
+for _ in range(3):
+    loss = model(TOKENS)["loss"]
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    print(loss.item())
+watch.close()
+print(*(sample.loss if sample.HasField("loss") else None for sample in transport.samples if not sample.closing))
+"""
+
+
+@pytest.mark.slow
+def test_under_compiled_autograd_the_own_loss_is_taken_for_the_one_trained_on():
+    tests = Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": f"{tests}:{Path(__file__).parent}"}
+    command = [sys.executable, "-c", COMPILED]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
+    *steps, shown = [line.split() for line in done.stdout.splitlines()]
+    assert shown[0] == "None"  # at the first backward, nothing tells that it will be compiled
+    assert [float(each) for each in shown[1:]] == pytest.approx([float(loss) for (loss,) in steps[1:]], rel=1e-6)
+    assert "does not train on" not in done.stderr
 
 
 def test_training_is_bit_for_bit_as_without(transports):

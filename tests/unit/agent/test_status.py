@@ -175,6 +175,7 @@ def test_it_prints_as_a_table_of_about_ten_lines(monkeypatch):
         "run       run of job, step 9",
         "blocks    emb 88, norm 8, head 88 (3 parameters)",
         "frozen    ln_f.bias",
+        "loss      none",
         "daemon    memory connected, sample 8 acknowledged; samples dropped: 2 outbox_full",
         "probes    gnb: last at step 6, 3 runs, 3 failed; given up: no logits in the output",
         "          direction: last at step 8, 4 runs, 0 failed",
