@@ -13,7 +13,7 @@ LIMITS = {
     "attach": (32, 83),
     "step": (16, 103),
     "step with a gnb probe": (25, 161),
-    "sample with a gnb probe, at the daemon": (15, 68),
+    "sample with a gnb probe, at the daemon": (15, 70),
 }
 
 
