@@ -35,6 +35,8 @@ SLOW = (
     "integration/test_measure_cli.py",
     "integration/test_probes.py",
     "integration/test_resume.py",
+    "integration/test_runs.py",
+    "integration/test_whose_run.py",
     "integration/test_twenty_lines.py",
     "open_faults",
     "promises/test_clock_jumps.py",

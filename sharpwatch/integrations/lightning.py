@@ -209,8 +209,9 @@ def fit(
     Raises:
         AttachError: It is no Trainer of `lightning.pytorch`, or has no `SharpwatchCallback`, or several.
     """
-    if not isinstance(trainer, Trainer):
-        kind = type(trainer)
+    given: object = trainer
+    if not isinstance(given, Trainer):
+        kind = type(given)
         raise AttachError(f"trainer must be a lightning.pytorch.Trainer, got {kind.__module__}.{kind.__name__}")
     found = [one for one in trainer.callbacks if isinstance(one, SharpwatchCallback)]  # type: ignore[attr-defined]
     if len(found) != 1:
@@ -277,7 +278,7 @@ class _StopFitting(Exception):  # noqa: N818 - leaves Lightning's loop, and is n
 
 def _transformer(module: LightningModule, name: str | None) -> nn.Module:
     if name is not None:
-        modules = dict(module.named_modules())
+        modules: dict[str, nn.Module] = dict(module.named_modules())
         if name not in modules:
             children = ", ".join(child for child, _ in module.named_children())
             raise AttachError(f"model must name a module of the LightningModule ({children}), got {name!r}")

@@ -13,7 +13,7 @@ LIMITS = {
     "attach": (38, 90),
     "step": (19, 120),
     "step with a gnb probe": (30, 202),
-    "sample with a gnb probe, at the daemon": (15, 68),
+    "sample with a gnb probe, at the daemon": (15, 70),
 }
 
 

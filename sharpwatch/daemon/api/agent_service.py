@@ -311,10 +311,6 @@ class AgentService:
     def _take(self, message: bytes, session: Session) -> None:
         received_at = time.monotonic()
         session.attempt.presence.heard(received_at)
-        replaced = self._admission.replaced(session.attempt, received_at)
-        if replaced:
-            session.end(grpc.StatusCode.FAILED_PRECONDITION, replaced)
-            return
         try:
             request = _parse(message, "sample", "heartbeat")
         except WireError as error:
@@ -326,13 +322,15 @@ class AgentService:
             self._take_sample(request.sample, message, session, received_at)
         elif request.heartbeat.last:
             session.attempt.presence.left()
+        else:
+            self._end_if_replaced(session)
 
     def _take_sample(self, sample: agent_pb2.Sample, message: bytes, session: Session, received_at: float) -> None:
         attempt = session.attempt
         try:
             reading = read_sample(attempt.hello, sample)
             # Last, because it moves the cursor: a sample that is refused must leave no trace.
-            place = self._place(attempt, reading)
+            place = self._place(session, reading)
         except WireError as error:
             self._refuse(session, sample.sequence, error)
             return
@@ -347,10 +345,19 @@ class AgentService:
         log.warning("sample_refused", run=run, sequence=sequence, code=error.code, reason=reason)
         session.refuse(sequence, error.code, reason)
 
-    def _place(self, attempt: Attempt, reading: Reading) -> str:
+    def _end_if_replaced(self, session: Session) -> None:
+        """Ends the session of an attempt whose run another one has, and which has had time to send what it held."""
+        replaced = self._admission.replaced(session.attempt, time.monotonic())
+        if replaced:
+            session.end(grpc.StatusCode.FAILED_PRECONDITION, replaced)
+
+    def _place(self, session: Session, reading: Reading) -> str:
+        attempt = session.attempt
         run = self._runs.get(attempt.hello.run)
         if run is None:
             raise WireError("unknown_run", f"run {attempt.hello.run} was dropped for newer runs")
+        if attempt is not run.attempt:
+            self._end_if_replaced(session)
         return attempt.cursor.place(reading.sequence, reading.step, restored=reading.restored)
 
 

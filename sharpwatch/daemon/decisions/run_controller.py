@@ -10,9 +10,10 @@ from uuid import uuid4
 from sharpwatch.daemon.config.settings import PolicyConfig
 from sharpwatch.daemon.decisions.decision_log import DecisionLog
 from sharpwatch.daemon.decisions.engine import PolicyEngine
-from sharpwatch.daemon.decisions.lifecycle import UNDER_WAY, DecisionLifecycle
+from sharpwatch.daemon.decisions.lifecycle import DecisionLifecycle
 from sharpwatch.daemon.decisions.operator_requests import OperatorContext, OperatorRequests
 from sharpwatch.daemon.decisions.policy import MODES, Control, EscalationChain, Permissions, strongest
+from sharpwatch.daemon.decisions.transitions import UNDER_WAY
 from sharpwatch.daemon.detection.baselines import History, Scores
 from sharpwatch.daemon.detection.detectors import DETECTORS, AlertLog
 from sharpwatch.daemon.records import (

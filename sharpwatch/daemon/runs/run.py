@@ -18,7 +18,7 @@ from sharpwatch.daemon.estimation.windows import WINDOW_PROBES, EstimateRequest,
 from sharpwatch.daemon.ingest.hello import Attempt, RunHello
 from sharpwatch.daemon.ingest.samples import Reading
 from sharpwatch.daemon.records import NO_CHANGES, Changes, Decision, Observation
-from sharpwatch.daemon.runs.snapshot import Phase, ProbeSteps, RunSnapshot
+from sharpwatch.daemon.runs.snapshot import Phase, RunSnapshot
 
 MAX_RUNS = 1_000
 MAX_ATTEMPTS = 4  # remembered of a run, as one of them may still be sending its last samples
@@ -152,8 +152,8 @@ class Run:
             if probe in self._windows:
                 self._windows[probe].append((reading.step, one))
             self._probe_steps[probe].append(reading.step)
-            steps = {probe: ProbeSteps.of(self._probe_steps[probe])}
-            changes["probe_steps"] = {**changes.get("probe_steps", self._draft.probe_steps), **steps}
+        if reading.probes:
+            changes["probe_steps"] = {probe: tuple(steps) for probe, steps in self._probe_steps.items() if steps}
         for name in ("tap", "loss", "health"):
             if getattr(reading, name) is not None:
                 changes[name] = getattr(reading, name)

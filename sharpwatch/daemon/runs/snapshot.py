@@ -23,18 +23,13 @@ STALE_READINGS = 10
 _READ_BY = {"update_ratio": "direction", "gradient_noise": "gradient_noise"}
 
 
-@dataclass(frozen=True, slots=True)
-class ProbeSteps:
-    """The step of a probe's newest reading, and the mean steps between its last ones; None while there is one."""
+def pace(steps: Sequence[int]) -> float | None:
+    """Returns the mean number of steps between readings at `steps`; None while it is not known.
 
-    newest: int
-    between: float | None = None
-
-    @classmethod
-    def of(cls, steps: Sequence[int]) -> ProbeSteps:
-        """Returns those of readings at `steps`, the newest last; a rollback lets the steps fall."""
-        forward = [after - before for before, after in pairwise(steps) if after > before]
-        return cls(steps[-1], sum(forward) / len(forward) if forward else None)
+    A rollback lets the steps fall, which says nothing of the pace.
+    """
+    forward = [after - before for before, after in pairwise(steps) if after > before]
+    return sum(forward) / len(forward) if forward else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +54,9 @@ class RunSnapshot:
     update_ratio: tuple[float, ...] | None = None  # [B], of the newest direction probe
     gradient_noise: tuple[float, ...] | None = None  # [B], of the newest gradient_noise probe
     health: HealthReading | None = None
-    probe_steps: Mapping[str, ProbeSteps] = field(default_factory=dict)  # by probe that has a reading
+    probe_steps: Mapping[str, Sequence[int]] = field(
+        default_factory=dict
+    )  # of its last readings, by probe that has one
     estimates: Mapping[Key, Estimate] = field(default_factory=dict)
     layer_sharpness: tuple[Estimate, ...] = ()  # [L]
     order_correlation: float | None = None
@@ -81,12 +78,13 @@ class RunSnapshot:
         return replace(self, estimates=kept, **changes)
 
     def _is_stale(self, probe: str) -> bool:
-        taken = self.probe_steps[probe]
-        age = 0 if self.step is None else self.step - taken.newest
+        steps = self.probe_steps[probe]
+        age = 0 if self.step is None else self.step - steps[-1]
         if age <= STALE_STEPS:
             return False
         failed = self.health.failed_probes.get(probe) if self.health is not None else None
         # An attempt that names its probes, but not this one, is of a run that goes on without it.
         if (failed is not None and failed.given_up) or (self.hello.probes and probe not in self.hello.probes):
             return True
-        return taken.between is not None and age > STALE_READINGS * taken.between
+        between = pace(steps)
+        return between is not None and age > STALE_READINGS * between

@@ -18,7 +18,7 @@ from sharpwatch.daemon.exporter.own_metrics import OwnMetrics
 from sharpwatch.daemon.ingest.hello import RunHello
 from sharpwatch.daemon.ingest.samples import BlockTap, FailedProbe, HealthReading
 from sharpwatch.daemon.records import Alert
-from sharpwatch.daemon.runs.snapshot import ProbeSteps, RunSnapshot
+from sharpwatch.daemon.runs.snapshot import RunSnapshot
 
 HELLO = RunHello(
     training_job="job",
@@ -81,7 +81,7 @@ FULL = RunSnapshot(
         "mean cross-entropy of shifted labels",
         "verified",
     ),
-    probe_steps={"gnb": ProbeSteps(7, 2.0), "direction": ProbeSteps(6, 2.0)},
+    probe_steps={"gnb": (5, 7), "direction": (4, 6)},
     estimates={
         ("trace", "qk", "gnb"): estimate(32.0, 8.0),
         ("sharpness", "qk", "gnb"): estimate(2.0),
@@ -253,8 +253,8 @@ def exported(snapshot: RunSnapshot) -> set[str]:
 
 def test_a_probe_that_was_given_up_lets_its_gauges_go_and_no_others():
     """The others were read at every step, or by a probe that goes on."""
-    steps = FULL.probe_steps | {name: ProbeSteps(105, 2.0) for name in ("hutchinson", "lanczos", "linesearch")}
-    let_go = exported(FULL) - exported(replace(FULL, step=108, probe_steps=steps | {"direction": ProbeSteps(105, 2.0)}))
+    steps = FULL.probe_steps | dict.fromkeys(("hutchinson", "lanczos", "linesearch"), (103, 105))
+    let_go = exported(FULL) - exported(replace(FULL, step=108, probe_steps=steps | {"direction": (103, 105)}))
     assert let_go == {
         "sharpwatch_block_effective_rank",
         "sharpwatch_block_effective_rank_stderr",

@@ -13,7 +13,7 @@ from sharpwatch.curvature.statistics.estimate import Estimate
 from sharpwatch.daemon.estimation.estimator import PROBES
 from sharpwatch.daemon.ingest.hello import RunHello
 from sharpwatch.daemon.ingest.samples import FailedProbe, HealthReading
-from sharpwatch.daemon.runs.snapshot import STALE_READINGS, STALE_STEPS, ProbeSteps, RunSnapshot
+from sharpwatch.daemon.runs.snapshot import STALE_READINGS, STALE_STEPS, RunSnapshot, pace
 
 HELLO = RunHello(
     training_job="job",
@@ -41,11 +41,11 @@ ESTIMATES = {
 }
 
 
-def snapshot(step: int, *, probe: str = "gnb", between: float | None = 5.0, **changes) -> RunSnapshot:
+def snapshot(step: int, *, probe: str = "gnb", between: int | None = 5, **changes) -> RunSnapshot:
     """A run at `step` whose newest probe was at step 1000."""
     run = RunSnapshot(HELLO, "running", 1, "observe", 0, {}, step=step, estimates=ESTIMATES)
     fields = {"update_ratio": (0.1,), "gradient_noise": (0.1,), "layer_sharpness": (Estimate(1, 1, 1, "gnb", 1000),)}
-    steps = {probe: ProbeSteps(1000, between)}
+    steps = {probe: (1000,) if between is None else (1000 - 2 * between, 1000 - between, 1000)}
     return replace(run, **fields | {"order_correlation": 0.5, "probe_steps": steps} | changes)
 
 
@@ -64,32 +64,32 @@ def is_kept(run: RunSnapshot) -> bool:
 @pytest.mark.parametrize(
     ("age", "between", "kept"),
     [
-        (0, 5.0, True),
-        (STALE_STEPS, 5.0, True),  # ten times 5 steps is less than the least age
-        (STALE_STEPS + 1, 5.0, False),
-        (STALE_READINGS * 50, 50.0, True),
-        (STALE_READINGS * 50 + 1, 50.0, False),
+        (0, 5, True),
+        (STALE_STEPS, 5, True),  # ten times 5 steps is less than the least age
+        (STALE_STEPS + 1, 5, False),
+        (STALE_READINGS * 50, 50, True),
+        (STALE_READINGS * 50 + 1, 50, False),
         (10**9, None, True),  # of a single reading so far, nobody knows how long the next one takes
-        (-500, 5.0, True),  # the run was rolled back
+        (-500, 5, True),  # the run was rolled back
     ],
 )
 def test_an_estimate_is_kept_for_ten_times_its_own_pace(age, between, kept):
     assert is_kept(snapshot(1000 + age, between=between)) == kept
 
 
-@pytest.mark.parametrize("between", [5.0, 5000.0, None])
+@pytest.mark.parametrize("between", [5.0, 5000, None])
 def test_one_of_a_probe_that_was_given_up_is_kept_for_100_steps(between):
     assert is_kept(snapshot(1100, between=between, health=failing("gnb", given_up=True)))
     assert not is_kept(snapshot(1101, between=between, health=failing("gnb", given_up=True)))
-    assert is_kept(snapshot(1101, between=5000.0, health=failing("gnb", given_up=False)))
-    assert is_kept(snapshot(1101, between=5000.0, health=failing("direction", given_up=True)))
+    assert is_kept(snapshot(1101, between=5000, health=failing("gnb", given_up=False)))
+    assert is_kept(snapshot(1101, between=5000, health=failing("direction", given_up=True)))
 
 
 def test_one_of_a_probe_that_the_new_attempt_does_not_run_is_kept_for_100_steps():
     without = replace(HELLO, probes=("direction",))
-    assert is_kept(snapshot(1100, between=5000.0, hello=without))
-    assert not is_kept(snapshot(1101, between=5000.0, hello=without))
-    assert is_kept(snapshot(1101, between=5000.0, hello=replace(HELLO, probes=())))  # it does not say which it runs
+    assert is_kept(snapshot(1100, between=5000, hello=without))
+    assert not is_kept(snapshot(1101, between=5000, hello=without))
+    assert is_kept(snapshot(1101, between=5000, hello=replace(HELLO, probes=())))  # it does not say which it runs
 
 
 @pytest.mark.parametrize("probe", PROBES)
@@ -109,8 +109,5 @@ def test_a_run_without_a_stale_measurement_is_shown_as_it_is():
 
 @given(st.lists(st.integers(0, 100), min_size=1))
 def test_the_pace_is_the_mean_of_the_steps_forward(steps):
-    found = ProbeSteps.of(steps)
     forward = np.diff(steps)[np.diff(steps) > 0]
-    assert found.newest == steps[-1]
-    assert (found.between is None) == (len(forward) == 0)
-    assert found.between is None or found.between == pytest.approx(forward.mean())
+    assert pace(steps) == (pytest.approx(forward.mean()) if len(forward) else None)
