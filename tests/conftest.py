@@ -34,6 +34,7 @@ SLOW = (
     "integration/test_measure_cli.py",
     "integration/test_probes.py",
     "integration/test_resume.py",
+    "integration/test_setups.py",
     "integration/test_twenty_lines.py",
     "open_faults",
     "promises/test_clock_jumps.py",
