@@ -30,9 +30,7 @@ def verdicts(setup: Setup) -> list[Verdict]:
 def _row(name: str, verdict: Verdict) -> str:
     """The line of the table for one model."""
     answers = [not verdict.refusal, not verdict.unplaced, not verdict.unlike, not verdict.loss]
-    blocks = sorted(verdict.blocks or verdict.expected)
-    traces = "; ".join(f"{block} {verdict.cell(block)}" for block in blocks)
-    cells = [name, *("yes" if each else "NO" for each in answers), verdict.objective or "not named", traces]
+    cells = [name, *("yes" if each else "NO" for each in answers), verdict.objective or "not named", verdict.traces]
     return f"| {' | '.join(cells)} |"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -96,11 +97,17 @@ class Verdict:
         for probe in ("gnb", "direction"):
             if probe not in measured and not self.reasons.get(probe):
                 yield f"{probe}: neither numbers nor a reason"
+        for probe, reason in self.reasons.items():
+            if re.match(r"\w+Error: ", reason):  # of Python or torch, and so for nobody to act on
+                yield f"{probe} failed: {reason}"
 
-    def cell(self, block: str) -> str:
-        """The trace of `block`, or why there is none."""
-        number = self.numbers.get(("gnb trace", block))
-        return str(number) if number is not None else self.reasons.get("gnb", "nothing")
+    @property
+    def traces(self) -> str:
+        """The trace of each block, or why there is none."""
+        numbers = {block: number for (quantity, block), number in self.numbers.items() if quantity == "gnb trace"}
+        if not numbers:
+            return f"none: {self.reasons.get('gnb', self.refusal)}"
+        return "; ".join(f"{block} {number}" for block, number in sorted(numbers.items()))
 
 
 def judge(plain: Record, watched: Record) -> Verdict:
