@@ -37,6 +37,7 @@ SLOW = (
     "integration/test_resume.py",
     "integration/test_runs.py",
     "integration/test_whose_run.py",
+    "integration/test_setups.py",
     "integration/test_twenty_lines.py",
     "open_faults",
     "promises/test_clock_jumps.py",

@@ -46,7 +46,7 @@ TRAINERS = (
     Example("quickstart.py", "quickstart", 300, frozenset({"gnb", "direction"}), slow=False),
     Example("plain_loop.py", "gpt2-owt", 300, frozenset(), checkpoints=True),
     Example("huggingface_trainer.py", "gpt2-trainer", 60, checkpoints=True),
-    Example("accelerate_loop.py", "gpt2-accelerate", 100),
+    Example("accelerate_loop.py", "gpt2-accelerate", 100, checkpoints=True),
     Example("trl_lora.py", "llama-lora", 40, checkpoints=True, needs=("trl", "peft")),
     Example("lightning_fit.py", "gpt2-lightning", 60, checkpoints=True),
     Example("ddp.py", "gpt2-ddp", 100, checkpoints=True, ranks=2),
