@@ -11,13 +11,15 @@ import _signal  # type: ignore[import-not-found]  # ten times as fast as `signal
 import inspect
 import logging
 import signal
+import sys
 import threading
 import traceback
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from time import perf_counter
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 from sharpwatch.errors import DesyncError
 
@@ -61,6 +63,13 @@ class ExceptionBarrier:
             return
         self._logged.add(key)
         warn("%s failed; training continues (logged once): %s: %s", doing, type(error).__name__, error, error=error)
+
+    def warn_once(self, message: str) -> None:
+        """Log a warning, unless it was logged before."""
+        key = (message, "", "")
+        if key not in self._logged and len(self._logged) < _REMEMBERED:
+            self._logged.add(key)
+            warn("%s", message)
 
 
 def warn(message: str, *arguments: object, error: Exception | None = None) -> None:
@@ -176,3 +185,24 @@ def signals_held() -> Iterator[None]:
         # After all handlers are back, as each of these may raise.
         for number in came:
             signal.raise_signal(number)
+
+
+class Closeable(Protocol):
+    """What is closed at the interpreter's end."""
+
+    def close(self, *, in_order: bool) -> None:
+        """Close it; `in_order` is whether no error ended the program."""
+
+
+def closed_at_exit(watched: Closeable) -> Callable[[], None]:
+    """Returns what `atexit` is to call; it keeps `watched` no longer alive than the program does."""
+    # A strong reference would keep model and optimizers alive until the program's end.
+    reference = weakref.ref(watched)
+
+    def close() -> None:
+        alive = reference()
+        if alive is not None:
+            # The interpreter leaves an error that ended the program in sys.last_value.
+            alive.close(in_order=getattr(sys, "last_value", None) is None)
+
+    return close

@@ -5,9 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import sys
 import time
-import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -28,7 +26,7 @@ from sharpwatch.agent.probes.observed import LATE
 from sharpwatch.agent.probes.scheduler import DueProbes, ProbeScheduler
 from sharpwatch.agent.reporting import Identity, Reporter, StepRecord, hello_message, read_command
 from sharpwatch.agent.run_state import Part, load_run_state, run_state
-from sharpwatch.agent.safety import ExceptionBarrier, OverheadTimer, agent_work, signals_held, warn
+from sharpwatch.agent.safety import ExceptionBarrier, OverheadTimer, agent_work, closed_at_exit, signals_held
 from sharpwatch.agent.statistics.tap import PendingTap
 from sharpwatch.agent.status import announcement, collect
 from sharpwatch.agent.transport.base import Transport
@@ -93,9 +91,7 @@ class WatchedRun:
         self.losses = LossTracker(barrier)
         self.end_reason = ""  # why the watch ended by itself
         self._parameters = ParameterIdentity(options.model)
-        self._told_change = TrainingChange()
         self._announced = False
-        self._warned: set[str] = set()
         self._begun = False  # whether there was a forward or a step
         self._restored = False  # since the last step, whose record says so
         self._current: _StepInProgress | None = None
@@ -103,7 +99,7 @@ class WatchedRun:
         self._hooks = Hooks(self, options.model, options.optimizers)
         self._calls = OtherCalls(options.model, self._hooks)
         self._forwards = Forwards(self.losses, scheduler, self._forward_begins)
-        self._at_exit = _close_at_exit(self)
+        self._at_exit = closed_at_exit(self)
         atexit.register(self._at_exit)
         self._closed = False
 
@@ -132,16 +128,11 @@ class WatchedRun:
 
     def _observe_batch(self, batch: Any, *, late: bool) -> None:
         if self.options.loss_fn is None and self.options.logits_fn is None:
-            self._warn_once("observe(batch=...) is of use only with attach(loss_fn=...): the batch is not looked at")
+            self.barrier.warn_once("observe(batch=...) needs attach(loss_fn=...): the batch is not looked at")
             return
         if late:
-            self._warn_once(LATE)
+            self.barrier.warn_once(LATE)
         self.scheduler.observe(batch, late=late)
-
-    def _warn_once(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            warn(message)
 
     def checkpoint(self, step: int, uri: str) -> None:
         """Record that a checkpoint of `step` was saved at `uri`, and which of the earlier ones are gone."""
@@ -367,7 +358,9 @@ class WatchedRun:
         self._request = self.control.end(done.step, self.strategy.clock()) or self._request
         self.rates.wrap_steps(self._hooks.innermost, command_expected=self.strategy.expects_command)
         if done.step % CHECK_INTERVAL == 0 and not self._ended_by_replacement():
-            self._tell_training_change()
+            change = self.training_change
+            if change:  # it stays as it is in what is watched
+                self.barrier.warn_once(f"{change}: attach again to measure the curvature of what is trained now")
 
     def _ended_by_replacement(self) -> bool:
         """End the watch if a parameter was replaced, as it would go on with the old one; returns whether it was."""
@@ -377,13 +370,6 @@ class WatchedRun:
             _LOG.warning("the watch of run %s ends: %s", self.run, self.end_reason)
             self.close(in_order=True)
         return bool(replaced)
-
-    def _tell_training_change(self) -> None:
-        """Log once what was frozen or unfrozen since attach: it stays as it is in what is watched."""
-        change = self.training_change
-        if change and change != self._told_change:
-            _LOG.warning("%s: attach again to measure the curvature of what is trained now", change)
-        self._told_change = change
 
     def _announce(self) -> None:
         """Log what is watched, once, after the first step; on several ranks rank 0 does."""
@@ -411,16 +397,3 @@ class WatchedRun:
             self.control.refuse(known, step, refusal)
         else:
             self.control.receive(known, step)
-
-
-def _close_at_exit(run: WatchedRun) -> Callable[[], None]:
-    # A strong reference would keep model and optimizers alive until the program's end.
-    reference = weakref.ref(run)
-
-    def close() -> None:
-        alive = reference()
-        if alive is not None:
-            # The interpreter leaves an error that ended the program in sys.last_value.
-            alive.close(in_order=getattr(sys, "last_value", None) is None)
-
-    return close
