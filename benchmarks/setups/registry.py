@@ -47,7 +47,7 @@ SETUPS = {
         Setup("trl-dpo", "trl_trainers", ("trl", "datasets")),
         Setup("peft-lora", "trainers", ("peft",)),
         Setup("litgpt", "litgpt_loop", optional=("litgpt",)),
-        Setup("timm-vit", "timm_vit", optional=("timm",)),
+        Setup("timm-vit", "timm_vit", optional=("timm", "torchvision")),
         Setup("mingpt", "mingpt"),
         Setup("nanochat", "nanochat"),
         Setup("dit", "dit"),
