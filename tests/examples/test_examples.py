@@ -112,6 +112,17 @@ def test_every_example_is_in_the_documentation():
             assert f"examples/{path.name}" in pages, path.name
 
 
+def test_pages_include_what_they_name():
+    """A mark that is not exactly this would be shown as text."""
+    for page in (ROOT / "docs").rglob("*.md"):
+        for line in page.read_text().splitlines():
+            if re.match(r"\s*--\s*8\s*<", line):
+                mark = re.fullmatch(r'\s*--8<-- "([^":]+)(?::(\w+))?:?"', line)
+                assert mark is not None, f"{page}: {line}"
+                text = (ROOT / mark[1]).read_text()
+                assert not mark[2] or mark[2].isdigit() or f"--8<-- [start:{mark[2]}]" in text, f"{page}: {line}"
+
+
 def test_configurations_and_rules_are_read():
     check = ("-m", "sharpwatch", "check-config", str(EXAMPLES / "sharpwatch.yaml"))
     subprocess.run([sys.executable, *check], check=True, capture_output=True, timeout=60)
