@@ -276,7 +276,7 @@ def _in_layer(tree: Tree, at: Occurrence) -> str | None:
         return "ffn"
     if terms(at.name) & STREAM or _is_connector(at):
         return "other"
-    parts = at.enclosing[at.layer_depth :]
+    parts = at.enclosing[at.layer_depth :] if is_linear(at.owner) else ()
     if any(module_terms(segment, module) & ATTENTION for segment, module in (*parts, (at.name, at.owner))):
         return None
     return "ffn" if any(_cached(tree, is_multilayer, module) for _, module in parts) else None

@@ -235,6 +235,14 @@ def test_what_has_no_telling_name_is_placed_by_its_shape_and_place():
     assert found["critic"] == "head"
 
 
+def test_a_convolution_beside_matrices_is_no_feed_forward_part():
+    model = Critic()
+    model.layers[0]["part"] = nn.Sequential(*Critic().part(), nn.ModuleDict({"mixer": nn.Conv1d(D, D, 3)}))
+    found = weights(model)
+    assert found["layers.*.part.*"] == "ffn"
+    assert found["layers.*.part.*.mixer"] == "other"
+
+
 def test_a_part_with_a_word_of_attention_is_never_taken_for_feed_forward():
     model = Critic()
     model.layers[0]["part"] = nn.ModuleDict({"img_attn_first": nn.Linear(D, D), "img_attn_last": nn.Linear(D, D)})
