@@ -55,7 +55,7 @@ def trl_dpo(trial: Trial) -> None:
     trainer = DPOTrainer(
         model,
         ref_model=copy.deepcopy(model),
-        args=DPOConfig(**arguments(trial), max_length=64),
+        args=DPOConfig(**arguments(trial, max_steps=16, per_device_train_batch_size=4), max_length=64),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
     )
