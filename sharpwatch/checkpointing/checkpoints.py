@@ -27,7 +27,7 @@ from sharpwatch.agent.watch import Watch
 from sharpwatch.checkpointing.resumable_loader import ResumableLoader, rescaled
 from sharpwatch.common.atomic_file import read_json, sync_folder, write_json
 from sharpwatch.common.rng_state import random_state, seeded_state, set_random_state
-from sharpwatch.curvature.state.isolation import hooks_disabled
+from sharpwatch.curvature.state.hooks import hooks_disabled
 from sharpwatch.errors import CheckpointError
 
 _T = TypeVar("_T")

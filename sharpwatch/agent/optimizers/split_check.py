@@ -29,7 +29,8 @@ from torch.optim import Optimizer
 
 from sharpwatch.agent.control.lr_multipliers import ParamGroupOverride
 from sharpwatch.agent.safety import from_signal_handler
-from sharpwatch.curvature.state.isolation import hooks_disabled, restore
+from sharpwatch.curvature.state.hooks import hooks_disabled
+from sharpwatch.curvature.state.isolation import restore
 
 # Where the `step` functions are defined that sharpwatch's tests compare with real groups. Those of deepspeed.ops keep
 # their state as torch's do.

@@ -23,7 +23,8 @@ from sharpwatch.curvature.objective.batch import Batch, LossFn
 from sharpwatch.curvature.objective.hessian import Method, open_hessian
 from sharpwatch.curvature.objective.objective import Objective
 from sharpwatch.curvature.parameters.parameter_space import ParameterSpace
-from sharpwatch.curvature.state.isolation import hooks_disabled, isolated
+from sharpwatch.curvature.state.hooks import hooks_disabled
+from sharpwatch.curvature.state.isolation import isolated
 from sharpwatch.errors import ProbeError
 
 _DOUBLINGS = 12  # the search covers 2^-12 to 2^12 times the step

@@ -31,7 +31,8 @@ from sharpwatch.curvature.parameters.shards import (
     squared_norms,
     sum_by_index,
 )
-from sharpwatch.curvature.state.isolation import is_torch_hook, restore, unwrap
+from sharpwatch.curvature.state.hooks import is_computing
+from sharpwatch.curvature.state.isolation import restore, unwrap
 from sharpwatch.curvature.statistics.sketch import CountSketch
 from sharpwatch.errors import DesyncError, EmptyBatchError, ProbeError
 
@@ -291,6 +292,6 @@ def _gradients_cleared(parameters: list[nn.Parameter]) -> Iterator[None]:
                 if hooks:  # changed in place, since autograd holds a reference to the dict
                     stack.callback(hooks.update, dict(hooks))
                     stack.callback(hooks.clear)
-                    for key in [key for key, hook in hooks.items() if not is_torch_hook(hook)]:
+                    for key in [key for key, hook in hooks.items() if not is_computing(hook)]:
                         del hooks[key]
         yield

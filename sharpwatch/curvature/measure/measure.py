@@ -20,6 +20,7 @@ from sharpwatch.curvature.measure.report import WHOLE_MODEL, Draws, SharpnessRep
 from sharpwatch.curvature.measure.second_order import Plan, SecondOrder
 from sharpwatch.curvature.objective.batch import Batch, LogitsFn, LossFn
 from sharpwatch.curvature.objective.hessian import open_hessian
+from sharpwatch.curvature.objective.hooked_weights import require_hooked_weights
 from sharpwatch.curvature.objective.objective import Objective
 from sharpwatch.curvature.state.isolation import isolated
 from sharpwatch.curvature.statistics.estimate import Cost
@@ -167,6 +168,7 @@ class Measurement:
         Yields:
             The progress after each piece.
         """
+        self._check_hooks()
         # `gnb` runs in the model's own precision, the rest on a stand-in in float32 that stays open until the end.
         yield from self._run_gnb()
         if set(self._plan.estimators) == {"gnb"}:
@@ -183,6 +185,12 @@ class Measurement:
                 if name in self._plan.estimators:
                     getattr(second, name)(argument)
                     yield self._progress(name)
+
+    def _check_hooks(self) -> None:
+        first, call = self._batches[0].prepared(), self._settings.loss_fn or self._settings.logits_fn
+        require_hooked_weights(
+            self._model, lambda live: call(live, first) if call else live(*first.args, **first.kwargs)
+        )
 
     def report(self) -> SharpnessReport:
         """Summarize the draws so far."""

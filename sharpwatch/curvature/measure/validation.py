@@ -13,6 +13,7 @@ from sharpwatch.blocks import BlockMap
 from sharpwatch.curvature.estimators.preconditioned import preconditioner, require_adam
 from sharpwatch.curvature.objective.batch import IGNORED_LABEL, Batch, LogitsFn, count_tokens, find_labels
 from sharpwatch.curvature.objective.hessian import METHODS, Method
+from sharpwatch.curvature.parameters.parameter_space import require_real
 from sharpwatch.curvature.state.isolation import isolated
 from sharpwatch.errors import EmptyBatchError, ProbeError
 
@@ -21,7 +22,7 @@ _OPTIMIZER_ESTIMATORS = {"direction", "linesearch", "preconditioned"}
 
 
 def check_model(given: nn.Module) -> None:
-    """Check that the model is a module with real parameters, some of which require a gradient."""
+    """Check that the model is a module with parameters that have values, and that some require a gradient."""
     if not isinstance(given, nn.Module):
         raise ProbeError(f"model must be a torch.nn.Module, got {type(given).__name__}")
     parameters = dict(given.named_parameters())
@@ -30,6 +31,7 @@ def check_model(given: nn.Module) -> None:
     for name, parameter in parameters.items():
         if parameter.is_meta:
             raise ProbeError(f"model: {name} is on the meta device, so it has no values")
+    require_real(given)
 
 
 def check_estimators(estimators: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sharpwatch.blocks import BlockMap, Part
 from sharpwatch.errors import ProbeError
@@ -172,6 +172,22 @@ class ParameterSpace:
                     taken[part.layer] += 1
             colours.append(entries.reshape(-1))
         return torch.cat(colours)
+
+
+def require_real(model: nn.Module) -> None:
+    """Check that no trainable parameter of `model` is complex.
+
+    The vectors of a `ParameterSpace` have one real number for each entry, where a complex entry has two.
+
+    Raises:
+        ProbeError: One is; the message names it.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.is_complex():
+            raise ProbeError(
+                f"model: {name} is complex ({str(parameter.dtype).removeprefix('torch.')}), and curvature is measured "
+                "over real parameters only: keep it as a real tensor, and call torch.view_as_complex in the forward"
+            )
 
 
 def _root_mean_square(tensors: Sequence[Tensor]) -> float:

@@ -5,11 +5,10 @@ Random states are restored by `common.rng_state`, what the model's own code keep
 
 from __future__ import annotations
 
-import functools
 import itertools
 import sys
-from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -20,18 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import _disable_current_modes
 
 from sharpwatch.common.rng_state import rng_state_restored
+from sharpwatch.curvature.state.float32 import float32_exact
+from sharpwatch.curvature.state.hooks import GLOBAL_HOOKS, hide_user_hooks, hooks_disabled
 from sharpwatch.curvature.state.snapshot import StateSnapshot, refill
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
-# Taken for a user's, those of transformers' tensor parallelism left a q_norm 7 % off without an error (docs/log.md).
-# Hooks from these modules are part of the computation: weight and spectral norm, pruning, sharding.
-_TORCH_MODULES = (
-    "torch.nn.",
-    "torch.distributed.",
-    "transformers.distributed.",
-    "transformers.integrations.tensor_parallel",
-)
 
 
 class Functional:
@@ -68,9 +58,14 @@ class Functional:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model."""
+        return self.call("", "", *args, **kwargs)
+
+    def call(self, path: str, method: str, /, *args: Any, **kwargs: Any) -> Any:
+        """Call `method` of the submodule `path`; an empty path is the model itself, and an empty method its forward."""
         for registry, key, buffer in self._buffers:  # new copies: one forward's updates must not reach the next
             registry[key] = self._upcast(buffer).clone()
-        return self.inner(*args, **kwargs)
+        module = self.inner.get_submodule(path)
+        return getattr(module, method)(*args, **kwargs) if method else module(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
@@ -124,8 +119,9 @@ def restore(model: nn.Module) -> Iterator[None]:
     """Run extra forwards through `model`'s modules, then restore everything but `.grad` and the buffers.
 
     Inside, every module is in evaluation mode and gradients are enabled. Autocast stays as it is, but without its
-    cache. The user's hooks (on modules, global, on saved tensors) and dispatch modes are bypassed, compiled code runs
-    eagerly, and reentrant checkpoints keep their activations. Afterwards, also after an error, all of this is undone.
+    cache. The user's hooks (on modules, global, on saved tensors) and dispatch modes are bypassed, except those that
+    are part of the computation (see `hooks`). Compiled code runs eagerly, and reentrant checkpoints keep their
+    activations. Afterwards, also after an error, all of this is undone.
     The random states (torch's on the CPU and the model's accelerators, NumPy's, Python's) and every attribute that the
     modules' code has set are restored, with the contents that a `StateSnapshot` records.
 
@@ -141,15 +137,14 @@ def restore(model: nn.Module) -> Iterator[None]:
         stack.enter_context(_without_autocast_cache())
         stack.enter_context(_without_modes())
         stack.enter_context(_attributes_restored(model))
-        stack.enter_context(hooks_disabled(nn.modules.module, _GLOBAL_HOOKS))
+        stack.enter_context(hooks_disabled(nn.modules.module, GLOBAL_HOOKS))
         stack.enter_context(_without_reentrant_checkpoints())
         if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled, and importing it takes a second
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         for module in model.modules():
             # Not by `eval()`, which may be a method of the user's own.
             vars(module)["training"] = False
-            for name in _HOOKS:
-                _hide_user_hooks(module, name)
+            hide_user_hooks(module)
         yield
 
 
@@ -159,26 +154,8 @@ def _full_precision(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for kind in kinds:
             stack.enter_context(torch.autocast(kind, enabled=False))
-        for owner, name, exact in _precisions():
-            stack.callback(setattr, owner, name, getattr(owner, name))
-            setattr(owner, name, exact)
+        stack.enter_context(float32_exact())
         yield
-
-
-def _precisions() -> list[tuple[Any, str, Any]]:
-    """The settings that let torch round float32 to fewer bits, as (object, attribute, exact value).
-
-    From torch 2.9 on they are called `fp32_precision`; reading the older flags then raises if a user has set the new
-    ones.
-    """
-    backends = torch.backends
-    if hasattr(backends.cuda.matmul, "fp32_precision"):
-        candidates = [
-            getattr(getattr(backends, kind), of, None) for kind in ("cudnn", "mkldnn") for of in ("conv", "rnn")
-        ]
-        candidates += [backends.cuda.matmul, getattr(backends.mkldnn, "matmul", None)]
-        return [(owner, "fp32_precision", "ieee") for owner in candidates if hasattr(owner, "fp32_precision")]
-    return [(backends.cuda.matmul, "allow_tf32", False), (backends.cudnn, "allow_tf32", False)]
 
 
 class _DirectCheckpoint:
@@ -247,35 +224,6 @@ def _attributes_restored(model: nn.Module) -> Iterator[None]:
         for module, attribute in zip(modules, attributes, strict=True):
             refill(vars(module), attribute)
         snapshot.restore()
-
-
-@contextmanager
-def hooks_disabled(place: object, names: Iterable[str]) -> Iterator[None]:
-    """Empty the hook registries `names` of `place`, a torch module or an optimizer, during the body."""
-    saved = {name: getattr(place, name) for name in names}
-    try:
-        for name in saved:
-            setattr(place, name, OrderedDict())
-        yield
-    finally:
-        for name, hooks in saved.items():
-            setattr(place, name, hooks)
-
-
-def _hide_user_hooks(module: nn.Module, name: str) -> None:
-    """Shadow a module's hook registry by one without the user's hooks; their handles keep working on the original."""
-    hooks = vars(module)[name]
-    if hooks:
-        vars(module)[name] = OrderedDict((key, hook) for key, hook in hooks.items() if is_torch_hook(hook))
-
-
-def is_torch_hook(hook: Callable[..., Any]) -> bool:
-    """Whether a hook is part of the module's computation, rather than the user's."""
-    while isinstance(hook, functools.partial):
-        hook = hook.func
-    kinds = [kind for kind in type(hook).__mro__ if kind is not nn.Module]  # the hook may be a module of the user's
-    modules = [getattr(hook, "__module__", None), *(kind.__module__ for kind in kinds)]
-    return any(isinstance(module, str) and module.startswith(_TORCH_MODULES) for module in modules)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
