@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -10,13 +11,16 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from sharpwatch.agent.control.lr_multipliers import LrMultipliers
 from sharpwatch.agent.optimizers.support import is_flat
+from sharpwatch.curvature.objective.nested import tensors
 from sharpwatch.curvature.parameters.shards import is_sharded
 
 # Going through all modules at every step would cost too much for what happens rarely.
 _CHECK_INTERVAL = 64  # steps between two checks of the parameters
+_MAX_OUTPUTS = 64  # tensors of an output that a backward is looked for at; the caches of all layers are among them
 _LOG = logging.getLogger("sharpwatch")
 
 Closure = Callable[..., Any]
@@ -62,6 +66,13 @@ class Steps(Protocol):
     def output(self, output: Any, /) -> None:
         """The call returned `output`."""
 
+    def undecided(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], /) -> Callable[[Any], Callable[[], None]]:
+        """The model is about to be called in evaluation mode, in which models are trained too.
+
+        Returns:
+            A function to call with the output; it returns one to call when a backward comes through the output.
+        """
+
     def begin(self, which: int, /) -> None:
         """A `step()` begins."""
 
@@ -81,13 +92,17 @@ class Hooks:
     Attributes:
         handles: The handles of all hooks.
         repeating: Whether a closure runs that the same step has evaluated before.
+        calls_model: Whether the loop has called the model itself in training mode, with gradients enabled.
     """
 
     def __init__(self, steps: Steps, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         self.repeating = False
+        self.calls_model = False
         self._steps = steps
+        self._model = model
         self._optimizers = optimizers
         self._number = {id(optimizer): i for i, optimizer in enumerate(optimizers)}
+        self._undecided: Callable[[Any], Callable[[], None]] | None = None  # between the two hooks of a forward
         self._skipped: set[int] = set()  # optimizers in a step() that changes nothing, because of an overflow
         self._awaiting_closure: set[int] = set()  # optimizers whose closure has not computed the gradients yet
         self._pre = [optimizer.register_step_pre_hook(Hook(self._before_step)) for optimizer in optimizers]
@@ -105,20 +120,50 @@ class Hooks:
         _move(optimizer._optimizer_step_pre_hooks, self._pre[which].id, last=True)  # noqa: SLF001 - no public way
         _move(optimizer._optimizer_step_post_hooks, self._post[which].id, last=False)  # noqa: SLF001 - as above
 
-    def _counts(self, module: nn.Module) -> bool:
-        """Whether a forward of `module` belongs to the training step."""
-        return not (self.repeating or self._steps.idle()) and module.training and torch.is_grad_enabled()
+    def _counts(self) -> bool:
+        """Whether a forward of the model may belong to the training step."""
+        return not (self.repeating or self._steps.idle()) and torch.is_grad_enabled()
+
+    def before_other(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The loop calls what stands for the model's forward (`calls`), unless it has called the model since."""
+        if not self.calls_model and self._counts():
+            self._called(module, args, kwargs)
+
+    def after_other(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """That call returned `output`."""
+        if not self.calls_model:
+            self._after_forward(module, args, kwargs, output)
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._counts(module):
-            with self._steps.agent_work("watching a forward"):
+        if self._counts():
+            self.calls_model |= module.training
+            self._called(module, args, kwargs)
+
+    def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        with self._steps.agent_work("watching a forward"):
+            if module.training:
                 self._steps.forward(args, kwargs)
+            else:
+                self._undecided = self._steps.undecided(args, kwargs)
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         del args, kwargs
-        if self._counts(module):
+        if self._counts():
             with self._steps.agent_work("reading the model's loss"):
-                self._steps.output(output)
+                if module.training:
+                    self._steps.output(output)
+                elif self._undecided is not None:
+                    returned, self._undecided = self._undecided, None
+                    _at_backward(output, functools.partial(self._trains, returned(output)))
+
+    def _trains(self, trains: Callable[[], None]) -> bool:
+        if self.repeating or self._steps.idle():
+            return False
+        with self._steps.agent_work("watching a forward"):
+            if _is_accumulating(self._model):
+                trains()
+                return True
+        return False
 
     def _before_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -185,6 +230,31 @@ class Hooks:
                 steps.end(which)
         # Outside of the barrier: what the user's callback raises must reach the loop.
         steps.go_back()
+
+
+def _at_backward(output: Any, call: Callable[[], bool]) -> None:
+    """Have `call` called when a backward comes through a tensor of `output`, until it returns True.
+
+    It must not hold these tensors.
+    """
+    waiting = [call]
+
+    def arrives(*_: object) -> None:
+        if waiting and waiting[0]():
+            waiting.clear()
+
+    for tensor in itertools.islice(tensors(output), _MAX_OUTPUTS):
+        if tensor.grad_fn is not None:
+            tensor.grad_fn.register_prehook(Hook(arrives))
+
+
+def _is_accumulating(model: nn.Module) -> bool:
+    """Whether the running backward adds to the gradients of `model`, unlike `torch.autograd.grad`."""
+    nodes = (get_gradient_edge(parameter).node for parameter in model.parameters() if parameter.requires_grad)
+    try:
+        return any(torch._C._will_engine_execute_node(node) for node in nodes)  # noqa: SLF001 - as torch.autograd.graph asks
+    except RuntimeError:  # of a parameter whose gradient `torch.autograd.grad` is to return
+        return False
 
 
 def replace_closure(evaluate: Closure, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:

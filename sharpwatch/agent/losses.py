@@ -14,6 +14,7 @@ from sharpwatch.agent.hooks import Hook
 from sharpwatch.agent.safety import ExceptionBarrier, warn
 from sharpwatch.agent.statistics.tap import AsyncHostCopy
 
+ITEMS_IN_BATCH = "num_items_in_batch"  # an argument by which Hugging Face's models divide the sum of their losses
 MAX_FORWARDS = 1024  # of a step, the newest, whose own losses count
 _SILENT_STEPS = 2  # whose own loss was not trained on, and none observed, before that is logged
 
@@ -99,30 +100,46 @@ class LossTracker:
         self._own_adds_up = False
         self._forwards = 0
         self._sees_forwards = False
+        self._evaluation_trains = False  # whether the model is trained in evaluation mode
+        self._undecided = False  # whether a forward in that mode waits for its backward
         self._silent_steps = 0  # in a row: the model gave a loss, but not the one trained on, and none was observed
 
     def forward(self, kwargs: Mapping[str, Any]) -> int:
         """A training forward begins; how many there were since the last step, with this one."""
         # Hugging Face divides the loss of each micro-batch by this number, which is of the whole step.
-        self._own_adds_up = kwargs.get("num_items_in_batch") is not None
+        self._own_adds_up = kwargs.get(ITEMS_IN_BATCH) is not None
         self._forwards += 1
         self._sees_forwards = True
         return self._forwards
 
+    def undecided(self) -> None:
+        """A forward in evaluation mode begins; it trains if a backward comes."""
+        self._undecided = self._evaluation_trains
+
     def output(self, output: Any) -> OwnLoss | None:
         """Keep the loss that the model's `output` carries, if any."""
+        own = self.read(output)
+        if own is not None:
+            self._own.append(own)
+        return own
+
+    def read(self, output: Any) -> OwnLoss | None:
+        """The loss that the model's `output` carries, if any."""
         loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            return None
-        self._own.append(OwnLoss(loss, self._barrier))
-        return self._own[-1]
+        return OwnLoss(loss, self._barrier) if isinstance(loss, Tensor) and loss.numel() == 1 else None
+
+    def add(self, own: OwnLoss | None) -> None:
+        """A forward in evaluation mode, whose loss is `own`, turned out to train."""
+        self._evaluation_trains = True
+        if own is not None:
+            self._own.append(own)
 
     def observe(self, loss: float | Tensor) -> StepLoss | None:
         """The loss if it belongs to the step already taken; None if it is kept for the next."""
         self._silent_steps = 0
         term: tuple[Number, list[Number]] = (_number(loss), [1.0])
         # A loop may call another method of the model, past its hooks: then no forward is ever seen.
-        if self._sees_forwards and self._forwards == 0:
+        if self._sees_forwards and self._forwards == 0 and not self._undecided:
             self.comes_after_step = True
             self.source = "observed"
             return StepLoss([term])
@@ -136,7 +153,7 @@ class LossTracker:
         self._note_source(bool(trained))
         self._own.clear()
         self._observed.clear()
-        self._forwards = 0
+        self._forwards, self._undecided = 0, False
         return taken
 
     def _note_source(self, trained: bool) -> None:

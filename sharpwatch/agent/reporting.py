@@ -15,7 +15,8 @@ from sharpwatch.agent.control.commands import Command, CommandResult, RollBack, 
 from sharpwatch.agent.control.controller import Controller
 from sharpwatch.agent.losses import StepLoss
 from sharpwatch.agent.probes.builtin import PROBES
-from sharpwatch.agent.probes.runner import ProbeFailure, ProbeRun
+from sharpwatch.agent.probes.failures import ProbeFailure
+from sharpwatch.agent.probes.runner import ProbeRun
 from sharpwatch.agent.probes.scheduler import OverheadBudget
 from sharpwatch.agent.statistics.tap import PendingTap, Tap, TapReading
 from sharpwatch.agent.transport.base import Transport

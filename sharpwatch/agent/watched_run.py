@@ -15,12 +15,14 @@ from typing import Any
 
 from torch import Tensor
 
+from sharpwatch.agent.calls import OtherCalls
 from sharpwatch.agent.control.commands import RollbackRequest
 from sharpwatch.agent.control.controller import Controller
 from sharpwatch.agent.control.lr_multipliers import LrMultipliers
 from sharpwatch.agent.distributed.strategy import Strategy
+from sharpwatch.agent.forwards import Forwards
 from sharpwatch.agent.hooks import Hooks, ParameterIdentity
-from sharpwatch.agent.losses import MAX_FORWARDS, LossTracker
+from sharpwatch.agent.losses import LossTracker
 from sharpwatch.agent.options import Options
 from sharpwatch.agent.probes.observed import LATE
 from sharpwatch.agent.probes.scheduler import DueProbes, ProbeScheduler
@@ -96,6 +98,8 @@ class WatchedRun:
         self._current: _StepInProgress | None = None
         self._request: RollbackRequest | None = None
         self._hooks = Hooks(self, options.model, options.optimizers)
+        self._calls = OtherCalls(options.model, self._hooks)
+        self._forwards = Forwards(self.losses, scheduler, self._forward_begins)
         self._at_exit = _close_at_exit(self)
         atexit.register(self._at_exit)
         self._closed = False
@@ -218,6 +222,8 @@ class WatchedRun:
         for handle in self._hooks.handles:
             with self.barrier.guard("removing a hook"):
                 handle.remove()
+        with self.barrier.guard("removing a hook"):
+            self._calls.close()
         self.rates.close(self.barrier)
 
     def _send_last(self, *, in_order: bool) -> None:
@@ -243,21 +249,21 @@ class WatchedRun:
 
     def forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """The model is called in training."""
-        self._begin()
-        self.timer.start()
-        if self.losses.forward(kwargs) == MAX_FORWARDS:
-            _LOG.warning(
-                "%d forwards without a step of a watched optimizer: if it was replaced, call attach again", MAX_FORWARDS
-            )
-        self._reporter.next_step()
-        self.strategy.forward()
-        self.scheduler.forward(args, kwargs)
+        self._forwards.called(args, kwargs)
+
+    def undecided(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[[Any], Callable[[], None]]:
+        """The model is called in evaluation mode."""
+        return self._forwards.undecided(args, kwargs)
 
     def output(self, output: Any) -> None:
-        """It returned `output`, maybe with its loss."""
-        own = self.losses.output(output)
-        if own is not None:
-            self.scheduler.output(own.was_trained_on)
+        """The call returned `output`, maybe with its loss."""
+        self._forwards.output(output)
+
+    def _forward_begins(self) -> None:
+        self._begin()
+        self.timer.start()
+        self._reporter.next_step()
+        self.strategy.forward()
 
     def begin(self, which: int) -> None:
         """Optimizer `which` begins a `step()`.
@@ -273,6 +279,7 @@ class WatchedRun:
             self._complete(self._current)
         if self._current is None:
             self._begin()
+            self._calls.step_begins()
             self._reporter.next_step()
             step = self.step + 1
             for due in self.strategy.begin_step():
@@ -324,6 +331,8 @@ class WatchedRun:
         self._current = None
         # Half a reading would show false zeros.
         tap = done.tap if len(done.read) == len(self.options.optimizers) else None
+        with self.barrier.guard("looking for the model's calls"):
+            self.scheduler.look_for(self._calls)
         probes = self.scheduler.run(done.step, done.due or DueProbes(), tap)
         loss = self.losses.take()
         record = StepRecord(

@@ -38,10 +38,11 @@ ALLOWED = {
     "agent.control": {"blocks", "agent.safety"},
     "agent.optimizers": {"common", "blocks", "curvature", "agent.safety", "agent.control"},
     "agent.hooks": {"curvature", "agent.safety", "agent.control", "agent.optimizers"},
+    "agent.calls": {"curvature", "agent.hooks"},
     "agent.statistics": {"blocks", "curvature", "agent.safety", "agent.optimizers"},
     "agent.probes": {
         *("common", "blocks", "curvature", "agent.safety", "agent.control", "agent.hooks"),
-        *("agent.optimizers", "agent.statistics"),
+        *("agent.optimizers", "agent.statistics", "agent.calls"),
     },
     "agent.options": {
         "common",

@@ -114,23 +114,28 @@ class ProbedStep:
 class Probe(ABC):
     """One kind of probe in one run: the base class of all of them.
 
-    For each step that it is due after, `forward` is called with each forward of the model in training, `before_step`
-    when the gradients are complete, and `run` after the step. Only `run` is needed. Where the step does not come,
-    `discard` is called.
+    For each step that it is due after, `forward` and `output` are called with each forward of the model in training,
+    `before_step` when the gradients are complete, and `run` after the step. Only `run` is needed. Where the step does
+    not come, `discard` is called.
 
     Attributes:
         share: The probe gets one row in `share` of the batch; its cost grows with its rows.
         turn: How many times a block has had its turn.
+        reason: Why the last run gave no estimate, where it raised no error; else empty.
     """
 
     share: ClassVar[int] = 8
     turn: int = 0
+    reason: str = ""
 
     def __init__(self, context: ProbeContext) -> None:
         self.context = context
 
     def forward(self) -> None:  # noqa: B027 - most probes have no use for it
         """The model is called in training."""
+
+    def output(self, batch: Batch, output: Any) -> None:  # noqa: B027 - most probes have no use for it
+        """The model returned `output` for `batch`, both as the loop has them."""
 
     def before_step(self, step: ProbedStep) -> None:  # noqa: B027 - most probes have no use for it
         """The gradients of `step` are complete, and no optimizer has stepped yet.

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,10 +24,13 @@ from torch.utils.hooks import RemovableHandle
 
 from sharpwatch.agent.hooks import Hook
 from sharpwatch.agent.probes.context import Probe, ProbeContext, ProbedStep, ProbeSpec
+from sharpwatch.agent.probes.micro_batch_weights import MicroBatchSize, Shares, listen, only_of, shares_of
 from sharpwatch.agent.safety import ExceptionBarrier
 from sharpwatch.blocks import BlockMap, Part
-from sharpwatch.curvature.objective.batch import Batch
+from sharpwatch.curvature.objective.batch import IGNORED_LABEL, Batch, find_labels
 from sharpwatch.curvature.parameters.shards import squared_norm, squared_norms, stack_sums, sum_by_index
+from sharpwatch.curvature.state.isolation import unwrap
+from sharpwatch.errors import ProbeError
 from sharpwatch.v1 import agent_pb2
 from sharpwatch.wire import encode
 
@@ -40,13 +44,13 @@ _AVERAGING = {
 
 @dataclass(frozen=True, slots=True)
 class MicroBatches:
-    """Squared norms of one accumulated gradient G and of the gradients h that it is the sum of.
+    """Squared norms of one accumulated gradient G and of the gradients h_i that it is the sum of.
 
     Attributes:
-        local: Σ‖h‖² over `count` backwards, [parts].
+        local: ‖h_i‖² of each backward, [backwards, parts].
         whole: ‖G‖², [parts].
         unbroken: Whether G is made of these backwards alone.
-        count: How many backwards there were.
+        sizes: What each backward showed at the model's output; None where it showed nothing.
         ranks: How many processes average their gradients into G.
         seconds: How long reading them took.
     """
@@ -54,18 +58,22 @@ class MicroBatches:
     local: Tensor
     whole: Tensor
     unbroken: Tensor
-    count: int
+    sizes: Sequence[MicroBatchSize | None]
     ranks: int
     seconds: float
 
-    def noise(self, block_map: BlockMap, stepped: npt.NDArray[np.float64]) -> npt.NDArray[np.float32] | None:
+    def noise(self, block_map: BlockMap, stepped: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
         """Returns Tr Cov(g) [L] of the gradient g that was stepped on.
 
-        Of D ranks with M micro-batches each, n = D·M independent local gradients h with E h = m and Tr Cov(h) = s make
-        G = Σh / D. Then E‖h‖² = ‖m‖² + s and E‖G‖² = (n² ‖m‖² + n s) / D², which leaves
-        (M² E‖h‖² − E‖G‖²) / (n − 1) = n s / D² = Tr Cov(G), as in McCandlish et al. (2018), An empirical model of
-        large-batch training, appendix A. This rank's M local gradients stand for all n: each has the same expectation.
-        Clipping and unscaling happen later; the factor ‖g‖²/‖G‖² of the layer block accounts for both.
+        On one process G = Σh_i, where h_i has the weight w_i, Σw_i = 1, and n_i tokens whose gradients are independent:
+        E h_i = w_i m and Tr Cov(h_i) = w_i² s / n_i, so Tr Cov(G) = s Σw_i²/n_i. In Q = Σ‖h_i‖²/w_i − ‖G‖², which is
+        Σw_i‖h_i/w_i − G‖², the mean m drops out, and E Q = s (Σw_i/n_i − Σw_i²/n_i). With equal weights that leaves
+        Q / (M − 1), whatever the n_i, as in McCandlish et al. (2018), An empirical model of large-batch training,
+        appendix A; with w_i proportional to n_i it is Q / (M − 1) as well.
+
+        D ranks with M micro-batches each average their gradients, and all weigh alike: Q / (D·M − 1), where this rank's
+        M gradients stand for all, since each has the same expectation. Clipping and unscaling happen later; the factor
+        ‖g‖²/‖G‖² of the layer block accounts for both.
 
         Args:
             block_map: The blocks of the model.
@@ -73,16 +81,31 @@ class MicroBatches:
 
         Returns:
             The noise, unbiased where ‖g‖ = ‖G‖ and therefore sometimes negative with several ranks; NaN for a layer
-            block without a gradient. None if n is 1, or if G is not the sum of these gradients alone.
+            block without a gradient.
+
+        Raises:
+            ProbeError: There is one micro-batch, G is not the sum of these gradients alone, or the weights are not
+                known.
         """
-        spare = self.count * self.ranks - 1
-        if spare < 1 or not bool(self.unbroken):
-            return None
-        rows = torch.stack([self.local, self.whole, torch.from_numpy(stepped).to(self.whole)])
+        shares = self._shares()
+        weighted = (self.local / shares.weights.to(self.local)[:, None]).nan_to_num(nan=0.0).sum(0)
+        rows = torch.stack([weighted, self.whole, torch.from_numpy(stepped).to(self.whole)])
         local, whole, taken = sum_by_index(rows, block_map.layer_block_of, len(block_map.layer_blocks)).numpy()
         ratio = np.divide(taken, whole, out=np.full_like(whole, np.nan), where=whole > 0)
-        noise = (self.count * local - whole) / spare * ratio
+        noise = (local - whole) * shares.noise_in_residual(self.ranks) * ratio
         return np.where(np.isfinite(noise), noise, np.nan).astype(np.float32)
+
+    def _shares(self) -> Shares:
+        if len(self.sizes) * self.ranks < 2:
+            raise ProbeError("the step had one micro-batch: gradient noise takes two, or ranks under DDP")
+        if not bool(self.unbroken):
+            raise ProbeError(
+                "the gradient was not the sum of the step's backwards: it was zeroed or changed in between"
+            )
+        shares = shares_of(self.sizes)
+        if self.ranks > 1:
+            shares.require_even()
+        return shares
 
 
 @dataclass(slots=True)
@@ -94,7 +117,9 @@ class _Readings:
     backwards: int = 0
     running: int = _NO_BACKWARD  # torch's number of the backward that is running
     found: list[list[Tensor]] = field(default_factory=list)  # ‖h‖² of the running backward, by part
-    local: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float32, device="cpu"))
+    at_output: list[tuple[int, MicroBatchSize]] = field(default_factory=list)  # since a backward ended, by backward
+    sizes: list[MicroBatchSize | None] = field(default_factory=list)  # of each backward
+    local: list[Tensor] = field(default_factory=list)  # ‖h‖² of each backward, [parts]
     whole: Tensor | None = None
     unbroken: Tensor = field(default_factory=lambda: torch.tensor(True, device="cpu"))
     lost: bool = False  # a backward did not end, or another began within it
@@ -141,6 +166,19 @@ class GradientListener:
                 hook = Hook(partial(self._guarded, self._arrives, name))
                 self._handles.append((node, node.register_prehook(hook)))
 
+    def output(self, batch: Batch, output: Any) -> None:
+        """The model returned `output` for `batch`: hook into the gradient there too."""
+        if not self._ranks:
+            return
+        labels = find_labels(unwrap(self._model), batch)
+        count = None if labels is None else (labels.aligned() != IGNORED_LABEL).sum()
+        is_sum = batch.kwargs.get("num_items_in_batch") is not None
+        with torch.no_grad():
+            listen(partial(self._guarded, self._at_output), output, labels=count, is_sum=is_sum)
+
+    def _at_output(self, size: MicroBatchSize) -> None:
+        self._readings.at_output.append((_backward(), size))
+
     def take(self) -> MicroBatches | None:
         """Removes the hooks and returns what was read, or None if forwards and backwards were not one to one."""
         self.remove()
@@ -148,7 +186,12 @@ class GradientListener:
         if readings.whole is None or not readings.one_to_one:
             return None
         return MicroBatches(
-            readings.local, readings.whole, readings.unbroken, readings.backwards, self._ranks, readings.seconds
+            torch.stack(readings.local),
+            readings.whole,
+            readings.unbroken,
+            readings.sizes,
+            self._ranks,
+            readings.seconds,
         )
 
     def remove(self) -> None:
@@ -168,7 +211,7 @@ class GradientListener:
 
     def _arrives(self, name: str, gradients: tuple[Tensor | None, ...]) -> None:
         """The local gradient of parameter `name` is there; it is not yet accumulated, nor averaged over ranks."""
-        backward = torch._C._current_graph_task_id()  # noqa: SLF001 - as torch.utils.checkpoint asks for it
+        backward = _backward()
         if backward != self._readings.running:
             self._begin(backward)
         (gradient,) = gradients
@@ -192,11 +235,14 @@ class GradientListener:
         _when_over(partial(_when_over, partial(self._guarded, self._end)))
 
     def _end(self) -> None:
-        readings, local = self._readings, stack_sums(self._readings.found)
-        readings.local = readings.local.to(local.device) + local
+        readings = self._readings
+        readings.local.append(stack_sums(readings.found))
         readings.whole = self._accumulated()
-        readings.running = _NO_BACKWARD
         readings.backwards += 1
+        # `torch.autograd.grad` may have come through an output too.
+        readings.sizes.append(only_of([size for backward, size in readings.at_output if backward == readings.running]))
+        readings.at_output.clear()
+        readings.running = _NO_BACKWARD
 
     def _accumulated(self) -> Tensor:
         """Returns ‖·‖² of the accumulated gradients, [parts], on the model's device."""
@@ -219,6 +265,11 @@ def _is_averaged(model: nn.Module) -> bool:
 
 def _wrappers(model: nn.Module) -> Iterator[DistributedDataParallel]:
     return (module for module in model.modules() if isinstance(module, DistributedDataParallel))
+
+
+def _backward() -> int:
+    """The number that torch gives the running backward."""
+    return torch._C._current_graph_task_id()  # noqa: SLF001 - as torch.utils.checkpoint asks for it
 
 
 def _when_over(call: Callable[[], None]) -> None:
@@ -246,6 +297,10 @@ class GradientNoise(Probe):
         """As `Probe.forward`."""
         self._listener.forward()
 
+    def output(self, batch: Batch, output: Any) -> None:
+        """As `Probe.output`."""
+        self._listener.output(batch, output)
+
     def before_step(self, step: ProbedStep) -> None:
         """Stops listening."""
         del step
@@ -260,10 +315,21 @@ class GradientNoise(Probe):
         """As `Probe.run`; the model is not called."""
         del rows
         taken, self._micro_batches = self._micro_batches, None
-        if taken is None or step.gradient_squares is None:
+        self.reason = ""
+        try:
+            return GradientNoiseReport(self._noise(taken, step))
+        except ProbeError as error:
+            # Of the step, not of the probe, which goes on.
+            self.reason = str(error)
             return GradientNoiseReport(None)
+
+    def _noise(self, taken: MicroBatches | None, step: ProbedStep) -> npt.NDArray[np.float32]:
+        if taken is None:
+            raise ProbeError("the step's forwards and backwards were not one to one")
+        if step.gradient_squares is None:
+            raise ProbeError("the gradient that was stepped on could not be read")
         step.seconds["gradient_noise"] = step.seconds.get("gradient_noise", 0.0) + taken.seconds
-        return GradientNoiseReport(taken.noise(self.context.block_map, step.gradient_squares()))
+        return taken.noise(self.context.block_map, step.gradient_squares())
 
 
 def _encode(report: GradientNoiseReport, seconds: float) -> agent_pb2.GradientNoiseProbe:

@@ -7,57 +7,32 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from sharpwatch.agent.calls import MODEL, OtherCall
 from sharpwatch.agent.probes.builtin import PROBES
 from sharpwatch.agent.probes.context import Probe, ProbeContext, ProbedStep, ShardReduction
+from sharpwatch.agent.probes.failures import ProbeFailure, ProbeFailures
 from sharpwatch.agent.probes.observed import ObservedBatch
+from sharpwatch.agent.probes.other_call import logits_of, loss_of
 from sharpwatch.agent.probes.out_of_memory import (
     halve_rows,
     has_room_for_sharded_probe,
     is_out_of_memory,
-    require_room_for_copies,
 )
-from sharpwatch.agent.safety import ExceptionBarrier, from_signal_handler, signals_held, warn
+from sharpwatch.agent.probes.trial import UnfitError, try_forward
+from sharpwatch.agent.safety import ExceptionBarrier, from_signal_handler, signals_held
 from sharpwatch.blocks import BlockMap
 from sharpwatch.curvature.objective.batch import Batch
-from sharpwatch.curvature.state.isolation import isolated
+from sharpwatch.curvature.parameters.parameter_space import require_real
+from sharpwatch.curvature.state.isolation import Functional
 from sharpwatch.curvature.state.snapshot import StateSnapshot
 from sharpwatch.curvature.statistics.sketch import CountSketch
 from sharpwatch.errors import DesyncError, EmptyBatchError, ProbeError
-
-_COLLECTIVES = frozenset({"c10d", "_c10d_functional", "c10d_functional", "_c10d_functional_autograd"})
-_FAILURES = 3  # in a row after which a probe is given up; the rows of a single draw may all be without labels
-
-
-class _UnfitError(ProbeError):
-    """Raised when a probe must not run the model's forward: it would change the run, or wait for other ranks."""
-
-
-class _NoCollectives(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Refuses operations that other ranks have to take part in."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run `func`."""
-        del types
-        if func.namespace in _COLLECTIVES:
-            raise _UnfitError(f"the model's forward talks to other ranks ({func}): no probe of one rank may run it")
-        return func(*args, **(kwargs or {}))
-
-
-@dataclass(frozen=True, slots=True)
-class ProbeFailure:
-    """Why a probe failed last, how often it has failed, and whether it was given up."""
-
-    probe: str
-    reason: str
-    count: int
-    disabled: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +96,6 @@ class ProbeRunner:
 
     Attributes:
         names: As given; also those that were given up.
-        failures: One for each probe that ever failed.
-        disabled: The probes that were given up.
     """
 
     def __init__(  # noqa: PLR0913 - what probes need to know of the run
@@ -141,8 +114,6 @@ class ProbeRunner:
         shards: ShardReduction | None = None,
     ) -> None:
         self.names = tuple(names)
-        self.failures: tuple[ProbeFailure, ...] = ()
-        self.disabled: tuple[str, ...] = ()
         self._context = ProbeContext(
             model=model,
             block_map=block_map,
@@ -157,15 +128,32 @@ class ProbeRunner:
         )
         self._probes = {name: _made(name, self._context) for name in names}
         self._listening = [name for name in names if _overrides(self._probes[name], Probe.forward)]
+        self._reading = [name for name in names if _overrides(self._probes[name], Probe.output)]
         self._preparing = [name for name in names if _overrides(self._probes[name], Probe.before_step)]
         self._seed = seed
         self._runs = dict.fromkeys(names, 0)
         self._rows_source = torch.Generator()
         self._rows: dict[str, int] = {}  # of the newest run of each probe
         self._halvings: Counter[str] = Counter()  # of its rows
-        self._failures: dict[str, ProbeFailure] = {}
-        self._in_a_row: Counter[str] = Counter()
+        self._failures = ProbeFailures()
+        self._functions = (loss_fn, logits_fn)  # the user's
+        self._call = MODEL
         self._tried = False
+        try:
+            require_real(model)
+        except ProbeError as error:
+            for name in self.names:
+                self._failures.failed(name, str(error), gives_up=True)
+
+    @property
+    def failures(self) -> tuple[ProbeFailure, ...]:
+        """One for each probe that ever failed."""
+        return self._failures.failures
+
+    @property
+    def disabled(self) -> tuple[str, ...]:
+        """The probes that were given up."""
+        return self._failures.disabled
 
     @property
     def _device(self) -> torch.device:
@@ -181,17 +169,21 @@ class ProbeRunner:
         """Returns whether memory is left for a probe that all ranks run together."""
         return has_room_for_sharded_probe(self._context.model.parameters())
 
-    def forward(self, names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Captured:
-        """The model is called in training, in a step after which `names` are due.
+    def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Captured:
+        """Returns what the model is called with: references, not copies, detached from any graph."""
+        return Captured(Batch(args, kwargs).map_tensors(Tensor.detach), Autocast.now(self._device.type))
 
-        Returns:
-            What it is called with: references, not copies, detached from any graph.
-        """
-        captured = Captured(Batch(args, kwargs).map_tensors(Tensor.detach), Autocast.now(self._device.type))
+    def forward(self, names: Sequence[str]) -> None:
+        """The model is called in training, in a step after which `names` are due."""
         for name in self._listening:
             if name in names:
                 self._probes[name].forward()
-        return captured
+
+    def output(self, names: Sequence[str], captured: Captured, output: Any) -> None:
+        """The call of `forward` returned `output`."""
+        for name in self._reading:
+            if name in names:
+                self._probes[name].output(captured.batch, output)
 
     def without_forward(self) -> Captured:
         """No call of the model was seen in the step, but the loop observed a batch."""
@@ -222,7 +214,7 @@ class ProbeRunner:
             self._seed_draws(name)
             try:
                 reports[name] = self._probes[name].run(self._rows_of(name, captured), step)
-                self._in_a_row[name] = 0
+                self._failures.succeeded(name, self._probes[name].reason)
             # The one error that must end the run: training on would silently train wrong weights.
             except DesyncError:
                 raise
@@ -249,7 +241,8 @@ class ProbeRunner:
             # Registered after autocast, so that it runs before autocast ends, with signals still held.
             stack.callback(snapshot.restore)
             if not self._tried and context.shards is None:
-                self._try_forward(batch)
+                try_forward(context.model, context.weights, lambda live: self._call_model(live, batch.prepared()))
+                self._tried = True
             yield batch
 
     def _batch_of(self, name: str, captured: Captured) -> Batch:
@@ -265,32 +258,10 @@ class ProbeRunner:
             raise ProbeError("the loop does not train on the loss that the model returns: pass loss_fn")
         return captured.batch if known is None or captured.observed is None else captured.observed.take()
 
-    def _try_forward(self, batch: Batch) -> None:
-        """Before the first probe, runs one forward on copies of the weights.
-
-        Raises:
-            _UnfitError: The forward writes into the weights, or needs other ranks.
-            ProbeError: There is no memory for the copies.
-        """
-        context = self._context
-        if any(type(module).__module__.startswith("torch.distributed.fsdp") for module in context.model.modules()):
-            return  # FSDP needs a backward for each forward
-        weights = context.weights
-        require_room_for_copies(weights)
-        call = batch.prepared()
-        with isolated(context.model) as live, torch.no_grad(), _NoCollectives():  # type: ignore[no-untyped-call]
-            # On copies, because version counters do not show what is written through `.data`.
-            copies = {name: weight.clone() for name, weight in weights.items()}
-            for name, copy in copies.items():
-                live.set_parameter(name, copy)
-            if call.observed:
-                (context.loss_fn or context.logits_fn or live)(live, call.passed)
-            else:
-                live(*call.args, **call.kwargs)
-        for name, copy in copies.items():
-            if not torch.allclose(copy, weights[name], rtol=0, atol=0, equal_nan=True):
-                raise _UnfitError(f"the model's forward writes into {name}: no probe may run it")
-        self._tried = True
+    def _call_model(self, live: Functional, call: Batch) -> object:
+        if call.observed:
+            return (self._context.loss_fn or self._context.logits_fn or live)(live, call.passed)
+        return live.call(self._call.path, self._call.method, *call.args, **call.kwargs)
 
     def state_dict(self) -> dict[str, Any]:
         """How often each probe ran and had its turn, as plain values; its next draws follow from them."""
@@ -333,25 +304,34 @@ class ProbeRunner:
         self._rows[name] = wanted
         return torch.randperm(rows, generator=self._rows_source, device="cpu")[:wanted].sort().values
 
+    def call_by(self, call: OtherCall) -> None:
+        """The loop calls `call` in place of the model, so probes do as well, unless the user has said how."""
+        loss_fn, logits_fn = self._functions
+        if call != MODEL:
+            loss_fn, logits_fn = loss_fn or loss_of(call), logits_fn or logits_of(call)
+        self._context = replace(self._context, loss_fn=loss_fn, logits_fn=logits_fn)
+        self._call = call
+        for probe in self._probes.values():
+            probe.context = self._context
+
+    def not_called(self, names: Sequence[str], reason: str) -> None:
+        """Probes had their turn, but there was no batch for them."""
+        for name in names:
+            self._failures.failed(name, reason, gives_up=False)
+
     def _record_failure(self, name: str, error: Exception) -> None:
-        self._in_a_row[name] += 1
         reason = str(error) if isinstance(error, ProbeError) else f"{type(error).__name__}: {error}"
-        count = self._failures[name].count + 1 if name in self._failures else 1
-        failure = self._failures[name] = ProbeFailure(name, reason, count, self._gives_up(name, error))
-        if failure.disabled:
-            warn("probe %s is given up after %d failures: %s", name, count, reason)
-        self.failures = tuple(self._failures.values())
-        self.disabled = tuple(each.probe for each in self.failures if each.disabled)
+        self._failures.failed(name, reason, gives_up=self._gives_up(name, error))
 
     def _gives_up(self, name: str, error: Exception) -> bool:
         """Returns whether the probe is not run again after `error`."""
-        too_often = self._in_a_row[name] >= _FAILURES
+        too_often = self._failures.repeats(name)
         if self._context.shards is not None:  # all ranks must decide alike, and not all know why one of them failed
             halve_rows(self._halvings, name, self._rows.get(name, 0))
             return too_often and not isinstance(error, EmptyBatchError)
         if is_out_of_memory(error):
             return halve_rows(self._halvings, name, self._rows.get(name, 0))
-        if isinstance(error, _UnfitError):
+        if isinstance(error, UnfitError):
             return True
         # An empty batch is due to its labels, as in a row that is all prompt; the next rows may have some.
         return too_often and not isinstance(error, EmptyBatchError)

@@ -8,11 +8,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
+from sharpwatch.agent.calls import OtherCalls
 from sharpwatch.agent.probes.context import ProbedStep
 from sharpwatch.agent.probes.observed import ObservedBatch
 from sharpwatch.agent.probes.runner import Captured, ProbeRun, ProbeRunner
 from sharpwatch.agent.statistics.tap import PendingTap, Tap
 
+_MISSED_STEPS = 3  # in a row, before that is a failure; now and then a step may be another model's
 _WINDOW = 1000  # steps that the overhead ratio is taken over
 _SMOOTHING = 0.3  # weight of the newest measurement in a probe's expected cost
 # With 1.3 million parameters the tap alone takes 2 % of a step; without a share of theirs probes would never run.
@@ -193,11 +195,13 @@ class ProbeScheduler:
     Attributes:
         running: Whether a probe is running now, whose own forwards are not the loop's.
         last_steps: The step at which each probe last ran, by its name.
+        missed: In how many steps in a row, after which probes were due, no forward was seen.
     """
 
     def __init__(self, runner: ProbeRunner, budget: OverheadBudget, strategy: ProbingStrategy) -> None:
         self.running = False
         self.last_steps: dict[str, int] = {}
+        self.missed = 0
         self.runner = runner
         self.budget = budget
         self._strategy = strategy
@@ -205,21 +209,36 @@ class ProbeScheduler:
         self._observed: ObservedBatch | None = None  # the loop's own batch in this step
         self._observes = False  # whether it ever showed one
         self._due: tuple[str, ...] = ()  # after the next step
+        for name in runner.disabled:
+            budget.disable(name)
         self.begin()
 
     def begin(self) -> None:
         """The next step is the first; several ranks have agreed on nothing by then."""
         self._due = self._planned() if self._strategy.probes_from_start else ()
 
-    def forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """The model is called in training."""
-        if self._due:
-            self._captured = self.runner.forward(self._due, args, kwargs)
+    def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Captured | None:
+        """What the model is called with, if a probe is due."""
+        return self.runner.capture(args, kwargs) if self._due else None
 
-    def output(self, trained_on: Callable[[], bool]) -> None:
-        """The model returned a loss, of which `trained_on` tells later whether backward ran from it."""
-        if self._captured is not None:
-            self._captured = replace(self._captured, trained_on=trained_on)
+    def forward(self, captured: Captured | None) -> None:
+        """The model is called in training."""
+        if captured is not None:
+            self._captured = captured
+            self.runner.forward(self._due)
+
+    def output(self, output: Any, trained_on: Callable[[], bool] | None) -> None:
+        """The call returned `output`; of a loss in it `trained_on` tells later whether backward ran from it."""
+        self._captured = self.returned(self._captured, output, trained_on)
+
+    def returned(
+        self, captured: Captured | None, output: Any, trained_on: Callable[[], bool] | None
+    ) -> Captured | None:
+        """As `output`, for a call whose backward may never come."""
+        if captured is None:
+            return None
+        self.runner.output(self._due, captured, output)
+        return replace(captured, trained_on=trained_on)
 
     def observe(self, batch: Any, *, late: bool) -> None:
         """The loop shows its batch; it is `late` where the probes of its step have run already."""
@@ -233,6 +252,18 @@ class ProbeScheduler:
         if not self._due or not (self._seen or self._strategy.all_ranks_probe):
             return _NONE_DUE
         return DueProbes(self._due, self.runner.before_step(self._due))
+
+    def look_for(self, calls: OtherCalls) -> None:
+        """A step is taken whose probes may lack a forward: finds what the loop calls, or says why no probe runs."""
+        if self._due:
+            self.missed = 0 if self._seen else self.missed + 1
+        # A probe of all ranks together takes the model's own forward alone.
+        found = calls.step_ends(missed=self.missed > 0 and not self._strategy.all_ranks_probe)
+        if found is not None:
+            self.runner.call_by(found)
+        elif self.missed >= _MISSED_STEPS:
+            seen = calls.reason or "none with gradients enabled, through whose output a backward came"
+            self.runner.not_called(self._due, f"no forward of the model was seen in {self.missed} steps: {seen}")
 
     def run(self, step: int, due: DueProbes, tap: PendingTap | None) -> ProbeRun:
         """Step number `step` is taken: runs the probes that are due."""

@@ -97,7 +97,7 @@ class Batch:
         return _transform(self, lambda tensor, _: change(tensor))
 
     def tensors(self) -> Iterator[Tensor]:
-        """All tensors among the arguments, including those in nests."""
+        """All tensors among the arguments, including those in mappings, lists, tuples and dataclasses."""
         return tensors([self.args, self.kwargs])
 
 

@@ -5,9 +5,10 @@ import torch
 
 from sharpwatch.agent.control.commands import CommandResult, RollBack, SetMultipliers
 from sharpwatch.agent.probes.builtin import PROBES, DirectionReport
+from sharpwatch.agent.probes.failures import ProbeFailure
 from sharpwatch.agent.probes.gnb import GnbReport
 from sharpwatch.agent.probes.gradient_noise import GradientNoiseReport
-from sharpwatch.agent.probes.runner import ProbeFailure, ProbeRun
+from sharpwatch.agent.probes.runner import ProbeRun
 from sharpwatch.agent.reporting import Health, SampleValues, read_command, sample_message
 from sharpwatch.agent.statistics.tap import TapReading
 from sharpwatch.curvature.estimators.directional import DirectionSample, LineSearchSample

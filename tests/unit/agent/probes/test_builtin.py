@@ -200,7 +200,8 @@ def test_the_preconditioned_probe_goes_on_from_its_vector_unless_that_says_nothi
 def test_what_was_done_before_the_step_is_the_probes_time(context):
     probes = runner(context, "gnb", "linesearch")
     names = probes.names
-    captured = probes.forward(names, BATCH.args, {})
+    captured = probes.capture(BATCH.args, {})
+    probes.forward(names)
     context.model(*BATCH.args)[1].backward()
     step = probes.before_step(names)
     assert set(step.seconds) == {"gnb", "linesearch"}
