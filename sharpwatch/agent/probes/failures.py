@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from sharpwatch.agent.safety import warn
 
 IN_A_ROW = 3  # after which a failing probe is given up; the rows of a single draw may all be without labels
-_WITHOUT_ESTIMATE = 10  # runs in a row of a probe that does not fail, after which it is given up as well
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +42,7 @@ class ProbeFailures:
     def succeeded(self, probe: str, reason: str) -> None:
         """The probe ran; a `reason` says why it gave no estimate all the same."""
         if reason:
-            self.failed(probe, reason, gives_up=self._in_a_row[probe] + 1 >= _WITHOUT_ESTIMATE)
+            self.failed(probe, reason, gives_up=False)
         else:
             self._in_a_row[probe] = 0
 

@@ -126,7 +126,7 @@ def test_every_probe_runs_on_rows_of_the_observed_batch(transports, kind):
     for _ in range(6):
         loop.step(KINDS[kind](*loop.data()))
     loop.close()
-    assert loop.reasons == {}
+    assert set(loop.reasons) <= {"gradient_noise"}  # a step of one micro-batch has none
     assert all(len(loop.probes(each)) == 3 for each in PROBES)
     assert {probe.rows for probe in loop.probes("direction")} == {ROWS // 4}
 
