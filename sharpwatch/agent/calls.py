@@ -56,11 +56,13 @@ class OtherCalls:
     Attributes:
         found: What the loop calls; None where nothing was found, or was looked for.
         reason: Why nothing can be captured; empty before the first search.
+        active: Whether a step is searched, or a call captured; otherwise a step has nothing to do here.
     """
 
     def __init__(self, model: nn.Module, hooks: Hooks) -> None:
         self.found: OtherCall | None = None
         self.reason = ""
+        self.active = False
         self._model = unwrap(model)
         self._hooks = hooks
         self._search: _Search | None = None
@@ -81,18 +83,21 @@ class OtherCalls:
         if self.found is not None and self._hooks.calls_model:
             self.close()
             self.found = None
+            self.active = False
             return MODEL
         search, self._search = self._search, None
         if search is not None:
             search.close()
             self._hooks.calls_model = False  # from here on it says that the loop has changed
             self.found, self.reason = search.result()
+            self.active = self.found is not None
             if self.found is not None:
                 self._capture(self.found)
                 return self.found
         if missed and self.found is None and self._searches < _SEARCHES:
             self._searches += 1
             self._search = _Search(self._model)
+            self.active = True
         return None
 
     def close(self) -> None:

@@ -279,7 +279,8 @@ class WatchedRun:
             self._complete(self._current)
         if self._current is None:
             self._begin()
-            self._calls.step_begins()
+            if self._calls.active:
+                self._calls.step_begins()
             self._reporter.next_step()
             step = self.step + 1
             for due in self.strategy.begin_step():

@@ -20,6 +20,7 @@ import sharpwatch
 from sharpwatch.agent.probes.gradient_noise import GradientListener, averaged_over
 from sharpwatch.agent.safety import ExceptionBarrier
 from sharpwatch.blocks import classify
+from sharpwatch.curvature.objective.batch import Batch
 from sharpwatch.curvature.parameters.shards import squared_norms
 from sharpwatch.testing import InMemoryTransport
 from sharpwatch.wire import decode
@@ -63,7 +64,10 @@ def accumulated(micro_batches, synchronised, views):
             last = micro_batch == micro_batches - 1
             with nullcontext() if last or synchronised else model.no_sync():
                 noise.forward()
-                model(batch, batch.roll(1))[1].div(micro_batches).backward()
+                arguments = batch, batch.roll(1)
+                output = model(*arguments)
+                noise.output(Batch(arguments), output)
+                output[1].div(micro_batches).backward()
         stepped = squared_norms(block_map, {name: each.grad for name, each in model.named_parameters()})
         own.append(noise.take().noise(block_map, stepped.numpy()))
         optimizer.step()

@@ -10,9 +10,9 @@ import pytest
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "crossings.py"
 LIMITS = {
-    "attach": (33, 83),
-    "step": (17, 109),
-    "step with a gnb probe": (27, 183),
+    "attach": (38, 90),
+    "step": (19, 120),
+    "step with a gnb probe": (30, 202),
     "sample with a gnb probe, at the daemon": (15, 68),
 }
 

@@ -258,7 +258,8 @@ class ProbeScheduler:
         if self._due:
             self.missed = 0 if self._seen else self.missed + 1
         # A probe of all ranks together takes the model's own forward alone.
-        found = calls.step_ends(missed=self.missed > 0 and not self._strategy.all_ranks_probe)
+        missed = self.missed > 0 and not self._strategy.all_ranks_probe
+        found = calls.step_ends(missed=missed) if missed or calls.active else None
         if found is not None:
             self.runner.call_by(found)
         elif self.missed >= _MISSED_STEPS:
