@@ -200,19 +200,11 @@ class RunDetail(google.protobuf.message.Message):
     BLOCK_ORDER_CORRELATION_FIELD_NUMBER: builtins.int
     OPTIMIZER_FIELD_NUMBER: builtins.int
     HOST_FIELD_NUMBER: builtins.int
-    SWALLOWED_ERRORS_FIELD_NUMBER: builtins.int
-    OBJECTIVE_FIELD_NUMBER: builtins.int
-    OBJECTIVE_STATE_FIELD_NUMBER: builtins.int
     overhead_ratio: builtins.float
     step_seconds: builtins.float
     block_order_correlation: builtins.float
     optimizer: builtins.str
     host: builtins.str
-    swallowed_errors: builtins.int
-    """Errors of the agent itself, kept from the training loop."""
-    objective: builtins.str
-    """What gnb takes for the loss, and how that is known: verified, assumed, undecided or refused; empty if unknown."""
-    objective_state: builtins.str
     @property
     def run(self) -> Global___Run: ...
     @property
@@ -244,13 +236,10 @@ class RunDetail(google.protobuf.message.Message):
         block_order_correlation: builtins.float | None = ...,
         optimizer: builtins.str = ...,
         host: builtins.str = ...,
-        swallowed_errors: builtins.int = ...,
-        objective: builtins.str = ...,
-        objective_state: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_block_order_correlation", b"_block_order_correlation", "_overhead_ratio", b"_overhead_ratio", "_step_seconds", b"_step_seconds", "block_order_correlation", b"block_order_correlation", "overhead_ratio", b"overhead_ratio", "run", b"run", "step_seconds", b"step_seconds"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_block_order_correlation", b"_block_order_correlation", "_overhead_ratio", b"_overhead_ratio", "_step_seconds", b"_step_seconds", "alerts", b"alerts", "block_order_correlation", b"block_order_correlation", "blocks", b"blocks", "checkpoints", b"checkpoints", "dropped", b"dropped", "estimates", b"estimates", "host", b"host", "objective", b"objective", "objective_state", b"objective_state", "optimizer", b"optimizer", "overhead_ratio", b"overhead_ratio", "probe_failures", b"probe_failures", "run", b"run", "step_seconds", b"step_seconds", "swallowed_errors", b"swallowed_errors"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_block_order_correlation", b"_block_order_correlation", "_overhead_ratio", b"_overhead_ratio", "_step_seconds", b"_step_seconds", "alerts", b"alerts", "block_order_correlation", b"block_order_correlation", "blocks", b"blocks", "checkpoints", b"checkpoints", "dropped", b"dropped", "estimates", b"estimates", "host", b"host", "optimizer", b"optimizer", "overhead_ratio", b"overhead_ratio", "probe_failures", b"probe_failures", "run", b"run", "step_seconds", b"step_seconds"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__block_order_correlation: typing_extensions.TypeAlias = typing.Literal["block_order_correlation"]
     _WhichOneofArgType__block_order_correlation: typing_extensions.TypeAlias = typing.Literal["_block_order_correlation", b"_block_order_correlation"]

@@ -183,7 +183,4 @@ def detail_message(snapshot: RunSnapshot, checkpoints: Iterable[Checkpoint]) -> 
         block_order_correlation=snapshot.order_correlation,
         optimizer=snapshot.hello.optimizer,
         host=snapshot.hello.host,
-        swallowed_errors=health.swallowed_errors if health is not None else 0,
-        objective=health.objective if health is not None else "",
-        objective_state=health.objective_state if health is not None else "",
     )

@@ -75,9 +75,6 @@ DETAIL = RunDetail(
     dropped={"spool_full": 12},
     probe_failures=["direction: out of memory (2 times)"],
     block_order_correlation=0.9,
-    swallowed_errors=1,
-    objective="mean cross-entropy of shifted labels",
-    objective_state="verified",
 )
 
 SHOWN = """\
@@ -88,7 +85,6 @@ step                     412, 0.213 s each
 loss                     3.451
 mode                     enforce, control lr, LR revision 3
 overhead                 0.81 % of step time
-objective                mean cross-entropy of shifted labels (verified)
 model's stability ratio  0.87 ± 0.04
 block order              rank correlation 0.9
 checkpoints              2, newest of step 400 at /ckpt/400
@@ -111,9 +107,8 @@ stability ratio  direction      8   400         12  whole model
 alert           severity  blocks  since step  last step  evidence
 StabilityLimit  critical  qk, vo         400        412  ratio 1.31 ± 0.03 > 1
 
-probe failure       direction: out of memory (2 times)
-agent's own errors  1, each in the trainer's log
-dropped samples     12 spool_full"""
+probe failure    direction: out of memory (2 times)
+dropped samples  12 spool_full"""
 
 
 def test_show():
