@@ -29,7 +29,7 @@ def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor, Tensor]) -> T
 
 probes = ("direction", "hutchinson")
 watch = sharpwatch.attach(model, optimizer, training_job="dit", loss_fn=loss_fn, probes=probes, probe_every=5)
-for _ in range(30):
+for _ in range(60):
     classes, timesteps = torch.randint(10, (16,)), torch.randint(1000, (16,))
     latents = torch.randn(16, 4, 8, 8) + classes.view(-1, 1, 1, 1) / 10  # classes differ in brightness
     batch = (latents, torch.randn_like(latents), timesteps, classes)

@@ -52,7 +52,7 @@ TRAINERS = (
     Example("ddp.py", "gpt2-ddp", 100, checkpoints=True, ranks=2),
     Example("fsdp2.py", "gpt2-fsdp2", 100, checkpoints=True, ranks=2),
     Example("classifier.py", "classifier", 100, frozenset({"gnb", "direction"}), slow=False),
-    Example("diffusion_transformer.py", "dit", 30, frozenset({"direction", "hutchinson"}), needs=("diffusers",)),
+    Example("diffusion_transformer.py", "dit", 60, frozenset({"direction", "hutchinson"}), needs=("diffusers",)),
     Example("timm_vit.py", "vit-tiny", 60, frozenset({"gnb", "direction"}), needs=("timm",)),
 )
 
