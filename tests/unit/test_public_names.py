@@ -72,7 +72,7 @@ def test_attach():
 
 @pytest.mark.parametrize(
     ("method", "parameters"),
-    [("observe", ["self", "loss"]), ("saved_checkpoint", ["self", "step", "uri"]), ("close", ["self"])],
+    [("observe", ["self", "loss", "batch"]), ("saved_checkpoint", ["self", "step", "uri"]), ("close", ["self"])],
 )
 def test_watch(method, parameters):
     assert list(inspect.signature(getattr(sharpwatch.Watch, method)).parameters) == parameters
