@@ -58,10 +58,9 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return module
 
 
-def bare_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the children of `module` without their wrappers."""
-    for name, child in module.named_children():
-        yield name, unwrapped(child)
+def bare_children(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The children of `module` without their wrappers, by name."""
+    return [(name, unwrapped(child)) for name, child in module.named_children()]
 
 
 def bare_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

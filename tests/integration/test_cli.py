@@ -192,7 +192,7 @@ async def test_jobs_as_text_and_as_json(cli):
 
 async def test_lr_set_waits_for_the_trainer_and_says_what_it_did(operator, start):
     process = await start(
-        "lr", "set", "gpt2-a", "qk=0.5", "--reason", "spikes", "vo=1", "--ramp", "20", "--at-step", "410"
+        "lr", "set", "gpt2-a1", "qk=0.5", "--reason", "spikes", "vo=1", "--ramp", "20", "--at-step", "410"
     )
     await operator.watched.wait()
     assert process.returncode is None
@@ -240,7 +240,7 @@ async def test_interrupted_waiting_says_that_the_decision_stands(operator, start
 
 
 async def test_no_wait_returns_at_once(operator, cli):
-    status, out, _ = await cli("lr", "undo", "llama", "--no-wait", "--reason", "enough")
+    status, out, _ = await cli("lr", "undo", "llama-c3", "--no-wait", "--reason", "enough")
     assert (status, out) == (0, "revision 4 sent: every block 1 (decision d2)\n")
     assert operator.requests == [pb.UndoLearningRatesRequest(run="llama-c3", author="ada@node3", reason="enough")]
     assert not operator.watched.is_set()
@@ -263,7 +263,7 @@ async def test_approve_reject_and_mode(operator, cli):
     assert await cli("approve", "d5") == (0, "revision 5 applied at step 7: vo 0.25\n", "")
     assert await cli("reject", "d6", "--reason", "no") == (0, "scale_lr rejected: vo 0.25 (decision d6)\n", "")
     assert await cli("mode", "llama") == (0, "llama-c3: observe\n", "")
-    assert await cli("mode", "llama", "enforce") == (0, "llama-c3: enforce\n", "")
+    assert await cli("mode", "llama-c3", "enforce") == (0, "llama-c3: enforce\n", "")
     assert [request.author for request in operator.requests] == ["ada@node3"] * 3
 
 
@@ -302,7 +302,7 @@ async def test_without_the_token_commands_are_refused_and_looking_is_not(cli, tm
 
 async def test_a_socket_is_an_address(operator, cli):
     status, out, _ = await cli(
-        "--address", operator.socket, "mode", "llama", "advise", SHARPWATCH_ADDRESS="127.0.0.1:1"
+        "--address", operator.socket, "mode", "llama-c3", "advise", SHARPWATCH_ADDRESS="127.0.0.1:1"
     )
     assert (status, out) == (0, "llama-c3: advise\n")
 

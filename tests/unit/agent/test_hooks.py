@@ -440,23 +440,25 @@ def test_a_step_that_raised_is_read_anew(transports):
 
 def test_a_watch_may_be_closed_in_a_closure(transports):
     groups = []
-
-    class Counted(torch.optim.SGD):
-        def step(self, closure):
-            closure()
-            groups.append(len(self.param_groups))
-
-    run = Run(transports, lambda parameters: Counted(parameters, lr=0.1))
-    groups.clear()  # attach has stepped copies
+    run = Run(transports, lambda parameters: torch.optim.SGD(parameters, lr=0.1))
     run.transport.command(id="a", set_multipliers=types_pb2.MultiplierSet(multipliers=EXACT))
+
+    def counting(closure):
+        def counted():
+            loss = closure()
+            groups.append(len(run.optimizer.param_groups))
+            return loss
+
+        return counted
+
     for step in (1, 2):
-        run.optimizer.step(run.closure(step))
+        run.optimizer.step(counting(run.closure(step)))
 
     def closing():
         run.watch.close()
         return run.backward(3)
 
-    run.optimizer.step(closing)
+    run.optimizer.step(counting(closing))
     assert groups == [1, 3, 1]
     assert run.watch.step == 2
     assert run.transport.samples[-1].closing

@@ -259,7 +259,7 @@ def test_without_loss_fn_the_batch_is_of_no_use_and_the_log_says_so_once(transpo
         for _ in range(4):
             loop.step(loop.data())
     loop.close()
-    assert sum("of use only with attach(loss_fn=...)" in record.message for record in caplog.records) == 1
+    assert sum("observe(batch=...) needs attach(loss_fn=...)" in record.message for record in caplog.records) == 1
     assert len(loop.probes("gnb")) == 2  # on the model's own call, as without
 
 
