@@ -447,7 +447,7 @@ def test_a_stopped_courier_never_blocks_the_trainer(serve, attach):
         news = sequence % 100 == 0
         fields = {
             "results": [result(f"r{sequence}")] if news else [],
-            "checkpoints": [types_pb2.Checkpoint(step=sequence)] if news else [],
+            "checkpoints": [types_pb2.Checkpoint(step=sequence, uri=f"/c/{sequence}")] if news else [],
         }
         client.send(request(sequence, size=2_000, **fields))
         assert client._spool.size <= limit + 10_000

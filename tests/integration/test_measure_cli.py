@@ -220,7 +220,10 @@ def test_json_can_be_printed(capsys):
     [
         (["narrow", "text.txt"], "is outside the model's vocabulary of 100"),
         (["gpt2", "ignored.pt"], "every label is ignored, so no position predicts"),
-        (["gpt2", "batch.pt", "--blocks", "head"], "must be among those that are trained, emb, qk, vo, ffn, norm, other"),
+        (
+            ["gpt2", "batch.pt", "--blocks", "head"],
+            "must be among those that are trained, emb, qk, vo, ffn, norm, other",
+        ),
         (["gpt2", "batch.pt", "--estimators", "linesearch"], "optimizer must be given for the estimators linesearch"),
         (["gpt2", "text.txt", "--length", "33"], "--length 33: this model takes 2 to 32 tokens"),
         (["gpt2", "text.txt", "--rows", "9999"], "DATA text.txt: is too short: --batches 1 of --rows 9999 need 9999"),
