@@ -43,6 +43,11 @@ def logits(model: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return output.logits, pad(batch.kwargs["labels"][:, 1:] != -100, (0, 1))
 
 
+def loss(model: Any, batch: Any) -> torch.Tensor:
+    """Return the loss that is trained on: TRL computes it outside of the model, which returns its like."""
+    return model(*batch.args, **batch.kwargs).loss
+
+
 trainer = SFTTrainer(
     model,
     SFTConfig(
@@ -56,7 +61,7 @@ trainer = SFTTrainer(
     train_dataset=dataset,
     processing_class=fast,
     peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
-    callbacks=[SharpwatchCallback(training_job="llama-lora", probe_every=10, logits_fn=logits)],
+    callbacks=[SharpwatchCallback(training_job="llama-lora", probe_every=10, loss_fn=loss, logits_fn=logits)],
 )
 train(trainer)  # in place of trainer.train()
 # --8<-- [end:train]

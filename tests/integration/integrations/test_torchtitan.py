@@ -213,7 +213,9 @@ def test_a_rollback_ends_where_a_restart_by_hand_ends(daemon, training, tmp_path
     with away(tmp_path / "out/checkpoint/step-10"):
         gone = daemon.command("rollback", run, "--reason", "to the newest")
     assert "step-10: not there any more" in gone.stderr
-    assert [one["step"] for one in daemon.cli("show", run)["checkpoints"]] == [5]
+    offered = {one["step"] for one in daemon.cli("show", run)["checkpoints"]}  # the trainer may have saved more since
+    assert 5 in offered
+    assert 10 not in offered
     done = daemon.cli(*back)
     assert (done["outcome"], done["rollback"]["checkpoint"]["step"]) == ("applied", 5)
     second = [trainer.until(6)[-1], *trainer.until(16)]
