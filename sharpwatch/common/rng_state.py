@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -28,6 +29,7 @@ _GENERATORS: Mapping[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
 }
 # Global generators that a model or a function was seen not to use. Weak, so that a probe keeps no model alive.
 _UNUSED_GENERATORS: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
+_UNDER_WAY = threading.local()  # `put_back`: for each `rng_state_restored`, the generators put back within it
 
 
 def random_state() -> dict[str, Any]:
@@ -96,14 +98,20 @@ def rng_state_restored(model: nn.Module, user: object = None) -> Iterator[None]:
         for device in devices:
             backend = torch.get_device_module(device)
             stack.callback(backend.set_rng_state, backend.get_rng_state(device), device)
+        put_back: set[str] = set()
+        enclosing: list[set[str]] = vars(_UNDER_WAY).setdefault("put_back", [])
+        enclosing.append(put_back)
         try:
             yield
         finally:
+            enclosing.pop()
             for name, (read, write) in _GENERATORS.items():
                 if _equal_states(read(), before[name]):
-                    unused.add(name)
+                    unused.update({name} - put_back)
                 elif name not in unused or len(sys._current_frames()) == 1:  # noqa: SLF001 - as `threading.active_count`
                     write(before[name])
+                    for each in enclosing:  # there it will look unused
+                        each.add(name)
 
 
 def _unused_by(user: Any) -> set[str]:

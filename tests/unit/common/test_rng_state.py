@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import random
+import threading
 
 import numpy as np
 import torch
 
-from sharpwatch.common.rng_state import random_state, seeded_state, set_random_state
+from sharpwatch.common.rng_state import random_state, rng_state_restored, seeded_state, set_random_state
 
 
 def draws():
@@ -43,3 +44,24 @@ def test_a_seed_begins_every_generator_and_moves_none():
     set_random_state(before)
     seeded_state(3)
     assert draws() == first
+
+
+def test_what_an_inner_context_put_back_is_not_taken_for_unused():
+    """While other threads live, only what the model was seen not to use is left as it is."""
+    model, over = torch.nn.Linear(1, 1), threading.Event()
+
+    def drawing():
+        with rng_state_restored(model):
+            torch.rand(3)
+
+    with rng_state_restored(model):
+        drawing()
+    other = threading.Thread(target=over.wait)
+    other.start()
+    try:
+        before = torch.get_rng_state()
+        drawing()
+        assert torch.equal(torch.get_rng_state(), before)
+    finally:
+        over.set()
+        other.join()
