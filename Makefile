@@ -35,15 +35,16 @@ demo: $(DEMO_READY)
 docs: $(DOCS_READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# Two at a time: most tests wait for processes. `make test` leaves out the slow tests, `make test-all` is what CI runs.
+# Most tests wait for processes, the slow ones most of all: two at a time, and three of those.
+# `make test` leaves out the slow tests, `make test-all` is what CI runs.
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 test-all: $(READY)
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not matrix"
+	$(BIN)/python -m pytest --numprocesses 3 --dist worksteal -m "not matrix"
 
 test-matrix: $(READY)
-	$(BIN)/python -m pytest --verbose -m "" tests/distributed/test_matrix.py
+	$(BIN)/python -m pytest --verbose -m "" tests/distributed/test_matrix.py tests/integration/test_setups.py
 
 check: $(READY)
 	$(BIN)/ruff format --check .
