@@ -8,6 +8,8 @@ SharpwatchError
 ├── CheckpointError      a checkpoint cannot be saved, is incomplete, or belongs to another run
 ├── ProbeError           a probe or measurement cannot run on this model, batch or optimizer
 │   ├── EmptyBatchError  every label of the batch is ignored, so there is no loss
+│   ├── ObjectiveError   the loss that is trained on is none that gnb knows
+│   │   └── UndecidedError   this batch does not show what the loss is, or which its rows are
 │   └── PrecisionError   measure() stopped before it reached the requested precision
 ├── DesyncError          a collective probe failed on some ranks only: the run must stop
 ├── WireError            a message violates the wire protocol
@@ -67,6 +69,14 @@ class ProbeError(SharpwatchError):
 
 class EmptyBatchError(ProbeError):
     """Every label of the batch is ignored, so there is no loss to probe; another batch may work."""
+
+
+class ObjectiveError(ProbeError):
+    """The loss that is trained on is none whose Gauss-Newton matrix sharpwatch knows, or can't be verified."""
+
+
+class UndecidedError(ObjectiveError):
+    """What the loss is, or which rows the batch has, can't be told from this batch; another one may show it."""
 
 
 class PrecisionError(ProbeError):

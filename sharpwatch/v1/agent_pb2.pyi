@@ -663,11 +663,17 @@ class AgentHealth(google.protobuf.message.Message):
     PROBE_FAILURES_FIELD_NUMBER: builtins.int
     LR_REVISION_FIELD_NUMBER: builtins.int
     MULTIPLIERS_FIELD_NUMBER: builtins.int
+    OBJECTIVE_FIELD_NUMBER: builtins.int
+    OBJECTIVE_STATE_FIELD_NUMBER: builtins.int
     overhead_ratio: builtins.float
     """Agent seconds over step seconds, measured."""
     step_seconds: builtins.float
     swallowed_errors: builtins.int
     lr_revision: builtins.int
+    objective: builtins.str
+    """The loss whose Gauss-Newton matrix "gnb" measures, in words, or why it measures none; empty before the first probe."""
+    objective_state: builtins.str
+    """"verified", "assumed", "given", "undecided" or "refused"; empty before the first probe."""
     @property
     def dropped(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]:
         """Samples lost so far, by reason."""
@@ -688,8 +694,10 @@ class AgentHealth(google.protobuf.message.Message):
         probe_failures: collections.abc.Iterable[Global___ProbeFailure] | None = ...,
         lr_revision: builtins.int = ...,
         multipliers: collections.abc.Mapping[builtins.str, builtins.float] | None = ...,
+        objective: builtins.str = ...,
+        objective_state: builtins.str = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["dropped", b"dropped", "lr_revision", b"lr_revision", "multipliers", b"multipliers", "overhead_ratio", b"overhead_ratio", "probe_failures", b"probe_failures", "step_seconds", b"step_seconds", "swallowed_errors", b"swallowed_errors"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["dropped", b"dropped", "lr_revision", b"lr_revision", "multipliers", b"multipliers", "objective", b"objective", "objective_state", b"objective_state", "overhead_ratio", b"overhead_ratio", "probe_failures", b"probe_failures", "step_seconds", b"step_seconds", "swallowed_errors", b"swallowed_errors"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___AgentHealth: typing_extensions.TypeAlias = AgentHealth

@@ -70,7 +70,7 @@ def test_attach():
 
 @pytest.mark.parametrize(
     ("method", "parameters"),
-    [("observe", ["self", "loss"]), ("saved_checkpoint", ["self", "step", "uri"]), ("close", ["self"])],
+    [("observe", ["self", "loss", "batch"]), ("saved_checkpoint", ["self", "step", "uri"]), ("close", ["self"])],
 )
 def test_watch(method, parameters):
     assert list(inspect.signature(getattr(sharpwatch.Watch, method)).parameters) == parameters
@@ -143,6 +143,8 @@ def test_the_error_tree():
         "CheckpointError": "SharpwatchError",
         "ProbeError": "SharpwatchError",
         "EmptyBatchError": "ProbeError",
+        "ObjectiveError": "ProbeError",
+        "UndecidedError": "ObjectiveError",
         "PrecisionError": "ProbeError",
         "DesyncError": "SharpwatchError",
         "WireError": "SharpwatchError",
