@@ -73,16 +73,20 @@ def bare_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         waiting += reversed(inside)
 
 
-def route(model: nn.Module, name: str) -> Route:
-    """Follow the name of a parameter through wrappers.
+def routes(model: nn.Module, names: Sequence[str]) -> list[Route]:
+    """Follow the names of parameters through wrappers.
 
     Args:
         model: The model.
-        name: A name in `model.named_parameters()`.
+        names: Names in `model.named_parameters()`.
 
     Returns:
-        Where the parameter is without wrappers; as far as the name leads, if a model names its parameters otherwise.
+        Where each parameter is without wrappers; as far as the name leads, if a model names its parameters otherwise.
     """
+    return [_route(model, name) for name in names]
+
+
+def _route(model: nn.Module, name: str) -> Route:
     *segments, leaf = name.split(".")
     path, rest, adapts = _walk(model, segments)
     owner = path[-1][1]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from sharpwatch.blocks.adapters import Path, bare_children, route
+from sharpwatch.blocks.adapters import Path, Route, bare_children, routes
 from sharpwatch.errors import BlockError
 
 
@@ -70,20 +70,19 @@ class Tree:
         first = {id(parameter): name for name, parameter in reversed(every)}
         self.parameters = {name: parameter for name, parameter in every if first[id(parameter)] == name}
         self.shapes = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
-        self._model = model
         self._labels = _labels(dict(_trunks(model, "")))
         self.occurrences: dict[int, list[Occurrence]] = {}
         # With duplicates: a tied parameter's block follows from all places where it occurs.
-        for index, (name, parameter) in enumerate(every):
-            self.occurrences.setdefault(id(parameter), []).append(self._occurrence(index, name, parameter))
+        found_at = routes(model, [name for name, _ in every])
+        for index, ((_, parameter), at) in enumerate(zip(every, found_at, strict=True)):
+            self.occurrences.setdefault(id(parameter), []).append(self._occurrence(index, at, parameter))
         found = itertools.chain.from_iterable(self.occurrences.values())
         inside = [at.index for at in found if at.layer_depth] or [-1]
         self.layers_span = min(inside), max(inside)
         self.layers = {name: self._layer(self.occurrences[id(each)][0]) for name, each in self.parameters.items()}
         self.answers: dict[tuple[Callable[[nn.Module], bool], nn.Module], bool] = {}
 
-    def _occurrence(self, index: int, name: str, parameter: nn.Parameter) -> Occurrence:
-        found = route(self._model, name)
+    def _occurrence(self, index: int, found: Route, parameter: nn.Parameter) -> Occurrence:
         segment, owner = found.path[-1]
         named_itself = found.leaf not in {"weight", "bias"}
         # The only part with parameters of a list is named by the list, as `to_out` of a matrix and its dropout.
