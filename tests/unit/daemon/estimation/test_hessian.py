@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hellos import run_hello
 
 from sharpwatch.daemon.estimation.estimator import estimate_all
 from sharpwatch.daemon.estimation.windows import WINDOW_PROBES, EstimateRequest
-from sharpwatch.daemon.ingest.hello import Attempt, RunHello
+from sharpwatch.daemon.ingest.hello import Attempt
 from sharpwatch.daemon.ingest.probes import (
     DirectionReading,
     GnbReading,
@@ -23,24 +24,7 @@ from sharpwatch.daemon.ingest.samples import Reading
 from sharpwatch.daemon.runs.run import Run
 
 NAN = math.nan
-HELLO = RunHello(
-    training_job="job",
-    run="run",
-    attempt="a",
-    layer_blocks=(("emb", ""), ("qk", "0"), ("qk", "1")),
-    parameters=np.array([64, 8, 8]),
-    block_of=np.array([0, 1, 1]),
-    blocks=("emb", "qk"),
-    optimizer="",
-    control="none",
-    can_roll_back=False,
-    lr_bounds=(1, 1),
-    initial_step=0,
-    seed=0,
-    sketch_size=64,
-    host="",
-    agent_version="",
-)
+HELLO = run_hello({("emb", ""): 64, ("qk", "0"): 8, ("qk", "1"): 8})
 
 
 def estimates_from(**windows):

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hellos import run_hello
 from prometheus_client import CollectorRegistry, generate_latest
 
 from sharpwatch.curvature.statistics.estimate import Estimate
@@ -15,30 +16,11 @@ from sharpwatch.daemon.api.conversions import detail_message
 from sharpwatch.daemon.config.settings import ALERT_NAMES
 from sharpwatch.daemon.exporter.metrics import RunCollector
 from sharpwatch.daemon.exporter.own_metrics import OwnMetrics
-from sharpwatch.daemon.ingest.hello import RunHello
 from sharpwatch.daemon.ingest.samples import BlockTap, FailedProbe, HealthReading
 from sharpwatch.daemon.records import Alert
 from sharpwatch.daemon.runs.snapshot import RunSnapshot
 
-HELLO = RunHello(
-    training_job="job",
-    run="run",
-    attempt="a",
-    layer_blocks=(("emb", ""), ("qk", "layers.0")),
-    parameters=np.array([40, 16]),
-    block_of=np.array([0, 1]),
-    blocks=("emb", "qk"),
-    optimizer="AdamW",
-    control="lr",
-    can_roll_back=True,
-    lr_bounds=(0.1, 10),
-    initial_step=0,
-    seed=0,
-    sketch_size=64,
-    host="h",
-    agent_version="0.1.0",
-    probes=("gnb", "direction"),
-)
+HELLO = run_hello({("emb", ""): 40, ("qk", "layers.0"): 16}, probes=("gnb", "direction"))
 
 
 def estimate(value: float, stderr: float = 0.5, estimator: str = "gnb", residual: float = math.nan) -> Estimate:

@@ -6,31 +6,14 @@ import math
 
 import numpy as np
 import pytest
+from hellos import run_hello
 
 from sharpwatch.daemon.estimation.gnb import sum_layers
-from sharpwatch.daemon.ingest.hello import RunHello
 from sharpwatch.daemon.ingest.samples import gather_blocks
 
 SIZES = (5, 3, 7, 2)
 NAMES = (("emb", ""), ("qk", "layers.0"), ("qk", "layers.1"), ("norm", "layers.0"))
-HELLO = RunHello(
-    training_job="job",
-    run="run",
-    attempt="a",
-    layer_blocks=NAMES,
-    parameters=np.array(SIZES),
-    block_of=np.array([0, 1, 1, 2]),
-    blocks=("emb", "qk", "norm"),
-    optimizer="AdamW",
-    control="lr",
-    can_roll_back=False,
-    lr_bounds=(0.1, 10),
-    initial_step=0,
-    seed=0,
-    sketch_size=64,
-    host="h",
-    agent_version="0",
-)
+HELLO = run_hello(dict(zip(NAMES, SIZES, strict=True)))
 
 
 def rows(**changes) -> dict[str, np.ndarray]:

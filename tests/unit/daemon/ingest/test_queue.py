@@ -2,35 +2,18 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
+from hellos import run_hello
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sharpwatch.daemon.ingest.hello import Attempt, Cursor, RunHello
+from sharpwatch.daemon.ingest.hello import Attempt, Cursor
 from sharpwatch.daemon.ingest.samples import QueuedSample, Reading, SampleQueue
 from sharpwatch.errors import WireError
 
 
 def entry(run: str, sequence: int, size: int = 10) -> QueuedSample:
-    hello = RunHello(
-        training_job="job",
-        run=run,
-        attempt=f"{run}-1",
-        layer_blocks=(("emb", ""),),
-        parameters=np.array([1]),
-        block_of=np.array([0]),
-        blocks=("emb",),
-        optimizer="",
-        control="none",
-        can_roll_back=False,
-        lr_bounds=(1, 1),
-        initial_step=0,
-        seed=0,
-        sketch_size=0,
-        host="",
-        agent_version="",
-    )
+    hello = run_hello({("emb", ""): 1}, run=run, attempt=f"{run}-1")
     reading = Reading(
         sequence, sequence, 0.0, None, None, {}, None, (), (), closing=False, restored=False, dropped_probes=()
     )

@@ -6,34 +6,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hellos import run_hello
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sharpwatch.curvature.statistics.estimate import Estimate
 from sharpwatch.daemon.estimation.estimator import PROBES
-from sharpwatch.daemon.ingest.hello import RunHello
 from sharpwatch.daemon.ingest.samples import FailedProbe, HealthReading
 from sharpwatch.daemon.runs.snapshot import STALE_READINGS, STALE_STEPS, RunSnapshot, pace
 
-HELLO = RunHello(
-    training_job="job",
-    run="run",
-    attempt="a",
-    layer_blocks=(("emb", ""),),
-    parameters=np.array([40]),
-    block_of=np.array([0]),
-    blocks=("emb",),
-    optimizer="AdamW",
-    control="lr",
-    can_roll_back=True,
-    lr_bounds=(0.1, 10),
-    initial_step=0,
-    seed=0,
-    sketch_size=64,
-    host="h",
-    agent_version="0.1.0",
-    probes=tuple(PROBES),
-)
+HELLO = run_hello({("emb", ""): 40}, probes=tuple(PROBES))
 ESTIMATES = {
     ("trace", "emb", estimator): Estimate(1.0, 0.5, 4, estimator, 1000)
     for spec in PROBES.values()
