@@ -9,6 +9,8 @@ SharpwatchError
 ├── ProbeError           a probe or measurement cannot run on this model, batch or optimizer
 │   ├── EmptyBatchError  every label of the batch is ignored, so there is no loss
 │   ├── TrainingChangedError  parameters were frozen or unfrozen since attach()
+│   ├── ObjectiveError   the loss that is trained on is none that gnb knows
+│   │   └── UndecidedError   this batch does not show what the loss is, or which its rows are
 │   └── PrecisionError   measure() stopped before it reached the requested precision
 ├── DesyncError          a collective probe failed on some ranks only: the run must stop
 ├── WireError            a message violates the wire protocol
@@ -72,6 +74,14 @@ class EmptyBatchError(ProbeError):
 
 class TrainingChangedError(ProbeError):
     """Parameters were frozen or unfrozen since `attach`, so the blocks are no longer what is trained."""
+
+
+class ObjectiveError(ProbeError):
+    """The loss that is trained on is none whose Gauss-Newton matrix sharpwatch knows, or can't be verified."""
+
+
+class UndecidedError(ObjectiveError):
+    """What the loss is, or which rows the batch has, can't be told from this batch; another one may show it."""
 
 
 class PrecisionError(ProbeError):

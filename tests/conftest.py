@@ -47,9 +47,13 @@ SLOW = (
     "promises/test_memory.py",
     "promises/test_no_python.py",
     "promises/test_out_of_memory.py",
+    "unit/agent/probes/test_objective.py",
     "unit/blocks/test_zoo.py",
     "unit/curvature/measure/test_measure.py",
     "unit/curvature/measure/test_measure_use.py",
+    "unit/curvature/measure/test_which_loss.py",
+    "unit/curvature/objective/test_transformers_losses.py",
+    "unit/curvature/objective/test_verification.py",
     "unit/curvature/statistics/test_gnb_eigenvalues_of_a_model.py",
 )
 NOT_SLOW = ("distributed/test_smoke.py",)

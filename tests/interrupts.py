@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import signal
 import sys
@@ -18,6 +19,9 @@ def interrupted_at(module, number, call):
             signal.raise_signal(signal.SIGINT)
         return trace
 
+    # A watched run is in a cycle: one of an earlier test, collected now, would run lines of its own.
+    gc.collect()
+    gc.disable()
     before = sys.gettrace()
     sys.settrace(trace)
     try:
@@ -26,4 +30,5 @@ def interrupted_at(module, number, call):
         return True
     finally:
         sys.settrace(before)
+        gc.enable()
     return False

@@ -202,6 +202,7 @@ def _watched(options: Options, run: str, rendezvous: Rendezvous) -> WatchedRun:
         budget=scheduler.budget,
         failures=lambda: scheduler.runner.failures,
         swallowed_errors=lambda: strategy.swallowed_errors(barrier.swallowed),
+        objective=lambda: scheduler.runner.objective,
     )
     return WatchedRun(
         options,

@@ -146,6 +146,10 @@ class LossTracker:
         self._observed.append(term)
         return None
 
+    def present(self) -> float | None:
+        """The loss observed since the last step; None where none was, or the step had several forwards."""
+        return _read(self._observed[0][0]) if len(self._observed) == 1 and self._forwards <= 1 else None
+
     def take(self) -> StepLoss:
         """The loss of the step just taken; without terms where none is known."""
         trained = [(own.value, own.weights) for own in self._own if own.was_trained_on()]

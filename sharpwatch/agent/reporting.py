@@ -22,9 +22,11 @@ from sharpwatch.agent.probes.scheduler import OverheadBudget
 from sharpwatch.agent.statistics.tap import PendingTap, Tap, TapReading
 from sharpwatch.agent.transport.base import Transport
 from sharpwatch.blocks import BlockMap
+from sharpwatch.curvature.objective.verification import ObjectiveInUse
 from sharpwatch.v1 import agent_pb2, types_pb2
 from sharpwatch.wire import PROTOCOL, SKETCH_SIZE, encode
 
+_OBJECTIVE = 300  # characters of the words for the objective
 _TEXT = 4000  # characters of a text from elsewhere, such as an error; the daemon refuses more than 4096
 _OUTCOMES = {
     "applied": types_pb2.COMMAND_OUTCOME_APPLIED,
@@ -62,6 +64,7 @@ class Health:
     probe_failures: Sequence[ProbeFailure]
     lr_revision: int
     multipliers: Mapping[str, float]
+    objective: ObjectiveInUse | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +184,8 @@ def _health(health: Health) -> agent_pb2.AgentHealth:
         probe_failures=failures,
         lr_revision=health.lr_revision,
         multipliers=dict(health.multipliers),
+        objective="" if health.objective is None else health.objective.text[:_OBJECTIVE],
+        objective_state="" if health.objective is None else health.objective.state,
     )
 
 
@@ -235,6 +240,7 @@ class Reporter:
         budget: its overhead is.
         failures: the failures of probes, now.
         swallowed_errors: how many errors were swallowed, now.
+        objective: the loss that `gnb` measures, now.
     """
 
     def __init__(  # noqa: PLR0913 - all that a sample contains
@@ -246,6 +252,7 @@ class Reporter:
         budget: OverheadBudget,
         failures: Callable[[], Sequence[ProbeFailure]],
         swallowed_errors: Callable[[], int],
+        objective: Callable[[], ObjectiveInUse | None] = lambda: None,
     ) -> None:
         self._transport = transport
         self._tap = tap
@@ -253,6 +260,7 @@ class Reporter:
         self._budget = budget
         self._failures = failures
         self._swallowed_errors = swallowed_errors
+        self._objective = objective
         self._records: deque[StepRecord] = deque()
         self._dropped = 0
         self._sequence = 0
@@ -328,4 +336,5 @@ class Reporter:
             probe_failures=self._failures(),
             lr_revision=self._control.revision,
             multipliers=self._control.multipliers,
+            objective=self._objective(),
         )

@@ -78,6 +78,8 @@ class WatchStatus:
         pending_rollback: The rollback that the loop must do now.
         loss: Where the newest step's loss is from: "observed", "the model's own", or "none" with the reason.
         swallowed_errors: Errors of the agent itself that were kept from the training loop.
+        objective: The loss whose Gauss-Newton matrix `gnb` measures and how it is known, or why it measures none; empty
+            before its first probe.
     """
 
     state: Literal["watching", "disabled", "closed"]
@@ -103,6 +105,7 @@ class WatchStatus:
     pending_rollback: RollbackRequest | None = None
     loss: str = ""
     swallowed_errors: int = 0
+    objective: str = ""
 
     def __str__(self) -> str:
         rows = [("run", self._run()), *(self._rows() if self.blocks else ())]
@@ -128,6 +131,8 @@ class WatchStatus:
         yield "daemon", f"{_connection(self.connection)}; {_dropped(self.dropped)}"
         for number, probe in enumerate(self.probes):
             yield "" if number else "probes", _probe(probe)
+        if self.objective:
+            yield "objective", self.objective
         yield "overhead", _overhead(self)
         yield "control", _control(self)
         if self.pending_rollback is not None:
@@ -174,6 +179,7 @@ def collect(run: WatchedRun) -> WatchStatus:
         pending_rollback=control.pending_rollback,
         loss=run.losses.source,
         swallowed_errors=run.barrier.swallowed,
+        objective=str(run.scheduler.runner.objective or ""),
     )
 
 

@@ -327,7 +327,7 @@ class WatchedRun:
         tap = done.tap if len(done.read) == len(self.options.optimizers) else None
         with self.barrier.guard("looking for the model's calls"):
             self.scheduler.look_for(self._calls)
-        probes = self.scheduler.run(done.step, done.due or DueProbes(), tap)
+        probes = self.scheduler.run(done.step, done.due or DueProbes(), tap, self.losses.present)
         loss = self.losses.take()
         record = StepRecord(
             done.step,

@@ -683,9 +683,9 @@ class AgentHealth(google.protobuf.message.Message):
     swallowed_errors: builtins.int
     lr_revision: builtins.int
     objective: builtins.str
-    """What "gnb" takes for the loss, one line for people; empty before the first check."""
+    """The loss whose Gauss-Newton matrix "gnb" measures, in words, or why it measures none; empty before the first probe."""
     objective_state: builtins.str
-    """How it is known: "verified", "assumed", "undecided", "refused"; empty before the first check."""
+    """"verified", "assumed", "given", "undecided" or "refused"; empty before the first probe."""
     @property
     def dropped(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]:
         """Samples lost so far, by reason."""

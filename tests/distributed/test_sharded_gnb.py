@@ -23,9 +23,9 @@ import dense
 import sharding
 
 from sharpwatch.blocks import classify
-from sharpwatch.curvature.estimators.gnb import OutputGradients
 from sharpwatch.curvature.estimators.gnb_sharded import sharded_gnb_probe
 from sharpwatch.curvature.objective.batch import Batch
+from sharpwatch.curvature.objective.candidates import CROSS_ENTROPY
 from sharpwatch.curvature.parameters import shards
 from sharpwatch.curvature.parameters.fsdp import DataRank
 from sharpwatch.curvature.parameters.shards import squared_norms, sum_by_index
@@ -76,7 +76,8 @@ def unsharded(model, block_map, sketcher, count):
         logits = model(input_ids=arguments["input_ids"]).logits
         mask = torch.nn.functional.pad(arguments["labels"][:, 1:] != -100, (0, 1))
         # What the probe draws: its gradient by the logits is negative at the label alone.
-        labels = OutputGradients(logits.detach(), mask, 1, source(data), scale=1.0)[0].argmin(-1)[mask]
+        drawn = CROSS_ENTROPY.draw(logits.detach(), mask.flatten().float(), 1, source(data))
+        labels = drawn[0].argmin(-1)[mask]
         whole = whole + torch.nn.functional.cross_entropy(logits[mask], labels, reduction="sum")
     names, parameters = zip(*model.named_parameters(), strict=True)
     gradients = dict(zip(names, torch.autograd.grad(whole / tokens**0.5, parameters), strict=True))

@@ -121,6 +121,8 @@ def test_a_watched_run_is_bit_identical_and_probed_and_tapped_as_one(kind, ranks
             traces = torch.frombuffer(bytearray(sample.gnb.traces.data), dtype=torch.float64)
             assert (traces > 0).all()
             assert sample.gnb.HasField("gradient_sketch")
+    assert samples[-1].health.objective == "mean cross-entropy of logits"
+    assert samples[-1].health.objective_state == "verified"
 
 
 def test_multipliers_are_applied_to_shards_at_the_same_step(ranks):
@@ -132,19 +134,42 @@ def test_multipliers_are_applied_to_shards_at_the_same_step(ranks):
     assert first[2].index(3) + 1 == result.step
 
 
+def another_loss():
+    """Rank 1 alone trains on a loss that is none that gnb knows."""
+    inner = LlamaForCausalLM.forward
+
+    def forward(model, **arguments):
+        output = inner(model, **arguments)
+        if dist.get_rank() == 1 and model.training:
+            output.loss = output.loss + 0.1 * output.logits.abs().mean()
+        return output
+
+    LlamaForCausalLM.forward = forward
+    return train("fsdp", probe_every=1, commanded=False)
+
+
+def test_a_loss_that_is_not_known_on_one_rank_is_refused_on_all(ranks):
+    first, _ = ranks(another_loss, 2, timeout=120)
+    samples = samples_of(first)
+    assert not any(sample.HasField("gnb") for sample in samples)
+    (failure,) = samples[-1].health.probe_failures
+    assert failure.reason.startswith("failed on 1 of the ranks: the gradient of logits (8, 8, 32) is not that of")
+    assert len(samples) >= STEPS
+
+
 def starved():
     """Rank 1 fails in its own part of each probe; then it can't have its rows; then it has no room for one."""
 
     def hurt():
         if dist.get_rank() == 1:
-            gnb_sharded.OutputGradients = _no_memory
+            gnb_sharded.draw_gradient = _no_memory
 
     def rowless():
-        gnb_sharded.OutputGradients = output_gradients
+        gnb_sharded.draw_gradient = drawn
         if dist.get_rank() == 1:
             Batch.slice = _no_memory
 
-    output_gradients, cut = gnb_sharded.OutputGradients, Batch.slice
+    drawn, cut = gnb_sharded.draw_gradient, Batch.slice
     tripped = train("fsdp", hurt=hurt, probe_every=1)
     refused = train("fsdp", hurt=rowless, probe_every=1)
     Batch.slice = cut

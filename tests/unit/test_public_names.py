@@ -151,6 +151,8 @@ def test_the_error_tree():
         "ProbeError": "SharpwatchError",
         "EmptyBatchError": "ProbeError",
         "TrainingChangedError": "ProbeError",
+        "ObjectiveError": "ProbeError",
+        "UndecidedError": "ObjectiveError",
         "PrecisionError": "ProbeError",
         "DesyncError": "SharpwatchError",
         "WireError": "SharpwatchError",

@@ -18,7 +18,9 @@ from sharpwatch.agent.probes.out_of_memory import copy_weights
 from sharpwatch.agent.safety import ExceptionBarrier
 from sharpwatch.blocks import BlockMap
 from sharpwatch.curvature.objective.batch import Batch
+from sharpwatch.curvature.objective.rows import RowLayout
 from sharpwatch.curvature.parameters.trained import TrainingChange
+from sharpwatch.curvature.state.isolation import Functional
 from sharpwatch.curvature.statistics.sketch import CountSketch
 from sharpwatch.errors import TrainingChangedError
 
@@ -38,12 +40,19 @@ class ShardReduction:
     data_rank: int
 
 
+def call_model(model: Functional, batch: Batch) -> Any:
+    """Call a model on a batch."""
+    return model(*batch.args, **batch.kwargs)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class ProbeContext:
     """The run that is probed.
 
     Attributes:
         source: The generator that labels and signs are drawn from; it is seeded before each probe.
+        call: Calls what the loop calls: the stand-in for the model, or one method of it.
+        finds_loss: Whether `loss_fn` is not the user's, but takes the loss from the output of `call`.
         several_ranks: Whether other ranks train with this one.
         shards: Set where no rank holds whole parameters, so that all ranks probe at once.
     """
@@ -56,6 +65,8 @@ class ProbeContext:
     loss_fn: Callable[..., Any] | None = None
     logits_fn: Callable[..., Any] | None = None
     barrier: ExceptionBarrier = field(default_factory=ExceptionBarrier)
+    call: Callable[[Functional, Batch], Any] = call_model
+    finds_loss: bool = False
     several_ranks: bool = False
     shards: ShardReduction | None = None
 
@@ -94,11 +105,19 @@ class ProbedStep:
 
     Attributes:
         seconds: Time spent for each probe before the step and while it was listening.
+        loss: Returns the loss of the step, if it is known by now.
+        batch_rows: Number of rows of the batch.
+        rows: Int64 [n], those of them that the present probe has.
+        layout: Where the rows are in what the model is called with, and in what it returns.
         gradient_squares: Returns the squared norms [parts] of the gradient that was stepped on; None if it is unknown.
     """
 
     context: ProbeContext
     seconds: dict[str, float] = field(default_factory=dict)
+    loss: Callable[[], float | None] = lambda: None
+    batch_rows: int = 0
+    rows: Tensor | None = None
+    layout: RowLayout = field(default_factory=RowLayout)
     gradient_squares: Callable[[], npt.NDArray[np.float64]] | None = None
     _asked: bool = False
     _weights: dict[str, Tensor] | None = None
@@ -138,11 +157,13 @@ class Probe(ABC):
 
     Attributes:
         share: The probe gets one row in `share` of the batch; its cost grows with its rows.
+        least_rows: It gets no fewer rows, if the batch has them.
         turn: How many times a block has had its turn.
         reason: Why the last run gave no estimate, where it raised no error; else empty.
     """
 
     share: ClassVar[int] = 8
+    least_rows: int = 1
     turn: int = 0
     reason: str = ""
 

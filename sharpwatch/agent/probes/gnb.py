@@ -7,22 +7,38 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sharpwatch.agent.optimizers.support import layout_of
 from sharpwatch.agent.probes.context import Probe, ProbeContext, ProbedStep, ProbeSpec, ShardReduction
+from sharpwatch.agent.probes.seen_outputs import OutputListener
 from sharpwatch.curvature.estimators.gnb import GnbSample, gnb_probe
 from sharpwatch.curvature.estimators.gnb_sharded import sharded_gnb_probe
-from sharpwatch.curvature.objective.batch import Batch
+from sharpwatch.curvature.objective.batch import Batch, LossCall, LossFn
+from sharpwatch.curvature.objective.outputs import loss_in
+from sharpwatch.curvature.objective.seen import SeenLoss, SeenRows, seen_loss
+from sharpwatch.curvature.objective.verification import (
+    ObjectiveInUse,
+    OutputLoss,
+    assume,
+    output_loss,
+    scale_in_words,
+    verify,
+)
 from sharpwatch.curvature.parameters.shards import Shard, local_gradient_summand, sketch_shards
+from sharpwatch.errors import ObjectiveError, ProbeError, UndecidedError
 from sharpwatch.v1 import agent_pb2
 from sharpwatch.wire import encode
 
 _DRAWS = 4
+_EQUAL = 0.02  # relative difference below which two total weights are the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +50,21 @@ class GnbReport:
 
 
 class _GnbProbe(Probe):
-    """Sketches the gradient before the step, on its device and without waiting for it."""
+    """Sketches the gradient before the step, on its device and without waiting for it.
 
+    Where the model returns no loss, it listens to the gradients of the model's outputs for what the loss is.
+
+    Attributes:
+        objective: The loss that the newest probe measured, or why it measured none; None before the first.
+    """
+
+    objective: ObjectiveInUse | None = None
+    _known: SeenLoss | None = None
     _gradient_sketch: Tensor | None = None
 
     def __init__(self, context: ProbeContext) -> None:
         super().__init__(context)
+        self._listener = OutputListener(context.barrier)
         self._with_parameters = layout_of(context.optimizers).gradients_in_place
 
     def before_step(self, step: ProbedStep) -> None:
@@ -53,6 +78,37 @@ class _GnbProbe(Probe):
     def discard(self) -> None:
         """Forgets the gradient."""
         self._gradient_sketch = None
+        self._listener.remove()
+
+    def output(self, batch: Batch, output: Any) -> None:
+        """Listens to the gradients of `output`, unless its loss is known in another way."""
+        del batch
+        if self.context.logits_fn is None and not self._knows_loss(output):
+            self._listener.returned(output)
+
+    @abstractmethod
+    def _knows_loss(self, output: Any) -> bool:
+        """Whether a probe's own forward gives the loss."""
+
+    def _seen(self, step: ProbedStep) -> SeenRows | None:
+        """The loss that the step's backward showed, for the rows of the probe; None if it showed none."""
+        samples, seconds = self._listener.take(), self._listener.seconds
+        self._listener.seconds = 0.0
+        step.seconds["gnb"] = step.seconds.get("gnb", 0.0) + seconds
+        found = seen_loss(samples, step.loss(), self._known)
+        if found is None or step.rows is None:
+            return None
+        self._known = found
+        return SeenRows(found, step.rows, step.batch_rows, step.layout.interleaved)
+
+    @contextmanager
+    def _saying_why_not(self) -> Iterator[None]:
+        """Records why nothing is measured."""
+        try:
+            yield
+        except ObjectiveError as error:
+            self.objective = ObjectiveInUse(str(error), "undecided" if isinstance(error, UndecidedError) else "refused")
+            raise
 
     @abstractmethod
     def _sketch(self) -> Tensor:
@@ -67,11 +123,12 @@ class _GnbProbe(Probe):
 class Gnb(_GnbProbe):
     """Probes every block at once."""
 
+    _summed: bool | None = None  # whether a loss that is no mean grows with the number of rows; None: not known yet
+
     def run(self, rows: AbstractContextManager[Batch], step: ProbedStep) -> GnbReport:
         """As `Probe.run`."""
-        del step
         context, gradient = self.context, self._take()
-        with rows as batch:
+        with self._saying_why_not(), rows as batch:
             sample = gnb_probe(
                 context.model,
                 context.block_map,
@@ -79,10 +136,60 @@ class Gnb(_GnbProbe):
                 draws=_DRAWS,
                 generator=context.source,
                 sketcher=context.sketcher,
-                logits_fn=context.logits_fn,
-                loss_fn=context.loss_fn,
+                find=self._find(step),
             )
+        self.objective = sample.objective
         return GnbReport(sample, None if gradient is None else gradient.cpu())
+
+    def _knows_loss(self, output: Any) -> bool:
+        return self._loss_fn is not None or _has_loss(output)
+
+    @property
+    def _loss_fn(self) -> LossFn | None:
+        """The user's."""
+        return None if self.context.finds_loss else self.context.loss_fn
+
+    def _find(self, step: ProbedStep) -> Callable[[Any, nn.Module, Batch], OutputLoss]:
+        """How the loss is found as a function of the outputs of the probe's own forward."""
+        context, seen = self.context, self._seen(step)
+        if context.logits_fn is not None or self._loss_fn is not None:
+
+            def known(call: Any, model: nn.Module, batch: Batch) -> OutputLoss:
+                return output_loss(call, model, batch, loss_fn=self._loss_fn, logits_fn=context.logits_fn)
+
+            return lambda call, model, batch: self._of_batch(known, call, model, batch, step)
+
+        def own(call: Any, model: nn.Module, batch: Batch) -> OutputLoss:
+            output = context.call(call, batch)
+            loss = loss_in(output)
+            if loss is not None:
+                return verify(LossCall(loss, batch, output), model)
+            return assume(output, model, batch) if seen is None else seen.loss(output)
+
+        return own if seen is not None else lambda call, model, batch: self._of_batch(own, call, model, batch, step)
+
+    def _of_batch(
+        self,
+        find: Callable[[Any, nn.Module, Batch], OutputLoss],
+        call: Any,
+        model: nn.Module,
+        batch: Batch,
+        step: ProbedStep,
+    ) -> OutputLoss:
+        """The loss of the whole batch, by that of some rows: a mean is the same, a sum is as many times as large.
+
+        Whether a loss that is no mean grows with the rows is found once, by another forward on half of the rows.
+        """
+        found = find(call, model, batch)
+        if scale_in_words(found.total, found.tokens) == "mean" or found.objective.state != "verified":
+            return found
+        if self._summed is None:
+            self.least_rows = 2
+            if batch.rows < 2 and step.batch_rows > 1:
+                raise UndecidedError(f"whether the {found.objective.text} grows with the rows shows on two rows")
+            half = batch.slice(torch.arange((batch.rows + 1) // 2, device="cpu"))
+            self._summed = _is_summed(found, find(call, model, half)) if batch.rows > 1 else False
+        return found.scaled(step.batch_rows / batch.rows) if self._summed else found
 
     def _sketch(self) -> Tensor:
         given = {name: parameter.grad for name, parameter in self.context.model.named_parameters()}
@@ -96,25 +203,32 @@ class ShardedGnb(_GnbProbe):
 
     def run(self, rows: AbstractContextManager[Batch], step: ProbedStep) -> GnbReport:
         """As `Probe.run`; a failure of one rank is raised on all."""
-        del step
         context, shards, own = self.context, self._shards, self._take()
-        sample = sharded_gnb_probe(
-            context.model,
-            context.block_map,
-            rows,
-            draws=_DRAWS,
-            generator=context.source,
-            add=shards.add,
-            weights=shards.weights,
-            sketcher=context.sketcher,
-            logits_fn=context.logits_fn,
-            loss_fn=context.loss_fn,
-        )
+        with self._saying_why_not():
+            sample = sharded_gnb_probe(
+                context.model,
+                context.block_map,
+                rows,
+                draws=_DRAWS,
+                generator=context.source,
+                add=shards.add,
+                weights=shards.weights,
+                sketcher=context.sketcher,
+                logits_fn=context.logits_fn,
+                loss_fn=context.loss_fn,
+                seen=partial(self._seen, step),
+            )
+        self.objective = sample.objective
         if own is None:  # the sum over ranks is then NaN, so that all of them leave it out
             shape = len(context.block_map.blocks), context.sketcher.size
             own = torch.full(shape, math.nan, dtype=torch.float32, device="cpu")
         gradient = shards.add(own.cpu().double()).float()
         return GnbReport(sample, gradient if gradient.isfinite().all() else None)
+
+    def _knows_loss(self, output: Any) -> bool:
+        # By its gradient at the outputs: a backward of a part of the model would leave FSDP's hooks half done.
+        del output
+        return False
 
     @property
     def _shards(self) -> ShardReduction:
@@ -131,6 +245,24 @@ class ShardedGnb(_GnbProbe):
         found = {name: gradient for name, (gradient, _) in summands.items() if gradient is not None}
         weights = {name: self._shards.weights[name] * ranks for name, (_, ranks) in summands.items()}
         return sketch_shards(self.context.sketcher, found, shards, weights)
+
+
+def _has_loss(output: Any) -> bool:
+    try:
+        return loss_in(output) is not None
+    except ProbeError:
+        return False
+
+
+def _is_summed(whole: OutputLoss, part: OutputLoss) -> bool:
+    ratio, tokens = whole.total / part.total, whole.tokens / part.tokens
+    if abs(ratio - 1) < _EQUAL:
+        return False
+    if abs(ratio - tokens) < _EQUAL * tokens:
+        return True
+    raise ObjectiveError(
+        f"the loss of {whole.tokens} positions weighs {ratio:.3g} times that of {part.tokens}: neither a mean nor a sum"
+    )
 
 
 def _encode(report: GnbReport, seconds: float) -> agent_pb2.GnbProbe:

@@ -1,13 +1,15 @@
-"""Loss and logits of a model whose loop calls another method of it than its forward, or a module inside of it."""
+"""Loss and output of a model whose loop calls another method of it than its forward, or a module inside of it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
 from sharpwatch.agent.calls import OtherCall
-from sharpwatch.curvature.objective.batch import Batch, LogitsFn, LossFn, predict, training_loss
+from sharpwatch.curvature.objective.batch import Batch, LossFn, training_loss
 from sharpwatch.curvature.state.isolation import Functional
 
 
@@ -21,11 +23,10 @@ def loss_of(call: OtherCall) -> LossFn:
     return loss_fn
 
 
-def logits_of(call: OtherCall) -> LogitsFn:
-    """Returns a function that takes the logits from the output of `call`."""
+def output_of(call: OtherCall) -> Callable[[Functional, Batch], Any]:
+    """Returns a function that calls `call` on a batch."""
 
-    def logits_fn(model: Functional, batch: Batch) -> tuple[Tensor, Tensor]:
-        by = partial(model.call, call.path, call.method)
-        return predict(by, model.inner.get_submodule(call.path), batch, None)
+    def calling(model: Functional, batch: Batch) -> Any:
+        return model.call(call.path, call.method, *batch.args, **batch.kwargs)
 
-    return logits_fn
+    return calling

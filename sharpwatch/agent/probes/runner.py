@@ -15,24 +15,24 @@ from torch import Tensor, nn
 
 from sharpwatch.agent.calls import MODEL, OtherCall
 from sharpwatch.agent.probes.builtin import PROBES
-from sharpwatch.agent.probes.context import Probe, ProbeContext, ProbedStep, ShardReduction
+from sharpwatch.agent.probes.context import Probe, ProbeContext, ProbedStep, ShardReduction, call_model
 from sharpwatch.agent.probes.failures import ProbeFailure, ProbeFailures
 from sharpwatch.agent.probes.observed import ObservedBatch
-from sharpwatch.agent.probes.other_call import logits_of, loss_of
+from sharpwatch.agent.probes.other_call import loss_of, output_of
 from sharpwatch.agent.probes.out_of_memory import (
     halve_rows,
     has_room_for_sharded_probe,
     is_out_of_memory,
 )
-from sharpwatch.agent.probes.trial import UnfitError, try_forward
+from sharpwatch.agent.probes.trial import Trial, UnfitError
 from sharpwatch.agent.safety import ExceptionBarrier, from_signal_handler, signals_held
 from sharpwatch.blocks import BlockMap
 from sharpwatch.curvature.objective.batch import Batch
+from sharpwatch.curvature.objective.verification import ObjectiveInUse
 from sharpwatch.curvature.parameters.parameter_space import require_real
-from sharpwatch.curvature.state.isolation import Functional
 from sharpwatch.curvature.state.snapshot import StateSnapshot
 from sharpwatch.curvature.statistics.sketch import CountSketch
-from sharpwatch.errors import DesyncError, EmptyBatchError, ProbeError, TrainingChangedError
+from sharpwatch.errors import DesyncError, EmptyBatchError, ProbeError, TrainingChangedError, UndecidedError
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +96,8 @@ class ProbeRunner:
 
     Attributes:
         names: As given; also those that were given up.
+        objective: The loss whose Gauss-Newton matrix `gnb` measures, or why it measures none; None before the first
+            probe.
     """
 
     def __init__(  # noqa: PLR0913 - what probes need to know of the run
@@ -114,6 +116,7 @@ class ProbeRunner:
         shards: ShardReduction | None = None,
     ) -> None:
         self.names = tuple(names)
+        self.objective: ObjectiveInUse | None = None
         self._context = ProbeContext(
             model=model,
             block_map=block_map,
@@ -136,9 +139,8 @@ class ProbeRunner:
         self._rows: dict[str, int] = {}  # of the newest run of each probe
         self._halvings: Counter[str] = Counter()  # of its rows
         self._failures = ProbeFailures()
-        self._functions = (loss_fn, logits_fn)  # the user's
-        self._call = MODEL
-        self._tried = False
+        self._loss_fn = loss_fn  # the user's
+        self._trial = Trial()
         try:
             require_real(model)
         except ProbeError as error:
@@ -216,7 +218,7 @@ class ProbeRunner:
             self._seed_draws(name)
             try:
                 self._context.require_same_training()
-                reports[name] = self._probes[name].run(self._rows_of(name, captured), step)
+                reports[name] = self._probes[name].run(self._rows_of(name, captured, step), step)
                 self._failures.succeeded(name, self._probes[name].reason)
             # The one error that must end the run: training on would silently train wrong weights.
             except DesyncError:
@@ -226,27 +228,28 @@ class ProbeRunner:
                     raise
                 self._record_failure(name, error)
             seconds[name] = _now(self._device) - started + step.seconds.get(name, 0.0)
+        self.objective = getattr(self._probes.get("gnb"), "objective", None)
         return ProbeRun(reports, seconds)
 
     @contextmanager
-    def _rows_of(self, name: str, captured: Captured) -> Iterator[Batch]:
+    def _rows_of(self, name: str, captured: Captured, step: ProbedStep) -> Iterator[Batch]:
         """Yields rows of the batch; nothing else of the program runs within, and its state is restored at the end."""
         context = self._context
         whole = self._batch_of(name, captured)
-        batch = whole.slice(self._draw_rows(name, whole.rows))
-        values = (*batch.args, *batch.kwargs.values(), *_held_by(context.loss_fn), *_held_by(context.logits_fn))
-        # The rows are copies, and the probe itself restores the modules.
-        snapshot = StateSnapshot(excluded=[*batch.tensors(), *context.model.modules()])
+        values = (*whole.args, *whole.kwargs.values(), *_held_by(context.loss_fn), *_held_by(context.logits_fn))
+        # The model gets copies of the batch's tensors, and the probe itself restores the modules.
+        snapshot = StateSnapshot(excluded=[*whole.tensors(), *context.model.modules()])
         for value in values:
             snapshot.add(value)
         with signals_held(), ExitStack() as stack:
             captured.autocast.enter(stack)
             # Registered after autocast, so that it runs before autocast ends, with signals still held.
             stack.callback(snapshot.restore)
-            if not self._tried and context.shards is None:
-                try_forward(context.model, context.weights, lambda live: self._call_model(live, batch.prepared()))
-                self._tried = True
-            yield batch
+            step.layout = self._trial.layout_of(whole, context)
+            whole = replace(whole, axes=step.layout.axes)
+            step.batch_rows = whole.rows
+            step.rows = self._draw_rows(name, whole.rows)
+            yield whole.slice(step.rows)
 
     def _batch_of(self, name: str, captured: Captured) -> Batch:
         """The batch that the probe `name` runs on.
@@ -260,11 +263,6 @@ class ProbeRunner:
         if known is None and captured.trained_on is not None and not captured.trained_on():
             raise ProbeError("the loop does not train on the loss that the model returns: pass loss_fn")
         return captured.batch if known is None or captured.observed is None else captured.observed.take()
-
-    def _call_model(self, live: Functional, call: Batch) -> object:
-        if call.observed:
-            return (self._context.loss_fn or self._context.logits_fn or live)(live, call.passed)
-        return live.call(self._call.path, self._call.method, *call.args, **call.kwargs)
 
     def state_dict(self) -> dict[str, Any]:
         """How often each probe ran and had its turn, as plain values; its next draws follow from them."""
@@ -303,17 +301,21 @@ class ProbeRunner:
 
     def _draw_rows(self, name: str, rows: int) -> Tensor:
         """Draws rows without replacement, so that the estimate is of the whole batch rather than of its first rows."""
-        wanted = max(1, (rows // self._probes[name].share) >> self._halvings[name])
+        probe = self._probes[name]
+        wanted = max(1, min(rows, max(probe.least_rows, rows // probe.share)) >> self._halvings[name])
         self._rows[name] = wanted
         return torch.randperm(rows, generator=self._rows_source, device="cpu")[:wanted].sort().values
 
     def call_by(self, call: OtherCall) -> None:
         """The loop calls `call` in place of the model, so probes do as well, unless the user has said how."""
-        loss_fn, logits_fn = self._functions
-        if call != MODEL:
-            loss_fn, logits_fn = loss_fn or loss_of(call), logits_fn or logits_of(call)
-        self._context = replace(self._context, loss_fn=loss_fn, logits_fn=logits_fn)
-        self._call = call
+        loss_fn, is_model = self._loss_fn, call == MODEL
+        self._context = replace(
+            self._context,
+            loss_fn=loss_fn if loss_fn is not None or is_model else loss_of(call),
+            finds_loss=loss_fn is None and not is_model,
+            call=call_model if is_model else output_of(call),
+        )
+        self._trial = Trial()
         for probe in self._probes.values():
             probe.context = self._context
 
@@ -330,14 +332,16 @@ class ProbeRunner:
         """Returns whether the probe is not run again after `error`."""
         too_often = self._failures.repeats(name)
         if self._context.shards is not None:  # all ranks must decide alike, and not all know why one of them failed
-            halve_rows(self._halvings, name, self._rows.get(name, 0))
-            return too_often and not isinstance(error, EmptyBatchError | TrainingChangedError)
+            if not isinstance(error, UndecidedError):
+                halve_rows(self._halvings, name, self._rows.get(name, 0))
+            return too_often and not isinstance(error, EmptyBatchError | TrainingChangedError | UndecidedError)
         if is_out_of_memory(error):
             return halve_rows(self._halvings, name, self._rows.get(name, 0))
         if isinstance(error, UnfitError):
             return True
-        # An empty batch is due to its labels, as in a row that is all prompt; the next rows may have some.
-        return too_often and not isinstance(error, EmptyBatchError | TrainingChangedError)
+        # An empty batch is due to its labels, as in a row that is all prompt; the next rows may have some, or show what
+        # is undecided.
+        return too_often and not isinstance(error, EmptyBatchError | TrainingChangedError | UndecidedError)
 
 
 def _made(name: str, context: ProbeContext) -> Probe:

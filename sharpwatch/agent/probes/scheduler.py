@@ -266,8 +266,10 @@ class ProbeScheduler:
             seen = calls.reason or "none with gradients enabled, through whose output a backward came"
             self.runner.not_called(self._due, f"no forward of the model was seen in {self.missed} steps: {seen}")
 
-    def run(self, step: int, due: DueProbes, tap: PendingTap | None) -> ProbeRun:
-        """Step number `step` is taken: runs the probes that are due."""
+    def run(
+        self, step: int, due: DueProbes, tap: PendingTap | None, loss: Callable[[], float | None] = lambda: None
+    ) -> ProbeRun:
+        """Step number `step` is taken: runs the probes that are due; `loss` returns its loss, if it is known."""
         captured = self._take()
         names = self._due if self._strategy.all_ranks_probe else due.names  # or one rank would wait for another
         # The vote comes before this rank's own batch is looked at: every rank must take part in it.
@@ -276,6 +278,7 @@ class ProbeScheduler:
         probed = due.step or self.runner.before_step(())
         if tap is not None:
             probed.gradient_squares = partial(self._strategy.tap.stepped, tap)
+        probed.loss = loss
         self.running = True
         try:
             probes = self.runner.run(names, captured, probed)

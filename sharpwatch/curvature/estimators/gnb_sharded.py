@@ -10,9 +10,9 @@ the backward of D/√N times the summed cross-entropy leaves √N ∇L̂, whose 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,8 +20,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sharpwatch.blocks import BlockMap
-from sharpwatch.curvature.estimators.gnb import GnbSample, OutputGradients
-from sharpwatch.curvature.objective.batch import Batch, LogitsFn, LossFn, predict
+from sharpwatch.curvature.estimators.gnb import GnbSample
+from sharpwatch.curvature.objective.batch import Batch, LogitsFn, LossFn, call_loss_fn, predict
+from sharpwatch.curvature.objective.candidates import CROSS_ENTROPY, Candidate
+from sharpwatch.curvature.objective.seen import SeenRows
+from sharpwatch.curvature.objective.verification import ObjectiveInUse
 from sharpwatch.curvature.parameters import fsdp
 from sharpwatch.curvature.parameters.shards import (
     Shard,
@@ -34,13 +37,16 @@ from sharpwatch.curvature.parameters.shards import (
 from sharpwatch.curvature.state.hooks import is_computing
 from sharpwatch.curvature.state.isolation import restore, unwrap
 from sharpwatch.curvature.statistics.sketch import CountSketch
-from sharpwatch.errors import DesyncError, EmptyBatchError, ProbeError
+from sharpwatch.errors import DesyncError, EmptyBatchError, ObjectiveError, ProbeError, UndecidedError
 
 _REASON_BYTES = 256  # of a failure's reason, as sent to the other ranks
 _OUT_OF_STEP_HINT = (
     "The gnb probe failed within the model's own collectives, so ranks are out of step: training on would mix one "
     "rank's step with another's probe. Restart from the last checkpoint; attach(probes=()) disables all probes"
 )
+
+# Of failures, the narrowest first; the last stands for all others too.
+_KINDS = (UndecidedError, ObjectiveError, ProbeError)
 
 AllReduce = Callable[[Tensor], Tensor]  # sums a float64 CPU tensor over all ranks; blocks until all have called it
 
@@ -57,6 +63,7 @@ def sharded_gnb_probe(  # noqa: PLR0913 - settings are keyword-only
     sketcher: CountSketch | None = None,
     logits_fn: LogitsFn | None = None,
     loss_fn: LossFn | None = None,
+    seen: Callable[[], SeenRows | None] = lambda: None,
 ) -> GnbSample:
     """Draw the trace of G for each layer block, on all ranks together; leaves `model` unchanged.
 
@@ -72,8 +79,10 @@ def sharded_gnb_probe(  # noqa: PLR0913 - settings are keyword-only
         add: Sums a tensor over all ranks.
         weights: This rank's `shard_weights`.
         sketcher: Sketches each draw's gradient; None for traces alone.
-        logits_fn: Computes logits and mask; None to find them, see `predict`.
+        logits_fn: Computes logits and mask; None to find them.
         loss_fn: Calls the model on a batch that the loop observed, see `predict`.
+        seen: Tells which loss this rank's backward has shown, for these rows. Where it was none, or `logits_fn` is
+            given, it is the mean cross-entropy of the positions with labels, see `predict`.
 
     Returns:
         The draws. Frozen and unused parameters count as zero.
@@ -88,41 +97,64 @@ def sharded_gnb_probe(  # noqa: PLR0913 - settings are keyword-only
     with ExitStack() as stack:
         with ranks.recording_failure():
             probe = _RankProbe(model, block_map, stack.enter_context(batch), weights, sketcher, logits_fn, loss_fn)
+            probe.seen = None if logits_fn is not None else seen()
             stack.enter_context(restore(model))
             stack.enter_context(fsdp.ordinary_backward(model))
             stack.enter_context(_gradients_cleared(list(model.parameters())))
         ranks.enter_collectives()
-        counts = torch.zeros(2, dtype=torch.float64, device="cpu")
+        counts = torch.zeros(3, dtype=torch.float64, device="cpu")
         with ranks.recording_failure():
-            logits, mask = probe.forward()
-            counts = torch.tensor([int(mask.sum()), probe.batch.rows], dtype=torch.float64, device="cpu")
-        positions, rows = ranks.total(counts).tolist()
+            found = probe.forward()
+            counts = torch.tensor(
+                [int(found.mask.sum()), probe.batch.rows, found.summed], dtype=torch.float64, device="cpu"
+            )
         # Ranks that split layers by tensor parallelism have the same rows, so the sum over ranks counts these
         # repeatedly.
-        tokens, rows = (round(count * probe.data_rank.count / ranks.size) for count in (positions, rows))
+        tokens, rows, summed = (
+            round(count * probe.data_rank.count / ranks.size) for count in ranks.total(counts).tolist()
+        )
         if tokens == 0:
             raise EmptyBatchError("every label is ignored on every rank: no position predicts")
-        scale = probe.data_rank.count / math.sqrt(tokens)
+        # A sum over the whole batch is as many times the mean as it has positions.
+        weight = probe.data_rank.count**2 * (summed or 1) / tokens
         total = torch.zeros(draws, probe.width, dtype=torch.float64, device="cpu")
         for draw in range(draws):
             local_sums = torch.zeros_like(total[draw])
             with ranks.recording_failure():
                 if draw:
-                    logits, mask = probe.forward()
+                    found = probe.forward()
+                logits = found.logits
                 # A rank that fails to make its output gradient runs the backward on zeros: the others wait for it in
                 # there.
                 output_gradient = logits.detach().new_zeros(()).expand(logits.shape)  # used if the next line fails
                 with ranks.recording_failure():
-                    output_gradient = OutputGradients(logits.detach(), mask, 1, generator, scale=scale)[0]
+                    output_gradient = draw_gradient(found, weight, generator)
                 gradients = probe.gradients(logits, output_gradient)
-                del logits, output_gradient
+                del logits, output_gradient, found
                 local_sums = probe.sums(gradients)
                 del gradients
             total[draw] = ranks.total(local_sums)
     traces, sketches = total[:, : len(block_map.parts)], total[:, len(block_map.parts) :]
     by_layer = sum_by_index(traces, block_map.layer_block_of, len(block_map.layer_blocks))
     shape = draws, len(block_map.blocks), -1
-    return GnbSample(tokens, rows, by_layer, None if sketcher is None else sketches.float().view(shape))
+    sketch = None if sketcher is None else sketches.float().view(shape)
+    return GnbSample(tokens, rows, by_layer, sketch, probe.objective)
+
+
+@dataclass(slots=True, eq=False)
+class _RankLogits:
+    """One forward's output, the form of the loss, the predicting positions, and how many a sum counts (0: a mean)."""
+
+    logits: Tensor
+    candidate: Candidate
+    mask: Tensor
+    summed: int = 0
+
+
+def draw_gradient(found: _RankLogits, weight: float, generator: torch.Generator) -> Tensor:
+    """One random vector at the output of a forward, in which each predicting position weighs `weight`."""
+    weights = found.mask.reshape(-1) * weight
+    return found.candidate.draw(found.logits.detach(), weights, 1, generator)[0]
 
 
 class _RankProbe:
@@ -146,6 +178,7 @@ class _RankProbe:
         self._sketcher = sketcher
         self._logits_fn = logits_fn
         self._loss_fn = loss_fn
+        self.seen: SeenRows | None = None
         self._buffers = [(module, dict(vars(module)["_buffers"])) for module in model.modules()]
         self._parameters = dict(model.named_parameters())
         self._shards = {name: Shard.of(parameter) for name, parameter in self._parameters.items()}
@@ -162,14 +195,30 @@ class _RankProbe:
             device="cpu",
         )
 
-    def forward(self) -> tuple[Tensor, Tensor]:
-        """Run a forward on copies of the buffers; return whole logits [..., V] and the mask of predicting positions."""
+    @property
+    def objective(self) -> ObjectiveInUse:
+        """The loss, in words."""
+        if self.seen is not None:
+            return self.seen.seen.objective
+        return ObjectiveInUse("mean cross-entropy of logits", "assumed" if self._logits_fn is None else "given")
+
+    def forward(self) -> _RankLogits:
+        """Run a forward on copies of the buffers."""
         # `restore` puts the registries back, but not what a forward writes into the buffers: it gets copies.
         for module, buffers in self._buffers:
             vars(module)["_buffers"] = {name: None if one is None else one.clone() for name, one in buffers.items()}
         logits: Any
+        if self.seen is not None:
+            logits, mask = self.seen.cut(self._output())
+            count = int(self.seen.seen.live.sum()) if self.seen.seen.summed else 0
+            return _RankLogits(logits, self.seen.seen.candidate, mask, count)
         logits, mask = predict(self._call, self._call, self.batch, self._logits_fn, self._loss_fn)
-        return logits.full_tensor() if is_dtensor(logits) else logits, mask
+        return _RankLogits(logits.full_tensor() if is_dtensor(logits) else logits, CROSS_ENTROPY, mask)
+
+    def _output(self) -> Any:
+        if self.batch.observed:
+            return call_loss_fn(self._call, self._call, self.batch, self._loss_fn).output
+        return self._call(*self.batch.args, **self.batch.kwargs)
 
     def gradients(self, logits: Tensor, output_gradient: Tensor) -> dict[str, Tensor]:
         """This rank's shards of the gradients by parameter name."""
@@ -196,6 +245,7 @@ class _RankSums:
         self.size = 0  # ranks
         self._add = add
         self._reason = ""
+        self._kind: type[Exception] = ProbeError  # of the failure
         self._inside = False  # the model's own collectives, or on the way there
         self._launched = 0
 
@@ -209,6 +259,7 @@ class _RankSums:
             yield
         except Exception as error:  # noqa: BLE001 - raised by `total`, on all ranks
             message = str(error) if isinstance(error, ProbeError) else f"{type(error).__name__}: {error}"
+            self._kind = self._kind if self._reason else type(error)
             self._reason = self._reason or message
 
     def enter_collectives(self) -> None:
@@ -234,21 +285,25 @@ class _RankSums:
             The sums.
 
         Raises:
-            ProbeError: A rank failed; raised on all of them.
+            ProbeError: A rank failed; raised on all of them. An `UndecidedError` or `ObjectiveError` if all are.
             DesyncError: A rank failed, and the ranks are out of step.
         """
         launched = launched_collectives() - self._launched if self._inside else 0
-        head = torch.tensor([1, self._reason != "", launched, launched**2], dtype=torch.float64, device="cpu")
+        failed = self._reason != ""
+        kinds = [failed and (kind is _KINDS[-1] or issubclass(self._kind, kind)) for kind in _KINDS]
+        own = [1, *kinds, launched, launched**2]
+        head = torch.tensor(own, dtype=torch.float64, device="cpu")
         summed = self._sum(torch.cat([head, values.flatten()]))
-        self.size, failures, launched, squared = (round(value) for value in summed[:4].tolist())
+        self.size, *counts, launched, squared = (round(value) for value in summed[: len(own)].tolist())
+        failures = counts[-1]
         if failures:
             reason = self._share_reason() if failures == 1 else self._reason
             message = f"failed on {failures} of the ranks: {reason or 'see their logs'}"
             # (Σx)² = n Σx² only if all x are equal, so two sums are enough to compare the counts of all ranks.
             if launched**2 != self.size * squared:
                 raise DesyncError(f"{message}. {_OUT_OF_STEP_HINT}")
-            raise ProbeError(message)
-        return summed[4:].view_as(values)
+            raise next(kind for kind, count in zip(_KINDS, counts, strict=True) if count == failures)(message)
+        return summed[len(own) :].view_as(values)
 
     def _share_reason(self) -> str:
         """Send the reason of the one rank that failed to all ranks."""

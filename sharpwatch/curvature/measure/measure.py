@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sharpwatch.blocks import BlockMap, RulesLike, classify
 from sharpwatch.curvature.estimators.directional import next_step
-from sharpwatch.curvature.estimators.gnb import gnb_probe
+from sharpwatch.curvature.estimators.gnb import GnbSample, gnb_probe
 from sharpwatch.curvature.estimators.preconditioned import preconditioner
 from sharpwatch.curvature.measure import validation
 from sharpwatch.curvature.measure.report import WHOLE_MODEL, Draws, SharpnessReport
@@ -22,6 +22,7 @@ from sharpwatch.curvature.objective.batch import Batch, LogitsFn, LossFn
 from sharpwatch.curvature.objective.hessian import open_hessian
 from sharpwatch.curvature.objective.hooked_weights import require_hooked_weights
 from sharpwatch.curvature.objective.objective import Objective
+from sharpwatch.curvature.objective.weighing import Weighing
 from sharpwatch.curvature.parameters.trained import trained_parameters
 from sharpwatch.curvature.state.isolation import isolated
 from sharpwatch.curvature.statistics.estimate import Cost
@@ -180,12 +181,19 @@ class Measurement:
         self._check_hooks()
         # `gnb` runs in the model's own precision, the rest on a stand-in in float32 that stays open until the end.
         yield from self._run_gnb()
+        if "gnb" not in self._plan.estimators and len(self._batches) > 1:
+            self._weigh_batches()
         if set(self._plan.estimators) == {"gnb"}:
             return
         step = self._next_step()
         scales = preconditioner(self._model, self._optimizers) if "preconditioned" in self._plan.estimators else {}
         with open_hessian(
-            self._model, self.block_map, self._batches, loss_fn=self._settings.loss_fn, method=self._method
+            self._model,
+            self.block_map,
+            self._batches,
+            loss_fn=self._settings.loss_fn,
+            method=self._method,
+            shares=self._draws.shares,
         ) as hessian:
             second = SecondOrder(self._plan, self.block_map, hessian, self._draws, self._generator)
             for piece in second.run():
@@ -216,6 +224,7 @@ class Measurement:
             seed=self._settings.seed,
             cost=draws.cost,
             unreached=self._unreached(),
+            objective=draws.objective,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -260,6 +269,7 @@ class Measurement:
         drawn = self._draws.gnb
         while "gnb" in self._plan.estimators and (count := self._missing_gnb_draws()):
             new_draws: list[list[list[float]]] = [[] for _ in range(count)]
+            samples: list[GnbSample] = []
             for index, (batch, share) in enumerate(zip(self._batches, self._draws.shares, strict=True)):
                 sample = gnb_probe(
                     self._model,
@@ -268,12 +278,39 @@ class Measurement:
                     draws=count,
                     generator=self._generator("gnb", index, len(drawn)),
                     logits_fn=self._settings.logits_fn,
+                    loss_fn=self._settings.loss_fn,
                 )
+                samples.append(sample)
                 for row, trace in zip(new_draws, sample.traces.tolist(), strict=True):
                     row.append(trace)
                 self._draws.add_cost("gnb", Cost(share, share * count))
                 yield self._progress("gnb")
             drawn += new_draws
+            self._note_objective(samples)
+
+    def _note_objective(self, samples: Sequence[GnbSample]) -> None:
+        """Take the weights of the batches, and the loss in words, from what was found of it."""
+        self._tokens = [sample.tokens for sample in samples]
+        self._set_shares([sample.share for sample in samples])
+        self._draws.objective = "; ".join(dict.fromkeys(str(sample.objective) for sample in samples))
+
+    def _weigh_batches(self) -> None:
+        """Find what the batches count beside each other, where `gnb` does not: by a forward on two rows.
+
+        A loss that is not known has been weighed by labels and rows.
+        """
+        weighing = Weighing(self._settings.loss_fn)
+        with isolated(self._model) as live:
+            found = [weighing.weigh(live, live.inner, batch.prepared()) for batch in self._batches]
+        if all(each is not None for each in found):
+            self._tokens = [each.tokens for each in found if each is not None]
+            self._set_shares([each.share for each in found if each is not None])
+        self._draws.objective = weighing.objective
+        rows = sum(batch.rows for batch in self._batches)
+        self._draws.add_cost("weighing", Cost(forwards=weighing.rows / rows))
+
+    def _set_shares(self, weights: Sequence[float]) -> None:
+        self._draws.shares = [weight / math.fsum(weights) for weight in weights]
 
     def _missing_gnb_draws(self) -> int:
         """Number of draws to take next; each covers all blocks."""
@@ -314,7 +351,7 @@ class Measurement:
             return {}
         mean: dict[str, Tensor] = {}
         with isolated(self._model, exact=True) as live:
-            objective = Objective(live, self._batches, self._settings.loss_fn)
+            objective = Objective(live, self._batches, self._settings.loss_fn, self._draws.shares)
             for index, share in enumerate(objective.shares):
                 # Weighted by positions, as the gradient of all batches as one would be.
                 for name, gradient in objective.gradient(index, list(live.trainable)).items():

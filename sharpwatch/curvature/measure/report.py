@@ -70,6 +70,8 @@ class SharpnessReport:
         seed: Seed of the draws.
         cost: Passes over all batches.
         unreached: For each block whose requested precision was not reached, the reason.
+        objective: The loss whose Gauss-Newton matrix `gnb` measures, and whether it was verified against the loss
+            itself. Without `gnb` it only weighs the batches, and is empty for a single one.
     """
 
     blocks: Mapping[str, BlockReport]
@@ -81,6 +83,7 @@ class SharpnessReport:
     seed: int
     cost: Cost
     unreached: Mapping[str, str] = field(default_factory=dict)
+    objective: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain values for `json.dumps`.
@@ -98,6 +101,7 @@ class SharpnessReport:
             "seed": self.seed,
             "cost": asdict(self.cost),
             "unreached": dict(self.unreached),
+            "objective": self.objective,
         }
 
     def __str__(self) -> str:
@@ -106,7 +110,10 @@ class SharpnessReport:
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
         passes = f"{self.cost.forwards:g} forwards, {self.cost.backwards:g} backwards"
-        lines.append(f"loss {self.loss:.4f} over {self.tokens:,} tokens; {passes}; ± one standard error, [residual]")
+        objective = f"; objective: {self.objective}" if self.objective else ""
+        lines.append(
+            f"loss {self.loss:.4f} over {self.tokens:,} tokens; {passes}; ± one standard error, [residual]{objective}"
+        )
         lines += [f"{block}: {why}" for block, why in self.unreached.items()]
         return "\n".join(lines)
 
@@ -200,6 +207,7 @@ class Draws:
         stability: Stability ratios by block, then by kind.
         costs: Cost by estimator, or by "estimator/block".
         products_by: How products are computed.
+        objective: The loss, in words.
     """
 
     shares: list[float] = field(default_factory=list)
@@ -213,6 +221,7 @@ class Draws:
     stability: dict[str, dict[str, Estimate]] = field(default_factory=dict)
     costs: dict[str, Cost] = field(default_factory=dict)
     products_by: str = ""
+    objective: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """The draws as plain values for JSON."""

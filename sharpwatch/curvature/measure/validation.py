@@ -126,11 +126,18 @@ def _check_batch(given: nn.Module, where: str, values: Mapping[str, Any], logits
     if any(tensor.numel() == 0 for tensor in batch.tensors()) or not any(True for _ in batch.tensors()):
         raise ProbeError(f"{where} is empty")
     _check_vocabulary(given, where, batch)
+    # A user's `logits_fn` shows the positions only in a forward, and none may run yet: rows stand for them.
+    if logits_fn is not None:
+        return batch.rows
+    labels = find_labels(given, batch)
+    # In floating point they are targets of a regression.
+    classes = labels is not None and not labels.values.is_floating_point()
+    if labels is not None and classes and bool((labels.values < 0).all()):
+        raise ProbeError(f"{where}: every label is ignored, so no position predicts")
     try:
-        # A user's `logits_fn` shows the positions only in a forward, and none may run yet: rows stand for them.
-        return batch.rows if logits_fn is not None else count_tokens(given, batch)
-    except EmptyBatchError:
-        raise ProbeError(f"{where}: every label is ignored, so no position predicts") from None
+        return count_tokens(given, batch)
+    except EmptyBatchError:  # the labels may not be shifted after all
+        return batch.rows
 
 
 def _check_vocabulary(given: nn.Module, where: str, batch: Batch) -> None:
@@ -237,7 +244,7 @@ def _check_tokens(given: nn.Module, batch: Mapping[str, Any], size: int | None, 
 
 def _check_labels(given: nn.Module, batch: Mapping[str, Any], classes: int | None, where: str) -> None:
     labels = find_labels(given, Batch(kwargs=batch))
-    if labels is None:
+    if labels is None or labels.values.is_floating_point():
         return
     below = labels.values[labels.values < 0]
     if "labels" in batch and (below != IGNORED_LABEL).any():

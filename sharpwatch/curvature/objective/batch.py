@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sharpwatch.common.rng_state import rng_state_restored
 from sharpwatch.curvature.objective.nested import map_tensors, tensors
+from sharpwatch.curvature.objective.outputs import find_logits, loss_in, require_scalar
 from sharpwatch.errors import EmptyBatchError, ProbeError
 
 IGNORED_LABEL = -100  # Hugging Face's label of an ignored position
@@ -32,11 +33,14 @@ class Batch:
         kwargs: Keyword arguments.
         observed: The one argument is a batch of the loop's, from `watch.observe(batch=...)`, for `loss_fn` and
             `logits_fn` alone: only they know how to call the model on it.
+        axes: For each tensor, in the order of `tensors()`, the dimension that runs over the rows; None for one that has
+            no rows. By default rows are the first dimension of every tensor that has `rows` entries there.
     """
 
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     observed: bool = False
+    axes: tuple[int | None, ...] | None = None
 
     @property
     def passed(self) -> Any:
@@ -45,14 +49,17 @@ class Batch:
 
     @property
     def rows(self) -> int:
-        """Number of rows: the first dimension shared by most tensors with two or more dimensions; in a tie the larger.
+        """Number of rows.
 
-        So position ids of shape [1, T] or [T] do not hide the batch size.
+        Without `axes`, it is the first dimension shared by most tensors with two or more dimensions; in a tie the
+        larger. So position ids of shape [1, T] or [T] do not hide the batch size.
 
         Raises:
             ProbeError: There is no tensor with rows.
         """
         tensors = list(self.tensors())
+        if self.axes is not None:
+            return next(t.shape[axis] for t, axis in zip(tensors, self.axes, strict=True) if axis is not None)
         sizes = Counter(tensor.shape[0] for tensor in tensors if tensor.dim() >= 2)
         sizes = sizes or Counter(tensor.shape[0] for tensor in tensors if tensor.dim() == 1)
         if not sizes:
@@ -63,8 +70,8 @@ class Batch:
     def slice(self, rows: Tensor) -> Batch:
         """Select rows.
 
-        Every tensor whose first dimension equals `self.rows` is indexed. A one-dimensional tensor with "position" in
-        its name runs along the sequence and is kept whole.
+        Every tensor is indexed along its dimension of `axes`. Without these, those whose first dimension equals
+        `self.rows` are; a one-dimensional tensor with "position" in its name runs along the sequence and is kept whole.
 
         Args:
             rows: Int64 [n], row indices.
@@ -72,14 +79,24 @@ class Batch:
         Returns:
             The batch of these rows. All tensors are copies; other values are passed on.
         """
-        whole = self.rows
+        whole, axes = self.rows, None if self.axes is None else iter(self.axes)
 
         def cut(tensor: Tensor, name: str) -> Tensor:
-            if tensor.dim() == 0 or tensor.shape[0] != whole or (tensor.dim() == 1 and "position" in name):
-                return tensor.clone()
-            return tensor.index_select(0, rows.to(tensor.device))
+            axis = row_axis(tensor, name, whole, 0) if axes is None else next(axes)
+            return tensor.clone() if axis is None else tensor.index_select(axis, rows.to(tensor.device))
 
         return _transform(self, cut)
+
+    def named_tensors(self) -> list[tuple[Tensor, str]]:
+        """All tensors with the nearest name above each."""
+        found: list[tuple[Tensor, str]] = []
+
+        def look(tensor: Tensor, name: str) -> Tensor:
+            found.append((tensor, name))
+            return tensor
+
+        _transform(self, look)
+        return found
 
     def prepared(self) -> Batch:
         """The same call, prepared for a probe.
@@ -101,6 +118,13 @@ class Batch:
         return tensors([self.args, self.kwargs])
 
 
+def row_axis(tensor: Tensor, name: str, rows: int, axis: int) -> int | None:
+    """The dimension of a tensor that runs over `rows` rows: `axis`, or 0 of a one-dimensional one; None for none."""
+    if tensor.dim() == 1:
+        return 0 if tensor.shape[0] == rows and "position" not in name else None
+    return axis if tensor.dim() > axis and tensor.shape[axis] == rows else None
+
+
 # Both are called as f(model, batch.passed).
 LossFn = Callable[[Any, Any], Tensor]  # -> scalar
 # -> logits [..., V], bool [...]: True where a position predicts
@@ -112,7 +136,7 @@ class Labels:
     """Labels of a batch, [rows, positions].
 
     Attributes:
-        values: The labels; negative ones are ignored.
+        values: The labels; negative ones are ignored, except in floating point, where they are targets of a regression.
         shifted: The label of position t is at t + 1, so the last position predicts nothing.
     """
 
@@ -121,6 +145,8 @@ class Labels:
 
     def aligned(self) -> Tensor:
         """Labels at the positions that predict them; -100 at positions that predict nothing."""
+        if self.values.is_floating_point():
+            return self.values
         values = self.values.masked_fill(self.values < 0, IGNORED_LABEL)
         return F.pad(values[:, 1:], (0, 1), value=IGNORED_LABEL) if self.shifted else values
 
@@ -140,7 +166,7 @@ def find_labels(model: nn.Module, batch: Batch) -> Labels | None:
     """
     if batch.observed:
         return None
-    arguments = _named_arguments(model, batch)
+    arguments = named_arguments(model, batch)
     labels = arguments.get("labels")
     if isinstance(labels, Tensor):
         aligned = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
@@ -213,16 +239,11 @@ def training_loss(call: Callable[..., Any], model: nn.Module, batch: Batch, loss
         ProbeError: There is neither a loss nor labels.
     """
     if loss_fn is not None:
-        return _require_scalar(loss_fn(call, batch.passed), "loss_fn")
+        return require_scalar(loss_fn(call, batch.passed), "loss_fn")
     output = call(*batch.args, **batch.kwargs)
-    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    # The first scalar: nanoGPT returns (logits, loss), Hugging Face (loss, logits).
-    if loss is None and isinstance(output, tuple | list):
-        loss = next((item for item in output if isinstance(item, Tensor) and item.numel() == 1), None)
-    if loss is None and isinstance(output, Tensor) and output.numel() == 1:
-        loss = output
+    loss = loss_in(output)
     if loss is not None:
-        return _require_scalar(loss, "the model's output")
+        return loss
     labels = find_labels(model, batch)
     if labels is None:
         raise ProbeError(
@@ -275,7 +296,7 @@ def call_loss_fn(call: Callable[..., Any], model: nn.Module, batch: Batch, loss_
     handle = model.register_forward_hook(record, with_kwargs=True)
     try:
         with rng_state_restored(model, loss_fn):
-            loss = _require_scalar(loss_fn(call, batch.passed), "loss_fn")
+            loss = require_scalar(loss_fn(call, batch.passed), "loss_fn")
     finally:
         handle.remove()
     if len(calls) != 1:
@@ -293,7 +314,9 @@ def count_tokens(model: nn.Module, batch: Batch) -> int:
     """
     labels = find_labels(model, batch)
     if labels is not None:
-        return count_predicting(labels.aligned() != IGNORED_LABEL)
+        # A regression has no ignored labels.
+        floating = labels.values.is_floating_point()
+        return labels.values.numel() if floating else count_predicting(labels.aligned() != IGNORED_LABEL)
     if batch.observed:
         return batch.rows
     first = next((tensor for tensor in batch.tensors() if tensor.dim() >= 2), None)
@@ -311,30 +334,7 @@ def count_predicting(mask: Tensor) -> int:
     return tokens
 
 
-def find_logits(output: Any) -> Tensor:
-    """Find the logits in a model's output.
-
-    Args:
-        output: An object with `.logits`, a mapping with "logits", a tuple (its first float tensor with 3 or more
-            dimensions counts), or the logits themselves.
-
-    Returns:
-        The logits [..., V].
-
-    Raises:
-        ProbeError: There are none; the message describes the output.
-    """
-    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    if logits is None and isinstance(output, tuple | list):
-        logits = next((item for item in output if _is_logits(item, dimensions=3)), None)
-    if logits is None and _is_logits(output, dimensions=2):
-        logits = output
-    if not isinstance(logits, Tensor):
-        raise ProbeError(f"found no logits in the model's output, {_describe(output)}; pass logits_fn")
-    return logits
-
-
-def _named_arguments(model: nn.Module, batch: Batch) -> Mapping[str, Any]:
+def named_arguments(model: nn.Module, batch: Batch) -> Mapping[str, Any]:
     """The arguments by their names in the signature of `model.forward`."""
     try:
         bound = inspect.signature(model.forward).bind_partial(*batch.args, **batch.kwargs)
@@ -347,28 +347,6 @@ def _without_labels(model: nn.Module, batch: Batch, labels: Labels | None) -> Ma
     if labels is None or not labels.shifted or not hasattr(model, "config"):
         return batch.kwargs
     return {name: value for name, value in batch.kwargs.items() if name != "labels"}
-
-
-def _require_scalar(loss: Any, source: str) -> Tensor:
-    depends = isinstance(loss, Tensor) and (loss.requires_grad or not torch.is_grad_enabled())
-    if not depends or loss.numel() != 1:
-        raise ProbeError(f"{source} must give a scalar loss that depends on the weights, got {_describe(loss)}")
-    return cast("Tensor", loss).reshape(())
-
-
-def _is_logits(value: Any, dimensions: int) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= dimensions
-
-
-def _describe(value: Any) -> str:
-    match value:
-        case Tensor():
-            return f"a {str(value.dtype).removeprefix('torch.')} tensor {tuple(value.shape)}"
-        case Mapping():
-            return f"a mapping of {', '.join(map(str, value)) or 'nothing'}"
-        case tuple() | list():
-            return f"a {type(value).__name__} of ({', '.join(map(_describe, value))})"
-    return f"a {type(value).__name__}"
 
 
 def _transform(batch: Batch, change: Callable[[Tensor, str], Tensor]) -> Batch:

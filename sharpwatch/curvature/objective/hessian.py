@@ -67,13 +67,14 @@ class Hessian(Protocol):
 
 
 @contextmanager
-def open_hessian(
+def open_hessian(  # noqa: PLR0913 - settings are keyword-only
     model: nn.Module,
     block_map: BlockMap,
     batches: Sequence[Batch],
     *,
     loss_fn: LossFn | None = None,
     method: Method = "auto",
+    shares: Sequence[float] | None = None,
 ) -> Iterator[Hessian]:
     """Open the Hessian of `model`'s mean loss over `batches`, in float32 or wider; leaves `model` unchanged.
 
@@ -84,6 +85,7 @@ def open_hessian(
         loss_fn: Computes the loss; None to use the model's own, see `training_loss`.
         method: "autograd" differentiates twice, "differences" takes finite differences of gradients, and "auto" takes
             the first that works, tried with one product once for each model.
+        shares: The weights of the batches; None to weigh them by labels and rows.
 
     Yields:
         The Hessian.
@@ -94,7 +96,7 @@ def open_hessian(
     known_twice_differentiable = _TWICE_DIFFERENTIABLE.get(model)
     if method == "autograd" or (method == "auto" and known_twice_differentiable is not False):
         with isolated(model, exact=True) as live:
-            hessian = AutogradHessian(Objective(live, batches, loss_fn))
+            hessian = AutogradHessian(Objective(live, batches, loss_fn, shares))
             failure_reason = (
                 None
                 if known_twice_differentiable
@@ -112,7 +114,7 @@ def open_hessian(
                 raise ProbeError(f"{failure_reason}; method='differences', gnb and linesearch do not need that")
             del hessian
     with isolated(model, exact=True) as live:
-        differences = FiniteDifferenceHessian(Objective(live, batches, loss_fn))
+        differences = FiniteDifferenceHessian(Objective(live, batches, loss_fn, shares))
         if known_twice_differentiable is None:
             differences.require_float32()
         yield differences

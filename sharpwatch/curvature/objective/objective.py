@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sharpwatch.common.rng_state import rng_state_restored
 from sharpwatch.curvature.objective.batch import Batch, LossFn, count_tokens, training_loss
+from sharpwatch.curvature.objective.candidates import NO_SECOND_DERIVATIVE
 from sharpwatch.curvature.parameters.parameter_space import ParameterSpace
 from sharpwatch.curvature.state.isolation import Functional, upcast
 from sharpwatch.curvature.statistics.estimate import Cost
@@ -31,20 +32,19 @@ _NONSMOOTH_BACKWARDS = (
     *("Topk", "Sort", "Kthvalue", "Gather", "Max", "Min", "Amax", "Amin", "AdaptiveMax", "Cummax", "Cummin"),
     *("Median", "Mode"),
 )
-# What torch's own errors about a missing second derivative say.
-_NO_SECOND_DERIVATIVE = ("not implemented", "differentiate twice", "double backward", "no autograd formula")
 
 
 class Objective:
-    """The loss L = Σ_i w_i L_i over `batches`, where w_i is batch i's share of the predicting positions.
+    """The loss L = Σ_i w_i L_i over `batches`, where w_i is the share of batch i.
 
     Args:
         live: The stand-in for the model.
         batches: The batches.
         loss_fn: Computes the loss; None to use the model's own, see `training_loss`.
+        shares: The weights w_i; None for the shares of the predicting positions, by the labels.
 
     Attributes:
-        tokens: Number of predicting positions of each batch.
+        tokens: Number of predicting positions of each batch, by the labels; empty if `shares` were given.
         shares: The weights w_i.
         cost: Passes over the data so far.
 
@@ -52,13 +52,22 @@ class Objective:
         EmptyBatchError: Every label of a batch is ignored.
     """
 
-    def __init__(self, live: Functional, batches: Sequence[Batch], loss_fn: LossFn | None = None) -> None:
+    def __init__(
+        self,
+        live: Functional,
+        batches: Sequence[Batch],
+        loss_fn: LossFn | None = None,
+        shares: Sequence[float] | None = None,
+    ) -> None:
         self.live = live
         self._batches = [batch.prepared().map_tensors(upcast) if live.exact else batch.prepared() for batch in batches]
         self._loss_fn = loss_fn
-        self.tokens = [count_tokens(live.inner, batch) for batch in batches]
-        # By positions, so that L is the mean loss of all rows in one batch, however they are split.
-        self.shares = [tokens / sum(self.tokens) for tokens in self.tokens]
+        if shares is None:
+            self.tokens = [count_tokens(live.inner, batch) for batch in batches]
+            # By positions, so that L is the mean loss of all rows in one batch, however they are split.
+            self.shares = [tokens / sum(self.tokens) for tokens in self.tokens]
+        else:
+            self.tokens, self.shares = [], list(shares)
         self.cost = Cost()
 
     def __len__(self) -> int:
@@ -172,7 +181,7 @@ def twice_differentiable() -> Iterator[None]:
         with sdpa_kernel(SDPBackend.MATH):
             yield
     except RuntimeError as error:
-        if not any(words in str(error) for words in _NO_SECOND_DERIVATIVE):
+        if not any(words in str(error) for words in NO_SECOND_DERIVATIVE):
             raise
         raise ProbeError(f"the model cannot be differentiated twice: {error}") from error
 

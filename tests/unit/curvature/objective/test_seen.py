@@ -1,0 +1,121 @@
+"""What a backward shows of a loss that is computed outside of the model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional
+
+from sharpwatch.curvature.objective.seen import OutputSample, SeenRows, seen_loss
+from sharpwatch.errors import EmptyBatchError, ObjectiveError, UndecidedError
+
+B, T, V = 6, 5, 12
+LABELS = torch.randint(V, (B, T), generator=torch.Generator().manual_seed(0))
+
+
+def sampled(loss, *, shape=(B, T, V), dtype=torch.float32, known=None, value=None):
+    """What the backward of `loss`, a function of one output, shows."""
+    output = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 2).to(dtype).requires_grad_()
+    sample = OutputSample("logits", output, torch.Generator().manual_seed(2))
+    output.register_hook(sample.take)
+    found = loss(output)
+    found.backward()
+    return seen_loss([sample], float(found.detach()) if value == "known" else value, known)
+
+
+def cross_entropy(z, labels=LABELS, **options):
+    return functional.cross_entropy(z.flatten(0, 1).float(), labels.flatten(), **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mean_cross_entropy_and_its_positions(dtype):
+    labels = LABELS.masked_fill(LABELS < 3, -100)
+    seen = sampled(lambda z: cross_entropy(z, labels), dtype=dtype)
+    assert torch.equal(seen.live, labels >= 0)
+    assert str(seen.objective) == "mean cross-entropy of logits (verified)"
+    assert seen.total == pytest.approx(1, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("loss", "text", "known"),
+    [
+        (lambda z: cross_entropy(z, reduction="sum"), "summed cross-entropy", False),
+        (lambda z: cross_entropy(z) / 4, "0.25 x mean cross-entropy", False),
+        (lambda z: cross_entropy(z) * 2**16, "6.554e+04 x mean cross-entropy", False),
+        (lambda z: cross_entropy(z, label_smoothing=0.1), "mean cross-entropy with soft targets", False),
+        (lambda z: z.sigmoid().log().mean().neg(), "mean binary cross-entropy", False),
+        (lambda z: (z - 1).square().mean(), "mean square", True),
+        (lambda z: (z - 1).square().sum(), "summed square", True),
+        (lambda z: (z - 1).square().mean() / 2, "0.5 x mean square", True),
+    ],
+)
+def test_other_losses_are_named(loss, text, known):
+    seen = sampled(loss, value="known" if known else None)
+    assert seen.objective.text == f"{text} of logits"
+
+
+def test_classes_in_the_second_dimension():
+    seen = sampled(lambda z: functional.cross_entropy(z, LABELS), shape=(B, V, T))
+    assert seen.candidate.classes == 1
+    assert seen.live.shape == (B, T)
+
+
+def test_a_mean_square_needs_its_value():
+    with pytest.raises(UndecidedError, match=r"watch\.observe\(loss=\.\.\.\) before the step"):
+        sampled(lambda z: (z - 1).square().mean())
+    with pytest.raises(ObjectiveError, match="nor of a mean square"):
+        sampled(lambda z: (z - 1).abs().mean(), value="known")
+    with pytest.raises(ObjectiveError, match="nor of a mean square"):
+        sampled(lambda z: (z - 1).square().mean(), value=3.0)  # a scaled loss beside one that is not
+
+
+def test_unequal_weights_are_refused():
+    with pytest.raises(ObjectiveError, match="different weights"):
+        sampled(lambda z: cross_entropy(z, weight=torch.linspace(0.1, 1, V)))
+
+
+def test_no_gradient_and_no_position():
+    sample = OutputSample("logits", torch.randn(B, V), torch.Generator())
+    assert seen_loss([sample], None) is None
+    assert seen_loss([], None) is None
+    with pytest.raises(EmptyBatchError):
+        sampled(lambda z: cross_entropy(z, torch.full_like(LABELS, -100), reduction="sum"))
+
+
+def test_positions_that_no_sample_shows_are_taken_from_what_is_known():
+    labels = torch.full((400, 40), -100)
+    labels[7, 3] = 1
+    known = sampled(cross_entropy)
+
+    def loss(z):
+        return cross_entropy(z, labels)
+
+    with pytest.raises(UndecidedError, match="none of the positions"):
+        sampled(loss, shape=(400, 40, V))
+    seen = sampled(loss, shape=(400, 40, V), known=known)
+    assert seen.live.nonzero().tolist() == [[7, 3]]
+    assert seen.total == pytest.approx(1)
+
+
+def test_two_gradients_and_two_outputs_are_refused():
+    output = torch.randn(B, V, requires_grad=True)
+    sample = OutputSample("logits", output, torch.Generator())
+    output.register_hook(sample.take)
+    for _ in range(2):
+        functional.cross_entropy(output, LABELS[:, 0]).backward()
+    with pytest.raises(ObjectiveError, match="several gradients"):
+        seen_loss([sample], None)
+    with pytest.raises(ObjectiveError, match="several outputs of the model, logits, logits"):
+        seen_loss([sample, sample], None)
+
+
+@pytest.mark.parametrize(("summed", "scale"), [(False, 1), (True, 19)])
+def test_rows_have_their_part_of_it(summed, scale):
+    labels = LABELS.masked_fill(LABELS < 3, -100)
+    assert int((labels >= 0).sum()) == 19
+    seen = sampled(lambda z: cross_entropy(z, labels, reduction="sum" if summed else "mean"))
+    rows = torch.tensor([1, 4])
+    loss = SeenRows(seen, rows, B, interleaved=False).loss({"logits": torch.randn(2, T, V)})
+    expected = (labels[rows] >= 0).float()
+    assert torch.allclose(loss.terms[0].fit.weights, (expected / expected.sum() * scale).flatten())
+    assert loss.tokens == int(expected.sum())
