@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch.utils.data import DataLoader
 from transformers import default_data_collator, get_scheduler
 
@@ -39,6 +40,8 @@ def run_clm_no_trainer(trial: Trial) -> None:
 
 def accelerate(trial: Trial) -> None:
     """Mixed precision, two micro-batches a step and clipping."""
+    # The precision of another training of the same process; Accelerate's tests do so too.
+    AcceleratorState._reset_state()  # noqa: SLF001
     accelerator = Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=2)
     model = gpt2()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)

@@ -134,6 +134,7 @@ def early():
     sharpwatch.attach(model, optimizer, training_job="alone", transport=InMemoryTransport()).close()
     store = dist.FileStore(f"{os.environ['RESULTS']}/second", 2)
     dist.init_process_group("gloo", store=store, rank=int(os.environ["RANK"]), world_size=2)
+    dist.barrier()
 
 
 def test_attach_waits_for_the_process_group_to_be_made(ranks):

@@ -22,7 +22,7 @@ from sharpwatch.curvature.objective.rows import RowLayout
 from sharpwatch.curvature.parameters.trained import TrainingChange
 from sharpwatch.curvature.state.isolation import Functional
 from sharpwatch.curvature.statistics.sketch import CountSketch
-from sharpwatch.errors import TrainingChangedError
+from sharpwatch.errors import ProbeError, TrainingChangedError
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -109,6 +109,7 @@ class ProbedStep:
         batch_rows: Number of rows of the batch.
         rows: Int64 [n], those of them that the present probe has.
         layout: Where the rows are in what the model is called with, and in what it returns.
+        own_loss: Whether the loss in the model's output, if there is any, is trained on.
         gradient_squares: Returns the squared norms [parts] of the gradient that was stepped on; None if it is unknown.
     """
 
@@ -118,6 +119,7 @@ class ProbedStep:
     batch_rows: int = 0
     rows: Tensor | None = None
     layout: RowLayout = field(default_factory=RowLayout)
+    own_loss: bool = True
     gradient_squares: Callable[[], npt.NDArray[np.float64]] | None = None
     _asked: bool = False
     _weights: dict[str, Tensor] | None = None
@@ -184,6 +186,15 @@ class Probe(ABC):
 
     def discard(self) -> None:  # noqa: B027 - most probes have no use for it
         """Forget the step that was being prepared, and remove all hooks."""
+
+    def backward_from_another_loss(self, step: ProbedStep) -> None:
+        """The loop does not train on the loss in the model's output, and there is no `loss_fn`; called within `run`.
+
+        Raises:
+            ProbeError: This probe can't do without.
+        """
+        del step
+        raise ProbeError("the loop does not train on the loss that the model returns: pass loss_fn")
 
     @abstractmethod
     def run(self, rows: AbstractContextManager[Batch], step: ProbedStep) -> Any:

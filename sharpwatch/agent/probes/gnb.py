@@ -52,13 +52,15 @@ class GnbReport:
 class _GnbProbe(Probe):
     """Sketches the gradient before the step, on its device and without waiting for it.
 
-    Where the model returns no loss, it listens to the gradients of the model's outputs for what the loss is.
+    Where the model returns no loss, or not the one that is trained on, it listens to the gradients of the model's
+    outputs for what the loss is.
 
     Attributes:
         objective: The loss that the newest probe measured, or why it measured none; None before the first.
     """
 
     objective: ObjectiveInUse | None = None
+    _always_listens = False
     _known: SeenLoss | None = None
     _gradient_sketch: Tensor | None = None
 
@@ -83,8 +85,18 @@ class _GnbProbe(Probe):
     def output(self, batch: Batch, output: Any) -> None:
         """Listens to the gradients of `output`, unless its loss is known in another way."""
         del batch
-        if self.context.logits_fn is None and not self._knows_loss(output):
+        if self.context.logits_fn is None and (self._always_listens or not self._knows_loss(output)):
             self._listener.returned(output)
+
+    def backward_from_another_loss(self, step: ProbedStep) -> None:
+        """From now on listens to the backward, whatever the model returns."""
+        step.own_loss = False
+        if not self._always_listens:
+            self._always_listens = True
+            raise UndecidedError(
+                "the loop does not train on the loss that the model returns; the next probe reads off the outputs' "
+                "gradients on which it does"
+            )
 
     @abstractmethod
     def _knows_loss(self, output: Any) -> bool:
@@ -161,12 +173,18 @@ class Gnb(_GnbProbe):
 
         def own(call: Any, model: nn.Module, batch: Batch) -> OutputLoss:
             output = context.call(call, batch)
-            loss = loss_in(output)
+            loss = loss_in(output) if step.own_loss else None
             if loss is not None:
                 return verify(LossCall(loss, batch, output), model)
-            return assume(output, model, batch) if seen is None else seen.loss(output)
+            if seen is not None:
+                return seen.loss(output)
+            if not step.own_loss:
+                raise ObjectiveError("the loop's loss is not of what the model returns: pass loss_fn")
+            return assume(output, model, batch)
 
-        return own if seen is not None else lambda call, model, batch: self._of_batch(own, call, model, batch, step)
+        if seen is not None:
+            return own
+        return lambda call, model, batch: self._of_batch(own, call, model, batch, step)
 
     def _of_batch(
         self,

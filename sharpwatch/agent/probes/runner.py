@@ -235,7 +235,7 @@ class ProbeRunner:
     def _rows_of(self, name: str, captured: Captured, step: ProbedStep) -> Iterator[Batch]:
         """Yields rows of the batch; nothing else of the program runs within, and its state is restored at the end."""
         context = self._context
-        whole = self._batch_of(name, captured)
+        whole = self._batch_of(name, captured, step)
         values = (*whole.args, *whole.kwargs.values(), *_held_by(context.loss_fn), *_held_by(context.logits_fn))
         # The model gets copies of the batch's tensors, and the probe itself restores the modules.
         snapshot = StateSnapshot(excluded=[*whole.tensors(), *context.model.modules()])
@@ -251,7 +251,7 @@ class ProbeRunner:
             step.rows = self._draw_rows(name, whole.rows)
             yield whole.slice(step.rows)
 
-    def _batch_of(self, name: str, captured: Captured) -> Batch:
+    def _batch_of(self, name: str, captured: Captured, step: ProbedStep) -> Batch:
         """The batch that the probe `name` runs on.
 
         Raises:
@@ -261,7 +261,7 @@ class ProbeRunner:
         # `gnb` needs the logits; all others need the loss.
         known = context.loss_fn or (context.logits_fn if name == "gnb" else None)
         if known is None and captured.trained_on is not None and not captured.trained_on():
-            raise ProbeError("the loop does not train on the loss that the model returns: pass loss_fn")
+            self._probes[name].backward_from_another_loss(step)
         return captured.batch if known is None or captured.observed is None else captured.observed.take()
 
     def state_dict(self) -> dict[str, Any]:

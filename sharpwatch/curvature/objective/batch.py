@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sharpwatch.common.rng_state import rng_state_restored
 from sharpwatch.curvature.objective.nested import map_tensors, tensors
 from sharpwatch.curvature.objective.outputs import find_logits, loss_in, require_scalar
-from sharpwatch.errors import EmptyBatchError, ProbeError
+from sharpwatch.errors import EmptyBatchError, ObjectiveError, ProbeError
 
 IGNORED_LABEL = -100  # Hugging Face's label of an ignored position
 _TARGETS = ("targets", "target", "y")
@@ -300,7 +300,7 @@ def call_loss_fn(call: Callable[..., Any], model: nn.Module, batch: Batch, loss_
     finally:
         handle.remove()
     if len(calls) != 1:
-        raise ProbeError(f"loss_fn must call the model once for its logits, got {len(calls)} calls; pass logits_fn")
+        raise ObjectiveError(f"loss_fn must call the model once for its logits, got {len(calls)} calls; pass logits_fn")
     return LossCall(loss, *calls[0])
 
 

@@ -76,11 +76,12 @@ class Fit:
     """A candidate with its weights.
 
     Attributes:
-        weights: w_i, float32 [positions]; 0 where nothing predicts. loss: Σ_i w_i c_i, to be held against the loss
-        itself. rounding: Relative error of `loss` beyond that of float32. targets: The class of each position, int64
-        [positions]; None if targets are no classes. sure: Number of positions beyond those of `weights` that a mean
-        counts: the model is so sure of their labels that
-            their gradient is rounded to zero.
+        weights: w_i, float32 [positions]; 0 where nothing predicts.
+        loss: Σ_i w_i c_i, to be held against the loss itself.
+        rounding: Relative error of `loss` beyond that of float32.
+        targets: The class of each position, int64 [positions]; None if targets are no classes.
+        sure: Number of positions beyond those of `weights` that a mean counts: the model is so sure of their labels
+            that their gradient is rounded to zero.
     """
 
     weights: Tensor

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from sharpwatch.curvature.objective.batch import (
     Batch,
@@ -42,8 +43,8 @@ from sharpwatch.curvature.objective.outputs import assumed_classes, items, loss_
 from sharpwatch.curvature.objective.targets import TargetSource, find_source
 from sharpwatch.errors import EmptyBatchError, ObjectiveError
 
+_CAST = "ToCopyBackward0"  # the graph's node of a cast
 _ROUNDINGS = 8  # of a loss in its own format
-_LOGIT_ROUNDINGS = 256  # of a position's loss in float32, relative to 1
 _LOGIT_ROUNDINGS = 256  # of a position's loss in float32, relative to 1
 _MAX_COMBINATIONS = 64  # of candidates for several outputs
 _COEFFICIENT = re.compile("aux|router|coef|loss")  # in the names of a configuration
@@ -257,37 +258,50 @@ def _terms(loss: Tensor, name: str, output: Tensor) -> Iterator[Term]:
     """All candidates that fit the gradient with respect to one output, in order; none if the loss is not of it."""
     # A mean's gradient would underflow in half precision: the loss is multiplied by the number of positions.
     scale = float(max(1, output.numel() // output.shape[-1]))
-    (gradient,) = torch.autograd.grad(loss, output, loss.new_tensor(scale), retain_graph=True, allow_unused=True)
+    at = get_gradient_edge(output)
+    gradient = _gradient(loss, at, scale)
+    while gradient is None and at.node.name() == _CAST:
+        # Accelerate casts what the model returns, when its loss is computed already.
+        node, number = at.node.next_functions[0]
+        if node is None:
+            break
+        at = GradientEdge(node, number)
+        gradient = _gradient(loss, at, scale)
     if gradient is None or not bool(gradient.any()):
         return
-    curvature = _Curvature(loss, output, scale)
+    curvature = _Curvature(loss, output, at, scale)
+    values = output.detach().to(gradient.dtype)
     for candidate in CANDIDATES:
         if candidate.takes(output):
             products = partial(curvature.product, candidate)
-            positions = candidate.positions(output.detach()), candidate.positions(gradient)
+            positions = candidate.positions(values), candidate.positions(gradient)
             fit = candidate.fit(Derivatives(*positions, scale, products))
             if fit is not None:
                 yield Term(name, output, candidate, fit)
 
 
-class _Curvature:
-    """Products with `scale` times ∂²L/∂z²; the gradient's graph is made at the first one."""
+def _gradient(loss: Tensor, at: GradientEdge, scale: float) -> Tensor | None:
+    """`scale` times ∂L/∂z with z at an edge; None if the loss is not of it."""
+    (gradient,) = torch.autograd.grad(loss, at, loss.new_tensor(scale), retain_graph=True, allow_unused=True)
+    return gradient
 
-    def __init__(self, loss: Tensor, output: Tensor, scale: float) -> None:
-        self._loss, self._output, self._scale = loss, output, scale
+
+class _Curvature:
+    """Products with `scale` times ∂²L/∂z², with z at an edge; the gradient's graph is made at the first one."""
+
+    def __init__(self, loss: Tensor, output: Tensor, at: GradientEdge, scale: float) -> None:
+        self._loss, self._output, self._at, self._scale = loss, output, at, scale
         self._gradient: Tensor | None = None
 
     def product(self, candidate: Candidate, vector: Tensor) -> Tensor:
         """The product with a vector, both laid out by `candidate.positions`; zero where the gradient is constant."""
         if self._gradient is None:
             scale = self._loss.new_tensor(self._scale)
-            (self._gradient,) = torch.autograd.grad(self._loss, self._output, scale, create_graph=True)
+            (self._gradient,) = torch.autograd.grad(self._loss, self._at, scale, create_graph=True)
         product = None
         if self._gradient.requires_grad:
             entries = candidate.entries(vector, self._output)
-            (product,) = torch.autograd.grad(
-                self._gradient, self._output, entries, retain_graph=True, allow_unused=True
-            )
+            (product,) = torch.autograd.grad(self._gradient, self._at, entries, retain_graph=True, allow_unused=True)
         return torch.zeros_like(vector) if product is None else candidate.positions(product)
 
 

@@ -110,9 +110,13 @@ def test_probes_run_on_the_models_own_loss_only_where_trainer_trains_on_it(trans
     trained(kind, {}, {}, tmp_path, run=train, callbacks=[callback])
     samples = transports[-1].samples
     assert any(sample.HasField("direction") for sample in samples) is probed
-    reasons = {failure.reason for failure in samples[-1].health.probe_failures}
-    expected = "the loop does not train on the loss that the model returns: pass loss_fn"
-    assert reasons == (set() if probed else {expected})
+    reasons = {failure.probe: failure.reason for failure in samples[-1].health.probe_failures}
+    assert reasons.get("direction") == (
+        None if probed else "the loop does not train on the loss that the model returns: pass loss_fn"
+    )
+    # A mean square is told by its gradient and its value, which `train` shows.
+    expected = "mean cross-entropy of logits, labels shifted by one" if probed else "mean square of logits"
+    assert (samples[-1].health.objective, samples[-1].health.objective_state) == (expected, "verified")
 
 
 def test_a_trainer_of_its_own_loss_is_probed_by_the_batch_that_it_observes(transports, tmp_path):

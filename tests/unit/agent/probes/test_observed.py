@@ -354,12 +354,23 @@ def test_a_model_whose_own_loss_is_not_trained_on_is_not_probed_by_it(transports
     model, transport = OwnLoss(), transports.new()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     watch = sharpwatch.attach(model, optimizer, training_job="job", transport=transport, probe_every=1)
-    for own in (True, False, True):
-        output = model(torch.randn(ROWS, 6), torch.randint(0, 4, (ROWS,)))
-        (output["loss"] if own else output["logits"].square().mean()).backward()
+    found = []
+    for own in (True, False, False, True):
+        x, y = torch.randn(ROWS, 6), torch.randint(0, 4, (ROWS,))
+        output = model(x, y)
+        (output["loss"] if own else functional.cross_entropy(output["logits"], (y + 1) % 4, reduction="sum")).backward()
         optimizer.step()
+        found.append(str(watch.status.objective))
     watch.close()
-    assert [sample.HasField("direction") for sample in transport.samples] == [True, False, True, False]
-    assert [sample.HasField("gnb") for sample in transport.samples] == [True, False, True, False]
-    reasons = {failure.reason for failure in transport.samples[-1].health.probe_failures}
-    assert reasons == {"the loop does not train on the loss that the model returns: pass loss_fn"}
+    assert [sample.HasField("direction") for sample in transport.samples] == [True, False, False, True, False]
+    # What the loop trains on is read off its next backward.
+    assert [sample.HasField("gnb") for sample in transport.samples] == [True, False, True, True, False]
+    assert found[0] == found[3] == "mean cross-entropy of logits, y as they stand (verified)"
+    assert found[1].endswith("(undecided)")
+    assert found[2] == "summed cross-entropy of logits (verified)"
+    reasons = {failure.probe: failure.reason for failure in transport.samples[-1].health.probe_failures}
+    why = "the loop does not train on the loss that the model returns"
+    assert reasons == {
+        "direction": f"{why}: pass loss_fn",
+        "gnb": f"{why}; the next probe reads off the outputs' gradients on which it does",
+    }

@@ -134,6 +134,26 @@ def test_bfloat16_is_told_apart_too():
     assert report.whole.estimates["gnb"].value == pytest.approx(exact, rel=0.1)
 
 
+@pytest.mark.parametrize("name", ["mean cross-entropy", "mean square", "mean binary cross-entropy"])
+def test_outputs_that_are_cast_after_the_loss(name):
+    """As Accelerate's mixed precision does with what the model returns."""
+
+    class Cast(Head):
+        def forward(self, x, labels):
+            output = super().forward(x, labels)
+            return output | {"logits": output["logits"].float()}
+
+    model = Cast(LOSSES[name])
+    x = torch.randint(12, (4, 5), generator=torch.Generator().manual_seed(0))
+    batch = {"x": x, "labels": x.flip(1)}
+    logits = Head.forward(model, **batch)["logits"]
+    exact = layouts.exact_trace(model, lambda z: model.loss(z.flatten(0, 1), batch["labels"].flatten()), logits)
+    report = measured(model.bfloat16(), [batch], draws=1000)
+    assert report.objective.startswith(f"{name} of logits")
+    trace = report.whole.estimates["gnb"]
+    assert abs(trace.value - exact) < 4 * trace.stderr + 0.02 * exact  # weights have three digits
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_long_mean_in_half_precision_does_not_underflow(dtype):
     torch.manual_seed(0)
