@@ -44,7 +44,7 @@ test-all: $(READY)
 	$(BIN)/python -m pytest --numprocesses 3 --dist worksteal -m "not matrix"
 
 test-matrix: $(READY)
-	$(BIN)/python -m pytest --verbose -m "" tests/distributed/test_matrix.py tests/integration/test_setups.py
+	$(BIN)/python -m pytest --verbose -m "" tests/distributed/test_matrix.py
 
 check: $(READY)
 	$(BIN)/ruff format --check .

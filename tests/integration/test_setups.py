@@ -13,12 +13,6 @@ from benchmarks.setups.registry import SETUPS
 from benchmarks.setups.run import verdicts
 
 
-@pytest.mark.matrix  # all fail for one reason: minutes that would show nothing
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="the loss that gnb measures is assumed rather than verified, so no setup is told which one it is",
-)
 @pytest.mark.filterwarnings("ignore")  # those that trainers raise are not ours
 @pytest.mark.parametrize("name", SETUPS)
 def test_a_setup_is_watched_without_a_wrong_number(name, monkeypatch):
