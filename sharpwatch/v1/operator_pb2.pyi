@@ -200,11 +200,19 @@ class RunDetail(google.protobuf.message.Message):
     BLOCK_ORDER_CORRELATION_FIELD_NUMBER: builtins.int
     OPTIMIZER_FIELD_NUMBER: builtins.int
     HOST_FIELD_NUMBER: builtins.int
+    OBJECTIVE_FIELD_NUMBER: builtins.int
+    OBJECTIVE_STATE_FIELD_NUMBER: builtins.int
+    SWALLOWED_ERRORS_FIELD_NUMBER: builtins.int
     overhead_ratio: builtins.float
     step_seconds: builtins.float
     block_order_correlation: builtins.float
     optimizer: builtins.str
     host: builtins.str
+    objective: builtins.str
+    """As in AgentHealth; unset before the first probe."""
+    objective_state: builtins.str
+    swallowed_errors: builtins.int
+    """Of the agent in this attempt; unset for none."""
     @property
     def run(self) -> Global___Run: ...
     @property
@@ -236,23 +244,38 @@ class RunDetail(google.protobuf.message.Message):
         block_order_correlation: builtins.float | None = ...,
         optimizer: builtins.str = ...,
         host: builtins.str = ...,
+        objective: builtins.str | None = ...,
+        objective_state: builtins.str | None = ...,
+        swallowed_errors: builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_block_order_correlation", b"_block_order_correlation", "_overhead_ratio", b"_overhead_ratio", "_step_seconds", b"_step_seconds", "block_order_correlation", b"block_order_correlation", "overhead_ratio", b"overhead_ratio", "run", b"run", "step_seconds", b"step_seconds"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_block_order_correlation", b"_block_order_correlation", "_objective", b"_objective", "_objective_state", b"_objective_state", "_overhead_ratio", b"_overhead_ratio", "_step_seconds", b"_step_seconds", "_swallowed_errors", b"_swallowed_errors", "block_order_correlation", b"block_order_correlation", "objective", b"objective", "objective_state", b"objective_state", "overhead_ratio", b"overhead_ratio", "run", b"run", "step_seconds", b"step_seconds", "swallowed_errors", b"swallowed_errors"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_block_order_correlation", b"_block_order_correlation", "_overhead_ratio", b"_overhead_ratio", "_step_seconds", b"_step_seconds", "alerts", b"alerts", "block_order_correlation", b"block_order_correlation", "blocks", b"blocks", "checkpoints", b"checkpoints", "dropped", b"dropped", "estimates", b"estimates", "host", b"host", "optimizer", b"optimizer", "overhead_ratio", b"overhead_ratio", "probe_failures", b"probe_failures", "run", b"run", "step_seconds", b"step_seconds"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_block_order_correlation", b"_block_order_correlation", "_objective", b"_objective", "_objective_state", b"_objective_state", "_overhead_ratio", b"_overhead_ratio", "_step_seconds", b"_step_seconds", "_swallowed_errors", b"_swallowed_errors", "alerts", b"alerts", "block_order_correlation", b"block_order_correlation", "blocks", b"blocks", "checkpoints", b"checkpoints", "dropped", b"dropped", "estimates", b"estimates", "host", b"host", "objective", b"objective", "objective_state", b"objective_state", "optimizer", b"optimizer", "overhead_ratio", b"overhead_ratio", "probe_failures", b"probe_failures", "run", b"run", "step_seconds", b"step_seconds", "swallowed_errors", b"swallowed_errors"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__block_order_correlation: typing_extensions.TypeAlias = typing.Literal["block_order_correlation"]
     _WhichOneofArgType__block_order_correlation: typing_extensions.TypeAlias = typing.Literal["_block_order_correlation", b"_block_order_correlation"]
+    _WhichOneofReturnType__objective: typing_extensions.TypeAlias = typing.Literal["objective"]
+    _WhichOneofArgType__objective: typing_extensions.TypeAlias = typing.Literal["_objective", b"_objective"]
+    _WhichOneofReturnType__objective_state: typing_extensions.TypeAlias = typing.Literal["objective_state"]
+    _WhichOneofArgType__objective_state: typing_extensions.TypeAlias = typing.Literal["_objective_state", b"_objective_state"]
     _WhichOneofReturnType__overhead_ratio: typing_extensions.TypeAlias = typing.Literal["overhead_ratio"]
     _WhichOneofArgType__overhead_ratio: typing_extensions.TypeAlias = typing.Literal["_overhead_ratio", b"_overhead_ratio"]
     _WhichOneofReturnType__step_seconds: typing_extensions.TypeAlias = typing.Literal["step_seconds"]
     _WhichOneofArgType__step_seconds: typing_extensions.TypeAlias = typing.Literal["_step_seconds", b"_step_seconds"]
+    _WhichOneofReturnType__swallowed_errors: typing_extensions.TypeAlias = typing.Literal["swallowed_errors"]
+    _WhichOneofArgType__swallowed_errors: typing_extensions.TypeAlias = typing.Literal["_swallowed_errors", b"_swallowed_errors"]
     @typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__block_order_correlation) -> _WhichOneofReturnType__block_order_correlation | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__objective) -> _WhichOneofReturnType__objective | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__objective_state) -> _WhichOneofReturnType__objective_state | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__overhead_ratio) -> _WhichOneofReturnType__overhead_ratio | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__step_seconds) -> _WhichOneofReturnType__step_seconds | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__swallowed_errors) -> _WhichOneofReturnType__swallowed_errors | None: ...
 
 Global___RunDetail: typing_extensions.TypeAlias = RunDetail
 

@@ -12,7 +12,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "crossings.py"
 LIMITS = {
     "attach": (43, 490),
     "step": (19, 120),
-    "step with a gnb probe": (32, 206),
+    "step with a gnb probe": (40, 245),
     "sample with a gnb probe, at the daemon": (15, 70),
 }
 

@@ -117,3 +117,12 @@ def test_estimates_carry_their_step(daemon, train):
 def test_probe_failures_are_exported(daemon, train):
     estimated(daemon, train, 5)
     assert [line for line in series(daemon, r"sharpwatch_\w*probe\w*fail\w*") if 'probe="gnb"' in line]
+
+
+def test_show_has_the_objective_and_counts_errors(daemon, train):
+    trainer = train(daemon, run="told")
+    assert "objective" not in daemon.cli("show", "told")
+    told = {"objective": "mean square of output", "objective_state": "verified"}
+    trainer.steps(1, health=agent_pb2.AgentHealth(swallowed_errors=2, **told))
+    shown = daemon.cli("show", "told")
+    assert (shown["objective"], shown["objective_state"], shown["swallowed_errors"]) == (*told.values(), "2")

@@ -126,6 +126,8 @@ def state(detail: RunDetail, now: float) -> Grid:
             f"{output.percent(detail.overhead_ratio)} of step time" if detail.HasField("overhead_ratio") else "–",
         ),
     ]
+    if detail.objective:
+        facts.append(("objective", f"{detail.objective} ({detail.objective_state})"))
     facts += [(f"model's {name}", output.estimate(found)) for name, found in _model(detail.estimates)]
     if detail.HasField("block_order_correlation"):
         facts.append(("block order", f"rank correlation {output.number(detail.block_order_correlation, 2)}"))
@@ -220,7 +222,9 @@ def alerts(detail: RunDetail) -> Grid:
 
 
 def failures(detail: RunDetail) -> Grid:
-    """Failed probes and dropped samples."""
+    """Failed probes, dropped samples and errors that the agent caught."""
     rows = [("probe failure", failure) for failure in detail.probe_failures]
     rows += [("dropped samples", f"{count} {reason}") for reason, count in sorted(detail.dropped.items()) if count]
-    return Grid("ll", tuple(rows), empty="no probe failure, no sample dropped")
+    if detail.swallowed_errors:
+        rows.append(("errors of the agent", f"{detail.swallowed_errors}, which the trainer's log has"))
+    return Grid("ll", tuple(rows), empty="no probe failure, no sample dropped, no error of the agent")

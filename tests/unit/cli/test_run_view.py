@@ -75,6 +75,9 @@ DETAIL = RunDetail(
     dropped={"spool_full": 12},
     probe_failures=["direction: out of memory (2 times)"],
     block_order_correlation=0.9,
+    objective="mean cross-entropy of logits, labels shifted by one",
+    objective_state="verified",
+    swallowed_errors=2,
 )
 
 SHOWN = """\
@@ -85,6 +88,7 @@ step                     412, 0.213 s each
 loss                     3.451
 mode                     enforce, control lr, LR revision 3
 overhead                 0.81 % of step time
+objective                mean cross-entropy of logits, labels shifted by one (verified)
 model's stability ratio  0.87 ± 0.04
 block order              rank correlation 0.9
 checkpoints              2, newest of step 400 at /ckpt/400
@@ -107,8 +111,9 @@ stability ratio  direction      8   400         12  whole model
 alert           severity  blocks  since step  last step  evidence
 StabilityLimit  critical  qk, vo         400        412  ratio 1.31 ± 0.03 > 1
 
-probe failure    direction: out of memory (2 times)
-dropped samples  12 spool_full"""
+probe failure        direction: out of memory (2 times)
+dropped samples      12 spool_full
+errors of the agent  2, which the trainer's log has"""
 
 
 def test_show():
@@ -119,7 +124,7 @@ def test_show_of_a_run_that_has_sent_nothing_yet():
     detail = RunDetail(run=Run(run="new", training_job="job", phase=RunPhase.RUN_PHASE_SILENT, mode="observe"))
     assert plain(run_view(detail, NOW)).endswith(
         "\n\nno block reported yet\n\nno probe has come in yet\n\nno active alert"
-        "\n\nno probe failure, no sample dropped"
+        "\n\nno probe failure, no sample dropped, no error of the agent"
     )
 
 
