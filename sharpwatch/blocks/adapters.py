@@ -7,7 +7,7 @@ parameter stands for the one that it adapts. Wrappers are recognized by what the
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -58,19 +58,16 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return module
 
 
-def bare_children(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The children of `module` without their wrappers, by name."""
-    return [(name, unwrapped(child)) for name, child in module.named_children()]
-
-
-def bare_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield `module`, with name "", and all modules in it, without their wrappers, each once and with its own name."""
-    seen, waiting = {module}, [("", module)]
+def bare_children(modules: Iterable[nn.Module]) -> dict[nn.Module, list[tuple[str, nn.Module]]]:
+    """The children without their wrappers, with their names, of each of `modules` and of each module in them."""
+    found: dict[nn.Module, list[tuple[str, nn.Module]]] = {}
+    waiting = list(modules)
     while waiting:
-        yield waiting[-1]
-        inside = [each for each in bare_children(waiting.pop()[1]) if each[1] not in seen]
-        seen.update(child for _, child in inside)
-        waiting += reversed(inside)
+        module = waiting.pop()
+        if module not in found:
+            found[module] = [(name, unwrapped(child)) for name, child in module.named_children()]
+            waiting += [child for _, child in found[module]]
+    return found
 
 
 def routes(model: nn.Module, names: Sequence[str]) -> list[Route]:

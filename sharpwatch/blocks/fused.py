@@ -12,10 +12,9 @@ from typing import Any
 
 from torch import nn
 
-from sharpwatch.blocks.adapters import bare_children
 from sharpwatch.blocks.blockmap import Split
 from sharpwatch.blocks.fused_source import division_of
-from sharpwatch.blocks.module_kinds import is_convolution, is_linear
+from sharpwatch.blocks.module_kinds import Node
 from sharpwatch.blocks.vocabulary import plain, role
 
 # Attention classes of transformers by the layout of their fused matrix. Query, key, value:
@@ -43,7 +42,7 @@ _SHARED = {"DeepseekV4Attention", "DeepseekV4CSACompressor", "DeepseekV4HCACompr
 _GATED_QUERY = {"Qwen3NextAttention", "Qwen3_5Attention", "Qwen3_5MoeAttention", "Qwen4ExpTextAttention"}
 
 
-def split_fused(attention: Any, name: str, rows: int, inputs: int) -> Split | str | None:
+def split_fused(attention: Node, name: str, rows: int, inputs: int) -> Split | str | None:
     """The layout of a fused key-value or query-key-value matrix along its rows.
 
     Args:
@@ -55,29 +54,30 @@ def split_fused(attention: Any, name: str, rows: int, inputs: int) -> Split | st
     Returns:
         The split, one block, or None if the layout is not known.
     """
-    known = _classes(attention)
+    module: Any = attention.module
+    known = _classes(module)
     own = not known and name == "c_attn" and rows == 3 * inputs  # a user's model: nanoGPT has the layout of GPT-2
-    if own or isinstance(attention, nn.MultiheadAttention):
+    if own or isinstance(module, nn.MultiheadAttention):
         return _values_last(rows, rows // 3)
     if known & _SHARED:
         return "vo"  # counted with the values, as in split_latent
     for classes, layout in _LAYOUTS:
         if known & classes:
-            return _values_last(rows, *layout(attention, rows))
+            return _values_last(rows, *layout(module, rows))
     if "CodeGenAttention" in known:  # query, value, key for each of four tensor-parallel ranks
         third = rows // 12
         return Split(0, (("qk", third), ("vo", third), ("qk", third)), 4)
-    if known and hasattr(attention, "qk_nope_head_dim"):  # for each head its key without position, then its value
-        return _by_head(rows, attention.qk_nope_head_dim, attention.v_head_dim, "vo")
+    if known and hasattr(module, "qk_nope_head_dim"):  # for each head its key without position, then its value
+        return _by_head(rows, module.qk_nope_head_dim, module.v_head_dim, "vo")
     return _by_code(attention, name, rows)
 
 
-def _by_code(attention: nn.Module, name: str, rows: int) -> Split | None:
+def _by_code(attention: Node, name: str, rows: int) -> Split | None:
     """The layout as the code of `attention` divides what the matrix gives; None if it can't be read from it."""
     parts = 2 if plain(name) == "kv" else 3
     # The features of a convolution are not the last dimension of what it gives.
-    convolves = is_convolution(getattr(attention, name, attention))
-    division = "" if convolves else division_of(attention, name, parts)
+    convolves = any(child.is_convolution for child in attention.children if child.name == name)
+    division = "" if convolves else division_of(attention.module, name, parts)
     if division == "equal" and rows % parts == 0:
         return _values_last(rows, rows // parts)
     queries = _output_inputs(attention)
@@ -85,38 +85,40 @@ def _by_code(attention: nn.Module, name: str, rows: int) -> Split | None:
     return _values_last(rows, (rows - queries) // 2) if division == "sizes" and parts == 3 and queries else None
 
 
-def _output_inputs(attention: nn.Module) -> int:
+def _output_inputs(attention: Node) -> int:
     """Number of inputs of the output projection; 0 if it is not the only matrix beside the fused one."""
-    matrices = [child for name, child in bare_children(attention) if is_linear(child) and role(name) == "o"]
+    matrices = [child.module for child in attention.children if child.is_linear and role(child.name) == "o"]
     inputs = [getattr(each, "in_features", 0) for each in matrices]
     return int(inputs[0]) if len(inputs) == 1 else 0
 
 
-def split_queries(attention: Any, name: str, rows: int) -> Split | str | None:
+def split_queries(attention: Node, name: str, rows: int) -> Split | str | None:
     """The layout of a query matrix; in some models each head's query is followed by the gate of its output."""
-    if _classes(attention) & _GATED_QUERY:
-        return _by_head(rows, attention.head_dim, attention.head_dim, "other")
-    if name == "q_gate_proj" and "AXK2Attention" in _classes(attention):
-        return _by_head(rows, attention.qk_head_dim, attention.v_head_dim, "other")
+    module: Any = attention.module
+    if _classes(module) & _GATED_QUERY:
+        return _by_head(rows, module.head_dim, module.head_dim, "other")
+    if name == "q_gate_proj" and "AXK2Attention" in _classes(module):
+        return _by_head(rows, module.qk_head_dim, module.v_head_dim, "other")
     return "qk"
 
 
-def split_joint_output(layer: Any, name: str, inputs: int) -> Split | None:
+def split_joint_output(layer: Node, inputs: int) -> Split | None:
     """The layout of an output projection that attention and feed-forward share: what attention gives comes first.
 
     The layers of diffusers that do so (Flux) keep the feed-forward part's first matrix beside it.
     """
-    features = getattr(getattr(layer, "proj_mlp", None), "out_features", 0) if name == "proj_out" else 0
+    features = getattr(getattr(layer.module, "proj_mlp", None), "out_features", 0)
     return Split(1, (("vo", inputs - features), ("ffn", features))) if 0 < features < inputs else None
 
 
-def split_latent(attention: Any, rows: int) -> Split | str:
+def split_latent(attention: Node, rows: int) -> Split | str:
     """The layout of the latent projection: the latent of keys and values, then the rotary key that the heads share.
 
     The latent is counted with the values: everything that leaves attention has passed through it. If one matrix serves
     both, its learning rate must suit the sharper of the two.
     """
-    rank = int(attention.kv_lora_rank)
+    module: Any = attention.module
+    rank = int(module.kv_lora_rank)
     return Split(0, (("vo", rank), ("qk", rows - rank))) if rows > rank else "vo"
 
 

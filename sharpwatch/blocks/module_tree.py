@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
 
-from sharpwatch.blocks.adapters import Path, Route, bare_children, routes
+from sharpwatch.blocks.adapters import Route, routes
+from sharpwatch.blocks.module_kinds import Node, nodes_of
 from sharpwatch.errors import BlockError
 
 
@@ -18,12 +19,11 @@ class Occurrence:
 
     Attributes:
         leaf: Name of the parameter in its owner.
-        path: (name, module) from the model, with name "", down to the owner.
+        path: The modules from the model down to the owner.
         owner: The module whose parameter it is.
         name: The name that describes it: the owner's, or that of the list it is alone in, for a weight or bias, else
             its own.
         enclosing: The modules that enclose what `name` names, as in `path`.
-        segment: The owner's name in its parent; "" for the model itself.
         is_named_itself: Whether it has a name of its own, rather than being the weight or bias of its owner.
         layer_depth: Number of modules in `path` down to and including the layer; 0 outside of layers.
         shape: The parameter's shape.
@@ -32,11 +32,10 @@ class Occurrence:
     """
 
     leaf: str
-    path: Path
-    owner: nn.Module
+    path: tuple[Node, ...]
+    owner: Node
     name: str
-    enclosing: Path
-    segment: str
+    enclosing: tuple[Node, ...]
     is_named_itself: bool
     layer_depth: int
     shape: tuple[int, ...]
@@ -59,7 +58,6 @@ class Tree:
         layers: Canonical names of their layers, such as "layers.3" or "encoder.layers.3"; None outside of layers.
         occurrences: All occurrences of each parameter, by its id.
         layers_span: The indices of the first and the last occurrence in a layer; (-1, -1) without layers.
-        answers: What has been found out about its modules, by question and module.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -70,32 +68,32 @@ class Tree:
         first = {id(parameter): name for name, parameter in reversed(every)}
         self.parameters = {name: parameter for name, parameter in every if first[id(parameter)] == name}
         self.shapes = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
-        self._labels = _labels(dict(_trunks(model, "")))
+        found_at = routes(model, [name for name, _ in every])
+        nodes = nodes_of(model, [at.path for at in found_at])
+        self._labels = _labels(dict(_trunks(nodes["", model], "")))
         self.occurrences: dict[int, list[Occurrence]] = {}
         # With duplicates: a tied parameter's block follows from all places where it occurs.
-        found_at = routes(model, [name for name, _ in every])
         for index, ((_, parameter), at) in enumerate(zip(every, found_at, strict=True)):
-            self.occurrences.setdefault(id(parameter), []).append(self._occurrence(index, at, parameter))
+            path = tuple(nodes[place] for place in at.path)
+            self.occurrences.setdefault(id(parameter), []).append(self._occurrence(index, path, at, parameter))
         found = itertools.chain.from_iterable(self.occurrences.values())
         inside = [at.index for at in found if at.layer_depth] or [-1]
         self.layers_span = min(inside), max(inside)
         self.layers = {name: self._layer(self.occurrences[id(each)][0]) for name, each in self.parameters.items()}
-        self.answers: dict[tuple[Callable[[nn.Module], bool], nn.Module], bool] = {}
 
-    def _occurrence(self, index: int, found: Route, parameter: nn.Parameter) -> Occurrence:
-        segment, owner = found.path[-1]
+    def _occurrence(self, index: int, path: tuple[Node, ...], found: Route, parameter: nn.Parameter) -> Occurrence:
+        owner = path[-1]
         named_itself = found.leaf not in {"weight", "bias"}
         # The only part with parameters of a list is named by the list, as `to_out` of a matrix and its dropout.
-        alone = not named_itself and _is_alone(found.path)
+        alone = not named_itself and _is_alone(path)
         return Occurrence(
             found.leaf,
-            found.path,
+            path,
             owner,
-            name=found.leaf if named_itself else found.path[-2][0] if alone else segment,
-            enclosing=found.path if named_itself else found.path[: -2 if alone else -1],
-            segment=segment,
+            name=found.leaf if named_itself else path[-2].name if alone else owner.name,
+            enclosing=path if named_itself else path[: -2 if alone else -1],
             is_named_itself=named_itself,
-            layer_depth=self._layer_depth(found.path),
+            layer_depth=self._layer_depth(path),
             shape=found.shape or tuple(parameter.shape),
             adapter=found.adapter,
             index=index,
@@ -104,47 +102,47 @@ class Tree:
     def _layer(self, at: Occurrence) -> str | None:
         return self._labels[_prefix(at.path[: at.layer_depth])] if at.layer_depth else None
 
-    def _layer_depth(self, path: Path) -> int:
+    def _layer_depth(self, path: tuple[Node, ...]) -> int:
         depths = range(1, len(path))
         return next((depth + 1 for depth in depths if _prefix(path[: depth + 1]) in self._labels), 0)
 
 
-def _is_alone(path: Path) -> bool:
+def _is_alone(path: tuple[Node, ...]) -> bool:
     """Whether the last module of `path` is the only one with parameters in a list of modules."""
-    if len(path) < 3 or not isinstance(path[-2][1], nn.ModuleList | nn.Sequential):
+    if len(path) < 3 or not isinstance(path[-2].module, nn.ModuleList | nn.Sequential):
         return False
-    return sum(next(child.parameters(), None) is not None for child in path[-2][1].children()) == 1
+    return sum(next(child.parameters(), None) is not None for child in path[-2].module.children()) == 1
 
 
-def _prefix(path: Path) -> str:
-    return "".join(f"{name}." for name, _ in path[1:])
+def _prefix(path: tuple[Node, ...]) -> str:
+    return "".join(f"{node.name}." for node in path[1:])
 
 
-def _trunks(module: nn.Module, path: str) -> Iterator[tuple[str, list[str]]]:
+def _trunks(node: Node, path: str) -> Iterator[tuple[str, list[str]]]:
     """Yield the outermost lists of layers: the path of the list, and the names of its layers."""
-    layers = _layers_in(module)
+    layers = _layers_in(node)
     if layers:
         yield path, layers
         return
-    for name, child in bare_children(module):
-        yield from _trunks(child, f"{path}{name}.")
+    for child in node.children:
+        yield from _trunks(child, f"{path}{child.name}.")
 
 
-def _layers_in(module: nn.Module) -> list[str]:
+def _layers_in(node: Node) -> list[str]:
     """Names of the children that are layers: the modules with several parts, in a ModuleList.
 
     A Sequential can hold anything, so its layers must also be of one class.
     """
-    if not isinstance(module, nn.ModuleList | nn.Sequential):
+    if not isinstance(node.module, nn.ModuleList | nn.Sequential):
         return []
-    layers = {name: child for name, child in bare_children(module) if _is_compound(child)}
-    if isinstance(module, nn.Sequential) and len({type(child) for child in layers.values()}) > 1:
+    layers = [child for child in node.children if _is_compound(child)]
+    if isinstance(node.module, nn.Sequential) and len({type(layer.module) for layer in layers}) > 1:
         return []
-    return list(layers)
+    return [layer.name for layer in layers]
 
 
-def _is_compound(module: nn.Module) -> bool:
-    return any(next(child.parameters(), None) is not None for _, child in bare_children(module))
+def _is_compound(node: Node) -> bool:
+    return any(next(child.module.parameters(), None) is not None for child in node.children)
 
 
 def _labels(trunks: dict[str, list[str]]) -> dict[str, str]:

@@ -4,25 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 
 from sharpwatch.blocks import fused
 from sharpwatch.blocks.blockmap import Placement, Split
-from sharpwatch.blocks.module_kinds import (
-    holds_qkv,
-    is_attention,
-    is_conv1d,
-    is_convolution,
-    is_embedding,
-    is_feed_forward,
-    is_linear,
-    is_mixer,
-    is_multilayer,
-    module_terms,
-    roles,
-)
+from sharpwatch.blocks.module_kinds import Node
 from sharpwatch.blocks.module_tree import Occurrence, Tree
 from sharpwatch.blocks.vocabulary import (
     ATTENTION,
@@ -75,7 +63,7 @@ def classify_parameters(tree: Tree, names: Iterable[str]) -> dict[str, Placement
 def _classify(tree: Tree, name: str) -> Placement | None:
     occurrences = tree.occurrences[id(tree.parameters[name])]
     found: list[Placement] = []
-    for at in sorted(occurrences, key=lambda at: (not is_embedding(at.owner), not is_linear(at.owner))):
+    for at in sorted(occurrences, key=lambda at: (not at.owner.is_embedding, not at.owner.is_linear)):
         placement = _classify_at(tree, at)
         if placement is not None:
             found.append(_fitted(placement, at.shape, tree.shapes[name]))
@@ -103,36 +91,36 @@ def _sharpest(placements: Iterable[Placement]) -> str:
 def _classify_at(tree: Tree, at: Occurrence) -> Placement | None:
     if at.leaf == "_flat_param":  # FSDP1 joins parameters of several blocks in it
         return "other"
-    if at.adapter and (found := _adapter(tree, at)):
+    if at.adapter and (found := _adapter(at)):
         return found
-    if is_embedding(at.owner):
+    if at.owner.is_embedding:
         return _embedding(at)
     # Before attention: q_norm and k_norm are norms, wherever they are.
     if _is_norm(at):
         return "norm"
-    known = BY_CLASS.get((type(at.enclosing[-1][1]).__name__, at.name)) if at.enclosing else None
-    part = known or _enclosing_kind(tree, at)
+    known = BY_CLASS.get((type(at.enclosing[-1].module).__name__, at.name)) if at.enclosing else None
+    part = known or _enclosing_kind(at)
     placement = _attention(at) if part == "attention" else part or _outside_submodules(tree, at)
-    if placement is None and (is_convolution(at.owner) or _is_loose(at)):
+    if placement is None and (at.owner.is_convolution or _is_loose(at)):
         return "other"
     return placement
 
 
-def _adapter(tree: Tree, at: Occurrence) -> Placement | None:
+def _adapter(at: Occurrence) -> Placement | None:
     """The block of an adapter that adapts no single parameter."""
-    names = [segment for segment, _ in at.path]
+    names = [node.name for node in at.path]
     if "internal_xlora_classifier" in names:  # weighs adapters, as a router does experts
         return "other"
     if "prompt_encoder" in names:
-        model, name = at.path[names.index("prompt_encoder") - 1][1], names[names.index("prompt_encoder") + 1]
-        return _virtual_tokens(at, getattr(model, "peft_config", {}).get(name))
+        holder, name = at.path[names.index("prompt_encoder") - 1], names[names.index("prompt_encoder") + 1]
+        return _virtual_tokens(at, getattr(holder.module, "peft_config", {}).get(name))
     # A prompt beside attention is read through its keys and values.
-    return "vo" if at.leaf not in at.owner._parameters and _cached(tree, is_attention, at.owner) else None  # noqa: SLF001
+    return "vo" if at.leaf not in at.owner.module._parameters and at.owner.is_attention else None  # noqa: SLF001
 
 
 def _virtual_tokens(at: Occurrence, config: object) -> Placement:
     """The block of virtual tokens: inputs of the model, or, as in prefix tuning, keys and values of every layer."""
-    if not any(type(module).__name__ in {"PrefixEncoder", "CartridgeEncoder"} for _, module in at.path):
+    if not any(type(node.module).__name__ in {"PrefixEncoder", "CartridgeEncoder"} for node in at.path):
         return "emb"
     layers, width = getattr(config, "num_layers", 0), getattr(config, "token_dim", 0)
     along = [dim for dim, size in enumerate(at.shape) if size == 2 * layers * width]
@@ -141,17 +129,17 @@ def _virtual_tokens(at: Occurrence, config: object) -> Placement:
 
 def _embedding(at: Occurrence) -> str | None:
     """Token embeddings are `emb`; embeddings that are added to every token (positions, token types) are `other`."""
-    names = terms(at.segment, type(at.owner).__name__, *(segment for segment, _ in at.path[-2:-1]))
+    names = terms(at.owner.name, type(at.owner.module).__name__, *(node.name for node in at.path[-2:-1]))
     if names & (POSITION | KIND):
         return "other"
-    listed = at.path[-2][0] if at.segment.isdigit() and len(at.path) > 1 else at.segment
+    listed = at.path[-2].name if at.owner.name.isdigit() and len(at.path) > 1 else at.owner.name
     return "emb" if terms(listed) & TOKEN else None
 
 
 def _is_norm(at: Occurrence) -> bool:
-    if is_linear(at.owner) or is_convolution(at.owner) or any(True for _ in _parameters_below(at.owner)):
+    if at.owner.is_linear or at.owner.is_convolution or any(True for _ in _parameters_below(at.owner.module)):
         return False
-    names = [type(at.owner).__name__, *([at.segment, at.leaf] if len(at.shape) == 1 else [])]
+    names = [type(at.owner.module).__name__, *([at.owner.name, at.leaf] if len(at.shape) == 1 else [])]
     return bool(terms(*names) & NORM)
 
 
@@ -164,56 +152,54 @@ def _is_loose(at: Occurrence) -> bool:
     return at.is_named_itself and (bool(terms(at.leaf) & (LOOSE | POSITION | KIND)) or _is_connector(at))
 
 
-def _enclosing_kind(tree: Tree, at: Occurrence) -> str | None:
+def _enclosing_kind(at: Occurrence) -> str | None:
     """What encloses `at`, searched from the inside out: "attention", "ffn", "other" or None."""
     if terms(at.name) & ROUTER:
         return "other"
     depth = at.layer_depth
     for here in range(len(at.path) - 1, max(depth, 1) - 1, -1):
-        segment, module = at.path[here]
-        if _is_router(at.path[here - 1][1], segment, module):
+        if _is_router(at.path[here], at.path[here - 1]):
             return "other"
-        if here < len(at.enclosing) and (found := _kind_of(tree, at, here, in_layer=bool(depth))):
+        if here < len(at.enclosing) and (found := _kind_of(at, here, in_layer=bool(depth))):
             return "other" if found == "ffn" and not depth and _is_connector(at) else found
-    return "attention" if not depth and holds_qkv(at.path[0][1]) else None
+    return "attention" if not depth and at.path[0].holds_qkv else None
 
 
-def _is_router(parent: nn.Module, segment: str, module: nn.Module) -> bool:
-    if module_terms(segment, module) & ROUTER:
+def _is_router(node: Node, parent: Node) -> bool:
+    if node.terms & ROUTER:
         return True
-    if words(segment)[-1:] != ("gate",):
+    if words(node.name)[-1:] != ("gate",):
         return False
     # Beside experts a gate chooses among them; elsewhere it is a matrix of a gated feed-forward part.
-    return any({"expert", "experts"}.intersection(words(name)) for name, _ in parent.named_children())
+    return any({"expert", "experts"}.intersection(words(child.name)) for child in parent.children)
 
 
-def _kind_of(tree: Tree, at: Occurrence, here: int, *, in_layer: bool) -> str | None:
-    segment, module = at.path[here]
-    names = module_terms(segment, module)
-    if names & MIXER or terms(segment) & CONVOLUTION or (in_layer and _cached(tree, is_mixer, module)):
+def _kind_of(at: Occurrence, here: int, *, in_layer: bool) -> str | None:
+    node = at.path[here]
+    if node.terms & MIXER or terms(node.name) & CONVOLUTION or (in_layer and node.is_mixer):
         return "other"
     if here == len(at.enclosing) - 1 and _is_beside_queries(at):
         return "attention"
-    if names & CONNECTOR:
+    if node.terms & CONNECTOR:
         return "other"
-    if _cached(tree, is_attention, module):
+    if node.is_attention:
         return "attention"
-    return "ffn" if is_feed_forward(segment, module) else None
+    return "ffn" if node.is_feed_forward else None
 
 
 def _is_beside_queries(at: Occurrence) -> bool:
     """Whether `at` is an attention matrix that is directly in a module, perhaps beside others."""
-    return role(at.name) is not None and at.name not in FEED_FORWARD_LINEAR and holds_qkv(at.enclosing[-1][1])
+    return role(at.name) is not None and at.name not in FEED_FORWARD_LINEAR and at.enclosing[-1].holds_qkv
 
 
 def _is_connector(at: Occurrence) -> bool:
-    return any(module_terms(segment, module) & CONNECTOR for segment, module in at.path[1:])
+    return any(node.terms & CONNECTOR for node in at.path[1:])
 
 
 def _attention(at: Occurrence) -> Placement | None:
     name, attention = _in_attention(at)
     found_role, rows = role(name), _rows(at)
-    if found_role == "k" and not {"v", "fused"} & roles(attention):
+    if found_role == "k" and not {"v", "fused"} & attention.roles:
         return "vo"  # there is no value matrix: the keys serve as values
     if found_role == "q":
         return _along_rows(at, fused.split_queries(attention, name, rows))
@@ -226,29 +212,29 @@ def _attention(at: Occurrence) -> Placement | None:
     return _BLOCK_OF_ROLE.get(found_role or "")
 
 
-def _in_attention(at: Occurrence) -> tuple[str, nn.Module]:
+def _in_attention(at: Occurrence) -> tuple[str, Node]:
     """The name of the matrix and the attention module, also if the projection is a module of its own."""
     if is_plain(at.name) and len(at.enclosing) > 1:
-        wrapper = at.enclosing[-1][0]
+        wrapper = at.enclosing[-1].name
         if role(wrapper) in {"q", "k", "v"} or (role(wrapper) is None and terms(wrapper) & POSITION):
-            return wrapper, at.enclosing[-2][1]
-    return at.name, at.enclosing[-1][1]
+            return wrapper, at.enclosing[-2]
+    return at.name, at.enclosing[-1]
 
 
 def _rows(at: Occurrence) -> int:
     """Number of outputs of the matrix that `at` is, or is the bias of."""
-    return at.shape[1] if is_conv1d(at.owner) and len(at.shape) > 1 else next(iter(at.shape), 1)
+    return at.shape[1] if at.owner.is_conv1d and len(at.shape) > 1 else next(iter(at.shape), 1)
 
 
 def _inputs(at: Occurrence) -> int:
-    weight = at.owner._parameters.get("weight")  # noqa: SLF001 - not what a wrapper computes
+    weight = at.owner.module._parameters.get("weight")  # noqa: SLF001 - not what a wrapper computes
     shape = at.shape if at.is_named_itself or at.leaf == "weight" or weight is None else tuple(weight.shape)
-    return next(iter(shape if is_conv1d(at.owner) else shape[::-1]), 1)
+    return next(iter(shape if at.owner.is_conv1d else shape[::-1]), 1)
 
 
 def _along_rows(at: Occurrence, placement: Placement | None) -> Placement | None:
     """`placement` for this parameter: Conv1D has its outputs in dimension 1 of the weight."""
-    if isinstance(placement, Split) and is_conv1d(at.owner) and len(at.shape) > 1:
+    if isinstance(placement, Split) and at.owner.is_conv1d and len(at.shape) > 1:
         return dataclasses.replace(placement, dim=1)
     return placement
 
@@ -261,47 +247,41 @@ def _outside_submodules(tree: Tree, at: Occurrence) -> Placement | None:
         return _outside_layers(tree, at)
     if _is_beside_queries(at):
         return _attention(at)
-    joint = fused.split_joint_output(at.enclosing[-1][1], at.name, _inputs(at))
-    return _in_layer(tree, at) if joint is None else joint if len(at.shape) > 1 else "vo"
+    if at.name == "proj_out" and (joint := fused.split_joint_output(at.enclosing[-1], _inputs(at))):
+        return joint if len(at.shape) > 1 else "vo"
+    return _in_layer(at)
 
 
-def _in_layer(tree: Tree, at: Occurrence) -> str | None:
-    parent = at.enclosing[-1][0]
+def _in_layer(at: Occurrence) -> str | None:
+    parent = at.enclosing[-1].name
     qualified = {at.name, f"{parent}.{at.name}"}
     if terms(parent, at.name) & (NORM | MODULATION):
         return "other"  # it computes the scale of a norm
     if qualified & ATTENTION_LINEAR:
         return "vo"
-    if qualified & FEED_FORWARD_LINEAR or is_feed_forward(at.segment, at.owner):
+    if qualified & FEED_FORWARD_LINEAR or at.owner.is_feed_forward:
         return "ffn"
     if terms(at.name) & STREAM or _is_connector(at):
         return "other"
-    parts = at.enclosing[at.layer_depth :] if is_linear(at.owner) else ()
-    if any(module_terms(segment, module) & ATTENTION for segment, module in (*parts, (at.name, at.owner))):
+    parts = at.enclosing[at.layer_depth :] if at.owner.is_linear else ()
+    if terms(at.name) & ATTENTION or any(node.terms & ATTENTION for node in (*parts, at.owner)):
         return None
-    return "ffn" if any(_cached(tree, is_multilayer, module) for _, module in parts) else None
+    return "ffn" if any(part.is_multilayer for part in parts) else None
 
 
 def _outside_layers(tree: Tree, at: Occurrence) -> str | None:
-    if any(module_terms(segment, module) & TOWER for segment, module in at.enclosing[1:]):
+    if any(node.terms & TOWER for node in at.enclosing[1:]):
         return "other"
-    if (at.name in HEAD and is_linear(at.owner)) or any(terms(segment) & HEAD_PART for segment, _ in at.path[1:]):
-        return _head(tree, at.owner)
+    if (at.name in HEAD and at.owner.is_linear) or any(terms(node.name) & HEAD_PART for node in at.path[1:]):
+        return _head(tree, at.owner.module)
     if terms(at.name) & (CONNECTOR | GATE) or at.index < tree.layers_span[0]:  # an input of the first layer
         return "other"
     # What comes after the last layer predicts, whatever it is called: the head of a task.
-    return _head(tree, at.owner) if is_linear(at.owner) and 0 <= tree.layers_span[1] < at.index else None
+    return _head(tree, at.owner.module) if at.owner.is_linear and 0 <= tree.layers_span[1] < at.index else None
 
 
 def _head(tree: Tree, owner: nn.Module) -> str:
     """The block of a matrix that predicts tokens; a bias goes with its matrix, which may be tied to the embedding."""
     weight = getattr(owner, "weight", None)
     occurrences = tree.occurrences[id(weight)] if isinstance(weight, nn.Parameter) else []
-    return "emb" if any(is_embedding(occurrence.owner) for occurrence in occurrences) else "head"
-
-
-def _cached(tree: Tree, question: Callable[[nn.Module], bool], module: nn.Module) -> bool:
-    """`question(module)`, computed once for each module of the tree."""
-    if (question, module) not in tree.answers:
-        tree.answers[question, module] = question(module)
-    return tree.answers[question, module]
+    return "emb" if any(occurrence.owner.is_embedding for occurrence in occurrences) else "head"

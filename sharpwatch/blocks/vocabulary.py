@@ -114,11 +114,13 @@ def role(name: str) -> str | None:
     return ROLES.get(plain(name))
 
 
+@cache
 def is_plain(name: str) -> bool:
     """Whether `name` is generic, such as proj, dense or linear."""
     return not plain(name)
 
 
+@cache
 def plain(name: str) -> str:
     """`name` without its generic words: "q_proj" is q."""
     return "_".join(word for word in words(name) if word not in FILLER)

@@ -10,7 +10,7 @@ import pytest
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "crossings.py"
 LIMITS = {
-    "attach": (43, 490),
+    "attach": (46, 193),
     "step": (19, 120),
     "step with a gnb probe": (40, 245),
     "sample with a gnb probe, at the daemon": (15, 70),
