@@ -77,7 +77,7 @@ def leaves(value, path=""):
 @pytest.mark.parametrize("command", sorted(PRINTED))
 def test_the_journal_of_0_1_prints_the_same(upgraded, command):
     printed, expected = leaves(upgraded.cli(*command.split())), leaves(PRINTED[command])
-    assert printed.keys() == expected.keys()
+    assert printed.keys() - expected.keys() <= {".objective", ".objective_state", ".swallowed_errors"}  # are new
     for path, value in expected.items():
         # Estimates are made again from the journalled samples, by another build of torch perhaps.
         assert printed[path] == (pytest.approx(value, rel=1e-4) if isinstance(value, float) else value), path

@@ -125,7 +125,9 @@ def test_a_model_that_probes_cannot_read_is_still_tapped(transports):
     optimizer = torch.optim.AdamW(model.parameters())
     watch = sharpwatch.attach(model, optimizer, training_job="promise", transport=transports.new(), probe_every=1)
     for _ in range(5):
-        model(torch.ones(4, 3, dtype=torch.long))["hidden"].square().sum().backward()
+        loss = model(torch.arange(12).view(4, 3) % 5)["hidden"].abs().sum()
+        loss.backward()
+        watch.observe(loss=loss)  # without it, what the loss is stays undecided, and the next probe tries again
         optimizer.step()
     watch.close()
     last = transports[-1].samples[-2]
