@@ -14,8 +14,8 @@ from sharpwatch.errors import OperatorError
 class DecisionLog:
     """The decisions and LR revisions of one run.
 
-    The outcome of a decision changes by events alone, as `transitions.TRANSITIONS` has them. `take` returns what changed
-    since it was last called.
+    The outcome of a decision changes by events alone, as `transitions.TRANSITIONS` has them. `take` returns what
+    changed since it was last called.
 
     Args:
         run: The run's name.
