@@ -19,9 +19,7 @@ def interrupted_at(module, number, call):
             signal.raise_signal(signal.SIGINT)
         return trace
 
-    # A watched run is in a cycle: one of an earlier test, collected now, would run lines of its own.
-    gc.collect()
-    gc.disable()
+    gc.disable()  # a watched run is in a cycle: one of an earlier test, collected now, would run lines of its own
     before = sys.gettrace()
     sys.settrace(trace)
     try:
