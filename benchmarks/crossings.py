@@ -163,7 +163,7 @@ def measured() -> dict[str, dict[str, Any]]:
             watch.close()
         finally:
             daemon.terminate()
-            daemon.communicate(timeout=20)
+            daemon.communicate(timeout=120)
     return found
 
 
