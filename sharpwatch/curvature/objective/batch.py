@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from torch import Tensor, nn
 
 from sharpwatch.common.rng_state import rng_state_restored
-from sharpwatch.curvature.objective.nested import map_tensors, tensors
+from sharpwatch.curvature.objective.nested import map_tensors, named_tensors
 from sharpwatch.curvature.objective.outputs import find_logits, loss_in, require_scalar
 from sharpwatch.errors import EmptyBatchError, ObjectiveError, ProbeError
 
@@ -57,7 +57,7 @@ class Batch:
         Raises:
             ProbeError: There is no tensor with rows.
         """
-        tensors = list(self.tensors())
+        tensors = self.tensors()
         if self.axes is not None:
             return next(t.shape[axis] for t, axis in zip(tensors, self.axes, strict=True) if axis is not None)
         sizes = Counter(tensor.shape[0] for tensor in tensors if tensor.dim() >= 2)
@@ -89,14 +89,7 @@ class Batch:
 
     def named_tensors(self) -> list[tuple[Tensor, str]]:
         """All tensors with the nearest name above each."""
-        found: list[tuple[Tensor, str]] = []
-
-        def look(tensor: Tensor, name: str) -> Tensor:
-            found.append((tensor, name))
-            return tensor
-
-        _transform(self, look)
-        return found
+        return named_tensors((self.args, self.kwargs))
 
     def prepared(self) -> Batch:
         """The same call, prepared for a probe.
@@ -113,9 +106,9 @@ class Batch:
         """The same call with `change` applied to every tensor."""
         return _transform(self, lambda tensor, _: change(tensor))
 
-    def tensors(self) -> Iterator[Tensor]:
+    def tensors(self) -> list[Tensor]:
         """All tensors among the arguments, including those in mappings, lists, tuples and dataclasses."""
-        return tensors([self.args, self.kwargs])
+        return [tensor for tensor, _ in self.named_tensors()]
 
 
 def row_axis(tensor: Tensor, name: str, rows: int, axis: int) -> int | None:
@@ -350,6 +343,5 @@ def _without_labels(model: nn.Module, batch: Batch, labels: Labels | None) -> Ma
 
 
 def _transform(batch: Batch, change: Callable[[Tensor, str], Tensor]) -> Batch:
-    args = tuple(map_tensors(value, change) for value in batch.args)
-    kwargs = {name: map_tensors(value, change, name) for name, value in batch.kwargs.items()}
+    args, kwargs = map_tensors((batch.args, batch.kwargs), change)
     return replace(batch, args=args, kwargs=kwargs)

@@ -354,3 +354,29 @@ CANDIDATES = (
     SQUARES,
     BINARY,
 )
+
+
+def find_fits(
+    output: Tensor, gradient: Tensor, scale: float, product: Callable[[Tensor], Tensor]
+) -> Iterator[tuple[Candidate, Fit]]:
+    """Find the candidates that a loss may be, by its derivatives with respect to one output z.
+
+    Args:
+        output: z.
+        gradient: `scale` times ∂L/∂z, of the same shape.
+        scale: The factor of the gradient.
+        product: v -> `scale` times (∂²L/∂z²) v, both of z's shape.
+
+    Yields:
+        Those whose gradient fits at all positions, with their weights, in the order of `CANDIDATES`.
+    """
+    for candidate in CANDIDATES:
+        if candidate.takes(output):
+            positions = candidate.positions(output), candidate.positions(gradient)
+            fit = candidate.fit(Derivatives(*positions, scale, partial(_by_position, candidate, output, product)))
+            if fit is not None:
+                yield candidate, fit
+
+
+def _by_position(candidate: Candidate, output: Tensor, product: Callable[[Tensor], Tensor], vector: Tensor) -> Tensor:
+    return candidate.positions(product(candidate.entries(vector, output)))

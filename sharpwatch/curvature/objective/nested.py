@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import UserDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -13,13 +13,17 @@ from torch import Tensor
 _MAX_DEPTH = 20  # a value may contain itself
 
 
-def tensors(value: Any, depth: int = 0) -> Iterator[Tensor]:
+def tensors(value: Any) -> list[Tensor]:
     """All tensors in `value`: itself, or in mappings, lists, tuples and dataclasses."""
+    return [tensor for tensor, _ in named_tensors(value)]
+
+
+def named_tensors(value: Any, name: str = "", depth: int = 0) -> list[tuple[Tensor, str]]:
+    """All tensors in `value` with the nearest name above each: a key or a field; `name` is that of `value` itself."""
     if isinstance(value, Tensor):
-        yield value
-    elif depth < _MAX_DEPTH:
-        for _, item in _items(value):
-            yield from tensors(item, depth + 1)
+        return [(value, name)]
+    items = _items(value) if depth < _MAX_DEPTH else []
+    return [found for key, item in items for found in named_tensors(item, str(key) or name, depth + 1)]
 
 
 def map_tensors(value: Any, change: Callable[[Tensor, str], Tensor], name: str = "", depth: int = 0) -> Any:
@@ -80,9 +84,6 @@ def _mapping(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
         return rebuilt
     try:
         return type(value)(items)  # type: ignore[call-arg]
-    except (
-        TypeError,
-        ValueError,
-        RuntimeError,
-    ):  # a kind that is made in another way: a model that asks for items alone takes a dict as well
+    except (TypeError, ValueError, RuntimeError):
+        # A kind that is made in another way; a model that asks for items alone takes a dict as well.
         return items

@@ -12,7 +12,6 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -30,13 +29,12 @@ from sharpwatch.curvature.objective.batch import (
     predict,
 )
 from sharpwatch.curvature.objective.candidates import (
-    CANDIDATES,
     CHANNELS_CROSS_ENTROPY,
     CROSS_ENTROPY,
     SQUARES,
     Candidate,
-    Derivatives,
     Fit,
+    find_fits,
 )
 from sharpwatch.curvature.objective.factors import OutputGradients
 from sharpwatch.curvature.objective.outputs import assumed_classes, items, loss_in, named_outputs
@@ -269,15 +267,9 @@ def _terms(loss: Tensor, name: str, output: Tensor) -> Iterator[Term]:
         gradient = _gradient(loss, at, scale)
     if gradient is None or not bool(gradient.any()):
         return
-    curvature = _Curvature(loss, output, at, scale)
-    values = output.detach().to(gradient.dtype)
-    for candidate in CANDIDATES:
-        if candidate.takes(output):
-            products = partial(curvature.product, candidate)
-            positions = candidate.positions(values), candidate.positions(gradient)
-            fit = candidate.fit(Derivatives(*positions, scale, products))
-            if fit is not None:
-                yield Term(name, output, candidate, fit)
+    product = _Curvature(loss, at, scale).product
+    for candidate, fit in find_fits(output.detach().to(gradient.dtype), gradient, scale, product):
+        yield Term(name, output, candidate, fit)
 
 
 def _gradient(loss: Tensor, at: GradientEdge, scale: float) -> Tensor | None:
@@ -289,20 +281,19 @@ def _gradient(loss: Tensor, at: GradientEdge, scale: float) -> Tensor | None:
 class _Curvature:
     """Products with `scale` times ∂²L/∂z², with z at an edge; the gradient's graph is made at the first one."""
 
-    def __init__(self, loss: Tensor, output: Tensor, at: GradientEdge, scale: float) -> None:
-        self._loss, self._output, self._at, self._scale = loss, output, at, scale
+    def __init__(self, loss: Tensor, at: GradientEdge, scale: float) -> None:
+        self._loss, self._at, self._scale = loss, at, scale
         self._gradient: Tensor | None = None
 
-    def product(self, candidate: Candidate, vector: Tensor) -> Tensor:
-        """The product with a vector, both laid out by `candidate.positions`; zero where the gradient is constant."""
+    def product(self, vector: Tensor) -> Tensor:
+        """The product with a vector of the output's shape; zero where the gradient is constant."""
         if self._gradient is None:
             scale = self._loss.new_tensor(self._scale)
             (self._gradient,) = torch.autograd.grad(self._loss, self._at, scale, create_graph=True)
         product = None
         if self._gradient.requires_grad:
-            entries = candidate.entries(vector, self._output)
-            (product,) = torch.autograd.grad(self._gradient, self._at, entries, retain_graph=True, allow_unused=True)
-        return torch.zeros_like(vector) if product is None else candidate.positions(product)
+            (product,) = torch.autograd.grad(self._gradient, self._at, vector, retain_graph=True, allow_unused=True)
+        return torch.zeros_like(vector) if product is None else product
 
 
 def _reproduces(terms: Sequence[Term], loss: Tensor, value: float) -> bool:
