@@ -9,7 +9,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -236,7 +236,9 @@ class ShardedGnb(_GnbProbe):
                 loss_fn=context.loss_fn,
                 seen=partial(self._seen, step),
             )
-        self.objective = sample.objective
+        found = sample.objective
+        if found is not None:  # a trial would be one more forward of all ranks, of which any may fail alone
+            self.objective = replace(found, text=f"{found.text}, rows assumed in the first dimension")
         if own is None:  # the sum over ranks is then NaN, so that all of them leave it out
             shape = len(context.block_map.blocks), context.sketcher.size
             own = torch.full(shape, math.nan, dtype=torch.float32, device="cpu")
