@@ -184,10 +184,13 @@ class AutogradHessian:
         """H·`vectors` within `space`; see `Hessian.products`."""
         if index is not None:
             return self._products(index, space, vectors)
-        # Batch by batch: only one batch's graph is held at a time.
+        # Batch by batch: only one batch's graph is held at a time. The batch whose graph is held comes first, so that
+        # it isn't built again, and is added in its turn, so that the sum is the same whichever it was.
+        held = self._graph_index
+        first = self._products(held, space, vectors) if held >= 0 else vectors
         total = torch.zeros_like(vectors)
         for i, share in enumerate(self.objective.shares):
-            total += share * self._products(i, space, vectors)
+            total += share * (first if i == held else self._products(i, space, vectors))
         return total
 
     def _products(self, index: int, space: ParameterSpace, vectors: Tensor) -> Tensor:

@@ -213,6 +213,25 @@ def test_several_vectors_at_once_are_as_one_by_one(count):
         assert found._batched
 
 
+def test_a_product_over_batches_begins_with_the_graph_that_is_held():
+    """It isn't built again, and the sum is the same to the bit whichever batch it is of."""
+    batches = [dense.tokens(rows=1, seed=seed) for seed in range(3)]
+    parts = [Batch((), {"input_ids": ids, "labels": labels}) for ids, labels in batches]
+    model = gpt2()
+    block_map = classify(model)
+    with open_hessian(model, block_map, parts, method="autograd", shares=[0.5, 0.25, 0.25]) as found:
+        space = ParameterSpace(block_map, "ffn", found.objective.live.leaves)
+        vector = random(space.size, count=1)
+        made = []
+        for held in range(3):
+            found.gradient(held)
+            before = found.objective.cost
+            made.append(found.products(space, vector))
+            cost = found.objective.cost - before
+            assert cost.forwards == pytest.approx(1 - found.objective.shares[held])
+            assert torch.equal(made[-1], made[0])
+
+
 def test_products_do_not_depend_on_what_was_asked_before():
     model = gpt2()
     block_map = classify(model)
