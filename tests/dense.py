@@ -24,12 +24,12 @@ VOCAB = 40
 POSITIONS = 12
 
 
-def gpt2(dropout=0.1):
+def gpt2(dropout=0.1, layers=2):
     """Fused QKV, tied head, dropout; weights large enough that no block is flat."""
     torch.manual_seed(0)
     config = GPT2Config(
         n_embd=16,
-        n_layer=2,
+        n_layer=layers,
         n_head=2,
         n_inner=16,
         vocab_size=VOCAB,
@@ -207,15 +207,27 @@ def gauss_newton_root(exact, ids, labels):
 
 def gradient_and_hessian(exact, ids, labels):
     """g [n] and H [n, n] of the mean cross-entropy."""
+    parameters = exact.parameters
     with sdpa_kernel(SDPBackend.MATH):
         loss = exact.model(input_ids=ids, labels=labels).loss
-        found = torch.autograd.grad(loss, exact.parameters, create_graph=True)
-        gradient = torch.cat([g.flatten() for g in found])
-        rows = [
-            torch.autograd.grad(gradient, exact.parameters, chunk, retain_graph=True, is_grads_batched=True)
-            for chunk in torch.eye(len(gradient), dtype=gradient.dtype).split(256)
-        ]
-    return gradient.detach(), torch.cat([torch.cat([g.flatten(1) for g in row], 1) for row in rows])
+        found = torch.autograd.grad(loss, parameters, create_graph=True)
+        hessian = torch.cat([_rows_of_hessian(gradient, parameters) for gradient in found])
+    return torch.cat([g.flatten() for g in found]).detach(), hessian
+
+
+def _rows_of_hessian(gradient, parameters):
+    """The rows of H for one parameter, whose gradient leads back through a part of the graph alone."""
+    entries = torch.eye(gradient.numel(), dtype=gradient.dtype).view(-1, *gradient.shape)
+    size = sum(parameter.numel() for parameter in parameters)
+    rows = gradient.new_zeros(len(entries), size)
+    for chunk, into in zip(entries.split(256), rows.split(256), strict=True):
+        found = torch.autograd.grad(
+            gradient, parameters, chunk, retain_graph=True, is_grads_batched=True, allow_unused=True
+        )
+        for part, second in zip(into.split([p.numel() for p in parameters], 1), found, strict=True):
+            if second is not None:
+                part.copy_(second.flatten(1))
+    return rows
 
 
 class Once(torch.autograd.Function):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from contextlib import contextmanager
 
 import dense
 import pytest
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sharpwatch import measure
 from sharpwatch.blocks import Rule, Rules
+from sharpwatch.curvature.measure import second_order
 from sharpwatch.curvature.measure.measure import Measurement, Settings
 from sharpwatch.errors import BlockError, PrecisionError, ProbeError
 
@@ -54,6 +56,20 @@ def gpt2():
     return model, traces(measure(model, [batch()], estimators=("hutchinson",), draws=4, method="autograd"))
 
 
+@pytest.fixture(scope="module")
+def one_layer():
+    """A GPT-2 for what holds of every model, however many layers it has: all blocks, at half of the cost."""
+    return dense.gpt2(layers=1)
+
+
+@contextmanager
+def short_quadratures():
+    """Spectra of a few products, for what no spectrum's accuracy matters to."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(second_order, "_QUADRATURE_PRODUCTS", 6)
+        yield
+
+
 class Everything:
     """All of a process that a measurement could leave its mark on."""
 
@@ -88,11 +104,11 @@ class Everything:
 
 @pytest.mark.parametrize("method", ["auto", "autograd", "differences"])
 def test_leaves_no_trace(method):
-    model = dense.gpt2()
+    model = dense.gpt2(layers=1)
     optimizer = stepped(model)
     model(**batch(seed=2)).loss.backward()  # gradients under accumulation
     before = Everything(model, optimizer)
-    with torch.no_grad():
+    with torch.no_grad(), short_quadratures():
         measure(model, [batch()], optimizer, ALL, draws=2, method=method)
     before.assert_untouched(optimizer)
 
@@ -114,7 +130,8 @@ def test_leaves_no_trace_where_it_raises_half_way(calls):
             raise EnoughError
         return called(**given.kwargs).loss
 
-    with pytest.raises(EnoughError):
+    # A spectrum's products go through a graph that is there, without a call of `loss_fn`.
+    with pytest.raises(EnoughError), short_quadratures():
         measure(model, [batch()], optimizer, ALL, draws=4, loss_fn=loss_fn)
     before.assert_untouched(optimizer)
 
@@ -199,7 +216,7 @@ def test_autocast_is_left_out_of_second_derivatives(gpt2):
 
 
 def test_weights_of_half_precision_are_raised_for_second_derivatives():
-    half = dense.gpt2().bfloat16()
+    half = dense.gpt2(layers=1).bfloat16()
     same = copy.deepcopy(half).float()  # the same weights: every bfloat16 is a float32
     arguments = {"estimators": ("hutchinson", "lanczos"), "draws": 4}
     for method in ("autograd", "differences"):
@@ -270,13 +287,12 @@ def test_a_kernel_for_half_precision_alone_leaves_gnb():
     assert measure(model, [batch()], estimators=("gnb",), draws=2).blocks["qk"].trace.value > 0
 
 
-def test_several_batches_are_one(gpt2):
+def test_several_batches_are_one(one_layer):
     # Rows of equal weight: the Hessian of two batches is that of both together; the draws differ.
-    model, _ = gpt2
     whole = batch(rows=4)
     halves = [{name: values[rows] for name, values in whole.items()} for rows in (slice(0, 1), slice(1, 4))]
-    one = measure(model, [whole], draws=32)
-    two = measure(model, halves, draws=32)
+    one = measure(one_layer, [whole], draws=32)
+    two = measure(one_layer, halves, draws=32)
     assert one.loss == pytest.approx(two.loss, rel=1e-5)
     assert one.tokens == two.tokens
     for block, found in one.blocks.items():
@@ -289,11 +305,10 @@ def test_several_batches_are_one(gpt2):
         assert other.trace.stderr >= found.trace.stderr / 2  # the batches' spread comes on top
 
 
-def test_more_batches_than_gradients_are_kept_of_give_the_same_spread_of_values(gpt2):
-    model, _ = gpt2
+def test_more_batches_than_gradients_are_kept_of_give_the_same_spread_of_values(one_layer):
     batches = [batch(seed=seed) for seed in range(6)]
-    report = measure(model, batches, estimators=("hutchinson",), draws=8)
-    exact = measure(model, batches, estimators=("hutchinson",), draws=8, method="autograd")
+    report = measure(one_layer, batches, estimators=("hutchinson",), draws=8)
+    exact = measure(one_layer, batches, estimators=("hutchinson",), draws=8, method="autograd")
     for block, found in report.blocks.items():
         assert found.trace.method == "loss differences"
         assert found.trace.value == pytest.approx(exact.blocks[block].trace.value, abs=found.trace.stderr)
@@ -330,29 +345,31 @@ def test_batches_that_differ_too_much_are_not_drawn_from_for_ever(gpt2):
 
 def two_batches():
     estimators = ("gnb", "lanczos", "hutchinson", "spectrum")
-    return Measurement(dense.gpt2(), [batch(), batch(seed=2)], None, Settings(estimators, draws=3, seed=5))
+    return Measurement(dense.gpt2(layers=1), [batch(), batch(seed=2)], None, Settings(estimators, draws=3, seed=5))
 
 
 @pytest.fixture(scope="module")
 def uninterrupted():
     """The report of `two_batches`, and the totals that it said it would come to."""
     whole = two_batches()
-    totals = [progress.total for progress in whole.run()]
+    with short_quadratures():
+        totals = [progress.total for progress in whole.run()]
     return whole.report(), totals
 
 
 @pytest.mark.parametrize("stop", [3, 14, 25])
 def test_goes_on_where_it_was_stopped(stop, uninterrupted):
     whole, total = uninterrupted
-    first = two_batches()
-    pieces = first.run()
-    for _ in range(stop):
-        next(pieces)
-    pieces.close()
-    kept = json.loads(json.dumps(first.state_dict()))
-    second = two_batches()
-    second.load_state_dict(kept)
-    list(second.run())
+    with short_quadratures():
+        first = two_batches()
+        pieces = first.run()
+        for _ in range(stop):
+            next(pieces)
+        pieces.close()
+        kept = json.loads(json.dumps(first.state_dict()))
+        second = two_batches()
+        second.load_state_dict(kept)
+        list(second.run())
     assert total == [len(total)] * len(total)
     for block, found in whole.blocks.items():
         again = second.report().blocks[block]
@@ -375,10 +392,9 @@ def test_does_not_go_on_from_another_measurement():
         Measurement(model, [batch()], None, Settings(seed=1)).load_state_dict(state)
 
 
-def test_a_spectrum_has_the_moments_of_the_matrix(gpt2):
+def test_a_spectrum_has_the_moments_of_the_matrix(one_layer):
     # Of 64 starts the first moment, Tr H / n, has the error of 64 Hutchinson draws.
-    model, _ = gpt2
-    report = measure(model, [batch()], estimators=("spectrum", "hutchinson"), draws=64, blocks=["vo"])
+    report = measure(one_layer, [batch()], estimators=("spectrum", "hutchinson"), draws=64, blocks=["vo"])
     found = report.blocks["vo"]
     assert found.spectrum.draws == 64
     assert math.fsum(found.spectrum.weights) == pytest.approx(1)
