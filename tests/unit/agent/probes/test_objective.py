@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import weakref
 from typing import ClassVar
 
@@ -14,6 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 import sharpwatch
+from sharpwatch.agent.probes import gnb
 from sharpwatch.agent.probes.gnb import Gnb
 from sharpwatch.testing import InMemoryTransport
 
@@ -65,10 +67,23 @@ class Run:
         assert abs(float(traces.mean()) - exact) < 4 * stderr
 
 
+@pytest.fixture(autouse=True)
+def _small_sketches(monkeypatch):
+    """Nothing here looks at sketches, which take more time than all else in a model as small."""
+    monkeypatch.setattr(importlib.import_module("sharpwatch.agent.attach"), "SKETCH_SIZE", 64)
+
+
+PROBES = 10
+
+
 @pytest.fixture
 def whole_batch(monkeypatch):
-    """Every probe has all rows, so that it is of the very loss that is compared with."""
+    """Every probe has all rows, so that it is of the very loss that is compared with.
+
+    Then all draws are alike, whichever probe they are of: `PROBES` with 16 draws give as many as 40 with the usual 4.
+    """
     monkeypatch.setattr(Gnb, "share", 1)
+    monkeypatch.setattr(gnb, "_DRAWS", 16)
 
 
 def exact(model, batch):
@@ -83,7 +98,7 @@ def test_the_loss_that_is_stepped_on_is_measured(layout, task, own_loss):
     model = layouts.Net(layout, task, own_loss=own_loss)
     batch = layouts.batch_of(model)
     run = Run(model)
-    for _ in range(40):
+    for _ in range(PROBES):
         if own_loss:
             run.step(model(**batch)["loss"])
         else:
@@ -131,7 +146,7 @@ def test_a_factor_of_accumulation_is_shown_and_left_out():
     model = layouts.Net("batch first", "shifted", own_loss=False)
     batch = layouts.batch_of(model)
     run = Run(model)
-    for _ in range(40):
+    for _ in range(PROBES):
         (model.loss(model(batch["x"]), batch["targets"]) / 4).backward()
         run.step(model.loss(model(batch["x"]), batch["targets"]) / 4)
     run.close().agrees(exact(model, batch))
