@@ -14,6 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))  # for the modules that several folders of tests share
 import stand_ins
 from daemons import Daemon, ScriptedDaemon
+from forked import preload_frameworks
 from missing import missing
 from wire_trainer import WireTrainer
 
@@ -76,6 +77,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if _place(item).startswith(SLOW) and not _place(item).startswith(NOT_SLOW):
             item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: next((i for i, path in enumerate(FIRST) if _place(item).startswith(path)), len(FIRST)))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Where many processes train with other projects' trainers, these are imported once for all."""
+    folders = ("distributed", "examples", "integration/integrations", "integration/optimizers")
+    if any(_place(item).startswith(folders) and item.get_closest_marker("slow") for item in session.items):
+        preload_frameworks()
 
 
 def _place(item: pytest.Item) -> str:

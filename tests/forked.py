@@ -24,15 +24,21 @@ from pathlib import Path
 import torch
 
 FORKS = multiprocessing.get_context("forkserver")
-# One server serves all the tests of this process: what trainers and ranks import, in one list.
-FORKS.set_forkserver_preload(
-    [
-        "forked",
-        "torch.distributed.fsdp",
-        "torch.distributed.tensor.parallel",
-        *(f"transformers.models.{name}.modeling_{name}" for name in ("gpt2", "gpt_neox", "llama", "mixtral", "t5")),
-    ]
-)
+# One server serves all the tests of this process: what daemons, trainers and ranks import, in one list.
+PRELOADED = [
+    "forked",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+    "sharpwatch.daemon.app",
+    *(f"transformers.models.{name}.modeling_{name}" for name in ("gpt2", "gpt_neox", "llama", "mixtral", "t5")),
+]
+FRAMEWORKS = ["transformers.trainer", "lightning.pytorch", "trl.trainer.sft_trainer"]
+FORKS.set_forkserver_preload(PRELOADED)
+
+
+def preload_frameworks():
+    """Import the trainers of other projects too, which takes the server 5 s; before it has forked any process."""
+    FORKS.set_forkserver_preload([*PRELOADED, *FRAMEWORKS])
 
 
 def module_code(name):
