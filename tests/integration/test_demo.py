@@ -14,11 +14,17 @@ import pytest
 pytestmark = pytest.mark.timeout(600)
 
 
-def demo(tmp_path: Path, **options: object) -> dict:
-    result = tmp_path / "result.json"
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """One for all demos, as a user has it: the first tokenises the text for those that follow."""
+    return tmp_path_factory.mktemp("demo")
+
+
+def demo(folder: Path, **options: object) -> dict:
+    result = folder / "result.json"
     arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     done = subprocess.run(
-        [sys.executable, "-m", "sharpwatch", "demo", "--json", str(result), "--folder", str(tmp_path), *arguments],
+        [sys.executable, "-m", "sharpwatch", "demo", "--json", str(result), "--folder", str(folder), *arguments],
         capture_output=True,
         text=True,
         check=False,
@@ -29,9 +35,9 @@ def demo(tmp_path: Path, **options: object) -> dict:
     return json.loads(result.read_text())
 
 
-def test_enforce_brings_the_loss_back_and_observe_does_not(tmp_path):
-    observed = demo(tmp_path, model="llama", fault="lr-jump", mode="observe")
-    enforced = demo(tmp_path, model="llama", fault="lr-jump", mode="enforce")
+def test_enforce_brings_the_loss_back_and_observe_does_not(folder):
+    observed = demo(folder, model="llama", fault="lr-jump", mode="observe")
+    enforced = demo(folder, model="llama", fault="lr-jump", mode="enforce")
     assert enforced["loss"]["end"] < enforced["loss"]["before_fault"] + 0.2
     assert observed["loss"]["end"] > observed["loss"]["before_fault"] + 0.2
     assert {decision["outcome"] for decision in observed["decisions"]} == {"observed"}
@@ -45,14 +51,14 @@ def test_enforce_brings_the_loss_back_and_observe_does_not(tmp_path):
         assert values["sharpness"] == pytest.approx(values["trace"] / values["parameters"])
 
 
-def test_a_corrupted_weight_is_named_before_the_loss_moves(tmp_path):
-    result = demo(tmp_path, model="llama", fault="weight-corruption", mode="observe", steps=250)
+def test_a_corrupted_weight_is_named_before_the_loss_moves(folder):
+    result = demo(folder, model="llama", fault="weight-corruption", mode="observe", steps=250)
     at = result["fault"]["step"]
     # The first optimizer step whose gradient saw the corrupted weight is at + 1.
     alert = next(alert for alert in result["alerts"] if alert["step"] > at)
     assert alert["step"] <= at + 2
     assert alert["blocks"][0] == "ffn"
-    losses = dict(json.loads((tmp_path / result["run"] / "losses.json").read_text()))
+    losses = dict(json.loads((folder / result["run"] / "losses.json").read_text()))
     window = [losses[step] for step in range(at - 99, at + 1)]
     # Robust sigmas of what the loss does around its own trend, which is steep this early.
     middle = statistics.median(window[-50:])
