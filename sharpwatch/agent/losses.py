@@ -54,9 +54,15 @@ class OwnLoss:
 
     A hook on the node of the loss runs when its gradient arrives there: d(what backward ran from)/d(loss), which
     is 1, or a scale, or one over the number of micro-batches.
+
+    Args:
+        loss: The loss.
+        barrier: Ends errors of its hook.
+        named: Whether the model calls it so; a number in a tuple may be another one, and is not shown.
     """
 
-    def __init__(self, loss: Tensor, barrier: ExceptionBarrier) -> None:
+    def __init__(self, loss: Tensor, barrier: ExceptionBarrier, *, named: bool = True) -> None:
+        self.named = named
         self.value = _number(loss)
         self.weights: list[Number] = []
         self._barrier = barrier
@@ -119,19 +125,22 @@ class LossTracker:
     def output(self, output: Any) -> OwnLoss | None:
         """Keep the loss that the model's `output` carries, if any."""
         own = self.read(output)
-        if own is not None:
+        if own is not None and own.named:
             self._own.append(own)
         return own
 
     def read(self, output: Any) -> OwnLoss | None:
         """The loss that the model's `output` carries, if any."""
         loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-        return OwnLoss(loss, self._barrier) if isinstance(loss, Tensor) and loss.numel() == 1 else None
+        named = loss is not None
+        if loss is None and isinstance(output, tuple | list):
+            loss = next((item for item in output if isinstance(item, Tensor) and item.dim() == 0), None)
+        return OwnLoss(loss, self._barrier, named=named) if isinstance(loss, Tensor) and loss.numel() == 1 else None
 
     def add(self, own: OwnLoss | None) -> None:
         """A forward in evaluation mode, whose loss is `own`, turned out to train."""
         self._evaluation_trains = True
-        if own is not None:
+        if own is not None and own.named:
             self._own.append(own)
 
     def observe(self, loss: float | Tensor) -> StepLoss | None:

@@ -25,6 +25,8 @@ _KEPT_ENTRIES = 2**23  # of output and gradient, at whole positions
 _MIN_POSITIONS, _MAX_POSITIONS = 32, 1024
 _ENTRIES = 1024  # of an output without classes
 _NICE = 1e-3  # relative error of the scale of a mean square
+_MAX_ZEROS = 0.05  # share of entries without a gradient in a mean square; more have a mask, or are of one column
+_MAX_COMPARED = 2**22  # entries of a gradient that are looked at for a mean over one dimension
 
 
 @dataclass(slots=True, eq=False)
@@ -52,6 +54,7 @@ class OutputSample:
         self.shape = output.shape
         self.gradients = 0  # how many have come
         self._square: Tensor | None = None
+        self._pooled: Tensor | None = None  # whether the gradient is alike along a dimension
         forms = dict.fromkeys(candidate.classes for candidate in CANDIDATES if candidate.takes(output))
         self._parts = [_part(output.detach(), classes, generator) for classes in forms]
 
@@ -60,6 +63,9 @@ class OutputSample:
         """Take the gradient of the output; temporaries are of the size of its positions."""
         self.gradients += 1
         self._square = torch.linalg.vector_norm(gradient, dtype=torch.float32).square()
+        if gradient.numel() <= _MAX_COMPARED:
+            alike = [(gradient == gradient.narrow(dim, 0, 1)).all() for dim, n in enumerate(gradient.shape) if n > 1]
+            self._pooled = torch.stack(alike).any() if alike else None
         for part in self._parts:
             values = gradient if part.classes is None else gradient.movedim(part.classes, -1)
             part.gradient = values[part.index]
@@ -100,6 +106,8 @@ class OutputSample:
         part = next((part for part in self._parts if part.classes == known.candidate.classes), None)
         if part is None or part.live is None or self.name != known.name or not bool(part.live.any()):
             return None
+        if part.gradient is None or bool(part.gradient.any()):
+            return None  # it shows another loss
         return replace(known, live=part.live, weight=known.total / int(part.live.sum()))
 
     def _fit(self, candidate: Candidate, part: _Part, loss: float | None) -> SeenLoss | None:
@@ -141,6 +149,11 @@ class OutputSample:
     def _squares(self, loss: float | None) -> SeenLoss | None:
         """L = w Σ(z − y)² has ‖∂L/∂z‖² = 4 w L; w must be 1/M of a mean over the M entries, or 1 of a sum."""
         if loss is None or not loss > 0 or self._square is None:
+            return None
+        # The norm alone would be that of a square of a mean over some entries too, or of some of them alone.
+        sampled = next(part.gradient for part in self._parts if part.classes is None)
+        some = sampled is None or float((sampled == 0).float().mean()) > _MAX_ZEROS
+        if some or (self._pooled is not None and bool(self._pooled)):
             return None
         entries = math.prod(self.shape)
         weight = float(self._square) / (4 * loss)

@@ -349,6 +349,30 @@ class OwnLoss(Classifier):
         return {"logits": logits, "loss": functional.cross_entropy(logits, y)}
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_loss_in_a_tuple_that_is_not_trained_on_is_not_measured(transports, first):
+    class Pair(OwnLoss):
+        def forward(self, x, y):
+            found = super().forward(x, y)
+            return (found["loss"], found["logits"]) if first else (found["logits"], found["loss"])
+
+    torch.manual_seed(0)
+    model, transport = Pair(), transports.new()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    watch = sharpwatch.attach(model, optimizer, training_job="job", transport=transport, probe_every=1)
+    found = []
+    for own in (True, False, False):
+        loss, logits = sorted(model(torch.randn(ROWS, 6), torch.randint(0, 4, (ROWS,))), key=torch.Tensor.dim)
+        (loss if own else logits.sigmoid().square().mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(watch.status.objective.rpartition("(")[2])
+    watch.close()
+    assert found == ["verified)", "undecided)", "undecided)"]
+    assert [sample.HasField("direction") for sample in transport.samples] == [True, False, False, False]
+    assert [sample.HasField("gnb") for sample in transport.samples] == [True, False, False, False]
+
+
 def test_a_model_whose_own_loss_is_not_trained_on_is_not_probed_by_it(transports):
     torch.manual_seed(0)
     model, transport = OwnLoss(), transports.new()

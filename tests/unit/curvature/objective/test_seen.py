@@ -69,6 +69,30 @@ def test_a_mean_square_needs_its_value():
         sampled(lambda z: (z - 1).square().mean(), value=3.0)  # a scaled loss beside one that is not
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda z: (z.mean(1) - 1).square().mean(),
+        lambda z: (z.mean(-1) - 1).square().mean(),
+        lambda z: ((z - 1) * (LABELS < 6).unsqueeze(-1)).square().sum(),
+        lambda z: (z[..., 0] - 1).square().sum(),
+        lambda z: (z.gather(2, LABELS.clamp(max=1).unsqueeze(-1)) - 1).square().sum(),
+    ],
+    ids=["mean over positions", "mean over outputs", "masked sum", "one column", "one column for each position"],
+)
+def test_squares_of_some_entries_or_of_means_are_no_mean_square(loss):
+    """Their gradients' norms are those of a mean square of all entries, or of a sum of their squares."""
+    with pytest.raises(ObjectiveError, match="nor of a mean square"):
+        sampled(loss, value="known")
+
+
+def test_a_loss_that_changes_is_not_taken_for_the_earlier_one():
+    known = sampled(cross_entropy)
+    for other in (lambda z: (z - 1).abs().mean(), lambda z: cross_entropy(z) + (z - 1).square().mean()):
+        with pytest.raises(UndecidedError):
+            sampled(other, known=known)
+
+
 def test_unequal_weights_are_refused():
     with pytest.raises(ObjectiveError, match="different weights"):
         sampled(lambda z: cross_entropy(z, weight=torch.linspace(0.1, 1, V)))
