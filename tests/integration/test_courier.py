@@ -753,11 +753,13 @@ def test_a_deadly_sigpipe_does_not_reach_the_trainer(serve):
     daemon = serve()
     code = """
 signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-old = client.courier_pid
+import select
 send(client, 1)
-os.kill(old, signal.SIGKILL)
-courier = client._courier
+courier, gone = client._courier, os.pidfd_open(client.courier_pid)
 courier.read = lambda: b""  # it would tell before the write does
+os.kill(client.courier_pid, signal.SIGKILL)
+select.select([gone], [], [])  # or thousands of samples go into the pipe before, more than close() waits for
+os.close(gone)
 sequence = 1
 while client._courier is courier:
     sequence += 1
