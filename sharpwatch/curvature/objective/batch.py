@@ -89,7 +89,7 @@ class Batch:
 
     def named_tensors(self) -> list[tuple[Tensor, str]]:
         """All tensors with the nearest name above each."""
-        return named_tensors((self.args, self.kwargs))
+        return list(named_tensors((self.args, self.kwargs)))
 
     def prepared(self) -> Batch:
         """The same call, prepared for a probe.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import UserDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -13,17 +13,18 @@ from torch import Tensor
 _MAX_DEPTH = 20  # a value may contain itself
 
 
-def tensors(value: Any) -> list[Tensor]:
+def tensors(value: Any) -> Iterator[Tensor]:
     """All tensors in `value`: itself, or in mappings, lists, tuples and dataclasses."""
-    return [tensor for tensor, _ in named_tensors(value)]
+    return (tensor for tensor, _ in named_tensors(value))
 
 
-def named_tensors(value: Any, name: str = "", depth: int = 0) -> list[tuple[Tensor, str]]:
+def named_tensors(value: Any, name: str = "", depth: int = 0) -> Iterator[tuple[Tensor, str]]:
     """All tensors in `value` with the nearest name above each: a key or a field; `name` is that of `value` itself."""
     if isinstance(value, Tensor):
-        return [(value, name)]
-    items = _items(value) if depth < _MAX_DEPTH else []
-    return [found for key, item in items for found in named_tensors(item, str(key) or name, depth + 1)]
+        yield value, name
+    elif depth < _MAX_DEPTH:
+        for key, item in _items(value):
+            yield from named_tensors(item, str(key) or name, depth + 1)
 
 
 def map_tensors(value: Any, change: Callable[[Tensor, str], Tensor], name: str = "", depth: int = 0) -> Any:
