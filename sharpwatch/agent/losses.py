@@ -125,8 +125,7 @@ class LossTracker:
     def output(self, output: Any) -> OwnLoss | None:
         """Keep the loss that the model's `output` carries, if any."""
         own = self.read(output)
-        if own is not None and own.named:
-            self._own.append(own)
+        self._keep(own)
         return own
 
     def read(self, output: Any) -> OwnLoss | None:
@@ -140,6 +139,9 @@ class LossTracker:
     def add(self, own: OwnLoss | None) -> None:
         """A forward in evaluation mode, whose loss is `own`, turned out to train."""
         self._evaluation_trains = True
+        self._keep(own)
+
+    def _keep(self, own: OwnLoss | None) -> None:
         if own is not None and own.named:
             self._own.append(own)
 

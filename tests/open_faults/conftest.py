@@ -38,15 +38,3 @@ def make_daemon(tmp_path):
 def daemon(make_daemon):
     """A running daemon without policies."""
     return make_daemon()
-
-
-@pytest.fixture
-def rules(tmp_path):
-    """Write block rules, `rules({"classifier*": "head"})`; returns the file's path."""
-
-    def write(blocks: dict[str, str]) -> str:
-        path = tmp_path / "rules.yaml"
-        path.write_text("".join(f'- {{match: "{match}", block: {block}}}\n' for match, block in blocks.items()))
-        return str(path)
-
-    return write

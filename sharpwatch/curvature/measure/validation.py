@@ -123,7 +123,8 @@ def _check_batch(given: nn.Module, where: str, values: Mapping[str, Any], logits
     if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
         raise ProbeError(f"{where} must be a dict with the model's arguments by name, got {_described(values)}")
     batch = Batch((), dict(values))
-    if any(tensor.numel() == 0 for tensor in batch.tensors()) or not any(True for _ in batch.tensors()):
+    tensors = batch.tensors()
+    if not tensors or any(tensor.numel() == 0 for tensor in tensors):
         raise ProbeError(f"{where} is empty")
     _check_vocabulary(given, where, batch)
     # A user's `logits_fn` shows the positions only in a forward, and none may run yet: rows stand for them.

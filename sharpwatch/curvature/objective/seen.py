@@ -122,10 +122,9 @@ class OutputSample:
             raise EmptyBatchError(f"{self.name} got no gradient: no position predicts")
         if not bool(gradient.any()):
             raise UndecidedError("none of the positions that were looked at predicts")
-        fit = candidate.fit(Derivatives(part.output, gradient))
-        if fit is None:
-            return None
-        return self._checked(candidate, live, fit.weights[fit.predicting], Derivatives(part.output, gradient).tolerance)
+        known = Derivatives(part.output, gradient)
+        fit = candidate.fit(known)
+        return None if fit is None else self._checked(candidate, live, fit.weights[fit.predicting], known.tolerance)
 
     def _checked(self, candidate: Candidate, live: Tensor, weights: Tensor, tolerance: float) -> SeenLoss:
         weight = float(weights.double().mean())
