@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
@@ -36,17 +37,25 @@ class Hook:
         self._call = call
 
     def __call__(self, *args: Any) -> Any:
-        """Call the wrapped function, except while torch traces or records the caller.
+        """Call the wrapped function, except while torch traces, records or transforms the caller.
 
         Under torch.compile the agent's operations, or a graph break for them, would change the user's graph. A CUDA
-        graph would replay the agent's kernels, and waiting for the device breaks its capture.
+        graph would replay the agent's kernels, and waiting for the device breaks its capture. Under `torch.func`
+        tensors have no values of their own.
         """
-        return None if torch.compiler.is_compiling() or _is_capturing() else self._call(*args)
+        skips = torch.compiler.is_compiling() or _is_capturing() or _is_transformed()
+        return None if skips else self._call(*args)
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[object, ...]]:
         """Copied or pickled with its model, it does nothing there, and loads without sharpwatch."""
         # It takes any arguments, returns None, and is of the standard library.
         return getattr, (nullcontext(), "__exit__")
+
+
+def backward_is_compiled() -> bool:
+    """Whether the program has used compiled autograd, whose graphs leave out the agent's hooks."""
+    utils = sys.modules.get("torch._dynamo.utils")
+    return utils is not None and "compiled_autograd" in utils.counters
 
 
 class Steps(Protocol):
@@ -301,6 +310,12 @@ def _move(hooks: Any, number: int, *, last: bool) -> None:
 def _is_capturing() -> bool:
     started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return bool(started) and torch.cuda.is_current_stream_capturing()
+
+
+def _is_transformed() -> bool:
+    """Whether `torch.func` transforms the caller, or `torch.jit.trace` records it."""
+    # No public function tells of the first.
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch._C._is_tracing()  # noqa: SLF001
 
 
 class ParameterIdentity:

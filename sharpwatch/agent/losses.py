@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,9 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from sharpwatch.agent.hooks import Hook
+from sharpwatch.agent.hooks import Hook, backward_is_compiled
 from sharpwatch.agent.safety import ExceptionBarrier, warn
 from sharpwatch.agent.statistics.tap import AsyncHostCopy
+from sharpwatch.curvature.objective.outputs import find_loss
 
 ITEMS_IN_BATCH = "num_items_in_batch"  # an argument by which Hugging Face's models divide the sum of their losses
 MAX_FORWARDS = 1024  # of a step, the newest, whose own losses count
@@ -69,7 +69,7 @@ class OwnLoss:
         self._output = loss.output_nr
         if loss.grad_fn is None:
             return
-        if _backward_is_compiled():
+        if backward_is_compiled():
             self.weights.append(1.0)  # no hook runs there: it is assumed
         else:
             loss.grad_fn.register_prehook(Hook(self._arrived))
@@ -130,10 +130,7 @@ class LossTracker:
 
     def read(self, output: Any) -> OwnLoss | None:
         """The loss that the model's `output` carries, if any."""
-        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-        named = loss is not None
-        if loss is None and isinstance(output, tuple | list):
-            loss = next((item for item in output if isinstance(item, Tensor) and item.dim() == 0), None)
+        loss, named = find_loss(output)
         return OwnLoss(loss, self._barrier, named=named) if isinstance(loss, Tensor) and loss.numel() == 1 else None
 
     def add(self, own: OwnLoss | None) -> None:
@@ -157,9 +154,9 @@ class LossTracker:
         self._observed.append(term)
         return None
 
-    def present(self) -> float | None:
-        """The loss observed since the last step; None where none was, or the step had several forwards."""
-        return _read(self._observed[0][0]) if len(self._observed) == 1 and self._forwards <= 1 else None
+    def present(self) -> list[float]:
+        """The losses observed since the last step, in order."""
+        return [_read(value) for value, _ in self._observed]
 
     def take(self) -> StepLoss:
         """The loss of the step just taken; without terms where none is known."""
@@ -185,12 +182,6 @@ class LossTracker:
                 "the loop does not train on the loss that the model returns, so no loss is shown, and probes of the "
                 "loss need attach(loss_fn=...): report the loss with watch.observe(loss=...)"
             )
-
-
-def _backward_is_compiled() -> bool:
-    """Whether the program has used compiled autograd, whose graphs leave out the agent's hooks."""
-    utils = sys.modules.get("torch._dynamo.utils")
-    return utils is not None and "compiled_autograd" in utils.counters
 
 
 def _read(number: Number) -> float:

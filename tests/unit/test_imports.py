@@ -56,7 +56,7 @@ ALLOWED = {
         "agent.statistics",
         "agent.probes",
     },
-    "agent.losses": {"agent.safety", "agent.hooks", "agent.statistics"},
+    "agent.losses": {"curvature", "agent.safety", "agent.hooks", "agent.statistics"},
     "agent.checkpoint_log": set(),
     "agent.reporting": {
         *("common", "blocks", "curvature", "agent.safety", "agent.control", "agent.statistics", "agent.probes"),

@@ -105,7 +105,7 @@ class ProbedStep:
 
     Attributes:
         seconds: Time spent for each probe before the step and while it was listening.
-        loss: Returns the loss of the step, if it is known by now.
+        losses: Returns the losses that were observed in the step so far.
         batch_rows: Number of rows of the batch.
         rows: Int64 [n], those of them that the present probe has.
         layout: Where the rows are in what the model is called with, and in what it returns.
@@ -115,7 +115,7 @@ class ProbedStep:
 
     context: ProbeContext
     seconds: dict[str, float] = field(default_factory=dict)
-    loss: Callable[[], float | None] = lambda: None
+    losses: Callable[[], Sequence[float]] = tuple
     batch_rows: int = 0
     rows: Tensor | None = None
     layout: RowLayout = field(default_factory=RowLayout)

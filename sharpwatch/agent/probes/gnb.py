@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sharpwatch.agent.hooks import backward_is_compiled
 from sharpwatch.agent.optimizers.support import layout_of
 from sharpwatch.agent.probes.context import Probe, ProbeContext, ProbedStep, ProbeSpec, ShardReduction
 from sharpwatch.agent.probes.seen_outputs import OutputListener
@@ -23,7 +24,8 @@ from sharpwatch.curvature.estimators.gnb import GnbSample, gnb_probe
 from sharpwatch.curvature.estimators.gnb_sharded import sharded_gnb_probe
 from sharpwatch.curvature.objective.batch import Batch, LossCall, LossFn
 from sharpwatch.curvature.objective.outputs import loss_in
-from sharpwatch.curvature.objective.seen import SeenLoss, SeenRows, seen_loss
+from sharpwatch.curvature.objective.samples import SeenForward, equal, require_alike, seen_loss
+from sharpwatch.curvature.objective.seen import SeenLoss, SeenRows
 from sharpwatch.curvature.objective.verification import (
     ObjectiveInUse,
     OutputLoss,
@@ -33,12 +35,13 @@ from sharpwatch.curvature.objective.verification import (
     verify,
 )
 from sharpwatch.curvature.parameters.shards import Shard, local_gradient_summand, sketch_shards
-from sharpwatch.errors import ObjectiveError, ProbeError, UndecidedError
+from sharpwatch.errors import ObjectiveError, UndecidedError
 from sharpwatch.v1 import agent_pb2
 from sharpwatch.wire import encode
 
 _DRAWS = 4
 _EQUAL = 0.02  # relative difference below which two total weights are the same
+_WEIGHED_TOKENS = 64  # of a probe where they have different weights: the sum of these then errs by some per cent
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +63,6 @@ class _GnbProbe(Probe):
     """
 
     objective: ObjectiveInUse | None = None
-    _always_listens = False
     _known: SeenLoss | None = None
     _gradient_sketch: Tensor | None = None
 
@@ -83,31 +85,25 @@ class _GnbProbe(Probe):
         self._listener.remove()
 
     def output(self, batch: Batch, output: Any) -> None:
-        """Listens to the gradients of `output`, unless its loss is known in another way."""
+        """Listens to the gradients of what the model returned."""
         del batch
-        if self.context.logits_fn is None and (self._always_listens or not self._knows_loss(output)):
+        if self.context.logits_fn is None:
             self._listener.returned(output)
 
     def backward_from_another_loss(self, step: ProbedStep) -> None:
-        """From now on listens to the backward, whatever the model returns."""
+        """The outputs' gradients show from which."""
         step.own_loss = False
-        if not self._always_listens:
-            self._always_listens = True
-            raise UndecidedError(
-                "the loop does not train on the loss that the model returns; the next probe reads off the outputs' "
-                "gradients on which it does"
-            )
 
-    @abstractmethod
-    def _knows_loss(self, output: Any) -> bool:
-        """Whether a probe's own forward gives the loss."""
-
-    def _seen(self, step: ProbedStep) -> SeenRows | None:
-        """The loss that the step's backward showed, for the rows of the probe; None if it showed none."""
-        samples, seconds = self._listener.take(), self._listener.seconds
+    def _heard(self, step: ProbedStep) -> list[SeenForward]:
+        """What the outputs' gradients showed in the step."""
+        forwards, seconds = self._listener.take(), self._listener.seconds
         self._listener.seconds = 0.0
         step.seconds["gnb"] = step.seconds.get("gnb", 0.0) + seconds
-        found = seen_loss(samples, step.loss(), self._known)
+        return forwards
+
+    def _seen(self, step: ProbedStep, forwards: Sequence[SeenForward]) -> SeenRows | None:
+        """The loss that the step's backward showed, for the rows of the probe; None if it showed none."""
+        found = seen_loss(forwards, step.losses(), self._known)
         if found is None or step.rows is None:
             return None
         self._known = found
@@ -139,7 +135,7 @@ class Gnb(_GnbProbe):
 
     def run(self, rows: AbstractContextManager[Batch], step: ProbedStep) -> GnbReport:
         """As `Probe.run`."""
-        context, gradient = self.context, self._take()
+        context, gradient, forwards = self.context, self._take(), self._heard(step)
         with self._saying_why_not(), rows as batch:
             sample = gnb_probe(
                 context.model,
@@ -148,66 +144,87 @@ class Gnb(_GnbProbe):
                 draws=_DRAWS,
                 generator=context.source,
                 sketcher=context.sketcher,
-                find=self._find(step),
+                find=self._find(step, forwards),
             )
         self.objective = sample.objective
         return GnbReport(sample, None if gradient is None else gradient.cpu())
-
-    def _knows_loss(self, output: Any) -> bool:
-        return self._loss_fn is not None or _has_loss(output)
 
     @property
     def _loss_fn(self) -> LossFn | None:
         """The user's."""
         return None if self.context.finds_loss else self.context.loss_fn
 
-    def _find(self, step: ProbedStep) -> Callable[[Any, nn.Module, Batch], OutputLoss]:
+    def _find(self, step: ProbedStep, forwards: Sequence[SeenForward]) -> Callable[[Any, nn.Module, Batch], OutputLoss]:
         """How the loss is found as a function of the outputs of the probe's own forward."""
-        context, seen = self.context, self._seen(step)
+        context = self.context
         if context.logits_fn is not None or self._loss_fn is not None:
 
             def known(call: Any, model: nn.Module, batch: Batch) -> OutputLoss:
                 return output_loss(call, model, batch, loss_fn=self._loss_fn, logits_fn=context.logits_fn)
 
-            return lambda call, model, batch: self._of_batch(known, call, model, batch, step)
+            return self._of_batch(known, step, forwards)
+        beyond = [each.name for forward in forwards if forward.has_loss for each in forward.beyond_own_loss]
+        has_loss = any(forward.has_loss for forward in forwards)
 
         def own(call: Any, model: nn.Module, batch: Batch) -> OutputLoss:
             output = context.call(call, batch)
             loss = loss_in(output) if step.own_loss else None
-            if loss is not None:
-                return verify(LossCall(loss, batch, output), model)
-            if seen is not None:
-                return seen.loss(output)
-            if not step.own_loss:
-                raise ObjectiveError("the loop's loss is not of what the model returns: pass loss_fn")
-            return assume(output, model, batch)
+            return assume(output, model, batch) if loss is None else verify(LossCall(loss, batch, output), model)
 
+        if step.own_loss and has_loss and not beyond:
+            require_alike(forwards)
+            return self._of_batch(own, step, forwards)
+        try:
+            seen = self._seen(step, forwards)
+        except ObjectiveError as error:
+            if not (step.own_loss and has_loss):
+                raise
+            terms = f"the loop adds a term of {', '.join(dict.fromkeys(beyond))} to the loss that the model returns"
+            raise type(error)(f"{terms}; {error}") from error
         if seen is not None:
-            return own
-        return lambda call, model, batch: self._of_batch(own, call, model, batch, step)
+            return lambda call, _, batch: seen.loss(context.call(call, batch))
+        if not step.own_loss:
+            raise ObjectiveError("the loop's loss is not of what the model returns: pass loss_fn")
+        if any(forward.samples for forward in forwards) and not backward_is_compiled():
+            raise UndecidedError("no backward reached what the model returned: pass loss_fn")
+        return self._of_batch(own, step, forwards)
 
     def _of_batch(
         self,
         find: Callable[[Any, nn.Module, Batch], OutputLoss],
-        call: Any,
-        model: nn.Module,
-        batch: Batch,
         step: ProbedStep,
-    ) -> OutputLoss:
-        """The loss of the whole batch, by that of some rows: a mean is the same, a sum is as many times as large.
+        forwards: Sequence[SeenForward],
+    ) -> Callable[[Any, nn.Module, Batch], OutputLoss]:
+        """As `find`, the loss of the whole batch by that of some rows: a mean is the same, a sum many times as large.
 
         Whether a loss that is no mean grows with the rows is found once, by another forward on half of the rows.
         """
-        found = find(call, model, batch)
-        if scale_in_words(found.total, found.tokens) == "mean" or found.objective.state != "verified":
-            return found
-        if self._summed is None:
-            self.least_rows = 2
-            if batch.rows < 2 and step.batch_rows > 1:
-                raise UndecidedError(f"whether the {found.objective.text} grows with the rows shows on two rows")
-            half = batch.slice(torch.arange((batch.rows + 1) // 2, device="cpu"))
-            self._summed = _is_summed(found, find(call, model, half)) if batch.rows > 1 else False
-        return found.scaled(step.batch_rows / batch.rows) if self._summed else found
+
+        def of_batch(call: Any, model: nn.Module, batch: Batch) -> OutputLoss:
+            found = find(call, model, batch)
+            if found.objective.state != "verified":
+                return found
+            if (
+                batch.rows < step.batch_rows
+                and found.tokens < _WEIGHED_TOKENS
+                and not (found.equal and equal(forwards))
+            ):
+                # A weighted mean over a few positions is not what they are of that over the batch: of one it has none.
+                self.least_rows = max(self.least_rows, math.ceil(_WEIGHED_TOKENS / found.tokens * batch.rows))
+                raise UndecidedError(
+                    f"the positions of {found.terms[0].name} have different weights; the next probe has more of them"
+                )
+            if scale_in_words(found.total, found.tokens) == "mean":
+                return found
+            if self._summed is None:
+                self.least_rows = max(self.least_rows, 2)
+                if batch.rows < 2 and step.batch_rows > 1:
+                    raise UndecidedError(f"whether the {found.objective.text} grows with the rows shows on two rows")
+                half = batch.slice(torch.arange((batch.rows + 1) // 2, device="cpu"))
+                self._summed = _is_summed(found, find(call, model, half)) if batch.rows > 1 else False
+            return found.scaled(step.batch_rows / batch.rows) if self._summed else found
+
+        return of_batch
 
     def _sketch(self) -> Tensor:
         given = {name: parameter.grad for name, parameter in self.context.model.named_parameters()}
@@ -221,7 +238,7 @@ class ShardedGnb(_GnbProbe):
 
     def run(self, rows: AbstractContextManager[Batch], step: ProbedStep) -> GnbReport:
         """As `Probe.run`; a failure of one rank is raised on all."""
-        context, shards, own = self.context, self._shards, self._take()
+        context, shards, own, forwards = self.context, self._shards, self._take(), self._heard(step)
         with self._saying_why_not():
             sample = sharded_gnb_probe(
                 context.model,
@@ -234,7 +251,8 @@ class ShardedGnb(_GnbProbe):
                 sketcher=context.sketcher,
                 logits_fn=context.logits_fn,
                 loss_fn=context.loss_fn,
-                seen=partial(self._seen, step),
+                # No backward of a part of the model, as `verify` makes: it would leave FSDP's hooks half done.
+                seen=partial(self._seen, step, forwards),
             )
         found = sample.objective
         if found is not None:  # a trial would be one more forward of all ranks, of which any may fail alone
@@ -244,11 +262,6 @@ class ShardedGnb(_GnbProbe):
             own = torch.full(shape, math.nan, dtype=torch.float32, device="cpu")
         gradient = shards.add(own.cpu().double()).float()
         return GnbReport(sample, gradient if gradient.isfinite().all() else None)
-
-    def _knows_loss(self, output: Any) -> bool:
-        # By its gradient at the outputs: a backward of a part of the model would leave FSDP's hooks half done.
-        del output
-        return False
 
     @property
     def _shards(self) -> ShardReduction:
@@ -265,13 +278,6 @@ class ShardedGnb(_GnbProbe):
         found = {name: gradient for name, (gradient, _) in summands.items() if gradient is not None}
         weights = {name: self._shards.weights[name] * ranks for name, (_, ranks) in summands.items()}
         return sketch_shards(self.context.sketcher, found, shards, weights)
-
-
-def _has_loss(output: Any) -> bool:
-    try:
-        return loss_in(output) is not None
-    except ProbeError:
-        return False
 
 
 def _is_summed(whole: OutputLoss, part: OutputLoss) -> bool:

@@ -267,18 +267,20 @@ class ProbeScheduler:
             self.runner.not_called(self._due, f"no forward of the model was seen in {self.missed} steps: {seen}")
 
     def run(
-        self, step: int, due: DueProbes, tap: PendingTap | None, loss: Callable[[], float | None] = lambda: None
+        self, step: int, due: DueProbes, tap: PendingTap | None, losses: Callable[[], Sequence[float]] = tuple
     ) -> ProbeRun:
-        """Step number `step` is taken: runs the probes that are due; `loss` returns its loss, if it is known."""
+        """Step number `step` is taken: runs the probes that are due; `losses` returns what the loop observed."""
         captured = self._take()
         names = self._due if self._strategy.all_ranks_probe else due.names  # or one rank would wait for another
         # The vote comes before this rank's own batch is looked at: every rank must take part in it.
         if not names or not self._all_ready(captured, step) or captured is None:
+            if names:
+                self.runner.discard()
             return ProbeRun()
         probed = due.step or self.runner.before_step(())
         if tap is not None:
             probed.gradient_squares = partial(self._strategy.tap.stepped, tap)
-        probed.loss = loss
+        probed.losses = losses
         self.running = True
         try:
             probes = self.runner.run(names, captured, probed)

@@ -27,6 +27,16 @@ def named_tensors(value: Any, name: str = "", depth: int = 0) -> Iterator[tuple[
             yield from named_tensors(item, str(key) or name, depth + 1)
 
 
+def tensors_by_path(value: Any, path: str = "", depth: int = 0) -> Iterator[tuple[Tensor, str]]:
+    """All tensors in `value` with their paths, such as "hidden_states[3]" or "decoder.logits"; `path` is its own."""
+    if isinstance(value, Tensor):
+        yield value, path
+    elif depth < _MAX_DEPTH:
+        for index, (key, item) in enumerate(_items(value)):
+            place = f"{path}.{key}".lstrip(".") if key else f"{path}[{index}]"
+            yield from tensors_by_path(item, place, depth + 1)
+
+
 def map_tensors(value: Any, change: Callable[[Tensor, str], Tensor], name: str = "", depth: int = 0) -> Any:
     """`value` with `change` applied to its tensors; containers are of the same kind, and new.
 

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sharpwatch.common.rng_state import rng_state_restored
 from sharpwatch.curvature.objective.batch import Batch, LossFn, count_tokens, training_loss
-from sharpwatch.curvature.objective.candidates import NO_SECOND_DERIVATIVE
+from sharpwatch.curvature.objective.fits import NO_SECOND_DERIVATIVE
 from sharpwatch.curvature.parameters.parameter_space import ParameterSpace
 from sharpwatch.curvature.state.isolation import Functional, upcast
 from sharpwatch.curvature.statistics.estimate import Cost

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from sharpwatch.curvature.objective.nested import tensors_by_path
 from sharpwatch.errors import ObjectiveError, ProbeError
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def named_outputs(output: Any) -> dict[str, Tensor]:
-    """Find the outputs that a loss may be taken of.
+    """Find the outputs that a loss is most often taken of.
 
     Args:
         output: What the model returned.
@@ -32,6 +33,38 @@ def named_outputs(output: Any) -> dict[str, Tensor]:
     return logits or found
 
 
+def all_outputs(output: Any) -> dict[str, Tensor]:
+    """Find all outputs that a loss may be of.
+
+    Args:
+        output: What the model returned.
+
+    Returns:
+        `named_outputs` first, then its other floating-point tensors: numbers too, and what nested values hold, by path.
+    """
+    found = {path: value for name, one in items(output) for value, path in tensors_by_path(one, name)}
+    floating = {path: value for path, value in found.items() if value.is_floating_point() and path != "loss"}
+    return named_outputs(output) | floating
+
+
+def find_loss(output: Any) -> tuple[Any, bool]:
+    """Find what stands in the place of a loss in a model's output.
+
+    Args:
+        output: What the model returned.
+
+    Returns:
+        The value, None if there is none; whether the model calls it so. A number in a tuple may be another one.
+    """
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if loss is not None:
+        return loss, True
+    # The first scalar: nanoGPT returns (logits, loss), Hugging Face (loss, logits).
+    if isinstance(output, tuple | list):
+        loss = next((item for item in output if isinstance(item, Tensor) and item.dim() == 0), None)
+    return loss, False
+
+
 def loss_in(output: Any) -> Tensor | None:
     """Find the loss in a model's output.
 
@@ -44,10 +77,7 @@ def loss_in(output: Any) -> Tensor | None:
     Raises:
         ProbeError: What stands in its place is no scalar that depends on the weights.
     """
-    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    # The first scalar: nanoGPT returns (logits, loss), Hugging Face (loss, logits).
-    if loss is None and isinstance(output, tuple | list):
-        loss = next((item for item in output if isinstance(item, Tensor) and item.dim() == 0), None)
+    loss, _ = find_loss(output)
     if loss is None and isinstance(output, Tensor) and output.dim() == 0:  # [1] is the output of one row
         loss = output
     return None if loss is None else require_scalar(loss, "the model's output")

@@ -7,6 +7,7 @@ on later ones, so a beginning of the sequences would pass for rows.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -125,19 +126,30 @@ def _candidates(batch: Batch) -> Iterator[tuple[int | None, ...] | None]:
     yield None
     tensors = [tensor for tensor, _ in batch.named_tensors()]
     seen = {_axes(batch, batch.rows, (0,))}
-    for choices in ((0,), (1,), (0, 1)):
+    for masks, choices in itertools.product((False, True), ((0,), (1,), (0, 1))):
         sizes = Counter(t.shape[axis] for t in tensors for axis in choices if t.dim() >= 2 and t.shape[axis] > 1)
         for size, _ in sizes.most_common(_SIZES):
-            axes = _axes(batch, size, choices)
+            axes = _axes(batch, size, choices, masks=masks)
             if axes not in seen and any(axis is not None for axis in axes):
                 seen.add(axes)
                 yield axes
 
 
-def _axes(batch: Batch, rows: int, choices: tuple[int, ...]) -> tuple[int | None, ...]:
-    """For each tensor the first dimension among `choices` that runs over `rows` rows; None for one without."""
-    found = ([row_axis(tensor, name, rows, axis) for axis in choices] for tensor, name in batch.named_tensors())
+def _axes(batch: Batch, rows: int, choices: tuple[int, ...], *, masks: bool = False) -> tuple[int | None, ...]:
+    """For each tensor the first dimension among `choices` that runs over `rows` rows; None for one without.
+
+    With `masks` it is None for what may be a mask of attention, [T, T], in a batch with as many rows.
+    """
+    found = (
+        [None if masks and _may_be_mask(tensor) else row_axis(tensor, name, rows, axis) for axis in choices]
+        for tensor, name in batch.named_tensors()
+    )
     return tuple(next((axis for axis in axes if axis is not None), None) for axes in found)
+
+
+def _may_be_mask(tensor: Tensor) -> bool:
+    is_kind = tensor.is_floating_point() or tensor.dtype == torch.bool
+    return is_kind and tensor.dim() == 2 and tensor.shape[0] == tensor.shape[1]
 
 
 class _Trial:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sharpwatch.curvature.objective.batch import Batch, named_arguments
-from sharpwatch.curvature.objective.candidates import Fit
+from sharpwatch.curvature.objective.fits import Fit
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,17 +33,18 @@ from sharpwatch.curvature.objective.candidates import (
     CROSS_ENTROPY,
     SQUARES,
     Candidate,
-    Fit,
     find_fits,
 )
 from sharpwatch.curvature.objective.factors import OutputGradients
-from sharpwatch.curvature.objective.outputs import assumed_classes, items, loss_in, named_outputs
+from sharpwatch.curvature.objective.fits import Fit
+from sharpwatch.curvature.objective.outputs import all_outputs, assumed_classes, items, loss_in, named_outputs
 from sharpwatch.curvature.objective.targets import TargetSource, find_source
 from sharpwatch.errors import EmptyBatchError, ObjectiveError
 
 _CAST = "ToCopyBackward0"  # the graph's node of a cast
 _ROUNDINGS = 8  # of a loss in its own format
 _LOGIT_ROUNDINGS = 256  # of a position's loss in float32, relative to 1
+_MAX_OTHERS = 8  # outputs beside the logits that are tried
 _MAX_COMBINATIONS = 64  # of candidates for several outputs
 _COEFFICIENT = re.compile("aux|router|coef|loss")  # in the names of a configuration
 _EQUAL = 0.02  # relative difference below which a total weight is 1
@@ -112,6 +113,12 @@ class OutputLoss:
     def tokens(self) -> int:
         """Number of predicting positions of the first part."""
         return self.terms[0].fit.tokens
+
+    @property
+    def equal(self) -> bool:
+        """Whether all predicting positions have the same weight."""
+        given = [term.fit.weights[term.fit.predicting] for term in self.terms]
+        return all(float(weights.max() - weights.min()) <= _EQUAL * float(weights.max()) for weights in given)
 
     @property
     def share(self) -> float:
@@ -216,16 +223,20 @@ def verify(call: LossCall, model: nn.Module) -> OutputLoss:
         ObjectiveError: No candidate fits.
         EmptyBatchError: No position predicts.
     """
-    named = named_outputs(call.output)
-    outputs = {name: each for name, each in named.items() if each is not call.loss and each.requires_grad}
-    if not outputs:
+    named, others = named_outputs(call.output), all_outputs(call.output)
+    groups = [
+        {name: each for name, each in group.items() if each.dim() and each is not call.loss and each.requires_grad}
+        for group in (named, {name: each for name, each in others.items() if name not in named})
+    ]
+    if not any(groups):
         what = "found no logits in the model's output, nor another tensor that the loss is of"
         raise ObjectiveError(f"{what}: pass logits_fn")
     value = float(call.loss.detach().double())
     if not math.isfinite(value):
-        return _not_finite(outputs, value)
+        return _not_finite(groups[0] or groups[1], value)
     fitting: list[list[Term]] = []
-    for name, output in outputs.items():
+    # A loss is seldom of hidden states that are returned as well: those are tried where the others do not make it up.
+    for name, output in itertools.chain(groups[0].items(), itertools.islice(groups[1].items(), _MAX_OTHERS)):
         terms: list[Term] = []
         for term in _terms(call.loss, name, output):
             if _reproduces([term], call.loss, value):

@@ -519,3 +519,23 @@ def test_a_compiled_step_is_what_it_is_without_sharpwatch(transports, monkeypatc
     monkeypatch.setenv("SHARPWATCH_DISABLED", "1")
     assert train() == (captured, weights)
     assert captured > 0
+
+
+def test_transformed_and_traced_calls_are_left_alone(transports):
+    """As in a loop with gradients for each row (torch.func), or one that exports its model."""
+    model, transport = Output().train(), transports.new()
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    watch = sharpwatch.attach(model, optimizer, training_job="job", transport=transport, probe_every=1)
+    weights = {name: each.detach() for name, each in model.named_parameters()}
+
+    def loss(weights, row):
+        return torch.func.functional_call(model, weights, (row[None],))["loss"]
+
+    for step in range(2):
+        model(tokens(step))["loss"].backward()
+        torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, tokens(step))
+        torch.jit.trace(model, tokens(step), strict=False, check_trace=False)
+        optimizer.step()
+    watch.close()
+    assert transport.samples[-1].health.swallowed_errors == 0
+    assert [sample.HasField("gnb") for sample in transport.samples[:2]] == [True, True]

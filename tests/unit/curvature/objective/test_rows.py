@@ -51,6 +51,16 @@ def test_masks_that_outvote_the_batch():
     assert found(model, ids(4, 6), *masks).axes == (0, None, None)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+def test_a_square_mask_of_as_many_positions_as_rows(dtype):
+    def model(x, mask):
+        return (mask.float() @ x.float().T).T
+
+    mask = torch.ones(6, 6).tril().to(dtype)
+    assert found(model, ids(6, 6), mask).axes == (0, None)
+    assert found(lambda x, mask: model(x.T, mask).T, ids(6, 6), mask).axes == (1, None)
+
+
 def test_a_hidden_state_with_rows_in_its_second_dimension():
     torch.manual_seed(0)
     rnn = nn.LSTM(3, 5, num_layers=2, batch_first=True).eval()

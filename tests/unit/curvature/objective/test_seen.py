@@ -6,21 +6,24 @@ import pytest
 import torch
 from torch.nn import functional
 
-from sharpwatch.curvature.objective.seen import OutputSample, SeenRows, seen_loss
+from sharpwatch.curvature.objective.samples import OutputSample, SeenForward, seen_loss
+from sharpwatch.curvature.objective.seen import SeenRows
 from sharpwatch.errors import EmptyBatchError, ObjectiveError, UndecidedError
 
 B, T, V = 6, 5, 12
 LABELS = torch.randint(V, (B, T), generator=torch.Generator().manual_seed(0))
 
 
-def sampled(loss, *, shape=(B, T, V), dtype=torch.float32, known=None, value=None):
+def sampled(loss, *, shape=(B, T, V), dtype=torch.float32, known=None, value=None, normal=False):
     """What the backward of `loss`, a function of one output, shows."""
-    output = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 2).to(dtype).requires_grad_()
+    output = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 2).to(dtype)
+    output = (output.log_softmax(-1) if normal else output).requires_grad_()
     sample = OutputSample("logits", output, torch.Generator().manual_seed(2))
     output.register_hook(sample.take)
     found = loss(output)
     found.backward()
-    return seen_loss([sample], float(found.detach()) if value == "known" else value, known)
+    losses = [float(found.detach())] if value == "known" else [value] if value is not None else []
+    return seen_loss([SeenForward([sample])], losses, known)
 
 
 def cross_entropy(z, labels=LABELS, **options):
@@ -43,6 +46,7 @@ def test_a_mean_cross_entropy_and_its_positions(dtype):
         (lambda z: cross_entropy(z) / 4, "0.25 x mean cross-entropy", False),
         (lambda z: cross_entropy(z) * 2**16, "6.554e+04 x mean cross-entropy", False),
         (lambda z: cross_entropy(z, label_smoothing=0.1), "mean cross-entropy with soft targets", False),
+        (lambda z: functional.nll_loss(z.flatten(0, 1), LABELS.flatten()), "mean negative log-likelihood", False),
         (lambda z: z.sigmoid().log().mean().neg(), "mean binary cross-entropy", False),
         (lambda z: (z - 1).square().mean(), "mean square", True),
         (lambda z: (z - 1).square().sum(), "summed square", True),
@@ -50,7 +54,7 @@ def test_a_mean_cross_entropy_and_its_positions(dtype):
     ],
 )
 def test_other_losses_are_named(loss, text, known):
-    seen = sampled(loss, value="known" if known else None)
+    seen = sampled(loss, value="known" if known else None, normal="likelihood" in text)
     assert seen.objective.text == f"{text} of logits"
 
 
@@ -100,8 +104,8 @@ def test_unequal_weights_are_refused():
 
 def test_no_gradient_and_no_position():
     sample = OutputSample("logits", torch.randn(B, V), torch.Generator())
-    assert seen_loss([sample], None) is None
-    assert seen_loss([], None) is None
+    assert seen_loss([SeenForward([sample])]) is None
+    assert seen_loss([]) is None
     with pytest.raises(EmptyBatchError):
         sampled(lambda z: cross_entropy(z, torch.full_like(LABELS, -100), reduction="sum"))
 
@@ -128,9 +132,9 @@ def test_two_gradients_and_two_outputs_are_refused():
     for _ in range(2):
         functional.cross_entropy(output, LABELS[:, 0]).backward()
     with pytest.raises(ObjectiveError, match="several gradients"):
-        seen_loss([sample], None)
+        seen_loss([SeenForward([sample])])
     with pytest.raises(ObjectiveError, match="several outputs of the model, logits, logits"):
-        seen_loss([sample, sample], None)
+        seen_loss([SeenForward([sample, sample])])
 
 
 @pytest.mark.parametrize(("summed", "scale"), [(False, 1), (True, 19)])

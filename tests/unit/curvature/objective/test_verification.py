@@ -98,6 +98,33 @@ def test_every_form_of_loss_is_found_and_named(name):
     agrees(report, exact)
 
 
+@pytest.mark.parametrize("dimension", [-1, 1])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_likelihood_of_log_probabilities_is_the_cross_entropy_of_what_they_are_of(dimension, reduction):
+    class LogHead(Head):
+        def forward(self, x, labels):
+            logits = self.logits(x)
+            found = logits.log_softmax(-1).movedim(-1, dimension)
+            return {"loss": functional.nll_loss(found.movedim(dimension, 1), labels, reduction=reduction), "out": found}
+
+        def logits(self, x):
+            return super().forward(x, x)["logits"]
+
+    model = LogHead(functional.cross_entropy)
+    x = torch.randint(12, (4, 5), generator=torch.Generator().manual_seed(0))
+    batch = {"x": x, "labels": x.flip(1)}
+    report = measured(model, [batch])
+    kind = "mean" if reduction == "mean" else "summed"
+    assert report.objective == f"{kind} negative log-likelihood of out, labels as they stand (verified)"
+    labels = batch["labels"].flatten()
+    agrees(
+        report,
+        layouts.exact_trace(
+            model, lambda z: functional.cross_entropy(z.flatten(0, 1), labels, reduction=reduction), model.logits(x)
+        ),
+    )
+
+
 @pytest.mark.parametrize(
     "loss",
     [
