@@ -62,6 +62,8 @@ def find_loss(output: Any) -> tuple[Any, bool]:
     # The first scalar: nanoGPT returns (logits, loss), Hugging Face (loss, logits).
     if isinstance(output, tuple | list):
         loss = next((item for item in output if isinstance(item, Tensor) and item.dim() == 0), None)
+    if isinstance(output, Tensor) and output.dim() == 0:  # [1] is the output of one row
+        loss = output
     return loss, False
 
 
@@ -78,8 +80,6 @@ def loss_in(output: Any) -> Tensor | None:
         ProbeError: What stands in its place is no scalar that depends on the weights.
     """
     loss, _ = find_loss(output)
-    if loss is None and isinstance(output, Tensor) and output.dim() == 0:  # [1] is the output of one row
-        loss = output
     return None if loss is None else require_scalar(loss, "the model's output")
 
 

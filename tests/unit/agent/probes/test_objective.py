@@ -163,7 +163,7 @@ def test_an_image_is_measured_by_its_squares_or_not_at_all():
     for _ in range(5):
         silent.step((silent.model(x) - x).square().mean())
     assert not silent.close().samples
-    assert "call watch.observe(loss=...) before the step" in silent.reasons["gnb"]
+    assert "watch.observe(loss=...) before the step is enough" in silent.reasons["gnb"]
     assert not silent.transport.samples[-1].health.probe_failures[0].disabled  # the loss may come yet
     assert silent.watch.status.objective.endswith("(undecided)")
     run = Run(model)
