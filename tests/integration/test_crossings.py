@@ -11,8 +11,8 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "crossings.py"
 LIMITS = {
     "attach": (46, 193),
-    "step": (19, 120),
-    "step with a gnb probe": (40, 246),
+    "step": (20, 122),
+    "step with a gnb probe": (42, 280),
     "sample with a gnb probe, at the daemon": (15, 70),
 }
 
