@@ -55,8 +55,7 @@ class GnbReport:
 class _GnbProbe(Probe):
     """Sketches the gradient before the step, on its device and without waiting for it.
 
-    Where the model returns no loss, or not the one that is trained on, it listens to the gradients of the model's
-    outputs for what the loss is.
+    It listens to the gradients of what the model returned: they show which loss is trained on.
 
     Attributes:
         objective: The loss that the newest probe measured, or why it measured none; None before the first.
