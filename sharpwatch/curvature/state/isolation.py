@@ -184,8 +184,11 @@ def _without_modes() -> Iterator[None]:
     with ExitStack() as stack:
         if torch._C._len_torch_dispatch_stack():  # noqa: SLF001 - there is no public way
             stack.enter_context(_disable_current_modes())
-        if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:  # noqa: SLF001 - as above
-            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_identity, _identity))
+        # Before torch 2.7 nothing tells whether there are any.
+        top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # noqa: SLF001 - as above
+        if top is None or top(False) is not None:
+            # Detached, or a graph of torch 2.6 holds itself; what is unpacked is put back into the graph.
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(Tensor.detach, _identity))
         yield
 
 

@@ -7,7 +7,10 @@ import torch
 
 from sharpwatch.curvature.state.float32 import float32_exact
 
-pytestmark = pytest.mark.filterwarnings("ignore:Please use the new API settings")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Please use the new API settings"),
+    pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="this torch has one setting only"),
+]
 
 
 @pytest.fixture(params=[True, False])
