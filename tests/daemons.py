@@ -185,7 +185,8 @@ class Daemon:
             if event.get("event") == "serving":
                 # The same ports after a restart: that is what a trainer comes back to.
                 self.grpc, self.http = event["grpc"], event["http"]
-                threading.Thread(target=self._pump, daemon=True).start()
+                self._reader = threading.Thread(target=self._pump, daemon=True)
+                self._reader.start()
                 return self
         raise AssertionError("the daemon did not start:\n" + "".join(self.log))
 
@@ -196,6 +197,7 @@ class Daemon:
     def kill(self) -> None:
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
+        self._reader.join(PATIENCE)  # what it has written last is read from a stream that is open
         self.process.close()
 
     def stop(self) -> int:

@@ -123,9 +123,7 @@ class Reference:
 
     def __init__(self):
         env = {**os.environ, "OMP_NUM_THREADS": "1", "SHARPWATCH_DISABLED": "1"}
-        self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "trainer.py")], stdout=subprocess.PIPE, text=True, env=env
-        )
+        self.process = ForkedProcess(path=HERE / "trainer.py", env=env)
         self.steps = []
 
     def until(self, steps):
@@ -136,7 +134,7 @@ class Reference:
     def stop(self):
         self.process.kill()
         self.process.wait()
-        self.process.stdout.close()
+        self.process.close()
 
 
 @pytest.fixture(scope="session")

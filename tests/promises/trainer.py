@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import select
 import sys
@@ -87,11 +88,17 @@ class Trainer:
         for _ in range(steps):
             self.step()
 
-    def train_until_stopped(self):
-        """Train until standard input ends; also say which samples nobody has to keep any more."""
-        while not select.select([sys.stdin], [], [], 0)[0]:
+    def train_until_stopped(self, backlog=math.inf):
+        """Train until standard input ends; also say which samples nobody has to keep any more.
+
+        While more samples than `backlog` are kept, ten steps a second are enough.
+        """
+        pause = 0.0
+        while not select.select([sys.stdin], [], [], pause)[0]:
             self.step()
-            say(acknowledged=self.transport._spool.settled)
+            acknowledged = self.transport._spool.settled
+            say(acknowledged=acknowledged)
+            pause = 0.1 if self.steps - acknowledged > backlog else 0.0
 
     def digest(self):
         """Of weights, optimizer state, learning rates and the random source."""
