@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -220,31 +221,45 @@ def test_the_agent_needs_no_extra():
     assert not {name: found for name in within("agent", "curvature", "blocks") if (found := roots(name) & extras)}
 
 
-def loaded_by(statement, before=""):
-    """The modules that `statement` brings to `sys.modules` of a fresh interpreter that has run `before`."""
-    code = f"import sys\n{before}\nknown = set(sys.modules)\n{statement}\nprint('\\n'.join(set(sys.modules) - known))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+# The modules that a statement brings to a process which has torch, and in which another statement has been run before.
+AFTER_TORCH = """
+import json, os, sys
+import torch
+for before, statement in json.loads(sys.argv[1]):
+    if os.fork() == 0:
+        exec(before)
+        known = set(sys.modules)
+        exec(statement)
+        print(json.dumps(sorted(set(sys.modules) - known)), flush=True)
+        os._exit(0)
+    assert os.wait()[1] == 0
+"""
+
+
+def output_of(*program):
+    done = subprocess.run([sys.executable, "-c", *program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return set(done.stdout.split())
+    return done.stdout
 
 
-@pytest.mark.parametrize(
-    ("statement", "framework"),
-    [
-        ("import sharpwatch.agent.watch", ""),
-        ("import sharpwatch.blocks", ""),
-        ("import sharpwatch; sharpwatch.attach", ""),
+def test_the_trainer_is_left_without_grpc():
+    cases = [
+        ("", "import sharpwatch.agent.watch"),
+        ("", "import sharpwatch.blocks"),
+        ("", "import sharpwatch; sharpwatch.attach"),
         # What is installed beside these may bring the same modules: transformers imports datasets, and that aiohttp.
-        ("import sharpwatch.integrations.huggingface", "from transformers import Trainer"),
-        ("import sharpwatch.integrations.lightning", "import lightning.pytorch"),
-    ],
-)
-def test_the_trainer_is_left_without_grpc(statement, framework):
-    loaded = loaded_by(statement, before=framework)
-    assert "sharpwatch" in loaded
-    assert not {name.partition(".")[0] for name in loaded} & {"grpc", "aiohttp", "structlog"}
-    assert not {name for name in loaded if name.startswith("sharpwatch.daemon")}
+        ("from transformers import Trainer", "import sharpwatch.integrations.huggingface"),
+        ("import lightning.pytorch", "import sharpwatch.integrations.lightning"),
+    ]
+    printed = output_of(AFTER_TORCH, json.dumps(cases)).splitlines()
+    found = [json.loads(line) for line in printed if line.startswith("[")]
+    for (_, statement), loaded in zip(cases, found, strict=True):
+        assert "sharpwatch" in loaded, statement
+        assert not {name.partition(".")[0] for name in loaded} & {"grpc", "aiohttp", "structlog"}, statement
+        assert not {name for name in loaded if name.startswith("sharpwatch.daemon")}, statement
 
 
 def test_block_names_and_rules_come_without_torch():
-    assert "torch" not in loaded_by("import sharpwatch.blocks")
+    loaded = output_of("import sys\nimport sharpwatch.blocks\nprint('\\n'.join(sys.modules))").split()
+    assert "sharpwatch.blocks" in loaded
+    assert "torch" not in loaded
