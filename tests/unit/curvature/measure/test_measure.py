@@ -32,7 +32,7 @@ class Case:
         self.hessian = {block: hessian[own][:, own] for block, own in self.entries.items()}
         self.gauss_newton = {block: float(root[:, own].square().sum()) for block, own in self.entries.items()}
         self.ends = {block: torch.linalg.eigvalsh(own)[[0, -1]].tolist() for block, own in self.hessian.items()}
-        self.whole = torch.linalg.eigvalsh(hessian)[[0, -1]].tolist() if name in dense.MODELS else None
+        self.whole = dense.ends(hessian) if name in dense.MODELS else None
 
 
 @pytest.fixture(scope="module")
