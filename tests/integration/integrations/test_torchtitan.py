@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -65,25 +66,25 @@ def prepare(folder):
     with open(f"{folder}/tokenizer_config.json", "w") as file:
         json.dump({"bos_token": "<s>", "eos_token": "</s>"}, file)
     os.mkdir(f"{folder}/text")
+    halves = [document[: len(document) // 2] for document in documents[:2]]
     with open(f"{folder}/text/train.jsonl", "w") as file:
-        for document in (*documents[:2], "<noise>" * 300, *documents[2:]):
+        for document in (*halves, "<noise>" * 150, *documents[2:]):
             file.write(json.dumps({"text": document}) + "\\n")
 """
 
-# torchtitan's debug model with two of its six layers, in float32: bf16 is slow on a CPU.
+# torchtitan's debug model with one of its six layers, in float32: bf16 is slow on a CPU.
 TRAINING = """
 import hashlib, json, os, threading
 from torchtitan.models.llama3.config_registry import llama3_debugmodel
 
 over = threading.Event()
-threading.Thread(target=lambda: (sys.stdin.read(), over.set()), daemon=True).start()
 
 def configured(folder):
     config = llama3_debugmodel()
-    del config.model_spec.model.layers[2:]
+    del config.model_spec.model.layers[1:]
     config.hf_assets_path, config.dataloader.dataset_path = folder, f"{folder}/text"
     config.dump_folder = f"{folder}/out"
-    config.training.seq_len, config.training.local_batch_size, config.training.steps = 128, 2, 1000
+    config.training.seq_len, config.training.local_batch_size, config.training.steps = 64, 2, 1000
     config.training.mixed_precision_param = "float32"
     config.training.disable_cuda_graphs = True
     config.validator.enable = False
@@ -109,11 +110,13 @@ class Telling:
             "batch": hashlib.sha256(ids.numpy().tobytes()).hexdigest()}), flush=True)
         if self.done.count(12) == 3:
             os._exit(0)  # after the second rollback, before anything is saved
+        over.wait(0.1)  # a command takes longer than a step: it finds fewer taken
 
     def should_continue_training(self):
         return not over.is_set() and super().should_continue_training()
 
 def train(trainer, folder, **checkpoint):
+    threading.Thread(target=lambda: (sys.stdin.read(), over.set()), daemon=True).start()
     config = configured(folder)
     for name, value in checkpoint.items():
         setattr(config.checkpoint, name, value)
@@ -126,8 +129,6 @@ def train(trainer, folder, **checkpoint):
 WATCHED = """
 class TellingWatched(Telling, Watched):
     pass
-
-train(TellingWatched, FOLDER)
 """
 
 # A restart from a checkpoint by hand: torchtitan's trainer as it is, with a loader that passes over some batches.
@@ -143,15 +144,26 @@ class ByHand(Trainer):
 class TellingByHand(Telling, ByHand):
     def should_continue_training(self):
         return self.step < LAST
+"""
 
-train(TellingByHand, FOLDER, load_step=STEP, load_only=True)
+# Each training is a process of its own; what all import is imported once.
+IN_TURN = """
+for training in (
+    lambda: train(TellingWatched, FOLDER),
+    lambda: train(TellingWatched, FOLDER),
+    lambda: train(TellingByHand, FOLDER, load_step=STEP, load_only=True),
+):
+    if (child := os.fork()) == 0:
+        training()
+        break
+    print(json.dumps({"ended": os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}), flush=True)
 """
 
 
-class Process:
-    """One training, which tells of each step."""
+class Trainings:
+    """Trainings, one after another, which tell of each step."""
 
-    def __init__(self, source, folder, address=""):
+    def __init__(self, source, folder, address):
         path = folder / "train.py"
         path.write_text(source)
         torchrun = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
@@ -168,44 +180,50 @@ class Process:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            start_new_session=True,
             env={**os.environ, **torchrun, **environment},
         )
 
     def until(self, step):
-        """What it tells up to the first time that it has done `step`."""
+        """What a training tells up to the first time that it has done `step`."""
         entries = []
-        for line in self.process.stdout:
-            entries += printed(line)
-            if entries and entries[-1]["step"] == step:
+        for entry in self.entries():
+            assert "ended" not in entry, f"ended before step {step}"
+            entries.append(entry)
+            if entry["step"] == step:
                 return entries
-        raise AssertionError(f"ended before step {step}")
+        raise AssertionError(f"none before step {step}")
 
-    def end(self):
-        self.process.communicate(timeout=60)
-        assert self.process.returncode == 0
+    def ended(self):
+        """Wait for the end of a training."""
+        assert next(entry["ended"] for entry in self.entries() if "ended" in entry) == 0
+
+    def entries(self):
+        for line in self.process.stdout:
+            yield from printed(line)
 
 
 @pytest.fixture
-def training(daemon, tmp_path):
-    """Start a training."""
+def trainings(daemon, tmp_path):
+    """Start trainings."""
     started = []
 
     def start(source, **names):
         code = filled(STAND_INS + TRAINING + source, FOLDER=str(tmp_path), **names)
-        started.append(Process(code, tmp_path, daemon.grpc))
+        started.append(Trainings(code, tmp_path, daemon.grpc))
         return started[-1]
 
     yield start
     for one in started:
-        with one.process:
-            one.process.kill()
+        with one.process, contextlib.suppress(ProcessLookupError):
+            os.killpg(one.process.pid, signal.SIGKILL)
 
 
-def test_a_rollback_ends_where_a_restart_by_hand_ends(daemon, training, tmp_path):
+def test_a_rollback_ends_where_a_restart_by_hand_ends(daemon, trainings, tmp_path):
     if importlib.util.find_spec("torchtitan") is None:
         missing("torchtitan")
     subprocess.run([sys.executable, "-c", f"{DATA}\nprepare({str(tmp_path)!r})"], check=True)
-    trainer = training(LINES + WATCHED)
+    trainer = trainings(LINES + WATCHED + BY_HAND + IN_TURN, STEP=5, SKIPPED={7, 8, 14}, LAST=16)
     noise = [entry["step"] for entry in trainer.until(12) if entry["noise"]]
     assert noise == [7, 8]
     (run,) = [one["run"] for one in daemon.cli("jobs")["runs"]]
@@ -222,13 +240,13 @@ def test_a_rollback_ends_where_a_restart_by_hand_ends(daemon, training, tmp_path
     done = daemon.cli("rollback", run, "--to-step", "11", "--skip", "12:13", "--reason", "as an example")
     assert (done["outcome"], done["rollback"]["checkpoint"]["step"]) == ("applied", 10)
     third = [trainer.until(11)[-1], *trainer.until(12)]
-    trainer.end()
-    restarted = training(LINES + WATCHED)
-    fourth = restarted.until(16)
-    restarted.end()
-    by_hand = training(BY_HAND, STEP=5, SKIPPED={7, 8, 14}, LAST=16)
-    truth = {entry["step"]: entry for entry in by_hand.until(16)}
-    by_hand.end()
+    trainer.ended()
+    fourth = trainer.until(16)  # of the restarted one
+    trainer.process.stdin.close()
+    trainer.ended()
+    truth = {entry["step"]: entry for entry in trainer.until(16)}  # by hand
+    trainer.ended()
+    assert trainer.process.wait(60) == 0
     assert second[:6] == [truth[step] for step in range(6, 12)]
     assert third == [truth[step] for step in (11, 12)]
     assert fourth == [truth[step] for step in range(11, 17)]  # not from step 15, which was undone
