@@ -6,8 +6,8 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
-import sys
+
+from forked import ForkedProcess, module_code
 
 # Trains under whatever world size it is started with, a checkpoint after every step; tells the groups of each step.
 SCRIPT = """
@@ -54,29 +54,27 @@ while True:
 """
 
 
-def start(folder, daemon, *launcher):
+def start(folder, daemon, *torchrun):
     path = folder / "train.py"
     path.write_text(SCRIPT)
-    return subprocess.Popen(
-        [sys.executable, *launcher, str(path), str(folder / "run.pt")],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ
-        | {
-            "OMP_NUM_THREADS": "1",
-            "SHARPWATCH_ADDRESS": daemon.grpc,
-            "GLOO_SOCKET_IFNAME": "lo",
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-        },
-        start_new_session=True,
-    )
+    environment = {
+        "OMP_NUM_THREADS": "1",
+        "SHARPWATCH_ADDRESS": daemon.grpc,
+        "GLOO_SOCKET_IFNAME": "lo",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }
+    options = {"env": os.environ | environment, "start_new_session": True}
+    if torchrun:
+        arguments = (*torchrun, str(path), str(folder / "run.pt"))
+        return ForkedProcess(module_code("torch.distributed.run"), arguments=arguments, **options)
+    return ForkedProcess(path=path, arguments=(str(folder / "run.pt"),), **options)
 
 
 def end(process):
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    process.stdout.close()
+    process.close()
 
 
 def lines(process):
@@ -111,9 +109,7 @@ def test_a_new_process_goes_on_as_the_same_run_with_what_was_in_force(daemon, tm
 
 
 def test_torchrun_goes_on_as_the_same_run_after_a_rank_was_lost_and_with_fewer(daemon, tmp_path):
-    job = start(
-        tmp_path, daemon, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"
-    )
+    job = start(tmp_path, daemon, "--standalone", "--nproc-per-node=2", "--max-restarts=1")
     entries = lines(job)
     run = known(daemon, entries)
     step = next(entry["step"] for entry in entries if entry["step"] > 5)  # its second rank dies after step 5, once
