@@ -17,7 +17,8 @@ ABSENT = "127.0.0.1:9"  # discard: nothing listens there
 
 
 def gpt2():
-    config = GPT2Config(vocab_size=64, n_positions=16, n_embd=16, n_layer=2, n_head=2)
+    # One layer, for speed; tests/integration/test_bit_identity.py has two.
+    config = GPT2Config(vocab_size=64, n_positions=16, n_embd=16, n_layer=1, n_head=2)
     assert config.resid_pdrop > 0  # dropout draws from the global random source at every step
     return GPT2LMHeadModel(config).train()
 

@@ -25,7 +25,7 @@ for lie in "sys.frozen = True", "sys.executable = ''", "sys.executable = None":
 """
 # The program stands in a file of its own, and `sys.executable` for a binary that runs it whatever its arguments are.
 UNKNOWN = """
-import os, sys
+import os, select, sys
 def note(word):
     with open("notes", "a") as notes:
         notes.write(f"{word} {os.getpid()}\\n")
@@ -36,6 +36,7 @@ trainer = Trainer()
 note("attached")
 while not trainer.transport._restart._given_up:
     trainer.step()
+    select.select([], [], [], 0.05)  # a courier more is tried after some time, not after so many steps
 trainer.train(10)
 trainer.close()
 """
