@@ -169,7 +169,7 @@ class Hooks:
         if self.repeating or self._steps.idle():
             return False
         with self._steps.agent_work("watching a forward"):
-            if _is_accumulating(self._model):
+            if is_accumulating(self._model):
                 trains()
                 return True
         return False
@@ -257,13 +257,13 @@ def _at_backward(output: Any, call: Callable[[], bool]) -> None:
             tensor.grad_fn.register_prehook(Hook(arrives))
 
 
-def _is_accumulating(model: nn.Module) -> bool:
-    """Whether the running backward adds to the gradients of `model`, unlike `torch.autograd.grad`."""
+def is_accumulating(model: nn.Module, *, or_returning: bool = False) -> bool:
+    """Whether the running backward adds to the gradients of `model`, or returns them, as `torch.autograd.grad` may."""
     nodes = (get_gradient_edge(parameter).node for parameter in model.parameters() if parameter.requires_grad)
     try:
         return any(torch._C._will_engine_execute_node(node) for node in nodes)  # noqa: SLF001 - as torch.autograd.graph asks
     except RuntimeError:  # of a parameter whose gradient `torch.autograd.grad` is to return
-        return False
+        return or_returning
 
 
 def replace_closure(evaluate: Closure, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:

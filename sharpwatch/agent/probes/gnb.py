@@ -67,7 +67,7 @@ class _GnbProbe(Probe):
 
     def __init__(self, context: ProbeContext) -> None:
         super().__init__(context)
-        self._listener = OutputListener(context.barrier)
+        self._listener = OutputListener(context.barrier, context.model)
         self._with_parameters = layout_of(context.optimizers).gradients_in_place
 
     def before_step(self, step: ProbedStep) -> None:
@@ -163,7 +163,8 @@ class Gnb(_GnbProbe):
 
             return self._of_batch(known, step, forwards)
         beyond = [each.name for forward in forwards if forward.has_loss for each in forward.beyond_own_loss]
-        has_loss = any(forward.has_loss for forward in forwards)
+        has_loss = bool(forwards) and all(forward.has_loss or not forward.reached for forward in forwards)
+        has_loss = has_loss and forwards[-1].has_loss
 
         def own(call: Any, model: nn.Module, batch: Batch) -> OutputLoss:
             output = context.call(call, batch)
@@ -176,7 +177,7 @@ class Gnb(_GnbProbe):
         try:
             seen = self._seen(step, forwards)
         except ObjectiveError as error:
-            if not (step.own_loss and has_loss):
+            if not (step.own_loss and beyond):
                 raise
             terms = f"the loop adds a term of {', '.join(dict.fromkeys(beyond))} to the loss that the model returns"
             raise type(error)(f"{terms}; {error}") from error
@@ -185,7 +186,9 @@ class Gnb(_GnbProbe):
         if not step.own_loss:
             raise ObjectiveError("the loop's loss is not of what the model returns: pass loss_fn")
         if any(forward.samples for forward in forwards) and not backward_is_compiled():
-            raise UndecidedError("no backward reached what the model returned: pass loss_fn")
+            raise UndecidedError(
+                "no backward reached what the model returned, as where it is changed in place: pass loss_fn"
+            )
         return self._of_batch(own, step, forwards)
 
     def _of_batch(

@@ -8,10 +8,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sharpwatch.agent.hooks import Hook
+from sharpwatch.agent.hooks import Hook, is_accumulating
 from sharpwatch.agent.safety import ExceptionBarrier
 from sharpwatch.curvature.objective.direct_gradients import listen
 from sharpwatch.curvature.objective.outputs import all_outputs, find_loss
@@ -29,13 +29,15 @@ class OutputListener:
 
     Args:
         barrier: Ends errors of the hooks.
+        model: The model; a backward that adds to none of its gradients trains nothing, and is not listened to.
 
     Attributes:
         seconds: How long listening took since the last `take`.
     """
 
-    def __init__(self, barrier: ExceptionBarrier) -> None:
+    def __init__(self, barrier: ExceptionBarrier, model: nn.Module) -> None:
         self.seconds = 0.0
+        self._model = model
         self._barrier = barrier
         self._source = torch.Generator(device="cpu").manual_seed(0)
         self._forwards: list[SeenForward] = []
@@ -56,7 +58,7 @@ class OutputListener:
         tensors = {
             name: tensor
             for name, tensor in found.items()
-            if first[id(tensor)] == name and tensor.requires_grad and tensor is not loss and not is_dtensor(tensor)
+            if first[id(tensor)] == name and tensor is not loss and _can_be_heard(tensor)
         }
         kept = KEPT_ENTRIES // max(1, len(tensors))
         samples = [OutputSample(name, tensor, self._source, kept) for name, tensor in tensors.items()]
@@ -91,5 +93,11 @@ class OutputListener:
     def _guarded(self, call: Callable[..., None], *gradients: Any) -> None:
         started = time.perf_counter()
         with self._barrier.guard("reading the gradient of an output"), torch.no_grad():
-            call(*gradients)
+            if is_accumulating(self._model, or_returning=True):
+                call(*gradients)
         self.seconds += time.perf_counter() - started
+
+
+def _can_be_heard(tensor: Tensor) -> bool:
+    # Not a weight that is returned as well, as a scale or a tied embedding: its consumers are older than the outputs.
+    return tensor.grad_fn is not None and not is_dtensor(tensor)

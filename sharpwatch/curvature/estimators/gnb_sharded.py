@@ -143,17 +143,21 @@ def sharded_gnb_probe(  # noqa: PLR0913 - settings are keyword-only
 
 @dataclass(slots=True, eq=False)
 class _RankLogits:
-    """One forward's output, the form of the loss, the predicting positions, and how many a sum counts (0: a mean)."""
+    """One forward's output, the form of the loss, the predicting positions, and how many a sum counts (0: a mean).
+
+    `share` is that of positions with a gradient among those that a mean counts.
+    """
 
     logits: Tensor
     candidate: Candidate
     mask: Tensor
     summed: int = 0
+    share: float = 1.0
 
 
 def draw_gradient(found: _RankLogits, weight: float, generator: torch.Generator) -> Tensor:
     """One random vector at the output of a forward, in which each predicting position weighs `weight`."""
-    weights = found.mask.reshape(-1) * weight
+    weights = found.mask.reshape(-1) * (weight * found.share)
     return found.candidate.draw(found.logits.detach(), weights, 1, generator)[0]
 
 
@@ -210,8 +214,8 @@ class _RankProbe:
         logits: Any
         if self.seen is not None:
             logits, mask = self.seen.cut(self._output())
-            count = int(self.seen.seen.live.sum()) if self.seen.seen.summed else 0
-            return _RankLogits(logits, self.seen.seen.candidate, mask, count)
+            seen = self.seen.seen
+            return _RankLogits(logits, seen.candidate, mask, seen.tokens if seen.summed else 0, seen.share)
         logits, mask = predict(self._call, self._call, self.batch, self._logits_fn, self._loss_fn)
         return _RankLogits(logits.full_tensor() if is_dtensor(logits) else logits, CROSS_ENTROPY, mask)
 

@@ -114,7 +114,9 @@ class Batch:
 def row_axis(tensor: Tensor, name: str, rows: int, axis: int) -> int | None:
     """The dimension of a tensor that runs over `rows` rows: `axis`, or 0 of a one-dimensional one; None for none."""
     if tensor.dim() == 1:
-        return 0 if tensor.shape[0] == rows and "position" not in name else None
+        # Of `position_ids`; a question's answer in each row has `start_positions`.
+        along_sequence = "position" in name and not name.startswith(("start_", "end_"))
+        return 0 if tensor.shape[0] == rows and not along_sequence else None
     return axis if tensor.dim() > axis and tensor.shape[axis] == rows else None
 
 

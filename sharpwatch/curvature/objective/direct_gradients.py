@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
@@ -37,6 +38,7 @@ class Receiver(Protocol):
 class _Parts:
     """What has come through nodes within the model so far, in the backward that runs."""
 
+    backward: int = -1
     inner: Tensor | None = None
     own: Tensor | None = None
 
@@ -78,6 +80,9 @@ def _returned(parts: _Parts, place: int, is_own: bool, inputs: Gradients, _: Gra
     gradient = inputs[place]
     if gradient is None:
         return
+    backward = torch._C._current_graph_task_id()  # noqa: SLF001 - no public way
+    if parts.backward != backward:  # an earlier one ended before the output, as that of `torch.autograd.grad` may
+        parts.backward, parts.inner, parts.own = backward, None, None
     # Sums are new tensors: autograd goes on with the one that was returned.
     if is_own:
         parts.own = gradient if parts.own is None else parts.own + gradient
@@ -88,6 +93,8 @@ def _returned(parts: _Parts, place: int, is_own: bool, inputs: Gradients, _: Gra
 def _arrived(parts: _Parts, place: int, receiver: Receiver, gradients: Gradients) -> None:
     """All gradients of an output have come."""
     gradient, inner, own = gradients[place], parts.inner, parts.own
+    if parts.backward != torch._C._current_graph_task_id():  # noqa: SLF001 - no public way
+        inner = own = None
     parts.inner = parts.own = None
     if gradient is not None:
         # A node may return another format or shape, which autograd then converts as is done here.

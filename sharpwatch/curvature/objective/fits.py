@@ -111,7 +111,9 @@ def fit_cross_entropy(known: Derivatives, *, soft: bool) -> Fit | None:
     weights, targets, losses, size, imbalance, misfit, explained = (torch.cat(each) for each in zip(*rows, strict=True))
     live = size > 0
     clear = live & (explained > 0)  # elsewhere the model is so sure that all other p underflow
-    is_balanced = not bool((imbalance > max(_MIN_BALANCE, known.tolerance) * size).any())
+    # The label's entry p − 1 is rounded as 1 is, however small the others are.
+    rounded = 8 * torch.finfo(torch.float32).eps * weights.abs()
+    is_balanced = not bool((imbalance > max(_MIN_BALANCE, known.tolerance) * size + rounded).any())
     fits = float(misfit.sum()) <= known.tolerance**2 * float(explained.sum())
     if not (bool(clear.any()) and is_balanced and fits and bool((weights[clear] > 0).all())):
         return None

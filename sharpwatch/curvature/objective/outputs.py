@@ -27,7 +27,7 @@ def named_outputs(output: Any) -> dict[str, Tensor]:
     found = {
         name: value
         for name, value in items(output)
-        if isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= 1 and name != "loss"
+        if isinstance(value, Tensor) and _may_have_loss(value) and value.dim() >= 1 and name != "loss"
     }
     logits = {name: value for name, value in found.items() if name.endswith("logits")}
     return logits or found
@@ -43,7 +43,7 @@ def all_outputs(output: Any) -> dict[str, Tensor]:
         `named_outputs` first, then its other floating-point tensors: numbers too, and what nested values hold, by path.
     """
     found = {path: value for name, one in items(output) for value, path in tensors_by_path(one, name)}
-    floating = {path: value for path, value in found.items() if value.is_floating_point() and path != "loss"}
+    floating = {path: value for path, value in found.items() if _may_have_loss(value) and path != "loss"}
     return named_outputs(output) | floating
 
 
@@ -157,6 +157,10 @@ def require_scalar(loss: Any, source: str) -> Tensor:
     if not depends or loss.numel() != 1:
         raise ProbeError(f"{source} must give a scalar loss that depends on the weights, got {_describe(loss)}")
     return cast("Tensor", loss).reshape(())
+
+
+def _may_have_loss(value: Tensor) -> bool:
+    return value.is_floating_point() and value.layout == torch.strided and not value.is_nested
 
 
 def _is_logits(value: Any, dimensions: int) -> bool:

@@ -22,9 +22,11 @@ KEPT_ENTRIES = 2**23  # of all outputs and gradients of a forward, at whole posi
 _EARLIER_ENTRIES = 2**18  # of each output of a forward that others have followed in the step
 _MIN_POSITIONS, _MAX_POSITIONS = 32, 1024
 _ENTRIES = 1024  # of an output without classes
+_WHOLE = 1e-4  # relative error of a weight that is one over a whole number
 _NICE = 1e-3  # relative error of the scale of a mean square
 _ROUNDINGS = 8  # of sums of gradients in the format that they are in
 _MAX_ZEROS = 0.05  # share of entries without a gradient in a mean square; more have a mask, or are of one column
+_ALIKE = 4  # tolerances within which entries are too near to each other to tell losses apart
 _MAX_COMPARED = 2**22  # entries of a gradient that are looked at for a mean over one dimension
 
 
@@ -37,6 +39,21 @@ class _Part:
     output: Tensor
     gradient: Tensor | None = None
     live: Tensor | None = None  # which of all positions get a gradient
+    lowest: Tensor | None = None  # of the gradient's entries at all positions
+
+    @property
+    def alike(self) -> bool:
+        """Whether the outputs are so near to each other that every loss's gradient looks the same."""
+        spread = (self.output.float().amax(-1) - self.output.float().amin(-1)).max()
+        return float(spread) <= _ALIKE * Derivatives(self.output, self.output).tolerance
+
+    @property
+    def has_sure(self) -> bool:
+        """Whether positions without a gradient may be ones of whose label the model is sure, to rounding."""
+        if self.live is None:
+            return False
+        log_p = self.output[~self.live[self.index]].float().log_softmax(-1).amax(-1)
+        return bool((log_p >= -torch.finfo(torch.float32).eps).any())
 
     def keep(self, count: int) -> None:
         """Keep the first `count` positions; the memory of the others is freed."""
@@ -59,7 +76,6 @@ class OutputSample:
         self.name = name
         self.shape = output.shape
         self._gradients = 0  # how many have come
-        self._only_direct = False  # whether a backward came through no other output
         self._sizes: list[Tensor] = []  # of what came directly, of that without the model's own loss, and of roundings
         self._square: Tensor | None = None
         self._pooled: Tensor | None = None  # whether the gradient is alike along a dimension
@@ -71,7 +87,6 @@ class OutputSample:
         """As `direct_gradients.Receiver.take`; temporaries are of the output's size where there is `inner` or `own`."""
         gradient = gradient.detach()
         self._gradients += 1
-        self._only_direct |= inner is None
         # Where nothing else takes the output, what the own loss's node returned is what arrives.
         is_own = own is not None and _is_same(own, gradient)
         arrived = [_norm(each) for each in (gradient, inner, None if is_own else own) if each is not None]
@@ -89,17 +104,23 @@ class OutputSample:
             part.gradient = values[part.index]
             if part.classes is not None:
                 # Unlike a norm these do not underflow, and they take a fifth of the largest magnitude's time.
-                part.live = (gradient.amax(part.classes) != 0) | (gradient.amin(part.classes) != 0)
+                lowest = gradient.amin(part.classes)
+                part.live, part.lowest = (gradient.amax(part.classes) != 0) | (lowest != 0), lowest.min()
 
     @property
     def reached(self) -> bool:
         """Whether the loss is of this output, and not of others alone that the model makes of it."""
-        return self._only_direct or any(float(sizes[0]) > float(sizes[2]) for sizes in self._sizes)
+        return any(not float(sizes[0]) <= float(sizes[2]) for sizes in self._sizes)
+
+    @property
+    def got_zeros(self) -> bool:
+        """Whether a gradient came, and all of it was zero."""
+        return bool(self._sizes) and all(float(sizes[0]) == 0 for sizes in self._sizes)
 
     @property
     def beyond_own_loss(self) -> bool:
         """Whether the loop's loss is of this output in another way than through the model's own loss."""
-        return any(float(sizes[1]) > float(sizes[2]) for sizes in self._sizes)
+        return any(not float(sizes[1]) <= float(sizes[2]) for sizes in self._sizes)
 
     def shorten(self) -> None:
         """Keep fewer positions, as another forward has followed in the step."""
@@ -135,9 +156,21 @@ class OutputSample:
         what = f"the gradient of {self.name} {tuple(self.shape)} is not that of a cross-entropy"
         if loss is None:
             raise UndecidedError(
-                f"{what}: pass loss_fn; for a mean square, watch.observe(loss=...) before the step is enough"
+                f"{what}: pass loss_fn; if it is a mean square, watch.observe(loss=...) before the step is enough"
             )
         raise ObjectiveError(f"{what} nor of a mean square, which gnb knows: pass loss_fn, or logits_fn")
+
+    def shows(self, other: SeenLoss, loss: float | None, forwards: int) -> bool:
+        """Whether the loss is the same as the one of another forward.
+
+        Raises:
+            UndecidedError, EmptyBatchError: The samples do not show it.
+        """
+        part = next((part for part in self._parts if part.classes == other.candidate.classes), None)
+        if self._gradients > 1 or part is None or part.gradient is None:
+            return False
+        found = self._fit(other.candidate, part, loss, forwards)
+        return found is not None and found.is_like(other)
 
     def seen_again(self, known: SeenLoss) -> SeenLoss | None:
         """The loss of an earlier batch, of which this one shows no more than which positions predict."""
@@ -162,12 +195,17 @@ class OutputSample:
             raise UndecidedError("none of the positions that were looked at predicts")
         known = Derivatives(part.output, gradient)
         fit = candidate.fit(known)
-        return None if fit is None else self._weighed(candidate, live, fit.weights[fit.predicting], known.tolerance)
-
-    def _weighed(self, candidate: Candidate, live: Tensor, weights: Tensor, tolerance: float) -> SeenLoss:
+        if fit is None:
+            return None
+        if part.alike:
+            raise UndecidedError(f"the entries of {self.name} are too near to each other as yet to show a loss")
+        weights = fit.weights[fit.predicting]
         weight = float(weights.double().mean())
-        equal = float((weights - weight).abs().max()) <= tolerance * weight
-        return SeenLoss(self.name, candidate, live, weight, equal=equal)
+        equal = float((weights - weight).abs().max()) <= known.tolerance * weight
+        if part.lowest is not None:  # no entry of w (p − q) is below −w, also where no sample was taken
+            equal = equal and -float(part.lowest) <= weight * (1 + 2 * known.tolerance)
+        sure = _sure(weight, live, forwards) if part.has_sure else 0
+        return SeenLoss(self.name, candidate, live, weight, equal=equal, sure=sure)
 
     def _binary(self, part: _Part) -> SeenLoss | None:
         """Weights |g| / |σ − y|, with targets y of 0 or 1 by the gradient's sign."""
@@ -180,6 +218,8 @@ class OutputSample:
         mean = float(weights[live].mean()) if bool(live.any()) else 0.0
         if not mean > 0 or not bool(live.all()) or float((weights - mean).abs().max()) > known.tolerance * mean:
             return None
+        if float((gradient.abs() - gradient.abs().mean()).abs().max()) <= _ALIKE * known.tolerance * mean:
+            raise UndecidedError(f"the entries of {self.name} are too near to zero as yet to show a loss")
         return SeenLoss(self.name, BINARY, torch.ones(self.shape, dtype=torch.bool, device=output.device), mean)
 
     def _squares(self, loss: float | None, forwards: int) -> SeenLoss | None:
@@ -262,30 +302,29 @@ def seen_loss(
     """
     trained = [forward for forward in forwards if forward.reached]
     if not trained:
+        for sample in (sample for forward in forwards for sample in forward.samples if sample.got_zeros):
+            raise EmptyBatchError(f"{sample.name} got no gradient: no position predicts")
         return None
     if trained[-1] is not forwards[-1]:
         raise UndecidedError("no backward came through the newest of the forwards before the step")
     told = losses if len(losses) == len(trained) else [None] * len(trained)
     found = trained[-1].seen(told[-1], len(trained), known)
-    for loss, forward in zip(told[:-1], trained[:-1], strict=True):
-        try:
-            _require_like(forward.seen(loss, len(trained), known), found)
-        except (EmptyBatchError, UndecidedError):
-            continue  # it does not show
+    _require_alike(trained[:-1], told, found, len(trained))
     if not found.equal:
         raise ObjectiveError(f"the positions of {found.name} have different weights in the loss: pass loss_fn")
     return found
 
 
 def require_alike(forwards: Sequence[SeenForward]) -> None:
-    """Check that the forwards of a step have the same loss, as far as they show it.
+    """Check that the forwards of a step have the same loss, as far as the newest shows one that is known.
 
     Raises:
         ObjectiveError: They have not.
     """
-    found = [each for each in map(_shown, forwards if len(forwards) > 1 else []) if each is not None]
-    for earlier in found[:-1]:
-        _require_like(earlier, found[-1])
+    trained = [forward for forward in forwards if forward.reached]
+    found = _shown(trained[-1]) if len(trained) > 1 else None
+    if found is not None:
+        _require_alike(trained[:-1], [None] * len(trained), found, len(trained))
 
 
 def equal(forwards: Sequence[SeenForward]) -> bool:
@@ -300,10 +339,36 @@ def _shown(forward: SeenForward) -> SeenLoss | None:
         return None
 
 
-def _require_like(one: SeenLoss, other: SeenLoss) -> None:
-    if not one.is_like(other):
-        texts = f"{one.objective.text} and {other.objective.text}"
-        raise ObjectiveError(f"the forwards of a step have different losses, {texts}: pass loss_fn")
+def _require_alike(
+    earlier: Sequence[SeenForward], told: Sequence[float | None], found: SeenLoss, forwards: int
+) -> None:
+    for loss, forward in zip(told, earlier, strict=False):
+        reached = forward.reached
+        try:
+            if len(reached) == 1 and reached[0].shows(found, loss, forwards):
+                continue
+        except (EmptyBatchError, UndecidedError):
+            continue  # the samples do not show it
+        other = _shown(forward)
+        texts = ["one that gnb does not know" if other is None else other.objective.text, found.objective.text]
+        if other is not None and texts[0] == texts[1]:
+            weights = f"{other.weight:.3g} and {found.weight:.3g}"
+            raise ObjectiveError(
+                f"the forwards of a step weigh each position of {found.name} by {weights}: pass loss_fn"
+            )
+        raise ObjectiveError(f"the forwards of a step have different losses, {' and '.join(texts)}: pass loss_fn")
+
+
+def _sure(weight: float, live: Tensor, forwards: int) -> int:
+    """How many positions a mean over N counts beside those with a gradient; of n forwards each may weigh 1/n."""
+    count = int(live.sum())
+    for share in (1, forwards):
+        positions = round(1 / (weight * share))
+        if positions == count:
+            return 0
+        if count < positions <= live.numel() and abs(weight * share * positions - 1) <= _WHOLE:
+            return positions - count
+    return 0
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:

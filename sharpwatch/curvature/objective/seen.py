@@ -29,6 +29,8 @@ class SeenLoss:
         live: Bool, the output's shape without the classes: which positions predict.
         weight: The weight of each of them; their mean if they differ.
         equal: Whether all have the same.
+        sure: How many positions count beside those of `live`: the model is so sure of their labels that their gradient
+            is zero.
     """
 
     name: str
@@ -36,16 +38,27 @@ class SeenLoss:
     live: Tensor
     weight: float
     equal: bool = True
+    sure: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Number of positions that predict."""
+        return int(self.live.sum()) + self.sure
+
+    @property
+    def share(self) -> float:
+        """The part of them that has a gradient; rows of a batch are taken to have the same."""
+        return int(self.live.sum()) / self.tokens
 
     @property
     def total(self) -> float:
         """The summed weight: 1 for a mean."""
-        return self.weight * int(self.live.sum())
+        return self.weight * self.tokens
 
     @property
     def summed(self) -> bool:
         """Whether it is a sum over positions: then that of the whole batch is as many times a mean."""
-        return scale_in_words(self.total, int(self.live.sum())) == "summed"
+        return scale_in_words(self.total, self.tokens) == "summed"
 
     def is_like(self, other: SeenLoss) -> bool:
         """Whether that of another forward is the same loss: each position weighs as much, or each forward."""
@@ -57,7 +70,7 @@ class SeenLoss:
     @property
     def objective(self) -> ObjectiveInUse:
         """The loss in words."""
-        scale = scale_in_words(self.total, int(self.live.sum()))
+        scale = scale_in_words(self.total, self.tokens)
         return ObjectiveInUse(f"{scale} {self.candidate.name} of {self.name}", "verified")
 
 
@@ -112,7 +125,6 @@ class SeenRows:
             ObjectiveError: The output does not fit the one that was seen.
         """
         found, mask = self.cut(output)
-        tokens = count_predicting(mask)
-        scale = int(self.seen.live.sum()) if self.seen.summed else 1
-        fit = Fit(mask.reshape(-1).float() * (scale / tokens), math.nan)
+        scale = self.seen.share * (self.seen.tokens if self.seen.summed else 1)
+        fit = Fit(mask.reshape(-1).float() * (scale / count_predicting(mask)), math.nan)
         return OutputLoss([Term(self.seen.name, found, self.seen.candidate, fit)], self.seen.objective)
