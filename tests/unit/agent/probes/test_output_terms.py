@@ -2,91 +2,26 @@
 
 from __future__ import annotations
 
-import importlib
-
-import layouts
-import numpy as np
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional
+from several_outputs import (
+    IDS,
+    LABELS,
+    LENGTH,
+    ROWS,
+    VALUES,
+    Model,
+    Run,
+    V,
+    cross_entropy,
+    distilled,
+    exact,
+    value_loss,
+    z_loss,
+)
 
 import sharpwatch
-from sharpwatch.agent.probes import gnb
-from sharpwatch.agent.probes.gnb import Gnb
 from sharpwatch.testing import InMemoryTransport
-
-V, ROWS, LENGTH = 12, 6, 5
-IDS = torch.randint(V, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
-LABELS = torch.randint(V, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1))
-TEACHER = torch.randn(ROWS, LENGTH, V, generator=torch.Generator().manual_seed(2))
-VALUES = torch.randn(ROWS, LENGTH, generator=torch.Generator().manual_seed(3))
-
-
-class Model(nn.Module):
-    """Returns logits, and what `outputs` names beside them."""
-
-    def __init__(self, *outputs, own=None):
-        super().__init__()
-        torch.manual_seed(4)
-        self.emb, self.head, self.value = nn.Embedding(V, 8), nn.Linear(8, V), nn.Linear(8, 1)
-        self.outputs, self.own = outputs, own
-
-    def forward(self, ids, labels=None, **given):
-        hidden = self.emb(ids).tanh().cumsum(1)
-        found = {"logits": self.head(hidden), "value": self.value(hidden)[..., 0], "hidden": hidden}
-        found |= {"states": (hidden, [hidden * 2]), "aux": 0.1 * hidden.square().mean()}
-        loss = {} if self.own is None or labels is None else {"loss": self.own(found, labels, **given)}
-        return loss | {"logits": found["logits"]} | {name: found[name] for name in self.outputs}
-
-
-def cross_entropy(output, labels=LABELS, **options):
-    return functional.cross_entropy(output["logits"].flatten(0, 1), labels.flatten(), **options)
-
-
-def value_loss(output, values=VALUES):
-    return (output["value"] - values).square().mean()
-
-
-def z_loss(output):
-    return 0.1 * output["logits"].logsumexp(-1).square().mean()
-
-
-def distilled(output):
-    return functional.kl_div(output["logits"].log_softmax(-1), TEACHER.softmax(-1), reduction="sum") / (ROWS * LENGTH)
-
-
-class Run:
-    """Three optimizer steps of zero rate; `steps` makes the backward passes of one."""
-
-    def __init__(self, monkeypatch, model, steps, *, share=1, draws=256):
-        monkeypatch.setattr(importlib.import_module("sharpwatch.agent.attach"), "SKETCH_SIZE", 64)
-        monkeypatch.setattr(Gnb, "share", share)
-        monkeypatch.setattr(gnb, "_DRAWS", draws)
-        optimizer = torch.optim.SGD(model.parameters(), 0.0)
-        transport = InMemoryTransport()
-        self.watch = sharpwatch.attach(
-            model, optimizer, probes=("gnb",), probe_every=1, transport=transport, training_job="job"
-        )
-        for _ in range(3):
-            steps(self.watch)
-            optimizer.step()
-            optimizer.zero_grad()
-        self.objective = str(self.watch.status.objective)
-        self.watch.close()
-        assert transport.samples[-1].health.swallowed_errors == 0
-        found = [sample.gnb for sample in transport.samples if sample.HasField("gnb")]
-        self.traces = [np.frombuffer(each.traces.data).reshape(each.traces.shape).sum(1) for each in found]
-
-    @property
-    def trace(self):
-        return float(np.concatenate(self.traces).mean())
-
-
-def exact(model, loss, *names):
-    """Tr G of a loss that is a function of the outputs `names`."""
-    output = model(IDS)
-    return layouts.exact_trace(model, lambda *z: loss(dict(zip(names, z, strict=True))), *(output[n] for n in names))
 
 
 @pytest.mark.parametrize("beside", [("value",), ("hidden",), ("states",), ("aux",), ("hidden", "states", "value")])
@@ -320,144 +255,3 @@ def trained(watched):
 
 def test_listening_to_several_outputs_changes_no_bit():
     assert all(torch.equal(one, other) for one, other in zip(trained(False), trained(True), strict=True))
-
-
-def reverse(output):
-    """KL of the teacher from the model, which is no cross-entropy of the logits."""
-    p = output["logits"].log_softmax(-1)
-    return (p.exp() * (p - TEACHER.log_softmax(-1))).sum(-1).mean()
-
-
-@pytest.mark.parametrize("own", ["neither", "both", "the newest", "the other"])
-@pytest.mark.parametrize("observed", [False, True])
-def test_an_earlier_forward_with_another_loss_is_not_overlooked(own, observed, monkeypatch):
-    model = Model(own=cross_entropy)
-
-    def step(watch):
-        first = model(IDS.flip(0), LABELS if own in {"both", "the other"} else None)
-        loss = first.get("loss", 0.0) * (own == "the other") + (0.0 if own == "the other" else 5 * reverse(first))
-        second = model(IDS, LABELS if own in {"both", "the newest"} else None)
-        other = 5 * reverse(second) if own == "the other" else second.get("loss", None)
-        loss = loss + (cross_entropy(second) if other is None else other)
-        if observed:
-            watch.observe(loss=loss)
-        loss.backward()
-
-    run = Run(monkeypatch, model, step)
-    assert not run.traces
-    assert not run.objective.endswith(("(verified)", "(assumed)"))
-
-
-def test_a_forward_whose_output_is_a_target_is_not_taken_for_the_one_trained_on(monkeypatch):
-    model = Model(own=cross_entropy)
-
-    def step(_):
-        loss = model(IDS, LABELS)["loss"]
-        model(IDS.flip(0))["logits"].detach()
-        loss.backward()
-
-    run = Run(monkeypatch, model, step)
-    assert not run.traces
-    assert "no backward came through the newest" in run.objective
-
-
-def test_a_few_heavy_positions_that_no_sample_shows_are_seen(monkeypatch):
-    model = Model()
-    ids = torch.randint(V, (64, 64), generator=torch.Generator().manual_seed(0))
-    weights = torch.ones(ids.numel())
-    weights[[7, 900]] = 2000.0
-
-    def step(_):
-        losses = functional.cross_entropy(model(ids)["logits"].flatten(0, 1), ids.flatten(), reduction="none")
-        (losses @ weights / weights.sum()).backward()
-
-    run = Run(monkeypatch, model, step, draws=1)
-    assert not run.traces
-    assert "have different weights" in run.objective
-
-
-@pytest.mark.parametrize("gap", [12.0, 15.0, 25.0, 110.0])
-def test_positions_that_the_model_is_sure_of(gap, monkeypatch):
-    """Their gradient is almost all rounding, or zero; a mean counts them all the same."""
-
-    class Sure(Model):
-        def forward(self, ids, labels=None):
-            output = super().forward(ids, labels)
-            likely = functional.one_hot(ids, V) * (torch.arange(LENGTH) < 3)[:, None]
-            return output | {"logits": output["logits"] + gap * likely}
-
-    def loss(output):
-        return cross_entropy(output, IDS)
-
-    model = Sure()
-    run = Run(monkeypatch, model, lambda _: loss(model(IDS)).backward())
-    assert run.objective == "mean cross-entropy of logits (verified)"
-    assert run.trace == pytest.approx(exact(model, loss, "logits"), rel=0.15)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_outputs_that_are_all_alike_are_undecided(dtype, monkeypatch):
-    """Of small outputs the gradients of a hinge, of a margin and of a cross-entropy are the same."""
-    model = Model("value").to(dtype)
-    with torch.no_grad():
-        for parameter in (*model.head.parameters(), *model.value.parameters()):
-            parameter.mul_(1e-3)
-    signs = (LABELS % 2 * 2.0 - 1).to(dtype)
-    for loss in (
-        lambda output: (1 - signs * output["value"]).clamp(min=0).mean(),
-        lambda output: -output["value"].mean(),
-        lambda output: functional.multi_margin_loss(output["logits"].flatten(0, 1).float(), LABELS.flatten()),
-        cross_entropy,
-    ):
-        run = Run(monkeypatch, model, lambda _, loss=loss: loss(model(IDS)).backward())
-        assert not run.traces
-        assert run.objective.endswith("(undecided)")
-
-
-def test_what_is_returned_and_has_no_part_in_the_loss(monkeypatch):
-    """Weights, nested and sparse tensors, numbers times zero."""
-
-    class Returning(Model):
-        def forward(self, ids, labels=None):
-            output = super().forward(ids, labels)
-            rows = [self.emb(ids[0]), self.emb(ids[-1, :2])]
-            return output | {
-                "scale": self.scale,
-                "tied": self.emb.weight,
-                "rows": torch.nested.as_nested_tensor(rows, layout=torch.jagged),
-                "sparse": output["logits"][0].to_sparse(),
-            }
-
-    model = Returning("value")
-    model.scale = nn.Parameter(torch.tensor(1.0))
-
-    def step(_):
-        output = model(IDS)
-        (cross_entropy({"logits": output["scale"] * output["logits"]}) + 0 * output["value"].sum()).backward()
-
-    run = Run(monkeypatch, model, step)
-    assert run.objective == "mean cross-entropy of logits (verified)"
-
-
-def test_a_gradient_that_is_asked_for_before_the_backward(monkeypatch):
-    model = Model("hidden")
-
-    def step(_):
-        output = model(IDS)
-        torch.autograd.grad(output["logits"].logsumexp(-1).sum(), output["hidden"], retain_graph=True)
-        cross_entropy(output).backward()
-
-    run = Run(monkeypatch, model, step)
-    assert run.trace == pytest.approx(exact(model, cross_entropy, "logits"), rel=0.15)
-
-
-def test_a_loop_that_asks_for_its_gradients(monkeypatch):
-    model = Model("hidden")
-
-    def step(_):
-        weights = [each for name, each in model.named_parameters() if not name.startswith("value")]
-        for weight, gradient in zip(weights, torch.autograd.grad(cross_entropy(model(IDS)), weights), strict=True):
-            weight.grad = gradient
-
-    run = Run(monkeypatch, model, step)
-    assert run.objective == "mean cross-entropy of logits (verified)"
