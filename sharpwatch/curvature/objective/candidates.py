@@ -21,6 +21,7 @@ from sharpwatch.curvature.objective.factors import OutputGradients, RandomSigns,
 from sharpwatch.curvature.objective.fits import (
     Derivatives,
     Fit,
+    curves_alike,
     fit_binary,
     fit_cross_entropy,
     fit_log_likelihood,
@@ -92,7 +93,7 @@ CANDIDATES = (
 
 
 def find_fits(
-    output: Tensor, gradient: Tensor, scale: float, product: Callable[[Tensor], Tensor]
+    output: Tensor, gradient: Tensor, scale: float, product: Callable[[Tensor], Tensor], *, curvature: bool = False
 ) -> Iterator[tuple[Candidate, Fit]]:
     """Find the candidates that a loss may be, by its derivatives with respect to one output z.
 
@@ -101,6 +102,7 @@ def find_fits(
         gradient: `scale` times ∂L/∂z, of the same shape.
         scale: The factor of the gradient.
         product: v -> `scale` times (∂²L/∂z²) v, both of z's shape.
+        curvature: Whether the second derivative must fit too where the gradient alone tells the weights.
 
     Yields:
         Those whose gradient fits at all positions, with their weights, in the order of `CANDIDATES`.
@@ -108,8 +110,10 @@ def find_fits(
     for candidate in CANDIDATES:
         if candidate.takes(output):
             positions = candidate.positions(output), candidate.positions(gradient)
-            fit = candidate.fit(Derivatives(*positions, scale, partial(_by_position, candidate, output, product)))
-            if fit is not None:
+            known = Derivatives(*positions, scale, partial(_by_position, candidate, output, product))
+            fit = candidate.fit(known)
+            checked = curvature and candidate in {CROSS_ENTROPY, CHANNELS_CROSS_ENTROPY}
+            if fit is not None and (not checked or curves_alike(known, fit.weights)):
                 yield candidate, fit
 
 

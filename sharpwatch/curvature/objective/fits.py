@@ -174,6 +174,25 @@ def _outstanding(p: Tensor, gradient: Tensor) -> Tensor:
     return (slope * p - gradient).topk(_SOFT_CLASSES).indices
 
 
+def curves_alike(known: Derivatives, weights: Tensor) -> bool:
+    """Whether ∂²L/∂z² is that of a cross-entropy with weights [positions], by one product with random signs.
+
+    A term whose gradient is zero shows in it, as a divergence from the model's own present outputs. True where there is
+    no second derivative.
+    """
+    image = _product(known, signs := _random_signs(known.output))
+    if image is None:
+        return True
+    misfit, explained = 0.0, 0.0
+    pieces = (torch.split(each, known.chunk) for each in (known.output, signs, image, weights))
+    for output, sign, product, weight in zip(*pieces, strict=True):
+        p = output.float().softmax(-1)
+        expected = weight[:, None] * (p * sign - p * (p * sign).sum(1, keepdim=True))
+        misfit += float((product - expected).double().square().sum())
+        explained += float(expected.double().square().sum())
+    return misfit <= known.tolerance**2 * explained
+
+
 def _fit_curvature(known: Derivatives) -> Fit | None:
     """A cross-entropy with any targets, by ∂²L/∂z_i² = w_i (diag p_i − p_i p_iᵀ)."""
     image = _product(known, signs := _random_signs(known.output))

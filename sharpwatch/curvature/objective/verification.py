@@ -178,7 +178,7 @@ def output_loss(
         logits, mask = predict(call, model, batch, logits_fn)
         return _mean_cross_entropy(logits, mask, -1, "given")
     if loss_fn is not None:
-        return verify(call_loss_fn(call, model, batch, loss_fn), model)
+        return verify(call_loss_fn(call, model, batch, loss_fn), model, curvature=True)
     output = call(*batch.args, **batch.kwargs)
     loss = loss_in(output)
     if loss is not None:
@@ -209,12 +209,14 @@ def assume(output: Any, model: nn.Module, batch: Batch) -> OutputLoss:
     return _mean_cross_entropy(logits, mask, classes, "assumed")
 
 
-def verify(call: LossCall, model: nn.Module) -> OutputLoss:
+def verify(call: LossCall, model: nn.Module, *, curvature: bool = False) -> OutputLoss:
     """Find the candidate whose gradient and value are those of a loss.
 
     Args:
         call: The loss, and the call of the model that it is of.
         model: The model, for its signature and configuration.
+        curvature: Whether its second derivative must be the loss's too: a function of the user's may have terms that
+            are zero as yet, and flat.
 
     Returns:
         The loss as a function of the outputs.
@@ -238,7 +240,7 @@ def verify(call: LossCall, model: nn.Module) -> OutputLoss:
     # A loss is seldom of hidden states that are returned as well: those are tried where the others do not make it up.
     for name, output in itertools.chain(groups[0].items(), itertools.islice(groups[1].items(), _MAX_OTHERS)):
         terms: list[Term] = []
-        for term in _terms(call.loss, name, output):
+        for term in _terms(call.loss, name, output, curvature=curvature):
             if _reproduces([term], call.loss, value):
                 return _described([term], call, model)
             terms.append(term)
@@ -263,7 +265,7 @@ def _verify_several(fitting: Sequence[Sequence[Term]], call: LossCall, model: nn
     raise ObjectiveError(f"the loss {value:.6g} has other terms than the {text}, which is {found:.6g}")
 
 
-def _terms(loss: Tensor, name: str, output: Tensor) -> Iterator[Term]:
+def _terms(loss: Tensor, name: str, output: Tensor, *, curvature: bool) -> Iterator[Term]:
     """All candidates that fit the gradient with respect to one output, in order; none if the loss is not of it."""
     # A mean's gradient would underflow in half precision: the loss is multiplied by the number of positions.
     scale = float(max(1, output.numel() // output.shape[-1]))
@@ -279,7 +281,7 @@ def _terms(loss: Tensor, name: str, output: Tensor) -> Iterator[Term]:
     if gradient is None or not bool(gradient.any()):
         return
     product = _Curvature(loss, at, scale).product
-    for candidate, fit in find_fits(output.detach().to(gradient.dtype), gradient, scale, product):
+    for candidate, fit in find_fits(output.detach().to(gradient.dtype), gradient, scale, product, curvature=curvature):
         yield Term(name, output, candidate, fit)
 
 

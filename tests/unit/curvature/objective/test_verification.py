@@ -161,6 +161,33 @@ def test_bfloat16_is_told_apart_too():
     assert report.whole.estimates["gnb"].value == pytest.approx(exact, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda z, y: (
+            functional.cross_entropy(z, y)
+            + functional.kl_div(z.log_softmax(-1), z.detach().softmax(-1), reduction="batchmean")
+        ),
+        lambda z, y: functional.cross_entropy(z, y) + (z - z.detach()).square().mean(),
+        lambda z, y: (
+            -(z.log_softmax(-1).gather(1, y[:, None]) - z.detach().log_softmax(-1).gather(1, y[:, None])).exp().mean()
+        ),
+        lambda z, y: functional.cross_entropy(z, y).square(),
+    ],
+    ids=["divergence from itself", "squares of nothing", "a policy's ratio", "a square"],
+)
+def test_what_a_gradient_does_not_show_is_refused_in_a_loss_fn(loss):
+    model = Head(functional.cross_entropy)
+    x = torch.randint(12, (4, 5), generator=torch.Generator().manual_seed(0))
+    options = {
+        "loss_fn": lambda called, rows: loss(
+            called(**rows.kwargs)["logits"].flatten(0, 1), rows.kwargs["labels"].flatten()
+        )
+    }
+    with pytest.raises(ProbeError, match=r"none that gnb knows|other terms"):
+        measured(model, [{"x": x, "labels": x.flip(1)}], **options)
+
+
 @pytest.mark.parametrize("name", ["mean cross-entropy", "mean square", "mean binary cross-entropy"])
 def test_outputs_that_are_cast_after_the_loss(name):
     """As Accelerate's mixed precision does with what the model returns."""
