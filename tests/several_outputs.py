@@ -58,7 +58,7 @@ def distilled(output):
 class Run:
     """Three optimizer steps of zero rate; `steps` makes the backward passes of one."""
 
-    def __init__(self, monkeypatch, model, steps, *, share=1, draws=256):
+    def __init__(self, monkeypatch, model, steps, *, share=1, draws=96):
         monkeypatch.setattr(importlib.import_module("sharpwatch.agent.attach"), "SKETCH_SIZE", 64)
         monkeypatch.setattr(Gnb, "share", share)
         monkeypatch.setattr(gnb, "_DRAWS", draws)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import select
 import signal
@@ -514,6 +515,7 @@ trainer.poll()  # until it has closed its end
 def test_an_interrupted_close_leaves_nothing_open(attach, monkeypatch, moment):
     ready = frame(response(command=types_pb2.Command(id="ready")))
     monkeypatch.setattr(courier_launcher, "_COURIER_CODE", INTERRUPT.replace("READY", repr(ready)) + moment)
+    gc.collect()  # what an earlier test has left may close its descriptors at any time
     before = descriptors()
     client = attach(f"127.0.0.1:{free_port()}")
     process = client.courier_pid
