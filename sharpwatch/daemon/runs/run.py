@@ -163,7 +163,7 @@ class Run:
         # A sample may carry only results or checkpoints; to a detector it would be a step without a loss.
         if reading.tap is None and reading.loss is None and "direction" not in reading.probes:
             return None
-        return _observation(self.attempt.hello.blocks, reading)
+        return observation_of(self.attempt.hello.blocks, reading)
 
     def request(self, probes: Collection[str] | None = None) -> EstimateRequest:
         """Returns the windows of `probes` (None: of all) as they are now; a probe without a reading has none."""
@@ -236,7 +236,8 @@ def _present(blocks: Iterable[str], values: Iterable[float]) -> dict[str, float]
     return {block: float(value) for block, value in zip(blocks, values, strict=True) if not np.isnan(value)}
 
 
-def _observation(blocks: tuple[str, ...], reading: Reading) -> Observation:
+def observation_of(blocks: tuple[str, ...], reading: Reading) -> Observation:
+    """What the detectors see of a sample, by the block types `blocks` of its attempt."""
     tap, direction = reading.tap, reading.probes.get("direction")
     seen = Observation(step=reading.step, time=reading.taken_at, loss=reading.loss)
     if direction is not None:

@@ -1,0 +1,141 @@
+"""Train and record the laboratory's runs: python -m benchmarks.faults.record FOLDER [--seeds 0 1] [--kinds NAME...].
+
+For each model and seed one trunk is trained up to the onset. Every kind branches from it with the same batches: the
+healthy twin, twins whose weights are nudged by a millionth, and the faults. A file that exists is not made again, so
+the command can be stopped and repeated. All runs of five seeds of both models take about three hours on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sharpwatch
+from benchmarks.faults.kinds import AFTER, KINDS, ONSET, Kind
+from benchmarks.faults.recordings import About, write
+from benchmarks.faults.training import MODELS, SIZES, Disturbance, Training
+from sharpwatch.testing import InMemoryTransport
+
+NUDGED = 4  # twins, by which the band of the healthy loss is known
+_NUDGE = 1e-6
+
+
+def _train(
+    training: Training, disturbance: Disturbance, onset: int, until: int, kind: Kind | None
+) -> tuple[Any, list[float]]:
+    """Train to step `until` under the agent; its transport, and the losses."""
+    transport = InMemoryTransport()
+    options: dict[str, Any] = {"transport": transport, "training_job": "faults", "seed": training.seed}
+
+    def attach() -> Any:
+        return sharpwatch.attach(training.model, training.optimizer, initial_step=training.number, **options)
+
+    attached = 0 if kind is None else kind.attached
+    watch = attach() if training.number >= attached else None
+    losses = []
+    while training.number < until:
+        losses.append(training.step(disturbance, onset, watch))
+        if watch is None and training.number == attached:
+            watch = attach()
+        if kind is not None and kind.name == "resume" and watch is not None and training.number == onset + 20:
+            state = watch.state_dict()
+            watch.close()
+            watch = attach()
+            watch.load_state_dict(state)
+    if watch is not None:
+        watch.close()
+    return transport, losses
+
+
+def record(folder: Path, model: str, size: str, seed: int, kinds: Sequence[str]) -> str:
+    """Record all runs of one model and seed that are missing; what was done, in words."""
+    torch.set_num_threads(1)
+    started, made = time.monotonic(), 0
+    trunk_about = About("trunk", model, size, seed, 0)
+    trunk_path = folder / f"{trunk_about.name}.run.xz"
+    wanted = [KINDS[name] for name in kinds]
+    missing = [kind for kind in wanted if not _path(folder, model, size, seed, kind.name).exists()]
+    nudged = [i for i in range(NUDGED) if not _path(folder, model, size, seed, f"nudged-{i}").exists()]
+    if not missing and not nudged and trunk_path.exists():
+        return f"{model} {size} {seed}: nothing to do"
+    training = Training(model, seed, size)
+    transport, losses = _train(training, Disturbance(), ONSET, ONSET - 1, None)
+    state = training.state()
+    if not trunk_path.exists():
+        write(folder, About("trunk", model, size, seed, 0, losses=losses), transport.hellos[0], transport.samples)
+    for number in nudged:
+        training = Training(model, seed, size)
+        training.restore(state)
+        source = torch.Generator().manual_seed(number)
+        with torch.no_grad():
+            for parameter in training.model.parameters():
+                parameter.mul_(1 + _NUDGE * torch.randn(parameter.shape, generator=source))
+        losses = [training.step(Disturbance(), ONSET) for _ in range(AFTER)]
+        about = About(f"nudged-{number}", model, size, seed, 0, trunk=trunk_path.name, losses=losses, first=ONSET)
+        write(folder, about, None, [])
+        made += 1
+    for kind in missing:
+        _record_kind(folder, Training(model, seed, size), state, kind, trunk_path.name)
+        made += 1
+        print(f"{model} {size} {seed} {kind.name}", file=sys.stderr, flush=True)
+    return f"{model} {size} {seed}: {made} runs in {time.monotonic() - started:.0f} s"
+
+
+def _record_kind(folder: Path, training: Training, state: dict[str, Any], kind: Kind, trunk: str) -> None:
+    block, layer = kind.place(training.name, training.seed, SIZES[training.size][2])
+    part = training.part(block, layer) if block else None
+    branches = kind.onset == ONSET and kind.schedule is None
+    if branches:
+        training.restore(state)
+    if kind.schedule is not None:
+        training.schedule = kind.schedule
+    until = ONSET + AFTER - 1 if kind.name != "warm-up-1000" else 1000
+    transport, losses = _train(training, kind.make(block, layer), kind.onset, until, kind)
+    about = About(
+        kind.name,
+        training.name,
+        training.size,
+        training.seed,
+        0 if kind.cause == "healthy" else kind.onset,
+        block,
+        None if part is None else part.layer,
+        "" if part is None else part.parameter,
+        trunk if branches else "",
+        losses,
+        ONSET if branches else 1,
+    )
+    write(folder, about, transport.hellos[0], transport.samples)
+
+
+def _path(folder: Path, model: str, size: str, seed: int, kind: str) -> Path:
+    return folder / f"{About(kind, model, size, seed, 0).name}.run.xz"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Record, two models and seeds at a time."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
+    parser.add_argument("--size", choices=SIZES, default="0.5M")
+    parser.add_argument("--seeds", nargs="+", type=int, default=range(5))
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--processes", type=int, default=2)
+    given = parser.parse_args(arguments)
+    given.folder.mkdir(parents=True, exist_ok=True)
+    jobs = [(given.folder, model, given.size, seed, given.kinds) for seed in given.seeds for model in given.models]
+    with ProcessPoolExecutor(given.processes, mp_context=get_context("spawn")) as pool:
+        for done in pool.map(record, *zip(*jobs, strict=True)):
+            print(done, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
