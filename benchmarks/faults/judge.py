@@ -81,13 +81,17 @@ def alerts_of(recording: Recording) -> list[Alert]:
     return sorted(opened.values(), key=lambda alert: alert.first_step)
 
 
-def is_harmful(run: Losses, twin: Losses, nudged: Sequence[Losses]) -> bool:
+def spread_of(nudged: Sequence[Losses], twin: Losses) -> float:
+    """Standard deviation of nudged twins' mean losses around the twin's."""
+    return float(np.std([_means(each) - _means(twin) for each in nudged]))
+
+
+def is_harmful(run: Losses, twin: Losses, spread: float) -> bool:
     """Whether a run's loss leaves the twin's band for good, or by 0.1 for a while."""
     steps = min(len(run), len(twin))
     if not np.isfinite(run[:steps]).all():
         return True
     rise = _means(run[:steps]) - _means(twin[:steps])
-    spread = float(np.std([_means(each[:steps]) - _means(twin[:steps]) for each in nudged]))
     above = rise > _SDS * spread
     return bool(above[-1] and above[-_WINDOW:].all()) or _longest(rise > _RISE) >= _WINDOW
 
@@ -115,7 +119,8 @@ def verdicts(paths: Iterable[Path]) -> list[Verdict]:
         if "plain" not in group:
             continue
         twin = read(group["plain"])
-        nudged = [np.array(read_about(path).losses) for kind, path in group.items() if kind.startswith("nudged")]
+        twins = [np.array(read_about(path).losses) for kind, path in group.items() if kind.startswith("nudged")]
+        spread = spread_of(twins, np.array(twin.about.losses))
         known = {(alert.name, alert.first_step) for alert in alerts_of(twin)}
         whole = np.array([*read_about(group["trunk"]).losses, *twin.about.losses])
         for kind, path in group.items():
@@ -132,7 +137,7 @@ def verdicts(paths: Iterable[Path]) -> list[Verdict]:
                     kind == "plain" or not any(n == alert.name and abs(s - alert.first_step) <= _NEAR for n, s in known)
                 )
             ]
-            harmful = KINDS[kind].cause != "healthy" and is_harmful(losses, like, nudged)
+            harmful = KINDS[kind].cause != "healthy" and is_harmful(losses, like, spread)
             found.append(Verdict(run.about, harmful, alerts, len(losses)))
     return found
 

@@ -13,7 +13,7 @@ import sharpwatch
 from sharpwatch.testing import InMemoryTransport
 
 sys.path.append(str(Path(__file__).parents[2]))  # pytest started by its own name does not look there
-from benchmarks.faults.judge import alerts_of, is_harmful
+from benchmarks.faults.judge import alerts_of, is_harmful, spread_of
 from benchmarks.faults.kinds import BLOCKS, FAULTS, HEALTHY, KINDS
 from benchmarks.faults.recordings import About, read, write
 from benchmarks.faults.training import MODELS, Disturbance, Training
@@ -128,10 +128,11 @@ def test_harm_is_what_nudged_twins_do_not_do():
     source = np.random.default_rng(0)
     twin = 2.0 + 0.05 * source.standard_normal(300)
     nudged = [twin + 0.005 * source.standard_normal(300) for _ in range(4)]
-    assert not any(is_harmful(each, twin, nudged) for each in nudged)
+    spread = spread_of(nudged, twin)
+    assert not any(is_harmful(each, twin, spread) for each in nudged)
     step = np.arange(300)
-    assert is_harmful(twin + 0.02 * (step > 200), twin, nudged)  # small, for good
-    assert is_harmful(twin + 0.3 * ((step > 100) & (step < 150)), twin, nudged)  # large, for a while
-    assert not is_harmful(twin + 0.3 * (step == 100), twin, nudged)  # one odd step
-    assert not is_harmful(twin - 0.3, twin, nudged)
-    assert is_harmful(np.where(step > 290, np.nan, twin), twin, nudged)
+    assert is_harmful(twin + 0.02 * (step > 200), twin, spread)  # small, for good
+    assert is_harmful(twin + 0.3 * ((step > 100) & (step < 150)), twin, spread)  # large, for a while
+    assert not is_harmful(twin + 0.3 * (step == 100), twin, spread)  # one odd step
+    assert not is_harmful(twin - 0.3, twin, spread)
+    assert is_harmful(np.where(step > 290, np.nan, twin), twin, spread)
