@@ -187,7 +187,7 @@ def curves_alike(known: Derivatives, weights: Tensor) -> bool:
     pieces = (torch.split(each, known.chunk) for each in (known.output, signs, image, weights))
     for output, sign, product, weight in zip(*pieces, strict=True):
         p = output.float().softmax(-1)
-        expected = weight[:, None] * (p * sign - p * (p * sign).sum(1, keepdim=True))
+        expected = weight[:, None] * _curved(p, sign)
         misfit += float((product - expected).double().square().sum())
         explained += float(expected.double().square().sum())
     return misfit <= known.tolerance**2 * explained
@@ -204,7 +204,7 @@ def _fit_curvature(known: Derivatives) -> Fit | None:
     for (output, gradient), sign, product in pieces:
         log_p = F.log_softmax(output, -1)
         p = log_p.exp()
-        expected = p * sign - p * (p * sign).sum(1, keepdim=True)
+        expected = _curved(p, sign)
         size = expected.square().sum(1)
         found = (expected * product).sum(1) / size.where(size > 0, 1.0)
         misfit += float((product - found[:, None] * expected).double().square().sum())
@@ -220,6 +220,11 @@ def _fit_curvature(known: Derivatives) -> Fit | None:
     snapped = _snap(weight, live, known.tolerance)
     rounding = 8 * torch.finfo(known.output.dtype).eps
     return Fit(weight if snapped is None else snapped, float(sum(losses)), rounding)
+
+
+def _curved(p: Tensor, vector: Tensor) -> Tensor:
+    """(diag p_i − p_i p_iᵀ) v_i of each position."""
+    return p * vector - p * (p * vector).sum(1, keepdim=True)
 
 
 def _snap(weights: Tensor, live: Tensor, tolerance: float) -> Tensor | None:

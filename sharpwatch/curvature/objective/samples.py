@@ -148,11 +148,9 @@ class OutputSample:
         if self._gradients > 1:
             raise ObjectiveError(f"{self.name} got several gradients in one step: pass loss_fn")
         for candidate in CANDIDATES:
-            part = next((part for part in self._parts if part.classes == candidate.classes), None)
-            if part is not None and part.gradient is not None:
-                found = self._fit(candidate, part, loss, forwards)
-                if found is not None:
-                    return found
+            found = self._fit(candidate, loss, forwards)
+            if found is not None:
+                return found
         what = f"the gradient of {self.name} {tuple(self.shape)} is not that of a cross-entropy"
         if loss is None:
             raise UndecidedError(
@@ -166,31 +164,32 @@ class OutputSample:
         Raises:
             UndecidedError, EmptyBatchError: The samples do not show it.
         """
-        part = next((part for part in self._parts if part.classes == other.candidate.classes), None)
-        if self._gradients > 1 or part is None or part.gradient is None:
-            return False
-        found = self._fit(other.candidate, part, loss, forwards)
+        found = None if self._gradients > 1 else self._fit(other.candidate, loss, forwards)
         return found is not None and found.is_like(other)
 
     def seen_again(self, known: SeenLoss) -> SeenLoss | None:
         """The loss of an earlier batch, of which this one shows no more than which positions predict."""
-        part = next((part for part in self._parts if part.classes == known.candidate.classes), None)
+        part = self._part_for(known.candidate)
         if part is None or part.live is None or self.name != known.name or not bool(part.live.any()):
             return None
         if part.gradient is None or bool(part.gradient.any()):
             return None  # it shows another loss
         return replace(known, live=part.live, weight=known.total / int(part.live.sum()))
 
-    def _fit(self, candidate: Candidate, part: _Part, loss: float | None, forwards: int) -> SeenLoss | None:
+    def _part_for(self, candidate: Candidate) -> _Part | None:
+        return next((part for part in self._parts if part.classes == candidate.classes), None)
+
+    def _fit(self, candidate: Candidate, loss: float | None, forwards: int) -> SeenLoss | None:
+        part = self._part_for(candidate)
+        if part is None or part.gradient is None:
+            return None
         if candidate is SQUARES:
             return self._squares(loss, forwards)
         if candidate is BINARY:
-            return self._binary(part)
-        gradient, live = part.gradient, part.live
-        if gradient is None or live is None:
+            return self._binary(part.output, part.gradient)
+        gradient, live, lowest = part.gradient, part.live, part.lowest
+        if live is None or lowest is None:
             return None
-        if not bool(live.any()):
-            raise EmptyBatchError(f"{self.name} got no gradient: no position predicts")
         if not bool(gradient.any()):
             raise UndecidedError("none of the positions that were looked at predicts")
         known = Derivatives(part.output, gradient)
@@ -201,18 +200,16 @@ class OutputSample:
             raise UndecidedError(f"the entries of {self.name} are too near to each other as yet to show a loss")
         weights = fit.weights[fit.predicting]
         weight = float(weights.double().mean())
+        # No entry of w (p − q) is below −w, also where no sample was taken.
         equal = float((weights - weight).abs().max()) <= known.tolerance * weight
-        if part.lowest is not None:  # no entry of w (p − q) is below −w, also where no sample was taken
-            equal = equal and -float(part.lowest) <= weight * (1 + 2 * known.tolerance)
+        equal = equal and -float(lowest) <= weight * (1 + 2 * known.tolerance)
         sure = _sure(weight, live, forwards) if part.has_sure else 0
         return SeenLoss(self.name, candidate, live, weight, equal=equal, sure=sure)
 
-    def _binary(self, part: _Part) -> SeenLoss | None:
+    def _binary(self, output: Tensor, gradient: Tensor) -> SeenLoss | None:
         """Weights |g| / |σ − y|, with targets y of 0 or 1 by the gradient's sign."""
-        if part.gradient is None:
-            return None
-        known = Derivatives(part.output, part.gradient)
-        gradient, output = part.gradient.float(), part.output.float()
+        known = Derivatives(output, gradient)
+        gradient, output = gradient.float(), output.float()
         weights = gradient.abs() / torch.sigmoid(torch.where(gradient < 0, -output, output))
         live = gradient != 0
         mean = float(weights[live].mean()) if bool(live.any()) else 0.0
