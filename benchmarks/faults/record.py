@@ -2,7 +2,7 @@
 
 For each model and seed one trunk is trained up to the onset. Every kind branches from it with the same batches: the
 healthy twin, twins whose weights are nudged by a millionth, and the faults. A file that exists is not made again, so
-the command can be stopped and repeated. All runs of five seeds of both models take about three hours on two cores.
+the command can be stopped and repeated.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 
 import sharpwatch
 from benchmarks.faults.kinds import AFTER, KINDS, ONSET, Kind
-from benchmarks.faults.recordings import About, write
+from benchmarks.faults.recordings import About, path_of, write
 from benchmarks.faults.training import MODELS, SIZES, Disturbance, Training
 from sharpwatch.testing import InMemoryTransport
 
@@ -59,18 +60,18 @@ def record(folder: Path, model: str, size: str, seed: int, kinds: Sequence[str])
     """Record all runs of one model and seed that are missing; what was done, in words."""
     torch.set_num_threads(1)
     started, made = time.monotonic(), 0
-    trunk_about = About("trunk", model, size, seed, 0)
-    trunk_path = folder / f"{trunk_about.name}.run.xz"
+    trunk = About("trunk", model, size, seed, 0)
+    trunk_path = path_of(folder, trunk)
     wanted = sorted((KINDS[name] for name in kinds), key=lambda kind: kind.name != "plain")  # others are judged by it
-    missing = [kind for kind in wanted if not _path(folder, model, size, seed, kind.name).exists()]
-    nudged = [i for i in range(NUDGED) if not _path(folder, model, size, seed, f"nudged-{i}").exists()]
+    missing = [kind for kind in wanted if not path_of(folder, replace(trunk, kind=kind.name)).exists()]
+    nudged = [i for i in range(NUDGED) if not path_of(folder, replace(trunk, kind=f"nudged-{i}")).exists()]
     if not missing and not nudged and trunk_path.exists():
         return f"{model} {size} {seed}: nothing to do"
     training = Training(model, seed, size)
     transport, losses = _train(training, Disturbance(), ONSET, ONSET - 1, None)
     state = training.state()
     if not trunk_path.exists():
-        write(folder, About("trunk", model, size, seed, 0, losses=losses), transport.hellos[0], transport.samples)
+        write(folder, replace(trunk, losses=losses), transport.hellos[0], transport.samples)
     for number in nudged:
         training = Training(model, seed, size)
         training.restore(state)
@@ -113,10 +114,6 @@ def _record_kind(folder: Path, training: Training, state: dict[str, Any], kind: 
         ONSET if branches else 1,
     )
     write(folder, about, transport.hellos[0], transport.samples)
-
-
-def _path(folder: Path, model: str, size: str, seed: int, kind: str) -> Path:
-    return folder / f"{About(kind, model, size, seed, 0).name}.run.xz"
 
 
 def main(arguments: Sequence[str]) -> int:

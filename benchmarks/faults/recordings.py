@@ -68,9 +68,14 @@ class Recording:
     samples: list[agent_pb2.Sample]
 
 
+def path_of(folder: Path, about: About) -> Path:
+    """The file of a run."""
+    return folder / f"{about.name}.run.xz"
+
+
 def write(folder: Path, about: About, hello: agent_pb2.Hello | None, samples: Iterable[agent_pb2.Sample]) -> Path:
     """Write a recording; a file that is there is complete."""
-    path = folder / f"{about.name}.run.xz"
+    path = path_of(folder, about)
     draft = path.with_suffix(".draft")
     with lzma.open(draft, "wb", preset=6) as file:
         file.write(json.dumps(asdict(about)).encode() + b"\n")

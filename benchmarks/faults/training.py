@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import sharpwatch
 from sharpwatch.blocks import Part
+from sharpwatch.demo.train import english, library_sources
 
 ROWS, LENGTH = 6, 64  # 384 tokens a step
 PEAK_RATE = 2e-3
@@ -25,7 +24,6 @@ MODELS = ("llama", "gpt2")
 SIZES = {"0.5M": (96, 256, 4, 4), "5M": (288, 768, 5, 6)}  # width, feed-forward, layers, heads
 VOCABULARY = 256  # bytes
 _DOMAIN_BYTES = 1_500_000
-_SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "__pycache__", "pydoc_data"}
 
 
 @cache
@@ -35,20 +33,7 @@ def text(domain: str) -> Tensor:
     Args:
         domain: "english", the language reference, or "code", the standard library's sources.
     """
-    if domain == "english":
-        from pydoc_data import topics  # noqa: PLC0415 - 700 kB of text, only when asked for
-
-        joined = "\n\n".join(topics.topics[name] for name in sorted(topics.topics)).encode()
-    else:
-        library, parts, size = Path(sysconfig.get_path("stdlib")), [], 0
-        for path in sorted(library.rglob("*.py")):
-            if _SKIP & set(path.relative_to(library).parts):
-                continue
-            parts.append(path.read_bytes())
-            size += len(parts[-1])
-            if size > _DOMAIN_BYTES:
-                break
-        joined = b"\n\n".join(parts)
+    joined = "\n\n".join(english() if domain == "english" else library_sources(_DOMAIN_BYTES)).encode()
     return torch.frombuffer(bytearray(joined[:_DOMAIN_BYTES]), dtype=torch.uint8)
 
 

@@ -37,23 +37,31 @@ class Corpus:
         return self.tokens[starts + torch.arange(length)]
 
 
-def _documents() -> list[str]:
+def english() -> list[str]:
+    """The chapters of the language reference."""
     from pydoc_data import topics  # noqa: PLC0415 - 700 kB of text, only when asked for
 
-    # Text that every Python brings along, so that the demo downloads nothing.
+    return [text for _, text in sorted(topics.topics.items())]
+
+
+def library_sources(size: int) -> list[str]:
+    """Sources of the standard library, in order, until they have more than `size` characters."""
     library = Path(sysconfig.get_path("stdlib"))
-    english = [text for _, text in sorted(topics.topics.items())]
     sources: list[str] = []
-    size = 0
     for path in sorted(library.rglob("*.py")):
         if _SKIP & set(path.relative_to(library).parts) or "pydoc_data" in path.parts:
             continue
         text = path.read_text(encoding="utf-8", errors="replace")
         sources.append(text)
-        size += len(text)
-        if size > _SOURCE_BYTES:
+        size -= len(text)
+        if size < 0:
             break
-    return english + sources
+    return sources
+
+
+def _documents() -> list[str]:
+    # Text that every Python brings along, so that the demo downloads nothing.
+    return english() + library_sources(_SOURCE_BYTES)
 
 
 def load_corpus(cache: Path) -> Corpus:
