@@ -12,6 +12,7 @@ import sys
 from panels import (
     BY_BLOCK,
     COLOURS,
+    JOB,
     LOG,
     RUN,
     Json,
@@ -23,13 +24,107 @@ from panels import (
     lines,
     number,
     or_none,
+    override,
     place,
     variable,
+    with_culprit,
     with_error,
 )
 
 KINDS = {"directional": "blue", "linesearch": "green", "preconditioned": "orange"}  # of stability ratios
+SEVERITIES = {"critical": "red", "warning": "orange"}
 SKETCHED = f'{RUN}, estimator=~"gnb.*"'
+
+
+def trouble() -> Panel:
+    """The first thing to be read: the name of the block, in red."""
+    critical, warning = (
+        latest("sharpwatch_incident", "block, layer", f'{RUN}, severity="{severity}"') for severity in SEVERITIES
+    )
+    steps = [{"color": "green", "value": None}, {"color": "orange", "value": 1}, {"color": "red", "value": 2}]
+    worst = f"max by (culprit) ({with_culprit(f'2 * {critical} or {warning}')})"
+    return Panel(
+        "stat",
+        "Block in trouble",
+        "The likeliest culprit of each open incident of this run: layer and block; red for critical, orange for a "
+        "warning. Normal: none, in green.",
+        ((or_none(worst, "culprit"), "{{culprit}}"),),
+        defaults={"thresholds": {"mode": "absolute", "steps": steps}, "noValue": "–"},
+        options={
+            "reduceOptions": {"calcs": ["lastNotNull"], "fields": "", "values": False},
+            "colorMode": "background",
+            "graphMode": "none",
+            "textMode": "name",
+        },
+        is_instant=True,
+        width=7,
+    )
+
+
+def incident_table() -> Panel:
+    """What is wrong, where and since when, in every run of the job."""
+    columns = ("severity", "culprit", "cause", "Value", "run", "name")
+    onset = latest("sharpwatch_incident_onset_step", "severity, cause, block, layer, run, name", JOB)
+    mapping = {name: {"text": name, "color": shade} for name, shade in SEVERITIES.items()}
+    painted = {"id": "custom.cellOptions", "value": {"type": "color-background", "mode": "basic"}}
+    return Panel(
+        "table",
+        "Open incidents",
+        "In all runs of the training job, critical ones first: what is wrong, where, and the step at which it began. "
+        "Normal: empty. `sharpwatch incidents RUN` has the evidence.",
+        ((with_culprit(onset), ""),),
+        overrides=(
+            override("severity", {"id": "mappings", "value": [{"type": "value", "options": mapping}]}, painted),
+        ),
+        options={"showHeader": True, "cellHeight": "sm", "sortBy": [{"displayName": "severity", "desc": False}]},
+        transformations=(
+            {
+                "id": "organize",
+                "options": {
+                    "excludeByName": {"Time": True, "block": True, "layer": True},
+                    "indexByName": {name: index for index, name in enumerate(columns)},
+                    "renameByName": {"Value": "since step", "name": "alert"},
+                },
+            },
+        ),
+        is_instant=True,
+    )
+
+
+def incident_timeline() -> Panel:
+    """When which run was in trouble."""
+    mapping = {
+        "0": {"text": "none", "color": "green"},
+        "1": {"text": "warning", "color": "orange"},
+        "2": {"text": "critical", "color": "red"},
+    }
+    critical, warning = (f'sharpwatch_incident{{{JOB}, severity="{severity}"}}' for severity in SEVERITIES)
+    return Panel(
+        "state-timeline",
+        "Incidents by run",
+        "A line for each run of the training job, by its worst open incident. Normal: green.",
+        ((f"max by (run) (2 * {critical} or {warning} or 0 * sharpwatch_run_step{{{JOB}}})", "{{run}}"),),
+        defaults={"mappings": [{"type": "value", "options": mapping}], "custom": {"fillOpacity": 80, "lineWidth": 0}},
+        options={
+            "showValue": "never",
+            "mergeValues": True,
+            "rowHeight": 0.8,
+            "legend": {"displayMode": "list", "placement": "bottom", "showLegend": True},
+            "tooltip": {"mode": "single"},
+        },
+    )
+
+
+def excursions() -> Panel:
+    """What stood out for one step and was no incident."""
+    rate = f"max by (signal, block) (rate(sharpwatch_excursions_total{{{RUN}}}[2m]))"
+    return lines(
+        "Excursions per minute",
+        "Single steps that stand out but are no finding, by block, and those of the loss. Normal: few. Many in one "
+        "block come before an incident of it, or its gradients have heavy tails; in all at once they are the data's.",
+        (f'60 * label_replace(sum by (block) ({rate}), "block", "loss", "block", "")', BY_BLOCK),
+        overrides=block_colours(),
+    )
 
 
 def alert_timeline() -> Panel:
@@ -38,9 +133,8 @@ def alert_timeline() -> Panel:
     return Panel(
         "state-timeline",
         "Alerts",
-        "Which of the daemon's detectors stand, and for which blocks; a green line is normal. "
-        "LossSpike, UpdateRmsSpike and NonFinite are events; StabilityLimit is a state that lasts. "
-        "UpdateRmsSpike leads a loss spike by 1–8 steps and names the block it starts in.",
+        "What each incident of this run is made of: the detectors that have found something, and in which blocks. "
+        "Normal: a green line.",
         ((or_none(latest("sharpwatch_alert_active", "alert, block"), "alert"), "{{alert}} {{block}}"),),
         defaults={"mappings": [{"type": "value", "options": mapping}], "custom": {"fillOpacity": 80, "lineWidth": 0}},
         options={
@@ -82,9 +176,9 @@ def glance() -> list[Panel]:
             red_from=1,
         ),
         number(
-            "Active alerts",
-            "Distinct alerts that stand now. Normal: 0.",
-            f"sum(max by (alert) (sharpwatch_alert_active{{{RUN}}})) or 0 * {latest('sharpwatch_run_step')}",
+            "Critical incidents",
+            "Of this run since it began, open ones and closed ones. Normal: 0.",
+            latest("sharpwatch_critical_incidents_total"),
             red_from=1,
         ),
         number(
@@ -135,15 +229,17 @@ def tap() -> list[Panel]:
             "Update RMS by block",
             "√mean(g²/v̂): gradients that Adam's second moment has not seen coming. Normal: around 1, for each block "
             "a steady level of its own. A jump of several times in one step precedes loss spikes by 1–8 steps; a jump "
-            "in one block alone points at that block's weights. Absent for optimizers without a second moment.",
-            "sharpwatch_block_update_rms",
+            "in one block alone points at that block's weights. Absent for optimizers without a second moment. Drawn "
+            "is the largest of each minute, so that no step is missed.",
+            "sharpwatch_block_update_rms_max",
             scale=LOG,
         ),
         by_block(
             "Gradient norm by block",
             "Of the gradient that is stepped on, after clipping. Normal: falls early, then steady within a factor of "
-            "a few; spikes in all blocks at once point at the data, in one block at its weights.",
-            "sharpwatch_block_gradient_norm",
+            "a few; spikes in all blocks at once point at the data, in one block at its weights. Drawn is the largest "
+            "of each minute.",
+            "sharpwatch_block_gradient_norm_max",
             unit="sci",
             scale=LOG,
         ),
@@ -346,14 +442,17 @@ def loss() -> Panel:
         "As the run reports it. Normal: falls fast, then slowly, with the noise of one batch. Trouble shows here last: "
         "look at the stability ratio and update RMS first.",
         (latest("sharpwatch_run_loss"), "loss"),
+        (latest("sharpwatch_run_loss_max"), "largest of a minute"),
     )
 
 
 def dashboard() -> Json:
     """The whole document."""
     rows = [
-        ("", 4, glance()),
-        ("", 8, [loss(), alert_timeline()]),
+        ("", 6, [trouble(), incident_table()]),
+        ("", 3, glance()),
+        ("", 7, [loss(), incident_timeline(), excursions()]),
+        ("", 6, [alert_timeline()]),
         ("Sharpness", 12, [sharpness()]),
         ("", 8, curvature()),
         ("", 8, sketches()),

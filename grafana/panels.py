@@ -9,7 +9,8 @@ from typing import Any
 Json = dict[str, Any]
 
 DATASOURCE: Json = {"type": "prometheus", "uid": "${datasource}"}
-RUN = 'training_job="$training_job", run="$run"'
+JOB = 'training_job="$training_job"'
+RUN = f'{JOB}, run="$run"'
 # In the order of expected sharpness; a block keeps its colour in every panel.
 COLOURS = {
     "emb": "blue",
@@ -38,6 +39,9 @@ class Panel:
     defaults: Json = field(default_factory=dict)
     overrides: tuple[Json, ...] = ()
     options: Json = field(default_factory=dict)
+    transformations: tuple[Json, ...] = ()
+    is_instant: bool = False  # asks for the newest values alone: what has ended is not shown
+    width: int = 0  # of Grafana's grid; 0 is an equal share of what the others leave of the row
 
     def render(self, number: int, position: Json) -> Json:
         """The panel as Grafana's JSON, at `position`."""
@@ -48,7 +52,9 @@ class Panel:
                 "editorMode": "code",
                 "expr": expression,
                 "legendFormat": legend,
-                "range": True,
+                "range": not self.is_instant,
+                **({"instant": True} if self.is_instant else {}),
+                **({"format": "table"} if self.kind == "table" else {}),
             }
             for index, (expression, legend) in enumerate(self.queries)
         ]
@@ -62,6 +68,7 @@ class Panel:
             "fieldConfig": {"defaults": {"unit": self.unit, **self.defaults}, "overrides": list(self.overrides)},
             "options": self.options,
             "targets": targets,
+            **({"transformations": list(self.transformations)} if self.transformations else {}),
         }
 
 
@@ -73,6 +80,13 @@ def latest(metric: str, by: str = "", matchers: str = RUN) -> str:
 def or_none(query: str, label: str) -> str:
     """`query`, or a line at 0 named "none" while there is nothing: an empty panel looks like a broken one."""
     return f'{query} or on () label_replace(0 * {latest("sharpwatch_run_step")}, "{label}", "none", "", "")'
+
+
+def with_culprit(query: str) -> str:
+    """`query` with a label `culprit`, of its labels `layer` and `block`: "layers.2.ffn", "emb", "the whole model"."""
+    joined = f'label_join({query}, "culprit", ".", "layer", "block")'
+    without_layer = f'label_replace({joined}, "culprit", "$1", "culprit", "[.](.+)")'
+    return f'label_replace({without_layer}, "culprit", "the whole model", "culprit", "[.]")'
 
 
 def colour(shade: str) -> Json:
@@ -201,9 +215,12 @@ def place(rows: list[tuple[str, int, list[Panel]]]) -> list[Json]:
             row = {"id": len(placed) + 1, "type": "row", "title": title, "gridPos": position}
             placed.append({**row, "collapsed": False, "panels": []})
             top += 1
-        width = WIDTH // len(panels)
-        for index, panel in enumerate(panels):
-            position = {"x": index * width, "y": top, "w": width, "h": height}
+        shared = [panel for panel in panels if not panel.width]
+        share = (WIDTH - sum(panel.width for panel in panels)) // max(1, len(shared))
+        left = 0
+        for panel in panels:
+            position = {"x": left, "y": top, "w": panel.width or share, "h": height}
             placed.append(panel.render(len(placed) + 1, position))
+            left += panel.width or share
         top += height
     return placed

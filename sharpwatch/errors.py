@@ -15,6 +15,7 @@ SharpwatchError
 ├── DesyncError          a collective probe failed on some ranks only: the run must stop
 ├── WireError            a message violates the wire protocol
 ├── StoreError           the journal cannot be opened, read or written
+├── LogError             a log or a recorded run cannot be read
 └── OperatorError        the daemon refused an operator's call, or cannot be reached
 """
 
@@ -118,6 +119,21 @@ class WireError(SharpwatchError):
 
 class StoreError(SharpwatchError):
     """The journal cannot be opened, read or written."""
+
+
+class LogError(SharpwatchError):
+    """A log or a recorded run cannot be read.
+
+    Args:
+        message: What is wrong, and what is valid.
+        file: The file.
+        line: Line of the error, from 1; 0 if it concerns the whole file.
+    """
+
+    def __init__(self, message: str, file: str, line: int = 0) -> None:
+        self.file = file
+        self.line = line
+        super().__init__(f"{file}:{line}: {message}" if line else f"{file}: {message}")
 
 
 class OperatorError(SharpwatchError):

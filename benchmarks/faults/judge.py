@@ -1,8 +1,9 @@
 """Judge the detectors on recorded runs: python -m benchmarks.faults.judge FOLDER [--seeds 2 3 4].
 
-A fault is found by a critical alert that opens within the kind's steps from its onset and that the healthy twin lacks;
-a warning is enough for cause "data" and for faults that harm nothing. A fault is harmful where the mean loss of 20
-steps stands more than four standard deviations of nudged twins above the twin's to the end, or 0.1 above for 20 steps.
+A fault is found by a page, an incident that becomes critical, that opens within the kind's steps from its onset; a
+warning is enough for cause "data" and for faults that harm nothing. A fault is harmful where the mean loss of 20 steps
+stands more than four standard deviations of nudged twins above the healthy twin's to the end, or 0.1 above for 20
+steps. Thresholds are fitted on other seeds (`tails`).
 """
 
 from __future__ import annotations
@@ -17,18 +18,15 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.faults.kinds import FAULTS, HEALTHY, KINDS, ONSET
-from benchmarks.faults.recordings import About, Recording, read, read_about
-from sharpwatch.daemon.detection.baselines import History
-from sharpwatch.daemon.detection.detectors import DETECTORS, AlertLog
-from sharpwatch.daemon.ingest.hello import read_hello
-from sharpwatch.daemon.ingest.samples import read_sample
-from sharpwatch.daemon.records import Alert
-from sharpwatch.daemon.runs.run import observation_of
+from benchmarks.faults.kinds import FAULTS, HEALTHY, KINDS, ONSET, Kind
+from benchmarks.faults.recordings import About, read_about
+from benchmarks.faults.replay import Group, Opened, Replay, culprit, groups
+from benchmarks.faults.rivals import RIVALS, series
 
+_BEGIN, _END = "<!-- judged: begin -->", "<!-- judged: end -->"
 _WINDOW = 20  # steps of a mean loss
 _SDS, _RISE = 4.0, 0.1
-_NEAR = 5  # steps within which an alert of the twin's is the same one
+_MOVED = 10.0  # standard deviations by which a fault must move its block for that to be found
 
 Losses = npt.NDArray[np.float64]
 
@@ -40,45 +38,55 @@ class Verdict:
     Attributes:
         about: What it is.
         harmful: Whether its loss suffered.
-        alerts: All alerts from the onset on that its twin lacks, oldest first.
+        left: The step from which on the loss has left the healthy twin's band, for 20 steps at least; None if never.
+        opened: Its incidents from the onset on, oldest first.
         steps: How many of its own steps were judged.
+        moved: Standard deviations by which the fault moved its layer block's weights.
+        loss, norm: The loss and the norm of all gradients, from the trunk's first step on.
     """
 
     about: About
     harmful: bool
-    alerts: Sequence[Alert]
+    left: int | None
+    opened: Sequence[Opened]
     steps: int
+    moved: float
+    loss: Losses
+    norm: Losses
 
     @property
-    def finding(self) -> Alert | None:
-        """The alert that found the fault."""
-        kind = KINDS[self.about.kind]
-        last = self.about.onset + kind.within
-        for alert in self.alerts:
-            enough = alert.severity == "critical" or kind.cause == "data" or not self.harmful
-            if enough and self.about.onset <= alert.first_step <= last:
-                return alert
-        return None
+    def kind(self) -> Kind:
+        """Its kind."""
+        return KINDS[self.about.kind]
 
+    @property
+    def found(self) -> tuple[int, Opened] | None:
+        """The step at which the fault was found, and the incident."""
+        last = self.about.onset + self.kind.within
+        warned = self.kind.cause == "data" or not self.harmful
+        steps = [
+            (each.incident.first_step if warned and each.incident.first_step >= self.about.onset else each.paged, each)
+            for each in self.opened
+        ]
+        in_time = [(step, each) for step, each in steps if step is not None and self.about.onset <= step <= last]
+        return min(in_time, key=lambda each: each[0], default=None)
 
-def alerts_of(recording: Recording) -> list[Alert]:
-    """Replay a run through the detectors."""
-    hello = read_hello(recording.hello)
-    history, numbers = History(), iter(range(10**9))
-    log = AlertLog("run", {each.name: each.quiet for each in DETECTORS}, lambda: str(next(numbers)))
-    opened: dict[str, Alert] = {}
-    for sample in recording.samples:
-        reading = read_sample(hello, sample)
-        if reading.closing:
-            continue
-        scores = history.see(observation_of(hello.blocks, reading))
-        findings = [found for each in DETECTORS if (found := each.judge(history, scores)) is not None]
-        for alert in log.see(findings, [each.name for each in DETECTORS if each.judged(scores)]):
-            # Severity may grow: what counts is what it was within the time, and it opened first.
-            opened.setdefault(alert.id, alert)
-            if alert.severity == "critical" and opened[alert.id].severity != "critical":
-                opened[alert.id + "+"] = alert
-    return sorted(opened.values(), key=lambda alert: alert.first_step)
+    @property
+    def pages(self) -> int:
+        """How many incidents became critical."""
+        return sum(each.paged is not None for each in self.opened)
+
+    @property
+    def warnings(self) -> int:
+        """How many incidents did not."""
+        return len(self.opened) - self.pages
+
+    @property
+    def steps_paged(self) -> int:
+        """Steps with an incident open that is critical."""
+        last = self.about.first + self.steps
+        spans = [range(each.paged, each.until or last) for each in self.opened if each.paged is not None]
+        return len({step for span in spans for step in span})
 
 
 def spread_of(nudged: Sequence[Losses], twin: Losses) -> float:
@@ -93,91 +101,185 @@ def is_harmful(run: Losses, twin: Losses, spread: float) -> bool:
         return True
     rise = _means(run[:steps]) - _means(twin[:steps])
     above = rise > _SDS * spread
-    return bool(above[-1] and above[-_WINDOW:].all()) or _longest(rise > _RISE) >= _WINDOW
+    return bool(above[-1] and above[-_WINDOW:].all()) or _first_long(rise > _RISE) is not None
+
+
+def leaves(run: Losses, twin: Losses, spread: float) -> int | None:
+    """The index of the first of the 20 steps whose mean loss has left the twin's band, for 20 steps at least."""
+    steps = min(len(run), len(twin))
+    broken = np.flatnonzero(~np.isfinite(run[:steps]))
+    steps = int(broken[0]) if len(broken) else steps
+    if steps < 2 * _WINDOW:
+        return int(broken[0]) if len(broken) else None
+    left = _first_long(_means(run[:steps]) - _means(twin[:steps]) > _SDS * spread)
+    return left if left is not None or not len(broken) else int(broken[0])
 
 
 def _means(losses: Losses) -> Losses:
     return np.convolve(losses, np.full(_WINDOW, 1 / _WINDOW), "valid")
 
 
-def _longest(flags: npt.NDArray[np.bool_]) -> int:
-    longest = present = 0
-    for flag in flags:
+def _first_long(flags: npt.NDArray[np.bool_]) -> int | None:
+    """The index of the first of `_WINDOW` flags in a row."""
+    present = 0
+    for i, flag in enumerate(flags):
         present = present + 1 if flag else 0
-        longest = max(longest, present)
-    return longest
+        if present >= _WINDOW:
+            return i - _WINDOW + 1
+    return None
 
 
-def verdicts(paths: Iterable[Path]) -> list[Verdict]:
-    """Judge runs; those of one model and seed are compared with their own twins."""
-    groups: dict[tuple[str, str, int], dict[str, Path]] = {}
-    for path in paths:
-        about = read_about(path)
-        groups.setdefault((about.model, about.size, about.seed), {})[about.kind] = path
-    found = []
-    for group in groups.values():
-        if "plain" not in group:
-            continue
-        twin = read(group["plain"])
-        twins = [np.array(read_about(path).losses) for kind, path in group.items() if kind.startswith("nudged")]
-        spread = spread_of(twins, np.array(twin.about.losses))
-        known = {(alert.name, alert.first_step) for alert in alerts_of(twin)}
-        whole = np.array([*read_about(group["trunk"]).losses, *twin.about.losses])
-        for kind, path in group.items():
-            if kind not in KINDS:
-                continue
-            run = twin if kind == "plain" else read(path)
-            losses = np.array(run.about.losses)
-            like = whole if run.about.first == 1 else whole[ONSET - 1 :]
-            alerts = [
-                alert
-                for alert in alerts_of(run)
-                if alert.first_step >= run.about.first
-                and (
-                    kind == "plain" or not any(n == alert.name and abs(s - alert.first_step) <= _NEAR for n, s in known)
-                )
-            ]
-            harmful = KINDS[kind].cause != "healthy" and is_harmful(losses, like, spread)
-            found.append(Verdict(run.about, harmful, alerts, len(losses)))
-    return found
+def verdicts(found: Iterable[Group]) -> list[Verdict]:
+    """Judge groups of runs; those of a group are compared with their own twins."""
+    return [verdict for group in found for verdict in _judge(group)]
+
+
+def _judge(group: Group) -> Iterable[Verdict]:
+    abouts = {kind: read_about(path) for kind, path in group.paths.items()}
+    twin = np.array(abouts["plain"].losses)
+    whole = np.array([*abouts["trunk"].losses, *abouts["plain"].losses])
+    twins = [np.array(about.losses) for kind, about in abouts.items() if kind.startswith("nudged")]
+    spread = spread_of(twins, twin) if twins else 0.0
+    trunk = group.trunk
+    nothing = float("nan")
+    yield Verdict(trunk.about, False, None, trunk.opened, len(trunk.observations), nothing, *series(trunk.observations))
+    for kind in sorted(set(abouts) & set(KINDS)):
+        replay = group.replay(kind)
+        losses = np.array(replay.about.losses)
+        like = whole if replay.about.first == 1 else whole[ONSET - 1 :]
+        harmful = KINDS[kind].cause != "healthy" and is_harmful(losses, like, spread)
+        left = leaves(losses, like, spread) if harmful else None
+        yield Verdict(
+            replay.about,
+            harmful,
+            None if left is None else left + replay.about.first,
+            _own(replay),
+            len(replay.observations),
+            replay.moved,
+            *series([*(trunk.observations if replay.about.trunk else []), *replay.observations]),
+        )
+
+
+def _own(replay: Replay) -> list[Opened]:
+    # One that was opened as a warning may have become a page since.
+    return [each for each in replay.opened if max(each.incident.first_step, each.paged or 0) >= replay.about.first]
 
 
 def table(judged: Sequence[Verdict]) -> str:
-    """Recall, delay and culprit by kind of fault; alerts by kind of healthy run."""
-    lines = ["| fault | harmful | found of them | others found | delay | block first |", "|---|---|---|---|---|---|"]
-    rates = []
+    """Recall, delay, lead, cause and culprit by kind of fault; pages and warnings by kind of healthy run."""
+    parts = (_fault_table, _summary, _healthy_table, _rival_table)
+    return "\n\n".join("\n".join(part(judged)) for part in parts)
+
+
+def _fault_table(judged: Sequence[Verdict]) -> Iterable[str]:
+    yield "| fault | harmful | found of them | others found | delay | lead over the loss | cause | block first |"
+    yield "|---|---|---|---|---|---|---|---|"
     for kind in FAULTS:
         runs = [each for each in judged if each.about.kind == kind.name]
         if not runs:
             continue
         harmful = [each for each in runs if each.harmful]
-        seen = [each for each in harmful if each.finding is not None]
         others = [each for each in runs if not each.harmful]
-        late = [each.finding.first_step - each.about.onset for each in runs if each.finding is not None]
-        placed = [each for each in seen if each.about.block]
-        right = sum(each.finding is not None and each.finding.blocks[:1] == (each.about.block,) for each in placed)
-        rates += [len(seen) / len(harmful)] if harmful else []
-        lines.append(
-            f"| {kind.name} | {len(harmful)} of {len(runs)} | {len(seen)} | "
-            f"{sum(each.finding is not None for each in others)} of {len(others)} | "
-            f"{statistics.median(late) if late else '–'} | {f'{right} of {len(placed)}' if placed else '–'} |"
+        seen = [(each, *each.found) for each in runs if each.found is not None]
+        late = [step - each.about.onset for each, step, _ in seen]
+        lead = [each.left - step for each, step, _ in seen if each.left is not None]
+        causes = sum(opened.incident.cause == kind.cause for _, _, opened in seen)
+        placed = [(each, opened) for each, _, opened in seen if culprit(each.about)]
+        right = sum(opened.incident.layer_blocks[:1] == (culprit(each.about),) for each, opened in placed)
+        yield (
+            f"| {kind.name} | {len(harmful)} of {len(runs)} | {sum(each.found is not None for each in harmful)} | "
+            f"{sum(each.found is not None for each in others)} of {len(others)} | {_median(late)} | {_median(lead)} | "
+            f"{f'{causes} of {len(seen)}' if seen else '–'} | {f'{right} of {len(placed)}' if placed else '–'} |"
         )
-    if rates:
-        lines.append(f"\nMean recall over {len(rates)} kinds with harmful runs: {100 * statistics.mean(rates):.0f} %\n")
-    lines += ["| healthy | steps | critical | warning |", "|---|---|---|---|"]
-    steps = critical = warning = 0
-    for kind in HEALTHY:
-        runs = [each for each in judged if each.about.kind == kind.name]
-        counts = [alert.severity for each in runs for alert in each.alerts]
-        own = sum(each.steps for each in runs)
-        steps, critical, warning = steps + own, critical + counts.count("critical"), warning + counts.count("warning")
+
+
+def _summary(judged: Sequence[Verdict]) -> Iterable[str]:
+    faults = [each for each in judged if each.about.kind in {kind.name for kind in FAULTS}]
+    harmful = [each for each in faults if each.harmful]
+    recalls = [
+        statistics.mean(each.found is not None for each in runs)
+        for kind in FAULTS
+        if (runs := [each for each in harmful if each.about.kind == kind.name])
+    ]
+    if recalls:
+        mean, low = 100 * statistics.mean(recalls), sum(recall < 0.8 for recall in recalls)
+        yield f"- Recall: mean over {len(recalls)} kinds {mean:.1f} %, of {len(harmful)} harmful runs."
+        yield f"- Kinds below 80 %: {low}."
+    seen = [(each, each.found[1]) for each in harmful if each.found is not None]
+    if seen:
+        right = sum(opened.incident.cause == each.kind.cause for each, opened in seen)
+        yield f"- Cause right in {right} of {len(seen)} found ({100 * right / len(seen):.0f} %)."
+    moved = [each for each in faults if each.moved > _MOVED]
+    first = [each for each in moved if each.found and each.found[1].incident.layer_blocks[:1] == (culprit(each.about),)]
+    if moved:
+        yield f"- True layer block first in {len(first)} of {len(moved)} faults that moved it by more than 10 sd."
+
+
+def _healthy_table(judged: Sequence[Verdict]) -> Iterable[str]:
+    yield "| healthy | steps | pages | warnings | steps under an open page |"
+    yield "|---|---|---|---|---|"
+    total = np.zeros(4, dtype=int)
+    for kind in ("trunk", *(kind.name for kind in HEALTHY)):
+        runs = [each for each in judged if each.about.kind == kind]
+        row = np.sum([(each.steps, each.pages, each.warnings, each.steps_paged) for each in runs] or [[0] * 4], axis=0)
+        total += row
         if runs:
-            lines.append(f"| {kind.name} | {own} | {counts.count('critical')} | {counts.count('warning')} |")
-    if steps:
-        lines.append(
-            f"\nPer 10,000 healthy steps: {1e4 * critical / steps:.1f} critical, {1e4 * warning / steps:.1f} warning"
+            yield f"| {kind} | {row[0]} | {row[1]} | {row[2]} | {row[3]} |"
+    if total[0]:
+        pages, warnings, under = 1e4 * total[1:] / total[0]
+        yield ""
+        yield (
+            f"In all {total[0]} healthy steps: per 10,000 {pages:.2f} pages and {warnings:.1f} warnings; "
+            f"{under / 100:.2f} % of the steps under an open page."
         )
-    return "\n".join(lines)
+
+
+def _rival_table(judged: Sequence[Verdict]) -> Iterable[str]:
+    """Recall and median delay of harmful faults, and alarms in healthy steps, at own settings and at as few alarms."""
+    yield "| detector | setting | mean recall over kinds | median delay | alarms per 10,000 healthy steps |"
+    yield "|---|---|---|---|---|"
+    faults = [each for each in judged if each.about.kind in {kind.name for kind in FAULTS} and each.harmful]
+    healthy = [each for each in judged if each not in faults and each.about.kind not in {kind.name for kind in FAULTS}]
+    steps = sum(each.steps for each in healthy) / 1e4
+    own = [(each.kind.name, each.found and each.found[0] - each.about.onset) for each in faults]
+    pages = sum(each.pages for each in healthy)
+    yield f"| sharpwatch, pages | its own | {_recall(own)} | {pages / steps:.1f} |"
+    for name, (rule, setting, more) in RIVALS.items():
+        for value in (setting, *more):
+            alarms = sum(_count(rule(each.loss, each.norm, value)[-each.steps :]) for each in healthy)
+            enough = alarms <= max(1, pages)
+            if value == setting or enough or value == more[-1]:
+                seen = [(each.kind.name, _delay(each, rule(each.loss, each.norm, value))) for each in faults]
+                what = "its own" if value == setting else "as few alarms" if enough else "least sensitive"
+                yield f"| {name} | {what}: {value:g} | {_recall(seen)} | {alarms / steps:.1f} |"
+            if enough:
+                break
+
+
+def _recall(delays: Sequence[tuple[str, int | None]]) -> str:
+    by_kind = {kind: [delay for name, delay in delays if name == kind] for kind, _ in delays}
+    recalls = [statistics.mean(delay is not None for delay in each) for each in by_kind.values()]
+    known = [delay for _, delay in delays if delay is not None]
+    return f"{100 * statistics.mean(recalls):.0f} % | {_median(known)}" if recalls else "– | –"
+
+
+def _delay(judged: Verdict, flags: npt.NDArray[np.bool_]) -> int | None:
+    start = len(flags) - judged.steps + judged.about.onset - judged.about.first
+    found = np.flatnonzero(flags[start : start + judged.kind.within + 1])
+    return int(found[0]) if len(found) else None
+
+
+def _count(flags: npt.NDArray[np.bool_]) -> int:
+    """Alarms, those within 20 steps of each other as one."""
+    count, last = 0, -_WINDOW
+    for i in np.flatnonzero(flags):
+        count += i - last >= _WINDOW
+        last = i
+    return count
+
+
+def _median(values: Sequence[int]) -> str:
+    return f"{statistics.median(values):g}" if values else "–"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -185,11 +287,17 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", nargs="+", type=int, help="by default all that are recorded")
+    parser.add_argument("--write", type=Path, help="a page whose tables are replaced, between two comments")
     given = parser.parse_args(arguments)
-    paths = sorted(given.folder.glob("*.run.xz"))
-    if given.seeds is not None:
-        paths = [path for path in paths if read_about(path).seed in given.seeds]
-    print(table(verdicts(paths)))
+    text = table(verdicts(groups(given.folder, given.seeds)))
+    seeds = ", ".join(map(str, given.seeds)) if given.seeds else "all"
+    fitted = "thresholds were fitted on seeds 0 and 1"
+    text = f"Judged on seeds {seeds}; {fitted}. Delays and leads are medians in steps.\n\n{text}"
+    print(text)
+    if given.write is not None:
+        before, begin, rest = given.write.read_text(encoding="utf-8").partition(_BEGIN)
+        _, end, after = rest.partition(_END)
+        given.write.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")
     return 0
 
 

@@ -269,11 +269,11 @@ FAULTS = (
     Kind("gradient-negated", _gradient(lambda gradient, _: gradient.neg_()), "instability", INNER),
     Kind("gradient-noisy", _gradient(_noisy), "instability", INNER),
     Kind("gradient-x10-clipped", _gradient(lambda g, _: g.mul_(10), clipped=True), "instability", INNER),
-    Kind("attention-x4", _attention_jump, "instability", ("qk",)),
+    Kind("attention-x4", _attention_jump, "damaged-weight", ("qk",)),
     Kind("attention-growth", _attention_growth, "instability", ("qk",), within=260),
     Kind("nan", _gradient(_set_nan), "non-finite", INNER),
     Kind("one-rank-wrong", _one_rank_wrong, "data"),
-    Kind("coarse-norm", _coarse_norm, "silent", ("norm",)),
+    Kind("coarse-norm", _coarse_norm, "damaged-weight", ("norm",)),
 )
 
 

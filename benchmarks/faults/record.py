@@ -1,8 +1,8 @@
 """Train and record the laboratory's runs: python -m benchmarks.faults.record FOLDER [--seeds 0 1] [--kinds NAME...].
 
 For each model and seed one trunk is trained up to the onset. Every kind branches from it with the same batches: the
-healthy twin, twins whose weights are nudged by a millionth, and the faults. A file that exists is not made again, so
-the command can be stopped and repeated.
+healthy twin, twins whose weights are nudged as by rounding to bfloat16, and the faults. A file that exists is not made
+again, so the command can be stopped and repeated.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ import torch
 import sharpwatch
 from benchmarks.faults.kinds import AFTER, KINDS, ONSET, Kind
 from benchmarks.faults.recordings import About, path_of, write
-from benchmarks.faults.training import MODELS, SIZES, Disturbance, Training
+from benchmarks.faults.training import MODELS, SIZES, Disturbance, Training, loss_of
 from sharpwatch.testing import InMemoryTransport
 
 NUDGED = 4  # twins, by which the band of the healthy loss is known
-_NUDGE = 1e-6
+_NUDGE = 2.0**-8  # as rounding to bfloat16 does
 
 
 def _train(
@@ -34,7 +34,12 @@ def _train(
 ) -> tuple[Any, list[float]]:
     """Train to step `until` under the agent; its transport, and the losses."""
     transport = InMemoryTransport()
-    options: dict[str, Any] = {"transport": transport, "training_job": "faults", "seed": training.seed}
+    options: dict[str, Any] = {
+        "transport": transport,
+        "training_job": "faults",
+        "seed": training.seed,
+        "loss_fn": loss_of,
+    }
 
     def attach() -> Any:
         return sharpwatch.attach(training.model, training.optimizer, initial_step=training.number, **options)

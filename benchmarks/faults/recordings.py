@@ -109,6 +109,13 @@ def read(path: Path) -> Recording:
     return Recording(about, hello, samples)
 
 
+def read_own(path: Path) -> tuple[agent_pb2.Hello | None, list[agent_pb2.Sample]]:
+    """The messages that a file itself has."""
+    _, messages = _read_one(path)
+    hello = agent_pb2.Hello.FromString(messages[0]) if messages else None
+    return hello, [agent_pb2.Sample.FromString(each) for each in messages[1:]]
+
+
 def _read_one(path: Path) -> tuple[About, list[bytes]]:
     with lzma.open(path, "rb") as file:
         about = About(**json.loads(file.readline()))
@@ -130,7 +137,7 @@ def _slim(sample: agent_pb2.Sample) -> agent_pb2.Sample:
         slim.gnb.ClearField("gradient_sketch")
     if slim.HasField("tap"):
         # Three digits of what scatters by tenths; weight norms keep all, since their change from step to step counts.
-        for array in (slim.tap.gradient_norm, slim.tap.update_rms):
+        for array in (slim.tap.gradient_norm, slim.tap.update_rms, slim.tap.second_moment):
             bits = np.frombuffer(array.data, dtype="<u4") & ~np.uint32(2**_DROPPED_BITS - 1)
             array.data = bits.tobytes()
     return slim

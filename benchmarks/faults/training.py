@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -70,6 +70,12 @@ def build(name: str, size: str = "0.5M", length: int = LENGTH) -> nn.Module:
             eos_token_id=0,
         )
     )
+
+
+def loss_of(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """The mean loss of a batch; also the `loss_fn` of probes."""
+    logits = model(input_ids=batch["inputs"]).logits
+    return nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
 
 
 @dataclass(slots=True)
@@ -223,8 +229,7 @@ class Training:
         step.tokens = self.draw(step.rows, step.domain)
         act("batch")
         inputs, labels = step.tokens[:, :-1], step.tokens[:, 1:] if step.labels is None else step.labels
-        logits = self.model(input_ids=inputs).logits
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        loss = loss_of(self.model, {"inputs": inputs, "labels": labels})
         loss.backward()
         act("gradients")
         nn.utils.clip_grad_norm_(self.model.parameters(), MAX_NORM)
@@ -233,7 +238,7 @@ class Training:
             group["lr"] = PEAK_RATE * self.schedule(self.number) * step.factor
         value = float(loss.detach())
         if watch is not None:
-            watch.observe(loss=value)
+            watch.observe(loss=value, batch={"inputs": inputs, "labels": labels})
         self.optimizer.step()
         self.optimizer.zero_grad()
         act("stepped")

@@ -13,9 +13,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
+from torch.utils.hooks import RemovableHandle
 
 from sharpwatch.agent.control.lr_multipliers import LrMultipliers
 from sharpwatch.agent.optimizers.support import is_flat
+from sharpwatch.agent.statistics.clipping import AfterClip, ClipHookHandle
 from sharpwatch.curvature.objective.nested import tensors
 from sharpwatch.curvature.parameters.shards import is_sharded
 
@@ -43,13 +45,17 @@ class Hook:
         graph would replay the agent's kernels, and waiting for the device breaks its capture. Under `torch.func`
         tensors have no values of their own.
         """
-        skips = torch.compiler.is_compiling() or _is_capturing() or _is_transformed()
-        return None if skips else self._call(*args)
+        return None if must_not_act() else self._call(*args)
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[object, ...]]:
         """Copied or pickled with its model, it does nothing there, and loads without sharpwatch."""
         # It takes any arguments, returns None, and is of the standard library.
         return getattr, (nullcontext(), "__exit__")
+
+
+def must_not_act() -> bool:
+    """Whether torch traces, records or transforms the caller now, so that the agent may do nothing."""
+    return torch.compiler.is_compiling() or _is_capturing() or _is_transformed()
 
 
 def backward_is_compiled() -> bool:
@@ -81,6 +87,9 @@ class Steps(Protocol):
         Returns:
             A function to call with the output; it returns one to call when a backward comes through the output.
         """
+
+    def clipping(self, parameters: Sequence[Tensor], max_norm: float, total_norm: Tensor, /) -> AfterClip | None:
+        """The gradients of `parameters` are about to be clipped; what is returned is called once they are."""
 
     def begin(self, which: int, /) -> None:
         """A `step()` begins."""
@@ -116,11 +125,12 @@ class Hooks:
         self._awaiting_closure: set[int] = set()  # optimizers whose closure has not computed the gradients yet
         self._pre = [optimizer.register_step_pre_hook(Hook(self._before_step)) for optimizer in optimizers]
         self._post = [optimizer.register_step_post_hook(Hook(self._after_step)) for optimizer in optimizers]
-        self.handles = [
+        self.handles: list[RemovableHandle | ClipHookHandle] = [
             model.register_forward_pre_hook(Hook(self._before_forward), with_kwargs=True),
             model.register_forward_hook(Hook(self._after_forward), with_kwargs=True),
             *self._pre,
             *self._post,
+            ClipHookHandle(self._before_clip),
         ]
 
     def innermost(self, which: int) -> None:
@@ -173,6 +183,18 @@ class Hooks:
                 trains()
                 return True
         return False
+
+    def _before_clip(self, parameters: Sequence[Tensor], max_norm: float, total_norm: Tensor) -> AfterClip | None:
+        if must_not_act() or self._steps.idle():
+            return None
+        after: AfterClip | None = None
+        with self._steps.agent_work("watching the clipping"):
+            after = self._steps.clipping(parameters, max_norm, total_norm)
+        return None if after is None else functools.partial(self._after_clip, after)
+
+    def _after_clip(self, after: AfterClip) -> None:
+        with self._steps.agent_work("watching the clipping"):
+            after()
 
     def _before_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,14 +12,12 @@ from torch import Tensor
 
 from sharpwatch.agent.hooks import Hook, backward_is_compiled
 from sharpwatch.agent.safety import ExceptionBarrier, warn
-from sharpwatch.agent.statistics.tap import AsyncHostCopy
+from sharpwatch.agent.statistics.host_copy import AsyncHostCopy, Number, copied, is_ready, number
 from sharpwatch.curvature.objective.outputs import find_loss
 
 ITEMS_IN_BATCH = "num_items_in_batch"  # an argument by which Hugging Face's models divide the sum of their losses
 MAX_FORWARDS = 1024  # of a step, the newest, whose own losses count
 _SILENT_STEPS = 2  # whose own loss was not trained on, and none observed, before that is logged
-
-Number = float | AsyncHostCopy
 
 
 @dataclass(slots=True)
@@ -28,20 +27,23 @@ class StepLoss:
     Attributes:
         terms: The loss of each micro-batch, and the weights with which backward took it.
         adds_up: A micro-batch's loss is its share of the step's mean, not a mean of its own.
+        gradient_norm: The norm of all gradients before clipping, if the loop told it; else NaN.
     """
 
     terms: list[tuple[Number, list[Number]]] = field(default_factory=list)
     adds_up: bool = False
+    gradient_norm: Number = math.nan
 
     @property
     def ready(self) -> bool:
         """Whether `read` would return at once."""
-        numbers = (number for value, weights in self.terms for number in (value, *weights))
-        return all(number.ready for number in numbers if isinstance(number, AsyncHostCopy))
+        return is_ready(self.gradient_norm) and all(
+            is_ready(n) for value, weights in self.terms for n in (value, *weights)
+        )
 
     def read(self) -> float | None:
         """The mean over the micro-batches by their weights, so that a GradScaler's factor drops out."""
-        read = [(_read(value), sum(map(_read, weights))) for value, weights in self.terms]
+        read = [(number(value), sum(map(number, weights))) for value, weights in self.terms]
         total = sum(weight for _, weight in read)
         if not total:
             return None
@@ -63,7 +65,7 @@ class OwnLoss:
 
     def __init__(self, loss: Tensor, barrier: ExceptionBarrier, *, named: bool = True) -> None:
         self.named = named
-        self.value = _number(loss)
+        self.value = copied(loss)
         self.weights: list[Number] = []
         self._barrier = barrier
         self._output = loss.output_nr
@@ -83,7 +85,7 @@ class OwnLoss:
         with self._barrier.guard("reading the weight of the model's loss"):
             gradient = gradients[self._output]
             if gradient is not None:
-                self.weights.append(_number(gradient))
+                self.weights.append(copied(gradient))
 
 
 class LossTracker:
@@ -102,6 +104,7 @@ class LossTracker:
         self.source = ""
         self._barrier = barrier
         self._observed: deque[tuple[Number, list[Number]]] = deque(maxlen=MAX_FORWARDS)
+        self._gradient_norm: Number = math.nan
         self._own: deque[OwnLoss] = deque(maxlen=MAX_FORWARDS)
         self._own_adds_up = False
         self._forwards = 0
@@ -142,26 +145,34 @@ class LossTracker:
         if own is not None and own.named:
             self._own.append(own)
 
-    def observe(self, loss: float | Tensor) -> StepLoss | None:
-        """The loss if it belongs to the step already taken; None if it is kept for the next."""
-        self._silent_steps = 0
-        term: tuple[Number, list[Number]] = (_checked_number(loss), [1.0])
+    def observe(self, loss: float | Tensor | None, gradient_norm: float | Tensor | None = None) -> StepLoss | None:
+        """What was observed, if it belongs to the step already taken; None if it is kept for the next."""
+        norm = math.nan if gradient_norm is None else _checked_number(gradient_norm, "grad_norm")
         # A loop may call another method of the model, past its hooks: then no forward is ever seen.
-        if self._sees_forwards and self._forwards == 0 and not self._undecided:
-            self.comes_after_step = True
-            self.source = "observed"
-            return StepLoss([term])
-        self._observed.append(term)
+        late = self._sees_forwards and self._forwards == 0 and not self._undecided
+        terms: list[tuple[Number, list[Number]]] = []
+        if loss is not None:
+            self._silent_steps = 0
+            terms = [(_checked_number(loss), [1.0])]
+            if late:
+                self.comes_after_step = True
+                self.source = "observed"
+        if late:
+            return StepLoss(terms, gradient_norm=norm)
+        self._observed += terms
+        if gradient_norm is not None:
+            self._gradient_norm = norm
         return None
 
     def present(self) -> list[float]:
         """The losses observed since the last step, in order."""
-        return [_read(value) for value, _ in self._observed]
+        return [number(value) for value, _ in self._observed]
 
     def take(self) -> StepLoss:
         """The loss of the step just taken; without terms where none is known."""
         trained = [(own.value, own.weights) for own in self._own if own.was_trained_on()]
         taken = StepLoss(list(self._observed)) if self._observed else StepLoss(trained, self._own_adds_up)
+        taken.gradient_norm, self._gradient_norm = self._gradient_norm, math.nan
         self._note_source(bool(trained))
         self._own.clear()
         self._observed.clear()
@@ -184,21 +195,10 @@ class LossTracker:
             )
 
 
-def _read(number: Number) -> float:
-    return float(number.read()) if isinstance(number, AsyncHostCopy) else number
-
-
-def _checked_number(loss: float | Tensor) -> Number:
-    """As `_number`; raises `TypeError` for anything else."""
+def _checked_number(loss: float | Tensor, name: str = "loss") -> Number:
+    """As `copied`; raises `TypeError` for anything else."""
     # Not numbers alone: NumPy's have `__float__` too.
     if not (loss.numel() == 1 if isinstance(loss, Tensor) else hasattr(loss, "__float__")):
         got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
-        raise TypeError(f"loss must be a number or a tensor with one element, got {got}")
-    return _number(loss)
-
-
-def _number(value: float | Tensor) -> Number:
-    """A number as it is now; one on a device is copied without a sync."""
-    if isinstance(value, Tensor) and value.device.type != "cpu":
-        return AsyncHostCopy(value)
-    return float(value.detach()) if isinstance(value, Tensor) else float(value)
+        raise TypeError(f"{name} must be a number or a tensor with one element, got {got}")
+    return copied(loss)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import time
@@ -19,6 +20,8 @@ from sharpwatch.agent.probes.builtin import PROBES
 from sharpwatch.agent.probes.failures import ProbeFailure
 from sharpwatch.agent.probes.runner import ProbeRun
 from sharpwatch.agent.probes.scheduler import OverheadBudget
+from sharpwatch.agent.statistics.group_settings import ChangedSettings, GroupSettings
+from sharpwatch.agent.statistics.host_copy import number
 from sharpwatch.agent.statistics.tap import PendingTap, Tap, TapReading
 from sharpwatch.agent.transport.base import Transport
 from sharpwatch.blocks import BlockMap
@@ -77,6 +80,7 @@ class SampleValues:
     health: Health
     loss: float | None = None
     tap: TapReading | None = None
+    groups: Sequence[GroupSettings] = ()
     probes: ProbeRun = field(default_factory=ProbeRun)
     results: Sequence[CommandResult] = ()
     checkpoints: Sequence[tuple[int, str]] = field(default=())
@@ -124,6 +128,7 @@ def sample_message(values: SampleValues) -> agent_pb2.Sample:
         taken_at_unix_ns=values.taken_at_unix_ns,
         loss=values.loss,
         tap=None if values.tap is None else _tap(values.tap),
+        optimizer_groups=[_group(group) for group in values.groups],
         **_probes(values.probes),
         health=_health(values.health),
         results=[_result(result) for result in values.results],
@@ -161,6 +166,18 @@ def _tap(reading: TapReading) -> agent_pb2.Tap:
         non_finite=encode(reading.non_finite, "int64"),
         learning_rate=encode(reading.learning_rate, "float32"),
         lr_multiplier=encode(reading.lr_multiplier, "float32"),
+        second_moment=encode(reading.second_moment, "float32"),
+        clip_factor=None if math.isnan(reading.clip_factor) else reading.clip_factor,
+    )
+
+
+def _group(group: GroupSettings) -> agent_pb2.OptimizerGroup:
+    steps = number(group.steps)
+    return agent_pb2.OptimizerGroup(
+        optimizer=group.optimizer,
+        group=group.group,
+        settings=group.settings,
+        steps=None if math.isnan(steps) else int(steps),
     )
 
 
@@ -215,6 +232,7 @@ class StepRecord:
     reading: TapReading | None = None  # of all ranks, in place of `tap`
     restored: bool = False  # the first since the run was put back
     awaits_loss: bool = False  # until the next step begins
+    groups: Sequence[GroupSettings] = ()
 
     @property
     def ready(self) -> bool:
@@ -264,6 +282,7 @@ class Reporter:
         self._records: deque[StepRecord] = deque()
         self._dropped = 0
         self._sequence = 0
+        self._settings = ChangedSettings()
         self.checkpoints = CheckpointLog()
         self._restored = False  # since the last sample
 
@@ -298,8 +317,12 @@ class Reporter:
         """Send the records that are ready; with `wait` all of them, waiting for the device."""
         while self._records and (wait or (not self._records[0].awaits_loss and self._records[0].ready)):
             record = self._records.popleft()
-            tap = record.reading or (None if record.tap is None else self._tap.resolve(record.tap))
-            self._send(record.step, record.taken_at_unix_ns, loss=record.loss.read(), tap=tap, probes=record.probes)
+            tap = record.reading
+            if tap is None and record.tap is not None:
+                tap = self._tap.resolve(record.tap, number(record.loss.gradient_norm))
+            groups = self._settings.news(record.step, record.groups)
+            loss = record.loss.read()
+            self._send(record.step, record.taken_at_unix_ns, loss=loss, tap=tap, groups=groups, probes=record.probes)
 
     def send_events(self, step: int, *, closing: bool = False) -> None:
         """Send a sample that belongs to no step: results and checkpoints that would else wait, or the last one."""

@@ -56,7 +56,9 @@ class Watch:
         """The rollback that the loop must do now, or None; afterwards call `restored`, or say why not."""
         return None if self._watched is None else self._watched.control.pending_rollback
 
-    def observe(self, *, loss: float | Tensor | None = None, batch: Any = None) -> None:
+    def observe(
+        self, *, loss: float | Tensor | None = None, batch: Any = None, grad_norm: float | Tensor | None = None
+    ) -> None:
         """Report the loss of a step, and the batch it is of; does not wait for the device.
 
         The loss may be reported before or after the `optimizer.step()` of its step. Several in one step are averaged.
@@ -69,10 +71,12 @@ class Watch:
                 model: a tensor, or a dict, list, tuple or dataclass of tensors and others. Probes call
                 `loss_fn(model, rows)`, where `rows` is the same with some rows of every tensor that has one for each
                 row of the batch. Nothing is copied before a probe; tensors must not change in place until the step.
+            grad_norm: The norm of all gradients before clipping, for loops that clip otherwise than by torch's
+                `clip_grad_norm_`, which the agent sees by itself. Gradient norms are then shown as before clipping.
         """
         if self._watched is not None:
             with self._watched.barrier.guard("observing the loss"):
-                self._watched.observe(loss, batch)
+                self._watched.observe(loss, batch, grad_norm)
 
     def saved_checkpoint(self, step: int, uri: str) -> None:
         """Report a checkpoint, to which a rollback may go.

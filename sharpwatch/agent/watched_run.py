@@ -6,7 +6,7 @@ import atexit
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -27,6 +27,7 @@ from sharpwatch.agent.probes.scheduler import DueProbes, ProbeScheduler
 from sharpwatch.agent.reporting import Identity, Reporter, StepRecord, hello_message, read_command
 from sharpwatch.agent.run_state import Part, load_run_state, run_state
 from sharpwatch.agent.safety import ExceptionBarrier, OverheadTimer, agent_work, closed_at_exit, signals_held
+from sharpwatch.agent.statistics.clipping import AfterClip
 from sharpwatch.agent.statistics.tap import PendingTap
 from sharpwatch.agent.status import announcement, collect
 from sharpwatch.agent.transport.base import Transport
@@ -115,11 +116,13 @@ class WatchedRun:
         """What was frozen or unfrozen since `attach`."""
         return TrainingChange.of(self.options.model, self.strategy.block_map)
 
-    def observe(self, loss: float | Tensor | None, batch: Any = None) -> None:
-        """The step's loss and batch; each may be None."""
+    def observe(
+        self, loss: float | Tensor | None, batch: Any = None, gradient_norm: float | Tensor | None = None
+    ) -> None:
+        """The step's loss, batch and norm of all gradients before clipping; each may be None."""
         if self._hooks.repeating:
             return
-        late = None if loss is None else self.losses.observe(loss)
+        late = None if loss is None and gradient_norm is None else self.losses.observe(loss, gradient_norm)
         if late is not None:
             self.strategy.late_loss(late)
             self._reporter.next_step()
@@ -254,6 +257,10 @@ class WatchedRun:
         self._reporter.next_step()
         self.strategy.forward()
 
+    def clipping(self, parameters: Sequence[Tensor], max_norm: float, total_norm: Tensor) -> AfterClip | None:
+        """Gradients are about to be scaled to a norm of at most `max_norm`."""
+        return self.strategy.tap.clips.begin(parameters, max_norm, total_norm)
+
     def begin(self, which: int) -> None:
         """Optimizer `which` begins a `step()`.
 
@@ -337,6 +344,7 @@ class WatchedRun:
             loss,
             restored=self._restored,
             awaits_loss=not loss.terms or self.losses.comes_after_step,
+            groups=tuple(done.tap.groups),
         )
         commands = [
             response.command

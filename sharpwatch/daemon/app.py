@@ -30,6 +30,7 @@ from sharpwatch.daemon.api.auth import Authorizer, check_grpc_address, load_toke
 from sharpwatch.daemon.api.operator_service import DaemonInfo, OperatorService
 from sharpwatch.daemon.config.settings import Config, DaemonConfig
 from sharpwatch.daemon.decisions.run_controller import RunController
+from sharpwatch.daemon.detection.thresholds import Budget
 from sharpwatch.daemon.estimation.estimator import Estimator
 from sharpwatch.daemon.exporter.metrics import RunCollector, render
 from sharpwatch.daemon.exporter.own_metrics import OwnMetrics
@@ -191,8 +192,10 @@ def _controller(config: Config, hello: RunHello, earlier: RunController | None) 
     """Makes the controller of a new attempt, which takes over all that the run's `earlier` one knows."""
     controller = RunController(
         hello.run,
-        blocks=hello.blocks,
+        layer_blocks=hello.layer_blocks,
+        parameters=hello.parameters,
         policies=config.policies,
+        budget=Budget.of(config.detection),
         control=hello.control,
         lr_bounds=hello.lr_bounds,
         can_roll_back=hello.can_roll_back,

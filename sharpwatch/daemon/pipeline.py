@@ -20,10 +20,10 @@ from sharpwatch.daemon.estimation.windows import EstimateRequest, Estimates
 from sharpwatch.daemon.exporter.own_metrics import OwnMetrics
 from sharpwatch.daemon.ingest.hello import Attempt
 from sharpwatch.daemon.ingest.samples import QueuedSample, Reading, SampleQueue
-from sharpwatch.daemon.records import NO_CHANGES, Alert, Changes, Decision
+from sharpwatch.daemon.records import NO_CHANGES, Changes, Decision, Incident
 from sharpwatch.daemon.runs.run import Run, Runs
 from sharpwatch.daemon.storage.journal import Store
-from sharpwatch.daemon.storage.schema import AttemptRow, EstimateRow, ModeRow, PendingWrites, SampleRow
+from sharpwatch.daemon.storage.schema import AttemptRow, BaselinesRow, EstimateRow, ModeRow, PendingWrites, SampleRow
 from sharpwatch.errors import OperatorError, StoreError
 
 log = structlog.get_logger(__name__)
@@ -262,7 +262,11 @@ class Pipeline:
             return  # a newer attempt has replaced this one, so its measurements are out of date
         observation = run.update(reading, now)
         if observation is not None:
-            self._record(run, run.controller.observe(observation, now))
+            changes = run.controller.observe(observation, now)
+            self._record(run, changes)
+            if changes.baselines:
+                state = BaselinesRow(run.name, entry.attempt.hello.attempt, reading.sequence, changes.baselines)
+                self._pending.baselines[run.name] = state
 
     def _take_reports(self, run: Run, reading: Reading, now: float) -> None:
         """Takes what a sample reports beside measurements, also from the last samples of a replaced attempt."""
@@ -282,8 +286,8 @@ class Pipeline:
             return
         run.count(changes)
         self._pending.add(run.name, changes)
-        for alert in changes.alerts:
-            _log_alert(run.name, alert)
+        for incident in changes.incidents:
+            _log_incident(run.name, incident)
         for made in changes.decisions:
             _log_decision(run.name, made)
 
@@ -311,16 +315,19 @@ class Pipeline:
                 self._pending.estimates.append(EstimateRow(name, quantity, block, estimate))
 
 
-def _log_alert(run: str, alert: Alert) -> None:
+def _log_incident(run: str, incident: Incident) -> None:
     log.warning(
-        "alert",
+        "incident",
         run=run,
-        alert=alert.name,
-        blocks=alert.blocks,
-        severity=alert.severity,
-        active=alert.active,
-        step=alert.last_step,
-        evidence=alert.evidence,
+        incident=incident.name,
+        blocks=incident.blocks,
+        severity=incident.severity,
+        active=incident.active,
+        step=incident.last_step,
+        cause=incident.cause,
+        layer_blocks=incident.layer_blocks[:8],
+        onset=incident.onset,
+        evidence=incident.evidence,
     )
 
 

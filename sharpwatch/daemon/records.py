@@ -1,4 +1,4 @@
-"""The values that the daemon keeps: observations, findings, alerts, decisions and revisions."""
+"""The values that the daemon keeps: observations, findings, incidents, decisions and revisions."""
 
 from __future__ import annotations
 
@@ -7,10 +7,52 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from sharpwatch.curvature.statistics.estimate import Estimate
+from sharpwatch.wire import Floats, Ints
 
 Mode = Literal["observe", "advise", "enforce"]
 DecisionMode = Literal["observe", "advise", "enforce", "operator"]
 Severity = Literal["warning", "critical"]
+AlertName = Literal[
+    "WeightJump",
+    "WeightGrowth",
+    "RateRaise",
+    "RateZero",
+    "SettingsChanged",
+    "OptimizerState",
+    "NonFinite",
+    "LossDrop",
+    "LossSpike",
+    "DeadBlock",
+    "UpdateRmsSpike",
+    "GradientSpike",
+    "StabilityLimit",
+]
+Cause = Literal[
+    "data",
+    "learning-rate",
+    "damaged-weight",
+    "optimizer-state",
+    "instability",
+    "silent",
+    "non-finite",
+    "stalled",
+]
+# What each alert says is wrong, those first that explain others which begin at the same step.
+CAUSES: Mapping[AlertName, Cause] = {
+    "WeightJump": "damaged-weight",
+    "RateRaise": "learning-rate",
+    "RateZero": "learning-rate",
+    "SettingsChanged": "optimizer-state",
+    "OptimizerState": "optimizer-state",
+    "NonFinite": "non-finite",
+    "LossDrop": "data",
+    "LossSpike": "data",
+    "DeadBlock": "silent",
+    "WeightGrowth": "instability",
+    "UpdateRmsSpike": "instability",
+    "GradientSpike": "instability",
+    "StabilityLimit": "instability",
+}
 Action = Literal["notify", "scale_lr", "set_lr", "ramp_back", "rollback"]
 # A decision is a draft until it is recorded, and then never again. `decisions.lifecycle` has the transitions.
 Outcome = Literal[
@@ -28,48 +70,121 @@ Outcome = Literal[
 ]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerTap:
+    """The statistics of one step by layer block; every array is [L], NaN where nothing was measured.
+
+    Attributes:
+        second_moment: Mean of Adam's bias-corrected second moment before the step.
+        clip_factor: The gradient's norm after clipping over that before, which `gradient_norm` is; NaN if unknown.
+    """
+
+    gradient_norm: Floats
+    weight_norm: Floats
+    update_rms: Floats
+    non_finite: Ints
+    learning_rate: Floats
+    lr_multiplier: Floats
+    second_moment: Floats
+    clip_factor: float
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerGroup:
+    """The settings of a parameter group, and the steps that its state has seen; None without a state."""
+
+    settings: Mapping[str, float]
+    steps: int | None
+
+
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """One step of a run, as the detectors see it. Mappings are by block type; a key that is absent was not measured."""
+    """One step of a run, as the detectors see it.
+
+    Attributes:
+        step: Its number.
+        time: Unix seconds, by the trainer's clock.
+        loss: The loss, if known.
+        layers: The statistics of its layer blocks.
+        optimizer_groups: By number of the optimizer and of the group; empty where they are as before.
+        stability: Directional stability ratio of the probe of this step, not of a window.
+        no_descent: The probe ran, but g·d <= 0, where the ratio is undefined.
+        block_stability: The ratio of block types.
+        multipliers: The learning-rate multipliers in use, by block type.
+        restored: A checkpoint was restored since the step before.
+    """
 
     step: int
-    time: float  # unix seconds, the trainer's clock
+    time: float
     loss: float | None = None
-    gradient_norm: Mapping[str, float] = field(default_factory=dict)
-    weight_norm: Mapping[str, float] = field(default_factory=dict)
-    update_rms: Mapping[str, float] = field(default_factory=dict)
-    non_finite: Mapping[str, int] = field(default_factory=dict)
-    # Directional stability ratio of the probe of this step, not of a window: whole model, and by block.
+    layers: LayerTap | None = None
+    optimizer_groups: Mapping[tuple[int, int], OptimizerGroup] = field(default_factory=dict)
     stability: Estimate | None = None
-    no_descent: bool = False  # the probe ran, but g.d <= 0, where the ratio is undefined
+    no_descent: bool = False
     block_stability: Mapping[str, Estimate] = field(default_factory=dict)
     multipliers: Mapping[str, float] = field(default_factory=dict)
+    restored: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """The finding of one detector at one step; `blocks` are worst first."""
+    """What one detector finds at one step.
 
-    name: str
-    blocks: tuple[str, ...]
+    Attributes:
+        name: Of the alert.
+        severity: How sure it is, by the budget of false alarms.
+        evidence: In words.
+        step: At which it was found.
+        onset: At which it began.
+        layer_blocks: Which layer blocks show it, worst first, as "layers.3.qk"; empty for the whole model.
+        is_exact: Whether it is read off directly, with an onset that is certain, rather than from what stands out.
+    """
+
+    name: AlertName
     severity: Severity
     evidence: str
     step: int
+    onset: int
+    layer_blocks: tuple[str, ...] = ()
+    is_exact: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Alert:
-    """Findings of one detector at steps close to each other."""
+class Incident:
+    """Findings that hang together.
+
+    Attributes:
+        id: Unique in the daemon.
+        run: Name of the run.
+        name: The alert of the finding that explains the others; `names` has all, in the order they came.
+        cause: What is wrong.
+        severity: The highest of its findings'.
+        blocks: The block types that it is about, the likeliest culprit's first; empty for the whole model.
+        layer_blocks: The same by layer block.
+        evidence: The explaining finding's, then of each other alert the first.
+        onset: The step at which it began.
+        first_step: The step at which it was opened.
+        last_step: The step of its newest finding.
+        active: Whether it is open.
+        closed: Why it was closed; empty while it is open.
+        acknowledged: Who has seen it, and what they noted; empty for nobody.
+    """
 
     id: str
     run: str
-    name: str
-    blocks: tuple[str, ...]
+    name: AlertName
+    names: tuple[AlertName, ...]
+    cause: Cause
     severity: Severity
-    evidence: str
+    blocks: tuple[str, ...]
+    layer_blocks: tuple[str, ...]
+    evidence: tuple[str, ...]
+    onset: int
     first_step: int
     last_step: int
     active: bool
+    closed: str = ""
+    acknowledged: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +215,10 @@ class RollbackPlan:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """A decision of a policy about an alert, or of an operator. It is kept for ever."""
+    """A decision of a policy about an incident, or of an operator. It is kept for ever.
+
+    `alert_id` is the incident's id, `alert_name` the name that it had then.
+    """
 
     id: str
     run: str
@@ -158,20 +276,22 @@ class Changes:
     """Records that changed and are to be journalled.
 
     Attributes:
-        alerts: Changed alerts.
+        incidents: Changed incidents.
         decisions: Changed decisions, each as it is now.
         revisions: Changed LR revisions.
         commands: Decisions whose command is to be sent once they are journalled.
         transitions: The changed decisions in every state they had in between, in order.
         checkpoints: By URI the step of each checkpoint that was saved, and None for each that is gone.
+        baselines: The state of the run's baselines after the sample that brought the changes; empty if it is not due.
     """
 
-    alerts: tuple[Alert, ...] = ()
+    incidents: tuple[Incident, ...] = ()
     decisions: tuple[Decision, ...] = ()
     revisions: tuple[Revision, ...] = ()
     commands: tuple[Decision, ...] = ()
     transitions: tuple[Decision, ...] = ()
     checkpoints: Mapping[str, int | None] = field(default_factory=dict)
+    baselines: bytes = b""
 
 
 NO_CHANGES = Changes()

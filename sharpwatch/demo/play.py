@@ -54,8 +54,8 @@ policies:
     mode: {mode}
     action: {{kind: scale_lr, blocks: all, factor: 0.2}}
     guard: {{min_multiplier: 0.02, cooldown_steps: 2, max_actions_per_hour: 20}}
-  - name: cut-on-loss-spike
-    match: {{alert: LossSpike}}
+  - name: cut-a-rate-too-high
+    match: {{cause: learning-rate}}
     mode: {mode}
     action: {{kind: scale_lr, blocks: all, factor: 0.2}}
     guard: {{min_multiplier: 0.02, cooldown_steps: 2, max_actions_per_hour: 20}}

@@ -191,6 +191,7 @@ class Sample(google.protobuf.message.Message):
     PRECONDITIONED_FIELD_NUMBER: builtins.int
     GRADIENT_NOISE_FIELD_NUMBER: builtins.int
     DELETED_CHECKPOINTS_FIELD_NUMBER: builtins.int
+    OPTIMIZER_GROUPS_FIELD_NUMBER: builtins.int
     sequence: builtins.int
     """1, 2, 3, ... within an attempt; a gap means dropped samples."""
     step: builtins.int
@@ -228,6 +229,10 @@ class Sample(google.protobuf.message.Message):
         newest of both is told.
         """
 
+    @property
+    def optimizer_groups(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___OptimizerGroup]:
+        """All parameter groups before the step, where one changed otherwise than by counting steps, and now and then."""
+
     def __init__(
         self,
         *,
@@ -249,16 +254,70 @@ class Sample(google.protobuf.message.Message):
         preconditioned: Global___PreconditionedProbe | None = ...,
         gradient_noise: Global___GradientNoiseProbe | None = ...,
         deleted_checkpoints: collections.abc.Iterable[builtins.str] | None = ...,
+        optimizer_groups: collections.abc.Iterable[Global___OptimizerGroup] | None = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_loss", b"_loss", "direction", b"direction", "gnb", b"gnb", "gradient_noise", b"gradient_noise", "health", b"health", "hutchinson", b"hutchinson", "lanczos", b"lanczos", "linesearch", b"linesearch", "loss", b"loss", "preconditioned", b"preconditioned", "tap", b"tap"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_loss", b"_loss", "checkpoints", b"checkpoints", "closing", b"closing", "deleted_checkpoints", b"deleted_checkpoints", "direction", b"direction", "gnb", b"gnb", "gradient_noise", b"gradient_noise", "health", b"health", "hutchinson", b"hutchinson", "lanczos", b"lanczos", "linesearch", b"linesearch", "loss", b"loss", "preconditioned", b"preconditioned", "restored", b"restored", "results", b"results", "sequence", b"sequence", "step", b"step", "taken_at_unix_ns", b"taken_at_unix_ns", "tap", b"tap"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_loss", b"_loss", "checkpoints", b"checkpoints", "closing", b"closing", "deleted_checkpoints", b"deleted_checkpoints", "direction", b"direction", "gnb", b"gnb", "gradient_noise", b"gradient_noise", "health", b"health", "hutchinson", b"hutchinson", "lanczos", b"lanczos", "linesearch", b"linesearch", "loss", b"loss", "optimizer_groups", b"optimizer_groups", "preconditioned", b"preconditioned", "restored", b"restored", "results", b"results", "sequence", b"sequence", "step", b"step", "taken_at_unix_ns", b"taken_at_unix_ns", "tap", b"tap"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__loss: typing_extensions.TypeAlias = typing.Literal["loss"]
     _WhichOneofArgType__loss: typing_extensions.TypeAlias = typing.Literal["_loss", b"_loss"]
     def WhichOneof(self, oneof_group: _WhichOneofArgType__loss) -> _WhichOneofReturnType__loss | None: ...
 
 Global___Sample: typing_extensions.TypeAlias = Sample
+
+@typing.final
+class OptimizerGroup(google.protobuf.message.Message):
+    """A parameter group's settings, without its learning rate."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class SettingsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.float
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.float = ...,
+        ) -> None: ...
+        _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["key", b"key", "value", b"value"]
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+    OPTIMIZER_FIELD_NUMBER: builtins.int
+    GROUP_FIELD_NUMBER: builtins.int
+    SETTINGS_FIELD_NUMBER: builtins.int
+    STEPS_FIELD_NUMBER: builtins.int
+    optimizer: builtins.int
+    group: builtins.int
+    steps: builtins.int
+    """That the optimizer's state has seen."""
+    @property
+    def settings(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]:
+        """By name: "beta1", "beta2", "eps", "weight_decay", "momentum", "alpha"."""
+
+    def __init__(
+        self,
+        *,
+        optimizer: builtins.int = ...,
+        group: builtins.int = ...,
+        settings: collections.abc.Mapping[builtins.str, builtins.float] | None = ...,
+        steps: builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_steps", b"_steps", "steps", b"steps"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_steps", b"_steps", "group", b"group", "optimizer", b"optimizer", "settings", b"settings", "steps", b"steps"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__steps: typing_extensions.TypeAlias = typing.Literal["steps"]
+    _WhichOneofArgType__steps: typing_extensions.TypeAlias = typing.Literal["_steps", b"_steps"]
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__steps) -> _WhichOneofReturnType__steps | None: ...
+
+Global___OptimizerGroup: typing_extensions.TypeAlias = OptimizerGroup
 
 @typing.final
 class Tap(google.protobuf.message.Message):
@@ -272,9 +331,13 @@ class Tap(google.protobuf.message.Message):
     NON_FINITE_FIELD_NUMBER: builtins.int
     LEARNING_RATE_FIELD_NUMBER: builtins.int
     LR_MULTIPLIER_FIELD_NUMBER: builtins.int
+    SECOND_MOMENT_FIELD_NUMBER: builtins.int
+    CLIP_FACTOR_FIELD_NUMBER: builtins.int
+    clip_factor: builtins.float
+    """The gradient's norm after clipping over that before; absent where no clipping was seen or told."""
     @property
     def gradient_norm(self) -> sharpwatch.v1.types_pb2.Array:
-        """float32 [L]: norms of the gradient, NaN where it can't be read, and of the weights."""
+        """float32 [L]: norms of the gradient before clipping, NaN where it can't be read, and of the weights."""
 
     @property
     def weight_norm(self) -> sharpwatch.v1.types_pb2.Array: ...
@@ -292,6 +355,10 @@ class Tap(google.protobuf.message.Message):
 
     @property
     def lr_multiplier(self) -> sharpwatch.v1.types_pb2.Array: ...
+    @property
+    def second_moment(self) -> sharpwatch.v1.types_pb2.Array:
+        """float32 [L]: mean of Adam's bias-corrected second moment before the step; NaN where there is none."""
+
     def __init__(
         self,
         *,
@@ -301,11 +368,16 @@ class Tap(google.protobuf.message.Message):
         non_finite: sharpwatch.v1.types_pb2.Array | None = ...,
         learning_rate: sharpwatch.v1.types_pb2.Array | None = ...,
         lr_multiplier: sharpwatch.v1.types_pb2.Array | None = ...,
+        second_moment: sharpwatch.v1.types_pb2.Array | None = ...,
+        clip_factor: builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["gradient_norm", b"gradient_norm", "learning_rate", b"learning_rate", "lr_multiplier", b"lr_multiplier", "non_finite", b"non_finite", "update_rms", b"update_rms", "weight_norm", b"weight_norm"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_clip_factor", b"_clip_factor", "clip_factor", b"clip_factor", "gradient_norm", b"gradient_norm", "learning_rate", b"learning_rate", "lr_multiplier", b"lr_multiplier", "non_finite", b"non_finite", "second_moment", b"second_moment", "update_rms", b"update_rms", "weight_norm", b"weight_norm"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["gradient_norm", b"gradient_norm", "learning_rate", b"learning_rate", "lr_multiplier", b"lr_multiplier", "non_finite", b"non_finite", "update_rms", b"update_rms", "weight_norm", b"weight_norm"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_clip_factor", b"_clip_factor", "clip_factor", b"clip_factor", "gradient_norm", b"gradient_norm", "learning_rate", b"learning_rate", "lr_multiplier", b"lr_multiplier", "non_finite", b"non_finite", "second_moment", b"second_moment", "update_rms", b"update_rms", "weight_norm", b"weight_norm"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__clip_factor: typing_extensions.TypeAlias = typing.Literal["clip_factor"]
+    _WhichOneofArgType__clip_factor: typing_extensions.TypeAlias = typing.Literal["_clip_factor", b"_clip_factor"]
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__clip_factor) -> _WhichOneofReturnType__clip_factor | None: ...
 
 Global___Tap: typing_extensions.TypeAlias = Tap
 

@@ -281,6 +281,8 @@ Global___RunDetail: typing_extensions.TypeAlias = RunDetail
 
 @typing.final
 class Alert(google.protobuf.message.Message):
+    """An incident: findings that hang together."""
+
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     ID_FIELD_NUMBER: builtins.int
@@ -292,6 +294,12 @@ class Alert(google.protobuf.message.Message):
     FIRST_STEP_FIELD_NUMBER: builtins.int
     LAST_STEP_FIELD_NUMBER: builtins.int
     ACTIVE_FIELD_NUMBER: builtins.int
+    NAMES_FIELD_NUMBER: builtins.int
+    CAUSE_FIELD_NUMBER: builtins.int
+    LAYER_BLOCKS_FIELD_NUMBER: builtins.int
+    ONSET_FIELD_NUMBER: builtins.int
+    CLOSED_FIELD_NUMBER: builtins.int
+    ACKNOWLEDGED_FIELD_NUMBER: builtins.int
     id: builtins.str
     run: builtins.str
     name: builtins.str
@@ -301,9 +309,25 @@ class Alert(google.protobuf.message.Message):
     first_step: builtins.int
     last_step: builtins.int
     active: builtins.bool
+    cause: builtins.str
+    """data, learning-rate, damaged-weight, optimizer-state, instability, silent, non-finite or stalled."""
+    onset: builtins.int
+    """The step at which it began; first_step is the one at which it was opened."""
+    closed: builtins.str
+    """Why it was closed; empty while it is open."""
+    acknowledged: builtins.str
+    """Who has acknowledged it, and what they noted."""
     @property
     def blocks(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Worst first."""
+
+    @property
+    def names(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """All alerts of the incident, the one that explains the others first; `name` is that one."""
+
+    @property
+    def layer_blocks(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """As "layers.3.qk", the likeliest culprit first."""
 
     def __init__(
         self,
@@ -317,8 +341,14 @@ class Alert(google.protobuf.message.Message):
         first_step: builtins.int = ...,
         last_step: builtins.int = ...,
         active: builtins.bool = ...,
+        names: collections.abc.Iterable[builtins.str] | None = ...,
+        cause: builtins.str = ...,
+        layer_blocks: collections.abc.Iterable[builtins.str] | None = ...,
+        onset: builtins.int = ...,
+        closed: builtins.str = ...,
+        acknowledged: builtins.str = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["active", b"active", "blocks", b"blocks", "evidence", b"evidence", "first_step", b"first_step", "id", b"id", "last_step", b"last_step", "name", b"name", "run", b"run", "severity", b"severity"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["acknowledged", b"acknowledged", "active", b"active", "blocks", b"blocks", "cause", b"cause", "closed", b"closed", "evidence", b"evidence", "first_step", b"first_step", "id", b"id", "last_step", b"last_step", "layer_blocks", b"layer_blocks", "name", b"name", "names", b"names", "onset", b"onset", "run", b"run", "severity", b"severity"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Alert: typing_extensions.TypeAlias = Alert
@@ -1036,3 +1066,46 @@ class RejectDecisionResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___RejectDecisionResponse: typing_extensions.TypeAlias = RejectDecisionResponse
+
+@typing.final
+class AcknowledgeIncidentRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    INCIDENT_ID_FIELD_NUMBER: builtins.int
+    AUTHOR_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    incident_id: builtins.str
+    """Its whole id."""
+    author: builtins.str
+    reason: builtins.str
+    """What they note."""
+    def __init__(
+        self,
+        *,
+        incident_id: builtins.str = ...,
+        author: builtins.str = ...,
+        reason: builtins.str = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "incident_id", b"incident_id", "reason", b"reason"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___AcknowledgeIncidentRequest: typing_extensions.TypeAlias = AcknowledgeIncidentRequest
+
+@typing.final
+class AcknowledgeIncidentResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    INCIDENT_FIELD_NUMBER: builtins.int
+    @property
+    def incident(self) -> Global___Alert: ...
+    def __init__(
+        self,
+        *,
+        incident: Global___Alert | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["incident", b"incident"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["incident", b"incident"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___AcknowledgeIncidentResponse: typing_extensions.TypeAlias = AcknowledgeIncidentResponse

@@ -100,6 +100,11 @@ class OperatorServiceStub(object):
                 request_serializer=sharpwatch_dot_v1_dot_operator__pb2.RejectDecisionRequest.SerializeToString,
                 response_deserializer=sharpwatch_dot_v1_dot_operator__pb2.RejectDecisionResponse.FromString,
                 _registered_method=True)
+        self.AcknowledgeIncident = channel.unary_unary(
+                '/sharpwatch.v1.OperatorService/AcknowledgeIncident',
+                request_serializer=sharpwatch_dot_v1_dot_operator__pb2.AcknowledgeIncidentRequest.SerializeToString,
+                response_deserializer=sharpwatch_dot_v1_dot_operator__pb2.AcknowledgeIncidentResponse.FromString,
+                _registered_method=True)
 
 
 class OperatorServiceServicer(object):
@@ -186,6 +191,12 @@ class OperatorServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AcknowledgeIncident(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_OperatorServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -253,6 +264,11 @@ def add_OperatorServiceServicer_to_server(servicer, server):
                     servicer.RejectDecision,
                     request_deserializer=sharpwatch_dot_v1_dot_operator__pb2.RejectDecisionRequest.FromString,
                     response_serializer=sharpwatch_dot_v1_dot_operator__pb2.RejectDecisionResponse.SerializeToString,
+            ),
+            'AcknowledgeIncident': grpc.unary_unary_rpc_method_handler(
+                    servicer.AcknowledgeIncident,
+                    request_deserializer=sharpwatch_dot_v1_dot_operator__pb2.AcknowledgeIncidentRequest.FromString,
+                    response_serializer=sharpwatch_dot_v1_dot_operator__pb2.AcknowledgeIncidentResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -607,6 +623,33 @@ class OperatorService(object):
             '/sharpwatch.v1.OperatorService/RejectDecision',
             sharpwatch_dot_v1_dot_operator__pb2.RejectDecisionRequest.SerializeToString,
             sharpwatch_dot_v1_dot_operator__pb2.RejectDecisionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AcknowledgeIncident(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sharpwatch.v1.OperatorService/AcknowledgeIncident',
+            sharpwatch_dot_v1_dot_operator__pb2.AcknowledgeIncidentRequest.SerializeToString,
+            sharpwatch_dot_v1_dot_operator__pb2.AcknowledgeIncidentResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -42,6 +42,7 @@ class OperatorServiceStub:
     """A message at once, then one for each change of outcome; ends when the outcome is final."""
     ApproveDecision: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.ApproveDecisionRequest, sharpwatch.v1.operator_pb2.ApproveDecisionResponse]
     RejectDecision: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.RejectDecisionRequest, sharpwatch.v1.operator_pb2.RejectDecisionResponse]
+    AcknowledgeIncident: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.AcknowledgeIncidentRequest, sharpwatch.v1.operator_pb2.AcknowledgeIncidentResponse]
 
 @typing.type_check_only
 class OperatorServiceAsyncStub(OperatorServiceStub):
@@ -63,6 +64,7 @@ class OperatorServiceAsyncStub(OperatorServiceStub):
     """A message at once, then one for each change of outcome; ends when the outcome is final."""
     ApproveDecision: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.ApproveDecisionRequest, sharpwatch.v1.operator_pb2.ApproveDecisionResponse]  # type: ignore[assignment]
     RejectDecision: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.RejectDecisionRequest, sharpwatch.v1.operator_pb2.RejectDecisionResponse]  # type: ignore[assignment]
+    AcknowledgeIncident: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.AcknowledgeIncidentRequest, sharpwatch.v1.operator_pb2.AcknowledgeIncidentResponse]  # type: ignore[assignment]
 
 class OperatorServiceServicer(metaclass=abc.ABCMeta):
     """The operator's side. Calls that change something name an author and a reason, and are audited."""
@@ -159,5 +161,12 @@ class OperatorServiceServicer(metaclass=abc.ABCMeta):
         request: sharpwatch.v1.operator_pb2.RejectDecisionRequest,
         context: _ServicerContext,
     ) -> typing.Union[sharpwatch.v1.operator_pb2.RejectDecisionResponse, collections.abc.Awaitable[sharpwatch.v1.operator_pb2.RejectDecisionResponse]]: ...
+
+    @abc.abstractmethod
+    def AcknowledgeIncident(
+        self,
+        request: sharpwatch.v1.operator_pb2.AcknowledgeIncidentRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[sharpwatch.v1.operator_pb2.AcknowledgeIncidentResponse, collections.abc.Awaitable[sharpwatch.v1.operator_pb2.AcknowledgeIncidentResponse]]: ...
 
 def add_OperatorServiceServicer_to_server(servicer: OperatorServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -17,6 +17,7 @@ import sharding
 
 from sharpwatch.agent.probes.context import ProbeContext, ProbedStep, ShardReduction
 from sharpwatch.agent.probes.gnb import ShardedGnb
+from sharpwatch.agent.statistics.clipping import ClipHookHandle
 from sharpwatch.agent.statistics.tap import Tap
 from sharpwatch.blocks import classify
 from sharpwatch.curvature.estimators.gnb_sharded import launched_collectives
@@ -52,7 +53,7 @@ class Whole:
         own = dict(self.model.named_parameters())
         for name, parameter in model.named_parameters():
             own[name].copy_(full(parameter.detach()))
-            own[name].grad = full(parameter.grad)
+            own[name].grad = full(parameter.grad).clone()  # one that is replicated is no copy
             state = {key: full(value) for key, value in optimizer.state.get(parameter, {}).items()}
             self.optimizer.state[own[name]] = state
 
@@ -90,6 +91,18 @@ def damage(model):
     local[local.abs() == full(gradient).abs().max()] = math.inf
 
 
+def clip(model, tap):
+    handle = ClipHookHandle(tap.clips.begin)
+    before = launched_collectives()
+    total = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    launched = launched_collectives() - before
+    handle.remove()
+    assert float(full(total)) > 1e-2
+    before = launched_collectives()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)  # without sharpwatch, and changes nothing
+    assert launched_collectives() - before == launched
+
+
 def check_sketch(block_map, model, optimizer):
     """The gradient's sketch, added up over ranks; none of them waits for another on the way."""
     weights = weights_of(block_map, dict(model.named_parameters()))
@@ -121,7 +134,10 @@ def train(make, shard, ids, *, scattered=False):
         if step == STEPS - 1:
             damage(model)
         whole.follow(model, optimizer)
+        if step == 1:  # the whole model's gradients are not clipped
+            clip(model, tap)
         found, expected = shared_reading(tap), whole.read()
+        assert (found.clip_factor < 0.9) == (step == 1)
         for name in ("weight_norm", "learning_rate"):
             np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-5, err_msg=name)
         untold = np.isnan(found.gradient_norm)

@@ -32,7 +32,10 @@ def test_the_page_lists_every_command():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
-    ["serve", "demo", "measure", "jobs", "show", "lr", "rollback", "mode", "decisions", "check-config", "doctor"],
+    [
+        *("serve", "demo", "measure", "jobs", "show", "lr", "rollback", "mode", "decisions", "check-config", "doctor"),
+        *("replay", "compare", "incidents", "ack"),
+    ],
 )
 def test_a_section_has_the_options_of_its_command(command):
     section = DOCUMENT.partition(f"\n## {command}\n")[2].partition("\n## ")[0]

@@ -10,10 +10,10 @@ import pytest
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "crossings.py"
 LIMITS = {
-    "attach": (46, 193),
-    "step": (20, 122),
-    "step with a gnb probe": (42, 281),
-    "sample with a gnb probe, at the daemon": (15, 70),
+    "attach": (48, 196),
+    "step": (23, 135),
+    "step with a gnb probe": (45, 294),
+    "sample with a gnb probe, at the daemon": (21, 89),
 }
 
 

@@ -10,12 +10,14 @@ import pytest
 import torch
 
 import sharpwatch
+from sharpwatch.daemon.detection.run_detection import RunDetection
 from sharpwatch.testing import InMemoryTransport
 
 sys.path.append(str(Path(__file__).parents[2]))  # pytest started by its own name does not look there
-from benchmarks.faults.judge import alerts_of, is_harmful, spread_of
+from benchmarks.faults.judge import is_harmful, spread_of
 from benchmarks.faults.kinds import BLOCKS, FAULTS, HEALTHY, KINDS
 from benchmarks.faults.recordings import About, read, write
+from benchmarks.faults.replay import observations
 from benchmarks.faults.training import MODELS, Disturbance, Training
 
 BEFORE = 3
@@ -120,8 +122,13 @@ def test_a_recorded_run_replays_as_it_was(tmp_path):
         assert sent.tap.weight_norm == kept.tap.weight_norm
         norms = np.frombuffer(sent.tap.gradient_norm.data, "<f4"), np.frombuffer(kept.tap.gradient_norm.data, "<f4")
         assert np.allclose(*norms, rtol=2e-3)
-    (alert,) = alerts_of(run)
-    assert (alert.name, alert.blocks[0], alert.first_step) == ("UpdateRmsSpike", "ffn", 61)
+    hello, before = observations(tmp_path / files[0])
+    _, after = observations(tmp_path / files[1])
+    detection = RunDetection("run", hello.layer_blocks, hello.parameters, lambda: "id")
+    for step in (*before, *after):
+        detection.see(step)
+    (incident,) = detection.incidents.all
+    assert (incident.cause, incident.layer_blocks[0], incident.onset) == ("damaged-weight", "layers.2.ffn", 61)
 
 
 def test_harm_is_what_nudged_twins_do_not_do():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,11 @@ from daemons import Daemon
 
 DATA = Path(__file__).parents[1] / "data"
 PRINTED = json.loads((DATA / "printed-0.1.json").read_text())
+# What `show` did not print yet.
+NEW = re.compile(
+    r"\.(objective|objective_state|swallowed_errors"
+    r"|alerts\[\d+]\.(names\[0]|cause|layer_blocks\[\d+]|onset|closed|acknowledged))"
+)
 STATE = json.loads((DATA / "agent-state-0.1.json").read_text())
 POLICIES = """policies:
   - {name: cut, match: {alert: UpdateRmsSpike}, mode: advise, action: {kind: scale_lr, factor: 0.5}}
@@ -77,10 +83,26 @@ def leaves(value, path=""):
 @pytest.mark.parametrize("command", sorted(PRINTED))
 def test_the_journal_of_0_1_prints_the_same(upgraded, command):
     printed, expected = leaves(upgraded.cli(*command.split())), leaves(PRINTED[command])
-    assert printed.keys() - expected.keys() <= {".objective", ".objective_state", ".swallowed_errors"}  # are new
+    if command == "show old-run":
+        # 392 is the journal's; 0.1 found that open alert again in later samples, and today's detectors may not.
+        assert 392 <= printed.pop(".alerts[2].last_step") <= expected.pop(".alerts[2].last_step")
+    assert [path for path in printed.keys() - expected.keys() if not NEW.fullmatch(path)] == []
     for path, value in expected.items():
         # Estimates are made again from the journalled samples, by another build of torch perhaps.
         assert printed[path] == (pytest.approx(value, rel=1e-4) if isinstance(value, float) else value), path
+
+
+def test_an_alert_of_0_1_is_an_incident_of_its_own(upgraded):
+    alerts = upgraded.cli("show", "old-run")["alerts"]
+    assert len(alerts) == 4
+    for alert in alerts:
+        assert alert["names"] == [alert["name"]]
+        assert alert["layer_blocks"] == alert["blocks"]
+        assert alert["onset"] == alert["first_step"]
+    assert {(alert["name"], alert["cause"]) for alert in alerts} == {
+        ("UpdateRmsSpike", "instability"),
+        ("LossSpike", "data"),
+    }
 
 
 def test_the_state_of_an_agent_of_0_1_is_taken_up(upgraded, script):

@@ -38,9 +38,9 @@ ALLOWED = {
     "agent.transport": {"common", "agent.safety"},
     "agent.control": {"blocks", "agent.safety"},
     "agent.optimizers": {"common", "blocks", "curvature", "agent.safety", "agent.control"},
-    "agent.hooks": {"curvature", "agent.safety", "agent.control", "agent.optimizers"},
-    "agent.calls": {"curvature", "agent.hooks"},
     "agent.statistics": {"blocks", "curvature", "agent.safety", "agent.optimizers"},
+    "agent.hooks": {"curvature", "agent.safety", "agent.control", "agent.optimizers", "agent.statistics"},
+    "agent.calls": {"curvature", "agent.hooks"},
     "agent.probes": {
         *("common", "blocks", "curvature", "agent.safety", "agent.control", "agent.hooks"),
         *("agent.optimizers", "agent.statistics", "agent.calls"),
@@ -96,6 +96,10 @@ ALLOWED = {
         *("daemon.exporter", "daemon.pipeline"),
     },
     "daemon": {"common", "blocks", "curvature.statistics", "daemon"},
+    "replay": {
+        *("curvature.statistics", "daemon.records", "daemon.detection", "daemon.storage", "daemon.ingest"),
+        *("daemon.estimation", "daemon.runs"),
+    },
     "demo": {""},  # as any user's script does
     "cli.extras": set(),
     "cli.options": {"common", "cli.extras"},
@@ -103,7 +107,7 @@ ALLOWED = {
     "cli.client": {"common", "cli.options", "cli.output"},
     "cli.measure": {"common", "blocks", "curvature", "cli.extras", "cli.options", "cli.output"},
     "cli.commands": {
-        *("common", "daemon", "demo", "cli.extras", "cli.options", "cli.output", "cli.client", "cli.measure"),
+        *("common", "daemon", "replay", "demo", "cli.extras", "cli.options", "cli.output", "cli.client", "cli.measure"),
     },
     "cli": {"common", "cli"},
     "__main__": {"cli"},

@@ -72,7 +72,11 @@ def test_attach():
 
 @pytest.mark.parametrize(
     ("method", "parameters"),
-    [("observe", ["self", "loss", "batch"]), ("saved_checkpoint", ["self", "step", "uri"]), ("close", ["self"])],
+    [
+        ("observe", ["self", "loss", "batch", "grad_norm"]),
+        ("saved_checkpoint", ["self", "step", "uri"]),
+        ("close", ["self"]),
+    ],
 )
 def test_watch(method, parameters):
     assert list(inspect.signature(getattr(sharpwatch.Watch, method)).parameters) == parameters
@@ -157,6 +161,7 @@ def test_the_error_tree():
         "DesyncError": "SharpwatchError",
         "WireError": "SharpwatchError",
         "StoreError": "SharpwatchError",
+        "LogError": "SharpwatchError",
         "OperatorError": "SharpwatchError",
     }
     drawn = re.findall(r"^[│ ]*[├└]── (\w+)", errors.__doc__, re.MULTILINE)

@@ -9,6 +9,7 @@ from sharpwatch.agent.distributed.channel import StepMessage
 from sharpwatch.agent.losses import StepLoss
 from sharpwatch.agent.reporting import StepRecord
 from sharpwatch.agent.safety import ExceptionBarrier
+from sharpwatch.agent.statistics.host_copy import number
 from sharpwatch.agent.statistics.tap import Tap
 
 
@@ -51,12 +52,13 @@ class RecordAggregator:
         record = self._sent.popleft()
         if record is None:
             return []
+        told_norm = number(record.loss.gradient_norm)
         # Ranks may lack a loss, so the mean is over those that had one.
         record.loss = StepLoss([(summed.loss / summed.losses, [1.0])] if summed.losses else [])
         if self._summed and record.tap is not None:
             # A sum that lacks one rank's part would look like a smaller gradient.
             if summed.taps == ranks and summed.tap_sums is not None:
-                record.reading = self._tap.reading(summed.tap_sums.reshape(-1, self._tap.columns))
+                record.reading = self._tap.reading(summed.tap_sums.reshape(-1, self._tap.columns), told_norm)
             record.tap = None  # one rank's numbers alone would be false
         return [record]
 
@@ -79,7 +81,7 @@ class RecordAggregator:
                 if self._summed:
                     sums = local.reshape(-1)
                 else:
-                    record.reading = self._tap.reading(local)
+                    record.reading = self._tap.reading(local, number(record.loss.gradient_norm))
         return replace(
             message, loss=loss or 0.0, losses=int(loss is not None), taps=int(sums is not None), tap_sums=sums
         )

@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 
 from sharpwatch.agent.optimizers.step_tensors import Layout, LocalEntries, SecondMoments, StepTensors
+from sharpwatch.agent.statistics.clipping import Clip, Clips
+from sharpwatch.agent.statistics.group_settings import GroupSettings, group_settings
+from sharpwatch.agent.statistics.host_copy import AsyncHostCopy, Number, copied, is_ready, number
 from sharpwatch.agent.statistics.reductions import (
     COLUMNS,
     FLOOR_SHARE,
@@ -34,42 +37,21 @@ from sharpwatch.curvature.parameters.shards import Shard
 Array = npt.NDArray[Any]
 
 
-class AsyncHostCopy:
-    """A copy of `tensor` on the host, made without waiting for the device. Poll `ready`, then call `read`."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._event: torch.cuda.Event | None = None
-        self._host = tensor.detach()
-        if tensor.device.type == "cuda":
-            # Pinned, or CUDA would make the copy wait for the device.
-            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
-            self._host.copy_(tensor.detach(), non_blocking=True)
-            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._event.record(torch.cuda.current_stream(tensor.device))
-
-    @property
-    def ready(self) -> bool:
-        """Whether `read` would return at once."""
-        return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
-
-    def read(self) -> Tensor:
-        """The tensor on the CPU; waits until it has arrived."""
-        if self._event is not None:
-            self._event.synchronize()
-        return self._host.cpu()
-
-
 @dataclass(frozen=True, slots=True)
 class TapReading:
     """The statistics of one step: arrays [L], one entry for each of `block_map.layer_blocks`.
 
     Attributes:
-        gradient_norm: Norm of the finite entries of the gradient; NaN if it can't be read.
+        gradient_norm: Norm of the finite entries of the gradient; NaN if it can't be read. Before clipping, as far as
+            the clipping is known.
         weight_norm: Norm of the finite entries of the weights.
-        update_rms: Root mean square of g / √v̂; NaN without a second moment, or if the gradient can't be read.
+        update_rms: Root mean square of g / √v̂; NaN without a second moment, or if the gradient can't be read. Of
+            the gradient that is stepped on, after clipping.
         non_finite: The number of entries of the gradient that are not finite.
         learning_rate: Mean learning rate over the parameters, multiplier included.
         lr_multiplier: Mean multiplier over the parameters.
+        second_moment: Mean of v̂ before the step; NaN where it is not known of all parameters.
+        clip_factor: The gradient's norm after clipping over that before; NaN if no clipping was seen or told.
     """
 
     gradient_norm: Array
@@ -78,6 +60,8 @@ class TapReading:
     non_finite: Array
     learning_rate: Array
     lr_multiplier: Array
+    second_moment: Array
+    clip_factor: float = math.nan
 
 
 @dataclass(slots=True)
@@ -92,6 +76,8 @@ class PendingTap:
         device: The same, computed on a device.
         learning_rates: The learning rates, by optimizer and parameter group.
         unscale: By optimizer, the loss scale that its gradients still have.
+        clips: The clippings since the step before.
+        groups: The settings of the optimizers' parameter groups.
     """
 
     multipliers: Array
@@ -99,16 +85,17 @@ class PendingTap:
     scattered: list[int] = field(default_factory=list)
     host: list[tuple[list[int], Array]] = field(default_factory=list)
     device: list[tuple[list[int], AsyncHostCopy]] = field(default_factory=list)
-    learning_rates: dict[tuple[int, int], float | AsyncHostCopy] = field(default_factory=dict)
-    unscale: dict[int, float | AsyncHostCopy] = field(default_factory=dict)
+    learning_rates: dict[tuple[int, int], Number] = field(default_factory=dict)
+    unscale: dict[int, Number] = field(default_factory=dict)
+    clips: list[Clip] = field(default_factory=list)
+    groups: list[GroupSettings] = field(default_factory=list)
 
     @property
     def ready(self) -> bool:
         """Whether every number has arrived."""
-        copies = [sums for _, sums in self.device]
-        scalars = (*self.learning_rates.values(), *self.unscale.values())
-        copies += [value for value in scalars if isinstance(value, AsyncHostCopy)]
-        return all(copy.ready for copy in copies)
+        scalars = (*self.learning_rates.values(), *self.unscale.values(), *(group.steps for group in self.groups))
+        arrived = all(sums.ready for _, sums in self.device) and all(clip.ready for clip in self.clips)
+        return arrived and all(map(is_ready, scalars))
 
 
 class _HeldParameter(NamedTuple):
@@ -136,7 +123,8 @@ class Tap:
         layout: Where the optimizers keep what they step on; by default as torch's own do.
     """
 
-    columns = COLUMNS + 3  # the sums, then learning rate, multiplier, and whether an optimizer holds the part
+    # The sums, then g² before clipping, learning rate, multiplier, and whether an optimizer holds the part.
+    columns = COLUMNS + 4
 
     def __init__(
         self,
@@ -170,6 +158,7 @@ class Tap:
         self._owner: list[tuple[int, int] | None] = []
         self._hidden: list[int] = []  # parts whose gradients can't be read
         self._places: list[list[_HeldParameter]] = []
+        self.clips = Clips(parameters.values())
 
     def start(self, multipliers: Mapping[int, float]) -> PendingTap:
         """Start the reading of a step; `multipliers` are by parameter id, 1 if absent."""
@@ -181,10 +170,12 @@ class Tap:
         """Read what an optimizer is about to step on; the first one also reads parameters that no optimizer holds."""
         optimizer = self._optimizers[which]
         for i, group in enumerate(optimizer.param_groups):
-            pending.learning_rates[which, i] = _copied(group.get("lr"))
+            pending.learning_rates[which, i] = copied(group.get("lr"))
+            pending.groups.append(group_settings(optimizer, which, i))
+        pending.clips += self.clips.take()
         scale = getattr(optimizer, "grad_scale", None)  # GradScaler leaves unscaling to a fused optimizer
         if scale is not None:
-            pending.unscale[which] = _copied(scale)
+            pending.unscale[which] = copied(scale)
         by_device: dict[torch.device, tuple[list[int], list[PartTensors]]] = defaultdict(lambda: ([], []))
         places = self._places[which]
         tensors = self._layout.all_tensors([(place.parameter, place.group) for place in places], optimizer)
@@ -208,9 +199,14 @@ class Tap:
                     sums[:, NON_FINITE] = _counts(pieces, sums)
                 pending.device.append((members, AsyncHostCopy(sums)))
 
-    def resolve(self, pending: PendingTap) -> TapReading:
-        """The reading of a model that this process holds alone. Call it once `pending.ready`."""
-        return self.reading(self.local(pending))
+    def resolve(self, pending: PendingTap, told_norm: float = math.nan) -> TapReading:
+        """The reading of a model that this process holds alone. Call it once `pending.ready`.
+
+        Args:
+            pending: What was read.
+            told_norm: As in `reading`.
+        """
+        return self.reading(self.local(pending), told_norm)
 
     def local(self, pending: PendingTap) -> Array:
         """This rank's sums [parts, columns], to be added to those of the other ranks. Call it once `pending.ready`."""
@@ -224,20 +220,35 @@ class Tap:
         sums *= self._shares[:, None]
         sums[[*self._hidden, *pending.scattered], GRADIENT] = math.nan
         owned = self._held_share * [owner is not None for owner in self._owner]
-        return np.column_stack([sums, owned * self._learning_rates(pending), owned * pending.multipliers, owned])
+        unclipped = sums[:, GRADIENT] / self._clip_factors(pending) ** 2
+        for clip in pending.clips:
+            if clip.not_finite is not None:  # the others have their NaN from the clipping
+                spread = [i for i, each in enumerate(self._parameters) if id(each) in clip.parameters - clip.not_finite]
+                sums[spread, NON_FINITE] = 0.0
+        return np.column_stack(
+            [sums, unclipped, owned * self._learning_rates(pending), owned * pending.multipliers, owned]
+        )
 
     def stepped(self, pending: PendingTap) -> Array:
         """Squared norms [parts] of the gradients after clipping, of a model that this process holds alone."""
         squares: Array = self._clipped(self.local(pending))[:, GRADIENT]
         return squares
 
-    def reading(self, sums: Array) -> TapReading:
+    def reading(self, sums: Array, told_norm: float = math.nan) -> TapReading:
         """Turn the sum of all ranks' `local` arrays into a reading.
 
         This also sets the floors of the next readings, so every rank must call it, after the same step.
+
+        Args:
+            sums: The sum.
+            told_norm: The norm of all gradients before clipping, if the loop told it. It serves where no clipping was
+                seen.
         """
         sums = self._clipped(sums)
-        rates, multipliers, owned = sums[:, COLUMNS:].T
+        unclipped, rates, multipliers, owned = sums[:, COLUMNS:].T
+        before, after = math.sqrt(np.nansum(unclipped)), math.sqrt(np.nansum(sums[:, GRADIENT]))
+        if before == after and after > 0 and math.isfinite(told_norm) and told_norm > 0:
+            unclipped, before = unclipped * (told_norm / after) ** 2, told_norm
         floors = FLOOR_SHARE * sums[:, SECOND] / np.maximum(self._numel, 1.0)
         self._floors = np.where(np.isnan(floors), self._no_floors, floors).tolist()
         self._count_exactly = bool((sums[:, NON_FINITE] > 0).any())
@@ -248,13 +259,28 @@ class Tap:
         whole = self._by_layer(~seen & (sums[:, GRADIENT] != 0)) == 0
         known = (counted > 0) & whole
         return TapReading(
-            gradient_norm=np.sqrt(self._by_layer(sums[:, GRADIENT])),
+            gradient_norm=np.sqrt(self._by_layer(unclipped)),
             weight_norm=np.sqrt(self._by_layer(sums[:, WEIGHT])),
             update_rms=np.sqrt(np.divide(scaled, counted, out=np.full(self._layers, math.nan), where=known)),
             non_finite=np.rint(self._by_layer(sums[:, NON_FINITE])).astype(np.int64),
             learning_rate=self._owned_mean(rates, owned, 0.0),
             lr_multiplier=self._owned_mean(multipliers, owned, 1.0),
+            second_moment=self._second_moment(sums[:, SECOND]),
+            clip_factor=after / before if before > 0 else math.nan,
         )
+
+    def _second_moment(self, sums: Array) -> Array:
+        """The mean over each layer block, NaN where it is not known of all its parts."""
+        means: Array = self._by_layer(sums) / np.maximum(self._by_layer(self._numel), 1.0)
+        return means
+
+    def _clip_factors(self, pending: PendingTap) -> Array:
+        """What each part's gradient was scaled by, 1 where that is not known; of several clippings the newest."""
+        factors: dict[int, float] = {}
+        for clip in pending.clips:
+            if math.isfinite(factor := clip.factor):
+                factors |= dict.fromkeys(clip.parameters, factor)
+        return np.array([factors.get(id(parameter), 1.0) for parameter in self._parameters])
 
     def _clipped(self, sums: Array) -> Array:
         """The sums after the clipping that some optimizers do within their `step()`."""
@@ -278,13 +304,13 @@ class Tap:
         return means
 
     def _learning_rates(self, pending: PendingTap) -> Array:
-        rates = {key: _as_number(value) for key, value in pending.learning_rates.items()}
+        rates = {key: number(value) for key, value in pending.learning_rates.items()}
         own = np.array([rates.get(owner, 0.0) if owner else 0.0 for owner in self._owner])
         return own * pending.multipliers
 
     def _scales(self, pending: PendingTap) -> Array:
         """The square of the loss scale that each part's gradient still has."""
-        squares = {which: _as_number(value) ** 2 for which, value in pending.unscale.items()}
+        squares = {which: number(value) ** 2 for which, value in pending.unscale.items()}
         return np.array([squares.get(owner[0], 1.0) if owner else 1.0 for owner in self._owner])
 
     def _find_owners(self) -> None:
@@ -360,14 +386,3 @@ def _counts(parts: Sequence[PartTensors], sums: Tensor) -> Tensor:
 
 def _values(gradient: Tensor) -> Tensor:
     return gradient.coalesce().values() if gradient.is_sparse else gradient
-
-
-def _copied(value: float | Tensor | None) -> float | AsyncHostCopy:
-    """`value` as a number, or as a host copy if it is on a device; 0 for None, as there is no learning rate then."""
-    if isinstance(value, Tensor) and value.device.type != "cpu":
-        return AsyncHostCopy(value)
-    return 0.0 if value is None else float(value)
-
-
-def _as_number(value: float | AsyncHostCopy) -> float:
-    return float(value.read()) if isinstance(value, AsyncHostCopy) else value

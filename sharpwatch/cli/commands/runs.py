@@ -10,6 +10,7 @@ import click
 
 from sharpwatch.cli import output
 from sharpwatch.cli.client import author, operator, resolve_run, run_argument
+from sharpwatch.cli.commands.incidents import culprit
 from sharpwatch.cli.options import DaemonCommand, DaemonOptions, reason_option
 from sharpwatch.cli.output import Grid, print_answer
 from sharpwatch.v1.operator_pb2 import Block, GetRunRequest, ListRunsRequest, Run, RunDetail, RunPhase, SetModeRequest
@@ -54,7 +55,7 @@ def run_table(runs: list[Run], now: float) -> Grid:
 @run_argument()
 @click.pass_obj
 def show(options: DaemonOptions, run: str) -> None:
-    """Show one run: its state, the sharpness of its blocks, its alerts, and failures of its agent."""
+    """Show one run: its state, the sharpness of its blocks, its open incidents, and failures of its agent."""
     with operator(options) as stub:
         detail = stub.GetRun(GetRunRequest(run=resolve_run(stub, run))).detail
     print_answer(detail, run_view(detail, time.time()), as_json=options.json)
@@ -95,7 +96,7 @@ _QUANTITIES = {
 
 
 def run_view(detail: RunDetail, now: float) -> list[Grid]:
-    """Everything about a run: its state, blocks, the origin of the estimates, alerts and failures.
+    """Everything about a run: its state, blocks, the origin of the estimates, open incidents and failures.
 
     Args:
         detail: The daemon's answer.
@@ -201,23 +202,24 @@ def _range(values: Sequence[int]) -> str:
 
 
 def alerts(detail: RunDetail) -> Grid:
-    """The active alerts, the newest first."""
+    """The open incidents, the newest first."""
     active = sorted((alert for alert in detail.alerts if alert.active), key=lambda alert: -alert.first_step)
     return Grid(
-        "lllrrl",
+        "llllrrl",
         tuple(
             (
                 alert.name,
                 alert.severity,
-                ", ".join(alert.blocks) or "whole model",
-                str(alert.first_step),
+                alert.cause or output.ABSENT,
+                culprit(alert.layer_blocks or alert.blocks),
+                str(alert.onset),
                 str(alert.last_step),
                 alert.evidence,
             )
             for alert in active
         ),
-        ("alert", "severity", "blocks", "since step", "last step", "evidence"),
-        empty="no active alert",
+        ("incident", "severity", "cause", "culprit", "since step", "last step", "evidence"),
+        empty="no open incident",
     )
 
 

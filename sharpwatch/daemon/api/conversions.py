@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 
 from sharpwatch.curvature.statistics.estimate import Estimate
-from sharpwatch.daemon.records import Alert, Checkpoint, Decision, Revision, RollbackPlan
+from sharpwatch.daemon.records import Checkpoint, Decision, Incident, Revision, RollbackPlan
 from sharpwatch.daemon.runs.snapshot import Phase, RunSnapshot
 from sharpwatch.v1 import operator_pb2, types_pb2
 
@@ -57,18 +57,24 @@ def command_message(decision: Decision) -> types_pb2.Command:
     return command
 
 
-def alert_message(alert: Alert) -> operator_pb2.Alert:
+def alert_message(incident: Incident) -> operator_pb2.Alert:
     """Returns an alert as a message."""
     return operator_pb2.Alert(
-        id=alert.id,
-        run=alert.run,
-        name=alert.name,
-        blocks=alert.blocks,
-        severity=alert.severity,
-        evidence=alert.evidence,
-        first_step=alert.first_step,
-        last_step=alert.last_step,
-        active=alert.active,
+        id=incident.id,
+        run=incident.run,
+        name=incident.name,
+        blocks=incident.blocks,
+        severity=incident.severity,
+        evidence="; ".join(incident.evidence),
+        names=incident.names,
+        cause=incident.cause,
+        layer_blocks=incident.layer_blocks,
+        onset=incident.onset,
+        closed=incident.closed,
+        acknowledged=incident.acknowledged,
+        first_step=incident.first_step,
+        last_step=incident.last_step,
+        active=incident.active,
     )
 
 
@@ -137,7 +143,7 @@ def run_message(snapshot: RunSnapshot) -> operator_pb2.Run:
         mode=snapshot.mode,
         control=snapshot.hello.control,
         lr_revision=snapshot.lr_revision,
-        active_alerts=sum(alert.active for alert in snapshot.alerts),
+        active_alerts=sum(incident.active for incident in snapshot.incidents),
     )
 
 
@@ -174,7 +180,7 @@ def detail_message(snapshot: RunSnapshot, checkpoints: Iterable[Checkpoint]) -> 
             for (quantity, of, _), estimate in snapshot.estimates.items()
             if not of
         ],
-        alerts=map(alert_message, snapshot.alerts),
+        alerts=map(alert_message, snapshot.incidents),
         checkpoints=map(checkpoint_message, checkpoints),
         overhead_ratio=health.overhead_ratio if health is not None else None,
         step_seconds=health.step_seconds if health is not None else None,

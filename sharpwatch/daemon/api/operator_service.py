@@ -16,7 +16,13 @@ import grpc
 from sharpwatch import wire
 from sharpwatch._version import __version__
 from sharpwatch.daemon.api.auth import Authorizer
-from sharpwatch.daemon.api.conversions import decision_message, detail_message, revision_message, run_message
+from sharpwatch.daemon.api.conversions import (
+    alert_message,
+    decision_message,
+    detail_message,
+    revision_message,
+    run_message,
+)
 from sharpwatch.daemon.decisions.run_controller import RunController
 from sharpwatch.daemon.decisions.transitions import is_settled
 from sharpwatch.daemon.pipeline import Pipeline
@@ -225,6 +231,18 @@ class OperatorService(OperatorServiceServicer):
         await self._submit(run, changes, context)
         return decision_message(_decision(run, identity))
 
+    async def AcknowledgeIncident(
+        self, request: pb.AcknowledgeIncidentRequest, context: Context
+    ) -> pb.AcknowledgeIncidentResponse:
+        """Notes that someone has seen an incident."""
+        await self._authorize(request, context)
+        run = await self._incident_to_answer(request.incident_id, context)
+        changes = await self._change(
+            context, lambda: run.controller.acknowledge(request.incident_id, request.author, request.reason)
+        )
+        await self._submit(run, changes, context)
+        return pb.AcknowledgeIncidentResponse(incident=alert_message(changes.incidents[-1]))
+
     async def _changed(self, run: Run, version: int, context: Context) -> None:
         """Waits until `run` is past `version`; ends the call if the daemon stops."""
         # Asked before and after: `drain` may come while this waits, and must not be waited for if it came before.
@@ -250,6 +268,14 @@ class OperatorService(OperatorServiceServicer):
                 grpc.StatusCode.INVALID_ARGUMENT, f"{len(found)} decisions begin with {given!r}: {some}"
             )
         return found[0]
+
+    async def _incident_to_answer(self, given: str, context: Context) -> Run:
+        """Finds the run of an incident by the incident's whole id."""
+        found = [(run, each.id) for run in self._runs for each in run.controller.incidents]
+        whole = next((run for run, identity in found if identity == given), None)
+        if whole is None:
+            await _refuse_name(context, "incident", given, [identity for _, identity in found])
+        return whole
 
     async def _decision_to_answer(self, given: str, context: Context) -> tuple[Run, str]:
         """Finds a decision by its whole id; a beginning could be of another decision than the one that is meant."""

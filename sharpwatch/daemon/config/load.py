@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails
 from sharpwatch.common.yaml_schema import Location, YamlDocument, nearest, read_yaml
 from sharpwatch.daemon.config.settings import (
     ALERT_NAMES,
+    CAUSES,
     ActionConfig,
     Config,
     DaemonConfig,
@@ -184,10 +185,11 @@ def _check_escalation(document: YamlDocument, policies: Sequence[PolicyConfig]) 
                 f"there is no policy {policy.escalate.to!r}; allowed: {', '.join(by_name)}"
                 f"{nearest(policy.escalate.to, by_name)}",
             )
-        if not policy.match.alert and policy.name not in targets:
-            names = ", ".join(ALERT_NAMES)
+        if not policy.match.anything and policy.name not in targets:
             raise document.error(
-                ("policies", index), f"can never run: give it match: {{alert: ...}} ({names}) or escalate to it"
+                ("policies", index),
+                f"can never run: give it match: {{alert: ...}} ({', '.join(ALERT_NAMES)}) or {{cause: ...}} "
+                f"({', '.join(CAUSES)}), or escalate to it",
             )
     for index, policy in enumerate(policies):
         _check_chain(document, index, policy, by_name)

@@ -24,10 +24,10 @@ from sharpwatch.blocks import BLOCKS
 from sharpwatch.common.endpoint import parse_address
 from sharpwatch.common.token_file import default_token_file
 from sharpwatch.common.yaml_schema import nearest
-from sharpwatch.daemon.records import Mode
+from sharpwatch.daemon.records import AlertName, Cause, Incident, Mode, Severity
 
-AlertName = Literal["LossSpike", "UpdateRmsSpike", "StabilityLimit", "NonFinite"]
 ALERT_NAMES: tuple[AlertName, ...] = get_args(AlertName)
+CAUSES: tuple[Cause, ...] = get_args(Cause)
 ActionKind = Literal["notify", "scale_lr", "rollback"]
 _MANY = 10**9
 _DAY = 86_400.0
@@ -115,6 +115,8 @@ Store = Annotated[
     _one_of((), expected="sqlite:///PATH (sqlite:////PATH for an absolute one)"),
 ]
 Alert = Annotated[AlertName, _one_of(ALERT_NAMES)]
+CauseName = Annotated[Cause, _one_of(CAUSES)]
+SeverityName = Annotated[Severity, _one_of(get_args(Severity))]
 PolicyMode = Annotated[Mode, _one_of(get_args(Mode))]
 Kind = Annotated[ActionKind, _one_of(get_args(ActionKind))]
 
@@ -181,12 +183,44 @@ class DaemonConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class DetectionConfig:
+    """How many false alarms detectors may give in 10,000 healthy steps of a run: pages, and warnings."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID
+
+    pages_per_10k_steps: Annotated[float, _number(0.0, 100.0)] = 1.0
+    warnings_per_10k_steps: Annotated[float, _number(0.0, 1000.0)] = 10.0
+
+
+@dataclass(frozen=True, slots=True)
 class MatchConfig:
-    """The alert that a policy answers; empty for a policy that runs only when another one escalates to it."""
+    """The incidents that a policy answers; with nothing given it runs only when another one escalates to it.
+
+    Attributes:
+        alert: An alert that is among theirs.
+        cause: Their cause.
+        severity: Their least severity.
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = _FORBID
 
     alert: Alert | Literal[""] = ""
+    cause: CauseName | Literal[""] = ""
+    severity: SeverityName = "warning"
+
+    @property
+    def anything(self) -> bool:
+        """Whether it answers incidents by itself."""
+        return bool(self.alert or self.cause)
+
+    def answers(self, incident: Incident) -> bool:
+        """Whether it answers this incident."""
+        return (
+            self.anything
+            and self.alert in {"", *incident.names}
+            and self.cause in {"", incident.cause}
+            and not (self.severity == "critical" and incident.severity == "warning")
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,4 +295,5 @@ class Config:
     __pydantic_config__: ClassVar[ConfigDict] = _FORBID
 
     daemon: DaemonConfig = field(default_factory=DaemonConfig)
+    detection: DetectionConfig = field(default_factory=DetectionConfig)
     policies: tuple[PolicyConfig, ...] = ()

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from sharpwatch.daemon.decisions.transitions import FINAL, UNDER_WAY, Event, advance, is_settled
-from sharpwatch.daemon.records import Alert, Changes, Decision, Revision
+from sharpwatch.daemon.records import Changes, Decision, Incident, Revision
 from sharpwatch.errors import OperatorError
 
 
@@ -30,7 +30,7 @@ class DecisionLog:
         self.open: dict[str, None] = {}  # ids of decisions whose outcome may still change
         self.newest_revision = 0  # its number
         self.changed = False  # whether `take` has something to return
-        self._changed_alerts: dict[str, Alert] = {}
+        self._changed_incidents: dict[str, Incident] = {}
         self._changed_decisions: dict[str, None] = {}
         self._changed_revisions: dict[int, None] = {}
         self._commands: dict[str, None] = {}
@@ -72,10 +72,10 @@ class DecisionLog:
             raise OperatorError(f"run {self.run} has no decision {identity}")
         return self._decisions[identity]
 
-    def note_alerts(self, alerts: Iterable[Alert]) -> None:
+    def note_incidents(self, incidents: Iterable[Incident]) -> None:
         """Has `alerts` journalled."""
-        self._changed_alerts.update((alert.id, alert) for alert in alerts)
-        self.changed = self.changed or bool(self._changed_alerts)
+        self._changed_incidents.update((incident.id, incident) for incident in incidents)
+        self.changed = self.changed or bool(self._changed_incidents)
 
     def add(self, draft: Decision, event: Event) -> Decision:
         """Records a new decision.
@@ -166,13 +166,13 @@ class DecisionLog:
     def take(self) -> Changes:
         """Returns what changed since the last call."""
         changes = Changes(
-            alerts=tuple(self._changed_alerts.values()),
+            incidents=tuple(self._changed_incidents.values()),
             decisions=tuple(self._decisions[identity] for identity in self._changed_decisions),
             revisions=tuple(self._revisions[number - 1] for number in self._changed_revisions),
             commands=tuple(self._decisions[identity] for identity in self._commands),
             transitions=tuple(self._transitions),
         )
-        for changed in (self._changed_alerts, self._changed_decisions, self._changed_revisions, self._commands):
+        for changed in (self._changed_incidents, self._changed_decisions, self._changed_revisions, self._commands):
             changed.clear()
         self._transitions.clear()
         self.changed = False

@@ -24,8 +24,8 @@ from sharpwatch.daemon.decisions.policy import (
 )
 from sharpwatch.daemon.decisions.ramp_back import failed_ramp_back, ramp_back_due
 from sharpwatch.daemon.decisions.transitions import UNDER_WAY
-from sharpwatch.daemon.detection.detectors import AlertLog
-from sharpwatch.daemon.records import Action, Alert, Checkpoint, Decision, Finding, Mode
+from sharpwatch.daemon.detection.incidents import IncidentLog
+from sharpwatch.daemon.records import Action, Checkpoint, Decision, Finding, Incident, Mode
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +47,13 @@ class PolicyEngine:
     def __init__(
         self,
         log: DecisionLog,
-        alerts: AlertLog,
+        incidents: IncidentLog,
         chain: EscalationChain,
         permissions: Permissions,
         new_id: Callable[[], str],
     ) -> None:
         self._log = log
-        self._alerts = alerts
+        self._incidents = incidents
         self._chain = chain
         self._permissions = permissions
         self._new_id = new_id
@@ -62,7 +62,7 @@ class PolicyEngine:
         self, findings: Sequence[Finding], checkpoints: Sequence[Checkpoint], mode: Mode | None, step: int, now: float
     ) -> None:
         """Decide what there is to decide at `step`. While a command is under way its effect is waited for."""
-        if not findings and self._alerts.open:
+        if not findings and self._incidents.open:
             return
         at = _StepContext(step, now, mode, checkpoints)
         if findings:
@@ -71,15 +71,16 @@ class PolicyEngine:
             self._ramp_back(at)
 
     def _answer(self, findings: Iterable[Finding], at: _StepContext) -> None:
-        alerts = [alert for finding in findings if (alert := self._alerts.active(finding.name)) is not None]
-        if alerts and not self._under_way(at.step) and self._undo_ramp_back(alerts[0], at):
+        found = (self._incidents.active(finding.name) for finding in findings)
+        incidents = list({incident.id: incident for incident in found if incident is not None}.values())
+        if incidents and not self._under_way(at.step) and self._undo_ramp_back(incidents[0], at):
             return
-        for alert in alerts:
-            for policy in self._chain.answering(alert, self._log.decisions, at.step):
+        for incident in incidents:
+            for policy in self._chain.answering(incident, self._log.decisions, at.step):
                 if policy.action.kind == "notify":
-                    self._notify(policy, alert, at)
+                    self._notify(policy, incident, at)
                 elif not self._under_way(at.step):
-                    self._act_on(policy, alert, at)
+                    self._act_on(policy, incident, at)
 
     def _under_way(self, step: int | None) -> bool:
         """Whether a command is to take effect at any moment; with a `step`, those planned for later don't count."""
@@ -94,30 +95,32 @@ class PolicyEngine:
                 return f"operator: {made.id} is planned for step {made.apply_at_step}"
         return OK
 
-    def _notify(self, policy: PolicyConfig, alert: Alert, at: _StepContext) -> None:
-        if not self._decided_before(policy, alert, ANNOUNCED):
-            made = self._draft("notify", policy, at.mode_of(policy), alert, at)
-            self._log.add(replace(made, detail=alert.evidence), "observe")
+    def _notify(self, policy: PolicyConfig, incident: Incident, at: _StepContext) -> None:
+        if not self._decided_before(policy, incident, ANNOUNCED):
+            made = self._draft("notify", policy, at.mode_of(policy), incident, at)
+            self._log.add(replace(made, detail="; ".join(incident.evidence)), "observe")
 
-    def _act_on(self, policy: PolicyConfig, alert: Alert, at: _StepContext) -> None:
+    def _act_on(self, policy: PolicyConfig, incident: Incident, at: _StepContext) -> None:
         mode = at.mode_of(policy)
-        if mode != "enforce" and self._decided_before(policy, alert, ANNOUNCED if mode == "advise" else ("observed",)):
+        if mode != "enforce" and self._decided_before(
+            policy, incident, ANNOUNCED if mode == "advise" else ("observed",)
+        ):
             return
-        made = self._draft(policy.action.kind, policy, mode, alert, at)
-        context = GuardContext(at.step, at.now, self._log.decisions, alert.id, mode)
+        made = self._draft(policy.action.kind, policy, mode, incident, at)
+        context = GuardContext(at.step, at.now, self._log.decisions, incident.id, mode)
         if policy.action.kind == "rollback":
-            plan = rollback_plan(policy, alert, at.checkpoints, at.step)
+            plan = rollback_plan(policy, incident, at.checkpoints, at.step)
             made = replace(made, rollback=plan, guard=judge_rollback(policy, plan, self._permissions, context))
         else:
             before = self._log.multipliers
-            blocks = affected(policy, alert, self._log.blocks)
+            blocks = affected(policy, incident, self._log.blocks)
             after = scaled(before, blocks, policy.action.factor, bounds(policy, self._permissions))
             verdict = self._planned()
             if verdict == OK:
                 verdict = judge_scale(policy, before, after, self._permissions, context)
             ttl = policy.action.ttl_steps if policy.action.factor > 1 else 0  # cuts hold
             made = replace(made, multipliers=after, ramp_steps=policy.action.ramp_steps, ttl_steps=ttl, guard=verdict)
-        made = replace(made, detail=_describe(made, alert, self._log.multipliers))
+        made = replace(made, detail=_describe(made, incident, self._log.multipliers))
         if self._record(made, policy, at) in UNDER_WAY:
             self._supersede(made)
 
@@ -141,10 +144,12 @@ class PolicyEngine:
             made = issue(self._log, made, author=f"policy {policy.name}", now=at.now, undoes=undoes)
         return made.outcome
 
-    def _decided_before(self, policy: PolicyConfig, alert: Alert, outcomes: tuple[str, ...], action: str = "") -> bool:
+    def _decided_before(
+        self, policy: PolicyConfig, incident: Incident, outcomes: tuple[str, ...], action: str = ""
+    ) -> bool:
         return any(
             made.policy == policy.name
-            and made.alert_id == alert.id
+            and made.alert_id == incident.id
             and made.outcome in outcomes
             and made.action == (action or policy.action.kind)
             for made in self._log.decisions
@@ -161,28 +166,30 @@ class PolicyEngine:
     def _supersede(self, made: Decision) -> None:
         """Mark earlier decisions on the same alert as superseded."""
         for other in self._log.unsettled():
-            if other.id != made.id and other.outcome == "applied" and other.alert_name == made.alert_name:
+            # By the id as well: an incident can have got another name meanwhile.
+            same = other.alert_id == made.alert_id or other.alert_name == made.alert_name
+            if other.id != made.id and other.outcome == "applied" and same:
                 self._log.advance(other, "supersede", detail=f"{other.detail}; not enough: {made.id} followed")
 
-    def _undo_ramp_back(self, alert: Alert, at: _StepContext) -> bool:
+    def _undo_ramp_back(self, incident: Incident, at: _StepContext) -> bool:
         """Reapply a change if an alert fires within the hold after its ramp-back."""
-        failed = failed_ramp_back(self._log, self._chain, alert, at.step)
+        failed = failed_ramp_back(self._log, self._chain, incident, at.step)
         if failed is None:
             return False
         policy = failed.policy
-        if self._decided_before(policy, alert, (*ANNOUNCED, "refused", "expired"), "set_lr"):
+        if self._decided_before(policy, incident, (*ANNOUNCED, "refused", "expired"), "set_lr"):
             return False
-        made = self._draft("set_lr", policy, at.mode_of(policy), alert, at)
+        made = self._draft("set_lr", policy, at.mode_of(policy), incident, at)
         made = replace(
             made, multipliers=failed.multipliers, guard=self._permissions.multipliers(), detail=failed.detail
         )
         done = self._record(made, policy, at, undoes=failed.revision.revision) in UNDER_WAY
         if done:
-            self._log.advance(self._log.find(failed.revision.decision_id), "fail", detail=f"{alert.name} came back")
+            self._log.advance(self._log.find(failed.revision.decision_id), "fail", detail=f"{incident.name} came back")
         return done
 
     def _ramp_back(self, at: _StepContext) -> None:
-        due = ramp_back_due(self._log, self._alerts.all, self._chain, self._permissions, at.step)
+        due = ramp_back_due(self._log, self._incidents.all, self._chain, self._permissions, at.step)
         if due is None:
             return
         made = self._draft("ramp_back", due.policy, at.mode_of(due.policy), None, at)
@@ -196,7 +203,7 @@ class PolicyEngine:
         self._record(made, due.policy, at)
 
     def _draft(
-        self, action: Action, policy: PolicyConfig, mode: Mode, alert: Alert | None, at: _StepContext
+        self, action: Action, policy: PolicyConfig, mode: Mode, incident: Incident | None, at: _StepContext
     ) -> Decision:
         return Decision(
             id=self._new_id(),
@@ -207,17 +214,17 @@ class PolicyEngine:
             mode=mode,
             outcome="draft",
             policy=policy.name,
-            alert_id=alert.id if alert is not None else "",
-            alert_name=alert.name if alert is not None else "",
+            alert_id=incident.id if incident is not None else "",
+            alert_name=incident.name if incident is not None else "",
         )
 
 
-def _describe(made: Decision, alert: Alert, before: Mapping[str, float]) -> str:
+def _describe(made: Decision, incident: Incident, before: Mapping[str, float]) -> str:
     if made.rollback is not None:
         plan = made.rollback
         return (
-            f"{alert.name} since step {alert.first_step}: back to the checkpoint of step {plan.checkpoint.step}, "
+            f"{incident.name} since step {incident.onset}: back to the checkpoint of step {plan.checkpoint.step}, "
             f"round the data of steps {plan.skip_from_step} to {plan.skip_to_step - 1}"
         )
     changed = (f"{b} {before[b]:.3g} to {v:.3g}" for b, v in made.multipliers.items() if v != before.get(b))
-    return f"{alert.name} since step {alert.first_step}: {', '.join(changed) or 'nothing to change'}"
+    return f"{incident.name} since step {incident.onset}: {', '.join(changed) or 'nothing to change'}"

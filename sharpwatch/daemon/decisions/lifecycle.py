@@ -16,7 +16,7 @@ from sharpwatch.daemon.config.settings import GuardConfig
 from sharpwatch.daemon.decisions.policy import EscalationChain
 from sharpwatch.daemon.decisions.ramp_back import hold_steps, scaling_state
 from sharpwatch.daemon.decisions.transitions import REFUSED_THERE, UNDER_WAY, Event
-from sharpwatch.daemon.detection.detectors import AlertLog
+from sharpwatch.daemon.detection.incidents import IncidentLog
 from sharpwatch.daemon.records import Checkpoint, Decision, Observation, ReportedResult
 
 if TYPE_CHECKING:
@@ -35,9 +35,9 @@ class DecisionLifecycle:
         chain: The run's policies, whose guards say how long to wait.
     """
 
-    def __init__(self, log: DecisionLog, alerts: AlertLog, chain: EscalationChain) -> None:
+    def __init__(self, log: DecisionLog, incidents: IncidentLog, chain: EscalationChain) -> None:
         self._log = log
-        self._alerts = alerts
+        self._incidents = incidents
         self._chain = chain
 
     def record_result(self, decision: Decision, result: ReportedResult) -> None:
@@ -86,7 +86,7 @@ class DecisionLifecycle:
             detail = _joined(detail, f"unchanged: {', '.join(result.unchanged_blocks)}")
         self._log.advance(decision, "apply", detail=detail, applied_step=result.step)
         if decision.action == "rollback":
-            self._log.note_alerts(self._alerts.close_all())
+            self._log.note_incidents(self._incidents.close_all("the run was rolled back"))
 
     def _settle_unanswered(self, decision: Decision, observation: Observation) -> None:
         if not decision.expires_at_step or observation.step <= decision.expires_at_step + LOST_AFTER:
@@ -109,9 +109,9 @@ class DecisionLifecycle:
         if decision.action == "rollback":
             if came_back:
                 self._fail(decision, "the alert came back after the rollback")
-            elif waited and self._alerts.active(decision.alert_name) is None:
+            elif waited and self._incidents.active(decision.alert_name) is None:
                 self._log.advance(decision, "recover")
-        elif self._alerts.active(decision.alert_name) is None:
+        elif self._incidents.active(decision.alert_name) is None:
             self._log.advance(decision, "recover")
         elif came_back and waited:
             self._fail(decision, f"no recovery within {within} steps")

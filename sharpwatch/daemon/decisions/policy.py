@@ -8,7 +8,7 @@ from typing import Literal
 
 from sharpwatch.daemon.config.settings import PolicyConfig
 from sharpwatch.daemon.decisions.transitions import came_to_nothing, took_effect
-from sharpwatch.daemon.records import Alert, Checkpoint, Decision, Mode, RollbackPlan
+from sharpwatch.daemon.records import Checkpoint, Decision, Incident, Mode, RollbackPlan
 
 MODES: tuple[Mode, ...] = ("observe", "advise", "enforce")
 ANNOUNCED = ("observed", "proposed", "rejected")  # a decision that ended so is not repeated for the same reason
@@ -24,12 +24,12 @@ class EscalationChain:
         """The policy of that name."""
         return next((policy for policy in self.policies if policy.name == name), None)
 
-    def answering(self, alert: Alert, decisions: Iterable[Decision], step: int) -> tuple[PolicyConfig, ...]:
+    def answering(self, incident: Incident, decisions: Iterable[Decision], step: int) -> tuple[PolicyConfig, ...]:
         """The policies that answer `alert` at `step`: of each that matches, the last it has escalated to."""
-        answered = [made for made in decisions if made.alert_id == alert.id]
+        answered = [made for made in decisions if made.alert_id == incident.id]
         return tuple(
             dict.fromkeys(
-                self._escalate(policy, answered, step) for policy in self.policies if policy.match.alert == alert.name
+                self._escalate(policy, answered, step) for policy in self.policies if policy.match.answers(incident)
             )
         )
 
@@ -46,12 +46,12 @@ def strongest(policies: Iterable[PolicyConfig]) -> Mode:
     return max((policy.mode for policy in policies), key=MODES.index, default="observe")
 
 
-def affected(policy: PolicyConfig, alert: Alert, blocks: Sequence[str]) -> tuple[str, ...]:
+def affected(policy: PolicyConfig, incident: Incident, blocks: Sequence[str]) -> tuple[str, ...]:
     """The blocks of the run that the action is about; an alert that names none is about all of them."""
     chosen = policy.action.blocks
-    if chosen == "all" or (chosen == "alert" and not alert.blocks):
+    if chosen == "all" or (chosen == "alert" and not incident.blocks):
         return tuple(blocks)
-    named = alert.blocks if chosen == "alert" else chosen
+    named = incident.blocks if chosen == "alert" else chosen
     return tuple(block for block in blocks if block in named)
 
 
@@ -68,15 +68,15 @@ def scaled(
 
 
 def rollback_plan(
-    policy: PolicyConfig, alert: Alert, checkpoints: Iterable[Checkpoint], step: int
+    policy: PolicyConfig, incident: Incident, checkpoints: Iterable[Checkpoint], step: int
 ) -> RollbackPlan | None:
     """Back to the newest checkpoint before the onset, and round the data of the alert; None without a checkpoint."""
-    checkpoint = newest(checkpoints, alert.first_step - 1)
+    checkpoint = newest(checkpoints, incident.onset - 1)
     if checkpoint is None:
         return None
     margin = policy.action.skip_margin
-    skip_from = max(checkpoint.step + 1, alert.first_step - margin)
-    return RollbackPlan(checkpoint, skip_from, max(alert.last_step, step) + margin + 1)
+    skip_from = max(checkpoint.step + 1, incident.onset - margin)
+    return RollbackPlan(checkpoint, skip_from, max(incident.last_step, step) + margin + 1)
 
 
 def newest(checkpoints: Iterable[Checkpoint], at_most: int | None) -> Checkpoint | None:

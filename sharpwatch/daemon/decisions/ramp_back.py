@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from sharpwatch.daemon.config.settings import PolicyConfig
 from sharpwatch.daemon.decisions.policy import ANNOUNCED, OK, EscalationChain, Permissions
-from sharpwatch.daemon.records import Alert, Decision, Revision
+from sharpwatch.daemon.records import Decision, Incident, Revision
 
 if TYPE_CHECKING:
     from sharpwatch.daemon.decisions.decision_log import DecisionLog
@@ -74,15 +74,15 @@ class FailedRampBack:
 
 
 def ramp_back_due(
-    log: DecisionLog, alerts: Iterable[Alert], chain: EscalationChain, permissions: Permissions, step: int
+    log: DecisionLog, incidents: Iterable[Incident], chain: EscalationChain, permissions: Permissions, step: int
 ) -> RampBack | None:
     """Decides whether to ramp back the newest active scaling.
 
-    It is due once the run was quiet for the hold: no alert and no change of multipliers.
+    It is due once the run was quiet for the hold: no finding and no change of multipliers.
 
     Args:
         log: The run's decisions.
-        alerts: All alerts of the run.
+        incidents: All incidents of the run.
         chain: The run's policies.
         permissions: What the run allows.
         step: The run's step.
@@ -94,7 +94,7 @@ def ramp_back_due(
     policy = chain.named(state.active[-1].policy) if state.active else None
     if policy is None or permissions.multipliers() != OK:
         return None
-    since = quiet_since(alerts, log.decisions, step)
+    since = quiet_since(incidents, log.decisions, step)
     hold = hold_steps(policy, state.failed_ramp_backs)
     if step - since < hold or _decided_since(log.decisions, since, hold, step):
         return None
@@ -111,8 +111,8 @@ def ramp_back_due(
     )
 
 
-def failed_ramp_back(log: DecisionLog, chain: EscalationChain, alert: Alert, step: int) -> FailedRampBack | None:
-    """Decides whether `alert` shows that the newest ramp-back failed: it fired within the hold after it."""
+def failed_ramp_back(log: DecisionLog, chain: EscalationChain, incident: Incident, step: int) -> FailedRampBack | None:
+    """Decides whether `incident` shows that the newest ramp-back failed: it fired within the hold after it."""
     state = scaling_state(log)
     policy = chain.named(state.ramped_back.policy) if state.ramped_back is not None else None
     if state.newest is None or state.newest.applied_step is None or policy is None:
@@ -121,7 +121,7 @@ def failed_ramp_back(log: DecisionLog, chain: EscalationChain, alert: Alert, ste
     if not since <= step < since + hold_steps(policy, state.failed_ramp_backs):
         return None
     number = state.newest.revision
-    detail = f"{alert.name} came back after revision {number} was ramped back"
+    detail = f"{incident.name} came back after revision {number} was ramped back"
     return FailedRampBack(policy, state.newest, log.set_before(number), detail)
 
 
@@ -164,9 +164,9 @@ def hold_steps(policy: PolicyConfig, failed_ramp_backs: int) -> int:
     return min(hold, policy.action.ttl_steps) if policy.action.factor > 1 else hold
 
 
-def quiet_since(alerts: Iterable[Alert], decisions: Iterable[Decision], step: int) -> int:
+def quiet_since(incidents: Iterable[Incident], decisions: Iterable[Decision], step: int) -> int:
     """Returns the last step with an alert or a change; a rollback discarded the steps after `step`."""
-    steps = [alert.last_step for alert in alerts]
+    steps = [incident.last_step for incident in incidents]
     steps += [made.applied_step for made in decisions if made.applied_step is not None]
     return max((at for at in steps if at <= step), default=step)
 

@@ -14,22 +14,24 @@ from sharpwatch.daemon.decisions.lifecycle import DecisionLifecycle
 from sharpwatch.daemon.decisions.operator_requests import OperatorContext, OperatorRequests
 from sharpwatch.daemon.decisions.policy import MODES, Control, EscalationChain, Permissions, strongest
 from sharpwatch.daemon.decisions.transitions import UNDER_WAY
-from sharpwatch.daemon.detection.baselines import History, Scores
-from sharpwatch.daemon.detection.detectors import DETECTORS, AlertLog
+from sharpwatch.daemon.detection.run_detection import RunDetection
+from sharpwatch.daemon.detection.thresholds import USUAL, Budget
 from sharpwatch.daemon.records import (
     NO_CHANGES,
-    Alert,
     Changes,
     Checkpoint,
     CheckpointReport,
     Decision,
-    Finding,
+    Incident,
     Mode,
     Observation,
     ReportedResult,
     Revision,
 )
 from sharpwatch.errors import OperatorError
+from sharpwatch.wire import Ints
+
+SAVE_EVERY = 500  # samples between two states of the baselines in the journal
 
 
 def _random_id() -> str:
@@ -47,8 +49,10 @@ class RunController:
         self,
         run: str,
         *,
-        blocks: Iterable[str],
+        layer_blocks: Sequence[tuple[str, str]],
+        parameters: Ints,
         policies: Iterable[PolicyConfig],
+        budget: Budget = USUAL,
         mode: Mode | None = None,
         control: Control = "none",
         lr_bounds: tuple[float, float] = (0.1, 10.0),
@@ -57,22 +61,28 @@ class RunController:
     ) -> None:
         permissions = Permissions(control, lr_bounds, can_roll_back)
         self._chain = EscalationChain(tuple(policies))
-        self._log = DecisionLog(run, blocks)
-        self._alerts = AlertLog(run, {detector.name: detector.quiet for detector in DETECTORS}, new_id)
-        self._history = History()
+        self._log = DecisionLog(run, dict.fromkeys(block for block, _ in layer_blocks))
+        self._detection = RunDetection(run, layer_blocks, parameters, new_id, budget)
+        self._incidents = self._detection.incidents
         self._requests = OperatorRequests(self._log, permissions, new_id)
-        self._lifecycle = DecisionLifecycle(self._log, self._alerts, self._chain)
-        self._engine = PolicyEngine(self._log, self._alerts, self._chain, permissions, new_id)
+        self._lifecycle = DecisionLifecycle(self._log, self._incidents, self._chain)
+        self._engine = PolicyEngine(self._log, self._incidents, self._chain, permissions, new_id)
         self._checkpoints: dict[str, Checkpoint] = {}  # by URI, in the order they were saved
         self._mode = mode
         self._strongest = strongest(self._chain.policies)
         self._step: int | None = None
         self._new_attempt = False
+        self._observed = 0
 
     @property
-    def alerts(self) -> tuple[Alert, ...]:
+    def incidents(self) -> tuple[Incident, ...]:
         """Every alert of the run, oldest first."""
-        return self._alerts.all
+        return self._incidents.all
+
+    @property
+    def excursions(self) -> Mapping[tuple[str, str], int]:
+        """How often single values stood out without a finding since this controller was made, by signal and block."""
+        return self._detection.excursions
 
     @property
     def decisions(self) -> tuple[Decision, ...]:
@@ -114,10 +124,10 @@ class RunController:
 
         Most steps of a healthy run change nothing. They do not reach the decisions at all.
         """
-        scores, findings = self._see(obs)
-        if findings or self._alerts.open:
-            judged = [detector.name for detector in DETECTORS if detector.judged(scores)]
-            self._log.note_alerts(self._alerts.see(findings, judged))
+        self._step = obs.step
+        findings, changed = self._detection.see(obs)
+        if changed:
+            self._log.note_incidents(changed)
         if self._log.open:
             self._lifecycle.settle(obs, {finding.name for finding in findings}, now)
         if self._new_attempt and obs.multipliers:
@@ -126,12 +136,16 @@ class RunController:
                 self._requests.reissue(obs.step, now)
         if findings or self._log.newest_revision:  # without a revision there is nothing to ramp back
             self._engine.act(findings, self.checkpoints, self._mode, obs.step, now)
-        return self._log.take() if self._log.changed else NO_CHANGES
+        changes = self._log.take() if self._log.changed else NO_CHANGES
+        self._observed += 1
+        if self._observed % SAVE_EVERY == 0:
+            return replace(changes, baselines=self._detection.state())
+        return changes
 
     def replay(self, obs: Observation) -> None:
         """Take in a journalled step: baselines and open alerts move on, nothing is decided and no alert opens."""
-        scores, findings = self._see(obs)
-        self._alerts.replay(findings, [detector.name for detector in DETECTORS if detector.judged(scores)])
+        self._step = obs.step
+        self._detection.replay(obs)
 
     def command_result(self, result: ReportedResult, now: float) -> Changes:  # noqa: ARG002  the clock comes with all
         """Take in what the trainer made of a command; telling it twice changes nothing."""
@@ -211,6 +225,15 @@ class RunController:
         self._requests.reject(decision_id, OperatorContext(author, reason, self._step, now))
         return self._log.take()
 
+    def acknowledge(self, incident_id: str, author: str, note: str) -> Changes:
+        """Note that someone has seen an incident; raises `OperatorError` where there is none of that id."""
+        try:
+            seen = self._incidents.acknowledge(incident_id, f"{author}: {note}" if note else author)
+        except KeyError:
+            raise OperatorError(f"run {self._log.run} has no incident {incident_id}") from None
+        self._log.note_incidents([seen])
+        return self._log.take()
+
     def set_mode(
         self,
         mode: Mode,
@@ -226,18 +249,22 @@ class RunController:
 
     def restore(
         self,
-        alerts: Iterable[Alert],
+        incidents: Iterable[Incident],
         decisions: Iterable[Decision],
         revisions: Iterable[Revision],
         checkpoints: Iterable[Checkpoint],
         mode: Mode | None,
     ) -> None:
         """Take up journalled records; `replay` of the newest samples gives the rest."""
-        self._alerts.restore(alerts)
+        self._incidents.restore(incidents)
         self._log.restore(decisions, tuple(revisions))
         self.note_checkpoints(CheckpointReport(tuple(checkpoints)))
         self._mode = mode or self._mode
         self._new_attempt = False
+
+    def load_baselines(self, state: bytes) -> None:
+        """Go on from the journalled state of the baselines; raises `ValueError` where it can't be used."""
+        self._detection.load_state(state)
 
     def begin_anew(self) -> None:
         """Have it known that the trainer begins with every multiplier at 1."""
@@ -245,14 +272,8 @@ class RunController:
 
     def take_over(self, earlier: RunController) -> None:
         """Carry on for a new attempt of the run, whose trainer begins with every multiplier at 1."""
-        self.restore(earlier.alerts, earlier.decisions, earlier.revisions, earlier.checkpoints, earlier.own_mode)
-        if earlier._log.blocks == self._log.blocks:
-            self._history = earlier._history
+        self.restore(earlier.incidents, earlier.decisions, earlier.revisions, earlier.checkpoints, earlier.own_mode)
+        if earlier._detection.names == self._detection.names:
+            self._detection.take_over(earlier._detection)
         self._step = earlier._step
         self.begin_anew()
-
-    def _see(self, obs: Observation) -> tuple[Scores, list[Finding]]:
-        self._step = obs.step
-        scores = self._history.see(obs)
-        judged = (detector.judge(self._history, scores) for detector in DETECTORS)
-        return scores, [finding for finding in judged if finding is not None]

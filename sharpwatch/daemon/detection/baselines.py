@@ -1,200 +1,298 @@
-"""What is normal for a run: robust levels of its signals, and how far each new observation stands above them."""
+"""What is normal for a run: what its past predicts for each series, and how far a new value is from that.
+
+Series stand side by side as the columns of arrays. NaN is a value that was not measured; it is neither judged nor kept.
+"""
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, insort
-from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
-from sharpwatch.curvature.statistics.estimate import Estimate
-from sharpwatch.daemon.records import Observation
+import numpy as np
+import numpy.typing as npt
 
-WINDOW = 100
-WARM_UP = 50  # samples of a step signal before it can raise an alert
-WARM_UP_PROBES = 10  # of a probe signal, which comes every tenth step or so
-SET_ASIDE = 6.0  # z from which a sample stays out of the baseline: a spike must not become normal
-# A level that stands for so many samples in a row is the run's new level. It takes several windows, longer than any
-# sensible `escalate.after_steps`: trouble that lasts must not end its own alert. After a *raise* of a multiplier the
-# shift has a known cause, and one full window at the new level is enough.
-PATIENCE = 5 * WINDOW
-PATIENCE_AFTER_RAISE = WINDOW
-SETTLE = 20  # samples after a change of multipliers that say nothing of the run's own level
-# Lowest spread taken for real, in log units; 6 of them are the smallest rise worth an alert however quiet the run:
-# 6 % of the loss, a third of a gradient norm or update RMS; for the stability ratio see `detectors.stability_limit`.
-LOSS_FLOOR, NORM_FLOOR, RATIO_FLOOR = 0.01, 0.05, 0.25
-LEAST_RATIO = 0.05  # ratios below it (also negative ones: negative curvature along the step) are all alike: no danger
-_MAD_TO_SD = 1.4826  # of a normal distribution
+from sharpwatch.daemon.detection.state import Arrays, gathered, put_back
+from sharpwatch.wire import Doubles
+
+# Of a normal distribution: its standard deviation over its median, and over its mean, absolute deviation.
+_MAD_TO_SD, _MEAN_TO_SD = 1.4826, 1.2533
+_CLIP = 3.0  # standard deviations up to which a value moves a baseline
+# A value beyond it counts as one of this size in a mean: a single odd one must not look like a lasting change.
+FAR = 8.0
+APART = 6.0  # beyond it a value is not taken into a level of single values
+PATIENCE = 500  # samples that may be kept out in a row: a level that stands longer is the run's own
 
 
-class Baseline:
-    """Median and MAD of the log of the last `WINDOW` ordinary samples of one signal."""
+class Trend:
+    """Lines through the log of the step, fitted to the newest `WINDOW` values that are older than the longest span.
 
-    def __init__(self, floor: float, warm_up: int) -> None:
-        self._floor = floor
-        self._warm_up = warm_up
-        self._window: deque[float] = deque()
-        self._sorted: list[float] = []
-        self._aside: deque[float] = deque(maxlen=WINDOW)  # in a row, so far above that they stayed out
-        self._aside_count = 0
+    Losses and norms fall about like this, steeply at first. The lines lag, so that a change that has begun meanwhile
+    does not bend them. Huber's weights keep single odd values from doing so.
+
+    Args:
+        floors: The smallest standard deviation [columns] taken for real.
+        shares: The same as a share of the level.
+        spans: Numbers of newest samples whose means are judged, ascending.
+    """
+
+    WINDOW = 100  # samples of a fit
+    LEAST = 60  # values of a series, of these
+    YOUNG = 20  # samples at the start that no line describes
+    SETTLED = 250  # samples before which a run bends so much that lines miss: there z is smaller
+    _EVERY = 10  # samples between fits
+    STATE = ("_values", "_logs", "_scores", "_known", "_sums", "_count", "_kept_out", "_is_old")  # beside the line
+
+    def __init__(self, floors: Doubles, shares: Doubles, spans: Sequence[int]) -> None:
+        self._floors, self._shares = floors, shares
+        self._spans, self._lag = np.array(spans), max(spans)
+        rows = self.WINDOW + self._lag + self._EVERY
+        self._values = np.full((rows, len(floors)), np.nan, dtype=np.float32)
+        self._logs = np.zeros(rows)  # of the steps
+        self._scores = np.zeros((self._lag, len(floors)))  # of the newest values, clipped; 0 where not known
+        self._known = np.zeros((self._lag, len(floors)))  # 1 where they are, else 0
+        self._sums = np.zeros((2, len(spans), len(floors)))  # of both over each span
+        self._count = 0
+        self._kept_out = 0
+        self._is_old = False  # whether there were too few values for a new line
+        self._line: _Line | None = None
 
     @property
-    def ready(self) -> bool:
-        """Whether there are enough samples to judge by."""
-        return len(self._window) >= self._warm_up
+    def blind(self) -> int:
+        """Samples from the run's start on until the first is judged."""
+        return self.YOUNG + self.LEAST + self._lag
 
-    def z(self, value: float) -> float | None:
-        """How many robust standard deviations `value` stands above the level, in logs; None in warm-up."""
-        if not self.ready or not math.isfinite(value) or value <= 0.0:
-            return None
-        level = self._median()
-        return (math.log(value) - level) / max(self._floor, _MAD_TO_SD * self._deviation(level))
+    def see(self, step: int, values: Doubles, *, keep_out: bool = False) -> tuple[Doubles, Doubles]:
+        """Judge the newest values, then keep them.
 
-    def update(self, value: float, patience: int) -> None:
-        """Take `value` in, or set it aside; after `patience` in a row set aside, they are the new level."""
-        if not math.isfinite(value) or value <= 0.0:
-            return
-        z = self.z(value)
-        if z is not None and z > SET_ASIDE:
-            self._aside.append(math.log(value))
-            self._aside_count += 1
-            if self._aside_count >= patience:
-                self._window = deque(self._aside)
-                self._sorted = sorted(self._window)
-                self._forget_aside()
-            return
-        self._forget_aside()
-        self._push(math.log(value))
+        Args:
+            step: Their step.
+            values: [columns].
+            keep_out: Whether they may not become normal, because something is known to be wrong.
 
-    def _push(self, log: float) -> None:
-        if len(self._window) == WINDOW:
-            del self._sorted[bisect_left(self._sorted, self._window.popleft())]
-        self._window.append(log)
-        insort(self._sorted, log)
-
-    def _forget_aside(self) -> None:
-        self._aside.clear()
-        self._aside_count = 0
-
-    def _median(self) -> float:
-        return _middle(self._sorted)
-
-    def _deviation(self, level: float) -> float:
-        """The median distance from `level`: the half-width of the shortest interval around it with half the samples.
-
-        Seen from `level`, the low end comes nearer and the high end goes away as the interval moves up the sorted
-        samples, so where they cross is found by bisection; sorting the distances at every step costs ten times that.
+        Returns:
+            Their z [columns], and the z [spans, columns] of the means of so many newest values; NaN where they can't be
+            judged. In a mean a value counts as one of `FAR` at most. Unless `keep_out`, the z of a span but the longest
+            is the smaller one of that from the line and that from the older values of the longest span.
         """
-        ordered, half = self._sorted, len(self._sorted) // 2
-        low, high = 0, len(ordered) - half - 1
-        while low < high:
-            middle = (low + high) // 2
-            if ordered[middle + half] - level < level - ordered[middle]:
-                low = middle + 1
+        log = math.log(max(step, 1))
+        self._kept_out = self._kept_out + 1 if keep_out else 0
+        row = self._count % len(self._values)
+        # Past PATIENCE those before are still kept out, but the line moves over to the new ones as they come.
+        self._values[row] = np.nan if keep_out and self._kept_out <= PATIENCE else values
+        self._logs[row] = log
+        self._count += 1
+        judged = self._judge(self._line, log, values, lasting=keep_out)
+        # Last, so that what is judged has not bent the line.
+        if self._count % self._EVERY == 0 and self._count >= self.blind:
+            self._refit()
+        return judged
+
+    def forget(self, columns: slice) -> None:
+        """Begin some series anew: what is normal for them has just changed."""
+        self._values[:, columns] = np.nan
+        self._known[:, columns] = self._scores[:, columns] = 0.0
+        self._sums[..., columns] = 0.0
+        if self._line is not None:
+            self._line.sd[columns] = np.nan
+
+    def state(self) -> Arrays:
+        """All that `load_state` needs to go on."""
+        line = {} if self._line is None else gathered(self._line, _Line.STATE, "line")
+        return gathered(self, self.STATE, "trend") | line
+
+    def load_state(self, arrays: Arrays) -> None:
+        """Go on from `state`; raises `ValueError` for one of other series."""
+        put_back(self, self.STATE, arrays, "trend")
+        self._line = None
+        if "line.sd" in arrays:
+            nothing = np.zeros(len(self._floors))
+            self._line = _Line(np.array([0.0, 1.0]), np.ones((2, len(nothing)), dtype=bool), nothing, nothing, nothing)
+            put_back(self._line, _Line.STATE, arrays, "line")
+
+    def _judge(self, line: _Line | None, log: float, values: Doubles, *, lasting: bool) -> tuple[Doubles, Doubles]:
+        if line is None:
+            nothing = np.full((len(self._spans) + 1, len(values)), np.nan)
+            return nothing[0], nothing[1:]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            z: Doubles = (values - line.at(log)) / line.sd
+            z *= min(1.0, self._count / self.SETTLED) ** 2
+            known = ~np.isnan(z)
+            place = self._count % self._lag
+            newest = np.stack([np.where(known, np.clip(z, -FAR, FAR), 0.0), known])
+            oldest = (self._count - self._spans) % self._lag  # the longest span's is the place of the newest
+            self._sums += newest[:, None] - np.stack([self._scores[oldest], self._known[oldest]])
+            self._scores[place], self._known[place] = newest
+            return z, self._means(line, lasting=lasting)
+
+    def _means(self, line: _Line, *, lasting: bool) -> Doubles:
+        total, count = self._sums
+        # A line is known best where it was fitted: what counts is the middle of a span.
+        middles = self._logs[(self._count - 1 - self._spans // 2) % len(self._logs)]
+        # The variance of a mean of `count` new values about a line that is not known exactly.
+        means: Doubles = total / count / np.sqrt(1.0 / count + line.leverage(middles))
+        means[2 * count < self._spans[:, None] + 1] = np.nan
+        if not lasting:
+            # What has just begun also differs from the values right before it; where a line misses, they miss it too.
+            rest, others = total[-1] - total[:-1], count[-1] - count[:-1]
+            fresh = (total[:-1] / count[:-1] - rest / others) / np.sqrt(1.0 / count[:-1] + 1.0 / others)
+            low = np.minimum(np.abs(fresh), np.abs(means[:-1]))
+            means[:-1] = np.where(others > 0, np.where(fresh * means[:-1] > 0, np.copysign(low, fresh), 0.0), np.nan)
+        return means
+
+    def _refit(self) -> None:
+        line = self._fitted()
+        if line is not None:
+            # Scores against a line that was drawn on far beyond its values say little of the new one.
+            if self._is_old:
+                self._scores[:] = self._known[:] = 0.0
+            self._line = line
+        self._is_old = line is None
+        self._add_up()
+
+    def _add_up(self) -> None:
+        """The sums anew, against rounding."""
+        ages = (self._count - np.arange(self._lag)) % self._lag
+        for sums, kept in zip(self._sums, (self._scores, self._known), strict=True):
+            sums[:] = np.cumsum(kept[ages], axis=0)[self._spans - 1]
+
+    def _fitted(self) -> _Line | None:
+        size = min(self.WINDOW, self._count - self._lag - self.YOUNG)
+        rows = (self._count - self._lag - 1 - np.arange(size)) % len(self._values)
+        return _fit(self._logs[rows], self._values[rows].astype(np.float64), self._floors, self._shares, self.LEAST)
+
+
+class _Line:
+    """A fitted line: value = level + slope · (log(step) - origin) for each column.
+
+    It is flat from as far past its last value as its first lies before that: nothing says that it goes on.
+    """
+
+    STATE = ("_origin", "_level", "_slope", "_rows", "_middle", "_squares", "_last", "sd")
+
+    def __init__(
+        self, logs: Doubles, measured: npt.NDArray[np.bool_], level: Doubles, slope: Doubles, sd: Doubles
+    ) -> None:
+        self._origin, self._level, self._slope = float(logs.mean()), level, slope
+        self._rows = np.maximum(measured.sum(0), 1).astype(np.float64)
+        self._middle = (measured * logs[:, None]).sum(0) / self._rows
+        self._squares = (measured * (logs[:, None] - self._middle) ** 2).sum(0)
+        self._last = float(2 * logs.max() - logs.min())
+        self.sd = sd
+
+    def at(self, log: float) -> Doubles:
+        return self._level + self._slope * (min(log, self._last) - self._origin)
+
+    def leverage(self, logs: Doubles) -> Doubles:
+        """The variance [logs, columns] of the lines at some steps, in units of that of a value."""
+        away = np.minimum(logs, self._last)[:, None] - self._middle
+        variance: Doubles = 1.0 / self._rows + away**2 / np.maximum(self._squares, 1e-300)
+        return variance
+
+
+def _fit(logs: Doubles, values: Doubles, floors: Doubles, shares: Doubles, least: int) -> _Line | None:
+    """Fit each column by least squares with Huber's weights; None if no column has `least` values."""
+    measured = np.isfinite(values)
+    enough = measured.sum(0) >= least
+    if not enough.any():
+        return None
+    x = (logs - logs.mean())[:, None]
+    y = np.where(measured, values, 0.0)
+    weights = measured.astype(np.float64)
+    level = slope = sd = least_sd = np.zeros(values.shape[1])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        for again in range(4):
+            weighted = weights * x
+            total, sum_x, sum_xx = weights.sum(0), weighted.sum(0), (weighted * x).sum(0)
+            sum_y, sum_xy = (weights * y).sum(0), (weighted * y).sum(0)
+            slope = (total * sum_xy - sum_x * sum_y) / (total * sum_xx - sum_x**2)
+            level = (sum_y - slope * sum_x) / total
+            residual = y - level - slope * x
+            # Robust first, about the median: outliers on one side move least squares. Later over the weights.
+            if again == 0:
+                residual -= _medians(residual, measured)
+            residual = np.abs(residual)
+            if again == 0:
+                sd = _MAD_TO_SD * _medians(residual, measured)
             else:
-                high = middle
-        width = max(ordered[low + half] - level, level - ordered[low])
-        return min(width, level - ordered[low - 1]) if low else width
+                sd = np.sqrt(((weights * residual) ** 2).sum(0) / np.maximum(total - 2, 1))
+            least_sd = floors + shares * np.abs(level)
+            bound = _CLIP * np.maximum(sd, least_sd)
+            weights = measured * np.minimum(1.0, bound / np.maximum(residual, bound / 1e6))
+    return _Line(logs, measured, level, slope, np.where(enough, np.maximum(sd, least_sd), np.nan))
 
 
-def _middle(ordered: list[float]) -> float:
-    half = len(ordered) // 2
-    return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
+def _medians(values: Doubles, measured: npt.NDArray[np.bool_]) -> Doubles:
+    """The upper median of each column over the rows that were measured."""
+    ordered = np.sort(np.where(measured, values, np.inf), axis=0)
+    middle: Doubles = ordered[measured.sum(0) // 2 - (measured.sum(0) == len(ordered)), np.arange(values.shape[1])]
+    return middle
 
 
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """One observation with the z of each signal; a signal in warm-up or not measured is absent."""
+class Level:
+    """Exponential means of a level and of the distances from it, each with values clipped at 3 standard deviations.
 
-    observation: Observation
-    loss: float | None = None
-    gradient_norm: Mapping[str, float] = field(default_factory=dict)
-    update_rms: Mapping[str, float] = field(default_factory=dict)
-    stability: float | None = None
-    block_stability: Mapping[str, float] = field(default_factory=dict)
+    For series without a trend whose single values count: a change of one step must not be lost in a mean.
 
+    Args:
+        columns: Number of series.
+        memory: Samples that the level remembers.
+        spread_memory: Samples that the spread remembers.
+        blind: Values of a series before it is judged.
+        patience: Values far from the level, in a row, after which they are the level.
+    """
 
-class History:
-    """The baselines of one run and its last scores; made of observations alone, so a replay gives the same."""
+    _FIRST = 10  # values whose median and mean distance begin a baseline
+    STATE = ("_first", "_count", "_kept_out", "_level", "_spread")
 
-    def __init__(self) -> None:
-        self.recent: deque[Scores] = deque(maxlen=3)  # newest last
-        self.probes: deque[Scores] = deque(maxlen=3)  # those with a stability ratio
-        self._loss = Baseline(LOSS_FLOOR, WARM_UP)
-        self._gradient_norm: dict[str, Baseline] = {}
-        self._update_rms: dict[str, Baseline] = {}
-        self._stability = Baseline(RATIO_FLOOR, WARM_UP_PROBES)
-        self._block_stability: dict[str, Baseline] = {}
-        self._multipliers: Mapping[str, float] = {}
-        self._settling = 0
-        self._patience = PATIENCE
+    def __init__(self, columns: int, *, memory: int, spread_memory: int, blind: int, patience: int = PATIENCE) -> None:
+        self._patience = patience
+        self._level_gain, self._spread_gain = 1.0 / memory, 1.0 / spread_memory
+        self.blind = blind
+        self._first = np.full((self._FIRST, columns), np.nan)
+        self._count = np.zeros(columns, dtype=np.int64)
+        self._kept_out = np.zeros(columns, dtype=np.int64)
+        self._level = np.full(columns, np.nan)
+        self._spread = np.full(columns, np.nan)
 
-    def see(self, observation: Observation) -> Scores:
-        """Score `observation` against what came before it, then take it in."""
-        if self.recent and observation.step <= self.recent[-1].observation.step:
-            self._go_back()
-        scores = self._score(observation)
-        self.recent.append(scores)
-        if scores.stability is not None:
-            self.probes.append(scores)
-        self._note_multipliers(observation.multipliers)
-        if self._settling:
-            self._settling -= 1
-        else:
-            self._update(observation)
-        return scores
+    def see(self, values: Doubles, floor: Doubles | float, *, keep_out: bool = False) -> Doubles:
+        """Judge the newest values, then keep them.
 
-    def _go_back(self) -> None:
-        """A rollback: what was last seen belongs to a timeline that was left; the levels before it stand."""
-        self.recent.clear()
-        self.probes.clear()
-        self._settling = SETTLE
+        Args:
+            values: [columns].
+            floor: The smallest standard deviation taken for real.
+            keep_out: Whether they may not become normal.
 
-    def _score(self, seen: Observation) -> Scores:
-        return Scores(
-            seen,
-            loss=self._loss.z(seen.loss) if seen.loss is not None else None,
-            gradient_norm=_each(self._gradient_norm, seen.gradient_norm),
-            update_rms=_each(self._update_rms, seen.update_rms),
-            stability=self._stability.z(surely(seen.stability)) if seen.stability is not None else None,
-            block_stability=_each(self._block_stability, {b: surely(e) for b, e in seen.block_stability.items()}),
-        )
+        Returns:
+            The z [columns] of each, NaN where it can't be judged.
+        """
+        with np.errstate(invalid="ignore", over="ignore"):
+            sd = np.maximum(_MEAN_TO_SD * self._spread, floor)
+            z: Doubles = (values - self._level) / sd
+        self._keep(values, z, sd, keep_out=keep_out)
+        z[self._count <= self.blind] = np.nan
+        return z
 
-    def _update(self, seen: Observation) -> None:
-        patience = self._patience
-        if seen.loss is not None:
-            self._loss.update(seen.loss, patience)
-        for baselines, values in ((self._gradient_norm, seen.gradient_norm), (self._update_rms, seen.update_rms)):
-            for block, value in values.items():
-                baselines.setdefault(block, Baseline(NORM_FLOOR, WARM_UP)).update(value, patience)
-        if seen.stability is not None:
-            self._stability.update(_ratio(seen.stability.value), patience)
-        for block, estimate in seen.block_stability.items():
-            baseline = self._block_stability.setdefault(block, Baseline(RATIO_FLOOR, WARM_UP_PROBES))
-            baseline.update(_ratio(estimate.value), patience)
+    def forget(self, columns: np.ndarray) -> None:
+        """Begin some series anew: their values mean something else from now on."""
+        self._count[columns] = 0
 
-    def _note_multipliers(self, now: Mapping[str, float]) -> None:
-        before = self._multipliers
-        if not now or now == before:
-            return
-        self._multipliers = now
-        changed = [block for block, value in now.items() if value != before.get(block, 1.0)]
-        if changed:
-            self._settling = SETTLE
-            raised = any(now[block] > before.get(block, 1.0) for block in changed)
-            self._patience = PATIENCE_AFTER_RAISE if raised else PATIENCE
-
-
-def surely(ratio: Estimate) -> float:
-    """What `ratio` is at least, by one standard error where that is known; small and negative ones are alike."""
-    return _ratio(ratio.value - ratio.stderr if math.isfinite(ratio.stderr) else ratio.value)
-
-
-def _ratio(value: float) -> float:
-    return max(value, LEAST_RATIO)
-
-
-def _each(baselines: Mapping[str, Baseline], values: Mapping[str, float]) -> dict[str, float]:
-    scored = {block: baselines[block].z(value) for block, value in values.items() if block in baselines}
-    return {block: z for block, z in scored.items() if z is not None}
+    def _keep(self, values: Doubles, z: Doubles, sd: Doubles, *, keep_out: bool) -> None:
+        measured = np.isfinite(values)
+        young = measured & (self._count < self._FIRST)
+        self._first[self._count[young], np.flatnonzero(young)] = values[young]
+        with np.errstate(invalid="ignore"):
+            far = measured & ~young & ((np.abs(z) > APART) & (self._count > self.blind) | keep_out)
+        self._kept_out = np.where(far, self._kept_out + 1, 0)
+        accepted = self._kept_out > self._patience
+        kept = measured & ~young & (~far | accepted)
+        with np.errstate(invalid="ignore"):
+            step = np.where(accepted, values - self._level, np.clip(values - self._level, -_CLIP * sd, _CLIP * sd))
+        age = 1.0 / (self._count + 1.0)
+        self._level[kept] += (np.maximum(self._level_gain, age) * step)[kept]
+        self._spread[kept] += (np.maximum(self._spread_gain, age) * (np.abs(step) - self._spread))[kept]
+        self._count[young | kept] += 1
+        begun = young & (self._count == self._FIRST)
+        if begun.any():
+            first = self._first[:, begun]
+            self._level[begun] = np.median(first, axis=0)
+            self._spread[begun] = np.abs(first - self._level[begun]).mean(axis=0)

@@ -1,274 +1,188 @@
-"""What is wrong with a run: detectors, which judge the scores of a step, and the alerts that their findings open."""
+"""Detectors of what stands out: weights, layer blocks, the loss and the stability ratio against the run's own past.
+
+Pure functions of a run's newest scores. Each has one statistic per span of samples, two-sided, the largest over layer
+blocks; `thresholds` has the sizes that are worth a warning and a page.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
-from sharpwatch.daemon.detection.baselines import History, Scores
-from sharpwatch.daemon.records import Alert, Finding, Severity
+import numpy as np
 
-SPIKE = 6.0  # healthy runs stay below 5
-SURE_SPIKE = 12.0  # believed without a second signal
-CORROBORATES = 4.0
-# A block's weights grow by less than a percent a step, and by a few where the rate is far too high. What grows them by
-# half at once did not come from the optimizer: a memory fault, a bad restore.
-WEIGHT_JUMP = 1.5
-# Of one probe's stability ratio above the run's own level. With the baseline's floor of 0.25 this is a factor of 3
-# at least; healthy ratios scatter by half as much again.
-RATIO_EXCESS = 4.5
-RATIO_BLOCK_EXCESS = 3.0
+from sharpwatch.daemon.detection.exact import EXACT, Detector, Judged
+from sharpwatch.daemon.detection.signals import Scores
+from sharpwatch.daemon.records import AlertName, Finding, Severity
+from sharpwatch.wire import Doubles
+
+_GROWN, _FASTER = 0.1, 3.0  # log of a growth in 20 samples, and how many times that of the 20 before
+_STANDS_OUT = 3.0  # z of a single value that a change can begin with
+# Of one probe's stability ratio above the run's own level, and of a block type's.
+_RATIO_EXCESS, _BLOCK_EXCESS = 4.5, 3.0
 # The step's curvature term takes this share of its first-order gain. Below it nothing is in danger, however far
 # above its level a run is; 1 itself is no threshold, since runs differ in where they normally stand.
-RATIO_MATTERS = 0.2
+_RATIO_MATTERS = 0.2
 
 
-def non_finite(scores: Scores) -> Finding | None:
-    """A loss or gradient that is not finite: at once, also in warm-up."""
-    seen = scores.observation
-    counts = {block: count for block, count in seen.non_finite.items() if count > 0}
-    norms = {block: 1 for block, norm in seen.gradient_norm.items() if not math.isfinite(norm)}
-    bad_loss = seen.loss is not None and not math.isfinite(seen.loss)
-    blocks = _worst_first({**norms, **counts})
-    if not blocks and not bad_loss:
-        return None
-    evidence = [f"loss is {seen.loss}"] if bad_loss else []
-    evidence += [f"{block}: {counts.get(block, 'some')} gradient entries not finite" for block in blocks]
-    return Finding("NonFinite", blocks, "critical", "; ".join(evidence), seen.step)
+def statistics(recent: Sequence[Scores]) -> dict[str, Doubles]:
+    """What is compared with thresholds, of the newest sample; NaN where it can't be judged.
 
-
-def loss_spike(recent: Sequence[Scores]) -> Finding | None:
-    """A loss of z > 6, and a gradient or an update that says so too, or three such losses in a row."""
-    now = recent[-1]
-    if now.loss is None or now.loss <= SPIKE:
-        return None
-    agree = _excess(now, CORROBORATES)
-    lasting = len(recent) >= 3 and all(scores.loss is not None and scores.loss > SPIKE for scores in recent)
-    if not agree and not lasting:
-        return None
-    evidence = f"loss {now.observation.loss:.4g} is {now.loss:.1f} robust sd above its level"
-    also = [f"{signal} of {block} {z:.1f}" for z, signal, block in agree[:3]]
-    evidence += f"; so are {', '.join(also)}" if also else "; the third in a row"
-    severity: Severity = "critical" if now.loss > SURE_SPIKE else "warning"
-    blocks = tuple(dict.fromkeys(block for _, _, block in agree))
-    return Finding("LossSpike", blocks, severity, evidence, now.observation.step)
-
-
-def update_rms_spike(recent: Sequence[Scores]) -> Finding | None:
-    """A block's update RMS of z > 6, seen twice: in a second signal, a second block or a second step; z > 12 alone.
-
-    Weights that jumped need no second sign, nor a z: early in a run, where levels still scatter, one damaged weight
-    stays within them. Their block is the cause and stands first: it disturbs the gradients of every block around it.
+    "weight" [L] is how far the change of weights in the step before stands out from those in the steps around it; it is
+    0 where they are back since. "update-5" and the like [L] are sizes of z over so many samples; "loss-3" and "drop-3"
+    [1] are the two sides of the loss.
     """
     now = recent[-1]
-    high = {block: z for block, z in now.update_rms.items() if z > SPIKE}
-    jumped = _weight_jumps(recent)
-    if not jumped and not _seen_twice(high, recent):
+    found = {f"{side}-{span}": np.array([sign * now.loss[span]]) for side, sign in _SIDES for span in _LOSS_SPANS}
+    if len(recent) > 2 and (weight := _weight(*recent[-3:])) is not None:
+        found["weight"] = weight
+    if now.observation.layers is not None:
+        found |= {f"update-{span}": np.abs(now.update[span]) for span in _BLOCK_SPANS}
+        found |= {f"gradient-{span}": np.abs(now.gradient[span]) for span in _BLOCK_SPANS}
+    return found
+
+
+# Samples over which the loss, and the norms of layer blocks, are compared with thresholds.
+_LOSS_SPANS, _BLOCK_SPANS = (3, 10, 40), (5, 20)
+_SIDES = (("loss", 1.0), ("drop", -1.0))
+
+
+def _weight(before: Scores, then: Scores, now: Scores) -> Doubles | None:
+    steps = [scores.observation.step for scores in (before, then, now)]
+    if steps != list(range(steps[0], steps[0] + 3)) or not (
+        before.weight.size and then.weight.size and now.weight.size
+    ):
         return None
-    evidence = [f"weight norm of {block} ×{jumped[block]:.3g} in one step" for block in _worst_first(jumped)]
-    evidence += [
-        f"update RMS of {block} {now.observation.update_rms[block]:.3g} (z {high[block]:.1f})"
-        for block in _worst_first(high)
-    ]
-    blocks = tuple(dict.fromkeys((*_worst_first(jumped), *_worst_first(high))))
-    severity: Severity = "critical" if jumped or max(high.values()) > SURE_SPIKE else "warning"
-    return Finding("UpdateRmsSpike", blocks, severity, "; ".join(evidence), now.observation.step)
+    with np.errstate(invalid="ignore"):
+        back = np.abs(then.weight_change + now.weight_change) < np.abs(then.weight_change) / 2
+        back |= np.abs(before.weight_change + then.weight_change) < np.abs(before.weight_change) / 2  # the way back
+        # Infinite where a norm overflows: the difference of two such is no number.
+        rise, fall = then.weight - before.weight, then.weight - now.weight
+        size = np.where(rise * fall > 0, np.minimum(np.abs(rise), np.abs(fall)), 0.0)
+        size = np.where(np.isinf(then.weight), np.inf, size)
+    size[np.isnan(then.weight)] = np.nan
+    return np.where(back, 0.0, size)
 
 
-def _seen_twice(high: Mapping[str, float], recent: Sequence[Scores]) -> bool:
-    """Whether the blocks of too high an update RMS have a second sign, or one that needs none."""
-    before = recent[-2].update_rms if len(recent) > 1 else {}
-    return (
-        len(high) > 1
-        or any(z > SURE_SPIKE for z in high.values())
-        or any(recent[-1].gradient_norm.get(block, 0.0) > CORROBORATES for block in high)
-        or any(before.get(block, 0.0) > SPIKE for block in high)
+def weight_jump(judged: Judged) -> Iterable[Finding]:
+    """Weights that one step has changed far more than those around it, and that are not back after the next one.
+
+    How fast weights grow may change for good, as where a rare token comes at last: that is no jump.
+    """
+    for _, severity, score, where in _exceeding(judged, "weight"):
+        then = judged.recent[-2]
+        blocks = judged.named(score, where)
+        worst = judged.names.index(blocks[0])
+        factor = math.exp(min(float(then.weight_change[worst]), 700.0))
+        evidence = f"weight norm of {blocks[0]} ×{factor:.4g} in one step ({score[worst]:.3g} sd)"
+        yield Finding("WeightJump", severity, evidence, judged.step, then.observation.step, blocks)
+
+
+def weight_growth(judged: Judged) -> Iterable[Finding]:
+    """Weights that grow by a tenth in 20 samples, and three times as fast as in the 20 before."""
+    growth = np.abs(judged.now.growth)
+    if not growth.size or judged.now.settling:
+        return
+    with np.errstate(invalid="ignore"):
+        where = (growth[0] > _GROWN) & (growth[0] > _FASTER * growth[1])
+    if where.any():
+        blocks = judged.named(growth[0], where)
+        worst = judged.names.index(blocks[0])
+        evidence = f"weight norm of {blocks[0]} ×{math.exp(float(judged.now.growth[0][worst])):.3g} in 20 samples"
+        onset = judged.recent[0].observation.step
+        yield Finding("WeightGrowth", "critical", evidence, judged.step, onset, blocks)
+
+
+def block_shift(judged: Judged) -> Iterable[Finding]:
+    """A layer block whose update RMS or gradient norm has left its level, though the others' have not."""
+    signals: tuple[tuple[str, str, AlertName], ...] = (
+        ("update", "update RMS", "UpdateRmsSpike"),
+        ("gradient", "gradient norm", "GradientSpike"),
     )
+    for signal, what, high in signals:
+        for span, severity, score, where in _exceeding(judged, signal)[:1]:
+            blocks = judged.named(score, where)
+            worst = judged.names.index(blocks[0])
+            above = getattr(judged.now, signal)[span][worst] > 0
+            evidence = f"{what} of {blocks[0]} {score[worst]:.1f} sd {_side(above)} its level, over {span} samples"
+            singles = [getattr(each, signal)[1][worst] if each.update else math.nan for each in judged.recent]
+            onset = _onset(judged, span, singles if above else [-z for z in singles])
+            yield Finding(high if above else "DeadBlock", severity, evidence, judged.step, onset, blocks)
 
 
-def _weight_jumps(recent: Sequence[Scores]) -> dict[str, float]:
-    """By how much a block's weight norm grew since the step before, where that is more than a step can do.
+def loss_shift(judged: Judged) -> Iterable[Finding]:
+    """A loss that has left its trend, for several samples: upwards, or downwards as where a loader is stuck."""
+    sides: tuple[tuple[str, AlertName, float], ...] = (("loss", "LossSpike", 1.0), ("drop", "LossDrop", -1.0))
+    for signal, alert, sign in sides:
+        for span, severity, score, _ in _exceeding(judged, signal)[:1]:
+            loss = judged.now.observation.loss
+            what = "loss" if loss is None else f"loss {loss:.4g}"  # a mean may be known where the newest value is not
+            evidence = f"{what}: {score[0]:.1f} sd {_side(sign > 0)} its trend, over {span} samples"
+            singles = [sign * scores.loss.get(1, math.nan) for scores in judged.recent]
+            yield Finding(alert, severity, evidence, judged.step, _onset(judged, span, singles))
 
-    Not in warm-up: weights that begin at zero double in their second step.
-    """
-    if len(recent) < 2 or recent[-1].observation.step != recent[-2].observation.step + 1:
-        return {}
-    was, now = recent[-2].observation.weight_norm, recent[-1].observation.weight_norm
-    ratios = {block: now[block] / was[block] for block in recent[-1].gradient_norm if was.get(block) and block in now}
-    return {block: ratio for block, ratio in ratios.items() if ratio > WEIGHT_JUMP}
 
-
-def stability_limit(probes: Sequence[Scores]) -> Finding | None:
-    """The stability ratio stands far above the run's own level in two of its last three probes, this one among them.
+def stability_limit(judged: Judged) -> Iterable[Finding]:
+    """A stability ratio far above the run's own level in two of the last three probes, the newest among them.
 
     One probe's ratio has a denominator that can come near zero, so a single large one proves nothing.
     """
-    now = probes[-1]
-    ratio = now.observation.stability
-    if ratio is None or not _too_sharp(now) or sum(map(_too_sharp, probes)) < 2:
-        return None
+    now = judged.now
+    if now.observation.stability is None or not _too_sharp(now) or sum(map(_too_sharp, judged.probes)) < 2:
+        return
     excess: dict[str, float] = {}
-    for scores in probes:  # blocks take turns in being probed: the newest that is known of each
+    for scores in judged.probes:  # blocks take turns in being probed: the newest that is known of each
         excess.update(scores.block_stability)
-    blocks = _worst_first({block: z for block, z in excess.items() if z > RATIO_BLOCK_EXCESS})
-    evidence = (
-        f"stability ratio {ratio.value:.3g} ± {ratio.stderr:.2g} is {now.stability:.1f} robust sd above its level"
-    )
-    return Finding(
-        "StabilityLimit", blocks, "critical" if ratio.value > 1 else "warning", evidence, now.observation.step
-    )
+    blocks = tuple(sorted((b for b, z in excess.items() if z > _BLOCK_EXCESS), key=lambda block: -excess[block]))
+    ratio = now.observation.stability
+    evidence = f"stability ratio {ratio.value:.3g}, {now.stability:.1f} sd above its level"
+    onset = next(scores.observation.step for scores in judged.probes if _too_sharp(scores))
+    severity: Severity = "critical" if ratio.value - ratio.stderr > 1 else "warning"
+    yield Finding("StabilityLimit", severity, evidence, judged.step, onset, blocks)
 
 
 def _too_sharp(scores: Scores) -> bool:
     ratio = scores.observation.stability
-    return (
-        ratio is not None
-        and scores.stability is not None
-        and scores.stability > RATIO_EXCESS
-        and ratio.value > RATIO_MATTERS
-    )
+    return ratio is not None and scores.stability > _RATIO_EXCESS and ratio.value > _RATIO_MATTERS
 
 
-def _excess(scores: Scores, above: float) -> list[tuple[float, str, str]]:
-    """(z, signal, block) of what stands out, worst first."""
-    signals = (("gradient norm", scores.gradient_norm), ("update RMS", scores.update_rms))
-    return sorted(((z, name, block) for name, zs in signals for block, z in zs.items() if z > above), reverse=True)
+STATISTICAL: tuple[Detector, ...] = (weight_jump, block_shift, loss_shift, stability_limit)
 
 
-def _worst_first(badness: Mapping[str, float]) -> tuple[str, ...]:
-    return tuple(sorted(badness, key=lambda block: -badness[block]))
+def findings(judged: Judged) -> list[Finding]:
+    """All detectors' findings of the newest sample."""
+    found = [replace(finding, is_exact=True) for detector in EXACT for finding in detector(judged)]
+    found += weight_growth(judged)
+    if judged.exceeded or judged.now.observation.stability is not None:
+        found += [finding for detector in STATISTICAL for finding in detector(judged)]
+    return found
 
 
-@dataclass(frozen=True, slots=True)
-class Detector:
-    """A named judge.
-
-    `judged` says whether its signal was there to be judged; so many steps that it judged clear, `quiet`, end an alert.
-    """
-
-    name: str
-    judge: Callable[[History, Scores], Finding | None]
-    judged: Callable[[Scores], bool]
-    quiet: int
-
-
-DETECTORS = (
-    Detector("NonFinite", lambda _, now: non_finite(now), lambda _: True, quiet=20),
-    Detector(
-        "UpdateRmsSpike", lambda past, _: update_rms_spike(past.recent), lambda now: bool(now.update_rms), quiet=20
-    ),
-    Detector(
-        "StabilityLimit",
-        lambda past, now: stability_limit(past.probes) if now.stability is not None else None,
-        lambda now: now.stability is not None,
-        quiet=3,
-    ),
-    Detector("LossSpike", lambda past, _: loss_spike(past.recent), lambda now: now.loss is not None, quiet=20),
-)
+def _exceeding(judged: Judged, signal: str) -> list[tuple[int, Severity, Doubles, np.ndarray]]:
+    """What of a signal is worth a warning: span, severity, statistic and where; pages first, then short spans."""
+    found: list[tuple[int, Severity, Doubles, np.ndarray]] = []
+    for name in judged.exceeded:
+        kind, _, span = name.partition("-")
+        if kind != signal:
+            continue
+        score = judged.statistics[name]
+        warning, critical = judged.limits[name]
+        with np.errstate(invalid="ignore"):
+            where: np.ndarray = score > warning
+            if where.any():
+                found.append((int(span or 1), "critical" if (score > critical).any() else "warning", score, where))
+    return sorted(found, key=lambda each: (each[1] != "critical", each[0]))
 
 
-UPDATE_EVERY = 10  # steps between records of an alert that merely goes on
+def _side(above: bool) -> str:
+    return "above" if above else "below"
 
 
-@dataclass(slots=True)
-class _Open:
-    alert: Alert
-    quiet: int = 0  # clear steps in a row
-    recorded: int = 0  # last step of the newest record
-
-
-class AlertLog:
-    """The alerts of one run. An alert is closed after `quiet` steps in a row at which its detector could judge."""
-
-    def __init__(self, run: str, quiet: Mapping[str, int], new_id: Callable[[], str]) -> None:
-        self._run = run
-        self._quiet = quiet
-        self._new_id = new_id
-        self.open: dict[str, _Open] = {}  # by name
-        self._all: dict[str, Alert] = {}
-
-    @property
-    def all(self) -> tuple[Alert, ...]:
-        """Every alert, oldest first."""
-        return tuple(self._all.values())
-
-    def active(self, name: str) -> Alert | None:
-        """The open alert of that name."""
-        return self.open[name].alert if name in self.open else None
-
-    def restore(self, alerts: Iterable[Alert]) -> None:
-        """Take up journalled alerts."""
-        self._all = {alert.id: alert for alert in alerts}
-        self.open = {alert.name: _Open(alert, recorded=alert.last_step) for alert in self._all.values() if alert.active}
-
-    def see(self, findings: Sequence[Finding], judged: Iterable[str]) -> tuple[Alert, ...]:
-        """Fold one step's findings; `judged` are the names that had a signal. Returns the alerts to record."""
-        changed = [alert for finding in findings if (alert := self._find(finding)) is not None]
-        found = {finding.name for finding in findings}
-        for name in judged:
-            if name in self.open and name not in found:
-                self.open[name].quiet += 1
-                if self.open[name].quiet >= self._quiet[name]:
-                    changed.append(self._close(name))
-        return tuple(changed)
-
-    def replay(self, findings: Sequence[Finding], judged: Iterable[str]) -> None:
-        """Carry open alerts on, as `see` does; open and close none."""
-        found = {finding.name: finding for finding in findings}
-        for name, entry in self.open.items():
-            finding = found.get(name)
-            if finding is not None:
-                self._carry_on(entry, finding)
-            elif name in judged:
-                entry.quiet += 1
-
-    def close_all(self) -> tuple[Alert, ...]:
-        """Close what is open: the run went back to before it."""
-        return tuple(self._close(name) for name in tuple(self.open))
-
-    def _find(self, finding: Finding) -> Alert | None:
-        entry = self.open.get(finding.name)
-        if entry is None:
-            alert = Alert(
-                id=self._new_id(),
-                run=self._run,
-                name=finding.name,
-                blocks=finding.blocks,
-                severity=finding.severity,
-                evidence=finding.evidence,
-                first_step=finding.step,
-                last_step=finding.step,
-                active=True,
-            )
-            self.open[finding.name] = _Open(alert, recorded=finding.step)
-            self._all[alert.id] = alert
-            return alert
-        before = entry.alert
-        self._carry_on(entry, finding)
-        alert = entry.alert
-        changed = alert.blocks != before.blocks or alert.severity != before.severity
-        if not changed and alert.last_step - entry.recorded < UPDATE_EVERY:
-            return None
-        entry.recorded = alert.last_step
-        return alert
-
-    def _carry_on(self, entry: _Open, finding: Finding) -> None:
-        alert = entry.alert
-        # Blocks stay in the order in which trouble reached them: the first to show it is the likeliest cause.
-        blocks = tuple(dict.fromkeys((*alert.blocks, *finding.blocks)))
-        worse = finding.severity == "critical" and alert.severity == "warning"
-        entry.quiet = 0
-        entry.alert = replace(
-            alert,
-            blocks=blocks,
-            severity="critical" if worse else alert.severity,
-            evidence=finding.evidence if worse else alert.evidence,
-            last_step=max(alert.last_step, finding.step),
-        )
-        self._all[alert.id] = entry.alert
-
-    def _close(self, name: str) -> Alert:
-        closed = replace(self.open.pop(name).alert, active=False)
-        self._all[closed.id] = closed
-        return closed
+def _onset(judged: Judged, span: int, singles: Sequence[float]) -> int:
+    """The first step, of those that a mean over `span` samples is of, that stood out by itself; else the first."""
+    first = max(0, len(singles) - span)
+    for scores, z in list(zip(judged.recent, singles, strict=True))[first:]:
+        if z > _STANDS_OUT:
+            return scores.observation.step
+    return judged.recent[first].observation.step

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, product
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
@@ -13,14 +13,17 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from sharpwatch.curvature.statistics.estimate import Estimate
-from sharpwatch.daemon.detection.detectors import DETECTORS
 from sharpwatch.daemon.estimation.estimator import PROBES
 from sharpwatch.daemon.ingest.samples import FailedProbe
+from sharpwatch.daemon.records import CAUSES
 from sharpwatch.daemon.runs.snapshot import RunSnapshot
 
 MAX_LAYER_SERIES = 512  # layer blocks exported of one run
 _RUN = ("training_job", "run")
-_ALERTS = sorted(detector.name for detector in DETECTORS)
+_MINUTE = "of the minute up to the newest sample."
+_ALERTS = sorted(CAUSES)
+_SIGNALS = ("update", "gradient", "weight")  # of blocks, whose excursions are counted; beside the loss
+_INCIDENT = ("name", "severity", "cause", "block", "layer")
 
 
 def render(registry: CollectorRegistry, accept: str) -> tuple[bytes, str]:
@@ -72,6 +75,8 @@ class RunCollector(Collector):
         snapshots.sort(key=lambda snapshot: (snapshot.hello.training_job, snapshot.hello.run))
         yield from _run_families(snapshots)
         yield from _tap_families(snapshots)
+        yield from _maxima_families(snapshots)
+        yield _excursion_family(snapshots)
         yield from _estimate_families(snapshots)
         yield from _action_families(snapshots)
         yield from _agent_families(snapshots)
@@ -143,6 +148,35 @@ def _tap_families(snapshots: list[RunSnapshot]) -> Iterator[Metric]:
         if snapshot.gradient_noise is not None:
             _add_present(noise, snapshot, snapshot.gradient_noise)
     yield noise
+
+
+def _maxima_families(snapshots: list[RunSnapshot]) -> Iterator[Metric]:
+    loss = _gauge("run_loss_max", f"The largest training loss {_MINUTE}")
+    gradient_norm = _gauge("block_gradient_norm_max", f"The block's largest gradient norm {_MINUTE}", "block")
+    update_rms = _gauge("block_update_rms_max", f"The block's largest update RMS {_MINUTE}", "block")
+    for snapshot in snapshots:
+        if snapshot.maxima is None:
+            continue
+        if not math.isnan(snapshot.maxima.loss):
+            loss.add_metric(_labels(snapshot), snapshot.maxima.loss)
+        _add_present(gradient_norm, snapshot, snapshot.maxima.gradient_norm)
+        _add_present(update_rms, snapshot, snapshot.maxima.update_rms)
+    yield from (loss, gradient_norm, update_rms)
+
+
+def _excursion_family(snapshots: list[RunSnapshot]) -> Metric:
+    """Each from 0 on, as alerts; they begin anew when the daemon does."""
+    family = _counter(
+        "excursions",
+        "Samples in which a single value stood out but was no finding; block is empty for the loss.",
+        "signal",
+        "block",
+    )
+    for snapshot in snapshots:
+        for signal, block in (("loss", ""), *product(_SIGNALS, snapshot.hello.blocks)):
+            count = snapshot.excursions_total.get((signal, block), 0)
+            family.add_metric(_labels(snapshot, signal, block), count)
+    return family
 
 
 def _add_present(family: GaugeMetricFamily, snapshot: RunSnapshot, values: Iterable[float]) -> None:
@@ -253,22 +287,37 @@ def _action_families(snapshots: list[RunSnapshot]) -> Iterator[Metric]:
         "alert_active", "1 while the alert stands, 0 after; block is empty for an alert on none.", "alert", "block"
     )
     alerts = _counter("alerts", "Alerts raised.", "alert")
+    incident_open = _gauge(
+        "incident",
+        "1 while the incident is open; block and layer are the likeliest culprit's, empty for the whole model.",
+        *_INCIDENT,
+    )
+    onset = _gauge("incident_onset_step", "Step at which the open incident began.", *_INCIDENT)
+    critical = _counter("critical_incidents", "Incidents that have reached severity critical.")
     decisions = _counter("decisions", "Decisions that reached the outcome.", "action", "mode", "outcome")
     revision = _gauge("lr_revision", "Number of the newest LR revision; 0 before the first.")
     for snapshot in snapshots:
         active_by_block: dict[tuple[str, str], bool] = {}
-        for alert in snapshot.alerts:
-            for block in alert.blocks or ("",):
-                active_by_block[alert.name, block] = alert.active or active_by_block.get((alert.name, block), False)
+        open_ones: dict[tuple[str, ...], int] = {}  # the newest of those that have the same labels
+        for incident in snapshot.incidents:
+            for key in product(incident.names, incident.blocks or ("",)):
+                active_by_block[key] = incident.active or active_by_block.get(key, False)
+            if incident.active:
+                layer, _, block = (incident.layer_blocks or ("",))[0].rpartition(".")
+                open_ones[incident.name, incident.severity, incident.cause, block, layer] = incident.onset
         for (name, block), is_active in active_by_block.items():
             active.add_metric(_labels(snapshot, name, block), float(is_active))
         # Each from 0 on: increase() can't see a counter that begins at 1.
-        for name, count in (dict.fromkeys(_ALERTS, 0) | dict(snapshot.alerts_total)).items():
+        for name, count in (dict.fromkeys(_ALERTS, 0) | dict(snapshot.incidents_total)).items():
             alerts.add_metric(_labels(snapshot, name), count)
+        critical.add_metric(_labels(snapshot), sum(each.severity == "critical" for each in snapshot.incidents))
+        for labels, step in open_ones.items():
+            incident_open.add_metric(_labels(snapshot, *labels), 1.0)
+            onset.add_metric(_labels(snapshot, *labels), step)
         for (action, mode, outcome), count in snapshot.decisions_total.items():
             decisions.add_metric(_labels(snapshot, action, mode, outcome), count)
         revision.add_metric(_labels(snapshot), snapshot.lr_revision)
-    yield from (active, alerts, decisions, revision)
+    yield from (active, alerts, incident_open, onset, critical, decisions, revision)
 
 
 def _agent_families(snapshots: list[RunSnapshot]) -> Iterator[Metric]:

@@ -15,12 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from sharpwatch import wire
 from sharpwatch.daemon.ingest.hello import Attempt, RunHello
 from sharpwatch.daemon.ingest.probes import read_probes
-from sharpwatch.daemon.records import Checkpoint, CheckpointReport, ReportedResult
+from sharpwatch.daemon.records import Checkpoint, CheckpointReport, LayerTap, OptimizerGroup, ReportedResult
 from sharpwatch.errors import WireError
 from sharpwatch.v1 import agent_pb2, types_pb2
 from sharpwatch.wire import (
@@ -42,6 +41,7 @@ _OUTCOMES: dict[int, Literal["applied", "refused", "expired", "failed"]] = {
     types_pb2.COMMAND_OUTCOME_EXPIRED: "expired",
     types_pb2.COMMAND_OUTCOME_FAILED: "failed",
 }
+MAX_GROUPS = 16_384  # parameter groups of a run: one for each layer block, at the most
 MAX_LABEL = 300  # characters of a text that becomes a label; no sample is worth refusing for a longer one
 _TAP_DTYPES = {
     "gradient_norm": "float32",
@@ -111,6 +111,9 @@ class Reading:
     restored: bool
     dropped_probes: tuple[str, ...]
     deleted_checkpoints: tuple[str, ...] = ()  # their URIs
+    layers: LayerTap | None = None
+    # By number of the optimizer and of the group; empty if the sample says nothing of them.
+    optimizer_groups: Mapping[tuple[int, int], OptimizerGroup] = field(default_factory=dict)
 
     @property
     def checkpoint_report(self) -> CheckpointReport:
@@ -130,12 +133,15 @@ def read_sample(hello: RunHello, sample: agent_pb2.Sample) -> Reading:
     """
     _check_numbers(sample)
     probes = read_probes(hello, sample)
+    layers = _layers(sample.tap, hello) if sample.HasField("tap") else None
     return Reading(
         sequence=sample.sequence,
         step=sample.step,
         taken_at=sample.taken_at_unix_ns / 1e9,
         loss=sample.loss if sample.HasField("loss") else None,
-        tap=_tap(sample.tap, hello) if sample.HasField("tap") else None,
+        tap=None if layers is None else gather_blocks(hello, layers),
+        layers=layers,
+        optimizer_groups={(each.optimizer, each.group): _group(each) for each in sample.optimizer_groups},
         probes={probe: reading for probe, reading in probes.items() if reading is not None},
         health=_health(sample.health) if sample.HasField("health") else None,
         results=tuple(map(_result, sample.results)),
@@ -157,10 +163,13 @@ def _check_numbers(sample: agent_pb2.Sample) -> None:
         raise WireError("malformed", f"taken_at_unix_ns must be at most 2**63 - 1, got {sample.taken_at_unix_ns}")
     if max(len(sample.results), len(sample.checkpoints), len(sample.deleted_checkpoints)) > MAX_ITEMS:
         raise WireError("malformed", f"results, checkpoints and deleted_checkpoints must have at most {MAX_ITEMS} each")
+    if len(sample.optimizer_groups) > MAX_GROUPS:
+        raise WireError("malformed", f"optimizer_groups must have at most {MAX_GROUPS} items")
 
 
-def _tap(tap: agent_pb2.Tap, hello: RunHello) -> BlockTap:
-    rows = wire.decode_fields(tap, _TAP_DTYPES, name="tap", rows=len(hello.parameters))
+def _layers(tap: agent_pb2.Tap, hello: RunHello) -> LayerTap:
+    count = len(hello.parameters)
+    rows = wire.decode_fields(tap, _TAP_DTYPES, name="tap", rows=count)
     counts = rows["non_finite"]
     if not ((counts >= 0) & (counts <= hello.parameters)).all():
         raise WireError("malformed", "tap.non_finite must be counts from 0 to the parameters of each layer block")
@@ -168,10 +177,21 @@ def _tap(tap: agent_pb2.Tap, hello: RunHello) -> BlockTap:
     for name in ("learning_rate", "lr_multiplier"):
         if not np.isfinite(rows[name]).all():
             raise WireError("non_finite", f"tap.{name} must be finite")
-    return gather_blocks(hello, rows)
+    second = np.full(count, np.nan, dtype=np.float32)  # agents before 0.2 do not send it
+    if tap.HasField("second_moment"):
+        second = wire.decode(tap.second_moment, name="tap.second_moment", dtype="float32", shape=(count,))
+    return LayerTap(
+        **rows, second_moment=second, clip_factor=tap.clip_factor if tap.HasField("clip_factor") else np.nan
+    )
 
 
-def gather_blocks(hello: RunHello, rows: Mapping[str, npt.NDArray[Any]]) -> BlockTap:
+def _group(group: agent_pb2.OptimizerGroup) -> OptimizerGroup:
+    require_few(group.settings, "optimizer_groups.settings")
+    settings = {checked_name(name, "optimizer_groups.settings"): value for name, value in group.settings.items()}
+    return OptimizerGroup(settings, group.steps if group.HasField("steps") else None)
+
+
+def gather_blocks(hello: RunHello, rows: LayerTap) -> BlockTap:
     """Gathers the statistics of layer blocks into those of block types.
 
     Norms are roots of sums of squares. RMS_t is the root of a mean over parameters, so it is gathered as a root mean
@@ -179,17 +199,17 @@ def gather_blocks(hello: RunHello, rows: Mapping[str, npt.NDArray[Any]]) -> Bloc
 
     Args:
         hello: The Hello, which says how many parameters each layer block has, and of which block type it is.
-        rows: An array [L] for each field of `BlockTap`.
+        rows: The statistics of the layer blocks.
     """
     # In float64: in float32 the square of a norm above 1.8e19 is infinite.
-    squares = np.square(rows["update_rms"], dtype=np.float64)
+    squares = np.square(rows.update_rms, dtype=np.float64)
     return BlockTap(
-        gradient_norm=_norms(hello, rows["gradient_norm"]),
-        weight_norm=_norms(hello, rows["weight_norm"]),
+        gradient_norm=_norms(hello, rows.gradient_norm),
+        weight_norm=_norms(hello, rows.weight_norm),
         update_rms=np.sqrt(_means(hello, squares)),
-        non_finite=_sums(hello, rows["non_finite"].astype(np.float64)).astype(np.int64),
-        learning_rate=_means(hello, rows["learning_rate"].astype(np.float64)),
-        lr_multiplier=_means(hello, rows["lr_multiplier"].astype(np.float64)),
+        non_finite=_sums(hello, rows.non_finite.astype(np.float64)).astype(np.int64),
+        learning_rate=_means(hello, rows.learning_rate.astype(np.float64)),
+        lr_multiplier=_means(hello, rows.lr_multiplier.astype(np.float64)),
     )
 
 

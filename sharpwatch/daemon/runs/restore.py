@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 import structlog
@@ -14,7 +15,7 @@ from sharpwatch.daemon.ingest.hello import Attempt, Cursor, read_hello
 from sharpwatch.daemon.ingest.samples import Reading, read_sample
 from sharpwatch.daemon.records import NO_CHANGES, Changes
 from sharpwatch.daemon.runs.run import Run, Runs
-from sharpwatch.daemon.storage.schema import SampleRow, StoredAttempt, StoredRun
+from sharpwatch.daemon.storage.schema import BaselinesRow, SampleRow, StoredAttempt, StoredRun
 from sharpwatch.errors import OperatorError, WireError
 from sharpwatch.v1 import agent_pb2
 
@@ -44,15 +45,15 @@ def restore_run(runs: Runs, stored: StoredRun) -> list[Changes]:
     if run is None:
         return []
     # After the last `begin`: each makes a new controller, from the second on for a trainer that starts at 1.
-    run.controller.restore(stored.alerts, stored.decisions, stored.revisions, stored.checkpoints, stored.mode)
+    run.controller.restore(stored.incidents, stored.decisions, stored.revisions, stored.checkpoints, stored.mode)
     if len(attempts) > 1 and all(row.attempt != newest.hello.attempt for row in stored.samples):
         run.controller.begin_anew()  # the daemon ended before it received a sample of the newest attempt
     # So that counters go on where they were: Prometheus would take a smaller value for a reset.
-    run.count(Changes(stored.alerts, stored.decisions, stored.revisions, ()))
+    run.count(Changes(stored.incidents, stored.decisions, stored.revisions, ()))
     # They are sent again when the trainer connects, since nothing says whether it has received them.
     run.outstanding.update((made.id, made) for made in stored.decisions if made.outcome in UNDER_WAY)
     # After the outstanding commands are known, because the samples may hold their answers.
-    changes = _replay(run, attempts, stored.samples)
+    changes = _replay(run, attempts, stored.samples, stored.baselines)
     closed = next(row.closed for row in stored.attempts if row.attempt == newest.hello.attempt)
     seen_at = stored.attempts[-1].seen_at
     run.publish(
@@ -75,9 +76,13 @@ def _attempt(row: StoredAttempt) -> Attempt | None:
     return Attempt(hello, row.hello, Cursor(row.acknowledged), journalled=True)
 
 
-def _replay(run: Run, attempts: dict[str, Attempt], rows: tuple[SampleRow, ...]) -> list[Changes]:
+def _replay(
+    run: Run, attempts: dict[str, Attempt], rows: tuple[SampleRow, ...], baselines: BaselinesRow | None
+) -> list[Changes]:
     """Folds the samples. Nothing is decided, but results of commands that are still outstanding are taken in."""
     changes = []
+    known = _load_baselines(run, baselines, rows)  # of the sample: what it says is in the baselines already
+    newest = None if baselines is None else (baselines.attempt, baselines.sequence)
     for row in rows:
         attempt = attempts.get(row.attempt)
         reading = _reading(attempt, row) if attempt is not None else None
@@ -90,12 +95,25 @@ def _replay(run: Run, attempts: dict[str, Attempt], rows: tuple[SampleRow, ...])
         if attempt.hello.same_blocks(run.attempt.hello):
             if not attempt.hello.same_projection(run.attempt.hello):
                 reading = _without_projection(reading)
-            observation = run.update(reading, time.time())
-            if observation is not None:
+            observation = run.update(reading, row.received_at)
+            if observation is not None and not known:
                 run.controller.replay(observation)
+        known = known and (row.attempt, row.sequence) != newest
     for change in changes:
         run.count(change)
     return changes
+
+
+def _load_baselines(run: Run, baselines: BaselinesRow | None, rows: Sequence[SampleRow]) -> bool:
+    """Loads the journalled state, if the sample that it is of is among those to be folded; returns whether it did."""
+    if baselines is None or all((row.attempt, row.sequence) != (baselines.attempt, baselines.sequence) for row in rows):
+        return False
+    try:
+        run.controller.load_baselines(baselines.state)
+    except ValueError as error:
+        log.warning("baselines_not_restored", run=run.name, reason=str(error))
+        return False
+    return True
 
 
 def _replay_reports(run: Run, reading: Reading) -> list[Changes]:

@@ -18,6 +18,7 @@ from sharpwatch.daemon.estimation.windows import WINDOW_PROBES, EstimateRequest,
 from sharpwatch.daemon.ingest.hello import Attempt, RunHello
 from sharpwatch.daemon.ingest.samples import Reading
 from sharpwatch.daemon.records import NO_CHANGES, Changes, Decision, Observation
+from sharpwatch.daemon.runs.maxima import RecentMaxima
 from sharpwatch.daemon.runs.snapshot import Phase, RunSnapshot
 
 MAX_RUNS = 1_000
@@ -67,12 +68,14 @@ class Run:
         }
         self._probe_steps: dict[str, deque[int]] = {name: deque(maxlen=WINDOW_PROBES) for name in PROBES}
         self._dropped_probes: Counter[str] = Counter()
-        self._alerts_total: Counter[str] = Counter()
+        self._maxima = RecentMaxima(len(attempt.hello.blocks))
+        self._excursions: Counter[tuple[str, str]] = Counter()  # of earlier attempts; the controller has its own
+        self._incidents_total: Counter[str] = Counter()
         self._decisions_total: Counter[tuple[str, str, str]] = Counter()
         # A decision is journalled again when a detail changes; only a new outcome counts.
         self._counted: dict[str, str] = {}  # by id: "raised" for an alert, the last outcome for a decision
         self._controller_changed = True  # since the last publish
-        self._open_alerts: set[str] = set()  # ids; the controller moves them on at every step
+        self._open_incidents: set[str] = set()  # ids; the controller moves them on at every step
         # What the next `publish` makes the snapshot.
         self._draft = RunSnapshot(
             hello=attempt.hello,
@@ -109,10 +112,12 @@ class Run:
         # Otherwise windows go on over a new attempt: it is the same model, and its estimates need no new start.
         if not after.same_blocks(before):
             self._drop_measurements()
+            self._maxima = RecentMaxima(len(after.blocks))
         elif not after.same_projection(before):
             for name, window in self._windows.items():
                 kept = [(step, PROBES[name].without_projection(one)) for step, one in window]
                 self._windows[name] = deque(kept, window.maxlen)
+        self._excursions.update(self.controller.excursions)
         self.attempt = attempt
         self.controller = controller
         self._controller_changed = True
@@ -145,6 +150,7 @@ class Run:
             The step as the detectors need it, or None if the sample measured nothing that they use.
         """
         self._dropped_probes.update(reading.dropped_probes)
+        self._maxima.see(reading.tap, reading.loss, now)
         changes: dict[str, Any] = {}
         for probe, one in reading.probes.items():
             shown = PROBES[probe].shown
@@ -193,13 +199,14 @@ class Run:
             )
 
     def count(self, changes: Changes) -> None:
-        """Counts new alerts and outcomes, and forgets commands that were answered or have expired."""
+        """Counts new alerts of incidents and new outcomes, and forgets commands that were answered or have expired."""
         self._controller_changed = self._controller_changed or changes != NO_CHANGES
-        for alert in changes.alerts:
-            (self._open_alerts.add if alert.active else self._open_alerts.discard)(alert.id)
-            if alert.id not in self._counted:
-                self._counted[alert.id] = "raised"
-                self._alerts_total[alert.name] += 1
+        for incident in changes.incidents:
+            (self._open_incidents.add if incident.active else self._open_incidents.discard)(incident.id)
+            for name in incident.names:
+                if f"{incident.id} {name}" not in self._counted:
+                    self._counted[f"{incident.id} {name}"] = "raised"
+                    self._incidents_total[name] += 1
         for decision in changes.decisions:
             if self._counted.get(decision.id) != decision.outcome:
                 self._counted[decision.id] = decision.outcome
@@ -214,10 +221,16 @@ class Run:
             **changes: Fields of `RunSnapshot` to be set as well.
         """
         # Copied only when they have changed: on a healthy run the records stay the same for thousands of steps.
-        if self._controller_changed or self._open_alerts:
+        if self._controller_changed or self._open_incidents:
             changes = self._controller_state() | changes
             self._controller_changed = False
-        self._draft = self.snapshot = replace(self._draft, dropped_probes=dict(self._dropped_probes), **changes)
+        self._draft = self.snapshot = replace(
+            self._draft,
+            maxima=self._maxima.present,
+            excursions_total=self._excursions + Counter(self.controller.excursions),
+            dropped_probes=dict(self._dropped_probes),
+            **changes,
+        )
         self.signal.notify()
 
     def _controller_state(self) -> dict[str, Any]:
@@ -225,8 +238,8 @@ class Run:
             "mode": self.controller.mode,
             "lr_revision": self.controller.newest_revision,
             "multipliers": dict(self.controller.multipliers),
-            "alerts": self.controller.alerts,
-            "alerts_total": dict(self._alerts_total),
+            "incidents": self.controller.incidents,
+            "incidents_total": dict(self._incidents_total),
             "decisions_total": dict(self._decisions_total),
         }
 
@@ -239,22 +252,19 @@ def _present(blocks: Iterable[str], values: Iterable[float]) -> dict[str, float]
 def observation_of(blocks: tuple[str, ...], reading: Reading) -> Observation:
     """What the detectors see of a sample, by the block types `blocks` of its attempt."""
     tap, direction = reading.tap, reading.probes.get("direction")
-    seen = Observation(step=reading.step, time=reading.taken_at, loss=reading.loss)
-    if direction is not None:
-        stability = observed_stability(blocks, reading.step, direction)
-        seen = replace(
-            seen, stability=stability.whole, no_descent=stability.no_descent, block_stability=stability.blocks
-        )
-    if tap is None:
-        return seen
-    return replace(
-        seen,
-        gradient_norm=_present(blocks, tap.gradient_norm),
-        weight_norm=_present(blocks, tap.weight_norm),
-        update_rms=_present(blocks, tap.update_rms),
-        non_finite=dict(zip(blocks, map(int, tap.non_finite), strict=True)),
-        multipliers=_present(blocks, tap.lr_multiplier),
+    seen = Observation(
+        step=reading.step,
+        time=reading.taken_at,
+        loss=reading.loss,
+        layers=reading.layers,
+        optimizer_groups=reading.optimizer_groups,
+        multipliers={} if tap is None else _present(blocks, tap.lr_multiplier),
+        restored=reading.restored,
     )
+    if direction is None:
+        return seen
+    stability = observed_stability(blocks, reading.step, direction)
+    return replace(seen, stability=stability.whole, no_descent=stability.no_descent, block_stability=stability.blocks)
 
 
 # Makes the controller of a new attempt from its Hello and from the run's earlier controller, if it has one.

@@ -12,7 +12,8 @@ from sharpwatch.daemon.estimation.estimator import PROBES
 from sharpwatch.daemon.estimation.windows import Key
 from sharpwatch.daemon.ingest.hello import RunHello
 from sharpwatch.daemon.ingest.samples import BlockTap, HealthReading
-from sharpwatch.daemon.records import Alert, Mode
+from sharpwatch.daemon.records import Incident, Mode
+from sharpwatch.daemon.runs.maxima import Maxima
 
 Phase = Literal["running", "silent", "closed"]
 # How old the newest reading of a probe may be until what it measured is let go: so many steps, and so many times the
@@ -51,6 +52,7 @@ class RunSnapshot:
     last_sample_at: float | None = None  # unix seconds, by the daemon's clock
     last_seen_at: float = 0.0
     tap: BlockTap | None = None
+    maxima: Maxima | None = None
     update_ratio: tuple[float, ...] | None = None  # [B], of the newest direction probe
     gradient_noise: tuple[float, ...] | None = None  # [B], of the newest gradient_noise probe
     health: HealthReading | None = None
@@ -60,8 +62,9 @@ class RunSnapshot:
     estimates: Mapping[Key, Estimate] = field(default_factory=dict)
     layer_sharpness: tuple[Estimate, ...] = ()  # [L]
     order_correlation: float | None = None
-    alerts: tuple[Alert, ...] = ()
-    alerts_total: Mapping[str, int] = field(default_factory=dict)
+    incidents: tuple[Incident, ...] = ()
+    incidents_total: Mapping[str, int] = field(default_factory=dict)
+    excursions_total: Mapping[tuple[str, str], int] = field(default_factory=dict)  # by signal, block type
     decisions_total: Mapping[tuple[str, str, str], int] = field(default_factory=dict)  # by action, mode, outcome
     dropped_probes: Mapping[str, int] = field(default_factory=dict)
 

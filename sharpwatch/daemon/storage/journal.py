@@ -21,11 +21,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sharpwatch.daemon.records import Alert, Checkpoint, Decision, Revision, RollbackPlan
+from sharpwatch.daemon.records import CAUSES, Checkpoint, Decision, Incident, Revision, RollbackPlan
 from sharpwatch.daemon.storage.schema import (
     FIRST_TABLES,
     SCHEMA_VERSION,
     SCHEMAS,
+    BaselinesRow,
     EstimateRow,
     PendingWrites,
     SampleRow,
@@ -54,7 +55,7 @@ def database_path(url: str) -> Path:
         raise StoreError(f"store {url}: this user has no home directory; set $HOME, or name another path") from None
 
 
-def _record(value: Alert | Decision | Revision) -> str:
+def _record(value: Incident | Decision | Revision) -> str:
     return json.dumps(asdict(value))
 
 
@@ -73,9 +74,14 @@ def _decision(record: str) -> Decision:
     return Decision(**values, rollback=plan)
 
 
-def _alert(record: str) -> Alert:
+def _incident(record: str) -> Incident:
     values: dict[str, Any] = json.loads(record)
-    return Alert(**{**values, "blocks": tuple(values["blocks"])})
+    if "cause" not in values:  # an alert of version 0.1, of one detector
+        evidence, name = values.pop("evidence"), values["name"]
+        values |= {"names": [name], "cause": CAUSES[name], "evidence": [evidence], "onset": values["first_step"]}
+        values["layer_blocks"] = values["blocks"]
+    lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
+    return Incident(**{**values, **lists})
 
 
 class Journal:
@@ -198,7 +204,10 @@ class Journal:
     def _write_records(self, connection: sqlite3.Connection, records: PendingWrites) -> None:
         connection.executemany(
             "INSERT OR REPLACE INTO alerts VALUES (?, ?, ?, ?)",
-            [(alert.id, alert.run, alert.first_step, _record(alert)) for alert in records.alerts.values()],
+            [
+                (incident.id, incident.run, incident.first_step, _record(incident))
+                for incident in records.incidents.values()
+            ],
         )
         connection.executemany(
             # Not OR REPLACE, which deletes the row and inserts a new one: decisions are loaded by rowid, the order in
@@ -231,6 +240,11 @@ class Journal:
             map(_estimate, records.estimates),
         )
 
+        connection.executemany(
+            "INSERT OR REPLACE INTO baselines VALUES (?, ?, ?, ?)",
+            [(row.run, row.attempt, row.sequence, row.state) for row in records.baselines.values()],
+        )
+
     def _trim(self, connection: sqlite3.Connection, records: PendingWrites, samples: Sequence[SampleRow]) -> None:
         self._untrimmed.update(("samples", row.run) for row in samples)
         self._untrimmed.update(("estimates", row.run) for row in records.estimates)
@@ -252,6 +266,7 @@ class Journal:
             "SELECT attempt, sequence, step, payload FROM samples WHERE run = ? ORDER BY id DESC LIMIT ?",
             [run, samples],
         ).fetchall()
+        baselines = rows("SELECT attempt, sequence, state FROM baselines WHERE run = ?", [run]).fetchone()
         mode = rows("SELECT mode FROM modes WHERE run = ? ORDER BY id DESC LIMIT 1", [run]).fetchone()
         return StoredRun(
             run=run,
@@ -263,8 +278,8 @@ class Journal:
                 SampleRow(run, attempt, sequence, step, payload, received_at=0.0)
                 for attempt, sequence, step, payload in reversed(newest)
             ),
-            alerts=tuple(
-                _alert(record)
+            incidents=tuple(
+                _incident(record)
                 for (record,) in rows("SELECT record FROM alerts WHERE run = ? ORDER BY first_step, rowid", [run])
             ),
             decisions=tuple(
@@ -280,6 +295,7 @@ class Journal:
                 for step, uri in rows("SELECT step, uri FROM checkpoints WHERE run = ? ORDER BY rowid", [run])
             ),
             mode=mode[0] if mode else None,
+            baselines=None if baselines is None else BaselinesRow(run, *baselines),
         )
 
 

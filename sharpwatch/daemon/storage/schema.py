@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from sharpwatch.curvature.statistics.estimate import Estimate
-from sharpwatch.daemon.records import Alert, Changes, Checkpoint, Decision, Mode, Revision
+from sharpwatch.daemon.records import Changes, Checkpoint, Decision, Incident, Mode, Revision
 
 _TABLES = """
 CREATE TABLE attempts (
@@ -50,8 +50,11 @@ _RESIDUALS = """
 ALTER TABLE estimates ADD COLUMN residual REAL;
 ALTER TABLE estimates ADD COLUMN method TEXT NOT NULL DEFAULT '';
 """
+_BASELINES = """
+CREATE TABLE baselines (run TEXT PRIMARY KEY, attempt TEXT NOT NULL, sequence INTEGER NOT NULL, state BLOB NOT NULL);
+"""
 # Only appended to: an entry that was released is in journals that exist.
-SCHEMAS = (_TABLES, _TRANSITIONS, _RESIDUALS)  # a journal of version n has the first n
+SCHEMAS = (_TABLES, _TRANSITIONS, _RESIDUALS, _BASELINES)  # a journal of version n has the first n
 SCHEMA_VERSION = len(SCHEMAS)
 FIRST_TABLES = {"attempts", "samples", "alerts", "decisions", "revisions"}  # in a journal of any version
 
@@ -114,6 +117,16 @@ class EstimateRow:
 
 
 @dataclass(frozen=True, slots=True)
+class BaselinesRow:
+    """The state of a run's baselines after the sample `sequence` of an attempt."""
+
+    run: str
+    attempt: str
+    sequence: int
+    state: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class StoredAttempt:
     """An attempt read from the journal, which has all its samples up to the sequence `acknowledged`."""
 
@@ -131,11 +144,12 @@ class StoredRun:
     run: str
     attempts: tuple[StoredAttempt, ...]
     samples: tuple[SampleRow, ...]
-    alerts: tuple[Alert, ...]
+    incidents: tuple[Incident, ...]
     decisions: tuple[Decision, ...]
     revisions: tuple[Revision, ...]
     checkpoints: tuple[Checkpoint, ...]
     mode: Mode | None
+    baselines: BaselinesRow | None = None
 
 
 MAX_PENDING_ESTIMATES = 100_000  # the oldest are dropped while the journal fails; samples can give them again
@@ -150,7 +164,7 @@ class PendingWrites:
     """
 
     attempts: dict[str, AttemptRow] = field(default_factory=dict)
-    alerts: dict[str, Alert] = field(default_factory=dict)
+    incidents: dict[str, Incident] = field(default_factory=dict)
     decisions: dict[str, Decision] = field(default_factory=dict)
     # A list, where the others are dicts: decisions are replaced by their newest state, the audit keeps every one.
     transitions: list[TransitionRow] = field(default_factory=list)
@@ -159,6 +173,7 @@ class PendingWrites:
     modes: list[ModeRow] = field(default_factory=list)
     estimates: deque[EstimateRow] = field(default_factory=lambda: deque(maxlen=MAX_PENDING_ESTIMATES))
     commands: dict[str, str] = field(default_factory=dict)  # decision id -> run
+    baselines: dict[str, BaselinesRow] = field(default_factory=dict)
 
     def add(self, run: str, changes: Changes) -> None:
         """Adds what the controller of `run` changed."""
@@ -167,7 +182,7 @@ class PendingWrites:
             TransitionRow(run, made.id, now, made.outcome, made.detail, made.author, made.reason)
             for made in changes.transitions
         )
-        self.alerts.update((alert.id, alert) for alert in changes.alerts)
+        self.incidents.update((incident.id, incident) for incident in changes.incidents)
         self.decisions.update((made.id, made) for made in changes.decisions)
         self.revisions.update(((run, one.revision), one) for one in changes.revisions)
         self._put_checkpoints({(run, uri): step for uri, step in changes.checkpoints.items()})
@@ -178,7 +193,7 @@ class PendingWrites:
     def add_newer(self, newer: PendingWrites) -> None:
         """Adds all of `newer`, whose records replace those of the same id here."""
         self.attempts.update(newer.attempts)
-        self.alerts.update(newer.alerts)
+        self.incidents.update(newer.incidents)
         self.decisions.update(newer.decisions)
         self.transitions.extend(newer.transitions)
         self.revisions.update(newer.revisions)
@@ -186,6 +201,7 @@ class PendingWrites:
         self.modes.extend(newer.modes)
         self.estimates.extend(newer.estimates)
         self.commands.update(newer.commands)
+        self.baselines.update(newer.baselines)
 
     def _put_checkpoints(self, newer: Mapping[tuple[str, str], int | None]) -> None:
         for key, step in newer.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import resource
 import signal
 
@@ -146,7 +147,7 @@ async def test_no_acknowledged_sample_is_lost_whenever_the_daemon_is_killed(star
                 first.process.kill()
 
     async def speak() -> None:
-        for sequence in range(1, 10_000):
+        for sequence in itertools.count(1):
             await trainer.send(build.sample(sequence))
 
     done, rest = await asyncio.wait(

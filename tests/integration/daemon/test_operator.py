@@ -54,6 +54,7 @@ async def test_a_change_needs_the_token_and_a_name(daemon):
         daemon.operator.SetMode(pb.SetModeRequest(run="run", mode="enforce", author="eve")),
         daemon.operator.ApproveDecision(pb.ApproveDecisionRequest(id="d", author="eve")),
         daemon.operator.RejectDecision(pb.RejectDecisionRequest(id="d", author="eve")),
+        daemon.operator.AcknowledgeIncident(pb.AcknowledgeIncidentRequest(incident_id="i", author="eve")),
     ):
         assert (await refused(call))[0] is grpc.StatusCode.UNAUTHENTICATED
     assert not (await daemon.operator.ListDecisions(pb.ListDecisionsRequest())).decisions
@@ -71,6 +72,9 @@ async def test_what_is_not_there_is_not_found(daemon):
         daemon.operator.ListDecisions(pb.ListDecisionsRequest(run="none")),
         daemon.operator.ApproveDecision(pb.ApproveDecisionRequest(id="none", author="ann"), metadata=token),
         daemon.operator.SetMode(pb.SetModeRequest(run="none", mode="advise", author="ann"), metadata=token),
+        daemon.operator.AcknowledgeIncident(
+            pb.AcknowledgeIncidentRequest(incident_id="none", author="ann"), metadata=token
+        ),
     ]
     for call in missing:
         assert (await refused(call))[0] is grpc.StatusCode.NOT_FOUND
@@ -218,6 +222,31 @@ async def test_a_decision_is_answered_by_its_whole_id(running, build, monkeypatc
         assert (done.decision.id, done.decision.outcome) == (second, "rejected")
         # To read, a beginning that no other has is enough.
         assert await outcomes(daemon, second[:4]) == ["rejected"]
+
+
+async def test_an_incident_that_was_acknowledged_is_shown_so_also_after_a_restart(running, build):
+    async with running(policies=PROPOSES) as daemon:
+        await proposal(daemon, build, "run")
+        (alert,) = (await daemon.operator.GetRun(pb.GetRunRequest(run="run"))).detail.alerts
+        assert (alert.name, list(alert.names), alert.cause) == ("NonFinite", ["NonFinite"], "non-finite")
+        assert (alert.onset, alert.first_step, alert.active, alert.closed, alert.acknowledged) == (1, 1, True, "", "")
+        assert sorted(alert.layer_blocks) == sorted(
+            ["emb", *(f"layers.0.{block}" for block in alert.blocks if block != "emb")]
+        )
+        acknowledge, token = daemon.operator.AcknowledgeIncident, daemon.credentials
+        seen = {"author": "ann", "reason": "a bad shard"}
+        code, details = await refused(
+            acknowledge(pb.AcknowledgeIncidentRequest(incident_id=alert.id[:-1], **seen), metadata=token)
+        )
+        assert code is grpc.StatusCode.INVALID_ARGUMENT
+        assert details.endswith(f"say which one is meant: {alert.id}")
+        done = await acknowledge(pb.AcknowledgeIncidentRequest(incident_id=alert.id, **seen), metadata=token)
+        assert (done.incident.id, done.incident.acknowledged) == (alert.id, "ann: a bad shard")
+        detail = await daemon.shown("run", lambda detail: detail.alerts[0].acknowledged)
+        assert detail.alerts[0] == done.incident
+    async with running(policies=PROPOSES) as daemon:
+        (kept,) = (await daemon.operator.GetRun(pb.GetRunRequest(run="run"))).detail.alerts
+        assert kept == done.incident
 
 
 async def test_a_change_of_a_run_takes_its_whole_name(daemon):

@@ -60,6 +60,13 @@ RUN_METRICS = [
     "block_learning_rate",
     "block_lr_multiplier",
     "block_order_correlation",
+    "run_loss_max",
+    "block_gradient_norm_max",
+    "block_update_rms_max",
+    "excursions_total",
+    "incident",
+    "incident_onset_step",
+    "critical_incidents_total",
     "alert_active",
     "alerts_total",
     "decisions_total",
@@ -176,6 +183,24 @@ async def test_prometheus_answers_for_every_metric(running, build, prometheus):
         )
 
 
+async def test_a_spike_of_one_step_is_there_at_the_next_scrape(running, build):
+    async with running() as daemon:
+        trainer = await daemon.train()
+        usual = build.tap()
+        spike = build.tap()
+        spike.gradient_norm.CopyFrom(wire.encode([1, 1, 64, 1, 1], "float32"))
+        for sequence, (tap, loss) in enumerate([(usual, 2.0), (spike, 9.0), (usual, 2.0)], 1):
+            await trainer.send(build.sample(sequence, tap=tap, loss=loss))
+        await trainer.acknowledged(3)
+        await daemon.shown("run", lambda detail: detail.run.step == 3)
+        assert await daemon.metric("sharpwatch_run_loss{") == 2.0
+        for _ in range(2):  # a server's scrape takes nothing from another's
+            assert await daemon.metric("sharpwatch_run_loss_max{") == 9.0
+            _, text = await daemon.get("/metrics")
+            norms = re.findall(r"^sharpwatch_block_gradient_norm_max\{.*\} (\S+)$", text, re.MULTILINE)
+            assert max(map(float, norms)) == 64.0
+
+
 async def test_promtool_checks_a_real_exposition(running, build, program):
     async with running(policies=POLICY) as daemon:
         await in_trouble(daemon, build)
@@ -197,4 +222,5 @@ async def test_an_alert_and_its_decision_survive_a_restart(running, build):
         assert after.alerts == before.alerts
         assert len(after.alerts) == 1
         assert await daemon.metric('sharpwatch_alerts_total{alert="NonFinite"') == 1
+        assert await daemon.metric("sharpwatch_critical_incidents_total{") == 1
         assert await daemon.metric("sharpwatch_lr_revision{") == 1

@@ -13,9 +13,10 @@ from dataclasses import astuple
 from pathlib import Path
 
 import pytest
+from observations import incident
 
 from sharpwatch.curvature.statistics.estimate import Estimate
-from sharpwatch.daemon.records import Alert, Checkpoint, Decision, Revision, RollbackPlan
+from sharpwatch.daemon.records import Checkpoint, Decision, Revision, RollbackPlan
 from sharpwatch.daemon.storage.journal import Journal
 from sharpwatch.daemon.storage.schema import (
     SCHEMA_VERSION,
@@ -36,7 +37,7 @@ def write(journal: Journal, samples=(), **rows) -> None:
     """Write rows, given by their kind, in one transaction."""
     by_id = {
         "attempts": lambda row: row.attempt,
-        "alerts": lambda row: row.id,
+        "incidents": lambda row: row.id,
         "decisions": lambda row: row.id,
         "revisions": lambda row: (row.run, row.revision),
     }
@@ -76,7 +77,18 @@ def test_checkpoints_that_are_gone_are_forgotten_and_others_come_in_the_order_th
 
 
 def test_every_record_comes_back_as_it_went(journal):
-    alert = Alert("al1", "run", "LossSpike", ("qk", "vo"), "critical", "z 9", 5, 7, active=True)
+    seen = incident(
+        "al1",
+        names=("LossSpike", "GradientSpike"),
+        severity="critical",
+        layer_blocks=("layers.0.qk", "layers.0.vo"),
+        evidence=("z 9", "z 8"),
+        onset=4,
+        last_step=107,
+        active=False,
+        closed="no finding for 20 samples",
+        acknowledged="ann: a bad shard",
+    )
     plan = RollbackPlan(Checkpoint(3, "file:///c"), 3, 9)
     made = Decision(
         "d1",
@@ -104,7 +116,7 @@ def test_every_record_comes_back_as_it_went(journal):
         journal,
         attempts=(ATTEMPT,),
         samples=samples(1, 3),
-        alerts=(alert,),
+        incidents=(seen,),
         decisions=(made,),
         revisions=(revision,),
         checkpoints=(("run", 3, "file:///c"),),
@@ -112,7 +124,7 @@ def test_every_record_comes_back_as_it_went(journal):
         estimates=(traced, sharp),
     )
     stored = journal.load("run", samples=2)
-    assert stored.alerts == (alert,)
+    assert stored.incidents == (seen,)
     assert stored.decisions == (made,)
     assert stored.revisions == (revision,)
     assert stored.checkpoints == (plan.checkpoint,)

@@ -10,6 +10,7 @@ from sharpwatch.agent.probes.gnb import GnbReport
 from sharpwatch.agent.probes.gradient_noise import GradientNoiseReport
 from sharpwatch.agent.probes.runner import ProbeRun
 from sharpwatch.agent.reporting import Health, SampleValues, read_command, sample_message
+from sharpwatch.agent.statistics.group_settings import GroupSettings
 from sharpwatch.agent.statistics.tap import TapReading
 from sharpwatch.curvature.estimators.directional import DirectionSample, LineSearchSample
 from sharpwatch.curvature.estimators.gnb import GnbSample
@@ -42,6 +43,8 @@ def test_a_full_sample_carries_every_number():
         non_finite=np.array([0, 2**40]),
         learning_rate=np.array([0.1, 0.2]),
         lr_multiplier=np.array([1.0, 0.5]),
+        second_moment=np.array([np.nan, 1e-5]),
+        clip_factor=0.25,
     )
     traces = torch.arange(8, dtype=torch.float64).view(4, 2)
     sketches = torch.arange(4 * 3 * 256, dtype=torch.float32).view(4, 3, 256)
@@ -55,6 +58,7 @@ def test_a_full_sample_carries_every_number():
             health=HEALTH,
             loss=2.5,
             tap=tap,
+            groups=[GroupSettings(1, 2, {"beta2": 0.99, "eps": 1e-8}, 4.0)],
             probes=ProbeRun(
                 {
                     "gnb": GnbReport(GnbSample(30, 1, traces, sketches), sketches[0] + 1),
@@ -70,7 +74,10 @@ def test_a_full_sample_carries_every_number():
     )
     message = type(message).FromString(message.SerializeToString())
     assert (message.sequence, message.step, message.taken_at_unix_ns, message.loss) == (7, 5, 11, 2.5)
-    for name in ("gradient_norm", "weight_norm", "update_rms", "learning_rate", "lr_multiplier"):
+    assert message.tap.clip_factor == 0.25
+    (group,) = message.optimizer_groups
+    assert (group.optimizer, group.group, group.steps, dict(group.settings)) == (1, 2, 4, {"beta2": 0.99, "eps": 1e-8})
+    for name in ("gradient_norm", "weight_norm", "update_rms", "learning_rate", "lr_multiplier", "second_moment"):
         got = decode(getattr(message.tap, name), name=name, dtype="float32", shape=(2,))
         np.testing.assert_array_equal(got, getattr(tap, name).astype(np.float32))
     assert decode(message.tap.non_finite, name="n", dtype="int64", shape=(2,)).tolist() == [0, 2**40]

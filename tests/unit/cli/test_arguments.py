@@ -15,8 +15,8 @@ USAGE = 2
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        ([], "sharpwatch: missing command; choose from demo, measure, jobs, "),
-        (["jbos"], "no command 'jbos'; choose from demo, measure, jobs, "),
+        ([], "sharpwatch: missing command; choose from demo, measure, replay, compare, jobs, "),
+        (["jbos"], "no command 'jbos'; choose from demo, measure, replay, compare, jobs, "),
         (["lr"], "sharpwatch lr: missing command; choose from show, set, history, undo;"),
         (["lr", "put"], "no command 'put'; choose from show, set, history, undo;"),
         (["lr", "set", "run"], "sharpwatch lr set: Missing argument 'BLOCK=FACTOR...';"),

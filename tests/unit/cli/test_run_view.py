@@ -61,7 +61,10 @@ DETAIL = RunDetail(
         Alert(
             name="StabilityLimit",
             severity="critical",
+            cause="instability",
             blocks=["qk", "vo"],
+            layer_blocks=["layers.3.qk", "layers.0.vo"],
+            onset=398,
             evidence="ratio 1.31 ± 0.03 > 1",
             first_step=400,
             last_step=412,
@@ -108,8 +111,8 @@ trace            gnb           64     0        412  emb, qk
 stability ratio  direction      8   408          4  qk
 stability ratio  direction      8   400         12  whole model
 
-alert           severity  blocks  since step  last step  evidence
-StabilityLimit  critical  qk, vo         400        412  ratio 1.31 ± 0.03 > 1
+incident        severity  cause        culprit                   since step  last step  evidence
+StabilityLimit  critical  instability  layers.3.qk, layers.0.vo         398        412  ratio 1.31 ± 0.03 > 1
 
 probe failure        direction: out of memory (2 times)
 dropped samples      12 spool_full
@@ -123,7 +126,7 @@ def test_show():
 def test_show_of_a_run_that_has_sent_nothing_yet():
     detail = RunDetail(run=Run(run="new", training_job="job", phase=RunPhase.RUN_PHASE_SILENT, mode="observe"))
     assert plain(run_view(detail, NOW)).endswith(
-        "\n\nno block reported yet\n\nno probe has come in yet\n\nno active alert"
+        "\n\nno block reported yet\n\nno probe has come in yet\n\nno open incident"
         "\n\nno probe failure, no sample dropped, no error of the agent"
     )
 

@@ -60,7 +60,7 @@ def largest(hello, window):
 class Controller:
     """What a run asks of one to be shown."""
 
-    mode, newest_revision, multipliers, alerts = "observe", 0, {}, ()
+    mode, newest_revision, multipliers, incidents, excursions = "observe", 0, {}, (), {}
 
 
 def train(name, steps=3):

@@ -9,7 +9,15 @@ import pytest
 
 import sharpwatch.daemon.config
 from sharpwatch.daemon.config.load import json_schema, load_config
-from sharpwatch.daemon.config.settings import ActionConfig, Config, DaemonConfig, EscalateConfig, GuardConfig
+from sharpwatch.daemon.config.settings import (
+    ActionConfig,
+    Config,
+    DaemonConfig,
+    DetectionConfig,
+    EscalateConfig,
+    GuardConfig,
+    MatchConfig,
+)
 from sharpwatch.errors import ConfigError
 
 ROOT = Path(__file__).parents[4]
@@ -39,7 +47,7 @@ def load(tmp_path):
 
 
 def test_no_file_and_an_empty_one_watch_and_do_nothing(load):
-    assert load_config() == load("") == load("# nothing\n") == Config(DaemonConfig(), ())
+    assert load_config() == load("") == load("# nothing\n") == Config(DaemonConfig(), DetectionConfig(), ())
 
 
 def test_design_example(load):
@@ -76,7 +84,7 @@ def test_addresses(load, address):
     ("text", "line", "key", "expected"),
     [
         ("daemon:\n  grcp: x\n", 2, "daemon.grcp", "did you mean 'grpc'"),
-        ("deamon: {}\n", 1, "deamon", "allowed: daemon, policies"),
+        ("deamon: {}\n", 1, "deamon", "allowed: daemon, detection, policies"),
         ("daemon:\n  http: 9741\n", 2, "daemon.http", "expected a string"),
         ('daemon:\n  http: "unix:/x"\n', 2, "daemon.http", "HOST:PORT"),
         ('daemon:\n  grpc: "127.0.0.1"\n', 2, "daemon.grpc", "HOST:PORT or unix:PATH"),
@@ -195,6 +203,15 @@ def test_what_python_itself_gives_up_on_is_refused_like_all_else(load):
 def test_a_file_that_is_no_yaml_is_reported_with_its_line(load):
     with pytest.raises(ConfigError, match=r"sharpwatch\.yaml:2: is not YAML: "):
         load("daemon:\n\tgrpc: x\n")
+
+
+def test_a_policy_can_answer_a_cause_from_a_severity_on(load):
+    (policy,) = load("policies: [{name: a, match: {cause: data, severity: critical}, action: {kind: notify}}]").policies
+    assert policy.match == MatchConfig(cause="data", severity="critical")
+    with pytest.raises(ConfigError, match=r"policies\[0].*can never run: give it match: \{alert: \.\.\.\}.*\{cause: "):
+        load("policies: [{name: a, match: {severity: critical}, action: {kind: notify}}]")
+    with pytest.raises(ConfigError, match=r"policies\[0]\.match\.cause.*data, learning-rate, .*did you mean 'data'"):
+        load("policies: [{name: a, match: {cause: dta}, action: {kind: notify}}]")
 
 
 SHIPPED = Path(sharpwatch.daemon.config.__file__).with_name("schema.json")

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from observations import incident
 
 from sharpwatch.daemon.config.settings import ActionConfig, EscalateConfig, GuardConfig, MatchConfig, PolicyConfig
 from sharpwatch.daemon.decisions.policy import (
@@ -24,10 +25,10 @@ from sharpwatch.daemon.decisions.policy import (
     strongest,
 )
 from sharpwatch.daemon.decisions.transitions import OUTCOMES
-from sharpwatch.daemon.records import Alert, Checkpoint, Decision, RollbackPlan
+from sharpwatch.daemon.records import Checkpoint, Decision, RollbackPlan
 
 BLOCKS = ("emb", "qk", "vo", "ffn")
-ALERT = Alert("a1", "run", "LossSpike", ("ffn", "qk"), "warning", "", 100, 120, active=True)
+INCIDENT = incident("a1", layer_blocks=("layers.0.ffn", "layers.1.ffn", "layers.0.qk"), last_step=120)
 
 
 def policy(name: str, *, alert: str = "LossSpike", to: str = "", **action) -> PolicyConfig:
@@ -49,8 +50,7 @@ def answer(name: str, step: int, alert: str = "a1") -> Decision:
     ],
 )
 def test_affected_blocks(blocks, named, expected):
-    alert = Alert("a1", "run", "LossSpike", named, "warning", "", 1, 1, active=True)
-    assert affected(policy("p", blocks=blocks), alert, BLOCKS) == expected
+    assert affected(policy("p", blocks=blocks), incident(layer_blocks=named), BLOCKS) == expected
 
 
 @given(
@@ -71,11 +71,32 @@ def test_others_keep_what_they_have():
     assert scaled({"qk": 0.8, "vo": 2.0}, ["qk"], 0.5, (0.1, 10.0)) == {"qk": 0.4, "vo": 2.0}
 
 
+@pytest.mark.parametrize(
+    ("match", "answers"),
+    [
+        (MatchConfig(), False),
+        (MatchConfig("LossSpike"), True),
+        (MatchConfig("WeightJump"), True),
+        (MatchConfig("DeadBlock"), False),
+        (MatchConfig(cause="damaged-weight"), True),
+        (MatchConfig(cause="data"), False),
+        (MatchConfig("LossSpike", cause="damaged-weight"), True),
+        (MatchConfig("LossSpike", cause="data"), False),
+        (MatchConfig("DeadBlock", cause="damaged-weight"), False),
+    ],
+)
+def test_a_policy_answers_any_alert_of_an_incident_or_its_cause_from_a_severity_on(match, answers):
+    seen = incident(name="WeightJump", names=("WeightJump", "LossSpike"), cause="damaged-weight", severity="warning")
+    critical, severe = replace(seen, severity="critical"), replace(match, severity="critical")
+    assert (match.answers(seen), match.answers(critical)) == (answers, answers)
+    assert (severe.answers(seen), severe.answers(critical)) == (False, answers)
+
+
 def test_the_chain_is_followed_policy_by_policy_for_each_alert():
     chain = EscalationChain((policy("cut", to="more"), policy("more", alert="", to="back"), policy("back", alert="")))
 
     def answering(decisions: list[Decision], step: int) -> list[str]:
-        return [one.name for one in chain.answering(ALERT, decisions, step)]
+        return [one.name for one in chain.answering(INCIDENT, decisions, step)]
 
     assert answering([], 1000) == ["cut"]
     assert answering([answer("cut", 100)], 149) == ["cut"]
@@ -87,11 +108,11 @@ def test_the_chain_is_followed_policy_by_policy_for_each_alert():
 
 def test_rollback_goes_before_the_onset_and_skips_its_data():
     saved = [Checkpoint(50, "a"), Checkpoint(99, "b"), Checkpoint(99, "c"), Checkpoint(100, "d")]
-    plan = rollback_plan(policy("p", kind="rollback", skip_margin=10), ALERT, saved, 130)
+    plan = rollback_plan(policy("p", kind="rollback", skip_margin=10), INCIDENT, saved, 130)
     assert plan == RollbackPlan(Checkpoint(99, "c"), 100, 141)
-    far = rollback_plan(policy("p", kind="rollback", skip_margin=10), ALERT, saved[:1], 130)
+    far = rollback_plan(policy("p", kind="rollback", skip_margin=10), INCIDENT, saved[:1], 130)
     assert far == RollbackPlan(Checkpoint(50, "a"), 90, 141)
-    assert rollback_plan(policy("p", kind="rollback"), ALERT, saved[3:], 130) is None
+    assert rollback_plan(policy("p", kind="rollback"), INCIDENT, saved[3:], 130) is None
     assert newest(saved, None) == saved[3]
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from observations import incident
+
 from sharpwatch.daemon.config.settings import ActionConfig, GuardConfig, PolicyConfig
 from sharpwatch.daemon.decisions.decision_log import DecisionLog
 from sharpwatch.daemon.decisions.ramp_back import ActiveScaling, hold_steps, quiet_since, scaling_state
-from sharpwatch.daemon.records import Alert, Decision, Outcome
+from sharpwatch.daemon.records import Decision, Outcome
 
 
 class Book:
@@ -92,8 +94,8 @@ def test_a_raise_ends_with_its_ttl():
 
 
 def test_quiet_since_the_newest_trouble_or_change_on_this_timeline():
-    alerts = [Alert("a", "run", "A", (), "warning", "", 1, last, active=False) for last in (30, 500)]
+    incidents = [incident(first_step=1, last_step=last, active=False) for last in (30, 500)]
     decisions = Book().put("scale_lr", 0.5).put("scale_lr", 0.2).log.decisions  # applied at 10 and 20
-    assert quiet_since(alerts, decisions, 100) == 30
-    assert quiet_since(alerts, decisions, 25) == 20
+    assert quiet_since(incidents, decisions, 100) == 30
+    assert quiet_since(incidents, decisions, 25) == 20
     assert quiet_since([], [], 25) == 25

@@ -142,7 +142,7 @@ def test_the_preconditioned_ratio_is_the_newest():
 class FakeController:
     """What a run reads of a controller to publish it."""
 
-    mode, newest_revision, multipliers, alerts = "observe", 0, {}, ()
+    mode, newest_revision, multipliers, incidents, excursions = "observe", 0, {}, (), {}
 
 
 EMPTY = Reading(1, 1, 0.0, None, None, {}, None, (), (), closing=False, restored=False, dropped_probes=())

@@ -23,6 +23,10 @@ VARIABLE = {"type": "prometheus", "uid": "${datasource}"}
 UNITS = {"short", "sci", "s", "percentunit"}
 
 
+JOB = 'training_job="$training_job"'
+OF_THE_JOB = {"Open incidents", "Incidents by run"}  # who looks may not know yet which run is in trouble
+
+
 def titled(title: str) -> dict:
     (panel,) = (panel for panel in CHARTS if panel["title"] == title)
     return panel
@@ -71,7 +75,8 @@ def test_every_query_asks_for_the_chosen_run_alone(panel):
     for target in panel["targets"]:
         metrics = target["expr"].count("sharpwatch_")
         assert metrics
-        assert target["expr"].count('training_job="$training_job", run="$run"') == metrics
+        chosen = JOB if panel["title"] in OF_THE_JOB else f'{JOB}, run="$run"'
+        assert target["expr"].count(chosen) == metrics
 
 
 def test_variables_stand_in_the_order_in_which_they_need_each_other():
@@ -96,6 +101,28 @@ def test_every_band_has_both_its_edges_and_a_colour_of_its_own():
         assert len(painted) == 1
         colours |= painted
     assert len(colours) == len(BLOCKS)
+
+
+def test_the_first_screen_names_the_block_in_trouble_and_nothing_that_has_ended():
+    trouble, table = (panel for panel in CHARTS if panel["gridPos"]["y"] == 0)
+    assert (trouble["title"], table["title"]) == ("Block in trouble", "Open incidents")
+    assert trouble["options"]["textMode"] == "name"  # the block, not a number
+    for panel in (trouble, table):
+        (target,) = panel["targets"]
+        assert target["instant"]
+        assert not target["range"]
+
+
+def test_the_table_of_incidents_has_critical_ones_first():
+    table = titled("Open incidents")
+    (organize,) = table["transformations"]
+    order = sorted(organize["options"]["indexByName"].items(), key=lambda item: item[1])
+    shown = [organize["options"]["renameByName"].get(name, name) for name, _ in order]
+    assert shown == ["severity", "culprit", "cause", "since step", "run", "alert"]
+    assert not organize["options"]["excludeByName"].keys() & dict(order).keys()
+    (by,) = table["options"]["sortBy"]
+    assert by == {"displayName": "severity", "desc": False}
+    assert sorted(["warning", "critical"]) == ["critical", "warning"]
 
 
 def test_a_log_scale_where_blocks_differ_by_orders_of_magnitude():

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from hellos import run_hello
+from observations import incident
 from prometheus_client import CollectorRegistry, generate_latest
 
 from sharpwatch.curvature.statistics.estimate import Estimate
@@ -17,7 +18,7 @@ from sharpwatch.daemon.config.settings import ALERT_NAMES
 from sharpwatch.daemon.exporter.metrics import RunCollector
 from sharpwatch.daemon.exporter.own_metrics import OwnMetrics
 from sharpwatch.daemon.ingest.samples import BlockTap, FailedProbe, HealthReading
-from sharpwatch.daemon.records import Alert
+from sharpwatch.daemon.runs.maxima import Maxima
 from sharpwatch.daemon.runs.snapshot import RunSnapshot
 
 HELLO = run_hello({("emb", ""): 40, ("qk", "layers.0"): 16}, probes=("gnb", "direction"))
@@ -27,10 +28,7 @@ def estimate(value: float, stderr: float = 0.5, estimator: str = "gnb", residual
     return Estimate(value, stderr, 4, estimator, 7, residual)
 
 
-def alert(identity: str, blocks: tuple[str, ...], *, active: bool) -> Alert:
-    return Alert(identity, "run", "UpdateRmsSpike", blocks, "warning", "z 9", 3, 4, active=active)
-
-
+SPIKE = {"name": "UpdateRmsSpike", "cause": "instability", "first_step": 5}
 FULL = RunSnapshot(
     hello=HELLO,
     phase="running",
@@ -50,6 +48,7 @@ FULL = RunSnapshot(
         learning_rate=np.array([0.001, 0.0005]),
         lr_multiplier=np.array([1.0, 0.5]),
     ),
+    maxima=Maxima(4.0, np.array([0.75, math.inf]), np.array([math.nan, 2.5])),
     update_ratio=(0.01, 0.02),
     gradient_noise=(0.125, math.nan),
     health=HealthReading(
@@ -88,8 +87,12 @@ FULL = RunSnapshot(
     },
     layer_sharpness=(estimate(1.0), estimate(2.0)),
     order_correlation=0.75,
-    alerts=(alert("1", ("qk",), active=False), alert("2", ("qk", "emb"), active=True)),
-    alerts_total={"UpdateRmsSpike": 2},
+    incidents=(
+        incident("1", **SPIKE, layer_blocks=("layers.0.qk",), active=False),
+        incident("2", **SPIKE, names=("UpdateRmsSpike", "LossSpike"), layer_blocks=("layers.0.qk", "emb"), onset=3),
+    ),
+    incidents_total={"UpdateRmsSpike": 2},
+    excursions_total={("loss", ""): 2, ("update", "qk"): 3},
     decisions_total={("scale_lr", "advise", "proposed"): 1},
 )
 
@@ -112,6 +115,17 @@ sharpwatch_block_lr_multiplier{block="qk",run="run",training_job="job"} 0.5
 sharpwatch_block_update_ratio{block="emb",run="run",training_job="job"} 0.01
 sharpwatch_block_update_ratio{block="qk",run="run",training_job="job"} 0.02
 sharpwatch_block_gradient_noise{block="emb",run="run",training_job="job"} 0.125
+sharpwatch_run_loss_max{run="run",training_job="job"} 4.0
+sharpwatch_block_gradient_norm_max{block="emb",run="run",training_job="job"} 0.75
+sharpwatch_block_gradient_norm_max{block="qk",run="run",training_job="job"} +Inf
+sharpwatch_block_update_rms_max{block="qk",run="run",training_job="job"} 2.5
+sharpwatch_excursions_total{block="",run="run",signal="loss",training_job="job"} 2.0
+sharpwatch_excursions_total{block="emb",run="run",signal="update",training_job="job"} 0.0
+sharpwatch_excursions_total{block="qk",run="run",signal="update",training_job="job"} 3.0
+sharpwatch_excursions_total{block="emb",run="run",signal="gradient",training_job="job"} 0.0
+sharpwatch_excursions_total{block="qk",run="run",signal="gradient",training_job="job"} 0.0
+sharpwatch_excursions_total{block="emb",run="run",signal="weight",training_job="job"} 0.0
+sharpwatch_excursions_total{block="qk",run="run",signal="weight",training_job="job"} 0.0
 sharpwatch_block_sharpness{block="qk",estimator="gnb",run="run",training_job="job"} 2.0
 sharpwatch_block_sharpness{block="qk",estimator="hutchinson",run="run",training_job="job"} 2.5
 sharpwatch_block_sharpness_stderr{block="qk",estimator="gnb",run="run",training_job="job"} 0.5
@@ -164,10 +178,24 @@ sharpwatch_estimate_step{estimator="linesearch",run="run",training_job="job"} 7.
 sharpwatch_block_order_correlation{run="run",training_job="job"} 0.75
 sharpwatch_alert_active{alert="UpdateRmsSpike",block="qk",run="run",training_job="job"} 1.0
 sharpwatch_alert_active{alert="UpdateRmsSpike",block="emb",run="run",training_job="job"} 1.0
+sharpwatch_alert_active{alert="LossSpike",block="qk",run="run",training_job="job"} 1.0
+sharpwatch_alert_active{alert="LossSpike",block="emb",run="run",training_job="job"} 1.0
+sharpwatch_alerts_total{alert="DeadBlock",run="run",training_job="job"} 0.0
+sharpwatch_alerts_total{alert="GradientSpike",run="run",training_job="job"} 0.0
+sharpwatch_alerts_total{alert="LossDrop",run="run",training_job="job"} 0.0
 sharpwatch_alerts_total{alert="LossSpike",run="run",training_job="job"} 0.0
 sharpwatch_alerts_total{alert="NonFinite",run="run",training_job="job"} 0.0
+sharpwatch_alerts_total{alert="OptimizerState",run="run",training_job="job"} 0.0
+sharpwatch_alerts_total{alert="RateRaise",run="run",training_job="job"} 0.0
+sharpwatch_alerts_total{alert="RateZero",run="run",training_job="job"} 0.0
+sharpwatch_alerts_total{alert="SettingsChanged",run="run",training_job="job"} 0.0
 sharpwatch_alerts_total{alert="StabilityLimit",run="run",training_job="job"} 0.0
 sharpwatch_alerts_total{alert="UpdateRmsSpike",run="run",training_job="job"} 2.0
+sharpwatch_alerts_total{alert="WeightGrowth",run="run",training_job="job"} 0.0
+sharpwatch_alerts_total{alert="WeightJump",run="run",training_job="job"} 0.0
+sharpwatch_incident{block="qk",cause="instability",layer="layers.0",name="UpdateRmsSpike",run="run",severity="warning",training_job="job"} 1.0
+sharpwatch_incident_onset_step{block="qk",cause="instability",layer="layers.0",name="UpdateRmsSpike",run="run",severity="warning",training_job="job"} 3.0
+sharpwatch_critical_incidents_total{run="run",training_job="job"} 0.0
 sharpwatch_decisions_total{action="scale_lr",mode="advise",outcome="proposed",run="run",training_job="job"} 1.0
 sharpwatch_lr_revision{run="run",training_job="job"} 2.0
 sharpwatch_agent_overhead_ratio{run="run",training_job="job"} 0.004
@@ -215,10 +243,13 @@ def test_a_run_that_measured_nothing_exports_no_number_it_has_not():
         "sharpwatch_block_parameters",
         "sharpwatch_lr_revision",
         "sharpwatch_alerts_total",
+        "sharpwatch_critical_incidents_total",
+        "sharpwatch_excursions_total",
     }
     # What was counted is known to be none from the start, else the first alert is no increase.
-    counted = [line.rpartition(" ")[2] for line in lines if line.startswith("sharpwatch_alerts_total")]
-    assert counted == ["0.0"] * len(ALERT_NAMES)
+    for name, series in (("alerts", len(ALERT_NAMES)), ("critical_incidents", 1), ("excursions", 1 + 3 * 2)):
+        counted = [line.rpartition(" ")[2] for line in lines if line.startswith(f"sharpwatch_{name}_total")]
+        assert counted == ["0.0"] * series
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,8 @@ def sample(sequence: int, sketch_size: int = 64) -> agent_pb2.Sample:
 
 
 def controller(*_) -> RunController:
-    return RunController("run", blocks=tuple(SIZES), policies=())
+    layer_blocks = [(block, "") for block in SIZES]
+    return RunController("run", layer_blocks=layer_blocks, parameters=np.array([*SIZES.values()]), policies=())
 
 
 def update(run: Run, steps: range) -> None:
@@ -102,8 +103,8 @@ def test_a_gradient_noise_of_its_own_stays_until_the_next_of_its_kind(run):
     assert run.snapshot.gradient_noise is None
 
 
-@pytest.mark.parametrize(("norm", "seen"), [(math.nan, {}), (math.inf, {"emb": math.inf})])
-def test_a_gradient_that_was_not_read_is_none_and_no_damage(run, norm, seen):
+@pytest.mark.parametrize(("norm", "damage"), [(math.nan, []), (math.inf, [("NonFinite", ("emb",))])])
+def test_a_gradient_that_was_not_read_is_none_and_no_damage(run, norm, damage):
     ones = wire.encode(np.ones(2), "float32")
     tap = agent_pb2.Tap(
         gradient_norm=wire.encode([norm, 1.0], "float32"),
@@ -114,7 +115,28 @@ def test_a_gradient_that_was_not_read_is_none_and_no_damage(run, norm, seen):
         lr_multiplier=ones,
     )
     reading = read_sample(run.attempt.hello, agent_pb2.Sample(sequence=6, step=6, tap=tap))
-    assert run.update(reading, 0.0).gradient_norm == seen | {"norm": 1.0}
+    observed = run.update(reading, 0.0)
+    np.testing.assert_array_equal(observed.layers.gradient_norm, [norm, 1.0])
+    opened = run.controller.observe(observed, 0.0).incidents
+    assert [(one.name, one.layer_blocks) for one in opened] == damage
+
+
+def test_excursions_are_counted_on_over_attempts_also_of_other_blocks(run):
+    counts = []
+    for changes in ({}, *OF_OTHER_BLOCKS):
+        run.controller.excursions.update({("loss", ""): 2, ("update", "emb"): 1})
+        run.publish()
+        counts.append(run.snapshot.excursions_total)
+        run.begin(attempt(attempt=f"a{len(counts) + 1}", **changes), controller())
+        run.publish()
+        assert run.snapshot.excursions_total == counts[-1]
+    assert counts == [{("loss", ""): 2 * i, ("update", "emb"): i} for i in (1, 2, 3, 4)]
+
+
+def test_maxima_are_of_the_present_blocks(run):
+    run.begin(attempt(attempt="a2", sizes={"emb": 64, "qk": 8, "ffn": 8}), controller())
+    run.publish()
+    assert run.snapshot.maxima.update_rms.shape == (3,)
 
 
 def test_windows_go_on_over_attempts_of_the_same_blocks_and_projection(run):

@@ -1,0 +1,193 @@
+"""`sharpwatch replay`: what the detectors find in recorded runs and in logs of other trainers, without a daemon."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+import click
+
+from sharpwatch.cli.commands.incidents import culprit
+from sharpwatch.cli.extras import needs_extra
+from sharpwatch.cli.options import LocalCommand, ParsedText
+from sharpwatch.cli.output import Grid, print_answer
+from sharpwatch.errors import SharpwatchError
+
+if TYPE_CHECKING:
+    from sharpwatch.replay.files import ReadOptions
+    from sharpwatch.replay.judge import JudgedIncident, Judgement
+
+# As in sharpwatch.replay, which is not imported for the help.
+_FORMATS = ("csv", "jsonl", "trainer-state", "tensorboard", "megatron", "torchtitan", "recording", "journal")
+_COLUMNS = {"step": "step", "loss": "loss", "grad-norm": "gradient norm", "lr": "learning rate"}
+_MEASURED = ("loss", "grad-norm", "lr")
+
+
+def _column(text: str) -> tuple[str, str]:
+    column, _, name = text.partition("=")
+    if column not in _COLUMNS or not name:
+        raise ValueError(f"{text!r} must be COLUMN=NAME, with a column of {', '.join(_COLUMNS)}")
+    return column, name
+
+
+def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options on how files are read: `--format` and `--column`."""
+    of_format = click.option(
+        "--format",
+        "format_",
+        type=click.Choice(_FORMATS),
+        help="The format of all files. Default: found by the content.",
+    )
+    of_column = click.option(
+        "--column",
+        "columns",
+        metavar="COLUMN=NAME",
+        multiple=True,
+        type=ParsedText("column", _column),
+        help="The name of a column in the files, such as loss=train/nll; a column is step, loss, grad-norm or lr. "
+        "Default: usual names.",
+    )
+    return of_format(of_column(command))
+
+
+@click.command(
+    cls=LocalCommand,
+    example="sharpwatch replay outputs/checkpoint-5000/trainer_state.json\n"
+    "sharpwatch replay train.log runs/tensorboard metrics.csv.gz",
+)
+@click.argument(
+    "files",
+    metavar="FILE...",
+    nargs=-1,
+    required=True,
+    help="A log of a run, - for standard input, a folder of TensorBoard's event files, or a daemon's journal: "
+    "sqlite:///PATH.",
+)
+@reading_options
+@click.option("--run", metavar="NAME", help="The run in a journal; a prefix is enough. Default: the only one.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def replay(
+    files: tuple[str, ...], format_: str | None, columns: tuple[tuple[str, str], ...], run: str | None, as_json: bool
+) -> int:
+    """Run logs of finished or running trainings through the detectors, and print the incidents they find.
+
+    It reads CSV, JSON lines, trainer_state.json, TensorBoard's event files, what Megatron-LM and torchtitan print, and
+    sharpwatch's own recordings; files may be compressed with gzip or xz. It needs no daemon.
+    """
+    with needs_extra("replay", "daemon"):
+        from sharpwatch.replay.files import ReadOptions  # noqa: PLC0415 - loads numpy
+
+        options = ReadOptions(cast("Any", format_), cast("Any", dict(columns)), run)
+        found, errors = _judged(files, options)
+    payload = {"runs": [to_dict(each) for each in found], "errors": errors}
+    if found or as_json:
+        print_answer(payload, list(_grids(found)), as_json=as_json)
+    for error in errors:
+        click.echo(f"sharpwatch replay: {' '.join(error.split())}", err=True)
+    return 1 if errors else 0
+
+
+def _judged(files: Iterable[str], options: ReadOptions) -> tuple[list[Judgement], list[str]]:
+    """The judgements of all files that can be read, and the errors of the others."""
+    from sharpwatch.replay.files import expand, read_run  # noqa: PLC0415 - as above
+    from sharpwatch.replay.judge import judge  # noqa: PLC0415 - as above
+
+    found: list[Judgement] = []
+    errors: list[str] = []
+    for given in files:
+        try:
+            sources = expand(given)
+        except SharpwatchError as error:
+            errors.append(str(error))
+            continue
+        for source in sources:
+            try:
+                found.append(judge(read_run(source, options)))
+            except SharpwatchError as error:
+                errors.append(str(error))
+    return found, errors
+
+
+def to_dict(judgement: Judgement) -> dict[str, Any]:
+    """A judgement for JSON."""
+    run = judgement.run
+    steps = [observation.step for observation in run.observations]
+    return {
+        "file": run.source,
+        "format": run.format,
+        "rows": len(steps),
+        "first_step": steps[0] if steps else None,
+        "last_step": steps[-1] if steps else None,
+        "columns": dict(run.names),
+        "blind_rows": dict(judgement.blind),
+        "notes": list(run.notes),
+        "incidents": [
+            {**dataclasses.asdict(each.incident), "closed_step": each.closed_step} for each in judgement.incidents
+        ],
+    }
+
+
+def _grids(found: Iterable[Judgement]) -> Iterator[Grid]:
+    for judgement in found:
+        yield incident_table(judgement)
+        yield Grid("l", tuple((line,) for line in summary(judgement)))
+
+
+def incident_table(judgement: Judgement) -> Grid:
+    """The incidents of a run, in the order they were opened."""
+    source = judgement.run.source
+    return Grid(
+        "rrrlllll",
+        tuple(_incident(each) for each in judgement.incidents),
+        ("onset", "opened", "closed", "severity", "cause", "name", "culprit", "evidence"),
+        title=source,
+        empty=f"{source}: no incident",
+    )
+
+
+def _incident(each: JudgedIncident) -> tuple[str, ...]:
+    found = each.incident
+    return (
+        str(found.onset),
+        str(found.first_step),
+        "open" if each.closed_step is None else str(each.closed_step),
+        found.severity,
+        found.cause,
+        found.name,
+        culprit(found.layer_blocks),
+        "; ".join(found.evidence),
+    )
+
+
+def summary(judgement: Judgement) -> list[str]:
+    """What was read of a run and what could be judged, in a line; and a line for each note."""
+    run = judgement.run
+    steps = [observation.step for observation in run.observations]
+    rows = f"{run.format}: {len(steps)} rows, steps {steps[0]} to {steps[-1]}" if steps else f"{run.format}: no row"
+    parts = [rows, _judged_columns(judgement)]
+    if absent := [_COLUMNS[each] for each in _MEASURED if not run.is_own and each not in run.names]:
+        parts.append(f"not in the file and not judged: {', '.join(absent)}")
+    if not run.is_own:
+        parts.append("blocks, weights and optimizer state are known only to the agent")
+    return ["; ".join(filter(None, parts)), *(f"note: {note}" for note in run.notes)]
+
+
+def _judged_columns(judgement: Judgement) -> str:
+    run = judgement.run
+    return ", ".join(
+        f"{_COLUMNS[column]}{_named(column, run.names)} {_from_row(column, rows)}"
+        for column, rows in judgement.blind.items()
+        if run.is_own or column in run.names
+    )
+
+
+def _named(column: str, names: Mapping[Any, str]) -> str:
+    """Its name in the file, where that is another."""
+    return f" ({names[column]})" if names.get(column, column) not in {column, _COLUMNS[column]} else ""
+
+
+def _from_row(column: str, blind: int | None) -> str:
+    if blind is not None:
+        return f"judged after {blind} rows"
+    return "not judged" if column == "lr" else "judged only for nan and inf"

@@ -1,0 +1,238 @@
+"""Incidents: findings that hang together, what explains them, and their life."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from sharpwatch.daemon.records import CAUSES, AlertName, Cause, Finding, Incident
+
+QUIET = 20  # samples without a finding that end an incident
+QUIET_PROBES, UNPROBED = 3, 500  # of the stability ratio: probes without one, or samples without a probe
+UPDATE_EVERY = 10  # steps between records of an incident that merely goes on
+_TOGETHER = 5  # steps within which events have one cause
+_WITH_LOSS = 20  # steps within which a loss follows if wrong data have moved it and the blocks
+_EXPLAINS = 20  # steps after its opening within which an incident's explanation may change
+_RANK = {name: rank for rank, name in enumerate(CAUSES)}
+# Each is an event of its own, which no earlier incident explains.
+_EVENTS: set[AlertName] = {"WeightJump", "SettingsChanged", "OptimizerState", "RateRaise", "RateZero"}
+_BLOCK_ALERTS: set[AlertName] = {"WeightGrowth", "DeadBlock", "UpdateRmsSpike", "GradientSpike"}
+_LOCAL: set[Cause] = {"instability", "silent"}
+# What disturbs weights by itself: under such a cause their jumps are consequences.
+_MOVES_WEIGHTS: set[Cause] = {"learning-rate", "optimizer-state", "non-finite", "damaged-weight"}
+
+
+@dataclass(slots=True)
+class _Open:
+    """An open incident, with the first finding of each alert, and of the one that explains the others."""
+
+    incident: Incident
+    explains: Finding
+    first: dict[AlertName, Finding]
+    quiet: float = 0.0  # part of the time without a finding that ends it
+    recorded: int = 0  # step of the newest record
+
+    def count_quiet(self, *, found: bool, probed: bool) -> None:
+        """One more sample, with a finding of this incident or without."""
+        if found:
+            self.quiet = 0.0
+        elif set(self.first) == {"StabilityLimit"}:  # whose samples are rare
+            self.quiet += 1 / QUIET_PROBES if probed else 1 / UNPROBED
+        else:
+            self.quiet += 1 / QUIET
+
+
+class IncidentLog:
+    """The incidents of one run.
+
+    Args:
+        run: Its name.
+        new_id: Makes ids.
+    """
+
+    def __init__(self, run: str, new_id: Callable[[], str]) -> None:
+        self._run = run
+        self._new_id = new_id
+        self._open: dict[str, _Open] = {}
+        self._all: dict[str, Incident] = {}
+
+    @property
+    def all(self) -> tuple[Incident, ...]:
+        """Every incident, oldest first."""
+        return tuple(self._all.values())
+
+    @property
+    def open(self) -> tuple[Incident, ...]:
+        """The open ones, oldest first."""
+        return tuple(each.incident for each in self._open.values())
+
+    def active(self, name: str) -> Incident | None:
+        """The newest open incident with an alert of that name."""
+        return next((each for each in reversed(self.open) if name in each.names), None)
+
+    def see(self, findings: Sequence[Finding], *, probed: bool = False) -> tuple[Incident, ...]:
+        """Fold the findings of one sample, which has a stability ratio or not; returns the incidents to record."""
+        changed: dict[str, Incident] = {}
+        found: set[str] = set()
+        for finding in sorted(findings, key=lambda each: (each.onset, _RANK[each.name])):
+            entry = self._belongs_to(finding)
+            if entry is None and finding.name == "LossDrop" and self._open:
+                continue
+            if entry is None:
+                entry = self._begin(finding)
+                changed[entry.incident.id] = entry.incident
+            elif self._join(entry, finding):
+                changed[entry.incident.id] = entry.incident
+            found.add(entry.incident.id)
+        for identity, entry in tuple(self._open.items()):
+            entry.count_quiet(found=identity in found, probed=probed)
+            if entry.quiet >= 1:
+                changed[identity] = self._close(identity, f"no finding for {QUIET} samples")
+        return tuple(changed.values())
+
+    def replay(self, findings: Sequence[Finding], *, probed: bool = False) -> None:
+        """Carry open incidents on, as `see` does; open and close none."""
+        found = {entry.incident.id: finding for finding in findings if (entry := self._belongs_to(finding)) is not None}
+        for identity, entry in self._open.items():
+            entry.count_quiet(found=identity in found, probed=probed)
+            if identity in found:
+                last = max(entry.incident.last_step, found[identity].step)
+                entry.incident = self._all[identity] = replace(entry.incident, last_step=last)
+
+    def close_all(self, why: str) -> tuple[Incident, ...]:
+        """Close what is open."""
+        return tuple(self._close(identity, why) for identity in tuple(self._open))
+
+    def acknowledge(self, identity: str, words: str) -> Incident:
+        """Note who has seen an incident; raises `KeyError` for an id that is none."""
+        seen = self._all[identity] = replace(self._all[identity], acknowledged=words)
+        if identity in self._open:
+            self._open[identity].incident = seen
+        return seen
+
+    def restore(self, incidents: Iterable[Incident]) -> None:
+        """Take up journalled incidents."""
+        self._all = {each.id: each for each in incidents}
+        self._open = {each.id: _restored(each) for each in self._all.values() if each.active}
+
+    def _belongs_to(self, finding: Finding) -> _Open | None:
+        """The open incident that a finding is part of."""
+        parts = [entry for entry in reversed(self._open.values()) if _is_part(finding, entry.incident)]
+        # One that has shown the same before is the likeliest.
+        return next((entry for entry in parts if finding.name in entry.incident.names), parts[0] if parts else None)
+
+    def _begin(self, finding: Finding) -> _Open:
+        incident = Incident(
+            id=self._new_id(),
+            run=self._run,
+            name=finding.name,
+            names=(finding.name,),
+            cause=CAUSES[finding.name],
+            severity=finding.severity,
+            blocks=_types(finding.layer_blocks),
+            layer_blocks=finding.layer_blocks,
+            evidence=(finding.evidence,),
+            onset=finding.onset,
+            first_step=finding.step,
+            last_step=finding.step,
+            active=True,
+        )
+        entry = _Open(incident, finding, {finding.name: finding}, recorded=finding.step)
+        self._open[incident.id] = entry
+        self._all[incident.id] = incident
+        return entry
+
+    def _join(self, entry: _Open, finding: Finding) -> bool:
+        """Add a finding; returns whether the incident is to be recorded."""
+        before = entry.incident
+        first = entry.first.setdefault(finding.name, finding)
+        worse = finding.severity == "critical" and before.severity == "warning"
+        if finding.severity == "critical" and first.severity == "warning":
+            entry.first[finding.name] = replace(finding, onset=first.onset)
+        if worse or finding.step - before.first_step <= _EXPLAINS:
+            entry.explains = min(entry.first.values(), key=_explains_best)
+        explains = entry.explains
+        others = [each for each in entry.first.values() if each is not explains]
+        layer_blocks = explains.layer_blocks
+        if layer_blocks:  # else it is the whole model's: what blocks show beside it is no cause
+            layer_blocks = tuple(dict.fromkeys((*layer_blocks, *(b for each in others for b in each.layer_blocks))))
+        after = entry.incident = replace(
+            before,
+            name=explains.name,
+            names=(explains.name, *(each.name for each in others)),
+            cause=_cause(entry),
+            severity="critical" if worse else before.severity,
+            blocks=_types(layer_blocks),
+            layer_blocks=layer_blocks,
+            evidence=(explains.evidence, *(each.evidence for each in others)),
+            onset=min(explains.onset, before.onset),
+            last_step=max(before.last_step, finding.step),
+        )
+        self._all[after.id] = after
+        goes_on = replace(after, last_step=before.last_step) == before
+        if goes_on and after.last_step - entry.recorded < UPDATE_EVERY:
+            return False
+        entry.recorded = after.last_step
+        return True
+
+    def _close(self, identity: str, why: str) -> Incident:
+        closed = replace(self._open.pop(identity).incident, active=False, closed=why)
+        self._all[identity] = closed
+        return closed
+
+
+def _is_part(finding: Finding, incident: Incident) -> bool:
+    """Whether a finding belongs to an open incident. One that is open must not hide another that begins."""
+    near = finding.onset - incident.onset <= (_TOGETHER if finding.name in _EVENTS else _EXPLAINS)
+    if near:
+        return True
+    if finding.name in incident.names:
+        # An event that comes again is another one, unless it comes again and again.
+        return finding.name not in _EVENTS or finding.step - incident.last_step <= _TOGETHER
+    if finding.name == "LossDrop":
+        return False  # after a spike it is the recovery
+    if finding.name == "WeightJump":
+        return incident.cause in _MOVES_WEIGHTS
+    # What stands out under a page is its consequence, unless both are about blocks of their own.
+    apart = (
+        incident.cause in _LOCAL and finding.layer_blocks and not set(finding.layer_blocks) & set(incident.layer_blocks)
+    )
+    return incident.severity == "critical" and finding.name not in _EVENTS and not apart
+
+
+def _explains_best(finding: Finding) -> tuple[bool, int, int]:
+    """The cause comes before its consequences: whatever is sure and began first explains the rest.
+
+    What stands out in a mean over several samples may seem to have begun before its cause.
+    """
+    onset = finding.onset - (_TOGETHER if finding.is_exact else 0)
+    return finding.severity == "warning", onset, _RANK[finding.name]
+
+
+def _cause(entry: _Open) -> Cause:
+    explains, first = entry.explains, entry.first
+    # Blocks out of their levels together with the loss are what wrong data look like; the blocks' z only came first.
+    losses = [first[name].onset for name in ("LossSpike", "LossDrop") if name in first]
+    if explains.name in _BLOCK_ALERTS and losses:
+        return "data" if min(losses) - explains.onset <= _WITH_LOSS else "instability"
+    return CAUSES[explains.name]
+
+
+def _types(layer_blocks: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.rpartition(".")[2] for name in layer_blocks))
+
+
+def _restored(incident: Incident) -> _Open:
+    finding = Finding(
+        incident.name,
+        incident.severity,
+        incident.evidence[0],
+        incident.first_step,
+        incident.onset,
+        incident.layer_blocks,
+    )
+    others = {
+        name: replace(finding, name=name, evidence=evidence, onset=incident.last_step, layer_blocks=())
+        for name, evidence in zip(incident.names[1:], incident.evidence[1:], strict=False)
+    }
+    return _Open(incident, finding, {incident.name: finding, **others}, recorded=incident.last_step)

@@ -1,0 +1,121 @@
+"""Detection for one run: from each observation to findings and incidents."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sharpwatch.daemon.detection.detectors import findings, statistics
+from sharpwatch.daemon.detection.exact import Judged
+from sharpwatch.daemon.detection.incidents import IncidentLog
+from sharpwatch.daemon.detection.signals import Scores, Signals
+from sharpwatch.daemon.detection.state import packed, unpacked
+from sharpwatch.daemon.detection.thresholds import USUAL, Budget, Limits
+from sharpwatch.daemon.records import Finding, Incident, Observation
+
+EXCURSION = 6.0  # z of a single value that is counted
+
+
+def layer_block_name(block: str, layer: str) -> str:
+    """The name of a layer block: "layers.3.qk", or "emb" for one outside of the layers."""
+    return f"{layer}.{block}" if layer else block
+
+
+class RunDetection:
+    """The signals, detectors and incidents of one run; deterministic but for the ids.
+
+    Args:
+        run: The run's name.
+        layer_blocks: Block type and layer of each of its layer blocks.
+        parameters: The number of parameters of each.
+        new_id: Makes the ids of incidents.
+        budget: Of false alarms.
+    """
+
+    def __init__(
+        self,
+        run: str,
+        layer_blocks: Sequence[tuple[str, str]],
+        parameters: npt.NDArray[Any],
+        new_id: Callable[[], str],
+        budget: Budget = USUAL,
+    ) -> None:
+        self.names = tuple(layer_block_name(*each) for each in layer_blocks)
+        self.incidents = IncidentLog(run, new_id)
+        # Samples in which a single value stood out but was no finding; by signal, and block type or "" for the loss.
+        self.excursions: Counter[tuple[str, str]] = Counter()
+        self._types = np.array([block for block, _ in layer_blocks])
+        self._make = (parameters, tuple(dict.fromkeys(block for block, _ in layer_blocks)), budget)
+        self._signals, self._limits = self._made()
+
+    def _made(self) -> tuple[Signals, Limits]:
+        parameters, blocks, budget = self._make
+        return Signals(parameters, blocks), Limits(budget, len(parameters))
+
+    def see(self, observation: Observation) -> tuple[list[Finding], tuple[Incident, ...]]:
+        """Take in the next step; returns its findings, and the incidents that changed."""
+        found = self._judge(observation)
+        if not found:
+            self._count_excursions()
+        if not (found or self.incidents.open):
+            return found, ()
+        return found, self.incidents.see(found, probed=observation.stability is not None)
+
+    @property
+    def recent(self) -> tuple[Scores, ...]:
+        """The scores of the newest steps, the newest last."""
+        return tuple(self._signals.recent)
+
+    def _count_excursions(self) -> None:
+        now, then = self._signals.recent[-1], self._signals.recent[-2 if len(self._signals.recent) > 1 else -1]
+        # In one piece: nearly all samples end after this comparison.
+        scores = (now.update[1], now.gradient[1], then.weight[: now.weight.size], [now.loss[1]])
+        far = np.abs(np.concatenate(scores)) > EXCURSION
+        if not np.count_nonzero(far):
+            return
+        update, gradient, weight, loss = np.split(far, np.cumsum([len(each) for each in scores])[:-1])
+        if weight.any():
+            with np.errstate(invalid="ignore"):
+                # What stays is a finding, or how weights grow now.
+                weight &= np.abs(then.weight_change + now.weight_change) < np.abs(then.weight_change) / 2
+        for signal, where in (("update", update), ("gradient", gradient), ("weight", weight)):
+            self.excursions.update((signal, block) for block in set(self._types[: len(where)][where].tolist()))
+        self.excursions.update([("loss", "")] * int(loss[0]))
+
+    def _judge(self, observation: Observation) -> list[Finding]:
+        # After a restart the samples of before an incident are folded while it is open.
+        opened = [incident for incident in self.incidents.open if incident.first_step < observation.step]
+        # What happens in an incident must not become normal; a warning may be a false one.
+        wrong = any(incident.severity == "critical" for incident in opened)
+        self._signals.see(observation, keep_out=wrong, settle=not opened)
+        recent = tuple(self._signals.recent)
+        found = statistics(recent)
+        exceeded, limits = self._limits.see(found, keep_out=bool(opened))
+        probes = tuple(self._signals.probes)
+        return findings(Judged(recent, probes, self.names, found, limits, exceeded))
+
+    def replay(self, observation: Observation) -> None:
+        """Take in a journalled step: baselines and open incidents move on, and none opens or closes."""
+        self.incidents.replay(self._judge(observation), probed=observation.stability is not None)
+
+    def state(self) -> bytes:
+        """The baselines and thresholds, from which another daemon goes on with `load_state`."""
+        return packed(self._signals.state() | self._limits.state())
+
+    def load_state(self, state: bytes) -> None:
+        """Go on from `state`; raises `ValueError`, and begins anew, where it is damaged or of other layer blocks."""
+        arrays = unpacked(state)
+        try:
+            self._signals.load_state(arrays)
+            self._limits.load_state(arrays)
+        except (ValueError, KeyError, TypeError) as error:
+            self._signals, self._limits = self._made()
+            raise ValueError(f"the state of the baselines can't be used: {error}") from error
+
+    def take_over(self, earlier: RunDetection) -> None:
+        """Carry on for a new attempt of the run, whose layer blocks are the same."""
+        self._signals, self._limits = earlier._signals, earlier._limits

@@ -1,0 +1,385 @@
+"""The signals of a run: what each step's observation says against what the run did before.
+
+They are made of observations alone, so that a replay gives the same.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sharpwatch.curvature.statistics.estimate import Estimate
+from sharpwatch.daemon.detection.baselines import Level, Trend
+from sharpwatch.daemon.detection.state import Arrays, gathered, put_back
+from sharpwatch.daemon.records import LayerTap, Observation, OptimizerGroup
+from sharpwatch.wire import Doubles
+
+SPANS = (3, 5, 10, 20, 40)  # samples whose mean is judged
+SETTLE = 20  # samples after a known change of the rates in which norms of gradients and updates find a new level
+RISE_ENDED = 20  # samples without a higher rate after which a rise is over
+ACCEPTED = 500  # samples that a rate above the highest stands until it is the run's own
+_RATE_STEP = 0.1  # change of the log of a rate within a step that gradients answer to
+_WARM_UP = 0.5  # of a z while rates rise for the first time
+# Smallest spreads taken for real: of the logs of norms, and of the loss as a share of itself.
+_NORM_FLOOR, _LOSS_FLOOR = 0.05, 0.003
+_LARGEST_LOSS = 1e30
+_FEW = 4  # layer blocks below which their median says nothing of what they have in common
+_GROWTH_SPAN = 20  # samples
+_GROWTH_BLIND = 150  # samples at the start, and after a change of the rates, in which weights may grow as they like
+_FIRST_STEPS = 10  # of a run, in which Adam's updates do not depend on the size of gradients yet
+_STARTED = 1e-3  # root mean square of weights below which they are about zero: biases, adapters that begin with nothing
+_WEIGHT_FLOOR = 0.01  # smallest spread taken for real of a norm's change, as a share of the most that a step can do
+_WEIGHT_PATIENCE = 5  # changes in a row that are far from the usual: then it is no event but how the weights grow now
+_LEAST_RATIO = 0.05  # stability ratios below it, also negative ones, are all alike: no danger
+_ROUNDING = 4e-7  # of the logarithm of a norm in single precision
+
+
+_LAYER_FIELDS = tuple(each.name for each in fields(LayerTap))
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """One observation, and how its signals stand: z in robust standard deviations, [L] by layer block, NaN if unknown.
+
+    Attributes:
+        observation: What was observed.
+        loss: By number of samples, from 1: of the mean loss, from its trend.
+        update: The same of the log of the update RMS, less the median over layer blocks.
+        gradient: The same of the log of the gradient norm.
+        common_update, common_gradient: Of these medians.
+        weight: Of the change of the log weight norm in one step, in units of the most that the step can do.
+        weight_change: That change itself.
+        weight_share: The change over the most that a step of Adam's can do; NaN for other optimizers.
+        growth: The change of the log weight norm over the last 20 samples, and over the 20 before them [2, L], each
+            without its largest step.
+        rate: The learning rate over the highest that it has held since its first rise ended; NaN before.
+        moment: Adam's second moment over the least that it can be, given the one before.
+        dead: Whether a gradient that was there before is exactly zero.
+        first_change: The part of itself that a step of Adam's changes a layer block by; empty after the first steps.
+        settling: Whether the rates have just changed.
+        groups_before: The optimizer's parameter groups as they were; empty before the first are known.
+        stability: Of the log of the directional stability ratio, less its standard error; NaN where not probed.
+        block_stability: The same by block type, where it could be measured.
+    """
+
+    observation: Observation
+    loss: Mapping[int, float] = field(default_factory=dict)
+    update: Mapping[int, Doubles] = field(default_factory=dict)
+    gradient: Mapping[int, Doubles] = field(default_factory=dict)
+    common_update: Mapping[int, float] = field(default_factory=dict)
+    common_gradient: Mapping[int, float] = field(default_factory=dict)
+    weight: Doubles = field(default_factory=lambda: np.empty(0))
+    weight_change: Doubles = field(default_factory=lambda: np.empty(0))
+    weight_share: Doubles = field(default_factory=lambda: np.empty(0))
+    growth: Doubles = field(default_factory=lambda: np.empty(0))
+    rate: Doubles = field(default_factory=lambda: np.empty(0))
+    moment: Doubles = field(default_factory=lambda: np.empty(0))
+    dead: Doubles = field(default_factory=lambda: np.empty(0))
+    first_change: Doubles = field(default_factory=lambda: np.empty(0))
+    settling: bool = False
+    groups_before: Mapping[tuple[int, int], OptimizerGroup] = field(default_factory=dict)
+    stability: float = math.nan
+    block_stability: Mapping[str, float] = field(default_factory=dict)
+
+
+class Stability:
+    """The stability ratios of a run's probes, of the whole model and of its block types.
+
+    Average sharpness and its ratio have no threshold that suits every run: what counts is a run's own level.
+
+    Args:
+        blocks: The block types.
+    """
+
+    _BLIND = 10  # probes
+
+    def __init__(self, blocks: Sequence[str]) -> None:
+        self._blocks = tuple(blocks)
+        # With this floor a z of 4.5 is a factor of 3 at least; healthy ratios scatter by half as much again.
+        self._floor = 0.25
+        self.levels = Level(len(blocks) + 1, memory=50, spread_memory=50, blind=self._BLIND)
+
+    def see(self, seen: Observation, *, keep_out: bool) -> tuple[float, dict[str, float]]:
+        """Take in a probe; returns the z of the model's ratio, and those of the block types that have one."""
+        ratios = [seen.stability, *map(seen.block_stability.get, self._blocks)]
+        logs = np.array([math.nan if ratio is None else math.log(_surely(ratio)) for ratio in ratios])
+        whole, *blocks = self.levels.see(logs, self._floor, keep_out=keep_out)
+        return float(whole), {b: float(z) for b, z in zip(self._blocks, blocks, strict=True) if not math.isnan(z)}
+
+
+def _surely(ratio: Estimate) -> float:
+    """What a ratio is at least, by one standard error where that is known; small and negative ones are alike."""
+    return max(_LEAST_RATIO, ratio.value - ratio.stderr if math.isfinite(ratio.stderr) else ratio.value)
+
+
+class Rates:
+    """The highest learning rate of each layer block.
+
+    A rate rises first, by a warm-up or not at all. Only what rises after that is news.
+
+    Args:
+        columns: Number of layer blocks.
+    """
+
+    STATE = ("_highest", "_since", "_risen", "_above")
+
+    def __init__(self, columns: int) -> None:
+        self._highest = np.zeros(columns)
+        self._since = np.zeros(columns, dtype=np.int64)  # samples since it was reached
+        self._risen = np.zeros(columns, dtype=bool)
+        self._above = np.zeros(columns, dtype=np.int64)  # samples in a row above it
+
+    def see(self, rates: Doubles) -> Doubles:
+        """Take in the rates [L]; returns them over the highest, NaN before the first rise has ended."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            ratio: Doubles = np.where(self._risen & (self._highest > 0), rates / self._highest, np.nan)
+        rises = rates > self._highest * (1 + 1e-6)
+        self._above = np.where(self._risen & rises, self._above + 1, 0)
+        accepted = self._above > ACCEPTED
+        self._since = np.where(rises & ~self._risen, 0, self._since + 1)
+        self._highest = np.where((rises & ~self._risen) | accepted, rates, self._highest)
+        self._risen |= (self._since >= RISE_ENDED) & (self._highest > 0)
+        return ratio
+
+
+class Signals:
+    """The baselines of one run of L layer blocks, and its last scores.
+
+    Args:
+        parameters: The number [L] of parameters of each layer block.
+        blocks: The block types.
+    """
+
+    STATE = (
+        "_before_step",
+        "_norms",
+        "_samples",
+        "_was_alive",
+        "_base",
+        "_stepped",
+        "_settling",
+    )  # beside what it is made of
+
+    def __init__(self, parameters: npt.NDArray[Any], blocks: Sequence[str]) -> None:
+        columns = len(parameters)
+        self._roots = np.sqrt(np.asarray(parameters, dtype=np.float64))
+        self.recent: deque[Scores] = deque(maxlen=5)  # newest last
+        self.probes: deque[Scores] = deque(maxlen=3)  # those with a stability ratio
+        self._stability = Stability(blocks)
+        # Update RMS and gradient norm of each layer block, what they have in common, and the loss.
+        floors, shares = np.full(2 * columns + 3, _NORM_FLOOR), np.zeros(2 * columns + 3)
+        floors[-1], shares[-1] = 0.0, _LOSS_FLOOR
+        self._trend = Trend(floors, shares, SPANS)
+        self._weights = Level(columns, memory=10, spread_memory=30, blind=30, patience=_WEIGHT_PATIENCE)
+        self._rates = Rates(columns)
+        self._norms = np.full((2 * _GROWTH_SPAN + 1, columns), np.nan)  # of the weights
+        self._samples = 0
+        self._columns = columns
+        self._before: LayerTap | None = None
+        self._before_step = -1
+        self._was_alive = np.zeros(columns, dtype=bool)
+        self._base: Doubles = np.full(columns, np.nan)  # rates without multipliers
+        self._stepped = np.ones(columns, dtype=bool)  # layer blocks that had a rate in the step before
+        self._settling = 0
+        self.groups: Mapping[tuple[int, int], OptimizerGroup] = {}
+
+    @np.errstate(over="ignore", under="ignore")  # a trainer may report any number
+    def see(self, seen: Observation, *, keep_out: bool = False, settle: bool = True) -> Scores:
+        """Score an observation against what came before it, then take it in.
+
+        Args:
+            seen: The observation.
+            keep_out: Whether it may not become normal, because something is known to be wrong.
+            settle: Whether baselines begin anew after a change of the rates. While an incident is open they do not, or
+                a cut that does not cure it would hide it.
+        """
+        if self.recent and seen.step <= self.recent[-1].observation.step:
+            self._go_back()
+        scores = Scores(seen, groups_before=self.groups)
+        self.groups = seen.optimizer_groups or self.groups
+        if seen.layers is not None:
+            scores = self._layers(scores, seen.layers)
+            self._before, self._before_step = seen.layers, seen.step
+        elif seen.restored:
+            self._before = None
+        scores = self._trends(scores, keep_out=keep_out, settle=settle)
+        if seen.stability is not None:
+            whole, by_block = self._stability.see(seen, keep_out=keep_out)
+            scores = replace(scores, stability=whole, block_stability=by_block)
+            self.probes.append(scores)
+        self.recent.append(scores)
+        return scores
+
+    def state(self) -> Arrays:
+        """All that `load_state` needs to go on; but the newest scores, which the next five samples renew."""
+        before = {} if self._before is None else gathered(self._before, _LAYER_FIELDS, "before")
+        groups = json.dumps([[*key, dict(group.settings), group.steps] for key, group in self.groups.items()])
+        return {
+            **gathered(self, self.STATE, "signals"),
+            **gathered(self._rates, Rates.STATE, "rates"),
+            **gathered(self._weights, Level.STATE, "weights"),
+            **gathered(self._stability.levels, Level.STATE, "stability"),
+            **self._trend.state(),
+            **before,
+            "groups": np.array(groups),
+        }
+
+    def load_state(self, arrays: Arrays) -> None:
+        """Go on from `state`; raises `ValueError` for one of other layer blocks."""
+        put_back(self, self.STATE, arrays, "signals")
+        put_back(self._rates, Rates.STATE, arrays, "rates")
+        put_back(self._weights, Level.STATE, arrays, "weights")
+        put_back(self._stability.levels, Level.STATE, arrays, "stability")
+        self._trend.load_state(arrays)
+        before: dict[str, Any] = {name: arrays[key] for name in _LAYER_FIELDS if (key := f"before.{name}") in arrays}
+        self._before = LayerTap(**before | {"clip_factor": float(before["clip_factor"])}) if before else None
+        self.groups = {
+            (optimizer, group): OptimizerGroup(settings, steps)
+            for optimizer, group, settings, steps in json.loads(str(arrays["groups"]))
+        }
+
+    def _go_back(self) -> None:
+        """A rollback: what was last seen belongs to a timeline that was left; the levels before it stand."""
+        self.recent.clear()
+        self.probes.clear()
+        self._samples = 0
+        self._before = None
+        self._settling = SETTLE
+
+    def _layers(self, scores: Scores, now: LayerTap) -> Scores:
+        seen = scores.observation
+        # Of two samples further apart nobody knows what a single step has done.
+        before = self._before if self._before_step == seen.step - 1 and not seen.restored else None
+        self._note_rates(now)
+        weight_change = weight = share = moment = np.full(self._columns, np.nan)
+        if self._settling == SETTLE:
+            self._weights.forget(np.ones(self._columns, dtype=bool))
+        if before is not None:
+            weight_change, weight, share = self._weight(before, now)
+            moment = self._moment(before, now)
+        dead = (now.gradient_norm == 0) & ~np.isnan(now.update_rms) & self._was_alive
+        self._was_alive |= now.gradient_norm > 0
+        rate = self._rates.see(self._base)
+        return replace(
+            scores,
+            weight=self._caution(rate) * weight,
+            weight_change=weight_change,
+            weight_share=share,
+            growth=self._growth(now),
+            rate=rate,
+            moment=moment,
+            dead=dead,
+            first_change=self._first_change(now) if seen.step <= _FIRST_STEPS else np.empty(0),
+            settling=self._settling > 0,
+        )
+
+    def _trends(self, scores: Scores, *, keep_out: bool, settle: bool) -> Scores:
+        seen, count = scores.observation, self._columns
+        values = np.full(2 * count + 3, np.nan)
+        if seen.layers is not None:
+            values[:-1] = _log_columns(seen.layers)
+        # Larger ones are no numbers in single precision.
+        values[-1] = math.nan if seen.loss is None or not abs(seen.loss) < _LARGEST_LOSS else seen.loss
+        if self._settling and settle:
+            self._trend.forget(slice(2 * count + 2))
+        z, means = self._trend.see(seen.step, values, keep_out=keep_out)
+        if scores.rate.size:
+            caution = self._caution(scores.rate)
+            z, means = caution * z, caution * means
+        rows = {1: z, **dict(zip(SPANS, means, strict=True))}
+        return replace(
+            scores,
+            loss={span: float(row[-1]) for span, row in rows.items()},
+            update={span: row[:count] for span, row in rows.items()},
+            gradient={span: row[count : 2 * count] for span, row in rows.items()},
+            common_update={span: float(row[-3]) for span, row in rows.items()},
+            common_gradient={span: float(row[-2]) for span, row in rows.items()},
+        )
+
+    @staticmethod
+    def _caution(rate: Doubles) -> float:
+        """What a z is worth: in the first rise of the rates norms and losses go their own ways."""
+        return _WARM_UP if np.isnan(rate).all() else 1.0
+
+    def _note_rates(self, now: LayerTap) -> None:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            base: Doubles = now.learning_rate.astype(np.float64) / now.lr_multiplier
+            was = self._before
+            step = 0.0 if was is None else np.nanmax(np.abs(np.log(now.learning_rate / was.learning_rate)), initial=0.0)
+        self._base = base
+        self._settling = SETTLE if step > _RATE_STEP else max(0, self._settling - 1)
+
+    def _growth(self, now: LayerTap) -> Doubles:
+        self._norms = np.roll(self._norms, 1, axis=0)
+        self._norms[0] = now.weight_norm
+        self._samples = 0 if self._settling else self._samples + 1
+        if self._samples < _GROWTH_BLIND:
+            return np.empty(0)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            changes = -np.diff(np.log(self._norms), axis=0).reshape(2, _GROWTH_SPAN, -1)
+            # Without the largest: one jump is no growth.
+            largest = np.take_along_axis(changes, np.abs(changes).argmax(1)[:, None], axis=1)[:, 0]
+            growth: Doubles = changes.sum(1) - largest
+        return growth
+
+    def _weight(self, before: LayerTap, now: LayerTap) -> tuple[Doubles, Doubles, Doubles]:
+        """The change of the log weight norms, its z, and its share of what Adam can do.
+
+        The step before made it, with the rates of that step.
+
+        An update of Adam's has entries of about the learning rate, so that it changes a norm ‖W‖ of n weights by at
+        most about rate·√n/‖W‖ of itself. The change is scored in units of that.
+        """
+        rates = before.learning_rate.astype(np.float64)
+        norms = before.weight_norm.astype(np.float64)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            change: Doubles = np.log(now.weight_norm.astype(np.float64) / norms)
+            stopped = self._stepped != (rates > 0)
+            if stopped.any():
+                self._weights.forget(stopped)
+                self._stepped = rates > 0
+            # A parameter without a gradient is not stepped, and says nothing of how much a step changes it.
+            idle = (before.gradient_norm == 0) & np.isnan(before.second_moment) & (np.abs(change) < _ROUNDING)
+            # Without a rate nothing should change: then the change itself is scored.
+            unit = np.where((rates > 0) & (norms > 0), rates * self._roots / norms, 1.0)
+            floor = np.where(rates > 0, _WEIGHT_FLOOR, 0.0) + _ROUNDING / unit
+            z = self._weights.see(np.where(idle, np.nan, change / unit), floor)
+            share = np.where(np.isnan(before.second_moment) | (rates <= 0), np.nan, change / unit)
+            return change, z, share
+
+    def _first_change(self, now: LayerTap) -> Doubles:
+        """Rate · √n / ‖W‖ where there is a second moment; NaN for weights that are about zero yet."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            change: Doubles = now.learning_rate * self._roots / now.weight_norm
+            started = now.weight_norm > _STARTED * self._roots
+        return np.where(started & ~np.isnan(now.second_moment), change, np.nan)
+
+    def _moment(self, before: LayerTap, now: LayerTap) -> Doubles:
+        """V over β₂ times the v before: never below 1, since v_t = β₂·v_{t-1} + (1 - β₂)·g²."""
+        decays = [group.settings.get("beta2", group.settings.get("alpha", 1.0)) for group in self.groups.values()]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            ratio: Doubles = now.second_moment.astype(np.float64) / before.second_moment / min(decays, default=1.0)
+        return ratio
+
+
+def _log_columns(now: LayerTap) -> Doubles:
+    """Log update RMS and log gradient norm of each layer block less their medians, then the two medians."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        # A gradient of exactly zero is a value, but no number that a spread could be made of: see `Scores.dead`.
+        rows = np.log(np.stack([now.update_rms, now.gradient_norm]).astype(np.float64))
+    rows[~np.isfinite(rows)] = np.nan
+    medians = np.array([_median(row) for row in rows])
+    few = (~np.isnan(rows)).sum(1) < _FEW
+    return np.concatenate([*(rows - np.where(few, 0.0, medians)[:, None]), medians])
+
+
+def _median(row: Doubles) -> float:
+    known = np.sort(row[~np.isnan(row)])
+    return float((known[(len(known) - 1) // 2] + known[len(known) // 2]) / 2) if len(known) else float("nan")

@@ -1,0 +1,217 @@
+"""How large a statistic must be for a warning, and for a page: what a budget of false alarms leaves.
+
+Each statistic of a healthy run exceeds a level u now and then, and the excess above u is about exponential: a value x
+comes at the rate r·exp(-(x - u)/m) a sample, where exceedances within 20 samples count once (Davison & Smith, Models
+for exceedances over high thresholds, J. R. Statist. Soc. B 52, 1990, with shape 0). `TAILS` has u, m and r as fitted to
+healthy runs of the fault laboratory; a run's own tail takes over as it grows, within a factor of 2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from sharpwatch.daemon.config.settings import DetectionConfig
+from sharpwatch.daemon.detection.state import Arrays, gathered, put_back
+from sharpwatch.wire import Doubles
+
+TOGETHER = 20  # samples within which exceedances count once
+_SURE = 5_000  # samples after which a run's own tail counts fully
+_OFTEN = 2.5  # pages for one statistic in about 5,000 samples after which it takes more
+_MORE, _MOST = 1.25, 5.0  # times what it has paged for, and at most so many times its threshold
+_UP, _DOWN = 2.0, 0.8  # factors by which it moves a threshold at most
+_LEAST_EXCEEDANCES = 10  # that a run's own mean excess is made of
+_USUAL_BLOCKS = 20  # layer blocks of the laboratory's models
+_PER = 10_000.0  # steps that a budget is for
+_MARGIN = 10.0  # times fewer pages are aimed at: far out, a tail is not known to a factor of two
+
+
+Limit = tuple[float, float]  # of a statistic: what is worth a warning, and what a page
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """False alarms allowed in 10,000 healthy steps.
+
+    Attributes:
+        pages: Incidents that open at severity critical.
+        warnings: Incidents of severity warning.
+    """
+
+    pages: float = 1.0
+    warnings: float = 10.0
+
+    @classmethod
+    def of(cls, config: DetectionConfig) -> Budget:
+        """The budget that a daemon is configured with."""
+        return cls(config.pages_per_10k_steps, config.warnings_per_10k_steps)
+
+
+USUAL = Budget()
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """The upper tail of a statistic.
+
+    Attributes:
+        level: u: where the tail begins.
+        excess: m: the mean excess above it.
+        rate: r: exceedances a sample.
+    """
+
+    level: float
+    excess: float
+    rate: float
+
+    def exceeded_at(self, rate: float) -> float:
+        """The value that is exceeded at a rate a sample."""
+        return self.level + self.excess * math.log(max(1.0, self.rate / rate))
+
+
+# By `python -m benchmarks.faults.tails`, on seeds 0 and 1.
+TAILS: Mapping[str, Tail] = {
+    "weight": Tail(1.68, 0.33, 1.00e-03),
+    "update-5": Tail(5.01, 0.62, 1.18e-03),
+    "update-20": Tail(4.36, 0.55, 1.15e-03),
+    "gradient-5": Tail(5.28, 0.73, 1.13e-03),
+    "gradient-20": Tail(5.36, 0.97, 1.15e-03),
+    "loss-3": Tail(2.84, 0.73, 1.29e-03),
+    "loss-10": Tail(3.32, 0.41, 1.04e-03),
+    "loss-40": Tail(2.80, 0.77, 1.05e-03),
+    "drop-3": Tail(3.34, 0.41, 1.19e-03),
+    "drop-10": Tail(2.68, 0.23, 1.25e-03),
+    "drop-40": Tail(2.40, 0.38, 1.05e-03),
+}
+# Below these is no page, and below those no warning. Damage, by definition, moves weights by more than 10 standard
+# deviations. The loss of a large batch scatters little and wanders with its data, which the laboratory's small batches
+# do not show. A loss that falls faster is mostly good news.
+_LEAST_PAGE = {"weight": 8.0, "loss-3": 8.0, "loss-10": 9.0}
+_LEAST_WARNING = {"weight": 8.0, "loss-3": 5.0, "drop-3": 5.0, "drop-10": 5.0, "drop-40": 5.0}
+# A loss that falls is worth no page, nor is one that has risen slowly: lines miss the bend of a young run's loss.
+_PAGED = tuple(name for name in TAILS if not name.startswith("drop") and name != "loss-40")
+_OF_BLOCKS = ("weight", "update", "gradient")
+
+
+class Limits:
+    """The thresholds of one run.
+
+    Args:
+        budget: Of false alarms.
+        layer_blocks: Number of its layer blocks: of more there are more that can stand out by chance.
+    """
+
+    STATE = ("_samples", "_counts", "_sums", "_last", "_peaks", "_seen", "_paged", "_paged_last", "_floors")
+
+    def __init__(self, budget: Budget, layer_blocks: int) -> None:
+        self._budget = budget
+        self._names = tuple(TAILS)
+        more = layer_blocks / _USUAL_BLOCKS
+        self._tails = {
+            name: Tail(tail.level, tail.excess, tail.rate * (more if name.startswith(_OF_BLOCKS) else 1.0))
+            for name, tail in TAILS.items()
+        }
+        self._samples = 0
+        self._counts = np.zeros(len(TAILS))  # exceedances of the run's own, the sum of their peaks, when the last was
+        self._sums = np.zeros(len(TAILS))
+        self._last = np.full(len(TAILS), -float(TOGETHER))
+        self._peaks = np.zeros(len(TAILS))
+        self._levels = np.array([tail.level for tail in TAILS.values()])
+        # The same of what was worth a page: how many there were lately, and below what no more are.
+        self._paged = np.zeros(len(TAILS))
+        self._paged_last = np.full(len(TAILS), -float(TOGETHER))
+        self._floors = np.array([_LEAST_PAGE.get(name, 0.0) for name in TAILS])
+        self._seen = 0
+        self.now: Mapping[str, Limit] = {}
+        self._warnings = np.empty(0)
+        self._set()
+        self._highest = np.array([_MOST * self.now[name][1] for name in self._names])  # that floors may become
+
+    def state(self) -> Arrays:
+        """All that `load_state` needs to go on."""
+        return gathered(self, self.STATE, "limits")
+
+    def load_state(self, arrays: Arrays) -> None:
+        """Go on from `state`; raises `ValueError` for one of other statistics."""
+        put_back(self, self.STATE, arrays, "limits")
+        self._set()
+
+    def see(self, statistics: Mapping[str, Doubles], *, keep_out: bool) -> tuple[list[str], Mapping[str, Limit]]:
+        """Judge the statistics of a sample, then take them in, unless an incident is open.
+
+        Returns:
+            Those that are worth a warning, and the limits that held for this sample.
+        """
+        worst = np.array([_largest(statistics.get(name)) for name in self._names])
+        exceeded = [self._names[i] for i in np.flatnonzero(worst > self._warnings)]
+        limits = self.now
+        if exceeded:
+            self._tire(worst)
+        self._seen += 1
+        if not keep_out:
+            self._learn(worst)
+        return exceeded, limits
+
+    def _tire(self, worst: Doubles) -> None:
+        """What a run pages for again and again is how it is: from the fourth time on only larger ones do."""
+        pages = np.array([self.now[name][1] for name in self._names])
+        new = (worst > pages) & (self._seen - self._paged_last >= TOGETHER)
+        if new.any():
+            self._paged = np.where(new, self._paged * 0.5 ** ((self._seen - self._paged_last) / _SURE) + 1, self._paged)
+            tired = new & (self._paged > _OFTEN)
+            more = np.minimum(_MORE * worst, self._highest)
+            self._floors = np.where(tired, np.maximum(self._floors, more), self._floors)
+            self._set()
+        self._paged_last = np.where(worst > pages, self._seen, self._paged_last)
+
+    def _learn(self, worst: Doubles) -> None:
+        self._samples += 1
+        above = worst > self._levels
+        if above.any():
+            new = above & (self._samples - self._last >= TOGETHER)
+            higher = above & ~new & (worst > self._peaks)
+            self._counts += new
+            # An infinite one would leave nothing of the others.
+            size = np.minimum(worst, 100 * self._levels)
+            self._sums += np.where(new, size - self._levels, np.where(higher, size - self._peaks, 0.0))
+            self._peaks = np.where(new | higher, size, self._peaks)
+            self._last = np.where(above, self._samples, self._last)
+        if self._samples % 1_000 == 0:
+            self._set()
+
+    def _set(self) -> None:
+        self.now = self._limits()
+        self._warnings = np.array([self.now[name][0] for name in self._names])
+
+    def _limits(self) -> dict[str, Limit]:
+        pages = self._budget.pages / _PER / len(_PAGED) / _MARGIN
+        warnings = self._budget.warnings / _PER / len(self._names)
+        limits = {}
+        for i, name in enumerate(self._names):
+            page = self._limit(i, pages) if name in _PAGED else math.inf
+            limits[name] = (
+                max(_LEAST_WARNING.get(name, 0.0), self._limit(i, warnings)),
+                max(float(self._floors[i]), page),
+            )
+        return limits
+
+    def _limit(self, index: int, rate: float) -> float:
+        laboratory = self._tails[self._names[index]]
+        limit = laboratory.exceeded_at(rate)
+        if not self._samples:
+            return limit
+        # Of few samples a part: until then a run without an odd one has shown nothing.
+        weight = min(1.0, self._samples / _SURE)
+        count = self._counts[index]
+        excess = float(self._sums[index] / count) if count >= _LEAST_EXCEEDANCES else laboratory.excess
+        own = Tail(laboratory.level, excess, float(count + 1) / self._samples).exceeded_at(rate)
+        moved: float = min(_UP, max(_DOWN, own / limit)) ** weight
+        return limit * moved
+
+
+def _largest(values: Doubles | None) -> float:
+    # NaN, where a statistic can't be judged, is no size; `fmax` passes it over.
+    return -math.inf if values is None else float(np.fmax.reduce(values, initial=-math.inf))

@@ -1,0 +1,1 @@
+"""Recorded runs and logs of other trainers, and what the detectors find in them."""

@@ -1,0 +1,173 @@
+"""`sharpwatch incidents`, `ack` and `show` with a daemon that has found something."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import time
+
+import grpc
+import numpy as np
+import pytest
+import pytest_asyncio
+
+from sharpwatch import wire
+from sharpwatch.v1 import agent_pb2
+from sharpwatch.v1.agent_pb2_grpc import AgentServiceStub
+from sharpwatch.v1.types_pb2 import LayerBlock
+
+HELLO = agent_pb2.Hello(
+    protocol=wire.PROTOCOL,
+    training_job="job",
+    run="gpt2-a1",
+    attempt="first",
+    layer_blocks=[LayerBlock(block=block, layer="layers.0", parameters=64) for block in ("qk", "vo")],
+    blocks=["qk", "vo"],
+    optimizer="AdamW",
+    control="lr",
+    min_multiplier=0.1,
+    max_multiplier=10.0,
+)
+
+
+@pytest.fixture
+def environ(tmp_path):
+    return {
+        **os.environ,
+        "HOME": str(tmp_path),
+        "SHARPWATCH_ADDRESS": f"unix:{tmp_path}/daemon.sock",
+        "SHARPWATCH_AUTHOR": "ada@node3",
+        "SHARPWATCH_TOKEN_FILE": "",
+    }
+
+
+@pytest_asyncio.fixture
+async def served(tmp_path, environ):
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "sharpwatch", "serve", "--grpc", environ["SHARPWATCH_ADDRESS"]),
+        *("--http", "127.0.0.1:0", "--store", f"sqlite:///{tmp_path}/journal.db"),
+        env=environ,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    output = b""
+    async for line in process.stderr:
+        output += line
+        if json.loads(line)["event"] == "serving":
+            break
+    else:
+        pytest.fail(f"the daemon ended: {output.decode()}")
+    yield process
+    process.send_signal(signal.SIGTERM)
+    _, rest = await process.communicate()
+    assert process.returncode == 0, rest.decode()
+
+
+@pytest.fixture
+def cli(environ):
+    async def run(*args):
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "sharpwatch", *args),
+            env=environ,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        out, err = await process.communicate()
+        return process.returncode, out.decode(), err.decode()
+
+    return run
+
+
+def sample(step):
+    """A sample of a healthy step; the gradient of qk is not finite at step 2."""
+    tap = agent_pb2.Tap()
+    for name in ("gradient_norm", "weight_norm", "update_rms", "learning_rate", "lr_multiplier"):
+        getattr(tap, name).CopyFrom(wire.encode(np.ones(2), "float32"))
+    tap.non_finite.CopyFrom(wire.encode(np.array([3 if step == 2 else 0, 0]), "int64"))
+    return agent_pb2.Sample(sequence=step, step=step, taken_at_unix_ns=time.time_ns(), loss=3.5, tap=tap)
+
+
+async def train(address, steps, journalled):
+    async with grpc.aio.insecure_channel(address) as channel:
+        session = AgentServiceStub(channel).Session()
+        await session.write(agent_pb2.SessionRequest(hello=HELLO))
+        for step in range(1, steps + 1):
+            await session.write(agent_pb2.SessionRequest(sample=sample(step)))
+        async for response in session:
+            if response.HasField("ack") and response.ack.sequence >= steps:
+                journalled.set()
+
+
+@pytest_asyncio.fixture
+async def trained(served, environ):
+    """Trains so many steps; the session stays open."""
+    assert served.returncode is None
+    tasks = []
+
+    async def run(steps):
+        journalled = asyncio.Event()
+        tasks.append(asyncio.create_task(train(environ["SHARPWATCH_ADDRESS"], steps, journalled)))
+        await journalled.wait()
+
+    yield run
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+
+
+async def test_an_incident_is_listed_and_acknowledged(trained, cli):
+    await trained(3)
+    status, out, err = await cli("incidents", "gpt2")
+    assert (status, err) == (0, "")
+    heading, row = out.splitlines()
+    assert heading.split() == [
+        *("id", "onset", "opened", "severity", "cause", "name", "culprit", "evidence", "acknowledged"),
+    ]
+    id_, onset, opened, *rest = row.split()
+    assert (onset, opened) == ("2", "2")
+    assert rest[:4] == ["critical", "non-finite", "NonFinite", "layers.0.qk"]
+    assert row.endswith("–")
+
+    status, out, err = await cli("ack", id_[:-1])
+    assert (status, out) == (1, "")
+    assert id_ in err
+    status, out, err = await cli("ack", id_, "--reason", "bad shard")
+    assert (status, err) == (0, "")
+    assert out == f"incident {id_} of gpt2-a1 (NonFinite) acknowledged: ada@node3: bad shard\n"
+
+    status, out, _ = await cli("incidents", "gpt2-a1", "--json")
+    assert status == 0
+    listed = json.loads(out)
+    assert listed["run"] == "gpt2-a1"
+    (incident,) = listed["incidents"]
+    assert (incident["id"], incident["onset"], incident["first_step"]) == (id_, 2, 2)
+    assert (incident["cause"], incident["layer_blocks"], incident["active"]) == ("non-finite", ["layers.0.qk"], True)
+    assert incident["acknowledged"] == "ada@node3: bad shard"
+
+    status, out, _ = await cli("show", "gpt2-a1")
+    assert status == 0
+    (shown,) = [line for line in out.splitlines() if line.startswith("NonFinite")]
+    assert shown.split()[:6] == ["NonFinite", "critical", "non-finite", "layers.0.qk", "2", "2"]
+
+
+async def test_a_closed_incident_is_listed_with_all(trained, cli):
+    await trained(40)
+    assert await cli("incidents", "gpt2-a1") == (0, "no open incident; 1 closed, see --all\n", "")
+    status, out, _ = await cli("incidents", "gpt2-a1", "--all")
+    assert status == 0
+    assert "(closed: no finding for 20 samples)" in out
+
+
+async def test_no_such_run_and_no_such_incident(trained, cli):
+    await trained(1)
+    assert await cli("incidents", "gpt2-a1") == (0, "no incident\n", "")
+    assert await cli("incidents", "llama") == (
+        1,
+        "",
+        "sharpwatch: no run 'llama'; the daemon knows gpt2-a1\n",
+    )
+    status, out, err = await cli("ack", "nothing", "--json")
+    assert (status, out) == (1, "")
+    assert "nothing" in err

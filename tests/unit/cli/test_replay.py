@@ -1,0 +1,118 @@
+"""`sharpwatch replay`: what it prints for logs that can be read and for those that can't."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from sharpwatch.cli.main import main
+
+USAGE = 2
+HEALTHY = "step,train/loss\n" + "".join(f"{step},{4 - step % 7 * 0.01}\n" for step in range(1, 151))
+BAD = "step,loss,grad_norm\n1,3.5,1.5\n2,3.25,nan\n3,nan,1.5\n"
+
+
+@pytest.fixture
+def written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def write(name, text):
+        (tmp_path / name).write_text(text)
+        return name
+
+    return write
+
+
+def test_a_run_with_an_incident(written, capsys):
+    assert main(["replay", written("bad.csv", BAD)]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out == (
+        "bad.csv\n"
+        "onset  opened  closed  severity  cause       name       culprit      evidence\n"
+        "    2       2    open  critical  non-finite  NonFinite  whole model  gradient of the model not finite\n"
+        "\n"
+        "csv: 3 rows, steps 1 to 3; loss judged only for nan and inf, gradient norm (grad_norm) judged only for nan and"
+        " inf; not in the file and not judged: learning rate; "
+        "blocks, weights and optimizer state are known only to the agent\n"
+    )
+
+
+def test_a_run_without_an_incident(written, capsys):
+    assert main(["replay", written("healthy.csv", HEALTHY)]) == 0
+    out, _ = capsys.readouterr()
+    assert out.startswith("healthy.csv: no incident\n\ncsv: 150 rows, steps 1 to 150; loss (train/loss) judged after ")
+    assert "not in the file and not judged: gradient norm, learning rate;" in out
+
+
+def test_json(written, capsys):
+    assert main(["replay", "--json", written("bad.csv", BAD), written("healthy.csv", HEALTHY)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["errors"] == []
+    bad, healthy = found["runs"]
+    assert (bad["file"], bad["format"], bad["rows"], bad["first_step"], bad["last_step"]) == ("bad.csv", "csv", 3, 1, 3)
+    assert bad["columns"] == {"step": "step", "loss": "loss", "grad-norm": "grad_norm"}
+    assert bad["blind_rows"] == {"loss": None, "grad-norm": None, "lr": None}
+    (incident,) = bad["incidents"]
+    assert (incident["name"], incident["cause"], incident["onset"]) == ("NonFinite", "non-finite", 2)
+    assert (incident["closed_step"], incident["active"]) == (None, True)
+    assert healthy["incidents"] == []
+
+
+def test_a_file_that_cannot_be_read_leaves_the_others(written, capsys):
+    files = [written("bad.csv", BAD), "nowhere", written("diary.txt", "Dear diary\n"), written("empty.csv", "")]
+    assert main(["replay", *files]) == 1
+    out, err = capsys.readouterr()
+    assert out.startswith("bad.csv\n")
+    lines = err.splitlines()
+    assert lines[0] == "sharpwatch replay: nowhere: No such file or directory"
+    assert lines[1].startswith("sharpwatch replay: diary.txt: the format is not known by its content")
+    assert lines[2].startswith("sharpwatch replay: empty.csv: the file is empty; valid are CSV, ")
+    assert len(lines) == 3
+    assert main(["replay", "nowhere"]) == 1
+    assert capsys.readouterr().out == ""
+    assert main(["replay", "nowhere", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found == {"runs": [], "errors": ["nowhere: No such file or directory"]}
+
+
+def test_notes_have_a_line_each(written, capsys):
+    assert main(["replay", written("log.csv", "loss,train_loss\n1,2\n1,2\n1")]) == 0
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        "note: the last line is incomplete and left out",
+        "note: there is no step: rows are counted from 1",
+        "note: loss is 'loss'; --column loss=NAME takes another: train_loss",
+    ]
+
+
+def test_columns_of_other_names(written, capsys):
+    name = written("log.csv", "when,nll\n10,2\n20,nan\n")
+    assert main(["replay", name]) == 1
+    assert "log.csv:1: no column is known: when, nll." in capsys.readouterr().err
+    assert main(["replay", "--column", "loss=nll", "--column", "step=when", name]) == 0
+    assert "   20      20    open  critical  non-finite  NonFinite" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "Missing argument 'FILE...'"),
+        (["--format", "xml", "a"], "'xml' is not one of 'csv', 'jsonl'"),
+        (["--column", "loss", "a"], "'loss' must be COLUMN=NAME, with a column of step, loss, grad-norm, lr"),
+        (["--column", "nll=loss", "a"], "'nll=loss' must be COLUMN=NAME"),
+    ],
+)
+def test_usage(argv, message, capsys):
+    assert main(["replay", *argv]) == USAGE
+    assert message in capsys.readouterr().err
+
+
+def test_the_command_has_the_formats_and_columns_of_the_package():
+    """They are written twice, since help must not import the package."""
+    from sharpwatch.cli.commands import replay  # noqa: PLC0415
+    from sharpwatch.replay import files, log  # noqa: PLC0415
+
+    assert replay._FORMATS == files.FORMATS
+    assert tuple(replay._COLUMNS) == log.COLUMNS
+    assert replay._MEASURED == log.MEASURED

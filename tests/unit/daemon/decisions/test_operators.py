@@ -1,0 +1,154 @@
+"""What operators do to a run: proposals answered, learning rates set and undone, incidents seen."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+from controlled_run import BLOCKS, CUT, GUARD, Trainer, trained
+
+from sharpwatch.errors import OperatorError
+
+
+def test_advise_proposes_once_and_an_approval_sends_it():
+    trainer = trained(mode="advise")
+    trainer.heat["ffn"] = 20.0
+    trainer.run(5)
+    (made,) = trainer.controller.decisions
+    assert (made.outcome, trainer.waiting) == ("proposed", [])
+    changes = trainer.take(trainer.controller.approve(made.id, "ann", "yes", trainer.now))
+    assert [(one.outcome, one.author, one.reason) for one in changes.commands] == [("approved", "ann", "yes")]
+    assert changes.commands[0].expires_at_step == trainer.step + GUARD.expires_after_steps
+    trainer.run(1)
+    assert trainer.multipliers["ffn"] == 0.5
+    with pytest.raises(OperatorError, match="applied: only a proposal can be approved"):
+        trainer.controller.approve(made.id, "ann", "again", trainer.now)
+
+
+def test_a_rejected_proposal_is_not_made_again_for_its_incident():
+    trainer = trained(mode="advise")
+    trainer.heat["ffn"] = 20.0
+    trainer.run(5)
+    trainer.controller.reject(trainer.controller.decisions[0].id, "ann", "no", trainer.now)
+    trainer.run(60)
+    assert trainer.actions() == [("scale_lr", "rejected")]
+
+
+def test_a_proposal_expires_by_the_clock_and_by_a_change_of_what_it_stood_on():
+    trainer = trained((replace(CUT, mode="advise", guard=replace(GUARD, approve_within=2.0)),))
+    trainer.heat["ffn"] = 20.0
+    trainer.run(22)
+    assert trainer.actions()[0] == ("scale_lr", "expired")
+    trainer.run(5)
+    assert trainer.actions()[-1][1] == "proposed"
+    trainer.take(trainer.controller.set_learning_rates({"qk": 0.7}, 0, 0, "ann", "mine", trainer.now))
+    assert trainer.controller.decisions[-2].outcome == "expired"
+
+
+def test_proposals_that_nobody_answered_do_not_keep_the_run_from_acting():
+    guard = replace(GUARD, approve_within=1.0, max_actions_per_hour=2, cooldown_steps=30)
+    trainer = trained((replace(CUT, guard=guard),), mode="advise")
+    trainer.heat["ffn"] = 20.0
+    trainer.run(70)
+    assert [outcome for _, outcome in trainer.actions()].count("expired") == 2
+    trainer.controller.set_mode("enforce")
+    trainer.run(2)
+    assert trainer.multipliers["ffn"] == 0.5
+
+
+def test_a_silent_run_keeps_no_proposal_open():
+    trainer = trained(mode="advise")
+    trainer.heat["ffn"] = 20.0
+    trainer.run(1)
+    (made,) = trainer.controller.decisions
+    with pytest.raises(OperatorError, match="is expired"):
+        trainer.controller.approve(made.id, "ann", "late", trainer.now + GUARD.approve_within + 1)
+
+
+def test_an_operators_revision_is_never_ramped_away():
+    trainer = trained()
+    trainer.take(trainer.controller.set_learning_rates({"emb": 4.0, "ffn": 0.8}, 5, 0, "ann", "plan", trainer.now))
+    trainer.run(120)
+    trainer.heat["ffn"] = 1000.0
+    trainer.run(2)
+    assert trainer.multipliers["ffn"] == 0.4
+    assert trainer.controller.decisions[-1].ttl_steps == 0  # or the trainer would end the operator's raise
+    trainer.heat["ffn"] = 0.0
+    trainer.run(300)
+    assert trainer.multipliers == {**dict.fromkeys(BLOCKS, 1.0), "emb": 4.0, "ffn": 0.8}
+
+
+def test_a_cut_that_an_operator_changes_is_the_operators():
+    trainer = trained()
+    trainer.heat["ffn"] = 20.0
+    trainer.run(2)
+    trainer.heat["ffn"] = 0.0
+    trainer.take(trainer.controller.set_learning_rates({"ffn": 0.3}, 0, 0, "ann", "mine", trainer.now))
+    trainer.run(400)
+    assert trainer.multipliers["ffn"] == 0.3
+    assert not any(made.action == "ramp_back" for made in trainer.controller.decisions)
+
+
+def test_undo_puts_back_what_was_before():
+    trainer = trained()
+    for wanted in ({"qk": 0.5}, {"qk": 0.7, "emb": 2.0}):
+        trainer.take(trainer.controller.set_learning_rates(wanted, 0, 0, "ann", "try", trainer.now))
+        trainer.run(1)
+    trainer.take(trainer.controller.undo(0, "bob", "", trainer.now))
+    trainer.run(1)
+    assert trainer.multipliers == dict.fromkeys(BLOCKS, 1.0) | {"qk": 0.5}
+    newest = trainer.controller.revisions[-1]
+    assert (newest.revision, newest.undoes, newest.author, newest.reason) == (3, 2, "bob", "undo of revision 2")
+    with pytest.raises(OperatorError, match="in force already"):
+        trainer.controller.undo(2, "bob", "", trainer.now)
+    with pytest.raises(OperatorError, match="known: 1, 2, 3"):
+        trainer.controller.undo(9, "bob", "", trainer.now)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "ramp", "at", "author", "expected"),
+    [
+        ({}, 0, 0, "ann", "no block"),
+        ({"kv": 1.0}, 0, 0, "ann", "allowed: emb, qk"),
+        ({"qk": 0.01}, 0, 0, "ann", "0.1 to 10"),
+        ({"qk": math.nan}, 0, 0, "ann", "lr_bounds"),
+        ({"qk": 0.5}, -1, 0, "ann", "0 or more"),
+        ({"qk": 0.5}, 0, 7, "ann", "stands at step 120"),
+        ({"qk": 0.5}, 0, 10**6, "ann", "stands at step 120"),
+        ({"qk": 0.5}, 0, 0, " ", "author"),
+    ],
+)
+def test_nonsense_is_refused_and_leaves_nothing_behind(wanted, ramp, at, author, expected):
+    trainer = trained()
+    with pytest.raises(OperatorError, match=expected):
+        trainer.controller.set_learning_rates(wanted, ramp, at, author, "why", trainer.now)
+    assert trainer.controller.decisions == trainer.controller.revisions == ()
+
+
+def test_an_incident_stays_acknowledged_as_it_goes_on_and_ends():
+    trainer = trained(mode="observe")
+    trainer.heat["ffn"] = 20.0
+    trainer.run(1)
+    (incident,) = trainer.controller.incidents
+    changes = trainer.controller.acknowledge(incident.id, "ann", "a bad shard")
+    assert changes.incidents == trainer.controller.incidents == (replace(incident, acknowledged="ann: a bad shard"),)
+    trainer.run(5)
+    trainer.heat["ffn"] = 0.0
+    trainer.run(25)
+    (ended,) = trainer.controller.incidents
+    assert (ended.acknowledged, ended.last_step, ended.active) == ("ann: a bad shard", 126, False)
+    (again,) = trainer.controller.acknowledge(incident.id, "ben", "").incidents
+    assert (again.acknowledged, again.active) == ("ben", False)
+    with pytest.raises(OperatorError, match="no incident nope"):
+        trainer.controller.acknowledge("nope", "ann", "")
+
+
+def test_mode():
+    assert Trainer(()).controller.mode == "observe"
+    controller = Trainer().controller
+    assert (controller.mode, controller.own_mode) == ("enforce", None)
+    controller.set_mode("advise")
+    assert controller.mode == controller.own_mode == "advise"
+    with pytest.raises(OperatorError, match="observe, advise, enforce"):
+        controller.set_mode("off")

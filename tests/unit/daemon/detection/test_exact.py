@@ -1,0 +1,292 @@
+"""Detectors of what is certain: that each finds its fault, with culprit, onset and cause, and none its neighbour."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from observations import PARAMETERS, SETTINGS, WEIGHT_NORM, detection, healthy_run, layer_tap, scaled
+
+from sharpwatch.daemon.detection.run_detection import RunDetection
+from sharpwatch.daemon.records import Incident, Observation, OptimizerGroup
+
+AT = 301  # the step at which something happens
+
+
+def incidents_of(run: list[Observation], made: RunDetection | None = None) -> tuple[Incident, ...]:
+    made = made or detection()
+    for seen in run:
+        made.see(seen)
+    return made.incidents.all
+
+
+def the_incident(run: list[Observation]) -> Incident:
+    (found,) = incidents_of(run)
+    return found
+
+
+def from_step(run: list[Observation], step: int, where: int | slice = slice(None), **factors: float):
+    return [scaled(seen, where, **factors) if seen.step >= step else seen for seen in run]
+
+
+def with_rates(rates: list[float], rows: int = 8) -> list[Observation]:
+    """A healthy run whose rate is what `rates` says, of 1e-3."""
+    return healthy_run(len(rates), rows, shares=rates)
+
+
+def test_a_healthy_run_says_nothing():
+    assert incidents_of(healthy_run(1500)) == ()
+
+
+def test_a_loss_that_is_not_finite_is_found_at_once():
+    for bad in (math.nan, math.inf, -math.inf):
+        found = the_incident([replace(seen, loss=bad) if seen.step == 7 else seen for seen in healthy_run(8)])
+        assert (found.name, found.cause, found.severity) == ("NonFinite", "non-finite", "critical")
+        assert (found.onset, found.layer_blocks) == (7, ())
+
+
+def test_a_gradient_that_is_not_finite_names_its_blocks_worst_first():
+    run = healthy_run(8)
+    counts = np.array([0, 3, 0, 40, 0, 0, 0, 0])
+    run[-1] = replace(run[-1], layers=replace(run[-1].layers, non_finite=counts))
+    found = the_incident(run)
+    assert (found.name, found.layer_blocks) == ("NonFinite", ("layers.0.norm", "layers.0.vo"))
+    assert found.blocks == ("norm", "vo")
+    infinite = the_incident([*run[:-1], scaled(healthy_run(8)[-1], 2, gradient_norm=math.inf)])
+    assert (infinite.name, infinite.layer_blocks) == ("NonFinite", ("layers.0.ffn",))
+
+
+def test_a_loss_that_is_not_known_is_no_fault():
+    assert incidents_of([replace(seen, loss=None) for seen in healthy_run(300)]) == ()
+
+
+@pytest.mark.parametrize(("factor", "severity"), [(1.2, "warning"), (3.0, "critical")])
+def test_a_raised_rate_is_found_at_its_second_step(factor, severity):
+    found = incidents_of(with_rates([min(i / 50, 1.0) for i in range(1, AT)] + [factor] * 2))[0]
+    assert (found.name, found.cause, found.severity) == ("RateRaise", "learning-rate", severity)
+    assert (found.onset, found.first_step, found.layer_blocks) == (AT, AT + 1, ())
+
+
+def test_a_raise_of_one_block_names_it():
+    run = with_rates([1.0] * AT)
+    found = incidents_of(from_step(run, AT - 1, 2, learning_rate=3.0))[0]
+    assert (found.name, found.layer_blocks, found.onset) == ("RateRaise", ("layers.0.ffn",), AT - 1)
+
+
+def cosine(steps: int) -> list[float]:
+    return [0.55 + 0.45 * math.cos(math.pi * i / steps) for i in range(steps)]
+
+
+@pytest.mark.parametrize(
+    "rates",
+    [
+        [i / 400 for i in range(1, 401)],
+        [1.0] * 60 + cosine(200) + [1.0] * 60,
+        [1.0] * 100 + [1.0] * 100 + [2.0] + [1.0] * 50,
+        [1.0] * 100 + cosine(200)[::-1] + [1.04] * 50,
+        [1.0] * 200 + [0.1] * 100,
+    ],
+    ids=["warm-up", "restart", "one odd step", "restart above a cut-off peak", "lowered"],
+)
+def test_schedules_are_no_raise(rates):
+    assert incidents_of(with_rates(rates)) == ()
+
+
+def test_multipliers_of_commands_are_no_raise():
+    run = from_step(healthy_run(400), AT, learning_rate=4.0, lr_multiplier=4.0)
+    assert "RateRaise" not in {name for each in incidents_of(run) for name in each.names}
+
+
+def test_a_run_without_a_warm_up_is_found_where_steps_are_large():
+    """Rate · √n / ‖W‖ = 0.25: a quarter of the weights in each of the first steps."""
+    found = incidents_of(with_rates([5.0] * 3))[0]
+    assert (found.name, found.severity, found.first_step) == ("RateRaise", "critical", 1)
+    assert "25 %" in found.evidence[0]
+    assert incidents_of(with_rates([2.0] * 30)) == ()  # 10 %
+    assert incidents_of(with_rates([min(i / 100, 1) * 5.0 for i in range(1, 60)])) == ()
+
+
+@pytest.mark.parametrize("where", [slice(None), 5])
+def test_a_rate_that_is_zero_at_once_is_found(where):
+    found = incidents_of(from_step(with_rates([1.0] * (AT + 1)), AT, where, learning_rate=0.0))[0]
+    assert (found.name, found.cause, found.severity) == ("RateZero", "learning-rate", "critical")
+    assert (found.onset, found.first_step) == (AT, AT + 1)
+    assert found.layer_blocks == (() if where == slice(None) else ("layers.1.vo",))
+
+
+@pytest.mark.parametrize(
+    "rates",
+    [
+        [1.0] * 100 + [1 - i / 200 for i in range(1, 201)] + [0.0] * 60,
+        [1.0] * 300 + [0.0],
+        [1.0] * 300 + [0.0] + [1.0] * 30,
+        [0.0] * 50 + [1.0] * 100,
+    ],
+    ids=["end of a linear decay", "last step", "one odd step", "begins at 0"],
+)
+def test_other_rates_of_zero_are_no_fault(rates):
+    assert [each for each in incidents_of(with_rates(rates)) if "RateZero" in each.names] == []
+
+
+def test_lost_second_moments_are_found():
+    run = from_step(healthy_run(AT + 3), AT, 3, second_moment=0.0)
+    found = incidents_of(run)[0]
+    assert (found.name, found.cause, found.severity) == ("OptimizerState", "optimizer-state", "critical")
+    assert (found.onset, found.first_step, found.layer_blocks) == (AT, AT, ("layers.0.norm",))
+    assert incidents_of(from_step(healthy_run(AT), AT, second_moment=1e-3))[0].layer_blocks == ()  # everywhere
+
+
+def test_second_moments_that_decay_as_adams_may_are_no_fault():
+    run = [scaled(seen, second_moment=0.999 ** max(0, seen.step - 100)) for seen in healthy_run(1000)]
+    assert incidents_of(run) == ()
+
+
+def with_group(run: list[Observation], step: int, settings: dict[str, float], steps: int | None) -> list[Observation]:
+    group = {(0, 0): OptimizerGroup(settings, steps)}
+    return [replace(seen, optimizer_groups=group) if seen.step == step else seen for seen in run]
+
+
+def test_steps_counted_anew_are_found():
+    run = with_group(with_group(healthy_run(AT), AT - 1, SETTINGS, AT - 2), AT, SETTINGS, 0)
+    found = the_incident(run)
+    assert (found.name, found.cause, found.onset) == ("OptimizerState", "optimizer-state", AT)
+    assert "has seen 0 steps at step 301, after 299" in found.evidence[0]
+    gone = the_incident(with_group(with_group(healthy_run(AT), AT - 1, SETTINGS, AT - 2), AT, SETTINGS, None))
+    assert gone.name == "OptimizerState"
+
+
+def test_steps_that_go_back_with_the_run_are_no_fault():
+    """A rollback to a checkpoint brings the optimizer's state of that step."""
+    made = detection()
+    assert incidents_of(with_group(healthy_run(AT), AT, SETTINGS, AT - 1), made) == ()
+    again = with_group(healthy_run(400, seed=1)[200:], 201, SETTINGS, 200)
+    assert incidents_of([replace(again[0], restored=True), *again[1:]], made) == ()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"beta1": 0.0}, {"beta2": 0.9}, {"eps": 1e-3}, {"weight_decay": 1.0}, {"weight_decay": 0.0}, {"beta1": 0.99}],
+)
+def test_a_changed_setting_is_found(change):
+    found = the_incident(with_group(healthy_run(AT), AT, SETTINGS | change, AT - 1))
+    assert (found.name, found.cause, found.severity) == ("SettingsChanged", "optimizer-state", "critical")
+    assert (found.onset, found.layer_blocks) == (AT, ())
+    assert next(iter(change)) in found.evidence[0]
+
+
+@pytest.mark.parametrize(
+    "change", [{"beta1": 0.93}, {"beta2": 0.998}, {"eps": 5e-9}, {"weight_decay": 0.2}, {"new": 1.0}]
+)
+def test_a_schedule_of_a_setting_is_no_fault(change):
+    assert incidents_of(with_group(healthy_run(AT), AT, SETTINGS | change, AT - 1)) == ()
+
+
+W, N = 232.0, 135_000_000  # a feed-forward of a layer of LLaMA-7B
+DAMAGED = math.hypot(W, 300.0) / W
+
+
+def large_block(second_moment: float) -> list[Observation]:
+    """A run of blocks so large; rate · √n / ‖W‖ = 0.015. Its loss hardly moves."""
+    moments = np.full(8, second_moment, np.float32)
+    run = [scaled(seen, weight_norm=W / WEIGHT_NORM, learning_rate=0.3) for seen in healthy_run(AT + 30)]
+    return [
+        replace(seen, loss=3.0 + 1e-3 * (seen.step % 7), layers=replace(seen.layers, second_moment=moments))
+        for seen in run
+    ]
+
+
+@pytest.mark.parametrize("second_moment", [1e-4, math.nan], ids=["adam", "another optimizer"])
+def test_one_weight_of_300_in_a_7b_layer_is_found_within_two_steps_though_the_loss_stands_still(second_moment):
+    run = from_step(large_block(second_moment), AT, 2, weight_norm=DAMAGED)
+    (found,) = incidents_of(run, detection(8, N))
+    assert (found.name, found.cause, found.severity) == ("WeightJump", "damaged-weight", "critical")
+    assert (found.onset, found.layer_blocks[0]) == (AT, "layers.0.ffn")
+    assert found.first_step - AT <= 1
+
+
+def test_an_impossible_change_is_found_also_in_a_young_run():
+    found = the_incident(from_step(healthy_run(5), 4, 6, weight_norm=1.3))
+    assert (found.name, found.onset, found.layer_blocks) == ("WeightJump", 4, ("layers.1.ffn",))
+    assert "×1.3" in found.evidence[0]
+
+
+def test_weights_of_a_restored_checkpoint_are_no_damage():
+    run = from_step(healthy_run(AT + 100), AT, weight_norm=0.7)
+    run[AT - 1] = replace(run[AT - 1], restored=True)
+    assert incidents_of(run) == ()
+
+
+def test_weights_that_begin_to_grow_fast_are_found():
+    """By 1 % a step, a fifth of what a step can do."""
+    run = [scaled(seen, weight_norm=1.01 ** max(0, seen.step - AT + 1)) for seen in healthy_run(AT + 60)]
+    found = [each for each in incidents_of(run) if "WeightGrowth" in each.names]
+    assert found
+    assert found[0].severity == "critical"
+    assert AT <= found[0].onset <= AT + 25
+
+
+def test_weights_that_always_grow_are_no_fault():
+    run = [scaled(seen, weight_norm=1 + 0.007 * seen.step) for seen in healthy_run(600)]
+    assert incidents_of(run) == ()
+
+
+def test_a_gradient_that_becomes_zero_is_a_dead_block():
+    run = from_step(healthy_run(AT + 5), AT, 4, gradient_norm=0.0)
+    found = the_incident(run)
+    assert (found.name, found.cause, found.severity) == ("DeadBlock", "silent", "critical")
+    assert (found.onset, found.first_step, found.layer_blocks) == (AT, AT + 2, ("layers.1.qk",))
+
+
+def test_a_gradient_that_is_zero_now_and_then_is_no_dead_block():
+    """As that of an expert that gets no token."""
+    run = healthy_run(400)
+    run = [scaled(seen, 4, gradient_norm=0.0) if seen.step % 5 in {0, 1} else seen for seen in run]
+    assert [each for each in incidents_of(run) if "DeadBlock" in each.names] == []
+
+
+def test_a_frozen_block_is_not_dead():
+    """It has no updates either."""
+    run = healthy_run(300)
+    still = [
+        replace(s, layers=replace(s.layers, update_rms=np.where(np.arange(8) == 4, np.nan, s.layers.update_rms)))
+        for s in run
+    ]
+    assert incidents_of(from_step(still, 200, 4, gradient_norm=0.0)) == ()
+
+
+def gap(run: list[Observation], first: int, last: int, *, layers_only: bool) -> list[Observation]:
+    inside = range(first, last + 1)
+    if layers_only:
+        return [replace(seen, layers=None) if seen.step in inside else seen for seen in run]
+    return [seen for seen in run if seen.step not in inside]
+
+
+@pytest.mark.parametrize("layers_only", [True, False])
+def test_many_steps_change_weights_by_more_than_one_can(layers_only):
+    """0.4 of what a step can do in each of 20 steps, all unseen."""
+    growing = [scaled(seen, weight_norm=1.02 ** min(max(0, seen.step - 190), 30)) for seen in healthy_run(300)]
+    assert [
+        each for each in incidents_of(gap(growing, 195, 215, layers_only=layers_only)) if "WeightJump" in each.names
+    ] == []
+
+
+@pytest.mark.parametrize("layers_only", [True, False])
+def test_second_moments_may_fall_further_in_many_steps(layers_only):
+    run = with_group(healthy_run(300), 1, SETTINGS | {"beta2": 0.95}, 0)
+    run = [scaled(seen, second_moment=0.95 ** min(max(0, seen.step - 190), 40)) for seen in run]
+    assert incidents_of(run) == ()
+    assert incidents_of(gap(run, 195, 215, layers_only=layers_only)) == ()
+
+
+def test_a_missing_tap_is_no_fault():
+    run = healthy_run(500)
+    run = [replace(seen, layers=None) if seen.step % 7 == 0 else seen for seen in run]
+    assert incidents_of(run) == ()
+
+
+def test_an_empty_tap_is_no_fault():
+    unknown = dict.fromkeys(("gradient_norm", "weight_norm", "update_rms", "learning_rate"), np.nan)
+    run = [Observation(i, 0.0, 3.0, layer_tap(4, **unknown)) for i in range(1, 300)]
+    assert incidents_of(run, detection(4, PARAMETERS)) == ()

@@ -1,0 +1,250 @@
+"""The life of incidents: what opens one, joins it, explains it and closes it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import replace
+
+import pytest
+from observations import detection, healthy_run, scaled
+
+from sharpwatch.daemon.detection.incidents import QUIET, UPDATE_EVERY, IncidentLog
+from sharpwatch.daemon.records import CAUSES, Finding, Incident
+
+
+def log(first: int = 1) -> IncidentLog:
+    numbers = itertools.count(first)
+    return IncidentLog("run", lambda: f"i{next(numbers)}")
+
+
+def found(name: str, step: int, *blocks: str, onset: int | None = None, severity: str = "critical") -> Finding:
+    return Finding(name, severity, f"{name} at {step}", step, step if onset is None else onset, blocks)
+
+
+def fold(incidents: IncidentLog, *findings: Finding) -> tuple[Incident, ...]:
+    """Fold findings step by step, with the quiet ones between them; returns those that are open."""
+    by_step: dict[int, list[Finding]] = {}
+    for each in findings:
+        by_step.setdefault(each.step, []).append(each)
+    for step in range(min(by_step), max(by_step) + 1):
+        incidents.see(by_step.get(step, []))
+    return incidents.open
+
+
+def the_cause(*findings: Finding) -> tuple[str, str]:
+    (incident,) = fold(log(), *findings)
+    return incident.name, incident.cause
+
+
+@pytest.mark.parametrize("name", CAUSES)
+def test_each_alert_alone_is_an_incident_of_its_cause(name):
+    (incident,) = log().see([found(name, 7, "layers.3.qk", "emb", onset=5)])
+    assert (incident.id, incident.run, incident.name, incident.names) == ("i1", "run", name, (name,))
+    assert (incident.cause, incident.severity) == (CAUSES[name], "critical")
+    assert (incident.onset, incident.first_step, incident.last_step, incident.active) == (5, 7, 7, True)
+    assert (incident.layer_blocks, incident.blocks) == (("layers.3.qk", "emb"), ("qk", "emb"))
+    assert incident.evidence == (f"{name} at 7",)
+
+
+@pytest.mark.parametrize(
+    ("findings", "cause"),
+    [
+        ([found("WeightJump", 10), found("LossSpike", 10)], "damaged-weight"),
+        ([found("WeightJump", 11, onset=10), found("LossSpike", 10)], "damaged-weight"),
+        ([found("LossSpike", 8), found("GradientSpike", 12)], "data"),
+        ([found("RateRaise", 8), found("LossSpike", 12), found("UpdateRmsSpike", 12)], "learning-rate"),
+        ([found("RateRaise", 8), found("WeightJump", 9)], "learning-rate"),
+        ([found("OptimizerState", 8), found("UpdateRmsSpike", 9), found("LossSpike", 10)], "optimizer-state"),
+        ([found("SettingsChanged", 8), found("OptimizerState", 8)], "optimizer-state"),
+        ([found("WeightJump", 8), found("NonFinite", 9)], "damaged-weight"),
+        ([found("NonFinite", 8), found("WeightJump", 9)], "non-finite"),
+        ([found("DeadBlock", 8), found("LossSpike", 40)], "instability"),
+        ([found("DeadBlock", 8), found("UpdateRmsSpike", 9)], "silent"),
+        ([found("GradientSpike", 8), found("LossSpike", 12)], "data"),
+        ([found("GradientSpike", 8), found("LossSpike", 35)], "instability"),
+        ([found("StabilityLimit", 8), found("LossSpike", 12)], "instability"),
+        ([found("LossSpike", 8, severity="warning"), found("WeightJump", 10)], "damaged-weight"),
+    ],
+    ids=lambda value: "+".join(each.name for each in value) if isinstance(value, list) else value,
+)
+def test_the_cause_comes_before_its_consequences(findings, cause):
+    if findings[-1].step >= 29:  # goes on in between
+        findings[1:1] = [replace(findings[0], step=step) for step in range(9, findings[-1].step)]
+    assert the_cause(*findings)[1] == cause
+
+
+def test_the_order_in_which_findings_of_a_step_come_does_not_matter():
+    findings = [found(name, 10) for name in ("LossSpike", "WeightJump", "GradientSpike", "RateRaise")]
+    assert {the_cause(*each) for each in itertools.permutations(findings)} == {("WeightJump", "damaged-weight")}
+
+
+def test_an_open_incident_hides_no_new_event():
+    """Weights damaged in an incident of wrong data; the rate raised after that."""
+    incidents = log()
+    data = [found("LossSpike", step, onset=10) for step in range(10, 60)]
+    fold(incidents, *data, found("WeightJump", 40, "layers.0.qk"), found("RateRaise", 55))
+    assert [(each.name, each.onset) for each in incidents.open] == [
+        ("LossSpike", 10),
+        ("WeightJump", 40),
+        ("RateRaise", 55),
+    ]
+
+
+def test_damage_in_a_data_incident_is_found_in_a_run():
+    run = healthy_run(500)
+    run = [replace(seen, loss=seen.loss + 0.6) if seen.step > 400 else seen for seen in run]
+    run = [scaled(seen, 3, weight_norm=1.5) if seen.step > 450 else seen for seen in run]
+    made = detection()
+    for seen in run:
+        made.see(seen)
+    assert [(each.name, each.onset) for each in made.incidents.all] == [("LossSpike", 401), ("WeightJump", 451)]
+
+
+def test_the_same_event_again_is_another_one_unless_it_goes_on():
+    incidents = log()
+    fold(incidents, found("WeightJump", 10), found("WeightJump", 13), found("WeightJump", 16))
+    assert len(incidents.all) == 1
+    incidents.see([found("WeightJump", 28)])
+    assert [each.onset for each in incidents.all] == [10, 28]
+
+
+def test_what_stands_out_under_a_page_is_its_consequence_and_under_a_warning_is_not():
+    for severity, number in (("critical", 1), ("warning", 2)):
+        incidents = log()
+        lasting = [found("GradientSpike", step, onset=10, severity=severity) for step in range(10, 60)]
+        fold(incidents, *lasting, found("LossSpike", 50))
+        assert len(incidents.all) == number
+
+
+def test_a_loss_that_recovers_is_no_incident():
+    incidents = log()
+    spike = [found("LossSpike", step, onset=10) for step in range(10, 30)]
+    fold(incidents, *spike, *[found("LossDrop", step, onset=35) for step in range(36, 45)])
+    assert [each.names for each in incidents.all] == [("LossSpike",)]
+
+
+def test_a_warning_that_turns_critical_is_recorded():
+    incidents = log()
+    incidents.see([found("LossSpike", 10, severity="warning")])
+    assert incidents.see([found("LossSpike", 11, onset=10, severity="warning")]) == ()
+    (worse,) = incidents.see([found("LossSpike", 12, onset=10)])
+    assert (worse.id, worse.severity, worse.evidence) == ("i1", "critical", ("LossSpike at 12",))
+    assert incidents.see([found("LossSpike", 13, onset=10, severity="warning")]) == ()
+    assert incidents.active("LossSpike").severity == "critical"
+
+
+def test_an_incident_that_merely_goes_on_is_recorded_now_and_then():
+    incidents = log()
+    steps = range(1, 5 * UPDATE_EVERY + 1)
+    recorded = [step for step in steps if incidents.see([found("LossSpike", step, onset=1)])]
+    assert recorded == [1 + UPDATE_EVERY * i for i in range(5)]
+
+
+def test_quiet_samples_close_an_incident():
+    incidents = log()
+    fold(incidents, found("LossSpike", 10), found("LossSpike", 10 + QUIET - 1))
+    for _ in range(QUIET - 1):
+        assert incidents.see([]) == ()
+    (closed,) = incidents.see([])
+    assert (closed.active, closed.last_step, closed.closed) == (False, 29, f"no finding for {QUIET} samples")
+    assert incidents.open == ()
+    assert incidents.all == (closed,)
+    assert incidents.active("LossSpike") is None
+
+
+def test_incidents_close_by_themselves():
+    """One that goes on keeps no other open."""
+    incidents = log()
+    data = [found("LossSpike", step, onset=10) for step in range(10, 100)]
+    fold(incidents, *data, found("WeightJump", 40))
+    assert [each.active for each in incidents.all] == [True, False]
+
+
+def test_signals_that_stop_coming_close_an_incident():
+    run = healthy_run(500)
+    run = [scaled(seen, 3, update_rms=3.0) if seen.step > 400 else seen for seen in run]
+    run = [replace(seen, layers=None) if seen.step > 420 else seen for seen in run]
+    made = detection()
+    for seen in run:
+        made.see(seen)
+    (incident,) = made.incidents.all
+    assert incident.name == "UpdateRmsSpike"
+    assert not incident.active
+
+
+def test_a_rollback_closes_what_is_open():
+    incidents = log()
+    fold(incidents, found("LossSpike", 10), found("WeightJump", 28))
+    closed = incidents.close_all("rolled back to step 5")
+    assert [each.closed for each in closed] == ["rolled back to step 5"] * 2
+    assert incidents.open == ()
+    assert incidents.close_all("again") == ()
+
+
+def journalled(records: Iterable[Incident]) -> list[Incident]:
+    """The newest record of each."""
+    return list({each.id: each for each in records}.values())
+
+
+@pytest.mark.parametrize("stop", range(11, 60, 4))
+def test_restoring_the_records_is_the_same_as_going_on(stop):
+    findings: dict[int, list[Finding]] = {
+        step: [found("LossSpike", step, onset=10, severity="warning" if step < 14 else "critical")]
+        for step in range(10, 34)
+    }
+    for step in (12, 20, 41):
+        findings.setdefault(step, []).append(found("GradientSpike", step, "layers.1.qk"))
+    findings.setdefault(30, []).append(found("WeightJump", 30, "layers.2.ffn"))
+    lived, records = log(), []
+    for step in range(10, stop):
+        records += lived.see(findings.get(step, []))
+    restarted = log(1 + len(lived.all))
+    restarted.restore(journalled(records))
+    # The journal also has the steps since the newest record.
+    for step in range(max(each.last_step for each in records) + 1, stop):
+        restarted.replay(findings.get(step, []))
+    for step in range(stop, 100):
+        lived.see(findings.get(step, []))
+        restarted.see(findings.get(step, []))
+    # Which alerts came beside the first is told in another order, and their steps are those of the newest record.
+    assert [alike(each) for each in restarted.all] == [alike(each) for each in lived.all]
+
+
+def alike(incident: Incident) -> tuple[object, ...]:
+    return (
+        *(incident.id, incident.name, set(incident.names), incident.cause, incident.severity, incident.onset),
+        *(incident.layer_blocks, incident.active, incident.closed),
+    )
+
+
+def test_replay_opens_and_closes_nothing():
+    incidents = log()
+    incidents.see([found("LossSpike", 10)])
+    for step in range(11, 60):
+        incidents.replay([found("WeightJump", step)] if step == 50 else [])
+    assert [each.name for each in incidents.open] == ["LossSpike"]
+    (closed,) = incidents.see([])
+    assert not closed.active
+
+
+def test_acknowledging_is_kept():
+    incidents = log()
+    incidents.see([found("LossSpike", 10)])
+    assert incidents.acknowledge("i1", "ada: known").acknowledged == "ada: known"
+    incidents.see([found("LossSpike", 11, onset=10)])
+    assert incidents.open[0].acknowledged == "ada: known"
+    (closed,) = incidents.close_all("end")
+    assert closed.acknowledged == "ada: known"
+    assert incidents.acknowledge("i1", "late").active is False
+    with pytest.raises(KeyError):
+        incidents.acknowledge("i2", "nobody")
+
+
+def test_the_whole_models_cause_names_no_block():
+    incidents = log()
+    (opened,) = incidents.see([found("RateRaise", 10), found("UpdateRmsSpike", 10, "layers.0.qk")])
+    assert opened.layer_blocks == ()
+    (opened,) = log().see([found("WeightJump", 10, "layers.0.qk"), found("UpdateRmsSpike", 10, "layers.1.vo")])
+    assert opened.layer_blocks == ("layers.0.qk", "layers.1.vo")
+    assert opened.blocks == ("qk", "vo")
