@@ -119,3 +119,4 @@ class RunDetection:
     def take_over(self, earlier: RunDetection) -> None:
         """Carry on for a new attempt of the run, whose layer blocks are the same."""
         self._signals, self._limits = earlier._signals, earlier._limits
+        self._signals.begin_attempt()

@@ -128,16 +128,23 @@ class Rates:
         columns: Number of layer blocks.
     """
 
-    STATE = ("_highest", "_since", "_risen", "_above")
+    STATE = ("_highest", "_since", "_risen", "_above", "_accepts")
 
     def __init__(self, columns: int) -> None:
         self._highest = np.zeros(columns)
         self._since = np.zeros(columns, dtype=np.int64)  # samples since it was reached
         self._risen = np.zeros(columns, dtype=bool)
         self._above = np.zeros(columns, dtype=np.int64)  # samples in a row above it
+        self._accepts = False  # whether the next rates are no news, however high
+
+    def begin_attempt(self) -> None:
+        """Take the next rates as they are."""
+        self._accepts = True
 
     def see(self, rates: Doubles) -> Doubles:
         """Take in the rates [L]; returns them over the highest, NaN before the first rise has ended."""
+        if self._accepts:
+            self._highest, self._accepts = np.fmax(self._highest, rates), False
         with np.errstate(invalid="ignore", divide="ignore"):
             ratio: Doubles = np.where(self._risen & (self._highest > 0), rates / self._highest, np.nan)
         rises = rates > self._highest * (1 + 1e-6)
@@ -157,15 +164,8 @@ class Signals:
         blocks: The block types.
     """
 
-    STATE = (
-        "_before_step",
-        "_norms",
-        "_samples",
-        "_was_alive",
-        "_base",
-        "_stepped",
-        "_settling",
-    )  # beside what it is made of
+    # Beside those of what it is made of.
+    STATE = ("_before_step", "_norms", "_samples", "_was_alive", "_base", "_stepped", "_settling")
 
     def __init__(self, parameters: npt.NDArray[Any], blocks: Sequence[str]) -> None:
         columns = len(parameters)
@@ -244,6 +244,12 @@ class Signals:
             (optimizer, group): OptimizerGroup(settings, steps)
             for optimizer, group, settings, steps in json.loads(str(arrays["groups"]))
         }
+
+    def begin_attempt(self) -> None:
+        """Another attempt of the run begins: with what settings and rates was somebody's choice."""
+        # The steps that its optimizer has seen are no choice: they show a state that was not loaded.
+        self.groups = {key: OptimizerGroup({}, group.steps) for key, group in self.groups.items()}
+        self._rates.begin_attempt()
 
     def _go_back(self) -> None:
         """A rollback: what was last seen belongs to a timeline that was left; the levels before it stand."""
