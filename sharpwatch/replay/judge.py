@@ -12,6 +12,7 @@ import numpy as np
 
 from sharpwatch.daemon.detection.run_detection import RunDetection
 from sharpwatch.daemon.detection.signals import Scores
+from sharpwatch.daemon.detection.thresholds import USUAL, Budget
 from sharpwatch.daemon.records import Incident
 from sharpwatch.replay.log import Column
 from sharpwatch.replay.recorded_run import RecordedRun
@@ -40,14 +41,15 @@ class Judgement:
     blind: Mapping[Column, int | None]
 
 
-def judge(run: RecordedRun) -> Judgement:
+def judge(run: RecordedRun, budget: Budget = USUAL) -> Judgement:
     """Give a run to the detectors as a daemon would, from its first step to its last.
 
     Args:
         run: The run.
+        budget: Of false alarms.
     """
     numbers = itertools.count(1)
-    detection = RunDetection(run.source, run.layer_blocks, run.parameters, lambda: str(next(numbers)))
+    detection = RunDetection(run.source, run.layer_blocks, run.parameters, lambda: str(next(numbers)), budget)
     closed: dict[str, int] = {}
     blind: dict[Column, int | None] = {"loss": None, "grad-norm": None, "lr": None}
     for count, observation in enumerate(run.observations):

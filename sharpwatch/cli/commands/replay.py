@@ -15,6 +15,7 @@ from sharpwatch.cli.output import Grid, print_answer
 from sharpwatch.errors import SharpwatchError
 
 if TYPE_CHECKING:
+    from sharpwatch.daemon.detection.thresholds import Budget
     from sharpwatch.replay.files import ReadOptions
     from sharpwatch.replay.judge import JudgedIncident, Judgement
 
@@ -66,9 +67,15 @@ def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 @reading_options
 @click.option("--run", metavar="NAME", help="The run in a journal; a prefix is enough. Default: the only one.")
+@click.option("--config", metavar="FILE", help="A daemon's configuration, whose `detection` section counts.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def replay(
-    files: tuple[str, ...], format_: str | None, columns: tuple[tuple[str, str], ...], run: str | None, as_json: bool
+def replay(  # noqa: PLR0913, PLR0917 - its options
+    files: tuple[str, ...],
+    format_: str | None,
+    columns: tuple[tuple[str, str], ...],
+    run: str | None,
+    config: str | None,
+    as_json: bool,
 ) -> int:
     """Run logs of finished or running trainings through the detectors, and print the incidents they find.
 
@@ -79,7 +86,7 @@ def replay(
         from sharpwatch.replay.files import ReadOptions  # noqa: PLC0415 - loads numpy
 
         options = ReadOptions(cast("Any", format_), cast("Any", dict(columns)), run)
-        found, errors = _judged(files, options)
+        found, errors = _judged(files, options, _budget(config))
     payload = {"runs": [to_dict(each) for each in found], "errors": errors}
     if found or as_json:
         print_answer(payload, list(_grids(found)), as_json=as_json)
@@ -88,7 +95,15 @@ def replay(
     return 1 if errors else 0
 
 
-def _judged(files: Iterable[str], options: ReadOptions) -> tuple[list[Judgement], list[str]]:
+def _budget(config: str | None) -> Budget:
+    """The budget of false alarms in a configuration file, or by default."""
+    from sharpwatch.daemon.config.load import load_config  # noqa: PLC0415 - loads pydantic
+    from sharpwatch.daemon.detection.thresholds import Budget  # noqa: PLC0415 - loads numpy
+
+    return Budget.of(load_config(config).detection)
+
+
+def _judged(files: Iterable[str], options: ReadOptions, budget: Budget) -> tuple[list[Judgement], list[str]]:
     """The judgements of all files that can be read, and the errors of the others."""
     from sharpwatch.replay.files import expand, read_run  # noqa: PLC0415 - as above
     from sharpwatch.replay.judge import judge  # noqa: PLC0415 - as above
@@ -103,7 +118,7 @@ def _judged(files: Iterable[str], options: ReadOptions) -> tuple[list[Judgement]
             continue
         for source in sources:
             try:
-                found.append(judge(read_run(source, options)))
+                found.append(judge(read_run(source, options), budget))
             except SharpwatchError as error:
                 errors.append(str(error))
     return found, errors

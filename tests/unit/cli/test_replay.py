@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from sharpwatch.cli.main import main
@@ -116,3 +117,22 @@ def test_the_command_has_the_formats_and_columns_of_the_package():
     assert replay._FORMATS == files.FORMATS
     assert tuple(replay._COLUMNS) == log.COLUMNS
     assert replay._MEASURED == log.MEASURED
+
+
+def test_another_configuration_has_another_budget(written, capsys):
+    random = np.random.default_rng(0)
+    losses = 3.0 + 0.05 * random.standard_normal(400)
+    losses[300:] += 0.08  # a shift that is worth a warning
+    log = written("log.csv", "step,loss\n" + "".join(f"{i},{loss}\n" for i, loss in enumerate(losses, 1)))
+    strict = written("strict.yaml", "detection: {pages_per_10k_steps: 0.001, warnings_per_10k_steps: 0.0001}\n")
+    found = []
+    for more in ([], ["--config", strict]):
+        assert main(["replay", "--json", *more, log]) == 0
+        found.append(len(json.loads(capsys.readouterr().out)["runs"][0]["incidents"]))
+    assert found[0] > found[1] == 0
+
+
+def test_a_configuration_that_is_wrong_is_said(written, capsys):
+    config = written("wrong.yaml", "detection: {pages_per_10k_steps: 0}\n")
+    assert main(["replay", "--config", config, written("healthy.csv", HEALTHY)]) == 1
+    assert "wrong.yaml:1" in capsys.readouterr().err
