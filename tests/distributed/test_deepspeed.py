@@ -208,7 +208,9 @@ def trained(config, *, ordered):
     probes = [sample.gnb for sample in samples if sample.HasField("gnb")]
 
     def reading(tap):
-        return {name: decode(getattr(tap, name), name=name, dtype="float32", shape=shape).copy() for name in names}
+        found = {name: decode(getattr(tap, name), name=name, dtype="float32", shape=shape).copy() for name in names}
+        found["gradient_norm"] *= tap.clip_factor if tap.HasField("clip_factor") else 1.0  # as it was stepped on
+        return found
 
     return found | {
         "optimizer": transport.hello.optimizer,

@@ -15,7 +15,7 @@ _WITH_LOSS = 20  # steps within which a loss follows if wrong data have moved it
 _EXPLAINS = 20  # steps after its opening within which an incident's explanation may change
 _RANK = {name: rank for rank, name in enumerate(CAUSES)}
 # Each is an event of its own, which no earlier incident explains.
-_EVENTS: set[AlertName] = {"WeightJump", "SettingsChanged", "OptimizerState", "RateRaise", "RateZero"}
+_EVENTS: set[AlertName] = {"NonFinite", "WeightJump", "SettingsChanged", "OptimizerState", "RateRaise", "RateZero"}
 _BLOCK_ALERTS: set[AlertName] = {"WeightGrowth", "DeadBlock", "UpdateRmsSpike", "GradientSpike"}
 _LOCAL: set[Cause] = {"instability", "silent"}
 # What disturbs weights by itself: under such a cause their jumps are consequences.

@@ -90,7 +90,7 @@ for optimizer, options in CASES:
         "steps": [sample.step for sample in samples],
         "probed": [sample.step for sample in samples if sample.HasField("gnb") and sample.HasField("direction")],
         "norms": [torch.frombuffer(bytearray(sample.tap.gradient_norm.data), dtype=torch.float32).norm().item()
-            for sample in samples],
+            * sample.tap.clip_factor for sample in samples],
     }))
 """
 
