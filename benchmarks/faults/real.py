@@ -56,7 +56,7 @@ def rows(files: Iterable[Path]) -> Iterable[str]:
 
 
 def _pages(judged: Judgement) -> list[int]:
-    return [each.incident.first_step for each in judged.incidents if each.incident.severity == "critical"]
+    return [each.critical_step for each in judged.incidents if each.critical_step is not None]
 
 
 def main(arguments: Sequence[str]) -> int:

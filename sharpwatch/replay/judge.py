@@ -20,10 +20,11 @@ from sharpwatch.replay.recorded_run import RecordedRun
 
 @dataclass(frozen=True, slots=True)
 class JudgedIncident:
-    """An incident, and the step at which it was closed; None where the run ended first."""
+    """An incident; the step at which it was closed, None where the run ended first, and at which it became critical."""
 
     incident: Incident
     closed_step: int | None
+    critical_step: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +52,22 @@ def judge(run: RecordedRun, budget: Budget = USUAL) -> Judgement:
     numbers = itertools.count(1)
     detection = RunDetection(run.source, run.layer_blocks, run.parameters, lambda: str(next(numbers)), budget)
     closed: dict[str, int] = {}
+    critical: dict[str, int] = {}
     blind: dict[Column, int | None] = {"loss": None, "grad-norm": None, "lr": None}
     for count, observation in enumerate(run.observations):
         with warnings.catch_warnings():
             # A log says nothing of updates and weights, and the means of nothing are NaN.
             warnings.simplefilter("ignore", RuntimeWarning)
             _, changed = detection.see(observation)
+        for incident in changed:
+            if incident.severity == "critical":
+                critical.setdefault(incident.id, observation.step)
         closed |= {incident.id: observation.step for incident in changed if not incident.active}
         newest = detection.recent[-1]
         blind |= {column: count for column, known in blind.items() if known is None and _is_judged(column, newest)}
-    incidents = tuple(JudgedIncident(each, closed.get(each.id)) for each in detection.incidents.all)
+    incidents = tuple(
+        JudgedIncident(each, closed.get(each.id), critical.get(each.id)) for each in detection.incidents.all
+    )
     return Judgement(run, incidents, blind)
 
 
