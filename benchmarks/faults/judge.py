@@ -19,11 +19,11 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.faults.kinds import FAULTS, HEALTHY, KINDS, ONSET, Kind
+from benchmarks.faults.pages import write_table
 from benchmarks.faults.recordings import About, read_about
 from benchmarks.faults.replay import Group, Opened, Replay, culprit, groups
 from benchmarks.faults.rivals import RIVALS, series
 
-_BEGIN, _END = "<!-- judged: begin -->", "<!-- judged: end -->"
 _WINDOW = 20  # steps of a mean loss
 _SDS, _RISE = 4.0, 0.1
 _MOVED = 10.0  # standard deviations by which a fault must move its block for that to be found
@@ -295,9 +295,7 @@ def main(arguments: Sequence[str]) -> int:
     text = f"Judged on seeds {seeds}; {fitted}. Delays and leads are medians in steps.\n\n{text}"
     print(text)
     if given.write is not None:
-        before, begin, rest = given.write.read_text(encoding="utf-8").partition(_BEGIN)
-        _, end, after = rest.partition(_END)
-        given.write.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")
+        write_table(given.write, "judged", text)
     return 0
 
 

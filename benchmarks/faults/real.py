@@ -12,10 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.faults.pages import write_table
 from sharpwatch.replay.files import ReadOptions, read_run
 from sharpwatch.replay.judge import Judgement, judge
-
-_BEGIN, _END = "<!-- real: begin -->", "<!-- real: end -->"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +67,7 @@ def main(arguments: Sequence[str]) -> int:
     text = "\n".join(rows(sorted(given.folder.rglob("*.csv.gz"))))
     print(text)
     if given.write is not None:
-        before, begin, rest = given.write.read_text(encoding="utf-8").partition(_BEGIN)
-        _, end, after = rest.partition(_END)
-        given.write.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")
+        write_table(given.write, "real", text)
     return 0
 
 

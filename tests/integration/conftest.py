@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import queue
+import signal
+import sys
 import threading
 
 import forked
 import pytest
+import pytest_asyncio
 from daemons import Daemon
 
 
@@ -100,3 +104,59 @@ def stepping(tmp_path, daemon):
 
     yield start
     assert [steps.stop() for steps in started] == [0] * len(started)
+
+
+@pytest.fixture
+def environ(tmp_path):
+    """The environment of the command line, of a user of their own."""
+    return {
+        **os.environ,
+        "HOME": str(tmp_path),
+        "SHARPWATCH_ADDRESS": f"unix:{tmp_path}/daemon.sock",
+        "SHARPWATCH_AUTHOR": "ada@node3",
+        "SHARPWATCH_TOKEN_FILE": "",
+    }
+
+
+@pytest_asyncio.fixture
+async def served(tmp_path, environ):
+    """`sharpwatch serve` once it serves, with the store and addresses of its options; SIGTERM ends it with 0."""
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "daemon: {grpc: '127.0.0.1:1', http: '127.0.0.1:1', store: 'sqlite:////nowhere/x.db', device: cpu}\n"
+    )
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "sharpwatch", "serve", "--config", str(config)),
+        *("--grpc", environ["SHARPWATCH_ADDRESS"], "--http", "127.0.0.1:0"),
+        *("--store", f"sqlite:///{tmp_path}/journal.db", "--log-level", "info"),
+        env=environ,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    output = b""
+    async for line in process.stderr:
+        output += line
+        if json.loads(line)["event"] == "serving":
+            break
+    else:
+        pytest.fail(f"the daemon ended: {output.decode()}")
+    yield process
+    process.send_signal(signal.SIGTERM)
+    _, rest = await process.communicate()
+    assert process.returncode == 0, rest.decode()
+
+
+@pytest.fixture
+def cli(environ):
+    """Run `sharpwatch` with arguments: its exit status, stdout and stderr."""
+
+    async def run(*args):
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "sharpwatch", *args),
+            env=environ,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        out, err = await process.communicate()
+        return process.returncode, out.decode(), err.decode()
+
+    return run

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import signal
-import sys
 import time
 
 import grpc
 import numpy as np
-import pytest
 import pytest_asyncio
 
 from sharpwatch import wire
@@ -31,53 +27,6 @@ HELLO = agent_pb2.Hello(
     min_multiplier=0.1,
     max_multiplier=10.0,
 )
-
-
-@pytest.fixture
-def environ(tmp_path):
-    return {
-        **os.environ,
-        "HOME": str(tmp_path),
-        "SHARPWATCH_ADDRESS": f"unix:{tmp_path}/daemon.sock",
-        "SHARPWATCH_AUTHOR": "ada@node3",
-        "SHARPWATCH_TOKEN_FILE": "",
-    }
-
-
-@pytest_asyncio.fixture
-async def served(tmp_path, environ):
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "sharpwatch", "serve", "--grpc", environ["SHARPWATCH_ADDRESS"]),
-        *("--http", "127.0.0.1:0", "--store", f"sqlite:///{tmp_path}/journal.db"),
-        env=environ,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    output = b""
-    async for line in process.stderr:
-        output += line
-        if json.loads(line)["event"] == "serving":
-            break
-    else:
-        pytest.fail(f"the daemon ended: {output.decode()}")
-    yield process
-    process.send_signal(signal.SIGTERM)
-    _, rest = await process.communicate()
-    assert process.returncode == 0, rest.decode()
-
-
-@pytest.fixture
-def cli(environ):
-    async def run(*args):
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "sharpwatch", *args),
-            env=environ,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-        )
-        out, err = await process.communicate()
-        return process.returncode, out.decode(), err.decode()
-
-    return run
 
 
 def sample(step):
