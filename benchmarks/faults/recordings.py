@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import lzma
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from sharpwatch.replay.own_recordings import read_messages
 from sharpwatch.v1 import agent_pb2
 
 _DROPPED_BITS = 13  # of the 23 that follow a float's point
@@ -117,17 +118,8 @@ def read_own(path: Path) -> tuple[agent_pb2.Hello | None, list[agent_pb2.Sample]
 
 
 def _read_one(path: Path) -> tuple[About, list[bytes]]:
-    with lzma.open(path, "rb") as file:
-        about = About(**json.loads(file.readline()))
-        return about, list(_frames(file.read()))
-
-
-def _frames(data: bytes) -> Iterator[bytes]:
-    place = 0
-    while place < len(data):
-        (size,) = struct.unpack_from("<I", data, place)
-        yield data[place + 4 : place + 4 + size]
-        place += 4 + size
+    about, messages = read_messages(lzma.decompress(path.read_bytes()), path)
+    return About(**about), messages
 
 
 def _slim(sample: agent_pb2.Sample) -> agent_pb2.Sample:

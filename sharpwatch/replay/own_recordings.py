@@ -41,11 +41,11 @@ def read_recording(data: bytes, path: Path) -> RecordedRun:
     Raises:
         LogError: The file is cut off, is of another version, or its trunk can't be read.
     """
-    about, messages = _split(data, path)
+    about, messages = read_messages(data, path)
     samples = _samples(messages[1:], path)
     if about.get("trunk"):
         trunk = path.parent / str(about["trunk"])
-        _, before = _split(_uncompressed(trunk), trunk)
+        _, before = read_messages(_uncompressed(trunk), trunk)
         first = about.get("first", 1)
         samples = [each for each in _samples(before[1:], trunk) if not each.closing and each.step < first] + samples
         messages = before
@@ -64,7 +64,16 @@ def _uncompressed(path: Path) -> bytes:
         raise LogError(f"the recording that another one goes on from can't be read: {error}", str(path)) from None
 
 
-def _split(data: bytes, path: Path) -> tuple[dict[str, Any], list[bytes]]:
+def read_messages(data: bytes, path: Path) -> tuple[dict[str, Any], list[bytes]]:
+    """What a recording says about the run, and the messages that it has itself.
+
+    Args:
+        data: The file, uncompressed.
+        path: Where it is.
+
+    Raises:
+        LogError: The file is cut off, or its first line is no JSON about the run.
+    """
     line, _, rest = data.partition(b"\n")
     try:
         about = json.loads(line)
