@@ -229,6 +229,12 @@ class Client:
         found = [line.rpartition(" ")[2] for line in text.splitlines() if line.startswith(name)]
         return float(found[0]) if found else None
 
+    async def metric_reaches(self, name: str, value: float) -> None:
+        """Scrape until `metric(name)` is `value`."""
+        async with asyncio.timeout(PATIENCE):
+            while await self.metric(name) != value:
+                pass
+
 
 def configuration(folder: Path, *, policies: str = "policies: []", **daemon: str | int):
     settings = {
