@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BLOCKS = ("emb", "qk", "vo", "ffn", "norm", "head", "other")
+SHARPNESS_ORDER = ("emb", "qk", "ffn", "vo", "norm")  # least sharp first: Wang et al. 2025, arXiv 2502.19002
 
 
 class Row(NamedTuple):

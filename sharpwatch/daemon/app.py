@@ -154,6 +154,7 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:
         server, health, address = await _start_grpc(settings, agents, operators)
         # Only once every address is bound, so that a start which fails has no worker to stop.
         worker = asyncio.create_task(pipeline.run(), name="pipeline")
+        stalls = asyncio.create_task(pipeline.watch_stalls(config.detection.stall_after), name="stalls")
         log.info(
             "serving",
             grpc=address,
@@ -169,6 +170,7 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:
             # No new session, then an unhealthy state, then the worker, whose last write still acknowledges to open
             # sessions. Those are drained after that, so that agents send again only samples that are not journalled.
             agents.draining = True
+            stalls.cancel()
             await health.enter_graceful_shutdown()
             pipeline.stop()
             # Not `await worker`: its own error is logged in `_main`, and must not keep the rest from being stopped.

@@ -29,6 +29,7 @@ from sharpwatch.errors import OperatorError, StoreError
 log = structlog.get_logger(__name__)
 
 _FIRST_RETRY, _LAST_RETRY = 0.1, 5.0  # seconds between tries of a failing journal
+_STALL_CHECK = 5.0  # seconds between looks for runs that have stalled, at the most
 _YIELD_EVERY = 64  # samples folded before other tasks get a turn
 
 
@@ -96,6 +97,26 @@ class Pipeline:
         """Makes `run` return after the present cycle and one more."""
         self._stopping = True
         self._queue.wake()
+
+    async def watch_stalls(self, stall_after: float) -> None:
+        """Looks now and then for runs that have stopped making steps, until it is cancelled.
+
+        Args:
+            stall_after: Seconds without a sample after which a run has stalled.
+        """
+        while True:
+            await asyncio.sleep(min(_STALL_CHECK, stall_after / 4))
+            for run in self._runs:
+                try:
+                    changes = run.check_stall(stall_after, time.time())
+                except Exception:  # an error in one run must not stop the others; counted
+                    self._metrics.internal_errors.labels("stall").inc()
+                    log.exception("stall_check_failed", run=run.name)
+                    continue
+                if changes != NO_CHANGES:
+                    self._record(run, changes)
+                    run.publish()
+                    self._queue.wake()
 
     async def submit(self, run: Run, changes: Changes, mode: ModeRow | None = None) -> None:
         """Journals what an operator changed, then sends the commands in it.

@@ -26,6 +26,8 @@ AlertName = Literal[
     "UpdateRmsSpike",
     "GradientSpike",
     "StabilityLimit",
+    "SharpnessSpike",
+    "RunStalled",
 ]
 Cause = Literal[
     "data",
@@ -52,6 +54,8 @@ CAUSES: Mapping[AlertName, Cause] = {
     "UpdateRmsSpike": "instability",
     "GradientSpike": "instability",
     "StabilityLimit": "instability",
+    "SharpnessSpike": "instability",
+    "RunStalled": "stalled",
 }
 Action = Literal["notify", "scale_lr", "set_lr", "ramp_back", "rollback"]
 # A decision is a draft until it is recorded, and then never again. `decisions.lifecycle` has the transitions.
@@ -112,6 +116,7 @@ class Observation:
         block_stability: The ratio of block types.
         multipliers: The learning-rate multipliers in use, by block type.
         restored: A checkpoint was restored since the step before.
+        traces: Of the `gnb` probe of this step, by draw and layer block [draws, L]; None without one.
     """
 
     step: int
@@ -124,6 +129,25 @@ class Observation:
     block_stability: Mapping[str, Estimate] = field(default_factory=dict)
     multipliers: Mapping[str, float] = field(default_factory=dict)
     restored: bool = False
+    traces: Floats | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PairOrder:
+    """How two block types stand that are neighbours in the order of sharpness.
+
+    Attributes:
+        low, high: The less and the more sharp one, as is expected.
+        inverted: Whether `low` is the sharper one, by two standard errors.
+        since: The step from which they stand so.
+        standard_errors: By which `high` is the sharper one at the newest probe.
+    """
+
+    low: str
+    high: str
+    inverted: bool
+    since: int
+    standard_errors: float
 
 
 @dataclass(frozen=True, slots=True)

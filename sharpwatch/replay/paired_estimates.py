@@ -10,6 +10,7 @@ from itertools import combinations
 
 import numpy as np
 
+from sharpwatch.blocks import SHARPNESS_ORDER
 from sharpwatch.curvature.statistics.estimate import Estimate
 from sharpwatch.replay.paired_steps import newest_attempt
 from sharpwatch.replay.parting import Mean
@@ -141,10 +142,10 @@ def block_order(estimator: str, sharpness: dict[str, Estimate]) -> BlockOrder:
         estimator: Of the estimates.
         sharpness: By block.
     """
-    from sharpwatch.daemon.estimation.gnb import ORDER, order_correlation  # noqa: PLC0415 - loads torch
+    from sharpwatch.daemon.estimation.gnb import order_correlation  # noqa: PLC0415 - loads torch
 
     inversions = []
-    for low, high in combinations([block for block in ORDER if block in sharpness], 2):
+    for low, high in combinations([block for block in SHARPNESS_ORDER if block in sharpness], 2):
         below, above = sharpness[low], sharpness[high]
         errors = in_errors(below.value - above.value, below.stderr, above.stderr)
         if errors > INVERSION:

@@ -203,6 +203,8 @@ class RunDetail(google.protobuf.message.Message):
     OBJECTIVE_FIELD_NUMBER: builtins.int
     OBJECTIVE_STATE_FIELD_NUMBER: builtins.int
     SWALLOWED_ERRORS_FIELD_NUMBER: builtins.int
+    ORDER_FIELD_NUMBER: builtins.int
+    ORDER_SINCE_STEP_FIELD_NUMBER: builtins.int
     overhead_ratio: builtins.float
     step_seconds: builtins.float
     block_order_correlation: builtins.float
@@ -213,6 +215,8 @@ class RunDetail(google.protobuf.message.Message):
     objective_state: builtins.str
     swallowed_errors: builtins.int
     """Of the agent in this attempt; unset for none."""
+    order_since_step: builtins.int
+    """The step from which all neighbours stand in that order; unset while they do not."""
     @property
     def run(self) -> Global___Run: ...
     @property
@@ -229,6 +233,10 @@ class RunDetail(google.protobuf.message.Message):
     def dropped(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]: ...
     @property
     def probe_failures(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]: ...
+    @property
+    def order(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___PairOrder]:
+        """Neighbours in the order of sharpness that differ by two standard errors, the least sharp first."""
+
     def __init__(
         self,
         *,
@@ -247,10 +255,12 @@ class RunDetail(google.protobuf.message.Message):
         objective: builtins.str | None = ...,
         objective_state: builtins.str | None = ...,
         swallowed_errors: builtins.int | None = ...,
+        order: collections.abc.Iterable[Global___PairOrder] | None = ...,
+        order_since_step: builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_block_order_correlation", b"_block_order_correlation", "_objective", b"_objective", "_objective_state", b"_objective_state", "_overhead_ratio", b"_overhead_ratio", "_step_seconds", b"_step_seconds", "_swallowed_errors", b"_swallowed_errors", "block_order_correlation", b"block_order_correlation", "objective", b"objective", "objective_state", b"objective_state", "overhead_ratio", b"overhead_ratio", "run", b"run", "step_seconds", b"step_seconds", "swallowed_errors", b"swallowed_errors"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_block_order_correlation", b"_block_order_correlation", "_objective", b"_objective", "_objective_state", b"_objective_state", "_order_since_step", b"_order_since_step", "_overhead_ratio", b"_overhead_ratio", "_step_seconds", b"_step_seconds", "_swallowed_errors", b"_swallowed_errors", "block_order_correlation", b"block_order_correlation", "objective", b"objective", "objective_state", b"objective_state", "order_since_step", b"order_since_step", "overhead_ratio", b"overhead_ratio", "run", b"run", "step_seconds", b"step_seconds", "swallowed_errors", b"swallowed_errors"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_block_order_correlation", b"_block_order_correlation", "_objective", b"_objective", "_objective_state", b"_objective_state", "_overhead_ratio", b"_overhead_ratio", "_step_seconds", b"_step_seconds", "_swallowed_errors", b"_swallowed_errors", "alerts", b"alerts", "block_order_correlation", b"block_order_correlation", "blocks", b"blocks", "checkpoints", b"checkpoints", "dropped", b"dropped", "estimates", b"estimates", "host", b"host", "objective", b"objective", "objective_state", b"objective_state", "optimizer", b"optimizer", "overhead_ratio", b"overhead_ratio", "probe_failures", b"probe_failures", "run", b"run", "step_seconds", b"step_seconds", "swallowed_errors", b"swallowed_errors"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_block_order_correlation", b"_block_order_correlation", "_objective", b"_objective", "_objective_state", b"_objective_state", "_order_since_step", b"_order_since_step", "_overhead_ratio", b"_overhead_ratio", "_step_seconds", b"_step_seconds", "_swallowed_errors", b"_swallowed_errors", "alerts", b"alerts", "block_order_correlation", b"block_order_correlation", "blocks", b"blocks", "checkpoints", b"checkpoints", "dropped", b"dropped", "estimates", b"estimates", "host", b"host", "objective", b"objective", "objective_state", b"objective_state", "optimizer", b"optimizer", "order", b"order", "order_since_step", b"order_since_step", "overhead_ratio", b"overhead_ratio", "probe_failures", b"probe_failures", "run", b"run", "step_seconds", b"step_seconds", "swallowed_errors", b"swallowed_errors"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__block_order_correlation: typing_extensions.TypeAlias = typing.Literal["block_order_correlation"]
     _WhichOneofArgType__block_order_correlation: typing_extensions.TypeAlias = typing.Literal["_block_order_correlation", b"_block_order_correlation"]
@@ -258,6 +268,8 @@ class RunDetail(google.protobuf.message.Message):
     _WhichOneofArgType__objective: typing_extensions.TypeAlias = typing.Literal["_objective", b"_objective"]
     _WhichOneofReturnType__objective_state: typing_extensions.TypeAlias = typing.Literal["objective_state"]
     _WhichOneofArgType__objective_state: typing_extensions.TypeAlias = typing.Literal["_objective_state", b"_objective_state"]
+    _WhichOneofReturnType__order_since_step: typing_extensions.TypeAlias = typing.Literal["order_since_step"]
+    _WhichOneofArgType__order_since_step: typing_extensions.TypeAlias = typing.Literal["_order_since_step", b"_order_since_step"]
     _WhichOneofReturnType__overhead_ratio: typing_extensions.TypeAlias = typing.Literal["overhead_ratio"]
     _WhichOneofArgType__overhead_ratio: typing_extensions.TypeAlias = typing.Literal["_overhead_ratio", b"_overhead_ratio"]
     _WhichOneofReturnType__step_seconds: typing_extensions.TypeAlias = typing.Literal["step_seconds"]
@@ -271,6 +283,8 @@ class RunDetail(google.protobuf.message.Message):
     @typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__objective_state) -> _WhichOneofReturnType__objective_state | None: ...
     @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__order_since_step) -> _WhichOneofReturnType__order_since_step | None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__overhead_ratio) -> _WhichOneofReturnType__overhead_ratio | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__step_seconds) -> _WhichOneofReturnType__step_seconds | None: ...
@@ -278,6 +292,38 @@ class RunDetail(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__swallowed_errors) -> _WhichOneofReturnType__swallowed_errors | None: ...
 
 Global___RunDetail: typing_extensions.TypeAlias = RunDetail
+
+@typing.final
+class PairOrder(google.protobuf.message.Message):
+    """How two block types stand that are neighbours in the order emb < qk < ffn < vo < norm."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LOW_FIELD_NUMBER: builtins.int
+    HIGH_FIELD_NUMBER: builtins.int
+    INVERTED_FIELD_NUMBER: builtins.int
+    SINCE_STEP_FIELD_NUMBER: builtins.int
+    STANDARD_ERRORS_FIELD_NUMBER: builtins.int
+    low: builtins.str
+    high: builtins.str
+    inverted: builtins.bool
+    """Whether `low` is the sharper one."""
+    since_step: builtins.int
+    standard_errors: builtins.float
+    """By which `high` is the sharper one at the newest probe."""
+    def __init__(
+        self,
+        *,
+        low: builtins.str = ...,
+        high: builtins.str = ...,
+        inverted: builtins.bool = ...,
+        since_step: builtins.int = ...,
+        standard_errors: builtins.float = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["high", b"high", "inverted", b"inverted", "low", b"low", "since_step", b"since_step", "standard_errors", b"standard_errors"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___PairOrder: typing_extensions.TypeAlias = PairOrder
 
 @typing.final
 class Alert(google.protobuf.message.Message):

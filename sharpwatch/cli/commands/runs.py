@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import click
 
+from sharpwatch.blocks import SHARPNESS_ORDER
 from sharpwatch.cli import output
 from sharpwatch.cli.client import author, operator, resolve_run, run_argument
 from sharpwatch.cli.commands.incidents import culprit
@@ -131,11 +132,24 @@ def state(detail: RunDetail, now: float) -> Grid:
         facts.append(("objective", f"{detail.objective} ({detail.objective_state})"))
     facts += [(f"model's {name}", output.estimate(found)) for name, found in _model(detail.estimates)]
     if detail.HasField("block_order_correlation"):
-        facts.append(("block order", f"rank correlation {output.number(detail.block_order_correlation, 2)}"))
+        facts.append(("block order", _order(detail)))
     if detail.checkpoints:
         newest = max(detail.checkpoints, key=lambda checkpoint: checkpoint.step)
         facts.append(("checkpoints", f"{len(detail.checkpoints)}, newest of step {newest.step} at {newest.uri}"))
     return Grid("ll", tuple(facts))
+
+
+def _order(detail: RunDetail) -> str:
+    rank = f"rank correlation {output.number(detail.block_order_correlation, 2)} with {' < '.join(SHARPNESS_ORDER)}"
+    if detail.HasField("order_since_step"):
+        return f"{rank}, which holds since step {detail.order_since_step}"
+    inverted = [
+        f"{pair.low} above {pair.high} since step {pair.since_step} "
+        f"(by {output.number(-pair.standard_errors, 2)} standard errors)"
+        for pair in detail.order
+        if pair.inverted
+    ]
+    return "; ".join([rank, *inverted])
 
 
 def _model(estimates: Sequence[Estimate]) -> Iterable[tuple[str, Estimate]]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 
 from sharpwatch.curvature.statistics.estimate import Estimate
-from sharpwatch.daemon.records import Checkpoint, Decision, Incident, Revision, RollbackPlan
+from sharpwatch.daemon.records import Checkpoint, Decision, Incident, PairOrder, Revision, RollbackPlan
 from sharpwatch.daemon.runs.snapshot import Phase, RunSnapshot
 from sharpwatch.v1 import operator_pb2, types_pb2
 
@@ -169,6 +169,16 @@ def _block_messages(snapshot: RunSnapshot) -> list[operator_pb2.Block]:
     return blocks
 
 
+def _order_message(pair: PairOrder) -> operator_pb2.PairOrder:
+    return operator_pb2.PairOrder(
+        low=pair.low,
+        high=pair.high,
+        inverted=pair.inverted,
+        since_step=pair.since,
+        standard_errors=pair.standard_errors,
+    )
+
+
 def detail_message(snapshot: RunSnapshot, checkpoints: Iterable[Checkpoint]) -> operator_pb2.RunDetail:
     """Returns all about a run."""
     health = snapshot.health
@@ -190,6 +200,8 @@ def detail_message(snapshot: RunSnapshot, checkpoints: Iterable[Checkpoint]) -> 
         objective_state=(health.objective_state or None) if health is not None else None,
         swallowed_errors=(health.swallowed_errors or None) if health is not None else None,
         block_order_correlation=snapshot.order_correlation,
+        order=map(_order_message, snapshot.order),
+        order_since_step=snapshot.order_since,
         optimizer=snapshot.hello.optimizer,
         host=snapshot.hello.host,
     )

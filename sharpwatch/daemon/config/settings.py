@@ -184,12 +184,19 @@ class DaemonConfig:
 
 @dataclass(frozen=True, slots=True)
 class DetectionConfig:
-    """How many false alarms detectors may give in 10,000 healthy steps of a run: pages, and warnings."""
+    """How many false alarms detectors may give in 10,000 healthy steps of a run, and when a run has stalled.
+
+    Attributes:
+        pages_per_10k_steps: Incidents of severity critical.
+        warnings_per_10k_steps: Incidents of severity warning.
+        stall_after: Seconds without a step, while the agent is connected, after which a run has stalled.
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = _FORBID
 
     pages_per_10k_steps: Annotated[float, _number(0.0, 100.0)] = 1.0
     warnings_per_10k_steps: Annotated[float, _number(0.0, 1000.0)] = 10.0
+    stall_after: Duration = 600.0
 
 
 @dataclass(frozen=True, slots=True)

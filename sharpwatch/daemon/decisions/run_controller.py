@@ -15,6 +15,7 @@ from sharpwatch.daemon.decisions.operator_requests import OperatorContext, Opera
 from sharpwatch.daemon.decisions.policy import MODES, Control, EscalationChain, Permissions, strongest
 from sharpwatch.daemon.decisions.transitions import UNDER_WAY
 from sharpwatch.daemon.detection.run_detection import RunDetection
+from sharpwatch.daemon.detection.sharpness import Sharpness
 from sharpwatch.daemon.detection.thresholds import USUAL, Budget
 from sharpwatch.daemon.records import (
     NO_CHANGES,
@@ -85,6 +86,11 @@ class RunController:
         return self._detection.excursions
 
     @property
+    def sharpness(self) -> Sharpness:
+        """What is known of the sharpness of the run's blocks."""
+        return self._detection.sharpness
+
+    @property
     def decisions(self) -> tuple[Decision, ...]:
         """Every decision, oldest first."""
         return self._log.decisions
@@ -141,6 +147,21 @@ class RunController:
         if self._observed % SAVE_EVERY == 0:
             return replace(changes, baselines=self._detection.state())
         return changes
+
+    def stalled(self, seconds: float, now: float) -> Changes:
+        """Take in that no step has come for so long, though the agent is connected; may be told again and again."""
+        findings, changed = self._detection.see_stall(self._step or 0, seconds)
+        if changed:
+            self._log.note_incidents(changed)
+            self._engine.act(findings, self.checkpoints, self._mode, self._step or 0, now)
+        return self._log.take() if self._log.changed else NO_CHANGES
+
+    def stall_ended(self, why: str) -> Changes:
+        """Close the incident of a run that had stalled, where one is open."""
+        changed = self._incidents.close_stall(why)
+        if changed:
+            self._log.note_incidents(changed)
+        return self._log.take() if self._log.changed else NO_CHANGES
 
     def replay(self, obs: Observation) -> None:
         """Take in a journalled step: baselines and open alerts move on, nothing is decided and no alert opens."""

@@ -21,6 +21,7 @@ _GROWN, _FASTER = 0.1, 3.0  # log of a growth in 20 samples, and how many times 
 _STANDS_OUT = 3.0  # z of a single value that a change can begin with
 # Of one probe's stability ratio above the run's own level, and of a block type's.
 _RATIO_EXCESS, _BLOCK_EXCESS = 4.5, 3.0
+_SHARPNESS_EXCESS = 4.5
 # The step's curvature term takes this share of its first-order gain. Below it nothing is in danger, however far
 # above its level a run is; 1 itself is no threshold, since runs differ in where they normally stand.
 _RATIO_MATTERS = 0.2
@@ -142,6 +143,30 @@ def stability_limit(judged: Judged) -> Iterable[Finding]:
     yield Finding("StabilityLimit", severity, evidence, judged.step, onset, blocks)
 
 
+def sharpness_spike(judged: Judged) -> Iterable[Finding]:
+    """A block type whose sharpness is far above the run's own level in two of the last three probes of it.
+
+    A single probe's batch can be an odd one. It is never a page: sharpness may rise for good reasons.
+    """
+    if not judged.now.sharpness.size:
+        return
+    count = len(judged.names)
+    scores = np.array([each.sharpness for each in judged.sharp_probes])
+    with np.errstate(invalid="ignore"):
+        where = (scores[-1] > _SHARPNESS_EXCESS) & ((scores > _SHARPNESS_EXCESS).sum(0) >= 2)
+    types = np.flatnonzero(where[count:])
+    if not types.size:
+        return
+    worst = int(types[np.argmax(scores[-1, count + types])])
+    block = judged.blocks[worst]
+    within = [name.rpartition(".")[2] == block for name in judged.names]
+    blocks = judged.named(scores[-1, :count], (scores[-1, :count] > _STANDS_OUT) & within)
+    evidence = f"sharpness of {block} {scores[-1, count + worst]:.1f} sd above its level, in two of three probes"
+    first = int(np.argmax(scores[:, count + worst] > _SHARPNESS_EXCESS))
+    onset = judged.sharp_probes[first].observation.step
+    yield Finding("SharpnessSpike", "warning", evidence, judged.step, onset, blocks)
+
+
 def _too_sharp(scores: Scores) -> bool:
     ratio = scores.observation.stability
     return ratio is not None and scores.stability > _RATIO_EXCESS and ratio.value > _RATIO_MATTERS
@@ -154,6 +179,7 @@ def findings(judged: Judged) -> list[Finding]:
     """All detectors' findings of the newest sample."""
     found = [replace(finding, is_exact=True) for detector in EXACT for finding in detector(judged)]
     found += weight_growth(judged)
+    found += sharpness_spike(judged)
     if judged.exceeded or judged.now.observation.stability is not None:
         found += [finding for detector in STATISTICAL for finding in detector(judged)]
     return found

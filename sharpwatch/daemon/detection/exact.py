@@ -29,6 +29,8 @@ class Judged:
         statistics: Of the newest sample, as `detectors.statistics`.
         limits: By statistic, what is worth a warning, and what a page.
         exceeded: The statistics that are worth a warning.
+        sharp_probes: The newest scores with a trace, the newest last.
+        blocks: The block types.
     """
 
     recent: Sequence[Scores]
@@ -37,6 +39,8 @@ class Judged:
     statistics: Mapping[str, Doubles] = field(default_factory=dict)
     limits: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     exceeded: Sequence[str] = ()
+    sharp_probes: Sequence[Scores] = ()
+    blocks: Sequence[str] = ()
 
     @property
     def now(self) -> Scores:

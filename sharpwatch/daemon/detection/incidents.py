@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 from sharpwatch.daemon.records import CAUSES, AlertName, Cause, Finding, Incident
 
+STEPS_AGAIN = "the run makes steps again"
 QUIET = 20  # samples without a finding that end an incident
-QUIET_PROBES, UNPROBED = 3, 500  # of the stability ratio: probes without one, or samples without a probe
+QUIET_PROBES, UNPROBED = 3, 500  # of what is probed: probes without one, or samples without a probe
 UPDATE_EVERY = 10  # steps between records of an incident that merely goes on
 _TOGETHER = 5  # steps within which events have one cause
 _WITH_LOSS = 20  # steps within which a loss follows if wrong data have moved it and the blocks
@@ -17,6 +18,7 @@ _RANK = {name: rank for rank, name in enumerate(CAUSES)}
 # Each is an event of its own, which no earlier incident explains.
 _EVENTS: set[AlertName] = {"NonFinite", "WeightJump", "SettingsChanged", "OptimizerState", "RateRaise", "RateZero"}
 _BLOCK_ALERTS: set[AlertName] = {"WeightGrowth", "DeadBlock", "UpdateRmsSpike", "GradientSpike"}
+_PROBED: set[AlertName] = {"StabilityLimit", "SharpnessSpike"}
 _LOCAL: set[Cause] = {"instability", "silent"}
 # What disturbs weights by itself: under such a cause their jumps are consequences.
 _MOVES_WEIGHTS: set[Cause] = {"learning-rate", "optimizer-state", "non-finite", "damaged-weight"}
@@ -32,11 +34,18 @@ class _Open:
     quiet: float = 0.0  # part of the time without a finding that ends it
     recorded: int = 0  # step of the newest record
 
+    @property
+    def quiet_for(self) -> str:
+        """Why it is closed."""
+        return STEPS_AGAIN if set(self.first) == {"RunStalled"} else f"no finding for {QUIET} samples"
+
     def count_quiet(self, *, found: bool, probed: bool) -> None:
         """One more sample, with a finding of this incident or without."""
         if found:
             self.quiet = 0.0
-        elif set(self.first) == {"StabilityLimit"}:  # whose samples are rare
+        elif set(self.first) == {"RunStalled"}:
+            self.quiet = 1.0  # a sample has come
+        elif set(self.first) <= _PROBED:  # whose samples are rare
             self.quiet += 1 / QUIET_PROBES if probed else 1 / UNPROBED
         else:
             self.quiet += 1 / QUIET
@@ -87,7 +96,7 @@ class IncidentLog:
         for identity, entry in tuple(self._open.items()):
             entry.count_quiet(found=identity in found, probed=probed)
             if entry.quiet >= 1:
-                changed[identity] = self._close(identity, f"no finding for {QUIET} samples")
+                changed[identity] = self._close(identity, entry.quiet_for)
         return tuple(changed.values())
 
     def replay(self, findings: Sequence[Finding], *, probed: bool = False) -> None:
@@ -98,6 +107,16 @@ class IncidentLog:
             if identity in found:
                 last = max(entry.incident.last_step, found[identity].step)
                 entry.incident = self._all[identity] = replace(entry.incident, last_step=last)
+
+    def see_stall(self, finding: Finding) -> tuple[Incident, ...]:
+        """Fold a finding that comes without a sample; returns the incidents to record."""
+        if self.active(finding.name) is not None:
+            return ()
+        return (self._begin(finding).incident,)
+
+    def close_stall(self, why: str) -> tuple[Incident, ...]:
+        """Close the incident of a run that has stalled, if one is open."""
+        return tuple(self._close(each.id, why) for each in self.open if each.name == "RunStalled")
 
     def close_all(self, why: str) -> tuple[Incident, ...]:
         """Close what is open."""
@@ -183,6 +202,8 @@ class IncidentLog:
 
 def _is_part(finding: Finding, incident: Incident) -> bool:
     """Whether a finding belongs to an open incident. One that is open must not hide another that begins."""
+    if incident.name == "RunStalled":
+        return False  # it is of the time before this sample
     near = finding.onset - incident.onset <= (_TOGETHER if finding.name in _EVENTS else _EXPLAINS)
     if near:
         return True

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from sharpwatch.daemon.detection.detectors import findings, statistics
 from sharpwatch.daemon.detection.exact import Judged
 from sharpwatch.daemon.detection.incidents import IncidentLog
+from sharpwatch.daemon.detection.sharpness import Sharpness
 from sharpwatch.daemon.detection.signals import Scores, Signals
 from sharpwatch.daemon.detection.state import packed, unpacked
 from sharpwatch.daemon.detection.thresholds import USUAL, Budget, Limits
@@ -23,6 +24,10 @@ EXCURSION = 6.0  # z of a single value that is counted
 def layer_block_name(block: str, layer: str) -> str:
     """The name of a layer block: "layers.3.qk", or "emb" for one outside of the layers."""
     return f"{layer}.{block}" if layer else block
+
+
+def _is_probed(seen: Observation) -> bool:
+    return seen.stability is not None or seen.traces is not None
 
 
 class RunDetection:
@@ -49,12 +54,12 @@ class RunDetection:
         # Samples in which a single value stood out but was no finding; by signal, and block type or "" for the loss.
         self.excursions: Counter[tuple[str, str]] = Counter()
         self._types = np.array([block for block, _ in layer_blocks])
-        self._make = (parameters, tuple(dict.fromkeys(block for block, _ in layer_blocks)), budget)
+        self._make = (parameters, tuple(block for block, _ in layer_blocks), budget)
         self._signals, self._limits = self._made()
 
     def _made(self) -> tuple[Signals, Limits]:
-        parameters, blocks, budget = self._make
-        return Signals(parameters, blocks), Limits(budget, len(parameters))
+        parameters, types, budget = self._make
+        return Signals(parameters, types), Limits(budget, len(parameters))
 
     def see(self, observation: Observation) -> tuple[list[Finding], tuple[Incident, ...]]:
         """Take in the next step; returns its findings, and the incidents that changed."""
@@ -63,7 +68,18 @@ class RunDetection:
             self._count_excursions()
         if not (found or self.incidents.open):
             return found, ()
-        return found, self.incidents.see(found, probed=observation.stability is not None)
+        return found, self.incidents.see(found, probed=_is_probed(observation))
+
+    def see_stall(self, step: int, seconds: float) -> tuple[list[Finding], tuple[Incident, ...]]:
+        """Take in that no step has come for so long after `step`; returns the finding, and a new incident."""
+        evidence = f"no step for {seconds:.0f} s after step {step}, though the agent is connected"
+        finding = Finding("RunStalled", "critical", evidence, step, step)
+        return [finding], self.incidents.see_stall(finding)
+
+    @property
+    def sharpness(self) -> Sharpness:
+        """What is known of the sharpness of the run's blocks."""
+        return self._signals.sharpness
 
     @property
     def recent(self) -> tuple[Scores, ...]:
@@ -95,12 +111,12 @@ class RunDetection:
         recent = tuple(self._signals.recent)
         found = statistics(recent)
         exceeded, limits = self._limits.see(found, keep_out=bool(opened))
-        probes = tuple(self._signals.probes)
-        return findings(Judged(recent, probes, self.names, found, limits, exceeded))
+        probes, sharp = tuple(self._signals.probes), tuple(self._signals.sharp_probes)
+        return findings(Judged(recent, probes, self.names, found, limits, exceeded, sharp, self.sharpness.blocks))
 
     def replay(self, observation: Observation) -> None:
         """Take in a journalled step: baselines and open incidents move on, and none opens or closes."""
-        self.incidents.replay(self._judge(observation), probed=observation.stability is not None)
+        self.incidents.replay(self._judge(observation), probed=_is_probed(observation))
 
     def state(self) -> bytes:
         """The baselines and thresholds, from which another daemon goes on with `load_state`."""

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from sharpwatch.curvature.statistics.estimate import Estimate
 from sharpwatch.daemon.detection.baselines import Level, Trend
+from sharpwatch.daemon.detection.sharpness import Sharpness
 from sharpwatch.daemon.detection.state import Arrays, gathered, put_back
 from sharpwatch.daemon.records import LayerTap, Observation, OptimizerGroup
 from sharpwatch.wire import Doubles
@@ -53,7 +54,6 @@ class Scores:
         loss: By number of samples, from 1: of the mean loss, from its trend.
         update: The same of the log of the update RMS, less the median over layer blocks.
         gradient: The same of the log of the gradient norm.
-        common_update, common_gradient: Of these medians.
         weight: Of the change of the log weight norm in one step, in units of the most that the step can do.
         weight_change: That change itself.
         weight_share: The change over the most that a step of Adam's can do; NaN for other optimizers.
@@ -67,14 +67,13 @@ class Scores:
         groups_before: The optimizer's parameter groups as they were; empty before the first are known.
         stability: Of the log of the directional stability ratio, less its standard error; NaN where not probed.
         block_stability: The same by block type, where it could be measured.
+        sharpness: Of the log trace of each layer block, then of each block type [L + B]; empty where not probed.
     """
 
     observation: Observation
     loss: Mapping[int, float] = field(default_factory=dict)
     update: Mapping[int, Doubles] = field(default_factory=dict)
     gradient: Mapping[int, Doubles] = field(default_factory=dict)
-    common_update: Mapping[int, float] = field(default_factory=dict)
-    common_gradient: Mapping[int, float] = field(default_factory=dict)
     weight: Doubles = field(default_factory=lambda: np.empty(0))
     weight_change: Doubles = field(default_factory=lambda: np.empty(0))
     weight_share: Doubles = field(default_factory=lambda: np.empty(0))
@@ -87,6 +86,7 @@ class Scores:
     groups_before: Mapping[tuple[int, int], OptimizerGroup] = field(default_factory=dict)
     stability: float = math.nan
     block_stability: Mapping[str, float] = field(default_factory=dict)
+    sharpness: Doubles = field(default_factory=lambda: np.empty(0))
 
 
 class Stability:
@@ -161,20 +161,22 @@ class Signals:
 
     Args:
         parameters: The number [L] of parameters of each layer block.
-        blocks: The block types.
+        types: The block type of each.
     """
 
     # Beside those of what it is made of.
     STATE = ("_before_step", "_norms", "_samples", "_was_alive", "_base", "_stepped", "_settling")
 
-    def __init__(self, parameters: npt.NDArray[Any], blocks: Sequence[str]) -> None:
+    def __init__(self, parameters: npt.NDArray[Any], types: Sequence[str]) -> None:
         columns = len(parameters)
         self._roots = np.sqrt(np.asarray(parameters, dtype=np.float64))
         self.recent: deque[Scores] = deque(maxlen=5)  # newest last
         self.probes: deque[Scores] = deque(maxlen=3)  # those with a stability ratio
-        self._stability = Stability(blocks)
-        # Update RMS and gradient norm of each layer block, what they have in common, and the loss.
-        floors, shares = np.full(2 * columns + 3, _NORM_FLOOR), np.zeros(2 * columns + 3)
+        self.sharp_probes: deque[Scores] = deque(maxlen=3)  # those with a trace
+        self.sharpness = Sharpness(parameters, types)
+        self._stability = Stability(self.sharpness.blocks)
+        # Update RMS and gradient norm of each layer block, and the loss.
+        floors, shares = np.full(2 * columns + 1, _NORM_FLOOR), np.zeros(2 * columns + 1)
         floors[-1], shares[-1] = 0.0, _LOSS_FLOOR
         self._trend = Trend(floors, shares, SPANS)
         self._weights = Level(columns, memory=10, spread_memory=30, blind=30, patience=_WEIGHT_PATIENCE)
@@ -214,6 +216,9 @@ class Signals:
             whole, by_block = self._stability.see(seen, keep_out=keep_out)
             scores = replace(scores, stability=whole, block_stability=by_block)
             self.probes.append(scores)
+        if (sharpness := self.sharpness.see(seen, keep_out=keep_out)).size:
+            scores = replace(scores, sharpness=sharpness)
+            self.sharp_probes.append(scores)
         self.recent.append(scores)
         return scores
 
@@ -227,6 +232,7 @@ class Signals:
             **gathered(self._weights, Level.STATE, "weights"),
             **gathered(self._stability.levels, Level.STATE, "stability"),
             **self._trend.state(),
+            **self.sharpness.state(),
             **before,
             "groups": np.array(groups),
         }
@@ -238,6 +244,7 @@ class Signals:
         put_back(self._weights, Level.STATE, arrays, "weights")
         put_back(self._stability.levels, Level.STATE, arrays, "stability")
         self._trend.load_state(arrays)
+        self.sharpness.load_state(arrays)
         before: dict[str, Any] = {name: arrays[key] for name in _LAYER_FIELDS if (key := f"before.{name}") in arrays}
         self._before = LayerTap(**before | {"clip_factor": float(before["clip_factor"])}) if before else None
         self.groups = {
@@ -255,6 +262,7 @@ class Signals:
         """A rollback: what was last seen belongs to a timeline that was left; the levels before it stand."""
         self.recent.clear()
         self.probes.clear()
+        self.sharp_probes.clear()
         self._samples = 0
         self._before = None
         self._settling = SETTLE
@@ -288,13 +296,13 @@ class Signals:
 
     def _trends(self, scores: Scores, *, keep_out: bool, settle: bool) -> Scores:
         seen, count = scores.observation, self._columns
-        values = np.full(2 * count + 3, np.nan)
+        values = np.full(2 * count + 1, np.nan)
         if seen.layers is not None:
             values[:-1] = _log_columns(seen.layers)
         # Larger ones are no numbers in single precision.
         values[-1] = math.nan if seen.loss is None or not abs(seen.loss) < _LARGEST_LOSS else seen.loss
         if self._settling and settle:
-            self._trend.forget(slice(2 * count + 2))
+            self._trend.forget(slice(2 * count))
         z, means = self._trend.see(seen.step, values, keep_out=keep_out)
         if scores.rate.size:
             caution = self._caution(scores.rate)
@@ -305,8 +313,6 @@ class Signals:
             loss={span: float(row[-1]) for span, row in rows.items()},
             update={span: row[:count] for span, row in rows.items()},
             gradient={span: row[count : 2 * count] for span, row in rows.items()},
-            common_update={span: float(row[-3]) for span, row in rows.items()},
-            common_gradient={span: float(row[-2]) for span, row in rows.items()},
         )
 
     @staticmethod
@@ -376,14 +382,14 @@ class Signals:
 
 
 def _log_columns(now: LayerTap) -> Doubles:
-    """Log update RMS and log gradient norm of each layer block less their medians, then the two medians."""
+    """Log update RMS and log gradient norm of each layer block, less their medians."""
     with np.errstate(invalid="ignore", divide="ignore"):
         # A gradient of exactly zero is a value, but no number that a spread could be made of: see `Scores.dead`.
         rows = np.log(np.stack([now.update_rms, now.gradient_norm]).astype(np.float64))
     rows[~np.isfinite(rows)] = np.nan
     medians = np.array([_median(row) for row in rows])
     few = (~np.isnan(rows)).sum(1) < _FEW
-    return np.concatenate([*(rows - np.where(few, 0.0, medians)[:, None]), medians])
+    return np.concatenate(rows - np.where(few, 0.0, medians)[:, None])
 
 
 def _median(row: Doubles) -> float:

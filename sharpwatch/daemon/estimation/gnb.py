@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from sharpwatch.blocks import SHARPNESS_ORDER
 from sharpwatch.curvature.statistics.estimate import Estimate
 from sharpwatch.curvature.statistics.gnb_eigenvalues import (
     alignments,
@@ -25,13 +26,12 @@ from sharpwatch.daemon.ingest.probes import GnbReading
 from sharpwatch.wire import Doubles, Floats
 
 _SPECTRAL = ("top_eigenvalue", "effective_rank", "drift", "alignment")  # quantities estimated from sketches
-ORDER = ("emb", "qk", "ffn", "vo", "norm")  # least sharp first: Wang et al. 2025, arXiv 2502.19002
 
 
 def order_correlation(sharpness: Mapping[str, float]) -> float | None:
-    """Returns the Spearman correlation of measured sharpness with `ORDER`, or None for fewer than three blocks."""
+    """Returns the Spearman correlation of sharpness with `SHARPNESS_ORDER`, or None for fewer than three blocks."""
     # `head` and `other` have no place in the paper's order.
-    present = [block for block in ORDER if math.isfinite(sharpness.get(block, math.nan))]
+    present = [block for block in SHARPNESS_ORDER if math.isfinite(sharpness.get(block, math.nan))]
     n = len(present)
     if n < 3:
         return None

@@ -214,7 +214,10 @@ def _estimated(name: str, documentation: str, *labels: str, residual: bool = Fal
     return _Estimated(_gauge(name, documentation, *labels), stderr, distance if residual else None)
 
 
-_SHARPNESS = "Average sharpness: trace of the curvature matrix over its size; gnb: Gauss-Newton, of the loss per token."
+_SHARPNESS = (
+    "Average sharpness: trace of the curvature matrix over its size; gnb: Gauss-Newton, of the loss per token; moment: "
+    "the newest gnb probe, carried on by squared gradients."
+)
 _TRACE = "Trace of the block's curvature matrix (gnb: Gauss-Newton, hutchinson: Hessian) of the mean loss per token."
 _TOP = "Largest eigenvalue of the curvature matrix (gnb: Gauss-Newton, lanczos: Hessian)"
 _BOTTOM = "Smallest eigenvalue of the Hessian, below zero where the loss curves downwards,"
@@ -263,6 +266,13 @@ def _estimate_families(snapshots: list[RunSnapshot]) -> Iterator[Metric]:
         "block_order_correlation",
         "Spearman correlation of measured sharpness with emb < qk < ffn < vo < norm, -1 to 1.",
     )
+    inverted = _gauge(
+        "block_order_inverted",
+        "1 if `low` is the sharper one of two neighbours in that order by two standard errors, 0 if `high` is.",
+        "low",
+        "high",
+    )
+    since = _gauge("block_order_since_step", "Step from which all neighbours stand in that order; absent if not.")
     block_step = _gauge("block_estimate_step", f"{_STEP} of the block.", "block", "estimator")
     step = _gauge("estimate_step", f"{_STEP} over all parameters.", "estimator")
     for snapshot in snapshots:
@@ -277,9 +287,13 @@ def _estimate_families(snapshots: list[RunSnapshot]) -> Iterator[Metric]:
             (block_step if block else step).add_metric(_labels(snapshot, *([block] if block else []), kind), at)
         if snapshot.order_correlation is not None:
             order.add_metric(_labels(snapshot), snapshot.order_correlation)
+        for pair in snapshot.order:
+            inverted.add_metric(_labels(snapshot, pair.low, pair.high), float(pair.inverted))
+        if snapshot.order_since is not None:
+            since.add_metric(_labels(snapshot), snapshot.order_since)
     for family in (*by_block.values(), *whole.values()):
         yield from family
-    yield from (block_step, step, order)
+    yield from (block_step, step, order, inverted, since)
 
 
 def _action_families(snapshots: list[RunSnapshot]) -> Iterator[Metric]:

@@ -26,6 +26,9 @@ MAX_ATTEMPTS = 4  # remembered of a run, as one of them may still be sending its
 MAX_LAYER_BLOCKS_HELD = 2**21  # of all attempts that are remembered: some 400 MB
 
 
+_PAUSES = 3.0  # times as long as a run has paused before: then it has stalled
+
+
 class Signal:
     """Wakes waiters when a run changes; they read its snapshot to see what changed."""
 
@@ -73,6 +76,7 @@ class Run:
         self._incidents_total: Counter[str] = Counter()
         self._decisions_total: Counter[tuple[str, str, str]] = Counter()
         # A decision is journalled again when a detail changes; only a new outcome counts.
+        self._pauses: tuple[float, ...] = (0.0, 0.0)  # the two longest between samples of an attempt, in seconds
         self._counted: dict[str, str] = {}  # by id: "raised" for an alert, the last outcome for a decision
         self._controller_changed = True  # since the last publish
         self._open_incidents: set[str] = set()  # ids; the controller moves them on at every step
@@ -139,6 +143,22 @@ class Run:
             order_correlation=None,
         )
 
+    def check_stall(self, stall_after: float, now: float) -> Changes:
+        """Looks whether the trainer has stopped making steps while its agent is connected.
+
+        Args:
+            stall_after: Seconds without a sample that are allowed at least. A run that pauses longer by itself, as for
+                evaluations, is allowed three times its second longest pause.
+            now: Unix seconds.
+        """
+        last = self._draft.last_sample_at
+        if self.phase != "running" or last is None:
+            # Whose agent is gone has not stalled: it has ended, and its phase says so.
+            return self.controller.stall_ended("the agent is gone")
+        if now - last > max(stall_after, _PAUSES * self._pauses[1]):
+            return self.controller.stalled(now - last, now)
+        return NO_CHANGES
+
     def update(self, reading: Reading, now: float) -> Observation | None:
         """Takes in a sample of the newest attempt.
 
@@ -165,9 +185,11 @@ class Run:
                 changes[name] = getattr(reading, name)
         if reading.closing:
             changes["phase"] = "closed"
+        if self._draft.last_sample_at is not None and self.phase == "running":
+            self._pauses = tuple(sorted((*self._pauses, now - self._draft.last_sample_at))[-1:-3:-1])
         self._draft = replace(self._draft, step=reading.step, last_sample_at=now, last_seen_at=now, **changes)
         # A sample may carry only results or checkpoints; to a detector it would be a step without a loss.
-        if reading.tap is None and reading.loss is None and "direction" not in reading.probes:
+        if reading.tap is None and reading.loss is None and not {"direction", "gnb"} & reading.probes.keys():
             return None
         return observation_of(self.attempt.hello.blocks, reading)
 
@@ -186,7 +208,7 @@ class Run:
         # Estimates run on another thread while samples come in, so the attempt may have changed meanwhile.
         if request.hello is not self.attempt.hello:
             return
-        order = [estimator for spec in PROBES.values() for estimator in spec.estimators]
+        order = [*(estimator for spec in PROBES.values() for estimator in spec.estimators), "moment"]
         renewed = {estimator for probe in request.windows for estimator in PROBES[probe].estimators}
         kept = {key: one for key, one in self._draft.estimates.items() if key[2] not in renewed}
         shown = sorted((kept | dict(estimates.values)).items(), key=lambda item: order.index(item[0][2]))
@@ -224,8 +246,13 @@ class Run:
         if self._controller_changed or self._open_incidents:
             changes = self._controller_state() | changes
             self._controller_changed = False
+        sharpness = self.controller.sharpness
+        kept = {key: one for key, one in self._draft.estimates.items() if key[2] != "moment"}
         self._draft = self.snapshot = replace(
             self._draft,
+            estimates=kept | dict(sharpness.estimates()),
+            order=sharpness.order.pairs,
+            order_since=sharpness.order.holds_since,
             maxima=self._maxima.present,
             excursions_total=self._excursions + Counter(self.controller.excursions),
             dropped_probes=dict(self._dropped_probes),
@@ -261,6 +288,8 @@ def observation_of(blocks: tuple[str, ...], reading: Reading) -> Observation:
         multipliers={} if tap is None else _present(blocks, tap.lr_multiplier),
         restored=reading.restored,
     )
+    if (gnb := reading.probes.get("gnb")) is not None:
+        seen = replace(seen, traces=gnb.traces)
     if direction is None:
         return seen
     stability = observed_stability(blocks, reading.step, direction)

@@ -12,7 +12,7 @@ from sharpwatch.daemon.estimation.estimator import PROBES
 from sharpwatch.daemon.estimation.windows import Key
 from sharpwatch.daemon.ingest.hello import RunHello
 from sharpwatch.daemon.ingest.samples import BlockTap, HealthReading
-from sharpwatch.daemon.records import Incident, Mode
+from sharpwatch.daemon.records import Incident, Mode, PairOrder
 from sharpwatch.daemon.runs.maxima import Maxima
 
 Phase = Literal["running", "silent", "closed"]
@@ -62,6 +62,8 @@ class RunSnapshot:
     estimates: Mapping[Key, Estimate] = field(default_factory=dict)
     layer_sharpness: tuple[Estimate, ...] = ()  # [L]
     order_correlation: float | None = None
+    order: tuple[PairOrder, ...] = ()  # of neighbours in the order of sharpness
+    order_since: int | None = None  # the step from which all of them stand in it; None where they do not
     incidents: tuple[Incident, ...] = ()
     incidents_total: Mapping[str, int] = field(default_factory=dict)
     excursions_total: Mapping[tuple[str, str], int] = field(default_factory=dict)  # by signal, block type
@@ -76,7 +78,8 @@ class RunSnapshot:
         gone = {estimator for probe in stale for estimator in PROBES[probe].estimators}
         changes: dict[str, Any] = {name: None for name, probe in _READ_BY.items() if probe in stale}
         if "gnb" in stale:
-            changes |= {"layer_sharpness": (), "order_correlation": None}
+            gone.add("moment")
+            changes |= {"layer_sharpness": (), "order_correlation": None, "order": (), "order_since": None}
         kept = {key: one for key, one in self.estimates.items() if key[2] not in gone}
         return replace(self, estimates=kept, **changes)
 

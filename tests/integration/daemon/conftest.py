@@ -236,7 +236,7 @@ class Client:
                 pass
 
 
-def configuration(folder: Path, *, policies: str = "policies: []", **daemon: str | int):
+def configuration(folder: Path, *, policies: str = "policies: []", detection: dict | None = None, **daemon: str | int):
     settings = {
         "grpc": "127.0.0.1:0",
         "http": "127.0.0.1:0",
@@ -246,7 +246,7 @@ def configuration(folder: Path, *, policies: str = "policies: []", **daemon: str
     } | daemon
     path = folder / "sharpwatch.yaml"
     lines = [f"  {key}: {json.dumps(value)}" for key, value in settings.items()]
-    path.write_text("\n".join(["daemon:", *lines, policies]))
+    path.write_text("\n".join(["daemon:", *lines, policies, f"detection: {json.dumps(detection or {})}"]))
     return load_config(path)
 
 

@@ -392,3 +392,24 @@ async def test_reflection_is_there_where_it_is_asked_for_alone(running, tmp_path
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await reflected(daemon)
         assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_a_trainer_that_stops_stepping_is_told_from_one_that_is_gone(running, build):
+    """Its agent says that it lives; the incident closes with the next step, or when the agent goes."""
+    async with running(detection={"stall_after": 1}) as daemon:
+        trainer = await daemon.train()
+        await trainer.send(build.sample(1))
+
+        def stalled(active):
+            return lambda detail: (
+                [(one.name, one.cause, one.active) for one in detail.alerts[-1:]] == [("RunStalled", "stalled", active)]
+            )
+
+        detail = await daemon.shown("run", stalled(active=True))
+        assert "after step 1, though the agent is connected" in detail.alerts[0].evidence
+        assert await daemon.metric('sharpwatch_alert_active{alert="RunStalled"') == 1
+        await trainer.send(build.sample(2))
+        assert (await daemon.shown("run", stalled(active=False))).alerts[0].closed == "the run makes steps again"
+        detail = await daemon.shown("run", lambda shown: len(shown.alerts) == 2 and stalled(active=True)(shown))
+        await trainer.leave()
+        assert (await daemon.shown("run", stalled(active=False))).alerts[1].closed == "the agent is gone"

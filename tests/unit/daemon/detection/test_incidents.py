@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from observations import detection, healthy_run, scaled
 
-from sharpwatch.daemon.detection.incidents import QUIET, UPDATE_EVERY, IncidentLog
+from sharpwatch.daemon.detection.incidents import QUIET, STEPS_AGAIN, UPDATE_EVERY, IncidentLog
 from sharpwatch.daemon.records import CAUSES, Finding, Incident
 
 
@@ -248,3 +248,31 @@ def test_the_whole_models_cause_names_no_block():
     (opened,) = log().see([found("WeightJump", 10, "layers.0.qk"), found("UpdateRmsSpike", 10, "layers.1.vo")])
     assert opened.layer_blocks == ("layers.0.qk", "layers.1.vo")
     assert opened.blocks == ("qk", "vo")
+
+
+def test_a_run_that_has_stalled_is_one_incident_until_it_steps_again():
+    made = detection()
+    run = healthy_run(60)
+    for seen in run[:50]:
+        made.see(seen)
+    (finding,), (incident,) = made.see_stall(50, 700.0)
+    assert (incident.name, incident.cause, incident.severity, incident.onset) == (
+        "RunStalled",
+        "stalled",
+        "critical",
+        50,
+    )
+    assert incident.evidence == ("no step for 700 s after step 50, though the agent is connected",)
+    assert made.see_stall(50, 705.0) == ([replace(finding, evidence=finding.evidence.replace("700", "705"))], ())
+    _, (closed,) = made.see(run[50])
+    assert (closed.id, closed.active, closed.closed) == (incident.id, False, STEPS_AGAIN)
+
+
+def test_what_is_found_after_a_stall_is_an_incident_of_its_own():
+    made = detection()
+    run = healthy_run(60)
+    for seen in run[:50]:
+        made.see(seen)
+    made.see_stall(50, 700.0)
+    _, changed = made.see(replace(run[50], loss=float("nan")))
+    assert {each.name: each.active for each in changed} == {"RunStalled": False, "NonFinite": True}

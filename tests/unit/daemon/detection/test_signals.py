@@ -18,7 +18,7 @@ UNIT = RATE * math.sqrt(PARAMETERS) / WEIGHT_NORM  # of log weight norms of `hea
 
 
 def signals(rows: int = 8, parameters: int = PARAMETERS) -> Signals:
-    return Signals(np.full(rows, parameters), ("qk",))
+    return Signals(np.full(rows, parameters), ["qk"] * rows)
 
 
 def seen_by(made: Signals, run: list[Observation]) -> list:
@@ -213,13 +213,11 @@ def test_settings_are_remembered_until_new_ones_are_reported():
     assert [each.groups_before[0, 0].settings for each in others] == [SETTINGS] * 4
 
 
-def test_common_changes_are_in_the_median_and_not_in_the_blocks():
+def test_common_changes_are_not_in_the_blocks():
     run = healthy_run(400)
     changed = [scaled(each, gradient_norm=2.0) if each.step > 300 else each for each in run]
     plain, other = (seen_by(signals(), each)[320] for each in (run, changed))
     np.testing.assert_allclose(other.gradient[10], plain.gradient[10], atol=1e-3)
-    assert other.common_gradient[10] > 10
-    assert abs(plain.common_gradient[10]) < 5
 
 
 def test_of_few_blocks_each_is_measured_by_itself():

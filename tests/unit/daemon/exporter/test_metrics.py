@@ -18,6 +18,7 @@ from sharpwatch.daemon.config.settings import ALERT_NAMES
 from sharpwatch.daemon.exporter.metrics import RunCollector
 from sharpwatch.daemon.exporter.own_metrics import OwnMetrics
 from sharpwatch.daemon.ingest.samples import BlockTap, FailedProbe, HealthReading
+from sharpwatch.daemon.records import PairOrder
 from sharpwatch.daemon.runs.maxima import Maxima
 from sharpwatch.daemon.runs.snapshot import RunSnapshot
 
@@ -87,6 +88,8 @@ FULL = RunSnapshot(
     },
     layer_sharpness=(estimate(1.0), estimate(2.0)),
     order_correlation=0.75,
+    order=(PairOrder("emb", "qk", inverted=False, since=3, standard_errors=2.5),),
+    order_since=3,
     incidents=(
         incident("1", **SPIKE, layer_blocks=("layers.0.qk",), active=False),
         incident("2", **SPIKE, names=("UpdateRmsSpike", "LossSpike"), layer_blocks=("layers.0.qk", "emb"), onset=3),
@@ -176,6 +179,8 @@ sharpwatch_estimate_step{estimator="lanczos",run="run",training_job="job"} 7.0
 sharpwatch_estimate_step{estimator="preconditioned",run="run",training_job="job"} 7.0
 sharpwatch_estimate_step{estimator="linesearch",run="run",training_job="job"} 7.0
 sharpwatch_block_order_correlation{run="run",training_job="job"} 0.75
+sharpwatch_block_order_inverted{high="qk",low="emb",run="run",training_job="job"} 0.0
+sharpwatch_block_order_since_step{run="run",training_job="job"} 3.0
 sharpwatch_alert_active{alert="UpdateRmsSpike",block="qk",run="run",training_job="job"} 1.0
 sharpwatch_alert_active{alert="UpdateRmsSpike",block="emb",run="run",training_job="job"} 1.0
 sharpwatch_alert_active{alert="LossSpike",block="qk",run="run",training_job="job"} 1.0
@@ -188,7 +193,9 @@ sharpwatch_alerts_total{alert="NonFinite",run="run",training_job="job"} 0.0
 sharpwatch_alerts_total{alert="OptimizerState",run="run",training_job="job"} 0.0
 sharpwatch_alerts_total{alert="RateRaise",run="run",training_job="job"} 0.0
 sharpwatch_alerts_total{alert="RateZero",run="run",training_job="job"} 0.0
+sharpwatch_alerts_total{alert="RunStalled",run="run",training_job="job"} 0.0
 sharpwatch_alerts_total{alert="SettingsChanged",run="run",training_job="job"} 0.0
+sharpwatch_alerts_total{alert="SharpnessSpike",run="run",training_job="job"} 0.0
 sharpwatch_alerts_total{alert="StabilityLimit",run="run",training_job="job"} 0.0
 sharpwatch_alerts_total{alert="UpdateRmsSpike",run="run",training_job="job"} 2.0
 sharpwatch_alerts_total{alert="WeightGrowth",run="run",training_job="job"} 0.0
@@ -276,6 +283,8 @@ def test_a_probe_that_was_given_up_lets_its_gauges_go_and_no_others():
         "sharpwatch_block_gradient_alignment",
         "sharpwatch_block_gradient_alignment_stderr",
         "sharpwatch_block_order_correlation",
+        "sharpwatch_block_order_inverted",
+        "sharpwatch_block_order_since_step",
         "sharpwatch_layer_sharpness",
         "sharpwatch_layer_sharpness_stderr",
     }

@@ -70,7 +70,8 @@ def estimated(run: Run) -> dict[str, int]:
     request = run.request()
     run.take_estimates(request, estimate_all([request], "cpu")[0])
     run.publish()
-    return {quantity: one.draws for (quantity, block, _), one in run.snapshot.estimates.items() if block == "emb"}
+    found = run.snapshot.estimates.items()
+    return {quantity: one.draws for (quantity, block, by), one in found if block == "emb" and by != "moment"}
 
 
 @pytest.fixture
@@ -260,3 +261,33 @@ def test_an_attempt_that_comes_back_is_the_newest_again_and_no_further_one():
     run.publish()
     assert (run.attempt, run.snapshot.attempts) == (first, 2)
     assert runs.attempt("run", "a2") is second
+
+
+def stalled(run: Run, now: float) -> list[str]:
+    return [incident.name for incident in run.check_stall(600.0, now).incidents if incident.active]
+
+
+def test_a_run_stalls_when_its_agent_is_there_and_its_steps_are_not(run):
+    run.publish(phase="running")
+    update(run, range(6, 8))  # at 0 s
+    assert stalled(run, 599.0) == []
+    assert stalled(run, 601.0) == ["RunStalled"]
+    assert stalled(run, 700.0) == []  # it is said already
+    run.publish(phase="silent")
+    (closed,) = run.check_stall(600.0, 710.0).incidents
+    assert (closed.active, closed.closed) == (False, "the agent is gone")
+
+
+def test_a_run_that_pauses_by_itself_is_waited_for(run):
+    """As for evaluations: three times its second longest pause, so that one stall does not excuse the next."""
+    run.publish(phase="running")
+    for step, now in enumerate((0.0, 500.0, 900.0), 6):
+        run.update(read_sample(run.attempt.hello, sample(step)), now)
+    assert stalled(run, 900.0 + 3 * 400 - 1) == []
+    assert stalled(run, 900.0 + 3 * 400 + 1) == ["RunStalled"]
+
+
+def test_a_run_without_a_step_has_not_stalled():
+    fresh = Run(attempt(), controller(), now=0.0)
+    fresh.publish(phase="running")
+    assert stalled(fresh, 1e6) == []
