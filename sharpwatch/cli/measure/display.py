@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Self, TextIO
 
 from sharpwatch.cli import output
 from sharpwatch.cli.output import Grid
+from sharpwatch.curvature.measure.embedding_rows import TokenGroup
 from sharpwatch.curvature.measure.measure import Progress
-from sharpwatch.curvature.measure.report import BlockReport, SharpnessReport, per_parameter
-from sharpwatch.curvature.statistics.estimate import Estimate
+from sharpwatch.curvature.measure.report import BlockReport, SharpnessReport
+from sharpwatch.curvature.statistics.estimate import Estimate, per_parameter
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -25,7 +26,7 @@ _STABILITY = {"direction": "step", "linesearch": "line search", "preconditioned"
 
 
 def tables(report: SharpnessReport, *, layers: bool = False) -> list[Grid]:
-    """The results of a measurement: by block, by layer, of the optimizer's next step, and facts about the measurement.
+    """The results of a measurement: by block, layer and token frequency, of the next step, and facts about it all.
 
     Args:
         report: The results.
@@ -34,7 +35,7 @@ def tables(report: SharpnessReport, *, layers: bool = False) -> list[Grid]:
     found = [_grid({**report.blocks, "whole": report.whole}, "block")]
     if layers:
         found.append(_grid(report.layers, "layer block"))
-    return [*found, _stability(report), _facts(report)]
+    return [*found, *_embedding_rows(report), _stability(report), _facts(report)]
 
 
 def _grid(blocks: Mapping[str, BlockReport], name: str) -> Grid:
@@ -56,6 +57,39 @@ def _cells(block: BlockReport, traces: list[str], *, ends: bool) -> Iterator[str
     if ends:
         yield _cell(block.top_eigenvalue)
         yield _cell(block.bottom_eigenvalue)
+
+
+def _embedding_rows(report: SharpnessReport) -> list[Grid]:
+    found = report.embedding_rows
+    if found is None:
+        return []
+    rows = tuple(
+        (
+            name,
+            f"{group.tokens:,}",
+            _counts(group),
+            output.percent(group.share),
+            _cell(group.trace),
+            _cell(group.sharpness),
+        )
+        for name, group in found.groups.items()
+    )
+    headings = (
+        "group",
+        "tokens",
+        "occurrences of each",
+        "share",
+        f"{_MATRIX['gnb']} trace",
+        "per parameter",
+    )
+    title = f"{found.parameter} by token frequency, most frequent first" if found.groups else ""
+    notes = tuple(("embedding rows", note) for note in found.notes)
+    return [Grid("lrrrrr", rows, headings, title), Grid("ll", notes)]
+
+
+def _counts(group: TokenGroup) -> str:
+    same = group.min_count == group.max_count
+    return f"{group.max_count:,}" if same else f"{group.max_count:,} to {group.min_count:,}"
 
 
 def _stability(report: SharpnessReport) -> Grid:

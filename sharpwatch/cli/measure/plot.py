@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sharpwatch.cli import output
-from sharpwatch.curvature.measure.report import BlockReport, SharpnessReport, per_parameter
-from sharpwatch.curvature.statistics.estimate import Estimate, Spectrum
+from sharpwatch.curvature.measure.report import BlockReport, SharpnessReport
+from sharpwatch.curvature.statistics.estimate import Estimate, Spectrum, per_parameter
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,7 +10,7 @@ place of labels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -32,6 +32,36 @@ class Sketcher(Protocol):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class RowGroups:
+    """Groups of rows of one matrix, whose traces are measured apart.
+
+    Attributes:
+        parameter: The matrix, by name.
+        rows: Int64 [n] for each group, indices of its rows, on the device of the matrix.
+    """
+
+    parameter: str
+    rows: Sequence[Tensor]
+
+    def squared_norms(self, gradients: Mapping[str, Tensor]) -> Tensor:
+        """‖·‖² of each group of rows.
+
+        Args:
+            gradients: Whole gradients by parameter name; a missing one counts as zero.
+
+        Returns:
+            Float64 [groups], computed asynchronously. The one temporary has an entry for each row.
+        """
+        gradient = gradients.get(self.parameter)
+        if gradient is None:
+            return torch.zeros(len(self.rows), dtype=torch.float64, device=self.rows[0].device)
+        exact = torch.promote_types(gradient.dtype, torch.float32)
+        squares = torch.linalg.vector_norm(gradient, dim=-1, dtype=exact).double().square()
+        # Not by `index_add_`, whose order of summing varies on an accelerator.
+        return torch.stack([squares[rows].sum() for rows in self.rows])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class GnbSample:
     """The result of one probe, on the CPU; a value that is not finite means that the model's own values are not.
 
@@ -42,6 +72,7 @@ class GnbSample:
         sketches: Float32 [draws, B, k], sketches of Σ_i √w_i ∇_b c_i; None without a sketcher.
         objective: The loss, in words.
         share: How much this batch counts beside others in the mean loss.
+        row_traces: Float64 [draws, groups], the trace of each of the `row_groups`; None without them.
     """
 
     tokens: int
@@ -50,6 +81,7 @@ class GnbSample:
     sketches: Tensor | None
     objective: ObjectiveInUse | None = None
     share: float = 1.0
+    row_traces: Tensor | None = None
 
 
 def gnb_probe(  # noqa: PLR0913 - settings are keyword-only
@@ -60,6 +92,7 @@ def gnb_probe(  # noqa: PLR0913 - settings are keyword-only
     draws: int,
     generator: torch.Generator,
     sketcher: Sketcher | None = None,
+    row_groups: RowGroups | None = None,
     logits_fn: LogitsFn | None = None,
     loss_fn: LossFn | None = None,
     find: Callable[[Any, nn.Module, Batch], OutputLoss] | None = None,
@@ -75,6 +108,7 @@ def gnb_probe(  # noqa: PLR0913 - settings are keyword-only
         draws: Number of draws.
         generator: Random generator on the device of the logits.
         sketcher: Sketches each draw's gradient; None for traces alone.
+        row_groups: Groups of a matrix's rows, whose traces are measured apart as well.
         logits_fn: Computes logits and mask; None to find them.
         loss_fn: Computes the loss; None for the model's own.
         find: Runs the forward in place of `output_loss`, and returns the loss as a function of the outputs.
@@ -86,7 +120,7 @@ def gnb_probe(  # noqa: PLR0913 - settings are keyword-only
         ObjectiveError: The loss is none whose Gauss-Newton matrix is known.
         ProbeError: The model gives no logits, or every label is ignored.
     """
-    traces, sketches = [], []
+    traces, sketches, row_traces = [], [], []
     with isolated(model) as live:
         leaves = live.trainable
         rows, prepared = batch.rows, batch.prepared()
@@ -113,7 +147,10 @@ def gnb_probe(  # noqa: PLR0913 - settings are keyword-only
             if sketcher is not None:
                 sketches.append(sketcher.sketch(gradients))
             traces.append(squared_norms(block_map, gradients))
+            if row_groups is not None:
+                row_traces.append(row_groups.squared_norms(gradients))
             del gradients
         by_layer = sum_by_index(torch.stack(traces), block_map.layer_block_of, len(block_map.layer_blocks))
     sketch = torch.stack(sketches).cpu() if sketches else None
-    return GnbSample(loss.tokens, rows, by_layer, sketch, loss.objective, loss.share)
+    by_rows = torch.stack(row_traces).cpu() if row_traces else None
+    return GnbSample(loss.tokens, rows, by_layer, sketch, loss.objective, loss.share, by_rows)

@@ -16,7 +16,8 @@ from sharpwatch.curvature.estimators.directional import next_step
 from sharpwatch.curvature.estimators.gnb import GnbSample, gnb_probe
 from sharpwatch.curvature.estimators.preconditioned import preconditioner
 from sharpwatch.curvature.measure import validation
-from sharpwatch.curvature.measure.report import WHOLE_MODEL, Draws, SharpnessReport
+from sharpwatch.curvature.measure.embedding_rows import EMBEDDING, Frequencies, token_frequencies
+from sharpwatch.curvature.measure.report import WHOLE_MODEL, Draws, DrawValues, SharpnessReport
 from sharpwatch.curvature.measure.second_order import Plan, SecondOrder
 from sharpwatch.curvature.objective.batch import Batch, LogitsFn, LossFn
 from sharpwatch.curvature.objective.hessian import open_hessian
@@ -167,6 +168,7 @@ class Measurement:
         self._settings = settings
         self._model = model
         self._batches = [Batch((), dict(batch)) for batch in batches]
+        self._frequencies = token_frequencies(model, self.whole_map, self._batches, self.block_map.shapes)
         self._plan = _plan(settings, self.blocks)
         self._device = next(model.parameters()).device
         self._draws = Draws(shares=[tokens / sum(self._tokens) for tokens in self._tokens])
@@ -225,6 +227,7 @@ class Measurement:
             cost=draws.cost,
             unreached=self._unreached(),
             objective=draws.objective,
+            embedding_rows=draws.embedding_rows(self._frequencies) if draws.gnb and EMBEDDING in self.blocks else None,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -251,24 +254,15 @@ class Measurement:
         self._done += sum(map(len, draws.hutchinson.values())) + sum(len(s) - first for s in draws.spectra.values())
 
     def _fingerprint(self) -> dict[str, Any]:
-        shapes = hashlib.sha256(repr(self.block_map.parts).encode())
-        weights = hashlib.sha256()
-        for parameter in self._model.parameters():
-            # The head of each parameter tells one training state from another, without a copy of all weights.
-            weights.update(_tensor_bytes(parameter.detach().reshape(-1)[:1024]))
-        batches = hashlib.sha256()
-        for batch in self._batches:
-            for tensor in batch.tensors():
-                batches.update(_tensor_bytes(tensor))
-        hashes = {"block map": shapes, "weights": weights, "batches": batches}
-        return {"seed": self._settings.seed, "method": self._method} | {
-            k: v.hexdigest()[:16] for k, v in hashes.items()
-        }
+        hashes = validation.fingerprint(self._model, self.block_map, self._batches)
+        return {"seed": self._settings.seed, "method": self._method, **hashes}
 
     def _run_gnb(self) -> Generator[Progress]:
         drawn = self._draws.gnb
+        row_groups = self._frequencies.rows if isinstance(self._frequencies, Frequencies) else None
         while "gnb" in self._plan.estimators and (count := self._missing_gnb_draws()):
-            new_draws: list[list[list[float]]] = [[] for _ in range(count)]
+            new_draws: DrawValues = [[] for _ in range(count)]
+            new_rows: DrawValues = [[] for _ in range(count if row_groups else 0)]
             samples: list[GnbSample] = []
             for index, (batch, share) in enumerate(zip(self._batches, self._draws.shares, strict=True)):
                 sample = gnb_probe(
@@ -277,15 +271,20 @@ class Measurement:
                     batch,
                     draws=count,
                     generator=self._generator("gnb", index, len(drawn)),
+                    row_groups=row_groups,
                     logits_fn=self._settings.logits_fn,
                     loss_fn=self._settings.loss_fn,
                 )
                 samples.append(sample)
                 for row, trace in zip(new_draws, sample.traces.tolist(), strict=True):
                     row.append(trace)
+                if sample.row_traces is not None:
+                    for row, traces in zip(new_rows, sample.row_traces.tolist(), strict=True):
+                        row.append(traces)
                 self._draws.add_cost("gnb", Cost(share, share * count))
                 yield self._progress("gnb")
             drawn += new_draws
+            self._draws.gnb_rows += new_rows
             self._note_objective(samples)
 
     def _note_objective(self, samples: Sequence[GnbSample]) -> None:
@@ -376,10 +375,6 @@ class Measurement:
         first = "lanczos" in plan.estimators  # its own start counts as one spectral draw
         count |= {"spectrum": (plan.draws - first) * len(plan.spectra)}
         return sum(count.get(name, 1) for name in plan.estimators)
-
-
-def _tensor_bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _plan(settings: Settings, blocks: Sequence[str]) -> Plan:

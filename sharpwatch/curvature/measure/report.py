@@ -14,10 +14,12 @@ from typing import Any
 import torch
 
 from sharpwatch.blocks import BlockMap
-from sharpwatch.curvature.statistics.estimate import Cost, Estimate, Spectrum
+from sharpwatch.curvature.measure.embedding_rows import EmbeddingRows, Frequencies
+from sharpwatch.curvature.statistics.estimate import Cost, Estimate, Spectrum, per_parameter
 from sharpwatch.curvature.statistics.pooling import PooledEstimate, pool_draws, weighted_mean_stderr
 
-DrawValues = list[list[list[float]]]  # [draws][batches][layer blocks], or [draws][batches][1] for the sum over layers
+# [draws][batches][layer blocks], or [draws][batches][1] for the sum over layers, or [draws][batches][row groups]
+DrawValues = list[list[list[float]]]
 WHOLE_MODEL = ""  # the name of all blocks together
 
 
@@ -72,6 +74,8 @@ class SharpnessReport:
         unreached: For each block whose requested precision was not reached, the reason.
         objective: The loss whose Gauss-Newton matrix `gnb` measures, and whether it was verified against the loss
             itself. Without `gnb` it only weighs the batches, and is empty for a single one.
+        embedding_rows: The token embedding by deciles of token frequency; None if `gnb` or the block `emb` was not
+            requested.
     """
 
     blocks: Mapping[str, BlockReport]
@@ -84,6 +88,7 @@ class SharpnessReport:
     cost: Cost
     unreached: Mapping[str, str] = field(default_factory=dict)
     objective: str = ""
+    embedding_rows: EmbeddingRows | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain values for `json.dumps`.
@@ -102,13 +107,15 @@ class SharpnessReport:
             "cost": asdict(self.cost),
             "unreached": dict(self.unreached),
             "objective": self.objective,
+            "embedding_rows": None if self.embedding_rows is None else _embedding_rows(self.embedding_rows),
         }
 
     def __str__(self) -> str:
         rows: list[tuple[str, ...]] = [("block", "parameters", "trace", "sharpness", "λ_max", "λ_min")]
         rows += [_row(name, block) for name, block in [*self.blocks.items(), ("whole", self.whole)]]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
+        lines = _aligned(rows)
+        if self.embedding_rows is not None:
+            lines += _embedding_lines(self.embedding_rows)
         passes = f"{self.cost.forwards:g} forwards, {self.cost.backwards:g} backwards"
         objective = f"; objective: {self.objective}" if self.objective else ""
         lines.append(
@@ -118,18 +125,19 @@ class SharpnessReport:
         return "\n".join(lines)
 
 
-def per_parameter(trace: Estimate, parameters: int) -> Estimate:
-    """`trace` divided by the number of parameters."""
-    return Estimate(
-        trace.value / parameters,
-        trace.stderr / parameters,
-        trace.draws,
-        trace.estimator,
-        trace.step,
-        trace.residual / parameters,
-        trace.method,
-        trace.cost,
-    )
+def _embedding_rows(found: EmbeddingRows) -> dict[str, Any]:
+    groups = {
+        name: {field: getattr(group, field) for field in ("tokens", "parameters", "min_count", "max_count", "share")}
+        | {"trace": _estimate(group.trace), "sharpness": _estimate(group.sharpness)}
+        for name, group in found.groups.items()
+    }
+    return {
+        "parameter": found.parameter,
+        "groups": groups,
+        "tied": list(found.tied),
+        "others": list(found.others),
+        "reason": found.reason,
+    }
 
 
 def _block(block: BlockReport) -> dict[str, Any]:
@@ -151,6 +159,20 @@ def _estimate(estimate: Estimate) -> dict[str, Any]:
 def _finite(value: Any) -> Any:
     # JSON has no NaN and no infinity.
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
+
+
+def _embedding_lines(found: EmbeddingRows) -> list[str]:
+    rows: list[tuple[str, ...]] = [("tokens by frequency", "tokens", "share", "trace", "sharpness")]
+    rows += [
+        (name, f"{group.tokens:,}", f"{group.share:.2%}", _cell(group.trace), _cell(group.sharpness))
+        for name, group in found.groups.items()
+    ]
+    return [*(_aligned(rows) if found.groups else ()), *(f"embedding rows: {note}" for note in found.notes)]
 
 
 def _row(name: str, block: BlockReport) -> tuple[str, ...]:
@@ -199,6 +221,7 @@ class Draws:
         shares: Weight of each batch.
         losses: Loss of each batch.
         gnb: Draws of Tr G.
+        gnb_rows: The same draws by groups of the embedding's rows; empty if there are none.
         hutchinson: Draws of Tr H by block.
         common: Standard error that all `hutchinson` draws of a block share.
         steps: ε of the loss differences by block; 0 if products are used.
@@ -213,6 +236,7 @@ class Draws:
     shares: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     gnb: DrawValues = field(default_factory=list)
+    gnb_rows: DrawValues = field(default_factory=list)
     hutchinson: dict[str, DrawValues] = field(default_factory=dict)
     common: dict[str, float] = field(default_factory=dict)
     steps: dict[str, float] = field(default_factory=dict)
@@ -250,7 +274,7 @@ class Draws:
 
     def gnb_trace(self, layers: Sequence[int]) -> PooledEstimate:
         """Tr G, summed over the layer blocks with these indices."""
-        return pool_draws([[math.fsum(row[i] for i in layers) for row in draw] for draw in self.gnb], self.shares)
+        return self._sum_columns(self.gnb, layers)
 
     def hutchinson_trace(self, block: str) -> PooledEstimate:
         """Tr H of a block type."""
@@ -295,8 +319,22 @@ class Draws:
             estimates["hutchinson"] = _sum_independent(traces)
         return self._with_spectrum(BlockReport(sum(block_map.numel.values()), estimates), WHOLE_MODEL)
 
+    def embedding_rows(self, frequencies: Frequencies | EmbeddingRows) -> EmbeddingRows:
+        """Summarize the draws by groups of the embedding's rows; without groups, hand on why there are none."""
+        if isinstance(frequencies, EmbeddingRows):
+            return frequencies
+        if len(self.gnb_rows) < len(self.gnb):
+            return EmbeddingRows(reason="the state was written by a version of sharpwatch that did not keep them")
+        columns = range(len(frequencies.counts))
+        return frequencies.report([self._gnb_estimate(self._sum_columns(self.gnb_rows, [i])) for i in columns])
+
+    def _sum_columns(self, draws: DrawValues, columns: Sequence[int]) -> PooledEstimate:
+        return pool_draws([[math.fsum(row[i] for i in columns) for row in draw] for draw in draws], self.shares)
+
     def _gnb(self, layers: Sequence[int]) -> Estimate:
-        trace = self.gnb_trace(layers)
+        return self._gnb_estimate(self.gnb_trace(layers))
+
+    def _gnb_estimate(self, trace: PooledEstimate) -> Estimate:
         cost = self.costs.get("gnb", Cost())
         return Estimate(trace.value, trace.stderr, len(self.gnb), "gnb", method="autograd", cost=cost)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -142,7 +143,7 @@ def _check_batch(given: nn.Module, where: str, values: Mapping[str, Any], logits
 
 
 def _check_vocabulary(given: nn.Module, where: str, batch: Batch) -> None:
-    table = _embedding_table(given)
+    table = find_input_embedding(given)
     ids = batch.kwargs.get("input_ids")
     if table is not None and isinstance(ids, Tensor) and not ids.is_floating_point():
         _check_ids(f"{where}.input_ids", ids, table.num_embeddings)
@@ -159,7 +160,8 @@ def _check_ids(where: str, ids: Tensor, size: int) -> None:
         raise ProbeError(f"{where}: token {outside} is outside the model's vocabulary of {size}")
 
 
-def _embedding_table(given: nn.Module) -> nn.Embedding | None:
+def find_input_embedding(given: nn.Module) -> nn.Embedding | None:
+    """The embedding that `get_input_embeddings()` returns; None if it is no plain one, or there is no such method."""
     find = getattr(given, "get_input_embeddings", None)
     try:
         table = find() if callable(find) else None
@@ -255,3 +257,21 @@ def _check_labels(given: nn.Module, batch: Mapping[str, Any], classes: int | Non
     # The size of a head that is tied, or has layers of its own, says nothing about the labels.
     if classes is not None and not hasattr(given, "config") and largest >= classes:
         raise ProbeError(f"{where}: label {largest} is outside the {classes} that the model has logits for")
+
+
+def fingerprint(given: nn.Module, block_map: BlockMap, batches: Sequence[Batch]) -> dict[str, str]:
+    """Hashes by which a saved state's blocks, weights and batches are known again."""
+    shapes = hashlib.sha256(repr(block_map.parts).encode())
+    weights, values = hashlib.sha256(), hashlib.sha256()
+    for parameter in given.parameters():
+        # The head of each parameter tells one training state from another, without a copy of all weights.
+        weights.update(_tensor_bytes(parameter.detach().reshape(-1)[:1024]))
+    for batch in batches:
+        for tensor in batch.tensors():
+            values.update(_tensor_bytes(tensor))
+    hashes = {"block map": shapes, "weights": weights, "batches": values}
+    return {name: each.hexdigest()[:16] for name, each in hashes.items()}
+
+
+def _tensor_bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -51,6 +51,20 @@ class Estimate:
     cost: Cost = Cost()
 
 
+def per_parameter(trace: Estimate, parameters: int) -> Estimate:
+    """`trace` divided by the number of parameters."""
+    return Estimate(
+        trace.value / parameters,
+        trace.stderr / parameters,
+        trace.draws,
+        trace.estimator,
+        trace.step,
+        trace.residual / parameters,
+        trace.method,
+        trace.cost,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Spectrum:
     """A spectral density as weighted atoms, from stochastic Lanczos quadrature.
