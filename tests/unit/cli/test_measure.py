@@ -34,6 +34,7 @@ from sharpwatch.cli.measure.plot import (
 )
 from sharpwatch.cli.measure.session import DeferredSignals
 from sharpwatch.cli.output import plain
+from sharpwatch.curvature.measure.embedding_rows import EmbeddingRows, TokenGroup
 from sharpwatch.curvature.measure.report import BlockReport, SharpnessReport
 from sharpwatch.curvature.measure.validation import check_values
 from sharpwatch.curvature.statistics.estimate import Cost, Estimate, Spectrum
@@ -486,6 +487,29 @@ def test_what_was_not_measured_has_no_column_and_layers_come_on_request():
     assert plain(tables(bare)).splitlines()[0].split() == ["block", "parameters"]
     assert "layers.1.qk" in plain(tables(report(), layers=True))
     assert "layers.1.qk" not in plain(tables(report()))
+
+
+def test_the_rows_of_the_embedding_are_a_table_below_the_blocks():
+    groups = {
+        "1": TokenGroup(5, 20, 7, 90, 0.75, estimate(8.0, 0.4, "gnb")),
+        "unseen": TokenGroup(2, 8, 0, 0, 0.0, estimate(0.0, 0.0, "gnb")),
+    }
+    shown = plain(tables(report(embedding_rows=EmbeddingRows("wte.weight", groups, tied=("lm_head.weight",)))))
+    blocks, rows, note, facts = shown.split("\n\n")
+    assert blocks.startswith("block")
+    assert [" ".join(line.split()) for line in rows.splitlines()] == [
+        "wte.weight by token frequency, most frequent first",
+        "group tokens occurrences of each share Gauss-Newton trace per parameter",
+        "1 5 90 to 7 75 % 8.0 ± 0.4 0.40 ± 0.02",
+        "unseen 2 0 0 % 0 ± 0 0 ± 0",
+    ]
+    assert note == "embedding rows  wte.weight is also lm_head.weight: a row's trace is of both uses together"
+    assert facts.startswith("loss")
+
+
+def test_the_reason_why_there_are_no_rows_takes_the_place_of_their_table():
+    shown = plain(tables(report(embedding_rows=EmbeddingRows(reason="a batch has no input_ids"))))
+    assert shown.split("\n\n")[1] == "embedding rows  not measured: a batch has no input_ids"
 
 
 # The figure
