@@ -54,7 +54,7 @@ def table(found: dict[int, EmbeddingRows], occurrences: int) -> str:
     """A markdown table: the sharpness of each group after each number of steps."""
     first = next(iter(found.values()))
     headings = ["group", "tokens", "occurrences of each", "share", *(f"after {step} steps" for step in found)]
-    lines = [" | ".join(headings), "|".join(["---"] * len(headings))]
+    lines = [" | ".join(headings), " | ".join(["---"] * len(headings))]
     for name, group in first.groups.items():
         sharpness = (each.groups[name].sharpness for each in found.values())
         cells = [name, f"{group.tokens}", f"{group.max_count} to {group.min_count}", percent(group.share)]

@@ -483,7 +483,9 @@ def test_the_report_is_plain_values_and_a_table(gpt2):
     assert again["blocks"]["qk"]["top_eigenvalue"]["stderr"] is None  # one batch has no spread
     assert again["whole"]["parameters"] == sum(p.numel() for p in model.parameters())
     lines = str(report).splitlines()
-    assert [line.split()[0] for line in lines[1:-1]] == [*report.blocks, "whole"]
+    assert [line.split()[0] for line in lines[1 : len(report.blocks) + 2]] == [*report.blocks, "whole"]
+    assert lines[len(report.blocks) + 2].strip().startswith("tokens by frequency")
+    assert lines[-1].startswith("loss ")
     assert "±" in lines[1]
 
 
