@@ -237,5 +237,5 @@ def _decoder_ids(model: nn.Module, arguments: Mapping[str, object]) -> Tensor:
 
 
 def _unmasked(ids: Tensor, mask: object) -> Tensor:
-    plain = isinstance(mask, Tensor) and mask.shape == ids.shape
-    return (ids[mask != 0] if plain else ids).detach().reshape(-1).cpu().long()
+    ids = ids.detach().cpu().long()
+    return (ids[mask.cpu() != 0] if isinstance(mask, Tensor) and mask.shape == ids.shape else ids).reshape(-1)
