@@ -73,7 +73,7 @@ ALLOWED = {
     "testing": {"agent"},
     "daemon.records": {"common", "blocks", "curvature.statistics"},
     "daemon.config": {"common", "blocks", "daemon.records"},
-    "daemon.detection": {"curvature.statistics", "daemon.records", "daemon.config"},
+    "daemon.detection": {"blocks", "curvature.statistics", "daemon.records", "daemon.config"},
     "daemon.storage": {"common", "curvature.statistics", "daemon.records"},
     "daemon.decisions": {"curvature.statistics", "daemon.records", "daemon.config", "daemon.detection"},
     "daemon.ingest": {"blocks", "curvature.statistics", "daemon.records", "daemon.config"},
@@ -97,7 +97,7 @@ ALLOWED = {
     },
     "daemon": {"common", "blocks", "curvature.statistics", "daemon"},
     "replay": {
-        *("curvature.statistics", "daemon.records", "daemon.detection", "daemon.storage", "daemon.ingest"),
+        *("blocks", "curvature.statistics", "daemon.records", "daemon.detection", "daemon.storage", "daemon.ingest"),
         *("daemon.estimation", "daemon.runs"),
     },
     "demo": {""},  # as any user's script does
@@ -107,7 +107,18 @@ ALLOWED = {
     "cli.client": {"common", "cli.options", "cli.output"},
     "cli.measure": {"common", "blocks", "curvature", "cli.extras", "cli.options", "cli.output"},
     "cli.commands": {
-        *("common", "daemon", "replay", "demo", "cli.extras", "cli.options", "cli.output", "cli.client", "cli.measure"),
+        *(
+            "common",
+            "blocks",
+            "daemon",
+            "replay",
+            "demo",
+            "cli.extras",
+            "cli.options",
+            "cli.output",
+            "cli.client",
+            "cli.measure",
+        ),
     },
     "cli": {"common", "cli"},
     "__main__": {"cli"},

@@ -228,6 +228,50 @@ def _medians(values: Doubles, measured: npt.NDArray[np.bool_]) -> Doubles:
     return middle
 
 
+class Highest:
+    """The newest values of a series against the highest of those before, for a run too young for a line.
+
+    A loss that falls, however steeply, does not come above all of its past `BEFORE` values three times in a row. The
+    unit is the spread of the changes from value to value, from which a trend is nearly gone.
+
+    Args:
+        share: The smallest spread taken for real, as a share of the level.
+    """
+
+    BEFORE, NEWEST = 30, 3
+    STATE = ("_values", "_count")
+
+    def __init__(self, share: float) -> None:
+        self._share = share
+        self._values = np.full(self.BEFORE + self.NEWEST, np.nan)  # newest last
+        self._count = 0
+
+    def see(self, value: float, *, keep_out: bool) -> float:
+        """Judge a value, then keep it.
+
+        Args:
+            value: The newest.
+            keep_out: Whether it may not become normal.
+
+        Returns:
+            By how many spreads the newest three are above the highest before them; NaN where that is not known, or the
+            run is no longer young.
+        """
+        if not math.isfinite(value) or self._count > Trend.SETTLED:
+            return math.nan
+        self._count += 1
+        newest = np.append(self._values[1:], value)
+        before = newest[: self.BEFORE]
+        if not keep_out:
+            self._values = newest
+        if math.isnan(before[0]):
+            return math.nan
+        spread = _MAD_TO_SD * float(np.median(np.abs(np.diff(before)))) / math.sqrt(2)
+        spread = max(spread, self._share * abs(float(np.median(before))))
+        above = float(newest[self.BEFORE :].min() - before.max())
+        return above / spread if spread > 0 else math.nan
+
+
 class Level:
     """Exponential means of a level and of the distances from it, each with values clipped at 3 standard deviations.
 

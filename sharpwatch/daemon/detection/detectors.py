@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from sharpwatch.daemon.detection.baselines import Highest
 from sharpwatch.daemon.detection.exact import EXACT, Detector, Judged
 from sharpwatch.daemon.detection.signals import Scores
 from sharpwatch.daemon.records import AlertName, Finding, Severity
@@ -22,6 +23,8 @@ _STANDS_OUT = 3.0  # z of a single value that a change can begin with
 # Of one probe's stability ratio above the run's own level, and of a block type's.
 _RATIO_EXCESS, _BLOCK_EXCESS = 4.5, 3.0
 _SHARPNESS_EXCESS = 4.5
+# Of a young loss above all before. In the laboratory's healthy runs it stays below -0.9, in the real ones below 0.2.
+_YOUNG_NOTABLE, _YOUNG_PAGE = 1.5, 3.0
 # The step's curvature term takes this share of its first-order gain. Below it nothing is in danger, however far
 # above its level a run is; 1 itself is no threshold, since runs differ in where they normally stand.
 _RATIO_MATTERS = 0.2
@@ -124,6 +127,18 @@ def loss_shift(judged: Judged) -> Iterable[Finding]:
             yield Finding(alert, severity, evidence, judged.step, _onset(judged, span, singles))
 
 
+def young_loss(judged: Judged) -> Iterable[Finding]:
+    """A loss that is higher three times in a row than in the 30 samples before, in a run too young for a trend."""
+    above, count = judged.now.young_loss, Highest.NEWEST
+    if above > _YOUNG_NOTABLE:
+        severity: Severity = "critical" if above > _YOUNG_PAGE else "warning"
+        evidence = (
+            f"loss {judged.now.observation.loss:.4g}: three times {above:.1f} sd above the {Highest.BEFORE} before"
+        )
+        onset = judged.recent[-count if len(judged.recent) >= count else 0].observation.step
+        yield Finding("LossSpike", severity, evidence, judged.step, onset)
+
+
 def stability_limit(judged: Judged) -> Iterable[Finding]:
     """A stability ratio far above the run's own level in two of the last three probes, the newest among them.
 
@@ -179,6 +194,7 @@ def findings(judged: Judged) -> list[Finding]:
     """All detectors' findings of the newest sample."""
     found = [replace(finding, is_exact=True) for detector in EXACT for finding in detector(judged)]
     found += weight_growth(judged)
+    found += young_loss(judged)
     found += sharpness_spike(judged)
     if judged.exceeded or judged.now.observation.stability is not None:
         found += [finding for detector in STATISTICAL for finding in detector(judged)]

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sharpwatch.curvature.statistics.estimate import Estimate
-from sharpwatch.daemon.detection.baselines import Level, Trend
+from sharpwatch.daemon.detection.baselines import Highest, Level, Trend
 from sharpwatch.daemon.detection.sharpness import Sharpness
 from sharpwatch.daemon.detection.state import Arrays, gathered, put_back
 from sharpwatch.daemon.records import LayerTap, Observation, OptimizerGroup
@@ -52,6 +52,7 @@ class Scores:
     Attributes:
         observation: What was observed.
         loss: By number of samples, from 1: of the mean loss, from its trend.
+        young_loss: Of the newest three losses above all of the 30 before; NaN in a run that is no longer young.
         update: The same of the log of the update RMS, less the median over layer blocks.
         gradient: The same of the log of the gradient norm.
         weight: Of the change of the log weight norm in one step, in units of the most that the step can do.
@@ -72,6 +73,7 @@ class Scores:
 
     observation: Observation
     loss: Mapping[int, float] = field(default_factory=dict)
+    young_loss: float = math.nan
     update: Mapping[int, Doubles] = field(default_factory=dict)
     gradient: Mapping[int, Doubles] = field(default_factory=dict)
     weight: Doubles = field(default_factory=lambda: np.empty(0))
@@ -179,6 +181,7 @@ class Signals:
         floors, shares = np.full(2 * columns + 1, _NORM_FLOOR), np.zeros(2 * columns + 1)
         floors[-1], shares[-1] = 0.0, _LOSS_FLOOR
         self._trend = Trend(floors, shares, SPANS)
+        self._young_loss = Highest(_LOSS_FLOOR)
         self._weights = Level(columns, memory=10, spread_memory=30, blind=30, patience=_WEIGHT_PATIENCE)
         self._rates = Rates(columns)
         self._norms = np.full((2 * _GROWTH_SPAN + 1, columns), np.nan)  # of the weights
@@ -232,6 +235,7 @@ class Signals:
             **gathered(self._weights, Level.STATE, "weights"),
             **gathered(self._stability.levels, Level.STATE, "stability"),
             **self._trend.state(),
+            **gathered(self._young_loss, Highest.STATE, "young-loss"),
             **self.sharpness.state(),
             **before,
             "groups": np.array(groups),
@@ -244,6 +248,7 @@ class Signals:
         put_back(self._weights, Level.STATE, arrays, "weights")
         put_back(self._stability.levels, Level.STATE, arrays, "stability")
         self._trend.load_state(arrays)
+        put_back(self._young_loss, Highest.STATE, arrays, "young-loss")
         self.sharpness.load_state(arrays)
         before: dict[str, Any] = {name: arrays[key] for name in _LAYER_FIELDS if (key := f"before.{name}") in arrays}
         self._before = LayerTap(**before | {"clip_factor": float(before["clip_factor"])}) if before else None
@@ -311,6 +316,7 @@ class Signals:
         return replace(
             scores,
             loss={span: float(row[-1]) for span, row in rows.items()},
+            young_loss=self._young_loss.see(float(values[-1]), keep_out=keep_out),
             update={span: row[:count] for span, row in rows.items()},
             gradient={span: row[count : 2 * count] for span, row in rows.items()},
         )

@@ -9,7 +9,7 @@ from sharpwatch.cli.commands.doctor import CheckResult, check_clock, check_table
 from sharpwatch.cli.commands.lr import rate_table, revision_table
 from sharpwatch.cli.commands.runs import run_table, run_view
 from sharpwatch.cli.output import plain
-from sharpwatch.v1.operator_pb2 import Alert, Block, Decision, Revision, Run, RunDetail, RunPhase
+from sharpwatch.v1.operator_pb2 import Alert, Block, Decision, PairOrder, Revision, Run, RunDetail, RunPhase
 from sharpwatch.v1.types_pb2 import Checkpoint, Estimate, Rollback
 
 NOW = 1_700_000_000.0
@@ -93,7 +93,7 @@ mode                     enforce, control lr, LR revision 3
 overhead                 0.81 % of step time
 objective                mean cross-entropy of logits, labels shifted by one (verified)
 model's stability ratio  0.87 ± 0.04
-block order              rank correlation 0.9
+block order              rank correlation 0.9 with emb < qk < ffn < vo < norm
 checkpoints              2, newest of step 400 at /ckpt/400
 
 block  parameters        sharpness            trace  top eigenvalue  stability ratio  gradient norm  update RMS  \
@@ -242,3 +242,15 @@ def test_clocks_apart_are_warned_of():
     assert check_clock(100.0, 103.0).state == "ok"
     assert check_clock(100.0, 40.0).found == "60 s from the daemon's"
     assert check_clock(100.0, 40.0).state == "warn"
+
+
+def test_show_says_since_when_the_order_holds_or_what_is_inverted():
+    detail = RunDetail(block_order_correlation=1.0, order_since_step=320)
+    assert "rank correlation 1 with emb < qk < ffn < vo < norm, which holds since step 320" in plain(
+        run_view(detail, NOW)
+    )
+    inverted = PairOrder(low="ffn", high="vo", inverted=True, since_step=120, standard_errors=-2.5)
+    shown = plain(
+        run_view(RunDetail(block_order_correlation=0.9, order=[inverted, PairOrder(low="emb", high="qk")]), NOW)
+    )
+    assert "; ffn above vo since step 120 (by 2.5 standard errors)" in shown

@@ -215,3 +215,37 @@ def test_other_stability_ratios_are_no_fault(value, stderr, level):
 
 def test_one_wild_ratio_proves_nothing():
     assert probed(probe(1e3, 305), probe(0.07, 310), probe(0.07, 315), probe(0.07, 320)) == ()
+
+
+def young_run(steps: int = 140, *, seed: int = 0, rises: float = 0.0, at: int = 110) -> list[Observation]:
+    """A loss that falls from 8 to about 3 with normal noise, as in a young run, and rises at a step."""
+    rng = np.random.default_rng(seed)
+    run = healthy_run(steps, seed=seed)
+    falls = [3.0 + 5.0 / (1 + step / 10) + 0.1 * rng.standard_normal() for step in range(1, steps + 1)]
+    return [
+        replace(seen, loss=loss + (rises if seen.step >= at else 0.0)) for seen, loss in zip(run, falls, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("at", [40, 70, 110])
+@pytest.mark.parametrize("seed", range(3))
+def test_in_a_young_run_a_loss_above_all_before_is_found_in_three_steps(seed, at):
+    found = spikes(young_run(seed=seed, rises=3.0, at=at))
+    assert found[0] == ("critical", at + 2, at)
+
+
+def test_a_young_loss_that_falls_and_a_single_odd_one_are_none():
+    run = young_run()
+    run[110] = replace(run[110], loss=20.0)
+    assert spikes(run) == []
+    assert [found for seed in range(20) if (found := spikes(young_run(seed=seed)))] == []
+
+
+def spikes(run: list[Observation]) -> list[tuple[str, int, int]]:
+    judged = detection()
+    return [
+        (each.severity, each.step, each.onset)
+        for seen in run
+        for each in judged.see(seen)[0]
+        if each.name == "LossSpike"
+    ]

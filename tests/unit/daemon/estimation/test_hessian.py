@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hellos import run_hello
 
+from sharpwatch.daemon.detection.sharpness import Sharpness
 from sharpwatch.daemon.estimation.estimator import estimate_all
 from sharpwatch.daemon.estimation.windows import WINDOW_PROBES, EstimateRequest
 from sharpwatch.daemon.ingest.hello import Attempt
@@ -143,6 +144,7 @@ class FakeController:
     """What a run reads of a controller to publish it."""
 
     mode, newest_revision, multipliers, incidents, excursions = "observe", 0, {}, (), {}
+    sharpness = Sharpness(np.ones(1, dtype=np.int64), ("emb",))
 
 
 EMPTY = Reading(1, 1, 0.0, None, None, {}, None, (), (), closing=False, restored=False, dropped_probes=())
