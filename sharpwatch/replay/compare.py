@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sharpwatch.daemon.detection.parting import Differences, Mean, Parting, find_parting
 from sharpwatch.replay.paired_estimates import (
     WITHIN,
     BlockOrder,
@@ -26,7 +27,6 @@ from sharpwatch.replay.paired_steps import (
     find_twins,
     pair_values,
 )
-from sharpwatch.replay.parting import Differences, Mean, Parting, find_parting
 from sharpwatch.replay.recorded_run import RecordedRun
 from sharpwatch.wire import Ints
 

@@ -12,8 +12,8 @@ import numpy as np
 
 from sharpwatch.blocks import SHARPNESS_ORDER
 from sharpwatch.curvature.statistics.estimate import Estimate
+from sharpwatch.daemon.detection.parting import Mean
 from sharpwatch.replay.paired_steps import newest_attempt
-from sharpwatch.replay.parting import Mean
 from sharpwatch.replay.recorded_run import RecordedRun
 
 WITHIN = 100  # steps between two estimates that are compared

@@ -12,9 +12,9 @@ from xml.sax.saxutils import escape
 
 import numpy as np
 
+from sharpwatch.daemon.detection.parting import BATCHES
 from sharpwatch.replay.compare import Comparison, Quantity
 from sharpwatch.replay.paired_estimates import EstimatePair, newest
-from sharpwatch.replay.parting import BATCHES
 from sharpwatch.wire import Doubles, Ints
 
 _WIDTH, _LEFT, _RIGHT = 760, 84, 24

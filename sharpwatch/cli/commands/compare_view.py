@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from sharpwatch.cli.output import ABSENT, Grid, number, with_error
 
 if TYPE_CHECKING:
+    from sharpwatch.daemon.detection.parting import Mean, Stretch
     from sharpwatch.replay.compare import Comparison, Quantity, Section
     from sharpwatch.replay.paired_estimates import BlockOrder, EstimatePair, NoisePair
-    from sharpwatch.replay.parting import Mean, Stretch
     from sharpwatch.replay.recorded_run import RecordedRun
 
 _MOST_STRETCHES = 12  # in the table; the newest

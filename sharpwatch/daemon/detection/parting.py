@@ -210,7 +210,7 @@ def find_parting(differences: Differences) -> Parting:
     Args:
         differences: Of the two.
     """
-    scales = [_judged(differences, batch) for batch in _batch_lengths(differences)]
+    scales = [_judged(differences, batch) for batch in batch_lengths(differences)]
     count = sum(len(errors) for _, _, errors in scales)
     bound = t_bound(FALSE_ALARMS / count) if count else math.inf
     stretches = tuple(_stretches(differences, _shortest(scales, bound, len(differences))))
@@ -255,7 +255,12 @@ def t_tail(value: float) -> float:
 _Scale = tuple[int, npt.NDArray[np.int64], Doubles]  # length of the windows, first pair of each, mean in its errors
 
 
-def _batch_lengths(differences: Differences) -> list[int]:
+def batch_lengths(differences: Differences) -> list[int]:
+    """The lengths of the batches that windows are made of, shortest first; none where they correlate too much.
+
+    Args:
+        differences: Of two series.
+    """
     if differences.correlation > _TOO_CORRELATED:
         return []
     most = len(differences) // BATCHES

@@ -5,7 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sharpwatch.replay.parting import BATCHES, FALSE_ALARMS, Differences, change_point, find_parting, t_bound, t_tail
+from sharpwatch.daemon.detection.parting import (
+    BATCHES,
+    FALSE_ALARMS,
+    Differences,
+    change_point,
+    find_parting,
+    t_bound,
+    t_tail,
+)
 
 stats = pytest.importorskip("scipy.stats")
 signal = pytest.importorskip("scipy.signal")
