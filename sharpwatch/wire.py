@@ -21,6 +21,7 @@ SKETCH_SIZE = 256
 MAX_LAYER_BLOCKS = 16_384
 MAX_DRAWS = 64
 MAX_NAME = 253  # characters
+MAX_DATA_ORDER = 200  # characters
 MAX_TEXT = 4_096  # characters
 MAX_ITEMS = 256  # results, checkpoints, probe failures, reasons for dropped samples: of each, in one sample
 MAX_COUNT = 2**63 - 1  # what SQLite's integers and numpy's int64 hold

@@ -61,6 +61,7 @@ def attach(  # noqa: PLR0913 - the public signature; each has a default that wor
     seed: int = 0,
     rules: RulesLike | None = None,
     strict: bool = False,
+    data_order: str | None = None,
     transport: Transport | None = None,
 ) -> Watch:
     """Watch `model` while `optimizer` trains it.
@@ -96,6 +97,9 @@ def attach(  # noqa: PLR0913 - the public signature; each has a default that wor
             of rules, or the path of a YAML file. By default the file that $SHARPWATCH_BLOCK_RULES names, if any.
         strict: Raise where a parameter's block is not known. By default such a parameter is watched as block "other",
             with one warning that has the rule to write.
+        data_order: A name for the order of the data, of at most 200 characters, such as the seed and version of the
+            loader. Runs of the same name see the same batch at the same step; where one has an incident, the daemon
+            tells by the others whether the data brought it about. By default runs whose first losses are equal.
         transport: Carries samples and commands instead of a courier process, as `sharpwatch.testing.InMemoryTransport`
             does in tests; `address`, `token` and `tls` are then not used. Used on rank 0 alone.
 
@@ -139,6 +143,7 @@ def attach(  # noqa: PLR0913 - the public signature; each has a default that wor
         seed=seed,
         rules=rules,
         strict=strict,
+        data_order=data_order,
         transport=transport,
     )
     name = run if run is not None else f"{training_job}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
@@ -255,6 +260,7 @@ def _identity(options: Options, run: str) -> Identity:
         probes=tuple(options.probes),
         can_roll_back=options.control == "rollback" or (options.control == "lr" and options.on_rollback is not None),
         started_at_unix_ns=time.time_ns(),
+        data_order=options.data_order or "",
     )
 
 

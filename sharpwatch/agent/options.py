@@ -23,6 +23,7 @@ from sharpwatch.blocks import RulesLike
 from sharpwatch.curvature.parameters.fsdp import DataRank
 from sharpwatch.curvature.parameters.shards import is_sharded
 from sharpwatch.errors import AttachError, ProbeError
+from sharpwatch.wire import MAX_DATA_ORDER
 
 _LOG = logging.getLogger("sharpwatch")
 _RULES = "SHARPWATCH_BLOCK_RULES"
@@ -52,6 +53,7 @@ class Options:
     seed: int
     rules: RulesLike | None
     strict: bool
+    data_order: str | None
     transport: Transport | None
 
     @property
@@ -84,6 +86,7 @@ class Options:
             "initial_step": self.initial_step,
             "seed": self.seed,
             "rules": self.rules,
+            "data_order": self.data_order,
             "on_rollback": self.on_rollback is not None,
         }
 
@@ -214,6 +217,10 @@ def _check_names(options: Options) -> None:
         )
     if run is not None and not _is_name(run, _LONGEST_NAME):
         raise AttachError(f"run must have 1 to {_LONGEST_NAME} printable characters, or be None, got {run!r}")
+    if options.data_order is not None and not _is_name(options.data_order, MAX_DATA_ORDER):
+        raise AttachError(
+            f"data_order must have 1 to {MAX_DATA_ORDER} printable characters, or be None, got {options.data_order!r}"
+        )
     if control not in CONTROL_MODES:
         raise AttachError(f"control must be one of {', '.join(map(repr, CONTROL_MODES))}, got {control!r}")
 

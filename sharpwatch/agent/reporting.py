@@ -54,6 +54,7 @@ class Identity:
     probes: tuple[str, ...]
     can_roll_back: bool
     started_at_unix_ns: int
+    data_order: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +118,7 @@ def hello_message(identity: Identity, block_map: BlockMap) -> agent_pb2.Hello:
         pid=os.getpid(),
         started_at_unix_ns=identity.started_at_unix_ns,
         can_roll_back=identity.can_roll_back,
+        data_order=identity.data_order,
     )
 
 

@@ -188,6 +188,8 @@ async def _restore(runs: Runs, store: Store, pipeline: Pipeline) -> None:
         run = runs.get(name)
         if run is not None:
             await pipeline.restored(run, changes)
+    # Once all are there: a run may be held against one that comes after it.
+    pipeline.restored_all()
 
 
 def _controller(config: Config, hello: RunHello, earlier: RunController | None) -> RunController:

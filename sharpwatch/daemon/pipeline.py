@@ -21,9 +21,18 @@ from sharpwatch.daemon.exporter.own_metrics import OwnMetrics
 from sharpwatch.daemon.ingest.hello import Attempt
 from sharpwatch.daemon.ingest.samples import QueuedSample, Reading, SampleQueue
 from sharpwatch.daemon.records import NO_CHANGES, Changes, Decision, Incident
+from sharpwatch.daemon.runs.peers import Peers
 from sharpwatch.daemon.runs.run import Run, Runs
 from sharpwatch.daemon.storage.journal import Store
-from sharpwatch.daemon.storage.schema import AttemptRow, BaselinesRow, EstimateRow, ModeRow, PendingWrites, SampleRow
+from sharpwatch.daemon.storage.schema import (
+    AttemptRow,
+    BaselinesRow,
+    EstimateRow,
+    ModeRow,
+    PendingWrites,
+    ReferenceRow,
+    SampleRow,
+)
 from sharpwatch.errors import OperatorError, StoreError
 
 log = structlog.get_logger(__name__)
@@ -64,6 +73,7 @@ class Pipeline:
         self._metrics = metrics
         self._on_journalled = on_journalled
         self._on_command = on_command
+        self.peers = Peers(runs)
         self._pending = PendingWrites()
         self._estimation_queue = EstimationQueue(self._estimate_waiting)
         # The worker, operators' calls and new attempts all write. One at a time, because a write that fails puts its
@@ -118,13 +128,16 @@ class Pipeline:
                     run.publish()
                     self._queue.wake()
 
-    async def submit(self, run: Run, changes: Changes, mode: ModeRow | None = None) -> None:
+    async def submit(
+        self, run: Run, changes: Changes, mode: ModeRow | None = None, reference: ReferenceRow | None = None
+    ) -> None:
         """Journals what an operator changed, then sends the commands in it.
 
         Args:
             run: The run.
             changes: What its controller made of the request.
             mode: The run's new mode, if that was set.
+            reference: The run's new reference, if that was set.
 
         Raises:
             StoreError: The journal fails. The changes are written, and their commands sent, once it works again.
@@ -132,6 +145,8 @@ class Pipeline:
         self._record(run, changes)
         if mode is not None:
             self._pending.modes.append(mode)
+        if reference is not None:
+            self._pending.references.append(reference)
         # Published though the write may fail: the controller has changed already, and the change stays pending.
         run.publish(mode=run.controller.mode)
         await self._write(())
@@ -143,6 +158,11 @@ class Pipeline:
         await self._estimate([run.request()])
         self._pending.estimates.clear()  # the journal has them already
         run.publish()
+
+    def restored_all(self) -> None:
+        """Takes up what the restored runs say of each other; what that changes is journalled with the next samples."""
+        for run in self._runs:
+            self._record_peers(self.peers.restore(run))
 
     async def register(self, attempt: Attempt, now: float) -> None:
         """Journals that an attempt began at unix seconds `now`; if the journal fails, that is written later."""
@@ -288,6 +308,13 @@ class Pipeline:
             if changes.baselines:
                 state = BaselinesRow(run.name, entry.attempt.hello.attempt, reading.sequence, changes.baselines)
                 self._pending.baselines[run.name] = state
+            self._record_peers(self.peers.after(run, observation.step, changes))
+
+    def _record_peers(self, found: Iterable[tuple[Run, Changes]]) -> None:
+        """Records what one run's step changed in incidents of others, and of its own."""
+        for run, changes in found:
+            self._record(run, changes)
+            run.publish()
 
     def _take_reports(self, run: Run, reading: Reading, now: float) -> None:
         """Takes what a sample reports beside measurements, also from the last samples of a replaced attempt."""

@@ -28,6 +28,7 @@ AlertName = Literal[
     "StabilityLimit",
     "SharpnessSpike",
     "RunStalled",
+    "SilentFailure",
 ]
 Cause = Literal[
     "data",
@@ -56,6 +57,7 @@ CAUSES: Mapping[AlertName, Cause] = {
     "StabilityLimit": "instability",
     "SharpnessSpike": "instability",
     "RunStalled": "stalled",
+    "SilentFailure": "silent",
 }
 Action = Literal["notify", "scale_lr", "set_lr", "ramp_back", "rollback"]
 # A decision is a draft until it is recorded, and then never again. `decisions.lifecycle` has the transitions.
@@ -192,6 +194,8 @@ class Incident:
         active: Whether it is open.
         closed: Why it was closed; empty while it is open.
         acknowledged: Who has seen it, and what they noted; empty for nobody.
+        in_twins: Runs with the same data that stood out at the onset, too.
+        not_in_twins: Those that did not.
     """
 
     id: str
@@ -209,6 +213,8 @@ class Incident:
     active: bool
     closed: str = ""
     acknowledged: str = ""
+    in_twins: tuple[str, ...] = ()
+    not_in_twins: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sharpwatch.daemon.detection.history import Losses
 from sharpwatch.daemon.detection.run_detection import RunDetection
 from sharpwatch.daemon.detection.signals import Scores
 from sharpwatch.daemon.detection.thresholds import USUAL, Budget
 from sharpwatch.daemon.records import Incident
 from sharpwatch.replay.log import Column
-from sharpwatch.replay.recorded_run import RecordedRun
+from sharpwatch.replay.recorded_run import RecordedRun, reference_losses
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,15 +43,22 @@ class Judgement:
     blind: Mapping[Column, int | None]
 
 
-def judge(run: RecordedRun, budget: Budget = USUAL) -> Judgement:
+def judge(run: RecordedRun, budget: Budget = USUAL, reference: RecordedRun | None = None) -> Judgement:
     """Give a run to the detectors as a daemon would, from its first step to its last.
 
     Args:
         run: The run.
         budget: Of false alarms.
+        reference: A run whose losses its own are held against.
+
+    Raises:
+        LogError: The reference has no loss.
     """
     numbers = itertools.count(1)
     detection = RunDetection(run.source, run.layer_blocks, run.parameters, lambda: str(next(numbers)), budget)
+    if reference is not None:
+        detection.history.losses = Losses(capacity=max(1, len(run.observations)))
+        detection.set_reference(reference.source, reference_losses(reference))
     closed: dict[str, int] = {}
     critical: dict[str, int] = {}
     blind: dict[Column, int | None] = {"loss": None, "grad-norm": None, "lr": None}

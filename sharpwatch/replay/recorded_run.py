@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from sharpwatch.daemon.detection.history import Losses
 from sharpwatch.daemon.records import LayerTap, Observation
 from sharpwatch.daemon.storage.schema import EstimateRow
+from sharpwatch.errors import LogError
 from sharpwatch.replay.log import Column, Log, Row
 from sharpwatch.wire import Floats, Ints
 
@@ -49,6 +51,23 @@ class RecordedRun:
     def is_own(self) -> bool:
         """Whether sharpwatch's agent recorded it."""
         return not self.names
+
+
+def reference_losses(run: RecordedRun) -> Losses:
+    """The losses of a run that another one is held against, where they are finite; the newest attempt counts.
+
+    Args:
+        run: The run.
+
+    Raises:
+        LogError: It has none.
+    """
+    losses = Losses(capacity=max(1, len(run.observations)))
+    for observation in run.observations:
+        losses.see(observation.step, observation.loss)
+    if not len(losses):
+        raise LogError("no step has a loss that is finite", run.source)
+    return losses
 
 
 def from_log(log: Log, source: str, format_: str) -> RecordedRun:

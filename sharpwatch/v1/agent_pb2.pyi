@@ -110,6 +110,7 @@ class Hello(google.protobuf.message.Message):
     PID_FIELD_NUMBER: builtins.int
     STARTED_AT_UNIX_NS_FIELD_NUMBER: builtins.int
     CAN_ROLL_BACK_FIELD_NUMBER: builtins.int
+    DATA_ORDER_FIELD_NUMBER: builtins.int
     protocol: builtins.int
     training_job: builtins.str
     run: builtins.str
@@ -129,6 +130,8 @@ class Hello(google.protobuf.message.Message):
     started_at_unix_ns: builtins.int
     can_roll_back: builtins.bool
     """Whether a rollback would be taken: there is a callback, or control is "rollback"."""
+    data_order: builtins.str
+    """A name for the order of the data: runs of the same one see the same batch at the same step. Empty: not told."""
     @property
     def layer_blocks(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[sharpwatch.v1.types_pb2.LayerBlock]:
         """Row order of every per-layer-block array of this attempt."""
@@ -161,8 +164,9 @@ class Hello(google.protobuf.message.Message):
         pid: builtins.int = ...,
         started_at_unix_ns: builtins.int = ...,
         can_roll_back: builtins.bool = ...,
+        data_order: builtins.str = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["agent_version", b"agent_version", "attempt", b"attempt", "blocks", b"blocks", "can_roll_back", b"can_roll_back", "control", b"control", "host", b"host", "initial_step", b"initial_step", "layer_blocks", b"layer_blocks", "max_multiplier", b"max_multiplier", "min_multiplier", b"min_multiplier", "optimizer", b"optimizer", "pid", b"pid", "probes", b"probes", "protocol", b"protocol", "run", b"run", "seed", b"seed", "sketch_size", b"sketch_size", "started_at_unix_ns", b"started_at_unix_ns", "training_job", b"training_job"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["agent_version", b"agent_version", "attempt", b"attempt", "blocks", b"blocks", "can_roll_back", b"can_roll_back", "control", b"control", "data_order", b"data_order", "host", b"host", "initial_step", b"initial_step", "layer_blocks", b"layer_blocks", "max_multiplier", b"max_multiplier", "min_multiplier", b"min_multiplier", "optimizer", b"optimizer", "pid", b"pid", "probes", b"probes", "protocol", b"protocol", "run", b"run", "seed", b"seed", "sketch_size", b"sketch_size", "started_at_unix_ns", b"started_at_unix_ns", "training_job", b"training_job"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Hello: typing_extensions.TypeAlias = Hello

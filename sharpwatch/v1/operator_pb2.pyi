@@ -203,6 +203,9 @@ class RunDetail(google.protobuf.message.Message):
     OBJECTIVE_FIELD_NUMBER: builtins.int
     OBJECTIVE_STATE_FIELD_NUMBER: builtins.int
     SWALLOWED_ERRORS_FIELD_NUMBER: builtins.int
+    DATA_ORDER_FIELD_NUMBER: builtins.int
+    TWINS_FIELD_NUMBER: builtins.int
+    REFERENCE_FIELD_NUMBER: builtins.int
     ORDER_FIELD_NUMBER: builtins.int
     ORDER_SINCE_STEP_FIELD_NUMBER: builtins.int
     overhead_ratio: builtins.float
@@ -215,6 +218,8 @@ class RunDetail(google.protobuf.message.Message):
     objective_state: builtins.str
     swallowed_errors: builtins.int
     """Of the agent in this attempt; unset for none."""
+    data_order: builtins.str
+    """As in Hello."""
     order_since_step: builtins.int
     """The step from which all neighbours stand in that order; unset while they do not."""
     @property
@@ -233,6 +238,14 @@ class RunDetail(google.protobuf.message.Message):
     def dropped(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]: ...
     @property
     def probe_failures(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]: ...
+    @property
+    def twins(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Other runs with the same data in the same order, told or found by equal losses."""
+
+    @property
+    def reference(self) -> Global___Reference:
+        """Absent where there is none."""
+
     @property
     def order(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___PairOrder]:
         """Neighbours in the order of sharpness that differ by two standard errors, the least sharp first."""
@@ -255,12 +268,15 @@ class RunDetail(google.protobuf.message.Message):
         objective: builtins.str | None = ...,
         objective_state: builtins.str | None = ...,
         swallowed_errors: builtins.int | None = ...,
+        data_order: builtins.str = ...,
+        twins: collections.abc.Iterable[builtins.str] | None = ...,
+        reference: Global___Reference | None = ...,
         order: collections.abc.Iterable[Global___PairOrder] | None = ...,
         order_since_step: builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_block_order_correlation", b"_block_order_correlation", "_objective", b"_objective", "_objective_state", b"_objective_state", "_order_since_step", b"_order_since_step", "_overhead_ratio", b"_overhead_ratio", "_step_seconds", b"_step_seconds", "_swallowed_errors", b"_swallowed_errors", "block_order_correlation", b"block_order_correlation", "objective", b"objective", "objective_state", b"objective_state", "order_since_step", b"order_since_step", "overhead_ratio", b"overhead_ratio", "run", b"run", "step_seconds", b"step_seconds", "swallowed_errors", b"swallowed_errors"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_block_order_correlation", b"_block_order_correlation", "_objective", b"_objective", "_objective_state", b"_objective_state", "_order_since_step", b"_order_since_step", "_overhead_ratio", b"_overhead_ratio", "_step_seconds", b"_step_seconds", "_swallowed_errors", b"_swallowed_errors", "block_order_correlation", b"block_order_correlation", "objective", b"objective", "objective_state", b"objective_state", "order_since_step", b"order_since_step", "overhead_ratio", b"overhead_ratio", "reference", b"reference", "run", b"run", "step_seconds", b"step_seconds", "swallowed_errors", b"swallowed_errors"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_block_order_correlation", b"_block_order_correlation", "_objective", b"_objective", "_objective_state", b"_objective_state", "_order_since_step", b"_order_since_step", "_overhead_ratio", b"_overhead_ratio", "_step_seconds", b"_step_seconds", "_swallowed_errors", b"_swallowed_errors", "alerts", b"alerts", "block_order_correlation", b"block_order_correlation", "blocks", b"blocks", "checkpoints", b"checkpoints", "dropped", b"dropped", "estimates", b"estimates", "host", b"host", "objective", b"objective", "objective_state", b"objective_state", "optimizer", b"optimizer", "order", b"order", "order_since_step", b"order_since_step", "overhead_ratio", b"overhead_ratio", "probe_failures", b"probe_failures", "run", b"run", "step_seconds", b"step_seconds", "swallowed_errors", b"swallowed_errors"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_block_order_correlation", b"_block_order_correlation", "_objective", b"_objective", "_objective_state", b"_objective_state", "_order_since_step", b"_order_since_step", "_overhead_ratio", b"_overhead_ratio", "_step_seconds", b"_step_seconds", "_swallowed_errors", b"_swallowed_errors", "alerts", b"alerts", "block_order_correlation", b"block_order_correlation", "blocks", b"blocks", "checkpoints", b"checkpoints", "data_order", b"data_order", "dropped", b"dropped", "estimates", b"estimates", "host", b"host", "objective", b"objective", "objective_state", b"objective_state", "optimizer", b"optimizer", "order", b"order", "order_since_step", b"order_since_step", "overhead_ratio", b"overhead_ratio", "probe_failures", b"probe_failures", "reference", b"reference", "run", b"run", "step_seconds", b"step_seconds", "swallowed_errors", b"swallowed_errors", "twins", b"twins"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__block_order_correlation: typing_extensions.TypeAlias = typing.Literal["block_order_correlation"]
     _WhichOneofArgType__block_order_correlation: typing_extensions.TypeAlias = typing.Literal["_block_order_correlation", b"_block_order_correlation"]
@@ -324,6 +340,46 @@ class PairOrder(google.protobuf.message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___PairOrder: typing_extensions.TypeAlias = PairOrder
+
+@typing.final
+class Reference(google.protobuf.message.Message):
+    """What a run's losses are held against."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    COMMON_STEPS_FIELD_NUMBER: builtins.int
+    DIFFERENCE_FIELD_NUMBER: builtins.int
+    STDERR_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """A run of this daemon, or what the losses of a recorded run are from."""
+    common_steps: builtins.int
+    """Steps that both have so far."""
+    difference: builtins.float
+    """Mean of the run's loss less the reference's over the newest 200 common steps, and its standard error."""
+    stderr: builtins.float
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        common_steps: builtins.int = ...,
+        difference: builtins.float | None = ...,
+        stderr: builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_difference", b"_difference", "_stderr", b"_stderr", "difference", b"difference", "stderr", b"stderr"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_difference", b"_difference", "_stderr", b"_stderr", "common_steps", b"common_steps", "difference", b"difference", "name", b"name", "stderr", b"stderr"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__difference: typing_extensions.TypeAlias = typing.Literal["difference"]
+    _WhichOneofArgType__difference: typing_extensions.TypeAlias = typing.Literal["_difference", b"_difference"]
+    _WhichOneofReturnType__stderr: typing_extensions.TypeAlias = typing.Literal["stderr"]
+    _WhichOneofArgType__stderr: typing_extensions.TypeAlias = typing.Literal["_stderr", b"_stderr"]
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__difference) -> _WhichOneofReturnType__difference | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__stderr) -> _WhichOneofReturnType__stderr | None: ...
+
+Global___Reference: typing_extensions.TypeAlias = Reference
 
 @typing.final
 class Alert(google.protobuf.message.Message):
@@ -1155,3 +1211,60 @@ class AcknowledgeIncidentResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___AcknowledgeIncidentResponse: typing_extensions.TypeAlias = AcknowledgeIncidentResponse
+
+@typing.final
+class SetReferenceRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: builtins.int
+    REFERENCE_FIELD_NUMBER: builtins.int
+    STEPS_FIELD_NUMBER: builtins.int
+    LOSSES_FIELD_NUMBER: builtins.int
+    AUTHOR_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    run: builtins.str
+    reference: builtins.str
+    """A run of this daemon, or with `steps` what these are from. Empty: no reference any more."""
+    author: builtins.str
+    reason: builtins.str
+    @property
+    def steps(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Of a recorded run: at most 20,000 steps, ascending, and the loss at each."""
+
+    @property
+    def losses(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]: ...
+    def __init__(
+        self,
+        *,
+        run: builtins.str = ...,
+        reference: builtins.str = ...,
+        steps: collections.abc.Iterable[builtins.int] | None = ...,
+        losses: collections.abc.Iterable[builtins.float] | None = ...,
+        author: builtins.str = ...,
+        reason: builtins.str = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "losses", b"losses", "reason", b"reason", "reference", b"reference", "run", b"run", "steps", b"steps"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___SetReferenceRequest: typing_extensions.TypeAlias = SetReferenceRequest
+
+@typing.final
+class SetReferenceResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REFERENCE_FIELD_NUMBER: builtins.int
+    @property
+    def reference(self) -> Global___Reference:
+        """Absent where there is none any more."""
+
+    def __init__(
+        self,
+        *,
+        reference: Global___Reference | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["reference", b"reference"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["reference", b"reference"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___SetReferenceResponse: typing_extensions.TypeAlias = SetReferenceResponse

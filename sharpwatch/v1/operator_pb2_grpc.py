@@ -105,6 +105,11 @@ class OperatorServiceStub(object):
                 request_serializer=sharpwatch_dot_v1_dot_operator__pb2.AcknowledgeIncidentRequest.SerializeToString,
                 response_deserializer=sharpwatch_dot_v1_dot_operator__pb2.AcknowledgeIncidentResponse.FromString,
                 _registered_method=True)
+        self.SetReference = channel.unary_unary(
+                '/sharpwatch.v1.OperatorService/SetReference',
+                request_serializer=sharpwatch_dot_v1_dot_operator__pb2.SetReferenceRequest.SerializeToString,
+                response_deserializer=sharpwatch_dot_v1_dot_operator__pb2.SetReferenceResponse.FromString,
+                _registered_method=True)
 
 
 class OperatorServiceServicer(object):
@@ -197,6 +202,13 @@ class OperatorServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetReference(self, request, context):
+        """Holds a run against a reference from now on, its earlier steps too.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_OperatorServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -269,6 +281,11 @@ def add_OperatorServiceServicer_to_server(servicer, server):
                     servicer.AcknowledgeIncident,
                     request_deserializer=sharpwatch_dot_v1_dot_operator__pb2.AcknowledgeIncidentRequest.FromString,
                     response_serializer=sharpwatch_dot_v1_dot_operator__pb2.AcknowledgeIncidentResponse.SerializeToString,
+            ),
+            'SetReference': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetReference,
+                    request_deserializer=sharpwatch_dot_v1_dot_operator__pb2.SetReferenceRequest.FromString,
+                    response_serializer=sharpwatch_dot_v1_dot_operator__pb2.SetReferenceResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -650,6 +667,33 @@ class OperatorService(object):
             '/sharpwatch.v1.OperatorService/AcknowledgeIncident',
             sharpwatch_dot_v1_dot_operator__pb2.AcknowledgeIncidentRequest.SerializeToString,
             sharpwatch_dot_v1_dot_operator__pb2.AcknowledgeIncidentResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetReference(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sharpwatch.v1.OperatorService/SetReference',
+            sharpwatch_dot_v1_dot_operator__pb2.SetReferenceRequest.SerializeToString,
+            sharpwatch_dot_v1_dot_operator__pb2.SetReferenceResponse.FromString,
             options,
             channel_credentials,
             insecure,

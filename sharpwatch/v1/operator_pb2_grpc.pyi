@@ -43,6 +43,8 @@ class OperatorServiceStub:
     ApproveDecision: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.ApproveDecisionRequest, sharpwatch.v1.operator_pb2.ApproveDecisionResponse]
     RejectDecision: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.RejectDecisionRequest, sharpwatch.v1.operator_pb2.RejectDecisionResponse]
     AcknowledgeIncident: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.AcknowledgeIncidentRequest, sharpwatch.v1.operator_pb2.AcknowledgeIncidentResponse]
+    SetReference: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.SetReferenceRequest, sharpwatch.v1.operator_pb2.SetReferenceResponse]
+    """Holds a run against a reference from now on, its earlier steps too."""
 
 @typing.type_check_only
 class OperatorServiceAsyncStub(OperatorServiceStub):
@@ -65,6 +67,8 @@ class OperatorServiceAsyncStub(OperatorServiceStub):
     ApproveDecision: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.ApproveDecisionRequest, sharpwatch.v1.operator_pb2.ApproveDecisionResponse]  # type: ignore[assignment]
     RejectDecision: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.RejectDecisionRequest, sharpwatch.v1.operator_pb2.RejectDecisionResponse]  # type: ignore[assignment]
     AcknowledgeIncident: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.AcknowledgeIncidentRequest, sharpwatch.v1.operator_pb2.AcknowledgeIncidentResponse]  # type: ignore[assignment]
+    SetReference: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.SetReferenceRequest, sharpwatch.v1.operator_pb2.SetReferenceResponse]  # type: ignore[assignment]
+    """Holds a run against a reference from now on, its earlier steps too."""
 
 class OperatorServiceServicer(metaclass=abc.ABCMeta):
     """The operator's side. Calls that change something name an author and a reason, and are audited."""
@@ -168,5 +172,13 @@ class OperatorServiceServicer(metaclass=abc.ABCMeta):
         request: sharpwatch.v1.operator_pb2.AcknowledgeIncidentRequest,
         context: _ServicerContext,
     ) -> typing.Union[sharpwatch.v1.operator_pb2.AcknowledgeIncidentResponse, collections.abc.Awaitable[sharpwatch.v1.operator_pb2.AcknowledgeIncidentResponse]]: ...
+
+    @abc.abstractmethod
+    def SetReference(
+        self,
+        request: sharpwatch.v1.operator_pb2.SetReferenceRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[sharpwatch.v1.operator_pb2.SetReferenceResponse, collections.abc.Awaitable[sharpwatch.v1.operator_pb2.SetReferenceResponse]]:
+        """Holds a run against a reference from now on, its earlier steps too."""
 
 def add_OperatorServiceServicer_to_server(servicer: OperatorServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

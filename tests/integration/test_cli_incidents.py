@@ -120,3 +120,29 @@ async def test_no_such_run_and_no_such_incident(trained, cli):
     status, out, err = await cli("ack", "nothing", "--json")
     assert (status, out) == (1, "")
     assert "nothing" in err
+
+
+async def test_a_reference_is_set_printed_and_cleared(trained, cli, tmp_path):
+    await trained(40)
+    assert await cli("reference", "gpt2") == (0, "gpt2-a1: no reference\n", "")
+    log = tmp_path / "good.csv"
+    log.write_text("step,loss\n" + "".join(f"{step},{3.0}\n" for step in range(1, 31)))
+    shown = f"{log}: loss 0.5 ± 0 from it over the newest of 30 common steps"
+    assert await cli("reference", "gpt2-a1", str(log), "--reason", "trains") == (0, f"gpt2-a1: {shown}\n", "")
+    assert await cli("reference", "gpt2") == (0, f"gpt2-a1: {shown}\n", "")
+    status, out, _ = await cli("show", "gpt2-a1")
+    assert status == 0
+    assert any(line.split()[:2] == ["held", "against"] and shown in line for line in out.splitlines())
+    status, out, _ = await cli("reference", "gpt2-a1", "--json")
+    assert json.loads(out)["reference"]["common_steps"] == 30
+
+    status, _, err = await cli("reference", "gpt2", str(log))  # what is changed is named in full
+    assert (status, "must be named in full" in err) == (1, True)
+    status, _, err = await cli("reference", "gpt2-a1", "gpt2-b")
+    assert (status, "neither a run of the daemon nor a file that can be read" in err) == (1, True)
+    status, _, err = await cli("reference", "gpt2-a1", "gpt2-a1")
+    assert (status, "must be another run" in err) == (1, True)
+    status, _, err = await cli("reference", "gpt2-a1", "x", "--clear")
+    assert (status, "--clear goes without REFERENCE" in err) == (2, True)
+    assert await cli("reference", "gpt2-a1", "--clear") == (0, "gpt2-a1: no reference\n", "")
+    assert await cli("reference", "gpt2") == (0, "gpt2-a1: no reference\n", "")

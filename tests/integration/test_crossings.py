@@ -13,7 +13,7 @@ LIMITS = {
     "attach": (48, 196),
     "step": (23, 135),
     "step with a gnb probe": (45, 294),
-    "sample with a gnb probe, at the daemon": (21, 90),
+    "sample with a gnb probe, at the daemon": (23, 95),
 }
 
 

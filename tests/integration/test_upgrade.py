@@ -20,7 +20,7 @@ DATA = Path(__file__).parents[1] / "data"
 PRINTED = json.loads((DATA / "printed-0.1.json").read_text())
 # What `show` did not print yet.
 NEW = re.compile(
-    r"\.(objective|objective_state|swallowed_errors"
+    r"\.(objective|objective_state|swallowed_errors|data_order|reference"
     r"|alerts\[\d+]\.(names\[0]|cause|layer_blocks\[\d+]|onset|closed|acknowledged))"
 )
 STATE = json.loads((DATA / "agent-state-0.1.json").read_text())

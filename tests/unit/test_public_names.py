@@ -66,6 +66,7 @@ def test_attach():
         ("seed", KEYWORD, 0),
         ("rules", KEYWORD, None),
         ("strict", KEYWORD, False),
+        ("data_order", KEYWORD, None),
         ("transport", KEYWORD, None),
     ]
 

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import click
 
 from sharpwatch.cli.commands.compare_view import comparison_view, to_dict
-from sharpwatch.cli.commands.replay import reading_options
+from sharpwatch.cli.commands.replay import JOURNAL, STANDARD_INPUT, read_one, reading_options
 from sharpwatch.cli.extras import needs_extra
 from sharpwatch.cli.measure.files import check_writable, write_whole
 from sharpwatch.cli.options import LocalCommand, ParsedText, real, whole_number
 from sharpwatch.cli.output import print_answer
-from sharpwatch.errors import LogError
 
 if TYPE_CHECKING:
     from sharpwatch.replay.compare import Comparison
-    from sharpwatch.replay.files import ReadOptions
-    from sharpwatch.replay.recorded_run import RecordedRun
-
-_JOURNAL = "sqlite:///"
-_STANDARD_INPUT = "-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +36,8 @@ class CompareRequest:
 
 
 def _store(text: str) -> str:
-    if not text.startswith(_JOURNAL) or text == _JOURNAL:
-        raise ValueError(f"{text!r} must be {_JOURNAL}PATH")
+    if not text.startswith(JOURNAL) or text == JOURNAL:
+        raise ValueError(f"{text!r} must be {JOURNAL}PATH")
     return text
 
 
@@ -104,7 +98,7 @@ def compare(**options: Any) -> None:
     two runs that do not differ, in 5 % of comparisons. It needs no daemon.
     """
     request = CompareRequest(**options)
-    if request.run == request.reference == _STANDARD_INPUT:
+    if request.run == request.reference == STANDARD_INPUT:
         raise click.UsageError("only one of RUN and REFERENCE can be -, standard input")
     if request.picture is not None:
         check_writable(request.picture, "--picture")
@@ -120,35 +114,8 @@ def _compared(request: CompareRequest) -> Comparison:
     from sharpwatch.replay.files import ReadOptions  # noqa: PLC0415 - as above
 
     options = ReadOptions(cast("Any", request.format_), cast("Any", dict(request.columns)))
-    run, reference = (_read(given, request.store, options) for given in (request.run, request.reference))
+    run, reference = (read_one(given, request.store, options) for given in (request.run, request.reference))
     return compare_runs(run, reference, tolerance=request.tolerance, within=request.within)
-
-
-def _read(given: str, store: str | None, options: ReadOptions) -> RecordedRun:
-    """Read a run.
-
-    Raises:
-        LogError: It can't be read, or is a folder of several.
-    """
-    from sharpwatch.replay.files import expand, read_run  # noqa: PLC0415 - as above
-
-    source, name = _source(given, store)
-    sources = expand(source)
-    if len(sources) > 1:
-        raise LogError(f"must be one run, but the folder has {len(sources)}: {', '.join(sources)[:200]}", given)
-    return read_run(sources[0], replace(options, run=name))
-
-
-def _source(given: str, store: str | None) -> tuple[str, str | None]:
-    """What to read of an argument, and the run in a journal; None for the only one."""
-    if given.startswith(_JOURNAL):
-        # A "#" may also be part of the file's name.
-        is_whole = Path(given.removeprefix(_JOURNAL)).exists()
-        url, _, name = (given, "", "") if is_whole else given.partition("#")
-        return url, name or None
-    if store is None or given == _STANDARD_INPUT or Path(given).exists():
-        return given, None
-    return store, given
 
 
 def _draw(found: Comparison, path: Path) -> None:

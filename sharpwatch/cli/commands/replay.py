@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import click
@@ -12,16 +13,18 @@ from sharpwatch.cli.commands.incidents import culprit
 from sharpwatch.cli.extras import needs_extra
 from sharpwatch.cli.options import LocalCommand, ParsedText
 from sharpwatch.cli.output import Grid, print_answer
-from sharpwatch.errors import SharpwatchError
+from sharpwatch.errors import LogError, SharpwatchError
 
 if TYPE_CHECKING:
     from sharpwatch.daemon.detection.thresholds import Budget
     from sharpwatch.replay.files import ReadOptions
     from sharpwatch.replay.judge import JudgedIncident, Judgement
+    from sharpwatch.replay.recorded_run import RecordedRun
 
 # As in sharpwatch.replay, which is not imported for the help.
 _FORMATS = ("csv", "jsonl", "trainer-state", "tensorboard", "megatron", "torchtitan", "recording", "journal")
 _COLUMNS = {"step": "step", "loss": "loss", "grad-norm": "gradient norm", "lr": "learning rate"}
+JOURNAL, STANDARD_INPUT = "sqlite:///", "-"
 _MEASURED = ("loss", "grad-norm", "lr")
 
 
@@ -67,6 +70,12 @@ def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 @reading_options
 @click.option("--run", metavar="NAME", help="The run in a journal; a prefix is enough. Default: the only one.")
+@click.option(
+    "--reference",
+    metavar="FILE",
+    help="A run whose losses those of each file are held against: a file of any of these kinds, or a run in a journal "
+    "as sqlite:///PATH#NAME.",
+)
 @click.option("--config", metavar="FILE", help="A daemon's configuration, whose `detection` section counts.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def replay(  # noqa: PLR0913, PLR0917 - its options
@@ -74,6 +83,7 @@ def replay(  # noqa: PLR0913, PLR0917 - its options
     format_: str | None,
     columns: tuple[tuple[str, str], ...],
     run: str | None,
+    reference: str | None,
     config: str | None,
     as_json: bool,
 ) -> int:
@@ -86,7 +96,8 @@ def replay(  # noqa: PLR0913, PLR0917 - its options
         from sharpwatch.replay.files import ReadOptions  # noqa: PLC0415 - loads numpy
 
         options = ReadOptions(cast("Any", format_), cast("Any", dict(columns)), run)
-        found, errors = _judged(files, options, _budget(config))
+        held_against = None if reference is None else read_one(reference, None, options)
+        found, errors = _judged(files, options, _budget(config), held_against)
     payload = {"runs": [to_dict(each) for each in found], "errors": errors}
     if found or as_json:
         print_answer(payload, list(_grids(found)), as_json=as_json)
@@ -103,7 +114,9 @@ def _budget(config: str | None) -> Budget:
     return Budget.of(load_config(config).detection)
 
 
-def _judged(files: Iterable[str], options: ReadOptions, budget: Budget) -> tuple[list[Judgement], list[str]]:
+def _judged(
+    files: Iterable[str], options: ReadOptions, budget: Budget, reference: RecordedRun | None
+) -> tuple[list[Judgement], list[str]]:
     """The judgements of all files that can be read, and the errors of the others."""
     from sharpwatch.replay.files import expand, read_run  # noqa: PLC0415 - as above
     from sharpwatch.replay.judge import judge  # noqa: PLC0415 - as above
@@ -118,10 +131,42 @@ def _judged(files: Iterable[str], options: ReadOptions, budget: Budget) -> tuple
             continue
         for source in sources:
             try:
-                found.append(judge(read_run(source, options), budget))
+                found.append(judge(read_run(source, options), budget, reference))
             except SharpwatchError as error:
                 errors.append(str(error))
     return found, errors
+
+
+def read_one(given: str, store: str | None, options: ReadOptions) -> RecordedRun:
+    """Read a run.
+
+    Args:
+        given: How the user names it.
+        store: A daemon's journal, in which `given` may be a name.
+        options: How a file is read.
+
+    Raises:
+        LogError: It can't be read, or is a folder of several.
+    """
+    from sharpwatch.replay.files import expand, read_run  # noqa: PLC0415 - as above
+
+    source, name = _source(given, store)
+    sources = expand(source)
+    if len(sources) > 1:
+        raise LogError(f"must be one run, but the folder has {len(sources)}: {', '.join(sources)[:200]}", given)
+    return read_run(sources[0], dataclasses.replace(options, run=name))
+
+
+def _source(given: str, store: str | None) -> tuple[str, str | None]:
+    """What to read of an argument, and the run in a journal; None for the only one."""
+    if given.startswith(JOURNAL):
+        # A "#" may also be part of the file's name.
+        is_whole = Path(given.removeprefix(JOURNAL)).exists()
+        url, _, name = (given, "", "") if is_whole else given.partition("#")
+        return url, name or None
+    if store is None or given == STANDARD_INPUT or Path(given).exists():
+        return given, None
+    return store, given
 
 
 def to_dict(judgement: Judgement) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterable, Sequence
@@ -14,7 +15,16 @@ from sharpwatch.cli.client import author, operator, resolve_run, run_argument
 from sharpwatch.cli.commands.incidents import culprit
 from sharpwatch.cli.options import DaemonCommand, DaemonOptions, reason_option
 from sharpwatch.cli.output import Grid, print_answer
-from sharpwatch.v1.operator_pb2 import Block, GetRunRequest, ListRunsRequest, Run, RunDetail, RunPhase, SetModeRequest
+from sharpwatch.v1.operator_pb2 import (
+    Block,
+    GetRunRequest,
+    ListRunsRequest,
+    Reference,
+    Run,
+    RunDetail,
+    RunPhase,
+    SetModeRequest,
+)
 from sharpwatch.v1.types_pb2 import Estimate
 
 _MODES = ("observe", "advise", "enforce")
@@ -128,6 +138,12 @@ def state(detail: RunDetail, now: float) -> Grid:
             f"{output.percent(detail.overhead_ratio)} of step time" if detail.HasField("overhead_ratio") else "–",
         ),
     ]
+    if detail.data_order or detail.twins:
+        order = [f"order {detail.data_order}"] if detail.data_order else []
+        twins = [f"the same as {', '.join(detail.twins)}"] if detail.twins else []
+        facts.append(("data", ", ".join(order + twins)))
+    if detail.HasField("reference"):
+        facts.append(("held against", reference_words(detail.reference)))
     if detail.objective:
         facts.append(("objective", f"{detail.objective} ({detail.objective_state})"))
     facts += [(f"model's {name}", output.estimate(found)) for name, found in _model(detail.estimates)]
@@ -150,6 +166,17 @@ def _order(detail: RunDetail) -> str:
         if pair.inverted
     ]
     return "; ".join([rank, *inverted])
+
+
+def reference_words(found: Reference | None) -> str:
+    """A run's reference, and how far from it the run is, in a line."""
+    if found is None:
+        return "no reference"
+    if not found.HasField("difference"):
+        return f"{found.name}: no common step yet"
+    stderr = found.stderr if found.HasField("stderr") else math.nan
+    difference = output.with_error(found.difference, stderr)
+    return f"{found.name}: loss {difference} from it over the newest of {found.common_steps} common steps"
 
 
 def _model(estimates: Sequence[Estimate]) -> Iterable[tuple[str, Estimate]]:

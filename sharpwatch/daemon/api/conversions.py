@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 
 from sharpwatch.curvature.statistics.estimate import Estimate
+from sharpwatch.daemon.detection.reference import ReferenceTest
 from sharpwatch.daemon.records import Checkpoint, Decision, Incident, PairOrder, Revision, RollbackPlan
 from sharpwatch.daemon.runs.snapshot import Phase, RunSnapshot
 from sharpwatch.v1 import operator_pb2, types_pb2
@@ -179,7 +180,22 @@ def _order_message(pair: PairOrder) -> operator_pb2.PairOrder:
     )
 
 
-def detail_message(snapshot: RunSnapshot, checkpoints: Iterable[Checkpoint]) -> operator_pb2.RunDetail:
+def reference_message(test: ReferenceTest | None) -> operator_pb2.Reference | None:
+    """Returns how a run stands against its reference; None without one."""
+    if test is None:
+        return None
+    found = test.difference
+    return operator_pb2.Reference(
+        name=test.name,
+        common_steps=len(test),
+        difference=found.value if math.isfinite(found.value) else None,
+        stderr=found.stderr if math.isfinite(found.stderr) else None,
+    )
+
+
+def detail_message(
+    snapshot: RunSnapshot, checkpoints: Iterable[Checkpoint], twins: Iterable[str] = ()
+) -> operator_pb2.RunDetail:
     """Returns all about a run."""
     health = snapshot.health
     return operator_pb2.RunDetail(
@@ -204,4 +220,6 @@ def detail_message(snapshot: RunSnapshot, checkpoints: Iterable[Checkpoint]) -> 
         order_since_step=snapshot.order_since,
         optimizer=snapshot.hello.optimizer,
         host=snapshot.hello.host,
+        data_order=snapshot.hello.data_order,
+        twins=twins,
     )

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any, NoReturn, Protocol, cast, get_args
 
 import grpc
@@ -20,18 +21,21 @@ from sharpwatch.daemon.api.conversions import (
     alert_message,
     decision_message,
     detail_message,
+    reference_message,
     revision_message,
     run_message,
 )
 from sharpwatch.daemon.decisions.run_controller import RunController
 from sharpwatch.daemon.decisions.transitions import is_settled
+from sharpwatch.daemon.detection.history import MAX_LOSSES, Losses
 from sharpwatch.daemon.pipeline import Pipeline
 from sharpwatch.daemon.records import Changes, Decision, Mode
 from sharpwatch.daemon.runs.run import Run, Runs
-from sharpwatch.daemon.storage.schema import ModeRow
+from sharpwatch.daemon.storage.schema import ModeRow, ReferenceRow
 from sharpwatch.errors import OperatorError, StoreError
 from sharpwatch.v1 import operator_pb2 as pb
 from sharpwatch.v1.operator_pb2_grpc import OperatorServiceServicer
+from sharpwatch.wire import MAX_STEP, MAX_TEXT
 
 Context = grpc.aio.ServicerContext[Any, Any]
 _DEFAULT_LIMIT, _MOST = 100, 10_000
@@ -106,14 +110,14 @@ class OperatorService(OperatorServiceServicer):
     async def GetRun(self, request: pb.GetRunRequest, context: Context) -> pb.GetRunResponse:
         """Returns all about a run."""
         run = await self._run(request.run, context)
-        return pb.GetRunResponse(detail=detail_message(run.snapshot, run.controller.checkpoints))
+        return pb.GetRunResponse(detail=self._detail(run))
 
     async def WatchRun(self, request: pb.WatchRunRequest, context: Context) -> AsyncIterator[pb.WatchRunResponse]:
         """Yields all about a run at each change, at most once every `min_interval_seconds`."""
         run = await self._run(request.run, context)
         while True:
             version = run.signal.version
-            yield pb.WatchRunResponse(detail=detail_message(run.snapshot, run.controller.checkpoints))
+            yield pb.WatchRunResponse(detail=self._detail(run))
             if request.min_interval_seconds > 0:
                 await asyncio.sleep(request.min_interval_seconds)
             await self._changed(run, version, context)
@@ -243,6 +247,34 @@ class OperatorService(OperatorServiceServicer):
         await self._submit(run, changes, context)
         return pb.AcknowledgeIncidentResponse(incident=alert_message(changes.incidents[-1]))
 
+    async def SetReference(self, request: pb.SetReferenceRequest, context: Context) -> pb.SetReferenceResponse:
+        """Sets what a run is held against."""
+        run = await self._authorized_run(request.run, request, context)
+        losses = await self._reference_losses(request, context)
+        row = ReferenceRow(run.name, request.reference, losses, request.author, request.reason, time.time())
+        changes = await self._change(context, lambda: self._pipeline.peers.set_reference(run, row))
+        await self._submit(run, changes, context, reference=row)
+        return pb.SetReferenceResponse(reference=reference_message(run.controller.reference))
+
+    async def _reference_losses(self, request: pb.SetReferenceRequest, context: Context) -> bytes:
+        """Checks a reference; returns the state of the losses that came with it, if any did."""
+        wrong = _wrong_reference(request)
+        if wrong:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, wrong)
+        if request.steps:
+            return Losses.of(request.steps, request.losses).state()
+        if request.reference and self._runs.get(request.reference) is None:
+            await _refuse_name(context, "run", request.reference, sorted(each.name for each in self._runs))
+        return b""
+
+    def _detail(self, run: Run) -> pb.RunDetail:
+        twins = sorted(twin.name for twin in self._pipeline.peers.twins(run))
+        detail = detail_message(run.snapshot, run.controller.checkpoints, twins)
+        reference = reference_message(run.controller.reference)
+        if reference is not None:
+            detail.reference.CopyFrom(reference)
+        return detail
+
     async def _changed(self, run: Run, version: int, context: Context) -> None:
         """Waits until `run` is past `version`; ends the call if the daemon stops."""
         # Asked before and after: `drain` may come while this waits, and must not be waited for if it came before.
@@ -315,9 +347,16 @@ class OperatorService(OperatorServiceServicer):
         except OperatorError as error:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
 
-    async def _submit(self, run: Run, changes: Changes, context: Context, mode: ModeRow | None = None) -> None:
+    async def _submit(
+        self,
+        run: Run,
+        changes: Changes,
+        context: Context,
+        mode: ModeRow | None = None,
+        reference: ReferenceRow | None = None,
+    ) -> None:
         try:
-            await self._pipeline.submit(run, changes, mode)
+            await self._pipeline.submit(run, changes, mode, reference)
         except StoreError as error:
             made = ", ".join(made.id for made in changes.decisions) or "the change"
             await context.abort(
@@ -339,6 +378,25 @@ async def _refuse_name(context: Context, kind: str, given: str, names: Iterable[
         grpc.StatusCode.INVALID_ARGUMENT,
         f"a {kind} that is changed must be named in full, got {given!r}; say which one is meant: {_some(candidates)}",
     )
+
+
+def _wrong_reference(request: pb.SetReferenceRequest) -> str:
+    """What is wrong with the reference of a request; empty if nothing is."""
+    count = len(request.steps)
+    if not request.reference:
+        return f"steps must come with a reference that names them, got {count} without" if count else ""
+    if len(request.reference) > MAX_TEXT:
+        return f"reference must have at most {MAX_TEXT} characters, got {len(request.reference)}"
+    if request.reference == request.run and not count:
+        return f"reference must be another run than the one it is for, got {request.reference!r}"
+    if count > MAX_LOSSES or count != len(request.losses):
+        return (
+            f"steps and losses must be equally many, at most {MAX_LOSSES}, got {count} steps and "
+            f"{len(request.losses)} losses"
+        )
+    if not all(before < after for before, after in pairwise((-1, *request.steps, MAX_STEP + 1))):
+        return "steps must be 0 to 2**53 and ascend"
+    return "" if all(map(math.isfinite, request.losses)) else "losses must be finite"
 
 
 def _some(names: Sequence[str]) -> str:

@@ -14,6 +14,8 @@ from sharpwatch.daemon.decisions.lifecycle import DecisionLifecycle
 from sharpwatch.daemon.decisions.operator_requests import OperatorContext, OperatorRequests
 from sharpwatch.daemon.decisions.policy import MODES, Control, EscalationChain, Permissions, strongest
 from sharpwatch.daemon.decisions.transitions import UNDER_WAY
+from sharpwatch.daemon.detection.history import Losses, StepHistory
+from sharpwatch.daemon.detection.reference import ReferenceTest
 from sharpwatch.daemon.detection.run_detection import RunDetection
 from sharpwatch.daemon.detection.sharpness import Sharpness
 from sharpwatch.daemon.detection.thresholds import USUAL, Budget
@@ -91,6 +93,16 @@ class RunController:
         return self._detection.sharpness
 
     @property
+    def history(self) -> StepHistory:
+        """The losses of the run, and the steps at which it stood out."""
+        return self._detection.history
+
+    @property
+    def reference(self) -> ReferenceTest | None:
+        """The test against the run's reference, if it has one."""
+        return self._detection.reference
+
+    @property
     def decisions(self) -> tuple[Decision, ...]:
         """Every decision, oldest first."""
         return self._log.decisions
@@ -158,7 +170,7 @@ class RunController:
 
     def stall_ended(self, why: str) -> Changes:
         """Close the incident of a run that had stalled, where one is open."""
-        changed = self._incidents.close_stall(why)
+        changed = self._incidents.close_named("RunStalled", why)
         if changed:
             self._log.note_incidents(changed)
         return self._log.take() if self._log.changed else NO_CHANGES
@@ -208,6 +220,43 @@ class RunController:
         lost = [self._checkpoints.pop(uri) for uri in gone]
         self._lifecycle.checkpoints_lost(lost)
         return replace(self._log.take(), checkpoints=dict.fromkeys(gone))
+
+    def set_reference(self, name: str, losses: Losses) -> Changes:
+        """Hold the run against a reference from now on, its earlier steps too.
+
+        Args:
+            name: The reference's.
+            losses: Its losses; they are read as they grow.
+        """
+        self._log.note_incidents(self._incidents.close_named("SilentFailure", "another reference was set"))
+        self._detection.set_reference(name, losses)
+        self._log.note_incidents(self._detection.judge_reference())
+        return self._log.take()
+
+    def clear_reference(self) -> Changes:
+        """Hold the run against no reference any more."""
+        self._detection.reference = None
+        self._log.note_incidents(self._incidents.close_named("SilentFailure", "the reference was cleared"))
+        return self._log.take()
+
+    def restore_reference(self, name: str, losses: Losses) -> None:
+        """Take up a journalled reference; the next step goes on with the incident that it may have."""
+        self._detection.set_reference(name, losses)
+
+    def reference_came(self, step: int) -> Changes:
+        """Judge what the run did at a step to which its reference has come only now."""
+        self._log.note_incidents(self._detection.reference_came(step))
+        return self._log.take()
+
+    def attribute(self, incident_id: str, shown: tuple[str, ...], absent: tuple[str, ...]) -> Changes:
+        """Note which runs with the same data stood out at an incident's onset, and which did not."""
+        self._log.note_incidents([self._incidents.attribute(incident_id, shown, absent)])
+        return self._log.take()
+
+    def skipped_before(self, step: int) -> bool:
+        """Whether a rollback has left out batches of steps before `step`, so that later ones have other data."""
+        plans = (made.rollback for made in self.decisions if made.rollback and made.applied_step is not None)
+        return any(plan.skip_from_step < plan.skip_to_step and plan.skip_from_step <= step for plan in plans)
 
     def set_learning_rates(  # noqa: PLR0913, PLR0917  the fields of the operator's request
         self,
@@ -294,7 +343,6 @@ class RunController:
     def take_over(self, earlier: RunController) -> None:
         """Carry on for a new attempt of the run, whose trainer begins with every multiplier at 1."""
         self.restore(earlier.incidents, earlier.decisions, earlier.revisions, earlier.checkpoints, earlier.own_mode)
-        if earlier._detection.names == self._detection.names:
-            self._detection.take_over(earlier._detection)
+        self._detection.take_over(earlier._detection)
         self._step = earlier._step
         self.begin_anew()

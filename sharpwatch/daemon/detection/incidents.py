@@ -20,6 +20,8 @@ _EVENTS: set[AlertName] = {"NonFinite", "WeightJump", "SettingsChanged", "Optimi
 _BLOCK_ALERTS: set[AlertName] = {"WeightGrowth", "DeadBlock", "UpdateRmsSpike", "GradientSpike"}
 _PROBED: set[AlertName] = {"StabilityLimit", "SharpnessSpike"}
 _LOCAL: set[Cause] = {"instability", "silent"}
+# What a batch can bring about: runs with the same data then show it at the same step.
+_BY_BATCH: set[AlertName] = {"LossSpike", "LossDrop", "GradientSpike", "UpdateRmsSpike", "NonFinite"}
 # What disturbs weights by itself: under such a cause their jumps are consequences.
 _MOVES_WEIGHTS: set[Cause] = {"learning-rate", "optimizer-state", "non-finite", "damaged-weight"}
 
@@ -81,11 +83,20 @@ class IncidentLog:
 
     def see(self, findings: Sequence[Finding], *, probed: bool = False) -> tuple[Incident, ...]:
         """Fold the findings of one sample, which has a stability ratio or not; returns the incidents to record."""
+        found, changed = self.add(findings)
+        for identity, entry in tuple(self._open.items()):
+            entry.count_quiet(found=identity in found, probed=probed)
+            if entry.quiet >= 1:
+                changed[identity] = self._close(identity, entry.quiet_for)
+        return tuple(changed.values())
+
+    def add(self, findings: Sequence[Finding]) -> tuple[set[str], dict[str, Incident]]:
+        """Fold findings that come without a sample; returns the ids of their incidents, and those to record by id."""
         changed: dict[str, Incident] = {}
         found: set[str] = set()
         for finding in sorted(findings, key=lambda each: (each.onset, _RANK[each.name])):
             entry = self._belongs_to(finding)
-            if entry is None and finding.name == "LossDrop" and self._open:
+            if entry is None and self._is_shown(finding):
                 continue
             if entry is None:
                 entry = self._begin(finding)
@@ -93,11 +104,30 @@ class IncidentLog:
             elif self._join(entry, finding):
                 changed[entry.incident.id] = entry.incident
             found.add(entry.incident.id)
-        for identity, entry in tuple(self._open.items()):
-            entry.count_quiet(found=identity in found, probed=probed)
-            if entry.quiet >= 1:
-                changed[identity] = self._close(identity, entry.quiet_for)
-        return tuple(changed.values())
+        return found, changed
+
+    def attribute(self, identity: str, shown: tuple[str, ...], absent: tuple[str, ...]) -> Incident:
+        """Note which runs with the same data stood out at an incident's onset, and which did not.
+
+        What another run shows at the same step is the data's doing. What none shows is not.
+
+        Args:
+            identity: The incident's id.
+            shown: Names of the runs that did.
+            absent: Names of those that did not.
+        """
+        before, entry = self._all[identity], self._open.get(identity)
+        evidence = before.evidence[:-1] if twins_evidence(before) else before.evidence
+        after = replace(before, in_twins=shown, not_in_twins=absent)
+        after = replace(
+            after,
+            cause=_attributed(before.cause if entry is None else _cause(entry), after),
+            evidence=evidence + twins_evidence(after),
+        )
+        self._all[identity] = after
+        if entry is not None:
+            entry.incident = after
+        return after
 
     def replay(self, findings: Sequence[Finding], *, probed: bool = False) -> None:
         """Carry open incidents on, as `see` does; open and close none."""
@@ -108,19 +138,15 @@ class IncidentLog:
                 last = max(entry.incident.last_step, found[identity].step)
                 entry.incident = self._all[identity] = replace(entry.incident, last_step=last)
 
-    def see_stall(self, finding: Finding) -> tuple[Incident, ...]:
-        """Fold a finding that comes without a sample; returns the incidents to record."""
-        if self.active(finding.name) is not None:
-            return ()
-        return (self._begin(finding).incident,)
-
-    def close_stall(self, why: str) -> tuple[Incident, ...]:
-        """Close the incident of a run that has stalled, if one is open."""
-        return tuple(self._close(each.id, why) for each in self.open if each.name == "RunStalled")
-
     def close_all(self, why: str) -> tuple[Incident, ...]:
         """Close what is open."""
         return tuple(self._close(identity, why) for identity in tuple(self._open))
+
+    def close_named(self, name: AlertName, why: str) -> tuple[Incident, ...]:
+        """Close what is open of one alert."""
+        return tuple(
+            self._close(identity, why) for identity, entry in tuple(self._open.items()) if entry.incident.name == name
+        )
 
     def acknowledge(self, identity: str, words: str) -> Incident:
         """Note who has seen an incident; raises `KeyError` for an id that is none."""
@@ -133,6 +159,12 @@ class IncidentLog:
         """Take up journalled incidents."""
         self._all = {each.id: each for each in incidents}
         self._open = {each.id: _restored(each) for each in self._all.values() if each.active}
+
+    def _is_shown(self, finding: Finding) -> bool:
+        """Whether the open incidents leave nothing to tell of a finding: a recovery, a failure that is not silent."""
+        if finding.name == "SilentFailure":
+            return any(incident.severity == "critical" for incident in self.open)
+        return finding.name == "LossDrop" and any(incident.name != "SilentFailure" for incident in self.open)
 
     def _belongs_to(self, finding: Finding) -> _Open | None:
         """The open incident that a finding is part of."""
@@ -175,18 +207,18 @@ class IncidentLog:
         layer_blocks = explains.layer_blocks
         if layer_blocks:  # else it is the whole model's: what blocks show beside it is no cause
             layer_blocks = tuple(dict.fromkeys((*layer_blocks, *(b for each in others for b in each.layer_blocks))))
-        after = entry.incident = replace(
+        after = replace(
             before,
             name=explains.name,
             names=(explains.name, *(each.name for each in others)),
-            cause=_cause(entry),
             severity="critical" if worse else before.severity,
             blocks=_types(layer_blocks),
             layer_blocks=layer_blocks,
-            evidence=(explains.evidence, *(each.evidence for each in others)),
             onset=min(explains.onset, before.onset),
             last_step=max(before.last_step, finding.step),
         )
+        evidence = (explains.evidence, *(each.evidence for each in others), *twins_evidence(after))
+        after = entry.incident = replace(after, cause=_attributed(_cause(entry), after), evidence=evidence)
         self._all[after.id] = after
         goes_on = replace(after, last_step=before.last_step) == before
         if goes_on and after.last_step - entry.recorded < UPDATE_EVERY:
@@ -202,8 +234,9 @@ class IncidentLog:
 
 def _is_part(finding: Finding, incident: Incident) -> bool:
     """Whether a finding belongs to an open incident. One that is open must not hide another that begins."""
-    if incident.name == "RunStalled":
-        return False  # it is of the time before this sample
+    # The one is of the time before a sample; the other is about another run, and may stand for ever.
+    if {"RunStalled", "SilentFailure"} & {finding.name, incident.name}:
+        return finding.name == incident.name
     near = finding.onset - incident.onset <= (_TOGETHER if finding.name in _EVENTS else _EXPLAINS)
     if near:
         return True
@@ -237,6 +270,35 @@ def _cause(entry: _Open) -> Cause:
     if explains.name in _BLOCK_ALERTS and losses:
         return "data" if min(losses) - explains.onset <= _WITH_LOSS else "instability"
     return CAUSES[explains.name]
+
+
+def is_by_batch(incident: Incident) -> bool:
+    """Whether a batch can have brought an incident about, so that runs with the same data would show it too."""
+    return incident.name in _BY_BATCH
+
+
+def twins_evidence(incident: Incident) -> tuple[str, ...]:
+    """The evidence on runs with the same data; empty where there is none."""
+    if not is_by_batch(incident):
+        return ()
+    if incident.in_twins:
+        runs = "run" if len(incident.in_twins) == 1 else "runs"
+        return (f"also in {runs} {', '.join(incident.in_twins)} at step {incident.onset}",)
+    if incident.not_in_twins:
+        twins = "its twin" if len(incident.not_in_twins) == 1 else "its twins"
+        return (f"not in {twins} {', '.join(incident.not_in_twins)} at step {incident.onset}",)
+    return ()
+
+
+def _attributed(cause: Cause, incident: Incident) -> Cause:
+    """The cause by the findings, corrected by what runs with the same data showed at the onset."""
+    if not is_by_batch(incident):
+        return cause
+    if incident.in_twins:
+        return "data"
+    if incident.not_in_twins and cause == "data":
+        return next((CAUSES[name] for name in incident.names if CAUSES[name] != "data"), "instability")
+    return cause
 
 
 def _types(layer_blocks: Iterable[str]) -> tuple[str, ...]:

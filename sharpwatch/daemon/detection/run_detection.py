@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,14 +12,20 @@ import numpy.typing as npt
 
 from sharpwatch.daemon.detection.detectors import findings, statistics
 from sharpwatch.daemon.detection.exact import Judged
+from sharpwatch.daemon.detection.history import Losses, StepHistory
 from sharpwatch.daemon.detection.incidents import IncidentLog
+from sharpwatch.daemon.detection.reference import ReferenceTest
 from sharpwatch.daemon.detection.sharpness import Sharpness
 from sharpwatch.daemon.detection.signals import Scores, Signals
 from sharpwatch.daemon.detection.state import packed, unpacked
 from sharpwatch.daemon.detection.thresholds import USUAL, Budget, Limits
-from sharpwatch.daemon.records import Finding, Incident, Observation
+from sharpwatch.daemon.records import AlertName, Finding, Incident, Observation
 
 EXCURSION = 6.0  # z of a single value that is counted
+# z of the loss, or of what all gradients have in common, that counts where a run with the same data stood out: less
+# than for an excursion, since it is looked at for three steps and not for all of them.
+ALSO = 4.0
+_SEEN_IN_TWINS: set[AlertName] = {"LossSpike", "LossDrop", "GradientSpike", "NonFinite"}
 
 
 def layer_block_name(block: str, layer: str) -> str:
@@ -53,6 +60,9 @@ class RunDetection:
         self.incidents = IncidentLog(run, new_id)
         # Samples in which a single value stood out but was no finding; by signal, and block type or "" for the loss.
         self.excursions: Counter[tuple[str, str]] = Counter()
+        # For other runs, which are held against this one.
+        self.history = StepHistory()
+        self.reference: ReferenceTest | None = None
         self._types = np.array([block for block, _ in layer_blocks])
         self._make = (parameters, tuple(block for block, _ in layer_blocks), budget)
         self._signals, self._limits = self._made()
@@ -66,6 +76,9 @@ class RunDetection:
         found = self._judge(observation)
         if not found:
             self._count_excursions()
+        if self.reference is not None:
+            self.reference.see(observation.step)
+            found += self._silent(observation.step)
         if not (found or self.incidents.open):
             return found, ()
         return found, self.incidents.see(found, probed=_is_probed(observation))
@@ -74,12 +87,49 @@ class RunDetection:
         """Take in that no step has come for so long after `step`; returns the finding, and a new incident."""
         evidence = f"no step for {seconds:.0f} s after step {step}, though the agent is connected"
         finding = Finding("RunStalled", "critical", evidence, step, step)
-        return [finding], self.incidents.see_stall(finding)
+        _, changed = self.incidents.add([finding])
+        return [finding], tuple(changed.values())
 
     @property
     def sharpness(self) -> Sharpness:
         """What is known of the sharpness of the run's blocks."""
         return self._signals.sharpness
+
+    def set_reference(self, name: str, losses: Losses) -> None:
+        """Hold the run against a reference, also its steps so far.
+
+        Args:
+            name: The reference's.
+            losses: Its losses; they are read as they grow.
+        """
+        self.reference = ReferenceTest(name, self.history.losses, losses, self._make[2])
+
+    def judge_reference(self) -> tuple[Incident, ...]:
+        """Tell what the reference says of the run so far; returns incidents that changed."""
+        _, changed = self.incidents.add(self._silent(self.history.last_step))
+        return tuple(changed.values())
+
+    def reference_came(self, step: int) -> tuple[Incident, ...]:
+        """The reference has come to a step that this run may have come to before; returns incidents that changed."""
+        if self.reference is None or step > self.history.last_step:
+            return ()
+        self.reference.see(step)
+        return self.judge_reference()
+
+    def _silent(self, step: int) -> list[Finding]:
+        finding = None if self.reference is None else self.reference.finding(step)
+        return [] if finding is None else [finding]
+
+    def _note_step(self, found: Sequence[Finding]) -> None:
+        """Remember the step, and whether its loss or its gradients stood out."""
+        now = self._signals.recent[-1]
+        loss, common = now.loss[1], now.common_gradient
+        odd = abs(loss) > ALSO or abs(common) > ALSO or bool((np.abs(now.gradient[1]) > EXCURSION).any())
+        seen = now.observation
+        self.history.see(seen.step, seen.loss, judged=not math.isnan(loss), odd=odd)
+        for finding in found:
+            if finding.name in _SEEN_IN_TWINS:
+                self.history.mark(finding.onset)
 
     @property
     def recent(self) -> tuple[Scores, ...]:
@@ -104,7 +154,12 @@ class RunDetection:
 
     def _judge(self, observation: Observation) -> list[Finding]:
         # After a restart the samples of before an incident are folded while it is open.
-        opened = [incident for incident in self.incidents.open if incident.first_step < observation.step]
+        opened = [
+            incident
+            for incident in self.incidents.open
+            # A silent failure is within the run's own band: what happens in it is normal.
+            if incident.first_step < observation.step and incident.name != "SilentFailure"
+        ]
         # What happens in an incident must not become normal; a warning may be a false one.
         wrong = any(incident.severity == "critical" for incident in opened)
         self._signals.see(observation, keep_out=wrong, settle=not opened)
@@ -112,15 +167,17 @@ class RunDetection:
         found = statistics(recent)
         exceeded, limits = self._limits.see(found, keep_out=bool(opened))
         probes, sharp = tuple(self._signals.probes), tuple(self._signals.sharp_probes)
-        return findings(Judged(recent, probes, self.names, found, limits, exceeded, sharp, self.sharpness.blocks))
+        made = findings(Judged(recent, probes, self.names, found, limits, exceeded, sharp, self.sharpness.blocks))
+        self._note_step(made)
+        return made
 
     def replay(self, observation: Observation) -> None:
         """Take in a journalled step: baselines and open incidents move on, and none opens or closes."""
         self.incidents.replay(self._judge(observation), probed=_is_probed(observation))
 
     def state(self) -> bytes:
-        """The baselines and thresholds, from which another daemon goes on with `load_state`."""
-        return packed(self._signals.state() | self._limits.state())
+        """The baselines, thresholds and history, from which another daemon goes on with `load_state`."""
+        return packed(self._signals.state() | self._limits.state() | self.history.state())
 
     def load_state(self, state: bytes) -> None:
         """Go on from `state`; raises `ValueError`, and begins anew, where it is damaged or of other layer blocks."""
@@ -128,11 +185,14 @@ class RunDetection:
         try:
             self._signals.load_state(arrays)
             self._limits.load_state(arrays)
+            self.history = StepHistory.from_state(arrays)
         except (ValueError, KeyError, TypeError) as error:
             self._signals, self._limits = self._made()
             raise ValueError(f"the state of the baselines can't be used: {error}") from error
 
     def take_over(self, earlier: RunDetection) -> None:
-        """Carry on for a new attempt of the run, whose layer blocks are the same."""
-        self._signals, self._limits = earlier._signals, earlier._limits
-        self._signals.begin_attempt()
+        """Carry on for a new attempt of the run: with its baselines where its layer blocks are the same."""
+        self.history, self.reference = earlier.history, earlier.reference
+        if earlier.names == self.names:
+            self._signals, self._limits = earlier._signals, earlier._limits
+            self._signals.begin_attempt()

@@ -55,6 +55,7 @@ class Scores:
         young_loss: Of the newest three losses above all of the 30 before; NaN in a run that is no longer young.
         update: The same of the log of the update RMS, less the median over layer blocks.
         gradient: The same of the log of the gradient norm.
+        common_gradient: Of the median over layer blocks of the log gradient norms, of this sample alone.
         weight: Of the change of the log weight norm in one step, in units of the most that the step can do.
         weight_change: That change itself.
         weight_share: The change over the most that a step of Adam's can do; NaN for other optimizers.
@@ -76,6 +77,7 @@ class Scores:
     young_loss: float = math.nan
     update: Mapping[int, Doubles] = field(default_factory=dict)
     gradient: Mapping[int, Doubles] = field(default_factory=dict)
+    common_gradient: float = math.nan
     weight: Doubles = field(default_factory=lambda: np.empty(0))
     weight_change: Doubles = field(default_factory=lambda: np.empty(0))
     weight_share: Doubles = field(default_factory=lambda: np.empty(0))
@@ -177,8 +179,8 @@ class Signals:
         self.sharp_probes: deque[Scores] = deque(maxlen=3)  # those with a trace
         self.sharpness = Sharpness(parameters, types)
         self._stability = Stability(self.sharpness.blocks)
-        # Update RMS and gradient norm of each layer block, and the loss.
-        floors, shares = np.full(2 * columns + 1, _NORM_FLOOR), np.zeros(2 * columns + 1)
+        # Update RMS and gradient norm of each layer block, what gradients have in common, and the loss.
+        floors, shares = np.full(2 * columns + 2, _NORM_FLOOR), np.zeros(2 * columns + 2)
         floors[-1], shares[-1] = 0.0, _LOSS_FLOOR
         self._trend = Trend(floors, shares, SPANS)
         self._young_loss = Highest(_LOSS_FLOOR)
@@ -301,13 +303,13 @@ class Signals:
 
     def _trends(self, scores: Scores, *, keep_out: bool, settle: bool) -> Scores:
         seen, count = scores.observation, self._columns
-        values = np.full(2 * count + 1, np.nan)
+        values = np.full(2 * count + 2, np.nan)
         if seen.layers is not None:
             values[:-1] = _log_columns(seen.layers)
         # Larger ones are no numbers in single precision.
         values[-1] = math.nan if seen.loss is None or not abs(seen.loss) < _LARGEST_LOSS else seen.loss
         if self._settling and settle:
-            self._trend.forget(slice(2 * count))
+            self._trend.forget(slice(2 * count + 1))
         z, means = self._trend.see(seen.step, values, keep_out=keep_out)
         if scores.rate.size:
             caution = self._caution(scores.rate)
@@ -318,6 +320,7 @@ class Signals:
             loss={span: float(row[-1]) for span, row in rows.items()},
             young_loss=self._young_loss.see(float(values[-1]), keep_out=keep_out),
             update={span: row[:count] for span, row in rows.items()},
+            common_gradient=float(z[-2]),
             gradient={span: row[count : 2 * count] for span, row in rows.items()},
         )
 
@@ -388,14 +391,14 @@ class Signals:
 
 
 def _log_columns(now: LayerTap) -> Doubles:
-    """Log update RMS and log gradient norm of each layer block, less their medians."""
+    """Log update RMS and log gradient norm of each layer block less their medians, then the latter's median."""
     with np.errstate(invalid="ignore", divide="ignore"):
         # A gradient of exactly zero is a value, but no number that a spread could be made of: see `Scores.dead`.
         rows = np.log(np.stack([now.update_rms, now.gradient_norm]).astype(np.float64))
     rows[~np.isfinite(rows)] = np.nan
     medians = np.array([_median(row) for row in rows])
     few = (~np.isnan(rows)).sum(1) < _FEW
-    return np.concatenate(rows - np.where(few, 0.0, medians)[:, None])
+    return np.append(rows - np.where(few, 0.0, medians)[:, None], medians[1])
 
 
 def _median(row: Doubles) -> float:

@@ -25,8 +25,8 @@ _MORE, _MOST = 1.25, 5.0  # times what it has paged for, and at most so many tim
 _UP, _DOWN = 2.0, 0.8  # factors by which it moves a threshold at most
 _LEAST_EXCEEDANCES = 10  # that a run's own mean excess is made of
 _USUAL_BLOCKS = 20  # layer blocks of the laboratory's models
-_PER = 10_000.0  # steps that a budget is for
-_MARGIN = 10.0  # times fewer pages are aimed at: far out, a tail is not known to a factor of two
+PER = 10_000.0  # steps that a budget is for
+MARGIN = 10.0  # times fewer pages are aimed at: far out, a tail is not known to a factor of two
 
 
 Limit = tuple[float, float]  # of a statistic: what is worth a warning, and what a page
@@ -187,8 +187,8 @@ class Limits:
         self._warnings = np.array([self.now[name][0] for name in self._names])
 
     def _limits(self) -> dict[str, Limit]:
-        pages = self._budget.pages / _PER / len(_PAGED) / _MARGIN
-        warnings = self._budget.warnings / _PER / len(self._names)
+        pages = self._budget.pages / PER / len(_PAGED) / MARGIN
+        warnings = self._budget.warnings / PER / len(self._names)
         limits = {}
         for i, name in enumerate(self._names):
             page = self._limit(i, pages) if name in _PAGED else math.inf

@@ -13,6 +13,7 @@ from sharpwatch.blocks import BLOCKS
 from sharpwatch.errors import WireError
 from sharpwatch.v1 import agent_pb2
 from sharpwatch.wire import (
+    MAX_DATA_ORDER,
     MAX_LAYER_BLOCKS,
     MAX_NAME,
     MAX_STEP,
@@ -49,6 +50,7 @@ class RunHello:
     host: str
     agent_version: str
     probes: tuple[str, ...] = ()
+    data_order: str = ""
     block_parameters: Ints = field(init=False)  # [B]
 
     def __post_init__(self) -> None:
@@ -119,6 +121,7 @@ def read_hello(hello: agent_pb2.Hello) -> RunHello:
         host=checked_text(hello.host, "host"),
         agent_version=checked_text(hello.agent_version, "agent_version"),
         probes=tuple(checked_text(probe, "probes", MAX_NAME) for probe in hello.probes),
+        data_order=checked_text(hello.data_order, "data_order", MAX_DATA_ORDER),
     )
 
 

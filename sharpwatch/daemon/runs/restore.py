@@ -52,6 +52,7 @@ def restore_run(runs: Runs, stored: StoredRun) -> list[Changes]:
     run.count(Changes(stored.incidents, stored.decisions, stored.revisions, ()))
     # They are sent again when the trainer connects, since nothing says whether it has received them.
     run.outstanding.update((made.id, made) for made in stored.decisions if made.outcome in UNDER_WAY)
+    run.reference = stored.reference
     # After the outstanding commands are known, because the samples may hold their answers.
     changes = _replay(run, attempts, stored.samples, stored.baselines)
     closed = next(row.closed for row in stored.attempts if row.attempt == newest.hello.attempt)

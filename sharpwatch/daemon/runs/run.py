@@ -20,6 +20,7 @@ from sharpwatch.daemon.ingest.samples import Reading
 from sharpwatch.daemon.records import NO_CHANGES, Changes, Decision, Observation
 from sharpwatch.daemon.runs.maxima import RecentMaxima
 from sharpwatch.daemon.runs.snapshot import Phase, RunSnapshot
+from sharpwatch.daemon.storage.schema import ReferenceRow
 
 MAX_RUNS = 1_000
 MAX_ATTEMPTS = 4  # remembered of a run, as one of them may still be sending its last samples
@@ -66,6 +67,8 @@ class Run:
         self.signal = Signal()
         # Journalled decisions whose command the trainer has not answered.
         self.outstanding: dict[str, Decision] = {}
+        # What its losses are held against; `peers` keeps the controllers to it.
+        self.reference: ReferenceRow | None = None
         self._windows: dict[str, deque[tuple[int, Any]]] = {
             name: deque(maxlen=spec.window) for name, spec in PROBES.items() if spec.window
         }

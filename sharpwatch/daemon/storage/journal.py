@@ -29,6 +29,7 @@ from sharpwatch.daemon.storage.schema import (
     BaselinesRow,
     EstimateRow,
     PendingWrites,
+    ReferenceRow,
     SampleRow,
     StoredAttempt,
     StoredRun,
@@ -239,7 +240,13 @@ class Journal:
             "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             map(_estimate, records.estimates),
         )
-
+        for row in records.references:
+            # Who set which reference is kept; the losses of one that is replaced are not.
+            connection.execute("UPDATE run_references SET losses = NULL WHERE run = ?", [row.run])
+            connection.execute(
+                "INSERT INTO run_references (run, name, losses, author, reason, made_at) VALUES (?, ?, ?, ?, ?, ?)",
+                [row.run, row.name, row.losses, row.author, row.reason, row.made_at],
+            )
         connection.executemany(
             "INSERT OR REPLACE INTO baselines VALUES (?, ?, ?, ?)",
             [(row.run, row.attempt, row.sequence, row.state) for row in records.baselines.values()],
@@ -267,6 +274,10 @@ class Journal:
             [run, samples],
         ).fetchall()
         baselines = rows("SELECT attempt, sequence, state FROM baselines WHERE run = ?", [run]).fetchone()
+        reference = rows(
+            "SELECT name, losses, author, reason, made_at FROM run_references WHERE run = ? ORDER BY id DESC LIMIT 1",
+            [run],
+        ).fetchone()
         mode = rows("SELECT mode FROM modes WHERE run = ? ORDER BY id DESC LIMIT 1", [run]).fetchone()
         return StoredRun(
             run=run,
@@ -296,6 +307,7 @@ class Journal:
             ),
             mode=mode[0] if mode else None,
             baselines=None if baselines is None else BaselinesRow(run, *baselines),
+            reference=ReferenceRow(run, *reference) if reference and reference[0] else None,
         )
 
 

@@ -53,8 +53,14 @@ ALTER TABLE estimates ADD COLUMN method TEXT NOT NULL DEFAULT '';
 _BASELINES = """
 CREATE TABLE baselines (run TEXT PRIMARY KEY, attempt TEXT NOT NULL, sequence INTEGER NOT NULL, state BLOB NOT NULL);
 """
+_REFERENCES = """
+CREATE TABLE run_references (
+    id INTEGER PRIMARY KEY, run TEXT NOT NULL, name TEXT NOT NULL, losses BLOB, author TEXT NOT NULL,
+    reason TEXT NOT NULL, made_at REAL NOT NULL);
+CREATE INDEX run_references_by_run ON run_references (run, id);
+"""
 # Only appended to: an entry that was released is in journals that exist.
-SCHEMAS = (_TABLES, _TRANSITIONS, _RESIDUALS, _BASELINES)  # a journal of version n has the first n
+SCHEMAS = (_TABLES, _TRANSITIONS, _RESIDUALS, _BASELINES, _REFERENCES)  # a journal of version n has the first n
 SCHEMA_VERSION = len(SCHEMAS)
 FIRST_TABLES = {"attempts", "samples", "alerts", "decisions", "revisions"}  # in a journal of any version
 
@@ -107,6 +113,23 @@ class ModeRow:
 
 
 @dataclass(frozen=True, slots=True)
+class ReferenceRow:
+    """A reference that an operator set for a run.
+
+    Attributes:
+        name: A run of the daemon, or where `losses` are from; empty for none any more.
+        losses: The state of the losses of a recorded run; empty for those of a run of the daemon.
+    """
+
+    run: str
+    name: str
+    losses: bytes
+    author: str
+    reason: str
+    made_at: float
+
+
+@dataclass(frozen=True, slots=True)
 class EstimateRow:
     """An estimate; `block` is empty for the whole model."""
 
@@ -150,6 +173,7 @@ class StoredRun:
     checkpoints: tuple[Checkpoint, ...]
     mode: Mode | None
     baselines: BaselinesRow | None = None
+    reference: ReferenceRow | None = None
 
 
 MAX_PENDING_ESTIMATES = 100_000  # the oldest are dropped while the journal fails; samples can give them again
@@ -174,6 +198,7 @@ class PendingWrites:
     estimates: deque[EstimateRow] = field(default_factory=lambda: deque(maxlen=MAX_PENDING_ESTIMATES))
     commands: dict[str, str] = field(default_factory=dict)  # decision id -> run
     baselines: dict[str, BaselinesRow] = field(default_factory=dict)
+    references: list[ReferenceRow] = field(default_factory=list)
 
     def add(self, run: str, changes: Changes) -> None:
         """Adds what the controller of `run` changed."""
@@ -202,6 +227,7 @@ class PendingWrites:
         self.estimates.extend(newer.estimates)
         self.commands.update(newer.commands)
         self.baselines.update(newer.baselines)
+        self.references.extend(newer.references)
 
     def _put_checkpoints(self, newer: Mapping[tuple[str, str], int | None]) -> None:
         for key, step in newer.items():

@@ -25,6 +25,7 @@ from sharpwatch.daemon.storage.schema import (
     EstimateRow,
     ModeRow,
     PendingWrites,
+    ReferenceRow,
     SampleRow,
     TransitionRow,
 )
@@ -74,6 +75,26 @@ def test_checkpoints_that_are_gone_are_forgotten_and_others_come_in_the_order_th
         Checkpoint(3, "c3"),
     )
     assert journal.load("else", samples=0).checkpoints == (Checkpoint(9, "c9"),)
+
+
+def test_the_newest_reference_counts_and_who_set_the_others_is_kept(journal, url):
+    assert journal.load("run", samples=0).reference is None
+    rows = [
+        ReferenceRow("run", "old.csv", b"losses", "ann", "trains", 4.0),
+        ReferenceRow("run", "good", b"", "bob", "", 5.0),
+        ReferenceRow("else", "old.csv", b"losses", "ann", "", 6.0),
+    ]
+    for row, expected in zip(rows, (rows[0], rows[1], rows[1]), strict=True):
+        write(journal, attempts=(ATTEMPT,), references=[row])
+        assert journal.load("run", samples=0).reference == expected
+    assert journal.load("else", samples=0).reference == rows[2]
+    write(journal, references=[ReferenceRow("run", "", b"", "ann", "done", 7.0)])
+    assert journal.load("run", samples=0).reference is None
+    with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as opened:
+        kept = opened.execute(
+            "SELECT name, author, losses FROM run_references WHERE run = 'run' ORDER BY id"
+        ).fetchall()
+    assert kept == [("old.csv", "ann", None), ("good", "bob", None), ("", "ann", b"")]
 
 
 def test_every_record_comes_back_as_it_went(journal):

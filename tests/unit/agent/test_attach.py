@@ -32,7 +32,7 @@ def test_the_signature_is_the_documented_one():
     documented = (
         "model, optimizer, *, training_job, run=None, address=None, token=None, tls=None, overhead_budget=0.01, "
         "probe_every=None, probes=('gnb', 'direction'), loss_fn=None, logits_fn=None, on_rollback=None, control='lr', "
-        "lr_bounds=(0.1, 10.0), initial_step=0, seed=0, rules=None, strict=False, transport=None"
+        "lr_bounds=(0.1, 10.0), initial_step=0, seed=0, rules=None, strict=False, data_order=None, transport=None"
     )
     parameters = inspect.signature(sharpwatch.attach).parameters.values()
     bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in parameters]
@@ -78,6 +78,9 @@ def test_the_signature_is_the_documented_one():
         ({"address": 7741}, "address: expected HOST:PORT or unix:PATH"),
         ({"tls": {"certificate": "x"}}, "ca, cert, key"),
         ({"tls": {"ca": 3}}, "tls['ca'] must be a path, got int"),
+        ({"data_order": ""}, "data_order must have 1 to 200 printable characters, or be None, got ''"),
+        ({"data_order": "x" * 201}, "data_order must have 1 to 200 printable characters, or be None, got 'xx"),
+        ({"data_order": 7}, "data_order must have 1 to 200 printable characters, or be None, got 7"),
         ({"token": "a\nb"}, "token"),
         ({"token": b"secret"}, "token must be a string or None, got bytes"),
         ({"transport": "unix:/run/s"}, "transport must have the members of sharpwatch.agent.transport.base.Transport"),
@@ -167,12 +170,14 @@ def test_the_hello_says_what_is_watched(model, optimizer, transports):
         lr_bounds=(0.5, 4),
         initial_step=9,
         seed=3,
+        data_order="openwebtext, seed 7",
     ) as watch:
         hello = transports[-1].hello
         assert watch.step == 9
     assert (hello.protocol, hello.training_job, hello.run, hello.optimizer) == (1, "job", "r", "AdamW")
     assert (hello.control, hello.min_multiplier, hello.max_multiplier) == ("rollback", 0.5, 4.0)
     assert (hello.initial_step, hello.seed, list(hello.probes)) == (9, 3, ["gnb", "direction"])
+    assert hello.data_order == "openwebtext, seed 7"
     assert list(hello.blocks) == ["emb", "norm", "head"]
     assert sum(block.parameters for block in hello.layer_blocks) == sum(p.numel() for p in model.parameters())
 

@@ -136,3 +136,29 @@ def test_a_configuration_that_is_wrong_is_said(written, capsys):
     config = written("wrong.yaml", "detection: {pages_per_10k_steps: 0}\n")
     assert main(["replay", "--config", config, written("healthy.csv", HEALTHY)]) == 1
     assert "wrong.yaml:1" in capsys.readouterr().err
+
+
+def made(seed, gap=0.0):
+    noise = np.random.default_rng(seed).normal(0, 0.02, 400)
+    return "step,loss\n" + "".join(f"{step},{3 + gap + noise[step - 1]:.4f}\n" for step in range(1, 401))
+
+
+def test_a_run_that_is_wrong_from_its_first_step_is_found_by_a_reference(written, capsys):
+    bad, good = written("bad.csv", made(1, gap=0.4)), written("good.csv", made(2))
+    assert main(["replay", bad]) == 0
+    assert capsys.readouterr().out.startswith("bad.csv: no incident")
+    assert main(["replay", bad, "--reference", good, "--json"]) == 0
+    (run,) = json.loads(capsys.readouterr().out)["runs"]
+    (incident,) = run["incidents"]
+    assert (incident["name"], incident["cause"], incident["severity"]) == ("SilentFailure", "silent", "critical")
+    assert incident["onset"] == 1
+    assert "above the reference good.csv from step 1 on: by " in incident["evidence"][0]
+    assert main(["replay", good, "--reference", bad]) == 0
+    assert capsys.readouterr().out.startswith("good.csv: no incident")
+
+
+def test_a_reference_that_can_not_be_read(written, capsys):
+    assert main(["replay", written("good.csv", made(2)), "--reference", "none.csv"]) == 1
+    assert "none.csv" in capsys.readouterr().err
+    assert main(["replay", "good.csv", "--reference", written("rates.csv", "step,lr\n1,0.1\n2,0.1\n")]) == 1
+    assert "rates.csv: no step has a loss that is finite" in capsys.readouterr().err

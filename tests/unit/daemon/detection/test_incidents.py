@@ -276,3 +276,57 @@ def test_what_is_found_after_a_stall_is_an_incident_of_its_own():
     made.see_stall(50, 700.0)
     _, changed = made.see(replace(run[50], loss=float("nan")))
     assert {each.name: each.active for each in changed} == {"RunStalled": False, "NonFinite": True}
+
+
+def test_what_a_twin_shows_too_is_the_datas_doing():
+    incidents = log()
+    incidents.see([found("GradientSpike", 10, "layers.0.qk")])
+    shown = incidents.attribute("i1", ("b", "c"), ("d",))
+    assert (shown.cause, shown.evidence[-1]) == ("data", "also in runs b, c at step 10")
+    (worse,) = incidents.see([found("UpdateRmsSpike", 11, "layers.0.qk", onset=10)])
+    assert (worse.cause, worse.evidence[-1]) == ("data", "also in runs b, c at step 10")
+    assert len(worse.evidence) == 3
+
+
+def test_what_no_twin_shows_is_not():
+    incidents = log()
+    incidents.see([found("LossSpike", 10)])
+    absent = incidents.attribute("i1", (), ("b",))
+    assert (absent.cause, absent.evidence) == ("instability", ("LossSpike at 10", "not in its twin b at step 10"))
+    (joined,) = incidents.see([found("DeadBlock", 12, "layers.0.qk")])
+    assert joined.cause == "silent"  # by the other finding
+    shown = incidents.attribute("i1", ("c",), ("b",))  # one that came later
+    assert (shown.cause, shown.evidence[-1]) == ("data", "also in run c at step 10")
+    assert not any(line.startswith("not in") for line in shown.evidence)
+
+
+@pytest.mark.parametrize("name", ["RateRaise", "WeightJump", "OptimizerState", "SettingsChanged", "StabilityLimit"])
+def test_what_is_certain_otherwise_stays(name):
+    """A schedule raises the rate of all twins at one step."""
+    incidents = log()
+    incidents.see([found(name, 10)])
+    assert incidents.attribute("i1", ("b",), ()).cause == CAUSES[name]
+    assert incidents.all[0].evidence == (f"{name} at 10",)
+
+
+def test_a_closed_incident_is_attributed_too_and_a_restart_keeps_it():
+    incidents = log()
+    incidents.see([found("LossSpike", 10)])
+    incidents.attribute("i1", (), ("b",))
+    restarted = log(2)
+    restarted.restore(incidents.all)
+    (joined,) = restarted.see([found("GradientSpike", 12, onset=10)])
+    assert (joined.cause, joined.evidence[-1]) == ("instability", "not in its twin b at step 10")
+    restarted.close_all("end")
+    assert restarted.attribute("i1", ("c",), ("b",)).cause == "data"
+    assert restarted.all[0].active is False
+
+
+def test_a_silent_failure_hides_nothing_and_joins_nothing():
+    incidents = log()
+    silent = [found("SilentFailure", step, onset=1) for step in range(50, 100)]
+    fold(incidents, *silent, found("LossSpike", 95), found("LossDrop", 60, severity="warning"))
+    assert [each.names for each in incidents.all] == [("SilentFailure",), ("LossDrop",), ("LossSpike",)]
+    spike = log()  # while a page is open, the failure is not silent
+    fold(spike, *[found("LossSpike", step, onset=10) for step in range(10, 40)], found("SilentFailure", 20))
+    assert [each.name for each in spike.all] == ["LossSpike"]

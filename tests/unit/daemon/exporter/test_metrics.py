@@ -196,6 +196,7 @@ sharpwatch_alerts_total{alert="RateZero",run="run",training_job="job"} 0.0
 sharpwatch_alerts_total{alert="RunStalled",run="run",training_job="job"} 0.0
 sharpwatch_alerts_total{alert="SettingsChanged",run="run",training_job="job"} 0.0
 sharpwatch_alerts_total{alert="SharpnessSpike",run="run",training_job="job"} 0.0
+sharpwatch_alerts_total{alert="SilentFailure",run="run",training_job="job"} 0.0
 sharpwatch_alerts_total{alert="StabilityLimit",run="run",training_job="job"} 0.0
 sharpwatch_alerts_total{alert="UpdateRmsSpike",run="run",training_job="job"} 2.0
 sharpwatch_alerts_total{alert="WeightGrowth",run="run",training_job="job"} 0.0

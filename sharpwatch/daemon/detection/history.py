@@ -1,0 +1,203 @@
+"""What a run remembers of its steps for other runs: its losses, and the steps at which it stood out. Bounded."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sharpwatch.daemon.detection.state import Arrays, packed, unpacked
+from sharpwatch.wire import Doubles, Ints
+
+MAX_LOSSES = 20_000  # of a run; beyond it every second is let go
+REMEMBERED = 1_000  # steps that stood out, and stretches of steps that were judged; the newest
+FIRST = 8  # losses at the start, by which runs with the same data and the same weights are known
+LATER = 10  # steps after which a mean over several samples, too, has shown what began at a step
+_NEAR = 1  # steps by which two runs may count the same batch apart
+
+
+class Losses:
+    """Losses by step, ascending; a step that comes again replaces all from there on, as a new attempt does.
+
+    Args:
+        capacity: How many are kept. Beyond it only every second step is, then every fourth, and so on.
+    """
+
+    def __init__(self, capacity: int = MAX_LOSSES) -> None:
+        self._capacity = capacity
+        self.stride = 1  # only steps that it divides are kept
+        self._size = 0
+        self._steps: Ints = np.zeros(64, dtype=np.int64)
+        self._losses: Doubles = np.zeros(64)
+
+    @classmethod
+    def of(cls, steps: npt.ArrayLike, losses: npt.ArrayLike, stride: int = 1) -> Losses:
+        """Losses that are known as a whole.
+
+        Args:
+            steps: Ascending.
+            losses: One for each step.
+            stride: By which later steps must be divisible.
+        """
+        made = cls()
+        made._steps, made._losses = np.array(steps, dtype=np.int64), np.array(losses, dtype=np.float64)
+        made._size, made.stride = len(made._steps), stride
+        made._capacity = max(made._capacity, made._size)
+        return made
+
+    @classmethod
+    def from_state(cls, state: bytes) -> Losses:
+        """The losses that `state` is of; raises `ValueError` for other bytes."""
+        arrays = unpacked(state)
+        try:
+            return cls.of(arrays["steps"], arrays["losses"])
+        except KeyError as error:
+            raise ValueError(f"the state of the losses has no {error}") from None
+
+    def state(self) -> bytes:
+        """All of them, for `from_state`."""
+        return packed({"steps": self.steps, "losses": self.losses})
+
+    def __len__(self) -> int:
+        return self._size
+
+    @property
+    def steps(self) -> Ints:
+        """The steps."""
+        return self._steps[: self._size]
+
+    @property
+    def losses(self) -> Doubles:
+        """The loss at each step."""
+        return self._losses[: self._size]
+
+    def thinned(self) -> Losses:
+        """At most `MAX_LOSSES` of them, evenly chosen."""
+        every = max(1, -(-len(self) // MAX_LOSSES))
+        return Losses.of(self.steps[::every], self.losses[::every])
+
+    def at(self, step: int) -> float | None:
+        """The loss at a step; None where there is none."""
+        place = int(np.searchsorted(self.steps, step))
+        return float(self._losses[place]) if place < self._size and self._steps[place] == step else None
+
+    def see(self, step: int, loss: float | None) -> None:
+        """Take in the next step; one without a loss that is finite only ends what it replaces."""
+        if self._size and step <= self._steps[self._size - 1]:
+            self._size = int(np.searchsorted(self.steps, step))
+        if loss is None or not np.isfinite(loss) or step % self.stride:
+            return
+        if self._size == self._capacity:
+            self._thin()
+            if step % self.stride:
+                return
+        if self._size == len(self._steps):
+            more = max(64, len(self._steps))
+            self._steps = np.append(self._steps, np.zeros(more, dtype=np.int64))
+            self._losses = np.append(self._losses, np.zeros(more))
+        self._steps[self._size], self._losses[self._size] = step, loss
+        self._size += 1
+
+    def _thin(self) -> None:
+        while self._size == self._capacity:
+            self.stride *= 2
+            kept = self.steps % self.stride == 0
+            steps, losses = self.steps[kept], self.losses[kept]
+            self._size = len(steps)
+            self._steps[: self._size], self._losses[: self._size] = steps, losses
+
+
+class StepHistory:
+    """The losses of a run, and the steps at which its loss or its gradients stood out."""
+
+    def __init__(self) -> None:
+        self.losses = Losses()
+        self.first: dict[int, float] = {}  # losses of the first steps
+        self.last_step = -1  # the highest
+        self._odd: deque[int] = deque(maxlen=REMEMBERED)
+        # Stretches of steps without a gap that could be judged: first and last.
+        self._judged: deque[list[int]] = deque(maxlen=REMEMBERED)
+
+    def see(self, step: int, loss: float | None, *, judged: bool, odd: bool) -> None:
+        """Take in the next step.
+
+        Args:
+            step: Its number.
+            loss: Its loss, if known.
+            judged: Whether the run was old enough for its loss to be judged.
+            odd: Whether its loss or its gradients stood out.
+        """
+        self.losses.see(step, loss)
+        self._see_first(step, loss)
+        self.last_step = max(self.last_step, step)
+        if judged:
+            self._see_judged(step)
+        if odd:
+            self.mark(step)
+
+    def mark(self, step: int) -> None:
+        """Note that something began at a step."""
+        if step not in self._odd:
+            self._odd.append(step)
+
+    def stood_out(self, step: int) -> bool | None:
+        """Whether the run stood out at a step or next to it; None where that is not known, or not yet."""
+        if any(step + away in self._odd for away in range(-_NEAR, _NEAR + 1)):
+            return True
+        was_judged = any(first <= step <= last for first, last in self._judged)
+        # An older one may be forgotten.
+        is_kept = len(self._odd) < REMEMBERED or step > min(self._odd)
+        return False if was_judged and is_kept and self.has_passed(step) else None
+
+    def has_passed(self, step: int) -> bool:
+        """Whether the run is so far past a step that all which began there has shown."""
+        return self.last_step >= step + LATER
+
+    def begins_like(self, other: StepHistory) -> bool:
+        """Whether both runs' losses are equal at all the first steps that both have, at three or more.
+
+        Losses that never change say nothing.
+        """
+        common = self.first.keys() & other.first.keys()
+        values = {self.first[step] for step in common}
+        return len(common) >= 3 and len(values) > 1 and all(self.first[step] == other.first[step] for step in common)
+
+    def _see_first(self, step: int, loss: float | None) -> None:
+        # A new attempt from the first steps on replaces them.
+        for later in [each for each in self.first if each >= step]:
+            del self.first[later]
+        if loss is not None and np.isfinite(loss) and len(self.first) < FIRST:
+            self.first[step] = loss
+
+    def _see_judged(self, step: int) -> None:
+        if self._judged and self._judged[-1][0] <= step <= self._judged[-1][1] + 1:
+            self._judged[-1][1] = max(self._judged[-1][1], step)
+        else:
+            self._judged.append([step, step])
+
+    def state(self) -> Arrays:
+        """All that `load_state` needs to go on."""
+        return {
+            "history.steps": self.losses.steps.copy(),
+            "history.losses": self.losses.losses.copy(),
+            "history.stride": np.array(self.losses.stride),
+            "history.first": np.array(list(self.first.items()), dtype=np.float64).reshape(-1, 2),
+            "history.odd": np.array(self._odd, dtype=np.int64),
+            "history.judged": np.array(self._judged, dtype=np.int64).reshape(-1, 2),
+            "history.last_step": np.array(self.last_step),
+        }
+
+    @classmethod
+    def from_state(cls, arrays: Mapping[str, npt.NDArray[Any]]) -> StepHistory:
+        """The history that `state` is of; an empty one for a state of an earlier version, which has none."""
+        made = cls()
+        if "history.steps" in arrays:
+            made.losses = Losses.of(arrays["history.steps"], arrays["history.losses"], int(arrays["history.stride"]))
+            made.first = {int(step): float(loss) for step, loss in arrays["history.first"]}
+            made._odd.extend(arrays["history.odd"].tolist())
+            made._judged.extend(arrays["history.judged"].tolist())
+            made.last_step = int(arrays["history.last_step"])
+        return made
