@@ -232,24 +232,26 @@ class Highest:
     """The newest values of a series against the highest of those before, for a run too young for a line.
 
     A loss that falls, however steeply, does not come above all of its past `BEFORE` values three times in a row. The
-    unit is the spread of the changes from value to value, from which a trend is nearly gone.
+    unit is the spread of the changes from value to value, from which a trend is nearly gone. Steps that come again or
+    late are no further evidence, and are left out.
 
     Args:
         share: The smallest spread taken for real, as a share of the level.
     """
 
     BEFORE, NEWEST = 30, 3
-    STATE = ("_values", "_count")
+    STATE = ("_values", "_count", "_last")
 
     def __init__(self, share: float) -> None:
         self._share = share
         self._values = np.full(self.BEFORE + self.NEWEST, np.nan)  # newest last
-        self._count = 0
+        self._count, self._last = 0, -1
 
-    def see(self, value: float, *, keep_out: bool) -> float:
+    def see(self, step: int, value: float, *, keep_out: bool) -> float:
         """Judge a value, then keep it.
 
         Args:
+            step: Its step.
             value: The newest.
             keep_out: Whether it may not become normal.
 
@@ -257,17 +259,18 @@ class Highest:
             By how many spreads the newest three are above the highest before them; NaN where that is not known, or the
             run is no longer young.
         """
-        if not math.isfinite(value) or self._count > Trend.SETTLED:
+        if not math.isfinite(value) or self._count > Trend.SETTLED or step <= self._last:
             return math.nan
-        self._count += 1
+        self._count, self._last = self._count + 1, step
         newest = np.append(self._values[1:], value)
         before = newest[: self.BEFORE]
         if not keep_out:
             self._values = newest
         if math.isnan(before[0]):
             return math.nan
-        spread = _MAD_TO_SD * float(np.median(np.abs(np.diff(before)))) / math.sqrt(2)
-        spread = max(spread, self._share * abs(float(np.median(before))))
+        spread = max(
+            _MEAN_TO_SD * float(np.abs(np.diff(before)).mean()) / math.sqrt(2), self._share * abs(float(before.mean()))
+        )
         above = float(newest[self.BEFORE :].min() - before.max())
         return above / spread if spread > 0 else math.nan
 

@@ -318,7 +318,7 @@ class Signals:
         return replace(
             scores,
             loss={span: float(row[-1]) for span, row in rows.items()},
-            young_loss=self._young_loss.see(float(values[-1]), keep_out=keep_out),
+            young_loss=self._young_loss.see(seen.step, float(values[-1]), keep_out=keep_out),
             update={span: row[:count] for span, row in rows.items()},
             common_gradient=float(z[-2]),
             gradient={span: row[count : 2 * count] for span, row in rows.items()},

@@ -166,7 +166,7 @@ def test_a_run_is_held_against_another_one_whichever_comes_first(reference_first
 def test_a_recorded_reference_judges_the_steps_that_lie_behind():
     fleet = Fleet()
     run = fleet.begin("a")
-    fleet.step(run, steps(1, range(150, 400), by=0.3))
+    fleet.step(run, steps(1, range(150, 400), by=0.1))
     losses = Losses.of(np.arange(1, 361), [seen.loss for seen in steps(2)])
     (incident,) = fleet.peers.set_reference(run, row("a", "old.csv", losses.state())).incidents
     assert incident.name == "SilentFailure"
