@@ -11,6 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from sharpwatch._version import __version__
 from sharpwatch.agent.checkpoint_log import CheckpointLog
 from sharpwatch.agent.control.commands import Command, CommandResult, RollBack, SetMultipliers
@@ -132,6 +135,7 @@ def sample_message(values: SampleValues) -> agent_pb2.Sample:
         tap=None if values.tap is None else _tap(values.tap),
         optimizer_groups=[_group(group) for group in values.groups],
         **_probes(values.probes),
+        attention=_attention(values.probes.attention),
         health=_health(values.health),
         results=[_result(result) for result in values.results],
         checkpoints=[types_pb2.Checkpoint(step=step, uri=uri) for step, uri in values.checkpoints],
@@ -186,6 +190,10 @@ def _group(group: GroupSettings) -> agent_pb2.OptimizerGroup:
 def _probes(run: ProbeRun) -> dict[str, Any]:
     """Returns the messages of the probes, by their field in a Sample."""
     return {name: PROBES[name].encode(report, run.seconds[name]) for name, report in run.reports.items()}
+
+
+def _attention(scales: npt.NDArray[np.float32] | None) -> agent_pb2.AttentionReading | None:
+    return None if scales is None else agent_pb2.AttentionReading(logit_scale=encode(scales, "float32"))
 
 
 def _health(health: Health) -> agent_pb2.AgentHealth:

@@ -80,6 +80,8 @@ class WatchStatus:
         swallowed_errors: Errors of the agent itself that were kept from the training loop.
         objective: The loss whose Gauss-Newton matrix `gnb` measures and how it is known, or why it measures none; empty
             before its first probe.
+        attention: Of how many layers the scale of attention logits is measured, and why not of others; empty before
+            the first probe, and for a model without attention.
     """
 
     state: Literal["watching", "disabled", "closed"]
@@ -106,6 +108,7 @@ class WatchStatus:
     loss: str = ""
     swallowed_errors: int = 0
     objective: str = ""
+    attention: str = ""
 
     def __str__(self) -> str:
         rows = [("run", self._run()), *(self._rows() if self.blocks else ())]
@@ -131,8 +134,7 @@ class WatchStatus:
         yield "daemon", f"{_connection(self.connection)}; {_dropped(self.dropped)}"
         for number, probe in enumerate(self.probes):
             yield "" if number else "probes", _probe(probe)
-        if self.objective:
-            yield "objective", self.objective
+        yield from ((label, text) for label in ("objective", "attention") if (text := getattr(self, label)))
         yield "overhead", _overhead(self)
         yield "control", _control(self)
         if self.pending_rollback is not None:
@@ -180,6 +182,7 @@ def collect(run: WatchedRun) -> WatchStatus:
         loss=run.losses.source,
         swallowed_errors=run.barrier.swallowed,
         objective=str(run.scheduler.runner.objective or ""),
+        attention=run.scheduler.runner.attention.note,
     )
 
 

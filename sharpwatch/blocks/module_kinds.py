@@ -91,7 +91,7 @@ def _node(name: str, module: nn.Module, children: tuple[Node, ...]) -> Node:
         inside,
         terms=_terms(name, module),
         is_linear=_is_linear(module),
-        is_conv1d=_is_conv1d(module),
+        is_conv1d=is_conv1d(module),
         is_convolution=isinstance(module, _Convolution),
         is_embedding=_is_embedding(module),
         is_feed_forward=_is_feed_forward(name, module),
@@ -108,12 +108,13 @@ def _terms(name: str, module: nn.Module) -> frozenset[str]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    if isinstance(module, nn.Linear) or _is_conv1d(module) or words(type(module).__name__)[-1:] == ("linear",):
+    if isinstance(module, nn.Linear) or is_conv1d(module) or words(type(module).__name__)[-1:] == ("linear",):
         return True
     return isinstance(module, _Convolution) and math.prod(module.kernel_size) == 1
 
 
-def _is_conv1d(module: nn.Module) -> bool:
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is Hugging Face's Conv1D."""
     # By name, so that transformers need not be installed.
     return any(
         cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils" for cls in type(module).__mro__

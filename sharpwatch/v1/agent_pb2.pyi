@@ -196,6 +196,7 @@ class Sample(google.protobuf.message.Message):
     GRADIENT_NOISE_FIELD_NUMBER: builtins.int
     DELETED_CHECKPOINTS_FIELD_NUMBER: builtins.int
     OPTIMIZER_GROUPS_FIELD_NUMBER: builtins.int
+    ATTENTION_FIELD_NUMBER: builtins.int
     sequence: builtins.int
     """1, 2, 3, ... within an attempt; a gap means dropped samples."""
     step: builtins.int
@@ -237,6 +238,10 @@ class Sample(google.protobuf.message.Message):
     def optimizer_groups(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___OptimizerGroup]:
         """All parameter groups before the step, where one changed otherwise than by counting steps, and now and then."""
 
+    @property
+    def attention(self) -> Global___AttentionReading:
+        """With each probe, of the weights after the step."""
+
     def __init__(
         self,
         *,
@@ -259,10 +264,11 @@ class Sample(google.protobuf.message.Message):
         gradient_noise: Global___GradientNoiseProbe | None = ...,
         deleted_checkpoints: collections.abc.Iterable[builtins.str] | None = ...,
         optimizer_groups: collections.abc.Iterable[Global___OptimizerGroup] | None = ...,
+        attention: Global___AttentionReading | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_loss", b"_loss", "direction", b"direction", "gnb", b"gnb", "gradient_noise", b"gradient_noise", "health", b"health", "hutchinson", b"hutchinson", "lanczos", b"lanczos", "linesearch", b"linesearch", "loss", b"loss", "preconditioned", b"preconditioned", "tap", b"tap"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_loss", b"_loss", "attention", b"attention", "direction", b"direction", "gnb", b"gnb", "gradient_noise", b"gradient_noise", "health", b"health", "hutchinson", b"hutchinson", "lanczos", b"lanczos", "linesearch", b"linesearch", "loss", b"loss", "preconditioned", b"preconditioned", "tap", b"tap"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_loss", b"_loss", "checkpoints", b"checkpoints", "closing", b"closing", "deleted_checkpoints", b"deleted_checkpoints", "direction", b"direction", "gnb", b"gnb", "gradient_noise", b"gradient_noise", "health", b"health", "hutchinson", b"hutchinson", "lanczos", b"lanczos", "linesearch", b"linesearch", "loss", b"loss", "optimizer_groups", b"optimizer_groups", "preconditioned", b"preconditioned", "restored", b"restored", "results", b"results", "sequence", b"sequence", "step", b"step", "taken_at_unix_ns", b"taken_at_unix_ns", "tap", b"tap"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_loss", b"_loss", "attention", b"attention", "checkpoints", b"checkpoints", "closing", b"closing", "deleted_checkpoints", b"deleted_checkpoints", "direction", b"direction", "gnb", b"gnb", "gradient_noise", b"gradient_noise", "health", b"health", "hutchinson", b"hutchinson", "lanczos", b"lanczos", "linesearch", b"linesearch", "loss", b"loss", "optimizer_groups", b"optimizer_groups", "preconditioned", b"preconditioned", "restored", b"restored", "results", b"results", "sequence", b"sequence", "step", b"step", "taken_at_unix_ns", b"taken_at_unix_ns", "tap", b"tap"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__loss: typing_extensions.TypeAlias = typing.Literal["loss"]
     _WhichOneofArgType__loss: typing_extensions.TypeAlias = typing.Literal["_loss", b"_loss"]
@@ -680,6 +686,31 @@ class GradientNoiseProbe(google.protobuf.message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___GradientNoiseProbe: typing_extensions.TypeAlias = GradientNoiseProbe
+
+@typing.final
+class AttentionReading(google.protobuf.message.Message):
+    """How large attention logits can get by the weights alone."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LOGIT_SCALE_FIELD_NUMBER: builtins.int
+    @property
+    def logit_scale(self) -> sharpwatch.v1.types_pb2.Array:
+        """float32 [L]: the largest spectral norm over heads of W_Q W_K^T / sqrt(d_head), from below, by power iteration; NaN
+        for a layer block without one.
+        """
+
+    def __init__(
+        self,
+        *,
+        logit_scale: sharpwatch.v1.types_pb2.Array | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["logit_scale", b"logit_scale"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["logit_scale", b"logit_scale"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___AttentionReading: typing_extensions.TypeAlias = AttentionReading
 
 @typing.final
 class ProbeFailure(google.protobuf.message.Message):

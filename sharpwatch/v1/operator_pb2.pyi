@@ -208,6 +208,7 @@ class RunDetail(google.protobuf.message.Message):
     REFERENCE_FIELD_NUMBER: builtins.int
     ORDER_FIELD_NUMBER: builtins.int
     ORDER_SINCE_STEP_FIELD_NUMBER: builtins.int
+    ATTENTION_FIELD_NUMBER: builtins.int
     overhead_ratio: builtins.float
     step_seconds: builtins.float
     block_order_correlation: builtins.float
@@ -250,6 +251,10 @@ class RunDetail(google.protobuf.message.Message):
     def order(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___PairOrder]:
         """Neighbours in the order of sharpness that differ by two standard errors, the least sharp first."""
 
+    @property
+    def attention(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___AttentionLayer]:
+        """The layers whose attention is measured."""
+
     def __init__(
         self,
         *,
@@ -273,10 +278,11 @@ class RunDetail(google.protobuf.message.Message):
         reference: Global___Reference | None = ...,
         order: collections.abc.Iterable[Global___PairOrder] | None = ...,
         order_since_step: builtins.int | None = ...,
+        attention: collections.abc.Iterable[Global___AttentionLayer] | None = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_block_order_correlation", b"_block_order_correlation", "_objective", b"_objective", "_objective_state", b"_objective_state", "_order_since_step", b"_order_since_step", "_overhead_ratio", b"_overhead_ratio", "_step_seconds", b"_step_seconds", "_swallowed_errors", b"_swallowed_errors", "block_order_correlation", b"block_order_correlation", "objective", b"objective", "objective_state", b"objective_state", "order_since_step", b"order_since_step", "overhead_ratio", b"overhead_ratio", "reference", b"reference", "run", b"run", "step_seconds", b"step_seconds", "swallowed_errors", b"swallowed_errors"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_block_order_correlation", b"_block_order_correlation", "_objective", b"_objective", "_objective_state", b"_objective_state", "_order_since_step", b"_order_since_step", "_overhead_ratio", b"_overhead_ratio", "_step_seconds", b"_step_seconds", "_swallowed_errors", b"_swallowed_errors", "alerts", b"alerts", "block_order_correlation", b"block_order_correlation", "blocks", b"blocks", "checkpoints", b"checkpoints", "data_order", b"data_order", "dropped", b"dropped", "estimates", b"estimates", "host", b"host", "objective", b"objective", "objective_state", b"objective_state", "optimizer", b"optimizer", "order", b"order", "order_since_step", b"order_since_step", "overhead_ratio", b"overhead_ratio", "probe_failures", b"probe_failures", "reference", b"reference", "run", b"run", "step_seconds", b"step_seconds", "swallowed_errors", b"swallowed_errors", "twins", b"twins"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_block_order_correlation", b"_block_order_correlation", "_objective", b"_objective", "_objective_state", b"_objective_state", "_order_since_step", b"_order_since_step", "_overhead_ratio", b"_overhead_ratio", "_step_seconds", b"_step_seconds", "_swallowed_errors", b"_swallowed_errors", "alerts", b"alerts", "attention", b"attention", "block_order_correlation", b"block_order_correlation", "blocks", b"blocks", "checkpoints", b"checkpoints", "data_order", b"data_order", "dropped", b"dropped", "estimates", b"estimates", "host", b"host", "objective", b"objective", "objective_state", b"objective_state", "optimizer", b"optimizer", "order", b"order", "order_since_step", b"order_since_step", "overhead_ratio", b"overhead_ratio", "probe_failures", b"probe_failures", "reference", b"reference", "run", b"run", "step_seconds", b"step_seconds", "swallowed_errors", b"swallowed_errors", "twins", b"twins"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__block_order_correlation: typing_extensions.TypeAlias = typing.Literal["block_order_correlation"]
     _WhichOneofArgType__block_order_correlation: typing_extensions.TypeAlias = typing.Literal["_block_order_correlation", b"_block_order_correlation"]
@@ -380,6 +386,33 @@ class Reference(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__stderr) -> _WhichOneofReturnType__stderr | None: ...
 
 Global___Reference: typing_extensions.TypeAlias = Reference
+
+@typing.final
+class AttentionLayer(google.protobuf.message.Message):
+    """How large the attention logits of one layer can get by its weights alone."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LAYER_FIELD_NUMBER: builtins.int
+    LOGIT_SCALE_FIELD_NUMBER: builtins.int
+    STEP_FIELD_NUMBER: builtins.int
+    layer: builtins.str
+    """Empty for attention outside of layers."""
+    logit_scale: builtins.float
+    """Largest spectral norm over heads of W_Q W_K^T / sqrt(d_head)."""
+    step: builtins.int
+    """Of the newest reading."""
+    def __init__(
+        self,
+        *,
+        layer: builtins.str = ...,
+        logit_scale: builtins.float = ...,
+        step: builtins.int = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["layer", b"layer", "logit_scale", b"logit_scale", "step", b"step"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___AttentionLayer: typing_extensions.TypeAlias = AttentionLayer
 
 @typing.final
 class Alert(google.protobuf.message.Message):

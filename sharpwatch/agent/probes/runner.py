@@ -10,10 +10,13 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from sharpwatch.agent.calls import MODEL, OtherCall
+from sharpwatch.agent.probes.attention import AttentionReader
 from sharpwatch.agent.probes.builtin import PROBES
 from sharpwatch.agent.probes.context import Probe, ProbeContext, ProbedStep, ShardReduction, call_model
 from sharpwatch.agent.probes.failures import ProbeFailure, ProbeFailures
@@ -72,10 +75,17 @@ class Captured:
 
 @dataclass(frozen=True, slots=True)
 class ProbeRun:
-    """The reports of the probes of one step, and the seconds that each took. A probe that failed has no report."""
+    """The probes of one step.
+
+    Attributes:
+        reports: By name; a probe that failed has none.
+        seconds: How long each took, the last one with the reading of attention.
+        attention: The scale of attention logits, float32 [L]; None where nothing is known of it.
+    """
 
     reports: Mapping[str, Any] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
+    attention: npt.NDArray[np.float32] | None = None
 
 
 class ProbeRunner:
@@ -98,6 +108,7 @@ class ProbeRunner:
         names: As given; also those that were given up.
         objective: The loss whose Gauss-Newton matrix `gnb` measures, or why it measures none; None before the first
             probe.
+        attention: Reads the scale of attention logits at each step with a probe.
     """
 
     def __init__(  # noqa: PLR0913 - what probes need to know of the run
@@ -129,6 +140,7 @@ class ProbeRunner:
             several_ranks=several_ranks,
             shards=shards,
         )
+        self.attention = AttentionReader(self._context, seed)
         self._probes = {name: _made(name, self._context) for name in names}
         self._listening = [name for name in names if _overrides(self._probes[name], Probe.forward)]
         self._reading = [name for name in names if _overrides(self._probes[name], Probe.output)]
@@ -229,7 +241,11 @@ class ProbeRunner:
                 self._record_failure(name, error)
             seconds[name] = _now(self._device) - started + step.seconds.get(name, 0.0)
         self.objective = getattr(self._probes.get("gnb"), "objective", None)
-        return ProbeRun(reports, seconds)
+        started = _now(self._device)
+        attention = self.attention.read() if names else None
+        for name in names[-1:]:
+            seconds[name] += _now(self._device) - started
+        return ProbeRun(reports, seconds, attention)
 
     @contextmanager
     def _rows_of(self, name: str, captured: Captured, step: ProbedStep) -> Iterator[Batch]:

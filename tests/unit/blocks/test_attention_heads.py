@@ -1,0 +1,179 @@
+"""Which attentions have heads that are known, and the reason for those that have not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+import sharpwatch
+from sharpwatch.blocks.attention_heads import find_attention_heads, why_not_read
+
+USUAL = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+
+
+class Attention(nn.Module):
+    """A user's own attention."""
+
+    def __init__(self, heads=None):
+        super().__init__()
+        self.q_proj, self.k_proj = nn.Linear(32, 32, bias=False), nn.Linear(32, 16, bias=False)
+        self.v_proj, self.o_proj = nn.Linear(32, 16, bias=False), nn.Linear(32, 32, bias=False)
+        if heads is not None:
+            self.n_head = heads
+
+
+class NormedInCode(Attention):
+    """Its queries and keys are normalised without a module."""
+
+    def forward(self, x):
+        """Queries and keys alone."""
+        q, k = self.q_proj(x), self.k_proj(x)
+        return functional.rms_norm(q, (32,)), functional.rms_norm(k, (16,))
+
+
+class Model(nn.Module):
+    """One layer with an attention."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.wte = nn.Embedding(64, 32)
+        self.layers = nn.ModuleList([nn.ModuleDict({"attn": attention})])
+
+
+def found(model, trained=None):
+    block_map = sharpwatch.classify(model)
+    block_map = block_map if trained is None else block_map.restricted_to(trained)
+    heads, left_out = find_attention_heads(model, block_map)
+    assert {block_map.layer_blocks[index].type for index in left_out} <= {"qk"}
+    return heads, set(left_out.values())
+
+
+def test_the_number_of_heads_is_the_attentions_own():
+    heads, left_out = found(Model(Attention(heads=4)))
+    assert [(each.heads, each.key_heads, each.width) for each in heads] == [(4, 2, 8)]
+    assert not left_out
+
+
+@pytest.mark.parametrize(
+    ("heads", "reason"),
+    [(None, "the number of heads is not known"), (3, "3 heads don't fit"), (1, "1 heads don't fit")],
+)
+def test_heads_that_are_not_known_or_do_not_fit_are_left_out(heads, reason):
+    known, (left_out,) = found(Model(Attention(heads)))
+    assert not known
+    assert left_out.startswith(reason)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: Qwen3ForCausalLM(Qwen3Config(**USUAL, head_dim=8)),
+        lambda: Olmo2ForCausalLM(Olmo2Config(**USUAL)),
+        lambda: Model(NormedInCode(heads=4)),
+    ],
+    ids=["qwen3", "olmo2", "in-code"],
+)
+def test_normalised_queries_and_keys_are_left_out(model):
+    known, (left_out,) = found(model())
+    assert not known
+    assert left_out.startswith("queries and keys are normalised (")
+
+
+def test_a_norm_that_is_switched_off_is_none():
+    attention = Attention(heads=4)
+    attention.q_norm = nn.Identity()
+    assert len(found(Model(attention))[0]) == 1
+
+
+def test_latent_attention_is_left_out():
+    config = DeepseekV3Config(
+        **USUAL | {"num_key_value_heads": 4},
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=4,
+        v_head_dim=8,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        moe_intermediate_size=16,
+    )
+    known, left_out = found(DeepseekV3ForCausalLM(config))
+    assert not known
+    assert left_out == {"no single trained matrix of queries with one of keys"}
+
+
+def test_both_attentions_of_a_decoder_layer_count():
+    config = T5Config(d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4, vocab_size=64, decoder_start_token_id=0)
+    heads, left_out = found(T5ForConditionalGeneration(config))
+    assert len(heads) == 3
+    assert len({each.layer_block for each in heads}) == 2
+    assert not left_out
+
+
+def test_a_frozen_key_leaves_its_attention_out():
+    model = Model(Attention(heads=4))
+    trained = {name for name, _ in model.named_parameters() if "k_proj" not in name}
+    assert found(model, trained)[1] == {"no single trained matrix of queries with one of keys"}
+
+
+def test_adapters_are_left_out():
+    peft = pytest.importorskip("peft")
+    model = LlamaForCausalLM(LlamaConfig(**USUAL))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "k_proj"]))
+    trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    known, left_out = found(adapted, trained)
+    assert not known
+    assert left_out == {"an adapter changes the weights"}
+
+
+def test_reparametrized_weights_are_left_out():
+    model = Model(Attention(heads=4))
+    nn.utils.parametrizations.weight_norm(model.layers[0]["attn"].q_proj)
+    known, (left_out,) = found(model)
+    assert not known
+    assert "no plain matrix" in left_out
+
+
+class Packed(torch.Tensor):
+    """Stands for a library's tensor with a format of its own."""
+
+
+@pytest.mark.parametrize(
+    ("parameter", "reason"),
+    [
+        (nn.Parameter(torch.zeros(4, 4)), ""),
+        (nn.Parameter(torch.zeros(4, 2)), "sharded"),
+        (nn.Parameter(torch.zeros(0)), "sharded"),
+        (nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False), "quantised"),
+        (torch.zeros(4, 4).as_subclass(Packed), "Packed"),
+    ],
+)
+def test_only_plain_whole_weights_are_read(parameter, reason):
+    assert reason in why_not_read(parameter, (4, 4))
+    assert bool(reason) == bool(why_not_read(parameter, (4, 4)))
