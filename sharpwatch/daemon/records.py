@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from sharpwatch.curvature.statistics.estimate import Estimate
-from sharpwatch.wire import Floats, Ints
+from sharpwatch.wire import Doubles, Floats, Ints
 
 Mode = Literal["observe", "advise", "enforce"]
 DecisionMode = Literal["observe", "advise", "enforce", "operator"]
@@ -29,6 +29,7 @@ AlertName = Literal[
     "SharpnessSpike",
     "RunStalled",
     "SilentFailure",
+    "AttentionGrowth",
 ]
 Cause = Literal[
     "data",
@@ -58,6 +59,7 @@ CAUSES: Mapping[AlertName, Cause] = {
     "SharpnessSpike": "instability",
     "RunStalled": "stalled",
     "SilentFailure": "silent",
+    "AttentionGrowth": "instability",
 }
 Action = Literal["notify", "scale_lr", "set_lr", "ramp_back", "rollback"]
 # A decision is a draft until it is recorded, and then never again. `decisions.lifecycle` has the transitions.
@@ -116,6 +118,7 @@ class Observation:
         stability: Directional stability ratio of the probe of this step, not of a window.
         no_descent: The probe ran, but g·d <= 0, where the ratio is undefined.
         block_stability: The ratio of block types.
+        attention: The scale of attention logits by layer block [L], NaN where there is none; None without a probe.
         multipliers: The learning-rate multipliers in use, by block type.
         restored: A checkpoint was restored since the step before.
         traces: Of the `gnb` probe of this step, by draw and layer block [draws, L]; None without one.
@@ -129,6 +132,7 @@ class Observation:
     stability: Estimate | None = None
     no_descent: bool = False
     block_stability: Mapping[str, Estimate] = field(default_factory=dict)
+    attention: Doubles | None = None
     multipliers: Mapping[str, float] = field(default_factory=dict)
     restored: bool = False
     traces: Floats | None = None

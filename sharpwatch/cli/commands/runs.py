@@ -149,6 +149,11 @@ def state(detail: RunDetail, now: float) -> Grid:
     facts += [(f"model's {name}", output.estimate(found)) for name, found in _model(detail.estimates)]
     if detail.HasField("block_order_correlation"):
         facts.append(("block order", _order(detail)))
+    if detail.attention:
+        largest = max(detail.attention, key=lambda layer: layer.logit_scale)
+        where = f" in {largest.layer}" if largest.layer else ""
+        of = f"of {len(detail.attention)} layers, at step {largest.step}"
+        facts.append(("attention logits", f"scale up to {output.number(largest.logit_scale)}{where}, {of}"))
     if detail.checkpoints:
         newest = max(detail.checkpoints, key=lambda checkpoint: checkpoint.step)
         facts.append(("checkpoints", f"{len(detail.checkpoints)}, newest of step {newest.step} at {newest.uri}"))

@@ -193,6 +193,13 @@ def reference_message(test: ReferenceTest | None) -> operator_pb2.Reference | No
     )
 
 
+def _attention_messages(snapshot: RunSnapshot) -> list[operator_pb2.AttentionLayer]:
+    return [
+        operator_pb2.AttentionLayer(layer=layer, logit_scale=scale, step=snapshot.attention_steps[-1])
+        for layer, scale in snapshot.attention_scales
+    ]
+
+
 def detail_message(
     snapshot: RunSnapshot, checkpoints: Iterable[Checkpoint], twins: Iterable[str] = ()
 ) -> operator_pb2.RunDetail:
@@ -222,4 +229,5 @@ def detail_message(
         host=snapshot.hello.host,
         data_order=snapshot.hello.data_order,
         twins=twins,
+        attention=_attention_messages(snapshot),
     )

@@ -1,4 +1,4 @@
-"""Detectors of what stands out: weights, layer blocks, the loss and the stability ratio against the run's own past.
+"""Detectors of what stands out against the run's own past: weights, layer blocks, attention, loss, stability ratio.
 
 Pure functions of a run's newest scores. Each has one statistic per span of samples, two-sided, the largest over layer
 blocks; `thresholds` has the sizes that are worth a warning and a page.
@@ -28,6 +28,8 @@ _YOUNG_NOTABLE, _YOUNG_PAGE = 1.5, 3.0
 # The step's curvature term takes this share of its first-order gain. Below it nothing is in danger, however far
 # above its level a run is; 1 itself is no threshold, since runs differ in where they normally stand.
 _RATIO_MATTERS = 0.2
+# Of a log scale of attention logits: its rise since its growth began, and the z of that beyond the run's own drift.
+_ATTENTION_RISEN, _ATTENTION_EXCESS = math.log(1.5), 4.0
 
 
 def statistics(recent: Sequence[Scores]) -> dict[str, Doubles]:
@@ -187,6 +189,27 @@ def _too_sharp(scores: Scores) -> bool:
     return ratio is not None and scores.stability > _RATIO_EXCESS and ratio.value > _RATIO_MATTERS
 
 
+def attention_growth(judged: Judged) -> Iterable[Finding]:
+    """A scale of attention logits that grows faster than before in two of the last three probes, by half in all.
+
+    A warning: the weights alone don't say how large logits are, or that they do harm.
+    """
+    scores = judged.now.attention
+    scales = judged.now.observation.attention
+    if scores is None or scales is None:
+        return
+    with np.errstate(invalid="ignore"):
+        where = (scores.rise > _ATTENTION_RISEN) & (scores.excess > _ATTENTION_EXCESS)
+    if where.any():
+        blocks = judged.named(scores.rise, where)
+        worst = judged.names.index(blocks[0])
+        onset = int(scores.onset[where].min())
+        factor = math.exp(float(scores.rise[worst]))
+        evidence = f"scale of attention logits of {blocks[0]} {scales[worst]:.3g}, ×{factor:.3g} since step "
+        evidence += f"{scores.onset[worst]:.0f}"
+        yield Finding("AttentionGrowth", "warning", evidence, judged.step, onset, blocks)
+
+
 STATISTICAL: tuple[Detector, ...] = (weight_jump, block_shift, loss_shift, stability_limit)
 
 
@@ -196,6 +219,7 @@ def findings(judged: Judged) -> list[Finding]:
     found += weight_growth(judged)
     found += young_loss(judged)
     found += sharpness_spike(judged)
+    found += attention_growth(judged)
     if judged.exceeded or judged.now.observation.stability is not None:
         found += [finding for detector in STATISTICAL for finding in detector(judged)]
     return found

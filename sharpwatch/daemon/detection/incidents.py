@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from sharpwatch.daemon.records import CAUSES, AlertName, Cause, Finding, Incident
 
 STEPS_AGAIN = "the run makes steps again"
 QUIET = 20  # samples without a finding that end an incident
-QUIET_PROBES, UNPROBED = 3, 500  # of what is probed: probes without one, or samples without a probe
+QUIET_PROBES, UNPROBED = 3, 500  # of what comes with probes alone: probes without one, or samples without a probe
+_PROBED: set[AlertName] = {"StabilityLimit", "SharpnessSpike", "AttentionGrowth"}  # whose samples are rare
 UPDATE_EVERY = 10  # steps between records of an incident that merely goes on
 _TOGETHER = 5  # steps within which events have one cause
 _WITH_LOSS = 20  # steps within which a loss follows if wrong data have moved it and the blocks
@@ -18,7 +19,6 @@ _RANK = {name: rank for rank, name in enumerate(CAUSES)}
 # Each is an event of its own, which no earlier incident explains.
 _EVENTS: set[AlertName] = {"NonFinite", "WeightJump", "SettingsChanged", "OptimizerState", "RateRaise", "RateZero"}
 _BLOCK_ALERTS: set[AlertName] = {"WeightGrowth", "DeadBlock", "UpdateRmsSpike", "GradientSpike"}
-_PROBED: set[AlertName] = {"StabilityLimit", "SharpnessSpike"}
 _LOCAL: set[Cause] = {"instability", "silent"}
 # What a batch can bring about: runs with the same data then show it at the same step.
 _BY_BATCH: set[AlertName] = {"LossSpike", "LossDrop", "GradientSpike", "UpdateRmsSpike", "NonFinite"}
@@ -41,14 +41,14 @@ class _Open:
         """Why it is closed."""
         return STEPS_AGAIN if set(self.first) == {"RunStalled"} else f"no finding for {QUIET} samples"
 
-    def count_quiet(self, *, found: bool, probed: bool) -> None:
-        """One more sample, with a finding of this incident or without."""
+    def count_quiet(self, *, found: bool, probed: Collection[AlertName]) -> None:
+        """One more sample, with a finding of this incident or without, that could give those alerts of probes."""
         if found:
             self.quiet = 0.0
         elif set(self.first) == {"RunStalled"}:
             self.quiet = 1.0  # a sample has come
-        elif set(self.first) <= _PROBED:  # whose samples are rare
-            self.quiet += 1 / QUIET_PROBES if probed else 1 / UNPROBED
+        elif self.first.keys() <= _PROBED:
+            self.quiet += 1 / UNPROBED if self.first.keys().isdisjoint(probed) else 1 / QUIET_PROBES
         else:
             self.quiet += 1 / QUIET
 
@@ -81,8 +81,16 @@ class IncidentLog:
         """The newest open incident with an alert of that name."""
         return next((each for each in reversed(self.open) if name in each.names), None)
 
-    def see(self, findings: Sequence[Finding], *, probed: bool = False) -> tuple[Incident, ...]:
-        """Fold the findings of one sample, which has a stability ratio or not; returns the incidents to record."""
+    def see(self, findings: Sequence[Finding], *, probed: Collection[AlertName] = ()) -> tuple[Incident, ...]:
+        """Fold the findings of one sample.
+
+        Args:
+            findings: Its findings.
+            probed: The alerts that its probes could have given, of those that come with probes alone.
+
+        Returns:
+            The incidents to record.
+        """
         found, changed = self.add(findings)
         for identity, entry in tuple(self._open.items()):
             entry.count_quiet(found=identity in found, probed=probed)
@@ -129,7 +137,7 @@ class IncidentLog:
             entry.incident = after
         return after
 
-    def replay(self, findings: Sequence[Finding], *, probed: bool = False) -> None:
+    def replay(self, findings: Sequence[Finding], *, probed: Collection[AlertName] = ()) -> None:
         """Carry open incidents on, as `see` does; open and close none."""
         found = {entry.incident.id: finding for finding in findings if (entry := self._belongs_to(finding)) is not None}
         for identity, entry in self._open.items():

@@ -33,8 +33,14 @@ def layer_block_name(block: str, layer: str) -> str:
     return f"{layer}.{block}" if layer else block
 
 
-def _is_probed(seen: Observation) -> bool:
-    return seen.stability is not None or seen.traces is not None
+def _probed(seen: Observation) -> list[AlertName]:
+    """The alerts that come with probes alone and that the probes of a sample could have given."""
+    read: dict[AlertName, object] = {
+        "StabilityLimit": seen.stability,
+        "SharpnessSpike": seen.traces,
+        "AttentionGrowth": seen.attention,
+    }
+    return [name for name, reading in read.items() if reading is not None]
 
 
 class RunDetection:
@@ -81,7 +87,7 @@ class RunDetection:
             found += self._silent(observation.step)
         if not (found or self.incidents.open):
             return found, ()
-        return found, self.incidents.see(found, probed=_is_probed(observation))
+        return found, self.incidents.see(found, probed=_probed(observation))
 
     def see_stall(self, step: int, seconds: float) -> tuple[list[Finding], tuple[Incident, ...]]:
         """Take in that no step has come for so long after `step`; returns the finding, and a new incident."""
@@ -173,7 +179,7 @@ class RunDetection:
 
     def replay(self, observation: Observation) -> None:
         """Take in a journalled step: baselines and open incidents move on, and none opens or closes."""
-        self.incidents.replay(self._judge(observation), probed=_is_probed(observation))
+        self.incidents.replay(self._judge(observation), probed=_probed(observation))
 
     def state(self) -> bytes:
         """The baselines, thresholds and history, from which another daemon goes on with `load_state`."""

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sharpwatch.curvature.statistics.estimate import Estimate
+from sharpwatch.daemon.detection.attention import AttentionScores, AttentionTrend
 from sharpwatch.daemon.detection.baselines import Highest, Level, Trend
 from sharpwatch.daemon.detection.sharpness import Sharpness
 from sharpwatch.daemon.detection.state import Arrays, gathered, put_back
@@ -70,6 +71,7 @@ class Scores:
         stability: Of the log of the directional stability ratio, less its standard error; NaN where not probed.
         block_stability: The same by block type, where it could be measured.
         sharpness: Of the log trace of each layer block, then of each block type [L + B]; empty where not probed.
+        attention: Of the scales of attention logits; None without a probe.
     """
 
     observation: Observation
@@ -91,6 +93,7 @@ class Scores:
     stability: float = math.nan
     block_stability: Mapping[str, float] = field(default_factory=dict)
     sharpness: Doubles = field(default_factory=lambda: np.empty(0))
+    attention: AttentionScores | None = None
 
 
 class Stability:
@@ -179,6 +182,7 @@ class Signals:
         self.sharp_probes: deque[Scores] = deque(maxlen=3)  # those with a trace
         self.sharpness = Sharpness(parameters, types)
         self._stability = Stability(self.sharpness.blocks)
+        self._attention = AttentionTrend(columns)
         # Update RMS and gradient norm of each layer block, what gradients have in common, and the loss.
         floors, shares = np.full(2 * columns + 2, _NORM_FLOOR), np.zeros(2 * columns + 2)
         floors[-1], shares[-1] = 0.0, _LOSS_FLOOR
@@ -209,11 +213,14 @@ class Signals:
         """
         if self.recent and seen.step <= self.recent[-1].observation.step:
             self._go_back()
+        if seen.restored:
+            self._attention.leave()
         scores = Scores(seen, groups_before=self.groups)
         self.groups = seen.optimizer_groups or self.groups
         if seen.layers is not None:
             scores = self._layers(scores, seen.layers)
             self._before, self._before_step = seen.layers, seen.step
+            self._attention.step(seen.layers.learning_rate)
         elif seen.restored:
             self._before = None
         scores = self._trends(scores, keep_out=keep_out, settle=settle)
@@ -224,6 +231,8 @@ class Signals:
         if (sharpness := self.sharpness.see(seen, keep_out=keep_out)).size:
             scores = replace(scores, sharpness=sharpness)
             self.sharp_probes.append(scores)
+        if seen.attention is not None:
+            scores = replace(scores, attention=self._attention.see(seen.step, seen.attention, keep_out=keep_out))
         self.recent.append(scores)
         return scores
 
@@ -236,6 +245,7 @@ class Signals:
             **gathered(self._rates, Rates.STATE, "rates"),
             **gathered(self._weights, Level.STATE, "weights"),
             **gathered(self._stability.levels, Level.STATE, "stability"),
+            **self._attention.state(),
             **self._trend.state(),
             **gathered(self._young_loss, Highest.STATE, "young-loss"),
             **self.sharpness.state(),
@@ -249,6 +259,7 @@ class Signals:
         put_back(self._rates, Rates.STATE, arrays, "rates")
         put_back(self._weights, Level.STATE, arrays, "weights")
         put_back(self._stability.levels, Level.STATE, arrays, "stability")
+        self._attention.load_state(arrays)
         self._trend.load_state(arrays)
         put_back(self._young_loss, Highest.STATE, arrays, "young-loss")
         self.sharpness.load_state(arrays)
@@ -264,6 +275,7 @@ class Signals:
         # The steps that its optimizer has seen are no choice: they show a state that was not loaded.
         self.groups = {key: OptimizerGroup({}, group.steps) for key, group in self.groups.items()}
         self._rates.begin_attempt()
+        self._attention.leave()
 
     def _go_back(self) -> None:
         """A rollback: what was last seen belongs to a timeline that was left; the levels before it stand."""
@@ -273,6 +285,7 @@ class Signals:
         self._samples = 0
         self._before = None
         self._settling = SETTLE
+        self._attention.leave()
 
     def _layers(self, scores: Scores, now: LayerTap) -> Scores:
         seen = scores.observation

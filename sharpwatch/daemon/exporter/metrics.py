@@ -378,7 +378,7 @@ def _objective_family(snapshots: list[RunSnapshot]) -> Metric:
 
 
 def _layer_families(snapshots: list[RunSnapshot]) -> Iterator[Metric]:
-    """Blocks inside layers only: those outside every layer are whole under sharpwatch_block_*."""
+    """Sharpness of blocks inside layers only: those outside every layer are whole under sharpwatch_block_*."""
     family = _estimated("layer_sharpness", f"{_SHARPNESS} One block in one layer.", "block", "layer", "estimator")
     for snapshot in snapshots:
         if not snapshot.layer_sharpness:
@@ -387,3 +387,12 @@ def _layer_families(snapshots: list[RunSnapshot]) -> Iterator[Metric]:
         for (block, layer), estimate in islice((row for row in rows if row[0][1]), MAX_LAYER_SERIES):
             family.add(_labels(snapshot, block, layer, estimate.estimator), estimate)
     yield from family
+    attention = _gauge(
+        "attention_logit_scale",
+        "Largest attention logit of inputs of length 1: spectral norm of W_Q W_K^T / sqrt(d_head), over heads.",
+        "layer",
+    )
+    for snapshot in snapshots:
+        for layer, scale in islice(snapshot.attention_scales, MAX_LAYER_SERIES):
+            attention.add_metric(_labels(snapshot, layer), scale)
+    yield attention

@@ -17,7 +17,7 @@ from sharpwatch import wire
 from sharpwatch.daemon.ingest.hello import RunHello
 from sharpwatch.errors import WireError
 from sharpwatch.v1 import agent_pb2, types_pb2
-from sharpwatch.wire import MAX_COUNT, MAX_DRAWS, MAX_NAME, Floats, checked_text, require
+from sharpwatch.wire import MAX_COUNT, MAX_DRAWS, MAX_NAME, Doubles, Floats, checked_text, require
 
 LARGEST_SKETCH = 1e15  # summed over all blocks and entries of a sketch, its square is finite in float32
 
@@ -114,6 +114,28 @@ def read_probes(hello: RunHello, sample: agent_pb2.Sample) -> dict[str, Any]:
     if found.get("gnb") is not None and "gradient_noise" not in hello.probes:
         found["gradient_noise"] = _older_gradient_noise(sample.gnb, hello)
     return found
+
+
+def read_attention(hello: RunHello, attention: agent_pb2.AttentionReading) -> Doubles | None:
+    """Decodes the scale of attention logits by layer block [L], NaN where there is none.
+
+    Args:
+        hello: The Hello of the sample's attempt.
+        attention: The message.
+
+    Returns:
+        The scales, or None if one of them is infinite.
+
+    Raises:
+        WireError: They break a limit.
+    """
+    what = "attention.logit_scale"
+    scales = wire.decode(attention.logit_scale, name=what, dtype="float32", shape=(len(hello.layer_blocks),))
+    require(not (scales < 0).any(), f"{what} must not be negative")
+    others = np.array([block != "qk" for block, _ in hello.layer_blocks])
+    require(bool(np.isnan(scales[others]).all()), f"{what} must be NaN outside qk")
+    # A copy, so that what keeps it does not keep the whole message.
+    return None if np.isinf(scales).any() else scales.astype(np.float64)
 
 
 def _gnb(probe: agent_pb2.GnbProbe, hello: RunHello) -> GnbReading | None:

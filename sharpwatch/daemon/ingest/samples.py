@@ -18,7 +18,7 @@ import numpy as np
 
 from sharpwatch import wire
 from sharpwatch.daemon.ingest.hello import Attempt, RunHello
-from sharpwatch.daemon.ingest.probes import read_probes
+from sharpwatch.daemon.ingest.probes import read_attention, read_probes
 from sharpwatch.daemon.records import Checkpoint, CheckpointReport, LayerTap, OptimizerGroup, ReportedResult
 from sharpwatch.errors import WireError
 from sharpwatch.v1 import agent_pb2, types_pb2
@@ -96,6 +96,7 @@ class Reading:
     """A checked Sample.
 
     `probes` has the readings of its probes by name; `dropped_probes` names those with a number that is not finite.
+    `attention` has the scale of attention logits by layer block [L], NaN where there is none.
     """
 
     sequence: int
@@ -114,6 +115,7 @@ class Reading:
     layers: LayerTap | None = None
     # By number of the optimizer and of the group; empty if the sample says nothing of them.
     optimizer_groups: Mapping[tuple[int, int], OptimizerGroup] = field(default_factory=dict)
+    attention: Doubles | None = None
 
     @property
     def checkpoint_report(self) -> CheckpointReport:
@@ -150,6 +152,7 @@ def read_sample(hello: RunHello, sample: agent_pb2.Sample) -> Reading:
         closing=sample.closing,
         restored=sample.restored,
         dropped_probes=tuple(probe for probe, reading in probes.items() if reading is None),
+        attention=read_attention(hello, sample.attention) if sample.HasField("attention") else None,
     )
 
 

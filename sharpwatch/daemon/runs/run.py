@@ -73,6 +73,7 @@ class Run:
             name: deque(maxlen=spec.window) for name, spec in PROBES.items() if spec.window
         }
         self._probe_steps: dict[str, deque[int]] = {name: deque(maxlen=WINDOW_PROBES) for name in PROBES}
+        self._attention_steps: deque[int] = deque(maxlen=WINDOW_PROBES)
         self._dropped_probes: Counter[str] = Counter()
         self._maxima = RecentMaxima(len(attempt.hello.blocks))
         self._excursions: Counter[tuple[str, str]] = Counter()  # of earlier attempts; the controller has its own
@@ -135,10 +136,13 @@ class Run:
             window.clear()
         for steps in self._probe_steps.values():
             steps.clear()
+        self._attention_steps.clear()
         self._draft = replace(
             self._draft,
             tap=None,
             probe_steps={},
+            attention=None,
+            attention_steps=(),
             update_ratio=None,
             gradient_noise=None,
             estimates={},
@@ -183,6 +187,9 @@ class Run:
             self._probe_steps[probe].append(reading.step)
         if reading.probes:
             changes["probe_steps"] = {probe: tuple(steps) for probe, steps in self._probe_steps.items() if steps}
+        if reading.attention is not None:
+            self._attention_steps.append(reading.step)
+            changes |= {"attention": reading.attention, "attention_steps": tuple(self._attention_steps)}
         for name in ("tap", "loss", "health"):
             if getattr(reading, name) is not None:
                 changes[name] = getattr(reading, name)
@@ -288,6 +295,7 @@ def observation_of(blocks: tuple[str, ...], reading: Reading) -> Observation:
         loss=reading.loss,
         layers=reading.layers,
         optimizer_groups=reading.optimizer_groups,
+        attention=reading.attention,
         multipliers={} if tap is None else _present(blocks, tap.lr_multiplier),
         restored=reading.restored,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -14,6 +15,7 @@ from sharpwatch.daemon.ingest.hello import RunHello
 from sharpwatch.daemon.ingest.samples import BlockTap, HealthReading
 from sharpwatch.daemon.records import Incident, Mode, PairOrder
 from sharpwatch.daemon.runs.maxima import Maxima
+from sharpwatch.wire import Doubles
 
 Phase = Literal["running", "silent", "closed"]
 # How old the newest reading of a probe may be until what it measured is let go: so many steps, and so many times the
@@ -59,6 +61,8 @@ class RunSnapshot:
     probe_steps: Mapping[str, Sequence[int]] = field(
         default_factory=dict
     )  # of its last readings, by probe that has one
+    attention: Doubles | None = None  # [L], the newest scale of attention logits; NaN where there is none
+    attention_steps: Sequence[int] = ()  # of its last readings
     estimates: Mapping[Key, Estimate] = field(default_factory=dict)
     layer_sharpness: tuple[Estimate, ...] = ()  # [L]
     order_correlation: float | None = None
@@ -70,10 +74,19 @@ class RunSnapshot:
     decisions_total: Mapping[tuple[str, str, str], int] = field(default_factory=dict)  # by action, mode, outcome
     dropped_probes: Mapping[str, int] = field(default_factory=dict)
 
+    @property
+    def attention_scales(self) -> list[tuple[str, float]]:
+        """The layers whose attention is measured, "" for one outside of layers, with the newest scale of each."""
+        if self.attention is None:
+            return []
+        rows = zip(self.hello.layer_blocks, self.attention.tolist(), strict=True)
+        return [(layer, scale) for (_, layer), scale in rows if not math.isnan(scale)]
+
     def without_stale(self) -> RunSnapshot:
         """Returns this snapshot without what was measured by probes whose newest reading is too old."""
         stale = {probe for probe in self.probe_steps if self._is_stale(probe)}
-        if not stale:
+        attention = None if self.attention_steps and self._is_old(self.attention_steps) else self.attention
+        if not stale and attention is self.attention:
             return self
         gone = {estimator for probe in stale for estimator in PROBES[probe].estimators}
         changes: dict[str, Any] = {name: None for name, probe in _READ_BY.items() if probe in stale}
@@ -81,16 +94,21 @@ class RunSnapshot:
             gone.add("moment")
             changes |= {"layer_sharpness": (), "order_correlation": None, "order": (), "order_since": None}
         kept = {key: one for key, one in self.estimates.items() if key[2] not in gone}
-        return replace(self, estimates=kept, **changes)
+        return replace(self, estimates=kept, attention=attention, **changes)
 
     def _is_stale(self, probe: str) -> bool:
         steps = self.probe_steps[probe]
-        age = 0 if self.step is None else self.step - steps[-1]
-        if age <= STALE_STEPS:
+        if self._age(steps) <= STALE_STEPS:
             return False
         failed = self.health.failed_probes.get(probe) if self.health is not None else None
         # An attempt that names its probes, but not this one, is of a run that goes on without it.
         if (failed is not None and failed.given_up) or (self.hello.probes and probe not in self.hello.probes):
             return True
-        between = pace(steps)
-        return between is not None and age > STALE_READINGS * between
+        return self._is_old(steps)
+
+    def _is_old(self, steps: Sequence[int]) -> bool:
+        age, between = self._age(steps), pace(steps)
+        return age > STALE_STEPS and between is not None and age > STALE_READINGS * between
+
+    def _age(self, steps: Sequence[int]) -> int:
+        return 0 if self.step is None else self.step - steps[-1]

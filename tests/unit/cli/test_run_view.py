@@ -9,7 +9,17 @@ from sharpwatch.cli.commands.doctor import CheckResult, check_clock, check_table
 from sharpwatch.cli.commands.lr import rate_table, revision_table
 from sharpwatch.cli.commands.runs import run_table, run_view
 from sharpwatch.cli.output import plain
-from sharpwatch.v1.operator_pb2 import Alert, Block, Decision, PairOrder, Revision, Run, RunDetail, RunPhase
+from sharpwatch.v1.operator_pb2 import (
+    Alert,
+    AttentionLayer,
+    Block,
+    Decision,
+    PairOrder,
+    Revision,
+    Run,
+    RunDetail,
+    RunPhase,
+)
 from sharpwatch.v1.types_pb2 import Checkpoint, Estimate, Rollback
 
 NOW = 1_700_000_000.0
@@ -81,6 +91,10 @@ DETAIL = RunDetail(
     objective="mean cross-entropy of logits, labels shifted by one",
     objective_state="verified",
     swallowed_errors=2,
+    attention=[
+        AttentionLayer(layer="layers.0", logit_scale=0.25, step=410),
+        AttentionLayer(layer="layers.1", logit_scale=1.23456, step=410),
+    ],
 )
 
 SHOWN = """\
@@ -94,6 +108,7 @@ overhead                 0.81 % of step time
 objective                mean cross-entropy of logits, labels shifted by one (verified)
 model's stability ratio  0.87 ± 0.04
 block order              rank correlation 0.9 with emb < qk < ffn < vo < norm
+attention logits         scale up to 1.235 in layers.1, of 2 layers, at step 410
 checkpoints              2, newest of step 400 at /ckpt/400
 
 block  parameters        sharpness            trace  top eigenvalue  stability ratio  gradient norm  update RMS  \

@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from sharpwatch.curvature.statistics.estimate import Estimate
 from sharpwatch.daemon.api.conversions import detail_message
 from sharpwatch.daemon.config.settings import ALERT_NAMES
-from sharpwatch.daemon.exporter.metrics import RunCollector
+from sharpwatch.daemon.exporter.metrics import MAX_LAYER_SERIES, RunCollector
 from sharpwatch.daemon.exporter.own_metrics import OwnMetrics
 from sharpwatch.daemon.ingest.samples import BlockTap, FailedProbe, HealthReading
 from sharpwatch.daemon.records import PairOrder
@@ -90,6 +90,8 @@ FULL = RunSnapshot(
     order_correlation=0.75,
     order=(PairOrder("emb", "qk", inverted=False, since=3, standard_errors=2.5),),
     order_since=3,
+    attention=np.array([math.nan, 1.5]),
+    attention_steps=(5, 7),
     incidents=(
         incident("1", **SPIKE, layer_blocks=("layers.0.qk",), active=False),
         incident("2", **SPIKE, names=("UpdateRmsSpike", "LossSpike"), layer_blocks=("layers.0.qk", "emb"), onset=3),
@@ -185,6 +187,7 @@ sharpwatch_alert_active{alert="UpdateRmsSpike",block="qk",run="run",training_job
 sharpwatch_alert_active{alert="UpdateRmsSpike",block="emb",run="run",training_job="job"} 1.0
 sharpwatch_alert_active{alert="LossSpike",block="qk",run="run",training_job="job"} 1.0
 sharpwatch_alert_active{alert="LossSpike",block="emb",run="run",training_job="job"} 1.0
+sharpwatch_alerts_total{alert="AttentionGrowth",run="run",training_job="job"} 0.0
 sharpwatch_alerts_total{alert="DeadBlock",run="run",training_job="job"} 0.0
 sharpwatch_alerts_total{alert="GradientSpike",run="run",training_job="job"} 0.0
 sharpwatch_alerts_total{alert="LossDrop",run="run",training_job="job"} 0.0
@@ -216,6 +219,7 @@ sharpwatch_agent_probe_given_up{probe="direction",run="run",training_job="job"} 
 sharpwatch_objective_info{objective="mean cross-entropy of shifted labels",run="run",state="verified",training_job="job"} 1.0
 sharpwatch_layer_sharpness{block="qk",estimator="gnb",layer="layers.0",run="run",training_job="job"} 2.0
 sharpwatch_layer_sharpness_stderr{block="qk",estimator="gnb",layer="layers.0",run="run",training_job="job"} 0.5
+sharpwatch_attention_logit_scale{layer="layers.0",run="run",training_job="job"} 1.5
 """  # noqa: E501  as Prometheus reads it
 
 
@@ -275,7 +279,8 @@ def exported(snapshot: RunSnapshot) -> set[str]:
 def test_a_probe_that_was_given_up_lets_its_gauges_go_and_no_others():
     """The others were read at every step, or by a probe that goes on."""
     steps = FULL.probe_steps | dict.fromkeys(("hutchinson", "lanczos", "linesearch"), (103, 105))
-    let_go = exported(FULL) - exported(replace(FULL, step=108, probe_steps=steps | {"direction": (103, 105)}))
+    later = replace(FULL, step=108, attention_steps=(103, 105))
+    let_go = exported(FULL) - exported(replace(later, probe_steps=steps | {"direction": (103, 105)}))
     assert let_go == {
         "sharpwatch_block_effective_rank",
         "sharpwatch_block_effective_rank_stderr",
@@ -297,7 +302,17 @@ def test_a_probe_that_was_given_up_lets_its_gauges_go_and_no_others():
 
 
 def test_layers_can_be_off():
-    assert "sharpwatch_layer" not in exposition(FULL, layers=False)
+    text = exposition(FULL, layers=False)
+    assert "sharpwatch_layer" not in text
+    assert "sharpwatch_attention" not in text
+
+
+def test_the_series_of_layers_are_bounded():
+    count = MAX_LAYER_SERIES + 10
+    hello = run_hello({("qk", f"layers.{i}"): 8 for i in range(count)})
+    many = replace(FULL, hello=hello, layer_sharpness=(), tap=None, maxima=None, attention=np.ones(count))
+    many = replace(many, update_ratio=None, gradient_noise=None)
+    assert exposition(many).count("sharpwatch_attention_logit_scale{") == MAX_LAYER_SERIES
 
 
 def test_promtool_finds_nothing_to_mend(program):

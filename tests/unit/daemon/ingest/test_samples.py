@@ -91,6 +91,10 @@ def preconditioned(**changes) -> agent_pb2.PreconditionedProbe:
     return agent_pb2.PreconditionedProbe(**{"tokens": 128, "ratio": 0.75, "residual": 0.01} | changes)
 
 
+def attention(values=(math.nan, 0.5, math.nan), dtype="float32") -> agent_pb2.AttentionReading:
+    return agent_pb2.AttentionReading(logit_scale=wire.encode(values, dtype))
+
+
 def direction(descent=1.0, curvature=0.5, block_curvature=(math.nan, 0.25)) -> agent_pb2.DirectionProbe:
     return agent_pb2.DirectionProbe(
         tokens=128,
@@ -148,6 +152,7 @@ def test_a_whole_sample_is_read():
         tap=tap(),
         gnb=gnb(),
         direction=direction(),
+        attention=attention(),
         hutchinson=hutchinson(),
         lanczos=lanczos(block="", method="autograd"),
         linesearch=linesearch(),
@@ -174,6 +179,7 @@ def test_a_whole_sample_is_read():
     assert reading.probes["linesearch"].block_sharpness[1] == 0.25
     assert reading.probes["preconditioned"] == PreconditionedReading(128, 0.75, 0.01, "gradient differences")
     assert math.isnan(reading.probes["direction"].block_curvature[0])
+    np.testing.assert_array_equal(reading.attention, [math.nan, 0.5, math.nan])
     assert reading.health.overhead_ratio is None
     assert reading.health.dropped == {"spool": 2}
     assert reading.results[0].outcome == "applied"
@@ -221,6 +227,11 @@ def test_a_whole_sample_is_read():
         ({"linesearch": linesearch(half_width=-0.5)}, "malformed"),
         ({"preconditioned": preconditioned(residual=-0.5)}, "malformed"),
         ({"preconditioned": preconditioned(tokens=0)}, "malformed"),
+        ({"attention": attention(values=(math.nan, 0.5))}, "malformed"),
+        ({"attention": attention(dtype="float64")}, "malformed"),
+        ({"attention": attention(values=(math.nan, -0.5, 0.5))}, "malformed"),
+        ({"attention": attention(values=(0.5, 0.5, 0.5))}, "malformed"),  # the first is no qk
+        ({"attention": agent_pb2.AttentionReading()}, "malformed"),
         ({"results": [types_pb2.CommandResult(command_id="c")]}, "malformed"),
         ({"checkpoints": [types_pb2.Checkpoint(step=1, uri="u")] * (wire.MAX_ITEMS + 1)}, "malformed"),
         (
@@ -308,6 +319,18 @@ def test_a_gradient_noise_of_its_own_is_read_by_block_and_no_gnb_probe_takes_its
     infinite = agent_pb2.GradientNoiseProbe(noise=wire.encode([math.inf, 1.0, 1.0], "float32"))
     reading = read_sample(greeting, agent_pb2.Sample(sequence=1, step=1, gradient_noise=infinite))
     assert (dict(reading.probes), reading.dropped_probes) == ({}, ("gradient_noise",))
+
+
+def test_an_infinite_scale_of_attention_is_left_out_alone():
+    sample = agent_pb2.Sample(sequence=1, step=1, gnb=gnb(), attention=attention(values=(math.nan, math.inf, 0.5)))
+    reading = read_sample(HELLO, sample)
+    assert reading.attention is None
+    assert "gnb" in reading.probes
+
+
+def test_a_scale_that_is_kept_keeps_no_message():
+    sample = agent_pb2.Sample(sequence=1, step=1, attention=attention())
+    assert read_sample(HELLO, sample).attention.base is None
 
 
 def test_a_sketch_too_large_to_be_squared_is_dropped_before_it_spoils_what_it_is_estimated_with():

@@ -84,6 +84,18 @@ def test_only_what_the_probe_measured_is_let_go(probe):
     assert (fresh.layer_sharpness == ()) == (fresh.order_correlation is None) == (probe == "gnb")
 
 
+@pytest.mark.parametrize(
+    ("age", "between", "kept"), [(0, 5, True), (STALE_STEPS, 5, True), (STALE_STEPS + 1, 5, False), (500, 50, True)]
+)
+def test_attention_is_kept_for_ten_times_the_pace_of_its_readings(age, between, kept):
+    scales = np.array([np.nan, 1.5])
+    hello = run_hello({("emb", ""): 40, ("qk", "layers.0"): 8}, probes=("gnb",))
+    steps = (1000 - between, 1000)
+    run = replace(snapshot(1000 + age), hello=hello, probe_steps={}, attention=scales, attention_steps=steps)
+    assert run.attention_scales == [("layers.0", 1.5)]
+    assert run.without_stale().attention_scales == ([("layers.0", 1.5)] if kept else [])
+
+
 def test_a_run_without_a_stale_measurement_is_shown_as_it_is():
     run = snapshot(1010)
     assert run.without_stale() is run
