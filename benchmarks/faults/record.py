@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
@@ -23,14 +23,21 @@ import sharpwatch
 from benchmarks.faults.kinds import AFTER, KINDS, ONSET, Kind
 from benchmarks.faults.recordings import About, path_of, write
 from benchmarks.faults.training import MODELS, SIZES, Disturbance, Training, loss_of
+from sharpwatch.agent.probes.builtin import DEFAULT_PROBES, PROBES
 from sharpwatch.testing import InMemoryTransport
 
 NUDGED = 4  # twins, by which the band of the healthy loss is known
 _NUDGE = 2.0**-8  # as rounding to bfloat16 does
 
 
-def _train(
-    training: Training, disturbance: Disturbance, onset: int, until: int, kind: Kind | None
+def _train(  # noqa: PLR0913 - a training, and how it is recorded
+    training: Training,
+    disturbance: Disturbance,
+    onset: int,
+    until: int,
+    kind: Kind | None,
+    *,
+    probing: Mapping[str, Any],
 ) -> tuple[Any, list[float]]:
     """Train to step `until` under the agent; its transport, and the losses."""
     transport = InMemoryTransport()
@@ -39,6 +46,7 @@ def _train(
         "training_job": "faults",
         "seed": training.seed,
         "loss_fn": loss_of,
+        **probing,
     }
 
     def attach() -> Any:
@@ -61,8 +69,10 @@ def _train(
     return transport, losses
 
 
-def record(folder: Path, model: str, size: str, seed: int, kinds: Sequence[str]) -> str:
-    """Record all runs of one model and seed that are missing; what was done, in words."""
+def record(  # noqa: PLR0913, PLR0917 - as the command line has them
+    folder: Path, model: str, size: str, seed: int, kinds: Sequence[str], probing: Mapping[str, Any]
+) -> str:
+    """Record all runs of one model and seed that are missing, with options of `attach`; what was done, in words."""
     torch.set_num_threads(1)
     started, made = time.monotonic(), 0
     trunk = About("trunk", model, size, seed, 0)
@@ -73,7 +83,7 @@ def record(folder: Path, model: str, size: str, seed: int, kinds: Sequence[str])
     if not missing and not nudged and trunk_path.exists():
         return f"{model} {size} {seed}: nothing to do"
     training = Training(model, seed, size)
-    transport, losses = _train(training, Disturbance(), ONSET, ONSET - 1, None)
+    transport, losses = _train(training, Disturbance(), ONSET, ONSET - 1, None, probing=probing)
     state = training.state()
     if not trunk_path.exists():
         write(folder, replace(trunk, losses=losses), transport.hellos[0], transport.samples)
@@ -89,13 +99,15 @@ def record(folder: Path, model: str, size: str, seed: int, kinds: Sequence[str])
         write(folder, about, None, [])
         made += 1
     for kind in missing:
-        _record_kind(folder, Training(model, seed, size), state, kind, trunk_path.name)
+        _record_kind(folder, Training(model, seed, size), state, kind, trunk_path.name, probing)
         made += 1
         print(f"{model} {size} {seed} {kind.name}", file=sys.stderr, flush=True)
     return f"{model} {size} {seed}: {made} runs in {time.monotonic() - started:.0f} s"
 
 
-def _record_kind(folder: Path, training: Training, state: dict[str, Any], kind: Kind, trunk: str) -> None:
+def _record_kind(  # noqa: PLR0913, PLR0917 - as `record`
+    folder: Path, training: Training, state: dict[str, Any], kind: Kind, trunk: str, probing: Mapping[str, Any]
+) -> None:
     block, layer = kind.place(training.name, training.seed, SIZES[training.size][2])
     part = training.part(block, layer) if block else None
     branches = kind.onset == ONSET and kind.schedule is None
@@ -104,7 +116,7 @@ def _record_kind(folder: Path, training: Training, state: dict[str, Any], kind: 
     if kind.schedule is not None:
         training.schedule = kind.schedule
     until = ONSET + AFTER - 1 if kind.name != "warm-up-1000" else 1000
-    transport, losses = _train(training, kind.make(block, layer), kind.onset, until, kind)
+    transport, losses = _train(training, kind.make(block, layer), kind.onset, until, kind, probing=probing)
     about = About(
         kind.name,
         training.name,
@@ -130,9 +142,14 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=range(5))
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--probe-every", type=int, help="steps between probes; by default what the budget allows")
+    parser.add_argument("--probes", nargs="+", choices=PROBES, default=DEFAULT_PROBES)
     given = parser.parse_args(arguments)
     given.folder.mkdir(parents=True, exist_ok=True)
-    jobs = [(given.folder, model, given.size, seed, given.kinds) for seed in given.seeds for model in given.models]
+    probing = {"probe_every": given.probe_every, "probes": tuple(given.probes)}
+    jobs = [
+        (given.folder, model, given.size, seed, given.kinds, probing) for seed in given.seeds for model in given.models
+    ]
     with ProcessPoolExecutor(given.processes, mp_context=get_context("spawn")) as pool:
         for done in pool.map(record, *zip(*jobs, strict=True)):
             print(done, flush=True)
