@@ -23,6 +23,7 @@ from benchmarks.faults.pages import write_table
 from benchmarks.faults.recordings import About, read_about
 from benchmarks.faults.replay import Group, Opened, Replay, culprit, groups
 from benchmarks.faults.rivals import RIVALS, series
+from sharpwatch.daemon.records import CAUSES, Finding
 
 _WINDOW = 20  # steps of a mean loss
 _SDS, _RISE = 4.0, 0.1
@@ -42,6 +43,7 @@ class Verdict:
         opened: Its incidents from the onset on, oldest first.
         steps: How many of its own steps were judged.
         moved: Standard deviations by which the fault moved its layer block's weights.
+        findings: Those of its own steps, oldest first.
         loss, norm: The loss and the norm of all gradients, from the trunk's first step on.
     """
 
@@ -51,6 +53,7 @@ class Verdict:
     opened: Sequence[Opened]
     steps: int
     moved: float
+    findings: Sequence[Finding]
     loss: Losses
     norm: Losses
 
@@ -142,7 +145,9 @@ def _judge(group: Group) -> Iterable[Verdict]:
     spread = spread_of(twins, twin) if twins else 0.0
     trunk = group.trunk
     nothing = float("nan")
-    yield Verdict(trunk.about, False, None, trunk.opened, len(trunk.observations), nothing, *series(trunk.observations))
+    steps = len(trunk.observations)
+    seen = series(trunk.observations)
+    yield Verdict(trunk.about, False, None, trunk.opened, steps, nothing, trunk.findings, *seen)
     for kind in sorted(set(abouts) & set(KINDS)):
         replay = group.replay(kind)
         losses = np.array(replay.about.losses)
@@ -156,6 +161,7 @@ def _judge(group: Group) -> Iterable[Verdict]:
             _own(replay),
             len(replay.observations),
             replay.moved,
+            replay.findings,
             *series([*(trunk.observations if replay.about.trunk else []), *replay.observations]),
         )
 
@@ -169,6 +175,31 @@ def table(judged: Sequence[Verdict]) -> str:
     """Recall, delay, lead, cause and culprit by kind of fault; pages and warnings by kind of healthy run."""
     parts = (_fault_table, _summary, _healthy_table, _rival_table)
     return "\n\n".join("\n".join(part(judged)) for part in parts)
+
+
+def alert_table(judged: Sequence[Verdict], alert: str) -> Iterable[str]:
+    """What one alert alone finds, by kind: in how many runs, when, and the findings' own first layer block."""
+    yield f"| kind | runs | with {alert} | delay | lead over the loss | block first |"
+    yield "|---|---|---|---|---|---|"
+    for kind in dict.fromkeys(each.about.kind for each in judged):
+        runs = [each for each in judged if each.about.kind == kind]
+        first = [
+            (each, found)
+            for each in runs
+            if (
+                found := next(
+                    (one for one in each.findings if one.name == alert and one.step >= each.about.onset), None
+                )
+            )
+        ]
+        late = [found.step - each.about.onset for each, found in first]
+        lead = [each.left - found.step for each, found in first if each.left is not None]
+        right = sum(found.layer_blocks[:1] == (culprit(each.about),) for each, found in first)
+        faulty = any(culprit(each.about) for each in runs)
+        yield (
+            f"| {kind} | {len(runs)} | {len(first)} | {_median(late) if faulty else '–'} | {_median(lead)} | "
+            f"{f'{right} of {len(first)}' if faulty and first else '–'} |"
+        )
 
 
 def _fault_table(judged: Sequence[Verdict]) -> Iterable[str]:
@@ -287,9 +318,14 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", nargs="+", type=int, help="by default all that are recorded")
+    parser.add_argument("--alert", choices=CAUSES, help="the table of one alert alone, warnings included")
     parser.add_argument("--write", type=Path, help="a page whose tables are replaced, between two comments")
     given = parser.parse_args(arguments)
-    text = table(verdicts(groups(given.folder, given.seeds)))
+    judged = verdicts(groups(given.folder, given.seeds))
+    if given.alert:
+        print("\n".join(alert_table(judged, given.alert)))
+        return 0
+    text = table(judged)
     seeds = ", ".join(map(str, given.seeds)) if given.seeds else "all"
     fitted = "thresholds were fitted on seeds 0 and 1"
     text = f"Judged on seeds {seeds}; {fitted}. Delays and leads are medians in steps.\n\n{text}"

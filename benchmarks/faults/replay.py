@@ -17,7 +17,7 @@ from sharpwatch.daemon.detection.run_detection import RunDetection, layer_block_
 from sharpwatch.daemon.detection.thresholds import USUAL, Budget
 from sharpwatch.daemon.ingest.hello import RunHello, read_hello
 from sharpwatch.daemon.ingest.samples import read_sample
-from sharpwatch.daemon.records import Incident, Observation
+from sharpwatch.daemon.records import Finding, Incident, Observation
 from sharpwatch.daemon.runs.run import observation_of
 
 
@@ -45,6 +45,7 @@ class Replay:
         opened: Its incidents, oldest first.
         observations: Of its own steps.
         worst: By statistic its largest value [steps] over layer blocks.
+        findings: Those of its own steps.
         moved: Largest z of the true layer block's weight change in the first two steps of a fault; NaN if it has none.
     """
 
@@ -52,6 +53,7 @@ class Replay:
     opened: list[Opened] = field(default_factory=list)
     observations: list[Observation] = field(default_factory=list)
     worst: dict[str, list[float]] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
     moved: float = float("nan")
 
 
@@ -115,7 +117,8 @@ def _run(detection: RunDetection, steps: Iterable[Observation], replay: Replay) 
     opened: dict[str, Opened] = {}
     true_block = detection.names.index(name) if (name := culprit(about)) in detection.names else None
     for step in steps:
-        _, changed = detection.see(step)
+        findings, changed = detection.see(step)
+        replay.findings += findings
         replay.observations.append(step)
         for incident in changed:
             entry = opened.setdefault(incident.id, Opened(incident))

@@ -22,8 +22,11 @@ _HEADS = ("num_attention_heads", "num_heads", "n_head", "n_heads", "nhead")
 _KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "n_head_kv", "num_query_groups")
 _WIDTHS = ("head_dim", "head_size", "attention_head_size", "d_head")
 _NORMED = {"q", "k", "query", "key", "qk"}
-# As in `q, k = norm(q), norm(k)`: a norm without weights is no module.
-_NORM_CALL = re.compile(r"norm\w*\(\s*(q|k|query|key|queries|keys|query_states|key_states|xq|xk)\b")
+# As in `q, k = norm(q), norm(k)`: a norm without weights is no module. One that is, `self.q_norm(q)`, may be off.
+_NORM_CALL = re.compile(
+    r"(?<![\w.])(?:(?:F|(?:torch\.)?(?:nn\.)?functional)\.)?\w*norm\w*\(\s*"
+    r"(?:q|k|xq|xk|query|key|queries|keys)(?:_\w+)?\b"
+)
 
 
 class _UnknownError(Exception):
@@ -115,6 +118,8 @@ def find_attention_heads(model: nn.Module, block_map: BlockMap) -> tuple[list[At
             found += [_heads(index, model, place, parts, block_map.shapes) for place, parts in attentions.items()]
         except _UnknownError as reason:
             left_out[index] = str(reason)
+        except AttributeError as error:  # the model names its parameters otherwise than its modules
+            left_out[index] = f"the attention is not found: {error}"
     return [each for each in found if each.layer_block not in left_out], left_out
 
 

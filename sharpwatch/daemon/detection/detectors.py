@@ -28,8 +28,9 @@ _YOUNG_NOTABLE, _YOUNG_PAGE = 1.5, 3.0
 # The step's curvature term takes this share of its first-order gain. Below it nothing is in danger, however far
 # above its level a run is; 1 itself is no threshold, since runs differ in where they normally stand.
 _RATIO_MATTERS = 0.2
-# Of a log scale of attention logits: its rise since its growth began, and the z of that beyond the run's own drift.
-_ATTENTION_RISEN, _ATTENTION_EXCESS = math.log(1.5), 4.0
+# Of a log scale of attention logits since its growth began: its rise, in all and beyond the run's own drift, and the z
+# of the latter.
+_ATTENTION_RISEN, _ATTENTION_Z = math.log(1.5), 3.0
 
 
 def statistics(recent: Sequence[Scores]) -> dict[str, Doubles]:
@@ -190,7 +191,7 @@ def _too_sharp(scores: Scores) -> bool:
 
 
 def attention_growth(judged: Judged) -> Iterable[Finding]:
-    """A scale of attention logits that grows faster than before in two of the last three probes, by half in all.
+    """A scale of attention logits that grows faster than before in two of the last three probes, by half more in all.
 
     A warning: the weights alone don't say how large logits are, or that they do harm.
     """
@@ -199,7 +200,7 @@ def attention_growth(judged: Judged) -> Iterable[Finding]:
     if scores is None or scales is None:
         return
     with np.errstate(invalid="ignore"):
-        where = (scores.rise > _ATTENTION_RISEN) & (scores.excess > _ATTENTION_EXCESS)
+        where = (np.minimum(scores.rise, scores.excess) > _ATTENTION_RISEN) & (scores.z > _ATTENTION_Z)
     if where.any():
         blocks = judged.named(scores.rise, where)
         worst = judged.names.index(blocks[0])

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 import sharpwatch
-from sharpwatch.blocks.attention_heads import find_attention_heads, why_not_read
+from sharpwatch.blocks.attention_heads import _NORM_CALL, find_attention_heads, why_not_read
 
 USUAL = {
     "hidden_size": 32,
@@ -103,10 +103,39 @@ def test_normalised_queries_and_keys_are_left_out(model):
     assert left_out.startswith("queries and keys are normalised (")
 
 
-def test_a_norm_that_is_switched_off_is_none():
-    attention = Attention(heads=4)
-    attention.q_norm = nn.Identity()
+class NormedByRequest(Attention):
+    """Its queries are normalised by a module, if it has one."""
+
+    def forward(self, x):
+        """Queries alone."""
+        query_states = self.q_proj(x)
+        return self.q_norm(query_states) if hasattr(self, "q_norm") else query_states
+
+
+@pytest.mark.parametrize("norm", [None, nn.Identity()])
+def test_a_norm_that_is_switched_off_is_none(norm):
+    attention = NormedByRequest(heads=4)
+    if norm is not None:
+        attention.q_norm = norm
     assert len(found(Model(attention))[0]) == 1
+    attention.q_norm = nn.LayerNorm(32)
+    assert not found(Model(attention))[0]
+
+
+@pytest.mark.parametrize(
+    ("code", "normalises"),
+    [
+        ("q, k = norm(q), norm(k)", True),
+        ("q = F.rms_norm(q, (q.size(-1),))", True),
+        ("scores = nn.functional.normalize(query_layer, dim=-1) @ keys", True),
+        ("q = torch.nn.functional.normalize( q)", True),
+        ("query_states = self.q_layernorm(query_states)", False),  # if it has none, there is no such module
+        ("q = self.q_proj(self.norm(x))", False),
+        ("x = rms_norm(kwargs)", False),
+    ],
+)
+def test_a_norm_of_queries_is_known_in_code(code, normalises):
+    assert bool(_NORM_CALL.search(code)) == normalises
 
 
 def test_latent_attention_is_left_out():
