@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from stand_ins import Net
@@ -10,6 +11,7 @@ import sharpwatch
 from sharpwatch.agent.probes import builtin
 from sharpwatch.agent.probes.context import Probe, ProbeSpec
 from sharpwatch.curvature.statistics.estimate import Estimate
+from sharpwatch.daemon.detection.sharpness import Sharpness
 from sharpwatch.daemon.estimation import estimator
 from sharpwatch.daemon.estimation.hessian import run_by_run
 from sharpwatch.daemon.estimation.windows import ReadingSpec
@@ -61,6 +63,7 @@ class Controller:
     """What a run asks of one to be shown."""
 
     mode, newest_revision, multipliers, incidents, excursions = "observe", 0, {}, (), {}
+    sharpness = Sharpness(np.ones(1, dtype=np.int64), ("emb",))
 
 
 def train(name, steps=3):
