@@ -17,7 +17,6 @@ from sharpwatch.blocks import BlockMap
 from sharpwatch.curvature.estimators.gnb import RowGroups
 from sharpwatch.curvature.measure.validation import find_input_embedding
 from sharpwatch.curvature.objective.batch import Batch
-from sharpwatch.curvature.parameters.shards import is_dtensor
 from sharpwatch.curvature.state.isolation import unwrap
 from sharpwatch.curvature.statistics.estimate import Estimate, per_parameter
 from sharpwatch.errors import ProbeError
@@ -159,8 +158,6 @@ def _frequencies(
     model: nn.Module, block_map: BlockMap, batches: Sequence[Batch], trained: Collection[str]
 ) -> Frequencies:
     parameter, table = _find_table(model, block_map)
-    if is_dtensor(table):
-        raise ProbeError(f"{parameter} is sharded, so its rows are not whole here")
     if parameter not in trained:
         raise ProbeError(f"{parameter} is frozen")
     names = [name for name, other in model.named_parameters(remove_duplicate=False) if other is table]

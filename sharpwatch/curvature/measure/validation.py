@@ -15,6 +15,7 @@ from sharpwatch.curvature.estimators.preconditioned import preconditioner, requi
 from sharpwatch.curvature.objective.batch import IGNORED_LABEL, Batch, LogitsFn, count_tokens, find_labels
 from sharpwatch.curvature.objective.hessian import METHODS, Method
 from sharpwatch.curvature.parameters.parameter_space import require_real
+from sharpwatch.curvature.parameters.shards import is_dtensor
 from sharpwatch.curvature.state.isolation import isolated
 from sharpwatch.errors import EmptyBatchError, ProbeError
 
@@ -32,6 +33,13 @@ def check_model(given: nn.Module) -> None:
     for name, parameter in parameters.items():
         if parameter.is_meta:
             raise ProbeError(f"model: {name} is on the meta device, so it has no values")
+        if is_dtensor(parameter):
+            # Draws would be zero without a word: its gradients do not come to the stand-ins that draws are taken on.
+            raise ProbeError(
+                f"model: {name} is a DTensor; `measure` needs whole parameters. Load the gathered state into a model "
+                "that is not sharded (torch.distributed.checkpoint.state_dict, full_state_dict=True); `attach` "
+                "measures sharded models while they train"
+            )
     require_real(given)
 
 

@@ -11,14 +11,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
-from torch.testing._internal.distributed import fake_pg
 
 from sharpwatch import measure
 from sharpwatch.blocks import classify
 from sharpwatch.curvature.estimators.gnb import RowGroups, gnb_probe
-from sharpwatch.curvature.measure.embedding_rows import EmbeddingRows, token_frequencies
 from sharpwatch.curvature.measure.measure import Measurement, Settings
 from sharpwatch.curvature.objective.batch import Batch
 
@@ -241,21 +237,6 @@ def test_the_reason_is_in_the_report(case, reason):
     assert f"embedding rows: not measured: {reason}" in str(report)
     assert report.blocks["emb"].trace.value > 0
     assert report.to_dict()["embedding_rows"]["reason"] == reason
-
-
-def test_a_sharded_embedding_has_no_whole_rows():
-    torch.distributed.init_process_group("fake", store=fake_pg.FakeStore(), rank=0, world_size=2)
-    try:
-        model = Lookup()
-        mesh = init_device_mesh("cpu", (2,))
-        shard = DTensor.from_local(model.wte.weight[: VOCABULARY // 2].detach(), mesh, [Shard(0)], run_check=False)
-        model.wte.weight = nn.Parameter(shard)
-        found = token_frequencies(
-            model, classify(model), [Batch((), {"input_ids": IDS})], [name for name, _ in model.named_parameters()]
-        )
-    finally:
-        torch.distributed.destroy_process_group()
-    assert found == EmbeddingRows(reason="wte.weight is sharded, so its rows are not whole here")
 
 
 def test_nothing_is_said_of_rows_that_were_not_asked_for():

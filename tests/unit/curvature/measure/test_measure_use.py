@@ -12,6 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.distributed import fake_pg
 from torch.utils.checkpoint import checkpoint
 
 from sharpwatch import measure
@@ -567,3 +570,13 @@ def test_frozen_blocks_are_absent():
     report = measure(model, [batch()], draws=2)
     assert "ffn" not in report.blocks
     assert report.blocks["qk"].trace.value != 0.0
+
+
+def test_a_sharded_model_is_refused_as_its_draws_would_be_zero():
+    torch.distributed.init_process_group("fake", store=fake_pg.FakeStore(), rank=0, world_size=1)
+    try:
+        model = fully_shard(dense.llama(), mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(ProbeError, match=r"model: \S+ is a DTensor; `measure` needs whole .*full_state_dict"):
+            measure(model, [batch()], estimators=("gnb",), draws=2)
+    finally:
+        torch.distributed.destroy_process_group()
