@@ -328,9 +328,11 @@ class Signals:
             caution = self._caution(scores.rate)
             z, means = caution * z, caution * means
         rows = {1: z, **dict(zip(SPANS, means, strict=True))}
+        # A young run learns in leaps: that its loss falls faster is no news.
+        lowest = 0.0 if self._young_loss.young else -math.inf
         return replace(
             scores,
-            loss={span: float(row[-1]) for span, row in rows.items()},
+            loss={span: float(np.maximum(row[-1], lowest)) for span, row in rows.items()},
             young_loss=self._young_loss.see(seen.step, float(values[-1]), keep_out=keep_out),
             update={span: row[:count] for span, row in rows.items()},
             common_gradient=float(z[-2]),

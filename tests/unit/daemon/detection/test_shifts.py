@@ -249,3 +249,8 @@ def spikes(run: list[Observation]) -> list[tuple[str, int, int]]:
         for each in judged.see(seen)[0]
         if each.name == "LossSpike"
     ]
+
+
+def test_that_a_young_loss_falls_faster_is_no_news():
+    run = young_run(400, rises=-1.0, at=130)
+    assert "LossDrop" not in {name for each in incidents_of(run) for name in each.names}
