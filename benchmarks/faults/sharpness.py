@@ -84,7 +84,7 @@ def predictions(hello: RunHello, steps: Sequence[Observation], exponent: float) 
         sharpness.see(step if step.step in told else replace(step, traces=None), keep_out=False)
         if step.step < FIRST or step.step in told or step.step not in true:
             continue
-        for (quantity, block, _), estimate in sharpness.estimates().items():
+        for (quantity, block, _), estimate in sharpness.view().estimates().items():
             if quantity == "trace":
                 error = float(np.log(estimate.value)) - true[step.step][block]
                 yield error, error / (estimate.stderr / estimate.value)

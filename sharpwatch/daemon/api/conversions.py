@@ -154,6 +154,7 @@ _TAP = ("gradient_norm", "weight_norm", "update_rms", "learning_rate", "lr_multi
 def _block_messages(snapshot: RunSnapshot) -> list[operator_pb2.Block]:
     measured = {} if snapshot.tap is None else {field: getattr(snapshot.tap, field) for field in _TAP}
     measured |= {"update_ratio": snapshot.update_ratio, "gradient_noise": snapshot.gradient_noise}
+    estimates = snapshot.all_estimates
     blocks = []
     for index, name in enumerate(snapshot.hello.blocks):
         block = operator_pb2.Block(block=name, parameters=int(snapshot.hello.block_parameters[index]))
@@ -162,9 +163,7 @@ def _block_messages(snapshot: RunSnapshot) -> list[operator_pb2.Block]:
             if values is not None and not math.isnan(values[index]):
                 setattr(block, field, float(values[index]))
         block.estimates.extend(
-            _estimate_message(quantity, of, estimate)
-            for (quantity, of, _), estimate in snapshot.estimates.items()
-            if of == name
+            _estimate_message(quantity, of, estimate) for (quantity, of, _), estimate in estimates.items() if of == name
         )
         blocks.append(block)
     return blocks

@@ -39,7 +39,11 @@ class _Open:
     @property
     def quiet_for(self) -> str:
         """Why it is closed."""
-        return STEPS_AGAIN if set(self.first) == {"RunStalled"} else f"no finding for {QUIET} samples"
+        if set(self.first) == {"RunStalled"}:
+            return STEPS_AGAIN
+        if self.first.keys() <= _PROBED:
+            return f"no finding in {QUIET_PROBES} probes, or no probe for {UNPROBED} samples"
+        return f"no finding for {QUIET} samples"
 
     def count_quiet(self, *, found: bool, probed: Collection[AlertName]) -> None:
         """One more sample, with a finding of this incident or without, that could give those alerts of probes."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -34,6 +35,7 @@ _USUAL_GAP = 80.0  # steps between probes, before two have come
 _AT_PROBE, _LONGEST = 0.5, 4.0  # share of the squared error that a probe has itself; gaps after which it grows no more
 _ERRORS = 2.0  # standard errors by which two blocks must differ
 _TINY = 1e-30
+_LARGEST = math.log(1e300)  # of a log trace that is a number
 
 
 class Sharpness:
@@ -89,7 +91,8 @@ class Sharpness:
         missed = (logs - predicted) ** 2
         if self._probes:
             gain = 1.0 / min(self._probes + _MISSED_WEIGHT, _MEMORY)
-            self._missed += np.where(np.isfinite(missed), gain * (missed - self._missed), 0.0)
+            # A new array: views have the old one.
+            self._missed = self._missed + np.where(np.isfinite(missed), gain * (missed - self._missed), 0.0)
             self._gap += (max(1, step - self._probed_at) - self._gap) / min(self._probes, _MEMORY)
         self._probes += 1
         self._traces, self._mean_then, self._probed_at = logs, self._log_mean(), step
@@ -98,22 +101,18 @@ class Sharpness:
         self.order.see(step, logs[count:] - np.log(self._parameters[count:]), errors)
         return self.levels.see(logs, 0.25, keep_out=keep_out)
 
-    def estimates(self) -> Mapping[tuple[str, str, str], Estimate]:
-        """Trace and sharpness of each block type now, by quantity, block and "moment"; empty before the first probe."""
-        if not self._probes:
-            return {}
+    def view(self) -> SharpnessView:
+        """What is known now, for readers on other threads."""
         count = len(self._type_of)
-        logs, age = self._log_traces()[count:], max(0, self._step - self._probed_at)
-        grown = _AT_PROBE + (1 - _AT_PROBE) * min(age / max(self._gap, 1.0), _LONGEST)
-        errors = np.sqrt(self._missed[count:] * grown)
-        found = {}
-        for block, log, error, numel in zip(self.blocks, logs, errors, self._parameters[count:], strict=True):
-            if math.isfinite(log) and log < math.log(1e300):
-                value, stderr = math.exp(log), math.exp(log) * float(error)
-                of = (self._probes, "moment", max(self._step, self._probed_at))
-                found["trace", block, "moment"] = Estimate(value, stderr, *of)
-                found["sharpness", block, "moment"] = Estimate(value / numel, stderr / numel, *of)
-        return found
+        return SharpnessView(
+            self.blocks,
+            self._parameters[count:],
+            (self._mean[count:], self._weight, self._exponent),
+            (self._traces[count:], self._mean_then[count:], self._missed[count:]),
+            (max(self._step, self._probed_at), self._probed_at, self._gap, self._probes),
+            self.order.pairs,
+            self.order.holds_since,
+        )
 
     def state(self) -> Arrays:
         """All that `load_state` needs to go on."""
@@ -128,6 +127,7 @@ class Sharpness:
         put_back(self, self.STATE, arrays, "sharpness")
         put_back(self.levels, Level.STATE, arrays, "sharpness-levels")
         put_back(self.order, Order.STATE, arrays, "order")
+        self.order.tell()
 
     def _sums(self, values: Doubles) -> Doubles:
         """Values [L], NaN for nothing, followed by their sums by block type [B]."""
@@ -135,15 +135,63 @@ class Sharpness:
         return np.concatenate([known, np.bincount(self._type_of, known, len(self.blocks))])
 
     def _log_mean(self) -> Doubles:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            mean: Doubles = np.where(self._mean > _TINY, np.log(self._mean / self._weight), np.nan)
-        return mean
+        return _log_mean(self._mean, self._weight)
 
     def _log_traces(self) -> Doubles:
         """The log traces by now; where no gradient is known the newest probe's."""
-        moved = self._exponent * (self._log_mean() - self._mean_then)
-        traces: Doubles = self._traces + np.nan_to_num(moved)
-        return traces
+        return _carried_on(self._traces, self._mean_then, self._log_mean(), self._exponent)
+
+
+def _log_mean(mean: Doubles, weight: float) -> Doubles:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        log: Doubles = np.where(mean > _TINY, np.log(mean / weight), np.nan)
+    return log
+
+
+def _carried_on(traces: Doubles, mean_then: Doubles, mean: Doubles, exponent: float) -> Doubles:
+    log: Doubles = traces + np.nan_to_num(exponent * (mean - mean_then))
+    return log
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SharpnessView:
+    """The sharpness of a run's block types at one time; immutable, and computed when it is read.
+
+    Attributes:
+        blocks: The block types [B].
+        parameters: Their numbers of parameters.
+        gradients: Decayed mean [B] of squared gradient norms, its weight, and the exponent β.
+        probe: Of the newest probe: log traces [B], log mean then, and the mean squared error of predictions.
+        times: The newest step, that of the newest probe, steps between probes, and number of probes.
+        order: Neighbours in the order of sharpness that are known to be in order or inverted.
+        order_since: The step from which all neighbours stand in that order; None where they do not.
+    """
+
+    blocks: tuple[str, ...]
+    parameters: Doubles
+    gradients: tuple[Doubles, float, float]
+    probe: tuple[Doubles, Doubles, Doubles]
+    times: tuple[int, int, float, int]
+    order: tuple[PairOrder, ...] = ()
+    order_since: int | None = None
+
+    def estimates(self) -> Mapping[tuple[str, str, str], Estimate]:
+        """Trace and sharpness of each block type, by quantity, block and "moment"; empty before the first probe."""
+        step, probed_at, gap, probes = self.times
+        if not probes:
+            return {}
+        mean, weight, exponent = self.gradients
+        traces, mean_then, missed = self.probe
+        logs = _carried_on(traces, mean_then, _log_mean(mean, weight), exponent)
+        grown = _AT_PROBE + (1 - _AT_PROBE) * min((step - probed_at) / max(gap, 1.0), _LONGEST)
+        errors = np.sqrt(missed * grown)
+        found = {}
+        for block, log, error, numel in zip(self.blocks, logs, errors, self.parameters, strict=True):
+            if math.isfinite(log) and log < _LARGEST:
+                value, stderr = math.exp(log), math.exp(log) * float(error)
+                found["trace", block, "moment"] = Estimate(value, stderr, probes, "moment", step)
+                found["sharpness", block, "moment"] = Estimate(value / numel, stderr / numel, probes, "moment", step)
+        return found
 
 
 class Order:
@@ -154,6 +202,10 @@ class Order:
 
     Args:
         blocks: The block types of the run.
+
+    Attributes:
+        pairs: The neighbours that are known to be in order or inverted, the least sharp first.
+        holds_since: The step from which all neighbours are in order; None where one is inverted or not known yet.
     """
 
     STATE = ("_states", "_since", "_z")
@@ -166,6 +218,8 @@ class Order:
         self._states = np.zeros(len(self._names), dtype=np.int64)  # 1 in order, -1 inverted, 0 not known yet
         self._since = np.zeros(len(self._names), dtype=np.int64)
         self._z = np.full(len(self._names), np.nan)
+        self.pairs: tuple[PairOrder, ...] = ()
+        self.holds_since: int | None = None
 
     def see(self, step: int, logs: Doubles, errors: Doubles) -> None:
         """Take in the log sharpness [B] and its standard error."""
@@ -175,17 +229,13 @@ class Order:
             new = np.where(self._z > _ERRORS, 1, np.where(self._z < -_ERRORS, -1, self._states))
         self._since = np.where(new == self._states, self._since, step)
         self._states = new
+        self.tell()
 
-    @property
-    def pairs(self) -> tuple[PairOrder, ...]:
-        """The neighbours that are known to be in order or inverted, the least sharp first."""
-        return tuple(
+    def tell(self) -> None:
+        """Bring `pairs` and `holds_since` up to the state."""
+        self.pairs = tuple(
             PairOrder(low, high, inverted=bool(state < 0), since=int(since), standard_errors=float(z))
             for (low, high), state, since, z in zip(self._names, self._states, self._since, self._z, strict=True)
             if state
         )
-
-    @property
-    def holds_since(self) -> int | None:
-        """The step from which all neighbours are in order; None where one is inverted or not known yet."""
-        return int(self._since.max()) if self._states.size and (self._states > 0).all() else None
+        self.holds_since = int(self._since.max()) if self._states.size and (self._states > 0).all() else None

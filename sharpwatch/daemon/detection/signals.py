@@ -33,7 +33,7 @@ _WARM_UP = 0.5  # of a z while rates rise for the first time
 _NORM_FLOOR, _LOSS_FLOOR = 0.05, 0.003
 _LARGEST_LOSS = 1e30
 _FEW = 4  # layer blocks below which their median says nothing of what they have in common
-_GROWTH_SPAN = 20  # samples
+_GROWTH_SPAN, _GROWTH_EVERY = 20, 5  # samples
 _GROWTH_BLIND = 150  # samples at the start, and after a change of the rates, in which weights may grow as they like
 _FIRST_STEPS = 10  # of a run, in which Adam's updates do not depend on the size of gradients yet
 _STARTED = 1e-3  # root mean square of weights below which they are about zero: biases, adapters that begin with nothing
@@ -61,7 +61,7 @@ class Scores:
         weight_change: That change itself.
         weight_share: The change over the most that a step of Adam's can do; NaN for other optimizers.
         growth: The change of the log weight norm over the last 20 samples, and over the 20 before them [2, L], each
-            without its largest step.
+            without its largest step; empty in most samples.
         rate: The learning rate over the highest that it has held since its first rise ended; NaN before.
         moment: Adam's second moment over the least that it can be, given the one before.
         dead: Whether a gradient that was there before is exactly zero.
@@ -172,7 +172,7 @@ class Signals:
     """
 
     # Beside those of what it is made of.
-    STATE = ("_before_step", "_norms", "_samples", "_was_alive", "_base", "_stepped", "_settling")
+    STATE = ("_before_step", "_norms", "_row", "_samples", "_was_alive", "_base", "_stepped", "_settling")
 
     def __init__(self, parameters: npt.NDArray[Any], types: Sequence[str]) -> None:
         columns = len(parameters)
@@ -190,7 +190,7 @@ class Signals:
         self._young_loss = Highest(_LOSS_FLOOR)
         self._weights = Level(columns, memory=10, spread_memory=30, blind=30, patience=_WEIGHT_PATIENCE)
         self._rates = Rates(columns)
-        self._norms = np.full((2 * _GROWTH_SPAN + 1, columns), np.nan)  # of the weights
+        self._norms, self._row = np.full((2 * _GROWTH_SPAN + 1, columns), np.nan), 0  # of the weights, as a ring
         self._samples = 0
         self._columns = columns
         self._before: LayerTap | None = None
@@ -353,13 +353,15 @@ class Signals:
         self._settling = SETTLE if step > _RATE_STEP else max(0, self._settling - 1)
 
     def _growth(self, now: LayerTap) -> Doubles:
-        self._norms = np.roll(self._norms, 1, axis=0)
-        self._norms[0] = now.weight_norm
+        self._row = (self._row + 1) % len(self._norms)
+        self._norms[self._row] = now.weight_norm
         self._samples = 0 if self._settling else self._samples + 1
-        if self._samples < _GROWTH_BLIND:
+        # Now and then: what takes 20 samples to come is not missed in between.
+        if self._samples < _GROWTH_BLIND or self._samples % _GROWTH_EVERY:
             return np.empty(0)
+        newest_first = self._norms[(self._row - np.arange(len(self._norms))) % len(self._norms)]
         with np.errstate(invalid="ignore", divide="ignore"):
-            changes = -np.diff(np.log(self._norms), axis=0).reshape(2, _GROWTH_SPAN, -1)
+            changes = -np.diff(np.log(newest_first), axis=0).reshape(2, _GROWTH_SPAN, -1)
             # Without the largest: one jump is no growth.
             largest = np.take_along_axis(changes, np.abs(changes).argmax(1)[:, None], axis=1)[:, 0]
             growth: Doubles = changes.sum(1) - largest

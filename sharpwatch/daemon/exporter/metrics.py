@@ -277,7 +277,7 @@ def _estimate_families(snapshots: list[RunSnapshot]) -> Iterator[Metric]:
     step = _gauge("estimate_step", f"{_STEP} over all parameters.", "estimator")
     for snapshot in snapshots:
         newest: dict[tuple[str, str], int] = {}
-        for (quantity, block, estimator), estimate in snapshot.estimates.items():
+        for (quantity, block, estimator), estimate in snapshot.all_estimates.items():
             family = (by_block if block else whole).get(quantity)
             kind = _KINDS.get(estimator, estimator)
             if family is not None:

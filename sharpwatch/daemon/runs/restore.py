@@ -84,7 +84,11 @@ def _replay(
     changes = []
     known = _load_baselines(run, baselines, rows)  # of the sample: what it says is in the baselines already
     newest = None if baselines is None else (baselines.attempt, baselines.sequence)
+    attempt_before = ""
     for row in rows:
+        if row.attempt != attempt_before:
+            run.begin_steps()
+        attempt_before = row.attempt
         attempt = attempts.get(row.attempt)
         reading = _reading(attempt, row) if attempt is not None else None
         if attempt is None or reading is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import replace
@@ -81,6 +82,7 @@ class Run:
         self._decisions_total: Counter[tuple[str, str, str]] = Counter()
         # A decision is journalled again when a detail changes; only a new outcome counts.
         self._pauses: tuple[float, ...] = (0.0, 0.0)  # the two longest between samples of an attempt, in seconds
+        self._stepped_at: float | None = None  # since when the attempt has made no step; None before its first
         self._counted: dict[str, str] = {}  # by id: "raised" for an alert, the last outcome for a decision
         self._controller_changed = True  # since the last publish
         self._open_incidents: set[str] = set()  # ids; the controller moves them on at every step
@@ -128,6 +130,7 @@ class Run:
         self._excursions.update(self.controller.excursions)
         self.attempt = attempt
         self.controller = controller
+        self.begin_steps()
         self._controller_changed = True
         self._draft = replace(self._draft, hello=after, attempts=self._draft.attempts + (not again), health=None)
 
@@ -158,13 +161,17 @@ class Run:
                 evaluations, is allowed three times its second longest pause.
             now: Unix seconds.
         """
-        last = self._draft.last_sample_at
-        if self.phase != "running" or last is None:
+        if self.phase != "running":
             # Whose agent is gone has not stalled: it has ended, and its phase says so.
             return self.controller.stall_ended("the agent is gone")
-        if now - last > max(stall_after, _PAUSES * self._pauses[1]):
-            return self.controller.stalled(now - last, now)
-        return NO_CHANGES
+        # Before its first step an attempt compiles, or loads a checkpoint.
+        if self._stepped_at is None or now - self._stepped_at <= max(stall_after, _PAUSES * self._pauses[1]):
+            return NO_CHANGES
+        return self.controller.stalled(now - self._stepped_at, now)
+
+    def begin_steps(self) -> None:
+        """Has the time before the next sample count for no pause of the run's own."""
+        self._stepped_at = None
 
     def update(self, reading: Reading, now: float) -> Observation | None:
         """Takes in a sample of the newest attempt.
@@ -195,8 +202,9 @@ class Run:
                 changes[name] = getattr(reading, name)
         if reading.closing:
             changes["phase"] = "closed"
-        if self._draft.last_sample_at is not None and self.phase == "running":
-            self._pauses = tuple(sorted((*self._pauses, now - self._draft.last_sample_at))[-1:-3:-1])
+        if self._stepped_at is not None:
+            self._pauses = tuple(sorted((*self._pauses, now - self._stepped_at))[-1:-3:-1])
+        self._stepped_at = now
         self._draft = replace(self._draft, step=reading.step, last_sample_at=now, last_seen_at=now, **changes)
         # A sample may carry only results or checkpoints; to a detector it would be a step without a loss.
         if reading.tap is None and reading.loss is None and not {"direction", "gnb"} & reading.probes.keys():
@@ -218,7 +226,7 @@ class Run:
         # Estimates run on another thread while samples come in, so the attempt may have changed meanwhile.
         if request.hello is not self.attempt.hello:
             return
-        order = [*(estimator for spec in PROBES.values() for estimator in spec.estimators), "moment"]
+        order = [estimator for spec in PROBES.values() for estimator in spec.estimators]
         renewed = {estimator for probe in request.windows for estimator in PROBES[probe].estimators}
         kept = {key: one for key, one in self._draft.estimates.items() if key[2] not in renewed}
         shown = sorted((kept | dict(estimates.values)).items(), key=lambda item: order.index(item[0][2]))
@@ -252,17 +260,15 @@ class Run:
         Args:
             **changes: Fields of `RunSnapshot` to be set as well.
         """
+        if changes.get("phase") == "running" and self._stepped_at is not None:
+            self._stepped_at = time.time()  # without a connection nothing was known of its steps
         # Copied only when they have changed: on a healthy run the records stay the same for thousands of steps.
         if self._controller_changed or self._open_incidents:
             changes = self._controller_state() | changes
             self._controller_changed = False
-        sharpness = self.controller.sharpness
-        kept = {key: one for key, one in self._draft.estimates.items() if key[2] != "moment"}
         self._draft = self.snapshot = replace(
             self._draft,
-            estimates=kept | dict(sharpness.estimates()),
-            order=sharpness.order.pairs,
-            order_since=sharpness.order.holds_since,
+            sharpness=self.controller.sharpness.view(),
             maxima=self._maxima.present,
             excursions_total=self._excursions + Counter(self.controller.excursions),
             dropped_probes=dict(self._dropped_probes),

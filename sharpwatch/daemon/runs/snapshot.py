@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from sharpwatch.curvature.statistics.estimate import Estimate
+from sharpwatch.daemon.detection.sharpness import SharpnessView
 from sharpwatch.daemon.estimation.estimator import PROBES
 from sharpwatch.daemon.estimation.windows import Key
 from sharpwatch.daemon.ingest.hello import RunHello
@@ -66,13 +67,27 @@ class RunSnapshot:
     estimates: Mapping[Key, Estimate] = field(default_factory=dict)
     layer_sharpness: tuple[Estimate, ...] = ()  # [L]
     order_correlation: float | None = None
-    order: tuple[PairOrder, ...] = ()  # of neighbours in the order of sharpness
-    order_since: int | None = None  # the step from which all of them stand in it; None where they do not
+    sharpness: SharpnessView | None = None  # between probes, and in order
     incidents: tuple[Incident, ...] = ()
     incidents_total: Mapping[str, int] = field(default_factory=dict)
     excursions_total: Mapping[tuple[str, str], int] = field(default_factory=dict)  # by signal, block type
     decisions_total: Mapping[tuple[str, str, str], int] = field(default_factory=dict)  # by action, mode, outcome
     dropped_probes: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def all_estimates(self) -> Mapping[Key, Estimate]:
+        """The estimates of probes, then those of sharpness since."""
+        return self.estimates if self.sharpness is None else {**self.estimates, **self.sharpness.estimates()}
+
+    @property
+    def order(self) -> tuple[PairOrder, ...]:
+        """Neighbours in the order of sharpness that are known to be in order or inverted."""
+        return () if self.sharpness is None else self.sharpness.order
+
+    @property
+    def order_since(self) -> int | None:
+        """The step from which all of them stand in that order; None where they do not."""
+        return None if self.sharpness is None else self.sharpness.order_since
 
     @property
     def attention_scales(self) -> list[tuple[str, float]]:
@@ -91,8 +106,7 @@ class RunSnapshot:
         gone = {estimator for probe in stale for estimator in PROBES[probe].estimators}
         changes: dict[str, Any] = {name: None for name, probe in _READ_BY.items() if probe in stale}
         if "gnb" in stale:
-            gone.add("moment")
-            changes |= {"layer_sharpness": (), "order_correlation": None, "order": (), "order_since": None}
+            changes |= {"layer_sharpness": (), "order_correlation": None, "sharpness": None}
         kept = {key: one for key, one in self.estimates.items() if key[2] not in gone}
         return replace(self, estimates=kept, attention=attention, **changes)
 

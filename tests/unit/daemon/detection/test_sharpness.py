@@ -30,13 +30,13 @@ def sharpness(*steps: Observation, exponent: float = 0.5) -> Sharpness:
 
 
 def test_before_the_first_probe_there_is_no_estimate():
-    assert sharpness(seen(1), seen(2)).estimates() == {}
+    assert sharpness(seen(1), seen(2)).view().estimates() == {}
 
 
 def test_the_newest_probe_is_carried_on_by_the_squared_gradients():
     """After many steps with squares of 4 their mean is 4: S(t) = S(t0) · 4^β."""
     made = sharpness(seen(1, traces=[50.0, 3.0, 5.0]), *(seen(step, 4.0) for step in range(2, 200)))
-    found = made.estimates()
+    found = made.view().estimates()
     assert found["trace", "emb", "moment"].value == pytest.approx(50 * 2)
     assert found["trace", "qk", "moment"].value == pytest.approx(8 * 2)
     assert found["sharpness", "emb", "moment"].value == pytest.approx(1.0)
@@ -46,7 +46,7 @@ def test_the_newest_probe_is_carried_on_by_the_squared_gradients():
 
 def test_where_the_gradient_is_gone_the_probe_stands():
     made = sharpness(seen(1, traces=[50.0, 3.0, 5.0]), *(seen(step, 0.0) for step in range(2, 2000)))
-    assert made.estimates()["trace", "emb", "moment"].value == pytest.approx(50)
+    assert made.view().estimates()["trace", "emb", "moment"].value == pytest.approx(50)
 
 
 def test_the_error_is_what_predictions_have_missed_probes_by():
@@ -54,15 +54,15 @@ def test_the_error_is_what_predictions_have_missed_probes_by():
     rng = np.random.default_rng(0)
     probes = [seen(step, traces=list(50 * np.exp(rng.normal(size=3)))) for step in range(10, 4000, 10)]
     made = sharpness(*probes)
-    near = made.estimates()["trace", "emb", "moment"]
+    near = made.view().estimates()["trace", "emb", "moment"]
     assert near.stderr / near.value == pytest.approx(1.0, rel=0.5)  # two scatter by √2, of which it has a half
     for step in range(4000, 4030):
         made.see(seen(step), keep_out=False)
-    far = made.estimates()["trace", "emb", "moment"]
+    far = made.view().estimates()["trace", "emb", "moment"]
     # A half of the square at the probe, and another at each 10 steps from it.
     assert far.stderr / near.stderr == pytest.approx(math.sqrt(1 + 3.9), rel=0.01)
     quiet = sharpness(*(seen(step, traces=[50.0, 3.0, 5.0]) for step in range(10, 4000, 10)))
-    assert quiet.estimates()["trace", "emb", "moment"].stderr < 0.01
+    assert quiet.view().estimates()["trace", "emb", "moment"].stderr < 0.01
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, 0.0, 1e70])
@@ -71,7 +71,7 @@ def test_numbers_that_are_none_leave_it_usable(broken):
     for step in range(5, 200):
         made.see(seen(step), keep_out=False)
     made.see(seen(200, traces=[50.0, 3.0, 5.0]), keep_out=False)
-    assert made.estimates()["trace", "emb", "moment"].value == pytest.approx(50.0)
+    assert made.view().estimates()["trace", "emb", "moment"].value == pytest.approx(50.0)
 
 
 def test_it_goes_on_from_its_state():
@@ -81,7 +81,7 @@ def test_it_goes_on_from_its_state():
     again.load_state(first.state())
     for each in steps[150:]:
         again.see(each, keep_out=False)
-    assert again.estimates() == whole.estimates()
+    assert again.view().estimates() == whole.view().estimates()
     assert again.order.pairs == whole.order.pairs
 
 

@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from sharpwatch.curvature.statistics.estimate import Estimate
 from sharpwatch.daemon.api.conversions import detail_message
 from sharpwatch.daemon.config.settings import ALERT_NAMES
+from sharpwatch.daemon.detection.sharpness import SharpnessView
 from sharpwatch.daemon.exporter.metrics import MAX_LAYER_SERIES, RunCollector
 from sharpwatch.daemon.exporter.own_metrics import OwnMetrics
 from sharpwatch.daemon.ingest.samples import BlockTap, FailedProbe, HealthReading
@@ -88,8 +89,15 @@ FULL = RunSnapshot(
     },
     layer_sharpness=(estimate(1.0), estimate(2.0)),
     order_correlation=0.75,
-    order=(PairOrder("emb", "qk", inverted=False, since=3, standard_errors=2.5),),
-    order_since=3,
+    sharpness=SharpnessView(
+        ("emb", "qk"),
+        np.array([40.0, 16.0]),
+        (np.ones(2), 1.0, 0.5),
+        (np.array([math.nan, 0.0]), np.zeros(2), np.array([0.25, 0.5])),
+        (7, 7, 2.0, 3),
+        (PairOrder("emb", "qk", inverted=False, since=3, standard_errors=2.5),),
+        3,
+    ),
     attention=np.array([math.nan, 1.5]),
     attention_steps=(5, 7),
     incidents=(
@@ -133,12 +141,16 @@ sharpwatch_excursions_total{block="emb",run="run",signal="weight",training_job="
 sharpwatch_excursions_total{block="qk",run="run",signal="weight",training_job="job"} 0.0
 sharpwatch_block_sharpness{block="qk",estimator="gnb",run="run",training_job="job"} 2.0
 sharpwatch_block_sharpness{block="qk",estimator="hutchinson",run="run",training_job="job"} 2.5
+sharpwatch_block_sharpness{block="qk",estimator="moment",run="run",training_job="job"} 0.0625
 sharpwatch_block_sharpness_stderr{block="qk",estimator="gnb",run="run",training_job="job"} 0.5
 sharpwatch_block_sharpness_stderr{block="qk",estimator="hutchinson",run="run",training_job="job"} 0.25
+sharpwatch_block_sharpness_stderr{block="qk",estimator="moment",run="run",training_job="job"} 0.03125
 sharpwatch_block_hessian_trace{block="qk",estimator="gnb",run="run",training_job="job"} 32.0
 sharpwatch_block_hessian_trace{block="qk",estimator="hutchinson",run="run",training_job="job"} 40.0
+sharpwatch_block_hessian_trace{block="qk",estimator="moment",run="run",training_job="job"} 1.0
 sharpwatch_block_hessian_trace_stderr{block="qk",estimator="gnb",run="run",training_job="job"} 8.0
 sharpwatch_block_hessian_trace_stderr{block="qk",estimator="hutchinson",run="run",training_job="job"} 4.0
+sharpwatch_block_hessian_trace_stderr{block="qk",estimator="moment",run="run",training_job="job"} 0.5
 sharpwatch_block_top_eigenvalue{block="qk",estimator="gnb",run="run",training_job="job"} 9.0
 sharpwatch_block_top_eigenvalue{block="qk",estimator="lanczos",run="run",training_job="job"} 8.0
 sharpwatch_block_top_eigenvalue_stderr{block="qk",estimator="lanczos",run="run",training_job="job"} 0.5
@@ -175,6 +187,7 @@ sharpwatch_block_estimate_step{block="emb",estimator="directional",run="run",tra
 sharpwatch_block_estimate_step{block="qk",estimator="hutchinson",run="run",training_job="job"} 9.0
 sharpwatch_block_estimate_step{block="qk",estimator="lanczos",run="run",training_job="job"} 7.0
 sharpwatch_block_estimate_step{block="qk",estimator="linesearch",run="run",training_job="job"} 7.0
+sharpwatch_block_estimate_step{block="qk",estimator="moment",run="run",training_job="job"} 7.0
 sharpwatch_estimate_step{estimator="gnb",run="run",training_job="job"} 7.0
 sharpwatch_estimate_step{estimator="directional",run="run",training_job="job"} 7.0
 sharpwatch_estimate_step{estimator="lanczos",run="run",training_job="job"} 7.0

@@ -267,8 +267,13 @@ def stalled(run: Run, now: float) -> list[str]:
     return [incident.name for incident in run.check_stall(600.0, now).incidents if incident.active]
 
 
-def test_a_run_stalls_when_its_agent_is_there_and_its_steps_are_not(run):
+def connected(run: Run, monkeypatch, now: float) -> None:
+    monkeypatch.setattr(run_module.time, "time", lambda: now)
     run.publish(phase="running")
+
+
+def test_a_run_stalls_when_its_agent_is_there_and_its_steps_are_not(run, monkeypatch):
+    connected(run, monkeypatch, 0.0)
     update(run, range(6, 8))  # at 0 s
     assert stalled(run, 599.0) == []
     assert stalled(run, 601.0) == ["RunStalled"]
@@ -278,16 +283,31 @@ def test_a_run_stalls_when_its_agent_is_there_and_its_steps_are_not(run):
     assert (closed.active, closed.closed) == (False, "the agent is gone")
 
 
-def test_a_run_that_pauses_by_itself_is_waited_for(run):
+def test_a_run_that_pauses_by_itself_is_waited_for(run, monkeypatch):
     """As for evaluations: three times its second longest pause, so that one stall does not excuse the next."""
-    run.publish(phase="running")
+    connected(run, monkeypatch, 0.0)
     for step, now in enumerate((0.0, 500.0, 900.0), 6):
         run.update(read_sample(run.attempt.hello, sample(step)), now)
     assert stalled(run, 900.0 + 3 * 400 - 1) == []
     assert stalled(run, 900.0 + 3 * 400 + 1) == ["RunStalled"]
 
 
-def test_a_run_without_a_step_has_not_stalled():
+def test_time_without_a_connection_is_neither_a_stall_nor_a_pause(run, monkeypatch):
+    run.publish(phase="silent")
+    connected(run, monkeypatch, 36_000.0)
+    assert stalled(run, 36_599.0) == []
+    run.update(read_sample(run.attempt.hello, sample(6)), 36_700.0)
+    run.update(read_sample(run.attempt.hello, sample(7)), 36_701.0)
+    assert stalled(run, 36_701.0 + 601) == ["RunStalled"]  # after one pause of 700 s
+
+
+def test_a_new_attempt_has_not_stalled_before_its_first_step(run, monkeypatch):
+    run.begin(attempt(attempt="a2"), controller())
+    connected(run, monkeypatch, 36_000.0)
+    assert stalled(run, 1e6) == []
+
+
+def test_a_run_without_a_step_has_not_stalled(monkeypatch):
     fresh = Run(attempt(), controller(), now=0.0)
-    fresh.publish(phase="running")
+    connected(fresh, monkeypatch, 0.0)
     assert stalled(fresh, 1e6) == []
