@@ -20,7 +20,7 @@ DATA = Path(__file__).parents[1] / "data"
 PRINTED = json.loads((DATA / "printed-0.1.json").read_text())
 # What `show` did not print yet.
 NEW = re.compile(
-    r"\.(objective|objective_state|swallowed_errors|data_order|reference"
+    r"\.(objective|objective_state|swallowed_errors|data_order|reference|order_since_step|order\[\d+]\.\w+"
     r"|alerts\[\d+]\.(names\[0]|cause|layer_blocks\[\d+]|onset|closed|acknowledged))"
 )
 STATE = json.loads((DATA / "agent-state-0.1.json").read_text())
@@ -82,7 +82,10 @@ def leaves(value, path=""):
 
 @pytest.mark.parametrize("command", sorted(PRINTED))
 def test_the_journal_of_0_1_prints_the_same(upgraded, command):
-    printed, expected = leaves(upgraded.cli(*command.split())), leaves(PRINTED[command])
+    found = upgraded.cli(*command.split())
+    for block in found.get("blocks", ()) if isinstance(found, dict) else ():
+        block["estimates"] = [one for one in block.get("estimates", ()) if one["estimator"] != "moment"]
+    printed, expected = leaves(found), leaves(PRINTED[command])
     if command == "show old-run":
         # 392 is the journal's; 0.1 found that open alert again in later samples, and today's detectors may not.
         assert 392 <= printed.pop(".alerts[2].last_step") <= expected.pop(".alerts[2].last_step")
