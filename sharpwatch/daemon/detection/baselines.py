@@ -61,6 +61,11 @@ class Trend:
         """Samples from the run's start on until the first is judged."""
         return self.YOUNG + self.LEAST + self._lag
 
+    @property
+    def young(self) -> bool:
+        """Whether the run bends so much yet that lines miss."""
+        return self._count <= self.SETTLED
+
     def see(self, step: int, values: Doubles, *, keep_out: bool = False) -> tuple[Doubles, Doubles]:
         """Judge the newest values, then keep them.
 
@@ -247,11 +252,6 @@ class Highest:
         self._values = np.full(self.BEFORE + self.NEWEST, np.nan)  # newest last
         self._count, self._last = 0, -1
 
-    @property
-    def young(self) -> bool:
-        """Whether lines describe the run badly yet."""
-        return self._count <= Trend.SETTLED
-
     def see(self, step: int, value: float, *, keep_out: bool) -> float:
         """Judge a value, then keep it.
 
@@ -264,7 +264,7 @@ class Highest:
             By how many spreads the newest three are above the highest before them; NaN where that is not known, or the
             run is no longer young.
         """
-        if not math.isfinite(value) or not self.young or step <= self._last:
+        if not math.isfinite(value) or self._count > Trend.SETTLED or step <= self._last:
             return math.nan
         self._count, self._last = self._count + 1, step
         newest = np.append(self._values[1:], value)

@@ -232,7 +232,9 @@ class Signals:
             scores = replace(scores, sharpness=sharpness)
             self.sharp_probes.append(scores)
         if seen.attention is not None:
-            scores = replace(scores, attention=self._attention.see(seen.step, seen.attention, keep_out=keep_out))
+            attention = self._attention.see(seen.step, seen.attention, keep_out=keep_out)
+            # In a young run attention grows in leaps, as the loss falls.
+            scores = replace(scores, attention=None if self._trend.young else attention)
         self.recent.append(scores)
         return scores
 
@@ -329,7 +331,7 @@ class Signals:
             z, means = caution * z, caution * means
         rows = {1: z, **dict(zip(SPANS, means, strict=True))}
         # A young run learns in leaps: that its loss falls faster is no news.
-        lowest = 0.0 if self._young_loss.young else -math.inf
+        lowest = 0.0 if self._trend.young else -math.inf
         return replace(
             scores,
             loss={span: float(np.maximum(row[-1], lowest)) for span, row in rows.items()},
