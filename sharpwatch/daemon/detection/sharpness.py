@@ -88,7 +88,7 @@ class Sharpness:
         predicted = self._log_traces()
         with np.errstate(divide="ignore", invalid="ignore"):
             logs = np.where(traces > 0, np.log(traces), np.nan)
-        missed = (logs - predicted) ** 2
+            missed = (logs - predicted) ** 2  # NaN where both are infinite
         if self._probes:
             gain = 1.0 / min(self._probes + _MISSED_WEIGHT, _MEMORY)
             # A new array: views have the old one.

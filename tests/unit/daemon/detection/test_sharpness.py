@@ -74,6 +74,16 @@ def test_numbers_that_are_none_leave_it_usable(broken):
     assert made.view().estimates()["trace", "emb", "moment"].value == pytest.approx(50.0)
 
 
+@pytest.mark.filterwarnings("error")
+def test_traces_that_stay_infinite_give_no_estimate_and_no_warning():
+    made = sharpness(seen(1, traces=[50.0, 3.0, 5.0]))
+    for step in (2, 3, 4):
+        made.see(seen(step, traces=[math.inf, math.inf, 1.0]), keep_out=False)
+        assert made.estimates() == {}
+    made.see(seen(5, traces=[50.0, 3.0, 5.0]), keep_out=False)
+    assert made.estimates()["trace", "emb", "moment"].value == pytest.approx(50.0)
+
+
 def test_it_goes_on_from_its_state():
     rng = np.random.default_rng(0)
     steps = [seen(step, float(rng.random()), list(rng.random(3)) if step % 7 == 0 else None) for step in range(1, 300)]
@@ -135,6 +145,14 @@ def run_of(logs: np.ndarray) -> list[str]:
 def test_a_rise_of_sharpness_that_lasts_is_a_warning_about_the_block():
     logs = np.zeros(60)
     logs[40:] = math.log(10)
+    first, *_ = run_of(logs)
+    assert first == "SharpnessSpike layers.0.vo warning 41"
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_trace_that_becomes_infinite_is_a_rise():
+    logs = np.zeros(60)
+    logs[40:] = math.inf
     first, *_ = run_of(logs)
     assert first == "SharpnessSpike layers.0.vo warning 41"
 
