@@ -209,14 +209,23 @@ def _fitted(
         key_heads = _outputs(key, shapes) // width if width else 0
         fits = heads * width == outputs and key_heads * width == _outputs(key, shapes)
     else:
-        stated = _stated(attention, _WIDTHS)
-        width = stated or outputs // (heads + (_stated(attention, _KEY_HEADS) or heads))
+        width = _stated(attention, _WIDTHS) or outputs // (heads + (_stated(attention, _KEY_HEADS) or heads))
         key_heads = outputs // width - heads if width else 0
         fits = (heads + key_heads) * width == outputs
     stretches = max(each.part.repeats for each in (query, key) if each is not None)
     if not fits or key_heads < 1 or heads % key_heads or (key is None and key_heads % stretches):
         raise _UnknownError(f"{heads} heads don't fit the shape of the matrices")
+    if key is not None:
+        _require_as_stated(attention, width, key_heads)
     return AttentionHeads(layer_block, query, key, heads, key_heads, width)
+
+
+def _require_as_stated(attention: nn.Module, width: int, key_heads: int) -> None:
+    """Raises `_UnknownError` where the attention states other sizes, as of matrices that are one rank's part."""
+    for what, found, names in (("entries a head", width, _WIDTHS), ("key heads", key_heads, _KEY_HEADS)):
+        stated = _stated(attention, names)
+        if stated is not None and stated != found:
+            raise _UnknownError(f"the matrices have {found} {what}, the attention states {stated}")
 
 
 def _outputs(projection: Projection, shapes: Mapping[str, tuple[int, ...]]) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -86,6 +88,25 @@ def test_heads_that_are_not_known_or_do_not_fit_are_left_out(heads, reason):
     known, (left_out,) = found(Model(Attention(heads)))
     assert not known
     assert left_out.startswith(reason)
+
+
+@pytest.mark.parametrize("on_config", [False, True])
+@pytest.mark.parametrize(
+    ("sizes", "reason"),
+    [
+        ({"head_dim": 8, "num_key_value_heads": 2}, None),
+        ({"head_dim": 16}, "the matrices have 8 entries a head, the attention states 16"),  # one of two ranks' half
+        ({"num_key_value_heads": 4}, "the matrices have 2 key heads, the attention states 4"),
+    ],
+)
+def test_separate_matrices_of_other_sizes_than_stated_are_left_out(sizes, reason, on_config):
+    attention = Attention(heads=4)
+    if on_config:
+        attention.config = SimpleNamespace(**sizes)
+    else:
+        vars(attention).update(sizes)
+    known, left_out = found(Model(attention))
+    assert (len(known), left_out) == ((1, set()) if reason is None else (0, {reason}))
 
 
 @pytest.mark.parametrize(
