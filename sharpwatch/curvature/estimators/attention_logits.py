@@ -57,9 +57,9 @@ class AttentionLogits:
         """
         found: dict[torch.device, list[tuple[int, Tensor]]] = defaultdict(list)
         for place, (heads, vectors) in enumerate(zip(self._attentions, self._vectors, strict=True)):
-            queries, keys = (matrix.float() for matrix in heads.matrices(weights))
+            queries, keys = heads.matrices(weights)
             count = ITERATIONS if self._is_warm else FIRST_ITERATIONS
-            norms, after = power_iterations(queries, keys, vectors.to(queries.device), count)
+            norms, after = _in_float32(queries, keys, vectors.to(queries.device), count)
             scale = norms.amax() / math.sqrt(heads.width)
             found[queries.device].append((place, torch.cat([scale[None], after.flatten()])))
         scales = np.full(self._layer_blocks, np.nan, dtype=np.float32)
@@ -101,6 +101,19 @@ def power_iterations(queries: Tensor, keys: Tensor, vectors: Tensor, count: int)
         known = (norms > 0) & after.isfinite().all(-1)
         vectors = torch.where(known[..., None], after, vectors)
     return norms, vectors
+
+
+def _in_float32(queries: Tensor, keys: Tensor, vectors: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """`power_iterations` in float32; other weights are cast head by head, because memory may be nearly full."""
+    if queries.dtype == keys.dtype == torch.float32:
+        return power_iterations(queries, keys, vectors, count)
+    norms, after = vectors.new_empty(vectors.shape[:-1]), torch.empty_like(vectors)
+    for group, matrix in enumerate(keys):
+        key = matrix.float()[None]
+        for head, query in enumerate(queries[group]):
+            at = (slice(group, group + 1), slice(head, head + 1))
+            norms[at], after[at] = power_iterations(query.float()[None, None], key, vectors[at], count)
+    return norms, after
 
 
 def _larger(one: float, other: float) -> float:

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     FalconConfig,
     FalconForCausalLM,
@@ -186,8 +188,35 @@ def test_it_goes_on_after_weights_without_a_product(bad, monkeypatch):
     assert scales[of_qk] == pytest.approx(dense(model, monkeypatch), rel=1e-4)
 
 
-def test_half_precision_is_computed_in_float32():
-    model = made("llama")
-    exact, _ = measured(model, times=50)
-    rounded, _ = measured(model.to(torch.bfloat16), times=50)
-    assert rounded == pytest.approx(exact, rel=0.01, nan_ok=True)
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(name, dtype, monkeypatch):
+    model = made(name).to(dtype)
+    scales, block_map = measured(model, times=50)
+    of_qk = [block.type == "qk" for block in block_map.layer_blocks]
+    assert scales[of_qk] == pytest.approx(dense(model.float(), monkeypatch), rel=1e-4)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Keeps the size of the largest tensor made, in bytes; a view of the given tensors is none."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.bytes, self._known = 0, {tensor.untyped_storage().data_ptr() for tensor in known}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Runs the operation."""
+        result = func(*args, **kwargs or {})
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self._known:
+                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_no_more_than_a_head_is_copied_to_float32(name):
+    model = made(name).to(torch.bfloat16)
+    logits, _ = reader(model)
+    with LargestTensor(model.parameters()) as largest:
+        logits.measure(weights(model))
+    assert 0 < largest.bytes <= WIDTH // HEADS * WIDTH * torch.float32.itemsize
