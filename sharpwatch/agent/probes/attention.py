@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sharpwatch.agent.probes.context import ProbeContext
+from sharpwatch.agent.probes.failures import IN_A_ROW
 from sharpwatch.agent.probes.out_of_memory import is_out_of_memory
 from sharpwatch.agent.safety import from_signal_handler, warn
 from sharpwatch.blocks.attention_heads import AttentionHeads, find_attention_heads, why_not_read
@@ -29,8 +30,8 @@ class AttentionReader:
         seed: Of the first vectors.
 
     Attributes:
-        note: How many layer blocks are measured, and why others are left out; empty before the first reading, and for
-            a model without attention.
+        note: How many layer blocks are measured, and why others are left out; why the newest reading failed, if it did;
+            empty before the first reading, and for a model without attention.
     """
 
     def __init__(self, context: ProbeContext, seed: int) -> None:
@@ -38,28 +39,42 @@ class AttentionReader:
         self._context = context
         self._seed = seed
         self._found: tuple[list[AttentionHeads], AttentionLogits] | None = None
+        self._summary = ""  # the note while readings succeed
+        self._in_a_row = 0
+        self._warned: set[str] = set()
         self._is_over = False
 
     def read(self) -> npt.NDArray[np.float32] | None:
         """Measures once at the present weights.
 
         Returns:
-            Float32 [L], NaN for a layer block without attention; None where nothing can be measured. An error is
-            logged once, and ends the readings unless memory was short.
+            Float32 [L], NaN for a layer block without attention; None where nothing can be measured. An error ends the
+            readings, at the third time in a row if memory was short. Each kind of error is logged once, and the end.
         """
         if self._is_over:
             return None
         try:
-            return self._measured()
+            scales = self._measured()
         except Exception as error:  # exception barrier: a reading never raises into the loop
             if from_signal_handler(error):
                 raise
-            reason = f"{type(error).__name__}: {error}"
-            if self.note != reason:
-                warn("the scale of attention logits is not measured: %s", reason)
-            self.note = reason
-            self._is_over = not is_out_of_memory(error)
-        return None
+            self._failed(error)
+            return None
+        self._in_a_row, self.note = 0, self._summary
+        return scales
+
+    def _failed(self, error: Exception) -> None:
+        self._in_a_row += 1
+        self._is_over = self._in_a_row >= IN_A_ROW or not is_out_of_memory(error)
+        # The message has numbers that differ each time, as how much memory is free; the kind does not.
+        kind = type(error).__name__
+        self.note = f"{kind}: {error}"
+        if self._is_over:
+            times = f"{self._in_a_row} failures in a row" if self._in_a_row > 1 else "a failure"
+            self.note = f"given up after {times}: {self.note}"
+        if self._is_over or kind not in self._warned:
+            warn("the scale of attention logits is not measured: %s", self.note)
+        self._warned.add(kind)
 
     def _measured(self) -> npt.NDArray[np.float32] | None:
         weights = self._context.watched_weights
@@ -84,9 +99,9 @@ class AttentionReader:
             by_reason.setdefault(reason, []).append(names[index])
         reasons = [f"{_first(blocks)} left out: {reason}" for reason, blocks in by_reason.items()]
         if heads or reasons:
-            self.note = "; ".join([f"{len(measured)} layer blocks measured", *reasons])
+            self._summary = "; ".join([f"{len(measured)} layer blocks measured", *reasons])
         if reasons:
-            _LOG.info("scale of attention logits: %s", self.note)
+            _LOG.info("scale of attention logits: %s", self._summary)
         digest = hashlib.sha256(f"{self._seed}/attention".encode()).digest()
         seed = int.from_bytes(digest[:8], "little") >> 1
         return heads, AttentionLogits(heads, len(block_map.layer_blocks), seed)

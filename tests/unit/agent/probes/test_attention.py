@@ -137,25 +137,58 @@ def test_normalised_queries_are_left_out_with_the_reason(caplog):
     assert sum(reason in record.getMessage() for record in caplog.records) == 1
 
 
-@pytest.mark.parametrize(
-    ("error", "readings"), [(ZeroDivisionError("on purpose"), 1), (torch.OutOfMemoryError("none left"), 3)]
-)
-def test_an_error_is_logged_once_and_harms_no_probe(error, readings, monkeypatch, caplog):
-    """Memory may be there the next time; any other error would come again."""
-    calls = []
+def failing(monkeypatch, *errors):
+    """Has each reading raise the next of `errors`, or succeed where it is None; returns the list of its calls."""
+    calls, measure = [], AttentionLogits.measure
 
-    def measure(_, weights):
+    def raising(self, weights):
         calls.append(weights)
-        raise error
+        error = errors[min(len(calls), len(errors)) - 1]
+        if error is not None:
+            raise error
+        return measure(self, weights)
 
-    monkeypatch.setattr(AttentionLogits, "measure", measure)
+    monkeypatch.setattr(AttentionLogits, "measure", raising)
+    return calls
+
+
+def warnings(caplog):
+    return [text for record in caplog.records if "attention logits is not measured" in (text := record.getMessage())]
+
+
+def test_an_error_is_logged_once_and_harms_no_probe(monkeypatch, caplog):
+    calls = failing(monkeypatch, ZeroDivisionError("on purpose"))
     _, _, transport, _, status, _ = train()
-    assert len(calls) == readings
-    assert sum("attention logits is not measured" in record.getMessage() for record in caplog.records) == 1
-    assert type(error).__name__ in status.attention
+    assert len(calls) == len(warnings(caplog)) == 1
+    assert status.attention == "given up after a failure: ZeroDivisionError: on purpose"
     assert not any(sample.HasField("attention") for sample in transport.samples)
     assert sum(sample.HasField("gnb") for sample in transport.samples) == 3
     assert status.swallowed_errors == 0
+
+
+def short(*left):
+    return [torch.OutOfMemoryError(f"{number} MiB is free") for number in left]
+
+
+def test_memory_that_stays_short_ends_the_readings(monkeypatch, caplog):
+    """The device's message has other numbers each time."""
+    calls = failing(monkeypatch, *short(*range(6)))
+    _, _, transport, _, status, _ = train(steps=18)
+    assert len(calls) == 3
+    first, last = warnings(caplog)
+    assert first.endswith("OutOfMemoryError: 0 MiB is free")
+    assert status.attention == "given up after 3 failures in a row: OutOfMemoryError: 2 MiB is free"
+    assert last.endswith(status.attention)
+    assert sum(sample.HasField("gnb") for sample in transport.samples) == 6
+    assert status.swallowed_errors == 0
+
+
+def test_memory_that_is_there_again_brings_readings_again(monkeypatch, caplog):
+    failing(monkeypatch, *short(0, 1), None, *short(3, 4), None)
+    _, _, transport, _, status, _ = train(steps=18)
+    assert [sample.step for sample in transport.samples if sample.HasField("attention")] == [9, 18]
+    assert len(warnings(caplog)) == 1
+    assert status.attention == "2 layer blocks measured"
 
 
 def test_its_cost_counts_as_the_probes(monkeypatch):
