@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -222,8 +222,10 @@ def _fitted(
 
 def _require_as_stated(attention: nn.Module, width: int, key_heads: int) -> None:
     """Raises `_UnknownError` where the attention states other sizes, as of matrices that are one rank's part."""
+    # A config's number of key heads may be that of other layers (MiMo-V2), which a module's own width outweighs.
+    holders = _holders(attention)[: 1 if _stated_by([attention], _WIDTHS) == width else None]
     for what, found, names in (("entries a head", width, _WIDTHS), ("key heads", key_heads, _KEY_HEADS)):
-        stated = _stated(attention, names)
+        stated = _stated_by(holders, names)
         if stated is not None and stated != found:
             raise _UnknownError(f"the matrices have {found} {what}, the attention states {stated}")
 
@@ -233,9 +235,17 @@ def _outputs(projection: Projection, shapes: Mapping[str, tuple[int, ...]]) -> i
     return projection.part.numel // shape[0 if projection.is_transposed else 1]
 
 
-def _stated(attention: Any, names: Iterable[str]) -> int | None:
+def _stated(attention: Any, names: Sequence[str]) -> int | None:
     """The first of `names` that the attention, or its config, has as a positive number."""
-    for holder in (attention, getattr(attention, "config", None)):
+    return _stated_by(_holders(attention), names)
+
+
+def _holders(attention: Any) -> list[Any]:
+    return [attention, getattr(attention, "config", None)]
+
+
+def _stated_by(holders: Iterable[Any], names: Sequence[str]) -> int | None:
+    for holder in holders:
         for name in names:
             value = getattr(holder, name, None)
             if isinstance(value, int) and not isinstance(value, bool) and value > 0:

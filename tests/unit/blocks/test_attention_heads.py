@@ -109,6 +109,13 @@ def test_separate_matrices_of_other_sizes_than_stated_are_left_out(sizes, reason
     assert (len(known), left_out) == ((1, set()) if reason is None else (0, {reason}))
 
 
+def test_the_modules_own_width_outweighs_the_configs_key_heads():
+    """As in MiMo-V2, whose sliding layers have twice the key heads of its config."""
+    attention = Attention(heads=4)
+    attention.head_dim, attention.config = 8, SimpleNamespace(num_key_value_heads=1)
+    assert [each.key_heads for each in found(Model(attention))[0]] == [2]
+
+
 @pytest.mark.parametrize(
     "model",
     [
