@@ -312,8 +312,11 @@ class Pipeline:
 
     def _record_peers(self, found: Iterable[tuple[Run, Changes]]) -> None:
         """Records what one run's step changed in incidents of others, and of its own."""
+        changed: dict[str, Run] = {}
         for run, changes in found:
             self._record(run, changes)
+            changed[run.name] = run
+        for run in changed.values():
             run.publish()
 
     def _take_reports(self, run: Run, reading: Reading, now: float) -> None:

@@ -168,6 +168,7 @@ class Finding:
         onset: At which it began.
         layer_blocks: Which layer blocks show it, worst first, as "layers.3.qk"; empty for the whole model.
         is_exact: Whether it is read off directly, with an onset that is certain, rather than from what stands out.
+        span: Samples that it is a mean over; the onset is known the better, the fewer they are.
     """
 
     name: AlertName
@@ -177,6 +178,7 @@ class Finding:
     onset: int
     layer_blocks: tuple[str, ...] = ()
     is_exact: bool = False
+    span: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +202,8 @@ class Incident:
         acknowledged: Who has seen it, and what they noted; empty for nobody.
         in_twins: Runs with the same data that stood out at the onset, too.
         not_in_twins: Those that did not.
+        replicas: Of both, the runs whose losses were the same as this run's until the onset.
+        span: Samples that the explaining finding is a mean over; 0 where a journal of an earlier version has none.
     """
 
     id: str
@@ -219,6 +223,8 @@ class Incident:
     acknowledged: str = ""
     in_twins: tuple[str, ...] = ()
     not_in_twins: tuple[str, ...] = ()
+    replicas: tuple[str, ...] = ()
+    span: int = 0
 
 
 @dataclass(frozen=True, slots=True)

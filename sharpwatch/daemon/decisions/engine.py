@@ -61,19 +61,32 @@ class PolicyEngine:
     def act(
         self, findings: Sequence[Finding], checkpoints: Sequence[Checkpoint], mode: Mode | None, step: int, now: float
     ) -> None:
-        """Decide what there is to decide at `step`. While a command is under way its effect is waited for."""
-        if not findings and self._incidents.open:
-            return
+        """Decide what there is to decide at `step`. While a command is under way its effect is waited for.
+
+        A silent failure is about another run, and may last: policies answer it, and it is no trouble that a ramp-back
+        has to wait for.
+        """
         at = _StepContext(step, now, mode, checkpoints)
-        if findings:
-            self._answer(findings, at)
-        elif not self._under_way(None):
+        own = [finding for finding in findings if finding.name != "SilentFailure"]
+        to_answer = findings if len(own) == len(findings) or self._is_unanswered("SilentFailure") else own
+        if to_answer:
+            self._answer(to_answer, at)
+        if not (own or any(map(_is_own, self._incidents.open)) or self._under_way(None)):
             self._ramp_back(at)
+
+    def _is_unanswered(self, name: str) -> bool:
+        """Whether a policy that matches the open incident of an alert has decided nothing on it so far."""
+        incident = self._incidents.active(name)
+        if incident is None:
+            return False
+        answered = {made.policy for made in self._log.decisions if made.alert_id == incident.id}
+        return any(policy.match.answers(incident) and policy.name not in answered for policy in self._chain.policies)
 
     def _answer(self, findings: Iterable[Finding], at: _StepContext) -> None:
         found = (self._incidents.active(finding.name) for finding in findings)
         incidents = list({incident.id: incident for incident in found if incident is not None}.values())
-        if incidents and not self._under_way(at.step) and self._undo_ramp_back(incidents[0], at):
+        own = next(filter(_is_own, incidents), None)
+        if own is not None and not self._under_way(at.step) and self._undo_ramp_back(own, at):
             return
         for incident in incidents:
             for policy in self._chain.answering(incident, self._log.decisions, at.step):
@@ -189,7 +202,7 @@ class PolicyEngine:
         return done
 
     def _ramp_back(self, at: _StepContext) -> None:
-        due = ramp_back_due(self._log, self._incidents.all, self._chain, self._permissions, at.step)
+        due = ramp_back_due(self._log, filter(_is_own, self._incidents.all), self._chain, self._permissions, at.step)
         if due is None:
             return
         made = self._draft("ramp_back", due.policy, at.mode_of(due.policy), None, at)
@@ -217,6 +230,11 @@ class PolicyEngine:
             alert_id=incident.id if incident is not None else "",
             alert_name=incident.name if incident is not None else "",
         )
+
+
+def _is_own(incident: Incident) -> bool:
+    """Whether an incident is about the run by itself, and not about how it compares with a reference."""
+    return incident.name != "SilentFailure"
 
 
 def _describe(made: Decision, incident: Incident, before: Mapping[str, float]) -> str:

@@ -82,6 +82,10 @@ class RunController:
         """Every alert of the run, oldest first."""
         return self._incidents.all
 
+    def incident(self, identity: str) -> Incident | None:
+        """The incident of an id; None where there is none."""
+        return self._incidents.get(identity)
+
     @property
     def excursions(self) -> Mapping[tuple[str, str], int]:
         """How often single values stood out without a finding since this controller was made, by signal and block."""
@@ -248,9 +252,18 @@ class RunController:
         self._log.note_incidents(self._detection.reference_came(step))
         return self._log.take()
 
-    def attribute(self, incident_id: str, shown: tuple[str, ...], absent: tuple[str, ...]) -> Changes:
-        """Note which runs with the same data stood out at an incident's onset, and which did not."""
-        self._log.note_incidents([self._incidents.attribute(incident_id, shown, absent)])
+    def attribute(
+        self, incident_id: str, shown: tuple[str, ...], absent: tuple[str, ...], replicas: tuple[str, ...] = ()
+    ) -> Changes:
+        """Note which runs with the same data stood out at an incident's onset, and which did not.
+
+        Args:
+            incident_id: The incident's id.
+            shown: Names of the runs that did.
+            absent: Names of those that did not.
+            replicas: Of both, those whose losses were the same as this run's until the onset.
+        """
+        self._log.note_incidents([self._incidents.attribute(incident_id, shown, absent, replicas)])
         return self._log.take()
 
     def skipped_before(self, step: int) -> bool:

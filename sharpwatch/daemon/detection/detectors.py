@@ -115,7 +115,8 @@ def block_shift(judged: Judged) -> Iterable[Finding]:
             evidence = f"{what} of {blocks[0]} {score[worst]:.1f} sd {_side(above)} its level, over {span} samples"
             singles = [getattr(each, signal)[1][worst] if each.update else math.nan for each in judged.recent]
             onset = _onset(judged, span, singles if above else [-z for z in singles])
-            yield Finding(high if above else "DeadBlock", severity, evidence, judged.step, onset, blocks)
+            name = high if above else "DeadBlock"
+            yield Finding(name, severity, evidence, judged.step, onset, blocks, span=span)
 
 
 def loss_shift(judged: Judged) -> Iterable[Finding]:
@@ -127,7 +128,7 @@ def loss_shift(judged: Judged) -> Iterable[Finding]:
             what = "loss" if loss is None else f"loss {loss:.4g}"  # a mean may be known where the newest value is not
             evidence = f"{what}: {score[0]:.1f} sd {_side(sign > 0)} its trend, over {span} samples"
             singles = [sign * scores.loss.get(1, math.nan) for scores in judged.recent]
-            yield Finding(alert, severity, evidence, judged.step, _onset(judged, span, singles))
+            yield Finding(alert, severity, evidence, judged.step, _onset(judged, span, singles), span=span)
 
 
 def young_loss(judged: Judged) -> Iterable[Finding]:
@@ -139,7 +140,7 @@ def young_loss(judged: Judged) -> Iterable[Finding]:
             f"loss {judged.now.observation.loss:.4g}: three times {above:.1f} sd above the {Highest.BEFORE} before"
         )
         onset = judged.recent[-count if len(judged.recent) >= count else 0].observation.step
-        yield Finding("LossSpike", severity, evidence, judged.step, onset)
+        yield Finding("LossSpike", severity, evidence, judged.step, onset, span=count)
 
 
 def stability_limit(judged: Judged) -> Iterable[Finding]:

@@ -16,7 +16,9 @@ MAX_LOSSES = 20_000  # of a run; beyond it every second is let go
 REMEMBERED = 1_000  # steps that stood out, and stretches of steps that were judged; the newest
 FIRST = 8  # losses at the start, by which runs with the same data and the same weights are known
 LATER = 10  # steps after which a mean over several samples, too, has shown what began at a step
-_NEAR = 1  # steps by which two runs may count the same batch apart
+NEAR = 1  # steps by which two runs may count the same batch apart
+SLOW = 40  # steps by which the onsets may differ that two runs tell of the same, where each is estimated from a mean
+_COMPARED = 64  # common steps by which it is told whether two runs' losses have parted
 
 
 class Losses:
@@ -84,6 +86,17 @@ class Losses:
         place = int(np.searchsorted(self.steps, step))
         return float(self._losses[place]) if place < self._size and self._steps[place] == step else None
 
+    def before(self, step: int, count: int) -> dict[int, float]:
+        """The newest losses before a step, by step.
+
+        Args:
+            step: The step.
+            count: How many at most.
+        """
+        end = int(np.searchsorted(self.steps, step))
+        kept = slice(max(0, end - count), end)
+        return dict(zip(self.steps[kept].tolist(), self.losses[kept].tolist(), strict=True))
+
     def see(self, step: int, loss: float | None) -> None:
         """Take in the next step; one without a loss that is finite only ends what it replaces."""
         if self._size and step <= self._steps[self._size - 1]:
@@ -117,7 +130,8 @@ class StepHistory:
         self.losses = Losses()
         self.first: dict[int, float] = {}  # losses of the first steps
         self.last_step = -1  # the highest
-        self._odd: deque[int] = deque(maxlen=REMEMBERED)
+        self._odd: dict[int, None] = {}  # in the order they came, as are the next
+        self._found: dict[int, None] = {}  # onsets of the run's own findings
         # Stretches of steps without a gap that could be judged: first and last.
         self._judged: deque[list[int]] = deque(maxlen=REMEMBERED)
 
@@ -136,21 +150,44 @@ class StepHistory:
         if judged:
             self._see_judged(step)
         if odd:
-            self.mark(step)
+            _remember(self._odd, step)
 
-    def mark(self, step: int) -> None:
-        """Note that something began at a step."""
-        if step not in self._odd:
-            self._odd.append(step)
+    def mark(self, onset: int) -> None:
+        """Note that a finding of the run's own began at a step."""
+        _remember(self._odd, onset)
+        _remember(self._found, onset)
 
     def stood_out(self, step: int) -> bool | None:
         """Whether the run stood out at a step or next to it; None where that is not known, or not yet."""
-        if any(step + away in self._odd for away in range(-_NEAR, _NEAR + 1)):
+        if not self._odd.keys().isdisjoint(range(step - NEAR, step + NEAR + 1)):
             return True
-        was_judged = any(first <= step <= last for first, last in self._judged)
         # An older one may be forgotten.
-        is_kept = len(self._odd) < REMEMBERED or step > min(self._odd)
-        return False if was_judged and is_kept and self.has_passed(step) else None
+        is_kept = len(self._odd) < REMEMBERED or step > next(iter(self._odd))
+        if not (is_kept and self.has_passed(step)):
+            return None
+        return False if any(first <= step <= last for first, last in reversed(self._judged)) else None
+
+    def shows(self, onset: int, *, is_brief: bool) -> bool | None:
+        """Whether the run shows what another one's incident tells of; None where that can't be said, or not yet.
+
+        Args:
+            onset: The incident's.
+            is_brief: Whether its onset is known to a step or two. Otherwise it is an estimate, as are those of this
+                run's own findings, and nothing follows from what this run does not show just there.
+        """
+        seen = self.stood_out(onset)
+        if seen or self._found.keys().isdisjoint(range(onset - SLOW, onset + SLOW + 1)):
+            return seen if seen or is_brief else None
+        return None if is_brief else True
+
+    def has_parted(self, other: StepHistory, step: int) -> bool:
+        """Whether this run's losses and another's differ before a step.
+
+        Equal ones are of the same weights: a replica. Runs that have parted don't meet again, but for a restore, so
+        the newest common steps tell.
+        """
+        here, there = (each.losses.before(step, _COMPARED) for each in (self, other))
+        return any(there.get(at, loss) != loss for at, loss in here.items())
 
     def has_passed(self, step: int) -> bool:
         """Whether the run is so far past a step that all which began there has shown."""
@@ -185,7 +222,8 @@ class StepHistory:
             "history.losses": self.losses.losses.copy(),
             "history.stride": np.array(self.losses.stride),
             "history.first": np.array(list(self.first.items()), dtype=np.float64).reshape(-1, 2),
-            "history.odd": np.array(self._odd, dtype=np.int64),
+            "history.odd": np.array(list(self._odd), dtype=np.int64),
+            "history.found": np.array(list(self._found), dtype=np.int64),
             "history.judged": np.array(self._judged, dtype=np.int64).reshape(-1, 2),
             "history.last_step": np.array(self.last_step),
         }
@@ -197,7 +235,16 @@ class StepHistory:
         if "history.steps" in arrays:
             made.losses = Losses.of(arrays["history.steps"], arrays["history.losses"], int(arrays["history.stride"]))
             made.first = {int(step): float(loss) for step, loss in arrays["history.first"]}
-            made._odd.extend(arrays["history.odd"].tolist())
+            made._odd = dict.fromkeys(arrays["history.odd"].tolist())
+            # An earlier version did not keep them apart.
+            made._found = dict.fromkeys(arrays.get("history.found", np.zeros(0, dtype=np.int64)).tolist())
             made._judged.extend(arrays["history.judged"].tolist())
             made.last_step = int(arrays["history.last_step"])
         return made
+
+
+def _remember(steps: dict[int, None], step: int) -> None:
+    """Add a step, and forget the one that came first where there are too many."""
+    steps.setdefault(step)
+    if len(steps) > REMEMBERED:
+        del steps[next(iter(steps))]

@@ -21,7 +21,8 @@ _EVENTS: set[AlertName] = {"NonFinite", "WeightJump", "SettingsChanged", "Optimi
 _BLOCK_ALERTS: set[AlertName] = {"WeightGrowth", "DeadBlock", "UpdateRmsSpike", "GradientSpike"}
 _LOCAL: set[Cause] = {"instability", "silent"}
 # What a batch can bring about: runs with the same data then show it at the same step.
-_BY_BATCH: set[AlertName] = {"LossSpike", "LossDrop", "GradientSpike", "UpdateRmsSpike", "NonFinite"}
+BY_BATCH: set[AlertName] = {"LossSpike", "LossDrop", "GradientSpike", "UpdateRmsSpike", "NonFinite"}
+_BRIEF = 5  # samples; the onset of what is found in a mean over more is an estimate
 # What disturbs weights by itself: under such a cause their jumps are consequences.
 _MOVES_WEIGHTS: set[Cause] = {"learning-rate", "optimizer-state", "non-finite", "damaged-weight"}
 
@@ -81,6 +82,10 @@ class IncidentLog:
         """The open ones, oldest first."""
         return tuple(each.incident for each in self._open.values())
 
+    def get(self, identity: str) -> Incident | None:
+        """The incident of an id; None where there is none."""
+        return self._all.get(identity)
+
     def active(self, name: str) -> Incident | None:
         """The newest open incident with an alert of that name."""
         return next((each for each in reversed(self.open) if name in each.names), None)
@@ -118,19 +123,23 @@ class IncidentLog:
             found.add(entry.incident.id)
         return found, changed
 
-    def attribute(self, identity: str, shown: tuple[str, ...], absent: tuple[str, ...]) -> Incident:
+    def attribute(
+        self, identity: str, shown: tuple[str, ...], absent: tuple[str, ...], replicas: tuple[str, ...] = ()
+    ) -> Incident:
         """Note which runs with the same data stood out at an incident's onset, and which did not.
 
-        What another run shows at the same step is the data's doing. What none shows is not.
+        What another run shows at the same step is the data's doing, unless it is a replica: that has the same weights
+        and rates too. What none shows is not the data's.
 
         Args:
             identity: The incident's id.
             shown: Names of the runs that did.
             absent: Names of those that did not.
+            replicas: Of both, those whose losses were the same as this run's until the onset.
         """
         before, entry = self._all[identity], self._open.get(identity)
-        evidence = before.evidence[:-1] if twins_evidence(before) else before.evidence
-        after = replace(before, in_twins=shown, not_in_twins=absent)
+        evidence = before.evidence[: len(before.evidence) - len(twins_evidence(before))]
+        after = replace(before, in_twins=shown, not_in_twins=absent, replicas=replicas)
         after = replace(
             after,
             cause=_attributed(before.cause if entry is None else _cause(entry), after),
@@ -199,6 +208,7 @@ class IncidentLog:
             first_step=finding.step,
             last_step=finding.step,
             active=True,
+            span=finding.span,
         )
         entry = _Open(incident, finding, {finding.name: finding}, recorded=finding.step)
         self._open[incident.id] = entry
@@ -228,6 +238,7 @@ class IncidentLog:
             layer_blocks=layer_blocks,
             onset=min(explains.onset, before.onset),
             last_step=max(before.last_step, finding.step),
+            span=explains.span,
         )
         evidence = (explains.evidence, *(each.evidence for each in others), *twins_evidence(after))
         after = entry.incident = replace(after, cause=_attributed(_cause(entry), after), evidence=evidence)
@@ -286,27 +297,41 @@ def _cause(entry: _Open) -> Cause:
 
 def is_by_batch(incident: Incident) -> bool:
     """Whether a batch can have brought an incident about, so that runs with the same data would show it too."""
-    return incident.name in _BY_BATCH
+    return incident.name in BY_BATCH
+
+
+def is_brief(incident: Incident) -> bool:
+    """Whether an incident's onset is known so well that a twin which does not show it there does not have it."""
+    return 0 < incident.span <= _BRIEF
+
+
+def _divided(names: tuple[str, ...], incident: Incident) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Twins that had parted from the run before the onset, and those that had not: replicas."""
+    is_replica = incident.replicas.__contains__
+    return tuple(name for name in names if not is_replica(name)), tuple(filter(is_replica, names))
 
 
 def twins_evidence(incident: Incident) -> tuple[str, ...]:
     """The evidence on runs with the same data; empty where there is none."""
     if not is_by_batch(incident):
         return ()
-    if incident.in_twins:
-        runs = "run" if len(incident.in_twins) == 1 else "runs"
-        return (f"also in {runs} {', '.join(incident.in_twins)} at step {incident.onset}",)
-    if incident.not_in_twins:
-        twins = "its twin" if len(incident.not_in_twins) == 1 else "its twins"
-        return (f"not in {twins} {', '.join(incident.not_in_twins)} at step {incident.onset}",)
-    return ()
+    shown, same_shown = _divided(incident.in_twins, incident)
+    absent, same_absent = _divided(incident.not_in_twins, incident)
+    told = (
+        ("also in run", shown),
+        ("not in its twin", () if shown else absent),
+        ("also in its replica", same_shown),
+        ("not in its replica", same_absent),
+    )
+    where = f"{'at' if incident.span <= _BRIEF else 'near'} step {incident.onset}"
+    return tuple(f"{words}{'s' * (len(names) > 1)} {', '.join(names)} {where}" for words, names in told if names)
 
 
 def _attributed(cause: Cause, incident: Incident) -> Cause:
     """The cause by the findings, corrected by what runs with the same data showed at the onset."""
     if not is_by_batch(incident):
         return cause
-    if incident.in_twins:
+    if _divided(incident.in_twins, incident)[0]:
         return "data"
     if incident.not_in_twins and cause == "data":
         return next((CAUSES[name] for name in incident.names if CAUSES[name] != "data"), "instability")
@@ -325,6 +350,7 @@ def _restored(incident: Incident) -> _Open:
         incident.first_step,
         incident.onset,
         incident.layer_blocks,
+        span=incident.span,
     )
     others = {
         name: replace(finding, name=name, evidence=evidence, onset=incident.last_step, layer_blocks=())

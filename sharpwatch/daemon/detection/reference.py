@@ -64,18 +64,27 @@ class ReferenceTest:
         self._pairs: Doubles = np.zeros((3, 2 * KEPT))  # step, loss, reference's loss; the newest last
         self._size = 0  # of these
         self._count = 0
-        for step in np.intersect1d(own.steps, reference.steps).tolist():
+        common = np.intersect1d(own.steps, reference.steps).tolist()
+        for step in common:
             self.see(step)
+        # Steps since the newest pair.
+        self._unpaired = own.stride * int((own.steps > (common[-1] if common else -1)).sum())
 
     def __len__(self) -> int:
         return self._count
+
+    def is_against(self, losses: Losses) -> bool:
+        """Whether these are the very losses that the run is held against."""
+        return self._reference is losses
 
     def see(self, step: int) -> None:
         """Take in a step that the run or the reference has come to."""
         self._go_back(step)
         loss, reference = self._own.at(step), self._reference.at(step)
         if loss is None or reference is None:
+            self._unpaired += 1
             return
+        self._unpaired = 0
         if self._size == 2 * KEPT:
             self._pairs[:, :KEPT] = self._pairs[:, KEPT:]
             self._size = KEPT
@@ -86,9 +95,9 @@ class ReferenceTest:
             self._look()
 
     def finding(self, step: int) -> Finding | None:
-        """What it says at a step of the run."""
+        """What it says at a step of the run: nothing any more once the reference has ended a window ago."""
         gap = self.gap
-        if gap is None:
+        if gap is None or self._unpaired > gap.window:
             return None
         lasts = self._count - gap.count >= LASTS
         severity: Severity = "critical" if lasts and gap.newest.value >= MATTERS else "warning"

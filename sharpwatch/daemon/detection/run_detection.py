@@ -13,7 +13,7 @@ import numpy.typing as npt
 from sharpwatch.daemon.detection.detectors import findings, statistics
 from sharpwatch.daemon.detection.exact import Judged
 from sharpwatch.daemon.detection.history import Losses, StepHistory
-from sharpwatch.daemon.detection.incidents import IncidentLog
+from sharpwatch.daemon.detection.incidents import BY_BATCH, IncidentLog
 from sharpwatch.daemon.detection.reference import ReferenceTest
 from sharpwatch.daemon.detection.sharpness import Sharpness
 from sharpwatch.daemon.detection.signals import Scores, Signals
@@ -25,7 +25,6 @@ EXCURSION = 6.0  # z of a single value that is counted
 # z of the loss, or of what all gradients have in common, that counts where a run with the same data stood out: less
 # than for an excursion, since it is looked at for three steps and not for all of them.
 ALSO = 4.0
-_SEEN_IN_TWINS: set[AlertName] = {"LossSpike", "LossDrop", "GradientSpike", "NonFinite"}
 
 
 def layer_block_name(block: str, layer: str) -> str:
@@ -127,14 +126,15 @@ class RunDetection:
         return [] if finding is None else [finding]
 
     def _note_step(self, found: Sequence[Finding]) -> None:
-        """Remember the step, and whether its loss or its gradients stood out."""
+        """Remember the step, and whether its loss, its gradients or its updates stood out."""
         now = self._signals.recent[-1]
         loss, common = now.loss[1], now.common_gradient
-        odd = abs(loss) > ALSO or abs(common) > ALSO or bool((np.abs(now.gradient[1]) > EXCURSION).any())
+        odd = abs(loss) > ALSO or abs(common) > ALSO
+        odd = odd or any(bool((np.abs(z) > EXCURSION).any()) for z in (now.gradient[1], now.update[1]))
         seen = now.observation
         self.history.see(seen.step, seen.loss, judged=not math.isnan(loss), odd=odd)
         for finding in found:
-            if finding.name in _SEEN_IN_TWINS:
+            if finding.name in BY_BATCH:
                 self.history.mark(finding.onset)
 
     @property

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import structlog
 
-from sharpwatch.daemon.detection.history import Losses
-from sharpwatch.daemon.detection.incidents import is_by_batch
+from sharpwatch.daemon.detection.history import LATER, NEAR, SLOW, Losses
+from sharpwatch.daemon.detection.incidents import is_brief, is_by_batch
 from sharpwatch.daemon.records import NO_CHANGES, Changes, Incident
 from sharpwatch.daemon.runs.run import Run, Runs
 from sharpwatch.daemon.storage.schema import ReferenceRow
 
 log = structlog.get_logger(__name__)
 
-_LOOKED_AT = 20  # incidents of a run that a twin can still say something of; the newest
+_LOOKED_AT = 20  # incidents of a run that a twin can still say something of after a restart; the newest
+_ASKED = 16  # twins for an incident; more add nothing
+_AWAITED = 1_000  # steps at which one twin is asked; the lowest are given up, as the twin may never come
 
 
 class Peers:
@@ -26,17 +28,19 @@ class Peers:
 
     def __init__(self, runs: Runs) -> None:
         self._runs = runs
-        # By the twin that has not come so far: runs that wait for it, each with the first step that it waits for.
-        self._awaiting: dict[str, dict[str, int]] = {}
+        # By the twin that has not come so far, and by the step at which it is asked: runs and ids of incidents.
+        self._awaiting: dict[str, dict[int, dict[tuple[str, str], None]]] = {}
         self._followers: dict[str, set[str]] = {}  # by reference
 
     def twins(self, run: Run) -> Iterator[Run]:
         """The other runs that see the same batch at the same step.
 
         Those that say so, in `data_order`; where one of two does not, those of a training job whose first losses are
-        equal.
+        equal. They come in a circle that begins after the run, so that the first twins of all runs are not the same.
         """
-        return (other for other in self._runs if other is not run and _are_twins(run, other))
+        runs = tuple(self._runs)
+        after = runs.index(run) + 1
+        return (other for other in (*runs[after:], *runs[: after - 1]) if _are_twins(run, other))
 
     def after(self, run: Run, step: int, changes: Changes) -> list[tuple[Run, Changes]]:
         """What changes in any run after `run` has come to a step.
@@ -46,45 +50,81 @@ class Peers:
             step: The step.
             changes: What its own controller changed.
         """
-        found = self.attribute(run) if changes.incidents else []
-        for name, awaited in tuple(self._awaiting.get(run.name, {}).items()):
-            waiting = self._runs.get(name)
-            if step >= awaited and waiting is not None:
-                found += self.attribute(waiting)
-        for name in self._followers.get(run.name, ()):
+        found = self._attribute(run, changes.incidents) + self._answer(run, step)
+        for name in tuple(self._followers.get(run.name, ())):
             follower = self._runs.get(name)
-            if follower is not None:
+            if follower is None:
+                self._followers[run.name].discard(name)
+            # A reference that was dropped is followed no more: another run of its name has other losses.
+            elif _is_held_against(follower, run):
                 found.append((follower, follower.controller.reference_came(step)))
         return [each for each in found if each[1] != NO_CHANGES]
 
-    def attribute(self, run: Run) -> list[tuple[Run, Changes]]:
-        """Tell by the twins of a run whether the data brought its newest incidents about."""
-        for waiting in self._awaiting.values():
-            waiting.pop(run.name, None)
-        incidents = [each for each in run.controller.incidents[-_LOOKED_AT:] if is_by_batch(each)]
-        twins = tuple(self.twins(run)) if incidents else ()
+    def _attribute(self, run: Run, incidents: Iterable[Incident]) -> list[tuple[Run, Changes]]:
+        """Tell by the twins of a run whether the data brought incidents about, as far as they have come."""
+        by_batch = [incident for incident in incidents if is_by_batch(incident)]
+        if not by_batch:
+            return []
+        self._forget_dropped()
+        twins = tuple(self.twins(run))
+        return [each for incident in by_batch for each in self._ask(run, incident, _chosen(twins, incident))]
+
+    def _answer(self, twin: Run, step: int) -> list[tuple[Run, Changes]]:
+        """What incidents learn that have waited for a run to come to a step."""
+        awaited = self._awaiting.get(twin.name)
+        if awaited is None:
+            return []
         found = []
-        for incident in incidents:
-            shown, absent = self._seen_in(incident, run, twins)
-            if (shown, absent) != (incident.in_twins, incident.not_in_twins):
-                found.append((run, run.controller.attribute(incident.id, shown, absent)))
+        due = [identity for at in sorted(awaited) if at <= step for identity in awaited.pop(at)]
+        for name, identity in dict.fromkeys(due):
+            run = self._runs.get(name)
+            incident = None if run is None else run.controller.incident(identity)
+            if run is None or incident is None or not is_by_batch(incident) or not _are_twins(run, twin):
+                continue
+            if twin.name in _answers(incident) or len(_answers(incident)) < _ASKED:
+                found += self._ask(run, incident, [twin])
+        if not awaited:
+            del self._awaiting[twin.name]
         return found
 
-    def _seen_in(self, incident: Incident, run: Run, twins: tuple[Run, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """The twins that stood out at an incident's onset, and those that did not."""
-        answers = dict.fromkeys(incident.in_twins, True) | dict.fromkeys(incident.not_in_twins, False)
+    def _ask(self, run: Run, incident: Incident, twins: Iterable[Run]) -> list[tuple[Run, Changes]]:
+        """Note what twins show of an incident, and wait for those that may show it yet."""
+        answers, replicas = _answers(incident), set(incident.replicas)
+        own, onset = run.controller, incident.onset
+        if own.skipped_before(onset):
+            return []  # a rollback has left out batches: the same step has other data since
         for twin in twins:
-            if any(each.controller.skipped_before(incident.onset) for each in (run, twin)):
-                continue  # a rollback has left out batches: the same step has other data since
+            if twin.controller.skipped_before(onset):
+                continue
             history = twin.controller.history
-            seen = history.stood_out(incident.onset)
+            seen = history.shows(onset, is_brief=is_brief(incident))
             if seen is not None:  # else what was known of it before still holds
                 answers[twin.name] = seen
-            elif not history.has_passed(incident.onset):
-                awaited = self._awaiting.setdefault(twin.name, {})
-                awaited[run.name] = min(incident.onset - 1, awaited.get(run.name, incident.onset))
+                (replicas.discard if own.history.has_parted(history, onset) else replicas.add)(twin.name)
+            if not seen:
+                self._await(run, incident, twin)
         shown, absent = (tuple(sorted(name for name in answers if answers[name] is seen)) for seen in (True, False))
-        return shown, absent
+        told = shown, absent, tuple(sorted(replicas))
+        if told == (incident.in_twins, incident.not_in_twins, incident.replicas):
+            return []
+        return [(run, own.attribute(incident.id, *told))]
+
+    def _await(self, run: Run, incident: Incident, twin: Run) -> None:
+        """Ask a twin again once it has come to the next step at which it can tell more, if there is one."""
+        onset = incident.onset
+        # It stands out at the onset or next to it; or a mean over some samples shows it, or one over many.
+        steps = (onset + NEAR, onset + LATER, *(() if is_brief(incident) else (onset + 2 * SLOW,)))
+        at = next((step for step in steps if step > twin.controller.history.last_step), None)
+        if at is None:
+            return
+        awaited = self._awaiting.setdefault(twin.name, {})
+        awaited.setdefault(at, {})[run.name, incident.id] = None
+        if len(awaited) > _AWAITED:
+            del awaited[min(awaited)]
+
+    def _forget_dropped(self) -> None:
+        for name in [name for name in self._awaiting if self._runs.get(name) is None]:
+            del self._awaiting[name]
 
     def set_reference(self, run: Run, row: ReferenceRow) -> Changes:
         """Hold a run against a reference, or against none any more.
@@ -114,11 +154,13 @@ class Peers:
                 log.warning("reference_not_restored", run=run.name, reference=run.reference.name)
             else:
                 run.controller.restore_reference(run.reference.name, losses)
-        return self.attribute(run)
+        return self._attribute(run, run.controller.incidents[-_LOOKED_AT:])
 
     def _follow(self, run: Run, row: ReferenceRow) -> None:
-        for followers in self._followers.values():
+        for name, followers in tuple(self._followers.items()):
             followers.discard(run.name)
+            if not followers:
+                del self._followers[name]
         run.reference = row if row.name else None
         if row.name and not row.losses:
             self._followers.setdefault(row.name, set()).add(run.name)
@@ -136,3 +178,24 @@ def _are_twins(run: Run, other: Run) -> bool:
     if here.data_order and there.data_order:
         return here.data_order == there.data_order
     return here.training_job == there.training_job and run.controller.history.begins_like(other.controller.history)
+
+
+def _chosen(twins: Sequence[Run], incident: Incident) -> list[Run]:
+    """The twins to ask of an incident: those that were asked before, then those that have come so far."""
+    before, onset = _answers(incident), incident.onset
+
+    def rank(twin: Run) -> tuple[bool, bool]:
+        return twin.name not in before, not twin.controller.history.has_passed(onset)
+
+    may_come = [twin for twin in twins if twin.phase != "closed" or twin.controller.history.last_step >= onset]
+    return sorted(may_come, key=rank)[:_ASKED]
+
+
+def _answers(incident: Incident) -> dict[str, bool]:
+    """By twin, whether it showed the incident."""
+    return dict.fromkeys(incident.in_twins, True) | dict.fromkeys(incident.not_in_twins, False)
+
+
+def _is_held_against(follower: Run, reference: Run) -> bool:
+    test = follower.controller.reference
+    return test is not None and test.is_against(reference.controller.history.losses)

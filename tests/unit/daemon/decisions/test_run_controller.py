@@ -5,12 +5,15 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from controlled_run import BLOCKS, CHAIN, CUT, GUARD, restored, trained
 
 from sharpwatch.daemon.config.settings import ActionConfig, MatchConfig
+from sharpwatch.daemon.decisions.policy import EscalationChain
 from sharpwatch.daemon.decisions.run_controller import RunController
 from sharpwatch.daemon.detection import run_detection
+from sharpwatch.daemon.detection.history import Losses
 from sharpwatch.daemon.records import Checkpoint, CheckpointReport, Finding, Observation, ReportedResult
 from sharpwatch.errors import OperatorError
 
@@ -151,6 +154,40 @@ def test_what_held_is_ramped_back_one_cut_at_a_time():
     assert [made.outcome for made in trainer.controller.decisions if made.action == "ramp_back"] == ["recovered"] * 2
     trainer.run(200)
     assert len(trainer.controller.revisions) == 4
+
+
+def held_against_a_better_run(trainer) -> None:
+    """Its loss stays above the reference's from now on: a SilentFailure that lasts."""
+    better = Losses.of(np.arange(1, 2_001), np.full(2_000, 1.0))
+    trainer.controller.set_reference("good", better)
+
+
+def test_a_silent_failure_does_not_hold_up_the_ramp_back_nor_undo_it():
+    trainer = trained()
+    held_against_a_better_run(trainer)
+    trainer.heat["ffn"] = 20.0
+    trainer.run(1)
+    trainer.heat["ffn"] = 0.0
+    trainer.run(3 * GUARD.hold_steps)
+    silent = [each for each in trainer.controller.incidents if each.name == "SilentFailure"]
+    assert [each.active for each in silent] == [True]
+    assert trainer.multipliers["ffn"] == 1.0
+    assert [made.action for made in trainer.controller.decisions] == ["scale_lr", "ramp_back"]
+
+
+def test_a_silent_failure_is_answered_once(monkeypatch):
+    policy = replace(CUT, name="silent", match=MatchConfig(cause="silent"))
+    trainer = trained((policy,))
+    held_against_a_better_run(trainer)
+    trainer.run(5)
+    (made,) = trainer.controller.decisions
+    assert made.alert_name == "SilentFailure"
+    asked = []
+    answering = EscalationChain.answering
+    monkeypatch.setattr(EscalationChain, "answering", lambda *args: asked.append(args) or answering(*args))
+    trainer.run(50)
+    assert asked == []
+    assert [made.action for made in trainer.controller.decisions].count("scale_lr") == 1
 
 
 def test_a_fault_that_persists_is_met_ever_more_rarely():

@@ -64,6 +64,27 @@ def test_what_could_not_be_judged_or_has_not_come_yet_is_not_known():
     assert made.stood_out(201) is False
 
 
+def test_an_estimated_onset_is_shown_by_a_finding_nearby_and_absence_says_nothing():
+    made = history()
+    assert made.shows(120, is_brief=True) is False
+    assert made.shows(120, is_brief=False) is None
+    made.mark(100)  # a finding of its own
+    assert made.shows(120, is_brief=False) is True
+    assert made.shows(141, is_brief=False) is None
+    assert made.shows(120, is_brief=True) is None  # it may be the same, but not for certain
+    assert made.shows(101, is_brief=True) is True
+    assert StepHistory.from_state(made.state()).shows(120, is_brief=False) is True
+
+
+def test_runs_part_where_their_losses_differ():
+    one, same, other = history(), history(), history()
+    other.losses = Losses.of(one.losses.steps, one.losses.losses + (one.losses.steps >= 150))
+    assert not one.has_parted(same, 200)
+    assert not one.has_parted(other, 150)
+    assert one.has_parted(other, 151)
+    assert not one.has_parted(StepHistory(), 200)  # nothing shows that it has
+
+
 def test_what_is_forgotten_is_not_known():
     made = history(*range(100, 100 + 3 * (REMEMBERED + 1), 3), steps=range(1, 4000))
     assert made.stood_out(100) is None
@@ -111,3 +132,23 @@ def test_a_run_stands_out_where_its_loss_or_its_gradients_do():
     again = detection()
     again.load_state(made.state())
     assert again.history.stood_out(400) is True
+
+
+def test_a_run_stands_out_where_the_updates_of_a_block_do():
+    run = healthy_run(500)
+    run = [scaled(seen, 3, update_rms=3.0) if seen.step == 400 else seen for seen in run]
+    made = detection()
+    for seen in run:
+        made.see(seen)
+    assert made.history.stood_out(400) is True
+
+
+def test_all_that_a_batch_can_bring_about_is_remembered_for_twins():
+    run = healthy_run(300)
+    run = [scaled(seen, 2, update_rms=1.5) if seen.step >= 200 else seen for seen in run]
+    made = detection()
+    for seen in run:
+        made.see(seen)
+    (incident, *_) = made.incidents.all
+    assert incident.name == "UpdateRmsSpike"
+    assert made.history.shows(incident.onset, is_brief=True) is True

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from observations import detection, healthy_run, scaled
 
-from sharpwatch.daemon.detection.incidents import QUIET, STEPS_AGAIN, UPDATE_EVERY, IncidentLog
+from sharpwatch.daemon.detection.incidents import QUIET, STEPS_AGAIN, UPDATE_EVERY, IncidentLog, is_brief
 from sharpwatch.daemon.records import CAUSES, Finding, Incident
 
 
@@ -286,6 +286,36 @@ def test_what_a_twin_shows_too_is_the_datas_doing():
     (worse,) = incidents.see([found("UpdateRmsSpike", 11, "layers.0.qk", onset=10)])
     assert (worse.cause, worse.evidence[-1]) == ("data", "also in runs b, c at step 10")
     assert len(worse.evidence) == 3
+
+
+def test_a_replica_that_shows_the_same_is_no_evidence_of_the_data():
+    incidents = log()
+    incidents.see([found("NonFinite", 10)])
+    shown = incidents.attribute("i1", ("b",), (), ("b",))
+    assert (shown.cause, shown.evidence[-1]) == ("non-finite", "also in its replica b at step 10")
+    both = incidents.attribute("i1", ("b", "c"), ("d",), ("b", "d"))
+    assert both.cause == "data"  # c has other weights
+    assert both.evidence == (
+        "NonFinite at 10",
+        "also in run c at step 10",
+        "also in its replica b at step 10",
+        "not in its replica d at step 10",
+    )
+
+
+def test_how_well_an_onset_is_known_follows_the_finding_that_explains():
+    incidents = log()
+    incidents.see([replace(found("LossSpike", 50, onset=30), span=40)])
+    assert not is_brief(incidents.all[0])
+    shown = incidents.attribute("i1", ("b",), ())
+    assert (shown.cause, shown.evidence[-1]) == ("data", "also in run b near step 30")
+    brief = log()
+    brief.see([replace(found("LossSpike", 50, onset=48), span=3)])
+    assert is_brief(brief.all[0])
+    restarted = log(2)
+    restarted.restore(incidents.all)
+    restarted.see([found("LossSpike", 52, onset=30)])
+    assert not is_brief(restarted.all[0])
 
 
 def test_what_no_twin_shows_is_not():

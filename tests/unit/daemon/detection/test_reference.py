@@ -139,3 +139,34 @@ def test_a_run_is_silent_only_where_nothing_else_shows():
     for seen in run[700:]:
         made.see(seen)
     assert not made.incidents.all[0].active
+
+
+def test_an_incident_ends_once_the_run_is_far_past_the_end_of_its_reference():
+    run, made = healthy_run(900), detection()
+    made.set_reference("good", Losses.of(np.arange(1, 301), np.full(300, 2.8)))
+    for seen in run[:300]:
+        made.see(seen)
+    (incident,) = made.incidents.all
+    window = made.reference.gap.window
+    for seen in run[300 : 300 + window]:
+        made.see(seen)
+    assert made.incidents.all[0].active
+    for seen in run[300 + window : 330 + window]:
+        made.see(seen)
+    assert not made.incidents.all[0].active
+    assert made.incidents.all[0].id == incident.id
+    # So it is when the reference is taken up again.
+    again = ReferenceTest("good", made.history.losses, Losses.of(np.arange(1, 301), np.full(300, 2.8)))
+    assert again.gap is not None
+    assert again.finding(330 + window) is None
+
+
+def test_a_reference_that_is_behind_but_goes_on_has_not_ended():
+    own, reference = Losses.of(np.arange(1, 2_001), 3.0 + 0.05 * noise(0.0, 4, 2_000)), Losses()
+    made = ReferenceTest("good", own, reference)
+    for step in range(1, 401):
+        reference.see(step, 2.8)
+        made.see(step)
+        own.see(2_000 + step, 3.0)
+        made.see(2_000 + step)
+    assert made.finding(2_400) is not None

@@ -11,7 +11,7 @@ from hellos import run_hello
 from observations import PARAMETERS, Ids, healthy_run
 
 from sharpwatch.daemon.decisions.run_controller import RunController
-from sharpwatch.daemon.detection.history import Losses
+from sharpwatch.daemon.detection.history import LATER, Losses, StepHistory
 from sharpwatch.daemon.ingest.hello import Attempt
 from sharpwatch.daemon.records import Checkpoint, Decision, Incident, Observation, RollbackPlan
 from sharpwatch.daemon.runs.peers import Peers
@@ -143,6 +143,59 @@ def test_a_new_attempt_knows_what_the_run_did():
     assert newest(run).in_twins == ("b",)
 
 
+def test_what_only_a_replica_shows_is_a_rerun_and_no_evidence_of_the_data():
+    fleet = Fleet()
+    run, replica = fleet.begin("a", "order"), fleet.begin("b", "order")
+    for each in (run, replica):
+        fleet.step(each, steps(1, SPIKE))
+    assert newest(run).evidence[1:] == (f"also in its replica b at step {newest(run).onset}",)
+    parted = fleet.begin("c", "order")
+    fleet.step(parted, steps(2))
+    fleet.step(run, steps(1, SPIKE, to=365)[360:])
+    assert (newest(run).in_twins, newest(run).not_in_twins, newest(run).replicas) == (("b",), (), ("b",))
+
+
+def test_what_a_replica_does_not_show_is_not_the_datas():
+    fleet = Fleet()
+    run, replica = fleet.begin("a", "order"), fleet.begin("b", "order")
+    fleet.step(replica, steps(1))
+    fleet.step(run, steps(1, SPIKE))
+    assert newest(run).cause == "instability"
+    assert newest(run).evidence[-1] == f"not in its replica b at step {newest(run).onset}"
+
+
+def test_a_twin_is_asked_only_at_the_steps_at_which_it_can_tell_more_and_of_many_only_some(monkeypatch):
+    asked = []
+    stood_out = StepHistory.stood_out
+    monkeypatch.setattr(StepHistory, "stood_out", lambda self, step: asked.append(self) or stood_out(self, step))
+    fleet = Fleet()
+    runs = [fleet.begin(f"r{i:02}", "order") for i in range(40)]
+    for seed, run in enumerate(runs):
+        fleet.step(run, steps(seed, to=AT - 2) if run in runs[:2] else steps(seed)[:10])
+    asked.clear()
+    fleet.step(runs[0], steps(0, SPIKE)[AT - 2 :])
+    assert len({id(history) for history in asked}) <= 16  # of 39 twins
+    counts = []
+    for seen in steps(1)[AT - 2 : AT + LATER + 5]:
+        asked.clear()
+        fleet.step(runs[1], [seen])
+        counts += [(seen.step, len(asked))] if asked else []
+    onset = newest(runs[0]).onset
+    assert counts == [(onset + 1, 1), (onset + LATER, 1)]
+    assert newest(runs[0]).not_in_twins == ("r01",)
+
+
+def test_twins_of_a_dropped_run_are_forgotten():
+    fleet = Fleet()
+    run, gone = fleet.begin("a", "order"), fleet.begin("b", "order")
+    fleet.step(gone, steps(2)[: AT - 5])
+    fleet.step(run, steps(1, SPIKE)[: AT + 4])
+    assert set(fleet.peers._awaiting) == {"b"}
+    del fleet.runs._runs["b"]
+    fleet.step(run, steps(1, SPIKE)[AT + 4 :])
+    assert fleet.peers._awaiting == {}
+
+
 def row(run: str, name: str, losses: bytes = b"") -> ReferenceRow:
     return ReferenceRow(run, name, losses, "ann", "", 0.0)
 
@@ -190,3 +243,18 @@ def test_a_restart_takes_references_up_once_all_runs_are_there():
     lost.reference = row("b", "gone")
     again.peers.restore(lost)
     assert lost.controller.reference is None
+
+
+def test_another_run_of_a_dropped_references_name_is_not_followed_until_it_is_set():
+    fleet = Fleet()
+    run, old = fleet.begin("a"), fleet.begin("good")
+    fleet.peers.set_reference(run, row("a", "good"))
+    fleet.step(run, steps(1, to=200))
+    fleet.step(old, steps(2, to=200))
+    assert len(run.controller.reference) == 200
+    del fleet.runs._runs["good"]
+    new = fleet.begin("good", attempt="other")
+    fleet.step(new, steps(3, to=50))
+    assert len(run.controller.reference) == 200  # another run's step 50 is no return of the old one to it
+    fleet.peers.set_reference(run, row("a", "good"))
+    assert len(run.controller.reference) == 50
