@@ -99,8 +99,9 @@ class Peers:
             history = twin.controller.history
             seen = history.shows(onset, is_brief=is_brief(incident))
             if seen is not None:  # else what was known of it before still holds
+                if twin.name not in answers and not own.history.has_parted(history, onset):
+                    replicas.add(twin.name)
                 answers[twin.name] = seen
-                (replicas.discard if own.history.has_parted(history, onset) else replicas.add)(twin.name)
             if not seen:
                 self._await(run, incident, twin)
         shown, absent = (tuple(sorted(name for name in answers if answers[name] is seen)) for seen in (True, False))
