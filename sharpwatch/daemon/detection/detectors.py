@@ -30,7 +30,7 @@ _YOUNG_NOTABLE, _YOUNG_PAGE = 1.5, 3.0
 _RATIO_MATTERS = 0.2
 # Of a log scale of attention logits since its growth began: its rise, in all and beyond the run's own drift, and the z
 # of the latter.
-_ATTENTION_RISEN, _ATTENTION_Z = math.log(1.5), 3.0
+_ATTENTION_RISEN, _ATTENTION_Z = math.log(2.0), 3.0
 
 
 def statistics(recent: Sequence[Scores]) -> dict[str, Doubles]:
@@ -192,7 +192,7 @@ def _too_sharp(scores: Scores) -> bool:
 
 
 def attention_growth(judged: Judged) -> Iterable[Finding]:
-    """A scale of attention logits that grows faster than before in two of the last three probes, by half more in all.
+    """A scale of attention logits that grows faster than before in two of the last three probes, to twice in all.
 
     A warning: the weights alone don't say how large logits are, or that they do harm.
     """

@@ -56,9 +56,9 @@ def test_faster_growth_is_a_warning_with_its_layer_and_onset(seed):
     assert (found.name, found.cause, found.severity) == ("AttentionGrowth", "instability", "warning")
     assert found.layer_blocks == ("layers.1.qk",)
     assert abs(found.onset - ONSET) <= EVERY
-    assert found.first_step <= ONSET + 4 * EVERY
+    assert found.first_step <= ONSET + 5 * EVERY
     factor = float(re.search(r"×(\S+) since step", found.evidence[0])[1])
-    assert factor >= 1.5
+    assert factor >= 2
 
 
 @pytest.mark.parametrize("every", [1, 10, 50])
