@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,17 +52,8 @@ class Estimate:
 
 
 def per_parameter(trace: Estimate, parameters: int) -> Estimate:
-    """`trace` divided by the number of parameters."""
-    return Estimate(
-        trace.value / parameters,
-        trace.stderr / parameters,
-        trace.draws,
-        trace.estimator,
-        trace.step,
-        trace.residual / parameters,
-        trace.method,
-        trace.cost,
-    )
+    """`trace` divided by the number of parameters: average sharpness."""
+    return replace(trace, value=trace.value / parameters, stderr=trace.stderr / parameters)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sharpwatch.daemon.detection.baselines import MEAN_TO_SD
 from sharpwatch.daemon.detection.state import Arrays, gathered, put_back
 from sharpwatch.wire import Doubles, Floats
 
-_MEAN_TO_SD = 1.2533  # of a normal distribution: its standard deviation over its mean absolute deviation
 _FLOOR = 0.005  # smallest standard deviation of a log scale's change taken for real
 
 
@@ -129,7 +129,7 @@ class AttentionTrend:
     def _judged(self, change: Doubles, tau: Doubles, square: Doubles) -> tuple[Doubles, Doubles]:
         """A change [L] over τ and q beyond the drift, and its z; NaN before there are enough changes."""
         drift = np.median(self._changes / self._taus, axis=0)
-        scatter = _MEAN_TO_SD * (np.abs(self._changes - drift * self._taus) / np.sqrt(self._squares)).mean(axis=0)
+        scatter = MEAN_TO_SD * (np.abs(self._changes - drift * self._taus) / np.sqrt(self._squares)).mean(axis=0)
         of_drift = math.pi / 2 * self._squares.sum(axis=0) / self._taus.sum(axis=0) ** 2
         excess = change - drift * tau
         return excess, excess / np.maximum(scatter * np.sqrt(square + of_drift * tau**2), _FLOOR)

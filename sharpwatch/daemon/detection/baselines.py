@@ -15,7 +15,7 @@ from sharpwatch.daemon.detection.state import Arrays, gathered, put_back
 from sharpwatch.wire import Doubles
 
 # Of a normal distribution: its standard deviation over its median, and over its mean, absolute deviation.
-_MAD_TO_SD, _MEAN_TO_SD = 1.4826, 1.2533
+_MAD_TO_SD, MEAN_TO_SD = 1.4826, 1.2533
 _CLIP = 3.0  # standard deviations up to which a value moves a baseline
 # A value beyond it counts as one of this size in a mean: a single odd one must not look like a lasting change.
 FAR = 8.0
@@ -274,7 +274,7 @@ class Highest:
         if math.isnan(before[0]):
             return math.nan
         spread = max(
-            _MEAN_TO_SD * float(np.abs(np.diff(before)).mean()) / math.sqrt(2), self._share * abs(float(before.mean()))
+            MEAN_TO_SD * float(np.abs(np.diff(before)).mean()) / math.sqrt(2), self._share * abs(float(before.mean()))
         )
         above = float(newest[self.BEFORE :].min() - before.max())
         return above / spread if spread > 0 else math.nan
@@ -318,7 +318,7 @@ class Level:
             The z [columns] of each, NaN where it can't be judged.
         """
         with np.errstate(invalid="ignore", over="ignore"):
-            sd = np.maximum(_MEAN_TO_SD * self._spread, floor)
+            sd = np.maximum(MEAN_TO_SD * self._spread, floor)
             z: Doubles = (values - self._level) / sd
         self._keep(values, z, sd, keep_out=keep_out)
         z[self._count <= self.blind] = np.nan

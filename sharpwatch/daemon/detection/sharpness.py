@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sharpwatch.blocks import SHARPNESS_ORDER
-from sharpwatch.curvature.statistics.estimate import Estimate
+from sharpwatch.curvature.statistics.estimate import Estimate, per_parameter
 from sharpwatch.daemon.detection.baselines import Level
 from sharpwatch.daemon.detection.state import Arrays, gathered, put_back
 from sharpwatch.daemon.records import Observation, PairOrder
@@ -85,7 +85,8 @@ class Sharpness:
         return self._probe(seen.step, self._sums(seen.traces.astype(np.float64).mean(0)), keep_out=keep_out)
 
     def _probe(self, step: int, traces: Doubles, *, keep_out: bool) -> Doubles:
-        predicted = self._log_traces()
+        mean = _log_mean(self._mean, self._weight)
+        predicted = _carried_on(self._traces, self._mean_then, mean, self._exponent)
         with np.errstate(divide="ignore", invalid="ignore"):
             logs = np.where(traces > 0, np.log(traces), np.nan)
             missed = (logs - predicted) ** 2  # NaN where both are infinite
@@ -95,7 +96,7 @@ class Sharpness:
             self._missed = self._missed + np.where(np.isfinite(missed), gain * (missed - self._missed), 0.0)
             self._gap += (max(1, step - self._probed_at) - self._gap) / min(self._probes, _MEMORY)
         self._probes += 1
-        self._traces, self._mean_then, self._probed_at = logs, self._log_mean(), step
+        self._traces, self._mean_then, self._probed_at = logs, mean, step
         count = len(self._type_of)
         errors = np.sqrt(_AT_PROBE * self._missed[count:])
         self.order.see(step, logs[count:] - np.log(self._parameters[count:]), errors)
@@ -134,13 +135,6 @@ class Sharpness:
         known = np.nan_to_num(values, posinf=np.inf)
         return np.concatenate([known, np.bincount(self._type_of, known, len(self.blocks))])
 
-    def _log_mean(self) -> Doubles:
-        return _log_mean(self._mean, self._weight)
-
-    def _log_traces(self) -> Doubles:
-        """The log traces by now; where no gradient is known the newest probe's."""
-        return _carried_on(self._traces, self._mean_then, self._log_mean(), self._exponent)
-
 
 def _log_mean(mean: Doubles, weight: float) -> Doubles:
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -149,6 +143,7 @@ def _log_mean(mean: Doubles, weight: float) -> Doubles:
 
 
 def _carried_on(traces: Doubles, mean_then: Doubles, mean: Doubles, exponent: float) -> Doubles:
+    """The log traces by now; where no gradient is known the newest probe's."""
     log: Doubles = traces + np.nan_to_num(exponent * (mean - mean_then))
     return log
 
@@ -188,9 +183,9 @@ class SharpnessView:
         found = {}
         for block, log, error, numel in zip(self.blocks, logs, errors, self.parameters, strict=True):
             if math.isfinite(log) and log < _LARGEST:
-                value, stderr = math.exp(log), math.exp(log) * float(error)
-                found["trace", block, "moment"] = Estimate(value, stderr, probes, "moment", step)
-                found["sharpness", block, "moment"] = Estimate(value / numel, stderr / numel, probes, "moment", step)
+                trace = Estimate(math.exp(log), math.exp(log) * float(error), probes, "moment", step)
+                found["trace", block, "moment"] = trace
+                found["sharpness", block, "moment"] = per_parameter(trace, int(numel))
         return found
 
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from sharpwatch.blocks import SHARPNESS_ORDER
-from sharpwatch.curvature.statistics.estimate import Estimate
+from sharpwatch.curvature.statistics.estimate import Estimate, per_parameter
 from sharpwatch.curvature.statistics.gnb_eigenvalues import (
     alignments,
     drifts,
@@ -55,16 +55,12 @@ def _estimates(request: EstimateRequest, traces: Sequence[Estimate], spectra: Ma
     for block, numel, trace in zip(hello.blocks, hello.block_parameters, traces[layers:], strict=True):
         # Nothing is shown or stored without its error, and a single draw has none.
         if math.isfinite(trace.stderr):
-            average = _per_parameter(trace, int(numel))
+            average = per_parameter(trace, int(numel))
             values["trace", block, "gnb"], values["sharpness", block, "gnb"] = trace, average
             sharpness[block] = average.value
     by_layer = zip(traces[:layers], hello.parameters, strict=True)
-    layer_sharpness = tuple(_per_parameter(trace, int(numel)) for trace, numel in by_layer)
+    layer_sharpness = tuple(per_parameter(trace, int(numel)) for trace, numel in by_layer)
     return Estimates({**values, **spectra}, layer_sharpness, order_correlation(sharpness))
-
-
-def _per_parameter(trace: Estimate, numel: int) -> Estimate:
-    return replace(trace, value=trace.value / numel, stderr=trace.stderr / numel)
 
 
 def _traces(requests: Sequence[EstimateRequest], device: str) -> list[list[Estimate]]:
