@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.faults.training import LENGTH, ROWS, VOCABULARY, Disturbance, Step, Training
+from benchmarks.faults.training import LENGTH, ROWS, Disturbance, Step, Training
 
 BLOCKS = ("emb", "qk", "vo", "ffn", "norm", "head")
 ONSET = 241  # the first step of a fault that begins in the middle of a run
@@ -84,19 +84,19 @@ def _weight(change: Callable[[Tensor, Training], None]) -> Callable[[str, int | 
     return make
 
 
-def _entry(weight: Tensor) -> tuple[int, ...]:
-    """The place of one entry, in the middle; of a table of bytes, in the row of one that occurs."""
+def _entry(weight: Tensor, training: Training) -> tuple[int, ...]:
+    """The place of one entry, in the middle; of a table of tokens, in the row of one that occurs."""
     middle = [size // 2 for size in weight.shape]
-    return tuple([ord("e"), *middle[1:]] if weight.shape[0] == VOCABULARY else middle)
+    return tuple([training.frequent, *middle[1:]] if weight.shape[0] == training.vocabulary else middle)
 
 
-def _set_large(weight: Tensor, _: Training) -> None:
-    weight[_entry(weight)] = DAMAGE
+def _set_large(weight: Tensor, training: Training) -> None:
+    weight[_entry(weight, training)] = DAMAGE
 
 
 def _flip(bit: int) -> Callable[[Tensor, Training], None]:
-    def flip(weight: Tensor, _: Training) -> None:
-        place = _entry(weight)
+    def flip(weight: Tensor, training: Training) -> None:
+        place = _entry(weight, training)
         (bits,) = struct.unpack("<I", struct.pack("<f", float(weight[place])))
         (value,) = struct.unpack("<f", struct.pack("<I", bits ^ (1 << bit)))
         weight[place] = value
@@ -105,7 +105,7 @@ def _flip(bit: int) -> Callable[[Tensor, Training], None]:
 
 
 def _damaged_row(weight: Tensor, training: Training) -> None:
-    row = ord("e") if weight.shape[0] == VOCABULARY else weight.shape[0] // 2
+    row = _entry(weight, training)[0]
     scale = 10 * float(weight.std())
     weight[row] = scale * torch.randn(weight[row].shape, generator=training.noise)
 
@@ -149,7 +149,7 @@ def _batch(change: Callable[[Training, Step, Tensor], None]) -> Callable[[str, i
 
 
 def _noise(training: Training, step: Step, tokens: Tensor) -> None:
-    step.tokens = torch.randint(VOCABULARY, tokens.shape, generator=training.noise)
+    step.tokens = torch.randint(training.vocabulary, tokens.shape, generator=training.noise)
 
 
 def _shuffled(rows: int) -> Callable[[Training, Step, Tensor], None]:
@@ -197,8 +197,8 @@ def _noisy(gradient: Tensor, training: Training) -> None:
     gradient.add_(torch.randn(gradient.shape, generator=training.noise), alpha=3 * spread)
 
 
-def _set_nan(gradient: Tensor, _: Training) -> None:
-    gradient[_entry(gradient)] = math.nan
+def _set_nan(gradient: Tensor, training: Training) -> None:
+    gradient[_entry(gradient, training)] = math.nan
 
 
 def _attention_jump(_: str, layer: int | None) -> Disturbance:
@@ -311,7 +311,7 @@ def _pauses(*_: object) -> Disturbance:
         if step.since % 50 == 0:
             training.model.eval()
             with torch.no_grad():
-                training.model(input_ids=torch.randint(VOCABULARY, (ROWS, LENGTH), generator=training.noise))
+                training.model(input_ids=torch.randint(training.vocabulary, (ROWS, LENGTH), generator=training.noise))
             training.model.train()
 
     return Disturbance(stepped=stepped)

@@ -108,7 +108,7 @@ def record(  # noqa: PLR0913, PLR0917 - as the command line has them
 def _record_kind(  # noqa: PLR0913, PLR0917 - as `record`
     folder: Path, training: Training, state: dict[str, Any], kind: Kind, trunk: str, probing: Mapping[str, Any]
 ) -> None:
-    block, layer = kind.place(training.name, training.seed, SIZES[training.size][2])
+    block, layer = kind.place(training.name, training.seed, SIZES[training.size].layers)
     part = training.part(block, layer) if block else None
     branches = kind.onset == ONSET and kind.schedule is None
     if branches:

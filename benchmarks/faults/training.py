@@ -6,9 +6,13 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -21,29 +25,61 @@ PEAK_RATE = 2e-3
 WARM_UP = 60
 MAX_NORM = 1.0
 MODELS = ("llama", "gpt2")
-SIZES = {"0.5M": (96, 256, 4, 4), "5M": (288, 768, 5, 6)}  # width, feed-forward, layers, heads
-VOCABULARY = 256  # bytes
+BYTES = 256  # vocabulary whose tokens are bytes; a larger one is of byte pairs
 _DOMAIN_BYTES = 1_500_000
 
 
+class Size(NamedTuple):
+    """The size of a model, and of its vocabulary."""
+
+    width: int
+    inner: int
+    layers: int
+    heads: int
+    vocabulary: int = BYTES
+
+
+SIZES = {"0.5M": Size(96, 256, 4, 4), "5M": Size(288, 768, 5, 6, vocabulary=2048)}
+
+
 @cache
-def text(domain: str) -> Tensor:
-    """The bytes of a kind of text that every Python brings along: uint8 [n].
+def raw(domain: str) -> bytes:
+    """A kind of text that every Python brings along: "english", the language reference, or "code", its sources."""
+    joined = "\n\n".join(english() if domain == "english" else library_sources(_DOMAIN_BYTES))
+    return joined.encode()[:_DOMAIN_BYTES]
+
+
+@cache
+def byte_pairs(vocabulary: int) -> Tokenizer:
+    """The byte pairs of both kinds of text, with every byte among them, so that any text has tokens."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    alphabet = ByteLevel.alphabet()
+    trainer = BpeTrainer(vocab_size=vocabulary, show_progress=False, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([raw(domain).decode(errors="ignore") for domain in ("english", "code")], trainer)
+    return tokenizer
+
+
+@cache
+def text(domain: str, vocabulary: int = BYTES) -> Tensor:
+    """The tokens of a kind of text: int64 [n].
 
     Args:
-        domain: "english", the language reference, or "code", the standard library's sources.
+        domain: As in `raw`.
+        vocabulary: Number of different tokens.
     """
-    joined = "\n\n".join(english() if domain == "english" else library_sources(_DOMAIN_BYTES)).encode()
-    return torch.frombuffer(bytearray(joined[:_DOMAIN_BYTES]), dtype=torch.uint8)
+    if vocabulary == BYTES:
+        return torch.frombuffer(bytearray(raw(domain)), dtype=torch.uint8).long()
+    return torch.tensor(byte_pairs(vocabulary).encode(raw(domain).decode(errors="ignore")).ids)
 
 
 def build(name: str, size: str = "0.5M", length: int = LENGTH) -> nn.Module:
     """A model of Hugging Face's own class: "llama" (grouped queries, RMSNorm, own head) or "gpt2" (fused, tied)."""
-    width, inner, layers, heads = SIZES[size]
+    width, inner, layers, heads, vocabulary = SIZES[size]
     if name == "gpt2":
         return GPT2LMHeadModel(
             GPT2Config(
-                vocab_size=VOCABULARY,
+                vocab_size=vocabulary,
                 n_positions=length,
                 n_embd=width,
                 n_inner=inner * 3 // 2,
@@ -58,7 +94,7 @@ def build(name: str, size: str = "0.5M", length: int = LENGTH) -> nn.Module:
         )
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=VOCABULARY,
+            vocab_size=vocabulary,
             hidden_size=width,
             intermediate_size=inner,
             num_hidden_layers=layers,
@@ -162,6 +198,18 @@ class Training:
         self.data = torch.Generator().manual_seed(1000 + self.seed)
         self.noise = torch.Generator().manual_seed(2000 + self.seed)  # apart: a fault must not change later batches
 
+    @property
+    def vocabulary(self) -> int:
+        """Number of different tokens."""
+        return SIZES[self.size].vocabulary
+
+    @property
+    def frequent(self) -> int:
+        """A token that occurs often."""
+        if self.vocabulary == BYTES:
+            return ord("e")
+        return int(torch.cat([text(domain, self.vocabulary) for domain in ("english", "code")]).bincount().argmax())
+
     def state(self) -> dict[str, Any]:
         """All that a branch starts from."""
         return copy.deepcopy(
@@ -204,13 +252,14 @@ class Training:
 
     def draw(self, rows: int, domain: str) -> Tensor:
         """Windows of LENGTH + 1 tokens from random places: int64 [rows, LENGTH + 1]."""
-        sources = [text("english"), text("code")] if domain == "mixed" else [text(domain)]
+        domains = ("english", "code") if domain == "mixed" else (domain,)
+        sources = [text(each, self.vocabulary) for each in domains]
         windows = []
         for row in range(rows):
             source = sources[row % len(sources)]
             start = int(torch.randint(len(source) - LENGTH - 1, (1,), generator=self.data))
             windows.append(source[start : start + LENGTH + 1])
-        return torch.stack(windows).long()
+        return torch.stack(windows)
 
     def step(self, done: Disturbance, onset: int, watch: Any = None) -> float:
         """Train one step; the loss."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers.decoders import ByteLevel
 
 import sharpwatch
 from sharpwatch.daemon.detection.run_detection import RunDetection
@@ -18,7 +19,7 @@ from benchmarks.faults.judge import is_harmful, spread_of
 from benchmarks.faults.kinds import BLOCKS, FAULTS, HEALTHY, KINDS
 from benchmarks.faults.recordings import About, read, write
 from benchmarks.faults.replay import observations
-from benchmarks.faults.training import MODELS, Disturbance, Training
+from benchmarks.faults.training import MODELS, Disturbance, Training, byte_pairs, raw, text
 
 BEFORE = 3
 
@@ -143,3 +144,11 @@ def test_harm_is_what_nudged_twins_do_not_do():
     assert not is_harmful(twin + 0.3 * (step == 100), twin, spread)  # one odd step
     assert not is_harmful(twin - 0.3, twin, spread)
     assert is_harmful(np.where(step > 290, np.nan, twin), twin, spread)
+
+
+@pytest.mark.slow
+def test_byte_pairs_give_the_text_back():
+    tokens = text("english", 2048)
+    names = byte_pairs(2048).id_to_token
+    assert ByteLevel().decode([names(int(token)) for token in tokens]) == raw("english").decode(errors="ignore")
+    assert len(tokens) < 0.5 * len(raw("english"))
