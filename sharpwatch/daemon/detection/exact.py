@@ -70,6 +70,8 @@ def listed(names: Sequence[str]) -> str:
 # A rate this far above the highest that it has held. Restarts of a schedule come a little above a peak that the end of
 # the warm-up has cut off.
 RATE_NOTABLE, RATE_RAISED = 1.05, 1.4
+# One that climbs on, from sample to sample, is no such peak: so many samples in a row and this far are a page.
+CLIMBING, RATE_CLIMBED = 10, 1.1
 # The part of itself that one of the first steps changes a layer block by.
 FIRST_NOTABLE, FIRST_CHANGE = 0.15, 0.2
 _RATE_MEANT = 0.01  # share of the highest rate below which a schedule may end at 0
@@ -107,12 +109,15 @@ def rate_raise(judged: Judged) -> Iterable[Finding]:
         where = above > RATE_NOTABLE
     if where.any():
         worst = float(np.nanmax(above))
-        severity: Severity = "critical" if worst > RATE_RAISED else "warning"
-        onset = next(
+        climb = judged.now.climb
+        climbs = where & (climb >= CLIMBING) & (judged.now.rate > RATE_CLIMBED)
+        severity: Severity = "critical" if worst > RATE_RAISED or climbs.any() else "warning"
+        first = next(
             scores.observation.step
             for scores in judged.recent
             if scores.rate.size and (np.nan_to_num(scores.rate) > 1.0 + 1e-6).any()
         )
+        onset = min(first, judged.step + 1 - int(climb.max()))
         everywhere = bool(where[~np.isnan(above)].all())
         blocks = () if everywhere else judged.named(above, where)
         evidence = f"learning rate {'' if everywhere else f'of {listed(blocks)} '}×{worst:.3g} of its highest before"

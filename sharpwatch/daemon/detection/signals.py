@@ -21,7 +21,7 @@ from sharpwatch.daemon.detection.baselines import Highest, Level, Trend
 from sharpwatch.daemon.detection.sharpness import Sharpness
 from sharpwatch.daemon.detection.state import Arrays, gathered, put_back
 from sharpwatch.daemon.records import LayerTap, Observation, OptimizerGroup
-from sharpwatch.wire import Doubles
+from sharpwatch.wire import Doubles, Ints
 
 SPANS = (3, 5, 10, 20, 40)  # samples whose mean is judged
 SETTLE = 20  # samples after a known change of the rates in which norms of gradients and updates find a new level
@@ -63,6 +63,7 @@ class Scores:
         growth: The change of the log weight norm over the last 20 samples, and over the 20 before them [2, L], each
             without its largest step; empty in most samples.
         rate: The learning rate over the highest that it has held since its first rise ended; NaN before.
+        climb: The number of samples in a row in which it has been above that, and higher than in the sample before.
         moment: Adam's second moment over the least that it can be, given the one before.
         dead: Whether a gradient that was there before is exactly zero.
         first_change: The part of itself that a step of Adam's changes a layer block by; empty after the first steps.
@@ -85,6 +86,7 @@ class Scores:
     weight_share: Doubles = field(default_factory=lambda: np.empty(0))
     growth: Doubles = field(default_factory=lambda: np.empty(0))
     rate: Doubles = field(default_factory=lambda: np.empty(0))
+    climb: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     moment: Doubles = field(default_factory=lambda: np.empty(0))
     dead: Doubles = field(default_factory=lambda: np.empty(0))
     first_change: Doubles = field(default_factory=lambda: np.empty(0))
@@ -135,9 +137,11 @@ class Rates:
         columns: Number of layer blocks.
     """
 
-    STATE = ("_highest", "_since", "_risen", "_above", "_accepts")
+    STATE = ("_highest", "_since", "_risen", "_above", "_accepts", "_before", "climb")
 
     def __init__(self, columns: int) -> None:
+        self.climb = np.zeros(columns, dtype=np.int64)  # samples in a row that were above it and the one before
+        self._before = np.zeros(columns)
         self._highest = np.zeros(columns)
         self._since = np.zeros(columns, dtype=np.int64)  # samples since it was reached
         self._risen = np.zeros(columns, dtype=bool)
@@ -156,6 +160,8 @@ class Rates:
             ratio: Doubles = np.where(self._risen & (self._highest > 0), rates / self._highest, np.nan)
         rises = rates > self._highest * (1 + 1e-6)
         self._above = np.where(self._risen & rises, self._above + 1, 0)
+        self.climb = np.where(self._risen & rises & (rates > self._before), self.climb + 1, 0)
+        self._before = rates
         accepted = self._above > ACCEPTED
         self._since = np.where(rises & ~self._risen, 0, self._since + 1)
         self._highest = np.where((rises & ~self._risen) | accepted, rates, self._highest)
@@ -310,6 +316,7 @@ class Signals:
             weight_share=share,
             growth=self._growth(now),
             rate=rate,
+            climb=self._rates.climb,
             moment=moment,
             dead=dead,
             first_change=self._first_change(now) if seen.step <= _FIRST_STEPS else np.empty(0),

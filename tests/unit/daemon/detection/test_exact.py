@@ -69,6 +69,19 @@ def test_a_raised_rate_is_found_at_its_second_step(factor, severity):
     assert (found.onset, found.first_step, found.layer_blocks) == (AT, AT + 1, ())
 
 
+@pytest.mark.parametrize("growth", [1.01, 1.02])
+def test_a_rate_that_climbs_on_is_a_page_long_before_it_is_far_above(growth):
+    found = incidents_of(with_rates([1.0] * 100 + [growth**i for i in range(1, 30)]))[0]
+    assert (found.name, found.severity, found.onset) == ("RateRaise", "critical", 101)
+    until = with_rates([1.0] * 100 + [growth**i for i in range(1, 10)])
+    assert [each.severity for each in incidents_of(until)] == ["warning"]
+
+
+def test_a_rate_that_comes_to_a_new_peak_in_steps_does_not_climb_on():
+    stairs = [1.0 + 0.02 * (i // 2) for i in range(36)]
+    assert {each.severity for each in incidents_of(with_rates([1.0] * 100 + stairs))} == {"warning"}
+
+
 def test_a_raise_of_one_block_names_it():
     run = with_rates([1.0] * AT)
     found = incidents_of(from_step(run, AT - 1, 2, learning_rate=3.0))[0]
