@@ -22,6 +22,8 @@ TOGETHER = 20  # samples within which exceedances count once
 _SURE = 5_000  # samples after which a run's own tail counts fully
 _OFTEN = 2.5  # pages for one statistic in about 5,000 samples after which it takes more
 _MORE, _MOST = 1.25, 5.0  # times what it has paged for, and at most so many times its threshold
+# Of weights more: where their changes have heavy tails, damage is what no step can do, and that pages by itself.
+_MOST_OF_WEIGHTS = 25.0
 _UP, _DOWN = 2.0, 0.8  # factors by which it moves a threshold at most
 _LEAST_EXCEEDANCES = 10  # that a run's own mean excess is made of
 _USUAL_BLOCKS = 20  # layer blocks of the laboratory's models
@@ -123,12 +125,14 @@ class Limits:
         # The same of what was worth a page: how many there were lately, and below what no more are.
         self._paged = np.zeros(len(TAILS))
         self._paged_last = np.full(len(TAILS), -float(TOGETHER))
-        self._floors = np.array([_LEAST_PAGE.get(name, 0.0) for name in TAILS])
+        self._floors = np.zeros(len(TAILS))
         self._seen = 0
         self.now: Mapping[str, Limit] = {}
         self._warnings = np.empty(0)
         self._set()
-        self._highest = np.array([_MOST * self.now[name][1] for name in self._names])  # that floors may become
+        self._is_event = np.array([name == "weight" for name in self._names])
+        most = np.where(self._is_event, _MOST_OF_WEIGHTS, _MOST)
+        self._highest = most * [self.now[name][1] for name in self._names]  # that floors may become
 
     def state(self) -> Arrays:
         """All that `load_state` needs to go on."""
@@ -165,7 +169,9 @@ class Limits:
             more = np.minimum(_MORE * worst, self._highest)
             self._floors = np.where(tired, np.maximum(self._floors, more), self._floors)
             self._set()
-        self._paged_last = np.where(worst > pages, self._seen, self._paged_last)
+        # What stands for long is one page; weights are judged by single steps, each of which is an event.
+        goes_on = (worst > pages) & ~self._is_event
+        self._paged_last = np.where(new | goes_on, self._seen, self._paged_last)
 
     def _learn(self, worst: Doubles) -> None:
         self._samples += 1
@@ -178,7 +184,8 @@ class Limits:
             size = np.minimum(worst, 100 * self._levels)
             self._sums += np.where(new, size - self._levels, np.where(higher, size - self._peaks, 0.0))
             self._peaks = np.where(new | higher, size, self._peaks)
-            self._last = np.where(above, self._samples, self._last)
+            # From its first sample on, or a run that is above a level most of the time would have one peak for ever.
+            self._last = np.where(new, self._samples, self._last)
         if self._samples % 1_000 == 0:
             self._set()
 
@@ -191,16 +198,16 @@ class Limits:
         warnings = self._budget.warnings / PER / len(self._names)
         limits = {}
         for i, name in enumerate(self._names):
-            page = self._limit(i, pages) if name in _PAGED else math.inf
+            page = self._limit(i, pages, _LEAST_PAGE.get(name, 0.0)) if name in _PAGED else math.inf
             limits[name] = (
-                max(_LEAST_WARNING.get(name, 0.0), self._limit(i, warnings)),
+                self._limit(i, warnings, _LEAST_WARNING.get(name, 0.0)),
                 max(float(self._floors[i]), page),
             )
         return limits
 
-    def _limit(self, index: int, rate: float) -> float:
+    def _limit(self, index: int, rate: float, least: float) -> float:
         laboratory = self._tails[self._names[index]]
-        limit = laboratory.exceeded_at(rate)
+        limit = max(least, laboratory.exceeded_at(rate))
         if not self._samples:
             return limit
         # Of few samples a part: until then a run without an odd one has shown nothing.
@@ -209,7 +216,7 @@ class Limits:
         excess = float(self._sums[index] / count) if count >= _LEAST_EXCEEDANCES else laboratory.excess
         own = Tail(laboratory.level, excess, float(count + 1) / self._samples).exceeded_at(rate)
         moved: float = min(_UP, max(_DOWN, own / limit)) ** weight
-        return limit * moved
+        return max(least, limit * moved)
 
 
 def _largest(values: Doubles | None) -> float:

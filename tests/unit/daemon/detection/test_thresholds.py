@@ -81,7 +81,22 @@ def test_a_runs_own_tail_moves_thresholds_within_bounds(values, least, most):
         if values < 1:
             assert least - 1e-9 <= limits.now[name][1] / first[name][1] <= most + 1e-9
     for name in NAMES:
-        assert limits.now[name][1] <= max(5.0 * first[name][1], limits.now[name][0])
+        most = 25.0 if name == "weight" else 5.0
+        assert limits.now[name][1] <= max(most * first[name][1], limits.now[name][0])
+
+
+@pytest.mark.parametrize("sigma", [0.7, 1.0])
+def test_weights_whose_changes_have_heavy_tails_keep_the_budget_of_pages(sigma):
+    """Lognormal ones, whose median is above the level that tails of the laboratory begin at."""
+    sizes = np.random.default_rng(4).lognormal(0.5, sigma, (60_000, 5)).max(1)
+    limits, pages, last = Limits(USUAL, 20), 0, -TOGETHER
+    for i, size in enumerate(sizes):
+        _, now = limits.see({"weight": np.array([size])}, keep_out=False)
+        if size > now["weight"][1]:
+            pages += i - last >= TOGETHER
+            last = i
+    assert limits.now["weight"][0] > 8.0  # warnings have learnt, too
+    assert pages <= stats.poisson.ppf(0.99, USUAL.pages * len(sizes) / 10_000)
 
 
 def test_of_few_samples_a_part_counts():
