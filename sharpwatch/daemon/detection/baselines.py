@@ -92,6 +92,17 @@ class Trend:
             self._refit()
         return judged
 
+    def scatter(self, column: int) -> float:
+        """How far the newest z of a series scatter about each other, in standard deviations of the line's; at least 1.
+
+        By the median of their changes, which neither a shift nor a single odd value moves.
+        """
+        ages = (self._count - np.arange(self._lag)) % self._lag
+        newest = self._scores[ages, column][self._known[ages, column] > 0]
+        if 2 * len(newest) < self._lag:
+            return 1.0
+        return max(1.0, _MAD_TO_SD * float(np.median(np.abs(np.diff(newest)))) / math.sqrt(2))
+
     def forget(self, columns: slice) -> None:
         """Begin some series anew: what is normal for them has just changed."""
         self._values[:, columns] = np.nan

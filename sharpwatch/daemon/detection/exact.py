@@ -68,8 +68,8 @@ def listed(names: Sequence[str]) -> str:
 
 
 # A rate this far above the highest that it has held. Restarts of a schedule come a little above a peak that the end of
-# the warm-up has cut off.
-RATE_NOTABLE, RATE_RAISED = 1.05, 1.4
+# the warm-up has cut off: by a sixth, where that took a quarter of the first cycle.
+RATE_NOTABLE, RATE_RAISED = 1.2, 1.4
 # One that climbs on, from sample to sample, is no such peak: so many samples in a row and this far are a page.
 CLIMBING, RATE_CLIMBED = 10, 1.1
 # The part of itself that one of the first steps changes a layer block by.
@@ -104,13 +104,13 @@ def rate_raise(judged: Judged) -> Iterable[Finding]:
     ratios = [scores.rate for scores in judged.recent[-2:] if scores.rate.size]
     if len(ratios) < 2:
         return
+    climb = judged.now.climb
     with np.errstate(invalid="ignore"):
         above = np.minimum(*ratios)
-        where = above > RATE_NOTABLE
+        climbs = (climb >= CLIMBING) & (judged.now.rate > RATE_CLIMBED)
+        where = (above > RATE_NOTABLE) | climbs
     if where.any():
         worst = float(np.nanmax(above))
-        climb = judged.now.climb
-        climbs = where & (climb >= CLIMBING) & (judged.now.rate > RATE_CLIMBED)
         severity: Severity = "critical" if worst > RATE_RAISED or climbs.any() else "warning"
         first = next(
             scores.observation.step

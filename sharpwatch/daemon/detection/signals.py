@@ -32,6 +32,7 @@ _WARM_UP = 0.5  # of a z while rates rise for the first time
 # Smallest spreads taken for real: of the logs of norms, and of the loss as a share of itself.
 _NORM_FLOOR, _LOSS_FLOOR = 0.05, 0.003
 _LARGEST_LOSS = 1e30
+_LOOKED_AT = 2.0  # z of a loss from which on its scatter is asked for
 _FEW = 4  # layer blocks below which their median says nothing of what they have in common
 _GROWTH_SPAN, _GROWTH_EVERY = 20, 5  # samples
 _GROWTH_BLIND = 150  # samples at the start, and after a change of the rates, in which weights may grow as they like
@@ -337,16 +338,22 @@ class Signals:
             caution = self._caution(scores.rate)
             z, means = caution * z, caution * means
         rows = {1: z, **dict(zip(SPANS, means, strict=True))}
-        # A young run learns in leaps: that its loss falls faster is no news.
-        lowest = 0.0 if self._trend.young else -math.inf
         return replace(
             scores,
-            loss={span: float(np.maximum(row[-1], lowest)) for span, row in rows.items()},
+            loss=self._loss({span: float(row[-1]) for span, row in rows.items()}),
             young_loss=self._young_loss.see(seen.step, float(values[-1]), keep_out=keep_out),
             update={span: row[:count] for span, row in rows.items()},
             common_gradient=float(z[-2]),
             gradient={span: row[count : 2 * count] for span, row in rows.items()},
         )
+
+    def _loss(self, z: dict[int, float]) -> dict[int, float]:
+        """The z of the loss by span, in units of its present scatter where that has grown, as after a smaller batch."""
+        if any(abs(value) > _LOOKED_AT for value in z.values()):
+            scatter = self._trend.scatter(-1)
+            z = {span: value if span == 1 else value / scatter for span, value in z.items()}
+        # A young run learns in leaps: that its loss falls faster is no news. (NaN stays first: `max` keeps it.)
+        return {span: max(value, 0.0) for span, value in z.items()} if self._trend.young else z
 
     @staticmethod
     def _caution(rate: Doubles) -> float:

@@ -62,7 +62,7 @@ def test_a_loss_that_is_not_known_is_no_fault():
     assert incidents_of([replace(seen, loss=None) for seen in healthy_run(300)]) == ()
 
 
-@pytest.mark.parametrize(("factor", "severity"), [(1.2, "warning"), (3.0, "critical")])
+@pytest.mark.parametrize(("factor", "severity"), [(1.3, "warning"), (3.0, "critical")])
 def test_a_raised_rate_is_found_at_its_second_step(factor, severity):
     found = incidents_of(with_rates([min(i / 50, 1.0) for i in range(1, AT)] + [factor] * 2))[0]
     assert (found.name, found.cause, found.severity) == ("RateRaise", "learning-rate", severity)
@@ -73,11 +73,11 @@ def test_a_raised_rate_is_found_at_its_second_step(factor, severity):
 def test_a_rate_that_climbs_on_is_a_page_long_before_it_is_far_above(growth):
     found = incidents_of(with_rates([1.0] * 100 + [growth**i for i in range(1, 30)]))[0]
     assert (found.name, found.severity, found.onset) == ("RateRaise", "critical", 101)
-    until = with_rates([1.0] * 100 + [growth**i for i in range(1, 10)])
-    assert [each.severity for each in incidents_of(until)] == ["warning"]
+    assert found.first_step == 110  # the tenth in a row
+    assert incidents_of(with_rates([1.0] * 100 + [growth**i for i in range(1, 10)])) == ()
 
 
-def test_a_rate_that_comes_to_a_new_peak_in_steps_does_not_climb_on():
+def test_a_rate_that_comes_to_a_new_peak_in_stairs_does_not_climb_on():
     stairs = [1.0 + 0.02 * (i // 2) for i in range(36)]
     assert {each.severity for each in incidents_of(with_rates([1.0] * 100 + stairs))} == {"warning"}
 
@@ -98,7 +98,7 @@ def cosine(steps: int) -> list[float]:
         [i / 400 for i in range(1, 401)],
         [1.0] * 60 + cosine(200) + [1.0] * 60,
         [1.0] * 100 + [1.0] * 100 + [2.0] + [1.0] * 50,
-        [1.0] * 100 + cosine(200)[::-1] + [1.04] * 50,
+        [1.0] * 100 + cosine(200)[::-1] + [1.16] * 50,
         [1.0] * 200 + [0.1] * 100,
     ],
     ids=["warm-up", "restart", "one odd step", "restart above a cut-off peak", "lowered"],

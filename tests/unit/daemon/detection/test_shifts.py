@@ -147,6 +147,17 @@ def test_a_short_spike_of_the_loss_is_found_and_its_end_is_no_drop():
     assert not found[0].active
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_loss_that_scatters_more_is_no_fault_as_after_a_smaller_batch(seed):
+    """Twice as much: batches of a quarter. A shift of the mean is found as before."""
+    run = healthy_run(700, seed=seed)
+    noisier = [replace(seen, loss=3.0 + 2 * (seen.loss - 3.0)) if seen.step >= AT else seen for seen in run]
+    assert "critical" not in {each.severity for each in incidents_of(noisier)}
+    assert len(incidents_of(noisier)) <= 1  # until 40 values show the new scatter
+    shifted = incidents_of(from_step(noisier, AT + 100, louder(0.2)))
+    assert any(each.name == "LossSpike" and AT + 100 <= each.onset < AT + 110 for each in shifted)
+
+
 def test_a_loss_that_drops_at_once_is_worth_a_warning():
     """As where a loader is stuck."""
     found = incidents_of(from_step(healthy_run(STEPS), AT, louder(-0.5)))[0]
