@@ -59,8 +59,8 @@ class Verdict:
 
     @property
     def kind(self) -> Kind:
-        """Its kind."""
-        return KINDS[self.about.kind]
+        """Its kind; a trunk is a plain run."""
+        return KINDS["plain" if self.about.kind == "trunk" else self.about.kind]
 
     @property
     def found(self) -> tuple[int, Opened] | None:
@@ -173,7 +173,7 @@ def _own(replay: Replay) -> list[Opened]:
 
 def table(judged: Sequence[Verdict]) -> str:
     """Recall, delay, lead, cause and culprit by kind of fault; pages and warnings by kind of healthy run."""
-    parts = (_fault_table, _summary, _healthy_table, _rival_table)
+    parts = (_fault_table, _summary, _cause_table, _healthy_table, _rival_table)
     return "\n\n".join("\n".join(part(judged)) for part in parts)
 
 
@@ -225,7 +225,7 @@ def _fault_table(judged: Sequence[Verdict]) -> Iterable[str]:
 
 
 def _summary(judged: Sequence[Verdict]) -> Iterable[str]:
-    faults = [each for each in judged if each.about.kind in {kind.name for kind in FAULTS}]
+    faults = [each for each in judged if each.kind in FAULTS]
     harmful = [each for each in faults if each.harmful]
     recalls = [
         statistics.mean(each.found is not None for each in runs)
@@ -244,6 +244,16 @@ def _summary(judged: Sequence[Verdict]) -> Iterable[str]:
     first = [each for each in moved if each.found and each.found[1].incident.layer_blocks[:1] == (culprit(each.about),)]
     if moved:
         yield f"- True layer block first in {len(first)} of {len(moved)} faults that moved it by more than 10 sd."
+
+
+def _cause_table(judged: Sequence[Verdict]) -> Iterable[str]:
+    """How often each cause was named, by the true one; of all faults found."""
+    seen = [(each.kind.cause, each.found[1].incident.cause) for each in judged if each.kind in FAULTS and each.found]
+    named = sorted({cause for _, cause in seen})
+    yield f"| true cause | {' | '.join(named)} |"
+    yield f"|---|{'---|' * len(named)}"
+    for cause in sorted({cause for cause, _ in seen}):
+        yield f"| {cause} | {' | '.join(str(seen.count((cause, each)) or '') for each in named)} |"
 
 
 def _healthy_table(judged: Sequence[Verdict]) -> Iterable[str]:
@@ -269,38 +279,55 @@ def _rival_table(judged: Sequence[Verdict]) -> Iterable[str]:
     """Recall and median delay of harmful faults, and alarms in healthy steps, at own settings and at as few alarms."""
     yield "| detector | setting | mean recall over kinds | median delay | alarms per 10,000 healthy steps |"
     yield "|---|---|---|---|---|"
-    faults = [each for each in judged if each.about.kind in {kind.name for kind in FAULTS} and each.harmful]
-    healthy = [each for each in judged if each not in faults and each.about.kind not in {kind.name for kind in FAULTS}]
+    faults, healthy = divided(judged)
     steps = sum(each.steps for each in healthy) / 1e4
-    own = [(each.kind.name, each.found and each.found[0] - each.about.onset) for each in faults]
+    own = own_delays(faults)
     pages = sum(each.pages for each in healthy)
     yield f"| sharpwatch, pages | its own | {_recall(own)} | {pages / steps:.1f} |"
     for name, (rule, setting, more) in RIVALS.items():
         for value in (setting, *more):
-            alarms = sum(_count(rule(each.loss, each.norm, value)[-each.steps :]) for each in healthy)
+            alarms = sum(count_alarms(rule(each.loss, each.norm, value)[-each.steps :]) for each in healthy)
             enough = alarms <= max(1, pages)
             if value == setting or enough or value == more[-1]:
-                seen = [(each.kind.name, _delay(each, rule(each.loss, each.norm, value))) for each in faults]
+                seen = [(each.kind.name, rival_delay(each, rule(each.loss, each.norm, value))) for each in faults]
                 what = "its own" if value == setting else "as few alarms" if enough else "least sensitive"
                 yield f"| {name} | {what}: {value:g} | {_recall(seen)} | {alarms / steps:.1f} |"
             if enough:
                 break
 
 
-def _recall(delays: Sequence[tuple[str, int | None]]) -> str:
+def divided(judged: Sequence[Verdict]) -> tuple[list[Verdict], list[Verdict]]:
+    """The harmful faults, and the healthy runs."""
+    return (
+        [each for each in judged if each.kind in FAULTS and each.harmful],
+        [each for each in judged if each.kind not in FAULTS],
+    )
+
+
+def own_delays(faults: Sequence[Verdict]) -> list[tuple[str, int | None]]:
+    """Of each fault its kind's name, and after how many steps sharpwatch found it; None where it did not."""
+    return [(each.kind.name, each.found and each.found[0] - each.about.onset) for each in faults]
+
+
+def mean_recall(delays: Sequence[tuple[str, int | None]]) -> float:
+    """The share found, meant over kinds: of each kind's name and its delay, None where it was not found."""
     by_kind = {kind: [delay for name, delay in delays if name == kind] for kind, _ in delays}
-    recalls = [statistics.mean(delay is not None for delay in each) for each in by_kind.values()]
+    return statistics.mean(statistics.mean(delay is not None for delay in each) for each in by_kind.values())
+
+
+def _recall(delays: Sequence[tuple[str, int | None]]) -> str:
     known = [delay for _, delay in delays if delay is not None]
-    return f"{100 * statistics.mean(recalls):.0f} % | {_median(known)}" if recalls else "– | –"
+    return f"{100 * mean_recall(delays):.0f} % | {_median(known)}" if delays else "– | –"
 
 
-def _delay(judged: Verdict, flags: npt.NDArray[np.bool_]) -> int | None:
+def rival_delay(judged: Verdict, flags: npt.NDArray[np.bool_]) -> int | None:
+    """After how many steps a rival's alarms found a fault; None if they did not in time."""
     start = len(flags) - judged.steps + judged.about.onset - judged.about.first
     found = np.flatnonzero(flags[start : start + judged.kind.within + 1])
     return int(found[0]) if len(found) else None
 
 
-def _count(flags: npt.NDArray[np.bool_]) -> int:
+def count_alarms(flags: npt.NDArray[np.bool_]) -> int:
     """Alarms, those within 20 steps of each other as one."""
     count, last = 0, -_WINDOW
     for i in np.flatnonzero(flags):

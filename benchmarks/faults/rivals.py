@@ -7,6 +7,8 @@ They see the loss and the norm of all gradients before clipping, as they do in t
 - AdaGC: a gradient norm above 1.05 times its exponential mean with 0.98 (arXiv 2502.11034), as a detector.
 - MAD: 8 median absolute deviations above the median of the last 100.
 - CUSUM: one-sided, of the loss in standard deviations of samples 100 to 200, slack 0.5, limit 8.
+- trainscope: two-sided sums of the loss in median absolute deviations of the last 200, slack 1, limit 6 (the default of
+  trainscope 1.8, `ChangePointDetector`).
 """
 
 from __future__ import annotations
@@ -84,6 +86,18 @@ def cusum(loss: Series, _: Series, limit: float = 8.0, slack: float = 0.5) -> Fl
     return flags
 
 
+def trainscope(loss: Series, _: Series, limit: float = 6.0, slack: float = 1.0) -> Flags:
+    """Page's sums of both signs about a running median; both begin anew after an alarm."""
+    flags, up, down = np.zeros(len(loss), dtype=bool), 0.0, 0.0
+    for i in range(30, len(loss)):
+        level, spread = _median_and_mad(loss[max(0, i - 200) : i])
+        z = (loss[i] - level) / max(spread, 1e-12) if np.isfinite(loss[i]) else np.inf
+        up, down = max(0.0, up + z - slack), min(0.0, down + z + slack)
+        if up >= limit or -down >= limit:
+            flags[i], up, down = True, 0.0, 0.0
+    return flags
+
+
 Rule = Callable[[Series, Series, float], Flags]
 # By name: the rule, its own setting, and settings up to which it is made less sensitive for equal false alarms.
 RIVALS: dict[str, tuple[Rule, float, tuple[float, ...]]] = {
@@ -92,6 +106,7 @@ RIVALS: dict[str, tuple[Rule, float, tuple[float, ...]]] = {
     "AdaGC": (adagc, 1.05, (1.5, 2, 3, 4, 5, 6, 8, 10, 15, 20)),
     "MAD": (mad, 8.0, (10, 12, 15, 20, 30, 50, 80)),
     "CUSUM": (cusum, 8.0, (12, 16, 24, 32, 48, 64, 100)),
+    "trainscope": (trainscope, 6.0, (8, 12, 16, 24, 32, 48, 64, 100)),
 }
 
 
