@@ -79,7 +79,9 @@ def record(  # noqa: PLR0913, PLR0917 - as the command line has them
     trunk_path = path_of(folder, trunk)
     wanted = sorted((KINDS[name] for name in kinds), key=lambda kind: kind.name != "plain")  # others are judged by it
     missing = [kind for kind in wanted if not path_of(folder, replace(trunk, kind=kind.name)).exists()]
-    nudged = [i for i in range(NUDGED) if not path_of(folder, replace(trunk, kind=f"nudged-{i}")).exists()]
+    # Harm is told by nudged twins, and healthy runs do none.
+    twins = range(NUDGED if any(kind.cause != "healthy" for kind in wanted) else 0)
+    nudged = [i for i in twins if not path_of(folder, replace(trunk, kind=f"nudged-{i}")).exists()]
     if not missing and not nudged and trunk_path.exists():
         return f"{model} {size} {seed}: nothing to do"
     training = Training(model, seed, size)
