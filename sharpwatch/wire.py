@@ -64,14 +64,18 @@ def decode(message: Array, *, name: str, dtype: str, shape: Sequence[int | None]
     """
     if message.dtype != dtype:
         raise WireError("malformed", f"{name}: dtype {message.dtype!r}, expected {dtype!r}")
-    got = tuple(message.shape)
-    if len(got) != len(shape) or any(want is not None and have != want for have, want in zip(got, shape, strict=True)):
+    got, data, of = tuple(message.shape[:]), message.data, _DTYPES[dtype]  # a slice is twice as fast as iterating
+    if got != shape and not _has_shape(got, shape):
         expected = tuple("any" if want is None else want for want in shape)
         raise WireError("malformed", f"{name}: shape {got}, expected {expected}")
-    size = math.prod(got) * _DTYPES[dtype].itemsize
-    if size != len(message.data):
-        raise WireError("malformed", f"{name}: {len(message.data)} bytes, expected {size} for shape {got}")
-    return np.frombuffer(message.data, dtype=_DTYPES[dtype]).reshape(got)
+    size = math.prod(got) * of.itemsize
+    if size != len(data):
+        raise WireError("malformed", f"{name}: {len(data)} bytes, expected {size} for shape {got}")
+    return np.ndarray(got, of, data)
+
+
+def _has_shape(got: Sequence[int], shape: Sequence[int | None]) -> bool:
+    return len(got) == len(shape) and all(want in {None, have} for have, want in zip(got, shape, strict=True))
 
 
 def decode_fields(message: Any, dtypes: Mapping[str, str], *, name: str, rows: int) -> dict[str, npt.NDArray[Any]]:
@@ -86,8 +90,9 @@ def decode_fields(message: Any, dtypes: Mapping[str, str], *, name: str, rows: i
     Raises:
         WireError: As `decode`.
     """
+    shape = (rows,)
     return {
-        field: decode(getattr(message, field), name=f"{name}.{field}", dtype=dtype, shape=(rows,))
+        field: decode(getattr(message, field), name=f"{name}.{field}", dtype=dtype, shape=shape)
         for field, dtype in dtypes.items()
     }
 

@@ -12,9 +12,8 @@ import numpy as np
 
 from benchmarks.faults.kinds import ONSET
 from benchmarks.faults.recordings import About, read_about, read_own
-from sharpwatch.daemon.detection.detectors import statistics
 from sharpwatch.daemon.detection.run_detection import RunDetection, layer_block_name
-from sharpwatch.daemon.detection.thresholds import USUAL, Budget
+from sharpwatch.daemon.detection.thresholds import NAMES, USUAL, Budget, statistics
 from sharpwatch.daemon.ingest.hello import RunHello, read_hello
 from sharpwatch.daemon.ingest.samples import read_sample
 from sharpwatch.daemon.records import Finding, Incident, Observation
@@ -127,9 +126,8 @@ def _run(detection: RunDetection, steps: Iterable[Observation], replay: Replay) 
                 entry.paged = step.step
             if not incident.active:
                 entry.until = step.step
-        for name, values in statistics(detection.recent).items():
-            known = values[~np.isnan(values)]
-            replay.worst.setdefault(name, []).append(float(known.max()) if known.size else float("nan"))
+        for name, value in zip(NAMES, np.fmax.reduce(statistics(detection.recent), axis=1), strict=True):
+            replay.worst.setdefault(name, []).append(float(value))
         scores = detection.recent[-1]
         if true_block is not None and 0 <= step.step - about.onset < 2 and scores.weight.size:
             z = abs(float(scores.weight[true_block]))

@@ -308,7 +308,9 @@ class Pipeline:
             if changes.baselines:
                 state = BaselinesRow(run.name, entry.attempt.hello.attempt, reading.sequence, changes.baselines)
                 self._pending.baselines[run.name] = state
-            self._record_peers(self.peers.after(run, observation.step, changes))
+            # Otherwise no other run learns anything of this step, as is usual.
+            if changes.incidents or entry.run in self.peers.awaiting or entry.run in self.peers.followers:
+                self._record_peers(self.peers.after(run, observation.step, changes))
 
     def _record_peers(self, found: Iterable[tuple[Run, Changes]]) -> None:
         """Records what one run's step changed in incidents of others, and of its own."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -82,7 +81,7 @@ def judge(run: RecordedRun, budget: Budget = USUAL, reference: RecordedRun | Non
 def _is_judged(column: Column, scores: Scores) -> bool:
     """Whether the newest sample has a score of a loss, of a gradient norm, or of a rate."""
     if column == "loss":
-        return any(not math.isnan(z) for z in scores.loss.values())
+        return not np.isnan(scores.loss).all()
     if column == "grad-norm":
-        return any(bool(np.isfinite(z).any()) for z in scores.gradient.values())
+        return bool(np.isfinite(scores.gradient).any())
     return bool(np.isfinite(scores.rate).any())

@@ -17,7 +17,6 @@ from sharpwatch.daemon.decisions.transitions import UNDER_WAY
 from sharpwatch.daemon.detection.history import Losses, StepHistory
 from sharpwatch.daemon.detection.reference import ReferenceTest
 from sharpwatch.daemon.detection.run_detection import RunDetection
-from sharpwatch.daemon.detection.sharpness import Sharpness
 from sharpwatch.daemon.detection.thresholds import USUAL, Budget
 from sharpwatch.daemon.records import (
     NO_CHANGES,
@@ -45,7 +44,7 @@ class RunController:
     """Runs detectors and policies for one run. Deterministic except for the ids it generates.
 
     `mode` is the run's own and overrides every policy's mode; None leaves each policy its own. `control`, `lr_bounds`
-    and `can_roll_back` are what the trainer was attached with.
+    and `can_roll_back` are what the trainer was attached with. `detection` has what is known of the run.
     """
 
     def __init__(  # noqa: PLR0913  what a run and its trainer are
@@ -65,8 +64,8 @@ class RunController:
         permissions = Permissions(control, lr_bounds, can_roll_back)
         self._chain = EscalationChain(tuple(policies))
         self._log = DecisionLog(run, dict.fromkeys(block for block, _ in layer_blocks))
-        self._detection = RunDetection(run, layer_blocks, parameters, new_id, budget)
-        self._incidents = self._detection.incidents
+        self.detection = RunDetection(run, layer_blocks, parameters, new_id, budget)
+        self._incidents = self.detection.incidents
         self._requests = OperatorRequests(self._log, permissions, new_id)
         self._lifecycle = DecisionLifecycle(self._log, self._incidents, self._chain)
         self._engine = PolicyEngine(self._log, self._incidents, self._chain, permissions, new_id)
@@ -87,24 +86,14 @@ class RunController:
         return self._incidents.get(identity)
 
     @property
-    def excursions(self) -> Mapping[tuple[str, str], int]:
-        """How often single values stood out without a finding since this controller was made, by signal and block."""
-        return self._detection.excursions
-
-    @property
-    def sharpness(self) -> Sharpness:
-        """What is known of the sharpness of the run's blocks."""
-        return self._detection.sharpness
-
-    @property
     def history(self) -> StepHistory:
         """The losses of the run, and the steps at which it stood out."""
-        return self._detection.history
+        return self.detection.history
 
     @property
     def reference(self) -> ReferenceTest | None:
         """The test against the run's reference, if it has one."""
-        return self._detection.reference
+        return self.detection.reference
 
     @property
     def decisions(self) -> tuple[Decision, ...]:
@@ -147,7 +136,7 @@ class RunController:
         Most steps of a healthy run change nothing. They do not reach the decisions at all.
         """
         self._step = obs.step
-        findings, changed = self._detection.see(obs)
+        findings, changed = self.detection.see(obs)
         if changed:
             self._log.note_incidents(changed)
         if self._log.open:
@@ -161,12 +150,12 @@ class RunController:
         changes = self._log.take() if self._log.changed else NO_CHANGES
         self._observed += 1
         if self._observed % SAVE_EVERY == 0:
-            return replace(changes, baselines=self._detection.state())
+            return replace(changes, baselines=self.detection.state())
         return changes
 
     def stalled(self, seconds: float, now: float) -> Changes:
         """Take in that no step has come for so long, though the agent is connected; may be told again and again."""
-        findings, changed = self._detection.see_stall(self._step or 0, seconds)
+        findings, changed = self.detection.see_stall(self._step or 0, seconds)
         if changed:
             self._log.note_incidents(changed)
             self._engine.act(findings, self.checkpoints, self._mode, self._step or 0, now)
@@ -182,7 +171,7 @@ class RunController:
     def replay(self, obs: Observation) -> None:
         """Take in a journalled step: baselines and open alerts move on, nothing is decided and no alert opens."""
         self._step = obs.step
-        self._detection.replay(obs)
+        self.detection.replay(obs)
 
     def command_result(self, result: ReportedResult, now: float) -> Changes:  # noqa: ARG002  the clock comes with all
         """Take in what the trainer made of a command; telling it twice changes nothing."""
@@ -233,23 +222,23 @@ class RunController:
             losses: Its losses; they are read as they grow.
         """
         self._log.note_incidents(self._incidents.close_named("SilentFailure", "another reference was set"))
-        self._detection.set_reference(name, losses)
-        self._log.note_incidents(self._detection.judge_reference())
+        self.detection.set_reference(name, losses)
+        self._log.note_incidents(self.detection.judge_reference())
         return self._log.take()
 
     def clear_reference(self) -> Changes:
         """Hold the run against no reference any more."""
-        self._detection.reference = None
+        self.detection.reference = None
         self._log.note_incidents(self._incidents.close_named("SilentFailure", "the reference was cleared"))
         return self._log.take()
 
     def restore_reference(self, name: str, losses: Losses) -> None:
         """Take up a journalled reference; the next step goes on with the incident that it may have."""
-        self._detection.set_reference(name, losses)
+        self.detection.set_reference(name, losses)
 
     def reference_came(self, step: int) -> Changes:
         """Judge what the run did at a step to which its reference has come only now."""
-        self._log.note_incidents(self._detection.reference_came(step))
+        self._log.note_incidents(self.detection.reference_came(step))
         return self._log.take()
 
     def attribute(
@@ -347,7 +336,7 @@ class RunController:
 
     def load_baselines(self, state: bytes) -> None:
         """Go on from the journalled state of the baselines; raises `ValueError` where it can't be used."""
-        self._detection.load_state(state)
+        self.detection.load_state(state)
 
     def begin_anew(self) -> None:
         """Have it known that the trainer begins with every multiplier at 1."""
@@ -356,6 +345,6 @@ class RunController:
     def take_over(self, earlier: RunController) -> None:
         """Carry on for a new attempt of the run, whose trainer begins with every multiplier at 1."""
         self.restore(earlier.incidents, earlier.decisions, earlier.revisions, earlier.checkpoints, earlier.own_mode)
-        self._detection.take_over(earlier._detection)
+        self.detection.take_over(earlier.detection)
         self._step = earlier._step
         self.begin_anew()

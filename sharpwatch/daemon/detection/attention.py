@@ -76,7 +76,8 @@ class AttentionTrend:
 
     def step(self, rates: Floats) -> None:
         """A step is taken at the learning rates [L]."""
-        known = np.nan_to_num(rates.astype(np.float64))
+        known = rates.astype(np.float64)
+        known[np.isnan(known)] = 0.0
         self._tau = self._tau + known
         self._square = self._square + known**2
 

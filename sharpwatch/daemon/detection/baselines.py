@@ -1,12 +1,15 @@
 """What is normal for a run: what its past predicts for each series, and how far a new value is from that.
 
 Series stand side by side as the columns of arrays. NaN is a value that was not measured; it is neither judged nor kept.
+What is divided by may be 0 or unknown: callers ignore floating-point errors, once for a whole sample.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -40,17 +43,25 @@ class Trend:
     YOUNG = 20  # samples at the start that no line describes
     SETTLED = 250  # samples before which a run bends so much that lines miss: there z is smaller
     _EVERY = 10  # samples between fits
-    STATE = ("_values", "_logs", "_scores", "_known", "_sums", "_count", "_kept_out", "_is_old")  # beside the line
+    # Beside the line.
+    STATE = ("_values", "_logs", "_scores", "_known", "_total", "_number", "_count", "_kept_out", "_is_old")
 
     def __init__(self, floors: Doubles, shares: Doubles, spans: Sequence[int]) -> None:
         self._floors, self._shares = floors, shares
         self._spans, self._lag = np.array(spans), max(spans)
+        # By the place of the newest value in the ring, the place of the one that leaves each span: the longest span's
+        # is the same place.
+        self._leaving = (np.arange(self._lag)[:, None] - self._spans) % self._lag
+        self._to_middle = 1 + self._spans // 2
+        self._enough = (self._spans[:, None] + 1) / 2  # values of a span without which its mean is not judged
         rows = self.WINDOW + self._lag + self._EVERY
         self._values = np.full((rows, len(floors)), np.nan, dtype=np.float32)
         self._logs = np.zeros(rows)  # of the steps
         self._scores = np.zeros((self._lag, len(floors)))  # of the newest values, clipped; 0 where not known
-        self._known = np.zeros((self._lag, len(floors)))  # 1 where they are, else 0
-        self._sums = np.zeros((2, len(spans), len(floors)))  # of both over each span
+        self._known = np.zeros((self._lag, len(floors)), dtype=bool)
+        self._total = np.zeros((len(spans), len(floors)))  # of the scores over each span
+        self._number = np.zeros((len(spans), len(floors)))  # of those that are known
+        self._note_numbers()
         self._count = 0
         self._kept_out = 0
         self._is_old = False  # whether there were too few values for a new line
@@ -66,7 +77,7 @@ class Trend:
         """Whether the run bends so much yet that lines miss."""
         return self._count <= self.SETTLED
 
-    def see(self, step: int, values: Doubles, *, keep_out: bool = False) -> tuple[Doubles, Doubles]:
+    def see(self, step: int, values: Doubles, *, keep_out: bool = False) -> Doubles:
         """Judge the newest values, then keep them.
 
         Args:
@@ -75,9 +86,9 @@ class Trend:
             keep_out: Whether they may not become normal, because something is known to be wrong.
 
         Returns:
-            Their z [columns], and the z [spans, columns] of the means of so many newest values; NaN where they can't be
-            judged. In a mean a value counts as one of `FAR` at most. Unless `keep_out`, the z of a span but the longest
-            is the smaller one of that from the line and that from the older values of the longest span.
+            Their z, and below it the z of the means of so many newest values [1 + spans, columns]; NaN where they can't
+            be judged. In a mean a value counts as one of `FAR` at most. Unless `keep_out`, the z of a span but the
+            longest is the smaller one of that from the line and that from the older values of the longest span.
         """
         log = math.log(max(step, 1))
         self._kept_out = self._kept_out + 1 if keep_out else 0
@@ -86,7 +97,12 @@ class Trend:
         self._values[row] = np.nan if keep_out and self._kept_out <= PATIENCE else values
         self._logs[row] = log
         self._count += 1
-        judged = self._judge(self._line, log, values, lasting=keep_out)
+        judged = np.empty((1 + len(self._spans), len(values)))
+        if self._line is None:
+            judged.fill(np.nan)
+        else:
+            judged[0] = self._judge(self._line, log, values)
+            judged[1:] = self._means(self._line, lasting=keep_out)
         # Last, so that what is judged has not bent the line.
         if self._count % self._EVERY == 0 and self._count >= self.blind:
             self._refit()
@@ -106,8 +122,9 @@ class Trend:
     def forget(self, columns: slice) -> None:
         """Begin some series anew: what is normal for them has just changed."""
         self._values[:, columns] = np.nan
-        self._known[:, columns] = self._scores[:, columns] = 0.0
-        self._sums[..., columns] = 0.0
+        self._scores[:, columns] = self._total[:, columns] = self._number[:, columns] = 0.0
+        self._known[:, columns] = False
+        self._note_numbers()
         if self._line is not None:
             self._line.sd[columns] = np.nan
 
@@ -119,48 +136,58 @@ class Trend:
     def load_state(self, arrays: Arrays) -> None:
         """Go on from `state`; raises `ValueError` for one of other series."""
         put_back(self, self.STATE, arrays, "trend")
+        self._note_numbers()
         self._line = None
         if "line.sd" in arrays:
             nothing = np.zeros(len(self._floors))
-            self._line = _Line(np.array([0.0, 1.0]), np.ones((2, len(nothing)), dtype=bool), nothing, nothing, nothing)
+            self._line = _Line(0.0, 0.0, nothing, nothing, nothing, nothing, nothing, nothing)
             put_back(self._line, _Line.STATE, arrays, "line")
 
-    def _judge(self, line: _Line | None, log: float, values: Doubles, *, lasting: bool) -> tuple[Doubles, Doubles]:
-        if line is None:
-            nothing = np.full((len(self._spans) + 1, len(values)), np.nan)
-            return nothing[0], nothing[1:]
-        with np.errstate(invalid="ignore", divide="ignore"):
-            z: Doubles = (values - line.at(log)) / line.sd
-            z *= min(1.0, self._count / self.SETTLED) ** 2
-            known = ~np.isnan(z)
-            place = self._count % self._lag
-            newest = np.stack([np.where(known, np.clip(z, -FAR, FAR), 0.0), known])
-            oldest = (self._count - self._spans) % self._lag  # the longest span's is the place of the newest
-            self._sums += newest[:, None] - np.stack([self._scores[oldest], self._known[oldest]])
-            self._scores[place], self._known[place] = newest
-            return z, self._means(line, lasting=lasting)
+    def _judge(self, line: _Line, log: float, values: Doubles) -> Doubles:
+        z: Doubles = (values - line.at(log)) / line.sd
+        if self.young:
+            z *= (self._count / self.SETTLED) ** 2
+        unknown = np.isnan(z)
+        known = ~unknown
+        clipped = np.minimum(np.maximum(z, -FAR), FAR)
+        clipped[unknown] = 0.0
+        place = self._count % self._lag
+        leaving = self._leaving[place]
+        self._total += clipped - self._scores[leaving]
+        if np.count_nonzero(known != self._known[leaving]):
+            self._number += known.astype(np.float64) - self._known[leaving]
+            self._note_numbers()
+        self._scores[place], self._known[place] = clipped, known
+        return z
 
     def _means(self, line: _Line, *, lasting: bool) -> Doubles:
-        total, count = self._sums
+        means = self._total / self._number
         # A line is known best where it was fitted: what counts is the middle of a span.
-        middles = self._logs[(self._count - 1 - self._spans // 2) % len(self._logs)]
-        # The variance of a mean of `count` new values about a line that is not known exactly.
-        means: Doubles = total / count / np.sqrt(1.0 / count + line.leverage(middles))
-        means[2 * count < self._spans[:, None] + 1] = np.nan
+        middles = self._logs[(self._count - self._to_middle) % len(self._logs)]
+        # The variance of a mean of so many new values about a line that is not known exactly.
+        judged: Doubles = means / np.sqrt(self._variance + line.leverage(middles))
+        judged[self._few] = np.nan
         if not lasting:
             # What has just begun also differs from the values right before it; where a line misses, they miss it too.
-            rest, others = total[-1] - total[:-1], count[-1] - count[:-1]
-            fresh = (total[:-1] / count[:-1] - rest / others) / np.sqrt(1.0 / count[:-1] + 1.0 / others)
-            low = np.minimum(np.abs(fresh), np.abs(means[:-1]))
-            means[:-1] = np.where(others > 0, np.where(fresh * means[:-1] > 0, np.copysign(low, fresh), 0.0), np.nan)
-        return means
+            rest = (self._total[-1] - self._total[:-1]) / self._others
+            fresh = (means[:-1] - rest) / self._fresh_sd
+            low, high = np.minimum(fresh, judged[:-1]), np.maximum(fresh, judged[:-1])
+            judged[:-1] = np.maximum(low, 0.0) + np.minimum(high, 0.0)  # the smaller one, 0 if their signs differ
+        return judged
+
+    def _note_numbers(self) -> None:
+        """What follows from the numbers of known values in the spans; they rarely change."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            self._variance, self._others = 1.0 / self._number, self._number[-1] - self._number[:-1]
+            self._fresh_sd = np.sqrt(self._variance[:-1] + 1.0 / self._others)
+        self._few = self._number < self._enough
 
     def _refit(self) -> None:
         line = self._fitted()
         if line is not None:
             # Scores against a line that was drawn on far beyond its values say little of the new one.
             if self._is_old:
-                self._scores[:] = self._known[:] = 0.0
+                self._scores[:] = self._known[:] = 0
             self._line = line
         self._is_old = line is None
         self._add_up()
@@ -168,8 +195,9 @@ class Trend:
     def _add_up(self) -> None:
         """The sums anew, against rounding."""
         ages = (self._count - np.arange(self._lag)) % self._lag
-        for sums, kept in zip(self._sums, (self._scores, self._known), strict=True):
-            sums[:] = np.cumsum(kept[ages], axis=0)[self._spans - 1]
+        self._total = np.cumsum(self._scores[ages], axis=0)[self._spans - 1]
+        self._number = np.cumsum(self._known[ages], axis=0, dtype=np.float64)[self._spans - 1]
+        self._note_numbers()
 
     def _fitted(self) -> _Line | None:
         size = min(self.WINDOW, self._count - self._lag - self.YOUNG)
@@ -177,70 +205,75 @@ class Trend:
         return _fit(self._logs[rows], self._values[rows].astype(np.float64), self._floors, self._shares, self.LEAST)
 
 
+@dataclass(slots=True)
 class _Line:
     """A fitted line: value = level + slope · (log(step) - origin) for each column.
 
     It is flat from as far past its last value as its first lies before that: nothing says that it goes on.
     """
 
-    STATE = ("_origin", "_level", "_slope", "_rows", "_middle", "_squares", "_last", "sd")
+    STATE: ClassVar = ("origin", "last", "level", "slope", "variance", "middle", "squares", "sd")
 
-    def __init__(
-        self, logs: Doubles, measured: npt.NDArray[np.bool_], level: Doubles, slope: Doubles, sd: Doubles
-    ) -> None:
-        self._origin, self._level, self._slope = float(logs.mean()), level, slope
-        self._rows = np.maximum(measured.sum(0), 1).astype(np.float64)
-        self._middle = (measured * logs[:, None]).sum(0) / self._rows
-        self._squares = (measured * (logs[:, None] - self._middle) ** 2).sum(0)
-        self._last = float(2 * logs.max() - logs.min())
-        self.sd = sd
+    origin: float
+    last: float
+    level: Doubles
+    slope: Doubles
+    variance: Doubles  # of the level, in units of that of a value
+    middle: Doubles  # mean of the logs of the steps that were measured, and the sum of squares about it
+    squares: Doubles
+    sd: Doubles
 
     def at(self, log: float) -> Doubles:
-        return self._level + self._slope * (min(log, self._last) - self._origin)
+        return self.level + self.slope * (min(log, self.last) - self.origin)
 
     def leverage(self, logs: Doubles) -> Doubles:
         """The variance [logs, columns] of the lines at some steps, in units of that of a value."""
-        away = np.minimum(logs, self._last)[:, None] - self._middle
-        variance: Doubles = 1.0 / self._rows + away**2 / np.maximum(self._squares, 1e-300)
+        away = np.minimum(logs, self.last)[:, None] - self.middle
+        variance: Doubles = self.variance + away * away / self.squares
         return variance
 
 
 def _fit(logs: Doubles, values: Doubles, floors: Doubles, shares: Doubles, least: int) -> _Line | None:
     """Fit each column by least squares with Huber's weights; None if no column has `least` values."""
     measured = np.isfinite(values)
-    enough = measured.sum(0) >= least
-    if not enough.any():
+    counts = np.count_nonzero(measured, axis=0)
+    enough = counts >= least
+    if not np.count_nonzero(enough):
         return None
-    x = (logs - logs.mean())[:, None]
+    origin = float(logs.mean())
+    x = logs - origin
+    terms, squares = np.array([np.ones_like(x), x]), x * x
     y = np.where(measured, values, 0.0)
-    weights = measured.astype(np.float64)
-    level = slope = sd = least_sd = np.zeros(values.shape[1])
-    with np.errstate(invalid="ignore", divide="ignore"):
-        for again in range(4):
-            weighted = weights * x
-            total, sum_x, sum_xx = weights.sum(0), weighted.sum(0), (weighted * x).sum(0)
-            sum_y, sum_xy = (weights * y).sum(0), (weighted * y).sum(0)
-            slope = (total * sum_xy - sum_x * sum_y) / (total * sum_xx - sum_x**2)
-            level = (sum_y - slope * sum_x) / total
-            residual = y - level - slope * x
-            # Robust first, about the median: outliers on one side move least squares. Later over the weights.
-            if again == 0:
-                residual -= _medians(residual, measured)
+    known = measured.astype(np.float64)
+    rows = np.maximum(counts, 1).astype(np.float64)
+    middle = x @ known / rows
+    weights, line, sd = known, np.zeros((2, y.shape[1])), rows
+    for again in range(4):
+        (total, sum_x), (sum_y, sum_xy) = terms @ weights, terms @ (weights * y)
+        slope = (total * sum_xy - sum_x * sum_y) / (total * (squares @ weights) - sum_x * sum_x)
+        line[:] = (sum_y - slope * sum_x) / total, slope
+        residual = y - terms.T @ line
+        # Robust first, about the median: outliers on one side move least squares. Later over the weights.
+        if again == 0:
+            residual = np.abs(residual - _medians(residual, measured, counts))
+            sd = _MAD_TO_SD * _medians(residual, measured, counts)
+        else:
             residual = np.abs(residual)
-            if again == 0:
-                sd = _MAD_TO_SD * _medians(residual, measured)
-            else:
-                sd = np.sqrt(((weights * residual) ** 2).sum(0) / np.maximum(total - 2, 1))
-            least_sd = floors + shares * np.abs(level)
-            bound = _CLIP * np.maximum(sd, least_sd)
-            weights = measured * np.minimum(1.0, bound / np.maximum(residual, bound / 1e6))
-    return _Line(logs, measured, level, slope, np.where(enough, np.maximum(sd, least_sd), np.nan))
+            sd = np.sqrt(np.square(weights * residual).sum(0) / np.maximum(total - 2, 1))
+        sd = np.maximum(sd, floors + shares * np.abs(line[0]))
+        if again < 3:
+            weights = np.minimum(known, _CLIP * sd / residual)
+    spread = np.maximum(squares @ known - rows * middle * middle, 1e-300)
+    last = float(2 * logs.max() - logs.min())
+    return _Line(origin, last, line[0], line[1], 1.0 / rows, origin + middle, spread, np.where(enough, sd, np.nan))
 
 
-def _medians(values: Doubles, measured: npt.NDArray[np.bool_]) -> Doubles:
-    """The upper median of each column over the rows that were measured."""
-    ordered = np.sort(np.where(measured, values, np.inf), axis=0)
-    middle: Doubles = ordered[measured.sum(0) // 2 - (measured.sum(0) == len(ordered)), np.arange(values.shape[1])]
+def _medians(values: Doubles, measured: npt.NDArray[np.bool_], counts: npt.NDArray[np.intp]) -> Doubles:
+    """The upper median of each column over the rows that were measured, so many."""
+    rows, columns = values.shape
+    if counts.min() < rows:
+        values = np.where(measured, values, np.inf)
+    middle: Doubles = np.sort(values, axis=0)[counts // 2 - (counts == rows), np.arange(columns)]
     return middle
 
 
@@ -305,7 +338,7 @@ class Level:
     """
 
     _FIRST = 10  # values whose median and mean distance begin a baseline
-    STATE = ("_first", "_count", "_kept_out", "_level", "_spread")
+    _STATE = ("_first", "_count", "_kept_out", "_level", "_spread")
 
     def __init__(self, columns: int, *, memory: int, spread_memory: int, blind: int, patience: int = PATIENCE) -> None:
         self._patience = patience
@@ -316,6 +349,7 @@ class Level:
         self._kept_out = np.zeros(columns, dtype=np.int64)
         self._level = np.full(columns, np.nan)
         self._spread = np.full(columns, np.nan)
+        self._note_ages()
 
     def see(self, values: Doubles, floor: Doubles | float, *, keep_out: bool = False) -> Doubles:
         """Judge the newest values, then keep them.
@@ -328,34 +362,58 @@ class Level:
         Returns:
             The z [columns] of each, NaN where it can't be judged.
         """
-        with np.errstate(invalid="ignore", over="ignore"):
-            sd = np.maximum(MEAN_TO_SD * self._spread, floor)
-            z: Doubles = (values - self._level) / sd
-        self._keep(values, z, sd, keep_out=keep_out)
-        z[self._count <= self.blind] = np.nan
+        sd = np.maximum(MEAN_TO_SD * self._spread, floor)
+        away: Doubles = values - self._level
+        z: Doubles = away / sd
+        measured = np.isfinite(values)
+        kept = measured & self._is_begun
+        far = kept if keep_out else kept & self._is_judged & (np.abs(z) > APART)
+        bound = _CLIP * sd
+        step = np.minimum(np.maximum(away, -bound), bound)
+        if np.count_nonzero(far):
+            self._kept_out = np.where(far, self._kept_out + 1, 0)
+            accepted = self._kept_out > self._patience
+            step = np.where(accepted, away, step)
+            kept &= ~far | accepted
+        else:
+            self._kept_out[:] = 0
+        self._level[kept] += (self._gains[0] * step)[kept]
+        self._spread[kept] += (self._gains[1] * (np.abs(step) - self._spread))[kept]
+        self._count += kept
+        if not self._is_old:
+            self._begin(values, measured & ~self._is_begun)
+            self._note_ages()
+            z[~self._is_judged] = np.nan
         return z
 
     def forget(self, columns: np.ndarray) -> None:
         """Begin some series anew: their values mean something else from now on."""
         self._count[columns] = 0
+        self._note_ages()
 
-    def _keep(self, values: Doubles, z: Doubles, sd: Doubles, *, keep_out: bool) -> None:
-        measured = np.isfinite(values)
-        young = measured & (self._count < self._FIRST)
+    def state(self, prefix: str) -> Arrays:
+        """All that `load_state` needs to go on, under a prefix."""
+        return gathered(self, self._STATE, prefix)
+
+    def load_state(self, arrays: Arrays, prefix: str) -> None:
+        """Go on from `state`; raises `ValueError` for one of other series."""
+        put_back(self, self._STATE, arrays, prefix)
+        self._note_ages()
+
+    def _begin(self, values: Doubles, young: npt.NDArray[np.bool_]) -> None:
+        """Keep the first values of series, and begin a level with the last of them."""
         self._first[self._count[young], np.flatnonzero(young)] = values[young]
-        with np.errstate(invalid="ignore"):
-            far = measured & ~young & ((np.abs(z) > APART) & (self._count > self.blind) | keep_out)
-        self._kept_out = np.where(far, self._kept_out + 1, 0)
-        accepted = self._kept_out > self._patience
-        kept = measured & ~young & (~far | accepted)
-        with np.errstate(invalid="ignore"):
-            step = np.where(accepted, values - self._level, np.clip(values - self._level, -_CLIP * sd, _CLIP * sd))
-        age = 1.0 / (self._count + 1.0)
-        self._level[kept] += (np.maximum(self._level_gain, age) * step)[kept]
-        self._spread[kept] += (np.maximum(self._spread_gain, age) * (np.abs(step) - self._spread))[kept]
-        self._count[young | kept] += 1
+        self._count += young
         begun = young & (self._count == self._FIRST)
         if begun.any():
             first = self._first[:, begun]
             self._level[begun] = np.median(first, axis=0)
             self._spread[begun] = np.abs(first - self._level[begun]).mean(axis=0)
+
+    def _note_ages(self) -> None:
+        """What follows from the number of values of each series; it changes no more once all are old."""
+        self._is_begun, self._is_judged = self._count >= self._FIRST, self._count > self.blind
+        age = 1.0 / (self._count + 1.0)
+        self._gains = np.maximum(self._level_gain, age), np.maximum(self._spread_gain, age)
+        old = max(self._FIRST, self.blind, 1.0 / self._level_gain, 1.0 / self._spread_gain)
+        self._is_old = bool((self._count > old).all())

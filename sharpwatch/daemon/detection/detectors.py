@@ -1,23 +1,40 @@
-"""Detectors of what stands out against the run's own past: weights, layer blocks, attention, loss, stability ratio.
+"""Detectors: what the newest samples of a run show to be wrong. Pure functions of its newest scores.
 
-Pure functions of a run's newest scores. Each has one statistic per span of samples, two-sided, the largest over layer
-blocks; `thresholds` has the sizes that are worth a warning and a page.
+Those in `EXACT` read off what is certain: values that are not finite, learning rates, the optimizer's settings and
+state. The others find what stands out against the run's own past; `thresholds` has the sizes that are worth a warning
+and a page.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from sharpwatch.daemon.detection.baselines import Highest
-from sharpwatch.daemon.detection.exact import EXACT, Detector, Judged
-from sharpwatch.daemon.detection.signals import Scores
-from sharpwatch.daemon.records import AlertName, Finding, Severity
+from sharpwatch.daemon.detection.signals import ROW, Scores
+from sharpwatch.daemon.detection.thresholds import NAMES, Limit
+from sharpwatch.daemon.records import AlertName, Finding, OptimizerGroup, Severity
 from sharpwatch.wire import Doubles
 
+_NAMED = 4  # layer blocks that a text names
+# A rate this far above the highest that it has held. Restarts of a schedule come a little above a peak that the end of
+# the warm-up has cut off: by a sixth, where that took a quarter of the first cycle.
+RATE_NOTABLE, RATE_RAISED = 1.2, 1.4
+# One that climbs on, from sample to sample, is no such peak: so many samples in a row and this far are a page.
+CLIMBING, RATE_CLIMBED = 10, 1.1
+# The part of itself that one of the first steps changes a layer block by.
+FIRST_NOTABLE, FIRST_CHANGE = 0.15, 0.2
+_RATE_MEANT = 0.01  # share of the highest rate below which a schedule may end at 0
+# Adam's second moment can't shrink by more than β₂ in a step; the rest is for moments kept in low precision.
+_MOMENT_LOST = 0.5
+# The norm of weights changes in a healthy run by up to 1.1 of what an update as long as Adam's could do at most.
+IMPOSSIBLE = 3.0
+# By how much a setting must change within a run: less is a schedule.
+_DECAY_CHANGED, _EPSILON_CHANGED, _HORIZON_CHANGED = 3.0, 10.0, 3.0
+_TINY = 1e-30
 _GROWN, _FASTER = 0.1, 3.0  # log of a growth in 20 samples, and how many times that of the 20 before
 _STANDS_OUT = 3.0  # z of a single value that a change can begin with
 # Of one probe's stability ratio above the run's own level, and of a block type's.
@@ -33,43 +50,204 @@ _RATIO_MATTERS = 0.2
 _ATTENTION_RISEN, _ATTENTION_Z = math.log(2.0), 3.0
 
 
-def statistics(recent: Sequence[Scores]) -> dict[str, Doubles]:
-    """What is compared with thresholds, of the newest sample; NaN where it can't be judged.
+@dataclass(slots=True)
+class Judged:
+    """The newest samples of a run, for detectors.
 
-    "weight" [L] is how far the change of weights in the step before stands out from those in the steps around it; it is
-    0 where they are back since. "update-5" and the like [L] are sizes of z over so many samples; "loss-3" and "drop-3"
-    [1] are the two sides of the loss.
+    Attributes:
+        now: The newest scores.
+        step: The newest step.
+        recent: The newest scores and those before, the newest last.
+        probes: The newest scores with a stability ratio, the newest last.
+        sharp_probes: The newest scores with a trace, the newest last.
+        names: Of the layer blocks, as "layers.3.qk".
+        blocks: The block types.
+        statistics: Of the newest sample, as `thresholds.statistics`.
+        limits: By statistic, what is worth a warning, and what a page.
+        exceeded: The statistics that are worth a warning.
     """
-    now = recent[-1]
-    found = {f"{side}-{span}": np.array([sign * now.loss[span]]) for side, sign in _SIDES for span in _LOSS_SPANS}
-    if len(recent) > 2 and (weight := _weight(*recent[-3:])) is not None:
-        found["weight"] = weight
-    if now.observation.layers is not None:
-        found |= {f"update-{span}": np.abs(now.update[span]) for span in _BLOCK_SPANS}
-        found |= {f"gradient-{span}": np.abs(now.gradient[span]) for span in _BLOCK_SPANS}
-    return found
+
+    now: Scores
+    step: int
+    recent: Sequence[Scores]
+    probes: Sequence[Scores]
+    sharp_probes: Sequence[Scores]
+    names: Sequence[str]
+    blocks: Sequence[str]
+    statistics: Doubles
+    limits: Mapping[str, Limit]
+    exceeded: Sequence[str]
+
+    def named(self, badness: Doubles, where: np.ndarray) -> tuple[str, ...]:
+        """The layer blocks `where`, worst first."""
+        order = np.argsort(-np.nan_to_num(badness, nan=-math.inf, posinf=1e300), kind="stable")
+        return tuple(self.names[i] for i in order if where[i])
 
 
-# Samples over which the loss, and the norms of layer blocks, are compared with thresholds.
-_LOSS_SPANS, _BLOCK_SPANS = (3, 10, 40), (5, 20)
-_SIDES = (("loss", 1.0), ("drop", -1.0))
+Detector = Callable[[Judged], Iterable[Finding]]
 
 
-def _weight(before: Scores, then: Scores, now: Scores) -> Doubles | None:
-    steps = [scores.observation.step for scores in (before, then, now)]
-    if steps != list(range(steps[0], steps[0] + 3)) or not (
-        before.weight.size and then.weight.size and now.weight.size
-    ):
-        return None
-    with np.errstate(invalid="ignore"):
-        back = np.abs(then.weight_change + now.weight_change) < np.abs(then.weight_change) / 2
-        back |= np.abs(before.weight_change + then.weight_change) < np.abs(before.weight_change) / 2  # the way back
-        # Infinite where a norm overflows: the difference of two such is no number.
-        rise, fall = then.weight - before.weight, then.weight - now.weight
-        size = np.where(rise * fall > 0, np.minimum(np.abs(rise), np.abs(fall)), 0.0)
-        size = np.where(np.isinf(then.weight), np.inf, size)
-    size[np.isnan(then.weight)] = np.nan
-    return np.where(back, 0.0, size)
+def listed(names: Sequence[str]) -> str:
+    """The first of `names`, and how many more there are."""
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def non_finite(judged: Judged) -> Iterable[Finding]:
+    """A loss or a gradient that is not finite: at once, also in a young run."""
+    seen = judged.now.observation
+    evidence = [] if seen.loss is None or math.isfinite(seen.loss) else [f"loss is {seen.loss}"]
+    blocks: tuple[str, ...] = ()
+    if seen.layers is not None:
+        counts, infinite = seen.layers.non_finite, np.isinf(seen.layers.gradient_norm)
+        if np.count_nonzero(counts) or np.count_nonzero(infinite):
+            bad = (counts > 0) | infinite
+            blocks = judged.named(counts.astype(np.float64), bad)
+            evidence.append(f"gradient of {listed(blocks)} not finite")
+    if evidence:
+        yield Finding("NonFinite", "critical", "; ".join(evidence), seen.step, seen.step, blocks)
+
+
+def rate_raise(judged: Judged) -> Iterable[Finding]:
+    """A learning rate above the highest that it has held since its first rise ended."""
+    if not np.count_nonzero(judged.now.rate > RATE_CLIMBED):
+        return
+    ratios = [scores.rate for scores in judged.recent[-2:] if scores.rate.size]
+    if len(ratios) < 2:
+        return
+    above, climb = np.minimum(*ratios), judged.now.climb
+    climbs = (climb >= CLIMBING) & (judged.now.rate > RATE_CLIMBED)
+    where = (above > RATE_NOTABLE) | climbs
+    if np.count_nonzero(where):
+        worst = float(np.nanmax(above))
+        severity: Severity = "critical" if worst > RATE_RAISED or climbs.any() else "warning"
+        first = next(
+            scores.observation.step
+            for scores in judged.recent
+            if scores.rate.size and (np.nan_to_num(scores.rate) > 1.0 + 1e-6).any()
+        )
+        onset = min(first, judged.step + 1 - int(climb.max()))
+        everywhere = bool(where[~np.isnan(above)].all())
+        blocks = () if everywhere else judged.named(above, where)
+        evidence = f"learning rate {'' if everywhere else f'of {listed(blocks)} '}×{worst:.3g} of its highest before"
+        yield Finding("RateRaise", severity, evidence, judged.step, onset, blocks)
+
+
+def first_steps(judged: Judged) -> Iterable[Finding]:
+    """A run that begins with steps that change whole layer blocks by a good part of themselves, without a warm-up.
+
+    Adam's first updates have entries of about the learning rate, however small the gradients are.
+    """
+    seen, step = judged.now.observation, judged.now.first_change
+    if not step.size or seen.layers is None:
+        return
+    where = step > FIRST_NOTABLE
+    if where.any():
+        worst = float(np.nanmax(step))
+        blocks = judged.named(step, where)
+        severity: Severity = "critical" if worst > FIRST_CHANGE else "warning"
+        evidence = f"the first steps change {blocks[0]} by {100 * worst:.0f} % each: no warm-up"
+        yield Finding("RateRaise", severity, evidence, judged.step, seen.step, blocks)
+
+
+def rate_zero(judged: Judged) -> Iterable[Finding]:
+    """A learning rate that has become 0 all at once, though its schedule had not come near the end."""
+    if np.count_nonzero(judged.now.rate) == len(judged.names):
+        return
+    rates = [scores.rate for scores in judged.recent[-3:] if scores.rate.size]
+    if len(rates) < 3:
+        return
+    stopped = (rates[0] > _RATE_MEANT) & (rates[1] == 0) & (rates[2] == 0)
+    if stopped.any():
+        onset = judged.recent[-2].observation.step
+        blocks = () if stopped[~np.isnan(rates[0])].all() else judged.named(rates[0], stopped)
+        evidence = f"learning rate {f'of {listed(blocks)} ' if blocks else ''}is 0"
+        yield Finding("RateZero", "critical", evidence, judged.step, onset, blocks)
+
+
+def optimizer_state(judged: Judged) -> Iterable[Finding]:
+    """An optimizer that has lost its state: second moments that fell too fast, or steps counted anew."""
+    now = judged.now
+    step = judged.step
+    lost = now.moment < _MOMENT_LOST
+    if np.count_nonzero(lost):
+        blocks = judged.named(-now.moment, lost)
+        evidence = f"second moment of {listed(blocks)} ×{float(np.nanmin(now.moment)):.3g} of what it must be at least"
+        # Lost everywhere, it is no layer block's own.
+        yield Finding("OptimizerState", "critical", evidence, step, step, () if 2 * lost.sum() > lost.size else blocks)
+    before = now.groups_before
+    for key, group in now.observation.optimizer_groups.items():
+        was = before.get(key)
+        if was is None or was.steps is None:
+            continue
+        counted = 0 if group.steps is None else group.steps
+        if counted < was.steps and counted < step - 1:
+            evidence = f"the optimizer's state has seen {counted} steps at step {step}, after {was.steps} before"
+            yield Finding("OptimizerState", "critical", evidence, step, step)
+            return
+
+
+def settings_changed(judged: Judged) -> Iterable[Finding]:
+    """A setting of the optimizer that has changed at once, by more than a schedule changes it."""
+    before = judged.now.groups_before
+    for key, group in judged.now.observation.optimizer_groups.items():
+        if key in before and (changes := list(_changes(before[key], group))):
+            yield Finding("SettingsChanged", "critical", ", ".join(changes), judged.step, judged.step)
+            return
+
+
+def _changes(before: OptimizerGroup, after: OptimizerGroup) -> Iterable[str]:
+    for name, now in after.settings.items():
+        was = before.settings.get(name)
+        if was is None or was == now:
+            continue
+        if name.startswith("beta") or name in {"momentum", "alpha"}:
+            limit, ratio = _HORIZON_CHANGED, (1 - now + _TINY) / (1 - was + _TINY)  # of the steps that a mean covers
+        else:
+            limit = _EPSILON_CHANGED if name == "eps" else _DECAY_CHANGED
+            ratio = (now + _TINY) / (was + _TINY)
+        if not 1 / limit < ratio < limit:
+            yield f"{name} {was:.4g} to {now:.4g}"
+
+
+def impossible_change(judged: Judged) -> Iterable[Finding]:
+    """Weights that have changed by more than a step of Adam's can change them: at once, also in a young run."""
+    share = np.abs(judged.now.weight_share)
+    where = share > IMPOSSIBLE
+    if np.count_nonzero(where):
+        blocks = judged.named(share, where)
+        worst = judged.names.index(blocks[0])
+        change = float(judged.now.weight_change[worst])
+        evidence = (
+            f"weight norm of {blocks[0]} ×{math.exp(min(change, 700.0)):.4g} in one step, {share[worst]:.3g} times "
+        )
+        evidence += "what a step can do"
+        yield Finding("WeightJump", "critical", evidence, judged.step, judged.step, blocks)
+
+
+def dead_block(judged: Judged) -> Iterable[Finding]:
+    """A gradient that has become exactly zero, at three of five samples."""
+    if not np.count_nonzero(judged.now.dead):
+        return
+    dead = [scores.dead for scores in judged.recent if scores.dead.size]
+    if len(dead) >= 3:
+        where = (np.sum(dead, axis=0) >= 3) & judged.now.dead
+        if where.any():
+            blocks = judged.named(where.astype(np.float64), where)
+            onset = next(scores.observation.step for scores in judged.recent if scores.dead.size and scores.dead.any())
+            yield Finding("DeadBlock", "critical", f"gradient of {listed(blocks)} is 0", judged.step, onset, blocks)
+
+
+EXACT: tuple[Detector, ...] = (
+    non_finite,
+    rate_raise,
+    first_steps,
+    rate_zero,
+    optimizer_state,
+    settings_changed,
+    impossible_change,
+    dead_block,
+)
 
 
 def weight_jump(judged: Judged) -> Iterable[Finding]:
@@ -88,11 +266,10 @@ def weight_jump(judged: Judged) -> Iterable[Finding]:
 
 def weight_growth(judged: Judged) -> Iterable[Finding]:
     """Weights that grow by a tenth in 20 samples, and three times as fast as in the 20 before."""
-    growth = np.abs(judged.now.growth)
-    if not growth.size or judged.now.settling:
+    if not judged.now.growth.size or judged.now.settling:
         return
-    with np.errstate(invalid="ignore"):
-        where = (growth[0] > _GROWN) & (growth[0] > _FASTER * growth[1])
+    growth = np.abs(judged.now.growth)
+    where = (growth[0] > _GROWN) & (growth[0] > _FASTER * growth[1])
     if where.any():
         blocks = judged.named(growth[0], where)
         worst = judged.names.index(blocks[0])
@@ -111,9 +288,9 @@ def block_shift(judged: Judged) -> Iterable[Finding]:
         for span, severity, score, where in _exceeding(judged, signal)[:1]:
             blocks = judged.named(score, where)
             worst = judged.names.index(blocks[0])
-            above = getattr(judged.now, signal)[span][worst] > 0
+            above = getattr(judged.now, signal)[ROW[span], worst] > 0
             evidence = f"{what} of {blocks[0]} {score[worst]:.1f} sd {_side(above)} its level, over {span} samples"
-            singles = [getattr(each, signal)[1][worst] if each.update else math.nan for each in judged.recent]
+            singles = [getattr(each, signal)[0, worst] for each in judged.recent]
             onset = _onset(judged, span, singles if above else [-z for z in singles])
             name = high if above else "DeadBlock"
             yield Finding(name, severity, evidence, judged.step, onset, blocks, span=span)
@@ -127,7 +304,7 @@ def loss_shift(judged: Judged) -> Iterable[Finding]:
             loss = judged.now.observation.loss
             what = "loss" if loss is None else f"loss {loss:.4g}"  # a mean may be known where the newest value is not
             evidence = f"{what}: {score[0]:.1f} sd {_side(sign > 0)} its trend, over {span} samples"
-            singles = [sign * scores.loss.get(1, math.nan) for scores in judged.recent]
+            singles = [sign * scores.loss[0] for scores in judged.recent]
             yield Finding(alert, severity, evidence, judged.step, _onset(judged, span, singles), span=span)
 
 
@@ -171,8 +348,7 @@ def sharpness_spike(judged: Judged) -> Iterable[Finding]:
         return
     count = len(judged.names)
     scores = np.array([each.sharpness for each in judged.sharp_probes])
-    with np.errstate(invalid="ignore"):
-        where = (scores[-1] > _SHARPNESS_EXCESS) & ((scores > _SHARPNESS_EXCESS).sum(0) >= 2)
+    where = (scores[-1] > _SHARPNESS_EXCESS) & ((scores > _SHARPNESS_EXCESS).sum(0) >= 2)
     types = np.flatnonzero(where[count:])
     if not types.size:
         return
@@ -200,8 +376,7 @@ def attention_growth(judged: Judged) -> Iterable[Finding]:
     scales = judged.now.observation.attention
     if scores is None or scales is None:
         return
-    with np.errstate(invalid="ignore"):
-        where = (np.minimum(scores.rise, scores.excess) > _ATTENTION_RISEN) & (scores.z > _ATTENTION_Z)
+    where = (np.minimum(scores.rise, scores.excess) > _ATTENTION_RISEN) & (scores.z > _ATTENTION_Z)
     if where.any():
         blocks = judged.named(scores.rise, where)
         worst = judged.names.index(blocks[0])
@@ -234,12 +409,11 @@ def _exceeding(judged: Judged, signal: str) -> list[tuple[int, Severity, Doubles
         kind, _, span = name.partition("-")
         if kind != signal:
             continue
-        score = judged.statistics[name]
+        score = judged.statistics[NAMES.index(name)]
         warning, critical = judged.limits[name]
-        with np.errstate(invalid="ignore"):
-            where: np.ndarray = score > warning
-            if where.any():
-                found.append((int(span or 1), "critical" if (score > critical).any() else "warning", score, where))
+        where: np.ndarray = score > warning
+        if where.any():
+            found.append((int(span or 1), "critical" if (score > critical).any() else "warning", score, where))
     return sorted(found, key=lambda each: (each[1] != "critical", each[0]))
 
 

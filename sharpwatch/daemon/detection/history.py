@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
@@ -101,7 +102,7 @@ class Losses:
         """Take in the next step; one without a loss that is finite only ends what it replaces."""
         if self._size and step <= self._steps[self._size - 1]:
             self._size = int(np.searchsorted(self.steps, step))
-        if loss is None or not np.isfinite(loss) or step % self.stride:
+        if loss is None or not math.isfinite(loss) or step % self.stride:
             return
         if self._size == self._capacity:
             self._thin()
@@ -206,7 +207,7 @@ class StepHistory:
         # A new attempt from the first steps on replaces them.
         for later in [each for each in self.first if each >= step]:
             del self.first[later]
-        if loss is not None and np.isfinite(loss) and len(self.first) < FIRST:
+        if loss is not None and len(self.first) < FIRST and math.isfinite(loss):
             self.first[step] = loss
 
     def _see_judged(self, step: int) -> None:

@@ -69,7 +69,7 @@ class IncidentLog:
     def __init__(self, run: str, new_id: Callable[[], str]) -> None:
         self._run = run
         self._new_id = new_id
-        self._open: dict[str, _Open] = {}
+        self.opened: dict[str, _Open] = {}  # by id
         self._all: dict[str, Incident] = {}
 
     @property
@@ -80,7 +80,7 @@ class IncidentLog:
     @property
     def open(self) -> tuple[Incident, ...]:
         """The open ones, oldest first."""
-        return tuple(each.incident for each in self._open.values())
+        return tuple(each.incident for each in self.opened.values())
 
     def get(self, identity: str) -> Incident | None:
         """The incident of an id; None where there is none."""
@@ -101,7 +101,7 @@ class IncidentLog:
             The incidents to record.
         """
         found, changed = self.add(findings)
-        for identity, entry in tuple(self._open.items()):
+        for identity, entry in tuple(self.opened.items()):
             entry.count_quiet(found=identity in found, probed=probed)
             if entry.quiet >= 1:
                 changed[identity] = self._close(identity, entry.quiet_for)
@@ -137,7 +137,7 @@ class IncidentLog:
             absent: Names of those that did not.
             replicas: Of both, those whose losses were the same as this run's until the onset.
         """
-        before, entry = self._all[identity], self._open.get(identity)
+        before, entry = self._all[identity], self.opened.get(identity)
         evidence = before.evidence[: len(before.evidence) - len(twins_evidence(before))]
         after = replace(before, in_twins=shown, not_in_twins=absent, replicas=replicas)
         after = replace(
@@ -153,7 +153,7 @@ class IncidentLog:
     def replay(self, findings: Sequence[Finding], *, probed: Collection[AlertName] = ()) -> None:
         """Carry open incidents on, as `see` does; open and close none."""
         found = {entry.incident.id: finding for finding in findings if (entry := self._belongs_to(finding)) is not None}
-        for identity, entry in self._open.items():
+        for identity, entry in self.opened.items():
             entry.count_quiet(found=identity in found, probed=probed)
             if identity in found:
                 last = max(entry.incident.last_step, found[identity].step)
@@ -161,25 +161,25 @@ class IncidentLog:
 
     def close_all(self, why: str) -> tuple[Incident, ...]:
         """Close what is open."""
-        return tuple(self._close(identity, why) for identity in tuple(self._open))
+        return tuple(self._close(identity, why) for identity in tuple(self.opened))
 
     def close_named(self, name: AlertName, why: str) -> tuple[Incident, ...]:
         """Close what is open of one alert."""
         return tuple(
-            self._close(identity, why) for identity, entry in tuple(self._open.items()) if entry.incident.name == name
+            self._close(identity, why) for identity, entry in tuple(self.opened.items()) if entry.incident.name == name
         )
 
     def acknowledge(self, identity: str, words: str) -> Incident:
         """Note who has seen an incident; raises `KeyError` for an id that is none."""
         seen = self._all[identity] = replace(self._all[identity], acknowledged=words)
-        if identity in self._open:
-            self._open[identity].incident = seen
+        if identity in self.opened:
+            self.opened[identity].incident = seen
         return seen
 
     def restore(self, incidents: Iterable[Incident]) -> None:
         """Take up journalled incidents."""
         self._all = {each.id: each for each in incidents}
-        self._open = {each.id: _restored(each) for each in self._all.values() if each.active}
+        self.opened = {each.id: _restored(each) for each in self._all.values() if each.active}
 
     def _is_shown(self, finding: Finding) -> bool:
         """Whether the open incidents leave nothing to tell of a finding: a recovery, a failure that is not silent."""
@@ -189,7 +189,7 @@ class IncidentLog:
 
     def _belongs_to(self, finding: Finding) -> _Open | None:
         """The open incident that a finding is part of."""
-        parts = [entry for entry in reversed(self._open.values()) if _is_part(finding, entry.incident)]
+        parts = [entry for entry in reversed(self.opened.values()) if _is_part(finding, entry.incident)]
         # One that has shown the same before is the likeliest.
         return next((entry for entry in parts if finding.name in entry.incident.names), parts[0] if parts else None)
 
@@ -211,7 +211,7 @@ class IncidentLog:
             span=finding.span,
         )
         entry = _Open(incident, finding, {finding.name: finding}, recorded=finding.step)
-        self._open[incident.id] = entry
+        self.opened[incident.id] = entry
         self._all[incident.id] = incident
         return entry
 
@@ -250,7 +250,7 @@ class IncidentLog:
         return True
 
     def _close(self, identity: str, why: str) -> Incident:
-        closed = replace(self._open.pop(identity).incident, active=False, closed=why)
+        closed = replace(self.opened.pop(identity).incident, active=False, closed=why)
         self._all[identity] = closed
         return closed
 

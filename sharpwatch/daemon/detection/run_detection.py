@@ -10,18 +10,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sharpwatch.daemon.detection.detectors import findings, statistics
-from sharpwatch.daemon.detection.exact import Judged
+from sharpwatch.daemon.detection.detectors import Judged, findings
 from sharpwatch.daemon.detection.history import Losses, StepHistory
 from sharpwatch.daemon.detection.incidents import BY_BATCH, IncidentLog
 from sharpwatch.daemon.detection.reference import ReferenceTest
 from sharpwatch.daemon.detection.sharpness import Sharpness
-from sharpwatch.daemon.detection.signals import Scores, Signals
+from sharpwatch.daemon.detection.signals import EXCURSION, Scores, Signals
 from sharpwatch.daemon.detection.state import packed, unpacked
-from sharpwatch.daemon.detection.thresholds import USUAL, Budget, Limits
+from sharpwatch.daemon.detection.thresholds import USUAL, Budget, Limits, statistics
 from sharpwatch.daemon.records import AlertName, Finding, Incident, Observation
 
-EXCURSION = 6.0  # z of a single value that is counted
 # z of the loss, or of what all gradients have in common, that counts where a run with the same data stood out: less
 # than for an excursion, since it is looked at for three steps and not for all of them.
 ALSO = 4.0
@@ -84,7 +82,7 @@ class RunDetection:
         if self.reference is not None:
             self.reference.see(observation.step)
             found += self._silent(observation.step)
-        if not (found or self.incidents.open):
+        if not (found or self.incidents.opened):
             return found, ()
         return found, self.incidents.see(found, probed=_probed(observation))
 
@@ -125,13 +123,10 @@ class RunDetection:
         finding = None if self.reference is None else self.reference.finding(step)
         return [] if finding is None else [finding]
 
-    def _note_step(self, found: Sequence[Finding]) -> None:
+    def _note_step(self, now: Scores, found: Sequence[Finding]) -> None:
         """Remember the step, and whether its loss, its gradients or its updates stood out."""
-        now = self._signals.recent[-1]
-        loss, common = now.loss[1], now.common_gradient
-        odd = abs(loss) > ALSO or abs(common) > ALSO
-        odd = odd or any(bool((np.abs(z) > EXCURSION).any()) for z in (now.gradient[1], now.update[1]))
-        seen = now.observation
+        seen, loss = now.observation, float(now.loss[0])
+        odd = abs(loss) > ALSO or abs(now.common_gradient) > ALSO or bool(np.count_nonzero(now.far[:-2]))
         self.history.see(seen.step, seen.loss, judged=not math.isnan(loss), odd=odd)
         for finding in found:
             if finding.name in BY_BATCH:
@@ -143,38 +138,48 @@ class RunDetection:
         return tuple(self._signals.recent)
 
     def _count_excursions(self) -> None:
+        """Count single values that stand out, of this sample and, of weights, of the one before."""
         now, then = self._signals.recent[-1], self._signals.recent[-2 if len(self._signals.recent) > 1 else -1]
-        # In one piece: nearly all samples end after this comparison.
-        scores = (now.update[1], now.gradient[1], then.weight[: now.weight.size], [now.loss[1]])
-        far = np.abs(np.concatenate(scores)) > EXCURSION
-        if not np.count_nonzero(far):
+        weight = np.abs(then.weight[: now.weight.size]) > EXCURSION
+        if not (np.count_nonzero(now.far) or np.count_nonzero(weight)):
             return
-        update, gradient, weight, loss = np.split(far, np.cumsum([len(each) for each in scores])[:-1])
-        if weight.any():
-            with np.errstate(invalid="ignore"):
-                # What stays is a finding, or how weights grow now.
-                weight &= np.abs(then.weight_change + now.weight_change) < np.abs(then.weight_change) / 2
+        if weight.size:
+            weight &= now.taken_back  # what stays is a finding, or how weights grow now
+        update, gradient = np.split(now.far[:-2], 2)
         for signal, where in (("update", update), ("gradient", gradient), ("weight", weight)):
             self.excursions.update((signal, block) for block in set(self._types[: len(where)][where].tolist()))
-        self.excursions.update([("loss", "")] * int(loss[0]))
+        self.excursions.update([("loss", "")] * int(now.far[-1]))
 
+    @np.errstate(all="ignore")  # a trainer may report any number, and NaN is what was not measured
     def _judge(self, observation: Observation) -> list[Finding]:
         # After a restart the samples of before an incident are folded while it is open.
         opened = [
-            incident
-            for incident in self.incidents.open
+            entry.incident
+            for entry in self.incidents.opened.values()
             # A silent failure is within the run's own band: what happens in it is normal.
-            if incident.first_step < observation.step and incident.name != "SilentFailure"
+            if entry.incident.first_step < observation.step and entry.incident.name != "SilentFailure"
         ]
         # What happens in an incident must not become normal; a warning may be a false one.
         wrong = any(incident.severity == "critical" for incident in opened)
-        self._signals.see(observation, keep_out=wrong, settle=not opened)
-        recent = tuple(self._signals.recent)
-        found = statistics(recent)
+        signals = self._signals
+        now = signals.see(observation, keep_out=wrong, settle=not opened)
+        found = statistics(signals.recent)
         exceeded, limits = self._limits.see(found, keep_out=bool(opened))
-        probes, sharp = tuple(self._signals.probes), tuple(self._signals.sharp_probes)
-        made = findings(Judged(recent, probes, self.names, found, limits, exceeded, sharp, self.sharpness.blocks))
-        self._note_step(made)
+        made = findings(
+            Judged(
+                now,
+                observation.step,
+                tuple(signals.recent),
+                signals.probes,
+                signals.sharp_probes,
+                self.names,
+                signals.sharpness.blocks,
+                found,
+                limits,
+                exceeded,
+            )
+        )
+        self._note_step(now, made)
         return made
 
     def replay(self, observation: Observation) -> None:
@@ -198,7 +203,7 @@ class RunDetection:
 
     def take_over(self, earlier: RunDetection) -> None:
         """Carry on for a new attempt of the run: with its baselines where its layer blocks are the same."""
-        self.history, self.reference = earlier.history, earlier.reference
+        self.history, self.reference, self.excursions = earlier.history, earlier.reference, earlier.excursions
         if earlier.names == self.names:
             self._signals, self._limits = earlier._signals, earlier._limits
             self._signals.begin_attempt()

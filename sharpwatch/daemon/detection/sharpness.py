@@ -76,7 +76,8 @@ class Sharpness:
         """
         if seen.layers is not None:
             decay = (1 - 1 / HORIZON) ** max(1, seen.step - self._step if self._step >= 0 else 1)
-            squares = np.nan_to_num(self._sums(seen.layers.gradient_norm.astype(np.float64) ** 2), posinf=0.0)
+            squares = self._sums(np.square(seen.layers.gradient_norm, dtype=np.float64))
+            squares[np.isinf(squares)] = 0.0
             self._mean = decay * self._mean + (1 - decay) * squares
             self._weight = decay * self._weight + 1 - decay
             self._step = seen.step
@@ -119,21 +120,25 @@ class Sharpness:
         """All that `load_state` needs to go on."""
         return {
             **gathered(self, self.STATE, "sharpness"),
-            **gathered(self.levels, Level.STATE, "sharpness-levels"),
+            **self.levels.state("sharpness-levels"),
             **gathered(self.order, Order.STATE, "order"),
         }
 
     def load_state(self, arrays: Arrays) -> None:
         """Go on from `state`; raises `ValueError` for one of other layer blocks."""
         put_back(self, self.STATE, arrays, "sharpness")
-        put_back(self.levels, Level.STATE, arrays, "sharpness-levels")
+        self.levels.load_state(arrays, "sharpness-levels")
         put_back(self.order, Order.STATE, arrays, "order")
         self.order.tell()
 
     def _sums(self, values: Doubles) -> Doubles:
         """Values [L], NaN for nothing, followed by their sums by block type [B]."""
-        known = np.nan_to_num(values, posinf=np.inf)
-        return np.concatenate([known, np.bincount(self._type_of, known, len(self.blocks))])
+        sums = np.empty(len(values) + len(self.blocks))
+        known = sums[: len(values)]
+        known[:] = values
+        known[np.isnan(values)] = 0.0
+        sums[len(values) :] = np.bincount(self._type_of, known, len(self.blocks))
+        return sums
 
 
 def _log_mean(mean: Doubles, weight: float) -> Doubles:

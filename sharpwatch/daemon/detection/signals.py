@@ -1,6 +1,7 @@
 """The signals of a run: what each step's observation says against what the run did before.
 
-They are made of observations alone, so that a replay gives the same.
+They are made of observations alone, so that a replay gives the same. A trainer may report any number, and NaN is what
+was not measured: callers ignore floating-point errors, once for a whole sample.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import json
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,11 @@ from sharpwatch.daemon.detection.baselines import Highest, Level, Trend
 from sharpwatch.daemon.detection.sharpness import Sharpness
 from sharpwatch.daemon.detection.state import Arrays, gathered, put_back
 from sharpwatch.daemon.records import LayerTap, Observation, OptimizerGroup
-from sharpwatch.wire import Doubles, Ints
+from sharpwatch.wire import Doubles, Floats
 
 SPANS = (3, 5, 10, 20, 40)  # samples whose mean is judged
+ROW = {span: row for row, span in enumerate((1, *SPANS))}  # of scores, by number of samples
+EXCURSION = 6.0  # z of a single value that is counted
 SETTLE = 20  # samples after a known change of the rates in which norms of gradients and updates find a new level
 RISE_ENDED = 20  # samples without a higher rate after which a rise is over
 ACCEPTED = 500  # samples that a rate above the highest stands until it is the run's own
@@ -47,19 +50,26 @@ _ROUNDING = 4e-7  # of the logarithm of a norm in single precision
 _LAYER_FIELDS = tuple(each.name for each in fields(LayerTap))
 
 
-@dataclass(frozen=True, slots=True)
+_NOTHING: Doubles = np.empty(0)
+_nothing = _NOTHING.view
+
+
+@dataclass(slots=True)
 class Scores:
     """One observation, and how its signals stand: z in robust standard deviations, [L] by layer block, NaN if unknown.
 
     Attributes:
         observation: What was observed.
-        loss: By number of samples, from 1: of the mean loss, from its trend.
-        young_loss: Of the newest three losses above all of the 30 before; NaN in a run that is no longer young.
-        update: The same of the log of the update RMS, less the median over layer blocks.
+        groups_before: The optimizer's parameter groups as they were; empty before the first are known.
+        loss: By number of samples, from 1 (`ROW`): of the mean loss, from its trend.
+        update: The same [rows, L] of the log of the update RMS, less the median over layer blocks.
         gradient: The same of the log of the gradient norm.
         common_gradient: Of the median over layer blocks of the log gradient norms, of this sample alone.
+        far: Whether a single value stands out [2 L + 2]: of updates, gradients, what they have in common, and the loss.
+        young_loss: Of the newest three losses above all of the 30 before; NaN in a run that is no longer young.
         weight: Of the change of the log weight norm in one step, in units of the most that the step can do.
         weight_change: That change itself.
+        taken_back: Whether that change has undone more than half of the one before.
         weight_share: The change over the most that a step of Adam's can do; NaN for other optimizers.
         growth: The change of the log weight norm over the last 20 samples, and over the 20 before them [2, L], each
             without its largest step; empty in most samples.
@@ -69,7 +79,8 @@ class Scores:
         dead: Whether a gradient that was there before is exactly zero.
         first_change: The part of itself that a step of Adam's changes a layer block by; empty after the first steps.
         settling: Whether the rates have just changed.
-        groups_before: The optimizer's parameter groups as they were; empty before the first are known.
+        young: Whether the run bends so much yet that lines miss.
+        warming_up: Whether the rates rise for the first time: then norms and losses go their own ways, and z is halved.
         stability: Of the log of the directional stability ratio, less its standard error; NaN where not probed.
         block_stability: The same by block type, where it could be measured.
         sharpness: Of the log trace of each layer block, then of each block type [L + B]; empty where not probed.
@@ -77,25 +88,29 @@ class Scores:
     """
 
     observation: Observation
-    loss: Mapping[int, float] = field(default_factory=dict)
-    young_loss: float = math.nan
-    update: Mapping[int, Doubles] = field(default_factory=dict)
-    gradient: Mapping[int, Doubles] = field(default_factory=dict)
+    groups_before: Mapping[tuple[int, int], OptimizerGroup]
+    loss: Doubles = field(default_factory=_nothing)
+    update: Doubles = field(default_factory=_nothing)
+    gradient: Doubles = field(default_factory=_nothing)
     common_gradient: float = math.nan
-    weight: Doubles = field(default_factory=lambda: np.empty(0))
-    weight_change: Doubles = field(default_factory=lambda: np.empty(0))
-    weight_share: Doubles = field(default_factory=lambda: np.empty(0))
-    growth: Doubles = field(default_factory=lambda: np.empty(0))
-    rate: Doubles = field(default_factory=lambda: np.empty(0))
-    climb: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    moment: Doubles = field(default_factory=lambda: np.empty(0))
-    dead: Doubles = field(default_factory=lambda: np.empty(0))
-    first_change: Doubles = field(default_factory=lambda: np.empty(0))
+    far: npt.NDArray[Any] = field(default_factory=_nothing)
+    young_loss: float = math.nan
+    weight: Doubles = field(default_factory=_nothing)
+    weight_change: Doubles = field(default_factory=_nothing)
+    taken_back: npt.NDArray[Any] = field(default_factory=_nothing)
+    weight_share: Doubles = field(default_factory=_nothing)
+    growth: Doubles = field(default_factory=_nothing)
+    rate: Doubles = field(default_factory=_nothing)
+    climb: npt.NDArray[Any] = field(default_factory=_nothing)
+    moment: Doubles = field(default_factory=_nothing)
+    dead: npt.NDArray[Any] = field(default_factory=_nothing)
+    first_change: Doubles = field(default_factory=_nothing)
     settling: bool = False
-    groups_before: Mapping[tuple[int, int], OptimizerGroup] = field(default_factory=dict)
+    young: bool = False
+    warming_up: bool = False
     stability: float = math.nan
     block_stability: Mapping[str, float] = field(default_factory=dict)
-    sharpness: Doubles = field(default_factory=lambda: np.empty(0))
+    sharpness: Doubles = field(default_factory=_nothing)
     attention: AttentionScores | None = None
 
 
@@ -141,7 +156,8 @@ class Rates:
     STATE = ("_highest", "_since", "_risen", "_above", "_accepts", "_before", "climb")
 
     def __init__(self, columns: int) -> None:
-        self.climb = np.zeros(columns, dtype=np.int64)  # samples in a row that were above it and the one before
+        self._nothing = np.zeros(columns, dtype=np.int64)
+        self.climb = self._nothing  # samples in a row that were above it and the one before
         self._before = np.zeros(columns)
         self._highest = np.zeros(columns)
         self._since = np.zeros(columns, dtype=np.int64)  # samples since it was reached
@@ -157,9 +173,13 @@ class Rates:
         """Take in the rates [L]; returns them over the highest, NaN before the first rise has ended."""
         if self._accepts:
             self._highest, self._accepts = np.fmax(self._highest, rates), False
-        with np.errstate(invalid="ignore", divide="ignore"):
-            ratio: Doubles = np.where(self._risen & (self._highest > 0), rates / self._highest, np.nan)
+        ratio: Doubles = rates / self._highest
         rises = rates > self._highest * (1 + 1e-6)
+        if np.count_nonzero(self._risen) == len(rates) and not np.count_nonzero(rises):
+            self._above[:] = 0
+            self.climb, self._before = self._nothing, rates
+            return ratio
+        ratio[~self._risen] = np.nan
         self._above = np.where(self._risen & rises, self._above + 1, 0)
         self.climb = np.where(self._risen & rises & (rates > self._before), self.climb + 1, 0)
         self._before = rates
@@ -179,7 +199,7 @@ class Signals:
     """
 
     # Beside those of what it is made of.
-    STATE = ("_before_step", "_norms", "_row", "_samples", "_was_alive", "_base", "_stepped", "_settling")
+    STATE = ("_before_step", "_norms", "_row", "_samples", "_was_alive", "_stepped", "_settling")
 
     def __init__(self, parameters: npt.NDArray[Any], types: Sequence[str]) -> None:
         columns = len(parameters)
@@ -202,13 +222,12 @@ class Signals:
         self._columns = columns
         self._before: LayerTap | None = None
         self._before_step = -1
+        self._nowhere = np.zeros(columns, dtype=bool)
         self._was_alive = np.zeros(columns, dtype=bool)
-        self._base: Doubles = np.full(columns, np.nan)  # rates without multipliers
         self._stepped = np.ones(columns, dtype=bool)  # layer blocks that had a rate in the step before
         self._settling = 0
         self.groups: Mapping[tuple[int, int], OptimizerGroup] = {}
 
-    @np.errstate(over="ignore", under="ignore")  # a trainer may report any number
     def see(self, seen: Observation, *, keep_out: bool = False, settle: bool = True) -> Scores:
         """Score an observation against what came before it, then take it in.
 
@@ -222,26 +241,15 @@ class Signals:
             self._go_back()
         if seen.restored:
             self._attention.leave()
-        scores = Scores(seen, groups_before=self.groups)
+        scores = Scores(seen, self.groups)
         self.groups = seen.optimizer_groups or self.groups
         if seen.layers is not None:
-            scores = self._layers(scores, seen.layers)
+            self._see_layers(scores, seen.layers)
             self._before, self._before_step = seen.layers, seen.step
-            self._attention.step(seen.layers.learning_rate)
         elif seen.restored:
             self._before = None
-        scores = self._trends(scores, keep_out=keep_out, settle=settle)
-        if seen.stability is not None:
-            whole, by_block = self._stability.see(seen, keep_out=keep_out)
-            scores = replace(scores, stability=whole, block_stability=by_block)
-            self.probes.append(scores)
-        if (sharpness := self.sharpness.see(seen, keep_out=keep_out)).size:
-            scores = replace(scores, sharpness=sharpness)
-            self.sharp_probes.append(scores)
-        if seen.attention is not None:
-            attention = self._attention.see(seen.step, seen.attention, keep_out=keep_out)
-            # In a young run attention grows in leaps, as the loss falls.
-            scores = replace(scores, attention=None if self._trend.young else attention)
+        self._see_trend(scores, keep_out=keep_out, settle=settle)
+        self._see_probes(scores, keep_out=keep_out)
         self.recent.append(scores)
         return scores
 
@@ -252,8 +260,8 @@ class Signals:
         return {
             **gathered(self, self.STATE, "signals"),
             **gathered(self._rates, Rates.STATE, "rates"),
-            **gathered(self._weights, Level.STATE, "weights"),
-            **gathered(self._stability.levels, Level.STATE, "stability"),
+            **self._weights.state("weights"),
+            **self._stability.levels.state("stability"),
             **self._attention.state(),
             **self._trend.state(),
             **gathered(self._young_loss, Highest.STATE, "young-loss"),
@@ -266,8 +274,8 @@ class Signals:
         """Go on from `state`; raises `ValueError` for one of other layer blocks."""
         put_back(self, self.STATE, arrays, "signals")
         put_back(self._rates, Rates.STATE, arrays, "rates")
-        put_back(self._weights, Level.STATE, arrays, "weights")
-        put_back(self._stability.levels, Level.STATE, arrays, "stability")
+        self._weights.load_state(arrays, "weights")
+        self._stability.levels.load_state(arrays, "stability")
         self._attention.load_state(arrays)
         self._trend.load_state(arrays)
         put_back(self._young_loss, Highest.STATE, arrays, "young-loss")
@@ -296,76 +304,80 @@ class Signals:
         self._settling = SETTLE
         self._attention.leave()
 
-    def _layers(self, scores: Scores, now: LayerTap) -> Scores:
+    def _see_layers(self, scores: Scores, now: LayerTap) -> None:
         seen = scores.observation
         # Of two samples further apart nobody knows what a single step has done.
         before = self._before if self._before_step == seen.step - 1 and not seen.restored else None
         self._note_rates(now)
-        weight_change = weight = share = moment = np.full(self._columns, np.nan)
         if self._settling == SETTLE:
             self._weights.forget(np.ones(self._columns, dtype=bool))
-        if before is not None:
-            weight_change, weight, share = self._weight(before, now)
-            moment = self._moment(before, now)
-        dead = (now.gradient_norm == 0) & ~np.isnan(now.update_rms) & self._was_alive
+        scores.settling = self._settling > 0
+        scores.rate = self._rates.see(np.divide(now.learning_rate, now.lr_multiplier, dtype=np.float64))
+        scores.climb = self._rates.climb
+        scores.warming_up = np.count_nonzero(np.isnan(scores.rate)) == self._columns
+        if before is None:
+            nothing = np.full(self._columns, np.nan)
+            scores.weight = scores.weight_change = scores.weight_share = scores.moment = nothing
+        else:
+            self._see_weights(scores, before, now)
+            scores.moment = self._moment(before, now)
+        last = self.recent[-1].weight_change if self.recent else _NOTHING
+        scores.taken_back = np.abs(last + scores.weight_change) < np.abs(last) / 2 if last.size else self._nowhere
+        scores.growth = self._growth(now)
+        scores.dead = (now.gradient_norm == 0) & self._was_alive
+        if np.count_nonzero(scores.dead):
+            scores.dead &= ~np.isnan(now.update_rms)
         self._was_alive |= now.gradient_norm > 0
-        rate = self._rates.see(self._base)
-        return replace(
-            scores,
-            weight=self._caution(rate) * weight,
-            weight_change=weight_change,
-            weight_share=share,
-            growth=self._growth(now),
-            rate=rate,
-            climb=self._rates.climb,
-            moment=moment,
-            dead=dead,
-            first_change=self._first_change(now) if seen.step <= _FIRST_STEPS else np.empty(0),
-            settling=self._settling > 0,
-        )
+        if seen.step <= _FIRST_STEPS:
+            scores.first_change = self._first_change(now)
 
-    def _trends(self, scores: Scores, *, keep_out: bool, settle: bool) -> Scores:
+    def _see_trend(self, scores: Scores, *, keep_out: bool, settle: bool) -> None:
         seen, count = scores.observation, self._columns
-        values = np.full(2 * count + 2, np.nan)
-        if seen.layers is not None:
-            values[:-1] = _log_columns(seen.layers)
+        values = np.empty(2 * count + 2)
+        if seen.layers is None:
+            values.fill(np.nan)
+        else:
+            _log_about_median(seen.layers.update_rms, values[:count])
+            values[-2] = _log_about_median(seen.layers.gradient_norm, values[count:-2])
         # Larger ones are no numbers in single precision.
         values[-1] = math.nan if seen.loss is None or not abs(seen.loss) < _LARGEST_LOSS else seen.loss
         if self._settling and settle:
             self._trend.forget(slice(2 * count + 1))
-        z, means = self._trend.see(seen.step, values, keep_out=keep_out)
-        if scores.rate.size:
-            caution = self._caution(scores.rate)
-            z, means = caution * z, caution * means
-        rows = {1: z, **dict(zip(SPANS, means, strict=True))}
-        return replace(
-            scores,
-            loss=self._loss({span: float(row[-1]) for span, row in rows.items()}),
-            young_loss=self._young_loss.see(seen.step, float(values[-1]), keep_out=keep_out),
-            update={span: row[:count] for span, row in rows.items()},
-            common_gradient=float(z[-2]),
-            gradient={span: row[count : 2 * count] for span, row in rows.items()},
-        )
+        z = self._trend.see(seen.step, values, keep_out=keep_out)
+        if scores.warming_up:
+            z *= _WARM_UP
+        if np.count_nonzero(np.abs(z[:, -1]) > _LOOKED_AT):
+            # In units of its present scatter where that has grown, as after a smaller batch.
+            z[1:, -1] /= self._trend.scatter(-1)
+        scores.young = self._trend.young
+        if scores.young:
+            # A young run learns in leaps: that its loss falls faster is no news.
+            z[:, -1] = np.maximum(z[:, -1], 0.0)
+        scores.update, scores.gradient, scores.loss = z[:, :count], z[:, count:-2], z[:, -1]
+        scores.common_gradient, scores.far = float(z[0, -2]), np.abs(z[0]) > EXCURSION
+        scores.young_loss = self._young_loss.see(seen.step, float(values[-1]), keep_out=keep_out)
 
-    def _loss(self, z: dict[int, float]) -> dict[int, float]:
-        """The z of the loss by span, in units of its present scatter where that has grown, as after a smaller batch."""
-        if any(abs(value) > _LOOKED_AT for value in z.values()):
-            scatter = self._trend.scatter(-1)
-            z = {span: value if span == 1 else value / scatter for span, value in z.items()}
-        # A young run learns in leaps: that its loss falls faster is no news. (NaN stays first: `max` keeps it.)
-        return {span: max(value, 0.0) for span, value in z.items()} if self._trend.young else z
-
-    @staticmethod
-    def _caution(rate: Doubles) -> float:
-        """What a z is worth: in the first rise of the rates norms and losses go their own ways."""
-        return _WARM_UP if np.isnan(rate).all() else 1.0
+    def _see_probes(self, scores: Scores, *, keep_out: bool) -> None:
+        seen = scores.observation
+        if seen.stability is not None:
+            scores.stability, scores.block_stability = self._stability.see(seen, keep_out=keep_out)
+            self.probes.append(scores)
+        scores.sharpness = self.sharpness.see(seen, keep_out=keep_out)
+        if scores.sharpness.size:
+            self.sharp_probes.append(scores)
+        if seen.layers is not None:
+            self._attention.step(seen.layers.learning_rate)
+        if seen.attention is not None:
+            attention = self._attention.see(seen.step, seen.attention, keep_out=keep_out)
+            # In a young run attention grows in leaps, as the loss falls.
+            scores.attention = None if scores.young else attention
 
     def _note_rates(self, now: LayerTap) -> None:
-        with np.errstate(invalid="ignore", divide="ignore"):
-            base: Doubles = now.learning_rate.astype(np.float64) / now.lr_multiplier
-            was = self._before
-            step = 0.0 if was is None else np.nanmax(np.abs(np.log(now.learning_rate / was.learning_rate)), initial=0.0)
-        self._base = base
+        """Begin to settle where the rates have just changed."""
+        step = 0.0
+        if self._before is not None:
+            steps = np.abs(np.log(now.learning_rate / self._before.learning_rate))
+            step = np.fmax.reduce(steps, initial=0.0)  # passes NaN over
         self._settling = SETTLE if step > _RATE_STEP else max(0, self._settling - 1)
 
     def _growth(self, now: LayerTap) -> Doubles:
@@ -374,17 +386,16 @@ class Signals:
         self._samples = 0 if self._settling else self._samples + 1
         # Now and then: what takes 20 samples to come is not missed in between.
         if self._samples < _GROWTH_BLIND or self._samples % _GROWTH_EVERY:
-            return np.empty(0)
+            return _NOTHING
         newest_first = self._norms[(self._row - np.arange(len(self._norms))) % len(self._norms)]
-        with np.errstate(invalid="ignore", divide="ignore"):
-            changes = -np.diff(np.log(newest_first), axis=0).reshape(2, _GROWTH_SPAN, -1)
-            # Without the largest: one jump is no growth.
-            largest = np.take_along_axis(changes, np.abs(changes).argmax(1)[:, None], axis=1)[:, 0]
-            growth: Doubles = changes.sum(1) - largest
+        changes = -np.diff(np.log(newest_first), axis=0).reshape(2, _GROWTH_SPAN, -1)
+        # Without the largest: one jump is no growth.
+        most, least = changes.max(1), changes.min(1)
+        growth: Doubles = changes.sum(1) - np.where(most > -least, most, least)
         return growth
 
-    def _weight(self, before: LayerTap, now: LayerTap) -> tuple[Doubles, Doubles, Doubles]:
-        """The change of the log weight norms, its z, and its share of what Adam can do.
+    def _see_weights(self, scores: Scores, before: LayerTap, now: LayerTap) -> None:
+        """Score the change of the log weight norms.
 
         The step before made it, with the rates of that step.
 
@@ -393,47 +404,49 @@ class Signals:
         """
         rates = before.learning_rate.astype(np.float64)
         norms = before.weight_norm.astype(np.float64)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            change: Doubles = np.log(now.weight_norm.astype(np.float64) / norms)
-            stopped = self._stepped != (rates > 0)
-            if stopped.any():
-                self._weights.forget(stopped)
-                self._stepped = rates > 0
+        change: Doubles = np.log(now.weight_norm / norms)
+        stepped = rates > 0
+        stopped = self._stepped != stepped
+        if np.count_nonzero(stopped):
+            self._weights.forget(stopped)
+            self._stepped = stepped
+        # Without a rate nothing should change: then the change itself is scored.
+        unit = np.where(stepped & (norms > 0), rates * self._roots / norms, 1.0)
+        share = scored = change / unit
+        unlike_adam = np.isnan(before.second_moment)
+        if np.count_nonzero(unlike_adam) or np.count_nonzero(stepped) < len(stepped):
             # A parameter without a gradient is not stepped, and says nothing of how much a step changes it.
-            idle = (before.gradient_norm == 0) & np.isnan(before.second_moment) & (np.abs(change) < _ROUNDING)
-            # Without a rate nothing should change: then the change itself is scored.
-            unit = np.where((rates > 0) & (norms > 0), rates * self._roots / norms, 1.0)
-            floor = np.where(rates > 0, _WEIGHT_FLOOR, 0.0) + _ROUNDING / unit
-            z = self._weights.see(np.where(idle, np.nan, change / unit), floor)
-            share = np.where(np.isnan(before.second_moment) | (rates <= 0), np.nan, change / unit)
-            return change, z, share
+            idle = (before.gradient_norm == 0) & unlike_adam & (np.abs(change) < _ROUNDING)
+            scored = np.where(idle, np.nan, scored)
+            share = np.where(unlike_adam | (rates <= 0), np.nan, share)
+        z = self._weights.see(scored, _WEIGHT_FLOOR * stepped + _ROUNDING / unit)
+        scores.weight = _WARM_UP * z if scores.warming_up else z
+        scores.weight_change = change
+        scores.weight_share = share
 
     def _first_change(self, now: LayerTap) -> Doubles:
         """Rate · √n / ‖W‖ where there is a second moment; NaN for weights that are about zero yet."""
-        with np.errstate(invalid="ignore", divide="ignore"):
-            change: Doubles = now.learning_rate * self._roots / now.weight_norm
-            started = now.weight_norm > _STARTED * self._roots
+        change: Doubles = now.learning_rate * self._roots / now.weight_norm
+        started = now.weight_norm > _STARTED * self._roots
         return np.where(started & ~np.isnan(now.second_moment), change, np.nan)
 
     def _moment(self, before: LayerTap, now: LayerTap) -> Doubles:
         """V over β₂ times the v before: never below 1, since v_t = β₂·v_{t-1} + (1 - β₂)·g²."""
         decays = [group.settings.get("beta2", group.settings.get("alpha", 1.0)) for group in self.groups.values()]
-        with np.errstate(invalid="ignore", divide="ignore"):
-            ratio: Doubles = now.second_moment.astype(np.float64) / before.second_moment / min(decays, default=1.0)
-        return ratio
+        ratio: Doubles = np.divide(now.second_moment, before.second_moment, dtype=np.float64)
+        return ratio / min(decays, default=1.0)
 
 
-def _log_columns(now: LayerTap) -> Doubles:
-    """Log update RMS and log gradient norm of each layer block less their medians, then the latter's median."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        # A gradient of exactly zero is a value, but no number that a spread could be made of: see `Scores.dead`.
-        rows = np.log(np.stack([now.update_rms, now.gradient_norm]).astype(np.float64))
-    rows[~np.isfinite(rows)] = np.nan
-    medians = np.array([_median(row) for row in rows])
-    few = (~np.isnan(rows)).sum(1) < _FEW
-    return np.append(rows - np.where(few, 0.0, medians)[:, None], medians[1])
-
-
-def _median(row: Doubles) -> float:
-    known = np.sort(row[~np.isnan(row)])
-    return float((known[(len(known) - 1) // 2] + known[len(known) // 2]) / 2) if len(known) else float("nan")
+def _log_about_median(norms: Floats, logs: Doubles) -> float:
+    """Write the logs of norms less their median into `logs`; returns the median, NaN where there is none."""
+    np.log(norms, out=logs, dtype=np.float64)
+    finite = np.isfinite(logs)
+    # A gradient of exactly zero is a value, but no number that a spread could be made of: see `Scores.dead`.
+    logs[~finite] = np.nan
+    known = np.sort(logs[finite])
+    if not len(known):
+        return math.nan
+    median = float((known[(len(known) - 1) // 2] + known[len(known) // 2]) / 2)
+    if len(known) >= _FEW:
+        logs -= median
+    return median

@@ -1,4 +1,4 @@
-"""How large a statistic must be for a warning, and for a page: what a budget of false alarms leaves.
+"""The statistics that are judged, and how large one must be for a warning or a page: a budget of false alarms.
 
 Each statistic of a healthy run exceeds a level u now and then, and the excess above u is about exponential: a value x
 comes at the rate r·exp(-(x - u)/m) a sample, where exceedances within 20 samples count once (Davison & Smith, Models
@@ -9,12 +9,13 @@ healthy runs of the fault laboratory; a run's own tail takes over as it grows, w
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from sharpwatch.daemon.config.settings import DetectionConfig
+from sharpwatch.daemon.detection.signals import ROW, Scores
 from sharpwatch.daemon.detection.state import Arrays, gathered, put_back
 from sharpwatch.wire import Doubles
 
@@ -88,6 +89,10 @@ TAILS: Mapping[str, Tail] = {
     "drop-10": Tail(2.35, 0.21, 1.04e-03),
     "drop-40": Tail(2.29, 0.37, 1.05e-03),
 }
+NAMES = tuple(TAILS)
+# Samples over which the norms of layer blocks, and the loss, are compared with thresholds.
+_BLOCK_SPANS = slice(ROW[5], ROW[20] + 1, ROW[20] - ROW[5])
+_LOSS_SPANS = slice(ROW[3], ROW[40] + 1, ROW[10] - ROW[3])
 # Below these is no page, and below those no warning. Damage, by definition, moves weights by more than 10 standard
 # deviations. The loss of a large batch scatters little and wanders with its data, which the laboratory's small batches
 # do not show. A loss that falls faster is mostly good news.
@@ -98,6 +103,41 @@ _PAGED = tuple(name for name in TAILS if not name.startswith("drop") and name !=
 # Those with a least value stay below the budget, and use up none of it.
 _WARNED = tuple(name for name in TAILS if name not in _LEAST_WARNING)
 _OF_BLOCKS = ("weight", "update", "gradient")
+
+
+def statistics(recent: Sequence[Scores]) -> Doubles:
+    """What is compared with thresholds, of the newest sample: a row [L] for each of `NAMES`, NaN where not judged.
+
+    "weight" is how far the change of weights in the step before stands out from those in the steps around it; it is 0
+    where they are back since. "update-5" and the like are sizes of z over so many samples. "loss-3" and "drop-3" are
+    the two sides of the loss, in the first column.
+    """
+    now = recent[-1]
+    found = np.empty((len(NAMES), now.update.shape[1]))
+    found.fill(np.nan)
+    if len(recent) > 2:
+        _judge_weight(*list(recent)[-3:], out=found[0])
+    if now.observation.layers is not None:
+        np.abs(now.update[_BLOCK_SPANS], out=found[1:3])
+        np.abs(now.gradient[_BLOCK_SPANS], out=found[3:5])
+    found[5:8, 0] = now.loss[_LOSS_SPANS]
+    found[8:, 0] = -found[5:8, 0]
+    return found
+
+
+def _judge_weight(before: Scores, then: Scores, now: Scores, *, out: Doubles) -> None:
+    first = before.observation.step
+    follow = then.observation.step == first + 1 and now.observation.step == first + 2
+    if not (follow and before.weight.size and then.weight.size and now.weight.size):
+        return
+    rise, fall = then.weight - before.weight, then.weight - now.weight
+    # The smaller one of both, 0 where they have not the same sign.
+    out[:] = np.maximum(np.minimum(rise, fall), 0.0) - np.minimum(np.maximum(rise, fall), 0.0)
+    if np.count_nonzero(np.isfinite(then.weight)) < len(out):
+        # Infinite where a norm overflows: the difference of two such is no number.
+        out[np.isinf(then.weight)] = np.inf
+        out[np.isnan(then.weight)] = np.nan
+    out[now.taken_back | then.taken_back] = 0.0  # the latter are the way back
 
 
 class Limits:
@@ -112,7 +152,6 @@ class Limits:
 
     def __init__(self, budget: Budget, layer_blocks: int) -> None:
         self._budget = budget
-        self._names = tuple(TAILS)
         more = layer_blocks / _USUAL_BLOCKS
         self._tails = {
             name: Tail(tail.level, tail.excess, tail.rate * (more if name.startswith(_OF_BLOCKS) else 1.0))
@@ -132,9 +171,9 @@ class Limits:
         self.now: Mapping[str, Limit] = {}
         self._warnings = np.empty(0)
         self._set()
-        self._is_event = np.array([name == "weight" for name in self._names])
+        self._is_event = np.array([name == "weight" for name in NAMES])
         most = np.where(self._is_event, _MOST_OF_WEIGHTS, _MOST)
-        self._highest = most * [self.now[name][1] for name in self._names]  # that floors may become
+        self._highest = most * [self.now[name][1] for name in NAMES]  # that floors may become
 
     def state(self) -> Arrays:
         """All that `load_state` needs to go on."""
@@ -145,16 +184,22 @@ class Limits:
         put_back(self, self.STATE, arrays, "limits")
         self._set()
 
-    def see(self, statistics: Mapping[str, Doubles], *, keep_out: bool) -> tuple[list[str], Mapping[str, Limit]]:
+    def see(self, found: Doubles, *, keep_out: bool) -> tuple[list[str], Mapping[str, Limit]]:
         """Judge the statistics of a sample, then take them in, unless an incident is open.
+
+        Args:
+            found: The sample's `statistics`.
+            keep_out: Whether an incident is open.
 
         Returns:
             Those that are worth a warning, and the limits that held for this sample.
         """
-        worst = np.array([_largest(statistics.get(name)) for name in self._names])
-        exceeded = [self._names[i] for i in np.flatnonzero(worst > self._warnings)]
-        limits = self.now
-        if exceeded:
+        # NaN, where a statistic can't be judged, is no size; `fmax` passes it over.
+        worst: Doubles = np.fmax.reduce(found, axis=1, initial=-math.inf)
+        limits, exceeded = self.now, []
+        above = worst > self._warnings
+        if np.count_nonzero(above):
+            exceeded = [name for name, is_above in zip(NAMES, above, strict=True) if is_above]
             self._tire(worst)
         self._seen += 1
         if not keep_out:
@@ -163,7 +208,7 @@ class Limits:
 
     def _tire(self, worst: Doubles) -> None:
         """What a run pages for again and again is how it is: from the fourth time on only larger ones do."""
-        pages = np.array([self.now[name][1] for name in self._names])
+        pages = np.array([self.now[name][1] for name in NAMES])
         new = (worst > pages) & (self._seen - self._paged_last >= TOGETHER)
         if new.any():
             self._paged = np.where(new, self._paged * 0.5 ** ((self._seen - self._paged_last) / _SURE) + 1, self._paged)
@@ -178,7 +223,7 @@ class Limits:
     def _learn(self, worst: Doubles) -> None:
         self._samples += 1
         above = worst > self._levels
-        if above.any():
+        if np.count_nonzero(above):
             new = above & (self._samples - self._last >= TOGETHER)
             higher = above & ~new & (worst > self._peaks)
             self._counts += new
@@ -193,13 +238,13 @@ class Limits:
 
     def _set(self) -> None:
         self.now = self._limits()
-        self._warnings = np.array([self.now[name][0] for name in self._names])
+        self._warnings = np.array([self.now[name][0] for name in NAMES])
 
     def _limits(self) -> dict[str, Limit]:
         pages = self._budget.pages / PER / len(_PAGED) / MARGIN
         warnings = self._budget.warnings / PER / len(_WARNED)
         limits = {}
-        for i, name in enumerate(self._names):
+        for i, name in enumerate(NAMES):
             page = self._limit(i, pages, _LEAST_PAGE.get(name, 0.0)) if name in _PAGED else math.inf
             limits[name] = (
                 self._limit(i, warnings, _LEAST_WARNING.get(name, 0.0)),
@@ -208,7 +253,7 @@ class Limits:
         return limits
 
     def _limit(self, index: int, rate: float, least: float) -> float:
-        laboratory = self._tails[self._names[index]]
+        laboratory = self._tails[NAMES[index]]
         limit = max(least, laboratory.exceeded_at(rate))
         if not self._samples:
             return limit
@@ -219,8 +264,3 @@ class Limits:
         own = Tail(laboratory.level, excess, float(count + 1) / self._samples).exceeded_at(rate)
         moved: float = min(_UP, max(_DOWN, own / limit)) ** weight
         return max(least, limit * moved)
-
-
-def _largest(values: Doubles | None) -> float:
-    # NaN, where a statistic can't be judged, is no size; `fmax` passes it over.
-    return -math.inf if values is None else float(np.fmax.reduce(values, initial=-math.inf))

@@ -109,8 +109,8 @@ def read_probes(hello: RunHello, sample: agent_pb2.Sample) -> dict[str, Any]:
     Raises:
         WireError: A probe breaks a limit.
     """
-    given = {field.name: message for field, message in sample.ListFields() if field.name in DECODERS}
-    found = {probe: DECODERS[probe](message, hello) for probe, message in given.items()}
+    given = [probe for probe in DECODERS if sample.HasField(probe)]  # type: ignore[arg-type]  # a field's name
+    found = {probe: DECODERS[probe](getattr(sample, probe), hello) for probe in given}
     if found.get("gnb") is not None and "gradient_noise" not in hello.probes:
         found["gradient_noise"] = _older_gradient_noise(sample.gnb, hello)
     return found

@@ -27,7 +27,6 @@ from sharpwatch.wire import (
     MAX_ITEMS,
     MAX_STEP,
     Doubles,
-    Floats,
     Ints,
     checked_name,
     checked_text,
@@ -174,11 +173,11 @@ def _layers(tap: agent_pb2.Tap, hello: RunHello) -> LayerTap:
     count = len(hello.parameters)
     rows = wire.decode_fields(tap, _TAP_DTYPES, name="tap", rows=count)
     counts = rows["non_finite"]
-    if not ((counts >= 0) & (counts <= hello.parameters)).all():
+    if np.count_nonzero(counts) and not ((counts >= 0) & (counts <= hello.parameters)).all():
         raise WireError("malformed", "tap.non_finite must be counts from 0 to the parameters of each layer block")
     # Norms may be infinite or NaN, since the model's gradients may be. Rates are the optimizer's own settings.
     for name in ("learning_rate", "lr_multiplier"):
-        if not np.isfinite(rows[name]).all():
+        if np.count_nonzero(np.isfinite(rows[name])) < count:
             raise WireError("non_finite", f"tap.{name} must be finite")
     second = np.full(count, np.nan, dtype=np.float32)  # agents before 0.2 do not send it
     if tap.HasField("second_moment"):
@@ -205,35 +204,32 @@ def gather_blocks(hello: RunHello, rows: LayerTap) -> BlockTap:
         rows: The statistics of the layer blocks.
     """
     # In float64: in float32 the square of a norm above 1.8e19 is infinite.
-    squares = np.square(rows.update_rms, dtype=np.float64)
-    return BlockTap(
-        gradient_norm=_norms(hello, rows.gradient_norm),
-        weight_norm=_norms(hello, rows.weight_norm),
-        update_rms=np.sqrt(_means(hello, squares)),
-        non_finite=_sums(hello, rows.non_finite.astype(np.float64)).astype(np.int64),
-        learning_rate=_means(hello, rows.learning_rate.astype(np.float64)),
-        lr_multiplier=_means(hello, rows.lr_multiplier.astype(np.float64)),
+    terms = np.array(
+        [
+            *(rows.gradient_norm, rows.weight_norm, rows.update_rms),
+            *(rows.learning_rate, rows.lr_multiplier, rows.non_finite),
+        ],
+        dtype=np.float64,
     )
+    terms[:3] *= terms[:3]
+    terms[2:5] *= hello.parameters
+    unmeasured, weights = np.isnan(terms[2]), hello.block_parameters.astype(np.float64)
+    if np.count_nonzero(unmeasured):
+        # A layer block without a second moment has no RMS, and must not pull the mean of its type to 0.
+        terms[2, unmeasured] = 0.0
+        weights = _sums(hello, np.where(unmeasured, 0.0, hello.parameters)[None])[0]
+        weights[weights == 0] = np.nan
+    sums = _sums(hello, terms)
+    norms, rates = np.sqrt(sums[:2]), sums[3:5] / hello.block_parameters
+    return BlockTap(norms[0], norms[1], np.sqrt(sums[2] / weights), sums[5].astype(np.int64), rates[0], rates[1])
 
 
-def _sums(hello: RunHello, rows: Doubles) -> Doubles:
+def _sums(hello: RunHello, terms: Doubles) -> Doubles:
+    """Sums terms [n, L] over the layers of each block type, [n, B]."""
     # Not a product with the membership matrix: in that, one NaN or infinity would spread over all blocks.
-    return np.bincount(hello.block_of, weights=rows, minlength=len(hello.blocks)).astype(np.float64)
-
-
-def _norms(hello: RunHello, rows: Floats) -> Doubles:
-    return np.sqrt(_sums(hello, np.square(rows, dtype=np.float64)))
-
-
-def _means(hello: RunHello, rows: Doubles) -> Doubles:
-    """Means weighted by parameters over the rows that are not NaN; NaN for a block that has no such row."""
-    present = ~np.isnan(rows)
-    # A layer block without a second moment has no RMS, and must not pull the mean of its type to 0.
-    weights = np.where(present, hello.parameters, 0).astype(np.float64)
-    total = _sums(hello, weights)
-    # 0/0 is the NaN that is wanted for a block without such a row.
-    with np.errstate(invalid="ignore"):
-        return _sums(hello, np.where(present, rows * hello.parameters, 0.0)) / total
+    rows, blocks = len(terms), len(hello.blocks)
+    places = hello.block_of + blocks * np.arange(rows)[:, None]
+    return np.bincount(places.ravel(), terms.ravel(), rows * blocks).reshape(rows, blocks).astype(np.float64)
 
 
 def _measured(value: float) -> float | None:

@@ -24,13 +24,16 @@ class Peers:
 
     Args:
         runs: The runs.
+
+    Attributes:
+        awaiting: By the twin that has not come so far, and by the step at which it is asked: runs and ids of incidents.
+        followers: By reference the runs that are held against it.
     """
 
     def __init__(self, runs: Runs) -> None:
         self._runs = runs
-        # By the twin that has not come so far, and by the step at which it is asked: runs and ids of incidents.
-        self._awaiting: dict[str, dict[int, dict[tuple[str, str], None]]] = {}
-        self._followers: dict[str, set[str]] = {}  # by reference
+        self.awaiting: dict[str, dict[int, dict[tuple[str, str], None]]] = {}
+        self.followers: dict[str, set[str]] = {}
 
     def twins(self, run: Run) -> Iterator[Run]:
         """The other runs that see the same batch at the same step.
@@ -51,10 +54,10 @@ class Peers:
             changes: What its own controller changed.
         """
         found = self._attribute(run, changes.incidents) + self._answer(run, step)
-        for name in tuple(self._followers.get(run.name, ())):
+        for name in tuple(self.followers.get(run.name, ())):
             follower = self._runs.get(name)
             if follower is None:
-                self._followers[run.name].discard(name)
+                self.followers[run.name].discard(name)
             # A reference that was dropped is followed no more: another run of its name has other losses.
             elif _is_held_against(follower, run):
                 found.append((follower, follower.controller.reference_came(step)))
@@ -71,7 +74,7 @@ class Peers:
 
     def _answer(self, twin: Run, step: int) -> list[tuple[Run, Changes]]:
         """What incidents learn that have waited for a run to come to a step."""
-        awaited = self._awaiting.get(twin.name)
+        awaited = self.awaiting.get(twin.name)
         if awaited is None:
             return []
         found = []
@@ -84,7 +87,7 @@ class Peers:
             if twin.name in _answers(incident) or len(_answers(incident)) < _ASKED:
                 found += self._ask(run, incident, [twin])
         if not awaited:
-            del self._awaiting[twin.name]
+            del self.awaiting[twin.name]
         return found
 
     def _ask(self, run: Run, incident: Incident, twins: Iterable[Run]) -> list[tuple[Run, Changes]]:
@@ -118,14 +121,14 @@ class Peers:
         at = next((step for step in steps if step > twin.controller.history.last_step), None)
         if at is None:
             return
-        awaited = self._awaiting.setdefault(twin.name, {})
+        awaited = self.awaiting.setdefault(twin.name, {})
         awaited.setdefault(at, {})[run.name, incident.id] = None
         if len(awaited) > _AWAITED:
             del awaited[min(awaited)]
 
     def _forget_dropped(self) -> None:
-        for name in [name for name in self._awaiting if self._runs.get(name) is None]:
-            del self._awaiting[name]
+        for name in [name for name in self.awaiting if self._runs.get(name) is None]:
+            del self.awaiting[name]
 
     def set_reference(self, run: Run, row: ReferenceRow) -> Changes:
         """Hold a run against a reference, or against none any more.
@@ -158,13 +161,13 @@ class Peers:
         return self._attribute(run, run.controller.incidents[-_LOOKED_AT:])
 
     def _follow(self, run: Run, row: ReferenceRow) -> None:
-        for name, followers in tuple(self._followers.items()):
+        for name, followers in tuple(self.followers.items()):
             followers.discard(run.name)
             if not followers:
-                del self._followers[name]
+                del self.followers[name]
         run.reference = row if row.name else None
         if row.name and not row.losses:
-            self._followers.setdefault(row.name, set()).add(run.name)
+            self.followers.setdefault(row.name, set()).add(run.name)
 
     def _losses(self, row: ReferenceRow) -> Losses | None:
         """The losses of a reference: those of a recorded run, or those of a run here, which grow; None for none."""

@@ -1,8 +1,9 @@
-"""The runs that the daemon holds, each with its attempt, windows of probes and newest values; all bounded."""
+"""The runs that the daemon holds, each with its attempt, windows of probes, newest values and maxima; all bounded."""
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -17,17 +18,22 @@ from sharpwatch.daemon.estimation.estimator import PROBES
 from sharpwatch.daemon.estimation.hessian import observed_stability
 from sharpwatch.daemon.estimation.windows import WINDOW_PROBES, EstimateRequest, Estimates
 from sharpwatch.daemon.ingest.hello import Attempt, RunHello
-from sharpwatch.daemon.ingest.samples import Reading
+from sharpwatch.daemon.ingest.samples import BlockTap, Reading
 from sharpwatch.daemon.records import NO_CHANGES, Changes, Decision, Observation
-from sharpwatch.daemon.runs.maxima import RecentMaxima
-from sharpwatch.daemon.runs.snapshot import Phase, RunSnapshot
+from sharpwatch.daemon.runs.snapshot import Maxima, Phase, RunSnapshot
 from sharpwatch.daemon.storage.schema import ReferenceRow
 
 MAX_RUNS = 1_000
 MAX_ATTEMPTS = 4  # remembered of a run, as one of them may still be sending its last samples
 MAX_LAYER_BLOCKS_HELD = 2**21  # of all attempts that are remembered: some 400 MB
-
-
+MAXIMA_SECONDS = 60.0  # that maxima cover at least: Prometheus' default scrape interval
+_BUCKET = 5.0  # seconds; up to so much more is covered
+_BUCKETS = int(MAXIMA_SECONDS / _BUCKET) + 1
+# Fields of a snapshot that are of the blocks of an attempt.
+_MEASURED = (
+    *("tap", "probe_steps", "attention", "attention_steps", "update_ratio", "gradient_noise"),
+    *("estimates", "layer_sharpness", "order_correlation"),
+)
 _PAUSES = 3.0  # times as long as a run has paused before: then it has stalled
 
 
@@ -51,6 +57,42 @@ class Signal:
         while self.version <= version:
             await self._event.wait()
         return self.version
+
+
+class RecentMaxima:
+    """Keeps the maxima of a run's last minute in a ring of buckets, so that no spike falls between two scrapes.
+
+    Reading changes nothing, so that several Prometheus servers see the same. The window ends at the newest sample and
+    not at the present time: a run whose steps take minutes always has a maximum.
+
+    Args:
+        blocks: Number of block types, on which alone its size depends.
+    """
+
+    def __init__(self, blocks: int) -> None:
+        self._blocks = blocks
+        self._rows = np.full((_BUCKETS, 2 * blocks + 1), np.nan)
+        self._newest = 0  # number of the newest bucket since 1970
+
+    def see(self, tap: BlockTap | None, loss: float | None, now: float) -> None:
+        """Take in a sample; `now` is unix seconds, and a clock that is set back counts as one that stands."""
+        bucket = int(now // _BUCKET)
+        passed = min(max(0, bucket - self._newest), _BUCKETS)
+        self._newest = max(self._newest, bucket)
+        for i in range(passed):
+            self._rows[(self._newest - i) % _BUCKETS] = np.nan
+        row = self._rows[self._newest % _BUCKETS]
+        if tap is not None:
+            np.fmax(row[: self._blocks], tap.gradient_norm, out=row[: self._blocks])
+            np.fmax(row[self._blocks : -1], tap.update_rms, out=row[self._blocks : -1])
+        if loss is not None:
+            row[-1] = np.fmax(row[-1], loss)
+
+    @property
+    def present(self) -> Maxima:
+        """The maxima as they are now."""
+        largest = np.fmax.reduce(self._rows, axis=0)
+        return Maxima(float(largest[-1]), largest[: self._blocks], largest[self._blocks : -1])
 
 
 class Run:
@@ -77,7 +119,6 @@ class Run:
         self._attention_steps: deque[int] = deque(maxlen=WINDOW_PROBES)
         self._dropped_probes: Counter[str] = Counter()
         self._maxima = RecentMaxima(len(attempt.hello.blocks))
-        self._excursions: Counter[tuple[str, str]] = Counter()  # of earlier attempts; the controller has its own
         self._incidents_total: Counter[str] = Counter()
         self._decisions_total: Counter[tuple[str, str, str]] = Counter()
         # A decision is journalled again when a detail changes; only a new outcome counts.
@@ -86,17 +127,17 @@ class Run:
         self._counted: dict[str, str] = {}  # by id: "raised" for an alert, the last outcome for a decision
         self._controller_changed = True  # since the last publish
         self._open_incidents: set[str] = set()  # ids; the controller moves them on at every step
-        # What the next `publish` makes the snapshot.
-        self._draft = RunSnapshot(
-            hello=attempt.hello,
-            phase="silent",
-            attempts=1,
-            mode=controller.mode,
-            lr_revision=0,
-            multipliers=controller.multipliers,
-            last_seen_at=now,
-        )
-        self.snapshot = self._draft
+        # The fields of the next snapshot.
+        self._draft: dict[str, Any] = {
+            "hello": attempt.hello,
+            "phase": "silent",
+            "attempts": 1,
+            "mode": controller.mode,
+            "lr_revision": 0,
+            "multipliers": controller.multipliers,
+            "last_seen_at": now,
+        }
+        self.snapshot = RunSnapshot(**self._draft)
 
     @property
     def name(self) -> str:
@@ -106,7 +147,8 @@ class Run:
     @property
     def phase(self) -> Phase:
         """The phase by the newest sample, which may not be published yet."""
-        return self._draft.phase
+        phase: Phase = self._draft["phase"]
+        return phase
 
     def begin(self, attempt: Attempt, controller: RunController, *, again: bool = False) -> None:
         """Starts a new attempt.
@@ -127,12 +169,11 @@ class Run:
             for name, window in self._windows.items():
                 kept = [(step, PROBES[name].without_projection(one)) for step, one in window]
                 self._windows[name] = deque(kept, window.maxlen)
-        self._excursions.update(self.controller.excursions)
         self.attempt = attempt
         self.controller = controller
         self.begin_steps()
         self._controller_changed = True
-        self._draft = replace(self._draft, hello=after, attempts=self._draft.attempts + (not again), health=None)
+        self._draft |= {"hello": after, "attempts": self._draft["attempts"] + (not again), "health": None}
 
     def _drop_measurements(self) -> None:
         for window in self._windows.values():
@@ -140,18 +181,8 @@ class Run:
         for steps in self._probe_steps.values():
             steps.clear()
         self._attention_steps.clear()
-        self._draft = replace(
-            self._draft,
-            tap=None,
-            probe_steps={},
-            attention=None,
-            attention_steps=(),
-            update_ratio=None,
-            gradient_noise=None,
-            estimates={},
-            layer_sharpness=(),
-            order_correlation=None,
-        )
+        for name in _MEASURED:
+            self._draft.pop(name, None)
 
     def check_stall(self, stall_after: float, now: float) -> Changes:
         """Looks whether the trainer has stopped making steps while its agent is connected.
@@ -185,27 +216,27 @@ class Run:
         """
         self._dropped_probes.update(reading.dropped_probes)
         self._maxima.see(reading.tap, reading.loss, now)
-        changes: dict[str, Any] = {}
+        draft = self._draft
+        draft["step"], draft["last_sample_at"], draft["last_seen_at"] = reading.step, now, now
         for probe, one in reading.probes.items():
             shown = PROBES[probe].shown
-            changes |= {} if shown is None else shown(one)
+            draft |= {} if shown is None else shown(one)
             if probe in self._windows:
                 self._windows[probe].append((reading.step, one))
             self._probe_steps[probe].append(reading.step)
         if reading.probes:
-            changes["probe_steps"] = {probe: tuple(steps) for probe, steps in self._probe_steps.items() if steps}
+            draft["probe_steps"] = {probe: tuple(steps) for probe, steps in self._probe_steps.items() if steps}
         if reading.attention is not None:
             self._attention_steps.append(reading.step)
-            changes |= {"attention": reading.attention, "attention_steps": tuple(self._attention_steps)}
+            draft |= {"attention": reading.attention, "attention_steps": tuple(self._attention_steps)}
         for name in ("tap", "loss", "health"):
             if getattr(reading, name) is not None:
-                changes[name] = getattr(reading, name)
+                draft[name] = getattr(reading, name)
         if reading.closing:
-            changes["phase"] = "closed"
+            draft["phase"] = "closed"
         if self._stepped_at is not None:
             self._pauses = tuple(sorted((*self._pauses, now - self._stepped_at))[-1:-3:-1])
         self._stepped_at = now
-        self._draft = replace(self._draft, step=reading.step, last_sample_at=now, last_seen_at=now, **changes)
         # A sample may carry only results or checkpoints; to a detector it would be a step without a loss.
         if reading.tap is None and reading.loss is None and not {"direction", "gnb"} & reading.probes.keys():
             return None
@@ -228,15 +259,12 @@ class Run:
             return
         order = [estimator for spec in PROBES.values() for estimator in spec.estimators]
         renewed = {estimator for probe in request.windows for estimator in PROBES[probe].estimators}
-        kept = {key: one for key, one in self._draft.estimates.items() if key[2] not in renewed}
+        kept = {key: one for key, one in self._draft.get("estimates", {}).items() if key[2] not in renewed}
         shown = sorted((kept | dict(estimates.values)).items(), key=lambda item: order.index(item[0][2]))
-        self._draft = replace(self._draft, estimates=dict(shown))
+        self._draft["estimates"] = dict(shown)
         if estimates.layer_sharpness:
-            self._draft = replace(
-                self._draft,
-                layer_sharpness=estimates.layer_sharpness,
-                order_correlation=estimates.order_correlation,
-            )
+            self._draft["layer_sharpness"] = estimates.layer_sharpness
+            self._draft["order_correlation"] = estimates.order_correlation
 
     def count(self, changes: Changes) -> None:
         """Counts new alerts of incidents and new outcomes, and forgets commands that were answered or have expired."""
@@ -264,16 +292,16 @@ class Run:
             self._stepped_at = time.time()  # without a connection nothing was known of its steps
         # Copied only when they have changed: on a healthy run the records stay the same for thousands of steps.
         if self._controller_changed or self._open_incidents:
-            changes = self._controller_state() | changes
+            self._draft |= self._controller_state()
             self._controller_changed = False
-        self._draft = self.snapshot = replace(
-            self._draft,
-            sharpness=self.controller.sharpness.view(),
-            maxima=self._maxima.present,
-            excursions_total=self._excursions + Counter(self.controller.excursions),
-            dropped_probes=dict(self._dropped_probes),
+        self._draft |= {
+            "sharpness": self.controller.detection.sharpness.view(),
+            "maxima": self._maxima.present,
+            "excursions_total": dict(self.controller.detection.excursions),
+            "dropped_probes": dict(self._dropped_probes),
             **changes,
-        )
+        }
+        self.snapshot = RunSnapshot(**self._draft)
         self.signal.notify()
 
     def _controller_state(self) -> dict[str, Any]:
@@ -289,12 +317,12 @@ class Run:
 
 def _present(blocks: Iterable[str], values: Iterable[float]) -> dict[str, float]:
     """Leaves out NaN, which means that a value was not measured."""
-    return {block: float(value) for block, value in zip(blocks, values, strict=True) if not np.isnan(value)}
+    return {block: value for block, value in zip(blocks, values, strict=True) if not math.isnan(value)}
 
 
 def observation_of(blocks: tuple[str, ...], reading: Reading) -> Observation:
     """What the detectors see of a sample, by the block types `blocks` of its attempt."""
-    tap, direction = reading.tap, reading.probes.get("direction")
+    tap, gnb, direction = reading.tap, reading.probes.get("gnb"), reading.probes.get("direction")
     seen = Observation(
         step=reading.step,
         time=reading.taken_at,
@@ -302,11 +330,10 @@ def observation_of(blocks: tuple[str, ...], reading: Reading) -> Observation:
         layers=reading.layers,
         optimizer_groups=reading.optimizer_groups,
         attention=reading.attention,
-        multipliers={} if tap is None else _present(blocks, tap.lr_multiplier),
+        multipliers={} if tap is None else _present(blocks, tap.lr_multiplier.tolist()),
         restored=reading.restored,
+        traces=None if gnb is None else gnb.traces,
     )
-    if (gnb := reading.probes.get("gnb")) is not None:
-        seen = replace(seen, traces=gnb.traces)
     if direction is None:
         return seen
     stability = observed_stability(blocks, reading.step, direction)

@@ -15,7 +15,6 @@ from sharpwatch.daemon.estimation.windows import Key
 from sharpwatch.daemon.ingest.hello import RunHello
 from sharpwatch.daemon.ingest.samples import BlockTap, HealthReading
 from sharpwatch.daemon.records import Incident, Mode, PairOrder
-from sharpwatch.daemon.runs.maxima import Maxima
 from sharpwatch.wire import Doubles
 
 Phase = Literal["running", "silent", "closed"]
@@ -34,6 +33,15 @@ def pace(steps: Sequence[int]) -> float | None:
     """
     forward = [after - before for before, after in pairwise(steps) if after > before]
     return sum(forward) / len(forward) if forward else None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Maxima:
+    """The largest values of the minute up to the newest sample, by block type [B]; NaN where nothing was measured."""
+
+    loss: float
+    gradient_norm: Doubles
+    update_rms: Doubles
 
 
 @dataclass(frozen=True, slots=True)

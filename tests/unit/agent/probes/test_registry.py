@@ -11,7 +11,7 @@ import sharpwatch
 from sharpwatch.agent.probes import builtin
 from sharpwatch.agent.probes.context import Probe, ProbeSpec
 from sharpwatch.curvature.statistics.estimate import Estimate
-from sharpwatch.daemon.detection.sharpness import Sharpness
+from sharpwatch.daemon.detection.run_detection import RunDetection
 from sharpwatch.daemon.estimation import estimator
 from sharpwatch.daemon.estimation.hessian import run_by_run
 from sharpwatch.daemon.estimation.windows import ReadingSpec
@@ -62,8 +62,8 @@ def largest(hello, window):
 class Controller:
     """What a run asks of one to be shown."""
 
-    mode, newest_revision, multipliers, incidents, excursions = "observe", 0, {}, (), {}
-    sharpness = Sharpness(np.ones(1, dtype=np.int64), ("emb",))
+    mode, newest_revision, multipliers, incidents = "observe", 0, {}, ()
+    detection = RunDetection("run", (("emb", ""),), np.ones(1, dtype=np.int64), lambda: "id")
 
 
 def train(name, steps=3):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from observations import SETTINGS, detection, healthy_run, scaled
 
 from sharpwatch.curvature.statistics.estimate import Estimate
-from sharpwatch.daemon.detection.detectors import statistics
+from sharpwatch.daemon.detection.thresholds import statistics
 from sharpwatch.daemon.records import LayerTap, Observation, OptimizerGroup
 
 ROWS = 5

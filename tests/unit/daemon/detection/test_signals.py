@@ -11,7 +11,7 @@ import torch
 from observations import PARAMETERS, RATE, SETTINGS, WEIGHT_NORM, detection, healthy_run, layer_tap, scaled
 
 from sharpwatch.curvature.statistics.estimate import Estimate
-from sharpwatch.daemon.detection.signals import ACCEPTED, RISE_ENDED, SETTLE, Rates, Signals, Stability
+from sharpwatch.daemon.detection.signals import ACCEPTED, RISE_ENDED, ROW, SETTLE, Rates, Signals, Stability
 from sharpwatch.daemon.records import Observation, OptimizerGroup
 
 UNIT = RATE * math.sqrt(PARAMETERS) / WEIGHT_NORM  # of log weight norms of `healthy_run`
@@ -191,9 +191,9 @@ def test_a_rollback_forgets_the_timeline_that_was_left():
     assert list(made.recent) == [scores]
     assert scores.growth.size == 0
     # The loss is judged at once, and the norms as soon as they have a level after the restart.
-    assert not math.isnan(scores.loss[1])
-    assert np.isnan(scores.update[1]).all()
-    assert not np.isnan(seen_by(made, healthy_run(400)[250:])[140].update[1]).any()
+    assert not math.isnan(scores.loss[0])
+    assert np.isnan(scores.update[0]).all()
+    assert not np.isnan(seen_by(made, healthy_run(400)[250:])[140].update[0]).any()
 
 
 def test_a_restored_checkpoint_is_no_change_of_weights():
@@ -220,15 +220,15 @@ def test_common_changes_are_not_in_the_blocks():
     run = healthy_run(400)
     changed = [scaled(each, gradient_norm=2.0) if each.step > 300 else each for each in run]
     plain, other = (seen_by(signals(), each)[320] for each in (run, changed))
-    np.testing.assert_allclose(other.gradient[10], plain.gradient[10], atol=1e-3)
+    np.testing.assert_allclose(other.gradient[ROW[10]], plain.gradient[ROW[10]], atol=1e-3)
 
 
 def test_of_few_blocks_each_is_measured_by_itself():
     """The median of three says nothing of what they have in common."""
     run = [scaled(each, 0, update_rms=2.0) if each.step > 300 else each for each in healthy_run(320, rows=3)]
     scores = seen_by(signals(3), run)[-1]
-    assert scores.update[5][0] > 5
-    assert np.abs(scores.update[5][1:]).max() < 5
+    assert scores.update[ROW[5], 0] > 5
+    assert np.abs(scores.update[ROW[5], 1:]).max() < 5
 
 
 def test_stability_is_measured_against_the_runs_own_level_less_an_error():

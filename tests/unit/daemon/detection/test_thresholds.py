@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sharpwatch.daemon.detection.thresholds import TAILS, TOGETHER, USUAL, Budget, Limit, Limits, Tail
+from sharpwatch.daemon.detection.thresholds import NAMES, TAILS, TOGETHER, USUAL, Budget, Limit, Limits, Tail
 
-NAMES = tuple(TAILS)
 FREE = tuple(name for name in NAMES if name.startswith(("update", "gradient")))  # without a smallest threshold
 
 
@@ -27,8 +26,12 @@ def simulated(steps: int, seed: int, *, excess: float = 1.0, rate: float = 1.0) 
 
 
 def see(limits: Limits, row: np.ndarray, *, keep_out: bool = False) -> tuple[list[str], Mapping[str, Limit]]:
-    statistics = {name: np.array([value]) for name, value in zip(NAMES, row, strict=True)}
-    return limits.see(statistics, keep_out=keep_out)
+    return limits.see(row[:, None], keep_out=keep_out)
+
+
+def found(**sizes: list[float]) -> np.ndarray:
+    """Statistics of two layer blocks; those that are not named can't be judged."""
+    return np.array([sizes.get(name.replace("-", "_"), [math.nan, math.nan]) for name in NAMES])
 
 
 def alarms(rows: np.ndarray, limits: Limits, skip: int = 0) -> tuple[int, int]:
@@ -91,7 +94,7 @@ def test_weights_whose_changes_have_heavy_tails_keep_the_budget_of_pages(sigma):
     sizes = np.random.default_rng(4).lognormal(0.5, sigma, (60_000, 5)).max(1)
     limits, pages, last = Limits(USUAL, 20), 0, -TOGETHER
     for i, size in enumerate(sizes):
-        _, now = limits.see({"weight": np.array([size])}, keep_out=False)
+        _, now = limits.see(found(weight=[size, 0.0]), keep_out=False)
         if size > now["weight"][1]:
             pages += i - last >= TOGETHER
             last = i
@@ -112,13 +115,13 @@ def test_of_few_samples_a_part_counts():
 def pages_at(sizes: dict[int, float], steps: int) -> list[int]:
     """The samples at which a statistic that has some sizes, else 1, is worth a page."""
     limits = Limits(USUAL, 20)
-    found = []
+    pages = []
     for i in range(steps):
         size = sizes.get(i, 1.0)
-        _, held = limits.see({"weight": np.array([size])}, keep_out=False)
+        _, held = limits.see(found(weight=[size, 0.0]), keep_out=False)
         if size > held["weight"][1]:
-            found.append(i)
-    return found
+            pages.append(i)
+    return pages
 
 
 @pytest.mark.parametrize("size", [20.0, math.inf])
@@ -177,9 +180,8 @@ def test_neighbouring_exceedances_count_once():
 
 def test_what_can_not_be_judged_is_passed_over():
     limits = Limits(USUAL, 20)
-    assert limits.see({}, keep_out=False)[0] == []
-    assert limits.see({"weight": np.array([np.nan, np.nan]), "loss-3": np.empty(0)}, keep_out=False)[0] == []
-    assert limits.see({"weight": np.array([np.nan, 100.0])}, keep_out=False)[0] == ["weight"]
+    assert limits.see(found(), keep_out=False)[0] == []
+    assert limits.see(found(weight=[math.nan, 100.0]), keep_out=False)[0] == ["weight"]
     for _ in range(3_000):
-        assert limits.see({"update-5": np.array([np.inf, np.nan])}, keep_out=False)[0] == ["update-5"]
+        assert limits.see(found(update_5=[math.inf, math.nan]), keep_out=False)[0] == ["update-5"]
     assert all(math.isfinite(limit) for limit, _ in limits.now.values())

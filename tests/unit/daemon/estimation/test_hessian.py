@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hellos import run_hello
 
-from sharpwatch.daemon.detection.sharpness import Sharpness
+from sharpwatch.daemon.detection.run_detection import RunDetection
 from sharpwatch.daemon.estimation.estimator import estimate_all
 from sharpwatch.daemon.estimation.windows import WINDOW_PROBES, EstimateRequest
 from sharpwatch.daemon.ingest.hello import Attempt
@@ -143,8 +143,8 @@ def test_the_preconditioned_ratio_is_the_newest():
 class FakeController:
     """What a run reads of a controller to publish it."""
 
-    mode, newest_revision, multipliers, incidents, excursions = "observe", 0, {}, (), {}
-    sharpness = Sharpness(np.ones(1, dtype=np.int64), ("emb",))
+    mode, newest_revision, multipliers, incidents = "observe", 0, {}, ()
+    detection = RunDetection("run", (("emb", ""),), np.ones(1, dtype=np.int64), lambda: "id")
 
 
 EMPTY = Reading(1, 1, 0.0, None, None, {}, None, (), (), closing=False, restored=False, dropped_probes=())

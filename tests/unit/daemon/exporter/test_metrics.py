@@ -20,8 +20,7 @@ from sharpwatch.daemon.exporter.metrics import MAX_LAYER_SERIES, RunCollector
 from sharpwatch.daemon.exporter.own_metrics import OwnMetrics
 from sharpwatch.daemon.ingest.samples import BlockTap, FailedProbe, HealthReading
 from sharpwatch.daemon.records import PairOrder
-from sharpwatch.daemon.runs.maxima import Maxima
-from sharpwatch.daemon.runs.snapshot import RunSnapshot
+from sharpwatch.daemon.runs.snapshot import Maxima, RunSnapshot
 
 HELLO = run_hello({("emb", ""): 40, ("qk", "layers.0"): 16}, probes=("gnb", "direction"))
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sharpwatch.daemon.ingest.samples import BlockTap
-from sharpwatch.daemon.runs.maxima import WINDOW, RecentMaxima
+from sharpwatch.daemon.runs.run import MAXIMA_SECONDS, RecentMaxima
 
 START = 1_700_000_000.0
 
@@ -71,6 +71,6 @@ def test_the_maximum_is_that_of_a_window_of_60_to_65_seconds(steps):
         now += wait
         past.append((now, loss))
         see(maxima, now, loss=loss)
-        least = max(loss for at, loss in past if now - at < WINDOW)
-        most = max(loss for at, loss in past if now - at <= WINDOW + 5)
+        least = max(loss for at, loss in past if now - at < MAXIMA_SECONDS)
+        most = max(loss for at, loss in past if now - at <= MAXIMA_SECONDS + 5)
         assert least <= shown(maxima)[0] <= most

@@ -192,10 +192,10 @@ def test_twins_of_a_dropped_run_are_forgotten():
     run, gone = fleet.begin("a", "order"), fleet.begin("b", "order")
     fleet.step(gone, steps(2)[: AT - 5])
     fleet.step(run, steps(1, SPIKE)[: AT + 4])
-    assert set(fleet.peers._awaiting) == {"b"}
+    assert set(fleet.peers.awaiting) == {"b"}
     del fleet.runs._runs["b"]
     fleet.step(run, steps(1, SPIKE)[AT + 4 :])
-    assert fleet.peers._awaiting == {}
+    assert fleet.peers.awaiting == {}
 
 
 def row(run: str, name: str, losses: bytes = b"") -> ReferenceRow:
@@ -236,8 +236,8 @@ def test_a_restart_takes_references_up_once_all_runs_are_there():
     fleet.step(run, steps(1, range(1, 400), by=0.3))
     restored = again.begin("a")
     restored.reference = run.reference
-    restored.controller.load_baselines(run.controller._detection.state())
-    again.begin("good").controller.load_baselines(fleet.runs.get("good").controller._detection.state())
+    restored.controller.load_baselines(run.controller.detection.state())
+    again.begin("good").controller.load_baselines(fleet.runs.get("good").controller.detection.state())
     again.peers.restore(restored)
     assert restored.controller.reference.gap == run.controller.reference.gap
     assert len(restored.controller.reference) == 360

@@ -125,10 +125,12 @@ def test_a_gradient_that_was_not_read_is_none_and_no_damage(run, norm, damage):
 def test_excursions_are_counted_on_over_attempts_also_of_other_blocks(run):
     counts = []
     for changes in ({}, *OF_OTHER_BLOCKS):
-        run.controller.excursions.update({("loss", ""): 2, ("update", "emb"): 1})
+        run.controller.detection.excursions.update({("loss", ""): 2, ("update", "emb"): 1})
         run.publish()
         counts.append(run.snapshot.excursions_total)
-        run.begin(attempt(attempt=f"a{len(counts) + 1}", **changes), controller())
+        after = controller()
+        after.take_over(run.controller)
+        run.begin(attempt(attempt=f"a{len(counts) + 1}", **changes), after)
         run.publish()
         assert run.snapshot.excursions_total == counts[-1]
     assert counts == [{("loss", ""): 2 * i, ("update", "emb"): i} for i in (1, 2, 3, 4)]
