@@ -39,15 +39,15 @@ SKETCHED = f'{RUN}, estimator=~"gnb.*"'
 def trouble() -> Panel:
     """The first thing to be read: the name of the block, in red."""
     critical, warning = (
-        latest("sharpwatch_incident", "block, layer", f'{RUN}, severity="{severity}"') for severity in SEVERITIES
+        latest("sharpwatch_incident", "block, layer, rank", f'{RUN}, severity="{severity}"') for severity in SEVERITIES
     )
     steps = [{"color": "green", "value": None}, {"color": "orange", "value": 1}, {"color": "red", "value": 2}]
     worst = f"max by (culprit) ({with_culprit(f'2 * {critical} or {warning}')})"
     return Panel(
         "stat",
         "Block in trouble",
-        "The likeliest culprit of each open incident of this run: layer and block; red for critical, orange for a "
-        "warning. Normal: none, in green.",
+        "The likeliest culprit of each open incident of this run: layer and block, or rank; red for critical, orange "
+        "for a warning. Normal: none, in green.",
         ((or_none(worst, "culprit"), "{{culprit}}"),),
         defaults={"thresholds": {"mode": "absolute", "steps": steps}, "noValue": "–"},
         options={
@@ -64,7 +64,7 @@ def trouble() -> Panel:
 def incident_table() -> Panel:
     """What is wrong, where and since when, in every run of the job."""
     columns = ("severity", "culprit", "cause", "Value", "run", "name")
-    onset = latest("sharpwatch_incident_onset_step", "severity, cause, block, layer, run, name", JOB)
+    onset = latest("sharpwatch_incident_onset_step", "severity, cause, block, layer, rank, run, name", JOB)
     mapping = {name: {"text": name, "color": shade} for name, shade in SEVERITIES.items()}
     painted = {"id": "custom.cellOptions", "value": {"type": "color-background", "mode": "basic"}}
     return Panel(
@@ -81,7 +81,7 @@ def incident_table() -> Panel:
             {
                 "id": "organize",
                 "options": {
-                    "excludeByName": {"Time": True, "block": True, "layer": True},
+                    "excludeByName": {"Time": True, "block": True, "layer": True, "rank": True},
                     "indexByName": {name: index for index, name in enumerate(columns)},
                     "renameByName": {"Value": "since step", "name": "alert"},
                 },

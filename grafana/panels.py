@@ -83,10 +83,14 @@ def or_none(query: str, label: str) -> str:
 
 
 def with_culprit(query: str) -> str:
-    """`query` with a label `culprit`, of its labels `layer` and `block`: "layers.2.ffn", "emb", "the whole model"."""
+    """`query` with a label `culprit`, of its labels `layer`, `block` and `rank`.
+
+    It is "layers.2.ffn", "emb", "the whole model" or "rank 3".
+    """
     joined = f'label_join({query}, "culprit", ".", "layer", "block")'
     without_layer = f'label_replace({joined}, "culprit", "$1", "culprit", "[.](.+)")'
-    return f'label_replace({without_layer}, "culprit", "the whole model", "culprit", "[.]")'
+    or_all = f'label_replace({without_layer}, "culprit", "the whole model", "culprit", "[.]")'
+    return f'label_replace({or_all}, "culprit", "rank $1", "rank", "(.+)")'
 
 
 def colour(shade: str) -> Json:

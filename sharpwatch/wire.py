@@ -25,12 +25,19 @@ MAX_DATA_ORDER = 200  # characters
 MAX_TEXT = 4_096  # characters
 MAX_ITEMS = 256  # results, checkpoints, probe failures, reasons for dropped samples: of each, in one sample
 MAX_COUNT = 2**63 - 1  # what SQLite's integers and numpy's int64 hold
+MAX_PARAMETER_NAMES = 2**17  # bytes of all names of a model's parameters; each has at most `MAX_NAME` characters
+MAX_RANKS = 1_024  # whose own losses are sent
 MAX_STEP = 2**53  # so that a step planned ahead, an expiry or the end of a skipped range fits an int64
 
 Floats = npt.NDArray[np.floating[Any]]
 Doubles = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
-_DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float64": np.dtype("<f8"), "int64": np.dtype("<i8")}
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype("<f4"),
+    "float64": np.dtype("<f8"),
+    "int32": np.dtype("<i4"),
+    "int64": np.dtype("<i8"),
+}
 
 
 def encode(values: npt.ArrayLike, dtype: str) -> Array:
@@ -38,7 +45,7 @@ def encode(values: npt.ArrayLike, dtype: str) -> Array:
 
     Args:
         values: The array.
-        dtype: "float32", "float64" or "int64".
+        dtype: "float32", "float64", "int32" or "int64".
 
     Returns:
         The message.

@@ -109,7 +109,9 @@ class Ids:
         return f"i{self._made}"
 
 
-def detection(rows: int = 8, parameters: int = PARAMETERS) -> RunDetection:
+def detection(
+    rows: int = 8, parameters: int = PARAMETERS, parameter_names: Sequence[Sequence[str]] = ()
+) -> RunDetection:
     """Detection for a run of that many layer blocks: layers.0.qk, layers.0.vo, layers.0.ffn, layers.0.norm, …"""
     names = [(("qk", "vo", "ffn", "norm")[i % 4], f"layers.{i // 4}") for i in range(rows)]
-    return RunDetection("run", names, np.full(rows, parameters), Ids())
+    return RunDetection("run", names, np.full(rows, parameters), Ids(), parameter_names=parameter_names)

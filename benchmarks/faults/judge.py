@@ -75,6 +75,13 @@ class Verdict:
         return min(in_time, key=lambda each: each[0], default=None)
 
     @property
+    def parameter_right(self) -> bool | None:
+        """Whether the incident names the fault's parameter; None where it names none, or the fault has none."""
+        if self.found is None or not self.about.parameter or not self.found[1].incident.parameter:
+            return None
+        return self.found[1].incident.parameter == self.about.parameter
+
+    @property
     def pages(self) -> int:
         """How many incidents became critical."""
         return sum(each.paged is not None for each in self.opened)
@@ -203,8 +210,11 @@ def alert_table(judged: Sequence[Verdict], alert: str) -> Iterable[str]:
 
 
 def _fault_table(judged: Sequence[Verdict]) -> Iterable[str]:
-    yield "| fault | harmful | found of them | others found | delay | lead over the loss | cause | block first |"
-    yield "|---|---|---|---|---|---|---|---|"
+    yield (
+        "| fault | harmful | found of them | others found | delay | lead over the loss | cause | block first | "
+        "parameter |"
+    )
+    yield "|---|---|---|---|---|---|---|---|---|"
     for kind in FAULTS:
         runs = [each for each in judged if each.about.kind == kind.name]
         if not runs:
@@ -217,10 +227,12 @@ def _fault_table(judged: Sequence[Verdict]) -> Iterable[str]:
         causes = sum(opened.incident.cause == kind.cause for _, _, opened in seen)
         placed = [(each, opened) for each, _, opened in seen if culprit(each.about)]
         right = sum(opened.incident.layer_blocks[:1] == (culprit(each.about),) for each, opened in placed)
+        named = [each.parameter_right for each in runs if each.parameter_right is not None]
         yield (
             f"| {kind.name} | {len(harmful)} of {len(runs)} | {sum(each.found is not None for each in harmful)} | "
             f"{sum(each.found is not None for each in others)} of {len(others)} | {_median(late)} | {_median(lead)} | "
-            f"{f'{causes} of {len(seen)}' if seen else '–'} | {f'{right} of {len(placed)}' if placed else '–'} |"
+            f"{f'{causes} of {len(seen)}' if seen else '–'} | {f'{right} of {len(placed)}' if placed else '–'} | "
+            f"{f'{sum(named)} of {len(named)}' if named else '–'} |"
         )
 
 
@@ -244,6 +256,9 @@ def _summary(judged: Sequence[Verdict]) -> Iterable[str]:
     first = [each for each in moved if each.found and each.found[1].incident.layer_blocks[:1] == (culprit(each.about),)]
     if moved:
         yield f"- True layer block first in {len(first)} of {len(moved)} faults that moved it by more than 10 sd."
+    named = [each.parameter_right for each in faults if each.parameter_right is not None]
+    if named:
+        yield f"- Parameter right in {sum(named)} of {len(named)} faults of one that were found with a parameter."
 
 
 def _cause_table(judged: Sequence[Verdict]) -> Iterable[str]:

@@ -8,6 +8,7 @@ again, so the command can be stopped and repeated.
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -18,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import sharpwatch
 from benchmarks.faults.kinds import AFTER, KINDS, ONSET, Kind
 from benchmarks.faults.recordings import About, path_of, write
-from benchmarks.faults.training import MODELS, SIZES, Disturbance, Training, loss_of
+from benchmarks.faults.training import MODELS, SIZES, Disturbance, Step, Training, loss_of
 from sharpwatch.agent.probes.builtin import DEFAULT_PROBES, PROBES
 from sharpwatch.testing import InMemoryTransport
 
@@ -38,8 +40,9 @@ def _train(  # noqa: PLR0913 - a training, and how it is recorded
     kind: Kind | None,
     *,
     probing: Mapping[str, Any],
+    before: Mapping[str, Tensor] | None = None,
 ) -> tuple[Any, list[float]]:
-    """Train to step `until` under the agent; its transport, and the losses."""
+    """Train to step `until` under the agent; `before` is the weights of the step before. Its transport, the losses."""
     transport = InMemoryTransport()
     options: dict[str, Any] = {
         "transport": transport,
@@ -54,6 +57,8 @@ def _train(  # noqa: PLR0913 - a training, and how it is recorded
 
     attached = 0 if kind is None else kind.attached
     watch = attach() if training.number >= attached else None
+    if watch is not None and before is not None:
+        _show(watch, training, before)
     losses = []
     while training.number < until:
         losses.append(training.step(disturbance, onset, watch))
@@ -67,6 +72,22 @@ def _train(  # noqa: PLR0913 - a training, and how it is recorded
     if watch is not None:
         watch.close()
     return transport, losses
+
+
+def _keep(training: Training, step: Step) -> None:
+    del step
+    training.memory["weights"] = copy.deepcopy(training.model.state_dict())
+
+
+def _show(watch: Any, training: Training, before: Mapping[str, Tensor]) -> None:
+    """Let the tap read the weights of the step before, as it would have without attaching anew."""
+    tap = watch._watched.strategy.tap  # noqa: SLF001 - no run that is watched from its start needs this
+    now = copy.deepcopy(training.model.state_dict())
+    training.model.load_state_dict(before)
+    pending = tap.start({})
+    tap.read(pending, 0)
+    tap.resolve(pending)
+    training.model.load_state_dict(now)
 
 
 def record(  # noqa: PLR0913, PLR0917 - as the command line has them
@@ -85,8 +106,8 @@ def record(  # noqa: PLR0913, PLR0917 - as the command line has them
     if not missing and not nudged and trunk_path.exists():
         return f"{model} {size} {seed}: nothing to do"
     training = Training(model, seed, size)
-    transport, losses = _train(training, Disturbance(), ONSET, ONSET - 1, None, probing=probing)
-    state = training.state()
+    transport, losses = _train(training, Disturbance(begin=_keep), ONSET - 1, ONSET - 1, None, probing=probing)
+    state, before = training.state(), training.memory["weights"]
     if not trunk_path.exists():
         write(folder, replace(trunk, losses=losses), transport.hellos[0], transport.samples)
     for number in nudged:
@@ -101,24 +122,33 @@ def record(  # noqa: PLR0913, PLR0917 - as the command line has them
         write(folder, about, None, [])
         made += 1
     for kind in missing:
-        _record_kind(folder, Training(model, seed, size), state, kind, trunk_path.name, probing)
+        _record_kind(folder, Training(model, seed, size), (state, before), kind, trunk_path.name, probing)
         made += 1
         print(f"{model} {size} {seed} {kind.name}", file=sys.stderr, flush=True)
     return f"{model} {size} {seed}: {made} runs in {time.monotonic() - started:.0f} s"
 
 
 def _record_kind(  # noqa: PLR0913, PLR0917 - as `record`
-    folder: Path, training: Training, state: dict[str, Any], kind: Kind, trunk: str, probing: Mapping[str, Any]
+    folder: Path,
+    training: Training,
+    states: tuple[dict[str, Any], Mapping[str, Tensor]],
+    kind: Kind,
+    trunk: str,
+    probing: Mapping[str, Any],
 ) -> None:
+    """Record a run; `states` has the trunk's at its end, and its weights at its last step."""
     block, layer = kind.place(training.name, training.seed, SIZES[training.size].layers)
     part = training.part(block, layer) if block else None
     branches = kind.onset == ONSET and kind.schedule is None
     if branches:
-        training.restore(state)
+        training.restore(states[0])
     if kind.schedule is not None:
         training.schedule = kind.schedule
     until = ONSET + AFTER - 1 if kind.name != "warm-up-1000" else 1000
-    transport, losses = _train(training, kind.make(block, layer), kind.onset, until, kind, probing=probing)
+    before = states[1] if branches else None
+    transport, losses = _train(
+        training, kind.make(block, layer), kind.onset, until, kind, probing=probing, before=before
+    )
     about = About(
         kind.name,
         training.name,

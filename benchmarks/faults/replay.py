@@ -90,7 +90,8 @@ class Group:
 
     def _detection(self, hello: RunHello) -> RunDetection:
         numbers = count()
-        return RunDetection("run", hello.layer_blocks, hello.parameters, lambda: str(next(numbers)), self._budget)
+        new_id, names = (lambda: str(next(numbers))), hello.parameter_names
+        return RunDetection("run", hello.layer_blocks, hello.parameters, new_id, self._budget, parameter_names=names)
 
     @property
     def trunk(self) -> Replay:

@@ -30,7 +30,7 @@ from sharpwatch.agent.transport.base import Transport
 from sharpwatch.blocks import BlockMap
 from sharpwatch.curvature.objective.verification import ObjectiveInUse
 from sharpwatch.v1 import agent_pb2, types_pb2
-from sharpwatch.wire import PROTOCOL, SKETCH_SIZE, encode
+from sharpwatch.wire import MAX_NAME, MAX_PARAMETER_NAMES, PROTOCOL, SKETCH_SIZE, encode
 
 _OBJECTIVE = 300  # characters of the words for the objective
 _TEXT = 4000  # characters of a text from elsewhere, such as an error; the daemon refuses more than 4096
@@ -83,6 +83,7 @@ class SampleValues:
     taken_at_unix_ns: int
     health: Health
     loss: float | None = None
+    rank_losses: npt.NDArray[np.float64] | None = None
     tap: TapReading | None = None
     groups: Sequence[GroupSettings] = ()
     probes: ProbeRun = field(default_factory=ProbeRun)
@@ -95,11 +96,16 @@ class SampleValues:
 
 def hello_message(identity: Identity, block_map: BlockMap) -> agent_pb2.Hello:
     """Makes the first message of an attempt."""
+    names = block_map.parameter_names if _are_short(block_map.parameter_names) else [()] * len(block_map.layer_blocks)
     layer_blocks = [
         types_pb2.LayerBlock(
-            block=block.type, layer=block.layer or "", parameters=block.numel, adapter_parameters=block.adapter_numel
+            block=block.type,
+            layer=block.layer or "",
+            parameters=block.numel,
+            adapter_parameters=block.adapter_numel,
+            parameter_names=own,
         )
-        for block in block_map.layer_blocks
+        for block, own in zip(block_map.layer_blocks, names, strict=True)
     ]
     return agent_pb2.Hello(
         protocol=PROTOCOL,
@@ -125,6 +131,14 @@ def hello_message(identity: Identity, block_map: BlockMap) -> agent_pb2.Hello:
     )
 
 
+def _are_short(names: Sequence[Sequence[str]]) -> bool:
+    """Whether the daemon takes the names of all parameters."""
+    flat = [name for own in names for name in own]
+    return (
+        max(map(len, flat), default=0) <= MAX_NAME and sum(len(name.encode()) for name in flat) <= MAX_PARAMETER_NAMES
+    )
+
+
 def sample_message(values: SampleValues) -> agent_pb2.Sample:
     """Makes the message of one step."""
     return agent_pb2.Sample(
@@ -136,6 +150,7 @@ def sample_message(values: SampleValues) -> agent_pb2.Sample:
         optimizer_groups=[_group(group) for group in values.groups],
         **_probes(values.probes),
         attention=_attention(values.probes.attention),
+        rank_losses=None if values.rank_losses is None else encode(values.rank_losses, "float32"),
         health=_health(values.health),
         results=[_result(result) for result in values.results],
         checkpoints=[types_pb2.Checkpoint(step=step, uri=uri) for step, uri in values.checkpoints],
@@ -174,6 +189,10 @@ def _tap(reading: TapReading) -> agent_pb2.Tap:
         lr_multiplier=encode(reading.lr_multiplier, "float32"),
         second_moment=encode(reading.second_moment, "float32"),
         clip_factor=None if math.isnan(reading.clip_factor) else reading.clip_factor,
+        changed_parameter=encode(reading.changed_parameter, "int32"),
+        non_finite_parameter=(
+            None if reading.non_finite_parameter is None else encode(reading.non_finite_parameter, "int32")
+        ),
     )
 
 
@@ -239,6 +258,7 @@ class StepRecord:
     tap: PendingTap | None  # None: it could not be read
     probes: ProbeRun
     loss: StepLoss = field(default_factory=StepLoss)
+    rank_losses: npt.NDArray[np.float64] | None = None  # as `StepMessage.rank_losses`
     reading: TapReading | None = None  # of all ranks, in place of `tap`
     restored: bool = False  # the first since the run was put back
     awaits_loss: bool = False  # until the next step begins
@@ -331,8 +351,15 @@ class Reporter:
             if tap is None and record.tap is not None:
                 tap = self._tap.resolve(record.tap, number(record.loss.gradient_norm))
             groups = self._settings.news(record.step, record.groups)
-            loss = record.loss.read()
-            self._send(record.step, record.taken_at_unix_ns, loss=loss, tap=tap, groups=groups, probes=record.probes)
+            self._send(
+                record.step,
+                record.taken_at_unix_ns,
+                loss=record.loss.read(),
+                rank_losses=record.rank_losses,
+                tap=tap,
+                groups=groups,
+                probes=record.probes,
+            )
 
     def send_events(self, step: int, *, closing: bool = False) -> None:
         """Send a sample that belongs to no step: results and checkpoints that would else wait, or the last one."""

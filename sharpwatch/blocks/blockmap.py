@@ -210,6 +210,14 @@ class BlockMap:
         return tuple(index[part.layer, part.type] for part in self.parts)
 
     @cached_property
+    def parameter_names(self) -> tuple[tuple[str, ...], ...]:
+        """The names of the parameters that each layer block has a part of, parallel to `layer_blocks`."""
+        names: list[dict[str, None]] = [{} for _ in self.layer_blocks]
+        for part, layer_block in zip(self.parts, self.layer_block_of, strict=True):
+            names[layer_block][part.parameter] = None
+        return tuple(map(tuple, names))
+
+    @cached_property
     def block_of(self) -> tuple[int, ...]:
         """The index in `blocks` of each part."""
         return tuple(self.blocks.index(part.type) for part in self.parts)

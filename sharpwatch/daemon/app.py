@@ -198,6 +198,7 @@ def _controller(config: Config, hello: RunHello, earlier: RunController | None) 
         hello.run,
         layer_blocks=hello.layer_blocks,
         parameters=hello.parameters,
+        parameter_names=hello.parameter_names,
         policies=config.policies,
         budget=Budget.of(config.detection),
         control=hello.control,

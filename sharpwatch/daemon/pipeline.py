@@ -379,6 +379,8 @@ def _log_incident(run: str, incident: Incident) -> None:
         step=incident.last_step,
         cause=incident.cause,
         layer_blocks=incident.layer_blocks[:8],
+        parameter=incident.parameter,
+        rank=incident.rank,
         onset=incident.onset,
         evidence=incident.evidence,
     )

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+
 from sharpwatch.curvature.statistics.estimate import Estimate
 from sharpwatch.wire import Doubles, Floats, Ints
 
@@ -20,6 +22,7 @@ AlertName = Literal[
     "SettingsChanged",
     "OptimizerState",
     "NonFinite",
+    "RankDiffers",
     "LossDrop",
     "LossSpike",
     "DeadBlock",
@@ -49,6 +52,7 @@ CAUSES: Mapping[AlertName, Cause] = {
     "SettingsChanged": "optimizer-state",
     "OptimizerState": "optimizer-state",
     "NonFinite": "non-finite",
+    "RankDiffers": "data",
     "LossDrop": "data",
     "LossSpike": "data",
     "DeadBlock": "silent",
@@ -85,6 +89,9 @@ class LayerTap:
     Attributes:
         second_moment: Mean of Adam's bias-corrected second moment before the step.
         clip_factor: The gradient's norm after clipping over that before, which `gradient_norm` is; NaN if unknown.
+        changed_parameter: The parameter that has moved the weight norm the most since the sample before, by its index
+            among those of the layer block; -1 where there is none. Empty if the agent does not tell.
+        non_finite_parameter: The same of the one with the most entries of the gradient that are not finite.
     """
 
     gradient_norm: Floats
@@ -95,6 +102,8 @@ class LayerTap:
     lr_multiplier: Floats
     second_moment: Floats
     clip_factor: float
+    changed_parameter: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    non_finite_parameter: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +131,7 @@ class Observation:
         multipliers: The learning-rate multipliers in use, by block type.
         restored: A checkpoint was restored since the step before.
         traces: Of the `gnb` probe of this step, by draw and layer block [draws, L]; None without one.
+        rank_losses: The loss of each of several ranks, infinite where it is not finite, NaN where a rank had none.
     """
 
     step: int
@@ -136,6 +146,7 @@ class Observation:
     multipliers: Mapping[str, float] = field(default_factory=dict)
     restored: bool = False
     traces: Floats | None = None
+    rank_losses: Floats | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +180,8 @@ class Finding:
         layer_blocks: Which layer blocks show it, worst first, as "layers.3.qk"; empty for the whole model.
         is_exact: Whether it is read off directly, with an onset that is certain, rather than from what stands out.
         span: Samples that it is a mean over; the onset is known the better, the fewer they are.
+        parameter: The parameter of the first layer block that shows it, by its whole name; empty where not known.
+        rank: The rank that differs from the others; None where no single one does.
     """
 
     name: AlertName
@@ -179,6 +192,8 @@ class Finding:
     layer_blocks: tuple[str, ...] = ()
     is_exact: bool = False
     span: int = 1
+    parameter: str = ""
+    rank: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +219,8 @@ class Incident:
         not_in_twins: Those that did not.
         replicas: Of both, the runs whose losses were the same as this run's until the onset.
         span: Samples that the explaining finding is a mean over; 0 where a journal of an earlier version has none.
+        parameter: The parameter of the first layer block that it most likely comes from; empty where not known.
+        rank: The rank that differs from the others; None where no single one does.
     """
 
     id: str
@@ -225,6 +242,8 @@ class Incident:
     not_in_twins: tuple[str, ...] = ()
     replicas: tuple[str, ...] = ()
     span: int = 0
+    parameter: str = ""
+    rank: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,7 +54,14 @@ def judge(run: RecordedRun, budget: Budget = USUAL, reference: RecordedRun | Non
         LogError: The reference has no loss.
     """
     numbers = itertools.count(1)
-    detection = RunDetection(run.source, run.layer_blocks, run.parameters, lambda: str(next(numbers)), budget)
+    detection = RunDetection(
+        run.source,
+        run.layer_blocks,
+        run.parameters,
+        lambda: str(next(numbers)),
+        budget,
+        parameter_names=run.parameter_names,
+    )
     if reference is not None:
         detection.history.losses = Losses(capacity=max(1, len(run.observations)))
         detection.set_reference(reference.source, reference_losses(reference))

@@ -129,7 +129,15 @@ def _recorded(source: str, format_: str, hello: RunHello, readings: Iterable[Rea
         probed = reading.probes.get("gradient_noise")
         if probed is not None and probed.noise is not None:
             noise.append((reading.step, dict(zip(hello.blocks, map(float, probed.noise), strict=True))))
-    return RecordedRun(source, format_, hello.layer_blocks, hello.parameters, observations, gradient_noise=noise)
+    return RecordedRun(
+        source,
+        format_,
+        hello.layer_blocks,
+        hello.parameters,
+        observations,
+        gradient_noise=noise,
+        parameter_names=hello.parameter_names,
+    )
 
 
 # The journal

@@ -35,6 +35,7 @@ class RecordedRun:
         notes: What the reader should know.
         estimates: The daemon's, where a journal has them, in the order they were made.
         gradient_noise: By step and block type, where it was probed.
+        parameter_names: Of the parameters of each layer block; empty where they are not known.
     """
 
     source: str
@@ -46,6 +47,7 @@ class RecordedRun:
     notes: tuple[str, ...] = ()
     estimates: Sequence[EstimateRow] = ()
     gradient_noise: Sequence[tuple[int, Mapping[str, float]]] = ()
+    parameter_names: Sequence[Sequence[str]] = ()
 
     @property
     def is_own(self) -> bool:

@@ -197,6 +197,7 @@ class Sample(google.protobuf.message.Message):
     DELETED_CHECKPOINTS_FIELD_NUMBER: builtins.int
     OPTIMIZER_GROUPS_FIELD_NUMBER: builtins.int
     ATTENTION_FIELD_NUMBER: builtins.int
+    RANK_LOSSES_FIELD_NUMBER: builtins.int
     sequence: builtins.int
     """1, 2, 3, ... within an attempt; a gap means dropped samples."""
     step: builtins.int
@@ -242,6 +243,12 @@ class Sample(google.protobuf.message.Message):
     def attention(self) -> Global___AttentionReading:
         """With each probe, of the weights after the step."""
 
+    @property
+    def rank_losses(self) -> sharpwatch.v1.types_pb2.Array:
+        """float32 [ranks]: the loss of each rank, infinite where it is not finite, NaN where a rank had none. Absent for one
+        rank, and for more than 1,024.
+        """
+
     def __init__(
         self,
         *,
@@ -265,10 +272,11 @@ class Sample(google.protobuf.message.Message):
         deleted_checkpoints: collections.abc.Iterable[builtins.str] | None = ...,
         optimizer_groups: collections.abc.Iterable[Global___OptimizerGroup] | None = ...,
         attention: Global___AttentionReading | None = ...,
+        rank_losses: sharpwatch.v1.types_pb2.Array | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_loss", b"_loss", "attention", b"attention", "direction", b"direction", "gnb", b"gnb", "gradient_noise", b"gradient_noise", "health", b"health", "hutchinson", b"hutchinson", "lanczos", b"lanczos", "linesearch", b"linesearch", "loss", b"loss", "preconditioned", b"preconditioned", "tap", b"tap"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_loss", b"_loss", "attention", b"attention", "direction", b"direction", "gnb", b"gnb", "gradient_noise", b"gradient_noise", "health", b"health", "hutchinson", b"hutchinson", "lanczos", b"lanczos", "linesearch", b"linesearch", "loss", b"loss", "preconditioned", b"preconditioned", "rank_losses", b"rank_losses", "tap", b"tap"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_loss", b"_loss", "attention", b"attention", "checkpoints", b"checkpoints", "closing", b"closing", "deleted_checkpoints", b"deleted_checkpoints", "direction", b"direction", "gnb", b"gnb", "gradient_noise", b"gradient_noise", "health", b"health", "hutchinson", b"hutchinson", "lanczos", b"lanczos", "linesearch", b"linesearch", "loss", b"loss", "optimizer_groups", b"optimizer_groups", "preconditioned", b"preconditioned", "restored", b"restored", "results", b"results", "sequence", b"sequence", "step", b"step", "taken_at_unix_ns", b"taken_at_unix_ns", "tap", b"tap"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_loss", b"_loss", "attention", b"attention", "checkpoints", b"checkpoints", "closing", b"closing", "deleted_checkpoints", b"deleted_checkpoints", "direction", b"direction", "gnb", b"gnb", "gradient_noise", b"gradient_noise", "health", b"health", "hutchinson", b"hutchinson", "lanczos", b"lanczos", "linesearch", b"linesearch", "loss", b"loss", "optimizer_groups", b"optimizer_groups", "preconditioned", b"preconditioned", "rank_losses", b"rank_losses", "restored", b"restored", "results", b"results", "sequence", b"sequence", "step", b"step", "taken_at_unix_ns", b"taken_at_unix_ns", "tap", b"tap"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__loss: typing_extensions.TypeAlias = typing.Literal["loss"]
     _WhichOneofArgType__loss: typing_extensions.TypeAlias = typing.Literal["_loss", b"_loss"]
@@ -343,6 +351,8 @@ class Tap(google.protobuf.message.Message):
     LR_MULTIPLIER_FIELD_NUMBER: builtins.int
     SECOND_MOMENT_FIELD_NUMBER: builtins.int
     CLIP_FACTOR_FIELD_NUMBER: builtins.int
+    CHANGED_PARAMETER_FIELD_NUMBER: builtins.int
+    NON_FINITE_PARAMETER_FIELD_NUMBER: builtins.int
     clip_factor: builtins.float
     """The gradient's norm after clipping over that before; absent where no clipping was seen or told."""
     @property
@@ -369,6 +379,18 @@ class Tap(google.protobuf.message.Message):
     def second_moment(self) -> sharpwatch.v1.types_pb2.Array:
         """float32 [L]: mean of Adam's bias-corrected second moment before the step; NaN where there is none."""
 
+    @property
+    def changed_parameter(self) -> sharpwatch.v1.types_pb2.Array:
+        """int32 [L]: the parameter whose weights have moved the block's norm the most since the sample before, by its index
+        in parameter_names; -1 where there is none.
+        """
+
+    @property
+    def non_finite_parameter(self) -> sharpwatch.v1.types_pb2.Array:
+        """int32 [L]: the same of the parameter whose gradient has the most entries that are not finite, -1 where several have
+        as many; absent where all are finite.
+        """
+
     def __init__(
         self,
         *,
@@ -380,10 +402,12 @@ class Tap(google.protobuf.message.Message):
         lr_multiplier: sharpwatch.v1.types_pb2.Array | None = ...,
         second_moment: sharpwatch.v1.types_pb2.Array | None = ...,
         clip_factor: builtins.float | None = ...,
+        changed_parameter: sharpwatch.v1.types_pb2.Array | None = ...,
+        non_finite_parameter: sharpwatch.v1.types_pb2.Array | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_clip_factor", b"_clip_factor", "clip_factor", b"clip_factor", "gradient_norm", b"gradient_norm", "learning_rate", b"learning_rate", "lr_multiplier", b"lr_multiplier", "non_finite", b"non_finite", "second_moment", b"second_moment", "update_rms", b"update_rms", "weight_norm", b"weight_norm"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_clip_factor", b"_clip_factor", "changed_parameter", b"changed_parameter", "clip_factor", b"clip_factor", "gradient_norm", b"gradient_norm", "learning_rate", b"learning_rate", "lr_multiplier", b"lr_multiplier", "non_finite", b"non_finite", "non_finite_parameter", b"non_finite_parameter", "second_moment", b"second_moment", "update_rms", b"update_rms", "weight_norm", b"weight_norm"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_clip_factor", b"_clip_factor", "clip_factor", b"clip_factor", "gradient_norm", b"gradient_norm", "learning_rate", b"learning_rate", "lr_multiplier", b"lr_multiplier", "non_finite", b"non_finite", "second_moment", b"second_moment", "update_rms", b"update_rms", "weight_norm", b"weight_norm"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_clip_factor", b"_clip_factor", "changed_parameter", b"changed_parameter", "clip_factor", b"clip_factor", "gradient_norm", b"gradient_norm", "learning_rate", b"learning_rate", "lr_multiplier", b"lr_multiplier", "non_finite", b"non_finite", "non_finite_parameter", b"non_finite_parameter", "second_moment", b"second_moment", "update_rms", b"update_rms", "weight_norm", b"weight_norm"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__clip_factor: typing_extensions.TypeAlias = typing.Literal["clip_factor"]
     _WhichOneofArgType__clip_factor: typing_extensions.TypeAlias = typing.Literal["_clip_factor", b"_clip_factor"]

@@ -435,6 +435,8 @@ class Alert(google.protobuf.message.Message):
     ONSET_FIELD_NUMBER: builtins.int
     CLOSED_FIELD_NUMBER: builtins.int
     ACKNOWLEDGED_FIELD_NUMBER: builtins.int
+    PARAMETER_FIELD_NUMBER: builtins.int
+    RANK_FIELD_NUMBER: builtins.int
     id: builtins.str
     run: builtins.str
     name: builtins.str
@@ -452,6 +454,10 @@ class Alert(google.protobuf.message.Message):
     """Why it was closed; empty while it is open."""
     acknowledged: builtins.str
     """Who has acknowledged it, and what they noted."""
+    parameter: builtins.str
+    """The parameter in the first layer block that it most likely comes from; empty where that is not known."""
+    rank: builtins.int
+    """The rank that differs from the others; absent where no single one does."""
     @property
     def blocks(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Worst first."""
@@ -482,9 +488,16 @@ class Alert(google.protobuf.message.Message):
         onset: builtins.int = ...,
         closed: builtins.str = ...,
         acknowledged: builtins.str = ...,
+        parameter: builtins.str = ...,
+        rank: builtins.int | None = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["acknowledged", b"acknowledged", "active", b"active", "blocks", b"blocks", "cause", b"cause", "closed", b"closed", "evidence", b"evidence", "first_step", b"first_step", "id", b"id", "last_step", b"last_step", "layer_blocks", b"layer_blocks", "name", b"name", "names", b"names", "onset", b"onset", "run", b"run", "severity", b"severity"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_rank", b"_rank", "rank", b"rank"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_rank", b"_rank", "acknowledged", b"acknowledged", "active", b"active", "blocks", b"blocks", "cause", b"cause", "closed", b"closed", "evidence", b"evidence", "first_step", b"first_step", "id", b"id", "last_step", b"last_step", "layer_blocks", b"layer_blocks", "name", b"name", "names", b"names", "onset", b"onset", "parameter", b"parameter", "rank", b"rank", "run", b"run", "severity", b"severity"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__rank: typing_extensions.TypeAlias = typing.Literal["rank"]
+    _WhichOneofArgType__rank: typing_extensions.TypeAlias = typing.Literal["_rank", b"_rank"]
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rank) -> _WhichOneofReturnType__rank | None: ...
 
 Global___Alert: typing_extensions.TypeAlias = Alert
 

@@ -50,7 +50,7 @@ class Array(google.protobuf.message.Message):
     SHAPE_FIELD_NUMBER: builtins.int
     DATA_FIELD_NUMBER: builtins.int
     dtype: builtins.str
-    """One of float32, float64, int64."""
+    """One of float32, float64, int32, int64."""
     data: builtins.bytes
     """Exactly product(shape) * itemsize(dtype) bytes."""
     @property
@@ -77,6 +77,7 @@ class LayerBlock(google.protobuf.message.Message):
     LAYER_FIELD_NUMBER: builtins.int
     PARAMETERS_FIELD_NUMBER: builtins.int
     ADAPTER_PARAMETERS_FIELD_NUMBER: builtins.int
+    PARAMETER_NAMES_FIELD_NUMBER: builtins.int
     block: builtins.str
     """emb, qk, vo, ffn, norm, head or other."""
     layer: builtins.str
@@ -85,6 +86,10 @@ class LayerBlock(google.protobuf.message.Message):
     """Those that are trained."""
     adapter_parameters: builtins.int
     """Of these, the parameters of adapters, such as LoRA's."""
+    @property
+    def parameter_names(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Their names in the model; empty for all layer blocks where they are too long together."""
+
     def __init__(
         self,
         *,
@@ -92,8 +97,9 @@ class LayerBlock(google.protobuf.message.Message):
         layer: builtins.str = ...,
         parameters: builtins.int = ...,
         adapter_parameters: builtins.int = ...,
+        parameter_names: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["adapter_parameters", b"adapter_parameters", "block", b"block", "layer", b"layer", "parameters", b"parameters"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["adapter_parameters", b"adapter_parameters", "block", b"block", "layer", b"layer", "parameter_names", b"parameter_names", "parameters", b"parameters"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___LayerBlock: typing_extensions.TypeAlias = LayerBlock

@@ -146,6 +146,11 @@ def train(make, shard, ids, *, scattered=False):
         check_sketch(block_map, model, optimizer)
         assert found.non_finite.tolist() == expected.non_finite.tolist()
         assert found.non_finite.sum() == (step == STEPS - 1)
+        assert found.changed_parameter.tolist() == expected.changed_parameter.tolist()
+        assert (found.changed_parameter >= 0).any() == (step > 0)
+        if step == STEPS - 1:
+            assert found.non_finite_parameter.tolist() == expected.non_finite_parameter.tolist()
+            assert (found.non_finite_parameter >= 0).sum() == 1
         if step >= 2:  # before, no rank knows the mean of v̂ over a part, which is its floor
             assert np.isfinite(found.update_rms).any()
             np.testing.assert_allclose(found.update_rms[~untold], expected.update_rms[~untold], rtol=1e-5)

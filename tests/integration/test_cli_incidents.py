@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import time
 
 import grpc
@@ -20,7 +21,10 @@ HELLO = agent_pb2.Hello(
     training_job="job",
     run="gpt2-a1",
     attempt="first",
-    layer_blocks=[LayerBlock(block=block, layer="layers.0", parameters=64) for block in ("qk", "vo")],
+    layer_blocks=[
+        LayerBlock(block=block, layer="layers.0", parameters=64, parameter_names=[f"h.0.{block}.{i}" for i in range(2)])
+        for block in ("qk", "vo")
+    ],
     blocks=["qk", "vo"],
     optimizer="AdamW",
     control="lr",
@@ -30,12 +34,22 @@ HELLO = agent_pb2.Hello(
 
 
 def sample(step):
-    """A sample of a healthy step; the gradient of qk is not finite at step 2."""
+    """A sample of a healthy step; the gradient of qk, and the loss of rank 2, are not finite at step 2."""
     tap = agent_pb2.Tap()
     for name in ("gradient_norm", "weight_norm", "update_rms", "learning_rate", "lr_multiplier"):
         getattr(tap, name).CopyFrom(wire.encode(np.ones(2), "float32"))
     tap.non_finite.CopyFrom(wire.encode(np.array([3 if step == 2 else 0, 0]), "int64"))
-    return agent_pb2.Sample(sequence=step, step=step, taken_at_unix_ns=time.time_ns(), loss=3.5, tap=tap)
+    if step == 2:
+        tap.non_finite_parameter.CopyFrom(wire.encode([1, -1], "int32"))
+    loss, broken = (math.nan, math.inf) if step == 2 else (3.5, 3.5)
+    return agent_pb2.Sample(
+        sequence=step,
+        step=step,
+        taken_at_unix_ns=time.time_ns(),
+        loss=loss,
+        tap=tap,
+        rank_losses=wire.encode([3.5, 3.5, broken], "float32"),
+    )
 
 
 async def train(address, steps, journalled):
@@ -93,12 +107,14 @@ async def test_an_incident_is_listed_and_acknowledged(trained, cli):
     (incident,) = listed["incidents"]
     assert (incident["id"], incident["onset"], incident["first_step"]) == (id_, 2, 2)
     assert (incident["cause"], incident["layer_blocks"], incident["active"]) == ("non-finite", ["layers.0.qk"], True)
+    assert (incident["parameter"], incident["rank"]) == ("h.0.qk.1", 2)
     assert incident["acknowledged"] == "ada@node3: bad shard"
 
     status, out, _ = await cli("show", "gpt2-a1")
     assert status == 0
     (shown,) = [line for line in out.splitlines() if line.startswith("NonFinite")]
-    assert shown.split()[:6] == ["NonFinite", "critical", "non-finite", "layers.0.qk", "2", "2"]
+    assert shown.split()[:5] == ["NonFinite", "critical", "non-finite", "layers.0.qk", "(h.0.qk.1);"]
+    assert shown.split()[5:9] == ["rank", "2", "2", "2"]
 
 
 async def test_a_closed_incident_is_listed_with_all(trained, cli):
@@ -126,7 +142,7 @@ async def test_a_reference_is_set_printed_and_cleared(trained, cli, tmp_path):
     await trained(40)
     assert await cli("reference", "gpt2") == (0, "gpt2-a1: no reference\n", "")
     log = tmp_path / "good.csv"
-    log.write_text("step,loss\n" + "".join(f"{step},{3.0}\n" for step in range(1, 31)))
+    log.write_text("step,loss\n" + "".join(f"{step},{3.0}\n" for step in range(1, 32)))  # of which step 2 has no loss
     shown = f"{log}: loss 0.5 ± 0 from it over the newest of 30 common steps"
     assert await cli("reference", "gpt2-a1", str(log), "--reason", "trains") == (0, f"gpt2-a1: {shown}\n", "")
     assert await cli("reference", "gpt2") == (0, f"gpt2-a1: {shown}\n", "")

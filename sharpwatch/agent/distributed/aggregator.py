@@ -55,6 +55,7 @@ class RecordAggregator:
         told_norm = number(record.loss.gradient_norm)
         # Ranks may lack a loss, so the mean is over those that had one.
         record.loss = StepLoss([(summed.loss / summed.losses, [1.0])] if summed.losses else [])
+        record.rank_losses = summed.rank_losses if summed.losses else None
         if self._summed and record.tap is not None:
             # A sum that lacks one rank's part would look like a smaller gradient.
             if summed.taps == ranks and summed.tap_sums is not None:

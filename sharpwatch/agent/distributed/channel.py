@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -29,12 +30,14 @@ from torch import Tensor
 
 from sharpwatch.agent.distributed.commit import CHUNK_BYTES, COMMIT_DELAY_STEPS, Ack, Committed, TwoPhaseCommit
 from sharpwatch.agent.distributed.rendezvous import Channel, collective_timeout, retire
+from sharpwatch.wire import MAX_RANKS
 
 _WAIT_SECONDS = 2.0  # that a step waits for a reduction which all ranks should have launched
 _MAX_UNREAD = 128  # messages; ranks that are further apart are lost to each other
 # A single wait of gloo's may run out and be repeated; the group's own timeout ends the group.
 _FOREVER = timedelta(days=30)  # the timeout of the group itself: it can't be used again after one
 _MODULUS = 2**20  # of the header's numbers, so that the sum of 8192 ranks' squares is exact
+_LARGEST = 3.4e38  # of a loss: what single precision holds
 _LOG = logging.getLogger("sharpwatch")
 
 _Array = npt.NDArray[np.float64]
@@ -59,7 +62,9 @@ class RankProgress:
 class StepMessage:
     """The message of one step: rank 0's own numbers, and sums over all ranks.
 
-    `tap_sums` and `loss` are those of one step, which may be an earlier one than that of `progress`.
+    `tap_sums` and `loss` are those of one step, which may be an earlier one than that of `progress`. `rank_losses` [R]
+    has the loss of each rank in a message that was received, infinite where it is not finite and NaN where a rank had
+    none; it is None with more than `MAX_RANKS` ranks.
     """
 
     progress: RankProgress
@@ -70,6 +75,7 @@ class StepMessage:
     taps: int = 0  # ranks whose tap was read
     swallowed_errors: int = 0
     tap_sums: _Array | None = None
+    rank_losses: _Array | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +95,7 @@ class _PendingReduction:
 
 _HEADER = 3  # numbers that say what a reduction is; their squares follow
 _FIELDS = 9  # of a step message: clock, due probes, loss, losses, taps, errors, bytes left, acknowledged, objections
-_CHUNK = CHUNK_BYTES // 4  # then a command's chunk, four bytes in a number; then the tap's sums
+_CHUNK = CHUNK_BYTES // 4  # then a command's chunk, four bytes in a number; then each rank's loss; then the tap's sums
 
 
 class RankGroup:
@@ -105,7 +111,8 @@ class RankGroup:
         self.lost = False
         self._tap_size = tap_size
         # Fixed at attach, also for votes and sums: gloo ends a process whose peer sends another size.
-        self._width = _FIELDS + _CHUNK + tap_size
+        self._losses = slice(_FIELDS + _CHUNK, _FIELDS + _CHUNK + (self.size if self.size <= MAX_RANKS else 0))
+        self._width = self._losses.stop + tap_size
         self._commit = TwoPhaseCommit(self.size, channel.arbiter)
         self._next = 0  # number of the next step message
         self._unread: deque[_PendingReduction] = deque()  # step messages
@@ -252,8 +259,10 @@ class RankGroup:
         if self.is_rank_zero:
             payload[0], payload[1], payload[6] = own.clock_unix_ns, own.due_probes, ack.bytes_left
             payload[_FIELDS : _FIELDS + _CHUNK] = np.frombuffer(ack.chunk.ljust(CHUNK_BYTES, b"\0"), "<u4")
+        # Each rank writes in a place of its own, so that the sum has all of them.
+        payload[self._losses][self.rank : self.rank + 1] = _slot(own)
         if own.tap_sums is not None:
-            payload[_FIELDS + _CHUNK :] = own.tap_sums
+            payload[self._losses.stop :] = own.tap_sums
         return self._launch(_ReductionKind.STEP, own.progress, payload, number)
 
     def _launch(
@@ -311,9 +320,12 @@ class RankGroup:
         chunk = payload[_FIELDS : _FIELDS + _CHUNK].astype("<u4").tobytes()[: min(CHUNK_BYTES, int(left))]
         summed = Ack(chunk, int(left), int(acknowledged), int(objections))
         self._commit.receive(launched.message, summed, int(clock))
-        sums = payload[_FIELDS + _CHUNK :] if self._tap_size else None
+        sums = payload[self._losses.stop :] if self._tap_size else None
+        of_ranks = payload[self._losses] if self.size <= MAX_RANKS else None
         self._read_messages.append(
-            StepMessage(launched.progress, clock, int(due_probes), loss, int(losses), int(taps), int(errors), sums)
+            StepMessage(
+                launched.progress, clock, int(due_probes), loss, int(losses), int(taps), int(errors), sums, of_ranks
+            )
         )
 
     def _take_read(self) -> list[StepMessage]:
@@ -344,6 +356,13 @@ class RankGroup:
 # Freed while torch still works on them, a group and its tensors can deadlock the process; at its end it would wait.
 _LEFT: list[RankGroup] = []
 ctypes.pythonapi.Py_IncRef(ctypes.py_object(_LEFT))
+
+
+def _slot(own: StepMessage) -> float:
+    """This rank's loss as `StepMessage.rank_losses` has it."""
+    if not own.losses:
+        return math.nan
+    return own.loss if abs(own.loss) <= _LARGEST else math.inf  # not so for NaN
 
 
 def _place(header: _Array) -> str:

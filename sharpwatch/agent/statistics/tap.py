@@ -51,6 +51,10 @@ class TapReading:
         learning_rate: Mean learning rate over the parameters, multiplier included.
         lr_multiplier: Mean multiplier over the parameters.
         second_moment: Mean of v̂ before the step; NaN where it is not known of all parameters.
+        changed_parameter: The parameter that has moved the weight norm the most since the reading before, by its index
+            in `block_map.parameter_names`; -1 where there is none.
+        non_finite_parameter: The same of the one with the most entries of the gradient that are not finite, -1 also
+            where several have as many; None where all are finite.
         clip_factor: The gradient's norm after clipping over that before; NaN if no clipping was seen or told.
     """
 
@@ -61,6 +65,8 @@ class TapReading:
     learning_rate: Array
     lr_multiplier: Array
     second_moment: Array
+    changed_parameter: Array
+    non_finite_parameter: Array | None = None
     clip_factor: float = math.nan
 
 
@@ -147,6 +153,7 @@ class Tap:
         self._optimizers = optimizers
         self._layer_of = np.array(block_map.layer_block_of)
         self._layers = len(block_map.layer_blocks)
+        self._culprits = Culprits(block_map)
         self._numel = np.array([part.numel for part in self._parts], dtype=np.float64)
         # Until a floor is known, a whole part computes its own from its mean. A piece can't: its mean is another.
         self._no_floors = np.array([math.nan if each.is_whole else 0.0 for each in self._entries])
@@ -237,7 +244,8 @@ class Tap:
     def reading(self, sums: Array, told_norm: float = math.nan) -> TapReading:
         """Turn the sum of all ranks' `local` arrays into a reading.
 
-        This also sets the floors of the next readings, so every rank must call it, after the same step.
+        This also sets the floors of the next readings, and the weights that they are compared with, so every rank must
+        call it, after the same step.
 
         Args:
             sums: The sum.
@@ -266,6 +274,8 @@ class Tap:
             learning_rate=self._owned_mean(rates, owned, 0.0),
             lr_multiplier=self._owned_mean(multipliers, owned, 1.0),
             second_moment=self._second_moment(sums[:, SECOND]),
+            changed_parameter=self._culprits.changed(sums[:, WEIGHT]),
+            non_finite_parameter=self._culprits.non_finite(sums[:, NON_FINITE]),
             clip_factor=after / before if before > 0 else math.nan,
         )
 
@@ -370,6 +380,61 @@ class Tap:
             seconds = [None] * len(weights) if second is None else place.entries.views(part, second)
             for piece in zip(weights, gradients, seconds, strict=True):
                 yield i, PartTensors(*piece, correction, floor)
+
+
+class Culprits:
+    """Finds in each layer block the parameter that explains most of what the block shows.
+
+    Parameters are named by their index in `block_map.parameter_names` of their layer block, -1 for none.
+
+    Args:
+        block_map: The blocks of the model.
+    """
+
+    def __init__(self, block_map: BlockMap) -> None:
+        names = block_map.parameter_names
+        self._sizes = np.array([len(each) for each in names], dtype=np.int64)
+        self._starts = np.cumsum(self._sizes) - self._sizes
+        self._indices = np.array([i for each in names for i in range(len(each))], dtype=np.int64)
+        # The parts of one parameter in one layer block are one row.
+        rows = {row: i for i, row in enumerate((block, name) for block, own in enumerate(names) for name in own)}
+        places = zip(block_map.layer_block_of, block_map.parts, strict=True)
+        self._row_of = np.array([rows[block, part.parameter] for block, part in places], dtype=np.int64)
+        self._weights = np.full(len(self._indices), np.nan)  # of the reading before
+
+    def changed(self, weights: Array) -> Array:
+        """The parameter of each layer block [L] whose weights have moved the block's norm the most.
+
+        What moves a norm is the sum of squares. A small parameter may change by more of itself and still move nothing.
+
+        Args:
+            weights: Sums of squared weights, one a part; those of the call before are what they are compared with.
+        """
+        before, self._weights = self._weights, self._rows(weights)
+        with np.errstate(invalid="ignore"):  # infinite before and now
+            return self._largest(np.abs(self._weights - before))
+
+    def non_finite(self, counts: Array) -> Array | None:
+        """The parameter of each layer block [L] with the most entries that are not finite; None where all are finite.
+
+        Args:
+            counts: Of such entries of the gradient, one a part.
+        """
+        return self._largest(self._rows(counts)) if counts.any() else None
+
+    def _rows(self, values: Array) -> Array:
+        rows: Array = np.bincount(self._row_of, weights=values, minlength=len(self._indices))
+        return rows
+
+    def _largest(self, values: Array) -> Array:
+        """The index of the largest value of each layer block; -1 where it is 0 or unknown, or several are as large."""
+        largest = np.maximum.reduceat(values, self._starts)
+        is_largest = values == np.repeat(largest, self._sizes)
+        alone = np.add.reduceat(is_largest, self._starts, dtype=np.int64) == 1
+        with np.errstate(invalid="ignore"):
+            alone &= largest > 0
+        index: Array = np.add.reduceat(np.where(is_largest, self._indices, 0), self._starts)
+        return np.where(alone, index, -1)
 
 
 def _real(tensor: Tensor | None) -> Any:

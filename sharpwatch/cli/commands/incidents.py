@@ -58,19 +58,33 @@ def _row(alert: Alert) -> tuple[str, ...]:
         alert.severity,
         alert.cause,
         alert.name,
-        culprit(alert.layer_blocks or alert.blocks),
+        culprit_of(alert),
         alert.evidence + (f" (closed: {alert.closed})" if alert.closed else ""),
         alert.acknowledged or output.ABSENT,
     )
 
 
-def culprit(layer_blocks: Iterable[str]) -> str:
-    """The layer blocks that an incident is about, the likeliest culprit first; the first three by name."""
+def culprit_of(alert: Alert) -> str:
+    """As `culprit`, of an incident in an answer."""
+    return culprit(alert.layer_blocks or alert.blocks, alert.parameter, alert.rank if alert.HasField("rank") else None)
+
+
+def culprit(layer_blocks: Iterable[str], parameter: str = "", rank: int | None = None) -> str:
+    """What an incident is about.
+
+    Args:
+        layer_blocks: The layer blocks, the likeliest culprit first; the first three are named.
+        parameter: The parameter of the first one, if known.
+        rank: The rank that differs, if one does.
+    """
     names = tuple(layer_blocks)
+    whose = "" if rank is None else f"rank {rank}"
     if names in {(), _STANDS_FOR_ALL}:
-        return WHOLE_MODEL
+        return whose or WHOLE_MODEL
     rest = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+    first = f"{names[0]} ({parameter})" if parameter else names[0]
+    named = ", ".join((first, *names[1:_NAMED])) + (f" and {rest} more" if rest > 0 else "")
+    return f"{named}; {whose}" if whose else named
 
 
 @click.command(cls=DaemonCommand, example="sharpwatch ack 3f9c01d2ab47 --reason 'bad shard, skipping it'")

@@ -215,7 +215,7 @@ def _incident(each: JudgedIncident) -> tuple[str, ...]:
         found.severity,
         found.cause,
         found.name,
-        culprit(found.layer_blocks),
+        culprit(found.layer_blocks, found.parameter, found.rank),
         "; ".join(found.evidence),
     )
 

@@ -12,7 +12,7 @@ import click
 from sharpwatch.blocks import SHARPNESS_ORDER
 from sharpwatch.cli import output
 from sharpwatch.cli.client import author, operator, resolve_run, run_argument
-from sharpwatch.cli.commands.incidents import culprit
+from sharpwatch.cli.commands.incidents import culprit_of
 from sharpwatch.cli.options import DaemonCommand, DaemonOptions, reason_option
 from sharpwatch.cli.output import Grid, print_answer
 from sharpwatch.v1.operator_pb2 import (
@@ -257,7 +257,7 @@ def alerts(detail: RunDetail) -> Grid:
                 alert.name,
                 alert.severity,
                 alert.cause or output.ABSENT,
-                culprit(alert.layer_blocks or alert.blocks),
+                culprit_of(alert),
                 str(alert.onset),
                 str(alert.last_step),
                 alert.evidence,

@@ -73,6 +73,8 @@ def alert_message(incident: Incident) -> operator_pb2.Alert:
         onset=incident.onset,
         closed=incident.closed,
         acknowledged=incident.acknowledged,
+        parameter=incident.parameter,
+        rank=incident.rank,
         first_step=incident.first_step,
         last_step=incident.last_step,
         active=incident.active,

@@ -53,6 +53,7 @@ class RunController:
         *,
         layer_blocks: Sequence[tuple[str, str]],
         parameters: Ints,
+        parameter_names: Sequence[Sequence[str]] = (),
         policies: Iterable[PolicyConfig],
         budget: Budget = USUAL,
         mode: Mode | None = None,
@@ -64,7 +65,7 @@ class RunController:
         permissions = Permissions(control, lr_bounds, can_roll_back)
         self._chain = EscalationChain(tuple(policies))
         self._log = DecisionLog(run, dict.fromkeys(block for block, _ in layer_blocks))
-        self.detection = RunDetection(run, layer_blocks, parameters, new_id, budget)
+        self.detection = RunDetection(run, layer_blocks, parameters, new_id, budget, parameter_names=parameter_names)
         self._incidents = self.detection.incidents
         self._requests = OperatorRequests(self._log, permissions, new_id)
         self._lifecycle = DecisionLifecycle(self._log, self._incidents, self._chain)

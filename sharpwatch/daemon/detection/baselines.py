@@ -241,31 +241,32 @@ def _fit(logs: Doubles, values: Doubles, floors: Doubles, shares: Doubles, least
     if not np.count_nonzero(enough):
         return None
     origin = float(logs.mean())
-    x = logs - origin
-    terms, squares = np.array([np.ones_like(x), x]), x * x
+    x = (logs - origin)[:, None]
     y = np.where(measured, values, 0.0)
     known = measured.astype(np.float64)
-    rows = np.maximum(counts, 1).astype(np.float64)
-    middle = x @ known / rows
-    weights, line, sd = known, np.zeros((2, y.shape[1])), rows
+    weights, level, slope, sd = known, floors, floors, floors  # until the first pass
     for again in range(4):
-        (total, sum_x), (sum_y, sum_xy) = terms @ weights, terms @ (weights * y)
-        slope = (total * sum_xy - sum_x * sum_y) / (total * (squares @ weights) - sum_x * sum_x)
-        line[:] = (sum_y - slope * sum_x) / total, slope
-        residual = y - terms.T @ line
+        weighted = weights * x
+        total, sum_x, sum_xx = weights.sum(0), weighted.sum(0), (weighted * x).sum(0)
+        sum_y, sum_xy = (weights * y).sum(0), (weighted * y).sum(0)
+        slope = (total * sum_xy - sum_x * sum_y) / (total * sum_xx - sum_x**2)
+        level = (sum_y - slope * sum_x) / total
+        residual = y - level - slope * x
         # Robust first, about the median: outliers on one side move least squares. Later over the weights.
         if again == 0:
             residual = np.abs(residual - _medians(residual, measured, counts))
             sd = _MAD_TO_SD * _medians(residual, measured, counts)
         else:
             residual = np.abs(residual)
-            sd = np.sqrt(np.square(weights * residual).sum(0) / np.maximum(total - 2, 1))
-        sd = np.maximum(sd, floors + shares * np.abs(line[0]))
+            sd = np.sqrt(((weights * residual) ** 2).sum(0) / np.maximum(total - 2, 1))
+        sd = np.maximum(sd, floors + shares * np.abs(level))
         if again < 3:
             weights = np.minimum(known, _CLIP * sd / residual)
-    spread = np.maximum(squares @ known - rows * middle * middle, 1e-300)
+    rows = np.maximum(counts, 1).astype(np.float64)
+    middle = (known * logs[:, None]).sum(0) / rows
+    squares = np.maximum((known * (logs[:, None] - middle) ** 2).sum(0), 1e-300)
     last = float(2 * logs.max() - logs.min())
-    return _Line(origin, last, line[0], line[1], 1.0 / rows, origin + middle, spread, np.where(enough, sd, np.nan))
+    return _Line(origin, last, level, slope, 1.0 / rows, middle, squares, np.where(enough, sd, np.nan))
 
 
 def _medians(values: Doubles, measured: npt.NDArray[np.bool_], counts: npt.NDArray[np.intp]) -> Doubles:
@@ -385,6 +386,16 @@ class Level:
             self._note_ages()
             z[~self._is_judged] = np.nan
         return z
+
+    @property
+    def level(self) -> Doubles:
+        """The level of each series; NaN before it is known."""
+        return self._level
+
+    @property
+    def sd(self) -> Doubles:
+        """The standard deviation of each series; NaN before it is known."""
+        return MEAN_TO_SD * self._spread
 
     def forget(self, columns: np.ndarray) -> None:
         """Begin some series anew: their values mean something else from now on."""

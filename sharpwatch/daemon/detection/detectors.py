@@ -8,18 +8,19 @@ and a page.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from sharpwatch.daemon.detection.baselines import Highest
+from sharpwatch.daemon.detection.judged import Detector, Judged, listed, with_parameter
+from sharpwatch.daemon.detection.ranks import broken_ranks, ranks_text
 from sharpwatch.daemon.detection.signals import ROW, Scores
-from sharpwatch.daemon.detection.thresholds import NAMES, Limit
+from sharpwatch.daemon.detection.thresholds import NAMES
 from sharpwatch.daemon.records import AlertName, Finding, OptimizerGroup, Severity
 from sharpwatch.wire import Doubles
 
-_NAMED = 4  # layer blocks that a text names
 # A rate this far above the highest that it has held. Restarts of a schedule come a little above a peak that the end of
 # the warm-up has cut off: by a sixth, where that took a quarter of the first cycle.
 RATE_NOTABLE, RATE_RAISED = 1.2, 1.4
@@ -50,62 +51,27 @@ _RATIO_MATTERS = 0.2
 _ATTENTION_RISEN, _ATTENTION_Z = math.log(2.0), 3.0
 
 
-@dataclass(slots=True)
-class Judged:
-    """The newest samples of a run, for detectors.
-
-    Attributes:
-        now: The newest scores.
-        step: The newest step.
-        recent: The newest scores and those before, the newest last.
-        probes: The newest scores with a stability ratio, the newest last.
-        sharp_probes: The newest scores with a trace, the newest last.
-        names: Of the layer blocks, as "layers.3.qk".
-        blocks: The block types.
-        statistics: Of the newest sample, as `thresholds.statistics`.
-        limits: By statistic, what is worth a warning, and what a page.
-        exceeded: The statistics that are worth a warning.
-    """
-
-    now: Scores
-    step: int
-    recent: Sequence[Scores]
-    probes: Sequence[Scores]
-    sharp_probes: Sequence[Scores]
-    names: Sequence[str]
-    blocks: Sequence[str]
-    statistics: Doubles
-    limits: Mapping[str, Limit]
-    exceeded: Sequence[str]
-
-    def named(self, badness: Doubles, where: np.ndarray) -> tuple[str, ...]:
-        """The layer blocks `where`, worst first."""
-        order = np.argsort(-np.nan_to_num(badness, nan=-math.inf, posinf=1e300), kind="stable")
-        return tuple(self.names[i] for i in order if where[i])
-
-
-Detector = Callable[[Judged], Iterable[Finding]]
-
-
-def listed(names: Sequence[str]) -> str:
-    """The first of `names`, and how many more there are."""
-    more = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
-
-
 def non_finite(judged: Judged) -> Iterable[Finding]:
     """A loss or a gradient that is not finite: at once, also in a young run."""
     seen = judged.now.observation
     evidence = [] if seen.loss is None or math.isfinite(seen.loss) else [f"loss is {seen.loss}"]
+    ranks = broken_ranks(seen.rank_losses) if evidence else ()
+    if ranks and seen.rank_losses is not None:
+        evidence = [f"{evidence[0]}, from {ranks_text(ranks, len(seen.rank_losses))} alone"]
     blocks: tuple[str, ...] = ()
+    parameter = ""
     if seen.layers is not None:
         counts, infinite = seen.layers.non_finite, np.isinf(seen.layers.gradient_norm)
         if np.count_nonzero(counts) or np.count_nonzero(infinite):
             bad = (counts > 0) | infinite
             blocks = judged.named(counts.astype(np.float64), bad)
-            evidence.append(f"gradient of {listed(blocks)} not finite")
+            parameter = judged.parameter(blocks[0], seen.layers.non_finite_parameter)
+            evidence.append(f"gradient of {listed((with_parameter(blocks[0], parameter), *blocks[1:]))} not finite")
     if evidence:
-        yield Finding("NonFinite", "critical", "; ".join(evidence), seen.step, seen.step, blocks)
+        rank = ranks[0] if len(ranks) == 1 else None
+        yield Finding(
+            "NonFinite", "critical", "; ".join(evidence), seen.step, seen.step, blocks, parameter=parameter, rank=rank
+        )
 
 
 def rate_raise(judged: Judged) -> Iterable[Finding]:
@@ -218,11 +184,12 @@ def impossible_change(judged: Judged) -> Iterable[Finding]:
         blocks = judged.named(share, where)
         worst = judged.names.index(blocks[0])
         change = float(judged.now.weight_change[worst])
+        parameter = judged.changed_parameter(judged.now, blocks[0])
         evidence = (
-            f"weight norm of {blocks[0]} ×{math.exp(min(change, 700.0)):.4g} in one step, {share[worst]:.3g} times "
+            f"weight norm of {with_parameter(blocks[0], parameter)} ×{math.exp(min(change, 700.0)):.4g} in one step, "
+            f"{share[worst]:.3g} times what a step can do"
         )
-        evidence += "what a step can do"
-        yield Finding("WeightJump", "critical", evidence, judged.step, judged.step, blocks)
+        yield Finding("WeightJump", "critical", evidence, judged.step, judged.step, blocks, parameter=parameter)
 
 
 def dead_block(judged: Judged) -> Iterable[Finding]:
@@ -260,8 +227,10 @@ def weight_jump(judged: Judged) -> Iterable[Finding]:
         blocks = judged.named(score, where)
         worst = judged.names.index(blocks[0])
         factor = math.exp(min(float(then.weight_change[worst]), 700.0))
-        evidence = f"weight norm of {blocks[0]} ×{factor:.4g} in one step ({score[worst]:.3g} sd)"
-        yield Finding("WeightJump", severity, evidence, judged.step, then.observation.step, blocks)
+        parameter = judged.changed_parameter(then, blocks[0])
+        evidence = f"weight norm of {with_parameter(blocks[0], parameter)} ×{factor:.4g} in one step "
+        evidence += f"({score[worst]:.3g} sd)"
+        yield Finding("WeightJump", severity, evidence, judged.step, then.observation.step, blocks, parameter=parameter)
 
 
 def weight_growth(judged: Judged) -> Iterable[Finding]:

@@ -22,6 +22,7 @@ _BLOCK_ALERTS: set[AlertName] = {"WeightGrowth", "DeadBlock", "UpdateRmsSpike", 
 _LOCAL: set[Cause] = {"instability", "silent"}
 # What a batch can bring about: runs with the same data then show it at the same step.
 BY_BATCH: set[AlertName] = {"LossSpike", "LossDrop", "GradientSpike", "UpdateRmsSpike", "NonFinite"}
+_OF_A_RANK: set[AlertName] = {"RankDiffers", "NonFinite"}  # whose findings can name a rank
 _BRIEF = 5  # samples; the onset of what is found in a mean over more is an estimate
 # What disturbs weights by itself: under such a cause their jumps are consequences.
 _MOVES_WEIGHTS: set[Cause] = {"learning-rate", "optimizer-state", "non-finite", "damaged-weight"}
@@ -209,6 +210,8 @@ class IncidentLog:
             last_step=finding.step,
             active=True,
             span=finding.span,
+            parameter=finding.parameter,
+            rank=finding.rank,
         )
         entry = _Open(incident, finding, {finding.name: finding}, recorded=finding.step)
         self.opened[incident.id] = entry
@@ -239,6 +242,9 @@ class IncidentLog:
             onset=min(explains.onset, before.onset),
             last_step=max(before.last_step, finding.step),
             span=explains.span,
+            parameter=explains.parameter,
+            # One rank's doing shows in the mean over ranks, too.
+            rank=next((each.rank for each in (explains, *others) if each.rank is not None), before.rank),
         )
         evidence = (explains.evidence, *(each.evidence for each in others), *twins_evidence(after))
         after = entry.incident = replace(after, cause=_attributed(_cause(entry), after), evidence=evidence)
@@ -280,16 +286,17 @@ def _is_part(finding: Finding, incident: Incident) -> bool:
 def _explains_best(finding: Finding) -> tuple[bool, int, int]:
     """The cause comes before its consequences: whatever is sure and began first explains the rest.
 
-    What stands out in a mean over several samples may seem to have begun before its cause.
+    What stands out in a mean over several samples may seem to have begun before its cause. What one rank alone shows is
+    no consequence of what all share.
     """
-    onset = finding.onset - (_TOGETHER if finding.is_exact else 0)
+    onset = finding.onset - (_TOGETHER if finding.is_exact or finding.rank is not None else 0)
     return finding.severity == "warning", onset, _RANK[finding.name]
 
 
 def _cause(entry: _Open) -> Cause:
     explains, first = entry.explains, entry.first
     # Blocks out of their levels together with the loss are what wrong data look like; the blocks' z only came first.
-    losses = [first[name].onset for name in ("LossSpike", "LossDrop") if name in first]
+    losses = [first[name].onset for name in ("LossSpike", "LossDrop", "RankDiffers") if name in first]
     if explains.name in _BLOCK_ALERTS and losses:
         return "data" if min(losses) - explains.onset <= _WITH_LOSS else "instability"
     return CAUSES[explains.name]
@@ -333,7 +340,8 @@ def _attributed(cause: Cause, incident: Incident) -> Cause:
         return cause
     if _divided(incident.in_twins, incident)[0]:
         return "data"
-    if incident.not_in_twins and cause == "data":
+    # What one rank alone shows can be the data that it alone reads.
+    if incident.not_in_twins and cause == "data" and incident.rank is None:
         return next((CAUSES[name] for name in incident.names if CAUSES[name] != "data"), "instability")
     return cause
 
@@ -351,9 +359,19 @@ def _restored(incident: Incident) -> _Open:
         incident.onset,
         incident.layer_blocks,
         span=incident.span,
+        parameter=incident.parameter,
+        rank=incident.rank if incident.name in _OF_A_RANK else None,
     )
     others = {
-        name: replace(finding, name=name, evidence=evidence, onset=incident.last_step, layer_blocks=())
+        name: replace(
+            finding,
+            name=name,
+            evidence=evidence,
+            onset=incident.last_step,
+            layer_blocks=(),
+            parameter="",
+            rank=None,
+        )
         for name, evidence in zip(incident.names[1:], incident.evidence[1:], strict=False)
     }
     return _Open(incident, finding, {incident.name: finding, **others}, recorded=incident.last_step)

@@ -10,15 +10,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sharpwatch.daemon.detection.detectors import Judged, findings
+from sharpwatch.daemon.detection.detectors import findings
 from sharpwatch.daemon.detection.history import Losses, StepHistory
 from sharpwatch.daemon.detection.incidents import BY_BATCH, IncidentLog
+from sharpwatch.daemon.detection.judged import Judged
+from sharpwatch.daemon.detection.ranks import RankLosses
 from sharpwatch.daemon.detection.reference import ReferenceTest
 from sharpwatch.daemon.detection.sharpness import Sharpness
 from sharpwatch.daemon.detection.signals import EXCURSION, Scores, Signals
 from sharpwatch.daemon.detection.state import packed, unpacked
 from sharpwatch.daemon.detection.thresholds import USUAL, Budget, Limits, statistics
 from sharpwatch.daemon.records import AlertName, Finding, Incident, Observation
+from sharpwatch.wire import Floats
 
 # z of the loss, or of what all gradients have in common, that counts where a run with the same data stood out: less
 # than for an excursion, since it is looked at for three steps and not for all of them.
@@ -49,15 +52,18 @@ class RunDetection:
         parameters: The number of parameters of each.
         new_id: Makes the ids of incidents.
         budget: Of false alarms.
+        parameter_names: The names of the parameters of each layer block; empty where they are not known.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a run is, and how it is judged
         self,
         run: str,
         layer_blocks: Sequence[tuple[str, str]],
         parameters: npt.NDArray[Any],
         new_id: Callable[[], str],
         budget: Budget = USUAL,
+        *,
+        parameter_names: Sequence[Sequence[str]] = (),
     ) -> None:
         self.names = tuple(layer_block_name(*each) for each in layer_blocks)
         self.incidents = IncidentLog(run, new_id)
@@ -67,6 +73,8 @@ class RunDetection:
         self.history = StepHistory()
         self.reference: ReferenceTest | None = None
         self._types = np.array([block for block, _ in layer_blocks])
+        self._parameter_names = parameter_names
+        self._ranks: RankLosses | None = None  # made with the first losses of ranks, which say how many there are
         self._make = (parameters, tuple(block for block, _ in layer_blocks), budget)
         self._signals, self._limits = self._made()
 
@@ -177,10 +185,18 @@ class RunDetection:
                 found,
                 limits,
                 exceeded,
+                self._parameter_names,
             )
         )
+        if observation.rank_losses is not None:
+            made += self._judge_ranks(observation, observation.rank_losses, keep_out=wrong)
         self._note_step(now, made)
         return made
+
+    def _judge_ranks(self, observation: Observation, losses: Floats, *, keep_out: bool) -> list[Finding]:
+        if self._ranks is None or self._ranks.ranks != len(losses):
+            self._ranks = RankLosses(len(losses), self._make[2])
+        return self._ranks.see(observation.step, losses, keep_out=keep_out)
 
     def replay(self, observation: Observation) -> None:
         """Take in a journalled step: baselines and open incidents move on, and none opens or closes."""
@@ -188,7 +204,8 @@ class RunDetection:
 
     def state(self) -> bytes:
         """The baselines, thresholds and history, from which another daemon goes on with `load_state`."""
-        return packed(self._signals.state() | self._limits.state() | self.history.state())
+        ranks = {} if self._ranks is None else self._ranks.state()
+        return packed(self._signals.state() | self._limits.state() | self.history.state() | ranks)
 
     def load_state(self, state: bytes) -> None:
         """Go on from `state`; raises `ValueError`, and begins anew, where it is damaged or of other layer blocks."""
@@ -197,12 +214,16 @@ class RunDetection:
             self._signals.load_state(arrays)
             self._limits.load_state(arrays)
             self.history = StepHistory.from_state(arrays)
+            self._ranks = RankLosses.from_state(arrays, self._make[2])
         except (ValueError, KeyError, TypeError) as error:
             self._signals, self._limits = self._made()
             raise ValueError(f"the state of the baselines can't be used: {error}") from error
 
     def take_over(self, earlier: RunDetection) -> None:
-        """Carry on for a new attempt of the run: with its baselines where its layer blocks are the same."""
+        """Carry on for a new attempt of the run: with its baselines where its layer blocks are the same.
+
+        Those of its ranks begin anew: another process may be a rank now, with other data.
+        """
         self.history, self.reference, self.excursions = earlier.history, earlier.reference, earlier.excursions
         if earlier.names == self.names:
             self._signals, self._limits = earlier._signals, earlier._limits

@@ -264,3 +264,15 @@ class Limits:
         own = Tail(laboratory.level, excess, float(count + 1) / self._samples).exceeded_at(rate)
         moved: float = min(_UP, max(_DOWN, own / limit)) ** weight
         return max(least, limit * moved)
+
+
+def limit_of(tail: Tail, budget: Budget, series: int) -> Limit:
+    """The limit of the largest of so many series with a tail; its share of the budget is that of one statistic.
+
+    Args:
+        tail: Of each series.
+        budget: Of false alarms.
+        series: How many there are.
+    """
+    warnings, pages = budget.warnings / PER / len(NAMES), budget.pages / PER / len(_PAGED) / MARGIN
+    return tail.exceeded_at(warnings / series), tail.exceeded_at(pages / series)

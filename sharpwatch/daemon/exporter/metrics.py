@@ -23,7 +23,7 @@ _RUN = ("training_job", "run")
 _MINUTE = "of the minute up to the newest sample."
 _ALERTS = sorted(CAUSES)
 _SIGNALS = ("update", "gradient", "weight")  # of blocks, whose excursions are counted; beside the loss
-_INCIDENT = ("name", "severity", "cause", "block", "layer")
+_INCIDENT = ("name", "severity", "cause", "block", "layer", "parameter", "rank")
 
 
 def render(registry: CollectorRegistry, accept: str) -> tuple[bytes, str]:
@@ -303,7 +303,8 @@ def _action_families(snapshots: list[RunSnapshot]) -> Iterator[Metric]:
     alerts = _counter("alerts", "Alerts raised.", "alert")
     incident_open = _gauge(
         "incident",
-        "1 while the incident is open; block and layer are the likeliest culprit's, empty for the whole model.",
+        "1 while the incident is open; block, layer and parameter are the likeliest culprit's, empty for the whole "
+        "model; rank is the one that differs, if one does.",
         *_INCIDENT,
     )
     onset = _gauge("incident_onset_step", "Step at which the open incident began.", *_INCIDENT)
@@ -318,7 +319,8 @@ def _action_families(snapshots: list[RunSnapshot]) -> Iterator[Metric]:
                 active_by_block[key] = incident.active or active_by_block.get(key, False)
             if incident.active:
                 layer, _, block = (incident.layer_blocks or ("",))[0].rpartition(".")
-                open_ones[incident.name, incident.severity, incident.cause, block, layer] = incident.onset
+                whose = (block, layer, incident.parameter, "" if incident.rank is None else str(incident.rank))
+                open_ones[incident.name, incident.severity, incident.cause, *whose] = incident.onset
         for (name, block), is_active in active_by_block.items():
             active.add_metric(_labels(snapshot, name, block), float(is_active))
         # Each from 0 on: increase() can't see a counter that begins at 1.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, field
 from typing import Literal, cast, get_args
 
@@ -16,6 +17,7 @@ from sharpwatch.wire import (
     MAX_DATA_ORDER,
     MAX_LAYER_BLOCKS,
     MAX_NAME,
+    MAX_PARAMETER_NAMES,
     MAX_STEP,
     Ints,
     checked_name,
@@ -26,6 +28,7 @@ from sharpwatch.wire import (
 
 Control = Literal["none", "lr", "rollback"]
 SILENT_SECONDS = 30.0  # without a message after which an open stream does not keep its run any more
+_LAYER_BLOCK = 200  # bytes, roughly
 RECONNECT_SECONDS = 6.0  # a courier is back within 5 s of the end of its stream, or of a restart of the daemon
 
 
@@ -51,11 +54,15 @@ class RunHello:
     agent_version: str
     probes: tuple[str, ...] = ()
     data_order: str = ""
+    parameter_names: tuple[tuple[str, ...], ...] = ()  # of each layer block; empty where the agent does not tell them
     block_parameters: Ints = field(init=False)  # [B]
+    size: int = field(init=False)  # what it takes of memory, in units of a layer block
 
     def __post_init__(self) -> None:
         sums = np.bincount(self.block_of, weights=self.parameters, minlength=len(self.blocks))
         object.__setattr__(self, "block_parameters", sums.astype(np.int64))
+        names = sum(len(name) for own in self.parameter_names for name in own)
+        object.__setattr__(self, "size", len(self.layer_blocks) + names // _LAYER_BLOCK)
 
     def same_blocks(self, other: RunHello) -> bool:
         """Returns whether arrays of both have the same layer blocks, row by row."""
@@ -102,6 +109,12 @@ def read_hello(hello: agent_pb2.Hello) -> RunHello:
     require(0 < low <= 1 <= high < math.inf, f"multiplier bounds must satisfy 0 < min <= 1 <= max, got ({low}, {high})")
     require(0 <= hello.initial_step <= MAX_STEP, f"initial_step must be 0 to 2**53, got {hello.initial_step}")
     require_few(hello.probes, "probes")
+    names = [name for row in rows for name in row.parameter_names]
+    require(
+        max(map(len, names), default=0) <= MAX_NAME
+        and sum(len(name.encode()) for name in names) <= MAX_PARAMETER_NAMES,
+        f"parameter_names must have at most {MAX_NAME} characters each and {MAX_PARAMETER_NAMES} bytes in all",
+    )
     require(0 <= hello.sketch_size <= 2**16, f"sketch_size must be 0 to 2**16, got {hello.sketch_size}")
     return RunHello(
         training_job=checked_name(hello.training_job, "training_job"),
@@ -122,6 +135,8 @@ def read_hello(hello: agent_pb2.Hello) -> RunHello:
         agent_version=checked_text(hello.agent_version, "agent_version"),
         probes=tuple(checked_text(probe, "probes", MAX_NAME) for probe in hello.probes),
         data_order=checked_text(hello.data_order, "data_order", MAX_DATA_ORDER),
+        # Attempts of a run, and runs of one model, have the same names.
+        parameter_names=tuple(tuple(map(sys.intern, row.parameter_names)) for row in rows) if names else (),
     )
 
 

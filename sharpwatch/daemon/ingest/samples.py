@@ -25,8 +25,10 @@ from sharpwatch.v1 import agent_pb2, types_pb2
 from sharpwatch.wire import (
     MAX_COUNT,
     MAX_ITEMS,
+    MAX_RANKS,
     MAX_STEP,
     Doubles,
+    Floats,
     Ints,
     checked_name,
     checked_text,
@@ -42,6 +44,10 @@ _OUTCOMES: dict[int, Literal["applied", "refused", "expired", "failed"]] = {
 }
 MAX_GROUPS = 16_384  # parameter groups of a run: one for each layer block, at the most
 MAX_LABEL = 300  # characters of a text that becomes a label; no sample is worth refusing for a longer one
+_PARAMETER_FIELDS: tuple[Literal["changed_parameter", "non_finite_parameter"], ...] = (
+    "changed_parameter",
+    "non_finite_parameter",
+)
 _TAP_DTYPES = {
     "gradient_norm": "float32",
     "weight_norm": "float32",
@@ -115,6 +121,7 @@ class Reading:
     # By number of the optimizer and of the group; empty if the sample says nothing of them.
     optimizer_groups: Mapping[tuple[int, int], OptimizerGroup] = field(default_factory=dict)
     attention: Doubles | None = None
+    rank_losses: Floats | None = None  # as `Observation.rank_losses`
 
     @property
     def checkpoint_report(self) -> CheckpointReport:
@@ -152,6 +159,7 @@ def read_sample(hello: RunHello, sample: agent_pb2.Sample) -> Reading:
         restored=sample.restored,
         dropped_probes=tuple(probe for probe, reading in probes.items() if reading is None),
         attention=read_attention(hello, sample.attention) if sample.HasField("attention") else None,
+        rank_losses=_rank_losses(sample.rank_losses) if sample.HasField("rank_losses") else None,
     )
 
 
@@ -169,6 +177,12 @@ def _check_numbers(sample: agent_pb2.Sample) -> None:
         raise WireError("malformed", f"optimizer_groups must have at most {MAX_GROUPS} items")
 
 
+def _rank_losses(message: types_pb2.Array) -> Floats:
+    losses = wire.decode(message, name="rank_losses", dtype="float32", shape=(None,))
+    require(1 < len(losses) <= MAX_RANKS, f"rank_losses must be of 2 to {MAX_RANKS} ranks, got {len(losses)}")
+    return losses
+
+
 def _layers(tap: agent_pb2.Tap, hello: RunHello) -> LayerTap:
     count = len(hello.parameters)
     rows = wire.decode_fields(tap, _TAP_DTYPES, name="tap", rows=count)
@@ -182,9 +196,23 @@ def _layers(tap: agent_pb2.Tap, hello: RunHello) -> LayerTap:
     second = np.full(count, np.nan, dtype=np.float32)  # agents before 0.2 do not send it
     if tap.HasField("second_moment"):
         second = wire.decode(tap.second_moment, name="tap.second_moment", dtype="float32", shape=(count,))
+    named: dict[str, Any] = {name: _named(tap, name, hello) for name in _PARAMETER_FIELDS if tap.HasField(name)}
     return LayerTap(
-        **rows, second_moment=second, clip_factor=tap.clip_factor if tap.HasField("clip_factor") else np.nan
+        **rows, second_moment=second, clip_factor=tap.clip_factor if tap.HasField("clip_factor") else np.nan, **named
     )
+
+
+def _named(
+    tap: agent_pb2.Tap, field_name: Literal["changed_parameter", "non_finite_parameter"], hello: RunHello
+) -> Ints:
+    """An index in the names of the parameters of each layer block, or -1; empty where the agent has not told them."""
+    what, names = f"tap.{field_name}", hello.parameter_names
+    indices = wire.decode(getattr(tap, field_name), name=what, dtype="int32", shape=(len(hello.parameters),))
+    if not names:
+        return np.empty(0, dtype=np.int64)
+    counts = np.array([len(own) for own in names])
+    require(bool(((indices >= -1) & (indices < counts)).all()), f"{what} must be indices in parameter_names, or -1")
+    return indices
 
 
 def _group(group: agent_pb2.OptimizerGroup) -> OptimizerGroup:

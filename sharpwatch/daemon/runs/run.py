@@ -333,6 +333,7 @@ def observation_of(blocks: tuple[str, ...], reading: Reading) -> Observation:
         multipliers={} if tap is None else _present(blocks, tap.lr_multiplier.tolist()),
         restored=reading.restored,
         traces=None if gnb is None else gnb.traces,
+        rank_losses=reading.rank_losses,
     )
     if direction is None:
         return seen
@@ -420,7 +421,7 @@ class Runs:
 
     def _make_room(self, attempt: Attempt) -> bool:
         """Drops runs until there is room for another attempt; returns False if only live ones are left."""
-        name, rows = attempt.hello.run, len(attempt.hello.layer_blocks)
+        name, rows = attempt.hello.run, attempt.hello.size
         is_new = name not in self._runs
         while (is_new and len(self._runs) >= MAX_RUNS) or self._layer_blocks() + rows > MAX_LAYER_BLOCKS_HELD:
             # A run with a live session is never dropped: its samples could only be refused.
@@ -433,5 +434,5 @@ class Runs:
         return True
 
     def _layer_blocks(self) -> int:
-        """How many layer blocks the remembered attempts have, which is what their memory grows with."""
-        return sum(len(one.hello.layer_blocks) for attempts in self._attempts.values() for one in attempts.values())
+        """How many layer blocks the remembered attempts have, with names that take as much memory as more of them."""
+        return sum(one.hello.size for attempts in self._attempts.values() for one in attempts.values())

@@ -44,6 +44,8 @@ def test_a_full_sample_carries_every_number():
         learning_rate=np.array([0.1, 0.2]),
         lr_multiplier=np.array([1.0, 0.5]),
         second_moment=np.array([np.nan, 1e-5]),
+        changed_parameter=np.array([-1, 3]),
+        non_finite_parameter=np.array([0, -1]),
         clip_factor=0.25,
     )
     traces = torch.arange(8, dtype=torch.float64).view(4, 2)
@@ -57,6 +59,7 @@ def test_a_full_sample_carries_every_number():
             taken_at_unix_ns=11,
             health=HEALTH,
             loss=2.5,
+            rank_losses=np.array([2.0, np.nan, np.inf]),
             tap=tap,
             groups=[GroupSettings(1, 2, {"beta2": 0.99, "eps": 1e-8}, 4.0)],
             probes=ProbeRun(
@@ -81,6 +84,10 @@ def test_a_full_sample_carries_every_number():
         got = decode(getattr(message.tap, name), name=name, dtype="float32", shape=(2,))
         np.testing.assert_array_equal(got, getattr(tap, name).astype(np.float32))
     assert decode(message.tap.non_finite, name="n", dtype="int64", shape=(2,)).tolist() == [0, 2**40]
+    assert decode(message.tap.changed_parameter, name="c", dtype="int32", shape=(2,)).tolist() == [-1, 3]
+    assert decode(message.tap.non_finite_parameter, name="n", dtype="int32", shape=(2,)).tolist() == [0, -1]
+    ranks = decode(message.rank_losses, name="r", dtype="float32", shape=(3,))
+    np.testing.assert_array_equal(ranks, np.array([2.0, np.nan, np.inf], dtype=np.float32))
     np.testing.assert_array_equal(decode(message.gnb.traces, name="t", dtype="float64", shape=(4, 2)), traces)
     np.testing.assert_array_equal(decode(message.gnb.sketches, name="s", dtype="float32", shape=(4, 3, 256)), sketches)
     got = decode(message.gnb.gradient_sketch, name="g", dtype="float32", shape=(3, 256))

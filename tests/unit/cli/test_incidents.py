@@ -57,6 +57,14 @@ def test_the_culprit():
     assert culprit([]) == "whole model"
     assert culprit(["the model"]) == "whole model"  # what stands for it in a log
     assert culprit(["layers.3.qk", "emb"]) == "layers.3.qk, emb"
+    assert culprit(["layers.3.qk", "emb"], "h.3.attn.q.weight") == "layers.3.qk (h.3.attn.q.weight), emb"
+    assert culprit([], rank=0) == "rank 0"
+    assert culprit(["emb"], rank=3) == "emb; rank 3"
+
+
+def test_the_rank_that_differs():
+    alert = Alert(id="1", name="RankDiffers", severity="warning", active=True, rank=0)
+    assert "  rank 0  " in plain([incident_table([alert])])
 
 
 def test_an_alert_of_an_older_daemon_names_block_types():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from observations import PARAMETERS, SETTINGS, WEIGHT_NORM, detection, healthy_run, layer_tap, scaled
 
+from sharpwatch.daemon.detection.judged import with_parameter
 from sharpwatch.daemon.detection.run_detection import RunDetection
 from sharpwatch.daemon.records import Incident, Observation, OptimizerGroup
 
@@ -223,6 +224,47 @@ def test_an_impossible_change_is_found_also_in_a_young_run():
     found = the_incident(from_step(healthy_run(5), 4, 6, weight_norm=1.3))
     assert (found.name, found.onset, found.layer_blocks) == ("WeightJump", 4, ("layers.1.ffn",))
     assert "×1.3" in found.evidence[0]
+
+
+NAMES = [[f"model.h.{row // 4}.{name}.weight" for name in ("in", "out")] for row in range(8)]
+
+
+def telling(seen: Observation, **indices: int) -> Observation:
+    """What an agent says of the parameters of layer block 6, layers.1.ffn."""
+    told = {name: np.where(np.arange(8) == 6, index, -1) for name, index in indices.items()}
+    return replace(seen, layers=replace(seen.layers, **told))
+
+
+def test_an_impossible_change_names_its_parameter():
+    run = from_step(healthy_run(5), 4, 6, weight_norm=1.3)
+    run = [telling(seen, changed_parameter=1 if seen.step == 4 else 0) for seen in run]
+    (found,) = incidents_of(run, detection(parameter_names=NAMES))
+    assert found.parameter == "model.h.1.out.weight"
+    assert found.evidence[0].startswith("weight norm of layers.1.ffn (out.weight) ×1.3 in one step, ")
+    (unnamed,) = incidents_of(run)  # of an agent that has not told its names
+    assert unnamed.parameter == ""
+    assert unnamed.evidence[0].startswith("weight norm of layers.1.ffn ×1.3 in one step, ")
+
+
+@pytest.mark.parametrize(
+    ("index", "name", "shown"), [(0, "model.h.1.in.weight", " (in.weight)"), (-1, "", ""), (7, "", "")]
+)
+def test_a_gradient_that_is_not_finite_names_its_parameter_where_one_is_known(index, name, shown):
+    run = healthy_run(8)
+    spoilt = replace(
+        run[-1], layers=replace(run[-1].layers, non_finite=np.where(np.arange(8) >= 6, [3] * 6 + [9, 5], 0))
+    )
+    run[-1] = telling(spoilt, non_finite_parameter=index)
+    (found,) = incidents_of(run, detection(parameter_names=NAMES))
+    assert found.parameter == name
+    assert found.evidence == (f"gradient of layers.1.ffn{shown}, layers.1.norm not finite",)
+
+
+def test_a_parameter_outside_of_layers_is_told_in_full():
+    assert with_parameter("emb", "model.wte.0.weight") == "emb (model.wte.0.weight)"
+    assert with_parameter("layers.3.ffn", "h.3.mlp.experts.1.weight") == "layers.3.ffn (mlp.experts.1.weight)"
+    assert with_parameter("layers.3.ffn", "3.weight") == "layers.3.ffn (weight)"
+    assert with_parameter("layers.3.ffn", "odd") == "layers.3.ffn (odd)"
 
 
 def test_weights_of_a_restored_checkpoint_are_no_damage():

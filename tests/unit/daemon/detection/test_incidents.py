@@ -250,6 +250,30 @@ def test_the_whole_models_cause_names_no_block():
     assert opened.blocks == ("qk", "vo")
 
 
+def test_the_parameter_is_that_of_what_explains_and_the_rank_that_of_any():
+    incidents = log()
+    (opened,) = incidents.see([found("LossSpike", 10)])
+    assert (opened.parameter, opened.rank) == ("", None)
+    (joined,) = incidents.see([replace(found("RankDiffers", 11, onset=12), rank=0)])
+    assert (joined.name, joined.rank) == ("RankDiffers", 0)  # though it was found later
+    jump = replace(found("WeightJump", 12, "layers.0.qk", onset=8), parameter="h.0.q")
+    (after,) = incidents.see([replace(jump, is_exact=True)])
+    assert (after.name, after.parameter, after.rank) == ("WeightJump", "h.0.q", 0)
+    restarted = log(2)
+    restarted.restore(journalled([after]))
+    (again,) = restarted.see([found("UpdateRmsSpike", 13, "layers.0.qk")])
+    assert (again.name, again.parameter, again.rank) == ("WeightJump", "h.0.q", 0)
+
+
+def test_what_one_rank_shows_and_no_twin_is_still_its_data():
+    incidents = log()
+    incidents.see([found("LossSpike", 10)])
+    incidents.see([replace(found("RankDiffers", 18), rank=2)])
+    shown = incidents.attribute("i1", (), ("twin",))
+    assert (shown.name, shown.rank, shown.cause) == ("LossSpike", 2, "data")
+    assert shown.evidence[-1] == "not in its twin twin at step 10"
+
+
 def test_a_run_that_has_stalled_is_one_incident_until_it_steps_again():
     made = detection()
     run = healthy_run(60)

@@ -55,6 +55,22 @@ def test_damaged_weights_are_found_one_step_later(seed, factor):
     assert float(re.search(r"×(\S+)", found.evidence[0])[1]) == pytest.approx(factor, rel=0.01)
 
 
+def test_damaged_weights_name_the_parameter_of_the_step_that_damaged_them():
+    run = from_step(other_optimizer(healthy_run(AT + 3)), AT, block(5, weight_norm=1.04))
+    names = [[f"layers.{row // 4}.{name}.weight" for name in ("in", "out")] for row in range(8)]
+    told = {AT - 1: 0, AT: 1, AT + 1: 0}  # it is found one step later, when another one has moved the most
+    run = [
+        replace(seen, layers=replace(seen.layers, changed_parameter=np.full(8, told.get(seen.step, -1))))
+        for seen in run
+    ]
+    made = detection(parameter_names=names)
+    for seen in run:
+        made.see(seen)
+    (found,) = made.incidents.all
+    assert (found.name, found.parameter) == ("WeightJump", "layers.1.out.weight")
+    assert found.evidence[0].startswith("weight norm of layers.1.vo (out.weight) ×1.0")
+
+
 def test_each_of_three_damages_is_a_page():
     run = other_optimizer(healthy_run(1000))
     for i, step in enumerate((500, 700, 900)):

@@ -101,7 +101,15 @@ FULL = RunSnapshot(
     attention_steps=(5, 7),
     incidents=(
         incident("1", **SPIKE, layer_blocks=("layers.0.qk",), active=False),
-        incident("2", **SPIKE, names=("UpdateRmsSpike", "LossSpike"), layer_blocks=("layers.0.qk", "emb"), onset=3),
+        incident(
+            "2",
+            **SPIKE,
+            names=("UpdateRmsSpike", "LossSpike"),
+            layer_blocks=("layers.0.qk", "emb"),
+            onset=3,
+            parameter="h.0.q",
+            rank=0,
+        ),
     ),
     incidents_total={"UpdateRmsSpike": 2},
     excursions_total={("loss", ""): 2, ("update", "qk"): 3},
@@ -206,6 +214,7 @@ sharpwatch_alerts_total{alert="LossDrop",run="run",training_job="job"} 0.0
 sharpwatch_alerts_total{alert="LossSpike",run="run",training_job="job"} 0.0
 sharpwatch_alerts_total{alert="NonFinite",run="run",training_job="job"} 0.0
 sharpwatch_alerts_total{alert="OptimizerState",run="run",training_job="job"} 0.0
+sharpwatch_alerts_total{alert="RankDiffers",run="run",training_job="job"} 0.0
 sharpwatch_alerts_total{alert="RateRaise",run="run",training_job="job"} 0.0
 sharpwatch_alerts_total{alert="RateZero",run="run",training_job="job"} 0.0
 sharpwatch_alerts_total{alert="RunStalled",run="run",training_job="job"} 0.0
@@ -216,8 +225,8 @@ sharpwatch_alerts_total{alert="StabilityLimit",run="run",training_job="job"} 0.0
 sharpwatch_alerts_total{alert="UpdateRmsSpike",run="run",training_job="job"} 2.0
 sharpwatch_alerts_total{alert="WeightGrowth",run="run",training_job="job"} 0.0
 sharpwatch_alerts_total{alert="WeightJump",run="run",training_job="job"} 0.0
-sharpwatch_incident{block="qk",cause="instability",layer="layers.0",name="UpdateRmsSpike",run="run",severity="warning",training_job="job"} 1.0
-sharpwatch_incident_onset_step{block="qk",cause="instability",layer="layers.0",name="UpdateRmsSpike",run="run",severity="warning",training_job="job"} 3.0
+sharpwatch_incident{block="qk",cause="instability",layer="layers.0",name="UpdateRmsSpike",parameter="h.0.q",rank="0",run="run",severity="warning",training_job="job"} 1.0
+sharpwatch_incident_onset_step{block="qk",cause="instability",layer="layers.0",name="UpdateRmsSpike",parameter="h.0.q",rank="0",run="run",severity="warning",training_job="job"} 3.0
 sharpwatch_critical_incidents_total{run="run",training_job="job"} 0.0
 sharpwatch_decisions_total{action="scale_lr",mode="advise",outcome="proposed",run="run",training_job="job"} 1.0
 sharpwatch_lr_revision{run="run",training_job="job"} 2.0

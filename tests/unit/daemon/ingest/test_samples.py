@@ -106,7 +106,15 @@ def direction(descent=1.0, curvature=0.5, block_curvature=(math.nan, 0.25)) -> a
     )
 
 
+def named(*names) -> list[types_pb2.LayerBlock]:
+    rows = zip(LAYERS, [*names, *[()] * 3], strict=False)
+    return [
+        types_pb2.LayerBlock(block=b, layer=layer, parameters=n, parameter_names=own) for (b, layer, n), own in rows
+    ]
+
+
 HELLO = read_hello(hello())
+NAMED = read_hello(hello(layer_blocks=named(["wte"], ["q", "k"], ["q2", "k2"])))
 
 
 def test_a_hello_is_read():
@@ -135,12 +143,45 @@ def test_a_hello_is_read():
         ({"min_multiplier": math.nan}, "bounds"),
         ({"sketch_size": 2**20}, "sketch_size"),
         ({"initial_step": -1}, "initial_step"),
+        ({"layer_blocks": named(["x" * 254])}, "parameter_names"),
+        ({"layer_blocks": named([f"{i:0200d}" for i in range(700)])}, "parameter_names must have at most .* bytes"),
     ],
 )
 def test_a_hello_that_breaks_the_contract_is_malformed(changes, says):
     with pytest.raises(WireError, match=says) as caught:
         read_hello(hello(**changes))
     assert caught.value.code == "malformed"
+
+
+def test_parameters_are_named_where_the_agent_tells_them():
+    assert NAMED.parameter_names == (("wte",), ("q", "k"), ("q2", "k2"))
+    assert HELLO.parameter_names == ()
+    assert NAMED.size == HELLO.size == 3
+    assert read_hello(hello(layer_blocks=named(["x" * 200] * 2, ["y" * 200], ["z" * 200]))).size == 7
+    told = tap(changed_parameter=([0, -1, 1], "int32"), non_finite_parameter=([-1, 1, -1], "int32"))
+    layers = read_sample(NAMED, agent_pb2.Sample(sequence=1, tap=told)).layers
+    assert layers.changed_parameter.tolist() == [0, -1, 1]
+    assert layers.non_finite_parameter.tolist() == [-1, 1, -1]
+    nothing = read_sample(NAMED, agent_pb2.Sample(sequence=1, tap=tap())).layers  # an agent of before
+    unnamed = read_sample(HELLO, agent_pb2.Sample(sequence=1, tap=told)).layers  # of a model with too long names
+    assert [len(each.changed_parameter) for each in (nothing, unnamed)] == [0, 0]
+
+
+@pytest.mark.parametrize("bad", [([0, -1, 2], "int32"), ([0, -2, 0], "int32"), ([0, 0], "int32"), ([0, 0, 0], "int64")])
+def test_an_index_of_no_parameter_is_malformed(bad):
+    with pytest.raises(WireError, match=r"tap\.changed_parameter") as caught:
+        read_sample(NAMED, agent_pb2.Sample(sequence=1, tap=tap(changed_parameter=bad)))
+    assert caught.value.code == "malformed"
+
+
+def test_the_losses_of_ranks_are_read():
+    sent = wire.encode([3.0, math.inf, math.nan], "float32")
+    read = read_sample(HELLO, agent_pb2.Sample(sequence=1, rank_losses=sent)).rank_losses
+    np.testing.assert_array_equal(read, np.array([3.0, math.inf, math.nan], dtype=np.float32))
+    assert read_sample(HELLO, agent_pb2.Sample(sequence=1)).rank_losses is None
+    for bad in (wire.encode([3.0], "float32"), wire.encode(np.ones(wire.MAX_RANKS + 1), "float32")):
+        with pytest.raises(WireError, match="rank_losses must be of 2 to 1024 ranks"):
+            read_sample(HELLO, agent_pb2.Sample(sequence=1, rank_losses=bad))
 
 
 def test_a_whole_sample_is_read():
