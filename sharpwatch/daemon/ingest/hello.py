@@ -111,9 +111,9 @@ def read_hello(hello: agent_pb2.Hello) -> RunHello:
     require_few(hello.probes, "probes")
     names = [name for row in rows for name in row.parameter_names]
     require(
-        max(map(len, names), default=0) <= MAX_NAME
+        all(0 < len(name) <= MAX_NAME for name in names)
         and sum(len(name.encode()) for name in names) <= MAX_PARAMETER_NAMES,
-        f"parameter_names must have at most {MAX_NAME} characters each and {MAX_PARAMETER_NAMES} bytes in all",
+        f"parameter_names must have 1 to {MAX_NAME} characters each and at most {MAX_PARAMETER_NAMES} bytes in all",
     )
     require(0 <= hello.sketch_size <= 2**16, f"sketch_size must be 0 to 2**16, got {hello.sketch_size}")
     return RunHello(

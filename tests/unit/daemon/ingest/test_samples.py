@@ -144,7 +144,8 @@ def test_a_hello_is_read():
         ({"sketch_size": 2**20}, "sketch_size"),
         ({"initial_step": -1}, "initial_step"),
         ({"layer_blocks": named(["x" * 254])}, "parameter_names"),
-        ({"layer_blocks": named([f"{i:0200d}" for i in range(700)])}, "parameter_names must have at most .* bytes"),
+        ({"layer_blocks": named([f"{i:0200d}" for i in range(700)])}, "parameter_names must have .* at most .* bytes"),
+        ({"layer_blocks": named([""] * 200_000)}, "parameter_names must have 1 to"),
     ],
 )
 def test_a_hello_that_breaks_the_contract_is_malformed(changes, says):
