@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from sharpwatch._version import __version__
 from sharpwatch.agent.control.commands import RollbackRequest
 from sharpwatch.agent.control.controller import CONTROL_MODES
 from sharpwatch.agent.hooks import Hook
@@ -77,6 +78,8 @@ class Options:
         """The options that must be the same on all ranks of a run."""
         # Not those that rank 0 alone uses: where it connects to, and its overhead budget.
         return {
+            # First: another version may have other options, and gloo ends ranks whose messages differ in size.
+            "sharpwatch": __version__,
             "training_job": self.training_job,
             "run": self.run,
             "probe_every": self.probe_every,

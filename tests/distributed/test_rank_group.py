@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from stand_ins import Net, in_each_step
 
 import sharpwatch
+from sharpwatch.agent import options as attach_options
 from sharpwatch.agent.distributed.channel import RankGroup, RankProgress, StepMessage
 from sharpwatch.agent.distributed.commit import COMMIT_DELAY_STEPS
 from sharpwatch.agent.distributed.rendezvous import AttachMessage, join
@@ -182,6 +183,18 @@ def refused():
 def test_all_ranks_get_the_error_of_one(ranks):
     for reported in ranks(refused, 2):
         assert all(expected in message for expected, message in zip(WRONG, reported, strict=True))
+
+
+def upgraded():
+    """Rank 1 is on a host with another version of sharpwatch, whose messages may have another size."""
+    attach_options.__version__ = f"0.{dist.get_rank() + 1}.0"
+    with pytest.raises(AttachError) as error:
+        Training()
+    return str(error.value)
+
+
+def test_ranks_of_several_versions_are_refused(ranks):
+    assert all("sharpwatch: rank 0 has '0.1.0', rank 1 '0.2.0'" in reported for reported in ranks(upgraded, 2))
 
 
 def apart():
