@@ -220,11 +220,16 @@ class RunDetection:
             raise ValueError(f"the state of the baselines can't be used: {error}") from error
 
     def take_over(self, earlier: RunDetection) -> None:
-        """Carry on for a new attempt of the run: with its baselines where its layer blocks are the same.
-
-        Those of its ranks begin anew: another process may be a rank now, with other data.
-        """
+        """Carry on for a new attempt of the run: with its baselines where its layer blocks are the same."""
         self.history, self.reference, self.excursions = earlier.history, earlier.reference, earlier.excursions
         if earlier.names == self.names:
             self._signals, self._limits = earlier._signals, earlier._limits
-            self._signals.begin_attempt()
+        self.begin_attempt()
+
+    def begin_attempt(self) -> None:
+        """The next step is of another attempt, with rates and settings that somebody chose.
+
+        The baselines of its ranks begin anew: another process may be a rank now, with other data.
+        """
+        self._signals.begin_attempt()
+        self._ranks = None

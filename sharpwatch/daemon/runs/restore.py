@@ -88,6 +88,8 @@ def _replay(
     for row in rows:
         if row.attempt != attempt_before:
             run.begin_steps()
+            if not known:
+                run.controller.detection.begin_attempt()
         attempt_before = row.attempt
         attempt = attempts.get(row.attempt)
         reading = _reading(attempt, row) if attempt is not None else None
@@ -104,6 +106,8 @@ def _replay(
             if observation is not None and not known:
                 run.controller.replay(observation)
         known = known and (row.attempt, row.sequence) != newest
+    if attempt_before != run.attempt.hello.attempt:
+        run.controller.detection.begin_attempt()
     for change in changes:
         run.count(change)
     return changes

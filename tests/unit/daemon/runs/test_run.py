@@ -17,8 +17,8 @@ from sharpwatch.daemon.ingest.samples import read_sample
 from sharpwatch.daemon.records import Checkpoint, Decision, RollbackPlan
 from sharpwatch.daemon.runs import run as run_module
 from sharpwatch.daemon.runs.restore import restore_run
-from sharpwatch.daemon.runs.run import Run, Runs, Signal
-from sharpwatch.daemon.storage.schema import PendingWrites, SampleRow, StoredAttempt, StoredRun
+from sharpwatch.daemon.runs.run import Run, Runs, Signal, observation_of
+from sharpwatch.daemon.storage.schema import BaselinesRow, PendingWrites, SampleRow, StoredAttempt, StoredRun
 from sharpwatch.v1 import agent_pb2, types_pb2
 
 SIZES = {"emb": 64, "norm": 8}
@@ -212,6 +212,44 @@ def test_a_restart_takes_in_news_of_checkpoints_that_were_not_journalled():
     settled = pending.decisions["d1"]
     restore_run(again, replace(stored, decisions=(settled,), checkpoints=left))
     assert {*again.get("run").controller.checkpoints} == {*left}
+
+
+def trained(sequence: int, step: int, rate: float, odd: int) -> agent_pb2.Sample:
+    """A healthy step of four ranks, of which one has data of another kind."""
+    random = np.random.default_rng(step)
+    of_ranks = 3 + 0.1 * random.standard_normal(4) + 2 * (np.arange(4) == odd)
+    values = {"gradient_norm": 1, "weight_norm": 10, "update_rms": 1, "learning_rate": rate, "lr_multiplier": 1}
+    tap = agent_pb2.Tap(
+        **{name: wire.encode([value, value], "float32") for name, value in values.items()},
+        non_finite=wire.encode([0, 0], "int64"),
+    )
+    return agent_pb2.Sample(
+        sequence=sequence, step=step, loss=of_ranks.mean(), tap=tap, rank_losses=wire.encode(of_ranks, "float32")
+    )
+
+
+@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize("folded", [0, 60])
+def test_a_restart_tells_where_the_newest_attempt_began(saved, folded):
+    """It goes on at half of the steps, with twice the rate by choice, and another rank has the odd data."""
+    attempts = [attempt(), attempt(attempt="a2")]
+    first = [trained(i, i, 1e-3, 1) for i in range(1, 201)]
+    second = [trained(i, 100 + i, 2e-3, 2) for i in range(1, 161)]
+    rows = tuple(
+        SampleRow("run", of, one.sequence, one.step, agent_pb2.SessionRequest(sample=one).SerializeToString(), 0.0)
+        for of, one in [*(("a1", one) for one in first), *(("a2", one) for one in second[:folded])]
+    )
+    before = controller()
+    for one in first:
+        before.observe(observation_of(tuple(SIZES), read_sample(attempts[0].hello, one)), 0.0)
+    baselines = BaselinesRow("run", "a1", 200, before.detection.state()) if saved else None
+    stored = tuple(StoredAttempt(one.hello.attempt, one.message, 200, 0.0, closed=False) for one in attempts)
+    runs = Runs(controller)
+    restore_run(runs, StoredRun("run", stored, rows, (), (), (), (), None, baselines))
+    restored = runs.get("run").controller
+    for one in second[folded:]:
+        restored.observe(observation_of(tuple(SIZES), read_sample(attempts[1].hello, one)), 0.0)
+    assert restored.incidents == ()
 
 
 async def test_a_version_that_came_before_the_wait_is_not_missed():
