@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from observations import Ids
@@ -113,3 +114,29 @@ def test_a_rank_without_a_loss_is_told_apart(ranks):
     rows = [decode(each.rank_losses, name="", dtype="float32", shape=(2,)) for each in sent]
     assert [np.isnan(row).tolist() for row in rows] == [[True, False]] * 4
     assert [row[1] for row in rows] == pytest.approx([each.loss for each in sent])
+
+
+def alone():
+    """A sharded model on one rank: the run's Hello and samples."""
+    torch.manual_seed(3)
+    model = fully_shard(Net().train())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    transport = InMemoryTransport()
+    watch = sharpwatch.attach(model, optimizer, training_job="alone", transport=transport, probes=())
+    for _ in range(4):
+        tokens = torch.randint(TOKENS, (8, 16))
+        loss = nn.functional.cross_entropy(model(tokens)[0].flatten(0, 1), tokens.flatten())
+        loss.backward()
+        watch.observe(loss=loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    watch.close()
+    return transport.hello.SerializeToString(), [sample.SerializeToString() for sample in transport.samples]
+
+
+def test_one_rank_alone_is_a_run_without_ranks(ranks):
+    ((hello, samples),) = ranks(alone, 1, timeout=120)
+    read = read_hello(agent_pb2.Hello.FromString(hello))
+    readings = [read_sample(read, agent_pb2.Sample.FromString(each)) for each in samples]
+    assert [each.step for each in readings if each.loss is not None] == [1, 2, 3, 4]
+    assert [each.rank_losses for each in readings] == [None] * len(readings)

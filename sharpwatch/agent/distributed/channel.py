@@ -64,7 +64,7 @@ class StepMessage:
 
     `tap_sums` and `loss` are those of one step, which may be an earlier one than that of `progress`. `rank_losses` [R]
     has the loss of each rank in a message that was received, infinite where it is not finite and NaN where a rank had
-    none; it is None with more than `MAX_RANKS` ranks.
+    none; it is None with one rank, and with more than `MAX_RANKS`.
     """
 
     progress: RankProgress
@@ -111,7 +111,8 @@ class RankGroup:
         self.lost = False
         self._tap_size = tap_size
         # Fixed at attach, also for votes and sums: gloo ends a process whose peer sends another size.
-        self._losses = slice(_FIELDS + _CHUNK, _FIELDS + _CHUNK + (self.size if self.size <= MAX_RANKS else 0))
+        told = self.size if 1 < self.size <= MAX_RANKS else 0  # ranks whose own losses are told
+        self._losses = slice(_FIELDS + _CHUNK, _FIELDS + _CHUNK + told)
         self._width = self._losses.stop + tap_size
         self._commit = TwoPhaseCommit(self.size, channel.arbiter)
         self._next = 0  # number of the next step message
@@ -321,10 +322,11 @@ class RankGroup:
         summed = Ack(chunk, int(left), int(acknowledged), int(objections))
         self._commit.receive(launched.message, summed, int(clock))
         sums = payload[self._losses.stop :] if self._tap_size else None
-        of_ranks = payload[self._losses] if self.size <= MAX_RANKS else None
+        of_ranks = payload[self._losses]
         self._read_messages.append(
             StepMessage(
-                launched.progress, clock, int(due_probes), loss, int(losses), int(taps), int(errors), sums, of_ranks
+                *(launched.progress, clock, int(due_probes), loss, int(losses), int(taps), int(errors), sums),
+                of_ranks if of_ranks.size else None,
             )
         )
 
