@@ -85,7 +85,7 @@ def rate_raise(judged: Judged) -> Iterable[Finding]:
     climbs = (climb >= CLIMBING) & (judged.now.rate > RATE_CLIMBED)
     where = (above > RATE_NOTABLE) | climbs
     if np.count_nonzero(where):
-        worst = float(np.nanmax(above))
+        worst = float(np.nanmax(np.where(climbs, judged.now.rate, above)))
         severity: Severity = "critical" if worst > RATE_RAISED or climbs.any() else "warning"
         first = next(
             scores.observation.step

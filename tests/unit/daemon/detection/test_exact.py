@@ -75,6 +75,7 @@ def test_a_rate_that_climbs_on_is_a_page_long_before_it_is_far_above(growth):
     found = incidents_of(with_rates([1.0] * 100 + [growth**i for i in range(1, 30)]))[0]
     assert (found.name, found.severity, found.onset) == ("RateRaise", "critical", 101)
     assert found.first_step == 110  # the tenth in a row
+    assert f"×{growth**10:.3g} of" in found.evidence[0]
     assert incidents_of(with_rates([1.0] * 100 + [growth**i for i in range(1, 10)])) == ()
 
 
