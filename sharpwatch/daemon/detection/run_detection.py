@@ -172,7 +172,9 @@ class RunDetection:
         signals = self._signals
         now = signals.see(observation, keep_out=wrong, settle=not opened)
         found = statistics(signals.recent)
-        exceeded, limits = self._limits.see(found, keep_out=bool(opened))
+        # A run that goes wrong jumps as it does not when it is well.
+        explained = any(each.severity == "critical" and each.name != "WeightJump" for each in opened)
+        exceeded, limits = self._limits.see(found, keep_out=bool(opened), explained=explained)
         made = findings(
             Judged(
                 now,

@@ -184,12 +184,13 @@ class Limits:
         put_back(self, self.STATE, arrays, "limits")
         self._set()
 
-    def see(self, found: Doubles, *, keep_out: bool) -> tuple[list[str], Mapping[str, Limit]]:
+    def see(self, found: Doubles, *, keep_out: bool, explained: bool = False) -> tuple[list[str], Mapping[str, Limit]]:
         """Judge the statistics of a sample, then take them in, unless an incident is open.
 
         Args:
             found: The sample's `statistics`.
             keep_out: Whether an incident is open.
+            explained: Whether it is another page's consequence, and so no sign of what the run always does.
 
         Returns:
             Those that are worth a warning, and the limits that held for this sample.
@@ -200,7 +201,8 @@ class Limits:
         above = worst > self._warnings
         if np.count_nonzero(above):
             exceeded = [name for name, is_above in zip(NAMES, above, strict=True) if is_above]
-            self._tire(worst)
+            if not explained:
+                self._tire(worst)
         self._seen += 1
         if not keep_out:
             self._learn(worst)

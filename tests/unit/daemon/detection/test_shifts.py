@@ -78,6 +78,16 @@ def test_each_of_three_damages_is_a_page():
     assert [(each.severity, each.onset) for each in incidents_of(run)] == [("critical", s) for s in (500, 700, 900)]
 
 
+def test_jumps_in_a_run_that_goes_wrong_do_not_hide_damage_when_it_is_well():
+    run = from_step(other_optimizer(healthy_run(900)), 400, block(slice(None), learning_rate=3.0), steps=120)
+    for step in (410, 440, 470, 500):
+        run = from_step(run, step, block(2, weight_norm=1.3))
+    wrong, damage = incidents_of(from_step(run, 800, block(5, weight_norm=1.04)))
+    assert (wrong.name, wrong.onset) == ("RateRaise", 400)
+    assert "WeightJump" in wrong.names
+    assert (damage.name, damage.severity, damage.onset) == ("WeightJump", "critical", 800)
+
+
 def test_weights_that_are_back_after_one_step_are_no_damage():
     run = from_step(other_optimizer(healthy_run(STEPS)), AT, block(5, weight_norm=1.04), steps=1)
     assert incidents_of(run) == ()
