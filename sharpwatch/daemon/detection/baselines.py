@@ -18,7 +18,7 @@ from sharpwatch.daemon.detection.state import Arrays, gathered, put_back
 from sharpwatch.wire import Doubles
 
 # Of a normal distribution: its standard deviation over its median, and over its mean, absolute deviation.
-_MAD_TO_SD, MEAN_TO_SD = 1.4826, 1.2533
+MAD_TO_SD, MEAN_TO_SD = 1.4826, 1.2533
 _CLIP = 3.0  # standard deviations up to which a value moves a baseline
 # A value beyond it counts as one of this size in a mean: a single odd one must not look like a lasting change.
 FAR = 8.0
@@ -117,7 +117,7 @@ class Trend:
         newest = self._scores[ages, column][self._known[ages, column] > 0]
         if 2 * len(newest) < self._lag:
             return 1.0
-        return max(1.0, _MAD_TO_SD * float(np.median(np.abs(np.diff(newest)))) / math.sqrt(2))
+        return max(1.0, MAD_TO_SD * float(np.median(np.abs(np.diff(newest)))) / math.sqrt(2))
 
     def forget(self, columns: slice) -> None:
         """Begin some series anew: what is normal for them has just changed."""
@@ -255,7 +255,7 @@ def _fit(logs: Doubles, values: Doubles, floors: Doubles, shares: Doubles, least
         # Robust first, about the median: outliers on one side move least squares. Later over the weights.
         if again == 0:
             residual = np.abs(residual - _medians(residual, measured, counts))
-            sd = _MAD_TO_SD * _medians(residual, measured, counts)
+            sd = MAD_TO_SD * _medians(residual, measured, counts)
         else:
             residual = np.abs(residual)
             sd = np.sqrt(((weights * residual) ** 2).sum(0) / np.maximum(total - 2, 1))

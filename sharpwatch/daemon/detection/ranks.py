@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sharpwatch.daemon.detection.baselines import FAR, MEAN_TO_SD, Level
+from sharpwatch.daemon.detection.baselines import FAR, MAD_TO_SD, MEAN_TO_SD, Level
 from sharpwatch.daemon.detection.state import Arrays, gathered, put_back
 from sharpwatch.daemon.detection.thresholds import Budget, Tail, limit_of
 from sharpwatch.daemon.records import Finding, Severity
@@ -27,6 +27,7 @@ _FLOOR = 0.01
 # than a normal one as well.
 _TAILS = {3: Tail(2.84, 0.73, 1.29e-03), 10: Tail(3.32, 0.41, 1.04e-03), 40: Tail(2.80, 0.77, 1.05e-03)}
 _LEAST_WARNING, _LEAST_PAGE = 6.0, 9.0  # z below which nothing is told, or paged for, however few ranks there are
+_MANY = 8  # ranks of whose scatter one that differs is a small part
 _STANDS_OUT = 3.0  # z of a single sample that a change can begin with
 _CLIP = 3.0  # times the usual size up to which a mean counts for what is usual
 _NAMED = 8  # ranks that a text names
@@ -122,7 +123,11 @@ class RankLosses:
         means = _means(z)
         scores = means / np.maximum(self._usual, 1.0)[:, None]
         self._learn(means)
-        return [] if self._seen <= _BLIND else self._findings(scores, z, finite)
+        if self._seen <= _BLIND or not np.count_nonzero(np.abs(scores) > _LEAST_WARNING):
+            return []
+        if self.ranks >= _MANY:  # in units of their present scatter where that has grown, as after a smaller batch
+            scores /= max(1.0, _scatter(z))
+        return self._findings(scores, z, finite)
 
     def _learn(self, means: Doubles) -> None:
         """Take in how far the means scatter, over all ranks; one that is far off counts as less."""
@@ -174,6 +179,11 @@ def _means(z: Doubles) -> Doubles:
     count = np.stack([known[-span:].sum(0) for span in _SPANS])
     enough = 2 * count > np.array(_SPANS)[:, None]
     return np.where(enough, total / np.sqrt(np.maximum(count, 1.0)), np.nan)
+
+
+def _scatter(z: Doubles) -> float:
+    """The standard deviation of z [samples, ranks] by the median of their changes, which no single rank moves."""
+    return MAD_TO_SD * _median(np.abs(np.diff(z, axis=0))) / math.sqrt(2)
 
 
 def _median(values: Doubles) -> float:
