@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -43,6 +43,20 @@ def rival_points(judged: Sequence[Verdict], name: str) -> list[Point]:
     return points
 
 
+def draw(curves: Mapping[str, Sequence[Point]], picture: Path) -> None:
+    """Draw a curve for each detector, in the order of its settings."""
+    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for name, points in curves.items():
+        wide = {"linewidth": 2.5, "color": "black", "zorder": 3} if name == "sharpwatch" else {"linewidth": 1.2}
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name, **wide)
+    axes.set_xscale("symlog", linthresh=_LINEAR)
+    axes.set(xlim=(0, None), ylim=(0, 101), xlabel="false alarms in 10,000 healthy steps", ylabel="mean recall, %")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", frameon=False)
+    figure.savefig(picture)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Draw the picture, and print its points."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -54,17 +68,9 @@ def main(arguments: Sequence[str]) -> int:
     judged = [verdicts(groups(given.folder, given.seeds, budget)) for budget in budgets]
     curves = {"sharpwatch": [own_point(each) for each in judged]}
     curves |= {name: rival_points(judged[0], name) for name in RIVALS}
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
     for name, points in curves.items():
         print(name, " ".join(f"{alarms:.1f}:{recall:.0f}%" for alarms, recall in points))
-        wide = {"linewidth": 2.5, "color": "black", "zorder": 3} if name == "sharpwatch" else {"linewidth": 1.2}
-        axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, label=name, **wide)
-    axes.set_xscale("symlog", linthresh=_LINEAR)
-    axes.set(xlim=(0, None), ylim=(0, 101), xlabel="false alarms in 10,000 healthy steps", ylabel="mean recall, %")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    figure.savefig(given.picture)
+    draw(curves, given.picture)
     return 0
 
 
