@@ -224,7 +224,9 @@ class IncidentLog:
         first = entry.first.setdefault(finding.name, finding)
         worse = finding.severity == "critical" and before.severity == "warning"
         if finding.severity == "critical" and first.severity == "warning":
-            entry.first[finding.name] = replace(finding, onset=first.onset)
+            # What is certain began when it says, whatever stood out before.
+            sure = finding.is_exact and not first.is_exact
+            entry.first[finding.name] = finding if sure else replace(finding, onset=first.onset)
         if worse or finding.step - before.first_step <= _EXPLAINS:
             entry.explains = min(entry.first.values(), key=_explains_best)
         explains = entry.explains

@@ -37,6 +37,15 @@ def the_cause(*findings: Finding) -> tuple[str, str]:
     return incident.name, incident.cause
 
 
+def test_what_is_certain_keeps_its_own_onset_in_an_incident_that_was_open():
+    """As where a damaged weight makes gradients 0, and a block's had been small for a while."""
+    before = found("DeadBlock", 240, "layers.3.ffn", onset=237, severity="warning")
+    damage = replace(found("WeightJump", 241, "layers.2.vo"), is_exact=True)
+    dead = replace(found("DeadBlock", 243, "emb", onset=241), is_exact=True)
+    (incident,) = fold(log(), before, damage, dead)
+    assert (incident.name, incident.cause, incident.layer_blocks[0]) == ("WeightJump", "damaged-weight", "layers.2.vo")
+
+
 @pytest.mark.parametrize("name", CAUSES)
 def test_each_alert_alone_is_an_incident_of_its_cause(name):
     (incident,) = log().see([found(name, 7, "layers.3.qk", "emb", onset=5)])
