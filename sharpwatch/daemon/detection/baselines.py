@@ -26,6 +26,14 @@ APART = 6.0  # beyond it a value is not taken into a level of single values
 PATIENCE = 500  # samples that may be kept out in a row: a level that stands longer is the run's own
 
 
+def scatter(values: Doubles) -> float:
+    """The standard deviation of series, along the first axis, by the median of their changes; NaN values are left out.
+
+    Neither a shift nor a single odd value moves it, nor one of many series.
+    """
+    return MAD_TO_SD * float(np.nanmedian(np.abs(np.diff(values, axis=0)))) / math.sqrt(2)
+
+
 class Trend:
     """Lines through the log of the step, fitted to the newest `WINDOW` values that are older than the longest span.
 
@@ -109,15 +117,12 @@ class Trend:
         return judged
 
     def scatter(self, column: int) -> float:
-        """How far the newest z of a series scatter about each other, in standard deviations of the line's; at least 1.
-
-        By the median of their changes, which neither a shift nor a single odd value moves.
-        """
+        """How far the newest z of a series scatter, in standard deviations of the line's; at least 1."""
         ages = (self._count - np.arange(self._lag)) % self._lag
         newest = self._scores[ages, column][self._known[ages, column] > 0]
         if 2 * len(newest) < self._lag:
             return 1.0
-        return max(1.0, MAD_TO_SD * float(np.median(np.abs(np.diff(newest)))) / math.sqrt(2))
+        return max(1.0, scatter(newest))
 
     def forget(self, columns: slice) -> None:
         """Begin some series anew: what is normal for them has just changed."""

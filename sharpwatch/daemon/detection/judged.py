@@ -14,7 +14,6 @@ from sharpwatch.daemon.detection.thresholds import Limit
 from sharpwatch.daemon.records import Finding
 from sharpwatch.wire import Doubles, Ints
 
-_NAMED = 4  # layer blocks that a text names
 _TO_LAYER = re.compile(r"^(?:.*?\.)?\d+\.")
 
 
@@ -71,10 +70,10 @@ class Judged:
 Detector = Callable[[Judged], Iterable[Finding]]
 
 
-def listed(names: Sequence[str]) -> str:
-    """The first of `names`, and how many more there are."""
-    more = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+def listed(names: Sequence[str], most: int = 4) -> str:
+    """The first of `names`, so many at most, and how many more there are."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def with_parameter(layer_block: str, parameter: str) -> str:

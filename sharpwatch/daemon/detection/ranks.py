@@ -10,7 +10,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sharpwatch.daemon.detection.baselines import FAR, MAD_TO_SD, MEAN_TO_SD, Level
+from sharpwatch.daemon.detection.baselines import FAR, MEAN_TO_SD, Level, scatter
+from sharpwatch.daemon.detection.judged import listed
+from sharpwatch.daemon.detection.signals import median
 from sharpwatch.daemon.detection.state import Arrays, gathered, put_back
 from sharpwatch.daemon.detection.thresholds import Budget, Tail, limit_of
 from sharpwatch.daemon.records import Finding, Severity
@@ -46,9 +48,7 @@ def broken_ranks(losses: Floats | None) -> tuple[int, ...]:
 
 def ranks_text(ranks: Sequence[int], count: int) -> str:
     """Some of `count` ranks, in words."""
-    more = len(ranks) - _NAMED
-    names = ", ".join(map(str, ranks[:_NAMED])) + (f" and {more} more" if more > 0 else "")
-    return f"rank{'s' * (len(ranks) > 1)} {names} of {count}"
+    return f"rank{'s' * (len(ranks) > 1)} {listed([*map(str, ranks)], _NAMED)} of {count}"
 
 
 class RankLosses:
@@ -110,8 +110,8 @@ class RankLosses:
             self._values[:] = self._sizes[:] = np.nan
             self._steps[:] = step
         finite: Doubles = np.where(known, losses, np.nan).astype(np.float64)
-        middle = _median(finite)
-        floor = np.fmax(_FLOOR * abs(middle), _median(self._levels.sd))
+        middle = median(finite)
+        floor = np.fmax(_FLOOR * abs(middle), median(self._levels.sd))
         self._levels.see(self._values[0].astype(np.float64), floor, keep_out=bool(self._kept_out[0]))
         for kept, newest in ((self._values, finite - middle), (self._steps, step), (self._kept_out, keep_out)):
             kept[:-1] = kept[1:]
@@ -126,7 +126,7 @@ class RankLosses:
         if self._seen <= _BLIND or not np.count_nonzero(np.abs(scores) > _LEAST_WARNING):
             return []
         if self.ranks >= _MANY:  # in units of their present scatter where that has grown, as after a smaller batch
-            scores /= max(1.0, _scatter(z))
+            scores /= max(1.0, scatter(z))
         return self._findings(scores, z, finite)
 
     def _learn(self, means: Doubles) -> None:
@@ -157,7 +157,7 @@ class RankLosses:
         if not found:
             return []
         severity, span, worst, score, ranks = min(found, key=lambda each: (each[0] != "critical", each[1]))
-        others = _median(losses[known[known != worst]])
+        others = median(losses[known[known != worst]])
         step = int(self._steps[-1])
         differs = f"differ{'s' * (len(ranks) == 1)}"
         evidence = f"{ranks_text(ranks, self.ranks)} {differs}: "
@@ -179,15 +179,3 @@ def _means(z: Doubles) -> Doubles:
     count = np.stack([known[-span:].sum(0) for span in _SPANS])
     enough = 2 * count > np.array(_SPANS)[:, None]
     return np.where(enough, total / np.sqrt(np.maximum(count, 1.0)), np.nan)
-
-
-def _scatter(z: Doubles) -> float:
-    """The standard deviation of z [samples, ranks] by the median of their changes, which no single rank moves."""
-    return MAD_TO_SD * _median(np.abs(np.diff(z, axis=0))) / math.sqrt(2)
-
-
-def _median(values: Doubles) -> float:
-    """Of the values that are known; NaN where none is. `np.median` takes ten times as long for a few."""
-    ordered = np.sort(values[~np.isnan(values)])
-    count = len(ordered)
-    return float((ordered[(count - 1) // 2] + ordered[count // 2]) / 2) if count else math.nan

@@ -87,6 +87,7 @@ class RunDetection:
         found = self._judge(observation)
         if not found:
             self._count_excursions()
+        self._note_step(found)
         if self.reference is not None:
             self.reference.see(observation.step)
             found += self._silent(observation.step)
@@ -131,8 +132,9 @@ class RunDetection:
         finding = None if self.reference is None else self.reference.finding(step)
         return [] if finding is None else [finding]
 
-    def _note_step(self, now: Scores, found: Sequence[Finding]) -> None:
-        """Remember the step, and whether its loss, its gradients or its updates stood out."""
+    def _note_step(self, found: Sequence[Finding]) -> None:
+        """Remember the newest step, and whether its loss, its gradients or its updates stood out."""
+        now = self._signals.recent[-1]
         seen, loss = now.observation, float(now.loss[0])
         odd = abs(loss) > ALSO or abs(now.common_gradient) > ALSO or bool(np.count_nonzero(now.far[:-2]))
         self.history.see(seen.step, seen.loss, judged=not math.isnan(loss), odd=odd)
@@ -192,7 +194,6 @@ class RunDetection:
         )
         if observation.rank_losses is not None:
             made += self._judge_ranks(observation, observation.rank_losses, keep_out=wrong)
-        self._note_step(now, made)
         return made
 
     def _judge_ranks(self, observation: Observation, losses: Floats, *, keep_out: bool) -> list[Finding]:
@@ -202,7 +203,9 @@ class RunDetection:
 
     def replay(self, observation: Observation) -> None:
         """Take in a journalled step: baselines and open incidents move on, and none opens or closes."""
-        self.incidents.replay(self._judge(observation), probed=_probed(observation))
+        found = self._judge(observation)
+        self._note_step(found)
+        self.incidents.replay(found, probed=_probed(observation))
 
     def state(self) -> bytes:
         """The baselines, thresholds and history, from which another daemon goes on with `load_state`."""

@@ -443,10 +443,14 @@ def _log_about_median(norms: Floats, logs: Doubles) -> float:
     finite = np.isfinite(logs)
     # A gradient of exactly zero is a value, but no number that a spread could be made of: see `Scores.dead`.
     logs[~finite] = np.nan
-    known = np.sort(logs[finite])
-    if not len(known):
-        return math.nan
-    median = float((known[(len(known) - 1) // 2] + known[len(known) // 2]) / 2)
-    if len(known) >= _FEW:
-        logs -= median
-    return median
+    middle = median(logs)
+    if np.count_nonzero(finite) >= _FEW:
+        logs -= middle
+    return middle
+
+
+def median(values: Doubles) -> float:
+    """The median of the values that are known; NaN where none is. `np.median` takes ten times as long for a few."""
+    ordered = np.sort(values[~np.isnan(values)])
+    count = len(ordered)
+    return float((ordered[(count - 1) // 2] + ordered[count // 2]) / 2) if count else math.nan
