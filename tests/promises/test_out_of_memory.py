@@ -11,7 +11,8 @@ import torch
 from trainer import ROWS, Trainer
 
 # Large weights (32 MB) and few activations: a product with the Hessian takes several times the weights. What two steps
-# have taken at their height suffices for all steps; the room on top of that is for Python's objects, or for the probes.
+# have taken at their height suffices for all steps. The room on top of that is for Python's objects and what `gnb` keeps
+# until the step is over, logits and their gradients (3 MB), or for the probes.
 CODE = """
 import resource, trainer as sizes
 sizes.VOCABULARY, sizes.WIDTH = 4096, 512
@@ -31,7 +32,7 @@ trainer.close()
 TO_THE_SYSTEM = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
 
 
-@pytest.mark.parametrize("room", [4, 32])
+@pytest.mark.parametrize("room", [8, 32])
 def test_probes_that_find_no_memory(train, serve, room):
     daemon = serve()
     code = CODE.replace("ROOM", str(room))
