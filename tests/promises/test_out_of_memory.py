@@ -11,8 +11,8 @@ import torch
 from trainer import ROWS, Trainer
 
 # Large weights (32 MB) and few activations: a product with the Hessian takes several times the weights. What two steps
-# have taken at their height suffices for all steps. The room on top of that is for Python's objects and what `gnb` keeps
-# until the step is over, logits and their gradients (3 MB), or for the probes.
+# have taken at their height suffices for all steps. The room on top of that is for Python's objects and for what `gnb`
+# keeps until the step is over, logits and their gradients (3 MB), or for the probes.
 CODE = """
 import resource, trainer as sizes
 sizes.VOCABULARY, sizes.WIDTH = 4096, 512

@@ -23,6 +23,8 @@ _CLIP = 3.0  # standard deviations up to which a value moves a baseline
 # A value beyond it counts as one of this size in a mean: a single odd one must not look like a lasting change.
 FAR = 8.0
 APART = 6.0  # beyond it a value is not taken into a level of single values
+_RUN = 10  # samples of a mean that h is taken from
+_LONGEST, _TINY = 0.9, 1e-30  # largest h
 PATIENCE = 500  # samples that may be kept out in a row: a level that stands longer is the run's own
 
 
@@ -40,10 +42,15 @@ class Trend:
     Losses and norms fall about like this, steeply at first. The lines lag, so that a change that has begun meanwhile
     does not bend them. Huber's weights keep single odd values from doing so.
 
+    Neighbouring values resemble each other, in larger models more than in small ones: the variance of a mean of n of
+    them falls as n^(h - 1) rather than as 1/n. h is taken from how means of ten scatter in the fit (the aggregated
+    variance method: Beran, Statistics for Long-Memory Processes, 1994, section 4.4), for series that are alike as one.
+
     Args:
         floors: The smallest standard deviation [columns] taken for real.
         shares: The same as a share of the level.
         spans: Numbers of newest samples whose means are judged, ascending.
+        alike: The series that resemble each other; h is 0 for those in none.
     """
 
     WINDOW = 100  # samples of a fit
@@ -54,8 +61,8 @@ class Trend:
     # Beside the line.
     STATE = ("_values", "_logs", "_scores", "_known", "_total", "_number", "_count", "_kept_out", "_is_old")
 
-    def __init__(self, floors: Doubles, shares: Doubles, spans: Sequence[int]) -> None:
-        self._floors, self._shares = floors, shares
+    def __init__(self, floors: Doubles, shares: Doubles, spans: Sequence[int], alike: Sequence[slice] = ()) -> None:
+        self._floors, self._shares, self._alike = floors, shares, alike
         self._spans, self._lag = np.array(spans), max(spans)
         # By the place of the newest value in the ring, the place of the one that leaves each span: the longest span's
         # is the same place.
@@ -69,11 +76,11 @@ class Trend:
         self._known = np.zeros((self._lag, len(floors)), dtype=bool)
         self._total = np.zeros((len(spans), len(floors)))  # of the scores over each span
         self._number = np.zeros((len(spans), len(floors)))  # of those that are known
+        self._line: _Line | None = None
         self._note_numbers()
         self._count = 0
         self._kept_out = 0
         self._is_old = False  # whether there were too few values for a new line
-        self._line: _Line | None = None
 
     @property
     def blind(self) -> int:
@@ -141,12 +148,12 @@ class Trend:
     def load_state(self, arrays: Arrays) -> None:
         """Go on from `state`; raises `ValueError` for one of other series."""
         put_back(self, self.STATE, arrays, "trend")
-        self._note_numbers()
         self._line = None
         if "line.sd" in arrays:
             nothing = np.zeros(len(self._floors))
-            self._line = _Line(0.0, 0.0, nothing, nothing, nothing, nothing, nothing, nothing)
+            self._line = _Line(0.0, 0.0, nothing, nothing, nothing, nothing, nothing, nothing, nothing)
             put_back(self._line, _Line.STATE, arrays, "line")
+        self._note_numbers()
 
     def _judge(self, line: _Line, log: float, values: Doubles) -> Doubles:
         z: Doubles = (values - line.at(log)) / line.sd
@@ -182,9 +189,10 @@ class Trend:
 
     def _note_numbers(self) -> None:
         """What follows from the numbers of known values in the spans; they rarely change."""
+        slower = (0.0 if self._line is None else self._line.memory) - 1.0
         with np.errstate(divide="ignore", invalid="ignore"):
-            self._variance, self._others = 1.0 / self._number, self._number[-1] - self._number[:-1]
-            self._fresh_sd = np.sqrt(self._variance[:-1] + 1.0 / self._others)
+            self._variance, self._others = self._number**slower, self._number[-1] - self._number[:-1]
+            self._fresh_sd = np.sqrt(self._variance[:-1] + self._others**slower)
         self._few = self._number < self._enough
 
     def _refit(self) -> None:
@@ -207,7 +215,8 @@ class Trend:
     def _fitted(self) -> _Line | None:
         size = min(self.WINDOW, self._count - self._lag - self.YOUNG)
         rows = (self._count - self._lag - 1 - np.arange(size)) % len(self._values)
-        return _fit(self._logs[rows], self._values[rows].astype(np.float64), self._floors, self._shares, self.LEAST)
+        values = self._values[rows].astype(np.float64)
+        return _fit(self._logs[rows], values, self._floors, self._shares, self.LEAST, self._alike)
 
 
 @dataclass(slots=True)
@@ -217,7 +226,7 @@ class _Line:
     It is flat from as far past its last value as its first lies before that: nothing says that it goes on.
     """
 
-    STATE: ClassVar = ("origin", "last", "level", "slope", "variance", "middle", "squares", "sd")
+    STATE: ClassVar = ("origin", "last", "level", "slope", "variance", "middle", "squares", "sd", "memory")
 
     origin: float
     last: float
@@ -227,6 +236,7 @@ class _Line:
     middle: Doubles  # mean of the logs of the steps that were measured, and the sum of squares about it
     squares: Doubles
     sd: Doubles
+    memory: Doubles  # h: the variance of a mean of n values falls as n^(h - 1)
 
     def at(self, log: float) -> Doubles:
         return self.level + self.slope * (min(log, self.last) - self.origin)
@@ -238,7 +248,9 @@ class _Line:
         return variance
 
 
-def _fit(logs: Doubles, values: Doubles, floors: Doubles, shares: Doubles, least: int) -> _Line | None:
+def _fit(  # noqa: PLR0913, PLR0917 - a fit takes what is fitted and how
+    logs: Doubles, values: Doubles, floors: Doubles, shares: Doubles, least: int, alike: Sequence[slice]
+) -> _Line | None:
     """Fit each column by least squares with Huber's weights; None if no column has `least` values."""
     measured = np.isfinite(values)
     counts = np.count_nonzero(measured, axis=0)
@@ -249,7 +261,7 @@ def _fit(logs: Doubles, values: Doubles, floors: Doubles, shares: Doubles, least
     x = (logs - origin)[:, None]
     y = np.where(measured, values, 0.0)
     known = measured.astype(np.float64)
-    weights, level, slope, sd = known, floors, floors, floors  # until the first pass
+    weights, level, slope, sd, signed = known, floors, floors, floors, y  # until the first pass
     for again in range(4):
         weighted = weights * x
         total, sum_x, sum_xx = weights.sum(0), weighted.sum(0), (weighted * x).sum(0)
@@ -262,7 +274,7 @@ def _fit(logs: Doubles, values: Doubles, floors: Doubles, shares: Doubles, least
             residual = np.abs(residual - _medians(residual, measured, counts))
             sd = MAD_TO_SD * _medians(residual, measured, counts)
         else:
-            residual = np.abs(residual)
+            signed, residual = residual, np.abs(residual)
             sd = np.sqrt(((weights * residual) ** 2).sum(0) / np.maximum(total - 2, 1))
         sd = np.maximum(sd, floors + shares * np.abs(level))
         if again < 3:
@@ -271,7 +283,24 @@ def _fit(logs: Doubles, values: Doubles, floors: Doubles, shares: Doubles, least
     middle = (known * logs[:, None]).sum(0) / rows
     squares = np.maximum((known * (logs[:, None] - middle) ** 2).sum(0), 1e-300)
     last = float(2 * logs.max() - logs.min())
-    return _Line(origin, last, level, slope, 1.0 / rows, middle, squares, np.where(enough, sd, np.nan))
+    memory = np.zeros(len(sd))
+    for columns in alike:
+        memory[columns] = _memory(signed[:, columns] / sd[columns], known[:, columns])
+    sd = np.where(enough, sd, np.nan)
+    return _Line(origin, last, level, slope, rows ** (memory - 1), middle, squares / rows**memory, sd, memory)
+
+
+def _memory(z: Doubles, known: Doubles) -> float:
+    """The exponent h of series that are alike, from how means of `_RUN` neighbours scatter beside single values."""
+    z = np.clip(z, -_CLIP, _CLIP) * known
+    runs = len(z) // _RUN
+    shape = (runs, _RUN, z.shape[1])
+    sums, counts = z[: runs * _RUN].reshape(shape).sum(1), known[: runs * _RUN].reshape(shape).sum(1)
+    squares = np.where(counts > 0, sums**2 / np.maximum(counts, 1.0), 0.0).sum(0)
+    # The line has taken part of it; only what is left beyond that of independent values counts.
+    single = np.maximum((z**2).sum(0) / np.maximum(known.sum(0), 1.0), _TINY)
+    ratio = float((squares / single).sum()) / max(int(np.count_nonzero(counts)), 1)
+    return min(math.log(max(ratio, 1.0)) / math.log(_RUN), _LONGEST)
 
 
 def _medians(values: Doubles, measured: npt.NDArray[np.bool_], counts: npt.NDArray[np.intp]) -> Doubles:

@@ -213,7 +213,7 @@ class Signals:
         # Update RMS and gradient norm of each layer block, what gradients have in common, and the loss.
         floors, shares = np.full(2 * columns + 2, _NORM_FLOOR), np.zeros(2 * columns + 2)
         floors[-1], shares[-1] = 0.0, _LOSS_FLOOR
-        self._trend = Trend(floors, shares, SPANS)
+        self._trend = Trend(floors, shares, SPANS, alike=(slice(0, columns), slice(columns, 2 * columns)))
         self._young_loss = Highest(_LOSS_FLOOR)
         self._weights = Level(columns, memory=10, spread_memory=30, blind=30, patience=_WEIGHT_PATIENCE)
         self._rates = Rates(columns)

@@ -102,6 +102,29 @@ def test_z_of_the_mean_of_new_values_is_standard_normal(slope):
         assert abs(row.mean()) < 4 * 1.05 / math.sqrt(2000)
 
 
+@pytest.mark.parametrize("likeness", [0.0, 0.3, 0.5])
+def test_means_of_values_that_resemble_their_neighbours_scatter_as_their_z_says(likeness):
+    """An autoregressive process, where the mean of 20 scatters up to 1.7 times as much as one of independent values.
+
+    What a line's fit takes of the slow part, and a power law for an exponential one, cost up to a third of it.
+    """
+    rng = np.random.default_rng(3)
+    spreads = []
+    for _ in range(8):
+        values = rng.standard_normal((261, 40))
+        for row in range(1, 261):
+            values[row] = likeness * values[row - 1] + math.sqrt(1 - likeness**2) * values[row]
+        plain, alike = (Trend(np.full(40, 1e-6), np.zeros(40), SPANS, alike=which) for which in ((), (slice(0, 40),)))
+        for step, row in enumerate(values, 1):
+            judged = [each.see(step, row, keep_out=step == 261)[1 + SPANS.index(20)] for each in (plain, alike)]
+        spreads.append([np.mean(np.square(z)) for z in judged])
+    without, with_memory = np.sqrt(np.mean(spreads, axis=0))
+    lags = np.arange(1, 20)
+    truth = math.sqrt(1 + 2 * ((1 - lags / 20) * likeness**lags).sum())
+    assert without == pytest.approx(truth, rel=0.2)
+    assert 0.85 < with_memory < 1.3
+
+
 def test_without_an_incident_the_smaller_one_of_two_comparisons_counts():
     """So that means of short spans are no larger than normal, and the longest is as before."""
     rng = np.random.default_rng(3)

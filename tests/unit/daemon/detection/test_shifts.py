@@ -127,6 +127,18 @@ def test_a_large_shift_of_a_layer_block_is_a_page_and_begins_where_it_began():
     assert (found.severity, found.onset, found.blocks) == ("critical", AT, ("ffn",))
 
 
+def test_updates_and_gradients_that_grow_together_are_pages_more_often_than_each_alone():
+    def pages(**factors: float) -> list[Incident]:
+        runs = [from_step(healthy_run(STEPS, seed=seed), AT, block(5, **factors)) for seed in range(8)]
+        return [each for run in runs for each in incidents_of(run) if each.severity == "critical"]
+
+    assert max(len(pages(update_rms=1.3)), len(pages(gradient_norm=1.3))) <= 4
+    together = pages(update_rms=1.3, gradient_norm=1.3)
+    assert [(each.name, each.layer_blocks) for each in together] == [("UpdateRmsSpike", ("layers.1.vo",))] * 8
+    said = r"update RMS of layers\.1\.vo \S+ sd above its level, its gradient norm \S+,"
+    assert all(re.match(said, each.evidence[0]) for each in together)
+
+
 @pytest.mark.parametrize("statistic", ["update_rms", "gradient_norm"])
 @pytest.mark.parametrize("factor", [20.0, 0.01])
 @pytest.mark.parametrize("seed", range(3))
@@ -165,6 +177,26 @@ def test_a_loss_of_any_sign_that_leaves_its_trend_is_found(offset):
     assert found.onset == AT
     assert found.severity == "critical"
     assert incidents_of(run) == ()
+
+
+def sd_of_loss(run: list[Observation]) -> float:
+    return float(np.std([seen.loss for seen in run[AT - 100 : AT]]))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "severity"),
+    [
+        ([7, 7, 7, 4, 4, 4], "warning"),  # text of another kind
+        ([40, 7, 7, 7], "critical"),  # a spike
+        ([7] * 20, "critical"),  # it stays
+    ],
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_loss_that_text_of_another_kind_may_have_is_worth_a_warning(sizes, severity, seed):
+    run = healthy_run(STEPS, seed=seed)
+    lifted = [replace(s, loss=3.0 + by * sd_of_loss(run)) for s, by in zip(run[AT - 1 :], sizes, strict=False)]
+    (found,) = incidents_of([*run[: AT - 1], *lifted, *run[AT - 1 + len(lifted) :]])
+    assert (found.name, found.severity) == ("LossSpike", severity)
 
 
 def test_a_short_spike_of_the_loss_is_found_and_its_end_is_no_drop():

@@ -11,7 +11,7 @@ from scipy import stats
 
 from sharpwatch.daemon.detection.thresholds import NAMES, TAILS, TOGETHER, USUAL, Budget, Limit, Limits, Tail
 
-FREE = tuple(name for name in NAMES if name.startswith(("update", "gradient")))  # without a smallest threshold
+FREE = tuple(name for name in NAMES if name.startswith(("update", "gradient", "both")))  # without a smallest threshold
 
 
 def simulated(steps: int, seed: int, *, excess: float = 1.0, rate: float = 1.0) -> np.ndarray:
