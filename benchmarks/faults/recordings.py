@@ -11,7 +11,7 @@ import json
 import lzma
 import struct
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ import numpy as np
 from sharpwatch.replay.own_recordings import read_messages
 from sharpwatch.v1 import agent_pb2
 
-_DROPPED_BITS = 13  # of the 23 that follow a float's point
+_DROPPED_BITS = 16  # of the 23 that follow a float's point
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,8 @@ def write(folder: Path, about: About, hello: agent_pb2.Hello | None, samples: It
     path = path_of(folder, about)
     draft = path.with_suffix(".draft")
     with lzma.open(draft, "wb", preset=6) as file:
-        file.write(json.dumps(asdict(about)).encode() + b"\n")
+        short = replace(about, losses=[round(loss, 5) for loss in about.losses])
+        file.write(json.dumps(asdict(short)).encode() + b"\n")
         for message in [] if hello is None else [hello, *map(_slim, samples)]:
             payload = message.SerializeToString()
             file.write(struct.pack("<I", len(payload)) + payload)
@@ -127,8 +128,10 @@ def _slim(sample: agent_pb2.Sample) -> agent_pb2.Sample:
     if slim.HasField("gnb"):
         slim.gnb.ClearField("sketches")
         slim.gnb.ClearField("gradient_sketch")
+    slim.health.ClearField("overhead_ratio")  # of the machine's, not of the run
+    slim.health.ClearField("step_seconds")
     if slim.HasField("tap"):
-        # Three digits of what scatters by tenths; weight norms keep all, since their change from step to step counts.
+        # Two digits of what scatters by tenths; weight norms keep all, since their change from step to step counts.
         for array in (slim.tap.gradient_norm, slim.tap.update_rms, slim.tap.second_moment):
             bits = np.frombuffer(array.data, dtype="<u4") & ~np.uint32(2**_DROPPED_BITS - 1)
             array.data = bits.tobytes()

@@ -29,7 +29,6 @@ _FLOOR = 0.01
 # than a normal one as well.
 _TAILS = {3: Tail(2.84, 0.73, 1.29e-03), 10: Tail(3.32, 0.41, 1.04e-03), 40: Tail(2.80, 0.77, 1.05e-03)}
 _LEAST_WARNING, _LEAST_PAGE = 6.0, 9.0  # z below which nothing is told, or paged for, however few ranks there are
-_MANY = 8  # ranks of whose scatter one that differs is a small part
 _STANDS_OUT = 3.0  # z of a single sample that a change can begin with
 _CLIP = 3.0  # times the usual size up to which a mean counts for what is usual
 _NAMED = 8  # ranks that a text names
@@ -125,8 +124,9 @@ class RankLosses:
         self._learn(means)
         if self._seen <= _BLIND or not np.count_nonzero(np.abs(scores) > _LEAST_WARNING):
             return []
-        if self.ranks >= _MANY:  # in units of their present scatter where that has grown, as after a smaller batch
-            scores /= max(1.0, scatter(z))
+        if self.ranks > 2:  # in units of the others' present scatter where that has grown, as after a smaller batch
+            farthest = int(np.nanargmax(np.fmax.reduce(np.abs(scores), axis=0)))
+            scores /= max(1.0, scatter(np.delete(z, farthest, axis=1)))
         return self._findings(scores, z, finite)
 
     def _learn(self, means: Doubles) -> None:

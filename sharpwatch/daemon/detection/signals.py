@@ -322,7 +322,7 @@ class Signals:
             self._see_weights(scores, before, now)
             scores.moment = self._moment(before, now)
         last = self.recent[-1].weight_change if self.recent else _NOTHING
-        scores.taken_back = np.abs(last + scores.weight_change) < np.abs(last) / 2 if last.size else self._nowhere
+        scores.taken_back = np.abs(last + scores.weight_change) < 0.5 * np.abs(last) if last.size else self._nowhere
         scores.growth = self._growth(now)
         scores.dead = (now.gradient_norm == 0) & self._was_alive
         if np.count_nonzero(scores.dead):
@@ -441,10 +441,12 @@ def _log_about_median(norms: Floats, logs: Doubles) -> float:
     """Write the logs of norms less their median into `logs`; returns the median, NaN where there is none."""
     np.log(norms, out=logs, dtype=np.float64)
     finite = np.isfinite(logs)
-    # A gradient of exactly zero is a value, but no number that a spread could be made of: see `Scores.dead`.
-    logs[~finite] = np.nan
+    known = np.count_nonzero(finite)
+    if known < len(logs):
+        # A gradient of exactly zero is a value, but no number that a spread could be made of: see `Scores.dead`.
+        logs[~finite] = np.nan
     middle = median(logs)
-    if np.count_nonzero(finite) >= _FEW:
+    if known >= _FEW:
         logs -= middle
     return middle
 

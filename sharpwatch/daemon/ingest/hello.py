@@ -29,6 +29,7 @@ from sharpwatch.wire import (
 Control = Literal["none", "lr", "rollback"]
 SILENT_SECONDS = 30.0  # without a message after which an open stream does not keep its run any more
 _LAYER_BLOCK = 200  # bytes, roughly
+SUMMED = 6  # rows that are summed by block type at most
 RECONNECT_SECONDS = 6.0  # a courier is back within 5 s of the end of its stream, or of a restart of the daemon
 
 
@@ -56,11 +57,17 @@ class RunHello:
     data_order: str = ""
     parameter_names: tuple[tuple[str, ...], ...] = ()  # of each layer block; empty where the agent does not tell them
     block_parameters: Ints = field(init=False)  # [B]
+    name_counts: Ints = field(init=False)  # [L], how many parameters of each are named
+    places: Ints = field(init=False)  # [SUMMED, L], where the value of a layer block goes in sums by row and block type
     size: int = field(init=False)  # what it takes of memory, in units of a layer block
 
     def __post_init__(self) -> None:
         sums = np.bincount(self.block_of, weights=self.parameters, minlength=len(self.blocks))
         object.__setattr__(self, "block_parameters", sums.astype(np.int64))
+        counts = np.array([len(own) for own in self.parameter_names], dtype=np.int64)
+        object.__setattr__(self, "name_counts", counts)
+        places = self.block_of + len(self.blocks) * np.arange(SUMMED)[:, None]
+        object.__setattr__(self, "places", places)
         names = sum(len(name) for own in self.parameter_names for name in own)
         object.__setattr__(self, "size", len(self.layer_blocks) + names // _LAYER_BLOCK)
 

@@ -206,12 +206,12 @@ def _named(
     tap: agent_pb2.Tap, field_name: Literal["changed_parameter", "non_finite_parameter"], hello: RunHello
 ) -> Ints:
     """An index in the names of the parameters of each layer block, or -1; empty where the agent has not told them."""
-    what, names = f"tap.{field_name}", hello.parameter_names
+    what = f"tap.{field_name}"
     indices = wire.decode(getattr(tap, field_name), name=what, dtype="int32", shape=(len(hello.parameters),))
-    if not names:
+    if not hello.parameter_names:
         return np.empty(0, dtype=np.int64)
-    counts = np.array([len(own) for own in names])
-    require(bool(((indices >= -1) & (indices < counts)).all()), f"{what} must be indices in parameter_names, or -1")
+    known = (indices >= -1) & (indices < hello.name_counts)
+    require(np.count_nonzero(known) == len(known), f"{what} must be indices in parameter_names, or -1")
     return indices
 
 
@@ -253,11 +253,11 @@ def gather_blocks(hello: RunHello, rows: LayerTap) -> BlockTap:
 
 
 def _sums(hello: RunHello, terms: Doubles) -> Doubles:
-    """Sums terms [n, L] over the layers of each block type, [n, B]."""
+    """Sums terms [n, L] over the layers of each block type, [n, B]; n is `SUMMED` at most."""
     # Not a product with the membership matrix: in that, one NaN or infinity would spread over all blocks.
     rows, blocks = len(terms), len(hello.blocks)
-    places = hello.block_of + blocks * np.arange(rows)[:, None]
-    return np.bincount(places.ravel(), terms.ravel(), rows * blocks).reshape(rows, blocks).astype(np.float64)
+    sums: Doubles = np.bincount(hello.places[:rows].ravel(), terms.ravel(), rows * blocks).astype(np.float64)
+    return sums.reshape(rows, blocks)
 
 
 def _measured(value: float) -> float | None:

@@ -35,7 +35,7 @@ def line_of(fitted: Trend, step: int, columns: int) -> tuple[np.ndarray, np.ndar
 
 
 def window(last: int) -> np.ndarray:
-    """The steps that a line is fitted to at a step that is a multiple of ten."""
+    """The steps that a line is fitted to at a step that is a multiple of twenty."""
     return np.arange(last - LAG - Trend.WINDOW + 1, last - LAG + 1)
 
 
@@ -153,11 +153,11 @@ def test_a_lasting_change_is_seen_at_full_size_within_each_span():
     np.testing.assert_allclose(singles, 3.0, rtol=0, atol=0.3)
     for span in SPANS[:-1]:
         # Against the rest of the longest span, and against the line.
-        line = leverage(np.log(window((299 + span) // 10 * 10)), math.log(300 + span / 2))
+        line = leverage(np.log(window((299 + span) // 20 * 20)), math.log(300 + span / 2))
         error = max(1 / (LAG - span), line)
         full = 3.0 / math.sqrt(1 / span + error)
         assert 0.85 * full < means[span] < 1.05 * full
-    at = np.log(window(340))
+    at = np.log(window(320))  # the line that judged at 340
     assert means[40] == pytest.approx(3.0 / math.sqrt(1 / 40 + leverage(at, math.log(320))), rel=0.1)
 
 
@@ -251,7 +251,7 @@ def test_running_sums_stay_those_of_the_values():
         history.append(np.clip(z, -FAR, FAR))
     newest = np.array(history[-LAG:])
     count = (~np.isnan(newest)).sum(0)
-    fitted = window(2990)  # the newest line that has judged was fitted at 2,990
+    fitted = window(2980)  # the newest line that has judged was fitted at 2,980
     known = [fitted[~np.isnan(values[fitted - 1, column])] for column in range(5)]
     error = np.array([leverage(np.log(steps), math.log(2980)) for steps in known])  # in the middle
     expected = np.nanmean(newest, axis=0) / np.sqrt(1 / count + error)

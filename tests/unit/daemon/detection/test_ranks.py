@@ -237,7 +237,7 @@ def test_another_attempt_learns_its_ranks_anew():
     assert [each.name for each in second.incidents.all if each.name == "RankDiffers"] == []
 
 
-@pytest.mark.parametrize("ranks", [8, 32])
+@pytest.mark.parametrize("ranks", [3, 4, 8, 32])
 @pytest.mark.parametrize("seed", range(3))
 def test_a_smaller_batch_scatters_the_losses_of_all_ranks_and_none_differs(ranks, seed):
     """By a factor of three: batches of a ninth."""
@@ -248,9 +248,9 @@ def test_a_smaller_batch_scatters_the_losses_of_all_ranks_and_none_differs(ranks
     assert "critical" not in {finding.severity for finding in found}
     # One that differs is found all the same.
     made = RankLosses(ranks, USUAL)
-    run[360:, 5] += 12 * SCATTER
+    run[360:, ranks - 1] += 12 * SCATTER
     found = [finding for i, row in enumerate(run) for finding in made.see(i + 1, row, keep_out=False)]
-    assert any(finding.severity == "critical" and finding.rank == 5 for finding in found)
+    assert any(finding.severity == "critical" and finding.rank == ranks - 1 for finding in found)
 
 
 def test_after_a_rollback_only_new_samples_count():
