@@ -9,6 +9,7 @@ steps. Thresholds are fitted on other seeds (`tails`).
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
@@ -23,6 +24,7 @@ from benchmarks.faults.pages import write_table
 from benchmarks.faults.recordings import About, read_about
 from benchmarks.faults.replay import Group, Opened, Replay, culprit, groups
 from benchmarks.faults.rivals import RIVALS, series
+from sharpwatch.daemon.detection.thresholds import NAMES, USUAL, Limits
 from sharpwatch.daemon.records import CAUSES, Finding
 
 _WINDOW = 20  # steps of a mean loss
@@ -40,6 +42,7 @@ class Verdict:
         about: What it is.
         harmful: Whether its loss suffered.
         left: The step from which on the loss has left the healthy twin's band, for 20 steps at least; None if never.
+        shown: The step at which the loss by itself, without a twin, is worth a warning; None if never.
         opened: Its incidents from the onset on, oldest first.
         steps: How many of its own steps were judged.
         moved: Standard deviations by which the fault moved its layer block's weights.
@@ -50,6 +53,7 @@ class Verdict:
     about: About
     harmful: bool
     left: int | None
+    shown: int | None
     opened: Sequence[Opened]
     steps: int
     moved: float
@@ -154,7 +158,7 @@ def _judge(group: Group) -> Iterable[Verdict]:
     nothing = float("nan")
     steps = len(trunk.observations)
     seen = series(trunk.observations)
-    yield Verdict(trunk.about, False, None, trunk.opened, steps, nothing, trunk.findings, *seen)
+    yield Verdict(trunk.about, False, None, None, trunk.opened, steps, nothing, trunk.findings, *seen)
     for kind in sorted(set(abouts) & set(KINDS)):
         replay = group.replay(kind)
         losses = np.array(replay.about.losses)
@@ -165,12 +169,25 @@ def _judge(group: Group) -> Iterable[Verdict]:
             replay.about,
             harmful,
             None if left is None else left + replay.about.first,
+            _shown(replay),
             _own(replay),
             len(replay.observations),
             replay.moved,
             replay.findings,
             *series([*(trunk.observations if replay.about.trunk else []), *replay.observations]),
         )
+
+
+def _shown(replay: Replay) -> int | None:
+    """The first step from the onset on at which the loss alone is worth a warning."""
+    limits = Limits(USUAL, 1).now
+    above = [
+        step.step
+        for i, step in enumerate(replay.observations)
+        if step.step >= replay.about.onset
+        and any(replay.worst[name][i] > limits[name][0] for name in NAMES if name.startswith("loss"))
+    ]
+    return min(above, default=None)
 
 
 def _own(replay: Replay) -> list[Opened]:
@@ -211,10 +228,10 @@ def alert_table(judged: Sequence[Verdict], alert: str) -> Iterable[str]:
 
 def _fault_table(judged: Sequence[Verdict]) -> Iterable[str]:
     yield (
-        "| fault | harmful | found of them | others found | delay | lead over the loss | cause | block first | "
-        "parameter |"
+        "| fault | harmful | found of them | others found | delay | lead over the twin's band | over its own | cause | "
+        "block first | parameter |"
     )
-    yield "|---|---|---|---|---|---|---|---|---|"
+    yield "|---|---|---|---|---|---|---|---|---|---|"
     for kind in FAULTS:
         runs = [each for each in judged if each.about.kind == kind.name]
         if not runs:
@@ -224,16 +241,24 @@ def _fault_table(judged: Sequence[Verdict]) -> Iterable[str]:
         seen = [(each, *each.found) for each in runs if each.found is not None]
         late = [step - each.about.onset for each, step, _ in seen]
         lead = [each.left - step for each, step, _ in seen if each.left is not None]
+        own = [math.inf if each.shown is None else each.shown - step for each, step, _ in seen if each.harmful]
         causes = sum(opened.incident.cause == kind.cause for _, _, opened in seen)
         placed = [(each, opened) for each, _, opened in seen if culprit(each.about)]
         right = sum(opened.incident.layer_blocks[:1] == (culprit(each.about),) for each, opened in placed)
         named = [each.parameter_right for each in runs if each.parameter_right is not None]
-        yield (
-            f"| {kind.name} | {len(harmful)} of {len(runs)} | {sum(each.found is not None for each in harmful)} | "
-            f"{sum(each.found is not None for each in others)} of {len(others)} | {_median(late)} | {_median(lead)} | "
-            f"{f'{causes} of {len(seen)}' if seen else '–'} | {f'{right} of {len(placed)}' if placed else '–'} | "
-            f"{f'{sum(named)} of {len(named)}' if named else '–'} |"
+        cells = (
+            kind.name,
+            f"{len(harmful)} of {len(runs)}",
+            str(sum(each.found is not None for each in harmful)),
+            f"{sum(each.found is not None for each in others)} of {len(others)}",
+            _median(late),
+            _median(lead),
+            _median(own).replace("inf", "never"),
+            f"{causes} of {len(seen)}" if seen else "–",
+            f"{right} of {len(placed)}" if placed else "–",
+            f"{sum(named)} of {len(named)}" if named else "–",
         )
+        yield f"| {' | '.join(cells)} |"
 
 
 def _summary(judged: Sequence[Verdict]) -> Iterable[str]:
@@ -351,7 +376,7 @@ def count_alarms(flags: npt.NDArray[np.bool_]) -> int:
     return count
 
 
-def _median(values: Sequence[int]) -> str:
+def _median(values: Sequence[float]) -> str:
     return f"{statistics.median(values):g}" if values else "–"
 
 
@@ -367,10 +392,12 @@ def main(arguments: Sequence[str]) -> int:
     if given.alert:
         print("\n".join(alert_table(judged, given.alert)))
         return 0
-    text = table(judged)
     seeds = ", ".join(map(str, given.seeds)) if given.seeds else "all"
-    fitted = "thresholds were fitted on seeds 0 and 1"
-    text = f"Judged on seeds {seeds}; {fitted}. Delays and leads are medians in steps.\n\n{text}"
+    text = (
+        f"Judged on seeds {seeds}; thresholds were fitted on seeds 0, 1 and 20 to 27, and of 5M parameters 0 and 2.\n"
+        f"Delays and leads are medians in steps. A run's own band is left where its loss by itself is worth a warning.\n\n"
+        f"{table(judged)}"
+    )
     print(text)
     if given.write is not None:
         write_table(given.write, "judged", text)
