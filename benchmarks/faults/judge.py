@@ -395,7 +395,7 @@ def main(arguments: Sequence[str]) -> int:
     seeds = ", ".join(map(str, given.seeds)) if given.seeds else "all"
     text = (
         f"Judged on seeds {seeds}; thresholds were fitted on seeds 0, 1 and 20 to 27, and of 5M parameters 0 and 2.\n"
-        f"Delays and leads are medians in steps. A run's own band is left where its loss by itself is worth a warning.\n\n"
+        f"Delays and leads are medians in steps. A run's own band is left where its loss alone is worth a warning.\n\n"
         f"{table(judged)}"
     )
     print(text)
