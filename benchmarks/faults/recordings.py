@@ -128,10 +128,11 @@ def _slim(sample: agent_pb2.Sample) -> agent_pb2.Sample:
     if slim.HasField("gnb"):
         slim.gnb.ClearField("sketches")
         slim.gnb.ClearField("gradient_sketch")
-    slim.health.ClearField("overhead_ratio")  # of the machine's, not of the run
-    slim.health.ClearField("step_seconds")
+    if slim.HasField("health"):
+        slim.health.ClearField("overhead_ratio")  # the machine's, not the run's
+        slim.health.ClearField("step_seconds")
     if slim.HasField("tap"):
-        # Two digits of what scatters by tenths; weight norms keep all, since their change from step to step counts.
+        # Two digits, rounded down, of what scatters by tenths; weight norms keep all, since a step's change counts.
         for array in (slim.tap.gradient_norm, slim.tap.update_rms, slim.tap.second_moment):
             bits = np.frombuffer(array.data, dtype="<u4") & ~np.uint32(2**_DROPPED_BITS - 1)
             array.data = bits.tobytes()

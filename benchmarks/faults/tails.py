@@ -1,7 +1,7 @@
 """Fit the tails of all statistics on healthy runs: python -m benchmarks.faults.tails FOLDER... [--seeds 0 1].
 
 What it prints is `TAILS` in sharpwatch/daemon/detection/thresholds.py. Those of the loss are without shifts of domain,
-which are news to a loss; if good or bad nobody can tell. The seeds that tails are fitted on are not judged.
+where it changes for a reason that is neither a fault nor noise. The seeds that tails are fitted on are not judged.
 """
 
 from __future__ import annotations

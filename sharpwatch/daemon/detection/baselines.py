@@ -24,7 +24,8 @@ _CLIP = 3.0  # standard deviations up to which a value moves a baseline
 FAR = 8.0
 APART = 6.0  # beyond it a value is not taken into a level of single values
 _RUN = 10  # samples of a mean that h is taken from
-_LONGEST, _TINY = 0.9, 1e-30  # largest h
+_SCATTERS = 1e-6  # mean square, in units of the spread's, below which a series is constant but for rounding
+_MOST_MEMORY = 0.9  # of h: at 1 a mean would tell no more than a single value
 PATIENCE = 500  # samples that may be kept out in a row: a level that stands longer is the run's own
 
 
@@ -33,7 +34,9 @@ def scatter(values: Doubles) -> float:
 
     Neither a shift nor a single odd value moves it, nor one of many series.
     """
-    return MAD_TO_SD * float(np.nanmedian(np.abs(np.diff(values, axis=0)))) / math.sqrt(2)
+    changes = np.diff(values, axis=0)
+    known = np.abs(changes[~np.isnan(changes)])
+    return MAD_TO_SD * float(np.median(known)) / math.sqrt(2) if known.size else math.nan
 
 
 class Trend:
@@ -109,7 +112,8 @@ class Trend:
         self._kept_out = self._kept_out + 1 if keep_out else 0
         row = self._count % len(self._values)
         # Past PATIENCE those before are still kept out, but the line moves over to the new ones as they come.
-        self._values[row] = np.nan if keep_out and self._kept_out <= PATIENCE else values
+        out = keep_out and self._kept_out <= PATIENCE
+        self._values[row] = np.nan if out else values
         self._logs[row] = log
         self._count += 1
         judged = np.empty((1 + len(self._spans), len(values)))
@@ -118,8 +122,9 @@ class Trend:
         else:
             judged[0] = self._judge(self._line, log, values)
             judged[1:] = self._means(self._line, lasting=keep_out)
-        # Last, so that what is judged has not bent the line.
-        if self._count % self._EVERY == 0 and self._count >= self.blind:
+        # Last, so that what is judged has not bent the line. While values are kept out nothing new is known, but the
+        # first samples of what is wrong, from before anybody knew.
+        if self._count % self._EVERY == 0 and self._count >= self.blind and not out:
             self._refit()
         return judged
 
@@ -162,7 +167,8 @@ class Trend:
         unknown = np.isnan(z)
         known = ~unknown
         clipped = np.minimum(np.maximum(z, -FAR), FAR)
-        clipped[unknown] = 0.0
+        if np.count_nonzero(unknown):
+            clipped[unknown] = 0.0
         place = self._count % self._lag
         leaving = self._leaving[place]
         self._total += clipped - self._scores[leaving]
@@ -261,7 +267,7 @@ def _fit(  # noqa: PLR0913, PLR0917 - a fit takes what is fitted and how
     x = (logs - origin)[:, None]
     y = np.where(measured, values, 0.0)
     known = measured.astype(np.float64)
-    weights, level, slope, sd, signed = known, floors, floors, floors, y  # until the first pass
+    weights, level, slope, sd = known, floors, floors, floors  # until the first pass
     for again in range(3):
         weighted = weights * x
         total, sum_x, sum_xx = weights.sum(0), weighted.sum(0), (weighted * x).sum(0)
@@ -274,7 +280,7 @@ def _fit(  # noqa: PLR0913, PLR0917 - a fit takes what is fitted and how
             residual = np.abs(residual - _medians(residual, measured, counts))
             sd = MAD_TO_SD * _medians(residual, measured, counts)
         else:
-            signed, residual = residual, np.abs(residual)
+            residual = np.abs(residual)
             sd = np.sqrt(((weights * residual) ** 2).sum(0) / np.maximum(total - 2, 1))
         sd = np.maximum(sd, floors + shares * np.abs(level))
         if again < 2:
@@ -285,22 +291,34 @@ def _fit(  # noqa: PLR0913, PLR0917 - a fit takes what is fitted and how
     last = float(2 * logs.max() - logs.min())
     memory = np.zeros(len(sd))
     for columns in alike:
-        memory[columns] = _memory(signed[:, columns] / sd[columns], known[:, columns])
+        memory[columns] = _memory((y - level - slope * x)[:, columns] / sd[columns], known[:, columns], least)
     sd = np.where(enough, sd, np.nan)
     return _Line(origin, last, level, slope, rows ** (memory - 1), middle, squares / rows**memory, sd, memory)
 
 
-def _memory(z: Doubles, known: Doubles) -> float:
-    """The exponent h of series that are alike, from how means of `_RUN` neighbours scatter beside single values."""
-    z = np.clip(z, -_CLIP, _CLIP) * known
+def _memory(z: Doubles, known: Doubles, least: int) -> float:
+    """The exponent h of series that are alike, from how means of `_RUN` neighbours scatter beside single values.
+
+    Of each series with `least` values and some scatter; one that may have shifted counts as twice their median at most.
+    Few series say little: of one, h counts half.
+    """
+    z = np.where(known > 0, np.clip(z, -_CLIP, _CLIP), 0.0)
     runs = len(z) // _RUN
     shape = (runs, _RUN, z.shape[1])
     sums, counts = z[: runs * _RUN].reshape(shape).sum(1), known[: runs * _RUN].reshape(shape).sum(1)
-    squares = np.where(counts > 0, sums**2 / np.maximum(counts, 1.0), 0.0).sum(0)
+    # Not those of which most was kept out: what is left is where an incident began.
+    whole = counts > _RUN / 2
+    squares = np.where(whole, sums**2 / np.maximum(counts, 1.0), 0.0).sum(0) / np.maximum(whole.sum(0), 1)
+    single = (z**2).sum(0) / np.maximum(known.sum(0), 1.0)
+    used = (single > _SCATTERS) & (known.sum(0) >= least) & whole.any(0)
+    count = np.count_nonzero(used)
+    if not count:
+        return 0.0
     # The line has taken part of it; only what is left beyond that of independent values counts.
-    single = np.maximum((z**2).sum(0) / np.maximum(known.sum(0), 1.0), _TINY)
-    ratio = float((squares / single).sum()) / max(int(np.count_nonzero(counts)), 1)
-    return min(math.log(max(ratio, 1.0)) / math.log(_RUN), _LONGEST)
+    ratios = squares[used] / single[used]
+    ratio = float(np.minimum(ratios, 2 * np.median(ratios)).mean())
+    h = math.log(max(ratio, 1.0)) / math.log(_RUN)
+    return min(h * count / (count + 1), _MOST_MEMORY)
 
 
 def _medians(values: Doubles, measured: npt.NDArray[np.bool_], counts: npt.NDArray[np.intp]) -> Doubles:

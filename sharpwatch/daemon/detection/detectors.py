@@ -16,7 +16,7 @@ import numpy as np
 from sharpwatch.daemon.detection.baselines import Highest
 from sharpwatch.daemon.detection.judged import Detector, Judged, listed, with_parameter
 from sharpwatch.daemon.detection.ranks import broken_ranks, ranks_text
-from sharpwatch.daemon.detection.signals import ROW, Scores
+from sharpwatch.daemon.detection.signals import ROW, WARM_UP, Scores
 from sharpwatch.daemon.detection.thresholds import NAMES
 from sharpwatch.daemon.records import AlertName, Finding, OptimizerGroup, Severity
 from sharpwatch.wire import Doubles
@@ -41,7 +41,7 @@ _STANDS_OUT = 3.0  # z of a single value that a change can begin with
 _WORTH_SAYING = 1.0  # z of a gradient norm that is named beside that of an update RMS
 # z of a mean loss, and of a single one, below which it may be text of another kind: that lifts the loss of the
 # laboratory's larger models by up to 11.5, no single one by more than 8 (5M parameters, seed 2).
-LOSS_LASTING, LOSS_PEAK = 12.0, 16.0
+_LOSS_LASTING, _LOSS_PEAK = 12.0, 16.0
 # Of one probe's stability ratio above the run's own level, and of a block type's.
 _RATIO_EXCESS, _BLOCK_EXCESS = 4.5, 3.0
 _SHARPNESS_EXCESS = 4.5
@@ -263,27 +263,33 @@ def block_shift(judged: Judged) -> Iterable[Finding]:
         for span, severity, score, where in _exceeding(judged, signal)[:1]:
             blocks = judged.named(score, where)
             worst = judged.names.index(blocks[0])
-            z = float(getattr(judged.now, read)[ROW[span], worst])
-            beside = float(judged.now.gradient[ROW[span], worst]) if signal == "both" else 0.0
-            evidence = f"{what} of {blocks[0]} {abs(z):.1f} sd {_side(z > 0)} its level"
-            evidence += f", its gradient norm {beside:.1f}" if beside >= _WORTH_SAYING else ""
-            singles = [getattr(each, read)[0, worst] for each in judged.recent]
-            onset = _onset(judged, span, singles if z > 0 else [-z for z in singles])
-            name = high if z > 0 else "DeadBlock"
+            size = float(getattr(judged.now, read)[ROW[span], worst])
+            sign = 1.0 if size > 0 else -1.0
+            evidence = f"{what} of {blocks[0]} {abs(size):.1f} sd {_side(size > 0)} its level"
+            if signal == "both":
+                beside = sign * float(judged.now.gradient[ROW[span], worst])
+                evidence += f", its gradient norm {beside:.1f}" if beside >= _WORTH_SAYING else ""
+            singles = [sign * getattr(each, read)[0, worst] for each in judged.recent]
+            onset = _onset(judged, span, singles)
+            name = high if size > 0 else "DeadBlock"
             yield Finding(name, severity, f"{evidence}, over {span} samples", judged.step, onset, blocks, span=span)
 
 
 def loss_shift(judged: Judged) -> Iterable[Finding]:
-    """A loss that has left its trend, for several samples: upwards, or downwards as where a loader is stuck."""
+    """A loss that has left its trend, for several samples: upwards, or downwards as where a loader is stuck.
+
+    What text of another kind could do as well is a warning.
+    """
     sides: tuple[tuple[str, AlertName, float], ...] = (("loss", "LossSpike", 1.0), ("drop", "LossDrop", -1.0))
     for signal, alert, sign in sides:
-        for span, size, score, _ in _exceeding(judged, signal)[:1]:
+        for span, by_size, score, _ in _exceeding(judged, signal)[:1]:
             loss = judged.now.observation.loss
             what = "loss" if loss is None else f"loss {loss:.4g}"  # a mean may be known where the newest value is not
             evidence = f"{what}: {score[0]:.1f} sd {_side(sign > 0)} its trend, over {span} samples"
             singles = [sign * scores.loss[0] for scores in judged.recent]
-            may_be_text = score[0] < LOSS_LASTING and np.fmax.reduce(singles) < LOSS_PEAK
-            severity: Severity = "warning" if may_be_text else size
+            unit = WARM_UP if judged.now.warming_up else 1.0
+            may_be_text = score[0] < unit * _LOSS_LASTING and np.fmax.reduce(singles) < unit * _LOSS_PEAK
+            severity: Severity = "warning" if may_be_text else by_size
             yield Finding(alert, severity, evidence, judged.step, _onset(judged, span, singles), span=span)
 
 

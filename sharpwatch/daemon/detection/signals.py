@@ -31,7 +31,7 @@ SETTLE = 20  # samples after a known change of the rates in which norms of gradi
 RISE_ENDED = 20  # samples without a higher rate after which a rise is over
 ACCEPTED = 500  # samples that a rate above the highest stands until it is the run's own
 _RATE_STEP = 0.1  # change of the log of a rate within a step that gradients answer to
-_WARM_UP = 0.5  # of a z while rates rise for the first time
+WARM_UP = 0.5  # of a z while rates rise for the first time
 # Smallest spreads taken for real: of the logs of norms, and of the loss as a share of itself.
 _NORM_FLOOR, _LOSS_FLOOR = 0.05, 0.003
 _LARGEST_LOSS = 1e30
@@ -345,7 +345,7 @@ class Signals:
             self._trend.forget(slice(2 * count + 1))
         z = self._trend.see(seen.step, values, keep_out=keep_out)
         if scores.warming_up:
-            z *= _WARM_UP
+            z *= WARM_UP
         if np.count_nonzero(np.abs(z[:, -1]) > _LOOKED_AT):
             # In units of its present scatter where that has grown, as after a smaller batch.
             z[1:, -1] /= self._trend.scatter(-1)
@@ -420,7 +420,7 @@ class Signals:
             scored = np.where(idle, np.nan, scored)
             share = np.where(unlike_adam | (rates <= 0), np.nan, share)
         z = self._weights.see(scored, _WEIGHT_FLOOR * stepped + _ROUNDING / unit)
-        scores.weight = _WARM_UP * z if scores.warming_up else z
+        scores.weight = WARM_UP * z if scores.warming_up else z
         scores.weight_change = change
         scores.weight_share = share
 
@@ -453,6 +453,6 @@ def _log_about_median(norms: Floats, logs: Doubles) -> float:
 
 def median(values: Doubles) -> float:
     """The median of the values that are known; NaN where none is. `np.median` takes ten times as long for a few."""
-    ordered = np.sort(values[~np.isnan(values)])
-    count = len(ordered)
+    ordered = np.sort(values)  # NaN last
+    count = len(ordered) - np.count_nonzero(np.isnan(ordered))
     return float((ordered[(count - 1) // 2] + ordered[count // 2]) / 2) if count else math.nan

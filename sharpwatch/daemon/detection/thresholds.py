@@ -19,6 +19,7 @@ from sharpwatch.daemon.detection.signals import ROW, Scores
 from sharpwatch.daemon.detection.state import Arrays, gathered, put_back
 from sharpwatch.wire import Doubles
 
+_RENEWED = 500  # samples after which thresholds follow the run's own tail: as often as they are journalled
 TOGETHER = 20  # samples within which exceedances count once
 _SURE = 5_000  # samples after which a run's own tail counts fully
 _OFTEN = 2.5  # pages for one statistic in about 5,000 samples after which it takes more
@@ -78,11 +79,12 @@ class Tail:
 # By `python -m benchmarks.faults.tails`, on seeds 0, 1 and 20 to 27 of 0.5M parameters, 0 and 2 of 5M.
 TAILS: Mapping[str, Tail] = {
     "weight": Tail(1.85, 0.24, 4.53e-04),
-    "update-5": Tail(5.39, 0.50, 5.52e-04),
-    "gradient-5": Tail(5.68, 0.72, 4.86e-04),
-    "gradient-20": Tail(5.91, 0.54, 5.64e-04),
-    "both-10": Tail(7.12, 0.38, 4.45e-04),
-    "both-20": Tail(6.64, 0.47, 4.74e-04),
+    "update-5": Tail(5.46, 0.52, 5.29e-04),
+    "update-20": Tail(5.07, 0.79, 4.95e-04),
+    "gradient-5": Tail(6.00, 0.55, 4.63e-04),
+    "gradient-20": Tail(6.12, 0.60, 5.40e-04),
+    "both-10": Tail(7.09, 0.44, 5.32e-04),
+    "both-20": Tail(6.60, 0.52, 5.62e-04),
     "loss-3": Tail(3.27, 0.43, 5.77e-04),
     "loss-10": Tail(3.20, 0.51, 5.33e-04),
     "loss-40": Tail(3.39, 0.51, 5.15e-04),
@@ -92,7 +94,7 @@ TAILS: Mapping[str, Tail] = {
 }
 NAMES = tuple(TAILS)
 # Samples over which the norms of layer blocks, and the loss, are compared with thresholds.
-_GRADIENT_SPANS = slice(ROW[5], ROW[20] + 1, ROW[20] - ROW[5])
+_NORM_SPANS = slice(ROW[5], ROW[20] + 1, ROW[20] - ROW[5])
 _BOTH_SPANS = slice(ROW[10], ROW[20] + 1)
 _LOSS_SPANS = slice(ROW[3], ROW[40] + 1, ROW[10] - ROW[3])
 # z of a gradient norm that counts beside that of the update RMS: updates follow gradients, but forget how large they
@@ -102,15 +104,13 @@ _BESIDE = 3.0
 # deviations. The loss of a large batch scatters little and wanders with its data, which the laboratory's small batches
 # do not show. A loss that falls faster is mostly good news.
 _LEAST_PAGE = {"weight": 8.0, "loss-3": 8.0, "loss-10": 9.0}
-_LEAST_WARNING = {"weight": 8.0, "loss-3": 5.0, "drop-3": 5.0, "drop-10": 5.0, "drop-40": 5.0}
+_LEAST_WARNING = {"weight": 8.0, "loss-3": 5.0, "drop-3": 5.0, "drop-10": 5.0, "drop-40": 6.0}
 # A loss that falls is worth no page, nor is one that has risen slowly: lines miss the bend of a young run's loss.
 _PAGED = tuple(name for name in TAILS if not name.startswith("drop") and name != "loss-40")
 # Those with a least value stay below the budget, and use up none of it.
 _SHARING_PAGES = tuple(name for name in _PAGED if name not in _LEAST_PAGE)
-# Half of the warnings are for the loss.
-_WARNED = [name for name in TAILS if name not in _LEAST_WARNING]
-_WARNED_LOSS = sum(name.startswith("loss") for name in _WARNED)
-_WARNED_BLOCKS = len(_WARNED) - _WARNED_LOSS
+_SHARING_WARNINGS = tuple(name for name in TAILS if name not in _LEAST_WARNING)
+_OF_LOSS = 0.5  # share of the warnings that is the loss's
 _OF_BLOCKS = ("weight", "update", "gradient", "both")
 
 
@@ -118,21 +118,22 @@ def statistics(recent: Sequence[Scores]) -> Doubles:
     """What is compared with thresholds, of the newest sample: a row [L] for each of `NAMES`, NaN where not judged.
 
     "weight" is how far the change of weights in the step before stands out from those in the steps around it; it is 0
-    where they are back since. "update-5" and the like are sizes of z over so many samples, "both-10" and the like the z
-    of update RMS and gradient norm together where both are high. "loss-3" and "drop-3" are the two sides of the loss,
-    in the first column.
+    where they are back since. "update-5" and the like are sizes of z over so many samples, "both-10" and the like z
+    of the update RMS, plus that of the gradient norm where it is high, up to `_BESIDE`. "loss-3" and "drop-3" are the
+    two sides of the loss, in the first column.
     """
     now = recent[-1]
-    found = np.empty((len(NAMES), now.update.shape[1]))
-    found.fill(np.nan)
+    found = np.full((len(NAMES), now.update.shape[1]), np.nan)
     if len(recent) > 2:
-        _judge_weight(*list(recent)[-3:], out=found[0])
+        _judge_weight(recent[-3], recent[-2], now, out=found[0])
     if now.observation.layers is not None:
-        np.abs(now.update[ROW[5]], out=found[1])
-        np.abs(now.gradient[_GRADIENT_SPANS], out=found[2:4])
-        found[4:6] = now.update[_BOTH_SPANS] + np.minimum(np.maximum(now.gradient[_BOTH_SPANS], 0.0), _BESIDE)
-    found[6:9, 0] = now.loss[_LOSS_SPANS]
-    found[9:, 0] = -found[6:9, 0]
+        np.abs(now.update[_NORM_SPANS], out=found[1:3])
+        np.abs(now.gradient[_NORM_SPANS], out=found[3:5])
+        # 0 where the gradient is not known.
+        beside = np.fmin(np.fmax(now.gradient[_BOTH_SPANS], 0.0), _BESIDE)
+        np.add(now.update[_BOTH_SPANS], beside, out=found[5:7])
+    found[7:10, 0] = now.loss[_LOSS_SPANS]
+    found[10:, 0] = -found[7:10, 0]
     return found
 
 
@@ -246,7 +247,7 @@ class Limits:
             self._peaks = np.where(new | higher, size, self._peaks)
             # From its first sample on, or a run that is above a level most of the time would have one peak for ever.
             self._last = np.where(new, self._samples, self._last)
-        if self._samples % 1_000 == 0:
+        if self._samples % _RENEWED == 0:
             self._set()
 
     def _set(self) -> None:
@@ -255,18 +256,14 @@ class Limits:
 
     def _limits(self) -> dict[str, Limit]:
         pages = self._budget.pages / PER / len(_SHARING_PAGES) / MARGIN
-        warnings = self._budget.warnings / PER / 2
+        of_loss = [name.startswith("loss") for name in _SHARING_WARNINGS]
         limits = {}
         for i, name in enumerate(NAMES):
+            is_loss = not name.startswith(_OF_BLOCKS)
+            share = _OF_LOSS / sum(of_loss) if is_loss else (1 - _OF_LOSS) / (len(of_loss) - sum(of_loss))
+            warning = self._limit(i, share * self._budget.warnings / PER, _LEAST_WARNING.get(name, 0.0))
             page = self._limit(i, pages, _LEAST_PAGE.get(name, 0.0)) if name in _PAGED else math.inf
-            limits[name] = (
-                self._limit(
-                    i,
-                    warnings / (_WARNED_LOSS if name.startswith("loss") else _WARNED_BLOCKS),
-                    _LEAST_WARNING.get(name, 0.0),
-                ),
-                max(float(self._floors[i]), page),
-            )
+            limits[name] = (warning, max(float(self._floors[i]), page))
         return limits
 
     def _limit(self, index: int, rate: float, least: float) -> float:

@@ -57,7 +57,7 @@ class RunHello:
     data_order: str = ""
     parameter_names: tuple[tuple[str, ...], ...] = ()  # of each layer block; empty where the agent does not tell them
     block_parameters: Ints = field(init=False)  # [B]
-    name_counts: Ints = field(init=False)  # [L], how many parameters of each are named
+    name_counts: Ints = field(init=False)  # [L], how many parameters of each are named; empty where none are told
     places: Ints = field(init=False)  # [SUMMED, L], where the value of a layer block goes in sums by row and block type
     size: int = field(init=False)  # what it takes of memory, in units of a layer block
 

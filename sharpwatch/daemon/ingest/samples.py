@@ -256,7 +256,9 @@ def _sums(hello: RunHello, terms: Doubles) -> Doubles:
     """Sums terms [n, L] over the layers of each block type, [n, B]; n is `SUMMED` at most."""
     # Not a product with the membership matrix: in that, one NaN or infinity would spread over all blocks.
     rows, blocks = len(terms), len(hello.blocks)
-    sums: Doubles = np.bincount(hello.places[:rows].ravel(), terms.ravel(), rows * blocks).astype(np.float64)
+    sums: Doubles = np.bincount(hello.places[:rows].ravel(), terms.ravel(), rows * blocks).astype(
+        np.float64, copy=False
+    )
     return sums.reshape(rows, blocks)
 
 

@@ -125,6 +125,29 @@ def test_means_of_values_that_resemble_their_neighbours_scatter_as_their_z_says(
     assert 0.85 < with_memory < 1.3
 
 
+def last_means(values: np.ndarray) -> np.ndarray:
+    """The z of the newest means of 20, of series that are alike."""
+    made = Trend(np.full(values.shape[1], 1e-6), np.zeros(values.shape[1]), SPANS, alike=(slice(0, values.shape[1]),))
+    with np.errstate(all="ignore"):
+        for step, row in enumerate(values, 1):
+            judged = made.see(step, row, keep_out=step == len(values))
+    return judged[1 + SPANS.index(20)]
+
+
+@pytest.mark.parametrize("other", [math.nan, 0.0, 3.0, math.inf])
+def test_a_series_that_is_missing_or_constant_says_nothing_of_those_like_it(other):
+    values = np.random.default_rng(13).standard_normal((261, 8))
+    values[:, :4] = other
+    np.testing.assert_allclose(last_means(values)[4:], last_means(values[:, 4:]), rtol=0.1)
+
+
+def test_one_of_eight_series_that_has_shifted_says_little_of_the_others():
+    values = np.random.default_rng(14).standard_normal((261, 8))
+    as_it_was = last_means(values)
+    values[190:, 0] += 6.0
+    np.testing.assert_allclose(last_means(values)[1:], as_it_was[1:], rtol=0.1)
+
+
 def test_without_an_incident_the_smaller_one_of_two_comparisons_counts():
     """So that means of short spans are no larger than normal, and the longest is as before."""
     rng = np.random.default_rng(3)
