@@ -14,6 +14,7 @@ import statistics
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from benchmarks.faults.pages import write_table
 from benchmarks.faults.recordings import About, read_about
 from benchmarks.faults.replay import Group, Opened, Replay, culprit, groups
 from benchmarks.faults.rivals import RIVALS, series
+from benchmarks.faults.training import MODELS
 from sharpwatch.daemon.detection.thresholds import NAMES, USUAL, Limits
 from sharpwatch.daemon.records import CAUSES, Finding
 
@@ -228,12 +230,12 @@ def alert_table(judged: Sequence[Verdict], alert: str) -> Iterable[str]:
 
 def _fault_table(judged: Sequence[Verdict]) -> Iterable[str]:
     yield (
-        "| fault | harmful | found of them | others found | delay | lead over the twin's band | over its own | cause | "
-        "block first | parameter |"
+        "| fault | model | harmful | found of them | others found | delay | lead over the twin's band | over its own | "
+        "cause | block first | parameter |"
     )
-    yield "|---|---|---|---|---|---|---|---|---|---|"
-    for kind in FAULTS:
-        runs = [each for each in judged if each.about.kind == kind.name]
+    yield "|---|---|---|---|---|---|---|---|---|---|---|"
+    for kind, model in product(FAULTS, MODELS):
+        runs = [each for each in judged if (each.about.kind, each.about.model) == (kind.name, model)]
         if not runs:
             continue
         harmful = [each for each in runs if each.harmful]
@@ -248,6 +250,7 @@ def _fault_table(judged: Sequence[Verdict]) -> Iterable[str]:
         named = [each.parameter_right for each in runs if each.parameter_right is not None]
         cells = (
             kind.name,
+            model,
             f"{len(harmful)} of {len(runs)}",
             str(sum(each.found is not None for each in harmful)),
             f"{sum(each.found is not None for each in others)} of {len(others)}",
@@ -317,13 +320,13 @@ def _healthy_table(judged: Sequence[Verdict]) -> Iterable[str]:
 
 def _rival_table(judged: Sequence[Verdict]) -> Iterable[str]:
     """Recall and median delay of harmful faults, and alarms in healthy steps, at own settings and at as few alarms."""
-    yield "| detector | setting | mean recall over kinds | median delay | alarms per 10,000 healthy steps |"
-    yield "|---|---|---|---|---|"
     faults, healthy = divided(judged)
+    causes = sorted({each.kind.cause for each in faults})
+    yield f"| detector | setting | alarms per 10,000 healthy steps | all kinds | {' | '.join(causes)} |"
+    yield f"|---|---|---|---|{'---|' * len(causes)}"
     steps = sum(each.steps for each in healthy) / 1e4
-    own = own_delays(faults)
     pages = sum(each.pages for each in healthy)
-    yield f"| sharpwatch, pages | its own | {_recall(own)} | {pages / steps:.1f} |"
+    yield f"| sharpwatch, pages | its own | {pages / steps:.1f} | {_by_cause(own_delays(faults), causes)} |"
     for name, (rule, setting, more) in RIVALS.items():
         for value in (setting, *more):
             alarms = sum(count_alarms(rule(each.loss, each.norm, value)[-each.steps :]) for each in healthy)
@@ -331,9 +334,15 @@ def _rival_table(judged: Sequence[Verdict]) -> Iterable[str]:
             if value == setting or enough or value == more[-1]:
                 seen = [(each.kind.name, rival_delay(each, rule(each.loss, each.norm, value))) for each in faults]
                 what = "its own" if value == setting else "as few alarms" if enough else "least sensitive"
-                yield f"| {name} | {what}: {value:g} | {_recall(seen)} | {alarms / steps:.1f} |"
+                yield f"| {name} | {what}: {value:g} | {alarms / steps:.1f} | {_by_cause(seen, causes)} |"
             if enough:
                 break
+
+
+def _by_cause(delays: Sequence[tuple[str, int | None]], causes: Sequence[str]) -> str:
+    """Mean recall over kinds, and median delay: of all kinds, then of those of each cause."""
+    of_causes = ([each for each in delays if KINDS[each[0]].cause == cause] for cause in causes)
+    return " | ".join(map(_recall, [delays, *of_causes]))
 
 
 def divided(judged: Sequence[Verdict]) -> tuple[list[Verdict], list[Verdict]]:
@@ -357,7 +366,7 @@ def mean_recall(delays: Sequence[tuple[str, int | None]]) -> float:
 
 def _recall(delays: Sequence[tuple[str, int | None]]) -> str:
     known = [delay for _, delay in delays if delay is not None]
-    return f"{100 * mean_recall(delays):.0f} % | {_median(known)}" if delays else "– | –"
+    return f"{100 * mean_recall(delays):.0f} %, {_median(known)}" if delays else "–"
 
 
 def rival_delay(judged: Verdict, flags: npt.NDArray[np.bool_]) -> int | None:
@@ -395,7 +404,8 @@ def main(arguments: Sequence[str]) -> int:
     seeds = ", ".join(map(str, given.seeds)) if given.seeds else "all"
     text = (
         f"Judged on seeds {seeds}; thresholds were fitted on seeds 0, 1 and 20 to 27, and of 5M parameters 0 and 2.\n"
-        f"Delays and leads are medians in steps. A run's own band is left where its loss alone is worth a warning.\n\n"
+        f"Delays and leads are medians in steps. A run's own band is left where its loss alone is worth a warning. "
+        f"Detectors: recall, mean over kinds, and median delay.\n\n"
         f"{table(judged)}"
     )
     print(text)
