@@ -126,7 +126,7 @@ class RankLosses:
             return []
         if self.ranks > 2:  # in units of the others' present scatter where that has grown, as after a smaller batch
             farthest = int(np.nanargmax(np.fmax.reduce(np.abs(scores), axis=0)))
-            scores /= max(1.0, scatter(np.delete(z, farthest, axis=1)))
+            scores /= max(1.0, scatter(np.delete(z, farthest, axis=1)) / max(1.0, self._usual[0]))
         return self._findings(scores, z, finite)
 
     def _learn(self, means: Doubles) -> None:
