@@ -14,7 +14,9 @@ from sharpwatch.daemon.decisions.run_controller import RunController
 from sharpwatch.daemon.records import Changes, Checkpoint, CheckpointReport, Decision, Observation, ReportedResult
 
 BLOCKS = ("emb", "qk", "vo", "ffn", "norm")
-GUARD = GuardConfig(min_multiplier=0.1, cooldown_steps=10, max_actions_per_hour=10, hold_steps=60)
+GUARD = GuardConfig(
+    min_multiplier=0.1, cooldown_steps=10, max_actions_per_hour=10, hold_steps=60, recover_within_steps=10
+)
 CUT = PolicyConfig(
     "cut", MatchConfig("NonFinite"), "enforce", ActionConfig("scale_lr", "alert", factor=0.5, ttl_steps=500), GUARD
 )

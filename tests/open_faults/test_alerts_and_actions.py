@@ -67,11 +67,6 @@ def test_an_alert_whose_signal_stops_coming_closes_and_its_cut_is_ramped_back(ma
     assert set(trainer.multipliers.values()) == {1.0}
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="each burst of the same trouble is an alert of its own, so the chain never reaches its next policy",
-)
 def test_trouble_in_bursts_escalates_along_the_chain(make_daemon, train):
     daemon = make_daemon(LADDER)
     trainer = train(daemon)
@@ -85,11 +80,6 @@ def test_trouble_in_bursts_escalates_along_the_chain(make_daemon, train):
     assert "cut-all" in acted
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="false alarms add up: each cuts the rate once more, before the cut of the one before is ramped back",
-)
 def test_cuts_of_a_healthy_run_do_not_add_up(make_daemon, train):
     daemon = make_daemon(CUT_ON_SPIKE)
     trainer = train(daemon)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from sharpwatch.daemon.config.settings import PolicyConfig
@@ -22,7 +22,7 @@ from sharpwatch.daemon.decisions.policy import (
     rollback_plan,
     scaled,
 )
-from sharpwatch.daemon.decisions.ramp_back import failed_ramp_back, ramp_back_due
+from sharpwatch.daemon.decisions.ramp_back import failed_ramp_back, ramp_back_due, scaling_state
 from sharpwatch.daemon.decisions.transitions import UNDER_WAY
 from sharpwatch.daemon.detection.incidents import IncidentLog
 from sharpwatch.daemon.records import Action, Checkpoint, Decision, Finding, Incident, Mode
@@ -89,7 +89,7 @@ class PolicyEngine:
         if own is not None and not self._under_way(at.step) and self._undo_ramp_back(own, at):
             return
         for incident in incidents:
-            for policy in self._chain.answering(incident, self._log.decisions, at.step):
+            for policy in self._chain.answering(incident, self._incidents.all, self._log.decisions, at.step):
                 if policy.action.kind == "notify":
                     self._notify(policy, incident, at)
                 elif not self._under_way(at.step):
@@ -106,6 +106,20 @@ class PolicyEngine:
         for made in self._log.unsettled():
             if made.outcome in UNDER_WAY:
                 return f"operator: {made.id} is planned for step {made.apply_at_step}"
+        return OK
+
+    def _in_force(self, policy: PolicyConfig, incident: Incident, blocks: Collection[str], step: int) -> str:
+        """The verdict on a cut of `blocks` that are cut already: cuts must not add up without fresh evidence.
+
+        That is an incident that lasts in spite of the cut. One that begins meanwhile only shows that it is too early to
+        ramp back.
+        """
+        needed = policy.guard.recover_within_steps
+        for scaling in scaling_state(self._log).active if policy.action.factor < 1 else ():
+            made = scaling.made
+            began = max(incident.onset, made.step if made.applied_step is None else made.applied_step)
+            if scaling.policy == policy.name and step - began < needed and scaling.before.keys() >= set(blocks):
+                return f"recover_within_steps: {made.id} has cut; once more if {incident.name} lasts {needed} steps"
         return OK
 
     def _notify(self, policy: PolicyConfig, incident: Incident, at: _StepContext) -> None:
@@ -131,6 +145,8 @@ class PolicyEngine:
             verdict = self._planned()
             if verdict == OK:
                 verdict = judge_scale(policy, before, after, self._permissions, context)
+            if verdict == OK:
+                verdict = self._in_force(policy, incident, blocks, at.step)
             ttl = policy.action.ttl_steps if policy.action.factor > 1 else 0  # cuts hold
             made = replace(made, multipliers=after, ramp_steps=policy.action.ramp_steps, ttl_steps=ttl, guard=verdict)
         made = replace(made, detail=_describe(made, incident, self._log.multipliers))

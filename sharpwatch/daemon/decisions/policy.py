@@ -24,14 +24,24 @@ class EscalationChain:
         """The policy of that name."""
         return next((policy for policy in self.policies if policy.name == name), None)
 
-    def answering(self, incident: Incident, decisions: Iterable[Decision], step: int) -> tuple[PolicyConfig, ...]:
-        """The policies that answer `alert` at `step`: of each that matches, the last it has escalated to."""
-        answered = [made for made in decisions if made.alert_id == incident.id]
-        return tuple(
-            dict.fromkeys(
-                self._escalate(policy, answered, step) for policy in self.policies if policy.match.answers(incident)
-            )
-        )
+    def answering(
+        self, incident: Incident, incidents: Iterable[Incident], decisions: Iterable[Decision], step: int
+    ) -> tuple[PolicyConfig, ...]:
+        """The policies that answer `incident` at `step`: of each that matches, the last it has escalated to.
+
+        Args:
+            incident: An open incident.
+            incidents: All of the run: trouble that comes in bursts is one, though each is an incident of its own.
+            decisions: All of the run.
+            step: The step.
+        """
+        every, made = tuple(incidents), tuple(decisions)
+        found = []
+        for policy in self.policies:
+            if policy.match.answers(incident):
+                bursts = _bursts(incident, every, policy.guard.hold_steps)
+                found.append(self._escalate(policy, [each for each in made if each.alert_id in bursts], step))
+        return tuple(dict.fromkeys(found))
 
     def _escalate(self, policy: PolicyConfig, answered: Sequence[Decision], step: int) -> PolicyConfig:
         first = next((made for made in answered if made.policy == policy.name), None)
@@ -39,6 +49,16 @@ class EscalationChain:
             return policy
         above = self.named(policy.escalate.to)
         return policy if above is None else self._escalate(above, answered, step)
+
+
+def _bursts(incident: Incident, incidents: Sequence[Incident], quiet: int) -> set[str]:
+    """The ids of `incident`, and of those of its cause that lead up to it with at most `quiet` steps in between."""
+    ids, began = {incident.id}, incident.onset
+    for other in sorted(incidents, key=lambda each: -each.last_step):
+        if other.cause == incident.cause and other.onset <= began <= other.last_step + quiet:
+            ids.add(other.id)
+            began = other.onset
+    return ids
 
 
 def strongest(policies: Iterable[PolicyConfig]) -> Mode:

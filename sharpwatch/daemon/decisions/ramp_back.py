@@ -7,7 +7,7 @@ policy engine records and sends what they decide; the trainer moves there step b
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from sharpwatch.daemon.config.settings import PolicyConfig
@@ -22,17 +22,21 @@ _LONGEST_DOUBLING = 20
 
 @dataclass(frozen=True, slots=True)
 class ActiveScaling:
-    """A cut or raise by a policy that is still in force; `before` has the multipliers of its blocks before it."""
+    """A cut or raise by a policy that is still in force.
+
+    Attributes:
+        policy: Its name.
+        made: The decision.
+        before: The multipliers of its blocks before it.
+    """
 
     policy: str
-    alert_name: str
+    made: Decision
     before: Mapping[str, float]
 
     def without(self, blocks: Iterable[str]) -> ActiveScaling:
         """Returns the scaling of its other blocks."""
-        return ActiveScaling(
-            self.policy, self.alert_name, {b: value for b, value in self.before.items() if b not in blocks}
-        )
+        return replace(self, before={b: value for b, value in self.before.items() if b not in blocks})
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +107,7 @@ def ramp_back_due(
     before = {block: min(max(value, low), high) for block, value in scaling.before.items()}
     return RampBack(
         policy,
-        scaling.alert_name,
+        scaling.made.alert_name,
         {**log.multipliers, **before},
         # Half the hold on the way up, half of it there, before it counts as recovered.
         ramp_steps=max(policy.action.ramp_steps, hold // 2),
@@ -145,7 +149,7 @@ def scaling_state(log: DecisionLog) -> ScalingState:
             active = [scaling for old in active if (scaling := old.without(changed)).before]
         elif made.action == "scale_lr":
             failed = failed if active else 0
-            active.append(ActiveScaling(made.policy, made.alert_name, changed))
+            active.append(ActiveScaling(made.policy, made, changed))
         elif made.action == "ramp_back" and active:
             ramped_back = taken[revision.revision] = active.pop()
         elif made.action == "set_lr" and revision.undoes in taken:

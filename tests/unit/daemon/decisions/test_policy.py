@@ -95,15 +95,22 @@ def test_a_policy_answers_any_alert_of_an_incident_or_its_cause_from_a_severity_
 def test_the_chain_is_followed_policy_by_policy_for_each_alert():
     chain = EscalationChain((policy("cut", to="more"), policy("more", alert="", to="back"), policy("back", alert="")))
 
-    def answering(decisions: list[Decision], step: int) -> list[str]:
-        return [one.name for one in chain.answering(INCIDENT, decisions, step)]
+    def answering(decisions: list[Decision], step: int, *others: Incident) -> list[str]:
+        return [one.name for one in chain.answering(INCIDENT, (*others, INCIDENT), decisions, step)]
 
     assert answering([], 1000) == ["cut"]
     assert answering([answer("cut", 100)], 149) == ["cut"]
     assert answering([answer("cut", 100)], 150) == ["more"]
     assert answering([answer("cut", 100), answer("more", 150)], 199) == ["more"]
     assert answering([answer("cut", 100), answer("more", 150)], 200) == ["back"]
-    assert answering([answer("cut", 100, alert="an earlier one")], 200) == ["cut"]
+    # Trouble in bursts is one: of the same cause, with less than the hold in between.
+    earlier = answer("cut", 60, alert="earlier")
+    burst = replace(INCIDENT, id="earlier", onset=INCIDENT.onset - 50, last_step=INCIDENT.onset - 40)
+    assert answering([earlier], 200) == ["cut"]
+    assert answering([earlier], 200, burst) == ["more"]
+    assert answering([earlier], 200, replace(burst, cause="instability")) == ["cut"]
+    long_ago = replace(burst, onset=INCIDENT.onset - 300, last_step=INCIDENT.onset - 201)
+    assert answering([earlier], 200, long_ago) == ["cut"]
 
 
 def test_rollback_goes_before_the_onset_and_skips_its_data():

@@ -6,7 +6,7 @@ from observations import incident
 
 from sharpwatch.daemon.config.settings import ActionConfig, GuardConfig, PolicyConfig
 from sharpwatch.daemon.decisions.decision_log import DecisionLog
-from sharpwatch.daemon.decisions.ramp_back import ActiveScaling, hold_steps, quiet_since, scaling_state
+from sharpwatch.daemon.decisions.ramp_back import hold_steps, quiet_since, scaling_state
 from sharpwatch.daemon.records import Decision, Outcome
 
 
@@ -58,7 +58,8 @@ def test_cuts_pile_up_and_come_off_newest_first():
     assert book.active() == [{"qk": 1.0, "vo": 1.0}, {"qk": 0.5}]
     book.put("ramp_back", 0.5, 0.5)
     assert book.active() == [{"qk": 1.0, "vo": 1.0}]
-    assert scaling_state(book.log).ramped_back == ActiveScaling("p", "A", {"qk": 0.5})
+    taken_back = scaling_state(book.log).ramped_back
+    assert (taken_back.policy, taken_back.made.id, taken_back.before) == ("p", "d2", {"qk": 0.5})
 
 
 def test_what_never_took_effect_is_no_cut():

@@ -63,7 +63,9 @@ def test_cuts_go_on_after_each_cooldown_down_to_the_bound_and_what_was_not_enoug
 def test_a_cut_that_was_not_enough_has_failed_though_its_incident_has_another_name_by_now(monkeypatch):
     found = []
     monkeypatch.setattr(run_detection, "findings", lambda _: found)
-    policy = replace(CUT, match=MatchConfig("UpdateRmsSpike"), guard=replace(GUARD, cooldown_steps=2))
+    policy = replace(
+        CUT, match=MatchConfig("UpdateRmsSpike"), guard=replace(GUARD, cooldown_steps=2, recover_within_steps=2)
+    )
     trainer = trained((policy,))
     spike = Finding("UpdateRmsSpike", "critical", "z 9", step=121, onset=121, layer_blocks=("layers.0.ffn",))
     found += [spike]
@@ -76,6 +78,21 @@ def test_a_cut_that_was_not_enough_has_failed_though_its_incident_has_another_na
         ("GradientSpike", "sent"),
     ]
     assert len(trainer.controller.incidents) == 1
+
+
+def test_trouble_that_comes_again_while_a_cut_is_in_force_brings_no_other_unless_it_lasts():
+    trainer = trained((replace(CUT, guard=replace(GUARD, recover_within_steps=30)),))
+    for _ in range(3):
+        trainer.heat["ffn"] = 1000.0
+        trainer.run(5)
+        trainer.heat["ffn"] = 0.0
+        trainer.run(40)
+    assert trainer.multipliers["ffn"] == 0.5
+    refused = [made.guard for made in trainer.controller.decisions if made.outcome == "refused"]
+    assert [guard.partition(":")[0] for guard in refused] == ["cooldown_steps", *["recover_within_steps"] * 2]
+    trainer.heat["ffn"] = 1000.0
+    trainer.run(35)
+    assert trainer.multipliers["ffn"] == 0.25
 
 
 def test_a_refusal_is_recorded_once():
