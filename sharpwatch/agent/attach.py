@@ -56,7 +56,7 @@ def attach(  # noqa: PLR0913 - the public signature; each has a default that wor
     logits_fn: Callable[..., Any] | None = None,
     on_rollback: Callable[[RollbackRequest], object] | None = None,
     control: str = "lr",
-    lr_bounds: tuple[float, float] = (0.1, 10.0),
+    lr_bounds: tuple[float, float] = (0.01, 10.0),
     initial_step: int = 0,
     seed: int = 0,
     rules: RulesLike | None = None,

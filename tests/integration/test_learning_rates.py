@@ -70,5 +70,5 @@ def test_out_of_bounds_is_refused_with_what_is_allowed(daemon, stepping):
     stepping(SCRIPT)
     done = daemon.command("lr", "set", "rates", "qk=50")
     assert done.returncode == 1
-    assert "0.1" in done.stderr + done.stdout
+    assert "0.01" in done.stderr + done.stdout
     assert "10" in done.stderr + done.stdout

@@ -61,7 +61,7 @@ def test_attach():
         ("logits_fn", KEYWORD, None),
         ("on_rollback", KEYWORD, None),
         ("control", KEYWORD, "lr"),
-        ("lr_bounds", KEYWORD, (0.1, 10.0)),
+        ("lr_bounds", KEYWORD, (0.01, 10.0)),
         ("initial_step", KEYWORD, 0),
         ("seed", KEYWORD, 0),
         ("rules", KEYWORD, None),

@@ -259,7 +259,7 @@ class GuardConfig:
 
     __pydantic_config__: ClassVar[ConfigDict] = _FORBID
 
-    min_multiplier: Annotated[float, _number(0.0, 1.0)] = 0.1
+    min_multiplier: Annotated[float, _number(0.0, 1.0)] = 0.01
     max_multiplier: Annotated[float, _number(0.0, 1000.0)] = 10.0
     cooldown_steps: Annotated[int, _integer(0, _MANY)] = 200
     max_actions_per_hour: Annotated[int, _integer(1, 3600)] = 4

@@ -58,7 +58,7 @@ class RunController:
         budget: Budget = USUAL,
         mode: Mode | None = None,
         control: Control = "none",
-        lr_bounds: tuple[float, float] = (0.1, 10.0),
+        lr_bounds: tuple[float, float] = (0.01, 10.0),
         can_roll_back: bool = False,
         new_id: Callable[[], str] = _random_id,
     ) -> None:

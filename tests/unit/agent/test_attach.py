@@ -32,7 +32,7 @@ def test_the_signature_is_the_documented_one():
     documented = (
         "model, optimizer, *, training_job, run=None, address=None, token=None, tls=None, overhead_budget=0.01, "
         "probe_every=None, probes=('gnb', 'direction'), loss_fn=None, logits_fn=None, on_rollback=None, control='lr', "
-        "lr_bounds=(0.1, 10.0), initial_step=0, seed=0, rules=None, strict=False, data_order=None, transport=None"
+        "lr_bounds=(0.01, 10.0), initial_step=0, seed=0, rules=None, strict=False, data_order=None, transport=None"
     )
     parameters = inspect.signature(sharpwatch.attach).parameters.values()
     bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in parameters]

@@ -110,7 +110,7 @@ def test_addresses(load, address):
         (f"policies:\n  - {CUT.replace('0.5', '.inf')}}}\n", 2, "policies[0].action.factor", "above 0"),
         (f"policies:\n  - {CUT.replace('0.5', 'half')}}}\n", 2, "policies[0].action.factor", "a number"),
         (f"policies:\n  - {CUT.replace('0.5', '2')}}}\n", 2, "policies[0].action", "ttl_steps"),
-        (f"policies:\n  - {CUT.replace('0.5', '0.05')}}}\n", 2, "policies[0].action", "min_multiplier is 0.1"),
+        (f"policies:\n  - {CUT.replace('0.5', '0.005')}}}\n", 2, "policies[0].action", "min_multiplier is 0.01"),
         (
             f"policies:\n  - {CUT}, guard: {{min_multiplier: 1.5}}}}\n",
             2,

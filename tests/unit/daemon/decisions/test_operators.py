@@ -111,7 +111,7 @@ def test_undo_puts_back_what_was_before():
     [
         ({}, 0, 0, "ann", "no block"),
         ({"kv": 1.0}, 0, 0, "ann", "allowed: emb, qk"),
-        ({"qk": 0.01}, 0, 0, "ann", "0.1 to 10"),
+        ({"qk": 0.001}, 0, 0, "ann", "0.01 to 10"),
         ({"qk": math.nan}, 0, 0, "ann", "lr_bounds"),
         ({"qk": 0.5}, -1, 0, "ann", "0 or more"),
         ({"qk": 0.5}, 0, 7, "ann", "stands at step 120"),

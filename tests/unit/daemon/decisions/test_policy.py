@@ -162,7 +162,7 @@ def test_control():
 
 
 def test_bounds_are_the_tighter_of_the_two():
-    assert bounds(CUT, FREE) == (0.1, 5.0)
+    assert bounds(CUT, FREE) == (0.05, 5.0)
     assert bounds(CUT, Permissions("lr", (0.4, 20.0), can_roll_back=False)) == (0.4, 10.0)
 
 
