@@ -193,6 +193,8 @@ def _tap(reading: TapReading) -> agent_pb2.Tap:
         non_finite_parameter=(
             None if reading.non_finite_parameter is None else encode(reading.non_finite_parameter, "int32")
         ),
+        zero_gradients=None if reading.zero_gradients is None else encode(reading.zero_gradients, "int32"),
+        zero_parameter=None if reading.zero_parameter is None else encode(reading.zero_parameter, "int32"),
     )
 
 

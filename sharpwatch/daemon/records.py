@@ -92,6 +92,8 @@ class LayerTap:
         changed_parameter: The parameter that has moved the weight norm the most since the sample before, by its index
             among those of the layer block; -1 where there is none. Empty if the agent does not tell.
         non_finite_parameter: The same of the one with the most entries of the gradient that are not finite.
+        zero_gradients: How many parameters have a gradient of exactly zero; empty where none has.
+        zero_parameter: The one of these; -1 where there are several or none.
     """
 
     gradient_norm: Floats
@@ -104,6 +106,8 @@ class LayerTap:
     clip_factor: float
     changed_parameter: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     non_finite_parameter: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    zero_gradients: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    zero_parameter: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
 
 @dataclass(frozen=True, slots=True)

@@ -353,6 +353,8 @@ class Tap(google.protobuf.message.Message):
     CLIP_FACTOR_FIELD_NUMBER: builtins.int
     CHANGED_PARAMETER_FIELD_NUMBER: builtins.int
     NON_FINITE_PARAMETER_FIELD_NUMBER: builtins.int
+    ZERO_GRADIENTS_FIELD_NUMBER: builtins.int
+    ZERO_PARAMETER_FIELD_NUMBER: builtins.int
     clip_factor: builtins.float
     """The gradient's norm after clipping over that before; absent where no clipping was seen or told."""
     @property
@@ -391,6 +393,14 @@ class Tap(google.protobuf.message.Message):
         as many; absent where all are finite.
         """
 
+    @property
+    def zero_gradients(self) -> sharpwatch.v1.types_pb2.Array:
+        """int32 [L]: how many parameters have a gradient that is exactly zero, though they are stepped; absent where none has."""
+
+    @property
+    def zero_parameter(self) -> sharpwatch.v1.types_pb2.Array:
+        """int32 [L]: the one of these by its index, -1 where there are several or none; present with zero_gradients."""
+
     def __init__(
         self,
         *,
@@ -404,10 +414,12 @@ class Tap(google.protobuf.message.Message):
         clip_factor: builtins.float | None = ...,
         changed_parameter: sharpwatch.v1.types_pb2.Array | None = ...,
         non_finite_parameter: sharpwatch.v1.types_pb2.Array | None = ...,
+        zero_gradients: sharpwatch.v1.types_pb2.Array | None = ...,
+        zero_parameter: sharpwatch.v1.types_pb2.Array | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_clip_factor", b"_clip_factor", "changed_parameter", b"changed_parameter", "clip_factor", b"clip_factor", "gradient_norm", b"gradient_norm", "learning_rate", b"learning_rate", "lr_multiplier", b"lr_multiplier", "non_finite", b"non_finite", "non_finite_parameter", b"non_finite_parameter", "second_moment", b"second_moment", "update_rms", b"update_rms", "weight_norm", b"weight_norm"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_clip_factor", b"_clip_factor", "changed_parameter", b"changed_parameter", "clip_factor", b"clip_factor", "gradient_norm", b"gradient_norm", "learning_rate", b"learning_rate", "lr_multiplier", b"lr_multiplier", "non_finite", b"non_finite", "non_finite_parameter", b"non_finite_parameter", "second_moment", b"second_moment", "update_rms", b"update_rms", "weight_norm", b"weight_norm", "zero_gradients", b"zero_gradients", "zero_parameter", b"zero_parameter"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_clip_factor", b"_clip_factor", "changed_parameter", b"changed_parameter", "clip_factor", b"clip_factor", "gradient_norm", b"gradient_norm", "learning_rate", b"learning_rate", "lr_multiplier", b"lr_multiplier", "non_finite", b"non_finite", "non_finite_parameter", b"non_finite_parameter", "second_moment", b"second_moment", "update_rms", b"update_rms", "weight_norm", b"weight_norm"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_clip_factor", b"_clip_factor", "changed_parameter", b"changed_parameter", "clip_factor", b"clip_factor", "gradient_norm", b"gradient_norm", "learning_rate", b"learning_rate", "lr_multiplier", b"lr_multiplier", "non_finite", b"non_finite", "non_finite_parameter", b"non_finite_parameter", "second_moment", b"second_moment", "update_rms", b"update_rms", "weight_norm", b"weight_norm", "zero_gradients", b"zero_gradients", "zero_parameter", b"zero_parameter"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__clip_factor: typing_extensions.TypeAlias = typing.Literal["clip_factor"]
     _WhichOneofArgType__clip_factor: typing_extensions.TypeAlias = typing.Literal["_clip_factor", b"_clip_factor"]

@@ -55,6 +55,9 @@ class TapReading:
             in `block_map.parameter_names`; -1 where there is none.
         non_finite_parameter: The same of the one with the most entries of the gradient that are not finite, -1 also
             where several have as many; None where all are finite.
+        zero_gradients: The number of parameters with a second moment whose gradient is exactly zero; None where there
+            is none.
+        zero_parameter: The one of these, by its index, -1 where there are several or none; None as before.
         clip_factor: The gradient's norm after clipping over that before; NaN if no clipping was seen or told.
     """
 
@@ -67,6 +70,8 @@ class TapReading:
     second_moment: Array
     changed_parameter: Array
     non_finite_parameter: Array | None = None
+    zero_gradients: Array | None = None
+    zero_parameter: Array | None = None
     clip_factor: float = math.nan
 
 
@@ -266,6 +271,7 @@ class Tap:
         # A layer block has no update_rms if only some of its second moments are known (8-bit weights, plain biases).
         whole = self._by_layer(~seen & (sums[:, GRADIENT] != 0)) == 0
         known = (counted > 0) & whole
+        zeros, zero_parameter = self._culprits.zero(sums[:, GRADIENT], sums[:, SCALED])
         return TapReading(
             gradient_norm=np.sqrt(self._by_layer(unclipped)),
             weight_norm=np.sqrt(self._by_layer(sums[:, WEIGHT])),
@@ -276,6 +282,8 @@ class Tap:
             second_moment=self._second_moment(sums[:, SECOND]),
             changed_parameter=self._culprits.changed(sums[:, WEIGHT]),
             non_finite_parameter=self._culprits.non_finite(sums[:, NON_FINITE]),
+            zero_gradients=zeros,
+            zero_parameter=zero_parameter,
             clip_factor=after / before if before > 0 else math.nan,
         )
 
@@ -421,6 +429,20 @@ class Culprits:
             counts: Of such entries of the gradient, one a part.
         """
         return self._largest(self._rows(counts)) if counts.any() else None
+
+    def zero(self, gradients: Array, scaled: Array) -> tuple[Array | None, Array | None]:
+        """How many parameters of each layer block [L] have a gradient of exactly zero, and which where it is one.
+
+        A parameter without a gradient, or without a second moment, has no sum in `scaled`, and is none of them.
+
+        Args:
+            gradients: Sums of squared gradients, one a part.
+            scaled: The same, over the second moment.
+        """
+        if not ((gradients == 0) & (scaled == 0)).any():
+            return None, None
+        zero = (self._rows(gradients) == 0) & (self._rows(scaled) == 0)
+        return np.add.reduceat(zero, self._starts, dtype=np.int64), self._largest(zero.astype(np.float64))
 
     def _rows(self, values: Array) -> Array:
         rows: Array = np.bincount(self._row_of, weights=values, minlength=len(self._indices))

@@ -209,6 +209,21 @@ def dead_block(judged: Judged) -> Iterable[Finding]:
             yield Finding("DeadBlock", "critical", f"gradient of {listed(blocks)} is 0", judged.step, onset, blocks)
 
 
+def dead_parameter(judged: Judged) -> Iterable[Finding]:
+    """More parameters with a gradient of exactly zero than ever before, at three of five samples, in a living block."""
+    if not np.count_nonzero(judged.now.more_zeros) or judged.now.observation.layers is None:
+        return
+    more = [scores.more_zeros for scores in judged.recent if scores.more_zeros.size]
+    where = (np.sum(more, axis=0) >= 3) & judged.now.more_zeros & ~judged.now.dead
+    if where.any():
+        blocks = judged.named(where.astype(np.float64), where)
+        onset = next(scores.observation.step for scores in judged.recent if np.count_nonzero(scores.more_zeros))
+        parameter = judged.parameter(blocks[0], judged.now.observation.layers.zero_parameter)
+        named = listed((with_parameter(blocks[0], parameter), *blocks[1:]))
+        evidence = f"gradient of {'' if parameter else 'a part of '}{named} is 0"
+        yield Finding("DeadBlock", "critical", evidence, judged.step, onset, blocks, parameter=parameter)
+
+
 EXACT: tuple[Detector, ...] = (
     non_finite,
     rate_raise,
@@ -218,6 +233,7 @@ EXACT: tuple[Detector, ...] = (
     settings_changed,
     impossible_change,
     dead_block,
+    dead_parameter,
 )
 
 

@@ -22,7 +22,7 @@ from sharpwatch.daemon.detection.baselines import Highest, Level, Trend
 from sharpwatch.daemon.detection.sharpness import Sharpness
 from sharpwatch.daemon.detection.state import Arrays, gathered, put_back
 from sharpwatch.daemon.records import LayerTap, Observation, OptimizerGroup
-from sharpwatch.wire import Doubles, Floats
+from sharpwatch.wire import Doubles, Floats, Ints
 
 SPANS = (3, 5, 10, 20, 40)  # samples whose mean is judged
 ROW = {span: row for row, span in enumerate((1, *SPANS))}  # of scores, by number of samples
@@ -30,6 +30,7 @@ EXCURSION = 6.0  # z of a single value that is counted
 SETTLE = 20  # samples after a known change of the rates in which norms of gradients and updates find a new level
 RISE_ENDED = 20  # samples without a higher rate after which a rise is over
 ACCEPTED = 500  # samples that a rate above the highest stands until it is the run's own
+_LASTING_ZEROS = 3  # samples in a row in which more gradients than ever are zero, from which on it is no chance
 _RATE_STEP = 0.1  # change of the log of a rate within a step that gradients answer to
 WARM_UP = 0.5  # of a z while rates rise for the first time
 # Smallest spreads taken for real: of the logs of norms, and of the loss as a share of itself.
@@ -77,6 +78,7 @@ class Scores:
         climb: The number of samples in a row in which it has been above that, and higher than in the sample before.
         moment: Adam's second moment over the least that it can be, given the one before.
         dead: Whether a gradient that was there before is exactly zero.
+        more_zeros: Whether more parameters have a gradient of exactly zero than ever before; empty where none has.
         first_change: The part of itself that a step of Adam's changes a layer block by; empty after the first steps.
         settling: Whether the rates have just changed.
         young: Whether the run bends so much yet that lines miss.
@@ -104,6 +106,7 @@ class Scores:
     climb: npt.NDArray[Any] = field(default_factory=_nothing)
     moment: Doubles = field(default_factory=_nothing)
     dead: npt.NDArray[Any] = field(default_factory=_nothing)
+    more_zeros: npt.NDArray[Any] = field(default_factory=_nothing)
     first_change: Doubles = field(default_factory=_nothing)
     settling: bool = False
     young: bool = False
@@ -190,6 +193,43 @@ class Rates:
         return ratio
 
 
+class Zeros:
+    """How many parameters of each layer block have had a gradient of exactly zero at most.
+
+    Experts that no token comes to have one now and then, and adapters at the start. What comes and goes within two
+    samples is how the run is, and so is what stands for `ACCEPTED`.
+
+    Args:
+        columns: Number of layer blocks.
+    """
+
+    STATE = ("_most", "_last", "_above", "_samples")
+    _BLIND = 50  # samples
+
+    def __init__(self, columns: int) -> None:
+        self._nothing = np.zeros(columns, dtype=np.int64)
+        self._most = self._nothing
+        self._last = self._nothing  # of the sample before
+        self._above = self._nothing  # samples in a row that were above the most
+        self._samples = 0
+
+    def see(self, counts: Ints) -> npt.NDArray[Any]:
+        """Take in the counts [L], empty for none; returns whether they are more than ever before, empty for nowhere."""
+        self._samples += 1
+        if not counts.size:
+            if not np.count_nonzero(self._last):
+                return _NOTHING
+            counts = self._nothing
+        ended = (counts <= self._most) & (self._above > 0) & (self._above < _LASTING_ZEROS)
+        self._most = np.where(ended, np.maximum(self._most, self._last), self._most)
+        above = counts > self._most
+        self._above = np.where(above, self._above + 1, 0)
+        accepted = above & ((self._samples <= self._BLIND) | (self._above > ACCEPTED))
+        self._most = np.where(accepted, counts, self._most)
+        self._last = counts
+        return above & ~accepted
+
+
 class Signals:
     """The baselines of one run of L layer blocks, and its last scores.
 
@@ -217,6 +257,7 @@ class Signals:
         self._young_loss = Highest(_LOSS_FLOOR)
         self._weights = Level(columns, memory=10, spread_memory=30, blind=30, patience=_WEIGHT_PATIENCE)
         self._rates = Rates(columns)
+        self._zeros = Zeros(columns)
         self._norms, self._row = np.full((2 * _GROWTH_SPAN + 1, columns), np.nan), 0  # of the weights, as a ring
         self._samples = 0
         self._columns = columns
@@ -260,6 +301,7 @@ class Signals:
         return {
             **gathered(self, self.STATE, "signals"),
             **gathered(self._rates, Rates.STATE, "rates"),
+            **gathered(self._zeros, Zeros.STATE, "zeros"),
             **self._weights.state("weights"),
             **self._stability.levels.state("stability"),
             **self._attention.state(),
@@ -274,6 +316,7 @@ class Signals:
         """Go on from `state`; raises `ValueError` for one of other layer blocks."""
         put_back(self, self.STATE, arrays, "signals")
         put_back(self._rates, Rates.STATE, arrays, "rates")
+        put_back(self._zeros, Zeros.STATE, arrays, "zeros")
         self._weights.load_state(arrays, "weights")
         self._stability.levels.load_state(arrays, "stability")
         self._attention.load_state(arrays)
@@ -328,6 +371,7 @@ class Signals:
         if np.count_nonzero(scores.dead):
             scores.dead &= ~np.isnan(now.update_rms)
         self._was_alive |= now.gradient_norm > 0
+        scores.more_zeros = self._zeros.see(now.zero_gradients)
         if seen.step <= _FIRST_STEPS:
             scores.first_change = self._first_change(now)
 

@@ -12,7 +12,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -44,10 +44,8 @@ _OUTCOMES: dict[int, Literal["applied", "refused", "expired", "failed"]] = {
 }
 MAX_GROUPS = 16_384  # parameter groups of a run: one for each layer block, at the most
 MAX_LABEL = 300  # characters of a text that becomes a label; no sample is worth refusing for a longer one
-_PARAMETER_FIELDS: tuple[Literal["changed_parameter", "non_finite_parameter"], ...] = (
-    "changed_parameter",
-    "non_finite_parameter",
-)
+_ParameterField = Literal["changed_parameter", "non_finite_parameter", "zero_parameter"]
+_PARAMETER_FIELDS: tuple[_ParameterField, ...] = get_args(_ParameterField)
 _TAP_DTYPES = {
     "gradient_norm": "float32",
     "weight_norm": "float32",
@@ -197,14 +195,16 @@ def _layers(tap: agent_pb2.Tap, hello: RunHello) -> LayerTap:
     if tap.HasField("second_moment"):
         second = wire.decode(tap.second_moment, name="tap.second_moment", dtype="float32", shape=(count,))
     named: dict[str, Any] = {name: _named(tap, name, hello) for name in _PARAMETER_FIELDS if tap.HasField(name)}
+    if tap.HasField("zero_gradients"):
+        zeros = wire.decode(tap.zero_gradients, name="tap.zero_gradients", dtype="int32", shape=(count,))
+        require(zeros.min() >= 0, "tap.zero_gradients must be counts")
+        named["zero_gradients"] = zeros
     return LayerTap(
         **rows, second_moment=second, clip_factor=tap.clip_factor if tap.HasField("clip_factor") else np.nan, **named
     )
 
 
-def _named(
-    tap: agent_pb2.Tap, field_name: Literal["changed_parameter", "non_finite_parameter"], hello: RunHello
-) -> Ints:
+def _named(tap: agent_pb2.Tap, field_name: _ParameterField, hello: RunHello) -> Ints:
     """An index in the names of the parameters of each layer block, or -1; empty where the agent has not told them."""
     what = f"tap.{field_name}"
     indices = wire.decode(getattr(tap, field_name), name=what, dtype="int32", shape=(len(hello.parameters),))

@@ -46,6 +46,8 @@ def test_a_full_sample_carries_every_number():
         second_moment=np.array([np.nan, 1e-5]),
         changed_parameter=np.array([-1, 3]),
         non_finite_parameter=np.array([0, -1]),
+        zero_gradients=np.array([1, 2]),
+        zero_parameter=np.array([4, -1]),
         clip_factor=0.25,
     )
     traces = torch.arange(8, dtype=torch.float64).view(4, 2)
@@ -86,6 +88,8 @@ def test_a_full_sample_carries_every_number():
     assert decode(message.tap.non_finite, name="n", dtype="int64", shape=(2,)).tolist() == [0, 2**40]
     assert decode(message.tap.changed_parameter, name="c", dtype="int32", shape=(2,)).tolist() == [-1, 3]
     assert decode(message.tap.non_finite_parameter, name="n", dtype="int32", shape=(2,)).tolist() == [0, -1]
+    assert decode(message.tap.zero_gradients, name="z", dtype="int32", shape=(2,)).tolist() == [1, 2]
+    assert decode(message.tap.zero_parameter, name="z", dtype="int32", shape=(2,)).tolist() == [4, -1]
     ranks = decode(message.rank_losses, name="r", dtype="float32", shape=(3,))
     np.testing.assert_array_equal(ranks, np.array([2.0, np.nan, np.inf], dtype=np.float32))
     np.testing.assert_array_equal(decode(message.gnb.traces, name="t", dtype="float64", shape=(4, 2)), traces)

@@ -133,6 +133,29 @@ def test_the_parameter_with_the_most_entries_that_are_not_finite_is_named():
     assert set(named.values()) == {None}
 
 
+def test_a_parameter_whose_gradient_is_exactly_zero_is_named_and_one_without_a_gradient_is_not():
+    trained = Trained(llama())
+    trained.optimizer = trained.tap._optimizers[0] = torch.optim.AdamW(trained.net.parameters(), lr=1e-3)
+    for _ in range(2):  # Adam has no second moment before its first step
+        assert trained.read().zero_gradients is None
+
+    def spoil():
+        trained.parameters["model.layers.0.mlp.up_proj.weight"].grad.zero_()
+        trained.parameters["model.layers.1.self_attn.v_proj.weight"].grad = None
+        trained.parameters["model.layers.1.mlp.up_proj.weight"].grad.zero_()
+        trained.parameters["model.layers.1.mlp.down_proj.weight"].grad.zero_()
+
+    reading = trained.read(spoil)
+    blocks = [(block.layer, block.type) for block in trained.block_map.layer_blocks]
+    counts = dict(zip(blocks, reading.zero_gradients.tolist(), strict=True))
+    assert {block: count for block, count in counts.items() if count} == {
+        ("layers.0", "ffn"): 1,
+        ("layers.1", "ffn"): 2,
+    }
+    named = {block: name for block, name in trained.named(reading.zero_parameter).items() if name}
+    assert named == {("layers.0", "ffn"): "model.layers.0.mlp.up_proj.weight"}
+
+
 def test_of_parameters_that_have_as_many_none_is_named():
     trained = Trained(llama())
 

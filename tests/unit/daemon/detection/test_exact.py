@@ -295,6 +295,40 @@ def test_a_gradient_that_becomes_zero_is_a_dead_block():
     assert (found.onset, found.first_step, found.layer_blocks) == (AT, AT + 2, ("layers.1.qk",))
 
 
+def with_zeros(seen, count: int, parameter: int = 1):
+    """So many parameters of "layers.1.ffn" have a gradient of exactly zero, or the one of that index."""
+    counts, which = np.zeros(8, dtype=np.int32), np.full(8, -1, dtype=np.int32)
+    counts[6], which[6] = count, parameter if count == 1 else -1
+    return replace(seen, layers=replace(seen.layers, zero_gradients=counts, zero_parameter=which))
+
+
+def test_a_parameter_whose_gradient_becomes_zero_is_named_though_its_block_lives():
+    run = [with_zeros(seen, 1) if seen.step >= AT else seen for seen in healthy_run(AT + 30)]
+    (found,) = incidents_of(run, detection(parameter_names=NAMES))
+    assert (found.name, found.cause, found.severity) == ("DeadBlock", "silent", "critical")
+    assert (found.onset, found.first_step, found.layer_blocks) == (AT, AT + 2, ("layers.1.ffn",))
+    assert found.parameter == "model.h.1.out.weight"
+    assert found.evidence[0] == "gradient of layers.1.ffn (out.weight) is 0"
+
+
+def test_several_dead_parameters_are_told_without_a_name():
+    run = [with_zeros(seen, 2) if seen.step >= AT else seen for seen in healthy_run(AT + 5)]
+    (found,) = incidents_of(run, detection(parameter_names=NAMES))
+    assert (found.parameter, found.evidence[0]) == ("", "gradient of a part of layers.1.ffn is 0")
+
+
+def test_parameters_that_come_and_go_or_never_had_a_gradient_are_not_dead():
+    """As experts without a token, and adapters that begin with nothing; only more of them than ever are news."""
+    rng = np.random.default_rng(5)
+    experts = [with_zeros(seen, int(rng.binomial(8, 0.1))) for seen in healthy_run(400)]
+    assert [each for each in incidents_of(experts) if "DeadBlock" in each.names] == []
+    at_start = [with_zeros(seen, 3) if seen.step < 20 else seen for seen in healthy_run(200)]
+    always = [with_zeros(seen, 2) for seen in healthy_run(200)]
+    assert incidents_of(at_start) == incidents_of(always) == ()
+    more = [with_zeros(seen, 3 if seen.step >= AT else 2) for seen in healthy_run(AT + 5)]
+    assert [each.onset for each in incidents_of(more)] == [AT]
+
+
 def test_a_gradient_that_is_zero_now_and_then_is_no_dead_block():
     """As that of an expert that gets no token."""
     run = healthy_run(400)

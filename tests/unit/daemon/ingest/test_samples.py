@@ -168,6 +168,21 @@ def test_parameters_are_named_where_the_agent_tells_them():
     assert [len(each.changed_parameter) for each in (nothing, unnamed)] == [0, 0]
 
 
+def test_gradients_of_zero_are_counted_also_where_no_names_are_told():
+    told = tap(zero_gradients=([1, 0, 2], "int32"), zero_parameter=([0, -1, -1], "int32"))
+    for hello_read, which in ((NAMED, [0, -1, -1]), (HELLO, [])):
+        layers = read_sample(hello_read, agent_pb2.Sample(sequence=1, tap=told)).layers
+        assert (layers.zero_gradients.tolist(), layers.zero_parameter.tolist()) == ([1, 0, 2], which)
+    assert read_sample(NAMED, agent_pb2.Sample(sequence=1, tap=tap())).layers.zero_gradients.size == 0
+
+
+@pytest.mark.parametrize("bad", [([0, -1, 2], "int32"), ([0, 0], "int32"), ([0, 0, 0], "int64")])
+def test_counts_of_gradients_that_are_none_are_malformed(bad):
+    with pytest.raises(WireError, match=r"tap\.zero_gradients") as caught:
+        read_sample(NAMED, agent_pb2.Sample(sequence=1, tap=tap(zero_gradients=bad)))
+    assert caught.value.code == "malformed"
+
+
 @pytest.mark.parametrize("bad", [([0, -1, 2], "int32"), ([0, -2, 0], "int32"), ([0, 0], "int32"), ([0, 0, 0], "int64")])
 def test_an_index_of_no_parameter_is_malformed(bad):
     with pytest.raises(WireError, match=r"tap\.changed_parameter") as caught:
