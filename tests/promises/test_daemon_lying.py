@@ -41,7 +41,7 @@ BAD_COMMANDS = {
     "negative": multipliers("negative", {"ffn": -1.0}),
     "zero": multipliers("zero", {"ffn": 0.0}),
     "too much": multipliers("too much", {"ffn": 10.5}),
-    "too little": multipliers("too little", {"emb": 1.0, "ffn": 0.09}),
+    "too little": multipliers("too little", {"emb": 1.0, "ffn": 0.009}),
     "nowhere": rollback("nowhere"),
     "ahead": rollback("ahead", checkpoint=types_pb2.Checkpoint(step=2**62, uri="file:///x")),
     "past": rollback("past", checkpoint=types_pb2.Checkpoint(step=-(2**63), uri="file:///x")),
