@@ -48,17 +48,17 @@ policies:
     match: {{alert: UpdateRmsSpike}}
     mode: {mode}
     action: {{kind: scale_lr, blocks: all, factor: 0.2}}
-    guard: {{min_multiplier: 0.02, cooldown_steps: 2, max_actions_per_hour: 20}}
+    guard: {{min_multiplier: 0.02, cooldown_steps: 2, recover_within_steps: 10, max_actions_per_hour: 20}}
   - name: cut-on-stability-limit
     match: {{alert: StabilityLimit}}
     mode: {mode}
     action: {{kind: scale_lr, blocks: all, factor: 0.2}}
-    guard: {{min_multiplier: 0.02, cooldown_steps: 2, max_actions_per_hour: 20}}
+    guard: {{min_multiplier: 0.02, cooldown_steps: 2, recover_within_steps: 10, max_actions_per_hour: 20}}
   - name: cut-a-rate-too-high
     match: {{cause: learning-rate}}
     mode: {mode}
     action: {{kind: scale_lr, blocks: all, factor: 0.2}}
-    guard: {{min_multiplier: 0.02, cooldown_steps: 2, max_actions_per_hour: 20}}
+    guard: {{min_multiplier: 0.02, cooldown_steps: 2, recover_within_steps: 10, max_actions_per_hour: 20}}
 """
 
 
