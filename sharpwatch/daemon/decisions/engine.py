@@ -118,7 +118,7 @@ class PolicyEngine:
         for scaling in scaling_state(self._log).active if policy.action.factor < 1 else ():
             made = scaling.made
             began = max(incident.onset, made.step if made.applied_step is None else made.applied_step)
-            if scaling.policy == policy.name and step - began < needed and scaling.before.keys() >= set(blocks):
+            if made.policy == policy.name and step - began < needed and scaling.before.keys() >= set(blocks):
                 return f"recover_within_steps: {made.id} has cut; once more if {incident.name} lasts {needed} steps"
         return OK
 

@@ -39,7 +39,8 @@ class EscalationChain:
         found = []
         for policy in self.policies:
             if policy.match.answers(incident):
-                bursts = _bursts(incident, every, policy.guard.hold_steps)
+                # What never escalates need not know what led up to it: this runs at each step of an open incident.
+                bursts = set() if policy.escalate is None else _bursts(incident, every, policy.guard.hold_steps)
                 found.append(self._escalate(policy, [each for each in made if each.alert_id in bursts], step))
         return tuple(dict.fromkeys(found))
 

@@ -25,12 +25,10 @@ class ActiveScaling:
     """A cut or raise by a policy that is still in force.
 
     Attributes:
-        policy: Its name.
         made: The decision.
         before: The multipliers of its blocks before it.
     """
 
-    policy: str
     made: Decision
     before: Mapping[str, float]
 
@@ -95,7 +93,7 @@ def ramp_back_due(
         The ramp-back, or None if none is due.
     """
     state = scaling_state(log)
-    policy = chain.named(state.active[-1].policy) if state.active else None
+    policy = chain.named(state.active[-1].made.policy) if state.active else None
     if policy is None or permissions.multipliers() != OK:
         return None
     since = quiet_since(incidents, log.decisions, step)
@@ -118,7 +116,7 @@ def ramp_back_due(
 def failed_ramp_back(log: DecisionLog, chain: EscalationChain, incident: Incident, step: int) -> FailedRampBack | None:
     """Decides whether `incident` shows that the newest ramp-back failed: it fired within the hold after it."""
     state = scaling_state(log)
-    policy = chain.named(state.ramped_back.policy) if state.ramped_back is not None else None
+    policy = chain.named(state.ramped_back.made.policy) if state.ramped_back is not None else None
     if state.newest is None or state.newest.applied_step is None or policy is None:
         return None
     since = state.newest.applied_step
@@ -149,7 +147,7 @@ def scaling_state(log: DecisionLog) -> ScalingState:
             active = [scaling for old in active if (scaling := old.without(changed)).before]
         elif made.action == "scale_lr":
             failed = failed if active else 0
-            active.append(ActiveScaling(made.policy, made, changed))
+            active.append(ActiveScaling(made, changed))
         elif made.action == "ramp_back" and active:
             ramped_back = taken[revision.revision] = active.pop()
         elif made.action == "set_lr" and revision.undoes in taken:

@@ -283,7 +283,7 @@ def block_shift(judged: Judged) -> Iterable[Finding]:
             sign = 1.0 if size > 0 else -1.0
             evidence = f"{what} of {blocks[0]} {abs(size):.1f} sd {_side(size > 0)} its level"
             if signal == "both":
-                beside = sign * float(judged.now.gradient[ROW[span], worst])
+                beside = float(judged.now.gradient[ROW[span], worst])
                 evidence += f", its gradient norm {beside:.1f}" if beside >= _WORTH_SAYING else ""
             singles = [sign * getattr(each, read)[0, worst] for each in judged.recent]
             onset = _onset(judged, span, singles)

@@ -30,7 +30,6 @@ EXCURSION = 6.0  # z of a single value that is counted
 SETTLE = 20  # samples after a known change of the rates in which norms of gradients and updates find a new level
 RISE_ENDED = 20  # samples without a higher rate after which a rise is over
 ACCEPTED = 500  # samples that a rate above the highest stands until it is the run's own
-_LASTING_ZEROS = 3  # samples in a row in which more gradients than ever are zero, from which on it is no chance
 _RATE_STEP = 0.1  # change of the log of a rate within a step that gradients answer to
 WARM_UP = 0.5  # of a z while rates rise for the first time
 # Smallest spreads taken for real: of the logs of norms, and of the loss as a share of itself.
@@ -205,6 +204,7 @@ class Zeros:
 
     STATE = ("_most", "_last", "_above", "_samples")
     _BLIND = 50  # samples
+    _LASTING = 3  # samples in a row from which on it is no chance
 
     def __init__(self, columns: int) -> None:
         self._nothing = np.zeros(columns, dtype=np.int64)
@@ -220,7 +220,7 @@ class Zeros:
             if not np.count_nonzero(self._last):
                 return _NOTHING
             counts = self._nothing
-        ended = (counts <= self._most) & (self._above > 0) & (self._above < _LASTING_ZEROS)
+        ended = (counts <= self._most) & (self._above > 0) & (self._above < self._LASTING)
         self._most = np.where(ended, np.maximum(self._most, self._last), self._most)
         above = counts > self._most
         self._above = np.where(above, self._above + 1, 0)

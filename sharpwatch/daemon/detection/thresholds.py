@@ -257,13 +257,14 @@ class Limits:
 
     def _limits(self) -> dict[str, Limit]:
         pages = self._budget.pages / PER / len(_SHARING_PAGES) / MARGIN
-        of_loss = [name.startswith("loss") for name in _SHARING_WARNINGS]
+        warnings = self._budget.warnings / PER
+        of_blocks = sum(name.startswith(_OF_BLOCKS) for name in _SHARING_WARNINGS)
+        for_loss = _OF_LOSS / (len(_SHARING_WARNINGS) - of_blocks) * warnings
+        for_blocks = (1 - _OF_LOSS) / (of_blocks / _OVERLAP) * warnings
         limits = {}
         for i, name in enumerate(NAMES):
-            is_loss = not name.startswith(_OF_BLOCKS)
-            others = (len(of_loss) - sum(of_loss)) / _OVERLAP
-            share = _OF_LOSS / sum(of_loss) if is_loss else (1 - _OF_LOSS) / others
-            warning = self._limit(i, share * self._budget.warnings / PER, _LEAST_WARNING.get(name, 0.0))
+            rate = for_blocks if name.startswith(_OF_BLOCKS) else for_loss
+            warning = self._limit(i, rate, _LEAST_WARNING.get(name, 0.0))
             page = self._limit(i, pages, _LEAST_PAGE.get(name, 0.0)) if name in _PAGED else math.inf
             limits[name] = (warning, max(float(self._floors[i]), page))
         return limits

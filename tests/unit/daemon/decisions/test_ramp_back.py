@@ -59,7 +59,7 @@ def test_cuts_pile_up_and_come_off_newest_first():
     book.put("ramp_back", 0.5, 0.5)
     assert book.active() == [{"qk": 1.0, "vo": 1.0}]
     taken_back = scaling_state(book.log).ramped_back
-    assert (taken_back.policy, taken_back.made.id, taken_back.before) == ("p", "d2", {"qk": 0.5})
+    assert (taken_back.made.policy, taken_back.made.id, taken_back.before) == ("p", "d2", {"qk": 0.5})
 
 
 def test_what_never_took_effect_is_no_cut():
