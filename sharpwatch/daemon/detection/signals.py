@@ -220,6 +220,7 @@ class Zeros:
             if not np.count_nonzero(self._last):
                 return _NOTHING
             counts = self._nothing
+        counts = counts.astype(np.int64)  # what is kept is no view of a message, and of the state's type
         ended = (counts <= self._most) & (self._above > 0) & (self._above < self._LASTING)
         self._most = np.where(ended, np.maximum(self._most, self._last), self._most)
         above = counts > self._most

@@ -311,6 +311,16 @@ def test_a_parameter_whose_gradient_becomes_zero_is_named_though_its_block_lives
     assert found.evidence[0] == "gradient of layers.1.ffn (out.weight) is 0"
 
 
+def test_a_daemon_that_restarts_goes_on_counting_gradients_of_zero():
+    run = [with_zeros(seen, 1) if seen.step >= AT else seen for seen in healthy_run(AT + 5)]
+    first, second = detection(parameter_names=NAMES), detection(parameter_names=NAMES)
+    for seen in run[: AT - 4]:
+        first.see(seen)
+    first.see(with_zeros(run[AT - 4], 1))
+    second.load_state(first.state())
+    assert incidents_of(run[AT - 1 :], second)[0].onset == AT
+
+
 def test_several_dead_parameters_are_told_without_a_name():
     run = [with_zeros(seen, 2) if seen.step >= AT else seen for seen in healthy_run(AT + 5)]
     (found,) = incidents_of(run, detection(parameter_names=NAMES))
