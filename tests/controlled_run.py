@@ -15,7 +15,12 @@ from sharpwatch.daemon.records import Changes, Checkpoint, CheckpointReport, Dec
 
 BLOCKS = ("emb", "qk", "vo", "ffn", "norm")
 GUARD = GuardConfig(
-    min_multiplier=0.1, cooldown_steps=10, max_actions_per_hour=10, hold_steps=60, recover_within_steps=10
+    min_multiplier=0.1,
+    cooldown_steps=10,
+    max_actions_per_hour=10,
+    hold_steps=60,
+    recover_within_steps=10,
+    max_no_effect=10,
 )
 CUT = PolicyConfig(
     "cut", MatchConfig("NonFinite"), "enforce", ActionConfig("scale_lr", "alert", factor=0.5, ttl_steps=500), GUARD
@@ -49,6 +54,7 @@ class Trainer:
         self.multipliers = dict.fromkeys(BLOCKS, 1.0)
         self.heat = dict.fromkeys(BLOCKS, 0.0)
         self.swell = swell
+        self.rate, self.loss = 1e-3, 3.0  # of its schedule; and of its steps
         self.step = 0
         self.waiting: list[Decision] = []
         self.seen: list[Observation] = []
@@ -67,7 +73,7 @@ class Trainer:
                 self.answer(made)
             self.observe()
 
-    def observe(self, loss: float = 3.0, **layers: np.floating) -> None:
+    def observe(self, loss: float | None = None, **layers: np.floating) -> None:
         """Have the controller see a step; `layers` are statistics that differ from those of the run as it stands."""
         multipliers = np.array([self.multipliers[block] for block in BLOCKS], np.float32)
         heat = np.maximum(1.0, [self.heat[block] * self.multipliers[block] for block in BLOCKS])
@@ -75,13 +81,13 @@ class Trainer:
         statistics = {
             "update_rms": noise * (heat if self.swell else 1.0),
             "non_finite": np.int64(0) if self.swell else (heat > 1).astype(np.int64),
-            "learning_rate": np.float32(1e-3) * multipliers,
+            "learning_rate": np.float32(self.rate) * multipliers,
             "lr_multiplier": multipliers,
         }
         seen = Observation(
             self.step,
             self.now,
-            loss=loss,
+            loss=self.loss if loss is None else loss,
             layers=layer_tap(len(BLOCKS), **statistics | layers),
             multipliers=dict(self.multipliers),
         )

@@ -77,6 +77,9 @@ Outcome = Literal[
     "sent",
     "applied",
     "recovered",
+    "worse",
+    "no-effect",
+    "inconclusive",
     "failed",
     "expired",
 ]
@@ -225,6 +228,7 @@ class Incident:
         span: Samples that the explaining finding is a mean over; 0 where a journal of an earlier version has none.
         parameter: The parameter of the first layer block that it most likely comes from; empty where not known.
         rank: The rank that differs from the others; None where no single one does.
+        contained_step: The step from which an action keeps the run well though the cause stays; 0 for none.
     """
 
     id: str
@@ -248,6 +252,7 @@ class Incident:
     span: int = 0
     parameter: str = ""
     rank: int | None = None
+    contained_step: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,6 +311,8 @@ class Decision:
     revision: int = 0
     author: str = ""
     reason: str = ""
+    # A cut by as much as the trainer's own rate is too high goes with that rate until it is what it was.
+    follows_rate: bool = False
 
 
 @dataclass(frozen=True, slots=True)

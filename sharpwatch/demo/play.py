@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
 
 _LINE_EVERY = 25  # steps between two printed lines if there is no terminal
-# The learning rate jumps by a factor of 30, so repeated cuts have to reach 1/30: each is to a fifth, two steps apart.
-# A production policy cuts less and waits longer; see examples/sharpwatch.yaml.
 _CONFIG = """\
 daemon:
   grpc: "127.0.0.1:0"
@@ -44,21 +42,15 @@ daemon:
   store: "sqlite:///{folder}/sharpwatch.db"
   token_file: "{folder}/operator.token"
 policies:
-  - name: cut-on-update-rms
-    match: {{alert: UpdateRmsSpike}}
-    mode: {mode}
-    action: {{kind: scale_lr, blocks: all, factor: 0.2}}
-    guard: {{min_multiplier: 0.02, cooldown_steps: 2, recover_within_steps: 10, max_actions_per_hour: 20}}
-  - name: cut-on-stability-limit
-    match: {{alert: StabilityLimit}}
-    mode: {mode}
-    action: {{kind: scale_lr, blocks: all, factor: 0.2}}
-    guard: {{min_multiplier: 0.02, cooldown_steps: 2, recover_within_steps: 10, max_actions_per_hour: 20}}
-  - name: cut-a-rate-too-high
+  - name: hold-the-rate
     match: {{cause: learning-rate}}
     mode: {mode}
-    action: {{kind: scale_lr, blocks: all, factor: 0.2}}
-    guard: {{min_multiplier: 0.02, cooldown_steps: 2, recover_within_steps: 10, max_actions_per_hour: 20}}
+    action: {{kind: scale_lr, blocks: all, factor: auto}}
+    guard: {{recover_within_steps: 50}}
+  - name: rollback-damaged-weights
+    match: {{cause: damaged-weight, severity: critical}}
+    mode: {mode}
+    action: {{kind: rollback, skip_margin: 0}}
 """
 
 

@@ -127,7 +127,7 @@ def _check_action(document: YamlDocument, policy_at: Location, policy: PolicyCon
             allowed = ", ".join(("kind", *_ACTION_KEYS[kind]))
             raise document.error((*at, name), f"means nothing to {kind}; allowed: {allowed}")
     if kind == "scale_lr" and "factor" not in given:
-        raise document.error(at, "factor is missing; allowed: a number above 0, at most 100, but not 1")
+        raise document.error(at, "factor is missing; allowed: a number above 0, at most 100, but not 1; or auto")
 
 
 def _check_guard(document: YamlDocument, policy_at: Location, guard: GuardConfig) -> None:
@@ -150,14 +150,16 @@ def _check_effect(document: YamlDocument, at: Location, policy: PolicyConfig) ->
     action, guard = policy.action, policy.guard
     if action.kind != "scale_lr":
         return
+    if guard.min_multiplier == 1.0 and action.cuts:
+        raise document.error(at, "a cut can never take effect: guard.min_multiplier is 1")
+    if action.factor == "auto":
+        return
     if action.factor < guard.min_multiplier:
         raise document.error(
             at,
             f"factor {action.factor:g} can never take effect: min_multiplier is {guard.min_multiplier:g}; "
             f"allowed: a factor of {guard.min_multiplier:g} or more, or a smaller guard.min_multiplier",
         )
-    if guard.min_multiplier == 1.0 and action.factor < 1.0:
-        raise document.error(at, "a cut can never take effect: guard.min_multiplier is 1")
     if action.factor > guard.max_multiplier:
         raise document.error(
             at,

@@ -151,7 +151,12 @@ def _check_address(*, sockets: bool) -> BeforeValidator:
 
 Block = Annotated[str, BeforeValidator(_check_block), Field(json_schema_extra={"enum": list(BLOCKS)})]
 BlockList = Annotated[tuple[Block, ...], AfterValidator(_check_different)]
-Factor = Annotated[float, _number(0.0, 100.0), AfterValidator(_check_factor)]
+_FACTOR = "a number above 0, at most 100, but not 1; or auto"
+Factor = Annotated[
+    Annotated[Literal["auto"], _one_of(("auto",), expected=_FACTOR), Tag("word")]
+    | Annotated[float, _number(0.0, 100.0), AfterValidator(_check_factor), Tag("number")],
+    Discriminator(lambda value: "word" if isinstance(value, str) else "number"),
+]
 Blocks = Annotated[
     Annotated[Literal["alert", "all"], _one_of(("alert", "all")), Tag("word")] | Annotated[BlockList, Tag("list")],
     # Without it pydantic tries both branches and reports the errors of both, also of the one that was not meant.
@@ -237,7 +242,7 @@ class ActionConfig:
     Attributes:
         kind: Which action.
         blocks: `alert` for the blocks of the alert, `all`, or a list of blocks (`scale_lr`).
-        factor: The factor on their multipliers (`scale_lr`).
+        factor: The factor on their multipliers (`scale_lr`); `auto` for what is measured to be enough.
         ramp_steps: Steps over which the change is spread geometrically (`scale_lr`).
         ttl_steps: Steps after which a raise ends if the daemon falls silent (`scale_lr`).
         skip_margin: Steps of data left out on both sides of the alert (`rollback`).
@@ -251,6 +256,11 @@ class ActionConfig:
     ramp_steps: Annotated[int, _integer(0, 1_000_000)] = 0
     ttl_steps: Annotated[int, _integer(0, _MANY)] = 0
     skip_margin: Annotated[int, _integer(0, 1_000_000)] = 10
+
+    @property
+    def cuts(self) -> bool:
+        """Whether it lowers rates; else it raises them."""
+        return self.factor == "auto" or self.factor < 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,6 +278,9 @@ class GuardConfig:
     recover_within_steps: Annotated[int, _integer(1, _MANY)] = 100
     hold_steps: Annotated[int, _integer(1, _MANY)] = 200
     rollback_window_steps: Annotated[int, _integer(1, _MANY)] = 1000
+    max_worse: Annotated[int, _integer(1, 3600)] = 1
+    max_no_effect: Annotated[int, _integer(1, 3600)] = 4
+    max_inconclusive: Annotated[int, _integer(1, 3600)] = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,25 +7,32 @@ from dataclasses import dataclass, replace
 
 from sharpwatch.daemon.config.settings import PolicyConfig
 from sharpwatch.daemon.decisions.decision_log import DecisionLog
-from sharpwatch.daemon.decisions.operator_requests import issue, time_out_kept
-from sharpwatch.daemon.decisions.policy import (
-    ANNOUNCED,
+from sharpwatch.daemon.decisions.effect import NEWEST, OUT_OF_BAND, LossBand
+from sharpwatch.daemon.decisions.guards import (
+    NO_REMEDY,
     OK,
-    EscalationChain,
     GuardContext,
     Permissions,
-    affected,
     bounds,
     guard_name,
     judge_rollback,
     judge_scale,
-    rollback_plan,
-    scaled,
+    repeated,
 )
-from sharpwatch.daemon.decisions.ramp_back import failed_ramp_back, ramp_back_due, scaling_state
+from sharpwatch.daemon.decisions.operator_requests import issue, time_out_kept
+from sharpwatch.daemon.decisions.policy import ANNOUNCED, EscalationChain, affected, bursts, rollback_plan, scaled
+from sharpwatch.daemon.decisions.ramp_back import ActiveScaling, failed_ramp_back, ramp_back_due, scaling_state
+from sharpwatch.daemon.decisions.remedy import Cut, followed, is_followed, measured_cut
 from sharpwatch.daemon.decisions.transitions import UNDER_WAY
-from sharpwatch.daemon.detection.incidents import IncidentLog
-from sharpwatch.daemon.records import Action, Checkpoint, Decision, Finding, Incident, Mode
+from sharpwatch.daemon.detection.run_detection import RunDetection
+from sharpwatch.daemon.records import Action, Cause, Checkpoint, Decision, Finding, Incident, Mode
+
+_STAGE_Z = 3.0  # of a stability ratio that speaks against raising rates further
+_WHY_BACK: Mapping[Cause, str] = {
+    "damaged-weight": "no learning rate makes weights whole again",
+    "optimizer-state": "no learning rate brings the optimizer's state back",
+    "non-finite": "no learning rate makes numbers finite again",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +54,14 @@ class PolicyEngine:
     def __init__(
         self,
         log: DecisionLog,
-        incidents: IncidentLog,
+        detection: RunDetection,
         chain: EscalationChain,
         permissions: Permissions,
         new_id: Callable[[], str],
     ) -> None:
         self._log = log
-        self._incidents = incidents
+        self._detection = detection
+        self._incidents = detection.incidents
         self._chain = chain
         self._permissions = permissions
         self._new_id = new_id
@@ -71,7 +79,13 @@ class PolicyEngine:
         to_answer = findings if len(own) == len(findings) or self._is_unanswered("SilentFailure") else own
         if to_answer:
             self._answer(to_answer, at)
-        if not (own or any(map(_is_own, self._incidents.open)) or self._under_way(None)):
+        if not self._log.newest_revision:
+            return
+        self._follow_rates(at)
+        if self._under_way(None) or any(map(_is_trouble, self._incidents.open)):
+            return
+        against = self._against_stage()
+        if not (against and self._undo_ramp_back(against, None, at)):
             self._ramp_back(at)
 
     def _is_unanswered(self, name: str) -> bool:
@@ -85,8 +99,9 @@ class PolicyEngine:
     def _answer(self, findings: Iterable[Finding], at: _StepContext) -> None:
         found = (self._incidents.active(finding.name) for finding in findings)
         incidents = list({incident.id: incident for incident in found if incident is not None}.values())
-        own = next(filter(_is_own, incidents), None)
-        if own is not None and not self._under_way(at.step) and self._undo_ramp_back(own, at):
+        own = next(filter(_is_trouble, incidents), None)
+        undoes = own is not None and not self._under_way(at.step)
+        if own is not None and undoes and self._undo_ramp_back(f"{own.name} came back", own, at):
             return
         for incident in incidents:
             for policy in self._chain.answering(incident, self._incidents.all, self._log.decisions, at.step):
@@ -115,7 +130,7 @@ class PolicyEngine:
         ramp back.
         """
         needed = policy.guard.recover_within_steps
-        for scaling in scaling_state(self._log).active if policy.action.factor < 1 else ():
+        for scaling in scaling_state(self._log).active if policy.action.cuts else ():
             made = scaling.made
             began = max(incident.onset, made.step if made.applied_step is None else made.applied_step)
             if made.policy == policy.name and step - began < needed and scaling.before.keys() >= set(blocks):
@@ -134,24 +149,67 @@ class PolicyEngine:
         ):
             return
         made = self._draft(policy.action.kind, policy, mode, incident, at)
-        context = GuardContext(at.step, at.now, self._log.decisions, incident.id, mode)
+        own = bursts(incident, self._incidents.all, policy.guard.hold_steps)
+        unseen = {each for each in own if (one := self._incidents.get(each)) is not None and not one.acknowledged}
+        context = GuardContext(at.step, at.now, self._log.decisions, incident.id, unseen, mode)
         if policy.action.kind == "rollback":
             plan = rollback_plan(policy, incident, at.checkpoints, at.step)
             made = replace(made, rollback=plan, guard=judge_rollback(policy, plan, self._permissions, context))
+            why = _WHY_BACK.get(incident.cause, "")
         else:
+            cut = self._cut(policy, incident)
+            if cut is None:
+                return
             before = self._log.multipliers
-            blocks = affected(policy, incident, self._log.blocks)
-            after = scaled(before, blocks, policy.action.factor, bounds(policy, self._permissions))
-            verdict = self._planned()
+            after = scaled(before, cut.factors, bounds(policy, self._permissions))
+            verdict = self._planned() if cut.factors else f"{NO_REMEDY}: {cut.why}"
             if verdict == OK:
                 verdict = judge_scale(policy, before, after, self._permissions, context)
-            if verdict == OK:
-                verdict = self._in_force(policy, incident, blocks, at.step)
-            ttl = policy.action.ttl_steps if policy.action.factor > 1 else 0  # cuts hold
+            if verdict == OK and not cut.follows_rate:
+                verdict = self._in_force(policy, incident, cut.factors, at.step)
+            ttl = 0 if policy.action.cuts else policy.action.ttl_steps  # cuts hold
             made = replace(made, multipliers=after, ramp_steps=policy.action.ramp_steps, ttl_steps=ttl, guard=verdict)
-        made = replace(made, detail=_describe(made, incident, self._log.multipliers))
+            made = replace(made, follows_rate=cut.follows_rate)
+            why = cut.why
+        made = replace(made, detail=_describe(made, incident, self._log.multipliers, why))
         if self._record(made, policy, at) in UNDER_WAY:
             self._supersede(made)
+
+    def _cut(self, policy: PolicyConfig, incident: Incident) -> Cut | None:
+        """How far `policy` changes which blocks; None where a cut of its own goes with the rates already."""
+        blocks = affected(policy, incident, self._log.blocks)
+        if policy.action.factor != "auto":
+            return Cut(dict.fromkeys(blocks, policy.action.factor), "")
+        taken = {block for scaling in self._following() for block in scaling.before}
+        cut = measured_cut(incident, self._detection, [block for block in blocks if block not in taken])
+        return None if taken and not cut.factors else cut
+
+    def _following(self) -> list[ActiveScaling]:
+        return [scaling for scaling in scaling_state(self._log).active if scaling.made.follows_rate]
+
+    def _follow_rates(self, at: _StepContext) -> None:
+        """Have cuts of rates that were too high go with them: further as they climb, and back as they come down.
+
+        What a rate was is known from what the trainer reports. So this is no raise that might harm.
+        """
+        excess = self._detection.rate_excess
+        for scaling in self._following():
+            policy = self._chain.named(scaling.made.policy)
+            incident = self._incidents.get(scaling.made.alert_id)
+            if policy is None or incident is None or self._under_way(None):
+                continue
+            mode, wanted = at.mode_of(policy), followed(scaling, excess, bounds(policy, self._permissions)[0])
+            context = GuardContext(at.step, at.now, self._log.decisions, incident.id, mode=mode)
+            if is_followed(self._log.multipliers, wanted) or repeated(policy, context) != OK:
+                continue
+            if mode != "enforce" and self._decided_before(policy, incident, ("observed", "proposed"), "set_lr"):
+                continue
+            made = self._draft("set_lr", policy, mode, incident, at)
+            most = max(excess[block] for block in wanted)
+            detail = f"its schedule has ×{most:.3g} of what it had: {_changes(wanted, self._log.multipliers)}"
+            verdict = self._permissions.multipliers()
+            made = replace(made, multipliers={**self._log.multipliers, **wanted}, guard=verdict, detail=detail)
+            self._record(made, policy, at)
 
     def _record(self, made: Decision, policy: PolicyConfig, at: _StepContext, undoes: int = 0) -> str:
         """Record `made` as its mode and guard have it; returns the outcome, empty where there is nothing new."""
@@ -200,13 +258,29 @@ class PolicyEngine:
             if other.id != made.id and other.outcome == "applied" and same:
                 self._log.advance(other, "supersede", detail=f"{other.detail}; not enough: {made.id} followed")
 
-    def _undo_ramp_back(self, incident: Incident, at: _StepContext) -> bool:
-        """Reapply a change if an alert fires within the hold after its ramp-back."""
-        failed = failed_ramp_back(self._log, self._chain, incident, at.step)
+    def _against_stage(self) -> str:
+        """What speaks against the newest stage of a ramp-back, though nothing is found; empty for nothing."""
+        state = scaling_state(self._log)
+        applied = None if state.newest is None else state.newest.applied_step
+        if state.ramped_back is None or applied is None:
+            return ""
+        losses, now = self._detection.history.losses, self._detection.recent[-1]
+        newest, band = losses.since(applied, NEWEST), LossBand.before(losses, applied)
+        if band is not None and len(newest) == NEWEST and band.above(mean := float(newest.mean())) > OUT_OF_BAND:
+            return f"loss {mean:.4g}, {band.level:.4g} before"
+        if now.stability > _STAGE_Z:
+            return f"stability ratio {now.stability:.1f} sd above its level"
+        return "a step that does not descend" if now.observation.no_descent else ""
+
+    def _undo_ramp_back(self, why: str, incident: Incident | None, at: _StepContext) -> bool:
+        """Reapply a change if trouble comes within the hold after a stage of its ramp-back; `why` says which."""
+        failed = failed_ramp_back(self._log, self._chain, why, at.step)
         if failed is None:
             return False
         policy = failed.policy
-        if self._decided_before(policy, incident, (*ANNOUNCED, "refused", "expired"), "set_lr"):
+        if incident is not None and self._decided_before(
+            policy, incident, (*ANNOUNCED, "refused", "expired"), "set_lr"
+        ):
             return False
         made = self._draft("set_lr", policy, at.mode_of(policy), incident, at)
         made = replace(
@@ -214,17 +288,18 @@ class PolicyEngine:
         )
         done = self._record(made, policy, at, undoes=failed.revision.revision) in UNDER_WAY
         if done:
-            self._log.advance(self._log.find(failed.revision.decision_id), "fail", detail=f"{incident.name} came back")
+            self._log.advance(self._log.find(failed.revision.decision_id), "worsen", detail=why)
         return done
 
     def _ramp_back(self, at: _StepContext) -> None:
-        due = ramp_back_due(self._log, filter(_is_own, self._incidents.all), self._chain, self._permissions, at.step)
+        trouble = filter(_is_trouble, self._incidents.all)
+        due = ramp_back_due(self._log, trouble, self._chain, self._permissions, at.step)
         if due is None:
             return
         made = self._draft("ramp_back", due.policy, at.mode_of(due.policy), None, at)
         made = replace(
             made,
-            alert_name=due.alert_name,
+            alert_name=due.scaling.made.alert_name,
             multipliers=due.multipliers,
             ramp_steps=due.ramp_steps,
             detail=due.detail,
@@ -248,17 +323,22 @@ class PolicyEngine:
         )
 
 
-def _is_own(incident: Incident) -> bool:
-    """Whether an incident is about the run by itself, and not about how it compares with a reference."""
-    return incident.name != "SilentFailure"
+def _is_trouble(incident: Incident) -> bool:
+    """Whether the run is in trouble by itself: not how it compares with a reference, nor what an action holds down."""
+    return incident.name != "SilentFailure" and not incident.contained_step
 
 
-def _describe(made: Decision, incident: Incident, before: Mapping[str, float]) -> str:
+def _describe(made: Decision, incident: Incident, before: Mapping[str, float], why: str) -> str:
+    since = f"{incident.name} since step {incident.onset}: "
+    because = f": {why}" if why else ""
     if made.rollback is not None:
         plan = made.rollback
         return (
-            f"{incident.name} since step {incident.onset}: back to the checkpoint of step {plan.checkpoint.step}, "
-            f"round the data of steps {plan.skip_from_step} to {plan.skip_to_step - 1}"
+            f"{since}back to the checkpoint of step {plan.checkpoint.step}, "
+            f"round the data of steps {plan.skip_from_step} to {plan.skip_to_step - 1}{because}"
         )
-    changed = (f"{b} {before[b]:.3g} to {v:.3g}" for b, v in made.multipliers.items() if v != before.get(b))
-    return f"{incident.name} since step {incident.onset}: {', '.join(changed) or 'nothing to change'}"
+    return f"{since}{_changes(made.multipliers, before) or 'nothing to change'}{because}"
+
+
+def _changes(multipliers: Mapping[str, float], before: Mapping[str, float]) -> str:
+    return ", ".join(f"{b} {before[b]:.3g} to {v:.3g}" for b, v in multipliers.items() if v != before.get(b))

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING
 
 from sharpwatch.daemon.config.settings import GuardConfig
+from sharpwatch.daemon.decisions.effect import Effect, effect
 from sharpwatch.daemon.decisions.policy import EscalationChain
-from sharpwatch.daemon.decisions.ramp_back import hold_steps, scaling_state
+from sharpwatch.daemon.decisions.ramp_back import stage_steps
+from sharpwatch.daemon.decisions.remedy import held_down
 from sharpwatch.daemon.decisions.transitions import REFUSED_THERE, UNDER_WAY, Event
-from sharpwatch.daemon.detection.incidents import IncidentLog
+from sharpwatch.daemon.detection.run_detection import RunDetection
 from sharpwatch.daemon.records import Checkpoint, Decision, Observation, ReportedResult
 
 if TYPE_CHECKING:
@@ -24,6 +25,12 @@ if TYPE_CHECKING:
 
 LOST_AFTER = 100  # steps that a result may come after its command's expiry: the samples that carry it can be dropped
 _RESULT_EVENTS: Mapping[str, Event] = {"applied": "apply", "refused": "refuse", "expired": "expire", "failed": "fail"}
+_EFFECT_EVENTS: Mapping[Effect, Event] = {
+    "recovered": "recover",
+    "worse": "worsen",
+    "no-effect": "no_effect",
+    "inconclusive": "inconclusive",
+}
 
 
 class DecisionLifecycle:
@@ -31,13 +38,14 @@ class DecisionLifecycle:
 
     Args:
         log: The run's decisions.
-        alerts: The run's alerts, which tell whether a change has cured its alert.
+        detection: What is found in the run, and its losses, which tell whether a change has cured its incident.
         chain: The run's policies, whose guards say how long to wait.
     """
 
-    def __init__(self, log: DecisionLog, incidents: IncidentLog, chain: EscalationChain) -> None:
+    def __init__(self, log: DecisionLog, detection: RunDetection, chain: EscalationChain) -> None:
         self._log = log
-        self._incidents = incidents
+        self._detection = detection
+        self._incidents = detection.incidents
         self._chain = chain
 
     def record_result(self, decision: Decision, result: ReportedResult) -> None:
@@ -53,12 +61,11 @@ class DecisionLifecycle:
         else:
             self._log.advance(decision, event, detail=detail)
 
-    def settle(self, observation: Observation, found: AbstractSet[str], now: float) -> None:
+    def settle(self, observation: Observation, now: float) -> None:
         """Judges every unsettled decision by a step of the run.
 
         Args:
             observation: The step.
-            found: The names of the alerts that the detectors found at it.
             now: Unix seconds.
         """
         self.expire_proposals(now)
@@ -66,7 +73,7 @@ class DecisionLifecycle:
             if decision.outcome in UNDER_WAY:
                 self._settle_unanswered(decision, observation)
             elif decision.applied_step is not None:
-                self._settle_effect(decision, decision.applied_step, observation.step, found)
+                self._settle_effect(decision, decision.applied_step, observation.step)
 
     def expire_proposals(self, now: float) -> None:
         """Expires the proposals that nobody approved in time; also called on approval, as a silent run has no steps."""
@@ -98,26 +105,34 @@ class DecisionLifecycle:
         detail = _joined(decision.detail, "the result was lost; the trainer's multipliers show it")
         self._log.advance(decision, "apply", detail=detail, applied_step=observation.step)
 
-    def _settle_effect(self, decision: Decision, applied: int, step: int, found: AbstractSet[str]) -> None:
+    def _settle_effect(self, decision: Decision, applied: int, step: int) -> None:
         if decision.action == "ramp_back":
-            if step - applied >= self._hold(decision):
+            # What speaks against it is looked for as long, and undoes it (`engine`).
+            if step - applied >= self._stage(decision):
                 self._log.advance(decision, "recover")
             return
-        within = self._guard(decision).recover_within_steps
-        waited = step - applied >= within
-        came_back = decision.alert_name in found
-        if decision.action == "rollback":
-            if came_back:
-                self._fail(decision, "the alert came back after the rollback")
-            elif waited and self._incidents.active(decision.alert_name) is None:
-                self._log.advance(decision, "recover")
-        elif self._incidents.active(decision.alert_name) is None:
-            self._log.advance(decision, "recover")
-        elif came_back and waited:
-            self._fail(decision, f"no recovery within {within} steps")
-
-    def _fail(self, decision: Decision, why: str) -> None:
-        self._log.advance(decision, "fail", detail=_joined(decision.detail, why))
+        incident = self._incidents.get(decision.alert_id)
+        if incident is None:
+            return
+        # What came back after a rollback is another incident.
+        same = [other for other in self._incidents.open if other.cause == incident.cause]
+        held = bool(same) and held_down(self._detection.rate_excess, decision, self._log)
+        waited = step - applied >= self._guard(decision).recover_within_steps
+        is_quiet = bool(same) and all(other.last_step < step for other in same)  # then it is soon known to be over
+        judged = effect(
+            self._detection.history.losses,
+            incident.onset,
+            applied,
+            over=held or not same,
+            last=waited and not is_quiet,
+        )
+        if judged is None:
+            return
+        came_of_it, why = judged
+        if held and came_of_it == "recovered":
+            why = f"{why}; held down while the rate is too high"
+            self._log.note_incidents([self._incidents.contain(incident.id, step)])
+        self._log.advance(decision, _EFFECT_EVENTS[came_of_it], detail=_joined(decision.detail, why))
 
     def _expire(self, decision: Decision, why: str) -> None:
         self._log.advance(decision, "expire", detail=_joined(decision.detail, why))
@@ -126,13 +141,9 @@ class DecisionLifecycle:
         policy = self._chain.named(decision.policy)
         return policy.guard if policy is not None else GuardConfig()
 
-    def _hold(self, decision: Decision) -> int:
+    def _stage(self, decision: Decision) -> int:
         policy = self._chain.named(decision.policy)
-        return (
-            hold_steps(policy, scaling_state(self._log).failed_ramp_backs)
-            if policy is not None
-            else GuardConfig().hold_steps
-        )
+        return stage_steps(policy.guard if policy is not None else GuardConfig(), self._log)
 
 
 def _in_force(decision: Decision, observation: Observation) -> bool:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from sharpwatch.daemon.decisions.decision_log import DecisionLog
-from sharpwatch.daemon.decisions.policy import OK, Permissions, newest
+from sharpwatch.daemon.decisions.guards import OK, Permissions
+from sharpwatch.daemon.decisions.policy import newest
 from sharpwatch.daemon.decisions.transitions import UNDER_WAY, Event, can
 from sharpwatch.daemon.records import Action, Checkpoint, Decision, RollbackPlan
 from sharpwatch.errors import OperatorError

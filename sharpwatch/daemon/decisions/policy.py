@@ -1,13 +1,12 @@
-"""What a policy does about an alert: the change or rollback it makes, and the guards that can refuse it."""
+"""What a policy does about an incident: which one answers it, on which blocks, and back to which checkpoint."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from sharpwatch.daemon.config.settings import PolicyConfig
-from sharpwatch.daemon.decisions.transitions import came_to_nothing, took_effect
+from sharpwatch.daemon.decisions.guards import NO_REMEDY, guard_name
 from sharpwatch.daemon.records import Checkpoint, Decision, Incident, Mode, RollbackPlan
 
 MODES: tuple[Mode, ...] = ("observe", "advise", "enforce")
@@ -40,19 +39,28 @@ class EscalationChain:
         for policy in self.policies:
             if policy.match.answers(incident):
                 # What never escalates need not know what led up to it: this runs at each step of an open incident.
-                bursts = set() if policy.escalate is None else _bursts(incident, every, policy.guard.hold_steps)
-                found.append(self._escalate(policy, [each for each in made if each.alert_id in bursts], step))
+                ids = set() if policy.escalate is None else bursts(incident, every, policy.guard.hold_steps)
+                found.append(self._escalate(policy, [each for each in made if each.alert_id in ids], step))
         return tuple(dict.fromkeys(found))
 
     def _escalate(self, policy: PolicyConfig, answered: Sequence[Decision], step: int) -> PolicyConfig:
-        first = next((made for made in answered if made.policy == policy.name), None)
-        if policy.escalate is None or first is None or step - first.step < policy.escalate.after_steps:
+        own = [made for made in answered if made.policy == policy.name]
+        if policy.escalate is None or not own or own[-1].outcome == "recovered":
+            return policy
+        if not _is_helpless(policy, own[-1]) and step - own[0].step < policy.escalate.after_steps:
             return policy
         above = self.named(policy.escalate.to)
         return policy if above is None else self._escalate(above, answered, step)
 
 
-def _bursts(incident: Incident, incidents: Sequence[Incident], quiet: int) -> set[str]:
+def _is_helpless(policy: PolicyConfig, made: Decision) -> bool:
+    """Whether it is known that a policy does not help, so that nothing is to be waited for."""
+    measured = policy.action.factor == "auto" or policy.action.kind == "rollback"
+    in_vain = made.outcome == "no-effect" and measured  # a fixed cut may help where it comes once more
+    return in_vain or made.outcome == "worse" or guard_name(made.guard) == NO_REMEDY
+
+
+def bursts(incident: Incident, incidents: Iterable[Incident], quiet: int) -> set[str]:
     """The ids of `incident`, and of those of its cause that lead up to it with at most `quiet` steps in between."""
     ids, began = {incident.id}, incident.onset
     for other in sorted(incidents, key=lambda each: -each.last_step):
@@ -77,12 +85,12 @@ def affected(policy: PolicyConfig, incident: Incident, blocks: Sequence[str]) ->
 
 
 def scaled(
-    in_force: Mapping[str, float], blocks: Iterable[str], factor: float, bounds: tuple[float, float]
+    in_force: Mapping[str, float], factors: Mapping[str, float], bounds: tuple[float, float]
 ) -> dict[str, float]:
-    """`in_force` with `blocks` scaled, held within `bounds`; a block that stands beyond them is not moved back."""
+    """`in_force` times `factors`, held within `bounds`; a block that stands beyond them is not moved back."""
     low, high = bounds
     result = dict(in_force)
-    for block in blocks:
+    for block, factor in factors.items():
         now = in_force[block]
         result[block] = max(now * factor, min(low, now)) if factor < 1 else min(now * factor, max(high, now))
     return result
@@ -107,177 +115,3 @@ def newest(checkpoints: Iterable[Checkpoint], at_most: int | None) -> Checkpoint
         if (at_most is None or checkpoint.step <= at_most) and (best is None or checkpoint.step >= best.step):
             best = checkpoint
     return best
-
-
-OK = "ok"
-Control = Literal["none", "lr", "rollback"]
-_RATES = ("scale_lr", "set_lr", "rollback")  # what a further cut waits after: each may be the cure already
-_COUNTED = ("scale_lr", "rollback")  # a cut put back after a ramp that failed must never find its quota used up
-_HOUR = 3600.0
-
-
-@dataclass(frozen=True, slots=True)
-class Permissions:
-    """What the run allows."""
-
-    control: Control
-    lr_bounds: tuple[float, float]
-    can_roll_back: bool
-
-    def multipliers(self) -> str:
-        """Returns whether multipliers may be set: "ok", or the guard that refuses it and why."""
-        return OK if self.control != "none" else 'control: the run was attached with control="none"'
-
-    def rollback(self) -> str:
-        """Returns whether a rollback may be requested: "ok", or the guard that refuses it and why."""
-        if self.control == "none":
-            return self.multipliers()
-        if self.can_roll_back or self.control == "rollback":
-            return OK
-        return 'control: the run takes no rollback: neither on_rollback nor control="rollback" was given to attach'
-
-
-@dataclass(frozen=True, slots=True)
-class GuardContext:
-    """Where the run stands: its step, unix seconds, what was decided before; the alert to answer, and in which mode."""
-
-    step: int
-    now: float
-    decisions: Sequence[Decision]
-    alert_id: str = ""
-    mode: Mode = "enforce"
-
-
-def bounds(policy: PolicyConfig, permissions: Permissions) -> tuple[float, float]:
-    """The tighter of the policy's and the run's bounds on a multiplier."""
-    low, high = permissions.lr_bounds
-    return max(low, policy.guard.min_multiplier), min(high, policy.guard.max_multiplier)
-
-
-def judge_scale(
-    policy: PolicyConfig,
-    before: Mapping[str, float],
-    after: Mapping[str, float],
-    permissions: Permissions,
-    context: GuardContext,
-) -> str:
-    """The verdict on setting the multipliers from `before` to `after`."""
-    return _first_refusal(
-        permissions.multipliers(),
-        _cooldown(policy, context),
-        _effect(policy, before, after, permissions),
-        _time_out(policy, before),
-        _hourly(policy, context),
-        _repeated(policy, context),
-    )
-
-
-def judge_rollback(
-    policy: PolicyConfig, plan: RollbackPlan | None, permissions: Permissions, context: GuardContext
-) -> str:
-    """The verdict on asking for `plan`."""
-    return _first_refusal(
-        permissions.rollback(),
-        OK if plan is not None else "checkpoint: there is none from before the onset",
-        _rollback_window(policy, context),
-        _hourly(policy, context),
-        _repeated(policy, context),
-    )
-
-
-def guard_name(verdict: str) -> str:
-    """Returns the name of the guard that gave the verdict."""
-    return verdict.partition(":")[0]
-
-
-def _first_refusal(*verdicts: str) -> str:
-    return next((verdict for verdict in verdicts if verdict != OK), OK)
-
-
-def _effect(
-    policy: PolicyConfig, before: Mapping[str, float], after: Mapping[str, float], permissions: Permissions
-) -> str:
-    if after != before:
-        return OK
-    low, high = bounds(policy, permissions)
-    if policy.action.factor < 1:
-        return f"min_multiplier: every block is at or below {low:g} already"
-    return f"max_multiplier: every block is at or above {high:g} already"
-
-
-def _time_out(policy: PolicyConfig, before: Mapping[str, float]) -> str:
-    """A raise comes with a TTL, which ends all raises in force; an operator's stay."""
-    if policy.action.factor > 1 and any(value > 1 for value in before.values()):
-        return "ttl_steps: its time-out would end the raises in force too"
-    return OK
-
-
-def _acted(decisions: Iterable[Decision], actions: tuple[str, ...]) -> list[Decision]:
-    return [made for made in decisions if made.policy and made.action in actions and took_effect(made)]
-
-
-def _since(made: Decision) -> int:
-    return made.step if made.applied_step is None else made.applied_step
-
-
-def _this_timeline(context: GuardContext) -> Sequence[Decision]:
-    """What was decided on the timeline the run is on.
-
-    From the newest applied rollback on, and of that nothing at a step still ahead: there the run began again from a
-    checkpoint, and its cooldown would last until it had come as far once more.
-    """
-    decisions = [made for made in context.decisions if made.step <= context.step or _went_back(made)]
-    for index in range(len(decisions) - 1, -1, -1):
-        if _went_back(decisions[index]):
-            return decisions[index:]
-    return decisions
-
-
-def _went_back(made: Decision) -> bool:
-    return made.action == "rollback" and made.applied_step is not None
-
-
-def _cooldown(policy: PolicyConfig, context: GuardContext) -> str:
-    """Any policy's action counts: two policies that see the same trouble must not cut twice."""
-    for made in reversed(_acted(_this_timeline(context), _RATES)):
-        if context.step - _since(made) < policy.guard.cooldown_steps:
-            return f"cooldown_steps: {policy.guard.cooldown_steps} have to pass after {made.id} (step {_since(made)})"
-    return OK
-
-
-def _hourly(policy: PolicyConfig, context: GuardContext) -> str:
-    recent = [
-        made
-        for made in _acted(context.decisions, _COUNTED)
-        if made.policy == policy.name and context.now - made.made_at < _HOUR
-    ]
-    if len(recent) < policy.guard.max_actions_per_hour:
-        return OK
-    return f"max_actions_per_hour: {policy.guard.max_actions_per_hour} in the last hour"
-
-
-def _repeated(policy: PolicyConfig, context: GuardContext) -> str:
-    """What came to nothing does not count as an action, but to try it again at every step would be a storm.
-
-    Proposals that nobody approved hold up proposals alone: they must not keep a run that is set to enforce from acting.
-    """
-    tries = [
-        made
-        for made in context.decisions
-        if (made.policy, made.alert_id, made.mode) == (policy.name, context.alert_id, context.mode)
-        and came_to_nothing(made)
-    ]
-    wait, most = policy.guard.cooldown_steps, policy.guard.max_actions_per_hour
-    if any(0 <= context.step - made.step < wait for made in tries):
-        return f"cooldown_steps: {wait} have to pass after {tries[-1].id}, which came to nothing"
-    if sum(context.now - made.made_at < _HOUR for made in tries) >= most:
-        return f"max_actions_per_hour: {most} in the last hour came to nothing"
-    return OK
-
-
-def _rollback_window(policy: PolicyConfig, context: GuardContext) -> str:
-    window = policy.guard.rollback_window_steps
-    for made in reversed(_acted(_this_timeline(context), ("rollback",))):
-        if context.step - _since(made) < window:
-            return f"rollback_window_steps: one rollback in {window} steps, and {made.id} was at step {_since(made)}"
-    return OK

@@ -1,23 +1,23 @@
-"""The ramp-back: takes a policy's change of multipliers back after a quiet hold, and reapplies it if its alert returns.
+"""The ramp-back: takes a policy's change of multipliers back in stages, each held, judged, and undone if it harms.
 
-`ramp_back_due` decides when, and to which multipliers; `failed_ramp_back` decides when that has to be undone. The
-policy engine records and sends what they decide; the trainer moves there step by step (`agent.control.controller`).
+`ramp_back_due` decides on the next stage, `failed_ramp_back` when the newest one has to be undone. The policy engine
+records and sends what they decide; the trainer moves there (`agent.control.controller`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
-from sharpwatch.daemon.config.settings import PolicyConfig
-from sharpwatch.daemon.decisions.policy import ANNOUNCED, OK, EscalationChain, Permissions
+from sharpwatch.daemon.config.settings import GuardConfig, PolicyConfig
+from sharpwatch.daemon.decisions.decision_log import DecisionLog
+from sharpwatch.daemon.decisions.guards import OK, Permissions
+from sharpwatch.daemon.decisions.policy import ANNOUNCED, EscalationChain
 from sharpwatch.daemon.records import Decision, Incident, Revision
 
-if TYPE_CHECKING:
-    from sharpwatch.daemon.decisions.decision_log import DecisionLog
-
 _LONGEST_DOUBLING = 20
+_STAGES = 4  # in a hold: the first stage waits for a whole one, the others for a part of it
+_RAISE = 2.0  # by which a stage raises a multiplier at most, until one had to be undone
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +43,9 @@ class ScalingState:
 
     Attributes:
         active: Those in force, oldest first.
-        failed_ramp_backs: How many ramp-backs were undone since there was no scaling in force.
+        failed_ramp_backs: How many stages of ramp-backs were undone since there was no scaling in force.
         newest: The newest revision.
-        ramped_back: The scaling that `newest` took back, if it is a ramp-back.
+        ramped_back: The scaling that `newest` took back, or a part of it, if it is of a ramp-back.
     """
 
     active: tuple[ActiveScaling, ...] = ()
@@ -56,10 +56,10 @@ class ScalingState:
 
 @dataclass(frozen=True, slots=True)
 class RampBack:
-    """A ramp-back that is due: whose scaling is taken back, and the multipliers of all blocks at its end."""
+    """A stage that is due: whose scaling it takes back, and the multipliers of all blocks at its end."""
 
     policy: PolicyConfig
-    alert_name: str
+    scaling: ActiveScaling
     multipliers: Mapping[str, float]
     ramp_steps: int
     detail: str
@@ -67,7 +67,7 @@ class RampBack:
 
 @dataclass(frozen=True, slots=True)
 class FailedRampBack:
-    """A ramp-back that is to be undone: its revision, and the multipliers before it."""
+    """A stage that is to be undone: its revision, the multipliers before it, and why."""
 
     policy: PolicyConfig
     revision: Revision
@@ -78,9 +78,10 @@ class FailedRampBack:
 def ramp_back_due(
     log: DecisionLog, incidents: Iterable[Incident], chain: EscalationChain, permissions: Permissions, step: int
 ) -> RampBack | None:
-    """Decides whether to ramp back the newest active scaling.
+    """Decides whether to take the next stage of the newest scaling in force back.
 
-    It is due once the run was quiet for the hold: no finding and no change of multipliers.
+    It is due once the run was quiet for the hold, or after a stage for a part of it: no finding and no change of
+    multipliers.
 
     Args:
         log: The run's decisions.
@@ -90,31 +91,38 @@ def ramp_back_due(
         step: The run's step.
 
     Returns:
-        The ramp-back, or None if none is due.
+        The stage, or None if none is due.
     """
     state = scaling_state(log)
-    policy = chain.named(state.active[-1].made.policy) if state.active else None
-    if policy is None or permissions.multipliers() != OK:
+    # A cut that goes with the trainer's rate comes back with it (`PolicyEngine`).
+    scaling = next((one for one in reversed(state.active) if not one.made.follows_rate), None)
+    policy = chain.named(scaling.made.policy) if scaling is not None else None
+    if scaling is None or policy is None or permissions.multipliers() != OK:
         return None
-    since = quiet_since(incidents, log.decisions, step)
     hold = hold_steps(policy, state.failed_ramp_backs)
-    if step - since < hold or _decided_since(log.decisions, since, hold, step):
+    wait = stage_steps(policy.guard, log) if state.ramped_back is not None and policy.action.cuts else hold
+    since = quiet_since(incidents, log.decisions, step)
+    if step - since < wait or _decided_since(log.decisions, since, wait, step):
         return None
-    scaling = state.active[-1]
     low, high = permissions.lr_bounds
-    before = {block: min(max(value, low), high) for block, value in scaling.before.items()}
+    most = _RAISE ** (0.5**state.failed_ramp_backs)  # growing caution
+    now = log.multipliers
+    target = {
+        block: min(max(min(value, now[block] * most) if now[block] < value else value, low), high)
+        for block, value in scaling.before.items()
+    }
     return RampBack(
         policy,
-        scaling.made.alert_name,
-        {**log.multipliers, **before},
-        # Half the hold on the way up, half of it there, before it counts as recovered.
-        ramp_steps=max(policy.action.ramp_steps, hold // 2),
-        detail=f"quiet for {hold} steps: {', '.join(f'{b} back to {v:.3g}' for b, v in before.items())}",
+        scaling,
+        {**now, **target},
+        # Half of the wait on the way up, half of it there, before it counts as recovered.
+        ramp_steps=max(policy.action.ramp_steps, wait // 2),
+        detail=f"quiet for {wait} steps: {', '.join(f'{b} back to {v:.3g}' for b, v in target.items())}",
     )
 
 
-def failed_ramp_back(log: DecisionLog, chain: EscalationChain, incident: Incident, step: int) -> FailedRampBack | None:
-    """Decides whether `incident` shows that the newest ramp-back failed: it fired within the hold after it."""
+def failed_ramp_back(log: DecisionLog, chain: EscalationChain, why: str, step: int) -> FailedRampBack | None:
+    """Decides whether the newest stage has to be undone for what came within the hold after it; `why` says what."""
     state = scaling_state(log)
     policy = chain.named(state.ramped_back.made.policy) if state.ramped_back is not None else None
     if state.newest is None or state.newest.applied_step is None or policy is None:
@@ -123,17 +131,18 @@ def failed_ramp_back(log: DecisionLog, chain: EscalationChain, incident: Inciden
     if not since <= step < since + hold_steps(policy, state.failed_ramp_backs):
         return None
     number = state.newest.revision
-    detail = f"{incident.name} came back after revision {number} was ramped back"
+    detail = f"{why} after revision {number} was ramped back"
     return FailedRampBack(policy, state.newest, log.set_before(number), detail)
 
 
 def scaling_state(log: DecisionLog) -> ScalingState:
     """Follows the revisions that took effect.
 
-    A block that an operator's revision changes is the operator's from then on: the daemon never ramps it back.
+    A block that an operator's revision changes is the operator's from then on: the daemon never ramps it back. A
+    scaling is over once its blocks are back at what they were before it.
     """
     active: list[ActiveScaling] = []
-    taken: dict[int, ActiveScaling] = {}  # by the revision that ramped it back
+    taken: dict[int, ActiveScaling] = {}  # by the revision that ramped it back, or a part of it
     failed = 0
     newest: Revision | None = None
     ramped_back: ActiveScaling | None = None
@@ -148,22 +157,32 @@ def scaling_state(log: DecisionLog) -> ScalingState:
         elif made.action == "scale_lr":
             failed = failed if active else 0
             active.append(ActiveScaling(made, changed))
-        elif made.action == "ramp_back" and active:
-            ramped_back = taken[revision.revision] = active.pop()
+        elif made.action == "ramp_back":
+            ramped_back = next((one for one in reversed(active) if changed.keys() <= one.before.keys()), None)
+            if ramped_back is not None:
+                taken[revision.revision] = ramped_back
         elif made.action == "set_lr" and revision.undoes in taken:
             failed += 1
-            active.append(taken[revision.undoes])
+            if taken[revision.undoes] not in active:
+                active.append(taken[revision.undoes])
+        active = [one for one in active if any(after[block] != value for block, value in one.before.items())]
         before = after
     return ScalingState(tuple(active), failed, newest, ramped_back)
 
 
 def hold_steps(policy: PolicyConfig, failed_ramp_backs: int) -> int:
-    """Returns how long to wait before the next ramp-back: twice as long after each that failed.
+    """Returns how long to wait before the first stage: twice as long after each that failed.
 
     A raise ends at its TTL at the latest, before the trainer ends it by itself.
     """
     hold = policy.guard.hold_steps << min(failed_ramp_backs, _LONGEST_DOUBLING)
-    return min(hold, policy.action.ttl_steps) if policy.action.factor > 1 else hold
+    return hold if policy.action.cuts else min(hold, policy.action.ttl_steps)
+
+
+def stage_steps(guard: GuardConfig, log: DecisionLog) -> int:
+    """Returns how long a stage takes and is held before the next one."""
+    failed = min(scaling_state(log).failed_ramp_backs, _LONGEST_DOUBLING)
+    return max(1, (guard.hold_steps << failed) // _STAGES)
 
 
 def quiet_since(incidents: Iterable[Incident], decisions: Iterable[Decision], step: int) -> int:

@@ -10,9 +10,10 @@ from uuid import uuid4
 from sharpwatch.daemon.config.settings import PolicyConfig
 from sharpwatch.daemon.decisions.decision_log import DecisionLog
 from sharpwatch.daemon.decisions.engine import PolicyEngine
+from sharpwatch.daemon.decisions.guards import Control, Permissions
 from sharpwatch.daemon.decisions.lifecycle import DecisionLifecycle
 from sharpwatch.daemon.decisions.operator_requests import OperatorContext, OperatorRequests
-from sharpwatch.daemon.decisions.policy import MODES, Control, EscalationChain, Permissions, strongest
+from sharpwatch.daemon.decisions.policy import MODES, EscalationChain, strongest
 from sharpwatch.daemon.decisions.transitions import UNDER_WAY
 from sharpwatch.daemon.detection.history import Losses, StepHistory
 from sharpwatch.daemon.detection.reference import ReferenceTest
@@ -68,8 +69,8 @@ class RunController:
         self.detection = RunDetection(run, layer_blocks, parameters, new_id, budget, parameter_names=parameter_names)
         self._incidents = self.detection.incidents
         self._requests = OperatorRequests(self._log, permissions, new_id)
-        self._lifecycle = DecisionLifecycle(self._log, self._incidents, self._chain)
-        self._engine = PolicyEngine(self._log, self._incidents, self._chain, permissions, new_id)
+        self._lifecycle = DecisionLifecycle(self._log, self.detection, self._chain)
+        self._engine = PolicyEngine(self._log, self.detection, self._chain, permissions, new_id)
         self._checkpoints: dict[str, Checkpoint] = {}  # by URI, in the order they were saved
         self._mode = mode
         self._strongest = strongest(self._chain.policies)
@@ -141,7 +142,7 @@ class RunController:
         if changed:
             self._log.note_incidents(changed)
         if self._log.open:
-            self._lifecycle.settle(obs, {finding.name for finding in findings}, now)
+            self._lifecycle.settle(obs, now)
         if self._new_attempt and obs.multipliers:
             self._new_attempt = False
             if all(math.isclose(value, 1.0) for value in obs.multipliers.values()):

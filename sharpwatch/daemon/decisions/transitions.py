@@ -2,11 +2,11 @@
 
                 observe ──▶ observed
                 refuse ───▶ refused
-    draft ──────send ─────▶ sent ────────┐  apply ──▶ applied ──┐  recover ───▶ recovered
-                propose ──▶ proposed     ├─ refuse ─▶ refused   ├─ fail ──────▶ failed
-                              │          ├─ fail ───▶ failed    └─ supersede ─▶ failed
-                              ├─ approve ▶ approved  expire ─▶ expired
-                              ├─ reject ─▶ rejected
+    draft ──────send ─────▶ sent ────────┐  apply ──▶ applied ──┐  recover ──────────────▶ recovered
+                propose ──▶ proposed     ├─ refuse ─▶ refused   ├─ worsen ───────────────▶ worse
+                              │          ├─ fail ───▶ failed    ├─ no_effect, supersede ─▶ no-effect
+                              ├─ approve ▶ approved  expire ─▶  └─ inconclusive ─────────▶ inconclusive
+                              ├─ reject ─▶ rejected  expired
                               └─ expire, supersede ─▶ expired
 
 `TRANSITIONS` is this picture as a table, and `advance` is the only way to a new outcome: `DecisionLog` calls it for
@@ -22,7 +22,20 @@ from sharpwatch.daemon.records import Decision, Outcome
 
 REFUSED_THERE = "trainer"  # the guard's name where the trainer's own side refused
 Event = Literal[
-    "observe", "propose", "refuse", "send", "approve", "reject", "supersede", "apply", "fail", "expire", "recover"
+    "observe",
+    "propose",
+    "refuse",
+    "send",
+    "approve",
+    "reject",
+    "supersede",
+    "apply",
+    "fail",
+    "expire",
+    "recover",
+    "worsen",
+    "no_effect",
+    "inconclusive",
 ]
 
 TRANSITIONS: Mapping[tuple[Outcome, Event], Outcome] = {
@@ -45,17 +58,17 @@ TRANSITIONS: Mapping[tuple[Outcome, Event], Outcome] = {
     ("sent", "refuse"): "refused",
     ("sent", "fail"): "failed",
     ("sent", "expire"): "expired",
-    # The change cures the alert, does not, or the policy acts again because it was not enough.
+    # What the run's loss says of the change; or the policy acts again because it was not enough.
     ("applied", "recover"): "recovered",
-    ("applied", "fail"): "failed",
-    ("applied", "supersede"): "failed",
+    ("applied", "worsen"): "worse",
+    ("applied", "no_effect"): "no-effect",
+    ("applied", "inconclusive"): "inconclusive",
+    ("applied", "supersede"): "no-effect",
 }
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 EVENTS: tuple[Event, ...] = get_args(Event)
 FINAL = frozenset(OUTCOMES) - {outcome for outcome, _ in TRANSITIONS}  # no event leads on from these
 UNDER_WAY = frozenset(outcome for outcome, event in TRANSITIONS if event == "apply")  # the trainer's answer is due
-# What a decision can be once it is applied; it can also fail before, and then has no `applied_step`.
-AFTER_APPLIED = frozenset({"applied"}) | {after for (before, _), after in TRANSITIONS.items() if before == "applied"}
 
 
 def can(outcome: Outcome, event: Event) -> bool:
@@ -95,8 +108,7 @@ def took_effect(decision: Decision) -> bool:
 
     A proposal that nobody approved, and a command that the trainer refused or let expire, have done nothing.
     """
-    applied = decision.outcome in AFTER_APPLIED and decision.applied_step is not None
-    return applied or decision.outcome in UNDER_WAY
+    return decision.applied_step is not None or decision.outcome in UNDER_WAY
 
 
 def came_to_nothing(decision: Decision) -> bool:

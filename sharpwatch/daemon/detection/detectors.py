@@ -16,14 +16,12 @@ import numpy as np
 from sharpwatch.daemon.detection.baselines import Highest
 from sharpwatch.daemon.detection.judged import Detector, Judged, listed, with_parameter
 from sharpwatch.daemon.detection.ranks import broken_ranks, ranks_text
-from sharpwatch.daemon.detection.signals import ROW, WARM_UP, Scores
+from sharpwatch.daemon.detection.signals import RATE_NOTABLE, ROW, WARM_UP, Scores
 from sharpwatch.daemon.detection.thresholds import NAMES
 from sharpwatch.daemon.records import AlertName, Finding, OptimizerGroup, Severity
 from sharpwatch.wire import Doubles
 
-# A rate this far above the highest that it has held. Restarts of a schedule come a little above a peak that the end of
-# the warm-up has cut off: by a sixth, where that took a quarter of the first cycle.
-RATE_NOTABLE, RATE_RAISED = 1.2, 1.4
+RATE_RAISED = 1.4  # times the highest that it has held, from which on a rate is worth a page
 # One that climbs on, from sample to sample, is no such peak: so many samples in a row and this far are a page.
 CLIMBING, RATE_CLIMBED = 10, 1.1
 # The part of itself that one of the first steps changes a layer block by.
@@ -101,6 +99,16 @@ def rate_raise(judged: Judged) -> Iterable[Finding]:
         blocks = () if everywhere else judged.named(above, where)
         evidence = f"learning rate {'' if everywhere else f'of {listed(blocks)} '}×{worst:.3g} of its highest before"
         yield Finding("RateRaise", severity, evidence, judged.step, onset, blocks)
+
+
+def rate_stays_raised(judged: Judged) -> Iterable[Finding]:
+    """A learning rate that was raised and whose schedule has since brought it down, by and by, but for that factor."""
+    where = (judged.now.excess > RATE_NOTABLE) & ~(judged.now.rate > RATE_NOTABLE)
+    if np.count_nonzero(where):
+        blocks = () if where.all() else judged.named(judged.now.excess, where)
+        worst = float(judged.now.excess[where].max())
+        evidence = f"learning rate {f'of {listed(blocks)} ' if blocks else ''}still ×{worst:.3g} of what it would be"
+        yield Finding("RateRaise", "warning", evidence, judged.step, judged.step, blocks)
 
 
 def first_steps(judged: Judged) -> Iterable[Finding]:
@@ -227,6 +235,7 @@ def dead_parameter(judged: Judged) -> Iterable[Finding]:
 EXACT: tuple[Detector, ...] = (
     non_finite,
     rate_raise,
+    rate_stays_raised,
     first_steps,
     rate_zero,
     optimizer_state,

@@ -98,6 +98,11 @@ class Losses:
         kept = slice(max(0, end - count), end)
         return dict(zip(self.steps[kept].tolist(), self.losses[kept].tolist(), strict=True))
 
+    def since(self, step: int, count: int) -> Doubles:
+        """The newest losses, at most `count`, of those at or after a step."""
+        begin = max(int(np.searchsorted(self.steps, step)), self._size - count)
+        return self.losses[begin:]
+
     def see(self, step: int, loss: float | None) -> None:
         """Take in the next step; one without a loss that is finite only ends what it replaces."""
         if self._size and step <= self._steps[self._size - 1]:

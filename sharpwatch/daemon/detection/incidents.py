@@ -177,6 +177,13 @@ class IncidentLog:
             self.opened[identity].incident = seen
         return seen
 
+    def contain(self, identity: str, step: int) -> Incident:
+        """Note that an action keeps the run well from a step on, though the cause stays: what begins later is news."""
+        contained = self._all[identity] = replace(self._all[identity], contained_step=step)
+        if identity in self.opened:
+            self.opened[identity].incident = contained
+        return contained
+
     def restore(self, incidents: Iterable[Incident]) -> None:
         """Take up journalled incidents."""
         self._all = {each.id: each for each in incidents}
@@ -266,7 +273,10 @@ class IncidentLog:
 def _is_part(finding: Finding, incident: Incident) -> bool:
     """Whether a finding belongs to an open incident. One that is open must not hide another that begins."""
     # The one is of the time before a sample; the other is about another run, and may stand for ever.
-    if {"RunStalled", "SilentFailure"} & {finding.name, incident.name}:
+    # A mean over samples that reach back to before that is no news.
+    earliest = min(finding.onset, finding.step - finding.span)
+    is_news = incident.contained_step and earliest > incident.contained_step
+    if is_news or {"RunStalled", "SilentFailure"} & {finding.name, incident.name}:
         return finding.name == incident.name
     near = finding.onset - incident.onset <= (_TOGETHER if finding.name in _EVENTS else _EXPLAINS)
     if near:

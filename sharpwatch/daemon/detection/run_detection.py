@@ -107,6 +107,23 @@ class RunDetection:
         """What is known of the sharpness of the run's blocks."""
         return self._signals.sharpness
 
+    @property
+    def rate_excess(self) -> dict[str, float]:
+        """By block type how many times the learning rate is what it was, by the schedule, before it rose; 1 usually."""
+        excess = self._signals.rates.excess
+        return {block: float(excess[self._types == block].max()) for block in dict.fromkeys(self._types.tolist())}
+
+    @property
+    def first_change(self) -> float:
+        """The largest part of itself that this step changes a layer block by, in the first steps; NaN later."""
+        change = self._signals.recent[-1].first_change if self._signals.recent else np.empty(0)
+        return float(np.fmax.reduce(change, initial=math.nan))
+
+    @property
+    def stability_excess(self) -> float:
+        """How many times its usual level the stability ratio has in the newest probes; NaN where that is not known."""
+        return self._signals.stability_excess()
+
     def set_reference(self, name: str, losses: Losses) -> None:
         """Hold the run against a reference, also its steps so far.
 
@@ -167,7 +184,9 @@ class RunDetection:
             entry.incident
             for entry in self.incidents.opened.values()
             # A silent failure is within the run's own band: what happens in it is normal.
-            if entry.incident.first_step < observation.step and entry.incident.name != "SilentFailure"
+            if entry.incident.first_step < observation.step
+            and entry.incident.name != "SilentFailure"
+            and not entry.incident.contained_step  # the run is well: what happens is normal again
         ]
         # What happens in an incident must not become normal; a warning may be a false one.
         wrong = any(incident.severity == "critical" for incident in opened)

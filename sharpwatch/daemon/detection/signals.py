@@ -31,6 +31,11 @@ SETTLE = 20  # samples after a known change of the rates in which norms of gradi
 RISE_ENDED = 20  # samples without a higher rate after which a rise is over
 ACCEPTED = 500  # samples that a rate above the highest stands until it is the run's own
 _RATE_STEP = 0.1  # change of the log of a rate within a step that gradients answer to
+# A rate this far above the highest that it has held. Restarts of a schedule come a little above a peak that the end of
+# the warm-up has cut off: by a sixth, where that took a quarter of the first cycle.
+RATE_NOTABLE = 1.2
+_NEARLY_ENDED = 0.1  # share of the highest rate
+_EXCESS = 1.001  # times what a rate was, from which on it is above it: a ramp of 1 % a step begins with 1.01
 WARM_UP = 0.5  # of a z while rates rise for the first time
 # Smallest spreads taken for real: of the logs of norms, and of the loss as a share of itself.
 _NORM_FLOOR, _LOSS_FLOOR = 0.05, 0.003
@@ -44,6 +49,7 @@ _STARTED = 1e-3  # root mean square of weights below which they are about zero: 
 _WEIGHT_FLOOR = 0.01  # smallest spread taken for real of a norm's change, as a share of the most that a step can do
 _WEIGHT_PATIENCE = 5  # changes in a row that are far from the usual: then it is no event but how the weights grow now
 _LEAST_RATIO = 0.05  # stability ratios below it, also negative ones, are all alike: no danger
+_NEWEST_PROBES = 3
 _ROUNDING = 4e-7  # of the logarithm of a norm in single precision
 
 
@@ -74,6 +80,7 @@ class Scores:
         growth: The change of the log weight norm over the last 20 samples, and over the 20 before them [2, L], each
             without its largest step; empty in most samples.
         rate: The learning rate over the highest that it has held since its first rise ended; NaN before.
+        excess: How many times what its schedule had the rate is, where that was ever worth a warning; else 1.
         climb: The number of samples in a row in which it has been above that, and higher than in the sample before.
         moment: Adam's second moment over the least that it can be, given the one before.
         dead: Whether a gradient that was there before is exactly zero.
@@ -102,6 +109,7 @@ class Scores:
     weight_share: Doubles = field(default_factory=_nothing)
     growth: Doubles = field(default_factory=_nothing)
     rate: Doubles = field(default_factory=_nothing)
+    excess: Doubles = field(default_factory=_nothing)
     climb: npt.NDArray[Any] = field(default_factory=_nothing)
     moment: Doubles = field(default_factory=_nothing)
     dead: npt.NDArray[Any] = field(default_factory=_nothing)
@@ -147,7 +155,7 @@ def _surely(ratio: Estimate) -> float:
 
 
 class Rates:
-    """The highest learning rate of each layer block.
+    """The highest learning rate of each layer block, and how far a rate is above what its schedule had.
 
     A rate rises first, by a warm-up or not at all. Only what rises after that is news.
 
@@ -155,41 +163,75 @@ class Rates:
         columns: Number of layer blocks.
     """
 
-    STATE = ("_highest", "_since", "_risen", "_above", "_accepts", "_before", "climb")
+    STATE = ("_highest", "_since", "_risen", "_above", "_accepts", "_before", "climb", "excess", "raised")
 
     def __init__(self, columns: int) -> None:
         self._nothing = np.zeros(columns, dtype=np.int64)
+        self._ones = np.ones(columns)
         self.climb = self._nothing  # samples in a row that were above it and the one before
+        # How many times what it would be by its schedule, as that was before it rose above its highest.
+        self.excess = self._ones
+        self.raised = np.zeros(columns, dtype=bool)  # whether that was ever worth a warning
         self._before = np.zeros(columns)
         self._highest = np.zeros(columns)
         self._since = np.zeros(columns, dtype=np.int64)  # samples since it was reached
         self._risen = np.zeros(columns, dtype=bool)
-        self._above = np.zeros(columns, dtype=np.int64)  # samples in a row above it
+        self._above = np.zeros(columns, dtype=np.int64)  # samples in a row that the run has trained above it
         self._accepts = False  # whether the next rates are no news, however high
 
     def begin_attempt(self) -> None:
         """Take the next rates as they are."""
         self._accepts = True
 
-    def see(self, rates: Doubles) -> Doubles:
-        """Take in the rates [L]; returns them over the highest, NaN before the first rise has ended."""
+    def see(self, rates: Doubles, multipliers: Floats) -> Doubles:
+        """Take in the schedule's own rates [L] and what they are multiplied by.
+
+        Returns:
+            The rates over the highest, NaN before the first rise has ended.
+        """
         if self._accepts:
-            self._highest, self._accepts = np.fmax(self._highest, rates), False
+            self._highest, self._accepts, self.excess = np.fmax(self._highest, rates), False, self._ones
         ratio: Doubles = rates / self._highest
         rises = rates > self._highest * (1 + 1e-6)
-        if np.count_nonzero(self._risen) == len(rates) and not np.count_nonzero(rises):
+        rising = np.count_nonzero(rises)
+        if rising or self.excess is not self._ones:
+            self._note_excess(rates, rises)
+        if np.count_nonzero(self._risen) == len(rates) and not rising:
             self._above[:] = 0
             self.climb, self._before = self._nothing, rates
             return ratio
         ratio[~self._risen] = np.nan
-        self._above = np.where(self._risen & rises, self._above + 1, 0)
+        # A rate that is held down does not become the run's own.
+        trained = self._risen & rises & (rates * multipliers > self._highest * (1 + 1e-6))
+        self._above = np.where(trained, self._above + 1, 0)
         self.climb = np.where(self._risen & rises & (rates > self._before), self.climb + 1, 0)
         self._before = rates
         accepted = self._above > ACCEPTED
         self._since = np.where(rises & ~self._risen, 0, self._since + 1)
         self._highest = np.where((rises & ~self._risen) | accepted, rates, self._highest)
         self._risen |= (self._since >= RISE_ENDED) & (self._highest > 0)
+        if np.count_nonzero(accepted):
+            self.excess = np.where(accepted, 1.0, self.excess)
         return ratio
+
+    def _note_excess(self, rates: Doubles, rises: npt.NDArray[Any]) -> None:
+        """Follow how far the rates are above what their schedule had: up as they rise, down as they fall at once.
+
+        One that falls little by little does so by its schedule, and is above it as before. One that falls at once to
+        what it has held before is its schedule's again.
+        """
+        # Of a schedule that had nearly ended nobody knows what comes next; the highest at least was no harm.
+        had = np.where(self._before > _NEARLY_ENDED * self._highest, self._before, self._highest)
+        begins = self._risen & rises & (self.excess == 1.0)
+        changed = rates / np.where(begins, had, self._before)
+        falls = changed < 1 - _RATE_STEP
+        goes_on = (self.excess > 1.0) & ((changed > 1.0) | falls)
+        excess = np.where(begins | goes_on, self.excess * changed, self.excess)
+        self.raised |= (excess > 1.0) & (rates > RATE_NOTABLE * self._highest)
+        is_usual = (rates <= self._highest) & (falls | ~self.raised)
+        excess = np.where((excess > _EXCESS) & ~is_usual, excess, 1.0)
+        self.raised &= excess > 1.0
+        self.excess = excess if np.count_nonzero(excess > 1.0) else self._ones
 
 
 class Zeros:
@@ -246,8 +288,8 @@ class Signals:
         columns = len(parameters)
         self._roots = np.sqrt(np.asarray(parameters, dtype=np.float64))
         self.recent: deque[Scores] = deque(maxlen=5)  # newest last
-        self.probes: deque[Scores] = deque(maxlen=3)  # those with a stability ratio
-        self.sharp_probes: deque[Scores] = deque(maxlen=3)  # those with a trace
+        self.probes: deque[Scores] = deque(maxlen=_NEWEST_PROBES)  # those with a stability ratio
+        self.sharp_probes: deque[Scores] = deque(maxlen=_NEWEST_PROBES)  # those with a trace
         self.sharpness = Sharpness(parameters, types)
         self._stability = Stability(self.sharpness.blocks)
         self._attention = AttentionTrend(columns)
@@ -257,7 +299,7 @@ class Signals:
         self._trend = Trend(floors, shares, SPANS, alike=(slice(0, columns), slice(columns, 2 * columns)))
         self._young_loss = Highest(_LOSS_FLOOR)
         self._weights = Level(columns, memory=10, spread_memory=30, blind=30, patience=_WEIGHT_PATIENCE)
-        self._rates = Rates(columns)
+        self.rates = Rates(columns)
         self._zeros = Zeros(columns)
         self._norms, self._row = np.full((2 * _GROWTH_SPAN + 1, columns), np.nan), 0  # of the weights, as a ring
         self._samples = 0
@@ -301,7 +343,7 @@ class Signals:
         groups = json.dumps([[*key, dict(group.settings), group.steps] for key, group in self.groups.items()])
         return {
             **gathered(self, self.STATE, "signals"),
-            **gathered(self._rates, Rates.STATE, "rates"),
+            **gathered(self.rates, Rates.STATE, "rates"),
             **gathered(self._zeros, Zeros.STATE, "zeros"),
             **self._weights.state("weights"),
             **self._stability.levels.state("stability"),
@@ -316,7 +358,7 @@ class Signals:
     def load_state(self, arrays: Arrays) -> None:
         """Go on from `state`; raises `ValueError` for one of other layer blocks."""
         put_back(self, self.STATE, arrays, "signals")
-        put_back(self._rates, Rates.STATE, arrays, "rates")
+        put_back(self.rates, Rates.STATE, arrays, "rates")
         put_back(self._zeros, Zeros.STATE, arrays, "zeros")
         self._weights.load_state(arrays, "weights")
         self._stability.levels.load_state(arrays, "stability")
@@ -331,11 +373,18 @@ class Signals:
             for optimizer, group, settings, steps in json.loads(str(arrays["groups"]))
         }
 
+    def stability_excess(self) -> float:
+        """The median stability ratio of the newest three probes over its usual level; NaN where one is not known."""
+        ratios = [each.observation.stability for each in self.probes if each.observation.stability is not None]
+        if len(ratios) < _NEWEST_PROBES:
+            return math.nan
+        return float(np.median([ratio.value for ratio in ratios]) / math.exp(float(self._stability.levels.level[0])))
+
     def begin_attempt(self) -> None:
         """Another attempt of the run begins: with what settings and rates was somebody's choice."""
         # The steps that its optimizer has seen are no choice: they show a state that was not loaded.
         self.groups = {key: OptimizerGroup({}, group.steps) for key, group in self.groups.items()}
-        self._rates.begin_attempt()
+        self.rates.begin_attempt()
         self._attention.leave()
 
     def _go_back(self) -> None:
@@ -356,8 +405,9 @@ class Signals:
         if self._settling == SETTLE:
             self._weights.forget(np.ones(self._columns, dtype=bool))
         scores.settling = self._settling > 0
-        scores.rate = self._rates.see(np.divide(now.learning_rate, now.lr_multiplier, dtype=np.float64))
-        scores.climb = self._rates.climb
+        own = np.divide(now.learning_rate, now.lr_multiplier, dtype=np.float64)
+        scores.rate = self.rates.see(own, now.lr_multiplier)
+        scores.climb, scores.excess = self.rates.climb, np.where(self.rates.raised, self.rates.excess, 1.0)
         scores.warming_up = np.count_nonzero(np.isnan(scores.rate)) == self._columns
         if before is None:
             nothing = np.full(self._columns, np.nan)

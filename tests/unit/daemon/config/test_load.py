@@ -64,7 +64,7 @@ def test_design_example(load):
 
 def test_shipped_example_is_taken_and_enforces_nothing():
     policies = load_config(ROOT / "examples/sharpwatch.yaml").policies
-    assert {"cut-unstable-blocks", "rollback-before-onset"} <= {policy.name for policy in policies}
+    assert {"hold-the-rate", "rollback-before-onset"} <= {policy.name for policy in policies}
     assert "enforce" not in {policy.mode for policy in policies}
 
 
@@ -108,7 +108,12 @@ def test_addresses(load, address):
         (f"policies:\n  - {CUT.replace('0.5', '-2')}}}\n", 2, "policies[0].action.factor", "above 0"),
         (f"policies:\n  - {CUT.replace('0.5', '1')}}}\n", 2, "policies[0].action.factor", "changes nothing"),
         (f"policies:\n  - {CUT.replace('0.5', '.inf')}}}\n", 2, "policies[0].action.factor", "above 0"),
-        (f"policies:\n  - {CUT.replace('0.5', 'half')}}}\n", 2, "policies[0].action.factor", "a number"),
+        (
+            f"policies:\n  - {CUT.replace('0.5', 'half')}}}\n",
+            2,
+            "policies[0].action.factor",
+            "a number above 0, at most 100",
+        ),
         (f"policies:\n  - {CUT.replace('0.5', '2')}}}\n", 2, "policies[0].action", "ttl_steps"),
         (f"policies:\n  - {CUT.replace('0.5', '0.005')}}}\n", 2, "policies[0].action", "min_multiplier is 0.01"),
         (

@@ -26,7 +26,9 @@ class AnyRun(RuleBasedStateMachine):
         guard = replace(GUARD, cooldown_steps=1, hold_steps=3, recover_within_steps=4, max_actions_per_hour=50)
         cut = replace(CUT, guard=guard, action=replace(CUT.action, blocks="all"), escalate=EscalateConfig(8, "back"))
         bad = replace(cut, name="bad", match=MatchConfig("WeightJump"), action=replace(cut.action, factor=0.3))
-        self.trainer = Trainer((cut, bad, ROLLBACK), mode=mode, lr_bounds=self.bounds)
+        hold = replace(cut, name="hold", match=MatchConfig(cause="learning-rate"))
+        hold = replace(hold, action=replace(cut.action, factor="auto"))
+        self.trainer = Trainer((cut, bad, hold, ROLLBACK), mode=mode, lr_bounds=self.bounds)
         self.controller = self.trainer.controller
         self.final: dict[str, Decision] = {}
         self.trainer.run(60)
@@ -36,6 +38,10 @@ class AnyRun(RuleBasedStateMachine):
         self.trainer.heat[block] = heat
         self.trainer.run(steps)
         self.trainer.heat[block] = 0.0
+
+    @rule(factor=st.sampled_from([0.1, 0.5, 1.0, 1.0, 1.5, 3.0, 30.0]))
+    def change_rate(self, factor):
+        self.trainer.rate = 1e-3 * factor
 
     @rule(loss=st.floats(), norm=st.floats(width=32), times=st.integers(1, 3))
     def observe_anything(self, loss, norm, times):
@@ -87,6 +93,29 @@ class AnyRun(RuleBasedStateMachine):
             self.trainer.take(call(self.trainer.now))
         except OperatorError:
             return
+
+    def teardown(self):
+        """No run stays cut without an open incident or an operator's word: left alone, it comes back to 1."""
+        if not hasattr(self, "controller"):
+            return
+        trainer = self.trainer
+        trainer.refuses, trainer.silent, trainer.rate = "", False, 1e-3
+        self.controller.set_mode("enforce")
+        for _ in range(20):
+            trainer.run(60)
+            if all(trainer.multipliers[block] == 1.0 for block in BLOCKS if block not in self.by_hand()):
+                return
+        assert any(incident.active for incident in self.controller.incidents), trainer.multipliers
+
+    def by_hand(self) -> set[str]:
+        """The blocks that an operator has moved."""
+        operators = {made.id for made in self.controller.decisions if not made.policy}
+        moved, before = set(), dict.fromkeys(BLOCKS, 1.0)
+        for revision in self.controller.revisions:
+            if revision.decision_id in operators:
+                moved |= {block for block in BLOCKS if revision.multipliers[block] != before[block]}
+            before = revision.multipliers
+        return moved
 
     @invariant()
     def promises_hold(self):

@@ -10,20 +10,15 @@ from hypothesis import strategies as st
 from observations import incident
 
 from sharpwatch.daemon.config.settings import ActionConfig, EscalateConfig, GuardConfig, MatchConfig, PolicyConfig
-from sharpwatch.daemon.decisions.policy import (
-    EscalationChain,
+from sharpwatch.daemon.decisions.guards import (
     GuardContext,
     Permissions,
-    affected,
     bounds,
     guard_name,
     judge_rollback,
     judge_scale,
-    newest,
-    rollback_plan,
-    scaled,
-    strongest,
 )
+from sharpwatch.daemon.decisions.policy import EscalationChain, affected, newest, rollback_plan, scaled, strongest
 from sharpwatch.daemon.decisions.transitions import OUTCOMES
 from sharpwatch.daemon.records import Checkpoint, Decision, RollbackPlan
 
@@ -60,7 +55,7 @@ def test_affected_blocks(blocks, named, expected):
     high=st.floats(1, 10),
 )
 def test_scaled_moves_the_right_way_and_never_past_a_bound(now, factor, low, high):
-    after = scaled(now, now, factor, (low, high))
+    after = scaled(now, dict.fromkeys(now, factor), (low, high))
     for block, value in after.items():
         was = now[block]
         assert (value <= was) if factor < 1 else (value >= was)
@@ -68,7 +63,7 @@ def test_scaled_moves_the_right_way_and_never_past_a_bound(now, factor, low, hig
 
 
 def test_others_keep_what_they_have():
-    assert scaled({"qk": 0.8, "vo": 2.0}, ["qk"], 0.5, (0.1, 10.0)) == {"qk": 0.4, "vo": 2.0}
+    assert scaled({"qk": 0.8, "vo": 2.0}, {"qk": 0.5}, (0.1, 10.0)) == {"qk": 0.4, "vo": 2.0}
 
 
 @pytest.mark.parametrize(
@@ -187,8 +182,8 @@ def test_a_raise_does_not_put_its_time_out_over_raises_in_force():
         (made(160, "set_lr"), "cooldown_steps"),
         (made(160, "ramp_back"), "ok"),
         (made(160, "set_lr", policy=""), "ok"),
-        (made(160, outcome="observed"), "ok"),
-        (made(160, outcome="refused", guard="control: no"), "ok"),
+        (made(160, outcome="observed", applied_step=None), "ok"),
+        (made(160, outcome="refused", guard="control: no", applied_step=None), "ok"),
         (made(160, outcome="refused", guard="trainer: no", applied_step=None, alert_id="earlier"), "ok"),
     ],
 )
@@ -248,7 +243,7 @@ def test_the_same_is_not_tried_at_every_step(end, mode):
     like = {**end, "applied_step": None, "mode": mode, "alert_id": "a1", "made_at": 3900.0}
 
     def verdict(*decisions, at=200, policy=CUT, alert="a1", in_mode=mode):
-        context = GuardContext(at, 4000.0, decisions, alert, in_mode)
+        context = GuardContext(at, 4000.0, decisions, alert, mode=in_mode)
         return guard_name(judge_scale(policy, ONE, HALF, FREE, context))
 
     one, two = made(160, **like), made(161, **like)

@@ -26,11 +26,20 @@ EXPECTED = {
     "proposed": {"approve": "approved", "reject": "rejected", "expire": "expired", "supersede": "expired"},
     "approved": {"apply": "applied", "refuse": "refused", "fail": "failed", "expire": "expired"},
     "sent": {"apply": "applied", "refuse": "refused", "fail": "failed", "expire": "expired"},
-    "applied": {"recover": "recovered", "fail": "failed", "supersede": "failed"},
+    "applied": {
+        "recover": "recovered",
+        "worsen": "worse",
+        "no_effect": "no-effect",
+        "inconclusive": "inconclusive",
+        "supersede": "no-effect",
+    },
     "observed": {},
     "rejected": {},
     "refused": {},
     "recovered": {},
+    "worse": {},
+    "no-effect": {},
+    "inconclusive": {},
     "failed": {},
     "expired": {},
 }
@@ -40,7 +49,7 @@ PAIRS = [(outcome, event) for outcome in OUTCOMES for event in EVENTS]
 def test_every_outcome_and_event_is_expected_or_refused():
     assert EXPECTED.keys() == set(OUTCOMES)
     assert {event for events in EXPECTED.values() for event in events} == set(EVENTS)
-    assert len(PAIRS) == 11 * 11
+    assert len(PAIRS) == 14 * 14
 
 
 @pytest.mark.parametrize(("outcome", "event"), PAIRS)
@@ -89,7 +98,10 @@ def test_no_event_leads_back_to_a_draft_and_every_outcome_is_reached():
 
 
 def test_which_outcomes_are_final_and_which_wait_for_the_trainer():
-    assert {"observed", "rejected", "refused", "recovered", "failed", "expired"} == FINAL
+    assert {
+        *("observed", "rejected", "refused", "failed", "expired"),
+        *("recovered", "worse", "no-effect", "inconclusive"),
+    } == FINAL
     assert {"approved", "sent"} == UNDER_WAY
 
 
@@ -104,7 +116,10 @@ DONE = {
     "sent": (True, None),
     "applied": (None, True),
     "recovered": (None, True),
-    "failed": (False, True),
+    "worse": (None, True),
+    "no-effect": (None, True),
+    "inconclusive": (None, True),
+    "failed": (False, True),  # applied, and so in a journal of an earlier version
     "expired": (False, None),
 }
 ENDS = [

@@ -125,9 +125,19 @@ def test_frozen_blocks_say_nothing():
     assert not made.recent[-1].dead.any()
 
 
-def rates_of(values: list[float]) -> list[float]:
+def rates_of(values: list[float], multiplier: float = 1.0) -> list[float]:
     rates = Rates(1)
-    return [float(rates.see(np.array([value]))[0]) for value in values]
+    return [float(rates.see(np.array([value]), np.array([multiplier]))[0]) for value in values]
+
+
+def excess_of(*values: float, before: float = 1.0) -> list[float]:
+    """How many times too high, after 50 steps of `before`."""
+    rates = Rates(1)
+    found = []
+    for value in [before] * 50 + list(values):
+        rates.see(np.array([value]), np.ones(1))
+        found.append(float(rates.excess[0]))
+    return found[50:]
 
 
 def test_a_warm_up_is_no_raise():
@@ -147,6 +157,40 @@ def test_a_raise_that_stands_becomes_the_runs_own():
     ratios = rates_of([1.0] * 50 + [2.0] * (ACCEPTED + 10))
     assert ratios[50 : 50 + ACCEPTED] == [2.0] * ACCEPTED
     assert ratios[-1] == 1.0
+
+
+def test_a_raise_that_is_held_down_does_not_become_the_runs_own():
+    ratios = rates_of([1.0] * 50 + [10.0] * (ACCEPTED + 10), multiplier=0.1)
+    assert ratios[-1] == 10.0
+
+
+def test_an_excess_goes_up_with_the_rate_and_down_where_that_falls_at_once():
+    assert excess_of(10.0, 10.0, 30.0, 30.0, 3.0, 1.0) == pytest.approx([10, 10, 30, 30, 3, 1])
+    assert excess_of(1.01, 1.01**2, 1.01**3) == pytest.approx([1.01, 1.01**2, 1.01**3])
+
+
+def test_an_excess_is_above_what_the_schedule_would_have():
+    decay = [0.99**i for i in range(50)]
+    assert excess_of(*decay, *(10 * 0.99**i for i in range(50, 100)))[-50:] == pytest.approx([10] * 50, rel=0.02)
+    restart = [0.1] * 5 + [1.0] * 5
+    assert excess_of(*restart) == [1.0] * 10  # what it had before is no excess
+    assert excess_of(1.15, 0.99, 0.98) == pytest.approx([1.15, 1.0, 1.0])  # nor is what was never worth a warning
+    assert excess_of(0.5, 5.0, 5.0, 0.5, 0.4) == pytest.approx([1, 10, 10, 1, 1])
+    assert excess_of(0.01, 1.5, 1.0) == pytest.approx([1, 1.5, 1])  # of a schedule that had nearly ended
+    assert excess_of(*[0.5] * 60) == [1.0] * 60
+
+
+def test_a_raise_that_became_the_runs_own_is_no_excess():
+    assert excess_of(*[3.0] * (ACCEPTED + 10))[-1] == 1.0
+
+
+def test_a_new_attempt_comes_with_rates_that_somebody_chose():
+    rates = Rates(1)
+    for value in [1.0] * 50 + [10.0] * 5:
+        rates.see(np.array([value]), np.ones(1))
+    rates.begin_attempt()
+    rates.see(np.array([10.0]), np.ones(1))
+    assert rates.excess[0] == 1.0
 
 
 def test_multipliers_of_sharpwatchs_own_are_no_raise():

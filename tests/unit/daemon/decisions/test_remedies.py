@@ -1,0 +1,165 @@
+"""What is done about an incident by its cause, and what it is judged to have done."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from controlled_run import BLOCKS, CUT, GUARD, Trainer, restored, saved, trained
+
+from sharpwatch.daemon.config.settings import ActionConfig, EscalateConfig, MatchConfig, PolicyConfig
+
+STEPS = 30  # until a cut of rates is judged
+RATE = PolicyConfig(
+    "rate",
+    MatchConfig(cause="learning-rate"),
+    "enforce",
+    ActionConfig("scale_lr", "all", factor="auto"),
+    replace(GUARD, min_multiplier=0.01, recover_within_steps=STEPS),
+    EscalateConfig(400, "back"),
+)
+BACK = PolicyConfig("back", MatchConfig(cause="damaged-weight"), "enforce", ActionConfig("rollback", skip_margin=0))
+POLICIES = (RATE, BACK)
+
+
+class RateTrainer(Trainer):
+    """One whose loss is higher by 1 for 10 steps after each that was made at more than 1.3 times the usual rate."""
+
+    hurt = 0
+
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            self.hurt = 10 if self.rate * self.multipliers["ffn"] > 1.3e-3 else max(0, self.hurt - 1)
+            self.loss = 4.0 if self.hurt else 3.0
+            super().run(1)
+
+
+def trainer(policies=POLICIES, **options) -> RateTrainer:
+    made = RateTrainer(policies, lr_bounds=(0.001, 10.0), **options)
+    made.run(200)
+    return made
+
+
+def at_rest(made: Trainer) -> bool:
+    return made.multipliers == dict.fromkeys(BLOCKS, 1.0)
+
+
+@pytest.mark.parametrize("factor", [3.0, 10.0, 30.0])
+def test_a_rate_that_jumps_is_cut_at_once_to_what_it_was_and_never_met_again(factor):
+    run = trainer()
+    run.rate *= factor
+    run.run(1500)
+    assert run.actions() == [("scale_lr", "recovered")]
+    assert run.multipliers == pytest.approx(dict.fromkeys(BLOCKS, 1 / factor), rel=1e-6)
+    (made,) = run.controller.decisions
+    assert f"its schedule has ×{factor:g} of what it had" in made.detail
+    assert "held down while the rate is too high" in made.detail
+    assert made.applied_step <= 205
+    (incident,) = run.controller.incidents
+    assert (incident.active, incident.contained_step > made.applied_step) == (True, True)
+
+
+def test_it_comes_back_with_the_rate():
+    run = trainer()
+    run.rate *= 10
+    run.run(300)
+    run.rate /= 10
+    run.run(3)
+    assert at_rest(run)
+    run.run(40)
+    assert [each.active for each in run.controller.incidents] == [False]
+    run.run(1000)
+    assert run.actions() == [("scale_lr", "recovered"), ("set_lr", "recovered")]
+
+
+@pytest.mark.parametrize("growth", [1.01, 1.02])
+def test_a_rate_that_climbs_is_held_where_it_was(growth):
+    run = trainer()
+    for _ in range(300):
+        run.rate = min(run.rate * growth, 30e-3)
+        run.run(1)
+    run.run(100)
+    assert 0.8e-3 < run.rate * run.multipliers["ffn"] < 1.2e-3
+    assert run.controller.decisions[0].outcome == "recovered"
+
+
+def test_a_schedule_that_decays_goes_on_decaying_under_the_cut():
+    run = trainer()
+    run.rate *= 10
+    for _ in range(1000):
+        run.rate *= 0.998
+        run.run(1)
+    assert run.multipliers["ffn"] == pytest.approx(0.1, rel=0.01)
+
+
+def test_a_restart_goes_on_holding_it():
+    run = trainer()
+    run.rate *= 10
+    run.run(100)
+    run.controller = restored(run)
+    run.run(700)
+    assert run.multipliers["ffn"] == pytest.approx(0.1)
+    run.rate /= 10
+    run.run(5)
+    assert at_rest(run)
+
+
+def test_what_begins_while_a_rate_is_held_down_is_an_incident_of_its_own():
+    run = trainer((*POLICIES, CUT))
+    run.rate *= 10
+    run.run(100)
+    run.heat["ffn"] = 1000.0
+    run.run(2)
+    assert [each.name for each in run.controller.incidents] == ["RateRaise", "NonFinite"]
+    run.heat["ffn"] = 0.0
+    run.run(400)
+    assert run.multipliers["ffn"] == pytest.approx(0.1)  # of the other cut nothing is left
+
+
+def test_a_loss_that_does_not_come_back_sends_it_to_the_checkpoint_before():
+    run = trainer()
+    saved(run, 150)
+    run.rate *= 10
+    run.run(5)
+    run.run = lambda steps: Trainer.run(run, steps)  # the loss stays where it is, though the rate is back
+    run.loss = 5.0
+    run.run(STEPS + 5)
+    assert run.actions()[0] == ("scale_lr", "worse")
+    made = run.controller.decisions[1]
+    assert (made.action, made.policy, made.rollback.checkpoint.step) == ("rollback", "back", 150)
+
+
+def test_in_observe_mode_nothing_is_done_and_each_turn_is_told_once():
+    run = trainer(mode="observe")
+    run.rate *= 10
+    run.run(600)
+    assert run.actions() == [("scale_lr", "observed"), ("rollback", "observed")]
+    assert at_rest(run)
+
+
+def test_a_proposal_that_was_approved_goes_with_the_rate_by_proposals():
+    run = trainer(mode="advise")
+    run.rate *= 10
+    run.run(5)
+    (made,) = run.controller.decisions
+    run.take(run.controller.approve(made.id, "ann", "", run.now))
+    run.run(50)
+    assert run.multipliers["ffn"] == pytest.approx(0.1)
+    run.rate /= 10
+    run.run(100)
+    assert run.actions() == [("scale_lr", "recovered"), ("set_lr", "proposed")]
+
+
+def test_no_cut_helps_against_numbers_that_are_not_finite_and_the_rollback_comes_at_once():
+    cut = replace(RATE, match=MatchConfig(cause="non-finite"))
+    run = trained((cut, replace(BACK, match=MatchConfig())), steps=200)
+    saved(run, 190)
+    run.heat["ffn"] = 20.0
+    run.run(3)
+    refused, back = run.controller.decisions
+    assert refused.guard.startswith("factor: no learning rate makes numbers finite again; a rollback")
+    assert (back.action, back.outcome, back.step - refused.step) == ("rollback", "applied", 1)
+    assert "no learning rate makes numbers finite again" in back.detail
+    run.run(60)
+    assert back.id == run.controller.decisions[-1].id
+    assert run.controller.decisions[-1].outcome == "recovered"
