@@ -40,6 +40,8 @@ class Operator(OperatorServiceServicer):
     answer: asyncio.Future = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     watched: asyncio.Event = field(default_factory=asyncio.Event)
     abandoned: asyncio.Event = field(default_factory=asyncio.Event)
+    closed: set = field(default_factory=set)  # names of runs
+    gone: set = field(default_factory=set)  # names of runs that the daemon has dropped by the time they are set
 
     async def _authorized(self, context):
         if ("authorization", f"Bearer {TOKEN}") not in context.invocation_metadata():
@@ -56,7 +58,16 @@ class Operator(OperatorServiceServicer):
         )
 
     async def ListRuns(self, request, context):
-        runs = [pb.Run(run=name, training_job=name[:4], mode="observe", step=2**40) for name in NAMES]
+        runs = [
+            pb.Run(
+                run=name,
+                training_job=name[:4],
+                mode="observe",
+                step=2**40,
+                phase=pb.RUN_PHASE_CLOSED if name in self.closed else pb.RUN_PHASE_SILENT,
+            )
+            for name in NAMES
+        ]
         return pb.ListRunsResponse(runs=runs)
 
     async def GetRun(self, request, context):
@@ -93,6 +104,8 @@ class Operator(OperatorServiceServicer):
 
     async def SetMode(self, request, context):
         await self._authorized(context)
+        if request.run in self.gone:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"no run {request.run!r}")
         self.requests.append(request)
         return pb.SetModeResponse(run=pb.Run(run=request.run, mode=request.mode))
 
@@ -265,6 +278,35 @@ async def test_approve_reject_and_mode(operator, cli):
     assert await cli("mode", "llama") == (0, "llama-c3: observe\n", "")
     assert await cli("mode", "llama-c3", "enforce") == (0, "llama-c3: enforce\n", "")
     assert [request.author for request in operator.requests] == ["ada@node3"] * 3
+
+
+async def test_mode_all_sets_every_run_that_is_not_closed(operator, cli):
+    operator.closed = {"gpt2-b7"}
+    out = "gpt2-a1: observe\nllama-c3: observe\n"
+    assert await cli("mode", "--all", "observe", "--reason", "hands off") == (0, out, "")
+    assert sorted((request.run, request.mode, request.author, request.reason) for request in operator.requests) == [
+        (name, "observe", "ada@node3", "hands off") for name in ("gpt2-a1", "llama-c3")
+    ]
+    operator.closed = set(NAMES)
+    assert await cli("mode", "observe", "--all") == (0, "no run is open\n", "")
+    assert len(operator.requests) == 2
+
+
+async def test_mode_all_names_the_runs_that_it_could_not_set(operator, cli):
+    operator.gone = {"gpt2-a1"}
+    status, out, err = await cli("mode", "--all", "advise")
+    assert (status, out) == (1, "gpt2-b7: advise\nllama-c3: advise\n")
+    assert err == "sharpwatch: mode advise not set for 1 of 3 runs: gpt2-a1: no run 'gpt2-a1'\n"
+    status, out, _ = await cli("mode", "--all", "advise", "--json")
+    assert status == 1
+    answer = json.loads(out)
+    assert [run["run"] for run in answer["runs"]] == ["gpt2-b7", "llama-c3"]
+    assert answer["failed"] == {"gpt2-a1": "no run 'gpt2-a1'"}
+    # One reason for all is told once.
+    status, out, err = await cli("mode", "--all", "observe", SHARPWATCH_TOKEN_FILE="")
+    assert (status, out) == (1, "")
+    assert err.startswith(f"sharpwatch: mode observe not set for 3 of 3 runs: {', '.join(NAMES)}: not allowed at ")
+    assert err.count("no token was shown") == 1
 
 
 async def test_lr_show_and_history(cli):
