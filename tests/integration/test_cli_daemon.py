@@ -95,6 +95,30 @@ async def test_a_learning_rate_reaches_the_trainer_and_is_undone(cli):
 
 
 @pytest.mark.usefixtures("trainer")
+async def test_the_audit_lists_what_became_of_every_decision(cli):
+    assert await cli("decisions", "--audit") == (0, "no decision yet\n", "")
+    for change in (("set", "gpt2-a1", "qk=0.5", "--reason", "spikes"), ("undo", "gpt2-a1")):
+        assert (await cli("lr", *change))[0] == 0
+    status, out, err = await cli("decisions", "gpt2", "--audit")
+    assert (status, err) == (0, "")
+    heading = out.splitlines()[0].split()
+    assert heading == ["at", "step", "id", "run", "action", "outcome", "by", "why"]
+    assert [" ".join(line[line.index("set_lr") :].split()) for line in out.splitlines()[1:]] == [
+        "set_lr sent ada@node3 spikes",
+        "set_lr applied ada@node3 spikes; unchanged: vo; applied at step 2",
+        "set_lr sent ada@node3 undo of revision 1",
+        "set_lr applied ada@node3 undo of revision 1; unchanged: vo; applied at step 3",
+    ]
+    status, out, _ = await cli("decisions", "gpt2", "--audit", "--limit", "1", "--json")
+    answer = json.loads(out)
+    (decision,) = answer["decisions"]
+    assert [(one["decision_id"], one["outcome"], one["author"]) for one in answer["transitions"]] == [
+        (decision["id"], outcome, "ada@node3") for outcome in ("sent", "applied")
+    ]
+    assert all(one["at_unix_ns"] >= decision["made_at_unix_ns"] for one in answer["transitions"])
+
+
+@pytest.mark.usefixtures("trainer")
 async def test_what_the_daemon_refuses_is_one_line_and_exit_1(cli):
     for args, expected in (
         (("lr", "set", "gpt2-a1", "nope=0.5"), "nope"),

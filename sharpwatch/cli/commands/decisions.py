@@ -27,25 +27,38 @@ from sharpwatch.v1.operator_pb2 import (
     ApproveDecisionRequest,
     Decision,
     ListDecisionsRequest,
+    ListTransitionsRequest,
+    ListTransitionsResponse,
     RejectDecisionRequest,
     RequestRollbackRequest,
+    Transition,
     WatchDecisionRequest,
 )
 from sharpwatch.v1.operator_pb2_grpc import OperatorServiceStub
 
+_LISTED = 20  # decisions, by default
 _PENDING = frozenset({"proposed", "approved", "sent"})
 _DONE = frozenset({"applied", "recovered", "observed"})
 
 
-@click.command(cls=DaemonCommand, example="sharpwatch decisions gpt2-a1 --limit 5")
+@click.command(
+    cls=DaemonCommand, example="sharpwatch decisions gpt2-a1 --limit 5\nsharpwatch decisions gpt2-a1 --audit"
+)
 @run_argument(required=False)
-@click.option("--limit", metavar="N", type=COUNT, default=20, help="Only the newest N. Default: 20.")
+@click.option(
+    "--limit", metavar="N", type=COUNT, help="Only the newest N decisions. Default: 20; with --audit as many as 10,000."
+)
+@click.option("--audit", is_flag=True, help="List everything that became of each decision, the oldest first.")
 @click.pass_obj
-def decisions(options: DaemonOptions, run: str | None, limit: int) -> None:
+def decisions(options: DaemonOptions, run: str | None, *, limit: int | None, audit: bool) -> None:
     """List the decisions of policies and operators, the newest first, of one run or of all."""
     with operator(options) as stub:
         name = resolve_run(stub, run) if run else ""
-        response = stub.ListDecisions(ListDecisionsRequest(run=name, limit=limit))
+        if audit:
+            found = stub.ListTransitions(ListTransitionsRequest(run=name, limit=limit or 0))
+            print_answer(found, [transition_table(found)], as_json=options.json)
+            return
+        response = stub.ListDecisions(ListDecisionsRequest(run=name, limit=_LISTED if limit is None else limit))
     print_answer(response, [decision_table(response.decisions)], as_json=options.json)
 
 
@@ -64,7 +77,7 @@ def decision_table(found: Iterable[Decision]) -> Grid:
                 decision.outcome,
                 describe_change(decision),
                 decision.author or decision.policy or output.ABSENT,
-                _reasons(decision),
+                _reasons(decision, decision),
             )
             for decision in found
         ),
@@ -73,10 +86,36 @@ def decision_table(found: Iterable[Decision]) -> Grid:
     )
 
 
-def _reasons(decision: Decision) -> str:
-    guard = decision.guard if decision.guard not in ("", "ok") else ""
-    applied = f"applied at step {decision.applied_step}" if decision.HasField("applied_step") else ""
-    parts = (decision.alert_name, decision.reason, guard, decision.detail, applied)
+def transition_table(found: ListTransitionsResponse) -> Grid:
+    """A row for each transition, in the given order."""
+    of = {decision.id: decision for decision in found.decisions}
+    return Grid(
+        "lrllllll",
+        tuple(
+            (
+                output.timestamp(one.at_unix_ns),
+                str(of[one.decision_id].step),
+                one.decision_id,
+                of[one.decision_id].run,
+                of[one.decision_id].action,
+                one.outcome,
+                one.author or of[one.decision_id].policy or output.ABSENT,
+                _reasons(of[one.decision_id], one),
+            )
+            for one in found.transitions
+        ),
+        ("at", "step", "id", "run", "action", "outcome", "by", "why"),
+        empty="no decision yet",
+    )
+
+
+def _reasons(decision: Decision, state: Decision | Transition) -> str:
+    """Why a decision came to the outcome of `state`, which may be an earlier state of it."""
+    # A decision has its guard's verdict and its step from then on, an earlier state of it had not.
+    guard = decision.guard if state.outcome == decision.outcome and decision.guard not in ("", "ok") else ""
+    is_applied = decision.HasField("applied_step") and state.outcome in {"applied", decision.outcome}
+    applied = f"applied at step {decision.applied_step}" if is_applied else ""
+    parts = (decision.alert_name, state.reason, guard, state.detail, applied)
     return "; ".join(part for part in parts if part) or output.ABSENT
 
 
