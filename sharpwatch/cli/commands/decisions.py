@@ -13,6 +13,7 @@ import grpc
 
 from sharpwatch.cli import output
 from sharpwatch.cli.client import author, completions, operator, resolve_run, run_argument
+from sharpwatch.cli.dry_run import dry_run_option, preview
 from sharpwatch.cli.options import (
     COUNT,
     STEP_RANGE,
@@ -75,7 +76,7 @@ def decision_table(found: Iterable[Decision]) -> Grid:
                 decision.action,
                 decision.mode,
                 decision.outcome,
-                describe_change(decision),
+                output.describe_change(decision),
                 decision.author or decision.policy or output.ABSENT,
                 _reasons(decision, decision),
             )
@@ -138,10 +139,14 @@ def _proposals(stub: OperatorServiceStub) -> list[str]:
 @_id_argument()
 @reason_option()
 @wait_options
+@dry_run_option
 @click.pass_obj
-def approve(options: DaemonOptions, id_: str, reason: str, timeout: float | None) -> None:
+def approve(options: DaemonOptions, id_: str, *, reason: str, timeout: float | None, dry_run: bool) -> None:
     """Approve a decision that a policy proposed, and wait until the trainer has applied it."""
     request = ApproveDecisionRequest(id=id_, author=author(os.environ), reason=reason)
+    if dry_run:
+        preview(options, [request])
+        return
     with operator(options) as stub:
         follow(stub, stub.ApproveDecision(request).decision, timeout, as_json=options.json)
 
@@ -149,10 +154,14 @@ def approve(options: DaemonOptions, id_: str, reason: str, timeout: float | None
 @click.command(cls=DaemonCommand, example="sharpwatch reject 3f9c01d2ab47 --reason 'expected after the restart'")
 @_id_argument()
 @reason_option()
+@dry_run_option
 @click.pass_obj
-def reject(options: DaemonOptions, id_: str, reason: str) -> None:
+def reject(options: DaemonOptions, id_: str, *, reason: str, dry_run: bool) -> None:
     """Reject a decision that a policy proposed."""
     request = RejectDecisionRequest(id=id_, author=author(os.environ), reason=reason)
+    if dry_run:
+        preview(options, [request])
+        return
     with operator(options) as stub:
         decision = stub.RejectDecision(request).decision
     print_answer(decision, describe_outcome(decision), as_json=options.json)
@@ -177,25 +186,31 @@ def reject(options: DaemonOptions, id_: str, reason: str) -> None:
 )
 @reason_option(required=True)
 @wait_options
+@dry_run_option
 @click.pass_obj
-def rollback(  # noqa: PLR0913, PLR0917 - click passes every option by name
+def rollback(  # noqa: PLR0913 - click passes every option by name
     options: DaemonOptions,
     run: str,
+    *,
     to_step: int | None,
     skip: tuple[int, int],
     reason: str,
     timeout: float | None,
+    dry_run: bool,
 ) -> None:
     """Ask a trainer to go back to a checkpoint, and wait until it has done so."""
+    request = RequestRollbackRequest(
+        run=run,
+        to_step=to_step,
+        skip_from_step=skip[0],
+        skip_to_step=skip[1],
+        author=author(os.environ),
+        reason=reason,
+    )
+    if dry_run:
+        preview(options, [request])
+        return
     with operator(options) as stub:
-        request = RequestRollbackRequest(
-            run=run,
-            to_step=to_step,
-            skip_from_step=skip[0],
-            skip_to_step=skip[1],
-            author=author(os.environ),
-            reason=reason,
-        )
         follow(stub, stub.RequestRollback(request).decision, timeout, as_json=options.json)
 
 
@@ -282,24 +297,8 @@ def describe_outcome(decision: Decision, requested: Mapping[str, float] | None =
     subject = f"revision {decision.revision}" if decision.revision else decision.action
     when = f" at step {decision.applied_step}" if decision.HasField("applied_step") else ""
     id_ = "" if decision.HasField("applied_step") else f" (decision {decision.id})"
-    line = f"{subject} {decision.outcome}{when}: {describe_change(decision, requested)}{id_}"
+    line = f"{subject} {decision.outcome}{when}: {output.describe_change(decision, requested)}{id_}"
     return f"{line}\n{decision.detail}" if decision.detail else line
-
-
-def describe_change(decision: Decision, requested: Mapping[str, float] | None = None) -> str:
-    """What a decision changes: its multipliers, or the checkpoint to go back to."""
-    if decision.HasField("rollback"):
-        rollback = decision.rollback
-        place = f" ({rollback.checkpoint.uri})" if rollback.checkpoint.uri else ""
-        skipped = (
-            f", skipping steps {rollback.skip_from_step} to {rollback.skip_to_step - 1}"
-            if rollback.skip_to_step > rollback.skip_from_step
-            else ""
-        )
-        return f"back to step {rollback.checkpoint.step}{place}{skipped}"
-    if decision.multipliers or decision.action in ("set_lr", "scale_lr", "ramp_back"):
-        return output.multipliers(decision.multipliers, requested)
-    return output.ABSENT
 
 
 def describe_failure(decision: Decision, timeout: float) -> str:

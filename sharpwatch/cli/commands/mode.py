@@ -8,6 +8,7 @@ import click
 import grpc
 
 from sharpwatch.cli.client import author, connected, find_connection, operator, plain_words, resolve_run, run_argument
+from sharpwatch.cli.dry_run import dry_run_option, preview
 from sharpwatch.cli.options import DaemonCommand, DaemonOptions, reason_option
 from sharpwatch.cli.output import print_answer, to_dict
 from sharpwatch.errors import OperatorError
@@ -38,8 +39,11 @@ _MODES = ("observe", "advise", "enforce")
 )
 @click.option("--all", "every", is_flag=True, help="In place of RUN: set the mode of every run that is not closed.")
 @reason_option()
+@dry_run_option
 @click.pass_obj
-def mode(options: DaemonOptions, run: str | None, mode: str | None, *, every: bool, reason: str) -> None:
+def mode(  # noqa: PLR0913 - click passes every option by name
+    options: DaemonOptions, run: str | None, mode: str | None, *, every: bool, reason: str, dry_run: bool
+) -> None:
     """Print or set what the daemon's policies may do to a run.
 
     In mode observe they only record decisions, in mode advise they propose them to an operator, and in mode enforce
@@ -49,10 +53,13 @@ def mode(options: DaemonOptions, run: str | None, mode: str | None, *, every: bo
         # The only argument is the mode then, though it stands where RUN does.
         if mode is not None or run not in _MODES:
             raise click.UsageError(f"--all takes a MODE and no RUN; MODE is one of {', '.join(_MODES)}")
-        _set_all(options, run, reason)
+        (_preview_all if dry_run else _set_all)(options, run, reason)
         return
     if run is None:
         raise click.UsageError("Missing argument 'RUN'; --all MODE sets every run")
+    if mode and dry_run:
+        preview(options, [_request(run, mode, reason)])
+        return
     with operator(options) as stub:
         if mode:
             found = stub.SetMode(_request(run, mode, reason)).run
@@ -84,6 +91,12 @@ def _set_all(options: DaemonOptions, mode: str, reason: str) -> None:
         print_answer(payload, "\n".join(lines) or "no run is open", as_json=options.json)
     if failed:
         raise OperatorError(f"mode {mode} not set for {len(failed)} of {len(calls)} runs: {_by_reason(failed)}")
+
+
+def _preview_all(options: DaemonOptions, mode: str, reason: str) -> None:
+    with operator(options) as stub:
+        names = _open_runs(stub)
+    preview(options, [_request(name, mode, reason) for name in names])
 
 
 def _open_runs(stub: OperatorServiceStub) -> list[str]:
