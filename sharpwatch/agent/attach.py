@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from sharpwatch.agent.probes.builtin import DEFAULT_PROBES
 from sharpwatch.agent.probes.runner import ProbeRunner
 from sharpwatch.agent.probes.scheduler import OverheadBudget, ProbeScheduler
 from sharpwatch.agent.reporting import Identity, Reporter, hello_message
-from sharpwatch.agent.safety import ExceptionBarrier
+from sharpwatch.agent.safety import ExceptionBarrier, warn
 from sharpwatch.agent.transport import courier_launcher
 from sharpwatch.agent.transport.base import NullTransport, Transport
 from sharpwatch.agent.transport.courier_handle import CourierHandle
@@ -274,4 +275,6 @@ def _control(options: Options, strategy: Strategy, types: Mapping[int, frozenset
         parameter_types=frozenset(types.values()),
         has_callback=options.on_rollback is not None,
         lr_refusal=strategy.check_lr,
+        # Every rank comes to the same results, so one of them logs them.
+        log=partial(warn, "%s") if strategy.is_rank_zero else lambda _: None,
     )

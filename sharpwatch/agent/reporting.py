@@ -176,6 +176,7 @@ def read_command(message: types_pb2.Command) -> Command:
         expires_at_step=message.expires_at_step,
         expires_at_unix_ns=message.expires_at_unix_ns,
         reason=message.reason,
+        author=message.author,
     )
 
 

@@ -8,7 +8,7 @@ from datetime import datetime
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
-from sharpwatch.agent.control.commands import RollbackRequest
+from sharpwatch.agent.control.commands import RollbackRequest, describe_multipliers
 from sharpwatch.agent.transport.base import Connection
 
 if TYPE_CHECKING:
@@ -258,8 +258,7 @@ def _overhead(status: WatchStatus) -> str:
 
 
 def _control(status: WatchStatus) -> str:
-    changed = [f"{block} x {value:.4g}" for block, value in status.multipliers.items() if value != 1.0]
-    rates = ", ".join(changed) or "every multiplier is 1"
+    rates = describe_multipliers(status.multipliers)
     reason = f"; learning rates can't be changed: {status.lr_refusal}" if status.lr_refusal else ""
     return f"{status.control}: {rates}, revision {status.revision}{reason}"
 

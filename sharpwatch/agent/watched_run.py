@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from sharpwatch.agent.calls import OtherCalls
-from sharpwatch.agent.control.commands import RollbackRequest
+from sharpwatch.agent.control.commands import RollbackRequest, describe_multipliers
 from sharpwatch.agent.control.controller import Controller
 from sharpwatch.agent.control.lr_multipliers import LrMultipliers
 from sharpwatch.agent.distributed.strategy import Strategy
@@ -26,7 +26,7 @@ from sharpwatch.agent.probes.observed import LATE
 from sharpwatch.agent.probes.scheduler import DueProbes, ProbeScheduler
 from sharpwatch.agent.reporting import Identity, Reporter, StepRecord, hello_message, read_command
 from sharpwatch.agent.run_state import Part, load_run_state, run_state
-from sharpwatch.agent.safety import ExceptionBarrier, OverheadTimer, agent_work, closed_at_exit, signals_held
+from sharpwatch.agent.safety import ExceptionBarrier, OverheadTimer, agent_work, closed_at_exit, signals_held, warn
 from sharpwatch.agent.statistics.clipping import AfterClip
 from sharpwatch.agent.statistics.tap import PendingTap
 from sharpwatch.agent.status import announcement, collect
@@ -175,11 +175,26 @@ class WatchedRun:
         if identity is None:
             return
         self.run, self.step = identity.run, identity.initial_step
+        self._log_resumed(state["control"]["target"])
         # No sample has been sent yet, so no courier has opened a session under the old name.
         self.transport.send_hello(hello_message(identity, self.strategy.block_map))
         self.scheduler.begin()
         # The multipliers loaded are in force from the very first step.
         self.rates.wrap_steps(self._hooks.innermost)
+
+    def _log_resumed(self, saved: Mapping[str, float]) -> None:
+        """Log which multipliers the run goes on with, and which of the `saved` ones it does not."""
+        if not self.strategy.is_rank_zero:
+            return
+        at = f"run {self.run} goes on from step {self.step}"
+        in_force = self.control.targets
+        if self.control.may_scale:
+            warn("%s with multipliers in force: %s", at, describe_multipliers(in_force))
+        lost = {block: value for block, value in saved.items() if in_force.get(block, 1.0) != value}
+        if lost:
+            warn(
+                "%s without multipliers that were in force and are not allowed now: %s", at, describe_multipliers(lost)
+            )
 
     def _stateful_parts(self) -> dict[str, Part]:
         return {"control": self.control, "sampler": self.scheduler.budget, "probes": self.scheduler.runner}

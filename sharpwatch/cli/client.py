@@ -272,11 +272,12 @@ def match_run(given: str, names: Sequence[str]) -> str:
     if len(found) == 1:
         return found[0]
     if found:
-        raise OperatorError(f"run {given!r} may be any of {_some(found)}; write more of it")
-    known = f"the daemon knows {_some(sorted(names))}" if names else "the daemon knows no run yet"
+        raise OperatorError(f"run {given!r} may be any of {some(found)}; write more of it")
+    known = f"the daemon knows {some(sorted(names))}" if names else "the daemon knows no run yet"
     raise OperatorError(f"no run {given!r}; {known}")
 
 
-def _some(names: Sequence[str], limit: int = 8) -> str:
+def some(names: Sequence[str], limit: int = 8) -> str:
+    """The first of some names, and how many more there are."""
     rest = len(names) - limit
     return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")

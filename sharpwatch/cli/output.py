@@ -15,6 +15,7 @@ from google.protobuf.message import Message
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from sharpwatch.v1.operator_pb2 import Decision
     from sharpwatch.v1.types_pb2 import Estimate
 
 _INTEGER_TYPES = frozenset(
@@ -182,6 +183,22 @@ def multipliers(values: Mapping[str, float], requested: Mapping[str, float] | No
     """
     shown = {block: value for block, value in values.items() if value != 1 or block in (requested or ())}
     return ", ".join(f"{block} {value:g}" for block, value in sorted(shown.items())) or "every block 1"
+
+
+def describe_change(decision: Decision, requested: Mapping[str, float] | None = None) -> str:
+    """What a decision changes: its multipliers, or the checkpoint to go back to."""
+    if decision.HasField("rollback"):
+        rollback = decision.rollback
+        place = f" ({rollback.checkpoint.uri})" if rollback.checkpoint.uri else ""
+        skipped = (
+            f", skipping steps {rollback.skip_from_step} to {rollback.skip_to_step - 1}"
+            if rollback.skip_to_step > rollback.skip_from_step
+            else ""
+        )
+        return f"back to step {rollback.checkpoint.step}{place}{skipped}"
+    if decision.multipliers or decision.action in ("set_lr", "scale_lr", "ramp_back"):
+        return multipliers(decision.multipliers, requested)
+    return ABSENT
 
 
 # Tables

@@ -150,7 +150,7 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:
         stack.push_async_callback(http_server.stop)
         agents = AgentService(runs=runs, queue=queue, pipeline=pipeline, sessions=sessions, metrics=metrics)
         info = DaemonInfo(started_at, estimator.device, settings.store, http)
-        operators = OperatorService(runs=runs, pipeline=pipeline, authorizer=authorizer, info=info)
+        operators = OperatorService(runs=runs, pipeline=pipeline, store=store, authorizer=authorizer, info=info)
         server, health, address = await _start_grpc(settings, agents, operators)
         # Only once every address is bound, so that a start which fails has no worker to stop.
         worker = asyncio.create_task(pipeline.run(), name="pipeline")

@@ -598,6 +598,40 @@ class Decision(google.protobuf.message.Message):
 Global___Decision: typing_extensions.TypeAlias = Decision
 
 @typing.final
+class Transition(google.protobuf.message.Message):
+    """A decision came to an outcome, or got another detail, author or reason."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DECISION_ID_FIELD_NUMBER: builtins.int
+    AT_UNIX_NS_FIELD_NUMBER: builtins.int
+    OUTCOME_FIELD_NUMBER: builtins.int
+    DETAIL_FIELD_NUMBER: builtins.int
+    AUTHOR_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    decision_id: builtins.str
+    at_unix_ns: builtins.int
+    outcome: builtins.str
+    detail: builtins.str
+    author: builtins.str
+    """Who asked for the change, and why; empty for a policy's."""
+    reason: builtins.str
+    def __init__(
+        self,
+        *,
+        decision_id: builtins.str = ...,
+        at_unix_ns: builtins.int = ...,
+        outcome: builtins.str = ...,
+        detail: builtins.str = ...,
+        author: builtins.str = ...,
+        reason: builtins.str = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["at_unix_ns", b"at_unix_ns", "author", b"author", "decision_id", b"decision_id", "detail", b"detail", "outcome", b"outcome", "reason", b"reason"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___Transition: typing_extensions.TypeAlias = Transition
+
+@typing.final
 class Revision(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -1097,6 +1131,52 @@ class ListDecisionsResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___ListDecisionsResponse: typing_extensions.TypeAlias = ListDecisionsResponse
+
+@typing.final
+class ListTransitionsRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: builtins.int
+    LIMIT_FIELD_NUMBER: builtins.int
+    run: builtins.str
+    """Empty: of all runs."""
+    limit: builtins.int
+    """Of the newest decisions, so many. 0: as many as one answer may have, 10,000."""
+    def __init__(
+        self,
+        *,
+        run: builtins.str = ...,
+        limit: builtins.int = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["limit", b"limit", "run", b"run"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___ListTransitionsRequest: typing_extensions.TypeAlias = ListTransitionsRequest
+
+@typing.final
+class ListTransitionsResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TRANSITIONS_FIELD_NUMBER: builtins.int
+    DECISIONS_FIELD_NUMBER: builtins.int
+    @property
+    def transitions(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Transition]:
+        """Oldest first."""
+
+    @property
+    def decisions(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Decision]:
+        """The decisions that they are of, as they are now, newest first."""
+
+    def __init__(
+        self,
+        *,
+        transitions: collections.abc.Iterable[Global___Transition] | None = ...,
+        decisions: collections.abc.Iterable[Global___Decision] | None = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["decisions", b"decisions", "transitions", b"transitions"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___ListTransitionsResponse: typing_extensions.TypeAlias = ListTransitionsResponse
 
 @typing.final
 class WatchDecisionRequest(google.protobuf.message.Message):

@@ -85,6 +85,11 @@ class OperatorServiceStub(object):
                 request_serializer=sharpwatch_dot_v1_dot_operator__pb2.ListDecisionsRequest.SerializeToString,
                 response_deserializer=sharpwatch_dot_v1_dot_operator__pb2.ListDecisionsResponse.FromString,
                 _registered_method=True)
+        self.ListTransitions = channel.unary_unary(
+                '/sharpwatch.v1.OperatorService/ListTransitions',
+                request_serializer=sharpwatch_dot_v1_dot_operator__pb2.ListTransitionsRequest.SerializeToString,
+                response_deserializer=sharpwatch_dot_v1_dot_operator__pb2.ListTransitionsResponse.FromString,
+                _registered_method=True)
         self.WatchDecision = channel.unary_stream(
                 '/sharpwatch.v1.OperatorService/WatchDecision',
                 request_serializer=sharpwatch_dot_v1_dot_operator__pb2.WatchDecisionRequest.SerializeToString,
@@ -177,6 +182,13 @@ class OperatorServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListTransitions(self, request, context):
+        """What became of decisions, as the journal has it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WatchDecision(self, request, context):
         """A message at once, then one for each change of outcome; ends when the outcome is final.
         """
@@ -261,6 +273,11 @@ def add_OperatorServiceServicer_to_server(servicer, server):
                     servicer.ListDecisions,
                     request_deserializer=sharpwatch_dot_v1_dot_operator__pb2.ListDecisionsRequest.FromString,
                     response_serializer=sharpwatch_dot_v1_dot_operator__pb2.ListDecisionsResponse.SerializeToString,
+            ),
+            'ListTransitions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListTransitions,
+                    request_deserializer=sharpwatch_dot_v1_dot_operator__pb2.ListTransitionsRequest.FromString,
+                    response_serializer=sharpwatch_dot_v1_dot_operator__pb2.ListTransitionsResponse.SerializeToString,
             ),
             'WatchDecision': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchDecision,
@@ -559,6 +576,33 @@ class OperatorService(object):
             '/sharpwatch.v1.OperatorService/ListDecisions',
             sharpwatch_dot_v1_dot_operator__pb2.ListDecisionsRequest.SerializeToString,
             sharpwatch_dot_v1_dot_operator__pb2.ListDecisionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListTransitions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sharpwatch.v1.OperatorService/ListTransitions',
+            sharpwatch_dot_v1_dot_operator__pb2.ListTransitionsRequest.SerializeToString,
+            sharpwatch_dot_v1_dot_operator__pb2.ListTransitionsResponse.FromString,
             options,
             channel_credentials,
             insecure,

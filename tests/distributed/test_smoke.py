@@ -5,6 +5,7 @@ The other files of this folder go through the details; this one runs with the de
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 
@@ -66,17 +67,20 @@ def train(kind, *, watched, multipliers=None):
 
 
 def three_runs(kind):
-    """A plain run, a watched one, and one that gets a command."""
+    """A plain run, a watched one, and one that gets a command; last what that one logs of it."""
     plain, _ = train(kind, watched=False)
     watched, samples = train(kind, watched=True)
+    lines, handler = [], logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("sharpwatch").addHandler(handler)
     commanded, after = train(kind, watched=True, multipliers={"ffn": 0.5})
-    return plain, watched, samples, commanded, after
+    return plain, watched, samples, commanded, after, [line for line in lines if "multipliers" in line]
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2", "tp"])
 def test_a_run_is_unchanged_until_a_command_that_all_ranks_take(kind, ranks):
     results = ranks(three_runs, 2, kind, timeout=120)
-    for plain, watched, _, commanded, _ in results:
+    for plain, watched, _, commanded, _, _ in results:
         torch.testing.assert_close(watched, plain, rtol=0, atol=0)
         assert any(not torch.equal(one, other) for one, other in zip(commanded, plain, strict=True))
     first, second = results
@@ -91,3 +95,6 @@ def test_a_run_is_unchanged_until_a_command_that_all_ranks_take(kind, ranks):
     assert [(result.command_id, result.outcome) for result in results_sent] == [
         ("cut", types_pb2.COMMAND_OUTCOME_APPLIED)
     ]
+    (line,) = first[5]
+    assert line.startswith("learning-rate multipliers of revision 0 (ffn x 0.5) applied at step ")
+    assert second[5] == []

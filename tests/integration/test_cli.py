@@ -40,6 +40,11 @@ class Operator(OperatorServiceServicer):
     answer: asyncio.Future = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     watched: asyncio.Event = field(default_factory=asyncio.Event)
     abandoned: asyncio.Event = field(default_factory=asyncio.Event)
+    role: str = "viewer"
+    writable: bool = False
+    control: str = "lr"
+    closed: set = field(default_factory=set)  # names of runs
+    gone: set = field(default_factory=set)  # names of runs that the daemon has dropped by the time they are set
 
     async def _authorized(self, context):
         if ("authorization", f"Bearer {TOKEN}") not in context.invocation_metadata():
@@ -52,11 +57,27 @@ class Operator(OperatorServiceServicer):
 
     async def GetDaemon(self, request, context):
         return pb.GetDaemonResponse(
-            version=__version__, device="cpu", store="sqlite:///x.db", store_error="disk full", runs=3, role="viewer"
+            version=__version__,
+            device="cpu",
+            store="sqlite:///x.db",
+            store_error="disk full",
+            store_writable=self.writable,
+            runs=3,
+            role=self.role,
         )
 
     async def ListRuns(self, request, context):
-        runs = [pb.Run(run=name, training_job=name[:4], mode="observe", step=2**40) for name in NAMES]
+        runs = [
+            pb.Run(
+                run=name,
+                training_job=name[:4],
+                mode="observe",
+                control=self.control,
+                step=2**40,
+                phase=pb.RUN_PHASE_CLOSED if name in self.closed else pb.RUN_PHASE_SILENT,
+            )
+            for name in NAMES
+        ]
         return pb.ListRunsResponse(runs=runs)
 
     async def GetRun(self, request, context):
@@ -93,6 +114,8 @@ class Operator(OperatorServiceServicer):
 
     async def SetMode(self, request, context):
         await self._authorized(context)
+        if request.run in self.gone:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"no run {request.run!r}")
         self.requests.append(request)
         return pb.SetModeResponse(run=pb.Run(run=request.run, mode=request.mode))
 
@@ -265,6 +288,69 @@ async def test_approve_reject_and_mode(operator, cli):
     assert await cli("mode", "llama") == (0, "llama-c3: observe\n", "")
     assert await cli("mode", "llama-c3", "enforce") == (0, "llama-c3: enforce\n", "")
     assert [request.author for request in operator.requests] == ["ada@node3"] * 3
+
+
+async def test_mode_all_sets_every_run_that_is_not_closed(operator, cli):
+    operator.closed = {"gpt2-b7"}
+    out = "gpt2-a1: observe\nllama-c3: observe\n"
+    assert await cli("mode", "--all", "observe", "--reason", "hands off") == (0, out, "")
+    assert sorted((request.run, request.mode, request.author, request.reason) for request in operator.requests) == [
+        (name, "observe", "ada@node3", "hands off") for name in ("gpt2-a1", "llama-c3")
+    ]
+    operator.closed = set(NAMES)
+    assert await cli("mode", "observe", "--all") == (0, "no run is open\n", "")
+    assert len(operator.requests) == 2
+
+
+async def test_mode_all_names_the_runs_that_it_could_not_set(operator, cli):
+    operator.gone = {"gpt2-a1"}
+    status, out, err = await cli("mode", "--all", "advise")
+    assert (status, out) == (1, "gpt2-b7: advise\nllama-c3: advise\n")
+    assert err == "sharpwatch: mode advise not set for 1 of 3 runs: gpt2-a1: no run 'gpt2-a1'\n"
+    status, out, _ = await cli("mode", "--all", "advise", "--json")
+    assert status == 1
+    answer = json.loads(out)
+    assert [run["run"] for run in answer["runs"]] == ["gpt2-b7", "llama-c3"]
+    assert answer["failed"] == {"gpt2-a1": "no run 'gpt2-a1'"}
+    # One reason for all is told once.
+    status, out, err = await cli("mode", "--all", "observe", SHARPWATCH_TOKEN_FILE="")
+    assert (status, out) == (1, "")
+    assert err.startswith(f"sharpwatch: mode observe not set for 3 of 3 runs: {', '.join(NAMES)}: not allowed at ")
+    assert err.count("no token was shown") == 1
+
+
+async def test_a_dry_run_is_refused_where_the_daemon_would_take_no_change(operator, cli):
+    argv = ("mode", "llama-c3", "enforce", "--dry-run")
+    status, out, err = await cli(*argv, SHARPWATCH_TOKEN_FILE="")
+    assert (status, out) == (1, "")
+    assert "does not know you: a change needs the operator's token; no token was shown" in err
+    operator.role = "operator"
+    status, _, err = await cli(*argv)
+    assert (status, err.endswith("can't do this now: no change can be journalled now: disk full\n")) == (1, True)
+    operator.writable = True
+    assert (await cli(*argv))[0] == 0
+    operator.control = "none"
+    assert (await cli(*argv))[0] == 0
+    for refused in (("lr", "set", "llama-c3", "qk=0.5"), ("lr", "undo", "llama-c3"), ("rollback", "llama-c3")):
+        reason = ("--reason", "r")
+        status, _, err = await cli(*refused, *reason, "--dry-run")
+        assert (status, err) == (1, 'sharpwatch: run llama-c3 was attached with control="none"\n'), refused
+    assert operator.requests == []
+
+
+async def test_a_dry_run_of_an_answer_says_what_the_proposal_would_change(operator, cli):
+    operator.role, operator.writable = "operator", True
+    operator.decisions["d5"] = pb.Decision(
+        id="d5", run="gpt2-a1", outcome="proposed", action="scale_lr", multipliers={"vo": 0.25}
+    )
+    for command, call in (("approve", "ApproveDecision"), ("reject", "RejectDecision")):
+        expected = f"{call} id d5, author ada@node3; scale_lr of run gpt2-a1: vo 0.25"
+        out = f"dry run, not sent to {operator.address}: {expected}\n"
+        assert await cli(command, "d5", "--dry-run") == (0, out, "")
+    operator.control = "none"
+    assert (await cli("approve", "d5", "--dry-run"))[0] == 1
+    assert (await cli("reject", "d5", "--dry-run"))[0] == 0
+    assert operator.requests == []
 
 
 async def test_lr_show_and_history(cli):

@@ -13,7 +13,7 @@ import pytest_asyncio
 from sharpwatch import wire
 from sharpwatch.v1 import agent_pb2
 from sharpwatch.v1.agent_pb2_grpc import AgentServiceStub
-from sharpwatch.v1.types_pb2 import COMMAND_OUTCOME_APPLIED, CommandResult, LayerBlock
+from sharpwatch.v1.types_pb2 import COMMAND_OUTCOME_APPLIED, Checkpoint, CommandResult, LayerBlock
 
 HELLO = agent_pb2.Hello(
     protocol=wire.PROTOCOL,
@@ -41,7 +41,12 @@ async def train(address, registered):
             nonlocal step
             step += 1
             taken = agent_pb2.Sample(
-                sequence=step, step=step, taken_at_unix_ns=time.time_ns(), loss=3.5, results=results
+                sequence=step,
+                step=step,
+                taken_at_unix_ns=time.time_ns(),
+                loss=3.5,
+                results=results,
+                checkpoints=[Checkpoint(step=1, uri=uri) for uri in ("/c/1a", "/c/1b") if step == 1],
             )
             await session.write(agent_pb2.SessionRequest(sample=taken))
 
@@ -95,12 +100,36 @@ async def test_a_learning_rate_reaches_the_trainer_and_is_undone(cli):
 
 
 @pytest.mark.usefixtures("trainer")
+async def test_the_audit_lists_what_became_of_every_decision(cli):
+    assert await cli("decisions", "--audit") == (0, "no decision yet\n", "")
+    for change in (("set", "gpt2-a1", "qk=0.5", "--reason", "spikes"), ("undo", "gpt2-a1")):
+        assert (await cli("lr", *change))[0] == 0
+    status, out, err = await cli("decisions", "gpt2", "--audit")
+    assert (status, err) == (0, "")
+    heading = out.splitlines()[0].split()
+    assert heading == ["at", "step", "id", "run", "action", "outcome", "by", "why"]
+    assert [" ".join(line[line.index("set_lr") :].split()) for line in out.splitlines()[1:]] == [
+        "set_lr sent ada@node3 spikes",
+        "set_lr applied ada@node3 spikes; unchanged: vo; applied at step 2",
+        "set_lr sent ada@node3 undo of revision 1",
+        "set_lr applied ada@node3 undo of revision 1; unchanged: vo; applied at step 3",
+    ]
+    status, out, _ = await cli("decisions", "gpt2", "--audit", "--limit", "1", "--json")
+    answer = json.loads(out)
+    (decision,) = answer["decisions"]
+    assert [(one["decision_id"], one["outcome"], one["author"]) for one in answer["transitions"]] == [
+        (decision["id"], outcome, "ada@node3") for outcome in ("sent", "applied")
+    ]
+    assert all(one["at_unix_ns"] >= decision["made_at_unix_ns"] for one in answer["transitions"])
+
+
+@pytest.mark.usefixtures("trainer")
 async def test_what_the_daemon_refuses_is_one_line_and_exit_1(cli):
     for args, expected in (
         (("lr", "set", "gpt2-a1", "nope=0.5"), "nope"),
         (("lr", "set", "gpt2-a1", "qk=100"), "10"),
         (("lr", "undo", "gpt2-a1"), "revision"),
-        (("rollback", "gpt2-a1", "--reason", "r"), "checkpoint"),
+        (("rollback", "gpt2-a1", "--reason", "r", "--to-step", "0"), "checkpoint"),
         (("approve", "nothing"), "no decision 'nothing'"),
         (("lr", "set", "gpt2", "qk=0.5"), "got 'gpt2'; say which one is meant: gpt2-a1"),
         (("lr", "set", "bert", "qk=0.5"), "no run 'bert'"),
@@ -126,6 +155,71 @@ async def test_what_changes_a_run_takes_its_whole_name(cli):
         assert f"got {given!r}; say which one is meant: gpt2-a1" in err
     assert json.loads((await cli("decisions", "--json"))[1])["decisions"] == []
     assert await cli("mode", "gpt2") == (0, "gpt2-a1: observe\n", "")  # to read, the beginning of a name is enough
+
+
+@pytest.mark.usefixtures("trainer")
+async def test_a_dry_run_prints_what_would_be_sent_and_changes_nothing(cli, environ):
+    where = f"dry run, not sent to {environ['SHARPWATCH_ADDRESS']}: "
+    ada, back = "author ada@node3", "back to step 1 (/c/1b), skipping steps 1 to 2"
+    await cli("lr", "set", "gpt2-a1", "vo=0.9")
+    for args, expected in (
+        (
+            ("lr", "set", "gpt2-a1", "qk=0.5", "--ramp", "20", "--reason", "spikes"),
+            "SetLearningRates run gpt2-a1, multipliers qk 0.5, ramp_steps 20, author ada@node3, reason spikes",
+        ),
+        (("lr", "undo", "gpt2-a1"), "UndoLearningRates run gpt2-a1, author ada@node3"),
+        (
+            ("rollback", "gpt2-a1", "--reason", "r", "--skip", "1:3", "--to-step", "1"),
+            f"RequestRollback run gpt2-a1, to_step 1, skip_from_step 1, skip_to_step 3, {ada}, reason r; {back}",
+        ),
+        (("mode", "gpt2-a1", "enforce"), "SetMode run gpt2-a1, mode enforce, author ada@node3"),
+        (("mode", "--all", "advise"), "SetMode run gpt2-a1, mode advise, author ada@node3"),
+    ):
+        assert await cli(*args, "--dry-run") == (0, f"{where}{expected}\n", ""), args
+    status, out, _ = await cli("mode", "gpt2-a1", "enforce", "--dry-run", "--json")
+    assert status == 0
+    assert json.loads(out) == {
+        "dry_run": True,
+        "address": environ["SHARPWATCH_ADDRESS"],
+        "calls": [
+            {
+                "call": "SetMode",
+                "request": {"run": "gpt2-a1", "mode": "enforce", "author": "ada@node3", "reason": ""},
+                "effect": "",
+            }
+        ],
+    }
+    assert await cli("mode", "gpt2") == (0, "gpt2-a1: observe\n", "")
+    assert len(json.loads((await cli("decisions", "--json"))[1])["decisions"]) == 1
+
+
+@pytest.mark.usefixtures("trainer")
+async def test_a_dry_run_is_refused_as_the_command_itself_is(cli):
+    """The same words where the daemon itself says them."""
+    for args in (
+        ("lr", "set", "gpt2-a1", "nope=0.5"),
+        ("lr", "set", "gpt2", "qk=0.5"),
+        ("lr", "set", "bert", "qk=0.5"),
+        ("mode", "", "enforce"),
+        ("mode", "bert", "enforce"),
+        ("rollback", "gpt2-a1", "--reason", "r", "--to-step", "0"),
+        ("approve", "nothing"),
+        ("reject", ""),
+    ):
+        refused = await cli(*args)
+        assert refused[0] == 1
+        assert await cli(*args, "--dry-run") == refused, args
+    status, _, err = await cli("lr", "undo", "gpt2-a1", "--dry-run")
+    assert (status, err) == (1, "sharpwatch: no revision of run gpt2-a1; known: none yet\n")
+    made = json.loads((await cli("lr", "set", "gpt2-a1", "qk=0.5", "--json"))[1])["id"]
+    for answer in ("approve", "reject"):
+        assert await cli(answer, made, "--dry-run") == (
+            1,
+            "",
+            f"sharpwatch: decision {made} is applied: only a proposal can be answered\n",
+        )
+        status, _, err = await cli(answer, made[:-1], "--dry-run")
+        assert (status, err.endswith(f"got {made[:-1]!r}; say which one is meant: {made}\n")) == (1, True)
 
 
 @pytest.mark.usefixtures("trainer")

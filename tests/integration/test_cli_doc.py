@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 
 DOCUMENT = (Path(__file__).parents[2] / "docs/reference/cli.md").read_text(encoding="utf-8")
-COMMON = {"--help", "--address", "--token-file", "--json", "--reason", "--no-wait", "--timeout", "--version"}
+COMMON = {
+    "--help",
+    "--address",
+    "--token-file",
+    "--json",
+    "--reason",
+    "--no-wait",
+    "--timeout",
+    "--dry-run",
+    "--version",
+}
 COMMANDS = re.findall(r"^\| \[`([^]]+)`\]", DOCUMENT, re.MULTILINE)
 
 

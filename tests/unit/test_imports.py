@@ -105,6 +105,7 @@ ALLOWED = {
     "cli.options": {"common", "cli.extras"},
     "cli.output": {"common"},
     "cli.client": {"common", "cli.options", "cli.output"},
+    "cli.dry_run": {"cli.options", "cli.output", "cli.client"},
     "cli.measure": {"common", "blocks", "curvature", "cli.extras", "cli.options", "cli.output"},
     "cli.commands": {
         *(
@@ -117,6 +118,7 @@ ALLOWED = {
             "cli.options",
             "cli.output",
             "cli.client",
+            "cli.dry_run",
             "cli.measure",
         ),
     },

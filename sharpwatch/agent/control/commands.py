@@ -46,6 +46,7 @@ class Command:
         expires_at_step: The last optimizer step before which it may be applied; 0 means no limit.
         expires_at_unix_ns: The time after which it is not applied; 0 means no limit.
         reason: Why the daemon decided it, in words.
+        author: The operator or policy that decided it.
     """
 
     id: str
@@ -54,6 +55,7 @@ class Command:
     expires_at_step: int = 0
     expires_at_unix_ns: int = 0
     reason: str = ""
+    author: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,12 @@ class CommandResult:
     step: int
     detail: str = ""
     unchanged_blocks: tuple[str, ...] = ()
+
+
+def describe_multipliers(multipliers: Mapping[str, float]) -> str:
+    """The multipliers other than 1, such as "qk x 0.5"."""
+    changed = [f"{block} x {value:.4g}" for block, value in multipliers.items() if value != 1.0]
+    return ", ".join(changed) or "every multiplier is 1"
 
 
 @dataclass(frozen=True, slots=True)

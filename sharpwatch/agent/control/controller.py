@@ -15,6 +15,7 @@ from sharpwatch.agent.control.commands import (
     RollBack,
     RollbackRequest,
     SetMultipliers,
+    describe_multipliers,
 )
 
 ControlMode = Literal["none", "lr", "rollback"]
@@ -22,6 +23,8 @@ CONTROL_MODES: tuple[ControlMode, ...] = ("none", "lr", "rollback")
 # The daemon sends a command again until its result has come, so an id must outlive every resend of it.
 _REMEMBERED_IDS = 1024
 _MAX_WAITING = 64
+_MAX_SHOWN = 300  # characters of a text in the log
+_MAX_LOGGED = 100  # commands in a row that were not applied: a daemon gone mad must not fill the program's log
 # The daemon's limit: it refuses a sample with more as a whole.
 _MAX_RESULTS = 256  # in one sample
 
@@ -57,6 +60,7 @@ class Controller:
         parameter_types: For each parameter, the block types that share its learning rate.
         has_callback: Whether the user passed `on_rollback`.
         lr_refusal: Says why the learning rates of this run can't be changed, or nothing; asked when they are to be.
+        log: Takes a line for each result of a command, and for each other change of the multipliers.
     """
 
     def __init__(  # noqa: PLR0913 - keyword-only, and what differs between runs
@@ -68,6 +72,7 @@ class Controller:
         parameter_types: Collection[frozenset[str]] = (),
         has_callback: bool = False,
         lr_refusal: Callable[[], str] = str,
+        log: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.mode = mode
         self.revision = 0
@@ -77,6 +82,7 @@ class Controller:
         self._parameter_types = parameter_types
         self._has_callback = has_callback
         self._lr_refusal = lr_refusal
+        self._log = log
         self._ramp = _Ramp(self.multipliers, self.multipliers, 0, 0)
         self._fade: tuple[int, int] | None = (
             None  # (steps taken when multipliers above 1 begin to fade, steps it takes)
@@ -86,12 +92,18 @@ class Controller:
         self._waiting: list[Command] = []
         self._rollback_command: Command | None = None  # the one behind pending_rollback
         self._results: list[CommandResult] = []
+        self._unapplied = 0  # commands in a row
 
     @property
     def may_scale(self) -> bool:
         """Whether the next step may run under a multiplier other than 1."""
         waiting = any(isinstance(command.action, SetMultipliers) for command in self._waiting)
         return waiting or any(value != 1.0 for value in (*self.multipliers.values(), *self._ramp.target.values()))
+
+    @property
+    def targets(self) -> Mapping[str, float]:
+        """The multipliers in force, or where they move to."""
+        return self._ramp.target
 
     @property
     def has_results(self) -> bool:
@@ -124,7 +136,7 @@ class Controller:
         """
         if command.id in self._seen:
             return False
-        self._results.append(CommandResult(command.id, outcome, next_step, reason))
+        self._report(command, CommandResult(command.id, outcome, next_step, reason))
         return True
 
     def begin(self, step: int, now_unix_ns: int) -> Mapping[str, float]:
@@ -147,6 +159,7 @@ class Controller:
             request = self._request(command, step)
             if request is not None:
                 self.pending_rollback, self._rollback_command = request, command
+                self._log(f"{_described(command, self.multipliers)} is due after step {step}{_asked_by(command)}")
                 return request
         return None
 
@@ -235,7 +248,10 @@ class Controller:
         now = self._ramp.at(self._taken - 1)
         # Protective cuts hold when the daemon falls silent; a raise needs one that watches what it does.
         target = {block: min(value, 1.0) for block, value in self._ramp.target.items()}
+        is_change = target != self._ramp.target
         self._ramp, self._fade = _Ramp(now, target, self._taken, steps), None
+        if is_change:
+            self._log(f"multipliers above 1 end, as they were not renewed: {describe_multipliers(target)}")
 
     def _request(self, command: Command, step: int) -> RollbackRequest | None:
         action = command.action
@@ -294,12 +310,42 @@ class Controller:
     ) -> None:
         result = CommandResult(command.id, outcome, step, detail, unchanged_blocks)
         self._seen[command.id] = result
+        self._report(command, result)
+
+    def _report(self, command: Command, result: CommandResult) -> None:
         self._results.append(result)
+        self._unapplied = 0 if result.outcome == "applied" else self._unapplied + 1
+        if self._unapplied > _MAX_LOGGED:
+            return
+        detail = f": {result.detail[:_MAX_SHOWN]}" if result.detail else ""
+        what = _described(command, self.multipliers)
+        self._log(f"{what} {result.outcome} at step {result.step}{detail}{_asked_by(command)}")
+        if self._unapplied == _MAX_LOGGED:
+            self._log(f"{_MAX_LOGGED} commands in a row were not applied: no more are logged until one is")
 
 
 def smallest_multiplier(types: Collection[str], multipliers: Mapping[str, float]) -> float:
     """The multiplier of a parameter that belongs to blocks of `types`; it has one learning rate, so the smallest."""
     return min((multipliers[block] for block in types), default=1.0)
+
+
+def _described(command: Command, known: Collection[str]) -> str:
+    """A command in words; of multipliers only those of `known` blocks, as a wrong command may name any others."""
+    match command.action:
+        case SetMultipliers(multipliers, revision, ramp_steps):
+            ramp = f" over {ramp_steps} steps" if ramp_steps > 0 else ""
+            named = {block: multipliers[block] for block in known if block in multipliers}
+            return f"learning-rate multipliers of revision {revision} ({describe_multipliers(named)}{ramp})"
+        case RollBack(step, uri, skip):
+            skipped = f", without the batches of steps {skip[0]} to {skip[1] - 1}" if skip[0] < skip[1] else ""
+            return f"rollback to step {step} ({uri[:_MAX_SHOWN]!r}{skipped})"
+    return "unknown command"
+
+
+def _asked_by(command: Command) -> str:
+    # Quoted, as these are texts from elsewhere: after a line break in one, the rest would look like another log line.
+    by = f"; by {command.author[:_MAX_SHOWN]!r}" if command.author else ""
+    return by + (f"; reason: {command.reason[:_MAX_SHOWN]!r}" if command.reason else "")
 
 
 def _expired(command: Command, step: int, now_unix_ns: int) -> bool:

@@ -13,6 +13,7 @@ import grpc
 
 from sharpwatch.cli import output
 from sharpwatch.cli.client import author, completions, operator, resolve_run, run_argument
+from sharpwatch.cli.dry_run import dry_run_option, preview
 from sharpwatch.cli.options import (
     COUNT,
     STEP_RANGE,
@@ -27,25 +28,38 @@ from sharpwatch.v1.operator_pb2 import (
     ApproveDecisionRequest,
     Decision,
     ListDecisionsRequest,
+    ListTransitionsRequest,
+    ListTransitionsResponse,
     RejectDecisionRequest,
     RequestRollbackRequest,
+    Transition,
     WatchDecisionRequest,
 )
 from sharpwatch.v1.operator_pb2_grpc import OperatorServiceStub
 
+_LISTED = 20  # decisions, by default
 _PENDING = frozenset({"proposed", "approved", "sent"})
 _DONE = frozenset({"applied", "recovered", "observed"})
 
 
-@click.command(cls=DaemonCommand, example="sharpwatch decisions gpt2-a1 --limit 5")
+@click.command(
+    cls=DaemonCommand, example="sharpwatch decisions gpt2-a1 --limit 5\nsharpwatch decisions gpt2-a1 --audit"
+)
 @run_argument(required=False)
-@click.option("--limit", metavar="N", type=COUNT, default=20, help="Only the newest N. Default: 20.")
+@click.option(
+    "--limit", metavar="N", type=COUNT, help="Only the newest N decisions. Default: 20; with --audit as many as 10,000."
+)
+@click.option("--audit", is_flag=True, help="List everything that became of each decision, the oldest first.")
 @click.pass_obj
-def decisions(options: DaemonOptions, run: str | None, limit: int) -> None:
+def decisions(options: DaemonOptions, run: str | None, *, limit: int | None, audit: bool) -> None:
     """List the decisions of policies and operators, the newest first, of one run or of all."""
     with operator(options) as stub:
         name = resolve_run(stub, run) if run else ""
-        response = stub.ListDecisions(ListDecisionsRequest(run=name, limit=limit))
+        if audit:
+            found = stub.ListTransitions(ListTransitionsRequest(run=name, limit=limit or 0))
+            print_answer(found, [transition_table(found)], as_json=options.json)
+            return
+        response = stub.ListDecisions(ListDecisionsRequest(run=name, limit=_LISTED if limit is None else limit))
     print_answer(response, [decision_table(response.decisions)], as_json=options.json)
 
 
@@ -62,9 +76,9 @@ def decision_table(found: Iterable[Decision]) -> Grid:
                 decision.action,
                 decision.mode,
                 decision.outcome,
-                describe_change(decision),
+                output.describe_change(decision),
                 decision.author or decision.policy or output.ABSENT,
-                _reasons(decision),
+                _reasons(decision, decision),
             )
             for decision in found
         ),
@@ -73,10 +87,36 @@ def decision_table(found: Iterable[Decision]) -> Grid:
     )
 
 
-def _reasons(decision: Decision) -> str:
-    guard = decision.guard if decision.guard not in ("", "ok") else ""
-    applied = f"applied at step {decision.applied_step}" if decision.HasField("applied_step") else ""
-    parts = (decision.alert_name, decision.reason, guard, decision.detail, applied)
+def transition_table(found: ListTransitionsResponse) -> Grid:
+    """A row for each transition, in the given order."""
+    of = {decision.id: decision for decision in found.decisions}
+    return Grid(
+        "lrllllll",
+        tuple(
+            (
+                output.timestamp(one.at_unix_ns),
+                str(of[one.decision_id].step),
+                one.decision_id,
+                of[one.decision_id].run,
+                of[one.decision_id].action,
+                one.outcome,
+                one.author or of[one.decision_id].policy or output.ABSENT,
+                _reasons(of[one.decision_id], one),
+            )
+            for one in found.transitions
+        ),
+        ("at", "step", "id", "run", "action", "outcome", "by", "why"),
+        empty="no decision yet",
+    )
+
+
+def _reasons(decision: Decision, state: Decision | Transition) -> str:
+    """Why a decision came to the outcome of `state`, which may be an earlier state of it."""
+    # A decision has its guard's verdict and its step from then on, an earlier state of it had not.
+    guard = decision.guard if state.outcome == decision.outcome and decision.guard not in ("", "ok") else ""
+    is_applied = decision.HasField("applied_step") and state.outcome in {"applied", decision.outcome}
+    applied = f"applied at step {decision.applied_step}" if is_applied else ""
+    parts = (decision.alert_name, state.reason, guard, state.detail, applied)
     return "; ".join(part for part in parts if part) or output.ABSENT
 
 
@@ -99,10 +139,14 @@ def _proposals(stub: OperatorServiceStub) -> list[str]:
 @_id_argument()
 @reason_option()
 @wait_options
+@dry_run_option
 @click.pass_obj
-def approve(options: DaemonOptions, id_: str, reason: str, timeout: float | None) -> None:
+def approve(options: DaemonOptions, id_: str, *, reason: str, timeout: float | None, dry_run: bool) -> None:
     """Approve a decision that a policy proposed, and wait until the trainer has applied it."""
     request = ApproveDecisionRequest(id=id_, author=author(os.environ), reason=reason)
+    if dry_run:
+        preview(options, [request])
+        return
     with operator(options) as stub:
         follow(stub, stub.ApproveDecision(request).decision, timeout, as_json=options.json)
 
@@ -110,10 +154,14 @@ def approve(options: DaemonOptions, id_: str, reason: str, timeout: float | None
 @click.command(cls=DaemonCommand, example="sharpwatch reject 3f9c01d2ab47 --reason 'expected after the restart'")
 @_id_argument()
 @reason_option()
+@dry_run_option
 @click.pass_obj
-def reject(options: DaemonOptions, id_: str, reason: str) -> None:
+def reject(options: DaemonOptions, id_: str, *, reason: str, dry_run: bool) -> None:
     """Reject a decision that a policy proposed."""
     request = RejectDecisionRequest(id=id_, author=author(os.environ), reason=reason)
+    if dry_run:
+        preview(options, [request])
+        return
     with operator(options) as stub:
         decision = stub.RejectDecision(request).decision
     print_answer(decision, describe_outcome(decision), as_json=options.json)
@@ -138,25 +186,31 @@ def reject(options: DaemonOptions, id_: str, reason: str) -> None:
 )
 @reason_option(required=True)
 @wait_options
+@dry_run_option
 @click.pass_obj
-def rollback(  # noqa: PLR0913, PLR0917 - click passes every option by name
+def rollback(  # noqa: PLR0913 - click passes every option by name
     options: DaemonOptions,
     run: str,
+    *,
     to_step: int | None,
     skip: tuple[int, int],
     reason: str,
     timeout: float | None,
+    dry_run: bool,
 ) -> None:
     """Ask a trainer to go back to a checkpoint, and wait until it has done so."""
+    request = RequestRollbackRequest(
+        run=run,
+        to_step=to_step,
+        skip_from_step=skip[0],
+        skip_to_step=skip[1],
+        author=author(os.environ),
+        reason=reason,
+    )
+    if dry_run:
+        preview(options, [request])
+        return
     with operator(options) as stub:
-        request = RequestRollbackRequest(
-            run=run,
-            to_step=to_step,
-            skip_from_step=skip[0],
-            skip_to_step=skip[1],
-            author=author(os.environ),
-            reason=reason,
-        )
         follow(stub, stub.RequestRollback(request).decision, timeout, as_json=options.json)
 
 
@@ -243,24 +297,8 @@ def describe_outcome(decision: Decision, requested: Mapping[str, float] | None =
     subject = f"revision {decision.revision}" if decision.revision else decision.action
     when = f" at step {decision.applied_step}" if decision.HasField("applied_step") else ""
     id_ = "" if decision.HasField("applied_step") else f" (decision {decision.id})"
-    line = f"{subject} {decision.outcome}{when}: {describe_change(decision, requested)}{id_}"
+    line = f"{subject} {decision.outcome}{when}: {output.describe_change(decision, requested)}{id_}"
     return f"{line}\n{decision.detail}" if decision.detail else line
-
-
-def describe_change(decision: Decision, requested: Mapping[str, float] | None = None) -> str:
-    """What a decision changes: its multipliers, or the checkpoint to go back to."""
-    if decision.HasField("rollback"):
-        rollback = decision.rollback
-        place = f" ({rollback.checkpoint.uri})" if rollback.checkpoint.uri else ""
-        skipped = (
-            f", skipping steps {rollback.skip_from_step} to {rollback.skip_to_step - 1}"
-            if rollback.skip_to_step > rollback.skip_from_step
-            else ""
-        )
-        return f"back to step {rollback.checkpoint.step}{place}{skipped}"
-    if decision.multipliers or decision.action in ("set_lr", "scale_lr", "ramp_back"):
-        return output.multipliers(decision.multipliers, requested)
-    return output.ABSENT
 
 
 def describe_failure(decision: Decision, timeout: float) -> str:

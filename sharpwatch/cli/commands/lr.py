@@ -10,6 +10,7 @@ import click
 from sharpwatch.cli import output
 from sharpwatch.cli.client import author, operator, resolve_run, run_argument
 from sharpwatch.cli.commands.decisions import follow
+from sharpwatch.cli.dry_run import dry_run_option, preview
 from sharpwatch.cli.options import (
     COUNT,
     CommandGroup,
@@ -91,26 +92,32 @@ def rate_table(detail: RunDetail, newest: Revision | None) -> Grid:
 @click.option("--at-step", metavar="STEP", type=COUNT, default=0, help="Not before this step. Default: the next one.")
 @reason_option()
 @wait_options
+@dry_run_option
 @click.pass_obj
-def set_multipliers(  # noqa: PLR0913, PLR0917 - click passes every option by name
+def set_multipliers(  # noqa: PLR0913 - click passes every option by name
     options: DaemonOptions,
     run: str,
     multipliers: Mapping[str, float],
+    *,
     ramp: int,
     at_step: int,
     reason: str,
     timeout: float | None,
+    dry_run: bool,
 ) -> None:
     """Multiply the learning rates of blocks by a factor each, and wait until the trainer has done it."""
+    request = SetLearningRatesRequest(
+        run=run,
+        multipliers=multipliers,
+        ramp_steps=ramp,
+        apply_at_step=at_step,
+        author=author(os.environ),
+        reason=reason,
+    )
+    if dry_run:
+        preview(options, [request])
+        return
     with operator(options) as stub:
-        request = SetLearningRatesRequest(
-            run=run,
-            multipliers=multipliers,
-            ramp_steps=ramp,
-            apply_at_step=at_step,
-            author=author(os.environ),
-            reason=reason,
-        )
         decision = stub.SetLearningRates(request).decision
         follow(stub, decision, timeout, as_json=options.json, requested=multipliers)
 
@@ -153,10 +160,16 @@ def revision_table(revisions: list[Revision]) -> Grid:
 @click.option("--revision", metavar="N", type=COUNT, default=0, help="The revision to undo. Default: the newest.")
 @reason_option()
 @wait_options
+@dry_run_option
 @click.pass_obj
-def undo(options: DaemonOptions, run: str, revision: int, reason: str, timeout: float | None) -> None:
+def undo(  # noqa: PLR0913 - click passes every option by name
+    options: DaemonOptions, run: str, *, revision: int, reason: str, timeout: float | None, dry_run: bool
+) -> None:
     """Undo a revision by a new one, and wait until the trainer has done it."""
+    request = UndoLearningRatesRequest(run=run, revision=revision, author=author(os.environ), reason=reason)
+    if dry_run:
+        preview(options, [request])
+        return
     with operator(options) as stub:
-        request = UndoLearningRatesRequest(run=run, revision=revision, author=author(os.environ), reason=reason)
         decision = stub.UndoLearningRates(request).decision
         follow(stub, decision, timeout, as_json=options.json)

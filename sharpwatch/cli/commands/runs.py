@@ -1,9 +1,8 @@
-"""`sharpwatch jobs`, `show` and `mode`: the runs that a daemon knows, and one of them."""
+"""`sharpwatch jobs` and `show`: the runs that a daemon knows, and one of them."""
 
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Iterable, Sequence
 
@@ -11,9 +10,9 @@ import click
 
 from sharpwatch.blocks import SHARPNESS_ORDER
 from sharpwatch.cli import output
-from sharpwatch.cli.client import author, operator, resolve_run, run_argument
+from sharpwatch.cli.client import operator, resolve_run, run_argument
 from sharpwatch.cli.commands.incidents import culprit_of
-from sharpwatch.cli.options import DaemonCommand, DaemonOptions, reason_option
+from sharpwatch.cli.options import DaemonCommand, DaemonOptions
 from sharpwatch.cli.output import Grid, print_answer
 from sharpwatch.v1.operator_pb2 import (
     Block,
@@ -23,11 +22,8 @@ from sharpwatch.v1.operator_pb2 import (
     Run,
     RunDetail,
     RunPhase,
-    SetModeRequest,
 )
 from sharpwatch.v1.types_pb2 import Estimate
-
-_MODES = ("observe", "advise", "enforce")
 
 
 @click.command(cls=DaemonCommand, example="sharpwatch jobs\nsharpwatch jobs --json")
@@ -70,32 +66,6 @@ def show(options: DaemonOptions, run: str) -> None:
     with operator(options) as stub:
         detail = stub.GetRun(GetRunRequest(run=resolve_run(stub, run))).detail
     print_answer(detail, run_view(detail, time.time()), as_json=options.json)
-
-
-@click.command(cls=DaemonCommand, example="sharpwatch mode gpt2-a1 enforce --reason 'on call tonight'")
-@run_argument()
-@click.argument(
-    "mode",
-    metavar="[MODE]",
-    required=False,
-    type=click.Choice(_MODES),
-    help="The run's new mode: observe, advise or enforce. Default: print the present one.",
-)
-@reason_option()
-@click.pass_obj
-def mode(options: DaemonOptions, run: str, mode: str | None, reason: str) -> None:
-    """Print or set what the daemon's policies may do to a run.
-
-    In mode observe they only record decisions, in mode advise they propose them to an operator, and in mode enforce
-    they act. To set a mode, the run's name must be given in full.
-    """
-    with operator(options) as stub:
-        if mode:
-            request = SetModeRequest(run=run, mode=mode, author=author(os.environ), reason=reason)
-            found = stub.SetMode(request).run
-        else:
-            found = stub.GetRun(GetRunRequest(run=resolve_run(stub, run))).detail.run
-    print_answer(found, f"{found.run}: {found.mode}", as_json=options.json)
 
 
 _QUANTITIES = {

@@ -9,6 +9,7 @@ from sharpwatch.curvature.statistics.estimate import Estimate
 from sharpwatch.daemon.detection.reference import ReferenceTest
 from sharpwatch.daemon.records import Checkpoint, Decision, Incident, PairOrder, Revision, RollbackPlan
 from sharpwatch.daemon.runs.snapshot import Phase, RunSnapshot
+from sharpwatch.daemon.storage.schema import TransitionRow
 from sharpwatch.v1 import operator_pb2, types_pb2
 
 _PHASES: dict[Phase, operator_pb2.RunPhase.ValueType] = {
@@ -102,6 +103,18 @@ def decision_message(decision: Decision) -> operator_pb2.Decision:
         revision=decision.revision,
         author=decision.author,
         reason=decision.reason,
+    )
+
+
+def transition_message(row: TransitionRow) -> operator_pb2.Transition:
+    """Returns a transition of a decision as a message."""
+    return operator_pb2.Transition(
+        decision_id=row.decision,
+        at_unix_ns=_nanoseconds(row.at),
+        outcome=row.outcome,
+        detail=row.detail,
+        author=row.author,
+        reason=row.reason,
     )
 
 

@@ -24,6 +24,7 @@ from sharpwatch.daemon.api.conversions import (
     reference_message,
     revision_message,
     run_message,
+    transition_message,
 )
 from sharpwatch.daemon.decisions.run_controller import RunController
 from sharpwatch.daemon.decisions.transitions import is_settled
@@ -31,6 +32,7 @@ from sharpwatch.daemon.detection.history import MAX_LOSSES, Losses
 from sharpwatch.daemon.pipeline import Pipeline
 from sharpwatch.daemon.records import Changes, Decision, Mode
 from sharpwatch.daemon.runs.run import Run, Runs
+from sharpwatch.daemon.storage.journal import Store
 from sharpwatch.daemon.storage.schema import ModeRow, ReferenceRow
 from sharpwatch.errors import OperatorError, StoreError
 from sharpwatch.v1 import operator_pb2 as pb
@@ -66,13 +68,17 @@ class OperatorService(OperatorServiceServicer):
     Args:
         runs: All runs.
         pipeline: Journals changes and sends their commands.
+        store: The journal, which alone has what became of each decision.
         authorizer: Tells operators from viewers.
         info: Facts about the daemon.
     """
 
-    def __init__(self, *, runs: Runs, pipeline: Pipeline, authorizer: Authorizer, info: DaemonInfo) -> None:
+    def __init__(
+        self, *, runs: Runs, pipeline: Pipeline, store: Store, authorizer: Authorizer, info: DaemonInfo
+    ) -> None:
         self._runs = runs
         self._pipeline = pipeline
+        self._store = store
         self._authorizer = authorizer
         self._info = info
         self._draining = False
@@ -189,12 +195,19 @@ class OperatorService(OperatorServiceServicer):
 
     async def ListDecisions(self, request: pb.ListDecisionsRequest, context: Context) -> pb.ListDecisionsResponse:
         """Lists the newest decisions of a run or of all runs, newest first."""
-        runs = [await self._run(request.run, context)] if request.run else list(self._runs)
-        limit = min(request.limit or _DEFAULT_LIMIT, _MOST)
-        made = chain.from_iterable(reversed(run.controller.decisions) for run in runs)
-        # `nlargest` keeps the given order of equals, so of one moment's decisions the newest comes first.
-        newest = heapq.nlargest(limit, made, key=lambda one: one.made_at)
+        newest = await self._newest_decisions(request.run, request.limit or _DEFAULT_LIMIT, context)
         return pb.ListDecisionsResponse(decisions=map(decision_message, newest))
+
+    async def ListTransitions(self, request: pb.ListTransitionsRequest, context: Context) -> pb.ListTransitionsResponse:
+        """Lists every transition of the newest decisions of a run or of all runs, oldest first."""
+        newest = await self._newest_decisions(request.run, request.limit or _MOST, context)
+        try:
+            rows = await self._store.transitions([made.id for made in newest])
+        except StoreError as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, f"the journal can't be read: {error}")
+        return pb.ListTransitionsResponse(
+            transitions=map(transition_message, rows), decisions=map(decision_message, newest)
+        )
 
     async def WatchDecision(
         self, request: pb.WatchDecisionRequest, context: Context
@@ -282,6 +295,13 @@ class OperatorService(OperatorServiceServicer):
             await run.signal.after(version)
         if self._draining:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the daemon is stopping")
+
+    async def _newest_decisions(self, name: str, limit: int, context: Context) -> list[Decision]:
+        """The newest decisions of a run, or of all runs for an empty name, newest first."""
+        runs = [await self._run(name, context)] if name else list(self._runs)
+        made = chain.from_iterable(reversed(run.controller.decisions) for run in runs)
+        # `nlargest` keeps the given order of equals, so of one moment's decisions the newest comes first.
+        return heapq.nlargest(min(limit, _MOST), made, key=lambda one: one.made_at)
 
     async def _run(self, name: str, context: Context) -> Run:
         run = self._runs.get(name)

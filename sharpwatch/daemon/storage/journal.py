@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, astuple
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,6 +34,7 @@ from sharpwatch.daemon.storage.schema import (
     SampleRow,
     StoredAttempt,
     StoredRun,
+    TransitionRow,
 )
 from sharpwatch.errors import StoreError
 
@@ -132,6 +134,17 @@ class Journal:
         """Returns all records of a run and its newest `samples` samples."""
         with self._store_errors():
             return self._load(run, samples)
+
+    def transitions(self, decisions: Sequence[str]) -> tuple[TransitionRow, ...]:
+        """Returns all transitions of the decisions of these ids, oldest first."""
+        query = (
+            "SELECT id, run, decision, at, outcome, detail, author, reason FROM transitions "
+            "WHERE decision = ? ORDER BY id"
+        )
+        with self._store_errors():
+            # By the order in which they were written, since the clock may go back.
+            found = sorted(chain.from_iterable(self._connection.execute(query, [each]) for each in decisions))
+        return tuple(TransitionRow(*values) for _, *values in found)
 
     @contextmanager
     def _store_errors(self) -> Iterator[None]:
@@ -358,6 +371,10 @@ class Store:
     async def load(self, run: str, *, samples: int) -> StoredRun:
         """Returns all records of a run and its newest `samples` samples."""
         return await self._call(partial(self._journal.load, run, samples=samples))
+
+    async def transitions(self, decisions: Sequence[str]) -> tuple[TransitionRow, ...]:
+        """Returns all transitions of the decisions of these ids, oldest first."""
+        return await self._call(partial(self._journal.transitions, decisions))
 
     async def close(self) -> None:
         """Closes the journal after the writes in progress."""

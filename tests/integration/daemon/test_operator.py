@@ -70,6 +70,7 @@ async def test_what_is_not_there_is_not_found(daemon):
         daemon.operator.GetRun(pb.GetRunRequest(run="none")),
         daemon.operator.ListRevisions(pb.ListRevisionsRequest(run="none")),
         daemon.operator.ListDecisions(pb.ListDecisionsRequest(run="none")),
+        daemon.operator.ListTransitions(pb.ListTransitionsRequest(run="none")),
         daemon.operator.ApproveDecision(pb.ApproveDecisionRequest(id="none", author="ann"), metadata=token),
         daemon.operator.SetMode(pb.SetModeRequest(run="none", mode="advise", author="ann"), metadata=token),
         daemon.operator.AcknowledgeIncident(
@@ -222,6 +223,32 @@ async def test_a_decision_is_answered_by_its_whole_id(running, build, monkeypatc
         assert (done.decision.id, done.decision.outcome) == (second, "rejected")
         # To read, a beginning that no other has is enough.
         assert await outcomes(daemon, second[:4]) == ["rejected"]
+
+
+async def transitions(daemon, **request) -> list[tuple[str, ...]]:
+    found = await daemon.operator.ListTransitions(pb.ListTransitionsRequest(**request))
+    times = [one.at_unix_ns for one in found.transitions]
+    assert times == sorted(times)
+    assert {one.decision_id for one in found.transitions} == {made.id for made in found.decisions}
+    return [(one.decision_id, one.outcome, one.author, one.reason) for one in found.transitions]
+
+
+async def test_every_transition_of_a_decision_is_kept_with_its_author_and_reason(running, build):
+    async with running(policies=PROPOSES) as daemon:
+        token, who = daemon.credentials, {"author": "ann", "reason": "agreed"}
+        first, second = await proposal(daemon, build, "one"), await proposal(daemon, build, "two")
+        await daemon.operator.ApproveDecision(pb.ApproveDecisionRequest(id=first, **who), metadata=token)
+        await daemon.operator.RejectDecision(pb.RejectDecisionRequest(id=second, author="bob"), metadata=token)
+        await transitions(daemon)
+        one = [(first, "proposed", "", ""), (first, "approved", "ann", "agreed")]
+        two = [(second, "proposed", "", ""), (second, "rejected", "bob", "")]
+        assert await transitions(daemon, run="one") == one
+        assert await transitions(daemon, run="two") == two
+        assert sorted(await transitions(daemon)) == sorted(one + two)
+        assert await transitions(daemon, limit=1) == two  # of the newest decision
+    async with running(policies=PROPOSES) as daemon:
+        assert await transitions(daemon, run="one") == one
+        assert await transitions(daemon, run="two") == two
 
 
 async def test_an_incident_that_was_acknowledged_is_shown_so_also_after_a_restart(running, build):

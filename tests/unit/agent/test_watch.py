@@ -300,6 +300,62 @@ def test_a_state_that_is_none_of_the_agents_is_named_so(transports, caplog):
     watch.close()
 
 
+def logged(caplog):
+    return [record.getMessage() for record in caplog.records if record.name == "sharpwatch"]
+
+
+def test_a_command_that_was_applied_stands_in_the_trainers_log(transports, caplog):
+    model, optimizer, watch, transport = made(transports)
+    halved = types_pb2.MultiplierSet(multipliers={"emb": 0.5}, revision=7)
+    transport.command(set_multipliers=halved, author="ann", reason="spikes")
+    stepped(model, optimizer, 3)
+    expected = "learning-rate multipliers of revision 7 (emb x 0.5) applied at step 2; by 'ann'; reason: 'spikes'"
+    assert logged(caplog) == [expected]
+    assert caplog.records[0].levelname == "WARNING"  # which shows where logging is not set up, too
+    watch.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, ["with multipliers in force: emb x 0.25, norm x 0.5"]),
+        (
+            {"lr_bounds": (0.5, 10.0)},
+            [
+                "with multipliers in force: emb x 0.5, norm x 0.5",
+                "without multipliers that were in force and are not allowed now: emb x 0.25",
+            ],
+        ),
+        (
+            {"control": "none"},
+            ["without multipliers that were in force and are not allowed now: emb x 0.25, norm x 0.5"],
+        ),
+    ],
+)
+def test_a_resumed_run_logs_which_multipliers_are_in_force(transports, caplog, options, said):
+    model, optimizer, watch, transport = made(transports, run="run")
+    transport.set_multipliers({"emb": 0.25, "norm": 0.5}, ramp_steps=50)
+    stepped(model, optimizer, 3)
+    state = watch.state_dict()
+    watch.close()
+    caplog.clear()
+    _, _, watch, _ = made(transports, run="run", **options)
+    watch.load_state_dict(state)
+    assert logged(caplog) == [f"run run goes on from step 3 {each}" for each in said]
+    watch.close()
+
+
+def test_a_run_that_was_resumed_without_multipliers_logs_none(transports, caplog):
+    model, optimizer, watch, _ = made(transports, run="run")
+    stepped(model, optimizer, 3)
+    state = watch.state_dict()
+    watch.close()
+    _, _, watch, _ = made(transports, run="run")
+    watch.load_state_dict(state)
+    assert (watch.step, logged(caplog)) == (3, [])
+    watch.close()
+
+
 @pytest.mark.parametrize("part", ["step", "control", "sampler", "probes"])
 def test_a_state_that_is_damaged_in_one_part_is_not_loaded_at_all(transports, caplog, part):
     model, optimizer, watch, transport = made(transports, probes=("gnb",), run="run")

@@ -47,6 +47,10 @@ USAGE = 2
         (["jobs", "--address", "--json"], "--address has no value"),
         (["rollback", "run", "--reason=--json", "--skip", "5"], "'5' is not a range of steps"),
         (["mode", "run", "act"], "'[MODE]': 'act' is not one of 'observe', 'advise', 'enforce'"),
+        (["mode"], "Missing argument 'RUN'; --all MODE sets every run"),
+        (["mode", "--all"], "--all takes a MODE and no RUN; MODE is one of observe, advise, enforce"),
+        (["mode", "--all", "run"], "--all takes a MODE and no RUN; MODE is one of observe, advise, enforce"),
+        (["mode", "run", "observe", "--all"], "--all takes a MODE and no RUN"),
         (
             ["jobs", "--address", "nowhere"],
             "expected HOST:PORT or unix:PATH, the port from 1 to 65535",

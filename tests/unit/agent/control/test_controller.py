@@ -14,8 +14,8 @@ BLOCKS = ("emb", "qk", "vo", "ffn", "norm", "other")
 GPT2_TYPES = tuple(map(frozenset, (["emb"], ["qk", "vo"], ["vo"], ["ffn"], ["norm"], ["other"])))
 
 
-def make(mode="lr", *, bounds=(0.1, 10.0), types=GPT2_TYPES, callback=False):
-    return Controller(mode, bounds=bounds, blocks=BLOCKS, parameter_types=types, has_callback=callback)
+def make(mode="lr", *, bounds=(0.1, 10.0), types=GPT2_TYPES, callback=False, **options):
+    return Controller(mode, bounds=bounds, blocks=BLOCKS, parameter_types=types, has_callback=callback, **options)
 
 
 def cut(id_="c1", *, ramp=0, ttl=0, apply_at=0, expires=0, expires_ns=0, revision=1, **multipliers):
@@ -273,3 +273,79 @@ def test_whatever_comes_every_multiplier_stays_in_bounds_and_every_command_has_o
             control.end(step, 0)
         results += control.take_results()
     assert sorted(result.command_id for result in results) == sorted(f"c{n}" for n in range(len(commands)))
+
+
+def test_every_result_of_a_command_is_logged_once():
+    lines = []
+    control = make("rollback", log=lines.append)
+
+    def logged(*steps):
+        for step in steps:
+            control.begin(step, 0)
+            control.end(step, 0)
+        said, lines[:] = list(lines), []
+        return said
+
+    control.receive(cut(ramp=20, ffn=0.5, norm=0.25), 1)
+    assert lines == []  # it is not applied yet
+    one = "learning-rate multipliers of revision 1 (ffn x 0.5, norm x 0.25 over 20 steps)"
+    assert logged(1) == [f"{one} applied at step 1; reason: 'why'"]
+    control.receive(cut(ramp=20, ffn=0.5, norm=0.25), 2)  # sent again
+    assert logged(2) == []
+    control.receive(cut("c2", revision=2), 3)
+    assert logged(3) == [
+        "learning-rate multipliers of revision 2 (every multiplier is 1) applied at step 3; reason: 'why'"
+    ]
+    control.receive(cut("c3", qk=20.0), 4)
+    (refused,) = logged(4)
+    assert refused.startswith("learning-rate multipliers of revision 1 (qk x 20) refused at step 4: multiplier of 'qk'")
+    assert refused.endswith("must be within lr_bounds (0.1, 10), got 20; reason: 'why'")
+    control.receive(cut("c4", apply_at=9, expires=5, vo=0.5), 5)
+    (expired,) = logged(5, 6)
+    assert expired.startswith("learning-rate multipliers of revision 1 (vo x 0.5) expired at step 6: not applied")
+    assert control.refuse(cut("c5", qk=0.5), 7, "rank 1 is not in step")
+    (refused,) = logged()
+    assert refused.startswith("learning-rate multipliers of revision 1 (qk x 0.5) refused at step 7: rank 1 is not in")
+    assert not control.refuse(cut("c4", vo=0.5), 7, "again")
+    assert logged() == []
+
+
+def test_a_rollback_is_logged_when_it_is_due_and_when_it_is_done_or_not():
+    lines = []
+    control = make("rollback", log=lines.append)
+    control.receive(Command("r1", RollBack(3, "/c", (4, 9)), reason="bad\nshard", author="ann"), 6)
+    control.end(6, 0)
+    what, who = "rollback to step 3 ('/c', without the batches of steps 4 to 8)", "; by 'ann'; reason: 'bad\\nshard'"
+    assert lines == [f"{what} is due after step 6{who}"]
+    control.rolled_back(3)
+    assert lines[1:] == [f"{what} applied at step 4: restored to step 3{who}"]
+    control.receive(back("r2", skip=(0, 0)), 6)
+    control.end(6, 0)
+    control.rollback_failed(6, "OSError: no such file")
+    assert lines[3:] == ["rollback to step 3 ('file:///c') failed at step 6: OSError: no such file; reason: 'why'"]
+
+
+def test_raises_that_end_are_logged_and_a_time_out_of_cuts_alone_is_not():
+    lines = []
+    control = make(log=lines.append)
+    control.receive(cut(ttl=2, emb=4.0, norm=0.5), 1)
+    run(control, 4)
+    assert lines[1:] == ["multipliers above 1 end, as they were not renewed: norm x 0.5"]
+    control.receive(cut("c2", ttl=2, norm=0.5), 5)
+    run(control, 4, start=5)
+    assert len(lines) == 3
+
+
+def test_a_flood_of_wrong_commands_does_not_fill_the_log():
+    lines = []
+    control = make(log=lines.append)
+    for number in range(1000):
+        control.receive(cut(f"c{number}", **{"x" * 2**16: 0.5}), 1)
+    assert len(control.take_results()) == 256
+    assert len(lines) == 101
+    assert lines[-1] == "100 commands in a row were not applied: no more are logged until one is"
+    assert max(map(len, lines)) < 1000
+    control.receive(cut("good", ffn=0.5), 1)
+    control.begin(1, 0)
+    control.receive(cut("bad", qk=99.0), 2)
+    assert ["applied" in line for line in lines[101:]] == [True, False]
