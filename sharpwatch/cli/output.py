@@ -207,8 +207,8 @@ _GAP = "  "
 # Words for good, doubtful and bad states; a cell that is one of them is coloured.
 _STYLES = {
     **dict.fromkeys(("ok", "running", "applied", "recovered"), "green"),
-    **dict.fromkeys(("warn", "warning", "proposed", "silent"), "yellow"),
-    **dict.fromkeys(("fail", "critical", "failed", "refused", "expired"), "bold red"),
+    **dict.fromkeys(("warn", "warning", "proposed", "silent", "no-effect", "inconclusive"), "yellow"),
+    **dict.fromkeys(("fail", "critical", "failed", "refused", "expired", "worse"), "bold red"),
 }
 
 

@@ -39,7 +39,7 @@ from sharpwatch.v1.operator_pb2_grpc import OperatorServiceStub
 
 _LISTED = 20  # decisions, by default
 _PENDING = frozenset({"proposed", "approved", "sent"})
-_DONE = frozenset({"applied", "recovered", "observed"})
+_DONE = frozenset({"applied", "recovered", "worse", "no-effect", "inconclusive", "observed"})
 
 
 @click.command(

@@ -13,7 +13,6 @@ from sharpwatch.cli.options import DaemonCommand, DaemonOptions, reason_option
 from sharpwatch.cli.output import print_answer, to_dict
 from sharpwatch.errors import OperatorError
 from sharpwatch.v1.operator_pb2 import (
-    RUN_PHASE_CLOSED,
     GetRunRequest,
     ListRunsRequest,
     Run,
@@ -37,7 +36,7 @@ _MODES = ("observe", "advise", "enforce")
     type=click.Choice(_MODES),
     help="The new mode: observe, advise or enforce. Default: print the present one.",
 )
-@click.option("--all", "every", is_flag=True, help="In place of RUN: set the mode of every run that is not closed.")
+@click.option("--all", "every", is_flag=True, help="In place of RUN: set the mode of every run.")
 @reason_option()
 @dry_run_option
 @click.pass_obj
@@ -79,7 +78,7 @@ def _set_all(options: DaemonOptions, mode: str, reason: str) -> None:
     failed: dict[str, str] = {}
     with connected(connection) as stub:
         # At once, so that a daemon that does not answer holds up the command for one deadline and not one a run.
-        calls = {name: stub.SetMode.future(_request(name, mode, reason)) for name in _open_runs(stub)}
+        calls = {name: stub.SetMode.future(_request(name, mode, reason)) for name in _all_runs(stub)}
         for name, call in calls.items():
             try:
                 done.append(call.result().run)
@@ -88,19 +87,20 @@ def _set_all(options: DaemonOptions, mode: str, reason: str) -> None:
     payload = {"runs": [to_dict(run) for run in done], "failed": failed}
     lines = [f"{run.run}: {run.mode}" for run in done]
     if lines or options.json or not failed:
-        print_answer(payload, "\n".join(lines) or "no run is open", as_json=options.json)
+        print_answer(payload, "\n".join(lines) or "there is no run", as_json=options.json)
     if failed:
         raise OperatorError(f"mode {mode} not set for {len(failed)} of {len(calls)} runs: {_by_reason(failed)}")
 
 
 def _preview_all(options: DaemonOptions, mode: str, reason: str) -> None:
     with operator(options) as stub:
-        names = _open_runs(stub)
+        names = _all_runs(stub)
     preview(options, [_request(name, mode, reason) for name in names])
 
 
-def _open_runs(stub: OperatorServiceStub) -> list[str]:
-    return [run.run for run in stub.ListRuns(ListRunsRequest()).runs if run.phase != RUN_PHASE_CLOSED]
+def _all_runs(stub: OperatorServiceStub) -> list[str]:
+    """Closed ones too: a job that is resumed comes back in the mode that it had."""
+    return [run.run for run in stub.ListRuns(ListRunsRequest()).runs]
 
 
 def _by_reason(failed: dict[str, str]) -> str:

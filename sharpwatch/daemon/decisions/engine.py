@@ -192,8 +192,9 @@ class PolicyEngine:
 
         What a rate was is known from what the trainer reports. So this is no raise that might harm.
         """
-        excess = self._detection.rate_excess
-        for scaling in self._following():
+        following = self._following()
+        excess = self._detection.rate_excess if following else {}
+        for scaling in following:
             policy = self._chain.named(scaling.made.policy)
             incident = self._incidents.get(scaling.made.alert_id)
             if policy is None or incident is None or self._under_way(None):
@@ -209,7 +210,7 @@ class PolicyEngine:
             detail = f"its schedule has ×{most:.3g} of what it had: {_changes(wanted, self._log.multipliers)}"
             verdict = self._permissions.multipliers()
             made = replace(made, multipliers={**self._log.multipliers, **wanted}, guard=verdict, detail=detail)
-            self._record(made, policy, at)
+            self._record(replace(made, follows_rate=True), policy, at)
 
     def _record(self, made: Decision, policy: PolicyConfig, at: _StepContext, undoes: int = 0) -> str:
         """Record `made` as its mode and guard have it; returns the outcome, empty where there is nothing new."""

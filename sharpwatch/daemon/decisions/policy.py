@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from sharpwatch.daemon.config.settings import PolicyConfig
 from sharpwatch.daemon.decisions.guards import NO_REMEDY, guard_name
+from sharpwatch.daemon.decisions.transitions import JUDGED
 from sharpwatch.daemon.records import Checkpoint, Decision, Incident, Mode, RollbackPlan
 
 MODES: tuple[Mode, ...] = ("observe", "advise", "enforce")
@@ -45,9 +46,13 @@ class EscalationChain:
 
     def _escalate(self, policy: PolicyConfig, answered: Sequence[Decision], step: int) -> PolicyConfig:
         own = [made for made in answered if made.policy == policy.name]
-        if policy.escalate is None or not own or own[-1].outcome == "recovered":
+        if policy.escalate is None or not own:
             return policy
-        if not _is_helpless(policy, own[-1]) and step - own[0].step < policy.escalate.after_steps:
+        # The newest may not be judged yet, as while a cut goes with the rate.
+        newest = next((made for made in reversed(own) if made.outcome in JUDGED), own[-1])
+        if newest.outcome == "recovered":
+            return policy
+        if not _is_helpless(policy, newest) and step - own[0].step < policy.escalate.after_steps:
             return policy
         above = self.named(policy.escalate.to)
         return policy if above is None else self._escalate(above, answered, step)

@@ -81,8 +81,9 @@ def is_followed(multipliers: Mapping[str, float], wanted: Mapping[str, float]) -
 
 
 def held_down(excess: Mapping[str, float], decision: Decision, log: DecisionLog) -> bool:
-    """Whether a decision's cut, which follows the trainer's rate, holds that at what it was."""
+    """Whether the cut of a decision's incident, which goes with the trainer's rate, holds that at what it was."""
     if not decision.follows_rate:
         return False
-    scaling = next((one for one in scaling_state(log).active if one.made.id == decision.id), None)
+    active = (one for one in scaling_state(log).active if one.made.follows_rate)
+    scaling = next((one for one in active if one.made.alert_id == decision.alert_id), None)
     return scaling is not None and is_followed(log.multipliers, followed(scaling, excess, 0.0))

@@ -68,6 +68,7 @@ TRANSITIONS: Mapping[tuple[Outcome, Event], Outcome] = {
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 EVENTS: tuple[Event, ...] = get_args(Event)
 FINAL = frozenset(OUTCOMES) - {outcome for outcome, _ in TRANSITIONS}  # no event leads on from these
+JUDGED = frozenset({"recovered", "worse", "no-effect", "inconclusive"})  # what an action can be found to have done
 UNDER_WAY = frozenset(outcome for outcome, event in TRANSITIONS if event == "apply")  # the trainer's answer is due
 
 

@@ -74,13 +74,16 @@ def test_it_comes_back_with_the_rate():
 
 @pytest.mark.parametrize("growth", [1.01, 1.02])
 def test_a_rate_that_climbs_is_held_where_it_was(growth):
-    run = trainer()
+    run = trainer((replace(RATE, escalate=EscalateConfig(50, "back")), BACK))
+    saved(run, 150)
     for _ in range(300):
         run.rate = min(run.rate * growth, 30e-3)
         run.run(1)
+        assert run.rate * run.multipliers["ffn"] < 1.3e-3
     run.run(100)
     assert 0.8e-3 < run.rate * run.multipliers["ffn"] < 1.2e-3
-    assert run.controller.decisions[0].outcome == "recovered"
+    assert {made.outcome for made in run.controller.decisions} == {"recovered"}
+    assert [made.action for made in run.controller.decisions[:3]] == ["scale_lr", "set_lr", "set_lr"]
 
 
 def test_a_schedule_that_decays_goes_on_decaying_under_the_cut():
