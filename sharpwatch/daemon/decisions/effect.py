@@ -10,6 +10,7 @@ import numpy as np
 
 from sharpwatch.daemon.detection.baselines import scatter
 from sharpwatch.daemon.detection.history import Losses
+from sharpwatch.wire import Doubles
 
 Effect = Literal["recovered", "worse", "no-effect", "inconclusive"]
 BEFORE = 40  # losses that a band is made of
@@ -36,14 +37,25 @@ class LossBand:
     def before(cls, losses: Losses, step: int) -> LossBand | None:
         """The band of the newest losses before a step; None where there are too few."""
         values = np.array(list(losses.before(step, BEFORE).values()))
-        return cls(float(values.mean()), scatter(values[:, None])) if len(values) >= NEWEST else None
+        if len(values) < NEWEST:
+            return None
+        with np.errstate(all="ignore"):
+            return cls(mean_of(values), scatter(values[:, None]))
 
     def above(self, mean: float) -> float:
         """By how many standard deviations a mean is above the level."""
         away = mean - self.level
+        if not math.isfinite(away):
+            return math.inf
         if self.sd > 0:
             return away / self.sd
         return math.inf if away > 0 else 0.0
+
+
+def mean_of(losses: Doubles) -> float:
+    """The mean of losses: a trainer may report any number, and NaN or infinity is above every band."""
+    with np.errstate(all="ignore"):
+        return float(losses.mean())
 
 
 def effect(losses: Losses, onset: int, applied: int, *, over: bool, last: bool) -> tuple[Effect, str] | None:
@@ -64,12 +76,12 @@ def effect(losses: Losses, onset: int, applied: int, *, over: bool, last: bool) 
     enough = band is not None and len(newest) >= (_FEW if last else NEWEST)
     if not len(losses) or not enough or band is None:
         return _without_losses(over=over, last=last, some=bool(len(losses)))
-    mean, at = float(newest.mean()), losses.before(applied, _FEW)
+    mean, at = mean_of(newest), losses.before(applied, _FEW)
     compared = f"loss {mean:.4g}, {band.level:.4g} before step {before}"
     is_back = band.above(mean) < IN_BAND
     if over and is_back:
         return "recovered", compared
-    then = max(band.level, sum(at.values()) / len(at))
+    then = max(band.level, mean_of(np.array(list(at.values()))))
     if mean > then + IN_BAND * band.sd:
         judged: tuple[Effect, str] = "worse", f"{compared}, {then:.4g} when it was applied"
     else:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from sharpwatch.daemon.config.settings import PolicyConfig
 from sharpwatch.daemon.decisions.decision_log import DecisionLog
-from sharpwatch.daemon.decisions.effect import NEWEST, OUT_OF_BAND, LossBand
+from sharpwatch.daemon.decisions.effect import NEWEST, OUT_OF_BAND, LossBand, mean_of
 from sharpwatch.daemon.decisions.guards import (
     NO_REMEDY,
     OK,
@@ -267,7 +267,7 @@ class PolicyEngine:
             return ""
         losses, now = self._detection.history.losses, self._detection.recent[-1]
         newest, band = losses.since(applied, NEWEST), LossBand.before(losses, applied)
-        if band is not None and len(newest) == NEWEST and band.above(mean := float(newest.mean())) > OUT_OF_BAND:
+        if band is not None and len(newest) == NEWEST and band.above(mean := mean_of(newest)) > OUT_OF_BAND:
             return f"loss {mean:.4g}, {band.level:.4g} before"
         if now.stability > _STAGE_Z:
             return f"stability ratio {now.stability:.1f} sd above its level"
