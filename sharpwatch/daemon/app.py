@@ -36,6 +36,7 @@ from sharpwatch.daemon.exporter.metrics import RunCollector, render
 from sharpwatch.daemon.exporter.own_metrics import OwnMetrics
 from sharpwatch.daemon.ingest.hello import RunHello
 from sharpwatch.daemon.ingest.samples import SampleQueue
+from sharpwatch.daemon.notifier import Notifier
 from sharpwatch.daemon.pipeline import Pipeline
 from sharpwatch.daemon.runs.restore import REPLAYED_SAMPLES, restore_run
 from sharpwatch.daemon.runs.run import Runs
@@ -134,6 +135,7 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:
         registry.register(
             RunCollector(runs.snapshots, time.time, stale_after=settings.stale_after, layers=settings.layer_metrics)
         )
+        notifier = Notifier(config.notifications, metrics)
         pipeline = Pipeline(
             runs=runs,
             queue=queue,
@@ -142,6 +144,7 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:
             metrics=metrics,
             on_journalled=sessions.acknowledge,
             on_command=sessions.command,
+            on_records=notifier.tell,
         )
         # Before HTTP and gRPC are served: an agent that reconnects must find its cursor, and a scrape its runs.
         await _restore(runs, store, pipeline)
@@ -155,6 +158,7 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:
         # Only once every address is bound, so that a start which fails has no worker to stop.
         worker = asyncio.create_task(pipeline.run(), name="pipeline")
         stalls = asyncio.create_task(pipeline.watch_stalls(config.detection.stall_after), name="stalls")
+        notifying = asyncio.create_task(notifier.run(), name="notifications")
         log.info(
             "serving",
             grpc=address,
@@ -171,6 +175,7 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:
             # sessions. Those are drained after that, so that agents send again only samples that are not journalled.
             agents.draining = True
             stalls.cancel()
+            notifying.cancel()
             await health.enter_graceful_shutdown()
             pipeline.stop()
             # Not `await worker`: its own error is logged in `_main`, and must not keep the rest from being stopped.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 
 import structlog
@@ -53,6 +53,7 @@ class Pipeline:
         metrics: The daemon's own metrics.
         on_journalled: Called with an attempt and its newest journalled sequence, to acknowledge it.
         on_command: Called with a run and a journalled decision whose command is to be sent.
+        on_records: Called with incidents and decisions that changed and are journalled.
     """
 
     def __init__(  # noqa: PLR0913  the parts that it connects
@@ -65,6 +66,7 @@ class Pipeline:
         metrics: OwnMetrics,
         on_journalled: Callable[[Attempt, int], None],
         on_command: Callable[[Run, Decision], None],
+        on_records: Callable[[Collection[Incident], Collection[Decision]], None],
     ) -> None:
         self._runs = runs
         self._queue = queue
@@ -73,6 +75,7 @@ class Pipeline:
         self._metrics = metrics
         self._on_journalled = on_journalled
         self._on_command = on_command
+        self._on_records = on_records
         self.peers = Peers(runs)
         self._pending = PendingWrites()
         self._estimation_queue = EstimationQueue(self._estimate_waiting)
@@ -214,6 +217,8 @@ class Pipeline:
         # One acknowledgement for each attempt: it covers all sequences up to its own.
         for attempt in {entry.attempt.hello.attempt: entry.attempt for entry in entries}.values():
             self._on_journalled(attempt, attempt.cursor.journalled)
+        if pending.incidents or pending.decisions:
+            self._on_records(pending.incidents.values(), pending.decisions.values())
         for identity, run in pending.commands.items():
             try:
                 self._send(run, identity)

@@ -13,6 +13,8 @@ DOCUMENT = (Path(__file__).parents[2] / "docs/reference/configuration.md").read_
 # A configuration with the unknown key `nope` in each of its sections.
 UNKNOWN = {
     "## daemon": "daemon: {nope: 1}",
+    "## detection": "detection: {nope: 1}",
+    "## notifications": "notifications: {nope: 1}",
     "## policies": "policies: [{name: a, match: {alert: LossSpike}, action: {kind: notify}, nope: 1}]",
     "### action": "policies: [{name: a, match: {alert: LossSpike}, action: {kind: notify, nope: 1}}]",
     "### guard": "policies: [{name: a, match: {alert: LossSpike}, action: {kind: notify}, guard: {nope: 1}}]",

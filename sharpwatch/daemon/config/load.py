@@ -17,9 +17,11 @@ from sharpwatch.daemon.config.settings import (
     ActionConfig,
     Config,
     DaemonConfig,
+    DetectionConfig,
     EscalateConfig,
     GuardConfig,
     MatchConfig,
+    NotificationsConfig,
     PolicyConfig,
 )
 from sharpwatch.errors import ConfigError
@@ -27,6 +29,8 @@ from sharpwatch.errors import ConfigError
 _ADAPTER = TypeAdapter(Config)
 _SECTIONS = {
     "daemon": DaemonConfig,
+    "detection": DetectionConfig,
+    "notifications": NotificationsConfig,
     "match": MatchConfig,
     "action": ActionConfig,
     "guard": GuardConfig,

@@ -114,6 +114,9 @@ Store = Annotated[
     Field(strict=True, pattern=r"^sqlite:///.+"),
     _one_of((), expected="sqlite:///PATH (sqlite:////PATH for an absolute one)"),
 ]
+Webhook = Annotated[
+    str, Field(strict=True, pattern=r"^https?://[^/\s]+"), _expecting("an URL: http://HOST... or https://HOST...")
+]
 Alert = Annotated[AlertName, _one_of(ALERT_NAMES)]
 CauseName = Annotated[Cause, _one_of(CAUSES)]
 SeverityName = Annotated[Severity, _one_of(get_args(Severity))]
@@ -309,6 +312,23 @@ class PolicyConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class NotificationsConfig:
+    """Whom the daemon tells of incidents and decisions.
+
+    Attributes:
+        webhook: Where messages are posted; empty for nowhere.
+        severity: The least severity of incidents that are told.
+        token_file: A file with a bearer token for the webhook.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID
+
+    webhook: Webhook | Literal[""] = ""
+    severity: SeverityName = "critical"
+    token_file: Text | Literal[""] = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """The whole configuration; with the default one, the daemon only watches."""
 
@@ -316,4 +336,5 @@ class Config:
 
     daemon: DaemonConfig = field(default_factory=DaemonConfig)
     detection: DetectionConfig = field(default_factory=DetectionConfig)
+    notifications: NotificationsConfig = field(default_factory=NotificationsConfig)
     policies: tuple[PolicyConfig, ...] = ()

@@ -54,6 +54,12 @@ class OwnMetrics:
             "sharpwatch_store_writable", "1 while the journal takes writes, 0 while it fails.", registry=registry
         )
         self.store_writable.set(1)
+        self.notifications = Counter(
+            "sharpwatch_notifications",
+            "Messages to the webhook, by what became of them; of dropped ones, alerts.",
+            ["result"],
+            registry=registry,
+        )
         self.sessions = Gauge("sharpwatch_sessions", "Agent sessions connected now.", registry=registry)
         self.sessions_refused = Counter(
             "sharpwatch_sessions_refused",

@@ -17,6 +17,7 @@ from sharpwatch.daemon.config.settings import (
     EscalateConfig,
     GuardConfig,
     MatchConfig,
+    NotificationsConfig,
 )
 from sharpwatch.errors import ConfigError
 
@@ -47,7 +48,13 @@ def load(tmp_path):
 
 
 def test_no_file_and_an_empty_one_watch_and_do_nothing(load):
-    assert load_config() == load("") == load("# nothing\n") == Config(DaemonConfig(), DetectionConfig(), ())
+    assert (
+        load_config()
+        == load("")
+        == load("# nothing\n")
+        == Config()
+    assert (Config().notifications.webhook, Config().policies) == ("", ())
+    )
 
 
 def test_design_example(load):
@@ -84,7 +91,7 @@ def test_addresses(load, address):
     ("text", "line", "key", "expected"),
     [
         ("daemon:\n  grcp: x\n", 2, "daemon.grcp", "did you mean 'grpc'"),
-        ("deamon: {}\n", 1, "deamon", "allowed: daemon, detection, policies"),
+        ("deamon: {}\n", 1, "deamon", "allowed: daemon, detection, notifications, policies"),
         ("daemon:\n  http: 9741\n", 2, "daemon.http", "expected a string"),
         ('daemon:\n  http: "unix:/x"\n', 2, "daemon.http", "HOST:PORT"),
         ('daemon:\n  grpc: "127.0.0.1"\n', 2, "daemon.grpc", "HOST:PORT or unix:PATH"),

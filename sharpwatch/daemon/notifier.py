@@ -1,0 +1,199 @@
+"""Tells a webhook of incidents, waiting proposals and what came of decisions, as Alertmanager tells its receivers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+import structlog
+
+from sharpwatch.daemon.config.settings import NotificationsConfig
+from sharpwatch.daemon.decisions.transitions import FINAL
+from sharpwatch.daemon.exporter.own_metrics import OwnMetrics
+from sharpwatch.daemon.records import Decision, Incident
+from sharpwatch.errors import SharpwatchError
+
+log = structlog.get_logger(__name__)
+
+_WAITING = 1_000  # alerts that wait for a webhook that does not answer; beyond it the oldest are dropped, and counted
+_IN_ONE = 64  # alerts in one message
+_TIMEOUT = aiohttp.ClientTimeout(total=10.0)
+_FIRST_RETRY, _LAST_RETRY = 1.0, 300.0  # seconds
+_TOO_MANY = 429
+_NEVER = "0001-01-01T00:00:00Z"  # how Alertmanager writes the end of what goes on
+_QUIET = frozenset({"observed", "refused"})  # decisions that changed nothing and wait for nobody
+
+
+class Notifier:
+    """Sends alerts to one webhook, the newest state of each; nothing in the daemon waits for it.
+
+    Args:
+        config: The webhook.
+        metrics: Where it counts what was sent and what was not.
+
+    Raises:
+        SharpwatchError: The file of the token can't be read.
+    """
+
+    def __init__(self, config: NotificationsConfig, metrics: OwnMetrics) -> None:
+        self._config = config
+        self._metrics = metrics
+        self._waiting: dict[str, dict[str, Any]] = {}  # by fingerprint, oldest first
+        self._began: dict[str, str] = {}  # by fingerprint, of what goes on
+        self._filled = asyncio.Event()
+        self._headers = _headers(config)
+        parts = urlsplit(config.webhook)
+        self._shown = f"{parts.scheme}://{parts.hostname}"  # a path or a user may hold a secret
+
+    def tell(self, incidents: Iterable[Incident], decisions: Iterable[Decision]) -> None:
+        """Have changed records sent that somebody should know of."""
+        if not self._config.webhook:
+            return
+        critical = self._config.severity == "critical"
+        for incident in incidents:
+            if incident.severity == "critical" or not critical:
+                self._put(_incident(incident))
+        for made in decisions:
+            if made.policy and made.action != "notify" and made.outcome not in _QUIET:
+                self._put(_decision(made))
+
+    def _put(self, alert: dict[str, Any]) -> None:
+        fingerprint = alert["fingerprint"]
+        alert["startsAt"] = self._began.setdefault(fingerprint, alert["startsAt"])
+        if alert["status"] == "resolved":
+            del self._began[fingerprint]
+        self._waiting.pop(fingerprint, None)
+        self._waiting[fingerprint] = alert
+        while len(self._waiting) > _WAITING:
+            self._waiting.pop(next(iter(self._waiting)))
+            self._metrics.notifications.labels("dropped").inc()
+        self._filled.set()
+
+    async def run(self) -> None:
+        """Sends what waits, until it is cancelled."""
+        retry = _FIRST_RETRY
+        async with aiohttp.ClientSession(timeout=_TIMEOUT, headers=self._headers) as session:
+            while True:
+                await self._filled.wait()
+                batch = dict(list(self._waiting.items())[:_IN_ONE])
+                again = await self._send(session, list(batch.values()))
+                if again:
+                    self._metrics.notifications.labels("failed").inc()
+                    await asyncio.sleep(retry)
+                    retry = min(2 * retry, _LAST_RETRY)
+                    continue
+                retry = _FIRST_RETRY
+                for fingerprint, alert in batch.items():
+                    if self._waiting.get(fingerprint) is alert:  # else a newer state has come meanwhile
+                        del self._waiting[fingerprint]
+                if not self._waiting:
+                    self._filled.clear()
+
+    async def _send(self, session: aiohttp.ClientSession, alerts: list[dict[str, Any]]) -> bool:
+        """Sends one message; returns whether it has to be sent again."""
+        try:
+            async with session.post(self._config.webhook, data=json.dumps(message(alerts))) as response:
+                status = response.status
+        except (aiohttp.ClientError, TimeoutError) as error:
+            log.warning("notification_failed", webhook=self._shown, reason=type(error).__name__)
+            return True
+        if status < 300:
+            self._metrics.notifications.labels("sent").inc()
+            return False
+        log.warning("notification_failed", webhook=self._shown, reason=f"HTTP {status}")
+        if status >= 500 or status == _TOO_MANY:
+            return True
+        self._metrics.notifications.labels("refused").inc()  # it would be refused again
+        return False
+
+
+def message(alerts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Alerts as version 4 of the message that Alertmanager sends to a webhook."""
+    return {
+        "version": "4",
+        "groupKey": "sharpwatch",
+        "truncatedAlerts": 0,
+        "status": "firing" if any(each["status"] == "firing" for each in alerts) else "resolved",
+        "receiver": "sharpwatch",
+        "groupLabels": {},
+        "commonLabels": {},
+        "commonAnnotations": {},
+        "externalURL": "",
+        "alerts": alerts,
+    }
+
+
+def _incident(incident: Incident) -> dict[str, Any]:
+    culprit = incident.layer_blocks[0] if incident.layer_blocks else ""
+    where = f" in {culprit}" if culprit else ""
+    return _alert(
+        incident.id,
+        firing=incident.active,
+        labels={
+            "alertname": incident.name,
+            "run": incident.run,
+            "severity": incident.severity,
+            "cause": incident.cause,
+            "block": incident.blocks[0] if incident.blocks else "",
+        },
+        annotations={
+            "summary": f"{incident.run}: {incident.name}{where} since step {incident.onset}, cause {incident.cause}",
+            "description": "; ".join(incident.evidence) + (f". Closed: {incident.closed}" if incident.closed else ""),
+            "command": f"sharpwatch incidents {incident.run}",
+        },
+    )
+
+
+def _decision(made: Decision) -> dict[str, Any]:
+    waits = made.outcome == "proposed"
+    return _alert(
+        made.id,
+        firing=made.outcome not in FINAL,
+        labels={
+            "alertname": "SharpwatchProposal" if waits else "SharpwatchDecision",
+            "run": made.run,
+            "severity": "critical" if made.outcome in {"worse", "inconclusive", "failed"} else "warning",
+            "policy": made.policy,
+            "action": made.action,
+            "outcome": made.outcome,
+        },
+        annotations={
+            "summary": f"{made.run}: {made.action} by policy {made.policy} is {made.outcome}",
+            "description": made.detail,
+            "command": f"sharpwatch approve {made.id}" if waits else f"sharpwatch decisions {made.run} --audit",
+        },
+        since=made.made_at,
+    )
+
+
+def _alert(
+    fingerprint: str, *, firing: bool, labels: dict[str, str], annotations: dict[str, str], since: float | None = None
+) -> dict[str, Any]:
+    now = datetime.now(UTC)
+    began = now if since is None else datetime.fromtimestamp(since, UTC)
+    return {
+        "status": "firing" if firing else "resolved",
+        "labels": labels,
+        "annotations": annotations,
+        "startsAt": began.isoformat(),
+        "endsAt": _NEVER if firing else now.isoformat(),
+        "generatorURL": "",
+        "fingerprint": fingerprint,
+    }
+
+
+def _headers(config: NotificationsConfig) -> dict[str, str]:
+    headers = {"Content-Type": "application/json"}
+    if config.token_file:
+        try:
+            token = Path(config.token_file).read_text(encoding="utf-8").strip()
+        except OSError as error:
+            raise SharpwatchError(f"notifications.token_file {config.token_file}: {error.strerror}") from error
+        headers["Authorization"] = f"Bearer {token}"
+    return headers

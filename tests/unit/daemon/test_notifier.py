@@ -1,0 +1,145 @@
+"""What a webhook is told, and what is done where it does not answer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from dataclasses import replace
+
+import pytest
+from aiohttp import web
+from observations import incident
+from prometheus_client import CollectorRegistry
+
+from sharpwatch.daemon import notifier
+from sharpwatch.daemon.config.settings import NotificationsConfig
+from sharpwatch.daemon.exporter.own_metrics import OwnMetrics
+from sharpwatch.daemon.notifier import Notifier
+from sharpwatch.daemon.records import Decision
+from sharpwatch.errors import SharpwatchError
+
+PAGE = replace(incident(first_step=5, last_step=9, active=True), id="i1", severity="critical")
+PROPOSAL = Decision("d1", "run", 1e9, 9, "scale_lr", "advise", "proposed", policy="hold", detail="ffn 1 to 0.1")
+
+
+class Webhook:
+    """A receiver that keeps what it is sent, and answers as it is told."""
+
+    def __init__(self) -> None:
+        self.got: asyncio.Queue[tuple[dict, dict]] = asyncio.Queue()
+        self.answers: list[int] = []  # then 200
+
+    async def take(self, request: web.Request) -> web.Response:
+        await self.got.put((dict(request.headers), await request.json()))
+        return web.Response(status=self.answers.pop(0) if self.answers else 200)
+
+    async def alerts(self) -> list[dict]:
+        return (await asyncio.wait_for(self.got.get(), 30))[1]["alerts"]
+
+
+@contextlib.asynccontextmanager
+async def notifying(**options):
+    webhook = Webhook()
+    app = web.Application()
+    app.router.add_post("/hook", webhook.take)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    port = runner.addresses[0][1]
+    registry = CollectorRegistry()
+    metrics = OwnMetrics(registry, queue_depth=lambda: 0, queue_capacity=1)
+    config = NotificationsConfig(webhook=f"http://127.0.0.1:{port}/hook", **options)
+    made = Notifier(config, metrics)
+    task = asyncio.create_task(made.run())
+    try:
+        yield (
+            webhook,
+            made,
+            lambda result: registry.get_sample_value("sharpwatch_notifications_total", {"result": result}),
+        )
+    finally:
+        task.cancel()
+        await runner.cleanup()
+
+
+async def test_an_incident_is_told_when_it_opens_and_when_it_closes():
+    async with notifying() as (webhook, made, _):
+        made.tell([PAGE, replace(PAGE, id="i2", severity="warning")], [])
+        (opened,) = await webhook.alerts()
+        made.tell([replace(PAGE, active=False, closed="no finding")], [])
+        (closed,) = await webhook.alerts()
+    assert (opened["status"], closed["status"]) == ("firing", "resolved")
+    assert opened["fingerprint"] == closed["fingerprint"] == "i1"
+    assert opened["startsAt"] == closed["startsAt"]
+    assert opened["labels"] | {"alertname": PAGE.name, "run": PAGE.run, "severity": "critical"} == opened["labels"]
+    assert closed["annotations"]["description"].endswith("Closed: no finding")
+
+
+async def test_a_message_is_as_alertmanager_sends_it():
+    """Version 4: https://prometheus.io/docs/alerting/latest/configuration/#webhook_config."""
+    async with notifying() as (webhook, made, _):
+        made.tell([PAGE], [])
+        _, sent = await webhook.got.get()
+    assert sent["version"] == "4"
+    assert sent.keys() >= {"groupKey", "truncatedAlerts", "status", "receiver", "groupLabels", "commonLabels"}
+    assert sent["alerts"][0].keys() >= {"status", "labels", "annotations", "startsAt", "endsAt", "fingerprint"}
+
+
+async def test_a_proposal_comes_with_the_command_that_approves_it_and_then_with_its_outcome():
+    async with notifying() as (webhook, made, _):
+        made.tell([], [PROPOSAL, replace(PROPOSAL, id="d2", outcome="observed"), replace(PROPOSAL, id="d3", policy="")])
+        (asked,) = await webhook.alerts()
+        made.tell([], [replace(PROPOSAL, outcome="worse")])
+        (ended,) = await webhook.alerts()
+    assert asked["annotations"]["command"] == "sharpwatch approve d1"
+    assert asked["annotations"]["description"] == "ffn 1 to 0.1"
+    assert (ended["status"], ended["labels"]["outcome"], ended["labels"]["severity"]) == (
+        "resolved",
+        "worse",
+        "critical",
+    )
+
+
+async def test_a_message_that_fails_is_sent_again_with_what_is_newest(monkeypatch):
+    monkeypatch.setattr(notifier, "_FIRST_RETRY", 0.01)
+    async with notifying() as (webhook, made, count):
+        webhook.answers = [503, 500]
+        made.tell([PAGE], [])
+        assert (await webhook.alerts())[0]["status"] == "firing"
+        made.tell([replace(PAGE, active=False)], [])
+        while (await webhook.alerts())[0]["status"] == "firing":
+            pass
+        assert count("failed") == 2
+
+
+async def test_what_the_webhook_refuses_is_not_sent_again():
+    async with notifying() as (webhook, made, count):
+        webhook.answers = [400]
+        made.tell([PAGE], [])
+        await webhook.alerts()
+        made.tell([], [PROPOSAL])
+        assert [each["fingerprint"] for each in await webhook.alerts()] == ["d1"]
+        assert count("refused") == 1
+
+
+async def test_what_waits_is_bounded_and_the_loss_is_counted():
+    async with notifying() as (_, made, count):
+        made.tell([replace(PAGE, id=f"i{i}") for i in range(1_200)], [])
+        assert count("dropped") == 200
+
+
+async def test_a_token_is_shown_and_a_missing_one_said_at_once(tmp_path):
+    (tmp_path / "token").write_text("secret\n")
+    async with notifying(token_file=str(tmp_path / "token")) as (webhook, made, _):
+        made.tell([PAGE], [])
+        headers, _ = await webhook.got.get()
+    assert headers["Authorization"] == "Bearer secret"
+    with pytest.raises(SharpwatchError, match=r"notifications\.token_file .*none: No such file"):
+        async with notifying(token_file=str(tmp_path / "none")):
+            pass
+
+
+async def test_without_a_webhook_nothing_waits():
+    made = Notifier(NotificationsConfig(), OwnMetrics(CollectorRegistry(), queue_depth=lambda: 0, queue_capacity=1))
+    made.tell([PAGE], [PROPOSAL])
+    assert made._waiting == {}
