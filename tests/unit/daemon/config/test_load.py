@@ -13,11 +13,9 @@ from sharpwatch.daemon.config.settings import (
     ActionConfig,
     Config,
     DaemonConfig,
-    DetectionConfig,
     EscalateConfig,
     GuardConfig,
     MatchConfig,
-    NotificationsConfig,
 )
 from sharpwatch.errors import ConfigError
 
@@ -48,13 +46,8 @@ def load(tmp_path):
 
 
 def test_no_file_and_an_empty_one_watch_and_do_nothing(load):
-    assert (
-        load_config()
-        == load("")
-        == load("# nothing\n")
-        == Config()
+    assert load_config() == load("") == load("# nothing\n") == Config()
     assert (Config().notifications.webhook, Config().policies) == ("", ())
-    )
 
 
 def test_design_example(load):
