@@ -79,7 +79,10 @@ def describe_config(file: Path, config: Config) -> list[Grid]:
     """The addresses and the policies of a configuration."""
     daemon = config.daemon
     facts = (("config", f"{file} is valid"), ("grpc", daemon.grpc), ("http", daemon.http), ("store", daemon.store))
-    policies = tuple((policy.name, policy.match.alert, policy.mode, policy.action.kind) for policy in config.policies)
+    policies = tuple(
+        (each.name, each.match.alert, "observe (dry run)" if each.dry_run else each.mode, each.action.kind)
+        for each in config.policies
+    )
     return [Grid("ll", facts), Grid("llll", policies, ("policy", "alert", "mode", "action"), empty="no policy")]
 
 

@@ -295,7 +295,11 @@ class EscalateConfig:
 
 @dataclass(frozen=True, slots=True)
 class PolicyConfig:
-    """A policy: the alert that it answers, its action, and the limits on that."""
+    """A policy: the alert that it answers, its action, and the limits on that.
+
+    Attributes:
+        dry_run: It only records what it would do, also where the run's own mode goes further.
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = _FORBID
 
@@ -306,6 +310,7 @@ class PolicyConfig:
     action: ActionConfig = field(default_factory=ActionConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     escalate: EscalateConfig | None = None
+    dry_run: Flag = False
 
 
 @dataclass(frozen=True, slots=True)

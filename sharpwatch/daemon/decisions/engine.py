@@ -46,7 +46,7 @@ class _StepContext:
     checkpoints: Sequence[Checkpoint]
 
     def mode_of(self, policy: PolicyConfig) -> Mode:
-        return self.mode or policy.mode
+        return "observe" if policy.dry_run else self.mode or policy.mode
 
 
 class PolicyEngine:

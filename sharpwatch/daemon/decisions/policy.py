@@ -80,7 +80,7 @@ def bursts(incident: Incident, incidents: Iterable[Incident], quiet: int) -> set
 
 def strongest(policies: Iterable[PolicyConfig]) -> Mode:
     """The mode that reaches furthest among the policies' own."""
-    return max((policy.mode for policy in policies), key=MODES.index, default="observe")
+    return max((policy.mode for policy in policies if not policy.dry_run), key=MODES.index, default="observe")
 
 
 def affected(policy: PolicyConfig, incident: Incident, blocks: Sequence[str]) -> tuple[str, ...]:

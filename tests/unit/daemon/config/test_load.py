@@ -62,6 +62,11 @@ def test_design_example(load):
     assert (rollback.mode, rollback.match.alert, rollback.action.kind) == ("observe", "", "rollback")
 
 
+def test_a_policy_runs_dry_only_where_it_says_so(load):
+    dry, other = load(f"policies:\n  - {CUT}, dry_run: true}}\n  - {CUT.replace('name: a', 'name: b')}}}\n").policies
+    assert (dry.dry_run, other.dry_run) == (True, False)
+
+
 def test_shipped_example_is_taken_and_enforces_nothing():
     policies = load_config(ROOT / "examples/sharpwatch.yaml").policies
     assert {"hold-the-rate", "rollback-before-onset"} <= {policy.name for policy in policies}
@@ -103,6 +108,7 @@ def test_addresses(load, address):
         ("policies:\n  - {name: a}\n", 2, "policies[0]", "action is missing"),
         ("policies:\n  - {name: a, action: {kind: scale_lr, factor: 0.5}}\n", 2, "policies[0]", "can never run"),
         (f"policies:\n  - {CUT.replace('LossSpike', 'LossSpikes')}}}\n", 2, "policies[0].match.alert", "'LossSpike'"),
+        (f"policies:\n  - {CUT}, dry_run: 1}}\n", 2, "policies[0].dry_run", "true or false"),
         (f"policies:\n  - {CUT}, mode: enforced}}\n", 2, "policies[0].mode", "observe, advise, enforce"),
         (f"policies:\n  - {CUT.replace('0.5', '0')}}}\n", 2, "policies[0].action.factor", "above 0"),
         (f"policies:\n  - {CUT.replace('0.5', '-2')}}}\n", 2, "policies[0].action.factor", "above 0"),

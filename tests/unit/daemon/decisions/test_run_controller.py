@@ -113,6 +113,27 @@ def test_observe_says_once_what_it_would_do_and_does_nothing():
     assert trainer.controller.revisions == ()
 
 
+@pytest.mark.parametrize("mode", [None, "advise", "enforce"])
+def test_a_policy_that_runs_dry_records_once_what_it_would_do_whatever_the_mode_of_the_run(mode):
+    dry = replace(CUT, name="dry", dry_run=True)
+    trainer = trained((dry,), mode=mode)
+    assert trainer.controller.mode == (mode or "observe")
+    trainer.heat["ffn"] = 1000.0
+    trainer.run(50)
+    (made,) = trainer.controller.decisions
+    assert (made.policy, made.outcome, made.mode, made.multipliers["ffn"]) == ("dry", "observed", "observe", 0.5)
+    assert trainer.controller.revisions == ()
+
+
+def test_beside_a_policy_that_runs_dry_the_others_act():
+    trainer = trained((replace(CUT, name="dry", dry_run=True), CUT))
+    trainer.heat["ffn"] = 20.0
+    trainer.run(1)
+    made = trainer.controller.decisions
+    assert [(one.policy, one.outcome) for one in made] == [("dry", "observed"), ("cut", "sent")]
+    assert trainer.controller.mode == "enforce"
+
+
 def test_actions_per_hour():
     trainer = trained((replace(CUT, guard=replace(GUARD, max_actions_per_hour=2)),))
     trainer.heat["ffn"] = 1000.0
