@@ -240,7 +240,9 @@ class PolicyEngine:
     def _muted(self, made: Decision, at: _StepContext) -> Decision:
         """Have a decision on an incident refused where its policy is muted, whatever the guards say."""
         incident = self._incidents.get(made.alert_id)
-        verdict = OK if incident is None else muted(made.policy, incident, self._silences(at.now))
+        if incident is None:
+            return made
+        verdict = muted(made.policy, incident, self._silences(at.now), self._incidents.open)
         return made if verdict == OK else replace(made, guard=verdict)
 
     def _decided_before(

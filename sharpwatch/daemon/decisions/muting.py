@@ -1,4 +1,4 @@
-"""What keeps policies from acting on an incident, whatever their guards say: the silences of operators."""
+"""What keeps policies from acting on an incident, whatever their guards say: silences and inhibition."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from sharpwatch.daemon.decisions.guards import OK, guard_name
 from sharpwatch.daemon.records import Decision, Incident, Silence
 from sharpwatch.errors import OperatorError
 
-_SILENCE = "silence"  # the guard's name
+_SILENCE, _INHIBITED = "silence", "inhibited"  # the guards' names
+_SAME_TROUBLE = 20  # steps between the onsets of wrong data and of the instability that they bring
 ActiveSilences = Callable[[float], Iterable[Silence]]  # those at a time in unix seconds
 
 
@@ -71,25 +72,35 @@ def no_silences(now: float) -> tuple[Silence, ...]:
     return ()
 
 
-def muted(policy: str, incident: Incident, silences: Iterable[Silence]) -> str:
+def muted(policy: str, incident: Incident, silences: Iterable[Silence], incidents: Iterable[Incident]) -> str:
     """The verdict on any action of a policy on an incident: "ok", or what keeps it from acting.
 
     Args:
         policy: The policy's name.
         incident: The incident.
         silences: Those that hold now.
+        incidents: The open ones of the run.
     """
     found = max(
         (each for each in silences if each.matches(incident, policy)), key=lambda each: each.ends_at, default=None
     )
     if found is not None:
         return f"{_SILENCE}: {found.id} by {found.author} until {_time(found.ends_at)}: {found.comment}"
-    return OK
+    return next(
+        (f"{_INHIBITED}: by incident {each.id} ({each.name})" for each in incidents if _inhibits(each, incident)), OK
+    )
+
+
+def _inhibits(other: Incident, incident: Incident) -> bool:
+    """Whether an incident is the consequence of another: what is unstable by wrong data is cured with them."""
+    return (other.cause, other.severity, incident.cause) == ("data", "critical", "instability") and abs(
+        other.onset - incident.onset
+    ) <= _SAME_TROUBLE
 
 
 def was_muted(made: Decision) -> bool:
     """Whether a decision was kept from being carried out, so that its policy has not acted yet."""
-    return guard_name(made.guard) == _SILENCE
+    return guard_name(made.guard) in {_SILENCE, _INHIBITED}
 
 
 def _time(seconds: float) -> str:

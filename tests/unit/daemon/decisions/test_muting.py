@@ -1,4 +1,4 @@
-"""Silences: which incidents they match and how long, and that a policy acts once nothing mutes it any more."""
+"""Silences and inhibition: what they match and how long, and that a policy acts once nothing mutes it any more."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from controlled_run import CHAIN, CUT, GUARD, restored, saved, trained
 
 from sharpwatch.daemon.config.settings import ActionConfig, MatchConfig, PolicyConfig
 from sharpwatch.daemon.decisions.muting import Silences, muted
+from sharpwatch.daemon.detection import run_detection
 from sharpwatch.daemon.detection.history import Losses
-from sharpwatch.daemon.records import Incident, Silence
+from sharpwatch.daemon.records import Finding, Incident, Silence
 from sharpwatch.errors import OperatorError
 
 START = 1e9  # the trainer's clock; a step takes 0.1 s
@@ -62,15 +63,15 @@ def guards(trainer) -> list[tuple[str, str, str, str]]:
 )
 def test_a_silence_matches_what_fits_all_that_it_names(given, matches):
     silence = replace(SILENCE, **{"cause": ""} | given)
-    assert (muted("cut", INCIDENT, [silence]) != "ok") is matches
+    assert (muted("cut", INCIDENT, [silence], []) != "ok") is matches
 
 
 def test_of_several_the_one_that_lasts_longest_is_named():
     later = replace(SILENCE, id="s2", ends_at=START + 2000.0, comment="")
-    assert muted("cut", INCIDENT, [SILENCE, later, replace(SILENCE, id="s3")]) == (
+    assert muted("cut", INCIDENT, [SILENCE, later, replace(SILENCE, id="s3")], []) == (
         "silence: s2 by ann until 2001-09-09T02:20:00Z: "
     )
-    assert muted("cut", INCIDENT, []) == "ok"
+    assert muted("cut", INCIDENT, [], [INCIDENT]) == "ok"
 
 
 def test_a_silence_is_active_until_its_time_or_until_it_is_expired():
@@ -174,3 +175,47 @@ def test_a_silent_failure_is_answered_once_its_silence_has_ended():
     held.expire("s1", "ann", "", trainer.now)
     trainer.run(20)
     assert guards(trainer)[1:] == [("cut", "scale_lr", "no-effect", "ok")]
+
+
+DATA = replace(INCIDENT, id="i2", name="LossSpike", names=("LossSpike",), cause="data", onset=29)
+UNSTABLE = replace(INCIDENT, cause="instability", severity="warning")
+
+
+@pytest.mark.parametrize(
+    ("data", "incident", "inhibits"),
+    [
+        (DATA, UNSTABLE, True),
+        (replace(DATA, onset=30), UNSTABLE, False),
+        (DATA, replace(UNSTABLE, onset=49, severity="critical"), True),
+        (DATA, replace(UNSTABLE, onset=50), False),
+        (replace(DATA, severity="warning"), UNSTABLE, False),
+        (replace(DATA, cause="non-finite"), UNSTABLE, False),
+        (DATA, replace(UNSTABLE, cause="learning-rate"), False),
+        (DATA, DATA, False),
+    ],
+)
+def test_wrong_data_inhibit_the_instability_that_begins_with_them(data, incident, inhibits):
+    verdict = "inhibited: by incident i2 (LossSpike)" if inhibits else "ok"
+    assert muted("cut", incident, [], [incident, data]) == verdict
+
+
+def test_nothing_is_done_about_an_instability_while_wrong_data_explain_it(monkeypatch):
+    found = []
+    monkeypatch.setattr(run_detection, "findings", lambda _: found)
+    trainer = trained((replace(CUT, match=MatchConfig(cause="instability", severity="critical")),))
+    swell = Finding("UpdateRmsSpike", "warning", "z 4", step=143, onset=121, layer_blocks=("layers.0.ffn",))
+    spike = Finding("LossSpike", "critical", "loss 9", step=143, onset=142)  # too late to be of one incident with it
+    rank = replace(spike, name="RankDiffers", onset=130, rank=3)  # which shows that wrong data came before
+    for more in (swell, spike, rank):
+        found.append(more)
+        trainer.run(1)
+    found[0] = swell = replace(swell, severity="critical")
+    trainer.run(5)
+    unstable, data = trainer.controller.incidents
+    assert (unstable.cause, unstable.onset, data.cause, data.onset) == ("instability", 121, "data", 130)
+    assert guards(trainer) == [("cut", "scale_lr", "refused", "inhibited")]
+    assert trainer.controller.decisions[0].guard == f"inhibited: by incident {data.id} (RankDiffers)"
+    found[:] = [swell]
+    trainer.run(30)  # the data are good again
+    assert guards(trainer)[1][:2] == ("cut", "scale_lr")
+    assert trainer.multipliers["ffn"] < 1.0
