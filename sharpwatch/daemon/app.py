@@ -212,6 +212,7 @@ def _controller(config: Config, silences: Silences, hello: RunHello, earlier: Ru
         lr_bounds=hello.lr_bounds,
         can_roll_back=hello.can_roll_back,
         silences=silences.active,
+        maintenance=config.maintenance,
     )
     if earlier is not None:
         controller.take_over(earlier)

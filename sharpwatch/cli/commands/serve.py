@@ -71,7 +71,11 @@ def check_config(options: DaemonOptions, file: Path) -> None:
     with needs_extra("check-config", "daemon"):
         from sharpwatch.daemon.config.load import load_config  # noqa: PLC0415 - loads pydantic
     config = load_config(file)
-    payload = {"file": str(file), "valid": True, **dataclasses.asdict(config)}
+    # `from_` is `from` in the file.
+    fields = dataclasses.asdict(
+        config, dict_factory=lambda items: {name.removesuffix("_"): each for name, each in items}
+    )
+    payload = {"file": str(file), "valid": True, **fields}
     print_answer(payload, describe_config(file, config), as_json=options.json)
 
 

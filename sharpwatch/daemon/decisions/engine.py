@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from sharpwatch.daemon.config.settings import PolicyConfig
+from sharpwatch.daemon.config.settings import MaintenanceConfig, PolicyConfig
 from sharpwatch.daemon.decisions.decision_log import DecisionLog
 from sharpwatch.daemon.decisions.effect import NEWEST, OUT_OF_BAND, LossBand, mean_of
 from sharpwatch.daemon.decisions.guards import (
@@ -44,9 +44,11 @@ class _StepContext:
     now: float
     mode: Mode | None  # the run's own
     checkpoints: Sequence[Checkpoint]
+    in_maintenance: bool
 
     def mode_of(self, policy: PolicyConfig) -> Mode:
-        return "observe" if policy.dry_run else self.mode or policy.mode
+        mode = "observe" if policy.dry_run else self.mode or policy.mode
+        return "advise" if mode == "enforce" and self.in_maintenance else mode
 
 
 class PolicyEngine:
@@ -60,6 +62,7 @@ class PolicyEngine:
         permissions: Permissions,
         new_id: Callable[[], str],
         silences: ActiveSilences,
+        maintenance: Sequence[MaintenanceConfig],
     ) -> None:
         self._log = log
         self._detection = detection
@@ -68,6 +71,7 @@ class PolicyEngine:
         self._permissions = permissions
         self._new_id = new_id
         self._silences = silences
+        self._maintenance = maintenance
 
     def act(
         self, findings: Sequence[Finding], checkpoints: Sequence[Checkpoint], mode: Mode | None, step: int, now: float
@@ -77,7 +81,7 @@ class PolicyEngine:
         A silent failure is about another run, and may last: policies answer it, and it is no trouble that a ramp-back
         has to wait for.
         """
-        at = _StepContext(step, now, mode, checkpoints)
+        at = _StepContext(step, now, mode, checkpoints, any(window.contains(now) for window in self._maintenance))
         own = [finding for finding in findings if finding.name != "SilentFailure"]
         to_answer = findings if len(own) == len(findings) or self._is_unanswered("SilentFailure") else own
         if to_answer:

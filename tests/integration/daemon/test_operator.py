@@ -319,6 +319,13 @@ async def test_a_silence_holds_for_runs_that_begin_later_and_over_a_restart_unti
         assert (await not_finite(daemon, build, "four")).outcome == "proposed"
 
 
+@pytest.mark.parametrize(("window", "outcome"), [("", "sent"), ("{from: 00:00, to: 24:00}", "proposed")])
+async def test_a_maintenance_window_of_the_configuration_holds_policies_to_proposals(running, build, window, outcome):
+    policies = f"{PROPOSES.replace('advise', 'enforce')}\nmaintenance: [{window}]"
+    async with running(policies=policies) as daemon:
+        assert (await not_finite(daemon, build, "run")).outcome == outcome
+
+
 async def test_a_silence_that_would_match_nothing_or_everything_is_refused(running):
     async with running(policies=PROPOSES) as daemon:
         await daemon.train("prod-2", "a1")
