@@ -244,7 +244,9 @@ class PolicyEngine:
     def _muted(self, made: Decision, at: _StepContext) -> Decision:
         """Have a decision on an incident refused where its policy is muted, whatever the guards say."""
         incident = self._incidents.get(made.alert_id)
-        if incident is None:
+        before = self._log.multipliers
+        gives_back = made.follows_rate and all(value >= before[each] for each, value in made.multipliers.items())
+        if incident is None or gives_back:
             return made
         verdict = muted(made.policy, incident, self._silences(at.now), self._incidents.open)
         return made if verdict == OK else replace(made, guard=verdict)
