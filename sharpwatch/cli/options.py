@@ -91,6 +91,14 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _duration(text: str) -> float:
+    units = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+    value = real(text[:-1]) * units.get(text[-1:], math.nan)
+    if not 1 <= value <= 30 * units["d"]:
+        raise ValueError(f"{text!r} is not a duration; it must be 1s to 30d, such as 90s, 30m, 2h or 1d")
+    return value
+
+
 def _step_range(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d{1,18}):(\d{1,18})", text)
     if not match or int(match[1]) >= int(match[2]):
@@ -108,6 +116,7 @@ def _multiplier(text: str) -> tuple[str, float]:
 
 COUNT = whole_number(0)
 SECONDS = ParsedText("seconds", _seconds)
+DURATION = ParsedText("duration", _duration)
 STEP_RANGE = ParsedText("steps", _step_range)
 MULTIPLIER = ParsedText("multiplier", _multiplier)
 

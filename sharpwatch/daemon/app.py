@@ -29,6 +29,7 @@ from sharpwatch.daemon.api.agent_service import AgentService, Sessions
 from sharpwatch.daemon.api.auth import Authorizer, check_grpc_address, load_token
 from sharpwatch.daemon.api.operator_service import DaemonInfo, OperatorService
 from sharpwatch.daemon.config.settings import Config, DaemonConfig
+from sharpwatch.daemon.decisions.muting import Silences
 from sharpwatch.daemon.decisions.run_controller import RunController
 from sharpwatch.daemon.detection.thresholds import Budget
 from sharpwatch.daemon.estimation.estimator import Estimator
@@ -123,7 +124,8 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:
     authorizer = Authorizer(load_token(settings.token_file))
     started_at = time.monotonic()
     registry = CollectorRegistry()
-    runs = Runs(lambda hello, earlier: _controller(config, hello, earlier))
+    silences = Silences()
+    runs = Runs(lambda hello, earlier: _controller(config, silences, hello, earlier))
     async with AsyncExitStack() as stack:
         store = await Store.open(settings.store, retain_samples=settings.retain_samples)
         stack.push_async_callback(store.close)
@@ -147,13 +149,18 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:
             on_records=notifier.tell,
         )
         # Before HTTP and gRPC are served: an agent that reconnects must find its cursor, and a scrape its runs.
+        silences.restore(await store.silences())
         await _restore(runs, store, pipeline)
         http_server = HttpServer(registry, unready=lambda: pipeline.store_error)
         http = await http_server.start(settings.http)
         stack.push_async_callback(http_server.stop)
         agents = AgentService(runs=runs, queue=queue, pipeline=pipeline, sessions=sessions, metrics=metrics)
-        info = DaemonInfo(started_at, estimator.device, settings.store, http)
-        operators = OperatorService(runs=runs, pipeline=pipeline, store=store, authorizer=authorizer, info=info)
+        info = DaemonInfo(
+            started_at, estimator.device, settings.store, http, tuple(policy.name for policy in config.policies)
+        )
+        operators = OperatorService(
+            runs=runs, silences=silences, pipeline=pipeline, store=store, authorizer=authorizer, info=info
+        )
         server, health, address = await _start_grpc(settings, agents, operators)
         # Only once every address is bound, so that a start which fails has no worker to stop.
         worker = asyncio.create_task(pipeline.run(), name="pipeline")
@@ -197,7 +204,7 @@ async def _restore(runs: Runs, store: Store, pipeline: Pipeline) -> None:
     pipeline.restored_all()
 
 
-def _controller(config: Config, hello: RunHello, earlier: RunController | None) -> RunController:
+def _controller(config: Config, silences: Silences, hello: RunHello, earlier: RunController | None) -> RunController:
     """Makes the controller of a new attempt, which takes over all that the run's `earlier` one knows."""
     controller = RunController(
         hello.run,
@@ -209,6 +216,8 @@ def _controller(config: Config, hello: RunHello, earlier: RunController | None) 
         control=hello.control,
         lr_bounds=hello.lr_bounds,
         can_roll_back=hello.can_roll_back,
+        silences=silences.active,
+        maintenance=config.maintenance,
     )
     if earlier is not None:
         controller.take_over(earlier)

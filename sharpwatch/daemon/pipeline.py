@@ -20,7 +20,7 @@ from sharpwatch.daemon.estimation.windows import EstimateRequest, Estimates
 from sharpwatch.daemon.exporter.own_metrics import OwnMetrics
 from sharpwatch.daemon.ingest.hello import Attempt
 from sharpwatch.daemon.ingest.samples import QueuedSample, Reading, SampleQueue
-from sharpwatch.daemon.records import NO_CHANGES, Changes, Decision, Incident
+from sharpwatch.daemon.records import NO_CHANGES, Changes, Decision, Incident, Silence
 from sharpwatch.daemon.runs.peers import Peers
 from sharpwatch.daemon.runs.run import Run, Runs
 from sharpwatch.daemon.storage.journal import Store
@@ -152,6 +152,30 @@ class Pipeline:
             self._pending.references.append(reference)
         # Published though the write may fail: the controller has changed already, and the change stays pending.
         run.publish(mode=run.controller.mode)
+        await self._write(())
+
+    async def keep_silence(self, silence: Silence) -> None:
+        """Journals a silence that an operator has added or ended.
+
+        Args:
+            silence: The silence as it is now.
+
+        Raises:
+            StoreError: The journal fails. The silence holds, and is written once the journal works again.
+        """
+        log.info(
+            "silence",
+            silence=silence.id,
+            run=silence.run,
+            alert=silence.alert,
+            cause=silence.cause,
+            policy=silence.policy,
+            author=silence.author,
+            comment=silence.comment,
+            ends_at=silence.ends_at,
+            expired_by=silence.expired_by,
+        )
+        self._pending.silences[silence.id] = silence
         await self._write(())
 
     async def restored(self, run: Run, changes: Sequence[Changes]) -> None:

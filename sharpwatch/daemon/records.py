@@ -331,6 +331,52 @@ class Revision:
 
 
 @dataclass(frozen=True, slots=True)
+class Silence:
+    """Keeps policies from acting on the incidents that it matches, for some time. It is kept for ever.
+
+    Attributes:
+        id: Unique in the daemon.
+        author: Who added it.
+        comment: Why.
+        made_at: When, in unix seconds.
+        ends_at: Until when, in unix seconds.
+        run: The run whose incidents it matches; empty for all runs, those that begin later too.
+        alert: An alert that is among the incident's; empty for any.
+        cause: The incident's cause; empty for any.
+        policy: The policy that it keeps from acting; empty for all.
+        expired_at: When an operator ended it before its time, in unix seconds; 0 for never.
+        expired_by: Who did.
+        expired_reason: Why.
+    """
+
+    id: str
+    author: str
+    comment: str
+    made_at: float
+    ends_at: float
+    run: str = ""
+    alert: str = ""
+    cause: str = ""
+    policy: str = ""
+    expired_at: float = 0.0
+    expired_by: str = ""
+    expired_reason: str = ""
+
+    def is_active(self, now: float) -> bool:
+        """Whether it holds at `now`, in unix seconds."""
+        return not self.expired_at and now < self.ends_at
+
+    def matches(self, incident: Incident, policy: str) -> bool:
+        """Whether it keeps a policy from acting on an incident while it is active."""
+        return (
+            self.run in {"", incident.run}
+            and self.alert in {"", *incident.names}
+            and self.cause in {"", incident.cause}
+            and self.policy in {"", policy}
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class ReportedResult:
     """The trainer's answer to a command; `command_id` is the id of the decision."""
 

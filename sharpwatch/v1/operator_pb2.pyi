@@ -694,6 +694,62 @@ class Revision(google.protobuf.message.Message):
 Global___Revision: typing_extensions.TypeAlias = Revision
 
 @typing.final
+class Silence(google.protobuf.message.Message):
+    """Policies do not act on an incident that matches it. An empty run, alert, cause or policy matches all."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ID_FIELD_NUMBER: builtins.int
+    RUN_FIELD_NUMBER: builtins.int
+    ALERT_FIELD_NUMBER: builtins.int
+    CAUSE_FIELD_NUMBER: builtins.int
+    POLICY_FIELD_NUMBER: builtins.int
+    AUTHOR_FIELD_NUMBER: builtins.int
+    COMMENT_FIELD_NUMBER: builtins.int
+    MADE_AT_UNIX_NS_FIELD_NUMBER: builtins.int
+    ENDS_AT_UNIX_NS_FIELD_NUMBER: builtins.int
+    ACTIVE_FIELD_NUMBER: builtins.int
+    EXPIRED_BY_FIELD_NUMBER: builtins.int
+    EXPIRED_REASON_FIELD_NUMBER: builtins.int
+    EXPIRED_AT_UNIX_NS_FIELD_NUMBER: builtins.int
+    id: builtins.str
+    run: builtins.str
+    alert: builtins.str
+    """An alert that is among the incident's."""
+    cause: builtins.str
+    policy: builtins.str
+    author: builtins.str
+    comment: builtins.str
+    made_at_unix_ns: builtins.int
+    ends_at_unix_ns: builtins.int
+    active: builtins.bool
+    expired_by: builtins.str
+    """Who ended it before its time and why; empty for nobody. It ended then, not at ends_at_unix_ns."""
+    expired_reason: builtins.str
+    expired_at_unix_ns: builtins.int
+    def __init__(
+        self,
+        *,
+        id: builtins.str = ...,
+        run: builtins.str = ...,
+        alert: builtins.str = ...,
+        cause: builtins.str = ...,
+        policy: builtins.str = ...,
+        author: builtins.str = ...,
+        comment: builtins.str = ...,
+        made_at_unix_ns: builtins.int = ...,
+        ends_at_unix_ns: builtins.int = ...,
+        active: builtins.bool = ...,
+        expired_by: builtins.str = ...,
+        expired_reason: builtins.str = ...,
+        expired_at_unix_ns: builtins.int = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["active", b"active", "alert", b"alert", "author", b"author", "cause", b"cause", "comment", b"comment", "ends_at_unix_ns", b"ends_at_unix_ns", "expired_at_unix_ns", b"expired_at_unix_ns", "expired_by", b"expired_by", "expired_reason", b"expired_reason", "id", b"id", "made_at_unix_ns", b"made_at_unix_ns", "policy", b"policy", "run", b"run"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___Silence: typing_extensions.TypeAlias = Silence
+
+@typing.final
 class GetDaemonRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -1394,3 +1450,137 @@ class SetReferenceResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___SetReferenceResponse: typing_extensions.TypeAlias = SetReferenceResponse
+
+@typing.final
+class AddSilenceRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: builtins.int
+    ALERT_FIELD_NUMBER: builtins.int
+    CAUSE_FIELD_NUMBER: builtins.int
+    POLICY_FIELD_NUMBER: builtins.int
+    DURATION_SECONDS_FIELD_NUMBER: builtins.int
+    AUTHOR_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    run: builtins.str
+    """One of these four at least; empty matches all."""
+    alert: builtins.str
+    cause: builtins.str
+    policy: builtins.str
+    duration_seconds: builtins.float
+    """From now on, 1 s to 30 days."""
+    author: builtins.str
+    reason: builtins.str
+    """Its comment; required."""
+    def __init__(
+        self,
+        *,
+        run: builtins.str = ...,
+        alert: builtins.str = ...,
+        cause: builtins.str = ...,
+        policy: builtins.str = ...,
+        duration_seconds: builtins.float = ...,
+        author: builtins.str = ...,
+        reason: builtins.str = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["alert", b"alert", "author", b"author", "cause", b"cause", "duration_seconds", b"duration_seconds", "policy", b"policy", "reason", b"reason", "run", b"run"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___AddSilenceRequest: typing_extensions.TypeAlias = AddSilenceRequest
+
+@typing.final
+class AddSilenceResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SILENCE_FIELD_NUMBER: builtins.int
+    @property
+    def silence(self) -> Global___Silence: ...
+    def __init__(
+        self,
+        *,
+        silence: Global___Silence | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["silence", b"silence"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["silence", b"silence"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___AddSilenceResponse: typing_extensions.TypeAlias = AddSilenceResponse
+
+@typing.final
+class ListSilencesRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    INCLUDE_ENDED_FIELD_NUMBER: builtins.int
+    include_ended: builtins.bool
+    """Those that have ended, too."""
+    def __init__(
+        self,
+        *,
+        include_ended: builtins.bool = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["include_ended", b"include_ended"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___ListSilencesRequest: typing_extensions.TypeAlias = ListSilencesRequest
+
+@typing.final
+class ListSilencesResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SILENCES_FIELD_NUMBER: builtins.int
+    @property
+    def silences(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Silence]:
+        """The newest first, at most 10,000."""
+
+    def __init__(
+        self,
+        *,
+        silences: collections.abc.Iterable[Global___Silence] | None = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["silences", b"silences"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___ListSilencesResponse: typing_extensions.TypeAlias = ListSilencesResponse
+
+@typing.final
+class ExpireSilenceRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ID_FIELD_NUMBER: builtins.int
+    AUTHOR_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    id: builtins.str
+    """Its whole id."""
+    author: builtins.str
+    reason: builtins.str
+    def __init__(
+        self,
+        *,
+        id: builtins.str = ...,
+        author: builtins.str = ...,
+        reason: builtins.str = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "id", b"id", "reason", b"reason"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___ExpireSilenceRequest: typing_extensions.TypeAlias = ExpireSilenceRequest
+
+@typing.final
+class ExpireSilenceResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SILENCE_FIELD_NUMBER: builtins.int
+    @property
+    def silence(self) -> Global___Silence: ...
+    def __init__(
+        self,
+        *,
+        silence: Global___Silence | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["silence", b"silence"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["silence", b"silence"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___ExpireSilenceResponse: typing_extensions.TypeAlias = ExpireSilenceResponse

@@ -115,6 +115,21 @@ class OperatorServiceStub(object):
                 request_serializer=sharpwatch_dot_v1_dot_operator__pb2.SetReferenceRequest.SerializeToString,
                 response_deserializer=sharpwatch_dot_v1_dot_operator__pb2.SetReferenceResponse.FromString,
                 _registered_method=True)
+        self.AddSilence = channel.unary_unary(
+                '/sharpwatch.v1.OperatorService/AddSilence',
+                request_serializer=sharpwatch_dot_v1_dot_operator__pb2.AddSilenceRequest.SerializeToString,
+                response_deserializer=sharpwatch_dot_v1_dot_operator__pb2.AddSilenceResponse.FromString,
+                _registered_method=True)
+        self.ListSilences = channel.unary_unary(
+                '/sharpwatch.v1.OperatorService/ListSilences',
+                request_serializer=sharpwatch_dot_v1_dot_operator__pb2.ListSilencesRequest.SerializeToString,
+                response_deserializer=sharpwatch_dot_v1_dot_operator__pb2.ListSilencesResponse.FromString,
+                _registered_method=True)
+        self.ExpireSilence = channel.unary_unary(
+                '/sharpwatch.v1.OperatorService/ExpireSilence',
+                request_serializer=sharpwatch_dot_v1_dot_operator__pb2.ExpireSilenceRequest.SerializeToString,
+                response_deserializer=sharpwatch_dot_v1_dot_operator__pb2.ExpireSilenceResponse.FromString,
+                _registered_method=True)
 
 
 class OperatorServiceServicer(object):
@@ -221,6 +236,26 @@ class OperatorServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AddSilence(self, request, context):
+        """Keeps policies from acting on the incidents that match, for some time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListSilences(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExpireSilence(self, request, context):
+        """Ends a silence before its time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_OperatorServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -303,6 +338,21 @@ def add_OperatorServiceServicer_to_server(servicer, server):
                     servicer.SetReference,
                     request_deserializer=sharpwatch_dot_v1_dot_operator__pb2.SetReferenceRequest.FromString,
                     response_serializer=sharpwatch_dot_v1_dot_operator__pb2.SetReferenceResponse.SerializeToString,
+            ),
+            'AddSilence': grpc.unary_unary_rpc_method_handler(
+                    servicer.AddSilence,
+                    request_deserializer=sharpwatch_dot_v1_dot_operator__pb2.AddSilenceRequest.FromString,
+                    response_serializer=sharpwatch_dot_v1_dot_operator__pb2.AddSilenceResponse.SerializeToString,
+            ),
+            'ListSilences': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListSilences,
+                    request_deserializer=sharpwatch_dot_v1_dot_operator__pb2.ListSilencesRequest.FromString,
+                    response_serializer=sharpwatch_dot_v1_dot_operator__pb2.ListSilencesResponse.SerializeToString,
+            ),
+            'ExpireSilence': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExpireSilence,
+                    request_deserializer=sharpwatch_dot_v1_dot_operator__pb2.ExpireSilenceRequest.FromString,
+                    response_serializer=sharpwatch_dot_v1_dot_operator__pb2.ExpireSilenceResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -738,6 +788,87 @@ class OperatorService(object):
             '/sharpwatch.v1.OperatorService/SetReference',
             sharpwatch_dot_v1_dot_operator__pb2.SetReferenceRequest.SerializeToString,
             sharpwatch_dot_v1_dot_operator__pb2.SetReferenceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AddSilence(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sharpwatch.v1.OperatorService/AddSilence',
+            sharpwatch_dot_v1_dot_operator__pb2.AddSilenceRequest.SerializeToString,
+            sharpwatch_dot_v1_dot_operator__pb2.AddSilenceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListSilences(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sharpwatch.v1.OperatorService/ListSilences',
+            sharpwatch_dot_v1_dot_operator__pb2.ListSilencesRequest.SerializeToString,
+            sharpwatch_dot_v1_dot_operator__pb2.ListSilencesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExpireSilence(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sharpwatch.v1.OperatorService/ExpireSilence',
+            sharpwatch_dot_v1_dot_operator__pb2.ExpireSilenceRequest.SerializeToString,
+            sharpwatch_dot_v1_dot_operator__pb2.ExpireSilenceResponse.FromString,
             options,
             channel_credentials,
             insecure,

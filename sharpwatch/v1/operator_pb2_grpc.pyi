@@ -47,6 +47,11 @@ class OperatorServiceStub:
     AcknowledgeIncident: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.AcknowledgeIncidentRequest, sharpwatch.v1.operator_pb2.AcknowledgeIncidentResponse]
     SetReference: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.SetReferenceRequest, sharpwatch.v1.operator_pb2.SetReferenceResponse]
     """Holds a run against a reference from now on, its earlier steps too."""
+    AddSilence: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.AddSilenceRequest, sharpwatch.v1.operator_pb2.AddSilenceResponse]
+    """Keeps policies from acting on the incidents that match, for some time."""
+    ListSilences: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.ListSilencesRequest, sharpwatch.v1.operator_pb2.ListSilencesResponse]
+    ExpireSilence: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.ExpireSilenceRequest, sharpwatch.v1.operator_pb2.ExpireSilenceResponse]
+    """Ends a silence before its time."""
 
 @typing.type_check_only
 class OperatorServiceAsyncStub(OperatorServiceStub):
@@ -73,6 +78,11 @@ class OperatorServiceAsyncStub(OperatorServiceStub):
     AcknowledgeIncident: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.AcknowledgeIncidentRequest, sharpwatch.v1.operator_pb2.AcknowledgeIncidentResponse]  # type: ignore[assignment]
     SetReference: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.SetReferenceRequest, sharpwatch.v1.operator_pb2.SetReferenceResponse]  # type: ignore[assignment]
     """Holds a run against a reference from now on, its earlier steps too."""
+    AddSilence: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.AddSilenceRequest, sharpwatch.v1.operator_pb2.AddSilenceResponse]  # type: ignore[assignment]
+    """Keeps policies from acting on the incidents that match, for some time."""
+    ListSilences: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.ListSilencesRequest, sharpwatch.v1.operator_pb2.ListSilencesResponse]  # type: ignore[assignment]
+    ExpireSilence: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.ExpireSilenceRequest, sharpwatch.v1.operator_pb2.ExpireSilenceResponse]  # type: ignore[assignment]
+    """Ends a silence before its time."""
 
 class OperatorServiceServicer(metaclass=abc.ABCMeta):
     """The operator's side. Calls that change something name an author and a reason, and are audited."""
@@ -192,5 +202,28 @@ class OperatorServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[sharpwatch.v1.operator_pb2.SetReferenceResponse, collections.abc.Awaitable[sharpwatch.v1.operator_pb2.SetReferenceResponse]]:
         """Holds a run against a reference from now on, its earlier steps too."""
+
+    @abc.abstractmethod
+    def AddSilence(
+        self,
+        request: sharpwatch.v1.operator_pb2.AddSilenceRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[sharpwatch.v1.operator_pb2.AddSilenceResponse, collections.abc.Awaitable[sharpwatch.v1.operator_pb2.AddSilenceResponse]]:
+        """Keeps policies from acting on the incidents that match, for some time."""
+
+    @abc.abstractmethod
+    def ListSilences(
+        self,
+        request: sharpwatch.v1.operator_pb2.ListSilencesRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[sharpwatch.v1.operator_pb2.ListSilencesResponse, collections.abc.Awaitable[sharpwatch.v1.operator_pb2.ListSilencesResponse]]: ...
+
+    @abc.abstractmethod
+    def ExpireSilence(
+        self,
+        request: sharpwatch.v1.operator_pb2.ExpireSilenceRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[sharpwatch.v1.operator_pb2.ExpireSilenceResponse, collections.abc.Awaitable[sharpwatch.v1.operator_pb2.ExpireSilenceResponse]]:
+        """Ends a silence before its time."""
 
 def add_OperatorServiceServicer_to_server(servicer: OperatorServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

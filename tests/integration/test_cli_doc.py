@@ -21,6 +21,7 @@ COMMON = {
     "--dry-run",
     "--version",
 }
+GROUPS = {"lr": ("show", "set", "history", "undo"), "silence": ("add", "list", "expire")}
 COMMANDS = re.findall(r"^\| \[`([^]]+)`\]", DOCUMENT, re.MULTILINE)
 
 
@@ -44,12 +45,12 @@ def test_the_page_lists_every_command():
     "command",
     [
         *("serve", "demo", "measure", "jobs", "show", "lr", "rollback", "mode", "decisions", "check-config", "doctor"),
-        *("replay", "compare", "incidents", "ack", "reference"),
+        *("replay", "compare", "incidents", "ack", "reference", "silence"),
     ],
 )
 def test_a_section_has_the_options_of_its_command(command):
     section = DOCUMENT.partition(f"\n## {command}\n")[2].partition("\n## ")[0]
-    commands = [("lr", sub) for sub in ("show", "set", "history", "undo")] if command == "lr" else [(command,)]
+    commands = [(command, sub) for sub in GROUPS[command]] if command in GROUPS else [(command,)]
     found = {option for each in commands for option in options(help_of(*each))}
     documented = {option for row in re.findall(r"^\| `(.*?)`", section, re.MULTILINE) for option in options(row)}
     assert found - COMMON == documented - COMMON

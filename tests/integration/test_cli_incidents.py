@@ -138,6 +138,33 @@ async def test_no_such_run_and_no_such_incident(trained, cli):
     assert "nothing" in err
 
 
+async def test_a_silence_is_added_listed_and_expired(trained, cli):
+    await trained(1)
+    assert await cli("silence", "list") == (0, "no silence\n", "")
+    status, out, err = await cli(
+        "silence", "add", "gpt2-a1", "--cause", "data", "--for", "2h", "--comment", "moving it"
+    )
+    assert (status, err) == (0, "")
+    _, id_, *matched, until, at = out.split()
+    assert (" ".join(matched), until) == ("(run gpt2-a1, cause data)", "until")
+    status, out, _ = await cli("silence", "list")
+    assert (status, out.splitlines()[1].split()[:5]) == (0, [id_, "run", "gpt2-a1,", "cause", "data"])
+    assert out.splitlines()[1].split()[6:] == [at, "active", "ada@node3", "moving", "it"]
+
+    status, out, err = await cli("silence", "add", "gpt2", "--for", "2h", "--comment", "c")
+    assert (status, out, "must be named in full" in err) == (1, "", True)
+    assert await cli("silence", "expire", id_, "--reason", "moved") == (
+        0,
+        f"silence {id_} (run gpt2-a1, cause data) has ended\n",
+        "",
+    )
+    assert await cli("silence", "list") == (0, "no silence\n", "")
+    status, out, _ = await cli("silence", "list", "--all", "--json")
+    (kept,) = json.loads(out)["silences"]
+    assert (kept["id"], kept["active"], kept["comment"]) == (id_, False, "moving it")
+    assert (kept["expired_by"], kept["expired_reason"]) == ("ada@node3", "moved")
+
+
 async def test_a_reference_is_set_printed_and_cleared(trained, cli, tmp_path):
     await trained(40)
     assert await cli("reference", "gpt2") == (0, "gpt2-a1: no reference\n", "")

@@ -18,6 +18,7 @@ UNKNOWN = {
     "## policies": "policies: [{name: a, match: {alert: LossSpike}, action: {kind: notify}, nope: 1}]",
     "### action": "policies: [{name: a, match: {alert: LossSpike}, action: {kind: notify, nope: 1}}]",
     "### guard": "policies: [{name: a, match: {alert: LossSpike}, action: {kind: notify}, guard: {nope: 1}}]",
+    "## maintenance": "maintenance: [{from: '22:00', to: '06:00', nope: 1}]",
 }
 
 

@@ -26,6 +26,7 @@ _COMMANDS = {
     "decisions": LazyCommand(_LOOK, "List decisions and their outcomes.", f"{_HERE}.decisions:decisions"),
     "lr": LazyCommand(_ACT, "Show, set and undo learning-rate multipliers.", f"{_HERE}.lr:lr"),
     "mode": LazyCommand(_ACT, "Print or set the mode of a run, or of all.", f"{_HERE}.mode:mode"),
+    "silence": LazyCommand(_ACT, "Keep policies from acting for some time.", f"{_HERE}.silence:silence"),
     "reference": LazyCommand(_ACT, "Print or set what a run is held against.", f"{_HERE}.reference:reference"),
     "rollback": LazyCommand(_ACT, "Ask a trainer to go back to a checkpoint.", f"{_HERE}.decisions:rollback"),
     "ack": LazyCommand(_ACT, "Note that you have seen an incident.", f"{_HERE}.incidents:ack"),

@@ -71,7 +71,11 @@ def check_config(options: DaemonOptions, file: Path) -> None:
     with needs_extra("check-config", "daemon"):
         from sharpwatch.daemon.config.load import load_config  # noqa: PLC0415 - loads pydantic
     config = load_config(file)
-    payload = {"file": str(file), "valid": True, **dataclasses.asdict(config)}
+    # `from_` is `from` in the file.
+    fields = dataclasses.asdict(
+        config, dict_factory=lambda items: {name.removesuffix("_"): each for name, each in items}
+    )
+    payload = {"file": str(file), "valid": True, **fields}
     print_answer(payload, describe_config(file, config), as_json=options.json)
 
 
@@ -79,7 +83,10 @@ def describe_config(file: Path, config: Config) -> list[Grid]:
     """The addresses and the policies of a configuration."""
     daemon = config.daemon
     facts = (("config", f"{file} is valid"), ("grpc", daemon.grpc), ("http", daemon.http), ("store", daemon.store))
-    policies = tuple((policy.name, policy.match.alert, policy.mode, policy.action.kind) for policy in config.policies)
+    policies = tuple(
+        (each.name, each.match.alert, "observe (dry run)" if each.dry_run else each.mode, each.action.kind)
+        for each in config.policies
+    )
     return [Grid("ll", facts), Grid("llll", policies, ("policy", "alert", "mode", "action"), empty="no policy")]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from sharpwatch.curvature.statistics.estimate import Estimate
 from sharpwatch.daemon.detection.reference import ReferenceTest
-from sharpwatch.daemon.records import Checkpoint, Decision, Incident, PairOrder, Revision, RollbackPlan
+from sharpwatch.daemon.records import Checkpoint, Decision, Incident, PairOrder, Revision, RollbackPlan, Silence
 from sharpwatch.daemon.runs.snapshot import Phase, RunSnapshot
 from sharpwatch.daemon.storage.schema import TransitionRow
 from sharpwatch.v1 import operator_pb2, types_pb2
@@ -115,6 +115,25 @@ def transition_message(row: TransitionRow) -> operator_pb2.Transition:
         detail=row.detail,
         author=row.author,
         reason=row.reason,
+    )
+
+
+def silence_message(silence: Silence, now: float) -> operator_pb2.Silence:
+    """Returns a silence as a message, as it stands at `now`, in unix seconds."""
+    return operator_pb2.Silence(
+        id=silence.id,
+        run=silence.run,
+        alert=silence.alert,
+        cause=silence.cause,
+        policy=silence.policy,
+        author=silence.author,
+        comment=silence.comment,
+        made_at_unix_ns=_nanoseconds(silence.made_at),
+        ends_at_unix_ns=_nanoseconds(silence.ends_at),
+        active=silence.is_active(now),
+        expired_by=silence.expired_by,
+        expired_reason=silence.expired_reason,
+        expired_at_unix_ns=_nanoseconds(silence.expired_at),
     )
 
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
-from typing import Any, NoReturn, Protocol, cast, get_args
+from typing import Any, NoReturn, Protocol, TypeVar, cast, get_args
 
 import grpc
 
@@ -24,13 +24,16 @@ from sharpwatch.daemon.api.conversions import (
     reference_message,
     revision_message,
     run_message,
+    silence_message,
     transition_message,
 )
+from sharpwatch.daemon.api.silences import silence_of, wrong_silence
+from sharpwatch.daemon.decisions.muting import Silences
 from sharpwatch.daemon.decisions.run_controller import RunController
 from sharpwatch.daemon.decisions.transitions import is_settled
 from sharpwatch.daemon.detection.history import MAX_LOSSES, Losses
 from sharpwatch.daemon.pipeline import Pipeline
-from sharpwatch.daemon.records import Changes, Decision, Mode
+from sharpwatch.daemon.records import Changes, Decision, Mode, Silence
 from sharpwatch.daemon.runs.run import Run, Runs
 from sharpwatch.daemon.storage.journal import Store
 from sharpwatch.daemon.storage.schema import ModeRow, ReferenceRow
@@ -40,6 +43,7 @@ from sharpwatch.v1.operator_pb2_grpc import OperatorServiceServicer
 from sharpwatch.wire import MAX_STEP, MAX_TEXT
 
 Context = grpc.aio.ServicerContext[Any, Any]
+Result = TypeVar("Result")
 _DEFAULT_LIMIT, _MOST = 100, 10_000
 _MAX_REASON = 2_000
 _NAMED = 8  # runs or decisions that an error lists
@@ -60,6 +64,7 @@ class DaemonInfo:
     device: str
     store: str
     http_address: str
+    policies: tuple[str, ...] = ()  # their names
 
 
 class OperatorService(OperatorServiceServicer):
@@ -67,16 +72,25 @@ class OperatorService(OperatorServiceServicer):
 
     Args:
         runs: All runs.
+        silences: The silences of all runs.
         pipeline: Journals changes and sends their commands.
         store: The journal, which alone has what became of each decision.
         authorizer: Tells operators from viewers.
         info: Facts about the daemon.
     """
 
-    def __init__(
-        self, *, runs: Runs, pipeline: Pipeline, store: Store, authorizer: Authorizer, info: DaemonInfo
+    def __init__(  # noqa: PLR0913  the parts that it connects
+        self,
+        *,
+        runs: Runs,
+        silences: Silences,
+        pipeline: Pipeline,
+        store: Store,
+        authorizer: Authorizer,
+        info: DaemonInfo,
     ) -> None:
         self._runs = runs
+        self._silences = silences
         self._pipeline = pipeline
         self._store = store
         self._authorizer = authorizer
@@ -269,6 +283,45 @@ class OperatorService(OperatorServiceServicer):
         await self._submit(run, changes, context, reference=row)
         return pb.SetReferenceResponse(reference=reference_message(run.controller.reference))
 
+    async def AddSilence(self, request: pb.AddSilenceRequest, context: Context) -> pb.AddSilenceResponse:
+        """Keeps policies from acting on the incidents that match."""
+        await self._authorize(request, context)
+        if request.run:
+            await self._run_to_change(request.run, context)
+        wrong = wrong_silence(request, self._info.policies)
+        if wrong:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, wrong)
+        silence = await self._change(context, lambda: self._silences.add(silence_of(request, time.time())))
+        return pb.AddSilenceResponse(silence=await self._keep_silence(silence, context))
+
+    async def ListSilences(self, request: pb.ListSilencesRequest, context: Context) -> pb.ListSilencesResponse:
+        """Lists the silences, the newest first."""
+        del context
+        now = time.time()
+        found = tuple(self._silences) if request.include_ended else self._silences.active(now)
+        return pb.ListSilencesResponse(silences=[silence_message(each, now) for each in found[: -_MOST - 1 : -1]])
+
+    async def ExpireSilence(self, request: pb.ExpireSilenceRequest, context: Context) -> pb.ExpireSilenceResponse:
+        """Ends a silence before its time."""
+        await self._authorize(request, context)
+        if request.id not in {silence.id for silence in self._silences}:
+            active = [silence.id for silence in self._silences.active(time.time())]
+            await _refuse_name(context, "silence", request.id, active)
+        silence = await self._change(
+            context, lambda: self._silences.expire(request.id, request.author, request.reason, time.time())
+        )
+        return pb.ExpireSilenceResponse(silence=await self._keep_silence(silence, context))
+
+    async def _keep_silence(self, silence: Silence, context: Context) -> pb.Silence:
+        try:
+            await self._pipeline.keep_silence(silence)
+        except StoreError as error:
+            await context.abort(
+                grpc.StatusCode.UNAVAILABLE,
+                f"the change of silence {silence.id} is in force, and is journalled once that is possible: {error}",
+            )
+        return silence_message(silence, time.time())
+
     async def _reference_losses(self, request: pb.SetReferenceRequest, context: Context) -> bytes:
         """Checks a reference; returns the state of the losses that came with it, if any did."""
         wrong = _wrong_reference(request)
@@ -350,13 +403,16 @@ class OperatorService(OperatorServiceServicer):
     async def _authorized_run(self, name: str, request: Audited, context: Context) -> Run:
         """Finds the run that is to be changed, by its whole name."""
         await self._authorize(request, context)
+        return await self._run_to_change(name, context)
+
+    async def _run_to_change(self, name: str, context: Context) -> Run:
         run = self._runs.get(name)
         if run is None:
             await _refuse_name(context, "run", name, sorted(each.name for each in self._runs))
         return run
 
-    async def _change(self, context: Context, change: Callable[[], Changes]) -> Changes:
-        """Lets the controller make the change, unless the journal fails: no change may go unrecorded."""
+    async def _change(self, context: Context, change: Callable[[], Result]) -> Result:
+        """Makes the change, unless the journal fails: no change may go unrecorded."""
         # Asked before the controller: once it has made a decision, that can't be taken back.
         if self._pipeline.store_error:
             await context.abort(

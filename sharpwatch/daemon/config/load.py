@@ -20,6 +20,7 @@ from sharpwatch.daemon.config.settings import (
     DetectionConfig,
     EscalateConfig,
     GuardConfig,
+    MaintenanceConfig,
     MatchConfig,
     NotificationsConfig,
     PolicyConfig,
@@ -35,6 +36,7 @@ _SECTIONS = {
     "action": ActionConfig,
     "guard": GuardConfig,
     "escalate": EscalateConfig,
+    "maintenance": MaintenanceConfig,
 }
 _ACTION_KEYS: dict[str, tuple[str, ...]] = {
     "notify": (),
@@ -65,6 +67,11 @@ def load_config(path: str | Path | None = None) -> Config:
         _check_guard(document, ("policies", index), policy.guard)
         _check_effect(document, ("policies", index, "action"), policy)
     _check_escalation(document, config.policies)
+    for index, window in enumerate(config.maintenance):
+        if window.from_ == window.to:
+            raise document.error(
+                ("maintenance", index), f"begins and ends at {window.to}; a whole day is from 00:00 to 24:00"
+            )
     return config
 
 
@@ -113,7 +120,7 @@ def _keys(location: Location) -> list[str]:
     """Returns the keys that are valid in the mapping at `location`."""
     section = next((step for step in reversed(location) if isinstance(step, str)), "")
     kind = PolicyConfig if section == "policies" else _SECTIONS.get(section, Config)
-    return [field.name for field in dataclasses.fields(kind)]
+    return [field.name.removesuffix("_") for field in dataclasses.fields(kind)]
 
 
 def _check_action(document: YamlDocument, policy_at: Location, policy: PolicyConfig) -> None:

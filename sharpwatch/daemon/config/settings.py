@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from annotated_types import GroupedMetadata
@@ -29,6 +30,8 @@ from sharpwatch.daemon.records import AlertName, Cause, Incident, Mode, Severity
 ALERT_NAMES: tuple[AlertName, ...] = get_args(AlertName)
 CAUSES: tuple[Cause, ...] = get_args(Cause)
 ActionKind = Literal["notify", "scale_lr", "rollback"]
+Day = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
+DAYS: tuple[Day, ...] = get_args(Day)
 _MANY = 10**9
 _DAY = 86_400.0
 # A mistyped key must be an error: pydantic would ignore it, and a guard would silently keep its default.
@@ -121,6 +124,11 @@ Alert = Annotated[AlertName, _one_of(ALERT_NAMES)]
 CauseName = Annotated[Cause, _one_of(CAUSES)]
 SeverityName = Annotated[Severity, _one_of(get_args(Severity))]
 PolicyMode = Annotated[Mode, _one_of(get_args(Mode))]
+_CLOCK = "a time of day in UTC from 00:00 to 23:59"
+Time = Annotated[str, Field(strict=True, pattern=r"^([01][0-9]|2[0-3]):[0-5][0-9]$"), _expecting(_CLOCK)]
+EndTime = Annotated[
+    str, Field(strict=True, pattern=r"^(([01][0-9]|2[0-3]):[0-5][0-9]|24:00)$"), _expecting(f"{_CLOCK}, or 24:00")
+]
 Kind = Annotated[ActionKind, _one_of(get_args(ActionKind))]
 
 
@@ -135,6 +143,12 @@ def _check_different(blocks: tuple[str, ...]) -> tuple[str, ...]:
     if not blocks or len(set(blocks)) < len(blocks):
         raise ValueError(f"expected alert, all, or a list of different blocks out of {', '.join(BLOCKS)}")
     return blocks
+
+
+def _check_days(days: tuple[Day, ...]) -> tuple[Day, ...]:
+    if not days or len(set(days)) < len(days):
+        raise ValueError(f"expected a list of different days out of {', '.join(DAYS)}")
+    return days
 
 
 def _check_factor(factor: float) -> float:
@@ -298,7 +312,11 @@ class EscalateConfig:
 
 @dataclass(frozen=True, slots=True)
 class PolicyConfig:
-    """A policy: the alert that it answers, its action, and the limits on that."""
+    """A policy: the alert that it answers, its action, and the limits on that.
+
+    Attributes:
+        dry_run: It only records what it would do, also where the run's own mode goes further.
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = _FORBID
 
@@ -309,6 +327,32 @@ class PolicyConfig:
     action: ActionConfig = field(default_factory=ActionConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     escalate: EscalateConfig | None = None
+    dry_run: Flag = False
+
+
+@dataclass(frozen=True, slots=True)
+class MaintenanceConfig:
+    """A window of the week, in UTC, in which policies propose what they would otherwise enforce.
+
+    Attributes:
+        from_: When it begins. The key is `from`, which Python has for itself.
+        to: When it ends; a time before that is one of the next day.
+        days: The days on which it begins.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID
+
+    from_: Annotated[Time, Field(alias="from")]
+    to: EndTime
+    days: Annotated[tuple[Annotated[Day, _one_of(DAYS)], ...], AfterValidator(_check_days)] = DAYS
+
+    def contains(self, now: float) -> bool:
+        """Whether it holds at `now`, in unix seconds."""
+        at = datetime.fromtimestamp(now, UTC)
+        clock, today, yesterday = f"{at:%H:%M}", DAYS[at.weekday()], DAYS[at.weekday() - 1]
+        if self.from_ < self.to:  # as texts, which have two digits each
+            return today in self.days and self.from_ <= clock < self.to
+        return (today in self.days and clock >= self.from_) or (yesterday in self.days and clock < self.to)
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,3 +382,4 @@ class Config:
     detection: DetectionConfig = field(default_factory=DetectionConfig)
     notifications: NotificationsConfig = field(default_factory=NotificationsConfig)
     policies: tuple[PolicyConfig, ...] = ()
+    maintenance: tuple[MaintenanceConfig, ...] = ()

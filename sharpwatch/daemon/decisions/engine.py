@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from sharpwatch.daemon.config.settings import PolicyConfig
+from sharpwatch.daemon.config.settings import MaintenanceConfig, PolicyConfig
 from sharpwatch.daemon.decisions.decision_log import DecisionLog
 from sharpwatch.daemon.decisions.effect import NEWEST, OUT_OF_BAND, LossBand, mean_of
 from sharpwatch.daemon.decisions.guards import (
@@ -19,6 +19,7 @@ from sharpwatch.daemon.decisions.guards import (
     judge_scale,
     repeated,
 )
+from sharpwatch.daemon.decisions.muting import ActiveSilences, muted, was_muted
 from sharpwatch.daemon.decisions.operator_requests import issue, time_out_kept
 from sharpwatch.daemon.decisions.policy import ANNOUNCED, EscalationChain, affected, bursts, rollback_plan, scaled
 from sharpwatch.daemon.decisions.ramp_back import ActiveScaling, failed_ramp_back, ramp_back_due, scaling_state
@@ -43,21 +44,25 @@ class _StepContext:
     now: float
     mode: Mode | None  # the run's own
     checkpoints: Sequence[Checkpoint]
+    in_maintenance: bool
 
     def mode_of(self, policy: PolicyConfig) -> Mode:
-        return self.mode or policy.mode
+        mode = "observe" if policy.dry_run else self.mode or policy.mode
+        return "advise" if mode == "enforce" and self.in_maintenance else mode
 
 
 class PolicyEngine:
     """Makes the decisions of one run's policies."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, PLR0917  what a run's policies know, and what limits them
         self,
         log: DecisionLog,
         detection: RunDetection,
         chain: EscalationChain,
         permissions: Permissions,
         new_id: Callable[[], str],
+        silences: ActiveSilences,
+        maintenance: Sequence[MaintenanceConfig],
     ) -> None:
         self._log = log
         self._detection = detection
@@ -65,6 +70,8 @@ class PolicyEngine:
         self._chain = chain
         self._permissions = permissions
         self._new_id = new_id
+        self._silences = silences
+        self._maintenance = maintenance
 
     def act(
         self, findings: Sequence[Finding], checkpoints: Sequence[Checkpoint], mode: Mode | None, step: int, now: float
@@ -74,7 +81,7 @@ class PolicyEngine:
         A silent failure is about another run, and may last: policies answer it, and it is no trouble that a ramp-back
         has to wait for.
         """
-        at = _StepContext(step, now, mode, checkpoints)
+        at = _StepContext(step, now, mode, checkpoints, any(window.contains(now) for window in self._maintenance))
         own = [finding for finding in findings if finding.name != "SilentFailure"]
         to_answer = findings if len(own) == len(findings) or self._is_unanswered("SilentFailure") else own
         if to_answer:
@@ -93,7 +100,8 @@ class PolicyEngine:
         incident = self._incidents.active(name)
         if incident is None:
             return False
-        answered = {made.policy for made in self._log.decisions if made.alert_id == incident.id}
+        decided = (made for made in self._log.decisions if made.alert_id == incident.id)
+        answered = {made.policy for made in decided if not was_muted(made)}
         return any(policy.match.answers(incident) and policy.name not in answered for policy in self._chain.policies)
 
     def _answer(self, findings: Iterable[Finding], at: _StepContext) -> None:
@@ -214,6 +222,7 @@ class PolicyEngine:
 
     def _record(self, made: Decision, policy: PolicyConfig, at: _StepContext, undoes: int = 0) -> str:
         """Record `made` as its mode and guard have it; returns the outcome, empty where there is nothing new."""
+        made = self._muted(made, at)
         if made.action != "rollback" and not made.ttl_steps:
             made = replace(made, ttl_steps=time_out_kept(self._log, made.multipliers))
         if made.mode == "observe":
@@ -231,6 +240,16 @@ class PolicyEngine:
         else:
             made = issue(self._log, made, author=f"policy {policy.name}", now=at.now, undoes=undoes)
         return made.outcome
+
+    def _muted(self, made: Decision, at: _StepContext) -> Decision:
+        """Have a decision on an incident refused where its policy is muted, whatever the guards say."""
+        incident = self._incidents.get(made.alert_id)
+        before = self._log.multipliers
+        gives_back = made.follows_rate and all(value >= before[each] for each, value in made.multipliers.items())
+        if incident is None or gives_back:
+            return made
+        verdict = muted(made.policy, incident, self._silences(at.now), self._incidents.open)
+        return made if verdict == OK else replace(made, guard=verdict)
 
     def _decided_before(
         self, policy: PolicyConfig, incident: Incident, outcomes: tuple[str, ...], action: str = ""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from sharpwatch.daemon.config.settings import PolicyConfig
 from sharpwatch.daemon.decisions.guards import NO_REMEDY, guard_name
+from sharpwatch.daemon.decisions.muting import was_muted
 from sharpwatch.daemon.decisions.transitions import JUDGED
 from sharpwatch.daemon.records import Checkpoint, Decision, Incident, Mode, RollbackPlan
 
@@ -41,7 +42,9 @@ class EscalationChain:
             if policy.match.answers(incident):
                 # What never escalates need not know what led up to it: this runs at each step of an open incident.
                 ids = set() if policy.escalate is None else bursts(incident, every, policy.guard.hold_steps)
-                found.append(self._escalate(policy, [each for each in made if each.alert_id in ids], step))
+                # A policy that was kept from acting has not been given its time to help yet.
+                answered = [each for each in made if each.alert_id in ids and not was_muted(each)]
+                found.append(self._escalate(policy, answered, step))
         return tuple(dict.fromkeys(found))
 
     def _escalate(self, policy: PolicyConfig, answered: Sequence[Decision], step: int) -> PolicyConfig:
@@ -77,7 +80,7 @@ def bursts(incident: Incident, incidents: Iterable[Incident], quiet: int) -> set
 
 def strongest(policies: Iterable[PolicyConfig]) -> Mode:
     """The mode that reaches furthest among the policies' own."""
-    return max((policy.mode for policy in policies), key=MODES.index, default="observe")
+    return max((policy.mode for policy in policies if not policy.dry_run), key=MODES.index, default="observe")
 
 
 def affected(policy: PolicyConfig, incident: Incident, blocks: Sequence[str]) -> tuple[str, ...]:

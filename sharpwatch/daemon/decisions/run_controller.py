@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from uuid import uuid4
 
-from sharpwatch.daemon.config.settings import PolicyConfig
+from sharpwatch.daemon.config.settings import MaintenanceConfig, PolicyConfig
 from sharpwatch.daemon.decisions.decision_log import DecisionLog
 from sharpwatch.daemon.decisions.engine import PolicyEngine
 from sharpwatch.daemon.decisions.guards import Control, Permissions
 from sharpwatch.daemon.decisions.lifecycle import DecisionLifecycle
+from sharpwatch.daemon.decisions.muting import ActiveSilences, no_silences
 from sharpwatch.daemon.decisions.operator_requests import OperatorContext, OperatorRequests
 from sharpwatch.daemon.decisions.policy import MODES, EscalationChain, strongest
 from sharpwatch.daemon.decisions.transitions import UNDER_WAY
@@ -45,7 +46,9 @@ class RunController:
     """Runs detectors and policies for one run. Deterministic except for the ids it generates.
 
     `mode` is the run's own and overrides every policy's mode; None leaves each policy its own. `control`, `lr_bounds`
-    and `can_roll_back` are what the trainer was attached with. `detection` has what is known of the run.
+    and `can_roll_back` are what the trainer was attached with. `silences` gives those of all runs that are active; in a
+    window of `maintenance` policies propose what they would otherwise enforce. `detection` has what is known of the
+    run.
     """
 
     def __init__(  # noqa: PLR0913  what a run and its trainer are
@@ -61,6 +64,8 @@ class RunController:
         control: Control = "none",
         lr_bounds: tuple[float, float] = (0.01, 10.0),
         can_roll_back: bool = False,
+        silences: ActiveSilences = no_silences,
+        maintenance: Sequence[MaintenanceConfig] = (),
         new_id: Callable[[], str] = _random_id,
     ) -> None:
         permissions = Permissions(control, lr_bounds, can_roll_back)
@@ -70,7 +75,7 @@ class RunController:
         self._incidents = self.detection.incidents
         self._requests = OperatorRequests(self._log, permissions, new_id)
         self._lifecycle = DecisionLifecycle(self._log, self.detection, self._chain)
-        self._engine = PolicyEngine(self._log, self.detection, self._chain, permissions, new_id)
+        self._engine = PolicyEngine(self._log, self.detection, self._chain, permissions, new_id, silences, maintenance)
         self._checkpoints: dict[str, Checkpoint] = {}  # by URI, in the order they were saved
         self._mode = mode
         self._strongest = strongest(self._chain.policies)

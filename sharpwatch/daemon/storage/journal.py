@@ -22,7 +22,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sharpwatch.daemon.records import CAUSES, Checkpoint, Decision, Incident, Revision, RollbackPlan
+from sharpwatch.daemon.records import CAUSES, Checkpoint, Decision, Incident, Revision, RollbackPlan, Silence
 from sharpwatch.daemon.storage.schema import (
     FIRST_TABLES,
     SCHEMA_VERSION,
@@ -58,7 +58,7 @@ def database_path(url: str) -> Path:
         raise StoreError(f"store {url}: this user has no home directory; set $HOME, or name another path") from None
 
 
-def _record(value: Incident | Decision | Revision) -> str:
+def _record(value: Incident | Decision | Revision | Silence) -> str:
     return json.dumps(asdict(value))
 
 
@@ -145,6 +145,12 @@ class Journal:
             # By the order in which they were written, since the clock may go back.
             found = sorted(chain.from_iterable(self._connection.execute(query, [each]) for each in decisions))
         return tuple(TransitionRow(*values) for _, *values in found)
+
+    def silences(self) -> tuple[Silence, ...]:
+        """Returns all silences, oldest first."""
+        with self._store_errors():
+            rows = self._connection.execute("SELECT record FROM silences ORDER BY rowid")
+            return tuple(Silence(**json.loads(record)) for (record,) in rows)
 
     @contextmanager
     def _store_errors(self) -> Iterator[None]:
@@ -264,6 +270,11 @@ class Journal:
             "INSERT OR REPLACE INTO baselines VALUES (?, ?, ?, ?)",
             [(row.run, row.attempt, row.sequence, row.state) for row in records.baselines.values()],
         )
+        connection.executemany(
+            # As decisions, in the order in which they were made.
+            "INSERT INTO silences VALUES (?, ?, ?) ON CONFLICT (id) DO UPDATE SET record = excluded.record",
+            [(silence.id, silence.made_at, _record(silence)) for silence in records.silences.values()],
+        )
 
     def _trim(self, connection: sqlite3.Connection, records: PendingWrites, samples: Sequence[SampleRow]) -> None:
         self._untrimmed.update(("samples", row.run) for row in samples)
@@ -375,6 +386,10 @@ class Store:
     async def transitions(self, decisions: Sequence[str]) -> tuple[TransitionRow, ...]:
         """Returns all transitions of the decisions of these ids, oldest first."""
         return await self._call(partial(self._journal.transitions, decisions))
+
+    async def silences(self) -> tuple[Silence, ...]:
+        """Returns all silences, oldest first."""
+        return await self._call(self._journal.silences)
 
     async def close(self) -> None:
         """Closes the journal after the writes in progress."""

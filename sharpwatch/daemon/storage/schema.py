@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from sharpwatch.curvature.statistics.estimate import Estimate
-from sharpwatch.daemon.records import Changes, Checkpoint, Decision, Incident, Mode, Revision
+from sharpwatch.daemon.records import Changes, Checkpoint, Decision, Incident, Mode, Revision, Silence
 
 _TABLES = """
 CREATE TABLE attempts (
@@ -59,8 +59,11 @@ CREATE TABLE run_references (
     reason TEXT NOT NULL, made_at REAL NOT NULL);
 CREATE INDEX run_references_by_run ON run_references (run, id);
 """
-# Only appended to: an entry that was released is in journals that exist.
-SCHEMAS = (_TABLES, _TRANSITIONS, _RESIDUALS, _BASELINES, _REFERENCES)  # a journal of version n has the first n
+_SILENCES = """
+CREATE TABLE silences (id TEXT PRIMARY KEY, made_at REAL NOT NULL, record TEXT NOT NULL);
+"""
+# Only appended to: an entry that was released is in journals that exist. A journal of version n has the first n.
+SCHEMAS = (_TABLES, _TRANSITIONS, _RESIDUALS, _BASELINES, _REFERENCES, _SILENCES)
 SCHEMA_VERSION = len(SCHEMAS)
 FIRST_TABLES = {"attempts", "samples", "alerts", "decisions", "revisions"}  # in a journal of any version
 
@@ -199,6 +202,7 @@ class PendingWrites:
     commands: dict[str, str] = field(default_factory=dict)  # decision id -> run
     baselines: dict[str, BaselinesRow] = field(default_factory=dict)
     references: list[ReferenceRow] = field(default_factory=list)
+    silences: dict[str, Silence] = field(default_factory=dict)
 
     def add(self, run: str, changes: Changes) -> None:
         """Adds what the controller of `run` changed."""
@@ -228,6 +232,7 @@ class PendingWrites:
         self.commands.update(newer.commands)
         self.baselines.update(newer.baselines)
         self.references.extend(newer.references)
+        self.silences.update(newer.silences)
 
     def _put_checkpoints(self, newer: Mapping[tuple[str, str], int | None]) -> None:
         for key, step in newer.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import sqlite3
 import stat
 from contextlib import closing, suppress
@@ -274,6 +276,80 @@ async def test_an_incident_that_was_acknowledged_is_shown_so_also_after_a_restar
     async with running(policies=PROPOSES) as daemon:
         (kept,) = (await daemon.operator.GetRun(pb.GetRunRequest(run="run"))).detail.alerts
         assert kept == done.incident
+
+
+async def not_finite(daemon, build, run: str) -> pb.Decision:
+    """The newest decision on a new run whose gradients are not finite."""
+    trainer = await daemon.train(run, f"{run}-1")
+    tap = build.tap()
+    tap.non_finite.CopyFrom(wire.encode([1] * 5, "int64"))
+    await trainer.send(build.sample(1, tap=tap))
+    await daemon.shown(run, lambda detail: detail.run.active_alerts)
+    return (await daemon.operator.ListDecisions(pb.ListDecisionsRequest(run=run))).decisions[0]
+
+
+async def test_a_silence_holds_for_runs_that_begin_later_and_over_a_restart_until_it_is_expired(running, build):
+    async with running(policies=PROPOSES) as daemon:
+        request = pb.AddSilenceRequest(
+            cause="non-finite", policy="cut", duration_seconds=600, author="ann", reason="moving data"
+        )
+        added = (await daemon.operator.AddSilence(request, metadata=daemon.credentials)).silence
+        assert (added.active, added.ends_at_unix_ns - added.made_at_unix_ns) == (True, 600 * 10**9)
+        made = await not_finite(daemon, build, "one")
+        assert made.outcome == "refused"
+        assert re.fullmatch(rf"silence: {added.id} by ann until 20[0-9T:-]+Z: moving data", made.guard)
+    async with running(policies=PROPOSES) as daemon:
+        assert list((await daemon.operator.ListSilences(pb.ListSilencesRequest())).silences) == [added]
+        assert (await not_finite(daemon, build, "two")).outcome == "refused"
+        expire, token = daemon.operator.ExpireSilence, daemon.credentials
+        for given, expected in ((added.id[:-1], f"say which one is meant: {added.id}"), ("zz", "no silence 'zz'")):
+            _, details = await refused(expire(pb.ExpireSilenceRequest(id=given, author="bob"), metadata=token))
+            assert details.endswith(expected)
+        request = pb.ExpireSilenceRequest(id=added.id, author="bob", reason="moved")
+        expired = (await expire(request, metadata=token)).silence
+        assert (expired.active, expired.expired_by, expired.expired_reason) == (False, "bob", "moved")
+        assert added.made_at_unix_ns < expired.expired_at_unix_ns < expired.ends_at_unix_ns
+        code, details = await refused(expire(request, metadata=token))
+        assert (code, "has ended already" in details) == (grpc.StatusCode.FAILED_PRECONDITION, True)
+        assert (await not_finite(daemon, build, "three")).outcome == "proposed"
+    async with running(policies=PROPOSES) as daemon:
+        assert not (await daemon.operator.ListSilences(pb.ListSilencesRequest())).silences
+        ended = (await daemon.operator.ListSilences(pb.ListSilencesRequest(include_ended=True))).silences
+        assert list(ended) == [expired]
+        assert (await not_finite(daemon, build, "four")).outcome == "proposed"
+
+
+@pytest.mark.parametrize(("window", "outcome"), [("", "sent"), ("{from: 00:00, to: 24:00}", "proposed")])
+async def test_a_maintenance_window_of_the_configuration_holds_policies_to_proposals(running, build, window, outcome):
+    policies = f"{PROPOSES.replace('advise', 'enforce')}\nmaintenance: [{window}]"
+    async with running(policies=policies) as daemon:
+        assert (await not_finite(daemon, build, "run")).outcome == outcome
+
+
+async def test_a_silence_that_would_match_nothing_or_everything_is_refused(running):
+    async with running(policies=PROPOSES) as daemon:
+        await daemon.train("prod-2", "a1")
+        good = {"cause": "data", "duration_seconds": 60, "author": "ann", "reason": "why"}
+        for wrong, expected in (
+            ({"cause": ""}, "must name a run, an alert, a cause or a policy"),
+            ({"cause": "dta"}, "no cause 'dta'; allowed: data, learning-rate, "),
+            ({"alert": "LosSpike"}, "did you mean 'LossSpike'?"),
+            ({"policy": "cutt"}, "no policy 'cutt'; allowed: cut; did you mean 'cut'?"),
+            ({"run": "prod"}, "say which one is meant: prod-2"),
+            ({"run": "llama"}, "no run 'llama'"),
+            ({"reason": " "}, "must have a comment"),
+            ({"author": " "}, "author must name who asks for the change"),
+            ({"duration_seconds": 0.5}, "must last 1 s to 30 days, got 0.5 s"),
+            ({"duration_seconds": math.nan}, "must last 1 s to 30 days, got nan s"),
+            ({"duration_seconds": 31 * 86400}, "must last 1 s to 30 days, got"),
+        ):
+            request = pb.AddSilenceRequest(**good | wrong)
+            _, details = await refused(daemon.operator.AddSilence(request, metadata=daemon.credentials))
+            assert expected in details
+        request = pb.AddSilenceRequest(**good)
+        code, _ = await refused(daemon.operator.AddSilence(request))
+        assert code is grpc.StatusCode.UNAUTHENTICATED
+        assert not (await daemon.operator.ListSilences(pb.ListSilencesRequest(include_ended=True))).silences
 
 
 async def test_a_change_of_a_run_takes_its_whole_name(daemon):

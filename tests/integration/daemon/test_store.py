@@ -9,14 +9,14 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import closing
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import pytest
 from observations import incident
 
 from sharpwatch.curvature.statistics.estimate import Estimate
-from sharpwatch.daemon.records import Checkpoint, Decision, Revision, RollbackPlan
+from sharpwatch.daemon.records import Checkpoint, Decision, Revision, RollbackPlan, Silence
 from sharpwatch.daemon.storage.journal import Journal
 from sharpwatch.daemon.storage.schema import (
     SCHEMA_VERSION,
@@ -41,6 +41,7 @@ def write(journal: Journal, samples=(), **rows) -> None:
         "incidents": lambda row: row.id,
         "decisions": lambda row: row.id,
         "revisions": lambda row: (row.run, row.revision),
+        "silences": lambda row: row.id,
     }
     records = {kind: {key(row): row for row in rows.pop(kind, ())} for kind, key in by_id.items()}
     records["checkpoints"] = {(run, uri): step for run, step, uri in rows.pop("checkpoints", ())}
@@ -95,6 +96,16 @@ def test_the_newest_reference_counts_and_who_set_the_others_is_kept(journal, url
             "SELECT name, author, losses FROM run_references WHERE run = 'run' ORDER BY id"
         ).fetchall()
     assert kept == [("old.csv", "ann", None), ("good", "bob", None), ("", "ann", b"")]
+
+
+def test_silences_come_back_in_the_order_they_were_added_as_they_are_now(journal):
+    assert journal.silences() == ()
+    second = Silence("s2", "bob", "a bad shard", 3.0, 90.0, cause="data")
+    first = Silence("s1", "ann", "night", 4.0, 80.0, run="run", alert="LossSpike", policy="cut")  # the clock went back
+    write(journal, silences=(first, second))
+    expired = replace(first, expired_at=50.0, expired_by="bob", expired_reason="day")
+    write(journal, silences=(expired,))
+    assert journal.silences() == (expired, second)
 
 
 def test_every_record_comes_back_as_it_went(journal):

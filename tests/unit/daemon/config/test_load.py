@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,39 @@ def test_design_example(load):
     assert (rollback.mode, rollback.match.alert, rollback.action.kind) == ("observe", "", "rollback")
 
 
+def test_a_policy_runs_dry_only_where_it_says_so(load):
+    dry, other = load(f"policies:\n  - {CUT}, dry_run: true}}\n  - {CUT.replace('name: a', 'name: b')}}}\n").policies
+    assert (dry.dry_run, other.dry_run) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("window", "times"),
+    [
+        # The 30th of November 2025 is a Sunday.
+        ("{from: 09:00, to: 17:00}", {"30 08:59": False, "30 09:00": True, "30 16:59": True, "30 17:00": False}),
+        ("{from: 09:00, to: 17:00, days: [sun]}", {"29 12:00": False, "30 12:00": True}),
+        (
+            "{from: 22:00, to: 06:00, days: [sat]}",
+            {
+                "29 21:59": False,
+                "29 22:00": True,
+                "30 05:59": True,
+                "30 06:00": False,
+                "30 22:00": False,
+                "29 05:00": False,
+            },
+        ),
+        ("{from: 22:00, to: 06:00, days: [sun]}", {"24 05:59": True, "24 22:00": False, "30 05:59": False}),
+        ("{from: 00:00, to: 24:00, days: [sun]}", {"29 23:59": False, "30 00:00": True, "30 23:59": True}),
+        ("{from: 22:00, to: 00:00, days: [sun]}", {"30 23:59": True, "24 00:00": False}),
+    ],
+)
+def test_a_maintenance_window_holds_on_its_days_and_over_midnight(load, window, times):
+    (found,) = load(f"maintenance: [{window}]").maintenance
+    seconds = {time: datetime.strptime(f"2025-11-{time}", "%Y-%m-%d %H:%M").replace(tzinfo=UTC) for time in times}
+    assert {time: found.contains(at.timestamp()) for time, at in seconds.items()} == times
+
+
 def test_shipped_example_is_taken_and_enforces_nothing():
     policies = load_config(ROOT / "examples/sharpwatch.yaml").policies
     assert {"hold-the-rate", "rollback-before-onset"} <= {policy.name for policy in policies}
@@ -100,9 +134,23 @@ def test_addresses(load, address):
         ("daemon:\n  device: cpu\n  device: auto\n", 3, "daemon.device", "given twice"),
         ("daemon: [1]\n", 1, "daemon", "expected a mapping"),
         ("policies: {}\n", 1, "policies", "expected a list"),
+        ('maintenance:\n  - {from: "09:00"}\n', 2, "maintenance[0]", "to is missing; allowed: from, to, days"),
+        (
+            "maintenance:\n  - {from: 9:00, to: 17:00}\n",
+            2,
+            "maintenance[0].from",
+            "9:00: expected a time of day in UTC",
+        ),
+        ("maintenance:\n  - {from: 24:00, to: 17:00}\n", 2, "maintenance[0].from", "from 00:00 to 23:59"),
+        ("maintenance:\n  - {from: 09:00, to: 24:01}\n", 2, "maintenance[0].to", "to 23:59, or 24:00"),
+        ("maintenance:\n  - {from: 09:00, to: 09:00}\n", 2, "maintenance[0]", "a whole day is from 00:00 to 24:00"),
+        ("maintenance:\n  - {from: 09:00, to: 10:00,\n     days: [sa]}\n", 3, "maintenance[0].days[0]", "'sat'"),
+        ("maintenance:\n  - {from: 09:00, to: 10:00, days: []}\n", 2, "maintenance[0].days", "different days"),
+        ("maintenance:\n  - {from: 09:00, to: 10:00, days: sat}\n", 2, "maintenance[0].days", "expected a list"),
         ("policies:\n  - {name: a}\n", 2, "policies[0]", "action is missing"),
         ("policies:\n  - {name: a, action: {kind: scale_lr, factor: 0.5}}\n", 2, "policies[0]", "can never run"),
         (f"policies:\n  - {CUT.replace('LossSpike', 'LossSpikes')}}}\n", 2, "policies[0].match.alert", "'LossSpike'"),
+        (f"policies:\n  - {CUT}, dry_run: 1}}\n", 2, "policies[0].dry_run", "true or false"),
         (f"policies:\n  - {CUT}, mode: enforced}}\n", 2, "policies[0].mode", "observe, advise, enforce"),
         (f"policies:\n  - {CUT.replace('0.5', '0')}}}\n", 2, "policies[0].action.factor", "above 0"),
         (f"policies:\n  - {CUT.replace('0.5', '-2')}}}\n", 2, "policies[0].action.factor", "above 0"),

@@ -8,6 +8,8 @@ import pytest
 from controlled_run import BLOCKS, CUT, GUARD, Trainer, restored, saved, trained
 
 from sharpwatch.daemon.config.settings import ActionConfig, EscalateConfig, MatchConfig, PolicyConfig
+from sharpwatch.daemon.decisions.muting import Silences
+from sharpwatch.daemon.records import Silence
 
 STEPS = 30  # until a cut of rates is judged
 RATE = PolicyConfig(
@@ -70,6 +72,24 @@ def test_it_comes_back_with_the_rate():
     assert [each.active for each in run.controller.incidents] == [False]
     run.run(1000)
     assert run.actions() == [("scale_lr", "recovered"), ("set_lr", "recovered")]
+
+
+def test_a_silence_lets_it_come_back_with_the_rate_but_cuts_no_further():
+    silences = Silences()
+    run = trainer(silences=silences.active)
+    run.rate *= 10
+    run.run(100)
+    silences.add(Silence("s1", "ann", "a sweep", run.now, run.now + 1e6, cause="learning-rate"))
+    run.rate *= 2
+    run.run(20)
+    assert run.multipliers["ffn"] == pytest.approx(0.1)
+    assert [(made.action, made.guard.partition(":")[0]) for made in run.controller.decisions] == [
+        ("scale_lr", "ok"),
+        ("set_lr", "silence"),
+    ]
+    run.rate /= 20
+    run.run(3)
+    assert at_rest(run)
 
 
 @pytest.mark.parametrize("growth", [1.01, 1.02])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from controlled_run import BLOCKS, CHAIN, CUT, GUARD, restored, trained
 
-from sharpwatch.daemon.config.settings import ActionConfig, MatchConfig
+from sharpwatch.daemon.config.settings import ActionConfig, MaintenanceConfig, MatchConfig
 from sharpwatch.daemon.decisions.policy import EscalationChain
 from sharpwatch.daemon.decisions.run_controller import RunController
 from sharpwatch.daemon.detection import run_detection
@@ -111,6 +111,60 @@ def test_observe_says_once_what_it_would_do_and_does_nothing():
     (made,) = trainer.controller.decisions
     assert (made.outcome, made.mode, made.multipliers["ffn"]) == ("observed", "observe", 0.5)
     assert trainer.controller.revisions == ()
+
+
+@pytest.mark.parametrize("mode", [None, "advise", "enforce"])
+def test_a_policy_that_runs_dry_records_once_what_it_would_do_whatever_the_mode_of_the_run(mode):
+    dry = replace(CUT, name="dry", dry_run=True)
+    trainer = trained((dry,), mode=mode)
+    assert trainer.controller.mode == (mode or "observe")
+    trainer.heat["ffn"] = 1000.0
+    trainer.run(50)
+    (made,) = trainer.controller.decisions
+    assert (made.policy, made.outcome, made.mode, made.multipliers["ffn"]) == ("dry", "observed", "observe", 0.5)
+    assert trainer.controller.revisions == ()
+
+
+def test_beside_a_policy_that_runs_dry_the_others_act():
+    trainer = trained((replace(CUT, name="dry", dry_run=True), CUT))
+    trainer.heat["ffn"] = 20.0
+    trainer.run(1)
+    made = trainer.controller.decisions
+    assert [(one.policy, one.outcome) for one in made] == [("dry", "observed"), ("cut", "sent")]
+    assert trainer.controller.mode == "enforce"
+
+
+# The trainer's clock is at 01:46:52 UTC of a Sunday when its 121st step comes, and a step takes 0.1 s.
+WINDOW = MaintenanceConfig("01:00", "01:47", ("sun",))
+
+
+def test_in_a_maintenance_window_what_would_be_enforced_is_proposed_and_done_after_it():
+    trainer = trained(maintenance=(WINDOW,))
+    trainer.heat["ffn"] = 1000.0
+    trainer.run(50)
+    (made,) = trainer.controller.decisions
+    assert (made.outcome, made.mode, made.guard) == ("proposed", "advise", "ok")
+    assert trainer.multipliers["ffn"] == 1.0
+    assert trainer.controller.mode == "enforce"
+    trainer.run(50)
+    first, second, *_ = trainer.controller.decisions
+    assert (first.outcome, second.mode, second.outcome) == ("expired", "enforce", "no-effect")
+    assert trainer.multipliers["ffn"] < 1.0
+
+
+@pytest.mark.parametrize(("mode", "outcome"), [("observe", "observed"), ("enforce", "proposed")])
+def test_a_maintenance_window_limits_the_mode_of_the_run_and_raises_none(mode, outcome):
+    trainer = trained((replace(CUT, mode="observe"),), mode=mode, maintenance=(WINDOW,))
+    trainer.heat["ffn"] = 1000.0
+    trainer.run(5)
+    assert trainer.actions() == [("scale_lr", outcome)]
+
+
+def test_another_maintenance_window_changes_nothing():
+    trainer = trained(maintenance=(replace(WINDOW, days=("mon",)),))
+    trainer.heat["ffn"] = 20.0
+    trainer.run(1)
+    assert trainer.actions() == [("scale_lr", "sent")]
 
 
 def test_actions_per_hour():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from sharpwatch.daemon.records import Changes, Decision
+from sharpwatch.daemon.records import Changes, Decision, Silence
 from sharpwatch.daemon.storage.schema import PendingWrites
 
 PROPOSED = Decision("d1", "run", 1.0, 7, "notify", "advise", "proposed")
@@ -28,6 +28,13 @@ def test_a_failing_journal_loses_no_transition():
     ]
     times = [row.at for row in failed.transitions]
     assert times == sorted(times)
+
+
+def test_a_failing_journal_loses_no_silence():
+    silence = Silence("s1", "ann", "night", 1.0, 9.0, run="run")
+    failed = PendingWrites(silences={"s1": silence, "s2": replace(silence, id="s2")})
+    failed.add_newer(PendingWrites(silences={"s1": replace(silence, expired_at=2.0)}))
+    assert [(each.id, each.expired_at) for each in failed.silences.values()] == [("s1", 2.0), ("s2", 0.0)]
 
 
 def test_of_each_checkpoint_the_newest_news_is_written():

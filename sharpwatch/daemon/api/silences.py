@@ -1,0 +1,53 @@
+"""A request for a silence: what is wrong with it, and the silence that it asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from uuid import uuid4
+
+from sharpwatch.common.yaml_schema import nearest
+from sharpwatch.daemon.config.settings import ALERT_NAMES, CAUSES
+from sharpwatch.daemon.records import Silence
+from sharpwatch.v1 import operator_pb2 as pb
+
+_LONGEST = 30 * 86_400.0  # seconds
+
+
+def wrong_silence(request: pb.AddSilenceRequest, policies: Collection[str]) -> str:
+    """What is wrong with a request; empty if nothing is. A mistyped name would silence nothing, and nobody would know.
+
+    Args:
+        request: The request.
+        policies: The names of all policies.
+    """
+    if not request.reason.strip():
+        return "a silence must have a comment"
+    if not (request.run or request.alert or request.cause or request.policy):
+        return (
+            "a silence must name a run, an alert, a cause or a policy; sharpwatch mode --all observe stops everything"
+        )
+    if not 1.0 <= request.duration_seconds <= _LONGEST:
+        return f"a silence must last 1 s to 30 days, got {request.duration_seconds:g} s"
+    for kind, given, known in (
+        ("alert", request.alert, ALERT_NAMES),
+        ("cause", request.cause, CAUSES),
+        ("policy", request.policy, policies),
+    ):
+        if given and given not in known:
+            return f"no {kind} {given!r}; allowed: {', '.join(known) or 'none'}{nearest(given, known)}"
+    return ""
+
+
+def silence_of(request: pb.AddSilenceRequest, now: float) -> Silence:
+    """The silence that a request asks for, from `now` on, in unix seconds."""
+    return Silence(
+        id=uuid4().hex[:12],
+        author=request.author,
+        comment=request.reason,
+        made_at=now,
+        ends_at=now + request.duration_seconds,
+        run=request.run,
+        alert=request.alert,
+        cause=request.cause,
+        policy=request.policy,
+    )
