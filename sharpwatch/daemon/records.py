@@ -311,8 +311,8 @@ class Decision:
     revision: int = 0
     author: str = ""
     reason: str = ""
-    # A cut by as much as the trainer's own rate is too high goes with that rate until it is what it was.
-    follows_rate: bool = False
+    # By block how many times too high the trainer's own rate is; the multipliers make up for it, and go with it.
+    makes_up_for: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ class DecisionLog:
         self.open: dict[str, None] = {}  # ids of decisions whose outcome may still change
         self.newest_revision = 0  # its number
         self.changed = False  # whether `take` has something to return
+        self.version = 0  # goes up with every change
         self._changed_incidents: dict[str, Incident] = {}
         self._changed_decisions: dict[str, None] = {}
         self._changed_revisions: dict[int, None] = {}
@@ -57,6 +58,7 @@ class DecisionLog:
         self._revisions = sorted(revisions, key=lambda revision: revision.revision)
         self.newest_revision = self._revisions[-1].revision if self._revisions else 0
         self.open = {one.id: None for one in self._decisions.values() if not is_settled(one)}
+        self.version += 1
 
     def unsettled(self) -> tuple[Decision, ...]:
         """Returns the decisions whose outcome may still change."""
@@ -141,6 +143,7 @@ class DecisionLog:
         revision = self._revisions[number - 1]
         if revision.applied_step is None:
             self._revisions[number - 1] = replace(revision, applied_step=step)
+            self.version += 1
             self._changed_revisions[number] = None
             self.changed = True
 
@@ -184,6 +187,7 @@ class DecisionLog:
         self._decisions[decision.id] = decision
         self._changed_decisions[decision.id] = None
         self.changed = True
+        self.version += 1
         if is_settled(decision):
             self.open.pop(decision.id, None)
         else:

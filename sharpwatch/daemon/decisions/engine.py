@@ -9,25 +9,27 @@ from sharpwatch.daemon.config.settings import MaintenanceConfig, PolicyConfig
 from sharpwatch.daemon.decisions.decision_log import DecisionLog
 from sharpwatch.daemon.decisions.effect import NEWEST, OUT_OF_BAND, LossBand, mean_of
 from sharpwatch.daemon.decisions.guards import (
+    HOUR,
     NO_REMEDY,
     OK,
     GuardContext,
     Permissions,
     bounds,
     guard_name,
+    judge_rate_cut,
     judge_rollback,
     judge_scale,
-    repeated,
 )
 from sharpwatch.daemon.decisions.muting import ActiveSilences, muted, was_muted
 from sharpwatch.daemon.decisions.operator_requests import issue, time_out_kept
 from sharpwatch.daemon.decisions.policy import ANNOUNCED, EscalationChain, affected, bursts, rollback_plan, scaled
 from sharpwatch.daemon.decisions.ramp_back import ActiveScaling, failed_ramp_back, ramp_back_due, scaling_state
-from sharpwatch.daemon.decisions.remedy import Cut, followed, is_followed, measured_cut
-from sharpwatch.daemon.decisions.transitions import UNDER_WAY
+from sharpwatch.daemon.decisions.remedy import Correction, Cut, correction, measured_cut
+from sharpwatch.daemon.decisions.transitions import UNDER_WAY, came_to_nothing, took_effect
 from sharpwatch.daemon.detection.run_detection import RunDetection
 from sharpwatch.daemon.records import Action, Cause, Checkpoint, Decision, Finding, Incident, Mode
 
+_FOLLOW_EVERY = 10  # steps between two corrections of a cut that goes with a rate, unless that is far too high
 _STAGE_Z = 3.0  # of a stability ratio that speaks against raising rates further
 _WHY_BACK: Mapping[Cause, str] = {
     "damaged-weight": "no learning rate makes weights whole again",
@@ -89,7 +91,12 @@ class PolicyEngine:
         if not self._log.newest_revision:
             return
         self._follow_rates(at)
-        if self._under_way(None) or any(map(_is_trouble, self._incidents.open)):
+        state = scaling_state(self._log)
+        if (
+            not (state.active or state.ramped_back)
+            or self._under_way(None)
+            or any(map(_is_trouble, self._incidents.open))
+        ):
             return
         against = self._against_stage()
         if not (against and self._undo_ramp_back(against, None, at)):
@@ -112,7 +119,9 @@ class PolicyEngine:
         if own is not None and undoes and self._undo_ramp_back(f"{own.name} came back", own, at):
             return
         for incident in incidents:
-            for policy in self._chain.answering(incident, self._incidents.all, self._log.decisions, at.step):
+            for policy in self._chain.answering(
+                incident, self._incidents.all, self._log.decisions, at.step, at.mode_of
+            ):
                 if policy.action.kind == "notify":
                     self._notify(policy, incident, at)
                 elif not self._under_way(at.step):
@@ -141,7 +150,7 @@ class PolicyEngine:
         for scaling in scaling_state(self._log).active if policy.action.cuts else ():
             made = scaling.made
             began = max(incident.onset, made.step if made.applied_step is None else made.applied_step)
-            if made.policy == policy.name and step - began < needed and scaling.before.keys() >= set(blocks):
+            if made.policy == policy.name and step - began < needed and scaling.factors.keys() >= set(blocks):
                 return f"recover_within_steps: {made.id} has cut; once more if {incident.name} lasts {needed} steps"
         return OK
 
@@ -172,53 +181,73 @@ class PolicyEngine:
             after = scaled(before, cut.factors, bounds(policy, self._permissions))
             verdict = self._planned() if cut.factors else f"{NO_REMEDY}: {cut.why}"
             if verdict == OK:
-                verdict = judge_scale(policy, before, after, self._permissions, context)
-            if verdict == OK and not cut.follows_rate:
+                judge = judge_rate_cut if cut.makes_up_for else judge_scale
+                verdict = judge(policy, before, after, self._permissions, context)
+            if verdict == OK and not cut.makes_up_for:
                 verdict = self._in_force(policy, incident, cut.factors, at.step)
             ttl = 0 if policy.action.cuts else policy.action.ttl_steps  # cuts hold
             made = replace(made, multipliers=after, ramp_steps=policy.action.ramp_steps, ttl_steps=ttl, guard=verdict)
-            made = replace(made, follows_rate=cut.follows_rate)
+            made = replace(made, makes_up_for={block: before[block] / after[block] for block in cut.makes_up_for})
             why = cut.why
         made = replace(made, detail=_describe(made, incident, self._log.multipliers, why))
         if self._record(made, policy, at) in UNDER_WAY:
             self._supersede(made)
 
     def _cut(self, policy: PolicyConfig, incident: Incident) -> Cut | None:
-        """How far `policy` changes which blocks; None where a cut of its own goes with the rates already."""
+        """How far `policy` changes which blocks; None where nothing is left for it to do."""
         blocks = affected(policy, incident, self._log.blocks)
         if policy.action.factor != "auto":
             return Cut(dict.fromkeys(blocks, policy.action.factor), "")
-        taken = {block for scaling in self._following() for block in scaling.before}
-        cut = measured_cut(incident, self._detection, [block for block in blocks if block not in taken])
-        return None if taken and not cut.factors else cut
-
-    def _following(self) -> list[ActiveScaling]:
-        return [scaling for scaling in scaling_state(self._log).active if scaling.made.follows_rate]
+        state = scaling_state(self._log)
+        # A cut goes with the rates already, or an operator has chosen since.
+        taken = {block for scaling in state.following for block in scaling.factors}
+        taken |= {block for block, step in state.by_hand.items() if step >= incident.onset}
+        return measured_cut(incident, self._detection, [block for block in blocks if block not in taken])
 
     def _follow_rates(self, at: _StepContext) -> None:
-        """Have cuts of rates that were too high go with them: further as they climb, and back as they come down.
+        """Have cuts that make up for rates go with them: further as they climb, and back as they come down.
 
-        What a rate was is known from what the trainer reports. So this is no raise that might harm.
+        What a rate should be is known from what the trainer reports. So this is no raise that might harm.
         """
-        following = self._following()
+        following = scaling_state(self._log).following
+        for contained in self._incidents.open:
+            if contained.contained_step and all(one.made.alert_id != contained.id for one in following):
+                # Somebody has taken the cut back.
+                self._log.note_incidents([self._incidents.contain(contained.id, 0)])
         excess = self._detection.rate_excess if following else {}
         for scaling in following:
-            policy = self._chain.named(scaling.made.policy)
+            policy = self._chain.owner(scaling.made)
             incident = self._incidents.get(scaling.made.alert_id)
-            if policy is None or incident is None or self._under_way(None):
+            low = bounds(policy, self._permissions)[0]
+            change = correction(scaling, self._log.multipliers, excess, low)
+            # A cut that was approved goes with the rate without being asked for each time.
+            may_act = at.mode_of(policy) != "observe" and not self._under_way(at.step)
+            if change is None or incident is None or not may_act or self._followed_lately(scaling, change, policy, at):
                 continue
-            mode, wanted = at.mode_of(policy), followed(scaling, excess, bounds(policy, self._permissions)[0])
-            context = GuardContext(at.step, at.now, self._log.decisions, incident.id, mode=mode)
-            if is_followed(self._log.multipliers, wanted) or repeated(policy, context) != OK:
-                continue
-            if mode != "enforce" and self._decided_before(policy, incident, ("observed", "proposed"), "set_lr"):
-                continue
-            made = self._draft("set_lr", policy, mode, incident, at)
-            most = max(excess[block] for block in wanted)
-            detail = f"its schedule has ×{most:.3g} of what it had: {_changes(wanted, self._log.multipliers)}"
-            verdict = self._permissions.multipliers()
-            made = replace(made, multipliers={**self._log.multipliers, **wanted}, guard=verdict, detail=detail)
-            self._record(replace(made, follows_rate=True), policy, at)
+            made = self._draft("set_lr", policy, "enforce", incident, at)
+            most = max(excess[block] for block in change.multipliers)
+            now = f"×{most:.3g} of what it would have" if most > 1 else "what it would have again"
+            made = replace(
+                made,
+                multipliers={**self._log.multipliers, **change.multipliers},
+                guard=self._permissions.multipliers(),
+                detail=f"its schedule has {now}: {_changes(change.multipliers, self._log.multipliers)}",
+                makes_up_for=change.makes_up_for,
+            )
+            self._record(made, policy, at)
+
+    def _followed_lately(
+        self, scaling: ActiveScaling, change: Correction, policy: PolicyConfig, at: _StepContext
+    ) -> bool:
+        """Whether a cut waits: it went with its rate lately and that is not far off, or it did in vain too often."""
+        identity = scaling.made.alert_id
+        made = [one for one in self._log.decisions if one.makes_up_for and one.alert_id == identity]
+        in_vain = [one for one in made if came_to_nothing(one) and at.now - one.made_at < HOUR]
+        if len(in_vain) >= policy.guard.max_actions_per_hour:
+            return True
+        newest = made[-1]
+        is_lately = 0 <= at.step - newest.step < _FOLLOW_EVERY
+        return is_lately and not (change.is_urgent and took_effect(newest))
 
     def _record(self, made: Decision, policy: PolicyConfig, at: _StepContext, undoes: int = 0) -> str:
         """Record `made` as its mode and guard have it; returns the outcome, empty where there is nothing new."""
@@ -245,8 +274,8 @@ class PolicyEngine:
         """Have a decision on an incident refused where its policy is muted, whatever the guards say."""
         incident = self._incidents.get(made.alert_id)
         before = self._log.multipliers
-        gives_back = made.follows_rate and all(value >= before[each] for each, value in made.multipliers.items())
-        if incident is None or gives_back:
+        gives_back = bool(made.makes_up_for) and all(value >= before[each] for each, value in made.multipliers.items())
+        if incident is None or gives_back or made.action == "ramp_back":
             return made
         verdict = muted(made.policy, incident, self._silences(at.now), self._incidents.open)
         return made if verdict == OK else replace(made, guard=verdict)
@@ -279,10 +308,10 @@ class PolicyEngine:
                 self._log.advance(other, "supersede", detail=f"{other.detail}; not enough: {made.id} followed")
 
     def _against_stage(self) -> str:
-        """What speaks against the newest stage of a ramp-back, though nothing is found; empty for nothing."""
+        """What speaks against the newest stage of a cut's ramp-back, though nothing is found; empty for nothing."""
         state = scaling_state(self._log)
         applied = None if state.newest is None else state.newest.applied_step
-        if state.ramped_back is None or applied is None:
+        if state.ramped_back is None or applied is None or not self._chain.owner(state.ramped_back.made).action.cuts:
             return ""
         losses, now = self._detection.history.losses, self._detection.recent[-1]
         newest, band = losses.since(applied, NEWEST), LossBand.before(losses, applied)
@@ -297,18 +326,23 @@ class PolicyEngine:
         failed = failed_ramp_back(self._log, self._chain, why, at.step)
         if failed is None:
             return False
-        policy = failed.policy
-        if incident is not None and self._decided_before(
-            policy, incident, (*ANNOUNCED, "refused", "expired"), "set_lr"
-        ):
+        policy, stage = failed.policy, self._log.find(failed.revision.decision_id)
+        tried = (made for made in self._log.decisions if made.action == "set_lr" and made.policy == policy.name)
+        ended = (*ANNOUNCED, "refused", "expired")
+        if any(made.made_at >= stage.made_at and made.outcome in ended and not was_muted(made) for made in tried):
             return False
         made = self._draft("set_lr", policy, at.mode_of(policy), incident, at)
         made = replace(
-            made, multipliers=failed.multipliers, guard=self._permissions.multipliers(), detail=failed.detail
+            made,
+            alert_id=made.alert_id or failed.scaling.made.alert_id,
+            alert_name=made.alert_name or failed.scaling.made.alert_name,
+            multipliers=failed.multipliers,
+            guard=self._permissions.multipliers(),
+            detail=failed.detail,
         )
         done = self._record(made, policy, at, undoes=failed.revision.revision) in UNDER_WAY
         if done:
-            self._log.advance(self._log.find(failed.revision.decision_id), "worsen", detail=why)
+            self._log.advance(stage, "worsen", detail=why)
         return done
 
     def _ramp_back(self, at: _StepContext) -> None:
@@ -319,6 +353,7 @@ class PolicyEngine:
         made = self._draft("ramp_back", due.policy, at.mode_of(due.policy), None, at)
         made = replace(
             made,
+            alert_id=due.scaling.made.alert_id,
             alert_name=due.scaling.made.alert_name,
             multipliers=due.multipliers,
             ramp_steps=due.ramp_steps,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ NO_REMEDY = "factor"  # the guard's name where nothing measured says that a cut 
 Control = Literal["none", "lr", "rollback"]
 _RATES = ("scale_lr", "set_lr", "rollback")  # what a further cut waits after: each may be the cure already
 _COUNTED = ("scale_lr", "rollback")  # a cut put back after a ramp that failed must never find its quota used up
-_HOUR = 3600.0
+HOUR = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,23 @@ def judge_scale(
         _time_out(policy, before),
         _hourly(policy, context),
         _outcomes(policy, context),
-        repeated(policy, context),
+        _repeated(policy, context),
+    )
+
+
+def judge_rate_cut(
+    policy: PolicyConfig,
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    permissions: Permissions,
+    context: GuardContext,
+) -> str:
+    """The verdict on multipliers that only make up for a rate that is too high: nothing is tried by that."""
+    return _first_refusal(
+        permissions.multipliers(),
+        _effect(policy, before, after, permissions),
+        _hourly(policy, context),
+        _repeated(policy, context),
     )
 
 
@@ -96,7 +113,7 @@ def judge_rollback(
         _rollback_window(policy, context),
         _hourly(policy, context),
         _outcomes(policy, context),
-        repeated(policy, context),
+        _repeated(policy, context),
     )
 
 
@@ -112,7 +129,7 @@ def _first_refusal(*verdicts: str) -> str:
 def _effect(
     policy: PolicyConfig, before: Mapping[str, float], after: Mapping[str, float], permissions: Permissions
 ) -> str:
-    if after != before:
+    if any(not math.isclose(after[block], before[block], rel_tol=1e-6) for block in after):
         return OK
     low, high = bounds(policy, permissions)
     if policy.action.cuts:
@@ -155,6 +172,8 @@ def _went_back(made: Decision) -> bool:
 def _cooldown(policy: PolicyConfig, context: GuardContext) -> str:
     """Any policy's action counts: two policies that see the same trouble must not cut twice."""
     for made in reversed(_acted(_this_timeline(context), _RATES)):
+        if made.makes_up_for and made.action == "set_lr":
+            continue  # it has only gone with the trainer's rate
         if context.step - _since(made) < policy.guard.cooldown_steps:
             return f"cooldown_steps: {policy.guard.cooldown_steps} have to pass after {made.id} (step {_since(made)})"
     return OK
@@ -164,7 +183,7 @@ def _hourly(policy: PolicyConfig, context: GuardContext) -> str:
     recent = [
         made
         for made in _acted(context.decisions, _COUNTED)
-        if made.policy == policy.name and context.now - made.made_at < _HOUR
+        if made.policy == policy.name and context.now - made.made_at < HOUR
     ]
     if len(recent) < policy.guard.max_actions_per_hour:
         return OK
@@ -173,7 +192,8 @@ def _hourly(policy: PolicyConfig, context: GuardContext) -> str:
 
 def _outcomes(policy: PolicyConfig, context: GuardContext) -> str:
     """What has not helped is not done again and again: a person has to look."""
-    made = [one for one in context.decisions if one.policy == policy.name and one.alert_id in context.bursts]
+    before = _this_timeline(context)
+    made = [one for one in before if one.policy == policy.name and one.alert_id in context.bursts]
     limits = (
         ("worse", "max_worse", policy.guard.max_worse),
         ("no-effect", "max_no_effect", policy.guard.max_no_effect),
@@ -182,11 +202,11 @@ def _outcomes(policy: PolicyConfig, context: GuardContext) -> str:
     for outcome, name, most in limits:
         ended = [one.id for one in made if one.outcome == outcome]
         if len(ended) >= most:
-            return f"{name}: {', '.join(ended)} ended {outcome}; on once somebody acknowledges the incident"
+            return f"{name}: {', '.join(ended)} ended {outcome}; on once somebody has acknowledged their incidents"
     return OK
 
 
-def repeated(policy: PolicyConfig, context: GuardContext) -> str:
+def _repeated(policy: PolicyConfig, context: GuardContext) -> str:
     """What came to nothing does not count as an action, but to try it again at every step would be a storm.
 
     Proposals that nobody approved hold up proposals alone: they must not keep a run that is set to enforce from acting.
@@ -200,7 +220,7 @@ def repeated(policy: PolicyConfig, context: GuardContext) -> str:
     wait, most = policy.guard.cooldown_steps, policy.guard.max_actions_per_hour
     if any(0 <= context.step - made.step < wait for made in tries):
         return f"cooldown_steps: {wait} have to pass after {tries[-1].id}, which came to nothing"
-    if sum(context.now - made.made_at < _HOUR for made in tries) >= most:
+    if sum(context.now - made.made_at < HOUR for made in tries) >= most:
         return f"max_actions_per_hour: {most} in the last hour came to nothing"
     return OK
 

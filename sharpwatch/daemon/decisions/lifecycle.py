@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from sharpwatch.daemon.config.settings import GuardConfig
 from sharpwatch.daemon.decisions.effect import Effect, effect
 from sharpwatch.daemon.decisions.policy import EscalationChain
-from sharpwatch.daemon.decisions.ramp_back import stage_steps
-from sharpwatch.daemon.decisions.remedy import held_down
+from sharpwatch.daemon.decisions.ramp_back import scaling_state, stage_steps
+from sharpwatch.daemon.decisions.remedy import holds_down
 from sharpwatch.daemon.decisions.transitions import REFUSED_THERE, UNDER_WAY, Event
 from sharpwatch.daemon.detection.run_detection import RunDetection
 from sharpwatch.daemon.records import Checkpoint, Decision, Observation, ReportedResult
@@ -78,9 +78,12 @@ class DecisionLifecycle:
     def expire_proposals(self, now: float) -> None:
         """Expires the proposals that nobody approved in time; also called on approval, as a silent run has no steps."""
         for decision in self._log.unsettled():
-            waited = now - decision.made_at
-            if decision.outcome == "proposed" and waited > self._guard(decision).approve_within:
+            if decision.outcome != "proposed":
+                continue
+            if now - decision.made_at > self._guard(decision).approve_within:
                 self._expire(decision, "nobody approved it in time")
+            elif decision.makes_up_for and all(value == 1.0 for value in self._detection.rate_excess.values()):
+                self._expire(decision, "the rate is what it was again")
 
     def checkpoints_lost(self, lost: Collection[Checkpoint]) -> None:
         """Expires the proposals to go back to one of `lost`: approved, they could only fail."""
@@ -94,6 +97,9 @@ class DecisionLifecycle:
         self._log.advance(decision, "apply", detail=detail, applied_step=result.step)
         if decision.action == "rollback":
             self._log.note_incidents(self._incidents.close_all("the run was rolled back"))
+            for other in self._log.unsettled():
+                if other.outcome == "applied" and other.id != decision.id:
+                    self._log.advance(other, "inconclusive", detail=_joined(other.detail, "the run was rolled back"))
 
     def _settle_unanswered(self, decision: Decision, observation: Observation) -> None:
         if not decision.expires_at_step or observation.step <= decision.expires_at_step + LOST_AFTER:
@@ -116,23 +122,32 @@ class DecisionLifecycle:
             return
         # What came back after a rollback is another incident.
         same = [other for other in self._incidents.open if other.cause == incident.cause]
-        held = bool(same) and held_down(self._detection.rate_excess, decision, self._log)
+        held = bool(same) and self._is_held_down(decision)
+        is_right = bool(decision.makes_up_for) and all(one == 1.0 for one in self._detection.rate_excess.values())
         waited = step - applied >= self._guard(decision).recover_within_steps
         is_quiet = bool(same) and all(other.last_step < step for other in same)  # then it is soon known to be over
         judged = effect(
             self._detection.history.losses,
             incident.onset,
             applied,
-            over=held or not same,
+            over=held or is_right or not same,
             last=waited and not is_quiet,
         )
         if judged is None:
             return
         came_of_it, why = judged
-        if held and came_of_it == "recovered":
+        if held and came_of_it in ("recovered", "inconclusive"):
             why = f"{why}; held down while the rate is too high"
             self._log.note_incidents([self._incidents.contain(incident.id, step)])
+            if came_of_it == "inconclusive":
+                return  # the rate at least is what it would be; more losses come
         self._log.advance(decision, _EFFECT_EVENTS[came_of_it], detail=_joined(decision.detail, why))
+
+    def _is_held_down(self, decision: Decision) -> bool:
+        """Whether the cut of a decision's incident, which goes with the trainer's rate, holds that down."""
+        excess = self._detection.rate_excess if decision.makes_up_for else {}
+        following = scaling_state(self._log).following if decision.makes_up_for else ()
+        return any(one.made.alert_id == decision.alert_id and holds_down(one, excess) for one in following)
 
     def _expire(self, decision: Decision, why: str) -> None:
         self._log.advance(decision, "expire", detail=_joined(decision.detail, why))

@@ -130,8 +130,8 @@ class OperatorRequests:
             raise OperatorError(f"the checkpoint of step {plan.checkpoint.step} lies ahead: the run stands at {step}")
 
     def _undone_ramp_back(self, made: Decision) -> int:
-        """A policy's `set_lr` takes back the ramp back that is the newest revision; others undo nothing."""
-        return self._log.effective()[-1].revision if made.action == "set_lr" else 0
+        """A policy's `set_lr` takes back the ramp back that is the newest revision, or goes with a rate."""
+        return self._log.effective()[-1].revision if made.action == "set_lr" and not made.makes_up_for else 0
 
     def _proposal(self, identity: str, event: Event, participle: str) -> Decision:
         made = self._log.find(identity)

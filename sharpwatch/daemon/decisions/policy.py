@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from sharpwatch.daemon.config.settings import PolicyConfig
+from sharpwatch.daemon.config.settings import ActionConfig, PolicyConfig
 from sharpwatch.daemon.decisions.guards import NO_REMEDY, guard_name
 from sharpwatch.daemon.decisions.muting import was_muted
-from sharpwatch.daemon.decisions.transitions import JUDGED
+from sharpwatch.daemon.decisions.transitions import JUDGED, took_effect
 from sharpwatch.daemon.records import Checkpoint, Decision, Incident, Mode, RollbackPlan
 
 MODES: tuple[Mode, ...] = ("observe", "advise", "enforce")
@@ -25,8 +25,18 @@ class EscalationChain:
         """The policy of that name."""
         return next((policy for policy in self.policies if policy.name == name), None)
 
+    def owner(self, made: Decision) -> PolicyConfig:
+        """The policy that made a decision; one with the usual guards where it is no longer in the configuration."""
+        mode: Mode = "enforce" if made.mode == "operator" else made.mode
+        return self.named(made.policy) or PolicyConfig(made.policy, mode=mode, action=ActionConfig(factor=0.5))
+
     def answering(
-        self, incident: Incident, incidents: Iterable[Incident], decisions: Iterable[Decision], step: int
+        self,
+        incident: Incident,
+        incidents: Iterable[Incident],
+        decisions: Iterable[Decision],
+        step: int,
+        mode_of: Callable[[PolicyConfig], Mode],
     ) -> tuple[PolicyConfig, ...]:
         """The policies that answer `incident` at `step`: of each that matches, the last it has escalated to.
 
@@ -35,20 +45,30 @@ class EscalationChain:
             incidents: All of the run: trouble that comes in bursts is one, though each is an incident of its own.
             decisions: All of the run.
             step: The step.
+            mode_of: How far a policy may go now.
         """
         every, made = tuple(incidents), tuple(decisions)
         found = []
         for policy in self.policies:
             if policy.match.answers(incident):
-                # What never escalates need not know what led up to it: this runs at each step of an open incident.
-                ids = set() if policy.escalate is None else bursts(incident, every, policy.guard.hold_steps)
+                # What does not escalate need not know what led up to it: this runs at each step of an open incident.
+                stays = policy.escalate is None or bool(incident.contained_step)
+                ids = set() if stays else bursts(incident, every, policy.guard.hold_steps)
                 # A policy that was kept from acting has not been given its time to help yet.
                 answered = [each for each in made if each.alert_id in ids and not was_muted(each)]
-                found.append(self._escalate(policy, answered, step))
+                found.append(self._escalate(policy, answered, step, mode_of))
         return tuple(dict.fromkeys(found))
 
-    def _escalate(self, policy: PolicyConfig, answered: Sequence[Decision], step: int) -> PolicyConfig:
-        own = [made for made in answered if made.policy == policy.name]
+    def _escalate(
+        self,
+        policy: PolicyConfig,
+        answered: Sequence[Decision],
+        step: int,
+        mode_of: Callable[[PolicyConfig], Mode],
+    ) -> PolicyConfig:
+        # What was only observed has not been given its time either, once it may be done.
+        mode, by_policy = mode_of(policy), (made for made in answered if made.policy == policy.name)
+        own = [made for made in by_policy if made.mode == mode or took_effect(made)]
         if policy.escalate is None or not own:
             return policy
         # The newest may not be judged yet, as while a cut goes with the rate.
@@ -58,7 +78,7 @@ class EscalationChain:
         if not _is_helpless(policy, newest) and step - own[0].step < policy.escalate.after_steps:
             return policy
         above = self.named(policy.escalate.to)
-        return policy if above is None else self._escalate(above, answered, step)
+        return policy if above is None else self._escalate(above, answered, step, mode_of)
 
 
 def _is_helpless(policy: PolicyConfig, made: Decision) -> bool:

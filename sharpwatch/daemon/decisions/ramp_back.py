@@ -6,8 +6,10 @@ records and sends what they decide; the trainer moves there (`agent.control.cont
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from weakref import WeakKeyDictionary
 
 from sharpwatch.daemon.config.settings import GuardConfig, PolicyConfig
 from sharpwatch.daemon.decisions.decision_log import DecisionLog
@@ -22,19 +24,27 @@ _RAISE = 2.0  # by which a stage raises a multiplier at most, until one had to b
 
 @dataclass(frozen=True, slots=True)
 class ActiveScaling:
-    """A cut or raise by a policy that is still in force.
+    """A cut or raise by a policy, as far as it is still in force.
 
     Attributes:
         made: The decision.
-        before: The multipliers of its blocks before it.
+        factors: By block what the multiplier is changed by; others' changes come on top.
+        makes_up_for: By block how many times too high a rate is that it makes up for and goes with; else empty.
     """
 
     made: Decision
-    before: Mapping[str, float]
+    factors: Mapping[str, float]
+    makes_up_for: Mapping[str, float]
 
     def without(self, blocks: Iterable[str]) -> ActiveScaling:
         """Returns the scaling of its other blocks."""
-        return replace(self, before={b: value for b, value in self.before.items() if b not in blocks})
+        return replace(self, factors={b: value for b, value in self.factors.items() if b not in blocks})
+
+    def changed(self, ratios: Mapping[str, float], makes_up_for: Mapping[str, float]) -> ActiveScaling:
+        """Returns what is left of it once the multipliers of its blocks have changed by `ratios`."""
+        factors = {block: value * ratios.get(block, 1.0) for block, value in self.factors.items()}
+        left = {block: value for block, value in factors.items() if not math.isclose(value, 1.0, rel_tol=1e-6)}
+        return replace(self, factors=left, makes_up_for=makes_up_for)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +56,19 @@ class ScalingState:
         failed_ramp_backs: How many stages of ramp-backs were undone since there was no scaling in force.
         newest: The newest revision.
         ramped_back: The scaling that `newest` took back, or a part of it, if it is of a ramp-back.
+        by_hand: The step at which an operator last changed a block.
     """
 
     active: tuple[ActiveScaling, ...] = ()
     failed_ramp_backs: int = 0
     newest: Revision | None = None
     ramped_back: ActiveScaling | None = None
+    by_hand: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def following(self) -> tuple[ActiveScaling, ...]:
+        """Those that go with the trainer's own rate."""
+        return tuple(one for one in self.active if one.makes_up_for)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +84,11 @@ class RampBack:
 
 @dataclass(frozen=True, slots=True)
 class FailedRampBack:
-    """A stage that is to be undone: its revision, the multipliers before it, and why."""
+    """A stage that is to be undone: its revision, whose scaling it took back, the multipliers before it, and why."""
 
     policy: PolicyConfig
     revision: Revision
+    scaling: ActiveScaling
     multipliers: Mapping[str, float]
     detail: str
 
@@ -95,10 +113,10 @@ def ramp_back_due(
     """
     state = scaling_state(log)
     # A cut that goes with the trainer's rate comes back with it (`PolicyEngine`).
-    scaling = next((one for one in reversed(state.active) if not one.made.follows_rate), None)
-    policy = chain.named(scaling.made.policy) if scaling is not None else None
-    if scaling is None or policy is None or permissions.multipliers() != OK:
+    scaling = next((one for one in reversed(state.active) if not one.makes_up_for), None)
+    if scaling is None or permissions.multipliers() != OK:
         return None
+    policy = chain.owner(scaling.made)
     hold = hold_steps(policy, state.failed_ramp_backs)
     wait = stage_steps(policy.guard, log) if state.ramped_back is not None and policy.action.cuts else hold
     since = quiet_since(incidents, log.decisions, step)
@@ -108,8 +126,8 @@ def ramp_back_due(
     most = _RAISE ** (0.5**state.failed_ramp_backs)  # growing caution
     now = log.multipliers
     target = {
-        block: min(max(min(value, now[block] * most) if now[block] < value else value, low), high)
-        for block, value in scaling.before.items()
+        block: min(max(whole(now[block] * (min(1 / factor, most) if factor < 1 else 1 / factor)), low), high)
+        for block, factor in scaling.factors.items()
     }
     return RampBack(
         policy,
@@ -124,25 +142,37 @@ def ramp_back_due(
 def failed_ramp_back(log: DecisionLog, chain: EscalationChain, why: str, step: int) -> FailedRampBack | None:
     """Decides whether the newest stage has to be undone for what came within the hold after it; `why` says what."""
     state = scaling_state(log)
-    policy = chain.named(state.ramped_back.made.policy) if state.ramped_back is not None else None
-    if state.newest is None or state.newest.applied_step is None or policy is None:
+    if state.ramped_back is None or state.newest is None or state.newest.applied_step is None:
         return None
-    since = state.newest.applied_step
+    policy, since = chain.owner(state.ramped_back.made), state.newest.applied_step
     if not since <= step < since + hold_steps(policy, state.failed_ramp_backs):
         return None
     number = state.newest.revision
     detail = f"{why} after revision {number} was ramped back"
-    return FailedRampBack(policy, state.newest, log.set_before(number), detail)
+    return FailedRampBack(policy, state.newest, state.ramped_back, log.set_before(number), detail)
 
 
 def scaling_state(log: DecisionLog) -> ScalingState:
     """Follows the revisions that took effect.
 
     A block that an operator's revision changes is the operator's from then on: the daemon never ramps it back. A
-    scaling is over once its blocks are back at what they were before it.
+    scaling is over once nothing of it is left.
     """
-    active: list[ActiveScaling] = []
-    taken: dict[int, ActiveScaling] = {}  # by the revision that ramped it back, or a part of it
+    version, state = _STATES.get(log, (-1, ScalingState()))
+    if version != log.version:
+        state = _traced(log)
+        _STATES[log] = log.version, state
+    return state
+
+
+# It is asked for at every step, and rarely changes.
+_STATES: WeakKeyDictionary[DecisionLog, tuple[int, ScalingState]] = WeakKeyDictionary()
+
+
+def _traced(log: DecisionLog) -> ScalingState:
+    active: dict[str, ActiveScaling] = {}  # by the id of the decision, oldest first
+    taken: dict[int, ActiveScaling] = {}  # by the revision that ramped it back, or a part of it, as it was before
+    by_hand: dict[str, int] = {}
     failed = 0
     newest: Revision | None = None
     ramped_back: ActiveScaling | None = None
@@ -150,24 +180,31 @@ def scaling_state(log: DecisionLog) -> ScalingState:
     for revision in log.effective():
         made = log.find(revision.decision_id)
         after = log.complete(revision.multipliers)
-        changed = {block: before[block] for block in after if after[block] != before[block]}
+        ratios = {block: after[block] / before[block] for block in after if after[block] != before[block]}
+        own = [one for one in active.values() if (one.made.policy, one.made.alert_id) == (made.policy, made.alert_id)]
         newest, ramped_back = revision, None
         if not made.policy:
-            active = [scaling for old in active if (scaling := old.without(changed)).before]
+            active = {key: one.without(ratios) for key, one in active.items()}
+            by_hand |= dict.fromkeys(ratios, made.step)
         elif made.action == "scale_lr":
             failed = failed if active else 0
-            active.append(ActiveScaling(made, changed))
-        elif made.action == "ramp_back":
-            ramped_back = next((one for one in reversed(active) if changed.keys() <= one.before.keys()), None)
-            if ramped_back is not None:
-                taken[revision.revision] = ramped_back
-        elif made.action == "set_lr" and revision.undoes in taken:
+            active[made.id] = ActiveScaling(made, ratios, made.makes_up_for)
+        elif revision.undoes in taken:
             failed += 1
-            if taken[revision.undoes] not in active:
-                active.append(taken[revision.undoes])
-        active = [one for one in active if any(after[block] != value for block, value in one.before.items())]
+            active[taken[revision.undoes].made.id] = taken[revision.undoes]
+        elif own and made.action == "ramp_back":
+            ramped_back = taken[revision.revision] = own[-1]
+            active[own[-1].made.id] = own[-1].changed(ratios, own[-1].makes_up_for)
+        elif own and made.makes_up_for:
+            active[own[0].made.id] = own[0].changed(ratios, made.makes_up_for)
+        active = {key: one for key, one in active.items() if one.factors}
         before = after
-    return ScalingState(tuple(active), failed, newest, ramped_back)
+    return ScalingState(tuple(active.values()), failed, newest, ramped_back, by_hand)
+
+
+def whole(multiplier: float) -> float:
+    """1 where only rounding is in between, also that of rates in single precision."""
+    return 1.0 if math.isclose(multiplier, 1.0, rel_tol=1e-6) else multiplier
 
 
 def hold_steps(policy: PolicyConfig, failed_ramp_backs: int) -> int:

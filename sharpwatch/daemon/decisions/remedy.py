@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from sharpwatch.daemon.decisions.decision_log import DecisionLog
-from sharpwatch.daemon.decisions.ramp_back import ActiveScaling, scaling_state
+from sharpwatch.daemon.decisions.ramp_back import ActiveScaling, whole
 from sharpwatch.daemon.detection.run_detection import RunDetection
-from sharpwatch.daemon.records import Cause, Decision, Incident
+from sharpwatch.daemon.records import Cause, Incident
 
 FOLLOWED_WITHIN = 1.15  # times what it should be, up to which a rate that is held down is left as it is
+FAR_OFF = 1.5  # times what it should be, from which on a rate is brought down at once
 HARMLESS = 0.05  # the part of itself that a first step may change a layer block by
 _NO_CUT: Mapping[Cause, str] = {
     "data": "wrong data do this, no learning rate cures it; a rollback round them does, where they go on",
@@ -26,20 +26,23 @@ class Cut:
     """How far to cut.
 
     Attributes:
-        factors: By block, below 1; empty where nothing is to be cut.
+        factors: By block; empty where no cut helps.
         why: Why so far, or why not at all.
-        follows_rate: Whether the multipliers go on with the trainer's own rate.
+        makes_up_for: By block how many times too high the rate is that the cut makes up for and goes with.
     """
 
     factors: Mapping[str, float]
     why: str
-    follows_rate: bool = False
+    makes_up_for: Mapping[str, float] = field(default_factory=dict)
 
 
-def measured_cut(incident: Incident, detection: RunDetection, blocks: Collection[str]) -> Cut:
+def measured_cut(incident: Incident, detection: RunDetection, blocks: Collection[str]) -> Cut | None:
     """How far the rates of `blocks` have to be cut for an incident, by what was measured before its onset.
 
     The stability ratio is proportional to the learning rate, so that a cut by as much as it has grown takes it back.
+
+    Returns:
+        The cut, without factors where none helps; None where nothing is left to be done.
     """
     if incident.name == "RateRaise":
         return _rate_cut(detection, blocks)
@@ -52,38 +55,55 @@ def measured_cut(incident: Incident, detection: RunDetection, blocks: Collection
     return Cut({}, _NO_CUT.get(incident.cause, "nothing that is measured says how far to cut"))
 
 
-def _rate_cut(detection: RunDetection, blocks: Collection[str]) -> Cut:
+def _rate_cut(detection: RunDetection, blocks: Collection[str]) -> Cut | None:
     excess = {block: value for block, value in detection.rate_excess.items() if block in blocks and value > 1}
     if excess:
         factors = {block: 1 / value for block, value in excess.items()}
-        return Cut(factors, f"its schedule has ×{max(excess.values()):.3g} of what it had", follows_rate=True)
+        return Cut(factors, f"its schedule has ×{max(excess.values()):.3g} of what it would have", excess)
     change = detection.first_change
-    if change > HARMLESS:
+    if blocks and change > HARMLESS:
         factor = HARMLESS / change
         return Cut(dict.fromkeys(blocks, factor), f"a first step changes {100 * change:.0f} % of a layer block")
-    return Cut({}, "the rate is no longer above what it was")
+    return None
 
 
-def followed(scaling: ActiveScaling, excess: Mapping[str, float], low: float) -> dict[str, float]:
-    """The multipliers of a cut that follows the trainer's rate, at least `low`: what they were, less what it is above.
+@dataclass(frozen=True, slots=True)
+class Correction:
+    """How a cut has to go with the trainer's rate.
+
+    Attributes:
+        multipliers: Of its blocks.
+        makes_up_for: By block how many times too high a rate they then make up for.
+        is_urgent: Whether the rate in use is far above what it should be.
+    """
+
+    multipliers: Mapping[str, float]
+    makes_up_for: Mapping[str, float]
+    is_urgent: bool
+
+
+def correction(
+    scaling: ActiveScaling, in_force: Mapping[str, float], excess: Mapping[str, float], low: float
+) -> Correction | None:
+    """How a cut that makes up for a rate has to change, by what the rate is now; None where it is well as it is.
 
     Args:
         scaling: The cut.
-        excess: By block how many times the rate is what it was.
+        in_force: The multipliers of all blocks; other changes than the cut's stay in them.
+        excess: By block how many times too high the rate is now.
         low: The smallest multiplier.
     """
-    return {block: max(value / excess.get(block, 1.0), min(low, value)) for block, value in scaling.before.items()}
+    held = {block: scaling.makes_up_for.get(block, 1.0) for block in scaling.factors}
+    wanted = {b: whole(max(in_force[b] * held[b] / excess[b], min(low, in_force[b]))) for b in held}
+    apart = max(abs(math.log(in_force[block] / value)) for block, value in wanted.items())
+    is_back = all(excess[block] == 1.0 for block in held) and apart > 0  # exactly, however little it was
+    if apart < math.log(FOLLOWED_WITHIN) and not is_back:
+        return None
+    made_up = {block: held[block] * in_force[block] / wanted[block] for block in held}
+    return Correction(wanted, made_up, max(excess[block] / held[block] for block in held) > FAR_OFF)
 
 
-def is_followed(multipliers: Mapping[str, float], wanted: Mapping[str, float]) -> bool:
-    """Whether multipliers are near enough to those wanted."""
-    return all(abs(math.log(multipliers[block] / value)) < math.log(FOLLOWED_WITHIN) for block, value in wanted.items())
-
-
-def held_down(excess: Mapping[str, float], decision: Decision, log: DecisionLog) -> bool:
-    """Whether the cut of a decision's incident, which goes with the trainer's rate, holds that at what it was."""
-    if not decision.follows_rate:
-        return False
-    active = (one for one in scaling_state(log).active if one.made.follows_rate)
-    scaling = next((one for one in active if one.made.alert_id == decision.alert_id), None)
-    return scaling is not None and is_followed(log.multipliers, followed(scaling, excess, 0.0))
+def holds_down(scaling: ActiveScaling, excess: Mapping[str, float]) -> bool:
+    """Whether a cut that makes up for a rate holds it at what it would be."""
+    held = scaling.makes_up_for
+    return bool(held) and all(excess[b] < FOLLOWED_WITHIN * held.get(b, 1.0) for b in scaling.factors)

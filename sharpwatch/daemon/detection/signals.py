@@ -35,7 +35,8 @@ _RATE_STEP = 0.1  # change of the log of a rate within a step that gradients ans
 # the warm-up has cut off: by a sixth, where that took a quarter of the first cycle.
 RATE_NOTABLE = 1.2
 _NEARLY_ENDED = 0.1  # share of the highest rate
-_EXCESS = 1.001  # times what a rate was, from which on it is above it: a ramp of 1 % a step begins with 1.01
+_BY_HALF = 0.5  # of a fall from which on it may be a part of a fault that ends
+_ABOUT = 1.5  # times what a rate would be, up to which it has come back to it
 WARM_UP = 0.5  # of a z while rates rise for the first time
 # Smallest spreads taken for real: of the logs of norms, and of the loss as a share of itself.
 _NORM_FLOOR, _LOSS_FLOOR = 0.05, 0.003
@@ -155,7 +156,7 @@ def _surely(ratio: Estimate) -> float:
 
 
 class Rates:
-    """The highest learning rate of each layer block, and how far a rate is above what its schedule had.
+    """The highest learning rate of each layer block, and how far a rate is above what its schedule would have.
 
     A rate rises first, by a warm-up or not at all. Only what rises after that is news.
 
@@ -163,15 +164,28 @@ class Rates:
         columns: Number of layer blocks.
     """
 
-    STATE = ("_highest", "_since", "_risen", "_above", "_accepts", "_before", "climb", "excess", "raised")
+    STATE = (
+        "_highest",
+        "_since",
+        "_risen",
+        "_above",
+        "_accepts",
+        "_before",
+        "_had",
+        "_top",
+        "climb",
+        "excess",
+        "raised",
+    )
 
     def __init__(self, columns: int) -> None:
         self._nothing = np.zeros(columns, dtype=np.int64)
         self._ones = np.ones(columns)
         self.climb = self._nothing  # samples in a row that were above it and the one before
-        # How many times what it would be by its schedule, as that was before it rose above its highest.
-        self.excess = self._ones
+        self.excess = self._ones  # how many times what it would be by its schedule a rate is
         self.raised = np.zeros(columns, dtype=bool)  # whether that was ever worth a warning
+        self._had = np.zeros(columns)  # what it would be, had no fall by half or more been its schedule's
+        self._top = np.zeros(columns)  # the highest since it is above that
         self._before = np.zeros(columns)
         self._highest = np.zeros(columns)
         self._since = np.zeros(columns, dtype=np.int64)  # samples since it was reached
@@ -180,8 +194,12 @@ class Rates:
         self._accepts = False  # whether the next rates are no news, however high
 
     def begin_attempt(self) -> None:
-        """Take the next rates as they are."""
+        """Take the next rates as they are, but for those that were too high and still are."""
         self._accepts = True
+
+    def go_back(self) -> None:
+        """The next rates are of steps that come again."""
+        self.climb = self._nothing
 
     def see(self, rates: Doubles, multipliers: Floats) -> Doubles:
         """Take in the schedule's own rates [L] and what they are multiplied by.
@@ -190,7 +208,9 @@ class Rates:
             The rates over the highest, NaN before the first rise has ended.
         """
         if self._accepts:
-            self._highest, self._accepts, self.excess = np.fmax(self._highest, rates), False, self._ones
+            same = self.raised & (np.abs(rates / self._before - 1) < _RATE_STEP)
+            self._highest = np.where(same, self._highest, np.fmax(self._highest, rates))
+            self.excess, self.raised, self._accepts = np.where(same, self.excess, 1.0), same, False
         ratio: Doubles = rates / self._highest
         rises = rates > self._highest * (1 + 1e-6)
         rising = np.count_nonzero(rises)
@@ -198,40 +218,53 @@ class Rates:
             self._note_excess(rates, rises)
         if np.count_nonzero(self._risen) == len(rates) and not rising:
             self._above[:] = 0
-            self.climb, self._before = self._nothing, rates
+            self.climb, self._before = self._nothing, np.where(np.isfinite(rates), rates, self._before)
             return ratio
         ratio[~self._risen] = np.nan
         # A rate that is held down does not become the run's own.
-        trained = self._risen & rises & (rates * multipliers > self._highest * (1 + 1e-6))
-        self._above = np.where(trained, self._above + 1, 0)
+        self._above = np.where(self._risen & rises & (multipliers >= 1), self._above + 1, 0)
         self.climb = np.where(self._risen & rises & (rates > self._before), self.climb + 1, 0)
-        self._before = rates
+        self._before = np.where(np.isfinite(rates), rates, self._before)
         accepted = self._above > ACCEPTED
         self._since = np.where(rises & ~self._risen, 0, self._since + 1)
         self._highest = np.where((rises & ~self._risen) | accepted, rates, self._highest)
         self._risen |= (self._since >= RISE_ENDED) & (self._highest > 0)
         if np.count_nonzero(accepted):
             self.excess = np.where(accepted, 1.0, self.excess)
+            self.raised &= ~accepted
         return ratio
 
     def _note_excess(self, rates: Doubles, rises: npt.NDArray[Any]) -> None:
-        """Follow how far the rates are above what their schedule had: up as they rise, down as they fall at once.
+        """Follow how far the rates are above what their schedule would have.
 
-        One that falls little by little does so by its schedule, and is above it as before. One that falls at once to
-        what it has held before is its schedule's again.
+        It begins as a rate rises above all that it has held, and grows as it rises above all since. It ends as a rate
+        falls at once to about what it would be. All else is its schedule: what falls little by little, or to something
+        else, or comes back up to where it was.
         """
+        begins = self._risen & rises & (self.excess == 1.0)
         # Of a schedule that had nearly ended nobody knows what comes next; the highest at least was no harm.
         had = np.where(self._before > _NEARLY_ENDED * self._highest, self._before, self._highest)
-        begins = self._risen & rises & (self.excess == 1.0)
-        changed = rates / np.where(begins, had, self._before)
-        falls = changed < 1 - _RATE_STEP
-        goes_on = (self.excess > 1.0) & ((changed > 1.0) | falls)
-        excess = np.where(begins | goes_on, self.excess * changed, self.excess)
+        self._had, self._top = np.where(begins, had, self._had), np.where(begins, had, self._top)
+        goes_on = begins | (self.excess > 1.0)
+        climbs = goes_on & (rates > self._top)
+        excess = np.where(climbs, self.excess * rates / np.maximum(self._before, self._top), self.excess)
+        excess = np.where(begins, rates / had, excess)
+        changed = rates / self._before
+        falls = goes_on & (changed < 1 - _RATE_STEP)
+        little = goes_on & ~climbs & np.isfinite(changed) & (changed > _BY_HALF)
+        self._had = np.where(little, self._had * changed, self._had)
+        self._top = np.fmax(self._top, rates)
         self.raised |= (excess > 1.0) & (rates > RATE_NOTABLE * self._highest)
-        is_usual = (rates <= self._highest) & (falls | ~self.raised)
-        excess = np.where((excess > _EXCESS) & ~is_usual, excess, 1.0)
+        ends = falls & (_is_about(rates, self._had) | _is_about(rates, self._before / excess))
+        ends |= ~self.raised & (rates <= self._highest)
+        excess = np.where(ends, 1.0, excess)
         self.raised &= excess > 1.0
         self.excess = excess if np.count_nonzero(excess > 1.0) else self._ones
+
+
+def _is_about(rates: Doubles, others: Doubles) -> npt.NDArray[Any]:
+    found: npt.NDArray[Any] = (rates < others * _ABOUT) & (rates * _ABOUT > others)
+    return found
 
 
 class Zeros:
@@ -395,6 +428,7 @@ class Signals:
         self._samples = 0
         self._before = None
         self._settling = SETTLE
+        self.rates.go_back()
         self._attention.leave()
 
     def _see_layers(self, scores: Scores, now: LayerTap) -> None:

@@ -50,26 +50,26 @@ class Book:
         return self
 
     def active(self) -> list[dict[str, float]]:
-        return [dict(scaling.before) for scaling in scaling_state(self.log).active]
+        return [dict(scaling.factors) for scaling in scaling_state(self.log).active]
 
 
 def test_cuts_pile_up_and_come_off_newest_first():
     book = Book().put("scale_lr", 0.5, 0.5).put("scale_lr", 0.25, 0.5)
-    assert book.active() == [{"qk": 1.0, "vo": 1.0}, {"qk": 0.5}]
+    assert book.active() == [{"qk": 0.5, "vo": 0.5}, {"qk": 0.5}]
     book.put("ramp_back", 0.5, 0.5)
-    assert book.active() == [{"qk": 1.0, "vo": 1.0}]
+    assert book.active() == [{"qk": 0.5, "vo": 0.5}]
     taken_back = scaling_state(book.log).ramped_back
-    assert (taken_back.made.policy, taken_back.made.id, taken_back.before) == ("p", "d2", {"qk": 0.5})
+    assert (taken_back.made.policy, taken_back.made.id, taken_back.factors) == ("p", "d2", {"qk": 0.5})
 
 
 def test_what_never_took_effect_is_no_cut():
     assert Book().put("scale_lr", 0.5, outcome="expired").active() == []
-    assert Book().put("scale_lr", 0.5, outcome="sent").active() == [{"qk": 1.0}]
+    assert Book().put("scale_lr", 0.5, outcome="sent").active() == [{"qk": 0.5}]
 
 
 def test_a_block_that_an_operator_moves_is_no_longer_the_daemons():
     book = Book().put("scale_lr", 0.5, 0.5).put("set_lr", 0.7, 0.5, policy="")
-    assert book.active() == [{"vo": 1.0}]
+    assert book.active() == [{"vo": 0.5}]
     book.put("set_lr", 0.7, 0.9, policy="")
     assert book.active() == []
 
@@ -82,7 +82,7 @@ def test_a_ramp_taken_back_doubles_the_hold_until_a_fresh_start():
         book.put("set_lr", 0.5, undoes=len(book.log.revisions))
         assert scaling_state(book.log).failed_ramp_backs == failed
         assert hold_steps(policy, failed) == 100 * 2**failed
-        assert book.active() == [{"qk": 1.0}]
+        assert book.active() == [{"qk": 0.5}]
     book.put("ramp_back", 1.0).put("scale_lr", 0.5)
     assert scaling_state(book.log).failed_ramp_backs == 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ from controlled_run import BLOCKS, CUT, GUARD, Trainer, restored, saved, trained
 
 from sharpwatch.daemon.config.settings import ActionConfig, EscalateConfig, MatchConfig, PolicyConfig
 from sharpwatch.daemon.decisions.muting import Silences
+from sharpwatch.daemon.decisions.run_controller import RunController
 from sharpwatch.daemon.records import Silence
 
 STEPS = 30  # until a cut of rates is judged
@@ -54,7 +56,7 @@ def test_a_rate_that_jumps_is_cut_at_once_to_what_it_was_and_never_met_again(fac
     assert run.actions() == [("scale_lr", "recovered")]
     assert run.multipliers == pytest.approx(dict.fromkeys(BLOCKS, 1 / factor), rel=1e-6)
     (made,) = run.controller.decisions
-    assert f"its schedule has ×{factor:g} of what it had" in made.detail
+    assert f"its schedule has ×{factor:g} of what it would have" in made.detail
     assert "held down while the rate is too high" in made.detail
     assert made.applied_step <= 205
     (incident,) = run.controller.incidents
@@ -152,15 +154,149 @@ def test_a_loss_that_does_not_come_back_sends_it_to_the_checkpoint_before():
     assert (made.action, made.policy, made.rollback.checkpoint.step) == ("rollback", "back", 150)
 
 
-def test_in_observe_mode_nothing_is_done_and_each_turn_is_told_once():
-    run = trainer(mode="observe")
+def trained_rate(run) -> float:
+    """The rate that the run trains at, in units of what it should be."""
+    return run.rate * run.multipliers["ffn"] / 1e-3
+
+
+def test_a_cut_that_is_not_enough_does_not_make_the_rate_the_runs_own():
+    run = RateTrainer(POLICIES, lr_bounds=(0.1, 10.0))
+    run.run(200)
+    run.rate *= 30
+    run.run(800)
+    assert trained_rate(run) == pytest.approx(3.0)
+    assert run.controller.incidents[0].active
+
+
+def test_a_fault_that_comes_again_is_held_at_once():
+    run = trainer()
+    for steps in (100, 50, 300):
+        run.rate = 1e-2
+        run.run(3)
+        assert trained_rate(run) < 1.2
+        run.run(steps)
+        run.rate = 1e-3
+        run.run(30)
+        assert at_rest(run)
+
+
+def test_a_next_attempt_with_the_fault_still_in_its_schedule_is_held():
+    run = trainer()
     run.rate *= 10
+    run.run(300)
+    earlier, run.controller = run.controller, RunController("run", **run.options)
+    run.controller.take_over(earlier)
+    run.multipliers = dict.fromkeys(BLOCKS, 1.0)  # of a process that begins anew
+    run.run(20)
+    assert trained_rate(run) == pytest.approx(1.0)
     run.run(600)
-    assert run.actions() == [("scale_lr", "observed"), ("rollback", "observed")]
+    assert trained_rate(run) == pytest.approx(1.0)
+
+
+def test_a_rate_that_wobbles_brings_a_decision_every_ten_steps_at_most():
+    run = trainer()
+    for i in range(500):
+        run.rate = 1e-2 * (1.08 if i % 2 else 0.92)
+        run.run(1)
+    assert len(run.controller.decisions) <= 50
+    assert 0.8 < trained_rate(run) < 1.2
+
+
+def test_however_little_a_rate_was_held_down_nothing_of_it_is_left():
+    run = trainer()
+    for _ in range(30):
+        run.rate = min(1.12e-3, run.rate * 1.01)
+        run.run(1)
+    run.run(50)
+    run.rate = 1e-3
+    run.run(30)
     assert at_rest(run)
 
 
-def test_a_proposal_that_was_approved_goes_with_the_rate_by_proposals():
+def test_another_cut_stays_on_top_of_one_that_goes_with_the_rate():
+    run = trainer((*POLICIES, replace(CUT, guard=replace(GUARD, min_multiplier=0.01))))
+    run.rate *= 10
+    run.run(60)
+    run.heat["ffn"] = 1000.0
+    run.run(3)
+    run.heat["ffn"] = 0.0
+    assert run.multipliers["ffn"] == pytest.approx(0.05)
+    run.rate /= 10
+    run.run(10)
+    assert run.multipliers == pytest.approx(dict.fromkeys(BLOCKS, 1.0) | {"ffn": 0.5})
+    run.run(400)
+    assert at_rest(run)
+
+
+def test_an_operators_word_goes_before_a_cut_that_goes_with_the_rate():
+    run = trainer()
+    run.rate *= 10
+    run.run(60)
+    run.take(run.controller.undo(0, "ann", "I know", run.now))
+    run.run(100)
+    assert at_rest(run)
+    (incident,) = run.controller.incidents
+    assert (incident.active, incident.contained_step) == (True, 0)
+
+
+def test_a_fault_that_was_over_before_its_cut_came_needs_no_rollback():
+    run = trainer()
+    saved(run, 150)
+    run.rate *= 10
+    run.run(4)
+    run.rate /= 10
+    run.run(60)
+    assert "rollback" not in [made.action for made in run.controller.decisions]
+    assert at_rest(run)
+
+
+def test_a_held_rate_waits_for_losses_that_are_rare():
+    run = trainer()
+    saved(run, 150)
+    losses = iter(range(10**6))
+    run.observe = lambda: Trainer.observe(run, 3.0 if next(losses) % 40 == 0 else math.nan)
+    run.rate *= 10
+    run.run(1000)
+    assert run.actions() == [("scale_lr", "recovered")]
+
+
+def test_a_policy_that_is_gone_from_the_configuration_leaves_no_cut_behind():
+    run = trainer()
+    run.rate *= 10
+    run.run(100)
+    run.options |= {"policies": ()}
+    run.controller = restored(run)
+    run.rate /= 10
+    run.run(20)
+    assert at_rest(run)
+
+
+def test_what_speaks_against_a_stage_is_answered_once():
+    run = trained((replace(CUT, guard=replace(GUARD, max_actions_per_hour=100)),))
+    run.heat["ffn"] = 20.0
+    run.run(3)
+    run.heat["ffn"] = 0.0
+    run.run(GUARD.hold_steps + 25)
+    run.refuses = "no"
+    before = len(run.controller.decisions)
+    observe = run.controller.observe
+    run.controller.observe = lambda seen, now: observe(replace(seen, no_descent=True), now)
+    run.run(15)
+    assert len(run.controller.decisions) - before <= 2
+
+
+def test_in_observe_mode_nothing_is_done_and_each_turn_is_told_once():
+    run = trainer(mode="observe")
+    run.rate *= 10
+    run.run(450)
+    assert run.actions() == [("scale_lr", "observed"), ("rollback", "observed")]
+    assert at_rest(run)
+    run.controller.set_mode("enforce")
+    run.run(20)
+    assert run.multipliers["ffn"] == pytest.approx(0.1)  # the ladder begins at its foot
+
+
+def test_a_proposal_that_was_approved_goes_with_the_rate():
     run = trainer(mode="advise")
     run.rate *= 10
     run.run(5)
@@ -170,7 +306,9 @@ def test_a_proposal_that_was_approved_goes_with_the_rate_by_proposals():
     assert run.multipliers["ffn"] == pytest.approx(0.1)
     run.rate /= 10
     run.run(100)
-    assert run.actions() == [("scale_lr", "recovered"), ("set_lr", "proposed")]
+    # It was approved as one that goes with the rate.
+    assert run.actions() == [("scale_lr", "recovered"), ("set_lr", "recovered")]
+    assert at_rest(run)
 
 
 def test_no_cut_helps_against_numbers_that_are_not_finite_and_the_rollback_comes_at_once():

@@ -165,8 +165,10 @@ def test_a_raise_that_is_held_down_does_not_become_the_runs_own():
 
 
 def test_an_excess_goes_up_with_the_rate_and_down_where_that_falls_at_once():
-    assert excess_of(10.0, 10.0, 30.0, 30.0, 3.0, 1.0) == pytest.approx([10, 10, 30, 30, 3, 1])
+    assert excess_of(10.0, 10.0, 30.0, 30.0, 1.0, 0.9) == pytest.approx([10, 10, 30, 30, 1, 1])
     assert excess_of(1.01, 1.01**2, 1.01**3) == pytest.approx([1.01, 1.01**2, 1.01**3])
+    assert excess_of(*(1.0005**i for i in range(1, 400)))[-1] == pytest.approx(1.0005**399)
+    assert excess_of(30.0, 3.0, 1.0) == pytest.approx([30, 30, 1])  # a part of it may be a step of the schedule
 
 
 def test_an_excess_is_above_what_the_schedule_would_have():
@@ -180,6 +182,17 @@ def test_an_excess_is_above_what_the_schedule_would_have():
     assert excess_of(*[0.5] * 60) == [1.0] * 60
 
 
+def test_what_the_schedule_does_meanwhile_is_no_more_of_it_and_does_not_end_it():
+    wobble = [10 * (1 + 0.04 * (-1) ** i) for i in range(100)]
+    assert excess_of(*wobble)[-1] == pytest.approx(10.4)
+    cycle = [10 * (0.5 + 0.5 * math.cos(math.pi * i / 100)) + 0.01 for i in range(100)]
+    assert excess_of(10.0, *cycle, *cycle)[-1] == pytest.approx(10.0, rel=0.01)
+    to_zero = [10 * (1 - i / 50) for i in range(50)]
+    assert excess_of(10.0, *to_zero, 0.0)[-1] == pytest.approx(10.0)
+    assert excess_of(3.0, 3.0, 0.3, 0.3, 0.1) == pytest.approx([3, 3, 3, 3, 1])  # a step to a tenth, then its end
+    assert excess_of(10.0, math.nan, 1.0) == pytest.approx([10, 10, 1])
+
+
 def test_a_raise_that_became_the_runs_own_is_no_excess():
     assert excess_of(*[3.0] * (ACCEPTED + 10))[-1] == 1.0
 
@@ -190,6 +203,9 @@ def test_a_new_attempt_comes_with_rates_that_somebody_chose():
         rates.see(np.array([value]), np.ones(1))
     rates.begin_attempt()
     rates.see(np.array([10.0]), np.ones(1))
+    assert rates.excess[0] == 10.0  # but for a fault that comes again
+    rates.begin_attempt()
+    rates.see(np.array([20.0]), np.ones(1))
     assert rates.excess[0] == 1.0
 
 
