@@ -138,7 +138,8 @@ class DecisionLifecycle:
         came_of_it, why = judged
         if held and came_of_it in ("recovered", "inconclusive"):
             why = f"{why}; held down while the rate is too high"
-            self._log.note_incidents([self._incidents.contain(incident.id, step)])
+            if not incident.contained_step:
+                self._log.note_incidents([self._incidents.contain(incident.id, step)])
             if came_of_it == "inconclusive":
                 return  # the rate at least is what it would be; more losses come
         self._log.advance(decision, _EFFECT_EVENTS[came_of_it], detail=_joined(decision.detail, why))
