@@ -302,7 +302,10 @@ class GuardConfig:
 
 @dataclass(frozen=True, slots=True)
 class EscalateConfig:
-    """The policy that takes over, `to`, if the alert is still active `after_steps` steps after the first action."""
+    """The policy that takes over, `to`, if an incident is open `after_steps` steps after the first action.
+
+    It does so at once where that is known not to help.
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = _FORBID
 
