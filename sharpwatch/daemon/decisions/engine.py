@@ -24,7 +24,7 @@ from sharpwatch.daemon.decisions.muting import ActiveSilences, muted, was_muted
 from sharpwatch.daemon.decisions.operator_requests import issue, time_out_kept
 from sharpwatch.daemon.decisions.policy import ANNOUNCED, EscalationChain, affected, bursts, rollback_plan, scaled
 from sharpwatch.daemon.decisions.ramp_back import ActiveScaling, failed_ramp_back, ramp_back_due, scaling_state
-from sharpwatch.daemon.decisions.remedy import Correction, Cut, correction, measured_cut
+from sharpwatch.daemon.decisions.remedy import Correction, Cut, correction, holds_down, measured_cut
 from sharpwatch.daemon.decisions.transitions import UNDER_WAY, came_to_nothing, took_effect
 from sharpwatch.daemon.detection.run_detection import RunDetection
 from sharpwatch.daemon.records import Action, Cause, Checkpoint, Decision, Finding, Incident, Mode
@@ -210,11 +210,14 @@ class PolicyEngine:
         What a rate should be is known from what the trainer reports. So this is no raise that might harm.
         """
         following = scaling_state(self._log).following
-        for contained in self._incidents.open:
-            if contained.contained_step and all(one.made.alert_id != contained.id for one in following):
-                # Somebody has taken the cut back.
-                self._log.note_incidents([self._incidents.contain(contained.id, 0)])
         excess = self._detection.rate_excess if following else {}
+        held = any(holds_down(one, excess) for one in following)
+        for open_now in self._incidents.open:
+            # One that begins under an earlier cut, as at steps that come again, does no harm.
+            is_new = open_now.name == "RateRaise" and open_now.first_step == at.step
+            begins = is_new and held and all(one.made.alert_id != open_now.id for one in following)
+            if begins or (open_now.contained_step and not following):  # else somebody has taken the cut back
+                self._log.note_incidents([self._incidents.contain(open_now.id, at.step if begins else 0)])
         for scaling in following:
             policy = self._chain.owner(scaling.made)
             incident = self._incidents.get(scaling.made.alert_id)
@@ -224,6 +227,8 @@ class PolicyEngine:
             may_act = at.mode_of(policy) != "observe" and not self._under_way(at.step)
             if change is None or incident is None or not may_act or self._followed_lately(scaling, change, policy, at):
                 continue
+            if at.step < incident.onset and not change.is_urgent:
+                continue  # at steps that come again the fault is still to come
             made = self._draft("set_lr", policy, "enforce", incident, at)
             most = max(excess[block] for block in change.multipliers)
             now = f"×{most:.3g} of what it would have" if most > 1 else "what it would have again"

@@ -91,7 +91,9 @@ def test_the_chain_is_followed_policy_by_policy_for_each_alert():
     chain = EscalationChain((policy("cut", to="more"), policy("more", alert="", to="back"), policy("back", alert="")))
 
     def answering(decisions: list[Decision], step: int, *others: Incident) -> list[str]:
-        return [one.name for one in chain.answering(INCIDENT, (*others, INCIDENT), decisions, step, lambda _: "enforce")]
+        return [
+            one.name for one in chain.answering(INCIDENT, (*others, INCIDENT), decisions, step, lambda _: "enforce")
+        ]
 
     assert answering([], 1000) == ["cut"]
     assert answering([answer("cut", 100)], 149) == ["cut"]

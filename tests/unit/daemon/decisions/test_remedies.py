@@ -285,6 +285,23 @@ def test_what_speaks_against_a_stage_is_answered_once():
     assert len(run.controller.decisions) - before <= 2
 
 
+def test_after_a_rollback_the_fault_that_is_still_to_come_is_not_met_again():
+    run = trainer()
+    saved(run, 150)
+    schedule = {True: 1e-2, False: 1e-3}
+    run.rate = 1e-2
+    run.run(50)
+    run.take(run.controller.request_rollback(None, 0, 0, "ann", "", run.now))
+    rates = []
+    for _ in range(400):
+        run.rate = schedule[run.step + 1 > 200 or run.step < 151]
+        run.run(1)
+        rates.append(trained_rate(run))
+    assert max(rates[2:]) < 1.2
+    assert rates[-1] == pytest.approx(1.0)
+    assert [each.contained_step > 0 for each in run.controller.incidents if each.active] == [True]
+
+
 def test_in_observe_mode_nothing_is_done_and_each_turn_is_told_once():
     run = trainer(mode="observe")
     run.rate *= 10
