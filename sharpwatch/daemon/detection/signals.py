@@ -190,7 +190,7 @@ class Rates:
         self._highest = np.zeros(columns)
         self._since = np.zeros(columns, dtype=np.int64)  # samples since it was reached
         self._risen = np.zeros(columns, dtype=bool)
-        self._above = np.zeros(columns, dtype=np.int64)  # samples in a row that the run has trained above it
+        self._above = np.zeros(columns, dtype=np.int64)  # samples in a row that the run has trained at too high a rate
         self._accepts = False  # whether the next rates are no news, however high
 
     def begin_attempt(self) -> None:
@@ -216,18 +216,19 @@ class Rates:
         rising = np.count_nonzero(rises)
         if rising or self.excess is not self._ones:
             self._note_excess(rates, rises)
-        if np.count_nonzero(self._risen) == len(rates) and not rising:
+        if np.count_nonzero(self._risen) == len(rates) and not rising and self.excess is self._ones:
             self._above[:] = 0
             self.climb, self._before = self._nothing, np.where(np.isfinite(rates), rates, self._before)
             return ratio
         ratio[~self._risen] = np.nan
         # A rate that is held down does not become the run's own.
-        self._above = np.where(self._risen & rises & (multipliers >= 1), self._above + 1, 0)
+        is_high = self._risen & (rises | (self.excess > 1.0))
+        self._above = np.where(is_high & (multipliers >= 1), self._above + 1, 0)
         self.climb = np.where(self._risen & rises & (rates > self._before), self.climb + 1, 0)
         self._before = np.where(np.isfinite(rates), rates, self._before)
         accepted = self._above > ACCEPTED
         self._since = np.where(rises & ~self._risen, 0, self._since + 1)
-        self._highest = np.where((rises & ~self._risen) | accepted, rates, self._highest)
+        self._highest = np.where(rises & (~self._risen | accepted), rates, self._highest)
         self._risen |= (self._since >= RISE_ENDED) & (self._highest > 0)
         if np.count_nonzero(accepted):
             self.excess = np.where(accepted, 1.0, self.excess)

@@ -48,8 +48,7 @@ async def notifying(**options):
     port = runner.addresses[0][1]
     registry = CollectorRegistry()
     metrics = OwnMetrics(registry, queue_depth=lambda: 0, queue_capacity=1)
-    config = NotificationsConfig(webhook=f"http://127.0.0.1:{port}/hook", **options)
-    made = Notifier(config, metrics)
+    made = Notifier(NotificationsConfig(webhook=f"http://127.0.0.1:{port}/hook", **options), metrics)
     task = asyncio.create_task(made.run())
     try:
         yield (
@@ -134,9 +133,9 @@ async def test_a_token_is_shown_and_a_missing_one_said_at_once(tmp_path):
         made.tell([PAGE], [])
         headers, _ = await webhook.got.get()
     assert headers["Authorization"] == "Bearer secret"
+    metrics = OwnMetrics(CollectorRegistry(), queue_depth=lambda: 0, queue_capacity=1)
     with pytest.raises(SharpwatchError, match=r"notifications\.token_file .*none: No such file"):
-        async with notifying(token_file=str(tmp_path / "none")):
-            pass
+        Notifier(NotificationsConfig(webhook="http://localhost", token_file=str(tmp_path / "none")), metrics)
 
 
 async def test_without_a_webhook_nothing_waits():
