@@ -56,12 +56,13 @@ class EscalationChain:
                 ids = set() if stays else bursts(incident, every, policy.guard.hold_steps)
                 # A policy that was kept from acting has not been given its time to help yet.
                 answered = [each for each in made if each.alert_id in ids and not was_muted(each)]
-                found.append(self._escalate(policy, answered, step, mode_of))
+                found.append(self._escalate(policy, incident, answered, step, mode_of))
         return tuple(dict.fromkeys(found))
 
     def _escalate(
         self,
         policy: PolicyConfig,
+        incident: Incident,
         answered: Sequence[Decision],
         step: int,
         mode_of: Callable[[PolicyConfig], Mode],
@@ -73,12 +74,13 @@ class EscalationChain:
             return policy
         # The newest may not be judged yet, as while a cut goes with the rate.
         newest = next((made for made in reversed(own) if made.outcome in JUDGED), own[-1])
-        if newest.outcome == "recovered":
+        # Trouble that comes back as another burst was not cured for good.
+        if newest.outcome == "recovered" and newest.alert_id == incident.id:
             return policy
         if not _is_helpless(policy, newest) and step - own[0].step < policy.escalate.after_steps:
             return policy
         above = self.named(policy.escalate.to)
-        return policy if above is None else self._escalate(above, answered, step, mode_of)
+        return policy if above is None else self._escalate(above, incident, answered, step, mode_of)
 
 
 def _is_helpless(policy: PolicyConfig, made: Decision) -> bool:
