@@ -114,7 +114,7 @@ class DecisionLifecycle:
     def _settle_effect(self, decision: Decision, applied: int, step: int) -> None:
         if decision.action == "ramp_back":
             # What speaks against it is looked for as long, and undoes it (`engine`).
-            if step - applied >= self._stage(decision):
+            if step - applied >= stage_steps(self._guard(decision), self._log):
                 self._log.advance(decision, "recover")
             return
         incident = self._incidents.get(decision.alert_id)
@@ -156,10 +156,6 @@ class DecisionLifecycle:
     def _guard(self, decision: Decision) -> GuardConfig:
         policy = self._chain.named(decision.policy)
         return policy.guard if policy is not None else GuardConfig()
-
-    def _stage(self, decision: Decision) -> int:
-        policy = self._chain.named(decision.policy)
-        return stage_steps(policy.guard if policy is not None else GuardConfig(), self._log)
 
 
 def _in_force(decision: Decision, observation: Observation) -> bool:
