@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from uuid import uuid4
 
 from sharpwatch.common.yaml_schema import nearest
 from sharpwatch.daemon.config.settings import ALERT_NAMES, CAUSES
+from sharpwatch.daemon.decisions.run_controller import random_id
 from sharpwatch.daemon.records import Silence
 from sharpwatch.v1 import operator_pb2 as pb
 
@@ -41,7 +41,7 @@ def wrong_silence(request: pb.AddSilenceRequest, policies: Collection[str]) -> s
 def silence_of(request: pb.AddSilenceRequest, now: float) -> Silence:
     """The silence that a request asks for, from `now` on, in unix seconds."""
     return Silence(
-        id=uuid4().hex[:12],
+        id=random_id(),
         author=request.author,
         comment=request.reason,
         made_at=now,

@@ -73,8 +73,7 @@ def effect(losses: Losses, onset: int, applied: int, *, over: bool, last: bool) 
     """
     before = min(onset, applied)  # after a rollback the steps before the onset come again
     band, newest = LossBand.before(losses, before), losses.since(applied, NEWEST)
-    enough = band is not None and len(newest) >= (_FEW if last else NEWEST)
-    if not len(losses) or not enough or band is None:
+    if band is None or len(newest) < (_FEW if last else NEWEST):
         return _without_losses(over=over, last=last, some=bool(len(losses)))
     mean, at = mean_of(newest), losses.before(applied, _FEW)
     compared = f"loss {mean:.4g}, {band.level:.4g} before step {before}"

@@ -115,8 +115,8 @@ class PolicyEngine:
         found = (self._incidents.active(finding.name) for finding in findings)
         incidents = list({incident.id: incident for incident in found if incident is not None}.values())
         own = next(filter(_is_trouble, incidents), None)
-        undoes = own is not None and not self._under_way(at.step)
-        if own is not None and undoes and self._undo_ramp_back(f"{own.name} came back", own, at):
+        may_undo = not self._under_way(at.step)
+        if own is not None and may_undo and self._undo_ramp_back(f"{own.name} came back", own, at):
             return
         for incident in incidents:
             for policy in self._chain.answering(

@@ -154,8 +154,7 @@ class DecisionLifecycle:
         self._log.advance(decision, "expire", detail=_joined(decision.detail, why))
 
     def _guard(self, decision: Decision) -> GuardConfig:
-        policy = self._chain.named(decision.policy)
-        return policy.guard if policy is not None else GuardConfig()
+        return self._chain.owner(decision).guard
 
 
 def _in_force(decision: Decision, observation: Observation) -> bool:

@@ -56,12 +56,14 @@ def measured_cut(incident: Incident, detection: RunDetection, blocks: Collection
 
 
 def _rate_cut(detection: RunDetection, blocks: Collection[str]) -> Cut | None:
+    if not blocks:  # as at each step of a rate that is held down
+        return None
     excess = {block: value for block, value in detection.rate_excess.items() if block in blocks and value > 1}
     if excess:
         factors = {block: 1 / value for block, value in excess.items()}
         return Cut(factors, f"its schedule has ×{max(excess.values()):.3g} of what it would have", excess)
     change = detection.first_change
-    if blocks and change > HARMLESS:
+    if change > HARMLESS:
         factor = HARMLESS / change
         return Cut(dict.fromkeys(blocks, factor), f"a first step changes {100 * change:.0f} % of a layer block")
     return None

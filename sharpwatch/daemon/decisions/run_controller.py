@@ -38,7 +38,8 @@ from sharpwatch.wire import Ints
 SAVE_EVERY = 500  # samples between two states of the baselines in the journal
 
 
-def _random_id() -> str:
+def random_id() -> str:
+    """A new id, which no other record has."""
     return uuid4().hex[:12]
 
 
@@ -66,7 +67,7 @@ class RunController:
         can_roll_back: bool = False,
         silences: ActiveSilences = no_silences,
         maintenance: Sequence[MaintenanceConfig] = (),
-        new_id: Callable[[], str] = _random_id,
+        new_id: Callable[[], str] = random_id,
     ) -> None:
         permissions = Permissions(control, lr_bounds, can_roll_back)
         self._chain = EscalationChain(tuple(policies))
