@@ -15,6 +15,7 @@ from sharpwatch.agent.optimizers.support import lr_refusal, stepping_optimizer
 from sharpwatch.v1 import types_pb2
 
 STEPS = 5
+REFUSED = "learning-rate multipliers of revision 3 ({} x 0.5) refused at step 2"
 
 
 def relative_adafactor(parameters):
@@ -227,6 +228,7 @@ def test_flat_parameters_are_tapped_as_other_without_probes(one_rank):
     assert one_rank["flat"] == [
         "FSDP1's flat parameters are watched as block 'other', without probes; FSDP2 (fully_shard) shows the blocks",
         f"learning rates are watched, but can't be changed: {flat}",
+        f"{REFUSED.format('other')}: learning rates can't be changed: {flat}",
         "blocks other probes",
         "taps 5 swallowed 0",
         f"results learning rates can't be changed: {flat}",
@@ -236,6 +238,7 @@ def test_flat_parameters_are_tapped_as_other_without_probes(one_rank):
 
 def test_fsdp_with_original_parameters_is_controlled(one_rank):
     assert one_rank["original"] == [
+        "learning-rate multipliers of revision 3 (head x 0.5) applied at step 3",
         "blocks emb qk vo ffn norm head probes gnb direction",
         "taps 5 swallowed 0",
         "results ",
@@ -247,6 +250,7 @@ def test_an_optimizer_that_hands_its_groups_on_is_left_alone(one_rank):
     reason = "ZeroRedundancyOptimizer: it passes its groups to another optimizer by their position"
     assert one_rank["zero"] == [
         f"learning rates are watched, but can't be changed: {reason}",
+        f"{REFUSED.format('head')}: learning rates can't be changed: {reason}",
         "blocks emb qk vo ffn norm head probes gnb direction",
         "taps 5 swallowed 0",
         f"results learning rates can't be changed: {reason}",
