@@ -555,7 +555,9 @@ class Decision(google.protobuf.message.Message):
     guard: builtins.str
     """ok, or the guard that refused and why."""
     outcome: builtins.str
-    """observed, proposed, approved, rejected, refused, sent, applied, recovered, failed, expired."""
+    """observed, proposed, approved, rejected, refused, sent, applied, recovered, worse, no-effect, inconclusive, failed,
+    expired, cancelled.
+    """
     detail: builtins.str
     applied_step: builtins.int
     revision: builtins.int
@@ -1350,6 +1352,48 @@ class RejectDecisionResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___RejectDecisionResponse: typing_extensions.TypeAlias = RejectDecisionResponse
+
+@typing.final
+class CancelDecisionRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ID_FIELD_NUMBER: builtins.int
+    AUTHOR_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    id: builtins.str
+    """Its whole id."""
+    author: builtins.str
+    reason: builtins.str
+    def __init__(
+        self,
+        *,
+        id: builtins.str = ...,
+        author: builtins.str = ...,
+        reason: builtins.str = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "id", b"id", "reason", b"reason"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___CancelDecisionRequest: typing_extensions.TypeAlias = CancelDecisionRequest
+
+@typing.final
+class CancelDecisionResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DECISION_FIELD_NUMBER: builtins.int
+    @property
+    def decision(self) -> Global___Decision: ...
+    def __init__(
+        self,
+        *,
+        decision: Global___Decision | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["decision", b"decision"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["decision", b"decision"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___CancelDecisionResponse: typing_extensions.TypeAlias = CancelDecisionResponse
 
 @typing.final
 class AcknowledgeIncidentRequest(google.protobuf.message.Message):

@@ -44,6 +44,8 @@ class OperatorServiceStub:
     """A message at once, then one for each change of outcome; ends when the outcome is final."""
     ApproveDecision: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.ApproveDecisionRequest, sharpwatch.v1.operator_pb2.ApproveDecisionResponse]
     RejectDecision: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.RejectDecisionRequest, sharpwatch.v1.operator_pb2.RejectDecisionResponse]
+    CancelDecision: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.CancelDecisionRequest, sharpwatch.v1.operator_pb2.CancelDecisionResponse]
+    """Takes a decision back that is not applied yet. One that was sent keeps its outcome until the trainer has answered."""
     AcknowledgeIncident: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.AcknowledgeIncidentRequest, sharpwatch.v1.operator_pb2.AcknowledgeIncidentResponse]
     SetReference: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.SetReferenceRequest, sharpwatch.v1.operator_pb2.SetReferenceResponse]
     """Holds a run against a reference from now on, its earlier steps too."""
@@ -75,6 +77,8 @@ class OperatorServiceAsyncStub(OperatorServiceStub):
     """A message at once, then one for each change of outcome; ends when the outcome is final."""
     ApproveDecision: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.ApproveDecisionRequest, sharpwatch.v1.operator_pb2.ApproveDecisionResponse]  # type: ignore[assignment]
     RejectDecision: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.RejectDecisionRequest, sharpwatch.v1.operator_pb2.RejectDecisionResponse]  # type: ignore[assignment]
+    CancelDecision: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.CancelDecisionRequest, sharpwatch.v1.operator_pb2.CancelDecisionResponse]  # type: ignore[assignment]
+    """Takes a decision back that is not applied yet. One that was sent keeps its outcome until the trainer has answered."""
     AcknowledgeIncident: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.AcknowledgeIncidentRequest, sharpwatch.v1.operator_pb2.AcknowledgeIncidentResponse]  # type: ignore[assignment]
     SetReference: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.SetReferenceRequest, sharpwatch.v1.operator_pb2.SetReferenceResponse]  # type: ignore[assignment]
     """Holds a run against a reference from now on, its earlier steps too."""
@@ -187,6 +191,14 @@ class OperatorServiceServicer(metaclass=abc.ABCMeta):
         request: sharpwatch.v1.operator_pb2.RejectDecisionRequest,
         context: _ServicerContext,
     ) -> typing.Union[sharpwatch.v1.operator_pb2.RejectDecisionResponse, collections.abc.Awaitable[sharpwatch.v1.operator_pb2.RejectDecisionResponse]]: ...
+
+    @abc.abstractmethod
+    def CancelDecision(
+        self,
+        request: sharpwatch.v1.operator_pb2.CancelDecisionRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[sharpwatch.v1.operator_pb2.CancelDecisionResponse, collections.abc.Awaitable[sharpwatch.v1.operator_pb2.CancelDecisionResponse]]:
+        """Takes a decision back that is not applied yet. One that was sent keeps its outcome until the trainer has answered."""
 
     @abc.abstractmethod
     def AcknowledgeIncident(

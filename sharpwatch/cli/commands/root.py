@@ -32,6 +32,7 @@ _COMMANDS = {
     "ack": LazyCommand(_ACT, "Note that you have seen an incident.", f"{_HERE}.incidents:ack"),
     "approve": LazyCommand(_ACT, "Approve a proposed decision.", f"{_HERE}.decisions:approve"),
     "reject": LazyCommand(_ACT, "Reject a proposed decision.", f"{_HERE}.decisions:reject"),
+    "cancel": LazyCommand(_ACT, "Take back a decision that is not applied yet.", f"{_HERE}.decisions:cancel"),
     "serve": LazyCommand(_CHECK, "Run the daemon.", f"{_HERE}.serve:serve"),
     "check-config": LazyCommand(_CHECK, "Check a daemon's configuration file.", f"{_HERE}.serve:check_config"),
     "doctor": LazyCommand(_CHECK, "Check this installation and its daemon.", f"{_HERE}.doctor:doctor"),

@@ -7,7 +7,16 @@ from collections.abc import Iterable
 
 from sharpwatch.curvature.statistics.estimate import Estimate
 from sharpwatch.daemon.detection.reference import ReferenceTest
-from sharpwatch.daemon.records import Checkpoint, Decision, Incident, PairOrder, Revision, RollbackPlan, Silence
+from sharpwatch.daemon.records import (
+    CANCELS,
+    Checkpoint,
+    Decision,
+    Incident,
+    PairOrder,
+    Revision,
+    RollbackPlan,
+    Silence,
+)
 from sharpwatch.daemon.runs.snapshot import Phase, RunSnapshot
 from sharpwatch.daemon.storage.schema import TransitionRow
 from sharpwatch.v1 import operator_pb2, types_pb2
@@ -37,7 +46,15 @@ def _rollback_message(plan: RollbackPlan) -> types_pb2.Rollback:
 
 
 def command_message(decision: Decision) -> types_pb2.Command:
-    """Returns the command that tells the trainer of `decision`."""
+    """Returns the command that tells the trainer of `decision`, or to let go of it where it is to be cancelled."""
+    if decision.cancelled_by:
+        # In place of the command, not after it: a new attempt must not apply it before it learns that it is void.
+        return types_pb2.Command(
+            id=f"{CANCELS}{decision.id}",
+            author=decision.cancelled_by,
+            reason=decision.cancel_reason,
+            cancel=decision.id,
+        )
     command = types_pb2.Command(
         id=decision.id,
         apply_at_step=decision.apply_at_step,

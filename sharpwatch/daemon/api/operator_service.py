@@ -247,13 +247,17 @@ class OperatorService(OperatorServiceServicer):
         """Rejects a proposed decision."""
         return pb.RejectDecisionResponse(decision=await self._answer(request, context, RunController.reject))
 
+    async def CancelDecision(self, request: pb.CancelDecisionRequest, context: Context) -> pb.CancelDecisionResponse:
+        """Takes a decision back that is not applied yet."""
+        return pb.CancelDecisionResponse(decision=await self._answer(request, context, RunController.cancel))
+
     async def _answer(
         self,
-        request: pb.ApproveDecisionRequest | pb.RejectDecisionRequest,
+        request: pb.ApproveDecisionRequest | pb.RejectDecisionRequest | pb.CancelDecisionRequest,
         context: Context,
         answer: Callable[[RunController, str, str, str, float], Changes],
     ) -> pb.Decision:
-        """Approves or rejects a proposed decision, by a method of its run's controller."""
+        """Approves, rejects or cancels a decision, by a method of its run's controller."""
         await self._authorize(request, context)
         run, identity = await self._decision_to_answer(request.id, context)
         changes = await self._change(
