@@ -30,6 +30,8 @@ class OperatorServiceStub:
     GetDaemon: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.GetDaemonRequest, sharpwatch.v1.operator_pb2.GetDaemonResponse]
     ListRuns: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.ListRunsRequest, sharpwatch.v1.operator_pb2.ListRunsResponse]
     GetRun: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.GetRunRequest, sharpwatch.v1.operator_pb2.GetRunResponse]
+    GetHistory: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.GetHistoryRequest, sharpwatch.v1.operator_pb2.GetHistoryResponse]
+    """The newest samples and estimates of a run that the journal keeps, oldest first."""
     WatchRun: grpc.UnaryStreamMultiCallable[sharpwatch.v1.operator_pb2.WatchRunRequest, sharpwatch.v1.operator_pb2.WatchRunResponse]
     """A message at once, then one for each change of the run, at most one every min_interval_seconds."""
     SetLearningRates: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.SetLearningRatesRequest, sharpwatch.v1.operator_pb2.SetLearningRatesResponse]
@@ -63,6 +65,8 @@ class OperatorServiceAsyncStub(OperatorServiceStub):
     GetDaemon: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.GetDaemonRequest, sharpwatch.v1.operator_pb2.GetDaemonResponse]  # type: ignore[assignment]
     ListRuns: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.ListRunsRequest, sharpwatch.v1.operator_pb2.ListRunsResponse]  # type: ignore[assignment]
     GetRun: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.GetRunRequest, sharpwatch.v1.operator_pb2.GetRunResponse]  # type: ignore[assignment]
+    GetHistory: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.GetHistoryRequest, sharpwatch.v1.operator_pb2.GetHistoryResponse]  # type: ignore[assignment]
+    """The newest samples and estimates of a run that the journal keeps, oldest first."""
     WatchRun: grpc.aio.UnaryStreamMultiCallable[sharpwatch.v1.operator_pb2.WatchRunRequest, sharpwatch.v1.operator_pb2.WatchRunResponse]  # type: ignore[assignment]
     """A message at once, then one for each change of the run, at most one every min_interval_seconds."""
     SetLearningRates: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.SetLearningRatesRequest, sharpwatch.v1.operator_pb2.SetLearningRatesResponse]  # type: ignore[assignment]
@@ -111,6 +115,14 @@ class OperatorServiceServicer(metaclass=abc.ABCMeta):
         request: sharpwatch.v1.operator_pb2.GetRunRequest,
         context: _ServicerContext,
     ) -> typing.Union[sharpwatch.v1.operator_pb2.GetRunResponse, collections.abc.Awaitable[sharpwatch.v1.operator_pb2.GetRunResponse]]: ...
+
+    @abc.abstractmethod
+    def GetHistory(
+        self,
+        request: sharpwatch.v1.operator_pb2.GetHistoryRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[sharpwatch.v1.operator_pb2.GetHistoryResponse, collections.abc.Awaitable[sharpwatch.v1.operator_pb2.GetHistoryResponse]]:
+        """The newest samples and estimates of a run that the journal keeps, oldest first."""
 
     @abc.abstractmethod
     def WatchRun(

@@ -24,6 +24,9 @@ _COMMANDS = {
     "show": LazyCommand(_LOOK, "Show one run: blocks, open incidents, failures.", f"{_HERE}.runs:show"),
     "incidents": LazyCommand(_LOOK, "List the incidents of a run.", f"{_HERE}.incidents:incidents"),
     "decisions": LazyCommand(_LOOK, "List decisions and their outcomes.", f"{_HERE}.decisions:decisions"),
+    "report": LazyCommand(
+        _LOOK, "Write what happened in a run as an HTML file.", "sharpwatch.cli.report.command:report"
+    ),
     "lr": LazyCommand(_ACT, "Show, set and undo learning-rate multipliers.", f"{_HERE}.lr:lr"),
     "mode": LazyCommand(_ACT, "Print or set the mode of a run, or of all.", f"{_HERE}.mode:mode"),
     "silence": LazyCommand(_ACT, "Keep policies from acting for some time.", f"{_HERE}.silence:silence"),

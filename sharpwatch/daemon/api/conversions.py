@@ -168,7 +168,8 @@ def revision_message(revision: Revision) -> operator_pb2.Revision:
     )
 
 
-def _estimate_message(quantity: str, block: str, estimate: Estimate) -> types_pb2.Estimate:
+def estimate_message(quantity: str, block: str, estimate: Estimate) -> types_pb2.Estimate:
+    """Returns an estimate as a message; `block` is empty for the whole model."""
     return types_pb2.Estimate(
         quantity=quantity,
         block=block,
@@ -214,7 +215,7 @@ def _block_messages(snapshot: RunSnapshot) -> list[operator_pb2.Block]:
             if values is not None and not math.isnan(values[index]):
                 setattr(block, field, float(values[index]))
         block.estimates.extend(
-            _estimate_message(quantity, of, estimate) for (quantity, of, _), estimate in estimates.items() if of == name
+            estimate_message(quantity, of, estimate) for (quantity, of, _), estimate in estimates.items() if of == name
         )
         blocks.append(block)
     return blocks
@@ -259,7 +260,7 @@ def detail_message(
         run=run_message(snapshot),
         blocks=_block_messages(snapshot),
         estimates=[
-            _estimate_message(quantity, of, estimate)
+            estimate_message(quantity, of, estimate)
             for (quantity, of, _), estimate in snapshot.estimates.items()
             if not of
         ],

@@ -27,6 +27,7 @@ from sharpwatch.daemon.api.conversions import (
     silence_message,
     transition_message,
 )
+from sharpwatch.daemon.api.history import history_message
 from sharpwatch.daemon.api.silences import silence_of, wrong_silence
 from sharpwatch.daemon.decisions.muting import Silences
 from sharpwatch.daemon.decisions.run_controller import RunController
@@ -131,6 +132,16 @@ class OperatorService(OperatorServiceServicer):
         """Returns all about a run."""
         run = await self._run(request.run, context)
         return pb.GetRunResponse(detail=self._detail(run))
+
+    async def GetHistory(self, request: pb.GetHistoryRequest, context: Context) -> pb.GetHistoryResponse:
+        """Returns the newest samples and estimates of a run that the journal keeps."""
+        run = await self._run(request.run, context)
+        try:
+            found = await self._store.history(run.name, min(request.limit or _MOST, _MOST))
+        except StoreError as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, f"the journal can't be read: {error}")
+        # Thousands of samples take a second to decode, in which the others must be served.
+        return await asyncio.to_thread(history_message, found)
 
     async def WatchRun(self, request: pb.WatchRunRequest, context: Context) -> AsyncIterator[pb.WatchRunResponse]:
         """Yields all about a run at each change, at most once every `min_interval_seconds`."""
