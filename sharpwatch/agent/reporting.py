@@ -59,6 +59,7 @@ class Identity:
     can_roll_back: bool
     started_at_unix_ns: int
     data_order: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +130,7 @@ def hello_message(identity: Identity, block_map: BlockMap) -> agent_pb2.Hello:
         started_at_unix_ns=identity.started_at_unix_ns,
         can_roll_back=identity.can_roll_back,
         data_order=identity.data_order,
+        labels=identity.labels,
     )
 
 

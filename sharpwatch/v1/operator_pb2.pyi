@@ -188,6 +188,23 @@ class RunDetail(google.protobuf.message.Message):
         _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["key", b"key", "value", b"value"]
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
+    @typing.final
+    class LabelsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["key", b"key", "value", b"value"]
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
     RUN_FIELD_NUMBER: builtins.int
     BLOCKS_FIELD_NUMBER: builtins.int
     ESTIMATES_FIELD_NUMBER: builtins.int
@@ -209,6 +226,8 @@ class RunDetail(google.protobuf.message.Message):
     ORDER_FIELD_NUMBER: builtins.int
     ORDER_SINCE_STEP_FIELD_NUMBER: builtins.int
     ATTENTION_FIELD_NUMBER: builtins.int
+    LABELS_FIELD_NUMBER: builtins.int
+    OVERRIDES_FIELD_NUMBER: builtins.int
     overhead_ratio: builtins.float
     step_seconds: builtins.float
     block_order_correlation: builtins.float
@@ -255,6 +274,14 @@ class RunDetail(google.protobuf.message.Message):
     def attention(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___AttentionLayer]:
         """The layers whose attention is measured."""
 
+    @property
+    def labels(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """As in Hello."""
+
+    @property
+    def overrides(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Override]:
+        """The keys of `detection` that an override changes for this run, each with its value and the override's match."""
+
     def __init__(
         self,
         *,
@@ -279,10 +306,12 @@ class RunDetail(google.protobuf.message.Message):
         order: collections.abc.Iterable[Global___PairOrder] | None = ...,
         order_since_step: builtins.int | None = ...,
         attention: collections.abc.Iterable[Global___AttentionLayer] | None = ...,
+        labels: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        overrides: collections.abc.Iterable[Global___Override] | None = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_block_order_correlation", b"_block_order_correlation", "_objective", b"_objective", "_objective_state", b"_objective_state", "_order_since_step", b"_order_since_step", "_overhead_ratio", b"_overhead_ratio", "_step_seconds", b"_step_seconds", "_swallowed_errors", b"_swallowed_errors", "block_order_correlation", b"block_order_correlation", "objective", b"objective", "objective_state", b"objective_state", "order_since_step", b"order_since_step", "overhead_ratio", b"overhead_ratio", "reference", b"reference", "run", b"run", "step_seconds", b"step_seconds", "swallowed_errors", b"swallowed_errors"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_block_order_correlation", b"_block_order_correlation", "_objective", b"_objective", "_objective_state", b"_objective_state", "_order_since_step", b"_order_since_step", "_overhead_ratio", b"_overhead_ratio", "_step_seconds", b"_step_seconds", "_swallowed_errors", b"_swallowed_errors", "alerts", b"alerts", "attention", b"attention", "block_order_correlation", b"block_order_correlation", "blocks", b"blocks", "checkpoints", b"checkpoints", "data_order", b"data_order", "dropped", b"dropped", "estimates", b"estimates", "host", b"host", "objective", b"objective", "objective_state", b"objective_state", "optimizer", b"optimizer", "order", b"order", "order_since_step", b"order_since_step", "overhead_ratio", b"overhead_ratio", "probe_failures", b"probe_failures", "reference", b"reference", "run", b"run", "step_seconds", b"step_seconds", "swallowed_errors", b"swallowed_errors", "twins", b"twins"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_block_order_correlation", b"_block_order_correlation", "_objective", b"_objective", "_objective_state", b"_objective_state", "_order_since_step", b"_order_since_step", "_overhead_ratio", b"_overhead_ratio", "_step_seconds", b"_step_seconds", "_swallowed_errors", b"_swallowed_errors", "alerts", b"alerts", "attention", b"attention", "block_order_correlation", b"block_order_correlation", "blocks", b"blocks", "checkpoints", b"checkpoints", "data_order", b"data_order", "dropped", b"dropped", "estimates", b"estimates", "host", b"host", "labels", b"labels", "objective", b"objective", "objective_state", b"objective_state", "optimizer", b"optimizer", "order", b"order", "order_since_step", b"order_since_step", "overhead_ratio", b"overhead_ratio", "overrides", b"overrides", "probe_failures", b"probe_failures", "reference", b"reference", "run", b"run", "step_seconds", b"step_seconds", "swallowed_errors", b"swallowed_errors", "twins", b"twins"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__block_order_correlation: typing_extensions.TypeAlias = typing.Literal["block_order_correlation"]
     _WhichOneofArgType__block_order_correlation: typing_extensions.TypeAlias = typing.Literal["_block_order_correlation", b"_block_order_correlation"]
@@ -314,6 +343,50 @@ class RunDetail(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__swallowed_errors) -> _WhichOneofReturnType__swallowed_errors | None: ...
 
 Global___RunDetail: typing_extensions.TypeAlias = RunDetail
+
+@typing.final
+class Override(google.protobuf.message.Message):
+    """A key of the daemon's configuration that is another for this run."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class MatchEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["key", b"key", "value", b"value"]
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+    KEY_FIELD_NUMBER: builtins.int
+    VALUE_FIELD_NUMBER: builtins.int
+    MATCH_FIELD_NUMBER: builtins.int
+    key: builtins.str
+    value: builtins.float
+    @property
+    def match(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """The labels that the override is for."""
+
+    def __init__(
+        self,
+        *,
+        key: builtins.str = ...,
+        value: builtins.float = ...,
+        match: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["key", b"key", "match", b"match", "value", b"value"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___Override: typing_extensions.TypeAlias = Override
 
 @typing.final
 class PairOrder(google.protobuf.message.Message):

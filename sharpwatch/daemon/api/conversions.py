@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from sharpwatch.curvature.statistics.estimate import Estimate
+from sharpwatch.daemon.config.settings import DetectionConfig
 from sharpwatch.daemon.detection.reference import ReferenceTest
 from sharpwatch.daemon.records import (
     CANCELS,
@@ -231,6 +232,14 @@ def _order_message(pair: PairOrder) -> operator_pb2.PairOrder:
     )
 
 
+def override_messages(detection: DetectionConfig, labels: Mapping[str, str]) -> list[operator_pb2.Override]:
+    """Returns the keys of `detection` that are others for a run with these labels."""
+    return [
+        operator_pb2.Override(key=key, value=override.changes[key], match=override.match)
+        for key, override in detection.overridden(labels).items()
+    ]
+
+
 def reference_message(test: ReferenceTest | None) -> operator_pb2.Reference | None:
     """Returns how a run stands against its reference; None without one."""
     if test is None:
@@ -279,6 +288,7 @@ def detail_message(
         optimizer=snapshot.hello.optimizer,
         host=snapshot.hello.host,
         data_order=snapshot.hello.data_order,
+        labels=snapshot.hello.labels,
         twins=twins,
         attention=_attention_messages(snapshot),
     )

@@ -8,7 +8,7 @@ import heapq
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, pairwise
 from typing import Any, NoReturn, Protocol, TypeVar, cast, get_args
 
@@ -21,6 +21,7 @@ from sharpwatch.daemon.api.conversions import (
     alert_message,
     decision_message,
     detail_message,
+    override_messages,
     reference_message,
     revision_message,
     run_message,
@@ -29,6 +30,7 @@ from sharpwatch.daemon.api.conversions import (
 )
 from sharpwatch.daemon.api.history import history_message
 from sharpwatch.daemon.api.silences import silence_of, wrong_silence
+from sharpwatch.daemon.config.settings import DetectionConfig
 from sharpwatch.daemon.decisions.muting import Silences
 from sharpwatch.daemon.decisions.run_controller import RunController
 from sharpwatch.daemon.decisions.transitions import is_settled
@@ -66,6 +68,7 @@ class DaemonInfo:
     store: str
     http_address: str
     policies: tuple[str, ...] = ()  # their names
+    detection: DetectionConfig = field(default_factory=DetectionConfig)
 
 
 class OperatorService(OperatorServiceServicer):
@@ -351,6 +354,7 @@ class OperatorService(OperatorServiceServicer):
     def _detail(self, run: Run) -> pb.RunDetail:
         twins = sorted(twin.name for twin in self._pipeline.peers.twins(run))
         detail = detail_message(run.snapshot, run.controller.checkpoints, twins)
+        detail.overrides.extend(override_messages(self._info.detection, run.attempt.hello.all_labels))
         reference = reference_message(run.controller.reference)
         if reference is not None:
             detail.reference.CopyFrom(reference)
