@@ -21,6 +21,7 @@ _COMMANDS = {
     "replay": LazyCommand(_START, "Find incidents in the log of a training.", f"{_HERE}.replay:replay"),
     "compare": LazyCommand(_START, "Show how two runs differ, and where they part.", f"{_HERE}.compare:compare"),
     "jobs": LazyCommand(_LOOK, "List the runs that the daemon knows.", f"{_HERE}.runs:jobs"),
+    "top": LazyCommand(_LOOK, "Show all runs, kept up to date, the worst first.", f"{_HERE}.top:top"),
     "show": LazyCommand(_LOOK, "Show one run: blocks, open incidents, failures.", f"{_HERE}.runs:show"),
     "incidents": LazyCommand(_LOOK, "List the incidents of a run.", f"{_HERE}.incidents:incidents"),
     "decisions": LazyCommand(_LOOK, "List decisions and their outcomes.", f"{_HERE}.decisions:decisions"),

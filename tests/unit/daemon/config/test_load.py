@@ -326,7 +326,10 @@ def test_the_first_override_that_fits_and_has_a_key_gives_it(load, labels, pages
         ("{match: {team: 7}, stall_after: 60}", "overrides[0].match.team: 7: expected a string that is not empty"),
         ("{match: {Team: x}, stall_after: 60}", "overrides[0].match.Team: a label's name must be 1 to 63 of a-z"),
         ("{match: {team: x}, stall_after: 0}", "overrides[0].stall_after: 0: expected"),
-        ("{match: {team: x}, pages_per_10k_steps: 0}", "overrides[0].pages_per_10k_steps: 0: expected a number above 0"),
+        (
+            "{match: {team: x}, pages_per_10k_steps: 0}",
+            "overrides[0].pages_per_10k_steps: 0: expected a number above 0",
+        ),
         ("{match: {team: x}, pages: 2}", "overrides[0].pages: unknown key; allowed: match, pages_per_10k_steps"),
     ],
 )
