@@ -110,7 +110,7 @@ def _estimate_panels(estimates: Iterable[Estimate], x: Axis) -> Iterator[Panel]:
         of_quantity = [each for each in fitting if each.quantity == quantity]
         # The estimator with the most estimates: those of several differ in what they measure.
         estimators = [each.estimator for each in of_quantity]
-        usual = max(set(estimators), key=estimators.count, default="")
+        usual = max(sorted(set(estimators)), key=estimators.count, default="")
         kept = sorted((each for each in of_quantity if each.estimator == usual), key=lambda each: each.block)
         lines = {
             block or _WHOLE: [_thinned(part) for part in _unbroken([(each.step, each.value) for each in found])]

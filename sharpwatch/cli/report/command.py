@@ -23,6 +23,7 @@ from sharpwatch.v1.operator_pb2 import (
 from sharpwatch.v1.operator_pb2_grpc import OperatorServiceStub
 
 _MOST = 10_000  # decisions
+_HISTORY_SECONDS = 60.0  # deadline: the daemon decodes thousands of samples, beside its work
 _STANDARD_OUTPUT = "-"
 
 
@@ -61,5 +62,5 @@ def _page(stub: OperatorServiceStub, run: str) -> str:
     detail = stub.GetRun(GetRunRequest(run=run)).detail
     decisions = stub.ListDecisions(ListDecisionsRequest(run=run, limit=_MOST)).decisions
     audit = stub.ListTransitions(ListTransitionsRequest(run=run))
-    history = stub.GetHistory(GetHistoryRequest(run=run))
+    history = stub.GetHistory(GetHistoryRequest(run=run), timeout=_HISTORY_SECONDS)
     return page(Report(detail, list(reversed(decisions)), audit, history, time.time()))

@@ -31,9 +31,9 @@ td.critical,td.worse,td.failed{color:var(--critical);font-weight:600} td.warning
 svg{max-width:100%;height:auto} svg text{font:12px system-ui,sans-serif;fill:var(--ink)} svg .faint{fill:var(--faint)}
 .grid{stroke:var(--rule)} .mark{stroke:var(--ink);stroke-dasharray:4 3} .checkpoint{fill:var(--faint)}
 .band{fill-opacity:.22} .band.critical{fill:var(--critical)} .band.warning{fill:var(--warning)}
-.line{fill:none;stroke-width:1.5;stroke-linejoin:round} .of-model{stroke:var(--accent)} .of-emb{stroke:#1a7f37}
-.of-qk{stroke:#bc4c00} .of-vo{stroke:#8250df} .of-ffn{stroke:#0a7ea4} .of-norm{stroke:#d0407a} .of-head{stroke:#8a6d1b}
-.of-other{stroke:#7d8590}
+.line{fill:none;stroke-width:1.5;stroke-linejoin:round} .of-model{stroke:var(--accent)} .of-emb{stroke:#2da44e}
+.of-qk{stroke:#e16f24} .of-vo{stroke:#a475f9} .of-ffn{stroke:#1b9aaa} .of-norm{stroke:#e85aad} .of-head{stroke:#b88a2e}
+.of-other{stroke:#8c959f}
 @media print{body{margin:0;max-width:none}}
 """
 _MARKED = frozenset({"critical", "warning", "worse", "failed"})  # words in cells that have a colour

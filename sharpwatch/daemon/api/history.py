@@ -13,6 +13,8 @@ from sharpwatch.daemon.storage.schema import StoredHistory
 from sharpwatch.errors import WireError
 from sharpwatch.v1 import agent_pb2
 from sharpwatch.v1 import operator_pb2 as pb
+from sharpwatch.v1.types_pb2 import Array
+from sharpwatch.wire import Floats
 
 
 def history_message(found: StoredHistory) -> pb.GetHistoryResponse:
@@ -43,15 +45,22 @@ def _point(attempt: int, payload: bytes) -> pb.HistoryPoint | None:
 
 
 def _add_tap(point: pb.HistoryPoint, tap: agent_pb2.Tap) -> None:
-    read = {
-        name: wire.decode(getattr(tap, name), name=name, dtype="float32", shape=(None,)).astype(np.float64)
-        for name in ("gradient_norm", "update_rms", "learning_rate", "lr_multiplier")
+    norms = _values(tap.gradient_norm, "gradient_norm").astype(np.float64)
+    squares = float(norms @ norms)
+    if math.isnan(squares):  # where a layer block was not read
+        known = norms[~np.isnan(norms)]
+        squares = float(known @ known) if len(known) else math.nan
+    found = {
+        "gradient_norm": math.sqrt(squares),
+        # These leave NaN out where there is another value.
+        "update_rms": float(np.fmax.reduce(_values(tap.update_rms, "update_rms"))),
+        "learning_rate": float(np.fmax.reduce(_values(tap.learning_rate, "learning_rate"))),
+        "lr_multiplier": float(np.fmin.reduce(_values(tap.lr_multiplier, "lr_multiplier"))),
     }
-    known = {name: values[~np.isnan(values)] for name, values in read.items()}
-    if len(known["gradient_norm"]):
-        point.gradient_norm = math.sqrt(float(np.square(known["gradient_norm"]).sum()))
-    for name in ("update_rms", "learning_rate"):
-        if len(known[name]):
-            setattr(point, name, float(known[name].max()))
-    if len(known["lr_multiplier"]):
-        point.lr_multiplier = float(known["lr_multiplier"].min())
+    for name, value in found.items():
+        if not math.isnan(value):
+            setattr(point, name, value)
+
+
+def _values(array: Array, name: str) -> Floats:
+    return wire.decode(array, name=name, dtype="float32", shape=(None,))
