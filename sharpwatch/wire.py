@@ -6,6 +6,7 @@ An array is bytes, dtype and shape, checked before anything is allocated. All ch
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence, Sized
 from typing import Any
 
@@ -22,6 +23,9 @@ MAX_LAYER_BLOCKS = 16_384
 MAX_DRAWS = 64
 MAX_NAME = 253  # characters
 MAX_DATA_ORDER = 200  # characters
+MAX_LABELS = 16  # of a run
+RUN_LABELS = ("training_job", "run")  # every run has these by itself, so they can't be a user's
+_LABEL = re.compile(r"[a-z][a-z0-9_]{0,62}")
 MAX_TEXT = 4_096  # characters
 MAX_ITEMS = 256  # results, checkpoints, probe failures, reasons for dropped samples: of each, in one sample
 MAX_COUNT = 2**63 - 1  # what SQLite's integers and numpy's int64 hold
@@ -102,6 +106,17 @@ def decode_fields(message: Any, dtypes: Mapping[str, str], *, name: str, rows: i
         field: decode(getattr(message, field), name=f"{name}.{field}", dtype=dtype, shape=shape)
         for field, dtype in dtypes.items()
     }
+
+
+def wrong_label(name: object, value: object) -> str:
+    """What is wrong with a label of a run; empty if nothing is."""
+    if not isinstance(name, str) or not _LABEL.fullmatch(name):
+        return f"a label's name must be 1 to 63 of a-z, 0-9 and _ and begin with a letter, got {name!r}"
+    if name in RUN_LABELS:
+        return f"label {name!r} is every run's own; {' and '.join(RUN_LABELS)} can't be given"
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_DATA_ORDER or not value.isprintable():
+        return f"label {name} must have 1 to {MAX_DATA_ORDER} printable characters, got {value!r}"
+    return ""
 
 
 def require(condition: bool, reason: str, code: str = "malformed") -> None:

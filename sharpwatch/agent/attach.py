@@ -63,6 +63,7 @@ def attach(  # noqa: PLR0913 - the public signature; each has a default that wor
     rules: RulesLike | None = None,
     strict: bool = False,
     data_order: str | None = None,
+    labels: Mapping[str, str] | None = None,
     transport: Transport | None = None,
 ) -> Watch:
     """Watch `model` while `optimizer` trains it.
@@ -101,6 +102,8 @@ def attach(  # noqa: PLR0913 - the public signature; each has a default that wor
         data_order: A name for the order of the data, of at most 200 characters, such as the seed and version of the
             loader. Runs of the same name see the same batch at the same step; where one has an incident, the daemon
             tells by the others whether the data brought it about. By default runs whose first losses are equal.
+        labels: The run's own labels, such as `{"team": "nlp"}`: the daemon's configuration can have other thresholds
+            for runs that have them.
         transport: Carries samples and commands instead of a courier process, as `sharpwatch.testing.InMemoryTransport`
             does in tests; `address`, `token` and `tls` are then not used. Used on rank 0 alone.
 
@@ -145,6 +148,7 @@ def attach(  # noqa: PLR0913 - the public signature; each has a default that wor
         rules=rules,
         strict=strict,
         data_order=data_order,
+        labels=labels,
         transport=transport,
     )
     name = run if run is not None else f"{training_job}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
@@ -262,6 +266,7 @@ def _identity(options: Options, run: str) -> Identity:
         can_roll_back=options.control == "rollback" or (options.control == "lr" and options.on_rollback is not None),
         started_at_unix_ns=time.time_ns(),
         data_order=options.data_order or "",
+        labels=dict(options.labels or {}),
     )
 
 

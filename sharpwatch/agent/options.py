@@ -24,7 +24,7 @@ from sharpwatch.blocks import RulesLike
 from sharpwatch.curvature.parameters.fsdp import DataRank
 from sharpwatch.curvature.parameters.shards import is_sharded
 from sharpwatch.errors import AttachError, ProbeError
-from sharpwatch.wire import MAX_DATA_ORDER
+from sharpwatch.wire import MAX_DATA_ORDER, MAX_LABELS, wrong_label
 
 _LOG = logging.getLogger("sharpwatch")
 _RULES = "SHARPWATCH_BLOCK_RULES"
@@ -55,6 +55,7 @@ class Options:
     rules: RulesLike | None
     strict: bool
     data_order: str | None
+    labels: Mapping[str, str] | None
     transport: Transport | None
 
     @property
@@ -90,6 +91,7 @@ class Options:
             "seed": self.seed,
             "rules": self.rules,
             "data_order": self.data_order,
+            "labels": None if self.labels is None else dict(sorted(self.labels.items())),
             "on_rollback": self.on_rollback is not None,
         }
 
@@ -224,8 +226,20 @@ def _check_names(options: Options) -> None:
         raise AttachError(
             f"data_order must have 1 to {MAX_DATA_ORDER} printable characters, or be None, got {options.data_order!r}"
         )
+    _check_labels(options.labels)
     if control not in CONTROL_MODES:
         raise AttachError(f"control must be one of {', '.join(map(repr, CONTROL_MODES))}, got {control!r}")
+
+
+def _check_labels(labels: object) -> None:
+    if labels is None:
+        return
+    if not isinstance(labels, Mapping) or len(labels) > MAX_LABELS:
+        raise AttachError(f"labels must be a dict of at most {MAX_LABELS}, or None, got {labels!r}")
+    for name, value in labels.items():
+        wrong = wrong_label(name, value)
+        if wrong:
+            raise AttachError(f"labels: {wrong}")
 
 
 def _check_probes(probes: Sequence[str], optimizers: Sequence[torch.optim.Optimizer]) -> None:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from sharpwatch._version import __version__
 from sharpwatch.agent.checkpoint_log import CheckpointLog
-from sharpwatch.agent.control.commands import Command, CommandResult, RollBack, SetMultipliers
+from sharpwatch.agent.control.commands import Cancel, Command, CommandResult, RollBack, SetMultipliers
 from sharpwatch.agent.control.controller import Controller
 from sharpwatch.agent.losses import StepLoss
 from sharpwatch.agent.probes.builtin import PROBES
@@ -39,6 +39,7 @@ _OUTCOMES = {
     "refused": types_pb2.COMMAND_OUTCOME_REFUSED,
     "expired": types_pb2.COMMAND_OUTCOME_EXPIRED,
     "failed": types_pb2.COMMAND_OUTCOME_FAILED,
+    "cancelled": types_pb2.COMMAND_OUTCOME_CANCELLED,
 }
 
 
@@ -58,6 +59,7 @@ class Identity:
     can_roll_back: bool
     started_at_unix_ns: int
     data_order: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +130,7 @@ def hello_message(identity: Identity, block_map: BlockMap) -> agent_pb2.Hello:
         started_at_unix_ns=identity.started_at_unix_ns,
         can_roll_back=identity.can_roll_back,
         data_order=identity.data_order,
+        labels=identity.labels,
     )
 
 
@@ -162,13 +165,15 @@ def sample_message(values: SampleValues) -> agent_pb2.Sample:
 
 def read_command(message: types_pb2.Command) -> Command:
     """Reads a command; an action that this agent does not know becomes None, which the controller refuses."""
-    action: SetMultipliers | RollBack | None = None
+    action: SetMultipliers | RollBack | Cancel | None = None
     if message.HasField("set_multipliers"):
         asked = message.set_multipliers
         action = SetMultipliers(dict(asked.multipliers), asked.revision, asked.ramp_steps, asked.ttl_steps)
     elif message.HasField("rollback"):
         back = message.rollback
         action = RollBack(back.checkpoint.step, back.checkpoint.uri, (back.skip_from_step, back.skip_to_step))
+    elif message.HasField("cancel"):
+        action = Cancel(message.cancel)
     return Command(
         id=message.id,
         action=action,

@@ -15,6 +15,7 @@ from sharpwatch.cli.options import DaemonOptions
 from sharpwatch.errors import OperatorError
 from sharpwatch.v1.operator_pb2 import (
     ApproveDecisionRequest,
+    CancelDecisionRequest,
     Decision,
     GetDaemonRequest,
     GetRunRequest,
@@ -32,7 +33,8 @@ from sharpwatch.v1.operator_pb2_grpc import OperatorServiceStub
 from sharpwatch.v1.types_pb2 import Rollback
 
 Change = SetLearningRatesRequest | UndoLearningRatesRequest | RequestRollbackRequest | SetModeRequest
-Answer = ApproveDecisionRequest | RejectDecisionRequest
+Answer = ApproveDecisionRequest | RejectDecisionRequest | CancelDecisionRequest
+PENDING = frozenset({"proposed", "approved", "sent"})  # outcomes of decisions that are not applied yet
 _SECONDS = 10.0  # deadline for the one answer that is read from a stream
 
 
@@ -145,7 +147,7 @@ def _rolled_back(stub: OperatorServiceStub, request: RequestRollbackRequest, run
 
 
 def _answered(stub: OperatorServiceStub, request: Answer, runs: dict[str, Run]) -> str:
-    """What the proposal would change."""
+    """What the decision would change."""
     # The first message comes at once; the stream ends with the connection.
     decision = next(iter(stub.WatchDecision(WatchDecisionRequest(id=request.id), timeout=_SECONDS))).decision
     if decision.id != request.id:
@@ -153,7 +155,10 @@ def _answered(stub: OperatorServiceStub, request: Answer, runs: dict[str, Run]) 
             f"a decision that is changed must be named in full, got {request.id!r}; "
             f"say which one is meant: {decision.id}"
         )
-    if decision.outcome != "proposed":
+    if isinstance(request, CancelDecisionRequest):
+        if decision.outcome not in PENDING:
+            raise OperatorError(f"decision {decision.id} is {decision.outcome}: it is too late to cancel it")
+    elif decision.outcome != "proposed":
         raise OperatorError(f"decision {decision.id} is {decision.outcome}: only a proposal can be answered")
     if isinstance(request, ApproveDecisionRequest):
         _controlled(_named_in_full(decision.run, runs))

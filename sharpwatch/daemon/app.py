@@ -156,7 +156,12 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:
         stack.push_async_callback(http_server.stop)
         agents = AgentService(runs=runs, queue=queue, pipeline=pipeline, sessions=sessions, metrics=metrics)
         info = DaemonInfo(
-            started_at, estimator.device, settings.store, http, tuple(policy.name for policy in config.policies)
+            started_at,
+            estimator.device,
+            settings.store,
+            http,
+            tuple(policy.name for policy in config.policies),
+            config.detection,
         )
         operators = OperatorService(
             runs=runs, silences=silences, pipeline=pipeline, store=store, authorizer=authorizer, info=info
@@ -164,7 +169,7 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:
         server, health, address = await _start_grpc(settings, agents, operators)
         # Only once every address is bound, so that a start which fails has no worker to stop.
         worker = asyncio.create_task(pipeline.run(), name="pipeline")
-        stalls = asyncio.create_task(pipeline.watch_stalls(config.detection.stall_after), name="stalls")
+        stalls = asyncio.create_task(pipeline.watch_stalls(config.detection), name="stalls")
         notifying = asyncio.create_task(notifier.run(), name="notifications")
         log.info(
             "serving",
@@ -212,7 +217,7 @@ def _controller(config: Config, silences: Silences, hello: RunHello, earlier: Ru
         parameters=hello.parameters,
         parameter_names=hello.parameter_names,
         policies=config.policies,
-        budget=Budget.of(config.detection),
+        budget=Budget.of(config.detection.of(hello.all_labels)),
         control=hello.control,
         lr_bounds=hello.lr_bounds,
         can_roll_back=hello.can_roll_back,

@@ -14,6 +14,7 @@ from contextlib import suppress
 
 import structlog
 
+from sharpwatch.daemon.config.settings import DetectionConfig
 from sharpwatch.daemon.decisions.transitions import UNDER_WAY
 from sharpwatch.daemon.estimation.estimator import EstimationQueue, Estimator, QueuedRequest
 from sharpwatch.daemon.estimation.windows import EstimateRequest, Estimates
@@ -111,16 +112,17 @@ class Pipeline:
         self._stopping = True
         self._queue.wake()
 
-    async def watch_stalls(self, stall_after: float) -> None:
+    async def watch_stalls(self, detection: DetectionConfig) -> None:
         """Looks now and then for runs that have stopped making steps, until it is cancelled.
 
         Args:
-            stall_after: Seconds without a sample after which a run has stalled.
+            detection: Says of each run after how many seconds without a sample it has stalled.
         """
         while True:
-            await asyncio.sleep(min(_STALL_CHECK, stall_after / 4))
+            await asyncio.sleep(min(_STALL_CHECK, detection.shortest_stall / 4))
             for run in self._runs:
                 try:
+                    stall_after = detection.of(run.attempt.hello.all_labels).stall_after
                     changes = run.check_stall(stall_after, time.time())
                 except Exception:  # an error in one run must not stop the others; counted
                     self._metrics.internal_errors.labels("stall").inc()

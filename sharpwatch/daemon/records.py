@@ -66,6 +66,7 @@ CAUSES: Mapping[AlertName, Cause] = {
     "AttentionGrowth": "instability",
 }
 Action = Literal["notify", "scale_lr", "set_lr", "ramp_back", "rollback"]
+CANCELS = "cancel-"  # before a decision's id: the id of the command that cancels its command
 # A decision is a draft until it is recorded, and then never again. `decisions.lifecycle` has the transitions.
 Outcome = Literal[
     "draft",
@@ -82,6 +83,7 @@ Outcome = Literal[
     "inconclusive",
     "failed",
     "expired",
+    "cancelled",
 ]
 
 
@@ -285,7 +287,8 @@ class RollbackPlan:
 class Decision:
     """A decision of a policy about an incident, or of an operator. It is kept for ever.
 
-    `alert_id` is the incident's id, `alert_name` the name that it had then.
+    `alert_id` is the incident's id, `alert_name` the name that it had then. `cancelled_by` is who has asked the trainer
+    to cancel a command that was sent, empty for nobody; the outcome is "cancelled" once the trainer has done so.
     """
 
     id: str
@@ -313,6 +316,8 @@ class Decision:
     reason: str = ""
     # By block how many times too high the trainer's own rate is; the multipliers make up for it, and go with it.
     makes_up_for: Mapping[str, float] = field(default_factory=dict)
+    cancelled_by: str = ""
+    cancel_reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -378,13 +383,26 @@ class Silence:
 
 @dataclass(frozen=True, slots=True)
 class ReportedResult:
-    """The trainer's answer to a command; `command_id` is the id of the decision."""
+    """The trainer's answer to a command; `command_id` is the id of the decision.
+
+    To a command that was to cancel another only a refusal is an answer, and has `CANCELS` before the decision's id.
+    """
 
     command_id: str
-    outcome: Literal["applied", "refused", "expired", "failed"]
+    outcome: Literal["applied", "refused", "expired", "failed", "cancelled"]
     step: int
     detail: str = ""
     unchanged_blocks: tuple[str, ...] = ()
+
+    @property
+    def is_of_a_cancellation(self) -> bool:
+        """Whether it is of a command that was to cancel that of the decision."""
+        return self.command_id.startswith(CANCELS)
+
+    @property
+    def decision_id(self) -> str:
+        """The decision's id."""
+        return self.command_id.removeprefix(CANCELS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from google.protobuf.message import DecodeError
 from sharpwatch.curvature.statistics.estimate import Estimate
 from sharpwatch.daemon.ingest.hello import RunHello, read_hello
 from sharpwatch.daemon.ingest.samples import Reading, read_sample
+from sharpwatch.daemon.records import CheckpointReport, Observation
 from sharpwatch.daemon.runs.run import observation_of
 from sharpwatch.daemon.storage.journal import database_path
 from sharpwatch.daemon.storage.schema import FIRST_TABLES, EstimateRow
@@ -121,8 +122,12 @@ def _readings(hello: RunHello, samples: Iterable[agent_pb2.Sample], source: str)
 
 
 def _recorded(source: str, format_: str, hello: RunHello, readings: Iterable[Reading]) -> RecordedRun:
-    observations, noise = [], []
+    observations: list[Observation] = []
+    noise, checkpoints = [], []
     for reading in readings:
+        report = reading.checkpoint_report
+        if report != CheckpointReport():
+            checkpoints.append((len(observations), report))
         # A sample may carry only answers or checkpoints.
         if reading.tap is not None or reading.loss is not None or "direction" in reading.probes:
             observations.append(observation_of(hello.blocks, reading))
@@ -137,6 +142,7 @@ def _recorded(source: str, format_: str, hello: RunHello, readings: Iterable[Rea
         observations,
         gradient_noise=noise,
         parameter_names=hello.parameter_names,
+        checkpoints=checkpoints,
     )
 
 

@@ -6,19 +6,17 @@ The picture follows the reader's choice of light or dark, and needs neither scri
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from xml.sax.saxutils import escape
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from sharpwatch.daemon.detection.parting import BATCHES
 from sharpwatch.replay.compare import Comparison, Quantity
+from sharpwatch.replay.drawing import LEFT, PANEL, RIGHT, WIDTH, Axis, framed, label, padded, polyline, rule
 from sharpwatch.replay.paired_estimates import EstimatePair, newest
 from sharpwatch.wire import Doubles, Ints
 
-_WIDTH, _LEFT, _RIGHT = 760, 84, 24
-_TOP, _PANEL, _GAP, _ROW = 88, 180, 64, 34  # heights
+_TOP, _GAP, _ROW = 88, 64, 34  # heights
 _POINTS = 240  # of a line
 _LOG_FROM = 20  # a part that ends this many times before the last step would be too narrow to be seen
 _ERRORS = 2  # standard errors that bands and bars have on each side
@@ -35,67 +33,6 @@ _STYLE = """
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Axis:
-    """A scale from values to places.
-
-    Attributes:
-        low: The value at `start`.
-        high: The value at `end`.
-        start: In pixels.
-        end: In pixels.
-        is_log: Whether equal ratios are equally long.
-    """
-
-    low: float
-    high: float
-    start: float
-    end: float
-    is_log: bool = False
-
-    def place(self, value: float) -> float:
-        """The pixel of a value.
-
-        Args:
-            value: Any; beyond the ends it is taken to the end.
-        """
-        low, high, at = (self._scaled(each) for each in (self.low, self.high, value))
-        return self.start + (self.end - self.start) * min(1.0, max(0.0, (at - low) / (high - low)))
-
-    def ticks(self) -> list[float]:
-        """Round values to label: about five, or powers of ten with their 2 and 5 where there are few of them."""
-        if not self.is_log:
-            return _round_values(self.low, self.high)
-        powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-        digits = (1, 2, 5) if len(powers) <= 3 else (1,)
-        thinned = powers[:: max(1, len(powers) // 6)]
-        return [
-            value for power in thinned for digit in digits if self.low <= (value := digit * 10.0**power) <= self.high
-        ]
-
-    def evenly(self, count: int) -> Doubles:
-        """Values at places that are equally far apart, from end to end.
-
-        Args:
-            count: Their number.
-        """
-        if self.is_log:
-            return np.geomspace(self.low, self.high, count)
-        return np.linspace(self.low, self.high, count)
-
-    def _scaled(self, value: float) -> float:
-        if not self.is_log:
-            return value
-        return math.log(max(value, self.low))
-
-
-def _round_values(low: float, high: float) -> list[float]:
-    size = (high - low) / 5
-    power = 10.0 ** math.floor(math.log10(size))
-    step = next(digit * power for digit in (1, 2, 2.5, 5, 10) if digit * power >= size)
-    return [index * step for index in range(math.ceil(low / step), math.floor(high / step) + 1)]
-
-
 def picture(comparison: Comparison) -> str:
     """Draw a comparison.
 
@@ -110,26 +47,15 @@ def picture(comparison: Comparison) -> str:
     if len(comparison.loss.values) > 1:
         steps = _step_axis(comparison)
         parts += _loss_panel(comparison, steps, bottom)
-        parts += _difference_panel(comparison, steps, bottom + _PANEL + _GAP)
-        bottom += 2 * (_PANEL + _GAP)
+        parts += _difference_panel(comparison, steps, bottom + PANEL + _GAP)
+        bottom += 2 * (PANEL + _GAP)
     if pairs := newest(comparison.sharpness):
         parts += _sharpness_panel(pairs, bottom)
         bottom += _ROW * len(pairs) + _GAP
-    frame = f'<rect class="page" width="{_WIDTH}" height="{bottom:.0f}"/>'
-    size = f'width="{_WIDTH}" height="{bottom:.0f}" viewBox="0 0 {_WIDTH} {bottom:.0f}"'
+    frame = f'<rect class="page" width="{WIDTH}" height="{bottom:.0f}"/>'
+    size = f'width="{WIDTH}" height="{bottom:.0f}" viewBox="0 0 {WIDTH} {bottom:.0f}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img"><style>{_STYLE}</style>'
     return "\n".join([head, frame, *parts, "</svg>\n"])
-
-
-def _text(x: float, y: float, text: str, anchor: str = "start", style: str = "") -> str:
-    # A name may hold control characters, which XML can't.
-    shown = escape("".join(c if c.isprintable() else " " for c in text))
-    of_style = f' class="{style}"' if style else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{of_style}>{shown}</text>'
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, style: str) -> str:
-    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{style}"/>'
 
 
 def _shortened(text: str, most: int = 72) -> str:
@@ -141,8 +67,8 @@ def _title(comparison: Comparison) -> Iterator[str]:
         (22, "run", comparison.run.source, "run"),
         (42, "reference", comparison.reference.source, "reference"),
     ):
-        yield f'<circle cx="{_LEFT + 5}" cy="{y - 4}" r="5" class="{style}-dot"/>'
-        yield _text(_LEFT + 18, y, f"{role}: {_shortened(source)}", style="title")
+        yield f'<circle cx="{LEFT + 5}" cy="{y - 4}" r="5" class="{style}-dot"/>'
+        yield label(LEFT + 18, y, f"{role}: {_shortened(source)}", style="title")
 
 
 def _step_axis(comparison: Comparison) -> Axis:
@@ -151,30 +77,7 @@ def _step_axis(comparison: Comparison) -> Axis:
     parting = comparison.loss.parting
     ends = [int(steps[each.first]) for each in parting.stretches] if parting else []
     is_log = bool(ends) and 1 < ends[-1] < high / _LOG_FROM
-    return Axis(max(1, low) if is_log else low, high, _LEFT, _WIDTH - _RIGHT, is_log)
-
-
-def _framed(x: Axis, y: Axis, title: str) -> Iterator[str]:
-    """The grid of a panel with its labels; `y` runs from bottom to top."""
-    yield _text(_LEFT, y.end - 10, title)
-    for value in y.ticks():
-        yield _line(x.start, y.place(value), x.end, y.place(value), "grid")
-        yield _text(x.start - 8, y.place(value) + 4, f"{value:.6g}", "end", "faint")
-    for value in x.ticks():
-        yield _text(x.place(value), y.start + 18, f"{value:,.10g}", "middle", "faint")
-    yield _text(x.end, y.start + 34, "step (logarithmic)" if x.is_log else "step", "end", "faint")
-
-
-def _padded(values: Iterable[float], top: float) -> Axis:
-    finite = [value for value in values if math.isfinite(value)]
-    low, high = min(finite), max(finite)
-    room = 0.06 * (high - low) or abs(high) * 0.01 or 1.0
-    return Axis(low - room, high + room, top + _PANEL, top)
-
-
-def _polyline(x: Axis, y: Axis, points: Sequence[tuple[float, float]], style: str) -> str:
-    places = " ".join(f"{x.place(at):.1f},{y.place(value):.1f}" for at, value in points)
-    return f'<polyline points="{places}" class="line {style}"/>'
+    return Axis(max(1, low) if is_log else low, high, LEFT, WIDTH - RIGHT, is_log)
 
 
 def _marks(comparison: Comparison, x: Axis, y: Axis) -> Iterator[str]:
@@ -184,19 +87,19 @@ def _marks(comparison: Comparison, x: Axis, y: Axis) -> Iterator[str]:
         return
     found = [int(comparison.loss.values.steps[each.first]) for each in parting.stretches[-3:]]
     for step in found:
-        yield _line(x.place(step), y.start, x.place(step), y.end, "mark")
+        yield rule(x.place(step), y.start, x.place(step), y.end, "mark")
     place = x.place(found[-1])
     is_right = place > (x.start + x.end) / 2
-    yield _text(place + (-6 if is_right else 6), y.end + 14, f"step {found[-1]:,}", "end" if is_right else "start")
+    yield label(place + (-6 if is_right else 6), y.end + 14, f"step {found[-1]:,}", "end" if is_right else "start")
 
 
 def _loss_panel(comparison: Comparison, x: Axis, top: float) -> Iterator[str]:
     values = comparison.loss.values
     lines = [_averaged(values.steps, each, x) for each in (values.run, values.reference)]
-    y = _padded((value for line in lines for _, value in line), top)
-    yield from _framed(x, y, "loss")
+    y = padded((value for line in lines for _, value in line), top)
+    yield from framed(x, y, "loss")
     for line, style in zip(reversed(lines), ("reference", "run"), strict=True):
-        yield _polyline(x, y, line, style)
+        yield polyline(x, y, line, style)
     yield from _marks(comparison, x, y)
 
 
@@ -210,16 +113,16 @@ def _averaged(steps: Ints, values: Doubles, x: Axis) -> list[tuple[float, float]
 def _difference_panel(comparison: Comparison, x: Axis, top: float) -> Iterator[str]:
     points = list(_local_means(comparison.loss, x))
     ends = [value + side * _ERRORS * error for _, value, error in points for side in (-1, 1) if math.isfinite(error)]
-    y = _padded([0.0, *(value for _, value, _ in points), *ends], top)
-    yield from _framed(x, y, f"loss of the run minus reference, with {_ERRORS} standard errors")
-    yield _line(x.start, y.place(0), x.end, y.place(0), "zero")
+    y = padded([0.0, *(value for _, value, _ in points), *ends], top)
+    yield from framed(x, y, f"loss of the run minus reference, with {_ERRORS} standard errors")
+    yield rule(x.start, y.place(0), x.end, y.place(0), "zero")
     known = [point for point in points if math.isfinite(point[2])]
     if known:
         upper = [(at, value + _ERRORS * error) for at, value, error in known]
         lower = [(at, value - _ERRORS * error) for at, value, error in reversed(known)]
         places = " ".join(f"{x.place(at):.1f},{y.place(value):.1f}" for at, value in upper + lower)
         yield f'<polygon points="{places}" class="band"/>'
-    yield _polyline(x, y, [(at, value) for at, value, _ in points], "difference")
+    yield polyline(x, y, [(at, value) for at, value, _ in points], "difference")
     yield from _marks(comparison, x, y)
 
 
@@ -237,14 +140,14 @@ def _local_means(loss: Quantity, x: Axis) -> Iterator[tuple[float, float, float]
 def _sharpness_panel(pairs: Sequence[EstimatePair], top: float) -> Iterator[str]:
     x = _value_axis(pairs)
     bottom = top + _ROW * len(pairs)
-    yield _text(_LEFT, top - 10, f"sharpness by block, newest pair, with {_ERRORS} standard errors")
+    yield label(LEFT, top - 10, f"sharpness by block, newest pair, with {_ERRORS} standard errors")
     for value in x.ticks():
-        yield _line(x.place(value), top, x.place(value), bottom, "grid")
-        yield _text(x.place(value), bottom + 18, f"{value:.3g}", "middle", "faint")
+        yield rule(x.place(value), top, x.place(value), bottom, "grid")
+        yield label(x.place(value), bottom + 18, f"{value:.3g}", "middle", "faint")
     for row, pair in enumerate(pairs):
         y = top + (row + 0.5) * _ROW
-        yield _text(_LEFT - 10, y - 1, pair.block, "end")
-        yield _text(_LEFT - 10, y + 11, pair.estimator, "end", "faint")
+        yield label(LEFT - 10, y - 1, pair.block, "end")
+        yield label(LEFT - 10, y + 11, pair.estimator, "end", "faint")
         yield from _dot(x, y - 5, pair.run.value, pair.run.stderr, "run")
         yield from _dot(x, y + 5, pair.reference.value, pair.reference.stderr, "reference")
 
@@ -257,10 +160,10 @@ def _value_axis(pairs: Sequence[EstimatePair]) -> Axis:
     if min(values) > 0:
         # A bar that reaches 0 ends at the frame: a logarithm has no place for it.
         ends = [value - error if value > 2 * error else value / 2 for value, error in zip(values, errors, strict=True)]
-        return Axis(min(ends) / 1.2, high * 1.2, _LEFT, _WIDTH - _RIGHT, is_log=True)
+        return Axis(min(ends) / 1.2, high * 1.2, LEFT, WIDTH - RIGHT, is_log=True)
     low = min(value - error for value, error in zip(values, errors, strict=True))
     room = 0.05 * (high - low) or 1.0
-    return Axis(low - room, high + room, _LEFT, _WIDTH - _RIGHT)
+    return Axis(low - room, high + room, LEFT, WIDTH - RIGHT)
 
 
 def _dot(x: Axis, y: float, value: float, stderr: float, style: str) -> Iterator[str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from sharpwatch.daemon.detection.history import Losses
-from sharpwatch.daemon.records import LayerTap, Observation
+from sharpwatch.daemon.records import CheckpointReport, LayerTap, Observation
 from sharpwatch.daemon.storage.schema import EstimateRow
 from sharpwatch.errors import LogError
 from sharpwatch.replay.log import Column, Log, Row
@@ -36,6 +36,7 @@ class RecordedRun:
         estimates: The daemon's, where a journal has them, in the order they were made.
         gradient_noise: By step and block type, where it was probed.
         parameter_names: Of the parameters of each layer block; empty where they are not known.
+        checkpoints: What the trainer told of its checkpoints, each with the index of the observation that follows.
     """
 
     source: str
@@ -48,6 +49,7 @@ class RecordedRun:
     estimates: Sequence[EstimateRow] = ()
     gradient_noise: Sequence[tuple[int, Mapping[str, float]]] = ()
     parameter_names: Sequence[Sequence[str]] = ()
+    checkpoints: Sequence[tuple[int, CheckpointReport]] = ()
 
     @property
     def is_own(self) -> bool:

@@ -91,6 +91,23 @@ Global___SessionResponse: typing_extensions.TypeAlias = SessionResponse
 class Hello(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    @typing.final
+    class LabelsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["key", b"key", "value", b"value"]
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
     PROTOCOL_FIELD_NUMBER: builtins.int
     TRAINING_JOB_FIELD_NUMBER: builtins.int
     RUN_FIELD_NUMBER: builtins.int
@@ -111,6 +128,7 @@ class Hello(google.protobuf.message.Message):
     STARTED_AT_UNIX_NS_FIELD_NUMBER: builtins.int
     CAN_ROLL_BACK_FIELD_NUMBER: builtins.int
     DATA_ORDER_FIELD_NUMBER: builtins.int
+    LABELS_FIELD_NUMBER: builtins.int
     protocol: builtins.int
     training_job: builtins.str
     run: builtins.str
@@ -142,6 +160,10 @@ class Hello(google.protobuf.message.Message):
 
     @property
     def probes(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]: ...
+    @property
+    def labels(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """The user's own, by which a daemon's configuration may tell runs apart, such as team: nlp."""
+
     def __init__(
         self,
         *,
@@ -165,8 +187,9 @@ class Hello(google.protobuf.message.Message):
         started_at_unix_ns: builtins.int = ...,
         can_roll_back: builtins.bool = ...,
         data_order: builtins.str = ...,
+        labels: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["agent_version", b"agent_version", "attempt", b"attempt", "blocks", b"blocks", "can_roll_back", b"can_roll_back", "control", b"control", "data_order", b"data_order", "host", b"host", "initial_step", b"initial_step", "layer_blocks", b"layer_blocks", "max_multiplier", b"max_multiplier", "min_multiplier", b"min_multiplier", "optimizer", b"optimizer", "pid", b"pid", "probes", b"probes", "protocol", b"protocol", "run", b"run", "seed", b"seed", "sketch_size", b"sketch_size", "started_at_unix_ns", b"started_at_unix_ns", "training_job", b"training_job"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["agent_version", b"agent_version", "attempt", b"attempt", "blocks", b"blocks", "can_roll_back", b"can_roll_back", "control", b"control", "data_order", b"data_order", "host", b"host", "initial_step", b"initial_step", "labels", b"labels", "layer_blocks", b"layer_blocks", "max_multiplier", b"max_multiplier", "min_multiplier", b"min_multiplier", "optimizer", b"optimizer", "pid", b"pid", "probes", b"probes", "protocol", b"protocol", "run", b"run", "seed", b"seed", "sketch_size", b"sketch_size", "started_at_unix_ns", b"started_at_unix_ns", "training_job", b"training_job"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Hello: typing_extensions.TypeAlias = Hello

@@ -188,6 +188,23 @@ class RunDetail(google.protobuf.message.Message):
         _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["key", b"key", "value", b"value"]
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
+    @typing.final
+    class LabelsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["key", b"key", "value", b"value"]
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
     RUN_FIELD_NUMBER: builtins.int
     BLOCKS_FIELD_NUMBER: builtins.int
     ESTIMATES_FIELD_NUMBER: builtins.int
@@ -209,6 +226,8 @@ class RunDetail(google.protobuf.message.Message):
     ORDER_FIELD_NUMBER: builtins.int
     ORDER_SINCE_STEP_FIELD_NUMBER: builtins.int
     ATTENTION_FIELD_NUMBER: builtins.int
+    LABELS_FIELD_NUMBER: builtins.int
+    OVERRIDES_FIELD_NUMBER: builtins.int
     overhead_ratio: builtins.float
     step_seconds: builtins.float
     block_order_correlation: builtins.float
@@ -255,6 +274,14 @@ class RunDetail(google.protobuf.message.Message):
     def attention(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___AttentionLayer]:
         """The layers whose attention is measured."""
 
+    @property
+    def labels(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """As in Hello."""
+
+    @property
+    def overrides(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Override]:
+        """The keys of `detection` that an override changes for this run, each with its value and the override's match."""
+
     def __init__(
         self,
         *,
@@ -279,10 +306,12 @@ class RunDetail(google.protobuf.message.Message):
         order: collections.abc.Iterable[Global___PairOrder] | None = ...,
         order_since_step: builtins.int | None = ...,
         attention: collections.abc.Iterable[Global___AttentionLayer] | None = ...,
+        labels: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        overrides: collections.abc.Iterable[Global___Override] | None = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_block_order_correlation", b"_block_order_correlation", "_objective", b"_objective", "_objective_state", b"_objective_state", "_order_since_step", b"_order_since_step", "_overhead_ratio", b"_overhead_ratio", "_step_seconds", b"_step_seconds", "_swallowed_errors", b"_swallowed_errors", "block_order_correlation", b"block_order_correlation", "objective", b"objective", "objective_state", b"objective_state", "order_since_step", b"order_since_step", "overhead_ratio", b"overhead_ratio", "reference", b"reference", "run", b"run", "step_seconds", b"step_seconds", "swallowed_errors", b"swallowed_errors"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_block_order_correlation", b"_block_order_correlation", "_objective", b"_objective", "_objective_state", b"_objective_state", "_order_since_step", b"_order_since_step", "_overhead_ratio", b"_overhead_ratio", "_step_seconds", b"_step_seconds", "_swallowed_errors", b"_swallowed_errors", "alerts", b"alerts", "attention", b"attention", "block_order_correlation", b"block_order_correlation", "blocks", b"blocks", "checkpoints", b"checkpoints", "data_order", b"data_order", "dropped", b"dropped", "estimates", b"estimates", "host", b"host", "objective", b"objective", "objective_state", b"objective_state", "optimizer", b"optimizer", "order", b"order", "order_since_step", b"order_since_step", "overhead_ratio", b"overhead_ratio", "probe_failures", b"probe_failures", "reference", b"reference", "run", b"run", "step_seconds", b"step_seconds", "swallowed_errors", b"swallowed_errors", "twins", b"twins"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_block_order_correlation", b"_block_order_correlation", "_objective", b"_objective", "_objective_state", b"_objective_state", "_order_since_step", b"_order_since_step", "_overhead_ratio", b"_overhead_ratio", "_step_seconds", b"_step_seconds", "_swallowed_errors", b"_swallowed_errors", "alerts", b"alerts", "attention", b"attention", "block_order_correlation", b"block_order_correlation", "blocks", b"blocks", "checkpoints", b"checkpoints", "data_order", b"data_order", "dropped", b"dropped", "estimates", b"estimates", "host", b"host", "labels", b"labels", "objective", b"objective", "objective_state", b"objective_state", "optimizer", b"optimizer", "order", b"order", "order_since_step", b"order_since_step", "overhead_ratio", b"overhead_ratio", "overrides", b"overrides", "probe_failures", b"probe_failures", "reference", b"reference", "run", b"run", "step_seconds", b"step_seconds", "swallowed_errors", b"swallowed_errors", "twins", b"twins"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__block_order_correlation: typing_extensions.TypeAlias = typing.Literal["block_order_correlation"]
     _WhichOneofArgType__block_order_correlation: typing_extensions.TypeAlias = typing.Literal["_block_order_correlation", b"_block_order_correlation"]
@@ -314,6 +343,50 @@ class RunDetail(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__swallowed_errors) -> _WhichOneofReturnType__swallowed_errors | None: ...
 
 Global___RunDetail: typing_extensions.TypeAlias = RunDetail
+
+@typing.final
+class Override(google.protobuf.message.Message):
+    """A key of the daemon's configuration that is another for this run."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class MatchEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["key", b"key", "value", b"value"]
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+    KEY_FIELD_NUMBER: builtins.int
+    VALUE_FIELD_NUMBER: builtins.int
+    MATCH_FIELD_NUMBER: builtins.int
+    key: builtins.str
+    value: builtins.float
+    @property
+    def match(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """The labels that the override is for."""
+
+    def __init__(
+        self,
+        *,
+        key: builtins.str = ...,
+        value: builtins.float = ...,
+        match: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["key", b"key", "match", b"match", "value", b"value"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___Override: typing_extensions.TypeAlias = Override
 
 @typing.final
 class PairOrder(google.protobuf.message.Message):
@@ -555,7 +628,9 @@ class Decision(google.protobuf.message.Message):
     guard: builtins.str
     """ok, or the guard that refused and why."""
     outcome: builtins.str
-    """observed, proposed, approved, rejected, refused, sent, applied, recovered, failed, expired."""
+    """observed, proposed, approved, rejected, refused, sent, applied, recovered, worse, no-effect, inconclusive, failed,
+    expired, cancelled.
+    """
     detail: builtins.str
     applied_step: builtins.int
     revision: builtins.int
@@ -864,6 +939,131 @@ class GetRunResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___GetRunResponse: typing_extensions.TypeAlias = GetRunResponse
+
+@typing.final
+class GetHistoryRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: builtins.int
+    LIMIT_FIELD_NUMBER: builtins.int
+    run: builtins.str
+    limit: builtins.int
+    """Samples at most, and so many estimates of each quantity. 0: as many as are allowed, 10,000."""
+    def __init__(
+        self,
+        *,
+        run: builtins.str = ...,
+        limit: builtins.int = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["limit", b"limit", "run", b"run"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___GetHistoryRequest: typing_extensions.TypeAlias = GetHistoryRequest
+
+@typing.final
+class HistoryPoint(google.protobuf.message.Message):
+    """A sample in a few numbers; a field is unset where nothing was measured."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: builtins.int
+    TAKEN_AT_UNIX_NS_FIELD_NUMBER: builtins.int
+    ATTEMPT_FIELD_NUMBER: builtins.int
+    LOSS_FIELD_NUMBER: builtins.int
+    GRADIENT_NORM_FIELD_NUMBER: builtins.int
+    UPDATE_RMS_FIELD_NUMBER: builtins.int
+    LEARNING_RATE_FIELD_NUMBER: builtins.int
+    LR_MULTIPLIER_FIELD_NUMBER: builtins.int
+    OVERHEAD_RATIO_FIELD_NUMBER: builtins.int
+    STEP_SECONDS_FIELD_NUMBER: builtins.int
+    step: builtins.int
+    taken_at_unix_ns: builtins.int
+    """By the trainer's clock."""
+    attempt: builtins.int
+    """The attempt of the run, counted from 1."""
+    loss: builtins.float
+    gradient_norm: builtins.float
+    """Norm of the whole gradient before clipping."""
+    update_rms: builtins.float
+    """The largest of all layer blocks."""
+    learning_rate: builtins.float
+    """The largest of all layer blocks, multiplier included."""
+    lr_multiplier: builtins.float
+    """The smallest of all layer blocks."""
+    overhead_ratio: builtins.float
+    """The agent's, where it tells them: its seconds over those of the step, and the step's."""
+    step_seconds: builtins.float
+    def __init__(
+        self,
+        *,
+        step: builtins.int = ...,
+        taken_at_unix_ns: builtins.int = ...,
+        attempt: builtins.int = ...,
+        loss: builtins.float | None = ...,
+        gradient_norm: builtins.float | None = ...,
+        update_rms: builtins.float | None = ...,
+        learning_rate: builtins.float | None = ...,
+        lr_multiplier: builtins.float | None = ...,
+        overhead_ratio: builtins.float | None = ...,
+        step_seconds: builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_gradient_norm", b"_gradient_norm", "_learning_rate", b"_learning_rate", "_loss", b"_loss", "_lr_multiplier", b"_lr_multiplier", "_overhead_ratio", b"_overhead_ratio", "_step_seconds", b"_step_seconds", "_update_rms", b"_update_rms", "gradient_norm", b"gradient_norm", "learning_rate", b"learning_rate", "loss", b"loss", "lr_multiplier", b"lr_multiplier", "overhead_ratio", b"overhead_ratio", "step_seconds", b"step_seconds", "update_rms", b"update_rms"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_gradient_norm", b"_gradient_norm", "_learning_rate", b"_learning_rate", "_loss", b"_loss", "_lr_multiplier", b"_lr_multiplier", "_overhead_ratio", b"_overhead_ratio", "_step_seconds", b"_step_seconds", "_update_rms", b"_update_rms", "attempt", b"attempt", "gradient_norm", b"gradient_norm", "learning_rate", b"learning_rate", "loss", b"loss", "lr_multiplier", b"lr_multiplier", "overhead_ratio", b"overhead_ratio", "step", b"step", "step_seconds", b"step_seconds", "taken_at_unix_ns", b"taken_at_unix_ns", "update_rms", b"update_rms"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__gradient_norm: typing_extensions.TypeAlias = typing.Literal["gradient_norm"]
+    _WhichOneofArgType__gradient_norm: typing_extensions.TypeAlias = typing.Literal["_gradient_norm", b"_gradient_norm"]
+    _WhichOneofReturnType__learning_rate: typing_extensions.TypeAlias = typing.Literal["learning_rate"]
+    _WhichOneofArgType__learning_rate: typing_extensions.TypeAlias = typing.Literal["_learning_rate", b"_learning_rate"]
+    _WhichOneofReturnType__loss: typing_extensions.TypeAlias = typing.Literal["loss"]
+    _WhichOneofArgType__loss: typing_extensions.TypeAlias = typing.Literal["_loss", b"_loss"]
+    _WhichOneofReturnType__lr_multiplier: typing_extensions.TypeAlias = typing.Literal["lr_multiplier"]
+    _WhichOneofArgType__lr_multiplier: typing_extensions.TypeAlias = typing.Literal["_lr_multiplier", b"_lr_multiplier"]
+    _WhichOneofReturnType__overhead_ratio: typing_extensions.TypeAlias = typing.Literal["overhead_ratio"]
+    _WhichOneofArgType__overhead_ratio: typing_extensions.TypeAlias = typing.Literal["_overhead_ratio", b"_overhead_ratio"]
+    _WhichOneofReturnType__step_seconds: typing_extensions.TypeAlias = typing.Literal["step_seconds"]
+    _WhichOneofArgType__step_seconds: typing_extensions.TypeAlias = typing.Literal["_step_seconds", b"_step_seconds"]
+    _WhichOneofReturnType__update_rms: typing_extensions.TypeAlias = typing.Literal["update_rms"]
+    _WhichOneofArgType__update_rms: typing_extensions.TypeAlias = typing.Literal["_update_rms", b"_update_rms"]
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__gradient_norm) -> _WhichOneofReturnType__gradient_norm | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__learning_rate) -> _WhichOneofReturnType__learning_rate | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__loss) -> _WhichOneofReturnType__loss | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__lr_multiplier) -> _WhichOneofReturnType__lr_multiplier | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__overhead_ratio) -> _WhichOneofReturnType__overhead_ratio | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__step_seconds) -> _WhichOneofReturnType__step_seconds | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__update_rms) -> _WhichOneofReturnType__update_rms | None: ...
+
+Global___HistoryPoint: typing_extensions.TypeAlias = HistoryPoint
+
+@typing.final
+class GetHistoryResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    POINTS_FIELD_NUMBER: builtins.int
+    ESTIMATES_FIELD_NUMBER: builtins.int
+    @property
+    def points(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___HistoryPoint]: ...
+    @property
+    def estimates(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[sharpwatch.v1.types_pb2.Estimate]:
+        """Of sharpness and stability_ratio."""
+
+    def __init__(
+        self,
+        *,
+        points: collections.abc.Iterable[Global___HistoryPoint] | None = ...,
+        estimates: collections.abc.Iterable[sharpwatch.v1.types_pb2.Estimate] | None = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["estimates", b"estimates", "points", b"points"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___GetHistoryResponse: typing_extensions.TypeAlias = GetHistoryResponse
 
 @typing.final
 class WatchRunRequest(google.protobuf.message.Message):
@@ -1350,6 +1550,48 @@ class RejectDecisionResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___RejectDecisionResponse: typing_extensions.TypeAlias = RejectDecisionResponse
+
+@typing.final
+class CancelDecisionRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ID_FIELD_NUMBER: builtins.int
+    AUTHOR_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    id: builtins.str
+    """Its whole id."""
+    author: builtins.str
+    reason: builtins.str
+    def __init__(
+        self,
+        *,
+        id: builtins.str = ...,
+        author: builtins.str = ...,
+        reason: builtins.str = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "id", b"id", "reason", b"reason"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___CancelDecisionRequest: typing_extensions.TypeAlias = CancelDecisionRequest
+
+@typing.final
+class CancelDecisionResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DECISION_FIELD_NUMBER: builtins.int
+    @property
+    def decision(self) -> Global___Decision: ...
+    def __init__(
+        self,
+        *,
+        decision: Global___Decision | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["decision", b"decision"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["decision", b"decision"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___CancelDecisionResponse: typing_extensions.TypeAlias = CancelDecisionResponse
 
 @typing.final
 class AcknowledgeIncidentRequest(google.protobuf.message.Message):

@@ -50,6 +50,11 @@ class OperatorServiceStub(object):
                 request_serializer=sharpwatch_dot_v1_dot_operator__pb2.GetRunRequest.SerializeToString,
                 response_deserializer=sharpwatch_dot_v1_dot_operator__pb2.GetRunResponse.FromString,
                 _registered_method=True)
+        self.GetHistory = channel.unary_unary(
+                '/sharpwatch.v1.OperatorService/GetHistory',
+                request_serializer=sharpwatch_dot_v1_dot_operator__pb2.GetHistoryRequest.SerializeToString,
+                response_deserializer=sharpwatch_dot_v1_dot_operator__pb2.GetHistoryResponse.FromString,
+                _registered_method=True)
         self.WatchRun = channel.unary_stream(
                 '/sharpwatch.v1.OperatorService/WatchRun',
                 request_serializer=sharpwatch_dot_v1_dot_operator__pb2.WatchRunRequest.SerializeToString,
@@ -105,6 +110,11 @@ class OperatorServiceStub(object):
                 request_serializer=sharpwatch_dot_v1_dot_operator__pb2.RejectDecisionRequest.SerializeToString,
                 response_deserializer=sharpwatch_dot_v1_dot_operator__pb2.RejectDecisionResponse.FromString,
                 _registered_method=True)
+        self.CancelDecision = channel.unary_unary(
+                '/sharpwatch.v1.OperatorService/CancelDecision',
+                request_serializer=sharpwatch_dot_v1_dot_operator__pb2.CancelDecisionRequest.SerializeToString,
+                response_deserializer=sharpwatch_dot_v1_dot_operator__pb2.CancelDecisionResponse.FromString,
+                _registered_method=True)
         self.AcknowledgeIncident = channel.unary_unary(
                 '/sharpwatch.v1.OperatorService/AcknowledgeIncident',
                 request_serializer=sharpwatch_dot_v1_dot_operator__pb2.AcknowledgeIncidentRequest.SerializeToString,
@@ -150,6 +160,13 @@ class OperatorServiceServicer(object):
 
     def GetRun(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetHistory(self, request, context):
+        """The newest samples and estimates of a run that the journal keeps, oldest first.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -223,6 +240,13 @@ class OperatorServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CancelDecision(self, request, context):
+        """Takes a decision back that is not applied yet. One that was sent keeps its outcome until the trainer has answered.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def AcknowledgeIncident(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -273,6 +297,11 @@ def add_OperatorServiceServicer_to_server(servicer, server):
                     servicer.GetRun,
                     request_deserializer=sharpwatch_dot_v1_dot_operator__pb2.GetRunRequest.FromString,
                     response_serializer=sharpwatch_dot_v1_dot_operator__pb2.GetRunResponse.SerializeToString,
+            ),
+            'GetHistory': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetHistory,
+                    request_deserializer=sharpwatch_dot_v1_dot_operator__pb2.GetHistoryRequest.FromString,
+                    response_serializer=sharpwatch_dot_v1_dot_operator__pb2.GetHistoryResponse.SerializeToString,
             ),
             'WatchRun': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchRun,
@@ -328,6 +357,11 @@ def add_OperatorServiceServicer_to_server(servicer, server):
                     servicer.RejectDecision,
                     request_deserializer=sharpwatch_dot_v1_dot_operator__pb2.RejectDecisionRequest.FromString,
                     response_serializer=sharpwatch_dot_v1_dot_operator__pb2.RejectDecisionResponse.SerializeToString,
+            ),
+            'CancelDecision': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelDecision,
+                    request_deserializer=sharpwatch_dot_v1_dot_operator__pb2.CancelDecisionRequest.FromString,
+                    response_serializer=sharpwatch_dot_v1_dot_operator__pb2.CancelDecisionResponse.SerializeToString,
             ),
             'AcknowledgeIncident': grpc.unary_unary_rpc_method_handler(
                     servicer.AcknowledgeIncident,
@@ -437,6 +471,33 @@ class OperatorService(object):
             '/sharpwatch.v1.OperatorService/GetRun',
             sharpwatch_dot_v1_dot_operator__pb2.GetRunRequest.SerializeToString,
             sharpwatch_dot_v1_dot_operator__pb2.GetRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetHistory(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sharpwatch.v1.OperatorService/GetHistory',
+            sharpwatch_dot_v1_dot_operator__pb2.GetHistoryRequest.SerializeToString,
+            sharpwatch_dot_v1_dot_operator__pb2.GetHistoryResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -734,6 +795,33 @@ class OperatorService(object):
             '/sharpwatch.v1.OperatorService/RejectDecision',
             sharpwatch_dot_v1_dot_operator__pb2.RejectDecisionRequest.SerializeToString,
             sharpwatch_dot_v1_dot_operator__pb2.RejectDecisionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelDecision(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sharpwatch.v1.OperatorService/CancelDecision',
+            sharpwatch_dot_v1_dot_operator__pb2.CancelDecisionRequest.SerializeToString,
+            sharpwatch_dot_v1_dot_operator__pb2.CancelDecisionResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -30,6 +30,8 @@ class OperatorServiceStub:
     GetDaemon: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.GetDaemonRequest, sharpwatch.v1.operator_pb2.GetDaemonResponse]
     ListRuns: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.ListRunsRequest, sharpwatch.v1.operator_pb2.ListRunsResponse]
     GetRun: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.GetRunRequest, sharpwatch.v1.operator_pb2.GetRunResponse]
+    GetHistory: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.GetHistoryRequest, sharpwatch.v1.operator_pb2.GetHistoryResponse]
+    """The newest samples and estimates of a run that the journal keeps, oldest first."""
     WatchRun: grpc.UnaryStreamMultiCallable[sharpwatch.v1.operator_pb2.WatchRunRequest, sharpwatch.v1.operator_pb2.WatchRunResponse]
     """A message at once, then one for each change of the run, at most one every min_interval_seconds."""
     SetLearningRates: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.SetLearningRatesRequest, sharpwatch.v1.operator_pb2.SetLearningRatesResponse]
@@ -44,6 +46,8 @@ class OperatorServiceStub:
     """A message at once, then one for each change of outcome; ends when the outcome is final."""
     ApproveDecision: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.ApproveDecisionRequest, sharpwatch.v1.operator_pb2.ApproveDecisionResponse]
     RejectDecision: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.RejectDecisionRequest, sharpwatch.v1.operator_pb2.RejectDecisionResponse]
+    CancelDecision: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.CancelDecisionRequest, sharpwatch.v1.operator_pb2.CancelDecisionResponse]
+    """Takes a decision back that is not applied yet. One that was sent keeps its outcome until the trainer has answered."""
     AcknowledgeIncident: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.AcknowledgeIncidentRequest, sharpwatch.v1.operator_pb2.AcknowledgeIncidentResponse]
     SetReference: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.SetReferenceRequest, sharpwatch.v1.operator_pb2.SetReferenceResponse]
     """Holds a run against a reference from now on, its earlier steps too."""
@@ -61,6 +65,8 @@ class OperatorServiceAsyncStub(OperatorServiceStub):
     GetDaemon: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.GetDaemonRequest, sharpwatch.v1.operator_pb2.GetDaemonResponse]  # type: ignore[assignment]
     ListRuns: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.ListRunsRequest, sharpwatch.v1.operator_pb2.ListRunsResponse]  # type: ignore[assignment]
     GetRun: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.GetRunRequest, sharpwatch.v1.operator_pb2.GetRunResponse]  # type: ignore[assignment]
+    GetHistory: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.GetHistoryRequest, sharpwatch.v1.operator_pb2.GetHistoryResponse]  # type: ignore[assignment]
+    """The newest samples and estimates of a run that the journal keeps, oldest first."""
     WatchRun: grpc.aio.UnaryStreamMultiCallable[sharpwatch.v1.operator_pb2.WatchRunRequest, sharpwatch.v1.operator_pb2.WatchRunResponse]  # type: ignore[assignment]
     """A message at once, then one for each change of the run, at most one every min_interval_seconds."""
     SetLearningRates: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.SetLearningRatesRequest, sharpwatch.v1.operator_pb2.SetLearningRatesResponse]  # type: ignore[assignment]
@@ -75,6 +81,8 @@ class OperatorServiceAsyncStub(OperatorServiceStub):
     """A message at once, then one for each change of outcome; ends when the outcome is final."""
     ApproveDecision: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.ApproveDecisionRequest, sharpwatch.v1.operator_pb2.ApproveDecisionResponse]  # type: ignore[assignment]
     RejectDecision: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.RejectDecisionRequest, sharpwatch.v1.operator_pb2.RejectDecisionResponse]  # type: ignore[assignment]
+    CancelDecision: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.CancelDecisionRequest, sharpwatch.v1.operator_pb2.CancelDecisionResponse]  # type: ignore[assignment]
+    """Takes a decision back that is not applied yet. One that was sent keeps its outcome until the trainer has answered."""
     AcknowledgeIncident: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.AcknowledgeIncidentRequest, sharpwatch.v1.operator_pb2.AcknowledgeIncidentResponse]  # type: ignore[assignment]
     SetReference: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.SetReferenceRequest, sharpwatch.v1.operator_pb2.SetReferenceResponse]  # type: ignore[assignment]
     """Holds a run against a reference from now on, its earlier steps too."""
@@ -107,6 +115,14 @@ class OperatorServiceServicer(metaclass=abc.ABCMeta):
         request: sharpwatch.v1.operator_pb2.GetRunRequest,
         context: _ServicerContext,
     ) -> typing.Union[sharpwatch.v1.operator_pb2.GetRunResponse, collections.abc.Awaitable[sharpwatch.v1.operator_pb2.GetRunResponse]]: ...
+
+    @abc.abstractmethod
+    def GetHistory(
+        self,
+        request: sharpwatch.v1.operator_pb2.GetHistoryRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[sharpwatch.v1.operator_pb2.GetHistoryResponse, collections.abc.Awaitable[sharpwatch.v1.operator_pb2.GetHistoryResponse]]:
+        """The newest samples and estimates of a run that the journal keeps, oldest first."""
 
     @abc.abstractmethod
     def WatchRun(
@@ -187,6 +203,14 @@ class OperatorServiceServicer(metaclass=abc.ABCMeta):
         request: sharpwatch.v1.operator_pb2.RejectDecisionRequest,
         context: _ServicerContext,
     ) -> typing.Union[sharpwatch.v1.operator_pb2.RejectDecisionResponse, collections.abc.Awaitable[sharpwatch.v1.operator_pb2.RejectDecisionResponse]]: ...
+
+    @abc.abstractmethod
+    def CancelDecision(
+        self,
+        request: sharpwatch.v1.operator_pb2.CancelDecisionRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[sharpwatch.v1.operator_pb2.CancelDecisionResponse, collections.abc.Awaitable[sharpwatch.v1.operator_pb2.CancelDecisionResponse]]:
+        """Takes a decision back that is not applied yet. One that was sent keeps its outcome until the trainer has answered."""
 
     @abc.abstractmethod
     def AcknowledgeIncident(

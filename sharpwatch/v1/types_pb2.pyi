@@ -30,6 +30,8 @@ class _CommandOutcomeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper.
     COMMAND_OUTCOME_REFUSED: _CommandOutcome.ValueType  # 2
     COMMAND_OUTCOME_EXPIRED: _CommandOutcome.ValueType  # 3
     COMMAND_OUTCOME_FAILED: _CommandOutcome.ValueType  # 4
+    COMMAND_OUTCOME_CANCELLED: _CommandOutcome.ValueType  # 5
+    """Of the command that was cancelled, not of the one that cancels it."""
 
 class CommandOutcome(_CommandOutcome, metaclass=_CommandOutcomeEnumTypeWrapper): ...
 
@@ -38,6 +40,8 @@ COMMAND_OUTCOME_APPLIED: CommandOutcome.ValueType  # 1
 COMMAND_OUTCOME_REFUSED: CommandOutcome.ValueType  # 2
 COMMAND_OUTCOME_EXPIRED: CommandOutcome.ValueType  # 3
 COMMAND_OUTCOME_FAILED: CommandOutcome.ValueType  # 4
+COMMAND_OUTCOME_CANCELLED: CommandOutcome.ValueType  # 5
+"""Of the command that was cancelled, not of the one that cancels it."""
 Global___CommandOutcome: typing_extensions.TypeAlias = CommandOutcome
 
 @typing.final
@@ -264,6 +268,7 @@ class Command(google.protobuf.message.Message):
     REASON_FIELD_NUMBER: builtins.int
     SET_MULTIPLIERS_FIELD_NUMBER: builtins.int
     ROLLBACK_FIELD_NUMBER: builtins.int
+    CANCEL_FIELD_NUMBER: builtins.int
     id: builtins.str
     apply_at_step: builtins.int
     """The first step it may be applied at. 0: the next one."""
@@ -272,6 +277,8 @@ class Command(google.protobuf.message.Message):
     expires_at_unix_ns: builtins.int
     author: builtins.str
     reason: builtins.str
+    cancel: builtins.str
+    """The id of another command, which must not be applied any more. Agents that do not know this refuse it."""
     @property
     def set_multipliers(self) -> Global___MultiplierSet: ...
     @property
@@ -287,12 +294,13 @@ class Command(google.protobuf.message.Message):
         reason: builtins.str = ...,
         set_multipliers: Global___MultiplierSet | None = ...,
         rollback: Global___Rollback | None = ...,
+        cancel: builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["action", b"action", "rollback", b"rollback", "set_multipliers", b"set_multipliers"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["action", b"action", "cancel", b"cancel", "rollback", b"rollback", "set_multipliers", b"set_multipliers"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["action", b"action", "apply_at_step", b"apply_at_step", "author", b"author", "expires_at_step", b"expires_at_step", "expires_at_unix_ns", b"expires_at_unix_ns", "id", b"id", "reason", b"reason", "rollback", b"rollback", "set_multipliers", b"set_multipliers"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["action", b"action", "apply_at_step", b"apply_at_step", "author", b"author", "cancel", b"cancel", "expires_at_step", b"expires_at_step", "expires_at_unix_ns", b"expires_at_unix_ns", "id", b"id", "reason", b"reason", "rollback", b"rollback", "set_multipliers", b"set_multipliers"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_action: typing_extensions.TypeAlias = typing.Literal["set_multipliers", "rollback"]
+    _WhichOneofReturnType_action: typing_extensions.TypeAlias = typing.Literal["set_multipliers", "rollback", "cancel"]
     _WhichOneofArgType_action: typing_extensions.TypeAlias = typing.Literal["action", b"action"]
     def WhichOneof(self, oneof_group: _WhichOneofArgType_action) -> _WhichOneofReturnType_action | None: ...
 

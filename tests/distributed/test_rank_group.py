@@ -140,6 +140,32 @@ def test_one_rank_speaks_for_all(both):
     assert first["taps"] == STEPS
 
 
+def cancelled():
+    """Rank 0 receives a cut that is planned for the last step, and then that it is cancelled; rank 1 lags."""
+    training, store = Training(), dist.distributed_c10d._get_default_store()
+
+    def after(step):
+        if dist.get_rank() == 0:
+            if step == 3:
+                action = types_pb2.MultiplierSet(multipliers={"emb": 0.5}, revision=7)
+                training.transport.command(id="cut", apply_at_step=STEPS, set_multipliers=action)
+            if step == 4:
+                training.transport.command(id="cancel-cut", cancel="cut")
+            store.set(f"past {step}", "")
+        else:
+            store.wait([f"past {step}"])
+
+    training.run(after=after)
+    results = [result for sample in training.transport.samples for result in sample.results]
+    return training.groups, [(result.command_id, result.outcome) for result in results]
+
+
+def test_a_command_that_is_cancelled_before_its_step_is_applied_by_no_rank(ranks):
+    (first, results), (second, _) = ranks(cancelled, 2)
+    assert first == second == [1] * STEPS
+    assert results == [("cut", types_pb2.COMMAND_OUTCOME_CANCELLED)]
+
+
 def left(watched):
     """Rank 1 is gone after its sixth step: what becomes of rank 0 is torch's to say."""
     training = Training(watched=watched)

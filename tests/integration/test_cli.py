@@ -340,7 +340,7 @@ async def test_a_dry_run_of_an_answer_says_what_the_proposal_would_change(operat
     operator.decisions["d5"] = pb.Decision(
         id="d5", run="gpt2-a1", outcome="proposed", action="scale_lr", multipliers={"vo": 0.25}
     )
-    for command, call in (("approve", "ApproveDecision"), ("reject", "RejectDecision")):
+    for command, call in (("approve", "ApproveDecision"), ("reject", "RejectDecision"), ("cancel", "CancelDecision")):
         expected = f"{call} id d5, author ada@node3; scale_lr of run gpt2-a1: vo 0.25"
         out = f"dry run, not sent to {operator.address}: {expected}\n"
         assert await cli(command, "d5", "--dry-run") == (0, out, "")

@@ -45,7 +45,7 @@ def test_the_page_lists_every_command():
     "command",
     [
         *("serve", "demo", "measure", "jobs", "show", "lr", "rollback", "mode", "decisions", "check-config", "doctor"),
-        *("replay", "compare", "incidents", "ack", "reference", "silence"),
+        *("replay", "compare", "incidents", "ack", "reference", "silence", "report", "top"),
     ],
 )
 def test_a_section_has_the_options_of_its_command(command):

@@ -14,6 +14,7 @@ DOCUMENT = (Path(__file__).parents[2] / "docs/reference/configuration.md").read_
 UNKNOWN = {
     "## daemon": "daemon: {nope: 1}",
     "## detection": "detection: {nope: 1}",
+    "### overrides": "detection: {overrides: [{match: {team: nlp}, nope: 1}]}",
     "## notifications": "notifications: {nope: 1}",
     "## policies": "policies: [{name: a, match: {alert: LossSpike}, action: {kind: notify}, nope: 1}]",
     "### action": "policies: [{name: a, match: {alert: LossSpike}, action: {kind: notify, nope: 1}}]",

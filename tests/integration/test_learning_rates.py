@@ -72,3 +72,22 @@ def test_out_of_bounds_is_refused_with_what_is_allowed(daemon, stepping):
     assert done.returncode == 1
     assert "0.01" in done.stderr + done.stdout
     assert "10" in done.stderr + done.stdout
+
+
+def test_a_change_that_was_planned_for_a_later_step_is_cancelled_by_the_trainer(daemon, stepping):
+    trainer = stepping(SCRIPT)
+    step = trainer.until(lambda entry: entry["step"] >= 3)[-1]["step"] + 300
+    planned = daemon.cli("lr", "set", "rates", "qk=0.5", "--at-step", str(step), "--no-wait")
+    done = daemon.cli("cancel", planned["id"], "--reason", "the wrong step")
+    assert (done["outcome"], done["reason"]) == ("cancelled", "the wrong step")
+    again = daemon.command("cancel", planned["id"])
+    assert again.returncode == 1
+    assert f"decision {planned['id']} is cancelled by " in again.stderr
+    entries = trainer.until(lambda entry: entry["step"] == step + 2)
+    for entry in entries[-5:]:
+        torch.testing.assert_close(entry["rates"]["qk"], 1e-2, rtol=1e-6, atol=0)
+    applied = daemon.cli("lr", "set", "rates", "qk=0.5")
+    late = daemon.command("cancel", applied["id"])
+    assert late.returncode == 1
+    assert f"is applied at step {applied['applied_step']}" in late.stderr
+    assert "take revision 2 back with lr undo" in late.stderr

@@ -97,8 +97,8 @@ ALLOWED = {
     },
     "daemon": {"common", "blocks", "curvature.statistics", "daemon"},
     "replay": {
-        *("blocks", "curvature.statistics", "daemon.records", "daemon.detection", "daemon.storage", "daemon.ingest"),
-        *("daemon.estimation", "daemon.runs"),
+        *("blocks", "curvature.statistics", "daemon.records", "daemon.config", "daemon.detection", "daemon.decisions"),
+        *("daemon.storage", "daemon.ingest", "daemon.estimation", "daemon.runs"),
     },
     "demo": {""},  # as any user's script does
     "cli.extras": set(),
@@ -121,6 +121,10 @@ ALLOWED = {
             "cli.dry_run",
             "cli.measure",
         ),
+    },
+    "cli.report": {
+        *("common", "blocks", "replay", "cli.extras", "cli.options", "cli.output", "cli.client", "cli.measure"),
+        "cli.commands",
     },
     "cli": {"common", "cli"},
     "__main__": {"cli"},

@@ -67,6 +67,7 @@ def test_attach():
         ("rules", KEYWORD, None),
         ("strict", KEYWORD, False),
         ("data_order", KEYWORD, None),
+        ("labels", KEYWORD, None),
         ("transport", KEYWORD, None),
     ]
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Outcome = Literal["applied", "refused", "expired", "failed"]
+Outcome = Literal["applied", "refused", "expired", "failed", "cancelled"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,13 @@ class RollBack:
 
 
 @dataclass(frozen=True, slots=True)
+class Cancel:
+    """Do not apply the command with the id `command_id` any more."""
+
+    command_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class Command:
     """A decision of the daemon, sent to the training loop.
 
@@ -50,7 +57,7 @@ class Command:
     """
 
     id: str
-    action: SetMultipliers | RollBack | None
+    action: SetMultipliers | RollBack | Cancel | None
     apply_at_step: int = 0
     expires_at_step: int = 0
     expires_at_unix_ns: int = 0

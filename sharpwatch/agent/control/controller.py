@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from sharpwatch.agent.control.commands import (
+    Cancel,
     Command,
     CommandResult,
     Outcome,
@@ -112,15 +113,16 @@ class Controller:
 
     def receive(self, command: Command, next_step: int) -> None:
         """Accept or refuse a command before step `next_step`; one whose id is known gets its result again."""
+        if isinstance(command.action, Cancel):
+            self._cancel(command, command.action.command_id, next_step)
+            return
         if command.id in self._seen:
             known = self._seen[command.id]
             if known is not None:
                 self._results.append(known)
             return
         # Noted before it has a result: the same command may come again while it waits for its step.
-        self._seen[command.id] = None
-        while len(self._seen) > _REMEMBERED_IDS:
-            self._seen.popitem(last=False)
+        self._remember(command.id, None)
         refusal = self._refusal(command)
         if refusal:
             self._settle(command, "refused", next_step, refusal)
@@ -138,6 +140,28 @@ class Controller:
             return False
         self._report(command, CommandResult(command.id, outcome, next_step, reason))
         return True
+
+    def _cancel(self, command: Command, cancelled: str, next_step: int) -> None:
+        """Let go of the command `cancelled`, also if it comes later; where it has a result, that is told again.
+
+        Commands come in one order on all ranks, so that all of them let go of it before the same step.
+        """
+        known = self._seen.get(cancelled)
+        if known is not None:
+            self._results.append(known)
+            return
+        if self._rollback_command is not None and self._rollback_command.id == cancelled:
+            self.refuse(command, next_step, "the rollback has begun")
+            return
+        self._waiting = [waiting for waiting in self._waiting if waiting.id != cancelled]
+        result = CommandResult(cancelled, "cancelled", next_step, f"cancelled before step {next_step}")
+        self._remember(cancelled, result)
+        self._report(command, result)
+
+    def _remember(self, command_id: str, result: CommandResult | None) -> None:
+        self._seen[command_id] = result
+        while len(self._seen) > _REMEMBERED_IDS:
+            self._seen.popitem(last=False)
 
     def begin(self, step: int, now_unix_ns: int) -> Mapping[str, float]:
         """Apply the commands that are due before `step`; returns its multipliers. Calling it twice does no harm."""
@@ -339,6 +363,8 @@ def _described(command: Command, known: Collection[str]) -> str:
         case RollBack(step, uri, skip):
             skipped = f", without the batches of steps {skip[0]} to {skip[1] - 1}" if skip[0] < skip[1] else ""
             return f"rollback to step {step} ({uri[:_MAX_SHOWN]!r}{skipped})"
+        case Cancel(command_id):
+            return f"command {command_id[:_MAX_SHOWN]!r}"
     return "unknown command"
 
 

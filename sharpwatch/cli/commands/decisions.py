@@ -1,10 +1,10 @@
-"""`sharpwatch decisions`, `approve`, `reject` and `rollback`: the decisions, and an operator's answers and requests."""
+"""`sharpwatch decisions`, `approve`, `reject`, `cancel`, `rollback`: the decisions, and operators' answers."""
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from queue import SimpleQueue
 from typing import Any
 
@@ -13,7 +13,7 @@ import grpc
 
 from sharpwatch.cli import output
 from sharpwatch.cli.client import author, completions, operator, resolve_run, run_argument
-from sharpwatch.cli.dry_run import dry_run_option, preview
+from sharpwatch.cli.dry_run import PENDING, dry_run_option, preview
 from sharpwatch.cli.options import (
     COUNT,
     STEP_RANGE,
@@ -26,6 +26,7 @@ from sharpwatch.cli.output import Grid, print_answer
 from sharpwatch.errors import OperatorError
 from sharpwatch.v1.operator_pb2 import (
     ApproveDecisionRequest,
+    CancelDecisionRequest,
     Decision,
     ListDecisionsRequest,
     ListTransitionsRequest,
@@ -38,7 +39,6 @@ from sharpwatch.v1.operator_pb2 import (
 from sharpwatch.v1.operator_pb2_grpc import OperatorServiceStub
 
 _LISTED = 20  # decisions, by default
-_PENDING = frozenset({"proposed", "approved", "sent"})
 _DONE = frozenset({"applied", "recovered", "worse", "no-effect", "inconclusive", "observed"})
 
 
@@ -120,19 +120,21 @@ def _reasons(decision: Decision, state: Decision | Transition) -> str:
     return "; ".join(part for part in parts if part) or output.ABSENT
 
 
-def _id_argument() -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _id_argument(
+    outcomes: Collection[str] = ("proposed",),
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The argument ID, which a shell completes to decisions that have one of `outcomes`."""
+
+    def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+        del param
+        return completions(ctx, having, incomplete)
+
+    def having(stub: OperatorServiceStub) -> list[str]:
+        found = stub.ListDecisions(ListDecisionsRequest()).decisions
+        return [decision.id for decision in found if decision.outcome in outcomes]
+
     about = "The decision's id in full, as `sharpwatch decisions` shows it."
-    return click.argument("id_", metavar="ID", help=about, shell_complete=_complete_proposal)
-
-
-def _complete_proposal(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
-    del param
-    return completions(ctx, _proposals, incomplete)
-
-
-def _proposals(stub: OperatorServiceStub) -> list[str]:
-    found = stub.ListDecisions(ListDecisionsRequest()).decisions
-    return [decision.id for decision in found if decision.outcome == "proposed"]
+    return click.argument("id_", metavar="ID", help=about, shell_complete=complete)
 
 
 @click.command(cls=DaemonCommand, example="sharpwatch approve 3f9c01d2ab47")
@@ -165,6 +167,27 @@ def reject(options: DaemonOptions, id_: str, *, reason: str, dry_run: bool) -> N
     with operator(options) as stub:
         decision = stub.RejectDecision(request).decision
     print_answer(decision, describe_outcome(decision), as_json=options.json)
+
+
+@click.command(cls=DaemonCommand, example="sharpwatch cancel 3f9c01d2ab47 --reason 'planned for the wrong step'")
+@_id_argument(PENDING)
+@reason_option()
+@wait_options
+@dry_run_option
+@click.pass_obj
+def cancel(options: DaemonOptions, id_: str, *, reason: str, timeout: float | None, dry_run: bool) -> None:
+    """Take back a decision that is not applied yet, and wait until the trainer has let go of it.
+
+    A proposal is cancelled at once. A command that was sent is cancelled by the trainer, on all ranks before the same
+    step; what it has applied by then stays in force.
+    """
+    request = CancelDecisionRequest(id=id_, author=author(os.environ), reason=reason)
+    if dry_run:
+        preview(options, [request])
+        return
+    with operator(options) as stub:
+        decision = stub.CancelDecision(request).decision
+        follow(stub, decision, timeout, as_json=options.json, wanted=frozenset({"cancelled"}))
 
 
 @click.command(
@@ -217,13 +240,14 @@ def rollback(  # noqa: PLR0913 - click passes every option by name
 # Following a decision until the trainer has answered, also for `sharpwatch lr`
 
 
-def follow(
+def follow(  # noqa: PLR0913 - keyword-only, and two of them for one caller each
     stub: OperatorServiceStub,
     decision: Decision,
     timeout: float | None,
     *,
     as_json: bool,
     requested: Mapping[str, float] | None = None,
+    wanted: Collection[str] = _DONE,
 ) -> None:
     """Wait for the trainer's answer to a decision, and print the outcome.
 
@@ -233,18 +257,19 @@ def follow(
         timeout: Seconds to wait; None not to wait.
         as_json: Whether to print JSON, which is printed also before an error is raised.
         requested: The multipliers on the command line, by block.
+        wanted: The outcomes that were asked for.
 
     Raises:
         OperatorError: The trainer refused, or did not answer in time.
     """
-    if timeout is not None and decision.outcome in _PENDING:
+    if timeout is not None and decision.outcome in PENDING:
         try:
             decision = _wait(stub, decision, timeout)
         except KeyboardInterrupt:
             # Ctrl-C ends the waiting, not the command: the trainer may still apply it, and the user must know.
             raise OperatorError(f"stopped waiting; {_pending_note(decision)}") from None
     # With --no-wait, a decision that is still under way is what was asked for.
-    failed = decision.outcome not in _DONE and not (timeout is None and decision.outcome in _PENDING)
+    failed = decision.outcome not in wanted and not (timeout is None and decision.outcome in PENDING)
     if as_json or not failed:
         print_answer(decision, describe_outcome(decision, requested), as_json=as_json)
     if failed:
@@ -258,7 +283,7 @@ def _wait(stub: OperatorServiceStub, decision: Decision, timeout: float) -> Deci
     # the thread, would never return.
     threading.Thread(target=_listen, args=(stub, decision.id, timeout, events), daemon=True).start()
     newest = decision
-    while newest.outcome in _PENDING:
+    while newest.outcome in PENDING:
         item = events.get()
         if item is None:
             break
@@ -308,8 +333,12 @@ def describe_failure(decision: Decision, timeout: float) -> str:
         decision: The decision.
         timeout: Seconds that were waited.
     """
-    if decision.outcome in _PENDING:
+    if decision.outcome in PENDING:
         return f"no answer from the trainer of {decision.run} within {timeout:g} s; {_pending_note(decision)}"
+    if decision.HasField("applied_step"):  # as nobody waits for an action to fail, it was to be cancelled
+        return (
+            f"too late: decision {decision.id} was applied at step {decision.applied_step}, and is {decision.outcome}"
+        )
     guard = decision.guard if decision.guard not in ("", "ok") else ""
     why = ": ".join(part for part in (guard, decision.detail) if part) or "no reason given"
     return f"decision {decision.id} {decision.outcome}: {why}"

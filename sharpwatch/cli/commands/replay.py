@@ -1,4 +1,4 @@
-"""`sharpwatch replay`: what the detectors find in recorded runs and in logs of other trainers, without a daemon."""
+"""`sharpwatch replay`: what detectors find in recorded runs and logs, and what policies would do, without a daemon."""
 
 from __future__ import annotations
 
@@ -12,18 +12,22 @@ import click
 from sharpwatch.cli.commands.incidents import culprit
 from sharpwatch.cli.extras import needs_extra
 from sharpwatch.cli.options import LocalCommand, ParsedText
-from sharpwatch.cli.output import Grid, print_answer
+from sharpwatch.cli.output import Grid, describe_change, print_answer
 from sharpwatch.errors import LogError, SharpwatchError
 
 if TYPE_CHECKING:
-    from sharpwatch.daemon.detection.thresholds import Budget
     from sharpwatch.replay.files import ReadOptions
-    from sharpwatch.replay.judge import JudgedIncident, Judgement
+    from sharpwatch.replay.judge import JudgedIncident, Judgement, WouldBe
     from sharpwatch.replay.recorded_run import RecordedRun
 
 # As in sharpwatch.replay, which is not imported for the help.
 _FORMATS = ("csv", "jsonl", "trainer-state", "tensorboard", "megatron", "torchtitan", "recording", "journal")
 _COLUMNS = {"step": "step", "loss": "loss", "grad-norm": "gradient norm", "lr": "learning rate"}
+_NOT_APPLIED = (
+    "nothing was applied: the run goes on as it was recorded, so no outcome is known, and no limit that counts earlier "
+    "actions (cooldown_steps, max_actions_per_hour, rollback_window_steps) was met; the trainer is assumed to take "
+    "learning rates within 0.01 to 10, and rollbacks"
+)
 JOURNAL, STANDARD_INPUT = "sqlite:///", "-"
 _MEASURED = ("loss", "grad-norm", "lr")
 
@@ -76,7 +80,12 @@ def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
     help="A run whose losses those of each file are held against: a file of any of these kinds, or a run in a journal "
     "as sqlite:///PATH#NAME.",
 )
-@click.option("--config", metavar="FILE", help="A daemon's configuration, whose `detection` section counts.")
+@click.option(
+    "--config",
+    metavar="FILE",
+    help="A daemon's configuration: its `detection` section counts, and what its "
+    "policies would have decided is printed.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def replay(  # noqa: PLR0913, PLR0917 - its options
     files: tuple[str, ...],
@@ -89,6 +98,8 @@ def replay(  # noqa: PLR0913, PLR0917 - its options
 ) -> int:
     """Run logs of finished or running trainings through the detectors, and print the incidents they find.
 
+    With --config it also prints what the policies would have decided; nothing is applied.
+
     It reads CSV, JSON lines, trainer_state.json, TensorBoard's event files, what Megatron-LM and torchtitan print, and
     sharpwatch's own recordings; files may be compressed with gzip or xz. It needs no daemon.
     """
@@ -97,7 +108,7 @@ def replay(  # noqa: PLR0913, PLR0917 - its options
 
         options = ReadOptions(cast("Any", format_), cast("Any", dict(columns)), run)
         held_against = None if reference is None else read_one(reference, None, options)
-        found, errors = _judged(files, options, _budget(config), held_against)
+        found, errors = _judged(files, options, config, held_against)
     payload = {"runs": [to_dict(each) for each in found], "errors": errors}
     if found or as_json:
         print_answer(payload, list(_grids(found)), as_json=as_json)
@@ -106,21 +117,17 @@ def replay(  # noqa: PLR0913, PLR0917 - its options
     return 1 if errors else 0
 
 
-def _budget(config: str | None) -> Budget:
-    """The budget of false alarms in a configuration file, or by default."""
-    from sharpwatch.daemon.config.load import load_config  # noqa: PLC0415 - loads pydantic
-    from sharpwatch.daemon.detection.thresholds import Budget  # noqa: PLC0415 - loads numpy
-
-    return Budget.of(load_config(config).detection)
-
-
 def _judged(
-    files: Iterable[str], options: ReadOptions, budget: Budget, reference: RecordedRun | None
+    files: Iterable[str], options: ReadOptions, config: str | None, reference: RecordedRun | None
 ) -> tuple[list[Judgement], list[str]]:
     """The judgements of all files that can be read, and the errors of the others."""
+    from sharpwatch.daemon.config.load import load_config  # noqa: PLC0415 - loads pydantic
+    from sharpwatch.daemon.detection.thresholds import Budget  # noqa: PLC0415 - loads numpy
     from sharpwatch.replay.files import expand, read_run  # noqa: PLC0415 - as above
     from sharpwatch.replay.judge import judge  # noqa: PLC0415 - as above
 
+    settings = load_config(config)
+    budget = Budget.of(settings.detection)
     found: list[Judgement] = []
     errors: list[str] = []
     for given in files:
@@ -131,7 +138,7 @@ def _judged(
             continue
         for source in sources:
             try:
-                found.append(judge(read_run(source, options), budget, reference))
+                found.append(judge(read_run(source, options), budget, reference, settings.policies))
             except SharpwatchError as error:
                 errors.append(str(error))
     return found, errors
@@ -185,12 +192,24 @@ def to_dict(judgement: Judgement) -> dict[str, Any]:
         "incidents": [
             {**dataclasses.asdict(each.incident), "closed_step": each.closed_step} for each in judgement.incidents
         ],
+        "policies": [policy.name for policy in judgement.policies],
+        "decisions": [
+            {
+                **dataclasses.asdict(each.made),
+                "outcome": each.outcome,
+                "evidence": list(each.incident.evidence),
+                "hypothetical": each.is_hypothetical,
+            }
+            for each in judgement.decisions
+        ],
     }
 
 
 def _grids(found: Iterable[Judgement]) -> Iterator[Grid]:
     for judgement in found:
         yield incident_table(judgement)
+        if judgement.policies:
+            yield decision_table(judgement)
         yield Grid("l", tuple((line,) for line in summary(judgement)))
 
 
@@ -220,6 +239,50 @@ def _incident(each: JudgedIncident) -> tuple[str, ...]:
     )
 
 
+def decision_table(judgement: Judgement) -> Grid:
+    """What the policies would have decided, in order."""
+    return Grid(
+        "rlllllll",
+        tuple(_decision(each) for each in judgement.decisions),
+        ("step", "incident", "policy", "action", "would be", "guard", "change", "evidence"),
+        title="what the policies would have decided",
+        empty="the policies would have decided nothing",
+    )
+
+
+def _decision(each: WouldBe) -> tuple[str, ...]:
+    from sharpwatch.daemon.api.conversions import decision_message  # noqa: PLC0415 - loads grpc
+
+    made = each.made
+    return (
+        f"{made.step}{'*' if each.is_hypothetical else ''}",
+        f"{each.incident.name} from step {each.incident.onset}",
+        made.policy,
+        made.action,
+        each.outcome,
+        made.guard,
+        describe_change(decision_message(made)),
+        "; ".join(each.incident.evidence),
+    )
+
+
+def _unknown(judgement: Judgement) -> list[str]:
+    """What a replay of policies can't know."""
+    if not judgement.decisions:
+        return []
+    lines = [_NOT_APPLIED]
+    if any(value != 1.0 for each in judgement.run.observations for value in each.multipliers.values()):
+        lines.append("the recorded run was acted upon already: multipliers other than 1 were in force")
+    if judgement.first_action is not None:
+        lines.append(
+            f"the action of step {judgement.first_action} would have changed what follows: decisions marked with * "
+            "may never have come, and others may have"
+        )
+    if not judgement.run.checkpoints and any(each.made.action == "rollback" for each in judgement.decisions):
+        lines.append("no checkpoint is known from the file, which a rollback needs")
+    return lines
+
+
 def summary(judgement: Judgement) -> list[str]:
     """What was read of a run and what could be judged, in a line; and a line for each note."""
     run = judgement.run
@@ -230,7 +293,7 @@ def summary(judgement: Judgement) -> list[str]:
         parts.append(f"not in the file and not judged: {', '.join(absent)}")
     if not run.is_own:
         parts.append("blocks, weights and optimizer state are known only to the agent")
-    return ["; ".join(filter(None, parts)), *(f"note: {note}" for note in run.notes)]
+    return ["; ".join(filter(None, parts)), *(f"note: {note}" for note in (*run.notes, *_unknown(judgement)))]
 
 
 def _judged_columns(judgement: Judgement) -> str:

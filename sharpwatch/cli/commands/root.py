@@ -21,9 +21,13 @@ _COMMANDS = {
     "replay": LazyCommand(_START, "Find incidents in the log of a training.", f"{_HERE}.replay:replay"),
     "compare": LazyCommand(_START, "Show how two runs differ, and where they part.", f"{_HERE}.compare:compare"),
     "jobs": LazyCommand(_LOOK, "List the runs that the daemon knows.", f"{_HERE}.runs:jobs"),
+    "top": LazyCommand(_LOOK, "Show all runs, kept up to date, the worst first.", f"{_HERE}.top:top"),
     "show": LazyCommand(_LOOK, "Show one run: blocks, open incidents, failures.", f"{_HERE}.runs:show"),
     "incidents": LazyCommand(_LOOK, "List the incidents of a run.", f"{_HERE}.incidents:incidents"),
     "decisions": LazyCommand(_LOOK, "List decisions and their outcomes.", f"{_HERE}.decisions:decisions"),
+    "report": LazyCommand(
+        _LOOK, "Write what happened in a run as an HTML file.", "sharpwatch.cli.report.command:report"
+    ),
     "lr": LazyCommand(_ACT, "Show, set and undo learning-rate multipliers.", f"{_HERE}.lr:lr"),
     "mode": LazyCommand(_ACT, "Print or set the mode of a run, or of all.", f"{_HERE}.mode:mode"),
     "silence": LazyCommand(_ACT, "Keep policies from acting for some time.", f"{_HERE}.silence:silence"),
@@ -32,6 +36,7 @@ _COMMANDS = {
     "ack": LazyCommand(_ACT, "Note that you have seen an incident.", f"{_HERE}.incidents:ack"),
     "approve": LazyCommand(_ACT, "Approve a proposed decision.", f"{_HERE}.decisions:approve"),
     "reject": LazyCommand(_ACT, "Reject a proposed decision.", f"{_HERE}.decisions:reject"),
+    "cancel": LazyCommand(_ACT, "Take back a decision that is not applied yet.", f"{_HERE}.decisions:cancel"),
     "serve": LazyCommand(_CHECK, "Run the daemon.", f"{_HERE}.serve:serve"),
     "check-config": LazyCommand(_CHECK, "Check a daemon's configuration file.", f"{_HERE}.serve:check_config"),
     "doctor": LazyCommand(_CHECK, "Check this installation and its daemon.", f"{_HERE}.doctor:doctor"),

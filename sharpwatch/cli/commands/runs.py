@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import click
 
@@ -108,6 +108,12 @@ def state(detail: RunDetail, now: float) -> Grid:
             f"{output.percent(detail.overhead_ratio)} of step time" if detail.HasField("overhead_ratio") else "–",
         ),
     ]
+    if detail.labels:
+        facts.append(("labels", _labels(detail.labels)))
+    facts += [
+        (each.key, f"{output.number(each.value)}, by the override for {_labels(each.match)}")
+        for each in detail.overrides
+    ]
     if detail.data_order or detail.twins:
         order = [f"order {detail.data_order}"] if detail.data_order else []
         twins = [f"the same as {', '.join(detail.twins)}"] if detail.twins else []
@@ -128,6 +134,10 @@ def state(detail: RunDetail, now: float) -> Grid:
         newest = max(detail.checkpoints, key=lambda checkpoint: checkpoint.step)
         facts.append(("checkpoints", f"{len(detail.checkpoints)}, newest of step {newest.step} at {newest.uri}"))
     return Grid("ll", tuple(facts))
+
+
+def _labels(labels: Mapping[str, str]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in sorted(labels.items()))
 
 
 def _order(detail: RunDetail) -> str:

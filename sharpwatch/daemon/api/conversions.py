@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from sharpwatch.curvature.statistics.estimate import Estimate
+from sharpwatch.daemon.config.settings import DetectionConfig
 from sharpwatch.daemon.detection.reference import ReferenceTest
-from sharpwatch.daemon.records import Checkpoint, Decision, Incident, PairOrder, Revision, RollbackPlan, Silence
+from sharpwatch.daemon.records import (
+    CANCELS,
+    Checkpoint,
+    Decision,
+    Incident,
+    PairOrder,
+    Revision,
+    RollbackPlan,
+    Silence,
+)
 from sharpwatch.daemon.runs.snapshot import Phase, RunSnapshot
 from sharpwatch.daemon.storage.schema import TransitionRow
 from sharpwatch.v1 import operator_pb2, types_pb2
@@ -37,7 +47,15 @@ def _rollback_message(plan: RollbackPlan) -> types_pb2.Rollback:
 
 
 def command_message(decision: Decision) -> types_pb2.Command:
-    """Returns the command that tells the trainer of `decision`."""
+    """Returns the command that tells the trainer of `decision`, or to let go of it where it is to be cancelled."""
+    if decision.cancelled_by:
+        # In place of the command, not after it: a new attempt must not apply it before it learns that it is void.
+        return types_pb2.Command(
+            id=f"{CANCELS}{decision.id}",
+            author=decision.cancelled_by,
+            reason=decision.cancel_reason,
+            cancel=decision.id,
+        )
     command = types_pb2.Command(
         id=decision.id,
         apply_at_step=decision.apply_at_step,
@@ -151,7 +169,8 @@ def revision_message(revision: Revision) -> operator_pb2.Revision:
     )
 
 
-def _estimate_message(quantity: str, block: str, estimate: Estimate) -> types_pb2.Estimate:
+def estimate_message(quantity: str, block: str, estimate: Estimate) -> types_pb2.Estimate:
+    """Returns an estimate as a message; `block` is empty for the whole model."""
     return types_pb2.Estimate(
         quantity=quantity,
         block=block,
@@ -197,7 +216,7 @@ def _block_messages(snapshot: RunSnapshot) -> list[operator_pb2.Block]:
             if values is not None and not math.isnan(values[index]):
                 setattr(block, field, float(values[index]))
         block.estimates.extend(
-            _estimate_message(quantity, of, estimate) for (quantity, of, _), estimate in estimates.items() if of == name
+            estimate_message(quantity, of, estimate) for (quantity, of, _), estimate in estimates.items() if of == name
         )
         blocks.append(block)
     return blocks
@@ -211,6 +230,14 @@ def _order_message(pair: PairOrder) -> operator_pb2.PairOrder:
         since_step=pair.since,
         standard_errors=pair.standard_errors,
     )
+
+
+def override_messages(detection: DetectionConfig, labels: Mapping[str, str]) -> list[operator_pb2.Override]:
+    """Returns the keys of `detection` that are others for a run with these labels."""
+    return [
+        operator_pb2.Override(key=key, value=override.changes[key], match=override.match)
+        for key, override in detection.overridden(labels).items()
+    ]
 
 
 def reference_message(test: ReferenceTest | None) -> operator_pb2.Reference | None:
@@ -242,7 +269,7 @@ def detail_message(
         run=run_message(snapshot),
         blocks=_block_messages(snapshot),
         estimates=[
-            _estimate_message(quantity, of, estimate)
+            estimate_message(quantity, of, estimate)
             for (quantity, of, _), estimate in snapshot.estimates.items()
             if not of
         ],
@@ -261,6 +288,7 @@ def detail_message(
         optimizer=snapshot.hello.optimizer,
         host=snapshot.hello.host,
         data_order=snapshot.hello.data_order,
+        labels=snapshot.hello.labels,
         twins=twins,
         attention=_attention_messages(snapshot),
     )

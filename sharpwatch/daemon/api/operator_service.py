@@ -8,7 +8,7 @@ import heapq
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, pairwise
 from typing import Any, NoReturn, Protocol, TypeVar, cast, get_args
 
@@ -21,13 +21,16 @@ from sharpwatch.daemon.api.conversions import (
     alert_message,
     decision_message,
     detail_message,
+    override_messages,
     reference_message,
     revision_message,
     run_message,
     silence_message,
     transition_message,
 )
+from sharpwatch.daemon.api.history import history_message
 from sharpwatch.daemon.api.silences import silence_of, wrong_silence
+from sharpwatch.daemon.config.settings import DetectionConfig
 from sharpwatch.daemon.decisions.muting import Silences
 from sharpwatch.daemon.decisions.run_controller import RunController
 from sharpwatch.daemon.decisions.transitions import is_settled
@@ -65,6 +68,7 @@ class DaemonInfo:
     store: str
     http_address: str
     policies: tuple[str, ...] = ()  # their names
+    detection: DetectionConfig = field(default_factory=DetectionConfig)
 
 
 class OperatorService(OperatorServiceServicer):
@@ -131,6 +135,16 @@ class OperatorService(OperatorServiceServicer):
         """Returns all about a run."""
         run = await self._run(request.run, context)
         return pb.GetRunResponse(detail=self._detail(run))
+
+    async def GetHistory(self, request: pb.GetHistoryRequest, context: Context) -> pb.GetHistoryResponse:
+        """Returns the newest samples and estimates of a run that the journal keeps."""
+        run = await self._run(request.run, context)
+        try:
+            found = await self._store.history(run.name, min(request.limit or _MOST, _MOST))
+        except StoreError as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, f"the journal can't be read: {error}")
+        # Thousands of samples take a second to decode, in which the others must be served.
+        return await asyncio.to_thread(history_message, found)
 
     async def WatchRun(self, request: pb.WatchRunRequest, context: Context) -> AsyncIterator[pb.WatchRunResponse]:
         """Yields all about a run at each change, at most once every `min_interval_seconds`."""
@@ -247,13 +261,17 @@ class OperatorService(OperatorServiceServicer):
         """Rejects a proposed decision."""
         return pb.RejectDecisionResponse(decision=await self._answer(request, context, RunController.reject))
 
+    async def CancelDecision(self, request: pb.CancelDecisionRequest, context: Context) -> pb.CancelDecisionResponse:
+        """Takes a decision back that is not applied yet."""
+        return pb.CancelDecisionResponse(decision=await self._answer(request, context, RunController.cancel))
+
     async def _answer(
         self,
-        request: pb.ApproveDecisionRequest | pb.RejectDecisionRequest,
+        request: pb.ApproveDecisionRequest | pb.RejectDecisionRequest | pb.CancelDecisionRequest,
         context: Context,
         answer: Callable[[RunController, str, str, str, float], Changes],
     ) -> pb.Decision:
-        """Approves or rejects a proposed decision, by a method of its run's controller."""
+        """Approves, rejects or cancels a decision, by a method of its run's controller."""
         await self._authorize(request, context)
         run, identity = await self._decision_to_answer(request.id, context)
         changes = await self._change(
@@ -336,6 +354,7 @@ class OperatorService(OperatorServiceServicer):
     def _detail(self, run: Run) -> pb.RunDetail:
         twins = sorted(twin.name for twin in self._pipeline.peers.twins(run))
         detail = detail_message(run.snapshot, run.controller.checkpoints, twins)
+        detail.overrides.extend(override_messages(self._info.detection, run.attempt.hello.all_labels))
         reference = reference_message(run.controller.reference)
         if reference is not None:
             detail.reference.CopyFrom(reference)

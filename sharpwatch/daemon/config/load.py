@@ -14,6 +14,7 @@ from sharpwatch.common.yaml_schema import Location, YamlDocument, nearest, read_
 from sharpwatch.daemon.config.settings import (
     ALERT_NAMES,
     CAUSES,
+    OVERRIDABLE,
     ActionConfig,
     Config,
     DaemonConfig,
@@ -23,6 +24,7 @@ from sharpwatch.daemon.config.settings import (
     MaintenanceConfig,
     MatchConfig,
     NotificationsConfig,
+    OverrideConfig,
     PolicyConfig,
 )
 from sharpwatch.errors import ConfigError
@@ -32,11 +34,17 @@ _SECTIONS = {
     "daemon": DaemonConfig,
     "detection": DetectionConfig,
     "notifications": NotificationsConfig,
+    "overrides": OverrideConfig,
     "match": MatchConfig,
     "action": ActionConfig,
     "guard": GuardConfig,
     "escalate": EscalateConfig,
     "maintenance": MaintenanceConfig,
+}
+_EXPECTED = {
+    "dict_type": "expected a mapping of labels, such as {team: nlp}",
+    "tuple_type": "expected a list",
+    "list_type": "expected a list",
 }
 _ACTION_KEYS: dict[str, tuple[str, ...]] = {
     "notify": (),
@@ -62,6 +70,8 @@ def load_config(path: str | Path | None = None) -> Config:
         config = _ADAPTER.validate_python(document.data)
     except ValidationError as error:
         raise _first_error(document, error.errors(include_url=False)) from error
+    for index, override in enumerate(config.detection.overrides):
+        _check_override(document, ("detection", "overrides", index), override)
     for index, policy in enumerate(config.policies):
         _check_action(document, ("policies", index), policy)
         _check_guard(document, ("policies", index), policy.guard)
@@ -99,8 +109,8 @@ def _explained(document: YamlDocument, error: ErrorDetails) -> ConfigError:
             return document.error(location, f"{name} is missing; allowed: {', '.join(_keys(location))}")
         case "dataclass_type" | "dataclass_exact_type":
             return document.error(location, f"expected a mapping with keys {', '.join(_keys(location))}")
-        case "tuple_type" | "list_type":
-            return document.error(location, "expected a list")
+        case "dict_type" | "tuple_type" | "list_type" as kind:
+            return document.error(location, _EXPECTED[kind])
         case "value_error":
             return document.error(location, str(error["ctx"]["error"]))
     return document.error(location, error["msg"])
@@ -121,6 +131,13 @@ def _keys(location: Location) -> list[str]:
     section = next((step for step in reversed(location) if isinstance(step, str)), "")
     kind = PolicyConfig if section == "policies" else _SECTIONS.get(section, Config)
     return [field.name.removesuffix("_") for field in dataclasses.fields(kind)]
+
+
+def _check_override(document: YamlDocument, at: Location, override: OverrideConfig) -> None:
+    if not override.match:
+        raise document.error((*at, "match"), "is empty: what is for every run stands in detection itself")
+    if not override.changes:
+        raise document.error(at, f"changes nothing; allowed: {', '.join(OVERRIDABLE)}")
 
 
 def _check_action(document: YamlDocument, policy_at: Location, policy: PolicyConfig) -> None:

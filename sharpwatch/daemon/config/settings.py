@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
@@ -26,6 +26,7 @@ from sharpwatch.common.endpoint import parse_address
 from sharpwatch.common.token_file import default_token_file
 from sharpwatch.common.yaml_schema import nearest
 from sharpwatch.daemon.records import AlertName, Cause, Incident, Mode, Severity
+from sharpwatch.wire import RUN_LABELS, wrong_label
 
 ALERT_NAMES: tuple[AlertName, ...] = get_args(AlertName)
 CAUSES: tuple[Cause, ...] = get_args(Cause)
@@ -132,6 +133,20 @@ EndTime = Annotated[
 Kind = Annotated[ActionKind, _one_of(get_args(ActionKind))]
 
 
+def _check_label(name: Any) -> Any:
+    # Where a label is wrong in itself, no run can have it.
+    wrong = "" if name in RUN_LABELS else wrong_label(name, "any")
+    if wrong:
+        raise ValueError(wrong)
+    return name
+
+
+LabelName = Annotated[str, BeforeValidator(_check_label)]
+Pages = Annotated[float, _number(0.0, 100.0)]
+Warnings = Annotated[float, _number(0.0, 1000.0)]
+OVERRIDABLE = ("pages_per_10k_steps", "warnings_per_10k_steps", "stall_after")
+
+
 def _check_block(value: Any) -> Any:
     if value not in BLOCKS:
         word = value if isinstance(value, str) else "this"
@@ -205,6 +220,34 @@ class DaemonConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class OverrideConfig:
+    """Keys of `detection` that are others for the runs that have all labels of `match`; None leaves a key as it is.
+
+    Attributes:
+        match: Labels of `sharpwatch.attach(labels=...)`, and `training_job` and `run`, which every run has.
+        pages_per_10k_steps: As of `DetectionConfig`.
+        warnings_per_10k_steps: As above.
+        stall_after: As above.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID
+
+    match: dict[LabelName, Text]
+    pages_per_10k_steps: Pages | None = None
+    warnings_per_10k_steps: Warnings | None = None
+    stall_after: Duration | None = None
+
+    @property
+    def changes(self) -> dict[str, float]:
+        """The keys that it changes, with their values."""
+        return {key: value for key in OVERRIDABLE if (value := getattr(self, key)) is not None}
+
+    def fits(self, labels: Mapping[str, str]) -> bool:
+        """Whether it is for a run with these labels."""
+        return self.match.items() <= labels.items()
+
+
+@dataclass(frozen=True, slots=True)
 class DetectionConfig:
     """How many false alarms detectors may give in 10,000 healthy steps of a run, and when a run has stalled.
 
@@ -212,13 +255,33 @@ class DetectionConfig:
         pages_per_10k_steps: Incidents of severity critical.
         warnings_per_10k_steps: Incidents of severity warning.
         stall_after: Seconds without a step, while the agent is connected, after which a run has stalled.
+        overrides: Other values for some runs. Where several fit a run, the first one that has a key gives it.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _FORBID
 
-    pages_per_10k_steps: Annotated[float, _number(0.0, 100.0)] = 1.0
-    warnings_per_10k_steps: Annotated[float, _number(0.0, 1000.0)] = 10.0
+    pages_per_10k_steps: Pages = 1.0
+    warnings_per_10k_steps: Warnings = 10.0
     stall_after: Duration = 600.0
+    overrides: tuple[OverrideConfig, ...] = ()
+
+    def overridden(self, labels: Mapping[str, str]) -> dict[str, OverrideConfig]:
+        """By key the override that gives it for a run with these labels; none for keys that are as for all runs."""
+        found: dict[str, OverrideConfig] = {}
+        for override in self.overrides:
+            if override.fits(labels):
+                found = dict.fromkeys(override.changes, override) | found
+        return found
+
+    def of(self, labels: Mapping[str, str]) -> DetectionConfig:
+        """What holds for a run with these labels."""
+        changes = {key: override.changes[key] for key, override in self.overridden(labels).items()}
+        return replace(self, overrides=(), **changes)
+
+    @property
+    def shortest_stall(self) -> float:
+        """The least `stall_after` of any run."""
+        return min([self.stall_after, *(each.stall_after for each in self.overrides if each.stall_after is not None)])
 
 
 @dataclass(frozen=True, slots=True)

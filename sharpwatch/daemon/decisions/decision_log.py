@@ -113,6 +113,10 @@ class DecisionLog:
             return current
         return self._put(replace(current, outcome=advance(current.outcome, event), **changes))
 
+    def note(self, decision: Decision, **changes: Any) -> Decision:
+        """Records new values of other fields than the outcome; returns the decision as it is now."""
+        return self._put(replace(self._decisions[decision.id], **changes))
+
     def send(self, decision: Decision) -> None:
         """Has the command of `decision` sent once it is journalled."""
         self._commands[decision.id] = None

@@ -27,10 +27,16 @@ from sharpwatch.daemon.decisions.ramp_back import ActiveScaling, failed_ramp_bac
 from sharpwatch.daemon.decisions.remedy import Correction, Cut, correction, holds_down, measured_cut
 from sharpwatch.daemon.decisions.transitions import UNDER_WAY, came_to_nothing, took_effect
 from sharpwatch.daemon.detection.run_detection import RunDetection
-from sharpwatch.daemon.records import Action, Cause, Checkpoint, Decision, Finding, Incident, Mode
+from sharpwatch.daemon.records import Action, Cause, Checkpoint, Decision, Finding, Incident, Mode, Outcome
 
 _FOLLOW_EVERY = 10  # steps between two corrections of a cut that goes with a rate, unless that is far too high
 _STAGE_Z = 3.0  # of a stability ratio that speaks against raising rates further
+# Outcomes after which a policy does not decide the same on an incident once more.
+_NOT_AGAIN: Mapping[Mode, tuple[Outcome, ...]] = {
+    "observe": ("observed",),
+    "advise": ANNOUNCED,
+    "enforce": ("cancelled",),
+}
 _WHY_BACK: Mapping[Cause, str] = {
     "damaged-weight": "no learning rate makes weights whole again",
     "optimizer-state": "no learning rate brings the optimizer's state back",
@@ -161,9 +167,7 @@ class PolicyEngine:
 
     def _act_on(self, policy: PolicyConfig, incident: Incident, at: _StepContext) -> None:
         mode = at.mode_of(policy)
-        if mode != "enforce" and self._decided_before(
-            policy, incident, ANNOUNCED if mode == "advise" else ("observed",)
-        ):
+        if self._decided_before(policy, incident, _NOT_AGAIN[mode]):
             return
         made = self._draft(policy.action.kind, policy, mode, incident, at)
         own = bursts(incident, self._incidents.all, policy.guard.hold_steps)

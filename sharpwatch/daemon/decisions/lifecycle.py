@@ -24,7 +24,13 @@ if TYPE_CHECKING:
     from sharpwatch.daemon.decisions.decision_log import DecisionLog
 
 LOST_AFTER = 100  # steps that a result may come after its command's expiry: the samples that carry it can be dropped
-_RESULT_EVENTS: Mapping[str, Event] = {"applied": "apply", "refused": "refuse", "expired": "expire", "failed": "fail"}
+_RESULT_EVENTS: Mapping[str, Event] = {
+    "applied": "apply",
+    "refused": "refuse",
+    "expired": "expire",
+    "failed": "fail",
+    "cancelled": "cancel",
+}
 _EFFECT_EVENTS: Mapping[Effect, Event] = {
     "recovered": "recover",
     "worse": "worsen",
@@ -52,9 +58,15 @@ class DecisionLifecycle:
         """Records the trainer's answer to the command of `decision`; a second answer changes nothing."""
         if decision.outcome not in UNDER_WAY:
             return
+        if result.is_of_a_cancellation:
+            self._refuse_cancellation(decision, result)
+            return
         event = _RESULT_EVENTS[result.outcome]
         detail = _joined(decision.detail, result.detail)
-        if event == "apply":
+        if event == "cancel":
+            who = {"author": decision.cancelled_by, "reason": decision.cancel_reason} if decision.cancelled_by else {}
+            self._log.advance(decision, event, detail=detail, **who)
+        elif event == "apply":
             self._apply(decision, result, detail)
         elif event == "refuse":
             self._log.advance(decision, event, detail=detail, guard=f"{REFUSED_THERE}: {result.detail}")
@@ -100,6 +112,11 @@ class DecisionLifecycle:
             for other in self._log.unsettled():
                 if other.outcome == "applied" and other.id != decision.id:
                     self._log.advance(other, "inconclusive", detail=_joined(other.detail, "the run was rolled back"))
+
+    def _refuse_cancellation(self, decision: Decision, result: ReportedResult) -> None:
+        """The command stands; it is sent again, as an attempt that has begun meanwhile has not received it."""
+        detail = _joined(decision.detail, f"it can't be cancelled: {result.detail}")
+        self._log.send(self._log.note(decision, detail=detail, cancelled_by="", cancel_reason=""))
 
     def _settle_unanswered(self, decision: Decision, observation: Observation) -> None:
         if not decision.expires_at_step or observation.step <= decision.expires_at_step + LOST_AFTER:

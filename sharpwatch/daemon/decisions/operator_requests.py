@@ -122,6 +122,32 @@ class OperatorRequests:
         made = self._proposal(identity, "reject", "rejected")
         return self._log.advance(made, "reject", author=operator.author, reason=operator.reason)
 
+    def cancel(self, identity: str, operator: OperatorContext) -> Decision:
+        """Take back what is not applied yet: a proposal at once, a command once the trainer has let go of it."""
+        made = self._log.find(identity)
+        if not can(made.outcome, "cancel"):
+            at = f" at step {made.applied_step}" if made.applied_step is not None else ""
+            by = f" by {made.author}" if made.outcome in ("rejected", "cancelled") else ""
+            hint = f": take revision {made.revision} back with lr undo" if made.revision and at else ""
+            raise OperatorError(
+                f"decision {identity} is {made.outcome}{at}{by}: only what is proposed, approved or sent can be "
+                f"cancelled{hint}"
+            )
+        if made.cancelled_by:
+            raise OperatorError(f"{made.cancelled_by} has asked to cancel decision {identity} already")
+        if made.outcome == "proposed":
+            return self._log.advance(made, "cancel", author=operator.author, reason=operator.reason)
+        why = f": {operator.reason}" if operator.reason else ""
+        asked = f"{operator.author} asks to cancel it{why}"
+        made = self._log.note(
+            made,
+            detail=f"{made.detail}; {asked}" if made.detail else asked,
+            cancelled_by=operator.author,
+            cancel_reason=operator.reason,
+        )
+        self._log.send(made)
+        return made
+
     def _check_rollback(self, plan: RollbackPlan, step: int | None) -> None:
         """A proposal may have been made before the run went back by another."""
         if any(made.action == "rollback" and made.outcome in UNDER_WAY for made in self._log.unsettled()):

@@ -9,10 +9,11 @@ from sharpwatch.daemon.config.settings import ActionConfig, PolicyConfig
 from sharpwatch.daemon.decisions.guards import NO_REMEDY, guard_name
 from sharpwatch.daemon.decisions.muting import was_muted
 from sharpwatch.daemon.decisions.transitions import JUDGED, took_effect
-from sharpwatch.daemon.records import Checkpoint, Decision, Incident, Mode, RollbackPlan
+from sharpwatch.daemon.records import Checkpoint, Decision, Incident, Mode, Outcome, RollbackPlan
 
 MODES: tuple[Mode, ...] = ("observe", "advise", "enforce")
-ANNOUNCED = ("observed", "proposed", "rejected")  # a decision that ended so is not repeated for the same reason
+# A decision that ended so is not repeated for the same reason.
+ANNOUNCED: tuple[Outcome, ...] = ("observed", "proposed", "rejected", "cancelled")
 
 
 @dataclass(frozen=True, slots=True)

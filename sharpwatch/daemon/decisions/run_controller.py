@@ -183,7 +183,7 @@ class RunController:
 
     def command_result(self, result: ReportedResult, now: float) -> Changes:  # noqa: ARG002  the clock comes with all
         """Take in what the trainer made of a command; telling it twice changes nothing."""
-        made = self._log.find(result.command_id)
+        made = self._log.find(result.decision_id)
         if result.outcome == "applied" and made.revision:
             self._log.applied(made.revision, result.step)
         gone = self._unrestorable(made, result) if made.outcome in UNDER_WAY else []
@@ -192,7 +192,7 @@ class RunController:
 
     def replay_result(self, result: ReportedResult, now: float) -> Changes:  # noqa: ARG002  as `command_result`
         """Take in a result whose decision is journalled, while what became of its checkpoint may not be."""
-        return self._without(self._unrestorable(self._log.find(result.command_id), result))
+        return self._without(self._unrestorable(self._log.find(result.decision_id), result))
 
     def note_checkpoints(self, report: CheckpointReport) -> Changes:
         """Take in what the trainer says of its checkpoints; telling it twice changes nothing.
@@ -211,7 +211,7 @@ class RunController:
 
     def _unrestorable(self, made: Decision, result: ReportedResult) -> list[str]:
         """The URI of the checkpoint that could not be restored, unless it was saved anew."""
-        if made.rollback is None or result.outcome != "failed":
+        if made.rollback is None or result.outcome != "failed" or result.is_of_a_cancellation:
             return []
         target = made.rollback.checkpoint
         return [target.uri] if self._checkpoints.get(target.uri) == target else []
@@ -303,6 +303,12 @@ class RunController:
     def reject(self, decision_id: str, author: str, reason: str, now: float) -> Changes:
         """Put a proposal away; raises `OperatorError` where it is none, or none any more."""
         self._requests.reject(decision_id, OperatorContext(author, reason, self._step, now))
+        return self._log.take()
+
+    def cancel(self, decision_id: str, author: str, reason: str, now: float) -> Changes:
+        """Take a decision back; raises `OperatorError` where it is applied or has ended, or is being cancelled."""
+        self._lifecycle.expire_proposals(now)
+        self._requests.cancel(decision_id, OperatorContext(author, reason, self._step, now))
         return self._log.take()
 
     def acknowledge(self, incident_id: str, author: str, note: str) -> Changes:

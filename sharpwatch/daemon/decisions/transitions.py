@@ -2,11 +2,14 @@
 
                 observe ──▶ observed
                 refuse ───▶ refused
-    draft ──────send ─────▶ sent ────────┐  apply ──▶ applied ──┐  recover ──────────────▶ recovered
+    draft ──────send ─────▶ sent ────────┬─ apply ──▶ applied ──┬─ recover ──────────────▶ recovered
                 propose ──▶ proposed     ├─ refuse ─▶ refused   ├─ worsen ───────────────▶ worse
                               │          ├─ fail ───▶ failed    ├─ no_effect, supersede ─▶ no-effect
-                              ├─ approve ▶ approved  expire ─▶  └─ inconclusive ─────────▶ inconclusive
-                              ├─ reject ─▶ rejected  expired
+                              │          ├─ expire ─▶ expired   └─ inconclusive ─────────▶ inconclusive
+                              │          ├─ cancel ─▶ cancelled
+                              ├─ approve ▶ approved (then as sent)
+                              ├─ reject ─▶ rejected
+                              ├─ cancel ─▶ cancelled
                               └─ expire, supersede ─▶ expired
 
 `TRANSITIONS` is this picture as a table, and `advance` is the only way to a new outcome: `DecisionLog` calls it for
@@ -32,6 +35,7 @@ Event = Literal[
     "apply",
     "fail",
     "expire",
+    "cancel",
     "recover",
     "worsen",
     "no_effect",
@@ -44,20 +48,24 @@ TRANSITIONS: Mapping[tuple[Outcome, Event], Outcome] = {
     ("draft", "propose"): "proposed",
     ("draft", "refuse"): "refused",
     ("draft", "send"): "sent",
-    # An operator answers a proposal, nobody does in time, or another set of multipliers comes into force first.
+    # An operator answers a proposal or takes it back, nobody does in time, or another set of multipliers comes into
+    # force first.
     ("proposed", "approve"): "approved",
     ("proposed", "reject"): "rejected",
     ("proposed", "expire"): "expired",
     ("proposed", "supersede"): "expired",
-    # The trainer answers the command, or never does.
+    ("proposed", "cancel"): "cancelled",
+    # The trainer answers the command, or never does. It also answers whether it could still cancel it.
     ("approved", "apply"): "applied",
     ("approved", "refuse"): "refused",
     ("approved", "fail"): "failed",
     ("approved", "expire"): "expired",
+    ("approved", "cancel"): "cancelled",
     ("sent", "apply"): "applied",
     ("sent", "refuse"): "refused",
     ("sent", "fail"): "failed",
     ("sent", "expire"): "expired",
+    ("sent", "cancel"): "cancelled",
     # What the run's loss says of the change; or the policy acts again because it was not enough.
     ("applied", "recover"): "recovered",
     ("applied", "worsen"): "worse",
@@ -118,4 +126,4 @@ def came_to_nothing(decision: Decision) -> bool:
     A guard's own refusal, which the same decision would meet again, is no such end.
     """
     refused = decision.outcome == "refused" and decision.guard.startswith(REFUSED_THERE)
-    return refused or (decision.outcome in ("rejected", "expired", "failed") and not took_effect(decision))
+    return refused or (decision.outcome in ("rejected", "expired", "failed", "cancelled") and not took_effect(decision))

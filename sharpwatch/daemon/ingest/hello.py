@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, cast, get_args
 
@@ -55,6 +56,7 @@ class RunHello:
     agent_version: str
     probes: tuple[str, ...] = ()
     data_order: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)  # the user's own
     parameter_names: tuple[tuple[str, ...], ...] = ()  # of each layer block; empty where the agent does not tell them
     block_parameters: Ints = field(init=False)  # [B]
     name_counts: Ints = field(init=False)  # [L], how many parameters of each are named; empty where none are told
@@ -70,6 +72,11 @@ class RunHello:
         object.__setattr__(self, "places", places)
         names = sum(len(name) for own in self.parameter_names for name in own)
         object.__setattr__(self, "size", len(self.layer_blocks) + names // _LAYER_BLOCK)
+
+    @property
+    def all_labels(self) -> Mapping[str, str]:
+        """The user's labels, and those that every run has."""
+        return {**self.labels, "training_job": self.training_job, "run": self.run}
 
     def same_blocks(self, other: RunHello) -> bool:
         """Returns whether arrays of both have the same layer blocks, row by row."""
@@ -123,6 +130,9 @@ def read_hello(hello: agent_pb2.Hello) -> RunHello:
         f"parameter_names must have 1 to {MAX_NAME} characters each and at most {MAX_PARAMETER_NAMES} bytes in all",
     )
     require(0 <= hello.sketch_size <= 2**16, f"sketch_size must be 0 to 2**16, got {hello.sketch_size}")
+    require(len(hello.labels) <= wire.MAX_LABELS, f"labels must be at most {wire.MAX_LABELS}, got {len(hello.labels)}")
+    wrong = next(filter(None, (wire.wrong_label(name, value) for name, value in hello.labels.items())), "")
+    require(not wrong, wrong)
     return RunHello(
         training_job=checked_name(hello.training_job, "training_job"),
         run=checked_name(hello.run, "run"),
@@ -142,6 +152,7 @@ def read_hello(hello: agent_pb2.Hello) -> RunHello:
         agent_version=checked_text(hello.agent_version, "agent_version"),
         probes=tuple(checked_text(probe, "probes", MAX_NAME) for probe in hello.probes),
         data_order=checked_text(hello.data_order, "data_order", MAX_DATA_ORDER),
+        labels=dict(hello.labels),
         # Attempts of a run, and runs of one model, have the same names.
         parameter_names=tuple(tuple(map(sys.intern, row.parameter_names)) for row in rows) if names else (),
     )

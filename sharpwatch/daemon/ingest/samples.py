@@ -36,11 +36,12 @@ from sharpwatch.wire import (
     require_few,
 )
 
-_OUTCOMES: dict[int, Literal["applied", "refused", "expired", "failed"]] = {
+_OUTCOMES: dict[int, Literal["applied", "refused", "expired", "failed", "cancelled"]] = {
     types_pb2.COMMAND_OUTCOME_APPLIED: "applied",
     types_pb2.COMMAND_OUTCOME_REFUSED: "refused",
     types_pb2.COMMAND_OUTCOME_EXPIRED: "expired",
     types_pb2.COMMAND_OUTCOME_FAILED: "failed",
+    types_pb2.COMMAND_OUTCOME_CANCELLED: "cancelled",
 }
 MAX_GROUPS = 16_384  # parameter groups of a run: one for each layer block, at the most
 MAX_LABEL = 300  # characters of a text that becomes a label; no sample is worth refusing for a longer one

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import json
+import math
 import os
 import sqlite3
 from collections import Counter
@@ -22,8 +23,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
+from sharpwatch.curvature.statistics.estimate import Estimate
 from sharpwatch.daemon.records import CAUSES, Checkpoint, Decision, Incident, Revision, RollbackPlan, Silence
 from sharpwatch.daemon.storage.schema import (
+    DRAWN_QUANTITIES,
     FIRST_TABLES,
     SCHEMA_VERSION,
     SCHEMAS,
@@ -33,6 +36,7 @@ from sharpwatch.daemon.storage.schema import (
     ReferenceRow,
     SampleRow,
     StoredAttempt,
+    StoredHistory,
     StoredRun,
     TransitionRow,
 )
@@ -67,6 +71,10 @@ def _estimate(row: EstimateRow) -> tuple[str | float, ...]:
     one = row.estimate
     measured = (one.estimator, one.step, one.value, one.stderr, one.draws, one.residual, one.method)
     return (row.run, row.quantity, row.block, *measured)
+
+
+def _known(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _decision(record: str) -> Decision:
@@ -145,6 +153,28 @@ class Journal:
             # By the order in which they were written, since the clock may go back.
             found = sorted(chain.from_iterable(self._connection.execute(query, [each]) for each in decisions))
         return tuple(TransitionRow(*values) for _, *values in found)
+
+    def history(self, run: str, limit: int) -> StoredHistory:
+        """Returns the newest `limit` samples of a run, and so many estimates of each quantity that is drawn."""
+        newest = (
+            "SELECT attempt, payload FROM "
+            "(SELECT id, attempt, payload FROM samples WHERE run = ? ORDER BY id DESC LIMIT ?) ORDER BY id"
+        )
+        of_quantity = (
+            "SELECT quantity, block, value, stderr, draws, estimator, step FROM "
+            "(SELECT * FROM estimates WHERE run = ? AND quantity = ? ORDER BY id DESC LIMIT ?) ORDER BY id"
+        )
+        with self._store_errors():
+            rows = self._connection.execute
+            order = [each for (each,) in rows("SELECT attempt FROM attempts WHERE run = ? ORDER BY id", [run])]
+            attempts = {attempt: number for number, attempt in enumerate(order, 1)}
+            samples = [(attempts[attempt], payload) for attempt, payload in rows(newest, [run, limit])]
+            found = chain.from_iterable(rows(of_quantity, [run, each, limit]) for each in DRAWN_QUANTITIES)
+            estimates = [
+                EstimateRow(run, quantity, block, Estimate(_known(value), _known(stderr), draws, estimator, step))
+                for quantity, block, value, stderr, draws, estimator, step in found
+            ]
+        return StoredHistory(tuple(samples), tuple(estimates))
 
     def silences(self) -> tuple[Silence, ...]:
         """Returns all silences, oldest first."""
@@ -386,6 +416,10 @@ class Store:
     async def transitions(self, decisions: Sequence[str]) -> tuple[TransitionRow, ...]:
         """Returns all transitions of the decisions of these ids, oldest first."""
         return await self._call(partial(self._journal.transitions, decisions))
+
+    async def history(self, run: str, limit: int) -> StoredHistory:
+        """Returns the newest `limit` samples of a run, and so many estimates of each quantity that is drawn."""
+        return await self._call(partial(self._journal.history, run, limit))
 
     async def silences(self) -> tuple[Silence, ...]:
         """Returns all silences, oldest first."""

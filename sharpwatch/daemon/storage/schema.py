@@ -179,6 +179,17 @@ class StoredRun:
     reference: ReferenceRow | None = None
 
 
+DRAWN_QUANTITIES = ("sharpness", "stability_ratio")  # of which a history has the estimates
+
+
+@dataclass(frozen=True, slots=True)
+class StoredHistory:
+    """The newest samples and estimates of a run, oldest first: each sample's attempt, counted from 1, and payload."""
+
+    samples: tuple[tuple[int, bytes], ...]
+    estimates: tuple[EstimateRow, ...]
+
+
 MAX_PENDING_ESTIMATES = 100_000  # the oldest are dropped while the journal fails; samples can give them again
 
 

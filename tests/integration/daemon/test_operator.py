@@ -56,6 +56,7 @@ async def test_a_change_needs_the_token_and_a_name(daemon):
         daemon.operator.SetMode(pb.SetModeRequest(run="run", mode="enforce", author="eve")),
         daemon.operator.ApproveDecision(pb.ApproveDecisionRequest(id="d", author="eve")),
         daemon.operator.RejectDecision(pb.RejectDecisionRequest(id="d", author="eve")),
+        daemon.operator.CancelDecision(pb.CancelDecisionRequest(id="d", author="eve")),
         daemon.operator.AcknowledgeIncident(pb.AcknowledgeIncidentRequest(incident_id="i", author="eve")),
     ):
         assert (await refused(call))[0] is grpc.StatusCode.UNAUTHENTICATED
@@ -70,6 +71,7 @@ async def test_what_is_not_there_is_not_found(daemon):
     token = daemon.credentials
     missing = [
         daemon.operator.GetRun(pb.GetRunRequest(run="none")),
+        daemon.operator.GetHistory(pb.GetHistoryRequest(run="none")),
         daemon.operator.ListRevisions(pb.ListRevisionsRequest(run="none")),
         daemon.operator.ListDecisions(pb.ListDecisionsRequest(run="none")),
         daemon.operator.ListTransitions(pb.ListTransitionsRequest(run="none")),
@@ -251,6 +253,39 @@ async def test_every_transition_of_a_decision_is_kept_with_its_author_and_reason
     async with running(policies=PROPOSES) as daemon:
         assert await transitions(daemon, run="one") == one
         assert await transitions(daemon, run="two") == two
+
+
+async def test_a_sent_command_is_cancelled_by_the_trainer_also_after_a_restart(running, build):
+    who = {"author": "bob", "reason": "the wrong step"}
+    async with running() as daemon:
+        token = daemon.credentials
+        trainer = await daemon.train()
+        await trainer.send(build.sample(1))
+        await trainer.acknowledged(1)
+        planned = pb.SetLearningRatesRequest(run="run", multipliers={"qk": 0.5}, apply_at_step=500, author="ann")
+        made = (await daemon.operator.SetLearningRates(planned, metadata=token)).decision.id
+        assert (await trainer.next("command")).id == made
+        answer = await daemon.operator.CancelDecision(pb.CancelDecisionRequest(id=made, **who), metadata=token)
+        assert answer.decision.outcome == "sent"  # until the trainer has answered
+        command = await trainer.next("command")
+        assert (command.cancel, command.author, command.reason) == (made, "bob", "the wrong step")
+        request = pb.CancelDecisionRequest(id=made, author="cleo")
+        code, details = await refused(daemon.operator.CancelDecision(request, metadata=token))
+        assert (code, details) == (
+            grpc.StatusCode.FAILED_PRECONDITION,
+            f"bob has asked to cancel decision {made} already",
+        )
+    async with running() as daemon:
+        trainer = await daemon.train()
+        assert (await trainer.next("command")).cancel == made  # and not the command itself
+        result = types_pb2.CommandResult(command_id=made, outcome="COMMAND_OUTCOME_CANCELLED", step=2)
+        await trainer.send(build.sample(2, results=[result]))
+        await trainer.acknowledged(2)
+        call = daemon.operator.WatchDecision(pb.WatchDecisionRequest(id=made))
+        seen = [response.decision.outcome async for response in call]
+        assert seen[-1] == "cancelled"
+        assert (await transitions(daemon))[-1] == (made, "cancelled", "bob", "the wrong step")
+        assert [one[1] for one in await transitions(daemon)] == ["sent", "sent", "cancelled"]
 
 
 async def test_an_incident_that_was_acknowledged_is_shown_so_also_after_a_restart(running, build):

@@ -32,7 +32,8 @@ def test_the_signature_is_the_documented_one():
     documented = (
         "model, optimizer, *, training_job, run=None, address=None, token=None, tls=None, overhead_budget=0.01, "
         "probe_every=None, probes=('gnb', 'direction'), loss_fn=None, logits_fn=None, on_rollback=None, control='lr', "
-        "lr_bounds=(0.01, 10.0), initial_step=0, seed=0, rules=None, strict=False, data_order=None, transport=None"
+        "lr_bounds=(0.01, 10.0), initial_step=0, seed=0, rules=None, strict=False, data_order=None, labels=None, "
+        "transport=None"
     )
     parameters = inspect.signature(sharpwatch.attach).parameters.values()
     bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in parameters]
@@ -80,6 +81,13 @@ def test_the_signature_is_the_documented_one():
         ({"tls": {"ca": 3}}, "tls['ca'] must be a path, got int"),
         ({"data_order": ""}, "data_order must have 1 to 200 printable characters, or be None, got ''"),
         ({"data_order": "x" * 201}, "data_order must have 1 to 200 printable characters, or be None, got 'xx"),
+        (
+            {"labels": {"Team": "nlp"}},
+            "labels: a label's name must be 1 to 63 of a-z, 0-9 and _ and begin with a letter",
+        ),
+        ({"labels": {"run": "mine"}}, "labels: label 'run' is every run's own"),
+        ({"labels": {"team": 7}}, "labels: label team must have 1 to 200 printable characters, got 7"),
+        ({"labels": ["team"]}, "labels must be a dict of at most 16, or None, got ['team']"),
         ({"data_order": 7}, "data_order must have 1 to 200 printable characters, or be None, got 7"),
         ({"token": "a\nb"}, "token"),
         ({"token": b"secret"}, "token must be a string or None, got bytes"),
@@ -171,6 +179,7 @@ def test_the_hello_says_what_is_watched(model, optimizer, transports):
         initial_step=9,
         seed=3,
         data_order="openwebtext, seed 7",
+        labels={"team": "nlp"},
     ) as watch:
         hello = transports[-1].hello
         assert watch.step == 9
@@ -178,6 +187,7 @@ def test_the_hello_says_what_is_watched(model, optimizer, transports):
     assert (hello.control, hello.min_multiplier, hello.max_multiplier) == ("rollback", 0.5, 4.0)
     assert (hello.initial_step, hello.seed, list(hello.probes)) == (9, 3, ["gnb", "direction"])
     assert hello.data_order == "openwebtext, seed 7"
+    assert hello.labels == {"team": "nlp"}
     assert list(hello.blocks) == ["emb", "norm", "head"]
     assert sum(block.parameters for block in hello.layer_blocks) == sum(p.numel() for p in model.parameters())
 

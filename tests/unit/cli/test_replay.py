@@ -162,3 +162,55 @@ def test_a_reference_that_can_not_be_read(written, capsys):
     assert "none.csv" in capsys.readouterr().err
     assert main(["replay", "good.csv", "--reference", written("rates.csv", "step,lr\n1,0.1\n2,0.1\n")]) == 1
     assert "rates.csv: no step has a loss that is finite" in capsys.readouterr().err
+
+
+# What policies would have done
+
+POLICIES = """
+policies:
+  - name: cut
+    match: {alert: NonFinite}
+    mode: enforce
+    action: {kind: scale_lr, blocks: all, factor: 0.5}
+    escalate: {after_steps: 10, to: back}
+  - {name: back, mode: advise, action: {kind: rollback}}
+  - {name: tell, match: {alert: NonFinite}, mode: enforce, action: {kind: notify}}
+"""
+TWICE = "step,loss,grad_norm\n" + "".join(
+    f"{step},3.5,{'nan' if step in (5, 6, 60) else 1.5}\n" for step in range(1, 91)
+)
+
+
+def test_policies_say_what_they_would_have_decided_and_what_a_replay_cannot_know(written, capsys):
+    config = written("new.yaml", POLICIES)
+    assert main(["replay", written("bad.csv", TWICE), "--config", config]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "what the policies would have decided" in out
+    assert "5 NonFinite from step 5 cut scale_lr sent ok the model 0.5 gradient of the model not finite" in out
+    assert "5* NonFinite from step 5 tell notify observed ok" in out
+    assert "60* NonFinite from step 60 back rollback refused checkpoint: there is none from before the onset" in out
+    assert "note: nothing was applied: the run goes on as it was recorded, so no outcome is known" in out
+    assert "note: the action of step 5 would have changed what follows" in out
+    assert main(["replay", "bad.csv", "--config", config, "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["runs"]
+    assert found["policies"] == ["cut", "back", "tell"]
+    first = found["decisions"][0]
+    assert (first["policy"], first["step"], first["outcome"], first["guard"]) == ("cut", 5, "sent", "ok")
+    assert first["evidence"] == ["gradient of the model not finite"]
+    assert [each["hypothetical"] for each in found["decisions"]] == [False] + [True] * (len(found["decisions"]) - 1)
+
+
+def test_a_rollback_without_a_checkpoint_would_be_refused(written, capsys):
+    config = written(
+        "new.yaml", "policies:\n  - {name: back, match: {alert: NonFinite}, mode: enforce, action: {kind: rollback}}"
+    )
+    assert main(["replay", written("bad.csv", BAD), "--config", config]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "NonFinite from step 2 back rollback refused" in out
+    assert "note: no checkpoint is known from the file, which a rollback needs" in out
+    assert "would have changed" not in out
+
+
+def test_a_wrong_configuration_is_refused_before_any_file_is_read(written, capsys):
+    assert main(["replay", "nowhere", "--config", written("new.yaml", "policies: [{nam: x}]")]) == 1
+    assert "new.yaml:1: policies[0]: name is missing" in capsys.readouterr().err

@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 
 from sharpwatch import wire
+from sharpwatch.daemon.config.settings import ActionConfig, MatchConfig, PolicyConfig
 from sharpwatch.errors import LogError
 from sharpwatch.replay.files import ReadOptions, expand, read_run
+from sharpwatch.replay.judge import judge
 from sharpwatch.v1 import agent_pb2
 from sharpwatch.v1.types_pb2 import LayerBlock
 
@@ -88,6 +90,21 @@ def test_a_recording_that_is_cut_off_or_without_its_trunk(written):
     other.protocol = 99
     with pytest.raises(LogError, match=r"first message can't be read: protocol must be"):
         read(written("c.run", recording({}, other)))
+
+
+def test_policies_know_the_checkpoints_of_a_recording(written):
+    """A rollback would go to the newest checkpoint from before the onset."""
+    saved = {2: "file:2", 4: "file:4", 8: "file:8"}
+    samples = [sample(step, 4.0 if step != 6 else float("nan")) for step in range(1, 10)]
+    for each in samples:
+        if each.step in saved:
+            each.checkpoints.add(step=each.step, uri=saved[each.step])
+    samples.insert(4, agent_pb2.Sample(step=4, deleted_checkpoints=["file:2"]))
+    run = read(written("a.run", recording({}, HELLO, *samples)))
+    assert len(run.observations) == 9
+    back = PolicyConfig("back", MatchConfig("NonFinite"), "enforce", ActionConfig("rollback"))
+    (found,) = judge(run, policies=[back]).decisions
+    assert (found.outcome, found.made.step, found.made.rollback.checkpoint.uri) == ("sent", 6, "file:4")
 
 
 def test_the_journal_of_a_daemon(written):

@@ -12,8 +12,9 @@ import pytest
 from sharpwatch.curvature.statistics.estimate import Estimate
 from sharpwatch.daemon.storage.schema import EstimateRow
 from sharpwatch.replay.compare import compare
+from sharpwatch.replay.drawing import Axis
 from sharpwatch.replay.log import Log, Row
-from sharpwatch.replay.picture import Axis, picture
+from sharpwatch.replay.picture import picture
 from sharpwatch.replay.recorded_run import RecordedRun, from_log
 
 SVG = "{http://www.w3.org/2000/svg}"

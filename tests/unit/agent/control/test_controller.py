@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sharpwatch.agent.control.commands import Command, RollBack, SetMultipliers
+from sharpwatch.agent.control.commands import Cancel, Command, RollBack, SetMultipliers
 from sharpwatch.agent.control.controller import Controller, smallest_multiplier
 
 BLOCKS = ("emb", "qk", "vo", "ffn", "norm", "other")
@@ -349,3 +349,64 @@ def test_a_flood_of_wrong_commands_does_not_fill_the_log():
     control.begin(1, 0)
     control.receive(cut("bad", qk=99.0), 2)
     assert ["applied" in line for line in lines[101:]] == [True, False]
+
+
+# Cancelled commands
+
+
+def cancelled(id_="c1"):
+    return Command(f"cancel-{id_}", Cancel(id_), reason="not needed", author="ann")
+
+
+def test_a_command_that_waits_for_its_step_is_let_go_of():
+    control = make("rollback")
+    control.receive(cut(apply_at=4, ffn=0.5), 1)
+    control.receive(back(apply_at=4), 1)
+    control.receive(cancelled("c1"), 3)
+    control.receive(cancelled("r1"), 3)
+    assert [m["ffn"] for m in run(control, 5)] == [1.0] * 5
+    assert control.pending_rollback is None
+    results = [(each.command_id, each.outcome, each.step) for each in control.take_results()]
+    assert results == [("c1", "cancelled", 3), ("r1", "cancelled", 3)]
+
+
+def test_the_step_before_which_it_is_cancelled_does_not_run_under_it():
+    control = make()
+    control.receive(cut(apply_at=3, ffn=0.5), 1)
+    run(control, 2)
+    control.receive(cancelled(), 3)
+    assert control.begin(3, 0)["ffn"] == 1.0
+
+
+def test_a_cancellation_that_comes_too_late_gets_the_result_and_changes_nothing():
+    control = make()
+    control.receive(cut(ffn=0.5), 1)
+    run(control, 1)
+    control.receive(cancelled(), 2)
+    assert [each.outcome for each in control.take_results()] == ["applied", "applied"]
+    assert control.begin(2, 0)["ffn"] == 0.5
+
+
+def test_a_command_that_comes_after_its_cancellation_is_not_applied_also_by_another_attempt():
+    first = make()
+    first.receive(cancelled(), 1)
+    first.receive(cancelled(), 1)
+    second = make()
+    second.load_state_dict(first.state_dict())
+    for control in (first, second):
+        control.receive(cut(ffn=0.5), 1)
+        assert control.begin(1, 0)["ffn"] == 1.0
+        assert {each.outcome for each in control.take_results()} == {"cancelled"}
+
+
+def test_a_rollback_that_has_begun_cannot_be_cancelled():
+    control = make("rollback")
+    run(control, 5)
+    control.receive(back(), 6)
+    control.begin(6, 0)
+    assert control.end(6, 0) is not None
+    control.receive(cancelled("r1"), 7)
+    (result,) = control.take_results()
+    assert (result.command_id, result.outcome, result.detail) == ("cancel-r1", "refused", "the rollback has begun")
+    control.rolled_back(3)
+    assert [(each.command_id, each.outcome) for each in control.take_results()] == [("r1", "applied")]

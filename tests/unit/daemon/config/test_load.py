@@ -283,3 +283,57 @@ def test_it_names_every_key_and_its_limits():
     assert guard["min_multiplier"]["exclusiveMinimum"] == 0.0
     assert action["kind"]["enum"] == ["notify", "scale_lr", "rollback"]
     assert schema["additionalProperties"] is False
+
+
+OVERRIDES = """\
+detection:
+  pages_per_10k_steps: 1
+  overrides:
+    - {match: {team: nlp}, pages_per_10k_steps: 2, stall_after: 1h}
+    - {match: {training_job: owt}, stall_after: 30m, warnings_per_10k_steps: 5}
+    - {match: {team: nlp, tier: gold}, pages_per_10k_steps: 4}
+"""
+
+
+@pytest.mark.parametrize(
+    ("labels", "pages", "warnings", "stall_after"),
+    [
+        ({}, 1.0, 10.0, 600.0),
+        ({"team": "vision"}, 1.0, 10.0, 600.0),
+        ({"team": "nlp"}, 2.0, 10.0, 3600.0),
+        ({"training_job": "owt"}, 1.0, 5.0, 1800.0),
+        ({"team": "nlp", "training_job": "owt"}, 2.0, 5.0, 3600.0),  # of each key the first
+        ({"tier": "gold"}, 1.0, 10.0, 600.0),  # all of the labels must fit
+    ],
+)
+def test_the_first_override_that_fits_and_has_a_key_gives_it(load, labels, pages, warnings, stall_after):
+    detection = load(OVERRIDES).detection
+    found = detection.of(labels)
+    assert (found.pages_per_10k_steps, found.warnings_per_10k_steps) == (pages, warnings)
+    assert (found.stall_after, found.overrides) == (stall_after, ())
+    for key, override in detection.overridden(labels).items():
+        assert override.changes[key] == getattr(found, key)
+    assert detection.shortest_stall == 600.0
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("{pages_per_10k_steps: 2}", "overrides[0]: match is missing; allowed: match, pages_per_10k_steps"),
+        ("{match: {}, stall_after: 60}", "overrides[0].match: is empty: what is for every run stands in detection"),
+        ("{match: {team: nlp}}", "overrides[0]: changes nothing; allowed: pages_per_10k_steps, warnings_per_10k_steps"),
+        ("{match: nlp, stall_after: 60}", "overrides[0].match: expected a mapping of labels, such as {team: nlp}"),
+        ("{match: {team: 7}, stall_after: 60}", "overrides[0].match.team: 7: expected a string that is not empty"),
+        ("{match: {Team: x}, stall_after: 60}", "overrides[0].match.Team: a label's name must be 1 to 63 of a-z"),
+        ("{match: {team: x}, stall_after: 0}", "overrides[0].stall_after: 0: expected"),
+        (
+            "{match: {team: x}, pages_per_10k_steps: 0}",
+            "overrides[0].pages_per_10k_steps: 0: expected a number above 0",
+        ),
+        ("{match: {team: x}, pages: 2}", "overrides[0].pages: unknown key; allowed: match, pages_per_10k_steps"),
+    ],
+)
+def test_a_wrong_override_is_refused_with_file_line_and_key(load, override, says):
+    with pytest.raises(ConfigError) as raised:
+        load(f"detection:\n  overrides:\n    - {override}\n")
+    assert f"sharpwatch.yaml:3: detection.{says}" in str(raised.value)

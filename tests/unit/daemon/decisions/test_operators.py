@@ -6,8 +6,9 @@ import math
 from dataclasses import replace
 
 import pytest
-from controlled_run import BLOCKS, CUT, GUARD, Trainer, trained
+from controlled_run import BLOCKS, CUT, GUARD, Trainer, restored, trained
 
+from sharpwatch.daemon.records import ReportedResult
 from sharpwatch.errors import OperatorError
 
 
@@ -152,3 +153,79 @@ def test_mode():
     assert controller.mode == controller.own_mode == "advise"
     with pytest.raises(OperatorError, match="observe, advise, enforce"):
         controller.set_mode("off")
+
+
+# Cancelled decisions
+
+
+def planned(trainer: Trainer):
+    """A change of learning rates that is sent for a step ahead."""
+    step = trainer.step + 50
+    trainer.take(trainer.controller.set_learning_rates({"qk": 0.5}, 0, step, "ann", "plan", trainer.now))
+    return trainer.controller.decisions[-1]
+
+
+def test_a_proposal_is_cancelled_at_once_and_not_made_again_for_its_incident():
+    trainer = trained(mode="advise")
+    trainer.heat["ffn"] = 20.0
+    trainer.run(5)
+    (made,) = trainer.controller.decisions
+    changes = trainer.take(trainer.controller.cancel(made.id, "ann", "known", trainer.now))
+    assert [(one.outcome, one.author, one.reason) for one in changes.transitions] == [("cancelled", "ann", "known")]
+    assert changes.commands == ()
+    trainer.run(60)
+    assert trainer.actions() == [("scale_lr", "cancelled")]
+    for answer in (trainer.controller.approve, trainer.controller.cancel):
+        with pytest.raises(OperatorError, match="is cancelled"):
+            answer(made.id, "bob", "", trainer.now)
+
+
+def test_what_was_sent_is_cancelled_once_the_trainer_has_let_go_of_it():
+    trainer = trained()
+    made = planned(trainer)
+    changes = trainer.controller.cancel(made.id, "bob", "too soon", trainer.now)
+    (sent,) = changes.commands  # the same decision, whose command is now the one that cancels it
+    assert (sent.id, sent.outcome, sent.cancelled_by) == (made.id, "sent", "bob")
+    assert changes.transitions[-1].detail == "bob asks to cancel it: too soon"
+    with pytest.raises(OperatorError, match=f"^bob has asked to cancel decision {made.id} already$"):
+        trainer.controller.cancel(made.id, "cleo", "", trainer.now)
+    again = restored(trainer)  # a restart remembers what was asked
+    assert again.decisions[-1].cancelled_by == "bob"
+    for controller in (trainer.controller, again):
+        done = controller.command_result(ReportedResult(made.id, "cancelled", 120, "cancelled before step 120"), 0.0)
+        assert [(one.outcome, one.author, one.reason) for one in done.transitions] == [("cancelled", "bob", "too soon")]
+        assert controller.multipliers == dict.fromkeys(BLOCKS, 1.0)
+
+
+def test_what_was_applied_cannot_be_cancelled_and_the_error_says_what_can_be_done():
+    trainer = trained()
+    trainer.take(trainer.controller.set_learning_rates({"qk": 0.5}, 0, 0, "ann", "plan", trainer.now))
+    made = trainer.controller.decisions[-1]
+    trainer.controller.cancel(made.id, "bob", "", trainer.now)
+    trainer.run(1)  # the trainer was faster
+    assert trainer.controller.decisions[-1].outcome == "applied"
+    says = f"^decision {made.id} is applied at step 121: only .* be cancelled: take revision 1 back with lr undo$"
+    with pytest.raises(OperatorError, match=says):
+        trainer.controller.cancel(made.id, "bob", "", trainer.now)
+
+
+def test_a_command_stands_where_the_trainer_cannot_cancel_it():
+    trainer = trained()
+    made = planned(trainer)
+    trainer.controller.cancel(made.id, "bob", "", trainer.now)
+    refusal = ReportedResult(f"cancel-{made.id}", "refused", 120, "unknown action")
+    (sent,) = trainer.controller.command_result(refusal, 0.0).commands  # once more, as an attempt may have begun anew
+    assert (sent.outcome, sent.cancelled_by) == ("sent", "")
+    assert sent.detail == "bob asks to cancel it; it can't be cancelled: unknown action"
+
+
+def test_a_policy_does_not_send_again_what_an_operator_cancelled():
+    trainer = trained()
+    trainer.silent = True
+    trainer.heat["ffn"] = 20.0
+    trainer.run(1)
+    (made,) = trainer.controller.decisions
+    trainer.controller.cancel(made.id, "ann", "", trainer.now)
+    trainer.controller.command_result(ReportedResult(made.id, "cancelled", trainer.step), trainer.now)
+    trainer.run(60)
+    assert trainer.actions() == [("scale_lr", "cancelled")]

@@ -207,7 +207,7 @@ def test_actions_per_hour_count_the_policys_own_that_left():
     assert scale(two[0], replace(two[1], action="set_lr")) == "ok"
 
 
-UNDONE = {"draft", "observed", "proposed", "rejected", "refused", "expired"}
+UNDONE = {"draft", "observed", "proposed", "rejected", "refused", "expired", "cancelled"}
 
 
 @pytest.mark.parametrize("outcome", OUTCOMES)

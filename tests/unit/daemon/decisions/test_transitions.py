@@ -23,9 +23,15 @@ from sharpwatch.daemon.records import Decision
 # Written out once more, so that no transition can come or go unseen. A pair that is not here must be refused.
 EXPECTED = {
     "draft": {"observe": "observed", "propose": "proposed", "refuse": "refused", "send": "sent"},
-    "proposed": {"approve": "approved", "reject": "rejected", "expire": "expired", "supersede": "expired"},
-    "approved": {"apply": "applied", "refuse": "refused", "fail": "failed", "expire": "expired"},
-    "sent": {"apply": "applied", "refuse": "refused", "fail": "failed", "expire": "expired"},
+    "proposed": {
+        "approve": "approved",
+        "reject": "rejected",
+        "expire": "expired",
+        "supersede": "expired",
+        "cancel": "cancelled",
+    },
+    "approved": {"apply": "applied", "refuse": "refused", "fail": "failed", "expire": "expired", "cancel": "cancelled"},
+    "sent": {"apply": "applied", "refuse": "refused", "fail": "failed", "expire": "expired", "cancel": "cancelled"},
     "applied": {
         "recover": "recovered",
         "worsen": "worse",
@@ -42,6 +48,7 @@ EXPECTED = {
     "inconclusive": {},
     "failed": {},
     "expired": {},
+    "cancelled": {},
 }
 PAIRS = [(outcome, event) for outcome in OUTCOMES for event in EVENTS]
 
@@ -49,7 +56,7 @@ PAIRS = [(outcome, event) for outcome in OUTCOMES for event in EVENTS]
 def test_every_outcome_and_event_is_expected_or_refused():
     assert EXPECTED.keys() == set(OUTCOMES)
     assert {event for events in EXPECTED.values() for event in events} == set(EVENTS)
-    assert len(PAIRS) == 14 * 14
+    assert len(PAIRS) == 15 * 15
 
 
 @pytest.mark.parametrize(("outcome", "event"), PAIRS)
@@ -99,7 +106,7 @@ def test_no_event_leads_back_to_a_draft_and_every_outcome_is_reached():
 
 def test_which_outcomes_are_final_and_which_wait_for_the_trainer():
     assert {
-        *("observed", "rejected", "refused", "failed", "expired"),
+        *("observed", "rejected", "refused", "failed", "expired", "cancelled"),
         *("recovered", "worse", "no-effect", "inconclusive"),
     } == FINAL
     assert {"approved", "sent"} == UNDER_WAY
@@ -121,6 +128,7 @@ DONE = {
     "inconclusive": (None, True),
     "failed": (False, True),  # applied, and so in a journal of an earlier version
     "expired": (False, None),
+    "cancelled": (False, None),
 }
 ENDS = [
     (outcome, step)
@@ -145,7 +153,7 @@ def test_what_counts_is_what_was_applied_or_may_be_at_any_moment(outcome, applie
 
 @pytest.mark.parametrize(("outcome", "applied_step"), ENDS)
 def test_what_came_to_nothing_had_left_and_did_not_count(outcome, applied_step):
-    expected = applied_step is None and outcome in {"rejected", "failed", "expired"}
+    expected = applied_step is None and outcome in {"rejected", "failed", "expired", "cancelled"}
     assert came_to_nothing(decision(outcome, applied_step)) == expected
     assert not (came_to_nothing(decision(outcome, applied_step)) and took_effect(decision(outcome, applied_step)))
 

@@ -1,0 +1,1 @@
+"""`sharpwatch report`: what happened in a run, as one HTML file."""
