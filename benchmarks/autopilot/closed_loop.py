@@ -13,7 +13,8 @@ import numpy as np
 
 from sharpwatch import wire
 from sharpwatch.daemon.config.settings import AutopilotConfig
-from sharpwatch.daemon.decisions.autopilot import WINDOW, ProbedStep, wanted_multipliers
+from sharpwatch.daemon.decisions.autopilot import WINDOW, wanted_multipliers
+from sharpwatch.daemon.records import ProbedStep
 from sharpwatch.testing import InMemoryTransport
 from sharpwatch.v1 import agent_pb2
 

@@ -73,6 +73,7 @@ _QUANTITIES = {
     "trace": "trace",
     "top_eigenvalue": "top eigenvalue",
     "stability_ratio": "stability ratio",
+    "curvature_share": "curvature share",
 }
 
 
@@ -166,7 +167,7 @@ def first(estimates: Sequence[Estimate], quantity: str) -> Estimate | None:
 def blocks(found: Sequence[Block]) -> Grid:
     """A row for each block: curvature with its error, then statistics of the last step."""
     return Grid(
-        "lrrrrrrrrr",
+        "lrrrrrrrrrr",
         tuple(_block(block) for block in found),
         (
             "block",

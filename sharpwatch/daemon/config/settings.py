@@ -25,7 +25,6 @@ from sharpwatch.blocks import BLOCKS
 from sharpwatch.common.endpoint import parse_address
 from sharpwatch.common.token_file import default_token_file
 from sharpwatch.common.yaml_schema import nearest
-from sharpwatch.daemon.decisions.curvature_share import EXPONENT, MAX_MULTIPLIER
 from sharpwatch.daemon.records import AlertName, Cause, Incident, Mode, Severity
 
 ALERT_NAMES: tuple[AlertName, ...] = get_args(AlertName)
@@ -340,8 +339,8 @@ class CurvatureShareConfig:
 
     __pydantic_config__: ClassVar[ConfigDict] = _FORBID
 
-    max: Annotated[float, _number(1.0, 100.0)] = MAX_MULTIPLIER
-    exponent: Annotated[float, _number(0.0, 2.0)] = EXPONENT
+    max: Annotated[float, _number(1.0, 100.0)] = 4.0
+    exponent: Annotated[float, _number(0.0, 2.0)] = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,7 +362,7 @@ class AutopilotConfig:
         stability_cap: The rule that cuts the whole; None for none.
         ramp_steps: Steps over which a change is spread geometrically.
         least_change: The factor by which a block's multiplier has to change at least for a new revision.
-        ttl_steps: Steps after which raises end if the daemon falls silent.
+        ttl_steps: Steps after which raises end if the daemon falls silent; it renews them at half of that.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _FORBID
@@ -374,7 +373,12 @@ class AutopilotConfig:
     stability_cap: StabilityCapConfig | None = None
     ramp_steps: Annotated[int, _integer(0, 1_000_000)] = 3
     least_change: Annotated[float, _number(1.0, 10.0)] = 1.2
-    ttl_steps: Annotated[int, _integer(0, _MANY)] = 1000
+    ttl_steps: Annotated[int, _integer(2, _MANY)] = 2000
+
+    @property
+    def is_on(self) -> bool:
+        """Whether it has a rule."""
+        return self.curvature_share is not None or self.stability_cap is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,21 +6,21 @@ learning rate, so that blocks with small shares can take larger steps for little
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
-MAX_MULTIPLIER = 4.0
-EXPONENT = 0.5
+from sharpwatch.daemon.config.settings import CurvatureShareConfig
+
+USUAL = CurvatureShareConfig()
 
 
-def multipliers_from_shares(
-    shares: Mapping[str, float], *, largest: float = MAX_MULTIPLIER, exponent: float = EXPONENT
-) -> dict[str, float]:
-    """Return m_b = clip((max s / s_b)^exponent, 1, largest).
+def multipliers_from_shares(shares: Mapping[str, float], rule: CurvatureShareConfig = USUAL) -> dict[str, float]:
+    """Return m_b = clip((max s / s_b)^exponent, 1, max).
 
     Args:
-        shares: The share of each block in the curvature, of steps at a multiplier of 1 (see `at_unit_multipliers`).
-        largest: The largest multiplier, at least 1.
-        exponent: How much of the ratio of shares is made up for; above 0.
+        shares: The share of each block in the curvature, of steps at a multiplier of 1 (see `at_unit_multipliers`);
+            only their ratios count.
+        rule: The exponent and the largest multiplier.
 
     Returns:
         By block the multiplier; 1 for all where no block has a positive share, as where the loss is concave along the
@@ -30,8 +30,8 @@ def multipliers_from_shares(
     if not most > 0:
         return dict.fromkeys(shares, 1.0)
     # A share that is zero or negative costs nothing to raise.
-    ratios = {block: most / share if share > 0 else float("inf") for block, share in shares.items()}
-    return {block: min(max(ratio**exponent, 1.0), largest) for block, ratio in ratios.items()}
+    ratios = {block: most / share if share > 0 else math.inf for block, share in shares.items()}
+    return {block: min(max(ratio**rule.exponent, 1.0), rule.max) for block, ratio in ratios.items()}
 
 
 def at_unit_multipliers(parts: Mapping[str, float], multipliers: Mapping[str, float]) -> dict[str, float]:
