@@ -4,7 +4,7 @@ Stages, in this order; each cell of a stage is one training, kept in FOLDER/cell
   constants    each contender's constants, on seeds 100 to 102, 300 steps at two rates
   tune         each contender at six peak rates on seed 200, 600 steps
   judge        each at its best rate, 2,000 steps on seeds 300 to 304
-  sensitivity  as tune, at three rates beyond those
+  sensitivity  as tune, at four rates beyond those
   report       the tables of what is there so far
 
 A step of 256 tokens takes about 80 ms of one otherwise idle core at 1M parameters, and a probe as long as 4 steps. So

@@ -18,7 +18,7 @@ from sharpwatch.daemon.records import ProbedStep
 from sharpwatch.testing import InMemoryTransport
 from sharpwatch.v1 import agent_pb2
 
-LR_BOUNDS = (0.01, 10.0)
+LR_BOUNDS = (0.01, 16.0)
 
 
 class ClosedLoop(InMemoryTransport):

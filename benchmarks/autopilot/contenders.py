@@ -41,7 +41,7 @@ class Contender:
             return AutopilotConfig(curvature_share=CurvatureShareConfig(max=float(constant.removesuffix(APPLIED))))
         if self.name == "share-cap":
             return AutopilotConfig(
-                curvature_share=CurvatureShareConfig(), stability_cap=StabilityCapConfig(target=float(constant))
+                curvature_share=CurvatureShareConfig(max=8.0), stability_cap=StabilityCapConfig(target=float(constant))
             )
         return None
 
@@ -50,11 +50,11 @@ CONTENDERS = {
     each.name: each
     for each in (
         Contender("uniform"),
-        Contender("emb-head", ("2", "4", "8")),
+        Contender("emb-head", ("4", "8", "16")),
         Contender("fixed", ("4",)),
         Contender("paper"),
         Contender("llr", ("3", "5")),
-        Contender("share", ("4", "8", f"4{APPLIED}")),
+        Contender("share", ("4", "8", "16", f"8{APPLIED}")),
         Contender("share-cap", ("0.1", "0.3")),
     )
 }

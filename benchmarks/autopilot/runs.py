@@ -23,7 +23,7 @@ from benchmarks.autopilot.text import Corpus, corpus
 from benchmarks.faults.training import MAX_NORM, build, loss_of
 
 SHAPES = {"1M": (2, 128), "5M": (4, 128), "gpt2-small": (16, 512)}  # rows and tokens of a row, by size
-WARM_UP, FLOOR = 0.05, 0.1  # of the steps; of the peak rate, where the cosine ends
+WARM_UP, FLOOR = 0.1, 0.1  # of the steps; of the peak rate, where the cosine ends
 EVALUATE_EVERY = 100
 WINDOWS, LAST_WINDOWS = 32, 128  # held-out rows at each evaluation, and at the end
 EARLY_PROBES, PROBE_EVERY = 62, 50

@@ -14,10 +14,10 @@ from statistics import fmean
 from benchmarks.autopilot.contenders import CONTENDERS
 from benchmarks.autopilot.runs import Cell, Result, read
 
-CONSTANT_SEEDS, CONSTANT_STEPS, CONSTANT_RATES = (100, 101, 102), 300, (0.0014, 0.004)
+CONSTANT_SEEDS, CONSTANT_STEPS, CONSTANT_RATES = (100, 101, 102), 300, (0.0007, 0.0014)
 TUNING_SEED, TUNING_STEPS = 200, 600
-RATES = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016)
-OTHER_RATES = (3.2e-5, 1.3e-4, 0.032)  # with RATES, three decades
+RATES = (0.00025, 0.0005, 0.001, 0.002, 0.004, 0.008)
+OTHER_RATES = (3.2e-5, 9e-5, 0.016, 0.032)  # with RATES, three decades
 JUDGING_SEEDS, JUDGING_STEPS = (300, 301, 302, 303, 304), 2000
 
 
