@@ -102,7 +102,8 @@ class OverheadBudget:
                 self._cold.remove(probe)
             else:
                 # Early probes were asked for whatever they cost; charged, they would silence all others for long.
-                self._credit -= seconds if self._steps > self._early_probes else 0.0
+                is_early = probe == _EARLY and self._steps <= self._early_probes
+                self._credit -= 0.0 if is_early else seconds
                 self._learn(probe, seconds)
             self._end_turn(probe)
         # A long pause between steps, such as an evaluation, must not be followed by a burst of probes.

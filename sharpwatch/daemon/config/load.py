@@ -15,7 +15,9 @@ from sharpwatch.daemon.config.settings import (
     ALERT_NAMES,
     CAUSES,
     ActionConfig,
+    AutopilotConfig,
     Config,
+    CurvatureShareConfig,
     DaemonConfig,
     DetectionConfig,
     EscalateConfig,
@@ -24,6 +26,7 @@ from sharpwatch.daemon.config.settings import (
     MatchConfig,
     NotificationsConfig,
     PolicyConfig,
+    StabilityCapConfig,
 )
 from sharpwatch.errors import ConfigError
 
@@ -36,6 +39,9 @@ _SECTIONS = {
     "action": ActionConfig,
     "guard": GuardConfig,
     "escalate": EscalateConfig,
+    "autopilot": AutopilotConfig,
+    "curvature_share": CurvatureShareConfig,
+    "stability_cap": StabilityCapConfig,
     "maintenance": MaintenanceConfig,
 }
 _ACTION_KEYS: dict[str, tuple[str, ...]] = {
@@ -67,6 +73,8 @@ def load_config(path: str | Path | None = None) -> Config:
         _check_guard(document, ("policies", index), policy.guard)
         _check_effect(document, ("policies", index, "action"), policy)
     _check_escalation(document, config.policies)
+    if document.data.get("autopilot") and not config.autopilot.is_on:
+        raise document.error(("autopilot",), "does nothing without curvature_share or stability_cap")
     for index, window in enumerate(config.maintenance):
         if window.from_ == window.to:
             raise document.error(

@@ -354,7 +354,7 @@ class StabilityCapConfig:
 
 @dataclass(frozen=True, slots=True)
 class AutopilotConfig:
-    """Learning rates from measured curvature; without a rule nothing is done.
+    """Learning rates from measured curvature; off without a rule.
 
     Attributes:
         mode: How far it goes where the run has no mode of its own.
