@@ -50,7 +50,7 @@ CONTENDERS = {
     each.name: each
     for each in (
         Contender("uniform"),
-        Contender("emb-head", ("4", "8", "16")),
+        Contender("emb-head", ("4", "8", "16", "32")),
         Contender("fixed", ("4",)),
         Contender("paper"),
         Contender("llr", ("3", "5")),

@@ -73,7 +73,6 @@ _QUANTITIES = {
     "trace": "trace",
     "top_eigenvalue": "top eigenvalue",
     "stability_ratio": "stability ratio",
-    "curvature_share": "curvature share",
 }
 
 
@@ -118,6 +117,9 @@ def state(detail: RunDetail, now: float) -> Grid:
     if detail.objective:
         facts.append(("objective", f"{detail.objective} ({detail.objective_state})"))
     facts += [(f"model's {name}", output.estimate(found)) for name, found in _model(detail.estimates)]
+    shares = [(block.block, found) for block in detail.blocks if (found := first(block.estimates, "curvature_share"))]
+    if shares:
+        facts.append(("curvature shares", ", ".join(f"{block} {output.estimate(found)}" for block, found in shares)))
     if detail.HasField("block_order_correlation"):
         facts.append(("block order", _order(detail)))
     if detail.attention:
@@ -167,7 +169,7 @@ def first(estimates: Sequence[Estimate], quantity: str) -> Estimate | None:
 def blocks(found: Sequence[Block]) -> Grid:
     """A row for each block: curvature with its error, then statistics of the last step."""
     return Grid(
-        "lrrrrrrrrrr",
+        "lrrrrrrrrr",
         tuple(_block(block) for block in found),
         (
             "block",
