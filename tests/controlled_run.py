@@ -11,7 +11,15 @@ from observations import layer_tap
 
 from sharpwatch.daemon.config.settings import ActionConfig, EscalateConfig, GuardConfig, MatchConfig, PolicyConfig
 from sharpwatch.daemon.decisions.run_controller import RunController
-from sharpwatch.daemon.records import Changes, Checkpoint, CheckpointReport, Decision, Observation, ReportedResult
+from sharpwatch.daemon.records import (
+    Changes,
+    Checkpoint,
+    CheckpointReport,
+    Decision,
+    Observation,
+    ProbedStep,
+    ReportedResult,
+)
 
 BLOCKS = ("emb", "qk", "vo", "ffn", "norm")
 GUARD = GuardConfig(
@@ -58,6 +66,8 @@ class Trainer:
         self.step = 0
         self.waiting: list[Decision] = []
         self.seen: list[Observation] = []
+        self.parts: dict[str, float] = {}  # of the curvature at a multiplier of 1, of the probes if there are any
+        self.ratio = 0.1  # the stability ratio, at multipliers of 1
         self.silent = False
         self.refuses = ""
 
@@ -90,9 +100,18 @@ class Trainer:
             loss=self.loss if loss is None else loss,
             layers=layer_tap(len(BLOCKS), **statistics | layers),
             multipliers=dict(self.multipliers),
+            probed=self.probe() if self.parts else None,
         )
         self.seen.append(seen)
         self.take(self.controller.observe(seen, self.now))
+
+    def probe(self) -> ProbedStep:
+        parts = {block: part * self.multipliers[block] for block, part in self.parts.items()}
+        # The whole curvature goes with the square of a multiplier of all, the descent with it.
+        scale = min(self.multipliers.values())
+        curvature = sum(parts.values()) * scale
+        descent = curvature / (2 * self.ratio * scale)
+        return ProbedStep(parts, curvature, descent, dict(self.multipliers))
 
     def answer(self, made: Decision) -> None:
         if self.refuses:

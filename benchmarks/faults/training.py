@@ -39,7 +39,12 @@ class Size(NamedTuple):
     vocabulary: int = BYTES
 
 
-SIZES = {"0.5M": Size(96, 256, 4, 4), "5M": Size(288, 768, 5, 6, vocabulary=2048)}
+SIZES = {
+    "0.5M": Size(96, 256, 4, 4),
+    "1M": Size(128, 344, 4, 4, vocabulary=1024),
+    "5M": Size(288, 768, 5, 6, vocabulary=2048),
+    "gpt2-small": Size(768, 2048, 12, 12, vocabulary=8192),
+}
 
 
 @cache

@@ -52,6 +52,7 @@ def attach(  # noqa: PLR0913 - the public signature; each has a default that wor
     tls: Mapping[str, str] | None = None,
     overhead_budget: float = 0.01,
     probe_every: int | None = None,
+    early_probes: int = 0,
     probes: Sequence[str] = DEFAULT_PROBES,
     loss_fn: Callable[..., Any] | None = None,
     logits_fn: Callable[..., Any] | None = None,
@@ -82,6 +83,8 @@ def attach(  # noqa: PLR0913 - the public signature; each has a default that wor
         tls: PEM files by name: "ca", and for mutual TLS "cert" with "key". None connects without TLS.
         overhead_budget: The share of step time that probes and sampling may take together.
         probe_every: Run every probe each so many steps, and ignore `overhead_budget`.
+        early_probes: Up to this step, also run the "direction" probe at every third step, whatever it costs; the
+            autopilot needs about 62. The budget is not charged for these.
         probes: Any of "gnb", "direction", "hutchinson", "lanczos", "linesearch", "gradient_noise" and
             "preconditioned".
         loss_fn: `loss_fn(model, batch)` for probes: the mean loss of `model(*batch.args, **batch.kwargs)`. By default
@@ -137,6 +140,7 @@ def attach(  # noqa: PLR0913 - the public signature; each has a default that wor
         tls=tls,
         overhead_budget=overhead_budget,
         probe_every=probe_every,
+        early_probes=early_probes,
         probes=probes,
         loss_fn=loss_fn,
         logits_fn=logits_fn,
@@ -241,7 +245,12 @@ def _scheduler(options: Options, strategy: Strategy, barrier: ExceptionBarrier) 
         several_ranks=strategy.several_ranks,
         shards=strategy.shard_reduction,
     )
-    budget = OverheadBudget(options.probes, budget=options.overhead_budget, probe_every=options.probe_every)
+    budget = OverheadBudget(
+        options.probes,
+        budget=options.overhead_budget,
+        probe_every=options.probe_every,
+        early_probes=options.early_probes,
+    )
     return ProbeScheduler(probes, budget, strategy)
 
 

@@ -44,6 +44,7 @@ class Options:
     tls: Mapping[str, str] | None
     overhead_budget: float
     probe_every: int | None
+    early_probes: int
     probes: Sequence[str]
     loss_fn: Callable[..., Any] | None
     logits_fn: Callable[..., Any] | None
@@ -84,6 +85,7 @@ class Options:
             "training_job": self.training_job,
             "run": self.run,
             "probe_every": self.probe_every,
+            "early_probes": self.early_probes,
             "probes": self.probes,
             "control": self.control,
             "lr_bounds": self.bounds,
@@ -204,6 +206,8 @@ def _check_numbers(options: Options) -> None:
         )
     if probe_every is not None and not (_is_integer(probe_every) and probe_every >= 1):
         raise AttachError(f"probe_every must be None or a whole number of steps >= 1, got {probe_every!r}")
+    if not (_is_integer(options.early_probes) and options.early_probes >= 0):
+        raise AttachError(f"early_probes must be a whole number of steps >= 0, got {options.early_probes!r}")
     if not (isinstance(lr_bounds, tuple | list) and len(lr_bounds) == 2 and all(map(_is_number, lr_bounds))):
         raise AttachError(f"lr_bounds must be two numbers (low, high), got {lr_bounds!r}")
     if not 0 < lr_bounds[0] <= 1 <= lr_bounds[1] < math.inf:

@@ -223,6 +223,7 @@ def _controller(config: Config, silences: Silences, hello: RunHello, earlier: Ru
         can_roll_back=hello.can_roll_back,
         silences=silences.active,
         maintenance=config.maintenance,
+        autopilot=config.autopilot,
     )
     if earlier is not None:
         controller.take_over(earlier)

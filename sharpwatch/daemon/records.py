@@ -124,6 +124,28 @@ class OptimizerGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class ProbedStep:
+    """A `direction` probe, and the multipliers by which its step u was taken.
+
+    Attributes:
+        parts: u_bᵀ(Hu)_b by block.
+        curvature: uᵀHu.
+        descent: gᵀu.
+        multipliers: By block.
+    """
+
+    parts: Mapping[str, float]
+    curvature: float
+    descent: float
+    multipliers: Mapping[str, float]
+
+    @property
+    def cap(self) -> float:
+        """By how much the step was cut as a whole: the curvature share leaves the sharpest block at 1."""
+        return min(1.0, *self.multipliers.values())
+
+
+@dataclass(frozen=True, slots=True)
 class Observation:
     """One step of a run, as the detectors see it.
 
@@ -136,6 +158,7 @@ class Observation:
         stability: Directional stability ratio of the probe of this step, not of a window.
         no_descent: The probe ran, but g·d <= 0, where the ratio is undefined.
         block_stability: The ratio of block types.
+        probed: The curvature along the step and each block's part of it; None without a probe that has them.
         attention: The scale of attention logits by layer block [L], NaN where there is none; None without a probe.
         multipliers: The learning-rate multipliers in use, by block type.
         restored: A checkpoint was restored since the step before.
@@ -151,6 +174,7 @@ class Observation:
     stability: Estimate | None = None
     no_descent: bool = False
     block_stability: Mapping[str, Estimate] = field(default_factory=dict)
+    probed: ProbedStep | None = None
     attention: Doubles | None = None
     multipliers: Mapping[str, float] = field(default_factory=dict)
     restored: bool = False

@@ -515,6 +515,7 @@ class DirectionProbe(google.protobuf.message.Message):
     UPDATE_RATIO_FIELD_NUMBER: builtins.int
     SECONDS_FIELD_NUMBER: builtins.int
     METHOD_FIELD_NUMBER: builtins.int
+    CURVATURE_PARTS_FIELD_NUMBER: builtins.int
     tokens: builtins.int
     rows: builtins.int
     descent: builtins.float
@@ -533,6 +534,10 @@ class DirectionProbe(google.protobuf.message.Message):
     def update_ratio(self) -> sharpwatch.v1.types_pb2.Array:
         """float32 [B]: ||d_b|| / ||theta_b||."""
 
+    @property
+    def curvature_parts(self) -> sharpwatch.v1.types_pb2.Array:
+        """float64 [L]: d_l.(Hd)_l, which add up to curvature."""
+
     def __init__(
         self,
         *,
@@ -545,10 +550,11 @@ class DirectionProbe(google.protobuf.message.Message):
         update_ratio: sharpwatch.v1.types_pb2.Array | None = ...,
         seconds: builtins.float = ...,
         method: builtins.str = ...,
+        curvature_parts: sharpwatch.v1.types_pb2.Array | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["block_curvature", b"block_curvature", "block_descent", b"block_descent", "update_ratio", b"update_ratio"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["block_curvature", b"block_curvature", "block_descent", b"block_descent", "curvature_parts", b"curvature_parts", "update_ratio", b"update_ratio"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["block_curvature", b"block_curvature", "block_descent", b"block_descent", "curvature", b"curvature", "descent", b"descent", "method", b"method", "rows", b"rows", "seconds", b"seconds", "tokens", b"tokens", "update_ratio", b"update_ratio"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["block_curvature", b"block_curvature", "block_descent", b"block_descent", "curvature", b"curvature", "curvature_parts", b"curvature_parts", "descent", b"descent", "method", b"method", "rows", b"rows", "seconds", b"seconds", "tokens", b"tokens", "update_ratio", b"update_ratio"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___DirectionProbe: typing_extensions.TypeAlias = DirectionProbe

@@ -124,7 +124,9 @@ class Estimate(google.protobuf.message.Message):
     RESIDUAL_FIELD_NUMBER: builtins.int
     METHOD_FIELD_NUMBER: builtins.int
     quantity: builtins.str
-    """trace, sharpness, top_eigenvalue, bottom_eigenvalue, stability_ratio, effective_rank, drift, alignment."""
+    """trace, sharpness, top_eigenvalue, bottom_eigenvalue, stability_ratio, curvature_share, effective_rank, drift,
+    alignment.
+    """
     block: builtins.str
     """Empty: the whole model."""
     value: builtins.float

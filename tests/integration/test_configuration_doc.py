@@ -19,6 +19,9 @@ UNKNOWN = {
     "## policies": "policies: [{name: a, match: {alert: LossSpike}, action: {kind: notify}, nope: 1}]",
     "### action": "policies: [{name: a, match: {alert: LossSpike}, action: {kind: notify, nope: 1}}]",
     "### guard": "policies: [{name: a, match: {alert: LossSpike}, action: {kind: notify}, guard: {nope: 1}}]",
+    "## autopilot": "autopilot: {nope: 1}",
+    "### curvature_share": "autopilot: {curvature_share: {nope: 1}}",
+    "### stability_cap": "autopilot: {stability_cap: {target: 1, nope: 1}}",
     "## maintenance": "maintenance: [{from: '22:00', to: '06:00', nope: 1}]",
 }
 
@@ -30,6 +33,6 @@ def test_a_section_has_every_key(tmp_path, title):
     command = (sys.executable, "-m", "sharpwatch", "check-config", str(path))
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 1
-    keys = re.search(r"nope\b.*?: ((?:\w+, )+\w+)", done.stderr)[1].split(", ")
+    keys = re.search(r"nope\b.*?allowed: ((?:\w+, )*\w+)", done.stderr)[1].split(", ")
     section = re.split(r"^#", DOCUMENT.partition(f"\n{title}\n")[2], flags=re.MULTILINE)[0]
     assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == keys

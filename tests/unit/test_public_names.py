@@ -56,6 +56,7 @@ def test_attach():
         ("tls", KEYWORD, None),
         ("overhead_budget", KEYWORD, 0.01),
         ("probe_every", KEYWORD, None),
+        ("early_probes", KEYWORD, 0),
         ("probes", KEYWORD, ("gnb", "direction")),
         ("loss_fn", KEYWORD, None),
         ("logits_fn", KEYWORD, None),

@@ -233,7 +233,7 @@ def _encode_direction(report: DirectionReport, seconds: float) -> Message:
     sample = report.sample
     return _encode(
         agent_pb2.DirectionProbe,
-        ("block_descent", "block_curvature", "method"),
+        ("block_descent", "block_curvature", "method", "curvature_parts"),
         sample,
         seconds,
         descent=float(sample.descent),

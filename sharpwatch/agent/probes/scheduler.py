@@ -17,6 +17,7 @@ from sharpwatch.agent.statistics.tap import PendingTap, Tap
 _MISSED_STEPS = 3  # in a row, before that is a failure; now and then a step may be another model's
 _WINDOW = 1000  # steps that the overhead ratio is taken over
 _SMOOTHING = 0.3  # weight of the newest measurement in a probe's expected cost
+_EARLY, _EARLY_EVERY = "direction", 3  # what is lost in the first steps of a run is not made up for later
 # With 1.3 million parameters the tap alone takes 2 % of a step; without a share of theirs probes would never run.
 _PROBE_SHARE = 0.25  # of the budget, which probes keep even if the tap alone exceeds it
 
@@ -33,12 +34,16 @@ class OverheadBudget:
         probes: The names of the probes.
         budget: The agent's share of the loop's own seconds.
         probe_every: Runs all probes every so many steps instead, whatever they cost.
+        early_probes: Up to this step, `direction` also runs at every third, whatever it costs.
     """
 
-    def __init__(self, probes: Sequence[str], *, budget: float, probe_every: int | None = None) -> None:
+    def __init__(
+        self, probes: Sequence[str], *, budget: float, probe_every: int | None = None, early_probes: int = 0
+    ) -> None:
         self._probes = list(probes)
         self._budget = budget
         self._probe_every = probe_every
+        self._early_probes = early_probes
         self._expected: dict[str, float] = {}
         self._cold = set(probes)
         self._started: set[str] = set()
@@ -67,10 +72,11 @@ class OverheadBudget:
         """Returns the probes to run after the next step; it changes nothing."""
         if not self._probes:
             return ()
+        early = self._early()
         if self._probe_every is not None:
-            return tuple(self._probes) if (self._steps + 1) % self._probe_every == 0 else ()
-        if self._started:
-            return ()
+            return tuple(self._probes) if (self._steps + 1) % self._probe_every == 0 else early
+        if self._started or early:
+            return early
         probe = self._probes[0]
         return (probe,) if probe not in self._expected or self._credit >= self._expected[probe] else ()
 
@@ -95,7 +101,9 @@ class OverheadBudget:
             if probe in self._cold:
                 self._cold.remove(probe)
             else:
-                self._credit -= seconds
+                # Early probes were asked for whatever they cost; charged, they would silence all others for long.
+                is_early = probe == _EARLY and self._steps <= self._early_probes
+                self._credit -= 0.0 if is_early else seconds
                 self._learn(probe, seconds)
             self._end_turn(probe)
         # A long pause between steps, such as an evaluation, must not be followed by a burst of probes.
@@ -130,6 +138,11 @@ class OverheadBudget:
         self._probes.sort(key=lambda probe: order.get(probe, -1))
         self._cold = {probe for probe in self._probes if probe in cold or probe not in order}
         self._expected, self._credit, self._steps = expected, credit, steps
+
+    def _early(self) -> tuple[str, ...]:
+        next_step = self._steps + 1
+        due = next_step <= self._early_probes and next_step % _EARLY_EVERY == _EARLY_EVERY - 1
+        return (_EARLY,) if due and _EARLY in self._probes else ()
 
     def _learn(self, probe: str, seconds: float) -> None:
         if probe in self._probes:

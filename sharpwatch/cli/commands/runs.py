@@ -123,6 +123,9 @@ def state(detail: RunDetail, now: float) -> Grid:
     if detail.objective:
         facts.append(("objective", f"{detail.objective} ({detail.objective_state})"))
     facts += [(f"model's {name}", output.estimate(found)) for name, found in _model(detail.estimates)]
+    shares = [(block.block, found) for block in detail.blocks if (found := first(block.estimates, "curvature_share"))]
+    if shares:
+        facts.append(("curvature shares", ", ".join(f"{block} {output.estimate(found)}" for block, found in shares)))
     if detail.HasField("block_order_correlation"):
         facts.append(("block order", _order(detail)))
     if detail.attention:

@@ -23,6 +23,7 @@ from sharpwatch.curvature.objective.batch import Batch, LossFn
 from sharpwatch.curvature.objective.hessian import Method, open_hessian
 from sharpwatch.curvature.objective.objective import Objective
 from sharpwatch.curvature.parameters.parameter_space import ParameterSpace
+from sharpwatch.curvature.parameters.shards import sum_by_index
 from sharpwatch.curvature.state.hooks import hooks_disabled
 from sharpwatch.curvature.state.isolation import isolated
 from sharpwatch.errors import ProbeError
@@ -45,6 +46,8 @@ class DirectionSample:
         block_descent: Float64 [B], g_b(θ_t)ᵀd_b.
         block_curvature: Float64 [B], d_bᵀH_bb d_b; NaN for a block that was not requested.
         method: How the products were computed.
+        curvature_parts: Float64 [L], d_lᵀ(Hd)_l by layer block: its part of the curvature, with half of what it shares
+            with each other layer block. The parts add up to the curvature.
     """
 
     tokens: int
@@ -54,6 +57,7 @@ class DirectionSample:
     block_descent: Tensor
     block_curvature: Tensor
     method: str
+    curvature_parts: Tensor
 
 
 def direction_probe(  # noqa: PLR0913 - settings are keyword-only
@@ -89,7 +93,9 @@ def direction_probe(  # noqa: PLR0913 - settings are keyword-only
     with open_hessian(model, block_map, [batch], loss_fn=loss_fn, method=method) as hessian:
         whole = ParameterSpace(block_map, None, hessian.objective.live.leaves)
         step = whole.flatten(displacement).to(whole.device, whole.dtype)
-        curvature = whole.sum_by_block(step * hessian.products(whole, step[None])[0])
+        parts = whole.sum_by_layer(step * hessian.products(whole, step[None]))[0]
+        types = [block_map.blocks.index(each.type) for each in block_map.layer_blocks]
+        curvature = sum_by_index(parts, types, len(block_map.blocks))
         descent = whole.sum_by_block(step * whole.flatten(hessian.gradient(0)))
         block_curvature = torch.full((len(block_map.blocks),), torch.nan, dtype=torch.float64, device="cpu")
         for block in blocks:
@@ -102,7 +108,14 @@ def direction_probe(  # noqa: PLR0913 - settings are keyword-only
     # g(θ_t) by the expansion above: a gradient at the old weights would take another backward.
     at_start = descent + curvature
     return DirectionSample(
-        tokens, batch.rows, float(at_start.sum()), float(curvature.sum()), at_start, block_curvature, method_used
+        tokens,
+        batch.rows,
+        float(at_start.sum()),
+        float(curvature.sum()),
+        at_start,
+        block_curvature,
+        method_used,
+        parts,
     )
 
 

@@ -74,19 +74,16 @@ class Spectrum:
 
 
 @dataclass(frozen=True, slots=True)
-class StabilityRatio:
-    """ρ = Σ dᵀHd / (2 Σ gᵀd) over several probes; 1 is the edge of stability. `stderr` is NaN for a single probe."""
+class Ratio:
+    """A ratio of sums over several probes; `stderr` is NaN for a single one."""
 
     value: float
     stderr: float
     probes: int
 
 
-def stability_ratio(curvature: Sequence[float], descent: Sequence[float]) -> StabilityRatio | None:
-    """Compute the directional stability ratio, averaging numerators and denominators separately.
-
-    The standard error is the delta method's for a ratio of means (Cochran, "Sampling techniques", section 6.4): with
-    residuals r_i = c_i − 2ρ a_i, Var ρ ≈ n/(n−1) Σ r_i² / (2 Σ a_i)².
+def stability_ratio(curvature: Sequence[float], descent: Sequence[float]) -> Ratio | None:
+    """Compute the directional stability ratio ρ = Σ dᵀHd / (2 Σ gᵀd); 1 is the edge of stability.
 
     Args:
         curvature: dᵀHd of each probe.
@@ -95,15 +92,31 @@ def stability_ratio(curvature: Sequence[float], descent: Sequence[float]) -> Sta
     Returns:
         The ratio, or None if the steps do not descend in sum, or there are none.
     """
-    count = len(descent)
-    # Sums, not a mean of ratios: where a single probe's descent is near zero its own ratio is arbitrarily large.
-    whole = 2 * math.fsum(descent)
+    return ratio_of_sums(curvature, [2 * one for one in descent])
+
+
+def ratio_of_sums(numerators: Sequence[float], denominators: Sequence[float]) -> Ratio | None:
+    """Divide sums over several probes.
+
+    The standard error is the delta method's for a ratio of means (Cochran, "Sampling techniques", section 6.4): with
+    residuals r_i = a_i − ρ b_i, Var ρ ≈ n/(n−1) Σ r_i² / (Σ b_i)².
+
+    Args:
+        numerators: Of each probe.
+        denominators: Of each probe.
+
+    Returns:
+        The ratio, or None if the denominators' sum is not positive.
+    """
+    count = len(denominators)
+    # Sums, not a mean of ratios: where a single probe's denominator is near zero its ratio is arbitrarily large.
+    whole = math.fsum(denominators)
     if not whole > 0:
         return None
-    value = math.fsum(curvature) / whole
+    value = math.fsum(numerators) / whole
     # A single probe has no spread to tell an error from.
     if count < 2:
-        return StabilityRatio(value, math.nan, count)
-    residuals = (c - 2 * value * a for c, a in zip(curvature, descent, strict=True))
+        return Ratio(value, math.nan, count)
+    residuals = (a - value * b for a, b in zip(numerators, denominators, strict=True))
     scatter = math.fsum(residual**2 for residual in residuals) * count / (count - 1)
-    return StabilityRatio(value, math.sqrt(scatter) / whole, count)
+    return Ratio(value, math.sqrt(scatter) / whole, count)

@@ -16,7 +16,9 @@ from sharpwatch.daemon.config.settings import (
     CAUSES,
     OVERRIDABLE,
     ActionConfig,
+    AutopilotConfig,
     Config,
+    CurvatureShareConfig,
     DaemonConfig,
     DetectionConfig,
     EscalateConfig,
@@ -26,6 +28,7 @@ from sharpwatch.daemon.config.settings import (
     NotificationsConfig,
     OverrideConfig,
     PolicyConfig,
+    StabilityCapConfig,
 )
 from sharpwatch.errors import ConfigError
 
@@ -39,6 +42,9 @@ _SECTIONS = {
     "action": ActionConfig,
     "guard": GuardConfig,
     "escalate": EscalateConfig,
+    "autopilot": AutopilotConfig,
+    "curvature_share": CurvatureShareConfig,
+    "stability_cap": StabilityCapConfig,
     "maintenance": MaintenanceConfig,
 }
 _EXPECTED = {
@@ -77,6 +83,8 @@ def load_config(path: str | Path | None = None) -> Config:
         _check_guard(document, ("policies", index), policy.guard)
         _check_effect(document, ("policies", index, "action"), policy)
     _check_escalation(document, config.policies)
+    if document.data.get("autopilot") and not config.autopilot.is_on:
+        raise document.error(("autopilot",), "does nothing without curvature_share or stability_cap")
     for index, window in enumerate(config.maintenance):
         if window.from_ == window.to:
             raise document.error(

@@ -397,6 +397,54 @@ class PolicyConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class CurvatureShareConfig:
+    """Raises of blocks by their small share s in the curvature along the step: clip((max s / s)^exponent, 1, max)."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID
+
+    max: Annotated[float, _number(1.0, 100.0)] = 4.0
+    exponent: Annotated[float, _number(0.0, 2.0)] = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class StabilityCapConfig:
+    """Cuts of all rates alike, as far as the directional stability ratio is above `target`."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID
+
+    target: Annotated[float, _number(0.0, 10.0)]
+
+
+@dataclass(frozen=True, slots=True)
+class AutopilotConfig:
+    """Learning rates from measured curvature; off without a rule.
+
+    Attributes:
+        mode: How far it goes where the run has no mode of its own.
+        curvature_share: The rule that raises blocks; None for none.
+        stability_cap: The rule that cuts the whole; None for none.
+        ramp_steps: Steps over which a change is spread geometrically.
+        least_change: The factor by which a block's multiplier has to change at least for a new revision.
+        ttl_steps: Steps after which raises end if the daemon falls silent; it renews them at half of that.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID
+
+    # As a policy's: it only records until somebody writes that it may act.
+    mode: PolicyMode = "observe"
+    curvature_share: CurvatureShareConfig | None = None
+    stability_cap: StabilityCapConfig | None = None
+    ramp_steps: Annotated[int, _integer(0, 1_000_000)] = 3
+    least_change: Annotated[float, _number(1.0, 10.0)] = 1.2
+    ttl_steps: Annotated[int, _integer(2, _MANY)] = 2000
+
+    @property
+    def is_on(self) -> bool:
+        """Whether it has a rule."""
+        return self.curvature_share is not None or self.stability_cap is not None
+
+
+@dataclass(frozen=True, slots=True)
 class MaintenanceConfig:
     """A window of the week, in UTC, in which policies propose what they would otherwise enforce.
 
@@ -448,4 +496,5 @@ class Config:
     detection: DetectionConfig = field(default_factory=DetectionConfig)
     notifications: NotificationsConfig = field(default_factory=NotificationsConfig)
     policies: tuple[PolicyConfig, ...] = ()
+    autopilot: AutopilotConfig = field(default_factory=AutopilotConfig)
     maintenance: tuple[MaintenanceConfig, ...] = ()

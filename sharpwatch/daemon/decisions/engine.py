@@ -22,7 +22,16 @@ from sharpwatch.daemon.decisions.guards import (
 )
 from sharpwatch.daemon.decisions.muting import ActiveSilences, muted, was_muted
 from sharpwatch.daemon.decisions.operator_requests import issue, time_out_kept
-from sharpwatch.daemon.decisions.policy import ANNOUNCED, EscalationChain, affected, bursts, rollback_plan, scaled
+from sharpwatch.daemon.decisions.policy import (
+    ANNOUNCED,
+    EscalationChain,
+    affected,
+    bursts,
+    changed_blocks,
+    is_trouble,
+    rollback_plan,
+    scaled,
+)
 from sharpwatch.daemon.decisions.ramp_back import ActiveScaling, failed_ramp_back, ramp_back_due, scaling_state
 from sharpwatch.daemon.decisions.remedy import Correction, Cut, correction, holds_down, measured_cut
 from sharpwatch.daemon.decisions.transitions import UNDER_WAY, came_to_nothing, took_effect
@@ -101,7 +110,7 @@ class PolicyEngine:
         if (
             not (state.active or state.ramped_back)
             or self._under_way(None)
-            or any(map(_is_trouble, self._incidents.open))
+            or any(map(is_trouble, self._incidents.open))
         ):
             return
         against = self._against_stage()
@@ -120,7 +129,7 @@ class PolicyEngine:
     def _answer(self, findings: Iterable[Finding], at: _StepContext) -> None:
         found = (self._incidents.active(finding.name) for finding in findings)
         incidents = list({incident.id: incident for incident in found if incident is not None}.values())
-        own = next(filter(_is_trouble, incidents), None)
+        own = next(filter(is_trouble, incidents), None)
         may_undo = not self._under_way(at.step)
         if own is not None and may_undo and self._undo_ramp_back(f"{own.name} came back", own, at):
             return
@@ -240,7 +249,7 @@ class PolicyEngine:
                 made,
                 multipliers={**self._log.multipliers, **change.multipliers},
                 guard=self._permissions.multipliers(),
-                detail=f"its schedule has {now}: {_changes(change.multipliers, self._log.multipliers)}",
+                detail=f"its schedule has {now}: {changed_blocks(change.multipliers, self._log.multipliers)}",
                 makes_up_for=change.makes_up_for,
             )
             self._record(made, policy, at)
@@ -355,7 +364,7 @@ class PolicyEngine:
         return done
 
     def _ramp_back(self, at: _StepContext) -> None:
-        trouble = filter(_is_trouble, self._incidents.all)
+        trouble = filter(is_trouble, self._incidents.all)
         due = ramp_back_due(self._log, trouble, self._chain, self._permissions, at.step)
         if due is None:
             return
@@ -387,11 +396,6 @@ class PolicyEngine:
         )
 
 
-def _is_trouble(incident: Incident) -> bool:
-    """Whether the run is in trouble by itself: not how it compares with a reference, nor what an action holds down."""
-    return incident.name != "SilentFailure" and not incident.contained_step
-
-
 def _describe(made: Decision, incident: Incident, before: Mapping[str, float], why: str) -> str:
     since = f"{incident.name} since step {incident.onset}: "
     because = f": {why}" if why else ""
@@ -401,8 +405,4 @@ def _describe(made: Decision, incident: Incident, before: Mapping[str, float], w
             f"{since}back to the checkpoint of step {plan.checkpoint.step}, "
             f"round the data of steps {plan.skip_from_step} to {plan.skip_to_step - 1}{because}"
         )
-    return f"{since}{_changes(made.multipliers, before) or 'nothing to change'}{because}"
-
-
-def _changes(multipliers: Mapping[str, float], before: Mapping[str, float]) -> str:
-    return ", ".join(f"{b} {before[b]:.3g} to {v:.3g}" for b, v in multipliers.items() if v != before.get(b))
+    return f"{since}{changed_blocks(made.multipliers, before) or 'nothing to change'}{because}"

@@ -157,7 +157,8 @@ class OperatorRequests:
 
     def _undone_ramp_back(self, made: Decision) -> int:
         """A policy's `set_lr` takes back the ramp back that is the newest revision, or goes with a rate."""
-        return self._log.effective()[-1].revision if made.action == "set_lr" and not made.makes_up_for else 0
+        takes_back = made.action == "set_lr" and made.policy and not made.makes_up_for
+        return self._log.effective()[-1].revision if takes_back else 0
 
     def _proposal(self, identity: str, event: Event, participle: str) -> Decision:
         made = self._log.find(identity)

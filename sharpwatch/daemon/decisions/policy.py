@@ -146,3 +146,13 @@ def newest(checkpoints: Iterable[Checkpoint], at_most: int | None) -> Checkpoint
         if (at_most is None or checkpoint.step <= at_most) and (best is None or checkpoint.step >= best.step):
             best = checkpoint
     return best
+
+
+def is_trouble(incident: Incident) -> bool:
+    """Whether the run is in trouble by itself: not how it compares with a reference, nor what an action holds down."""
+    return incident.name != "SilentFailure" and not incident.contained_step
+
+
+def changed_blocks(multipliers: Mapping[str, float], before: Mapping[str, float]) -> str:
+    """What `multipliers` change, in words."""
+    return ", ".join(f"{b} {before[b]:.3g} to {v:.3g}" for b, v in multipliers.items() if v != before.get(b))

@@ -185,7 +185,7 @@ def _traced(log: DecisionLog) -> ScalingState:
         newest, ramped_back = revision, None
         if not made.policy:
             active = {key: one.without(ratios) for key, one in active.items()}
-            by_hand |= dict.fromkeys(ratios, made.step)
+            by_hand |= dict.fromkeys(ratios, made.step) if made.mode == "operator" else {}
         elif made.action == "scale_lr":
             failed = failed if active else 0
             active[made.id] = ActiveScaling(made, ratios, made.makes_up_for)

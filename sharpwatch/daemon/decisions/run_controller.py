@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from uuid import uuid4
 
-from sharpwatch.daemon.config.settings import MaintenanceConfig, PolicyConfig
+from sharpwatch.daemon.config.settings import AutopilotConfig, MaintenanceConfig, PolicyConfig
+from sharpwatch.daemon.decisions.autopilot import Autopilot
 from sharpwatch.daemon.decisions.decision_log import DecisionLog
 from sharpwatch.daemon.decisions.engine import PolicyEngine
 from sharpwatch.daemon.decisions.guards import Control, Permissions
@@ -35,6 +36,7 @@ from sharpwatch.daemon.records import (
 from sharpwatch.errors import OperatorError
 from sharpwatch.wire import Ints
 
+_NO_AUTOPILOT = AutopilotConfig()
 SAVE_EVERY = 500  # samples between two states of the baselines in the journal
 
 
@@ -67,6 +69,7 @@ class RunController:
         can_roll_back: bool = False,
         silences: ActiveSilences = no_silences,
         maintenance: Sequence[MaintenanceConfig] = (),
+        autopilot: AutopilotConfig = _NO_AUTOPILOT,
         new_id: Callable[[], str] = random_id,
     ) -> None:
         permissions = Permissions(control, lr_bounds, can_roll_back)
@@ -77,9 +80,11 @@ class RunController:
         self._requests = OperatorRequests(self._log, permissions, new_id)
         self._lifecycle = DecisionLifecycle(self._log, self.detection, self._chain)
         self._engine = PolicyEngine(self._log, self.detection, self._chain, permissions, new_id, silences, maintenance)
+        self._autopilot = Autopilot(self._log, self.detection, permissions, autopilot, new_id, maintenance)
         self._checkpoints: dict[str, Checkpoint] = {}  # by URI, in the order they were saved
         self._mode = mode
-        self._strongest = strongest(self._chain.policies)
+        own_modes = (strongest(self._chain.policies), *((autopilot.mode,) if autopilot.is_on else ()))
+        self._strongest: Mode = max(own_modes, key=MODES.index)
         self._step: int | None = None
         self._new_attempt = False
         self._observed = 0
@@ -125,7 +130,7 @@ class RunController:
 
     @property
     def mode(self) -> Mode:
-        """The run's own mode, or else the one of its policies that reaches furthest."""
+        """The run's own mode, or else the one of its policies, or of the autopilot, that reaches furthest."""
         return self._mode or self._strongest
 
     @property
@@ -155,6 +160,7 @@ class RunController:
                 self._requests.reissue(obs.step, now)
         if findings or self._log.newest_revision:  # without a revision there is nothing to ramp back
             self._engine.act(findings, self.checkpoints, self._mode, obs.step, now)
+        self._autopilot.act(obs, self._mode, now)
         changes = self._log.take() if self._log.changed else NO_CHANGES
         self._observed += 1
         if self._observed % SAVE_EVERY == 0:
@@ -180,6 +186,7 @@ class RunController:
         """Take in a journalled step: baselines and open alerts move on, nothing is decided and no alert opens."""
         self._step = obs.step
         self.detection.replay(obs)
+        self._autopilot.note(obs)
 
     def command_result(self, result: ReportedResult, now: float) -> Changes:  # noqa: ARG002  the clock comes with all
         """Take in what the trainer made of a command; telling it twice changes nothing."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from sharpwatch.curvature.statistics.estimate import Estimate, stability_ratio
+from sharpwatch.curvature.statistics.estimate import Estimate, Ratio, ratio_of_sums, stability_ratio
 from sharpwatch.curvature.statistics.pooling import trace_estimates
 from sharpwatch.daemon.estimation.windows import (
     WINDOW_ALL_BLOCKS,
@@ -46,10 +46,13 @@ def observed_stability(blocks: Sequence[str], step: int, reading: DirectionReadi
 
 
 def _ratio(curvatures: Sequence[float], descents: Sequence[float], step: int, method: str) -> Estimate | None:
-    ratio = stability_ratio(curvatures, descents)
-    if ratio is None:
-        return None
-    return Estimate(ratio.value, ratio.stderr, ratio.probes, "direction", step, method=method)
+    return _estimate(stability_ratio(curvatures, descents), step, method)
+
+
+def _estimate(ratio: Ratio | None, step: int, method: str) -> Estimate | None:
+    return (
+        None if ratio is None else Estimate(ratio.value, ratio.stderr, ratio.probes, "direction", step, method=method)
+    )
 
 
 def _whole_ratio(readings: Sequence[DirectionReading], step: int) -> Estimate | None:
@@ -71,16 +74,34 @@ def _block_ratios(blocks: Sequence[str], readings: Sequence[DirectionReading], s
     return ratios
 
 
-def _stability_ratios(hello: RunHello, window: Window) -> dict[Key, Estimate]:
-    """Estimates the ratio of the whole model and of each block; one whose error is not known yet is left out."""
+def _curvature_shares(blocks: Sequence[str], readings: Sequence[DirectionReading], step: int) -> dict[str, Estimate]:
+    """Estimates each block's share in the curvature along the step; none where the loss is concave along it."""
+    taken = [(one.curvature_parts, one.curvature) for one in readings if one.curvature_parts is not None]
+    shares = {}
+    for index, block in enumerate(blocks):
+        ratio = ratio_of_sums([float(parts[index]) for parts, _ in taken], [curvature for _, curvature in taken])
+        share = _estimate(ratio, step, readings[-1].method)
+        if share is not None:
+            shares[block] = share
+    return shares
+
+
+def _along_the_step(hello: RunHello, window: Window) -> dict[Key, Estimate]:
+    """Estimates the ratio of the whole model and of each block, and the blocks' shares in the curvature.
+
+    One whose error is not known yet is left out.
+    """
     step = window[-1][0]
     readings = [reading for _, reading in window]
     whole = _whole_ratio(readings[-WINDOW_PROBES:], step)
     ratios = {"": whole} if whole is not None else {}
     ratios |= _block_ratios(hello.blocks, readings, step)
-    return {
-        ("stability_ratio", block, "direction"): ratio for block, ratio in ratios.items() if math.isfinite(ratio.stderr)
+    shares = _curvature_shares(hello.blocks, readings[-WINDOW_PROBES:], step)
+    found = {
+        **{("stability_ratio", block, "direction"): ratio for block, ratio in ratios.items()},
+        **{("curvature_share", block, "direction"): share for block, share in shares.items()},
     }
+    return {key: one for key, one in found.items() if math.isfinite(one.stderr)}
 
 
 def _traces(hello: RunHello, window: Window) -> dict[Key, Estimate]:
@@ -202,7 +223,7 @@ DIRECTION = ReadingSpec(
     name="direction",
     window=WINDOW_ALL_BLOCKS,
     estimators=("direction",),
-    estimate=run_by_run("direction", _stability_ratios),
+    estimate=run_by_run("direction", _along_the_step),
     shown=_update_ratio,
 )
 HUTCHINSON = ReadingSpec(

@@ -225,6 +225,10 @@ _RATIO = (
     "how near the optimizer's step is to the edge, 1, above which the loss rises; by curvature over twice the descent "
     "along it (directional), by losses along it (linesearch), by the preconditioned top eigenvalue (preconditioned)."
 )
+_SHARE = (
+    "Block's part of the curvature along the optimizer's step, with half of what it shares with others; over all "
+    "blocks they sum to 1. Below 0 where the block takes from it."
+)
 _RANK = "Effective rank (tr G)^2 / tr G^2 of the block's Gauss-Newton matrix G: how many directions share its trace."
 _DRIFT = "How far the block's sharp directions have turned between the halves of the window: 0 not at all, 1 wholly."
 _ALIGNMENT = (
@@ -244,6 +248,7 @@ def _block_estimates() -> dict[str, _Estimated]:
         "top_eigenvalue": _estimated("block_top_eigenvalue", f"{_TOP} of the block.", *labels, residual=True),
         "bottom_eigenvalue": _estimated("block_bottom_eigenvalue", f"{_BOTTOM} of the block.", *labels, residual=True),
         "stability_ratio": _estimated("block_stability_ratio", f"Of the block's part: {_RATIO}", "block", "kind"),
+        "curvature_share": _estimated("block_curvature_share", _SHARE, "block"),
         "effective_rank": _estimated("block_effective_rank", _RANK, *labels),
         "drift": _estimated("block_drift", _DRIFT, *labels),
         "alignment": _estimated("block_gradient_alignment", _ALIGNMENT, *labels),
@@ -281,7 +286,8 @@ def _estimate_families(snapshots: list[RunSnapshot]) -> Iterator[Metric]:
             family = (by_block if block else whole).get(quantity)
             kind = _KINDS.get(estimator, estimator)
             if family is not None:
-                family.add(_labels(snapshot, *([block] if block else []), kind), estimate)
+                of_kind = [] if quantity == "curvature_share" else [kind]  # there is but one
+                family.add(_labels(snapshot, *([block] if block else []), *of_kind), estimate)
                 newest[block, kind] = max(estimate.step, newest.get((block, kind), 0))
         for (block, kind), at in newest.items():
             (block_step if block else step).add_metric(_labels(snapshot, *([block] if block else []), kind), at)

@@ -43,6 +43,7 @@ class DirectionReading:
     block_curvature: Floats
     update_ratio: Floats
     method: str = ""
+    curvature_parts: Floats | None = None  # each block's part of the curvature; None of older agents
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -173,11 +174,14 @@ def _older_gradient_noise(probe: agent_pb2.GnbProbe, hello: RunHello) -> Gradien
 def _noise_by_block(array: types_pb2.Array, what: str, hello: RunHello) -> Floats | None:
     """Sums the noise over the layers of each block; None if an entry is infinite."""
     noise = wire.decode(array, name=what, dtype="float32", shape=(len(hello.layer_blocks),))
-    if np.isinf(noise).any():
-        return None
+    return None if np.isinf(noise).any() else _summed(noise, hello)
+
+
+def _summed(by_layer: Floats, hello: RunHello) -> Floats:
+    """Sums values of layer blocks [L] over the layers of each block [B]."""
     by_block = np.zeros(len(hello.blocks))
-    # `add.at`, because `by_block[block_of] += noise` would keep one row of each block.
-    np.add.at(by_block, hello.block_of, noise)
+    # `add.at`, because `by_block[block_of] += by_layer` would keep one row of each block.
+    np.add.at(by_block, hello.block_of, by_layer)
     return by_block
 
 
@@ -189,7 +193,15 @@ def _direction(probe: agent_pb2.DirectionProbe, hello: RunHello) -> DirectionRea
     method = checked_text(probe.method, "direction.method", MAX_NAME)
     if not _finite(probe.descent, probe.curvature, descent, ratio) or np.isinf(curvature).any():
         return None
-    return DirectionReading(tokens, probe.descent, probe.curvature, descent, curvature, ratio, method)
+    parts = None
+    if probe.HasField("curvature_parts"):
+        by_layer = wire.decode(
+            probe.curvature_parts, name="direction.curvature_parts", dtype="float64", shape=(len(hello.layer_blocks),)
+        )
+        parts = _summed(by_layer, hello)
+        if not _finite(parts):
+            return None
+    return DirectionReading(tokens, probe.descent, probe.curvature, descent, curvature, ratio, method, parts)
 
 
 def _hutchinson(probe: agent_pb2.HutchinsonProbe, hello: RunHello) -> HutchinsonReading | None:

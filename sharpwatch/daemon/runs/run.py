@@ -19,7 +19,7 @@ from sharpwatch.daemon.estimation.hessian import observed_stability
 from sharpwatch.daemon.estimation.windows import WINDOW_PROBES, EstimateRequest, Estimates
 from sharpwatch.daemon.ingest.hello import Attempt, RunHello
 from sharpwatch.daemon.ingest.samples import BlockTap, Reading
-from sharpwatch.daemon.records import NO_CHANGES, Changes, Decision, Observation
+from sharpwatch.daemon.records import NO_CHANGES, Changes, Decision, Observation, ProbedStep
 from sharpwatch.daemon.runs.snapshot import Maxima, Phase, RunSnapshot
 from sharpwatch.daemon.storage.schema import ReferenceRow
 
@@ -338,7 +338,17 @@ def observation_of(blocks: tuple[str, ...], reading: Reading) -> Observation:
     if direction is None:
         return seen
     stability = observed_stability(blocks, reading.step, direction)
-    return replace(seen, stability=stability.whole, no_descent=stability.no_descent, block_stability=stability.blocks)
+    probed = None
+    if direction.curvature_parts is not None and seen.multipliers:
+        parts = dict(zip(blocks, direction.curvature_parts.tolist(), strict=True))
+        probed = ProbedStep(parts, direction.curvature, direction.descent, seen.multipliers)
+    return replace(
+        seen,
+        stability=stability.whole,
+        no_descent=stability.no_descent,
+        block_stability=stability.blocks,
+        probed=probed,
+    )
 
 
 # Makes the controller of a new attempt from its Hello and from the run's earlier controller, if it has one.

@@ -31,9 +31,9 @@ def optimizer(model):
 def test_the_signature_is_the_documented_one():
     documented = (
         "model, optimizer, *, training_job, run=None, address=None, token=None, tls=None, overhead_budget=0.01, "
-        "probe_every=None, probes=('gnb', 'direction'), loss_fn=None, logits_fn=None, on_rollback=None, control='lr', "
-        "lr_bounds=(0.01, 10.0), initial_step=0, seed=0, rules=None, strict=False, data_order=None, labels=None, "
-        "transport=None"
+        "probe_every=None, early_probes=0, probes=('gnb', 'direction'), loss_fn=None, logits_fn=None, "
+        "on_rollback=None, control='lr', lr_bounds=(0.01, 10.0), initial_step=0, seed=0, rules=None, strict=False, "
+        "data_order=None, labels=None, transport=None"
     )
     parameters = inspect.signature(sharpwatch.attach).parameters.values()
     bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in parameters]
@@ -55,6 +55,7 @@ def test_the_signature_is_the_documented_one():
         ({"overhead_budget": float("nan")}, "overhead_budget <= 1 (a share of step time), got nan"),
         ({"overhead_budget": "1%"}, "overhead_budget <= 1 (a share of step time), got '1%'"),
         ({"probe_every": 0}, "probe_every must be None or a whole number of steps >= 1, got 0"),
+        ({"early_probes": -1}, "early_probes must be a whole number of steps >= 0, got -1"),
         ({"probe_every": 2.5}, "probe_every must be None or a whole number of steps >= 1, got 2.5"),
         (
             {"probes": ("gnb", "sharpness")},

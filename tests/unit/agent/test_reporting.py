@@ -53,7 +53,16 @@ def test_a_full_sample_carries_every_number():
     traces = torch.arange(8, dtype=torch.float64).view(4, 2)
     sketches = torch.arange(4 * 3 * 256, dtype=torch.float32).view(4, 3, 256)
     along = torch.tensor([1.0, float("nan"), 3.0], dtype=torch.float64)
-    direction = DirectionSample(31, 2, 0.25, 0.5, torch.ones(3, dtype=torch.float64), along, "autograd")
+    direction = DirectionSample(
+        31,
+        2,
+        0.25,
+        0.5,
+        torch.ones(3, dtype=torch.float64),
+        along,
+        "autograd",
+        torch.tensor([0.125, 0.375], dtype=torch.float64),
+    )
     message = sample_message(
         SampleValues(
             sequence=7,
@@ -106,6 +115,8 @@ def test_a_full_sample_carries_every_number():
         decode(message.direction.block_curvature, name="b", dtype="float64", shape=(3,)), along
     )
     assert message.direction.method == "autograd"
+    parts = decode(message.direction.curvature_parts, name="p", dtype="float64", shape=(2,))
+    assert parts.tolist() == [0.125, 0.375]
     assert decode(message.direction.update_ratio, name="u", dtype="float32", shape=(3,))[2] == np.float32(0.3)
     (result,) = message.results
     assert (result.command_id, result.outcome) == ("c", types_pb2.COMMAND_OUTCOME_EXPIRED)

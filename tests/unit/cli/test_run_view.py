@@ -50,6 +50,11 @@ def block(name, parameters, sharpness, stderr, **measured):
         estimates.append(
             Estimate(quantity="stability_ratio", value=ratio, stderr=0.031, draws=8, estimator="direction", step=408)
         )
+    if "share" in measured:
+        share = measured.pop("share")
+        estimates.append(
+            Estimate(quantity="curvature_share", value=share, stderr=0.012, draws=8, estimator="direction", step=408)
+        )
     for estimate in estimates:
         estimate.block = name
     return Block(block=name, parameters=parameters, estimates=estimates, **measured)
@@ -61,7 +66,17 @@ DETAIL = RunDetail(
     host="node3",
     blocks=[
         block("emb", 1_234_560, 3.4123e-9, 2.4e-10, gradient_norm=0.1234567, learning_rate=3e-4, lr_multiplier=1.0),
-        block("qk", 65_536, 3.21e-7, math.nan, gradient_norm=1.5, update_rms=1.01, lr_multiplier=0.5, ratio=1.31),
+        block(
+            "qk",
+            65_536,
+            3.21e-7,
+            math.nan,
+            gradient_norm=1.5,
+            update_rms=1.01,
+            lr_multiplier=0.5,
+            ratio=1.31,
+            share=0.123,
+        ),
         Block(block="norm", parameters=768),
     ],
     estimates=[
@@ -107,6 +122,7 @@ mode                     enforce, control lr, LR revision 3
 overhead                 0.81 % of step time
 objective                mean cross-entropy of logits, labels shifted by one (verified)
 model's stability ratio  0.87 ± 0.04
+curvature shares         qk 0.12 ± 0.01
 block order              rank correlation 0.9 with emb < qk < ffn < vo < norm
 attention logits         scale up to 1.235 in layers.1, of 2 layers, at step 410
 checkpoints              2, newest of step 400 at /ckpt/400

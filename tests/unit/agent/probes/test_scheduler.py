@@ -44,6 +44,21 @@ def test_probes_take_turns():
     assert ran[1::2] == ["direction"] * len(ran[1::2])
 
 
+def test_early_probes_run_at_every_third_step_and_delay_no_later_ones():
+    early = OverheadBudget(("gnb", "direction"), budget=0.01, early_probes=62)
+    ran = drive(early, 1000)
+    at = [step for step, probes in enumerate(ran, 1) if "direction" in probes]
+    assert set(range(2, 63, 3)) <= set(at)
+    plain = drive(OverheadBudget(("gnb", "direction"), budget=0.01), 1000)
+    assert sum(map(bool, ran[62:])) >= sum(map(bool, plain[62:]))
+
+
+def test_early_probes_come_beside_a_fixed_cadence():
+    ran = drive(OverheadBudget(("gnb", "direction"), budget=0.01, probe_every=10, early_probes=8), 30)
+    assert [step for step, probes in enumerate(ran, 1) if probes] == [2, 5, 8, 10, 20, 30]
+    assert [set(probes) for probes in ran if probes] == 3 * [{"direction"}] + 3 * [{"gnb", "direction"}]
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     budget=st.floats(0.005, 0.5),

@@ -56,6 +56,8 @@ def test_agrees_with_the_dense_hessian(case):
         whole = d @ product[own]
         scale = 1e-4 * float((d * gradient[own]).abs().sum() + (d * product[own]).abs().sum())
         assert float(found.block_descent[index]) == pytest.approx(float(d @ gradient[own] + whole), abs=scale)
+        parts = [found.curvature_parts[i] for i, each in enumerate(block_map.layer_blocks) if each.type == block]
+        assert float(sum(parts)) == pytest.approx(float(whole), abs=1e-4 * float((d * product[own]).abs().sum()))
         alone = d @ hessian[own][:, own]
         scale = 1e-4 * float((alone * d).abs().sum())
         assert float(found.block_curvature[index]) == pytest.approx(float(alone @ d), abs=scale)

@@ -63,6 +63,30 @@ def test_design_example(load):
     assert (rollback.mode, rollback.match.alert, rollback.action.kind) == ("observe", "", "rollback")
 
 
+def test_the_autopilot_is_off_by_default_and_observes_until_told_otherwise(load):
+    assert not load("").autopilot.is_on
+    config = load("autopilot: {curvature_share: {}, stability_cap: {target: 0.5}}").autopilot
+    assert (config.mode, config.is_on) == ("observe", True)
+    assert (config.curvature_share.max, config.curvature_share.exponent) == (4.0, 0.5)
+    assert config.stability_cap.target == 0.5
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("autopilot: {curvature_share: {max: 1}}", "above 1"),
+        ("autopilot: {curvature_share: {exponent: 0}}", "above 0"),
+        ("autopilot: {stability_cap: {}}", "target"),
+        ("autopilot: {mode: on, stability_cap: {target: 1}}", "observe, advise, enforce"),
+        ("autopilot: {mode: enforce}", "does nothing without curvature_share or stability_cap"),
+        ("autopilot: {ttl_steps: 1}", "integer from 2"),
+    ],
+)
+def test_what_the_autopilot_cannot_be_is_refused(load, text, says):
+    with pytest.raises(ConfigError, match=says):
+        load(text)
+
+
 def test_a_policy_runs_dry_only_where_it_says_so(load):
     dry, other = load(f"policies:\n  - {CUT}, dry_run: true}}\n  - {CUT.replace('name: a', 'name: b')}}}\n").policies
     assert (dry.dry_run, other.dry_run) == (True, False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import closing
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -165,6 +166,22 @@ def test_what_has_no_error_yet_is_not_shown():
         [request_of(SMALL, windows(SMALL, [1], 0), ((1, direction(1, 1, [1, NAN], [1, 1])),))], "cpu"
     )
     assert found.values == {}
+
+
+def test_curvature_shares_divide_sums_and_need_a_curvature_above_zero():
+    parts = ([0.25, 0.75], [1.5, 1.5], [-1.0, -3.0])
+    window = [
+        (step, replace(direction(sum(each), 1.0, [NAN, NAN], [1.0, 1.0]), curvature_parts=np.array(each)))
+        for step, each in enumerate(parts, 1)
+    ]
+    (older,) = estimate_all([request_of(SMALL, (), ((1, direction(1, 1, [NAN, NAN], [1, 1])), *window[:2]))], "cpu")
+    shares = {block: older.values["curvature_share", block, "direction"] for block in SMALL.blocks}
+    assert {block: one.value for block, one in shares.items()} == pytest.approx({"emb": 1.75 / 4, "norm": 2.25 / 4})
+    # By hand: residuals 0.25 - 1.75/4 and 1.5 - 3 * 1.75/4, so that n/(n-1) times their squares is 2 * 2 * 0.1875².
+    assert [one.stderr for one in shares.values()] == pytest.approx([0.375 / 4, 0.375 / 4])
+    assert shares["emb"].draws == 2
+    (concave,) = estimate_all([request_of(SMALL, (), window)], "cpu")
+    assert not any(quantity == "curvature_share" for quantity, _, _ in concave.values)
 
 
 def test_the_stability_ratio_divides_sums_and_says_where_there_is_no_descent():

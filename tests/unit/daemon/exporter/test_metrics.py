@@ -72,6 +72,8 @@ FULL = RunSnapshot(
         ("stability_ratio", "", "direction"): estimate(0.25, 0.125, "direction"),
         ("stability_ratio", "qk", "direction"): estimate(0.5, 0.125, "direction"),
         ("stability_ratio", "emb", "direction"): estimate(math.nan, math.nan, "direction"),
+        ("curvature_share", "qk", "direction"): estimate(0.25, 0.03125, "direction"),
+        ("curvature_share", "emb", "direction"): estimate(-0.125, 0.0625, "direction"),
         ("trace", "qk", "hutchinson"): estimate(40.0, 4.0, "hutchinson"),
         ("sharpness", "qk", "hutchinson"): replace(estimate(2.5, 0.25, "hutchinson"), step=9),
         ("top_eigenvalue", "qk", "lanczos"): estimate(8.0, 0.5, "lanczos", 0.125),
@@ -168,6 +170,10 @@ sharpwatch_block_stability_ratio{block="qk",kind="directional",run="run",trainin
 sharpwatch_block_stability_ratio{block="qk",kind="linesearch",run="run",training_job="job"} 0.0
 sharpwatch_block_stability_ratio_stderr{block="qk",kind="directional",run="run",training_job="job"} 0.125
 sharpwatch_block_stability_ratio_stderr{block="qk",kind="linesearch",run="run",training_job="job"} 0.0625
+sharpwatch_block_curvature_share{block="qk",run="run",training_job="job"} 0.25
+sharpwatch_block_curvature_share{block="emb",run="run",training_job="job"} -0.125
+sharpwatch_block_curvature_share_stderr{block="qk",run="run",training_job="job"} 0.03125
+sharpwatch_block_curvature_share_stderr{block="emb",run="run",training_job="job"} 0.0625
 sharpwatch_block_effective_rank{block="qk",estimator="gnb",run="run",training_job="job"} 6.0
 sharpwatch_block_effective_rank_stderr{block="qk",estimator="gnb",run="run",training_job="job"} 0.5
 sharpwatch_block_drift{block="qk",estimator="gnb",run="run",training_job="job"} 0.25

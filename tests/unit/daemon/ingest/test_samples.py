@@ -95,7 +95,9 @@ def attention(values=(math.nan, 0.5, math.nan), dtype="float32") -> agent_pb2.At
     return agent_pb2.AttentionReading(logit_scale=wire.encode(values, dtype))
 
 
-def direction(descent=1.0, curvature=0.5, block_curvature=(math.nan, 0.25)) -> agent_pb2.DirectionProbe:
+def direction(
+    descent=1.0, curvature=0.5, block_curvature=(math.nan, 0.25), parts=(0.125, 0.25, 0.125)
+) -> agent_pb2.DirectionProbe:
     return agent_pb2.DirectionProbe(
         tokens=128,
         descent=descent,
@@ -103,6 +105,7 @@ def direction(descent=1.0, curvature=0.5, block_curvature=(math.nan, 0.25)) -> a
         block_descent=wire.encode([0.5, 0.5], "float64"),
         block_curvature=wire.encode(block_curvature, "float64"),
         update_ratio=wire.encode([0.01, 0.01], "float32"),
+        curvature_parts=wire.encode(parts, "float64"),
     )
 
 
@@ -236,6 +239,9 @@ def test_a_whole_sample_is_read():
     assert reading.probes["linesearch"].block_sharpness[1] == 0.25
     assert reading.probes["preconditioned"] == PreconditionedReading(128, 0.75, 0.01, "gradient differences")
     assert math.isnan(reading.probes["direction"].block_curvature[0])
+    assert reading.probes["direction"].curvature_parts.tolist() == [0.125, 0.375]  # [B]
+    sample.direction.ClearField("curvature_parts")
+    assert read_sample(HELLO, sample).probes["direction"].curvature_parts is None  # of older agents
     np.testing.assert_array_equal(reading.attention, [math.nan, 0.5, math.nan])
     assert reading.health.overhead_ratio is None
     assert reading.health.dropped == {"spool": 2}
@@ -266,6 +272,7 @@ def test_a_whole_sample_is_read():
         ({"gnb": gnb(gradient=np.ones((2, 32)))}, "malformed"),
         ({"gnb": gnb(noise=np.ones(2))}, "malformed"),
         ({"direction": direction(block_curvature=(1.0, 1.0, 1.0))}, "malformed"),
+        ({"direction": direction(parts=(1.0, 1.0))}, "malformed"),
         ({"hutchinson": hutchinson(block="vo")}, "malformed"),
         ({"hutchinson": hutchinson(block="")}, "malformed"),
         ({"hutchinson": hutchinson(block="emb")}, "malformed"),  # its traces are of another block

@@ -1,0 +1,1 @@
+"""Learning rates from measured curvature against rates that are tuned by hand."""

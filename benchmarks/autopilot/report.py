@@ -1,0 +1,76 @@
+"""The tables of the benchmark, of what was trained so far."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from statistics import fmean, stdev
+
+from scipy.stats import t
+
+from benchmarks.autopilot.contenders import CONTENDERS
+from benchmarks.autopilot.runs import SHAPES, Result
+from benchmarks.autopilot.stages import OTHER_RATES, RATES, Results, lost_by_rate
+
+# A probe by the work of a training step on the same tokens: a forward 1, its backward 2, each of two products 4, of 3.
+PASSES = (1 + 2 + 2 * 4) / 3
+
+
+def tables(results: Results) -> Iterator[str]:
+    """The lines of both tables."""
+    yield f"Tuning of {results.model}, {results.size}: held-out loss by peak rate, and what a wrong rate costs"
+    yield ""
+    yield f"| contender | constant | {' | '.join(f'{rate:g}' for rate in RATES)} | lost over three decades |"
+    yield "|---" * (len(RATES) + 3) + "|"
+    for name in CONTENDERS:
+        swept = results.swept(name)
+        every = results.swept(name, (*RATES, *OTHER_RATES))
+        losses = " | ".join(f"{swept[rate].loss:.3f}" if rate in swept else "–" for rate in RATES)
+        lost = f"{lost_by_rate(every):.3f}" if len(every) == len(RATES) + len(OTHER_RATES) else "–"
+        yield f"| {name} | {results.constant(name) or '–'} | {losses} | {lost} |"
+    yield ""
+    yield "Judged at the best rate: loss − tuned uniform with its 95 % interval, seeds paired; steps to uniform's last"
+    yield "loss on each seed, with probes as steps by their time; probes' share of time; the tokens that the training"
+    yield "could have taken for them, by passes, as a share of all."
+    yield ""
+    yield "| contender | rate | seeds | loss | − uniform | steps to its loss | time of probes | tokens for probes |"
+    yield "|---|---|---|---|---|---|---|---|"
+    uniform = results.judged("uniform")
+    for name in CONTENDERS:
+        judged = results.judged(name)
+        if judged:
+            yield _line(results, name, judged, uniform)
+
+
+def _line(results: Results, name: str, judged: dict[int, Result], uniform: dict[int, Result]) -> str:
+    mean = fmean(one.loss for one in judged.values())
+    pairs = [(judged[seed], uniform[seed]) for seed in judged if seed in uniform]
+    apart = _interval([one.loss - other.loss for one, other in pairs])
+    reached = [_steps_to(one, other) for one, other in pairs]
+    steps = "–" if not reached or None in reached else f"{fmean(each or 0.0 for each in reached):.0f}"
+    rows, length = SHAPES[results.size]
+    time = fmean(one.probe_seconds / one.seconds for one in judged.values())
+    tokens = fmean(PASSES * one.probe_tokens / (one.cell["steps"] * rows * length) for one in judged.values())
+    rate = results.rate(name)
+    return f"| {name} | {rate:g} | {len(judged)} | {mean:.3f} | {apart} | {steps} | {time:.1%} | {tokens:.2%} |"
+
+
+def _interval(differences: list[float]) -> str:
+    if len(differences) < 2:
+        return "–"
+    half = float(t.ppf(0.975, len(differences) - 1)) * stdev(differences) / math.sqrt(len(differences))
+    return f"{fmean(differences):+.4f} ± {half:.4f}"
+
+
+def _steps_to(one: Result, other: Result) -> float | None:
+    """The step at which `one` has come to the last loss of `other`, probes counted; None where it never does."""
+    aim = other.curve[-1][1]
+    before: tuple[float, float] = (0.0, one.initial)
+    # Probes lengthen each step on average by so much.
+    longer = one.seconds / (one.seconds - one.probe_seconds)
+    for step, loss in one.curve:
+        if loss <= aim:
+            share = (before[1] - aim) / (before[1] - loss) if before[1] > loss else 1.0
+            return (before[0] + share * (step - before[0])) * longer
+        before = (step, loss)
+    return None

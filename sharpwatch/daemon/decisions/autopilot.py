@@ -1,0 +1,210 @@
+"""The autopilot: which multipliers measured curvature asks for, and the decisions that put them in force.
+
+Two rules, each of which can be left out. The curvature share raises blocks that add little to the curvature along the
+step (`curvature_share`). The stability cap cuts all blocks alike by min(1, ρ*/ρ), where ρ is the directional stability
+ratio that the step would have without the cap; it is proportional to the rate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+
+from sharpwatch.curvature.statistics.estimate import stability_ratio
+from sharpwatch.daemon.config.settings import AutopilotConfig, MaintenanceConfig
+from sharpwatch.daemon.decisions.curvature_share import at_unit_multipliers, multipliers_from_shares
+from sharpwatch.daemon.decisions.decision_log import DecisionLog
+from sharpwatch.daemon.decisions.guards import OK, Permissions
+from sharpwatch.daemon.decisions.operator_requests import issue
+from sharpwatch.daemon.decisions.policy import changed_blocks, is_trouble
+from sharpwatch.daemon.decisions.ramp_back import scaling_state
+from sharpwatch.daemon.decisions.transitions import UNDER_WAY, took_effect
+from sharpwatch.daemon.detection.run_detection import RunDetection
+from sharpwatch.daemon.records import Decision, Mode, Observation, ProbedStep
+
+AUTHOR = "autopilot"
+WINDOW = 8  # probes that shares are taken from
+_CAP_WINDOW = 4  # probes that the cap is taken from: it has to follow the rate
+_LEAST = 2  # probes before anything is changed
+_EDGE = 1.0  # stability ratio from which on nothing is raised
+_RISE = 2.0  # by which one revision raises a multiplier at most
+_EXPIRES_AFTER_STEPS = 100  # a trainer that has not taken a change by then is asked anew, by newer probes
+
+
+class Autopilot:
+    """Makes the autopilot's decisions for one run.
+
+    It leaves alone what others have decided: blocks whose multiplier an operator has set, and the whole run while a
+    policy's change of rates is in force or being judged. While the run is in trouble it raises nothing.
+    """
+
+    def __init__(  # noqa: PLR0913, PLR0917  what the autopilot knows of the run, and what limits it
+        self,
+        log: DecisionLog,
+        detection: RunDetection,
+        permissions: Permissions,
+        config: AutopilotConfig,
+        new_id: Callable[[], str],
+        maintenance: Sequence[MaintenanceConfig],
+    ) -> None:
+        self._log = log
+        self._detection = detection
+        self._permissions = permissions
+        self._config = config
+        self._new_id = new_id
+        self._maintenance = maintenance
+        self._probes: deque[ProbedStep] = deque(maxlen=WINDOW)
+
+    def note(self, obs: Observation) -> None:
+        """Take in a step without deciding anything."""
+        if obs.restored:
+            self._probes.clear()
+        if obs.probed is not None:
+            self._probes.append(obs.probed)
+
+    def act(self, obs: Observation, mode: Mode | None, now: float) -> None:
+        """Take in a step, and decide after a probe; `mode` is the run's own, `now` is in unix seconds."""
+        self.note(obs)
+        if obs.probed is None or not self._config.is_on or not self._is_free():
+            return
+        mode = self._mode(mode, now)
+        in_force = self._log.multipliers
+        quiet = not any(map(is_trouble, self._detection.incidents.open))
+        wanted = wanted_multipliers(
+            tuple(self._probes), in_force, self._config, self._permissions.lr_bounds, may_raise=quiet
+        )
+        newest = next((made for made in reversed(self._log.decisions) if _is_own(made)), None)
+        if wanted is not None:
+            kept = scaling_state(self._log).by_hand
+            wanted = {block: in_force[block] if block in kept else value for block, value in wanted.items()}
+        elif mode == "enforce" and newest is not None and self._is_due_for_renewal(newest, in_force, obs.step):
+            self._put(in_force, mode, obs.step, now)
+        if wanted is None or self._is_near(wanted, in_force):
+            return
+        # What was recorded, or came to nothing, is not repeated at each probe.
+        if (
+            newest is None
+            or took_effect(newest)
+            or newest.mode != mode
+            or not self._is_near(wanted, newest.multipliers)
+        ):
+            self._put(wanted, mode, obs.step, now)
+
+    def _is_free(self) -> bool:
+        judged = (made.outcome in UNDER_WAY or made.outcome == "applied" for made in self._log.unsettled())
+        return not (scaling_state(self._log).active or any(judged))
+
+    def _mode(self, own: Mode | None, now: float) -> Mode:
+        mode = own or self._config.mode
+        return "advise" if mode == "enforce" and any(one.contains(now) for one in self._maintenance) else mode
+
+    def _is_near(self, one: Mapping[str, float], other: Mapping[str, float]) -> bool:
+        least = math.log(self._config.least_change)
+        return all(abs(math.log(value / other.get(block, 1.0))) < least for block, value in one.items())
+
+    def _is_due_for_renewal(self, newest: Decision, in_force: Mapping[str, float], step: int) -> bool:
+        """Whether raises would soon end by their time-out, though the daemon is there."""
+        raised = any(value > 1 for value in in_force.values())
+        return raised and took_effect(newest) and step - newest.step >= self._config.ttl_steps // 2
+
+    def _put(self, multipliers: Mapping[str, float], mode: Mode, step: int, now: float) -> None:
+        before = self._log.multipliers
+        # A time-out ends all raises; an operator's stay.
+        lasting = any(before[block] > 1 for block in scaling_state(self._log).by_hand)
+        made = Decision(
+            id=self._new_id(),
+            run=self._log.run,
+            made_at=now,
+            step=step,
+            action="set_lr",
+            mode=mode,
+            outcome="draft",
+            guard=self._permissions.multipliers(),
+            detail=self._described(multipliers, before),
+            multipliers=dict(multipliers),
+            ramp_steps=self._config.ramp_steps,
+            ttl_steps=0 if lasting else self._config.ttl_steps,
+            # A proposal's expiry counts from its approval; until then it is the number of steps alone.
+            expires_at_step=_EXPIRES_AFTER_STEPS + (step if mode == "enforce" else 0),
+            author=AUTHOR,
+        )
+        if mode == "observe":
+            self._log.add(made, "observe")
+        elif made.guard != OK:
+            self._log.add(made, "refuse")
+        elif mode == "advise":
+            for other in self._log.unsettled():
+                if _is_own(other) and other.outcome == "proposed":
+                    self._log.advance(other, "supersede", detail=f"{other.detail}; newer probes say otherwise")
+            self._log.add(made, "propose")
+        else:
+            issue(self._log, made, author=AUTHOR, now=now)
+
+    def _described(self, multipliers: Mapping[str, float], before: Mapping[str, float]) -> str:
+        sums = {block: sum(probe.parts.get(block, 0.0) for probe in self._probes) for block in before}
+        whole = sum(probe.curvature for probe in self._probes)
+        shares = ", ".join(f"{block} {part / whole:.2g}" for block, part in sums.items()) if whole > 0 else "none"
+        changes = changed_blocks(multipliers, before) or "raises renewed"
+        return f"{changes}; curvature shares: {shares}"
+
+
+def _is_own(made: Decision) -> bool:
+    return not made.policy and made.mode != "operator"
+
+
+def wanted_multipliers(
+    probes: Sequence[ProbedStep],
+    in_force: Mapping[str, float],
+    config: AutopilotConfig,
+    bounds: tuple[float, float],
+    *,
+    may_raise: bool = True,
+) -> dict[str, float] | None:
+    """Return the multipliers to put in force, or None where they are near enough to what is in force.
+
+    Args:
+        probes: The newest, oldest first.
+        in_force: The multipliers in force or on their way, of every block.
+        config: The rules.
+        bounds: The smallest and the largest multiplier that the run allows.
+        may_raise: Whether a multiplier may be raised now.
+    """
+    if len(probes) < _LEAST:
+        return None
+    cap = 1.0 if config.stability_cap is None else capped(probes[-_CAP_WINDOW:], config.stability_cap.target)
+    shares = dict.fromkeys(in_force, 1.0) if config.curvature_share is None else share_multipliers(probes, config)
+    may_raise = may_raise and _is_stable(probes[-_CAP_WINDOW:])
+    wanted = {}
+    for block, now in in_force.items():
+        most = _RISE * now if may_raise else now
+        wanted[block] = min(max(cap * shares.get(block, 1.0), bounds[0]), bounds[1], most)
+    change = max(abs(math.log(value / in_force[block])) for block, value in wanted.items())
+    return wanted if change >= math.log(config.least_change) else None
+
+
+def share_multipliers(probes: Sequence[ProbedStep], config: AutopilotConfig) -> dict[str, float]:
+    """Return the multipliers by the curvature share, of sums over `probes`: single shares are noisy."""
+    rule = config.curvature_share
+    if rule is None:
+        raise ValueError("there is no rule for curvature shares")
+    sums: dict[str, float] = {}
+    for probe in probes[-WINDOW:]:
+        for block, part in at_unit_multipliers(probe.parts, probe.multipliers).items():
+            sums[block] = sums.get(block, 0.0) + part
+    return multipliers_from_shares(sums, rule)
+
+
+def capped(probes: Sequence[ProbedStep], target: float) -> float:
+    """Return min(1, target/ρ), with ρ of steps without a cap; as it is where they do not descend."""
+    # u = c v: the curvature of v is that of u over c², its descent that of u over c.
+    curvatures = [probe.curvature / probe.cap**2 for probe in probes]
+    ratio = stability_ratio(curvatures, [probe.descent / probe.cap for probe in probes])
+    if ratio is None:
+        return probes[-1].cap
+    return 1.0 if ratio.value <= target else target / ratio.value
+
+
+def _is_stable(probes: Sequence[ProbedStep]) -> bool:
+    ratio = stability_ratio([probe.curvature for probe in probes], [probe.descent for probe in probes])
+    return ratio is not None and ratio.value < _EDGE
