@@ -27,6 +27,7 @@ from sharpwatch import wire
 from sharpwatch._version import __version__
 from sharpwatch.daemon.api.agent_service import AgentService, Sessions
 from sharpwatch.daemon.api.auth import Authorizer, check_grpc_address, load_token
+from sharpwatch.daemon.api.foreign_alerts import MAX_BYTES, ForeignAlerts
 from sharpwatch.daemon.api.operator_service import DaemonInfo, OperatorService
 from sharpwatch.daemon.config.settings import Config, DaemonConfig
 from sharpwatch.daemon.decisions.muting import Silences
@@ -151,7 +152,10 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:
         # Before HTTP and gRPC are served: an agent that reconnects must find its cursor, and a scrape its runs.
         silences.restore(await store.silences())
         await _restore(runs, store, pipeline)
-        http_server = HttpServer(registry, unready=lambda: pipeline.store_error)
+        alerts = ForeignAlerts(
+            names=config.foreign_alerts, runs=runs, pipeline=pipeline, authorizer=authorizer, metrics=metrics
+        )
+        http_server = HttpServer(registry, alerts, unready=lambda: pipeline.store_error)
         http = await http_server.start(settings.http)
         stack.push_async_callback(http_server.stop)
         agents = AgentService(runs=runs, queue=queue, pipeline=pipeline, sessions=sessions, metrics=metrics)
@@ -296,17 +300,19 @@ def configure_logs(level: str) -> None:
 
 
 class HttpServer:
-    """Serves `/metrics`, which `exporter.metrics` renders, `/-/healthy` and `/-/ready`.
+    """Serves `/metrics`, which `exporter.metrics` renders, `/-/healthy`, `/-/ready`, and takes alerts of other systems.
 
     Args:
         registry: The metrics.
+        alerts: Takes in the alerts.
         unready: Returns why the daemon is not ready, or an empty string if it is.
     """
 
-    def __init__(self, registry: CollectorRegistry, unready: Callable[[], str]) -> None:
+    def __init__(self, registry: CollectorRegistry, alerts: ForeignAlerts, unready: Callable[[], str]) -> None:
         self._registry = registry
         self._unready = unready
-        app = web.Application()
+        app = web.Application(client_max_size=MAX_BYTES)
+        app.router.add_post("/api/v1/alerts", alerts.post)
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/-/healthy", self._healthy)
         app.router.add_get("/-/ready", self._ready)

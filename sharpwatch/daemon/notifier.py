@@ -57,7 +57,8 @@ class Notifier:
             return
         critical = self._config.severity == "critical"
         for incident in incidents:
-            if incident.severity == "critical" or not critical:
+            # Whoever raised an alert of another system knows of it, and may be the webhook itself.
+            if incident.foreign is None and (incident.severity == "critical" or not critical):
                 self._put(_incident(incident))
         for made in decisions:
             if made.policy and made.action != "notify" and made.outcome not in _QUIET:

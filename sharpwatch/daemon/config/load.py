@@ -63,6 +63,7 @@ def load_config(path: str | Path | None = None) -> Config:
     except ValidationError as error:
         raise _first_error(document, error.errors(include_url=False)) from error
     for index, policy in enumerate(config.policies):
+        _check_match(document, ("policies", index, "match"), policy)
         _check_action(document, ("policies", index), policy)
         _check_guard(document, ("policies", index), policy.guard)
         _check_effect(document, ("policies", index, "action"), policy)
@@ -121,6 +122,27 @@ def _keys(location: Location) -> list[str]:
     section = next((step for step in reversed(location) if isinstance(step, str)), "")
     kind = PolicyConfig if section == "policies" else _SECTIONS.get(section, Config)
     return [field.name.removesuffix("_") for field in dataclasses.fields(kind)]
+
+
+def _check_match(document: YamlDocument, at: Location, policy: PolicyConfig) -> None:
+    """Checks that a policy which answers an alert of another system can."""
+    match = policy.match
+    if not match.foreign:
+        return
+    for name in ("alert", "cause"):
+        if getattr(match, name):
+            raise document.error(
+                (*at, name), f"no incident has both: {match.foreign} is another system's; allowed: foreign alone"
+            )
+    if match.foreign in policy.guard.blocked_by:
+        raise document.error(
+            (*at, "foreign"), f"can never act: guard.blocked_by names {match.foreign} too; allowed: one of both"
+        )
+    if policy.action.factor == "auto":
+        raise document.error(
+            (*at[:-1], "action", "factor"),
+            "auto can never take effect: nothing is measured of an alert of another system; allowed: a number",
+        )
 
 
 def _check_action(document: YamlDocument, policy_at: Location, policy: PolicyConfig) -> None:
@@ -201,8 +223,8 @@ def _check_escalation(document: YamlDocument, policies: Sequence[PolicyConfig]) 
         if not policy.match.anything and policy.name not in targets:
             raise document.error(
                 ("policies", index),
-                f"can never run: give it match: {{alert: ...}} ({', '.join(ALERT_NAMES)}) or {{cause: ...}} "
-                f"({', '.join(CAUSES)}), or escalate to it",
+                f"can never run: give it match: {{alert: ...}} ({', '.join(ALERT_NAMES)}), {{cause: ...}} "
+                f"({', '.join(CAUSES)}) or {{foreign: ...}} (an alert of another system), or escalate to it",
             )
     for index, policy in enumerate(policies):
         _check_chain(document, index, policy, by_name)

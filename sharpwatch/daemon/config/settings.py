@@ -25,10 +25,10 @@ from sharpwatch.blocks import BLOCKS
 from sharpwatch.common.endpoint import parse_address
 from sharpwatch.common.token_file import default_token_file
 from sharpwatch.common.yaml_schema import nearest
-from sharpwatch.daemon.records import AlertName, Cause, Incident, Mode, Severity
+from sharpwatch.daemon.records import DetectedAlert, DetectedCause, Incident, Mode, Severity
 
-ALERT_NAMES: tuple[AlertName, ...] = get_args(AlertName)
-CAUSES: tuple[Cause, ...] = get_args(Cause)
+ALERT_NAMES: tuple[DetectedAlert, ...] = get_args(DetectedAlert)
+CAUSES: tuple[DetectedCause, ...] = get_args(DetectedCause)
 ActionKind = Literal["notify", "scale_lr", "rollback"]
 Day = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
 DAYS: tuple[Day, ...] = get_args(Day)
@@ -120,8 +120,8 @@ Store = Annotated[
 Webhook = Annotated[
     str, Field(strict=True, pattern=r"^https?://[^/\s]+"), _expecting("an URL: http://HOST... or https://HOST...")
 ]
-Alert = Annotated[AlertName, _one_of(ALERT_NAMES)]
-CauseName = Annotated[Cause, _one_of(CAUSES)]
+Alert = Annotated[DetectedAlert, _one_of(ALERT_NAMES)]
+CauseName = Annotated[DetectedCause, _one_of(CAUSES)]
 SeverityName = Annotated[Severity, _one_of(get_args(Severity))]
 PolicyMode = Annotated[Mode, _one_of(get_args(Mode))]
 _CLOCK = "a time of day in UTC from 00:00 to 23:59"
@@ -149,6 +149,12 @@ def _check_days(days: tuple[Day, ...]) -> tuple[Day, ...]:
     if not days or len(set(days)) < len(days):
         raise ValueError(f"expected a list of different days out of {', '.join(DAYS)}")
     return days
+
+
+def _check_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(names)) < len(names):
+        raise ValueError("expected a list of different names of alerts of other systems")
+    return names
 
 
 def _check_factor(factor: float) -> float:
@@ -228,6 +234,7 @@ class MatchConfig:
     Attributes:
         alert: An alert that is among theirs.
         cause: Their cause.
+        foreign: The name of an alert of another system, which has neither of them.
         severity: Their least severity.
     """
 
@@ -235,21 +242,21 @@ class MatchConfig:
 
     alert: Alert | Literal[""] = ""
     cause: CauseName | Literal[""] = ""
+    foreign: Text | Literal[""] = ""
     severity: SeverityName = "warning"
 
     @property
     def anything(self) -> bool:
         """Whether it answers incidents by itself."""
-        return bool(self.alert or self.cause)
+        return bool(self.alert or self.cause or self.foreign)
 
     def answers(self, incident: Incident) -> bool:
         """Whether it answers this incident."""
-        return (
-            self.anything
-            and self.alert in {"", *incident.names}
-            and self.cause in {"", incident.cause}
-            and not (self.severity == "critical" and incident.severity == "warning")
-        )
+        if self.severity == "critical" and incident.severity == "warning":
+            return False
+        if incident.foreign is not None or self.foreign:
+            return incident.foreign is not None and incident.foreign.name == self.foreign
+        return self.anything and self.alert in {"", *incident.names} and self.cause in {"", incident.cause}
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,7 +289,10 @@ class ActionConfig:
 
 @dataclass(frozen=True, slots=True)
 class GuardConfig:
-    """The limits on a policy's actions. Times are in optimizer steps, `approve_within` in seconds."""
+    """The limits on a policy's actions. Times are in optimizer steps, `approve_within` in seconds.
+
+    `blocked_by` has names of alerts of other systems; while one of them fires on a run, the policy does nothing there.
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = _FORBID
 
@@ -298,6 +308,7 @@ class GuardConfig:
     max_worse: Annotated[int, _integer(1, 3600)] = 1
     max_no_effect: Annotated[int, _integer(1, 3600)] = 4
     max_inconclusive: Annotated[int, _integer(1, 3600)] = 1
+    blocked_by: Annotated[tuple[Text, ...], AfterValidator(_check_names)] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -386,3 +397,9 @@ class Config:
     notifications: NotificationsConfig = field(default_factory=NotificationsConfig)
     policies: tuple[PolicyConfig, ...] = ()
     maintenance: tuple[MaintenanceConfig, ...] = ()
+
+    @property
+    def foreign_alerts(self) -> frozenset[str]:
+        """The names of alerts of other systems that a policy answers or is blocked by; no others are taken in."""
+        blocking = (name for policy in self.policies for name in policy.guard.blocked_by)
+        return frozenset((*blocking, *(policy.match.foreign for policy in self.policies if policy.match.foreign)))

@@ -20,7 +20,7 @@ from sharpwatch.daemon.decisions.guards import (
     judge_rollback,
     judge_scale,
 )
-from sharpwatch.daemon.decisions.muting import ActiveSilences, muted, was_muted
+from sharpwatch.daemon.decisions.muting import ActiveSilences, blocked, muted, was_muted
 from sharpwatch.daemon.decisions.operator_requests import issue, time_out_kept
 from sharpwatch.daemon.decisions.policy import ANNOUNCED, EscalationChain, affected, bursts, rollback_plan, scaled
 from sharpwatch.daemon.decisions.ramp_back import ActiveScaling, failed_ramp_back, ramp_back_due, scaling_state
@@ -81,12 +81,12 @@ class PolicyEngine:
         """Decide what there is to decide at `step`. While a command is under way its effect is waited for.
 
         A silent failure is about another run, and may last: policies answer it, and it is no trouble that a ramp-back
-        has to wait for.
+        has to wait for. Nor is an alert of another system that no policy answers.
         """
         at = _StepContext(step, now, mode, checkpoints, any(window.contains(now) for window in self._maintenance))
         own = [finding for finding in findings if finding.name != "SilentFailure"]
         to_answer = findings if len(own) == len(findings) or self._is_unanswered("SilentFailure") else own
-        if to_answer:
+        if to_answer or self._incidents.foreign:
             self._answer(to_answer, at)
         if not self._log.newest_revision:
             return
@@ -95,7 +95,7 @@ class PolicyEngine:
         if (
             not (state.active or state.ramped_back)
             or self._under_way(None)
-            or any(map(_is_trouble, self._incidents.open))
+            or any(map(self._is_trouble, self._incidents.open))
         ):
             return
         against = self._against_stage()
@@ -113,10 +113,11 @@ class PolicyEngine:
 
     def _answer(self, findings: Iterable[Finding], at: _StepContext) -> None:
         found = (self._incidents.active(finding.name) for finding in findings)
-        incidents = list({incident.id: incident for incident in found if incident is not None}.values())
-        own = next(filter(_is_trouble, incidents), None)
+        incidents = [*{incident.id: incident for incident in found if incident is not None}.values()]
+        incidents += self._incidents.foreign.values()
+        trouble = next(filter(self._is_trouble, incidents), None)
         may_undo = not self._under_way(at.step)
-        if own is not None and may_undo and self._undo_ramp_back(f"{own.name} came back", own, at):
+        if trouble is not None and may_undo and self._undo_ramp_back(f"{trouble.title} came back", trouble, at):
             return
         for incident in incidents:
             for policy in self._chain.answering(
@@ -126,6 +127,12 @@ class PolicyEngine:
                     self._notify(policy, incident, at)
                 elif not self._under_way(at.step):
                     self._act_on(policy, incident, at)
+
+    def _is_trouble(self, incident: Incident) -> bool:
+        """Whether an incident is one of the run itself: not how it compares with a reference, nor what is held down."""
+        if incident.foreign is not None:
+            return self._chain.answers(incident)
+        return incident.name != "SilentFailure" and not incident.contained_step
 
     def _under_way(self, step: int | None) -> bool:
         """Whether a command is to take effect at any moment; with a `step`, those planned for later don't count."""
@@ -151,7 +158,7 @@ class PolicyEngine:
             made = scaling.made
             began = max(incident.onset, made.step if made.applied_step is None else made.applied_step)
             if made.policy == policy.name and step - began < needed and scaling.factors.keys() >= set(blocks):
-                return f"recover_within_steps: {made.id} has cut; once more if {incident.name} lasts {needed} steps"
+                return f"recover_within_steps: {made.id} has cut; once more if {incident.title} lasts {needed} steps"
         return OK
 
     def _notify(self, policy: PolicyConfig, incident: Incident, at: _StepContext) -> None:
@@ -164,6 +171,8 @@ class PolicyEngine:
         if mode != "enforce" and self._decided_before(
             policy, incident, ANNOUNCED if mode == "advise" else ("observed",)
         ):
+            return
+        if incident.foreign is not None and self._acted_before(policy, incident):
             return
         made = self._draft(policy.action.kind, policy, mode, incident, at)
         own = bursts(incident, self._incidents.all, policy.guard.hold_steps)
@@ -256,7 +265,7 @@ class PolicyEngine:
 
     def _record(self, made: Decision, policy: PolicyConfig, at: _StepContext, undoes: int = 0) -> str:
         """Record `made` as its mode and guard have it; returns the outcome, empty where there is nothing new."""
-        made = self._muted(made, at)
+        made = self._muted(made, policy, at)
         if made.action != "rollback" and not made.ttl_steps:
             made = replace(made, ttl_steps=time_out_kept(self._log, made.multipliers))
         if made.mode == "observe":
@@ -275,14 +284,15 @@ class PolicyEngine:
             made = issue(self._log, made, author=f"policy {policy.name}", now=at.now, undoes=undoes)
         return made.outcome
 
-    def _muted(self, made: Decision, at: _StepContext) -> Decision:
-        """Have a decision on an incident refused where its policy is muted, whatever the guards say."""
+    def _muted(self, made: Decision, policy: PolicyConfig, at: _StepContext) -> Decision:
+        """Have a decision refused where its policy is muted, whatever the guards say."""
         incident = self._incidents.get(made.alert_id)
         before = self._log.multipliers
-        gives_back = bool(made.makes_up_for) and all(value >= before[each] for each, value in made.multipliers.items())
-        if incident is None or gives_back or made.action == "ramp_back":
-            return made
-        verdict = muted(made.policy, incident, self._silences(at.now), self._incidents.open)
+        if made.makes_up_for and all(value >= before[each] for each, value in made.multipliers.items()):
+            return made  # it gives back what the trainer's own rate has come down by
+        verdict = blocked(policy.guard.blocked_by, self._incidents.foreign.values())
+        if verdict == OK and incident is not None and made.action != "ramp_back":
+            verdict = muted(made.policy, incident, self._silences(at.now), self._incidents.open)
         return made if verdict == OK else replace(made, guard=verdict)
 
     def _decided_before(
@@ -295,6 +305,11 @@ class PolicyEngine:
             and made.action == (action or policy.action.kind)
             for made in self._log.decisions
         )
+
+    def _acted_before(self, policy: PolicyConfig, incident: Incident) -> bool:
+        """Whether a policy has acted on an incident: that an alert of another system still fires is no new evidence."""
+        answers = (made for made in self._log.decisions if made.alert_id == incident.id)
+        return any(made.policy == policy.name and took_effect(made) for made in answers)
 
     def _refused_before(self, made: Decision) -> bool:
         return any(
@@ -351,7 +366,7 @@ class PolicyEngine:
         return done
 
     def _ramp_back(self, at: _StepContext) -> None:
-        trouble = filter(_is_trouble, self._incidents.all)
+        trouble = filter(self._is_trouble, self._incidents.all)
         due = ramp_back_due(self._log, trouble, self._chain, self._permissions, at.step)
         if due is None:
             return
@@ -379,17 +394,12 @@ class PolicyEngine:
             outcome="draft",
             policy=policy.name,
             alert_id=incident.id if incident is not None else "",
-            alert_name=incident.name if incident is not None else "",
+            alert_name=incident.title if incident is not None else "",
         )
 
 
-def _is_trouble(incident: Incident) -> bool:
-    """Whether the run is in trouble by itself: not how it compares with a reference, nor what an action holds down."""
-    return incident.name != "SilentFailure" and not incident.contained_step
-
-
 def _describe(made: Decision, incident: Incident, before: Mapping[str, float], why: str) -> str:
-    since = f"{incident.name} since step {incident.onset}: "
+    since = f"{incident.title} since step {incident.onset}: "
     because = f": {why}" if why else ""
     if made.rollback is not None:
         plan = made.rollback

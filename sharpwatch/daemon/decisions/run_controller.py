@@ -26,15 +26,18 @@ from sharpwatch.daemon.records import (
     Checkpoint,
     CheckpointReport,
     Decision,
+    ForeignAlert,
     Incident,
     Mode,
     Observation,
     ReportedResult,
     Revision,
+    Severity,
 )
 from sharpwatch.errors import OperatorError
 from sharpwatch.wire import Ints
 
+MOST_FOREIGN = 64  # alerts of other systems that may fire on a run at a time
 SAVE_EVERY = 500  # samples between two states of the baselines in the journal
 
 
@@ -153,7 +156,8 @@ class RunController:
             self._new_attempt = False
             if all(math.isclose(value, 1.0) for value in obs.multipliers.values()):
                 self._requests.reissue(obs.step, now)
-        if findings or self._log.newest_revision:  # without a revision there is nothing to ramp back
+        # Without a revision there is nothing to ramp back.
+        if findings or self._incidents.foreign or self._log.newest_revision:
             self._engine.act(findings, self.checkpoints, self._mode, obs.step, now)
         changes = self._log.take() if self._log.changed else NO_CHANGES
         self._observed += 1
@@ -174,6 +178,30 @@ class RunController:
         changed = self._incidents.close_named("RunStalled", why)
         if changed:
             self._log.note_incidents(changed)
+        return self._log.take() if self._log.changed else NO_CHANGES
+
+    def foreign_alert(
+        self, identity: str, alert: ForeignAlert, severity: Severity, evidence: str, *, firing: bool
+    ) -> Changes:
+        """Take in that an alert of another system fires or has ended; policies answer at the next step.
+
+        Args:
+            identity: The id of its incident. Telling the same twice changes nothing.
+            alert: The alert.
+            severity: How bad it is.
+            evidence: What it says.
+            firing: Whether it fires; else it has ended, which never makes a policy act.
+
+        Raises:
+            OperatorError: As many alerts as a run may have fire already.
+        """
+        step = self._step or 0
+        if not firing:
+            self._log.note_incidents(self._incidents.end_foreign(alert, step, "resolved"))
+        elif len(self._incidents.foreign) >= MOST_FOREIGN and identity not in self._incidents.foreign:
+            raise OperatorError(f"{MOST_FOREIGN} alerts of other systems fire on run {self._log.run} already")
+        else:
+            self._log.note_incidents(self._incidents.begin_foreign(identity, alert, severity, evidence, step))
         return self._log.take() if self._log.changed else NO_CHANGES
 
     def replay(self, obs: Observation) -> None:

@@ -22,7 +22,16 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sharpwatch.daemon.records import CAUSES, Checkpoint, Decision, Incident, Revision, RollbackPlan, Silence
+from sharpwatch.daemon.records import (
+    CAUSES,
+    Checkpoint,
+    Decision,
+    ForeignAlert,
+    Incident,
+    Revision,
+    RollbackPlan,
+    Silence,
+)
 from sharpwatch.daemon.storage.schema import (
     FIRST_TABLES,
     SCHEMA_VERSION,
@@ -83,6 +92,8 @@ def _incident(record: str) -> Incident:
         evidence, name = values.pop("evidence"), values["name"]
         values |= {"names": [name], "cause": CAUSES[name], "evidence": [evidence], "onset": values["first_step"]}
         values["layer_blocks"] = values["blocks"]
+    if values.get("foreign") is not None:
+        values["foreign"] = ForeignAlert(**values["foreign"])
     lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
     return Incident(**{**values, **lists})
 

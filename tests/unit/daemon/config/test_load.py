@@ -267,6 +267,36 @@ def test_a_policy_can_answer_a_cause_from_a_severity_on(load):
         load("policies: [{name: a, match: {cause: dta}, action: {kind: notify}}]")
 
 
+FOREIGN = "{name: a, match: {foreign: NodeHot}, action: {kind: scale_lr, factor: 0.5}"
+
+
+def test_alerts_of_other_systems_are_those_that_a_policy_names(load):
+    config = load(f"policies:\n  - {FOREIGN}, guard: {{blocked_by: [NodeDown, GpuLost]}}}}\n")
+    assert config.foreign_alerts == {"NodeHot", "NodeDown", "GpuLost"}
+    assert load("").foreign_alerts == load(f"policies:\n  - {CUT}}}\n").foreign_alerts == set()
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "expected"),
+    [
+        (FOREIGN.replace("NodeHot", "NodeHot, cause: data"), "match.cause", "allowed: foreign alone"),
+        (FOREIGN.replace("NodeHot", "NodeHot, alert: LossSpike"), "match.alert", "allowed: foreign alone"),
+        (FOREIGN.replace("NodeHot", "5"), "match.foreign", "a string that is not empty"),
+        (FOREIGN.replace("0.5", "auto"), "action.factor", "allowed: a number"),
+        (f"{FOREIGN}, guard: {{blocked_by: [NodeHot]}}", "match.foreign", "guard.blocked_by names NodeHot too"),
+        (f"{FOREIGN}, guard: {{blocked_by: [A, A]}}", "guard.blocked_by", "different names"),
+        (f"{FOREIGN}, guard: {{blocked_by: NodeDown}}", "guard.blocked_by", "expected a list"),
+        (CUT.replace("LossSpike", "ForeignAlert"), "match.alert", "allowed: WeightJump"),
+        (CUT.replace("alert: LossSpike", "cause: foreign"), "match.cause", "allowed: data"),
+    ],
+)
+def test_what_cannot_work_on_them_is_refused(load, text, key, expected):
+    with pytest.raises(ConfigError) as refused:
+        load(f"policies:\n  - {text}}}\n")
+    assert (refused.value.line, refused.value.key) == (2, f"policies[0].{key}")
+    assert expected in str(refused.value)
+
+
 SHIPPED = Path(sharpwatch.daemon.config.__file__).with_name("schema.json")
 
 
