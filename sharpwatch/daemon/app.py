@@ -30,12 +30,14 @@ from sharpwatch.daemon.api.auth import Authorizer, check_grpc_address, load_toke
 from sharpwatch.daemon.api.foreign_alerts import MAX_BYTES, ForeignAlerts
 from sharpwatch.daemon.api.operator_service import DaemonInfo, OperatorService
 from sharpwatch.daemon.config.settings import Config, DaemonConfig
+from sharpwatch.daemon.decisions.gate import AskGate, Gate, no_gate
 from sharpwatch.daemon.decisions.muting import Silences
 from sharpwatch.daemon.decisions.run_controller import RunController
 from sharpwatch.daemon.detection.thresholds import Budget
 from sharpwatch.daemon.estimation.estimator import Estimator
 from sharpwatch.daemon.exporter.metrics import RunCollector, render
 from sharpwatch.daemon.exporter.own_metrics import OwnMetrics
+from sharpwatch.daemon.gate_webhook import GateWebhook
 from sharpwatch.daemon.ingest.hello import RunHello
 from sharpwatch.daemon.ingest.samples import SampleQueue
 from sharpwatch.daemon.notifier import Notifier
@@ -126,7 +128,9 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:
     started_at = time.monotonic()
     registry = CollectorRegistry()
     silences = Silences()
-    runs = Runs(lambda hello, earlier: _controller(config, silences, hello, earlier))
+    gate = Gate(lambda made: asking.ask(made))  # noqa: PLW0108  defined below
+    let_pass = gate.judge if config.gate.webhook else no_gate
+    runs = Runs(lambda hello, earlier: _controller(config, silences, let_pass, hello, earlier))
     async with AsyncExitStack() as stack:
         store = await Store.open(settings.store, retain_samples=settings.retain_samples)
         stack.push_async_callback(store.close)
@@ -139,6 +143,7 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:
             RunCollector(runs.snapshots, time.time, stale_after=settings.stale_after, layers=settings.layer_metrics)
         )
         notifier = Notifier(config.notifications, metrics)
+        asking = GateWebhook(config.gate, metrics)
         pipeline = Pipeline(
             runs=runs,
             queue=queue,
@@ -169,7 +174,10 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:
         # Only once every address is bound, so that a start which fails has no worker to stop.
         worker = asyncio.create_task(pipeline.run(), name="pipeline")
         stalls = asyncio.create_task(pipeline.watch_stalls(config.detection.stall_after), name="stalls")
-        notifying = asyncio.create_task(notifier.run(), name="notifications")
+        webhooks = (
+            asyncio.create_task(notifier.run(), name="notifications"),
+            asyncio.create_task(asking.run(gate), name="gate"),
+        )
         log.info(
             "serving",
             grpc=address,
@@ -186,7 +194,8 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:
             # sessions. Those are drained after that, so that agents send again only samples that are not journalled.
             agents.draining = True
             stalls.cancel()
-            notifying.cancel()
+            for webhook in webhooks:
+                webhook.cancel()
             await health.enter_graceful_shutdown()
             pipeline.stop()
             # Not `await worker`: its own error is logged in `_main`, and must not keep the rest from being stopped.
@@ -208,7 +217,9 @@ async def _restore(runs: Runs, store: Store, pipeline: Pipeline) -> None:
     pipeline.restored_all()
 
 
-def _controller(config: Config, silences: Silences, hello: RunHello, earlier: RunController | None) -> RunController:
+def _controller(
+    config: Config, silences: Silences, gate: AskGate, hello: RunHello, earlier: RunController | None
+) -> RunController:
     """Makes the controller of a new attempt, which takes over all that the run's `earlier` one knows."""
     controller = RunController(
         hello.run,
@@ -222,6 +233,7 @@ def _controller(config: Config, silences: Silences, hello: RunHello, earlier: Ru
         can_roll_back=hello.can_roll_back,
         silences=silences.active,
         maintenance=config.maintenance,
+        gate=gate,
     )
     if earlier is not None:
         controller.take_over(earlier)

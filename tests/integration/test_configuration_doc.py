@@ -19,6 +19,7 @@ UNKNOWN = {
     "### action": "policies: [{name: a, match: {alert: LossSpike}, action: {kind: notify, nope: 1}}]",
     "### guard": "policies: [{name: a, match: {alert: LossSpike}, action: {kind: notify}, guard: {nope: 1}}]",
     "## maintenance": "maintenance: [{from: '22:00', to: '06:00', nope: 1}]",
+    "## gate": "gate: {nope: 1}",
 }
 
 

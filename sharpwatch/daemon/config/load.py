@@ -19,6 +19,7 @@ from sharpwatch.daemon.config.settings import (
     DaemonConfig,
     DetectionConfig,
     EscalateConfig,
+    GateConfig,
     GuardConfig,
     MaintenanceConfig,
     MatchConfig,
@@ -37,6 +38,7 @@ _SECTIONS = {
     "guard": GuardConfig,
     "escalate": EscalateConfig,
     "maintenance": MaintenanceConfig,
+    "gate": GateConfig,
 }
 _ACTION_KEYS: dict[str, tuple[str, ...]] = {
     "notify": (),
@@ -73,6 +75,8 @@ def load_config(path: str | Path | None = None) -> Config:
             raise document.error(
                 ("maintenance", index), f"begins and ends at {window.to}; a whole day is from 00:00 to 24:00"
             )
+    if not config.gate.webhook and document.at(("gate",)):
+        raise document.error(("gate",), "webhook is missing: a gate that is not asked holds nothing back")
     return config
 
 

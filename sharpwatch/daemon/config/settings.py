@@ -387,6 +387,23 @@ class NotificationsConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class GateConfig:
+    """Whom the daemon asks before a policy raises rates.
+
+    Attributes:
+        webhook: Where decisions are posted; empty for nobody.
+        token_file: A file with a bearer token for the webhook.
+        timeout: Seconds until no answer means no.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID
+
+    webhook: Webhook | Literal[""] = ""
+    token_file: Text | Literal[""] = ""
+    timeout: Duration = 10.0
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """The whole configuration; with the default one, the daemon only watches."""
 
@@ -397,6 +414,7 @@ class Config:
     notifications: NotificationsConfig = field(default_factory=NotificationsConfig)
     policies: tuple[PolicyConfig, ...] = ()
     maintenance: tuple[MaintenanceConfig, ...] = ()
+    gate: GateConfig = field(default_factory=GateConfig)
 
     @property
     def foreign_alerts(self) -> frozenset[str]:

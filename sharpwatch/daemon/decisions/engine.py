@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from sharpwatch.daemon.config.settings import MaintenanceConfig, PolicyConfig
 from sharpwatch.daemon.decisions.decision_log import DecisionLog
 from sharpwatch.daemon.decisions.effect import NEWEST, OUT_OF_BAND, LossBand, mean_of
+from sharpwatch.daemon.decisions.gate import AskGate
 from sharpwatch.daemon.decisions.guards import (
     HOUR,
     NO_REMEDY,
@@ -65,6 +66,7 @@ class PolicyEngine:
         new_id: Callable[[], str],
         silences: ActiveSilences,
         maintenance: Sequence[MaintenanceConfig],
+        gate: AskGate,
     ) -> None:
         self._log = log
         self._detection = detection
@@ -74,6 +76,7 @@ class PolicyEngine:
         self._new_id = new_id
         self._silences = silences
         self._maintenance = maintenance
+        self._gate = gate
 
     def act(
         self, findings: Sequence[Finding], checkpoints: Sequence[Checkpoint], mode: Mode | None, step: int, now: float
@@ -199,8 +202,9 @@ class PolicyEngine:
             made = replace(made, makes_up_for={block: before[block] / after[block] for block in cut.makes_up_for})
             why = cut.why
         made = replace(made, detail=_describe(made, incident, self._log.multipliers, why))
-        if self._record(made, policy, at) in UNDER_WAY:
-            self._supersede(made)
+        done = self._record(made, policy, at)
+        if done is not None and done.outcome in UNDER_WAY:
+            self._supersede(done)
 
     def _cut(self, policy: PolicyConfig, incident: Incident) -> Cut | None:
         """How far `policy` changes which blocks; None where nothing is left for it to do."""
@@ -263,26 +267,36 @@ class PolicyEngine:
         is_lately = 0 <= at.step - newest.step < _FOLLOW_EVERY
         return is_lately and not (change.is_urgent and took_effect(newest))
 
-    def _record(self, made: Decision, policy: PolicyConfig, at: _StepContext, undoes: int = 0) -> str:
-        """Record `made` as its mode and guard have it; returns the outcome, empty where there is nothing new."""
+    def _record(self, made: Decision, policy: PolicyConfig, at: _StepContext, undoes: int = 0) -> Decision | None:
+        """Record `made` as its mode, its guard and the gate have it; returns it, None where there is nothing new."""
         made = self._muted(made, policy, at)
         if made.action != "rollback" and not made.ttl_steps:
             made = replace(made, ttl_steps=time_out_kept(self._log, made.multipliers))
         if made.mode == "observe":
-            return self._log.add(made, "observe").outcome
-        if made.guard != OK:
-            return "" if self._refused_before(made) else self._log.add(made, "refuse").outcome
+            return self._log.add(made, "observe")
         life = policy.guard.expires_after_steps
+        if made.guard == OK and made.mode == "enforce" and self._raises(made):
+            judged = self._gate(made, life)
+            if judged is None:
+                return None
+            made = judged
+        if made.guard != OK:
+            return None if self._refused_before(made) else self._log.add(made, "refuse")
         if made.mode == "advise":
             # A proposal's expiry counts from its approval; until then it is the number of steps alone.
-            return self._log.add(replace(made, expires_at_step=life), "propose").outcome
+            return self._log.add(replace(made, expires_at_step=life), "propose")
         made = replace(made, expires_at_step=at.step + life)
         if made.action == "rollback":
             made = self._log.add(made, "send")
             self._log.send(made)
         else:
             made = issue(self._log, made, author=f"policy {policy.name}", now=at.now, undoes=undoes)
-        return made.outcome
+        return made
+
+    def _raises(self, made: Decision) -> bool:
+        """Whether rates become higher by it; one that goes with the trainer's own rate leaves them as they are."""
+        before = self._log.multipliers
+        return not made.makes_up_for and any(value > before[block] for block, value in made.multipliers.items())
 
     def _muted(self, made: Decision, policy: PolicyConfig, at: _StepContext) -> Decision:
         """Have a decision refused where its policy is muted, whatever the guards say."""
@@ -360,10 +374,11 @@ class PolicyEngine:
             guard=self._permissions.multipliers(),
             detail=failed.detail,
         )
-        done = self._record(made, policy, at, undoes=failed.revision.revision) in UNDER_WAY
-        if done:
-            self._log.advance(stage, "worsen", detail=why)
-        return done
+        done = self._record(made, policy, at, undoes=failed.revision.revision)
+        if done is None or done.outcome not in UNDER_WAY:
+            return False
+        self._log.advance(stage, "worsen", detail=why)
+        return True
 
     def _ramp_back(self, at: _StepContext) -> None:
         trouble = filter(self._is_trouble, self._incidents.all)

@@ -10,6 +10,7 @@ from uuid import uuid4
 from sharpwatch.daemon.config.settings import MaintenanceConfig, PolicyConfig
 from sharpwatch.daemon.decisions.decision_log import DecisionLog
 from sharpwatch.daemon.decisions.engine import PolicyEngine
+from sharpwatch.daemon.decisions.gate import AskGate, no_gate
 from sharpwatch.daemon.decisions.guards import Control, Permissions
 from sharpwatch.daemon.decisions.lifecycle import DecisionLifecycle
 from sharpwatch.daemon.decisions.muting import ActiveSilences, no_silences
@@ -51,8 +52,8 @@ class RunController:
 
     `mode` is the run's own and overrides every policy's mode; None leaves each policy its own. `control`, `lr_bounds`
     and `can_roll_back` are what the trainer was attached with. `silences` gives those of all runs that are active; in a
-    window of `maintenance` policies propose what they would otherwise enforce. `detection` has what is known of the
-    run.
+    window of `maintenance` policies propose what they would otherwise enforce; `gate` lets raises pass. `detection` has
+    what is known of the run.
     """
 
     def __init__(  # noqa: PLR0913  what a run and its trainer are
@@ -70,6 +71,7 @@ class RunController:
         can_roll_back: bool = False,
         silences: ActiveSilences = no_silences,
         maintenance: Sequence[MaintenanceConfig] = (),
+        gate: AskGate = no_gate,
         new_id: Callable[[], str] = random_id,
     ) -> None:
         permissions = Permissions(control, lr_bounds, can_roll_back)
@@ -79,7 +81,9 @@ class RunController:
         self._incidents = self.detection.incidents
         self._requests = OperatorRequests(self._log, permissions, new_id)
         self._lifecycle = DecisionLifecycle(self._log, self.detection, self._chain)
-        self._engine = PolicyEngine(self._log, self.detection, self._chain, permissions, new_id, silences, maintenance)
+        self._engine = PolicyEngine(
+            self._log, self.detection, self._chain, permissions, new_id, silences, maintenance, gate
+        )
         self._checkpoints: dict[str, Checkpoint] = {}  # by URI, in the order they were saved
         self._mode = mode
         self._strongest = strongest(self._chain.policies)

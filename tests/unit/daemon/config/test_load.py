@@ -147,6 +147,8 @@ def test_addresses(load, address):
         ("maintenance:\n  - {from: 09:00, to: 10:00,\n     days: [sa]}\n", 3, "maintenance[0].days[0]", "'sat'"),
         ("maintenance:\n  - {from: 09:00, to: 10:00, days: []}\n", 2, "maintenance[0].days", "different days"),
         ("maintenance:\n  - {from: 09:00, to: 10:00, days: sat}\n", 2, "maintenance[0].days", "expected a list"),
+        ("gate: {timeout: 5s}\n", 1, "gate", "webhook is missing"),
+        ("gate: {webhook: example.org}\n", 1, "gate.webhook", "an URL"),
         ("policies:\n  - {name: a}\n", 2, "policies[0]", "action is missing"),
         ("policies:\n  - {name: a, action: {kind: scale_lr, factor: 0.5}}\n", 2, "policies[0]", "can never run"),
         (f"policies:\n  - {CUT.replace('LossSpike', 'LossSpikes')}}}\n", 2, "policies[0].match.alert", "'LossSpike'"),
