@@ -44,6 +44,7 @@ class SentAlert:
     status: Literal["firing", "resolved"]
     labels: dict[str, str]
     starts_at: Annotated[AwareDatetime, Field(alias="startsAt")]
+    ends_at: Annotated[AwareDatetime, Field(alias="endsAt")]  # of what still fires, any time
     fingerprint: Annotated[str, Field(min_length=1, max_length=128)]
     annotations: dict[str, str] = field(default_factory=dict)
 
@@ -139,7 +140,7 @@ class ForeignAlerts:
                 f"alerts are taken from this machine alone, not from {request.remote}: the daemon speaks plain HTTP; "
                 "put a proxy that ends TLS beside it, or use a tunnel",
             )
-        if not self._authorizer.is_operator(request.headers.get("Authorization", "").encode()):
+        if not self._authorizer.is_operator(request.headers.get("Authorization", "").encode(errors="surrogateescape")):
             raise _RefusedError(
                 HTTPStatus.UNAUTHORIZED, "alerts need the operator's token, in the header Authorization: Bearer TOKEN"
             )
@@ -174,13 +175,14 @@ class ForeignAlerts:
 
     def _take(self, alert: SentAlert) -> list[tuple[dict[str, str], tuple[Run, Changes] | None]]:
         """What became of an alert, for each run that it names; and what that changed."""
-        if alert.name not in self._names:
+        is_named = alert.name in self._names
+        # What began under another configuration has to end nevertheless.
+        taken = [self._put(alert, run) for run in self._meant(alert)] if is_named or alert.status == "resolved" else []
+        if not is_named:
+            ended = [one for one in taken if one[1] is not None]
             named = _some(self._names)
-            return [(_told(alert, "unnamed", f"no policy names {alert.name!r}; named are: {named}"), None)]
-        runs = self._meant(alert)
-        if not runs:
-            return [(_told(alert, "unknown_run", _whose(alert.labels)), None)]
-        return [self._put(alert, run) for run in runs]
+            return ended or [(_told(alert, "unnamed", f"no policy names {alert.name!r}; named are: {named}"), None)]
+        return taken or [(_told(alert, "unknown_run", _whose(alert.labels)), None)]
 
     def _meant(self, alert: SentAlert) -> list[Run]:
         """The run that the labels name, or else those of the training job that they name which have not ended."""
@@ -202,7 +204,7 @@ class ForeignAlerts:
                 ForeignAlert(alert.name, alert.fingerprint, began),
                 "critical" if alert.labels.get("severity") == "critical" else "warning",
                 alert.evidence,
-                firing=alert.status == "firing",
+                None if alert.status == "firing" else alert.ends_at.timestamp(),
             )
         except OperatorError as error:
             return _told(alert, "too_many", str(error), run.name), None

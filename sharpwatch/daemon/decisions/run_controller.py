@@ -185,7 +185,7 @@ class RunController:
         return self._log.take() if self._log.changed else NO_CHANGES
 
     def foreign_alert(
-        self, identity: str, alert: ForeignAlert, severity: Severity, evidence: str, *, firing: bool
+        self, identity: str, alert: ForeignAlert, severity: Severity, evidence: str, ended_at: float | None = None
     ) -> Changes:
         """Take in that an alert of another system fires or has ended; policies answer at the next step.
 
@@ -194,14 +194,14 @@ class RunController:
             alert: The alert.
             severity: How bad it is.
             evidence: What it says.
-            firing: Whether it fires; else it has ended, which never makes a policy act.
+            ended_at: When it ended, in unix seconds, which never makes a policy act; None while it fires.
 
         Raises:
             OperatorError: As many alerts as a run may have fire already.
         """
         step = self._step or 0
-        if not firing:
-            self._log.note_incidents(self._incidents.end_foreign(alert, step, "resolved"))
+        if ended_at is not None:
+            self._log.note_incidents(self._incidents.end_foreign(alert.fingerprint, ended_at, step, "resolved"))
         elif len(self._incidents.foreign) >= MOST_FOREIGN and identity not in self._incidents.foreign:
             raise OperatorError(f"{MOST_FOREIGN} alerts of other systems fire on run {self._log.run} already")
         else:

@@ -178,7 +178,8 @@ class IncidentLog:
 
         Args:
             identity: The incident's id. Where there is one of that id, open or closed, nothing changes.
-            alert: The alert. An open one of its fingerprint that began earlier ends: it fires anew.
+            alert: The alert. An open one of its fingerprint that began earlier ends: it fires anew. One that began
+                later is the same: where several Prometheus servers see it, the earliest start comes to be told.
             severity: How bad it is.
             evidence: What it says.
             step: Where the run stands.
@@ -186,9 +187,11 @@ class IncidentLog:
         Returns:
             The incidents to record.
         """
-        if identity in self._all:
+        firing = [each.foreign for each in self.foreign.values() if each.foreign is not None]
+        is_told = any(one.fingerprint == alert.fingerprint and one.starts_at > alert.starts_at for one in firing)
+        if identity in self._all or is_told:
             return ()
-        ended = self.end_foreign(alert, step, "it fires anew")
+        ended = self.end_foreign(alert.fingerprint, alert.starts_at, step, "it fires anew")
         begun = Incident(
             id=identity,
             run=self._run,
@@ -208,12 +211,12 @@ class IncidentLog:
         self.foreign[identity] = self._all[identity] = begun
         return (*ended, begun)
 
-    def end_foreign(self, alert: ForeignAlert, step: int, why: str) -> tuple[Incident, ...]:
-        """Close the incident of an alert of another system, unless it began only after the one that ends."""
+    def end_foreign(self, fingerprint: str, ended_at: float, step: int, why: str) -> tuple[Incident, ...]:
+        """Close the incident of an alert of another system, unless it began only after the end that is told."""
         ended = []
         for identity, incident in tuple(self.foreign.items()):
             own = incident.foreign
-            if own is not None and own.fingerprint == alert.fingerprint and own.starts_at <= alert.starts_at:
+            if own is not None and own.fingerprint == fingerprint and own.starts_at <= ended_at:
                 del self.foreign[identity]
                 last = max(incident.last_step, step)
                 self._all[identity] = replace(incident, active=False, closed=why, last_step=last)

@@ -178,7 +178,7 @@ async def test_a_policy_is_blocked_while_it_fires(running, build, send):
         (refused,) = await decisions(daemon)
         assert (refused.outcome, refused.policy) == ("refused", "cut")
         assert refused.guard.startswith("blocked_by: NodeDown fires since step 1 (incident ")
-        await send(daemon, message(alert("NodeDown", status="resolved")))
+        await send(daemon, message(alert("NodeDown", status="resolved", endsAt="2026-11-30T11:00:00Z")))
         await trainer.send(build.sample(3, tap=broken))
         command = await trainer.next("command")
         assert set(command.set_multipliers.multipliers.values()) == {0.25}
@@ -213,7 +213,20 @@ async def test_one_that_is_about_no_run_is_no_error_for_the_others(running, buil
         assert await daemon.metric("sharpwatch_foreign_alerts_truncated_total") == 3
 
 
-@pytest.mark.parametrize("authorization", ["", "Bearer wrong", "Basic abc", "Bearer "])
+async def test_what_the_configuration_no_longer_names_ends_nevertheless(running, build, send):
+    async with running(policies=POLICIES) as daemon:
+        trainer = await daemon.train()
+        await trainer.send(build.sample(1))
+        await trainer.acknowledged(1)
+        await send(daemon, message(alert()))
+    async with running() as daemon:
+        over = {"status": "resolved", "endsAt": "2026-11-30T11:00:00Z"}
+        for result in ("ended", "unnamed"):
+            _, answer = await send(daemon, message(alert(**over)))
+            assert [told["result"] for told in answer["alerts"]] == [result]
+
+
+@pytest.mark.parametrize("authorization", ["", "Bearer wrong", "Basic abc", "Bearer ", "Bearer \xff"])
 async def test_without_the_operators_token_nothing_is_read(running, send, authorization):
     async with running(policies=POLICIES) as daemon:
         status, answer = await send(daemon, b"no JSON", authorization)

@@ -25,6 +25,7 @@ IDLE = {
             "status": "firing",
             "labels": {"alertname": "Idle", "run": "run"},
             "startsAt": "2026-11-30T10:00:00Z",
+            "endsAt": "0001-01-01T00:00:00Z",
             "fingerprint": "f1",
         }
     ],

@@ -17,10 +17,12 @@ BLOCKED = replace(CUT, guard=replace(GUARD, blocked_by=("NodeDown",)))
 BEGAN = 1e9
 
 
-def tell(trainer: Trainer, name: str, *, firing: bool = True, began: float = BEGAN, severity: str = "warning"):
+def tell(
+    trainer: Trainer, name: str, *, began: float = BEGAN, severity: str = "warning", ended: float | None = None
+) -> Changes:
     alert = ForeignAlert(name, f"print of {name}", began)
     words = f"fires since {began:.0f}: node 7"
-    changes = trainer.controller.foreign_alert(f"{name}-{began:.0f}", alert, severity, words, firing=firing)
+    changes = trainer.controller.foreign_alert(f"{name}-{began:.0f}", alert, severity, words, ended)
     return trainer.take(changes)
 
 
@@ -36,7 +38,7 @@ def test_a_policy_acts_once_on_an_alert_however_long_it_fires_and_ramps_back_onc
     assert (made.alert_name, made.alert_id, made.step) == ("NodeHot", f"NodeHot-{BEGAN:.0f}", 121)
     assert made.detail.startswith("NodeHot since step 120: emb 1 to 0.5")
     assert trainer.multipliers == dict.fromkeys(BLOCKS, 0.5)
-    tell(trainer, "NodeHot", firing=False)
+    tell(trainer, "NodeHot", ended=BEGAN + 30)
     (incident,) = trainer.controller.incidents
     assert (incident.active, incident.closed, incident.onset, incident.last_step) == (False, "resolved", 120, 420)
     trainer.run(59)
@@ -56,8 +58,8 @@ def test_telling_it_again_changes_nothing_also_after_a_restart():
     assert tell(trainer, "NodeHot") == NO_CHANGES
     trainer.run(5)
     assert trainer.actions() == [("scale_lr", "applied")]
-    tell(trainer, "NodeHot", firing=False)
-    assert tell(trainer, "NodeHot") == tell(trainer, "NodeHot", firing=False) == NO_CHANGES
+    tell(trainer, "NodeHot", ended=BEGAN + 30)
+    assert tell(trainer, "NodeHot") == tell(trainer, "NodeHot", ended=BEGAN + 30) == NO_CHANGES
 
 
 def test_a_new_one_of_the_same_series_ends_the_old_and_a_late_end_does_not_end_the_new():
@@ -65,13 +67,21 @@ def test_a_new_one_of_the_same_series_ends_the_old_and_a_late_end_does_not_end_t
     tell(trainer, "NodeHot")
     again = tell(trainer, "NodeHot", began=BEGAN + 60)
     assert [(one.active, one.closed) for one in again.incidents] == [(False, "it fires anew"), (True, "")]
-    assert tell(trainer, "NodeHot", firing=False) == NO_CHANGES
-    assert len(tell(trainer, "NodeHot", began=BEGAN + 60, firing=False).incidents) == 1
+    assert tell(trainer, "NodeHot", ended=BEGAN + 30) == NO_CHANGES
+    assert len(tell(trainer, "NodeHot", began=BEGAN + 60, ended=BEGAN + 90).incidents) == 1
+
+
+def test_a_start_that_comes_to_be_told_as_earlier_is_no_other_alert():
+    """Where two Prometheus servers see an alert, Alertmanager tells the earlier start."""
+    trainer = trained(())
+    tell(trainer, "NodeHot", began=BEGAN + 10)
+    assert tell(trainer, "NodeHot") == NO_CHANGES
+    assert len(tell(trainer, "NodeHot", ended=BEGAN + 30).incidents) == 1
 
 
 def test_an_end_never_acts_and_no_policy_answers_another_name():
     trainer = trained((HOT,))
-    assert tell(trainer, "NodeHot", firing=False) == Changes()
+    assert tell(trainer, "NodeHot", ended=BEGAN + 30) == Changes()
     tell(trainer, "LossSpike")
     trainer.run(5)
     assert trainer.controller.decisions == ()
@@ -128,7 +138,7 @@ def test_a_blocked_policy_refuses_once_with_the_alert_and_acts_when_that_has_end
     trainer.controller = restored(trainer)
     trainer.run(5)
     assert len(trainer.controller.decisions) == 1
-    tell(trainer, "NodeDown", firing=False)
+    tell(trainer, "NodeDown", ended=BEGAN + 30)
     trainer.run(2)
     assert outcomes(trainer)[1] == ("cut", "applied" if mode == "enforce" else "proposed", "ok")
 
@@ -152,7 +162,7 @@ def test_a_blocked_policy_does_not_ramp_back_and_does_so_later():
     assert trainer.multipliers["ffn"] == 0.5
     assert outcomes(trainer)[-1] == ("cut", "refused", "blocked_by")
     assert trainer.controller.decisions[-1].action == "ramp_back"
-    tell(trainer, "NodeDown", firing=False)
+    tell(trainer, "NodeDown", ended=BEGAN + 30)
     trainer.run(150)
     assert trainer.multipliers["ffn"] == 1.0
 
@@ -175,7 +185,7 @@ def test_a_run_holds_only_so_many():
     with pytest.raises(OperatorError, match=f"{MOST_FOREIGN} alerts of other systems fire on run run already"):
         tell(trainer, "B")
     assert tell(trainer, "A0") == NO_CHANGES
-    tell(trainer, "A0", firing=False)
+    tell(trainer, "A0", ended=BEGAN + 30)
     assert len(tell(trainer, "B").incidents) == 1
 
 
@@ -183,5 +193,5 @@ def test_one_can_be_acknowledged_and_stays_so():
     trainer = trained(())
     tell(trainer, "NodeHot")
     trainer.controller.acknowledge(f"NodeHot-{BEGAN:.0f}", "ann", "known")
-    tell(trainer, "NodeHot", firing=False)
+    tell(trainer, "NodeHot", ended=BEGAN + 30)
     assert trainer.controller.incidents[0].acknowledged == "ann: known"

@@ -125,7 +125,7 @@ def test_a_restarted_daemon_asks_once_more_and_sends_once(asked):
 
 def test_a_policy_that_raises_is_asked_about(asked):
     trainer = trained((RAISE,), gate=asked.gate.judge)
-    trainer.controller.foreign_alert("f1", ForeignAlert("Idle", "f", 1.0), "warning", "idle", firing=True)
+    trainer.controller.foreign_alert("f1", ForeignAlert("Idle", "f", 1.0), "warning", "idle")
     trainer.run(10)
     assert len(asked.questions) == 1
     assert trainer.controller.decisions == ()
