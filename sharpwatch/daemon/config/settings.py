@@ -246,6 +246,11 @@ class MatchConfig:
     severity: SeverityName = "warning"
 
     @property
+    def answered(self) -> str:
+        """What it answers, in words; empty for nothing."""
+        return " ".join(each for each in (self.alert, self.cause, self.foreign) if each)
+
+    @property
     def anything(self) -> bool:
         """Whether it answers incidents by itself."""
         return bool(self.alert or self.cause or self.foreign)
