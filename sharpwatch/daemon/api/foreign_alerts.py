@@ -13,7 +13,7 @@ import ipaddress
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from datetime import UTC
+from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Annotated, Any, Literal
 
@@ -34,6 +34,8 @@ MAX_BYTES = 2**20  # of a message
 MAX_ALERTS = 512  # in a message
 _BODY_SECONDS = 10.0  # within which a message must have come
 _MOST_TEXT = 300  # characters of an alert's summary that are kept
+# Of a start: others can't be told in every time zone.
+_EARLIEST, _LATEST = datetime(1970, 1, 1, tzinfo=UTC), datetime(2200, 1, 1, tzinfo=UTC)
 _NAMED = 8  # names that an answer lists
 
 
@@ -43,7 +45,7 @@ class SentAlert:
 
     status: Literal["firing", "resolved"]
     labels: dict[str, str]
-    starts_at: Annotated[AwareDatetime, Field(alias="startsAt")]
+    starts_at: Annotated[AwareDatetime, Field(alias="startsAt", ge=_EARLIEST, lt=_LATEST)]
     ends_at: Annotated[AwareDatetime, Field(alias="endsAt")]  # of what still fires, any time
     fingerprint: Annotated[str, Field(min_length=1, max_length=128)]
     annotations: dict[str, str] = field(default_factory=dict)

@@ -256,6 +256,8 @@ def test_loopback(peer, is_loopback):
         (message(alert(), version="3"), 400, "version: Input should be '4' or '1'"),
         (message(alert(), alert(status="silent")), 400, "alerts[1].status: Input should be 'firing' or 'resolved'"),
         (message(alert(startsAt="now")), 400, "alerts[0].startsAt: "),
+        (message(alert(startsAt="0001-01-01T00:00:00+02:00")), 400, "alerts[0].startsAt: Input should be greater"),
+        (message(alert(startsAt="9999-12-31T23:59:59-02:00")), 400, "alerts[0].startsAt: Input should be less"),
         (message(alert(fingerprint="")), 400, "alerts[0].fingerprint: String should have at least 1 character"),
         (message({"status": "firing"}), 400, "alerts[0].labels: Field required"),
         (message(alert(), truncatedAlerts=-1), 400, "truncatedAlerts: Input should be greater than or equal to 0"),
