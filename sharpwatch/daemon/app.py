@@ -27,14 +27,17 @@ from sharpwatch import wire
 from sharpwatch._version import __version__
 from sharpwatch.daemon.api.agent_service import AgentService, Sessions
 from sharpwatch.daemon.api.auth import Authorizer, check_grpc_address, load_token
+from sharpwatch.daemon.api.foreign_alerts import MAX_BYTES, ForeignAlerts
 from sharpwatch.daemon.api.operator_service import DaemonInfo, OperatorService
 from sharpwatch.daemon.config.settings import Config, DaemonConfig
+from sharpwatch.daemon.decisions.gate import AskGate, Gate, no_gate
 from sharpwatch.daemon.decisions.muting import Silences
 from sharpwatch.daemon.decisions.run_controller import RunController
 from sharpwatch.daemon.detection.thresholds import Budget
 from sharpwatch.daemon.estimation.estimator import Estimator
 from sharpwatch.daemon.exporter.metrics import RunCollector, render
 from sharpwatch.daemon.exporter.own_metrics import OwnMetrics
+from sharpwatch.daemon.gate_webhook import GateWebhook
 from sharpwatch.daemon.ingest.hello import RunHello
 from sharpwatch.daemon.ingest.samples import SampleQueue
 from sharpwatch.daemon.notifier import Notifier
@@ -125,7 +128,9 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:
     started_at = time.monotonic()
     registry = CollectorRegistry()
     silences = Silences()
-    runs = Runs(lambda hello, earlier: _controller(config, silences, hello, earlier))
+    gate = Gate(lambda made: asking.ask(made))  # noqa: PLW0108  defined below
+    let_pass = gate.judge if config.gate.webhook else no_gate
+    runs = Runs(lambda hello, earlier: _controller(config, silences, let_pass, hello, earlier))
     async with AsyncExitStack() as stack:
         store = await Store.open(settings.store, retain_samples=settings.retain_samples)
         stack.push_async_callback(store.close)
@@ -138,6 +143,7 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:
             RunCollector(runs.snapshots, time.time, stale_after=settings.stale_after, layers=settings.layer_metrics)
         )
         notifier = Notifier(config.notifications, metrics)
+        asking = GateWebhook(config.gate, metrics)
         pipeline = Pipeline(
             runs=runs,
             queue=queue,
@@ -151,7 +157,10 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:
         # Before HTTP and gRPC are served: an agent that reconnects must find its cursor, and a scrape its runs.
         silences.restore(await store.silences())
         await _restore(runs, store, pipeline)
-        http_server = HttpServer(registry, unready=lambda: pipeline.store_error)
+        alerts = ForeignAlerts(
+            names=config.foreign_alerts, runs=runs, pipeline=pipeline, authorizer=authorizer, metrics=metrics
+        )
+        http_server = HttpServer(registry, alerts, unready=lambda: pipeline.store_error)
         http = await http_server.start(settings.http)
         stack.push_async_callback(http_server.stop)
         agents = AgentService(runs=runs, queue=queue, pipeline=pipeline, sessions=sessions, metrics=metrics)
@@ -170,7 +179,10 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:
         # Only once every address is bound, so that a start which fails has no worker to stop.
         worker = asyncio.create_task(pipeline.run(), name="pipeline")
         stalls = asyncio.create_task(pipeline.watch_stalls(config.detection), name="stalls")
-        notifying = asyncio.create_task(notifier.run(), name="notifications")
+        webhooks = (
+            asyncio.create_task(notifier.run(), name="notifications"),
+            asyncio.create_task(asking.run(gate), name="gate"),
+        )
         log.info(
             "serving",
             grpc=address,
@@ -187,7 +199,8 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:
             # sessions. Those are drained after that, so that agents send again only samples that are not journalled.
             agents.draining = True
             stalls.cancel()
-            notifying.cancel()
+            for webhook in webhooks:
+                webhook.cancel()
             await health.enter_graceful_shutdown()
             pipeline.stop()
             # Not `await worker`: its own error is logged in `_main`, and must not keep the rest from being stopped.
@@ -209,7 +222,9 @@ async def _restore(runs: Runs, store: Store, pipeline: Pipeline) -> None:
     pipeline.restored_all()
 
 
-def _controller(config: Config, silences: Silences, hello: RunHello, earlier: RunController | None) -> RunController:
+def _controller(
+    config: Config, silences: Silences, gate: AskGate, hello: RunHello, earlier: RunController | None
+) -> RunController:
     """Makes the controller of a new attempt, which takes over all that the run's `earlier` one knows."""
     controller = RunController(
         hello.run,
@@ -224,6 +239,7 @@ def _controller(config: Config, silences: Silences, hello: RunHello, earlier: Ru
         silences=silences.active,
         maintenance=config.maintenance,
         autopilot=config.autopilot,
+        gate=gate,
     )
     if earlier is not None:
         controller.take_over(earlier)
@@ -302,17 +318,19 @@ def configure_logs(level: str) -> None:
 
 
 class HttpServer:
-    """Serves `/metrics`, which `exporter.metrics` renders, `/-/healthy` and `/-/ready`.
+    """Serves `/metrics`, which `exporter.metrics` renders, `/-/healthy`, `/-/ready`, and takes alerts of other systems.
 
     Args:
         registry: The metrics.
+        alerts: Takes in the alerts.
         unready: Returns why the daemon is not ready, or an empty string if it is.
     """
 
-    def __init__(self, registry: CollectorRegistry, unready: Callable[[], str]) -> None:
+    def __init__(self, registry: CollectorRegistry, alerts: ForeignAlerts, unready: Callable[[], str]) -> None:
         self._registry = registry
         self._unready = unready
-        app = web.Application()
+        app = web.Application(client_max_size=MAX_BYTES)
+        app.router.add_post("/api/v1/alerts", alerts.post)
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/-/healthy", self._healthy)
         app.router.add_get("/-/ready", self._ready)

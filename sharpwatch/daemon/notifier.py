@@ -6,9 +6,7 @@ import asyncio
 import json
 from collections.abc import Iterable
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import aiohttp
 import structlog
@@ -17,7 +15,7 @@ from sharpwatch.daemon.config.settings import NotificationsConfig
 from sharpwatch.daemon.decisions.transitions import FINAL
 from sharpwatch.daemon.exporter.own_metrics import OwnMetrics
 from sharpwatch.daemon.records import Decision, Incident
-from sharpwatch.errors import SharpwatchError
+from sharpwatch.daemon.webhooks import shown_webhook, webhook_headers
 
 log = structlog.get_logger(__name__)
 
@@ -47,9 +45,8 @@ class Notifier:
         self._waiting: dict[str, dict[str, Any]] = {}  # by fingerprint, oldest first
         self._began: dict[str, str] = {}  # by fingerprint, of what goes on
         self._filled = asyncio.Event()
-        self._headers = _headers(config)
-        parts = urlsplit(config.webhook)
-        self._shown = f"{parts.scheme}://{parts.hostname}"  # a path or a user may hold a secret
+        self._headers = webhook_headers("notifications", config.token_file)
+        self._shown = shown_webhook(config.webhook)
 
     def tell(self, incidents: Iterable[Incident], decisions: Iterable[Decision]) -> None:
         """Have changed records sent that somebody should know of."""
@@ -57,7 +54,8 @@ class Notifier:
             return
         critical = self._config.severity == "critical"
         for incident in incidents:
-            if incident.severity == "critical" or not critical:
+            # Whoever raised an alert of another system knows of it, and may be the webhook itself.
+            if incident.foreign is None and (incident.severity == "critical" or not critical):
                 self._put(_incident(incident))
         for made in decisions:
             if made.policy and made.action != "notify" and made.outcome not in _QUIET:
@@ -186,14 +184,3 @@ def _alert(
         "generatorURL": "",
         "fingerprint": fingerprint,
     }
-
-
-def _headers(config: NotificationsConfig) -> dict[str, str]:
-    headers = {"Content-Type": "application/json"}
-    if config.token_file:
-        try:
-            token = Path(config.token_file).read_text(encoding="utf-8").strip()
-        except OSError as error:
-            raise SharpwatchError(f"notifications.token_file {config.token_file}: {error.strerror}") from error
-        headers["Authorization"] = f"Bearer {token}"
-    return headers

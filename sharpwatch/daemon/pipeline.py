@@ -156,6 +156,19 @@ class Pipeline:
         run.publish(mode=run.controller.mode)
         await self._write(())
 
+    async def submit_all(self, changed: Iterable[tuple[Run, Changes]]) -> None:
+        """Journals what alerts of other systems changed, all in one transaction.
+
+        Args:
+            changed: Runs, and what their controllers made of the alerts.
+
+        Raises:
+            StoreError: The journal fails. The changes are written once it works again.
+        """
+        self._record_all(changed)
+        # Also where nothing changed: what came before, and is told again, may not be written yet.
+        await self._write(())
+
     async def keep_silence(self, silence: Silence) -> None:
         """Journals a silence that an operator has added or ended.
 
@@ -191,7 +204,7 @@ class Pipeline:
     def restored_all(self) -> None:
         """Takes up what the restored runs say of each other; what that changes is journalled with the next samples."""
         for run in self._runs:
-            self._record_peers(self.peers.restore(run))
+            self._record_all(self.peers.restore(run))
 
     async def register(self, attempt: Attempt, now: float) -> None:
         """Journals that an attempt began at unix seconds `now`; if the journal fails, that is written later."""
@@ -341,10 +354,10 @@ class Pipeline:
                 self._pending.baselines[run.name] = state
             # Otherwise no other run learns anything of this step, as is usual.
             if changes.incidents or entry.run in self.peers.awaiting or entry.run in self.peers.followers:
-                self._record_peers(self.peers.after(run, observation.step, changes))
+                self._record_all(self.peers.after(run, observation.step, changes))
 
-    def _record_peers(self, found: Iterable[tuple[Run, Changes]]) -> None:
-        """Records what one run's step changed in incidents of others, and of its own."""
+    def _record_all(self, found: Iterable[tuple[Run, Changes]]) -> None:
+        """Records changes of several runs, such as what one run's step changed in incidents of others."""
         changed: dict[str, Run] = {}
         for run, changes in found:
             self._record(run, changes)
@@ -403,7 +416,7 @@ def _log_incident(run: str, incident: Incident) -> None:
     log.warning(
         "incident",
         run=run,
-        incident=incident.name,
+        incident=incident.title,
         blocks=incident.blocks,
         severity=incident.severity,
         active=incident.active,

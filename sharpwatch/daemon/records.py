@@ -14,7 +14,7 @@ from sharpwatch.wire import Doubles, Floats, Ints
 Mode = Literal["observe", "advise", "enforce"]
 DecisionMode = Literal["observe", "advise", "enforce", "operator"]
 Severity = Literal["warning", "critical"]
-AlertName = Literal[
+DetectedAlert = Literal[
     "WeightJump",
     "WeightGrowth",
     "RateRaise",
@@ -34,7 +34,8 @@ AlertName = Literal[
     "SilentFailure",
     "AttentionGrowth",
 ]
-Cause = Literal[
+AlertName = DetectedAlert | Literal["ForeignAlert"]
+DetectedCause = Literal[
     "data",
     "learning-rate",
     "damaged-weight",
@@ -44,6 +45,7 @@ Cause = Literal[
     "non-finite",
     "stalled",
 ]
+Cause = DetectedCause | Literal["foreign"]
 # What each alert says is wrong, those first that explain others which begin at the same step.
 CAUSES: Mapping[AlertName, Cause] = {
     "WeightJump": "damaged-weight",
@@ -230,8 +232,23 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
+class ForeignAlert:
+    """An alert that another system raised, by Alertmanager's or Grafana's webhook.
+
+    Attributes:
+        name: Its label `alertname`, which policies name.
+        fingerprint: What tells it from others of that name.
+        starts_at: When it began to fire, in unix seconds by its sender's clock.
+    """
+
+    name: str
+    fingerprint: str
+    starts_at: float
+
+
+@dataclass(frozen=True, slots=True)
 class Incident:
-    """Findings that hang together.
+    """Findings that hang together, or an alert of another system.
 
     Attributes:
         id: Unique in the daemon.
@@ -255,6 +272,7 @@ class Incident:
         parameter: The parameter of the first layer block that it most likely comes from; empty where not known.
         rank: The rank that differs from the others; None where no single one does.
         contained_step: The step from which an action keeps the run well though the cause stays; 0 for none.
+        foreign: The alert of another system that it is, with `name` "ForeignAlert"; None for findings.
     """
 
     id: str
@@ -279,6 +297,16 @@ class Incident:
     parameter: str = ""
     rank: int | None = None
     contained_step: int = 0
+    foreign: ForeignAlert | None = None
+
+    @property
+    def title(self) -> str:
+        """The name by which people know it."""
+        return self.name if self.foreign is None else self.foreign.name
+
+    def is_same_trouble(self, other: Incident) -> bool:
+        """Whether both have one cause; alerts of other systems have that in common only with those of their name."""
+        return self.cause == other.cause and (self.foreign is None or self.title == other.title)
 
 
 @dataclass(frozen=True, slots=True)

@@ -520,7 +520,9 @@ class Alert(google.protobuf.message.Message):
     last_step: builtins.int
     active: builtins.bool
     cause: builtins.str
-    """data, learning-rate, damaged-weight, optimizer-state, instability, silent, non-finite or stalled."""
+    """data, learning-rate, damaged-weight, optimizer-state, instability, silent, non-finite or stalled; foreign for an
+    alert of another system, whose name `name` then is.
+    """
     onset: builtins.int
     """The step at which it began; first_step is the one at which it was opened."""
     closed: builtins.str

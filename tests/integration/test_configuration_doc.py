@@ -23,6 +23,7 @@ UNKNOWN = {
     "### curvature_share": "autopilot: {curvature_share: {nope: 1}}",
     "### stability_cap": "autopilot: {stability_cap: {target: 1, nope: 1}}",
     "## maintenance": "maintenance: [{from: '22:00', to: '06:00', nope: 1}]",
+    "## gate": "gate: {nope: 1}",
 }
 
 

@@ -12,7 +12,9 @@ import pytest
 import yaml
 
 from sharpwatch._version import __version__
+from sharpwatch.daemon.api.foreign_alerts import MAX_ALERTS
 from sharpwatch.daemon.config.load import load_config
+from sharpwatch.daemon.config.settings import DaemonConfig
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -40,6 +42,16 @@ def sidecar() -> dict:
 
 def test_prometheus_takes_the_configuration_and_its_rules(program):
     succeed(program("promtool"), "check", "config", str(PROMETHEUS / "prometheus.yml"))
+
+
+def test_alertmanager_takes_the_receiver_and_it_fits_the_daemon(program):
+    path = PROMETHEUS / "alertmanager.yml"
+    succeed(program("amtool"), "check-config", str(path))
+    (receiver,) = (one for one in yaml.safe_load(path.read_text())["receivers"] if one["name"] == "sharpwatch")
+    (webhook,) = receiver["webhook_configs"]
+    assert webhook["url"] == f"http://{DaemonConfig().http}/api/v1/alerts"
+    assert webhook["send_resolved"]
+    assert 0 < webhook["max_alerts"] <= MAX_ALERTS
 
 
 def test_rules_pass_their_own_tests(program):

@@ -84,10 +84,10 @@ def describe_config(file: Path, config: Config) -> list[Grid]:
     daemon = config.daemon
     facts = (("config", f"{file} is valid"), ("grpc", daemon.grpc), ("http", daemon.http), ("store", daemon.store))
     policies = tuple(
-        (each.name, each.match.alert, "observe (dry run)" if each.dry_run else each.mode, each.action.kind)
+        (each.name, each.match.answered, "observe (dry run)" if each.dry_run else each.mode, each.action.kind)
         for each in config.policies
     )
-    return [Grid("ll", facts), Grid("llll", policies, ("policy", "alert", "mode", "action"), empty="no policy")]
+    return [Grid("ll", facts), Grid("llll", policies, ("policy", "answers", "mode", "action"), empty="no policy")]
 
 
 @click.command(cls=LocalCommand, example="sharpwatch demo --model gpt2 --fault lr-jump")

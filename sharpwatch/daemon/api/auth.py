@@ -62,14 +62,17 @@ class Authorizer:
     def __init__(self, token: str) -> None:
         self._token = token.encode()
 
+    def is_operator(self, authorization: bytes) -> bool:
+        """Whether a header `authorization` shows the operator's token."""
+        # Compared in constant time, so that a wrong token's answer does not tell how much of it was right.
+        return hmac.compare_digest(authorization, _SCHEME.encode() + self._token)
+
     def role(self, context: grpc.aio.ServicerContext[Any, Any]) -> Role:
         """Returns the role of the caller."""
         if context.peer().startswith("unix:"):
             return "operator"
         for key, value in context.invocation_metadata() or ():
-            shown = value if isinstance(value, bytes) else value.encode()
-            # Compared in constant time, so that a wrong token's answer does not tell how much of it was right.
-            if key == "authorization" and hmac.compare_digest(shown, _SCHEME.encode() + self._token):
+            if key == "authorization" and self.is_operator(value if isinstance(value, bytes) else value.encode()):
                 return "operator"
         return "viewer"
 

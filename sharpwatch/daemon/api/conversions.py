@@ -82,11 +82,11 @@ def alert_message(incident: Incident) -> operator_pb2.Alert:
     return operator_pb2.Alert(
         id=incident.id,
         run=incident.run,
-        name=incident.name,
+        name=incident.title,
         blocks=incident.blocks,
         severity=incident.severity,
         evidence="; ".join(incident.evidence),
-        names=incident.names,
+        names=incident.names if incident.foreign is None else (incident.title,),
         cause=incident.cause,
         layer_blocks=incident.layer_blocks,
         onset=incident.onset,

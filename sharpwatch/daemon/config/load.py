@@ -22,6 +22,7 @@ from sharpwatch.daemon.config.settings import (
     DaemonConfig,
     DetectionConfig,
     EscalateConfig,
+    GateConfig,
     GuardConfig,
     MaintenanceConfig,
     MatchConfig,
@@ -46,6 +47,7 @@ _SECTIONS = {
     "curvature_share": CurvatureShareConfig,
     "stability_cap": StabilityCapConfig,
     "maintenance": MaintenanceConfig,
+    "gate": GateConfig,
 }
 _EXPECTED = {
     "dict_type": "expected a mapping of labels, such as {team: nlp}",
@@ -79,6 +81,7 @@ def load_config(path: str | Path | None = None) -> Config:
     for index, override in enumerate(config.detection.overrides):
         _check_override(document, ("detection", "overrides", index), override)
     for index, policy in enumerate(config.policies):
+        _check_match(document, ("policies", index, "match"), policy)
         _check_action(document, ("policies", index), policy)
         _check_guard(document, ("policies", index), policy.guard)
         _check_effect(document, ("policies", index, "action"), policy)
@@ -90,6 +93,8 @@ def load_config(path: str | Path | None = None) -> Config:
             raise document.error(
                 ("maintenance", index), f"begins and ends at {window.to}; a whole day is from 00:00 to 24:00"
             )
+    if not config.gate.webhook and document.at(("gate",)):
+        raise document.error(("gate",), "webhook is missing: a gate that is not asked holds nothing back")
     return config
 
 
@@ -146,6 +151,27 @@ def _check_override(document: YamlDocument, at: Location, override: OverrideConf
         raise document.error((*at, "match"), "is empty: what is for every run stands in detection itself")
     if not override.changes:
         raise document.error(at, f"changes nothing; allowed: {', '.join(OVERRIDABLE)}")
+
+
+def _check_match(document: YamlDocument, at: Location, policy: PolicyConfig) -> None:
+    """Checks that a policy which answers an alert of another system can."""
+    match = policy.match
+    if not match.foreign:
+        return
+    for name in ("alert", "cause"):
+        if getattr(match, name):
+            raise document.error(
+                (*at, name), f"no incident has both: {match.foreign} is another system's; allowed: foreign alone"
+            )
+    if match.foreign in policy.guard.blocked_by:
+        raise document.error(
+            (*at, "foreign"), f"can never act: guard.blocked_by names {match.foreign} too; allowed: one of both"
+        )
+    if policy.action.factor == "auto":
+        raise document.error(
+            (*at[:-1], "action", "factor"),
+            "auto can never take effect: nothing is measured of an alert of another system; allowed: a number",
+        )
 
 
 def _check_action(document: YamlDocument, policy_at: Location, policy: PolicyConfig) -> None:
@@ -226,8 +252,8 @@ def _check_escalation(document: YamlDocument, policies: Sequence[PolicyConfig]) 
         if not policy.match.anything and policy.name not in targets:
             raise document.error(
                 ("policies", index),
-                f"can never run: give it match: {{alert: ...}} ({', '.join(ALERT_NAMES)}) or {{cause: ...}} "
-                f"({', '.join(CAUSES)}), or escalate to it",
+                f"can never run: give it match: {{alert: ...}} ({', '.join(ALERT_NAMES)}), {{cause: ...}} "
+                f"({', '.join(CAUSES)}) or {{foreign: ...}} (an alert of another system), or escalate to it",
             )
     for index, policy in enumerate(policies):
         _check_chain(document, index, policy, by_name)

@@ -25,11 +25,11 @@ from sharpwatch.blocks import BLOCKS
 from sharpwatch.common.endpoint import parse_address
 from sharpwatch.common.token_file import default_token_file
 from sharpwatch.common.yaml_schema import nearest
-from sharpwatch.daemon.records import AlertName, Cause, Incident, Mode, Severity
+from sharpwatch.daemon.records import DetectedAlert, DetectedCause, Incident, Mode, Severity
 from sharpwatch.wire import RUN_LABELS, wrong_label
 
-ALERT_NAMES: tuple[AlertName, ...] = get_args(AlertName)
-CAUSES: tuple[Cause, ...] = get_args(Cause)
+ALERT_NAMES: tuple[DetectedAlert, ...] = get_args(DetectedAlert)
+CAUSES: tuple[DetectedCause, ...] = get_args(DetectedCause)
 ActionKind = Literal["notify", "scale_lr", "rollback"]
 Day = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
 DAYS: tuple[Day, ...] = get_args(Day)
@@ -121,8 +121,8 @@ Store = Annotated[
 Webhook = Annotated[
     str, Field(strict=True, pattern=r"^https?://[^/\s]+"), _expecting("an URL: http://HOST... or https://HOST...")
 ]
-Alert = Annotated[AlertName, _one_of(ALERT_NAMES)]
-CauseName = Annotated[Cause, _one_of(CAUSES)]
+Alert = Annotated[DetectedAlert, _one_of(ALERT_NAMES)]
+CauseName = Annotated[DetectedCause, _one_of(CAUSES)]
 SeverityName = Annotated[Severity, _one_of(get_args(Severity))]
 PolicyMode = Annotated[Mode, _one_of(get_args(Mode))]
 _CLOCK = "a time of day in UTC from 00:00 to 23:59"
@@ -164,6 +164,12 @@ def _check_days(days: tuple[Day, ...]) -> tuple[Day, ...]:
     if not days or len(set(days)) < len(days):
         raise ValueError(f"expected a list of different days out of {', '.join(DAYS)}")
     return days
+
+
+def _check_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(names)) < len(names):
+        raise ValueError("expected a list of different names of alerts of other systems")
+    return names
 
 
 def _check_factor(factor: float) -> float:
@@ -291,6 +297,7 @@ class MatchConfig:
     Attributes:
         alert: An alert that is among theirs.
         cause: Their cause.
+        foreign: The name of an alert of another system, which has neither of them.
         severity: Their least severity.
     """
 
@@ -298,21 +305,26 @@ class MatchConfig:
 
     alert: Alert | Literal[""] = ""
     cause: CauseName | Literal[""] = ""
+    foreign: Text | Literal[""] = ""
     severity: SeverityName = "warning"
+
+    @property
+    def answered(self) -> str:
+        """What it answers, in words; empty for nothing."""
+        return " ".join(each for each in (self.alert, self.cause, self.foreign) if each)
 
     @property
     def anything(self) -> bool:
         """Whether it answers incidents by itself."""
-        return bool(self.alert or self.cause)
+        return bool(self.alert or self.cause or self.foreign)
 
     def answers(self, incident: Incident) -> bool:
         """Whether it answers this incident."""
-        return (
-            self.anything
-            and self.alert in {"", *incident.names}
-            and self.cause in {"", incident.cause}
-            and not (self.severity == "critical" and incident.severity == "warning")
-        )
+        if self.severity == "critical" and incident.severity == "warning":
+            return False
+        if incident.foreign is not None or self.foreign:
+            return incident.foreign is not None and incident.foreign.name == self.foreign
+        return self.anything and self.alert in {"", *incident.names} and self.cause in {"", incident.cause}
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,7 +357,10 @@ class ActionConfig:
 
 @dataclass(frozen=True, slots=True)
 class GuardConfig:
-    """The limits on a policy's actions. Times are in optimizer steps, `approve_within` in seconds."""
+    """The limits on a policy's actions. Times are in optimizer steps, `approve_within` in seconds.
+
+    `blocked_by` has names of alerts of other systems; while one of them fires on a run, the policy does nothing there.
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = _FORBID
 
@@ -361,6 +376,7 @@ class GuardConfig:
     max_worse: Annotated[int, _integer(1, 3600)] = 1
     max_no_effect: Annotated[int, _integer(1, 3600)] = 4
     max_inconclusive: Annotated[int, _integer(1, 3600)] = 1
+    blocked_by: Annotated[tuple[Text, ...], AfterValidator(_check_names)] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -487,6 +503,23 @@ class NotificationsConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class GateConfig:
+    """Whom the daemon asks before a policy raises rates.
+
+    Attributes:
+        webhook: Where decisions are posted; empty for nobody.
+        token_file: A file with a bearer token for the webhook.
+        timeout: Seconds until no answer means no.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID
+
+    webhook: Webhook | Literal[""] = ""
+    token_file: Text | Literal[""] = ""
+    timeout: Duration = 10.0
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """The whole configuration; with the default one, the daemon only watches."""
 
@@ -498,3 +531,10 @@ class Config:
     policies: tuple[PolicyConfig, ...] = ()
     autopilot: AutopilotConfig = field(default_factory=AutopilotConfig)
     maintenance: tuple[MaintenanceConfig, ...] = ()
+    gate: GateConfig = field(default_factory=GateConfig)
+
+    @property
+    def foreign_alerts(self) -> frozenset[str]:
+        """The names of alerts of other systems that a policy answers or is blocked by; no others are taken in."""
+        blocking = (name for policy in self.policies for name in policy.guard.blocked_by)
+        return frozenset((*blocking, *(policy.match.foreign for policy in self.policies if policy.match.foreign)))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from sharpwatch.daemon.config.settings import MaintenanceConfig, PolicyConfig
 from sharpwatch.daemon.decisions.decision_log import DecisionLog
 from sharpwatch.daemon.decisions.effect import NEWEST, OUT_OF_BAND, LossBand, mean_of
+from sharpwatch.daemon.decisions.gate import AskGate
 from sharpwatch.daemon.decisions.guards import (
     HOUR,
     NO_REMEDY,
@@ -20,7 +21,7 @@ from sharpwatch.daemon.decisions.guards import (
     judge_rollback,
     judge_scale,
 )
-from sharpwatch.daemon.decisions.muting import ActiveSilences, muted, was_muted
+from sharpwatch.daemon.decisions.muting import ActiveSilences, blocked, muted, was_muted
 from sharpwatch.daemon.decisions.operator_requests import issue, time_out_kept
 from sharpwatch.daemon.decisions.policy import (
     ANNOUNCED,
@@ -80,6 +81,7 @@ class PolicyEngine:
         new_id: Callable[[], str],
         silences: ActiveSilences,
         maintenance: Sequence[MaintenanceConfig],
+        gate: AskGate,
     ) -> None:
         self._log = log
         self._detection = detection
@@ -89,6 +91,7 @@ class PolicyEngine:
         self._new_id = new_id
         self._silences = silences
         self._maintenance = maintenance
+        self._gate = gate
 
     def act(
         self, findings: Sequence[Finding], checkpoints: Sequence[Checkpoint], mode: Mode | None, step: int, now: float
@@ -96,12 +99,12 @@ class PolicyEngine:
         """Decide what there is to decide at `step`. While a command is under way its effect is waited for.
 
         A silent failure is about another run, and may last: policies answer it, and it is no trouble that a ramp-back
-        has to wait for.
+        has to wait for. Nor is an alert of another system that no policy answers.
         """
         at = _StepContext(step, now, mode, checkpoints, any(window.contains(now) for window in self._maintenance))
         own = [finding for finding in findings if finding.name != "SilentFailure"]
         to_answer = findings if len(own) == len(findings) or self._is_unanswered("SilentFailure") else own
-        if to_answer:
+        if to_answer or self._incidents.foreign:
             self._answer(to_answer, at)
         if not self._log.newest_revision:
             return
@@ -110,7 +113,7 @@ class PolicyEngine:
         if (
             not (state.active or state.ramped_back)
             or self._under_way(None)
-            or any(map(is_trouble, self._incidents.open))
+            or any(map(self._is_trouble, self._incidents.open))
         ):
             return
         against = self._against_stage()
@@ -128,10 +131,11 @@ class PolicyEngine:
 
     def _answer(self, findings: Iterable[Finding], at: _StepContext) -> None:
         found = (self._incidents.active(finding.name) for finding in findings)
-        incidents = list({incident.id: incident for incident in found if incident is not None}.values())
-        own = next(filter(is_trouble, incidents), None)
+        incidents = [*{incident.id: incident for incident in found if incident is not None}.values()]
+        incidents += self._incidents.foreign.values()
+        trouble = next(filter(self._is_trouble, incidents), None)
         may_undo = not self._under_way(at.step)
-        if own is not None and may_undo and self._undo_ramp_back(f"{own.name} came back", own, at):
+        if trouble is not None and may_undo and self._undo_ramp_back(f"{trouble.title} came back", trouble, at):
             return
         for incident in incidents:
             for policy in self._chain.answering(
@@ -141,6 +145,12 @@ class PolicyEngine:
                     self._notify(policy, incident, at)
                 elif not self._under_way(at.step):
                     self._act_on(policy, incident, at)
+
+    def _is_trouble(self, incident: Incident) -> bool:
+        """Whether an incident is one of the run itself: not how it compares with a reference, nor what is held down."""
+        if incident.foreign is not None:
+            return self._chain.answers(incident)
+        return is_trouble(incident)
 
     def _under_way(self, step: int | None) -> bool:
         """Whether a command is to take effect at any moment; with a `step`, those planned for later don't count."""
@@ -166,7 +176,7 @@ class PolicyEngine:
             made = scaling.made
             began = max(incident.onset, made.step if made.applied_step is None else made.applied_step)
             if made.policy == policy.name and step - began < needed and scaling.factors.keys() >= set(blocks):
-                return f"recover_within_steps: {made.id} has cut; once more if {incident.name} lasts {needed} steps"
+                return f"recover_within_steps: {made.id} has cut; once more if {incident.title} lasts {needed} steps"
         return OK
 
     def _notify(self, policy: PolicyConfig, incident: Incident, at: _StepContext) -> None:
@@ -177,6 +187,8 @@ class PolicyEngine:
     def _act_on(self, policy: PolicyConfig, incident: Incident, at: _StepContext) -> None:
         mode = at.mode_of(policy)
         if self._decided_before(policy, incident, _NOT_AGAIN[mode]):
+            return
+        if incident.foreign is not None and self._acted_before(policy, incident):
             return
         made = self._draft(policy.action.kind, policy, mode, incident, at)
         own = bursts(incident, self._incidents.all, policy.guard.hold_steps)
@@ -203,8 +215,9 @@ class PolicyEngine:
             made = replace(made, makes_up_for={block: before[block] / after[block] for block in cut.makes_up_for})
             why = cut.why
         made = replace(made, detail=_describe(made, incident, self._log.multipliers, why))
-        if self._record(made, policy, at) in UNDER_WAY:
-            self._supersede(made)
+        done = self._record(made, policy, at)
+        if done is not None and done.outcome in UNDER_WAY:
+            self._supersede(done)
 
     def _cut(self, policy: PolicyConfig, incident: Incident) -> Cut | None:
         """How far `policy` changes which blocks; None where nothing is left for it to do."""
@@ -267,35 +280,46 @@ class PolicyEngine:
         is_lately = 0 <= at.step - newest.step < _FOLLOW_EVERY
         return is_lately and not (change.is_urgent and took_effect(newest))
 
-    def _record(self, made: Decision, policy: PolicyConfig, at: _StepContext, undoes: int = 0) -> str:
-        """Record `made` as its mode and guard have it; returns the outcome, empty where there is nothing new."""
-        made = self._muted(made, at)
+    def _record(self, made: Decision, policy: PolicyConfig, at: _StepContext, undoes: int = 0) -> Decision | None:
+        """Record `made` as its mode, its guard and the gate have it; returns it, None where there is nothing new."""
+        made = self._muted(made, policy, at)
         if made.action != "rollback" and not made.ttl_steps:
             made = replace(made, ttl_steps=time_out_kept(self._log, made.multipliers))
         if made.mode == "observe":
-            return self._log.add(made, "observe").outcome
-        if made.guard != OK:
-            return "" if self._refused_before(made) else self._log.add(made, "refuse").outcome
+            return self._log.add(made, "observe")
         life = policy.guard.expires_after_steps
+        if made.guard == OK and made.mode == "enforce" and self._raises(made):
+            judged = self._gate(made, life)
+            if judged is None:
+                return None
+            made = judged
+        if made.guard != OK:
+            return None if self._refused_before(made) else self._log.add(made, "refuse")
         if made.mode == "advise":
             # A proposal's expiry counts from its approval; until then it is the number of steps alone.
-            return self._log.add(replace(made, expires_at_step=life), "propose").outcome
+            return self._log.add(replace(made, expires_at_step=life), "propose")
         made = replace(made, expires_at_step=at.step + life)
         if made.action == "rollback":
             made = self._log.add(made, "send")
             self._log.send(made)
         else:
             made = issue(self._log, made, author=f"policy {policy.name}", now=at.now, undoes=undoes)
-        return made.outcome
+        return made
 
-    def _muted(self, made: Decision, at: _StepContext) -> Decision:
-        """Have a decision on an incident refused where its policy is muted, whatever the guards say."""
+    def _raises(self, made: Decision) -> bool:
+        """Whether rates become higher by it; one that goes with the trainer's own rate leaves them as they are."""
+        before = self._log.multipliers
+        return not made.makes_up_for and any(value > before[block] for block, value in made.multipliers.items())
+
+    def _muted(self, made: Decision, policy: PolicyConfig, at: _StepContext) -> Decision:
+        """Have a decision refused where its policy is muted, whatever the guards say."""
         incident = self._incidents.get(made.alert_id)
         before = self._log.multipliers
-        gives_back = bool(made.makes_up_for) and all(value >= before[each] for each, value in made.multipliers.items())
-        if incident is None or gives_back or made.action == "ramp_back":
-            return made
-        verdict = muted(made.policy, incident, self._silences(at.now), self._incidents.open)
+        if made.makes_up_for and all(value >= before[each] for each, value in made.multipliers.items()):
+            return made  # it gives back what the trainer's own rate has come down by
+        verdict = blocked(policy.guard.blocked_by, self._incidents.foreign.values())
+        if verdict == OK and incident is not None and made.action != "ramp_back":
+            verdict = muted(made.policy, incident, self._silences(at.now), self._incidents.open)
         return made if verdict == OK else replace(made, guard=verdict)
 
     def _decided_before(
@@ -308,6 +332,11 @@ class PolicyEngine:
             and made.action == (action or policy.action.kind)
             for made in self._log.decisions
         )
+
+    def _acted_before(self, policy: PolicyConfig, incident: Incident) -> bool:
+        """Whether a policy has acted on an incident: that an alert of another system still fires is no new evidence."""
+        answers = (made for made in self._log.decisions if made.alert_id == incident.id)
+        return any(made.policy == policy.name and took_effect(made) for made in answers)
 
     def _refused_before(self, made: Decision) -> bool:
         return any(
@@ -358,13 +387,14 @@ class PolicyEngine:
             guard=self._permissions.multipliers(),
             detail=failed.detail,
         )
-        done = self._record(made, policy, at, undoes=failed.revision.revision) in UNDER_WAY
-        if done:
-            self._log.advance(stage, "worsen", detail=why)
-        return done
+        done = self._record(made, policy, at, undoes=failed.revision.revision)
+        if done is None or done.outcome not in UNDER_WAY:
+            return False
+        self._log.advance(stage, "worsen", detail=why)
+        return True
 
     def _ramp_back(self, at: _StepContext) -> None:
-        trouble = filter(is_trouble, self._incidents.all)
+        trouble = filter(self._is_trouble, self._incidents.all)
         due = ramp_back_due(self._log, trouble, self._chain, self._permissions, at.step)
         if due is None:
             return
@@ -392,12 +422,12 @@ class PolicyEngine:
             outcome="draft",
             policy=policy.name,
             alert_id=incident.id if incident is not None else "",
-            alert_name=incident.name if incident is not None else "",
+            alert_name=incident.title if incident is not None else "",
         )
 
 
 def _describe(made: Decision, incident: Incident, before: Mapping[str, float], why: str) -> str:
-    since = f"{incident.name} since step {incident.onset}: "
+    since = f"{incident.title} since step {incident.onset}: "
     because = f": {why}" if why else ""
     if made.rollback is not None:
         plan = made.rollback

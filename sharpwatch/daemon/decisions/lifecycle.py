@@ -138,7 +138,7 @@ class DecisionLifecycle:
         if incident is None:
             return
         # What came back after a rollback is another incident.
-        same = [other for other in self._incidents.open if other.cause == incident.cause]
+        same = [other for other in self._incidents.open if other.is_same_trouble(incident)]
         held = bool(same) and self._is_held_down(decision)
         is_right = bool(decision.makes_up_for) and all(one == 1.0 for one in self._detection.rate_excess.values())
         waited = step - applied >= self._guard(decision).recover_within_steps

@@ -1,8 +1,8 @@
-"""What keeps policies from acting on an incident, whatever their guards say: silences and inhibition."""
+"""What keeps policies from acting, whatever their other guards say: silences, inhibition and alerts of others."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -10,7 +10,7 @@ from sharpwatch.daemon.decisions.guards import OK, guard_name
 from sharpwatch.daemon.records import Decision, Incident, Silence
 from sharpwatch.errors import OperatorError
 
-_SILENCE, _INHIBITED = "silence", "inhibited"  # the guards' names
+_SILENCE, _INHIBITED, _BLOCKED = "silence", "inhibited", "blocked_by"  # the guards' names
 _SAME_TROUBLE = 20  # steps between the onsets of wrong data and of the instability that they bring
 ActiveSilences = Callable[[float], Iterable[Silence]]  # those at a time in unix seconds
 
@@ -87,7 +87,7 @@ def muted(policy: str, incident: Incident, silences: Iterable[Silence], incident
     if found is not None:
         return f"{_SILENCE}: {found.id} by {found.author} until {_time(found.ends_at)}: {found.comment}"
     return next(
-        (f"{_INHIBITED}: by incident {each.id} ({each.name})" for each in incidents if _inhibits(each, incident)), OK
+        (f"{_INHIBITED}: by incident {each.id} ({each.title})" for each in incidents if _inhibits(each, incident)), OK
     )
 
 
@@ -100,7 +100,18 @@ def _inhibits(other: Incident, incident: Incident) -> bool:
 
 def was_muted(made: Decision) -> bool:
     """Whether a decision was kept from being carried out, so that its policy has not acted yet."""
-    return guard_name(made.guard) in {_SILENCE, _INHIBITED}
+    return guard_name(made.guard) in {_SILENCE, _INHIBITED, _BLOCKED}
+
+
+def blocked(names: Collection[str], firing: Iterable[Incident]) -> str:
+    """The verdict on any action of a policy that alerts of other systems block: "ok", or which of them fires.
+
+    Args:
+        names: Those that block it.
+        firing: The alerts of other systems that fire on the run.
+    """
+    found = next((each for each in firing if each.title in names), None)
+    return OK if found is None else f"{_BLOCKED}: {found.title} fires since step {found.onset} (incident {found.id})"
 
 
 def _time(seconds: float) -> str:

@@ -26,6 +26,10 @@ class EscalationChain:
         """The policy of that name."""
         return next((policy for policy in self.policies if policy.name == name), None)
 
+    def answers(self, incident: Incident) -> bool:
+        """Whether any policy answers an incident by itself."""
+        return any(policy.match.answers(incident) for policy in self.policies)
+
     def owner(self, made: Decision) -> PolicyConfig:
         """The policy that made a decision; one with the usual guards where it is no longer in the configuration."""
         mode: Mode = "enforce" if made.mode == "operator" else made.mode
@@ -95,7 +99,7 @@ def bursts(incident: Incident, incidents: Iterable[Incident], quiet: int) -> set
     """The ids of `incident`, and of those of its cause that lead up to it with at most `quiet` steps in between."""
     ids, began = {incident.id}, incident.onset
     for other in sorted(incidents, key=lambda each: -each.last_step):
-        if other.cause == incident.cause and other.onset <= began <= other.last_step + quiet:
+        if other.is_same_trouble(incident) and other.onset <= began <= other.last_step + quiet:
             ids.add(other.id)
             began = other.onset
     return ids

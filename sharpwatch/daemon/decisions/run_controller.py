@@ -11,6 +11,7 @@ from sharpwatch.daemon.config.settings import AutopilotConfig, MaintenanceConfig
 from sharpwatch.daemon.decisions.autopilot import Autopilot
 from sharpwatch.daemon.decisions.decision_log import DecisionLog
 from sharpwatch.daemon.decisions.engine import PolicyEngine
+from sharpwatch.daemon.decisions.gate import AskGate, no_gate
 from sharpwatch.daemon.decisions.guards import Control, Permissions
 from sharpwatch.daemon.decisions.lifecycle import DecisionLifecycle
 from sharpwatch.daemon.decisions.muting import ActiveSilences, no_silences
@@ -27,16 +28,19 @@ from sharpwatch.daemon.records import (
     Checkpoint,
     CheckpointReport,
     Decision,
+    ForeignAlert,
     Incident,
     Mode,
     Observation,
     ReportedResult,
     Revision,
+    Severity,
 )
 from sharpwatch.errors import OperatorError
 from sharpwatch.wire import Ints
 
 _NO_AUTOPILOT = AutopilotConfig()
+MOST_FOREIGN = 64  # alerts of other systems that may fire on a run at a time
 SAVE_EVERY = 500  # samples between two states of the baselines in the journal
 
 
@@ -50,8 +54,8 @@ class RunController:
 
     `mode` is the run's own and overrides every policy's mode; None leaves each policy its own. `control`, `lr_bounds`
     and `can_roll_back` are what the trainer was attached with. `silences` gives those of all runs that are active; in a
-    window of `maintenance` policies propose what they would otherwise enforce. `detection` has what is known of the
-    run.
+    window of `maintenance` policies propose what they would otherwise enforce; `gate` lets raises pass. `detection` has
+    what is known of the run.
     """
 
     def __init__(  # noqa: PLR0913  what a run and its trainer are
@@ -70,6 +74,7 @@ class RunController:
         silences: ActiveSilences = no_silences,
         maintenance: Sequence[MaintenanceConfig] = (),
         autopilot: AutopilotConfig = _NO_AUTOPILOT,
+        gate: AskGate = no_gate,
         new_id: Callable[[], str] = random_id,
     ) -> None:
         permissions = Permissions(control, lr_bounds, can_roll_back)
@@ -79,7 +84,9 @@ class RunController:
         self._incidents = self.detection.incidents
         self._requests = OperatorRequests(self._log, permissions, new_id)
         self._lifecycle = DecisionLifecycle(self._log, self.detection, self._chain)
-        self._engine = PolicyEngine(self._log, self.detection, self._chain, permissions, new_id, silences, maintenance)
+        self._engine = PolicyEngine(
+            self._log, self.detection, self._chain, permissions, new_id, silences, maintenance, gate
+        )
         self._autopilot = Autopilot(self._log, self.detection, permissions, autopilot, new_id, maintenance)
         self._checkpoints: dict[str, Checkpoint] = {}  # by URI, in the order they were saved
         self._mode = mode
@@ -158,7 +165,8 @@ class RunController:
             self._new_attempt = False
             if all(math.isclose(value, 1.0) for value in obs.multipliers.values()):
                 self._requests.reissue(obs.step, now)
-        if findings or self._log.newest_revision:  # without a revision there is nothing to ramp back
+        # Without a revision there is nothing to ramp back.
+        if findings or self._incidents.foreign or self._log.newest_revision:
             self._engine.act(findings, self.checkpoints, self._mode, obs.step, now)
         self._autopilot.act(obs, self._mode, now)
         changes = self._log.take() if self._log.changed else NO_CHANGES
@@ -180,6 +188,30 @@ class RunController:
         changed = self._incidents.close_named("RunStalled", why)
         if changed:
             self._log.note_incidents(changed)
+        return self._log.take() if self._log.changed else NO_CHANGES
+
+    def foreign_alert(
+        self, identity: str, alert: ForeignAlert, severity: Severity, evidence: str, ended_at: float | None = None
+    ) -> Changes:
+        """Take in that an alert of another system fires or has ended; policies answer at the next step.
+
+        Args:
+            identity: The id of its incident. Telling the same twice changes nothing.
+            alert: The alert.
+            severity: How bad it is.
+            evidence: What it says.
+            ended_at: When it ended, in unix seconds, which never makes a policy act; None while it fires.
+
+        Raises:
+            OperatorError: As many alerts as a run may have fire already.
+        """
+        step = self._step or 0
+        if ended_at is not None:
+            self._log.note_incidents(self._incidents.end_foreign(alert.fingerprint, ended_at, step, "resolved"))
+        elif len(self._incidents.foreign) >= MOST_FOREIGN and identity not in self._incidents.foreign:
+            raise OperatorError(f"{MOST_FOREIGN} alerts of other systems fire on run {self._log.run} already")
+        else:
+            self._log.note_incidents(self._incidents.begin_foreign(identity, alert, severity, evidence, step))
         return self._log.take() if self._log.changed else NO_CHANGES
 
     def replay(self, obs: Observation) -> None:

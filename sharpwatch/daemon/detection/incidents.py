@@ -1,11 +1,11 @@
-"""Incidents: findings that hang together, what explains them, and their life."""
+"""Incidents: findings that hang together, what explains them, and their life; and alerts of other systems."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from sharpwatch.daemon.records import CAUSES, AlertName, Cause, Finding, Incident
+from sharpwatch.daemon.records import CAUSES, AlertName, Cause, Finding, ForeignAlert, Incident, Severity
 
 STEPS_AGAIN = "the run makes steps again"
 QUIET = 20  # samples without a finding that end an incident
@@ -70,7 +70,8 @@ class IncidentLog:
     def __init__(self, run: str, new_id: Callable[[], str]) -> None:
         self._run = run
         self._new_id = new_id
-        self.opened: dict[str, _Open] = {}  # by id
+        self.opened: dict[str, _Open] = {}  # by id; alerts of other systems are none of them
+        self.foreign: dict[str, Incident] = {}  # by id, the alerts of other systems that fire
         self._all: dict[str, Incident] = {}
 
     @property
@@ -80,8 +81,8 @@ class IncidentLog:
 
     @property
     def open(self) -> tuple[Incident, ...]:
-        """The open ones, oldest first."""
-        return tuple(each.incident for each in self.opened.values())
+        """The open ones, oldest first; alerts of other systems come last."""
+        return (*(each.incident for each in self.opened.values()), *self.foreign.values())
 
     def get(self, identity: str) -> Incident | None:
         """The incident of an id; None where there is none."""
@@ -170,11 +171,65 @@ class IncidentLog:
             self._close(identity, why) for identity, entry in tuple(self.opened.items()) if entry.incident.name == name
         )
 
+    def begin_foreign(
+        self, identity: str, alert: ForeignAlert, severity: Severity, evidence: str, step: int
+    ) -> tuple[Incident, ...]:
+        """Open the incident of an alert of another system, which `end_foreign` alone ends.
+
+        Args:
+            identity: The incident's id. Where there is one of that id, open or closed, nothing changes.
+            alert: The alert. An open one of its fingerprint that began earlier ends: it fires anew. One that began
+                later is the same: where several Prometheus servers see it, the earliest start comes to be told.
+            severity: How bad it is.
+            evidence: What it says.
+            step: Where the run stands.
+
+        Returns:
+            The incidents to record.
+        """
+        firing = [each.foreign for each in self.foreign.values() if each.foreign is not None]
+        is_told = any(one.fingerprint == alert.fingerprint and one.starts_at > alert.starts_at for one in firing)
+        if identity in self._all or is_told:
+            return ()
+        ended = self.end_foreign(alert.fingerprint, alert.starts_at, step, "it fires anew")
+        begun = Incident(
+            id=identity,
+            run=self._run,
+            name="ForeignAlert",
+            names=("ForeignAlert",),
+            cause="foreign",
+            severity=severity,
+            blocks=(),
+            layer_blocks=(),
+            evidence=(evidence,),
+            onset=step,
+            first_step=step,
+            last_step=step,
+            active=True,
+            foreign=alert,
+        )
+        self.foreign[identity] = self._all[identity] = begun
+        return (*ended, begun)
+
+    def end_foreign(self, fingerprint: str, ended_at: float, step: int, why: str) -> tuple[Incident, ...]:
+        """Close the incident of an alert of another system, unless it began only after the end that is told."""
+        ended = []
+        for identity, incident in tuple(self.foreign.items()):
+            own = incident.foreign
+            if own is not None and own.fingerprint == fingerprint and own.starts_at <= ended_at:
+                del self.foreign[identity]
+                last = max(incident.last_step, step)
+                self._all[identity] = replace(incident, active=False, closed=why, last_step=last)
+                ended.append(self._all[identity])
+        return tuple(ended)
+
     def acknowledge(self, identity: str, words: str) -> Incident:
         """Note who has seen an incident; raises `KeyError` for an id that is none."""
         seen = self._all[identity] = replace(self._all[identity], acknowledged=words)
         if identity in self.opened:
             self.opened[identity].incident = seen
+        if identity in self.foreign:
+            self.foreign[identity] = seen
         return seen
 
     def contain(self, identity: str, step: int) -> Incident:
@@ -187,13 +242,17 @@ class IncidentLog:
     def restore(self, incidents: Iterable[Incident]) -> None:
         """Take up journalled incidents."""
         self._all = {each.id: each for each in incidents}
-        self.opened = {each.id: _restored(each) for each in self._all.values() if each.active}
+        active = [each for each in self._all.values() if each.active]
+        self.opened = {each.id: _restored(each) for each in active if each.foreign is None}
+        self.foreign = {each.id: each for each in active if each.foreign is not None}
 
     def _is_shown(self, finding: Finding) -> bool:
         """Whether the open incidents leave nothing to tell of a finding: a recovery, a failure that is not silent."""
         if finding.name == "SilentFailure":
-            return any(incident.severity == "critical" for incident in self.open)
-        return finding.name == "LossDrop" and any(incident.name != "SilentFailure" for incident in self.open)
+            return any(entry.incident.severity == "critical" for entry in self.opened.values())
+        return finding.name == "LossDrop" and any(
+            entry.incident.name != "SilentFailure" for entry in self.opened.values()
+        )
 
     def _belongs_to(self, finding: Finding) -> _Open | None:
         """The open incident that a finding is part of."""

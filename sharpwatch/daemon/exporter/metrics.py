@@ -315,12 +315,16 @@ def _action_families(snapshots: list[RunSnapshot]) -> Iterator[Metric]:
     )
     onset = _gauge("incident_onset_step", "Step at which the open incident began.", *_INCIDENT)
     critical = _counter("critical_incidents", "Incidents that have reached severity critical.")
+    foreign = _gauge("foreign_alert", "1 while an alert of another system of that name fires, 0 after.", "alert")
     decisions = _counter("decisions", "Decisions that reached the outcome.", "action", "mode", "outcome")
     revision = _gauge("lr_revision", "Number of the newest LR revision; 0 before the first.")
     for snapshot in snapshots:
         active_by_block: dict[tuple[str, str], bool] = {}
         open_ones: dict[tuple[str, ...], int] = {}  # the newest of those that have the same labels
-        for incident in snapshot.incidents:
+        for title, fires in _foreign(snapshot).items():
+            foreign.add_metric(_labels(snapshot, title), float(fires))
+        own = [incident for incident in snapshot.incidents if incident.foreign is None]
+        for incident in own:
             for key in product(incident.names, incident.blocks or ("",)):
                 active_by_block[key] = incident.active or active_by_block.get(key, False)
             if incident.active:
@@ -332,14 +336,26 @@ def _action_families(snapshots: list[RunSnapshot]) -> Iterator[Metric]:
         # Each from 0 on: increase() can't see a counter that begins at 1.
         for name, count in (dict.fromkeys(_ALERTS, 0) | dict(snapshot.incidents_total)).items():
             alerts.add_metric(_labels(snapshot, name), count)
-        critical.add_metric(_labels(snapshot), sum(each.severity == "critical" for each in snapshot.incidents))
+        critical.add_metric(_labels(snapshot), sum(each.severity == "critical" for each in own))
         for labels, step in open_ones.items():
             incident_open.add_metric(_labels(snapshot, *labels), 1.0)
             onset.add_metric(_labels(snapshot, *labels), step)
         for (action, mode, outcome), count in snapshot.decisions_total.items():
             decisions.add_metric(_labels(snapshot, action, mode, outcome), count)
         revision.add_metric(_labels(snapshot), snapshot.lr_revision)
-    yield from (active, alerts, incident_open, onset, critical, decisions, revision)
+    yield from (active, alerts, incident_open, onset, critical, foreign, decisions, revision)
+
+
+def _foreign(snapshot: RunSnapshot) -> dict[str, bool]:
+    """By name of an alert of another system whether one fires.
+
+    They are no incidents in `/metrics`: a rule that fires by them would be taken in again, and never end.
+    """
+    firing: dict[str, bool] = {}
+    for incident in snapshot.incidents:
+        if incident.foreign is not None:
+            firing[incident.title] = incident.active or firing.get(incident.title, False)
+    return firing
 
 
 def _agent_families(snapshots: list[RunSnapshot]) -> Iterator[Metric]:

@@ -14,6 +14,10 @@ from sharpwatch._version import __version__
 # Why a session is not opened: the Hello is not valid, or of another's run; the run has a live trainer; the client has
 # too many runs, or all clients have; the daemon ends.
 SessionRefusal = Literal["malformed", "wrong_run", "live_run", "client_runs", "runs", "stopping"]
+# What becomes of an alert of another system: its incident begins, ends or is as it was; the configuration does not name
+# it, it names no run that is known, or too many fire on that.
+ForeignResult = Literal["begun", "ended", "unchanged", "unnamed", "unknown_run", "too_many"]
+GateResult = Literal["passed", "held", "failed"]  # `failed` is held as well: it could not be asked
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
@@ -58,6 +62,24 @@ class OwnMetrics:
             "sharpwatch_notifications",
             "Messages to the webhook, by what became of them; of dropped ones, alerts.",
             ["result"],
+            registry=registry,
+        )
+        self.gate = Counter(
+            "sharpwatch_gate_answers", "Answers of the gate about raises of rates.", ["result"], registry=registry
+        )
+        for result in get_args(GateResult):
+            self.gate.labels(result)
+        self.foreign_alerts = Counter(
+            "sharpwatch_foreign_alerts_received",
+            "Alerts of other systems that came in, by what became of them, once for each run that they name.",
+            ["result"],
+            registry=registry,
+        )
+        for result in get_args(ForeignResult):
+            self.foreign_alerts.labels(result)
+        self.foreign_truncated = Counter(
+            "sharpwatch_foreign_alerts_truncated",
+            "Alerts that their sender left out of a message, as it says in truncatedAlerts.",
             registry=registry,
         )
         self.sessions = Gauge("sharpwatch_sessions", "Agent sessions connected now.", registry=registry)

@@ -271,7 +271,7 @@ class Run:
         self._controller_changed = self._controller_changed or changes != NO_CHANGES
         for incident in changes.incidents:
             (self._open_incidents.add if incident.active else self._open_incidents.discard)(incident.id)
-            for name in incident.names:
+            for name in incident.names if incident.foreign is None else ():
                 if f"{incident.id} {name}" not in self._counted:
                     self._counted[f"{incident.id} {name}"] = "raised"
                     self._incidents_total[name] += 1

@@ -24,7 +24,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sharpwatch.curvature.statistics.estimate import Estimate
-from sharpwatch.daemon.records import CAUSES, Checkpoint, Decision, Incident, Revision, RollbackPlan, Silence
+from sharpwatch.daemon.records import (
+    CAUSES,
+    Checkpoint,
+    Decision,
+    ForeignAlert,
+    Incident,
+    Revision,
+    RollbackPlan,
+    Silence,
+)
 from sharpwatch.daemon.storage.schema import (
     DRAWN_QUANTITIES,
     FIRST_TABLES,
@@ -91,6 +100,8 @@ def _incident(record: str) -> Incident:
         evidence, name = values.pop("evidence"), values["name"]
         values |= {"names": [name], "cause": CAUSES[name], "evidence": [evidence], "onset": values["first_step"]}
         values["layer_blocks"] = values["blocks"]
+    if values.get("foreign") is not None:
+        values["foreign"] = ForeignAlert(**values["foreign"])
     lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
     return Incident(**{**values, **lists})
 

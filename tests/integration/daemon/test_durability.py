@@ -196,6 +196,9 @@ async def test_a_full_disk_stops_acknowledgements_and_not_the_daemon(start, buil
     change = pb.SetLearningRatesRequest(run="busy", multipliers={"qk": 0.5}, author="ann")
     with pytest.raises(grpc.aio.AioRpcError, match="no change can be journalled now"):
         await daemon.operator.SetLearningRates(change, metadata=daemon.credentials)
+    message, headers = {"version": "4", "alerts": []}, dict([daemon.credentials[0]])
+    async with daemon.web.post(f"http://{daemon.http}/api/v1/alerts", json=message, headers=headers) as response:
+        assert (response.status, "journal.db" in (await response.json())["error"]) == (503, True)
 
     resource.prlimit(running.process.pid, resource.RLIMIT_FSIZE, unlimited)
     await running.event("store_recovered")

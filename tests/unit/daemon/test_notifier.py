@@ -15,7 +15,7 @@ from sharpwatch.daemon import notifier
 from sharpwatch.daemon.config.settings import NotificationsConfig
 from sharpwatch.daemon.exporter.own_metrics import OwnMetrics
 from sharpwatch.daemon.notifier import Notifier
-from sharpwatch.daemon.records import Decision
+from sharpwatch.daemon.records import Decision, ForeignAlert
 from sharpwatch.errors import SharpwatchError
 
 PAGE = replace(incident(first_step=5, last_step=9, active=True), id="i1", severity="critical")
@@ -72,6 +72,12 @@ async def test_an_incident_is_told_when_it_opens_and_when_it_closes():
     assert opened["startsAt"] == closed["startsAt"]
     assert opened["labels"] | {"alertname": PAGE.name, "run": PAGE.run, "severity": "critical"} == opened["labels"]
     assert closed["annotations"]["description"].endswith("Closed: no finding")
+
+
+async def test_an_alert_of_another_system_is_not_told_back():
+    async with notifying() as (webhook, made, _):
+        made.tell([replace(PAGE, id="f1", foreign=ForeignAlert("NodeDown", "print", 1e9)), PAGE], [])
+        assert [alert["fingerprint"] for alert in await webhook.alerts()] == ["i1"]
 
 
 async def test_a_message_is_as_alertmanager_sends_it():

@@ -171,6 +171,8 @@ def test_addresses(load, address):
         ("maintenance:\n  - {from: 09:00, to: 10:00,\n     days: [sa]}\n", 3, "maintenance[0].days[0]", "'sat'"),
         ("maintenance:\n  - {from: 09:00, to: 10:00, days: []}\n", 2, "maintenance[0].days", "different days"),
         ("maintenance:\n  - {from: 09:00, to: 10:00, days: sat}\n", 2, "maintenance[0].days", "expected a list"),
+        ("gate: {timeout: 5s}\n", 1, "gate", "webhook is missing"),
+        ("gate: {webhook: example.org}\n", 1, "gate.webhook", "an URL"),
         ("policies:\n  - {name: a}\n", 2, "policies[0]", "action is missing"),
         ("policies:\n  - {name: a, action: {kind: scale_lr, factor: 0.5}}\n", 2, "policies[0]", "can never run"),
         (f"policies:\n  - {CUT.replace('LossSpike', 'LossSpikes')}}}\n", 2, "policies[0].match.alert", "'LossSpike'"),
@@ -289,6 +291,36 @@ def test_a_policy_can_answer_a_cause_from_a_severity_on(load):
         load("policies: [{name: a, match: {severity: critical}, action: {kind: notify}}]")
     with pytest.raises(ConfigError, match=r"policies\[0]\.match\.cause.*data, learning-rate, .*did you mean 'data'"):
         load("policies: [{name: a, match: {cause: dta}, action: {kind: notify}}]")
+
+
+FOREIGN = "{name: a, match: {foreign: NodeHot}, action: {kind: scale_lr, factor: 0.5}"
+
+
+def test_alerts_of_other_systems_are_those_that_a_policy_names(load):
+    config = load(f"policies:\n  - {FOREIGN}, guard: {{blocked_by: [NodeDown, GpuLost]}}}}\n")
+    assert config.foreign_alerts == {"NodeHot", "NodeDown", "GpuLost"}
+    assert load("").foreign_alerts == load(f"policies:\n  - {CUT}}}\n").foreign_alerts == set()
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "expected"),
+    [
+        (FOREIGN.replace("NodeHot", "NodeHot, cause: data"), "match.cause", "allowed: foreign alone"),
+        (FOREIGN.replace("NodeHot", "NodeHot, alert: LossSpike"), "match.alert", "allowed: foreign alone"),
+        (FOREIGN.replace("NodeHot", "5"), "match.foreign", "a string that is not empty"),
+        (FOREIGN.replace("0.5", "auto"), "action.factor", "allowed: a number"),
+        (f"{FOREIGN}, guard: {{blocked_by: [NodeHot]}}", "match.foreign", "guard.blocked_by names NodeHot too"),
+        (f"{FOREIGN}, guard: {{blocked_by: [A, A]}}", "guard.blocked_by", "different names"),
+        (f"{FOREIGN}, guard: {{blocked_by: NodeDown}}", "guard.blocked_by", "expected a list"),
+        (CUT.replace("LossSpike", "ForeignAlert"), "match.alert", "allowed: WeightJump"),
+        (CUT.replace("alert: LossSpike", "cause: foreign"), "match.cause", "allowed: data"),
+    ],
+)
+def test_what_cannot_work_on_them_is_refused(load, text, key, expected):
+    with pytest.raises(ConfigError) as refused:
+        load(f"policies:\n  - {text}}}\n")
+    assert (refused.value.line, refused.value.key) == (2, f"policies[0].{key}")
+    assert expected in str(refused.value)
 
 
 SHIPPED = Path(sharpwatch.daemon.config.__file__).with_name("schema.json")

@@ -1,0 +1,34 @@
+"""What the daemon's own webhooks have in common: the headers with a token, and how their address is shown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from sharpwatch.errors import SharpwatchError
+
+
+def webhook_headers(section: str, token_file: str) -> dict[str, str]:
+    """The headers of a webhook of the configuration.
+
+    Args:
+        section: Where in the configuration it stands.
+        token_file: A file with a bearer token; empty for none.
+
+    Raises:
+        SharpwatchError: The file can't be read.
+    """
+    headers = {"Content-Type": "application/json"}
+    if token_file:
+        try:
+            token = Path(token_file).read_text(encoding="utf-8").strip()
+        except OSError as error:
+            raise SharpwatchError(f"{section}.token_file {token_file}: {error.strerror}") from error
+        headers["Authorization"] = f"Bearer {token}"
+    return headers
+
+
+def shown_webhook(url: str) -> str:
+    """The address as logs may have it: a path or a user may hold a secret."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.hostname}"
