@@ -31,7 +31,7 @@ def tables(results: Results) -> Iterator[str]:
     yield ""
     yield "Judged at the best rate: loss − tuned uniform with its 95 % interval, seeds paired; steps to uniform's last"
     yield "loss on each seed, with probes as steps by their time; probes' share of time; the tokens that the training"
-    yield "could have taken for them, by passes, as a share of all."
+    yield "could have taken for them, by passes, as a share of all. The agent in other steps is not in it."
     yield ""
     yield "| contender | rate | seeds | loss | − uniform | steps to its loss | time of probes | tokens for probes |"
     yield "|---|---|---|---|---|---|---|---|"

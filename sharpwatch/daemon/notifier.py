@@ -26,6 +26,7 @@ _FIRST_RETRY, _LAST_RETRY = 1.0, 300.0  # seconds
 _TOO_MANY = 429
 _NEVER = "0001-01-01T00:00:00Z"  # how Alertmanager writes the end of what goes on
 _QUIET = frozenset({"observed", "refused"})  # decisions that changed nothing and wait for nobody
+_ASKS = frozenset({"proposed", "approved", "rejected", "expired"})  # of a proposal, from its beginning to its end
 
 
 class Notifier:
@@ -58,7 +59,7 @@ class Notifier:
             if incident.foreign is None and (incident.severity == "critical" or not critical):
                 self._put(_incident(incident))
         for made in decisions:
-            if made.policy and made.action != "notify" and made.outcome not in _QUIET:
+            if _is_told(made):
                 self._put(_decision(made))
 
     def _put(self, alert: dict[str, Any]) -> None:
@@ -148,11 +149,18 @@ def _incident(incident: Incident) -> dict[str, Any]:
     )
 
 
+def _is_told(made: Decision) -> bool:
+    if not made.policy:  # the autopilot's small changes are told only where somebody has to approve them
+        return made.mode == "advise" and made.outcome in _ASKS
+    return made.action != "notify" and made.outcome not in _QUIET
+
+
 def _decision(made: Decision) -> dict[str, Any]:
     waits = made.outcome == "proposed"
+    whose = f"policy {made.policy}" if made.policy else "the autopilot"
     return _alert(
         made.id,
-        firing=made.outcome not in FINAL,
+        firing=made.outcome not in FINAL if made.policy else waits,
         labels={
             "alertname": "SharpwatchProposal" if waits else "SharpwatchDecision",
             "run": made.run,
@@ -162,7 +170,7 @@ def _decision(made: Decision) -> dict[str, Any]:
             "outcome": made.outcome,
         },
         annotations={
-            "summary": f"{made.run}: {made.action} by policy {made.policy} is {made.outcome}",
+            "summary": f"{made.run}: {made.action} by {whose} is {made.outcome}",
             "description": made.detail,
             "command": f"sharpwatch approve {made.id}" if waits else f"sharpwatch decisions {made.run} --audit",
         },

@@ -92,7 +92,14 @@ async def test_a_message_is_as_alertmanager_sends_it():
 
 async def test_a_proposal_comes_with_the_command_that_approves_it_and_then_with_its_outcome():
     async with notifying() as (webhook, made, _):
-        made.tell([], [PROPOSAL, replace(PROPOSAL, id="d2", outcome="observed"), replace(PROPOSAL, id="d3", policy="")])
+        made.tell(
+            [],
+            [
+                PROPOSAL,
+                replace(PROPOSAL, id="d2", outcome="observed"),
+                replace(PROPOSAL, id="d3", policy="", mode="operator"),
+            ],
+        )
         (asked,) = await webhook.alerts()
         made.tell([], [replace(PROPOSAL, outcome="worse")])
         (ended,) = await webhook.alerts()
@@ -103,6 +110,17 @@ async def test_a_proposal_comes_with_the_command_that_approves_it_and_then_with_
         "worse",
         "critical",
     )
+
+
+async def test_the_autopilot_is_told_of_where_somebody_has_to_approve():
+    asks = replace(PROPOSAL, policy="", author="autopilot", action="set_lr")
+    async with notifying() as (webhook, made, _):
+        made.tell([], [asks, replace(asks, id="d2", mode="enforce", outcome="applied")])
+        (asked,) = await webhook.alerts()
+        made.tell([], [replace(asks, author="ann", outcome="approved")])
+        (ended,) = await webhook.alerts()
+    assert (asked["status"], asked["fingerprint"], ended["status"]) == ("firing", "d1", "resolved")
+    assert asked["annotations"]["summary"] == "run: set_lr by the autopilot is proposed"
 
 
 async def test_a_message_that_fails_is_sent_again_with_what_is_newest(monkeypatch):
