@@ -313,6 +313,7 @@ class Decision:
     reason: str = ""
     # By block how many times too high the trainer's own rate is; the multipliers make up for it, and go with it.
     makes_up_for: Mapping[str, float] = field(default_factory=dict)
+    plan: str = ""  # id of the plan that it is a stage of, or takes back
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,6 +329,61 @@ class Revision:
     decision_id: str
     applied_step: int | None = None
     undoes: int = 0
+
+
+PlanState = Literal["running", "waiting", "paused", "done", "aborted"]
+
+
+@dataclass(frozen=True, slots=True)
+class LrPlan:
+    """Multipliers that are put in force in stages, at an operator's word. It is kept for ever.
+
+    `decisions.lr_plan` has the states and what leads from one to the next.
+
+    Attributes:
+        id: Unique in the daemon.
+        run: Name of the run.
+        name: "paper", "measured", "curvature-share", or what the operator calls a set of their own.
+        author: Who started it.
+        reason: Why.
+        made_at: When, in unix seconds.
+        target: The multipliers at its end, of the blocks that it changes.
+        before: Those before it, of the same blocks.
+        stages: The blocks of each stage.
+        ramp_steps: Over how many steps each stage moves.
+        automatic: Whether the next stage follows without being promoted.
+        state: Where it stands.
+        detail: Why it stands there.
+        stages_done: How many stages are over.
+        decisions: Ids of the decisions on its stages, the newest last.
+        under_way: Id of the decision on the stage that is not judged yet; empty where there is none.
+        changed_by: Who brought it into its state; empty for the daemon.
+        changed_reason: Why they did.
+    """
+
+    id: str
+    run: str
+    name: str
+    author: str
+    reason: str
+    made_at: float
+    target: Mapping[str, float]
+    before: Mapping[str, float]
+    stages: tuple[tuple[str, ...], ...]
+    ramp_steps: int
+    automatic: bool
+    state: PlanState = "running"
+    detail: str = ""
+    stages_done: int = 0
+    decisions: tuple[str, ...] = ()
+    under_way: str = ""
+    changed_by: str = ""
+    changed_reason: str = ""
+
+    @property
+    def is_active(self) -> bool:
+        """Whether it goes on, or may."""
+        return self.state not in ("done", "aborted")
 
 
 @dataclass(frozen=True, slots=True)
@@ -399,6 +455,7 @@ class Changes:
         transitions: The changed decisions in every state they had in between, in order.
         checkpoints: By URI the step of each checkpoint that was saved, and None for each that is gone.
         baselines: The state of the run's baselines after the sample that brought the changes; empty if it is not due.
+        plans: Changed plans in every state they had in between, in order.
     """
 
     incidents: tuple[Incident, ...] = ()
@@ -408,6 +465,7 @@ class Changes:
     transitions: tuple[Decision, ...] = ()
     checkpoints: Mapping[str, int | None] = field(default_factory=dict)
     baselines: bytes = b""
+    plans: tuple[LrPlan, ...] = ()
 
 
 NO_CHANGES = Changes()

@@ -209,6 +209,7 @@ class RunDetail(google.protobuf.message.Message):
     ORDER_FIELD_NUMBER: builtins.int
     ORDER_SINCE_STEP_FIELD_NUMBER: builtins.int
     ATTENTION_FIELD_NUMBER: builtins.int
+    PLAN_FIELD_NUMBER: builtins.int
     overhead_ratio: builtins.float
     step_seconds: builtins.float
     block_order_correlation: builtins.float
@@ -255,6 +256,10 @@ class RunDetail(google.protobuf.message.Message):
     def attention(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___AttentionLayer]:
         """The layers whose attention is measured."""
 
+    @property
+    def plan(self) -> Global___Plan:
+        """The newest plan of multipliers; absent where there was none."""
+
     def __init__(
         self,
         *,
@@ -279,10 +284,11 @@ class RunDetail(google.protobuf.message.Message):
         order: collections.abc.Iterable[Global___PairOrder] | None = ...,
         order_since_step: builtins.int | None = ...,
         attention: collections.abc.Iterable[Global___AttentionLayer] | None = ...,
+        plan: Global___Plan | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_block_order_correlation", b"_block_order_correlation", "_objective", b"_objective", "_objective_state", b"_objective_state", "_order_since_step", b"_order_since_step", "_overhead_ratio", b"_overhead_ratio", "_step_seconds", b"_step_seconds", "_swallowed_errors", b"_swallowed_errors", "block_order_correlation", b"block_order_correlation", "objective", b"objective", "objective_state", b"objective_state", "order_since_step", b"order_since_step", "overhead_ratio", b"overhead_ratio", "reference", b"reference", "run", b"run", "step_seconds", b"step_seconds", "swallowed_errors", b"swallowed_errors"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_block_order_correlation", b"_block_order_correlation", "_objective", b"_objective", "_objective_state", b"_objective_state", "_order_since_step", b"_order_since_step", "_overhead_ratio", b"_overhead_ratio", "_step_seconds", b"_step_seconds", "_swallowed_errors", b"_swallowed_errors", "block_order_correlation", b"block_order_correlation", "objective", b"objective", "objective_state", b"objective_state", "order_since_step", b"order_since_step", "overhead_ratio", b"overhead_ratio", "plan", b"plan", "reference", b"reference", "run", b"run", "step_seconds", b"step_seconds", "swallowed_errors", b"swallowed_errors"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_block_order_correlation", b"_block_order_correlation", "_objective", b"_objective", "_objective_state", b"_objective_state", "_order_since_step", b"_order_since_step", "_overhead_ratio", b"_overhead_ratio", "_step_seconds", b"_step_seconds", "_swallowed_errors", b"_swallowed_errors", "alerts", b"alerts", "attention", b"attention", "block_order_correlation", b"block_order_correlation", "blocks", b"blocks", "checkpoints", b"checkpoints", "data_order", b"data_order", "dropped", b"dropped", "estimates", b"estimates", "host", b"host", "objective", b"objective", "objective_state", b"objective_state", "optimizer", b"optimizer", "order", b"order", "order_since_step", b"order_since_step", "overhead_ratio", b"overhead_ratio", "probe_failures", b"probe_failures", "reference", b"reference", "run", b"run", "step_seconds", b"step_seconds", "swallowed_errors", b"swallowed_errors", "twins", b"twins"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_block_order_correlation", b"_block_order_correlation", "_objective", b"_objective", "_objective_state", b"_objective_state", "_order_since_step", b"_order_since_step", "_overhead_ratio", b"_overhead_ratio", "_step_seconds", b"_step_seconds", "_swallowed_errors", b"_swallowed_errors", "alerts", b"alerts", "attention", b"attention", "block_order_correlation", b"block_order_correlation", "blocks", b"blocks", "checkpoints", b"checkpoints", "data_order", b"data_order", "dropped", b"dropped", "estimates", b"estimates", "host", b"host", "objective", b"objective", "objective_state", b"objective_state", "optimizer", b"optimizer", "order", b"order", "order_since_step", b"order_since_step", "overhead_ratio", b"overhead_ratio", "plan", b"plan", "probe_failures", b"probe_failures", "reference", b"reference", "run", b"run", "step_seconds", b"step_seconds", "swallowed_errors", b"swallowed_errors", "twins", b"twins"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__block_order_correlation: typing_extensions.TypeAlias = typing.Literal["block_order_correlation"]
     _WhichOneofArgType__block_order_correlation: typing_extensions.TypeAlias = typing.Literal["_block_order_correlation", b"_block_order_correlation"]
@@ -314,6 +320,135 @@ class RunDetail(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__swallowed_errors) -> _WhichOneofReturnType__swallowed_errors | None: ...
 
 Global___RunDetail: typing_extensions.TypeAlias = RunDetail
+
+@typing.final
+class Plan(google.protobuf.message.Message):
+    """Multipliers that are put in force in stages."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class MultipliersEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.float
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.float = ...,
+        ) -> None: ...
+        _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["key", b"key", "value", b"value"]
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+    @typing.final
+    class BeforeEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.float
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.float = ...,
+        ) -> None: ...
+        _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["key", b"key", "value", b"value"]
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+    ID_FIELD_NUMBER: builtins.int
+    NAME_FIELD_NUMBER: builtins.int
+    STATE_FIELD_NUMBER: builtins.int
+    DETAIL_FIELD_NUMBER: builtins.int
+    MULTIPLIERS_FIELD_NUMBER: builtins.int
+    BEFORE_FIELD_NUMBER: builtins.int
+    STAGES_FIELD_NUMBER: builtins.int
+    STAGES_DONE_FIELD_NUMBER: builtins.int
+    RAMP_STEPS_FIELD_NUMBER: builtins.int
+    AUTOMATIC_FIELD_NUMBER: builtins.int
+    AUTHOR_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    MADE_AT_UNIX_NS_FIELD_NUMBER: builtins.int
+    DECISION_IDS_FIELD_NUMBER: builtins.int
+    CHANGED_BY_FIELD_NUMBER: builtins.int
+    CHANGED_REASON_FIELD_NUMBER: builtins.int
+    id: builtins.str
+    name: builtins.str
+    """paper, measured, curvature-share, or what the operator calls a set of their own."""
+    state: builtins.str
+    """running, waiting, paused, done or aborted."""
+    detail: builtins.str
+    """Why it is in that state."""
+    stages_done: builtins.int
+    """How many of them are over."""
+    ramp_steps: builtins.int
+    automatic: builtins.bool
+    """Whether the next stage follows without being promoted."""
+    author: builtins.str
+    """Who started it and why."""
+    reason: builtins.str
+    made_at_unix_ns: builtins.int
+    changed_by: builtins.str
+    """Who brought it into its state and why; empty for the daemon."""
+    changed_reason: builtins.str
+    @property
+    def multipliers(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]:
+        """At its end and before it, of the blocks that it changes."""
+
+    @property
+    def before(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]: ...
+    @property
+    def stages(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___PlanStage]: ...
+    @property
+    def decision_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """On its stages, the newest last."""
+
+    def __init__(
+        self,
+        *,
+        id: builtins.str = ...,
+        name: builtins.str = ...,
+        state: builtins.str = ...,
+        detail: builtins.str = ...,
+        multipliers: collections.abc.Mapping[builtins.str, builtins.float] | None = ...,
+        before: collections.abc.Mapping[builtins.str, builtins.float] | None = ...,
+        stages: collections.abc.Iterable[Global___PlanStage] | None = ...,
+        stages_done: builtins.int = ...,
+        ramp_steps: builtins.int = ...,
+        automatic: builtins.bool = ...,
+        author: builtins.str = ...,
+        reason: builtins.str = ...,
+        made_at_unix_ns: builtins.int = ...,
+        decision_ids: collections.abc.Iterable[builtins.str] | None = ...,
+        changed_by: builtins.str = ...,
+        changed_reason: builtins.str = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "automatic", b"automatic", "before", b"before", "changed_by", b"changed_by", "changed_reason", b"changed_reason", "decision_ids", b"decision_ids", "detail", b"detail", "id", b"id", "made_at_unix_ns", b"made_at_unix_ns", "multipliers", b"multipliers", "name", b"name", "ramp_steps", b"ramp_steps", "reason", b"reason", "stages", b"stages", "stages_done", b"stages_done", "state", b"state"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___Plan: typing_extensions.TypeAlias = Plan
+
+@typing.final
+class PlanStage(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BLOCKS_FIELD_NUMBER: builtins.int
+    @property
+    def blocks(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        blocks: collections.abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["blocks", b"blocks"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___PlanStage: typing_extensions.TypeAlias = PlanStage
 
 @typing.final
 class PairOrder(google.protobuf.message.Message):
@@ -610,6 +745,7 @@ class Transition(google.protobuf.message.Message):
     AUTHOR_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
     decision_id: builtins.str
+    """Or a plan's id; `outcome` is the plan's state then."""
     at_unix_ns: builtins.int
     outcome: builtins.str
     detail: builtins.str
@@ -1052,6 +1188,231 @@ class ListRevisionsResponse(google.protobuf.message.Message):
 Global___ListRevisionsResponse: typing_extensions.TypeAlias = ListRevisionsResponse
 
 @typing.final
+class StartPlanRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class MultipliersEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.float
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.float = ...,
+        ) -> None: ...
+        _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["key", b"key", "value", b"value"]
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+    RUN_FIELD_NUMBER: builtins.int
+    NAME_FIELD_NUMBER: builtins.int
+    MULTIPLIERS_FIELD_NUMBER: builtins.int
+    STAGES_FIELD_NUMBER: builtins.int
+    RAMP_STEPS_FIELD_NUMBER: builtins.int
+    AUTOMATIC_FIELD_NUMBER: builtins.int
+    AUTHOR_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    DRY_RUN_FIELD_NUMBER: builtins.int
+    run: builtins.str
+    name: builtins.str
+    """paper, measured, curvature-share, or a name for `multipliers`."""
+    ramp_steps: builtins.int
+    automatic: builtins.bool
+    author: builtins.str
+    reason: builtins.str
+    dry_run: builtins.bool
+    """Only answer which plan it would be."""
+    @property
+    def multipliers(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]:
+        """A set of the operator's own; empty for a plan that the daemon knows."""
+
+    @property
+    def stages(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___PlanStage]:
+        """Each block of the plan in one of them. Empty: one block a stage, that of the least raise first."""
+
+    def __init__(
+        self,
+        *,
+        run: builtins.str = ...,
+        name: builtins.str = ...,
+        multipliers: collections.abc.Mapping[builtins.str, builtins.float] | None = ...,
+        stages: collections.abc.Iterable[Global___PlanStage] | None = ...,
+        ramp_steps: builtins.int = ...,
+        automatic: builtins.bool = ...,
+        author: builtins.str = ...,
+        reason: builtins.str = ...,
+        dry_run: builtins.bool = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "automatic", b"automatic", "dry_run", b"dry_run", "multipliers", b"multipliers", "name", b"name", "ramp_steps", b"ramp_steps", "reason", b"reason", "run", b"run", "stages", b"stages"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___StartPlanRequest: typing_extensions.TypeAlias = StartPlanRequest
+
+@typing.final
+class StartPlanResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PLAN_FIELD_NUMBER: builtins.int
+    DECISION_FIELD_NUMBER: builtins.int
+    @property
+    def plan(self) -> Global___Plan: ...
+    @property
+    def decision(self) -> Global___Decision:
+        """On its first stage; absent where that was not sent yet."""
+
+    def __init__(
+        self,
+        *,
+        plan: Global___Plan | None = ...,
+        decision: Global___Decision | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["decision", b"decision", "plan", b"plan"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["decision", b"decision", "plan", b"plan"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___StartPlanResponse: typing_extensions.TypeAlias = StartPlanResponse
+
+@typing.final
+class PromotePlanRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: builtins.int
+    AUTHOR_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    run: builtins.str
+    author: builtins.str
+    reason: builtins.str
+    def __init__(
+        self,
+        *,
+        run: builtins.str = ...,
+        author: builtins.str = ...,
+        reason: builtins.str = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "reason", b"reason", "run", b"run"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___PromotePlanRequest: typing_extensions.TypeAlias = PromotePlanRequest
+
+@typing.final
+class PromotePlanResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PLAN_FIELD_NUMBER: builtins.int
+    DECISION_FIELD_NUMBER: builtins.int
+    @property
+    def plan(self) -> Global___Plan: ...
+    @property
+    def decision(self) -> Global___Decision:
+        """On the next stage; absent where none was sent."""
+
+    def __init__(
+        self,
+        *,
+        plan: Global___Plan | None = ...,
+        decision: Global___Decision | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["decision", b"decision", "plan", b"plan"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["decision", b"decision", "plan", b"plan"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___PromotePlanResponse: typing_extensions.TypeAlias = PromotePlanResponse
+
+@typing.final
+class PausePlanRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: builtins.int
+    AUTHOR_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    run: builtins.str
+    author: builtins.str
+    reason: builtins.str
+    def __init__(
+        self,
+        *,
+        run: builtins.str = ...,
+        author: builtins.str = ...,
+        reason: builtins.str = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "reason", b"reason", "run", b"run"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___PausePlanRequest: typing_extensions.TypeAlias = PausePlanRequest
+
+@typing.final
+class PausePlanResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PLAN_FIELD_NUMBER: builtins.int
+    @property
+    def plan(self) -> Global___Plan: ...
+    def __init__(
+        self,
+        *,
+        plan: Global___Plan | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["plan", b"plan"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["plan", b"plan"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___PausePlanResponse: typing_extensions.TypeAlias = PausePlanResponse
+
+@typing.final
+class AbortPlanRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: builtins.int
+    AUTHOR_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    run: builtins.str
+    author: builtins.str
+    reason: builtins.str
+    def __init__(
+        self,
+        *,
+        run: builtins.str = ...,
+        author: builtins.str = ...,
+        reason: builtins.str = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "reason", b"reason", "run", b"run"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___AbortPlanRequest: typing_extensions.TypeAlias = AbortPlanRequest
+
+@typing.final
+class AbortPlanResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PLAN_FIELD_NUMBER: builtins.int
+    DECISION_FIELD_NUMBER: builtins.int
+    @property
+    def plan(self) -> Global___Plan: ...
+    @property
+    def decision(self) -> Global___Decision:
+        """That takes its stages back; absent where none was in force."""
+
+    def __init__(
+        self,
+        *,
+        plan: Global___Plan | None = ...,
+        decision: Global___Decision | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["decision", b"decision", "plan", b"plan"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["decision", b"decision", "plan", b"plan"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___AbortPlanResponse: typing_extensions.TypeAlias = AbortPlanResponse
+
+@typing.final
 class RequestRollbackRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -1215,6 +1576,7 @@ class ListTransitionsResponse(google.protobuf.message.Message):
 
     TRANSITIONS_FIELD_NUMBER: builtins.int
     DECISIONS_FIELD_NUMBER: builtins.int
+    PLANS_FIELD_NUMBER: builtins.int
     @property
     def transitions(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Transition]:
         """Oldest first."""
@@ -1223,13 +1585,18 @@ class ListTransitionsResponse(google.protobuf.message.Message):
     def decisions(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Decision]:
         """The decisions that they are of, as they are now, newest first."""
 
+    @property
+    def plans(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Plan]:
+        """The plans that they are of, as they are now."""
+
     def __init__(
         self,
         *,
         transitions: collections.abc.Iterable[Global___Transition] | None = ...,
         decisions: collections.abc.Iterable[Global___Decision] | None = ...,
+        plans: collections.abc.Iterable[Global___Plan] | None = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["decisions", b"decisions", "transitions", b"transitions"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["decisions", b"decisions", "plans", b"plans", "transitions", b"transitions"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___ListTransitionsResponse: typing_extensions.TypeAlias = ListTransitionsResponse

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from sharpwatch.curvature.statistics.estimate import Estimate
 from sharpwatch.daemon.detection.reference import ReferenceTest
-from sharpwatch.daemon.records import Checkpoint, Decision, Incident, PairOrder, Revision, RollbackPlan, Silence
+from sharpwatch.daemon.records import Checkpoint, Decision, Incident, LrPlan, PairOrder, Revision, RollbackPlan, Silence
 from sharpwatch.daemon.runs.snapshot import Phase, RunSnapshot
 from sharpwatch.daemon.storage.schema import TransitionRow
 from sharpwatch.v1 import operator_pb2, types_pb2
@@ -148,6 +148,28 @@ def revision_message(revision: Revision) -> operator_pb2.Revision:
         decision_id=revision.decision_id,
         applied_step=revision.applied_step,
         undoes=revision.undoes,
+    )
+
+
+def plan_message(plan: LrPlan) -> operator_pb2.Plan:
+    """Returns a learning-rate plan as a message."""
+    return operator_pb2.Plan(
+        id=plan.id,
+        name=plan.name,
+        state=plan.state,
+        detail=plan.detail,
+        multipliers=plan.target,
+        before=plan.before,
+        stages=[operator_pb2.PlanStage(blocks=stage) for stage in plan.stages],
+        stages_done=plan.stages_done,
+        ramp_steps=plan.ramp_steps,
+        automatic=plan.automatic,
+        author=plan.author,
+        reason=plan.reason,
+        made_at_unix_ns=_nanoseconds(plan.made_at),
+        decision_ids=plan.decisions,
+        changed_by=plan.changed_by,
+        changed_reason=plan.changed_reason,
     )
 
 

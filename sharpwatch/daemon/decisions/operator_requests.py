@@ -10,7 +10,7 @@ from sharpwatch.daemon.decisions.decision_log import DecisionLog
 from sharpwatch.daemon.decisions.guards import OK, Permissions
 from sharpwatch.daemon.decisions.policy import newest
 from sharpwatch.daemon.decisions.transitions import UNDER_WAY, Event, can
-from sharpwatch.daemon.records import Action, Checkpoint, Decision, RollbackPlan
+from sharpwatch.daemon.records import Action, Checkpoint, Decision, LrPlan, RollbackPlan
 from sharpwatch.errors import OperatorError
 
 EXPIRES_AFTER_STEPS = 1000  # an operator's command that a trainer could not take for so long is not wanted any more
@@ -38,8 +38,8 @@ class OperatorRequests:
         self, wanted: Mapping[str, float], ramp_steps: int, apply_at_step: int, operator: OperatorContext
     ) -> Decision:
         """Put `wanted` in force; blocks that are not named keep what they have."""
-        _permitted(self._permissions.multipliers())
-        self._check_set(wanted)
+        self.require_multipliers()
+        self.check_set(wanted)
         if ramp_steps < 0:
             raise OperatorError(f"ramp_steps must be 0 or more, got {ramp_steps}")
         step = operator.step or 0
@@ -52,7 +52,7 @@ class OperatorRequests:
 
     def undo(self, number: int, operator: OperatorContext) -> Decision:
         """Put the set before revision `number` in force again; 0 is the newest that changed something."""
-        _permitted(self._permissions.multipliers())
+        self.require_multipliers()
         log = self._log
         done = {revision.revision: revision for revision in log.effective()}
         if not number:
@@ -66,6 +66,18 @@ class OperatorRequests:
             raise OperatorError(f"the set before revision {number} is in force already")
         made = self._draft("set_lr", replace(operator, reason=operator.reason or f"undo of revision {number}"))
         return self._revise(replace(made, multipliers=self._within(target)), undoes=number)
+
+    def roll_out(
+        self,
+        plan: LrPlan,
+        multipliers: Mapping[str, float],
+        ramp_steps: int,
+        operator: OperatorContext,
+        undoes: int = 0,
+    ) -> Decision:
+        """Put the set in force that a stage of a plan leads to, or with `undoes` one from before it."""
+        made = replace(self._draft("set_lr", operator), plan=plan.id, ramp_steps=ramp_steps)
+        return self._revise(replace(made, multipliers=self._within(multipliers)), undoes=undoes)
 
     def reissue(self, step: int, now: float) -> Decision | None:
         """Put the set in force again: a new attempt of the run begins with every multiplier at 1."""
@@ -139,7 +151,12 @@ class OperatorRequests:
             raise OperatorError(f"decision {identity} is {made.outcome}: only a proposal can be {participle}")
         return made
 
-    def _check_set(self, wanted: Mapping[str, float]) -> None:
+    def require_multipliers(self) -> None:
+        """Raise `OperatorError` where the run takes no multipliers."""
+        _permitted(self._permissions.multipliers())
+
+    def check_set(self, wanted: Mapping[str, float]) -> None:
+        """Raise `OperatorError` where a set names a block that the run lacks, or a multiplier that it does not take."""
         low, high = self._permissions.lr_bounds
         blocks = self._log.blocks
         if not wanted:

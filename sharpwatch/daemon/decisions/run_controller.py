@@ -12,8 +12,10 @@ from sharpwatch.daemon.decisions.decision_log import DecisionLog
 from sharpwatch.daemon.decisions.engine import PolicyEngine
 from sharpwatch.daemon.decisions.guards import Control, Permissions
 from sharpwatch.daemon.decisions.lifecycle import DecisionLifecycle
+from sharpwatch.daemon.decisions.lr_plan import Estimates, PlanRequest
 from sharpwatch.daemon.decisions.muting import ActiveSilences, no_silences
 from sharpwatch.daemon.decisions.operator_requests import OperatorContext, OperatorRequests
+from sharpwatch.daemon.decisions.plan_rollout import PlanRollout
 from sharpwatch.daemon.decisions.policy import MODES, EscalationChain, strongest
 from sharpwatch.daemon.decisions.transitions import UNDER_WAY
 from sharpwatch.daemon.detection.history import Losses, StepHistory
@@ -27,6 +29,7 @@ from sharpwatch.daemon.records import (
     CheckpointReport,
     Decision,
     Incident,
+    LrPlan,
     Mode,
     Observation,
     ReportedResult,
@@ -75,6 +78,7 @@ class RunController:
         self.detection = RunDetection(run, layer_blocks, parameters, new_id, budget, parameter_names=parameter_names)
         self._incidents = self.detection.incidents
         self._requests = OperatorRequests(self._log, permissions, new_id)
+        self._rollout = PlanRollout(self._log, self.detection, self._requests, new_id)
         self._lifecycle = DecisionLifecycle(self._log, self.detection, self._chain)
         self._engine = PolicyEngine(self._log, self.detection, self._chain, permissions, new_id, silences, maintenance)
         self._checkpoints: dict[str, Checkpoint] = {}  # by URI, in the order they were saved
@@ -112,6 +116,11 @@ class RunController:
     def revisions(self) -> tuple[Revision, ...]:
         """Every LR revision, from 1 on."""
         return self._log.revisions
+
+    @property
+    def plans(self) -> tuple[LrPlan, ...]:
+        """Every learning-rate plan, oldest first; at most the newest one goes on."""
+        return self._log.plans
 
     @property
     def newest_revision(self) -> int:
@@ -155,6 +164,8 @@ class RunController:
                 self._requests.reissue(obs.step, now)
         if findings or self._log.newest_revision:  # without a revision there is nothing to ramp back
             self._engine.act(findings, self.checkpoints, self._mode, obs.step, now)
+        if self._log.plan is not None:
+            self._rollout.step(obs.step, now)
         changes = self._log.take() if self._log.changed else NO_CHANGES
         self._observed += 1
         if self._observed % SAVE_EVERY == 0:
@@ -278,12 +289,24 @@ class RunController:
         now: float,
     ) -> Changes:
         """Put an operator's multipliers in force; raises `OperatorError` on what can't be."""
-        self._requests.set(multipliers, ramp_steps, apply_at_step, OperatorContext(author, reason, self._step, now))
+        operator = OperatorContext(author, reason, self._step, now)
+        self._rollout.taken_over(self._requests.set(multipliers, ramp_steps, apply_at_step, operator))
         return self._log.take()
 
     def undo(self, revision: int, author: str, reason: str, now: float) -> Changes:
         """Put the set before `revision` (0: the newest) in force again; raises `OperatorError`."""
-        self._requests.undo(revision, OperatorContext(author, reason, self._step, now))
+        self._rollout.taken_over(self._requests.undo(revision, OperatorContext(author, reason, self._step, now)))
+        return self._log.take()
+
+    def draft_plan(self, request: PlanRequest, estimates: Estimates, author: str, reason: str, now: float) -> LrPlan:
+        """The learning-rate plan that would be started; raises `OperatorError` where it can't be."""
+        return self._rollout.drafted(request, estimates, OperatorContext(author, reason, self._step, now))
+
+    def change_plan(
+        self, change: Callable[[PlanRollout, OperatorContext], None], author: str, reason: str, now: float
+    ) -> Changes:
+        """Start, promote, pause or abort a learning-rate plan, by a method of its rollout; raises `OperatorError`."""
+        change(self._rollout, OperatorContext(author, reason, self._step, now))
         return self._log.take()
 
     def request_rollback(  # noqa: PLR0913, PLR0917  the fields of the operator's request
@@ -327,17 +350,18 @@ class RunController:
         self._mode = mode
         return self._log.take()
 
-    def restore(
+    def restore(  # noqa: PLR0913, PLR0917  the kinds of records
         self,
         incidents: Iterable[Incident],
         decisions: Iterable[Decision],
         revisions: Iterable[Revision],
         checkpoints: Iterable[Checkpoint],
         mode: Mode | None,
+        plans: Iterable[LrPlan] = (),
     ) -> None:
         """Take up journalled records; `replay` of the newest samples gives the rest."""
         self._incidents.restore(incidents)
-        self._log.restore(decisions, tuple(revisions))
+        self._log.restore(decisions, tuple(revisions), plans)
         self.note_checkpoints(CheckpointReport(tuple(checkpoints)))
         self._mode = mode or self._mode
         self._new_attempt = False
@@ -352,7 +376,8 @@ class RunController:
 
     def take_over(self, earlier: RunController) -> None:
         """Carry on for a new attempt of the run, whose trainer begins with every multiplier at 1."""
-        self.restore(earlier.incidents, earlier.decisions, earlier.revisions, earlier.checkpoints, earlier.own_mode)
+        log = earlier._log
+        self.restore(earlier.incidents, log.decisions, log.revisions, earlier.checkpoints, earlier.own_mode, log.plans)
         self.detection.take_over(earlier.detection)
         self._step = earlier._step
         self.begin_anew()
