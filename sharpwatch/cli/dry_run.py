@@ -14,12 +14,15 @@ from sharpwatch.cli.client import connected, find_connection, plain_words, some
 from sharpwatch.cli.options import DaemonOptions
 from sharpwatch.errors import OperatorError
 from sharpwatch.v1.operator_pb2 import (
+    AbortPlanRequest,
     ApproveDecisionRequest,
     Decision,
     GetDaemonRequest,
     GetRunRequest,
     ListRevisionsRequest,
     ListRunsRequest,
+    PausePlanRequest,
+    PromotePlanRequest,
     RejectDecisionRequest,
     RequestRollbackRequest,
     Run,
@@ -31,8 +34,14 @@ from sharpwatch.v1.operator_pb2 import (
 from sharpwatch.v1.operator_pb2_grpc import OperatorServiceStub
 from sharpwatch.v1.types_pb2 import Rollback
 
-Change = SetLearningRatesRequest | UndoLearningRatesRequest | RequestRollbackRequest | SetModeRequest
+PlanChange = PromotePlanRequest | PausePlanRequest | AbortPlanRequest
+Change = SetLearningRatesRequest | UndoLearningRatesRequest | RequestRollbackRequest | SetModeRequest | PlanChange
 Answer = ApproveDecisionRequest | RejectDecisionRequest
+_CHANGEABLE: dict[type[PlanChange], tuple[str, ...]] = {  # the states in which a plan takes each change
+    PromotePlanRequest: ("waiting", "paused"),
+    PausePlanRequest: ("running", "waiting"),
+    AbortPlanRequest: ("running", "waiting", "paused"),
+}
 _SECONDS = 10.0  # deadline for the one answer that is read from a stream
 
 
@@ -110,6 +119,8 @@ def _checked(stub: OperatorServiceStub, request: Change | Answer, runs: dict[str
         case RequestRollbackRequest():
             _controlled(run)
             return _rolled_back(stub, request, run)
+        case PromotePlanRequest() | PausePlanRequest() | AbortPlanRequest():
+            return _planned(stub, request, run)
     return ""
 
 
@@ -128,6 +139,18 @@ def _named_in_full(given: str, runs: dict[str, Run]) -> Run:
 def _controlled(run: Run) -> None:
     if run.control == "none":
         raise OperatorError(f'run {run.run} was attached with control="none"')
+
+
+def _planned(stub: OperatorServiceStub, request: PlanChange, run: Run) -> str:
+    """The plan that would be changed."""
+    detail = stub.GetRun(GetRunRequest(run=run.run)).detail
+    if not detail.HasField("plan"):
+        raise OperatorError(f"run {run.run} has no plan; start one with: sharpwatch lr plan")
+    plan, states = detail.plan, _CHANGEABLE[type(request)]
+    stands = f"plan {plan.name} is {plan.state}" + (f" ({plan.detail})" if plan.detail else "")
+    if plan.state not in states:
+        raise OperatorError(f"{stands}; it must be {' or '.join(states)}")
+    return stands
 
 
 def _rolled_back(stub: OperatorServiceStub, request: RequestRollbackRequest, run: Run) -> str:

@@ -114,11 +114,24 @@ def _multiplier(text: str) -> tuple[str, float]:
     return block, value
 
 
+def _multiplier_list(text: str) -> tuple[tuple[str, float], ...]:
+    return tuple(map(_multiplier, text.split(",")))
+
+
+def _stages(text: str) -> tuple[tuple[str, ...], ...]:
+    stages = tuple(tuple(stage.split("+")) for stage in text.split(","))
+    if not all(block for stage in stages for block in stage):
+        raise ValueError(f"{text!r} does not name stages; they are blocks joined by + and stages by a comma: vo,ffn+qk")
+    return stages
+
+
 COUNT = whole_number(0)
 SECONDS = ParsedText("seconds", _seconds)
 DURATION = ParsedText("duration", _duration)
 STEP_RANGE = ParsedText("steps", _step_range)
 MULTIPLIER = ParsedText("multiplier", _multiplier)
+MULTIPLIERS = ParsedText("multipliers", _multiplier_list)
+STAGES = ParsedText("stages", _stages)
 
 
 # Shared options
@@ -174,7 +187,10 @@ def _remember(ctx: click.Context, param: click.Parameter, value: Any) -> None:
         setattr(options, str(param.name), value)
 
 
-def _multipliers(ctx: click.Context, param: click.Parameter, value: Sequence[tuple[str, float]]) -> Mapping[str, float]:
+def gather_multipliers(
+    ctx: click.Context, param: click.Parameter, value: Sequence[tuple[str, float]]
+) -> Mapping[str, float]:
+    """The callback of a parameter that gives each block its multiplier, once."""
     gathered: dict[str, float] = {}
     for block, factor in value:
         if block in gathered:
@@ -191,7 +207,7 @@ def multipliers_argument() -> Decorator:
         nargs=-1,
         required=True,
         type=MULTIPLIER,
-        callback=_multipliers,
+        callback=gather_multipliers,
         help="The learning-rate multiplier of a block, such as qk=0.5. Blocks that are not named keep theirs.",
     )
 

@@ -377,6 +377,8 @@ class Plan(google.protobuf.message.Message):
     DECISION_IDS_FIELD_NUMBER: builtins.int
     CHANGED_BY_FIELD_NUMBER: builtins.int
     CHANGED_REASON_FIELD_NUMBER: builtins.int
+    UNDER_WAY_FIELD_NUMBER: builtins.int
+    RUN_FIELD_NUMBER: builtins.int
     id: builtins.str
     name: builtins.str
     """paper, measured, curvature-share, or what the operator calls a set of their own."""
@@ -396,6 +398,9 @@ class Plan(google.protobuf.message.Message):
     changed_by: builtins.str
     """Who brought it into its state and why; empty for the daemon."""
     changed_reason: builtins.str
+    under_way: builtins.str
+    """The decision on the stage that is not judged yet; empty where there is none."""
+    run: builtins.str
     @property
     def multipliers(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]:
         """At its end and before it, of the blocks that it changes."""
@@ -427,8 +432,10 @@ class Plan(google.protobuf.message.Message):
         decision_ids: collections.abc.Iterable[builtins.str] | None = ...,
         changed_by: builtins.str = ...,
         changed_reason: builtins.str = ...,
+        under_way: builtins.str = ...,
+        run: builtins.str = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "automatic", b"automatic", "before", b"before", "changed_by", b"changed_by", "changed_reason", b"changed_reason", "decision_ids", b"decision_ids", "detail", b"detail", "id", b"id", "made_at_unix_ns", b"made_at_unix_ns", "multipliers", b"multipliers", "name", b"name", "ramp_steps", b"ramp_steps", "reason", b"reason", "stages", b"stages", "stages_done", b"stages_done", "state", b"state"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "automatic", b"automatic", "before", b"before", "changed_by", b"changed_by", "changed_reason", b"changed_reason", "decision_ids", b"decision_ids", "detail", b"detail", "id", b"id", "made_at_unix_ns", b"made_at_unix_ns", "multipliers", b"multipliers", "name", b"name", "ramp_steps", b"ramp_steps", "reason", b"reason", "run", b"run", "stages", b"stages", "stages_done", b"stages_done", "state", b"state", "under_way", b"under_way"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Plan: typing_extensions.TypeAlias = Plan

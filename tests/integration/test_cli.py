@@ -244,7 +244,7 @@ async def test_a_trainer_that_refuses_is_a_failure_that_says_why(operator, cli):
 
 async def test_a_trainer_that_never_answers_is_not_waited_for_for_ever(operator, cli):
     status, out, err = await cli("lr", "set", "gpt2-a1", "qk=0.5", "--timeout", "0.5")
-    assert (status, out) == (1, "")
+    assert (status, out) == (3, "")
     assert err == (
         "sharpwatch: no answer from the trainer of gpt2-a1 within 0.5 s; decision d1 stays sent: "
         "see sharpwatch decisions gpt2-a1\n"
@@ -257,7 +257,7 @@ async def test_interrupted_waiting_says_that_the_decision_stands(operator, start
     await operator.watched.wait()
     process.send_signal(2)
     out, err = await process.communicate()
-    assert (process.returncode, out) == (1, b"")
+    assert (process.returncode, out) == (3, b"")
     assert err.decode().startswith("sharpwatch: stopped waiting; decision d1 stays sent")
     await operator.abandoned.wait()
 

@@ -1,4 +1,4 @@
-"""`sharpwatch lr`: the learning-rate multipliers of a run's blocks, and their revisions."""
+"""`sharpwatch lr`: the learning-rate multipliers of a run's blocks, their revisions and plans."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import click
 from sharpwatch.cli import output
 from sharpwatch.cli.client import author, operator, resolve_run, run_argument
 from sharpwatch.cli.commands.decisions import follow
+from sharpwatch.cli.commands.lr_plan import abort, pause, plan, plan_table, promote
 from sharpwatch.cli.dry_run import dry_run_option, preview
 from sharpwatch.cli.options import (
     COUNT,
@@ -32,8 +33,8 @@ from sharpwatch.v1.operator_pb2 import (
 
 lr = CommandGroup(
     "lr",
-    help="Show, set and undo the multipliers of a run's learning rates. Each block has one; every change of them is "
-    "a numbered revision.",
+    help="Show, set and undo the multipliers of a run's learning rates, or roll a plan of them out in stages. Each "
+    "block has one; every change of them is a numbered revision.",
     example="sharpwatch lr set gpt2-a1 qk=0.5 --reason 'loss spikes'\nsharpwatch lr undo gpt2-a1",
 )
 
@@ -42,7 +43,7 @@ lr = CommandGroup(
 @run_argument()
 @click.pass_obj
 def show(options: DaemonOptions, run: str) -> None:
-    """Show each block's learning rate and multiplier, and the newest revision."""
+    """Show each block's learning rate and multiplier, the newest revision and the newest plan."""
     with operator(options) as stub:
         name = resolve_run(stub, run)
         detail = stub.GetRun(GetRunRequest(run=name)).detail
@@ -52,12 +53,14 @@ def show(options: DaemonOptions, run: str) -> None:
         "run": name,
         "lr_revision": detail.run.lr_revision,
         "newest_revision": to_dict(newest) if newest else None,
+        "plan": to_dict(detail.plan) if detail.HasField("plan") else None,
         "blocks": [
             {name: block[name] for name in ("block", "learning_rate", "lr_multiplier")}
             for block in to_dict(detail)["blocks"]
         ],
     }
     grids = [rate_table(detail, newest), *([revision_table([newest])] if newest else [])]
+    grids += [plan_table(detail.plan)] if detail.HasField("plan") else []
     print_answer(payload, grids, as_json=options.json)
 
 
@@ -173,3 +176,7 @@ def undo(  # noqa: PLR0913 - click passes every option by name
     with operator(options) as stub:
         decision = stub.UndoLearningRates(request).decision
         follow(stub, decision, timeout, as_json=options.json)
+
+
+for command in (plan, promote, pause, abort):
+    lr.add_command(command)

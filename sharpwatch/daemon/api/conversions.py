@@ -170,6 +170,8 @@ def plan_message(plan: LrPlan) -> operator_pb2.Plan:
         decision_ids=plan.decisions,
         changed_by=plan.changed_by,
         changed_reason=plan.changed_reason,
+        under_way=plan.under_way,
+        run=plan.run,
     )
 
 

@@ -275,7 +275,7 @@ class OperatorService(OperatorServiceServicer):
         since = newest[-1].made_at if len(newest) == limit else 0.0
         plans = [plan for plan in self._plans(request.run) if plan.made_at >= since]
         try:
-            rows = await self._store.transitions([each.id for each in (*newest, *plans)])
+            rows = await self._store.transitions([made.id for made in newest] + [plan.id for plan in plans])
         except StoreError as error:
             await context.abort(grpc.StatusCode.UNAVAILABLE, f"the journal can't be read: {error}")
         return pb.ListTransitionsResponse(
