@@ -93,7 +93,8 @@ def _line(sent: tuple[Change | Answer, str]) -> str:
     request, effect = sent
     fields = []
     for field, value in request.ListFields():
-        text = output.multipliers(value, value) if field.name == "multipliers" else str(value)
+        shown = {"multipliers": lambda given: output.multipliers(given, given), "update_every": output.intervals}
+        text = shown.get(field.name, str)(value)
         fields.append(f"{field.name} {text}")
     return output.clean("; ".join((f"{_call(request)} {', '.join(fields)}", *([effect] if effect else []))))
 
@@ -107,7 +108,8 @@ def _checked(stub: OperatorServiceStub, request: Change | Answer, runs: dict[str
         case SetLearningRatesRequest():
             _controlled(run)
             blocks = [block.block for block in stub.GetRun(GetRunRequest(run=run.run)).detail.blocks]
-            unknown = next((block for block in request.multipliers if block not in blocks), None)
+            named = (*request.multipliers, *request.update_every)
+            unknown = next((block for block in named if block not in blocks), None)
             if unknown is not None:
                 raise OperatorError(f"run {run.run} has no block {unknown!r}; allowed: {', '.join(blocks)}")
         case UndoLearningRatesRequest():

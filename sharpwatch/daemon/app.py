@@ -216,6 +216,7 @@ def _controller(config: Config, silences: Silences, hello: RunHello, earlier: Ru
         control=hello.control,
         lr_bounds=hello.lr_bounds,
         can_roll_back=hello.can_roll_back,
+        takes_intervals=hello.takes_update_intervals,
         silences=silences.active,
         maintenance=config.maintenance,
     )

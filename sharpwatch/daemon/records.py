@@ -313,12 +313,14 @@ class Decision:
     reason: str = ""
     # By block how many times too high the trainer's own rate is; the multipliers make up for it, and go with it.
     makes_up_for: Mapping[str, float] = field(default_factory=dict)
+    # Every how many steps a block is updated, 1 where it is not named; None keeps what is in force.
+    update_every: Mapping[str, int] | None = None
     plan: str = ""  # id of the plan that it is a stage of, or takes back
 
 
 @dataclass(frozen=True, slots=True)
 class Revision:
-    """A numbered set of block multipliers; a block that is not named has 1."""
+    """A numbered set of block multipliers, and of update intervals; a block that is not named has 1."""
 
     run: str
     revision: int
@@ -329,6 +331,7 @@ class Revision:
     decision_id: str
     applied_step: int | None = None
     undoes: int = 0
+    update_every: Mapping[str, int] = field(default_factory=dict)
 
 
 PlanState = Literal["running", "waiting", "paused", "done", "aborted"]

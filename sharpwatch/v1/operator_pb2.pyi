@@ -107,6 +107,7 @@ class Block(google.protobuf.message.Message):
     LR_MULTIPLIER_FIELD_NUMBER: builtins.int
     ESTIMATES_FIELD_NUMBER: builtins.int
     GRADIENT_NOISE_FIELD_NUMBER: builtins.int
+    UPDATE_EVERY_FIELD_NUMBER: builtins.int
     block: builtins.str
     parameters: builtins.int
     gradient_norm: builtins.float
@@ -116,6 +117,8 @@ class Block(google.protobuf.message.Message):
     learning_rate: builtins.float
     lr_multiplier: builtins.float
     gradient_noise: builtins.float
+    update_every: builtins.int
+    """It is updated at steps that this divides, as the trainer reports it."""
     @property
     def estimates(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[sharpwatch.v1.types_pb2.Estimate]: ...
     def __init__(
@@ -131,10 +134,11 @@ class Block(google.protobuf.message.Message):
         lr_multiplier: builtins.float | None = ...,
         estimates: collections.abc.Iterable[sharpwatch.v1.types_pb2.Estimate] | None = ...,
         gradient_noise: builtins.float | None = ...,
+        update_every: builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_gradient_noise", b"_gradient_noise", "_gradient_norm", b"_gradient_norm", "_learning_rate", b"_learning_rate", "_lr_multiplier", b"_lr_multiplier", "_update_ratio", b"_update_ratio", "_update_rms", b"_update_rms", "_weight_norm", b"_weight_norm", "gradient_noise", b"gradient_noise", "gradient_norm", b"gradient_norm", "learning_rate", b"learning_rate", "lr_multiplier", b"lr_multiplier", "update_ratio", b"update_ratio", "update_rms", b"update_rms", "weight_norm", b"weight_norm"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_gradient_noise", b"_gradient_noise", "_gradient_norm", b"_gradient_norm", "_learning_rate", b"_learning_rate", "_lr_multiplier", b"_lr_multiplier", "_update_every", b"_update_every", "_update_ratio", b"_update_ratio", "_update_rms", b"_update_rms", "_weight_norm", b"_weight_norm", "gradient_noise", b"gradient_noise", "gradient_norm", b"gradient_norm", "learning_rate", b"learning_rate", "lr_multiplier", b"lr_multiplier", "update_every", b"update_every", "update_ratio", b"update_ratio", "update_rms", b"update_rms", "weight_norm", b"weight_norm"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_gradient_noise", b"_gradient_noise", "_gradient_norm", b"_gradient_norm", "_learning_rate", b"_learning_rate", "_lr_multiplier", b"_lr_multiplier", "_update_ratio", b"_update_ratio", "_update_rms", b"_update_rms", "_weight_norm", b"_weight_norm", "block", b"block", "estimates", b"estimates", "gradient_noise", b"gradient_noise", "gradient_norm", b"gradient_norm", "learning_rate", b"learning_rate", "lr_multiplier", b"lr_multiplier", "parameters", b"parameters", "update_ratio", b"update_ratio", "update_rms", b"update_rms", "weight_norm", b"weight_norm"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_gradient_noise", b"_gradient_noise", "_gradient_norm", b"_gradient_norm", "_learning_rate", b"_learning_rate", "_lr_multiplier", b"_lr_multiplier", "_update_every", b"_update_every", "_update_ratio", b"_update_ratio", "_update_rms", b"_update_rms", "_weight_norm", b"_weight_norm", "block", b"block", "estimates", b"estimates", "gradient_noise", b"gradient_noise", "gradient_norm", b"gradient_norm", "learning_rate", b"learning_rate", "lr_multiplier", b"lr_multiplier", "parameters", b"parameters", "update_every", b"update_every", "update_ratio", b"update_ratio", "update_rms", b"update_rms", "weight_norm", b"weight_norm"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__gradient_noise: typing_extensions.TypeAlias = typing.Literal["gradient_noise"]
     _WhichOneofArgType__gradient_noise: typing_extensions.TypeAlias = typing.Literal["_gradient_noise", b"_gradient_noise"]
@@ -144,6 +148,8 @@ class Block(google.protobuf.message.Message):
     _WhichOneofArgType__learning_rate: typing_extensions.TypeAlias = typing.Literal["_learning_rate", b"_learning_rate"]
     _WhichOneofReturnType__lr_multiplier: typing_extensions.TypeAlias = typing.Literal["lr_multiplier"]
     _WhichOneofArgType__lr_multiplier: typing_extensions.TypeAlias = typing.Literal["_lr_multiplier", b"_lr_multiplier"]
+    _WhichOneofReturnType__update_every: typing_extensions.TypeAlias = typing.Literal["update_every"]
+    _WhichOneofArgType__update_every: typing_extensions.TypeAlias = typing.Literal["_update_every", b"_update_every"]
     _WhichOneofReturnType__update_ratio: typing_extensions.TypeAlias = typing.Literal["update_ratio"]
     _WhichOneofArgType__update_ratio: typing_extensions.TypeAlias = typing.Literal["_update_ratio", b"_update_ratio"]
     _WhichOneofReturnType__update_rms: typing_extensions.TypeAlias = typing.Literal["update_rms"]
@@ -158,6 +164,8 @@ class Block(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__learning_rate) -> _WhichOneofReturnType__learning_rate | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__lr_multiplier) -> _WhichOneofReturnType__lr_multiplier | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__update_every) -> _WhichOneofReturnType__update_every | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__update_ratio) -> _WhichOneofReturnType__update_ratio | None: ...
     @typing.overload
@@ -664,6 +672,23 @@ class Decision(google.protobuf.message.Message):
         _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["key", b"key", "value", b"value"]
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
+    @typing.final
+    class UpdateEveryEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.int
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.int = ...,
+        ) -> None: ...
+        _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["key", b"key", "value", b"value"]
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
     ID_FIELD_NUMBER: builtins.int
     RUN_FIELD_NUMBER: builtins.int
     MADE_AT_UNIX_NS_FIELD_NUMBER: builtins.int
@@ -682,6 +707,7 @@ class Decision(google.protobuf.message.Message):
     REVISION_FIELD_NUMBER: builtins.int
     AUTHOR_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
+    UPDATE_EVERY_FIELD_NUMBER: builtins.int
     id: builtins.str
     run: builtins.str
     made_at_unix_ns: builtins.int
@@ -707,6 +733,10 @@ class Decision(google.protobuf.message.Message):
     def multipliers(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]: ...
     @property
     def rollback(self) -> sharpwatch.v1.types_pb2.Rollback: ...
+    @property
+    def update_every(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]:
+        """As in Revision; of every decision that has one."""
+
     def __init__(
         self,
         *,
@@ -728,10 +758,11 @@ class Decision(google.protobuf.message.Message):
         revision: builtins.int = ...,
         author: builtins.str = ...,
         reason: builtins.str = ...,
+        update_every: collections.abc.Mapping[builtins.str, builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_applied_step", b"_applied_step", "applied_step", b"applied_step", "rollback", b"rollback"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_applied_step", b"_applied_step", "action", b"action", "alert_id", b"alert_id", "alert_name", b"alert_name", "applied_step", b"applied_step", "author", b"author", "detail", b"detail", "guard", b"guard", "id", b"id", "made_at_unix_ns", b"made_at_unix_ns", "mode", b"mode", "multipliers", b"multipliers", "outcome", b"outcome", "policy", b"policy", "reason", b"reason", "revision", b"revision", "rollback", b"rollback", "run", b"run", "step", b"step"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_applied_step", b"_applied_step", "action", b"action", "alert_id", b"alert_id", "alert_name", b"alert_name", "applied_step", b"applied_step", "author", b"author", "detail", b"detail", "guard", b"guard", "id", b"id", "made_at_unix_ns", b"made_at_unix_ns", "mode", b"mode", "multipliers", b"multipliers", "outcome", b"outcome", "policy", b"policy", "reason", b"reason", "revision", b"revision", "rollback", b"rollback", "run", b"run", "step", b"step", "update_every", b"update_every"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__applied_step: typing_extensions.TypeAlias = typing.Literal["applied_step"]
     _WhichOneofArgType__applied_step: typing_extensions.TypeAlias = typing.Literal["_applied_step", b"_applied_step"]
@@ -795,6 +826,23 @@ class Revision(google.protobuf.message.Message):
         _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["key", b"key", "value", b"value"]
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
+    @typing.final
+    class UpdateEveryEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.int
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.int = ...,
+        ) -> None: ...
+        _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["key", b"key", "value", b"value"]
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
     REVISION_FIELD_NUMBER: builtins.int
     MULTIPLIERS_FIELD_NUMBER: builtins.int
     AUTHOR_FIELD_NUMBER: builtins.int
@@ -803,6 +851,7 @@ class Revision(google.protobuf.message.Message):
     DECISION_ID_FIELD_NUMBER: builtins.int
     APPLIED_STEP_FIELD_NUMBER: builtins.int
     UNDOES_FIELD_NUMBER: builtins.int
+    UPDATE_EVERY_FIELD_NUMBER: builtins.int
     revision: builtins.int
     author: builtins.str
     reason: builtins.str
@@ -814,6 +863,10 @@ class Revision(google.protobuf.message.Message):
     """The revision that this one undoes; 0: none."""
     @property
     def multipliers(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]: ...
+    @property
+    def update_every(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]:
+        """Blocks that are updated only at steps which this divides."""
+
     def __init__(
         self,
         *,
@@ -825,10 +878,11 @@ class Revision(google.protobuf.message.Message):
         decision_id: builtins.str = ...,
         applied_step: builtins.int | None = ...,
         undoes: builtins.int = ...,
+        update_every: collections.abc.Mapping[builtins.str, builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_applied_step", b"_applied_step", "applied_step", b"applied_step"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_applied_step", b"_applied_step", "applied_step", b"applied_step", "author", b"author", "decision_id", b"decision_id", "made_at_unix_ns", b"made_at_unix_ns", "multipliers", b"multipliers", "reason", b"reason", "revision", b"revision", "undoes", b"undoes"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_applied_step", b"_applied_step", "applied_step", b"applied_step", "author", b"author", "decision_id", b"decision_id", "made_at_unix_ns", b"made_at_unix_ns", "multipliers", b"multipliers", "reason", b"reason", "revision", b"revision", "undoes", b"undoes", "update_every", b"update_every"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__applied_step: typing_extensions.TypeAlias = typing.Literal["applied_step"]
     _WhichOneofArgType__applied_step: typing_extensions.TypeAlias = typing.Literal["_applied_step", b"_applied_step"]
@@ -1067,12 +1121,30 @@ class SetLearningRatesRequest(google.protobuf.message.Message):
         _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["key", b"key", "value", b"value"]
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
+    @typing.final
+    class UpdateEveryEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.int
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.int = ...,
+        ) -> None: ...
+        _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["key", b"key", "value", b"value"]
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
     RUN_FIELD_NUMBER: builtins.int
     MULTIPLIERS_FIELD_NUMBER: builtins.int
     RAMP_STEPS_FIELD_NUMBER: builtins.int
     APPLY_AT_STEP_FIELD_NUMBER: builtins.int
     AUTHOR_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
+    UPDATE_EVERY_FIELD_NUMBER: builtins.int
     run: builtins.str
     ramp_steps: builtins.int
     apply_at_step: builtins.int
@@ -1081,6 +1153,10 @@ class SetLearningRatesRequest(google.protobuf.message.Message):
     @property
     def multipliers(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]:
         """Blocks that are not named keep their multiplier."""
+
+    @property
+    def update_every(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]:
+        """Blocks that are to be updated only at steps which this divides, 1 at every step; others keep what they have."""
 
     def __init__(
         self,
@@ -1091,8 +1167,9 @@ class SetLearningRatesRequest(google.protobuf.message.Message):
         apply_at_step: builtins.int = ...,
         author: builtins.str = ...,
         reason: builtins.str = ...,
+        update_every: collections.abc.Mapping[builtins.str, builtins.int] | None = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["apply_at_step", b"apply_at_step", "author", b"author", "multipliers", b"multipliers", "ramp_steps", b"ramp_steps", "reason", b"reason", "run", b"run"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["apply_at_step", b"apply_at_step", "author", b"author", "multipliers", b"multipliers", "ramp_steps", b"ramp_steps", "reason", b"reason", "run", b"run", "update_every", b"update_every"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___SetLearningRatesRequest: typing_extensions.TypeAlias = SetLearningRatesRequest

@@ -14,9 +14,11 @@ from sharpwatch.cli.commands.lr_plan import abort, pause, plan, plan_table, prom
 from sharpwatch.cli.dry_run import dry_run_option, preview
 from sharpwatch.cli.options import (
     COUNT,
+    INTERVALS,
     CommandGroup,
     DaemonCommand,
     DaemonOptions,
+    gather_lists,
     multipliers_argument,
     reason_option,
     wait_options,
@@ -55,7 +57,7 @@ def show(options: DaemonOptions, run: str) -> None:
         "newest_revision": to_dict(newest) if newest else None,
         "plan": to_dict(detail.plan) if detail.HasField("plan") else None,
         "blocks": [
-            {name: block[name] for name in ("block", "learning_rate", "lr_multiplier")}
+            {name: block[name] for name in ("block", "learning_rate", "lr_multiplier", "update_every")}
             for block in to_dict(detail)["blocks"]
         ],
     }
@@ -68,17 +70,18 @@ def rate_table(detail: RunDetail, newest: Revision | None) -> Grid:
     """Each block's rate and multiplier as the trainer reported them, beside the multiplier of the newest revision."""
     wanted = newest.multipliers if newest else {}
     return Grid(
-        "lrrr",
+        "lrrrr",
         tuple(
             (
                 block.block,
                 output.measured(block, "learning_rate"),
                 output.measured(block, "lr_multiplier"),
                 output.number(wanted.get(block.block, 1.0)),
+                f"{block.update_every} steps" if block.update_every > 1 else "step",
             )
             for block in detail.blocks
         ),
-        ("block", "learning rate", "multiplier", "asked for"),
+        ("block", "learning rate", "multiplier", "asked for", "updated every"),
         title=f"run {detail.run.run}, step {detail.run.step}, revision {detail.run.lr_revision}",
         empty=f"run {detail.run.run} has reported no block yet",
     )
@@ -91,6 +94,14 @@ def rate_table(detail: RunDetail, newest: Revision | None) -> Grid:
 )
 @run_argument(whole=True)
 @multipliers_argument()
+@click.option(
+    "--every",
+    metavar="BLOCK=STEPS,...",
+    type=INTERVALS,
+    multiple=True,
+    callback=gather_lists,
+    help="Update a block only at steps that a number divides, such as emb=4; 1 is every step again.",
+)
 @click.option("--ramp", metavar="STEPS", type=COUNT, default=0, help="Move there over so many steps. Default: at once.")
 @click.option("--at-step", metavar="STEP", type=COUNT, default=0, help="Not before this step. Default: the next one.")
 @reason_option()
@@ -102,16 +113,23 @@ def set_multipliers(  # noqa: PLR0913 - click passes every option by name
     run: str,
     multipliers: Mapping[str, float],
     *,
+    every: Mapping[str, int],
     ramp: int,
     at_step: int,
     reason: str,
     timeout: float | None,
     dry_run: bool,
 ) -> None:
-    """Multiply the learning rates of blocks by a factor each, and wait until the trainer has done it."""
+    """Multiply the learning rates of blocks by a factor each, and wait until the trainer has done it.
+
+    With --every a block is also updated at some steps only.
+    """
+    if not (multipliers or every):
+        raise click.UsageError("Missing argument 'BLOCK=FACTOR...', or --every BLOCK=STEPS")
     request = SetLearningRatesRequest(
         run=run,
         multipliers=multipliers,
+        update_every=every,
         ramp_steps=ramp,
         apply_at_step=at_step,
         author=author(os.environ),
@@ -145,7 +163,9 @@ def revision_table(revisions: list[Revision]) -> Grid:
                 str(revision.revision),
                 output.timestamp(revision.made_at_unix_ns),
                 str(revision.applied_step) if revision.HasField("applied_step") else "not yet",
-                output.multipliers(revision.multipliers),
+                ", ".join(
+                    filter(None, (output.multipliers(revision.multipliers), output.intervals(revision.update_every)))
+                ),
                 revision.author,
                 f"undoes {revision.undoes}: {revision.reason}".removesuffix(": ")
                 if revision.undoes

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 
 import click
@@ -19,7 +18,7 @@ from sharpwatch.cli.options import (
     STAGES,
     DaemonCommand,
     DaemonOptions,
-    gather_multipliers,
+    gather_lists,
     reason_option,
     wait_options,
 )
@@ -42,12 +41,6 @@ _OWN = "own"  # the name of a set on the command line
 _YAML = (".yaml", ".yml")
 
 
-def _gathered(
-    ctx: click.Context, param: click.Parameter, value: Sequence[Sequence[tuple[str, float]]]
-) -> Mapping[str, float]:
-    return gather_multipliers(ctx, param, tuple(chain.from_iterable(value)))
-
-
 @click.command(
     cls=DaemonCommand,
     example="sharpwatch lr plan gpt2-a1 paper --dry-run\n"
@@ -66,7 +59,7 @@ def _gathered(
     metavar="BLOCK=FACTOR,...",
     type=MULTIPLIERS,
     multiple=True,
-    callback=_gathered,
+    callback=gather_lists,
     help="In place of PLAN: the multipliers themselves. Blocks that are not named keep theirs.",
 )
 @click.option(

@@ -54,6 +54,7 @@ def command_message(decision: Decision) -> types_pb2.Command:
                 revision=decision.revision,
                 ramp_steps=decision.ramp_steps,
                 ttl_steps=decision.ttl_steps,
+                update_every=decision.update_every,
             )
         )
     return command
@@ -103,6 +104,7 @@ def decision_message(decision: Decision) -> operator_pb2.Decision:
         revision=decision.revision,
         author=decision.author,
         reason=decision.reason,
+        update_every=decision.update_every,
     )
 
 
@@ -148,6 +150,7 @@ def revision_message(revision: Revision) -> operator_pb2.Revision:
         decision_id=revision.decision_id,
         applied_step=revision.applied_step,
         undoes=revision.undoes,
+        update_every=revision.update_every,
     )
 
 
@@ -220,6 +223,8 @@ def _block_messages(snapshot: RunSnapshot) -> list[operator_pb2.Block]:
             # Left unset, which the fields allow, so that a client can't take NaN for a measurement.
             if values is not None and not math.isnan(values[index]):
                 setattr(block, field, float(values[index]))
+        if snapshot.health is not None:
+            block.update_every = snapshot.health.update_every.get(name, 1)
         block.estimates.extend(
             _estimate_message(quantity, of, estimate) for (quantity, of, _), estimate in estimates.items() if of == name
         )

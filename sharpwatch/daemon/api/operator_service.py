@@ -160,6 +160,7 @@ class OperatorService(OperatorServiceServicer):
                 request.author,
                 request.reason,
                 time.time(),
+                dict(request.update_every),
             ),
         )
         return pb.SetLearningRatesResponse(decision=await self._submit_decision(run, changes, context))

@@ -64,6 +64,11 @@ class DecisionLog:
         """The multipliers in force or sent to the trainer, of every block of the run."""
         return self.set_before(len(self._revisions) + 1)
 
+    @property
+    def intervals(self) -> Mapping[str, int]:
+        """The update intervals in force or sent to the trainer, of blocks that rest at some steps."""
+        return self.intervals_before(len(self._revisions) + 1)
+
     def restore(
         self, decisions: Iterable[Decision], revisions: Sequence[Revision], plans: Iterable[LrPlan] = ()
     ) -> None:
@@ -141,7 +146,7 @@ class DecisionLog:
         self.changed = True
 
     def revise(self, decision: Decision, *, author: str, reason: str, now: float, undoes: int = 0) -> Decision:
-        """Gives the multipliers of a decision the next revision number.
+        """Gives the multipliers and update intervals of a decision the next revision number.
 
         Args:
             decision: The decision that puts them in force.
@@ -153,12 +158,18 @@ class DecisionLog:
         Returns:
             The decision with its revision number.
         """
-        self.newest_revision = number = len(self._revisions) + 1
+        number = len(self._revisions) + 1
+        update_every = self.intervals_before(number) if decision.update_every is None else decision.update_every
+        self.newest_revision = number
         self._revisions.append(
-            Revision(self.run, number, dict(decision.multipliers), author, reason, now, decision.id, undoes=undoes)
+            Revision(
+                *(self.run, number, dict(decision.multipliers), author, reason, now, decision.id),
+                undoes=undoes,
+                update_every=dict(update_every),
+            )
         )
         self._changed_revisions[number] = None
-        return self._put(replace(self._decisions[decision.id], revision=number))
+        return self._put(replace(self._decisions[decision.id], revision=number, update_every=dict(update_every)))
 
     def applied(self, number: int, step: int) -> None:
         """Records that the trainer put revision `number` in force at `step`."""
@@ -183,6 +194,10 @@ class DecisionLog:
             if self.took_effect(revision):
                 return self.complete(revision.multipliers)
         return self.complete({})
+
+    def intervals_before(self, number: int) -> Mapping[str, int]:
+        """Returns the update intervals in force before revision `number`, of blocks that rest at some steps."""
+        return next((one.update_every for one in reversed(self._revisions[: number - 1]) if self.took_effect(one)), {})
 
     def complete(self, multipliers: Mapping[str, float]) -> dict[str, float]:
         """Returns `multipliers` with every block of the run; a block that is not named has 1."""

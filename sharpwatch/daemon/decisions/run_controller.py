@@ -49,10 +49,10 @@ def random_id() -> str:
 class RunController:
     """Runs detectors and policies for one run. Deterministic except for the ids it generates.
 
-    `mode` is the run's own and overrides every policy's mode; None leaves each policy its own. `control`, `lr_bounds`
-    and `can_roll_back` are what the trainer was attached with. `silences` gives those of all runs that are active; in a
-    window of `maintenance` policies propose what they would otherwise enforce. `detection` has what is known of the
-    run.
+    `mode` is the run's own and overrides every policy's mode; None leaves each policy its own. `control`, `lr_bounds`,
+    `can_roll_back` and `takes_intervals` are what the trainer was attached with. `silences` gives those of all runs
+    that are active; in a window of `maintenance` policies propose what they would otherwise enforce. `detection` has
+    what is known of the run.
     """
 
     def __init__(  # noqa: PLR0913  what a run and its trainer are
@@ -68,11 +68,12 @@ class RunController:
         control: Control = "none",
         lr_bounds: tuple[float, float] = (0.01, 10.0),
         can_roll_back: bool = False,
+        takes_intervals: bool = True,
         silences: ActiveSilences = no_silences,
         maintenance: Sequence[MaintenanceConfig] = (),
         new_id: Callable[[], str] = random_id,
     ) -> None:
-        permissions = Permissions(control, lr_bounds, can_roll_back)
+        permissions = Permissions(control, lr_bounds, can_roll_back, takes_intervals)
         self._chain = EscalationChain(tuple(policies))
         self._log = DecisionLog(run, dict.fromkeys(block for block, _ in layer_blocks))
         self.detection = RunDetection(run, layer_blocks, parameters, new_id, budget, parameter_names=parameter_names)
@@ -287,10 +288,13 @@ class RunController:
         author: str,
         reason: str,
         now: float,
+        update_every: Mapping[str, int] | None = None,
     ) -> Changes:
-        """Put an operator's multipliers in force; raises `OperatorError` on what can't be."""
+        """Put an operator's multipliers and update intervals in force; raises `OperatorError` on what can't be."""
         operator = OperatorContext(author, reason, self._step, now)
-        self._rollout.taken_over(self._requests.set(multipliers, ramp_steps, apply_at_step, operator))
+        made = self._requests.set(multipliers, ramp_steps, apply_at_step, operator, update_every)
+        if multipliers:
+            self._rollout.taken_over(made)
         return self._log.take()
 
     def undo(self, revision: int, author: str, reason: str, now: float) -> Changes:

@@ -19,7 +19,7 @@ USAGE = 2
         (["jbos"], "no command 'jbos'; choose from demo, measure, replay, compare, jobs, "),
         (["lr"], "sharpwatch lr: missing command; choose from show, set, history, undo, plan, promote, pause, abort;"),
         (["lr", "put"], "no command 'put'; choose from show, set, history, undo, plan, promote, pause, abort;"),
-        (["lr", "set", "run"], "sharpwatch lr set: Missing argument 'BLOCK=FACTOR...';"),
+        (["lr", "set", "run"], "sharpwatch lr set: Missing argument 'BLOCK=FACTOR...', or --every"),
         (
             ["lr", "set", "run", "qk"],
             "'qk' is not a multiplier; it must be BLOCK=FACTOR with a factor above 0, such as",
@@ -42,6 +42,12 @@ USAGE = 2
         (["lr", "plan", "run", "--set", "qk=2,vo=0"], "'vo=0' is not a multiplier"),
         (["lr", "plan", "run", "--set", "qk=2,vo=2", "--set", "qk=3"], "qk is given twice"),
         (["lr", "plan", "run", "paper", "--stages", "vo,,qk"], "'vo,,qk' does not name stages"),
+        (
+            ["lr", "set", "run", "--every", "qk=0"],
+            "'qk=0' is not an update interval; it must be BLOCK=STEPS with 1 or more",
+        ),
+        (["lr", "set", "run", "--every", "qk=2.5"], "'qk=2.5' is not an update interval"),
+        (["lr", "set", "run", "--every", "qk=2,qk=3"], "qk is given twice"),
         (["rollback", "run"], "Missing option '--reason'"),
         (
             ["rollback", "run", "--reason", "r", "--skip", "9:5"],
