@@ -20,7 +20,7 @@ from sharpwatch.agent.control.controller import CONTROL_MODES, Controller
 from sharpwatch.agent.control.lr_multipliers import LrMultipliers, parameter_types
 from sharpwatch.agent.distributed.rendezvous import Rendezvous, check_initialized, rendezvous_for
 from sharpwatch.agent.distributed.strategy import Strategy, connect
-from sharpwatch.agent.optimizers.support import interval_refusal, stepping_optimizer
+from sharpwatch.agent.optimizers.support import stepping_optimizer
 from sharpwatch.agent.options import Options, check, possible
 from sharpwatch.agent.probes.builtin import DEFAULT_PROBES
 from sharpwatch.agent.probes.runner import ProbeRunner
@@ -275,7 +275,7 @@ def _control(options: Options, strategy: Strategy, types: Mapping[int, frozenset
         parameter_types=frozenset(types.values()),
         has_callback=options.on_rollback is not None,
         lr_refusal=strategy.check_lr,
-        interval_refusal=interval_refusal(options.optimizers),
+        interval_refusal=strategy.interval_refusal,
         # Every rank comes to the same results, so one of them logs them.
         log=partial(warn, "%s") if strategy.is_rank_zero else lambda _: None,
     )
