@@ -139,6 +139,7 @@ class Observation:
         restored: A checkpoint was restored since the step before.
         traces: Of the `gnb` probe of this step, by draw and layer block [draws, L]; None without one.
         rank_losses: The loss of each of several ranks, infinite where it is not finite, NaN where a rank had none.
+        update_every: By block type, the number that divides the steps at which it is updated; 1 where it is not named.
     """
 
     step: int
@@ -154,6 +155,7 @@ class Observation:
     restored: bool = False
     traces: Floats | None = None
     rank_losses: Floats | None = None
+    update_every: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -353,7 +353,9 @@ async def test_a_dry_run_of_an_answer_says_what_the_proposal_would_change(operat
 async def test_lr_show_and_history(cli):
     status, out, _ = await cli("lr", "show", "llama", "--json")
     assert status == 0
-    assert json.loads(out)["blocks"] == [{"block": "qk", "learning_rate": 3e-4, "lr_multiplier": 0.5}]
+    assert json.loads(out)["blocks"] == [
+        {"block": "qk", "learning_rate": 3e-4, "lr_multiplier": 0.5, "update_every": None}
+    ]
     assert json.loads(out)["newest_revision"]["applied_step"] == 9
     _, out, _ = await cli("lr", "history", "llama")
     assert [line.split()[0] for line in out.splitlines()] == ["revision", "1", "2"]
