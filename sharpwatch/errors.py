@@ -17,6 +17,7 @@ SharpwatchError
 ├── StoreError           the journal cannot be opened, read or written
 ├── LogError             a log or a recorded run cannot be read
 └── OperatorError        the daemon refused an operator's call, or cannot be reached
+    └── UnansweredError  the trainer has not answered an operator's command yet
 """
 
 from __future__ import annotations
@@ -138,3 +139,7 @@ class LogError(SharpwatchError):
 
 class OperatorError(SharpwatchError):
     """The daemon refused an operator's call, or cannot be reached."""
+
+
+class UnansweredError(OperatorError):
+    """The trainer has not answered an operator's command yet; it may still apply it."""

@@ -83,6 +83,7 @@ class InMemoryTransport:
         revision: int = 0,
         ramp_steps: int = 0,
         ttl_steps: int = 0,
+        update_every: Mapping[str, int] | None = None,
         **bounds: Any,
     ) -> str:
         """Send a learning-rate change, as the daemon does.
@@ -92,13 +93,18 @@ class InMemoryTransport:
             revision: The number of this set, which the agent reports from then on.
             ramp_steps: Steps over which the multipliers move from the present ones; 0 sets them at once.
             ttl_steps: Steps after which multipliers above 1 return to 1; 0 keeps them.
+            update_every: By block type, the number that must divide a step at which it is updated.
             **bounds: Other fields of the command: id, apply_at_step, expires_at_step, expires_at_unix_ns, reason.
 
         Returns:
             The command's id, by which its result is found in `results`.
         """
         chosen = types_pb2.MultiplierSet(
-            multipliers=dict(multipliers), revision=revision, ramp_steps=ramp_steps, ttl_steps=ttl_steps
+            multipliers=dict(multipliers),
+            revision=revision,
+            ramp_steps=ramp_steps,
+            ttl_steps=ttl_steps,
+            update_every=update_every,
         )
         return self.command(set_multipliers=chosen, **bounds)
 

@@ -32,6 +32,7 @@ MAX_COUNT = 2**63 - 1  # what SQLite's integers and numpy's int64 hold
 MAX_PARAMETER_NAMES = 2**17  # bytes of all names of a model's parameters; each has at most `MAX_NAME` characters
 MAX_RANKS = 1_024  # whose own losses are sent
 MAX_STEP = 2**53  # so that a step planned ahead, an expiry or the end of a skipped range fits an int64
+MAX_INTERVAL = 1_000  # steps between two updates of a block
 
 Floats = npt.NDArray[np.floating[Any]]
 Doubles = npt.NDArray[np.float64]

@@ -144,7 +144,7 @@ def restored(trainer: Trainer) -> RunController:
     """What a restarted daemon makes of the journal."""
     old = trainer.controller
     new = RunController("run", **trainer.options)
-    new.restore(old.incidents, old.decisions, old.revisions, old.checkpoints, old.own_mode)
+    new.restore(old.incidents, old.decisions, old.revisions, old.checkpoints, old.own_mode, old.plans)
     for seen in trainer.seen:
         new.replay(seen)
     return new

@@ -20,6 +20,7 @@ def run_hello(parameters: Mapping[tuple[str, str], int], **fields: Any) -> RunHe
         "optimizer": "AdamW",
         "control": "lr",
         "can_roll_back": True,
+        "takes_update_intervals": True,
         "lr_bounds": (0.1, 10),
         "initial_step": 0,
         "seed": 0,

@@ -289,6 +289,7 @@ def _control(options: Options, strategy: Strategy, types: Mapping[int, frozenset
         parameter_types=frozenset(types.values()),
         has_callback=options.on_rollback is not None,
         lr_refusal=strategy.check_lr,
+        interval_refusal=strategy.interval_refusal,
         # Every rank comes to the same results, so one of them logs them.
         log=partial(warn, "%s") if strategy.is_rank_zero else lambda _: None,
     )

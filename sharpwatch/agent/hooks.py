@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-from sharpwatch.agent.control.lr_multipliers import LrMultipliers
+from sharpwatch.agent.control.lr_multipliers import InForce, LrMultipliers
 from sharpwatch.agent.optimizers.support import is_flat
 from sharpwatch.agent.statistics.clipping import AfterClip, ClipHookHandle
 from sharpwatch.curvature.objective.nested import tensors
@@ -217,7 +217,7 @@ class Hooks:
             else:
                 self._awaiting_closure.add(which)
         with steps.agent_work("applying learning-rate multipliers"):
-            steps.rates.apply(which, steps.rates.multipliers())
+            steps.rates.apply(which, steps.rates.in_force())
         return replaced
 
     def _evaluate(self, which: int, closure: Closure, *args: Any, **kwargs: Any) -> Any:
@@ -226,7 +226,7 @@ class Hooks:
         The first evaluation computes the gradients of the step; later ones are at other weights.
         """
         steps = self._steps
-        applied: Mapping[int, float] = {}
+        applied = InForce()
         if steps.idle():
             return closure(*args, **kwargs)
         with steps.agent_work("restoring parameter groups"):

@@ -73,6 +73,7 @@ class Health:
     probe_failures: Sequence[ProbeFailure]
     lr_revision: int
     multipliers: Mapping[str, float]
+    update_every: Mapping[str, int]
     objective: ObjectiveInUse | None = None
 
 
@@ -131,6 +132,7 @@ def hello_message(identity: Identity, block_map: BlockMap) -> agent_pb2.Hello:
         can_roll_back=identity.can_roll_back,
         data_order=identity.data_order,
         labels=identity.labels,
+        takes_update_intervals=True,
     )
 
 
@@ -168,7 +170,9 @@ def read_command(message: types_pb2.Command) -> Command:
     action: SetMultipliers | RollBack | Cancel | None = None
     if message.HasField("set_multipliers"):
         asked = message.set_multipliers
-        action = SetMultipliers(dict(asked.multipliers), asked.revision, asked.ramp_steps, asked.ttl_steps)
+        action = SetMultipliers(
+            dict(asked.multipliers), asked.revision, asked.ramp_steps, asked.ttl_steps, dict(asked.update_every)
+        )
     elif message.HasField("rollback"):
         back = message.rollback
         action = RollBack(back.checkpoint.step, back.checkpoint.uri, (back.skip_from_step, back.skip_to_step))
@@ -238,6 +242,7 @@ def _health(health: Health) -> agent_pb2.AgentHealth:
         probe_failures=failures,
         lr_revision=health.lr_revision,
         multipliers=dict(health.multipliers),
+        update_every=dict(health.update_every),
         objective="" if health.objective is None else health.objective.text[:_OBJECTIVE],
         objective_state="" if health.objective is None else health.objective.state,
     )
@@ -404,5 +409,6 @@ class Reporter:
             probe_failures=self._failures(),
             lr_revision=self._control.revision,
             multipliers=self._control.multipliers,
+            update_every=self._control.update_every,
             objective=self._objective(),
         )

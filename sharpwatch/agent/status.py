@@ -74,6 +74,7 @@ class WatchStatus:
         control: Which commands are taken: "none", "lr" or "rollback".
         lr_refusal: Why learning rates can't be changed; empty if they can.
         multipliers: The learning-rate multipliers in force, by block type.
+        update_every: Of blocks that are not updated at every step: every how many.
         revision: The number of the daemon's last set of multipliers; 0 before the first.
         pending_rollback: The rollback that the loop must do now.
         loss: Where the newest step's loss is from: "observed", "the model's own", or "none" with the reason.
@@ -103,6 +104,7 @@ class WatchStatus:
     control: str = "none"
     lr_refusal: str = ""
     multipliers: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    update_every: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     revision: int = 0
     pending_rollback: RollbackRequest | None = None
     loss: str = ""
@@ -177,6 +179,7 @@ def collect(run: WatchedRun) -> WatchStatus:
         if control.mode == "none"
         else run.strategy.lr_refusal or run.strategy.present_state.refusal,
         multipliers=MappingProxyType(dict(control.multipliers)),
+        update_every=MappingProxyType(dict(control.update_every)),
         revision=control.revision,
         pending_rollback=control.pending_rollback,
         loss=run.losses.source,
@@ -258,7 +261,7 @@ def _overhead(status: WatchStatus) -> str:
 
 
 def _control(status: WatchStatus) -> str:
-    rates = describe_multipliers(status.multipliers)
+    rates = describe_multipliers(status.multipliers, status.update_every)
     reason = f"; learning rates can't be changed: {status.lr_refusal}" if status.lr_refusal else ""
     return f"{status.control}: {rates}, revision {status.revision}{reason}"
 

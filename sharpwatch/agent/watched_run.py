@@ -189,7 +189,7 @@ class WatchedRun:
         at = f"run {self.run} goes on from step {self.step}"
         in_force = self.control.targets
         if self.control.may_scale:
-            warn("%s with multipliers in force: %s", at, describe_multipliers(in_force))
+            warn("%s with multipliers in force: %s", at, describe_multipliers(in_force, self.control.update_every))
         lost = {block: value for block, value in saved.items() if in_force.get(block, 1.0) != value}
         if lost:
             warn(

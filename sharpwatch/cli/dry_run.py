@@ -14,6 +14,7 @@ from sharpwatch.cli.client import connected, find_connection, plain_words, some
 from sharpwatch.cli.options import DaemonOptions
 from sharpwatch.errors import OperatorError
 from sharpwatch.v1.operator_pb2 import (
+    AbortPlanRequest,
     ApproveDecisionRequest,
     CancelDecisionRequest,
     Decision,
@@ -21,6 +22,8 @@ from sharpwatch.v1.operator_pb2 import (
     GetRunRequest,
     ListRevisionsRequest,
     ListRunsRequest,
+    PausePlanRequest,
+    PromotePlanRequest,
     RejectDecisionRequest,
     RequestRollbackRequest,
     Run,
@@ -32,9 +35,15 @@ from sharpwatch.v1.operator_pb2 import (
 from sharpwatch.v1.operator_pb2_grpc import OperatorServiceStub
 from sharpwatch.v1.types_pb2 import Rollback
 
-Change = SetLearningRatesRequest | UndoLearningRatesRequest | RequestRollbackRequest | SetModeRequest
+PlanChange = PromotePlanRequest | PausePlanRequest | AbortPlanRequest
+Change = SetLearningRatesRequest | UndoLearningRatesRequest | RequestRollbackRequest | SetModeRequest | PlanChange
 Answer = ApproveDecisionRequest | RejectDecisionRequest | CancelDecisionRequest
 PENDING = frozenset({"proposed", "approved", "sent"})  # outcomes of decisions that are not applied yet
+_CHANGEABLE: dict[type[PlanChange], tuple[str, ...]] = {  # the states in which a plan takes each change
+    PromotePlanRequest: ("waiting", "paused"),
+    PausePlanRequest: ("running", "waiting"),
+    AbortPlanRequest: ("running", "waiting", "paused"),
+}
 _SECONDS = 10.0  # deadline for the one answer that is read from a stream
 
 
@@ -86,7 +95,8 @@ def _line(sent: tuple[Change | Answer, str]) -> str:
     request, effect = sent
     fields = []
     for field, value in request.ListFields():
-        text = output.multipliers(value, value) if field.name == "multipliers" else str(value)
+        shown = {"multipliers": lambda given: output.multipliers(given, given), "update_every": output.intervals}
+        text = shown.get(field.name, str)(value)
         fields.append(f"{field.name} {text}")
     return output.clean("; ".join((f"{_call(request)} {', '.join(fields)}", *([effect] if effect else []))))
 
@@ -100,7 +110,8 @@ def _checked(stub: OperatorServiceStub, request: Change | Answer, runs: dict[str
         case SetLearningRatesRequest():
             _controlled(run)
             blocks = [block.block for block in stub.GetRun(GetRunRequest(run=run.run)).detail.blocks]
-            unknown = next((block for block in request.multipliers if block not in blocks), None)
+            named = (*request.multipliers, *request.update_every)
+            unknown = next((block for block in named if block not in blocks), None)
             if unknown is not None:
                 raise OperatorError(f"run {run.run} has no block {unknown!r}; allowed: {', '.join(blocks)}")
         case UndoLearningRatesRequest():
@@ -112,6 +123,8 @@ def _checked(stub: OperatorServiceStub, request: Change | Answer, runs: dict[str
         case RequestRollbackRequest():
             _controlled(run)
             return _rolled_back(stub, request, run)
+        case PromotePlanRequest() | PausePlanRequest() | AbortPlanRequest():
+            return _planned(stub, request, run)
     return ""
 
 
@@ -130,6 +143,18 @@ def _named_in_full(given: str, runs: dict[str, Run]) -> Run:
 def _controlled(run: Run) -> None:
     if run.control == "none":
         raise OperatorError(f'run {run.run} was attached with control="none"')
+
+
+def _planned(stub: OperatorServiceStub, request: PlanChange, run: Run) -> str:
+    """The plan that would be changed."""
+    detail = stub.GetRun(GetRunRequest(run=run.run)).detail
+    if not detail.HasField("plan"):
+        raise OperatorError(f"run {run.run} has no plan; start one with: sharpwatch lr plan")
+    plan, states = detail.plan, _CHANGEABLE[type(request)]
+    stands = f"plan {plan.name} is {plan.state}" + (f" ({plan.detail})" if plan.detail else "")
+    if plan.state not in states:
+        raise OperatorError(f"{stands}; it must be {' or '.join(states)}")
+    return stands
 
 
 def _rolled_back(stub: OperatorServiceStub, request: RequestRollbackRequest, run: Run) -> str:

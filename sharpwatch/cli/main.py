@@ -9,9 +9,9 @@ import sys
 from collections.abc import Sequence
 
 from sharpwatch.cli.extras import needs_extra
-from sharpwatch.errors import SharpwatchError
+from sharpwatch.errors import SharpwatchError, UnansweredError
 
-INTERRUPTED = 130
+UNANSWERED, INTERRUPTED = 3, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments; those of this process by default.
 
     Returns:
-        The exit status: 0 done, 1 failed, 2 wrong usage.
+        The exit status: 0 done, 1 failed, 2 wrong usage, 3 not answered by the trainer yet.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show ± is no reason to fail
@@ -37,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader has seen enough. Python would flush once more at exit, into the closed pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except UnansweredError as error:
+        return _fail(str(error), UNANSWERED)
     except SharpwatchError as error:
         return _fail(str(error))
     except KeyboardInterrupt:

@@ -9,8 +9,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import wraps
-from itertools import pairwise, takewhile
-from typing import TYPE_CHECKING, Any
+from itertools import chain, pairwise, takewhile
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 DEFAULT_TIMEOUT = 120.0  # seconds to wait for a trainer's answer; steps of large models take tens of seconds
 _HELP_WIDTH = 100
+Number = TypeVar("Number", int, float)
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -114,11 +115,36 @@ def _multiplier(text: str) -> tuple[str, float]:
     return block, value
 
 
+def _multiplier_list(text: str) -> tuple[tuple[str, float], ...]:
+    return tuple(map(_multiplier, text.split(",")))
+
+
+def _interval_list(text: str) -> tuple[tuple[str, int], ...]:
+    return tuple(map(_interval, text.split(",")))
+
+
+def _interval(text: str) -> tuple[str, int]:
+    block, _, steps = text.partition("=")
+    if not (block and re.fullmatch(r"[1-9]\d{0,8}", steps)):
+        raise ValueError(f"{text!r} is not an update interval; it must be BLOCK=STEPS with 1 or more, such as emb=4")
+    return block, int(steps)
+
+
+def _stages(text: str) -> tuple[tuple[str, ...], ...]:
+    stages = tuple(tuple(stage.split("+")) for stage in text.split(","))
+    if not all(block for stage in stages for block in stage):
+        raise ValueError(f"{text!r} does not name stages; they are blocks joined by + and stages by a comma: vo,ffn+qk")
+    return stages
+
+
 COUNT = whole_number(0)
 SECONDS = ParsedText("seconds", _seconds)
 DURATION = ParsedText("duration", _duration)
 STEP_RANGE = ParsedText("steps", _step_range)
 MULTIPLIER = ParsedText("multiplier", _multiplier)
+MULTIPLIERS = ParsedText("multipliers", _multiplier_list)
+INTERVALS = ParsedText("intervals", _interval_list)
+STAGES = ParsedText("stages", _stages)
 
 
 # Shared options
@@ -174,8 +200,16 @@ def _remember(ctx: click.Context, param: click.Parameter, value: Any) -> None:
         setattr(options, str(param.name), value)
 
 
-def _multipliers(ctx: click.Context, param: click.Parameter, value: Sequence[tuple[str, float]]) -> Mapping[str, float]:
-    gathered: dict[str, float] = {}
+def gather_lists(
+    ctx: click.Context, param: click.Parameter, value: Sequence[Sequence[tuple[str, Number]]]
+) -> Mapping[str, Number]:
+    """The callback of a repeatable option whose values each name several blocks."""
+    return gather(ctx, param, tuple(chain.from_iterable(value)))
+
+
+def gather(ctx: click.Context, param: click.Parameter, value: Sequence[tuple[str, Number]]) -> Mapping[str, Number]:
+    """The callback of a parameter that gives each block its number, once."""
+    gathered: dict[str, Number] = {}
     for block, factor in value:
         if block in gathered:
             raise click.BadParameter(f"{block} is given twice", ctx, param)
@@ -189,9 +223,8 @@ def multipliers_argument() -> Decorator:
         "multipliers",
         metavar="BLOCK=FACTOR...",
         nargs=-1,
-        required=True,
         type=MULTIPLIER,
-        callback=_multipliers,
+        callback=gather,
         help="The learning-rate multiplier of a block, such as qk=0.5. Blocks that are not named keep theirs.",
     )
 

@@ -185,6 +185,11 @@ def multipliers(values: Mapping[str, float], requested: Mapping[str, float] | No
     return ", ".join(f"{block} {value:g}" for block, value in sorted(shown.items())) or "every block 1"
 
 
+def intervals(update_every: Mapping[str, int]) -> str:
+    """Format update intervals, such as `emb every 4 steps`; empty where every block is updated at every step."""
+    return ", ".join(f"{block} every {steps} steps" for block, steps in sorted(update_every.items()))
+
+
 def describe_change(decision: Decision, requested: Mapping[str, float] | None = None) -> str:
     """What a decision changes: its multipliers, or the checkpoint to go back to."""
     if decision.HasField("rollback"):
@@ -197,7 +202,8 @@ def describe_change(decision: Decision, requested: Mapping[str, float] | None = 
         )
         return f"back to step {rollback.checkpoint.step}{place}{skipped}"
     if decision.multipliers or decision.action in ("set_lr", "scale_lr", "ramp_back"):
-        return multipliers(decision.multipliers, requested)
+        changed = (multipliers(decision.multipliers, requested), intervals(decision.update_every))
+        return ", ".join(filter(None, changed))
     return ABSENT
 
 

@@ -236,6 +236,7 @@ def _controller(
         control=hello.control,
         lr_bounds=hello.lr_bounds,
         can_roll_back=hello.can_roll_back,
+        takes_intervals=hello.takes_update_intervals,
         silences=silences.active,
         maintenance=config.maintenance,
         autopilot=config.autopilot,

@@ -166,6 +166,7 @@ class Observation:
         restored: A checkpoint was restored since the step before.
         traces: Of the `gnb` probe of this step, by draw and layer block [draws, L]; None without one.
         rank_losses: The loss of each of several ranks, infinite where it is not finite, NaN where a rank had none.
+        update_every: By block type, the number that divides the steps at which it is updated; 1 where it is not named.
     """
 
     step: int
@@ -182,6 +183,7 @@ class Observation:
     restored: bool = False
     traces: Floats | None = None
     rank_losses: Floats | None = None
+    update_every: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -370,11 +372,14 @@ class Decision:
     makes_up_for: Mapping[str, float] = field(default_factory=dict)
     cancelled_by: str = ""
     cancel_reason: str = ""
+    # Every how many steps a block is updated, 1 where it is not named; None keeps what is in force.
+    update_every: Mapping[str, int] | None = None
+    plan: str = ""  # id of the plan that it is a stage of, or takes back
 
 
 @dataclass(frozen=True, slots=True)
 class Revision:
-    """A numbered set of block multipliers; a block that is not named has 1."""
+    """A numbered set of block multipliers, and of update intervals; a block that is not named has 1."""
 
     run: str
     revision: int
@@ -385,6 +390,62 @@ class Revision:
     decision_id: str
     applied_step: int | None = None
     undoes: int = 0
+    update_every: Mapping[str, int] = field(default_factory=dict)
+
+
+PlanState = Literal["running", "waiting", "paused", "done", "aborted"]
+
+
+@dataclass(frozen=True, slots=True)
+class LrPlan:
+    """Multipliers that are put in force in stages, at an operator's word. It is kept for ever.
+
+    `decisions.lr_plan` has the states and what leads from one to the next.
+
+    Attributes:
+        id: Unique in the daemon.
+        run: Name of the run.
+        name: "paper", "measured", "curvature-share", or what the operator calls a set of their own.
+        author: Who started it.
+        reason: Why.
+        made_at: When, in unix seconds.
+        target: The multipliers at its end, of the blocks that it changes.
+        before: Those before it, of the same blocks.
+        stages: The blocks of each stage.
+        ramp_steps: Over how many steps each stage moves.
+        automatic: Whether the next stage follows without being promoted.
+        state: Where it stands.
+        detail: Why it stands there.
+        stages_done: How many stages are over.
+        decisions: Ids of the decisions on its stages, the newest last.
+        under_way: Id of the decision on the stage that is not judged yet; empty where there is none.
+        changed_by: Who brought it into its state; empty for the daemon.
+        changed_reason: Why they did.
+    """
+
+    id: str
+    run: str
+    name: str
+    author: str
+    reason: str
+    made_at: float
+    target: Mapping[str, float]
+    before: Mapping[str, float]
+    stages: tuple[tuple[str, ...], ...]
+    ramp_steps: int
+    automatic: bool
+    state: PlanState = "running"
+    detail: str = ""
+    stages_done: int = 0
+    decisions: tuple[str, ...] = ()
+    under_way: str = ""
+    changed_by: str = ""
+    changed_reason: str = ""
+
+    @property
+    def is_active(self) -> bool:
+        """Whether it goes on, or may."""
+        return self.state not in ("done", "aborted")
 
 
 @dataclass(frozen=True, slots=True)
@@ -469,6 +530,7 @@ class Changes:
         transitions: The changed decisions in every state they had in between, in order.
         checkpoints: By URI the step of each checkpoint that was saved, and None for each that is gone.
         baselines: The state of the run's baselines after the sample that brought the changes; empty if it is not due.
+        plans: Changed plans in every state they had in between, in order.
     """
 
     incidents: tuple[Incident, ...] = ()
@@ -478,6 +540,7 @@ class Changes:
     transitions: tuple[Decision, ...] = ()
     checkpoints: Mapping[str, int | None] = field(default_factory=dict)
     baselines: bytes = b""
+    plans: tuple[LrPlan, ...] = ()
 
 
 NO_CHANGES = Changes()

@@ -129,6 +129,7 @@ class Hello(google.protobuf.message.Message):
     CAN_ROLL_BACK_FIELD_NUMBER: builtins.int
     DATA_ORDER_FIELD_NUMBER: builtins.int
     LABELS_FIELD_NUMBER: builtins.int
+    TAKES_UPDATE_INTERVALS_FIELD_NUMBER: builtins.int
     protocol: builtins.int
     training_job: builtins.str
     run: builtins.str
@@ -150,6 +151,8 @@ class Hello(google.protobuf.message.Message):
     """Whether a rollback would be taken: there is a callback, or control is "rollback"."""
     data_order: builtins.str
     """A name for the order of the data: runs of the same one see the same batch at the same step. Empty: not told."""
+    takes_update_intervals: builtins.bool
+    """Whether MultiplierSet.update_every is carried out."""
     @property
     def layer_blocks(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[sharpwatch.v1.types_pb2.LayerBlock]:
         """Row order of every per-layer-block array of this attempt."""
@@ -188,8 +191,9 @@ class Hello(google.protobuf.message.Message):
         can_roll_back: builtins.bool = ...,
         data_order: builtins.str = ...,
         labels: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        takes_update_intervals: builtins.bool = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["agent_version", b"agent_version", "attempt", b"attempt", "blocks", b"blocks", "can_roll_back", b"can_roll_back", "control", b"control", "data_order", b"data_order", "host", b"host", "initial_step", b"initial_step", "labels", b"labels", "layer_blocks", b"layer_blocks", "max_multiplier", b"max_multiplier", "min_multiplier", b"min_multiplier", "optimizer", b"optimizer", "pid", b"pid", "probes", b"probes", "protocol", b"protocol", "run", b"run", "seed", b"seed", "sketch_size", b"sketch_size", "started_at_unix_ns", b"started_at_unix_ns", "training_job", b"training_job"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["agent_version", b"agent_version", "attempt", b"attempt", "blocks", b"blocks", "can_roll_back", b"can_roll_back", "control", b"control", "data_order", b"data_order", "host", b"host", "initial_step", b"initial_step", "labels", b"labels", "layer_blocks", b"layer_blocks", "max_multiplier", b"max_multiplier", "min_multiplier", b"min_multiplier", "optimizer", b"optimizer", "pid", b"pid", "probes", b"probes", "protocol", b"protocol", "run", b"run", "seed", b"seed", "sketch_size", b"sketch_size", "started_at_unix_ns", b"started_at_unix_ns", "takes_update_intervals", b"takes_update_intervals", "training_job", b"training_job"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Hello: typing_extensions.TypeAlias = Hello
@@ -840,6 +844,23 @@ class AgentHealth(google.protobuf.message.Message):
         _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["key", b"key", "value", b"value"]
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
+    @typing.final
+    class UpdateEveryEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.int
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.int = ...,
+        ) -> None: ...
+        _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["key", b"key", "value", b"value"]
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
     OVERHEAD_RATIO_FIELD_NUMBER: builtins.int
     STEP_SECONDS_FIELD_NUMBER: builtins.int
     DROPPED_FIELD_NUMBER: builtins.int
@@ -849,6 +870,7 @@ class AgentHealth(google.protobuf.message.Message):
     MULTIPLIERS_FIELD_NUMBER: builtins.int
     OBJECTIVE_FIELD_NUMBER: builtins.int
     OBJECTIVE_STATE_FIELD_NUMBER: builtins.int
+    UPDATE_EVERY_FIELD_NUMBER: builtins.int
     overhead_ratio: builtins.float
     """Agent seconds over step seconds, measured."""
     step_seconds: builtins.float
@@ -868,6 +890,10 @@ class AgentHealth(google.protobuf.message.Message):
     def multipliers(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]:
         """The agent's own multipliers, by block; they may be mid-ramp."""
 
+    @property
+    def update_every(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]:
+        """The agent's own MultiplierSet.update_every: blocks that are not updated at every step."""
+
     def __init__(
         self,
         *,
@@ -880,8 +906,9 @@ class AgentHealth(google.protobuf.message.Message):
         multipliers: collections.abc.Mapping[builtins.str, builtins.float] | None = ...,
         objective: builtins.str = ...,
         objective_state: builtins.str = ...,
+        update_every: collections.abc.Mapping[builtins.str, builtins.int] | None = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["dropped", b"dropped", "lr_revision", b"lr_revision", "multipliers", b"multipliers", "objective", b"objective", "objective_state", b"objective_state", "overhead_ratio", b"overhead_ratio", "probe_failures", b"probe_failures", "step_seconds", b"step_seconds", "swallowed_errors", b"swallowed_errors"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["dropped", b"dropped", "lr_revision", b"lr_revision", "multipliers", b"multipliers", "objective", b"objective", "objective_state", b"objective_state", "overhead_ratio", b"overhead_ratio", "probe_failures", b"probe_failures", "step_seconds", b"step_seconds", "swallowed_errors", b"swallowed_errors", "update_every", b"update_every"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___AgentHealth: typing_extensions.TypeAlias = AgentHealth

@@ -107,6 +107,7 @@ class Block(google.protobuf.message.Message):
     LR_MULTIPLIER_FIELD_NUMBER: builtins.int
     ESTIMATES_FIELD_NUMBER: builtins.int
     GRADIENT_NOISE_FIELD_NUMBER: builtins.int
+    UPDATE_EVERY_FIELD_NUMBER: builtins.int
     block: builtins.str
     parameters: builtins.int
     gradient_norm: builtins.float
@@ -116,6 +117,8 @@ class Block(google.protobuf.message.Message):
     learning_rate: builtins.float
     lr_multiplier: builtins.float
     gradient_noise: builtins.float
+    update_every: builtins.int
+    """It is updated at steps that this divides, as the trainer reports it."""
     @property
     def estimates(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[sharpwatch.v1.types_pb2.Estimate]: ...
     def __init__(
@@ -131,10 +134,11 @@ class Block(google.protobuf.message.Message):
         lr_multiplier: builtins.float | None = ...,
         estimates: collections.abc.Iterable[sharpwatch.v1.types_pb2.Estimate] | None = ...,
         gradient_noise: builtins.float | None = ...,
+        update_every: builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_gradient_noise", b"_gradient_noise", "_gradient_norm", b"_gradient_norm", "_learning_rate", b"_learning_rate", "_lr_multiplier", b"_lr_multiplier", "_update_ratio", b"_update_ratio", "_update_rms", b"_update_rms", "_weight_norm", b"_weight_norm", "gradient_noise", b"gradient_noise", "gradient_norm", b"gradient_norm", "learning_rate", b"learning_rate", "lr_multiplier", b"lr_multiplier", "update_ratio", b"update_ratio", "update_rms", b"update_rms", "weight_norm", b"weight_norm"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_gradient_noise", b"_gradient_noise", "_gradient_norm", b"_gradient_norm", "_learning_rate", b"_learning_rate", "_lr_multiplier", b"_lr_multiplier", "_update_every", b"_update_every", "_update_ratio", b"_update_ratio", "_update_rms", b"_update_rms", "_weight_norm", b"_weight_norm", "gradient_noise", b"gradient_noise", "gradient_norm", b"gradient_norm", "learning_rate", b"learning_rate", "lr_multiplier", b"lr_multiplier", "update_every", b"update_every", "update_ratio", b"update_ratio", "update_rms", b"update_rms", "weight_norm", b"weight_norm"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_gradient_noise", b"_gradient_noise", "_gradient_norm", b"_gradient_norm", "_learning_rate", b"_learning_rate", "_lr_multiplier", b"_lr_multiplier", "_update_ratio", b"_update_ratio", "_update_rms", b"_update_rms", "_weight_norm", b"_weight_norm", "block", b"block", "estimates", b"estimates", "gradient_noise", b"gradient_noise", "gradient_norm", b"gradient_norm", "learning_rate", b"learning_rate", "lr_multiplier", b"lr_multiplier", "parameters", b"parameters", "update_ratio", b"update_ratio", "update_rms", b"update_rms", "weight_norm", b"weight_norm"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_gradient_noise", b"_gradient_noise", "_gradient_norm", b"_gradient_norm", "_learning_rate", b"_learning_rate", "_lr_multiplier", b"_lr_multiplier", "_update_every", b"_update_every", "_update_ratio", b"_update_ratio", "_update_rms", b"_update_rms", "_weight_norm", b"_weight_norm", "block", b"block", "estimates", b"estimates", "gradient_noise", b"gradient_noise", "gradient_norm", b"gradient_norm", "learning_rate", b"learning_rate", "lr_multiplier", b"lr_multiplier", "parameters", b"parameters", "update_every", b"update_every", "update_ratio", b"update_ratio", "update_rms", b"update_rms", "weight_norm", b"weight_norm"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__gradient_noise: typing_extensions.TypeAlias = typing.Literal["gradient_noise"]
     _WhichOneofArgType__gradient_noise: typing_extensions.TypeAlias = typing.Literal["_gradient_noise", b"_gradient_noise"]
@@ -144,6 +148,8 @@ class Block(google.protobuf.message.Message):
     _WhichOneofArgType__learning_rate: typing_extensions.TypeAlias = typing.Literal["_learning_rate", b"_learning_rate"]
     _WhichOneofReturnType__lr_multiplier: typing_extensions.TypeAlias = typing.Literal["lr_multiplier"]
     _WhichOneofArgType__lr_multiplier: typing_extensions.TypeAlias = typing.Literal["_lr_multiplier", b"_lr_multiplier"]
+    _WhichOneofReturnType__update_every: typing_extensions.TypeAlias = typing.Literal["update_every"]
+    _WhichOneofArgType__update_every: typing_extensions.TypeAlias = typing.Literal["_update_every", b"_update_every"]
     _WhichOneofReturnType__update_ratio: typing_extensions.TypeAlias = typing.Literal["update_ratio"]
     _WhichOneofArgType__update_ratio: typing_extensions.TypeAlias = typing.Literal["_update_ratio", b"_update_ratio"]
     _WhichOneofReturnType__update_rms: typing_extensions.TypeAlias = typing.Literal["update_rms"]
@@ -158,6 +164,8 @@ class Block(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__learning_rate) -> _WhichOneofReturnType__learning_rate | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__lr_multiplier) -> _WhichOneofReturnType__lr_multiplier | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__update_every) -> _WhichOneofReturnType__update_every | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__update_ratio) -> _WhichOneofReturnType__update_ratio | None: ...
     @typing.overload
@@ -228,6 +236,7 @@ class RunDetail(google.protobuf.message.Message):
     ATTENTION_FIELD_NUMBER: builtins.int
     LABELS_FIELD_NUMBER: builtins.int
     OVERRIDES_FIELD_NUMBER: builtins.int
+    PLAN_FIELD_NUMBER: builtins.int
     overhead_ratio: builtins.float
     step_seconds: builtins.float
     block_order_correlation: builtins.float
@@ -282,6 +291,10 @@ class RunDetail(google.protobuf.message.Message):
     def overrides(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Override]:
         """The keys of `detection` that an override changes for this run, each with its value and the override's match."""
 
+    @property
+    def plan(self) -> Global___Plan:
+        """The newest plan of multipliers; absent where there was none."""
+
     def __init__(
         self,
         *,
@@ -308,10 +321,11 @@ class RunDetail(google.protobuf.message.Message):
         attention: collections.abc.Iterable[Global___AttentionLayer] | None = ...,
         labels: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
         overrides: collections.abc.Iterable[Global___Override] | None = ...,
+        plan: Global___Plan | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_block_order_correlation", b"_block_order_correlation", "_objective", b"_objective", "_objective_state", b"_objective_state", "_order_since_step", b"_order_since_step", "_overhead_ratio", b"_overhead_ratio", "_step_seconds", b"_step_seconds", "_swallowed_errors", b"_swallowed_errors", "block_order_correlation", b"block_order_correlation", "objective", b"objective", "objective_state", b"objective_state", "order_since_step", b"order_since_step", "overhead_ratio", b"overhead_ratio", "reference", b"reference", "run", b"run", "step_seconds", b"step_seconds", "swallowed_errors", b"swallowed_errors"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_block_order_correlation", b"_block_order_correlation", "_objective", b"_objective", "_objective_state", b"_objective_state", "_order_since_step", b"_order_since_step", "_overhead_ratio", b"_overhead_ratio", "_step_seconds", b"_step_seconds", "_swallowed_errors", b"_swallowed_errors", "block_order_correlation", b"block_order_correlation", "objective", b"objective", "objective_state", b"objective_state", "order_since_step", b"order_since_step", "overhead_ratio", b"overhead_ratio", "plan", b"plan", "reference", b"reference", "run", b"run", "step_seconds", b"step_seconds", "swallowed_errors", b"swallowed_errors"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_block_order_correlation", b"_block_order_correlation", "_objective", b"_objective", "_objective_state", b"_objective_state", "_order_since_step", b"_order_since_step", "_overhead_ratio", b"_overhead_ratio", "_step_seconds", b"_step_seconds", "_swallowed_errors", b"_swallowed_errors", "alerts", b"alerts", "attention", b"attention", "block_order_correlation", b"block_order_correlation", "blocks", b"blocks", "checkpoints", b"checkpoints", "data_order", b"data_order", "dropped", b"dropped", "estimates", b"estimates", "host", b"host", "labels", b"labels", "objective", b"objective", "objective_state", b"objective_state", "optimizer", b"optimizer", "order", b"order", "order_since_step", b"order_since_step", "overhead_ratio", b"overhead_ratio", "overrides", b"overrides", "probe_failures", b"probe_failures", "reference", b"reference", "run", b"run", "step_seconds", b"step_seconds", "swallowed_errors", b"swallowed_errors", "twins", b"twins"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_block_order_correlation", b"_block_order_correlation", "_objective", b"_objective", "_objective_state", b"_objective_state", "_order_since_step", b"_order_since_step", "_overhead_ratio", b"_overhead_ratio", "_step_seconds", b"_step_seconds", "_swallowed_errors", b"_swallowed_errors", "alerts", b"alerts", "attention", b"attention", "block_order_correlation", b"block_order_correlation", "blocks", b"blocks", "checkpoints", b"checkpoints", "data_order", b"data_order", "dropped", b"dropped", "estimates", b"estimates", "host", b"host", "labels", b"labels", "objective", b"objective", "objective_state", b"objective_state", "optimizer", b"optimizer", "order", b"order", "order_since_step", b"order_since_step", "overhead_ratio", b"overhead_ratio", "overrides", b"overrides", "plan", b"plan", "probe_failures", b"probe_failures", "reference", b"reference", "run", b"run", "step_seconds", b"step_seconds", "swallowed_errors", b"swallowed_errors", "twins", b"twins"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__block_order_correlation: typing_extensions.TypeAlias = typing.Literal["block_order_correlation"]
     _WhichOneofArgType__block_order_correlation: typing_extensions.TypeAlias = typing.Literal["_block_order_correlation", b"_block_order_correlation"]
@@ -387,6 +401,142 @@ class Override(google.protobuf.message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Override: typing_extensions.TypeAlias = Override
+
+@typing.final
+class Plan(google.protobuf.message.Message):
+    """Multipliers that are put in force in stages."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class MultipliersEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.float
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.float = ...,
+        ) -> None: ...
+        _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["key", b"key", "value", b"value"]
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+    @typing.final
+    class BeforeEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.float
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.float = ...,
+        ) -> None: ...
+        _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["key", b"key", "value", b"value"]
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+    ID_FIELD_NUMBER: builtins.int
+    NAME_FIELD_NUMBER: builtins.int
+    STATE_FIELD_NUMBER: builtins.int
+    DETAIL_FIELD_NUMBER: builtins.int
+    MULTIPLIERS_FIELD_NUMBER: builtins.int
+    BEFORE_FIELD_NUMBER: builtins.int
+    STAGES_FIELD_NUMBER: builtins.int
+    STAGES_DONE_FIELD_NUMBER: builtins.int
+    RAMP_STEPS_FIELD_NUMBER: builtins.int
+    AUTOMATIC_FIELD_NUMBER: builtins.int
+    AUTHOR_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    MADE_AT_UNIX_NS_FIELD_NUMBER: builtins.int
+    DECISION_IDS_FIELD_NUMBER: builtins.int
+    CHANGED_BY_FIELD_NUMBER: builtins.int
+    CHANGED_REASON_FIELD_NUMBER: builtins.int
+    UNDER_WAY_FIELD_NUMBER: builtins.int
+    RUN_FIELD_NUMBER: builtins.int
+    id: builtins.str
+    name: builtins.str
+    """paper, measured, curvature-share, or what the operator calls a set of their own."""
+    state: builtins.str
+    """running, waiting, paused, done or aborted."""
+    detail: builtins.str
+    """Why it is in that state."""
+    stages_done: builtins.int
+    """How many of them are over."""
+    ramp_steps: builtins.int
+    automatic: builtins.bool
+    """Whether the next stage follows without being promoted."""
+    author: builtins.str
+    """Who started it and why."""
+    reason: builtins.str
+    made_at_unix_ns: builtins.int
+    changed_by: builtins.str
+    """Who brought it into its state and why; empty for the daemon."""
+    changed_reason: builtins.str
+    under_way: builtins.str
+    """The decision on the stage that is not judged yet; empty where there is none."""
+    run: builtins.str
+    @property
+    def multipliers(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]:
+        """At its end and before it, of the blocks that it changes."""
+
+    @property
+    def before(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]: ...
+    @property
+    def stages(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___PlanStage]: ...
+    @property
+    def decision_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """On its stages, the newest last."""
+
+    def __init__(
+        self,
+        *,
+        id: builtins.str = ...,
+        name: builtins.str = ...,
+        state: builtins.str = ...,
+        detail: builtins.str = ...,
+        multipliers: collections.abc.Mapping[builtins.str, builtins.float] | None = ...,
+        before: collections.abc.Mapping[builtins.str, builtins.float] | None = ...,
+        stages: collections.abc.Iterable[Global___PlanStage] | None = ...,
+        stages_done: builtins.int = ...,
+        ramp_steps: builtins.int = ...,
+        automatic: builtins.bool = ...,
+        author: builtins.str = ...,
+        reason: builtins.str = ...,
+        made_at_unix_ns: builtins.int = ...,
+        decision_ids: collections.abc.Iterable[builtins.str] | None = ...,
+        changed_by: builtins.str = ...,
+        changed_reason: builtins.str = ...,
+        under_way: builtins.str = ...,
+        run: builtins.str = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "automatic", b"automatic", "before", b"before", "changed_by", b"changed_by", "changed_reason", b"changed_reason", "decision_ids", b"decision_ids", "detail", b"detail", "id", b"id", "made_at_unix_ns", b"made_at_unix_ns", "multipliers", b"multipliers", "name", b"name", "ramp_steps", b"ramp_steps", "reason", b"reason", "run", b"run", "stages", b"stages", "stages_done", b"stages_done", "state", b"state", "under_way", b"under_way"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___Plan: typing_extensions.TypeAlias = Plan
+
+@typing.final
+class PlanStage(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BLOCKS_FIELD_NUMBER: builtins.int
+    @property
+    def blocks(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        blocks: collections.abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["blocks", b"blocks"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___PlanStage: typing_extensions.TypeAlias = PlanStage
 
 @typing.final
 class PairOrder(google.protobuf.message.Message):
@@ -597,6 +747,23 @@ class Decision(google.protobuf.message.Message):
         _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["key", b"key", "value", b"value"]
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
+    @typing.final
+    class UpdateEveryEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.int
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.int = ...,
+        ) -> None: ...
+        _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["key", b"key", "value", b"value"]
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
     ID_FIELD_NUMBER: builtins.int
     RUN_FIELD_NUMBER: builtins.int
     MADE_AT_UNIX_NS_FIELD_NUMBER: builtins.int
@@ -615,6 +782,7 @@ class Decision(google.protobuf.message.Message):
     REVISION_FIELD_NUMBER: builtins.int
     AUTHOR_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
+    UPDATE_EVERY_FIELD_NUMBER: builtins.int
     id: builtins.str
     run: builtins.str
     made_at_unix_ns: builtins.int
@@ -642,6 +810,10 @@ class Decision(google.protobuf.message.Message):
     def multipliers(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]: ...
     @property
     def rollback(self) -> sharpwatch.v1.types_pb2.Rollback: ...
+    @property
+    def update_every(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]:
+        """As in Revision; of every decision that has one."""
+
     def __init__(
         self,
         *,
@@ -663,10 +835,11 @@ class Decision(google.protobuf.message.Message):
         revision: builtins.int = ...,
         author: builtins.str = ...,
         reason: builtins.str = ...,
+        update_every: collections.abc.Mapping[builtins.str, builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_applied_step", b"_applied_step", "applied_step", b"applied_step", "rollback", b"rollback"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_applied_step", b"_applied_step", "action", b"action", "alert_id", b"alert_id", "alert_name", b"alert_name", "applied_step", b"applied_step", "author", b"author", "detail", b"detail", "guard", b"guard", "id", b"id", "made_at_unix_ns", b"made_at_unix_ns", "mode", b"mode", "multipliers", b"multipliers", "outcome", b"outcome", "policy", b"policy", "reason", b"reason", "revision", b"revision", "rollback", b"rollback", "run", b"run", "step", b"step"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_applied_step", b"_applied_step", "action", b"action", "alert_id", b"alert_id", "alert_name", b"alert_name", "applied_step", b"applied_step", "author", b"author", "detail", b"detail", "guard", b"guard", "id", b"id", "made_at_unix_ns", b"made_at_unix_ns", "mode", b"mode", "multipliers", b"multipliers", "outcome", b"outcome", "policy", b"policy", "reason", b"reason", "revision", b"revision", "rollback", b"rollback", "run", b"run", "step", b"step", "update_every", b"update_every"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__applied_step: typing_extensions.TypeAlias = typing.Literal["applied_step"]
     _WhichOneofArgType__applied_step: typing_extensions.TypeAlias = typing.Literal["_applied_step", b"_applied_step"]
@@ -687,6 +860,7 @@ class Transition(google.protobuf.message.Message):
     AUTHOR_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
     decision_id: builtins.str
+    """Or a plan's id; `outcome` is the plan's state then."""
     at_unix_ns: builtins.int
     outcome: builtins.str
     detail: builtins.str
@@ -729,6 +903,23 @@ class Revision(google.protobuf.message.Message):
         _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["key", b"key", "value", b"value"]
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
+    @typing.final
+    class UpdateEveryEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.int
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.int = ...,
+        ) -> None: ...
+        _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["key", b"key", "value", b"value"]
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
     REVISION_FIELD_NUMBER: builtins.int
     MULTIPLIERS_FIELD_NUMBER: builtins.int
     AUTHOR_FIELD_NUMBER: builtins.int
@@ -737,6 +928,7 @@ class Revision(google.protobuf.message.Message):
     DECISION_ID_FIELD_NUMBER: builtins.int
     APPLIED_STEP_FIELD_NUMBER: builtins.int
     UNDOES_FIELD_NUMBER: builtins.int
+    UPDATE_EVERY_FIELD_NUMBER: builtins.int
     revision: builtins.int
     author: builtins.str
     reason: builtins.str
@@ -748,6 +940,10 @@ class Revision(google.protobuf.message.Message):
     """The revision that this one undoes; 0: none."""
     @property
     def multipliers(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]: ...
+    @property
+    def update_every(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]:
+        """Blocks that are updated only at steps which this divides."""
+
     def __init__(
         self,
         *,
@@ -759,10 +955,11 @@ class Revision(google.protobuf.message.Message):
         decision_id: builtins.str = ...,
         applied_step: builtins.int | None = ...,
         undoes: builtins.int = ...,
+        update_every: collections.abc.Mapping[builtins.str, builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_applied_step", b"_applied_step", "applied_step", b"applied_step"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_applied_step", b"_applied_step", "applied_step", b"applied_step", "author", b"author", "decision_id", b"decision_id", "made_at_unix_ns", b"made_at_unix_ns", "multipliers", b"multipliers", "reason", b"reason", "revision", b"revision", "undoes", b"undoes"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_applied_step", b"_applied_step", "applied_step", b"applied_step", "author", b"author", "decision_id", b"decision_id", "made_at_unix_ns", b"made_at_unix_ns", "multipliers", b"multipliers", "reason", b"reason", "revision", b"revision", "undoes", b"undoes", "update_every", b"update_every"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__applied_step: typing_extensions.TypeAlias = typing.Literal["applied_step"]
     _WhichOneofArgType__applied_step: typing_extensions.TypeAlias = typing.Literal["_applied_step", b"_applied_step"]
@@ -1126,12 +1323,30 @@ class SetLearningRatesRequest(google.protobuf.message.Message):
         _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["key", b"key", "value", b"value"]
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
+    @typing.final
+    class UpdateEveryEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.int
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.int = ...,
+        ) -> None: ...
+        _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["key", b"key", "value", b"value"]
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
     RUN_FIELD_NUMBER: builtins.int
     MULTIPLIERS_FIELD_NUMBER: builtins.int
     RAMP_STEPS_FIELD_NUMBER: builtins.int
     APPLY_AT_STEP_FIELD_NUMBER: builtins.int
     AUTHOR_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
+    UPDATE_EVERY_FIELD_NUMBER: builtins.int
     run: builtins.str
     ramp_steps: builtins.int
     apply_at_step: builtins.int
@@ -1140,6 +1355,10 @@ class SetLearningRatesRequest(google.protobuf.message.Message):
     @property
     def multipliers(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]:
         """Blocks that are not named keep their multiplier."""
+
+    @property
+    def update_every(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]:
+        """Blocks that are to be updated only at steps which this divides, 1 at every step; others keep what they have."""
 
     def __init__(
         self,
@@ -1150,8 +1369,9 @@ class SetLearningRatesRequest(google.protobuf.message.Message):
         apply_at_step: builtins.int = ...,
         author: builtins.str = ...,
         reason: builtins.str = ...,
+        update_every: collections.abc.Mapping[builtins.str, builtins.int] | None = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["apply_at_step", b"apply_at_step", "author", b"author", "multipliers", b"multipliers", "ramp_steps", b"ramp_steps", "reason", b"reason", "run", b"run"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["apply_at_step", b"apply_at_step", "author", b"author", "multipliers", b"multipliers", "ramp_steps", b"ramp_steps", "reason", b"reason", "run", b"run", "update_every", b"update_every"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___SetLearningRatesRequest: typing_extensions.TypeAlias = SetLearningRatesRequest
@@ -1252,6 +1472,231 @@ class ListRevisionsResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___ListRevisionsResponse: typing_extensions.TypeAlias = ListRevisionsResponse
+
+@typing.final
+class StartPlanRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class MultipliersEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.float
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.float = ...,
+        ) -> None: ...
+        _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["key", b"key", "value", b"value"]
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+    RUN_FIELD_NUMBER: builtins.int
+    NAME_FIELD_NUMBER: builtins.int
+    MULTIPLIERS_FIELD_NUMBER: builtins.int
+    STAGES_FIELD_NUMBER: builtins.int
+    RAMP_STEPS_FIELD_NUMBER: builtins.int
+    AUTOMATIC_FIELD_NUMBER: builtins.int
+    AUTHOR_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    DRY_RUN_FIELD_NUMBER: builtins.int
+    run: builtins.str
+    name: builtins.str
+    """paper, measured, curvature-share, or a name for `multipliers`."""
+    ramp_steps: builtins.int
+    automatic: builtins.bool
+    author: builtins.str
+    reason: builtins.str
+    dry_run: builtins.bool
+    """Only answer which plan it would be."""
+    @property
+    def multipliers(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]:
+        """A set of the operator's own; empty for a plan that the daemon knows."""
+
+    @property
+    def stages(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___PlanStage]:
+        """Each block of the plan in one of them. Empty: one block a stage, that of the least raise first."""
+
+    def __init__(
+        self,
+        *,
+        run: builtins.str = ...,
+        name: builtins.str = ...,
+        multipliers: collections.abc.Mapping[builtins.str, builtins.float] | None = ...,
+        stages: collections.abc.Iterable[Global___PlanStage] | None = ...,
+        ramp_steps: builtins.int = ...,
+        automatic: builtins.bool = ...,
+        author: builtins.str = ...,
+        reason: builtins.str = ...,
+        dry_run: builtins.bool = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "automatic", b"automatic", "dry_run", b"dry_run", "multipliers", b"multipliers", "name", b"name", "ramp_steps", b"ramp_steps", "reason", b"reason", "run", b"run", "stages", b"stages"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___StartPlanRequest: typing_extensions.TypeAlias = StartPlanRequest
+
+@typing.final
+class StartPlanResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PLAN_FIELD_NUMBER: builtins.int
+    DECISION_FIELD_NUMBER: builtins.int
+    @property
+    def plan(self) -> Global___Plan: ...
+    @property
+    def decision(self) -> Global___Decision:
+        """On its first stage; absent where that was not sent yet."""
+
+    def __init__(
+        self,
+        *,
+        plan: Global___Plan | None = ...,
+        decision: Global___Decision | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["decision", b"decision", "plan", b"plan"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["decision", b"decision", "plan", b"plan"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___StartPlanResponse: typing_extensions.TypeAlias = StartPlanResponse
+
+@typing.final
+class PromotePlanRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: builtins.int
+    AUTHOR_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    run: builtins.str
+    author: builtins.str
+    reason: builtins.str
+    def __init__(
+        self,
+        *,
+        run: builtins.str = ...,
+        author: builtins.str = ...,
+        reason: builtins.str = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "reason", b"reason", "run", b"run"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___PromotePlanRequest: typing_extensions.TypeAlias = PromotePlanRequest
+
+@typing.final
+class PromotePlanResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PLAN_FIELD_NUMBER: builtins.int
+    DECISION_FIELD_NUMBER: builtins.int
+    @property
+    def plan(self) -> Global___Plan: ...
+    @property
+    def decision(self) -> Global___Decision:
+        """On the next stage; absent where none was sent."""
+
+    def __init__(
+        self,
+        *,
+        plan: Global___Plan | None = ...,
+        decision: Global___Decision | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["decision", b"decision", "plan", b"plan"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["decision", b"decision", "plan", b"plan"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___PromotePlanResponse: typing_extensions.TypeAlias = PromotePlanResponse
+
+@typing.final
+class PausePlanRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: builtins.int
+    AUTHOR_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    run: builtins.str
+    author: builtins.str
+    reason: builtins.str
+    def __init__(
+        self,
+        *,
+        run: builtins.str = ...,
+        author: builtins.str = ...,
+        reason: builtins.str = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "reason", b"reason", "run", b"run"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___PausePlanRequest: typing_extensions.TypeAlias = PausePlanRequest
+
+@typing.final
+class PausePlanResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PLAN_FIELD_NUMBER: builtins.int
+    @property
+    def plan(self) -> Global___Plan: ...
+    def __init__(
+        self,
+        *,
+        plan: Global___Plan | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["plan", b"plan"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["plan", b"plan"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___PausePlanResponse: typing_extensions.TypeAlias = PausePlanResponse
+
+@typing.final
+class AbortPlanRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: builtins.int
+    AUTHOR_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    run: builtins.str
+    author: builtins.str
+    reason: builtins.str
+    def __init__(
+        self,
+        *,
+        run: builtins.str = ...,
+        author: builtins.str = ...,
+        reason: builtins.str = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "reason", b"reason", "run", b"run"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___AbortPlanRequest: typing_extensions.TypeAlias = AbortPlanRequest
+
+@typing.final
+class AbortPlanResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PLAN_FIELD_NUMBER: builtins.int
+    DECISION_FIELD_NUMBER: builtins.int
+    @property
+    def plan(self) -> Global___Plan: ...
+    @property
+    def decision(self) -> Global___Decision:
+        """That takes its stages back; absent where none was in force."""
+
+    def __init__(
+        self,
+        *,
+        plan: Global___Plan | None = ...,
+        decision: Global___Decision | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["decision", b"decision", "plan", b"plan"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["decision", b"decision", "plan", b"plan"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___AbortPlanResponse: typing_extensions.TypeAlias = AbortPlanResponse
 
 @typing.final
 class RequestRollbackRequest(google.protobuf.message.Message):
@@ -1417,6 +1862,7 @@ class ListTransitionsResponse(google.protobuf.message.Message):
 
     TRANSITIONS_FIELD_NUMBER: builtins.int
     DECISIONS_FIELD_NUMBER: builtins.int
+    PLANS_FIELD_NUMBER: builtins.int
     @property
     def transitions(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Transition]:
         """Oldest first."""
@@ -1425,13 +1871,18 @@ class ListTransitionsResponse(google.protobuf.message.Message):
     def decisions(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Decision]:
         """The decisions that they are of, as they are now, newest first."""
 
+    @property
+    def plans(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Plan]:
+        """The plans that they are of, as they are now."""
+
     def __init__(
         self,
         *,
         transitions: collections.abc.Iterable[Global___Transition] | None = ...,
         decisions: collections.abc.Iterable[Global___Decision] | None = ...,
+        plans: collections.abc.Iterable[Global___Plan] | None = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["decisions", b"decisions", "transitions", b"transitions"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["decisions", b"decisions", "plans", b"plans", "transitions", b"transitions"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___ListTransitionsResponse: typing_extensions.TypeAlias = ListTransitionsResponse

@@ -75,6 +75,26 @@ class OperatorServiceStub(object):
                 request_serializer=sharpwatch_dot_v1_dot_operator__pb2.ListRevisionsRequest.SerializeToString,
                 response_deserializer=sharpwatch_dot_v1_dot_operator__pb2.ListRevisionsResponse.FromString,
                 _registered_method=True)
+        self.StartPlan = channel.unary_unary(
+                '/sharpwatch.v1.OperatorService/StartPlan',
+                request_serializer=sharpwatch_dot_v1_dot_operator__pb2.StartPlanRequest.SerializeToString,
+                response_deserializer=sharpwatch_dot_v1_dot_operator__pb2.StartPlanResponse.FromString,
+                _registered_method=True)
+        self.PromotePlan = channel.unary_unary(
+                '/sharpwatch.v1.OperatorService/PromotePlan',
+                request_serializer=sharpwatch_dot_v1_dot_operator__pb2.PromotePlanRequest.SerializeToString,
+                response_deserializer=sharpwatch_dot_v1_dot_operator__pb2.PromotePlanResponse.FromString,
+                _registered_method=True)
+        self.PausePlan = channel.unary_unary(
+                '/sharpwatch.v1.OperatorService/PausePlan',
+                request_serializer=sharpwatch_dot_v1_dot_operator__pb2.PausePlanRequest.SerializeToString,
+                response_deserializer=sharpwatch_dot_v1_dot_operator__pb2.PausePlanResponse.FromString,
+                _registered_method=True)
+        self.AbortPlan = channel.unary_unary(
+                '/sharpwatch.v1.OperatorService/AbortPlan',
+                request_serializer=sharpwatch_dot_v1_dot_operator__pb2.AbortPlanRequest.SerializeToString,
+                response_deserializer=sharpwatch_dot_v1_dot_operator__pb2.AbortPlanResponse.FromString,
+                _registered_method=True)
         self.RequestRollback = channel.unary_unary(
                 '/sharpwatch.v1.OperatorService/RequestRollback',
                 request_serializer=sharpwatch_dot_v1_dot_operator__pb2.RequestRollbackRequest.SerializeToString,
@@ -192,6 +212,34 @@ class OperatorServiceServicer(object):
 
     def ListRevisions(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StartPlan(self, request, context):
+        """Rolls a plan of multipliers out, stage by stage; at most one at a time in a run.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PromotePlan(self, request, context):
+        """Sends the next stage of a plan that waits for it, or has one go on that was paused.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PausePlan(self, request, context):
+        """Has no further stage sent until the plan is promoted.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AbortPlan(self, request, context):
+        """Ends a plan, with the multipliers from before it.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -322,6 +370,26 @@ def add_OperatorServiceServicer_to_server(servicer, server):
                     servicer.ListRevisions,
                     request_deserializer=sharpwatch_dot_v1_dot_operator__pb2.ListRevisionsRequest.FromString,
                     response_serializer=sharpwatch_dot_v1_dot_operator__pb2.ListRevisionsResponse.SerializeToString,
+            ),
+            'StartPlan': grpc.unary_unary_rpc_method_handler(
+                    servicer.StartPlan,
+                    request_deserializer=sharpwatch_dot_v1_dot_operator__pb2.StartPlanRequest.FromString,
+                    response_serializer=sharpwatch_dot_v1_dot_operator__pb2.StartPlanResponse.SerializeToString,
+            ),
+            'PromotePlan': grpc.unary_unary_rpc_method_handler(
+                    servicer.PromotePlan,
+                    request_deserializer=sharpwatch_dot_v1_dot_operator__pb2.PromotePlanRequest.FromString,
+                    response_serializer=sharpwatch_dot_v1_dot_operator__pb2.PromotePlanResponse.SerializeToString,
+            ),
+            'PausePlan': grpc.unary_unary_rpc_method_handler(
+                    servicer.PausePlan,
+                    request_deserializer=sharpwatch_dot_v1_dot_operator__pb2.PausePlanRequest.FromString,
+                    response_serializer=sharpwatch_dot_v1_dot_operator__pb2.PausePlanResponse.SerializeToString,
+            ),
+            'AbortPlan': grpc.unary_unary_rpc_method_handler(
+                    servicer.AbortPlan,
+                    request_deserializer=sharpwatch_dot_v1_dot_operator__pb2.AbortPlanRequest.FromString,
+                    response_serializer=sharpwatch_dot_v1_dot_operator__pb2.AbortPlanResponse.SerializeToString,
             ),
             'RequestRollback': grpc.unary_unary_rpc_method_handler(
                     servicer.RequestRollback,
@@ -606,6 +674,114 @@ class OperatorService(object):
             '/sharpwatch.v1.OperatorService/ListRevisions',
             sharpwatch_dot_v1_dot_operator__pb2.ListRevisionsRequest.SerializeToString,
             sharpwatch_dot_v1_dot_operator__pb2.ListRevisionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StartPlan(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sharpwatch.v1.OperatorService/StartPlan',
+            sharpwatch_dot_v1_dot_operator__pb2.StartPlanRequest.SerializeToString,
+            sharpwatch_dot_v1_dot_operator__pb2.StartPlanResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PromotePlan(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sharpwatch.v1.OperatorService/PromotePlan',
+            sharpwatch_dot_v1_dot_operator__pb2.PromotePlanRequest.SerializeToString,
+            sharpwatch_dot_v1_dot_operator__pb2.PromotePlanResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PausePlan(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sharpwatch.v1.OperatorService/PausePlan',
+            sharpwatch_dot_v1_dot_operator__pb2.PausePlanRequest.SerializeToString,
+            sharpwatch_dot_v1_dot_operator__pb2.PausePlanResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AbortPlan(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sharpwatch.v1.OperatorService/AbortPlan',
+            sharpwatch_dot_v1_dot_operator__pb2.AbortPlanRequest.SerializeToString,
+            sharpwatch_dot_v1_dot_operator__pb2.AbortPlanResponse.FromString,
             options,
             channel_credentials,
             insecure,

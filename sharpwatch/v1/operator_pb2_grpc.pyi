@@ -37,6 +37,14 @@ class OperatorServiceStub:
     SetLearningRates: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.SetLearningRatesRequest, sharpwatch.v1.operator_pb2.SetLearningRatesResponse]
     UndoLearningRates: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.UndoLearningRatesRequest, sharpwatch.v1.operator_pb2.UndoLearningRatesResponse]
     ListRevisions: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.ListRevisionsRequest, sharpwatch.v1.operator_pb2.ListRevisionsResponse]
+    StartPlan: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.StartPlanRequest, sharpwatch.v1.operator_pb2.StartPlanResponse]
+    """Rolls a plan of multipliers out, stage by stage; at most one at a time in a run."""
+    PromotePlan: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.PromotePlanRequest, sharpwatch.v1.operator_pb2.PromotePlanResponse]
+    """Sends the next stage of a plan that waits for it, or has one go on that was paused."""
+    PausePlan: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.PausePlanRequest, sharpwatch.v1.operator_pb2.PausePlanResponse]
+    """Has no further stage sent until the plan is promoted."""
+    AbortPlan: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.AbortPlanRequest, sharpwatch.v1.operator_pb2.AbortPlanResponse]
+    """Ends a plan, with the multipliers from before it."""
     RequestRollback: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.RequestRollbackRequest, sharpwatch.v1.operator_pb2.RequestRollbackResponse]
     SetMode: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.SetModeRequest, sharpwatch.v1.operator_pb2.SetModeResponse]
     ListDecisions: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.ListDecisionsRequest, sharpwatch.v1.operator_pb2.ListDecisionsResponse]
@@ -72,6 +80,14 @@ class OperatorServiceAsyncStub(OperatorServiceStub):
     SetLearningRates: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.SetLearningRatesRequest, sharpwatch.v1.operator_pb2.SetLearningRatesResponse]  # type: ignore[assignment]
     UndoLearningRates: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.UndoLearningRatesRequest, sharpwatch.v1.operator_pb2.UndoLearningRatesResponse]  # type: ignore[assignment]
     ListRevisions: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.ListRevisionsRequest, sharpwatch.v1.operator_pb2.ListRevisionsResponse]  # type: ignore[assignment]
+    StartPlan: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.StartPlanRequest, sharpwatch.v1.operator_pb2.StartPlanResponse]  # type: ignore[assignment]
+    """Rolls a plan of multipliers out, stage by stage; at most one at a time in a run."""
+    PromotePlan: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.PromotePlanRequest, sharpwatch.v1.operator_pb2.PromotePlanResponse]  # type: ignore[assignment]
+    """Sends the next stage of a plan that waits for it, or has one go on that was paused."""
+    PausePlan: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.PausePlanRequest, sharpwatch.v1.operator_pb2.PausePlanResponse]  # type: ignore[assignment]
+    """Has no further stage sent until the plan is promoted."""
+    AbortPlan: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.AbortPlanRequest, sharpwatch.v1.operator_pb2.AbortPlanResponse]  # type: ignore[assignment]
+    """Ends a plan, with the multipliers from before it."""
     RequestRollback: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.RequestRollbackRequest, sharpwatch.v1.operator_pb2.RequestRollbackResponse]  # type: ignore[assignment]
     SetMode: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.SetModeRequest, sharpwatch.v1.operator_pb2.SetModeResponse]  # type: ignore[assignment]
     ListDecisions: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.ListDecisionsRequest, sharpwatch.v1.operator_pb2.ListDecisionsResponse]  # type: ignore[assignment]
@@ -152,6 +168,38 @@ class OperatorServiceServicer(metaclass=abc.ABCMeta):
         request: sharpwatch.v1.operator_pb2.ListRevisionsRequest,
         context: _ServicerContext,
     ) -> typing.Union[sharpwatch.v1.operator_pb2.ListRevisionsResponse, collections.abc.Awaitable[sharpwatch.v1.operator_pb2.ListRevisionsResponse]]: ...
+
+    @abc.abstractmethod
+    def StartPlan(
+        self,
+        request: sharpwatch.v1.operator_pb2.StartPlanRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[sharpwatch.v1.operator_pb2.StartPlanResponse, collections.abc.Awaitable[sharpwatch.v1.operator_pb2.StartPlanResponse]]:
+        """Rolls a plan of multipliers out, stage by stage; at most one at a time in a run."""
+
+    @abc.abstractmethod
+    def PromotePlan(
+        self,
+        request: sharpwatch.v1.operator_pb2.PromotePlanRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[sharpwatch.v1.operator_pb2.PromotePlanResponse, collections.abc.Awaitable[sharpwatch.v1.operator_pb2.PromotePlanResponse]]:
+        """Sends the next stage of a plan that waits for it, or has one go on that was paused."""
+
+    @abc.abstractmethod
+    def PausePlan(
+        self,
+        request: sharpwatch.v1.operator_pb2.PausePlanRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[sharpwatch.v1.operator_pb2.PausePlanResponse, collections.abc.Awaitable[sharpwatch.v1.operator_pb2.PausePlanResponse]]:
+        """Has no further stage sent until the plan is promoted."""
+
+    @abc.abstractmethod
+    def AbortPlan(
+        self,
+        request: sharpwatch.v1.operator_pb2.AbortPlanRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[sharpwatch.v1.operator_pb2.AbortPlanResponse, collections.abc.Awaitable[sharpwatch.v1.operator_pb2.AbortPlanResponse]]:
+        """Ends a plan, with the multipliers from before it."""
 
     @abc.abstractmethod
     def RequestRollback(

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19sharpwatch/v1/types.proto\x12\rsharpwatch.v1\"3\n\x05\x41rray\x12\r\n\x05\x64type\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\r\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"s\n\nLayerBlock\x12\r\n\x05\x62lock\x18\x01 \x01(\t\x12\r\n\x05layer\x18\x02 \x01(\t\x12\x12\n\nparameters\x18\x03 \x01(\x04\x12\x1a\n\x12\x61\x64\x61pter_parameters\x18\x04 \x01(\x04\x12\x17\n\x0fparameter_names\x18\x05 \x03(\t\"\xae\x01\n\x08\x45stimate\x12\x10\n\x08quantity\x18\x01 \x01(\t\x12\r\n\x05\x62lock\x18\x02 \x01(\t\x12\r\n\x05value\x18\x03 \x01(\x01\x12\x0e\n\x06stderr\x18\x04 \x01(\x01\x12\r\n\x05\x64raws\x18\x05 \x01(\r\x12\x11\n\testimator\x18\x06 \x01(\t\x12\x0c\n\x04step\x18\x07 \x01(\x03\x12\x15\n\x08residual\x18\x08 \x01(\x01H\x00\x88\x01\x01\x12\x0e\n\x06method\x18\t \x01(\tB\x0b\n\t_residual\"\'\n\nCheckpoint\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\x0b\n\x03uri\x18\x02 \x01(\t\"\xc0\x01\n\rMultiplierSet\x12\x42\n\x0bmultipliers\x18\x01 \x03(\x0b\x32-.sharpwatch.v1.MultiplierSet.MultipliersEntry\x12\x10\n\x08revision\x18\x02 \x01(\x04\x12\x12\n\nramp_steps\x18\x03 \x01(\r\x12\x11\n\tttl_steps\x18\x04 \x01(\x03\x1a\x32\n\x10MultipliersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"g\n\x08Rollback\x12-\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x19.sharpwatch.v1.Checkpoint\x12\x16\n\x0eskip_from_step\x18\x02 \x01(\x03\x12\x14\n\x0cskip_to_step\x18\x03 \x01(\x03\"\x83\x02\n\x07\x43ommand\x12\n\n\x02id\x18\x01 \x01(\t\x12\x15\n\rapply_at_step\x18\x02 \x01(\x03\x12\x17\n\x0f\x65xpires_at_step\x18\x03 \x01(\x03\x12\x1a\n\x12\x65xpires_at_unix_ns\x18\x04 \x01(\x04\x12\x0e\n\x06\x61uthor\x18\x05 \x01(\t\x12\x0e\n\x06reason\x18\x06 \x01(\t\x12\x37\n\x0fset_multipliers\x18\x07 \x01(\x0b\x32\x1c.sharpwatch.v1.MultiplierSetH\x00\x12+\n\x08rollback\x18\x08 \x01(\x0b\x32\x17.sharpwatch.v1.RollbackH\x00\x12\x10\n\x06\x63\x61ncel\x18\t \x01(\tH\x00\x42\x08\n\x06\x61\x63tion\"\x8b\x01\n\rCommandResult\x12\x12\n\ncommand_id\x18\x01 \x01(\t\x12.\n\x07outcome\x18\x02 \x01(\x0e\x32\x1d.sharpwatch.v1.CommandOutcome\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\x12\x18\n\x10unchanged_blocks\x18\x05 \x03(\t*\xc3\x01\n\x0e\x43ommandOutcome\x12\x1f\n\x1b\x43OMMAND_OUTCOME_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x43OMMAND_OUTCOME_APPLIED\x10\x01\x12\x1b\n\x17\x43OMMAND_OUTCOME_REFUSED\x10\x02\x12\x1b\n\x17\x43OMMAND_OUTCOME_EXPIRED\x10\x03\x12\x1a\n\x16\x43OMMAND_OUTCOME_FAILED\x10\x04\x12\x1d\n\x19\x43OMMAND_OUTCOME_CANCELLED\x10\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19sharpwatch/v1/types.proto\x12\rsharpwatch.v1\"3\n\x05\x41rray\x12\r\n\x05\x64type\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\r\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"s\n\nLayerBlock\x12\r\n\x05\x62lock\x18\x01 \x01(\t\x12\r\n\x05layer\x18\x02 \x01(\t\x12\x12\n\nparameters\x18\x03 \x01(\x04\x12\x1a\n\x12\x61\x64\x61pter_parameters\x18\x04 \x01(\x04\x12\x17\n\x0fparameter_names\x18\x05 \x03(\t\"\xae\x01\n\x08\x45stimate\x12\x10\n\x08quantity\x18\x01 \x01(\t\x12\r\n\x05\x62lock\x18\x02 \x01(\t\x12\r\n\x05value\x18\x03 \x01(\x01\x12\x0e\n\x06stderr\x18\x04 \x01(\x01\x12\r\n\x05\x64raws\x18\x05 \x01(\r\x12\x11\n\testimator\x18\x06 \x01(\t\x12\x0c\n\x04step\x18\x07 \x01(\x03\x12\x15\n\x08residual\x18\x08 \x01(\x01H\x00\x88\x01\x01\x12\x0e\n\x06method\x18\t \x01(\tB\x0b\n\t_residual\"\'\n\nCheckpoint\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\x0b\n\x03uri\x18\x02 \x01(\t\"\xb9\x02\n\rMultiplierSet\x12\x42\n\x0bmultipliers\x18\x01 \x03(\x0b\x32-.sharpwatch.v1.MultiplierSet.MultipliersEntry\x12\x10\n\x08revision\x18\x02 \x01(\x04\x12\x12\n\nramp_steps\x18\x03 \x01(\r\x12\x11\n\tttl_steps\x18\x04 \x01(\x03\x12\x43\n\x0cupdate_every\x18\x05 \x03(\x0b\x32-.sharpwatch.v1.MultiplierSet.UpdateEveryEntry\x1a\x32\n\x10MultipliersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a\x32\n\x10UpdateEveryEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"g\n\x08Rollback\x12-\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x19.sharpwatch.v1.Checkpoint\x12\x16\n\x0eskip_from_step\x18\x02 \x01(\x03\x12\x14\n\x0cskip_to_step\x18\x03 \x01(\x03\"\x83\x02\n\x07\x43ommand\x12\n\n\x02id\x18\x01 \x01(\t\x12\x15\n\rapply_at_step\x18\x02 \x01(\x03\x12\x17\n\x0f\x65xpires_at_step\x18\x03 \x01(\x03\x12\x1a\n\x12\x65xpires_at_unix_ns\x18\x04 \x01(\x04\x12\x0e\n\x06\x61uthor\x18\x05 \x01(\t\x12\x0e\n\x06reason\x18\x06 \x01(\t\x12\x37\n\x0fset_multipliers\x18\x07 \x01(\x0b\x32\x1c.sharpwatch.v1.MultiplierSetH\x00\x12+\n\x08rollback\x18\x08 \x01(\x0b\x32\x17.sharpwatch.v1.RollbackH\x00\x12\x10\n\x06\x63\x61ncel\x18\t \x01(\tH\x00\x42\x08\n\x06\x61\x63tion\"\x8b\x01\n\rCommandResult\x12\x12\n\ncommand_id\x18\x01 \x01(\t\x12.\n\x07outcome\x18\x02 \x01(\x0e\x32\x1d.sharpwatch.v1.CommandOutcome\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\x12\x18\n\x10unchanged_blocks\x18\x05 \x03(\t*\xc3\x01\n\x0e\x43ommandOutcome\x12\x1f\n\x1b\x43OMMAND_OUTCOME_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x43OMMAND_OUTCOME_APPLIED\x10\x01\x12\x1b\n\x17\x43OMMAND_OUTCOME_REFUSED\x10\x02\x12\x1b\n\x17\x43OMMAND_OUTCOME_EXPIRED\x10\x03\x12\x1a\n\x16\x43OMMAND_OUTCOME_FAILED\x10\x04\x12\x1d\n\x19\x43OMMAND_OUTCOME_CANCELLED\x10\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,8 +33,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_MULTIPLIERSET_MULTIPLIERSENTRY']._loaded_options = None
   _globals['_MULTIPLIERSET_MULTIPLIERSENTRY']._serialized_options = b'8\001'
-  _globals['_COMMANDOUTCOME']._serialized_start=1137
-  _globals['_COMMANDOUTCOME']._serialized_end=1332
+  _globals['_MULTIPLIERSET_UPDATEEVERYENTRY']._loaded_options = None
+  _globals['_MULTIPLIERSET_UPDATEEVERYENTRY']._serialized_options = b'8\001'
+  _globals['_COMMANDOUTCOME']._serialized_start=1258
+  _globals['_COMMANDOUTCOME']._serialized_end=1453
   _globals['_ARRAY']._serialized_start=44
   _globals['_ARRAY']._serialized_end=95
   _globals['_LAYERBLOCK']._serialized_start=97
@@ -44,13 +46,15 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHECKPOINT']._serialized_start=391
   _globals['_CHECKPOINT']._serialized_end=430
   _globals['_MULTIPLIERSET']._serialized_start=433
-  _globals['_MULTIPLIERSET']._serialized_end=625
-  _globals['_MULTIPLIERSET_MULTIPLIERSENTRY']._serialized_start=575
-  _globals['_MULTIPLIERSET_MULTIPLIERSENTRY']._serialized_end=625
-  _globals['_ROLLBACK']._serialized_start=627
-  _globals['_ROLLBACK']._serialized_end=730
-  _globals['_COMMAND']._serialized_start=733
-  _globals['_COMMAND']._serialized_end=992
-  _globals['_COMMANDRESULT']._serialized_start=995
-  _globals['_COMMANDRESULT']._serialized_end=1134
+  _globals['_MULTIPLIERSET']._serialized_end=746
+  _globals['_MULTIPLIERSET_MULTIPLIERSENTRY']._serialized_start=644
+  _globals['_MULTIPLIERSET_MULTIPLIERSENTRY']._serialized_end=694
+  _globals['_MULTIPLIERSET_UPDATEEVERYENTRY']._serialized_start=696
+  _globals['_MULTIPLIERSET_UPDATEEVERYENTRY']._serialized_end=746
+  _globals['_ROLLBACK']._serialized_start=748
+  _globals['_ROLLBACK']._serialized_end=851
+  _globals['_COMMAND']._serialized_start=854
+  _globals['_COMMAND']._serialized_end=1113
+  _globals['_COMMANDRESULT']._serialized_start=1116
+  _globals['_COMMANDRESULT']._serialized_end=1255
 # @@protoc_insertion_point(module_scope)

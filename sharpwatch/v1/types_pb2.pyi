@@ -205,10 +205,28 @@ class MultiplierSet(google.protobuf.message.Message):
         _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["key", b"key", "value", b"value"]
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
+    @typing.final
+    class UpdateEveryEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.int
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.int = ...,
+        ) -> None: ...
+        _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["key", b"key", "value", b"value"]
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
     MULTIPLIERS_FIELD_NUMBER: builtins.int
     REVISION_FIELD_NUMBER: builtins.int
     RAMP_STEPS_FIELD_NUMBER: builtins.int
     TTL_STEPS_FIELD_NUMBER: builtins.int
+    UPDATE_EVERY_FIELD_NUMBER: builtins.int
     revision: builtins.int
     ramp_steps: builtins.int
     """Steps over which the multipliers move, geometrically, from where they are."""
@@ -216,6 +234,12 @@ class MultiplierSet(google.protobuf.message.Message):
     """After this many steps multipliers above 1 return to 1 unless the daemon renews them. 0: they stay."""
     @property
     def multipliers(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]: ...
+    @property
+    def update_every(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]:
+        """Blocks that are updated only at steps which this number divides; one that is not named at every step. Agents whose
+        Hello does not say that they take it do not see it.
+        """
+
     def __init__(
         self,
         *,
@@ -223,8 +247,9 @@ class MultiplierSet(google.protobuf.message.Message):
         revision: builtins.int = ...,
         ramp_steps: builtins.int = ...,
         ttl_steps: builtins.int = ...,
+        update_every: collections.abc.Mapping[builtins.str, builtins.int] | None = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["multipliers", b"multipliers", "ramp_steps", b"ramp_steps", "revision", b"revision", "ttl_steps", b"ttl_steps"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["multipliers", b"multipliers", "ramp_steps", b"ramp_steps", "revision", b"revision", "ttl_steps", b"ttl_steps", "update_every", b"update_every"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___MultiplierSet: typing_extensions.TypeAlias = MultiplierSet

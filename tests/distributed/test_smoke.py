@@ -59,7 +59,8 @@ def train(kind, *, watched, multipliers=None):
         optimizer.step()
         optimizer.zero_grad()
         if multipliers and transport.hello and step == COMMANDED:
-            transport.command(id="cut", set_multipliers=types_pb2.MultiplierSet(multipliers=multipliers))
+            chosen = types_pb2.MultiplierSet(multipliers=multipliers, update_every={"emb": 2})
+            transport.command(id="cut", set_multipliers=chosen)
     if watch is not None:
         watch.close()
     held = [value.to_local() if hasattr(value, "to_local") else value for value in model.parameters()]
@@ -96,5 +97,6 @@ def test_a_run_is_unchanged_until_a_command_that_all_ranks_take(kind, ranks):
         ("cut", types_pb2.COMMAND_OUTCOME_APPLIED)
     ]
     (line,) = first[5]
-    assert line.startswith("learning-rate multipliers of revision 0 (ffn x 0.5) applied at step ")
+    command = "learning-rate multipliers of revision 0 (ffn x 0.5, emb updated every 2 steps) applied at step "
+    assert line.startswith(command)
     assert second[5] == []

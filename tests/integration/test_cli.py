@@ -244,7 +244,7 @@ async def test_a_trainer_that_refuses_is_a_failure_that_says_why(operator, cli):
 
 async def test_a_trainer_that_never_answers_is_not_waited_for_for_ever(operator, cli):
     status, out, err = await cli("lr", "set", "gpt2-a1", "qk=0.5", "--timeout", "0.5")
-    assert (status, out) == (1, "")
+    assert (status, out) == (3, "")
     assert err == (
         "sharpwatch: no answer from the trainer of gpt2-a1 within 0.5 s; decision d1 stays sent: "
         "see sharpwatch decisions gpt2-a1\n"
@@ -257,7 +257,7 @@ async def test_interrupted_waiting_says_that_the_decision_stands(operator, start
     await operator.watched.wait()
     process.send_signal(2)
     out, err = await process.communicate()
-    assert (process.returncode, out) == (1, b"")
+    assert (process.returncode, out) == (3, b"")
     assert err.decode().startswith("sharpwatch: stopped waiting; decision d1 stays sent")
     await operator.abandoned.wait()
 
@@ -353,7 +353,9 @@ async def test_a_dry_run_of_an_answer_says_what_the_proposal_would_change(operat
 async def test_lr_show_and_history(cli):
     status, out, _ = await cli("lr", "show", "llama", "--json")
     assert status == 0
-    assert json.loads(out)["blocks"] == [{"block": "qk", "learning_rate": 3e-4, "lr_multiplier": 0.5}]
+    assert json.loads(out)["blocks"] == [
+        {"block": "qk", "learning_rate": 3e-4, "lr_multiplier": 0.5, "update_every": None}
+    ]
     assert json.loads(out)["newest_revision"]["applied_step"] == 9
     _, out, _ = await cli("lr", "history", "llama")
     assert [line.split()[0] for line in out.splitlines()] == ["revision", "1", "2"]

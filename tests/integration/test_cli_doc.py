@@ -21,7 +21,10 @@ COMMON = {
     "--dry-run",
     "--version",
 }
-GROUPS = {"lr": ("show", "set", "history", "undo"), "silence": ("add", "list", "expire")}
+GROUPS = {
+    "lr": ("show", "set", "history", "undo", "plan", "promote", "pause", "abort"),
+    "silence": ("add", "list", "expire"),
+}
 COMMANDS = re.findall(r"^\| \[`([^]]+)`\]", DOCUMENT, re.MULTILINE)
 
 

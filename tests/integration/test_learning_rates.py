@@ -91,3 +91,26 @@ def test_a_change_that_was_planned_for_a_later_step_is_cancelled_by_the_trainer(
     assert late.returncode == 1
     assert f"is applied at step {applied['applied_step']}" in late.stderr
     assert "take revision 2 back with lr undo" in late.stderr
+
+
+def test_a_block_is_updated_at_steps_that_its_interval_divides_until_it_is_set_back(daemon, stepping):
+    trainer = stepping(SCRIPT)
+    decision = daemon.cli("lr", "set", "rates", "qk=0.5", "--every", "emb=3,ffn=2", "--reason", "flat")
+    assert (decision["outcome"], decision["update_every"]) == ("applied", {"emb": 3, "ffn": 2})
+    applied = decision["applied_step"]
+    seen = trainer.until(lambda entry: entry["step"] == applied + 7)
+    for entry in seen[-8:]:
+        for block, every in {"emb": 3, "ffn": 2, "vo": 1, "norm": 1, "head": 1}.items():
+            want = 0.0 if entry["step"] % every else 1e-2
+            torch.testing.assert_close(entry["rates"][block], want, rtol=1e-6, atol=1e-12)
+        torch.testing.assert_close(entry["rates"]["qk"], 0.5e-2, rtol=1e-6, atol=0)
+        assert [count for _, count in entry["groups"]] == [count for _, count in seen[0]["groups"]]
+    shown = {block["block"]: block["update_every"] for block in daemon.cli("lr", "show", "rates")["blocks"]}
+    assert (shown["emb"], shown["ffn"], shown["vo"]) == (3, 2, 1)
+    assert 'sharpwatch_block_update_interval{block="emb",run="rates",training_job="rates"} 3.0' in daemon.get(
+        "/metrics"
+    )
+    assert "emb every 3 steps, ffn every 2 steps" in daemon.command("lr", "history", "rates").stdout
+    again = daemon.cli("lr", "set", "rates", "--every", "emb=1,ffn=1")
+    entry = trainer.until(lambda entry: entry["step"] == again["applied_step"] + 5)
+    assert all(each["rates"]["emb"] > 0.9e-2 for each in entry if each["step"] >= again["applied_step"])

@@ -20,7 +20,8 @@ DATA = Path(__file__).parents[1] / "data"
 PRINTED = json.loads((DATA / "printed-0.1.json").read_text())
 # What `show` did not print yet.
 NEW = re.compile(
-    r"\.(objective|objective_state|swallowed_errors|data_order|reference|order_since_step|order\[\d+]\.\w+"
+    r"\.(objective|objective_state|swallowed_errors|data_order|reference|order_since_step|order\[\d+]\.\w+|plan"
+    r"|blocks\[\d+]\.update_every"
     r"|alerts\[\d+]\.(names\[0]|cause|layer_blocks\[\d+]|onset|closed|acknowledged|parameter|rank))"
 )
 STATE = json.loads((DATA / "agent-state-0.1.json").read_text())

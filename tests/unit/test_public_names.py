@@ -166,6 +166,7 @@ def test_the_error_tree():
         "StoreError": "SharpwatchError",
         "LogError": "SharpwatchError",
         "OperatorError": "SharpwatchError",
+        "UnansweredError": "OperatorError",
     }
     drawn = re.findall(r"^[│ ]*[├└]── (\w+)", errors.__doc__, re.MULTILINE)
     assert drawn == [name for name in tree if name != "SharpwatchError"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 Outcome = Literal["applied", "refused", "expired", "failed", "cancelled"]
@@ -18,12 +18,14 @@ class SetMultipliers:
         revision: The daemon's number for this set of multipliers.
         ramp_steps: Optimizer steps over which the multipliers move to their targets, geometrically.
         ttl_steps: Optimizer steps after which multipliers above 1 return to 1, unless renewed; 0 means never.
+        update_every: By block type, the number that must divide a step at which it is updated; 1 where it is not named.
     """
 
     multipliers: Mapping[str, float]
     revision: int = 0
     ramp_steps: int = 0
     ttl_steps: int = 0
+    update_every: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +86,11 @@ class CommandResult:
     unchanged_blocks: tuple[str, ...] = ()
 
 
-def describe_multipliers(multipliers: Mapping[str, float]) -> str:
-    """The multipliers other than 1, such as "qk x 0.5"."""
+def describe_multipliers(multipliers: Mapping[str, float], update_every: Mapping[str, int] | None = None) -> str:
+    """The multipliers other than 1, and what is not updated at every step: "qk x 0.5, emb updated every 4 steps"."""
     changed = [f"{block} x {value:.4g}" for block, value in multipliers.items() if value != 1.0]
-    return ", ".join(changed) or "every multiplier is 1"
+    rarely = [f"{block} updated every {steps} steps" for block, steps in (update_every or {}).items() if steps != 1]
+    return ", ".join([*changed, *rarely]) or "every multiplier is 1"
 
 
 @dataclass(frozen=True, slots=True)

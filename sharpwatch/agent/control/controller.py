@@ -18,6 +18,7 @@ from sharpwatch.agent.control.commands import (
     SetMultipliers,
     describe_multipliers,
 )
+from sharpwatch.wire import MAX_INTERVAL
 
 ControlMode = Literal["none", "lr", "rollback"]
 CONTROL_MODES: tuple[ControlMode, ...] = ("none", "lr", "rollback")
@@ -61,6 +62,7 @@ class Controller:
         parameter_types: For each parameter, the block types that share its learning rate.
         has_callback: Whether the user passed `on_rollback`.
         lr_refusal: Says why the learning rates of this run can't be changed, or nothing; asked when they are to be.
+        interval_refusal: Why no block can be left out of a step, where rates can be changed; empty if it can.
         log: Takes a line for each result of a command, and for each other change of the multipliers.
     """
 
@@ -73,16 +75,20 @@ class Controller:
         parameter_types: Collection[frozenset[str]] = (),
         has_callback: bool = False,
         lr_refusal: Callable[[], str] = str,
+        interval_refusal: str = "",
         log: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.mode = mode
         self.revision = 0
         self.multipliers = dict.fromkeys(blocks, 1.0)
+        self.update_every: Mapping[str, int] = {}  # of blocks that are not updated at every step
+        self.step = 0  # that began last
         self.pending_rollback: RollbackRequest | None = None
         self._bounds = bounds
         self._parameter_types = parameter_types
         self._has_callback = has_callback
         self._lr_refusal = lr_refusal
+        self._interval_refusal = interval_refusal
         self._log = log
         self._ramp = _Ramp(self.multipliers, self.multipliers, 0, 0)
         self._fade: tuple[int, int] | None = (
@@ -97,9 +103,13 @@ class Controller:
 
     @property
     def may_scale(self) -> bool:
-        """Whether the next step may run under a multiplier other than 1."""
+        """Whether the next step may run under a multiplier other than 1, or without a block."""
         waiting = any(isinstance(command.action, SetMultipliers) for command in self._waiting)
-        return waiting or any(value != 1.0 for value in (*self.multipliers.values(), *self._ramp.target.values()))
+        return (
+            waiting
+            or bool(self.update_every)
+            or any(value != 1.0 for value in (*self.multipliers.values(), *self._ramp.target.values()))
+        )
 
     @property
     def targets(self) -> Mapping[str, float]:
@@ -165,6 +175,7 @@ class Controller:
 
     def begin(self, step: int, now_unix_ns: int) -> Mapping[str, float]:
         """Apply the commands that are due before `step`; returns its multipliers. Calling it twice does no harm."""
+        self.step = step
         for command in self._due(step, now_unix_ns, SetMultipliers):
             self._set(command, step)
         if self._fade is not None and self._taken >= self._fade[0]:
@@ -207,6 +218,7 @@ class Controller:
             "target": dict(self._ramp.target),
             # Relative to the steps taken, a number that starts at 0 again in the next process.
             "ramp": [self._taken - self._ramp.since, self._ramp.steps],
+            "update_every": dict(self.update_every),
             "fade": None if self._fade is None else [self._fade[0] - self._taken, self._fade[1]],
             "answered": [asdict(result) for result in self._seen.values() if result is not None],
         }
@@ -232,7 +244,12 @@ class Controller:
         ]
         loaded_fade = None if fade is None else (int(fade[0]), int(fade[1]))
         revision = int(state["revision"])
+        may_leave_out = not (self.mode == "none" or self._lr_refusal() or self._interval_refusal)
+        # A state of an earlier version has none.
+        saved = state.get("update_every", {}) if may_leave_out else {}
+        update_every = {block: int(saved[block]) for block in self.multipliers if int(saved.get(block, 1)) > 1}
         self._ramp, self._fade, self._taken, self.revision = ramp, loaded_fade, 0, revision
+        self.update_every = update_every
         self._seen = OrderedDict((result.command_id, result) for result in answered)
         self.multipliers = ramp.at(-1) if elapsed else dict(ramp.start)
 
@@ -264,8 +281,13 @@ class Controller:
         self._ramp = _Ramp(now, target, self._taken, action.ramp_steps)
         self._fade = (self._taken + action.ttl_steps, action.ramp_steps) if action.ttl_steps else None
         self.revision = action.revision
+        self.update_every = {block: steps for block, steps in action.update_every.items() if steps > 1}
         unchanged = _unchanged(action.multipliers, target, self._parameter_types)
-        self._settle(command, "applied", step, _shared_rates(target, self._parameter_types), unchanged)
+        remarks = (
+            _shared_rates(target, self._parameter_types),
+            _shared_intervals(self.update_every, self._parameter_types),
+        )
+        self._settle(command, "applied", step, "; ".join(filter(None, remarks)), unchanged)
 
     def _start_fade(self, steps: int) -> None:
         """Return multipliers above 1 to 1, as the daemon did not renew them in time; those below 1 stay."""
@@ -313,6 +335,16 @@ class Controller:
                 return f"multiplier of {block!r} must be within lr_bounds ({low:g}, {high:g}), got {value:g}"
         if action.ramp_steps < 0 or action.ttl_steps < 0:
             return f"ramp_steps and ttl_steps must be >= 0, got {action.ramp_steps} and {action.ttl_steps}"
+        return self._refusal_of_intervals(action.update_every)
+
+    def _refusal_of_intervals(self, update_every: Mapping[str, int]) -> str:
+        for block, steps in update_every.items():
+            if block not in self.multipliers:
+                return f"unknown block {block!r}: the model has {', '.join(self.multipliers)}"
+            if not 1 <= steps <= MAX_INTERVAL:
+                return f"{block!r} must be updated every 1 to {MAX_INTERVAL} steps, got {steps}"
+        if self._interval_refusal and any(steps > 1 for steps in update_every.values()):
+            return f"no block can be left out of a step: {self._interval_refusal}"
         return ""
 
     def _rollback_refusal(self, action: RollBack) -> str:
@@ -353,13 +385,19 @@ def smallest_multiplier(types: Collection[str], multipliers: Mapping[str, float]
     return min((multipliers[block] for block in types), default=1.0)
 
 
+def smallest_interval(types: Collection[str], update_every: Mapping[str, int]) -> int:
+    """Every how many steps a parameter that belongs to blocks of `types` is updated; it is stepped as a whole."""
+    return min((update_every.get(block, 1) for block in types), default=1)
+
+
 def _described(command: Command, known: Collection[str]) -> str:
     """A command in words; of multipliers only those of `known` blocks, as a wrong command may name any others."""
     match command.action:
-        case SetMultipliers(multipliers, revision, ramp_steps):
+        case SetMultipliers(multipliers, revision, ramp_steps, _, update_every):
             ramp = f" over {ramp_steps} steps" if ramp_steps > 0 else ""
             named = {block: multipliers[block] for block in known if block in multipliers}
-            return f"learning-rate multipliers of revision {revision} ({describe_multipliers(named)}{ramp})"
+            rarely = {block: update_every[block] for block in known if block in update_every}
+            return f"learning-rate multipliers of revision {revision} ({describe_multipliers(named, rarely)}{ramp})"
         case RollBack(step, uri, skip):
             skipped = f", without the batches of steps {skip[0]} to {skip[1] - 1}" if skip[0] < skip[1] else ""
             return f"rollback to step {step} ({uri[:_MAX_SHOWN]!r}{skipped})"
@@ -391,6 +429,15 @@ def _shared_rates(target: Mapping[str, float], parameter_types: Collection[froze
             names = ", ".join(other for other in target if other in others and target[other] == value)
             remarks.setdefault(f"{value:g} where parameters are shared with {names}{elsewhere}", []).append(block)
     return "; ".join(f"{', '.join(blocks)} {remark}" for remark, blocks in remarks.items())
+
+
+def _shared_intervals(update_every: Mapping[str, int], parameter_types: Collection[frozenset[str]]) -> str:
+    """Say which blocks have parameters that are updated more often, because other blocks share them."""
+    remarks = []
+    for block, own in update_every.items():
+        values = {smallest_interval(types, update_every) for types in parameter_types if block in types} - {own}
+        remarks += [f"{block} updated every {steps} steps where parameters are shared" for steps in sorted(values)]
+    return "; ".join(remarks)
 
 
 def _unchanged(

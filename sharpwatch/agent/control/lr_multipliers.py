@@ -1,4 +1,7 @@
-"""Applies learning-rate multipliers: gives optimizers split parameter groups for the duration of one `step()`.
+"""Applies multipliers and update intervals: gives optimizers other parameter groups for the duration of one `step()`.
+
+A parameter with a multiplier is in a group of its own; one whose block is not updated at the step is in none, so that
+neither it nor its state changes, as if its gradient were None.
 
 Schedulers, checkpoints and the user's own code keep seeing the groups that the user made: the list in
 `optimizer.param_groups` is replaced by another and restored, never edited.
@@ -10,14 +13,14 @@ import functools
 import types
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from sharpwatch.agent.control.controller import Controller, smallest_multiplier
+from sharpwatch.agent.control.controller import Controller, smallest_interval, smallest_multiplier
 from sharpwatch.agent.safety import ExceptionBarrier
 from sharpwatch.blocks import BlockMap
 
@@ -35,6 +38,15 @@ _POWERS: dict[str, Callable[[Group], float]] = {
 
 
 _NO_PIECES: Mapping[int, int] = types.MappingProxyType({})
+_NONE: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class InForce:
+    """What a step runs under, by parameter id: multipliers, 1 where absent, and the parameters that are left out."""
+
+    multipliers: Mapping[int, float] = field(default_factory=dict)
+    left_out: frozenset[int] = _NONE
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +66,7 @@ class ParamGroupOverride:
     the instance's `step` a wrapper that restores the groups in any case.
     """
 
-    applied: Mapping[int, float] = types.MappingProxyType({})  # the multipliers by which groups are split now
+    applied = InForce()  # by which groups are split now
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
@@ -63,23 +75,31 @@ class ParamGroupOverride:
         self._wrapper: Callable[..., Any] | None = None
         self._replaced: Any = None
 
-    def apply(self, multipliers: Mapping[int, float], pieces: Mapping[int, int] = _NO_PIECES) -> None:
+    def apply(
+        self,
+        multipliers: Mapping[int, float],
+        pieces: Mapping[int, int] = _NO_PIECES,
+        left_out: frozenset[int] = _NONE,
+    ) -> None:
         """Split the groups by `multipliers`, by parameter id and 1 where absent. If all are 1, nothing changes.
 
-        `pieces`, by parameter id, divide groups further: parameters of one multiplier are together in a piece.
+        `pieces`, by parameter id, divide groups further: parameters of one multiplier are together in a piece. The
+        parameters of the ids `left_out` are in no group, and a group that has no others is left out with them.
         """
         self.restore()
         # Without multipliers the optimizer keeps its own list, so that a run without commands is a plain run.
-        if not pieces and all(value == 1.0 for value in multipliers.values()):
+        if not (pieces or left_out) and all(value == 1.0 for value in multipliers.values()):
             return
         own = self._optimizer.param_groups
         groups: list[Group] = []
         for group in own:
-            splits = _split(group, multipliers, pieces)
+            stepped = [parameter for parameter in group["params"] if id(parameter) not in left_out]
+            whole = len(stepped) == len(group["params"])
+            splits = _split(group, stepped, multipliers, pieces)
             self._splits.extend(splits)
-            groups.extend([split.applied for split in splits] or [group])
+            groups.extend([split.applied for split in splits] or ([group] if whole else []))
         self._own = own
-        self.applied = multipliers
+        self.applied = InForce(multipliers, left_out)
         self._optimizer.param_groups = groups
 
     def restore(self) -> None:
@@ -130,13 +150,25 @@ class ParamGroupOverride:
         self._wrapper = self._replaced = None
 
 
-def _split(group: Group, multipliers: Mapping[int, float], pieces: Mapping[int, int]) -> list[_SplitGroup]:
-    """Split a group into one for each multiplier and piece, with its parameters in their order; empty if all are 1."""
+def _split(
+    group: Group, stepped: Sequence[Any], multipliers: Mapping[int, float], pieces: Mapping[int, int]
+) -> list[_SplitGroup]:
+    """Split a group into one for each multiplier and piece, with its parameters in their order.
+
+    Args:
+        group: The user's group.
+        stepped: Those of its parameters that are not left out.
+        multipliers: By parameter id.
+        pieces: By parameter id.
+
+    Returns:
+        The splits; empty if nothing is stepped, or if the whole group is at a multiplier of 1.
+    """
     shares: dict[tuple[float, int], list[Any]] = {}
-    for parameter in group["params"]:
+    for parameter in stepped:
         key = multipliers.get(id(parameter), 1.0), pieces.get(id(parameter), 0)
         shares.setdefault(key, []).append(parameter)
-    if set(shares) <= {(1.0, 0)}:
+    if not shares or (set(shares) == {(1.0, 0)} and len(stepped) == len(group["params"])):
         return []
     # One split keeps the group's own tensors, so that an increment in place reaches the user's group.
     nearest = min(shares, key=lambda share: _distance(share[0]))
@@ -182,7 +214,7 @@ def _is_wrapped_by(step: Any, wrapper: Callable[..., Any]) -> bool:
 
 
 class LrMultipliers:
-    """Scales the learning rates of each `step()` by the multipliers of `control`.
+    """Scales the learning rates of each `step()` by the multipliers of `control`, and leaves out what is not updated.
 
     Args:
         optimizers: The optimizers of the run; the methods below name one by its index `which`.
@@ -210,12 +242,24 @@ class LrMultipliers:
             self._cache = (dict(by_type), {key: value for key, value in each.items() if value != 1.0})
         return self._cache[1]
 
-    def apply(self, which: int, multipliers: Mapping[int, float]) -> None:
-        """Split the parameter groups of an optimizer by `multipliers`."""
-        self._overrides[which].apply(multipliers)
+    def in_force(self) -> InForce:
+        """What the step that has begun runs under."""
+        control = self._control
+        if not control.update_every:
+            return InForce(self.multipliers())
+        rests = (key for key, types in self._parameter_types.items() if self._rests(types))
+        return InForce(self.multipliers(), frozenset(rests))
 
-    def restore(self, which: int) -> Mapping[int, float]:
-        """Restore the optimizer's own groups; returns the multipliers that were applied until now."""
+    def _rests(self, types: frozenset[str]) -> bool:
+        """Whether a parameter of blocks of `types` is not updated at this step."""
+        return bool(self._control.step % smallest_interval(types, self._control.update_every))
+
+    def apply(self, which: int, in_force: InForce) -> None:
+        """Split the parameter groups of an optimizer by what is in force."""
+        self._overrides[which].apply(in_force.multipliers, left_out=in_force.left_out)
+
+    def restore(self, which: int) -> InForce:
+        """Restore the optimizer's own groups; returns what was applied until now."""
         applied = self._overrides[which].applied
         self._overrides[which].restore()
         return applied

@@ -24,7 +24,7 @@ from sharpwatch.agent.distributed.rendezvous import Rendezvous
 from sharpwatch.agent.distributed.topology import Topology, gather_topology
 from sharpwatch.agent.losses import StepLoss
 from sharpwatch.agent.optimizers.split_check import PresentState
-from sharpwatch.agent.optimizers.support import layout_of, lr_refusal
+from sharpwatch.agent.optimizers.support import interval_refusal, layout_of, lr_refusal
 from sharpwatch.agent.options import Options, require_placed
 from sharpwatch.agent.probes.context import ShardReduction
 from sharpwatch.agent.reporting import StepRecord
@@ -75,6 +75,7 @@ class Strategy:
         self.run = run
         self.block_map = block_map  # of the whole model
         self.lr_refusal = lr_refusal  # why no learning rate of the run can be changed; empty where they can
+        self.interval_refusal = interval_refusal(options.optimizers)  # why no block can be left out of a step
         self.present_state = PresentState(options.optimizers if options.control != "none" else ())
         self.layout = layout_of(options.optimizers)
         parameters = dict(options.model.named_parameters())
@@ -164,6 +165,7 @@ class Replicated(Strategy):
     def __init__(self, options: Options, topology: Topology, rendezvous: Rendezvous, barrier: ExceptionBarrier) -> None:
         shares, reason = topology.shares, topology.lr_refusal
         super().__init__(options, topology.block_map, topology.run, shares=shares, lr_refusal=reason)
+        self.interval_refusal = topology.interval_refusal
         self.ranks = topology.ranks
         self.is_rank_zero = self.ranks.is_rank_zero
         self.ranks.object_to(self._objects_to)

@@ -6,7 +6,7 @@ Fingerprints of the parameters tell replicas of one model from models of their o
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 
@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sharpwatch.agent.distributed.channel import RankGroup
 from sharpwatch.agent.distributed.rendezvous import AttachMessage, Rendezvous, join
-from sharpwatch.agent.optimizers.support import is_flat, layout_of, lr_refusal
+from sharpwatch.agent.optimizers.support import interval_refusal, is_flat, layout_of, lr_refusal
 from sharpwatch.agent.options import Options, require_placed
 from sharpwatch.agent.statistics.tap import Tap
 from sharpwatch.blocks import BlockMap, Part
@@ -61,6 +61,7 @@ class _RankReport:
     summed: bool
     run: str
     lr_refusal: str
+    interval_refusal: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,7 @@ class Topology:
 
     `block_map` is that of the whole model; where the model is `staged`, a rank has a part of it. `sharded`: no rank has
     all weights; `summed`: nor all gradients, and `shares` weigh this rank's sums. `lr_refusal`: why the learning
-    rates of one rank can't be changed, and so nobody's.
+    rates of one rank can't be changed, and so nobody's; `interval_refusal`: the same of leaving blocks out of a step.
     """
 
     ranks: RankGroup
@@ -80,6 +81,7 @@ class Topology:
     staged: bool
     run: str
     lr_refusal: str
+    interval_refusal: str
 
 
 def gather_topology(
@@ -105,7 +107,8 @@ def gather_topology(
         mine = replace(mine, block_map=_stretched(block_map, dist.get_world_size()))
     sharded = flat or is_sharded(model)
     reason = lr_refusal(optimizers, dist.get_world_size(), check_split=options.control != "none")
-    own = _RankReport(mine.digest, replicated, idle_rules, sharded, sharded or layout.fragmented, run, reason)
+    reasons = (reason, interval_refusal(optimizers))
+    own = _RankReport(mine.digest, replicated, idle_rules, sharded, sharded or layout.fragmented, run, *reasons)
     channel, messages = join(AttachMessage(equal=options.equal, own=own))
     reports = [each.own for each in messages if isinstance(each.own, _RankReport)]
     require_placed([report.idle_rules for report in reports], options.rules_source)
@@ -128,8 +131,14 @@ def gather_topology(
         summed=summed,
         staged=staged,
         run=reports[0].run,
-        lr_refusal="; ".join(dict.fromkeys(report.lr_refusal for report in reports if report.lr_refusal)),
+        lr_refusal=_joined(report.lr_refusal for report in reports),
+        interval_refusal=_joined(report.interval_refusal for report in reports),
     )
+
+
+def _joined(reasons: Iterable[str]) -> str:
+    """The reasons of all ranks, each once; empty where none has any."""
+    return "; ".join(dict.fromkeys(filter(None, reasons)))
 
 
 def _check_replicas(models: Sequence[_RankModel], replicated: Sequence[Sequence[int]]) -> None:

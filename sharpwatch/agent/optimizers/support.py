@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from sharpwatch.agent.optimizers.deepspeed import DeepSpeedLayout, DeepSpeedOptimizer
 from sharpwatch.agent.optimizers.split_check import unsafe_to_split
@@ -61,6 +61,12 @@ def lr_refusal(optimizers: Sequence[Optimizer], ranks: int = 1, *, check_split: 
         for each in optimizers
     ]
     return "; ".join(f"{name}: {reason}" for name, reason in reasons if reason)
+
+
+def interval_refusal(optimizers: Sequence[Optimizer]) -> str:
+    """Say why no block can be left out of a step, where rates can be changed; empty if it can."""
+    whole = [type(each).__name__ for each in optimizers if isinstance(each, LBFGS)]
+    return f"{', '.join(whole)} steps all parameters as one" if whole else ""
 
 
 def is_flat(parameter: object) -> bool:

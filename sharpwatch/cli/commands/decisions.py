@@ -23,7 +23,7 @@ from sharpwatch.cli.options import (
     wait_options,
 )
 from sharpwatch.cli.output import Grid, print_answer
-from sharpwatch.errors import OperatorError
+from sharpwatch.errors import OperatorError, UnansweredError
 from sharpwatch.v1.operator_pb2 import (
     ApproveDecisionRequest,
     CancelDecisionRequest,
@@ -31,6 +31,7 @@ from sharpwatch.v1.operator_pb2 import (
     ListDecisionsRequest,
     ListTransitionsRequest,
     ListTransitionsResponse,
+    Plan,
     RejectDecisionRequest,
     RequestRollbackRequest,
     Transition,
@@ -90,10 +91,13 @@ def decision_table(found: Iterable[Decision]) -> Grid:
 def transition_table(found: ListTransitionsResponse) -> Grid:
     """A row for each transition, in the given order."""
     of = {decision.id: decision for decision in found.decisions}
+    plans = {plan.id: plan for plan in found.plans}
     return Grid(
         "lrllllll",
         tuple(
-            (
+            _plan_row(plans[one.decision_id], one)
+            if one.decision_id in plans
+            else (
                 output.timestamp(one.at_unix_ns),
                 str(of[one.decision_id].step),
                 one.decision_id,
@@ -108,6 +112,12 @@ def transition_table(found: ListTransitionsResponse) -> Grid:
         ("at", "step", "id", "run", "action", "outcome", "by", "why"),
         empty="no decision yet",
     )
+
+
+def _plan_row(plan: Plan, one: Transition) -> tuple[str, ...]:
+    why = "; ".join(part for part in (f"plan {plan.name}", one.reason, one.detail) if part)
+    at, by = output.timestamp(one.at_unix_ns), one.author or output.ABSENT
+    return (at, output.ABSENT, plan.id, plan.run, "plan", one.outcome, by, why)
 
 
 def _reasons(decision: Decision, state: Decision | Transition) -> str:
@@ -262,18 +272,31 @@ def follow(  # noqa: PLR0913 - keyword-only, and two of them for one caller each
     Raises:
         OperatorError: The trainer refused, or did not answer in time.
     """
-    if timeout is not None and decision.outcome in PENDING:
-        try:
-            decision = _wait(stub, decision, timeout)
-        except KeyboardInterrupt:
-            # Ctrl-C ends the waiting, not the command: the trainer may still apply it, and the user must know.
-            raise OperatorError(f"stopped waiting; {_pending_note(decision)}") from None
-    # With --no-wait, a decision that is still under way is what was asked for.
-    failed = decision.outcome not in wanted and not (timeout is None and decision.outcome in PENDING)
-    if as_json or not failed:
+    decision = answered(stub, decision, timeout)
+    failed = failure_of(decision, timeout, wanted)
+    if as_json or failed is None:
         print_answer(decision, describe_outcome(decision, requested), as_json=as_json)
-    if failed:
-        raise OperatorError(describe_failure(decision, timeout or 0.0))
+    if failed is not None:
+        raise failed
+
+
+def answered(stub: OperatorServiceStub, decision: Decision, timeout: float | None) -> Decision:
+    """A decision once the trainer has answered, or as it is after `timeout` seconds; None does not wait."""
+    if timeout is None or decision.outcome not in PENDING:
+        return decision
+    try:
+        return _wait(stub, decision, timeout)
+    except KeyboardInterrupt:
+        # Ctrl-C ends the waiting, not the command: the trainer may still apply it, and the user must know.
+        raise UnansweredError(f"stopped waiting; {_pending_note(decision)}") from None
+
+
+def failure_of(decision: Decision, timeout: float | None, wanted: Collection[str] = _DONE) -> OperatorError | None:
+    """The error of a decision that did not come into force in time; with None not to wait, one under way is none."""
+    if decision.outcome in wanted or (timeout is None and decision.outcome in PENDING):
+        return None
+    kind = UnansweredError if decision.outcome in PENDING else OperatorError
+    return kind(describe_failure(decision, timeout or 0.0))
 
 
 def _wait(stub: OperatorServiceStub, decision: Decision, timeout: float) -> Decision:

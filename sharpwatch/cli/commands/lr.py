@@ -1,4 +1,4 @@
-"""`sharpwatch lr`: the learning-rate multipliers of a run's blocks, and their revisions."""
+"""`sharpwatch lr`: the learning-rate multipliers of a run's blocks, their revisions and plans."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ import click
 from sharpwatch.cli import output
 from sharpwatch.cli.client import author, operator, resolve_run, run_argument
 from sharpwatch.cli.commands.decisions import follow
+from sharpwatch.cli.commands.lr_plan import abort, pause, plan, plan_table, promote
 from sharpwatch.cli.dry_run import dry_run_option, preview
 from sharpwatch.cli.options import (
     COUNT,
+    INTERVALS,
     CommandGroup,
     DaemonCommand,
     DaemonOptions,
+    gather_lists,
     multipliers_argument,
     reason_option,
     wait_options,
@@ -32,8 +35,8 @@ from sharpwatch.v1.operator_pb2 import (
 
 lr = CommandGroup(
     "lr",
-    help="Show, set and undo the multipliers of a run's learning rates. Each block has one; every change of them is "
-    "a numbered revision.",
+    help="Show, set and undo the multipliers of a run's learning rates, or roll a plan of them out in stages. Each "
+    "block has one; every change of them is a numbered revision.",
     example="sharpwatch lr set gpt2-a1 qk=0.5 --reason 'loss spikes'\nsharpwatch lr undo gpt2-a1",
 )
 
@@ -42,7 +45,7 @@ lr = CommandGroup(
 @run_argument()
 @click.pass_obj
 def show(options: DaemonOptions, run: str) -> None:
-    """Show each block's learning rate and multiplier, and the newest revision."""
+    """Show each block's learning rate and multiplier, the newest revision and the newest plan."""
     with operator(options) as stub:
         name = resolve_run(stub, run)
         detail = stub.GetRun(GetRunRequest(run=name)).detail
@@ -52,12 +55,14 @@ def show(options: DaemonOptions, run: str) -> None:
         "run": name,
         "lr_revision": detail.run.lr_revision,
         "newest_revision": to_dict(newest) if newest else None,
+        "plan": to_dict(detail.plan) if detail.HasField("plan") else None,
         "blocks": [
-            {name: block[name] for name in ("block", "learning_rate", "lr_multiplier")}
+            {name: block[name] for name in ("block", "learning_rate", "lr_multiplier", "update_every")}
             for block in to_dict(detail)["blocks"]
         ],
     }
     grids = [rate_table(detail, newest), *([revision_table([newest])] if newest else [])]
+    grids += [plan_table(detail.plan)] if detail.HasField("plan") else []
     print_answer(payload, grids, as_json=options.json)
 
 
@@ -65,17 +70,18 @@ def rate_table(detail: RunDetail, newest: Revision | None) -> Grid:
     """Each block's rate and multiplier as the trainer reported them, beside the multiplier of the newest revision."""
     wanted = newest.multipliers if newest else {}
     return Grid(
-        "lrrr",
+        "lrrrr",
         tuple(
             (
                 block.block,
                 output.measured(block, "learning_rate"),
                 output.measured(block, "lr_multiplier"),
                 output.number(wanted.get(block.block, 1.0)),
+                f"{block.update_every} steps" if block.update_every > 1 else "step",
             )
             for block in detail.blocks
         ),
-        ("block", "learning rate", "multiplier", "asked for"),
+        ("block", "learning rate", "multiplier", "asked for", "updated every"),
         title=f"run {detail.run.run}, step {detail.run.step}, revision {detail.run.lr_revision}",
         empty=f"run {detail.run.run} has reported no block yet",
     )
@@ -88,6 +94,14 @@ def rate_table(detail: RunDetail, newest: Revision | None) -> Grid:
 )
 @run_argument(whole=True)
 @multipliers_argument()
+@click.option(
+    "--every",
+    metavar="BLOCK=STEPS,...",
+    type=INTERVALS,
+    multiple=True,
+    callback=gather_lists,
+    help="Update a block only at steps that a number divides, such as emb=4; 1 is every step again.",
+)
 @click.option("--ramp", metavar="STEPS", type=COUNT, default=0, help="Move there over so many steps. Default: at once.")
 @click.option("--at-step", metavar="STEP", type=COUNT, default=0, help="Not before this step. Default: the next one.")
 @reason_option()
@@ -99,16 +113,23 @@ def set_multipliers(  # noqa: PLR0913 - click passes every option by name
     run: str,
     multipliers: Mapping[str, float],
     *,
+    every: Mapping[str, int],
     ramp: int,
     at_step: int,
     reason: str,
     timeout: float | None,
     dry_run: bool,
 ) -> None:
-    """Multiply the learning rates of blocks by a factor each, and wait until the trainer has done it."""
+    """Multiply the learning rates of blocks by a factor each, and wait until the trainer has done it.
+
+    With --every a block is also updated at some steps only.
+    """
+    if not (multipliers or every):
+        raise click.UsageError("Missing argument 'BLOCK=FACTOR...', or --every BLOCK=STEPS")
     request = SetLearningRatesRequest(
         run=run,
         multipliers=multipliers,
+        update_every=every,
         ramp_steps=ramp,
         apply_at_step=at_step,
         author=author(os.environ),
@@ -142,7 +163,9 @@ def revision_table(revisions: list[Revision]) -> Grid:
                 str(revision.revision),
                 output.timestamp(revision.made_at_unix_ns),
                 str(revision.applied_step) if revision.HasField("applied_step") else "not yet",
-                output.multipliers(revision.multipliers),
+                ", ".join(
+                    filter(None, (output.multipliers(revision.multipliers), output.intervals(revision.update_every)))
+                ),
                 revision.author,
                 f"undoes {revision.undoes}: {revision.reason}".removesuffix(": ")
                 if revision.undoes
@@ -173,3 +196,7 @@ def undo(  # noqa: PLR0913 - click passes every option by name
     with operator(options) as stub:
         decision = stub.UndoLearningRates(request).decision
         follow(stub, decision, timeout, as_json=options.json)
+
+
+for command in (plan, promote, pause, abort):
+    lr.add_command(command)

@@ -13,6 +13,7 @@ from sharpwatch.daemon.records import (
     Checkpoint,
     Decision,
     Incident,
+    LrPlan,
     PairOrder,
     Revision,
     RollbackPlan,
@@ -72,6 +73,7 @@ def command_message(decision: Decision) -> types_pb2.Command:
                 revision=decision.revision,
                 ramp_steps=decision.ramp_steps,
                 ttl_steps=decision.ttl_steps,
+                update_every=decision.update_every,
             )
         )
     return command
@@ -121,6 +123,7 @@ def decision_message(decision: Decision) -> operator_pb2.Decision:
         revision=decision.revision,
         author=decision.author,
         reason=decision.reason,
+        update_every=decision.update_every,
     )
 
 
@@ -166,6 +169,31 @@ def revision_message(revision: Revision) -> operator_pb2.Revision:
         decision_id=revision.decision_id,
         applied_step=revision.applied_step,
         undoes=revision.undoes,
+        update_every=revision.update_every,
+    )
+
+
+def plan_message(plan: LrPlan) -> operator_pb2.Plan:
+    """Returns a learning-rate plan as a message."""
+    return operator_pb2.Plan(
+        id=plan.id,
+        name=plan.name,
+        state=plan.state,
+        detail=plan.detail,
+        multipliers=plan.target,
+        before=plan.before,
+        stages=[operator_pb2.PlanStage(blocks=stage) for stage in plan.stages],
+        stages_done=plan.stages_done,
+        ramp_steps=plan.ramp_steps,
+        automatic=plan.automatic,
+        author=plan.author,
+        reason=plan.reason,
+        made_at_unix_ns=_nanoseconds(plan.made_at),
+        decision_ids=plan.decisions,
+        changed_by=plan.changed_by,
+        changed_reason=plan.changed_reason,
+        under_way=plan.under_way,
+        run=plan.run,
     )
 
 
@@ -215,6 +243,8 @@ def _block_messages(snapshot: RunSnapshot) -> list[operator_pb2.Block]:
             # Left unset, which the fields allow, so that a client can't take NaN for a measurement.
             if values is not None and not math.isnan(values[index]):
                 setattr(block, field, float(values[index]))
+        if snapshot.health is not None:
+            block.update_every = snapshot.health.update_every.get(name, 1)
         block.estimates.extend(
             estimate_message(quantity, of, estimate) for (quantity, of, _), estimate in estimates.items() if of == name
         )

@@ -22,6 +22,7 @@ from sharpwatch.daemon.api.conversions import (
     decision_message,
     detail_message,
     override_messages,
+    plan_message,
     reference_message,
     revision_message,
     run_message,
@@ -31,12 +32,15 @@ from sharpwatch.daemon.api.conversions import (
 from sharpwatch.daemon.api.history import history_message
 from sharpwatch.daemon.api.silences import silence_of, wrong_silence
 from sharpwatch.daemon.config.settings import DetectionConfig
+from sharpwatch.daemon.decisions.lr_plan import PlanRequest
 from sharpwatch.daemon.decisions.muting import Silences
+from sharpwatch.daemon.decisions.operator_requests import OperatorContext
+from sharpwatch.daemon.decisions.plan_rollout import PlanRollout
 from sharpwatch.daemon.decisions.run_controller import RunController
 from sharpwatch.daemon.decisions.transitions import is_settled
 from sharpwatch.daemon.detection.history import MAX_LOSSES, Losses
 from sharpwatch.daemon.pipeline import Pipeline
-from sharpwatch.daemon.records import Changes, Decision, Mode, Silence
+from sharpwatch.daemon.records import Changes, Decision, LrPlan, Mode, Silence
 from sharpwatch.daemon.runs.run import Run, Runs
 from sharpwatch.daemon.storage.journal import Store
 from sharpwatch.daemon.storage.schema import ModeRow, ReferenceRow
@@ -170,6 +174,7 @@ class OperatorService(OperatorServiceServicer):
                 request.author,
                 request.reason,
                 time.time(),
+                dict(request.update_every),
             ),
         )
         return pb.SetLearningRatesResponse(decision=await self._submit_decision(run, changes, context))
@@ -189,6 +194,58 @@ class OperatorService(OperatorServiceServicer):
         """Lists the LR revisions of a run, oldest first."""
         run = await self._run(request.run, context)
         return pb.ListRevisionsResponse(revisions=map(revision_message, run.controller.revisions))
+
+    async def StartPlan(self, request: pb.StartPlanRequest, context: Context) -> pb.StartPlanResponse:
+        """Rolls a learning-rate plan out, or answers which one that would be."""
+        run = await self._authorized_run(request.run, request, context)
+        wanted = PlanRequest(
+            request.name,
+            dict(request.multipliers),
+            [tuple(stage.blocks) for stage in request.stages],
+            request.ramp_steps,
+            request.automatic,
+        )
+        known = run.snapshot.without_stale().all_estimates
+        if request.dry_run:
+            draft = await self._change(
+                context,
+                lambda: run.controller.draft_plan(wanted, known, request.author, request.reason, time.time()),
+            )
+            return pb.StartPlanResponse(plan=plan_message(draft))
+        plan, made = await self._change_plan(
+            run, request, context, lambda rollout, operator: rollout.start(wanted, known, operator)
+        )
+        return pb.StartPlanResponse(plan=plan, decision=made)
+
+    async def PromotePlan(self, request: pb.PromotePlanRequest, context: Context) -> pb.PromotePlanResponse:
+        """Has the newest plan of a run go on."""
+        run = await self._authorized_run(request.run, request, context)
+        plan, made = await self._change_plan(run, request, context, PlanRollout.promote)
+        return pb.PromotePlanResponse(plan=plan, decision=made)
+
+    async def PausePlan(self, request: pb.PausePlanRequest, context: Context) -> pb.PausePlanResponse:
+        """Has no further stage of a run's plan sent."""
+        run = await self._authorized_run(request.run, request, context)
+        plan, _ = await self._change_plan(run, request, context, PlanRollout.pause)
+        return pb.PausePlanResponse(plan=plan)
+
+    async def AbortPlan(self, request: pb.AbortPlanRequest, context: Context) -> pb.AbortPlanResponse:
+        """Ends a run's plan, with the multipliers from before it."""
+        run = await self._authorized_run(request.run, request, context)
+        plan, made = await self._change_plan(run, request, context, PlanRollout.abort)
+        return pb.AbortPlanResponse(plan=plan, decision=made)
+
+    async def _change_plan(
+        self, run: Run, request: Audited, context: Context, change: Callable[[PlanRollout, OperatorContext], None]
+    ) -> tuple[pb.Plan, pb.Decision | None]:
+        """Changes a run's plan; returns it, and the decision that was sent for it, if any."""
+        changes = await self._change(
+            context, lambda: run.controller.change_plan(change, request.author, request.reason, time.time())
+        )
+        await self._submit(run, changes, context)
+        plan = plan_message(changes.plans[-1])
+        sent = changes.commands[-1].id if changes.commands else ""
+        return plan, decision_message(_decision(run, sent)) if sent else None
 
     async def RequestRollback(self, request: pb.RequestRollbackRequest, context: Context) -> pb.RequestRollbackResponse:
         """Asks the trainer to go back to a checkpoint."""
@@ -227,14 +284,19 @@ class OperatorService(OperatorServiceServicer):
         return pb.ListDecisionsResponse(decisions=map(decision_message, newest))
 
     async def ListTransitions(self, request: pb.ListTransitionsRequest, context: Context) -> pb.ListTransitionsResponse:
-        """Lists every transition of the newest decisions of a run or of all runs, oldest first."""
-        newest = await self._newest_decisions(request.run, request.limit or _MOST, context)
+        """Lists every transition of the newest decisions of a run or of all runs, and of their plans, oldest first."""
+        limit = request.limit or _MOST
+        newest = await self._newest_decisions(request.run, limit, context)
+        since = newest[-1].made_at if len(newest) == limit else 0.0
+        plans = [plan for plan in self._plans(request.run) if plan.made_at >= since]
         try:
-            rows = await self._store.transitions([made.id for made in newest])
+            rows = await self._store.transitions([made.id for made in newest] + [plan.id for plan in plans])
         except StoreError as error:
             await context.abort(grpc.StatusCode.UNAVAILABLE, f"the journal can't be read: {error}")
         return pb.ListTransitionsResponse(
-            transitions=map(transition_message, rows), decisions=map(decision_message, newest)
+            transitions=map(transition_message, rows),
+            decisions=map(decision_message, newest),
+            plans=map(plan_message, plans),
         )
 
     async def WatchDecision(
@@ -358,6 +420,8 @@ class OperatorService(OperatorServiceServicer):
         reference = reference_message(run.controller.reference)
         if reference is not None:
             detail.reference.CopyFrom(reference)
+        if run.controller.plans:
+            detail.plan.CopyFrom(plan_message(run.controller.plans[-1]))
         return detail
 
     async def _changed(self, run: Run, version: int, context: Context) -> None:
@@ -374,6 +438,10 @@ class OperatorService(OperatorServiceServicer):
         made = chain.from_iterable(reversed(run.controller.decisions) for run in runs)
         # `nlargest` keeps the given order of equals, so of one moment's decisions the newest comes first.
         return heapq.nlargest(min(limit, _MOST), made, key=lambda one: one.made_at)
+
+    def _plans(self, name: str) -> Iterable[LrPlan]:
+        """The plans of a run, or of all runs for an empty name."""
+        return (plan for run in self._runs if name in {"", run.name} for plan in run.controller.plans)
 
     async def _run(self, name: str, context: Context) -> Run:
         run = self._runs.get(name)

@@ -1,4 +1,4 @@
-"""The decisions and LR revisions of one run, and which of them changed since they were last taken to the journal."""
+"""The decisions, LR revisions and plans of one run, and what changed since it was last taken to the journal."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 from sharpwatch.daemon.decisions.transitions import FINAL, UNDER_WAY, Event, advance, is_settled
-from sharpwatch.daemon.records import Changes, Decision, Incident, Revision
+from sharpwatch.daemon.records import Changes, Decision, Incident, LrPlan, Revision
 from sharpwatch.errors import OperatorError
 
 
 class DecisionLog:
-    """The decisions and LR revisions of one run.
+    """The decisions, LR revisions and plans of one run.
 
     The outcome of a decision changes by events alone, as `transitions.TRANSITIONS` has them. `take` returns what
     changed since it was last called.
@@ -36,6 +36,8 @@ class DecisionLog:
         self._changed_revisions: dict[int, None] = {}
         self._commands: dict[str, None] = {}
         self._transitions: list[Decision] = []
+        self._plans: dict[str, LrPlan] = {}  # by id, oldest first
+        self._changed_plans: list[LrPlan] = []
 
     @property
     def decisions(self) -> tuple[Decision, ...]:
@@ -48,12 +50,30 @@ class DecisionLog:
         return tuple(self._revisions)
 
     @property
+    def plans(self) -> tuple[LrPlan, ...]:
+        """All plans, oldest first; at most the newest one goes on."""
+        return tuple(self._plans.values())
+
+    @property
+    def plan(self) -> LrPlan | None:
+        """The newest plan."""
+        return next(reversed(self._plans.values()), None)
+
+    @property
     def multipliers(self) -> dict[str, float]:
         """The multipliers in force or sent to the trainer, of every block of the run."""
         return self.set_before(len(self._revisions) + 1)
 
-    def restore(self, decisions: Iterable[Decision], revisions: Sequence[Revision]) -> None:
+    @property
+    def intervals(self) -> Mapping[str, int]:
+        """The update intervals in force or sent to the trainer, of blocks that rest at some steps."""
+        return self.intervals_before(len(self._revisions) + 1)
+
+    def restore(
+        self, decisions: Iterable[Decision], revisions: Sequence[Revision], plans: Iterable[LrPlan] = ()
+    ) -> None:
         """Starts from journalled records."""
+        self._plans = {plan.id: plan for plan in plans}
         self._decisions = {decision.id: decision for decision in decisions}
         self._revisions = sorted(revisions, key=lambda revision: revision.revision)
         self.newest_revision = self._revisions[-1].revision if self._revisions else 0
@@ -78,6 +98,13 @@ class DecisionLog:
         """Has `alerts` journalled."""
         self._changed_incidents.update((incident.id, incident) for incident in incidents)
         self.changed = self.changed or bool(self._changed_incidents)
+
+    def put_plan(self, plan: LrPlan) -> LrPlan:
+        """Records a new plan, or a new state of one."""
+        self._plans[plan.id] = plan
+        self._changed_plans.append(plan)
+        self.changed = True
+        return plan
 
     def add(self, draft: Decision, event: Event) -> Decision:
         """Records a new decision.
@@ -123,7 +150,7 @@ class DecisionLog:
         self.changed = True
 
     def revise(self, decision: Decision, *, author: str, reason: str, now: float, undoes: int = 0) -> Decision:
-        """Gives the multipliers of a decision the next revision number.
+        """Gives the multipliers and update intervals of a decision the next revision number.
 
         Args:
             decision: The decision that puts them in force.
@@ -135,12 +162,18 @@ class DecisionLog:
         Returns:
             The decision with its revision number.
         """
-        self.newest_revision = number = len(self._revisions) + 1
+        number = len(self._revisions) + 1
+        update_every = self.intervals_before(number) if decision.update_every is None else decision.update_every
+        self.newest_revision = number
         self._revisions.append(
-            Revision(self.run, number, dict(decision.multipliers), author, reason, now, decision.id, undoes=undoes)
+            Revision(
+                *(self.run, number, dict(decision.multipliers), author, reason, now, decision.id),
+                undoes=undoes,
+                update_every=dict(update_every),
+            )
         )
         self._changed_revisions[number] = None
-        return self._put(replace(self._decisions[decision.id], revision=number))
+        return self._put(replace(self._decisions[decision.id], revision=number, update_every=dict(update_every)))
 
     def applied(self, number: int, step: int) -> None:
         """Records that the trainer put revision `number` in force at `step`."""
@@ -166,6 +199,10 @@ class DecisionLog:
                 return self.complete(revision.multipliers)
         return self.complete({})
 
+    def intervals_before(self, number: int) -> Mapping[str, int]:
+        """Returns the update intervals in force before revision `number`, of blocks that rest at some steps."""
+        return next((one.update_every for one in reversed(self._revisions[: number - 1]) if self.took_effect(one)), {})
+
     def complete(self, multipliers: Mapping[str, float]) -> dict[str, float]:
         """Returns `multipliers` with every block of the run; a block that is not named has 1."""
         return {block: multipliers.get(block, 1.0) for block in self.blocks}
@@ -178,10 +215,12 @@ class DecisionLog:
             revisions=tuple(self._revisions[number - 1] for number in self._changed_revisions),
             commands=tuple(self._decisions[identity] for identity in self._commands),
             transitions=tuple(self._transitions),
+            plans=tuple(self._changed_plans),
         )
         for changed in (self._changed_incidents, self._changed_decisions, self._changed_revisions, self._commands):
             changed.clear()
         self._transitions.clear()
+        self._changed_plans.clear()
         self.changed = False
         return changes
 

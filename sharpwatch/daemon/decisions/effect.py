@@ -10,15 +10,17 @@ import numpy as np
 
 from sharpwatch.daemon.detection.baselines import scatter
 from sharpwatch.daemon.detection.history import Losses
+from sharpwatch.daemon.detection.run_detection import RunDetection
 from sharpwatch.wire import Doubles
 
 Effect = Literal["recovered", "worse", "no-effect", "inconclusive"]
 BEFORE = 40  # losses that a band is made of
 NEWEST = 20  # losses whose mean is judged by it
-_FEW = 5  # losses without which nothing can be said
+FEW = 5  # losses without which nothing can be said
 # Standard deviations of single losses above the level of the band. Of independent losses, a mean of 20 is by chance
 # above that of 40 others by 0.27 of them; neighbouring losses resemble each other, which makes it up to twice as much.
 IN_BAND, OUT_OF_BAND = 1.0, 2.0
+_STAGE_Z = 3.0  # of a stability ratio that speaks against a raise
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,22 @@ def mean_of(losses: Doubles) -> float:
         return float(losses.mean())
 
 
+def against_raise(detection: RunDetection, applied: int) -> str:
+    """What speaks against a raise of multipliers, though nothing is found; empty for nothing.
+
+    Args:
+        detection: What is known of the run.
+        applied: The step from which the raise is in force.
+    """
+    losses, now = detection.history.losses, detection.recent[-1]
+    newest, band = losses.since(applied, NEWEST), LossBand.before(losses, applied)
+    if band is not None and len(newest) == NEWEST and band.above(mean := mean_of(newest)) > OUT_OF_BAND:
+        return f"loss {mean:.4g}, {band.level:.4g} before"
+    if now.stability > _STAGE_Z:
+        return f"stability ratio {now.stability:.1f} sd above its level"
+    return "a step that does not descend" if now.observation.no_descent else ""
+
+
 def effect(losses: Losses, onset: int, applied: int, *, over: bool, last: bool) -> tuple[Effect, str] | None:
     """Judge an action by the run's losses.
 
@@ -73,9 +91,9 @@ def effect(losses: Losses, onset: int, applied: int, *, over: bool, last: bool) 
     """
     before = min(onset, applied)  # after a rollback the steps before the onset come again
     band, newest = LossBand.before(losses, before), losses.since(applied, NEWEST)
-    if band is None or len(newest) < (_FEW if last else NEWEST):
+    if band is None or len(newest) < (FEW if last else NEWEST):
         return _without_losses(over=over, last=last, some=bool(len(losses)))
-    mean, at = mean_of(newest), losses.before(applied, _FEW)
+    mean, at = mean_of(newest), losses.before(applied, FEW)
     compared = f"loss {mean:.4g}, {band.level:.4g} before step {before}"
     is_back = band.above(mean) < IN_BAND
     if over and is_back:

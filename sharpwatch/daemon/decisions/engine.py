@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from sharpwatch.daemon.config.settings import MaintenanceConfig, PolicyConfig
 from sharpwatch.daemon.decisions.decision_log import DecisionLog
-from sharpwatch.daemon.decisions.effect import NEWEST, OUT_OF_BAND, LossBand, mean_of
+from sharpwatch.daemon.decisions.effect import against_raise
 from sharpwatch.daemon.decisions.gate import AskGate
 from sharpwatch.daemon.decisions.guards import (
     HOUR,
@@ -40,7 +40,6 @@ from sharpwatch.daemon.detection.run_detection import RunDetection
 from sharpwatch.daemon.records import Action, Cause, Checkpoint, Decision, Finding, Incident, Mode, Outcome
 
 _FOLLOW_EVERY = 10  # steps between two corrections of a cut that goes with a rate, unless that is far too high
-_STAGE_Z = 3.0  # of a stability ratio that speaks against raising rates further
 # Outcomes after which a policy does not decide the same on an incident once more.
 _NOT_AGAIN: Mapping[Mode, tuple[Outcome, ...]] = {
     "observe": ("observed",),
@@ -360,13 +359,7 @@ class PolicyEngine:
         applied = None if state.newest is None else state.newest.applied_step
         if state.ramped_back is None or applied is None or not self._chain.owner(state.ramped_back.made).action.cuts:
             return ""
-        losses, now = self._detection.history.losses, self._detection.recent[-1]
-        newest, band = losses.since(applied, NEWEST), LossBand.before(losses, applied)
-        if band is not None and len(newest) == NEWEST and band.above(mean := mean_of(newest)) > OUT_OF_BAND:
-            return f"loss {mean:.4g}, {band.level:.4g} before"
-        if now.stability > _STAGE_Z:
-            return f"stability ratio {now.stability:.1f} sd above its level"
-        return "a step that does not descend" if now.observation.no_descent else ""
+        return against_raise(self._detection, applied)
 
     def _undo_ramp_back(self, why: str, incident: Incident | None, at: _StepContext) -> bool:
         """Reapply a change if trouble comes within the hold after a stage of its ramp-back; `why` says which."""

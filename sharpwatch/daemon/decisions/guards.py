@@ -27,6 +27,7 @@ class Permissions:
     control: Control
     lr_bounds: tuple[float, float]
     can_roll_back: bool
+    takes_intervals: bool = True
 
     def multipliers(self) -> str:
         """Returns whether multipliers may be set: "ok", or the guard that refuses it and why."""

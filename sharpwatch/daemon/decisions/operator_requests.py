@@ -10,8 +10,9 @@ from sharpwatch.daemon.decisions.decision_log import DecisionLog
 from sharpwatch.daemon.decisions.guards import OK, Permissions
 from sharpwatch.daemon.decisions.policy import newest
 from sharpwatch.daemon.decisions.transitions import UNDER_WAY, Event, can
-from sharpwatch.daemon.records import Action, Checkpoint, Decision, RollbackPlan
+from sharpwatch.daemon.records import Action, Checkpoint, Decision, LrPlan, Revision, RollbackPlan
 from sharpwatch.errors import OperatorError
+from sharpwatch.wire import MAX_INTERVAL
 
 EXPIRES_AFTER_STEPS = 1000  # an operator's command that a trainer could not take for so long is not wanted any more
 
@@ -35,11 +36,18 @@ class OperatorRequests:
         self._new_id = new_id
 
     def set(
-        self, wanted: Mapping[str, float], ramp_steps: int, apply_at_step: int, operator: OperatorContext
+        self,
+        wanted: Mapping[str, float],
+        ramp_steps: int,
+        apply_at_step: int,
+        operator: OperatorContext,
+        update_every: Mapping[str, int] | None = None,
     ) -> Decision:
-        """Put `wanted` in force; blocks that are not named keep what they have."""
-        _permitted(self._permissions.multipliers())
-        self._check_set(wanted)
+        """Put `wanted` and `update_every` in force; blocks that are not named keep what they have."""
+        self.require_multipliers()
+        if wanted or not update_every:
+            self.check_set(wanted)
+        self._check_intervals(update_every or {})
         if ramp_steps < 0:
             raise OperatorError(f"ramp_steps must be 0 or more, got {ramp_steps}")
         step = operator.step or 0
@@ -48,29 +56,43 @@ class OperatorRequests:
             raise OperatorError(f"apply_at_step {apply_at_step}: the run stands at step {step}; allowed: {allowed}")
         made = self._draft("set_lr", operator, apply_at_step)
         multipliers = {**self._log.multipliers, **wanted}
-        return self._revise(replace(made, multipliers=multipliers, ramp_steps=ramp_steps))
+        every = {block: steps for block, steps in {**self._log.intervals, **(update_every or {})}.items() if steps > 1}
+        return self._revise(replace(made, multipliers=multipliers, ramp_steps=ramp_steps, update_every=every))
 
     def undo(self, number: int, operator: OperatorContext) -> Decision:
         """Put the set before revision `number` in force again; 0 is the newest that changed something."""
-        _permitted(self._permissions.multipliers())
+        self.require_multipliers()
         log = self._log
         done = {revision.revision: revision for revision in log.effective()}
         if not number:
-            changing = (n for n, one in done.items() if log.complete(one.multipliers) != log.set_before(n))
+            changing = (n for n, one in done.items() if _set_of(log, one) != _set_before(log, n))
             number = max(changing, default=0)
         if number not in done:
             known = ", ".join(map(str, done)) or "none yet"
             raise OperatorError(f"no revision {number or ''} of run {log.run} took effect; known: {known}")
-        target = log.set_before(number)
-        if target == log.multipliers:
+        target, every = _set_before(log, number)
+        if (target, every) == (log.multipliers, log.intervals):
             raise OperatorError(f"the set before revision {number} is in force already")
         made = self._draft("set_lr", replace(operator, reason=operator.reason or f"undo of revision {number}"))
-        return self._revise(replace(made, multipliers=self._within(target)), undoes=number)
+        return self._revise(replace(made, multipliers=self._within(target), update_every=every), undoes=number)
+
+    def roll_out(
+        self,
+        plan: LrPlan,
+        multipliers: Mapping[str, float],
+        ramp_steps: int,
+        operator: OperatorContext,
+        undoes: int = 0,
+    ) -> Decision:
+        """Put the set in force that a stage of a plan leads to, or with `undoes` one from before it."""
+        made = replace(self._draft("set_lr", operator), plan=plan.id, ramp_steps=ramp_steps)
+        return self._revise(replace(made, multipliers=self._within(multipliers)), undoes=undoes)
 
     def reissue(self, step: int, now: float) -> Decision | None:
         """Put the set in force again: a new attempt of the run begins with every multiplier at 1."""
         in_force = self._log.multipliers
-        if self._permissions.multipliers() != OK or all(value == 1.0 for value in in_force.values()):
+        is_plain = all(value == 1.0 for value in in_force.values()) and not self._log.intervals
+        if self._permissions.multipliers() != OK or is_plain:
             return None
         reason = "a new attempt begins at 1: what was in force is put back"
         made = self._draft("set_lr", OperatorContext("sharpwatch", reason, step, now))
@@ -166,7 +188,12 @@ class OperatorRequests:
             raise OperatorError(f"decision {identity} is {made.outcome}: only a proposal can be {participle}")
         return made
 
-    def _check_set(self, wanted: Mapping[str, float]) -> None:
+    def require_multipliers(self) -> None:
+        """Raise `OperatorError` where the run takes no multipliers."""
+        _permitted(self._permissions.multipliers())
+
+    def check_set(self, wanted: Mapping[str, float]) -> None:
+        """Raise `OperatorError` where a set names a block that the run lacks, or a multiplier that it does not take."""
         low, high = self._permissions.lr_bounds
         blocks = self._log.blocks
         if not wanted:
@@ -176,6 +203,16 @@ class OperatorRequests:
                 raise OperatorError(f"run {self._log.run} has no block {block!r}; allowed: {', '.join(blocks)}")
             if not math.isfinite(value) or not low <= value <= high:
                 raise OperatorError(f"{block}={value:g} is outside the run's lr_bounds; allowed: {low:g} to {high:g}")
+
+    def _check_intervals(self, wanted: Mapping[str, int]) -> None:
+        blocks = self._log.blocks
+        if wanted and not self._permissions.takes_intervals:
+            raise OperatorError(f"the trainer of run {self._log.run} has an older sharpwatch, without update intervals")
+        for block, steps in wanted.items():
+            if block not in blocks:
+                raise OperatorError(f"run {self._log.run} has no block {block!r}; allowed: {', '.join(blocks)}")
+            if not 1 <= steps <= MAX_INTERVAL:
+                raise OperatorError(f"{block} every {steps} steps; allowed: 1 to {MAX_INTERVAL}")
 
     def _draft(self, action: Action, operator: OperatorContext, apply_at_step: int = 0) -> Decision:
         if not operator.author.strip():
@@ -202,6 +239,14 @@ class OperatorRequests:
         """An earlier attempt may have had wider bounds."""
         low, high = self._permissions.lr_bounds
         return {block: min(max(value, low), high) for block, value in multipliers.items()}
+
+
+def _set_of(log: DecisionLog, revision: Revision) -> tuple[Mapping[str, float], Mapping[str, int]]:
+    return log.complete(revision.multipliers), revision.update_every
+
+
+def _set_before(log: DecisionLog, number: int) -> tuple[Mapping[str, float], Mapping[str, int]]:
+    return log.set_before(number), log.intervals_before(number)
 
 
 def issue(log: DecisionLog, made: Decision, *, author: str, now: float, undoes: int = 0) -> Decision:

@@ -155,8 +155,8 @@ def failed_ramp_back(log: DecisionLog, chain: EscalationChain, why: str, step: i
 def scaling_state(log: DecisionLog) -> ScalingState:
     """Follows the revisions that took effect.
 
-    A block that an operator's revision changes is the operator's from then on: the daemon never ramps it back. A
-    scaling is over once nothing of it is left.
+    A block that an operator's revision changes is the operator's from then on: the daemon never ramps it back. What a
+    plan changes comes on top of a scaling. A scaling is over once nothing of it is left.
     """
     version, state = _STATES.get(log, (-1, ScalingState()))
     if version != log.version:
@@ -183,7 +183,7 @@ def _traced(log: DecisionLog) -> ScalingState:
         ratios = {block: after[block] / before[block] for block in after if after[block] != before[block]}
         own = [one for one in active.values() if (one.made.policy, one.made.alert_id) == (made.policy, made.alert_id)]
         newest, ramped_back = revision, None
-        if not made.policy:
+        if not (made.policy or made.plan):
             active = {key: one.without(ratios) for key, one in active.items()}
             by_hand |= dict.fromkeys(ratios, made.step) if made.mode == "operator" else {}
         elif made.action == "scale_lr":

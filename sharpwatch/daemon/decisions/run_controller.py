@@ -14,8 +14,10 @@ from sharpwatch.daemon.decisions.engine import PolicyEngine
 from sharpwatch.daemon.decisions.gate import AskGate, no_gate
 from sharpwatch.daemon.decisions.guards import Control, Permissions
 from sharpwatch.daemon.decisions.lifecycle import DecisionLifecycle
+from sharpwatch.daemon.decisions.lr_plan import Estimates, PlanRequest
 from sharpwatch.daemon.decisions.muting import ActiveSilences, no_silences
 from sharpwatch.daemon.decisions.operator_requests import OperatorContext, OperatorRequests
+from sharpwatch.daemon.decisions.plan_rollout import PlanRollout
 from sharpwatch.daemon.decisions.policy import MODES, EscalationChain, strongest
 from sharpwatch.daemon.decisions.transitions import UNDER_WAY
 from sharpwatch.daemon.detection.history import Losses, StepHistory
@@ -30,6 +32,7 @@ from sharpwatch.daemon.records import (
     Decision,
     ForeignAlert,
     Incident,
+    LrPlan,
     Mode,
     Observation,
     ReportedResult,
@@ -52,10 +55,10 @@ def random_id() -> str:
 class RunController:
     """Runs detectors and policies for one run. Deterministic except for the ids it generates.
 
-    `mode` is the run's own and overrides every policy's mode; None leaves each policy its own. `control`, `lr_bounds`
-    and `can_roll_back` are what the trainer was attached with. `silences` gives those of all runs that are active; in a
-    window of `maintenance` policies propose what they would otherwise enforce; `gate` lets raises pass. `detection` has
-    what is known of the run.
+    `mode` is the run's own and overrides every policy's mode; None leaves each policy its own. `control`, `lr_bounds`,
+    `can_roll_back` and `takes_intervals` are what the trainer was attached with. `silences` gives those of all runs
+    that are active; in a window of `maintenance` policies propose what they would otherwise enforce; `gate` lets raises
+    pass. `detection` has what is known of the run.
     """
 
     def __init__(  # noqa: PLR0913  what a run and its trainer are
@@ -71,18 +74,20 @@ class RunController:
         control: Control = "none",
         lr_bounds: tuple[float, float] = (0.01, 10.0),
         can_roll_back: bool = False,
+        takes_intervals: bool = True,
         silences: ActiveSilences = no_silences,
         maintenance: Sequence[MaintenanceConfig] = (),
         autopilot: AutopilotConfig = _NO_AUTOPILOT,
         gate: AskGate = no_gate,
         new_id: Callable[[], str] = random_id,
     ) -> None:
-        permissions = Permissions(control, lr_bounds, can_roll_back)
+        permissions = Permissions(control, lr_bounds, can_roll_back, takes_intervals)
         self._chain = EscalationChain(tuple(policies))
         self._log = DecisionLog(run, dict.fromkeys(block for block, _ in layer_blocks))
         self.detection = RunDetection(run, layer_blocks, parameters, new_id, budget, parameter_names=parameter_names)
         self._incidents = self.detection.incidents
         self._requests = OperatorRequests(self._log, permissions, new_id)
+        self._rollout = PlanRollout(self._log, self.detection, self._requests, new_id)
         self._lifecycle = DecisionLifecycle(self._log, self.detection, self._chain)
         self._engine = PolicyEngine(
             self._log, self.detection, self._chain, permissions, new_id, silences, maintenance, gate
@@ -124,6 +129,11 @@ class RunController:
     def revisions(self) -> tuple[Revision, ...]:
         """Every LR revision, from 1 on."""
         return self._log.revisions
+
+    @property
+    def plans(self) -> tuple[LrPlan, ...]:
+        """Every learning-rate plan, oldest first; at most the newest one goes on."""
+        return self._log.plans
 
     @property
     def newest_revision(self) -> int:
@@ -168,6 +178,8 @@ class RunController:
         # Without a revision there is nothing to ramp back.
         if findings or self._incidents.foreign or self._log.newest_revision:
             self._engine.act(findings, self.checkpoints, self._mode, obs.step, now)
+        if self._log.plan is not None:
+            self._rollout.step(obs.step, now)
         self._autopilot.act(obs, self._mode, now)
         changes = self._log.take() if self._log.changed else NO_CHANGES
         self._observed += 1
@@ -315,14 +327,29 @@ class RunController:
         author: str,
         reason: str,
         now: float,
+        update_every: Mapping[str, int] | None = None,
     ) -> Changes:
-        """Put an operator's multipliers in force; raises `OperatorError` on what can't be."""
-        self._requests.set(multipliers, ramp_steps, apply_at_step, OperatorContext(author, reason, self._step, now))
+        """Put an operator's multipliers and update intervals in force; raises `OperatorError` on what can't be."""
+        operator = OperatorContext(author, reason, self._step, now)
+        made = self._requests.set(multipliers, ramp_steps, apply_at_step, operator, update_every)
+        if multipliers:
+            self._rollout.taken_over(made)
         return self._log.take()
 
     def undo(self, revision: int, author: str, reason: str, now: float) -> Changes:
         """Put the set before `revision` (0: the newest) in force again; raises `OperatorError`."""
-        self._requests.undo(revision, OperatorContext(author, reason, self._step, now))
+        self._rollout.taken_over(self._requests.undo(revision, OperatorContext(author, reason, self._step, now)))
+        return self._log.take()
+
+    def draft_plan(self, request: PlanRequest, estimates: Estimates, author: str, reason: str, now: float) -> LrPlan:
+        """The learning-rate plan that would be started; raises `OperatorError` where it can't be."""
+        return self._rollout.drafted(request, estimates, OperatorContext(author, reason, self._step, now))
+
+    def change_plan(
+        self, change: Callable[[PlanRollout, OperatorContext], None], author: str, reason: str, now: float
+    ) -> Changes:
+        """Start, promote, pause or abort a learning-rate plan, by a method of its rollout; raises `OperatorError`."""
+        change(self._rollout, OperatorContext(author, reason, self._step, now))
         return self._log.take()
 
     def request_rollback(  # noqa: PLR0913, PLR0917  the fields of the operator's request
@@ -372,17 +399,18 @@ class RunController:
         self._mode = mode
         return self._log.take()
 
-    def restore(
+    def restore(  # noqa: PLR0913, PLR0917  the kinds of records
         self,
         incidents: Iterable[Incident],
         decisions: Iterable[Decision],
         revisions: Iterable[Revision],
         checkpoints: Iterable[Checkpoint],
         mode: Mode | None,
+        plans: Iterable[LrPlan] = (),
     ) -> None:
         """Take up journalled records; `replay` of the newest samples gives the rest."""
         self._incidents.restore(incidents)
-        self._log.restore(decisions, tuple(revisions))
+        self._log.restore(decisions, tuple(revisions), plans)
         self.note_checkpoints(CheckpointReport(tuple(checkpoints)))
         self._mode = mode or self._mode
         self._new_attempt = False
@@ -397,7 +425,8 @@ class RunController:
 
     def take_over(self, earlier: RunController) -> None:
         """Carry on for a new attempt of the run, whose trainer begins with every multiplier at 1."""
-        self.restore(earlier.incidents, earlier.decisions, earlier.revisions, earlier.checkpoints, earlier.own_mode)
+        log = earlier._log
+        self.restore(earlier.incidents, log.decisions, log.revisions, earlier.checkpoints, earlier.own_mode, log.plans)
         self.detection.take_over(earlier.detection)
         self._step = earlier._step
         self.begin_anew()

@@ -320,6 +320,7 @@ class Signals:
 
     def __init__(self, parameters: npt.NDArray[Any], types: Sequence[str]) -> None:
         columns = len(parameters)
+        self._types = tuple(types)
         self._roots = np.sqrt(np.asarray(parameters, dtype=np.float64))
         self.recent: deque[Scores] = deque(maxlen=5)  # newest last
         self.probes: deque[Scores] = deque(maxlen=_NEWEST_PROBES)  # those with a stability ratio
@@ -549,10 +550,17 @@ class Signals:
             idle = (before.gradient_norm == 0) & unlike_adam & (np.abs(change) < _ROUNDING)
             scored = np.where(idle, np.nan, scored)
             share = np.where(unlike_adam | (rates <= 0), np.nan, share)
+        if scores.observation.update_every:
+            # Nor does a block that was left out of the step.
+            scored = np.where(self._rested(scores.observation) & (np.abs(change) < _ROUNDING), np.nan, scored)
         z = self._weights.see(scored, _WEIGHT_FLOOR * stepped + _ROUNDING / unit)
         scores.weight = WARM_UP * z if scores.warming_up else z
         scores.weight_change = change
         scores.weight_share = share
+
+    def _rested(self, seen: Observation) -> npt.NDArray[np.bool_]:
+        """The layer blocks [L] that the step before a sample has left out."""
+        return np.array([bool((seen.step - 1) % seen.update_every.get(block, 1)) for block in self._types])
 
     def _first_change(self, now: LayerTap) -> Doubles:
         """Rate · √n / ‖W‖ where there is a second moment; NaN for weights that are about zero yet."""

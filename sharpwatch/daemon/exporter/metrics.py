@@ -361,6 +361,9 @@ def _foreign(snapshot: RunSnapshot) -> dict[str, bool]:
 def _agent_families(snapshots: list[RunSnapshot]) -> Iterator[Metric]:
     overhead = _gauge("agent_overhead_ratio", "Agent's seconds over the step's seconds, as the agent measures it.")
     dropped = _counter("agent_dropped_samples", "Samples the agent lost in this attempt, by reason.", "reason")
+    every = _gauge(
+        "block_update_interval", "The block is updated at steps that this divides; 1 is every step.", "block"
+    )
     swallowed = _counter("agent_swallowed_errors", "Errors of the agent itself, kept from the training loop.")
     for snapshot in snapshots:
         if snapshot.health is None:
@@ -370,7 +373,9 @@ def _agent_families(snapshots: list[RunSnapshot]) -> Iterator[Metric]:
         for reason, count in snapshot.health.dropped.items():
             dropped.add_metric(_labels(snapshot, reason), count)
         swallowed.add_metric(_labels(snapshot), snapshot.health.swallowed_errors)
-    yield from (overhead, dropped, swallowed, *_probe_families(snapshots), _objective_family(snapshots))
+        for block in snapshot.hello.blocks:
+            every.add_metric(_labels(snapshot, block), snapshot.health.update_every.get(block, 1))
+    yield from (overhead, dropped, every, swallowed, *_probe_families(snapshots), _objective_family(snapshots))
 
 
 def _probe_families(snapshots: list[RunSnapshot]) -> Iterator[Metric]:

@@ -48,6 +48,7 @@ class RunHello:
     optimizer: str
     control: Control
     can_roll_back: bool
+    takes_update_intervals: bool
     lr_bounds: tuple[float, float]
     initial_step: int
     seed: int
@@ -144,6 +145,7 @@ def read_hello(hello: agent_pb2.Hello) -> RunHello:
         optimizer=checked_text(hello.optimizer, "optimizer"),
         control=cast("Control", hello.control),
         can_roll_back=hello.can_roll_back,
+        takes_update_intervals=hello.takes_update_intervals,
         lr_bounds=(low, high),
         initial_step=hello.initial_step,
         seed=hello.seed,

@@ -93,6 +93,7 @@ class HealthReading:
     swallowed_errors: int = 0
     objective: str = ""
     objective_state: str = ""
+    update_every: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -268,8 +269,10 @@ def _measured(value: float) -> float | None:
 
 
 def _health(health: agent_pb2.AgentHealth) -> HealthReading:
-    if max(len(health.dropped), len(health.probe_failures)) > MAX_ITEMS:
-        raise WireError("malformed", f"health.dropped and probe_failures must have at most {MAX_ITEMS} items each")
+    if max(len(health.dropped), len(health.probe_failures), len(health.update_every)) > MAX_ITEMS:
+        raise WireError(
+            "malformed", f"health.dropped, probe_failures and update_every must have at most {MAX_ITEMS} items each"
+        )
     if not all(count <= MAX_COUNT for count in health.dropped.values()):
         raise WireError("malformed", "health.dropped must be counts of at most 2**63 - 1")
     return HealthReading(
@@ -282,6 +285,7 @@ def _health(health: agent_pb2.AgentHealth) -> HealthReading:
         swallowed_errors=health.swallowed_errors,
         objective=health.objective[:MAX_LABEL],
         objective_state=health.objective_state[:MAX_LABEL],
+        update_every={checked_name(block, "health.update_every"): n for block, n in health.update_every.items()},
     )
 
 

@@ -45,7 +45,9 @@ def restore_run(runs: Runs, stored: StoredRun) -> list[Changes]:
     if run is None:
         return []
     # After the last `begin`: each makes a new controller, from the second on for a trainer that starts at 1.
-    run.controller.restore(stored.incidents, stored.decisions, stored.revisions, stored.checkpoints, stored.mode)
+    run.controller.restore(
+        stored.incidents, stored.decisions, stored.revisions, stored.checkpoints, stored.mode, stored.plans
+    )
     if len(attempts) > 1 and all(row.attempt != newest.hello.attempt for row in stored.samples):
         run.controller.begin_anew()  # the daemon ended before it received a sample of the newest attempt
     # So that counters go on where they were: Prometheus would take a smaller value for a reset.

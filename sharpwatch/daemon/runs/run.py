@@ -334,6 +334,7 @@ def observation_of(blocks: tuple[str, ...], reading: Reading) -> Observation:
         restored=reading.restored,
         traces=None if gnb is None else gnb.traces,
         rank_losses=reading.rank_losses,
+        update_every={} if reading.health is None else reading.health.update_every,
     )
     if direction is None:
         return seen

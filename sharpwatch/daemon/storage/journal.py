@@ -30,6 +30,7 @@ from sharpwatch.daemon.records import (
     Decision,
     ForeignAlert,
     Incident,
+    LrPlan,
     Revision,
     RollbackPlan,
     Silence,
@@ -71,7 +72,7 @@ def database_path(url: str) -> Path:
         raise StoreError(f"store {url}: this user has no home directory; set $HOME, or name another path") from None
 
 
-def _record(value: Incident | Decision | Revision | Silence) -> str:
+def _record(value: Incident | Decision | Revision | Silence | LrPlan) -> str:
     return json.dumps(asdict(value))
 
 
@@ -104,6 +105,12 @@ def _incident(record: str) -> Incident:
         values["foreign"] = ForeignAlert(**values["foreign"])
     lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
     return Incident(**{**values, **lists})
+
+
+def _plan(record: str) -> LrPlan:
+    values: dict[str, Any] = json.loads(record)
+    lists = {"stages": tuple(map(tuple, values["stages"])), "decisions": tuple(values["decisions"])}
+    return LrPlan(**{**values, **lists})
 
 
 class Journal:
@@ -155,7 +162,7 @@ class Journal:
             return self._load(run, samples)
 
     def transitions(self, decisions: Sequence[str]) -> tuple[TransitionRow, ...]:
-        """Returns all transitions of the decisions of these ids, oldest first."""
+        """Returns all transitions of the decisions and plans of these ids, oldest first."""
         query = (
             "SELECT id, run, decision, at, outcome, detail, author, reason FROM transitions "
             "WHERE decision = ? ORDER BY id"
@@ -316,6 +323,11 @@ class Journal:
             "INSERT INTO silences VALUES (?, ?, ?) ON CONFLICT (id) DO UPDATE SET record = excluded.record",
             [(silence.id, silence.made_at, _record(silence)) for silence in records.silences.values()],
         )
+        connection.executemany(
+            # As decisions, in the order in which they were made.
+            "INSERT INTO plans VALUES (?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET record = excluded.record",
+            [(plan.id, plan.run, plan.made_at, _record(plan)) for plan in records.plans.values()],
+        )
 
     def _trim(self, connection: sqlite3.Connection, records: PendingWrites, samples: Sequence[SampleRow]) -> None:
         self._untrimmed.update(("samples", row.run) for row in samples)
@@ -373,6 +385,9 @@ class Journal:
             mode=mode[0] if mode else None,
             baselines=None if baselines is None else BaselinesRow(run, *baselines),
             reference=ReferenceRow(run, *reference) if reference and reference[0] else None,
+            plans=tuple(
+                _plan(record) for (record,) in rows("SELECT record FROM plans WHERE run = ? ORDER BY rowid", [run])
+            ),
         )
 
 
@@ -425,7 +440,7 @@ class Store:
         return await self._call(partial(self._journal.load, run, samples=samples))
 
     async def transitions(self, decisions: Sequence[str]) -> tuple[TransitionRow, ...]:
-        """Returns all transitions of the decisions of these ids, oldest first."""
+        """Returns all transitions of the decisions and plans of these ids, oldest first."""
         return await self._call(partial(self._journal.transitions, decisions))
 
     async def history(self, run: str, limit: int) -> StoredHistory:

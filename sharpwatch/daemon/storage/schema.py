@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from sharpwatch.curvature.statistics.estimate import Estimate
-from sharpwatch.daemon.records import Changes, Checkpoint, Decision, Incident, Mode, Revision, Silence
+from sharpwatch.daemon.records import Changes, Checkpoint, Decision, Incident, LrPlan, Mode, Revision, Silence
 
 _TABLES = """
 CREATE TABLE attempts (
@@ -62,8 +62,12 @@ CREATE INDEX run_references_by_run ON run_references (run, id);
 _SILENCES = """
 CREATE TABLE silences (id TEXT PRIMARY KEY, made_at REAL NOT NULL, record TEXT NOT NULL);
 """
+_PLANS = """
+CREATE TABLE plans (id TEXT PRIMARY KEY, run TEXT NOT NULL, made_at REAL NOT NULL, record TEXT NOT NULL);
+CREATE INDEX plans_by_run ON plans (run);
+"""
 # Only appended to: an entry that was released is in journals that exist. A journal of version n has the first n.
-SCHEMAS = (_TABLES, _TRANSITIONS, _RESIDUALS, _BASELINES, _REFERENCES, _SILENCES)
+SCHEMAS = (_TABLES, _TRANSITIONS, _RESIDUALS, _BASELINES, _REFERENCES, _SILENCES, _PLANS)
 SCHEMA_VERSION = len(SCHEMAS)
 FIRST_TABLES = {"attempts", "samples", "alerts", "decisions", "revisions"}  # in a journal of any version
 
@@ -93,7 +97,10 @@ class SampleRow:
 
 @dataclass(frozen=True, slots=True)
 class TransitionRow:
-    """One state of a decision, entered at unix seconds `at`; `author` and `reason` are those of the change."""
+    """One state of a decision, entered at unix seconds `at`; `author` and `reason` are those of the change.
+
+    Or of a plan: `decision` is its id then, and `outcome` its state.
+    """
 
     run: str
     decision: str
@@ -177,6 +184,7 @@ class StoredRun:
     mode: Mode | None
     baselines: BaselinesRow | None = None
     reference: ReferenceRow | None = None
+    plans: tuple[LrPlan, ...] = ()
 
 
 DRAWN_QUANTITIES = ("sharpness", "stability_ratio")  # of which a history has the estimates
@@ -214,6 +222,7 @@ class PendingWrites:
     baselines: dict[str, BaselinesRow] = field(default_factory=dict)
     references: list[ReferenceRow] = field(default_factory=list)
     silences: dict[str, Silence] = field(default_factory=dict)
+    plans: dict[str, LrPlan] = field(default_factory=dict)
 
     def add(self, run: str, changes: Changes) -> None:
         """Adds what the controller of `run` changed."""
@@ -222,6 +231,11 @@ class PendingWrites:
             TransitionRow(run, made.id, now, made.outcome, made.detail, made.author, made.reason)
             for made in changes.transitions
         )
+        self.transitions.extend(
+            TransitionRow(run, plan.id, now, plan.state, plan.detail, plan.changed_by, plan.changed_reason)
+            for plan in changes.plans
+        )
+        self.plans.update((plan.id, plan) for plan in changes.plans)
         self.incidents.update((incident.id, incident) for incident in changes.incidents)
         self.decisions.update((made.id, made) for made in changes.decisions)
         self.revisions.update(((run, one.revision), one) for one in changes.revisions)
@@ -244,6 +258,7 @@ class PendingWrites:
         self.baselines.update(newer.baselines)
         self.references.extend(newer.references)
         self.silences.update(newer.silences)
+        self.plans.update(newer.plans)
 
     def _put_checkpoints(self, newer: Mapping[tuple[str, str], int | None]) -> None:
         for key, step in newer.items():

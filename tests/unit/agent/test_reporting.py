@@ -32,6 +32,7 @@ HEALTH = Health(
     probe_failures=(ProbeFailure("direction", "x" * 9000, 2, disabled=True),),
     lr_revision=4,
     multipliers={"qk": 0.5, "emb": 1.0},
+    update_every={"emb": 4},
 )
 
 

@@ -17,9 +17,9 @@ USAGE = 2
     [
         ([], "sharpwatch: missing command; choose from demo, measure, replay, compare, jobs, "),
         (["jbos"], "no command 'jbos'; choose from demo, measure, replay, compare, jobs, "),
-        (["lr"], "sharpwatch lr: missing command; choose from show, set, history, undo;"),
-        (["lr", "put"], "no command 'put'; choose from show, set, history, undo;"),
-        (["lr", "set", "run"], "sharpwatch lr set: Missing argument 'BLOCK=FACTOR...';"),
+        (["lr"], "sharpwatch lr: missing command; choose from show, set, history, undo, plan, promote, pause, abort;"),
+        (["lr", "put"], "no command 'put'; choose from show, set, history, undo, plan, promote, pause, abort;"),
+        (["lr", "set", "run"], "sharpwatch lr set: Missing argument 'BLOCK=FACTOR...', or --every"),
         (
             ["lr", "set", "run", "qk"],
             "'qk' is not a multiplier; it must be BLOCK=FACTOR with a factor above 0, such as",
@@ -34,6 +34,20 @@ USAGE = 2
         (["lr", "set", "run", "qk=1", "--ramp", "1.5"], "'--ramp': '1.5' is not a whole number, 0 or more"),
         (["lr", "set", "run", "qk=1", "--timeout", "0"], "'0' is not a positive number of seconds"),
         (["lr", "set", "run", "qk=1", "--tim", "3"], "No such option '--tim'"),
+        (
+            ["lr", "plan", "run"],
+            "give PLAN or --set: paper, measured, curvature-share, a YAML file, or --set emb=4,head=4",
+        ),
+        (["lr", "plan", "run", "paper", "--set", "qk=2"], "give PLAN or --set"),
+        (["lr", "plan", "run", "--set", "qk=2,vo=0"], "'vo=0' is not a multiplier"),
+        (["lr", "plan", "run", "--set", "qk=2,vo=2", "--set", "qk=3"], "qk is given twice"),
+        (["lr", "plan", "run", "paper", "--stages", "vo,,qk"], "'vo,,qk' does not name stages"),
+        (
+            ["lr", "set", "run", "--every", "qk=0"],
+            "'qk=0' is not an update interval; it must be BLOCK=STEPS with 1 or more",
+        ),
+        (["lr", "set", "run", "--every", "qk=2.5"], "'qk=2.5' is not an update interval"),
+        (["lr", "set", "run", "--every", "qk=2,qk=3"], "qk is given twice"),
         (["rollback", "run"], "Missing option '--reason'"),
         (
             ["rollback", "run", "--reason", "r", "--skip", "9:5"],

@@ -187,10 +187,10 @@ def test_history():
 def test_rates():
     assert plain([rate_table(DETAIL, Revision(multipliers={"qk": 0.4}))]) == (
         "run gpt2-a1, step 412, revision 3\n"
-        "block  learning rate  multiplier  asked for\n"
-        "emb           0.0003           1          1\n"
-        "qk                 –         0.5        0.4\n"
-        "norm               –           –          1"
+        "block  learning rate  multiplier  asked for  updated every\n"
+        "emb           0.0003           1          1           step\n"
+        "qk                 –         0.5        0.4           step\n"
+        "norm               –           –          1           step"
     )
 
 

@@ -390,3 +390,36 @@ def test_an_empty_tap_is_no_fault():
     unknown = dict.fromkeys(("gradient_norm", "weight_norm", "update_rms", "learning_rate"), np.nan)
     run = [Observation(i, 0.0, 3.0, layer_tap(4, **unknown)) for i in range(1, 300)]
     assert incidents_of(run, detection(4, PARAMETERS)) == ()
+
+
+def resting(run: list[Observation], every: int, *, from_step: int = AT) -> list[Observation]:
+    """The run with its first layer block, a qk, updated only at steps that `every` divides."""
+    made, norm, before = [], WEIGHT_NORM, WEIGHT_NORM
+    for seen in run:
+        own = float(seen.layers.weight_norm[0])
+        if seen.step < from_step or (seen.step - 1) % every == 0:
+            norm *= own / before
+        before, norms = own, np.array(seen.layers.weight_norm)
+        norms[0] = norm
+        told = {"qk": every} if seen.step >= from_step else {}
+        made.append(replace(seen, layers=replace(seen.layers, weight_norm=norms), update_every=told))
+    return made
+
+
+def test_a_block_that_rests_says_nothing_of_how_much_a_step_changes_it():
+    made = detection()
+    scored = []
+    for seen in resting(healthy_run(400), 10):
+        made.see(seen)
+        scored.append(made.recent[-1].weight[0])
+    late = np.array(scored[AT + 20 :])
+    steps = np.arange(AT + 20, 400)  # the step before each of these samples
+    assert np.isnan(late[steps % 10 != 0]).all()
+    assert np.isfinite(late[steps % 10 == 0]).all()
+    assert made.incidents.all == ()
+
+
+def test_weights_that_jump_while_they_rest_are_found():
+    run = resting(healthy_run(420), 10)
+    (found,) = incidents_of([scaled(seen, 0, weight_norm=1.5) if seen.step >= 405 else seen for seen in run])
+    assert (found.name, found.layer_blocks) == ("WeightJump", ("layers.0.qk",))

@@ -62,6 +62,7 @@ FULL = RunSnapshot(
         1,
         "mean cross-entropy of shifted labels",
         "verified",
+        {"qk": 4},
     ),
     probe_steps={"gnb": (5, 7), "direction": (4, 6)},
     estimates={
@@ -238,6 +239,8 @@ sharpwatch_decisions_total{action="scale_lr",mode="advise",outcome="proposed",ru
 sharpwatch_lr_revision{run="run",training_job="job"} 2.0
 sharpwatch_agent_overhead_ratio{run="run",training_job="job"} 0.004
 sharpwatch_agent_dropped_samples_total{reason="spool",run="run",training_job="job"} 3.0
+sharpwatch_block_update_interval{block="emb",run="run",training_job="job"} 1.0
+sharpwatch_block_update_interval{block="qk",run="run",training_job="job"} 4.0
 sharpwatch_agent_swallowed_errors_total{run="run",training_job="job"} 1.0
 sharpwatch_agent_probe_failures_total{probe="gnb",run="run",training_job="job"} 3.0
 sharpwatch_agent_probe_failures_total{probe="direction",run="run",training_job="job"} 0.0
@@ -371,6 +374,7 @@ def test_operators_get_what_is_exported_of_a_block_each_step():
             "update_ratio": 0.01,
             "learning_rate": 0.001,
             "lr_multiplier": 1.0,
+            "update_every": 1,
             "gradient_noise": 0.125,
         },
         "qk": {
@@ -381,5 +385,6 @@ def test_operators_get_what_is_exported_of_a_block_each_step():
             "update_ratio": 0.02,
             "learning_rate": 0.0005,
             "lr_multiplier": 0.5,
+            "update_every": 4,
         },
     }
