@@ -79,8 +79,12 @@ class Trainer:
         for _ in range(steps):
             self.step += 1
             waiting, self.waiting = self.waiting, []
+            cancelled = {made.id for made in waiting if made.cancelled_by}
             for made in [] if self.silent else waiting:
-                self.answer(made)
+                if made.cancelled_by:
+                    self.controller.command_result(ReportedResult(made.id, "cancelled", self.step), self.now)
+                elif made.id not in cancelled:
+                    self.answer(made) if made.apply_at_step <= self.step else self.waiting.append(made)
             self.observe()
 
     def observe(self, loss: float | None = None, **layers: np.floating) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from sharpwatch.cli.commands.root import root
 from sharpwatch.daemon.decisions.transitions import OUTCOMES
-from sharpwatch.daemon.records import AlertName
+from sharpwatch.daemon.records import DetectedAlert
 
 DOCS = Path(__file__).parents[2] / "docs/operating"
 PAGES = {name: (DOCS / f"{name}.md").read_text(encoding="utf-8") for name in ("runbooks", "outcomes", "alerts")}
@@ -36,9 +36,9 @@ COMMANDS = sorted(
 
 
 def test_every_alert_and_every_outcome_has_a_section():
-    assert sorted(title for page, title in SECTIONS if page == "runbooks") == sorted(get_args(AlertName))
+    assert sorted(title for page, title in SECTIONS if page == "runbooks") == sorted(get_args(DetectedAlert))
     assert [title for page, title in SECTIONS if page == "outcomes"] == [each for each in OUTCOMES if each != "draft"]
-    assert all(f"`{name}`" in PAGES["alerts"] for name in get_args(AlertName))
+    assert all(f"`{name}`" in PAGES["alerts"] for name in get_args(DetectedAlert))
 
 
 @pytest.mark.parametrize(("page", "title"), SECTIONS)

@@ -37,6 +37,7 @@ class DecisionLog:
         self._commands: dict[str, None] = {}
         self._transitions: list[Decision] = []
         self._plans: dict[str, LrPlan] = {}  # by id, oldest first
+        self.plan: LrPlan | None = None  # the newest of them
         self._changed_plans: list[LrPlan] = []
 
     @property
@@ -55,11 +56,6 @@ class DecisionLog:
         return tuple(self._plans.values())
 
     @property
-    def plan(self) -> LrPlan | None:
-        """The newest plan."""
-        return next(reversed(self._plans.values()), None)
-
-    @property
     def multipliers(self) -> dict[str, float]:
         """The multipliers in force or sent to the trainer, of every block of the run."""
         return self.set_before(len(self._revisions) + 1)
@@ -74,6 +70,7 @@ class DecisionLog:
     ) -> None:
         """Starts from journalled records."""
         self._plans = {plan.id: plan for plan in plans}
+        self.plan = next(reversed(self._plans.values()), None)
         self._decisions = {decision.id: decision for decision in decisions}
         self._revisions = sorted(revisions, key=lambda revision: revision.revision)
         self.newest_revision = self._revisions[-1].revision if self._revisions else 0
@@ -101,7 +98,7 @@ class DecisionLog:
 
     def put_plan(self, plan: LrPlan) -> LrPlan:
         """Records a new plan, or a new state of one."""
-        self._plans[plan.id] = plan
+        self._plans[plan.id] = self.plan = plan
         self._changed_plans.append(plan)
         self.changed = True
         return plan
@@ -185,8 +182,9 @@ class DecisionLog:
             self.changed = True
 
     def took_effect(self, revision: Revision) -> bool:
-        """Returns whether `revision` was ever in force, or was sent and may still be applied."""
-        return revision.applied_step is not None or self._decisions[revision.decision_id].outcome in UNDER_WAY
+        """Returns whether `revision` was ever in force, or is under way and nobody has asked to cancel it."""
+        made = self._decisions[revision.decision_id]
+        return revision.applied_step is not None or (made.outcome in UNDER_WAY and not made.cancelled_by)
 
     def effective(self) -> list[Revision]:
         """Returns the revisions that took effect, oldest first."""

@@ -206,7 +206,7 @@ def signs(detection: RunDetection, plan: LrPlan, made: Decision | None, step: in
         step: The run's step.
     """
     opened = next(iter(detection.incidents.open), None)
-    incident = "" if opened is None else f"incident {opened.id} ({opened.name}) is open"
+    incident = "" if opened is None else f"incident {opened.id} ({opened.title}) is open"
     if made is None or made.applied_step is None:
         return StageSigns(step, incident)
     losses = detection.history.losses

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from sharpwatch.daemon.decisions.decision_log import DecisionLog
 from sharpwatch.daemon.decisions.guards import OK, Permissions
 from sharpwatch.daemon.decisions.policy import newest
+from sharpwatch.daemon.decisions.ramp_back import scaling_state
 from sharpwatch.daemon.decisions.transitions import UNDER_WAY, Event, can
 from sharpwatch.daemon.records import Action, Checkpoint, Decision, LrPlan, Revision, RollbackPlan
 from sharpwatch.errors import OperatorError
@@ -54,8 +55,10 @@ class OperatorRequests:
         if apply_at_step and not step < apply_at_step <= step + EXPIRES_AFTER_STEPS:
             allowed = f"0 for the next step, or {step + 1} to {step + EXPIRES_AFTER_STEPS}"
             raise OperatorError(f"apply_at_step {apply_at_step}: the run stands at step {step}; allowed: {allowed}")
-        made = self._draft("set_lr", operator, apply_at_step)
         multipliers = {**self._log.multipliers, **wanted}
+        made = replace(
+            self._draft("set_lr", operator, apply_at_step), ttl_steps=time_out_kept(self._log, multipliers, wanted)
+        )
         every = {block: steps for block, steps in {**self._log.intervals, **(update_every or {})}.items() if steps > 1}
         return self._revise(replace(made, multipliers=multipliers, ramp_steps=ramp_steps, update_every=every))
 
@@ -73,6 +76,7 @@ class OperatorRequests:
         target, every = _set_before(log, number)
         if (target, every) == (log.multipliers, log.intervals):
             raise OperatorError(f"the set before revision {number} is in force already")
+        self._stop_planned(operator)
         made = self._draft("set_lr", replace(operator, reason=operator.reason or f"undo of revision {number}"))
         return self._revise(replace(made, multipliers=self._within(target), update_every=every), undoes=number)
 
@@ -85,6 +89,8 @@ class OperatorRequests:
         undoes: int = 0,
     ) -> Decision:
         """Put the set in force that a stage of a plan leads to, or with `undoes` one from before it."""
+        if undoes:
+            self._stop_planned(operator)
         made = replace(self._draft("set_lr", operator), plan=plan.id, ramp_steps=ramp_steps)
         return self._revise(replace(made, multipliers=self._within(multipliers)), undoes=undoes)
 
@@ -169,6 +175,13 @@ class OperatorRequests:
         )
         self._log.send(made)
         return made
+
+    def _stop_planned(self, operator: OperatorContext) -> None:
+        """Cancel the sets that are planned for later steps: they would put in force again what is taken back now."""
+        for made in self._log.unsettled():
+            is_planned = made.revision and made.outcome in UNDER_WAY and made.apply_at_step > (operator.step or 0)
+            if is_planned and not made.cancelled_by:
+                self.cancel(made.id, replace(operator, reason="it was made from a set that is taken back"))
 
     def _check_rollback(self, plan: RollbackPlan, step: int | None) -> None:
         """A proposal may have been made before the run went back by another."""
@@ -261,13 +274,17 @@ def issue(log: DecisionLog, made: Decision, *, author: str, now: float, undoes: 
     return made
 
 
-def time_out_kept(log: DecisionLog, multipliers: Mapping[str, float]) -> int:
-    """The TTL of the set in force where `multipliers` keep a raise of it: a raise that ends must not become lasting."""
+def time_out_kept(log: DecisionLog, multipliers: Mapping[str, float], by_hand: Iterable[str] = ()) -> int:
+    """The TTL of the set in force where `multipliers` keep raises of it: a raise that ends must not become lasting.
+
+    A time-out ends all raises, so that there is none where an operator has raised one of the blocks, as of `by_hand`.
+    """
     effective = log.effective()
-    if not effective:
+    lasting = {*by_hand, *scaling_state(log).by_hand}
+    raised = {block for block, value in multipliers.items() if value > 1}
+    if not (effective and raised) or raised & lasting:
         return 0
-    kept = any(value > 1 and multipliers.get(block) == value for block, value in effective[-1].multipliers.items())
-    return log.find(effective[-1].decision_id).ttl_steps if kept else 0
+    return log.find(effective[-1].decision_id).ttl_steps
 
 
 def _permitted(verdict: str) -> None:

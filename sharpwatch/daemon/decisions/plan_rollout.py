@@ -23,8 +23,7 @@ from sharpwatch.daemon.decisions.lr_plan import (
     target_of,
 )
 from sharpwatch.daemon.decisions.operator_requests import OperatorContext, OperatorRequests
-from sharpwatch.daemon.decisions.ramp_back import scaling_state
-from sharpwatch.daemon.decisions.transitions import UNDER_WAY
+from sharpwatch.daemon.decisions.ramp_back import rates_are_free, scaling_state
 from sharpwatch.daemon.detection.run_detection import RunDetection
 from sharpwatch.daemon.records import Decision, LrPlan
 from sharpwatch.errors import OperatorError
@@ -94,6 +93,12 @@ class PlanRollout:
         """Have no further stage sent; raises `OperatorError` where none would be."""
         self._log.put_plan(paused(self._found(), operator.author, operator.reason))
 
+    def stop(self, operator: OperatorContext) -> None:
+        """Pause the plan, if one goes on."""
+        plan = self._active
+        if plan is not None and plan.state != "paused":
+            self._log.put_plan(paused(plan, operator.author, operator.reason))
+
     def abort(self, operator: OperatorContext) -> None:
         """End the plan, with the multipliers from before it; raises `OperatorError` where none goes on."""
         plan = self._found()
@@ -146,20 +151,23 @@ class PlanRollout:
         return self._log.plan
 
     def _require_calm(self) -> None:
-        """Nothing is raised in an incident, nor on top of what a policy has changed and will ramp back."""
+        """Nothing is raised in an incident, nor on top of what a policy has changed, ramps back or has judged."""
         for incident in self._detection.incidents.open:
-            raise OperatorError(f"incident {incident.id} ({incident.name}) is open: a plan goes on once it is closed")
+            raise OperatorError(f"incident {incident.id} ({incident.title}) is open: a plan goes on once it is closed")
         for scaling in scaling_state(self._log).active:
             raise OperatorError(
                 f"{scaling.made.id} of policy {scaling.made.policy} is in force on {', '.join(scaling.factors)}: "
                 "a plan goes on once it is ramped back"
             )
+        for made in self._log.unsettled():
+            if made.outcome == "applied":
+                raise OperatorError(f"{made.id} of policy {made.policy} is being judged: a plan goes on once it is")
 
     def _send_if_due(self, plan: LrPlan, operator: OperatorContext) -> None:
         """Send the next stage, unless a policy's change is in force or a command is to take effect at any moment."""
         if plan.state != "running" or plan.under_way:
             return
-        if scaling_state(self._log).active or any(made.outcome in UNDER_WAY for made in self._log.unsettled()):
+        if not rates_are_free(self._log):
             return
         stage = stage_name(plan, plan.stages_done)
         multipliers = {**self._log.multipliers, **stage_set(plan, plan.stages_done)}

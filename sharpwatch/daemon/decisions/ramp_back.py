@@ -15,6 +15,7 @@ from sharpwatch.daemon.config.settings import GuardConfig, PolicyConfig
 from sharpwatch.daemon.decisions.decision_log import DecisionLog
 from sharpwatch.daemon.decisions.guards import OK, Permissions
 from sharpwatch.daemon.decisions.policy import ANNOUNCED, EscalationChain
+from sharpwatch.daemon.decisions.transitions import UNDER_WAY
 from sharpwatch.daemon.records import Decision, Incident, Revision
 
 _LONGEST_DOUBLING = 20
@@ -163,6 +164,12 @@ def scaling_state(log: DecisionLog) -> ScalingState:
         state = _traced(log)
         _STATES[log] = log.version, state
     return state
+
+
+def rates_are_free(log: DecisionLog) -> bool:
+    """Whether no policy's change of rates is in force or judged, and no command is under way."""
+    held = (made.outcome in UNDER_WAY or made.outcome == "applied" for made in log.unsettled())
+    return not (scaling_state(log).active or any(held))
 
 
 # It is asked for at every step, and rarely changes.

@@ -92,7 +92,11 @@ class RunController:
         self._engine = PolicyEngine(
             self._log, self.detection, self._chain, permissions, new_id, silences, maintenance, gate
         )
-        self._autopilot = Autopilot(self._log, self.detection, permissions, autopilot, new_id, maintenance)
+        self._autopilot = (
+            Autopilot(self._log, self.detection, permissions, autopilot, new_id, maintenance)
+            if autopilot.is_on
+            else None
+        )
         self._checkpoints: dict[str, Checkpoint] = {}  # by URI, in the order they were saved
         self._mode = mode
         own_modes = (strongest(self._chain.policies), *((autopilot.mode,) if autopilot.is_on else ()))
@@ -180,7 +184,8 @@ class RunController:
             self._engine.act(findings, self.checkpoints, self._mode, obs.step, now)
         if self._log.plan is not None:
             self._rollout.step(obs.step, now)
-        self._autopilot.act(obs, self._mode, now)
+        if self._autopilot is not None:
+            self._autopilot.act(obs, self._mode, now)
         changes = self._log.take() if self._log.changed else NO_CHANGES
         self._observed += 1
         if self._observed % SAVE_EVERY == 0:
@@ -230,7 +235,8 @@ class RunController:
         """Take in a journalled step: baselines and open alerts move on, nothing is decided and no alert opens."""
         self._step = obs.step
         self.detection.replay(obs)
-        self._autopilot.note(obs)
+        if self._autopilot is not None:
+            self._autopilot.note(obs)
 
     def command_result(self, result: ReportedResult, now: float) -> Changes:  # noqa: ARG002  the clock comes with all
         """Take in what the trainer made of a command; telling it twice changes nothing."""
@@ -338,7 +344,10 @@ class RunController:
 
     def undo(self, revision: int, author: str, reason: str, now: float) -> Changes:
         """Put the set before `revision` (0: the newest) in force again; raises `OperatorError`."""
-        self._rollout.taken_over(self._requests.undo(revision, OperatorContext(author, reason, self._step, now)))
+        before = self._log.multipliers
+        made = self._requests.undo(revision, OperatorContext(author, reason, self._step, now))
+        if made.multipliers != before:
+            self._rollout.taken_over(made)
         return self._log.take()
 
     def draft_plan(self, request: PlanRequest, estimates: Estimates, author: str, reason: str, now: float) -> LrPlan:
@@ -389,14 +398,16 @@ class RunController:
     def set_mode(
         self,
         mode: Mode,
-        author: str = "",  # noqa: ARG002  who, why and when are the journal's
-        reason: str = "",  # noqa: ARG002  as author
-        now: float = 0.0,  # noqa: ARG002  as author
+        author: str = "",
+        reason: str = "",
+        now: float = 0.0,
     ) -> Changes:
-        """Set the run's own mode, which overrides every policy's."""
+        """Set the run's own mode, which overrides every policy's; in `observe` a plan does not go on by itself."""
         if mode not in MODES:
             raise OperatorError(f"mode {mode!r} is not allowed; allowed: {', '.join(MODES)}")
         self._mode = mode
+        if mode == "observe":
+            self._rollout.stop(OperatorContext(author, reason, self._step, now))
         return self._log.take()
 
     def restore(  # noqa: PLR0913, PLR0917  the kinds of records

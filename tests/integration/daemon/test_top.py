@@ -37,7 +37,7 @@ class Terminal:
             stdin=self._theirs,
             stdout=self._theirs,
             stderr=self._theirs,
-            env={**os.environ, "TERM": "xterm"},
+            env={**os.environ, "TERM": "xterm", "COLUMNS": "", "LINES": ""},  # those of the terminal itself
             start_new_session=True,
         )
         os.close(self._theirs)

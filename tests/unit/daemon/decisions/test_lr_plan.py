@@ -24,8 +24,8 @@ def named(name: str, **fields) -> PlanRequest:
     return PlanRequest(**{"name": name, "multipliers": {}, "stages": (), "ramp_steps": 5, "automatic": False} | fields)
 
 
-def own(multipliers=GENTLE, **fields) -> PlanRequest:
-    return named("gentle", multipliers=multipliers, **fields)
+def own(multipliers=GENTLE, name="gentle", **fields) -> PlanRequest:
+    return named(name, multipliers=multipliers, **fields)
 
 
 def sharpness(relative_error: float = 0.1, estimator: str = "gnb", **changes: float):
@@ -379,6 +379,35 @@ def test_what_can_not_be_started_is_refused_with_the_reason():
     with pytest.raises(OperatorError, match=r"\(NonFinite\) is open"):
         start(other, own())
     assert other.controller.plans == ()
+
+
+def test_what_is_planned_does_not_bring_back_a_stage_that_was_undone():
+    trainer = trained()
+    start(trainer, own())
+    trainer.run(3)
+    ahead = trainer.step + 40
+    trainer.take(trainer.controller.set_learning_rates({}, 0, ahead, "ann", "", trainer.now, {"ffn": 4}))
+    trainer.loss = 3.02
+    trainer.run(HOLD_STEPS)
+    assert plan_of(trainer).state == "aborted"
+    planned = next(made for made in trainer.controller.decisions if made.apply_at_step == ahead)
+    assert (planned.outcome, planned.author) == ("cancelled", "sharpwatch")
+    assert trainer.multipliers == dict.fromkeys(BLOCKS, 1.0)
+    assert trainer.controller.multipliers == trainer.multipliers
+
+
+def test_a_plan_does_not_go_on_by_itself_once_the_run_is_only_to_be_observed():
+    trainer = trained()
+    start(trainer, own(automatic=True))
+    trainer.run(3)
+    trainer.take(trainer.controller.set_mode("observe", "bob", "stop everything", trainer.now))
+    plan = plan_of(trainer)
+    assert (plan.state, plan.changed_by, plan.changed_reason) == ("paused", "bob", "stop everything")
+    trainer.run(200)
+    assert trainer.multipliers == dict.fromkeys(BLOCKS, 1.0) | {"qk": 2.0}
+    operate(trainer, PlanRollout.promote)  # an operator's own word is carried out
+    a_stage(trainer)
+    assert trainer.multipliers["emb"] == 4.0
 
 
 def test_a_stage_waits_for_a_command_that_is_under_way():

@@ -35,6 +35,7 @@ def hello(layers, blocks, parameters, size=64) -> RunHello:
         control="none",
         can_roll_back=False,
         lr_bounds=(1, 1),
+        takes_update_intervals=True,
         initial_step=0,
         seed=0,
         sketch_size=size,
