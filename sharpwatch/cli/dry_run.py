@@ -183,6 +183,8 @@ def _answered(stub: OperatorServiceStub, request: Answer, runs: dict[str, Run]) 
     if isinstance(request, CancelDecisionRequest):
         if decision.outcome not in PENDING:
             raise OperatorError(f"decision {decision.id} is {decision.outcome}: it is too late to cancel it")
+        if decision.cancelled_by:
+            raise OperatorError(f"{decision.cancelled_by} has asked to cancel decision {decision.id} already")
     elif decision.outcome != "proposed":
         raise OperatorError(f"decision {decision.id} is {decision.outcome}: only a proposal can be answered")
     if isinstance(request, ApproveDecisionRequest):

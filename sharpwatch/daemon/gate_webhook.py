@@ -28,13 +28,14 @@ class GateWebhook:
         metrics: Where it counts answers.
 
     Raises:
-        SharpwatchError: The file of the token can't be read.
+        SharpwatchError: The file of the token can't be read, or holds none.
     """
 
     def __init__(self, config: GateConfig, metrics: OwnMetrics) -> None:
         self._config = config
         self._metrics = metrics
         self._headers = webhook_headers("gate", config.token_file)
+        self._shown = shown_webhook(config.webhook)
         self._waiting: asyncio.Queue[Decision] = asyncio.Queue()
 
     def ask(self, made: Decision) -> None:
@@ -65,8 +66,14 @@ class GateWebhook:
         except TimeoutError:
             return "failed", f"no answer within {self._config.timeout:g} s"
         except aiohttp.ClientError as error:
-            return "failed", f"{shown_webhook(self._config.webhook)} can't be asked: {type(error).__name__}"
+            return "failed", self._cannot_be_asked(error)
+        except Exception as error:  # without an answer every raise would wait for ever; counted
+            log.exception("gate_failed", run=made.run, decision=made.id)
+            return "failed", self._cannot_be_asked(error)
         return ("passed" if 200 <= status < 300 else "held"), f"HTTP {status}"
+
+    def _cannot_be_asked(self, error: Exception) -> str:
+        return f"{self._shown} can't be asked: {type(error).__name__}"
 
 
 def question(made: Decision) -> dict[str, Any]:

@@ -26,7 +26,9 @@ _FIRST_RETRY, _LAST_RETRY = 1.0, 300.0  # seconds
 _TOO_MANY = 429
 _NEVER = "0001-01-01T00:00:00Z"  # how Alertmanager writes the end of what goes on
 _QUIET = frozenset({"observed", "refused"})  # decisions that changed nothing and wait for nobody
-_ASKS = frozenset({"proposed", "approved", "rejected", "expired"})  # of a proposal, from its beginning to its end
+_ASKS = frozenset(
+    {"proposed", "approved", "rejected", "expired", "cancelled"}
+)  # of a proposal, from its beginning to its end
 
 
 class Notifier:
@@ -37,7 +39,7 @@ class Notifier:
         metrics: Where it counts what was sent and what was not.
 
     Raises:
-        SharpwatchError: The file of the token can't be read.
+        SharpwatchError: The file of the token can't be read, or holds none.
     """
 
     def __init__(self, config: NotificationsConfig, metrics: OwnMetrics) -> None:
@@ -101,6 +103,9 @@ class Notifier:
                 status = response.status
         except (aiohttp.ClientError, TimeoutError) as error:
             log.warning("notification_failed", webhook=self._shown, reason=type(error).__name__)
+            return True
+        except Exception:  # what goes wrong with one message must not end all; counted
+            log.exception("notification_failed", webhook=self._shown)
             return True
         if status < 300:
             self._metrics.notifications.labels("sent").inc()

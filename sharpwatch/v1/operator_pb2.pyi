@@ -783,6 +783,7 @@ class Decision(google.protobuf.message.Message):
     AUTHOR_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
     UPDATE_EVERY_FIELD_NUMBER: builtins.int
+    CANCELLED_BY_FIELD_NUMBER: builtins.int
     id: builtins.str
     run: builtins.str
     made_at_unix_ns: builtins.int
@@ -806,6 +807,8 @@ class Decision(google.protobuf.message.Message):
     revision: builtins.int
     author: builtins.str
     reason: builtins.str
+    cancelled_by: builtins.str
+    """Who has asked the trainer to cancel it; empty for nobody."""
     @property
     def multipliers(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]: ...
     @property
@@ -836,10 +839,11 @@ class Decision(google.protobuf.message.Message):
         author: builtins.str = ...,
         reason: builtins.str = ...,
         update_every: collections.abc.Mapping[builtins.str, builtins.int] | None = ...,
+        cancelled_by: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_applied_step", b"_applied_step", "applied_step", b"applied_step", "rollback", b"rollback"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_applied_step", b"_applied_step", "action", b"action", "alert_id", b"alert_id", "alert_name", b"alert_name", "applied_step", b"applied_step", "author", b"author", "detail", b"detail", "guard", b"guard", "id", b"id", "made_at_unix_ns", b"made_at_unix_ns", "mode", b"mode", "multipliers", b"multipliers", "outcome", b"outcome", "policy", b"policy", "reason", b"reason", "revision", b"revision", "rollback", b"rollback", "run", b"run", "step", b"step", "update_every", b"update_every"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_applied_step", b"_applied_step", "action", b"action", "alert_id", b"alert_id", "alert_name", b"alert_name", "applied_step", b"applied_step", "author", b"author", "cancelled_by", b"cancelled_by", "detail", b"detail", "guard", b"guard", "id", b"id", "made_at_unix_ns", b"made_at_unix_ns", "mode", b"mode", "multipliers", b"multipliers", "outcome", b"outcome", "policy", b"policy", "reason", b"reason", "revision", b"revision", "rollback", b"rollback", "run", b"run", "step", b"step", "update_every", b"update_every"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__applied_step: typing_extensions.TypeAlias = typing.Literal["applied_step"]
     _WhichOneofArgType__applied_step: typing_extensions.TypeAlias = typing.Literal["_applied_step", b"_applied_step"]
@@ -929,6 +933,7 @@ class Revision(google.protobuf.message.Message):
     APPLIED_STEP_FIELD_NUMBER: builtins.int
     UNDOES_FIELD_NUMBER: builtins.int
     UPDATE_EVERY_FIELD_NUMBER: builtins.int
+    OUTCOME_FIELD_NUMBER: builtins.int
     revision: builtins.int
     author: builtins.str
     reason: builtins.str
@@ -938,6 +943,8 @@ class Revision(google.protobuf.message.Message):
     """Absent until the trainer says so."""
     undoes: builtins.int
     """The revision that this one undoes; 0: none."""
+    outcome: builtins.str
+    """Its decision's outcome: one that came to nothing never comes into force."""
     @property
     def multipliers(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]: ...
     @property
@@ -956,10 +963,11 @@ class Revision(google.protobuf.message.Message):
         applied_step: builtins.int | None = ...,
         undoes: builtins.int = ...,
         update_every: collections.abc.Mapping[builtins.str, builtins.int] | None = ...,
+        outcome: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_applied_step", b"_applied_step", "applied_step", b"applied_step"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_applied_step", b"_applied_step", "applied_step", b"applied_step", "author", b"author", "decision_id", b"decision_id", "made_at_unix_ns", b"made_at_unix_ns", "multipliers", b"multipliers", "reason", b"reason", "revision", b"revision", "undoes", b"undoes", "update_every", b"update_every"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_applied_step", b"_applied_step", "applied_step", b"applied_step", "author", b"author", "decision_id", b"decision_id", "made_at_unix_ns", b"made_at_unix_ns", "multipliers", b"multipliers", "outcome", b"outcome", "reason", b"reason", "revision", b"revision", "undoes", b"undoes", "update_every", b"update_every"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__applied_step: typing_extensions.TypeAlias = typing.Literal["applied_step"]
     _WhichOneofArgType__applied_step: typing_extensions.TypeAlias = typing.Literal["_applied_step", b"_applied_step"]

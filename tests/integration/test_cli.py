@@ -350,6 +350,13 @@ async def test_a_dry_run_of_an_answer_says_what_the_proposal_would_change(operat
     assert operator.requests == []
 
 
+async def test_a_dry_run_of_cancelling_what_somebody_has_asked_to_cancel_is_refused_as_the_real_one(operator, cli):
+    operator.role, operator.writable = "operator", True
+    operator.decisions["d5"] = pb.Decision(id="d5", run="gpt2-a1", outcome="sent", cancelled_by="bob")
+    refused = "sharpwatch: bob has asked to cancel decision d5 already\n"
+    assert await cli("cancel", "d5", "--dry-run") == (1, "", refused)
+
+
 async def test_lr_show_and_history(cli):
     status, out, _ = await cli("lr", "show", "llama", "--json")
     assert status == 0

@@ -83,6 +83,8 @@ def test_a_change_that_was_planned_for_a_later_step_is_cancelled_by_the_trainer(
     again = daemon.command("cancel", planned["id"])
     assert again.returncode == 1
     assert f"decision {planned['id']} is cancelled by " in again.stderr
+    assert daemon.cli("lr", "show", "rates")["newest_revision"] is None
+    assert "  never: cancelled  qk 0.5 " in daemon.command("lr", "history", "rates").stdout
     entries = trainer.until(lambda entry: entry["step"] == step + 2)
     for entry in entries[-5:]:
         torch.testing.assert_close(entry["rates"]["qk"], 1e-2, rtol=1e-6, atol=0)

@@ -11,7 +11,7 @@ from sharpwatch.cli import output
 from sharpwatch.cli.client import author, operator, resolve_run, run_argument
 from sharpwatch.cli.commands.decisions import follow
 from sharpwatch.cli.commands.lr_plan import abort, pause, plan, plan_table, promote
-from sharpwatch.cli.dry_run import dry_run_option, preview
+from sharpwatch.cli.dry_run import PENDING, dry_run_option, preview
 from sharpwatch.cli.options import (
     COUNT,
     INTERVALS,
@@ -50,7 +50,7 @@ def show(options: DaemonOptions, run: str) -> None:
         name = resolve_run(stub, run)
         detail = stub.GetRun(GetRunRequest(run=name)).detail
         revisions = stub.ListRevisions(ListRevisionsRequest(run=name)).revisions
-    newest = max(revisions, key=lambda revision: revision.revision, default=None)
+    newest = max(filter(may_hold, revisions), key=lambda revision: revision.revision, default=None)
     payload = {
         "run": name,
         "lr_revision": detail.run.lr_revision,
@@ -64,6 +64,11 @@ def show(options: DaemonOptions, run: str) -> None:
     grids = [rate_table(detail, newest), *([revision_table([newest])] if newest else [])]
     grids += [plan_table(detail.plan)] if detail.HasField("plan") else []
     print_answer(payload, grids, as_json=options.json)
+
+
+def may_hold(revision: Revision) -> bool:
+    """Whether a revision came into force, or still can."""
+    return revision.HasField("applied_step") or revision.outcome in {*PENDING, ""}  # earlier daemons don't say
 
 
 def rate_table(detail: RunDetail, newest: Revision | None) -> Grid:
@@ -162,7 +167,7 @@ def revision_table(revisions: list[Revision]) -> Grid:
             (
                 str(revision.revision),
                 output.timestamp(revision.made_at_unix_ns),
-                str(revision.applied_step) if revision.HasField("applied_step") else "not yet",
+                _when(revision),
                 ", ".join(
                     filter(None, (output.multipliers(revision.multipliers), output.intervals(revision.update_every)))
                 ),
@@ -176,6 +181,12 @@ def revision_table(revisions: list[Revision]) -> Grid:
         ("revision", "made at", "applied at step", "multipliers", "author", "reason"),
         empty="no revision: the multiplier of every block is 1",
     )
+
+
+def _when(revision: Revision) -> str:
+    if revision.HasField("applied_step"):
+        return str(revision.applied_step)
+    return "not yet" if may_hold(revision) else f"never: {revision.outcome}"
 
 
 @lr.command(cls=DaemonCommand, example="sharpwatch lr undo gpt2-a1 --reason 'loss is calm again'")

@@ -14,6 +14,7 @@ from sharpwatch.daemon.records import (
     Decision,
     Incident,
     LrPlan,
+    Outcome,
     PairOrder,
     Revision,
     RollbackPlan,
@@ -124,6 +125,7 @@ def decision_message(decision: Decision) -> operator_pb2.Decision:
         author=decision.author,
         reason=decision.reason,
         update_every=decision.update_every,
+        cancelled_by=decision.cancelled_by,
     )
 
 
@@ -158,8 +160,8 @@ def silence_message(silence: Silence, now: float) -> operator_pb2.Silence:
     )
 
 
-def revision_message(revision: Revision) -> operator_pb2.Revision:
-    """Returns an LR revision as a message."""
+def revision_message(revision: Revision, outcome: Outcome) -> operator_pb2.Revision:
+    """Returns an LR revision, whose decision has an outcome, as a message."""
     return operator_pb2.Revision(
         revision=revision.revision,
         multipliers=revision.multipliers,
@@ -170,6 +172,7 @@ def revision_message(revision: Revision) -> operator_pb2.Revision:
         applied_step=revision.applied_step,
         undoes=revision.undoes,
         update_every=revision.update_every,
+        outcome=outcome,
     )
 
 

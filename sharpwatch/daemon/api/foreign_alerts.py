@@ -58,9 +58,9 @@ class SentAlert:
     @property
     def evidence(self) -> str:
         """What it says, in one line of printable text: it is shown in terminals."""
-        summary = self.annotations.get("summary") or self.annotations.get("description", "")
-        shown = "".join(one if one.isprintable() else " " for one in summary[:_MOST_TEXT]).strip()
+        shown = _printable(self.annotations.get("summary") or self.annotations.get("description", ""))
         since = f"fires since {self.starts_at.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"
+        since += f" (fingerprint {_printable(self.fingerprint)})"  # by which an end that was lost can be told
         return f"{since}: {shown}" if shown else since
 
 
@@ -214,6 +214,10 @@ class ForeignAlerts:
             return _told(alert, "unchanged", "", run.name), None
         result: ForeignResult = "begun" if alert.status == "firing" else "ended"
         return _told(alert, result, changes.incidents[-1].id, run.name), (run, changes)
+
+
+def _printable(text: str) -> str:
+    return "".join(one if one.isprintable() else " " for one in text[:_MOST_TEXT]).strip()
 
 
 async def _body(request: web.Request) -> bytes:

@@ -37,7 +37,7 @@ from sharpwatch.daemon.decisions.muting import Silences
 from sharpwatch.daemon.decisions.operator_requests import OperatorContext
 from sharpwatch.daemon.decisions.plan_rollout import PlanRollout
 from sharpwatch.daemon.decisions.run_controller import RunController
-from sharpwatch.daemon.decisions.transitions import is_settled
+from sharpwatch.daemon.decisions.transitions import Event, can, is_settled
 from sharpwatch.daemon.detection.history import MAX_LOSSES, Losses
 from sharpwatch.daemon.pipeline import Pipeline
 from sharpwatch.daemon.records import Changes, Decision, LrPlan, Mode, Silence
@@ -193,7 +193,10 @@ class OperatorService(OperatorServiceServicer):
     async def ListRevisions(self, request: pb.ListRevisionsRequest, context: Context) -> pb.ListRevisionsResponse:
         """Lists the LR revisions of a run, oldest first."""
         run = await self._run(request.run, context)
-        return pb.ListRevisionsResponse(revisions=map(revision_message, run.controller.revisions))
+        outcomes = {made.id: made.outcome for made in run.controller.decisions}
+        return pb.ListRevisionsResponse(
+            revisions=(revision_message(one, outcomes[one.decision_id]) for one in run.controller.revisions)
+        )
 
     async def StartPlan(self, request: pb.StartPlanRequest, context: Context) -> pb.StartPlanResponse:
         """Rolls a learning-rate plan out, or answers which one that would be."""
@@ -317,25 +320,29 @@ class OperatorService(OperatorServiceServicer):
 
     async def ApproveDecision(self, request: pb.ApproveDecisionRequest, context: Context) -> pb.ApproveDecisionResponse:
         """Approves a proposed decision."""
-        return pb.ApproveDecisionResponse(decision=await self._answer(request, context, RunController.approve))
+        made = await self._answer(request, context, "approve", RunController.approve)
+        return pb.ApproveDecisionResponse(decision=made)
 
     async def RejectDecision(self, request: pb.RejectDecisionRequest, context: Context) -> pb.RejectDecisionResponse:
         """Rejects a proposed decision."""
-        return pb.RejectDecisionResponse(decision=await self._answer(request, context, RunController.reject))
+        made = await self._answer(request, context, "reject", RunController.reject)
+        return pb.RejectDecisionResponse(decision=made)
 
     async def CancelDecision(self, request: pb.CancelDecisionRequest, context: Context) -> pb.CancelDecisionResponse:
         """Takes a decision back that is not applied yet."""
-        return pb.CancelDecisionResponse(decision=await self._answer(request, context, RunController.cancel))
+        made = await self._answer(request, context, "cancel", RunController.cancel)
+        return pb.CancelDecisionResponse(decision=made)
 
     async def _answer(
         self,
         request: pb.ApproveDecisionRequest | pb.RejectDecisionRequest | pb.CancelDecisionRequest,
         context: Context,
+        event: Event,
         answer: Callable[[RunController, str, str, str, float], Changes],
     ) -> pb.Decision:
         """Approves, rejects or cancels a decision, by a method of its run's controller."""
         await self._authorize(request, context)
-        run, identity = await self._decision_to_answer(request.id, context)
+        run, identity = await self._decision_to_answer(request.id, event, context)
         changes = await self._change(
             context, lambda: answer(run.controller, identity, request.author, request.reason, time.time())
         )
@@ -469,13 +476,16 @@ class OperatorService(OperatorServiceServicer):
             await _refuse_name(context, "incident", given, [identity for _, identity in found])
         return whole
 
-    async def _decision_to_answer(self, given: str, context: Context) -> tuple[Run, str]:
-        """Finds a decision by its whole id; a beginning could be of another decision than the one that is meant."""
+    async def _decision_to_answer(self, given: str, event: Event, context: Context) -> tuple[Run, str]:
+        """Finds a decision by its whole id; a beginning could be of another decision than the one that is meant.
+
+        Those that begin so are named where they can take `event`.
+        """
         found = self._runs.decisions(given)
         whole = next((one for one in found if one[1] == given), None)
         if whole is None:
-            proposed = [identity for run, identity in found if _decision(run, identity).outcome == "proposed"]
-            await _refuse_name(context, "decision", given, proposed)
+            open_ones = [identity for run, identity in found if can(_decision(run, identity).outcome, event)]
+            await _refuse_name(context, "decision", given, open_ones)
         return whole
 
     async def _authorize(self, request: Audited, context: Context) -> None:

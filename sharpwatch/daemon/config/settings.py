@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Annotated, Any, ClassVar, Literal, get_args
+from urllib.parse import urlsplit
 
 from annotated_types import GroupedMetadata
 from pydantic import (
@@ -66,6 +67,14 @@ def _one_of(allowed: tuple[str, ...], *, expected: str = "") -> WrapValidator:
     return WrapValidator(validate)
 
 
+def _check_webhook(url: str) -> str:
+    """Refuses, by a `ValueError`, an address that could not be asked at all."""
+    parts = urlsplit(url)
+    if not (parts.hostname and parts.hostname.encode("idna") and parts.port != 0):
+        raise ValueError("no host, or port 0")
+    return url
+
+
 @dataclass(frozen=True)
 class _Constraints(GroupedMetadata):
     """Several constraints on one value, which pydantic iterates over."""
@@ -119,7 +128,10 @@ Store = Annotated[
     _one_of((), expected="sqlite:///PATH (sqlite:////PATH for an absolute one)"),
 ]
 Webhook = Annotated[
-    str, Field(strict=True, pattern=r"^https?://[^/\s]+"), _expecting("an URL: http://HOST... or https://HOST...")
+    str,
+    Field(strict=True, pattern=r"^https?://[^/\s]+"),
+    AfterValidator(_check_webhook),
+    _expecting("an URL: http://HOST[:PORT]... or https://HOST[:PORT]..., with a host's name or address"),
 ]
 Alert = Annotated[DetectedAlert, _one_of(ALERT_NAMES)]
 CauseName = Annotated[DetectedCause, _one_of(CAUSES)]

@@ -98,7 +98,7 @@ class PolicyEngine:
         """Decide what there is to decide at `step`. While a command is under way its effect is waited for.
 
         A silent failure is about another run, and may last: policies answer it, and it is no trouble that a ramp-back
-        has to wait for. Nor is an alert of another system that no policy answers.
+        has to wait for. Nor is an alert of another system that no policy acts on.
         """
         at = _StepContext(step, now, mode, checkpoints, any(window.contains(now) for window in self._maintenance))
         own = [finding for finding in findings if finding.name != "SilentFailure"]
@@ -112,7 +112,7 @@ class PolicyEngine:
         if (
             not (state.active or state.ramped_back)
             or self._under_way(None)
-            or any(map(self._is_trouble, self._incidents.open))
+            or any(self._is_trouble(one, at) for one in self._incidents.open)
         ):
             return
         against = self._against_stage()
@@ -132,7 +132,7 @@ class PolicyEngine:
         found = (self._incidents.active(finding.name) for finding in findings)
         incidents = [*{incident.id: incident for incident in found if incident is not None}.values()]
         incidents += self._incidents.foreign.values()
-        trouble = next(filter(self._is_trouble, incidents), None)
+        trouble = next((one for one in incidents if self._is_trouble(one, at)), None)
         may_undo = not self._under_way(at.step)
         if trouble is not None and may_undo and self._undo_ramp_back(f"{trouble.title} came back", trouble, at):
             return
@@ -145,10 +145,13 @@ class PolicyEngine:
                 elif not self._under_way(at.step):
                     self._act_on(policy, incident, at)
 
-    def _is_trouble(self, incident: Incident) -> bool:
-        """Whether an incident is one of the run itself: not how it compares with a reference, nor what is held down."""
+    def _is_trouble(self, incident: Incident, at: _StepContext) -> bool:
+        """Whether an incident is one of the run itself: not how it compares with a reference, nor what is held down.
+
+        An alert of another system is one where a policy does something about it, or would with an approval.
+        """
         if incident.foreign is not None:
-            return self._chain.answers(incident)
+            return any(at.mode_of(policy) != "observe" for policy in self._chain.acting(incident))
         return is_trouble(incident)
 
     def _under_way(self, step: int | None) -> bool:
@@ -333,8 +336,13 @@ class PolicyEngine:
         )
 
     def _acted_before(self, policy: PolicyConfig, incident: Incident) -> bool:
-        """Whether a policy has acted on an incident: that an alert of another system still fires is no new evidence."""
-        answers = (made for made in self._log.decisions if made.alert_id == incident.id)
+        """Whether a policy has acted on an alert of another system, or on one of that name while this one fires.
+
+        That it still fires is no new evidence, nor that it also fires elsewhere, as on each node of a run.
+        """
+        others = (each for each in self._incidents.all if each.is_same_trouble(incident))
+        same = {each.id for each in others if each.active or each.last_step > incident.onset}
+        answers = (made for made in self._log.decisions if made.alert_id in same)
         return any(made.policy == policy.name and took_effect(made) for made in answers)
 
     def _refused_before(self, made: Decision) -> bool:
@@ -387,7 +395,7 @@ class PolicyEngine:
         return True
 
     def _ramp_back(self, at: _StepContext) -> None:
-        trouble = filter(self._is_trouble, self._incidents.all)
+        trouble = (one for one in self._incidents.all if self._is_trouble(one, at))
         due = ramp_back_due(self._log, trouble, self._chain, self._permissions, at.step)
         if due is None:
             return

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from sharpwatch.daemon.decisions.guards import OK
 from sharpwatch.daemon.records import Decision
 
-ASK_AGAIN = 60.0  # seconds after a question that was answered with no
+ASK_AGAIN = 60.0  # seconds that a no holds
 _FORGOTTEN = 3600.0  # seconds after which a question is no longer of use
 _GATE = "gate"  # the guard's name
 _About = tuple[str, str, str, str]  # run, policy, incident and action
@@ -23,11 +23,15 @@ AskGate = Callable[[Decision, int], Decision | None]
 
 @dataclass(slots=True)
 class _Question:
-    """What was asked: the decision as it then was. `verdict` is "ok" or the guard's, empty without an answer."""
+    """What was asked: the decision as it then was. `verdict` is "ok" or the guard's, empty without an answer.
+
+    A no holds from `held_since`, when it was first found: the answer may take longer than it holds. None before.
+    """
 
     made: Decision
     verdict: str = ""
     why: str = ""
+    held_since: float | None = None
 
 
 def no_gate(made: Decision, life: int) -> Decision | None:
@@ -70,6 +74,8 @@ class Gate:
         if asked.verdict == OK:
             del self._asked[about]
             return replace(made, id=asked.made.id, detail=f"{made.detail}; the gate let it pass: {asked.why}")
+        if asked.held_since is None:
+            asked.held_since = made.made_at
         return replace(made, id=asked.made.id, guard=asked.verdict)
 
     def answer(self, identity: str, why: str, *, passed: bool) -> None:
@@ -92,4 +98,4 @@ def _is_void(asked: _Question, made: Decision, life: int) -> bool:
         return False
     if asked.verdict == OK:
         return not asked.made.step <= made.step <= asked.made.step + life
-    return made.made_at - asked.made.made_at >= ASK_AGAIN
+    return asked.held_since is not None and made.made_at - asked.held_since >= ASK_AGAIN

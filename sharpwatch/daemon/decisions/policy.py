@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from sharpwatch.daemon.config.settings import ActionConfig, PolicyConfig
@@ -26,9 +26,14 @@ class EscalationChain:
         """The policy of that name."""
         return next((policy for policy in self.policies if policy.name == name), None)
 
-    def answers(self, incident: Incident) -> bool:
-        """Whether any policy answers an incident by itself."""
-        return any(policy.match.answers(incident) for policy in self.policies)
+    def acting(self, incident: Incident) -> Iterator[PolicyConfig]:
+        """The policies that answer an incident, and those that they escalate to, but for what only notifies."""
+        for policy in self.policies:
+            current: PolicyConfig | None = policy if policy.match.answers(incident) else None
+            while current is not None:
+                if current.action.kind != "notify":
+                    yield current
+                current = self.named(current.escalate.to) if current.escalate is not None else None
 
     def owner(self, made: Decision) -> PolicyConfig:
         """The policy that made a decision; one with the usual guards where it is no longer in the configuration."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -120,11 +121,25 @@ async def test_an_alert_becomes_an_incident_and_a_command(running, build, send, 
             "foreign",
             True,
         )
-        assert incident.evidence == "fires since 2026-11-30T10:00:00Z: node 7 is  [31mhot"
+        assert incident.evidence == "fires since 2026-11-30T10:00:00Z (fingerprint f1): node 7 is  [31mhot"
         (made,) = await decisions(daemon)
         assert (made.policy, made.alert_id, made.alert_name) == ("cool", incident.id, "NodeHot")
         audit = await daemon.operator.ListTransitions(pb.ListTransitionsRequest(run="run"))
         assert audit.transitions[0].detail.startswith("NodeHot since step 1: ")
+
+
+async def test_an_end_that_was_lost_is_told_as_the_documentation_says(running, send):
+    page = (Path(__file__).parents[3] / "docs/operating/foreign-alerts.md").read_text(encoding="utf-8")
+    end = re.search(r"--data '(.*?)'", page, re.DOTALL)[1]
+    async with running(policies=POLICIES) as daemon:
+        await daemon.train()
+        status, _ = await send(daemon, message(alert(startsAt="2026-07-01T10:00:00Z")))
+        assert status == 200
+        evidence = (await daemon.shown("run", lambda detail: detail.alerts)).alerts[0].evidence
+        fingerprint = re.search(r"\(fingerprint (.*?)\)", evidence)[1]
+        body = end.replace("gpt2-a1", "run").replace("FINGERPRINT", fingerprint)
+        status, answer = await send(daemon, body.encode())
+        assert (status, answer["alerts"][0]["result"]) == (200, "ended")
 
 
 async def test_it_survives_a_restart_is_told_once_and_ends(running, build, send):

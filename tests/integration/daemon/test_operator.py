@@ -265,8 +265,15 @@ async def test_a_sent_command_is_cancelled_by_the_trainer_also_after_a_restart(r
         planned = pb.SetLearningRatesRequest(run="run", multipliers={"qk": 0.5}, apply_at_step=500, author="ann")
         made = (await daemon.operator.SetLearningRates(planned, metadata=token)).decision.id
         assert (await trainer.next("command")).id == made
+        beginning = pb.CancelDecisionRequest(id=made[:5], **who)
+        code, details = await refused(daemon.operator.CancelDecision(beginning, metadata=token))
+        assert (code, details) == (
+            grpc.StatusCode.INVALID_ARGUMENT,
+            f"a decision that is changed must be named in full, got {made[:5]!r}; say which one is meant: {made}",
+        )
         answer = await daemon.operator.CancelDecision(pb.CancelDecisionRequest(id=made, **who), metadata=token)
-        assert answer.decision.outcome == "sent"  # until the trainer has answered
+        # Until the trainer has answered.
+        assert (answer.decision.outcome, answer.decision.cancelled_by) == ("sent", "bob")
         command = await trainer.next("command")
         assert (command.cancel, command.author, command.reason) == (made, "bob", "the wrong step")
         request = pb.CancelDecisionRequest(id=made, author="cleo")
@@ -286,6 +293,8 @@ async def test_a_sent_command_is_cancelled_by_the_trainer_also_after_a_restart(r
         assert seen[-1] == "cancelled"
         assert (await transitions(daemon))[-1] == (made, "cancelled", "bob", "the wrong step")
         assert [one[1] for one in await transitions(daemon)] == ["sent", "sent", "cancelled"]
+        (revision,) = (await daemon.operator.ListRevisions(pb.ListRevisionsRequest(run="run"))).revisions
+        assert (revision.outcome, revision.HasField("applied_step")) == ("cancelled", False)
 
 
 async def test_an_incident_that_was_acknowledged_is_shown_so_also_after_a_restart(running, build):

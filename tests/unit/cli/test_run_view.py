@@ -176,11 +176,15 @@ def test_history():
     revisions = [
         Revision(revision=1, multipliers={"qk": 0.5}, author="ada@node3", reason="spikes", made_at_unix_ns=SAMPLED),
         Revision(revision=2, author="ada@node3", made_at_unix_ns=SAMPLED, applied_step=420, undoes=1),
+        Revision(revision=3, multipliers={"qk": 4}, author="bob", made_at_unix_ns=SAMPLED, outcome="cancelled"),
+        Revision(revision=4, multipliers={"qk": 2}, author="bob", made_at_unix_ns=SAMPLED, outcome="sent"),
     ]
     assert plain([revision_table(revisions)]) == (
-        "revision  made at               applied at step  multipliers    author     reason\n"
-        "       1  2023-11-14T22:13:18Z          not yet  qk 0.5         ada@node3  spikes\n"
-        "       2  2023-11-14T22:13:18Z              420  every block 1  ada@node3  undoes 1"
+        "revision  made at                applied at step  multipliers    author     reason\n"
+        "       1  2023-11-14T22:13:18Z           not yet  qk 0.5         ada@node3  spikes\n"
+        "       2  2023-11-14T22:13:18Z               420  every block 1  ada@node3  undoes 1\n"
+        "       3  2023-11-14T22:13:18Z  never: cancelled  qk 4           bob\n"
+        "       4  2023-11-14T22:13:18Z           not yet  qk 2           bob"
     )
 
 

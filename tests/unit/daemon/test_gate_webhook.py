@@ -131,6 +131,24 @@ async def test_a_webhook_that_is_not_there_holds():
     assert why == "http://127.0.0.1 can't be asked: ClientConnectorError"
 
 
+async def test_whatever_goes_wrong_is_no_answer_and_the_next_is_asked():
+    async def answer(request: web.Request) -> web.Response:
+        raise AssertionError(request)
+
+    async with asking(answer, webhook="http://..:80/gate") as (ask, count):  # a host that has no address
+        for _ in range(20):  # more than are asked at a time
+            assert await ask() == ("d1", "http://.. can't be asked: UnicodeError", False)
+        assert count("failed") == 20
+
+
+@pytest.mark.parametrize("token", [b"two\nlines", b"", b" \n", b"nul\0", b"\xff\xfe"])
+def test_a_token_that_no_header_takes_is_said_before_anything_starts(tmp_path, token):
+    (tmp_path / "token").write_bytes(token)
+    metrics = OwnMetrics(CollectorRegistry(), queue_depth=lambda: 0, queue_capacity=1)
+    with pytest.raises(SharpwatchError, match=r"gate\.token_file .*token .*; it must hold one line with the token"):
+        GateWebhook(GateConfig(webhook="http://h/", token_file=str(tmp_path / "token")), metrics)
+
+
 def test_a_token_file_that_is_not_there_is_said_before_anything_starts(tmp_path):
     metrics = OwnMetrics(CollectorRegistry(), queue_depth=lambda: 0, queue_capacity=1)
     with pytest.raises(SharpwatchError, match=r"gate\.token_file .*nothing: No such file"):

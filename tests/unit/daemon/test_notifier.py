@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from dataclasses import replace
 
+import aiohttp
 import pytest
 from aiohttp import web
 from observations import incident
@@ -123,6 +124,17 @@ async def test_the_autopilot_is_told_of_where_somebody_has_to_approve():
     assert asked["annotations"]["summary"] == "run: set_lr by the autopilot is proposed"
 
 
+@pytest.mark.parametrize("outcome", ["rejected", "expired", "cancelled"])
+async def test_a_proposal_of_the_autopilot_is_resolved_however_it_ends(outcome):
+    asks = replace(PROPOSAL, policy="", author="autopilot", action="set_lr")
+    async with notifying() as (webhook, made, _):
+        made.tell([], [asks])
+        await webhook.alerts()
+        made.tell([], [replace(asks, author="ann", outcome=outcome)])
+        (ended,) = await webhook.alerts()
+    assert (ended["status"], ended["labels"]["outcome"]) == ("resolved", outcome)
+
+
 async def test_a_message_that_fails_is_sent_again_with_what_is_newest(monkeypatch):
     monkeypatch.setattr(notifier, "_FIRST_RETRY", 0.01)
     async with notifying() as (webhook, made, count):
@@ -133,6 +145,13 @@ async def test_a_message_that_fails_is_sent_again_with_what_is_newest(monkeypatc
         while (await webhook.alerts())[0]["status"] == "firing":
             pass
         assert count("failed") == 2
+
+
+async def test_whatever_goes_wrong_with_a_message_it_is_to_be_sent_again():
+    metrics = OwnMetrics(CollectorRegistry(), queue_depth=lambda: 0, queue_capacity=1)
+    made = Notifier(NotificationsConfig(webhook="http://..:80/"), metrics)  # a host that has no address
+    async with aiohttp.ClientSession() as session:
+        assert await made._send(session, [])
 
 
 async def test_what_the_webhook_refuses_is_not_sent_again():

@@ -49,6 +49,50 @@ def test_a_policy_acts_once_on_an_alert_however_long_it_fires_and_ramps_back_onc
     assert trainer.multipliers == dict.fromkeys(BLOCKS, 1.0)
 
 
+def test_one_of_a_name_on_several_nodes_is_answered_once_and_anew_when_all_have_ended():
+    trainer = trained((HOT,))
+    for node in range(4):
+        alert = ForeignAlert("NodeHot", f"node {node}", BEGAN)
+        trainer.take(trainer.controller.foreign_alert(f"i{node}", alert, "warning", "hot"))
+    trainer.run(150)
+    assert trainer.multipliers == dict.fromkeys(BLOCKS, 0.5)
+    # The one that was answered ends; the others fire on.
+    trainer.take(
+        trainer.controller.foreign_alert("i0", ForeignAlert("NodeHot", "node 0", BEGAN), "warning", "hot", BEGAN + 9)
+    )
+    trainer.run(150)
+    assert trainer.actions() == [("scale_lr", "applied")]
+    for node in range(1, 4):
+        alert = ForeignAlert("NodeHot", f"node {node}", BEGAN)
+        trainer.take(trainer.controller.foreign_alert(f"i{node}", alert, "warning", "hot", BEGAN + 9))
+    trainer.run(2)
+    tell(trainer, "NodeHot", began=BEGAN + 60)
+    trainer.run(20)
+    assert trainer.multipliers == dict.fromkeys(BLOCKS, 0.25)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        replace(HOT, name="tell", match=MatchConfig(foreign="DiskFull"), action=ActionConfig("notify")),
+        replace(HOT, name="watch", match=MatchConfig(foreign="DiskFull"), mode="observe"),
+        replace(HOT, name="try", match=MatchConfig(foreign="DiskFull"), dry_run=True),
+    ],
+)
+def test_an_alert_that_no_policy_acts_on_does_not_undo_what_another_ramps_back(other):
+    trainer = trained((CUT, other))
+    trainer.heat["ffn"] = 1000.0
+    trainer.run(3)
+    trainer.heat["ffn"] = 0.0
+    while trainer.controller.decisions[-1].action != "ramp_back":
+        trainer.run(1)
+    tell(trainer, "DiskFull")
+    trainer.run(5)
+    assert trainer.multipliers["ffn"] == 1.0
+    assert ("cut", "worse", "ok") not in outcomes(trainer)
+    assert "set_lr" not in [made.action for made in trainer.controller.decisions]
+
+
 def test_telling_it_again_changes_nothing_also_after_a_restart():
     trainer = trained((HOT,))
     assert len(tell(trainer, "NodeHot").incidents) == 1

@@ -81,6 +81,16 @@ def test_what_is_held_is_shown_and_asked_again(asked):
     assert trainer.multipliers["ffn"] == 1.0
 
 
+def test_a_no_that_takes_longer_than_it_holds_is_shown_before_it_is_asked_again(asked):
+    assert asked.gate.judge(MADE, 50) is None
+    late = replace(MADE, id="d2", made_at=MADE.made_at + 2 * ASK_AGAIN)
+    asked.answer(passed=False)
+    assert asked.gate.judge(late, 50) == replace(late, id="d1", guard="gate: HTTP 403")
+    assert len(asked.questions) == 1
+    assert asked.gate.judge(replace(late, made_at=late.made_at + ASK_AGAIN), 50) is None
+    assert len(asked.questions) == 2
+
+
 def test_without_an_answer_nothing_is_raised(asked):
     trainer = cut(asked)
     trainer.run(500)
