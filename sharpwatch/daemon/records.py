@@ -130,7 +130,7 @@ class ProbedStep:
     """A `direction` probe, and the multipliers by which its step u was taken.
 
     Attributes:
-        parts: u_bᵀ(Hu)_b by block.
+        parts: u_bᵀ(Hu)_b by block, without those that rest at this step.
         curvature: uᵀHu.
         descent: gᵀu.
         multipliers: By block.
@@ -140,11 +140,6 @@ class ProbedStep:
     curvature: float
     descent: float
     multipliers: Mapping[str, float]
-
-    @property
-    def cap(self) -> float:
-        """By how much the step was cut as a whole: the curvature share leaves the sharpest block at 1."""
-        return min(1.0, *self.multipliers.values())
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from statistics import fmean
 
 from sharpwatch.curvature.statistics.estimate import stability_ratio
 from sharpwatch.daemon.config.settings import AutopilotConfig, MaintenanceConfig
@@ -35,8 +36,9 @@ _EXPIRES_AFTER_STEPS = 100  # a trainer that has not taken a change by then is a
 class Autopilot:
     """Makes the autopilot's decisions for one run.
 
-    It leaves alone what others have decided: blocks whose multiplier an operator has set, and the whole run while a
-    policy's change of rates is in force or being judged. While the run is in trouble it raises nothing.
+    It leaves alone what others have decided: blocks whose multiplier an operator or a plan has set, and the whole run
+    while a plan goes on, or a policy's change of rates is in force or being judged. While the run is in trouble it
+    raises nothing.
     """
 
     def __init__(  # noqa: PLR0913, PLR0917  what the autopilot knows of the run, and what limits it
@@ -72,13 +74,20 @@ class Autopilot:
         in_force = self._log.multipliers
         quiet = not any(map(is_trouble, self._detection.incidents.open))
         wanted = wanted_multipliers(
-            tuple(self._probes), in_force, self._config, self._permissions.lr_bounds, may_raise=quiet
+            tuple(self._probes),
+            in_force,
+            self._config,
+            self._permissions.lr_bounds,
+            may_raise=quiet,
+            kept=scaling_state(self._log).operators,
         )
         newest = next((made for made in reversed(self._log.decisions) if _is_own(made)), None)
-        if wanted is not None:
-            kept = scaling_state(self._log).by_hand
-            wanted = {block: in_force[block] if block in kept else value for block, value in wanted.items()}
-        elif mode == "enforce" and newest is not None and self._is_due_for_renewal(newest, in_force, obs.step):
+        if (
+            wanted is None
+            and mode == "enforce"
+            and newest is not None
+            and self._is_due_for_renewal(newest, in_force, obs.step)
+        ):
             self._put(in_force, mode, obs.step, now)
         if wanted is None or self._is_near(wanted, in_force):
             return
@@ -92,6 +101,8 @@ class Autopilot:
             self._put(wanted, mode, obs.step, now)
 
     def _is_free(self) -> bool:
+        if self._log.plan is not None and self._log.plan.is_active:
+            return False
         judged = (made.outcome in UNDER_WAY or made.outcome == "applied" for made in self._log.unsettled())
         return not (scaling_state(self._log).active or any(judged))
 
@@ -111,7 +122,7 @@ class Autopilot:
     def _put(self, multipliers: Mapping[str, float], mode: Mode, step: int, now: float) -> None:
         before = self._log.multipliers
         # A time-out ends all raises; an operator's stay.
-        lasting = any(before[block] > 1 for block in scaling_state(self._log).by_hand)
+        lasting = any(before[block] > 1 for block in scaling_state(self._log).operators)
         made = Decision(
             id=self._new_id(),
             run=self._log.run,
@@ -153,13 +164,14 @@ def _is_own(made: Decision) -> bool:
     return not made.policy and made.mode != "operator"
 
 
-def wanted_multipliers(
+def wanted_multipliers(  # noqa: PLR0913  what is measured, what is in force, and what may be done
     probes: Sequence[ProbedStep],
     in_force: Mapping[str, float],
     config: AutopilotConfig,
     bounds: tuple[float, float],
     *,
     may_raise: bool = True,
+    kept: Collection[str] = (),
 ) -> dict[str, float] | None:
     """Return the multipliers to put in force, or None where they are near enough to what is in force.
 
@@ -169,40 +181,56 @@ def wanted_multipliers(
         config: The rules.
         bounds: The smallest and the largest multiplier that the run allows.
         may_raise: Whether a multiplier may be raised now.
+        kept: The blocks that stay as they are, which others have set.
     """
-    if len(probes) < _LEAST:
+    own = {block: value for block, value in in_force.items() if block not in kept}
+    if len(probes) < _LEAST or not own:
         return None
-    cap = 1.0 if config.stability_cap is None else capped(probes[-_CAP_WINDOW:], config.stability_cap.target)
+    cap = 1.0 if config.stability_cap is None else capped(probes[-_CAP_WINDOW:], config.stability_cap.target, kept)
     shares = dict.fromkeys(in_force, 1.0) if config.curvature_share is None else share_multipliers(probes, config)
     may_raise = may_raise and _is_stable(probes[-_CAP_WINDOW:])
-    wanted = {}
-    for block, now in in_force.items():
+    wanted = dict(in_force)
+    for block, now in own.items():
         most = _RISE * now if may_raise else now
-        wanted[block] = min(max(cap * shares.get(block, 1.0), bounds[0]), bounds[1], most)
+        share = shares.get(block, now / cap_of(in_force, kept))  # as it is where no probe says
+        wanted[block] = min(max(cap * share, bounds[0]), bounds[1], most)
     change = max(abs(math.log(value / in_force[block])) for block, value in wanted.items())
     return wanted if change >= math.log(config.least_change) else None
 
 
 def share_multipliers(probes: Sequence[ProbedStep], config: AutopilotConfig) -> dict[str, float]:
-    """Return the multipliers by the curvature share, of sums over `probes`: single shares are noisy."""
+    """Return the multipliers by the curvature share, of means over `probes`: single shares are noisy."""
     rule = config.curvature_share
     if rule is None:
         raise ValueError("there is no rule for curvature shares")
-    sums: dict[str, float] = {}
+    parts: dict[str, list[float]] = {}
     for probe in probes[-WINDOW:]:
         for block, part in at_unit_multipliers(probe.parts, probe.multipliers).items():
-            sums[block] = sums.get(block, 0.0) + part
-    return multipliers_from_shares(sums, rule)
+            parts.setdefault(block, []).append(part)
+    # Means, as a block that rests now and then is in fewer probes.
+    return multipliers_from_shares({block: fmean(values) for block, values in parts.items()}, rule)
 
 
-def capped(probes: Sequence[ProbedStep], target: float) -> float:
-    """Return min(1, target/ρ), with ρ of steps without a cap; as it is where they do not descend."""
+def capped(probes: Sequence[ProbedStep], target: float, kept: Collection[str] = ()) -> float:
+    """Return min(1, target/ρ), with ρ of steps without a cap; as it is where they do not descend.
+
+    Args:
+        probes: The newest, oldest first.
+        target: The largest ρ.
+        kept: The blocks that others have set, which the cap does not go for.
+    """
     # u = c v: the curvature of v is that of u over c², its descent that of u over c.
-    curvatures = [probe.curvature / probe.cap**2 for probe in probes]
-    ratio = stability_ratio(curvatures, [probe.descent / probe.cap for probe in probes])
+    caps = [cap_of(probe.multipliers, kept) for probe in probes]
+    curvatures = [probe.curvature / cap**2 for probe, cap in zip(probes, caps, strict=True)]
+    ratio = stability_ratio(curvatures, [probe.descent / cap for probe, cap in zip(probes, caps, strict=True)])
     if ratio is None:
-        return probes[-1].cap
+        return caps[-1]
     return 1.0 if ratio.value <= target else target / ratio.value
+
+
+def cap_of(multipliers: Mapping[str, float], kept: Collection[str] = ()) -> float:
+    """Return by how much `multipliers` cut the step as a whole: the curvature share leaves the sharpest block at 1."""
+    return min((1.0, *(value for block, value in multipliers.items() if block not in kept)))
 
 
 def _is_stable(probes: Sequence[ProbedStep]) -> bool:

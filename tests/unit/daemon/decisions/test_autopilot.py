@@ -14,6 +14,8 @@ from sharpwatch.daemon.config.settings import (
     StabilityCapConfig,
 )
 from sharpwatch.daemon.decisions.autopilot import capped, wanted_multipliers
+from sharpwatch.daemon.decisions.lr_plan import PlanRequest
+from sharpwatch.daemon.decisions.plan_rollout import PlanRollout
 from sharpwatch.daemon.records import ProbedStep
 
 SHARE = AutopilotConfig("enforce", curvature_share=CurvatureShareConfig())
@@ -166,6 +168,56 @@ def test_blocks_that_an_operator_has_set_are_left_alone():
     trainer.run(20)
     assert trainer.multipliers["emb"] == 1.0
     assert trainer.multipliers["vo"] == pytest.approx(4.0, rel=0.2)  # a last step of less is none
+
+
+def test_it_decides_nothing_while_a_plan_goes_on_and_leaves_its_blocks_alone_afterwards():
+    trainer = Trainer((), autopilot=SHARE)
+    trainer.run(60)
+    plan = PlanRequest("gentle", {"ffn": 3.0, "emb": 2.0}, (("ffn", "emb"),), 5, automatic=False)
+    trainer.take(
+        trainer.controller.change_plan(lambda rollout, by: rollout.start(plan, {}, by), "ann", "", trainer.now)
+    )
+    trainer.parts = dict(PARTS)
+    trainer.run(20)
+    trainer.take(trainer.controller.change_plan(PlanRollout.pause, "ann", "", trainer.now))
+    trainer.run(60)
+    assert [made.plan for made in trainer.controller.decisions] == [trainer.controller.plans[-1].id]
+    trainer.take(trainer.controller.change_plan(PlanRollout.promote, "ann", "", trainer.now))
+    trainer.run(20)
+    assert trainer.controller.plans[-1].state == "done"
+    assert trainer.multipliers == pytest.approx(AIM | {"ffn": 3.0, "emb": 2.0})
+    assert trainer.controller.decisions[-1].ttl_steps == 0  # a time-out would end the plan's raises too
+
+
+def test_an_operators_cut_of_one_block_is_no_cut_of_all():
+    trainer = flown(CAP, steps=70)
+    trainer.take(trainer.controller.set_learning_rates({"qk": 0.1}, 0, 0, "ann", "mine", trainer.now))
+    trainer.cut_by_hand = ("qk",)
+    trainer.run(40)
+    assert trainer.multipliers == ONES | {"qk": 0.1}
+    trainer.ratio = 2.0
+    trainer.run(40)
+    assert trainer.multipliers == pytest.approx(dict.fromkeys(BLOCKS, 0.25) | {"qk": 0.1})
+
+
+def test_a_block_that_rests_at_every_probe_keeps_its_multiplier_under_the_cap_of_all():
+    in_force = ONES | {"emb": 2.0}
+    without = {block: part for block, part in PARTS.items() if block != "emb"}
+    rested = wanted_multipliers([probe(without)] * 4, in_force, SHARE, BOUNDS)
+    assert rested["emb"] == 2.0
+    high = wanted_multipliers(
+        [probe(without, ratio=0.9)] * 4, in_force, replace(SHARE, stability_cap=StabilityCapConfig(0.45)), BOUNDS
+    )
+    assert high["emb"] == pytest.approx(1.0)
+
+
+def test_a_block_that_rests_now_and_then_has_the_share_of_the_steps_that_it_takes():
+    trainer = Trainer((), autopilot=SHARE)
+    trainer.parts = dict(PARTS)
+    for _ in range(20):
+        trainer.resting = ("emb", "ffn") if trainer.step % 2 else ()
+        trainer.run(1)
+    assert trainer.multipliers == pytest.approx(AIM)
 
 
 def test_a_raise_is_no_operators_so_that_policies_may_still_cut_the_block():
