@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean
 
 from sharpwatch.curvature.statistics.estimate import stability_ratio
@@ -22,7 +23,7 @@ from sharpwatch.daemon.decisions.policy import changed_blocks, is_trouble
 from sharpwatch.daemon.decisions.ramp_back import scaling_state
 from sharpwatch.daemon.decisions.transitions import UNDER_WAY, took_effect
 from sharpwatch.daemon.detection.run_detection import RunDetection
-from sharpwatch.daemon.records import Decision, Mode, Observation, ProbedStep
+from sharpwatch.daemon.records import RENEWED, Decision, Mode, Observation, ProbedStep
 
 AUTHOR = "autopilot"
 WINDOW = 8  # probes that shares are taken from
@@ -30,6 +31,7 @@ _CAP_WINDOW = 4  # probes that the cap is taken from: it has to follow the rate
 _LEAST = 2  # probes before anything is changed
 _EDGE = 1.0  # stability ratio from which on nothing is raised
 _RISE = 2.0  # by which one revision raises a multiplier at most
+_TRIES = 4  # to renew raises, in the second half of their time-out
 _EXPIRES_AFTER_STEPS = 100  # a trainer that has not taken a change by then is asked anew, by newer probes
 
 
@@ -57,17 +59,24 @@ class Autopilot:
         self._new_id = new_id
         self._maintenance = maintenance
         self._probes: deque[ProbedStep] = deque(maxlen=WINDOW)
+        self._went_back = False  # since the newest renewal: how much of a time-out is over is not known then
 
     def note(self, obs: Observation) -> None:
         """Take in a step without deciding anything."""
         if obs.restored:
             self._probes.clear()
+            self._went_back = True
         if obs.probed is not None:
             self._probes.append(obs.probed)
 
     def act(self, obs: Observation, mode: Mode | None, now: float) -> None:
-        """Take in a step, and decide after a probe; `mode` is the run's own, `now` is in unix seconds."""
+        """Take in a step, and decide after a probe; `mode` is the run's own, `now` is in unix seconds.
+
+        Raises are renewed in every mode: that changes nothing, and the trainer would end them by itself.
+        """
         self.note(obs)
+        if self._log.newest_revision and self._must_renew(obs.step):
+            self._renew(obs.step, now)
         if obs.probed is None or not self._config.is_on or not self._is_free():
             return
         mode = self._mode(mode, now)
@@ -81,14 +90,7 @@ class Autopilot:
             may_raise=quiet,
             kept=scaling_state(self._log).operators,
         )
-        newest = next((made for made in reversed(self._log.decisions) if _is_own(made)), None)
-        if (
-            wanted is None
-            and mode == "enforce"
-            and newest is not None
-            and self._is_due_for_renewal(newest, in_force, obs.step)
-        ):
-            self._put(in_force, mode, obs.step, now)
+        newest = next((made for made in self._own() if not made.is_renewal), None)
         if wanted is None or self._is_near(wanted, in_force):
             return
         # What was recorded, or came to nothing, is not repeated at each probe.
@@ -98,7 +100,7 @@ class Autopilot:
             or newest.mode != mode
             or not self._is_near(wanted, newest.multipliers)
         ):
-            self._put(wanted, mode, obs.step, now)
+            self._put(self._draft(wanted, mode, obs.step, now), now)
 
     def _is_free(self) -> bool:
         if self._log.plan is not None and self._log.plan.is_active:
@@ -114,16 +116,43 @@ class Autopilot:
         least = math.log(self._config.least_change)
         return all(abs(math.log(value / other.get(block, 1.0))) < least for block, value in one.items())
 
-    def _is_due_for_renewal(self, newest: Decision, in_force: Mapping[str, float], step: int) -> bool:
-        """Whether raises would soon end by their time-out, though the daemon is there."""
-        raised = any(value > 1 for value in in_force.values())
-        return raised and took_effect(newest) and step - newest.step >= self._config.ttl_steps // 2
+    def _own(self) -> Iterator[Decision]:
+        """The autopilot's decisions, newest first."""
+        return (made for made in reversed(self._log.decisions) if not made.policy and made.mode != "operator")
 
-    def _put(self, multipliers: Mapping[str, float], mode: Mode, step: int, now: float) -> None:
+    def _must_renew(self, step: int) -> bool:
+        """Whether raises would soon end by their time-out, though the daemon is there."""
+        if not any(value > 1 for value in self._log.multipliers.values()) or self._permissions.multipliers() != OK:
+            return False
+        newest = next(filter(took_effect, self._own()), None)
+        if newest is None or not newest.ttl_steps or self._is_moving(step):
+            return False
+        tried = next((made.step for made in self._own() if made.is_renewal), None)
+        if tried is not None and abs(step - tried) < newest.ttl_steps // (2 * _TRIES):
+            return False
+        since = newest.step if newest.applied_step is None else newest.applied_step
+        return self._went_back or abs(step - since) >= newest.ttl_steps // 2
+
+    def _is_moving(self, step: int) -> bool:
+        """Whether a renewal would change something: the end of a ramp, or of a policy's raise."""
+        revision = self._log.effective()[-1]
+        ramp = self._log.find(revision.decision_id).ramp_steps
+        if revision.applied_step is None or abs(step - revision.applied_step) <= ramp:
+            return True
+        return any(factor > 1 for one in scaling_state(self._log).active for factor in one.factors.values())
+
+    def _renew(self, step: int, now: float) -> None:
+        draft = self._draft(self._log.multipliers, "enforce", step, now)
+        # Not as a new set (`issue`): proposals that started from this one stand.
+        made = self._log.add(replace(draft, detail=RENEWED, reason=RENEWED), "send")
+        self._log.send(self._log.revise(made, author=AUTHOR, reason=RENEWED, now=now))
+        self._went_back = False
+
+    def _draft(self, multipliers: Mapping[str, float], mode: Mode, step: int, now: float) -> Decision:
         before = self._log.multipliers
         # A time-out ends all raises; an operator's stay.
         lasting = any(before[block] > 1 for block in scaling_state(self._log).operators)
-        made = Decision(
+        return Decision(
             id=self._new_id(),
             run=self._log.run,
             made_at=now,
@@ -140,13 +169,16 @@ class Autopilot:
             expires_at_step=_EXPIRES_AFTER_STEPS + (step if mode == "enforce" else 0),
             author=AUTHOR,
         )
+
+    def _put(self, made: Decision, now: float) -> None:
+        mode = made.mode
         if mode == "observe":
             self._log.add(made, "observe")
         elif made.guard != OK:
             self._log.add(made, "refuse")
         elif mode == "advise":
-            for other in self._log.unsettled():
-                if _is_own(other) and other.outcome == "proposed":
+            for other in self._own():
+                if other.outcome == "proposed":
                     self._log.advance(other, "supersede", detail=f"{other.detail}; newer probes say otherwise")
             self._log.add(made, "propose")
         else:
@@ -156,12 +188,7 @@ class Autopilot:
         sums = {block: sum(probe.parts.get(block, 0.0) for probe in self._probes) for block in before}
         whole = sum(probe.curvature for probe in self._probes)
         shares = ", ".join(f"{block} {part / whole:.2g}" for block, part in sums.items()) if whole > 0 else "none"
-        changes = changed_blocks(multipliers, before) or "raises renewed"
-        return f"{changes}; curvature shares: {shares}"
-
-
-def _is_own(made: Decision) -> bool:
-    return not made.policy and made.mode != "operator"
+        return f"{changed_blocks(multipliers, before)}; curvature shares: {shares}"
 
 
 def wanted_multipliers(  # noqa: PLR0913  what is measured, what is in force, and what may be done

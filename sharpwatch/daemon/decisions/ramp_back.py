@@ -187,6 +187,8 @@ def _traced(log: DecisionLog) -> ScalingState:
     before = log.complete({})
     for revision in log.effective():
         made = log.find(revision.decision_id)
+        if made.is_renewal:
+            continue
         after = log.complete(revision.multipliers)
         ratios = {block: after[block] / before[block] for block in after if after[block] != before[block]}
         own = [one for one in active.values() if (one.made.policy, one.made.alert_id) == (made.policy, made.alert_id)]
@@ -234,7 +236,7 @@ def stage_steps(guard: GuardConfig, log: DecisionLog) -> int:
 def quiet_since(incidents: Iterable[Incident], decisions: Iterable[Decision], step: int) -> int:
     """Returns the last step with an alert or a change; a rollback discarded the steps after `step`."""
     steps = [incident.last_step for incident in incidents]
-    steps += [made.applied_step for made in decisions if made.applied_step is not None]
+    steps += [made.applied_step for made in decisions if made.applied_step is not None and not made.is_renewal]
     return max((at for at in steps if at <= step), default=step)
 
 

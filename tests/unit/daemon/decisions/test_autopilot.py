@@ -16,7 +16,7 @@ from sharpwatch.daemon.config.settings import (
 from sharpwatch.daemon.decisions.autopilot import capped, wanted_multipliers
 from sharpwatch.daemon.decisions.lr_plan import PlanRequest
 from sharpwatch.daemon.decisions.plan_rollout import PlanRollout
-from sharpwatch.daemon.records import ProbedStep
+from sharpwatch.daemon.records import Observation, ProbedStep, ReportedResult
 
 SHARE = AutopilotConfig("enforce", curvature_share=CurvatureShareConfig())
 CAP = AutopilotConfig("enforce", stability_cap=StabilityCapConfig(0.5))
@@ -30,6 +30,36 @@ def flown(config: AutopilotConfig = SHARE, policies=(), *, steps: int = 0, **opt
     trainer = Trainer(policies, autopilot=config, **options)
     trainer.parts = dict(PARTS)
     trainer.run(steps)
+    return trainer
+
+
+class Forgetful(Trainer):
+    """A trainer that notes where raises would have ended as the agent ends them, by the steps that it has taken."""
+
+    taken = 0
+    ends = None
+    has_ended = False
+
+    def answer(self, made):
+        super().answer(made)
+        if made.rollback is None:
+            self.ends = self.taken + made.ttl_steps if made.ttl_steps else None
+
+    def observe(self, *args, **layers):
+        self.taken += 1
+        if self.ends is not None and self.taken >= self.ends:
+            self.has_ended = True
+        super().observe(*args, **layers)
+
+
+def raised(policies=(), **options) -> Forgetful:
+    """A trainer whose raises end after 100 steps, and that has no more probes."""
+    trainer = Forgetful(policies, autopilot=replace(SHARE, ttl_steps=100), **options)
+    trainer.run(100)
+    trainer.parts = dict(PARTS)
+    trainer.run(20)
+    assert trainer.multipliers == pytest.approx(AIM)
+    trainer.parts = {}
     return trainer
 
 
@@ -235,6 +265,85 @@ def test_raises_are_renewed_before_they_time_out():
     assert len(trainer.controller.revisions) == count + 1
     assert trainer.controller.revisions[-1].multipliers == trainer.controller.revisions[-2].multipliers
     assert "raises renewed" in trainer.controller.decisions[-1].detail
+
+
+@pytest.mark.parametrize("mode", ["observe", "advise", "enforce"])
+def test_raises_stay_in_every_mode(mode):
+    trainer = raised()
+    trainer.controller.set_mode(mode)
+    trainer.run(300)
+    assert trainer.multipliers == pytest.approx(AIM)
+    assert not trainer.has_ended
+    assert trainer.controller.multipliers == trainer.multipliers
+    assert len([made for made in trainer.controller.decisions if made.is_renewal]) == 6
+
+
+def test_a_renewal_leaves_proposals_and_records_nothing_anew():
+    trainer = raised()
+    trainer.controller.set_mode("advise")
+    trainer.parts = PARTS | {"vo": 0.01}
+    trainer.run(200)
+    others = [made for made in trainer.controller.decisions if not made.is_renewal]
+    assert others[-1].outcome == "proposed"
+    assert [made.outcome for made in others].count("proposed") == 1
+    assert trainer.multipliers == pytest.approx(AIM)
+    trainer.take(trainer.controller.approve(others[-1].id, "ann", "", trainer.now))
+    trainer.run(1)
+    assert trainer.multipliers["vo"] == pytest.approx(3.0)
+
+
+def test_a_cancelled_renewal_is_followed_by_another():
+    trainer = raised()
+    while not trainer.waiting:
+        trainer.run(1)
+    (renewal,) = trainer.waiting
+    assert renewal.is_renewal
+    trainer.controller.cancel(renewal.id, "ann", "", trainer.now)
+    trainer.waiting = []
+    trainer.controller.command_result(ReportedResult(renewal.id, "cancelled", trainer.step), trainer.now)
+    trainer.run(300)
+    assert trainer.multipliers == pytest.approx(AIM)
+    assert not trainer.has_ended
+
+
+@pytest.mark.parametrize("back", [30, 52, 130])
+def test_raises_outlast_a_rollback(back):
+    trainer = raised()
+    trainer.run(30)
+    trainer.step -= back
+    back_there = Observation(trainer.step, trainer.now, restored=True)
+    trainer.take(trainer.controller.observe(back_there, trainer.now))
+    trainer.run(300)
+    assert trainer.multipliers == pytest.approx(AIM)
+    assert not trainer.has_ended
+
+
+def test_raises_outlast_a_policys_cut_which_is_ramped_back_as_without_renewals():
+    def ramped_back(ttl_steps):
+        trainer = Forgetful((CUT,), autopilot=replace(SHARE, ttl_steps=ttl_steps))
+        trainer.run(100)
+        trainer.parts = dict(PARTS)
+        trainer.run(20)
+        trainer.parts = {}
+        trainer.heat["ffn"] = 2.0
+        trainer.run(3)
+        trainer.heat["ffn"] = 0.0
+        assert trainer.multipliers == pytest.approx(AIM | {"ffn": 0.5})
+        trainer.run(150)
+        assert trainer.multipliers == pytest.approx(AIM)
+        return trainer, [made.step for made in trainer.controller.decisions if made.action == "ramp_back"]
+
+    trainer, with_renewals = ramped_back(60)
+    assert not trainer.has_ended
+    assert [made for made in trainer.controller.decisions if made.is_renewal]
+    assert with_renewals == ramped_back(2000)[1]
+
+
+def test_a_renewal_does_not_end_a_ramp():
+    trainer = raised()
+    trainer.take(trainer.controller.set_learning_rates({"qk": 1.5}, 200, 0, "ann", "mine", trainer.now))
+    trainer.run(150)
+    assert not [made for made in trainer.controller.decisions if made.is_renewal]
 
 
 def test_maintenance_and_what_a_run_refuses():
