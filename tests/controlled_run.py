@@ -67,6 +67,8 @@ class Trainer:
         self.waiting: list[Decision] = []
         self.seen: list[Observation] = []
         self.parts: dict[str, float] = {}  # of the curvature at a multiplier of 1, of the probes if there are any
+        self.resting: tuple[str, ...] = ()  # blocks without a part
+        self.cut_by_hand: tuple[str, ...] = ()  # blocks whose multiplier is no part of a cut of all
         self.ratio = 0.1  # the stability ratio, at multipliers of 1
         self.silent = False
         self.refuses = ""
@@ -111,8 +113,9 @@ class Trainer:
 
     def probe(self) -> ProbedStep:
         parts = {block: part * self.multipliers[block] for block, part in self.parts.items()}
+        parts = {block: part for block, part in parts.items() if block not in self.resting}
         # The whole curvature goes with the square of a multiplier of all, the descent with it.
-        scale = min(self.multipliers.values())
+        scale = min((value for block, value in self.multipliers.items() if block not in self.cut_by_hand), default=1.0)
         curvature = sum(parts.values()) * scale
         descent = curvature / (2 * self.ratio * scale)
         return ProbedStep(parts, curvature, descent, dict(self.multipliers))

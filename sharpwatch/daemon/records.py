@@ -130,7 +130,7 @@ class ProbedStep:
     """A `direction` probe, and the multipliers by which its step u was taken.
 
     Attributes:
-        parts: u_bᵀ(Hu)_b by block.
+        parts: u_bᵀ(Hu)_b by block, without those that rest at this step.
         curvature: uᵀHu.
         descent: gᵀu.
         multipliers: By block.
@@ -140,11 +140,6 @@ class ProbedStep:
     curvature: float
     descent: float
     multipliers: Mapping[str, float]
-
-    @property
-    def cap(self) -> float:
-        """By how much the step was cut as a whole: the curvature share leaves the sharpest block at 1."""
-        return min(1.0, *self.multipliers.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,6 +332,9 @@ class RollbackPlan:
     skip_to_step: int
 
 
+RENEWED = "raises renewed"  # the reason of a decision that puts in force what is in force
+
+
 @dataclass(frozen=True, slots=True)
 class Decision:
     """A decision of a policy about an incident, or of an operator. It is kept for ever.
@@ -375,6 +373,11 @@ class Decision:
     # Every how many steps a block is updated, 1 where it is not named; None keeps what is in force.
     update_every: Mapping[str, int] | None = None
     plan: str = ""  # id of the plan that it is a stage of, or takes back
+
+    @property
+    def is_renewal(self) -> bool:
+        """Whether it changes nothing, and only keeps the trainer from ending raises by their time-out."""
+        return self.reason == RENEWED and self.mode != "operator"
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,12 +15,12 @@ that is in force is judged while the plan is paused too.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from sharpwatch.curvature.statistics.estimate import Estimate
-from sharpwatch.daemon.decisions.curvature_share import multipliers_from_shares
+from sharpwatch.daemon.decisions.curvature_share import at_unit_multipliers, multipliers_from_shares
 from sharpwatch.daemon.decisions.effect import FEW, NEWEST, LossBand, against_raise, mean_of
 from sharpwatch.daemon.decisions.transitions import UNDER_WAY
 from sharpwatch.daemon.detection.run_detection import RunDetection
@@ -76,12 +76,12 @@ class StageSigns:
 # The sets
 
 
-def target_of(request: PlanRequest, blocks: Collection[str], estimates: Estimates) -> dict[str, float]:
+def target_of(request: PlanRequest, in_force: Mapping[str, float], estimates: Estimates) -> dict[str, float]:
     """The multipliers of a plan, of the blocks that it names and the run has.
 
     Args:
         request: What the operator asks for.
-        blocks: The block types of the run.
+        in_force: The multipliers in force, of every block type of the run.
         estimates: The newest of the run.
 
     Raises:
@@ -93,7 +93,7 @@ def target_of(request: PlanRequest, blocks: Collection[str], estimates: Estimate
         return dict(request.multipliers)
     if request.name not in NAMED:
         raise OperatorError(f"no plan {request.name!r}; there are {', '.join(NAMED)}, and any set of your own")
-    return NAMED[request.name]([block for block in _PAPER if block in blocks], estimates)
+    return NAMED[request.name]({block: in_force[block] for block in _PAPER if block in in_force}, estimates)
 
 
 def curvature_shares(estimates: Estimates) -> dict[str, float]:
@@ -101,11 +101,11 @@ def curvature_shares(estimates: Estimates) -> dict[str, float]:
     return {block: one.value for (quantity, block, _), one in estimates.items() if quantity == "curvature_share"}
 
 
-def _paper(blocks: Sequence[str], _: Estimates) -> dict[str, float]:
+def _paper(blocks: Iterable[str], _: Estimates) -> dict[str, float]:
     return {block: _PAPER[block] for block in blocks}
 
 
-def _measured(blocks: Sequence[str], estimates: Estimates) -> dict[str, float]:
+def _measured(blocks: Iterable[str], estimates: Estimates) -> dict[str, float]:
     """(S_norm / S_b)^0.65 (Wang et al. 2025, arXiv 2502.19002)."""
     estimator = next((each for each in _SHARPNESS_BY if ("sharpness", "norm", each) in estimates), "")
     if not estimator:
@@ -128,20 +128,21 @@ def _known_sharpness(block: str, estimator: str, estimates: Estimates) -> float:
     return one.value
 
 
-def _by_curvature_share(blocks: Sequence[str], estimates: Estimates) -> dict[str, float]:
+def _by_curvature_share(in_force: Mapping[str, float], estimates: Estimates) -> dict[str, float]:
     shares = curvature_shares(estimates)
-    lacking = [block for block in blocks if not math.isfinite(shares.get(block, math.nan))]
+    lacking = [block for block in in_force if not math.isfinite(shares.get(block, math.nan))]
     if lacking:
         raise OperatorError(
             f"the plan curvature-share needs each block's share of the curvature along the step; there is none yet of "
             f"{', '.join(lacking)}"
         )
-    if not max(shares[block] for block in blocks) > 0:
+    if not max(shares[block] for block in in_force) > 0:
         raise OperatorError("the plan curvature-share needs a block along whose step the loss curves upwards")
-    return multipliers_from_shares({block: shares[block] for block in blocks})
+    of_plan = {block: shares[block] for block in in_force}
+    return multipliers_from_shares(at_unit_multipliers(of_plan, in_force))
 
 
-NAMED: Mapping[str, Callable[[Sequence[str], Estimates], dict[str, float]]] = {
+NAMED: Mapping[str, Callable[[Mapping[str, float], Estimates], dict[str, float]]] = {
     "paper": _paper,
     "measured": _measured,
     "curvature-share": _by_curvature_share,

@@ -58,6 +58,7 @@ class ScalingState:
         newest: The newest revision.
         ramped_back: The scaling that `newest` took back, or a part of it, if it is of a ramp-back.
         by_hand: The step at which an operator last changed a block.
+        by_plan: The blocks that an operator's plan has changed.
     """
 
     active: tuple[ActiveScaling, ...] = ()
@@ -65,6 +66,12 @@ class ScalingState:
     newest: Revision | None = None
     ramped_back: ActiveScaling | None = None
     by_hand: Mapping[str, int] = field(default_factory=dict)
+    by_plan: frozenset[str] = frozenset()
+
+    @property
+    def operators(self) -> frozenset[str]:
+        """The blocks that an operator has changed, by hand or by a plan."""
+        return self.by_plan.union(self.by_hand)
 
     @property
     def following(self) -> tuple[ActiveScaling, ...]:
@@ -180,16 +187,20 @@ def _traced(log: DecisionLog) -> ScalingState:
     active: dict[str, ActiveScaling] = {}  # by the id of the decision, oldest first
     taken: dict[int, ActiveScaling] = {}  # by the revision that ramped it back, or a part of it, as it was before
     by_hand: dict[str, int] = {}
+    by_plan: frozenset[str] = frozenset()
     failed = 0
     newest: Revision | None = None
     ramped_back: ActiveScaling | None = None
     before = log.complete({})
     for revision in log.effective():
         made = log.find(revision.decision_id)
+        if made.is_renewal:
+            continue
         after = log.complete(revision.multipliers)
         ratios = {block: after[block] / before[block] for block in after if after[block] != before[block]}
         own = [one for one in active.values() if (one.made.policy, one.made.alert_id) == (made.policy, made.alert_id)]
         newest, ramped_back = revision, None
+        by_plan |= ratios.keys() if made.plan else set()
         if not (made.policy or made.plan):
             active = {key: one.without(ratios) for key, one in active.items()}
             by_hand |= dict.fromkeys(ratios, made.step) if made.mode == "operator" else {}
@@ -206,7 +217,7 @@ def _traced(log: DecisionLog) -> ScalingState:
             active[own[0].made.id] = own[0].changed(ratios, made.makes_up_for)
         active = {key: one for key, one in active.items() if one.factors}
         before = after
-    return ScalingState(tuple(active.values()), failed, newest, ramped_back, by_hand)
+    return ScalingState(tuple(active.values()), failed, newest, ramped_back, by_hand, by_plan)
 
 
 def whole(multiplier: float) -> float:
@@ -232,7 +243,7 @@ def stage_steps(guard: GuardConfig, log: DecisionLog) -> int:
 def quiet_since(incidents: Iterable[Incident], decisions: Iterable[Decision], step: int) -> int:
     """Returns the last step with an alert or a change; a rollback discarded the steps after `step`."""
     steps = [incident.last_step for incident in incidents]
-    steps += [made.applied_step for made in decisions if made.applied_step is not None]
+    steps += [made.applied_step for made in decisions if made.applied_step is not None and not made.is_renewal]
     return max((at for at in steps if at <= step), default=step)
 
 

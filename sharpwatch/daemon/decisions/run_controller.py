@@ -92,11 +92,8 @@ class RunController:
         self._engine = PolicyEngine(
             self._log, self.detection, self._chain, permissions, new_id, silences, maintenance, gate
         )
-        self._autopilot = (
-            Autopilot(self._log, self.detection, permissions, autopilot, new_id, maintenance)
-            if autopilot.is_on
-            else None
-        )
+        self._autopilot = Autopilot(self._log, self.detection, permissions, autopilot, new_id, maintenance)
+        self._is_autopilot_on = autopilot.is_on
         self._checkpoints: dict[str, Checkpoint] = {}  # by URI, in the order they were saved
         self._mode = mode
         own_modes = (strongest(self._chain.policies), *((autopilot.mode,) if autopilot.is_on else ()))
@@ -184,7 +181,8 @@ class RunController:
             self._engine.act(findings, self.checkpoints, self._mode, obs.step, now)
         if self._log.plan is not None:
             self._rollout.step(obs.step, now)
-        if self._autopilot is not None:
+        # Also where it is off by now: what it has raised is renewed, or else the trainer would end it unseen.
+        if self._is_autopilot_on or self._log.newest_revision:
             self._autopilot.act(obs, self._mode, now)
         changes = self._log.take() if self._log.changed else NO_CHANGES
         self._observed += 1
@@ -235,8 +233,7 @@ class RunController:
         """Take in a journalled step: baselines and open alerts move on, nothing is decided and no alert opens."""
         self._step = obs.step
         self.detection.replay(obs)
-        if self._autopilot is not None:
-            self._autopilot.note(obs)
+        self._autopilot.note(obs)
 
     def command_result(self, result: ReportedResult, now: float) -> Changes:  # noqa: ARG002  the clock comes with all
         """Take in what the trainer made of a command; telling it twice changes nothing."""

@@ -342,6 +342,8 @@ def observation_of(blocks: tuple[str, ...], reading: Reading) -> Observation:
     probed = None
     if direction.curvature_parts is not None and seen.multipliers:
         parts = dict(zip(blocks, direction.curvature_parts.tolist(), strict=True))
+        # A block that rests at this step has no part, which says nothing of its curvature.
+        parts = {b: part for b, part in parts.items() if part != 0 or reading.step % seen.update_every.get(b, 1) == 0}
         probed = ProbedStep(parts, direction.curvature, direction.descent, seen.multipliers)
     return replace(
         seen,

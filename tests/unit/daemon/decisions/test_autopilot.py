@@ -14,7 +14,9 @@ from sharpwatch.daemon.config.settings import (
     StabilityCapConfig,
 )
 from sharpwatch.daemon.decisions.autopilot import capped, wanted_multipliers
-from sharpwatch.daemon.records import ProbedStep
+from sharpwatch.daemon.decisions.lr_plan import PlanRequest
+from sharpwatch.daemon.decisions.plan_rollout import PlanRollout
+from sharpwatch.daemon.records import Observation, ProbedStep, ReportedResult
 
 SHARE = AutopilotConfig("enforce", curvature_share=CurvatureShareConfig())
 CAP = AutopilotConfig("enforce", stability_cap=StabilityCapConfig(0.5))
@@ -28,6 +30,36 @@ def flown(config: AutopilotConfig = SHARE, policies=(), *, steps: int = 0, **opt
     trainer = Trainer(policies, autopilot=config, **options)
     trainer.parts = dict(PARTS)
     trainer.run(steps)
+    return trainer
+
+
+class Forgetful(Trainer):
+    """A trainer that notes where raises would have ended as the agent ends them, by the steps that it has taken."""
+
+    taken = 0
+    ends = None
+    has_ended = False
+
+    def answer(self, made):
+        super().answer(made)
+        if made.rollback is None:
+            self.ends = self.taken + made.ttl_steps if made.ttl_steps else None
+
+    def observe(self, *args, **layers):
+        self.taken += 1
+        if self.ends is not None and self.taken >= self.ends:
+            self.has_ended = True
+        super().observe(*args, **layers)
+
+
+def raised(policies=(), **options) -> Forgetful:
+    """A trainer whose raises end after 100 steps, and that has no more probes."""
+    trainer = Forgetful(policies, autopilot=replace(SHARE, ttl_steps=100), **options)
+    trainer.run(100)
+    trainer.parts = dict(PARTS)
+    trainer.run(20)
+    assert trainer.multipliers == pytest.approx(AIM)
+    trainer.parts = {}
     return trainer
 
 
@@ -168,6 +200,56 @@ def test_blocks_that_an_operator_has_set_are_left_alone():
     assert trainer.multipliers["vo"] == pytest.approx(4.0, rel=0.2)  # a last step of less is none
 
 
+def test_it_decides_nothing_while_a_plan_goes_on_and_leaves_its_blocks_alone_afterwards():
+    trainer = Trainer((), autopilot=SHARE)
+    trainer.run(60)
+    plan = PlanRequest("gentle", {"ffn": 3.0, "emb": 2.0}, (("ffn", "emb"),), 5, automatic=False)
+    trainer.take(
+        trainer.controller.change_plan(lambda rollout, by: rollout.start(plan, {}, by), "ann", "", trainer.now)
+    )
+    trainer.parts = dict(PARTS)
+    trainer.run(20)
+    trainer.take(trainer.controller.change_plan(PlanRollout.pause, "ann", "", trainer.now))
+    trainer.run(60)
+    assert [made.plan for made in trainer.controller.decisions] == [trainer.controller.plans[-1].id]
+    trainer.take(trainer.controller.change_plan(PlanRollout.promote, "ann", "", trainer.now))
+    trainer.run(20)
+    assert trainer.controller.plans[-1].state == "done"
+    assert trainer.multipliers == pytest.approx(AIM | {"ffn": 3.0, "emb": 2.0})
+    assert trainer.controller.decisions[-1].ttl_steps == 0  # a time-out would end the plan's raises too
+
+
+def test_an_operators_cut_of_one_block_is_no_cut_of_all():
+    trainer = flown(CAP, steps=70)
+    trainer.take(trainer.controller.set_learning_rates({"qk": 0.1}, 0, 0, "ann", "mine", trainer.now))
+    trainer.cut_by_hand = ("qk",)
+    trainer.run(40)
+    assert trainer.multipliers == ONES | {"qk": 0.1}
+    trainer.ratio = 2.0
+    trainer.run(40)
+    assert trainer.multipliers == pytest.approx(dict.fromkeys(BLOCKS, 0.25) | {"qk": 0.1})
+
+
+def test_a_block_that_rests_at_every_probe_keeps_its_multiplier_under_the_cap_of_all():
+    in_force = ONES | {"emb": 2.0}
+    without = {block: part for block, part in PARTS.items() if block != "emb"}
+    rested = wanted_multipliers([probe(without)] * 4, in_force, SHARE, BOUNDS)
+    assert rested["emb"] == 2.0
+    high = wanted_multipliers(
+        [probe(without, ratio=0.9)] * 4, in_force, replace(SHARE, stability_cap=StabilityCapConfig(0.45)), BOUNDS
+    )
+    assert high["emb"] == pytest.approx(1.0)
+
+
+def test_a_block_that_rests_now_and_then_has_the_share_of_the_steps_that_it_takes():
+    trainer = Trainer((), autopilot=SHARE)
+    trainer.parts = dict(PARTS)
+    for _ in range(20):
+        trainer.resting = ("emb", "ffn") if trainer.step % 2 else ()
+        trainer.run(1)
+    assert trainer.multipliers == pytest.approx(AIM)
+
+
 def test_a_raise_is_no_operators_so_that_policies_may_still_cut_the_block():
     trainer = flown(steps=120, policies=(CUT,))
     trainer.heat["ffn"] = 2.0
@@ -183,6 +265,85 @@ def test_raises_are_renewed_before_they_time_out():
     assert len(trainer.controller.revisions) == count + 1
     assert trainer.controller.revisions[-1].multipliers == trainer.controller.revisions[-2].multipliers
     assert "raises renewed" in trainer.controller.decisions[-1].detail
+
+
+@pytest.mark.parametrize("mode", ["observe", "advise", "enforce"])
+def test_raises_stay_in_every_mode(mode):
+    trainer = raised()
+    trainer.controller.set_mode(mode)
+    trainer.run(300)
+    assert trainer.multipliers == pytest.approx(AIM)
+    assert not trainer.has_ended
+    assert trainer.controller.multipliers == trainer.multipliers
+    assert len([made for made in trainer.controller.decisions if made.is_renewal]) == 6
+
+
+def test_a_renewal_leaves_proposals_and_records_nothing_anew():
+    trainer = raised()
+    trainer.controller.set_mode("advise")
+    trainer.parts = PARTS | {"vo": 0.01}
+    trainer.run(200)
+    others = [made for made in trainer.controller.decisions if not made.is_renewal]
+    assert others[-1].outcome == "proposed"
+    assert [made.outcome for made in others].count("proposed") == 1
+    assert trainer.multipliers == pytest.approx(AIM)
+    trainer.take(trainer.controller.approve(others[-1].id, "ann", "", trainer.now))
+    trainer.run(1)
+    assert trainer.multipliers["vo"] == pytest.approx(3.0)
+
+
+def test_a_cancelled_renewal_is_followed_by_another():
+    trainer = raised()
+    while not trainer.waiting:
+        trainer.run(1)
+    (renewal,) = trainer.waiting
+    assert renewal.is_renewal
+    trainer.controller.cancel(renewal.id, "ann", "", trainer.now)
+    trainer.waiting = []
+    trainer.controller.command_result(ReportedResult(renewal.id, "cancelled", trainer.step), trainer.now)
+    trainer.run(300)
+    assert trainer.multipliers == pytest.approx(AIM)
+    assert not trainer.has_ended
+
+
+@pytest.mark.parametrize("back", [30, 52, 130])
+def test_raises_outlast_a_rollback(back):
+    trainer = raised()
+    trainer.run(30)
+    trainer.step -= back
+    back_there = Observation(trainer.step, trainer.now, restored=True)
+    trainer.take(trainer.controller.observe(back_there, trainer.now))
+    trainer.run(300)
+    assert trainer.multipliers == pytest.approx(AIM)
+    assert not trainer.has_ended
+
+
+def test_raises_outlast_a_policys_cut_which_is_ramped_back_as_without_renewals():
+    def ramped_back(ttl_steps):
+        trainer = Forgetful((CUT,), autopilot=replace(SHARE, ttl_steps=ttl_steps))
+        trainer.run(100)
+        trainer.parts = dict(PARTS)
+        trainer.run(20)
+        trainer.parts = {}
+        trainer.heat["ffn"] = 2.0
+        trainer.run(3)
+        trainer.heat["ffn"] = 0.0
+        assert trainer.multipliers == pytest.approx(AIM | {"ffn": 0.5})
+        trainer.run(150)
+        assert trainer.multipliers == pytest.approx(AIM)
+        return trainer, [made.step for made in trainer.controller.decisions if made.action == "ramp_back"]
+
+    trainer, with_renewals = ramped_back(60)
+    assert not trainer.has_ended
+    assert [made for made in trainer.controller.decisions if made.is_renewal]
+    assert with_renewals == ramped_back(2000)[1]
+
+
+def test_a_renewal_does_not_end_a_ramp():
+    trainer = raised()
+    trainer.take(trainer.controller.set_learning_rates({"qk": 1.5}, 200, 0, "ann", "mine", trainer.now))
+    trainer.run(150)
+    assert not [made for made in trainer.controller.decisions if made.is_renewal]
 
 
 def test_maintenance_and_what_a_run_refuses():

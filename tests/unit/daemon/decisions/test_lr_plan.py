@@ -17,6 +17,7 @@ from sharpwatch.errors import OperatorError
 
 SHARPNESS = {"emb": 1e-4, "qk": 1e-3, "ffn": 2e-3, "vo": 4e-3, "norm": 1e-2}
 SHARES = {"emb": 0.02, "qk": -0.1, "ffn": 0.32, "vo": 0.08, "norm": 0.3}
+ONES = dict.fromkeys(BLOCKS, 1.0)
 GENTLE = {"emb": 4.0, "qk": 2.0}  # two stages: qk, then emb
 
 
@@ -60,11 +61,11 @@ def a_stage(trainer: Trainer) -> None:
 
 class TestSets:
     def test_the_paper_plan_names_the_blocks_that_the_run_has(self):
-        assert target_of(named("paper"), BLOCKS, {}) == {"emb": 10, "qk": 8, "ffn": 6, "vo": 4, "norm": 1}
-        assert target_of(named("paper"), ("head", "other"), {}) == {"head": 1}
+        assert target_of(named("paper"), ONES, {}) == {"emb": 10, "qk": 8, "ffn": 6, "vo": 4, "norm": 1}
+        assert target_of(named("paper"), {"head": 1.0, "other": 1.0}, {}) == {"head": 1}
 
     def test_the_measured_plan_is_a_power_of_the_ratio_to_the_norms(self):
-        found = target_of(named("measured"), BLOCKS, sharpness())
+        found = target_of(named("measured"), ONES, sharpness())
         assert found == {
             "emb": 10.0,  # 100 ** 0.65 is 20
             "qk": pytest.approx(10**0.65),
@@ -75,9 +76,9 @@ class TestSets:
 
     def test_all_of_the_measured_plan_is_by_one_estimator(self):
         both = sharpness() | sharpness(estimator="hutchinson", qk=5e-3)
-        assert target_of(named("measured"), BLOCKS, both)["qk"] == pytest.approx(10**0.65)
+        assert target_of(named("measured"), ONES, both)["qk"] == pytest.approx(10**0.65)
         only = sharpness(estimator="hutchinson", qk=5e-3)
-        assert target_of(named("measured"), BLOCKS, only)["qk"] == pytest.approx(2**0.65)
+        assert target_of(named("measured"), ONES, only)["qk"] == pytest.approx(2**0.65)
 
     @pytest.mark.parametrize(
         ("estimates", "why"),
@@ -91,11 +92,11 @@ class TestSets:
     )
     def test_the_measured_plan_is_refused_where_a_sharpness_is_not_known_well(self, estimates, why):
         with pytest.raises(OperatorError, match=why):
-            target_of(named("measured"), BLOCKS, estimates)
+            target_of(named("measured"), ONES, estimates)
 
     def test_the_curvature_share_plan_raises_what_holds_nothing_up(self):
         shares = {("curvature_share", b, "direction"): Estimate(v, 0.01, 8, "direction") for b, v in SHARES.items()}
-        assert target_of(named("curvature-share"), BLOCKS, shares) == {
+        assert target_of(named("curvature-share"), ONES, shares) == {
             "emb": 4.0,
             "qk": 4.0,  # curves downwards
             "ffn": 1.0,
@@ -104,20 +105,31 @@ class TestSets:
         }
         del shares["curvature_share", "vo", "direction"]
         with pytest.raises(OperatorError, match="there is none yet of vo"):
-            target_of(named("curvature-share"), BLOCKS, shares)
+            target_of(named("curvature-share"), ONES, shares)
+
+    def test_the_curvature_share_plan_asks_for_the_same_again_once_it_is_in_force(self):
+        def asked(in_force):
+            grown = {
+                block: value * in_force[block] for block, value in SHARES.items()
+            }  # a share goes with its multiplier
+            shares = {("curvature_share", b, "direction"): Estimate(v, 0.01, 8, "direction") for b, v in grown.items()}
+            return target_of(named("curvature-share"), in_force, shares)
+
+        first = asked(ONES)
+        assert asked(first) == pytest.approx(first)
 
     def test_an_unknown_plan_is_refused_with_those_that_there_are(self):
         with pytest.raises(OperatorError, match=r"no plan 'papr'; there are paper, measured, curvature-share"):
-            target_of(named("papr"), BLOCKS, {})
+            target_of(named("papr"), ONES, {})
         with pytest.raises(OperatorError, match="paper is the name of a plan"):
-            target_of(named("paper", multipliers=GENTLE), BLOCKS, {})
+            target_of(named("paper", multipliers=GENTLE), ONES, {})
 
 
 class TestStages:
     BEFORE = dict.fromkeys(BLOCKS, 1.0) | {"emb": 8.0}
 
     def test_the_gentlest_comes_first_and_what_does_not_change_not_at_all(self):
-        paper = target_of(named("paper"), BLOCKS, {})
+        paper = target_of(named("paper"), ONES, {})
         assert stages_of(paper, dict.fromkeys(BLOCKS, 1.0), ()) == (("vo",), ("ffn",), ("qk",), ("emb",))
         assert stages_of(paper, self.BEFORE, ()) == (("emb",), ("vo",), ("ffn",), ("qk",))
 

@@ -7,7 +7,7 @@ from observations import incident
 from sharpwatch.daemon.config.settings import ActionConfig, GuardConfig, PolicyConfig
 from sharpwatch.daemon.decisions.decision_log import DecisionLog
 from sharpwatch.daemon.decisions.ramp_back import hold_steps, quiet_since, scaling_state
-from sharpwatch.daemon.records import Decision, Outcome
+from sharpwatch.daemon.records import RENEWED, Decision, Outcome
 
 
 class Book:
@@ -25,6 +25,7 @@ class Book:
         policy: str = "p",
         undoes: int = 0,
         outcome: Outcome = "applied",
+        reason: str = "",
     ) -> Book:
         number = len(self.log.revisions) + 1
         step = 10 * number
@@ -39,6 +40,7 @@ class Book:
             policy=policy,
             alert_name="A",
             multipliers={"qk": qk, "vo": vo},
+            reason=reason,
         )
         made = self.log.revise(self.log.add(draft, "send"), author="x", reason="", now=0.0, undoes=undoes)
         if outcome == "applied":
@@ -60,6 +62,16 @@ def test_cuts_pile_up_and_come_off_newest_first():
     assert book.active() == [{"qk": 0.5, "vo": 0.5}]
     taken_back = scaling_state(book.log).ramped_back
     assert (taken_back.made.policy, taken_back.made.id, taken_back.factors) == ("p", "d2", {"qk": 0.5})
+
+
+def test_a_renewal_changes_nothing_so_that_a_stage_before_it_can_still_be_undone():
+    book = Book().put("scale_lr", 0.25).put("ramp_back", 0.5)
+    before = scaling_state(book.log)
+    book.put("set_lr", 0.5, policy="", reason=RENEWED)
+    assert scaling_state(book.log) == before
+    assert quiet_since([], book.log.decisions, 100) == 20
+    book.put("set_lr", 0.25, undoes=2)
+    assert book.active() == [{"qk": 0.25}]
 
 
 def test_what_never_took_effect_is_no_cut():

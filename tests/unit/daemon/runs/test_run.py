@@ -252,6 +252,26 @@ def test_a_restart_tells_where_the_newest_attempt_began(saved, folded):
     assert restored.incidents == ()
 
 
+@pytest.mark.parametrize(("step", "part", "known"), [(5, 0.0, ["emb"]), (6, 0.0, ["emb", "norm"]), (5, 0.1, SIZES)])
+def test_a_block_that_rests_at_a_probed_step_has_no_part_of_its_curvature(step, part, known):
+    """One whose parameters are updated with another block's all the same has one."""
+    one = trained(1, step, 1e-3, 0)
+    one.health.update_every["norm"] = 2
+    zeros = {name: wire.encode([0.5, 0.0], "float64") for name in ("block_descent", "block_curvature")}
+    one.direction.CopyFrom(
+        agent_pb2.DirectionProbe(
+            tokens=8,
+            descent=1.0,
+            curvature=0.5,
+            update_ratio=wire.encode([0.01, 0.01], "float32"),
+            curvature_parts=wire.encode([0.5, part], "float64"),
+            **zeros,
+        )
+    )
+    seen = observation_of(tuple(SIZES), read_sample(attempt().hello, one))
+    assert list(seen.probed.parts) == list(known)
+
+
 async def test_a_version_that_came_before_the_wait_is_not_missed():
     signal = Signal()
     seen = signal.version
