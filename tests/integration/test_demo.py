@@ -36,10 +36,11 @@ def demo(folder: Path, **options: object) -> dict:
 
 
 def test_enforce_brings_the_loss_back_and_observe_does_not(folder):
-    observed = demo(folder, model="llama", fault="lr-jump", mode="observe")
-    enforced = demo(folder, model="llama", fault="lr-jump", mode="enforce")
-    assert enforced["loss"]["end"] < enforced["loss"]["before_fault"] + 0.2
-    assert observed["loss"]["end"] > observed["loss"]["before_fault"] + 0.2
+    observed = demo(folder, model="llama", fault="lr-jump", mode="observe", steps=240)
+    enforced = demo(folder, model="llama", fault="lr-jump", mode="enforce", steps=240)
+    # A healthy run falls by half a nat in the second half; one whose rate stays at ×30 does not get on.
+    assert enforced["loss"]["end"] < enforced["loss"]["before_fault"] - 0.2
+    assert observed["loss"]["end"] > observed["loss"]["before_fault"] - 0.2
     assert {decision["outcome"] for decision in observed["decisions"]} == {"observed"}
     applied = [decision for decision in enforced["decisions"] if decision["applied_step"] is not None]
     assert applied
@@ -52,7 +53,7 @@ def test_enforce_brings_the_loss_back_and_observe_does_not(folder):
 
 
 def test_a_corrupted_weight_is_named_before_the_loss_moves(folder):
-    result = demo(folder, model="llama", fault="weight-corruption", mode="observe", steps=250)
+    result = demo(folder, model="llama", fault="weight-corruption", mode="observe", steps=200)
     at = result["fault"]["step"]
     # The first optimizer step whose gradient saw the corrupted weight is at + 1.
     alert = next(alert for alert in result["alerts"] if alert["step"] > at)
