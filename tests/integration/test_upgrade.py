@@ -18,10 +18,10 @@ from daemons import Daemon
 
 DATA = Path(__file__).parents[1] / "data"
 PRINTED = json.loads((DATA / "printed-0.1.json").read_text())
-# What `show` did not print yet.
+# What commands did not print yet.
 NEW = re.compile(
     r"\.(objective|objective_state|swallowed_errors|data_order|reference|order_since_step|order\[\d+]\.\w+|plan"
-    r"|blocks\[\d+]\.update_every"
+    r"|blocks\[\d+]\.update_every|decisions\[\d+]\.cancelled_by|(revisions\[\d+]|newest_revision)\.outcome"
     r"|alerts\[\d+]\.(names\[0]|cause|layer_blocks\[\d+]|onset|closed|acknowledged|parameter|rank))"
 )
 STATE = json.loads((DATA / "agent-state-0.1.json").read_text())
