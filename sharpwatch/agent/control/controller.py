@@ -281,7 +281,9 @@ class Controller:
         self._ramp = _Ramp(now, target, self._taken, action.ramp_steps)
         self._fade = (self._taken + action.ttl_steps, action.ramp_steps) if action.ttl_steps else None
         self.revision = action.revision
-        self.update_every = {block: steps for block, steps in action.update_every.items() if steps > 1}
+        asked = action.update_every
+        # In the blocks' own order: a protobuf map has none.
+        self.update_every = {block: asked[block] for block in self.multipliers if asked.get(block, 1) > 1}
         unchanged = _unchanged(action.multipliers, target, self._parameter_types)
         remarks = (
             _shared_rates(target, self._parameter_types),
