@@ -19,7 +19,7 @@ from sharpwatch.daemon.decisions.curvature_share import at_unit_multipliers, mul
 from sharpwatch.daemon.decisions.decision_log import DecisionLog
 from sharpwatch.daemon.decisions.guards import OK, Permissions
 from sharpwatch.daemon.decisions.operator_requests import issue
-from sharpwatch.daemon.decisions.policy import changed_blocks, is_trouble
+from sharpwatch.daemon.decisions.policy import changed_blocks, in_maintenance, is_trouble
 from sharpwatch.daemon.decisions.ramp_back import rates_are_free, scaling_state
 from sharpwatch.daemon.decisions.transitions import took_effect
 from sharpwatch.daemon.detection.run_detection import RunDetection
@@ -79,7 +79,7 @@ class Autopilot:
             self._renew(obs.step, now)
         if obs.probed is None or not self._config.is_on or not self._is_free():
             return
-        mode = self._mode(mode, now)
+        mode = in_maintenance(mode or self._config.mode, self._maintenance, now)
         in_force = self._log.multipliers
         quiet = not any(map(is_trouble, self._detection.incidents.open))
         wanted = wanted_multipliers(
@@ -106,10 +106,6 @@ class Autopilot:
         if self._log.plan is not None and self._log.plan.is_active:
             return False
         return rates_are_free(self._log)
-
-    def _mode(self, own: Mode | None, now: float) -> Mode:
-        mode = own or self._config.mode
-        return "advise" if mode == "enforce" and any(one.contains(now) for one in self._maintenance) else mode
 
     def _is_near(self, one: Mapping[str, float], other: Mapping[str, float]) -> bool:
         least = math.log(self._config.least_change)

@@ -29,6 +29,7 @@ from sharpwatch.daemon.decisions.policy import (
     affected,
     bursts,
     changed_blocks,
+    in_maintenance,
     is_trouble,
     rollback_plan,
     scaled,
@@ -61,11 +62,10 @@ class _StepContext:
     now: float
     mode: Mode | None  # the run's own
     checkpoints: Sequence[Checkpoint]
-    in_maintenance: bool
+    maintenance: Sequence[MaintenanceConfig]
 
     def mode_of(self, policy: PolicyConfig) -> Mode:
-        mode = "observe" if policy.dry_run else self.mode or policy.mode
-        return "advise" if mode == "enforce" and self.in_maintenance else mode
+        return in_maintenance("observe" if policy.dry_run else self.mode or policy.mode, self.maintenance, self.now)
 
 
 class PolicyEngine:
@@ -100,7 +100,7 @@ class PolicyEngine:
         A silent failure is about another run, and may last: policies answer it, and it is no trouble that a ramp-back
         has to wait for. Nor is an alert of another system that no policy acts on.
         """
-        at = _StepContext(step, now, mode, checkpoints, any(window.contains(now) for window in self._maintenance))
+        at = _StepContext(step, now, mode, checkpoints, self._maintenance)
         own = [finding for finding in findings if finding.name != "SilentFailure"]
         to_answer = findings if len(own) == len(findings) or self._is_unanswered("SilentFailure") else own
         if to_answer or self._incidents.foreign:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from sharpwatch.daemon.config.settings import ActionConfig, PolicyConfig
+from sharpwatch.daemon.config.settings import ActionConfig, MaintenanceConfig, PolicyConfig
 from sharpwatch.daemon.decisions.guards import NO_REMEDY, guard_name
 from sharpwatch.daemon.decisions.muting import was_muted
 from sharpwatch.daemon.decisions.transitions import JUDGED, took_effect
@@ -108,6 +108,11 @@ def bursts(incident: Incident, incidents: Iterable[Incident], quiet: int) -> set
             ids.add(other.id)
             began = other.onset
     return ids
+
+
+def in_maintenance(mode: Mode, windows: Iterable[MaintenanceConfig], now: float) -> Mode:
+    """The mode at `now` in unix seconds: in a maintenance window what would be enforced is only proposed."""
+    return "advise" if mode == "enforce" and any(window.contains(now) for window in windows) else mode
 
 
 def strongest(policies: Iterable[PolicyConfig]) -> Mode:
