@@ -1,6 +1,7 @@
-"""Learning rates from measured curvature against tuned ones: python -m benchmarks.autopilot STAGE FOLDER --model llama.
+"""Learning rates from measured curvature against tuned ones: python -m benchmarks.autopilot STAGE --model llama.
 
-Stages, in this order; each cell of a stage is one training, kept in FOLDER/cells and not made again:
+Stages, in this order; each cell of a stage is one training, kept as a line in benchmarks/autopilot/results and not made
+again:
   constants    each contender's constants, on seeds 100 to 102, 300 steps at two rates
   tune         each contender at six peak rates on seed 200, 600 steps
   judge        each at its best rate, 2,000 steps on seeds 300 to 304
@@ -20,26 +21,22 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
 from benchmarks.autopilot.report import tables
-from benchmarks.autopilot.runs import SHAPES, Cell, result
+from benchmarks.autopilot.runs import SHAPES, Cell, Result, train
 from benchmarks.autopilot.stages import STAGES, Results
 from benchmarks.faults.training import MODELS
 
 
-def _train(folder: Path, device: str, cell: Cell) -> str:
+def _train(cell: Cell, device: str) -> Result:
     torch.set_num_threads(1)
-    started = time.monotonic()
-    found = result(folder, cell, device)
-    return f"{cell.name}: {found.loss:.4f}, {time.monotonic() - started:.0f} s"
+    return train(cell, device)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -50,27 +47,24 @@ def main(arguments: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("stage", choices=[*STAGES, "report"])
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
     parser.add_argument("--model", choices=MODELS, default="llama")
     parser.add_argument("--size", choices=SHAPES, default="1M")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--workers", type=int, default=1)
     given = parser.parse_args(arguments)
-    results = Results(given.folder, given.model, given.size)
+    results = Results(given.results, given.model, given.size)
     if given.stage == "report":
         print("\n".join(tables(results)))
         return 0
     cells = list(STAGES[given.stage](results))
     missing = [cell for cell in cells if results.of(cell) is None]
     print(f"{len(missing)} of {len(cells)} cells are to be trained", flush=True)
-    train = partial(_train, given.folder, given.device)
-    if given.workers == 1:
-        for cell in missing:
-            print(train(cell), flush=True)
-        return 0
     with ProcessPoolExecutor(given.workers, mp_context=get_context("spawn")) as pool:
-        for done in pool.map(train, missing):
-            print(done, flush=True)
+        for done in as_completed([pool.submit(_train, cell, given.device) for cell in missing]):
+            result = done.result()
+            results.add(result)
+            print(f"{result.cell.name}: {result.loss:.4f}, {result.seconds:.0f} s", flush=True)
     return 0
 
 

@@ -50,7 +50,7 @@ def _line(results: Results, name: str, judged: dict[int, Result], uniform: dict[
     steps = "–" if not reached or None in reached else f"{fmean(each or 0.0 for each in reached):.0f}"
     rows, length = SHAPES[results.size]
     time = fmean(one.probe_seconds / one.seconds for one in judged.values())
-    tokens = fmean(PASSES * one.probe_tokens / (one.cell["steps"] * rows * length) for one in judged.values())
+    tokens = fmean(PASSES * one.probe_tokens / (one.cell.steps * rows * length) for one in judged.values())
     rate = results.rate(name)
     return f"| {name} | {rate:g} | {len(judged)} | {mean:.3f} | {apart} | {steps} | {time:.1%} | {tokens:.2%} |"
 

@@ -1,15 +1,13 @@
-"""One training of one contender: a cell of the benchmark, whose result is kept in a file of its own."""
+"""One training of one contender: a cell of the benchmark."""
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,9 +41,9 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Its file's name."""
+        """Its name in what is printed."""
         contender = self.contender + (f"={self.constant}" if self.constant else "")
-        return f"{self.model}-{self.size}-{self.steps}-{contender}-{self.rate:g}-{self.seed}.json"
+        return f"{self.model}-{self.size}-{self.steps}-{contender}-{self.rate:g}-{self.seed}"
 
 
 @dataclass(slots=True)
@@ -62,7 +60,7 @@ class Result:
         changes: Each step at which multipliers were changed, and to what.
     """
 
-    cell: dict[str, Any]
+    cell: Cell
     initial: float
     loss: float = math.inf
     curve: list[tuple[int, float]] = field(default_factory=list)
@@ -73,21 +71,9 @@ class Result:
     changes: list[tuple[int, dict[str, float]]] = field(default_factory=list)
 
 
-def result(folder: Path, cell: Cell, device: str) -> Result:
-    """The result of a cell, from its file if it was trained before."""
-    path = folder / "cells" / cell.name
-    if not path.exists():
-        found = _Training(cell, device).run()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial_path = path.with_suffix(".partial")
-        partial_path.write_text(json.dumps(asdict(found)), encoding="utf-8")
-        partial_path.replace(path)
-    return read(path)
-
-
-def read(path: Path) -> Result:
-    """A result that was kept."""
-    return Result(**json.loads(path.read_text(encoding="utf-8")))
+def train(cell: Cell, device: str) -> Result:
+    """Train a cell; its result."""
+    return _Training(cell, device).run()
 
 
 def shape(step: int, steps: int) -> float:
@@ -115,7 +101,7 @@ class _Training:
 
     def run(self) -> Result:
         cell = self.cell
-        found = Result(asdict(cell), self._evaluate(WINDOWS))
+        found = Result(cell, self._evaluate(WINDOWS))
         config = self.rule.autopilot(cell.constant)
         loop = None if config is None else ClosedLoop(config, of_applied=cell.constant.endswith(APPLIED))
         watch = None if loop is None else self._attach(loop)
@@ -126,13 +112,13 @@ class _Training:
             if not math.isfinite(loss):
                 break
             if step % EVALUATE_EVERY == 0:
-                found.curve.append((step, self._evaluate(WINDOWS)))
+                found.curve.append((step, round(self._evaluate(WINDOWS), 4)))
         else:
             found.loss = self._evaluate(LAST_WINDOWS)
         if watch is not None and loop is not None:
             watch.close()
             found.probes, found.probe_tokens, found.probe_seconds = loop.probes, loop.probe_tokens, loop.probe_seconds
-            found.changes = loop.changes
+            found.changes = [(at, {block: round(m, 4) for block, m in to.items()}) for at, to in loop.changes]
         return found
 
     def _attach(self, loop: ClosedLoop) -> Any:
@@ -140,7 +126,7 @@ class _Training:
             self.model,
             self.optimizer,
             training_job="autopilot",
-            run=self.cell.name.removesuffix(".json"),
+            run=self.cell.name,
             transport=loop,
             seed=self.cell.seed,
             loss_fn=partial(_loss_of, device=self.device),

@@ -5,14 +5,15 @@ Constants are chosen on seeds of their own, rates on another, and both are judge
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 
 from benchmarks.autopilot.contenders import CONTENDERS
-from benchmarks.autopilot.runs import Cell, Result, read
+from benchmarks.autopilot.runs import Cell, Result
 
 CONSTANT_SEEDS, CONSTANT_STEPS, CONSTANT_RATES = (100, 101, 102), 300, (0.0007, 0.0014)
 TUNING_SEED, TUNING_STEPS = 200, 600
@@ -21,24 +22,36 @@ OTHER_RATES = (3.2e-5, 9e-5, 0.016, 0.032)  # with RATES, three decades
 JUDGING_SEEDS, JUDGING_STEPS = (300, 301, 302, 303, 304), 2000
 
 
-@dataclass(frozen=True, slots=True)
 class Results:
-    """What was trained so far of a model.
+    """What was trained so far of a model: a line of JSON for each training, so that a stage goes on where it stopped.
 
-    Attributes:
-        folder: Where.
+    Args:
+        folder: Where the file of the model is.
         model: "llama" or "gpt2".
         size: Its size.
     """
 
-    folder: Path
-    model: str
-    size: str
+    def __init__(self, folder: Path, model: str, size: str) -> None:
+        self.model, self.size = model, size
+        self._path = folder / f"{model}-{size}.jsonl"
+        self._kept: dict[Cell, Result] = {}
+        if self._path.exists():
+            with self._path.open(encoding="utf-8") as lines:
+                for line in lines:
+                    kept = json.loads(line)
+                    cell = Cell(**kept.pop("cell"))
+                    self._kept[cell] = Result(cell, **kept)
 
     def of(self, cell: Cell) -> Result | None:
         """The result of a cell; None where it was not trained."""
-        path = self.folder / "cells" / cell.name
-        return read(path) if path.exists() else None
+        return self._kept.get(cell)
+
+    def add(self, result: Result) -> None:
+        """Keep a result."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(asdict(result)) + "\n")
+        self._kept[result.cell] = result
 
     def constant(self, contender: str) -> str | None:
         """The constant whose mean loss over the seeds is least at its better rate; None where some are missing."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from pathlib import Path
@@ -12,9 +11,13 @@ import torch
 from torch import nn
 
 sys.path.append(str(Path(__file__).parents[2]))  # pytest started by its own name does not look there
+from benchmarks.autopilot import stages
+from benchmarks.autopilot.__main__ import main
 from benchmarks.autopilot.llr import LayerwiseRates, hill
-from benchmarks.autopilot.runs import Cell, Result, result, shape
+from benchmarks.autopilot.runs import Cell, Result, shape, train
 from benchmarks.autopilot.stages import CONSTANT_RATES, CONSTANT_SEEDS, CONSTANT_STEPS, Results, lost_by_rate
+
+UNIFORM = Cell("gpt2", "1M", "uniform", "", 1e-3, 0, 9)
 
 
 def test_hills_estimator_knows_the_exponent_of_a_power_law():
@@ -43,13 +46,14 @@ def test_the_schedule_warms_up_and_ends_at_a_tenth():
 
 
 def test_a_wrong_rate_costs_the_mean_over_the_logarithm_of_the_rate():
-    swept = {rate: Result({}, initial=7.0, loss=loss) for rate, loss in ((1e-4, 5.0), (1e-3, 4.0), (1e-1, math.inf))}
+    swept = {
+        rate: Result(UNIFORM, initial=7.0, loss=loss) for rate, loss in ((1e-4, 5.0), (1e-3, 4.0), (1e-1, math.inf))
+    }
     assert lost_by_rate(swept) == pytest.approx((0.5 * 1 + 1.5 * 2) / 3)
 
 
 def test_the_constant_is_chosen_by_its_better_rate(tmp_path):
     results = Results(tmp_path, "llama", "1M")
-    (tmp_path / "cells").mkdir()
     losses = {
         ("3", CONSTANT_RATES[0]): 5.0,
         ("3", CONSTANT_RATES[1]): 4.0,
@@ -60,19 +64,29 @@ def test_the_constant_is_chosen_by_its_better_rate(tmp_path):
     for (constant, rate), loss in losses.items():
         for seed in CONSTANT_SEEDS:
             cell = results.cell("llr", constant, rate, seed, CONSTANT_STEPS)
-            (tmp_path / "cells" / cell.name).write_text(json.dumps({"cell": {}, "initial": 7.0, "loss": loss}))
+            results.add(Result(cell, initial=7.0, loss=loss))
     assert results.constant("llr") == "3"
+    assert Results(tmp_path, "llama", "1M").constant("llr") == "3"  # as read from the file
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "contender", [("uniform", ""), ("paper", ""), ("llr", "3"), ("share", "4"), ("share-cap", "0.1")]
 )
-def test_each_contender_trains_and_a_cell_is_trained_once(tmp_path, contender):
-    cell = Cell("gpt2", "1M", *contender, 1e-3, 0, 9)
-    found = result(tmp_path, cell, "cpu")
+def test_each_contender_trains(contender):
+    found = train(Cell("gpt2", "1M", *contender, 1e-3, 0, 9), "cpu")
     assert found.initial > found.loss > 5
     assert found.probes == (3 if contender[0].startswith("share") else 0)
-    path = tmp_path / "cells" / cell.name
-    path.write_text(path.read_text().replace(str(found.loss), "1.5"))
-    assert result(tmp_path, cell, "cpu").loss == 1.5
+
+
+@pytest.mark.slow
+def test_a_stage_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    cells = [Cell("gpt2", "1M", "uniform", "", 1e-3, seed, 2) for seed in (0, 1)]
+    monkeypatch.setitem(stages.STAGES, "tune", lambda _: cells)
+    Results(tmp_path, "gpt2", "1M").add(Result(cells[0], initial=7.0, loss=1.5))
+    main(["tune", "--model", "gpt2", "--results", str(tmp_path)])
+    assert capsys.readouterr().out.startswith("1 of 2 cells")
+    results = Results(tmp_path, "gpt2", "1M")
+    kept = [one for cell in cells if (one := results.of(cell)) is not None]
+    assert kept[0].loss == 1.5
+    assert kept[1].initial > kept[1].loss > 5
