@@ -111,7 +111,7 @@ class PolicyEngine:
         state = scaling_state(self._log)
         if (
             not (state.active or state.ramped_back)
-            or self._under_way(None)
+            or any(made.outcome in UNDER_WAY for made in self._log.unsettled())
             or any(self._is_trouble(one, at) for one in self._incidents.open)
         ):
             return
@@ -133,7 +133,7 @@ class PolicyEngine:
         incidents = [*{incident.id: incident for incident in found if incident is not None}.values()]
         incidents += self._incidents.foreign.values()
         trouble = next((one for one in incidents if self._is_trouble(one, at)), None)
-        may_undo = not self._under_way(at.step)
+        may_undo = not self._log.is_due(at.step)
         if trouble is not None and may_undo and self._undo_ramp_back(f"{trouble.title} came back", trouble, at):
             return
         for incident in incidents:
@@ -142,7 +142,7 @@ class PolicyEngine:
             ):
                 if policy.action.kind == "notify":
                     self._notify(policy, incident, at)
-                elif not self._under_way(at.step):
+                elif not self._log.is_due(at.step):
                     self._act_on(policy, incident, at)
 
     def _is_trouble(self, incident: Incident, at: _StepContext) -> bool:
@@ -153,12 +153,6 @@ class PolicyEngine:
         if incident.foreign is not None:
             return any(at.mode_of(policy) != "observe" for policy in self._chain.acting(incident))
         return is_trouble(incident)
-
-    def _under_way(self, step: int | None) -> bool:
-        """Whether a command is to take effect at any moment; with a `step`, those planned for later don't count."""
-        return any(
-            made.outcome in UNDER_WAY and (step is None or made.apply_at_step <= step) for made in self._log.unsettled()
-        )
 
     def _planned(self) -> str:
         """The verdict on a change ahead of one that an operator has planned: that one would undo it unseen."""
@@ -252,7 +246,7 @@ class PolicyEngine:
             low = bounds(policy, self._permissions)[0]
             change = correction(scaling, self._log.multipliers, excess, low)
             # A cut that was approved goes with the rate without being asked for each time.
-            may_act = at.mode_of(policy) != "observe" and not self._under_way(at.step)
+            may_act = at.mode_of(policy) != "observe" and not self._log.is_due(at.step)
             if change is None or incident is None or not may_act or self._followed_lately(scaling, change, policy, at):
                 continue
             if at.step < incident.onset and not change.is_urgent:

@@ -11,7 +11,7 @@ from sharpwatch.daemon.decisions.guards import OK, Permissions
 from sharpwatch.daemon.decisions.policy import newest
 from sharpwatch.daemon.decisions.ramp_back import scaling_state
 from sharpwatch.daemon.decisions.transitions import UNDER_WAY, Event, can
-from sharpwatch.daemon.records import Action, Checkpoint, Decision, LrPlan, Revision, RollbackPlan
+from sharpwatch.daemon.records import Action, Checkpoint, Decision, LrPlan, Observation, Revision, RollbackPlan
 from sharpwatch.errors import OperatorError
 from sharpwatch.wire import MAX_INTERVAL
 
@@ -92,18 +92,30 @@ class OperatorRequests:
         if undoes:
             self._stop_planned(operator)
         made = replace(self._draft("set_lr", operator), plan=plan.id, ramp_steps=ramp_steps)
-        return self._revise(replace(made, multipliers=self._within(multipliers)), undoes=undoes)
+        made = replace(made, multipliers=self._within(multipliers))
+        return self._revise(made, undoes=undoes, base=self._log.number_before(self._log.newest_revision + 1))
 
-    def reissue(self, step: int, now: float) -> Decision | None:
-        """Put the set in force again: a new attempt of the run begins with every multiplier at 1."""
-        in_force = self._log.multipliers
-        is_plain = all(value == 1.0 for value in in_force.values()) and not self._log.intervals
-        if self._permissions.multipliers() != OK or is_plain:
+    def put_back(self, seen: Observation, now: float) -> Decision | None:
+        """Put the set in force again where the trainer has another one, as after a resume; None where it has not."""
+        log = self._log
+        multipliers = self._within(log.multipliers)
+        if not log.newest_revision or self._permissions.multipliers() != OK:
             return None
-        reason = "a new attempt begins at 1: what was in force is put back"
-        made = self._draft("set_lr", OperatorContext("sharpwatch", reason, step, now))
-        multipliers = self._within(in_force)
-        return self._revise(replace(made, multipliers=multipliers, ttl_steps=time_out_kept(self._log, multipliers)))
+        if has_set(seen, multipliers, log.intervals):
+            return None
+        others = {b: now for b, now in seen.multipliers.items() if not math.isclose(now, multipliers[b], rel_tol=1e-5)}
+        began = ", ".join(f"{block} {value:.3g}" for block, value in others.items()) or "other update intervals"
+        reason = f"the trainer resumed with {began}: what was in force is put back"
+        made = self._draft("set_lr", OperatorContext("sharpwatch", reason, seen.step, now))
+        # A raise comes as slowly as it came before; what is cut is cut at once.
+        ramp_steps = 0 if any(multipliers[block] < value for block, value in others.items()) else self.newest_ramp()
+        ttl_steps = time_out_kept(log, multipliers)
+        return self._revise(replace(made, multipliers=multipliers, ramp_steps=ramp_steps, ttl_steps=ttl_steps))
+
+    def newest_ramp(self) -> int:
+        """The steps over which the newest set comes in force; 0 where there is none."""
+        newest = self._log.number_before(self._log.newest_revision + 1)
+        return self._log.find(self._log.revisions[newest - 1].decision_id).ramp_steps if newest else 0
 
     def rollback(
         self, checkpoints: Iterable[Checkpoint], to_step: int | None, skip: tuple[int, int], operator: OperatorContext
@@ -245,8 +257,9 @@ class OperatorRequests:
             reason=operator.reason,
         )
 
-    def _revise(self, made: Decision, *, undoes: int = 0, at: float | None = None) -> Decision:
-        return issue(self._log, made, author=made.author, now=made.made_at if at is None else at, undoes=undoes)
+    def _revise(self, made: Decision, *, undoes: int = 0, at: float | None = None, base: int | None = None) -> Decision:
+        now = made.made_at if at is None else at
+        return issue(self._log, made, author=made.author, now=now, undoes=undoes, base=base)
 
     def _within(self, multipliers: Mapping[str, float]) -> dict[str, float]:
         """An earlier attempt may have had wider bounds."""
@@ -262,14 +275,27 @@ def _set_before(log: DecisionLog, number: int) -> tuple[Mapping[str, float], Map
     return log.set_before(number), log.intervals_before(number)
 
 
-def issue(log: DecisionLog, made: Decision, *, author: str, now: float, undoes: int = 0) -> Decision:
-    """Number the set of `made` and have it sent; proposals that started from the set before it are void."""
+def has_set(seen: Observation, multipliers: Mapping[str, float], every: Mapping[str, int] | None) -> bool:
+    """Whether the trainer has a set of multipliers and, unless `every` is None, of update intervals."""
+    both = ((seen.multipliers[block], value) for block, value in multipliers.items() if block in seen.multipliers)
+    same = every is None or {block: steps for block, steps in seen.update_every.items() if steps > 1} == dict(every)
+    return bool(seen.multipliers) and same and all(math.isclose(one, value, rel_tol=1e-5) for one, value in both)
+
+
+def issue(  # noqa: PLR0913  whose set it is, and what it was made from
+    log: DecisionLog, made: Decision, *, author: str, now: float, undoes: int = 0, base: int | None = None
+) -> Decision:
+    """Number the set of `made` and have it sent; proposals that started from the set before it are void.
+
+    One that `undoes` a revision is made from the set before that, unless `base` says otherwise.
+    """
     for other in log.unsettled():
         if other.outcome == "proposed" and other.action != "rollback" and other.id != made.id:
             log.advance(other, "supersede", detail=f"{other.detail}; another set came in force first")
     if can(made.outcome, "send"):  # an approved proposal is recorded already
         made = log.add(made, "send")
-    made = log.revise(made, author=author, reason=made.reason or made.detail, now=now, undoes=undoes)
+    base = log.number_before(undoes) if undoes and base is None else base
+    made = log.revise(made, author=author, reason=made.reason or made.detail, now=now, undoes=undoes, base=base)
     log.send(made)
     return made
 

@@ -68,6 +68,7 @@ class Scores:
     Attributes:
         observation: What was observed.
         groups_before: The optimizer's parameter groups as they were; empty before the first are known.
+        groups_at: The step at which they were so.
         loss: By number of samples, from 1 (`ROW`): of the mean loss, from its trend.
         update: The same [rows, L] of the log of the update RMS, less the median over layer blocks.
         gradient: The same of the log of the gradient norm.
@@ -98,6 +99,7 @@ class Scores:
 
     observation: Observation
     groups_before: Mapping[tuple[int, int], OptimizerGroup]
+    groups_at: int
     loss: Doubles = field(default_factory=_nothing)
     update: Doubles = field(default_factory=_nothing)
     gradient: Doubles = field(default_factory=_nothing)
@@ -346,6 +348,7 @@ class Signals:
         self._stepped = np.ones(columns, dtype=bool)  # layer blocks that had a rate in the step before
         self._settling = 0
         self.groups: Mapping[tuple[int, int], OptimizerGroup] = {}
+        self._groups_at = 0
 
     def see(self, seen: Observation, *, keep_out: bool = False, settle: bool = True) -> Scores:
         """Score an observation against what came before it, then take it in.
@@ -360,8 +363,9 @@ class Signals:
             self._go_back()
         if seen.restored:
             self._attention.leave()
-        scores = Scores(seen, self.groups)
-        self.groups = seen.optimizer_groups or self.groups
+        scores = Scores(seen, self.groups, self._groups_at)
+        if seen.optimizer_groups:
+            self.groups, self._groups_at = seen.optimizer_groups, seen.step
         if seen.layers is not None:
             self._see_layers(scores, seen.layers)
             self._before, self._before_step = seen.layers, seen.step
@@ -388,6 +392,7 @@ class Signals:
             **self.sharpness.state(),
             **before,
             "groups": np.array(groups),
+            "groups_at": np.array(self._groups_at),
         }
 
     def load_state(self, arrays: Arrays) -> None:
@@ -407,6 +412,7 @@ class Signals:
             (optimizer, group): OptimizerGroup(settings, steps)
             for optimizer, group, settings, steps in json.loads(str(arrays["groups"]))
         }
+        self._groups_at = int(arrays.get("groups_at", np.array(0)))  # a state of an earlier version has none
 
     def stability_excess(self) -> float:
         """The median stability ratio of the newest three probes over its usual level; NaN where one is not known."""
