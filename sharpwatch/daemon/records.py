@@ -77,6 +77,7 @@ Outcome = Literal[
     "approved",
     "rejected",
     "refused",
+    "planned",
     "sent",
     "applied",
     "recovered",

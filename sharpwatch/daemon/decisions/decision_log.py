@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -83,7 +83,11 @@ class DecisionLog:
 
     def is_due(self, step: int) -> bool:
         """Returns whether a command is to take effect at any moment; one planned for later than `step` is not."""
-        return any(made.outcome in UNDER_WAY and made.apply_at_step <= step for made in self.unsettled())
+        return any(made.apply_at_step <= step for made in self.under_way())
+
+    def under_way(self) -> Iterator[Decision]:
+        """Returns the decisions whose command the trainer has not answered yet."""
+        return (made for made in self.unsettled() if made.outcome in UNDER_WAY)
 
     def find(self, identity: str) -> Decision:
         """Returns the decision with the id `identity`.

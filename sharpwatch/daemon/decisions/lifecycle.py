@@ -15,7 +15,7 @@ from sharpwatch.daemon.decisions.effect import Effect, effect
 from sharpwatch.daemon.decisions.operator_requests import has_set
 from sharpwatch.daemon.decisions.policy import EscalationChain
 from sharpwatch.daemon.decisions.ramp_back import scaling_state, stage_steps
-from sharpwatch.daemon.decisions.remedy import holds_down
+from sharpwatch.daemon.decisions.remedy import holds_down, is_of_first_steps
 from sharpwatch.daemon.decisions.transitions import REFUSED_THERE, UNDER_WAY, Event
 from sharpwatch.daemon.detection.run_detection import RunDetection
 from sharpwatch.daemon.records import Checkpoint, Decision, Observation, ReportedResult
@@ -37,6 +37,9 @@ _EFFECT_EVENTS: Mapping[Effect, Event] = {
     "no-effect": "no_effect",
     "inconclusive": "inconclusive",
 }
+
+
+_DONE_BEFORE = "what the steps before it have done to fresh weights stays: only beginning anew takes that back"
 
 
 class DecisionLifecycle:
@@ -136,6 +139,9 @@ class DecisionLifecycle:
             return
         incident = self._incidents.get(decision.alert_id)
         if incident is None:
+            return
+        if decision.action == "scale_lr" and not decision.makes_up_for and is_of_first_steps(incident):
+            self._log.advance(decision, "no_effect", detail=_joined(decision.detail, _DONE_BEFORE))
             return
         # What came back after a rollback is another incident.
         same = [other for other in self._incidents.open if other.is_same_trouble(incident)]

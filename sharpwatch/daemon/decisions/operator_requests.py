@@ -15,6 +15,7 @@ from sharpwatch.daemon.records import Action, Checkpoint, Decision, LrPlan, Obse
 from sharpwatch.errors import OperatorError
 from sharpwatch.wire import MAX_INTERVAL
 
+SENT_BEFORE = 50  # steps that a planned set is sent ahead, so that a fast trainer has it in time
 EXPIRES_AFTER_STEPS = 1000  # an operator's command that a trainer could not take for so long is not wanted any more
 
 
@@ -44,7 +45,7 @@ class OperatorRequests:
         operator: OperatorContext,
         update_every: Mapping[str, int] | None = None,
     ) -> Decision:
-        """Put `wanted` and `update_every` in force; blocks that are not named keep what they have."""
+        """Put `wanted` and `update_every` in force; blocks that are not named keep what they have, or have by then."""
         self.require_multipliers()
         if wanted or not update_every:
             self.check_set(wanted)
@@ -55,12 +56,36 @@ class OperatorRequests:
         if apply_at_step and not step < apply_at_step <= step + EXPIRES_AFTER_STEPS:
             allowed = f"0 for the next step, or {step + 1} to {step + EXPIRES_AFTER_STEPS}"
             raise OperatorError(f"apply_at_step {apply_at_step}: the run stands at step {step}; allowed: {allowed}")
-        multipliers = {**self._log.multipliers, **wanted}
         made = replace(
-            self._draft("set_lr", operator, apply_at_step), ttl_steps=time_out_kept(self._log, multipliers, wanted)
+            self._draft("set_lr", operator, apply_at_step),
+            multipliers=wanted,
+            ramp_steps=ramp_steps,
+            update_every=update_every or {},
         )
-        every = {block: steps for block, steps in {**self._log.intervals, **(update_every or {})}.items() if steps > 1}
-        return self._revise(replace(made, multipliers=multipliers, ramp_steps=ramp_steps, update_every=every))
+        return self._log.add(made, "plan") if apply_at_step else self._complete(made, operator.now)
+
+    def send_planned(self, step: int, now: float) -> list[Decision]:
+        """Send the sets whose step has come near, with what the blocks that they do not name have by now.
+
+        Returns:
+            Those that set multipliers.
+        """
+        near = (made for made in self._log.unsettled() if made.outcome == "planned")
+        due = [made for made in near if made.apply_at_step <= step + SENT_BEFORE]
+        verdict = self._permissions.multipliers()
+        if verdict != OK:
+            for made in due:
+                self._log.advance(made, "refuse", guard=verdict)
+            return []
+        return [sent for made in due if (sent := self._complete(made, now)) and made.multipliers]
+
+    def _complete(self, made: Decision, now: float) -> Decision:
+        """Send an operator's set with the multipliers and update intervals of the blocks that it does not name."""
+        log, wanted = self._log, made.multipliers
+        every = {block: steps for block, steps in {**log.intervals, **(made.update_every or {})}.items() if steps > 1}
+        multipliers = self._within({**log.multipliers, **wanted})
+        ttl_steps = time_out_kept(log, multipliers, wanted)
+        return self._revise(replace(made, multipliers=multipliers, update_every=every, ttl_steps=ttl_steps), at=now)
 
     def undo(self, number: int, operator: OperatorContext) -> Decision:
         """Put the set before revision `number` in force again; 0 is the newest that changed something."""
@@ -170,12 +195,12 @@ class OperatorRequests:
             by = f" by {made.author}" if made.outcome in ("rejected", "cancelled") else ""
             hint = f": take revision {made.revision} back with lr undo" if made.revision and at else ""
             raise OperatorError(
-                f"decision {identity} is {made.outcome}{at}{by}: only what is proposed, approved or sent can be "
-                f"cancelled{hint}"
+                f"decision {identity} is {made.outcome}{at}{by}: only what is proposed, approved, planned or sent "
+                f"can be cancelled{hint}"
             )
         if made.cancelled_by:
             raise OperatorError(f"{made.cancelled_by} has asked to cancel decision {identity} already")
-        if made.outcome == "proposed":
+        if made.outcome in ("proposed", "planned"):
             return self._log.advance(made, "cancel", author=operator.author, reason=operator.reason)
         why = f": {operator.reason}" if operator.reason else ""
         asked = f"{operator.author} asks to cancel it{why}"
@@ -292,7 +317,7 @@ def issue(  # noqa: PLR0913  whose set it is, and what it was made from
     for other in log.unsettled():
         if other.outcome == "proposed" and other.action != "rollback" and other.id != made.id:
             log.advance(other, "supersede", detail=f"{other.detail}; another set came in force first")
-    if can(made.outcome, "send"):  # an approved proposal is recorded already
+    if can(made.outcome, "send"):  # an approved proposal is on its way already
         made = log.add(made, "send")
     base = log.number_before(undoes) if undoes and base is None else base
     made = log.revise(made, author=author, reason=made.reason or made.detail, now=now, undoes=undoes, base=base)

@@ -173,6 +173,8 @@ class RunController:
             self._log.note_incidents(changed)
         if self._log.open:
             self._lifecycle.settle(obs, now)
+            for made in self._requests.send_planned(obs.step, now):
+                self._rollout.taken_over(made)
         if self._new_attempt or obs.restored or self._compared_from is not None:
             self._put_back(obs, now)
         # Without a revision there is nothing to ramp back.
@@ -352,7 +354,7 @@ class RunController:
         """Put an operator's multipliers and update intervals in force; raises `OperatorError` on what can't be."""
         operator = OperatorContext(author, reason, self._step, now)
         made = self._requests.set(multipliers, ramp_steps, apply_at_step, operator, update_every)
-        if multipliers:
+        if multipliers and made.revision:
             self._rollout.taken_over(made)
         return self._log.take()
 

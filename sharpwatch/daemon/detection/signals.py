@@ -45,7 +45,7 @@ _LOOKED_AT = 2.0  # z of a loss from which on its scatter is asked for
 _FEW = 4  # layer blocks below which their median says nothing of what they have in common
 _GROWTH_SPAN, _GROWTH_EVERY = 20, 5  # samples
 _GROWTH_BLIND = 150  # samples at the start, and after a change of the rates, in which weights may grow as they like
-_FIRST_STEPS = 10  # of a run, in which Adam's updates do not depend on the size of gradients yet
+FIRST_STEPS = 10  # of a run, in which Adam's updates do not depend on the size of gradients yet
 _STARTED = 1e-3  # root mean square of weights below which they are about zero: biases, adapters that begin with nothing
 _WEIGHT_FLOOR = 0.01  # smallest spread taken for real of a norm's change, as a share of the most that a step can do
 _WEIGHT_PATIENCE = 5  # changes in a row that are far from the usual: then it is no event but how the weights grow now
@@ -465,7 +465,7 @@ class Signals:
             scores.dead &= ~np.isnan(now.update_rms)
         self._was_alive |= now.gradient_norm > 0
         scores.more_zeros = self._zeros.see(now.zero_gradients)
-        if seen.step <= _FIRST_STEPS:
+        if seen.step <= FIRST_STEPS:
             scores.first_change = self._first_change(now)
 
     def _see_trend(self, scores: Scores, *, keep_out: bool, settle: bool) -> None:
