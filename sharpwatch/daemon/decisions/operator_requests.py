@@ -84,8 +84,21 @@ class OperatorRequests:
         log, wanted = self._log, made.multipliers
         every = {block: steps for block, steps in {**log.intervals, **(made.update_every or {})}.items() if steps > 1}
         multipliers = self._within({**log.multipliers, **wanted})
-        ttl_steps = time_out_kept(log, multipliers, wanted)
-        return self._revise(replace(made, multipliers=multipliers, update_every=every, ttl_steps=ttl_steps), at=now)
+        made = replace(
+            made,
+            multipliers=multipliers,
+            update_every=every,
+            # Update intervals alone end no ramp.
+            ramp_steps=made.ramp_steps if wanted else self._ramp_left(made.apply_at_step or made.step),
+            ttl_steps=time_out_kept(log, multipliers, wanted),
+        )
+        return self._revise(made, at=now)
+
+    def _ramp_left(self, step: int) -> int:
+        """The steps that the newest set has yet to go until all multipliers are what it says."""
+        newest = self._log.number_before(self._log.newest_revision + 1)
+        applied = self._log.revisions[newest - 1].applied_step if newest else None
+        return 0 if applied is None else max(0, applied + self.newest_ramp() - step)
 
     def undo(self, number: int, operator: OperatorContext) -> Decision:
         """Put the set before revision `number` in force again; 0 is the newest that changed something."""
