@@ -57,7 +57,8 @@ class Trainer:
             "can_roll_back": True,
             **options,
         }
-        self.controller = RunController("run", new_id=lambda: f"d{next(counter)}", **self.options)
+        self.new_id = lambda: f"d{next(counter)}"
+        self.controller = RunController("run", new_id=self.new_id, **self.options)
         self.noise = np.random.default_rng(0)
         self.multipliers = dict.fromkeys(BLOCKS, 1.0)
         self.heat = dict.fromkeys(BLOCKS, 0.0)
@@ -72,6 +73,8 @@ class Trainer:
         self.ratio = 0.1  # the stability ratio, at multipliers of 1
         self.silent = False
         self.refuses = ""
+        self.clock = 0.0  # seconds by which somebody has set the daemon's clock
+        self.results: list[ReportedResult] = []  # that the controller was told, oldest first
 
     def take(self, changes: Changes) -> Changes:
         self.waiting += changes.commands
@@ -84,7 +87,7 @@ class Trainer:
             cancelled = {made.id for made in waiting if made.cancelled_by}
             for made in [] if self.silent else waiting:
                 if made.cancelled_by:
-                    self.controller.command_result(ReportedResult(made.id, "cancelled", self.step), self.now)
+                    self.tell(ReportedResult(made.id, "cancelled", self.step))
                 elif made.id not in cancelled:
                     self.answer(made) if made.apply_at_step <= self.step else self.waiting.append(made)
             self.observe()
@@ -122,18 +125,28 @@ class Trainer:
 
     def answer(self, made: Decision) -> None:
         if self.refuses:
-            self.controller.command_result(ReportedResult(made.id, "refused", self.step, self.refuses), self.now)
+            self.tell(ReportedResult(made.id, "refused", self.step, self.refuses))
             return
         if made.rollback is not None:
             self.step = made.rollback.checkpoint.step + 1
             self.heat = dict.fromkeys(BLOCKS, 0.0)  # the batch that did it is left out
         else:
             self.multipliers = dict.fromkeys(BLOCKS, 1.0) | dict(made.multipliers)
-        self.controller.command_result(ReportedResult(made.id, "applied", self.step), self.now)
+        self.tell(ReportedResult(made.id, "applied", self.step))
+
+    def tell(self, result: ReportedResult) -> None:
+        self.results.append(result)
+        self.take(self.controller.command_result(result, self.now))
+
+    def begin_anew(self) -> None:
+        """A new attempt of the run, from the step it stands at: every multiplier is 1, and no command has come."""
+        old, self.controller = self.controller, RunController("run", new_id=self.new_id, **self.options)
+        self.controller.take_over(old)
+        self.multipliers, self.waiting = dict.fromkeys(BLOCKS, 1.0), []
 
     @property
     def now(self) -> float:
-        return 1e9 + len(self.seen) * 0.1
+        return 1e9 + self.clock + len(self.seen) * 0.1
 
     def actions(self) -> list[tuple[str, str]]:
         return [(made.action, made.outcome) for made in self.controller.decisions]
@@ -150,7 +163,7 @@ def trained(*args, steps: int = 120, **options) -> Trainer:
 def restored(trainer: Trainer) -> RunController:
     """What a restarted daemon makes of the journal."""
     old = trainer.controller
-    new = RunController("run", **trainer.options)
+    new = RunController("run", new_id=trainer.new_id, **trainer.options)
     new.restore(old.incidents, old.decisions, old.revisions, old.checkpoints, old.own_mode, old.plans)
     for seen in trainer.seen:
         new.replay(seen)

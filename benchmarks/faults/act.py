@@ -1,7 +1,7 @@
 """What enforced actions make of faults and of healthy runs: python -m benchmarks.faults.act [--seeds 31].
 
 Each run trains under a real daemon that enforces the policies of examples/sharpwatch.yaml, from its first step to 1,000
-steps after the onset, with a checkpoint every 50 steps. Beside it stand the same run without an agent, and the healthy
+steps after the onset, with a checkpoint before the first and every 50. Beside it stand the same run without an agent, and the healthy
 twin with the same seed and batches. A run is a line in benchmarks/faults/acted.jsonl, and is not made again.
 
 A rate fault stays to the end of the run; a ramp ends at ×30. What happens once does not happen again after a rollback.
@@ -122,11 +122,11 @@ class Acted:
         while training.number < self.kind.attached:
             self._step(None)
         watch = self._attach(address, run)
+        self._save(watch, run)
         while training.number < until:
             self._step(watch)
             if training.number % CHECKPOINT_EVERY == 0 and training.number not in self.saved:
-                self.saved[training.number] = training.state()
-                watch.saved_checkpoint(training.number, f"memory:{run}:{training.number}")
+                self._save(watch, run)
             if self.kind.name == "resume" and training.number == self.kind.onset + 20:
                 state = watch.state_dict()
                 watch.close()
@@ -137,6 +137,11 @@ class Acted:
         watch.close()
         own = training.optimizer.param_groups[0]["lr"]
         return float(own * fmean(multipliers.values()) / PEAK_RATE)
+
+    def _save(self, watch: Any, run: str) -> None:
+        number = self.training.number
+        self.saved[number] = self.training.state()
+        watch.saved_checkpoint(number, f"memory:{run}:{number}")
 
     def _step(self, watch: Any) -> None:
         loss = self.training.step(self.disturbance, self.kind.onset, watch)

@@ -38,7 +38,7 @@ from sharpwatch.v1.types_pb2 import Rollback
 PlanChange = PromotePlanRequest | PausePlanRequest | AbortPlanRequest
 Change = SetLearningRatesRequest | UndoLearningRatesRequest | RequestRollbackRequest | SetModeRequest | PlanChange
 Answer = ApproveDecisionRequest | RejectDecisionRequest | CancelDecisionRequest
-PENDING = frozenset({"proposed", "approved", "sent"})  # outcomes of decisions that are not applied yet
+PENDING = frozenset({"proposed", "approved", "planned", "sent"})  # outcomes of decisions that are not applied yet
 _CHANGEABLE: dict[type[PlanChange], tuple[str, ...]] = {  # the states in which a plan takes each change
     PromotePlanRequest: ("waiting", "paused"),
     PausePlanRequest: ("running", "waiting"),

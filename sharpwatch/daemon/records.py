@@ -77,6 +77,7 @@ Outcome = Literal[
     "approved",
     "rejected",
     "refused",
+    "planned",
     "sent",
     "applied",
     "recovered",
@@ -382,7 +383,12 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Revision:
-    """A numbered set of block multipliers, and of update intervals; a block that is not named has 1."""
+    """A numbered set of block multipliers, and of update intervals; a block that is not named has 1.
+
+    Attributes:
+        base: The revision whose set it was made from; 0 for none. What it does not change is that one's.
+        undoes: The revision that it takes back; 0 for none.
+    """
 
     run: str
     revision: int
@@ -394,6 +400,7 @@ class Revision:
     applied_step: int | None = None
     undoes: int = 0
     update_every: Mapping[str, int] = field(default_factory=dict)
+    base: int = 0
 
 
 PlanState = Literal["running", "waiting", "paused", "done", "aborted"]

@@ -292,8 +292,11 @@ def answered(stub: OperatorServiceStub, decision: Decision, timeout: float | Non
 
 
 def failure_of(decision: Decision, timeout: float | None, wanted: Collection[str] = _DONE) -> OperatorError | None:
-    """The error of a decision that did not come into force in time; with None not to wait, one under way is none."""
-    if decision.outcome in wanted or (timeout is None and decision.outcome in PENDING):
+    """The error of a decision that did not come into force in time.
+
+    One that is planned for a later step is none, nor is one under way that is not waited for, with None.
+    """
+    if decision.outcome in {*wanted, "planned"} or (timeout is None and decision.outcome in PENDING):
         return None
     kind = UnansweredError if decision.outcome in PENDING else OperatorError
     return kind(describe_failure(decision, timeout or 0.0))

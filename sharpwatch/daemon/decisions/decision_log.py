@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -81,6 +81,14 @@ class DecisionLog:
         """Returns the decisions whose outcome may still change."""
         return tuple(self._decisions[identity] for identity in self.open)
 
+    def is_due(self, step: int) -> bool:
+        """Returns whether a command is to take effect at any moment; one planned for later than `step` is not."""
+        return any(made.apply_at_step <= step for made in self.under_way())
+
+    def under_way(self) -> Iterator[Decision]:
+        """Returns the decisions whose command the trainer has not answered yet."""
+        return (made for made in self.unsettled() if made.outcome in UNDER_WAY)
+
     def find(self, identity: str) -> Decision:
         """Returns the decision with the id `identity`.
 
@@ -146,7 +154,9 @@ class DecisionLog:
         self._commands[decision.id] = None
         self.changed = True
 
-    def revise(self, decision: Decision, *, author: str, reason: str, now: float, undoes: int = 0) -> Decision:
+    def revise(  # noqa: PLR0913  whose set it is, and what it was made from
+        self, decision: Decision, *, author: str, reason: str, now: float, undoes: int = 0, base: int | None = None
+    ) -> Decision:
         """Gives the multipliers and update intervals of a decision the next revision number.
 
         Args:
@@ -155,11 +165,13 @@ class DecisionLog:
             reason: Why.
             now: Unix seconds.
             undoes: The revision that this one takes back; 0 for none.
+            base: The revision whose set it was made from; None for the one in force or under way.
 
         Returns:
             The decision with its revision number.
         """
         number = len(self._revisions) + 1
+        base = self.number_before(number) if base is None else base
         update_every = self.intervals_before(number) if decision.update_every is None else decision.update_every
         self.newest_revision = number
         self._revisions.append(
@@ -167,6 +179,7 @@ class DecisionLog:
                 *(self.run, number, dict(decision.multipliers), author, reason, now, decision.id),
                 undoes=undoes,
                 update_every=dict(update_every),
+                base=base,
             )
         )
         self._changed_revisions[number] = None
@@ -187,19 +200,31 @@ class DecisionLog:
         return revision.applied_step is not None or (made.outcome in UNDER_WAY and not made.cancelled_by)
 
     def effective(self) -> list[Revision]:
-        """Returns the revisions that took effect, oldest first."""
-        return [revision for revision in self._revisions if self.took_effect(revision)]
+        """Returns the revisions that took effect, oldest first: also those that only later sets brought with them.
+
+        A command can come to nothing after another set was made from its own, and that one be applied.
+        """
+        found: list[Revision] = []
+        brought: set[int] = set()
+        for revision in reversed(self._revisions):
+            if revision.revision in brought or self.took_effect(revision):
+                found.append(revision)
+                brought.add(revision.base)
+        return found[::-1]
+
+    def number_before(self, number: int) -> int:
+        """Returns the number of the revision in force before revision `number`; 0 for none."""
+        return next((one.revision for one in reversed(self._revisions[: number - 1]) if self.took_effect(one)), 0)
 
     def set_before(self, number: int) -> dict[str, float]:
         """Returns the multipliers in force before revision `number`."""
-        for revision in reversed(self._revisions[: number - 1]):
-            if self.took_effect(revision):
-                return self.complete(revision.multipliers)
-        return self.complete({})
+        base = self.number_before(number)
+        return self.complete(self._revisions[base - 1].multipliers if base else {})
 
     def intervals_before(self, number: int) -> Mapping[str, int]:
         """Returns the update intervals in force before revision `number`, of blocks that rest at some steps."""
-        return next((one.update_every for one in reversed(self._revisions[: number - 1]) if self.took_effect(one)), {})
+        base = self.number_before(number)
+        return self._revisions[base - 1].update_every if base else {}
 
     def complete(self, multipliers: Mapping[str, float]) -> dict[str, float]:
         """Returns `multipliers` with every block of the run; a block that is not named has 1."""

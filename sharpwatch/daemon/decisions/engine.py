@@ -35,7 +35,7 @@ from sharpwatch.daemon.decisions.policy import (
     scaled,
 )
 from sharpwatch.daemon.decisions.ramp_back import ActiveScaling, failed_ramp_back, ramp_back_due, scaling_state
-from sharpwatch.daemon.decisions.remedy import Correction, Cut, correction, holds_down, measured_cut
+from sharpwatch.daemon.decisions.remedy import Correction, Cut, correction, holds_down, is_of_first_steps, measured_cut
 from sharpwatch.daemon.decisions.transitions import UNDER_WAY, came_to_nothing, took_effect
 from sharpwatch.daemon.detection.run_detection import RunDetection
 from sharpwatch.daemon.records import Action, Cause, Checkpoint, Decision, Finding, Incident, Mode, Outcome
@@ -103,15 +103,17 @@ class PolicyEngine:
         at = _StepContext(step, now, mode, checkpoints, self._maintenance)
         own = [finding for finding in findings if finding.name != "SilentFailure"]
         to_answer = findings if len(own) == len(findings) or self._is_unanswered("SilentFailure") else own
-        if to_answer or self._incidents.foreign:
-            self._answer(to_answer, at)
+        # What its first steps have done to a run is found in them alone, and is not over with them.
+        lasting = [*self._incidents.foreign.values(), *filter(is_of_first_steps, self._incidents.open)]
+        if to_answer or lasting:
+            self._answer(to_answer, lasting, at)
         if not self._log.newest_revision:
             return
         self._follow_rates(at)
         state = scaling_state(self._log)
         if (
             not (state.active or state.ramped_back)
-            or self._under_way(None)
+            or any(self._log.under_way())
             or any(self._is_trouble(one, at) for one in self._incidents.open)
         ):
             return
@@ -128,12 +130,11 @@ class PolicyEngine:
         answered = {made.policy for made in decided if not was_muted(made)}
         return any(policy.match.answers(incident) and policy.name not in answered for policy in self._chain.policies)
 
-    def _answer(self, findings: Iterable[Finding], at: _StepContext) -> None:
+    def _answer(self, findings: Iterable[Finding], lasting: Iterable[Incident], at: _StepContext) -> None:
         found = (self._incidents.active(finding.name) for finding in findings)
-        incidents = [*{incident.id: incident for incident in found if incident is not None}.values()]
-        incidents += self._incidents.foreign.values()
+        incidents = [*{one.id: one for one in (*found, *lasting) if one is not None}.values()]
         trouble = next((one for one in incidents if self._is_trouble(one, at)), None)
-        may_undo = not self._under_way(at.step)
+        may_undo = not self._log.is_due(at.step)
         if trouble is not None and may_undo and self._undo_ramp_back(f"{trouble.title} came back", trouble, at):
             return
         for incident in incidents:
@@ -142,7 +143,7 @@ class PolicyEngine:
             ):
                 if policy.action.kind == "notify":
                     self._notify(policy, incident, at)
-                elif not self._under_way(at.step):
+                elif not self._log.is_due(at.step):
                     self._act_on(policy, incident, at)
 
     def _is_trouble(self, incident: Incident, at: _StepContext) -> bool:
@@ -154,18 +155,10 @@ class PolicyEngine:
             return any(at.mode_of(policy) != "observe" for policy in self._chain.acting(incident))
         return is_trouble(incident)
 
-    def _under_way(self, step: int | None) -> bool:
-        """Whether a command is to take effect at any moment; with a `step`, those planned for later don't count."""
-        return any(
-            made.outcome in UNDER_WAY and (step is None or made.apply_at_step <= step) for made in self._log.unsettled()
-        )
-
     def _planned(self) -> str:
         """The verdict on a change ahead of one that an operator has planned: that one would undo it unseen."""
-        for made in self._log.unsettled():
-            if made.outcome in UNDER_WAY:
-                return f"operator: {made.id} is planned for step {made.apply_at_step}"
-        return OK
+        made = next(self._log.under_way(), None)
+        return OK if made is None else f"operator: {made.id} is planned for step {made.apply_at_step}"
 
     def _in_force(self, policy: PolicyConfig, incident: Incident, blocks: Collection[str], step: int) -> str:
         """The verdict on a cut of `blocks` that are cut already: cuts must not add up without fresh evidence.
@@ -252,7 +245,7 @@ class PolicyEngine:
             low = bounds(policy, self._permissions)[0]
             change = correction(scaling, self._log.multipliers, excess, low)
             # A cut that was approved goes with the rate without being asked for each time.
-            may_act = at.mode_of(policy) != "observe" and not self._under_way(at.step)
+            may_act = at.mode_of(policy) != "observe" and not any(self._log.under_way())
             if change is None or incident is None or not may_act or self._followed_lately(scaling, change, policy, at):
                 continue
             if at.step < incident.onset and not change.is_urgent:

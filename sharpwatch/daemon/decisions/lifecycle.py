@@ -7,15 +7,15 @@ events, and set the step by which a trainer must answer; the trainer refuses wha
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 from sharpwatch.daemon.config.settings import GuardConfig
 from sharpwatch.daemon.decisions.effect import Effect, effect
+from sharpwatch.daemon.decisions.operator_requests import has_set
 from sharpwatch.daemon.decisions.policy import EscalationChain
 from sharpwatch.daemon.decisions.ramp_back import scaling_state, stage_steps
-from sharpwatch.daemon.decisions.remedy import holds_down
+from sharpwatch.daemon.decisions.remedy import holds_down, is_of_first_steps
 from sharpwatch.daemon.decisions.transitions import REFUSED_THERE, UNDER_WAY, Event
 from sharpwatch.daemon.detection.run_detection import RunDetection
 from sharpwatch.daemon.records import Checkpoint, Decision, Observation, ReportedResult
@@ -37,6 +37,9 @@ _EFFECT_EVENTS: Mapping[Effect, Event] = {
     "no-effect": "no_effect",
     "inconclusive": "inconclusive",
 }
+
+
+_DONE_BEFORE = "what the steps before it have done to fresh weights stays: only beginning anew takes that back"
 
 
 class DecisionLifecycle:
@@ -121,7 +124,7 @@ class DecisionLifecycle:
     def _settle_unanswered(self, decision: Decision, observation: Observation) -> None:
         if not decision.expires_at_step or observation.step <= decision.expires_at_step + LOST_AFTER:
             return
-        if not decision.revision or not _in_force(decision, observation):
+        if not decision.revision or not has_set(observation, decision.multipliers, None):
             self._expire(decision, "the trainer never answered")
             return
         self._log.applied(decision.revision, observation.step)
@@ -136,6 +139,9 @@ class DecisionLifecycle:
             return
         incident = self._incidents.get(decision.alert_id)
         if incident is None:
+            return
+        if decision.action == "scale_lr" and not decision.makes_up_for and is_of_first_steps(incident):
+            self._log.advance(decision, "no_effect", detail=_joined(decision.detail, _DONE_BEFORE))
             return
         # What came back after a rollback is another incident.
         same = [other for other in self._incidents.open if other.is_same_trouble(incident)]
@@ -172,13 +178,6 @@ class DecisionLifecycle:
 
     def _guard(self, decision: Decision) -> GuardConfig:
         return self._chain.owner(decision).guard
-
-
-def _in_force(decision: Decision, observation: Observation) -> bool:
-    seen = observation.multipliers
-    return bool(seen) and all(
-        math.isclose(seen[block], value, rel_tol=1e-5) for block, value in decision.multipliers.items() if block in seen
-    )
 
 
 def _joined(before: str, more: str) -> str:

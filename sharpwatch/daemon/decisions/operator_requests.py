@@ -11,10 +11,11 @@ from sharpwatch.daemon.decisions.guards import OK, Permissions
 from sharpwatch.daemon.decisions.policy import newest
 from sharpwatch.daemon.decisions.ramp_back import scaling_state
 from sharpwatch.daemon.decisions.transitions import UNDER_WAY, Event, can
-from sharpwatch.daemon.records import Action, Checkpoint, Decision, LrPlan, Revision, RollbackPlan
+from sharpwatch.daemon.records import Action, Checkpoint, Decision, LrPlan, Observation, Revision, RollbackPlan
 from sharpwatch.errors import OperatorError
 from sharpwatch.wire import MAX_INTERVAL
 
+SENT_BEFORE = 50  # steps that a planned set is sent ahead, so that a fast trainer has it in time
 EXPIRES_AFTER_STEPS = 1000  # an operator's command that a trainer could not take for so long is not wanted any more
 
 
@@ -44,7 +45,7 @@ class OperatorRequests:
         operator: OperatorContext,
         update_every: Mapping[str, int] | None = None,
     ) -> Decision:
-        """Put `wanted` and `update_every` in force; blocks that are not named keep what they have."""
+        """Put `wanted` and `update_every` in force; blocks that are not named keep what they have, or have by then."""
         self.require_multipliers()
         if wanted or not update_every:
             self.check_set(wanted)
@@ -55,12 +56,49 @@ class OperatorRequests:
         if apply_at_step and not step < apply_at_step <= step + EXPIRES_AFTER_STEPS:
             allowed = f"0 for the next step, or {step + 1} to {step + EXPIRES_AFTER_STEPS}"
             raise OperatorError(f"apply_at_step {apply_at_step}: the run stands at step {step}; allowed: {allowed}")
-        multipliers = {**self._log.multipliers, **wanted}
         made = replace(
-            self._draft("set_lr", operator, apply_at_step), ttl_steps=time_out_kept(self._log, multipliers, wanted)
+            self._draft("set_lr", operator, apply_at_step),
+            multipliers=wanted,
+            ramp_steps=ramp_steps,
+            update_every=update_every or {},
         )
-        every = {block: steps for block, steps in {**self._log.intervals, **(update_every or {})}.items() if steps > 1}
-        return self._revise(replace(made, multipliers=multipliers, ramp_steps=ramp_steps, update_every=every))
+        return self._log.add(made, "plan") if apply_at_step else self._complete(made, operator.now)
+
+    def send_planned(self, step: int, now: float) -> list[Decision]:
+        """Send the sets whose step has come near, with what the blocks that they do not name have by now.
+
+        Returns:
+            Those that set multipliers.
+        """
+        near = (made for made in self._log.unsettled() if made.outcome == "planned")
+        due = [made for made in near if made.apply_at_step <= step + SENT_BEFORE]
+        verdict = self._permissions.multipliers()
+        if verdict != OK:
+            for made in due:
+                self._log.advance(made, "refuse", guard=verdict)
+            return []
+        return [sent for made in due if (sent := self._complete(made, now)) and made.multipliers]
+
+    def _complete(self, made: Decision, now: float) -> Decision:
+        """Send an operator's set with the multipliers and update intervals of the blocks that it does not name."""
+        log, wanted = self._log, made.multipliers
+        every = {block: steps for block, steps in {**log.intervals, **(made.update_every or {})}.items() if steps > 1}
+        multipliers = self._within({**log.multipliers, **wanted})
+        made = replace(
+            made,
+            multipliers=multipliers,
+            update_every=every,
+            # Update intervals alone end no ramp.
+            ramp_steps=made.ramp_steps if wanted else self._ramp_left(made.apply_at_step or made.step),
+            ttl_steps=time_out_kept(log, multipliers, wanted),
+        )
+        return self._revise(made, at=now)
+
+    def _ramp_left(self, step: int) -> int:
+        """The steps that the newest set has yet to go until all multipliers are what it says."""
+        newest = self._log.number_before(self._log.newest_revision + 1)
+        applied = self._log.revisions[newest - 1].applied_step if newest else None
+        return 0 if applied is None else max(0, applied + self.newest_ramp() - step)
 
     def undo(self, number: int, operator: OperatorContext) -> Decision:
         """Put the set before revision `number` in force again; 0 is the newest that changed something."""
@@ -92,18 +130,30 @@ class OperatorRequests:
         if undoes:
             self._stop_planned(operator)
         made = replace(self._draft("set_lr", operator), plan=plan.id, ramp_steps=ramp_steps)
-        return self._revise(replace(made, multipliers=self._within(multipliers)), undoes=undoes)
+        made = replace(made, multipliers=self._within(multipliers))
+        return self._revise(made, undoes=undoes, base=self._log.number_before(self._log.newest_revision + 1))
 
-    def reissue(self, step: int, now: float) -> Decision | None:
-        """Put the set in force again: a new attempt of the run begins with every multiplier at 1."""
-        in_force = self._log.multipliers
-        is_plain = all(value == 1.0 for value in in_force.values()) and not self._log.intervals
-        if self._permissions.multipliers() != OK or is_plain:
+    def put_back(self, seen: Observation, now: float) -> Decision | None:
+        """Put the set in force again where the trainer has another one, as after a resume; None where it has not."""
+        log = self._log
+        multipliers = self._within(log.multipliers)
+        if not log.newest_revision or self._permissions.multipliers() != OK:
             return None
-        reason = "a new attempt begins at 1: what was in force is put back"
-        made = self._draft("set_lr", OperatorContext("sharpwatch", reason, step, now))
-        multipliers = self._within(in_force)
-        return self._revise(replace(made, multipliers=multipliers, ttl_steps=time_out_kept(self._log, multipliers)))
+        if has_set(seen, multipliers, log.intervals):
+            return None
+        others = {b: now for b, now in seen.multipliers.items() if not math.isclose(now, multipliers[b], rel_tol=1e-5)}
+        began = ", ".join(f"{block} {value:.3g}" for block, value in others.items()) or "other update intervals"
+        reason = f"the trainer resumed with {began}: what was in force is put back"
+        made = self._draft("set_lr", OperatorContext("sharpwatch", reason, seen.step, now))
+        # A raise comes as slowly as it came before; what is cut is cut at once.
+        ramp_steps = 0 if any(multipliers[block] < value for block, value in others.items()) else self.newest_ramp()
+        ttl_steps = time_out_kept(log, multipliers)
+        return self._revise(replace(made, multipliers=multipliers, ramp_steps=ramp_steps, ttl_steps=ttl_steps))
+
+    def newest_ramp(self) -> int:
+        """The steps over which the newest set comes in force; 0 where there is none."""
+        newest = self._log.number_before(self._log.newest_revision + 1)
+        return self._log.find(self._log.revisions[newest - 1].decision_id).ramp_steps if newest else 0
 
     def rollback(
         self, checkpoints: Iterable[Checkpoint], to_step: int | None, skip: tuple[int, int], operator: OperatorContext
@@ -158,12 +208,12 @@ class OperatorRequests:
             by = f" by {made.author}" if made.outcome in ("rejected", "cancelled") else ""
             hint = f": take revision {made.revision} back with lr undo" if made.revision and at else ""
             raise OperatorError(
-                f"decision {identity} is {made.outcome}{at}{by}: only what is proposed, approved or sent can be "
-                f"cancelled{hint}"
+                f"decision {identity} is {made.outcome}{at}{by}: only what is proposed, approved, planned or sent "
+                f"can be cancelled{hint}"
             )
         if made.cancelled_by:
             raise OperatorError(f"{made.cancelled_by} has asked to cancel decision {identity} already")
-        if made.outcome == "proposed":
+        if made.outcome in ("proposed", "planned"):
             return self._log.advance(made, "cancel", author=operator.author, reason=operator.reason)
         why = f": {operator.reason}" if operator.reason else ""
         asked = f"{operator.author} asks to cancel it{why}"
@@ -245,8 +295,9 @@ class OperatorRequests:
             reason=operator.reason,
         )
 
-    def _revise(self, made: Decision, *, undoes: int = 0, at: float | None = None) -> Decision:
-        return issue(self._log, made, author=made.author, now=made.made_at if at is None else at, undoes=undoes)
+    def _revise(self, made: Decision, *, undoes: int = 0, at: float | None = None, base: int | None = None) -> Decision:
+        now = made.made_at if at is None else at
+        return issue(self._log, made, author=made.author, now=now, undoes=undoes, base=base)
 
     def _within(self, multipliers: Mapping[str, float]) -> dict[str, float]:
         """An earlier attempt may have had wider bounds."""
@@ -262,14 +313,27 @@ def _set_before(log: DecisionLog, number: int) -> tuple[Mapping[str, float], Map
     return log.set_before(number), log.intervals_before(number)
 
 
-def issue(log: DecisionLog, made: Decision, *, author: str, now: float, undoes: int = 0) -> Decision:
-    """Number the set of `made` and have it sent; proposals that started from the set before it are void."""
+def has_set(seen: Observation, multipliers: Mapping[str, float], every: Mapping[str, int] | None) -> bool:
+    """Whether the trainer has a set of multipliers and, unless `every` is None, of update intervals."""
+    both = ((seen.multipliers[block], value) for block, value in multipliers.items() if block in seen.multipliers)
+    same = every is None or {block: steps for block, steps in seen.update_every.items() if steps > 1} == dict(every)
+    return bool(seen.multipliers) and same and all(math.isclose(one, value, rel_tol=1e-5) for one, value in both)
+
+
+def issue(  # noqa: PLR0913  whose set it is, and what it was made from
+    log: DecisionLog, made: Decision, *, author: str, now: float, undoes: int = 0, base: int | None = None
+) -> Decision:
+    """Number the set of `made` and have it sent; proposals that started from the set before it are void.
+
+    One that `undoes` a revision is made from the set before that, unless `base` says otherwise.
+    """
     for other in log.unsettled():
         if other.outcome == "proposed" and other.action != "rollback" and other.id != made.id:
             log.advance(other, "supersede", detail=f"{other.detail}; another set came in force first")
-    if can(made.outcome, "send"):  # an approved proposal is recorded already
+    if can(made.outcome, "send"):  # an approved proposal is on its way already
         made = log.add(made, "send")
-    made = log.revise(made, author=author, reason=made.reason or made.detail, now=now, undoes=undoes)
+    base = log.number_before(undoes) if undoes and base is None else base
+    made = log.revise(made, author=author, reason=made.reason or made.detail, now=now, undoes=undoes, base=base)
     log.send(made)
     return made
 

@@ -82,6 +82,8 @@ class EscalationChain:
         own = [made for made in by_policy if made.mode == mode or took_effect(made)]
         if policy.escalate is None or not own:
             return policy
+        if own[-1].outcome in ("rejected", "cancelled"):
+            return policy  # somebody has said no to the milder action: that asks for no harsher one
         # The newest may not be judged yet, as while a cut goes with the rate.
         newest = next((made for made in reversed(own) if made.outcome in JUDGED), own[-1])
         # Trouble that comes back as another burst was not cured for good.

@@ -198,6 +198,8 @@ def _traced(log: DecisionLog) -> ScalingState:
             continue
         after = log.complete(revision.multipliers)
         ratios = {block: after[block] / before[block] for block in after if after[block] != before[block]}
+        if not (ratios or made.policy):
+            continue  # of update intervals alone, or what was in force put back
         own = [one for one in active.values() if (one.made.policy, one.made.alert_id) == (made.policy, made.alert_id)]
         newest, ramped_back = revision, None
         by_plan |= ratios.keys() if made.plan else set()

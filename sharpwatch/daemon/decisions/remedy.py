@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from sharpwatch.daemon.decisions.ramp_back import ActiveScaling, whole
 from sharpwatch.daemon.detection.run_detection import RunDetection
+from sharpwatch.daemon.detection.signals import FIRST_STEPS
 from sharpwatch.daemon.records import Cause, Incident
 
 FOLLOWED_WITHIN = 1.15  # times what it should be, up to which a rate that is held down is left as it is
@@ -67,6 +68,11 @@ def _rate_cut(detection: RunDetection, blocks: Collection[str]) -> Cut | None:
         factor = HARMLESS / change
         return Cut(dict.fromkeys(blocks, factor), f"a first step changes {100 * change:.0f} % of a layer block")
     return None
+
+
+def is_of_first_steps(incident: Incident) -> bool:
+    """Whether an incident is one of the run's first steps, which were too long for fresh weights."""
+    return incident.name == "RateRaise" and incident.onset <= FIRST_STEPS
 
 
 @dataclass(frozen=True, slots=True)

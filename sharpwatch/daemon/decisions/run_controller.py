@@ -100,6 +100,7 @@ class RunController:
         self._strongest: Mode = max(own_modes, key=MODES.index)
         self._step: int | None = None
         self._new_attempt = False
+        self._compared_from: int | None = None  # the step from which on the trainer must have what the log has
         self._observed = 0
 
     @property
@@ -172,10 +173,10 @@ class RunController:
             self._log.note_incidents(changed)
         if self._log.open:
             self._lifecycle.settle(obs, now)
-        if self._new_attempt and obs.multipliers:
-            self._new_attempt = False
-            if all(math.isclose(value, 1.0) for value in obs.multipliers.values()):
-                self._requests.reissue(obs.step, now)
+            for made in self._requests.send_planned(obs.step, now):
+                self._rollout.taken_over(made)
+        if self._new_attempt or obs.restored or self._compared_from is not None:
+            self._put_back(obs, now)
         # Without a revision there is nothing to ramp back.
         if findings or self._incidents.foreign or self._log.newest_revision:
             self._engine.act(findings, self.checkpoints, self._mode, obs.step, now)
@@ -189,6 +190,24 @@ class RunController:
         if self._observed % SAVE_EVERY == 0:
             return replace(changes, baselines=self.detection.state())
         return changes
+
+    def _put_back(self, obs: Observation, now: float) -> None:
+        """Put the set in force again where a new attempt, or a checkpoint, has begun with another one.
+
+        One with all multipliers at 1 has nothing under way. Another may be on its way up or down, or about to take a
+        command that was sent before, so that it is judged only once that must have ended.
+        """
+        if not obs.multipliers:
+            return
+        if self._new_attempt or obs.restored:
+            self._new_attempt = False
+            is_plain = all(math.isclose(value, 1.0) for value in obs.multipliers.values()) and not obs.update_every
+            self._compared_from = obs.step if is_plain else obs.step + self._requests.newest_ramp()
+        elif self._compared_from is None or obs.step < self._compared_from or self._log.is_due(obs.step):
+            return
+        if obs.step >= self._compared_from:
+            self._compared_from = None
+            self._requests.put_back(obs, now)
 
     def stalled(self, seconds: float, now: float) -> Changes:
         """Take in that no step has come for so long, though the agent is connected; may be told again and again."""
@@ -335,7 +354,7 @@ class RunController:
         """Put an operator's multipliers and update intervals in force; raises `OperatorError` on what can't be."""
         operator = OperatorContext(author, reason, self._step, now)
         made = self._requests.set(multipliers, ramp_steps, apply_at_step, operator, update_every)
-        if multipliers:
+        if multipliers and made.revision:
             self._rollout.taken_over(made)
         return self._log.take()
 

@@ -2,6 +2,7 @@
 
                 observe ──▶ observed
                 refuse ───▶ refused
+                plan ─────▶ planned ───── send ─▶ sent, cancel ─▶ cancelled, refuse ─▶ refused
     draft ──────send ─────▶ sent ────────┬─ apply ──▶ applied ──┬─ recover ──────────────▶ recovered
                 propose ──▶ proposed     ├─ refuse ─▶ refused   ├─ worsen ───────────────▶ worse
                               │          ├─ fail ───▶ failed    ├─ no_effect, supersede ─▶ no-effect
@@ -27,6 +28,7 @@ REFUSED_THERE = "trainer"  # the guard's name where the trainer's own side refus
 Event = Literal[
     "observe",
     "propose",
+    "plan",
     "refuse",
     "send",
     "approve",
@@ -48,6 +50,11 @@ TRANSITIONS: Mapping[tuple[Outcome, Event], Outcome] = {
     ("draft", "propose"): "proposed",
     ("draft", "refuse"): "refused",
     ("draft", "send"): "sent",
+    ("draft", "plan"): "planned",
+    # An operator's set for a later step is sent shortly before it, unless it is taken back or can't be any more.
+    ("planned", "send"): "sent",
+    ("planned", "cancel"): "cancelled",
+    ("planned", "refuse"): "refused",
     # An operator answers a proposal or takes it back, nobody does in time, or another set of multipliers comes into
     # force first.
     ("proposed", "approve"): "approved",

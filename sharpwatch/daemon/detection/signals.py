@@ -45,7 +45,7 @@ _LOOKED_AT = 2.0  # z of a loss from which on its scatter is asked for
 _FEW = 4  # layer blocks below which their median says nothing of what they have in common
 _GROWTH_SPAN, _GROWTH_EVERY = 20, 5  # samples
 _GROWTH_BLIND = 150  # samples at the start, and after a change of the rates, in which weights may grow as they like
-_FIRST_STEPS = 10  # of a run, in which Adam's updates do not depend on the size of gradients yet
+FIRST_STEPS = 10  # of a run, in which Adam's updates do not depend on the size of gradients yet
 _STARTED = 1e-3  # root mean square of weights below which they are about zero: biases, adapters that begin with nothing
 _WEIGHT_FLOOR = 0.01  # smallest spread taken for real of a norm's change, as a share of the most that a step can do
 _WEIGHT_PATIENCE = 5  # changes in a row that are far from the usual: then it is no event but how the weights grow now
@@ -68,6 +68,7 @@ class Scores:
     Attributes:
         observation: What was observed.
         groups_before: The optimizer's parameter groups as they were; empty before the first are known.
+        groups_at: The step at which they were so.
         loss: By number of samples, from 1 (`ROW`): of the mean loss, from its trend.
         update: The same [rows, L] of the log of the update RMS, less the median over layer blocks.
         gradient: The same of the log of the gradient norm.
@@ -98,6 +99,7 @@ class Scores:
 
     observation: Observation
     groups_before: Mapping[tuple[int, int], OptimizerGroup]
+    groups_at: int
     loss: Doubles = field(default_factory=_nothing)
     update: Doubles = field(default_factory=_nothing)
     gradient: Doubles = field(default_factory=_nothing)
@@ -346,6 +348,7 @@ class Signals:
         self._stepped = np.ones(columns, dtype=bool)  # layer blocks that had a rate in the step before
         self._settling = 0
         self.groups: Mapping[tuple[int, int], OptimizerGroup] = {}
+        self._groups_at = 0
 
     def see(self, seen: Observation, *, keep_out: bool = False, settle: bool = True) -> Scores:
         """Score an observation against what came before it, then take it in.
@@ -360,8 +363,9 @@ class Signals:
             self._go_back()
         if seen.restored:
             self._attention.leave()
-        scores = Scores(seen, self.groups)
-        self.groups = seen.optimizer_groups or self.groups
+        scores = Scores(seen, self.groups, self._groups_at)
+        if seen.optimizer_groups:
+            self.groups, self._groups_at = seen.optimizer_groups, seen.step
         if seen.layers is not None:
             self._see_layers(scores, seen.layers)
             self._before, self._before_step = seen.layers, seen.step
@@ -388,6 +392,7 @@ class Signals:
             **self.sharpness.state(),
             **before,
             "groups": np.array(groups),
+            "groups_at": np.array(self._groups_at),
         }
 
     def load_state(self, arrays: Arrays) -> None:
@@ -407,6 +412,7 @@ class Signals:
             (optimizer, group): OptimizerGroup(settings, steps)
             for optimizer, group, settings, steps in json.loads(str(arrays["groups"]))
         }
+        self._groups_at = int(arrays.get("groups_at", np.array(0)))  # a state of an earlier version has none
 
     def stability_excess(self) -> float:
         """The median stability ratio of the newest three probes over its usual level; NaN where one is not known."""
@@ -459,7 +465,7 @@ class Signals:
             scores.dead &= ~np.isnan(now.update_rms)
         self._was_alive |= now.gradient_norm > 0
         scores.more_zeros = self._zeros.see(now.zero_gradients)
-        if seen.step <= _FIRST_STEPS:
+        if seen.step <= FIRST_STEPS:
             scores.first_change = self._first_change(now)
 
     def _see_trend(self, scores: Scores, *, keep_out: bool, settle: bool) -> None:

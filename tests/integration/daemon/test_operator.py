@@ -262,8 +262,11 @@ async def test_a_sent_command_is_cancelled_by_the_trainer_also_after_a_restart(r
         trainer = await daemon.train()
         await trainer.send(build.sample(1))
         await trainer.acknowledged(1)
-        planned = pb.SetLearningRatesRequest(run="run", multipliers={"qk": 0.5}, apply_at_step=500, author="ann")
-        made = (await daemon.operator.SetLearningRates(planned, metadata=token)).decision.id
+        planned = pb.SetLearningRatesRequest(run="run", multipliers={"qk": 0.5}, apply_at_step=90, author="ann")
+        answer = await daemon.operator.SetLearningRates(planned, metadata=token)
+        made = answer.decision.id
+        assert (answer.decision.outcome, answer.decision.revision) == ("planned", 0)
+        await trainer.send(build.sample(40))  # 50 steps before
         assert (await trainer.next("command")).id == made
         beginning = pb.CancelDecisionRequest(id=made[:5], **who)
         code, details = await refused(daemon.operator.CancelDecision(beginning, metadata=token))
@@ -285,14 +288,14 @@ async def test_a_sent_command_is_cancelled_by_the_trainer_also_after_a_restart(r
     async with running() as daemon:
         trainer = await daemon.train()
         assert (await trainer.next("command")).cancel == made  # and not the command itself
-        result = types_pb2.CommandResult(command_id=made, outcome="COMMAND_OUTCOME_CANCELLED", step=2)
-        await trainer.send(build.sample(2, results=[result]))
-        await trainer.acknowledged(2)
+        result = types_pb2.CommandResult(command_id=made, outcome="COMMAND_OUTCOME_CANCELLED", step=41)
+        await trainer.send(build.sample(41, results=[result]))
+        await trainer.acknowledged(41)
         call = daemon.operator.WatchDecision(pb.WatchDecisionRequest(id=made))
         seen = [response.decision.outcome async for response in call]
         assert seen[-1] == "cancelled"
         assert (await transitions(daemon))[-1] == (made, "cancelled", "bob", "the wrong step")
-        assert [one[1] for one in await transitions(daemon)] == ["sent", "sent", "cancelled"]
+        assert [one[1] for one in await transitions(daemon)] == ["planned", "sent", "sent", "cancelled"]
         (revision,) = (await daemon.operator.ListRevisions(pb.ListRevisionsRequest(run="run"))).revisions
         assert (revision.outcome, revision.HasField("applied_step")) == ("cancelled", False)
 

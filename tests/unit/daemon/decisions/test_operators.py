@@ -159,9 +159,10 @@ def test_mode():
 
 
 def planned(trainer: Trainer):
-    """A change of learning rates that is sent for a step ahead."""
-    step = trainer.step + 50
+    """A change of learning rates that is sent already for a step ahead."""
+    step = trainer.step + 40
     trainer.take(trainer.controller.set_learning_rates({"qk": 0.5}, 0, step, "ann", "plan", trainer.now))
+    trainer.run(1)
     return trainer.controller.decisions[-1]
 
 
@@ -229,3 +230,49 @@ def test_a_policy_does_not_send_again_what_an_operator_cancelled():
     trainer.controller.command_result(ReportedResult(made.id, "cancelled", trainer.step), trainer.now)
     trainer.run(60)
     assert trainer.actions() == [("scale_lr", "cancelled")]
+
+
+def ahead(trainer: Trainer, wanted: dict[str, float], steps: int):
+    """A change of learning rates that is planned for so many steps ahead."""
+    at = trainer.step + steps
+    trainer.take(trainer.controller.set_learning_rates(wanted, 0, at, "ann", "plan", trainer.now))
+    return trainer.controller.decisions[-1]
+
+
+def test_a_planned_set_keeps_what_other_blocks_have_by_then():
+    trainer = trained(mode="enforce")
+    made = ahead(trainer, {"qk": 0.5}, 120)
+    assert (made.outcome, made.revision, trainer.controller.multipliers["qk"]) == ("planned", 0, 1.0)
+    trainer.take(trainer.controller.set_learning_rates({"emb": 2.0}, 0, 0, "bob", "", trainer.now))
+    trainer.run(1)
+    assert (trainer.multipliers["emb"], trainer.multipliers["qk"]) == (2.0, 1.0)
+    trainer.run(118)
+    assert trainer.multipliers["qk"] == 1.0
+    trainer.run(1)
+    assert (trainer.multipliers["emb"], trainer.multipliers["qk"]) == (2.0, 0.5)
+    assert trainer.controller.decisions[0].applied_step == made.apply_at_step
+
+
+def test_a_planned_set_does_not_keep_a_policy_from_cutting():
+    trainer = trained()
+    ahead(trainer, {"emb": 0.9}, 900)
+    trainer.heat["qk"] = 20.0
+    trainer.run(3)
+    trainer.heat["qk"] = 0.0
+    assert trainer.multipliers["qk"] == 0.5
+    trainer.run(896)
+    assert trainer.multipliers["qk"] == 1.0  # ramped back
+    trainer.run(1)
+    assert trainer.multipliers == dict.fromkeys(BLOCKS, 1.0) | {"emb": 0.9}
+
+
+def test_a_planned_set_outlives_a_restart_and_is_cancelled_at_once():
+    trainer = trained()
+    made = ahead(trainer, {"qk": 0.5}, 120)
+    trainer.controller = restored(trainer)
+    trainer.run(60)
+    assert trainer.controller.decisions[0].outcome == "planned"
+    trainer.take(trainer.controller.cancel(made.id, "bob", "not needed", trainer.now))
+    assert [one.outcome for one in trainer.controller.decisions] == ["cancelled"]
+    trainer.run(100)
+    assert trainer.multipliers["qk"] == 1.0

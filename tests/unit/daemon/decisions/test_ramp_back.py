@@ -112,3 +112,11 @@ def test_quiet_since_the_newest_trouble_or_change_on_this_timeline():
     assert quiet_since(incidents, decisions, 100) == 30
     assert quiet_since(incidents, decisions, 25) == 20
     assert quiet_since([], [], 25) == 25
+
+
+def test_a_cut_that_only_a_later_set_brought_comes_off():
+    book = Book().put("scale_lr", 0.5, 0.5, outcome="sent")
+    book.put("set_lr", 3.0, 0.5, policy="")  # an operator's, of qk
+    lost, _ = book.log.decisions
+    book.log.advance(lost, "expire")
+    assert book.active() == [{"vo": 0.5}]

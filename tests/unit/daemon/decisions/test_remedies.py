@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
-from controlled_run import BLOCKS, CUT, GUARD, Trainer, restored, saved, trained
+from controlled_run import BLOCKS, CUT, GUARD, ROLLBACK, Trainer, restored, saved, trained
 
 from sharpwatch.daemon.config.settings import ActionConfig, EscalateConfig, MatchConfig, PolicyConfig
 from sharpwatch.daemon.decisions.muting import Silences
@@ -341,3 +342,32 @@ def test_no_cut_helps_against_numbers_that_are_not_finite_and_the_rollback_comes
     run.run(60)
     assert back.id == run.controller.decisions[-1].id
     assert run.controller.decisions[-1].outcome == "recovered"
+
+
+class ColdTrainer(Trainer):
+    """One that begins with steps which change 30 % of its weights, where no multiplier cuts them."""
+
+    def observe(self, loss=None, **layers):
+        super().observe(loss, second_moment=np.float32(1), weight_norm=np.float32(1e-3 * 1000**0.5 / 0.3), **layers)
+
+
+def test_a_run_without_a_warm_up_begins_anew_under_the_cut():
+    run = ColdTrainer((RATE, ROLLBACK), lr_bounds=(0.001, 10.0))
+    saved(run, 0)
+    run.run(6)
+    assert run.actions() == [("scale_lr", "no-effect"), ("rollback", "applied")]
+    cut, back = run.controller.decisions
+    assert "only beginning anew takes that back" in cut.detail
+    assert back.rollback.checkpoint.step == 0
+    run.run(8)
+    assert run.actions()[2:] == []  # not met again
+    assert run.multipliers == pytest.approx(dict.fromkeys(BLOCKS, 0.05 / 0.3), rel=1e-3)
+    run.run(2000)
+    assert at_rest(run)
+
+
+def test_a_run_without_a_warm_up_and_a_checkpoint_is_told_so():
+    run = ColdTrainer((RATE, ROLLBACK), lr_bounds=(0.001, 10.0))
+    run.run(20)
+    assert run.actions() == [("scale_lr", "no-effect"), ("rollback", "refused")]
+    assert run.controller.decisions[-1].guard == "checkpoint: there is none from before the onset"

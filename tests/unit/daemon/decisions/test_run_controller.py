@@ -371,3 +371,57 @@ def test_a_restart_does_not_lose_sight_of_trouble_that_goes_on():
             [(one.name, one.first_step, one.last_step, one.active) for one in trainer.controller.incidents]
         )
     assert histories[0] == histories[1]
+
+
+def resumed_with(trainer: Trainer, multipliers: dict[str, float]) -> None:
+    """A new attempt whose checkpoint has these multipliers."""
+    trainer.begin_anew()
+    trainer.multipliers |= multipliers
+
+
+@pytest.mark.parametrize("saved", [{"qk": 0.7}, {"qk": 0.7, "emb": 0.2}, {"emb": 0.2}])
+def test_a_checkpoint_with_another_set_gets_the_one_in_force(saved):
+    trainer = trained()
+    trainer.take(trainer.controller.set_learning_rates({"qk": 0.5}, 0, 0, "ann", "", trainer.now))
+    trainer.run(1)
+    resumed_with(trainer, saved)
+    trainer.run(2)
+    assert trainer.multipliers == dict.fromkeys(BLOCKS, 1.0) | {"qk": 0.5}
+    made = trainer.controller.decisions[-1]
+    assert made.author == "sharpwatch"
+    assert "resumed with" in made.reason
+    trainer.run(50)
+    assert trainer.controller.decisions[-1] == made
+
+
+def test_a_checkpoint_from_before_a_ramp_back_does_not_keep_the_cut():
+    trainer = trained()
+    trainer.heat["qk"] = 20.0
+    trainer.run(3)
+    trainer.heat["qk"] = 0.0
+    assert trainer.multipliers["qk"] == 0.5
+    trainer.run(200)
+    assert trainer.multipliers["qk"] == 1.0
+    resumed_with(trainer, {"qk": 0.5})
+    trainer.run(60)  # the ramp of the newest set, which might go on
+    assert trainer.multipliers["qk"] == 1.0
+
+
+def test_a_resume_under_way_to_what_is_in_force_is_left_alone():
+    trainer = trained()
+    trainer.take(trainer.controller.set_learning_rates({"qk": 0.5}, 20, 0, "ann", "", trainer.now))
+    trainer.run(1)
+    resumed_with(trainer, {"qk": 0.9})
+    for value in np.geomspace(0.9, 0.5, 19):
+        trainer.multipliers["qk"] = float(value)
+        trainer.run(1)
+    trainer.run(20)
+    assert len(trainer.controller.decisions) == 1
+
+
+def test_a_trainer_whose_sets_nobody_knows_keeps_its_own():
+    trainer = trained()
+    resumed_with(trainer, {"qk": 0.5})
+    trainer.run(50)
+    assert trainer.multipliers["qk"] == 0.5
+    assert trainer.controller.decisions == ()

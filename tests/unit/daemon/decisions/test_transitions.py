@@ -22,7 +22,8 @@ from sharpwatch.daemon.records import Decision
 
 # Written out once more, so that no transition can come or go unseen. A pair that is not here must be refused.
 EXPECTED = {
-    "draft": {"observe": "observed", "propose": "proposed", "refuse": "refused", "send": "sent"},
+    "draft": {"observe": "observed", "propose": "proposed", "refuse": "refused", "send": "sent", "plan": "planned"},
+    "planned": {"send": "sent", "cancel": "cancelled", "refuse": "refused"},
     "proposed": {
         "approve": "approved",
         "reject": "rejected",
@@ -56,7 +57,7 @@ PAIRS = [(outcome, event) for outcome in OUTCOMES for event in EVENTS]
 def test_every_outcome_and_event_is_expected_or_refused():
     assert EXPECTED.keys() == set(OUTCOMES)
     assert {event for events in EXPECTED.values() for event in events} == set(EVENTS)
-    assert len(PAIRS) == 15 * 15
+    assert len(PAIRS) == 16 * 16
 
 
 @pytest.mark.parametrize(("outcome", "event"), PAIRS)
@@ -120,6 +121,7 @@ DONE = {
     "approved": (True, None),
     "rejected": (False, None),
     "refused": (False, None),
+    "planned": (False, None),
     "sent": (True, None),
     "applied": (None, True),
     "recovered": (None, True),

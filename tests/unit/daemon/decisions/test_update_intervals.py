@@ -84,3 +84,21 @@ def test_what_can_not_be_is_refused():
         set_every(trained(control="none"), {"emb": 2})
     with pytest.raises(OperatorError, match="no block is named"):
         set_every(trainer, {})
+
+
+def test_they_end_no_ramp_and_leave_a_ramp_back_guarded():
+    trainer = trained()
+    trainer.heat["ffn"] = 20.0
+    trainer.run(2)
+    trainer.heat["ffn"] = 0.0
+    trainer.run(70)
+    set_every(trainer, {"emb": 4})
+    stage, own = trainer.controller.decisions[-2:]
+    assert stage.action == "ramp_back"
+    assert own.ramp_steps == stage.applied_step + stage.ramp_steps - trainer.step > 0
+    trainer.run(2)
+    trainer.heat["ffn"] = 20.0
+    trainer.run(3)
+    assert next(made for made in trainer.controller.decisions if made.id == stage.id).outcome == "worse"
+    newest = trainer.controller.revisions[-1]
+    assert (trainer.multipliers["ffn"], newest.update_every) == (0.5, {"emb": 4})

@@ -423,3 +423,19 @@ def test_weights_that_jump_while_they_rest_are_found():
     run = resting(healthy_run(420), 10)
     (found,) = incidents_of([scaled(seen, 0, weight_norm=1.5) if seen.step >= 405 else seen for seen in run])
     assert (found.name, found.layer_blocks) == ("WeightJump", ("layers.0.qk",))
+
+
+def test_a_restored_state_that_has_left_updates_out_is_no_fault():
+    """A block that rests at some steps has seen fewer of them, before a rollback and after it."""
+    made = detection()
+    assert incidents_of(with_group(healthy_run(AT), AT, SETTINGS, AT - 150), made) == ()
+    again = with_group(healthy_run(400, seed=1)[250:], 251, SETTINGS, 251 - 140)
+    assert incidents_of([replace(again[0], restored=True), *again[1:]], made) == ()
+
+
+def test_a_state_that_is_lost_with_a_rollback_is_found_though_updates_were_left_out():
+    made = detection()
+    assert incidents_of(with_group(healthy_run(AT), AT, SETTINGS, AT - 150), made) == ()
+    again = with_group(healthy_run(400, seed=1)[250:], 251, SETTINGS, 0)
+    (found,) = incidents_of([replace(again[0], restored=True), *again[1:]], made)
+    assert found.name == "OptimizerState"
