@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Generator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -87,20 +88,26 @@ def pytest_collection() -> Generator[None]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what is slow, and put the longest first, by the tables."""
     for item in items:
-        if _place(item).startswith(SLOW) and not _place(item).startswith(NOT_SLOW):
+        if _place(item.path).startswith(SLOW) and not _place(item.path).startswith(NOT_SLOW):
             item.add_marker(pytest.mark.slow)
-    items.sort(key=lambda item: next((i for i, path in enumerate(FIRST) if _place(item).startswith(path)), len(FIRST)))
+    items.sort(key=lambda item: _order(item.path))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Where many processes train with other projects' trainers, these are imported once for all."""
     folders = ("distributed", "examples", "integration/integrations", "integration/optimizers")
-    if any(_place(item).startswith(folders) and item.get_closest_marker("slow") for item in session.items):
+    if any(_place(item.path).startswith(folders) and item.get_closest_marker("slow") for item in session.items):
         preload_frameworks()
 
 
-def _place(item: pytest.Item) -> str:
-    return item.path.relative_to(Path(__file__).parent).as_posix()
+@cache
+def _place(path: Path) -> str:
+    return path.relative_to(Path(__file__).parent).as_posix()
+
+
+@cache
+def _order(path: Path) -> int:
+    return next((i for i, first in enumerate(FIRST) if _place(path).startswith(first)), len(FIRST))
 
 
 @pytest.fixture(autouse=True, scope="session")
