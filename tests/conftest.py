@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import structlog
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the modules that several folders of tests share
@@ -114,6 +115,13 @@ def _order(path: Path) -> int:
 def _one_thread() -> None:
     """Small tensors on few cores: threads cost more than they bring, and sums keep one order."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _plain_tracebacks() -> None:
+    """What the daemon's parts log in this process: rich would lay out each traceback for most of a second."""
+    plain = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+    structlog.configure(processors=[*structlog.get_config()["processors"][:-1], plain])
 
 
 @pytest.fixture(autouse=True, scope="session")
