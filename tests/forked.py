@@ -19,6 +19,7 @@ import sys
 import threading
 import traceback
 import types
+from multiprocessing import forkserver
 from multiprocessing.reduction import DupFd
 from pathlib import Path
 
@@ -92,6 +93,30 @@ class ForkedProcess:
 
     def terminate(self):
         self.send_signal(signal.SIGTERM)
+
+
+class ForkedRank(ForkedProcess):
+    """A rank of torchrun's, as the `Popen` of its Python program that torchrun makes; the streams are torchrun's."""
+
+    def __init__(self, args, *, env, start_new_session, stdout, stderr):
+        assert stdout is stderr is None
+        _, unbuffered, path, *arguments = args
+        assert unbuffered == "-u"
+        forkserver._forkserver.ensure_running = lambda: None  # it runs: it has forked torchrun, and is not its child
+        streams = [DupFd(fd) for fd in (0, 1, 2)]
+        what = ("", path, arguments)
+        self._process = FORKS.Process(target=_main, args=(what, streams, env, ".", start_new_session))
+        self._process.start()
+        self.pid = self._process.pid
+
+
+# `torchrun`, as code.
+TORCHRUN = f"""
+import forked
+from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+subprocess_handler.Popen = forked.ForkedRank
+{module_code("torch.distributed.run")}
+"""
 
 
 def run(code="", *, timeout, **options):
