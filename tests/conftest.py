@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
 import sys
+from collections.abc import Generator
+from functools import cache
 from pathlib import Path
 
 import pytest
+import structlog
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the modules that several folders of tests share
@@ -71,29 +75,53 @@ FIRST = (
 )
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None]:
+    """Nothing that collection imports is garbage: walking through it takes as long as all the rest of it."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what is slow, and put the longest first, by the tables."""
     for item in items:
-        if _place(item).startswith(SLOW) and not _place(item).startswith(NOT_SLOW):
+        if _place(item.path).startswith(SLOW) and not _place(item.path).startswith(NOT_SLOW):
             item.add_marker(pytest.mark.slow)
-    items.sort(key=lambda item: next((i for i, path in enumerate(FIRST) if _place(item).startswith(path)), len(FIRST)))
+    items.sort(key=lambda item: _order(item.path))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Where many processes train with other projects' trainers, these are imported once for all."""
     folders = ("distributed", "examples", "integration/integrations", "integration/optimizers")
-    if any(_place(item).startswith(folders) and item.get_closest_marker("slow") for item in session.items):
+    if any(_place(item.path).startswith(folders) and item.get_closest_marker("slow") for item in session.items):
         preload_frameworks()
 
 
-def _place(item: pytest.Item) -> str:
-    return item.path.relative_to(Path(__file__).parent).as_posix()
+@cache
+def _place(path: Path) -> str:
+    return path.relative_to(Path(__file__).parent).as_posix()
+
+
+@cache
+def _order(path: Path) -> int:
+    return next((i for i, first in enumerate(FIRST) if _place(path).startswith(first)), len(FIRST))
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     """Small tensors on few cores: threads cost more than they bring, and sums keep one order."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _plain_tracebacks() -> None:
+    """What the daemon's parts log in this process: rich would lay out each traceback for most of a second."""
+    plain = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+    structlog.configure(processors=[*structlog.get_config()["processors"][:-1], plain])
 
 
 @pytest.fixture(autouse=True, scope="session")

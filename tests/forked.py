@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import multiprocessing
 import os
 import runpy
@@ -18,6 +19,7 @@ import sys
 import threading
 import traceback
 import types
+from multiprocessing import forkserver
 from multiprocessing.reduction import DupFd
 from pathlib import Path
 
@@ -93,6 +95,30 @@ class ForkedProcess:
         self.send_signal(signal.SIGTERM)
 
 
+class ForkedRank(ForkedProcess):
+    """A rank of torchrun's, as the `Popen` of its Python program that torchrun makes; the streams are torchrun's."""
+
+    def __init__(self, args, *, env, start_new_session, stdout, stderr):
+        assert stdout is stderr is None
+        _, unbuffered, path, *arguments = args
+        assert unbuffered == "-u"
+        forkserver._forkserver.ensure_running = lambda: None  # it runs: it has forked torchrun, and is not its child
+        streams = [DupFd(fd) for fd in (0, 1, 2)]
+        what = ("", path, arguments)
+        self._process = FORKS.Process(target=_main, args=(what, streams, env, ".", start_new_session))
+        self._process.start()
+        self.pid = self._process.pid
+
+
+# `torchrun`, as code.
+TORCHRUN = f"""
+import forked
+from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+subprocess_handler.Popen = forked.ForkedRank
+{module_code("torch.distributed.run")}
+"""
+
+
 def run(code="", *, timeout, **options):
     """As `subprocess.run` with its output captured: (exit status, standard output, standard error)."""
     process = ForkedProcess(code, stderr=subprocess.PIPE, **options)
@@ -124,6 +150,7 @@ def _error_stream(stderr, stdout):
 
 def _main(what, streams, env, cwd, start_new_session):
     """The forked process."""
+    gc.freeze()  # what the server imported is no garbage, and to walk through it takes half a second each time
     for number, stream in enumerate(streams):
         fd = stream.detach()
         os.dup2(fd, number)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import importlib.util
 import os
 import sys
@@ -14,6 +15,7 @@ import torch.distributed as dist
 
 
 def main(file, function, folder, environment, timeout):
+    gc.freeze()  # as every forked process, see forked.py
     os.environ.update(environment, RESULTS=folder)
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     with Path(folder, f"output{rank}").open("w") as output:

@@ -58,16 +58,13 @@ TRAINERS = (
 )
 
 
-TORCHRUN = forked.module_code("torch.distributed.run")
-
-
 def run(file: str, folder: Path, *, ranks: int = 1, **environment: str) -> str:
     """Run an example in `folder`; returns what it printed."""
     offline = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf")}
     options = {"path": EXAMPLES / file, "env": {**os.environ, **offline, **environment}, "cwd": folder}
     if ranks > 1:
         arguments = ("--standalone", f"--nproc-per-node={ranks}", str(options.pop("path")))
-        options |= {"code": TORCHRUN, "arguments": arguments}
+        options |= {"code": forked.TORCHRUN, "arguments": arguments}
     status, output, errors = forked.run(**options, timeout=240)
     assert status == 0, output + errors
     return output

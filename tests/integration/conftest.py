@@ -7,12 +7,12 @@ import json
 import os
 import queue
 import signal
+import subprocess
 import sys
 import threading
 
 import forked
 import pytest
-import pytest_asyncio
 from daemons import Daemon
 
 
@@ -118,31 +118,31 @@ def environ(tmp_path):
     }
 
 
-@pytest_asyncio.fixture
-async def served(tmp_path, environ):
+@pytest.fixture
+def served(tmp_path, environ):
     """`sharpwatch serve` once it serves, with the store and addresses of its options; SIGTERM ends it with 0."""
     config = tmp_path / "config.yaml"
     config.write_text(
         "daemon: {grpc: '127.0.0.1:1', http: '127.0.0.1:1', store: 'sqlite:////nowhere/x.db', device: cpu}\n"
     )
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "sharpwatch", "serve", "--config", str(config)),
-        *("--grpc", environ["SHARPWATCH_ADDRESS"], "--http", "127.0.0.1:0"),
-        *("--store", f"sqlite:///{tmp_path}/journal.db", "--log-level", "info"),
-        env=environ,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    output = b""
-    async for line in process.stderr:
-        output += line
+    arguments = ("serve", "--config", str(config), "--grpc", environ["SHARPWATCH_ADDRESS"], "--http", "127.0.0.1:0")
+    arguments += ("--store", f"sqlite:///{tmp_path}/journal.db", "--log-level", "info")
+    process = forked.ForkedProcess(forked.COMMAND_LINE, env=environ, stderr=subprocess.PIPE, arguments=arguments)
+    output = []
+    for line in process.stderr:
+        output.append(line)
         if json.loads(line)["event"] == "serving":
             break
     else:
-        pytest.fail(f"the daemon ended: {output.decode()}")
+        pytest.fail(f"the daemon ended: {''.join(output)}")
+    drain = threading.Thread(target=lambda: output.extend(process.stderr))
+    drain.start()
     yield process
     process.send_signal(signal.SIGTERM)
-    _, rest = await process.communicate()
-    assert process.returncode == 0, rest.decode()
+    drain.join()
+    status = process.wait()
+    process.close()
+    assert status == 0, "".join(output)
 
 
 @pytest.fixture

@@ -6,12 +6,12 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from daemons import PATIENCE, Daemon
+from forked import ForkedProcess
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/operating.md").read_text(encoding="utf-8")
@@ -34,19 +34,16 @@ def trainer(daemon, tmp_path):
     """The tutorial's run."""
     environment = {"SHARPWATCH_ADDRESS": daemon.grpc, "OMP_NUM_THREADS": "1"}
     with (tmp_path / "trainer.log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / "examples/spike.py")],
-            cwd=tmp_path,
-            env={**os.environ, **environment},
-            stdout=log,
-            stderr=log,
+        process = ForkedProcess(
+            path=ROOT / "examples/spike.py", cwd=tmp_path, env={**os.environ, **environment}, stderr=log
         )
         yield process
         process.kill()
         process.wait()
+        process.close()
 
 
-def awaited(daemon: Daemon, trainer: subprocess.Popen, what: str, outcome: str) -> dict:
+def awaited(daemon: Daemon, trainer: ForkedProcess, what: str, outcome: str) -> dict:
     """The first decision of that action once it has come to an outcome."""
     deadline = time.monotonic() + 4 * PATIENCE
     while time.monotonic() < deadline:

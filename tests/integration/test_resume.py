@@ -7,7 +7,7 @@ import json
 import os
 import signal
 
-from forked import ForkedProcess, module_code
+from forked import TORCHRUN, ForkedProcess
 
 # Trains under whatever world size it is started with, a checkpoint after every step; tells the groups of each step.
 SCRIPT = """
@@ -66,7 +66,7 @@ def start(folder, daemon, *torchrun):
     options = {"env": os.environ | environment, "start_new_session": True}
     if torchrun:
         arguments = (*torchrun, str(path), str(folder / "run.pt"))
-        return ForkedProcess(module_code("torch.distributed.run"), arguments=arguments, **options)
+        return ForkedProcess(TORCHRUN, arguments=arguments, **options)
     return ForkedProcess(path=path, arguments=(str(folder / "run.pt"),), **options)
 
 

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -136,8 +137,8 @@ IO |= {"asyncio", "signal", "shutil", "tempfile", "http", "urllib", "sqlite3", "
 IO |= {"grpc", "aiohttp", "structlog", "prometheus_client", "rich", "transformers"}
 
 
-def modules():
-    """(dotted name, syntax tree) of every module of the package that is written by hand."""
+def parsed():
+    """(dotted name, whether it is a package, syntax tree) of every module of the package that is written by hand."""
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
         if parts[0] != "v1":
@@ -168,15 +169,18 @@ def room_of(dotted):
     return next((name for name in names if name in ALLOWED), "")
 
 
-MODULES = {name: set(imported(name, is_package, tree)) for name, is_package, tree in modules()}
+@cache  # read by the first test, not by every process that collects this file
+def modules():
+    """What each module imports."""
+    return {name: set(imported(name, is_package, tree)) for name, is_package, tree in parsed()}
 
 
 def roots(name):
-    return {dotted.partition(".")[0] for dotted in MODULES[name]}
+    return {dotted.partition(".")[0] for dotted in modules()[name]}
 
 
 def within(*parts):
-    return sorted(name for name in MODULES if any(is_in(name, part) for part in parts))
+    return sorted(name for name in modules() if any(is_in(name, part) for part in parts))
 
 
 def is_in(name, part):
@@ -191,7 +195,9 @@ def is_allowed(name, dotted):
 
 
 def test_imports_run_downwards():
-    wrong = [f"{name} -> {dotted}" for name in MODULES for dotted in MODULES[name] if not is_allowed(name, dotted)]
+    wrong = [
+        f"{name} -> {dotted}" for name, found in modules().items() for dotted in found if not is_allowed(name, dotted)
+    ]
     assert not wrong, "\n".join(["not in ALLOWED:", *sorted(wrong)])
 
 
@@ -203,10 +209,10 @@ def test_the_table_itself_points_downwards():
 
 
 def test_every_room_has_its_row():
-    rooms = {".".join(name.split(".")[1:]) for name in MODULES if (PACKAGE / Path(*name.split(".")[1:])).is_dir()}
+    rooms = {".".join(name.split(".")[1:]) for name in modules() if (PACKAGE / Path(*name.split(".")[1:])).is_dir()}
     rooms = {room for room in rooms if room.count(".") < 2} - {"curvature"}  # which has nothing beside its rooms
     assert rooms <= set(ALLOWED)
-    assert {name.split(".")[1] for name in MODULES if "." in name} <= {room.split(".")[0] for room in ALLOWED}
+    assert {name.split(".")[1] for name in modules() if "." in name} <= {room.split(".")[0] for room in ALLOWED}
 
 
 @pytest.mark.parametrize("part", ["blocks", "curvature", "agent", "daemon", "cli"])
@@ -222,7 +228,7 @@ def test_in_the_agent_only_the_courier_imports_grpc():
     beside = [name for name in within("agent") if name != "sharpwatch.agent.transport.courier"]
     assert len(beside) == len(within("agent")) - 1
     assert not [name for name in beside if roots(name) & {"grpc", "grpc_health", "grpc_reflection"}]
-    dotted = [(name, each) for name in beside for each in MODULES[name]]
+    dotted = [(name, each) for name in beside for each in modules()[name]]
     assert not [pair for pair in dotted if "_pb2_grpc" in pair[1]]
     assert not [pair for pair in dotted if pair[1].startswith("sharpwatch.agent.transport.courier.")]
 

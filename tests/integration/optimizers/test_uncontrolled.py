@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import subprocess
-import sys
+import os
 
+import forked
 import pytest
 import torch
 from small_llama import RATE, backward, imported, llama, order, same
@@ -217,10 +217,10 @@ def one_rank(tmp_path_factory, request):
     path = tmp_path_factory.mktemp("one_rank") / "one_rank.py"
     path.write_text(ONE_RANK)
     here = request.path.parent
-    command = [sys.executable, str(path), str(here), str(here.parents[1])]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr
-    return {kind: lines for kind, *lines in (part.splitlines() for part in done.stdout.split("# ")[1:])}
+    folders = (str(here), str(here.parents[1]))
+    status, output, errors = forked.run(path=path, env=os.environ, arguments=folders, timeout=240)
+    assert status == 0, errors
+    return {kind: lines for kind, *lines in (part.splitlines() for part in output.split("# ")[1:])}
 
 
 def test_flat_parameters_are_tapped_as_other_without_probes(one_rank):
