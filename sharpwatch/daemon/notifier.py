@@ -34,6 +34,9 @@ _ASKS = frozenset(
 class Notifier:
     """Sends alerts to one webhook, the newest state of each; nothing in the daemon waits for it.
 
+    An alert is told again only once something else than its evidence has changed: an open incident is recorded about
+    every ten steps, and each time with other numbers.
+
     Args:
         config: The webhook.
         metrics: Where it counts what was sent and what was not.
@@ -47,12 +50,13 @@ class Notifier:
         self._metrics = metrics
         self._waiting: dict[str, dict[str, Any]] = {}  # by fingerprint, oldest first
         self._began: dict[str, str] = {}  # by fingerprint, of what goes on
+        self._told: dict[str, str] = {}  # by fingerprint, what was told of what goes on, without the evidence
         self._filled = asyncio.Event()
         self._headers = webhook_headers("notifications", config.token_file)
         self._shown = shown_webhook(config.webhook)
 
     def tell(self, incidents: Iterable[Incident], decisions: Iterable[Decision]) -> None:
-        """Have changed records sent that somebody should know of."""
+        """Have records sent that somebody should know of, as far as they say something new."""
         if not self._config.webhook:
             return
         critical = self._config.severity == "critical"
@@ -65,14 +69,20 @@ class Notifier:
                 self._put(_decision(made))
 
     def _put(self, alert: dict[str, Any]) -> None:
-        fingerprint = alert["fingerprint"]
+        fingerprint, news = alert["fingerprint"], _news(alert)
         alert["startsAt"] = self._began.setdefault(fingerprint, alert["startsAt"])
+        # What still waits is replaced in any case, so that the newest evidence goes out.
+        if self._told.get(fingerprint) == news and fingerprint not in self._waiting:
+            return
+        self._told[fingerprint] = news
         if alert["status"] == "resolved":
-            del self._began[fingerprint]
+            del self._began[fingerprint], self._told[fingerprint]
         self._waiting.pop(fingerprint, None)
         self._waiting[fingerprint] = alert
         while len(self._waiting) > _WAITING:
-            self._waiting.pop(next(iter(self._waiting)))
+            lost = next(iter(self._waiting))
+            del self._waiting[lost]
+            self._told.pop(lost, None)  # so that its next record is told
             self._metrics.notifications.labels("dropped").inc()
         self._filled.set()
 
@@ -133,6 +143,12 @@ def message(alerts: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def _news(alert: dict[str, Any]) -> str:
+    """What must change for an alert to be told again: all that it says but the evidence and the times."""
+    said = {name: text for name, text in alert["annotations"].items() if name != "description"}
+    return json.dumps([alert["status"], alert["labels"], said])
+
+
 def _incident(incident: Incident) -> dict[str, Any]:
     culprit = incident.layer_blocks[0] if incident.layer_blocks else ""
     where = f" in {culprit}" if culprit else ""
@@ -150,6 +166,7 @@ def _incident(incident: Incident) -> dict[str, Any]:
             "summary": f"{incident.run}: {incident.name}{where} since step {incident.onset}, cause {incident.cause}",
             "description": "; ".join(incident.evidence) + (f". Closed: {incident.closed}" if incident.closed else ""),
             "command": f"sharpwatch incidents {incident.run}",
+            **({"acknowledged": incident.acknowledged} if incident.acknowledged else {}),
         },
     )
 

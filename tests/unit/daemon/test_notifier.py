@@ -75,6 +75,45 @@ async def test_an_incident_is_told_when_it_opens_and_when_it_closes():
     assert closed["annotations"]["description"].endswith("Closed: no finding")
 
 
+async def test_an_incident_that_merely_goes_on_is_told_once():
+    """One that is open is recorded again and again, with other numbers in its evidence."""
+    async with notifying() as (webhook, made, _):
+        made.tell([PAGE], [])
+        (first,) = await webhook.alerts()
+        for step in range(10, 60):
+            made.tell([replace(PAGE, last_step=step, evidence=(f"no step for {step} s",))], [PROPOSAL])
+            made.tell([], [replace(PROPOSAL, detail=f"as of step {step}")])
+        assert [each["fingerprint"] for each in await webhook.alerts()] == ["d1"]
+        made.tell([replace(PAGE, active=False, evidence=("no step for 60 s",))], [])
+        (closed,) = await webhook.alerts()
+        assert (closed["status"], closed["startsAt"]) == ("resolved", first["startsAt"])
+        assert closed["annotations"]["description"] == "no step for 60 s"
+        assert webhook.got.empty()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"severity": "critical"},
+        {"name": "WeightJump"},
+        {"cause": "damaged-weight"},
+        {"blocks": ("vo",), "layer_blocks": ("layers.1.vo",)},
+        {"onset": 3},
+        {"acknowledged": "ann: bad shard"},
+    ],
+    ids=str,
+)
+async def test_an_incident_is_told_again_once_it_is_another(change):
+    warning = replace(PAGE, severity="warning")
+    async with notifying(severity="warning") as (webhook, made, _):
+        made.tell([warning], [])
+        await webhook.alerts()
+        made.tell([replace(warning, **change)], [])
+        (again,) = await webhook.alerts()
+    assert (again["status"], again["fingerprint"]) == ("firing", "i1")
+    assert again["annotations"].get("acknowledged", "") == change.get("acknowledged", "")
+
+
 async def test_an_alert_of_another_system_is_not_told_back():
     async with notifying() as (webhook, made, _):
         made.tell([replace(PAGE, id="f1", foreign=ForeignAlert("NodeDown", "print", 1e9)), PAGE], [])
