@@ -14,7 +14,7 @@ import math
 import os
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, astuple
@@ -42,6 +42,7 @@ from sharpwatch.daemon.storage.schema import (
     SCHEMAS,
     BaselinesRow,
     EstimateRow,
+    NotificationRow,
     PendingWrites,
     ReferenceRow,
     SampleRow,
@@ -199,6 +200,20 @@ class Journal:
         with self._store_errors():
             rows = self._connection.execute("SELECT record FROM silences ORDER BY rowid")
             return tuple(Silence(**json.loads(record)) for (record,) in rows)
+
+    def notifications(self) -> tuple[NotificationRow, ...]:
+        """Returns the notifications that wait or go on, those that have waited longest first."""
+        with self._store_errors():
+            rows = self._connection.execute("SELECT fingerprint, alert, waits FROM notifications ORDER BY rowid")
+            return tuple(NotificationRow(fingerprint, alert, bool(waits)) for fingerprint, alert, waits in rows)
+
+    def keep_notifications(self, rows: Mapping[str, NotificationRow | None]) -> None:
+        """Replaces notifications by fingerprint; None removes one."""
+        with self._store_errors(), self._transaction() as connection:
+            connection.executemany("DELETE FROM notifications WHERE fingerprint = ?", [(each,) for each in rows])
+            connection.executemany(
+                "INSERT INTO notifications VALUES (?, ?, ?)", [astuple(row) for row in rows.values() if row is not None]
+            )
 
     @contextmanager
     def _store_errors(self) -> Iterator[None]:
@@ -450,6 +465,14 @@ class Store:
     async def silences(self) -> tuple[Silence, ...]:
         """Returns all silences, oldest first."""
         return await self._call(self._journal.silences)
+
+    async def notifications(self) -> tuple[NotificationRow, ...]:
+        """Returns the notifications that wait or go on, those that have waited longest first."""
+        return await self._call(self._journal.notifications)
+
+    async def keep_notifications(self, rows: Mapping[str, NotificationRow | None]) -> None:
+        """Replaces notifications by fingerprint; None removes one."""
+        await self._call(partial(self._journal.keep_notifications, rows))
 
     async def close(self) -> None:
         """Closes the journal after the writes in progress."""

@@ -66,8 +66,11 @@ _PLANS = """
 CREATE TABLE plans (id TEXT PRIMARY KEY, run TEXT NOT NULL, made_at REAL NOT NULL, record TEXT NOT NULL);
 CREATE INDEX plans_by_run ON plans (run);
 """
+_NOTIFICATIONS = """
+CREATE TABLE notifications (fingerprint TEXT PRIMARY KEY, alert TEXT NOT NULL, waits INTEGER NOT NULL);
+"""
 # Only appended to: an entry that was released is in journals that exist. A journal of version n has the first n.
-SCHEMAS = (_TABLES, _TRANSITIONS, _RESIDUALS, _BASELINES, _REFERENCES, _SILENCES, _PLANS)
+SCHEMAS = (_TABLES, _TRANSITIONS, _RESIDUALS, _BASELINES, _REFERENCES, _SILENCES, _PLANS, _NOTIFICATIONS)
 SCHEMA_VERSION = len(SCHEMAS)
 FIRST_TABLES = {"attempts", "samples", "alerts", "decisions", "revisions"}  # in a journal of any version
 
@@ -137,6 +140,15 @@ class ReferenceRow:
     author: str
     reason: str
     made_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class NotificationRow:
+    """A notification that waits to be sent, or of what goes on; `alert` is what is told of it, as JSON."""
+
+    fingerprint: str
+    alert: str
+    waits: bool
 
 
 @dataclass(frozen=True, slots=True)
