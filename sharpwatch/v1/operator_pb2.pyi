@@ -1055,6 +1055,7 @@ class GetDaemonResponse(google.protobuf.message.Message):
     STORE_WRITABLE_FIELD_NUMBER: builtins.int
     STORE_ERROR_FIELD_NUMBER: builtins.int
     ROLE_FIELD_NUMBER: builtins.int
+    TAKES_DRY_RUN_FIELD_NUMBER: builtins.int
     version: builtins.str
     protocol: builtins.int
     uptime_seconds: builtins.float
@@ -1066,6 +1067,8 @@ class GetDaemonResponse(google.protobuf.message.Message):
     store_error: builtins.str
     role: builtins.str
     """viewer or operator: what the caller may do."""
+    takes_dry_run: builtins.bool
+    """Whether every request that changes something takes dry_run: an earlier daemon would make the change."""
     def __init__(
         self,
         *,
@@ -1079,8 +1082,9 @@ class GetDaemonResponse(google.protobuf.message.Message):
         store_writable: builtins.bool = ...,
         store_error: builtins.str = ...,
         role: builtins.str = ...,
+        takes_dry_run: builtins.bool = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["device", b"device", "http_address", b"http_address", "protocol", b"protocol", "role", b"role", "runs", b"runs", "store", b"store", "store_error", b"store_error", "store_writable", b"store_writable", "uptime_seconds", b"uptime_seconds", "version", b"version"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["device", b"device", "http_address", b"http_address", "protocol", b"protocol", "role", b"role", "runs", b"runs", "store", b"store", "store_error", b"store_error", "store_writable", b"store_writable", "takes_dry_run", b"takes_dry_run", "uptime_seconds", b"uptime_seconds", "version", b"version"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___GetDaemonResponse: typing_extensions.TypeAlias = GetDaemonResponse
@@ -1355,11 +1359,14 @@ class SetLearningRatesRequest(google.protobuf.message.Message):
     AUTHOR_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
     UPDATE_EVERY_FIELD_NUMBER: builtins.int
+    DRY_RUN_FIELD_NUMBER: builtins.int
     run: builtins.str
     ramp_steps: builtins.int
     apply_at_step: builtins.int
     author: builtins.str
     reason: builtins.str
+    dry_run: builtins.bool
+    """Only check it, and answer what it would come to."""
     @property
     def multipliers(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]:
         """Blocks that are not named keep their multiplier."""
@@ -1378,8 +1385,9 @@ class SetLearningRatesRequest(google.protobuf.message.Message):
         author: builtins.str = ...,
         reason: builtins.str = ...,
         update_every: collections.abc.Mapping[builtins.str, builtins.int] | None = ...,
+        dry_run: builtins.bool = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["apply_at_step", b"apply_at_step", "author", b"author", "multipliers", b"multipliers", "ramp_steps", b"ramp_steps", "reason", b"reason", "run", b"run", "update_every", b"update_every"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["apply_at_step", b"apply_at_step", "author", b"author", "dry_run", b"dry_run", "multipliers", b"multipliers", "ramp_steps", b"ramp_steps", "reason", b"reason", "run", b"run", "update_every", b"update_every"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___SetLearningRatesRequest: typing_extensions.TypeAlias = SetLearningRatesRequest
@@ -1411,11 +1419,14 @@ class UndoLearningRatesRequest(google.protobuf.message.Message):
     REVISION_FIELD_NUMBER: builtins.int
     AUTHOR_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
+    DRY_RUN_FIELD_NUMBER: builtins.int
     run: builtins.str
     revision: builtins.int
     """0: the newest."""
     author: builtins.str
     reason: builtins.str
+    dry_run: builtins.bool
+    """Only check it, and answer what it would come to."""
     def __init__(
         self,
         *,
@@ -1423,8 +1434,9 @@ class UndoLearningRatesRequest(google.protobuf.message.Message):
         revision: builtins.int = ...,
         author: builtins.str = ...,
         reason: builtins.str = ...,
+        dry_run: builtins.bool = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "reason", b"reason", "revision", b"revision", "run", b"run"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "dry_run", b"dry_run", "reason", b"reason", "revision", b"revision", "run", b"run"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___UndoLearningRatesRequest: typing_extensions.TypeAlias = UndoLearningRatesRequest
@@ -1434,16 +1446,26 @@ class UndoLearningRatesResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     DECISION_FIELD_NUMBER: builtins.int
+    UNDONE_FIELD_NUMBER: builtins.int
+    UNDONE_DECISION_FIELD_NUMBER: builtins.int
     @property
     def decision(self) -> Global___Decision: ...
+    @property
+    def undone(self) -> Global___Revision:
+        """The revision that is taken back, and the decision by which it came."""
+
+    @property
+    def undone_decision(self) -> Global___Decision: ...
     def __init__(
         self,
         *,
         decision: Global___Decision | None = ...,
+        undone: Global___Revision | None = ...,
+        undone_decision: Global___Decision | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["decision", b"decision"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["decision", b"decision", "undone", b"undone", "undone_decision", b"undone_decision"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["decision", b"decision"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["decision", b"decision", "undone", b"undone", "undone_decision", b"undone_decision"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___UndoLearningRatesResponse: typing_extensions.TypeAlias = UndoLearningRatesResponse
@@ -1578,17 +1600,21 @@ class PromotePlanRequest(google.protobuf.message.Message):
     RUN_FIELD_NUMBER: builtins.int
     AUTHOR_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
+    DRY_RUN_FIELD_NUMBER: builtins.int
     run: builtins.str
     author: builtins.str
     reason: builtins.str
+    dry_run: builtins.bool
+    """Only check it, and answer what it would come to."""
     def __init__(
         self,
         *,
         run: builtins.str = ...,
         author: builtins.str = ...,
         reason: builtins.str = ...,
+        dry_run: builtins.bool = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "reason", b"reason", "run", b"run"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "dry_run", b"dry_run", "reason", b"reason", "run", b"run"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___PromotePlanRequest: typing_extensions.TypeAlias = PromotePlanRequest
@@ -1625,17 +1651,21 @@ class PausePlanRequest(google.protobuf.message.Message):
     RUN_FIELD_NUMBER: builtins.int
     AUTHOR_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
+    DRY_RUN_FIELD_NUMBER: builtins.int
     run: builtins.str
     author: builtins.str
     reason: builtins.str
+    dry_run: builtins.bool
+    """Only check it, and answer what it would come to."""
     def __init__(
         self,
         *,
         run: builtins.str = ...,
         author: builtins.str = ...,
         reason: builtins.str = ...,
+        dry_run: builtins.bool = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "reason", b"reason", "run", b"run"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "dry_run", b"dry_run", "reason", b"reason", "run", b"run"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___PausePlanRequest: typing_extensions.TypeAlias = PausePlanRequest
@@ -1666,17 +1696,21 @@ class AbortPlanRequest(google.protobuf.message.Message):
     RUN_FIELD_NUMBER: builtins.int
     AUTHOR_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
+    DRY_RUN_FIELD_NUMBER: builtins.int
     run: builtins.str
     author: builtins.str
     reason: builtins.str
+    dry_run: builtins.bool
+    """Only check it, and answer what it would come to."""
     def __init__(
         self,
         *,
         run: builtins.str = ...,
         author: builtins.str = ...,
         reason: builtins.str = ...,
+        dry_run: builtins.bool = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "reason", b"reason", "run", b"run"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "dry_run", b"dry_run", "reason", b"reason", "run", b"run"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___AbortPlanRequest: typing_extensions.TypeAlias = AbortPlanRequest
@@ -1716,6 +1750,7 @@ class RequestRollbackRequest(google.protobuf.message.Message):
     SKIP_TO_STEP_FIELD_NUMBER: builtins.int
     AUTHOR_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
+    DRY_RUN_FIELD_NUMBER: builtins.int
     run: builtins.str
     to_step: builtins.int
     """The newest checkpoint at or before this step; absent: the newest."""
@@ -1723,6 +1758,8 @@ class RequestRollbackRequest(google.protobuf.message.Message):
     skip_to_step: builtins.int
     author: builtins.str
     reason: builtins.str
+    dry_run: builtins.bool
+    """Only check it, and answer what it would come to."""
     def __init__(
         self,
         *,
@@ -1732,10 +1769,11 @@ class RequestRollbackRequest(google.protobuf.message.Message):
         skip_to_step: builtins.int = ...,
         author: builtins.str = ...,
         reason: builtins.str = ...,
+        dry_run: builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_to_step", b"_to_step", "to_step", b"to_step"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_to_step", b"_to_step", "author", b"author", "reason", b"reason", "run", b"run", "skip_from_step", b"skip_from_step", "skip_to_step", b"skip_to_step", "to_step", b"to_step"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_to_step", b"_to_step", "author", b"author", "dry_run", b"dry_run", "reason", b"reason", "run", b"run", "skip_from_step", b"skip_from_step", "skip_to_step", b"skip_to_step", "to_step", b"to_step"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__to_step: typing_extensions.TypeAlias = typing.Literal["to_step"]
     _WhichOneofArgType__to_step: typing_extensions.TypeAlias = typing.Literal["_to_step", b"_to_step"]
@@ -1770,10 +1808,13 @@ class SetModeRequest(google.protobuf.message.Message):
     MODE_FIELD_NUMBER: builtins.int
     AUTHOR_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
+    DRY_RUN_FIELD_NUMBER: builtins.int
     run: builtins.str
     mode: builtins.str
     author: builtins.str
     reason: builtins.str
+    dry_run: builtins.bool
+    """Only check it, and answer what it would come to."""
     def __init__(
         self,
         *,
@@ -1781,8 +1822,9 @@ class SetModeRequest(google.protobuf.message.Message):
         mode: builtins.str = ...,
         author: builtins.str = ...,
         reason: builtins.str = ...,
+        dry_run: builtins.bool = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "mode", b"mode", "reason", b"reason", "run", b"run"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "dry_run", b"dry_run", "mode", b"mode", "reason", b"reason", "run", b"run"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___SetModeRequest: typing_extensions.TypeAlias = SetModeRequest
@@ -1937,17 +1979,21 @@ class ApproveDecisionRequest(google.protobuf.message.Message):
     ID_FIELD_NUMBER: builtins.int
     AUTHOR_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
+    DRY_RUN_FIELD_NUMBER: builtins.int
     id: builtins.str
     author: builtins.str
     reason: builtins.str
+    dry_run: builtins.bool
+    """Only check it, and answer what it would come to."""
     def __init__(
         self,
         *,
         id: builtins.str = ...,
         author: builtins.str = ...,
         reason: builtins.str = ...,
+        dry_run: builtins.bool = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "id", b"id", "reason", b"reason"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "dry_run", b"dry_run", "id", b"id", "reason", b"reason"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___ApproveDecisionRequest: typing_extensions.TypeAlias = ApproveDecisionRequest
@@ -1978,17 +2024,21 @@ class RejectDecisionRequest(google.protobuf.message.Message):
     ID_FIELD_NUMBER: builtins.int
     AUTHOR_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
+    DRY_RUN_FIELD_NUMBER: builtins.int
     id: builtins.str
     author: builtins.str
     reason: builtins.str
+    dry_run: builtins.bool
+    """Only check it, and answer what it would come to."""
     def __init__(
         self,
         *,
         id: builtins.str = ...,
         author: builtins.str = ...,
         reason: builtins.str = ...,
+        dry_run: builtins.bool = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "id", b"id", "reason", b"reason"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "dry_run", b"dry_run", "id", b"id", "reason", b"reason"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___RejectDecisionRequest: typing_extensions.TypeAlias = RejectDecisionRequest
@@ -2019,18 +2069,22 @@ class CancelDecisionRequest(google.protobuf.message.Message):
     ID_FIELD_NUMBER: builtins.int
     AUTHOR_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
+    DRY_RUN_FIELD_NUMBER: builtins.int
     id: builtins.str
     """Its whole id."""
     author: builtins.str
     reason: builtins.str
+    dry_run: builtins.bool
+    """Only check it, and answer what it would come to."""
     def __init__(
         self,
         *,
         id: builtins.str = ...,
         author: builtins.str = ...,
         reason: builtins.str = ...,
+        dry_run: builtins.bool = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "id", b"id", "reason", b"reason"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "dry_run", b"dry_run", "id", b"id", "reason", b"reason"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___CancelDecisionRequest: typing_extensions.TypeAlias = CancelDecisionRequest
@@ -2061,19 +2115,23 @@ class AcknowledgeIncidentRequest(google.protobuf.message.Message):
     INCIDENT_ID_FIELD_NUMBER: builtins.int
     AUTHOR_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
+    DRY_RUN_FIELD_NUMBER: builtins.int
     incident_id: builtins.str
     """Its whole id."""
     author: builtins.str
     reason: builtins.str
     """What they note."""
+    dry_run: builtins.bool
+    """Only check it, and answer what it would come to."""
     def __init__(
         self,
         *,
         incident_id: builtins.str = ...,
         author: builtins.str = ...,
         reason: builtins.str = ...,
+        dry_run: builtins.bool = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "incident_id", b"incident_id", "reason", b"reason"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "dry_run", b"dry_run", "incident_id", b"incident_id", "reason", b"reason"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___AcknowledgeIncidentRequest: typing_extensions.TypeAlias = AcknowledgeIncidentRequest
@@ -2107,11 +2165,14 @@ class SetReferenceRequest(google.protobuf.message.Message):
     LOSSES_FIELD_NUMBER: builtins.int
     AUTHOR_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
+    DRY_RUN_FIELD_NUMBER: builtins.int
     run: builtins.str
     reference: builtins.str
     """A run of this daemon, or with `steps` what these are from. Empty: no reference any more."""
     author: builtins.str
     reason: builtins.str
+    dry_run: builtins.bool
+    """Only check it, and answer what it would come to."""
     @property
     def steps(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """Of a recorded run: at most 20,000 steps, ascending, and the loss at each."""
@@ -2127,8 +2188,9 @@ class SetReferenceRequest(google.protobuf.message.Message):
         losses: collections.abc.Iterable[builtins.float] | None = ...,
         author: builtins.str = ...,
         reason: builtins.str = ...,
+        dry_run: builtins.bool = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "losses", b"losses", "reason", b"reason", "reference", b"reference", "run", b"run", "steps", b"steps"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "dry_run", b"dry_run", "losses", b"losses", "reason", b"reason", "reference", b"reference", "run", b"run", "steps", b"steps"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___SetReferenceRequest: typing_extensions.TypeAlias = SetReferenceRequest
@@ -2165,6 +2227,7 @@ class AddSilenceRequest(google.protobuf.message.Message):
     DURATION_SECONDS_FIELD_NUMBER: builtins.int
     AUTHOR_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
+    DRY_RUN_FIELD_NUMBER: builtins.int
     run: builtins.str
     """One of these four at least; empty matches all."""
     alert: builtins.str
@@ -2175,6 +2238,8 @@ class AddSilenceRequest(google.protobuf.message.Message):
     author: builtins.str
     reason: builtins.str
     """Its comment; required."""
+    dry_run: builtins.bool
+    """Only check it, and answer what it would come to."""
     def __init__(
         self,
         *,
@@ -2185,8 +2250,9 @@ class AddSilenceRequest(google.protobuf.message.Message):
         duration_seconds: builtins.float = ...,
         author: builtins.str = ...,
         reason: builtins.str = ...,
+        dry_run: builtins.bool = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["alert", b"alert", "author", b"author", "cause", b"cause", "duration_seconds", b"duration_seconds", "policy", b"policy", "reason", b"reason", "run", b"run"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["alert", b"alert", "author", b"author", "cause", b"cause", "dry_run", b"dry_run", "duration_seconds", b"duration_seconds", "policy", b"policy", "reason", b"reason", "run", b"run"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___AddSilenceRequest: typing_extensions.TypeAlias = AddSilenceRequest
@@ -2253,18 +2319,22 @@ class ExpireSilenceRequest(google.protobuf.message.Message):
     ID_FIELD_NUMBER: builtins.int
     AUTHOR_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
+    DRY_RUN_FIELD_NUMBER: builtins.int
     id: builtins.str
     """Its whole id."""
     author: builtins.str
     reason: builtins.str
+    dry_run: builtins.bool
+    """Only check it, and answer what it would come to."""
     def __init__(
         self,
         *,
         id: builtins.str = ...,
         author: builtins.str = ...,
         reason: builtins.str = ...,
+        dry_run: builtins.bool = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "id", b"id", "reason", b"reason"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "dry_run", b"dry_run", "id", b"id", "reason", b"reason"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___ExpireSilenceRequest: typing_extensions.TypeAlias = ExpireSilenceRequest

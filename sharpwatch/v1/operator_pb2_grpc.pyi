@@ -21,7 +21,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class OperatorServiceStub:
-    """The operator's side. Calls that change something name an author and a reason, and are audited."""
+    """The operator's side. Calls that change something name an author and a reason, and are audited. With dry_run they change
+    nothing: the answer is what it would be, and the refusal too.
+    """
 
     @typing.overload
     def __new__(cls, channel: grpc.Channel) -> OperatorServiceStub: ...
@@ -67,7 +69,9 @@ class OperatorServiceStub:
 
 @typing.type_check_only
 class OperatorServiceAsyncStub(OperatorServiceStub):
-    """The operator's side. Calls that change something name an author and a reason, and are audited."""
+    """The operator's side. Calls that change something name an author and a reason, and are audited. With dry_run they change
+    nothing: the answer is what it would be, and the refusal too.
+    """
 
     def __init__(self, channel: grpc.aio.Channel) -> None: ...
     GetDaemon: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.GetDaemonRequest, sharpwatch.v1.operator_pb2.GetDaemonResponse]  # type: ignore[assignment]
@@ -109,7 +113,9 @@ class OperatorServiceAsyncStub(OperatorServiceStub):
     """Ends a silence before its time."""
 
 class OperatorServiceServicer(metaclass=abc.ABCMeta):
-    """The operator's side. Calls that change something name an author and a reason, and are audited."""
+    """The operator's side. Calls that change something name an author and a reason, and are audited. With dry_run they change
+    nothing: the answer is what it would be, and the refusal too.
+    """
 
     @abc.abstractmethod
     def GetDaemon(

@@ -205,8 +205,10 @@ def undo(  # noqa: PLR0913 - click passes every option by name
         preview(options, [request])
         return
     with operator(options) as stub:
-        decision = stub.UndoLearningRates(request).decision
-        follow(stub, decision, timeout, as_json=options.json)
+        answer = stub.UndoLearningRates(request)
+        follow(stub, answer.decision, timeout, as_json=options.json)
+        if answer.HasField("undone") and not options.json:
+            print(output.clean(output.describe_undo(answer)))
 
 
 for command in (plan, promote, pause, abort):

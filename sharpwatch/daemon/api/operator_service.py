@@ -40,7 +40,7 @@ from sharpwatch.daemon.decisions.run_controller import RunController
 from sharpwatch.daemon.decisions.transitions import Event, can, is_settled
 from sharpwatch.daemon.detection.history import MAX_LOSSES, Losses
 from sharpwatch.daemon.pipeline import Pipeline
-from sharpwatch.daemon.records import Changes, Decision, LrPlan, Mode, Silence
+from sharpwatch.daemon.records import Changes, Decision, Incident, LrPlan, Mode, Silence
 from sharpwatch.daemon.runs.run import Run, Runs
 from sharpwatch.daemon.storage.journal import Store
 from sharpwatch.daemon.storage.schema import ModeRow, ReferenceRow
@@ -57,10 +57,11 @@ _NAMED = 8  # runs or decisions that an error lists
 
 
 class Audited(Protocol):
-    """A request that changes something."""
+    """A request that changes something, unless it is a dry run."""
 
     author: str
     reason: str
+    dry_run: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +126,7 @@ class OperatorService(OperatorServiceServicer):
             store_writable=not self._pipeline.store_error,
             store_error=self._pipeline.store_error,
             role=self._authorizer.role(context),
+            takes_dry_run=True,
         )
 
     async def ListRuns(self, request: pb.ListRunsRequest, context: Context) -> pb.ListRunsResponse:
@@ -165,7 +167,9 @@ class OperatorService(OperatorServiceServicer):
     ) -> pb.SetLearningRatesResponse:
         """Puts block multipliers in force."""
         run = await self._authorized_run(request.run, request, context)
-        changes = await self._change(
+        changes = await self._change_run(
+            run,
+            request,
             context,
             lambda: run.controller.set_learning_rates(
                 dict(request.multipliers),
@@ -177,18 +181,26 @@ class OperatorService(OperatorServiceServicer):
                 dict(request.update_every),
             ),
         )
-        return pb.SetLearningRatesResponse(decision=await self._submit_decision(run, changes, context))
+        return pb.SetLearningRatesResponse(decision=decision_message(changes.decisions[-1]))
 
     async def UndoLearningRates(
         self, request: pb.UndoLearningRatesRequest, context: Context
     ) -> pb.UndoLearningRatesResponse:
         """Puts the multipliers before a revision in force again."""
         run = await self._authorized_run(request.run, request, context)
-        changes = await self._change(
+        changes = await self._change_run(
+            run,
+            request,
             context,
             lambda: run.controller.undo(request.revision, request.author, request.reason, time.time()),
         )
-        return pb.UndoLearningRatesResponse(decision=await self._submit_decision(run, changes, context))
+        undone = run.controller.revisions[changes.revisions[-1].undoes - 1]
+        by = _decision(run, undone.decision_id)
+        return pb.UndoLearningRatesResponse(
+            decision=decision_message(changes.decisions[-1]),
+            undone=revision_message(undone, by.outcome),
+            undone_decision=decision_message(by),
+        )
 
     async def ListRevisions(self, request: pb.ListRevisionsRequest, context: Context) -> pb.ListRevisionsResponse:
         """Lists the LR revisions of a run, oldest first."""
@@ -241,19 +253,22 @@ class OperatorService(OperatorServiceServicer):
     async def _change_plan(
         self, run: Run, request: Audited, context: Context, change: Callable[[PlanRollout, OperatorContext], None]
     ) -> tuple[pb.Plan, pb.Decision | None]:
-        """Changes a run's plan; returns it, and the decision that was sent for it, if any."""
-        changes = await self._change(
-            context, lambda: run.controller.change_plan(change, request.author, request.reason, time.time())
+        """Changes a run's plan; returns it, and the decision that is sent for it, if any."""
+        changes = await self._change_run(
+            run,
+            request,
+            context,
+            lambda: run.controller.change_plan(change, request.author, request.reason, time.time()),
         )
-        await self._submit(run, changes, context)
-        plan = plan_message(changes.plans[-1])
-        sent = changes.commands[-1].id if changes.commands else ""
-        return plan, decision_message(_decision(run, sent)) if sent else None
+        sent = decision_message(changes.commands[-1]) if changes.commands else None
+        return plan_message(changes.plans[-1]), sent
 
     async def RequestRollback(self, request: pb.RequestRollbackRequest, context: Context) -> pb.RequestRollbackResponse:
         """Asks the trainer to go back to a checkpoint."""
         run = await self._authorized_run(request.run, request, context)
-        changes = await self._change(
+        changes = await self._change_run(
+            run,
+            request,
             context,
             lambda: run.controller.request_rollback(
                 request.to_step if request.HasField("to_step") else None,
@@ -264,7 +279,7 @@ class OperatorService(OperatorServiceServicer):
                 time.time(),
             ),
         )
-        return pb.RequestRollbackResponse(decision=await self._submit_decision(run, changes, context))
+        return pb.RequestRollbackResponse(decision=decision_message(changes.decisions[-1]))
 
     async def SetMode(self, request: pb.SetModeRequest, context: Context) -> pb.SetModeResponse:
         """Sets what policies may do to a run."""
@@ -275,6 +290,11 @@ class OperatorService(OperatorServiceServicer):
                 grpc.StatusCode.INVALID_ARGUMENT, f"mode must be one of {allowed}, got {request.mode!r}"
             )
         mode = cast("Mode", request.mode)
+        if request.dry_run:
+            await self._change(context, lambda: None)
+            answer = pb.SetModeResponse(run=run_message(run.snapshot))
+            answer.run.mode = mode
+            return answer
         changes = await self._change(
             context, lambda: run.controller.set_mode(mode, request.author, request.reason, time.time())
         )
@@ -343,18 +363,23 @@ class OperatorService(OperatorServiceServicer):
         """Approves, rejects or cancels a decision, by a method of its run's controller."""
         await self._authorize(request, context)
         run, identity = await self._decision_to_answer(request.id, event, context)
-        changes = await self._change(
-            context, lambda: answer(run.controller, identity, request.author, request.reason, time.time())
+        changes = await self._change_run(
+            run,
+            request,
+            context,
+            lambda: answer(run.controller, identity, request.author, request.reason, time.time()),
         )
-        await self._submit(run, changes, context)
-        return decision_message(_decision(run, identity))
+        return decision_message(next(made for made in changes.decisions if made.id == identity))
 
     async def AcknowledgeIncident(
         self, request: pb.AcknowledgeIncidentRequest, context: Context
     ) -> pb.AcknowledgeIncidentResponse:
         """Notes that someone has seen an incident."""
         await self._authorize(request, context)
-        run = await self._incident_to_answer(request.incident_id, context)
+        run, incident = await self._incident_to_answer(request.incident_id, context)
+        if request.dry_run:
+            await self._change(context, lambda: None)
+            return pb.AcknowledgeIncidentResponse(incident=alert_message(incident))
         changes = await self._change(
             context, lambda: run.controller.acknowledge(request.incident_id, request.author, request.reason)
         )
@@ -365,6 +390,10 @@ class OperatorService(OperatorServiceServicer):
         """Sets what a run is held against."""
         run = await self._authorized_run(request.run, request, context)
         losses = await self._reference_losses(request, context)
+        if request.dry_run:
+            await self._change(context, lambda: None)
+            would_be = pb.Reference(name=request.reference) if request.reference else None
+            return pb.SetReferenceResponse(reference=would_be)
         row = ReferenceRow(run.name, request.reference, losses, request.author, request.reason, time.time())
         changes = await self._change(context, lambda: self._pipeline.peers.set_reference(run, row))
         await self._submit(run, changes, context, reference=row)
@@ -378,8 +407,9 @@ class OperatorService(OperatorServiceServicer):
         wrong = wrong_silence(request, self._info.policies)
         if wrong:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, wrong)
-        silence = await self._change(context, lambda: self._silences.add(silence_of(request, time.time())))
-        return pb.AddSilenceResponse(silence=await self._keep_silence(silence, context))
+        silences = self._silences.trial() if request.dry_run else self._silences
+        silence = await self._change(context, lambda: silences.add(silence_of(request, time.time())))
+        return pb.AddSilenceResponse(silence=await self._keep_silence(silence, request, context))
 
     async def ListSilences(self, request: pb.ListSilencesRequest, context: Context) -> pb.ListSilencesResponse:
         """Lists the silences, the newest first."""
@@ -394,14 +424,16 @@ class OperatorService(OperatorServiceServicer):
         if request.id not in {silence.id for silence in self._silences}:
             active = [silence.id for silence in self._silences.active(time.time())]
             await _refuse_name(context, "silence", request.id, active)
+        silences = self._silences.trial() if request.dry_run else self._silences
         silence = await self._change(
-            context, lambda: self._silences.expire(request.id, request.author, request.reason, time.time())
+            context, lambda: silences.expire(request.id, request.author, request.reason, time.time())
         )
-        return pb.ExpireSilenceResponse(silence=await self._keep_silence(silence, context))
+        return pb.ExpireSilenceResponse(silence=await self._keep_silence(silence, request, context))
 
-    async def _keep_silence(self, silence: Silence, context: Context) -> pb.Silence:
+    async def _keep_silence(self, silence: Silence, request: Audited, context: Context) -> pb.Silence:
         try:
-            await self._pipeline.keep_silence(silence)
+            if not request.dry_run:
+                await self._pipeline.keep_silence(silence)
         except StoreError as error:
             await context.abort(
                 grpc.StatusCode.UNAVAILABLE,
@@ -468,12 +500,12 @@ class OperatorService(OperatorServiceServicer):
             )
         return found[0]
 
-    async def _incident_to_answer(self, given: str, context: Context) -> Run:
-        """Finds the run of an incident by the incident's whole id."""
-        found = [(run, each.id) for run in self._runs for each in run.controller.incidents]
-        whole = next((run for run, identity in found if identity == given), None)
+    async def _incident_to_answer(self, given: str, context: Context) -> tuple[Run, Incident]:
+        """Finds an incident and its run by the incident's whole id."""
+        found = [(run, each) for run in self._runs for each in run.controller.incidents]
+        whole = next((one for one in found if one[1].id == given), None)
         if whole is None:
-            await _refuse_name(context, "incident", given, [identity for _, identity in found])
+            await _refuse_name(context, "incident", given, [each.id for _, each in found])
         return whole
 
     async def _decision_to_answer(self, given: str, event: Event, context: Context) -> tuple[Run, str]:
@@ -520,6 +552,14 @@ class OperatorService(OperatorServiceServicer):
         except OperatorError as error:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
 
+    async def _change_run(self, run: Run, request: Audited, context: Context, change: Callable[[], Changes]) -> Changes:
+        """Makes a change of a run's decisions, journals it and sends its commands; a dry run is only tried."""
+        if request.dry_run:
+            return await self._change(context, lambda: run.controller.tried(change))
+        changes = await self._change(context, change)
+        await self._submit(run, changes, context)
+        return changes
+
     async def _submit(
         self,
         run: Run,
@@ -535,10 +575,6 @@ class OperatorService(OperatorServiceServicer):
             await context.abort(
                 grpc.StatusCode.UNAVAILABLE, f"{made} is sent once the journal takes writes again: {error}"
             )
-
-    async def _submit_decision(self, run: Run, changes: Changes, context: Context) -> pb.Decision:
-        await self._submit(run, changes, context)
-        return decision_message(_decision(run, changes.decisions[-1].id))
 
 
 async def _refuse_name(context: Context, kind: str, given: str, names: Iterable[str]) -> NoReturn:
