@@ -32,6 +32,7 @@ from sharpwatch.daemon.storage.schema import (
     ModeRow,
     PendingWrites,
     ReferenceRow,
+    RequestRow,
     SampleRow,
 )
 from sharpwatch.errors import OperatorError, StoreError
@@ -193,6 +194,18 @@ class Pipeline:
             expired_by=silence.expired_by,
         )
         self._pending.silences[silence.id] = silence
+        await self._write(())
+
+    async def keep_request(self, request: RequestRow) -> None:
+        """Journals a request that changed nothing.
+
+        Args:
+            request: The request.
+
+        Raises:
+            StoreError: The journal fails. It is written once that works again.
+        """
+        self._pending.requests.append(request)
         await self._write(())
 
     async def restored(self, run: Run, changes: Sequence[Changes]) -> None:

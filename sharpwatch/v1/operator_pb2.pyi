@@ -887,6 +887,49 @@ class Transition(google.protobuf.message.Message):
 Global___Transition: typing_extensions.TypeAlias = Transition
 
 @typing.final
+class OperatorEvent(google.protobuf.message.Message):
+    """What an operator asked for that is no decision, or that was refused."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    AT_UNIX_NS_FIELD_NUMBER: builtins.int
+    RUN_FIELD_NUMBER: builtins.int
+    ACTION_FIELD_NUMBER: builtins.int
+    ID_FIELD_NUMBER: builtins.int
+    OUTCOME_FIELD_NUMBER: builtins.int
+    DETAIL_FIELD_NUMBER: builtins.int
+    AUTHOR_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    at_unix_ns: builtins.int
+    run: builtins.str
+    """Empty where it is not of one run."""
+    action: builtins.str
+    """The command, such as mode or lr set."""
+    id: builtins.str
+    """Of the decision, incident or silence that it is about, if it is about one."""
+    outcome: builtins.str
+    """What became of it, such as refused."""
+    detail: builtins.str
+    author: builtins.str
+    reason: builtins.str
+    def __init__(
+        self,
+        *,
+        at_unix_ns: builtins.int = ...,
+        run: builtins.str = ...,
+        action: builtins.str = ...,
+        id: builtins.str = ...,
+        outcome: builtins.str = ...,
+        detail: builtins.str = ...,
+        author: builtins.str = ...,
+        reason: builtins.str = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["action", b"action", "at_unix_ns", b"at_unix_ns", "author", b"author", "detail", b"detail", "id", b"id", "outcome", b"outcome", "reason", b"reason", "run", b"run"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___OperatorEvent: typing_extensions.TypeAlias = OperatorEvent
+
+@typing.final
 class Revision(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -1913,6 +1956,7 @@ class ListTransitionsResponse(google.protobuf.message.Message):
     TRANSITIONS_FIELD_NUMBER: builtins.int
     DECISIONS_FIELD_NUMBER: builtins.int
     PLANS_FIELD_NUMBER: builtins.int
+    EVENTS_FIELD_NUMBER: builtins.int
     @property
     def transitions(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Transition]:
         """Oldest first."""
@@ -1925,14 +1969,19 @@ class ListTransitionsResponse(google.protobuf.message.Message):
     def plans(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Plan]:
         """The plans that they are of, as they are now."""
 
+    @property
+    def events(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___OperatorEvent]:
+        """Oldest first, from the time of the oldest of these decisions on, or all without a limit that leaves some out."""
+
     def __init__(
         self,
         *,
         transitions: collections.abc.Iterable[Global___Transition] | None = ...,
         decisions: collections.abc.Iterable[Global___Decision] | None = ...,
         plans: collections.abc.Iterable[Global___Plan] | None = ...,
+        events: collections.abc.Iterable[Global___OperatorEvent] | None = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["decisions", b"decisions", "plans", b"plans", "transitions", b"transitions"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["decisions", b"decisions", "events", b"events", "plans", b"plans", "transitions", b"transitions"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___ListTransitionsResponse: typing_extensions.TypeAlias = ListTransitionsResponse

@@ -51,7 +51,7 @@ class OperatorServiceStub:
     SetMode: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.SetModeRequest, sharpwatch.v1.operator_pb2.SetModeResponse]
     ListDecisions: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.ListDecisionsRequest, sharpwatch.v1.operator_pb2.ListDecisionsResponse]
     ListTransitions: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.ListTransitionsRequest, sharpwatch.v1.operator_pb2.ListTransitionsResponse]
-    """What became of decisions, as the journal has it."""
+    """What became of decisions and of operators' other requests, as the journal has it."""
     WatchDecision: grpc.UnaryStreamMultiCallable[sharpwatch.v1.operator_pb2.WatchDecisionRequest, sharpwatch.v1.operator_pb2.WatchDecisionResponse]
     """A message at once, then one for each change of outcome; ends when the outcome is final."""
     ApproveDecision: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.ApproveDecisionRequest, sharpwatch.v1.operator_pb2.ApproveDecisionResponse]
@@ -96,7 +96,7 @@ class OperatorServiceAsyncStub(OperatorServiceStub):
     SetMode: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.SetModeRequest, sharpwatch.v1.operator_pb2.SetModeResponse]  # type: ignore[assignment]
     ListDecisions: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.ListDecisionsRequest, sharpwatch.v1.operator_pb2.ListDecisionsResponse]  # type: ignore[assignment]
     ListTransitions: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.ListTransitionsRequest, sharpwatch.v1.operator_pb2.ListTransitionsResponse]  # type: ignore[assignment]
-    """What became of decisions, as the journal has it."""
+    """What became of decisions and of operators' other requests, as the journal has it."""
     WatchDecision: grpc.aio.UnaryStreamMultiCallable[sharpwatch.v1.operator_pb2.WatchDecisionRequest, sharpwatch.v1.operator_pb2.WatchDecisionResponse]  # type: ignore[assignment]
     """A message at once, then one for each change of outcome; ends when the outcome is final."""
     ApproveDecision: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.ApproveDecisionRequest, sharpwatch.v1.operator_pb2.ApproveDecisionResponse]  # type: ignore[assignment]
@@ -234,7 +234,7 @@ class OperatorServiceServicer(metaclass=abc.ABCMeta):
         request: sharpwatch.v1.operator_pb2.ListTransitionsRequest,
         context: _ServicerContext,
     ) -> typing.Union[sharpwatch.v1.operator_pb2.ListTransitionsResponse, collections.abc.Awaitable[sharpwatch.v1.operator_pb2.ListTransitionsResponse]]:
-        """What became of decisions, as the journal has it."""
+        """What became of decisions and of operators' other requests, as the journal has it."""
 
     @abc.abstractmethod
     def WatchDecision(

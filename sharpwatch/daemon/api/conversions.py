@@ -21,7 +21,7 @@ from sharpwatch.daemon.records import (
     Silence,
 )
 from sharpwatch.daemon.runs.snapshot import Phase, RunSnapshot
-from sharpwatch.daemon.storage.schema import TransitionRow
+from sharpwatch.daemon.storage.schema import RequestRow, TransitionRow
 from sharpwatch.v1 import operator_pb2, types_pb2
 
 _PHASES: dict[Phase, operator_pb2.RunPhase.ValueType] = {
@@ -134,6 +134,20 @@ def transition_message(row: TransitionRow) -> operator_pb2.Transition:
     return operator_pb2.Transition(
         decision_id=row.decision,
         at_unix_ns=_nanoseconds(row.at),
+        outcome=row.outcome,
+        detail=row.detail,
+        author=row.author,
+        reason=row.reason,
+    )
+
+
+def event_message(row: RequestRow) -> operator_pb2.OperatorEvent:
+    """Returns an operator's request as a message."""
+    return operator_pb2.OperatorEvent(
+        at_unix_ns=_nanoseconds(row.at),
+        run=row.run,
+        action=row.action,
+        id=row.subject,
         outcome=row.outcome,
         detail=row.detail,
         author=row.author,

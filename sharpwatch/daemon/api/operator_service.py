@@ -7,12 +7,15 @@ import asyncio
 import heapq
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import wraps
 from itertools import chain, pairwise
 from typing import Any, NoReturn, Protocol, TypeVar, cast, get_args
 
 import grpc
+import structlog
 
 from sharpwatch import wire
 from sharpwatch._version import __version__
@@ -21,6 +24,7 @@ from sharpwatch.daemon.api.conversions import (
     alert_message,
     decision_message,
     detail_message,
+    event_message,
     override_messages,
     plan_message,
     reference_message,
@@ -43,7 +47,7 @@ from sharpwatch.daemon.pipeline import Pipeline
 from sharpwatch.daemon.records import Changes, Decision, Incident, LrPlan, Mode, Silence
 from sharpwatch.daemon.runs.run import Run, Runs
 from sharpwatch.daemon.storage.journal import Store
-from sharpwatch.daemon.storage.schema import ModeRow, ReferenceRow
+from sharpwatch.daemon.storage.schema import ModeRow, ReferenceRow, RequestRow
 from sharpwatch.errors import OperatorError, StoreError
 from sharpwatch.v1 import operator_pb2 as pb
 from sharpwatch.v1.operator_pb2_grpc import OperatorServiceServicer
@@ -51,8 +55,11 @@ from sharpwatch.wire import MAX_STEP, MAX_TEXT
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Result = TypeVar("Result")
+Answer = TypeVar("Answer", bound=Callable[..., Awaitable[Any]])
+log = structlog.get_logger(__name__)
 _DEFAULT_LIMIT, _MOST = 100, 10_000
 _MAX_REASON = 2_000
+_NOT_ASKED = {"author", "reason", "steps", "losses"}  # fields that stand elsewhere, or would fill the log
 _NAMED = 8  # runs or decisions that an error lists
 
 
@@ -62,6 +69,42 @@ class Audited(Protocol):
     author: str
     reason: str
     dry_run: bool
+
+
+class _RefusalContext:
+    """The context of a call, in which what ends the call is told to `note` first."""
+
+    def __init__(self, context: Context, note: Callable[[grpc.StatusCode, str], Awaitable[None]]) -> None:
+        self._context = context
+        self._note = note
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+    async def abort(self, code: grpc.StatusCode, details: str = "") -> NoReturn:
+        """Ends the call."""
+        await self._note(code, details)
+        await self._context.abort(code, details)
+
+
+def _refusals_noted(action: str) -> Callable[[Answer], Answer]:
+    """Has the daemon's log, and the journal, say who was refused what and why.
+
+    Args:
+        action: The command by which operators know the method.
+    """
+
+    def noted(method: Answer) -> Answer:
+        @wraps(method)
+        async def call(service: OperatorService, request: Any, context: Context) -> Any:
+            async def note(code: grpc.StatusCode, why: str) -> None:
+                await service.note_refused(action, request, context, code, why)
+
+            return await method(service, request, _RefusalContext(context, note))
+
+        return cast("Answer", call)
+
+    return noted
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +205,7 @@ class OperatorService(OperatorServiceServicer):
                 await asyncio.sleep(request.min_interval_seconds)
             await self._changed(run, version, context)
 
+    @_refusals_noted("lr set")
     async def SetLearningRates(
         self, request: pb.SetLearningRatesRequest, context: Context
     ) -> pb.SetLearningRatesResponse:
@@ -183,6 +227,7 @@ class OperatorService(OperatorServiceServicer):
         )
         return pb.SetLearningRatesResponse(decision=decision_message(changes.decisions[-1]))
 
+    @_refusals_noted("lr undo")
     async def UndoLearningRates(
         self, request: pb.UndoLearningRatesRequest, context: Context
     ) -> pb.UndoLearningRatesResponse:
@@ -210,6 +255,7 @@ class OperatorService(OperatorServiceServicer):
             revisions=(revision_message(one, outcomes[one.decision_id]) for one in run.controller.revisions)
         )
 
+    @_refusals_noted("lr plan")
     async def StartPlan(self, request: pb.StartPlanRequest, context: Context) -> pb.StartPlanResponse:
         """Rolls a learning-rate plan out, or answers which one that would be."""
         run = await self._authorized_run(request.run, request, context)
@@ -232,18 +278,21 @@ class OperatorService(OperatorServiceServicer):
         )
         return pb.StartPlanResponse(plan=plan, decision=made)
 
+    @_refusals_noted("lr promote")
     async def PromotePlan(self, request: pb.PromotePlanRequest, context: Context) -> pb.PromotePlanResponse:
         """Has the newest plan of a run go on."""
         run = await self._authorized_run(request.run, request, context)
         plan, made = await self._change_plan(run, request, context, PlanRollout.promote)
         return pb.PromotePlanResponse(plan=plan, decision=made)
 
+    @_refusals_noted("lr pause")
     async def PausePlan(self, request: pb.PausePlanRequest, context: Context) -> pb.PausePlanResponse:
         """Has no further stage of a run's plan sent."""
         run = await self._authorized_run(request.run, request, context)
         plan, _ = await self._change_plan(run, request, context, PlanRollout.pause)
         return pb.PausePlanResponse(plan=plan)
 
+    @_refusals_noted("lr abort")
     async def AbortPlan(self, request: pb.AbortPlanRequest, context: Context) -> pb.AbortPlanResponse:
         """Ends a run's plan, with the multipliers from before it."""
         run = await self._authorized_run(request.run, request, context)
@@ -263,6 +312,7 @@ class OperatorService(OperatorServiceServicer):
         sent = decision_message(changes.commands[-1]) if changes.commands else None
         return plan_message(changes.plans[-1]), sent
 
+    @_refusals_noted("rollback")
     async def RequestRollback(self, request: pb.RequestRollbackRequest, context: Context) -> pb.RequestRollbackResponse:
         """Asks the trainer to go back to a checkpoint."""
         run = await self._authorized_run(request.run, request, context)
@@ -281,6 +331,7 @@ class OperatorService(OperatorServiceServicer):
         )
         return pb.RequestRollbackResponse(decision=decision_message(changes.decisions[-1]))
 
+    @_refusals_noted("mode")
     async def SetMode(self, request: pb.SetModeRequest, context: Context) -> pb.SetModeResponse:
         """Sets what policies may do to a run."""
         run = await self._authorized_run(request.run, request, context)
@@ -314,12 +365,14 @@ class OperatorService(OperatorServiceServicer):
         plans = [plan for plan in self._plans(request.run) if plan.made_at >= since]
         try:
             rows = await self._store.transitions([made.id for made in newest] + [plan.id for plan in plans])
+            requests = await self._store.requests(request.run, since, _MOST)
         except StoreError as error:
             await context.abort(grpc.StatusCode.UNAVAILABLE, f"the journal can't be read: {error}")
         return pb.ListTransitionsResponse(
             transitions=map(transition_message, rows),
             decisions=map(decision_message, newest),
             plans=map(plan_message, plans),
+            events=map(event_message, requests),
         )
 
     async def WatchDecision(
@@ -338,16 +391,19 @@ class OperatorService(OperatorServiceServicer):
             shown = made
             await self._changed(run, version, context)
 
+    @_refusals_noted("approve")
     async def ApproveDecision(self, request: pb.ApproveDecisionRequest, context: Context) -> pb.ApproveDecisionResponse:
         """Approves a proposed decision."""
         made = await self._answer(request, context, "approve", RunController.approve)
         return pb.ApproveDecisionResponse(decision=made)
 
+    @_refusals_noted("reject")
     async def RejectDecision(self, request: pb.RejectDecisionRequest, context: Context) -> pb.RejectDecisionResponse:
         """Rejects a proposed decision."""
         made = await self._answer(request, context, "reject", RunController.reject)
         return pb.RejectDecisionResponse(decision=made)
 
+    @_refusals_noted("cancel")
     async def CancelDecision(self, request: pb.CancelDecisionRequest, context: Context) -> pb.CancelDecisionResponse:
         """Takes a decision back that is not applied yet."""
         made = await self._answer(request, context, "cancel", RunController.cancel)
@@ -371,6 +427,7 @@ class OperatorService(OperatorServiceServicer):
         )
         return decision_message(next(made for made in changes.decisions if made.id == identity))
 
+    @_refusals_noted("ack")
     async def AcknowledgeIncident(
         self, request: pb.AcknowledgeIncidentRequest, context: Context
     ) -> pb.AcknowledgeIncidentResponse:
@@ -386,6 +443,7 @@ class OperatorService(OperatorServiceServicer):
         await self._submit(run, changes, context)
         return pb.AcknowledgeIncidentResponse(incident=alert_message(changes.incidents[-1]))
 
+    @_refusals_noted("reference")
     async def SetReference(self, request: pb.SetReferenceRequest, context: Context) -> pb.SetReferenceResponse:
         """Sets what a run is held against."""
         run = await self._authorized_run(request.run, request, context)
@@ -399,6 +457,7 @@ class OperatorService(OperatorServiceServicer):
         await self._submit(run, changes, context, reference=row)
         return pb.SetReferenceResponse(reference=reference_message(run.controller.reference))
 
+    @_refusals_noted("silence add")
     async def AddSilence(self, request: pb.AddSilenceRequest, context: Context) -> pb.AddSilenceResponse:
         """Keeps policies from acting on the incidents that match."""
         await self._authorize(request, context)
@@ -418,6 +477,7 @@ class OperatorService(OperatorServiceServicer):
         found = tuple(self._silences) if request.include_ended else self._silences.active(now)
         return pb.ListSilencesResponse(silences=[silence_message(each, now) for each in found[: -_MOST - 1 : -1]])
 
+    @_refusals_noted("silence expire")
     async def ExpireSilence(self, request: pb.ExpireSilenceRequest, context: Context) -> pb.ExpireSilenceResponse:
         """Ends a silence before its time."""
         await self._authorize(request, context)
@@ -451,6 +511,47 @@ class OperatorService(OperatorServiceServicer):
         if request.reference and self._runs.get(request.reference) is None:
             await _refuse_name(context, "run", request.reference, sorted(each.name for each in self._runs))
         return b""
+
+    async def note_refused(self, action: str, request: Any, context: Context, code: grpc.StatusCode, why: str) -> None:
+        """Note that a request was refused: in the log, and for an operator's own in the journal.
+
+        Args:
+            action: The command that makes such requests.
+            request: The request.
+            context: The context of the call.
+            code: The status that it ends with.
+            why: The reason that is given.
+        """
+        if request.dry_run:
+            return
+        run, subject, asked = self._asked(request)
+        log.warning(
+            "request_refused",
+            action=action,
+            run=run,
+            subject=subject,
+            asked=asked,
+            author=request.author[:_MAX_REASON],
+            reason=request.reason[:_MAX_REASON],
+            status=code.name,
+            why=why,
+        )
+        # Whoever shows no token must not fill the journal, and what failed with the journal can't be written to it.
+        if self._authorizer.role(context) != "operator" or code is grpc.StatusCode.UNAVAILABLE:
+            return
+        texts = (f"{asked}: {why}" if asked else why, request.author[:_MAX_REASON], request.reason[:_MAX_REASON])
+        with suppress(StoreError):
+            await self._pipeline.keep_request(RequestRow(run, time.time(), action, subject, "refused", *texts))
+
+    def _asked(self, request: Any) -> tuple[str, str, str]:
+        """The run of a request, the id of what it is about, and what else it asks for, in words of bounded length."""
+        fields = {field.name: value for field, value in request.ListFields() if field.name not in _NOT_ASKED}
+        subject = str(fields.pop("id", "") or fields.pop("incident_id", ""))[:MAX_TEXT]
+        run = str(fields.pop("run", ""))[:MAX_TEXT]
+        if subject and not run:
+            run = next((of.name for of, identity in self._runs.decisions(subject) if identity == subject), "")
+        words = (f"{name} {_plain(value)}" for name, value in fields.items())
+        return run, subject, ", ".join(words)[:_MAX_REASON]
 
     def _detail(self, run: Run) -> pb.RunDetail:
         twins = sorted(twin.name for twin in self._pipeline.peers.twins(run))
@@ -606,6 +707,13 @@ def _wrong_reference(request: pb.SetReferenceRequest) -> str:
     if not all(before < after for before, after in pairwise((-1, *request.steps, MAX_STEP + 1))):
         return "steps must be 0 to 2**53 and ascend"
     return "" if all(map(math.isfinite, request.losses)) else "losses must be finite"
+
+
+def _plain(value: Any) -> str:
+    """A field of a request in words."""
+    if hasattr(value, "items"):
+        return ", ".join(f"{key} {each:g}" for key, each in sorted(value.items()))
+    return f"{value:g}" if isinstance(value, float) else " ".join(str(value).split())
 
 
 def _some(names: Sequence[str]) -> str:

@@ -45,6 +45,7 @@ from sharpwatch.daemon.storage.schema import (
     NotificationRow,
     PendingWrites,
     ReferenceRow,
+    RequestRow,
     SampleRow,
     StoredAttempt,
     StoredHistory,
@@ -172,6 +173,16 @@ class Journal:
             # By the order in which they were written, since the clock may go back.
             found = sorted(chain.from_iterable(self._connection.execute(query, [each]) for each in decisions))
         return tuple(TransitionRow(*values) for _, *values in found)
+
+    def requests(self, run: str, since: float, limit: int) -> tuple[RequestRow, ...]:
+        """Returns the newest `limit` requests of a run, or of all for an empty name, from `since` on, oldest first."""
+        query = (
+            "SELECT run, at, action, subject, outcome, detail, author, reason FROM requests "
+            "WHERE ? IN ('', run) AND at >= ? ORDER BY at DESC, id DESC LIMIT ?"
+        )
+        with self._store_errors():
+            found = self._connection.execute(query, [run, since, limit]).fetchall()
+        return tuple(RequestRow(*values) for values in reversed(found))
 
     def history(self, run: str, limit: int) -> StoredHistory:
         """Returns the newest `limit` samples of a run, and so many estimates of each quantity that is drawn."""
@@ -322,6 +333,11 @@ class Journal:
             "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             map(_estimate, records.estimates),
         )
+        connection.executemany(
+            "INSERT INTO requests (run, at, action, subject, outcome, detail, author, reason) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            [astuple(row) for row in records.requests],
+        )
         for row in records.references:
             # Who set which reference is kept; the losses of one that is replaced are not.
             connection.execute("UPDATE run_references SET losses = NULL WHERE run = ?", [row.run])
@@ -457,6 +473,10 @@ class Store:
     async def transitions(self, decisions: Sequence[str]) -> tuple[TransitionRow, ...]:
         """Returns all transitions of the decisions and plans of these ids, oldest first."""
         return await self._call(partial(self._journal.transitions, decisions))
+
+    async def requests(self, run: str, since: float, limit: int) -> tuple[RequestRow, ...]:
+        """Returns the newest `limit` requests of a run, or of all for an empty name, from `since` on, oldest first."""
+        return await self._call(partial(self._journal.requests, run, since, limit))
 
     async def history(self, run: str, limit: int) -> StoredHistory:
         """Returns the newest `limit` samples of a run, and so many estimates of each quantity that is drawn."""

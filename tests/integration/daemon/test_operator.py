@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import grpc
 import pytest
+from structlog.testing import capture_logs
 
 from sharpwatch import wire
 from sharpwatch.daemon.decisions import run_controller
@@ -63,6 +64,49 @@ async def test_a_change_needs_the_token_and_a_name(daemon):
     assert not (await daemon.operator.ListDecisions(pb.ListDecisionsRequest())).decisions
     assert (await daemon.operator.GetDaemon(pb.GetDaemonRequest())).role == "viewer"
     assert (await daemon.operator.GetDaemon(pb.GetDaemonRequest(), metadata=token)).role == "operator"
+    trainer.call.cancel()
+
+
+async def test_who_was_refused_what_and_why_is_in_the_log_and_in_the_audit(daemon, build):
+    trainer = await daemon.train()
+    await trainer.send(build.sample(1))
+    await trainer.acknowledged(1)
+    token, ann = daemon.credentials, {"author": "ann", "reason": "too slow"}
+    made = (await daemon.operator.SetLearningRates(HALVE, metadata=token)).decision
+    high = pb.SetLearningRatesRequest(run="run", multipliers={"qk": 100.0}, **ann)
+    with capture_logs() as logs:
+        await refused(daemon.operator.SetLearningRates(high, metadata=token))
+        await refused(
+            daemon.operator.UndoLearningRates(pb.UndoLearningRatesRequest(run="other", **ann), metadata=token)
+        )
+        await refused(daemon.operator.RejectDecision(pb.RejectDecisionRequest(id=made.id, **ann), metadata=token))
+        await refused(daemon.operator.SetMode(pb.SetModeRequest(run="run", mode="enforce", author="eve")))
+        high.dry_run = True
+        await refused(daemon.operator.SetLearningRates(high, metadata=token))
+    logged = [
+        {key: each[key] for key in ("action", "run", "author")} for each in logs if each["event"] == "request_refused"
+    ]
+    assert logged == [
+        {"action": "lr set", "run": "run", "author": "ann"},
+        {"action": "lr undo", "run": "other", "author": "ann"},
+        {"action": "reject", "run": "run", "author": "ann"},
+        {"action": "mode", "run": "run", "author": "eve"},
+    ]
+    assert {each["log_level"] for each in logs if each["event"] == "request_refused"} == {"warning"}
+    out_of_bounds = "multipliers qk 100: qk=100 is outside the run's lr_bounds; allowed: 0.1 to 10"
+
+    async def audit(run: str) -> list[tuple[str, ...]]:
+        found = (await daemon.operator.ListTransitions(pb.ListTransitionsRequest(run=run))).events
+        return [(one.run, one.action, one.outcome, one.author, one.reason, one.id, one.detail) for one in found]
+
+    who = ("refused", "ann", "too slow")
+    only_run = [
+        ("run", "lr set", *who, "", out_of_bounds),
+        ("run", "reject", *who, made.id, f"decision {made.id} is sent: only a proposal can be rejected"),
+    ]
+    assert await audit("run") == only_run
+    # Without a token nobody fills the journal, and a dry run changes nothing at all.
+    assert await audit("") == [only_run[0], ("other", "lr undo", *who, "", "no run 'other'"), only_run[1]]
     trainer.call.cancel()
 
 
