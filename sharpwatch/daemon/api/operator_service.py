@@ -34,7 +34,7 @@ from sharpwatch.daemon.api.conversions import (
     transition_message,
 )
 from sharpwatch.daemon.api.history import history_message
-from sharpwatch.daemon.api.silences import silence_of, wrong_silence
+from sharpwatch.daemon.api.silences import silence_of, silence_rows, wrong_silence
 from sharpwatch.daemon.config.settings import DetectionConfig
 from sharpwatch.daemon.decisions.lr_plan import PlanRequest
 from sharpwatch.daemon.decisions.muting import Silences
@@ -365,14 +365,15 @@ class OperatorService(OperatorServiceServicer):
         plans = [plan for plan in self._plans(request.run) if plan.made_at >= since]
         try:
             rows = await self._store.transitions([made.id for made in newest] + [plan.id for plan in plans])
-            requests = await self._store.requests(request.run, since, _MOST)
+            requests = list(await self._store.requests(request.run, since, _MOST))
         except StoreError as error:
             await context.abort(grpc.StatusCode.UNAVAILABLE, f"the journal can't be read: {error}")
+        requests += (row for row in silence_rows(self._silences, request.run) if row.at >= since)
         return pb.ListTransitionsResponse(
             transitions=map(transition_message, rows),
             decisions=map(decision_message, newest),
             plans=map(plan_message, plans),
-            events=map(event_message, requests),
+            events=map(event_message, sorted(requests, key=lambda row: row.at)),
         )
 
     async def WatchDecision(
@@ -440,7 +441,10 @@ class OperatorService(OperatorServiceServicer):
         changes = await self._change(
             context, lambda: run.controller.acknowledge(request.incident_id, request.author, request.reason)
         )
-        await self._submit(run, changes, context)
+        seen = RequestRow(
+            run.name, time.time(), "ack", incident.id, "acknowledged", incident.title, request.author, request.reason
+        )
+        await self._submit(run, changes, context, seen)
         return pb.AcknowledgeIncidentResponse(incident=alert_message(changes.incidents[-1]))
 
     @_refusals_noted("reference")
@@ -454,7 +458,7 @@ class OperatorService(OperatorServiceServicer):
             return pb.SetReferenceResponse(reference=would_be)
         row = ReferenceRow(run.name, request.reference, losses, request.author, request.reason, time.time())
         changes = await self._change(context, lambda: self._pipeline.peers.set_reference(run, row))
-        await self._submit(run, changes, context, reference=row)
+        await self._submit(run, changes, context, row)
         return pb.SetReferenceResponse(reference=reference_message(run.controller.reference))
 
     @_refusals_noted("silence add")
@@ -666,11 +670,10 @@ class OperatorService(OperatorServiceServicer):
         run: Run,
         changes: Changes,
         context: Context,
-        mode: ModeRow | None = None,
-        reference: ReferenceRow | None = None,
+        row: ModeRow | ReferenceRow | RequestRow | None = None,
     ) -> None:
         try:
-            await self._pipeline.submit(run, changes, mode, reference)
+            await self._pipeline.submit(run, changes, row)
         except StoreError as error:
             made = ", ".join(made.id for made in changes.decisions) or "the change"
             await context.abort(

@@ -175,10 +175,16 @@ class Journal:
         return tuple(TransitionRow(*values) for _, *values in found)
 
     def requests(self, run: str, since: float, limit: int) -> tuple[RequestRow, ...]:
-        """Returns the newest `limit` requests of a run, or of all for an empty name, from `since` on, oldest first."""
+        """Returns the newest `limit` requests of a run, or of all for an empty name, from `since` on, oldest first.
+
+        Modes and references are among them.
+        """
         query = (
-            "SELECT run, at, action, subject, outcome, detail, author, reason FROM requests "
-            "WHERE ? IN ('', run) AND at >= ? ORDER BY at DESC, id DESC LIMIT ?"
+            "SELECT run, at, action, subject, outcome, detail, author, reason FROM ("
+            "SELECT * FROM requests UNION ALL "
+            "SELECT id, run, made_at, 'mode', '', mode, '', author, reason FROM modes UNION ALL "
+            "SELECT id, run, made_at, 'reference', '', CASE name WHEN '' THEN 'cleared' ELSE 'set' END, name, author, "
+            "reason FROM run_references) WHERE ? IN ('', run) AND at >= ? ORDER BY at DESC, id DESC LIMIT ?"
         )
         with self._store_errors():
             found = self._connection.execute(query, [run, since, limit]).fetchall()

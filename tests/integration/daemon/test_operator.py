@@ -7,6 +7,7 @@ import re
 import sqlite3
 import stat
 from contextlib import closing, suppress
+from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -108,6 +109,49 @@ async def test_who_was_refused_what_and_why_is_in_the_log_and_in_the_audit(daemo
     # Without a token nobody fills the journal, and a dry run changes nothing at all.
     assert await audit("") == [only_run[0], ("other", "lr undo", *who, "", "no run 'other'"), only_run[1]]
     trainer.call.cancel()
+
+
+async def test_the_audit_has_what_operators_did_beside_decisions(daemon, build):
+    """The mode, the kill switch too, silences that concern the run, what somebody has seen, and references."""
+    trainer, other = await daemon.train("run", "a1"), await daemon.train("other", "a2")
+    bad = build.tap()
+    bad.non_finite.CopyFrom(wire.encode([1] * 5, "int64"))
+    await trainer.send(build.sample(1, tap=bad))
+    incident = (await daemon.shown("run", lambda detail: detail.alerts)).alerts[0]
+    token, ann = {"metadata": daemon.credentials}, {"author": "ann", "reason": "why"}
+    add = {"cause": "data", "duration_seconds": 60.0, **ann}
+    await daemon.operator.SetMode(pb.SetModeRequest(run="run", mode="observe", **ann), **token)
+    await daemon.operator.SetMode(pb.SetModeRequest(run="other", mode="advise", **ann), **token)
+    everywhere = (await daemon.operator.AddSilence(pb.AddSilenceRequest(**add), **token)).silence
+    elsewhere = (await daemon.operator.AddSilence(pb.AddSilenceRequest(run="other", **add), **token)).silence
+    await daemon.operator.ExpireSilence(pb.ExpireSilenceRequest(id=everywhere.id, author="bob", reason="day"), **token)
+    await daemon.operator.AcknowledgeIncident(
+        pb.AcknowledgeIncidentRequest(incident_id=incident.id, author="bob", reason="bad shard"), **token
+    )
+    await daemon.operator.SetReference(pb.SetReferenceRequest(run="run", reference="other", **ann), **token)
+    await daemon.operator.SetReference(pb.SetReferenceRequest(run="run", **ann), **token)
+
+    async def audit(run: str) -> list[tuple[str, ...]]:
+        found = (await daemon.operator.ListTransitions(pb.ListTransitionsRequest(run=run))).events
+        assert [one.at_unix_ns for one in found] == sorted(one.at_unix_ns for one in found)
+        return [(one.run, one.action, one.outcome, one.author, one.reason, one.id, one.detail) for one in found]
+
+    until = everywhere.ends_at_unix_ns // 10**9
+    until = f", until {datetime.fromtimestamp(until, UTC):%Y-%m-%dT%H:%M:%SZ}"
+    who = ("ann", "why")
+    assert await audit("run") == [
+        ("run", "mode", "observe", *who, "", ""),
+        ("", "silence", "added", *who, everywhere.id, f"cause data{until}"),
+        ("", "silence", "ended", "bob", "day", everywhere.id, "cause data"),
+        ("run", "ack", "acknowledged", "bob", "bad shard", incident.id, "NonFinite"),
+        ("run", "reference", "set", *who, "", "other"),
+        ("run", "reference", "cleared", *who, "", ""),
+    ]
+    of_other = [one for one in await audit("other") if one[0]]
+    assert [one[:2] + one[5:6] for one in of_other] == [("other", "mode", ""), ("other", "silence", elsewhere.id)]
+    assert len(await audit("")) == 8
+    for each in (trainer, other):
+        each.call.cancel()
 
 
 async def test_what_is_not_there_is_not_found(daemon):
