@@ -142,6 +142,7 @@ _EFFECTS: dict[type[Change], Callable[[Any, Any], str]] = {
     RequestRollbackRequest: lambda _, answer: output.describe_change(answer.decision),
     **dict.fromkeys((PromotePlanRequest, PausePlanRequest, AbortPlanRequest), _plan),
     **dict.fromkeys((ApproveDecisionRequest, RejectDecisionRequest, CancelDecisionRequest), _decision),
+    SetModeRequest: lambda asked, answer: output.kept_in_force(answer.run) if asked.mode == "observe" else "",
     AcknowledgeIncidentRequest: lambda _, answer: f"incident {answer.incident.name} of run {answer.incident.run}",
     AddSilenceRequest: lambda _, answer: f"until {output.timestamp(answer.silence.ends_at_unix_ns)}",
     ExpireSilenceRequest: lambda _, answer: f"it holds until {output.timestamp(answer.silence.ends_at_unix_ns)}",

@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from sharpwatch.v1.operator_pb2 import Decision, UndoLearningRatesResponse
+    from sharpwatch.v1.operator_pb2 import Decision, Run, UndoLearningRatesResponse
     from sharpwatch.v1.types_pb2 import Estimate
 
 _INTEGER_TYPES = frozenset(
@@ -217,6 +217,13 @@ def describe_undo(answer: UndoLearningRatesResponse) -> str:
     elif undone.undoes:
         what = f"{what}; it undid revision {undone.undoes}, which holds again"
     return f"takes back revision {undone.revision} ({multipliers(undone.multipliers)}), {what}"
+
+
+def kept_in_force(run: Run) -> str:
+    """What stays in force in a run in the mode observe, in which no policy gives a cut back; empty for nothing."""
+    if not run.multipliers:
+        return ""
+    return f"stays in force until somebody changes it: {multipliers(run.multipliers)}"
 
 
 # Tables

@@ -151,6 +151,7 @@ class Pipeline:
         match row:
             case ModeRow():
                 self._pending.modes.append(row)
+                run.publish(mode_set=row)
             case ReferenceRow():
                 self._pending.references.append(row)
             case RequestRow():

@@ -45,6 +45,23 @@ Global___RunPhase: typing_extensions.TypeAlias = RunPhase
 class Run(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    @typing.final
+    class MultipliersEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.float
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.float = ...,
+        ) -> None: ...
+        _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["key", b"key", "value", b"value"]
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
     RUN_FIELD_NUMBER: builtins.int
     TRAINING_JOB_FIELD_NUMBER: builtins.int
     PHASE_FIELD_NUMBER: builtins.int
@@ -56,6 +73,8 @@ class Run(google.protobuf.message.Message):
     CONTROL_FIELD_NUMBER: builtins.int
     LR_REVISION_FIELD_NUMBER: builtins.int
     ACTIVE_ALERTS_FIELD_NUMBER: builtins.int
+    MULTIPLIERS_FIELD_NUMBER: builtins.int
+    MODE_SET_FIELD_NUMBER: builtins.int
     run: builtins.str
     training_job: builtins.str
     phase: Global___RunPhase.ValueType
@@ -68,6 +87,14 @@ class Run(google.protobuf.message.Message):
     control: builtins.str
     lr_revision: builtins.int
     active_alerts: builtins.int
+    @property
+    def multipliers(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]:
+        """In force, or sent to the trainer, of the blocks whose multiplier is not 1."""
+
+    @property
+    def mode_set(self) -> Global___ModeSetting:
+        """Absent where the mode is the one of the configuration."""
+
     def __init__(
         self,
         *,
@@ -82,16 +109,42 @@ class Run(google.protobuf.message.Message):
         control: builtins.str = ...,
         lr_revision: builtins.int = ...,
         active_alerts: builtins.int = ...,
+        multipliers: collections.abc.Mapping[builtins.str, builtins.float] | None = ...,
+        mode_set: Global___ModeSetting | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_loss", b"_loss", "loss", b"loss"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_loss", b"_loss", "loss", b"loss", "mode_set", b"mode_set"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_loss", b"_loss", "active_alerts", b"active_alerts", "attempts", b"attempts", "control", b"control", "last_sample_at_unix_ns", b"last_sample_at_unix_ns", "loss", b"loss", "lr_revision", b"lr_revision", "mode", b"mode", "phase", b"phase", "run", b"run", "step", b"step", "training_job", b"training_job"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_loss", b"_loss", "active_alerts", b"active_alerts", "attempts", b"attempts", "control", b"control", "last_sample_at_unix_ns", b"last_sample_at_unix_ns", "loss", b"loss", "lr_revision", b"lr_revision", "mode", b"mode", "mode_set", b"mode_set", "multipliers", b"multipliers", "phase", b"phase", "run", b"run", "step", b"step", "training_job", b"training_job"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__loss: typing_extensions.TypeAlias = typing.Literal["loss"]
     _WhichOneofArgType__loss: typing_extensions.TypeAlias = typing.Literal["_loss", b"_loss"]
     def WhichOneof(self, oneof_group: _WhichOneofArgType__loss) -> _WhichOneofReturnType__loss | None: ...
 
 Global___Run: typing_extensions.TypeAlias = Run
+
+@typing.final
+class ModeSetting(google.protobuf.message.Message):
+    """Who set the mode of a run, when and why."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    AUTHOR_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    SET_AT_UNIX_NS_FIELD_NUMBER: builtins.int
+    author: builtins.str
+    reason: builtins.str
+    set_at_unix_ns: builtins.int
+    def __init__(
+        self,
+        *,
+        author: builtins.str = ...,
+        reason: builtins.str = ...,
+        set_at_unix_ns: builtins.int = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "reason", b"reason", "set_at_unix_ns", b"set_at_unix_ns"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___ModeSetting: typing_extensions.TypeAlias = ModeSetting
 
 @typing.final
 class Block(google.protobuf.message.Message):

@@ -284,7 +284,7 @@ async def test_approve_reject_and_mode(operator, cli):
     operator.answer.set_result(pb.Decision(outcome="applied", applied_step=7))
     assert await cli("approve", "d5") == (0, "revision 5 applied at step 7: vo 0.25\n", "")
     assert await cli("reject", "d6", "--reason", "no") == (0, "scale_lr rejected: vo 0.25 (decision d6)\n", "")
-    assert await cli("mode", "llama") == (0, "llama-c3: observe\n", "")
+    assert await cli("mode", "llama") == (0, "llama-c3: observe, by the configuration\n", "")
     assert await cli("mode", "llama-c3", "enforce") == (0, "llama-c3: enforce\n", "")
     assert [request.author for request in operator.requests] == ["ada@node3"] * 3
 

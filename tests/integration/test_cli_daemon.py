@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 
 import grpc
@@ -96,7 +97,22 @@ async def test_a_learning_rate_reaches_the_trainer_and_is_undone(cli):
     assert "job, AdamW" in out
     status, out, err = await cli("mode", "gpt2-a1", "enforce", "--reason", "on call")
     assert (status, out, err) == (0, "gpt2-a1: enforce\n", "")
-    assert await cli("mode", "gpt2") == (0, "gpt2-a1: enforce\n", "")
+    status, out, _ = await cli("mode", "gpt2")
+    assert (status, re.sub(r" at \S+Z", " at T", out)) == (0, "gpt2-a1: enforce, set by ada@node3 at T: on call\n")
+
+
+@pytest.mark.usefixtures("trainer")
+async def test_the_mode_observe_lists_what_stays_in_force(cli):
+    """No policy gives a cut back any more."""
+    await cli("lr", "set", "gpt2-a1", "qk=0.5")
+    kept = "stays in force until somebody changes it: qk 0.5"
+    _, out, _ = await cli("mode", "--all", "observe", "--dry-run")
+    assert out.endswith(f"SetMode run gpt2-a1, mode observe, author ada@node3; {kept}\n")
+    for which in (("--all",), ("gpt2-a1",)):
+        assert await cli("mode", *which, "observe") == (0, f"gpt2-a1: observe; {kept}\n", "")
+        assert await cli("mode", *which, "advise") == (0, "gpt2-a1: advise\n", "")
+    await cli("lr", "undo", "gpt2-a1")
+    assert await cli("mode", "gpt2-a1", "observe") == (0, "gpt2-a1: observe\n", "")
 
 
 @pytest.mark.usefixtures("trainer")
@@ -154,7 +170,11 @@ async def test_what_changes_a_run_takes_its_whole_name(cli):
         assert (status, out) == (1, ""), command
         assert f"got {given!r}; say which one is meant: gpt2-a1" in err
     assert json.loads((await cli("decisions", "--json"))[1])["decisions"] == []
-    assert await cli("mode", "gpt2") == (0, "gpt2-a1: observe\n", "")  # to read, the beginning of a name is enough
+    assert await cli("mode", "gpt2") == (
+        0,
+        "gpt2-a1: observe, by the configuration\n",
+        "",
+    )  # to read, the beginning of a name is enough
 
 
 @pytest.mark.usefixtures("trainer")
@@ -213,7 +233,7 @@ async def test_a_dry_run_prints_what_would_be_sent_and_changes_nothing(cli, envi
             }
         ],
     }
-    assert await cli("mode", "gpt2") == (0, "gpt2-a1: observe\n", "")
+    assert await cli("mode", "gpt2") == (0, "gpt2-a1: observe, by the configuration\n", "")
     assert await cli("reference", "gpt2") == (0, "gpt2-a1: no reference\n", "")
     assert len(json.loads((await cli("decisions", "--json"))[1])["decisions"]) == 2
 

@@ -21,7 +21,7 @@ from sharpwatch.daemon.records import (
     Silence,
 )
 from sharpwatch.daemon.runs.snapshot import Phase, RunSnapshot
-from sharpwatch.daemon.storage.schema import RequestRow, TransitionRow
+from sharpwatch.daemon.storage.schema import ModeRow, RequestRow, TransitionRow
 from sharpwatch.v1 import operator_pb2, types_pb2
 
 _PHASES: dict[Phase, operator_pb2.RunPhase.ValueType] = {
@@ -243,7 +243,14 @@ def run_message(snapshot: RunSnapshot) -> operator_pb2.Run:
         control=snapshot.hello.control,
         lr_revision=snapshot.lr_revision,
         active_alerts=sum(incident.active for incident in snapshot.incidents),
+        multipliers={block: value for block, value in snapshot.multipliers.items() if value != 1},
+        mode_set=None if snapshot.mode_set is None else mode_setting(snapshot.mode_set),
     )
+
+
+def mode_setting(row: ModeRow) -> operator_pb2.ModeSetting:
+    """Returns who set a run's mode as a message."""
+    return operator_pb2.ModeSetting(author=row.author, reason=row.reason, set_at_unix_ns=_nanoseconds(row.made_at))
 
 
 _TAP = ("gradient_norm", "weight_norm", "update_rms", "learning_rate", "lr_multiplier")

@@ -42,6 +42,7 @@ from sharpwatch.daemon.storage.schema import (
     SCHEMAS,
     BaselinesRow,
     EstimateRow,
+    ModeRow,
     NotificationRow,
     PendingWrites,
     ReferenceRow,
@@ -392,7 +393,9 @@ class Journal:
             "SELECT name, losses, author, reason, made_at FROM run_references WHERE run = ? ORDER BY id DESC LIMIT 1",
             [run],
         ).fetchone()
-        mode = rows("SELECT mode FROM modes WHERE run = ? ORDER BY id DESC LIMIT 1", [run]).fetchone()
+        mode = rows(
+            "SELECT run, mode, author, reason, made_at FROM modes WHERE run = ? ORDER BY id DESC LIMIT 1", [run]
+        ).fetchone()
         return StoredRun(
             run=run,
             attempts=tuple(
@@ -419,7 +422,7 @@ class Journal:
                 Checkpoint(step, uri)
                 for step, uri in rows("SELECT step, uri FROM checkpoints WHERE run = ? ORDER BY rowid", [run])
             ),
-            mode=mode[0] if mode else None,
+            mode=ModeRow(*mode) if mode else None,
             baselines=None if baselines is None else BaselinesRow(run, *baselines),
             reference=ReferenceRow(run, *reference) if reference and reference[0] else None,
             plans=tuple(

@@ -221,7 +221,7 @@ class StoredRun:
     decisions: tuple[Decision, ...]
     revisions: tuple[Revision, ...]
     checkpoints: tuple[Checkpoint, ...]
-    mode: Mode | None
+    mode: ModeRow | None
     baselines: BaselinesRow | None = None
     reference: ReferenceRow | None = None
     plans: tuple[LrPlan, ...] = ()

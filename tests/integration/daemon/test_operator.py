@@ -154,6 +154,21 @@ async def test_the_audit_has_what_operators_did_beside_decisions(daemon, build):
         each.call.cancel()
 
 
+async def test_who_set_the_mode_is_known_and_survives_a_restart(running):
+    async with running() as daemon:
+        trainer = await daemon.train()
+        before = (await daemon.shown("run", lambda detail: detail.run.run)).run
+        assert (before.mode, before.HasField("mode_set")) == ("observe", False)
+        change = pb.SetModeRequest(run="run", mode="advise", author="ann", reason="on call")
+        answer = (await daemon.operator.SetMode(change, metadata=daemon.credentials)).run
+        trainer.call.cancel()
+    async with running() as daemon:
+        after = (await daemon.operator.GetRun(pb.GetRunRequest(run="run"))).detail.run
+    assert (after.mode, after.mode_set.author, after.mode_set.reason) == ("advise", "ann", "on call")
+    assert after.mode_set == answer.mode_set
+    assert after.mode_set.set_at_unix_ns > 0
+
+
 async def test_what_is_not_there_is_not_found(daemon):
     trainer = await daemon.train()
     token = daemon.credentials
