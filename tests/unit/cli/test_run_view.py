@@ -154,6 +154,18 @@ def test_show():
     assert plain(run_view(DETAIL, NOW)) == SHOWN
 
 
+def test_an_override_is_shown_with_its_unit():
+    detail = RunDetail(run=Run(run="new"))
+    for key, value in (("stall_after", 20.0), ("stall_after", 7200.0), ("pages_per_10k_steps", 2.0)):
+        detail.overrides.add(key=key, value=value, match={"team": "nlp"})
+    lines = [" ".join(line.split()) for line in plain(run_view(detail, NOW)).splitlines()]
+    assert [line for line in lines if "override" in line] == [
+        "stall_after 20 s, by the override for team=nlp",
+        "stall_after 2 h, by the override for team=nlp",
+        "pages_per_10k_steps 2, by the override for team=nlp",
+    ]
+
+
 def test_show_of_a_run_that_has_sent_nothing_yet():
     detail = RunDetail(run=Run(run="new", training_job="job", phase=RunPhase.RUN_PHASE_SILENT, mode="observe"))
     assert plain(run_view(detail, NOW)).endswith(
