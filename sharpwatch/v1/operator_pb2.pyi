@@ -1030,6 +1030,7 @@ class Revision(google.protobuf.message.Message):
     UNDOES_FIELD_NUMBER: builtins.int
     UPDATE_EVERY_FIELD_NUMBER: builtins.int
     OUTCOME_FIELD_NUMBER: builtins.int
+    RAMP_STEPS_FIELD_NUMBER: builtins.int
     revision: builtins.int
     author: builtins.str
     reason: builtins.str
@@ -1041,6 +1042,8 @@ class Revision(google.protobuf.message.Message):
     """The revision that this one undoes; 0: none."""
     outcome: builtins.str
     """Its decision's outcome: one that came to nothing never comes into force."""
+    ramp_steps: builtins.int
+    """Over how many steps from applied_step on the trainer moves there."""
     @property
     def multipliers(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]: ...
     @property
@@ -1060,10 +1063,11 @@ class Revision(google.protobuf.message.Message):
         undoes: builtins.int = ...,
         update_every: collections.abc.Mapping[builtins.str, builtins.int] | None = ...,
         outcome: builtins.str = ...,
+        ramp_steps: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_applied_step", b"_applied_step", "applied_step", b"applied_step"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_applied_step", b"_applied_step", "applied_step", b"applied_step", "author", b"author", "decision_id", b"decision_id", "made_at_unix_ns", b"made_at_unix_ns", "multipliers", b"multipliers", "outcome", b"outcome", "reason", b"reason", "revision", b"revision", "undoes", b"undoes", "update_every", b"update_every"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_applied_step", b"_applied_step", "applied_step", b"applied_step", "author", b"author", "decision_id", b"decision_id", "made_at_unix_ns", b"made_at_unix_ns", "multipliers", b"multipliers", "outcome", b"outcome", "ramp_steps", b"ramp_steps", "reason", b"reason", "revision", b"revision", "undoes", b"undoes", "update_every", b"update_every"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__applied_step: typing_extensions.TypeAlias = typing.Literal["applied_step"]
     _WhichOneofArgType__applied_step: typing_extensions.TypeAlias = typing.Literal["_applied_step", b"_applied_step"]

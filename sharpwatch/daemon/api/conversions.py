@@ -14,7 +14,6 @@ from sharpwatch.daemon.records import (
     Decision,
     Incident,
     LrPlan,
-    Outcome,
     PairOrder,
     Revision,
     RollbackPlan,
@@ -174,8 +173,8 @@ def silence_message(silence: Silence, now: float) -> operator_pb2.Silence:
     )
 
 
-def revision_message(revision: Revision, outcome: Outcome) -> operator_pb2.Revision:
-    """Returns an LR revision, whose decision has an outcome, as a message."""
+def revision_message(revision: Revision, made: Decision) -> operator_pb2.Revision:
+    """Returns an LR revision, and what is known of it by its decision, as a message."""
     return operator_pb2.Revision(
         revision=revision.revision,
         multipliers=revision.multipliers,
@@ -186,7 +185,8 @@ def revision_message(revision: Revision, outcome: Outcome) -> operator_pb2.Revis
         applied_step=revision.applied_step,
         undoes=revision.undoes,
         update_every=revision.update_every,
-        outcome=outcome,
+        outcome=made.outcome,
+        ramp_steps=made.ramp_steps,
     )
 
 

@@ -243,16 +243,16 @@ class OperatorService(OperatorServiceServicer):
         by = _decision(run, undone.decision_id)
         return pb.UndoLearningRatesResponse(
             decision=decision_message(changes.decisions[-1]),
-            undone=revision_message(undone, by.outcome),
+            undone=revision_message(undone, by),
             undone_decision=decision_message(by),
         )
 
     async def ListRevisions(self, request: pb.ListRevisionsRequest, context: Context) -> pb.ListRevisionsResponse:
         """Lists the LR revisions of a run, oldest first."""
         run = await self._run(request.run, context)
-        outcomes = {made.id: made.outcome for made in run.controller.decisions}
+        by = {made.id: made for made in run.controller.decisions}
         return pb.ListRevisionsResponse(
-            revisions=(revision_message(one, outcomes[one.decision_id]) for one in run.controller.revisions)
+            revisions=(revision_message(one, by[one.decision_id]) for one in run.controller.revisions)
         )
 
     @_refusals_noted("lr plan")
