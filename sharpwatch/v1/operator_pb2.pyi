@@ -1678,7 +1678,7 @@ class StartPlanResponse(google.protobuf.message.Message):
     def plan(self) -> Global___Plan: ...
     @property
     def decision(self) -> Global___Decision:
-        """On its first stage; absent where that was not sent yet."""
+        """On its first stage; absent where that has to wait. Of a dry run, what it would be."""
 
     def __init__(
         self,

@@ -267,15 +267,15 @@ class OperatorService(OperatorServiceServicer):
             request.automatic,
         )
         known = run.snapshot.without_stale().all_estimates
+        plan, made = await self._change_plan(
+            run, request, context, lambda rollout, operator: rollout.start(wanted, known, operator)
+        )
         if request.dry_run:
             draft = await self._change(
                 context,
                 lambda: run.controller.draft_plan(wanted, known, request.author, request.reason, time.time()),
             )
-            return pb.StartPlanResponse(plan=plan_message(draft))
-        plan, made = await self._change_plan(
-            run, request, context, lambda rollout, operator: rollout.start(wanted, known, operator)
-        )
+            plan = plan_message(draft)  # nothing is under way yet
         return pb.StartPlanResponse(plan=plan, decision=made)
 
     @_refusals_noted("lr promote")
