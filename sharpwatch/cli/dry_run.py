@@ -120,9 +120,11 @@ def _tried(stub: OperatorServiceStub, request: Change) -> str:
 
 
 def _plan(request: Any, answer: Any) -> str:
-    del request
-    detail = f" ({answer.plan.detail})" if answer.plan.detail else ""
-    return f"plan {answer.plan.name} would be {answer.plan.state}{detail}"
+    stands = f"plan {answer.plan.name} would be {answer.plan.state}"
+    # Its detail then names a decision that is not made.
+    if not isinstance(request, PausePlanRequest) and answer.HasField("decision"):
+        return f"{stands}; then in force: {output.describe_change(answer.decision)}"
+    return stands + (f" ({answer.plan.detail})" if answer.plan.detail else "")
 
 
 def _decision(request: Any, answer: Any) -> str:
