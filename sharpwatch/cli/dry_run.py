@@ -1,4 +1,4 @@
-"""`--dry-run`: print what a command would send, after the checks for which the daemon need not change anything."""
+"""`--dry-run`: have the daemon check what a command would send, and print it with what it would come to."""
 
 from __future__ import annotations
 
@@ -7,56 +7,60 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
-import grpc
 
 from sharpwatch.cli import output
-from sharpwatch.cli.client import connected, find_connection, plain_words, some
+from sharpwatch.cli.client import connected, find_connection
 from sharpwatch.cli.options import DaemonOptions
 from sharpwatch.errors import OperatorError
 from sharpwatch.v1.operator_pb2 import (
     AbortPlanRequest,
+    AcknowledgeIncidentRequest,
+    AddSilenceRequest,
     ApproveDecisionRequest,
     CancelDecisionRequest,
-    Decision,
+    ExpireSilenceRequest,
     GetDaemonRequest,
-    GetRunRequest,
-    ListRevisionsRequest,
-    ListRunsRequest,
     PausePlanRequest,
     PromotePlanRequest,
     RejectDecisionRequest,
     RequestRollbackRequest,
-    Run,
     SetLearningRatesRequest,
     SetModeRequest,
+    SetReferenceRequest,
     UndoLearningRatesRequest,
-    WatchDecisionRequest,
 )
 from sharpwatch.v1.operator_pb2_grpc import OperatorServiceStub
-from sharpwatch.v1.types_pb2 import Rollback
 
-PlanChange = PromotePlanRequest | PausePlanRequest | AbortPlanRequest
-Change = SetLearningRatesRequest | UndoLearningRatesRequest | RequestRollbackRequest | SetModeRequest | PlanChange
-Answer = ApproveDecisionRequest | RejectDecisionRequest | CancelDecisionRequest
+Change = (
+    SetLearningRatesRequest
+    | UndoLearningRatesRequest
+    | RequestRollbackRequest
+    | SetModeRequest
+    | SetReferenceRequest
+    | PromotePlanRequest
+    | PausePlanRequest
+    | AbortPlanRequest
+    | ApproveDecisionRequest
+    | RejectDecisionRequest
+    | CancelDecisionRequest
+    | AcknowledgeIncidentRequest
+    | AddSilenceRequest
+    | ExpireSilenceRequest
+)
 PENDING = frozenset({"proposed", "approved", "planned", "sent"})  # outcomes of decisions that are not applied yet
-_CHANGEABLE: dict[type[PlanChange], tuple[str, ...]] = {  # the states in which a plan takes each change
-    PromotePlanRequest: ("waiting", "paused"),
-    PausePlanRequest: ("running", "waiting"),
-    AbortPlanRequest: ("running", "waiting", "paused"),
-}
-_SECONDS = 10.0  # deadline for the one answer that is read from a stream
 
 
 def dry_run_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add --dry-run to a command, which gets one argument `dry_run`."""
-    return click.option("--dry-run", is_flag=True, help="Check the command and print it; send nothing.")(command)
+    about = "Have the daemon check the command, and print it; change nothing."
+    return click.option("--dry-run", is_flag=True, help=about)(command)
 
 
-def preview(options: DaemonOptions, requests: Sequence[Change | Answer]) -> None:
-    """Check requests and print them, but send none.
+def preview(options: DaemonOptions, requests: Sequence[Change]) -> None:
+    """Have the daemon check requests, and print them; it makes none of them.
 
-    The trainer's own answer, and the limits that only the daemon knows (`lr_bounds`, commands under way), are not
-    foreseen.
+    It answers as it would answer the command, but each request as if it were the only one. The trainer's own answer
+    is not foreseen.
 
     Args:
         options: The options of the command line.
@@ -67,126 +71,81 @@ def preview(options: DaemonOptions, requests: Sequence[Change | Answer]) -> None
     """
     connection = find_connection(options, os.environ)
     with connected(connection) as stub:
-        daemon = stub.GetDaemon(GetDaemonRequest())
-        if daemon.role != "operator":
-            reason = "a change needs the operator's token"
-            raise OperatorError(plain_words(grpc.StatusCode.UNAUTHENTICATED, reason, connection))
-        if not daemon.store_writable:
-            reason = f"no change can be journalled now: {daemon.store_error}"
-            raise OperatorError(plain_words(grpc.StatusCode.UNAVAILABLE, reason, connection))
-        runs = {run.run: run for run in stub.ListRuns(ListRunsRequest()).runs}
-        effects = [_checked(stub, request, runs) for request in requests]
+        if not stub.GetDaemon(GetDaemonRequest()).takes_dry_run:
+            raise OperatorError(f"daemon at {connection.address} is an earlier version, which takes no --dry-run")
+        effects = [_tried(stub, request) for request in requests]
     calls = [
-        {"call": _call(request), "request": output.to_dict(request), "effect": effect}
+        {"call": _call(request), "request": _shown(request), "effect": effect}
         for request, effect in zip(requests, effects, strict=True)
     ]
     lines = [
-        f"dry run, not sent to {connection.address}: {_line(each)}" for each in zip(requests, effects, strict=True)
+        f"dry run at {connection.address}, nothing is changed: {_line(request, effect)}"
+        for request, effect in zip(requests, effects, strict=True)
     ]
     payload = {"dry_run": True, "address": connection.address, "calls": calls}
     output.print_answer(payload, "\n".join(lines) or "dry run: there is nothing to send", as_json=options.json)
 
 
-def _call(request: Change | Answer) -> str:
+def _call(request: Change) -> str:
     return type(request).__name__.removesuffix("Request")
 
 
-def _line(sent: tuple[Change | Answer, str]) -> str:
-    request, effect = sent
+def _shown(request: Change) -> dict[str, Any]:
+    return {name: value for name, value in output.to_dict(request).items() if name != "dry_run"}
+
+
+def _line(request: Change, effect: str) -> str:
     fields = []
     for field, value in request.ListFields():
-        shown = {"multipliers": lambda given: output.multipliers(given, given), "update_every": output.intervals}
-        text = shown.get(field.name, str)(value)
-        fields.append(f"{field.name} {text}")
+        if field.name == "losses":
+            continue  # as many as steps
+        shown: dict[str, Callable[[Any], str]] = {
+            "multipliers": lambda given: output.multipliers(given, given),
+            "update_every": output.intervals,
+            "steps": lambda given: f"{len(given)} from {given[0]} to {given[-1]}",
+            "duration_seconds": lambda given: f"{given:g}",
+        }
+        fields.append(f"{field.name} {shown.get(field.name, str)(value)}")
     return output.clean("; ".join((f"{_call(request)} {', '.join(fields)}", *([effect] if effect else []))))
 
 
-def _checked(stub: OperatorServiceStub, request: Change | Answer, runs: dict[str, Run]) -> str:
-    """What the request would do beyond what stands in it; raises `OperatorError` where it would be refused."""
-    if isinstance(request, Answer):
-        return _answered(stub, request, runs)
-    run = _named_in_full(request.run, runs)
-    match request:
-        case SetLearningRatesRequest():
-            _controlled(run)
-            blocks = [block.block for block in stub.GetRun(GetRunRequest(run=run.run)).detail.blocks]
-            named = (*request.multipliers, *request.update_every)
-            unknown = next((block for block in named if block not in blocks), None)
-            if unknown is not None:
-                raise OperatorError(f"run {run.run} has no block {unknown!r}; allowed: {', '.join(blocks)}")
-        case UndoLearningRatesRequest():
-            _controlled(run)
-            known = [each.revision for each in stub.ListRevisions(ListRevisionsRequest(run=run.run)).revisions]
-            if not known or (request.revision and request.revision not in known):
-                names = ", ".join(map(str, known)) or "none yet"
-                raise OperatorError(f"no revision {request.revision or ''} of run {run.run}; known: {names}")
-        case RequestRollbackRequest():
-            _controlled(run)
-            return _rolled_back(stub, request, run)
-        case PromotePlanRequest() | PausePlanRequest() | AbortPlanRequest():
-            return _planned(stub, request, run)
-    return ""
+def _tried(stub: OperatorServiceStub, request: Change) -> str:
+    """What a request would come to, beyond what stands in it; the stub raises where it would be refused."""
+    asked = type(request)()
+    asked.CopyFrom(request)  # type: ignore[arg-type]  # of the same type
+    asked.dry_run = True
+    answer = getattr(stub, _call(request))(asked)
+    tell = _EFFECTS.get(type(request))
+    return "" if tell is None else tell(request, answer)
 
 
-def _named_in_full(given: str, runs: dict[str, Run]) -> Run:
-    """As the daemon finds a run that is to be changed, and in its words."""
-    if given in runs:
-        return runs[given]
-    meant = sorted(name for name in runs if name.startswith(given))
-    if not meant:
-        raise OperatorError(f"no run {given!r}")
-    raise OperatorError(
-        f"a run that is changed must be named in full, got {given!r}; say which one is meant: {some(meant)}"
-    )
+def _plan(request: Any, answer: Any) -> str:
+    stands = f"plan {answer.plan.name} would be {answer.plan.state}"
+    # Its detail then names a decision that is not made.
+    if not isinstance(request, PausePlanRequest) and answer.HasField("decision"):
+        return f"{stands}; then in force: {output.describe_change(answer.decision)}"
+    return stands + (f" ({answer.plan.detail})" if answer.plan.detail else "")
 
 
-def _controlled(run: Run) -> None:
-    if run.control == "none":
-        raise OperatorError(f'run {run.run} was attached with control="none"')
+def _decision(request: Any, answer: Any) -> str:
+    del request
+    made = answer.decision
+    return f"{made.action} of run {made.run}: {output.describe_change(made)}"
 
 
-def _planned(stub: OperatorServiceStub, request: PlanChange, run: Run) -> str:
-    """The plan that would be changed."""
-    detail = stub.GetRun(GetRunRequest(run=run.run)).detail
-    if not detail.HasField("plan"):
-        raise OperatorError(f"run {run.run} has no plan; start one with: sharpwatch lr plan")
-    plan, states = detail.plan, _CHANGEABLE[type(request)]
-    stands = f"plan {plan.name} is {plan.state}" + (f" ({plan.detail})" if plan.detail else "")
-    if plan.state not in states:
-        raise OperatorError(f"{stands}; it must be {' or '.join(states)}")
-    return stands
-
-
-def _rolled_back(stub: OperatorServiceStub, request: RequestRollbackRequest, run: Run) -> str:
-    """The checkpoint that the daemon would choose: the newest at or before the step asked for and the present one."""
-    limit = min(request.to_step, run.step) if request.HasField("to_step") else run.step
-    saved = stub.GetRun(GetRunRequest(run=run.run)).detail.checkpoints
-    found = [each for each in saved if each.step <= limit]
-    if not found:
-        have = ", ".join(str(each.step) for each in saved) or "none"
-        raise OperatorError(f"no checkpoint to go back to at or before step {limit}; there are those of steps: {have}")
-    # Of several of one step the one saved last.
-    target = max(enumerate(found), key=lambda each: (each[1].step, each[0]))[1]
-    skip = {"skip_from_step": request.skip_from_step, "skip_to_step": request.skip_to_step}
-    return output.describe_change(Decision(rollback=Rollback(checkpoint=target, **skip)))
-
-
-def _answered(stub: OperatorServiceStub, request: Answer, runs: dict[str, Run]) -> str:
-    """What the decision would change."""
-    # The first message comes at once; the stream ends with the connection.
-    decision = next(iter(stub.WatchDecision(WatchDecisionRequest(id=request.id), timeout=_SECONDS))).decision
-    if decision.id != request.id:
-        raise OperatorError(
-            f"a decision that is changed must be named in full, got {request.id!r}; "
-            f"say which one is meant: {decision.id}"
-        )
-    if isinstance(request, CancelDecisionRequest):
-        if decision.outcome not in PENDING:
-            raise OperatorError(f"decision {decision.id} is {decision.outcome}: it is too late to cancel it")
-        if decision.cancelled_by:
-            raise OperatorError(f"{decision.cancelled_by} has asked to cancel decision {decision.id} already")
-    elif decision.outcome != "proposed":
-        raise OperatorError(f"decision {decision.id} is {decision.outcome}: only a proposal can be answered")
-    if isinstance(request, ApproveDecisionRequest):
-        _controlled(_named_in_full(decision.run, runs))
-    return f"{decision.action} of run {decision.run}: {output.describe_change(decision)}"
+# What a request would come to, from it and its answer.
+_EFFECTS: dict[type[Change], Callable[[Any, Any], str]] = {
+    SetLearningRatesRequest: lambda asked, answer: (
+        f"then in force: {output.describe_change(answer.decision, asked.multipliers)}"
+    ),
+    UndoLearningRatesRequest: lambda _, answer: (
+        f"{output.describe_undo(answer)}; then in force: {output.describe_change(answer.decision)}"
+    ),
+    RequestRollbackRequest: lambda _, answer: output.describe_change(answer.decision),
+    **dict.fromkeys((PromotePlanRequest, PausePlanRequest, AbortPlanRequest), _plan),
+    **dict.fromkeys((ApproveDecisionRequest, RejectDecisionRequest, CancelDecisionRequest), _decision),
+    SetModeRequest: lambda asked, answer: output.kept_in_force(answer.run) if asked.mode == "observe" else "",
+    AcknowledgeIncidentRequest: lambda _, answer: f"incident {answer.incident.name} of run {answer.incident.run}",
+    AddSilenceRequest: lambda _, answer: f"until {output.timestamp(answer.silence.ends_at_unix_ns)}",
+    ExpireSilenceRequest: lambda _, answer: f"it holds until {output.timestamp(answer.silence.ends_at_unix_ns)}",
+}

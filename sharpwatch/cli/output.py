@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from sharpwatch.v1.operator_pb2 import Decision
+    from sharpwatch.v1.operator_pb2 import Decision, Run, UndoLearningRatesResponse
     from sharpwatch.v1.types_pb2 import Estimate
 
 _INTEGER_TYPES = frozenset(
@@ -205,6 +205,25 @@ def describe_change(decision: Decision, requested: Mapping[str, float] | None = 
         changed = (multipliers(decision.multipliers, requested), intervals(decision.update_every))
         return ", ".join(filter(None, changed))
     return ABSENT
+
+
+def describe_undo(answer: UndoLearningRatesResponse) -> str:
+    """What an undo takes back, as the number alone does not say whether that was a cut or the end of one."""
+    undone, by = answer.undone, answer.undone_decision
+    who = f"policy {by.policy}" if by.policy else undone.author
+    what = f"by {who}" + (f": {undone.reason}" if undone.reason else "")
+    if by.action == "ramp_back":
+        what = f"in which {who} gave back a change of its own: that change holds again"
+    elif undone.undoes:
+        what = f"{what}; it undid revision {undone.undoes}, which holds again"
+    return f"takes back revision {undone.revision} ({multipliers(undone.multipliers)}), {what}"
+
+
+def kept_in_force(run: Run) -> str:
+    """What stays in force in a run in the mode observe, in which no policy gives a cut back; empty for nothing."""
+    if not run.multipliers:
+        return ""
+    return f"stays in force until somebody changes it: {multipliers(run.multipliers)}"
 
 
 # Tables

@@ -142,7 +142,7 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:
         registry.register(
             RunCollector(runs.snapshots, time.time, stale_after=settings.stale_after, layers=settings.layer_metrics)
         )
-        notifier = Notifier(config.notifications, metrics)
+        notifier = Notifier(config.notifications, metrics, store.keep_notifications)
         asking = GateWebhook(config.gate, metrics)
         pipeline = Pipeline(
             runs=runs,
@@ -156,7 +156,7 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:
         )
         # Before HTTP and gRPC are served: an agent that reconnects must find its cursor, and a scrape its runs.
         silences.restore(await store.silences())
-        await _restore(runs, store, pipeline)
+        await _restore(runs, store, pipeline, notifier)
         alerts = ForeignAlerts(
             names=config.foreign_alerts, runs=runs, pipeline=pipeline, authorizer=authorizer, metrics=metrics
         )
@@ -205,13 +205,14 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:
             pipeline.stop()
             # Not `await worker`: its own error is logged in `_main`, and must not keep the rest from being stopped.
             await asyncio.wait((worker,))
+            await notifier.keep()  # of the worker's last write, too
             # A watch waits for a change of its run, which no longer comes, and would hold up `server.stop`.
             operators.drain()
             sessions.drain("the daemon is stopping", RETRY_AFTER_SECONDS)
             await server.stop(DRAIN_SECONDS)
 
 
-async def _restore(runs: Runs, store: Store, pipeline: Pipeline) -> None:
+async def _restore(runs: Runs, store: Store, pipeline: Pipeline, notifier: Notifier) -> None:
     for name in await store.runs():
         stored = await store.load(name, samples=REPLAYED_SAMPLES)
         changes = restore_run(runs, stored)
@@ -220,6 +221,11 @@ async def _restore(runs: Runs, store: Store, pipeline: Pipeline) -> None:
             await pipeline.restored(run, changes)
     # Once all are there: a run may be held against one that comes after it.
     pipeline.restored_all()
+    notifier.restore(
+        await store.notifications(),
+        (each for run in runs for each in run.controller.incidents),
+        (made for run in runs for made in run.controller.decisions),
+    )
 
 
 def _controller(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -12,10 +12,12 @@ import aiohttp
 import structlog
 
 from sharpwatch.daemon.config.settings import NotificationsConfig
-from sharpwatch.daemon.decisions.transitions import FINAL
+from sharpwatch.daemon.decisions.transitions import FINAL, is_settled
 from sharpwatch.daemon.exporter.own_metrics import OwnMetrics
 from sharpwatch.daemon.records import Decision, Incident
+from sharpwatch.daemon.storage.schema import NotificationRow
 from sharpwatch.daemon.webhooks import shown_webhook, webhook_headers
+from sharpwatch.errors import StoreError
 
 log = structlog.get_logger(__name__)
 
@@ -23,6 +25,7 @@ _WAITING = 1_000  # alerts that wait for a webhook that does not answer; beyond 
 _IN_ONE = 64  # alerts in one message
 _TIMEOUT = aiohttp.ClientTimeout(total=10.0)
 _FIRST_RETRY, _LAST_RETRY = 1.0, 300.0  # seconds
+_KEEP_RETRY = 5.0  # seconds
 _TOO_MANY = 429
 _NEVER = "0001-01-01T00:00:00Z"  # how Alertmanager writes the end of what goes on
 _QUIET = frozenset({"observed", "refused"})  # decisions that changed nothing and wait for nobody
@@ -31,28 +34,45 @@ _ASKS = frozenset(
 )  # of a proposal, from its beginning to its end
 
 
+# Journals rows by fingerprint; None for what need not be kept any more.
+Keep = Callable[[Mapping[str, NotificationRow | None]], Awaitable[None]]
+
+
+async def _keep_none(rows: Mapping[str, NotificationRow | None]) -> None:
+    """For a notifier without a journal."""
+
+
 class Notifier:
     """Sends alerts to one webhook, the newest state of each; nothing in the daemon waits for it.
+
+    An alert is told again only once something else than its evidence has changed: an open incident is recorded about
+    every ten steps, and each time with other numbers. What waits to be sent, and what goes on, is journalled: after a
+    restart the one is sent, and the other told with the time at which it began.
 
     Args:
         config: The webhook.
         metrics: Where it counts what was sent and what was not.
+        keep: Journals rows; raises `StoreError` where it can't.
 
     Raises:
         SharpwatchError: The file of the token can't be read, or holds none.
     """
 
-    def __init__(self, config: NotificationsConfig, metrics: OwnMetrics) -> None:
+    def __init__(self, config: NotificationsConfig, metrics: OwnMetrics, keep: Keep = _keep_none) -> None:
         self._config = config
         self._metrics = metrics
+        self._keep = keep
         self._waiting: dict[str, dict[str, Any]] = {}  # by fingerprint, oldest first
         self._began: dict[str, str] = {}  # by fingerprint, of what goes on
+        self._told: dict[str, str] = {}  # by fingerprint, what was told of what goes on, without the evidence
+        self._unkept: dict[str, NotificationRow | None] = {}  # by fingerprint, what the journal does not have yet
+        self._to_keep = asyncio.Event()
         self._filled = asyncio.Event()
         self._headers = webhook_headers("notifications", config.token_file)
         self._shown = shown_webhook(config.webhook)
 
     def tell(self, incidents: Iterable[Incident], decisions: Iterable[Decision]) -> None:
-        """Have changed records sent that somebody should know of."""
+        """Have records sent that somebody should know of, as far as they say something new."""
         if not self._config.webhook:
             return
         critical = self._config.severity == "critical"
@@ -64,20 +84,90 @@ class Notifier:
             if _is_told(made):
                 self._put(_decision(made))
 
+    def restore(
+        self, rows: Iterable[NotificationRow], incidents: Iterable[Incident], decisions: Iterable[Decision]
+    ) -> None:
+        """Go on after a restart: what waited is sent, and what goes on is told once more.
+
+        Once more, because nothing says what the webhook still knows, or whether it is the same one. Receivers of
+        Alertmanager's messages know an alert by its fingerprint.
+
+        Args:
+            rows: The journalled ones.
+            incidents: Those of all runs.
+            decisions: Those of all runs.
+        """
+        if not self._config.webhook:
+            return
+        for row in rows:
+            alert = json.loads(row.alert)
+            if alert["status"] == "firing":
+                self._began[row.fingerprint] = alert["startsAt"]
+            if row.waits:
+                self._waiting[row.fingerprint] = alert
+                self._filled.set()
+        # Those too that have ended since they were told, as the daemon may have ended before it could tell that.
+        self.tell(
+            [each for each in incidents if each.active or each.id in self._began],
+            [made for made in decisions if not is_settled(made) or made.id in self._began],
+        )
+
     def _put(self, alert: dict[str, Any]) -> None:
-        fingerprint = alert["fingerprint"]
+        fingerprint, news = alert["fingerprint"], _news(alert)
         alert["startsAt"] = self._began.setdefault(fingerprint, alert["startsAt"])
+        # What still waits is replaced in any case, so that the newest evidence goes out.
+        if self._told.get(fingerprint) == news and fingerprint not in self._waiting:
+            return
+        self._told[fingerprint] = news
         if alert["status"] == "resolved":
-            del self._began[fingerprint]
+            del self._began[fingerprint], self._told[fingerprint]
         self._waiting.pop(fingerprint, None)
         self._waiting[fingerprint] = alert
+        self._note(alert, waits=True)
         while len(self._waiting) > _WAITING:
-            self._waiting.pop(next(iter(self._waiting)))
+            lost = next(iter(self._waiting))
+            self._note(self._waiting.pop(lost), waits=False)
+            self._told.pop(lost, None)  # so that its next record is told
             self._metrics.notifications.labels("dropped").inc()
         self._filled.set()
 
+    def _note(self, alert: dict[str, Any], *, waits: bool) -> None:
+        """Have an alert journalled that waits, or goes on; and one forgotten that does neither."""
+        fingerprint = alert["fingerprint"]
+        is_over = alert["status"] == "resolved" and not waits
+        self._unkept[fingerprint] = None if is_over else NotificationRow(fingerprint, json.dumps(alert), waits)
+        self._to_keep.set()
+
     async def run(self) -> None:
-        """Sends what waits, until it is cancelled."""
+        """Sends what waits, and journals what is to be known after a restart, until it is cancelled."""
+        # Two tasks, so that what comes while a webhook does not answer is journalled all the same.
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._send_all())
+            tasks.create_task(self._keep_all())
+
+    async def _keep_all(self) -> None:
+        while True:
+            await self._to_keep.wait()
+            if not await self.keep():
+                await asyncio.sleep(_KEEP_RETRY)
+
+    async def keep(self) -> bool:
+        """Journals what is not journalled yet; returns whether the journal took it."""
+        rows, self._unkept = self._unkept, {}
+        self._to_keep.clear()
+        kept = False
+        try:
+            if rows:
+                await self._keep(rows)
+            kept = True
+        except StoreError:  # the pipeline, which writes to the same journal, logs and counts that
+            self._to_keep.set()
+        finally:
+            if not kept:  # also where it is cancelled
+                self._unkept = rows | self._unkept
+        return kept
+
+    async def _send_all(self) -> None:
         retry = _FIRST_RETRY
         async with aiohttp.ClientSession(timeout=_TIMEOUT, headers=self._headers) as session:
             while True:
@@ -93,6 +183,7 @@ class Notifier:
                 for fingerprint, alert in batch.items():
                     if self._waiting.get(fingerprint) is alert:  # else a newer state has come meanwhile
                         del self._waiting[fingerprint]
+                        self._note(alert, waits=False)
                 if not self._waiting:
                     self._filled.clear()
 
@@ -133,6 +224,12 @@ def message(alerts: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def _news(alert: dict[str, Any]) -> str:
+    """What must change for an alert to be told again: all that it says but the evidence and the times."""
+    said = {name: text for name, text in alert["annotations"].items() if name != "description"}
+    return json.dumps([alert["status"], alert["labels"], said])
+
+
 def _incident(incident: Incident) -> dict[str, Any]:
     culprit = incident.layer_blocks[0] if incident.layer_blocks else ""
     where = f" in {culprit}" if culprit else ""
@@ -150,6 +247,7 @@ def _incident(incident: Incident) -> dict[str, Any]:
             "summary": f"{incident.run}: {incident.name}{where} since step {incident.onset}, cause {incident.cause}",
             "description": "; ".join(incident.evidence) + (f". Closed: {incident.closed}" if incident.closed else ""),
             "command": f"sharpwatch incidents {incident.run}",
+            **({"acknowledged": incident.acknowledged} if incident.acknowledged else {}),
         },
     )
 

@@ -32,6 +32,7 @@ from sharpwatch.daemon.storage.schema import (
     ModeRow,
     PendingWrites,
     ReferenceRow,
+    RequestRow,
     SampleRow,
 )
 from sharpwatch.errors import OperatorError, StoreError
@@ -135,25 +136,26 @@ class Pipeline:
                     run.publish()
                     self._queue.wake()
 
-    async def submit(
-        self, run: Run, changes: Changes, mode: ModeRow | None = None, reference: ReferenceRow | None = None
-    ) -> None:
+    async def submit(self, run: Run, changes: Changes, row: ModeRow | ReferenceRow | RequestRow | None = None) -> None:
         """Journals what an operator changed, then sends the commands in it.
 
         Args:
             run: The run.
             changes: What its controller made of the request.
-            mode: The run's new mode, if that was set.
-            reference: The run's new reference, if that was set.
+            row: The run's new mode or reference, or the request, where that is no decision.
 
         Raises:
             StoreError: The journal fails. The changes are written, and their commands sent, once it works again.
         """
         self._record(run, changes)
-        if mode is not None:
-            self._pending.modes.append(mode)
-        if reference is not None:
-            self._pending.references.append(reference)
+        match row:
+            case ModeRow():
+                self._pending.modes.append(row)
+                run.publish(mode_set=row)
+            case ReferenceRow():
+                self._pending.references.append(row)
+            case RequestRow():
+                self._pending.requests.append(row)
         # Published though the write may fail: the controller has changed already, and the change stays pending.
         run.publish(mode=run.controller.mode)
         await self._write(())
@@ -193,6 +195,18 @@ class Pipeline:
             expired_by=silence.expired_by,
         )
         self._pending.silences[silence.id] = silence
+        await self._write(())
+
+    async def keep_request(self, request: RequestRow) -> None:
+        """Journals a request that changed nothing.
+
+        Args:
+            request: The request.
+
+        Raises:
+            StoreError: The journal fails. It is written once that works again.
+        """
+        self._pending.requests.append(request)
         await self._write(())
 
     async def restored(self, run: Run, changes: Sequence[Changes]) -> None:

@@ -45,6 +45,23 @@ Global___RunPhase: typing_extensions.TypeAlias = RunPhase
 class Run(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    @typing.final
+    class MultipliersEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.float
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.float = ...,
+        ) -> None: ...
+        _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["key", b"key", "value", b"value"]
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
     RUN_FIELD_NUMBER: builtins.int
     TRAINING_JOB_FIELD_NUMBER: builtins.int
     PHASE_FIELD_NUMBER: builtins.int
@@ -56,6 +73,8 @@ class Run(google.protobuf.message.Message):
     CONTROL_FIELD_NUMBER: builtins.int
     LR_REVISION_FIELD_NUMBER: builtins.int
     ACTIVE_ALERTS_FIELD_NUMBER: builtins.int
+    MULTIPLIERS_FIELD_NUMBER: builtins.int
+    MODE_SET_FIELD_NUMBER: builtins.int
     run: builtins.str
     training_job: builtins.str
     phase: Global___RunPhase.ValueType
@@ -68,6 +87,14 @@ class Run(google.protobuf.message.Message):
     control: builtins.str
     lr_revision: builtins.int
     active_alerts: builtins.int
+    @property
+    def multipliers(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]:
+        """In force, or sent to the trainer, of the blocks whose multiplier is not 1."""
+
+    @property
+    def mode_set(self) -> Global___ModeSetting:
+        """Absent where the mode is the one of the configuration."""
+
     def __init__(
         self,
         *,
@@ -82,16 +109,42 @@ class Run(google.protobuf.message.Message):
         control: builtins.str = ...,
         lr_revision: builtins.int = ...,
         active_alerts: builtins.int = ...,
+        multipliers: collections.abc.Mapping[builtins.str, builtins.float] | None = ...,
+        mode_set: Global___ModeSetting | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_loss", b"_loss", "loss", b"loss"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_loss", b"_loss", "loss", b"loss", "mode_set", b"mode_set"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_loss", b"_loss", "active_alerts", b"active_alerts", "attempts", b"attempts", "control", b"control", "last_sample_at_unix_ns", b"last_sample_at_unix_ns", "loss", b"loss", "lr_revision", b"lr_revision", "mode", b"mode", "phase", b"phase", "run", b"run", "step", b"step", "training_job", b"training_job"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_loss", b"_loss", "active_alerts", b"active_alerts", "attempts", b"attempts", "control", b"control", "last_sample_at_unix_ns", b"last_sample_at_unix_ns", "loss", b"loss", "lr_revision", b"lr_revision", "mode", b"mode", "mode_set", b"mode_set", "multipliers", b"multipliers", "phase", b"phase", "run", b"run", "step", b"step", "training_job", b"training_job"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__loss: typing_extensions.TypeAlias = typing.Literal["loss"]
     _WhichOneofArgType__loss: typing_extensions.TypeAlias = typing.Literal["_loss", b"_loss"]
     def WhichOneof(self, oneof_group: _WhichOneofArgType__loss) -> _WhichOneofReturnType__loss | None: ...
 
 Global___Run: typing_extensions.TypeAlias = Run
+
+@typing.final
+class ModeSetting(google.protobuf.message.Message):
+    """Who set the mode of a run, when and why."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    AUTHOR_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    SET_AT_UNIX_NS_FIELD_NUMBER: builtins.int
+    author: builtins.str
+    reason: builtins.str
+    set_at_unix_ns: builtins.int
+    def __init__(
+        self,
+        *,
+        author: builtins.str = ...,
+        reason: builtins.str = ...,
+        set_at_unix_ns: builtins.int = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "reason", b"reason", "set_at_unix_ns", b"set_at_unix_ns"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___ModeSetting: typing_extensions.TypeAlias = ModeSetting
 
 @typing.final
 class Block(google.protobuf.message.Message):
@@ -887,6 +940,49 @@ class Transition(google.protobuf.message.Message):
 Global___Transition: typing_extensions.TypeAlias = Transition
 
 @typing.final
+class OperatorEvent(google.protobuf.message.Message):
+    """What an operator asked for that is no decision, or that was refused."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    AT_UNIX_NS_FIELD_NUMBER: builtins.int
+    RUN_FIELD_NUMBER: builtins.int
+    ACTION_FIELD_NUMBER: builtins.int
+    ID_FIELD_NUMBER: builtins.int
+    OUTCOME_FIELD_NUMBER: builtins.int
+    DETAIL_FIELD_NUMBER: builtins.int
+    AUTHOR_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    at_unix_ns: builtins.int
+    run: builtins.str
+    """Empty where it is not of one run."""
+    action: builtins.str
+    """The command, such as mode or lr set."""
+    id: builtins.str
+    """Of the decision, incident or silence that it is about, if it is about one."""
+    outcome: builtins.str
+    """What became of it, such as refused."""
+    detail: builtins.str
+    author: builtins.str
+    reason: builtins.str
+    def __init__(
+        self,
+        *,
+        at_unix_ns: builtins.int = ...,
+        run: builtins.str = ...,
+        action: builtins.str = ...,
+        id: builtins.str = ...,
+        outcome: builtins.str = ...,
+        detail: builtins.str = ...,
+        author: builtins.str = ...,
+        reason: builtins.str = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["action", b"action", "at_unix_ns", b"at_unix_ns", "author", b"author", "detail", b"detail", "id", b"id", "outcome", b"outcome", "reason", b"reason", "run", b"run"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___OperatorEvent: typing_extensions.TypeAlias = OperatorEvent
+
+@typing.final
 class Revision(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -934,6 +1030,7 @@ class Revision(google.protobuf.message.Message):
     UNDOES_FIELD_NUMBER: builtins.int
     UPDATE_EVERY_FIELD_NUMBER: builtins.int
     OUTCOME_FIELD_NUMBER: builtins.int
+    RAMP_STEPS_FIELD_NUMBER: builtins.int
     revision: builtins.int
     author: builtins.str
     reason: builtins.str
@@ -945,6 +1042,8 @@ class Revision(google.protobuf.message.Message):
     """The revision that this one undoes; 0: none."""
     outcome: builtins.str
     """Its decision's outcome: one that came to nothing never comes into force."""
+    ramp_steps: builtins.int
+    """Over how many steps from applied_step on the trainer moves there."""
     @property
     def multipliers(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]: ...
     @property
@@ -964,10 +1063,11 @@ class Revision(google.protobuf.message.Message):
         undoes: builtins.int = ...,
         update_every: collections.abc.Mapping[builtins.str, builtins.int] | None = ...,
         outcome: builtins.str = ...,
+        ramp_steps: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_applied_step", b"_applied_step", "applied_step", b"applied_step"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_applied_step", b"_applied_step", "applied_step", b"applied_step", "author", b"author", "decision_id", b"decision_id", "made_at_unix_ns", b"made_at_unix_ns", "multipliers", b"multipliers", "outcome", b"outcome", "reason", b"reason", "revision", b"revision", "undoes", b"undoes", "update_every", b"update_every"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_applied_step", b"_applied_step", "applied_step", b"applied_step", "author", b"author", "decision_id", b"decision_id", "made_at_unix_ns", b"made_at_unix_ns", "multipliers", b"multipliers", "outcome", b"outcome", "ramp_steps", b"ramp_steps", "reason", b"reason", "revision", b"revision", "undoes", b"undoes", "update_every", b"update_every"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__applied_step: typing_extensions.TypeAlias = typing.Literal["applied_step"]
     _WhichOneofArgType__applied_step: typing_extensions.TypeAlias = typing.Literal["_applied_step", b"_applied_step"]
@@ -1055,6 +1155,7 @@ class GetDaemonResponse(google.protobuf.message.Message):
     STORE_WRITABLE_FIELD_NUMBER: builtins.int
     STORE_ERROR_FIELD_NUMBER: builtins.int
     ROLE_FIELD_NUMBER: builtins.int
+    TAKES_DRY_RUN_FIELD_NUMBER: builtins.int
     version: builtins.str
     protocol: builtins.int
     uptime_seconds: builtins.float
@@ -1066,6 +1167,8 @@ class GetDaemonResponse(google.protobuf.message.Message):
     store_error: builtins.str
     role: builtins.str
     """viewer or operator: what the caller may do."""
+    takes_dry_run: builtins.bool
+    """Whether every request that changes something takes dry_run: an earlier daemon would make the change."""
     def __init__(
         self,
         *,
@@ -1079,8 +1182,9 @@ class GetDaemonResponse(google.protobuf.message.Message):
         store_writable: builtins.bool = ...,
         store_error: builtins.str = ...,
         role: builtins.str = ...,
+        takes_dry_run: builtins.bool = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["device", b"device", "http_address", b"http_address", "protocol", b"protocol", "role", b"role", "runs", b"runs", "store", b"store", "store_error", b"store_error", "store_writable", b"store_writable", "uptime_seconds", b"uptime_seconds", "version", b"version"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["device", b"device", "http_address", b"http_address", "protocol", b"protocol", "role", b"role", "runs", b"runs", "store", b"store", "store_error", b"store_error", "store_writable", b"store_writable", "takes_dry_run", b"takes_dry_run", "uptime_seconds", b"uptime_seconds", "version", b"version"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___GetDaemonResponse: typing_extensions.TypeAlias = GetDaemonResponse
@@ -1355,11 +1459,14 @@ class SetLearningRatesRequest(google.protobuf.message.Message):
     AUTHOR_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
     UPDATE_EVERY_FIELD_NUMBER: builtins.int
+    DRY_RUN_FIELD_NUMBER: builtins.int
     run: builtins.str
     ramp_steps: builtins.int
     apply_at_step: builtins.int
     author: builtins.str
     reason: builtins.str
+    dry_run: builtins.bool
+    """Only check it, and answer what it would come to."""
     @property
     def multipliers(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]:
         """Blocks that are not named keep their multiplier."""
@@ -1378,8 +1485,9 @@ class SetLearningRatesRequest(google.protobuf.message.Message):
         author: builtins.str = ...,
         reason: builtins.str = ...,
         update_every: collections.abc.Mapping[builtins.str, builtins.int] | None = ...,
+        dry_run: builtins.bool = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["apply_at_step", b"apply_at_step", "author", b"author", "multipliers", b"multipliers", "ramp_steps", b"ramp_steps", "reason", b"reason", "run", b"run", "update_every", b"update_every"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["apply_at_step", b"apply_at_step", "author", b"author", "dry_run", b"dry_run", "multipliers", b"multipliers", "ramp_steps", b"ramp_steps", "reason", b"reason", "run", b"run", "update_every", b"update_every"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___SetLearningRatesRequest: typing_extensions.TypeAlias = SetLearningRatesRequest
@@ -1411,11 +1519,14 @@ class UndoLearningRatesRequest(google.protobuf.message.Message):
     REVISION_FIELD_NUMBER: builtins.int
     AUTHOR_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
+    DRY_RUN_FIELD_NUMBER: builtins.int
     run: builtins.str
     revision: builtins.int
     """0: the newest."""
     author: builtins.str
     reason: builtins.str
+    dry_run: builtins.bool
+    """Only check it, and answer what it would come to."""
     def __init__(
         self,
         *,
@@ -1423,8 +1534,9 @@ class UndoLearningRatesRequest(google.protobuf.message.Message):
         revision: builtins.int = ...,
         author: builtins.str = ...,
         reason: builtins.str = ...,
+        dry_run: builtins.bool = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "reason", b"reason", "revision", b"revision", "run", b"run"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "dry_run", b"dry_run", "reason", b"reason", "revision", b"revision", "run", b"run"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___UndoLearningRatesRequest: typing_extensions.TypeAlias = UndoLearningRatesRequest
@@ -1434,16 +1546,26 @@ class UndoLearningRatesResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     DECISION_FIELD_NUMBER: builtins.int
+    UNDONE_FIELD_NUMBER: builtins.int
+    UNDONE_DECISION_FIELD_NUMBER: builtins.int
     @property
     def decision(self) -> Global___Decision: ...
+    @property
+    def undone(self) -> Global___Revision:
+        """The revision that is taken back, and the decision by which it came."""
+
+    @property
+    def undone_decision(self) -> Global___Decision: ...
     def __init__(
         self,
         *,
         decision: Global___Decision | None = ...,
+        undone: Global___Revision | None = ...,
+        undone_decision: Global___Decision | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["decision", b"decision"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["decision", b"decision", "undone", b"undone", "undone_decision", b"undone_decision"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["decision", b"decision"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["decision", b"decision", "undone", b"undone", "undone_decision", b"undone_decision"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___UndoLearningRatesResponse: typing_extensions.TypeAlias = UndoLearningRatesResponse
@@ -1556,7 +1678,7 @@ class StartPlanResponse(google.protobuf.message.Message):
     def plan(self) -> Global___Plan: ...
     @property
     def decision(self) -> Global___Decision:
-        """On its first stage; absent where that was not sent yet."""
+        """On its first stage; absent where that has to wait. Of a dry run, what it would be."""
 
     def __init__(
         self,
@@ -1578,17 +1700,21 @@ class PromotePlanRequest(google.protobuf.message.Message):
     RUN_FIELD_NUMBER: builtins.int
     AUTHOR_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
+    DRY_RUN_FIELD_NUMBER: builtins.int
     run: builtins.str
     author: builtins.str
     reason: builtins.str
+    dry_run: builtins.bool
+    """Only check it, and answer what it would come to."""
     def __init__(
         self,
         *,
         run: builtins.str = ...,
         author: builtins.str = ...,
         reason: builtins.str = ...,
+        dry_run: builtins.bool = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "reason", b"reason", "run", b"run"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "dry_run", b"dry_run", "reason", b"reason", "run", b"run"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___PromotePlanRequest: typing_extensions.TypeAlias = PromotePlanRequest
@@ -1625,17 +1751,21 @@ class PausePlanRequest(google.protobuf.message.Message):
     RUN_FIELD_NUMBER: builtins.int
     AUTHOR_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
+    DRY_RUN_FIELD_NUMBER: builtins.int
     run: builtins.str
     author: builtins.str
     reason: builtins.str
+    dry_run: builtins.bool
+    """Only check it, and answer what it would come to."""
     def __init__(
         self,
         *,
         run: builtins.str = ...,
         author: builtins.str = ...,
         reason: builtins.str = ...,
+        dry_run: builtins.bool = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "reason", b"reason", "run", b"run"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "dry_run", b"dry_run", "reason", b"reason", "run", b"run"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___PausePlanRequest: typing_extensions.TypeAlias = PausePlanRequest
@@ -1666,17 +1796,21 @@ class AbortPlanRequest(google.protobuf.message.Message):
     RUN_FIELD_NUMBER: builtins.int
     AUTHOR_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
+    DRY_RUN_FIELD_NUMBER: builtins.int
     run: builtins.str
     author: builtins.str
     reason: builtins.str
+    dry_run: builtins.bool
+    """Only check it, and answer what it would come to."""
     def __init__(
         self,
         *,
         run: builtins.str = ...,
         author: builtins.str = ...,
         reason: builtins.str = ...,
+        dry_run: builtins.bool = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "reason", b"reason", "run", b"run"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "dry_run", b"dry_run", "reason", b"reason", "run", b"run"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___AbortPlanRequest: typing_extensions.TypeAlias = AbortPlanRequest
@@ -1716,6 +1850,7 @@ class RequestRollbackRequest(google.protobuf.message.Message):
     SKIP_TO_STEP_FIELD_NUMBER: builtins.int
     AUTHOR_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
+    DRY_RUN_FIELD_NUMBER: builtins.int
     run: builtins.str
     to_step: builtins.int
     """The newest checkpoint at or before this step; absent: the newest."""
@@ -1723,6 +1858,8 @@ class RequestRollbackRequest(google.protobuf.message.Message):
     skip_to_step: builtins.int
     author: builtins.str
     reason: builtins.str
+    dry_run: builtins.bool
+    """Only check it, and answer what it would come to."""
     def __init__(
         self,
         *,
@@ -1732,10 +1869,11 @@ class RequestRollbackRequest(google.protobuf.message.Message):
         skip_to_step: builtins.int = ...,
         author: builtins.str = ...,
         reason: builtins.str = ...,
+        dry_run: builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_to_step", b"_to_step", "to_step", b"to_step"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_to_step", b"_to_step", "author", b"author", "reason", b"reason", "run", b"run", "skip_from_step", b"skip_from_step", "skip_to_step", b"skip_to_step", "to_step", b"to_step"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_to_step", b"_to_step", "author", b"author", "dry_run", b"dry_run", "reason", b"reason", "run", b"run", "skip_from_step", b"skip_from_step", "skip_to_step", b"skip_to_step", "to_step", b"to_step"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__to_step: typing_extensions.TypeAlias = typing.Literal["to_step"]
     _WhichOneofArgType__to_step: typing_extensions.TypeAlias = typing.Literal["_to_step", b"_to_step"]
@@ -1770,10 +1908,13 @@ class SetModeRequest(google.protobuf.message.Message):
     MODE_FIELD_NUMBER: builtins.int
     AUTHOR_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
+    DRY_RUN_FIELD_NUMBER: builtins.int
     run: builtins.str
     mode: builtins.str
     author: builtins.str
     reason: builtins.str
+    dry_run: builtins.bool
+    """Only check it, and answer what it would come to."""
     def __init__(
         self,
         *,
@@ -1781,8 +1922,9 @@ class SetModeRequest(google.protobuf.message.Message):
         mode: builtins.str = ...,
         author: builtins.str = ...,
         reason: builtins.str = ...,
+        dry_run: builtins.bool = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "mode", b"mode", "reason", b"reason", "run", b"run"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "dry_run", b"dry_run", "mode", b"mode", "reason", b"reason", "run", b"run"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___SetModeRequest: typing_extensions.TypeAlias = SetModeRequest
@@ -1871,6 +2013,7 @@ class ListTransitionsResponse(google.protobuf.message.Message):
     TRANSITIONS_FIELD_NUMBER: builtins.int
     DECISIONS_FIELD_NUMBER: builtins.int
     PLANS_FIELD_NUMBER: builtins.int
+    EVENTS_FIELD_NUMBER: builtins.int
     @property
     def transitions(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Transition]:
         """Oldest first."""
@@ -1883,14 +2026,19 @@ class ListTransitionsResponse(google.protobuf.message.Message):
     def plans(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Plan]:
         """The plans that they are of, as they are now."""
 
+    @property
+    def events(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___OperatorEvent]:
+        """Oldest first, from the time of the oldest of these decisions on, or all without a limit that leaves some out."""
+
     def __init__(
         self,
         *,
         transitions: collections.abc.Iterable[Global___Transition] | None = ...,
         decisions: collections.abc.Iterable[Global___Decision] | None = ...,
         plans: collections.abc.Iterable[Global___Plan] | None = ...,
+        events: collections.abc.Iterable[Global___OperatorEvent] | None = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["decisions", b"decisions", "plans", b"plans", "transitions", b"transitions"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["decisions", b"decisions", "events", b"events", "plans", b"plans", "transitions", b"transitions"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___ListTransitionsResponse: typing_extensions.TypeAlias = ListTransitionsResponse
@@ -1937,17 +2085,21 @@ class ApproveDecisionRequest(google.protobuf.message.Message):
     ID_FIELD_NUMBER: builtins.int
     AUTHOR_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
+    DRY_RUN_FIELD_NUMBER: builtins.int
     id: builtins.str
     author: builtins.str
     reason: builtins.str
+    dry_run: builtins.bool
+    """Only check it, and answer what it would come to."""
     def __init__(
         self,
         *,
         id: builtins.str = ...,
         author: builtins.str = ...,
         reason: builtins.str = ...,
+        dry_run: builtins.bool = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "id", b"id", "reason", b"reason"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "dry_run", b"dry_run", "id", b"id", "reason", b"reason"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___ApproveDecisionRequest: typing_extensions.TypeAlias = ApproveDecisionRequest
@@ -1978,17 +2130,21 @@ class RejectDecisionRequest(google.protobuf.message.Message):
     ID_FIELD_NUMBER: builtins.int
     AUTHOR_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
+    DRY_RUN_FIELD_NUMBER: builtins.int
     id: builtins.str
     author: builtins.str
     reason: builtins.str
+    dry_run: builtins.bool
+    """Only check it, and answer what it would come to."""
     def __init__(
         self,
         *,
         id: builtins.str = ...,
         author: builtins.str = ...,
         reason: builtins.str = ...,
+        dry_run: builtins.bool = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "id", b"id", "reason", b"reason"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "dry_run", b"dry_run", "id", b"id", "reason", b"reason"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___RejectDecisionRequest: typing_extensions.TypeAlias = RejectDecisionRequest
@@ -2019,18 +2175,22 @@ class CancelDecisionRequest(google.protobuf.message.Message):
     ID_FIELD_NUMBER: builtins.int
     AUTHOR_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
+    DRY_RUN_FIELD_NUMBER: builtins.int
     id: builtins.str
     """Its whole id."""
     author: builtins.str
     reason: builtins.str
+    dry_run: builtins.bool
+    """Only check it, and answer what it would come to."""
     def __init__(
         self,
         *,
         id: builtins.str = ...,
         author: builtins.str = ...,
         reason: builtins.str = ...,
+        dry_run: builtins.bool = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "id", b"id", "reason", b"reason"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "dry_run", b"dry_run", "id", b"id", "reason", b"reason"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___CancelDecisionRequest: typing_extensions.TypeAlias = CancelDecisionRequest
@@ -2061,19 +2221,23 @@ class AcknowledgeIncidentRequest(google.protobuf.message.Message):
     INCIDENT_ID_FIELD_NUMBER: builtins.int
     AUTHOR_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
+    DRY_RUN_FIELD_NUMBER: builtins.int
     incident_id: builtins.str
     """Its whole id."""
     author: builtins.str
     reason: builtins.str
     """What they note."""
+    dry_run: builtins.bool
+    """Only check it, and answer what it would come to."""
     def __init__(
         self,
         *,
         incident_id: builtins.str = ...,
         author: builtins.str = ...,
         reason: builtins.str = ...,
+        dry_run: builtins.bool = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "incident_id", b"incident_id", "reason", b"reason"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "dry_run", b"dry_run", "incident_id", b"incident_id", "reason", b"reason"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___AcknowledgeIncidentRequest: typing_extensions.TypeAlias = AcknowledgeIncidentRequest
@@ -2107,11 +2271,14 @@ class SetReferenceRequest(google.protobuf.message.Message):
     LOSSES_FIELD_NUMBER: builtins.int
     AUTHOR_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
+    DRY_RUN_FIELD_NUMBER: builtins.int
     run: builtins.str
     reference: builtins.str
     """A run of this daemon, or with `steps` what these are from. Empty: no reference any more."""
     author: builtins.str
     reason: builtins.str
+    dry_run: builtins.bool
+    """Only check it, and answer what it would come to."""
     @property
     def steps(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """Of a recorded run: at most 20,000 steps, ascending, and the loss at each."""
@@ -2127,8 +2294,9 @@ class SetReferenceRequest(google.protobuf.message.Message):
         losses: collections.abc.Iterable[builtins.float] | None = ...,
         author: builtins.str = ...,
         reason: builtins.str = ...,
+        dry_run: builtins.bool = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "losses", b"losses", "reason", b"reason", "reference", b"reference", "run", b"run", "steps", b"steps"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "dry_run", b"dry_run", "losses", b"losses", "reason", b"reason", "reference", b"reference", "run", b"run", "steps", b"steps"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___SetReferenceRequest: typing_extensions.TypeAlias = SetReferenceRequest
@@ -2165,6 +2333,7 @@ class AddSilenceRequest(google.protobuf.message.Message):
     DURATION_SECONDS_FIELD_NUMBER: builtins.int
     AUTHOR_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
+    DRY_RUN_FIELD_NUMBER: builtins.int
     run: builtins.str
     """One of these four at least; empty matches all."""
     alert: builtins.str
@@ -2175,6 +2344,8 @@ class AddSilenceRequest(google.protobuf.message.Message):
     author: builtins.str
     reason: builtins.str
     """Its comment; required."""
+    dry_run: builtins.bool
+    """Only check it, and answer what it would come to."""
     def __init__(
         self,
         *,
@@ -2185,8 +2356,9 @@ class AddSilenceRequest(google.protobuf.message.Message):
         duration_seconds: builtins.float = ...,
         author: builtins.str = ...,
         reason: builtins.str = ...,
+        dry_run: builtins.bool = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["alert", b"alert", "author", b"author", "cause", b"cause", "duration_seconds", b"duration_seconds", "policy", b"policy", "reason", b"reason", "run", b"run"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["alert", b"alert", "author", b"author", "cause", b"cause", "dry_run", b"dry_run", "duration_seconds", b"duration_seconds", "policy", b"policy", "reason", b"reason", "run", b"run"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___AddSilenceRequest: typing_extensions.TypeAlias = AddSilenceRequest
@@ -2253,18 +2425,22 @@ class ExpireSilenceRequest(google.protobuf.message.Message):
     ID_FIELD_NUMBER: builtins.int
     AUTHOR_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
+    DRY_RUN_FIELD_NUMBER: builtins.int
     id: builtins.str
     """Its whole id."""
     author: builtins.str
     reason: builtins.str
+    dry_run: builtins.bool
+    """Only check it, and answer what it would come to."""
     def __init__(
         self,
         *,
         id: builtins.str = ...,
         author: builtins.str = ...,
         reason: builtins.str = ...,
+        dry_run: builtins.bool = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "id", b"id", "reason", b"reason"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "dry_run", b"dry_run", "id", b"id", "reason", b"reason"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___ExpireSilenceRequest: typing_extensions.TypeAlias = ExpireSilenceRequest

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class OperatorServiceStub(object):
-    """The operator's side. Calls that change something name an author and a reason, and are audited.
+    """The operator's side. Calls that change something name an author and a reason, and are audited. With dry_run they change
+    nothing: the answer is what it would be, and the refusal too.
     """
 
     def __init__(self, channel):
@@ -163,7 +164,8 @@ class OperatorServiceStub(object):
 
 
 class OperatorServiceServicer(object):
-    """The operator's side. Calls that change something name an author and a reason, and are audited.
+    """The operator's side. Calls that change something name an author and a reason, and are audited. With dry_run they change
+    nothing: the answer is what it would be, and the refusal too.
     """
 
     def GetDaemon(self, request, context):
@@ -263,7 +265,7 @@ class OperatorServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListTransitions(self, request, context):
-        """What became of decisions, as the journal has it.
+        """What became of decisions and of operators' other requests, as the journal has it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -465,7 +467,8 @@ def add_OperatorServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class OperatorService(object):
-    """The operator's side. Calls that change something name an author and a reason, and are audited.
+    """The operator's side. Calls that change something name an author and a reason, and are audited. With dry_run they change
+    nothing: the answer is what it would be, and the refusal too.
     """
 
     @staticmethod

@@ -21,7 +21,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class OperatorServiceStub:
-    """The operator's side. Calls that change something name an author and a reason, and are audited."""
+    """The operator's side. Calls that change something name an author and a reason, and are audited. With dry_run they change
+    nothing: the answer is what it would be, and the refusal too.
+    """
 
     @typing.overload
     def __new__(cls, channel: grpc.Channel) -> OperatorServiceStub: ...
@@ -49,7 +51,7 @@ class OperatorServiceStub:
     SetMode: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.SetModeRequest, sharpwatch.v1.operator_pb2.SetModeResponse]
     ListDecisions: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.ListDecisionsRequest, sharpwatch.v1.operator_pb2.ListDecisionsResponse]
     ListTransitions: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.ListTransitionsRequest, sharpwatch.v1.operator_pb2.ListTransitionsResponse]
-    """What became of decisions, as the journal has it."""
+    """What became of decisions and of operators' other requests, as the journal has it."""
     WatchDecision: grpc.UnaryStreamMultiCallable[sharpwatch.v1.operator_pb2.WatchDecisionRequest, sharpwatch.v1.operator_pb2.WatchDecisionResponse]
     """A message at once, then one for each change of outcome; ends when the outcome is final."""
     ApproveDecision: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.ApproveDecisionRequest, sharpwatch.v1.operator_pb2.ApproveDecisionResponse]
@@ -67,7 +69,9 @@ class OperatorServiceStub:
 
 @typing.type_check_only
 class OperatorServiceAsyncStub(OperatorServiceStub):
-    """The operator's side. Calls that change something name an author and a reason, and are audited."""
+    """The operator's side. Calls that change something name an author and a reason, and are audited. With dry_run they change
+    nothing: the answer is what it would be, and the refusal too.
+    """
 
     def __init__(self, channel: grpc.aio.Channel) -> None: ...
     GetDaemon: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.GetDaemonRequest, sharpwatch.v1.operator_pb2.GetDaemonResponse]  # type: ignore[assignment]
@@ -92,7 +96,7 @@ class OperatorServiceAsyncStub(OperatorServiceStub):
     SetMode: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.SetModeRequest, sharpwatch.v1.operator_pb2.SetModeResponse]  # type: ignore[assignment]
     ListDecisions: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.ListDecisionsRequest, sharpwatch.v1.operator_pb2.ListDecisionsResponse]  # type: ignore[assignment]
     ListTransitions: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.ListTransitionsRequest, sharpwatch.v1.operator_pb2.ListTransitionsResponse]  # type: ignore[assignment]
-    """What became of decisions, as the journal has it."""
+    """What became of decisions and of operators' other requests, as the journal has it."""
     WatchDecision: grpc.aio.UnaryStreamMultiCallable[sharpwatch.v1.operator_pb2.WatchDecisionRequest, sharpwatch.v1.operator_pb2.WatchDecisionResponse]  # type: ignore[assignment]
     """A message at once, then one for each change of outcome; ends when the outcome is final."""
     ApproveDecision: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.ApproveDecisionRequest, sharpwatch.v1.operator_pb2.ApproveDecisionResponse]  # type: ignore[assignment]
@@ -109,7 +113,9 @@ class OperatorServiceAsyncStub(OperatorServiceStub):
     """Ends a silence before its time."""
 
 class OperatorServiceServicer(metaclass=abc.ABCMeta):
-    """The operator's side. Calls that change something name an author and a reason, and are audited."""
+    """The operator's side. Calls that change something name an author and a reason, and are audited. With dry_run they change
+    nothing: the answer is what it would be, and the refusal too.
+    """
 
     @abc.abstractmethod
     def GetDaemon(
@@ -228,7 +234,7 @@ class OperatorServiceServicer(metaclass=abc.ABCMeta):
         request: sharpwatch.v1.operator_pb2.ListTransitionsRequest,
         context: _ServicerContext,
     ) -> typing.Union[sharpwatch.v1.operator_pb2.ListTransitionsResponse, collections.abc.Awaitable[sharpwatch.v1.operator_pb2.ListTransitionsResponse]]:
-        """What became of decisions, as the journal has it."""
+        """What became of decisions and of operators' other requests, as the journal has it."""
 
     @abc.abstractmethod
     def WatchDecision(

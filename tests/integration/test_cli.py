@@ -40,9 +40,7 @@ class Operator(OperatorServiceServicer):
     answer: asyncio.Future = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     watched: asyncio.Event = field(default_factory=asyncio.Event)
     abandoned: asyncio.Event = field(default_factory=asyncio.Event)
-    role: str = "viewer"
-    writable: bool = False
-    control: str = "lr"
+    dry_runs: bool = False
     closed: set = field(default_factory=set)  # names of runs
     gone: set = field(default_factory=set)  # names of runs that the daemon has dropped by the time they are set
 
@@ -61,9 +59,10 @@ class Operator(OperatorServiceServicer):
             device="cpu",
             store="sqlite:///x.db",
             store_error="disk full",
-            store_writable=self.writable,
+            store_writable=False,
             runs=3,
-            role=self.role,
+            role="viewer",
+            takes_dry_run=self.dry_runs,
         )
 
     async def ListRuns(self, request, context):
@@ -72,7 +71,7 @@ class Operator(OperatorServiceServicer):
                 run=name,
                 training_job=name[:4],
                 mode="observe",
-                control=self.control,
+                control="lr",
                 step=2**40,
                 phase=pb.RUN_PHASE_CLOSED if name in self.closed else pb.RUN_PHASE_SILENT,
             )
@@ -285,7 +284,7 @@ async def test_approve_reject_and_mode(operator, cli):
     operator.answer.set_result(pb.Decision(outcome="applied", applied_step=7))
     assert await cli("approve", "d5") == (0, "revision 5 applied at step 7: vo 0.25\n", "")
     assert await cli("reject", "d6", "--reason", "no") == (0, "scale_lr rejected: vo 0.25 (decision d6)\n", "")
-    assert await cli("mode", "llama") == (0, "llama-c3: observe\n", "")
+    assert await cli("mode", "llama") == (0, "llama-c3: observe, by the configuration\n", "")
     assert await cli("mode", "llama-c3", "enforce") == (0, "llama-c3: enforce\n", "")
     assert [request.author for request in operator.requests] == ["ada@node3"] * 3
 
@@ -316,45 +315,22 @@ async def test_mode_all_names_the_runs_that_it_could_not_set(operator, cli):
     assert err.count("no token was shown") == 1
 
 
-async def test_a_dry_run_is_refused_where_the_daemon_would_take_no_change(operator, cli):
-    argv = ("mode", "llama-c3", "enforce", "--dry-run")
-    status, out, err = await cli(*argv, SHARPWATCH_TOKEN_FILE="")
-    assert (status, out) == (1, "")
-    assert "does not know you: a change needs the operator's token; no token was shown" in err
-    operator.role = "operator"
-    status, _, err = await cli(*argv)
-    assert (status, err.endswith("can't do this now: no change can be journalled now: disk full\n")) == (1, True)
-    operator.writable = True
-    assert (await cli(*argv))[0] == 0
-    operator.control = "none"
-    assert (await cli(*argv))[0] == 0
-    for refused in (("lr", "set", "llama-c3", "qk=0.5"), ("lr", "undo", "llama-c3"), ("rollback", "llama-c3")):
-        reason = ("--reason", "r")
-        status, _, err = await cli(*refused, *reason, "--dry-run")
-        assert (status, err) == (1, 'sharpwatch: run llama-c3 was attached with control="none"\n'), refused
+async def test_a_daemon_that_would_make_the_change_of_a_dry_run_is_not_asked(operator, cli):
+    """An earlier version does not know the field."""
+    refused = f"sharpwatch: daemon at {operator.address} is an earlier version, which takes no --dry-run\n"
+    assert await cli("mode", "llama-c3", "enforce", "--dry-run") == (1, "", refused)
     assert operator.requests == []
 
 
-async def test_a_dry_run_of_an_answer_says_what_the_proposal_would_change(operator, cli):
-    operator.role, operator.writable = "operator", True
-    operator.decisions["d5"] = pb.Decision(
-        id="d5", run="gpt2-a1", outcome="proposed", action="scale_lr", multipliers={"vo": 0.25}
-    )
-    for command, call in (("approve", "ApproveDecision"), ("reject", "RejectDecision"), ("cancel", "CancelDecision")):
-        expected = f"{call} id d5, author ada@node3; scale_lr of run gpt2-a1: vo 0.25"
-        out = f"dry run, not sent to {operator.address}: {expected}\n"
-        assert await cli(command, "d5", "--dry-run") == (0, out, "")
-    operator.control = "none"
-    assert (await cli("approve", "d5", "--dry-run"))[0] == 1
-    assert (await cli("reject", "d5", "--dry-run"))[0] == 0
-    assert operator.requests == []
-
-
-async def test_a_dry_run_of_cancelling_what_somebody_has_asked_to_cancel_is_refused_as_the_real_one(operator, cli):
-    operator.role, operator.writable = "operator", True
-    operator.decisions["d5"] = pb.Decision(id="d5", run="gpt2-a1", outcome="sent", cancelled_by="bob")
-    refused = "sharpwatch: bob has asked to cancel decision d5 already\n"
-    assert await cli("cancel", "d5", "--dry-run") == (1, "", refused)
+async def test_a_dry_run_says_so_in_its_request_and_is_refused_as_the_command_is(operator, cli):
+    operator.dry_runs = True
+    status, out, _ = await cli("mode", "llama-c3", "enforce", "--dry-run", "--json")
+    assert (status, [each.dry_run for each in operator.requests]) == (0, [True])
+    assert "dry_run" not in json.loads(out)["calls"][0]["request"]
+    command = ("mode", "llama-c3", "enforce")
+    refused = await cli(*command, SHARPWATCH_TOKEN_FILE="")
+    assert (refused[0], "no token was shown" in refused[2]) == (1, True)
+    assert await cli(*command, "--dry-run", SHARPWATCH_TOKEN_FILE="") == refused
 
 
 async def test_lr_show_and_history(cli):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 
 import grpc
@@ -96,7 +97,22 @@ async def test_a_learning_rate_reaches_the_trainer_and_is_undone(cli):
     assert "job, AdamW" in out
     status, out, err = await cli("mode", "gpt2-a1", "enforce", "--reason", "on call")
     assert (status, out, err) == (0, "gpt2-a1: enforce\n", "")
-    assert await cli("mode", "gpt2") == (0, "gpt2-a1: enforce\n", "")
+    status, out, _ = await cli("mode", "gpt2")
+    assert (status, re.sub(r" at \S+Z", " at T", out)) == (0, "gpt2-a1: enforce, set by ada@node3 at T: on call\n")
+
+
+@pytest.mark.usefixtures("trainer")
+async def test_the_mode_observe_lists_what_stays_in_force(cli):
+    """No policy gives a cut back any more."""
+    await cli("lr", "set", "gpt2-a1", "qk=0.5")
+    kept = "stays in force until somebody changes it: qk 0.5"
+    _, out, _ = await cli("mode", "--all", "observe", "--dry-run")
+    assert out.endswith(f"SetMode run gpt2-a1, mode observe, author ada@node3; {kept}\n")
+    for which in (("--all",), ("gpt2-a1",)):
+        assert await cli("mode", *which, "observe") == (0, f"gpt2-a1: observe; {kept}\n", "")
+        assert await cli("mode", *which, "advise") == (0, "gpt2-a1: advise\n", "")
+    await cli("lr", "undo", "gpt2-a1")
+    assert await cli("mode", "gpt2-a1", "observe") == (0, "gpt2-a1: observe\n", "")
 
 
 @pytest.mark.usefixtures("trainer")
@@ -154,20 +170,48 @@ async def test_what_changes_a_run_takes_its_whole_name(cli):
         assert (status, out) == (1, ""), command
         assert f"got {given!r}; say which one is meant: gpt2-a1" in err
     assert json.loads((await cli("decisions", "--json"))[1])["decisions"] == []
-    assert await cli("mode", "gpt2") == (0, "gpt2-a1: observe\n", "")  # to read, the beginning of a name is enough
+    assert await cli("mode", "gpt2") == (
+        0,
+        "gpt2-a1: observe, by the configuration\n",
+        "",
+    )  # to read, the beginning of a name is enough
 
 
 @pytest.mark.usefixtures("trainer")
-async def test_a_dry_run_prints_what_would_be_sent_and_changes_nothing(cli, environ):
-    where = f"dry run, not sent to {environ['SHARPWATCH_ADDRESS']}: "
+async def test_a_dry_run_prints_what_would_be_sent_and_changes_nothing(cli, environ, tmp_path):
+    where = f"dry run at {environ['SHARPWATCH_ADDRESS']}, nothing is changed: "
     ada, back = "author ada@node3", "back to step 1 (/c/1b), skipping steps 1 to 2"
+    log = tmp_path / "good.csv"
+    log.write_text("step,loss\n1,3.0\n5,2.5\n")
     await cli("lr", "set", "gpt2-a1", "vo=0.9")
+    await cli("lr", "set", "gpt2-a1", "qk=0.8", "--reason", "spikes")
     for args, expected in (
         (
             ("lr", "set", "gpt2-a1", "qk=0.5", "--ramp", "20", "--reason", "spikes"),
-            "SetLearningRates run gpt2-a1, multipliers qk 0.5, ramp_steps 20, author ada@node3, reason spikes",
+            (
+                "SetLearningRates run gpt2-a1, multipliers qk 0.5, ramp_steps 20, author ada@node3, reason spikes; "
+                "then in force: qk 0.5, vo 0.9"
+            ),
         ),
-        (("lr", "undo", "gpt2-a1"), "UndoLearningRates run gpt2-a1, author ada@node3"),
+        (
+            ("lr", "undo", "gpt2-a1"),
+            (
+                "UndoLearningRates run gpt2-a1, author ada@node3; takes back revision 2 (qk 0.8, vo 0.9), by "
+                "ada@node3: spikes; then in force: vo 0.9"
+            ),
+        ),
+        (
+            ("lr", "undo", "gpt2-a1", "--revision", "1"),
+            (
+                "UndoLearningRates run gpt2-a1, revision 1, author ada@node3; takes back revision 1 (vo 0.9), by "
+                "ada@node3; then in force: every block 1"
+            ),
+        ),
+        (
+            ("reference", "gpt2-a1", str(log), "--reason", "trains"),
+            f"SetReference run gpt2-a1, reference {log}, steps 2 from 1 to 5, {ada}, reason trains",
+        ),
+        (("reference", "gpt2-a1", "--clear"), f"SetReference run gpt2-a1, {ada}"),
         (
             ("rollback", "gpt2-a1", "--reason", "r", "--skip", "1:3", "--to-step", "1"),
             f"RequestRollback run gpt2-a1, to_step 1, skip_from_step 1, skip_to_step 3, {ada}, reason r; {back}",
@@ -189,8 +233,39 @@ async def test_a_dry_run_prints_what_would_be_sent_and_changes_nothing(cli, envi
             }
         ],
     }
-    assert await cli("mode", "gpt2") == (0, "gpt2-a1: observe\n", "")
-    assert len(json.loads((await cli("decisions", "--json"))[1])["decisions"]) == 1
+    assert await cli("mode", "gpt2") == (0, "gpt2-a1: observe, by the configuration\n", "")
+    assert await cli("reference", "gpt2") == (0, "gpt2-a1: no reference\n", "")
+    assert len(json.loads((await cli("decisions", "--json"))[1])["decisions"]) == 2
+
+
+@pytest.mark.usefixtures("trainer")
+async def test_a_dry_run_of_a_silence_shows_it_and_adds_or_ends_none(cli):
+    add = ("silence", "add", "gpt2-a1", "--for", "2h", "--comment", "moving")
+    status, out, err = await cli(*add, "--dry-run")
+    assert (status, err) == (0, "")
+    assert "AddSilence run gpt2-a1, duration_seconds 7200, author ada@node3, reason moving; until 20" in out
+    assert await cli("silence", "list") == (0, "no silence\n", "")
+    added = json.loads((await cli(*add, "--json"))[1])["id"]
+    status, out, _ = await cli("silence", "expire", added, "--dry-run")
+    assert (status, f"ExpireSilence id {added}, author ada@node3; it holds until 20" in out) == (0, True)
+    (kept,) = json.loads((await cli("silence", "list", "--json"))[1])["silences"]
+    assert (kept["id"], kept["active"]) == (added, True)
+    assert (await cli("silence", "expire", added))[0] == 0
+    refused = await cli("silence", "expire", added)
+    assert (refused[0], "has ended already" in refused[2]) == (1, True)
+    assert await cli("silence", "expire", added, "--dry-run") == refused
+
+
+@pytest.mark.usefixtures("trainer")
+async def test_an_undo_says_what_it_takes_back(cli):
+    await cli("lr", "set", "gpt2-a1", "qk=0.5", "--reason", "spikes")
+    _, out, _ = await cli("lr", "undo", "gpt2-a1")
+    assert out.splitlines()[-1] == "takes back revision 1 (qk 0.5), by ada@node3: spikes"
+    _, out, _ = await cli("lr", "undo", "gpt2-a1")
+    assert out.splitlines()[-1] == (
+        "takes back revision 2 (every block 1), by ada@node3: undo of revision 1; it undid revision 1, which holds "
+        "again"
+    )
 
 
 @pytest.mark.usefixtures("trainer")
@@ -205,21 +280,28 @@ async def test_a_dry_run_is_refused_as_the_command_itself_is(cli):
         ("rollback", "gpt2-a1", "--reason", "r", "--to-step", "0"),
         ("approve", "nothing"),
         ("reject", ""),
+        ("ack", "nothing"),
+        ("silence", "add", "gpt2-a1", "--cause", "dat", "--for", "1h", "--comment", "c"),
+        ("silence", "expire", "nothing"),
+        ("reference", "bert", "--clear"),
+        ("lr", "set", "gpt2-a1", "qk=100"),  # out of the run's lr_bounds
+        ("lr", "undo", "gpt2-a1"),
+        ("lr", "pause", "gpt2-a1"),
     ):
         refused = await cli(*args)
         assert refused[0] == 1
         assert await cli(*args, "--dry-run") == refused, args
-    status, _, err = await cli("lr", "undo", "gpt2-a1", "--dry-run")
-    assert (status, err) == (1, "sharpwatch: no revision of run gpt2-a1; known: none yet\n")
     made = json.loads((await cli("lr", "set", "gpt2-a1", "qk=0.5", "--json"))[1])["id"]
-    for answer in ("approve", "reject"):
-        assert await cli(answer, made, "--dry-run") == (
-            1,
-            "",
-            f"sharpwatch: decision {made} is applied: only a proposal can be answered\n",
-        )
-        status, _, err = await cli(answer, made[:-1], "--dry-run")
-        assert (status, err.endswith(f"got {made[:-1]!r}; say which one is meant: {made}\n")) == (1, True)
+    await cli("lr", "undo", "gpt2-a1")
+    for args in (
+        ("lr", "undo", "gpt2-a1", "--revision", "1"),  # what was before it is in force
+        ("approve", made),
+        ("reject", made[:-1]),
+        ("cancel", made),
+    ):
+        refused = await cli(*args)
+        assert refused[0] == 1
+        assert await cli(*args, "--dry-run") == refused, args
 
 
 @pytest.mark.usefixtures("trainer")

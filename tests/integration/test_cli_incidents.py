@@ -96,6 +96,11 @@ async def test_an_incident_is_listed_and_acknowledged(trained, cli):
     status, out, err = await cli("ack", id_[:-1])
     assert (status, out) == (1, "")
     assert id_ in err
+    status, out, err = await cli("ack", id_, "--reason", "bad shard", "--dry-run")
+    assert (status, err) == (0, "")
+    what = f"AcknowledgeIncident incident_id {id_}, author ada@node3, reason bad shard"
+    assert out.endswith(f"{what}; incident NonFinite of run gpt2-a1\n")
+    assert (await cli("incidents", "gpt2"))[1].splitlines()[1].endswith("–")
     status, out, err = await cli("ack", id_, "--reason", "bad shard")
     assert (status, err) == (0, "")
     assert out == f"incident {id_} of gpt2-a1 (NonFinite) acknowledged: ada@node3: bad shard\n"

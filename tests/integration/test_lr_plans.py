@@ -126,7 +126,11 @@ def test_pause_and_abort(daemon, stepping):
     assert (refused.returncode, "needs the sharpness of norm" in refused.stderr) == (1, True)
     daemon.cli("lr", "plan", "plans", "--set", "emb=4,vo=2", "--stages", "emb+vo", "--auto")
     assert daemon.cli("lr", "pause", "plans", "--reason", "lunch")["plan"]["state"] == "paused"
-    assert "plan own is paused" in daemon.command("lr", "promote", "plans", "--dry-run").stdout
+    tried = daemon.command("lr", "promote", "plans", "--dry-run").stdout
+    assert tried.endswith("plan own would be running (stage 1 of 1 (emb, vo) is judged)\n")
+    tried = daemon.command("lr", "abort", "plans", "--dry-run").stdout
+    assert tried.endswith("plan own would be aborted; then in force: every block 1\n")
+    assert daemon.cli("lr", "show", "plans")["plan"]["state"] == "paused"
     aborted = daemon.cli("lr", "abort", "plans", "--reason", "no gain")
     assert (aborted["plan"]["state"], aborted["decision"]["outcome"]) == ("aborted", "applied")
     in_force(trainer, vo=1.0, emb=1.0)

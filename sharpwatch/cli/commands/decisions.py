@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping
+from heapq import merge
 from queue import SimpleQueue
 from typing import Any
 
@@ -31,6 +32,7 @@ from sharpwatch.v1.operator_pb2 import (
     ListDecisionsRequest,
     ListTransitionsRequest,
     ListTransitionsResponse,
+    OperatorEvent,
     Plan,
     RejectDecisionRequest,
     RequestRollbackRequest,
@@ -50,7 +52,11 @@ _DONE = frozenset({"applied", "recovered", "worse", "no-effect", "inconclusive",
 @click.option(
     "--limit", metavar="N", type=COUNT, help="Only the newest N decisions. Default: 20; with --audit as many as 10,000."
 )
-@click.option("--audit", is_flag=True, help="List everything that became of each decision, the oldest first.")
+@click.option(
+    "--audit",
+    is_flag=True,
+    help="List everything that became of each decision, and what operators asked for beside, the oldest first.",
+)
 @click.pass_obj
 def decisions(options: DaemonOptions, run: str | None, *, limit: int | None, audit: bool) -> None:
     """List the decisions of policies and operators, the newest first, of one run or of all."""
@@ -89,28 +95,48 @@ def decision_table(found: Iterable[Decision]) -> Grid:
 
 
 def transition_table(found: ListTransitionsResponse) -> Grid:
-    """A row for each transition, in the given order."""
+    """A row for each transition and each other request of an operator, in the given order of both, by time."""
     of = {decision.id: decision for decision in found.decisions}
     plans = {plan.id: plan for plan in found.plans}
+
+    def row(one: Transition | OperatorEvent) -> tuple[str, ...]:
+        if isinstance(one, OperatorEvent):
+            return _event_row(one)
+        return _plan_row(plans[one.decision_id], one) if one.decision_id in plans else _row(of[one.decision_id], one)
+
+    both: tuple[Iterable[Transition | OperatorEvent], ...] = (found.transitions, found.events)
     return Grid(
         "lrllllll",
-        tuple(
-            _plan_row(plans[one.decision_id], one)
-            if one.decision_id in plans
-            else (
-                output.timestamp(one.at_unix_ns),
-                str(of[one.decision_id].step),
-                one.decision_id,
-                of[one.decision_id].run,
-                of[one.decision_id].action,
-                one.outcome,
-                one.author or of[one.decision_id].policy or output.ABSENT,
-                _reasons(of[one.decision_id], one),
-            )
-            for one in found.transitions
-        ),
+        # Each in its own order, since the clock may go back.
+        tuple(row(one) for one in merge(*both, key=lambda one: one.at_unix_ns)),
         ("at", "step", "id", "run", "action", "outcome", "by", "why"),
         empty="no decision yet",
+    )
+
+
+def _row(decision: Decision, one: Transition) -> tuple[str, ...]:
+    return (
+        output.timestamp(one.at_unix_ns),
+        str(decision.step),
+        decision.id,
+        decision.run,
+        decision.action,
+        one.outcome,
+        one.author or decision.policy or output.ABSENT,
+        _reasons(decision, one),
+    )
+
+
+def _event_row(one: OperatorEvent) -> tuple[str, ...]:
+    return (
+        output.timestamp(one.at_unix_ns),
+        output.ABSENT,
+        one.id or output.ABSENT,
+        one.run or output.ABSENT,
+        one.action,
+        one.outcome,
+        one.author or output.ABSENT,
+        "; ".join(part for part in (one.reason, one.detail) if part) or output.ABSENT,
     )
 
 

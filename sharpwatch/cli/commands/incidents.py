@@ -9,6 +9,7 @@ import click
 
 from sharpwatch.cli import output
 from sharpwatch.cli.client import author, completions, operator, resolve_run, run_argument
+from sharpwatch.cli.dry_run import dry_run_option, preview
 from sharpwatch.cli.options import DaemonCommand, DaemonOptions, reason_option
 from sharpwatch.cli.output import Grid, print_answer
 from sharpwatch.v1.operator_pb2 import AcknowledgeIncidentRequest, Alert, GetRunRequest, ListRunsRequest
@@ -95,10 +96,14 @@ def culprit(layer_blocks: Iterable[str], parameter: str = "", rank: int | None =
     shell_complete=lambda ctx, param, incomplete: completions(ctx, _open_incidents, incomplete),  # noqa: ARG005
 )
 @reason_option()
+@dry_run_option
 @click.pass_obj
-def ack(options: DaemonOptions, id_: str, reason: str) -> None:
+def ack(options: DaemonOptions, id_: str, *, reason: str, dry_run: bool) -> None:
     """Note that you have seen an incident. It stays open, and policies go on."""
     request = AcknowledgeIncidentRequest(incident_id=id_, author=author(os.environ), reason=reason)
+    if dry_run:
+        preview(options, [request])
+        return
     with operator(options) as stub:
         incident = stub.AcknowledgeIncident(request).incident
     line = f"incident {incident.id} of {incident.run} ({incident.name}) acknowledged: {incident.acknowledged}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 
@@ -25,6 +26,7 @@ from sharpwatch.cli.options import (
 )
 from sharpwatch.cli.output import Grid, print_answer, to_dict
 from sharpwatch.v1.operator_pb2 import (
+    Block,
     GetRunRequest,
     ListRevisionsRequest,
     Revision,
@@ -32,6 +34,8 @@ from sharpwatch.v1.operator_pb2 import (
     SetLearningRatesRequest,
     UndoLearningRatesRequest,
 )
+
+_SAME = 1e-5  # relative; trainers report float32
 
 lr = CommandGroup(
     "lr",
@@ -45,7 +49,10 @@ lr = CommandGroup(
 @run_argument()
 @click.pass_obj
 def show(options: DaemonOptions, run: str) -> None:
-    """Show each block's learning rate and multiplier, the newest revision and the newest plan."""
+    """Show each block's learning rate and multiplier, the newest revision and the newest plan.
+
+    Where a multiplier is not the one that was asked for, it says whether that is still to come, or wrong since when.
+    """
     with operator(options) as stub:
         name = resolve_run(stub, run)
         detail = stub.GetRun(GetRunRequest(run=name)).detail
@@ -56,6 +63,11 @@ def show(options: DaemonOptions, run: str) -> None:
         "lr_revision": detail.run.lr_revision,
         "newest_revision": to_dict(newest) if newest else None,
         "plan": to_dict(detail.plan) if detail.HasField("plan") else None,
+        "differences": [
+            {"block": block.block, "asked_for": asked_for(block.block, newest), "state": state}
+            for block in detail.blocks
+            if (state := rate_state(block, newest, detail.run.step))
+        ],
         "blocks": [
             {name: block[name] for name in ("block", "learning_rate", "lr_multiplier", "update_every")}
             for block in to_dict(detail)["blocks"]
@@ -73,23 +85,54 @@ def may_hold(revision: Revision) -> bool:
 
 def rate_table(detail: RunDetail, newest: Revision | None) -> Grid:
     """Each block's rate and multiplier as the trainer reported them, beside the multiplier of the newest revision."""
-    wanted = newest.multipliers if newest else {}
     return Grid(
-        "lrrrr",
+        "lrrrrl",
         tuple(
             (
                 block.block,
                 output.measured(block, "learning_rate"),
                 output.measured(block, "lr_multiplier"),
-                output.number(wanted.get(block.block, 1.0)),
+                output.number(asked_for(block.block, newest)),
                 f"{block.update_every} steps" if block.update_every > 1 else "step",
+                rate_state(block, newest, detail.run.step),
             )
             for block in detail.blocks
         ),
-        ("block", "learning rate", "multiplier", "asked for", "updated every"),
+        ("block", "learning rate", "multiplier", "asked for", "updated every", "state"),
         title=f"run {detail.run.run}, step {detail.run.step}, revision {detail.run.lr_revision}",
         empty=f"run {detail.run.run} has reported no block yet",
     )
+
+
+def asked_for(block: str, newest: Revision | None) -> float:
+    """The multiplier of a block in a revision; 1 where it is not named, or without one."""
+    return newest.multipliers.get(block, 1.0) if newest else 1.0
+
+
+def rate_state(block: Block, newest: Revision | None, step: int) -> str:
+    """What is to be said of the multiplier that a trainer reports of a block; empty where it is as asked for.
+
+    Args:
+        block: The block.
+        newest: The newest revision that came into force, or still can.
+        step: The run's step.
+    """
+    wanted = asked_for(block.block, newest)
+    if not block.HasField("lr_multiplier") or math.isclose(block.lr_multiplier, wanted, rel_tol=_SAME):
+        return ""
+    if newest is None:
+        return "wrong: nothing was asked for"
+    if not newest.HasField("applied_step"):
+        return "not applied yet"
+    there = newest.applied_step + newest.ramp_steps
+    if step < there:
+        return f"on its way, until step {there}"
+    # The mean over a block's parameters, of which those that several blocks share take the smallest multiplier.
+    if min(newest.multipliers.values(), default=1.0) <= block.lr_multiplier < wanted:
+        return (
+            f"below {output.number(wanted)} since step {there}: wrong, unless it shares parameters with a slower block"
+        )
+    return f"wrong: should be {output.number(wanted)} since step {there}"
 
 
 @lr.command(
@@ -205,8 +248,10 @@ def undo(  # noqa: PLR0913 - click passes every option by name
         preview(options, [request])
         return
     with operator(options) as stub:
-        decision = stub.UndoLearningRates(request).decision
-        follow(stub, decision, timeout, as_json=options.json)
+        answer = stub.UndoLearningRates(request)
+        follow(stub, answer.decision, timeout, as_json=options.json)
+        if answer.HasField("undone") and not options.json:
+            print(output.clean(output.describe_undo(answer)))
 
 
 for command in (plan, promote, pause, abort):

@@ -98,6 +98,7 @@ def plan(  # noqa: PLR0913 - click passes every option by name
     """Roll a set of multipliers out in stages, each judged by the run's loss, and wait for the first to be applied.
 
     A stage that harms is undone at once, and ends the plan. After one that went well the plan waits for `lr promote`.
+    Where the first stage itself has to wait, as for a command that is under way, it says so and ends with status 0.
     """
     if bool(name) == bool(multipliers):
         raise click.UsageError(
@@ -119,8 +120,11 @@ def plan(  # noqa: PLR0913 - click passes every option by name
     with operator(options) as stub:
         response = stub.StartPlan(request)
         if dry_run:
-            draft = {"dry_run": True, "plan": to_dict(response.plan)}
+            waits = not response.HasField("decision")
+            draft = {"dry_run": True, "plan": to_dict(response.plan), "waits": waits}
             print_answer(draft, [plan_table(response.plan, title="dry run, not sent: ")], as_json=options.json)
+            if waits and not options.json:
+                print(f"nothing would be sent yet: {_what_waits(response.plan)}")
             return
         sent = response.decision if response.HasField("decision") else None
         _report(options, stub, response.plan, sent, timeout)
@@ -200,13 +204,25 @@ def _report(
         sent = answered(stub, sent, timeout)
         failed = failure_of(sent, timeout)
         plan = stub.GetRun(GetRunRequest(run=plan.run)).detail.plan
-    payload = {"plan": to_dict(plan), "decision": None if sent is None else to_dict(sent)}
+    waits = plan.state == "running" and not plan.under_way
+    payload = {"plan": to_dict(plan), "decision": None if sent is None else to_dict(sent), "waits": waits}
     if options.json or failed is None:
         print_answer(payload, [plan_table(plan)], as_json=options.json)
     if failed is not None:
         raise failed
     if sent is not None and not options.json:
         print(describe_outcome(sent))
+    if waits and not options.json:
+        print(f"nothing was sent yet: {_what_waits(plan)}; see sharpwatch lr show {plan.run}")
+
+
+def _what_waits(plan: Plan) -> str:
+    """Which stage of a plan waits, and for what."""
+    blocks = ", ".join(plan.stages[plan.stages_done].blocks)
+    return (
+        f"stage {plan.stages_done + 1} ({blocks}) waits until no policy's change of rates is in force or judged, and "
+        "no command is under way; it follows by itself"
+    )
 
 
 def plan_table(plan: Plan, title: str = "") -> Grid:

@@ -7,6 +7,7 @@ import os
 import click
 import grpc
 
+from sharpwatch.cli import output
 from sharpwatch.cli.client import author, connected, find_connection, operator, plain_words, resolve_run, run_argument
 from sharpwatch.cli.dry_run import dry_run_option, preview
 from sharpwatch.cli.options import DaemonCommand, DaemonOptions, reason_option
@@ -46,7 +47,8 @@ def mode(  # noqa: PLR0913 - click passes every option by name
     """Print or set what the daemon's policies may do to a run.
 
     In mode observe they only record decisions, in mode advise they propose them to an operator, and in mode enforce
-    they act. To set a mode, the run's name must be given in full.
+    they act. Observe gives no multiplier back: the command says which stay in force. To set a mode, the run's name
+    must be given in full.
     """
     if every:
         # The only argument is the mode then, though it stands where RUN does.
@@ -64,7 +66,21 @@ def mode(  # noqa: PLR0913 - click passes every option by name
             found = stub.SetMode(_request(run, mode, reason)).run
         else:
             found = stub.GetRun(GetRunRequest(run=resolve_run(stub, run))).detail.run
-    print_answer(found, f"{found.run}: {found.mode}", as_json=options.json)
+    print_answer(found, _set_line(found) if mode else mode_words(found), as_json=options.json)
+
+
+def mode_words(run: Run) -> str:
+    """A run's mode, and who set it when and why, or that it is the one of the configuration."""
+    if not run.HasField("mode_set"):
+        return f"{run.run}: {run.mode}, by the configuration"
+    by = run.mode_set
+    reason = f": {by.reason}" if by.reason else ""
+    return f"{run.run}: {run.mode}, set by {by.author} at {output.timestamp(by.set_at_unix_ns)}{reason}"
+
+
+def _set_line(run: Run) -> str:
+    kept = output.kept_in_force(run) if run.mode == "observe" else ""
+    return f"{run.run}: {run.mode}" + (f"; {kept}" if kept else "")
 
 
 def _request(run: str, mode: str, reason: str) -> SetModeRequest:
@@ -85,7 +101,7 @@ def _set_all(options: DaemonOptions, mode: str, reason: str) -> None:
             except grpc.RpcError as error:
                 failed[name] = plain_words(error.code(), error.details() or "", connection)
     payload = {"runs": [to_dict(run) for run in done], "failed": failed}
-    lines = [f"{run.run}: {run.mode}" for run in done]
+    lines = [_set_line(run) for run in done]
     if lines or options.json or not failed:
         print_answer(payload, "\n".join(lines) or "there is no run", as_json=options.json)
     if failed:

@@ -11,6 +11,7 @@ from sharpwatch.cli import output
 from sharpwatch.cli.client import author, operator, resolve_run, run_argument
 from sharpwatch.cli.commands.replay import read_one, reading_options
 from sharpwatch.cli.commands.runs import reference_words
+from sharpwatch.cli.dry_run import dry_run_option, preview
 from sharpwatch.cli.extras import needs_extra
 from sharpwatch.cli.options import DaemonCommand, DaemonOptions, reason_option
 from sharpwatch.cli.output import print_answer
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 @click.option("--clear", is_flag=True, help="Hold the run against no reference any more.")
 @reading_options
 @reason_option()
+@dry_run_option
 @click.pass_obj
 def reference(  # noqa: PLR0913, PLR0917 - its options
     options: DaemonOptions,
@@ -47,6 +49,7 @@ def reference(  # noqa: PLR0913, PLR0917 - its options
     format_: str | None,
     columns: tuple[tuple[str, str], ...],
     reason: str,
+    dry_run: bool,
 ) -> None:
     """Set, clear or print what a run's losses are held against at equal steps.
 
@@ -65,6 +68,9 @@ def reference(  # noqa: PLR0913, PLR0917 - its options
             request = SetReferenceRequest(run=run, author=author(os.environ), reason=reason)
             if reference is not None:
                 _name_reference(stub, request, reference, format_, columns)
+            if dry_run:
+                preview(options, [request])
+                return
             answer = stub.SetReference(request)
             found = answer.reference if answer.HasField("reference") else None
     payload = {"run": name, "reference": None if found is None else output.to_dict(found)}

@@ -111,7 +111,7 @@ def state(detail: RunDetail, now: float) -> Grid:
     if detail.labels:
         facts.append(("labels", _labels(detail.labels)))
     facts += [
-        (each.key, f"{output.number(each.value)}, by the override for {_labels(each.match)}")
+        (each.key, f"{override_words(each.key, each.value)}, by the override for {_labels(each.match)}")
         for each in detail.overrides
     ]
     if detail.data_order or detail.twins:
@@ -137,6 +137,11 @@ def state(detail: RunDetail, now: float) -> Grid:
         newest = max(detail.checkpoints, key=lambda checkpoint: checkpoint.step)
         facts.append(("checkpoints", f"{len(detail.checkpoints)}, newest of step {newest.step} at {newest.uri}"))
     return Grid("ll", tuple(facts))
+
+
+def override_words(key: str, value: float) -> str:
+    """The value of a key of `detection`, with its unit; that of the budgets is in their names."""
+    return output.span(value) if key == "stall_after" else output.number(value)
 
 
 def _labels(labels: Mapping[str, str]) -> str:

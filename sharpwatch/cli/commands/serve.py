@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sharpwatch.cli.commands.runs import override_words
 from sharpwatch.cli.extras import needs_extra
 from sharpwatch.cli.options import DaemonCommand, DaemonOptions, LocalCommand, address, whole_number
 from sharpwatch.cli.output import Grid, print_answer
@@ -80,14 +81,43 @@ def check_config(options: DaemonOptions, file: Path) -> None:
 
 
 def describe_config(file: Path, config: Config) -> list[Grid]:
-    """The addresses and the policies of a configuration."""
-    daemon = config.daemon
-    facts = (("config", f"{file} is valid"), ("grpc", daemon.grpc), ("http", daemon.http), ("store", daemon.store))
+    """The addresses of a configuration, whom it tells and asks, its policies, and what changes them for some runs."""
+    from sharpwatch.daemon.config.settings import OVERRIDABLE  # noqa: PLC0415 - loads pydantic
+    from sharpwatch.daemon.webhooks import shown_webhook  # noqa: PLC0415 - as above
+
+    daemon, tells, asks, autopilot = config.daemon, config.notifications, config.gate, config.autopilot
+    rules = [name for name in ("curvature_share", "stability_cap") if getattr(autopilot, name) is not None]
+    facts = (
+        ("config", f"{file} is valid"),
+        ("grpc", daemon.grpc),
+        ("http", daemon.http),
+        ("store", daemon.store),
+        (
+            "notifications",
+            f"{shown_webhook(tells.webhook)}, incidents of severity {tells.severity} and up"
+            if tells.webhook
+            else "none",
+        ),
+        ("gate", f"{shown_webhook(asks.webhook)}, no answer in {asks.timeout:g} s is no" if asks.webhook else "none"),
+        ("autopilot", f"{', '.join(rules)}, mode {autopilot.mode}" if rules else "off"),
+        *(("maintenance", f"{each.from_} to {each.to} UTC on {', '.join(each.days)}") for each in config.maintenance),
+    )
     policies = tuple(
         (each.name, each.match.answered, "observe (dry run)" if each.dry_run else each.mode, each.action.kind)
         for each in config.policies
     )
-    return [Grid("ll", facts), Grid("llll", policies, ("policy", "answers", "mode", "action"), empty="no policy")]
+    overrides = tuple(
+        (
+            ", ".join(f"{name}={value}" for name, value in sorted(each.match.items())),
+            *(override_words(key, each.changes[key]) if key in each.changes else "" for key in OVERRIDABLE),
+        )
+        for each in config.detection.overrides
+    )
+    return [
+        Grid("ll", facts),
+        Grid("llll", policies, ("policy", "answers", "mode", "action"), empty="no policy"),
+        *([Grid("lrrr", overrides, ("detection of", *OVERRIDABLE))] if overrides else []),
+    ]
 
 
 @click.command(cls=LocalCommand, example="sharpwatch demo --model gpt2 --fault lr-jump")

@@ -9,6 +9,7 @@ import click
 
 from sharpwatch.cli import output
 from sharpwatch.cli.client import author, completions, operator, run_argument
+from sharpwatch.cli.dry_run import dry_run_option, preview
 from sharpwatch.cli.options import DURATION, CommandGroup, DaemonCommand, DaemonOptions, reason_option
 from sharpwatch.cli.output import Grid, print_answer
 from sharpwatch.v1.operator_pb2 import AddSilenceRequest, ExpireSilenceRequest, ListSilencesRequest, Silence
@@ -41,9 +42,18 @@ silence = CommandGroup(
     help="How long, from now on: 1s to 30d, such as 90s, 30m, 2h or 1d.",
 )
 @click.option("--comment", metavar="TEXT", required=True, help="Why; it stands in each decision that is refused.")
+@dry_run_option
 @click.pass_obj
 def add(  # noqa: PLR0913 - click passes every option by name
-    options: DaemonOptions, run: str | None, *, alert: str, cause: str, policy: str, duration: float, comment: str
+    options: DaemonOptions,
+    run: str | None,
+    *,
+    alert: str,
+    cause: str,
+    policy: str,
+    duration: float,
+    comment: str,
+    dry_run: bool,
 ) -> None:
     """Add a silence: until it ends, policies refuse to act on the incidents that match all that is given.
 
@@ -60,6 +70,9 @@ def add(  # noqa: PLR0913 - click passes every option by name
         author=author(os.environ),
         reason=comment,
     )
+    if dry_run:
+        preview(options, [request])
+        return
     with operator(options) as stub:
         added = stub.AddSilence(request).silence
     until = output.timestamp(added.ends_at_unix_ns)
@@ -84,10 +97,14 @@ def list_silences(options: DaemonOptions, with_ended: bool) -> None:
     shell_complete=lambda ctx, param, incomplete: completions(ctx, _active, incomplete),  # noqa: ARG005
 )
 @reason_option()
+@dry_run_option
 @click.pass_obj
-def expire(options: DaemonOptions, id_: str, reason: str) -> None:
+def expire(options: DaemonOptions, id_: str, *, reason: str, dry_run: bool) -> None:
     """End a silence before its time."""
     request = ExpireSilenceRequest(id=id_, author=author(os.environ), reason=reason)
+    if dry_run:
+        preview(options, [request])
+        return
     with operator(options) as stub:
         ended = stub.ExpireSilence(request).silence
     print_answer(ended, f"silence {ended.id} ({matched(ended)}) has ended", as_json=options.json)

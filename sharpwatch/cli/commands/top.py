@@ -75,21 +75,67 @@ def look(options: DaemonOptions, run: str | None, most: int | None) -> View:
     return View(sorted(details, key=_trouble), len(names) - len(details), time.time())
 
 
-def table(view: View) -> Grid:
+def table(view: View, width: int | None = None) -> Grid:
     """A row for each run, in the order of the view.
 
     Args:
         view: The runs.
+        width: The characters that a line may have; None for all. Where the whole table is wider, headings and cells
+            are shorter, and as many columns are left out as must be, those first that matter least in trouble.
     """
+    whole = _grid(view, _COLUMNS)
+    if width is None or _width(whole) <= width:
+        return whole
+    for left_out in range(len(_LEFT_OUT) + 1):
+        kept = [each for each in _COLUMNS if each.heading not in _LEFT_OUT[:left_out]]
+        short = _grid(view, kept, is_short=True)
+        if _width(short) <= width:
+            break
+    return short
+
+
+@dataclass(frozen=True, slots=True)
+class _Column:
+    """A column, with its heading where there is little room if that is another."""
+
+    align: str
+    heading: str
+    short: str = ""
+
+
+_COLUMNS = (
+    _Column("l", "run"),
+    _Column("r", "step"),
+    _Column("r", "steps/s"),
+    _Column("r", "loss"),
+    _Column("r", "stability"),
+    _Column("r", "open"),
+    _Column("l", "worst incident", "worst"),
+    _Column("l", "rates in force", "rates"),
+    _Column("l", "mode"),
+    _Column("r", "last sample", "sample"),
+)
+_LEFT_OUT = ("steps/s", "stability", "loss", "step")  # the first one first
+_CUT = {"run": 20, "worst incident": 18, "rates in force": 18}  # characters, where there is little room
+
+
+def _grid(view: View, columns: Sequence[_Column], *, is_short: bool = False) -> Grid:
+    rows = [_row(detail, view.now, is_short=is_short) for detail in view.details]
     return Grid(
-        "lrrrrrlllr",
-        tuple(_row(detail, view.now) for detail in view.details),
-        (
-            *("run", "step", "steps/s", "loss", "stability", "open"),
-            *("worst incident", "rates in force", "mode", "last sample"),
-        ),
+        "".join(each.align for each in columns),
+        tuple(tuple(_cell(row[each.heading], each, is_short=is_short) for each in columns) for row in rows),
+        tuple(each.short or each.heading if is_short else each.heading for each in columns),
         empty="no run yet; a trainer shows up here once sharpwatch.attach() has reached this daemon",
     )
+
+
+def _cell(text: str, column: _Column, *, is_short: bool) -> str:
+    most = _CUT.get(column.heading, len(text)) if is_short else len(text)
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def _width(grid: Grid) -> int:
+    return max(map(len, output.plain([grid]).splitlines()))
 
 
 def _worst_first(runs: Sequence[Run]) -> list[str]:
@@ -117,22 +163,27 @@ def _stability(detail: RunDetail) -> float | None:
     return max(found, default=None)
 
 
-def _row(detail: RunDetail, now: float) -> tuple[str, ...]:
+def _row(detail: RunDetail, now: float, *, is_short: bool) -> dict[str, str]:
+    """The cells of a run by heading."""
     run, found, stability = detail.run, _open(detail), _stability(detail)
     rates = {block.block: block.lr_multiplier for block in detail.blocks if block.HasField("lr_multiplier")}
-    state = phase(run)
-    return (
-        run.run,
-        str(run.step),
-        output.number(1 / detail.step_seconds, 3) if detail.step_seconds else output.ABSENT,
-        output.measured(run, "loss"),
-        output.ABSENT if stability is None else output.number(stability, 3),
-        str(len(found)),
-        f"{found[0].name} since {found[0].onset}" if found else output.ABSENT,
-        output.multipliers(rates) if rates else output.ABSENT,
-        run.mode if state == "running" else f"{run.mode}, {state}",
-        output.age(run.last_sample_at_unix_ns, now),
-    )
+    state, age = phase(run), output.age(run.last_sample_at_unix_ns, now)
+    worst = output.ABSENT
+    if found:
+        worst = found[0].name if is_short else f"{found[0].name} since {found[0].onset}"
+    in_force = output.multipliers(rates) if rates else output.ABSENT
+    return {
+        "run": run.run,
+        "step": str(run.step),
+        "steps/s": output.number(1 / detail.step_seconds, 3) if detail.step_seconds else output.ABSENT,
+        "loss": output.measured(run, "loss"),
+        "stability": output.ABSENT if stability is None else output.number(stability, 3),
+        "open": str(len(found)),
+        "worst incident": worst,
+        "rates in force": "all 1" if is_short and rates and set(rates.values()) == {1.0} else in_force,
+        "mode": run.mode if state == "running" else f"{run.mode}, {state}",
+        "last sample": age.removesuffix(" ago") if is_short else age,
+    }
 
 
 def _views(options: DaemonOptions, run: str | None) -> Iterator[str]:
@@ -174,5 +225,9 @@ def _screen(view: View, note: str) -> str:
     """The lines that the terminal has room for, each cut to its width."""
     size = shutil.get_terminal_size()
     more = f"and {view.hidden} more; " if view.hidden else ""
-    lines = [*output.plain([table(view)]).splitlines()[: size.lines - _AROUND + 1], "", output.clean(f"{more}{note}")]
+    lines = [
+        *output.plain([table(view, size.columns)]).splitlines()[: size.lines - _AROUND + 1],
+        "",
+        output.clean(f"{more}{note}"),
+    ]
     return "\n".join(line[: size.columns] for line in lines)

@@ -5,6 +5,7 @@ Each row says how it is computed, as none is worth more than that.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ from sharpwatch.cli.output import number, percent
 from sharpwatch.v1.operator_pb2 import Alert, Decision, HistoryPoint, RunDetail
 
 _HOUR = 3600.0
+# As the daemon judges what an action has done (docs/operating/policies.md).
+_BEFORE, _NEWEST, _FEW = 40, 20, 5  # losses before the onset, newest ones since, and without which nothing can be said
+_OUT_OF_BAND = 2.0  # standard deviations of single losses
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +49,22 @@ def redone(points: Sequence[HistoryPoint], decisions: Iterable[Decision]) -> lis
 
     Args:
         points: The recorded samples, in the order in which they came.
-        decisions: The run's decisions, of which rollbacks explain that.
+        decisions: The run's decisions, oldest first, of which rollbacks explain that.
     """
-    rollbacks = {made.applied_step: made.id for made in decisions if made.action == "rollback" and _applied(made)}
+    rollbacks = [made for made in decisions if made.action == "rollback" and _applied(made)]
     found = []
-    for before, after in pairwise(points):
-        if after.step <= before.step:
-            of_rollback = f"rollback {rollbacks[after.step]}" if after.step in rollbacks else ""
-            why = of_rollback or ("a new attempt" if after.attempt != before.attempt else "a restored checkpoint")
-            found.append(Redone(before.step, after.step, why))
-    return found
+    # From the newest on, as the journal may have lost the first times that the run went back, and no rollback.
+    for before, after in reversed(list(pairwise(points))):
+        if after.step > before.step:
+            continue
+        of = [one for one in rollbacks if one.applied_step == after.step and one.step <= before.step]
+        if of:
+            rollbacks.remove(of[-1])
+            why = f"rollback {of[-1].id}"
+        else:
+            why = "a new attempt" if after.attempt != before.attempt else "a restored checkpoint"
+        found.append(Redone(before.step, after.step, why))
+    return found[::-1]
 
 
 def costs(detail: RunDetail, points: Sequence[HistoryPoint], decisions: Sequence[Decision]) -> list[Cost]:
@@ -114,24 +124,56 @@ def _in_trouble(alerts: Iterable[Alert], seconds: float | None) -> Cost:
 
 
 def _saved(
-    detail: RunDetail, points: Sequence[HistoryPoint], decisions: Iterable[Decision], again: int, seconds: float | None
+    detail: RunDetail, points: Sequence[HistoryPoint], decisions: Sequence[Decision], again: int, seconds: float | None
 ) -> Cost:
     """What a cure saved at most, if the run would have been lost from the onset on without it."""
-    onsets = {alert.id: alert.onset for alert in detail.alerts}
-    cured = [made for made in decisions if made.outcome == "recovered" and made.alert_id in onsets and _applied(made)]
-    if not cured:
+    incidents = {alert.id: alert for alert in detail.alerts}
+    acted = [
+        made for made in decisions if made.outcome == "recovered" and made.alert_id in incidents and _applied(made)
+    ]
+    if not acted:
         return Cost("saved", None, None, "not known: no action on an incident ended as recovered")
-    onset = min(onsets[made.alert_id] for made in cured)
+    # What never harmed the loss is over after any action.
+    cured = [made for made in acted if _did_harm(incidents[made.alert_id], made, points)]
+    if not cured:
+        how = (
+            "not known: before the actions that ended as recovered, the loss stood where it had stood before the "
+            "onset, or too few losses are kept to say; nothing says that the run would have been lost"
+        )
+        return Cost("saved", None, None, how)
+    onset = min(incidents[made.alert_id].onset for made in cured)
     places = [each.step for each in detail.checkpoints]
-    places += [made.rollback.checkpoint.step for made in cured if made.HasField("rollback")]
-    back_to = max((step for step in places if step < onset), default=0)
-    last = max(point.step for point in points) if points else detail.run.step
+    places += [made.rollback.checkpoint.step for made in decisions if made.HasField("rollback")]
+    back_to = max((step for step in places if step < onset), default=None)
+    if back_to is None:
+        how = (
+            f"not known: no checkpoint from before the onset at {onset} is known any more, to which one would have gone"
+        )
+        return Cost("saved", None, None, how)
+    last = max((point.step for point in points), default=detail.run.step)
     how = (
         f"if nobody had acted until step {last}, and all since the checkpoint of step {back_to}, the newest known from "
         f"before the onset at {onset}, had been thrown away; less the {again} steps done again. What the run would "
         "have done by itself is not known"
     )
     return _cost("saved: at most", max(0, last - back_to - again), seconds, how)
+
+
+def _did_harm(incident: Alert, made: Decision, points: Sequence[HistoryPoint]) -> bool:
+    """Whether the loss had left its band, or was lost, when a decision on an incident was made."""
+    # The first time that the run came to that step: after a rollback it comes there again.
+    end = next((index for index, point in enumerate(points) if point.step >= made.step), len(points) - 1)
+    start = next((index for index, point in enumerate(points[: end + 1]) if point.step >= incident.onset), end)
+    before = [point.loss for point in points[:start] if point.HasField("loss")][-_BEFORE:]
+    since = [point.loss for point in points[start : end + 1] if point.HasField("loss")][-_NEWEST:]
+    if incident.cause == "non-finite" or not all(map(math.isfinite, since)):
+        return True
+    if len(before) < _FEW or not since:
+        return False
+    # From the changes between losses, so that a trend counts for nothing.
+    changes = [after - earlier for earlier, after in pairwise(before)]
+    sd = math.sqrt(statistics.fmean(change**2 for change in changes) / 2)
+    return statistics.fmean(since) > statistics.fmean(before) + _OUT_OF_BAND * sd
 
 
 def _monitoring(points: Sequence[HistoryPoint], seconds: float | None) -> Iterator[Cost]:

@@ -14,14 +14,13 @@ from sharpwatch.daemon.records import (
     Decision,
     Incident,
     LrPlan,
-    Outcome,
     PairOrder,
     Revision,
     RollbackPlan,
     Silence,
 )
 from sharpwatch.daemon.runs.snapshot import Phase, RunSnapshot
-from sharpwatch.daemon.storage.schema import TransitionRow
+from sharpwatch.daemon.storage.schema import ModeRow, RequestRow, TransitionRow
 from sharpwatch.v1 import operator_pb2, types_pb2
 
 _PHASES: dict[Phase, operator_pb2.RunPhase.ValueType] = {
@@ -141,6 +140,20 @@ def transition_message(row: TransitionRow) -> operator_pb2.Transition:
     )
 
 
+def event_message(row: RequestRow) -> operator_pb2.OperatorEvent:
+    """Returns an operator's request as a message."""
+    return operator_pb2.OperatorEvent(
+        at_unix_ns=_nanoseconds(row.at),
+        run=row.run,
+        action=row.action,
+        id=row.subject,
+        outcome=row.outcome,
+        detail=row.detail,
+        author=row.author,
+        reason=row.reason,
+    )
+
+
 def silence_message(silence: Silence, now: float) -> operator_pb2.Silence:
     """Returns a silence as a message, as it stands at `now`, in unix seconds."""
     return operator_pb2.Silence(
@@ -160,8 +173,8 @@ def silence_message(silence: Silence, now: float) -> operator_pb2.Silence:
     )
 
 
-def revision_message(revision: Revision, outcome: Outcome) -> operator_pb2.Revision:
-    """Returns an LR revision, whose decision has an outcome, as a message."""
+def revision_message(revision: Revision, made: Decision) -> operator_pb2.Revision:
+    """Returns an LR revision, and what is known of it by its decision, as a message."""
     return operator_pb2.Revision(
         revision=revision.revision,
         multipliers=revision.multipliers,
@@ -172,7 +185,8 @@ def revision_message(revision: Revision, outcome: Outcome) -> operator_pb2.Revis
         applied_step=revision.applied_step,
         undoes=revision.undoes,
         update_every=revision.update_every,
-        outcome=outcome,
+        outcome=made.outcome,
+        ramp_steps=made.ramp_steps,
     )
 
 
@@ -229,7 +243,14 @@ def run_message(snapshot: RunSnapshot) -> operator_pb2.Run:
         control=snapshot.hello.control,
         lr_revision=snapshot.lr_revision,
         active_alerts=sum(incident.active for incident in snapshot.incidents),
+        multipliers={block: value for block, value in snapshot.multipliers.items() if value != 1},
+        mode_set=None if snapshot.mode_set is None else mode_setting(snapshot.mode_set),
     )
+
+
+def mode_setting(row: ModeRow) -> operator_pb2.ModeSetting:
+    """Returns who set a run's mode as a message."""
+    return operator_pb2.ModeSetting(author=row.author, reason=row.reason, set_at_unix_ns=_nanoseconds(row.made_at))
 
 
 _TAP = ("gradient_norm", "weight_norm", "update_rms", "learning_rate", "lr_multiplier")

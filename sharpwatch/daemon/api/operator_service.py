@@ -7,12 +7,15 @@ import asyncio
 import heapq
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import wraps
 from itertools import chain, pairwise
 from typing import Any, NoReturn, Protocol, TypeVar, cast, get_args
 
 import grpc
+import structlog
 
 from sharpwatch import wire
 from sharpwatch._version import __version__
@@ -21,6 +24,7 @@ from sharpwatch.daemon.api.conversions import (
     alert_message,
     decision_message,
     detail_message,
+    event_message,
     override_messages,
     plan_message,
     reference_message,
@@ -30,7 +34,7 @@ from sharpwatch.daemon.api.conversions import (
     transition_message,
 )
 from sharpwatch.daemon.api.history import history_message
-from sharpwatch.daemon.api.silences import silence_of, wrong_silence
+from sharpwatch.daemon.api.silences import silence_of, silence_rows, wrong_silence
 from sharpwatch.daemon.config.settings import DetectionConfig
 from sharpwatch.daemon.decisions.lr_plan import PlanRequest
 from sharpwatch.daemon.decisions.muting import Silences
@@ -40,10 +44,10 @@ from sharpwatch.daemon.decisions.run_controller import RunController
 from sharpwatch.daemon.decisions.transitions import Event, can, is_settled
 from sharpwatch.daemon.detection.history import MAX_LOSSES, Losses
 from sharpwatch.daemon.pipeline import Pipeline
-from sharpwatch.daemon.records import Changes, Decision, LrPlan, Mode, Silence
+from sharpwatch.daemon.records import Changes, Decision, Incident, LrPlan, Mode, Silence
 from sharpwatch.daemon.runs.run import Run, Runs
 from sharpwatch.daemon.storage.journal import Store
-from sharpwatch.daemon.storage.schema import ModeRow, ReferenceRow
+from sharpwatch.daemon.storage.schema import ModeRow, ReferenceRow, RequestRow
 from sharpwatch.errors import OperatorError, StoreError
 from sharpwatch.v1 import operator_pb2 as pb
 from sharpwatch.v1.operator_pb2_grpc import OperatorServiceServicer
@@ -51,16 +55,56 @@ from sharpwatch.wire import MAX_STEP, MAX_TEXT
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Result = TypeVar("Result")
+Answer = TypeVar("Answer", bound=Callable[..., Awaitable[Any]])
+log = structlog.get_logger(__name__)
 _DEFAULT_LIMIT, _MOST = 100, 10_000
 _MAX_REASON = 2_000
+_NOT_ASKED = {"author", "reason", "steps", "losses"}  # fields that stand elsewhere, or would fill the log
 _NAMED = 8  # runs or decisions that an error lists
 
 
 class Audited(Protocol):
-    """A request that changes something."""
+    """A request that changes something, unless it is a dry run."""
 
     author: str
     reason: str
+    dry_run: bool
+
+
+class _RefusalContext:
+    """The context of a call, in which what ends the call is told to `note` first."""
+
+    def __init__(self, context: Context, note: Callable[[grpc.StatusCode, str], Awaitable[None]]) -> None:
+        self._context = context
+        self._note = note
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+    async def abort(self, code: grpc.StatusCode, details: str = "") -> NoReturn:
+        """Ends the call."""
+        await self._note(code, details)
+        await self._context.abort(code, details)
+
+
+def _refusals_noted(action: str) -> Callable[[Answer], Answer]:
+    """Has the daemon's log, and the journal, say who was refused what and why.
+
+    Args:
+        action: The command by which operators know the method.
+    """
+
+    def noted(method: Answer) -> Answer:
+        @wraps(method)
+        async def call(service: OperatorService, request: Any, context: Context) -> Any:
+            async def note(code: grpc.StatusCode, why: str) -> None:
+                await service.note_refused(action, request, context, code, why)
+
+            return await method(service, request, _RefusalContext(context, note))
+
+        return cast("Answer", call)
+
+    return noted
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +169,7 @@ class OperatorService(OperatorServiceServicer):
             store_writable=not self._pipeline.store_error,
             store_error=self._pipeline.store_error,
             role=self._authorizer.role(context),
+            takes_dry_run=True,
         )
 
     async def ListRuns(self, request: pb.ListRunsRequest, context: Context) -> pb.ListRunsResponse:
@@ -160,12 +205,15 @@ class OperatorService(OperatorServiceServicer):
                 await asyncio.sleep(request.min_interval_seconds)
             await self._changed(run, version, context)
 
+    @_refusals_noted("lr set")
     async def SetLearningRates(
         self, request: pb.SetLearningRatesRequest, context: Context
     ) -> pb.SetLearningRatesResponse:
         """Puts block multipliers in force."""
         run = await self._authorized_run(request.run, request, context)
-        changes = await self._change(
+        changes = await self._change_run(
+            run,
+            request,
             context,
             lambda: run.controller.set_learning_rates(
                 dict(request.multipliers),
@@ -177,27 +225,37 @@ class OperatorService(OperatorServiceServicer):
                 dict(request.update_every),
             ),
         )
-        return pb.SetLearningRatesResponse(decision=await self._submit_decision(run, changes, context))
+        return pb.SetLearningRatesResponse(decision=decision_message(changes.decisions[-1]))
 
+    @_refusals_noted("lr undo")
     async def UndoLearningRates(
         self, request: pb.UndoLearningRatesRequest, context: Context
     ) -> pb.UndoLearningRatesResponse:
         """Puts the multipliers before a revision in force again."""
         run = await self._authorized_run(request.run, request, context)
-        changes = await self._change(
+        changes = await self._change_run(
+            run,
+            request,
             context,
             lambda: run.controller.undo(request.revision, request.author, request.reason, time.time()),
         )
-        return pb.UndoLearningRatesResponse(decision=await self._submit_decision(run, changes, context))
+        undone = run.controller.revisions[changes.revisions[-1].undoes - 1]
+        by = _decision(run, undone.decision_id)
+        return pb.UndoLearningRatesResponse(
+            decision=decision_message(changes.decisions[-1]),
+            undone=revision_message(undone, by),
+            undone_decision=decision_message(by),
+        )
 
     async def ListRevisions(self, request: pb.ListRevisionsRequest, context: Context) -> pb.ListRevisionsResponse:
         """Lists the LR revisions of a run, oldest first."""
         run = await self._run(request.run, context)
-        outcomes = {made.id: made.outcome for made in run.controller.decisions}
+        by = {made.id: made for made in run.controller.decisions}
         return pb.ListRevisionsResponse(
-            revisions=(revision_message(one, outcomes[one.decision_id]) for one in run.controller.revisions)
+            revisions=(revision_message(one, by[one.decision_id]) for one in run.controller.revisions)
         )
 
+    @_refusals_noted("lr plan")
     async def StartPlan(self, request: pb.StartPlanRequest, context: Context) -> pb.StartPlanResponse:
         """Rolls a learning-rate plan out, or answers which one that would be."""
         run = await self._authorized_run(request.run, request, context)
@@ -209,29 +267,32 @@ class OperatorService(OperatorServiceServicer):
             request.automatic,
         )
         known = run.snapshot.without_stale().all_estimates
+        plan, made = await self._change_plan(
+            run, request, context, lambda rollout, operator: rollout.start(wanted, known, operator)
+        )
         if request.dry_run:
             draft = await self._change(
                 context,
                 lambda: run.controller.draft_plan(wanted, known, request.author, request.reason, time.time()),
             )
-            return pb.StartPlanResponse(plan=plan_message(draft))
-        plan, made = await self._change_plan(
-            run, request, context, lambda rollout, operator: rollout.start(wanted, known, operator)
-        )
+            plan = plan_message(draft)  # nothing is under way yet
         return pb.StartPlanResponse(plan=plan, decision=made)
 
+    @_refusals_noted("lr promote")
     async def PromotePlan(self, request: pb.PromotePlanRequest, context: Context) -> pb.PromotePlanResponse:
         """Has the newest plan of a run go on."""
         run = await self._authorized_run(request.run, request, context)
         plan, made = await self._change_plan(run, request, context, PlanRollout.promote)
         return pb.PromotePlanResponse(plan=plan, decision=made)
 
+    @_refusals_noted("lr pause")
     async def PausePlan(self, request: pb.PausePlanRequest, context: Context) -> pb.PausePlanResponse:
         """Has no further stage of a run's plan sent."""
         run = await self._authorized_run(request.run, request, context)
         plan, _ = await self._change_plan(run, request, context, PlanRollout.pause)
         return pb.PausePlanResponse(plan=plan)
 
+    @_refusals_noted("lr abort")
     async def AbortPlan(self, request: pb.AbortPlanRequest, context: Context) -> pb.AbortPlanResponse:
         """Ends a run's plan, with the multipliers from before it."""
         run = await self._authorized_run(request.run, request, context)
@@ -241,19 +302,23 @@ class OperatorService(OperatorServiceServicer):
     async def _change_plan(
         self, run: Run, request: Audited, context: Context, change: Callable[[PlanRollout, OperatorContext], None]
     ) -> tuple[pb.Plan, pb.Decision | None]:
-        """Changes a run's plan; returns it, and the decision that was sent for it, if any."""
-        changes = await self._change(
-            context, lambda: run.controller.change_plan(change, request.author, request.reason, time.time())
+        """Changes a run's plan; returns it, and the decision that is sent for it, if any."""
+        changes = await self._change_run(
+            run,
+            request,
+            context,
+            lambda: run.controller.change_plan(change, request.author, request.reason, time.time()),
         )
-        await self._submit(run, changes, context)
-        plan = plan_message(changes.plans[-1])
-        sent = changes.commands[-1].id if changes.commands else ""
-        return plan, decision_message(_decision(run, sent)) if sent else None
+        sent = decision_message(changes.commands[-1]) if changes.commands else None
+        return plan_message(changes.plans[-1]), sent
 
+    @_refusals_noted("rollback")
     async def RequestRollback(self, request: pb.RequestRollbackRequest, context: Context) -> pb.RequestRollbackResponse:
         """Asks the trainer to go back to a checkpoint."""
         run = await self._authorized_run(request.run, request, context)
-        changes = await self._change(
+        changes = await self._change_run(
+            run,
+            request,
             context,
             lambda: run.controller.request_rollback(
                 request.to_step if request.HasField("to_step") else None,
@@ -264,8 +329,9 @@ class OperatorService(OperatorServiceServicer):
                 time.time(),
             ),
         )
-        return pb.RequestRollbackResponse(decision=await self._submit_decision(run, changes, context))
+        return pb.RequestRollbackResponse(decision=decision_message(changes.decisions[-1]))
 
+    @_refusals_noted("mode")
     async def SetMode(self, request: pb.SetModeRequest, context: Context) -> pb.SetModeResponse:
         """Sets what policies may do to a run."""
         run = await self._authorized_run(request.run, request, context)
@@ -275,6 +341,11 @@ class OperatorService(OperatorServiceServicer):
                 grpc.StatusCode.INVALID_ARGUMENT, f"mode must be one of {allowed}, got {request.mode!r}"
             )
         mode = cast("Mode", request.mode)
+        if request.dry_run:
+            await self._change(context, lambda: None)
+            answer = pb.SetModeResponse(run=run_message(run.snapshot))
+            answer.run.mode = mode
+            return answer
         changes = await self._change(
             context, lambda: run.controller.set_mode(mode, request.author, request.reason, time.time())
         )
@@ -294,12 +365,15 @@ class OperatorService(OperatorServiceServicer):
         plans = [plan for plan in self._plans(request.run) if plan.made_at >= since]
         try:
             rows = await self._store.transitions([made.id for made in newest] + [plan.id for plan in plans])
+            requests = list(await self._store.requests(request.run, since, _MOST))
         except StoreError as error:
             await context.abort(grpc.StatusCode.UNAVAILABLE, f"the journal can't be read: {error}")
+        requests += (row for row in silence_rows(self._silences, request.run) if row.at >= since)
         return pb.ListTransitionsResponse(
             transitions=map(transition_message, rows),
             decisions=map(decision_message, newest),
             plans=map(plan_message, plans),
+            events=map(event_message, sorted(requests, key=lambda row: row.at)),
         )
 
     async def WatchDecision(
@@ -318,16 +392,19 @@ class OperatorService(OperatorServiceServicer):
             shown = made
             await self._changed(run, version, context)
 
+    @_refusals_noted("approve")
     async def ApproveDecision(self, request: pb.ApproveDecisionRequest, context: Context) -> pb.ApproveDecisionResponse:
         """Approves a proposed decision."""
         made = await self._answer(request, context, "approve", RunController.approve)
         return pb.ApproveDecisionResponse(decision=made)
 
+    @_refusals_noted("reject")
     async def RejectDecision(self, request: pb.RejectDecisionRequest, context: Context) -> pb.RejectDecisionResponse:
         """Rejects a proposed decision."""
         made = await self._answer(request, context, "reject", RunController.reject)
         return pb.RejectDecisionResponse(decision=made)
 
+    @_refusals_noted("cancel")
     async def CancelDecision(self, request: pb.CancelDecisionRequest, context: Context) -> pb.CancelDecisionResponse:
         """Takes a decision back that is not applied yet."""
         made = await self._answer(request, context, "cancel", RunController.cancel)
@@ -343,33 +420,48 @@ class OperatorService(OperatorServiceServicer):
         """Approves, rejects or cancels a decision, by a method of its run's controller."""
         await self._authorize(request, context)
         run, identity = await self._decision_to_answer(request.id, event, context)
-        changes = await self._change(
-            context, lambda: answer(run.controller, identity, request.author, request.reason, time.time())
+        changes = await self._change_run(
+            run,
+            request,
+            context,
+            lambda: answer(run.controller, identity, request.author, request.reason, time.time()),
         )
-        await self._submit(run, changes, context)
-        return decision_message(_decision(run, identity))
+        return decision_message(next(made for made in changes.decisions if made.id == identity))
 
+    @_refusals_noted("ack")
     async def AcknowledgeIncident(
         self, request: pb.AcknowledgeIncidentRequest, context: Context
     ) -> pb.AcknowledgeIncidentResponse:
         """Notes that someone has seen an incident."""
         await self._authorize(request, context)
-        run = await self._incident_to_answer(request.incident_id, context)
+        run, incident = await self._incident_to_answer(request.incident_id, context)
+        if request.dry_run:
+            await self._change(context, lambda: None)
+            return pb.AcknowledgeIncidentResponse(incident=alert_message(incident))
         changes = await self._change(
             context, lambda: run.controller.acknowledge(request.incident_id, request.author, request.reason)
         )
-        await self._submit(run, changes, context)
+        seen = RequestRow(
+            run.name, time.time(), "ack", incident.id, "acknowledged", incident.title, request.author, request.reason
+        )
+        await self._submit(run, changes, context, seen)
         return pb.AcknowledgeIncidentResponse(incident=alert_message(changes.incidents[-1]))
 
+    @_refusals_noted("reference")
     async def SetReference(self, request: pb.SetReferenceRequest, context: Context) -> pb.SetReferenceResponse:
         """Sets what a run is held against."""
         run = await self._authorized_run(request.run, request, context)
         losses = await self._reference_losses(request, context)
+        if request.dry_run:
+            await self._change(context, lambda: None)
+            would_be = pb.Reference(name=request.reference) if request.reference else None
+            return pb.SetReferenceResponse(reference=would_be)
         row = ReferenceRow(run.name, request.reference, losses, request.author, request.reason, time.time())
         changes = await self._change(context, lambda: self._pipeline.peers.set_reference(run, row))
-        await self._submit(run, changes, context, reference=row)
+        await self._submit(run, changes, context, row)
         return pb.SetReferenceResponse(reference=reference_message(run.controller.reference))
 
+    @_refusals_noted("silence add")
     async def AddSilence(self, request: pb.AddSilenceRequest, context: Context) -> pb.AddSilenceResponse:
         """Keeps policies from acting on the incidents that match."""
         await self._authorize(request, context)
@@ -378,8 +470,9 @@ class OperatorService(OperatorServiceServicer):
         wrong = wrong_silence(request, self._info.policies)
         if wrong:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, wrong)
-        silence = await self._change(context, lambda: self._silences.add(silence_of(request, time.time())))
-        return pb.AddSilenceResponse(silence=await self._keep_silence(silence, context))
+        silences = self._silences.trial() if request.dry_run else self._silences
+        silence = await self._change(context, lambda: silences.add(silence_of(request, time.time())))
+        return pb.AddSilenceResponse(silence=await self._keep_silence(silence, request, context))
 
     async def ListSilences(self, request: pb.ListSilencesRequest, context: Context) -> pb.ListSilencesResponse:
         """Lists the silences, the newest first."""
@@ -388,20 +481,23 @@ class OperatorService(OperatorServiceServicer):
         found = tuple(self._silences) if request.include_ended else self._silences.active(now)
         return pb.ListSilencesResponse(silences=[silence_message(each, now) for each in found[: -_MOST - 1 : -1]])
 
+    @_refusals_noted("silence expire")
     async def ExpireSilence(self, request: pb.ExpireSilenceRequest, context: Context) -> pb.ExpireSilenceResponse:
         """Ends a silence before its time."""
         await self._authorize(request, context)
         if request.id not in {silence.id for silence in self._silences}:
             active = [silence.id for silence in self._silences.active(time.time())]
             await _refuse_name(context, "silence", request.id, active)
+        silences = self._silences.trial() if request.dry_run else self._silences
         silence = await self._change(
-            context, lambda: self._silences.expire(request.id, request.author, request.reason, time.time())
+            context, lambda: silences.expire(request.id, request.author, request.reason, time.time())
         )
-        return pb.ExpireSilenceResponse(silence=await self._keep_silence(silence, context))
+        return pb.ExpireSilenceResponse(silence=await self._keep_silence(silence, request, context))
 
-    async def _keep_silence(self, silence: Silence, context: Context) -> pb.Silence:
+    async def _keep_silence(self, silence: Silence, request: Audited, context: Context) -> pb.Silence:
         try:
-            await self._pipeline.keep_silence(silence)
+            if not request.dry_run:
+                await self._pipeline.keep_silence(silence)
         except StoreError as error:
             await context.abort(
                 grpc.StatusCode.UNAVAILABLE,
@@ -419,6 +515,47 @@ class OperatorService(OperatorServiceServicer):
         if request.reference and self._runs.get(request.reference) is None:
             await _refuse_name(context, "run", request.reference, sorted(each.name for each in self._runs))
         return b""
+
+    async def note_refused(self, action: str, request: Any, context: Context, code: grpc.StatusCode, why: str) -> None:
+        """Note that a request was refused: in the log, and for an operator's own in the journal.
+
+        Args:
+            action: The command that makes such requests.
+            request: The request.
+            context: The context of the call.
+            code: The status that it ends with.
+            why: The reason that is given.
+        """
+        if request.dry_run:
+            return
+        run, subject, asked = self._asked(request)
+        log.warning(
+            "request_refused",
+            action=action,
+            run=run,
+            subject=subject,
+            asked=asked,
+            author=request.author[:_MAX_REASON],
+            reason=request.reason[:_MAX_REASON],
+            status=code.name,
+            why=why,
+        )
+        # Whoever shows no token must not fill the journal, and what failed with the journal can't be written to it.
+        if self._authorizer.role(context) != "operator" or code is grpc.StatusCode.UNAVAILABLE:
+            return
+        texts = (f"{asked}: {why}" if asked else why, request.author[:_MAX_REASON], request.reason[:_MAX_REASON])
+        with suppress(StoreError):
+            await self._pipeline.keep_request(RequestRow(run, time.time(), action, subject, "refused", *texts))
+
+    def _asked(self, request: Any) -> tuple[str, str, str]:
+        """The run of a request, the id of what it is about, and what else it asks for, in words of bounded length."""
+        fields = {field.name: value for field, value in request.ListFields() if field.name not in _NOT_ASKED}
+        subject = str(fields.pop("id", "") or fields.pop("incident_id", ""))[:MAX_TEXT]
+        run = str(fields.pop("run", ""))[:MAX_TEXT]
+        if subject and not run:
+            run = next((of.name for of, identity in self._runs.decisions(subject) if identity == subject), "")
+        words = (f"{name} {_plain(value)}" for name, value in fields.items())
+        return run, subject, ", ".join(words)[:_MAX_REASON]
 
     def _detail(self, run: Run) -> pb.RunDetail:
         twins = sorted(twin.name for twin in self._pipeline.peers.twins(run))
@@ -468,12 +605,12 @@ class OperatorService(OperatorServiceServicer):
             )
         return found[0]
 
-    async def _incident_to_answer(self, given: str, context: Context) -> Run:
-        """Finds the run of an incident by the incident's whole id."""
-        found = [(run, each.id) for run in self._runs for each in run.controller.incidents]
-        whole = next((run for run, identity in found if identity == given), None)
+    async def _incident_to_answer(self, given: str, context: Context) -> tuple[Run, Incident]:
+        """Finds an incident and its run by the incident's whole id."""
+        found = [(run, each) for run in self._runs for each in run.controller.incidents]
+        whole = next((one for one in found if one[1].id == given), None)
         if whole is None:
-            await _refuse_name(context, "incident", given, [identity for _, identity in found])
+            await _refuse_name(context, "incident", given, [each.id for _, each in found])
         return whole
 
     async def _decision_to_answer(self, given: str, event: Event, context: Context) -> tuple[Run, str]:
@@ -520,25 +657,28 @@ class OperatorService(OperatorServiceServicer):
         except OperatorError as error:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
 
+    async def _change_run(self, run: Run, request: Audited, context: Context, change: Callable[[], Changes]) -> Changes:
+        """Makes a change of a run's decisions, journals it and sends its commands; a dry run is only tried."""
+        if request.dry_run:
+            return await self._change(context, lambda: run.controller.tried(change))
+        changes = await self._change(context, change)
+        await self._submit(run, changes, context)
+        return changes
+
     async def _submit(
         self,
         run: Run,
         changes: Changes,
         context: Context,
-        mode: ModeRow | None = None,
-        reference: ReferenceRow | None = None,
+        row: ModeRow | ReferenceRow | RequestRow | None = None,
     ) -> None:
         try:
-            await self._pipeline.submit(run, changes, mode, reference)
+            await self._pipeline.submit(run, changes, row)
         except StoreError as error:
             made = ", ".join(made.id for made in changes.decisions) or "the change"
             await context.abort(
                 grpc.StatusCode.UNAVAILABLE, f"{made} is sent once the journal takes writes again: {error}"
             )
-
-    async def _submit_decision(self, run: Run, changes: Changes, context: Context) -> pb.Decision:
-        await self._submit(run, changes, context)
-        return decision_message(_decision(run, changes.decisions[-1].id))
 
 
 async def _refuse_name(context: Context, kind: str, given: str, names: Iterable[str]) -> NoReturn:
@@ -570,6 +710,13 @@ def _wrong_reference(request: pb.SetReferenceRequest) -> str:
     if not all(before < after for before, after in pairwise((-1, *request.steps, MAX_STEP + 1))):
         return "steps must be 0 to 2**53 and ascend"
     return "" if all(map(math.isfinite, request.losses)) else "losses must be finite"
+
+
+def _plain(value: Any) -> str:
+    """A field of a request in words."""
+    if hasattr(value, "items"):
+        return ", ".join(f"{key} {each:g}" for key, each in sorted(value.items()))
+    return f"{value:g}" if isinstance(value, float) else " ".join(str(value).split())
 
 
 def _some(names: Sequence[str]) -> str:

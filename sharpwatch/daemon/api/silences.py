@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
 
 from sharpwatch.common.yaml_schema import nearest
 from sharpwatch.daemon.config.settings import ALERT_NAMES, CAUSES
 from sharpwatch.daemon.decisions.run_controller import random_id
 from sharpwatch.daemon.records import Silence
+from sharpwatch.daemon.storage.schema import RequestRow
 from sharpwatch.v1 import operator_pb2 as pb
 
 _LONGEST = 30 * 86_400.0  # seconds
@@ -36,6 +39,24 @@ def wrong_silence(request: pb.AddSilenceRequest, policies: Collection[str]) -> s
         if given and given not in known:
             return f"no {kind} {given!r}; allowed: {', '.join(known) or 'none'}{nearest(given, known)}"
     return ""
+
+
+def silence_rows(silences: Iterable[Silence], run: str) -> Iterator[RequestRow]:
+    """What operators did about the silences that concern a run, or about all for an empty name."""
+    for one in silences:
+        if run and one.run not in {"", run}:
+            continue
+        matched = (f"{kind} {name}" for kind in ("alert", "cause", "policy") if (name := getattr(one, kind)))
+        about = ", ".join(matched) or "all incidents"
+        until = datetime.fromtimestamp(one.ends_at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        row = RequestRow(
+            one.run, one.made_at, "silence", one.id, "added", f"{about}, until {until}", one.author, one.comment
+        )
+        yield row
+        if one.expired_at:
+            yield replace(
+                row, at=one.expired_at, outcome="ended", author=one.expired_by, reason=one.expired_reason, detail=about
+            )
 
 
 def silence_of(request: pb.AddSilenceRequest, now: float) -> Silence:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -246,6 +247,19 @@ class DecisionLog:
         self._changed_plans.clear()
         self.changed = False
         return changes
+
+    @contextmanager
+    def trial(self) -> Iterator[None]:
+        """Takes back at the end of a `with` all that was recorded in it, so that a request can be tried.
+
+        The version stays ahead: what somebody has made of a version in the trial must not pass for that of a later one.
+        """
+        # The records are immutable, so that their containers are all there is to copy.
+        before = {name: value.copy() if isinstance(value, dict | list) else value for name, value in vars(self).items()}
+        try:
+            yield
+        finally:
+            vars(self).update({**before, "version": self.version + 1})
 
     def _put(self, decision: Decision) -> Decision:
         if _audited(decision) != _audited(self._decisions.get(decision.id)):

@@ -31,6 +31,12 @@ class Silences:
         self._all = {silence.id: silence for silence in silences}
         self._active = dict(self._all)
 
+    def trial(self) -> Silences:
+        """Returns silences like these, on which a request can be tried."""
+        like = Silences()
+        like.restore(self)
+        return like
+
     def active(self, now: float) -> tuple[Silence, ...]:
         """Returns those that hold at `now`, in unix seconds, oldest first."""
         self._active = {key: silence for key, silence in self._active.items() if silence.is_active(now)}

@@ -341,6 +341,15 @@ class RunController:
         plans = (made.rollback for made in self.decisions if made.rollback and made.applied_step is not None)
         return any(plan.skip_from_step < plan.skip_to_step and plan.skip_from_step <= step for plan in plans)
 
+    def tried(self, change: Callable[[], Changes]) -> Changes:
+        """What a request about decisions, multipliers or plans would change; raises `OperatorError` as that does.
+
+        Args:
+            change: Makes the request of this controller. Nothing stays of what it does.
+        """
+        with self._log.trial():
+            return change()
+
     def set_learning_rates(  # noqa: PLR0913, PLR0917  the fields of the operator's request
         self,
         multipliers: Mapping[str, float],

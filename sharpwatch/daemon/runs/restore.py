@@ -45,9 +45,8 @@ def restore_run(runs: Runs, stored: StoredRun) -> list[Changes]:
     if run is None:
         return []
     # After the last `begin`: each makes a new controller, from the second on for a trainer that starts at 1.
-    run.controller.restore(
-        stored.incidents, stored.decisions, stored.revisions, stored.checkpoints, stored.mode, stored.plans
-    )
+    mode = None if stored.mode is None else stored.mode.mode
+    run.controller.restore(stored.incidents, stored.decisions, stored.revisions, stored.checkpoints, mode, stored.plans)
     if len(attempts) > 1 and all(row.attempt != newest.hello.attempt for row in stored.samples):
         run.controller.begin_anew()  # the daemon ended before it received a sample of the newest attempt
     # So that counters go on where they were: Prometheus would take a smaller value for a reset.
@@ -63,6 +62,7 @@ def restore_run(runs: Runs, stored: StoredRun) -> list[Changes]:
         attempts=len(stored.attempts),
         # Never "running": no trainer is connected before the daemon serves.
         phase="closed" if closed else "silent",
+        mode_set=stored.mode,
         last_seen_at=seen_at,
         last_sample_at=seen_at if stored.samples else None,
     )

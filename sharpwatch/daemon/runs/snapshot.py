@@ -15,6 +15,7 @@ from sharpwatch.daemon.estimation.windows import Key
 from sharpwatch.daemon.ingest.hello import RunHello
 from sharpwatch.daemon.ingest.samples import BlockTap, HealthReading
 from sharpwatch.daemon.records import Incident, Mode, PairOrder
+from sharpwatch.daemon.storage.schema import ModeRow
 from sharpwatch.wire import Doubles
 
 Phase = Literal["running", "silent", "closed"]
@@ -81,6 +82,7 @@ class RunSnapshot:
     excursions_total: Mapping[tuple[str, str], int] = field(default_factory=dict)  # by signal, block type
     decisions_total: Mapping[tuple[str, str, str], int] = field(default_factory=dict)  # by action, mode, outcome
     dropped_probes: Mapping[str, int] = field(default_factory=dict)
+    mode_set: ModeRow | None = None  # None where the mode is the one of the configuration
 
     @property
     def all_estimates(self) -> Mapping[Key, Estimate]:

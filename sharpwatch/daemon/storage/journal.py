@@ -14,7 +14,7 @@ import math
 import os
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, astuple
@@ -42,8 +42,11 @@ from sharpwatch.daemon.storage.schema import (
     SCHEMAS,
     BaselinesRow,
     EstimateRow,
+    ModeRow,
+    NotificationRow,
     PendingWrites,
     ReferenceRow,
+    RequestRow,
     SampleRow,
     StoredAttempt,
     StoredHistory,
@@ -172,6 +175,22 @@ class Journal:
             found = sorted(chain.from_iterable(self._connection.execute(query, [each]) for each in decisions))
         return tuple(TransitionRow(*values) for _, *values in found)
 
+    def requests(self, run: str, since: float, limit: int) -> tuple[RequestRow, ...]:
+        """Returns the newest `limit` requests of a run, or of all for an empty name, from `since` on, oldest first.
+
+        Modes and references are among them.
+        """
+        query = (
+            "SELECT run, at, action, subject, outcome, detail, author, reason FROM ("
+            "SELECT * FROM requests UNION ALL "
+            "SELECT id, run, made_at, 'mode', '', mode, '', author, reason FROM modes UNION ALL "
+            "SELECT id, run, made_at, 'reference', '', CASE name WHEN '' THEN 'cleared' ELSE 'set' END, name, author, "
+            "reason FROM run_references) WHERE ? IN ('', run) AND at >= ? ORDER BY at DESC, id DESC LIMIT ?"
+        )
+        with self._store_errors():
+            found = self._connection.execute(query, [run, since, limit]).fetchall()
+        return tuple(RequestRow(*values) for values in reversed(found))
+
     def history(self, run: str, limit: int) -> StoredHistory:
         """Returns the newest `limit` samples of a run, and so many estimates of each quantity that is drawn."""
         newest = (
@@ -199,6 +218,20 @@ class Journal:
         with self._store_errors():
             rows = self._connection.execute("SELECT record FROM silences ORDER BY rowid")
             return tuple(Silence(**json.loads(record)) for (record,) in rows)
+
+    def notifications(self) -> tuple[NotificationRow, ...]:
+        """Returns the notifications that wait or go on, those that have waited longest first."""
+        with self._store_errors():
+            rows = self._connection.execute("SELECT fingerprint, alert, waits FROM notifications ORDER BY rowid")
+            return tuple(NotificationRow(fingerprint, alert, bool(waits)) for fingerprint, alert, waits in rows)
+
+    def keep_notifications(self, rows: Mapping[str, NotificationRow | None]) -> None:
+        """Replaces notifications by fingerprint; None removes one."""
+        with self._store_errors(), self._transaction() as connection:
+            connection.executemany("DELETE FROM notifications WHERE fingerprint = ?", [(each,) for each in rows])
+            connection.executemany(
+                "INSERT INTO notifications VALUES (?, ?, ?)", [astuple(row) for row in rows.values() if row is not None]
+            )
 
     @contextmanager
     def _store_errors(self) -> Iterator[None]:
@@ -307,6 +340,11 @@ class Journal:
             "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             map(_estimate, records.estimates),
         )
+        connection.executemany(
+            "INSERT INTO requests (run, at, action, subject, outcome, detail, author, reason) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            [astuple(row) for row in records.requests],
+        )
         for row in records.references:
             # Who set which reference is kept; the losses of one that is replaced are not.
             connection.execute("UPDATE run_references SET losses = NULL WHERE run = ?", [row.run])
@@ -355,7 +393,9 @@ class Journal:
             "SELECT name, losses, author, reason, made_at FROM run_references WHERE run = ? ORDER BY id DESC LIMIT 1",
             [run],
         ).fetchone()
-        mode = rows("SELECT mode FROM modes WHERE run = ? ORDER BY id DESC LIMIT 1", [run]).fetchone()
+        mode = rows(
+            "SELECT run, mode, author, reason, made_at FROM modes WHERE run = ? ORDER BY id DESC LIMIT 1", [run]
+        ).fetchone()
         return StoredRun(
             run=run,
             attempts=tuple(
@@ -382,7 +422,7 @@ class Journal:
                 Checkpoint(step, uri)
                 for step, uri in rows("SELECT step, uri FROM checkpoints WHERE run = ? ORDER BY rowid", [run])
             ),
-            mode=mode[0] if mode else None,
+            mode=ModeRow(*mode) if mode else None,
             baselines=None if baselines is None else BaselinesRow(run, *baselines),
             reference=ReferenceRow(run, *reference) if reference and reference[0] else None,
             plans=tuple(
@@ -443,6 +483,10 @@ class Store:
         """Returns all transitions of the decisions and plans of these ids, oldest first."""
         return await self._call(partial(self._journal.transitions, decisions))
 
+    async def requests(self, run: str, since: float, limit: int) -> tuple[RequestRow, ...]:
+        """Returns the newest `limit` requests of a run, or of all for an empty name, from `since` on, oldest first."""
+        return await self._call(partial(self._journal.requests, run, since, limit))
+
     async def history(self, run: str, limit: int) -> StoredHistory:
         """Returns the newest `limit` samples of a run, and so many estimates of each quantity that is drawn."""
         return await self._call(partial(self._journal.history, run, limit))
@@ -450,6 +494,14 @@ class Store:
     async def silences(self) -> tuple[Silence, ...]:
         """Returns all silences, oldest first."""
         return await self._call(self._journal.silences)
+
+    async def notifications(self) -> tuple[NotificationRow, ...]:
+        """Returns the notifications that wait or go on, those that have waited longest first."""
+        return await self._call(self._journal.notifications)
+
+    async def keep_notifications(self, rows: Mapping[str, NotificationRow | None]) -> None:
+        """Replaces notifications by fingerprint; None removes one."""
+        await self._call(partial(self._journal.keep_notifications, rows))
 
     async def close(self) -> None:
         """Closes the journal after the writes in progress."""

@@ -66,8 +66,17 @@ _PLANS = """
 CREATE TABLE plans (id TEXT PRIMARY KEY, run TEXT NOT NULL, made_at REAL NOT NULL, record TEXT NOT NULL);
 CREATE INDEX plans_by_run ON plans (run);
 """
+_NOTIFICATIONS = """
+CREATE TABLE notifications (fingerprint TEXT PRIMARY KEY, alert TEXT NOT NULL, waits INTEGER NOT NULL);
+"""
+_REQUESTS = """
+CREATE TABLE requests (
+    id INTEGER PRIMARY KEY, run TEXT NOT NULL, at REAL NOT NULL, action TEXT NOT NULL, subject TEXT NOT NULL,
+    outcome TEXT NOT NULL, detail TEXT NOT NULL, author TEXT NOT NULL, reason TEXT NOT NULL);
+CREATE INDEX requests_by_run ON requests (run, at);
+"""
 # Only appended to: an entry that was released is in journals that exist. A journal of version n has the first n.
-SCHEMAS = (_TABLES, _TRANSITIONS, _RESIDUALS, _BASELINES, _REFERENCES, _SILENCES, _PLANS)
+SCHEMAS = (_TABLES, _TRANSITIONS, _RESIDUALS, _BASELINES, _REFERENCES, _SILENCES, _PLANS, _NOTIFICATIONS, _REQUESTS)
 SCHEMA_VERSION = len(SCHEMAS)
 FIRST_TABLES = {"attempts", "samples", "alerts", "decisions", "revisions"}  # in a journal of any version
 
@@ -140,6 +149,37 @@ class ReferenceRow:
 
 
 @dataclass(frozen=True, slots=True)
+class RequestRow:
+    """What an operator asked for at unix seconds `at`, that is no decision, or was refused.
+
+    Attributes:
+        run: The run; empty where it is not of one.
+        action: The command.
+        subject: Id of the decision, incident or silence that it is about; empty where it is about none.
+        outcome: What became of it.
+        detail: What was asked for, or why it was refused.
+    """
+
+    run: str
+    at: float
+    action: str
+    subject: str
+    outcome: str
+    detail: str
+    author: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class NotificationRow:
+    """A notification that waits to be sent, or of what goes on; `alert` is what is told of it, as JSON."""
+
+    fingerprint: str
+    alert: str
+    waits: bool
+
+
+@dataclass(frozen=True, slots=True)
 class EstimateRow:
     """An estimate; `block` is empty for the whole model."""
 
@@ -181,7 +221,7 @@ class StoredRun:
     decisions: tuple[Decision, ...]
     revisions: tuple[Revision, ...]
     checkpoints: tuple[Checkpoint, ...]
-    mode: Mode | None
+    mode: ModeRow | None
     baselines: BaselinesRow | None = None
     reference: ReferenceRow | None = None
     plans: tuple[LrPlan, ...] = ()
@@ -223,6 +263,7 @@ class PendingWrites:
     references: list[ReferenceRow] = field(default_factory=list)
     silences: dict[str, Silence] = field(default_factory=dict)
     plans: dict[str, LrPlan] = field(default_factory=dict)
+    requests: list[RequestRow] = field(default_factory=list)
 
     def add(self, run: str, changes: Changes) -> None:
         """Adds what the controller of `run` changed."""
@@ -259,6 +300,7 @@ class PendingWrites:
         self.references.extend(newer.references)
         self.silences.update(newer.silences)
         self.plans.update(newer.plans)
+        self.requests.extend(newer.requests)
 
     def _put_checkpoints(self, newer: Mapping[tuple[str, str], int | None]) -> None:
         for key, step in newer.items():

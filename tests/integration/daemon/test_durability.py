@@ -193,9 +193,10 @@ async def test_a_full_disk_stops_acknowledgements_and_not_the_daemon(start, buil
     about = await daemon.operator.GetDaemon(pb.GetDaemonRequest())
     assert not about.store_writable
     assert "journal.db" in about.store_error
-    change = pb.SetLearningRatesRequest(run="busy", multipliers={"qk": 0.5}, author="ann")
-    with pytest.raises(grpc.aio.AioRpcError, match="no change can be journalled now"):
-        await daemon.operator.SetLearningRates(change, metadata=daemon.credentials)
+    for dry_run in (False, True):
+        change = pb.SetLearningRatesRequest(run="busy", multipliers={"qk": 0.5}, author="ann", dry_run=dry_run)
+        with pytest.raises(grpc.aio.AioRpcError, match="no change can be journalled now"):
+            await daemon.operator.SetLearningRates(change, metadata=daemon.credentials)
     message, headers = {"version": "4", "alerts": []}, dict([daemon.credentials[0]])
     async with daemon.web.post(f"http://{daemon.http}/api/v1/alerts", json=message, headers=headers) as response:
         assert (response.status, "journal.db" in (await response.json())["error"]) == (503, True)

@@ -7,12 +7,14 @@ import re
 import sqlite3
 import stat
 from contextlib import closing, suppress
+from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
 import grpc
 import pytest
+from structlog.testing import capture_logs
 
 from sharpwatch import wire
 from sharpwatch.daemon.decisions import run_controller
@@ -64,6 +66,107 @@ async def test_a_change_needs_the_token_and_a_name(daemon):
     assert (await daemon.operator.GetDaemon(pb.GetDaemonRequest())).role == "viewer"
     assert (await daemon.operator.GetDaemon(pb.GetDaemonRequest(), metadata=token)).role == "operator"
     trainer.call.cancel()
+
+
+async def test_who_was_refused_what_and_why_is_in_the_log_and_in_the_audit(daemon, build):
+    trainer = await daemon.train()
+    await trainer.send(build.sample(1))
+    await trainer.acknowledged(1)
+    token, ann = daemon.credentials, {"author": "ann", "reason": "too slow"}
+    made = (await daemon.operator.SetLearningRates(HALVE, metadata=token)).decision
+    high = pb.SetLearningRatesRequest(run="run", multipliers={"qk": 100.0}, **ann)
+    with capture_logs() as logs:
+        await refused(daemon.operator.SetLearningRates(high, metadata=token))
+        await refused(
+            daemon.operator.UndoLearningRates(pb.UndoLearningRatesRequest(run="other", **ann), metadata=token)
+        )
+        await refused(daemon.operator.RejectDecision(pb.RejectDecisionRequest(id=made.id, **ann), metadata=token))
+        await refused(daemon.operator.SetMode(pb.SetModeRequest(run="run", mode="enforce", author="eve")))
+        high.dry_run = True
+        await refused(daemon.operator.SetLearningRates(high, metadata=token))
+    logged = [
+        {key: each[key] for key in ("action", "run", "author")} for each in logs if each["event"] == "request_refused"
+    ]
+    assert logged == [
+        {"action": "lr set", "run": "run", "author": "ann"},
+        {"action": "lr undo", "run": "other", "author": "ann"},
+        {"action": "reject", "run": "run", "author": "ann"},
+        {"action": "mode", "run": "run", "author": "eve"},
+    ]
+    assert {each["log_level"] for each in logs if each["event"] == "request_refused"} == {"warning"}
+    out_of_bounds = "multipliers qk 100: qk=100 is outside the run's lr_bounds; allowed: 0.1 to 10"
+
+    async def audit(run: str) -> list[tuple[str, ...]]:
+        found = (await daemon.operator.ListTransitions(pb.ListTransitionsRequest(run=run))).events
+        return [(one.run, one.action, one.outcome, one.author, one.reason, one.id, one.detail) for one in found]
+
+    who = ("refused", "ann", "too slow")
+    only_run = [
+        ("run", "lr set", *who, "", out_of_bounds),
+        ("run", "reject", *who, made.id, f"decision {made.id} is sent: only a proposal can be rejected"),
+    ]
+    assert await audit("run") == only_run
+    # Without a token nobody fills the journal, and a dry run changes nothing at all.
+    assert await audit("") == [only_run[0], ("other", "lr undo", *who, "", "no run 'other'"), only_run[1]]
+    trainer.call.cancel()
+
+
+async def test_the_audit_has_what_operators_did_beside_decisions(daemon, build):
+    """The mode, the kill switch too, silences that concern the run, what somebody has seen, and references."""
+    trainer, other = await daemon.train("run", "a1"), await daemon.train("other", "a2")
+    bad = build.tap()
+    bad.non_finite.CopyFrom(wire.encode([1] * 5, "int64"))
+    await trainer.send(build.sample(1, tap=bad))
+    incident = (await daemon.shown("run", lambda detail: detail.alerts)).alerts[0]
+    token, ann = {"metadata": daemon.credentials}, {"author": "ann", "reason": "why"}
+    add = {"cause": "data", "duration_seconds": 60.0, **ann}
+    await daemon.operator.SetMode(pb.SetModeRequest(run="run", mode="observe", **ann), **token)
+    await daemon.operator.SetMode(pb.SetModeRequest(run="other", mode="advise", **ann), **token)
+    everywhere = (await daemon.operator.AddSilence(pb.AddSilenceRequest(**add), **token)).silence
+    elsewhere = (await daemon.operator.AddSilence(pb.AddSilenceRequest(run="other", **add), **token)).silence
+    await daemon.operator.ExpireSilence(pb.ExpireSilenceRequest(id=everywhere.id, author="bob", reason="day"), **token)
+    await daemon.operator.AcknowledgeIncident(
+        pb.AcknowledgeIncidentRequest(incident_id=incident.id, author="bob", reason="bad shard"), **token
+    )
+    await daemon.operator.SetReference(pb.SetReferenceRequest(run="run", reference="other", **ann), **token)
+    await daemon.operator.SetReference(pb.SetReferenceRequest(run="run", **ann), **token)
+
+    async def audit(run: str) -> list[tuple[str, ...]]:
+        found = (await daemon.operator.ListTransitions(pb.ListTransitionsRequest(run=run))).events
+        assert [one.at_unix_ns for one in found] == sorted(one.at_unix_ns for one in found)
+        return [(one.run, one.action, one.outcome, one.author, one.reason, one.id, one.detail) for one in found]
+
+    until = everywhere.ends_at_unix_ns // 10**9
+    until = f", until {datetime.fromtimestamp(until, UTC):%Y-%m-%dT%H:%M:%SZ}"
+    who = ("ann", "why")
+    assert await audit("run") == [
+        ("run", "mode", "observe", *who, "", ""),
+        ("", "silence", "added", *who, everywhere.id, f"cause data{until}"),
+        ("", "silence", "ended", "bob", "day", everywhere.id, "cause data"),
+        ("run", "ack", "acknowledged", "bob", "bad shard", incident.id, "NonFinite"),
+        ("run", "reference", "set", *who, "", "other"),
+        ("run", "reference", "cleared", *who, "", ""),
+    ]
+    of_other = [one for one in await audit("other") if one[0]]
+    assert [one[:2] + one[5:6] for one in of_other] == [("other", "mode", ""), ("other", "silence", elsewhere.id)]
+    assert len(await audit("")) == 8
+    for each in (trainer, other):
+        each.call.cancel()
+
+
+async def test_who_set_the_mode_is_known_and_survives_a_restart(running):
+    async with running() as daemon:
+        trainer = await daemon.train()
+        before = (await daemon.shown("run", lambda detail: detail.run.run)).run
+        assert (before.mode, before.HasField("mode_set")) == ("observe", False)
+        change = pb.SetModeRequest(run="run", mode="advise", author="ann", reason="on call")
+        answer = (await daemon.operator.SetMode(change, metadata=daemon.credentials)).run
+        trainer.call.cancel()
+    async with running() as daemon:
+        after = (await daemon.operator.GetRun(pb.GetRunRequest(run="run"))).detail.run
+    assert (after.mode, after.mode_set.author, after.mode_set.reason) == ("advise", "ann", "on call")
+    assert after.mode_set == answer.mode_set
+    assert after.mode_set.set_at_unix_ns > 0
 
 
 async def test_what_is_not_there_is_not_found(daemon):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sharpwatch.cli.commands.decisions import transition_table
-from sharpwatch.v1.operator_pb2 import Decision, ListTransitionsResponse, Transition
+from sharpwatch.v1.operator_pb2 import Decision, ListTransitionsResponse, OperatorEvent, Transition
 
 RECOVERED = Decision(
     id="d1", run="gpt2-a1", step=410, policy="cut", alert_name="LossSpike", action="scale_lr", guard="ok"
@@ -34,4 +34,22 @@ def test_a_remark_stands_in_the_row_of_its_own_time():
         ("410", "d1", "gpt2-a1", "scale_lr", "applied", "ann", "LossSpike; agreed; applied at step 414"),
         ("430", "d2", "gpt2-a1", "rollback", "refused", "back", "trainer: control is lr"),
         ("410", "d1", "gpt2-a1", "scale_lr", "recovered", "ann", "LossSpike; agreed; applied at step 414"),
+    ]
+
+
+def test_what_an_operator_asked_for_beside_stands_at_its_time():
+    refused = OperatorEvent(at_unix_ns=5, run="gpt2-a1", action="lr set", outcome="refused", author="ann")
+    refused.reason, refused.detail = "too slow", "qk=100 is outside the run's lr_bounds"
+    answer = ListTransitionsResponse(
+        transitions=[
+            Transition(decision_id="d1", at_unix_ns=4, outcome="proposed"),
+            Transition(decision_id="d1", at_unix_ns=6, outcome="approved", author="ann"),
+        ],
+        decisions=[RECOVERED],
+        events=[refused],
+    )
+    assert [row[1:] for row in transition_table(answer).rows] == [
+        ("410", "d1", "gpt2-a1", "scale_lr", "proposed", "cut", "LossSpike"),
+        ("–", "–", "gpt2-a1", "lr set", "refused", "ann", "too slow; qk=100 is outside the run's lr_bounds"),
+        ("410", "d1", "gpt2-a1", "scale_lr", "approved", "ann", "LossSpike"),
     ]

@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 
 from sharpwatch.cli import output
 from sharpwatch.cli.output import Grid, clean, plain, print_tables, to_dict
-from sharpwatch.v1.operator_pb2 import Block, Decision, ListRunsResponse, Run, RunDetail, RunPhase
+from sharpwatch.v1.operator_pb2 import (
+    Block,
+    Decision,
+    ListRunsResponse,
+    Revision,
+    Run,
+    RunDetail,
+    RunPhase,
+    UndoLearningRatesResponse,
+)
 from sharpwatch.v1.types_pb2 import Checkpoint, Estimate, Rollback
 
 
@@ -181,3 +190,15 @@ def test_split_keeps_every_column_once():
     parts = GRID.split(1)
     assert [part.headings for part in parts] == [("block", "n"), ("block", "why")]
     assert GRID.split(1000) == [GRID]
+
+
+def test_an_undo_of_what_a_policy_gave_back_says_that_its_cut_holds_again():
+    undone = Revision(revision=5, multipliers={"qk": 0.5}, author="hold", reason="held well")
+    by = Decision(action="ramp_back", policy="hold")
+    assert output.describe_undo(UndoLearningRatesResponse(undone=undone, undone_decision=by)) == (
+        "takes back revision 5 (qk 0.5), in which policy hold gave back a change of its own: that change holds again"
+    )
+    cut = Decision(action="scale_lr", policy="hold")
+    assert output.describe_undo(UndoLearningRatesResponse(undone=undone, undone_decision=cut)) == (
+        "takes back revision 5 (qk 0.5), by policy hold: held well"
+    )

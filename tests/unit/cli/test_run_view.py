@@ -6,7 +6,7 @@ import math
 
 from sharpwatch.cli.commands.decisions import decision_table, describe_failure, describe_outcome
 from sharpwatch.cli.commands.doctor import CheckResult, check_clock, check_table, metrics_url
-from sharpwatch.cli.commands.lr import rate_table, revision_table
+from sharpwatch.cli.commands.lr import rate_state, rate_table, revision_table
 from sharpwatch.cli.commands.runs import run_table, run_view
 from sharpwatch.cli.output import plain
 from sharpwatch.v1.operator_pb2 import (
@@ -154,6 +154,18 @@ def test_show():
     assert plain(run_view(DETAIL, NOW)) == SHOWN
 
 
+def test_an_override_is_shown_with_its_unit():
+    detail = RunDetail(run=Run(run="new"))
+    for key, value in (("stall_after", 20.0), ("stall_after", 7200.0), ("pages_per_10k_steps", 2.0)):
+        detail.overrides.add(key=key, value=value, match={"team": "nlp"})
+    lines = [" ".join(line.split()) for line in plain(run_view(detail, NOW)).splitlines()]
+    assert [line for line in lines if "override" in line] == [
+        "stall_after 20 s, by the override for team=nlp",
+        "stall_after 2 h, by the override for team=nlp",
+        "pages_per_10k_steps 2, by the override for team=nlp",
+    ]
+
+
 def test_show_of_a_run_that_has_sent_nothing_yet():
     detail = RunDetail(run=Run(run="new", training_job="job", phase=RunPhase.RUN_PHASE_SILENT, mode="observe"))
     assert plain(run_view(detail, NOW)).endswith(
@@ -189,13 +201,28 @@ def test_history():
 
 
 def test_rates():
-    assert plain([rate_table(DETAIL, Revision(multipliers={"qk": 0.4}))]) == (
+    applied = Revision(multipliers={"qk": 0.4}, applied_step=400)
+    assert plain([rate_table(DETAIL, applied)]) == (
         "run gpt2-a1, step 412, revision 3\n"
-        "block  learning rate  multiplier  asked for  updated every\n"
+        "block  learning rate  multiplier  asked for  updated every  state\n"
         "emb           0.0003           1          1           step\n"
-        "qk                 –         0.5        0.4           step\n"
+        "qk                 –         0.5        0.4           step  wrong: should be 0.4 since step 400\n"
         "norm               –           –          1           step"
     )
+
+
+def test_a_multiplier_that_is_not_as_asked_for_says_why():
+    qk = DETAIL.blocks[1]
+    ramp = Revision(multipliers={"qk": 0.25}, applied_step=400, ramp_steps=20)
+    assert rate_state(qk, ramp, 412) == "on its way, until step 420"
+    assert rate_state(qk, ramp, 420) == "wrong: should be 0.25 since step 420"
+    fused = Revision(multipliers={"qk": 1.0, "vo": 0.25}, applied_step=400)  # the mean of 0.25 and 1 lies between
+    assert rate_state(qk, fused, 412) == (
+        "below 1 since step 400: wrong, unless it shares parameters with a slower block"
+    )
+    assert rate_state(qk, Revision(multipliers={"qk": 0.25}), 412) == "not applied yet"
+    assert rate_state(qk, None, 412) == "wrong: nothing was asked for"
+    assert rate_state(qk, Revision(multipliers={"qk": 0.5000001}, applied_step=400), 412) == ""
 
 
 CUT = Decision(

@@ -17,7 +17,7 @@ from sharpwatch.daemon.config.settings import NotificationsConfig
 from sharpwatch.daemon.exporter.own_metrics import OwnMetrics
 from sharpwatch.daemon.notifier import Notifier
 from sharpwatch.daemon.records import Decision, ForeignAlert
-from sharpwatch.errors import SharpwatchError
+from sharpwatch.errors import SharpwatchError, StoreError
 
 PAGE = replace(incident(first_step=5, last_step=9, active=True), id="i1", severity="critical")
 PROPOSAL = Decision("d1", "run", 1e9, 9, "scale_lr", "advise", "proposed", policy="hold", detail="ffn 1 to 0.1")
@@ -38,8 +38,22 @@ class Webhook:
         return (await asyncio.wait_for(self.got.get(), 30))[1]["alerts"]
 
 
+class Kept(dict):
+    """What a journal would have, by fingerprint; `failing` as long as it takes no writes."""
+
+    failing = False
+
+    async def keep(self, rows) -> None:
+        if self.failing:
+            raise StoreError("disk full")
+        for fingerprint, row in rows.items():
+            self.pop(fingerprint, None)
+            if row is not None:
+                self[fingerprint] = row
+
+
 @contextlib.asynccontextmanager
-async def notifying(**options):
+async def notifying(kept=None, **options):
     webhook = Webhook()
     app = web.Application()
     app.router.add_post("/hook", webhook.take)
@@ -47,9 +61,9 @@ async def notifying(**options):
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     port = runner.addresses[0][1]
-    registry = CollectorRegistry()
+    registry, kept_by = CollectorRegistry(), Kept() if kept is None else kept
     metrics = OwnMetrics(registry, queue_depth=lambda: 0, queue_capacity=1)
-    made = Notifier(NotificationsConfig(webhook=f"http://127.0.0.1:{port}/hook", **options), metrics)
+    made = Notifier(NotificationsConfig(webhook=f"http://127.0.0.1:{port}/hook", **options), metrics, kept_by.keep)
     task = asyncio.create_task(made.run())
     try:
         yield (
@@ -73,6 +87,45 @@ async def test_an_incident_is_told_when_it_opens_and_when_it_closes():
     assert opened["startsAt"] == closed["startsAt"]
     assert opened["labels"] | {"alertname": PAGE.name, "run": PAGE.run, "severity": "critical"} == opened["labels"]
     assert closed["annotations"]["description"].endswith("Closed: no finding")
+
+
+async def test_an_incident_that_merely_goes_on_is_told_once():
+    """One that is open is recorded again and again, with other numbers in its evidence."""
+    async with notifying() as (webhook, made, _):
+        made.tell([PAGE], [])
+        (first,) = await webhook.alerts()
+        for step in range(10, 60):
+            made.tell([replace(PAGE, last_step=step, evidence=(f"no step for {step} s",))], [PROPOSAL])
+            made.tell([], [replace(PROPOSAL, detail=f"as of step {step}")])
+        assert [each["fingerprint"] for each in await webhook.alerts()] == ["d1"]
+        made.tell([replace(PAGE, active=False, evidence=("no step for 60 s",))], [])
+        (closed,) = await webhook.alerts()
+        assert (closed["status"], closed["startsAt"]) == ("resolved", first["startsAt"])
+        assert closed["annotations"]["description"] == "no step for 60 s"
+        assert webhook.got.empty()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"severity": "critical"},
+        {"name": "WeightJump"},
+        {"cause": "damaged-weight"},
+        {"blocks": ("vo",), "layer_blocks": ("layers.1.vo",)},
+        {"onset": 3},
+        {"acknowledged": "ann: bad shard"},
+    ],
+    ids=str,
+)
+async def test_an_incident_is_told_again_once_it_is_another(change):
+    warning = replace(PAGE, severity="warning")
+    async with notifying(severity="warning") as (webhook, made, _):
+        made.tell([warning], [])
+        await webhook.alerts()
+        made.tell([replace(warning, **change)], [])
+        (again,) = await webhook.alerts()
+    assert (again["status"], again["fingerprint"]) == ("firing", "i1")
+    assert again["annotations"].get("acknowledged", "") == change.get("acknowledged", "")
 
 
 async def test_an_alert_of_another_system_is_not_told_back():
@@ -145,6 +198,58 @@ async def test_a_message_that_fails_is_sent_again_with_what_is_newest(monkeypatc
         while (await webhook.alerts())[0]["status"] == "firing":
             pass
         assert count("failed") == 2
+
+
+async def test_what_was_not_delivered_before_a_restart_is_sent_after_it():
+    """A proposal; and the end of an incident, whose receiver would show it for ever."""
+    kept = Kept()
+    closed = replace(PAGE, active=False, closed="no finding for 20 samples")
+    async with notifying(kept) as (webhook, made, _):
+        made.tell([PAGE], [])
+        (opened,) = await webhook.alerts()
+        webhook.answers = [503] * 1_000
+        made.tell([closed], [PROPOSAL])
+        await webhook.alerts()
+        await made.keep()
+    async with notifying(kept) as (webhook, made, _):
+        made.restore(kept.values(), [closed], [PROPOSAL])
+        told = {alert["fingerprint"]: alert for alert in await webhook.alerts()}
+        await made.keep()
+    assert {identity: alert["status"] for identity, alert in told.items()} == {"i1": "resolved", "d1": "firing"}
+    assert told["i1"]["startsAt"] == opened["startsAt"]
+    assert list(kept) == ["d1"]  # nothing need be known of what has ended
+
+
+async def test_what_goes_on_is_told_again_after_a_restart_and_began_when_it_did():
+    kept = Kept()
+    async with notifying(kept) as (webhook, made, _):
+        made.tell([PAGE], [PROPOSAL])
+        before = await webhook.alerts()
+        await made.keep()
+    over, never_told = replace(PROPOSAL, outcome="expired"), replace(PAGE, id="i2")
+    async with notifying(kept) as (webhook, made, _):
+        # The daemon ended before it could tell that the proposal has expired, and of the second incident.
+        others = [replace(PAGE, id="i0", active=False), never_told]
+        made.restore(kept.values(), [PAGE, *others], [over, replace(PROPOSAL, id="d0", outcome="worse")])
+        after = {alert["fingerprint"]: alert for alert in await webhook.alerts()}
+    assert {identity: alert["status"] for identity, alert in after.items()} == {
+        "i1": "firing",
+        "i2": "firing",
+        "d1": "resolved",
+    }
+    assert [after[alert["fingerprint"]]["startsAt"] for alert in before] == [alert["startsAt"] for alert in before]
+
+
+async def test_a_journal_that_takes_no_writes_holds_up_no_message_and_loses_nothing():
+    kept = Kept()
+    kept.failing = True
+    async with notifying(kept) as (webhook, made, _):
+        made.tell([PAGE], [])
+        await webhook.alerts()
+        assert not await made.keep()
+        kept.failing = False
+        assert await made.keep()
+    assert list(kept) == ["i1"]
 
 
 async def test_whatever_goes_wrong_with_a_message_it_is_to_be_sent_again():

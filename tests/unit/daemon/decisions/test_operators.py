@@ -27,6 +27,31 @@ def test_advise_proposes_once_and_an_approval_sends_it():
         trainer.controller.approve(made.id, "ann", "again", trainer.now)
 
 
+def test_what_is_only_tried_leaves_nothing_behind():
+    """The proposal that a set of one's own supersedes, too; and what is answered is what then happens."""
+    trainer = trained(mode="advise")
+    trainer.heat["ffn"] = 20.0
+    trainer.run(5)
+    controller = trainer.controller
+    (proposal,) = controller.decisions
+
+    def change():
+        return controller.set_learning_rates({"qk": 0.7}, 0, 0, "ann", "mine", trainer.now)
+
+    tried = controller.tried(change)
+    assert controller.decisions == (proposal,)
+    assert (controller.revisions, controller.multipliers["qk"]) == ((), 1.0)
+    trainer.run(1)
+    assert (trainer.waiting, controller.decisions) == ([], (proposal,))
+    made = change()
+    assert [one.multipliers for one in tried.commands] == [one.multipliers for one in made.commands]
+    assert [one.outcome for one in tried.decisions] == [one.outcome for one in made.decisions] == ["expired", "sent"]
+    with pytest.raises(OperatorError, match="outside the run's lr_bounds"):
+        controller.tried(lambda: controller.set_learning_rates({"qk": 99.0}, 0, 0, "ann", "", trainer.now))
+    assert controller.tried(lambda: controller.undo(0, "ann", "", trainer.now)).revisions[-1].undoes == 1
+    assert len(controller.revisions) == 1
+
+
 def test_a_rejected_proposal_is_not_made_again_for_its_incident():
     trainer = trained(mode="advise")
     trainer.heat["ffn"] = 20.0
