@@ -1,8 +1,9 @@
 """What enforced actions make of faults and of healthy runs: python -m benchmarks.faults.act [--seeds 31].
 
 Each run trains under a real daemon that enforces the policies of examples/sharpwatch.yaml, from its first step to 1,000
-steps after the onset, with a checkpoint before the first and every 50. Beside it stand the same run without an agent, and
-the healthy twin with the same seed and batches. A run is a line in benchmarks/faults/acted.jsonl, and is not made again.
+steps after the onset, with a checkpoint before the first and every 50. Beside it stand the same run without an agent,
+and the healthy twin with the same seed and batches. A run is a line in benchmarks/faults/acted.jsonl, and is not made
+again.
 
 A rate fault stays to the end of the run; a ramp ends at ×30. What happens once does not happen again after a rollback.
 A run in which nothing is decided must have the same losses as without an agent, bit by bit.
