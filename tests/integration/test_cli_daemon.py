@@ -261,7 +261,9 @@ async def test_an_undo_says_what_it_takes_back(cli):
     await cli("lr", "set", "gpt2-a1", "qk=0.5", "--reason", "spikes")
     _, out, _ = await cli("lr", "undo", "gpt2-a1")
     assert out.splitlines()[-1] == "takes back revision 1 (qk 0.5), by ada@node3: spikes"
-    _, out, _ = await cli("lr", "undo", "gpt2-a1")
+    status, _, err = await cli("lr", "undo", "gpt2-a1")
+    assert (status, "has taken revision 1 back already, with revision 2" in err) == (1, True)
+    _, out, _ = await cli("lr", "undo", "gpt2-a1", "--revision", "2")
     assert out.splitlines()[-1] == (
         "takes back revision 2 (every block 1), by ada@node3: undo of revision 1; it undid revision 1, which holds "
         "again"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from sharpwatch.daemon.decisions.decision_log import DecisionLog
@@ -52,6 +52,7 @@ class OperatorRequests:
         self._check_intervals(update_every or {})
         if ramp_steps < 0:
             raise OperatorError(f"ramp_steps must be 0 or more, got {ramp_steps}")
+        self._check_conflict(operator, (*wanted, *(update_every or {})))
         step = operator.step or 0
         if apply_at_step and not step < apply_at_step <= step + EXPIRES_AFTER_STEPS:
             allowed = f"0 for the next step, or {step + 1} to {step + EXPIRES_AFTER_STEPS}"
@@ -103,11 +104,18 @@ class OperatorRequests:
     def undo(self, number: int, operator: OperatorContext) -> Decision:
         """Put the set before revision `number` in force again; 0 is the newest that changed something."""
         self.require_multipliers()
+        self._check_conflict(operator, self._log.blocks)
         log = self._log
         done = {revision.revision: revision for revision in log.effective()}
         if not number:
             changing = (n for n, one in done.items() if _set_of(log, one) != _set_before(log, n))
             number = max(changing, default=0)
+            newest = done.get(number)
+            if newest is not None and newest.undoes and log.find(newest.decision_id).mode == "operator":
+                raise OperatorError(
+                    f"{newest.author} has taken revision {newest.undoes} back already, with revision {number}; to put "
+                    "it in force again, name that one"
+                )
         if number not in done:
             known = ", ".join(map(str, done)) or "none yet"
             raise OperatorError(f"no revision {number or ''} of run {log.run} took effect; known: {known}")
@@ -266,6 +274,22 @@ class OperatorRequests:
                 raise OperatorError(f"run {self._log.run} has no block {block!r}; allowed: {', '.join(blocks)}")
             if not math.isfinite(value) or not low <= value <= high:
                 raise OperatorError(f"{block}={value:g} is outside the run's lr_bounds; allowed: {low:g} to {high:g}")
+
+    def _check_conflict(self, operator: OperatorContext, blocks: Collection[str]) -> None:
+        """Raise `OperatorError` where somebody else's set of one of the blocks is on its way: one would be lost."""
+        for made in self._log.under_way():
+            if not made.revision or made.mode != "operator" or made.author in ("sharpwatch", operator.author):
+                continue
+            before, intervals = _set_before(self._log, made.revision)
+            every = made.update_every or {}
+            changed = [
+                b for b in blocks if made.multipliers.get(b) != before.get(b) or every.get(b) != intervals.get(b)
+            ]
+            if changed:
+                raise OperatorError(
+                    f"{made.author} has just set {', '.join(changed)}, with revision {made.revision}, which the "
+                    "trainer has not applied yet: look at it, then ask again"
+                )
 
     def _check_intervals(self, wanted: Mapping[str, int]) -> None:
         blocks = self._log.blocks

@@ -301,3 +301,30 @@ def test_a_planned_set_outlives_a_restart_and_is_cancelled_at_once():
     assert [one.outcome for one in trainer.controller.decisions] == ["cancelled"]
     trainer.run(100)
     assert trainer.multipliers["qk"] == 1.0
+
+
+def test_of_two_operators_at_once_one_is_told_of_the_other():
+    trainer = trained()
+    control = trainer.controller
+    trainer.take(control.set_learning_rates({"qk": 0.5}, 0, 0, "ann", "", trainer.now))
+    with pytest.raises(OperatorError, match="ann has just set qk, with revision 1"):
+        control.set_learning_rates({"qk": 0.7, "vo": 0.7}, 0, 0, "bob", "", trainer.now)
+    with pytest.raises(OperatorError, match="ann has just set qk"):
+        control.undo(0, "bob", "", trainer.now)
+    trainer.take(control.set_learning_rates({"vo": 0.7}, 0, 0, "bob", "", trainer.now))  # of another block
+    trainer.run(1)
+    assert (trainer.multipliers["qk"], trainer.multipliers["vo"]) == (0.5, 0.7)
+
+
+def test_an_undo_is_not_undone_without_its_number():
+    trainer = trained()
+    control = trainer.controller
+    trainer.take(control.set_learning_rates({"qk": 0.5}, 0, 0, "ann", "", trainer.now))
+    trainer.run(1)
+    trainer.take(control.undo(0, "ann", "", trainer.now))
+    trainer.run(1)
+    with pytest.raises(OperatorError, match="ann has taken revision 1 back already, with revision 2"):
+        control.undo(0, "bob", "", trainer.now)
+    trainer.take(control.undo(2, "bob", "", trainer.now))
+    trainer.run(1)
+    assert trainer.multipliers["qk"] == 0.5
