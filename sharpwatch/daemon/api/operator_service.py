@@ -7,15 +7,12 @@ import asyncio
 import heapq
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
-from functools import wraps
 from itertools import chain, pairwise
-from typing import Any, NoReturn, Protocol, TypeVar, cast, get_args
+from typing import cast, get_args
 
 import grpc
-import structlog
 
 from sharpwatch import wire
 from sharpwatch._version import __version__
@@ -34,6 +31,14 @@ from sharpwatch.daemon.api.conversions import (
     transition_message,
 )
 from sharpwatch.daemon.api.history import history_message
+from sharpwatch.daemon.api.operator_calls import (
+    Audited,
+    Context,
+    OperatorCalls,
+    decision_of,
+    refusals_noted,
+    refuse_name,
+)
 from sharpwatch.daemon.api.silences import silence_of, silence_rows, wrong_silence
 from sharpwatch.daemon.config.settings import DetectionConfig
 from sharpwatch.daemon.decisions.lr_plan import PlanRequest
@@ -41,70 +46,19 @@ from sharpwatch.daemon.decisions.muting import Silences
 from sharpwatch.daemon.decisions.operator_requests import OperatorContext
 from sharpwatch.daemon.decisions.plan_rollout import PlanRollout
 from sharpwatch.daemon.decisions.run_controller import RunController
-from sharpwatch.daemon.decisions.transitions import Event, can, is_settled
+from sharpwatch.daemon.decisions.transitions import Event, is_settled
 from sharpwatch.daemon.detection.history import MAX_LOSSES, Losses
 from sharpwatch.daemon.pipeline import Pipeline
-from sharpwatch.daemon.records import Changes, Decision, Incident, LrPlan, Mode, Silence
+from sharpwatch.daemon.records import Changes, Decision, LrPlan, Mode, Silence
 from sharpwatch.daemon.runs.run import Run, Runs
 from sharpwatch.daemon.storage.journal import Store
 from sharpwatch.daemon.storage.schema import ModeRow, ReferenceRow, RequestRow
-from sharpwatch.errors import OperatorError, StoreError
+from sharpwatch.errors import StoreError
 from sharpwatch.v1 import operator_pb2 as pb
 from sharpwatch.v1.operator_pb2_grpc import OperatorServiceServicer
 from sharpwatch.wire import MAX_STEP, MAX_TEXT
 
-Context = grpc.aio.ServicerContext[Any, Any]
-Result = TypeVar("Result")
-Answer = TypeVar("Answer", bound=Callable[..., Awaitable[Any]])
-log = structlog.get_logger(__name__)
 _DEFAULT_LIMIT, _MOST = 100, 10_000
-_MAX_REASON = 2_000
-_NOT_ASKED = {"author", "reason", "steps", "losses"}  # fields that stand elsewhere, or would fill the log
-_NAMED = 8  # runs or decisions that an error lists
-
-
-class Audited(Protocol):
-    """A request that changes something, unless it is a dry run."""
-
-    author: str
-    reason: str
-    dry_run: bool
-
-
-class _RefusalContext:
-    """The context of a call, in which what ends the call is told to `note` first."""
-
-    def __init__(self, context: Context, note: Callable[[grpc.StatusCode, str], Awaitable[None]]) -> None:
-        self._context = context
-        self._note = note
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._context, name)
-
-    async def abort(self, code: grpc.StatusCode, details: str = "") -> NoReturn:
-        """Ends the call."""
-        await self._note(code, details)
-        await self._context.abort(code, details)
-
-
-def _refusals_noted(action: str) -> Callable[[Answer], Answer]:
-    """Has the daemon's log, and the journal, say who was refused what and why.
-
-    Args:
-        action: The command by which operators know the method.
-    """
-
-    def noted(method: Answer) -> Answer:
-        @wraps(method)
-        async def call(service: OperatorService, request: Any, context: Context) -> Any:
-            async def note(code: grpc.StatusCode, why: str) -> None:
-                await service.note_refused(action, request, context, code, why)
-
-            return await method(service, request, _RefusalContext(context, note))
-
-        return cast("Answer", call)
-
-    return noted
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +73,7 @@ class DaemonInfo:
     detection: DetectionConfig = field(default_factory=DetectionConfig)
 
 
-class OperatorService(OperatorServiceServicer):
+class OperatorService(OperatorCalls, OperatorServiceServicer):
     """Serves the operators.
 
     Args:
@@ -141,11 +95,9 @@ class OperatorService(OperatorServiceServicer):
         authorizer: Authorizer,
         info: DaemonInfo,
     ) -> None:
-        self._runs = runs
+        super().__init__(runs, pipeline, authorizer)
         self._silences = silences
-        self._pipeline = pipeline
         self._store = store
-        self._authorizer = authorizer
         self._info = info
         self._draining = False
 
@@ -205,7 +157,7 @@ class OperatorService(OperatorServiceServicer):
                 await asyncio.sleep(request.min_interval_seconds)
             await self._changed(run, version, context)
 
-    @_refusals_noted("lr set")
+    @refusals_noted("lr set")
     async def SetLearningRates(
         self, request: pb.SetLearningRatesRequest, context: Context
     ) -> pb.SetLearningRatesResponse:
@@ -227,7 +179,7 @@ class OperatorService(OperatorServiceServicer):
         )
         return pb.SetLearningRatesResponse(decision=decision_message(changes.decisions[-1]))
 
-    @_refusals_noted("lr undo")
+    @refusals_noted("lr undo")
     async def UndoLearningRates(
         self, request: pb.UndoLearningRatesRequest, context: Context
     ) -> pb.UndoLearningRatesResponse:
@@ -240,7 +192,7 @@ class OperatorService(OperatorServiceServicer):
             lambda: run.controller.undo(request.revision, request.author, request.reason, time.time()),
         )
         undone = run.controller.revisions[changes.revisions[-1].undoes - 1]
-        by = _decision(run, undone.decision_id)
+        by = decision_of(run, undone.decision_id)
         return pb.UndoLearningRatesResponse(
             decision=decision_message(changes.decisions[-1]),
             undone=revision_message(undone, by),
@@ -255,7 +207,7 @@ class OperatorService(OperatorServiceServicer):
             revisions=(revision_message(one, by[one.decision_id]) for one in run.controller.revisions)
         )
 
-    @_refusals_noted("lr plan")
+    @refusals_noted("lr plan")
     async def StartPlan(self, request: pb.StartPlanRequest, context: Context) -> pb.StartPlanResponse:
         """Rolls a learning-rate plan out, or answers which one that would be."""
         run = await self._authorized_run(request.run, request, context)
@@ -278,21 +230,21 @@ class OperatorService(OperatorServiceServicer):
             plan = plan_message(draft)  # nothing is under way yet
         return pb.StartPlanResponse(plan=plan, decision=made)
 
-    @_refusals_noted("lr promote")
+    @refusals_noted("lr promote")
     async def PromotePlan(self, request: pb.PromotePlanRequest, context: Context) -> pb.PromotePlanResponse:
         """Has the newest plan of a run go on."""
         run = await self._authorized_run(request.run, request, context)
         plan, made = await self._change_plan(run, request, context, PlanRollout.promote)
         return pb.PromotePlanResponse(plan=plan, decision=made)
 
-    @_refusals_noted("lr pause")
+    @refusals_noted("lr pause")
     async def PausePlan(self, request: pb.PausePlanRequest, context: Context) -> pb.PausePlanResponse:
         """Has no further stage of a run's plan sent."""
         run = await self._authorized_run(request.run, request, context)
         plan, _ = await self._change_plan(run, request, context, PlanRollout.pause)
         return pb.PausePlanResponse(plan=plan)
 
-    @_refusals_noted("lr abort")
+    @refusals_noted("lr abort")
     async def AbortPlan(self, request: pb.AbortPlanRequest, context: Context) -> pb.AbortPlanResponse:
         """Ends a run's plan, with the multipliers from before it."""
         run = await self._authorized_run(request.run, request, context)
@@ -312,7 +264,7 @@ class OperatorService(OperatorServiceServicer):
         sent = decision_message(changes.commands[-1]) if changes.commands else None
         return plan_message(changes.plans[-1]), sent
 
-    @_refusals_noted("rollback")
+    @refusals_noted("rollback")
     async def RequestRollback(self, request: pb.RequestRollbackRequest, context: Context) -> pb.RequestRollbackResponse:
         """Asks the trainer to go back to a checkpoint."""
         run = await self._authorized_run(request.run, request, context)
@@ -331,7 +283,7 @@ class OperatorService(OperatorServiceServicer):
         )
         return pb.RequestRollbackResponse(decision=decision_message(changes.decisions[-1]))
 
-    @_refusals_noted("mode")
+    @refusals_noted("mode")
     async def SetMode(self, request: pb.SetModeRequest, context: Context) -> pb.SetModeResponse:
         """Sets what policies may do to a run."""
         run = await self._authorized_run(request.run, request, context)
@@ -384,7 +336,7 @@ class OperatorService(OperatorServiceServicer):
         shown = None
         while True:
             version = run.signal.version
-            made = _decision(run, identity)
+            made = decision_of(run, identity)
             if made != shown:
                 yield pb.WatchDecisionResponse(decision=decision_message(made))
             if is_settled(made):
@@ -392,19 +344,19 @@ class OperatorService(OperatorServiceServicer):
             shown = made
             await self._changed(run, version, context)
 
-    @_refusals_noted("approve")
+    @refusals_noted("approve")
     async def ApproveDecision(self, request: pb.ApproveDecisionRequest, context: Context) -> pb.ApproveDecisionResponse:
         """Approves a proposed decision."""
         made = await self._answer(request, context, "approve", RunController.approve)
         return pb.ApproveDecisionResponse(decision=made)
 
-    @_refusals_noted("reject")
+    @refusals_noted("reject")
     async def RejectDecision(self, request: pb.RejectDecisionRequest, context: Context) -> pb.RejectDecisionResponse:
         """Rejects a proposed decision."""
         made = await self._answer(request, context, "reject", RunController.reject)
         return pb.RejectDecisionResponse(decision=made)
 
-    @_refusals_noted("cancel")
+    @refusals_noted("cancel")
     async def CancelDecision(self, request: pb.CancelDecisionRequest, context: Context) -> pb.CancelDecisionResponse:
         """Takes a decision back that is not applied yet."""
         made = await self._answer(request, context, "cancel", RunController.cancel)
@@ -428,7 +380,7 @@ class OperatorService(OperatorServiceServicer):
         )
         return decision_message(next(made for made in changes.decisions if made.id == identity))
 
-    @_refusals_noted("ack")
+    @refusals_noted("ack")
     async def AcknowledgeIncident(
         self, request: pb.AcknowledgeIncidentRequest, context: Context
     ) -> pb.AcknowledgeIncidentResponse:
@@ -447,7 +399,7 @@ class OperatorService(OperatorServiceServicer):
         await self._submit(run, changes, context, seen)
         return pb.AcknowledgeIncidentResponse(incident=alert_message(changes.incidents[-1]))
 
-    @_refusals_noted("reference")
+    @refusals_noted("reference")
     async def SetReference(self, request: pb.SetReferenceRequest, context: Context) -> pb.SetReferenceResponse:
         """Sets what a run is held against."""
         run = await self._authorized_run(request.run, request, context)
@@ -461,7 +413,7 @@ class OperatorService(OperatorServiceServicer):
         await self._submit(run, changes, context, row)
         return pb.SetReferenceResponse(reference=reference_message(run.controller.reference))
 
-    @_refusals_noted("silence add")
+    @refusals_noted("silence add")
     async def AddSilence(self, request: pb.AddSilenceRequest, context: Context) -> pb.AddSilenceResponse:
         """Keeps policies from acting on the incidents that match."""
         await self._authorize(request, context)
@@ -481,13 +433,13 @@ class OperatorService(OperatorServiceServicer):
         found = tuple(self._silences) if request.include_ended else self._silences.active(now)
         return pb.ListSilencesResponse(silences=[silence_message(each, now) for each in found[: -_MOST - 1 : -1]])
 
-    @_refusals_noted("silence expire")
+    @refusals_noted("silence expire")
     async def ExpireSilence(self, request: pb.ExpireSilenceRequest, context: Context) -> pb.ExpireSilenceResponse:
         """Ends a silence before its time."""
         await self._authorize(request, context)
         if request.id not in {silence.id for silence in self._silences}:
             active = [silence.id for silence in self._silences.active(time.time())]
-            await _refuse_name(context, "silence", request.id, active)
+            await refuse_name(context, "silence", request.id, active)
         silences = self._silences.trial() if request.dry_run else self._silences
         silence = await self._change(
             context, lambda: silences.expire(request.id, request.author, request.reason, time.time())
@@ -513,49 +465,8 @@ class OperatorService(OperatorServiceServicer):
         if request.steps:
             return Losses.of(request.steps, request.losses).state()
         if request.reference and self._runs.get(request.reference) is None:
-            await _refuse_name(context, "run", request.reference, sorted(each.name for each in self._runs))
+            await refuse_name(context, "run", request.reference, sorted(each.name for each in self._runs))
         return b""
-
-    async def note_refused(self, action: str, request: Any, context: Context, code: grpc.StatusCode, why: str) -> None:
-        """Note that a request was refused: in the log, and for an operator's own in the journal.
-
-        Args:
-            action: The command that makes such requests.
-            request: The request.
-            context: The context of the call.
-            code: The status that it ends with.
-            why: The reason that is given.
-        """
-        if request.dry_run:
-            return
-        run, subject, asked = self._asked(request)
-        log.warning(
-            "request_refused",
-            action=action,
-            run=run,
-            subject=subject,
-            asked=asked,
-            author=request.author[:_MAX_REASON],
-            reason=request.reason[:_MAX_REASON],
-            status=code.name,
-            why=why,
-        )
-        # Whoever shows no token must not fill the journal, and what failed with the journal can't be written to it.
-        if self._authorizer.role(context) != "operator" or code is grpc.StatusCode.UNAVAILABLE:
-            return
-        texts = (f"{asked}: {why}" if asked else why, request.author[:_MAX_REASON], request.reason[:_MAX_REASON])
-        with suppress(StoreError):
-            await self._pipeline.keep_request(RequestRow(run, time.time(), action, subject, "refused", *texts))
-
-    def _asked(self, request: Any) -> tuple[str, str, str]:
-        """The run of a request, the id of what it is about, and what else it asks for, in words of bounded length."""
-        fields = {field.name: value for field, value in request.ListFields() if field.name not in _NOT_ASKED}
-        subject = str(fields.pop("id", "") or fields.pop("incident_id", ""))[:MAX_TEXT]
-        run = str(fields.pop("run", ""))[:MAX_TEXT]
-        if subject and not run:
-            run = next((of.name for of, identity in self._runs.decisions(subject) if identity == subject), "")
-        words = (f"{name} {_plain(value)}" for name, value in fields.items())
-        return run, subject, ", ".join(words)[:_MAX_REASON]
 
     def _detail(self, run: Run) -> pb.RunDetail:
         twins = sorted(twin.name for twin in self._pipeline.peers.twins(run))
@@ -587,111 +498,6 @@ class OperatorService(OperatorServiceServicer):
         """The plans of a run, or of all runs for an empty name."""
         return (plan for run in self._runs if name in {"", run.name} for plan in run.controller.plans)
 
-    async def _run(self, name: str, context: Context) -> Run:
-        run = self._runs.get(name)
-        if run is None:
-            await context.abort(grpc.StatusCode.NOT_FOUND, f"no run {name!r}")
-        return run
-
-    async def _find_decision(self, given: str, context: Context) -> tuple[Run, str]:
-        """Finds a decision to read, by its id or by a beginning that no other id has; returns its run and its id."""
-        found = self._runs.decisions(given) if given else []
-        if not found:
-            await context.abort(grpc.StatusCode.NOT_FOUND, f"no decision {given!r}")
-        if len(found) > 1:
-            some = _some([identity for _, identity in found])
-            await context.abort(
-                grpc.StatusCode.INVALID_ARGUMENT, f"{len(found)} decisions begin with {given!r}: {some}"
-            )
-        return found[0]
-
-    async def _incident_to_answer(self, given: str, context: Context) -> tuple[Run, Incident]:
-        """Finds an incident and its run by the incident's whole id."""
-        found = [(run, each) for run in self._runs for each in run.controller.incidents]
-        whole = next((one for one in found if one[1].id == given), None)
-        if whole is None:
-            await _refuse_name(context, "incident", given, [each.id for _, each in found])
-        return whole
-
-    async def _decision_to_answer(self, given: str, event: Event, context: Context) -> tuple[Run, str]:
-        """Finds a decision by its whole id; a beginning could be of another decision than the one that is meant.
-
-        Those that begin so are named where they can take `event`.
-        """
-        found = self._runs.decisions(given)
-        whole = next((one for one in found if one[1] == given), None)
-        if whole is None:
-            open_ones = [identity for run, identity in found if can(_decision(run, identity).outcome, event)]
-            await _refuse_name(context, "decision", given, open_ones)
-        return whole
-
-    async def _authorize(self, request: Audited, context: Context) -> None:
-        await self._authorizer.require_operator(context)
-        if not request.author.strip():
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "author must name who asks for the change")
-        if max(len(request.author), len(request.reason)) > _MAX_REASON:
-            await context.abort(
-                grpc.StatusCode.INVALID_ARGUMENT, f"author and reason must have at most {_MAX_REASON} characters each"
-            )
-
-    async def _authorized_run(self, name: str, request: Audited, context: Context) -> Run:
-        """Finds the run that is to be changed, by its whole name."""
-        await self._authorize(request, context)
-        return await self._run_to_change(name, context)
-
-    async def _run_to_change(self, name: str, context: Context) -> Run:
-        run = self._runs.get(name)
-        if run is None:
-            await _refuse_name(context, "run", name, sorted(each.name for each in self._runs))
-        return run
-
-    async def _change(self, context: Context, change: Callable[[], Result]) -> Result:
-        """Makes the change, unless the journal fails: no change may go unrecorded."""
-        # Asked before the controller: once it has made a decision, that can't be taken back.
-        if self._pipeline.store_error:
-            await context.abort(
-                grpc.StatusCode.UNAVAILABLE, f"no change can be journalled now: {self._pipeline.store_error}"
-            )
-        try:
-            return change()
-        except OperatorError as error:
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
-
-    async def _change_run(self, run: Run, request: Audited, context: Context, change: Callable[[], Changes]) -> Changes:
-        """Makes a change of a run's decisions, journals it and sends its commands; a dry run is only tried."""
-        if request.dry_run:
-            return await self._change(context, lambda: run.controller.tried(change))
-        changes = await self._change(context, change)
-        await self._submit(run, changes, context)
-        return changes
-
-    async def _submit(
-        self,
-        run: Run,
-        changes: Changes,
-        context: Context,
-        row: ModeRow | ReferenceRow | RequestRow | None = None,
-    ) -> None:
-        try:
-            await self._pipeline.submit(run, changes, row)
-        except StoreError as error:
-            made = ", ".join(made.id for made in changes.decisions) or "the change"
-            await context.abort(
-                grpc.StatusCode.UNAVAILABLE, f"{made} is sent once the journal takes writes again: {error}"
-            )
-
-
-async def _refuse_name(context: Context, kind: str, given: str, names: Iterable[str]) -> NoReturn:
-    """Ends a call that would change something, as `given` is none of `names`; says which of them it may be."""
-    candidates = [name for name in names if name.startswith(given)]
-    if not candidates:
-        await context.abort(grpc.StatusCode.NOT_FOUND, f"no {kind} {given!r}")
-    # Also with a single candidate: `rollback ""` would else be for the only run there is.
-    await context.abort(
-        grpc.StatusCode.INVALID_ARGUMENT,
-        f"a {kind} that is changed must be named in full, got {given!r}; say which one is meant: {_some(candidates)}",
-    )
-
 
 def _wrong_reference(request: pb.SetReferenceRequest) -> str:
     """What is wrong with the reference of a request; empty if nothing is."""
@@ -710,20 +516,3 @@ def _wrong_reference(request: pb.SetReferenceRequest) -> str:
     if not all(before < after for before, after in pairwise((-1, *request.steps, MAX_STEP + 1))):
         return "steps must be 0 to 2**53 and ascend"
     return "" if all(map(math.isfinite, request.losses)) else "losses must be finite"
-
-
-def _plain(value: Any) -> str:
-    """A field of a request in words."""
-    if hasattr(value, "items"):
-        return ", ".join(f"{key} {each:g}" for key, each in sorted(value.items()))
-    return f"{value:g}" if isinstance(value, float) else " ".join(str(value).split())
-
-
-def _some(names: Sequence[str]) -> str:
-    """Returns the first of `names`, and how many more there are."""
-    more = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
-
-
-def _decision(run: Run, identity: str) -> Decision:
-    return next(made for made in run.controller.decisions if made.id == identity)
