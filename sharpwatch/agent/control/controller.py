@@ -385,7 +385,6 @@ class Controller:
         if self._unapplied == _MAX_LOGGED:
             self._log(f"{_MAX_LOGGED} commands in a row were not applied: no more are logged until one is")
 
-
     def _effective_rates(self, command: Command) -> str:
         """What the learning rates of the blocks that a command sets come to, by the schedule as it stands."""
         if not isinstance(command.action, SetMultipliers):
