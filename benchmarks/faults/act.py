@@ -73,12 +73,16 @@ class Outcome:
         return not self.alone - self.twin < WITHIN
 
 
-@contextmanager
-def daemon(folder: Path) -> Iterator[str]:
-    """A daemon that enforces the shipped policies; its address."""
-    config = folder / "sharpwatch.yaml"
+def shipped_policies() -> str:
+    """Those of the example, each of which enforces."""
     shipped = (ROOT / "examples/sharpwatch.yaml").read_text(encoding="utf-8")
-    policies = shipped[shipped.index("policies:") :].replace("mode: advise", "mode: enforce")
+    return shipped[shipped.index("policies:") :].replace("mode: advise", "mode: enforce")
+
+
+@contextmanager
+def daemon(folder: Path, policies: str) -> Iterator[dict[str, str]]:
+    """A daemon with these policies; what it says that it serves, `grpc` and `http`."""
+    config = folder / "sharpwatch.yaml"
     config.write_text(
         f'daemon: {{grpc: "unix:{folder}/grpc.sock", http: "127.0.0.1:0", store: "sqlite:///{folder}/journal.db", '
         f'token_file: "{folder}/operator.token"}}\n{policies}',
@@ -91,7 +95,7 @@ def daemon(folder: Path) -> Iterator[str]:
         for line in process.stderr:
             if '"serving"' in line:
                 threading.Thread(target=process.stderr.read, daemon=True).start()
-                yield json.loads(line)["grpc"]
+                yield json.loads(line)
                 break
         else:
             raise RuntimeError("the daemon did not start")
@@ -117,15 +121,16 @@ class Acted:
         self.training.data.set_state(data)
         self.disturbance = replace(self.disturbance, begin=None)
 
-    def run(self, address: str, run: str) -> float:
-        """Train to the end; the net rate there."""
-        training, until = self.training, self.kind.onset + AFTER
+    def run(self, address: str, run: str, until: int) -> float:
+        """Train up to a step; the net rate there."""
+        training = self.training
         while training.number < self.kind.attached:
             self._step(None)
         watch = self._attach(address, run)
         self._save(watch, run)
         while training.number < until:
             self._step(watch)
+            self.after_step(watch)
             if training.number % CHECKPOINT_EVERY == 0 and training.number not in self.saved:
                 self._save(watch, run)
             if self.kind.name == "resume" and training.number == self.kind.onset + 20:
@@ -138,6 +143,9 @@ class Acted:
         watch.close()
         own = training.optimizer.param_groups[0]["lr"]
         return float(own * fmean(multipliers.values()) / PEAK_RATE)
+
+    def after_step(self, watch: Any) -> None:
+        """What else happens, after each step that is watched."""
 
     def _save(self, watch: Any, run: str) -> None:
         number = self.training.number
@@ -217,9 +225,9 @@ def _outcome(model: str, seed: int, kind: Kind, twin: list[float]) -> Outcome:
     training = _training(model, seed, kind)
     alone = twin if kind.name == "plain" else _alone(training, _disturbance(training, kind), kind.onset)
     acted = Acted(_training(model, seed, kind), kind)
-    with tempfile.TemporaryDirectory() as scratch, daemon(Path(scratch)) as address:
-        rate = acted.run(address, "run")
-        with grpc.insecure_channel(address) as channel:
+    with tempfile.TemporaryDirectory() as scratch, daemon(Path(scratch), shipped_policies()) as served:
+        rate = acted.run(served["grpc"], "run", kind.onset + AFTER)
+        with grpc.insecure_channel(served["grpc"]) as channel:
             response = OperatorServiceStub(channel).ListDecisions(pb.ListDecisionsRequest(run="run"))
     decisions = sorted(response.decisions, key=lambda each: each.made_at_unix_ns)
     applied = [each.applied_step for each in decisions if each.HasField("applied_step")]

@@ -32,6 +32,14 @@ NUDGED = 4  # twins, by which the band of the healthy loss is known
 _NUDGE = 2.0**-8  # as rounding to bfloat16 does
 
 
+@torch.no_grad()
+def nudge(training: Training, seed: int) -> None:
+    """Change all weights a little, as rounding does."""
+    source = torch.Generator().manual_seed(seed)
+    for parameter in training.model.parameters():
+        parameter.mul_(1 + _NUDGE * torch.randn(parameter.shape, generator=source))
+
+
 def _train(  # noqa: PLR0913 - a training, and how it is recorded
     training: Training,
     disturbance: Disturbance,
@@ -113,10 +121,7 @@ def record(  # noqa: PLR0913, PLR0917 - as the command line has them
     for number in nudged:
         training = Training(model, seed, size)
         training.restore(state)
-        source = torch.Generator().manual_seed(number)
-        with torch.no_grad():
-            for parameter in training.model.parameters():
-                parameter.mul_(1 + _NUDGE * torch.randn(parameter.shape, generator=source))
+        nudge(training, number)
         losses = [training.step(Disturbance(), ONSET) for _ in range(AFTER)]
         about = About(f"nudged-{number}", model, size, seed, 0, trunk=trunk_path.name, losses=losses, first=ONSET)
         write(folder, about, None, [])

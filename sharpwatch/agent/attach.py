@@ -17,7 +17,7 @@ from torch import nn
 
 from sharpwatch.agent.control.commands import RollbackRequest
 from sharpwatch.agent.control.controller import CONTROL_MODES, Controller
-from sharpwatch.agent.control.lr_multipliers import LrMultipliers, parameter_types
+from sharpwatch.agent.control.lr_multipliers import LrMultipliers, own_rates, parameter_types
 from sharpwatch.agent.distributed.rendezvous import Rendezvous, check_initialized, rendezvous_for
 from sharpwatch.agent.distributed.strategy import Strategy, connect
 from sharpwatch.agent.optimizers.support import stepping_optimizer
@@ -292,4 +292,5 @@ def _control(options: Options, strategy: Strategy, types: Mapping[int, frozenset
         interval_refusal=strategy.interval_refusal,
         # Every rank comes to the same results, so one of them logs them.
         log=partial(warn, "%s") if strategy.is_rank_zero else lambda _: None,
+        own_rates=partial(own_rates, options.optimizers, types),
     )

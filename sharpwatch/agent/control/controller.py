@@ -64,6 +64,7 @@ class Controller:
         lr_refusal: Says why the learning rates of this run can't be changed, or nothing; asked when they are to be.
         interval_refusal: Why no block can be left out of a step, where rates can be changed; empty if it can.
         log: Takes a line for each result of a command, and for each other change of the multipliers.
+        own_rates: The learning rates by block that the optimizers' own groups have, as far as they are known.
     """
 
     def __init__(  # noqa: PLR0913 - keyword-only, and what differs between runs
@@ -77,6 +78,7 @@ class Controller:
         lr_refusal: Callable[[], str] = str,
         interval_refusal: str = "",
         log: Callable[[str], None] = lambda _: None,
+        own_rates: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
         self.mode = mode
         self.revision = 0
@@ -90,6 +92,7 @@ class Controller:
         self._lr_refusal = lr_refusal
         self._interval_refusal = interval_refusal
         self._log = log
+        self._own_rates = own_rates
         self._ramp = _Ramp(self.multipliers, self.multipliers, 0, 0)
         self._fade: tuple[int, int] | None = (
             None  # (steps taken when multipliers above 1 begin to fade, steps it takes)
@@ -377,9 +380,18 @@ class Controller:
             return
         detail = f": {result.detail[:_MAX_SHOWN]}" if result.detail else ""
         what = _described(command, self.multipliers)
-        self._log(f"{what} {result.outcome} at step {result.step}{detail}{_asked_by(command)}")
+        rates = self._effective_rates(command) if result.outcome == "applied" else ""
+        self._log(f"{what} {result.outcome} at step {result.step}{rates}{detail}{_asked_by(command)}")
         if self._unapplied == _MAX_LOGGED:
             self._log(f"{_MAX_LOGGED} commands in a row were not applied: no more are logged until one is")
+
+    def _effective_rates(self, command: Command) -> str:
+        """What the learning rates of the blocks that a command sets come to, by the schedule as it stands."""
+        if not isinstance(command.action, SetMultipliers):
+            return ""
+        own, target = self._own_rates(), self._ramp.target
+        rates = ", ".join(f"{block} {own[block] * target[block]:.4g}" for block in target if own.get(block))
+        return f", learning rates {'then ' if command.action.ramp_steps else ''}{rates}" if rates else ""
 
 
 def smallest_multiplier(types: Collection[str], multipliers: Mapping[str, float]) -> float:

@@ -287,6 +287,20 @@ class LrMultipliers:
                 override.unwrap_step()
 
 
+def own_rates(
+    optimizers: Sequence[torch.optim.Optimizer], parameter_types: Mapping[int, frozenset[str]]
+) -> dict[str, float]:
+    """The largest learning rate of each block type by the optimizers' own groups; without those kept on a device."""
+    found: dict[str, float] = {}
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        rate = group.get("lr")
+        if not isinstance(rate, float | int):
+            continue  # reading a tensor would wait for its device
+        for block in frozenset().union(*(parameter_types.get(id(each), frozenset()) for each in group["params"])):
+            found[block] = max(found.get(block, 0.0), float(rate))
+    return found
+
+
 def parameter_types(
     model: nn.Module, block_map: BlockMap, optimizers: Sequence[torch.optim.Optimizer]
 ) -> dict[int, frozenset[str]]:

@@ -141,10 +141,23 @@ class OperatorRequests:
         made = replace(made, multipliers=self._within(multipliers))
         return self._revise(made, undoes=undoes, base=self._log.number_before(self._log.newest_revision + 1))
 
-    def put_back(self, seen: Observation, now: float) -> Decision | None:
-        """Put the set in force again where the trainer has another one, as after a resume; None where it has not."""
+    def put_back(self, seen: Observation, now: float, *, may_raise: bool = True) -> Decision | None:
+        """Put the set in force again where the trainer has another one, as after a resume; None where it has not.
+
+        Args:
+            seen: What it has.
+            now: Unix seconds.
+            may_raise: Whether raises are part of it. Else what has come down to 1, or further, stays at most there, and
+                a multiplier between the smallest and its own is taken for one of shared parameters.
+        """
         log = self._log
         multipliers = self._within(log.multipliers)
+        if not may_raise:
+            ended = {block: max(1.0, value) for block, value in seen.multipliers.items()}
+            multipliers = {block: min(value, ended.get(block, value)) for block, value in multipliers.items()}
+            least = min(multipliers.values())
+            if all(0.9999 * least <= each <= 1.0001 * multipliers[b] for b, each in seen.multipliers.items()):
+                return None
         if not log.newest_revision or self._permissions.multipliers() != OK:
             return None
         if has_set(seen, multipliers, log.intervals):

@@ -19,6 +19,7 @@ from sharpwatch.daemon.decisions.muting import ActiveSilences, no_silences
 from sharpwatch.daemon.decisions.operator_requests import OperatorContext, OperatorRequests
 from sharpwatch.daemon.decisions.plan_rollout import PlanRollout
 from sharpwatch.daemon.decisions.policy import MODES, EscalationChain, strongest
+from sharpwatch.daemon.decisions.reconciler import Reconciler
 from sharpwatch.daemon.decisions.transitions import UNDER_WAY
 from sharpwatch.daemon.detection.history import Losses, StepHistory
 from sharpwatch.daemon.detection.reference import ReferenceTest
@@ -87,6 +88,7 @@ class RunController:
         self.detection = RunDetection(run, layer_blocks, parameters, new_id, budget, parameter_names=parameter_names)
         self._incidents = self.detection.incidents
         self._requests = OperatorRequests(self._log, permissions, new_id)
+        self._reconciler = Reconciler(self._log, self._requests)
         self._rollout = PlanRollout(self._log, self.detection, self._requests, new_id)
         self._lifecycle = DecisionLifecycle(self._log, self.detection, self._chain)
         self._engine = PolicyEngine(
@@ -99,8 +101,6 @@ class RunController:
         own_modes = (strongest(self._chain.policies), *((autopilot.mode,) if autopilot.is_on else ()))
         self._strongest: Mode = max(own_modes, key=MODES.index)
         self._step: int | None = None
-        self._new_attempt = False
-        self._compared_from: int | None = None  # the step from which on the trainer must have what the log has
         self._observed = 0
 
     @property
@@ -175,8 +175,8 @@ class RunController:
             self._lifecycle.settle(obs, now)
             for made in self._requests.send_planned(obs.step, now):
                 self._rollout.taken_over(made)
-        if self._new_attempt or obs.restored or self._compared_from is not None:
-            self._put_back(obs, now)
+        if self._log.newest_revision or not self._reconciler.is_idle:
+            self._reconciler.see(obs, now)
         # Without a revision there is nothing to ramp back.
         if findings or self._incidents.foreign or self._log.newest_revision:
             self._engine.act(findings, self.checkpoints, self._mode, obs.step, now)
@@ -190,24 +190,6 @@ class RunController:
         if self._observed % SAVE_EVERY == 0:
             return replace(changes, baselines=self.detection.state())
         return changes
-
-    def _put_back(self, obs: Observation, now: float) -> None:
-        """Put the set in force again where a new attempt, or a checkpoint, has begun with another one.
-
-        One with all multipliers at 1 has nothing under way. Another may be on its way up or down, or about to take a
-        command that was sent before, so that it is judged only once that must have ended.
-        """
-        if not obs.multipliers:
-            return
-        if self._new_attempt or obs.restored:
-            self._new_attempt = False
-            is_plain = all(math.isclose(value, 1.0) for value in obs.multipliers.values()) and not obs.update_every
-            self._compared_from = obs.step if is_plain else obs.step + self._requests.newest_ramp()
-        elif self._compared_from is None or obs.step < self._compared_from or self._log.is_due(obs.step):
-            return
-        if obs.step >= self._compared_from:
-            self._compared_from = None
-            self._requests.put_back(obs, now)
 
     def stalled(self, seconds: float, now: float) -> Changes:
         """Take in that no step has come for so long, though the agent is connected; may be told again and again."""
@@ -449,15 +431,15 @@ class RunController:
         self._log.restore(decisions, tuple(revisions), plans)
         self.note_checkpoints(CheckpointReport(tuple(checkpoints)))
         self._mode = mode or self._mode
-        self._new_attempt = False
+        self._reconciler.restart()
 
     def load_baselines(self, state: bytes) -> None:
         """Go on from the journalled state of the baselines; raises `ValueError` where it can't be used."""
         self.detection.load_state(state)
 
     def begin_anew(self) -> None:
-        """Have it known that the trainer begins with every multiplier at 1."""
-        self._new_attempt = True
+        """Have it known that the trainer begins with every multiplier at 1, or with what its checkpoint has."""
+        self._reconciler.begin_attempt()
 
     def take_over(self, earlier: RunController) -> None:
         """Carry on for a new attempt of the run, whose trainer begins with every multiplier at 1."""
@@ -465,4 +447,4 @@ class RunController:
         self.restore(earlier.incidents, log.decisions, log.revisions, earlier.checkpoints, earlier.own_mode, log.plans)
         self.detection.take_over(earlier.detection)
         self._step = earlier._step
-        self.begin_anew()
+        self._reconciler.take_over(earlier._reconciler)

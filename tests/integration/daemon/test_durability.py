@@ -76,7 +76,8 @@ async def test_a_daemon_killed_takes_its_runs_up_where_they_were(start, build):
     await again.send(build.sample(21, results=[types_pb2.CommandResult(command_id=made.id, outcome=1, step=21)]))
     await again.acknowledged(21)
     await daemon.shown("run", lambda detail: detail.run.step == 21)
-    (kept,) = (await daemon.operator.ListDecisions(pb.ListDecisionsRequest())).decisions
+    found = (await daemon.operator.ListDecisions(pb.ListDecisionsRequest())).decisions
+    kept = next(one for one in found if one.id == made.id)
     assert (kept.outcome, kept.author, kept.applied_step) == ("applied", "ann", 21)
     again.call.cancel()
 

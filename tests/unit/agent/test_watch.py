@@ -309,8 +309,11 @@ def test_a_command_that_was_applied_stands_in_the_trainers_log(transports, caplo
     halved = types_pb2.MultiplierSet(multipliers={"emb": 0.5}, revision=7)
     transport.command(set_multipliers=halved, author="ann", reason="spikes")
     stepped(model, optimizer, 3)
-    expected = "learning-rate multipliers of revision 7 (emb x 0.5) applied at step 2; by 'ann'; reason: 'spikes'"
-    assert logged(caplog) == [expected]
+    (line,) = logged(caplog)
+    assert line == (
+        "learning-rate multipliers of revision 7 (emb x 0.5) applied at step 2, "
+        "learning rates emb 0.005, norm 0.01, head 0.01; by 'ann'; reason: 'spikes'"
+    )
     assert caplog.records[0].levelname == "WARNING"  # which shows where logging is not set up, too
     watch.close()
 

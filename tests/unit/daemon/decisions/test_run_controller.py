@@ -425,3 +425,53 @@ def test_a_trainer_whose_sets_nobody_knows_keeps_its_own():
     trainer.run(50)
     assert trainer.multipliers["qk"] == 0.5
     assert trainer.controller.decisions == ()
+
+
+def test_a_set_that_the_resumed_trainer_refuses_is_sent_again():
+    trainer = trained()
+    trainer.take(trainer.controller.set_learning_rates({"qk": 0.5}, 0, 0, "ann", "", trainer.now))
+    trainer.run(1)
+    resumed_with(trainer, {"qk": 0.7})
+    trainer.refuses = "not now"
+    trainer.run(250)
+    assert [made.outcome for made in trainer.controller.decisions] == ["applied", "refused", "refused"]
+    trainer.refuses = ""
+    trainer.run(200)
+    assert trainer.multipliers["qk"] == 0.5
+
+
+@pytest.mark.parametrize("has_stepped", [False, True])
+def test_a_daemon_that_restarts_meanwhile_puts_it_back_too(has_stepped):
+    trainer = trained()
+    trainer.take(trainer.controller.set_learning_rates({"qk": 0.5}, 20, 0, "ann", "", trainer.now))
+    trainer.run(30)
+    resumed_with(trainer, {"qk": 0.7})
+    trainer.run(int(has_stepped))  # within the ramp of the newest set
+    trainer.controller = restored(trainer)
+    trainer.run(25)
+    assert trainer.multipliers["qk"] == 0.5
+
+
+def test_a_daemon_that_restarts_brings_no_raise_back_that_has_ended():
+    trainer = trained()
+    trainer.take(trainer.controller.set_learning_rates({"qk": 2.0, "vo": 0.5}, 0, 0, "ann", "", trainer.now))
+    trainer.run(1)
+    trainer.multipliers["qk"] = 1.0  # as the time-out of a raise does
+    trainer.controller = restored(trainer)
+    trainer.run(300)
+    assert (trainer.multipliers["qk"], trainer.multipliers["vo"]) == (1.0, 0.5)
+    assert len(trainer.controller.decisions) == 1
+
+
+def test_blocks_that_share_parameters_are_no_other_set():
+    """A fused matrix takes the smaller multiplier, so that a block never has what was asked for it."""
+    trainer = trained()
+    trainer.take(trainer.controller.set_learning_rates({"qk": 0.5}, 0, 0, "ann", "", trainer.now))
+    trainer.run(1)
+    trainer.multipliers["vo"] = 0.75
+    trainer.run(2)
+    trainer.controller = restored(trainer)
+    trainer.run(200)
+    resumed_with(trainer, {"qk": 0.5, "vo": 0.75})
+    trainer.run(200)
+    assert len(trainer.controller.decisions) == 1
