@@ -46,7 +46,7 @@ policies:
     match: {{cause: learning-rate}}
     mode: {mode}
     action: {{kind: scale_lr, blocks: all, factor: auto}}
-    guard: {{recover_within_steps: 50}}
+    guard: {{recover_within_steps: 100}}
   - name: rollback-damaged-weights
     match: {{cause: damaged-weight, severity: critical}}
     mode: {mode}

@@ -79,7 +79,7 @@ class Reconciler:
             return
         number, held = self._held
         is_newest = number == self._log.number_before(self._log.newest_revision + 1)
-        is_held = is_newest and has_set(seen, held, self._log.intervals)
+        is_held = bool(held) and is_newest and has_set(seen, held, self._log.intervals)
         if is_held or self._requests.put_back(seen, now, may_raise=self._may_raise) is None:
             self._from = None
             return

@@ -475,3 +475,13 @@ def test_blocks_that_share_parameters_are_no_other_set():
     resumed_with(trainer, {"qk": 0.5, "vo": 0.75})
     trainer.run(200)
     assert len(trainer.controller.decisions) == 1
+
+
+def test_a_resume_under_a_set_that_never_came_gets_the_one_before_it():
+    trainer = trained()
+    trainer.heat["qk"] = 20.0
+    trainer.run(1)  # its cut is sent, and lost with the process
+    trainer.heat["qk"] = 0.0
+    resumed_with(trainer, {"emb": 0.7})
+    trainer.run(400)
+    assert trainer.multipliers == dict.fromkeys(BLOCKS, 1.0)
