@@ -160,7 +160,7 @@ class OperatorRequests:
                 return None
         if not log.newest_revision or self._permissions.multipliers() != OK:
             return None
-        if has_set(seen, multipliers, log.intervals):
+        if has_set(seen, multipliers, log.intervals if self._permissions.takes_intervals else None):
             return None
         others = {b: now for b, now in seen.multipliers.items() if not math.isclose(now, multipliers[b], rel_tol=1e-5)}
         began = ", ".join(f"{block} {value:.3g}" for block, value in others.items()) or "other update intervals"
