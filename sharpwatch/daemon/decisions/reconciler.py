@@ -22,22 +22,21 @@ class Reconciler:
     Args:
         log: The run's decisions, which say what is in force.
         requests: Makes the decision that puts it back.
+
+    Attributes:
+        is_idle: Whether there is nothing to compare.
     """
 
     def __init__(self, log: DecisionLog, requests: OperatorRequests) -> None:
         self._log = log
         self._requests = requests
+        self.is_idle = True
         self._is_new = False  # the trainer has begun anew since the last observation
         self._is_restarted = False  # so has the daemon
         self._from: int | None = None  # the step from which on the trainer must have what the log has
         self._wait = _RETRY
         self._may_raise = True
         self._held: tuple[int, Mapping[str, float]] = (0, {})  # a revision, and the multipliers that came of it
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether there is nothing to compare."""
-        return not (self._is_new or self._is_restarted or self._from is not None)
 
     def take_over(self, earlier: Reconciler) -> None:
         """Go on for another attempt of the run, which begins anew."""
@@ -46,11 +45,11 @@ class Reconciler:
 
     def begin_attempt(self) -> None:
         """Have it known that the trainer begins anew: with every multiplier at 1, or what its checkpoint has."""
-        self._is_new, self._is_restarted = True, False
+        self._is_new, self._is_restarted, self.is_idle = True, False, False
 
     def restart(self) -> None:
         """Have it known that the daemon does: what it was about to put back is not journalled."""
-        self._is_new, self._is_restarted, self._from = False, True, None
+        self._is_new, self._is_restarted, self._from, self.is_idle = False, True, None, False
 
     def _note(self, seen: Observation) -> None:
         """Take in what came of the set in force, at a step at which all is as it should be."""
@@ -74,14 +73,14 @@ class Reconciler:
             self._wait = _RETRY
             # Raises end by themselves where the daemon was away: a restart does not bring them back.
             self._may_raise = not self._is_restarted
-            self._is_new = self._is_restarted = False
+            self._is_new = self._is_restarted = self.is_idle = False
         if self._from is None or seen.step < self._from or (self._log.is_due(seen.step) and not is_plain):
             return
         number, held = self._held
         is_newest = number == self._log.number_before(self._log.newest_revision + 1)
         is_held = bool(held) and is_newest and has_set(seen, held, self._log.intervals)
         if is_held or self._requests.put_back(seen, now, may_raise=self._may_raise) is None:
-            self._from = None
+            self._from, self.is_idle = None, True
             return
         self._from = seen.step + self._requests.newest_ramp() + self._wait
         self._wait *= 2
