@@ -57,8 +57,8 @@ class FalseAlarm(Acted):
     def _tell(self, status: str) -> None:
         labels = {"alertname": "FalseAlarm", "run": "run"}
         alert = {"status": status, "labels": labels, "fingerprint": "f", "startsAt": "2026-01-01T00:00:00Z"}
-        if status == "resolved":
-            alert["endsAt"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        ends = time.gmtime() if status == "resolved" else None
+        alert["endsAt"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", ends) if ends else "0001-01-01T00:00:00Z"
         connection = HTTPConnection(self.served["http"], timeout=30)
         body = json.dumps({"version": "4", "alerts": [alert]})
         connection.request("POST", "/api/v1/alerts", body, {"Authorization": f"Bearer {self.token}"})
@@ -95,6 +95,7 @@ def main(arguments: Sequence[str]) -> int:
     torch.set_num_threads(1)
     for seed in given.seeds:
         for model in MODELS:
+            acted = {factor: _judge(model, seed, factor) for factor in given.factors}
             trunk = Training(model, seed)
             while trunk.number < ONSET:
                 trunk.step(Disturbance(), ONSET)
@@ -105,8 +106,7 @@ def main(arguments: Sequence[str]) -> int:
                 nudge(trunk, number)
                 nudged.append(abs(_losses(trunk) - twin))
             limit = float(np.quantile(nudged, 0.95))
-            for factor in given.factors:
-                multipliers, losses, seen = _judge(model, seed, factor)
+            for factor, (multipliers, losses, seen) in acted.items():
                 apart = fmean(losses[step] for step in range(END - MEAN_OF + 1, END + 1)) - twin
                 whole = next((step - ONSET for step in range(END, ONSET, -1) if min(seen[step].values()) < 1), 0)
                 print(

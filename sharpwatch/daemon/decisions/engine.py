@@ -364,7 +364,8 @@ class PolicyEngine:
 
     def _undo_ramp_back(self, why: str, incident: Incident | None, at: _StepContext) -> bool:
         """Reapply a change if trouble comes within the hold after a stage of its ramp-back; `why` says which."""
-        failed = failed_ramp_back(self._log, self._chain, why, at.step)
+        critical = incident is not None and incident.severity == "critical"
+        failed = failed_ramp_back(self._log, self._chain, why, at.step, critical=critical)
         if failed is None:
             return False
         policy, stage = failed.policy, self._log.find(failed.revision.decision_id)

@@ -147,13 +147,27 @@ def ramp_back_due(
     )
 
 
-def failed_ramp_back(log: DecisionLog, chain: EscalationChain, why: str, step: int) -> FailedRampBack | None:
-    """Decides whether the newest stage has to be undone for what came within the hold after it; `why` says what."""
+def failed_ramp_back(
+    log: DecisionLog, chain: EscalationChain, why: str, step: int, *, critical: bool
+) -> FailedRampBack | None:
+    """Decides whether the newest stage has to be undone for what came after it.
+
+    What is critical undoes it within the whole hold. Else it does while the stage is being judged: some warning comes
+    by chance in every few holds of a healthy run.
+
+    Args:
+        log: The run's decisions.
+        chain: The run's policies.
+        why: What came.
+        step: The run's step.
+        critical: Whether it is an incident of that severity.
+    """
     state = scaling_state(log)
     if state.ramped_back is None or state.newest is None or state.newest.applied_step is None:
         return None
     policy, since = chain.owner(state.ramped_back.made), state.newest.applied_step
-    if not since <= step < since + hold_steps(policy, state.failed_ramp_backs):
+    hold = hold_steps(policy, state.failed_ramp_backs)
+    if not since <= step < since + (hold if critical else min(hold, stage_steps(policy.guard, log))):
         return None
     number = state.newest.revision
     detail = f"{why} after revision {number} was ramped back"

@@ -7,14 +7,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from controlled_run import BLOCKS, CHAIN, CUT, GUARD, restored, trained
+from controlled_run import BLOCKS, CHAIN, CUT, GUARD, Trainer, restored, trained
 
 from sharpwatch.daemon.config.settings import ActionConfig, MaintenanceConfig, MatchConfig
 from sharpwatch.daemon.decisions.policy import EscalationChain
 from sharpwatch.daemon.decisions.run_controller import RunController
 from sharpwatch.daemon.detection import run_detection
 from sharpwatch.daemon.detection.history import Losses
-from sharpwatch.daemon.records import Checkpoint, CheckpointReport, Finding, Observation, ReportedResult
+from sharpwatch.daemon.records import Checkpoint, CheckpointReport, Finding, ForeignAlert, Observation, ReportedResult
 from sharpwatch.errors import OperatorError
 
 
@@ -485,3 +485,22 @@ def test_a_resume_under_a_set_that_never_came_gets_the_one_before_it():
     resumed_with(trainer, {"emb": 0.7})
     trainer.run(400)
     assert trainer.multipliers == dict.fromkeys(BLOCKS, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("severity", "late", "undone"), [("warning", 5, True), ("warning", 30, False), ("critical", 30, True)]
+)
+def test_once_a_stage_is_judged_only_what_is_critical_undoes_it(severity, late, undone):
+    elsewhere = replace(CUT, name="far", match=MatchConfig(foreign="DiskFull"), mode="advise")
+    trainer = trained((CUT, elsewhere))
+    trainer.heat["ffn"] = 20.0
+    trainer.run(2)
+    trainer.heat["ffn"] = 0.0
+    trainer.run(65)
+    stage = trainer.controller.decisions[-1]
+    assert (stage.action, trainer.step - stage.applied_step) == ("ramp_back", 4)
+    trainer.run(late - 4)  # it is judged within 15 steps, a quarter of the hold
+    alert = ForeignAlert("DiskFull", "f", 1e9)
+    trainer.controller.foreign_alert("far", alert, severity, "full")
+    trainer.run(2)
+    assert trainer.multipliers["ffn"] == (0.5 if undone else 1.0)
