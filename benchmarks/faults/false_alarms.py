@@ -35,7 +35,7 @@ policies:
     match: {foreign: FalseAlarm}
     mode: enforce
     action: {kind: scale_lr, blocks: all, factor: FACTOR}
-    guard: {min_multiplier: 0.01, cooldown_steps: 200, max_actions_per_hour: 4, hold_steps: 200}
+    guard: {min_multiplier: 0.01, cooldown_steps: 200, max_actions_per_hour: 4, hold_steps: 80}
 """
 
 
