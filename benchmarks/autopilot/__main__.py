@@ -29,14 +29,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.autopilot.report import tables
-from benchmarks.autopilot.runs import SHAPES, Cell, Result, train
+from benchmarks.autopilot.runs import SHAPES, train
 from benchmarks.autopilot.stages import STAGES, Results
 from benchmarks.faults.training import MODELS
-
-
-def _train(cell: Cell, device: str) -> Result:
-    torch.set_num_threads(1)
-    return train(cell, device)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -60,8 +55,9 @@ def main(arguments: Sequence[str]) -> int:
     cells = list(STAGES[given.stage](results))
     missing = [cell for cell in cells if results.of(cell) is None]
     print(f"{len(missing)} of {len(cells)} cells are to be trained", flush=True)
-    with ProcessPoolExecutor(given.workers, mp_context=get_context("spawn")) as pool:
-        for done in as_completed([pool.submit(_train, cell, given.device) for cell in missing]):
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(given.workers, spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for done in as_completed([pool.submit(train, cell, given.device) for cell in missing]):
             result = done.result()
             results.add(result)
             print(f"{result.cell.name}: {result.loss:.4f}, {result.seconds:.0f} s", flush=True)
