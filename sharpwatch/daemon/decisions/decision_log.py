@@ -213,6 +213,11 @@ class DecisionLog:
                 brought.add(revision.base)
         return found[::-1]
 
+    @property
+    def number_in_force(self) -> int:
+        """The number of the revision in force or under way; 0 for none."""
+        return self.number_before(len(self._revisions) + 1)
+
     def number_before(self, number: int) -> int:
         """Returns the number of the revision in force before revision `number`; 0 for none."""
         return next((one.revision for one in reversed(self._revisions[: number - 1]) if self.took_effect(one)), 0)

@@ -10,7 +10,7 @@ from sharpwatch.daemon.decisions.decision_log import DecisionLog
 from sharpwatch.daemon.decisions.guards import OK, Permissions
 from sharpwatch.daemon.decisions.policy import newest
 from sharpwatch.daemon.decisions.ramp_back import scaling_state
-from sharpwatch.daemon.decisions.transitions import UNDER_WAY, Event, can
+from sharpwatch.daemon.decisions.transitions import Event, can
 from sharpwatch.daemon.records import Action, Checkpoint, Decision, LrPlan, Observation, Revision, RollbackPlan
 from sharpwatch.errors import OperatorError
 from sharpwatch.wire import MAX_INTERVAL
@@ -97,7 +97,7 @@ class OperatorRequests:
 
     def _ramp_left(self, step: int) -> int:
         """The steps that the newest set has yet to go until all multipliers are what it says."""
-        newest = self._log.number_before(self._log.newest_revision + 1)
+        newest = self._log.number_in_force
         applied = self._log.revisions[newest - 1].applied_step if newest else None
         return 0 if applied is None else max(0, applied + self.newest_ramp() - step)
 
@@ -139,7 +139,7 @@ class OperatorRequests:
             self._stop_planned(operator)
         made = replace(self._draft("set_lr", operator), plan=plan.id, ramp_steps=ramp_steps)
         made = replace(made, multipliers=self._within(multipliers))
-        return self._revise(made, undoes=undoes, base=self._log.number_before(self._log.newest_revision + 1))
+        return self._revise(made, undoes=undoes, base=self._log.number_in_force)
 
     def put_back(self, seen: Observation, now: float, *, may_raise: bool = True) -> Decision | None:
         """Put the set in force again where the trainer has another one, as after a resume; None where it has not.
@@ -173,7 +173,7 @@ class OperatorRequests:
 
     def newest_ramp(self) -> int:
         """The steps over which the newest set comes in force; 0 where there is none."""
-        newest = self._log.number_before(self._log.newest_revision + 1)
+        newest = self._log.number_in_force
         return self._log.find(self._log.revisions[newest - 1].decision_id).ramp_steps if newest else 0
 
     def rollback(
@@ -249,14 +249,13 @@ class OperatorRequests:
 
     def _stop_planned(self, operator: OperatorContext) -> None:
         """Cancel the sets that are planned for later steps: they would put in force again what is taken back now."""
-        for made in self._log.unsettled():
-            is_planned = made.revision and made.outcome in UNDER_WAY and made.apply_at_step > (operator.step or 0)
-            if is_planned and not made.cancelled_by:
+        for made in self._log.under_way():
+            if made.revision and made.apply_at_step > (operator.step or 0) and not made.cancelled_by:
                 self.cancel(made.id, replace(operator, reason="it was made from a set that is taken back"))
 
     def _check_rollback(self, plan: RollbackPlan, step: int | None) -> None:
         """A proposal may have been made before the run went back by another."""
-        if any(made.action == "rollback" and made.outcome in UNDER_WAY for made in self._log.unsettled()):
+        if any(made.action == "rollback" for made in self._log.under_way()):
             raise OperatorError("another rollback is under way")
         if step is not None and plan.checkpoint.step > step:
             raise OperatorError(f"the checkpoint of step {plan.checkpoint.step} lies ahead: the run stands at {step}")

@@ -53,7 +53,7 @@ class Reconciler:
 
     def _note(self, seen: Observation) -> None:
         """Take in what came of the set in force, at a step at which all is as it should be."""
-        number = self._log.number_before(self._log.newest_revision + 1)
+        number = self._log.number_in_force
         applied = self._log.revisions[number - 1].applied_step if number else None
         is_there = applied is not None and seen.step >= applied + self._requests.newest_ramp()
         if is_there and not _is_plain(seen):
@@ -77,7 +77,7 @@ class Reconciler:
         if self._from is None or seen.step < self._from or (self._log.is_due(seen.step) and not is_plain):
             return
         number, held = self._held
-        is_newest = number == self._log.number_before(self._log.newest_revision + 1)
+        is_newest = number == self._log.number_in_force
         is_held = bool(held) and is_newest and has_set(seen, held, self._log.intervals)
         if is_held or self._requests.put_back(seen, now, may_raise=self._may_raise) is None:
             self._from, self.is_idle = None, True

@@ -442,7 +442,7 @@ class RunController:
         self._reconciler.begin_attempt()
 
     def take_over(self, earlier: RunController) -> None:
-        """Carry on for a new attempt of the run, whose trainer begins with every multiplier at 1."""
+        """Carry on for a new attempt of the run, whose trainer begins anew."""
         log = earlier._log
         self.restore(earlier.incidents, log.decisions, log.revisions, earlier.checkpoints, earlier.own_mode, log.plans)
         self.detection.take_over(earlier.detection)
