@@ -21,7 +21,7 @@ from benchmarks.autopilot.text import Corpus, corpus
 from benchmarks.faults.training import MAX_NORM, build, loss_of
 
 SHAPES = {"1M": (2, 128), "5M": (4, 128), "gpt2-small": (16, 512)}  # rows and tokens of a row, by size
-WARM_UP, FLOOR = 0.1, 0.1  # of the steps; of the peak rate, where the cosine ends
+FLOOR = 0.1  # of the peak rate, where the cosine ends
 EVALUATE_EVERY = 100
 WINDOWS, LAST_WINDOWS = 32, 128  # held-out rows at each evaluation, and at the end
 EARLY_PROBES, PROBE_EVERY = 62, 50
@@ -76,9 +76,9 @@ def train(cell: Cell, device: str) -> Result:
     return _Training(cell, device).run()
 
 
-def shape(step: int, steps: int) -> float:
+def shape(step: int, steps: int, warm_up_share: float) -> float:
     """The rate at step 1, 2, 3, … as a share of its peak: a linear warm-up, then a cosine."""
-    warm_up = max(1, round(WARM_UP * steps))
+    warm_up = max(1, round(warm_up_share * steps))
     if step <= warm_up:
         return step / warm_up
     done = (step - warm_up) / max(1, steps - warm_up)
@@ -137,7 +137,7 @@ class _Training:
         )
 
     def _step(self, step: int, watch: Any) -> float:
-        rate = self.cell.rate * shape(step, self.cell.steps)
+        rate = self.cell.rate * shape(step, self.cell.steps, self.rule.warm_up(self.cell.constant))
         layerwise = None if self.layerwise is None else self.layerwise.at(step)
         for group in self.optimizer.param_groups:
             factor = group["factor"] if layerwise is None else layerwise[self.names[id(group["params"][0])]]

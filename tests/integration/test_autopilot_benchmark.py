@@ -42,7 +42,7 @@ def test_layerwise_rates_move_to_the_lightest_tail():
 
 
 def test_the_schedule_warms_up_and_ends_at_a_tenth():
-    assert [shape(step, 100) for step in (1, 10, 100)] == pytest.approx([0.1, 1.0, 0.1])
+    assert [shape(step, 100, 0.1) for step in (1, 10, 100)] == pytest.approx([0.1, 1.0, 0.1])
 
 
 def test_a_wrong_rate_costs_the_mean_over_the_logarithm_of_the_rate():
