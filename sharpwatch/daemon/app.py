@@ -170,6 +170,7 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:
             settings.store,
             http,
             tuple(policy.name for policy in config.policies),
+            tuple(config.foreign_alerts),
             config.detection,
         )
         operators = OperatorService(

@@ -143,6 +143,7 @@ def _recorded(source: str, format_: str, hello: RunHello, readings: Iterable[Rea
         gradient_noise=noise,
         parameter_names=hello.parameter_names,
         checkpoints=checkpoints,
+        labels=hello.all_labels,
     )
 
 

@@ -70,6 +70,7 @@ class DaemonInfo:
     store: str
     http_address: str
     policies: tuple[str, ...] = ()  # their names
+    foreign_alerts: tuple[str, ...] = ()  # the names of those that are taken in
     detection: DetectionConfig = field(default_factory=DetectionConfig)
 
 
@@ -419,7 +420,7 @@ class OperatorService(OperatorCalls, OperatorServiceServicer):
         await self._authorize(request, context)
         if request.run:
             await self._run_to_change(request.run, context)
-        wrong = wrong_silence(request, self._info.policies)
+        wrong = wrong_silence(request, self._info.policies, self._info.foreign_alerts)
         if wrong:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, wrong)
         silences = self._silences.trial() if request.dry_run else self._silences
