@@ -43,6 +43,10 @@ class Contender:
         """The largest factor of layerwise learning rates; None for other rules."""
         return float(constant) if self.name == "llr" else None
 
+    def largest_of_layers(self, constant: str) -> float | None:
+        """The largest multiplier of curvature shares with each layer by itself; None for other rules."""
+        return float(constant) if self.name == "share-layers" else None
+
     def autopilot(self, constant: str) -> AutopilotConfig | None:
         """The rules of sharpwatch's own; None for others."""
         if self.name == "share":
@@ -66,6 +70,7 @@ CONTENDERS = {
         Contender("llr", ("3", "5")),
         Contender("share", ("4", "8", "16", f"8{APPLIED}")),
         Contender("share-cap", ("0.1", "0.3")),
+        Contender("share-layers", ("4", "8", "16")),
         Contender("cap", ("0.1", "0.3", "0.5")),  # its warm-up is found
         Contender("no-warm-up"),
         Contender("warm-up", ("0.02", "0.05", "0.2", "0.4")),  # uniform with a tuned one

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 import sharpwatch
-from benchmarks.autopilot.closed_loop import LR_BOUNDS, ClosedLoop
+from benchmarks.autopilot.closed_loop import LR_BOUNDS, ClosedLoop, LayerShares
 from benchmarks.autopilot.contenders import APPLIED, CONTENDERS
 from benchmarks.autopilot.llr import LayerwiseRates
 from benchmarks.autopilot.text import Corpus, corpus
 from benchmarks.faults.training import MAX_NORM, build, loss_of
+from sharpwatch.daemon.config.settings import CurvatureShareConfig
 
 SHAPES = {"1M": (2, 128), "5M": (4, 128), "gpt2-small": (16, 512)}  # rows and tokens of a row, by size
 FLOOR = 0.1  # of the peak rate, where the cosine ends
@@ -102,8 +103,7 @@ class _Training:
     def run(self) -> Result:
         cell = self.cell
         found = Result(cell, self._evaluate(WINDOWS))
-        config = self.rule.autopilot(cell.constant)
-        loop = None if config is None else ClosedLoop(config, of_applied=cell.constant.endswith(APPLIED))
+        loop = self._loop()
         watch = None if loop is None else self._attach(loop)
         for step in range(1, cell.steps + 1):
             started = time.perf_counter()
@@ -120,6 +120,12 @@ class _Training:
             found.probes, found.probe_tokens, found.probe_seconds = loop.probes, loop.probe_tokens, loop.probe_seconds
             found.changes = [(at, {block: round(m, 4) for block, m in to.items()}) for at, to in loop.changes]
         return found
+
+    def _loop(self) -> ClosedLoop | None:
+        if isinstance(self.layerwise, LayerShares):
+            return self.layerwise
+        config = self.rule.autopilot(self.cell.constant)
+        return None if config is None else ClosedLoop(config, of_applied=self.cell.constant.endswith(APPLIED))
 
     def _attach(self, loop: ClosedLoop) -> Any:
         return sharpwatch.attach(
@@ -172,7 +178,10 @@ class _Training:
             found[part.parameter] = min(found.get(part.parameter, factor), factor)
         return found
 
-    def _layerwise(self) -> LayerwiseRates | None:
+    def _layerwise(self) -> LayerwiseRates | LayerShares | None:
+        of_layers = self.rule.largest_of_layers(self.cell.constant)
+        if of_layers is not None:
+            return LayerShares(CurvatureShareConfig(max=of_layers))
         largest = self.rule.largest_of_llr(self.cell.constant)
         if largest is None:
             return None

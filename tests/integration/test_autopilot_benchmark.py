@@ -70,11 +70,14 @@ def test_the_constant_is_chosen_by_its_better_rate(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("contender", [("paper", ""), ("llr", "3"), ("share", "4"), ("share-cap", "0.1")])
+@pytest.mark.parametrize(
+    "contender",
+    [("paper", ""), ("llr", "3"), ("share", "4"), ("share-cap", "0.1"), ("share-layers", "4"), ("cap", "0.1")],
+)
 def test_each_contender_trains(contender):
     found = train(Cell("gpt2", "1M", *contender, 1e-3, 0, 9), "cpu")
     assert found.initial > found.loss > 5
-    assert found.probes == (3 if contender[0].startswith("share") else 0)
+    assert found.probes == (3 if contender[0].startswith(("share", "cap")) else 0)
 
 
 @pytest.mark.slow
