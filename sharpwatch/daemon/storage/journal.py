@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, astuple
+from dataclasses import asdict, astuple, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -53,7 +53,7 @@ from sharpwatch.daemon.storage.schema import (
     StoredRun,
     TransitionRow,
 )
-from sharpwatch.errors import StoreError
+from sharpwatch.errors import RevisionConflictError, StoreError
 
 Result = TypeVar("Result")
 _TRIM_EVERY = 100  # rows of a run appended between two trims, so retention is exact to this many
@@ -278,6 +278,7 @@ class Journal:
             raise StoreError(f"journal {self.path}: the file is a database of another program")
         self._connection.execute("PRAGMA journal_mode=WAL")
         self._connection.execute("PRAGMA synchronous=FULL")
+        self._connection.execute("PRAGMA recursive_triggers=ON")  # else OR REPLACE would delete rows unseen by triggers
         if version < SCHEMA_VERSION:
             # Tables and version in one transaction: a daemon killed in the middle leaves the older schema whole.
             script = "".join(SCHEMAS[version:])
@@ -291,8 +292,10 @@ class Journal:
             [(row.run, row.attempt, row.hello, row.seen_at) for row in records.attempts.values()],
         )
         connection.executemany(
-            # A sample may come twice: journalled, but sent again because the acknowledgement was lost.
-            "INSERT OR IGNORE INTO samples (run, attempt, sequence, step, payload) VALUES (?, ?, ?, ?, ?)",
+            # A sample may come twice: journalled, but sent again because the acknowledgement was lost. The first stays.
+            # Not OR IGNORE, which would also drop, and so acknowledge, a sample that violates another constraint.
+            "INSERT INTO samples (run, attempt, sequence, step, payload) VALUES (?, ?, ?, ?, ?) "
+            "ON CONFLICT (attempt, sequence) DO NOTHING",
             [(row.run, row.attempt, row.sequence, row.step, row.payload) for row in samples],
         )
         # Rows of an attempt are in order, so the last one stays.
@@ -304,7 +307,7 @@ class Journal:
 
     def _write_records(self, connection: sqlite3.Connection, records: PendingWrites) -> None:
         connection.executemany(
-            "INSERT OR REPLACE INTO alerts VALUES (?, ?, ?, ?)",
+            "INSERT INTO alerts VALUES (?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET record = excluded.record",
             [
                 (incident.id, incident.run, incident.first_step, _record(incident))
                 for incident in records.incidents.values()
@@ -321,10 +324,8 @@ class Journal:
             "INSERT INTO transitions (run, decision, at, outcome, detail, author, reason) VALUES (?, ?, ?, ?, ?, ?, ?)",
             [astuple(row) for row in records.transitions],
         )
-        connection.executemany(
-            "INSERT OR REPLACE INTO revisions VALUES (?, ?, ?)",
-            [(revision.run, revision.revision, _record(revision)) for revision in records.revisions.values()],
-        )
+        for revision in records.revisions.values():
+            self._write_revision(connection, revision)
         # Also those that were saved: what was at their URI before was overwritten.
         connection.executemany("DELETE FROM checkpoints WHERE run = ? AND uri = ?", list(records.checkpoints))
         connection.executemany(
@@ -353,7 +354,9 @@ class Journal:
                 [row.run, row.name, row.losses, row.author, row.reason, row.made_at],
             )
         connection.executemany(
-            "INSERT OR REPLACE INTO baselines VALUES (?, ?, ?, ?)",
+            # A state: an earlier one is of no use.
+            "INSERT INTO baselines VALUES (?, ?, ?, ?) ON CONFLICT (run) DO UPDATE SET "
+            "attempt = excluded.attempt, sequence = excluded.sequence, state = excluded.state",
             [(row.run, row.attempt, row.sequence, row.state) for row in records.baselines.values()],
         )
         connection.executemany(
@@ -366,6 +369,23 @@ class Journal:
             "INSERT INTO plans VALUES (?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET record = excluded.record",
             [(plan.id, plan.run, plan.made_at, _record(plan)) for plan in records.plans.values()],
         )
+
+    def _write_revision(self, connection: sqlite3.Connection, new: Revision) -> None:
+        key = (new.run, new.revision)
+        found = connection.execute("SELECT record FROM revisions WHERE run = ? AND revision = ?", key).fetchone()
+        if found is None:
+            connection.execute("INSERT INTO revisions VALUES (?, ?, ?)", (*key, _record(new)))
+            return
+        kept = Revision(**json.loads(found[0]))
+        # All that may come later is the step at which the trainer put it in force.
+        if kept.applied_step not in {None, new.applied_step} or replace(kept, applied_step=new.applied_step) != new:
+            raise RevisionConflictError(
+                f"journal {self.path}: revision {new.revision} of run {new.run} is there already with other content, "
+                f"of decision {kept.decision_id}, and is not overwritten by that of decision {new.decision_id}",
+                run=new.run,
+                revision=new.revision,
+            )
+        connection.execute("UPDATE revisions SET record = ? WHERE run = ? AND revision = ?", (_record(new), *key))
 
     def _trim(self, connection: sqlite3.Connection, records: PendingWrites, samples: Sequence[SampleRow]) -> None:
         self._untrimmed.update(("samples", row.run) for row in samples)
