@@ -8,15 +8,13 @@ stay consistent but could lose its newest commits. The price is one fsync a batc
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import json
 import math
-import os
 import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, astuple, replace
 from functools import partial
 from itertools import chain
@@ -36,6 +34,7 @@ from sharpwatch.daemon.records import (
     Silence,
 )
 from sharpwatch.daemon.storage.schema import (
+    COUNTED,
     DRAWN_QUANTITIES,
     FIRST_TABLES,
     SCHEMA_VERSION,
@@ -53,6 +52,7 @@ from sharpwatch.daemon.storage.schema import (
     StoredRun,
     TransitionRow,
 )
+from sharpwatch.daemon.storage.sqlite_file import APPLICATION_ID, Commits, SqliteFile, database_path
 from sharpwatch.errors import RevisionConflictError, StoreError
 
 Result = TypeVar("Result")
@@ -60,19 +60,29 @@ _TRIM_EVERY = 100  # rows of a run appended between two trims, so retention is e
 _ESTIMATES_PER_SAMPLE = 4
 
 
-def database_path(url: str) -> Path:
-    """Returns the path in a `sqlite:///relative` or `sqlite:////absolute` URL.
+def schema_version(connection: sqlite3.Connection, path: Path) -> int:
+    """Returns the version of a journal's schema; 0 of an empty database.
 
     Raises:
-        StoreError: The URL has another form, or names a home directory that does not exist.
+        StoreError: It is of a newer version, or another program's.
     """
-    prefix = "sqlite:///"
-    if not url.startswith(prefix) or len(url) == len(prefix):
-        raise StoreError(f"store must be sqlite:///PATH, got {url!r}")
-    try:
-        return Path(url.removeprefix(prefix)).expanduser()
-    except RuntimeError:
-        raise StoreError(f"store {url}: this user has no home directory; set $HOME, or name another path") from None
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    (application,) = connection.execute("PRAGMA application_id").fetchone()
+    tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
+    is_ours = application == (APPLICATION_ID if version >= COUNTED else 0)
+    if version > SCHEMA_VERSION and (is_ours or not tables):
+        raise StoreError(
+            f"journal {path}: cannot read schema version {version}, which a newer sharpwatch wrote; "
+            f"this version reads up to {SCHEMA_VERSION}"
+        )
+    if not is_ours or not (tables >= FIRST_TABLES if version else not tables):
+        raise StoreError(f"journal {path}: the file is a database of another program")
+    return int(version)
+
+
+def stored_commits(connection: sqlite3.Connection) -> Commits:
+    """Returns how many commits a journal has."""
+    return Commits(*connection.execute("SELECT journal, number FROM commits").fetchone())
 
 
 def _record(value: Incident | Decision | Revision | Silence | LrPlan) -> str:
@@ -130,21 +140,23 @@ class Journal:
         self.path = database_path(url).absolute()
         self._retain = {"samples": retain_samples, "estimates": retain_samples * _ESTIMATES_PER_SAMPLE}
         self._untrimmed: Counter[tuple[str, str]] = Counter()  # rows appended since the last trim
+        self._commits: Commits
         with self._store_errors():
-            self._lock = self._take_lock()
+            self._file = SqliteFile(self.path)
             try:
+                self._check()
                 # `isolation_level=None`: Python would otherwise begin and commit transactions by itself.
                 self._connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
                 self._prepare()
             except BaseException:
-                os.close(self._lock)
+                self._file.close()
                 raise
 
     def close(self) -> None:
         """Closes the file and releases its lock."""
         with self._store_errors():
             self._connection.close()
-        os.close(self._lock)
+        self._file.close()
 
     def write(self, records: PendingWrites, samples: Sequence[SampleRow] = ()) -> None:
         """Writes records and samples in one transaction: all of them, or none."""
@@ -243,8 +255,10 @@ class Journal:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
+        commits = replace(self._commits, number=self._commits.number + 1)
         self._connection.execute("BEGIN IMMEDIATE")
         try:
+            self._connection.execute("UPDATE commits SET number = ?", [commits.number])
             yield self._connection
             self._connection.execute("COMMIT")
         except BaseException:
@@ -252,37 +266,31 @@ class Journal:
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
             raise
+        self._commits = commits
+        self._file.note(commits)
 
-    def _take_lock(self) -> int:
-        """Locks `PATH.lock`, so that no second daemon can serve the runs of this journal."""
-        # SQLite's own locks are held for one transaction, and would let two daemons write in turn. The kernel releases
-        # this one when the process ends, also after kill -9.
-        lock = os.open(f"{self.path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(lock)
-            raise StoreError(f"journal {self.path}: another daemon is using it") from error
-        return lock
+    def _check(self) -> None:
+        """Refuses a file that is no journal of ours, or not whole, by a connection that can't change it."""
+        # A new journal is not in WAL mode at first. If its making was cut off, SQLite has to undo that.
+        if Path(f"{self.path.resolve()}-journal").exists():
+            with closing(sqlite3.connect(self.path)) as recovered:
+                recovered.execute("SELECT 1 FROM sqlite_master")
+        with closing(sqlite3.connect(self._file.url, uri=True)) as connection:
+            version = schema_version(connection, self.path)
+            self._file.check_commits(stored_commits(connection) if version >= COUNTED else None)
 
     def _prepare(self) -> None:
         (version,) = self._connection.execute("PRAGMA user_version").fetchone()
-        # All checks come before the first PRAGMA that writes: a file that is not ours stays as it is.
-        if version > SCHEMA_VERSION:
-            raise StoreError(
-                f"journal {self.path}: cannot read schema version {version}, which a newer sharpwatch wrote; "
-                f"this version reads up to {SCHEMA_VERSION}"
-            )
-        tables = {name for (name,) in self._connection.execute("SELECT name FROM sqlite_master")}
-        if not (tables >= FIRST_TABLES if version else not tables):
-            raise StoreError(f"journal {self.path}: the file is a database of another program")
         self._connection.execute("PRAGMA journal_mode=WAL")
         self._connection.execute("PRAGMA synchronous=FULL")
         self._connection.execute("PRAGMA recursive_triggers=ON")  # else OR REPLACE would delete rows unseen by triggers
         if version < SCHEMA_VERSION:
             # Tables and version in one transaction: a daemon killed in the middle leaves the older schema whole.
             script = "".join(SCHEMAS[version:])
-            self._connection.executescript(f"BEGIN;{script}PRAGMA user_version={SCHEMA_VERSION};COMMIT;")
+            mark = f"PRAGMA application_id={APPLICATION_ID};PRAGMA user_version={SCHEMA_VERSION};"
+            self._connection.executescript(f"BEGIN;{script}{mark}COMMIT;")
+        self._commits = stored_commits(self._connection)
+        self._file.note(self._commits)
 
     def _write_attempts(
         self, connection: sqlite3.Connection, records: PendingWrites, samples: Sequence[SampleRow]

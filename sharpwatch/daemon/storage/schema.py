@@ -107,6 +107,9 @@ _FORGOTTEN = "EXISTS (SELECT 1 FROM forgetting WHERE run = {})"
 _SILENCED = "json_extract(OLD.record, '$.run')"
 _GUARDS = [
     "CREATE TABLE forgetting (run TEXT PRIMARY KEY);\n",
+    # One row: which journal this is, and how many commits it has, which is noted beside it as well.
+    "CREATE TABLE commits (journal TEXT NOT NULL, number INTEGER NOT NULL);\n",
+    "INSERT INTO commits VALUES (lower(hex(randomblob(16))), 0);\n",
     *(_guard(table, "fixed", f"UPDATE OF {columns}") for table, columns in _FIXED.items()),
     *(_guard(table, "kept", "DELETE", f"NOT {_FORGOTTEN.format('OLD.run')}") for table in _KEPT),
     _guard("silences", "kept", "DELETE", f"NOT {_FORGOTTEN.format(_SILENCED)}"),
@@ -120,6 +123,7 @@ SCHEMAS = (
     "".join(_GUARDS),
 )
 SCHEMA_VERSION = len(SCHEMAS)
+COUNTED = 10  # the first version that counts commits, and has sharpwatch's application id
 FIRST_TABLES = {"attempts", "samples", "alerts", "decisions", "revisions"}  # in a journal of any version
 
 
