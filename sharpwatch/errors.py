@@ -15,6 +15,7 @@ SharpwatchError
 ├── DesyncError          a collective probe failed on some ranks only: the run must stop
 ├── WireError            a message violates the wire protocol
 ├── StoreError           the journal cannot be opened, read or written
+│   ├── JournalInUseError      another process has the journal
 │   └── RevisionConflictError  a revision is in the journal already, with other content
 ├── LogError             a log or a recorded run cannot be read
 └── OperatorError        the daemon refused an operator's call, or cannot be reached
@@ -121,6 +122,10 @@ class WireError(SharpwatchError):
 
 class StoreError(SharpwatchError):
     """The journal cannot be opened, read or written."""
+
+
+class JournalInUseError(StoreError):
+    """Another process has the journal."""
 
 
 class RevisionConflictError(StoreError):

@@ -34,9 +34,7 @@ from sharpwatch.daemon.records import (
     Silence,
 )
 from sharpwatch.daemon.storage.schema import (
-    COUNTED,
     DRAWN_QUANTITIES,
-    FIRST_TABLES,
     SCHEMA_VERSION,
     SCHEMAS,
     BaselinesRow,
@@ -52,37 +50,20 @@ from sharpwatch.daemon.storage.schema import (
     StoredRun,
     TransitionRow,
 )
-from sharpwatch.daemon.storage.sqlite_file import APPLICATION_ID, Commits, SqliteFile, database_path
-from sharpwatch.errors import RevisionConflictError, StoreError
+from sharpwatch.daemon.storage.sqlite_file import (
+    APPLICATION_ID,
+    Commits,
+    LockedJournal,
+    database_path,
+    schema_version,
+    store_errors,
+    stored_commits,
+)
+from sharpwatch.errors import RevisionConflictError
 
 Result = TypeVar("Result")
 _TRIM_EVERY = 100  # rows of a run appended between two trims, so retention is exact to this many
 _ESTIMATES_PER_SAMPLE = 4
-
-
-def schema_version(connection: sqlite3.Connection, path: Path) -> int:
-    """Returns the version of a journal's schema; 0 of an empty database.
-
-    Raises:
-        StoreError: It is of a newer version, or another program's.
-    """
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
-    (application,) = connection.execute("PRAGMA application_id").fetchone()
-    tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
-    is_ours = application == (APPLICATION_ID if version >= COUNTED else 0)
-    if version > SCHEMA_VERSION and (is_ours or not tables):
-        raise StoreError(
-            f"journal {path}: cannot read schema version {version}, which a newer sharpwatch wrote; "
-            f"this version reads up to {SCHEMA_VERSION}"
-        )
-    if not is_ours or not (tables >= FIRST_TABLES if version else not tables):
-        raise StoreError(f"journal {path}: the file is a database of another program")
-    return int(version)
-
-
-def stored_commits(connection: sqlite3.Connection) -> Commits:
-    """Returns how many commits a journal has."""
-    return Commits(*connection.execute("SELECT journal, number FROM commits").fetchone())
 
 
 def _record(value: Incident | Decision | Revision | Silence | LrPlan) -> str:
@@ -141,8 +122,8 @@ class Journal:
         self._retain = {"samples": retain_samples, "estimates": retain_samples * _ESTIMATES_PER_SAMPLE}
         self._untrimmed: Counter[tuple[str, str]] = Counter()  # rows appended since the last trim
         self._commits: Commits
-        with self._store_errors():
-            self._file = SqliteFile(self.path)
+        with store_errors(self.path):
+            self._file = LockedJournal(self.path)
             try:
                 self._check()
                 # `isolation_level=None`: Python would otherwise begin and commit transactions by itself.
@@ -154,26 +135,26 @@ class Journal:
 
     def close(self) -> None:
         """Closes the file and releases its lock."""
-        with self._store_errors():
+        with store_errors(self.path):
             self._connection.close()
         self._file.close()
 
     def write(self, records: PendingWrites, samples: Sequence[SampleRow] = ()) -> None:
         """Writes records and samples in one transaction: all of them, or none."""
-        with self._store_errors(), self._transaction() as connection:
+        with store_errors(self.path), self._transaction() as connection:
             self._write_attempts(connection, records, samples)
             self._write_records(connection, records)
             self._trim(connection, records, samples)
 
     def runs(self) -> tuple[str, ...]:
         """Returns the names of all runs, in the order in which their newest attempts began."""
-        with self._store_errors():
+        with store_errors(self.path):
             query = "SELECT run FROM attempts GROUP BY run ORDER BY max(id)"
             return tuple(run for (run,) in self._connection.execute(query))
 
     def load(self, run: str, *, samples: int) -> StoredRun:
         """Returns all records of a run and its newest `samples` samples."""
-        with self._store_errors():
+        with store_errors(self.path):
             return self._load(run, samples)
 
     def transitions(self, decisions: Sequence[str]) -> tuple[TransitionRow, ...]:
@@ -182,7 +163,7 @@ class Journal:
             "SELECT id, run, decision, at, outcome, detail, author, reason FROM transitions "
             "WHERE decision = ? ORDER BY id"
         )
-        with self._store_errors():
+        with store_errors(self.path):
             # By the order in which they were written, since the clock may go back.
             found = sorted(chain.from_iterable(self._connection.execute(query, [each]) for each in decisions))
         return tuple(TransitionRow(*values) for _, *values in found)
@@ -199,7 +180,7 @@ class Journal:
             "SELECT id, run, made_at, 'reference', '', CASE name WHEN '' THEN 'cleared' ELSE 'set' END, name, author, "
             "reason FROM run_references) WHERE ? IN ('', run) AND at >= ? ORDER BY at DESC, id DESC LIMIT ?"
         )
-        with self._store_errors():
+        with store_errors(self.path):
             found = self._connection.execute(query, [run, since, limit]).fetchall()
         return tuple(RequestRow(*values) for values in reversed(found))
 
@@ -213,7 +194,7 @@ class Journal:
             "SELECT quantity, block, value, stderr, draws, estimator, step FROM "
             "(SELECT * FROM estimates WHERE run = ? AND quantity = ? ORDER BY id DESC LIMIT ?) ORDER BY id"
         )
-        with self._store_errors():
+        with store_errors(self.path):
             rows = self._connection.execute
             order = [each for (each,) in rows("SELECT attempt FROM attempts WHERE run = ? ORDER BY id", [run])]
             attempts = {attempt: number for number, attempt in enumerate(order, 1)}
@@ -227,31 +208,23 @@ class Journal:
 
     def silences(self) -> tuple[Silence, ...]:
         """Returns all silences, oldest first."""
-        with self._store_errors():
+        with store_errors(self.path):
             rows = self._connection.execute("SELECT record FROM silences ORDER BY rowid")
             return tuple(Silence(**json.loads(record)) for (record,) in rows)
 
     def notifications(self) -> tuple[NotificationRow, ...]:
         """Returns the notifications that wait or go on, those that have waited longest first."""
-        with self._store_errors():
+        with store_errors(self.path):
             rows = self._connection.execute("SELECT fingerprint, alert, waits FROM notifications ORDER BY rowid")
             return tuple(NotificationRow(fingerprint, alert, bool(waits)) for fingerprint, alert, waits in rows)
 
     def keep_notifications(self, rows: Mapping[str, NotificationRow | None]) -> None:
         """Replaces notifications by fingerprint; None removes one."""
-        with self._store_errors(), self._transaction() as connection:
+        with store_errors(self.path), self._transaction() as connection:
             connection.executemany("DELETE FROM notifications WHERE fingerprint = ?", [(each,) for each in rows])
             connection.executemany(
                 "INSERT INTO notifications VALUES (?, ?, ?)", [astuple(row) for row in rows.values() if row is not None]
             )
-
-    @contextmanager
-    def _store_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except (sqlite3.Error, OSError) as error:
-            cause = getattr(error, "strerror", None) or str(error)
-            raise StoreError(f"journal {self.path}: {cause}") from error
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -275,9 +248,10 @@ class Journal:
         if Path(f"{self.path.resolve()}-journal").exists():
             with closing(sqlite3.connect(self.path)) as recovered:
                 recovered.execute("SELECT 1 FROM sqlite_master")
-        with closing(sqlite3.connect(self._file.url, uri=True)) as connection:
-            version = schema_version(connection, self.path)
-            self._file.check_commits(stored_commits(connection) if version >= COUNTED else None)
+        files = self._file.files
+        with closing(sqlite3.connect(files.url, uri=True)) as connection:
+            found = stored_commits(connection, schema_version(connection, self.path))
+        files.check_commits(files.noted(), found)
 
     def _prepare(self) -> None:
         (version,) = self._connection.execute("PRAGMA user_version").fetchone()
@@ -289,7 +263,7 @@ class Journal:
             script = "".join(SCHEMAS[version:])
             mark = f"PRAGMA application_id={APPLICATION_ID};PRAGMA user_version={SCHEMA_VERSION};"
             self._connection.executescript(f"BEGIN;{script}{mark}COMMIT;")
-        self._commits = stored_commits(self._connection)
+        self._commits = Commits(*self._connection.execute("SELECT journal, number FROM commits").fetchone())
         self._file.note(self._commits)
 
     def _write_attempts(

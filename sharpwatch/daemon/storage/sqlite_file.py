@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import fcntl
 import os
+import sqlite3
 import struct
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from sharpwatch.daemon.storage.schema import COUNTED, FIRST_TABLES, SCHEMA_VERSION
 from sharpwatch.daemon.storage.wal import read_wal
-from sharpwatch.errors import StoreError
+from sharpwatch.errors import JournalInUseError, StoreError
 
 APPLICATION_ID = 0x73687277  # "shrw" in the header of a journal since version 10
 _MAGIC = b"SQLite format 3\0"
@@ -45,14 +48,129 @@ class Commits:
     number: int
 
 
-class SqliteFile:
-    """The file of a journal, locked for this process.
+class SqliteFiles:
+    """A journal's file and those beside it, and whether they are whole. Nothing is opened for writing.
+
+    Args:
+        path: The database.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        real = os.path.realpath(path)  # SQLite follows links before it names these
+        self.log, self.index, self.marker = (Path(f"{real}-{name}") for name in ("wal", "shm", "commits"))
+        self._has_log = self.log.exists()
+
+    @property
+    def url(self) -> str:
+        """The database for a connection of SQLite that changes neither it nor what is beside it."""
+        # SQLite would make an empty log where there is none.
+        return f"{Path(os.path.realpath(self.path)).as_uri()}?mode=ro{'' if self._has_log else '&immutable=1'}"
+
+    def check(self, descriptor: int) -> None:
+        """Checks header and length of the database, and the log.
+
+        Args:
+            descriptor: Of the database. It must be locked, since a daemon may write at any time.
+
+        Raises:
+            StoreError: They are damaged.
+        """
+        size = os.fstat(descriptor).st_size
+        if size == 0:
+            self.refuse_leftovers("is empty")
+            return
+        header = os.pread(descriptor, 100, 0)
+        if not header.strip(b"\0"):
+            raise self.error(f"the file is zeroed; {_REMEDY}")
+        if not header.startswith(_MAGIC) or len(header) < 100:
+            raise self.error("file is not a database")
+        (page_size,) = struct.unpack_from(">H", header, 16)
+        page_size = 65_536 if page_size == 1 else page_size
+        if page_size < 512 or page_size & (page_size - 1):
+            raise self.error(f"the header of the file is damaged; {_REMEDY}")
+        self._check_size(header, size, page_size)
+
+    def _check_size(self, header: bytes, size: int, page_size: int) -> None:
+        log = read_wal(self.log, page_size)
+        if log.damage:
+            raise self.error(f"the file {self.log} is damaged: {log.damage}; {_REMEDY}")
+        pages = log.size
+        if not pages:
+            changes, counted, valid_for = (struct.unpack_from(">I", header, at)[0] for at in (24, 28, 92))
+            pages = counted if changes == valid_for else 0
+        needed = set(range(size // page_size + 1, pages + 1)) - log.pages - {_LOCK_BYTE // page_size + 1}
+        if needed:
+            raise self.error(f"the file is truncated: {size} of {pages * page_size} bytes are there; {_REMEDY}")
+
+    def check_commits(self, noted: Commits | None, found: Commits | None) -> None:
+        """Checks that no acknowledged commit is missing.
+
+        Args:
+            noted: What the marker had before the database was read.
+            found: What the database has; None for one of a version that did not count them, or a new one.
+
+        Raises:
+            StoreError: Commits are missing, or it is not the journal that was here.
+        """
+        if noted is None or found is None:
+            return
+        if noted.journal != found.journal:
+            problem = "this is not the journal that was here"
+        elif noted.number > found.number:
+            log = "" if self._has_log else ", and there is no -wal file"
+            problem = f"{noted.number - found.number} acknowledged commits are missing{log}"
+        else:
+            return
+        raise self.error(f"{problem}: {self._begin_with('what is there')}")
+
+    def noted(self) -> Commits | None:
+        """Returns the commits that the marker has; None without one."""
+        try:
+            journal, number = self.marker.read_text(encoding="ascii").split()
+            return Commits(journal, int(number))
+        except (FileNotFoundError, ValueError):
+            return None  # a torn one tells nothing
+
+    def refuse_leftovers(self, what: str) -> None:
+        """Refuses to begin a new journal where another one was."""
+        if self.log.exists() and self.log.stat().st_size:
+            raise self.error(f"the file {what}, but there is {self.log}; {_REMEDY}")
+        if self.noted() is not None:
+            raise self.error(f"the file {what}, but it had acknowledged commits: {self._begin_with('a new journal')}")
+
+    def _begin_with(self, what: str) -> str:
+        return (
+            "nothing was changed; put the files back, or restore a backup (sharpwatch restore FILE). "
+            f"To go on with {what}, remove {self.marker}"
+        )
+
+    def lock(self, descriptor: int) -> None:
+        """Locks the database for this process.
+
+        Raises:
+            JournalInUseError: Another process has it.
+        """
+        # On the file itself, so that it is the same lock by any path, link or mount. SQLite's own locks are held for
+        # one transaction, and would let two daemons write in turn. The kernel releases this one also after kill -9.
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise JournalInUseError(f"journal {self.path}: another daemon is using it") from error
+
+    def error(self, cause: str) -> StoreError:
+        """Returns an error about the journal."""
+        return StoreError(f"journal {self.path}: {cause}")
+
+
+class LockedJournal:
+    """The files of a journal, locked for this process and found whole.
 
     It must be opened before SQLite opens the file, and closed after that has closed it: closing any descriptor of a
     file drops all POSIX locks that the process has on it, SQLite's own among them.
 
     Args:
-        path: The file, which is made if it does not exist.
+        path: The database, which is made if it does not exist.
 
     Raises:
         StoreError: Another daemon is using it, or it is damaged.
@@ -60,18 +178,15 @@ class SqliteFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        real = os.path.realpath(path)  # SQLite follows links before it names these
-        self._beside = {name: Path(f"{real}-{name}") for name in ("wal", "shm", "commits")}
-        self._has_log = self._beside["wal"].exists()
+        self.files = SqliteFiles(path)
         if not path.exists():
-            self._refuse_leftovers("is gone")
+            self.files.refuse_leftovers("is gone")
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._marker: int | None = None
         try:
-            self._lock()
+            self.files.lock(self._descriptor)
             self._make_private()
-            self._check()
+            self.files.check(self._descriptor)
         except BaseException:
             os.close(self._descriptor)
             raise
@@ -83,108 +198,58 @@ class SqliteFile:
             os.close(self._marker)
         os.close(self._descriptor)
 
-    @property
-    def url(self) -> str:
-        """The file for a connection of SQLite that changes neither it nor what is beside it."""
-        # SQLite would make an empty log where there is none.
-        return f"{self.path.as_uri()}?mode=ro{'' if self._has_log else '&immutable=1'}"
-
-    def check_commits(self, found: Commits | None) -> None:
-        """Checks that no acknowledged commit is missing.
-
-        Args:
-            found: What the database has; None for one of a version that did not count them, or a new one.
-
-        Raises:
-            StoreError: Commits are missing, or it is not the journal that was here.
-        """
-        noted = self._noted()
-        if noted is None or found is None:
-            return
-        if noted.journal != found.journal:
-            problem = "this is not the journal that was here"
-        elif noted.number > found.number:
-            log = "" if self._has_log else ", and there is no -wal file"
-            problem = f"{noted.number - found.number} acknowledged commits are missing{log}"
-        else:
-            return
-        raise self._error(f"{problem}: {self._begin_with('what is there')}")
-
     def note(self, commits: Commits) -> None:
         """Notes that commits are acknowledged, so that their loss would be seen."""
         line = f"{commits.journal} {commits.number:020d}\n".encode()
         if self._marker is None:
-            self._marker = os.open(self._beside["commits"], os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._marker = os.open(self.files.marker, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
             os.pwrite(self._marker, line, 0)
         else:
             # The commit is done: its writer must not be told that it failed. A number that lags is no false alarm.
             with suppress(OSError):
                 os.pwrite(self._marker, line, 0)
 
-    def _lock(self) -> None:
-        # On the file itself, so that it is the same lock by any path, link or mount. SQLite's own locks are held for
-        # one transaction, and would let two daemons write in turn. The kernel releases this one also after kill -9.
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise self._error("another daemon is using it") from error
-
     def _make_private(self) -> None:
         # SQLite gives -wal and -shm the mode of the database when it makes them.
         with suppress(PermissionError):  # another user's, who has given this one access
             os.fchmod(self._descriptor, 0o600)
-        for name in ("wal", "shm"):
+        for beside in (self.files.log, self.files.index):
             with suppress(FileNotFoundError, PermissionError):
-                self._beside[name].chmod(0o600)
+                beside.chmod(0o600)
 
-    def _check(self) -> None:
-        size = os.fstat(self._descriptor).st_size
-        if size == 0:
-            self._refuse_leftovers("is empty")
-            return
-        header = os.pread(self._descriptor, 100, 0)
-        if not header.strip(b"\0"):
-            raise self._error(f"the file is zeroed; {_REMEDY}")
-        if not header.startswith(_MAGIC) or len(header) < 100:
-            raise self._error("file is not a database")
-        (page_size,) = struct.unpack_from(">H", header, 16)
-        page_size = 65_536 if page_size == 1 else page_size
-        if page_size < 512 or page_size & (page_size - 1):
-            raise self._error(f"the header of the file is damaged; {_REMEDY}")
-        self._check_size(header, size, page_size)
 
-    def _check_size(self, header: bytes, size: int, page_size: int) -> None:
-        log = read_wal(self._beside["wal"], page_size)
-        if log.damage:
-            raise self._error(f"the file {self._beside['wal']} is damaged: {log.damage}; {_REMEDY}")
-        pages = log.size
-        if not pages:
-            changes, counted, valid_for = (struct.unpack_from(">I", header, at)[0] for at in (24, 28, 92))
-            pages = counted if changes == valid_for else 0
-        needed = set(range(size // page_size + 1, pages + 1)) - log.pages - {_LOCK_BYTE // page_size + 1}
-        if needed:
-            raise self._error(f"the file is truncated: {size} of {pages * page_size} bytes are there; {_REMEDY}")
+def schema_version(connection: sqlite3.Connection, path: Path) -> int:
+    """Returns the version of a journal's schema; 0 of an empty database.
 
-    def _refuse_leftovers(self, what: str) -> None:
-        """Refuses to begin a new journal where another one was."""
-        log = self._beside["wal"]
-        if log.exists() and log.stat().st_size:
-            raise self._error(f"the file {what}, but there is {log}; {_REMEDY}")
-        if self._noted() is not None:
-            raise self._error(f"the file {what}, but it had acknowledged commits: {self._begin_with('a new journal')}")
-
-    def _begin_with(self, what: str) -> str:
-        return (
-            "nothing was changed; put the files back, or restore a backup (sharpwatch restore FILE). "
-            f"To go on with {what}, remove {self._beside['commits']}"
+    Raises:
+        StoreError: It is of a newer version, or another program's.
+    """
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    (application,) = connection.execute("PRAGMA application_id").fetchone()
+    tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
+    is_ours = application == (APPLICATION_ID if version >= COUNTED else 0)
+    if version > SCHEMA_VERSION and (is_ours or not tables):
+        raise StoreError(
+            f"journal {path}: cannot read schema version {version}, which a newer sharpwatch wrote; "
+            f"this version reads up to {SCHEMA_VERSION}"
         )
+    if not is_ours or not (tables >= FIRST_TABLES if version else not tables):
+        raise StoreError(f"journal {path}: the file is a database of another program")
+    return int(version)
 
-    def _noted(self) -> Commits | None:
-        try:
-            journal, number = self._beside["commits"].read_text(encoding="ascii").split()
-            return Commits(journal, int(number))
-        except (FileNotFoundError, ValueError):
-            return None  # a torn one tells nothing
 
-    def _error(self, cause: str) -> StoreError:
-        return StoreError(f"journal {self.path}: {cause}")
+def stored_commits(connection: sqlite3.Connection, version: int) -> Commits | None:
+    """Returns how many commits a journal has; None for one of a version that did not count them."""
+    if version < COUNTED:
+        return None
+    return Commits(*connection.execute("SELECT journal, number FROM commits").fetchone())
+
+
+@contextmanager
+def store_errors(path: Path) -> Iterator[None]:
+    """Turns errors of SQLite and of the system into `StoreError`, with the path."""
+    try:
+        yield
+    except (sqlite3.Error, OSError) as error:
+        cause = getattr(error, "strerror", None) or str(error)
+        raise StoreError(f"journal {path}: {cause}") from error
