@@ -36,7 +36,7 @@ from sharpwatch.daemon.storage.schema import (
     RequestRow,
     SampleRow,
 )
-from sharpwatch.errors import OperatorError, StoreError
+from sharpwatch.errors import OperatorError, RevisionConflictError, StoreError
 
 log = structlog.get_logger(__name__)
 
@@ -262,8 +262,12 @@ class Pipeline:
             try:
                 if entries or pending != PendingWrites():
                     await self._timed_write(pending, _rows(entries, time.time()))
-            except StoreError:
+            except StoreError as error:
                 pending.add_newer(self._pending)
+                if isinstance(error, RevisionConflictError):
+                    # Every try would be refused, and no run's samples would be acknowledged any more; logged, counted.
+                    pending.refuse(error.run, error.revision)
+                    self._metrics.internal_errors.labels("journal").inc()
                 self._pending = pending
                 raise
         for entry in entries:
