@@ -4,38 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import signal
-import stat
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
-import grpc
 import structlog
-from aiohttp import web
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1._async import HealthServicer
-from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry
 from structlog.typing import Processor
 
-from sharpwatch import wire
 from sharpwatch._version import __version__
 from sharpwatch.daemon.api.agent_service import AgentService, Sessions
 from sharpwatch.daemon.api.auth import Authorizer, check_grpc_address, load_token
-from sharpwatch.daemon.api.foreign_alerts import MAX_BYTES, ForeignAlerts
+from sharpwatch.daemon.api.call_guard import CallGuard
+from sharpwatch.daemon.api.foreign_alerts import ForeignAlerts
+from sharpwatch.daemon.api.grpc_server import GrpcServer
+from sharpwatch.daemon.api.http_server import HttpServer
+from sharpwatch.daemon.api.limits import ConnectionLimits, raise_descriptor_limit
 from sharpwatch.daemon.api.operator_service import DaemonInfo, OperatorService
-from sharpwatch.daemon.config.settings import Config, DaemonConfig
+from sharpwatch.daemon.config.settings import Config
 from sharpwatch.daemon.decisions.gate import AskGate, Gate, no_gate
 from sharpwatch.daemon.decisions.muting import Silences
 from sharpwatch.daemon.decisions.run_controller import RunController
 from sharpwatch.daemon.detection.thresholds import Budget
 from sharpwatch.daemon.estimation.estimator import Estimator
-from sharpwatch.daemon.exporter.metrics import RunCollector, render
+from sharpwatch.daemon.exporter.metrics import RunCollector
 from sharpwatch.daemon.exporter.own_metrics import OwnMetrics
 from sharpwatch.daemon.gate_webhook import GateWebhook
 from sharpwatch.daemon.ingest.hello import RunHello
@@ -46,7 +41,6 @@ from sharpwatch.daemon.runs.restore import REPLAYED_SAMPLES, restore_run
 from sharpwatch.daemon.runs.run import Runs
 from sharpwatch.daemon.storage.journal import Store
 from sharpwatch.errors import SharpwatchError
-from sharpwatch.v1.operator_pb2_grpc import add_OperatorServiceServicer_to_server
 
 log = structlog.get_logger(__name__)
 
@@ -54,16 +48,6 @@ DRAIN_SECONDS = 2.0
 RETRY_AFTER_SECONDS = 1.0
 # A second bound beside the number of samples: one sample may have 16 MiB, and 4096 of those would be 64 GiB.
 QUEUE_BYTES = 256 * 2**20
-_SERVICES = ("sharpwatch.v1.AgentService", "sharpwatch.v1.OperatorService")
-# gRPC cuts off messages above this. Between the limit and this, the daemon refuses with a reason, and counts.
-_OPTIONS = (
-    ("grpc.max_receive_message_length", 2 * wire.MAX_MESSAGE_BYTES),
-    ("grpc.so_reuseport", 0),  # a second daemon on the same port must fail
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    # The courier pings every 10 s. gRPC by default closes a connection that pings more often than every 5 min.
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-)
 
 
 def run(config: Config) -> int:
@@ -160,7 +144,8 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:
         alerts = ForeignAlerts(
             names=config.foreign_alerts, runs=runs, pipeline=pipeline, authorizer=authorizer, metrics=metrics
         )
-        http_server = HttpServer(registry, alerts, unready=lambda: pipeline.store_error)
+        limits = ConnectionLimits.of(raise_descriptor_limit())
+        http_server = HttpServer(registry, alerts, unready=lambda: pipeline.store_error, most=limits.http)
         http = await http_server.start(settings.http)
         stack.push_async_callback(http_server.stop)
         agents = AgentService(runs=runs, queue=queue, pipeline=pipeline, sessions=sessions, metrics=metrics)
@@ -176,11 +161,12 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:
         operators = OperatorService(
             runs=runs, silences=silences, pipeline=pipeline, store=store, authorizer=authorizer, info=info
         )
-        server, health, address = await _start_grpc(settings, agents, operators)
+        server = GrpcServer(CallGuard(metrics), most=limits.grpc)
+        address = await server.start(settings.grpc, agents, operators, reflects=settings.reflection)
         # Only once every address is bound, so that a start which fails has no worker to stop.
         worker = asyncio.create_task(pipeline.run(), name="pipeline")
-        stalls = asyncio.create_task(pipeline.watch_stalls(config.detection), name="stalls")
-        webhooks = (
+        beside = (
+            asyncio.create_task(pipeline.watch_stalls(config.detection), name="stalls"),
             asyncio.create_task(notifier.run(), name="notifications"),
             asyncio.create_task(asking.run(gate), name="gate"),
         )
@@ -199,10 +185,9 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:
             # No new session, then an unhealthy state, then the worker, whose last write still acknowledges to open
             # sessions. Those are drained after that, so that agents send again only samples that are not journalled.
             agents.draining = True
-            stalls.cancel()
-            for webhook in webhooks:
-                webhook.cancel()
-            await health.enter_graceful_shutdown()
+            for task in beside:
+                task.cancel()
+            await server.leave()
             pipeline.stop()
             # Not `await worker`: its own error is logged in `_main`, and must not keep the rest from being stopped.
             await asyncio.wait((worker,))
@@ -254,43 +239,6 @@ def _controller(
     return controller
 
 
-async def _start_grpc(
-    settings: DaemonConfig, agents: AgentService, operators: OperatorService
-) -> tuple[grpc.aio.Server, HealthServicer, str]:
-    server = grpc.aio.server(options=_OPTIONS)
-    server.add_generic_rpc_handlers((agents.handlers(),))
-    add_OperatorServiceServicer_to_server(operators, server)
-    health = HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(health, server)
-    # The empty name is the whole server, in the protocol of gRPC health checks.
-    for service in ("", *_SERVICES):
-        await health.set(service, health_pb2.HealthCheckResponse.SERVING)
-    if settings.reflection:
-        reflection.enable_server_reflection(
-            (*_SERVICES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME), server
-        )
-    bound = _bind(server, settings.grpc)
-    await server.start()
-    return server, health, bound
-
-
-def _bind(server: grpc.aio.Server, address: str) -> str:
-    """Listens. A unix socket has mode 0600 from its first moment, because whoever connects to it is an operator."""
-    before = os.umask(0o177)
-    try:
-        port = server.add_insecure_port(address)
-    except RuntimeError as error:
-        raise SharpwatchError(f"grpc {address}: cannot listen there; is another daemon running?") from error
-    finally:
-        os.umask(before)
-    if address.startswith("unix:"):
-        mode = stat.S_IMODE(Path(address.removeprefix("unix:")).stat().st_mode)
-        if mode & 0o077:
-            raise SharpwatchError(f"grpc {address}: the socket must have mode 0600, got {mode:04o}")
-        return address
-    return f"{address.rpartition(':')[0]}:{port}"
-
-
 def configure_logs(level: str) -> None:
     """Sends the events of structlog and of the standard library (aiohttp, asyncio, grpc) to stderr in one form.
 
@@ -323,63 +271,3 @@ def configure_logs(level: str) -> None:
         )
     )
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-
-
-class HttpServer:
-    """Serves `/metrics`, which `exporter.metrics` renders, `/-/healthy`, `/-/ready`, and takes alerts of other systems.
-
-    Args:
-        registry: The metrics.
-        alerts: Takes in the alerts.
-        unready: Returns why the daemon is not ready, or an empty string if it is.
-    """
-
-    def __init__(self, registry: CollectorRegistry, alerts: ForeignAlerts, unready: Callable[[], str]) -> None:
-        self._registry = registry
-        self._unready = unready
-        app = web.Application(client_max_size=MAX_BYTES)
-        app.router.add_post("/api/v1/alerts", alerts.post)
-        app.router.add_get("/metrics", self._metrics)
-        app.router.add_get("/-/healthy", self._healthy)
-        app.router.add_get("/-/ready", self._ready)
-        self._runner = web.AppRunner(app, access_log=None)
-
-    async def start(self, address: str) -> str:
-        """Starts to serve.
-
-        Args:
-            address: HOST:PORT; port 0 takes any free one.
-
-        Returns:
-            The address that is bound.
-
-        Raises:
-            SharpwatchError: The address can't be bound.
-        """
-        host, _, port = address.rpartition(":")
-        await self._runner.setup()
-        try:
-            await web.TCPSite(self._runner, host.strip("[]"), int(port)).start()
-        except OSError as error:
-            await self._runner.cleanup()
-            raise SharpwatchError(f"http {address}: {error.strerror}") from error
-        bound = self._runner.addresses[0]
-        return f"[{bound[0]}]:{bound[1]}" if ":" in bound[0] else f"{bound[0]}:{bound[1]}"
-
-    async def stop(self) -> None:
-        """Finishes the requests in progress and stops."""
-        await self._runner.cleanup()
-
-    async def _metrics(self, request: web.Request) -> web.Response:
-        # On a thread, because with many runs this takes a while; the collector reads immutable snapshots.
-        body, content_type = await asyncio.to_thread(render, self._registry, request.headers.get("Accept", ""))
-        response = web.Response(body=body, headers={"Content-Type": content_type})
-        response.enable_compression()
-        return response
-
-    async def _healthy(self, _: web.Request) -> web.Response:
-        return web.Response(text="ok\n")
-
-    async def _ready(self, _: web.Request) -> web.Response:
-        reason = self._unready()
-        return web.Response(text=f"{reason or 'ready'}\n", status=503 if reason else 200)
