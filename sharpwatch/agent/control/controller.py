@@ -87,6 +87,7 @@ class Controller:
         self.update_every: Mapping[str, int] = {}  # of blocks that are not updated at every step
         self.step = 0  # that began last
         self.pending_rollback: RollbackRequest | None = None
+        self.last_refusal = ""  # before which step a command was refused, and why
         self._bounds = bounds
         self._parameter_types = parameter_types
         self._has_callback = has_callback
@@ -418,6 +419,8 @@ class Controller:
 
     def _report(self, command: Command, result: CommandResult) -> None:
         self._results.append(result)
+        if result.outcome == "refused":
+            self.last_refusal = f"at step {result.step}: {result.detail[:_MAX_SHOWN]}"
         self._unapplied = 0 if result.outcome == "applied" else self._unapplied + 1
         if self._unapplied > _MAX_LOGGED:
             return
@@ -465,7 +468,7 @@ def _described(command: Command, known: Collection[str]) -> str:
             return f"rollback to step {step} ({uri[:_MAX_SHOWN]!r}{skipped})"
         case Cancel(command_id):
             return f"command {command_id[:_MAX_SHOWN]!r}"
-    return "unknown command"
+    return f"command {command.id[:_MAX_SHOWN]!r}"
 
 
 def _asked_by(command: Command) -> str:
