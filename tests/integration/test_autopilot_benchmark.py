@@ -83,7 +83,7 @@ def test_each_contender_trains(contender):
 @pytest.mark.slow
 def test_a_stage_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     cells = [Cell("gpt2", "1M", "uniform", "", 1e-3, seed, 2) for seed in (0, 1)]
-    monkeypatch.setitem(stages.STAGES, "tune", lambda _: cells)
+    monkeypatch.setitem(stages.STAGES, "tune", lambda *_: cells)
     Results(tmp_path, "gpt2", "1M").add(Result(cells[0], initial=7.0, loss=1.5))
     main(["tune", "--model", "gpt2", "--results", str(tmp_path)])
     assert capsys.readouterr().out.startswith("1 of 2 cells")
