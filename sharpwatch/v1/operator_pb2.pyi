@@ -758,7 +758,7 @@ class Alert(google.protobuf.message.Message):
 
     @property
     def layer_blocks(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """As "layers.3.qk", the likeliest culprit first."""
+        """As "layers.3.qk", the likeliest culprit first; 256 at most."""
 
     def __init__(
         self,
