@@ -123,7 +123,7 @@ class Windows:
     """The newest readings of one run, by probe; bounded in number and in bytes.
 
     A reading counts as much as the largest of its window, which is what it is padded to when it is estimated. Beyond
-    `limit` the largest window loses its oldest readings.
+    `limit` the largest window loses its oldest readings, but for the newest, which a message bounds.
 
     Args:
         specs: What there is of probes, by name.
@@ -151,12 +151,12 @@ class Windows:
         window.append((step, reading))
         self._new[probe] = min(self._new[probe] + 1, len(window))
         self._measure(probe)
-        while self.nbytes > self._limit:
+        while self.nbytes > self._limit and len(self._readings[self._largest()]) > 1:
             self.drop_oldest()
 
     def drop_oldest(self) -> None:
         """Drops the oldest reading of the largest window, which must have one."""
-        probe = max(self._bytes, key=self._bytes.__getitem__)
+        probe = self._largest()
         self._readings[probe].popleft()
         self.cut[probe] += 1
         self._on_cut(probe)
@@ -188,6 +188,9 @@ class Windows:
         """Notes that a request's estimates are made: what it has is new in no later one. No reading came since."""
         for name in request.windows:
             self._new[name] = 0
+
+    def _largest(self) -> str:
+        return max(self._bytes, key=self._bytes.__getitem__)
 
     def _measure(self, probe: str) -> None:
         window, before = self._readings[probe], self._bytes[probe]
