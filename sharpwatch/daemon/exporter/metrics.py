@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from prometheus_client import CollectorRegistry
@@ -24,7 +24,9 @@ from sharpwatch.daemon.runs.snapshot import RunSnapshot
 
 _LARGEST_PLAIN = 1e6  # from there on Go writes a number otherwise than Python
 _LABEL_SETS = 2**16  # whose text is kept; most are of all runs
-_PAUSE = 50e-6  # seconds between two runs; shorter, and a thread that waits for the interpreter does not get it
+# Between runs the interpreter is given up, once it was held for so many seconds, and for so long: a shorter pause is
+# over before a thread that waits has woken. Not after every run: to get it back from a busy thread takes up to 5 ms.
+_HELD, _PAUSE = 0.002, 50e-6
 
 
 class RunCollector(Collector):
@@ -107,16 +109,18 @@ class Exposition:
         return b"".join((*parts, end)), content_type
 
     def _renew(self) -> None:
-        renewed = {}
+        if _around_run.cache_info().currsize > _LABEL_SETS:
+            _around_run.cache_clear()
+        renewed, since = {}, time.perf_counter()
         for snapshot in self._runs.shown():
             hello = snapshot.hello
             text = self._texts.get(hello.run)
             if text is None or text.hello is not hello:
                 text = _RunText(hello)
-            if text.renew(self._runs.sections, snapshot):
-                # Samples are taken in meanwhile: the interpreter runs one thread at a time, and lets one that computes
-                # keep it for 5 ms.
+            text.renew(self._runs.sections, snapshot)
+            if time.perf_counter() - since > _HELD:
                 time.sleep(_PAUSE)
+                since = time.perf_counter()
             renewed[hello.run] = text
         self._texts = renewed
 
@@ -141,10 +145,10 @@ class _RunText:
         self._snapshot: RunSnapshot | None = None
         self._seen: dict[Section, tuple[Any, ...]] = {}
 
-    def renew(self, sections: Iterable[Section], snapshot: RunSnapshot) -> bool:
-        """Writes the lines of sections that have changed; returns whether there can be any."""
+    def renew(self, sections: Iterable[Section], snapshot: RunSnapshot) -> None:
+        """Writes the lines of sections that have changed."""
         if snapshot is self._snapshot:
-            return False
+            return
         self._snapshot, shown = snapshot, snapshot.without_stale()
         for section in sections:
             fields = tuple(getattr(shown, name) for name in section.fields)
@@ -152,17 +156,18 @@ class _RunText:
             if before is None or not all(map(_is_same, before, fields)):
                 self._seen[section] = fields
                 self._write(section, shown)
-        return True
 
     def _write(self, section: Section, snapshot: RunSnapshot) -> None:
         run, job = self._run, self._job
-        lines: dict[Family, list[str]] = {}
+        lines: dict[Family, list[str]] = {family: [] for family in section.families}
         for family, labels, value in section.rows(snapshot):
             head, middle, tail = _around_run(family, labels)
-            lines.setdefault(family, []).append(f"{head}{run}{middle}{job}{tail}{_number(float(value))}\n")
-        for family in section.families:
-            if family in lines:
-                self.lines[family] = "".join(lines[family]).encode()
+            # Here and not by a function: this is run for every line.
+            number = repr(float(value)) if -_LARGEST_PLAIN < value < _LARGEST_PLAIN else _as_go_writes(value)
+            lines[family].append(f"{head}{run}{middle}{job}{tail}{number}\n")
+        for family, own in lines.items():
+            if own:
+                self.lines[family] = "".join(own).encode()
             else:
                 self.lines.pop(family, None)
 
@@ -172,7 +177,7 @@ def _is_same(before: Any, after: Any) -> bool:
     return before is after or (isinstance(before, int | float | str | dict) and bool(before == after))
 
 
-@lru_cache(maxsize=_LABEL_SETS)
+@cache
 def _around_run(family: Family, labels: tuple[str, ...]) -> tuple[str, str, str]:
     """The line of a sample, without its value: what stands before, between and after run and training_job.
 
@@ -190,9 +195,7 @@ def _escaped(value: str) -> str:
     return value.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")
 
 
-def _number(value: float) -> str:
-    if -_LARGEST_PLAIN < value < _LARGEST_PLAIN:
-        return repr(value)
+def _as_go_writes(value: float) -> str:
     written: str = floatToGoString(value)  # type: ignore[no-untyped-call]
     return written
 
@@ -205,5 +208,5 @@ def _writes_as_here(encoder: Callable[[Any], bytes], end: bytes) -> bool:
     metric = _EXAMPLE.metric()
     metric.add_sample(_EXAMPLE.sample, {"training_job": "job", "run": "run", "label": "é\n"}, 1.5)
     head, middle, tail = _around_run(_EXAMPLE, ("é\n",))
-    line = f"{head}run{middle}job{tail}{_number(1.5)}\n"
+    line = f"{head}run{middle}job{tail}1.5\n"
     return encoder(_Families((metric,))).removesuffix(end).endswith(b"\n" + line.encode())
