@@ -82,7 +82,8 @@ def daemon(checkout: Path = ROOT) -> Iterator[Server]:
         with _process(command, checkout, stderr=subprocess.PIPE) as process:
             told = _await_line(process.stderr, lambda line: '"event": "serving"' in line)
             addresses = json.loads(told)
-            _drain(process.stderr)
+            # Read on, so that the process never waits for a reader of its log.
+            threading.Thread(target=process.stderr.read, daemon=True).start()
             yield Server(process.pid, addresses["grpc"], addresses["http"], store)
 
 
@@ -141,7 +142,7 @@ def _process(command: Sequence[str], folder: Path, **streams: Any) -> Iterator[s
         yield process
     finally:
         process.terminate()
-        process.wait()
+        process.communicate()  # also closes the streams
 
 
 def _await_line(stream: Any, wanted: Callable[[str], Any]) -> str:
@@ -151,8 +152,3 @@ def _await_line(stream: Any, wanted: Callable[[str], Any]) -> str:
             return str(line)
         seen.append(line)
     raise RuntimeError("the server did not start:\n" + "".join(seen))
-
-
-def _drain(stream: Any) -> None:
-    """Reads on, so that the process never waits for a reader of its log."""
-    threading.Thread(target=stream.read, daemon=True).start()
