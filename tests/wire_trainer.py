@@ -52,6 +52,14 @@ def direction(ratio: float) -> agent_pb2.DirectionProbe:
     )
 
 
+def whole_hello(run: str, attempt: str, **changes) -> agent_pb2.Hello:
+    """A Hello that a daemon takes."""
+    layer_blocks = [types_pb2.LayerBlock(block=block, layer="", parameters=PARAMETERS) for block in BLOCKS]
+    fields = {"protocol": 1, "training_job": "job", "run": run, "attempt": attempt, "optimizer": "AdamW"}
+    fields |= {"control": "lr", "min_multiplier": 0.01, "max_multiplier": 10.0, "sketch_size": SKETCH}
+    return agent_pb2.Hello(**fields | changes, blocks=BLOCKS, layer_blocks=layer_blocks)
+
+
 class WireTrainer:
     """One session of one attempt. It applies each command at the step after the one it came with."""
 
@@ -72,7 +80,7 @@ class WireTrainer:
         self._call = AgentServiceStub(self._channel).Session(iter(self._outgoing.get, None))
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
-        self._outgoing.put(agent_pb2.SessionRequest(hello=self._hello(run, attempt, hello)))
+        self._outgoing.put(agent_pb2.SessionRequest(hello=whole_hello(run, attempt, **hello)))
         self.wait(lambda: self.welcomed or self.end is not None)
 
     def step(self, *, update_rms=(), weight_norm=(), non_finite=(), **parts) -> None:
@@ -143,12 +151,6 @@ class WireTrainer:
                     command_id=command.id, outcome=types_pb2.COMMAND_OUTCOME_APPLIED, step=self.step_taken + 1
                 )
             )
-
-    def _hello(self, run: str, attempt: str, changes) -> agent_pb2.Hello:
-        layer_blocks = [types_pb2.LayerBlock(block=block, layer="", parameters=PARAMETERS) for block in BLOCKS]
-        fields = {"protocol": 1, "training_job": "job", "run": run, "attempt": attempt, "optimizer": "AdamW"}
-        fields |= {"control": "lr", "min_multiplier": 0.01, "max_multiplier": 10.0, "sketch_size": SKETCH}
-        return agent_pb2.Hello(**fields | changes, blocks=BLOCKS, layer_blocks=layer_blocks)
 
     def _noise(self) -> np.ndarray:
         """A healthy reading of every block, around 1."""

@@ -79,8 +79,10 @@ def attach(  # noqa: PLR0913 - the public signature; each has a default that wor
         training_job: The name of what is trained; all attempts at it share this name.
         run: The name of this attempt; by default `training_job` with the time and a random suffix.
         address: The daemon's, as "HOST:PORT" or "unix:PATH"; by default `$SHARPWATCH_ADDRESS`, then "127.0.0.1:7741".
-        token: The bearer token of the daemon, where it asks for one.
-        tls: PEM files by name: "ca", and for mutual TLS "cert" with "key". None connects without TLS.
+        token: The bearer token of the daemon, where it asks for one; by default the one in the file that
+            $SHARPWATCH_TOKEN_FILE names, which may be replaced during the run. It is sent to this machine, or over TLS.
+        tls: PEM files by name: "ca", and for mutual TLS "cert" with "key"; by default those that $SHARPWATCH_TLS_CA,
+            $SHARPWATCH_TLS_CERT and $SHARPWATCH_TLS_KEY name, if any. Without, it connects without TLS.
         overhead_budget: The share of step time that probes and sampling may take together.
         probe_every: Run every probe each so many steps, and ignore `overhead_budget`.
         early_probes: Up to this step, also run the "direction" probe at every third step, whatever it costs; the
@@ -120,6 +122,8 @@ def attach(  # noqa: PLR0913 - the public signature; each has a default that wor
         SHARPWATCH_ADDRESS: The daemon's address where `address` is not given.
         SHARPWATCH_BLOCK_RULES: A YAML file of rules that say which parameter belongs to which block, where `rules` is
             not given.
+        SHARPWATCH_TOKEN_FILE: A file with the token, mode 0600, where `token` is not given.
+        SHARPWATCH_TLS_CA: As `tls["ca"]`, where `tls` is not given; so SHARPWATCH_TLS_CERT and SHARPWATCH_TLS_KEY.
         SHARPWATCH_DISABLED: With the value 1 nothing is watched, and the watch returned does nothing.
     """
     if courier_launcher.ENVIRONMENT in os.environ:

@@ -19,7 +19,14 @@ from sharpwatch.agent.control.controller import CONTROL_MODES
 from sharpwatch.agent.hooks import Hook
 from sharpwatch.agent.optimizers.support import is_flat, unreadable_parameters
 from sharpwatch.agent.probes.builtin import DEFAULT_PROBES, PROBES, sharded_probes
-from sharpwatch.agent.transport.base import Transport, parse_daemon_address, parse_tls, parse_token
+from sharpwatch.agent.transport.base import (
+    Transport,
+    check_secrecy,
+    find_token_file,
+    parse_daemon_address,
+    parse_tls,
+    parse_token,
+)
 from sharpwatch.blocks import RulesLike
 from sharpwatch.curvature.parameters.fsdp import DataRank
 from sharpwatch.curvature.parameters.shards import is_sharded
@@ -117,9 +124,11 @@ def check(options: Options) -> None:
             "transport must have the members of sharpwatch.agent.transport.base.Transport (send_hello, send, receive, "
             f"close, dropped, connection) or be None, got {type(options.transport).__name__}"
         )
-    parse_daemon_address(options.address)
-    parse_token(options.token)
-    parse_tls(options.tls)
+    address, tls = parse_daemon_address(options.address), parse_tls(options.tls)
+    has_token = bool(parse_token(options.token) or find_token_file(options.token))
+    # The transport of a program's own has neither.
+    if options.transport is None:
+        check_secrecy(address, has_token=has_token, tls=tls)
 
 
 def possible(probes: tuple[str, ...], model: nn.Module) -> tuple[str, ...]:

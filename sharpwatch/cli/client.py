@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ import grpc
 
 from sharpwatch.cli.options import DaemonOptions, Decorator
 from sharpwatch.common.endpoint import DEFAULT_ADDRESS, parse_address
+from sharpwatch.common.tls import Tls, channel_credentials, tls_variables
 from sharpwatch.common.token_file import default_token_file, read_token, token_path
 from sharpwatch.errors import OperatorError, TokenFileError
 from sharpwatch.v1.operator_pb2 import ListRunsRequest
@@ -33,13 +35,15 @@ class DaemonConnection:
 
     Attributes:
         address: HOST:PORT or unix:PATH.
-        token: The operator's token; empty for none.
+        token: The token; empty for none.
         token_file: The file that the token is from, or would be.
+        tls: The PEM files; None to connect without TLS.
     """
 
     address: str
     token: str
     token_file: Path
+    tls: Tls | None = None
 
     @property
     def is_local(self) -> bool:
@@ -61,9 +65,17 @@ def find_connection(options: DaemonOptions, environ: Mapping[str, str]) -> Daemo
     address = options.address or _environment_address(environ) or DEFAULT_ADDRESS
     named = options.token_file or environ.get("SHARPWATCH_TOKEN_FILE")
     path = token_path(named) if named else default_token_file()
-    # A file that was named must exist. Without one, reading works with no token.
+    # A file that was named must exist. Without one, a unix socket or the daemon's own words tell what is needed.
     token = read_token(path) if named or path.exists() else ""
-    return DaemonConnection(address, token, path)
+    return DaemonConnection(address, token, path, _tls(options, environ))
+
+
+def _tls(options: DaemonOptions, environ: Mapping[str, str]) -> Tls | None:
+    given = {"ca": options.tls_ca, "cert": options.tls_cert, "key": options.tls_key}
+    files = tls_variables(environ) | {name: path for name, path in given.items() if path}
+    if ("cert" in files) != ("key" in files):
+        raise OperatorError("TLS: a certificate and its key go together: --tls-cert and --tls-key")
+    return Tls(**files) if files else None
 
 
 def _environment_address(environ: Mapping[str, str]) -> str:
@@ -150,17 +162,27 @@ def connected(connection: DaemonConnection, deadline: float = _CALL_SECONDS) -> 
     Raises:
         OperatorError: A call in the `with` block failed, or the token would cross the network unencrypted.
     """
-    # Before the channel opens, which is not encrypted: the token goes out with the first call.
-    if connection.token and not connection.is_local:
+    # Before the channel opens: the token goes out with the first call.
+    if connection.token and connection.tls is None and not connection.is_local:
         raise OperatorError(
             f"the token in {connection.token_file} would cross the network to {connection.address} unencrypted; "
-            "use an SSH tunnel to its loopback address, or its unix socket"
+            "use an SSH tunnel to its loopback address, or TLS: --tls-ca FILE"
         )
-    with grpc.insecure_channel(connection.address, options=_CHANNEL_OPTIONS) as channel:
+    with _channel(connection) as channel:
         try:
             yield OperatorServiceStub(grpc.intercept_channel(channel, _TokenInterceptor(connection.token, deadline)))
         except grpc.RpcError as error:
             raise OperatorError(plain_words(error.code(), error.details() or "", connection)) from error
+
+
+def _channel(connection: DaemonConnection) -> grpc.Channel:
+    if connection.tls is None:
+        return grpc.insecure_channel(connection.address, options=_CHANNEL_OPTIONS)
+    try:
+        credentials = channel_credentials(connection.tls)
+    except OSError as error:
+        raise OperatorError(f"TLS: {error.filename}: {error.strerror}") from error
+    return grpc.secure_channel(connection.address, credentials, options=_CHANNEL_OPTIONS)
 
 
 def plain_words(code: grpc.StatusCode, details: str, connection: DaemonConnection) -> str:
@@ -175,7 +197,9 @@ def plain_words(code: grpc.StatusCode, details: str, connection: DaemonConnectio
     message = " ".join(details.split())
     reason = f": {message}" if message else ""
     token = (
-        f"the token shown is {token_file}" if connection.token else f"no token was shown ({token_file} is not there)"
+        f"the token shown is {token_file}"
+        if connection.token
+        else f"no token was shown ({token_file} is not there; --token-file or $SHARPWATCH_TOKEN_FILE names yours)"
     )
     words = {
         grpc.StatusCode.UNAVAILABLE: _unavailable(message, address),
@@ -201,6 +225,10 @@ def plain_words(code: grpc.StatusCode, details: str, connection: DaemonConnectio
 
 
 def _unavailable(message: str, address: str) -> str:
+    if "handshake failed" in message:
+        found = re.search(r"certificate verify failed|CERTIFICATE_VERIFY_FAILED", message, re.IGNORECASE)
+        why = "its certificate is not one of --tls-ca, or names another host" if found else "does it serve TLS?"
+        return f"no TLS with the daemon at {address}: {why}"
     # gRPC's message for a failed connection lists every address it tried, which only distracts.
     if not message or message.startswith(
         ("failed to connect", "connections to all", "DNS resolution", "Socket closed")

@@ -156,6 +156,9 @@ class DaemonOptions:
 
     address: str | None = None
     token_file: str | None = None
+    tls_ca: str | None = None
+    tls_cert: str | None = None
+    tls_key: str | None = None
     json: bool = False
 
     def given(self) -> list[str]:
@@ -186,8 +189,21 @@ def _daemon_options() -> list[click.Parameter]:
             "--token-file",
             type=click.Path(),
             metavar="FILE",
-            help="The operator's token. Default: $SHARPWATCH_TOKEN_FILE, then ~/.config/sharpwatch/operator.token.",
+            help="Your token. Default: $SHARPWATCH_TOKEN_FILE, then ~/.config/sharpwatch/operator.token.",
         ),
+        option(
+            "--tls-ca",
+            type=click.Path(),
+            metavar="FILE",
+            help="Connect by TLS, and trust these authorities. Default: $SHARPWATCH_TLS_CA; without, no TLS.",
+        ),
+        option(
+            "--tls-cert",
+            type=click.Path(),
+            metavar="FILE",
+            help="Your certificate, if the daemon asks for one. Default: $SHARPWATCH_TLS_CERT.",
+        ),
+        option("--tls-key", type=click.Path(), metavar="FILE", help="Its key. Default: $SHARPWATCH_TLS_KEY."),
         option("--json", is_flag=True, help="Print JSON."),
     ]
 

@@ -17,13 +17,14 @@ from structlog.typing import Processor
 
 from sharpwatch._version import __version__
 from sharpwatch.daemon.api.agent_service import AgentService, Sessions
-from sharpwatch.daemon.api.auth import Authorizer, check_grpc_address, load_token
+from sharpwatch.daemon.api.auth import Authorizer
 from sharpwatch.daemon.api.call_guard import CallGuard
 from sharpwatch.daemon.api.foreign_alerts import ForeignAlerts
 from sharpwatch.daemon.api.grpc_server import GrpcServer
 from sharpwatch.daemon.api.http_server import HttpServer
 from sharpwatch.daemon.api.limits import ConnectionLimits, raise_descriptor_limit
 from sharpwatch.daemon.api.operator_service import DaemonInfo, OperatorService
+from sharpwatch.daemon.api.server_tls import ServerTls
 from sharpwatch.daemon.config.settings import Config
 from sharpwatch.daemon.decisions.gate import AskGate, Gate, no_gate
 from sharpwatch.daemon.decisions.muting import Silences
@@ -108,8 +109,8 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:
     """
     settings = config.daemon
     # Before anything is opened: an address that must not be served leaves no journal and no token file behind.
-    check_grpc_address(settings.grpc)
-    authorizer = Authorizer(load_token(settings.token_file))
+    authorizer = Authorizer.of(settings)
+    tls = None if settings.tls is None else ServerTls(settings.tls)
     started_at = time.monotonic()
     registry = CollectorRegistry()
     silences = Silences()
@@ -132,7 +133,12 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:
             RUN_QUEUE_BYTES,
             on_evict=lambda entry: sessions.evicted(entry),  # noqa: PLW0108  defined below
         )
-        metrics = OwnMetrics(registry, queue_depth=lambda: queue.depth, queue_capacity=queue.capacity)
+        metrics = OwnMetrics(
+            registry,
+            queue_depth=lambda: queue.depth,
+            queue_capacity=queue.capacity,
+            certificate_days=None if tls is None else lambda: tls.days_left,
+        )
         sessions = Sessions(metrics)
         exposition = Exposition(
             registry,
@@ -157,10 +163,19 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:
             names=config.foreign_alerts, runs=runs, pipeline=pipeline, authorizer=authorizer, metrics=metrics
         )
         limits = ConnectionLimits.of(raise_descriptor_limit())
-        http_server = HttpServer(exposition, alerts, unready=lambda: pipeline.store_error, most=limits.http)
+        http_server = HttpServer(
+            exposition,
+            alerts,
+            unready=lambda: pipeline.store_error,
+            reader=authorizer if settings.metrics_auth == "token" else None,
+            tls=tls,
+            most=limits.http,
+        )
         http = await http_server.start(settings.http)
         stack.push_async_callback(http_server.stop)
-        agents = AgentService(runs=runs, queue=queue, pipeline=pipeline, sessions=sessions, metrics=metrics)
+        agents = AgentService(
+            runs=runs, queue=queue, pipeline=pipeline, sessions=sessions, authorizer=authorizer, metrics=metrics
+        )
         info = DaemonInfo(
             started_at,
             estimator.device,
@@ -173,12 +188,13 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:
         operators = OperatorService(
             runs=runs, silences=silences, pipeline=pipeline, store=store, authorizer=authorizer, info=info
         )
-        server = GrpcServer(CallGuard(metrics), most=limits.grpc)
+        server = GrpcServer(CallGuard(authorizer, metrics), tls, most=limits.grpc)
         address = await server.start(settings.grpc, agents, operators, reflects=settings.reflection)
         # Only once every address is bound, so that a start which fails has no worker to stop.
         worker = asyncio.create_task(pipeline.run(), name="pipeline")
         beside = (
             asyncio.create_task(pipeline.watch_stalls(config.detection), name="stalls"),
+            asyncio.create_task(sessions.end_revoked(authorizer), name="revoked"),
             asyncio.create_task(notifier.run(), name="notifications"),
             asyncio.create_task(asking.run(gate), name="gate"),
         )

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 
 _LINE_EVERY = 25  # steps between two printed lines if there is no terminal
+_Metadata = tuple[tuple[str, str], ...]
 _CONFIG = """\
 daemon:
   grpc: "127.0.0.1:0"
@@ -94,18 +95,24 @@ async def _play(recipe: Recipe, mode: str, console: Console) -> DemoOutcome:
         recipe = replace(recipe, address=addresses.grpc)
         async with grpc.aio.insecure_channel(addresses.grpc) as channel, _trainer(recipe, folder) as trainer:
             operator: OperatorServiceAsyncStub = OperatorServiceStub(channel)
-            viewer = asyncio.create_task(_watch(operator, recipe, console))
+            shown = (("authorization", f"Bearer {_token(folder)}"),)
+            viewer = asyncio.create_task(_watch(operator, shown, recipe, console))
             # The trainer first: if it fails before it attaches, the view would wait for a run that never appears.
             status = await trainer.wait()
             if status:
                 viewer.cancel()
                 raise SharpwatchError(f"the demo's trainer ended with status {status}; see {folder / 'trainer.log'}")
             await viewer
-            detail = (await operator.GetRun(pb.GetRunRequest(run=recipe.run))).detail
-            decisions = (await operator.ListDecisions(pb.ListDecisionsRequest(run=recipe.run))).decisions
+            detail = (await operator.GetRun(pb.GetRunRequest(run=recipe.run), metadata=shown)).detail
+            listed = await operator.ListDecisions(pb.ListDecisionsRequest(run=recipe.run), metadata=shown)
     losses = json.loads((folder / "losses.json").read_text(encoding="utf-8"))
-    ordered = sorted(decisions, key=lambda decision: decision.made_at_unix_ns)
+    ordered = sorted(listed.decisions, key=lambda decision: decision.made_at_unix_ns)
     return DemoOutcome(detail, ordered, losses, f"http://{addresses.http}/metrics", config)
+
+
+def _token(folder: Path) -> str:
+    """The token that the daemon has made."""
+    return (folder / "operator.token").read_text(encoding="ascii").strip()
 
 
 def write_config(folder: Path, mode: str) -> Path:
@@ -176,15 +183,15 @@ async def _trainer(recipe: Recipe, folder: Path) -> AsyncIterator[asyncio.subpro
                 await process.wait()
 
 
-async def _watch(operator: OperatorServiceAsyncStub, recipe: Recipe, console: Console) -> None:
+async def _watch(operator: OperatorServiceAsyncStub, token: _Metadata, recipe: Recipe, console: Console) -> None:
     """Show the run until it is closed."""
     losses: list[float] = []
     with Live(console=console, auto_refresh=False, transient=True) as live:
         shown = -_LINE_EVERY
-        async for detail in _details(operator, recipe.run):
+        async for detail in _details(operator, token, recipe.run):
             if detail.run.HasField("loss"):
                 losses.append(detail.run.loss)
-            response = await operator.ListDecisions(pb.ListDecisionsRequest(run=recipe.run))
+            response = await operator.ListDecisions(pb.ListDecisionsRequest(run=recipe.run), metadata=token)
             decisions = sorted(response.decisions, key=lambda decision: decision.made_at_unix_ns)
             if console.is_terminal:
                 live.update(render(detail, decisions, losses, recipe.steps), refresh=True)
@@ -195,11 +202,12 @@ async def _watch(operator: OperatorServiceAsyncStub, recipe: Recipe, console: Co
                 return
 
 
-async def _details(operator: OperatorServiceAsyncStub, run: str) -> AsyncIterator[pb.RunDetail]:
+async def _details(operator: OperatorServiceAsyncStub, token: _Metadata, run: str) -> AsyncIterator[pb.RunDetail]:
     """Yield the run's state whenever it changes, once the daemon knows the run."""
     while True:
         try:
-            async for message in operator.WatchRun(pb.WatchRunRequest(run=run, min_interval_seconds=0.25)):
+            request = pb.WatchRunRequest(run=run, min_interval_seconds=0.25)
+            async for message in operator.WatchRun(request, metadata=token):
                 yield message.detail
         except grpc.aio.AioRpcError as error:
             if error.code() != grpc.StatusCode.NOT_FOUND:

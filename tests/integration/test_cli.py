@@ -365,7 +365,8 @@ async def test_without_the_token_commands_are_refused_and_looking_is_not(cli, tm
     status, out, err = await cli("mode", "llama", "enforce", **bare)
     assert (status, out) == (1, "")
     missing = tmp_path / ".config/sharpwatch/operator.token"
-    assert err.endswith(f": commands need the operator's token; no token was shown ({missing} is not there)\n")
+    shown = f"no token was shown ({missing} is not there; --token-file or $SHARPWATCH_TOKEN_FILE names yours)"
+    assert err.endswith(f": commands need the operator's token; {shown}\n")
 
 
 async def test_a_socket_is_an_address(operator, cli):

@@ -14,6 +14,9 @@ COMMON = {
     "--help",
     "--address",
     "--token-file",
+    "--tls-ca",
+    "--tls-cert",
+    "--tls-key",
     "--json",
     "--reason",
     "--no-wait",
@@ -24,6 +27,7 @@ COMMON = {
 GROUPS = {
     "lr": ("show", "set", "history", "undo", "plan", "promote", "pause", "abort"),
     "silence": ("add", "list", "expire"),
+    "token": ("create", "list", "revoke"),
 }
 COMMANDS = re.findall(r"^\| \[`([^]]+)`\]", DOCUMENT, re.MULTILINE)
 
@@ -49,7 +53,7 @@ def test_the_page_lists_every_command():
     [
         *("serve", "demo", "measure", "jobs", "show", "lr", "rollback", "mode", "decisions", "check-config", "doctor"),
         *("backup", "restore", "check-journal"),
-        *("replay", "compare", "incidents", "ack", "reference", "silence", "report", "top"),
+        *("replay", "compare", "incidents", "ack", "reference", "silence", "report", "top", "token"),
     ],
 )
 def test_a_section_has_the_options_of_its_command(command):

@@ -13,6 +13,7 @@ DOCUMENT = (Path(__file__).parents[2] / "docs/reference/configuration.md").read_
 # A configuration with the unknown key `nope` in each of its sections.
 UNKNOWN = {
     "## daemon": "daemon: {nope: 1}",
+    "### tls": "daemon: {tls: {certificate: c, key: k, nope: 1}}",
     "## detection": "detection: {nope: 1}",
     "### overrides": "detection: {overrides: [{match: {team: nlp}, nope: 1}]}",
     "## notifications": "notifications: {nope: 1}",

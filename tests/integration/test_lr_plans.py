@@ -40,7 +40,9 @@ BAND = 40  # losses that a stage is judged by
 def until(daemon, *states: str) -> Plan:
     """The plan once it is in one of `states`, while the training goes on."""
     with grpc.insecure_channel(daemon.grpc) as channel:
-        watch = OperatorServiceStub(channel).WatchRun(WatchRunRequest(run="plans"), timeout=PATIENCE)
+        shown = (("authorization", f"Bearer {daemon.token_file.read_text().strip()}"),)
+        stub = OperatorServiceStub(channel)
+        watch = stub.WatchRun(WatchRunRequest(run="plans"), timeout=PATIENCE, metadata=shown)
         return next(each.detail.plan for each in watch if each.detail.plan.state in states)
 
 

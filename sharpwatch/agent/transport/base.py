@@ -11,7 +11,9 @@ from types import MappingProxyType
 from typing import Protocol, runtime_checkable
 
 from sharpwatch.common.endpoint import Address, parse_address
-from sharpwatch.errors import AttachError
+from sharpwatch.common.tls import Tls, tls_variables
+from sharpwatch.common.token_file import read_token, token_path
+from sharpwatch.errors import AttachError, TokenFileError
 from sharpwatch.v1 import agent_pb2
 
 
@@ -92,23 +94,24 @@ _TLS_KEYS = ("ca", "cert", "key")
 
 
 @dataclass(frozen=True, slots=True)
-class Tls:
-    """Paths of PEM files: authorities to trust (None: the system's), and the agent's own certificate and key."""
-
-    ca: str | None = None
-    cert: str | None = None
-    key: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Destination:
-    """What the courier is started with; `trainer` is the trainer's process id."""
+    """What the courier is started with.
+
+    Attributes:
+        target: The daemon's address.
+        token: The bearer token; empty for none, or for the one in `token_file`.
+        tls: The PEM files; None to connect without TLS.
+        spool_bytes: How many bytes of samples it keeps.
+        trainer: The trainer's process id.
+        token_file: A file with the token, read for each session anew; empty for none.
+    """
 
     target: str
     token: str
     tls: Tls | None
     spool_bytes: int
     trainer: int
+    token_file: str = ""
 
     def to_json(self) -> str:
         """Return it as JSON for the courier's environment; every user of the machine could read its argv."""
@@ -137,9 +140,13 @@ def parse_daemon_address(text: str) -> Address:
 def parse_tls(tls: Mapping[str, str] | None) -> Tls | None:
     """Read the `tls` option of `attach`, {"ca": PATH, "cert": PATH, "key": PATH}, each optional.
 
+    None is what $SHARPWATCH_TLS_CA, $SHARPWATCH_TLS_CERT and $SHARPWATCH_TLS_KEY name, and no TLS without them.
+
     Raises:
         AttachError: A key or a value is wrong, or a file does not exist.
     """
+    if tls is None:
+        tls = tls_variables(os.environ) or None
     if tls is None:
         return None
     if not isinstance(tls, Mapping) or not set(tls) <= set(_TLS_KEYS):
@@ -168,3 +175,33 @@ def parse_token(token: str | None) -> str:
     if not (stripped.isascii() and stripped.isprintable()):
         raise AttachError("token must consist of printable ASCII characters on one line")
     return stripped
+
+
+def find_token_file(token: str | None) -> str:
+    """The file of the token where `attach` was given none: $SHARPWATCH_TOKEN_FILE; empty for none.
+
+    Raises:
+        AttachError: The file can't be used.
+    """
+    named = os.environ.get("SHARPWATCH_TOKEN_FILE")
+    if token is not None or not named:
+        return ""
+    try:
+        path = token_path(named).absolute()
+        read_token(path)
+    except TokenFileError as error:
+        raise AttachError(f"$SHARPWATCH_TOKEN_FILE: {error}") from error
+    return str(path)
+
+
+def check_secrecy(address: Address, *, has_token: bool, tls: Tls | None) -> None:
+    """Refuse to send a token over a network unencrypted.
+
+    Raises:
+        AttachError: It would be; says what to do.
+    """
+    if has_token and tls is None and not address.is_local:
+        raise AttachError(
+            f"token: it would cross the network to {address} unencrypted; give tls={{'ca': PATH}} "
+            "(or $SHARPWATCH_TLS_CA), or use an SSH tunnel to the daemon's loopback address"
+        )

@@ -20,13 +20,15 @@ from pathlib import Path
 import grpc
 from google.protobuf.message import DecodeError
 
-from sharpwatch.agent.transport.base import Destination, Tls
+from sharpwatch.agent.transport.base import Destination
 from sharpwatch.agent.transport.courier_launcher import ENVIRONMENT, Unframer
 from sharpwatch.agent.transport.response_limits import MAX_RESPONSE_BYTES, too_long, within_limits
 from sharpwatch.agent.transport.spool import Spool
 from sharpwatch.agent.transport.trainer_writer import TrainerWriter
 from sharpwatch.common.endpoint import Backoff
-from sharpwatch.errors import WireError
+from sharpwatch.common.tls import channel_credentials
+from sharpwatch.common.token_file import read_token
+from sharpwatch.errors import TokenFileError, WireError
 from sharpwatch.v1 import agent_pb2
 
 DRAIN_SECONDS = 1.5  # less than the 2 s that the trainer waits for the courier's end
@@ -192,6 +194,8 @@ class Courier:
         except grpc.aio.AioRpcError as error:
             reason = f"{error.code().name}: {error.details()}"
             refused = not self._open and error.code() in _REFUSALS
+        except TokenFileError as error:
+            reason, refused = str(error), True  # the trainer's own log must say so
         except (TimeoutError, asyncio.InvalidStateError, OSError) as error:
             reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         finally:
@@ -202,7 +206,8 @@ class Courier:
 
     async def _session(self, hello: bytes) -> None:
         async with self._channel() as channel:
-            metadata = [("authorization", f"Bearer {self._destination.token}")] if self._destination.token else []
+            token = self._token()
+            metadata = [("authorization", f"Bearer {token}")] if token else []
             call: Call = channel.stream_stream(_METHOD, None, None)(None, metadata=metadata)
             try:
                 async with asyncio.timeout(WELCOME_SECONDS):
@@ -212,10 +217,15 @@ class Courier:
             finally:
                 call.cancel()
 
+    def _token(self) -> str:
+        """The token, from its file as it is now: tokens are replaced during long runs."""
+        file = self._destination.token_file
+        return read_token(Path(file)) if file else self._destination.token
+
     def _channel(self) -> grpc.aio.Channel:
         if self._destination.tls is None:
             return grpc.aio.insecure_channel(self._destination.target, options=_OPTIONS)
-        credentials = _credentials(self._destination.tls)
+        credentials = channel_credentials(self._destination.tls)
         return grpc.aio.secure_channel(self._destination.target, credentials, options=_OPTIONS)
 
     async def _await_welcome(self, call: Call) -> None:
@@ -359,12 +369,6 @@ def _parsed(payload: bytes) -> agent_pb2.SessionResponse | None:
 
 def _heartbeat(*, last: bool = False) -> bytes:
     return agent_pb2.SessionRequest(heartbeat=agent_pb2.Heartbeat(last=last)).SerializeToString()
-
-
-def _credentials(tls: Tls) -> grpc.ChannelCredentials:
-    """Read the PEM files; for every session anew, as certificates are replaced during long runs."""
-    ca, key, cert = (None if path is None else Path(path).read_bytes() for path in (tls.ca, tls.key, tls.cert))
-    return grpc.ssl_channel_credentials(ca, key, cert)
 
 
 async def _run(destination: Destination, inward: int, outward: int) -> None:

@@ -17,7 +17,15 @@ from collections.abc import Mapping
 from google.protobuf.message import DecodeError
 
 from sharpwatch.agent.safety import signals_held, warn
-from sharpwatch.agent.transport.base import Connection, Destination, Tls, parse_daemon_address, parse_tls, parse_token
+from sharpwatch.agent.transport.base import (
+    Connection,
+    Destination,
+    check_secrecy,
+    find_token_file,
+    parse_daemon_address,
+    parse_tls,
+    parse_token,
+)
 from sharpwatch.agent.transport.courier_launcher import (
     LOG,
     CourierGoneError,
@@ -28,6 +36,7 @@ from sharpwatch.agent.transport.courier_launcher import (
 )
 from sharpwatch.agent.transport.spool import Spool, without_arrays
 from sharpwatch.common.endpoint import Address, Backoff
+from sharpwatch.common.tls import Tls
 from sharpwatch.errors import WireError
 from sharpwatch.v1 import agent_pb2
 
@@ -53,7 +62,7 @@ class CourierHandle:
 
     Args:
         address: The daemon's address: "HOST:PORT" or "unix:PATH".
-        token: The daemon's bearer token, if it has one.
+        token: The daemon's bearer token, if it has one; None for the one in the file $SHARPWATCH_TOKEN_FILE.
         tls: PEM files by name: "ca", and "cert" with "key".
         pending_bytes: How many bytes of samples the trainer keeps for the courier.
         spool_bytes: How many bytes of samples the courier keeps for the daemon.
@@ -79,7 +88,10 @@ class CourierHandle:
             tls=tls if isinstance(tls, Tls) else parse_tls(tls),
             spool_bytes=spool_bytes,
             trainer=self._pid,
+            token_file=find_token_file(token),
         )
+        has_token = bool(self._destination.token or self._destination.token_file)
+        check_secrecy(where, has_token=has_token, tls=self._destination.tls)
         self._hello = b""
         self._limit = pending_bytes
         self._spool = Spool(pending_bytes)

@@ -6,6 +6,7 @@ import fcntl
 import importlib
 import os
 import re
+import ssl
 import sys
 import time
 import urllib.error
@@ -15,6 +16,7 @@ from dataclasses import asdict, dataclass
 from email.utils import parsedate_to_datetime
 from importlib import metadata
 from typing import TYPE_CHECKING, Literal
+from urllib.parse import urlsplit
 
 import click
 
@@ -22,6 +24,7 @@ from sharpwatch._version import __version__
 from sharpwatch.cli import output
 from sharpwatch.cli.options import DaemonCommand, DaemonOptions
 from sharpwatch.cli.output import Grid, print_answer
+from sharpwatch.common.endpoint import Address
 from sharpwatch.errors import OperatorError, TokenFileError
 
 if TYPE_CHECKING:
@@ -204,8 +207,8 @@ def check_token(connection: DaemonConnection) -> CheckResult:
     """Check that there is a token to send with commands."""
     if connection.token:
         return CheckResult("token file", "ok", f"{connection.token_file}, readable by its owner only")
-    remedy = "write the daemon's operator token there, mode 0600; over a unix socket your user id may be enough"
-    return CheckResult("token file", "warn", f"{connection.token_file} is not there: commands may be refused", remedy)
+    remedy = "write your token there, mode 0600; over the daemon's unix socket none is needed"
+    return CheckResult("token file", "warn", f"{connection.token_file} is not there: the daemon may refuse you", remedy)
 
 
 def check_daemon(connection: DaemonConnection) -> Iterator[CheckResult]:
@@ -224,7 +227,7 @@ def check_daemon(connection: DaemonConnection) -> Iterator[CheckResult]:
     yield check_role(answer)
     yield check_store(answer)
     if answer.http_address:
-        yield from check_metrics(metrics_url(answer.http_address, connection.address))
+        yield from check_metrics(metrics_url(answer.http_address, connection), connection)
     else:
         yield CheckResult(
             "metrics", "warn", "the daemon serves no HTTP", "set daemon.http to have Prometheus scrape it"
@@ -260,25 +263,33 @@ def check_store(answer: GetDaemonResponse) -> CheckResult:
     return CheckResult("store", "fail", f"{answer.store}: {answer.store_error or 'not writable'}", remedy)
 
 
-def metrics_url(http_address: str, grpc_address: str) -> str:
+def metrics_url(http_address: str, connection: DaemonConnection) -> str:
     """The URL of the daemon's metrics, as seen from this machine.
 
     Args:
-        http_address: The daemon's HTTP address. If it listens on every address, the host of `grpc_address` is used.
-        grpc_address: The address that the daemon's gRPC was reached at.
+        http_address: The daemon's HTTP address. If it listens on every address, the host of its gRPC is used.
+        connection: How its gRPC was reached.
     """
+    grpc_address = connection.address
     host, _, port = http_address.rpartition(":")
     if host in ("0.0.0.0", "[::]", "", "*"):  # noqa: S104 - compared, not bound
         host = "127.0.0.1" if grpc_address.startswith("unix:") else grpc_address.rpartition(":")[0]
-    return f"http://{host}:{port}/metrics"
+    # One configuration gives both sides of the daemon TLS, or neither.
+    return f"http{'' if connection.tls is None else 's'}://{host}:{port}/metrics"
 
 
-def check_metrics(url: str) -> Iterator[CheckResult]:
+def check_metrics(url: str, connection: DaemonConnection) -> Iterator[CheckResult]:
     """Check that `url` serves sharpwatch's metrics, and compare the daemon's clock with this machine's."""
-    # Without the environment's proxy, which is for other hosts than the user's own daemon.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    ca = None if connection.tls is None else connection.tls.ca
+    request = urllib.request.Request(url)  # noqa: S310 - http or https
+    # Of the URL, not of the connection: through a tunnel that is local, while HTTP may go over the network.
+    if connection.token and (connection.tls is not None or Address(urlsplit(url).netloc).is_loopback):
+        request.add_header("Authorization", f"Bearer {connection.token}")
     try:
-        with opener.open(url, timeout=_HTTP_SECONDS) as answer:
+        https = urllib.request.HTTPSHandler(context=ssl.create_default_context(cafile=ca))
+        # Without the environment's proxy, which is for other hosts than the user's own daemon.
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), https)
+        with opener.open(request, timeout=_HTTP_SECONDS) as answer:
             body, date, received = answer.read(), answer.headers["Date"], time.time()
     except (urllib.error.URLError, OSError) as error:
         reason = getattr(error, "reason", error)

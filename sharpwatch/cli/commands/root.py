@@ -38,6 +38,7 @@ _COMMANDS = {
     "reject": LazyCommand(_ACT, "Reject a proposed decision.", f"{_HERE}.decisions:reject"),
     "cancel": LazyCommand(_ACT, "Take back a decision that is not applied yet.", f"{_HERE}.decisions:cancel"),
     "serve": LazyCommand(_CHECK, "Run the daemon.", f"{_HERE}.serve:serve"),
+    "token": LazyCommand(_CHECK, "Make, list and revoke tokens of a daemon.", f"{_HERE}.token:token"),
     "check-config": LazyCommand(_CHECK, "Check a daemon's configuration file.", f"{_HERE}.serve:check_config"),
     "backup": LazyCommand(_CHECK, "Copy the daemon's journal, while it goes on.", f"{_HERE}.backup:backup"),
     "restore": LazyCommand(_CHECK, "Put a backup in the place of the journal.", f"{_HERE}.restore:restore"),

@@ -19,6 +19,7 @@ from google.protobuf.message import DecodeError
 from sharpwatch import wire
 from sharpwatch._version import __version__
 from sharpwatch.daemon.api.admission import Admission, RefusedError, client_of
+from sharpwatch.daemon.api.auth import Authorizer, Caller
 from sharpwatch.daemon.api.conversions import command_message
 from sharpwatch.daemon.exporter.own_metrics import OwnMetrics, SessionRefusal
 from sharpwatch.daemon.ingest.hello import Attempt, read_hello
@@ -34,6 +35,7 @@ log = structlog.get_logger(__name__)
 MAX_REASON = 1_000  # characters of a refusal, which may quote the bad message
 MAX_OUTGOING = 1_024  # refusals and commands that wait for a client which does not read
 HEARTBEAT_SECONDS = 10.0  # a third of the silence after which a run may go to another trainer
+_REVOKED_SECONDS = 2.0  # between looks for sessions whose token was revoked
 _LOGGED = 256  # refused sessions that are remembered, as each tries again every few seconds
 Context = grpc.aio.ServicerContext[bytes, agent_pb2.SessionResponse]
 
@@ -49,9 +51,10 @@ class SessionEndedError(Exception):
 class Session:
     """What is to be sent to one attempt: the newest acknowledgement, and a bounded queue of all other responses."""
 
-    def __init__(self, attempt: Attempt, client: str) -> None:
+    def __init__(self, attempt: Attempt, client: str, caller: Caller) -> None:
         self.attempt = attempt
         self.client = client
+        self.caller = caller
         self._responses: deque[agent_pb2.SessionResponse] = deque()
         self._acknowledged = 0
         self._end: SessionEndedError | None = None
@@ -120,9 +123,9 @@ class Sessions:
         """Returns how many sessions `client` has."""
         return sum(session.client == client for session in self._live.values())
 
-    def open(self, attempt: Attempt, client: str) -> Session:
+    def open(self, attempt: Attempt, client: str, caller: Caller) -> Session:
         """Opens a session for `attempt`, and ends the one that it already has."""
-        session = Session(attempt, client)
+        session = Session(attempt, client, caller)
         older = self._live.get(attempt.hello.attempt)
         if older is not None:
             # A courier gives up a stream that is silent and connects again, before this side has noticed anything.
@@ -162,6 +165,15 @@ class Sessions:
             log.info("command_sent", run=run.name, decision=decision.id, action=decision.action)
             session.send(agent_pb2.SessionResponse(command=command_message(decision)))
 
+    async def end_revoked(self, authorizer: Authorizer) -> None:
+        """Ends the sessions whose token is valid no more, for ever."""
+        while True:
+            await asyncio.sleep(_REVOKED_SECONDS)
+            for session in list(self._live.values()):
+                if not authorizer.still_holds(session.caller):
+                    text = f"the token of {session.caller.name} is valid no more"
+                    session.end(grpc.StatusCode.UNAUTHENTICATED, text)
+
     def drain(self, reason: str, retry_after: float) -> None:
         """Asks every agent to reconnect `retry_after` seconds later, and ends its session."""
         response = agent_pb2.SessionResponse(drain=agent_pb2.Drain(reason=reason, retry_after_seconds=retry_after))
@@ -178,16 +190,25 @@ class AgentService:
         queue: Where samples are put.
         pipeline: Journals new attempts.
         sessions: The live sessions.
+        authorizer: Knows who calls.
         metrics: The daemon's own metrics.
     """
 
-    def __init__(
-        self, *, runs: Runs, queue: SampleQueue, pipeline: Pipeline, sessions: Sessions, metrics: OwnMetrics
+    def __init__(  # noqa: PLR0913  the parts that it connects
+        self,
+        *,
+        runs: Runs,
+        queue: SampleQueue,
+        pipeline: Pipeline,
+        sessions: Sessions,
+        authorizer: Authorizer,
+        metrics: OwnMetrics,
     ) -> None:
         self._runs = runs
         self._queue = queue
         self._pipeline = pipeline
         self._sessions = sessions
+        self._authorizer = authorizer
         self._metrics = metrics
         self._admission = Admission(runs, sessions.count)
         self._logged: set[str] = set()
@@ -208,7 +229,7 @@ class AgentService:
     ) -> AsyncIterator[agent_pb2.SessionResponse]:
         """Serves one stream, from its Hello until client or daemon ends it."""
         try:
-            session, run = await self._handshake(requests, context.peer())
+            session, run = await self._handshake(requests, context)
         except RefusedError as error:
             self._count_refusal(error, context.peer())
             await context.abort(error.code, str(error))
@@ -256,7 +277,7 @@ class AgentService:
                 run.publish(phase="silent", last_seen_at=time.time())
             log.info("session_closed", run=run.name, attempt=session.attempt.hello.attempt, phase=run.phase)
 
-    async def _handshake(self, requests: AsyncIterator[bytes], peer: str) -> tuple[Session, Run]:
+    async def _handshake(self, requests: AsyncIterator[bytes], context: Context) -> tuple[Session, Run]:
         if self.draining:
             raise RefusedError("stopping", grpc.StatusCode.UNAVAILABLE, "the daemon is stopping")
         try:
@@ -267,8 +288,13 @@ class AgentService:
             _check_size(message)
             sent = _parse(message, "hello").hello
             hello = read_hello(sent)
+            caller = self._authorizer.caller_of(context)
+            if not caller.speaks_for(hello.training_job):
+                # It does not say which jobs there are.
+                text = f"the token of {caller.name} is not for training job {hello.training_job}"
+                raise RefusedError("other_job", grpc.StatusCode.PERMISSION_DENIED, text)
             now = time.monotonic()
-            client = client_of(peer, hello)
+            client = client_of(context.peer(), hello)
             attempt, run = self._admission.admit(hello, sent.SerializeToString(), client, now)
         except WireError as error:
             reason: SessionRefusal = "wrong_run" if error.code == "wrong_run" else "malformed"
@@ -276,7 +302,7 @@ class AgentService:
             raise RefusedError(reason, grpc.StatusCode.INVALID_ARGUMENT, text) from error
         # In the same turn of the loop: of two trainers that come at once, one must find the other.
         attempt.presence.heard(now)
-        return self._sessions.open(attempt, client), run
+        return self._sessions.open(attempt, client, caller), run
 
     def _count_refusal(self, error: RefusedError, peer: str) -> None:
         self._metrics.refused.labels("hello").inc()

@@ -1,4 +1,7 @@
-"""Bounds gRPC calls that have sent nothing yet: each must send its first message soon, and few may wait for theirs.
+"""Guards every gRPC call before it begins: who may make it, and how long it may send nothing.
+
+Each call needs a role, by its method; that a change needs the role operator, the methods themselves see to. Each must
+send its first message soon, and few may wait for theirs.
 
 gRPC has no deadline on a server's side. A call that never sends a message would hold memory until its connection ends,
 also a unary one, whose method is not even called before its request has come.
@@ -12,13 +15,20 @@ from contextlib import aclosing
 from typing import Any, TypeAlias, cast
 
 import grpc
+import structlog
 
+from sharpwatch.common.credentials import Role
+from sharpwatch.daemon.api.auth import Authorizer, Caller
 from sharpwatch.daemon.exporter.own_metrics import OwnMetrics
+
+log = structlog.get_logger(__name__)
 
 FIRST_MESSAGE_SECONDS = 10.0
 MAX_WAITING = 256  # calls that have not sent their first message
 MAX_HEALTH_WATCHES = 64  # which anyone may open, and which last
-_HEALTH_WATCH = "/grpc.health.v1.Health/Watch"
+_LOGGED = 256  # kinds of refused calls that are remembered
+_HEALTH, _AGENTS = "/grpc.health.v1.Health/", "/sharpwatch.v1.AgentService/"
+_HEALTH_WATCH = f"{_HEALTH}Watch"
 Context = grpc.aio.ServicerContext[Any, Any]
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"  # generic in the stubs, not at run time
 Details = grpc.HandlerCallDetails
@@ -28,11 +38,14 @@ class CallGuard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generi
     """Guards every call of a server.
 
     Args:
+        authorizer: Knows who calls.
         metrics: Where it counts the calls that it ends.
     """
 
-    def __init__(self, metrics: OwnMetrics) -> None:
+    def __init__(self, authorizer: Authorizer, metrics: OwnMetrics) -> None:
+        self._authorizer = authorizer
         self._metrics = metrics
+        self._logged: set[tuple[str, ...]] = set()
         self._waiting: dict[asyncio.Timeout, None] = {}  # the deadlines of calls that wait, oldest first
         self._health_watches = 0
 
@@ -53,11 +66,12 @@ class CallGuard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generi
                 self._stream(method, handler), handler.request_deserializer, handler.response_serializer
             )
         return grpc.stream_unary_rpc_method_handler(
-            self._unary(handler), handler.request_deserializer, handler.response_serializer
+            self._unary(method, handler), handler.request_deserializer, handler.response_serializer
         )
 
-    def _unary(self, handler: Handler) -> Callable[[AsyncIterator[Any], Context], Awaitable[Any]]:
+    def _unary(self, method: str, handler: Handler) -> Callable[[AsyncIterator[Any], Context], Awaitable[Any]]:
         async def call(requests: AsyncIterator[Any], context: Context) -> Any:
+            await self._authorize(method, context)
             first = await self._first(requests, context)
             if handler.request_streaming:
                 return await cast("Any", handler.stream_unary)(_chained(first, requests), context)
@@ -69,6 +83,7 @@ class CallGuard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generi
         self, method: str, handler: Handler
     ) -> Callable[[AsyncIterator[Any], Context], AsyncGenerator[Any, None]]:
         async def call(requests: AsyncIterator[Any], context: Context) -> AsyncGenerator[Any, None]:
+            await self._authorize(method, context)
             first = await self._first(requests, context)
             if handler.request_streaming:
                 answers = cast("Any", handler.stream_stream)(_chained(first, requests), context)
@@ -82,6 +97,29 @@ class CallGuard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generi
                     yield answer
 
         return call
+
+    async def _authorize(self, method: str, context: Context) -> None:
+        """Ends a call that its caller may not make."""
+        if method.startswith(_HEALTH):  # says nothing but that the daemon is there
+            return
+        # A method that nobody thought of here is not for everyone.
+        role: Role = "agent" if method.startswith(_AGENTS) else "viewer"
+        caller = self._authorizer.caller_of(context)
+        if not caller.may(role):
+            self._metrics.calls_ended.labels("unauthorized").inc()
+            self._log_refused(method, context.peer(), caller)
+            await self._authorizer.require(role, context)
+
+    def _log_refused(self, method: str, peer: str, caller: Caller) -> None:
+        """Logs each kind of refusal once: whoever has no token must not fill the log."""
+        host = peer if peer.startswith("unix:") else peer.rpartition(":")[0]
+        refused = (method, host, caller.name, caller.why)
+        if refused in self._logged:
+            return
+        if len(self._logged) >= _LOGGED:
+            self._logged.clear()
+        self._logged.add(refused)
+        log.warning("call_refused", method=method, peer=peer, name=caller.name, reason=caller.why or caller.role)
 
     async def _first(self, requests: AsyncIterator[Any], context: Context) -> list[Any]:
         """The first message of a call, none if it ends without one; ends a call that does not send it in time."""

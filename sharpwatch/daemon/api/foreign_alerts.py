@@ -136,13 +136,14 @@ class ForeignAlerts:
 
     def _authorize(self, request: web.Request) -> None:
         # Plain HTTP shows a token to the whole network, as gRPC without TLS would.
-        if not _is_loopback(request.remote):
+        if not (request.secure or _is_loopback(request.remote)):
             raise _RefusedError(
                 HTTPStatus.FORBIDDEN,
                 f"alerts are taken from this machine alone, not from {request.remote}: the daemon speaks plain HTTP; "
-                "put a proxy that ends TLS beside it, or use a tunnel",
+                "configure daemon.tls, put a proxy that ends TLS beside it, or use a tunnel",
             )
-        if not self._authorizer.is_operator(request.headers.get("Authorization", "").encode(errors="surrogateescape")):
+        shown = request.headers.get("Authorization", "").encode(errors="surrogateescape")
+        if not self._authorizer.caller("http", shown).may("operator"):
             raise _RefusedError(
                 HTTPStatus.UNAUTHORIZED, "alerts need the operator's token, in the header Authorization: Bearer TOKEN"
             )

@@ -16,6 +16,7 @@ from sharpwatch.daemon.api.agent_service import AgentService
 from sharpwatch.daemon.api.call_guard import CallGuard
 from sharpwatch.daemon.api.limits import IDLE_SECONDS
 from sharpwatch.daemon.api.operator_service import OperatorService
+from sharpwatch.daemon.api.server_tls import ServerTls
 from sharpwatch.errors import SharpwatchError
 from sharpwatch.v1.operator_pb2_grpc import add_OperatorServiceServicer_to_server
 
@@ -40,10 +41,12 @@ class GrpcServer:
 
     Args:
         guard: Guards every call.
+        tls: What it shows; None to serve without TLS.
         most: The connections that it has at a time.
     """
 
-    def __init__(self, guard: CallGuard, *, most: int) -> None:
+    def __init__(self, guard: CallGuard, tls: ServerTls | None, *, most: int) -> None:
+        self._tls = tls
         self._server = grpc.aio.server(
             interceptors=(guard,),
             options=(*_OPTIONS, ("grpc.max_allowed_incoming_connections", most)),
@@ -91,7 +94,10 @@ class GrpcServer:
         """Listens. A unix socket has mode 0600 from its first moment, because whoever connects to it is an operator."""
         before = os.umask(0o177)
         try:
-            port = self._server.add_insecure_port(address)
+            if self._tls is None or address.startswith("unix:"):
+                port = self._server.add_insecure_port(address)
+            else:
+                port = self._server.add_secure_port(address, self._tls.grpc_credentials())
         except RuntimeError as error:
             raise SharpwatchError(f"grpc {address}: cannot listen there; is another daemon running?") from error
         finally:

@@ -10,8 +10,10 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 from aiohttp.web_protocol import RequestHandler
 
+from sharpwatch.daemon.api.auth import Authorizer
 from sharpwatch.daemon.api.foreign_alerts import MAX_BYTES, ForeignAlerts
 from sharpwatch.daemon.api.limits import IDLE_SECONDS
+from sharpwatch.daemon.api.server_tls import ServerTls
 from sharpwatch.daemon.exporter.metrics import Exposition
 from sharpwatch.errors import SharpwatchError
 
@@ -23,10 +25,23 @@ class HttpServer:
         exposition: Renders the metrics.
         alerts: Takes in the alerts.
         unready: Returns why the daemon is not ready, or an empty string if it is.
+        reader: Tells who may read metrics; None for anyone.
+        tls: What it shows; None to serve without TLS.
         most: The connections that it has at a time.
     """
 
-    def __init__(self, exposition: Exposition, alerts: ForeignAlerts, unready: Callable[[], str], *, most: int) -> None:
+    def __init__(  # noqa: PLR0913  the parts that it connects
+        self,
+        exposition: Exposition,
+        alerts: ForeignAlerts,
+        unready: Callable[[], str],
+        *,
+        reader: Authorizer | None,
+        tls: ServerTls | None,
+        most: int,
+    ) -> None:
+        self._reader = reader
+        self._tls = tls
         self._exposition = exposition
         self._unready = unready
         self._most = most
@@ -57,7 +72,15 @@ class HttpServer:
         loop = asyncio.get_running_loop()
         try:
             # Not `web.TCPSite`, which takes in any number of connections.
-            self._listening = await loop.create_server(self._accept, host.strip("[]"), int(port), reuse_address=True)
+            self._listening = await loop.create_server(
+                self._accept,
+                host.strip("[]"),
+                int(port),
+                reuse_address=True,
+                ssl=None if self._tls is None else self._tls.http,
+                # Those that do not finish their handshake are not among the connections that are counted.
+                ssl_handshake_timeout=None if self._tls is None else IDLE_SECONDS,
+            )
         except OSError as error:
             await self._runner.cleanup()
             raise SharpwatchError(f"http {address}: {error.strerror}") from error
@@ -74,6 +97,8 @@ class HttpServer:
 
     def _accept(self) -> asyncio.Protocol:
         """The protocol of a new connection; where there are too many, the oldest without a whole request are closed."""
+        if self._tls is not None:
+            self._tls.refresh()
         server = self._runner.server
         if server is None:
             raise SharpwatchError("the HTTP server has been stopped")
@@ -104,6 +129,12 @@ class HttpServer:
             self._answering.discard(request.protocol)
 
     async def _metrics(self, request: web.Request) -> web.Response:
+        if self._reader is not None:
+            shown = request.headers.get("Authorization", "").encode(errors="surrogateescape")
+            caller = self._reader.caller("http", shown)
+            if not caller.may("viewer"):
+                text = f"metrics need the operator's token, or one of role viewer: {caller.why or caller.role}\n"
+                return web.Response(text=text, status=401, headers={"WWW-Authenticate": "Bearer"})
         # On a thread, because with many runs this takes a while; the collector reads immutable snapshots.
         accept = request.headers.get("Accept", "")
         body, content_type = await asyncio.to_thread(self._exposition.render, accept)

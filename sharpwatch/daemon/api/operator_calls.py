@@ -88,7 +88,7 @@ class OperatorCalls:
         self._authorizer = authorizer
 
     async def _authorize(self, request: Audited, context: Context) -> None:
-        await self._authorizer.require_operator(context)
+        await self._authorizer.require("operator", context)
         if not request.author.strip():
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "author must name who asks for the change")
         if max(len(request.author), len(request.reason)) > _MAX_REASON:
@@ -205,7 +205,7 @@ class OperatorCalls:
             why=why,
         )
         # Whoever shows no token must not fill the journal, and what failed with the journal can't be written to it.
-        if self._authorizer.role(context) != "operator" or code is grpc.StatusCode.UNAVAILABLE:
+        if not self._authorizer.caller_of(context).may("operator") or code is grpc.StatusCode.UNAVAILABLE:
             return
         texts = (f"{asked}: {why}" if asked else why, request.author[:_MAX_REASON], request.reason[:_MAX_REASON])
         with suppress(StoreError):

@@ -1,5 +1,5 @@
 # ruff: noqa: N802  the methods are named by the wire
-"""OperatorService: what operators see and change. Anyone who connects may read; changes need the operator's token."""
+"""OperatorService: what operators see and change. Reading needs the role viewer, changes need the role operator."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ class OperatorService(OperatorCalls, OperatorServiceServicer):
             runs=len(self._runs),
             store_writable=not self._pipeline.store_error,
             store_error=self._pipeline.store_error,
-            role=self._authorizer.role(context),
+            role=self._authorizer.caller_of(context).role,
             takes_dry_run=True,
         )
 

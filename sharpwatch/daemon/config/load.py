@@ -30,6 +30,7 @@ from sharpwatch.daemon.config.settings import (
     OverrideConfig,
     PolicyConfig,
     StabilityCapConfig,
+    TlsConfig,
 )
 from sharpwatch.errors import ConfigError
 
@@ -48,6 +49,7 @@ _SECTIONS = {
     "stability_cap": StabilityCapConfig,
     "maintenance": MaintenanceConfig,
     "gate": GateConfig,
+    "tls": TlsConfig,
 }
 _EXPECTED = {
     "dict_type": "expected a mapping of labels, such as {team: nlp}",

@@ -117,6 +117,7 @@ Duration = Annotated[
 Text = Annotated[str, Field(strict=True, min_length=1), _expecting("a string that is not empty")]
 Flag = Annotated[bool, Field(strict=True), _expecting("true or false")]
 LogLevel = Annotated[Literal["debug", "info", "warning", "error"], _one_of(("debug", "info", "warning", "error"))]
+MetricsAuth = Annotated[Literal["none", "token"], _one_of(("none", "token"))]
 Device = Annotated[
     str,
     Field(strict=True, pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$"),
@@ -217,6 +218,23 @@ HttpAddress = Annotated[str, Field(strict=True), _expecting("a string"), _check_
 
 
 @dataclass(frozen=True, slots=True)
+class TlsConfig:
+    """PEM files for TLS on both addresses; they are read again when they change.
+
+    Attributes:
+        certificate: The daemon's certificate, and those between it and the authority.
+        key: Its key.
+        client_ca: Authorities; with them, clients of gRPC must show a certificate of one of these.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID
+
+    certificate: Text
+    key: Text
+    client_ca: Text | Literal[""] = ""
+
+
+@dataclass(frozen=True, slots=True)
 class DaemonConfig:
     """Where the daemon listens, what it computes on and what it keeps. `stale_after` is in seconds."""
 
@@ -228,6 +246,9 @@ class DaemonConfig:
     store: Store = "sqlite:///sharpwatch.db"
     # A factory, because platformdirs is slow to import and not needed where the file is named.
     token_file: Text = field(default_factory=lambda: str(default_token_file()))
+    credentials: Text | Literal[""] = ""
+    tls: TlsConfig | None = None
+    metrics_auth: MetricsAuth = "none"
     stale_after: Duration = 900.0
     queue_capacity: Annotated[int, _integer(16, 1_000_000)] = 4096
     # What windows of probes take, to be estimated from: of one run, and of all.

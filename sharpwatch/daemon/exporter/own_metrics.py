@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Callable
 from typing import Literal, get_args
@@ -12,13 +13,13 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 from sharpwatch._version import __version__
 
 # Why a session is not opened: the Hello is not valid, or of another's run; the run has a live trainer; the client has
-# too many runs, or all clients have; the daemon ends.
-SessionRefusal = Literal["malformed", "wrong_run", "live_run", "client_runs", "runs", "stopping"]
+# too many runs, or all clients have; its token is for other jobs; the daemon ends.
+SessionRefusal = Literal["malformed", "wrong_run", "live_run", "client_runs", "runs", "other_job", "stopping"]
 # What becomes of an alert of another system: its incident begins, ends or is as it was; the configuration does not name
 # it, it names no run that is known, or too many fire on that.
 ForeignResult = Literal["begun", "ended", "unchanged", "unnamed", "unknown_run", "too_many"]
-# Why a call is ended before it has begun: it sends nothing in time, or too many send nothing.
-EndedCall = Literal["mute", "crowded"]
+# Why a call is ended before it has begun: it sends nothing in time, too many send nothing, or it may not be made.
+EndedCall = Literal["mute", "crowded", "unauthorized"]
 GateResult = Literal["passed", "held", "failed"]  # `failed` is held as well: it could not be asked
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
@@ -26,7 +27,14 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5
 class OwnMetrics:
     """What the daemon counts and times of itself."""
 
-    def __init__(self, registry: CollectorRegistry, *, queue_depth: Callable[[], int], queue_capacity: int) -> None:
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        *,
+        queue_depth: Callable[[], int],
+        queue_capacity: int,
+        certificate_days: Callable[[], float] | None = None,
+    ) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.received = Counter(
             "sharpwatch_samples_received", "Samples that came in, refused ones included.", registry=registry
@@ -101,7 +109,7 @@ class OwnMetrics:
             self.sessions_refused.labels(reason)  # from 0 on: increase() can't see a counter that begins at 1
         self.calls_ended = Counter(
             "sharpwatch_calls_ended",
-            "gRPC calls that were ended before they had sent anything, by reason.",
+            "gRPC calls that were ended before they had begun, by reason.",
             ["reason"],
             registry=registry,
         )
@@ -124,3 +132,9 @@ class OwnMetrics:
             registry=registry,
         )
         build.labels(__version__, platform.python_version(), torch.__version__).set(1)
+        certificate = Gauge(
+            "sharpwatch_certificate_expiry_days",
+            "Days until the daemon's certificate expires; NaN without TLS.",
+            registry=registry,
+        )
+        certificate.set_function(certificate_days or (lambda: math.nan))

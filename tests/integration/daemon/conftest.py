@@ -181,6 +181,20 @@ class Trainer:
 
 
 @dataclass
+class Operator:
+    """The operator's service. What only reads shows the operator's token by itself, what changes something does not."""
+
+    stub: OperatorServiceStub
+    credentials: tuple[tuple[str, str], ...]
+
+    def __getattr__(self, name: str):
+        call = getattr(self.stub, name)
+        if not name.startswith(("Get", "List", "Watch")):
+            return call
+        return lambda request, metadata=self.credentials, **options: call(request, metadata=metadata, **options)
+
+
+@dataclass
 class Client:
     """Everything one can do with a daemon from outside."""
 
@@ -192,19 +206,19 @@ class Client:
     stop: Callable[[], Awaitable[None]]
 
     @property
-    def operator(self) -> OperatorServiceStub:
-        return OperatorServiceStub(self.channel)
+    def operator(self) -> Operator:
+        return Operator(OperatorServiceStub(self.channel), self.credentials)
 
     @property
     def credentials(self) -> tuple[tuple[str, str], ...]:
         return (("authorization", f"Bearer {self.token}"),)
 
-    def connect(self) -> Trainer:
-        return Trainer(AgentServiceStub(self.channel).Session())
+    def connect(self, metadata: tuple[tuple[str, str], ...] | None = None) -> Trainer:
+        return Trainer(AgentServiceStub(self.channel).Session(metadata=metadata))
 
-    async def train(self, run: str = "run", attempt: str = "a1", **changes) -> Trainer:
+    async def train(self, run: str = "run", attempt: str = "a1", metadata=None, **changes) -> Trainer:
         """A session that has been welcomed."""
-        trainer = self.connect()
+        trainer = self.connect(metadata)
         await trainer.send(hello(run, attempt, **changes))
         trainer.welcome = await trainer.next("welcome")
         return trainer
@@ -262,6 +276,12 @@ def build():
 def configure(tmp_path):
     """Write and load a configuration: `configure(policies=..., grpc=...)`."""
     return lambda **changes: configuration(tmp_path, **changes)
+
+
+@pytest.fixture
+def serving_of(configure):
+    """`async with serving_of(...) as daemon`: a daemon's addresses alone."""
+    return lambda **changes: serving(configure(**changes))
 
 
 @pytest.fixture

@@ -376,7 +376,7 @@ async def test_a_draining_daemon_is_not_healthy(daemon):
 
 
 async def reflected(daemon) -> list[str]:
-    call = reflection_pb2_grpc.ServerReflectionStub(daemon.channel).ServerReflectionInfo()
+    call = reflection_pb2_grpc.ServerReflectionStub(daemon.channel).ServerReflectionInfo(metadata=daemon.credentials)
     await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
     response = await call.read()
     call.cancel()
@@ -386,7 +386,9 @@ async def reflected(daemon) -> list[str]:
 async def test_reflection_is_there_where_it_is_asked_for_alone(running, tmp_path):
     async with running(reflection=True) as daemon:
         assert set(SERVICES) <= set(await reflected(daemon))
-        call = reflection_pb2_grpc.ServerReflectionStub(daemon.channel).ServerReflectionInfo()
+        call = reflection_pb2_grpc.ServerReflectionStub(daemon.channel).ServerReflectionInfo(
+            metadata=daemon.credentials
+        )
         await call.write(reflection_pb2.ServerReflectionRequest(file_containing_symbol=SERVICES[0]))
         assert (await call.read()).file_descriptor_response.file_descriptor_proto
         call.cancel()

@@ -9,6 +9,7 @@ from sharpwatch.cli.client import DaemonConnection, author, connected, find_conn
 from sharpwatch.cli.options import DaemonOptions
 from sharpwatch.errors import OperatorError, TokenFileError
 
+UNSHOWN = "no token was shown (/t is not there; --token-file or $SHARPWATCH_TOKEN_FILE names yours)"
 RUNS = ["gpt2-a1", "gpt2-b7", "llama"]
 
 
@@ -78,7 +79,9 @@ def test_a_token_file_without_one_token_is_refused(home, text):
 
 def test_a_token_never_crosses_the_network_in_the_clear(tmp_path):
     with (
-        pytest.raises(OperatorError, match=r"to 10\.0\.0\.1:7741 unencrypted; use an SSH tunnel"),
+        pytest.raises(
+            OperatorError, match=r"to 10\.0\.0\.1:7741 unencrypted; use an SSH tunnel .*, or TLS: --tls-ca FILE"
+        ),
         connected(DaemonConnection("10.0.0.1:7741", "s3cret", tmp_path / "token")),
     ):
         pytest.fail("connected")
@@ -121,28 +124,28 @@ def test_candidates_are_listed(given, names, expected):
         (
             grpc.StatusCode.UNAVAILABLE,
             "failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0.0.1:7741",
-            "daemon not reachable at here:1; is it running? start it with: sharpwatch serve",
+            "daemon not reachable at h:1; is it running? start it with: sharpwatch serve",
         ),
         (
             grpc.StatusCode.UNAVAILABLE,
             "draining",
-            "daemon at here:1 can't do this now: draining",
+            "daemon at h:1 can't do this now: draining",
         ),
         (
             grpc.StatusCode.PERMISSION_DENIED,
-            "viewer may not do that",
-            "not allowed at here:1: viewer may not do that; no token was shown (/t is not there)",
+            "no",
+            f"not allowed at h:1: no; {UNSHOWN}",
         ),
         (grpc.StatusCode.NOT_FOUND, "no run 'x'", "no run 'x'"),
         (grpc.StatusCode.INVALID_ARGUMENT, "one\n  two", "one two"),
-        (grpc.StatusCode.INTERNAL, "boom", "daemon at here:1 failed with INTERNAL: boom; its log says more"),
-        (grpc.StatusCode.NOT_FOUND, "", "daemon at here:1 failed with NOT_FOUND; its log says more"),
+        (grpc.StatusCode.INTERNAL, "boom", "daemon at h:1 failed with INTERNAL: boom; its log says more"),
+        (grpc.StatusCode.NOT_FOUND, "", "daemon at h:1 failed with NOT_FOUND; its log says more"),
     ],
 )
 def test_a_status_in_plain_words(tmp_path, code, details, expected):
-    assert plain_words(code, details, DaemonConnection("here:1", "", tmp_path.__class__("/t"))) == expected
+    assert plain_words(code, details, DaemonConnection("h:1", "", tmp_path.__class__("/t"))) == expected
 
 
 def test_every_status_has_words_of_one_line(tmp_path):
     for code in grpc.StatusCode:
-        assert "\n" not in plain_words(code, "a\nb", DaemonConnection("here:1", "token", tmp_path))
+        assert "\n" not in plain_words(code, "a\nb", DaemonConnection("h:1", "token", tmp_path))

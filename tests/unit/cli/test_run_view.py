@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
+from sharpwatch.cli.client import DaemonConnection
 from sharpwatch.cli.commands.decisions import decision_table, describe_failure, describe_outcome
 from sharpwatch.cli.commands.doctor import CheckResult, check_clock, check_table, metrics_url
 from sharpwatch.cli.commands.lr import rate_state, rate_table, revision_table
 from sharpwatch.cli.commands.runs import run_table, run_view
 from sharpwatch.cli.output import plain
+from sharpwatch.common.tls import Tls
 from sharpwatch.v1.operator_pb2 import (
     Alert,
     AttentionLayer,
@@ -294,10 +297,15 @@ def test_doctor_says_what_to_do_below_what_is_wrong():
     )  # fmt: skip
 
 
+def reached(address, tls=None):
+    return DaemonConnection(address, "", Path("/t"), tls)
+
+
 def test_metrics_are_sought_where_the_daemon_is():
-    assert metrics_url("127.0.0.1:9741", "127.0.0.1:7741") == "http://127.0.0.1:9741/metrics"
-    assert metrics_url("0.0.0.0:9741", "node3:7741") == "http://node3:9741/metrics"
-    assert metrics_url("[::]:9741", "unix:/run/sw.sock") == "http://127.0.0.1:9741/metrics"
+    assert metrics_url("0.0.0.0:9741", reached("node3:7741", Tls(ca="/ca.pem"))) == "https://node3:9741/metrics"
+    assert metrics_url("127.0.0.1:9741", reached("127.0.0.1:7741")) == "http://127.0.0.1:9741/metrics"
+    assert metrics_url("0.0.0.0:9741", reached("node3:7741")) == "http://node3:9741/metrics"
+    assert metrics_url("[::]:9741", reached("unix:/run/sw.sock")) == "http://127.0.0.1:9741/metrics"
 
 
 def test_clocks_apart_are_warned_of():
