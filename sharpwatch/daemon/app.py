@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import signal
-import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -13,7 +11,6 @@ from dataclasses import dataclass
 
 import structlog
 from prometheus_client import CollectorRegistry
-from structlog.typing import Processor
 
 from sharpwatch._version import __version__
 from sharpwatch.daemon.api.agent_service import AgentService, Sessions
@@ -36,6 +33,7 @@ from sharpwatch.daemon.exporter.own_metrics import OwnMetrics
 from sharpwatch.daemon.gate_webhook import GateWebhook
 from sharpwatch.daemon.ingest.hello import RunHello
 from sharpwatch.daemon.ingest.samples import SampleQueue
+from sharpwatch.daemon.logs import configure_logs
 from sharpwatch.daemon.notifier import Notifier
 from sharpwatch.daemon.pipeline import Pipeline
 from sharpwatch.daemon.runs.restore import REPLAYED_SAMPLES, restore_run
@@ -265,37 +263,3 @@ def _controller(
     if earlier is not None:
         controller.take_over(earlier)
     return controller
-
-
-def configure_logs(level: str) -> None:
-    """Sends the events of structlog and of the standard library (aiohttp, asyncio, grpc) to stderr in one form.
-
-    Args:
-        level: The lowest level that is logged: debug, info, warning or error.
-    """
-    shared: list[Processor] = [
-        structlog.contextvars.merge_contextvars,
-        structlog.stdlib.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-    ]
-    # JSON for machines: `sharpwatch demo` reads the addresses from the event `serving`.
-    terminal = sys.stderr.isatty()
-    renderer: list[Processor] = (
-        [structlog.dev.ConsoleRenderer()]
-        if terminal
-        else [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
-    )
-    structlog.configure(
-        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
-        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),  # names: from 25.1 on
-        logger_factory=structlog.stdlib.LoggerFactory(),
-        cache_logger_on_first_use=True,
-    )
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *renderer],
-            foreign_pre_chain=shared,
-        )
-    )
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
