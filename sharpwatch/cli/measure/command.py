@@ -49,6 +49,7 @@ class MeasureRequest:
     batches: int | None
     device: str | None
     dtype: str | None
+    trust_remote_code: bool
     method: str
     json: Path | None
     plot: Path | None
@@ -168,6 +169,12 @@ _WHAT, _ON, _OUTPUT = "What to measure", "Model and data", "Output"
     "--dtype",
     type=click.Choice(_DTYPES),
     help="Of the weights. Default: float32 for a folder, unchanged for module:function.",
+)
+@_option(
+    _ON,
+    "--trust-remote-code",
+    is_flag=True,
+    help="Run Python code that lies in the folder of the model. Default: only what transformers itself has.",
 )
 @_option(_OUTPUT, "--json", metavar="FILE", type=_FILE, help="Write all numbers; - prints them instead of the table.")
 @_option(

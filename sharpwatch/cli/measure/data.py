@@ -140,7 +140,7 @@ def _from_text(path: Path, windows: TextWindows, loaded: LoadedModel, seed: int)
             f"DATA {path}: an encoder-decoder is trained on pairs of texts, which one text does not have; "
             "use a batch file with input_ids and labels"
         )
-    tokenizer = _tokenizer(loaded.folder)
+    tokenizer = _tokenizer(loaded.folder, trust_remote_code=loaded.trust_remote_code)
     # A masked model was trained on rows within special tokens.
     special = _special_tokens(tokenizer) if loaded.task == "masked" else _SpecialTokens()
     ids = tokenizer(_read_text(path), add_special_tokens=False, verbose=False)["input_ids"]
@@ -170,7 +170,7 @@ def _read_text(path: Path) -> str:
     return text
 
 
-def _tokenizer(folder: Path) -> Any:
+def _tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise SharpwatchError(
             f"{folder}: has no tokenizer (tokenizer.json), which a text needs; save the model's own there with "
@@ -178,7 +178,9 @@ def _tokenizer(folder: Path) -> Any:
         )
     transformers = need("transformers", f"{folder}: a tokenizer")
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
     except Exception as error:  # the files decide which
         raise SharpwatchError(f"{folder}: the tokenizer can't be loaded: {type(error).__name__}: {error}") from error
 

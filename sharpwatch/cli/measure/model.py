@@ -40,6 +40,7 @@ class LoadedModel:
         optimizer: The optimizer, if a user's function returned one.
         folder: The checkpoint's folder; None for a user's function.
         task: What it was trained for, a key of `_AUTO`; empty for a user's function.
+        trust_remote_code: Whether Python code in the folder may run.
     """
 
     model: nn.Module
@@ -47,6 +48,7 @@ class LoadedModel:
     optimizer: Optimizer | None = None
     folder: Path | None = None
     task: str = ""
+    trust_remote_code: bool = False
 
 
 def find_device(text: str) -> torch.device:
@@ -69,7 +71,7 @@ def find_device(text: str) -> torch.device:
     return device
 
 
-def load(model: str, device: str | None, dtype: str | None) -> LoadedModel:
+def load(model: str, device: str | None, dtype: str | None, *, trust_remote_code: bool = False) -> LoadedModel:
     """Load a model.
 
     Args:
@@ -77,13 +79,14 @@ def load(model: str, device: str | None, dtype: str | None) -> LoadedModel:
         device: Where to put it. Default: for a folder the GPU if there is one; a function's model stays where it is.
         dtype: The type of its weights. Default: for a folder float32, since curvature in half precision is mostly
             rounding error; a function's model keeps its own.
+        trust_remote_code: Whether Python code in a folder may run.
 
     Raises:
         SharpwatchError: The model cannot be loaded.
     """
     to = None if device is None else find_device(device)
     if Path(model).is_dir():
-        return _from_folder(Path(model), to or _default_device(), _dtype(dtype) or torch.float32)
+        return _from_folder(Path(model), to or _default_device(), _dtype(dtype) or torch.float32, trust_remote_code)
     if is_factory(model):
         return _from_factory(model, to, _dtype(dtype))
     what = "is a file" if Path(model).is_file() else "is not there"
@@ -113,9 +116,9 @@ def _from_factory(factory: str, device: torch.device | None, dtype: torch.dtype 
     return LoadedModel(model, first.device, optimizer)
 
 
-def _from_folder(folder: Path, device: torch.device, dtype: torch.dtype) -> LoadedModel:
+def _from_folder(folder: Path, device: torch.device, dtype: torch.dtype, trust_remote_code: bool) -> LoadedModel:
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported, which `_task` does
-    task = _task(folder)
+    task = _task(folder, trust_remote_code=trust_remote_code)
     if not any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
         raise SharpwatchError(f"{folder}: has config.json but no weights; expected {', '.join(_WEIGHTS)}")
     transformers = need("transformers", f"{folder}: a checkpoint folder")
@@ -123,23 +126,39 @@ def _from_folder(folder: Path, device: torch.device, dtype: torch.dtype) -> Load
     transformers.utils.logging.disable_progress_bar()
     auto = getattr(transformers, _AUTO[task][0])
     try:
-        model, loading_info = auto.from_pretrained(folder, local_files_only=True, dtype=dtype, output_loading_info=True)
+        model, loading_info = auto.from_pretrained(
+            folder,
+            local_files_only=True,
+            dtype=dtype,
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,  # without a value, transformers asks on a terminal
+        )
     except Exception as error:
         # Any exception, because the files decide what is raised: by safetensors, json, torch or the model's own code.
         raise SharpwatchError(f"{folder}: can't be loaded: {type(error).__name__}: {error}") from error
     _check_complete(folder, loading_info)
-    return LoadedModel(model.to(device), device, folder=folder, task=task)
+    return LoadedModel(model.to(device), device, folder=folder, task=task, trust_remote_code=trust_remote_code)
 
 
-def _task(folder: Path) -> str:
+def _task(folder: Path, *, trust_remote_code: bool) -> str:
     """What the model in `folder` was trained for, from its config.json."""
-    architectures = _config(folder).get("architectures") or []
+    config = _config(folder)
+    architectures = config.get("architectures") or []
+    brought = config.get("auto_map")
+    own = [task for task, (auto, _) in _AUTO.items() if isinstance(brought, dict) and auto in brought]
+    if own and trust_remote_code:
+        return own[0]
     transformers = need("transformers", f"{folder}: a checkpoint folder")
     tables = need("transformers.models.auto.modeling_auto", f"{folder}: a checkpoint folder")
     for task, (_, table) in _AUTO.items():
         if set(architectures) & set(getattr(tables, table).values()):
             return task
     named = ", ".join(map(str, architectures)) or "none"
+    if own:
+        raise SharpwatchError(
+            f"{folder}/config.json: architectures: {named}: is Python code in the folder, which is run with "
+            "--trust-remote-code alone"
+        )
     raise SharpwatchError(
         f"{folder}/config.json: architectures: {named}: not a language model that transformers "
         f"{transformers.__version__} knows; write a function that returns the model, and name it as module:function"

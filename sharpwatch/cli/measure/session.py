@@ -72,7 +72,7 @@ class MeasureSession:
         # State and rules before the model, which can take minutes to load: their errors should show at once.
         kept = None if request.state is None else read_state(request.state)
         rules = None if request.rules is None else load_rules(request.rules)
-        loaded = load(request.model, request.device, request.dtype)
+        loaded = load(request.model, request.device, request.dtype, trust_remote_code=request.trust_remote_code)
         windows = TextWindows(request.rows, request.length, request.batches)
         batches = load_batches(request.data, windows, loaded, request.seed)
         self._device = str(loaded.device)

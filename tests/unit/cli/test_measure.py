@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from sharpwatch.blocks import classify
@@ -220,6 +221,37 @@ def test_a_folder_that_is_no_checkpoint_is_refused_with_what_it_lacks(tmp_path, 
         load(str(tmp_path), "cpu", None)
     assert expected in str(refused.value)
     assert str(tmp_path) in str(refused.value)
+
+
+CODE = """
+from pathlib import Path
+from transformers import GPT2LMHeadModel
+Path({marker!r}).touch()
+class OwnModel(GPT2LMHeadModel):
+    pass
+"""
+
+
+@pytest.mark.parametrize("architecture", ["OwnModel", "GPT2LMHeadModel"])
+def test_code_in_the_folder_of_a_model_runs_only_where_that_is_asked_for(tmp_path, monkeypatch, architecture):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    marker, folder = tmp_path / "ran", tmp_path / "model"
+    tiny = transformers.GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=8, n_positions=8)
+    transformers.GPT2LMHeadModel(tiny).save_pretrained(folder)
+    (folder / "modeling_own.py").write_text(CODE.format(marker=str(marker)))
+    config = json.loads((folder / "config.json").read_text())
+    own = {"architectures": [architecture], "auto_map": {"AutoModelForCausalLM": "modeling_own.OwnModel"}}
+    (folder / "config.json").write_text(json.dumps(config | own))
+    if architecture == "OwnModel":
+        with pytest.raises(
+            SharpwatchError, match="is Python code in the folder, which is run with --trust-remote-code"
+        ):
+            load(str(folder), "cpu", None)
+    else:
+        assert type(load(str(folder), "cpu", None).model) is transformers.GPT2LMHeadModel
+    assert not marker.exists()
+    assert type(load(str(folder), "cpu", None, trust_remote_code=True).model).__name__ == "OwnModel"
+    assert marker.exists()
 
 
 def test_a_model_that_is_nowhere_says_what_is_allowed():
