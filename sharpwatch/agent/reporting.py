@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import secrets
 import socket
 import time
 from collections import deque
@@ -60,6 +61,8 @@ class Identity:
     started_at_unix_ns: int
     data_order: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
+    # Shown in each session, by which the daemon knows this trainer; in no log or message to others.
+    secret: bytes = field(default_factory=lambda: secrets.token_bytes(32), repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +136,7 @@ def hello_message(identity: Identity, block_map: BlockMap) -> agent_pb2.Hello:
         data_order=identity.data_order,
         labels=identity.labels,
         takes_update_intervals=True,
+        secret=identity.secret,
     )
 
 

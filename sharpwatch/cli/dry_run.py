@@ -23,6 +23,7 @@ from sharpwatch.v1.operator_pb2 import (
     PausePlanRequest,
     PromotePlanRequest,
     RejectDecisionRequest,
+    ReleaseRunRequest,
     RequestRollbackRequest,
     SetLearningRatesRequest,
     SetModeRequest,
@@ -44,6 +45,7 @@ Change = (
     | RejectDecisionRequest
     | CancelDecisionRequest
     | AcknowledgeIncidentRequest
+    | ReleaseRunRequest
     | AddSilenceRequest
     | ExpireSilenceRequest
 )

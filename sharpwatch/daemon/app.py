@@ -45,6 +45,7 @@ log = structlog.get_logger(__name__)
 
 DRAIN_SECONDS = 2.0
 RETRY_AFTER_SECONDS = 1.0
+_REQUESTS = 1_000  # of a run since its last sample, among which a release is looked for
 # A second bound beside the number of samples: one sample may have 16 MiB, and 4096 of those would be 64 GiB. A run's
 # share is what its courier holds.
 QUEUE_BYTES, RUN_QUEUE_BYTES = 256 * 2**20, 64 * 2**20
@@ -184,7 +185,13 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:
             config.detection,
         )
         operators = OperatorService(
-            runs=runs, silences=silences, pipeline=pipeline, store=store, authorizer=authorizer, info=info
+            runs=runs,
+            silences=silences,
+            pipeline=pipeline,
+            store=store,
+            authorizer=authorizer,
+            release=agents.release,
+            info=info,
         )
         server = GrpcServer(CallGuard(authorizer, metrics), tls, most=limits.grpc)
         address = await server.start(settings.grpc, agents, operators, reflects=settings.reflection)
@@ -231,6 +238,8 @@ async def _restore(runs: Runs, store: Store, pipeline: Pipeline, notifier: Notif
         run = runs.get(name)
         if run is not None:
             await pipeline.restored(run, changes)
+            asked = await store.requests(name, stored.attempts[-1].seen_at, _REQUESTS)
+            run.attempt.released = any(row.action == "release" and row.outcome == "released" for row in asked)
     # Once all are there: a run may be held against one that comes after it.
     pipeline.restored_all()
     notifier.restore(

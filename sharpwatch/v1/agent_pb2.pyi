@@ -130,6 +130,9 @@ class Hello(google.protobuf.message.Message):
     DATA_ORDER_FIELD_NUMBER: builtins.int
     LABELS_FIELD_NUMBER: builtins.int
     TAKES_UPDATE_INTERVALS_FIELD_NUMBER: builtins.int
+    SECRET_FIELD_NUMBER: builtins.int
+    SECRET_SHA256_FIELD_NUMBER: builtins.int
+    CREDENTIAL_FIELD_NUMBER: builtins.int
     protocol: builtins.int
     training_job: builtins.str
     run: builtins.str
@@ -153,6 +156,13 @@ class Hello(google.protobuf.message.Message):
     """A name for the order of the data: runs of the same one see the same batch at the same step. Empty: not told."""
     takes_update_intervals: builtins.bool
     """Whether MultiplierSet.update_every is carried out."""
+    secret: builtins.bytes
+    """Random, and known to this attempt's trainer alone: whoever shows it is that trainer. Empty from earlier agents."""
+    secret_sha256: builtins.bytes
+    """Set by the daemon in its journal, and ignored in what agents send: the hash of the secret, which is not kept, and
+    the name of the credential by which the attempt was admitted.
+    """
+    credential: builtins.str
     @property
     def layer_blocks(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[sharpwatch.v1.types_pb2.LayerBlock]:
         """Row order of every per-layer-block array of this attempt."""
@@ -192,8 +202,11 @@ class Hello(google.protobuf.message.Message):
         data_order: builtins.str = ...,
         labels: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
         takes_update_intervals: builtins.bool = ...,
+        secret: builtins.bytes = ...,
+        secret_sha256: builtins.bytes = ...,
+        credential: builtins.str = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["agent_version", b"agent_version", "attempt", b"attempt", "blocks", b"blocks", "can_roll_back", b"can_roll_back", "control", b"control", "data_order", b"data_order", "host", b"host", "initial_step", b"initial_step", "labels", b"labels", "layer_blocks", b"layer_blocks", "max_multiplier", b"max_multiplier", "min_multiplier", b"min_multiplier", "optimizer", b"optimizer", "pid", b"pid", "probes", b"probes", "protocol", b"protocol", "run", b"run", "seed", b"seed", "sketch_size", b"sketch_size", "started_at_unix_ns", b"started_at_unix_ns", "takes_update_intervals", b"takes_update_intervals", "training_job", b"training_job"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["agent_version", b"agent_version", "attempt", b"attempt", "blocks", b"blocks", "can_roll_back", b"can_roll_back", "control", b"control", "credential", b"credential", "data_order", b"data_order", "host", b"host", "initial_step", b"initial_step", "labels", b"labels", "layer_blocks", b"layer_blocks", "max_multiplier", b"max_multiplier", "min_multiplier", b"min_multiplier", "optimizer", b"optimizer", "pid", b"pid", "probes", b"probes", "protocol", b"protocol", "run", b"run", "secret", b"secret", "secret_sha256", b"secret_sha256", "seed", b"seed", "sketch_size", b"sketch_size", "started_at_unix_ns", b"started_at_unix_ns", "takes_update_intervals", b"takes_update_intervals", "training_job", b"training_job"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Hello: typing_extensions.TypeAlias = Hello

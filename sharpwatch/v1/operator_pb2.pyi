@@ -2227,6 +2227,51 @@ class CancelDecisionResponse(google.protobuf.message.Message):
 Global___CancelDecisionResponse: typing_extensions.TypeAlias = CancelDecisionResponse
 
 @typing.final
+class ReleaseRunRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: builtins.int
+    AUTHOR_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    DRY_RUN_FIELD_NUMBER: builtins.int
+    run: builtins.str
+    author: builtins.str
+    reason: builtins.str
+    dry_run: builtins.bool
+    """Only check it."""
+    def __init__(
+        self,
+        *,
+        run: builtins.str = ...,
+        author: builtins.str = ...,
+        reason: builtins.str = ...,
+        dry_run: builtins.bool = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "dry_run", b"dry_run", "reason", b"reason", "run", b"run"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___ReleaseRunRequest: typing_extensions.TypeAlias = ReleaseRunRequest
+
+@typing.final
+class ReleaseRunResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: builtins.int
+    @property
+    def run(self) -> Global___Run: ...
+    def __init__(
+        self,
+        *,
+        run: Global___Run | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["run", b"run"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["run", b"run"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___ReleaseRunResponse: typing_extensions.TypeAlias = ReleaseRunResponse
+
+@typing.final
 class AcknowledgeIncidentRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 

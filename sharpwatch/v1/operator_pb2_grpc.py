@@ -136,6 +136,11 @@ class OperatorServiceStub(object):
                 request_serializer=sharpwatch_dot_v1_dot_operator__pb2.CancelDecisionRequest.SerializeToString,
                 response_deserializer=sharpwatch_dot_v1_dot_operator__pb2.CancelDecisionResponse.FromString,
                 _registered_method=True)
+        self.ReleaseRun = channel.unary_unary(
+                '/sharpwatch.v1.OperatorService/ReleaseRun',
+                request_serializer=sharpwatch_dot_v1_dot_operator__pb2.ReleaseRunRequest.SerializeToString,
+                response_deserializer=sharpwatch_dot_v1_dot_operator__pb2.ReleaseRunResponse.FromString,
+                _registered_method=True)
         self.AcknowledgeIncident = channel.unary_unary(
                 '/sharpwatch.v1.OperatorService/AcknowledgeIncident',
                 request_serializer=sharpwatch_dot_v1_dot_operator__pb2.AcknowledgeIncidentRequest.SerializeToString,
@@ -297,6 +302,13 @@ class OperatorServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReleaseRun(self, request, context):
+        """Ends the session of a run, if it has one, and gives its name to the next trainer of its job that asks for it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def AcknowledgeIncident(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -432,6 +444,11 @@ def add_OperatorServiceServicer_to_server(servicer, server):
                     servicer.CancelDecision,
                     request_deserializer=sharpwatch_dot_v1_dot_operator__pb2.CancelDecisionRequest.FromString,
                     response_serializer=sharpwatch_dot_v1_dot_operator__pb2.CancelDecisionResponse.SerializeToString,
+            ),
+            'ReleaseRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReleaseRun,
+                    request_deserializer=sharpwatch_dot_v1_dot_operator__pb2.ReleaseRunRequest.FromString,
+                    response_serializer=sharpwatch_dot_v1_dot_operator__pb2.ReleaseRunResponse.SerializeToString,
             ),
             'AcknowledgeIncident': grpc.unary_unary_rpc_method_handler(
                     servicer.AcknowledgeIncident,
@@ -1001,6 +1018,33 @@ class OperatorService(object):
             '/sharpwatch.v1.OperatorService/CancelDecision',
             sharpwatch_dot_v1_dot_operator__pb2.CancelDecisionRequest.SerializeToString,
             sharpwatch_dot_v1_dot_operator__pb2.CancelDecisionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReleaseRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sharpwatch.v1.OperatorService/ReleaseRun',
+            sharpwatch_dot_v1_dot_operator__pb2.ReleaseRunRequest.SerializeToString,
+            sharpwatch_dot_v1_dot_operator__pb2.ReleaseRunResponse.FromString,
             options,
             channel_credentials,
             insecure,

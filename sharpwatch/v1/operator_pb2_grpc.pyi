@@ -58,6 +58,8 @@ class OperatorServiceStub:
     RejectDecision: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.RejectDecisionRequest, sharpwatch.v1.operator_pb2.RejectDecisionResponse]
     CancelDecision: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.CancelDecisionRequest, sharpwatch.v1.operator_pb2.CancelDecisionResponse]
     """Takes a decision back that is not applied yet. One that was sent keeps its outcome until the trainer has answered."""
+    ReleaseRun: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.ReleaseRunRequest, sharpwatch.v1.operator_pb2.ReleaseRunResponse]
+    """Ends the session of a run, if it has one, and gives its name to the next trainer of its job that asks for it."""
     AcknowledgeIncident: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.AcknowledgeIncidentRequest, sharpwatch.v1.operator_pb2.AcknowledgeIncidentResponse]
     SetReference: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.SetReferenceRequest, sharpwatch.v1.operator_pb2.SetReferenceResponse]
     """Holds a run against a reference from now on, its earlier steps too."""
@@ -103,6 +105,8 @@ class OperatorServiceAsyncStub(OperatorServiceStub):
     RejectDecision: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.RejectDecisionRequest, sharpwatch.v1.operator_pb2.RejectDecisionResponse]  # type: ignore[assignment]
     CancelDecision: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.CancelDecisionRequest, sharpwatch.v1.operator_pb2.CancelDecisionResponse]  # type: ignore[assignment]
     """Takes a decision back that is not applied yet. One that was sent keeps its outcome until the trainer has answered."""
+    ReleaseRun: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.ReleaseRunRequest, sharpwatch.v1.operator_pb2.ReleaseRunResponse]  # type: ignore[assignment]
+    """Ends the session of a run, if it has one, and gives its name to the next trainer of its job that asks for it."""
     AcknowledgeIncident: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.AcknowledgeIncidentRequest, sharpwatch.v1.operator_pb2.AcknowledgeIncidentResponse]  # type: ignore[assignment]
     SetReference: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.SetReferenceRequest, sharpwatch.v1.operator_pb2.SetReferenceResponse]  # type: ignore[assignment]
     """Holds a run against a reference from now on, its earlier steps too."""
@@ -265,6 +269,14 @@ class OperatorServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[sharpwatch.v1.operator_pb2.CancelDecisionResponse, collections.abc.Awaitable[sharpwatch.v1.operator_pb2.CancelDecisionResponse]]:
         """Takes a decision back that is not applied yet. One that was sent keeps its outcome until the trainer has answered."""
+
+    @abc.abstractmethod
+    def ReleaseRun(
+        self,
+        request: sharpwatch.v1.operator_pb2.ReleaseRunRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[sharpwatch.v1.operator_pb2.ReleaseRunResponse, collections.abc.Awaitable[sharpwatch.v1.operator_pb2.ReleaseRunResponse]]:
+        """Ends the session of a run, if it has one, and gives its name to the next trainer of its job that asks for it."""
 
     @abc.abstractmethod
     def AcknowledgeIncident(

@@ -53,7 +53,7 @@ def test_the_page_lists_every_command():
     [
         *("serve", "demo", "measure", "jobs", "show", "lr", "rollback", "mode", "decisions", "check-config", "doctor"),
         *("backup", "restore", "check-journal"),
-        *("replay", "compare", "incidents", "ack", "reference", "silence", "report", "top", "token"),
+        *("replay", "compare", "incidents", "ack", "reference", "silence", "report", "top", "token", "release"),
     ],
 )
 def test_a_section_has_the_options_of_its_command(command):

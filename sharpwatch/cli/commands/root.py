@@ -33,6 +33,7 @@ _COMMANDS = {
     "silence": LazyCommand(_ACT, "Keep policies from acting for some time.", f"{_HERE}.silence:silence"),
     "reference": LazyCommand(_ACT, "Print or set what a run is held against.", f"{_HERE}.reference:reference"),
     "rollback": LazyCommand(_ACT, "Ask a trainer to go back to a checkpoint.", f"{_HERE}.decisions:rollback"),
+    "release": LazyCommand(_ACT, "Give a run's name to another trainer.", f"{_HERE}.release:release"),
     "ack": LazyCommand(_ACT, "Note that you have seen an incident.", f"{_HERE}.incidents:ack"),
     "approve": LazyCommand(_ACT, "Approve a proposed decision.", f"{_HERE}.decisions:approve"),
     "reject": LazyCommand(_ACT, "Reject a proposed decision.", f"{_HERE}.decisions:reject"),

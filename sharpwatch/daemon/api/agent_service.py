@@ -165,6 +165,12 @@ class Sessions:
             log.info("command_sent", run=run.name, decision=decision.id, action=decision.action)
             session.send(agent_pb2.SessionResponse(command=command_message(decision)))
 
+    def end(self, run: Run, code: grpc.StatusCode, reason: str) -> None:
+        """Ends the sessions of all attempts of a run."""
+        for session in list(self._live.values()):
+            if session.attempt.hello.run == run.name:
+                session.end(code, reason)
+
     async def end_revoked(self, authorizer: Authorizer) -> None:
         """Ends the sessions whose token is valid no more, for ever."""
         while True:
@@ -210,9 +216,14 @@ class AgentService:
         self._sessions = sessions
         self._authorizer = authorizer
         self._metrics = metrics
-        self._admission = Admission(runs, sessions.count)
+        self._admission = Admission(runs, sessions.count, authorizer)
         self._logged: set[str] = set()
         self.draining = False
+
+    def release(self, run: Run) -> None:
+        """Gives the name of a run to the next trainer of its job that asks for it, and ends its session."""
+        self._admission.release(run)
+        self._sessions.end(run, grpc.StatusCode.PERMISSION_DENIED, f"run {run.name} was released by an operator")
 
     def handlers(self) -> grpc.GenericRpcHandler[bytes, agent_pb2.SessionResponse]:
         """Returns the handler to register with the server."""
@@ -295,7 +306,7 @@ class AgentService:
                 raise RefusedError("other_job", grpc.StatusCode.PERMISSION_DENIED, text)
             now = time.monotonic()
             client = client_of(context.peer(), hello)
-            attempt, run = self._admission.admit(hello, sent.SerializeToString(), client, now)
+            attempt, run = self._admission.admit(hello, sent, caller, client, now)
         except WireError as error:
             reason: SessionRefusal = "wrong_run" if error.code == "wrong_run" else "malformed"
             text = f"{error.code}: {_reason(error)}"

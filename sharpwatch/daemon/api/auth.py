@@ -152,6 +152,10 @@ class Authorizer:
         value = next(shown, b"")
         return self.caller(context.peer(), value if isinstance(value, bytes) else value.encode())
 
+    def knows(self, name: str) -> bool:
+        """Whether there is a credential of that name, also one that has expired."""
+        return self._credentials is not None and any(each.name == name for each in self._credentials.current())
+
     def still_holds(self, caller: Caller) -> bool:
         """Whether what a caller showed is valid still: its credential was not revoked, changed, or has not expired."""
         if not caller.sha256:

@@ -49,7 +49,7 @@ from sharpwatch.daemon.decisions.run_controller import RunController
 from sharpwatch.daemon.decisions.transitions import Event, is_settled
 from sharpwatch.daemon.detection.history import MAX_LOSSES, Losses
 from sharpwatch.daemon.pipeline import Pipeline
-from sharpwatch.daemon.records import Changes, Decision, LrPlan, Mode, Silence
+from sharpwatch.daemon.records import NO_CHANGES, Changes, Decision, LrPlan, Mode, Silence
 from sharpwatch.daemon.runs.run import Run, Runs
 from sharpwatch.daemon.storage.journal import Store
 from sharpwatch.daemon.storage.schema import ModeRow, ReferenceRow, RequestRow
@@ -83,6 +83,7 @@ class OperatorService(OperatorCalls, OperatorServiceServicer):
         pipeline: Journals changes and sends their commands.
         store: The journal, which alone has what became of each decision.
         authorizer: Tells operators from viewers.
+        release: Gives the name of a run to the next trainer.
         info: Facts about the daemon.
     """
 
@@ -94,9 +95,11 @@ class OperatorService(OperatorCalls, OperatorServiceServicer):
         pipeline: Pipeline,
         store: Store,
         authorizer: Authorizer,
+        release: Callable[[Run], None],
         info: DaemonInfo,
     ) -> None:
         super().__init__(runs, pipeline, authorizer)
+        self._release = release
         self._silences = silences
         self._store = store
         self._info = info
@@ -380,6 +383,17 @@ class OperatorService(OperatorCalls, OperatorServiceServicer):
             lambda: answer(run.controller, identity, request.author, request.reason, time.time()),
         )
         return decision_message(next(made for made in changes.decisions if made.id == identity))
+
+    @refusals_noted("release")
+    async def ReleaseRun(self, request: pb.ReleaseRunRequest, context: Context) -> pb.ReleaseRunResponse:
+        """Gives the name of a run to the next trainer of its job that asks for it."""
+        run = await self._authorized_run(request.run, request, context)
+        await self._change(context, (lambda: None) if request.dry_run else (lambda: self._release(run)))
+        if not request.dry_run:
+            holder = run.attempt.claim.credential or run.attempt.hello.host
+            row = RequestRow(run.name, time.time(), "release", "", "released", holder, request.author, request.reason)
+            await self._submit(run, NO_CHANGES, context, row)
+        return pb.ReleaseRunResponse(run=run_message(run.snapshot))
 
     @refusals_noted("ack")
     async def AcknowledgeIncident(

@@ -12,9 +12,12 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 
 from sharpwatch._version import __version__
 
-# Why a session is not opened: the Hello is not valid, or of another's run; the run has a live trainer; the client has
+# Why a session is not opened: the Hello is not valid, or of another's run; the run has a live trainer, or belongs to
+# somebody else although it has none; the client has
 # too many runs, or all clients have; its token is for other jobs; the daemon ends.
-SessionRefusal = Literal["malformed", "wrong_run", "live_run", "client_runs", "runs", "other_job", "stopping"]
+SessionRefusal = Literal[
+    "malformed", "wrong_run", "live_run", "held_run", "client_runs", "runs", "other_job", "stopping"
+]
 # What becomes of an alert of another system: its incident begins, ends or is as it was; the configuration does not name
 # it, it names no run that is known, or too many fire on that.
 ForeignResult = Literal["begun", "ended", "unchanged", "unnamed", "unknown_run", "too_many"]

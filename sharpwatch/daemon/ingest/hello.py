@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import math
 import sys
 from collections.abc import Mapping
@@ -257,6 +258,28 @@ class Presence:
         return now - self._broke_at < RECONNECT_SECONDS
 
 
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """By what an attempt holds its run.
+
+    Attributes:
+        credential: The name of the credential that it was admitted by; empty for none, and for an operator's.
+        secret_sha256: The hash of its trainer's secret; empty for an agent that has none.
+    """
+
+    credential: str = ""
+    secret_sha256: bytes = b""
+
+    @classmethod
+    def of(cls, stored: agent_pb2.Hello) -> Claim:
+        """The claim in a Hello as the journal has it."""
+        return cls(stored.credential, stored.secret_sha256)
+
+    def is_same_trainer(self, other: Claim) -> bool:
+        """Whether both have the same secret."""
+        return hmac.compare_digest(self.secret_sha256, other.secret_sha256)
+
+
 @dataclass(slots=True, eq=False)
 class Attempt:
     """One attach of a run: its Hello, the bytes of that for the journal, how far its samples are, and its presence."""
@@ -265,5 +288,7 @@ class Attempt:
     message: bytes
     cursor: Cursor = field(default_factory=Cursor)
     presence: Presence = field(default_factory=Presence)
+    claim: Claim = field(default_factory=Claim)
+    released: bool = False  # by an operator: it may not come back, and whoever comes next has the run
     began_at: float = -math.inf  # monotonic seconds; of an attempt before the daemon's start, it is not known
     journalled: bool = False  # whether its Hello is in the journal

@@ -11,7 +11,7 @@ from google.protobuf.message import DecodeError
 
 from sharpwatch.daemon.decisions.transitions import UNDER_WAY
 from sharpwatch.daemon.estimation.estimator import PROBES
-from sharpwatch.daemon.ingest.hello import Attempt, Cursor, read_hello
+from sharpwatch.daemon.ingest.hello import Attempt, Claim, Cursor, read_hello
 from sharpwatch.daemon.ingest.samples import Reading, read_sample
 from sharpwatch.daemon.records import NO_CHANGES, Changes
 from sharpwatch.daemon.runs.run import Run, Runs
@@ -72,11 +72,12 @@ def restore_run(runs: Runs, stored: StoredRun) -> list[Changes]:
 def _attempt(row: StoredAttempt) -> Attempt | None:
     """Returns None, and logs, if this version no longer accepts the stored Hello."""
     try:
-        hello = read_hello(agent_pb2.Hello.FromString(row.hello))
+        stored = agent_pb2.Hello.FromString(row.hello)
+        hello = read_hello(stored)
     except (WireError, DecodeError) as error:
         log.warning("attempt_not_restored", attempt=row.attempt, reason=str(error))
         return None
-    return Attempt(hello, row.hello, Cursor(row.acknowledged), journalled=True)
+    return Attempt(hello, row.hello, Cursor(row.acknowledged), claim=Claim.of(stored), journalled=True)
 
 
 def _replay(

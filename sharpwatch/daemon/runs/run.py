@@ -454,6 +454,14 @@ class Runs:
             del self._attempts[name][next(iter(self._attempts[name]))]
         return run
 
+    def attempts(self, run: str) -> list[Attempt]:
+        """Returns the attempts of `run` that are remembered, the newest last."""
+        return list(self._attempts.get(run, {}).values())
+
+    def drop(self, run: str) -> None:
+        """Forgets a run, which then is new to whoever names it."""
+        del self._runs[run], self._attempts[run]
+
     def snapshots(self) -> tuple[RunSnapshot, ...]:
         """Returns the snapshot of every run; safe on any thread."""
         # `list` first: /metrics reads on a thread of its own while the event loop may add a run.
@@ -489,7 +497,7 @@ class Runs:
                 return False
             # A flood of names alone drops no run that was trained.
             oldest = min(gone, key=lambda run: (run.snapshot.step is not None, run.snapshot.last_seen_at)).name
-            del self._runs[oldest], self._attempts[oldest]
+            self.drop(oldest)
         return True
 
     def _layer_blocks(self) -> int:
