@@ -110,7 +110,6 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:
     # Before anything is opened: an address that must not be served leaves no journal and no token file behind.
     authorizer = Authorizer.of(settings)
     tls = None if settings.tls is None else ServerTls(settings.tls)
-    started_at = time.monotonic()
     registry = CollectorRegistry()
     silences = Silences()
     gate = Gate(lambda made: asking.ask(made))  # noqa: PLW0108  defined below
@@ -172,11 +171,18 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:
         )
         http = await http_server.start(settings.http)
         stack.push_async_callback(http_server.stop)
+        guard = CallGuard(authorizer, metrics)
         agents = AgentService(
-            runs=runs, queue=queue, pipeline=pipeline, sessions=sessions, authorizer=authorizer, metrics=metrics
+            runs=runs,
+            queue=queue,
+            pipeline=pipeline,
+            sessions=sessions,
+            authorizer=authorizer,
+            guard=guard,
+            metrics=metrics,
         )
         info = DaemonInfo(
-            started_at,
+            time.monotonic(),
             estimator.device,
             settings.store,
             http,
@@ -193,7 +199,7 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:
             release=agents.release,
             info=info,
         )
-        server = GrpcServer(CallGuard(authorizer, metrics), tls, most=limits.grpc)
+        server = GrpcServer(guard, tls, most=limits.grpc)
         address = await server.start(settings.grpc, agents, operators, reflects=settings.reflection)
         # Only once every address is bound, so that a start which fails has no worker to stop.
         worker = asyncio.create_task(pipeline.run(), name="pipeline")

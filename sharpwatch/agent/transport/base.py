@@ -145,8 +145,8 @@ def parse_tls(tls: Mapping[str, str] | None) -> Tls | None:
     Raises:
         AttachError: A key or a value is wrong, or a file does not exist.
     """
-    if tls is None:
-        tls = tls_variables(os.environ) or None
+    if tls is None and any(name.startswith("SHARPWATCH_TLS_") for name in os.environ):
+        tls = tls_variables(os.environ) or None  # a variable may be empty
     if tls is None:
         return None
     if not isinstance(tls, Mapping) or not set(tls) <= set(_TLS_KEYS):

@@ -20,6 +20,7 @@ from sharpwatch import wire
 from sharpwatch._version import __version__
 from sharpwatch.daemon.api.admission import Admission, RefusedError, client_of
 from sharpwatch.daemon.api.auth import Authorizer, Caller
+from sharpwatch.daemon.api.call_guard import SESSION, CallGuard
 from sharpwatch.daemon.api.conversions import command_message
 from sharpwatch.daemon.exporter.own_metrics import OwnMetrics, SessionRefusal
 from sharpwatch.daemon.ingest.hello import Attempt, read_hello
@@ -176,7 +177,7 @@ class Sessions:
         while True:
             await asyncio.sleep(_REVOKED_SECONDS)
             for session in list(self._live.values()):
-                if not authorizer.still_holds(session.caller):
+                if session.caller.sha256 and not authorizer.still_holds(session.caller):
                     text = f"the token of {session.caller.name} is valid no more"
                     session.end(grpc.StatusCode.UNAUTHENTICATED, text)
 
@@ -197,6 +198,7 @@ class AgentService:
         pipeline: Journals new attempts.
         sessions: The live sessions.
         authorizer: Knows who calls.
+        guard: Begins every call.
         metrics: The daemon's own metrics.
     """
 
@@ -208,6 +210,7 @@ class AgentService:
         pipeline: Pipeline,
         sessions: Sessions,
         authorizer: Authorizer,
+        guard: CallGuard,
         metrics: OwnMetrics,
     ) -> None:
         self._runs = runs
@@ -215,6 +218,7 @@ class AgentService:
         self._pipeline = pipeline
         self._sessions = sessions
         self._authorizer = authorizer
+        self._guard = guard
         self._metrics = metrics
         self._admission = Admission(runs, sessions.count, authorizer)
         self._logged: set[str] = set()
@@ -239,6 +243,7 @@ class AgentService:
         self, requests: AsyncIterator[bytes], context: Context
     ) -> AsyncIterator[agent_pb2.SessionResponse]:
         """Serves one stream, from its Hello until client or daemon ends it."""
+        requests = await self._guard.begin(SESSION, requests, context)
         try:
             session, run = await self._handshake(requests, context)
         except RefusedError as error:

@@ -28,6 +28,7 @@ MAX_WAITING = 256  # calls that have not sent their first message
 MAX_HEALTH_WATCHES = 64  # which anyone may open, and which last
 _LOGGED = 256  # kinds of refused calls that are remembered
 _HEALTH, _AGENTS = "/grpc.health.v1.Health/", "/sharpwatch.v1.AgentService/"
+SESSION = f"{_AGENTS}Session"
 _HEALTH_WATCH = f"{_HEALTH}Watch"
 Context = grpc.aio.ServicerContext[Any, Any]
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"  # generic in the stubs, not at run time
@@ -57,7 +58,14 @@ class CallGuard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generi
         # None for a method that there is none of, whatever the stubs say.
         if handler is None:
             return handler  # type: ignore[unreachable]
+        if handler_call_details.method == SESSION:
+            return handler  # calls `begin` itself, so that its messages and answers take no way round
         return self._guarded(str(handler_call_details.method), handler)
+
+    async def begin(self, method: str, requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
+        """Ends a call that its caller may not make, or that sends nothing; returns its messages, the first one too."""
+        await self._authorize(method, context)
+        return _Requests(await self._first(requests, context), requests)
 
     def _guarded(self, method: str, handler: Handler) -> Handler:
         # All as handlers of streams, on which a method is called before the first message: the wire is the same.
@@ -71,11 +79,10 @@ class CallGuard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generi
 
     def _unary(self, method: str, handler: Handler) -> Callable[[AsyncIterator[Any], Context], Awaitable[Any]]:
         async def call(requests: AsyncIterator[Any], context: Context) -> Any:
-            await self._authorize(method, context)
-            first = await self._first(requests, context)
+            began = await self.begin(method, requests, context)
             if handler.request_streaming:
-                return await cast("Any", handler.stream_unary)(_chained(first, requests), context)
-            return await cast("Any", handler.unary_unary)(await _only(first, context), context)
+                return await cast("Any", handler.stream_unary)(began, context)
+            return await cast("Any", handler.unary_unary)(await _only(began, context), context)
 
         return call
 
@@ -83,12 +90,11 @@ class CallGuard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generi
         self, method: str, handler: Handler
     ) -> Callable[[AsyncIterator[Any], Context], AsyncGenerator[Any, None]]:
         async def call(requests: AsyncIterator[Any], context: Context) -> AsyncGenerator[Any, None]:
-            await self._authorize(method, context)
-            first = await self._first(requests, context)
+            began = await self.begin(method, requests, context)
             if handler.request_streaming:
-                answers = cast("Any", handler.stream_stream)(_chained(first, requests), context)
+                answers = cast("Any", handler.stream_stream)(began, context)
             else:
-                answers = cast("Any", handler.unary_stream)(await _only(first, context), context)
+                answers = cast("Any", handler.unary_stream)(await _only(began, context), context)
             if method == _HEALTH_WATCH:  # a coroutine that writes by itself
                 await self._watch_health(answers, context)
                 return
@@ -159,15 +165,27 @@ class CallGuard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generi
             self._health_watches -= 1
 
 
-async def _chained(first: list[Any], rest: AsyncIterator[Any]) -> AsyncGenerator[Any, None]:
-    for message in first:
-        yield message
-    if first:
-        async for message in rest:
-            yield message
+class _Requests:
+    """The messages of a call whose first one was read already, none if there was none."""
+
+    def __init__(self, first: list[Any], rest: AsyncIterator[Any]) -> None:
+        self._first = first
+        self._has_more = bool(first)
+        self._rest = rest
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        # Once the first is taken the messages come straight from gRPC, thousands of samples of a session.
+        return self if self._first or not self._has_more else self._rest
+
+    async def __anext__(self) -> Any:
+        if self._first:
+            return self._first.pop()
+        if not self._has_more:
+            raise StopAsyncIteration
+        return await anext(self._rest)
 
 
-async def _only(first: list[Any], context: Context) -> Any:
-    if not first:
+async def _only(began: AsyncIterator[Any], context: Context) -> Any:
+    if (request := await anext(began, None)) is None:
         await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the request is missing")
-    return first[0]
+    return request

@@ -132,7 +132,10 @@ async def test_a_call_that_sends_nothing_is_ended(running, build, monkeypatch):
     monkeypatch.setattr(call_guard, "FIRST_MESSAGE_SECONDS", 0.2)
     async with running() as daemon:
         trainer = await daemon.train()
-        mute = [daemon.channel.stream_stream(SESSION)(), daemon.channel.stream_unary(GET_DAEMON)()]
+        mute = [
+            daemon.channel.stream_stream(SESSION)(),
+            daemon.channel.stream_unary(GET_DAEMON)(metadata=daemon.credentials),
+        ]
         for call in mute:
             assert await call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
             assert await call.details() == "the first message must come within 0.2 s"
