@@ -28,6 +28,7 @@ FULL = RunSnapshot(
     phase="running",
     attempts=1,
     mode="advise",
+    received_bytes=1234,
     lr_revision=2,
     multipliers={"emb": 1.0, "qk": 0.5},
     step=7,

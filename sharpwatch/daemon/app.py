@@ -135,7 +135,7 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:
             registry,
             queue_depth=lambda: queue.depth,
             queue_capacity=queue.capacity,
-            certificate_days=None if tls is None else lambda: tls.days_left,
+            certificate_seconds=None if tls is None else lambda: tls.seconds_left,
         )
         sessions = Sessions(metrics)
         exposition = Exposition(

@@ -316,6 +316,7 @@ class AgentService:
             reason: SessionRefusal = "wrong_run" if error.code == "wrong_run" else "malformed"
             text = f"{error.code}: {_reason(error)}"
             raise RefusedError(reason, grpc.StatusCode.INVALID_ARGUMENT, text) from error
+        run.received_bytes += len(message)
         # In the same turn of the loop: of two trainers that come at once, one must find the other.
         attempt.presence.heard(now)
         return self._sessions.open(attempt, client, caller), run
@@ -353,6 +354,9 @@ class AgentService:
     def _take(self, message: bytes, session: Session) -> None:
         received_at = time.monotonic()
         session.attempt.presence.heard(received_at)
+        run = self._runs.get(session.attempt.hello.run)
+        if run is not None:
+            run.received_bytes += len(message)
         try:
             request = _parse(message, "sample", "heartbeat")
         except WireError as error:

@@ -68,12 +68,12 @@ class ServerTls:
             log.error("certificate_refused", reason=str(error))  # noqa: TRY400  the message is the reason
             return
         self._shown = found
-        log.info("certificate_read", file=self._config.certificate, expires_in_days=round(self.days_left, 1))
+        log.info("certificate_read", file=self._config.certificate, expires_in_days=round(self.seconds_left / _DAY, 1))
 
     @property
-    def days_left(self) -> float:
-        """Days until the certificate expires; negative afterwards."""
-        return (not_after(self._shown[0]).timestamp() - time.time()) / _DAY
+    def seconds_left(self) -> float:
+        """Seconds until the certificate expires; negative afterwards."""
+        return not_after(self._shown[0]).timestamp() - time.time()
 
     def _renewed(self) -> grpc.ServerCertificateConfiguration:
         self.refresh()

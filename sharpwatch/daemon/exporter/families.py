@@ -363,12 +363,17 @@ _DROPPED = _counter("agent_dropped_samples", "Samples the agent lost in this att
 _UPDATE_EVERY = _gauge(
     "block_update_interval", "The block is updated at steps that this divides; 1 is every step.", "block"
 )
+_RECEIVED = _counter("received_bytes", "Bytes of the run's messages that the daemon has received since it began.")
 _SWALLOWED = _counter("agent_swallowed_errors", "Errors of the agent itself, kept from the training loop.")
 _FAILURES = _counter("agent_probe_failures", "Probes that failed in this attempt; the run's view has why.", "probe")
 _GIVEN_UP = _gauge("agent_probe_given_up", "1 if the probe failed for good and will not run again.", "probe")
 _OBJECTIVE = _info(
     "objective", "What gnb takes for the run's loss, and how that is known; always 1.", "objective", "state"
 )
+
+
+def _received_rows(snapshot: RunSnapshot) -> Iterator[Row]:
+    yield _RECEIVED, (), snapshot.received_bytes
 
 
 def _health_rows(snapshot: RunSnapshot) -> Iterator[Row]:
@@ -435,6 +440,7 @@ SECTIONS = (
         _incident_rows,
     ),
     Section((_DECISIONS, _REVISION), ("decisions_total", "lr_revision"), _decision_rows),
+    Section((_RECEIVED,), ("received_bytes",), _received_rows),
     Section(
         (_OVERHEAD, _DROPPED, _UPDATE_EVERY, _SWALLOWED, _FAILURES, _GIVEN_UP, _OBJECTIVE), ("health",), _health_rows
     ),

@@ -36,7 +36,7 @@ class OwnMetrics:
         *,
         queue_depth: Callable[[], int],
         queue_capacity: int,
-        certificate_days: Callable[[], float] | None = None,
+        certificate_seconds: Callable[[], float] | None = None,
     ) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.received = Counter(
@@ -136,8 +136,8 @@ class OwnMetrics:
         )
         build.labels(__version__, platform.python_version(), torch.__version__).set(1)
         certificate = Gauge(
-            "sharpwatch_certificate_expiry_days",
-            "Days until the daemon's certificate expires; NaN without TLS.",
+            "sharpwatch_certificate_remaining_seconds",
+            "Until the daemon's certificate expires; NaN without TLS.",
             registry=registry,
         )
-        certificate.set_function(certificate_days or (lambda: math.nan))
+        certificate.set_function(certificate_seconds or (lambda: math.nan))

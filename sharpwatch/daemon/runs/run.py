@@ -124,6 +124,7 @@ class Run:
         self.signal = Signal()
         # Journalled decisions whose command the trainer has not answered.
         self.outstanding: dict[str, Decision] = {}
+        self.received_bytes = 0  # of its messages
         # What its losses are held against; `peers` keeps the controllers to it.
         self.reference: ReferenceRow | None = None
         self.windows = Windows(PROBES, window_bytes, on_cut)
@@ -312,6 +313,7 @@ class Run:
             "dropped_probes": dict(self._dropped_probes),
             "cut_windows": dict(self.windows.cut),
             "failures": dict(self._failures),
+            "received_bytes": self.received_bytes,
             **changes,
         }
         self.snapshot = RunSnapshot(**self._draft)

@@ -87,6 +87,7 @@ class RunSnapshot:
     cut_windows: Mapping[str, int] = field(default_factory=dict)
     # How often the daemon itself failed on the run, by where ("fold", or the probe of a window) and kind of error.
     failures: Mapping[str, int] = field(default_factory=dict)
+    received_bytes: int = 0  # of its messages, refused ones too, since the daemon's start
     mode_set: ModeRow | None = None  # None where the mode is the one of the configuration
 
     @property

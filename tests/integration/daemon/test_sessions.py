@@ -383,6 +383,18 @@ async def reflected(daemon) -> list[str]:
     return [service.name for service in response.list_services_response.service]
 
 
+async def test_the_bytes_of_a_runs_messages_are_counted(daemon, build):
+    trainer = await daemon.train()
+    await trainer.send(build.sample(1))
+    await trainer.acknowledged(1)
+    sent = (
+        agent_pb2.SessionRequest(hello=build.hello()),
+        agent_pb2.SessionRequest(sample=build.sample(1)),
+    )
+    await daemon.metric_reaches("sharpwatch_received_bytes_total", sum(each.ByteSize() for each in sent))
+    trainer.call.cancel()
+
+
 async def test_reflection_is_there_where_it_is_asked_for_alone(running, tmp_path):
     async with running(reflection=True) as daemon:
         assert set(SERVICES) <= set(await reflected(daemon))

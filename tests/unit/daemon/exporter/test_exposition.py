@@ -106,6 +106,7 @@ CHANGED = {
     "phase": "silent",
     "mode": "enforce",
     "lr_revision": 3,
+    "received_bytes": 5678,
     "step": 8,
     "loss": 2.25,
     "last_sample_at": 1001.5,

@@ -137,6 +137,7 @@ sharpwatch_incident_onset_step{block="qk",cause="instability",layer="layers.0",n
 sharpwatch_critical_incidents_total{run="run",training_job="job"} 0.0
 sharpwatch_decisions_total{action="scale_lr",mode="advise",outcome="proposed",run="run",training_job="job"} 1.0
 sharpwatch_lr_revision{run="run",training_job="job"} 2.0
+sharpwatch_received_bytes_total{run="run",training_job="job"} 1234.0
 sharpwatch_agent_overhead_ratio{run="run",training_job="job"} 0.004
 sharpwatch_agent_dropped_samples_total{reason="spool",run="run",training_job="job"} 3.0
 sharpwatch_block_update_interval{block="emb",run="run",training_job="job"} 1.0
@@ -183,6 +184,7 @@ def test_a_run_that_measured_nothing_exports_no_number_it_has_not():
         "sharpwatch_run_info",
         "sharpwatch_block_parameters",
         "sharpwatch_lr_revision",
+        "sharpwatch_received_bytes_total",
         "sharpwatch_alerts_total",
         "sharpwatch_critical_incidents_total",
         "sharpwatch_excursions_total",
