@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 
+import structlog
 from aiohttp import web
 from aiohttp.typedefs import Handler
 from aiohttp.web_protocol import RequestHandler
@@ -16,6 +18,11 @@ from sharpwatch.daemon.api.limits import IDLE_SECONDS
 from sharpwatch.daemon.api.server_tls import ServerTls
 from sharpwatch.daemon.exporter.metrics import Exposition
 from sharpwatch.errors import SharpwatchError
+
+log = structlog.get_logger(__name__)
+
+_BACKLOG = 128  # connections that the kernel holds until they are accepted
+_PAUSE_SECONDS = 1.0  # after one could not be accepted
 
 
 class HttpServer:
@@ -53,7 +60,9 @@ class HttpServer:
         app.router.add_get("/-/healthy", self._healthy)
         app.router.add_get("/-/ready", self._ready)
         self._runner = web.AppRunner(app, access_log=None, keepalive_timeout=IDLE_SECONDS)
-        self._listening: asyncio.Server | None = None
+        self._connecting: dict[socket.socket, asyncio.Task[None]] = {}  # in their handshake, oldest first
+        self._listener: socket.socket | None = None
+        self._accepting: asyncio.Task[None] | None = None
 
     async def start(self, address: str) -> str:
         """Starts to serve.
@@ -67,50 +76,82 @@ class HttpServer:
         Raises:
             SharpwatchError: The address can't be bound.
         """
-        host, _, port = address.rpartition(":")
         await self._runner.setup()
-        loop = asyncio.get_running_loop()
         try:
-            # Not `web.TCPSite`, which takes in any number of connections.
-            self._listening = await loop.create_server(
-                self._accept,
-                host.strip("[]"),
-                int(port),
-                reuse_address=True,
-                ssl=None if self._tls is None else self._tls.http,
-                # Those that do not finish their handshake are not among the connections that are counted.
-                ssl_handshake_timeout=None if self._tls is None else IDLE_SECONDS,
-            )
+            self._listener = await asyncio.to_thread(_listen, address)
         except OSError as error:
             await self._runner.cleanup()
             raise SharpwatchError(f"http {address}: {error.strerror}") from error
-        for listener in self._listening.sockets:
-            _end_slow_readers(listener)
-        bound = self._listening.sockets[0].getsockname()
+        # Not `web.TCPSite`, which takes in any number of connections.
+        self._accepting = asyncio.create_task(self._accept(self._listener), name="http")
+        bound = self._listener.getsockname()
         return f"[{bound[0]}]:{bound[1]}" if ":" in bound[0] else f"{bound[0]}:{bound[1]}"
 
     async def stop(self) -> None:
         """Finishes the requests in progress and stops."""
-        if self._listening is not None:
-            self._listening.close()
+        if self._listener is not None and self._accepting is not None:
+            self._accepting.cancel()
+            await asyncio.wait((self._accepting,))
+            self._listener.close()
         await self._runner.cleanup()
 
-    def _accept(self) -> asyncio.Protocol:
-        """The protocol of a new connection; where there are too many, the oldest without a whole request are closed."""
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                accepted, _ = await loop.sock_accept(listener)
+            except OSError as error:  # no descriptor, or no memory, is left
+                log.warning("not_accepting", reason=error.strerror)
+                await asyncio.sleep(_PAUSE_SECONDS)
+                continue
+            self._make_room()
+            self._connecting[accepted] = loop.create_task(self._connect(accepted))
+
+    async def _connect(self, accepted: socket.socket) -> None:
+        tls = None
         if self._tls is not None:
             self._tls.refresh()
+            tls = self._tls.http
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(
+                self._protocol,
+                accepted,
+                ssl=tls,
+                ssl_handshake_timeout=None if tls is None else IDLE_SECONDS,
+            )
+        except OSError as error:  # SSL's errors too
+            log.debug("not_connected", reason=str(error))
+        finally:
+            del self._connecting[accepted]
+
+    def _make_room(self) -> None:
+        """Closes the oldest connections, if there are too many: first those that have sent no whole request."""
+        server = self._runner.server
+        connections = [] if server is None else server.connections
+        live = [each for each in connections if each.transport is not None and not each.transport.is_closing()]
+        too_many = len(live) + len(self._connecting) - self._most + 1
+        idle = [each for each in live if each not in self._answering]
+        for each in idle[: max(0, too_many)]:
+            _abort(each.transport)
+        too_many -= len(idle)
+        for accepted in list(self._connecting)[: max(0, too_many)]:
+            # In its handshake, which has no transport that could be asked: it ends by this.
+            with suppress(OSError):
+                accepted.shutdown(socket.SHUT_RDWR)
+        too_many -= len(self._connecting)
+        busy = [each for each in live if each in self._answering]
+        for each in busy[: max(0, too_many)]:
+            _abort(each.transport)
+
+    def _protocol(self) -> asyncio.Protocol:
         server = self._runner.server
         if server is None:
             raise SharpwatchError("the HTTP server has been stopped")
-        live = [each for each in server.connections if each.transport is not None and not each.transport.is_closing()]
-        live.sort(key=self._answering.__contains__)  # stable: among equals the oldest is first
-        for each in live[: max(0, len(live) - self._most + 1)]:
-            _abort(each.transport)
-        accepted = server()
+        connected = server()
         # The option `keepalive_timeout` is for later requests; only the newest aiohttp has it for the first one too.
-        timer = asyncio.get_running_loop().call_later(IDLE_SECONDS, self._end_unasked, accepted)
-        self._unasked[accepted] = timer
-        return accepted
+        timer = asyncio.get_running_loop().call_later(IDLE_SECONDS, self._end_unasked, connected)
+        self._unasked[connected] = timer
+        return connected
 
     def _end_unasked(self, connection: RequestHandler) -> None:
         del self._unasked[connection]
@@ -156,7 +197,12 @@ def _abort(transport: asyncio.BaseTransport | None) -> None:
         transport.abort()
 
 
-def _end_slow_readers(listener: socket.socket) -> None:
-    """Has the kernel end connections whose client takes nothing of an answer for so long; they inherit the option."""
+def _listen(address: str) -> socket.socket:
+    host, _, port = address.rpartition(":")
+    (family, _, _, _, where), *_ = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+    listener = socket.create_server(where[:2], family=family, backlog=_BACKLOG)
+    listener.setblocking(False)
+    # The kernel ends connections whose client takes nothing of an answer for so long; they inherit the option.
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(IDLE_SECONDS * 1000))
+    return listener

@@ -17,6 +17,7 @@ from structlog.testing import capture_logs
 
 from sharpwatch.common.credentials import Credential, make_credential, read_credentials, write_credentials
 from sharpwatch.daemon.api import agent_service
+from sharpwatch.daemon.api.limits import ConnectionLimits
 from sharpwatch.errors import SharpwatchError
 from sharpwatch.v1 import operator_pb2 as pb
 from sharpwatch.v1.agent_pb2_grpc import AgentServiceStub
@@ -110,6 +111,16 @@ async def test_every_method_is_for_a_role(guarded, holders):
             metadata=holders.shown("gpt2")
         )
         assert await agents.code() is FORBIDDEN
+
+
+async def test_refusals_do_not_fill_the_log(daemon):
+    stub = OperatorServiceStub(daemon.channel)
+    with capture_logs() as logs:
+        for _ in range(50):
+            await status(stub.ListRuns(pb.ListRunsRequest()))
+            await status(stub.GetRun(pb.GetRunRequest(run="x" * 10_000)))
+    assert [each["method"].rpartition("/")[2] for each in logs] == ["ListRuns", "GetRun"]
+    assert await daemon.metric('sharpwatch_calls_ended_total{reason="unauthorized"}') == 100
 
 
 async def test_a_role_may_do_what_it_is_for_and_no_more(guarded, holders, build):
@@ -296,6 +307,21 @@ async def test_a_new_certificate_is_shown_without_a_restart(secured, authority):
             await asyncio.to_thread(served_certificate, http, authority)
             assert (await asyncio.to_thread(served_certificate, address, authority)).split() == second.split()
         assert [each["event"] for each in logs] == ["certificate_refused"]  # once
+
+
+async def test_handshakes_that_never_end_leave_metrics_working(secured, authority, monkeypatch):
+    monkeypatch.setattr(ConnectionLimits, "of", classmethod(lambda cls, _: cls(http=8, grpc=64)))
+    context = ssl.create_default_context(cafile=str(authority.own.certificate))
+    async with secured() as (_, http), aiohttp.ClientSession() as web:
+        port = int(http.rpartition(":")[2])
+        opened = [await asyncio.open_connection("127.0.0.1", port) for _ in range(50)]
+        async with web.get(f"https://{http}/metrics", ssl=context) as response:
+            assert response.status == 200
+        async with asyncio.timeout(30):
+            for reader, _ in opened[:40]:
+                assert await reader.read() == b""
+        for _, writer in opened:
+            writer.close()
 
 
 async def test_a_key_that_all_users_can_read_is_refused(secured, authority):

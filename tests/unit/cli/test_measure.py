@@ -254,6 +254,26 @@ def test_code_in_the_folder_of_a_model_runs_only_where_that_is_asked_for(tmp_pat
     assert marker.exists()
 
 
+class Pickled:
+    """Runs what it holds when it is unpickled."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+def test_code_in_a_batch_file_does_not_run(tmp_path):
+    batch, marker = tmp_path / "batch.pt", tmp_path / "ran"
+    torch.save({"input_ids": Pickled(marker)}, batch)
+    with pytest.raises(SharpwatchError):
+        load_batches(str(batch), TextWindows(None, None, None), loaded(), 0)
+    assert not marker.exists()
+    torch.load(batch, weights_only=False)
+    assert marker.exists()  # it would have
+
+
 def test_a_model_that_is_nowhere_says_what_is_allowed():
     with pytest.raises(SharpwatchError, match=r"MODEL gpt2-xl: is not there; expected a folder with config\.json"):
         load("gpt2-xl", None, None)
