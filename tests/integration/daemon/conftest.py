@@ -302,6 +302,12 @@ def running(configure, tmp_path):
     return run
 
 
+@pytest.fixture
+def as_operator(tmp_path, monkeypatch):
+    """Commands show the operator's token of the daemon."""
+    monkeypatch.setenv("SHARPWATCH_TOKEN_FILE", str(tmp_path / "operator.token"))
+
+
 @dataclass
 class Process:
     """`sharpwatch serve` in a process of its own, its log lines kept as they come."""

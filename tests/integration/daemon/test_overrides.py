@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from sharpwatch.cli.main import main
 from sharpwatch.v1 import operator_pb2 as pb
 
@@ -21,6 +23,7 @@ async def overrides(daemon, run: str) -> list[tuple[str, float, dict[str, str]]]
     return [(each.key, each.value, dict(each.match)) for each in detail.overrides]
 
 
+@pytest.mark.usefixtures("as_operator")
 async def test_a_run_with_the_label_stalls_by_its_own_threshold_and_says_so(running, build, capsys):
     async with running(detection=DETECTION) as daemon:
         labelled = await daemon.train("one", "one-1", labels={"team": "nlp"})

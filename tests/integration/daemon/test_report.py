@@ -17,6 +17,8 @@ from sharpwatch.cli.main import main
 from sharpwatch.v1 import operator_pb2 as pb
 from sharpwatch.v1 import types_pb2
 
+pytestmark = pytest.mark.usefixtures("as_operator")
+
 POLICIES = """
 policies:
   - name: back

@@ -102,6 +102,7 @@ async def test_it_shows_runs_and_waits_through_a_restart(start, build, sick, tmp
     assert await terminal.interrupt() == 0
 
 
+@pytest.mark.usefixtures("as_operator")
 async def test_without_a_terminal_it_prints_all_runs_once(running, build, sick, capsys):
     async with running() as daemon:
         for name, sample in (("well", build.sample(1)), ("ill", sick)):
