@@ -21,7 +21,8 @@ class WatchedFile(Generic[Content]):
     Args:
         path: The file.
         read: Reads and checks it; raises a `SharpwatchError` where it can't be used.
-        on_change: Told each time that it was read again: the error, or None where it can be used.
+        on_change: Told each time that it has changed: the error, or None where it can be used. Told of the first time
+            only if it can't.
     """
 
     def __init__(
@@ -44,14 +45,16 @@ class WatchedFile(Generic[Content]):
         """
         stamp = self._status()
         if stamp != self._stamp:
-            self._stamp = stamp
+            is_first, self._stamp = self._stamp is None, stamp
             try:
                 self._found = self._read(self._path)
             except SharpwatchError as error:
                 self._found = error
             except OSError as error:  # it has changed again in between
                 self._found = SharpwatchError(f"{self._path}: {error.strerror}")
-            self._on_change(self._found if isinstance(self._found, SharpwatchError) else None)
+            wrong = self._found if isinstance(self._found, SharpwatchError) else None
+            if wrong is not None or not is_first:
+                self._on_change(wrong)
         if isinstance(self._found, SharpwatchError):
             raise self._found
         return self._found

@@ -211,7 +211,8 @@ class Courier:
             call: Call = channel.stream_stream(_METHOD, None, None)(None, metadata=metadata)
             try:
                 async with asyncio.timeout(WELCOME_SECONDS):
-                    await call.write(hello)
+                    with contextlib.suppress(asyncio.InvalidStateError):  # refused by then: reading says why
+                        await call.write(hello)
                     await self._await_welcome(call)
                 await self._exchange(call)
             finally:
