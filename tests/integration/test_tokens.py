@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 from certificates import Authority
-from daemons import Daemon, honest, welcome
+from daemons import PATIENCE, Daemon, honest, welcome
 from wire_trainer import whole_hello
 
 from sharpwatch.agent.transport.courier_handle import CourierHandle
@@ -102,6 +103,22 @@ def test_a_courier_says_that_its_token_file_is_open_to_others(serve, courier, tm
     daemon.wait(lambda: "has mode 0644: others can read it" in client.connection.reason, client)
     assert client.connection.refused
     assert len(daemon.metadata) == 1
+
+
+def test_the_trainers_own_log_says_that_its_token_is_missing(tmp_path, courier, caplog):
+    file = tmp_path / "credentials.yaml"
+    assert sharpwatch("token", "create", "--role", "agent", "--name", "gpt2", "--file", file).returncode == 0
+    daemon = Daemon(tmp_path, extra=f'  credentials: "{file}"\n').start()
+    try:
+        client = courier(daemon.grpc)
+        deadline = time.monotonic() + PATIENCE
+        while not client.connection.refused:
+            assert time.monotonic() < deadline, client.connection
+            client.flush()
+        (warning,) = [record.getMessage() for record in caplog.records]
+        assert "a session needs a token of role agent: no token was shown" in warning
+    finally:
+        daemon.stop()
 
 
 def test_agent_and_operator_over_tls(tmp_path, authority, courier, monkeypatch):
