@@ -151,7 +151,8 @@ class CallGuard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generi
         while len(self._waiting) > MAX_WAITING:
             oldest = next(iter(self._waiting))
             del self._waiting[oldest]
-            oldest.reschedule(asyncio.get_running_loop().time())
+            if not oldest.expired():  # which it may have, and its call has not noticed yet
+                oldest.reschedule(asyncio.get_running_loop().time())
 
     async def _watch_health(self, watch: Awaitable[None], context: Context) -> None:
         if self._health_watches >= MAX_HEALTH_WATCHES:

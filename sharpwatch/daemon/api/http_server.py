@@ -199,7 +199,9 @@ def _abort(transport: asyncio.BaseTransport | None) -> None:
 
 def _listen(address: str) -> socket.socket:
     host, _, port = address.rpartition(":")
-    (family, _, _, _, where), *_ = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+    found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+    # Of localhost the one of IPv4, which every client tries.
+    family, _, _, _, where = min(found, key=lambda each: each[0] != socket.AF_INET)
     listener = socket.create_server(where[:2], family=family, backlog=_BACKLOG)
     listener.setblocking(False)
     # The kernel ends connections whose client takes nothing of an answer for so long; they inherit the option.

@@ -158,6 +158,17 @@ async def test_among_many_mute_calls_the_oldest_are_ended(running, monkeypatch):
             call.cancel()
 
 
+async def test_calls_that_are_about_to_end_make_room_too(running, monkeypatch):
+    monkeypatch.setattr(call_guard, "MAX_WAITING", 2)
+    monkeypatch.setattr(call_guard, "FIRST_MESSAGE_SECONDS", 0.0)
+    async with running() as daemon:
+        ended = [
+            await each
+            for each in [call.code() for call in [daemon.channel.stream_stream(SESSION)() for _ in range(60)]]
+        ]
+        assert set(ended) <= {grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.DEADLINE_EXCEEDED}
+
+
 async def test_health_may_be_watched_by_few(running, monkeypatch):
     monkeypatch.setattr(call_guard, "MAX_HEALTH_WATCHES", 2)
     async with running() as daemon:
