@@ -248,7 +248,8 @@ class AgentService:
             session, run = await self._handshake(requests, context)
         except RefusedError as error:
             self._count_refusal(error, context.peer())
-            await context.abort(error.code, str(error))
+            _end(context, error.code, str(error))
+            return
         attempt = session.attempt
         if attempt is run.attempt:
             run.publish(phase="running")
@@ -268,7 +269,7 @@ class AgentService:
                 yield response
         except SessionEndedError as error:
             log.warning("session_ended", run=run.name, attempt=attempt.hello.attempt, reason=str(error))
-            await context.abort(error.code, str(error))
+            _end(context, error.code, str(error))
         finally:
             reader.cancel()
             self._close(session, run)
@@ -405,6 +406,14 @@ class AgentService:
         if attempt is not run.attempt:
             self._end_if_replaced(session)
         return attempt.cursor.place(reading.sequence, reading.step, restored=reading.restored)
+
+
+def _end(context: Context, code: grpc.StatusCode, reason: str) -> None:
+    """Has a call end with a status, once its method has returned."""
+    # Not `abort`: gRPC never lets go of a stream that it has ended while the client could still send, and a connection
+    # with as many of these as it may have streams is refused all calls. Those of several trainers may come over one.
+    context.set_code(code)
+    context.set_details(reason)
 
 
 def _reason(error: WireError) -> str:

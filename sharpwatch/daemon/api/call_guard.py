@@ -62,10 +62,22 @@ class CallGuard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generi
             return handler  # calls `begin` itself, so that its messages and answers take no way round
         return self._guarded(str(handler_call_details.method), handler)
 
-    async def begin(self, method: str, requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
-        """Ends a call that its caller may not make, or that sends nothing; returns its messages, the first one too."""
+    async def begin(
+        self, method: str, requests: AsyncIterator[Any], context: Context, *, streams: bool = True
+    ) -> AsyncIterator[Any]:
+        """Ends a call that its caller may not make, or that sends nothing.
+
+        Args:
+            method: Its method.
+            requests: Its messages.
+            context: Its context.
+            streams: Whether it may have several messages.
+
+        Returns:
+            Its messages, the first one too.
+        """
         await self._authorize(method, context)
-        return _Requests(await self._first(requests, context), requests)
+        return _Requests(await self._first(requests, context, streams=streams), requests)
 
     def _guarded(self, method: str, handler: Handler) -> Handler:
         # All as handlers of streams, on which a method is called before the first message: the wire is the same.
@@ -79,7 +91,7 @@ class CallGuard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generi
 
     def _unary(self, method: str, handler: Handler) -> Callable[[AsyncIterator[Any], Context], Awaitable[Any]]:
         async def call(requests: AsyncIterator[Any], context: Context) -> Any:
-            began = await self.begin(method, requests, context)
+            began = await self.begin(method, requests, context, streams=handler.request_streaming)
             if handler.request_streaming:
                 return await cast("Any", handler.stream_unary)(began, context)
             return await cast("Any", handler.unary_unary)(await _only(began, context), context)
@@ -90,7 +102,7 @@ class CallGuard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generi
         self, method: str, handler: Handler
     ) -> Callable[[AsyncIterator[Any], Context], AsyncGenerator[Any, None]]:
         async def call(requests: AsyncIterator[Any], context: Context) -> AsyncGenerator[Any, None]:
-            began = await self.begin(method, requests, context)
+            began = await self.begin(method, requests, context, streams=handler.request_streaming)
             if handler.request_streaming:
                 answers = cast("Any", handler.stream_stream)(began, context)
             else:
@@ -127,14 +139,19 @@ class CallGuard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generi
         self._logged.add(refused)
         log.warning("call_refused", method=method, peer=peer, name=caller.name, reason=caller.why or caller.role)
 
-    async def _first(self, requests: AsyncIterator[Any], context: Context) -> list[Any]:
+    async def _first(self, requests: AsyncIterator[Any], context: Context, *, streams: bool) -> list[Any]:
         """The first message of a call, none if it ends without one; ends a call that does not send it in time."""
         deadline = asyncio.timeout(FIRST_MESSAGE_SECONDS)
         try:
             async with deadline:
                 self._waiting[deadline] = None
                 self._make_room()
-                return [message] if (message := await anext(requests, None)) is not None else []
+                message = await anext(requests, None)
+                # Read to the end where there is one message: gRPC never lets go of a stream that `abort` ended before
+                # its end was read, and refuses all calls of a connection that has as many of these as it may have.
+                if message is not None and not streams:
+                    await anext(requests, None)
+                return [] if message is None else [message]
         except TimeoutError:
             was_evicted = deadline not in self._waiting
             self._metrics.calls_ended.labels("crowded" if was_evicted else "mute").inc()

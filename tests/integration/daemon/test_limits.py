@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from sharpwatch.daemon.api import call_guard, http_server
 from sharpwatch.daemon.api.limits import RESERVED, ConnectionLimits
+from sharpwatch.v1 import operator_pb2 as pb
 
 HALF_A_REQUEST = b"GET /metrics HTTP/1.1\r\nHost: daemon\r\n"  # a line is missing
 DESCRIPTORS = 1024  # the usual limit of a user
@@ -156,6 +157,29 @@ async def test_among_many_mute_calls_the_oldest_are_ended(running, monkeypatch):
         assert sum(call.done() for call in mute) <= 7  # the newest one made room for the trainer's own
         for call in mute:
             call.cancel()
+
+
+async def test_calls_that_are_refused_are_no_streams_any_more(daemon):
+    """Else a connection would be full after so many, and every call of it be refused."""
+    for _ in range(80):  # more than a connection may have at a time
+        for call in (
+            daemon.operator.GetRun(pb.GetRunRequest(run="none")),
+            daemon.operator.WatchRun(pb.WatchRunRequest(run="none")).read(),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call
+            assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+async def test_sessions_that_are_refused_are_no_streams_any_more(daemon, build):
+    trainer = await daemon.train()
+    for number in range(80):
+        other = daemon.connect()
+        await other.send(build.hello(attempt=f"a{number + 2}"))
+        assert (await other.ended())[0] is grpc.StatusCode.ALREADY_EXISTS
+    await trainer.send(build.sample(1))
+    await trainer.acknowledged(1)
+    trainer.call.cancel()
 
 
 async def test_calls_that_are_about_to_end_make_room_too(running, monkeypatch):
