@@ -15,6 +15,7 @@ SharpwatchError
 ├── DesyncError          a collective probe failed on some ranks only: the run must stop
 ├── WireError            a message violates the wire protocol
 ├── StoreError           the journal cannot be opened, read or written
+├── NoRoomError          the daemon holds as many live runs as it can
 ├── LogError             a log or a recorded run cannot be read
 └── OperatorError        the daemon refused an operator's call, or cannot be reached
     └── UnansweredError  the trainer has not answered an operator's command yet
@@ -120,6 +121,10 @@ class WireError(SharpwatchError):
 
 class StoreError(SharpwatchError):
     """The journal cannot be opened, read or written."""
+
+
+class NoRoomError(SharpwatchError):
+    """The daemon holds as many live runs as it can."""
 
 
 class LogError(SharpwatchError):

@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -42,10 +43,11 @@ from sharpwatch.daemon.ingest.hello import RunHello
 from sharpwatch.daemon.ingest.samples import SampleQueue
 from sharpwatch.daemon.notifier import Notifier
 from sharpwatch.daemon.pipeline import Pipeline
-from sharpwatch.daemon.runs.restore import REPLAYED_SAMPLES, restore_run
+from sharpwatch.daemon.run_loader import RunLoader
 from sharpwatch.daemon.runs.run import Runs
+from sharpwatch.daemon.storage import catalog
 from sharpwatch.daemon.storage.journal import Store
-from sharpwatch.errors import SharpwatchError
+from sharpwatch.errors import SharpwatchError, StoreError
 from sharpwatch.v1.operator_pb2_grpc import add_OperatorServiceServicer_to_server
 
 log = structlog.get_logger(__name__)
@@ -104,15 +106,16 @@ async def _main(config: Config) -> int:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Daemon:
-    """A running daemon: the addresses that it serves, and the task of its pipeline."""
+    """A running daemon: the addresses that it serves, the task of its pipeline, and whether its live runs are back."""
 
     grpc: str
     http: str
     worker: asyncio.Task[None]
+    restored: asyncio.Event
 
 
 @asynccontextmanager
-async def serving(config: Config) -> AsyncIterator[Daemon]:
+async def serving(config: Config) -> AsyncIterator[Daemon]:  # noqa: PLR0915  the parts of the daemon, one by one
     """Runs a daemon for the length of a `with`, and drains it at the end.
 
     Args:
@@ -154,16 +157,26 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:
             on_command=sessions.command,
             on_records=notifier.tell,
         )
-        # Before HTTP and gRPC are served: an agent that reconnects must find its cursor, and a scrape its runs.
         silences.restore(await store.silences())
-        await _restore(runs, store, pipeline, notifier)
+        notifier.restore(await store.notifications(), (), ())
+        loader = RunLoader(runs, store, pipeline)
         alerts = ForeignAlerts(
-            names=config.foreign_alerts, runs=runs, pipeline=pipeline, authorizer=authorizer, metrics=metrics
+            names=config.foreign_alerts,
+            runs=runs,
+            loader=loader,
+            pipeline=pipeline,
+            authorizer=authorizer,
+            metrics=metrics,
         )
-        http_server = HttpServer(registry, alerts, unready=lambda: pipeline.store_error)
+        restored = asyncio.Event()
+        http_server = HttpServer(
+            registry, alerts, unready=lambda: pipeline.store_error or ("" if restored.is_set() else "restoring")
+        )
         http = await http_server.start(settings.http)
         stack.push_async_callback(http_server.stop)
-        agents = AgentService(runs=runs, queue=queue, pipeline=pipeline, sessions=sessions, metrics=metrics)
+        agents = AgentService(
+            runs=runs, loader=loader, queue=queue, pipeline=pipeline, sessions=sessions, metrics=metrics
+        )
         info = DaemonInfo(
             started_at,
             estimator.device,
@@ -173,34 +186,36 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:
             config.detection,
         )
         operators = OperatorService(
-            runs=runs, silences=silences, pipeline=pipeline, store=store, authorizer=authorizer, info=info
+            runs=runs,
+            loader=loader,
+            silences=silences,
+            pipeline=pipeline,
+            store=store,
+            authorizer=authorizer,
+            info=info,
         )
         server, health, address = await _start_grpc(settings, agents, operators)
         # Only once every address is bound, so that a start which fails has no worker to stop.
         worker = asyncio.create_task(pipeline.run(), name="pipeline")
-        stalls = asyncio.create_task(pipeline.watch_stalls(config.detection), name="stalls")
-        webhooks = (
+        beside = [
+            asyncio.create_task(pipeline.watch_stalls(config.detection), name="stalls"),
             asyncio.create_task(notifier.run(), name="notifications"),
             asyncio.create_task(asking.run(gate), name="gate"),
-        )
+        ]
         log.info(
-            "serving",
-            grpc=address,
-            http=http,
-            device=estimator.device,
-            store=str(store.path),
-            runs=len(runs),
-            version=__version__,
+            "serving", grpc=address, http=http, device=estimator.device, store=str(store.path), version=__version__
         )
+        since = time.time() - settings.stale_after
+        restoring = _restore(loader, runs, store, notifier, health, restored, since)
+        beside.append(asyncio.create_task(restoring, name="restore"))
         try:
-            yield Daemon(address, http, worker)
+            yield Daemon(address, http, worker, restored)
         finally:
+            for task in beside:
+                task.cancel()
             # No new session, then an unhealthy state, then the worker, whose last write still acknowledges to open
             # sessions. Those are drained after that, so that agents send again only samples that are not journalled.
             agents.draining = True
-            stalls.cancel()
-            for webhook in webhooks:
-                webhook.cancel()
             await health.enter_graceful_shutdown()
             pipeline.stop()
             # Not `await worker`: its own error is logged in `_main`, and must not keep the rest from being stopped.
@@ -212,20 +227,44 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:
             await server.stop(DRAIN_SECONDS)
 
 
-async def _restore(runs: Runs, store: Store, pipeline: Pipeline, notifier: Notifier) -> None:
-    for name in await store.runs():
-        stored = await store.load(name, samples=REPLAYED_SAMPLES)
-        changes = restore_run(runs, stored)
-        run = runs.get(name)
-        if run is not None:
-            await pipeline.restored(run, changes)
-    # Once all are there: a run may be held against one that comes after it.
-    pipeline.restored_all()
-    notifier.restore(
-        await store.notifications(),
-        (each for run in runs for each in run.controller.incidents),
-        (made for run in runs for made in run.controller.decisions),
-    )
+async def _restore(  # noqa: PLR0913, PLR0917  what a restart brings back, and who is told
+    loader: RunLoader,
+    runs: Runs,
+    store: Store,
+    notifier: Notifier,
+    health: HealthServicer,
+    restored: asyncio.Event,
+    since: float,
+) -> None:
+    """Brings back the live runs while the daemon serves, and says so; then those that may be needed."""
+    began = time.monotonic()
+    try:
+        rest = await loader.bring_back_live(since)
+        # Of ended runs, too: the webhook may not know yet how it ended.
+        incidents, decisions = await store.ask(
+            partial(catalog.told, ids=[row.fingerprint for row in await store.notifications()])
+        )
+        kept = {each.id: each for each in incidents} | {
+            each.id: each for run in runs for each in run.controller.incidents
+        }
+        made = {each.id: each for each in decisions} | {
+            each.id: each for run in runs for each in run.controller.decisions
+        }
+        notifier.restore((), kept.values(), made.values())
+    except StoreError as error:
+        # Each run is asked for again by its trainer, and by whoever names it.
+        log.error("not_restored", reason=str(error))  # noqa: TRY400  the message is the reason
+        return
+    restored.set()
+    await _set_health(health, health_pb2.HealthCheckResponse.SERVING)
+    log.info("ready", runs=len(runs), seconds=round(time.monotonic() - began, 3))
+    await loader.bring_back(rest)
+
+
+async def _set_health(health: HealthServicer, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+    # The empty name is the whole server, in the protocol of gRPC health checks.
+    for service in ("", *_SERVICES):
+        await health.set(service, status)
 
 
 def _controller(
@@ -261,9 +300,7 @@ async def _start_grpc(
     add_OperatorServiceServicer_to_server(operators, server)
     health = HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
-    # The empty name is the whole server, in the protocol of gRPC health checks.
-    for service in ("", *_SERVICES):
-        await health.set(service, health_pb2.HealthCheckResponse.SERVING)
+    await _set_health(health, health_pb2.HealthCheckResponse.NOT_SERVING)
     if settings.reflection:
         reflection.enable_server_reflection(
             (*_SERVICES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME), server

@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
+from itertools import islice
 
 import structlog
 
@@ -27,7 +28,6 @@ from sharpwatch.daemon.runs.run import Run, Runs
 from sharpwatch.daemon.storage.journal import Store
 from sharpwatch.daemon.storage.schema import (
     AttemptRow,
-    BaselinesRow,
     EstimateRow,
     ModeRow,
     PendingWrites,
@@ -41,6 +41,8 @@ log = structlog.get_logger(__name__)
 
 _FIRST_RETRY, _LAST_RETRY = 0.1, 5.0  # seconds between tries of a failing journal
 _STALL_CHECK = 5.0  # seconds between looks for runs that have stalled, at the most
+_SAVED_AFTER = 60.0  # seconds after which a run without a session counts as ended
+_SAVED_AT_ONCE = 16  # states, each of which takes some 20 ms
 _YIELD_EVERY = 64  # samples folded before other tasks get a turn
 
 
@@ -101,6 +103,9 @@ class Pipeline:
             await self._cycle()
         self._retry_at = 0.0
         await self._cycle()
+        for run in self._runs:
+            self._save(run)
+            await asyncio.sleep(0)
         # The cycle may have put windows into the queue. Their estimates are written by the last write.
         await self._estimation_queue.settled()
         with suppress(StoreError):
@@ -135,6 +140,17 @@ class Pipeline:
                     self._record(run, changes)
                     run.publish()
                     self._queue.wake()
+            await self._save_ended()
+
+    async def _save_ended(self) -> None:
+        """Has the states of some ended runs journalled, so that they are back at once when they are asked for."""
+        before = time.time() - _SAVED_AFTER
+        ended = (run for run in self._runs if run.phase != "running" and run.snapshot.last_seen_at < before)
+        rows = (row for run in ended if (row := run.state_row()) is not None)
+        for row in islice(rows, _SAVED_AT_ONCE):
+            self._pending.baselines[row.run] = row
+            self._queue.wake()
+            await asyncio.sleep(0)
 
     async def submit(self, run: Run, changes: Changes, row: ModeRow | ReferenceRow | RequestRow | None = None) -> None:
         """Journals what an operator changed, then sends the commands in it.
@@ -209,18 +225,35 @@ class Pipeline:
         self._pending.requests.append(request)
         await self._write(())
 
+    async def flush(self, run: str) -> None:
+        """Journals what is known of a run and not written yet.
+
+        Args:
+            run: Its name.
+
+        Raises:
+            StoreError: There is such, and the journal fails.
+        """
+        # Also what a write in progress has: it may fail.
+        async with self._writing:
+            unwritten = self._pending.has(run)
+        if unwritten:
+            await self._write(())
+
     async def restored(self, run: Run, changes: Sequence[Changes]) -> None:
-        """Journals the changes that a restart found in replayed samples, and estimates the restored windows."""
+        """Journals the changes that were found in replayed samples, and estimates the restored windows."""
         for change in changes:
             self._pending.add(run.name, change)
-        await self._estimate([run.request()])
-        self._pending.estimates.clear()  # the journal has them already
+        await self._estimate([run.request()], journalled=True)
         run.publish()
 
-    def restored_all(self) -> None:
-        """Takes up what the restored runs say of each other; what that changes is journalled with the next samples."""
-        for run in self._runs:
-            self._record_all(self.peers.restore(run))
+    def count_internal_error(self, where: str) -> None:
+        """Counts an error of the daemon itself."""
+        self._metrics.internal_errors.labels(where).inc()
+
+    def take_up(self, run: Run) -> None:
+        """Takes up what a restored run and others say of each other; that is journalled with the next samples."""
+        self._record_all(self.peers.restore(run))
 
     async def register(self, attempt: Attempt, now: float) -> None:
         """Journals that an attempt began at unix seconds `now`; if the journal fails, that is written later."""
@@ -362,15 +395,21 @@ class Pipeline:
         if entry.attempt is not run.attempt:
             return  # a newer attempt has replaced this one, so its measurements are out of date
         observation = run.update(reading, now)
+        run.folded(entry.attempt.hello.attempt, reading.sequence)
         if observation is not None:
             changes = run.controller.observe(observation, now)
             self._record(run, changes)
-            if changes.baselines:
-                state = BaselinesRow(run.name, entry.attempt.hello.attempt, reading.sequence, changes.baselines)
-                self._pending.baselines[run.name] = state
             # Otherwise no other run learns anything of this step, as is usual.
             if changes.incidents or entry.run in self.peers.awaiting or entry.run in self.peers.followers:
                 self._record_all(self.peers.after(run, observation.step, changes))
+        if run.must_save:
+            self._save(run)
+
+    def _save(self, run: Run) -> None:
+        """Has the state of a run journalled, so that a restart need not fold its samples again."""
+        row = run.state_row()
+        if row is not None:
+            self._pending.baselines[run.name] = row
 
     def _record_all(self, found: Iterable[tuple[Run, Changes]]) -> None:
         """Records changes of several runs, such as what one run's step changed in incidents of others."""
@@ -404,8 +443,13 @@ class Pipeline:
         for made in changes.decisions:
             _log_decision(run.name, made)
 
-    async def _estimate(self, requests: Sequence[EstimateRequest]) -> None:
-        """Estimates every window that a probe completed, so that estimates don't depend on how samples are batched."""
+    async def _estimate(self, requests: Sequence[EstimateRequest], *, journalled: bool = False) -> None:
+        """Estimates every window that a probe completed, so that estimates don't depend on how samples are batched.
+
+        Args:
+            requests: The windows.
+            journalled: Whether the journal has their estimates already.
+        """
         if not requests:
             return
         try:
@@ -417,12 +461,16 @@ class Pipeline:
             return
         for request, estimates in zip(requests, found, strict=True):
             self._take_estimates(request, estimates)
+            if not journalled:
+                self._keep_estimates(request, estimates)
 
     def _take_estimates(self, request: EstimateRequest, estimates: Estimates) -> None:
-        name = request.hello.run
-        run = self._runs.get(name)
+        run = self._runs.get(request.hello.run)
         if run is not None:
             run.take_estimates(request, estimates)
+
+    def _keep_estimates(self, request: EstimateRequest, estimates: Estimates) -> None:
+        name = request.hello.run
         for (quantity, block, _), estimate in estimates.values.items():
             if estimate.step == request.step:  # the others are journalled already
                 self._pending.estimates.append(EstimateRow(name, quantity, block, estimate))

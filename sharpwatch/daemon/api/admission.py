@@ -46,18 +46,18 @@ class Admission:
     """Admits attempts to runs.
 
     Args:
-        runs: All runs. Those that are there already are restored ones, whose trainers are awaited.
+        runs: The runs that the daemon holds.
         count_sessions: Returns how many sessions a client has open.
     """
 
     def __init__(self, runs: Runs, count_sessions: Callable[[str], int]) -> None:
         self._runs = runs
         self._count_sessions = count_sessions
-        for run in runs:
-            run.attempt.presence.await_return(time.monotonic())
 
     def admit(self, hello: RunHello, message: bytes, client: str, now: float) -> tuple[Attempt, Run]:
         """Admits an attempt: a new one, or one whose agent connects again.
+
+        The run, and the attempt, must have been brought back from the journal where that has them.
 
         Args:
             hello: Its Hello.

@@ -21,12 +21,13 @@ from sharpwatch._version import __version__
 from sharpwatch.daemon.api.admission import Admission, RefusedError, client_of
 from sharpwatch.daemon.api.conversions import command_message
 from sharpwatch.daemon.exporter.own_metrics import OwnMetrics, SessionRefusal
-from sharpwatch.daemon.ingest.hello import Attempt, read_hello
+from sharpwatch.daemon.ingest.hello import Attempt, RunHello, read_hello
 from sharpwatch.daemon.ingest.samples import QueuedSample, Reading, SampleQueue, read_sample
 from sharpwatch.daemon.pipeline import Pipeline
 from sharpwatch.daemon.records import Decision
+from sharpwatch.daemon.run_loader import RunLoader
 from sharpwatch.daemon.runs.run import Run, Runs
-from sharpwatch.errors import WireError
+from sharpwatch.errors import NoRoomError, StoreError, WireError
 from sharpwatch.v1 import agent_pb2
 
 log = structlog.get_logger(__name__)
@@ -174,17 +175,26 @@ class AgentService:
     """Serves the agents.
 
     Args:
-        runs: All runs.
+        runs: The runs that the daemon holds.
+        loader: Brings back others.
         queue: Where samples are put.
         pipeline: Journals new attempts.
         sessions: The live sessions.
         metrics: The daemon's own metrics.
     """
 
-    def __init__(
-        self, *, runs: Runs, queue: SampleQueue, pipeline: Pipeline, sessions: Sessions, metrics: OwnMetrics
+    def __init__(  # noqa: PLR0913  the parts that it connects
+        self,
+        *,
+        runs: Runs,
+        loader: RunLoader,
+        queue: SampleQueue,
+        pipeline: Pipeline,
+        sessions: Sessions,
+        metrics: OwnMetrics,
     ) -> None:
         self._runs = runs
+        self._loader = loader
         self._queue = queue
         self._pipeline = pipeline
         self._sessions = sessions
@@ -267,6 +277,7 @@ class AgentService:
             _check_size(message)
             sent = _parse(message, "hello").hello
             hello = read_hello(sent)
+            await self._bring_back(hello)
             now = time.monotonic()
             client = client_of(peer, hello)
             attempt, run = self._admission.admit(hello, sent.SerializeToString(), client, now)
@@ -277,6 +288,22 @@ class AgentService:
         # In the same turn of the loop: of two trainers that come at once, one must find the other.
         attempt.presence.heard(now)
         return self._sessions.open(attempt, client), run
+
+    async def _bring_back(self, hello: RunHello) -> None:
+        """Has the run and the attempt of a Hello in memory, if the journal has them."""
+        try:
+            run = await self._loader.get(hello.run)
+            if run is not None:
+                await self._loader.find_attempt(hello.run, hello.attempt)
+        except NoRoomError as error:
+            raise RefusedError("runs", grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)) from error
+        except StoreError as error:
+            # Begun anew, the run would have revision 0, and its operators' next command would be wrong.
+            raise RefusedError("store", grpc.StatusCode.UNAVAILABLE, str(error)) from error
+        if self._runs.get(hello.run) is not run:
+            raise RefusedError("runs", grpc.StatusCode.UNAVAILABLE, "the run has just left memory; try again")
+        if self.draining:
+            raise RefusedError("stopping", grpc.StatusCode.UNAVAILABLE, "the daemon is stopping")
 
     def _count_refusal(self, error: RefusedError, peer: str) -> None:
         self._metrics.refused.labels("hello").inc()

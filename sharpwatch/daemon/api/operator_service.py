@@ -7,9 +7,10 @@ import asyncio
 import heapq
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from itertools import chain, pairwise
+from functools import partial
+from itertools import pairwise
 from typing import cast, get_args
 
 import grpc
@@ -50,7 +51,9 @@ from sharpwatch.daemon.decisions.transitions import Event, is_settled
 from sharpwatch.daemon.detection.history import MAX_LOSSES, Losses
 from sharpwatch.daemon.pipeline import Pipeline
 from sharpwatch.daemon.records import Changes, Decision, LrPlan, Mode, Silence
+from sharpwatch.daemon.run_loader import RunLoader
 from sharpwatch.daemon.runs.run import Run, Runs
+from sharpwatch.daemon.storage import catalog
 from sharpwatch.daemon.storage.journal import Store
 from sharpwatch.daemon.storage.schema import ModeRow, ReferenceRow, RequestRow
 from sharpwatch.errors import StoreError
@@ -77,7 +80,8 @@ class OperatorService(OperatorCalls, OperatorServiceServicer):
     """Serves the operators.
 
     Args:
-        runs: All runs.
+        runs: The runs that the daemon holds.
+        loader: Brings back others.
         silences: The silences of all runs.
         pipeline: Journals changes and sends their commands.
         store: The journal, which alone has what became of each decision.
@@ -89,13 +93,14 @@ class OperatorService(OperatorCalls, OperatorServiceServicer):
         self,
         *,
         runs: Runs,
+        loader: RunLoader,
         silences: Silences,
         pipeline: Pipeline,
         store: Store,
         authorizer: Authorizer,
         info: DaemonInfo,
     ) -> None:
-        super().__init__(runs, pipeline, authorizer)
+        super().__init__(runs, loader, pipeline, authorizer)
         self._silences = silences
         self._store = store
         self._info = info
@@ -156,6 +161,7 @@ class OperatorService(OperatorCalls, OperatorServiceServicer):
             if request.min_interval_seconds > 0:
                 await asyncio.sleep(request.min_interval_seconds)
             await self._changed(run, version, context)
+            run = await self._run(request.run, context)  # it may have left memory, and come back as another object
 
     @refusals_noted("lr set")
     async def SetLearningRates(
@@ -314,7 +320,7 @@ class OperatorService(OperatorCalls, OperatorServiceServicer):
         limit = request.limit or _MOST
         newest = await self._newest_decisions(request.run, limit, context)
         since = newest[-1].made_at if len(newest) == limit else 0.0
-        plans = [plan for plan in self._plans(request.run) if plan.made_at >= since]
+        plans = await self._plans(request.run, since, context)
         try:
             rows = await self._store.transitions([made.id for made in newest] + [plan.id for plan in plans])
             requests = list(await self._store.requests(request.run, since, _MOST))
@@ -343,6 +349,7 @@ class OperatorService(OperatorCalls, OperatorServiceServicer):
                 return
             shown = made
             await self._changed(run, version, context)
+            run = await self._run(run.name, context)  # as above
 
     @refusals_noted("approve")
     async def ApproveDecision(self, request: pb.ApproveDecisionRequest, context: Context) -> pb.ApproveDecisionResponse:
@@ -464,8 +471,8 @@ class OperatorService(OperatorCalls, OperatorServiceServicer):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, wrong)
         if request.steps:
             return Losses.of(request.steps, request.losses).state()
-        if request.reference and self._runs.get(request.reference) is None:
-            await refuse_name(context, "run", request.reference, sorted(each.name for each in self._runs))
+        if request.reference:
+            await self._run_to_change(request.reference, context)
         return b""
 
     def _detail(self, run: Run) -> pb.RunDetail:
@@ -489,14 +496,22 @@ class OperatorService(OperatorCalls, OperatorServiceServicer):
 
     async def _newest_decisions(self, name: str, limit: int, context: Context) -> list[Decision]:
         """The newest decisions of a run, or of all runs for an empty name, newest first."""
+        limit = min(limit, _MOST)
         runs = [await self._run(name, context)] if name else list(self._runs)
-        made = chain.from_iterable(reversed(run.controller.decisions) for run in runs)
+        made = {one.id: one for run in runs for one in reversed(run.controller.decisions)}
+        if not name:  # of runs that are not in memory, too
+            kept = await self._look_up(self._loader.ask(partial(catalog.newest_decisions, limit=limit)), context)
+            made = {one.id: one for one in kept if one.id not in made} | made
         # `nlargest` keeps the given order of equals, so of one moment's decisions the newest comes first.
-        return heapq.nlargest(min(limit, _MOST), made, key=lambda one: one.made_at)
+        return heapq.nlargest(limit, made.values(), key=lambda one: one.made_at)
 
-    def _plans(self, name: str) -> Iterable[LrPlan]:
-        """The plans of a run, or of all runs for an empty name."""
-        return (plan for run in self._runs if name in {"", run.name} for plan in run.controller.plans)
+    async def _plans(self, name: str, since: float, context: Context) -> list[LrPlan]:
+        """The plans of a run, or of all runs for an empty name, that were made at unix seconds `since` or later."""
+        held = {plan.id: plan for run in self._runs if name in {"", run.name} for plan in run.controller.plans}
+        if not name:
+            kept = await self._look_up(self._loader.ask(partial(catalog.plans, since=since)), context)
+            held = {plan.id: plan for plan in kept} | held
+        return [plan for plan in held.values() if plan.made_at >= since]
 
 
 def _wrong_reference(request: pb.SetReferenceRequest) -> str:

@@ -45,7 +45,6 @@ from sharpwatch.wire import Ints
 
 _NO_AUTOPILOT = AutopilotConfig()
 MOST_FOREIGN = 64  # alerts of other systems that may fire on a run at a time
-SAVE_EVERY = 500  # samples between two states of the baselines in the journal
 
 
 def random_id() -> str:
@@ -101,7 +100,6 @@ class RunController:
         own_modes = (strongest(self._chain.policies), *((autopilot.mode,) if autopilot.is_on else ()))
         self._strongest: Mode = max(own_modes, key=MODES.index)
         self._step: int | None = None
-        self._observed = 0
 
     @property
     def incidents(self) -> tuple[Incident, ...]:
@@ -185,11 +183,7 @@ class RunController:
         # Also where it is off by now: what it has raised is renewed, or else the trainer would end it unseen.
         if self._is_autopilot_on or self._log.newest_revision:
             self._autopilot.act(obs, self._mode, now)
-        changes = self._log.take() if self._log.changed else NO_CHANGES
-        self._observed += 1
-        if self._observed % SAVE_EVERY == 0:
-            return replace(changes, baselines=self.detection.state())
-        return changes
+        return self._log.take() if self._log.changed else NO_CHANGES
 
     def stalled(self, seconds: float, now: float) -> Changes:
         """Take in that no step has come for so long, though the agent is connected; may be told again and again."""
@@ -234,6 +228,11 @@ class RunController:
         """Take in a journalled step: baselines and open alerts move on, nothing is decided and no alert opens."""
         self._step = obs.step
         self.detection.replay(obs)
+        self._autopilot.note(obs)
+
+    def recall(self, obs: Observation) -> None:
+        """Take in a journalled step that the state of the baselines has already."""
+        self._step = obs.step
         self._autopilot.note(obs)
 
     def command_result(self, result: ReportedResult, now: float) -> Changes:  # noqa: ARG002  the clock comes with all
@@ -432,10 +431,6 @@ class RunController:
         self.note_checkpoints(CheckpointReport(tuple(checkpoints)))
         self._mode = mode or self._mode
         self._reconciler.restart()
-
-    def load_baselines(self, state: bytes) -> None:
-        """Go on from the journalled state of the baselines; raises `ValueError` where it can't be used."""
-        self.detection.load_state(state)
 
     def begin_anew(self) -> None:
         """Have it known that the trainer begins with every multiplier at 1, or with what its checkpoint has."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -10,11 +11,13 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from sharpwatch.daemon.decisions.transitions import UNDER_WAY
+from sharpwatch.daemon.detection.state import unpacked
 from sharpwatch.daemon.estimation.estimator import PROBES
+from sharpwatch.daemon.estimation.windows import WINDOW_PROBES
 from sharpwatch.daemon.ingest.hello import Attempt, Cursor, read_hello
 from sharpwatch.daemon.ingest.samples import Reading, read_sample
-from sharpwatch.daemon.records import NO_CHANGES, Changes
-from sharpwatch.daemon.runs.run import Run, Runs
+from sharpwatch.daemon.records import NO_CHANGES, Changes, Observation
+from sharpwatch.daemon.runs.run import MAX_ATTEMPTS, Run, Runs
 from sharpwatch.daemon.storage.schema import BaselinesRow, SampleRow, StoredAttempt, StoredRun
 from sharpwatch.errors import OperatorError, WireError
 from sharpwatch.v1 import agent_pb2
@@ -25,7 +28,7 @@ REPLAYED_SAMPLES = 1_000  # of each run: ten times the detectors' window of 100
 
 
 def restore_run(runs: Runs, stored: StoredRun) -> list[Changes]:
-    """Adds a stored run to `runs`.
+    """Adds a stored run to `runs`, unless there is no room for it, or none of its attempts can be read.
 
     Args:
         runs: The daemon's runs.
@@ -34,13 +37,16 @@ def restore_run(runs: Runs, stored: StoredRun) -> list[Changes]:
     Returns:
         What the results of commands in the replayed samples changed; it is not journalled yet.
     """
-    attempts = {row.attempt: attempt for row in stored.attempts if (attempt := _attempt(row)) is not None}
+    # Those that can still send something, and those whose samples are folded again.
+    wanted = {row.attempt for row in stored.attempts[-MAX_ATTEMPTS:]} | {row.attempt for row in stored.samples}
+    found = (read_attempt(row) for row in stored.attempts if row.attempt in wanted)
+    attempts = {attempt.hello.attempt: attempt for attempt in found if attempt is not None}
     if not attempts:
         return []
     newest = list(attempts.values())[-1]
     run = None
-    for attempt in attempts.values():
-        # All of them, oldest first: an older one may still be sending its last samples.
+    for attempt in list(attempts.values())[-MAX_ATTEMPTS:]:
+        # Oldest first: an older one may still be sending its last samples.
         run = runs.begin(attempt, stored.attempts[-1].seen_at)
     if run is None:
         return []
@@ -69,14 +75,14 @@ def restore_run(runs: Runs, stored: StoredRun) -> list[Changes]:
     return changes
 
 
-def _attempt(row: StoredAttempt) -> Attempt | None:
-    """Returns None, and logs, if this version no longer accepts the stored Hello."""
+def read_attempt(row: StoredAttempt) -> Attempt | None:
+    """Returns a stored attempt; None, and logs, if this version no longer accepts its Hello."""
     try:
         hello = read_hello(agent_pb2.Hello.FromString(row.hello))
     except (WireError, DecodeError) as error:
         log.warning("attempt_not_restored", attempt=row.attempt, reason=str(error))
         return None
-    return Attempt(hello, row.hello, Cursor(row.acknowledged), journalled=True)
+    return Attempt(hello, b"", Cursor(row.acknowledged), journalled=True)
 
 
 def _replay(
@@ -84,30 +90,25 @@ def _replay(
 ) -> list[Changes]:
     """Folds the samples. Nothing is decided, but results of commands that are still outstanding are taken in."""
     changes = []
-    known = _load_baselines(run, baselines, rows)  # of the sample: what it says is in the baselines already
-    newest = None if baselines is None else (baselines.attempt, baselines.sequence)
-    attempt_before = ""
+    known = _load_state(run, attempts, baselines, rows)  # rows that the state has already
+    attempt_before = rows[known - 1].attempt if known else ""
     for row in rows:
+        if row.attempt in attempts:
+            # The journal keeps how far sequences have come, but not the step.
+            attempts[row.attempt].cursor.step = row.step
+    for row in rows[known:]:
         if row.attempt != attempt_before:
             run.begin_steps()
-            if not known:
-                run.controller.detection.begin_attempt()
+            run.controller.detection.begin_attempt()
         attempt_before = row.attempt
         attempt = attempts.get(row.attempt)
         reading = _reading(attempt, row) if attempt is not None else None
         if attempt is None or reading is None:
             continue
-        # The journal keeps how far sequences have come, but not the step.
-        attempt.cursor.step = reading.step
         changes += _replay_reports(run, reading)
-        # Arrays of other blocks can't go into one window or baseline with those of the newest attempt.
-        if attempt.hello.same_blocks(run.attempt.hello):
-            if not attempt.hello.same_projection(run.attempt.hello):
-                reading = _without_projection(reading)
-            observation = run.update(reading, row.received_at)
-            if observation is not None and not known:
-                run.controller.replay(observation)
-        known = known and (row.attempt, row.sequence) != newest
+        observation = _update(run, attempt, row, reading)
+        if observation is not None:
+            run.controller.replay(observation)
     if attempt_before != run.attempt.hello.attempt:
         run.controller.detection.begin_attempt()
     for change in changes:
@@ -115,16 +116,65 @@ def _replay(
     return changes
 
 
-def _load_baselines(run: Run, baselines: BaselinesRow | None, rows: Sequence[SampleRow]) -> bool:
-    """Loads the journalled state, if the sample that it is of is among those to be folded; returns whether it did."""
-    if baselines is None or all((row.attempt, row.sequence) != (baselines.attempt, baselines.sequence) for row in rows):
-        return False
+def _update(run: Run, attempt: Attempt, row: SampleRow, reading: Reading) -> Observation | None:
+    # Arrays of other blocks can't go into one window or baseline with those of the newest attempt.
+    if not attempt.hello.same_blocks(run.attempt.hello):
+        return None
+    if not attempt.hello.same_projection(run.attempt.hello):
+        reading = _without_projection(reading)
+    observation = run.update(reading, row.received_at)
+    run.folded(row.attempt, row.sequence)
+    return observation
+
+
+def _load_state(
+    run: Run, attempts: dict[str, Attempt], baselines: BaselinesRow | None, rows: Sequence[SampleRow]
+) -> int:
+    """Loads the journalled state, if the sample that it is of is among `rows`; returns how many of them it has seen.
+
+    Of these, only those are read that an estimate or the run's view still shows.
+    """
+    if baselines is None:
+        return 0
+    saved = baselines.attempt, baselines.sequence
+    known = next((count for count, row in enumerate(rows, 1) if (row.attempt, row.sequence) == saved), 0)
+    if not known:
+        return 0
     try:
-        run.controller.load_baselines(baselines.state)
+        arrays = unpacked(baselines.state)
+        run.controller.detection.load_arrays(arrays)
     except ValueError as error:
         log.warning("baselines_not_restored", run=run.name, reason=str(error))
-        return False
-    return True
+        return 0
+    for row in _still_shown(run, attempts, rows[:known]):
+        attempt = attempts[row.attempt]
+        reading = _reading(attempt, row)
+        observation = None if reading is None else _update(run, attempt, row, reading)
+        if observation is not None:
+            run.controller.recall(observation)
+    run.load_arrays(arrays, saved)
+    return known
+
+
+def _still_shown(run: Run, attempts: dict[str, Attempt], rows: Sequence[SampleRow]) -> list[SampleRow]:
+    """The rows that have the newest readings of something, as many as are kept of it."""
+    left = Counter({name: max(spec.window, WINDOW_PROBES) for name, spec in PROBES.items()})
+    left.update({"attention": WINDOW_PROBES, "tap": 1, "loss": 1, "health": 1})
+    shown: list[SampleRow] = []
+    for row in reversed(rows):
+        attempt = attempts.get(row.attempt)
+        if attempt is None or not attempt.hello.same_blocks(run.attempt.hello):
+            continue
+        try:
+            sample = agent_pb2.SessionRequest.FromString(row.payload).sample
+        except DecodeError:
+            continue
+        present = {field.name for field, _ in sample.ListFields()}
+        has = [name for name in present if left[name] > 0]
+        left.subtract(has)
+        if has or sample.restored or not shown:
+            shown.append(row)
+    return shown[::-1]
 
 
 def _replay_reports(run: Run, reading: Reading) -> list[Changes]:

@@ -11,9 +11,11 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from sharpwatch.daemon.decisions.run_controller import RunController
 from sharpwatch.daemon.decisions.transitions import UNDER_WAY
+from sharpwatch.daemon.detection.state import Arrays, packed
 from sharpwatch.daemon.estimation.estimator import PROBES
 from sharpwatch.daemon.estimation.hessian import observed_stability
 from sharpwatch.daemon.estimation.windows import WINDOW_PROBES, EstimateRequest, Estimates
@@ -21,7 +23,7 @@ from sharpwatch.daemon.ingest.hello import Attempt, RunHello
 from sharpwatch.daemon.ingest.samples import BlockTap, Reading
 from sharpwatch.daemon.records import NO_CHANGES, Changes, Decision, Observation, ProbedStep
 from sharpwatch.daemon.runs.snapshot import Maxima, Phase, RunSnapshot
-from sharpwatch.daemon.storage.schema import ReferenceRow
+from sharpwatch.daemon.storage.schema import BaselinesRow, ReferenceRow
 
 MAX_RUNS = 1_000
 MAX_ATTEMPTS = 4  # remembered of a run, as one of them may still be sending its last samples
@@ -34,6 +36,7 @@ _MEASURED = (
     *("tap", "probe_steps", "attention", "attention_steps", "update_ratio", "gradient_noise"),
     *("estimates", "layer_sharpness", "order_correlation"),
 )
+SAVE_EVERY = 500  # samples between two states of a run in the journal
 _PAUSES = 3.0  # times as long as a run has paused before: then it has stalled
 
 
@@ -71,17 +74,22 @@ class RecentMaxima:
 
     def __init__(self, blocks: int) -> None:
         self._blocks = blocks
-        self._rows = np.full((_BUCKETS, 2 * blocks + 1), np.nan)
-        self._newest = 0  # number of the newest bucket since 1970
+        self.rows = np.full((_BUCKETS, 2 * blocks + 1), np.nan)
+        self.newest = 0  # number of the newest bucket since 1970
+
+    def load(self, rows: npt.NDArray[np.float64], newest: int) -> None:
+        """Goes on from another's `rows` and `newest`, unless that was of other blocks."""
+        if rows.shape == self.rows.shape:
+            self.rows, self.newest = rows.copy(), newest
 
     def see(self, tap: BlockTap | None, loss: float | None, now: float) -> None:
         """Take in a sample; `now` is unix seconds, and a clock that is set back counts as one that stands."""
         bucket = int(now // _BUCKET)
-        passed = min(max(0, bucket - self._newest), _BUCKETS)
-        self._newest = max(self._newest, bucket)
+        passed = min(max(0, bucket - self.newest), _BUCKETS)
+        self.newest = max(self.newest, bucket)
         for i in range(passed):
-            self._rows[(self._newest - i) % _BUCKETS] = np.nan
-        row = self._rows[self._newest % _BUCKETS]
+            self.rows[(self.newest - i) % _BUCKETS] = np.nan
+        row = self.rows[self.newest % _BUCKETS]
         if tap is not None:
             np.fmax(row[: self._blocks], tap.gradient_norm, out=row[: self._blocks])
             np.fmax(row[self._blocks : -1], tap.update_rms, out=row[self._blocks : -1])
@@ -91,7 +99,7 @@ class RecentMaxima:
     @property
     def present(self) -> Maxima:
         """The maxima as they are now."""
-        largest = np.fmax.reduce(self._rows, axis=0)
+        largest = np.fmax.reduce(self.rows, axis=0)
         return Maxima(float(largest[-1]), largest[: self._blocks], largest[self._blocks : -1])
 
 
@@ -119,6 +127,10 @@ class Run:
         self._attention_steps: deque[int] = deque(maxlen=WINDOW_PROBES)
         self._dropped_probes: Counter[str] = Counter()
         self._maxima = RecentMaxima(len(attempt.hello.blocks))
+        self._samples = 0  # of all attempts
+        self._folded: tuple[str, int] | None = None  # attempt and sequence of the newest sample
+        self._saved: tuple[str, int] | None = None  # the same of the state that the journal has
+        self._saved_samples = 0  # how many it had seen by then
         self._incidents_total: Counter[str] = Counter()
         self._decisions_total: Counter[tuple[str, str, str]] = Counter()
         # A decision is journalled again when a detail changes; only a new outcome counts.
@@ -242,6 +254,46 @@ class Run:
             return None
         return observation_of(self.attempt.hello.blocks, reading)
 
+    def folded(self, attempt: str, sequence: int) -> None:
+        """Notes which sample `update` and the controller have taken in."""
+        self._folded = attempt, sequence
+        self._samples += 1
+
+    @property
+    def must_save(self) -> bool:
+        """Whether a restart would have to fold many samples again."""
+        return self._samples - self._saved_samples >= SAVE_EVERY
+
+    def state_row(self) -> BaselinesRow | None:
+        """The state after the newest sample, for the journal; None where that has it already."""
+        if self._folded is None or self._folded == self._saved:
+            return None
+        self._saved, self._saved_samples = self._folded, self._samples
+        return BaselinesRow(self.name, *self._folded, packed(self.controller.detection.arrays() | self._arrays()))
+
+    def _arrays(self) -> Arrays:
+        return self.controller.detection.progress() | {
+            "run.maxima": self._maxima.rows,
+            "run.maxima_newest": np.array(self._maxima.newest),
+            "run.pauses": np.array(self._pauses),
+            "run.samples": np.array(self._samples),
+        }
+
+    def load_arrays(self, arrays: Arrays, saved: tuple[str, int]) -> None:
+        """Goes on from the rest of a state, whose baselines the controller has.
+
+        Args:
+            arrays: The state. One of an earlier version has nothing of it.
+            saved: The attempt and sequence of its newest sample.
+        """
+        self._folded = self._saved = saved
+        self.controller.detection.load_progress(arrays)
+        if "run.samples" in arrays:
+            self._maxima.load(arrays["run.maxima"], int(arrays["run.maxima_newest"]))
+            self._pauses = tuple(arrays["run.pauses"].tolist())
+            self._samples = int(arrays["run.samples"])
+        self._saved_samples = self._samples
+
     def request(self, probes: Collection[str] | None = None) -> EstimateRequest:
         """Returns the windows of `probes` (None: of all) as they are now; a probe without a reading has none."""
         windows = {
@@ -361,8 +413,9 @@ MakeController = Callable[[RunHello, RunController | None], RunController]
 class Runs:
     """All runs, by name.
 
-    At most `MAX_RUNS` are held. A new one replaces the run that was last seen longest ago, one that never sent a sample
-    before all others, but never one that is live.
+    At most `MAX_RUNS` are held. A new one replaces the run that was last seen or asked for longest ago, one that never
+    sent a sample before all others, but never one that is live. What leaves memory stays in the journal, from which
+    `run_loader` brings it back.
 
     Args:
         make_controller: Makes the controller of each new attempt.
@@ -372,6 +425,7 @@ class Runs:
         self._make_controller = make_controller
         self._runs: dict[str, Run] = {}
         self._attempts: dict[str, dict[str, Attempt]] = {}  # by run, then by attempt; the newest last
+        self._asked_for: dict[str, float] = {}  # when runs came from the journal, in unix seconds
 
     def __iter__(self) -> Iterator[Run]:
         return iter(list(self._runs.values()))
@@ -390,6 +444,23 @@ class Runs:
     def owner(self, identity: str) -> str | None:
         """Returns the name of the run that the attempt `identity` belongs to, or None."""
         return next((run for run, attempts in self._attempts.items() if identity in attempts), None)
+
+    def remember(self, attempt: Attempt) -> None:
+        """Adds an earlier attempt of a run that is held, whose trainer is back."""
+        name = attempt.hello.run
+        self._attempts[name] = {attempt.hello.attempt: attempt, **self._attempts[name]}
+
+    def asked_for(self, name: str, now: float) -> None:
+        """Notes that a run came from the journal, so that it does not leave at once; `now` is unix seconds."""
+        self._asked_for[name] = now
+
+    def drop(self, name: str) -> None:
+        """Lets go of a run."""
+        run = self._runs.pop(name, None)
+        self._attempts.pop(name, None)
+        self._asked_for.pop(name, None)
+        if run is not None:
+            run.signal.notify()  # whoever watches it asks for it again
 
     def begin(self, attempt: Attempt, now: float) -> Run | None:
         """Starts an attempt, of a known run or of a new one.
@@ -422,16 +493,6 @@ class Runs:
         # `list` first: /metrics reads on a thread of its own while the event loop may add a run.
         return tuple(run.snapshot for run in list(self._runs.values()))
 
-    def decisions(self, prefix: str) -> list[tuple[Run, str]]:
-        """Finds decisions by the beginning of their id.
-
-        Returns:
-            The run and the id of each decision whose id begins with `prefix`; only that one if an id equals it.
-        """
-        found = [(run, made.id) for run in self for made in run.controller.decisions if made.id.startswith(prefix)]
-        # A whole id wins, else it could not be named where a longer id begins with it.
-        return [one for one in found if one[1] == prefix] or found
-
     def _make_room(self, attempt: Attempt) -> bool:
         """Drops runs until there is room for another attempt; returns False if only live ones are left."""
         name, rows = attempt.hello.run, attempt.hello.size
@@ -442,9 +503,11 @@ class Runs:
             if not gone:
                 return False
             # A flood of names alone drops no run that was trained.
-            oldest = min(gone, key=lambda run: (run.snapshot.step is not None, run.snapshot.last_seen_at)).name
-            del self._runs[oldest], self._attempts[oldest]
+            self.drop(min(gone, key=lambda run: (run.snapshot.step is not None, self._needed_at(run))).name)
         return True
+
+    def _needed_at(self, run: Run) -> float:
+        return max(run.snapshot.last_seen_at, self._asked_for.get(run.name, 0.0))
 
     def _layer_blocks(self) -> int:
         """How many layer blocks the remembered attempts have, with names that take as much memory as more of them."""

@@ -17,24 +17,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, astuple
+from dataclasses import astuple
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from sharpwatch.curvature.statistics.estimate import Estimate
-from sharpwatch.daemon.records import (
-    CAUSES,
-    Checkpoint,
-    Decision,
-    ForeignAlert,
-    Incident,
-    LrPlan,
-    Revision,
-    RollbackPlan,
-    Silence,
-)
+from sharpwatch.daemon.records import Checkpoint, Silence
+from sharpwatch.daemon.storage.records_json import decision_of, incident_of, plan_of, record_of, revision_of
 from sharpwatch.daemon.storage.schema import (
     DRAWN_QUANTITIES,
     FIRST_TABLES,
@@ -56,6 +47,10 @@ from sharpwatch.daemon.storage.schema import (
 from sharpwatch.errors import StoreError
 
 Result = TypeVar("Result")
+_OF_A_RUN = (
+    *("attempts", "samples", "estimates", "baselines", "checkpoints"),
+    *("alerts", "decisions", "transitions", "revisions", "plans", "modes", "run_references", "requests"),
+)  # the tables whose rows are of a run
 _TRIM_EVERY = 100  # rows of a run appended between two trims, so retention is exact to this many
 _ESTIMATES_PER_SAMPLE = 4
 
@@ -75,10 +70,6 @@ def database_path(url: str) -> Path:
         raise StoreError(f"store {url}: this user has no home directory; set $HOME, or name another path") from None
 
 
-def _record(value: Incident | Decision | Revision | Silence | LrPlan) -> str:
-    return json.dumps(asdict(value))
-
-
 def _estimate(row: EstimateRow) -> tuple[str | float, ...]:
     # SQLite stores a NaN as NULL.
     one = row.estimate
@@ -88,32 +79,6 @@ def _estimate(row: EstimateRow) -> tuple[str | float, ...]:
 
 def _known(value: float | None) -> float:
     return math.nan if value is None else value
-
-
-def _decision(record: str) -> Decision:
-    values: dict[str, Any] = json.loads(record)
-    plan = values.pop("rollback")
-    if plan is not None:
-        plan = RollbackPlan(**{**plan, "checkpoint": Checkpoint(**plan["checkpoint"])})
-    return Decision(**values, rollback=plan)
-
-
-def _incident(record: str) -> Incident:
-    values: dict[str, Any] = json.loads(record)
-    if "cause" not in values:  # an alert of version 0.1, of one detector
-        evidence, name = values.pop("evidence"), values["name"]
-        values |= {"names": [name], "cause": CAUSES[name], "evidence": [evidence], "onset": values["first_step"]}
-        values["layer_blocks"] = values["blocks"]
-    if values.get("foreign") is not None:
-        values["foreign"] = ForeignAlert(**values["foreign"])
-    lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
-    return Incident(**{**values, **lists})
-
-
-def _plan(record: str) -> LrPlan:
-    values: dict[str, Any] = json.loads(record)
-    lists = {"stages": tuple(map(tuple, values["stages"])), "decisions": tuple(values["decisions"])}
-    return LrPlan(**{**values, **lists})
 
 
 class Journal:
@@ -163,6 +128,21 @@ class Journal:
         """Returns all records of a run and its newest `samples` samples."""
         with self._store_errors():
             return self._load(run, samples)
+
+    def ask(self, question: Callable[[sqlite3.Connection], Result]) -> Result:
+        """Returns the answer of a function that only reads, as those of `catalog`."""
+        with self._store_errors():
+            return question(self._connection)
+
+    def forget(self, run: str) -> None:
+        """Deletes all that there is of a run; what operators did elsewhere, and silences, stay."""
+        with self._store_errors(), self._transaction() as connection:
+            told = "SELECT id FROM alerts WHERE run = ? UNION SELECT id FROM decisions WHERE run = ?"
+            connection.execute(f"DELETE FROM notifications WHERE fingerprint IN ({told})", [run, run])  # noqa: S608  a constant
+            for table in _OF_A_RUN:
+                connection.execute(f"DELETE FROM {table} WHERE run = ?", [run])  # noqa: S608  one of the names above
+        for table in ("samples", "estimates"):
+            self._untrimmed.pop((table, run), None)
 
     def transitions(self, decisions: Sequence[str]) -> tuple[TransitionRow, ...]:
         """Returns all transitions of the decisions and plans of these ids, oldest first."""
@@ -306,7 +286,7 @@ class Journal:
         connection.executemany(
             "INSERT OR REPLACE INTO alerts VALUES (?, ?, ?, ?)",
             [
-                (incident.id, incident.run, incident.first_step, _record(incident))
+                (incident.id, incident.run, incident.first_step, record_of(incident))
                 for incident in records.incidents.values()
             ],
         )
@@ -315,7 +295,7 @@ class Journal:
             # which they were made, since the clock may go back.
             "INSERT INTO decisions VALUES (?, ?, ?, ?, ?) "
             "ON CONFLICT (id) DO UPDATE SET outcome = excluded.outcome, record = excluded.record",
-            [(made.id, made.run, made.made_at, made.outcome, _record(made)) for made in records.decisions.values()],
+            [(made.id, made.run, made.made_at, made.outcome, record_of(made)) for made in records.decisions.values()],
         )
         connection.executemany(
             "INSERT INTO transitions (run, decision, at, outcome, detail, author, reason) VALUES (?, ?, ?, ?, ?, ?, ?)",
@@ -323,7 +303,7 @@ class Journal:
         )
         connection.executemany(
             "INSERT OR REPLACE INTO revisions VALUES (?, ?, ?)",
-            [(revision.run, revision.revision, _record(revision)) for revision in records.revisions.values()],
+            [(revision.run, revision.revision, record_of(revision)) for revision in records.revisions.values()],
         )
         # Also those that were saved: what was at their URI before was overwritten.
         connection.executemany("DELETE FROM checkpoints WHERE run = ? AND uri = ?", list(records.checkpoints))
@@ -359,12 +339,12 @@ class Journal:
         connection.executemany(
             # As decisions, in the order in which they were made.
             "INSERT INTO silences VALUES (?, ?, ?) ON CONFLICT (id) DO UPDATE SET record = excluded.record",
-            [(silence.id, silence.made_at, _record(silence)) for silence in records.silences.values()],
+            [(silence.id, silence.made_at, record_of(silence)) for silence in records.silences.values()],
         )
         connection.executemany(
             # As decisions, in the order in which they were made.
             "INSERT INTO plans VALUES (?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET record = excluded.record",
-            [(plan.id, plan.run, plan.made_at, _record(plan)) for plan in records.plans.values()],
+            [(plan.id, plan.run, plan.made_at, record_of(plan)) for plan in records.plans.values()],
         )
 
     def _trim(self, connection: sqlite3.Connection, records: PendingWrites, samples: Sequence[SampleRow]) -> None:
@@ -407,15 +387,15 @@ class Journal:
                 for attempt, sequence, step, payload in reversed(newest)
             ),
             incidents=tuple(
-                _incident(record)
+                incident_of(record)
                 for (record,) in rows("SELECT record FROM alerts WHERE run = ? ORDER BY first_step, rowid", [run])
             ),
             decisions=tuple(
-                _decision(record)
+                decision_of(record)
                 for (record,) in rows("SELECT record FROM decisions WHERE run = ? ORDER BY rowid", [run])
             ),
             revisions=tuple(
-                Revision(**json.loads(record))
+                revision_of(record)
                 for (record,) in rows("SELECT record FROM revisions WHERE run = ? ORDER BY revision", [run])
             ),
             checkpoints=tuple(
@@ -426,7 +406,7 @@ class Journal:
             baselines=None if baselines is None else BaselinesRow(run, *baselines),
             reference=ReferenceRow(run, *reference) if reference and reference[0] else None,
             plans=tuple(
-                _plan(record) for (record,) in rows("SELECT record FROM plans WHERE run = ? ORDER BY rowid", [run])
+                plan_of(record) for (record,) in rows("SELECT record FROM plans WHERE run = ? ORDER BY rowid", [run])
             ),
         )
 
@@ -478,6 +458,14 @@ class Store:
     async def load(self, run: str, *, samples: int) -> StoredRun:
         """Returns all records of a run and its newest `samples` samples."""
         return await self._call(partial(self._journal.load, run, samples=samples))
+
+    async def ask(self, question: Callable[[sqlite3.Connection], Result]) -> Result:
+        """Returns the answer of a function that only reads, as those of `catalog`."""
+        return await self._call(partial(self._journal.ask, question))
+
+    async def forget(self, run: str) -> None:
+        """Deletes all that there is of a run."""
+        await self._call(partial(self._journal.forget, run))
 
     async def transitions(self, decisions: Sequence[str]) -> tuple[TransitionRow, ...]:
         """Returns all transitions of the decisions and plans of these ids, oldest first."""

@@ -285,6 +285,16 @@ class PendingWrites:
         self.decisions.update((made.id, made) for made in changes.commands if made.id not in self.decisions)
         self.commands.update((made.id, run) for made in changes.commands)
 
+    def has(self, run: str) -> bool:
+        """Whether it has records of a run; estimates and the state of baselines can be made again."""
+        kinds = (
+            *(self.attempts.values(), self.incidents.values(), self.decisions.values(), self.transitions),
+            *(self.revisions.values(), self.modes, self.references, self.plans.values(), self.requests),
+        )
+        if any(row.run == run for rows in kinds for row in rows):
+            return True
+        return run in self.commands.values() or any(of == run for of, _ in self.checkpoints)
+
     def add_newer(self, newer: PendingWrites) -> None:
         """Adds all of `newer`, whose records replace those of the same id here."""
         self.attempts.update(newer.attempts)

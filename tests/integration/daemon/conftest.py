@@ -274,6 +274,7 @@ def running(configure, tmp_path):
             serve = AsyncExitStack()
             daemon = await serve.enter_async_context(serving(configure(**changes)))
             stack.push_async_callback(serve.aclose)  # closing twice is closing once
+            await daemon.restored.wait()
             channel = await stack.enter_async_context(grpc.aio.insecure_channel(daemon.grpc))
             web = await stack.enter_async_context(aiohttp.ClientSession())
             token = (tmp_path / "operator.token").read_text().strip()
@@ -321,6 +322,7 @@ async def start(configure, tmp_path):
             run = Process(ForkedProcess(COMMAND_LINE, env=os.environ, stderr=subprocess.PIPE, arguments=arguments))
             stack.push_async_callback(ended, run)
             serving = await run.event("serving")
+            await run.event("ready")
             channel = await stack.enter_async_context(grpc.aio.insecure_channel(serving["grpc"]))
             web = await stack.enter_async_context(aiohttp.ClientSession())
             token = (tmp_path / "operator.token").read_text().strip()
