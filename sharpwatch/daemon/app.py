@@ -33,7 +33,7 @@ from sharpwatch.daemon.api.operator_service import DaemonInfo, OperatorService
 from sharpwatch.daemon.config.settings import Config, DaemonConfig
 from sharpwatch.daemon.decisions.gate import AskGate, Gate, no_gate
 from sharpwatch.daemon.decisions.muting import Silences
-from sharpwatch.daemon.decisions.run_controller import RunController
+from sharpwatch.daemon.decisions.run_controller import RunController, configured_mode
 from sharpwatch.daemon.detection.thresholds import Budget
 from sharpwatch.daemon.estimation.estimator import Estimator
 from sharpwatch.daemon.exporter.metrics import RunCollector, render
@@ -184,6 +184,7 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:  # noqa: PLR0915  th
             http,
             tuple(policy.name for policy in config.policies),
             config.detection,
+            configured_mode(config.policies, config.autopilot),
         )
         operators = OperatorService(
             runs=runs,

@@ -251,6 +251,10 @@ class Pipeline:
         """Counts an error of the daemon itself."""
         self._metrics.internal_errors.labels(where).inc()
 
+    def awaits_write(self, run: Run) -> bool:
+        """Whether the journal does not know yet that an attempt of a run began, since it fails."""
+        return bool(self.store_error) and run.attempt.hello.attempt in self._pending.attempts
+
     def take_up(self, run: Run) -> None:
         """Takes up what a restored run and others say of each other; that is journalled with the next samples."""
         self._record_all(self.peers.restore(run))

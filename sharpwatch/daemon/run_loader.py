@@ -11,6 +11,7 @@ import asyncio
 import sqlite3
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
@@ -28,6 +29,21 @@ log = structlog.get_logger(__name__)
 Result = TypeVar("Result")
 _TWINS = 16  # ended runs that are brought back at the start for each data order; more add nothing
 _NAMED = 10_000  # names and ids that one look-up returns
+
+
+@dataclass(frozen=True, slots=True)
+class RunPage:
+    """A page of all runs.
+
+    Attributes:
+        held: Those in memory.
+        others: What the journal has of the others.
+        last: Where the next page begins; 0 for none.
+    """
+
+    held: list[Run]
+    others: tuple[catalog.RunSummary, ...]
+    last: int
 
 
 class RunLoader:
@@ -92,6 +108,22 @@ class RunLoader:
         found = await self.ask(partial(catalog.page, prefix=prefix, before=0, limit=_NAMED))
         held = (run.name for run in self._runs if run.name.startswith(prefix))
         return sorted({*held, *(name for name, _ in found)})
+
+    async def page(self, prefix: str, before: int, limit: int) -> RunPage:
+        """Returns runs in the order of their newest attempts, that which began last first.
+
+        Args:
+            prefix: How their names begin.
+            before: `RunPage.last` of the page before; 0 for the first page.
+            limit: How many at most.
+        """
+        found = await self.ask(partial(catalog.page, prefix=prefix, before=before, limit=limit))
+        names = dict(found)
+        # A new run may not be written yet.
+        held = [run for run in self._runs if run.name in names or (not before and self._pipeline.awaits_write(run))]
+        others = names.keys() - {run.name for run in held}
+        rest = await self.ask(partial(catalog.summaries, runs=others))
+        return RunPage(held, rest, min(names.values()) if len(found) == limit else 0)
 
     async def decisions(self, prefix: str) -> list[tuple[str, str]]:
         """Returns the run and the id of each decision whose id begins with `prefix`; only that one if an id equals it.

@@ -1193,9 +1193,28 @@ Global___GetDaemonResponse: typing_extensions.TypeAlias = GetDaemonResponse
 class ListRunsRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    NAME_PREFIX_FIELD_NUMBER: builtins.int
+    PAGE_SIZE_FIELD_NUMBER: builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: builtins.int
+    HELD_ONLY_FIELD_NUMBER: builtins.int
+    name_prefix: builtins.str
+    """How the names begin."""
+    page_size: builtins.int
+    """Runs at most. 0: as many as are allowed, 1,000."""
+    page_token: builtins.str
+    """next_page_token of the page before; empty for the first page."""
+    held_only: builtins.bool
+    """Only runs in the daemon's memory: live ones, and those that were live or asked for lately. They come in one page."""
     def __init__(
         self,
+        *,
+        name_prefix: builtins.str = ...,
+        page_size: builtins.int = ...,
+        page_token: builtins.str = ...,
+        held_only: builtins.bool = ...,
     ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["held_only", b"held_only", "name_prefix", b"name_prefix", "page_size", b"page_size", "page_token", b"page_token"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___ListRunsRequest: typing_extensions.TypeAlias = ListRunsRequest
 
@@ -1204,14 +1223,20 @@ class ListRunsResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     RUNS_FIELD_NUMBER: builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: builtins.int
+    next_page_token: builtins.str
+    """Empty on the last page."""
     @property
-    def runs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Run]: ...
+    def runs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Run]:
+        """Pages begin with the runs whose newest attempt began last; within a page they are sorted by training job and name."""
+
     def __init__(
         self,
         *,
         runs: collections.abc.Iterable[Global___Run] | None = ...,
+        next_page_token: builtins.str = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["runs", b"runs"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["next_page_token", b"next_page_token", "runs", b"runs"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___ListRunsResponse: typing_extensions.TypeAlias = ListRunsResponse

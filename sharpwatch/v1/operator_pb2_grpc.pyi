@@ -31,6 +31,7 @@ class OperatorServiceStub:
     def __new__(cls, channel: grpc.aio.Channel) -> OperatorServiceAsyncStub: ...
     GetDaemon: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.GetDaemonRequest, sharpwatch.v1.operator_pb2.GetDaemonResponse]
     ListRuns: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.ListRunsRequest, sharpwatch.v1.operator_pb2.ListRunsResponse]
+    """All runs in the journal, ended ones too."""
     GetRun: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.GetRunRequest, sharpwatch.v1.operator_pb2.GetRunResponse]
     GetHistory: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.GetHistoryRequest, sharpwatch.v1.operator_pb2.GetHistoryResponse]
     """The newest samples and estimates of a run that the journal keeps, oldest first."""
@@ -76,6 +77,7 @@ class OperatorServiceAsyncStub(OperatorServiceStub):
     def __init__(self, channel: grpc.aio.Channel) -> None: ...
     GetDaemon: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.GetDaemonRequest, sharpwatch.v1.operator_pb2.GetDaemonResponse]  # type: ignore[assignment]
     ListRuns: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.ListRunsRequest, sharpwatch.v1.operator_pb2.ListRunsResponse]  # type: ignore[assignment]
+    """All runs in the journal, ended ones too."""
     GetRun: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.GetRunRequest, sharpwatch.v1.operator_pb2.GetRunResponse]  # type: ignore[assignment]
     GetHistory: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.GetHistoryRequest, sharpwatch.v1.operator_pb2.GetHistoryResponse]  # type: ignore[assignment]
     """The newest samples and estimates of a run that the journal keeps, oldest first."""
@@ -129,7 +131,8 @@ class OperatorServiceServicer(metaclass=abc.ABCMeta):
         self,
         request: sharpwatch.v1.operator_pb2.ListRunsRequest,
         context: _ServicerContext,
-    ) -> typing.Union[sharpwatch.v1.operator_pb2.ListRunsResponse, collections.abc.Awaitable[sharpwatch.v1.operator_pb2.ListRunsResponse]]: ...
+    ) -> typing.Union[sharpwatch.v1.operator_pb2.ListRunsResponse, collections.abc.Awaitable[sharpwatch.v1.operator_pb2.ListRunsResponse]]:
+        """All runs in the journal, ended ones too."""
 
     @abc.abstractmethod
     def GetRun(

@@ -70,7 +70,7 @@ def look(options: DaemonOptions, run: str | None, most: int | None) -> View:
         OperatorError: The daemon can't be asked, or has no such run.
     """
     with operator(options) as stub:
-        names = [resolve_run(stub, run)] if run else _worst_first(stub.ListRuns(ListRunsRequest()).runs)
+        names = [resolve_run(stub, run)] if run else _worst_first(stub.ListRuns(ListRunsRequest(held_only=True)).runs)
         details = [stub.GetRun(GetRunRequest(run=name)).detail for name in names[:most]]
     return View(sorted(details, key=_trouble), len(names) - len(details), time.time())
 

@@ -22,6 +22,7 @@ from sharpwatch.daemon.api.conversions import (
     alert_message,
     decision_message,
     detail_message,
+    ended_run_message,
     event_message,
     override_messages,
     plan_message,
@@ -51,7 +52,7 @@ from sharpwatch.daemon.decisions.transitions import Event, is_settled
 from sharpwatch.daemon.detection.history import MAX_LOSSES, Losses
 from sharpwatch.daemon.pipeline import Pipeline
 from sharpwatch.daemon.records import Changes, Decision, LrPlan, Mode, Silence
-from sharpwatch.daemon.run_loader import RunLoader
+from sharpwatch.daemon.run_loader import RunLoader, RunPage
 from sharpwatch.daemon.runs.run import Run, Runs
 from sharpwatch.daemon.storage import catalog
 from sharpwatch.daemon.storage.journal import Store
@@ -62,6 +63,7 @@ from sharpwatch.v1.operator_pb2_grpc import OperatorServiceServicer
 from sharpwatch.wire import MAX_STEP, MAX_TEXT
 
 _DEFAULT_LIMIT, _MOST = 100, 10_000
+_MOST_RUNS = 1_000  # in a page
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,7 @@ class DaemonInfo:
     http_address: str
     policies: tuple[str, ...] = ()  # their names
     detection: DetectionConfig = field(default_factory=DetectionConfig)
+    mode: Mode = "observe"  # of runs for which none was set
 
 
 class OperatorService(OperatorCalls, OperatorServiceServicer):
@@ -130,12 +133,23 @@ class OperatorService(OperatorCalls, OperatorServiceServicer):
         )
 
     async def ListRuns(self, request: pb.ListRunsRequest, context: Context) -> pb.ListRunsResponse:
-        """Lists all runs, by training job and name."""
-        del request, context
-        snapshots = sorted(
-            self._runs.snapshots(), key=lambda snapshot: (snapshot.hello.training_job, snapshot.hello.run)
+        """Lists all runs, those in the journal too, page by page."""
+        page = RunPage(list(self._runs), (), 0)
+        if not request.held_only:
+            page = await self._page(request, context)
+        held = (run_message(run.snapshot) for run in page.held if run.name.startswith(request.name_prefix))
+        others = (ended_run_message(each, self._info.mode) for each in page.others)
+        return pb.ListRunsResponse(
+            runs=sorted((*held, *others), key=lambda run: (run.training_job, run.run)),
+            next_page_token=str(page.last) if page.last else "",
         )
-        return pb.ListRunsResponse(runs=map(run_message, snapshots))
+
+    async def _page(self, request: pb.ListRunsRequest, context: Context) -> RunPage:
+        token = request.page_token or "0"
+        if not token.isdecimal() or int(token) >= 2**63:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"page_token must be of a page, got {token[:40]!r}")
+        limit = min(request.page_size or _MOST_RUNS, _MOST_RUNS)
+        return await self._look_up(self._loader.page(request.name_prefix, int(token), limit), context)
 
     async def GetRun(self, request: pb.GetRunRequest, context: Context) -> pb.GetRunResponse:
         """Returns all about a run."""

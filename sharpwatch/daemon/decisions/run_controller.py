@@ -52,6 +52,11 @@ def random_id() -> str:
     return uuid4().hex[:12]
 
 
+def configured_mode(policies: Sequence[PolicyConfig], autopilot: AutopilotConfig) -> Mode:
+    """The mode of a run for which none was set: that of the policy, or the autopilot, that reaches furthest."""
+    return max((strongest(policies), *((autopilot.mode,) if autopilot.is_on else ())), key=MODES.index)
+
+
 class RunController:
     """Runs detectors and policies for one run. Deterministic except for the ids it generates.
 
@@ -97,8 +102,7 @@ class RunController:
         self._is_autopilot_on = autopilot.is_on
         self._checkpoints: dict[str, Checkpoint] = {}  # by URI, in the order they were saved
         self._mode = mode
-        own_modes = (strongest(self._chain.policies), *((autopilot.mode,) if autopilot.is_on else ()))
-        self._strongest: Mode = max(own_modes, key=MODES.index)
+        self._strongest = configured_mode(self._chain.policies, autopilot)
         self._step: int | None = None
 
     @property

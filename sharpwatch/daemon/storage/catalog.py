@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from sharpwatch.daemon.records import Decision, Incident, LrPlan, Revision
@@ -118,6 +118,11 @@ def summary(connection: sqlite3.Connection, run: str) -> RunSummary | None:
         tuple(decision_of(record) for (record,) in made),
         tuple(revision_of(record) for (record,) in revisions),
     )
+
+
+def summaries(connection: sqlite3.Connection, runs: Iterable[str]) -> tuple[RunSummary, ...]:
+    """What a list shows of these runs; a name that the journal does not have is left out."""
+    return tuple(found for run in runs if (found := summary(connection, run)) is not None)
 
 
 def attempt(connection: sqlite3.Connection, identity: str) -> tuple[str, StoredAttempt] | None:

@@ -239,3 +239,39 @@ async def test_a_watch_goes_on_though_its_run_has_left_and_come_back(small, buil
         pass
     watch.cancel()
     trainer.call.cancel()
+
+
+async def test_runs_that_left_are_listed_as_those_in_memory(small, build):
+    await revised(small, build)
+    (before,) = (await small.operator.ListRuns(pb.ListRunsRequest())).runs
+    assert (before.lr_revision, before.mode, before.step, dict(before.multipliers)) == (
+        2,
+        "enforce",
+        3,
+        {"qk": 0.5, "vo": 0.5},
+    )
+    await leaves(small, build, "old")
+    after = (await small.operator.ListRuns(pb.ListRunsRequest())).runs
+    assert [run.run for run in after] == ["new-0", "new-1", "new-2", "old"]
+    assert after[-1].last_sample_at_unix_ns == pytest.approx(before.last_sample_at_unix_ns, abs=2e9)
+    after[-1].last_sample_at_unix_ns = before.last_sample_at_unix_ns
+    assert after[-1] == before
+    held = (await small.operator.ListRuns(pb.ListRunsRequest(held_only=True))).runs
+    assert [run.run for run in held] == ["new-0", "new-1", "new-2"]
+
+
+async def test_runs_are_listed_page_by_page_those_that_began_last_first(small, build):
+    names = [f"run-{number}" for number in range(7)]
+    for name in (*names, "other"):
+        trainer = await small.train(name, f"{name}-1")
+        await trainer.leave()
+        await small.shown(name, lambda detail: detail.run.phase != pb.RUN_PHASE_RUNNING)
+    request, pages = pb.ListRunsRequest(name_prefix="run-", page_size=3), []
+    for _ in range(3):
+        answer = await small.operator.ListRuns(request)
+        pages.append([run.run for run in answer.runs])
+        request.page_token = answer.next_page_token
+    assert not request.page_token
+    assert pages == [names[4:], names[1:4], names[:1]]
+    with pytest.raises(grpc.aio.AioRpcError, match="page_token must be of a page, got 'x'"):
+        await small.operator.ListRuns(pb.ListRunsRequest(page_token="x"))  # noqa: S106  no password
