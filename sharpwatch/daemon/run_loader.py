@@ -158,7 +158,8 @@ class RunLoader:
         live = [name for name, one in known.items() if not one.closed and (name in recent or name in unseen)]
         await self.bring_back(live)
         twins = {name for run in self._runs for name in await self._may_be_twins(run)}
-        return [name for name, one in known.items() if name in twins or (one.closed and name in recent)]
+        later = twins | {name for name in recent if known[name].closed}
+        return [name for name in known if name in later and name not in live]
 
     async def bring_back(self, names: Iterable[str]) -> None:
         """Brings runs back one after the other; one that can't be is logged and counted, and not in the others' way."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import structlog
@@ -18,7 +18,7 @@ from sharpwatch.daemon.ingest.hello import Attempt, Cursor, read_hello
 from sharpwatch.daemon.ingest.samples import Reading, read_sample
 from sharpwatch.daemon.records import NO_CHANGES, Changes, Observation
 from sharpwatch.daemon.runs.run import MAX_ATTEMPTS, Run, Runs
-from sharpwatch.daemon.storage.schema import BaselinesRow, SampleRow, StoredAttempt, StoredRun
+from sharpwatch.daemon.storage.schema import SampleRow, StoredAttempt, StoredRun
 from sharpwatch.errors import OperatorError, WireError
 from sharpwatch.v1 import agent_pb2
 
@@ -61,7 +61,7 @@ def restore_run(runs: Runs, stored: StoredRun) -> list[Changes]:
     run.outstanding.update((made.id, made) for made in stored.decisions if made.outcome in UNDER_WAY)
     run.reference = stored.reference
     # After the outstanding commands are known, because the samples may hold their answers.
-    changes = _replay(run, attempts, stored.samples, stored.baselines)
+    changes = _Replay(run, attempts, stored).fold()
     closed = next(row.closed for row in stored.attempts if row.attempt == newest.hello.attempt)
     seen_at = stored.attempts[-1].seen_at
     run.publish(
@@ -85,96 +85,104 @@ def read_attempt(row: StoredAttempt) -> Attempt | None:
     return Attempt(hello, b"", Cursor(row.acknowledged), journalled=True)
 
 
-def _replay(
-    run: Run, attempts: dict[str, Attempt], rows: tuple[SampleRow, ...], baselines: BaselinesRow | None
-) -> list[Changes]:
-    """Folds the samples. Nothing is decided, but results of commands that are still outstanding are taken in."""
-    changes = []
-    known = _load_state(run, attempts, baselines, rows)  # rows that the state has already
-    attempt_before = rows[known - 1].attempt if known else ""
-    for row in rows:
-        if row.attempt in attempts:
-            # The journal keeps how far sequences have come, but not the step.
-            attempts[row.attempt].cursor.step = row.step
-    for row in rows[known:]:
-        if row.attempt != attempt_before:
-            run.begin_steps()
-            run.controller.detection.begin_attempt()
-        attempt_before = row.attempt
-        attempt = attempts.get(row.attempt)
-        reading = _reading(attempt, row) if attempt is not None else None
-        if attempt is None or reading is None:
-            continue
-        changes += _replay_reports(run, reading)
-        observation = _update(run, attempt, row, reading)
-        if observation is not None:
-            run.controller.replay(observation)
-    if attempt_before != run.attempt.hello.attempt:
-        run.controller.detection.begin_attempt()
-    for change in changes:
-        run.count(change)
-    return changes
+class _Replay:
+    """Folds the newest samples of a run. Nothing is decided, but results of outstanding commands are taken in.
 
-
-def _update(run: Run, attempt: Attempt, row: SampleRow, reading: Reading) -> Observation | None:
-    # Arrays of other blocks can't go into one window or baseline with those of the newest attempt.
-    if not attempt.hello.same_blocks(run.attempt.hello):
-        return None
-    if not attempt.hello.same_projection(run.attempt.hello):
-        reading = _without_projection(reading)
-    observation = run.update(reading, row.received_at)
-    run.folded(row.attempt, row.sequence)
-    return observation
-
-
-def _load_state(
-    run: Run, attempts: dict[str, Attempt], baselines: BaselinesRow | None, rows: Sequence[SampleRow]
-) -> int:
-    """Loads the journalled state, if the sample that it is of is among `rows`; returns how many of them it has seen.
-
-    Of these, only those are read that an estimate or the run's view still shows.
+    Args:
+        run: The run, with its records.
+        attempts: Those that samples may be of.
+        stored: What the journal has of it.
     """
-    if baselines is None:
-        return 0
-    saved = baselines.attempt, baselines.sequence
-    known = next((count for count, row in enumerate(rows, 1) if (row.attempt, row.sequence) == saved), 0)
-    if not known:
-        return 0
-    try:
-        arrays = unpacked(baselines.state)
-        run.controller.detection.load_arrays(arrays)
-    except ValueError as error:
-        log.warning("baselines_not_restored", run=run.name, reason=str(error))
-        return 0
-    for row in _still_shown(run, attempts, rows[:known]):
-        attempt = attempts[row.attempt]
-        reading = _reading(attempt, row)
-        observation = None if reading is None else _update(run, attempt, row, reading)
-        if observation is not None:
-            run.controller.recall(observation)
-    run.load_arrays(arrays, saved)
-    return known
 
+    def __init__(self, run: Run, attempts: Mapping[str, Attempt], stored: StoredRun) -> None:
+        self._run = run
+        self._attempts = attempts
+        self._rows = stored.samples
+        self._state = stored.baselines
+        # Arrays of other blocks can't go into one window or baseline with those of the newest attempt.
+        self._alike = {name for name, one in attempts.items() if one.hello.same_blocks(run.attempt.hello)}
+        # The journal has when the newest sample came. Of the others it is taken to be as long before as they were made.
+        newest = None if not self._rows else _reading(attempts.get(self._rows[-1].attempt), self._rows[-1])
+        self._clock = stored.attempts[-1].seen_at - (0.0 if newest is None else newest.taken_at)
 
-def _still_shown(run: Run, attempts: dict[str, Attempt], rows: Sequence[SampleRow]) -> list[SampleRow]:
-    """The rows that have the newest readings of something, as many as are kept of it."""
-    left = Counter({name: max(spec.window, WINDOW_PROBES) for name, spec in PROBES.items()})
-    left.update({"attention": WINDOW_PROBES, "tap": 1, "loss": 1, "health": 1})
-    shown: list[SampleRow] = []
-    for row in reversed(rows):
-        attempt = attempts.get(row.attempt)
-        if attempt is None or not attempt.hello.same_blocks(run.attempt.hello):
-            continue
+    def fold(self) -> list[Changes]:
+        """Folds them; returns what they changed."""
+        changes = []
+        for row in self._rows:
+            if row.attempt in self._attempts:
+                # The journal keeps how far sequences have come, but not the step.
+                self._attempts[row.attempt].cursor.step = row.step
+        run, known = self._run, self._load_state()
+        attempt_before = self._rows[known - 1].attempt if known else ""
+        for row in self._rows[known:]:
+            if row.attempt != attempt_before:
+                run.begin_steps()
+                run.controller.detection.begin_attempt()
+            attempt_before = row.attempt
+            reading = _reading(self._attempts.get(row.attempt), row)
+            if reading is None:
+                continue
+            changes += _replay_reports(run, reading)
+            observation = self._update(row, reading)
+            if observation is not None:
+                run.controller.replay(observation)
+        if attempt_before != run.attempt.hello.attempt:
+            run.controller.detection.begin_attempt()
+        for change in changes:
+            run.count(change)
+        return changes
+
+    def _update(self, row: SampleRow, reading: Reading) -> Observation | None:
+        if row.attempt not in self._alike:
+            return None
+        if not self._attempts[row.attempt].hello.same_projection(self._run.attempt.hello):
+            reading = _without_projection(reading)
+        observation = self._run.update(reading, self._clock + reading.taken_at)
+        self._run.folded(row.attempt, row.sequence)
+        return observation
+
+    def _load_state(self) -> int:
+        """Loads the journalled state, if its sample is among those to be folded; returns how many of them it has seen.
+
+        Of these, only those are read that an estimate or the run's view still shows.
+        """
+        if self._state is None:
+            return 0
+        saved = self._state.attempt, self._state.sequence
+        known = next((count for count, row in enumerate(self._rows, 1) if (row.attempt, row.sequence) == saved), 0)
+        if not known:
+            return 0
         try:
-            sample = agent_pb2.SessionRequest.FromString(row.payload).sample
-        except DecodeError:
-            continue
-        present = {field.name for field, _ in sample.ListFields()}
-        has = [name for name in present if left[name] > 0]
-        left.subtract(has)
-        if has or sample.restored or not shown:
-            shown.append(row)
-    return shown[::-1]
+            arrays = unpacked(self._state.state)
+            self._run.controller.detection.load_arrays(arrays)
+        except ValueError as error:
+            log.warning("baselines_not_restored", run=self._run.name, reason=str(error))
+            return 0
+        for row in self._still_shown(self._rows[:known]):
+            reading = _reading(self._attempts[row.attempt], row)
+            observation = None if reading is None else self._update(row, reading)
+            if observation is not None:
+                self._run.controller.recall(observation)
+        self._run.load_arrays(arrays, saved)
+        return known
+
+    def _still_shown(self, rows: Sequence[SampleRow]) -> list[SampleRow]:
+        """The rows that have the newest readings of something, as many as are kept of it."""
+        left = Counter({name: max(spec.window, WINDOW_PROBES) for name, spec in PROBES.items()})
+        left.update({"attention": WINDOW_PROBES, "tap": 1, "loss": 1, "health": 1})
+        shown: list[SampleRow] = []
+        for row in reversed(rows):
+            if row.attempt not in self._alike:
+                continue
+            try:
+                sample = agent_pb2.SessionRequest.FromString(row.payload).sample
+            except DecodeError:
+                continue
+            has = [field.name for field, _ in sample.ListFields() if left[field.name] > 0]
+            left.subtract(has)
+            if has or sample.restored or not shown:
+                shown.append(row)
+        return shown[::-1]
 
 
 def _replay_reports(run: Run, reading: Reading) -> list[Changes]:
@@ -188,7 +196,8 @@ def _replay_reports(run: Run, reading: Reading) -> list[Changes]:
             changes.append(take(result, time.time()))
         except OperatorError as error:
             log.warning("command_result_unplaced", run=run.name, reason=str(error))
-    changes.append(run.controller.note_checkpoints(reading.checkpoint_report))
+    if reading.checkpoints or reading.deleted_checkpoints or reading.restored:
+        changes.append(run.controller.note_checkpoints(reading.checkpoint_report))
     return [each for each in changes if each != NO_CHANGES]
 
 
@@ -198,7 +207,9 @@ def _without_projection(reading: Reading) -> Reading:
     return replace(reading, probes=probes)
 
 
-def _reading(attempt: Attempt, row: SampleRow) -> Reading | None:
+def _reading(attempt: Attempt | None, row: SampleRow) -> Reading | None:
+    if attempt is None:
+        return None
     try:
         return read_sample(attempt.hello, agent_pb2.SessionRequest.FromString(row.payload).sample)
     except (WireError, DecodeError) as error:

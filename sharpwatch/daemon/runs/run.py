@@ -36,7 +36,7 @@ _MEASURED = (
     *("tap", "probe_steps", "attention", "attention_steps", "update_ratio", "gradient_noise"),
     *("estimates", "layer_sharpness", "order_correlation"),
 )
-SAVE_EVERY = 500  # samples between two states of a run in the journal
+SAVE_EVERY = 250  # samples between two states of a run in the journal; each has some 200 KB
 _PAUSES = 3.0  # times as long as a run has paused before: then it has stalled
 
 

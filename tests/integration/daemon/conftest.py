@@ -269,12 +269,13 @@ def running(configure, tmp_path):
     """`async with running(...) as client`: a daemon for the length of the block."""
 
     @asynccontextmanager
-    async def run(**changes):
+    async def run(*, wait=True, **changes):
         async with AsyncExitStack() as stack:
             serve = AsyncExitStack()
             daemon = await serve.enter_async_context(serving(configure(**changes)))
             stack.push_async_callback(serve.aclose)  # closing twice is closing once
-            await daemon.restored.wait()
+            if wait:
+                await daemon.restored.wait()
             channel = await stack.enter_async_context(grpc.aio.insecure_channel(daemon.grpc))
             web = await stack.enter_async_context(aiohttp.ClientSession())
             token = (tmp_path / "operator.token").read_text().strip()

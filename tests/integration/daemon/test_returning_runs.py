@@ -260,7 +260,7 @@ async def test_runs_that_left_are_listed_as_those_in_memory(small, build):
     assert [run.run for run in held] == ["new-0", "new-1", "new-2"]
 
 
-async def test_runs_are_listed_page_by_page_those_that_began_last_first(small, build):
+async def test_runs_are_listed_page_by_page_those_that_began_last_first(small):
     names = [f"run-{number}" for number in range(7)]
     for name in (*names, "other"):
         trainer = await small.train(name, f"{name}-1")
