@@ -55,8 +55,7 @@ def restore_run(runs: Runs, stored: StoredRun) -> list[Changes]:
     run.controller.restore(stored.incidents, stored.decisions, stored.revisions, stored.checkpoints, mode, stored.plans)
     if len(attempts) > 1 and all(row.attempt != newest.hello.attempt for row in stored.samples):
         run.controller.begin_anew()  # the daemon ended before it received a sample of the newest attempt
-    # So that counters go on where they were: Prometheus would take a smaller value for a reset.
-    run.count(Changes(stored.incidents, stored.decisions, stored.revisions, ()))
+    run.count_stored(stored)
     # They are sent again when the trainer connects, since nothing says whether it has received them.
     run.outstanding.update((made.id, made) for made in stored.decisions if made.outcome in UNDER_WAY)
     run.reference = stored.reference

@@ -23,7 +23,7 @@ from sharpwatch.daemon.ingest.hello import Attempt, RunHello
 from sharpwatch.daemon.ingest.samples import BlockTap, Reading
 from sharpwatch.daemon.records import NO_CHANGES, Changes, Decision, Observation, ProbedStep
 from sharpwatch.daemon.runs.snapshot import Maxima, Phase, RunSnapshot
-from sharpwatch.daemon.storage.schema import BaselinesRow, ReferenceRow
+from sharpwatch.daemon.storage.schema import BaselinesRow, ReferenceRow, StoredRun
 
 MAX_RUNS = 1_000
 MAX_ATTEMPTS = 4  # remembered of a run, as one of them may still be sending its last samples
@@ -327,12 +327,25 @@ class Run:
                 if f"{incident.id} {name}" not in self._counted:
                     self._counted[f"{incident.id} {name}"] = "raised"
                     self._incidents_total[name] += 1
+        for decision in changes.transitions:  # also what lies between two states that are journalled together
+            self._count_outcome(decision, decision.outcome)
         for decision in changes.decisions:
-            if self._counted.get(decision.id) != decision.outcome:
-                self._counted[decision.id] = decision.outcome
-                self._decisions_total[decision.action, decision.mode, decision.outcome] += 1
             if decision.outcome not in UNDER_WAY:
                 self.outstanding.pop(decision.id, None)
+
+    def _count_outcome(self, decision: Decision, outcome: str) -> None:
+        if self._counted.get(decision.id) != outcome:
+            self._counted[decision.id] = outcome
+            self._decisions_total[decision.action, decision.mode, outcome] += 1
+
+    def count_stored(self, stored: StoredRun) -> None:
+        """Has the counts of incidents and decisions as they were, so that Prometheus sees no counter go down."""
+        self.count(Changes(incidents=stored.incidents))
+        known = {made.id: made for made in stored.decisions}
+        for identity, outcome in stored.outcomes:
+            self._count_outcome(known[identity], outcome)
+        for made in stored.decisions:  # those of a version that kept no transitions
+            self._count_outcome(made, made.outcome)
 
     def publish(self, **changes: Any) -> None:
         """Replaces the snapshot by the present state and wakes all who watch the run.

@@ -408,6 +408,13 @@ class Journal:
             plans=tuple(
                 plan_of(record) for (record,) in rows("SELECT record FROM plans WHERE run = ? ORDER BY rowid", [run])
             ),
+            outcomes=tuple(
+                rows(
+                    "SELECT t.decision, t.outcome FROM decisions d JOIN transitions t ON t.decision = d.id "
+                    "WHERE d.run = ? ORDER BY t.id",
+                    [run],
+                )
+            ),
         )
 
 

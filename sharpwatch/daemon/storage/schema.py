@@ -225,6 +225,7 @@ class StoredRun:
     baselines: BaselinesRow | None = None
     reference: ReferenceRow | None = None
     plans: tuple[LrPlan, ...] = ()
+    outcomes: tuple[tuple[str, str], ...] = ()  # that decisions came to, by id, in order; also those they have left
 
 
 DRAWN_QUANTITIES = ("sharpness", "stability_ratio")  # of which a history has the estimates
