@@ -240,6 +240,23 @@ class Pipeline:
         if unwritten:
             await self._write(())
 
+    async def forget(self, run: str, closed: Collection[Incident]) -> None:
+        """Deletes all that there is of an ended run, none of whose samples wait to be journalled.
+
+        Args:
+            run: Its name.
+            closed: Its incidents that were open; who was told of them is told that they are over.
+
+        Raises:
+            StoreError: The journal fails, and has it still.
+        """
+        async with self._writing:
+            # Memory first: what it has could be written again.
+            self._runs.drop(run)
+            self._pending.drop(run)
+            await self._store.forget(run)
+        self._on_records(closed, ())
+
     async def restored(self, run: Run, changes: Sequence[Changes]) -> None:
         """Journals the changes that were found in replayed samples, and estimates the restored windows."""
         for change in changes:

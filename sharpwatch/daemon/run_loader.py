@@ -11,7 +11,7 @@ import asyncio
 import sqlite3
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
@@ -28,6 +28,7 @@ log = structlog.get_logger(__name__)
 
 Result = TypeVar("Result")
 _TWINS = 16  # ended runs that are brought back at the start for each data order; more add nothing
+_FORGOTTEN = "the run was forgotten"
 _NAMED = 10_000  # names and ids that one look-up returns
 
 
@@ -171,6 +172,21 @@ class RunLoader:
             except Exception:  # an error in one run must not stop the others; counted
                 self._pipeline.count_internal_error("restore")
                 log.exception("run_not_restored", run=name)
+
+    async def forget(self, name: str) -> None:
+        """Deletes all that there is of an ended run, in memory and in the journal.
+
+        Args:
+            name: The run's name.
+
+        Raises:
+            StoreError: The journal fails, and has it still.
+        """
+        loading = self._loading.get(name)
+        if loading is not None:
+            await asyncio.wait((loading,))
+        open_ones = await self.ask(partial(catalog.open_incidents, run=name))
+        await self._pipeline.forget(name, [replace(each, active=False, closed=_FORGOTTEN) for each in open_ones])
 
     async def _may_be_twins(self, run: Run) -> tuple[str, ...]:
         """The newest runs whose Hello has the same data order, or training job where it tells no order."""

@@ -2488,3 +2488,59 @@ class ExpireSilenceResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___ExpireSilenceResponse: typing_extensions.TypeAlias = ExpireSilenceResponse
+
+@typing.final
+class ForgetRunRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: builtins.int
+    AUTHOR_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    DRY_RUN_FIELD_NUMBER: builtins.int
+    run: builtins.str
+    """Its whole name."""
+    author: builtins.str
+    reason: builtins.str
+    dry_run: builtins.bool
+    """Only check it, and answer what it would come to."""
+    def __init__(
+        self,
+        *,
+        run: builtins.str = ...,
+        author: builtins.str = ...,
+        reason: builtins.str = ...,
+        dry_run: builtins.bool = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "dry_run", b"dry_run", "reason", b"reason", "run", b"run"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___ForgetRunRequest: typing_extensions.TypeAlias = ForgetRunRequest
+
+@typing.final
+class ForgetRunResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: builtins.int
+    ATTEMPTS_FIELD_NUMBER: builtins.int
+    SAMPLES_FIELD_NUMBER: builtins.int
+    INCIDENTS_FIELD_NUMBER: builtins.int
+    DECISIONS_FIELD_NUMBER: builtins.int
+    run: builtins.str
+    attempts: builtins.int
+    """Of what is deleted."""
+    samples: builtins.int
+    incidents: builtins.int
+    decisions: builtins.int
+    def __init__(
+        self,
+        *,
+        run: builtins.str = ...,
+        attempts: builtins.int = ...,
+        samples: builtins.int = ...,
+        incidents: builtins.int = ...,
+        decisions: builtins.int = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["attempts", b"attempts", "decisions", b"decisions", "incidents", b"incidents", "run", b"run", "samples", b"samples"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___ForgetRunResponse: typing_extensions.TypeAlias = ForgetRunResponse

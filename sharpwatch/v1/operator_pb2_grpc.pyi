@@ -67,6 +67,8 @@ class OperatorServiceStub:
     ListSilences: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.ListSilencesRequest, sharpwatch.v1.operator_pb2.ListSilencesResponse]
     ExpireSilence: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.ExpireSilenceRequest, sharpwatch.v1.operator_pb2.ExpireSilenceResponse]
     """Ends a silence before its time."""
+    ForgetRun: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.ForgetRunRequest, sharpwatch.v1.operator_pb2.ForgetRunResponse]
+    """Deletes all that the journal has of an ended run, which can't be undone. That it was asked for is kept."""
 
 @typing.type_check_only
 class OperatorServiceAsyncStub(OperatorServiceStub):
@@ -113,6 +115,8 @@ class OperatorServiceAsyncStub(OperatorServiceStub):
     ListSilences: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.ListSilencesRequest, sharpwatch.v1.operator_pb2.ListSilencesResponse]  # type: ignore[assignment]
     ExpireSilence: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.ExpireSilenceRequest, sharpwatch.v1.operator_pb2.ExpireSilenceResponse]  # type: ignore[assignment]
     """Ends a silence before its time."""
+    ForgetRun: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.ForgetRunRequest, sharpwatch.v1.operator_pb2.ForgetRunResponse]  # type: ignore[assignment]
+    """Deletes all that the journal has of an ended run, which can't be undone. That it was asked for is kept."""
 
 class OperatorServiceServicer(metaclass=abc.ABCMeta):
     """The operator's side. Calls that change something name an author and a reason, and are audited. With dry_run they change
@@ -306,5 +310,13 @@ class OperatorServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[sharpwatch.v1.operator_pb2.ExpireSilenceResponse, collections.abc.Awaitable[sharpwatch.v1.operator_pb2.ExpireSilenceResponse]]:
         """Ends a silence before its time."""
+
+    @abc.abstractmethod
+    def ForgetRun(
+        self,
+        request: sharpwatch.v1.operator_pb2.ForgetRunRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[sharpwatch.v1.operator_pb2.ForgetRunResponse, collections.abc.Awaitable[sharpwatch.v1.operator_pb2.ForgetRunResponse]]:
+        """Deletes all that the journal has of an ended run, which can't be undone. That it was asked for is kept."""
 
 def add_OperatorServiceServicer_to_server(servicer: OperatorServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

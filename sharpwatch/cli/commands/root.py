@@ -37,6 +37,7 @@ _COMMANDS = {
     "approve": LazyCommand(_ACT, "Approve a proposed decision.", f"{_HERE}.decisions:approve"),
     "reject": LazyCommand(_ACT, "Reject a proposed decision.", f"{_HERE}.decisions:reject"),
     "cancel": LazyCommand(_ACT, "Take back a decision that is not applied yet.", f"{_HERE}.decisions:cancel"),
+    "forget": LazyCommand(_ACT, "Delete all that is kept of an ended run.", f"{_HERE}.forget:forget"),
     "serve": LazyCommand(_CHECK, "Run the daemon.", f"{_HERE}.serve:serve"),
     "check-config": LazyCommand(_CHECK, "Check a daemon's configuration file.", f"{_HERE}.serve:check_config"),
     "doctor": LazyCommand(_CHECK, "Check this installation and its daemon.", f"{_HERE}.doctor:doctor"),

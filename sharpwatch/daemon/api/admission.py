@@ -76,7 +76,7 @@ class Admission:
         self._check_names(hello, run, known)
         if run is not None and known is not None and (known is run.attempt or self.may_deliver(known, run, now)):
             return known, run
-        if run is not None and self._is_live(run, now):
+        if run is not None and run.is_live(now):
             raise RefusedError("live_run", grpc.StatusCode.ALREADY_EXISTS, _held(run.attempt.hello))
         if self._count_sessions(client) >= MAX_CLIENT_RUNS:
             text = f"a client may have {MAX_CLIENT_RUNS} live runs, and {client} has as many"
@@ -111,9 +111,6 @@ class Admission:
             raise WireError("wrong_run", f"run {hello.run} belongs to training job {other}")
         if known is not None and not known.hello.same_blocks(hello):
             raise WireError("malformed", f"attempt {hello.attempt} sent a Hello with other blocks before")
-
-    def _is_live(self, run: Run, now: float) -> bool:
-        return run.phase != "closed" and run.attempt.presence.is_there(now)
 
 
 def _held(hello: RunHello) -> str:

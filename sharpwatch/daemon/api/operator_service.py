@@ -8,12 +8,13 @@ import heapq
 import math
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import pairwise
 from typing import cast, get_args
 
 import grpc
+import structlog
 
 from sharpwatch import wire
 from sharpwatch._version import __version__
@@ -61,6 +62,8 @@ from sharpwatch.errors import StoreError
 from sharpwatch.v1 import operator_pb2 as pb
 from sharpwatch.v1.operator_pb2_grpc import OperatorServiceServicer
 from sharpwatch.wire import MAX_STEP, MAX_TEXT
+
+log = structlog.get_logger(__name__)
 
 _DEFAULT_LIMIT, _MOST = 100, 10_000
 _MOST_RUNS = 1_000  # in a page
@@ -466,6 +469,37 @@ class OperatorService(OperatorCalls, OperatorServiceServicer):
             context, lambda: silences.expire(request.id, request.author, request.reason, time.time())
         )
         return pb.ExpireSilenceResponse(silence=await self._keep_silence(silence, request, context))
+
+    @refusals_noted("forget")
+    async def ForgetRun(self, request: pb.ForgetRunRequest, context: Context) -> pb.ForgetRunResponse:
+        """Deletes all that there is of an ended run."""
+        await self._authorize(request, context)
+        # Not brought back from the journal for this: it may be one that this version can't read.
+        size = await self._look_up(self._loader.ask(partial(catalog.size, run=request.run)), context)
+        if size is None:
+            names = await self._look_up(self._loader.names(request.run), context)
+            await refuse_name(context, "run", request.run, names)
+        run, attempts = self._runs.get(request.run), self._runs.attempts(request.run)
+        if run is not None and run.is_live(time.monotonic()):
+            text = f"run {run.name} has a live trainer; only a run that has ended can be forgotten"
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, text)
+        if not all(each.cursor.idle for each in attempts):
+            text = f"samples of run {request.run} are about to be journalled; try again"
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, text)
+        await self._change(context, lambda: None)
+        if not request.dry_run:
+            await self._forget(request, size, context)
+        return pb.ForgetRunResponse(run=request.run, **asdict(size))
+
+    async def _forget(self, request: pb.ForgetRunRequest, size: catalog.RunSize, context: Context) -> None:
+        what = ", ".join(f"{count} {kind}" for kind, count in asdict(size).items())
+        row = RequestRow(request.run, time.time(), "forget", "", "forgotten", what, request.author, request.reason)
+        try:
+            await self._loader.forget(request.run)
+            await self._pipeline.keep_request(row)
+        except StoreError as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, f"run {request.run} may be there still: {error}")
+        log.warning("run_forgotten", run=request.run, author=request.author, reason=request.reason, deleted=what)
 
     async def _keep_silence(self, silence: Silence, request: Audited, context: Context) -> pb.Silence:
         try:

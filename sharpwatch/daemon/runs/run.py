@@ -162,6 +162,10 @@ class Run:
         phase: Phase = self._draft["phase"]
         return phase
 
+    def is_live(self, now: float) -> bool:
+        """Returns whether its trainer is there, or about to come back; `now` is monotonic seconds."""
+        return self.phase != "closed" and self.attempt.presence.is_there(now)
+
     def begin(self, attempt: Attempt, controller: RunController, *, again: bool = False) -> None:
         """Starts a new attempt.
 
@@ -453,6 +457,10 @@ class Runs:
     def attempt(self, run: str, identity: str) -> Attempt | None:
         """Returns an attempt of `run` that is remembered, or None."""
         return self._attempts.get(run, {}).get(identity)
+
+    def attempts(self, run: str) -> tuple[Attempt, ...]:
+        """Returns the attempts of `run` that are remembered, the newest last."""
+        return tuple(self._attempts.get(run, {}).values())
 
     def owner(self, identity: str) -> str | None:
         """Returns the name of the run that the attempt `identity` belongs to, or None."""

@@ -125,6 +125,32 @@ def summaries(connection: sqlite3.Connection, runs: Iterable[str]) -> tuple[RunS
     return tuple(found for run in runs if (found := summary(connection, run)) is not None)
 
 
+@dataclass(frozen=True, slots=True)
+class RunSize:
+    """How much the journal has of a run."""
+
+    attempts: int
+    samples: int
+    incidents: int
+    decisions: int
+
+
+def size(connection: sqlite3.Connection, run: str) -> RunSize | None:
+    """How much the journal has of a run; None for nothing."""
+    counts = (
+        connection.execute(f"SELECT count(*) FROM {table} WHERE run = ?", [run]).fetchone()[0]  # noqa: S608  names of ours
+        for table in ("attempts", "samples", "alerts", "decisions")
+    )
+    found = RunSize(*counts)
+    return found if found.attempts else None
+
+
+def open_incidents(connection: sqlite3.Connection, run: str) -> tuple[Incident, ...]:
+    """The open incidents of a run."""
+    query = "SELECT record FROM alerts WHERE run = ? AND json_extract(record, '$.active')"
+    return tuple(incident_of(record) for (record,) in connection.execute(query, [run]))
+
+
 def attempt(connection: sqlite3.Connection, identity: str) -> tuple[str, StoredAttempt] | None:
     """An attempt and the name of its run; None where the journal has none of that id."""
     query = "SELECT run, attempt, hello, acknowledged, seen_at, closed FROM attempts WHERE attempt = ?"

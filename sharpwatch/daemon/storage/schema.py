@@ -296,6 +296,20 @@ class PendingWrites:
             return True
         return run in self.commands.values() or any(of == run for of, _ in self.checkpoints)
 
+    def drop(self, run: str) -> None:
+        """Drops the records of a run."""
+        for name in ("attempts", "incidents", "decisions", "plans", "baselines"):
+            records = getattr(self, name)
+            setattr(self, name, {key: row for key, row in records.items() if row.run != run})
+        for name in ("transitions", "modes", "references", "requests"):
+            setattr(self, name, [row for row in getattr(self, name) if row.run != run])
+        self.revisions = {key: row for key, row in self.revisions.items() if row.run != run}
+        self.checkpoints = {key: step for key, step in self.checkpoints.items() if key[0] != run}
+        self.commands = {identity: of for identity, of in self.commands.items() if of != run}
+        kept = [row for row in self.estimates if row.run != run]
+        self.estimates.clear()
+        self.estimates.extend(kept)
+
     def add_newer(self, newer: PendingWrites) -> None:
         """Adds all of `newer`, whose records replace those of the same id here."""
         self.attempts.update(newer.attempts)
