@@ -284,6 +284,11 @@ class Pipeline:
         with suppress(StoreError):
             await self._write(())
 
+    def note_killed(self, attempt: Attempt) -> None:
+        """Has the journal know that the process of an attempt ended without a farewell."""
+        self._pending.killed[attempt.hello.attempt] = attempt.hello.run
+        self._queue.wake()
+
     def _retry_delay(self) -> float | None:
         """Seconds until a failing journal is tried again; None if it works."""
         return max(0.0, self._retry_at - time.monotonic()) if self.store_error else None

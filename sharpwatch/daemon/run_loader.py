@@ -210,7 +210,7 @@ class RunLoader:
         if run is None:
             raise NoRoomError("the daemon holds as many live runs as it can")
         self._runs.asked_for(name, time.time())
-        if stored.attempts[-1].seen_at < self._began_at:
+        if stored.attempts[-1].seen_at < self._began_at and run.phase == "silent":
             run.attempt.presence.await_return(self._began_monotonic)  # its trainer has noticed the restart
         await self._pipeline.restored(run, changes)
         if run.reference is not None and not run.reference.losses and run.reference.name != name:

@@ -29,16 +29,20 @@ class _RunPhaseEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumT
     RUN_PHASE_UNSPECIFIED: _RunPhase.ValueType  # 0
     RUN_PHASE_RUNNING: _RunPhase.ValueType  # 1
     RUN_PHASE_SILENT: _RunPhase.ValueType  # 2
-    """No session; the last attempt did not say goodbye."""
+    """Nothing is heard of it: no session, and the last attempt did not say goodbye."""
     RUN_PHASE_CLOSED: _RunPhase.ValueType  # 3
+    RUN_PHASE_KILLED: _RunPhase.ValueType  # 4
+    """Its courier has told that the process ended, without a goodbye: by an error, a signal, or for want of memory."""
 
 class RunPhase(_RunPhase, metaclass=_RunPhaseEnumTypeWrapper): ...
 
 RUN_PHASE_UNSPECIFIED: RunPhase.ValueType  # 0
 RUN_PHASE_RUNNING: RunPhase.ValueType  # 1
 RUN_PHASE_SILENT: RunPhase.ValueType  # 2
-"""No session; the last attempt did not say goodbye."""
+"""Nothing is heard of it: no session, and the last attempt did not say goodbye."""
 RUN_PHASE_CLOSED: RunPhase.ValueType  # 3
+RUN_PHASE_KILLED: RunPhase.ValueType  # 4
+"""Its courier has told that the process ended, without a goodbye: by an error, a signal, or for want of memory."""
 Global___RunPhase: typing_extensions.TypeAlias = RunPhase
 
 @typing.final

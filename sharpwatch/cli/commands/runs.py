@@ -86,7 +86,7 @@ def run_view(detail: RunDetail, now: float) -> list[Grid]:
 
 
 def phase(run: Run) -> str:
-    """`running`, `silent` or `closed`."""
+    """`running`, `silent`, `killed` or `closed`."""
     return RunPhase.Name(run.phase).removeprefix("RUN_PHASE_").lower()
 
 

@@ -140,7 +140,7 @@ def _width(grid: Grid) -> int:
 
 def _worst_first(runs: Sequence[Run]) -> list[str]:
     """The names of the runs, by what is known of all of them: open incidents, and whether a trainer is there."""
-    order = {"running": 0, "silent": 1, "closed": 2}
+    order = {"running": 0, "silent": 1, "killed": 2, "closed": 3}
     return [run.run for run in sorted(runs, key=lambda run: (-run.active_alerts, order[phase(run)], run.run))]
 
 

@@ -261,9 +261,12 @@ class AgentService:
             return
         session.attempt.presence.broke(time.monotonic())
         if session.attempt is run.attempt:
-            # A run that sent its closing sample stays closed.
-            if run.phase == "running":
-                run.publish(phase="silent", last_seen_at=time.time())
+            # A run that sent its closing sample is closed, or will be once that is folded.
+            if run.phase == "running" and not session.attempt.said_farewell:
+                killed = session.attempt.presence.has_left
+                run.publish(phase="killed" if killed else "silent", last_seen_at=time.time())
+                if killed:
+                    self._pipeline.note_killed(session.attempt)
             log.info("session_closed", run=run.name, attempt=session.attempt.hello.attempt, phase=run.phase)
 
     async def _handshake(self, requests: AsyncIterator[bytes], peer: str) -> tuple[Session, Run]:
@@ -362,6 +365,7 @@ class AgentService:
             self._refuse(session, sample.sequence, error)
             return
         if place == "new":
+            attempt.said_farewell = reading.closing
             self._queue.put(QueuedSample(attempt.hello.run, attempt, reading, message, received_at))
         elif place == "journalled":
             session.acknowledge(attempt.cursor.journalled)

@@ -32,6 +32,7 @@ from sharpwatch.v1 import agent_pb2, operator_pb2, types_pb2
 _PHASES: dict[Phase, operator_pb2.RunPhase.ValueType] = {
     "running": operator_pb2.RUN_PHASE_RUNNING,
     "silent": operator_pb2.RUN_PHASE_SILENT,
+    "killed": operator_pb2.RUN_PHASE_KILLED,
     "closed": operator_pb2.RUN_PHASE_CLOSED,
 }
 
@@ -266,7 +267,7 @@ def ended_run_message(summary: RunSummary, mode: Mode) -> operator_pb2.Run:
     return operator_pb2.Run(
         run=summary.run,
         training_job=hello.training_job,
-        phase=_PHASES["closed" if summary.attempt.closed else "silent"],
+        phase=_PHASES["closed" if summary.attempt.closed else "killed" if summary.attempt.killed else "silent"],
         attempts=summary.attempts,
         step=sample.step if summary.sample else hello.initial_step,
         loss=sample.loss if sample.HasField("loss") else None,

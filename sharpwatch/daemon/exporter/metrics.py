@@ -41,7 +41,7 @@ def render(registry: CollectorRegistry, accept: str) -> tuple[bytes, str]:
 
 
 class RunCollector(Collector):
-    """Exports each run that is live or was seen less than `stale_after` seconds ago.
+    """Exports each run that is live or was seen less than `stale_after` seconds ago (`RunSnapshot.exported`).
 
     Measurements that are too old (`RunSnapshot.without_stale`) are left out. `snapshots` may be called on any thread;
     `now` is unix seconds.
@@ -67,11 +67,8 @@ class RunCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """One family after another, each over all runs."""
         oldest = self._now() - self._stale_after
-        snapshots = [
-            snapshot.without_stale()
-            for snapshot in self._snapshots()
-            if snapshot.phase == "running" or snapshot.last_seen_at >= oldest
-        ]
+        exported = (snapshot.exported(oldest) for snapshot in self._snapshots())
+        snapshots = [snapshot.without_stale() for snapshot in exported if snapshot is not None]
         snapshots.sort(key=lambda snapshot: (snapshot.hello.training_job, snapshot.hello.run))
         yield from _run_families(snapshots)
         yield from _tap_families(snapshots)

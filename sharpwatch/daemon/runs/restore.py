@@ -18,6 +18,7 @@ from sharpwatch.daemon.ingest.hello import Attempt, Cursor, read_hello
 from sharpwatch.daemon.ingest.samples import Reading, read_sample
 from sharpwatch.daemon.records import NO_CHANGES, Changes, Observation
 from sharpwatch.daemon.runs.run import MAX_ATTEMPTS, Run, Runs
+from sharpwatch.daemon.runs.snapshot import Phase
 from sharpwatch.daemon.storage.schema import SampleRow, StoredAttempt, StoredRun
 from sharpwatch.errors import OperatorError, WireError
 from sharpwatch.v1 import agent_pb2
@@ -61,12 +62,13 @@ def restore_run(runs: Runs, stored: StoredRun) -> list[Changes]:
     run.reference = stored.reference
     # After the outstanding commands are known, because the samples may hold their answers.
     changes = _Replay(run, attempts, stored).fold()
-    closed = next(row.closed for row in stored.attempts if row.attempt == newest.hello.attempt)
+    ended = next(row for row in stored.attempts if row.attempt == newest.hello.attempt)
+    phase: Phase = "closed" if ended.closed else "killed" if ended.killed else "silent"
     seen_at = stored.attempts[-1].seen_at
     run.publish(
         attempts=len(stored.attempts),
         # Never "running": no trainer is connected before the daemon serves.
-        phase="closed" if closed else "silent",
+        phase=phase,
         mode_set=stored.mode,
         last_seen_at=seen_at,
         last_sample_at=seen_at if stored.samples else None,

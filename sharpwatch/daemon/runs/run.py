@@ -208,9 +208,11 @@ class Run:
                 evaluations, is allowed three times its second longest pause.
             now: Unix seconds.
         """
+        if self.phase == "closed":
+            return self.controller.stall_ended("the run was closed")
         if self.phase != "running":
-            # Whose agent is gone has not stalled: it has ended, and its phase says so.
-            return self.controller.stall_ended("the agent is gone")
+            # It has not begun to stall. But one that had is no better because nothing is heard of it any more.
+            return NO_CHANGES
         # Before its first step an attempt compiles, or loads a checkpoint.
         if self._stepped_at is None or now - self._stepped_at <= max(stall_after, _PAUSES * self._pauses[1]):
             return NO_CHANGES
@@ -524,11 +526,12 @@ class Runs:
             if not gone:
                 return False
             # A flood of names alone drops no run that was trained.
-            self.drop(min(gone, key=lambda run: (run.snapshot.step is not None, self._needed_at(run))).name)
+            self.drop(min(gone, key=self._worth).name)
         return True
 
-    def _needed_at(self, run: Run) -> float:
-        return max(run.snapshot.last_seen_at, self._asked_for.get(run.name, 0.0))
+    def _worth(self, run: Run) -> tuple[bool, bool, float]:
+        needed_at = max(run.snapshot.last_seen_at, self._asked_for.get(run.name, 0.0))
+        return run.snapshot.has_unseen_incident, run.snapshot.step is not None, needed_at
 
     def _layer_blocks(self) -> int:
         """How many layer blocks the remembered attempts have, with names that take as much memory as more of them."""

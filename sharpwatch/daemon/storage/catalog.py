@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from sharpwatch.daemon.records import Decision, Incident, LrPlan, Revision
 from sharpwatch.daemon.storage.records_json import decision_of, incident_of, plan_of, revision_of
-from sharpwatch.daemon.storage.schema import ModeRow, StoredAttempt
+from sharpwatch.daemon.storage.schema import CLOSED, KILLED, ModeRow, StoredAttempt
 
 # What still waits for somebody: `/metrics` shows it for as long.
 _UNSEEN_CRITICAL = (
     "json_extract(record, '$.active') AND json_extract(record, '$.severity') = 'critical' "
-    "AND coalesce(json_extract(record, '$.acknowledged'), '') = ''"
+    "AND coalesce(json_extract(record, '$.acknowledged'), '') = '' AND json_extract(record, '$.foreign') IS NULL"
 )
 
 
@@ -66,7 +66,7 @@ def outlines(connection: sqlite3.Connection) -> tuple[RunOutline, ...]:
         "ORDER BY id"
     )
     rows = connection.execute(query)
-    return tuple(RunOutline(run, position, seen_at, bool(closed)) for run, position, seen_at, closed in rows)
+    return tuple(RunOutline(run, position, seen_at, closed == CLOSED) for run, position, seen_at, closed in rows)
 
 
 def with_unseen_incidents(connection: sqlite3.Connection) -> frozenset[str]:
@@ -110,7 +110,7 @@ def summary(connection: sqlite3.Connection, run: str) -> RunSummary | None:
     attempt, hello, acknowledged, seen_at, closed = newest
     return RunSummary(
         run,
-        StoredAttempt(attempt, hello, acknowledged, seen_at, bool(closed)),
+        StoredAttempt(attempt, hello, acknowledged, seen_at, closed == CLOSED, closed == KILLED),
         attempts,
         b"" if sample is None else sample[0],
         ModeRow(*mode) if mode else None,
@@ -158,7 +158,7 @@ def attempt(connection: sqlite3.Connection, identity: str) -> tuple[str, StoredA
     if row is None:
         return None
     run, name, hello, acknowledged, seen_at, closed = row
-    return run, StoredAttempt(name, hello, acknowledged, seen_at, bool(closed))
+    return run, StoredAttempt(name, hello, acknowledged, seen_at, closed == CLOSED, closed == KILLED)
 
 
 def names_in_hellos(connection: sqlite3.Connection, text: str, limit: int) -> tuple[str, ...]:

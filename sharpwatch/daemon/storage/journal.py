@@ -27,8 +27,10 @@ from sharpwatch.curvature.statistics.estimate import Estimate
 from sharpwatch.daemon.records import Checkpoint, Silence
 from sharpwatch.daemon.storage.records_json import decision_of, incident_of, plan_of, record_of, revision_of
 from sharpwatch.daemon.storage.schema import (
+    CLOSED,
     DRAWN_QUANTITIES,
     FIRST_TABLES,
+    KILLED,
     SCHEMA_VERSION,
     SCHEMAS,
     BaselinesRow,
@@ -282,6 +284,11 @@ class Journal:
             [(row.sequence, row.received_at, row.closing, row.attempt) for row in newest.values()],
         )
 
+        connection.executemany(
+            "UPDATE attempts SET closed = ? WHERE attempt = ? AND closed = 0",
+            [(KILLED, attempt) for attempt in records.killed],
+        )
+
     def _write_records(self, connection: sqlite3.Connection, records: PendingWrites) -> None:
         connection.executemany(
             "INSERT OR REPLACE INTO alerts VALUES (?, ?, ?, ?)",
@@ -379,7 +386,7 @@ class Journal:
         return StoredRun(
             run=run,
             attempts=tuple(
-                StoredAttempt(attempt, hello, acknowledged, seen_at, bool(closed))
+                StoredAttempt(attempt, hello, acknowledged, seen_at, closed == CLOSED, closed == KILLED)
                 for attempt, hello, acknowledged, seen_at, closed in attempts
             ),
             samples=tuple(

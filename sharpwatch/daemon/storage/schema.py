@@ -78,6 +78,8 @@ CREATE INDEX requests_by_run ON requests (run, at);
 # Only appended to: an entry that was released is in journals that exist. A journal of version n has the first n.
 SCHEMAS = (_TABLES, _TRANSITIONS, _RESIDUALS, _BASELINES, _REFERENCES, _SILENCES, _PLANS, _NOTIFICATIONS, _REQUESTS)
 SCHEMA_VERSION = len(SCHEMAS)
+# How an attempt ended, in `attempts.closed`; 0 while that is not known. Earlier versions take the second for the first.
+CLOSED, KILLED = 1, 2
 FIRST_TABLES = {"attempts", "samples", "alerts", "decisions", "revisions"}  # in a journal of any version
 
 
@@ -208,6 +210,7 @@ class StoredAttempt:
     acknowledged: int
     seen_at: float
     closed: bool
+    killed: bool = False  # its process ended without a farewell
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,6 +268,7 @@ class PendingWrites:
     silences: dict[str, Silence] = field(default_factory=dict)
     plans: dict[str, LrPlan] = field(default_factory=dict)
     requests: list[RequestRow] = field(default_factory=list)
+    killed: dict[str, str] = field(default_factory=dict)  # attempt -> run
 
     def add(self, run: str, changes: Changes) -> None:
         """Adds what the controller of `run` changed."""
@@ -294,7 +298,7 @@ class PendingWrites:
         )
         if any(row.run == run for rows in kinds for row in rows):
             return True
-        return run in self.commands.values() or any(of == run for of, _ in self.checkpoints)
+        return run in {*self.commands.values(), *self.killed.values()} or any(of == run for of, _ in self.checkpoints)
 
     def drop(self, run: str) -> None:
         """Drops the records of a run."""
@@ -305,7 +309,8 @@ class PendingWrites:
             setattr(self, name, [row for row in getattr(self, name) if row.run != run])
         self.revisions = {key: row for key, row in self.revisions.items() if row.run != run}
         self.checkpoints = {key: step for key, step in self.checkpoints.items() if key[0] != run}
-        self.commands = {identity: of for identity, of in self.commands.items() if of != run}
+        for name in ("commands", "killed"):
+            setattr(self, name, {key: of for key, of in getattr(self, name).items() if of != run})
         kept = [row for row in self.estimates if row.run != run]
         self.estimates.clear()
         self.estimates.extend(kept)
@@ -326,6 +331,7 @@ class PendingWrites:
         self.silences.update(newer.silences)
         self.plans.update(newer.plans)
         self.requests.extend(newer.requests)
+        self.killed.update(newer.killed)
 
     def _put_checkpoints(self, newer: Mapping[tuple[str, str], int | None]) -> None:
         for key, step in newer.items():

@@ -14,7 +14,7 @@ from sharpwatch.daemon.decisions.run_controller import RunController
 from sharpwatch.daemon.estimation.estimator import estimate_all
 from sharpwatch.daemon.ingest.hello import Attempt, RunHello, read_hello
 from sharpwatch.daemon.ingest.samples import read_sample
-from sharpwatch.daemon.records import Checkpoint, Decision, RollbackPlan
+from sharpwatch.daemon.records import NO_CHANGES, Checkpoint, Decision, RollbackPlan
 from sharpwatch.daemon.runs import run as run_module
 from sharpwatch.daemon.runs.restore import restore_run
 from sharpwatch.daemon.runs.run import Run, Runs, Signal, observation_of
@@ -339,8 +339,10 @@ def test_a_run_stalls_when_its_agent_is_there_and_its_steps_are_not(run, monkeyp
     assert stalled(run, 601.0) == ["RunStalled"]
     assert stalled(run, 700.0) == []  # it is said already
     run.publish(phase="silent")
-    (closed,) = run.check_stall(600.0, 710.0).incidents
-    assert (closed.active, closed.closed) == (False, "the agent is gone")
+    assert run.check_stall(600.0, 710.0) == NO_CHANGES  # it is no better because nothing is heard
+    run.publish(phase="closed")
+    (closed,) = run.check_stall(600.0, 720.0).incidents
+    assert (closed.active, closed.closed) == (False, "the run was closed")
 
 
 def test_a_run_that_pauses_by_itself_is_waited_for(run, monkeypatch):
