@@ -29,11 +29,11 @@ from sharpwatch._version import __version__
 from sharpwatch.daemon.api.agent_service import AgentService, Sessions
 from sharpwatch.daemon.api.auth import Authorizer, check_grpc_address, load_token
 from sharpwatch.daemon.api.foreign_alerts import MAX_BYTES, ForeignAlerts
-from sharpwatch.daemon.api.operator_service import DaemonInfo, OperatorService
+from sharpwatch.daemon.api.operator_service import DaemonInfo, OperatorService, rules_of
 from sharpwatch.daemon.config.settings import Config, DaemonConfig
 from sharpwatch.daemon.decisions.gate import AskGate, Gate, no_gate
 from sharpwatch.daemon.decisions.muting import Silences
-from sharpwatch.daemon.decisions.run_controller import RunController, configured_mode
+from sharpwatch.daemon.decisions.run_controller import RunController
 from sharpwatch.daemon.detection.thresholds import Budget
 from sharpwatch.daemon.estimation.estimator import Estimator
 from sharpwatch.daemon.exporter.metrics import RunCollector, render
@@ -43,6 +43,7 @@ from sharpwatch.daemon.ingest.hello import RunHello
 from sharpwatch.daemon.ingest.samples import SampleQueue
 from sharpwatch.daemon.notifier import Notifier
 from sharpwatch.daemon.pipeline import Pipeline
+from sharpwatch.daemon.rules import Rules, configure_runs
 from sharpwatch.daemon.run_loader import RunLoader
 from sharpwatch.daemon.runs.run import Runs
 from sharpwatch.daemon.storage import catalog
@@ -68,30 +69,33 @@ _OPTIONS = (
 )
 
 
-def run(config: Config) -> int:
-    """Serves until SIGTERM or SIGINT.
+def run(config: Config, reload: Callable[[], Config]) -> int:
+    """Serves until SIGTERM or SIGINT; at SIGHUP, takes up the rules of the configuration anew.
 
     Args:
         config: The checked configuration.
+        reload: Reads and checks it anew.
 
     Returns:
         The exit status: 0 after a signal, 1 if the daemon could not start or failed.
     """
     configure_logs(config.daemon.log_level)
     try:
-        return asyncio.run(_main(config))
+        return asyncio.run(_main(config, reload))
     except SharpwatchError as error:
         log.error("not_serving", reason=str(error))  # noqa: TRY400  the message is the reason
         return 1
 
 
-async def _main(config: Config) -> int:
+async def _main(config: Config, reload: Callable[[], Config]) -> int:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     # Through the loop: a handler of `signal` runs between any two bytecodes, and must not call into asyncio.
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    async with serving(config) as daemon:
+    rules = Rules(config, reload)
+    loop.add_signal_handler(signal.SIGHUP, rules.reload)
+    async with serving(config, rules) as daemon:
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait((stopping, daemon.worker), return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
@@ -115,16 +119,18 @@ class Daemon:
 
 
 @asynccontextmanager
-async def serving(config: Config) -> AsyncIterator[Daemon]:  # noqa: PLR0915  the parts of the daemon, one by one
+async def serving(config: Config, rules: Rules | None = None) -> AsyncIterator[Daemon]:  # noqa: PLR0915  the parts of the daemon, one by one
     """Runs a daemon for the length of a `with`, and drains it at the end.
 
     Args:
         config: The checked configuration.
+        rules: Says what of it is in force; None for all of it, for good.
 
     Raises:
         SharpwatchError: It can't start.
     """
     settings = config.daemon
+    rules = Rules(config, lambda: config) if rules is None else rules
     # Before anything is opened: an address that must not be served leaves no journal and no token file behind.
     check_grpc_address(settings.grpc)
     authorizer = Authorizer(load_token(settings.token_file))
@@ -133,7 +139,7 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:  # noqa: PLR0915  th
     silences = Silences()
     gate = Gate(lambda made: asking.ask(made))  # noqa: PLW0108  defined below
     let_pass = gate.judge if config.gate.webhook else no_gate
-    runs = Runs(lambda hello, earlier: _controller(config, silences, let_pass, hello, earlier))
+    runs = Runs(lambda hello, earlier: _controller(rules.config, silences, let_pass, hello, earlier))
     async with AsyncExitStack() as stack:
         store = await Store.open(settings.store, retain_samples=settings.retain_samples)
         stack.push_async_callback(store.close)
@@ -182,9 +188,7 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:  # noqa: PLR0915  th
             estimator.device,
             settings.store,
             http,
-            tuple(policy.name for policy in config.policies),
-            config.detection,
-            configured_mode(config.policies, config.autopilot),
+            **rules_of(config),
         )
         operators = OperatorService(
             runs=runs,
@@ -196,10 +200,12 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:  # noqa: PLR0915  th
             info=info,
         )
         server, health, address = await _start_grpc(settings, agents, operators)
+        for take_up in (partial(configure_runs, runs), alerts.configure, operators.configure):
+            rules.follow(take_up)
         # Only once every address is bound, so that a start which fails has no worker to stop.
         worker = asyncio.create_task(pipeline.run(), name="pipeline")
         beside = [
-            asyncio.create_task(pipeline.watch_stalls(config.detection), name="stalls"),
+            asyncio.create_task(pipeline.watch_stalls(lambda: rules.config.detection), name="stalls"),
             asyncio.create_task(notifier.run(), name="notifications"),
             asyncio.create_task(asking.run(gate), name="gate"),
         ]

@@ -118,15 +118,15 @@ class Pipeline:
         self._stopping = True
         self._queue.wake()
 
-    async def watch_stalls(self, detection: DetectionConfig) -> None:
+    async def watch_stalls(self, detected_by: Callable[[], DetectionConfig]) -> None:
         """Looks now and then for runs that have stopped making steps, until it is cancelled.
 
         Args:
-            detection: Says of each run after how many seconds without a sample it has stalled.
+            detected_by: Returns what says of each run after how many seconds without a sample it has stalled.
         """
-        shortest = detection.shortest_stall
         while True:
-            await asyncio.sleep(min(_STALL_CHECK, shortest / 4))
+            await asyncio.sleep(min(_STALL_CHECK, detected_by().shortest_stall / 4))
+            detection = detected_by()
             for run in self._runs:
                 try:
                     # Nearly no configuration has overrides, and this runs often.

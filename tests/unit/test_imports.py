@@ -91,6 +91,10 @@ ALLOWED = {
         *("blocks", "curvature.statistics", "daemon.records", "daemon.config", "daemon.storage", "daemon.detection"),
         *("daemon.decisions", "daemon.ingest", "daemon.estimation", "daemon.runs", "daemon.exporter"),
     },
+    "daemon.rules": {
+        *("blocks", "curvature.statistics", "daemon.records", "daemon.config", "daemon.storage", "daemon.detection"),
+        *("daemon.decisions", "daemon.ingest", "daemon.estimation", "daemon.runs"),
+    },
     "daemon.run_loader": {
         *("blocks", "curvature.statistics", "daemon.records", "daemon.config", "daemon.storage", "daemon.detection"),
         *("daemon.decisions", "daemon.ingest", "daemon.estimation", "daemon.runs", "daemon.exporter"),

@@ -23,6 +23,7 @@ from aiohttp import web
 from pydantic import AwareDatetime, Field, TypeAdapter, ValidationError
 
 from sharpwatch.daemon.api.auth import Authorizer
+from sharpwatch.daemon.config.settings import Config
 from sharpwatch.daemon.exporter.own_metrics import ForeignResult, OwnMetrics
 from sharpwatch.daemon.pipeline import Pipeline
 from sharpwatch.daemon.records import NO_CHANGES, Changes, ForeignAlert
@@ -136,6 +137,10 @@ class ForeignAlerts:
         self._pipeline = pipeline
         self._authorizer = authorizer
         self._metrics = metrics
+
+    def configure(self, config: Config) -> None:
+        """Takes in the alerts that another configuration names."""
+        self._names = config.foreign_alerts
 
     async def post(self, request: web.Request) -> web.Response:
         """Answers a message with what became of each alert in it."""

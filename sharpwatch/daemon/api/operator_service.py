@@ -8,10 +8,10 @@ import heapq
 import math
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import pairwise
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 import grpc
 import structlog
@@ -43,12 +43,12 @@ from sharpwatch.daemon.api.operator_calls import (
     refuse_name,
 )
 from sharpwatch.daemon.api.silences import silence_of, silence_rows, wrong_silence
-from sharpwatch.daemon.config.settings import DetectionConfig
+from sharpwatch.daemon.config.settings import Config, DetectionConfig
 from sharpwatch.daemon.decisions.lr_plan import PlanRequest
 from sharpwatch.daemon.decisions.muting import Silences
 from sharpwatch.daemon.decisions.operator_requests import OperatorContext
 from sharpwatch.daemon.decisions.plan_rollout import PlanRollout
-from sharpwatch.daemon.decisions.run_controller import RunController
+from sharpwatch.daemon.decisions.run_controller import RunController, configured_mode
 from sharpwatch.daemon.decisions.transitions import Event, is_settled
 from sharpwatch.daemon.detection.history import MAX_LOSSES, Losses
 from sharpwatch.daemon.pipeline import Pipeline
@@ -71,7 +71,7 @@ _MOST_RUNS = 1_000  # in a page
 
 @dataclass(frozen=True, slots=True)
 class DaemonInfo:
-    """Facts about the daemon that are fixed once it serves."""
+    """Facts about the daemon. What is of its rules changes when its configuration is loaded anew."""
 
     started_at: float  # monotonic seconds
     device: str
@@ -80,6 +80,15 @@ class DaemonInfo:
     policies: tuple[str, ...] = ()  # their names
     detection: DetectionConfig = field(default_factory=DetectionConfig)
     mode: Mode = "observe"  # of runs for which none was set
+
+
+def rules_of(config: Config) -> dict[str, Any]:
+    """The facts about the daemon that a reload of its configuration changes."""
+    return {
+        "policies": tuple(policy.name for policy in config.policies),
+        "detection": config.detection,
+        "mode": configured_mode(config.policies, config.autopilot),
+    }
 
 
 class OperatorService(OperatorCalls, OperatorServiceServicer):
@@ -111,6 +120,10 @@ class OperatorService(OperatorCalls, OperatorServiceServicer):
         self._store = store
         self._info = info
         self._draining = False
+
+    def configure(self, config: Config) -> None:
+        """Answers by the rules of another configuration."""
+        self._info = replace(self._info, **rules_of(config))
 
     def drain(self) -> None:
         """Ends every watch; other calls are still answered."""

@@ -105,6 +105,22 @@ class RunController:
         self._strongest = configured_mode(self._chain.policies, autopilot)
         self._step: int | None = None
 
+    def configure(
+        self,
+        policies: Iterable[PolicyConfig],
+        budget: Budget,
+        maintenance: Sequence[MaintenanceConfig],
+        autopilot: AutopilotConfig,
+    ) -> None:
+        """Go by other rules from now on; what was decided, and what is known of the run, stays."""
+        self._chain = EscalationChain(tuple(policies))
+        self._lifecycle.configure(self._chain)
+        self._engine.configure(self._chain, maintenance)
+        self._autopilot.configure(autopilot, maintenance)
+        self._is_autopilot_on = autopilot.is_on
+        self._strongest = configured_mode(self._chain.policies, autopilot)
+        self.detection.judge_by(budget)
+
     @property
     def incidents(self) -> tuple[Incident, ...]:
         """Every alert of the run, oldest first."""

@@ -82,6 +82,18 @@ class RunDetection:
         parameters, types, budget = self._make
         return Signals(parameters, types), Limits(budget, len(parameters))
 
+    def judge_by(self, budget: Budget) -> None:
+        """Goes by another budget of false alarms from now on; what it knows of the run stays."""
+        parameters, types, _ = self._make
+        self._make = (parameters, types, budget)
+        limits = Limits(budget, len(parameters))
+        limits.load_state(self._limits.state())
+        self._limits = limits
+        if self._ranks is not None:
+            self._ranks = RankLosses.from_state(self._ranks.state(), budget)
+        if self.reference is not None:
+            self.reference.judge_by(budget)
+
     def see(self, observation: Observation) -> tuple[list[Finding], tuple[Incident, ...]]:
         """Take in the next step; returns its findings, and the incidents that changed."""
         found = self._judge(observation)
