@@ -15,6 +15,8 @@ SharpwatchError
 ├── DesyncError          a collective probe failed on some ranks only: the run must stop
 ├── WireError            a message violates the wire protocol
 ├── StoreError           the journal cannot be opened, read or written
+│   ├── JournalInUseError      another process has the journal
+│   └── RevisionConflictError  a revision is in the journal already, with other content
 ├── NoRoomError          the daemon holds as many live runs as it can
 ├── LogError             a log or a recorded run cannot be read
 └── OperatorError        the daemon refused an operator's call, or cannot be reached
@@ -121,6 +123,25 @@ class WireError(SharpwatchError):
 
 class StoreError(SharpwatchError):
     """The journal cannot be opened, read or written."""
+
+
+class JournalInUseError(StoreError):
+    """Another process has the journal."""
+
+
+class RevisionConflictError(StoreError):
+    """A revision is in the journal already, with other content, and is not overwritten.
+
+    Args:
+        message: What the journal has.
+        run: The run.
+        revision: The number of the revision.
+    """
+
+    def __init__(self, message: str, *, run: str, revision: int) -> None:
+        self.run = run
+        self.revision = revision
+        super().__init__(message)
 
 
 class NoRoomError(SharpwatchError):

@@ -28,6 +28,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.autopilot.contenders import CONTENDERS
 from benchmarks.autopilot.report import tables
 from benchmarks.autopilot.runs import SHAPES, train
 from benchmarks.autopilot.stages import STAGES, Results
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
     parser.add_argument("--model", choices=MODELS, default="llama")
     parser.add_argument("--size", choices=SHAPES, default="1M")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="NAME")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--workers", type=int, default=1)
     given = parser.parse_args(arguments)
@@ -52,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
     if given.stage == "report":
         print("\n".join(tables(results)))
         return 0
-    cells = list(STAGES[given.stage](results))
+    cells = list(STAGES[given.stage](results, given.contenders))
     missing = [cell for cell in cells if results.of(cell) is None]
     print(f"{len(missing)} of {len(cells)} cells are to be trained", flush=True)
     spawn = get_context("spawn")

@@ -6,14 +6,16 @@ command comes one to three steps later (`tests/integration/test_autopilot.py` ru
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from sharpwatch import wire
-from sharpwatch.daemon.config.settings import AutopilotConfig
-from sharpwatch.daemon.decisions.autopilot import WINDOW, wanted_multipliers
+from sharpwatch.daemon.config.settings import AutopilotConfig, CurvatureShareConfig
+from sharpwatch.daemon.decisions.autopilot import LEAST, RISE, WINDOW, wanted_multipliers
+from sharpwatch.daemon.decisions.curvature_share import multipliers_from_shares
 from sharpwatch.daemon.records import ProbedStep
 from sharpwatch.testing import InMemoryTransport
 from sharpwatch.v1 import agent_pb2
@@ -54,13 +56,13 @@ class ClosedLoop(InMemoryTransport):
         """Keep the sample alone, and answer its probe."""
         self.samples = [request.sample]
         if request.sample.HasField("direction"):
+            self.probes += 1
+            self.probe_tokens += request.sample.direction.tokens
+            self.probe_seconds += request.sample.direction.seconds
             self._answer(request.sample)
 
     def _answer(self, sample: agent_pb2.Sample) -> None:
         probe = sample.direction
-        self.probes += 1
-        self.probe_tokens += probe.tokens
-        self.probe_seconds += probe.seconds
         parts = self._by_block(wire.decode(probe.curvature_parts, name="parts", dtype="float64", shape=(None,)), np.sum)
         if not np.isfinite([*parts.values(), probe.descent]).all():
             return
@@ -77,3 +79,51 @@ class ClosedLoop(InMemoryTransport):
         hello = self.hellos[-1]
         types = np.array([each.block for each in hello.layer_blocks])
         return {block: float(reduce(values[types == block])) for block in hello.blocks}
+
+
+class LayerShares(ClosedLoop):
+    """The curvature share with each block in each layer by itself; the agent sets types alone, so the loop applies it.
+
+    Args:
+        rule: The curvature share's.
+    """
+
+    def __init__(self, rule: CurvatureShareConfig) -> None:
+        config = AutopilotConfig(curvature_share=rule)
+        super().__init__(config)
+        self._rule, self._ramp = rule, config.ramp_steps
+        self._parts: deque[wire.Doubles] = deque(maxlen=WINDOW)
+        self._start = self._target = self._now = np.ones(0)
+        self._since = 0
+
+    def send_hello(self, hello: agent_pb2.Hello, /) -> None:
+        """As `InMemoryTransport.send_hello`."""
+        super().send_hello(hello)
+        self._start = self._target = self._now = np.ones(len(hello.layer_blocks))
+
+    def at(self, step: int) -> dict[str, float]:
+        """By parameter the factor at a step; a fused one takes the smallest of its blocks'."""
+        share = min(1.0, (step - self._since) / max(1, self._ramp))
+        self._now = self._start + share * (self._target - self._start)
+        found: dict[str, float] = {}
+        for each, factor in zip(self.hellos[-1].layer_blocks, self._now, strict=True):
+            for name in each.parameter_names:
+                found[name] = min(found.get(name, math.inf), float(factor))
+        return found
+
+    def _answer(self, sample: agent_pb2.Sample) -> None:
+        probe = sample.direction
+        parts = wire.decode(probe.curvature_parts, name="parts", dtype="float64", shape=(None,))
+        if not np.isfinite([*parts, probe.descent]).all():
+            return
+        self._parts.append(parts / self._now)
+        if len(self._parts) < LEAST:
+            return
+        shares = dict(enumerate(np.mean(self._parts, axis=0).tolist()))
+        wanted = np.array([*multipliers_from_shares(shares, self._rule).values()])
+        wanted = np.minimum(wanted, RISE * self._target)
+        if np.abs(np.log(wanted / self._target)).max() < math.log(self._config.least_change):
+            return
+        self._start, self._target, self._since = self._now, wanted, sample.step
+        names = [f"{each.layer}.{each.block}" for each in self.hellos[-1].layer_blocks]
+        self.changes.append((sample.step, dict(zip(names, wanted.tolist(), strict=True))))

@@ -23,10 +23,18 @@ class Contender:
     name: str
     constants: tuple[str, ...] = ("",)
 
+    def warm_up(self, constant: str) -> float:
+        """The share of the steps over which the rate rises to its peak."""
+        if self.name == "warm-up":
+            return float(constant)
+        return 0.0 if self.name in {"cap", "no-warm-up"} else 0.1
+
     def factors(self, constant: str) -> Mapping[str, float]:
         """By block type the factor on the rate, of rules that never change it; others have 1."""
         if self.name == "emb-head":
             return dict.fromkeys(("emb", "head"), float(constant))
+        if self.name in {"emb", "head"}:
+            return {self.name: float(constant)}
         if self.name == "fixed":
             return dict.fromkeys(("emb", "qk", "head", "norm"), float(constant))
         return PAPER if self.name == "paper" else {}
@@ -34,6 +42,10 @@ class Contender:
     def largest_of_llr(self, constant: str) -> float | None:
         """The largest factor of layerwise learning rates; None for other rules."""
         return float(constant) if self.name == "llr" else None
+
+    def largest_of_layers(self, constant: str) -> float | None:
+        """The largest multiplier of curvature shares with each layer by itself; None for other rules."""
+        return float(constant) if self.name == "share-layers" else None
 
     def autopilot(self, constant: str) -> AutopilotConfig | None:
         """The rules of sharpwatch's own; None for others."""
@@ -43,6 +55,8 @@ class Contender:
             return AutopilotConfig(
                 curvature_share=CurvatureShareConfig(max=8.0), stability_cap=StabilityCapConfig(target=float(constant))
             )
+        if self.name == "cap":
+            return AutopilotConfig(stability_cap=StabilityCapConfig(target=float(constant)))
         return None
 
 
@@ -56,5 +70,11 @@ CONTENDERS = {
         Contender("llr", ("3", "5")),
         Contender("share", ("4", "8", "16", f"8{APPLIED}")),
         Contender("share-cap", ("0.1", "0.3")),
+        Contender("share-layers", ("4", "8", "16")),
+        Contender("cap", ("0.1", "0.3", "0.5")),  # its warm-up is found
+        Contender("no-warm-up"),
+        Contender("warm-up", ("0.02", "0.05", "0.2", "0.4")),  # uniform with a tuned one
+        Contender("emb", ("8", "32")),
+        Contender("head", ("8", "32")),
     )
 }

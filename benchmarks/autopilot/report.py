@@ -14,6 +14,7 @@ from benchmarks.autopilot.stages import OTHER_RATES, RATES, Results, lost_by_rat
 
 # A probe by the work of a training step on the same tokens: a forward 1, its backward 2, each of two products 4, of 3.
 PASSES = (1 + 2 + 2 * 4) / 3
+FIXED = ("emb-head", "fixed", "paper")  # factors that never change
 
 
 def tables(results: Results) -> Iterator[str]:
@@ -31,28 +32,40 @@ def tables(results: Results) -> Iterator[str]:
     yield ""
     yield "Judged at the best rate: loss − tuned uniform with its 95 % interval, seeds paired; steps to uniform's last"
     yield "loss on each seed, with probes as steps by their time; probes' share of time; the tokens that the training"
-    yield "could have taken for them, by passes, as a share of all. The agent in other steps is not in it."
+    yield "could have taken for them, by passes, as a share of all; the agent in other steps is not in it. The best"
+    yield f"fixed factors are those of {', '.join(FIXED)} whose mean is least."
     yield ""
-    yield "| contender | rate | seeds | loss | − uniform | steps to its loss | time of probes | tokens for probes |"
-    yield "|---|---|---|---|---|---|---|---|"
-    uniform = results.judged("uniform")
-    for name in CONTENDERS:
-        judged = results.judged(name)
-        if judged:
-            yield _line(results, name, judged, uniform)
+    yield "| contender | rate | seeds | loss | − uniform | − fixed | steps to its loss | probes' time | tokens |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    every = {name: judged for name in CONTENDERS if (judged := results.judged(name))}
+    if "uniform" in every:
+        best = min((name for name in FIXED if name in every), key=lambda name: _mean(every[name]), default="uniform")
+        for name in every:
+            yield _line(results, name, every, best)
 
 
-def _line(results: Results, name: str, judged: dict[int, Result], uniform: dict[int, Result]) -> str:
-    mean = fmean(one.loss for one in judged.values())
-    pairs = [(judged[seed], uniform[seed]) for seed in judged if seed in uniform]
-    apart = _interval([one.loss - other.loss for one, other in pairs])
+def _mean(judged: dict[int, Result]) -> float:
+    return fmean(one.loss for one in judged.values())
+
+
+def _pairs(judged: dict[int, Result], others: dict[int, Result]) -> list[tuple[Result, Result]]:
+    return [(one, others[seed]) for seed, one in judged.items() if seed in others]
+
+
+def _line(results: Results, name: str, every: dict[str, dict[int, Result]], best: str) -> str:
+    judged = every[name]
+    pairs = _pairs(judged, every["uniform"])
+    apart, apart_from_best = (
+        _interval([one.loss - other.loss for one, other in _pairs(judged, every[each])]) for each in ("uniform", best)
+    )
     reached = [_steps_to(one, other) for one, other in pairs]
     steps = "–" if not reached or None in reached else f"{fmean(each or 0.0 for each in reached):.0f}"
     rows, length = SHAPES[results.size]
     time = fmean(one.probe_seconds / one.seconds for one in judged.values())
     tokens = fmean(PASSES * one.probe_tokens / (one.cell.steps * rows * length) for one in judged.values())
     rate = results.rate(name)
-    return f"| {name} | {rate:g} | {len(judged)} | {mean:.3f} | {apart} | {steps} | {time:.1%} | {tokens:.2%} |"
+    measured = f"{_mean(judged):.3f} | {apart} | {apart_from_best} | {steps} | {time:.1%} | {tokens:.2%}"
+    return f"| {name} | {rate:g} | {len(judged)} | {measured} |"
 
 
 def _interval(differences: list[float]) -> str:

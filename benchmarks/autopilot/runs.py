@@ -14,14 +14,15 @@ import torch
 from torch import Tensor, nn
 
 import sharpwatch
-from benchmarks.autopilot.closed_loop import LR_BOUNDS, ClosedLoop
+from benchmarks.autopilot.closed_loop import LR_BOUNDS, ClosedLoop, LayerShares
 from benchmarks.autopilot.contenders import APPLIED, CONTENDERS
 from benchmarks.autopilot.llr import LayerwiseRates
 from benchmarks.autopilot.text import Corpus, corpus
 from benchmarks.faults.training import MAX_NORM, build, loss_of
+from sharpwatch.daemon.config.settings import CurvatureShareConfig
 
 SHAPES = {"1M": (2, 128), "5M": (4, 128), "gpt2-small": (16, 512)}  # rows and tokens of a row, by size
-WARM_UP, FLOOR = 0.1, 0.1  # of the steps; of the peak rate, where the cosine ends
+FLOOR = 0.1  # of the peak rate, where the cosine ends
 EVALUATE_EVERY = 100
 WINDOWS, LAST_WINDOWS = 32, 128  # held-out rows at each evaluation, and at the end
 EARLY_PROBES, PROBE_EVERY = 62, 50
@@ -76,9 +77,9 @@ def train(cell: Cell, device: str) -> Result:
     return _Training(cell, device).run()
 
 
-def shape(step: int, steps: int) -> float:
+def shape(step: int, steps: int, warm_up_share: float) -> float:
     """The rate at step 1, 2, 3, … as a share of its peak: a linear warm-up, then a cosine."""
-    warm_up = max(1, round(WARM_UP * steps))
+    warm_up = max(1, round(warm_up_share * steps))
     if step <= warm_up:
         return step / warm_up
     done = (step - warm_up) / max(1, steps - warm_up)
@@ -102,8 +103,7 @@ class _Training:
     def run(self) -> Result:
         cell = self.cell
         found = Result(cell, self._evaluate(WINDOWS))
-        config = self.rule.autopilot(cell.constant)
-        loop = None if config is None else ClosedLoop(config, of_applied=cell.constant.endswith(APPLIED))
+        loop = self._loop()
         watch = None if loop is None else self._attach(loop)
         for step in range(1, cell.steps + 1):
             started = time.perf_counter()
@@ -121,6 +121,12 @@ class _Training:
             found.changes = [(at, {block: round(m, 4) for block, m in to.items()}) for at, to in loop.changes]
         return found
 
+    def _loop(self) -> ClosedLoop | None:
+        if isinstance(self.layerwise, LayerShares):
+            return self.layerwise
+        config = self.rule.autopilot(self.cell.constant)
+        return None if config is None else ClosedLoop(config, of_applied=self.cell.constant.endswith(APPLIED))
+
     def _attach(self, loop: ClosedLoop) -> Any:
         return sharpwatch.attach(
             self.model,
@@ -137,7 +143,7 @@ class _Training:
         )
 
     def _step(self, step: int, watch: Any) -> float:
-        rate = self.cell.rate * shape(step, self.cell.steps)
+        rate = self.cell.rate * shape(step, self.cell.steps, self.rule.warm_up(self.cell.constant))
         layerwise = None if self.layerwise is None else self.layerwise.at(step)
         for group in self.optimizer.param_groups:
             factor = group["factor"] if layerwise is None else layerwise[self.names[id(group["params"][0])]]
@@ -172,7 +178,10 @@ class _Training:
             found[part.parameter] = min(found.get(part.parameter, factor), factor)
         return found
 
-    def _layerwise(self) -> LayerwiseRates | None:
+    def _layerwise(self) -> LayerwiseRates | LayerShares | None:
+        of_layers = self.rule.largest_of_layers(self.cell.constant)
+        if of_layers is not None:
+            return LayerShares(CurvatureShareConfig(max=of_layers))
         largest = self.rule.largest_of_llr(self.cell.constant)
         if largest is None:
             return None

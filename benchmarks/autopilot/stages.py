@@ -97,41 +97,42 @@ class Results:
         return Cell(self.model, self.size, contender, constant, rate, seed, steps)
 
 
-def constants(results: Results) -> Iterator[Cell]:
+def constants(results: Results, names: Sequence[str]) -> Iterator[Cell]:
     """Each constant of each contender that has several, at two rates on three seeds."""
     for seed in CONSTANT_SEEDS:
-        for name, contender in CONTENDERS.items():
-            for constant in contender.constants if len(contender.constants) > 1 else ():
+        for name in names:
+            of_name = CONTENDERS[name].constants
+            for constant in of_name if len(of_name) > 1 else ():
                 for rate in CONSTANT_RATES:
                     yield results.cell(name, constant, rate, seed, CONSTANT_STEPS)
 
 
-def tune(results: Results) -> Iterator[Cell]:
+def tune(results: Results, names: Sequence[str]) -> Iterator[Cell]:
     """Each contender at six rates, with the constant that was chosen."""
     for rate in RATES:
-        for name in CONTENDERS:
+        for name in names:
             yield results.cell(name, _chosen(results, name), rate, TUNING_SEED, TUNING_STEPS)
 
 
-def sensitivity(results: Results) -> Iterator[Cell]:
+def sensitivity(results: Results, names: Sequence[str]) -> Iterator[Cell]:
     """Each contender at rates beyond those, for the loss that a wrong rate costs."""
-    for cell in tune(results):
+    for cell in tune(results, names):
         if cell.rate == RATES[0]:
             for rate in OTHER_RATES:
                 yield replace(cell, rate=rate)
 
 
-def judge(results: Results) -> Iterator[Cell]:
+def judge(results: Results, names: Sequence[str]) -> Iterator[Cell]:
     """Each contender at its best rate, seed by seed."""
     for seed in JUDGING_SEEDS:
-        for name in CONTENDERS:
+        for name in names:
             rate = results.rate(name)
             if rate is None:
                 raise SystemExit(f"{name} is not tuned for {results.model} {results.size}: run `tune` first")
             yield results.cell(name, _chosen(results, name), rate, seed, JUDGING_STEPS)
 
 
-STAGES: dict[str, Callable[[Results], Iterable[Cell]]] = {
+STAGES: dict[str, Callable[[Results, Sequence[str]], Iterable[Cell]]] = {
     "constants": constants,
     "tune": tune,
     "judge": judge,

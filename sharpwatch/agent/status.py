@@ -77,6 +77,7 @@ class WatchStatus:
         update_every: Of blocks that are not updated at every step: every how many.
         revision: The number of the daemon's last set of multipliers; 0 before the first.
         pending_rollback: The rollback that the loop must do now.
+        refused_command: Before which step the last command that was refused was, and why; empty if none was.
         loss: Where the newest step's loss is from: "observed", "the model's own", or "none" with the reason.
         swallowed_errors: Errors of the agent itself that were kept from the training loop.
         objective: The loss whose Gauss-Newton matrix `gnb` measures and how it is known, or why it measures none; empty
@@ -107,6 +108,7 @@ class WatchStatus:
     update_every: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     revision: int = 0
     pending_rollback: RollbackRequest | None = None
+    refused_command: str = ""
     loss: str = ""
     swallowed_errors: int = 0
     objective: str = ""
@@ -141,6 +143,8 @@ class WatchStatus:
         yield "control", _control(self)
         if self.pending_rollback is not None:
             yield "rollback", f"pending: to step {self.pending_rollback.step}, {self.pending_rollback.uri}"
+        if self.refused_command:
+            yield "refused", f"a command {self.refused_command}"
         if self.swallowed_errors:
             yield "errors", f"{self.swallowed_errors} of the agent's own, logged as warnings"
 
@@ -182,6 +186,7 @@ def collect(run: WatchedRun) -> WatchStatus:
         update_every=MappingProxyType(dict(control.update_every)),
         revision=control.revision,
         pending_rollback=control.pending_rollback,
+        refused_command=control.last_refusal,
         loss=run.losses.source,
         swallowed_errors=run.barrier.swallowed,
         objective=str(run.scheduler.runner.objective or ""),

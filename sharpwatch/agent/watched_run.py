@@ -364,7 +364,7 @@ class WatchedRun:
         commands = [
             response.command
             for response in self.transport.receive()
-            if response.HasField("command") and not self._fail_if_gone(response.command)
+            if response.HasField("command") and not self._is_answered(response.command)
         ]
         # After the probes, whose seconds are this step's, and before the next step is planned with them.
         self.scheduler.account(self.timer.lap(), probes.seconds)
@@ -404,6 +404,13 @@ class WatchedRun:
     def _report(self, records: Iterable[StepRecord]) -> None:
         for record in records:
             self._reporter.add(record)
+
+    def _is_answered(self, command: types_pb2.Command) -> bool:
+        """Whether `command` was answered without the other ranks, whose agreement only what is applied needs."""
+        if command.refusal:
+            self.control.refuse(read_command(command), self.step + 1, command.refusal)
+            return True
+        return self._fail_if_gone(command)
 
     def _fail_if_gone(self, command: types_pb2.Command) -> bool:
         """Whether `command` is a rollback to a checkpoint that was deleted, which then has failed on all ranks."""

@@ -4,39 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import signal
-import stat
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
-import grpc
 import structlog
-from aiohttp import web
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1._async import HealthServicer
-from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry
 from structlog.typing import Processor
 
-from sharpwatch import wire
 from sharpwatch._version import __version__
 from sharpwatch.daemon.api.agent_service import AgentService, Sessions
 from sharpwatch.daemon.api.auth import Authorizer, check_grpc_address, load_token
-from sharpwatch.daemon.api.foreign_alerts import MAX_BYTES, ForeignAlerts
+from sharpwatch.daemon.api.call_guard import CallGuard
+from sharpwatch.daemon.api.foreign_alerts import ForeignAlerts
+from sharpwatch.daemon.api.grpc_server import GrpcServer
+from sharpwatch.daemon.api.http_server import HttpServer
+from sharpwatch.daemon.api.limits import ConnectionLimits, raise_descriptor_limit
 from sharpwatch.daemon.api.operator_service import DaemonInfo, OperatorService, rules_of
-from sharpwatch.daemon.config.settings import Config, DaemonConfig
+from sharpwatch.daemon.config.settings import Config
 from sharpwatch.daemon.decisions.gate import AskGate, Gate, no_gate
 from sharpwatch.daemon.decisions.muting import Silences
 from sharpwatch.daemon.decisions.run_controller import RunController
 from sharpwatch.daemon.detection.thresholds import Budget
 from sharpwatch.daemon.estimation.estimator import Estimator
-from sharpwatch.daemon.exporter.metrics import RunCollector, render
+from sharpwatch.daemon.exporter.metrics import RunCollector
 from sharpwatch.daemon.exporter.own_metrics import OwnMetrics
 from sharpwatch.daemon.gate_webhook import GateWebhook
 from sharpwatch.daemon.ingest.hello import RunHello
@@ -49,7 +44,6 @@ from sharpwatch.daemon.runs.run import Runs
 from sharpwatch.daemon.storage import catalog
 from sharpwatch.daemon.storage.journal import Store
 from sharpwatch.errors import SharpwatchError, StoreError
-from sharpwatch.v1.operator_pb2_grpc import add_OperatorServiceServicer_to_server
 
 log = structlog.get_logger(__name__)
 
@@ -57,16 +51,6 @@ DRAIN_SECONDS = 2.0
 RETRY_AFTER_SECONDS = 1.0
 # A second bound beside the number of samples: one sample may have 16 MiB, and 4096 of those would be 64 GiB.
 QUEUE_BYTES = 256 * 2**20
-_SERVICES = ("sharpwatch.v1.AgentService", "sharpwatch.v1.OperatorService")
-# gRPC cuts off messages above this. Between the limit and this, the daemon refuses with a reason, and counts.
-_OPTIONS = (
-    ("grpc.max_receive_message_length", 2 * wire.MAX_MESSAGE_BYTES),
-    ("grpc.so_reuseport", 0),  # a second daemon on the same port must fail
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    # The courier pings every 10 s. gRPC by default closes a connection that pings more often than every 5 min.
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-)
 
 
 def run(config: Config, reload: Callable[[], Config]) -> int:
@@ -175,8 +159,12 @@ async def serving(config: Config, rules: Rules | None = None) -> AsyncIterator[D
             metrics=metrics,
         )
         restored = asyncio.Event()
+        limits = ConnectionLimits.of(raise_descriptor_limit())
         http_server = HttpServer(
-            registry, alerts, unready=lambda: pipeline.store_error or ("" if restored.is_set() else "restoring")
+            registry,
+            alerts,
+            unready=lambda: pipeline.store_error or ("" if restored.is_set() else "restoring"),
+            most=limits.http,
         )
         http = await http_server.start(settings.http)
         stack.push_async_callback(http_server.stop)
@@ -199,7 +187,8 @@ async def serving(config: Config, rules: Rules | None = None) -> AsyncIterator[D
             authorizer=authorizer,
             info=info,
         )
-        server, health, address = await _start_grpc(settings, agents, operators)
+        server = GrpcServer(CallGuard(metrics), most=limits.grpc)
+        address = await server.start(settings.grpc, agents, operators, reflects=settings.reflection)
         for take_up in (partial(configure_runs, runs), alerts.configure, operators.configure):
             rules.follow(take_up)
         # Only once every address is bound, so that a start which fails has no worker to stop.
@@ -213,7 +202,7 @@ async def serving(config: Config, rules: Rules | None = None) -> AsyncIterator[D
             "serving", grpc=address, http=http, device=estimator.device, store=str(store.path), version=__version__
         )
         since = time.time() - settings.stale_after
-        restoring = _restore(loader, runs, store, notifier, health, restored, since)
+        restoring = _restore(loader, runs, store, notifier, server, restored, since)
         beside.append(asyncio.create_task(restoring, name="restore"))
         try:
             yield Daemon(address, http, worker, restored)
@@ -223,7 +212,7 @@ async def serving(config: Config, rules: Rules | None = None) -> AsyncIterator[D
             # No new session, then an unhealthy state, then the worker, whose last write still acknowledges to open
             # sessions. Those are drained after that, so that agents send again only samples that are not journalled.
             agents.draining = True
-            await health.enter_graceful_shutdown()
+            await server.leave()
             pipeline.stop()
             # Not `await worker`: its own error is logged in `_main`, and must not keep the rest from being stopped.
             await asyncio.wait((worker,))
@@ -239,7 +228,7 @@ async def _restore(  # noqa: PLR0913, PLR0917  what a restart brings back, and w
     runs: Runs,
     store: Store,
     notifier: Notifier,
-    health: HealthServicer,
+    server: GrpcServer,
     restored: asyncio.Event,
     since: float,
 ) -> None:
@@ -263,15 +252,9 @@ async def _restore(  # noqa: PLR0913, PLR0917  what a restart brings back, and w
         log.error("not_restored", reason=str(error))  # noqa: TRY400  the message is the reason
         return
     restored.set()
-    await _set_health(health, health_pb2.HealthCheckResponse.SERVING)
+    await server.be_ready()
     log.info("ready", runs=len(runs), seconds=round(time.monotonic() - began, 3))
     await loader.bring_back(rest)
-
-
-async def _set_health(health: HealthServicer, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
-    # The empty name is the whole server, in the protocol of gRPC health checks.
-    for service in ("", *_SERVICES):
-        await health.set(service, status)
 
 
 def _controller(
@@ -297,41 +280,6 @@ def _controller(
     if earlier is not None:
         controller.take_over(earlier)
     return controller
-
-
-async def _start_grpc(
-    settings: DaemonConfig, agents: AgentService, operators: OperatorService
-) -> tuple[grpc.aio.Server, HealthServicer, str]:
-    server = grpc.aio.server(options=_OPTIONS)
-    server.add_generic_rpc_handlers((agents.handlers(),))
-    add_OperatorServiceServicer_to_server(operators, server)
-    health = HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(health, server)
-    await _set_health(health, health_pb2.HealthCheckResponse.NOT_SERVING)
-    if settings.reflection:
-        reflection.enable_server_reflection(
-            (*_SERVICES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME), server
-        )
-    bound = _bind(server, settings.grpc)
-    await server.start()
-    return server, health, bound
-
-
-def _bind(server: grpc.aio.Server, address: str) -> str:
-    """Listens. A unix socket has mode 0600 from its first moment, because whoever connects to it is an operator."""
-    before = os.umask(0o177)
-    try:
-        port = server.add_insecure_port(address)
-    except RuntimeError as error:
-        raise SharpwatchError(f"grpc {address}: cannot listen there; is another daemon running?") from error
-    finally:
-        os.umask(before)
-    if address.startswith("unix:"):
-        mode = stat.S_IMODE(Path(address.removeprefix("unix:")).stat().st_mode)
-        if mode & 0o077:
-            raise SharpwatchError(f"grpc {address}: the socket must have mode 0600, got {mode:04o}")
-        return address
-    return f"{address.rpartition(':')[0]}:{port}"
 
 
 def configure_logs(level: str) -> None:
@@ -366,63 +314,3 @@ def configure_logs(level: str) -> None:
         )
     )
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-
-
-class HttpServer:
-    """Serves `/metrics`, which `exporter.metrics` renders, `/-/healthy`, `/-/ready`, and takes alerts of other systems.
-
-    Args:
-        registry: The metrics.
-        alerts: Takes in the alerts.
-        unready: Returns why the daemon is not ready, or an empty string if it is.
-    """
-
-    def __init__(self, registry: CollectorRegistry, alerts: ForeignAlerts, unready: Callable[[], str]) -> None:
-        self._registry = registry
-        self._unready = unready
-        app = web.Application(client_max_size=MAX_BYTES)
-        app.router.add_post("/api/v1/alerts", alerts.post)
-        app.router.add_get("/metrics", self._metrics)
-        app.router.add_get("/-/healthy", self._healthy)
-        app.router.add_get("/-/ready", self._ready)
-        self._runner = web.AppRunner(app, access_log=None)
-
-    async def start(self, address: str) -> str:
-        """Starts to serve.
-
-        Args:
-            address: HOST:PORT; port 0 takes any free one.
-
-        Returns:
-            The address that is bound.
-
-        Raises:
-            SharpwatchError: The address can't be bound.
-        """
-        host, _, port = address.rpartition(":")
-        await self._runner.setup()
-        try:
-            await web.TCPSite(self._runner, host.strip("[]"), int(port)).start()
-        except OSError as error:
-            await self._runner.cleanup()
-            raise SharpwatchError(f"http {address}: {error.strerror}") from error
-        bound = self._runner.addresses[0]
-        return f"[{bound[0]}]:{bound[1]}" if ":" in bound[0] else f"{bound[0]}:{bound[1]}"
-
-    async def stop(self) -> None:
-        """Finishes the requests in progress and stops."""
-        await self._runner.cleanup()
-
-    async def _metrics(self, request: web.Request) -> web.Response:
-        # On a thread, because with many runs this takes a while; the collector reads immutable snapshots.
-        body, content_type = await asyncio.to_thread(render, self._registry, request.headers.get("Accept", ""))
-        response = web.Response(body=body, headers={"Content-Type": content_type})
-        response.enable_compression()
-        return response
-
-    async def _healthy(self, _: web.Request) -> web.Response:
-        return web.Response(text="ok\n")
-
-    async def _ready(self, _: web.Request) -> web.Response:
-        reason = self._unready()
-        return web.Response(text=f"{reason or 'ready'}\n", status=503 if reason else 200)

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from itertools import islice
+from itertools import chain, islice
 
 import structlog
 
 from sharpwatch.daemon.config.settings import DetectionConfig
 from sharpwatch.daemon.decisions.transitions import UNDER_WAY
-from sharpwatch.daemon.estimation.estimator import EstimationQueue, Estimator, QueuedRequest
+from sharpwatch.daemon.estimation.estimator import PROBES, EstimationQueue, Estimator, Waiting
 from sharpwatch.daemon.estimation.windows import EstimateRequest, Estimates
 from sharpwatch.daemon.exporter.own_metrics import OwnMetrics
 from sharpwatch.daemon.ingest.hello import Attempt
@@ -35,7 +35,7 @@ from sharpwatch.daemon.storage.schema import (
     RequestRow,
     SampleRow,
 )
-from sharpwatch.errors import OperatorError, StoreError
+from sharpwatch.errors import OperatorError, RevisionConflictError, StoreError
 
 log = structlog.get_logger(__name__)
 
@@ -262,6 +262,7 @@ class Pipeline:
         for change in changes:
             self._pending.add(run.name, change)
         await self._estimate([run.request()], journalled=True)
+        self._runs.limit_windows()
         run.publish()
 
     def count_internal_error(self, where: str) -> None:
@@ -310,9 +311,6 @@ class Pipeline:
         elif self._pending != PendingWrites():
             with suppress(StoreError):
                 await self._write(())
-        if entries:
-            # Waiting here fills the queue of samples, which is where the busiest run's are dropped and counted.
-            await self._estimation_queue.room()
 
     async def _write(self, entries: Sequence[QueuedSample]) -> None:
         """Writes samples and all pending records in one transaction, and only then acknowledges and sends."""
@@ -322,8 +320,12 @@ class Pipeline:
             try:
                 if entries or pending != PendingWrites():
                     await self._timed_write(pending, _rows(entries, time.time()))
-            except StoreError:
+            except StoreError as error:
                 pending.add_newer(self._pending)
+                if isinstance(error, RevisionConflictError):
+                    # Every try would be refused, and no run's samples would be acknowledged any more; logged, counted.
+                    pending.refuse(error.run, error.revision)
+                    self._metrics.internal_errors.labels("journal").inc()
                 self._pending = pending
                 raise
         for entry in entries:
@@ -382,30 +384,28 @@ class Pipeline:
                 continue
             try:
                 self._fold(run, entry)
-            except Exception:  # an error in one run must not stop the others; counted
+            except Exception as error:  # an error in one run must not stop the others; counted
                 self._metrics.internal_errors.labels("fold").inc()
-                log.exception("fold_failed", run=entry.run, step=entry.reading.step)
+                if run.note_failure("fold", error):
+                    log.exception("fold_failed", run=entry.run, step=entry.reading.step)
             touched[entry.run] = run
-            request = run.request(entry.reading.probes)
+            probes = [probe for probe in entry.reading.probes if PROBES[probe].window]
             # Its latency ends when its estimates are published, or here if it has none.
-            if entry.attempt is run.attempt and request.windows:
-                self._estimation_queue.put(QueuedRequest(request, entry.received_at))
+            if entry.attempt is run.attempt and probes:
+                self._estimation_queue.put(entry.run, probes, entry.received_at)
             else:
                 done.append(entry)
+        self._runs.limit_windows()
         # Once a batch and run, because a snapshot copies records and wakes every watcher.
         for run in touched.values():
             run.publish()
         self._observe_latency(entry.received_at for entry in done)
 
-    async def _estimate_waiting(self, batch: Sequence[QueuedRequest]) -> None:
+    async def _estimate_waiting(self, batch: Mapping[str, Waiting]) -> None:
         """Estimates and publishes a batch of the estimation queue, and wakes the pipeline to journal it."""
-        requests = [window.request for window in batch]
-        await self._estimate(requests)
-        for name in {request.hello.run for request in requests}:
-            run = self._runs.get(name)
-            if run is not None:
-                run.publish()
-        self._observe_latency(window.received_at for window in batch)
+        runs = [run for name in batch if (run := self._runs.get(name)) is not None]
+        await self._estimate([run.request(batch[run.name].probes) for run in runs])
+        self._observe_latency(chain.from_iterable(waiting.received_at for waiting in batch.values()))
         self._queue.wake()
 
     def _observe_latency(self, received: Iterable[float]) -> None:
@@ -470,7 +470,7 @@ class Pipeline:
             _log_decision(run.name, made)
 
     async def _estimate(self, requests: Sequence[EstimateRequest], *, journalled: bool = False) -> None:
-        """Estimates every window that a probe completed, so that estimates don't depend on how samples are batched.
+        """Estimates the windows of `requests`; each run's are published as soon as they are done.
 
         Args:
             requests: The windows.
@@ -478,27 +478,26 @@ class Pipeline:
         """
         if not requests:
             return
-        try:
-            with self._metrics.estimate.time():
-                found = await self._estimator.estimate(requests)
-        except Exception:  # taps, alerts and the journal must go on without estimates; counted
-            self._metrics.internal_errors.labels("estimate").inc()
-            log.exception("estimate_failed", runs=sorted({request.hello.run for request in requests}))
-            return
-        for request, estimates in zip(requests, found, strict=True):
-            self._take_estimates(request, estimates)
-            if not journalled:
-                self._keep_estimates(request, estimates)
+        with self._metrics.estimate.time():
+            async for request, estimates in self._estimator.estimate(requests):
+                run = self._runs.get(request.hello.run)
+                if run is not None:
+                    self._take_estimates(run, request, estimates)
+                    if not journalled:
+                        self._keep_estimates(request, estimates)
+                    run.publish()
 
-    def _take_estimates(self, request: EstimateRequest, estimates: Estimates) -> None:
-        run = self._runs.get(request.hello.run)
-        if run is not None:
-            run.take_estimates(request, estimates)
+    def _take_estimates(self, run: Run, request: EstimateRequest, estimates: Estimates) -> None:
+        for probe, error in estimates.failures.items():
+            self._metrics.internal_errors.labels("estimate").inc()
+            if run.note_failure(probe, error):
+                log.error("estimate_failed", run=run.name, probe=probe, exc_info=error)
+        run.take_estimates(request, estimates)
 
     def _keep_estimates(self, request: EstimateRequest, estimates: Estimates) -> None:
         name = request.hello.run
         for (quantity, block, _), estimate in estimates.values.items():
-            if estimate.step == request.step:  # the others are journalled already
+            if estimate.step in request.new_steps:  # the others are journalled already
                 self._pending.estimates.append(EstimateRow(name, quantity, block, estimate))
 
 

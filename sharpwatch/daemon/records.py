@@ -469,7 +469,7 @@ class Silence:
         made_at: When, in unix seconds.
         ends_at: Until when, in unix seconds.
         run: The run whose incidents it matches; empty for all runs, those that begin later too.
-        alert: An alert that is among the incident's; empty for any.
+        alert: An alert that is among the incident's, or the name of another system's; empty for any.
         cause: The incident's cause; empty for any.
         policy: The policy that it keeps from acting; empty for all.
         expired_at: When an operator ended it before its time, in unix seconds; 0 for never.
@@ -498,7 +498,7 @@ class Silence:
         """Whether it keeps a policy from acting on an incident while it is active."""
         return (
             self.run in {"", incident.run}
-            and self.alert in {"", *incident.names}
+            and self.alert in {"", incident.title, *incident.names}
             and self.cause in {"", incident.cause}
             and self.policy in {"", policy}
         )

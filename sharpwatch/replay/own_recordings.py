@@ -25,8 +25,8 @@ from sharpwatch.daemon.ingest.hello import RunHello, read_hello
 from sharpwatch.daemon.ingest.samples import Reading, read_sample
 from sharpwatch.daemon.records import CheckpointReport, Observation
 from sharpwatch.daemon.runs.run import observation_of
-from sharpwatch.daemon.storage.journal import database_path
 from sharpwatch.daemon.storage.schema import FIRST_TABLES, EstimateRow
+from sharpwatch.daemon.storage.sqlite_file import database_path
 from sharpwatch.errors import LogError, WireError
 from sharpwatch.replay.recorded_run import RecordedRun
 from sharpwatch.v1 import agent_pb2
@@ -143,6 +143,7 @@ def _recorded(source: str, format_: str, hello: RunHello, readings: Iterable[Rea
         gradient_noise=noise,
         parameter_names=hello.parameter_names,
         checkpoints=checkpoints,
+        labels=hello.all_labels,
     )
 
 

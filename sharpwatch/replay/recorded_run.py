@@ -37,6 +37,7 @@ class RecordedRun:
         gradient_noise: By step and block type, where it was probed.
         parameter_names: Of the parameters of each layer block; empty where they are not known.
         checkpoints: What the trainer told of its checkpoints, each with the index of the observation that follows.
+        labels: The run's labels, as `attach` was given them, with its job and name; empty where they are not known.
     """
 
     source: str
@@ -50,6 +51,7 @@ class RecordedRun:
     gradient_noise: Sequence[tuple[int, Mapping[str, float]]] = ()
     parameter_names: Sequence[Sequence[str]] = ()
     checkpoints: Sequence[tuple[int, CheckpointReport]] = ()
+    labels: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_own(self) -> bool:

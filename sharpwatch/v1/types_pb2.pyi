@@ -296,6 +296,7 @@ class Command(google.protobuf.message.Message):
     SET_MULTIPLIERS_FIELD_NUMBER: builtins.int
     ROLLBACK_FIELD_NUMBER: builtins.int
     CANCEL_FIELD_NUMBER: builtins.int
+    REFUSAL_FIELD_NUMBER: builtins.int
     id: builtins.str
     apply_at_step: builtins.int
     """The first step it may be applied at. 0: the next one."""
@@ -306,6 +307,8 @@ class Command(google.protobuf.message.Message):
     reason: builtins.str
     cancel: builtins.str
     """The id of another command, which must not be applied any more. Agents that do not know this refuse it."""
+    refusal: builtins.str
+    """Set by the courier alone, for its trainer: why it refuses the command, of which nothing but the id is left."""
     @property
     def set_multipliers(self) -> Global___MultiplierSet: ...
     @property
@@ -322,10 +325,11 @@ class Command(google.protobuf.message.Message):
         set_multipliers: Global___MultiplierSet | None = ...,
         rollback: Global___Rollback | None = ...,
         cancel: builtins.str = ...,
+        refusal: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["action", b"action", "cancel", b"cancel", "rollback", b"rollback", "set_multipliers", b"set_multipliers"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["action", b"action", "apply_at_step", b"apply_at_step", "author", b"author", "cancel", b"cancel", "expires_at_step", b"expires_at_step", "expires_at_unix_ns", b"expires_at_unix_ns", "id", b"id", "reason", b"reason", "rollback", b"rollback", "set_multipliers", b"set_multipliers"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["action", b"action", "apply_at_step", b"apply_at_step", "author", b"author", "cancel", b"cancel", "expires_at_step", b"expires_at_step", "expires_at_unix_ns", b"expires_at_unix_ns", "id", b"id", "reason", b"reason", "refusal", b"refusal", "rollback", b"rollback", "set_multipliers", b"set_multipliers"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_action: typing_extensions.TypeAlias = typing.Literal["set_multipliers", "rollback", "cancel"]
     _WhichOneofArgType_action: typing_extensions.TypeAlias = typing.Literal["action", b"action"]

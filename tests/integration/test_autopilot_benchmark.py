@@ -42,7 +42,7 @@ def test_layerwise_rates_move_to_the_lightest_tail():
 
 
 def test_the_schedule_warms_up_and_ends_at_a_tenth():
-    assert [shape(step, 100) for step in (1, 10, 100)] == pytest.approx([0.1, 1.0, 0.1])
+    assert [shape(step, 100, 0.1) for step in (1, 10, 100)] == pytest.approx([0.1, 1.0, 0.1])
 
 
 def test_a_wrong_rate_costs_the_mean_over_the_logarithm_of_the_rate():
@@ -70,17 +70,20 @@ def test_the_constant_is_chosen_by_its_better_rate(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("contender", [("paper", ""), ("llr", "3"), ("share", "4"), ("share-cap", "0.1")])
+@pytest.mark.parametrize(
+    "contender",
+    [("paper", ""), ("llr", "3"), ("share", "4"), ("share-cap", "0.1"), ("share-layers", "4"), ("cap", "0.1")],
+)
 def test_each_contender_trains(contender):
     found = train(Cell("gpt2", "1M", *contender, 1e-3, 0, 9), "cpu")
     assert found.initial > found.loss > 5
-    assert found.probes == (3 if contender[0].startswith("share") else 0)
+    assert found.probes == (3 if contender[0].startswith(("share", "cap")) else 0)
 
 
 @pytest.mark.slow
 def test_a_stage_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     cells = [Cell("gpt2", "1M", "uniform", "", 1e-3, seed, 2) for seed in (0, 1)]
-    monkeypatch.setitem(stages.STAGES, "tune", lambda _: cells)
+    monkeypatch.setitem(stages.STAGES, "tune", lambda *_: cells)
     Results(tmp_path, "gpt2", "1M").add(Result(cells[0], initial=7.0, loss=1.5))
     main(["tune", "--model", "gpt2", "--results", str(tmp_path)])
     assert capsys.readouterr().out.startswith("1 of 2 cells")

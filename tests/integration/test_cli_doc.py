@@ -48,6 +48,7 @@ def test_the_page_lists_every_command():
     "command",
     [
         *("serve", "demo", "measure", "jobs", "show", "lr", "rollback", "mode", "decisions", "check-config", "doctor"),
+        *("backup", "restore", "check-journal"),
         *("replay", "compare", "incidents", "ack", "reference", "silence", "report", "top"),
     ],
 )

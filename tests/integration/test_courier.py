@@ -310,18 +310,11 @@ def garbage(_, samples):
     next(samples)
 
 
-def huge(_, samples):
-    yield welcome()
-    next(samples)
-    yield bytes(8 * 2**20)
-
-
 def lying(_, samples):
     yield welcome(acknowledged=2**63)
     next(samples)
     yield ack(2**64 - 1)
     yield response(refusal=agent_pb2.Refusal(sequence=2**40, code="?\n" * 1000))
-    yield response(command=types_pb2.Command(id="x" * 2**17))
     yield welcome(acknowledged=2**64 - 1)
     yield response()
 
@@ -337,7 +330,7 @@ def drained_for_nan(_, samples):
     yield response(drain=agent_pb2.Drain(retry_after_seconds=float("nan")))
 
 
-@pytest.mark.parametrize("script", [garbage, huge, lying, drained_for_ever, drained_for_nan])
+@pytest.mark.parametrize("script", [garbage, lying, drained_for_ever, drained_for_nan])
 def test_a_lying_daemon_costs_no_sample(serve, attach, script):
     daemon = serve(script, honest)
     client = attach(daemon)
@@ -349,6 +342,47 @@ def test_a_lying_daemon_costs_no_sample(serve, attach, script):
     client.close()
     assert client.dropped == {}
     await_end(process)
+
+
+@pytest.mark.parametrize("size", [2**20 + 1, 8 * 2**20, 63 * 2**20])
+def test_a_response_that_is_too_long_is_refused_once_and_the_stream_goes_on(serve, attach, size):
+    def huge(_, samples):
+        yield response(command=types_pb2.Command(id="early", reason="x" * size))  # before the welcome: no command
+        yield welcome()
+        yield ack(next(samples).sequence)
+        yield response(command=types_pb2.Command(id="huge", reason="x" * size))
+        yield response(command=types_pb2.Command(id="good"))
+        for sample in samples:
+            yield ack(sample.sequence)
+
+    daemon = serve(huge)
+    client = attach(daemon)
+    send(client, [1, 2, 3])
+    received = []
+    daemon.wait(lambda: received.extend(client.receive()) or len(received) == 2, client)
+    refused, good = (each.command for each in received)
+    assert refused.refusal.startswith("a response must have at most 1048576 bytes, got ")
+    assert (good.id, good.refusal) == ("good", "")
+    daemon.wait(lambda: client.connection.acknowledged == 3, client)
+    assert len(daemon.streams) == 1
+
+
+def test_a_command_beyond_the_limits_reaches_the_trainer_only_as_refused(serve, attach):
+    def commanding(_, samples):
+        yield welcome()
+        next(samples)
+        yield response(command=types_pb2.Command(id="x" * 60_000, reason="y" * 3_000))
+        yield response(command=types_pb2.Command(id="good"))
+
+    daemon = serve(commanding)
+    client = attach(daemon)
+    send(client, [1])
+    received = []
+    daemon.wait(lambda: received.extend(client.receive()) or len(received) == 2, client)
+    refused, good = (each.command for each in received)
+    reason = "id must have 1 to 253 printable characters, got 60000"
+    assert refused == types_pb2.Command(id="x" * 252 + "…", refusal=reason)
+    assert good == types_pb2.Command(id="good")
 
 
 def test_a_refused_sample_is_counted_and_not_sent_again(serve, attach):

@@ -81,8 +81,8 @@ def test_more_commands_than_anyone_can_take(train, serve, assert_unchanged):
         types_pb2.Command(
             id=f"c{number}",
             apply_at_step=2**62,
-            set_multipliers=types_pb2.MultiplierSet(multipliers={"ffn": 0.5}),
-            reason="x" * 10_000,
+            set_multipliers=types_pb2.MultiplierSet(multipliers={"ffn": 0.5}, revision=number + 1),
+            reason="x" * 4_000,
         )
         for number in range(2_000)
     ]

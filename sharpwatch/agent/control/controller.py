@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -22,13 +21,15 @@ from sharpwatch.wire import MAX_INTERVAL
 
 ControlMode = Literal["none", "lr", "rollback"]
 CONTROL_MODES: tuple[ControlMode, ...] = ("none", "lr", "rollback")
-# The daemon sends a command again until its result has come, so an id must outlive every resend of it.
+# The daemon sends a command again until its result has come, so an id must outlive every resend of it. So many with a
+# revision are remembered, and so many without.
 _REMEMBERED_IDS = 1024
 _MAX_WAITING = 64
 _MAX_SHOWN = 300  # characters of a text in the log
 _MAX_LOGGED = 100  # commands in a row that were not applied: a daemon gone mad must not fill the program's log
 # The daemon's limit: it refuses a sample with more as a whole.
 _MAX_RESULTS = 256  # in one sample
+_FULL = f"{_REMEMBERED_IDS} commands without a revision were answered already: this run takes no more of them"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,7 @@ class Controller:
         self.update_every: Mapping[str, int] = {}  # of blocks that are not updated at every step
         self.step = 0  # that began last
         self.pending_rollback: RollbackRequest | None = None
+        self.last_refusal = ""  # before which step a command was refused, and why
         self._bounds = bounds
         self._parameter_types = parameter_types
         self._has_callback = has_callback
@@ -98,7 +100,9 @@ class Controller:
             None  # (steps taken when multipliers above 1 begin to fade, steps it takes)
         )
         self._taken = 0
-        self._seen: OrderedDict[str, CommandResult | None] = OrderedDict()
+        self._seen: dict[str, CommandResult | None] = {}  # by id; None while it waits
+        self._revisions: dict[str, int] = {}  # of those that have one
+        self._forgotten = 0  # the highest revision among commands that were answered and are not in `_seen` any more
         self._waiting: list[Command] = []
         self._rollback_command: Command | None = None  # the one behind pending_rollback
         self._results: list[CommandResult] = []
@@ -134,8 +138,12 @@ class Controller:
             if known is not None:
                 self._results.append(known)
             return
+        unknowable = self._refusal_to_remember(command)
+        if unknowable:
+            self.refuse(command, next_step, unknowable)
+            return
         # Noted before it has a result: the same command may come again while it waits for its step.
-        self._remember(command.id, None)
+        self._remember(command)
         refusal = self._refusal(command)
         if refusal:
             self._settle(command, "refused", next_step, refusal)
@@ -166,15 +174,44 @@ class Controller:
         if self._rollback_command is not None and self._rollback_command.id == cancelled:
             self.refuse(command, next_step, "the rollback has begun")
             return
+        if cancelled not in self._seen and self._is_full:
+            self.refuse(command, next_step, _FULL)
+            return
         self._waiting = [waiting for waiting in self._waiting if waiting.id != cancelled]
         result = CommandResult(cancelled, "cancelled", next_step, f"cancelled before step {next_step}")
-        self._remember(cancelled, result)
+        self._seen[cancelled] = result
         self._report(command, result)
 
-    def _remember(self, command_id: str, result: CommandResult | None) -> None:
-        self._seen[command_id] = result
-        while len(self._seen) > _REMEMBERED_IDS:
-            self._seen.popitem(last=False)
+    @property
+    def _is_full(self) -> bool:
+        """Whether no more commands without a revision can be remembered."""
+        return len(self._seen) - len(self._revisions) >= _REMEMBERED_IDS
+
+    def _refusal_to_remember(self, command: Command) -> str:
+        """Why it could not be told later that `command` was answered, or can't be told now; empty if it can.
+
+        Of commands with a revision the oldest are forgotten, and none is taken with a revision up to theirs. Others,
+        such as rollbacks, are never forgotten.
+        """
+        if command.action is None:  # refused whenever it comes, so there is nothing to remember
+            return self._refusal(command)
+        revision = _revision(command)
+        if not revision:
+            return _FULL if self._is_full else ""
+        if revision <= self._forgotten:
+            return f"revision {revision} must be above {self._forgotten}: those up to it were answered long ago"
+        return ""
+
+    def _remember(self, command: Command) -> None:
+        self._seen[command.id] = None
+        revision = _revision(command)
+        if not revision:
+            return
+        self._revisions[command.id] = revision
+        if len(self._revisions) > _REMEMBERED_IDS:
+            oldest = next(each for each in self._revisions if self._seen[each] is not None)
+            del self._seen[oldest]
+            self._forgotten = max(self._forgotten, self._revisions.pop(oldest))
 
     def begin(self, step: int, now_unix_ns: int) -> Mapping[str, float]:
         """Apply the commands that are due before `step`; returns its multipliers. Calling it twice does no harm."""
@@ -224,6 +261,8 @@ class Controller:
             "update_every": dict(self.update_every),
             "fade": None if self._fade is None else [self._fade[0] - self._taken, self._fade[1]],
             "answered": [asdict(result) for result in self._seen.values() if result is not None],
+            "revisions": {each: number for each, number in self._revisions.items() if self._seen[each] is not None},
+            "forgotten": self._forgotten,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -248,12 +287,17 @@ class Controller:
         loaded_fade = None if fade is None else (int(fade[0]), int(fade[1]))
         revision = int(state["revision"])
         may_leave_out = not (self.mode == "none" or self._lr_refusal() or self._interval_refusal)
-        # A state of an earlier version has none.
+        # A state of an earlier version has no intervals.
         saved = state.get("update_every", {}) if may_leave_out else {}
         update_every = {block: int(saved[block]) for block in self.multipliers if int(saved.get(block, 1)) > 1}
+        # Nor does it have these two.
+        revisions = {str(each): int(number) for each, number in state.get("revisions", {}).items()}
+        forgotten = int(state.get("forgotten", 0))
         self._ramp, self._fade, self._taken, self.revision = ramp, loaded_fade, 0, revision
         self.update_every = update_every
-        self._seen = OrderedDict((result.command_id, result) for result in answered)
+        self._seen = {result.command_id: result for result in answered}
+        self._revisions = {each: number for each, number in revisions.items() if each in self._seen}
+        self._forgotten = forgotten
         self.multipliers = ramp.at(-1) if elapsed else dict(ramp.start)
 
     def take_results(self) -> tuple[CommandResult, ...]:
@@ -375,6 +419,8 @@ class Controller:
 
     def _report(self, command: Command, result: CommandResult) -> None:
         self._results.append(result)
+        if result.outcome == "refused":
+            self.last_refusal = f"at step {result.step}: {result.detail[:_MAX_SHOWN]}"
         self._unapplied = 0 if result.outcome == "applied" else self._unapplied + 1
         if self._unapplied > _MAX_LOGGED:
             return
@@ -404,6 +450,11 @@ def smallest_interval(types: Collection[str], update_every: Mapping[str, int]) -
     return min((update_every.get(block, 1) for block in types), default=1)
 
 
+def _revision(command: Command) -> int:
+    """The number by which the daemon orders commands of this kind; 0 for one that has none."""
+    return command.action.revision if isinstance(command.action, SetMultipliers) else 0
+
+
 def _described(command: Command, known: Collection[str]) -> str:
     """A command in words; of multipliers only those of `known` blocks, as a wrong command may name any others."""
     match command.action:
@@ -417,7 +468,7 @@ def _described(command: Command, known: Collection[str]) -> str:
             return f"rollback to step {step} ({uri[:_MAX_SHOWN]!r}{skipped})"
         case Cancel(command_id):
             return f"command {command_id[:_MAX_SHOWN]!r}"
-    return "unknown command"
+    return f"command {command.id[:_MAX_SHOWN]!r}"
 
 
 def _asked_by(command: Command) -> str:

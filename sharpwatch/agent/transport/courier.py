@@ -22,6 +22,7 @@ from google.protobuf.message import DecodeError
 
 from sharpwatch.agent.transport.base import Destination, Tls
 from sharpwatch.agent.transport.courier_launcher import ENVIRONMENT, Unframer
+from sharpwatch.agent.transport.response_limits import MAX_RESPONSE_BYTES, too_long, within_limits
 from sharpwatch.agent.transport.spool import Spool
 from sharpwatch.agent.transport.trainer_writer import TrainerWriter
 from sharpwatch.common.endpoint import Backoff
@@ -38,8 +39,10 @@ LAST_WAIT_SECONDS = 4.0  # so that a restarted daemon has its runs back within 5
 _TRAINER_SECONDS = 0.5  # between checks that the trainer is alive
 _HANG_SECONDS = 30  # without such a check SIGALRM ends this process, whichever thread hangs
 _MAX_REQUEST_BYTES = 64 * 2**20
-_MAX_RESPONSE_BYTES = 2**20
-_MAX_COMMAND_BYTES = 2**16
+# gRPC ends the stream at a longer response, and the daemon may send it again in each session: what the trainer can't
+# have is received nevertheless, and refused here.
+_MAX_RECEIVED_BYTES = 64 * 2**20
+_MAX_CODE = 64  # characters
 _MIN_HEARTBEAT_SECONDS = 1.0  # whatever the daemon asks for
 _METHOD = "/sharpwatch.v1.AgentService/Session"
 # With these the daemon is there, but does not take the run: the trainer's own log must say why.
@@ -64,7 +67,7 @@ _OPTIONS = (
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.max_send_message_length", _MAX_REQUEST_BYTES),
-    ("grpc.max_receive_message_length", _MAX_RESPONSE_BYTES),
+    ("grpc.max_receive_message_length", _MAX_RECEIVED_BYTES),
 )
 _LOG = logging.getLogger("sharpwatch.courier")
 
@@ -232,13 +235,16 @@ class Courier:
         asked = response.welcome.heartbeat_seconds
         self._heartbeat = max(asked, _MIN_HEARTBEAT_SECONDS) if asked > 0 else None
         self._welcomed = self._open = True
-        _LOG.info("welcomed by %s, %d samples to send", response.welcome.daemon_version, len(self._spool))
+        _LOG.info("welcomed by %.100s, %d samples to send", response.welcome.daemon_version, len(self._spool))
 
     async def _exchange(self, call: Call) -> None:
         sending = asyncio.create_task(self._send(call))
         try:
             while not self._done:
                 payload = await self._next_message(call)
+                if len(payload) > MAX_RESPONSE_BYTES:
+                    self._to_trainer.command(too_long(len(payload)))
+                    continue
                 response = _parsed(payload)
                 if response is not None:
                     self._take(response, payload)
@@ -282,11 +288,10 @@ class Courier:
             case "ack":
                 self._acknowledged(response.ack.sequence)
             case "refusal":
-                code = response.refusal.code
+                code = response.refusal.code[:_MAX_CODE]
                 self._refused(response.refusal.sequence, code, keep_events=code in _KEEPS_EVENTS)
             case "command":
-                if len(payload) <= _MAX_COMMAND_BYTES:
-                    self._to_trainer.command(payload)
+                self._to_trainer.command(within_limits(payload, response.command))
             case "drain":
                 asked = response.drain.retry_after_seconds
                 wait = min(asked, LAST_WAIT_SECONDS) if asked > 0 else None
@@ -342,6 +347,9 @@ async def _message(call: Call) -> bytes:
 
 
 def _parsed(payload: bytes) -> agent_pb2.SessionResponse | None:
+    if len(payload) > MAX_RESPONSE_BYTES:
+        _LOG.warning("ignored a response of %d bytes", len(payload))
+        return None
     try:
         return agent_pb2.SessionResponse.FromString(payload)
     except DecodeError:

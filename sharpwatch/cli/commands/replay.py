@@ -39,6 +39,13 @@ def _column(text: str) -> tuple[str, str]:
     return column, name
 
 
+def _label(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise ValueError(f"{text!r} must be KEY=VALUE")
+    return key, value
+
+
 def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options on how files are read: `--format` and `--column`."""
     of_format = click.option(
@@ -86,6 +93,14 @@ def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
     help="A daemon's configuration: its `detection` section counts, and what its "
     "policies would have decided is printed.",
 )
+@click.option(
+    "--label",
+    "labels",
+    metavar="KEY=VALUE",
+    multiple=True,
+    type=ParsedText("label", _label),
+    help="A label of the runs, by which overrides in the configuration fit them. Default: those that a recording has.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def replay(  # noqa: PLR0913, PLR0917 - its options
     files: tuple[str, ...],
@@ -94,6 +109,7 @@ def replay(  # noqa: PLR0913, PLR0917 - its options
     run: str | None,
     reference: str | None,
     config: str | None,
+    labels: tuple[tuple[str, str], ...],
     as_json: bool,
 ) -> int:
     """Run logs of finished or running trainings through the detectors, and print the incidents they find.
@@ -108,7 +124,7 @@ def replay(  # noqa: PLR0913, PLR0917 - its options
 
         options = ReadOptions(cast("Any", format_), cast("Any", dict(columns)), run)
         held_against = None if reference is None else read_one(reference, None, options)
-        found, errors = _judged(files, options, config, held_against)
+        found, errors = _judged(files, options, config, held_against, dict(labels))
     payload = {"runs": [to_dict(each) for each in found], "errors": errors}
     if found or as_json:
         print_answer(payload, list(_grids(found)), as_json=as_json)
@@ -118,7 +134,11 @@ def replay(  # noqa: PLR0913, PLR0917 - its options
 
 
 def _judged(
-    files: Iterable[str], options: ReadOptions, config: str | None, reference: RecordedRun | None
+    files: Iterable[str],
+    options: ReadOptions,
+    config: str | None,
+    reference: RecordedRun | None,
+    labels: Mapping[str, str],
 ) -> tuple[list[Judgement], list[str]]:
     """The judgements of all files that can be read, and the errors of the others."""
     from sharpwatch.daemon.config.load import load_config  # noqa: PLC0415 - loads pydantic
@@ -127,7 +147,6 @@ def _judged(
     from sharpwatch.replay.judge import judge  # noqa: PLC0415 - as above
 
     settings = load_config(config)
-    budget = Budget.of(settings.detection)
     found: list[Judgement] = []
     errors: list[str] = []
     for given in files:
@@ -138,7 +157,9 @@ def _judged(
             continue
         for source in sources:
             try:
-                found.append(judge(read_run(source, options), budget, reference, settings.policies))
+                run = read_run(source, options)
+                budget = Budget.of(settings.detection.of({**run.labels, **labels}))
+                found.append(judge(run, budget, reference, settings.policies))
             except SharpwatchError as error:
                 errors.append(str(error))
     return found, errors

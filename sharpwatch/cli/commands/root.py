@@ -40,6 +40,9 @@ _COMMANDS = {
     "forget": LazyCommand(_ACT, "Delete all that is kept of an ended run.", f"{_HERE}.forget:forget"),
     "serve": LazyCommand(_CHECK, "Run the daemon.", f"{_HERE}.serve:serve"),
     "check-config": LazyCommand(_CHECK, "Check a daemon's configuration file.", f"{_HERE}.serve:check_config"),
+    "backup": LazyCommand(_CHECK, "Copy the daemon's journal, while it goes on.", f"{_HERE}.backup:backup"),
+    "restore": LazyCommand(_CHECK, "Put a backup in the place of the journal.", f"{_HERE}.restore:restore"),
+    "check-journal": LazyCommand(_CHECK, "Check the daemon's journal.", f"{_HERE}.check_journal:check_journal"),
     "doctor": LazyCommand(_CHECK, "Check this installation and its daemon.", f"{_HERE}.doctor:doctor"),
 }
 

@@ -106,17 +106,21 @@ def ratio_of_sums(numerators: Sequence[float], denominators: Sequence[float]) ->
         denominators: Of each probe.
 
     Returns:
-        The ratio, or None if the denominators' sum is not positive.
+        The ratio, or None if the denominators' sum is not positive, or a sum or an error is beyond what a float holds.
     """
     count = len(denominators)
-    # Sums, not a mean of ratios: where a single probe's denominator is near zero its ratio is arbitrarily large.
-    whole = math.fsum(denominators)
+    try:
+        # Sums, not a mean of ratios: where a single probe's denominator is near zero its ratio is arbitrarily large.
+        whole, above = math.fsum(denominators), math.fsum(numerators)
+    except (OverflowError, ValueError):  # ValueError: of opposite infinities
+        return None
     if not whole > 0:
         return None
-    value = math.fsum(numerators) / whole
+    value = above / whole
     # A single probe has no spread to tell an error from.
     if count < 2:
-        return Ratio(value, math.nan, count)
-    residuals = (a - value * b for a, b in zip(numerators, denominators, strict=True))
-    scatter = math.fsum(residual**2 for residual in residuals) * count / (count - 1)
-    return Ratio(value, math.sqrt(scatter) / whole, count)
+        return Ratio(value, math.nan, count) if math.isfinite(value) else None
+    # `hypot` does not square, so that it has no overflow below its result's.
+    scatter = math.hypot(*(a - value * b for a, b in zip(numerators, denominators, strict=True)))
+    stderr = scatter * math.sqrt(count / (count - 1)) / whole
+    return Ratio(value, stderr, count) if math.isfinite(stderr) else None

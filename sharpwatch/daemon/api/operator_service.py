@@ -78,6 +78,7 @@ class DaemonInfo:
     store: str
     http_address: str
     policies: tuple[str, ...] = ()  # their names
+    foreign_alerts: tuple[str, ...] = ()  # the names of those that are taken in
     detection: DetectionConfig = field(default_factory=DetectionConfig)
     mode: Mode = "observe"  # of runs for which none was set
 
@@ -86,6 +87,7 @@ def rules_of(config: Config) -> dict[str, Any]:
     """The facts about the daemon that a reload of its configuration changes."""
     return {
         "policies": tuple(policy.name for policy in config.policies),
+        "foreign_alerts": tuple(config.foreign_alerts),
         "detection": config.detection,
         "mode": configured_mode(config.policies, config.autopilot),
     }
@@ -456,7 +458,7 @@ class OperatorService(OperatorCalls, OperatorServiceServicer):
         await self._authorize(request, context)
         if request.run:
             await self._run_to_change(request.run, context)
-        wrong = wrong_silence(request, self._info.policies)
+        wrong = wrong_silence(request, self._info.policies, self._info.foreign_alerts)
         if wrong:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, wrong)
         silences = self._silences.trial() if request.dry_run else self._silences

@@ -16,12 +16,13 @@ from sharpwatch.v1 import operator_pb2 as pb
 _LONGEST = 30 * 86_400.0  # seconds
 
 
-def wrong_silence(request: pb.AddSilenceRequest, policies: Collection[str]) -> str:
+def wrong_silence(request: pb.AddSilenceRequest, policies: Collection[str], foreign: Collection[str]) -> str:
     """What is wrong with a request; empty if nothing is. A mistyped name would silence nothing, and nobody would know.
 
     Args:
         request: The request.
         policies: The names of all policies.
+        foreign: The names of other systems' alerts that are taken in.
     """
     if not request.reason.strip():
         return "a silence must have a comment"
@@ -32,7 +33,7 @@ def wrong_silence(request: pb.AddSilenceRequest, policies: Collection[str]) -> s
     if not 1.0 <= request.duration_seconds <= _LONGEST:
         return f"a silence must last 1 s to 30 days, got {request.duration_seconds:g} s"
     for kind, given, known in (
-        ("alert", request.alert, ALERT_NAMES),
+        ("alert", request.alert, (*ALERT_NAMES, *foreign)),
         ("cause", request.cause, CAUSES),
         ("policy", request.policy, policies),
     ):

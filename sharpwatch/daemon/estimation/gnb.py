@@ -20,7 +20,14 @@ from sharpwatch.curvature.statistics.gnb_eigenvalues import (
     top_eigenvalues,
 )
 from sharpwatch.curvature.statistics.pooling import trace_estimates
-from sharpwatch.daemon.estimation.windows import WINDOW_PROBES, EstimateRequest, Estimates, Key, ReadingSpec
+from sharpwatch.daemon.estimation.windows import (
+    WINDOW_PROBES,
+    BatchShape,
+    EstimateRequest,
+    Estimates,
+    Key,
+    ReadingSpec,
+)
 from sharpwatch.daemon.ingest.hello import RunHello
 from sharpwatch.daemon.ingest.probes import GnbReading
 from sharpwatch.wire import Doubles, Floats
@@ -103,7 +110,8 @@ def _trace_windows(request: EstimateRequest) -> Doubles:
 def sum_layers(hello: RunHello, values: Doubles) -> Doubles:
     """Returns the sums of `values` [..., L] over the layers of each block type, [..., B]."""
     membership = hello.block_of[:, None] == np.arange(len(hello.blocks))
-    summed: Doubles = values @ membership
+    with np.errstate(over="ignore", invalid="ignore"):  # what a float can't hold has no finite error, and is left out
+        summed: Doubles = values @ membership
     return summed
 
 
@@ -178,6 +186,18 @@ def _sketch_windows(requests: Sequence[EstimateRequest], size: int) -> tuple[Flo
     return sketches, mask, gradients
 
 
+def _shape(request: EstimateRequest) -> BatchShape:
+    hello, readings = request.hello, [reading for _, reading in request.windows["gnb"]]
+    is_sketched = any(one.sketches is not None for one in readings)
+    return BatchShape(
+        hello.sketch_size,
+        draws=max(len(one.traces) for one in readings),
+        probes=len(readings),
+        traces=len(hello.layer_blocks) + len(hello.blocks),
+        sketches=len(hello.blocks) + 1 if is_sketched else 0,
+    )
+
+
 def _without_sketches(reading: GnbReading) -> GnbReading:
     """Keeps the traces, which depend on no projection."""
     return replace(reading, sketches=None, gradient_sketch=None)
@@ -188,5 +208,6 @@ GNB = ReadingSpec(
     window=WINDOW_PROBES,
     estimators=("gnb", "gnb_upper_bound"),
     estimate=estimate_gnb,
+    shape=_shape,
     without_projection=_without_sketches,
 )

@@ -42,7 +42,7 @@ def observed_stability(blocks: Sequence[str], step: int, reading: DirectionReadi
     """Returns the stability ratios of the probe of one step, as the detectors need them."""
     whole = _whole_ratio([reading], step)
     by_block = _block_ratios(blocks, [reading], step)
-    return ObservedStability(whole, no_descent=whole is None, blocks=by_block)
+    return ObservedStability(whole, no_descent=not reading.descent > 0, blocks=by_block)
 
 
 def _ratio(curvatures: Sequence[float], descents: Sequence[float], step: int, method: str) -> Estimate | None:
@@ -114,9 +114,8 @@ def _traces(hello: RunHello, window: Window) -> dict[Key, Estimate]:
     mask = torch.zeros(values.shape, dtype=torch.bool)
     for row, taken in enumerate(by_block.values()):
         for column, (_, reading) in enumerate(taken):
-            own = reading.traces.sum(1)  # zero outside the block
-            values[row, column, : len(own)] = torch.from_numpy(own)
-            mask[row, column, : len(own)] = True
+            values[row, column, : len(reading.traces)] = torch.from_numpy(reading.traces)
+            mask[row, column, : len(reading.traces)] = True
     found = trace_estimates(values, mask)
     rows = zip(by_block.items(), found.value.tolist(), found.stderr.tolist(), found.draws.tolist(), strict=True)
     estimates: dict[Key, Estimate] = {}
@@ -141,7 +140,8 @@ def _eigenvalues(hello: RunHello, window: Window) -> dict[Key, Estimate]:
             residual = getattr(newest, f"{end}_residual")
             # The newest, not a mean: the eigenvalue drifts while the run trains, and each probe is a whole measurement.
             found = Estimate(values[-1], _deviation(values), len(values), "lanczos", step, residual, newest.method)
-            estimates[quantity, block, "lanczos"] = found
+            if not math.isinf(found.stderr):
+                estimates[quantity, block, "lanczos"] = found
     return estimates
 
 
@@ -165,7 +165,8 @@ def _critical_sharpness(hello: RunHello, window: Window) -> dict[Key, Estimate]:
             # deviation of half_width/√3.
             stderr = math.hypot(_median_error(values, middle), widths[-1] / math.sqrt(3))
             found = Estimate(middle, stderr, len(values), "linesearch", steps[-1], widths[-1], "losses")
-            estimates["stability_ratio", block, "linesearch"] = found
+            if math.isfinite(stderr):
+                estimates["stability_ratio", block, "linesearch"] = found
     return estimates
 
 
@@ -177,7 +178,7 @@ def _preconditioned(hello: RunHello, window: Window) -> dict[Key, Estimate]:
     found = Estimate(
         newest.ratio, _deviation(values), len(values), "preconditioned", step, newest.residual, newest.method
     )
-    return {("stability_ratio", "", "preconditioned"): found}
+    return {} if math.isinf(found.stderr) else {("stability_ratio", "", "preconditioned"): found}
 
 
 def _by_block(window: Window) -> dict[str, Window]:
@@ -192,9 +193,10 @@ def _deviation(values: Sequence[float]) -> float:
     """Standard deviation of one of `values`, from their successive differences; NaN for a single value.
 
     Differences do not count a trend as error (von Neumann et al., "The mean square successive difference", 1941).
+    It is infinite where a float can't hold it; `hypot` does not square, so that it has no overflow before that.
     """
-    squares = [(after - before) ** 2 for before, after in pairwise(values)]
-    return math.sqrt(statistics.fmean(squares) / 2) if squares else math.nan
+    differences = [after - before for before, after in pairwise(values)]
+    return math.hypot(*differences) / math.sqrt(2 * len(differences)) if differences else math.nan
 
 
 def _median_error(values: Sequence[float], middle: float) -> float:

@@ -17,6 +17,8 @@ SessionRefusal = Literal["malformed", "wrong_run", "live_run", "client_runs", "r
 # What becomes of an alert of another system: its incident begins, ends or is as it was; the configuration does not name
 # it, it names no run that is known, or too many fire on that.
 ForeignResult = Literal["begun", "ended", "unchanged", "unnamed", "unknown_run", "too_many"]
+# Why a call is ended before it has begun: it sends nothing in time, or too many send nothing.
+EndedCall = Literal["mute", "crowded"]
 GateResult = Literal["passed", "held", "failed"]  # `failed` is held as well: it could not be asked
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
@@ -91,6 +93,14 @@ class OwnMetrics:
         )
         for reason in get_args(SessionRefusal):
             self.sessions_refused.labels(reason)  # from 0 on: increase() can't see a counter that begins at 1
+        self.calls_ended = Counter(
+            "sharpwatch_calls_ended",
+            "gRPC calls that were ended before they had sent anything, by reason.",
+            ["reason"],
+            registry=registry,
+        )
+        for ended in get_args(EndedCall):
+            self.calls_ended.labels(ended)
         self.internal_errors = Counter(
             "sharpwatch_internal_errors",
             "Samples and estimates that the daemon itself failed on; its log has each.",

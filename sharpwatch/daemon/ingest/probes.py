@@ -48,7 +48,7 @@ class DirectionReading:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HutchinsonReading:
-    """One probe of one block: traces [draws, L], zero for layer blocks of other types."""
+    """One probe of one block: its traces [draws], summed over its layers."""
 
     tokens: int
     block: str
@@ -212,7 +212,10 @@ def _hutchinson(probe: agent_pb2.HutchinsonProbe, hello: RunHello) -> Hutchinson
     # Random signs in other blocks too would add the off-diagonal Hessian to the variance: to 1000 times for `norm`.
     require(not traces[:, others].any(), f"hutchinson.traces must be zero outside {block}")
     method = checked_text(probe.method, "hutchinson.method", MAX_NAME)
-    return HutchinsonReading(tokens, block, traces, method) if _finite(traces) else None
+    # Summed here: a window has 56 of these, whose traces by layer can take 8 MB each.
+    with np.errstate(over="ignore", invalid="ignore"):
+        summed = traces.sum(1)
+    return HutchinsonReading(tokens, block, summed, method) if _finite(summed) else None
 
 
 def _lanczos(probe: agent_pb2.LanczosProbe, hello: RunHello) -> LanczosReading | None:

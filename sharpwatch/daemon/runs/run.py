@@ -18,7 +18,7 @@ from sharpwatch.daemon.decisions.transitions import UNDER_WAY
 from sharpwatch.daemon.detection.state import Arrays, packed
 from sharpwatch.daemon.estimation.estimator import PROBES
 from sharpwatch.daemon.estimation.hessian import observed_stability
-from sharpwatch.daemon.estimation.windows import WINDOW_PROBES, EstimateRequest, Estimates
+from sharpwatch.daemon.estimation.windows import WINDOW_PROBES, EstimateRequest, Estimates, Windows
 from sharpwatch.daemon.ingest.hello import Attempt, RunHello
 from sharpwatch.daemon.ingest.samples import BlockTap, Reading
 from sharpwatch.daemon.records import NO_CHANGES, Changes, Decision, Observation, ProbedStep
@@ -28,6 +28,8 @@ from sharpwatch.daemon.storage.schema import BaselinesRow, ReferenceRow, StoredR
 MAX_RUNS = 1_000
 MAX_ATTEMPTS = 4  # remembered of a run, as one of them may still be sending its last samples
 MAX_LAYER_BLOCKS_HELD = 2**21  # of all attempts that are remembered: some 400 MB
+# Of the readings that windows of probes are made of.
+RUN_WINDOW_BYTES, WINDOW_BYTES = 8 * 2**20, 256 * 2**20  # of one run and of all runs, where nothing else is said
 MAXIMA_SECONDS = 60.0  # that maxima cover at least: Prometheus' default scrape interval
 _BUCKET = 5.0  # seconds; up to so much more is covered
 _BUCKETS = int(MAXIMA_SECONDS / _BUCKET) + 1
@@ -110,9 +112,12 @@ class Run:
         attempt: Its first attempt.
         controller: The controller of that attempt.
         now: Unix seconds.
+        window_bytes: How much its windows of probes may take.
     """
 
-    def __init__(self, attempt: Attempt, controller: RunController, *, now: float) -> None:
+    def __init__(
+        self, attempt: Attempt, controller: RunController, *, now: float, window_bytes: int = RUN_WINDOW_BYTES
+    ) -> None:
         self.attempt = attempt
         self.controller = controller
         self.signal = Signal()
@@ -120,9 +125,8 @@ class Run:
         self.outstanding: dict[str, Decision] = {}
         # What its losses are held against; `peers` keeps the controllers to it.
         self.reference: ReferenceRow | None = None
-        self._windows: dict[str, deque[tuple[int, Any]]] = {
-            name: deque(maxlen=spec.window) for name, spec in PROBES.items() if spec.window
-        }
+        self.windows = Windows(PROBES, window_bytes)
+        self._failures: Counter[str] = Counter()
         self._probe_steps: dict[str, deque[int]] = {name: deque(maxlen=WINDOW_PROBES) for name in PROBES}
         self._attention_steps: deque[int] = deque(maxlen=WINDOW_PROBES)
         self._dropped_probes: Counter[str] = Counter()
@@ -182,9 +186,7 @@ class Run:
             self._drop_measurements()
             self._maxima = RecentMaxima(len(after.blocks))
         elif not after.same_projection(before):
-            for name, window in self._windows.items():
-                kept = [(step, PROBES[name].without_projection(one)) for step, one in window]
-                self._windows[name] = deque(kept, window.maxlen)
+            self.windows.drop_projection()
         self.attempt = attempt
         self.controller = controller
         self.begin_steps()
@@ -192,8 +194,7 @@ class Run:
         self._draft |= {"hello": after, "attempts": self._draft["attempts"] + (not again), "health": None}
 
     def _drop_measurements(self) -> None:
-        for window in self._windows.values():
-            window.clear()
+        self.windows.clear()
         for steps in self._probe_steps.values():
             steps.clear()
         self._attention_steps.clear()
@@ -239,8 +240,7 @@ class Run:
         for probe, one in reading.probes.items():
             shown = PROBES[probe].shown
             draft |= {} if shown is None else shown(one)
-            if probe in self._windows:
-                self._windows[probe].append((reading.step, one))
+            self.windows.append(probe, reading.step, one)
             self._probe_steps[probe].append(reading.step)
         if reading.probes:
             draft["probe_steps"] = {probe: tuple(steps) for probe, steps in self._probe_steps.items() if steps}
@@ -302,13 +302,7 @@ class Run:
 
     def request(self, probes: Collection[str] | None = None) -> EstimateRequest:
         """Returns the windows of `probes` (None: of all) as they are now; a probe without a reading has none."""
-        windows = {
-            name: tuple(window)
-            for name, window in self._windows.items()
-            if window and (probes is None or name in probes)
-        }
-        newest = max((window[-1][0] for window in windows.values()), default=0)
-        return EstimateRequest(self.attempt.hello, windows, newest)
+        return self.windows.request(self.attempt.hello, probes)
 
     def take_estimates(self, request: EstimateRequest, estimates: Estimates) -> None:
         """Replaces the estimates that the probes of `request` had before, unless a new attempt has begun meanwhile."""
@@ -323,6 +317,12 @@ class Run:
         if estimates.layer_sharpness:
             self._draft["layer_sharpness"] = estimates.layer_sharpness
             self._draft["order_correlation"] = estimates.order_correlation
+
+    def note_failure(self, where: str, error: Exception) -> bool:
+        """Counts that the daemon itself failed on this run; returns whether it is the first failure of that kind."""
+        kind = f"{where}: {type(error).__name__}"
+        self._failures[kind] += 1
+        return self._failures[kind] == 1
 
     def count(self, changes: Changes) -> None:
         """Counts new alerts of incidents and new outcomes, and forgets commands that were answered or have expired."""
@@ -370,6 +370,8 @@ class Run:
             "maxima": self._maxima.present,
             "excursions_total": dict(self.controller.detection.excursions),
             "dropped_probes": dict(self._dropped_probes),
+            "cut_windows": dict(self.windows.cut),
+            "failures": dict(self._failures),
             **changes,
         }
         self.snapshot = RunSnapshot(**self._draft)
@@ -438,10 +440,20 @@ class Runs:
 
     Args:
         make_controller: Makes the controller of each new attempt.
+        run_window_bytes: How much the windows of probes of a run may take.
+        window_bytes: How much those of all runs may take.
     """
 
-    def __init__(self, make_controller: MakeController) -> None:
+    def __init__(
+        self,
+        make_controller: MakeController,
+        *,
+        run_window_bytes: int = RUN_WINDOW_BYTES,
+        window_bytes: int = WINDOW_BYTES,
+    ) -> None:
         self._make_controller = make_controller
+        self._run_window_bytes = run_window_bytes
+        self._window_bytes = window_bytes
         self._runs: dict[str, Run] = {}
         self._attempts: dict[str, dict[str, Attempt]] = {}  # by run, then by attempt; the newest last
         self._asked_for: dict[str, float] = {}  # when runs came from the journal, in unix seconds
@@ -502,7 +514,8 @@ class Runs:
         if run is not None:
             run.begin(attempt, self._make_controller(attempt.hello, run.controller), again=identity in attempts)
         elif has_room:
-            run = self._runs[name] = Run(attempt, self._make_controller(attempt.hello, None), now=now)
+            controller = self._make_controller(attempt.hello, None)
+            run = self._runs[name] = Run(attempt, controller, now=now, window_bytes=self._run_window_bytes)
         else:
             return None
         attempts.pop(identity, None)
@@ -515,6 +528,15 @@ class Runs:
         """Returns the snapshot of every run; safe on any thread."""
         # `list` first: /metrics reads on a thread of its own while the event loop may add a run.
         return tuple(run.snapshot for run in list(self._runs.values()))
+
+    def limit_windows(self) -> None:
+        """Drops the oldest readings of the runs whose windows are the largest, until all of them stay in the limit."""
+        held = sum(run.windows.nbytes for run in self._runs.values())
+        while held > self._window_bytes:
+            largest = max((run.windows for run in self._runs.values()), key=lambda windows: windows.nbytes)
+            held -= largest.nbytes
+            largest.drop_oldest()
+            held += largest.nbytes
 
     def _make_room(self, attempt: Attempt) -> bool:
         """Drops runs until there is room for another attempt; returns False if only live ones are left."""

@@ -83,6 +83,10 @@ class RunSnapshot:
     excursions_total: Mapping[tuple[str, str], int] = field(default_factory=dict)  # by signal, block type
     decisions_total: Mapping[tuple[str, str, str], int] = field(default_factory=dict)  # by action, mode, outcome
     dropped_probes: Mapping[str, int] = field(default_factory=dict)
+    # By probe, how many readings its window has lost since it was too large.
+    cut_windows: Mapping[str, int] = field(default_factory=dict)
+    # How often the daemon itself failed on the run, by where ("fold", or the probe of a window) and kind of error.
+    failures: Mapping[str, int] = field(default_factory=dict)
     mode_set: ModeRow | None = None  # None where the mode is the one of the configuration
 
     @property

@@ -8,28 +8,25 @@ stay consistent but could lose its newest commits. The price is one fsync a batc
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import json
 import math
-import os
 import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import astuple
+from contextlib import closing, contextmanager
+from dataclasses import astuple, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
 from sharpwatch.curvature.statistics.estimate import Estimate
-from sharpwatch.daemon.records import Checkpoint, Silence
+from sharpwatch.daemon.records import Checkpoint, Revision, Silence
 from sharpwatch.daemon.storage.records_json import decision_of, incident_of, plan_of, record_of, revision_of
 from sharpwatch.daemon.storage.schema import (
     CLOSED,
     DRAWN_QUANTITIES,
-    FIRST_TABLES,
     KILLED,
     SCHEMA_VERSION,
     SCHEMAS,
@@ -46,7 +43,16 @@ from sharpwatch.daemon.storage.schema import (
     StoredRun,
     TransitionRow,
 )
-from sharpwatch.errors import StoreError
+from sharpwatch.daemon.storage.sqlite_file import (
+    APPLICATION_ID,
+    Commits,
+    LockedJournal,
+    database_path,
+    schema_version,
+    store_errors,
+    stored_commits,
+)
+from sharpwatch.errors import RevisionConflictError
 
 Result = TypeVar("Result")
 _OF_A_RUN = (
@@ -55,21 +61,6 @@ _OF_A_RUN = (
 )  # the tables whose rows are of a run
 _TRIM_EVERY = 100  # rows of a run appended between two trims, so retention is exact to this many
 _ESTIMATES_PER_SAMPLE = 4
-
-
-def database_path(url: str) -> Path:
-    """Returns the path in a `sqlite:///relative` or `sqlite:////absolute` URL.
-
-    Raises:
-        StoreError: The URL has another form, or names a home directory that does not exist.
-    """
-    prefix = "sqlite:///"
-    if not url.startswith(prefix) or len(url) == len(prefix):
-        raise StoreError(f"store must be sqlite:///PATH, got {url!r}")
-    try:
-        return Path(url.removeprefix(prefix)).expanduser()
-    except RuntimeError:
-        raise StoreError(f"store {url}: this user has no home directory; set $HOME, or name another path") from None
 
 
 def _estimate(row: EstimateRow) -> tuple[str | float, ...]:
@@ -97,52 +88,57 @@ class Journal:
         self.path = database_path(url).absolute()
         self._retain = {"samples": retain_samples, "estimates": retain_samples * _ESTIMATES_PER_SAMPLE}
         self._untrimmed: Counter[tuple[str, str]] = Counter()  # rows appended since the last trim
-        with self._store_errors():
-            self._lock = self._take_lock()
+        self._commits: Commits
+        with store_errors(self.path):
+            self._file = LockedJournal(self.path)
             try:
+                self._check()
                 # `isolation_level=None`: Python would otherwise begin and commit transactions by itself.
                 self._connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
                 self._prepare()
             except BaseException:
-                os.close(self._lock)
+                self._file.close()
                 raise
 
     def close(self) -> None:
         """Closes the file and releases its lock."""
-        with self._store_errors():
+        with store_errors(self.path):
             self._connection.close()
-        os.close(self._lock)
+        self._file.close()
 
     def write(self, records: PendingWrites, samples: Sequence[SampleRow] = ()) -> None:
         """Writes records and samples in one transaction: all of them, or none."""
-        with self._store_errors(), self._transaction() as connection:
+        with store_errors(self.path), self._transaction() as connection:
             self._write_attempts(connection, records, samples)
             self._write_records(connection, records)
             self._trim(connection, records, samples)
 
     def runs(self) -> tuple[str, ...]:
         """Returns the names of all runs, in the order in which their newest attempts began."""
-        with self._store_errors():
+        with store_errors(self.path):
             query = "SELECT run FROM attempts GROUP BY run ORDER BY max(id)"
             return tuple(run for (run,) in self._connection.execute(query))
 
     def load(self, run: str, *, samples: int) -> StoredRun:
         """Returns all records of a run and its newest `samples` samples."""
-        with self._store_errors():
+        with store_errors(self.path):
             return self._load(run, samples)
 
     def ask(self, question: Callable[[sqlite3.Connection], Result]) -> Result:
         """Returns the answer of a function that only reads, as those of `catalog`."""
-        with self._store_errors():
+        with store_errors(self.path):
             return question(self._connection)
 
     def forget(self, run: str) -> None:
         """Deletes all that there is of a run; what operators did elsewhere, and silences, stay."""
-        with self._store_errors(), self._transaction() as connection:
+        with store_errors(self.path), self._transaction() as connection:
+            # The journal lets records go with all of their run alone, while its name is noted there.
+            connection.execute("INSERT INTO forgetting VALUES (?)", [run])
             told = "SELECT id FROM alerts WHERE run = ? UNION SELECT id FROM decisions WHERE run = ?"
             connection.execute(f"DELETE FROM notifications WHERE fingerprint IN ({told})", [run, run])  # noqa: S608  a constant
             for table in _OF_A_RUN:
                 connection.execute(f"DELETE FROM {table} WHERE run = ?", [run])  # noqa: S608  one of the names above
+            connection.execute("DELETE FROM forgetting")
         for table in ("samples", "estimates"):
             self._untrimmed.pop((table, run), None)
 
@@ -152,7 +148,7 @@ class Journal:
             "SELECT id, run, decision, at, outcome, detail, author, reason FROM transitions "
             "WHERE decision = ? ORDER BY id"
         )
-        with self._store_errors():
+        with store_errors(self.path):
             # By the order in which they were written, since the clock may go back.
             found = sorted(chain.from_iterable(self._connection.execute(query, [each]) for each in decisions))
         return tuple(TransitionRow(*values) for _, *values in found)
@@ -169,7 +165,7 @@ class Journal:
             "SELECT id, run, made_at, 'reference', '', CASE name WHEN '' THEN 'cleared' ELSE 'set' END, name, author, "
             "reason FROM run_references) WHERE ? IN ('', run) AND at >= ? ORDER BY at DESC, id DESC LIMIT ?"
         )
-        with self._store_errors():
+        with store_errors(self.path):
             found = self._connection.execute(query, [run, since, limit]).fetchall()
         return tuple(RequestRow(*values) for values in reversed(found))
 
@@ -183,7 +179,7 @@ class Journal:
             "SELECT quantity, block, value, stderr, draws, estimator, step FROM "
             "(SELECT * FROM estimates WHERE run = ? AND quantity = ? ORDER BY id DESC LIMIT ?) ORDER BY id"
         )
-        with self._store_errors():
+        with store_errors(self.path):
             rows = self._connection.execute
             order = [each for (each,) in rows("SELECT attempt FROM attempts WHERE run = ? ORDER BY id", [run])]
             attempts = {attempt: number for number, attempt in enumerate(order, 1)}
@@ -197,36 +193,30 @@ class Journal:
 
     def silences(self) -> tuple[Silence, ...]:
         """Returns all silences, oldest first."""
-        with self._store_errors():
+        with store_errors(self.path):
             rows = self._connection.execute("SELECT record FROM silences ORDER BY rowid")
             return tuple(Silence(**json.loads(record)) for (record,) in rows)
 
     def notifications(self) -> tuple[NotificationRow, ...]:
         """Returns the notifications that wait or go on, those that have waited longest first."""
-        with self._store_errors():
+        with store_errors(self.path):
             rows = self._connection.execute("SELECT fingerprint, alert, waits FROM notifications ORDER BY rowid")
             return tuple(NotificationRow(fingerprint, alert, bool(waits)) for fingerprint, alert, waits in rows)
 
     def keep_notifications(self, rows: Mapping[str, NotificationRow | None]) -> None:
         """Replaces notifications by fingerprint; None removes one."""
-        with self._store_errors(), self._transaction() as connection:
+        with store_errors(self.path), self._transaction() as connection:
             connection.executemany("DELETE FROM notifications WHERE fingerprint = ?", [(each,) for each in rows])
             connection.executemany(
                 "INSERT INTO notifications VALUES (?, ?, ?)", [astuple(row) for row in rows.values() if row is not None]
             )
 
     @contextmanager
-    def _store_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except (sqlite3.Error, OSError) as error:
-            cause = getattr(error, "strerror", None) or str(error)
-            raise StoreError(f"journal {self.path}: {cause}") from error
-
-    @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
+        commits = replace(self._commits, number=self._commits.number + 1)
         self._connection.execute("BEGIN IMMEDIATE")
         try:
+            self._connection.execute("UPDATE commits SET number = ?", [commits.number])
             yield self._connection
             self._connection.execute("COMMIT")
         except BaseException:
@@ -234,36 +224,32 @@ class Journal:
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
             raise
+        self._commits = commits
+        self._file.note(commits)
 
-    def _take_lock(self) -> int:
-        """Locks `PATH.lock`, so that no second daemon can serve the runs of this journal."""
-        # SQLite's own locks are held for one transaction, and would let two daemons write in turn. The kernel releases
-        # this one when the process ends, also after kill -9.
-        lock = os.open(f"{self.path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(lock)
-            raise StoreError(f"journal {self.path}: another daemon is using it") from error
-        return lock
+    def _check(self) -> None:
+        """Refuses a file that is no journal of ours, or not whole, by a connection that can't change it."""
+        # A new journal is not in WAL mode at first. If its making was cut off, SQLite has to undo that.
+        if Path(f"{self.path.resolve()}-journal").exists():
+            with closing(sqlite3.connect(self.path)) as recovered:
+                recovered.execute("SELECT 1 FROM sqlite_master")
+        files = self._file.files
+        with closing(sqlite3.connect(files.url, uri=True)) as connection:
+            found = stored_commits(connection, schema_version(connection, self.path))
+        files.check_commits(files.noted(), found)
 
     def _prepare(self) -> None:
         (version,) = self._connection.execute("PRAGMA user_version").fetchone()
-        # All checks come before the first PRAGMA that writes: a file that is not ours stays as it is.
-        if version > SCHEMA_VERSION:
-            raise StoreError(
-                f"journal {self.path}: cannot read schema version {version}, which a newer sharpwatch wrote; "
-                f"this version reads up to {SCHEMA_VERSION}"
-            )
-        tables = {name for (name,) in self._connection.execute("SELECT name FROM sqlite_master")}
-        if not (tables >= FIRST_TABLES if version else not tables):
-            raise StoreError(f"journal {self.path}: the file is a database of another program")
         self._connection.execute("PRAGMA journal_mode=WAL")
         self._connection.execute("PRAGMA synchronous=FULL")
+        self._connection.execute("PRAGMA recursive_triggers=ON")  # else OR REPLACE would delete rows unseen by triggers
         if version < SCHEMA_VERSION:
             # Tables and version in one transaction: a daemon killed in the middle leaves the older schema whole.
             script = "".join(SCHEMAS[version:])
-            self._connection.executescript(f"BEGIN;{script}PRAGMA user_version={SCHEMA_VERSION};COMMIT;")
+            mark = f"PRAGMA application_id={APPLICATION_ID};PRAGMA user_version={SCHEMA_VERSION};"
+            self._connection.executescript(f"BEGIN;{script}{mark}COMMIT;")
+        self._commits = Commits(*self._connection.execute("SELECT journal, number FROM commits").fetchone())
+        self._file.note(self._commits)
 
     def _write_attempts(
         self, connection: sqlite3.Connection, records: PendingWrites, samples: Sequence[SampleRow]
@@ -273,8 +259,10 @@ class Journal:
             [(row.run, row.attempt, row.hello, row.seen_at) for row in records.attempts.values()],
         )
         connection.executemany(
-            # A sample may come twice: journalled, but sent again because the acknowledgement was lost.
-            "INSERT OR IGNORE INTO samples (run, attempt, sequence, step, payload) VALUES (?, ?, ?, ?, ?)",
+            # A sample may come twice: journalled, but sent again because the acknowledgement was lost. The first stays.
+            # Not OR IGNORE, which would also drop, and so acknowledge, a sample that violates another constraint.
+            "INSERT INTO samples (run, attempt, sequence, step, payload) VALUES (?, ?, ?, ?, ?) "
+            "ON CONFLICT (attempt, sequence) DO NOTHING",
             [(row.run, row.attempt, row.sequence, row.step, row.payload) for row in samples],
         )
         # Rows of an attempt are in order, so the last one stays.
@@ -291,7 +279,7 @@ class Journal:
 
     def _write_records(self, connection: sqlite3.Connection, records: PendingWrites) -> None:
         connection.executemany(
-            "INSERT OR REPLACE INTO alerts VALUES (?, ?, ?, ?)",
+            "INSERT INTO alerts VALUES (?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET record = excluded.record",
             [
                 (incident.id, incident.run, incident.first_step, record_of(incident))
                 for incident in records.incidents.values()
@@ -308,10 +296,8 @@ class Journal:
             "INSERT INTO transitions (run, decision, at, outcome, detail, author, reason) VALUES (?, ?, ?, ?, ?, ?, ?)",
             [astuple(row) for row in records.transitions],
         )
-        connection.executemany(
-            "INSERT OR REPLACE INTO revisions VALUES (?, ?, ?)",
-            [(revision.run, revision.revision, record_of(revision)) for revision in records.revisions.values()],
-        )
+        for revision in records.revisions.values():
+            self._write_revision(connection, revision)
         # Also those that were saved: what was at their URI before was overwritten.
         connection.executemany("DELETE FROM checkpoints WHERE run = ? AND uri = ?", list(records.checkpoints))
         connection.executemany(
@@ -340,7 +326,9 @@ class Journal:
                 [row.run, row.name, row.losses, row.author, row.reason, row.made_at],
             )
         connection.executemany(
-            "INSERT OR REPLACE INTO baselines VALUES (?, ?, ?, ?)",
+            # A state: an earlier one is of no use.
+            "INSERT INTO baselines VALUES (?, ?, ?, ?) ON CONFLICT (run) DO UPDATE SET "
+            "attempt = excluded.attempt, sequence = excluded.sequence, state = excluded.state",
             [(row.run, row.attempt, row.sequence, row.state) for row in records.baselines.values()],
         )
         connection.executemany(
@@ -353,6 +341,23 @@ class Journal:
             "INSERT INTO plans VALUES (?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET record = excluded.record",
             [(plan.id, plan.run, plan.made_at, record_of(plan)) for plan in records.plans.values()],
         )
+
+    def _write_revision(self, connection: sqlite3.Connection, new: Revision) -> None:
+        key = (new.run, new.revision)
+        found = connection.execute("SELECT record FROM revisions WHERE run = ? AND revision = ?", key).fetchone()
+        if found is None:
+            connection.execute("INSERT INTO revisions VALUES (?, ?, ?)", (*key, record_of(new)))
+            return
+        kept = revision_of(found[0])
+        # All that may come later is the step at which the trainer put it in force.
+        if kept.applied_step not in {None, new.applied_step} or replace(kept, applied_step=new.applied_step) != new:
+            raise RevisionConflictError(
+                f"journal {self.path}: revision {new.revision} of run {new.run} is there already with other content, "
+                f"of decision {kept.decision_id}, and is not overwritten by that of decision {new.decision_id}",
+                run=new.run,
+                revision=new.revision,
+            )
+        connection.execute("UPDATE revisions SET record = ? WHERE run = ? AND revision = ?", (record_of(new), *key))
 
     def _trim(self, connection: sqlite3.Connection, records: PendingWrites, samples: Sequence[SampleRow]) -> None:
         self._untrimmed.update(("samples", row.run) for row in samples)

@@ -75,9 +75,55 @@ CREATE TABLE requests (
     outcome TEXT NOT NULL, detail TEXT NOT NULL, author TEXT NOT NULL, reason TEXT NOT NULL);
 CREATE INDEX requests_by_run ON requests (run, at);
 """
+# What was acknowledged can't be overwritten, by a fault of ours neither: columns that never change once written, by
+# table. A table's other columns may be updated: how far an attempt has come, or the state of a decision.
+_FIXED = {
+    "attempts": "id, run, attempt, hello",
+    "samples": "id, run, attempt, sequence, step, payload",
+    "alerts": "id, run, first_step",
+    "decisions": "id, run, made_at",
+    "revisions": "run, revision",
+    "modes": "id, run, mode, author, reason, made_at",
+    "estimates": "id, run, quantity, block, estimator, step, value, stderr, draws, residual, method",
+    "transitions": "id, run, decision, at, outcome, detail, author, reason",
+    "run_references": "id, run, name, author, reason, made_at",
+    "silences": "id, made_at",
+    "plans": "id, run, made_at",
+    "requests": "id, run, at, action, subject, outcome, detail, author, reason",
+}
+# Tables from which rows are deleted only with all of their run, while its name is in `forgetting`. Retention deletes
+# samples and estimates; checkpoints, baselines and notifications are states, whose earlier ones nobody needs.
+_KEPT = ("attempts", "alerts", "decisions", "revisions", "modes", "transitions", "run_references", "plans", "requests")
+
+
+def _guard(table: str, rule: str, event: str, when: str = "") -> str:
+    """A trigger that refuses what `event` would do to rows of a table."""
+    condition = f" WHEN {when}" if when else ""
+    refuse = f"SELECT RAISE(ABORT, 'the journal is append-only: {table}')"
+    return f"CREATE TRIGGER {table}_{rule} BEFORE {event} ON {table}{condition} BEGIN {refuse}; END;\n"
+
+
+_FORGOTTEN = "EXISTS (SELECT 1 FROM forgetting WHERE run = {})"
+_SILENCED = "json_extract(OLD.record, '$.run')"
+_GUARDS = [
+    "CREATE TABLE forgetting (run TEXT PRIMARY KEY);\n",
+    # One row: which journal this is, and how many commits it has, which is noted beside it as well.
+    "CREATE TABLE commits (journal TEXT NOT NULL, number INTEGER NOT NULL);\n",
+    "INSERT INTO commits VALUES (lower(hex(randomblob(16))), 0);\n",
+    *(_guard(table, "fixed", f"UPDATE OF {columns}") for table, columns in _FIXED.items()),
+    *(_guard(table, "kept", "DELETE", f"NOT {_FORGOTTEN.format('OLD.run')}") for table in _KEPT),
+    _guard("silences", "kept", "DELETE", f"NOT {_FORGOTTEN.format(_SILENCED)}"),
+    _guard("attempts", "acknowledged", "UPDATE OF acknowledged", "NEW.acknowledged < OLD.acknowledged"),
+    # The losses of a reference are dropped when another one replaces it.
+    _guard("run_references", "losses", "UPDATE OF losses", "NEW.losses IS NOT NULL"),
+]
 # Only appended to: an entry that was released is in journals that exist. A journal of version n has the first n.
-SCHEMAS = (_TABLES, _TRANSITIONS, _RESIDUALS, _BASELINES, _REFERENCES, _SILENCES, _PLANS, _NOTIFICATIONS, _REQUESTS)
+SCHEMAS = (
+    *(_TABLES, _TRANSITIONS, _RESIDUALS, _BASELINES, _REFERENCES, _SILENCES, _PLANS, _NOTIFICATIONS, _REQUESTS),
+    "".join(_GUARDS),
+)
 SCHEMA_VERSION = len(SCHEMAS)
+COUNTED = 10  # the first version that counts commits, and has sharpwatch's application id
 # How an attempt ended, in `attempts.closed`; 0 while that is not known. Earlier versions take the second for the first.
 CLOSED, KILLED = 1, 2
 FIRST_TABLES = {"attempts", "samples", "alerts", "decisions", "revisions"}  # in a journal of any version
@@ -332,6 +378,12 @@ class PendingWrites:
         self.plans.update(newer.plans)
         self.requests.extend(newer.requests)
         self.killed.update(newer.killed)
+
+    def refuse(self, run: str, revision: int) -> None:
+        """Removes a revision that the journal refuses, and the commands of its decision, which must not be sent."""
+        refused = self.revisions.pop((run, revision), None)
+        if refused is not None:
+            self.commands.pop(refused.decision_id, None)
 
     def _put_checkpoints(self, newer: Mapping[tuple[str, str], int | None]) -> None:
         for key, step in newer.items():

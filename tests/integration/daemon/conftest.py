@@ -317,10 +317,10 @@ async def start(configure, tmp_path):
     """Start the daemon as a process: `await start(...)`; those still running at the end are killed."""
     async with AsyncExitStack() as stack:
 
-        async def started(**changes) -> Process:
+        async def started(code: str = COMMAND_LINE, **changes) -> Process:
             configure(**changes)
             arguments = ("serve", "--config", str(tmp_path / "sharpwatch.yaml"))
-            run = Process(ForkedProcess(COMMAND_LINE, env=os.environ, stderr=subprocess.PIPE, arguments=arguments))
+            run = Process(ForkedProcess(code, env=os.environ, stderr=subprocess.PIPE, arguments=arguments))
             stack.push_async_callback(ended, run)
             serving = await run.event("serving")
             await run.event("ready")

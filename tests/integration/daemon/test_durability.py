@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import resource
 import signal
+import sqlite3
+from contextlib import closing
+from dataclasses import asdict
 
 import grpc
 import pytest
 
+from sharpwatch.daemon.records import Revision
 from sharpwatch.v1 import operator_pb2 as pb
 from sharpwatch.v1 import types_pb2
 
@@ -234,3 +239,20 @@ async def test_a_daemon_that_can_not_start_says_why_and_exits_1(start, tmp_path)
     (tmp_path / "journal.db").write_bytes(b"not a database, and long enough to be looked at as one" * 40)
     with pytest.raises(AssertionError, match=r"file is not a database.*not_serving"):
         await start()
+
+
+async def test_a_revision_that_the_journal_has_already_is_refused_and_stops_nothing_else(daemon, build, tmp_path):
+    trainer = await daemon.train()
+    await trainer.send(build.sample(1))
+    await trainer.acknowledged(1)
+    kept = json.dumps(asdict(Revision("run", 1, {"qk": 0.1}, "bob", "", 1.0, "another")))
+    with closing(sqlite3.connect(tmp_path / "journal.db")) as journal, journal:
+        journal.execute("INSERT INTO revisions VALUES ('run', 1, ?)", [kept])
+    with pytest.raises(grpc.aio.AioRpcError, match="revision 1 of run run is there already with other content"):
+        await daemon.operator.SetLearningRates(RATES, metadata=daemon.credentials)
+    await trainer.send(build.sample(2))
+    await trainer.acknowledged(2)
+    assert "command" not in trainer.received
+    assert await daemon.metric('sharpwatch_internal_errors_total{where="journal"}') == 1
+    with closing(sqlite3.connect(tmp_path / "journal.db")) as journal:
+        assert journal.execute("SELECT record FROM revisions").fetchall() == [(kept,)]

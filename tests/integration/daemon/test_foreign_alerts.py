@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 
+import grpc
 import pytest
 
 from sharpwatch import wire
@@ -197,6 +198,22 @@ async def test_a_policy_is_blocked_while_it_fires(running, build, send):
         await trainer.send(build.sample(3, tap=broken))
         command = await trainer.next("command")
         assert set(command.set_multipliers.multipliers.values()) == {0.25}
+
+
+async def test_a_silence_of_its_name_keeps_policies_from_it(running, build, send):
+    async with running(policies=POLICIES) as daemon:
+        trainer = await daemon.train()
+        silence = {"author": "ann", "reason": "the fan is being changed", "duration_seconds": 3600}
+        add = daemon.operator.AddSilence
+        with pytest.raises(grpc.aio.AioRpcError, match=r"no alert 'NodeHit'.*NodeHot"):
+            await add(pb.AddSilenceRequest(alert="NodeHit", **silence), metadata=daemon.credentials)
+        await add(pb.AddSilenceRequest(alert="NodeHot", **silence), metadata=daemon.credentials)
+        await send(daemon, message(alert()))
+        await trainer.send(build.sample(1))
+        await trainer.acknowledged(1)
+        (made,) = await decisions(daemon)
+        assert (made.policy, made.outcome) == ("cool", "refused")
+        assert made.guard.startswith("silence: ")
 
 
 async def test_one_that_is_about_no_run_is_no_error_for_the_others(running, build, send):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -9,14 +10,14 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import closing
-from dataclasses import astuple, replace
+from dataclasses import asdict, astuple, replace
 from pathlib import Path
 
 import pytest
 from observations import incident
 
 from sharpwatch.curvature.statistics.estimate import Estimate
-from sharpwatch.daemon.records import Checkpoint, Decision, Revision, RollbackPlan, Silence
+from sharpwatch.daemon.records import Checkpoint, Decision, LrPlan, Revision, RollbackPlan, Silence
 from sharpwatch.daemon.storage.journal import Journal
 from sharpwatch.daemon.storage.schema import (
     SCHEMA_VERSION,
@@ -26,10 +27,11 @@ from sharpwatch.daemon.storage.schema import (
     ModeRow,
     PendingWrites,
     ReferenceRow,
+    RequestRow,
     SampleRow,
     TransitionRow,
 )
-from sharpwatch.errors import StoreError
+from sharpwatch.errors import RevisionConflictError, StoreError
 
 ATTEMPT = AttemptRow("run", "a1", b"hello", 100.0)
 
@@ -241,6 +243,105 @@ def test_a_journal_of_an_earlier_schema_is_taken_on(url, tmp_path, version):
         assert audit(journal, "SELECT decision FROM transitions") == [("d1",)]
         kept = audit(journal, "SELECT value, residual, method FROM estimates ORDER BY id")
         assert kept == [(2.0, None, ""), (9.0, 0.25, "autograd")]
+
+
+REVISION = Revision("run", 1, {"qk": 0.5}, "ann", "why", 1.5, "d1")
+
+
+def test_a_revision_may_only_be_put_in_force(journal):
+    write(journal, attempts=(ATTEMPT,), revisions=(REVISION,))
+    write(journal, revisions=(REVISION,))  # as a try after a failed one does
+    applied = replace(REVISION, applied_step=9)
+    write(journal, revisions=(applied,))
+    for other in (replace(applied, multipliers={"qk": 0.1}), replace(applied, applied_step=10), REVISION):
+        with pytest.raises(RevisionConflictError, match=r"journal\.db: revision 1 of run run is there .* decision d1"):
+            write(journal, samples=samples(1, 1), revisions=(other,))
+        assert journal.load("run", samples=1).revisions == (applied,)
+    assert journal.load("run", samples=1).samples == ()  # nothing of a transaction that is refused
+    write(journal, revisions=(replace(REVISION, run="else"), replace(REVISION, revision=2)))
+    assert journal.load("run", samples=1).revisions == (applied, replace(REVISION, revision=2))
+
+
+def test_a_revision_of_an_earlier_version_may_be_put_in_force(journal):
+    write(journal, attempts=(ATTEMPT,), revisions=(REVISION,))
+    old = {key: value for key, value in asdict(REVISION).items() if key not in {"base", "update_every", "undoes"}}
+    with closing(sqlite3.connect(journal.path)) as beside, beside:
+        beside.execute("UPDATE revisions SET record = ?", [json.dumps(old)])
+    applied = replace(REVISION, applied_step=9)
+    write(journal, revisions=(applied,))
+    assert journal.load("run", samples=1).revisions == (applied,)
+
+
+def filled(journal: Journal) -> None:
+    """One row at least in every table that is append-only."""
+    write(
+        journal,
+        attempts=(ATTEMPT,),
+        samples=samples(1, 3),
+        incidents=(incident("al1"),),
+        decisions=(Decision("d1", "run", 1.5, 7, "notify", "advise", "proposed"),),
+        revisions=(REVISION,),
+        modes=[ModeRow("run", "enforce", "ann", "why", 2.0)],
+        estimates=(EstimateRow("run", "trace", "qk", Estimate(2.0, 0.5, 4, "gnb", 7)),),
+        transitions=[TransitionRow("run", "d1", 1.0, "proposed", "z 9", "", "")],
+        references=[ReferenceRow("run", "old.csv", b"losses", "ann", "trains", 4.0)],
+        silences=(Silence("s1", "ann", "night", 4.0, 80.0, run="run"),),
+        plans={
+            "p1": LrPlan(
+                "p1", "run", "mine", "ann", "why", 1.0, {"qk": 2.0}, {"qk": 1.0}, (("qk",),), 10, automatic=False
+            )
+        },
+        requests=[RequestRow("run", 1.0, "ack", "al1", "done", "", "ann", "")],
+    )
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE samples SET payload = x'00'",
+        "UPDATE samples SET sequence = sequence + 9",
+        "UPDATE attempts SET hello = x'00'",
+        "UPDATE attempts SET acknowledged = 2",
+        "UPDATE alerts SET run = 'else'",
+        "UPDATE decisions SET made_at = 0",
+        "UPDATE estimates SET value = 0",
+        "UPDATE transitions SET author = 'bob'",
+        "UPDATE modes SET mode = 'observe'",
+        "UPDATE requests SET outcome = 'refused'",
+        "UPDATE run_references SET losses = x'00'",
+        "UPDATE silences SET made_at = 0",
+        "UPDATE plans SET run = 'else'",
+        "DELETE FROM attempts",
+        "DELETE FROM alerts",
+        "DELETE FROM decisions",
+        "DELETE FROM revisions",
+        "DELETE FROM modes",
+        "DELETE FROM transitions",
+        "DELETE FROM run_references",
+        "DELETE FROM silences",
+        "DELETE FROM plans",
+        "DELETE FROM requests",
+    ],
+)
+def test_what_is_kept_for_ever_can_not_be_changed_or_deleted(journal, statement):
+    filled(journal)
+    table = statement.split()[2] if "DELETE" in statement else statement.split()[1]
+    before = audit(journal, f"SELECT * FROM {table}")  # noqa: S608
+    assert before
+    with (
+        pytest.raises(sqlite3.DatabaseError, match="the journal is append-only"),
+        closing(sqlite3.connect(journal.path)) as beside,
+        beside,
+    ):
+        beside.execute(statement)
+    assert audit(journal, f"SELECT * FROM {table}") == before  # noqa: S608
+
+
+def test_a_sample_that_violates_the_schema_is_not_taken_for_one_that_came_twice(journal):
+    write(journal, attempts=(ATTEMPT,))
+    (broken,) = samples(1, 1)
+    with pytest.raises(StoreError, match="NOT NULL"):
+        write(journal, samples=(replace(broken, payload=None),))
 
 
 def test_resent_samples_are_kept_once_and_old_ones_go(journal):

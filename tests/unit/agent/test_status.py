@@ -105,6 +105,29 @@ def test_control_and_what_is_in_force():
     assert loop.watch.status.pending_rollback == sharpwatch.RollbackRequest(1, "file:///one", (0, 0), "")
 
 
+def test_it_says_why_the_last_refused_command_was(caplog):
+    loop = Loop()
+    loop.steps(1)
+    assert loop.watch.status.refused_command == ""
+    assert "refused" not in str(loop.watch.status)
+    loop.transport.command(id="c", refusal="a response must have at most 10 bytes, got 11")  # as a courier says it
+    loop.transport.set_multipliers({"emb": 0.5}, revision=1)
+    with caplog.at_level(logging.WARNING, "sharpwatch"):
+        loop.steps(3)
+    status = loop.watch.status
+    assert status.refused_command == "at step 3: a response must have at most 10 bytes, got 11"
+    assert f"refused   a command {status.refused_command}" in str(status)
+    assert "command 'c' refused at step 3: a response must have at most 10 bytes, got 11" in caplog.text
+    assert [(each.command_id, each.outcome) for each in loop.transport.results] == [
+        ("c", "refused"),
+        ("command-2", "applied"),
+    ]
+    assert status.multipliers["emb"] == 0.5
+    loop.transport.set_multipliers({"emb": 99.0})
+    loop.steps(1)
+    assert "must be within lr_bounds" in loop.watch.status.refused_command
+
+
 def test_it_says_why_learning_rates_cannot_be_changed():
     assert Loop(control="none").watch.status.lr_refusal == 'control="none"'
     model = Net()

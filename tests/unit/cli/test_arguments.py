@@ -184,6 +184,7 @@ def test_without_click_the_command_line_says_what_to_install():
     [
         *(["demo"], ["measure"], ["jobs"], ["show"], ["decisions"], ["lr", "set"], ["lr", "undo"], ["mode"]),
         *(["rollback"], ["approve"], ["reject"], ["serve"], ["check-config"], ["doctor"]),
+        *(["backup"], ["restore"], ["check-journal"]),
     ],
 )
 def test_help_has_an_example(argv, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 
 import numpy as np
 import pytest
@@ -214,3 +215,21 @@ def test_a_rollback_without_a_checkpoint_would_be_refused(written, capsys):
 def test_a_wrong_configuration_is_refused_before_any_file_is_read(written, capsys):
     assert main(["replay", "nowhere", "--config", written("new.yaml", "policies: [{nam: x}]")]) == 1
     assert "new.yaml:1: policies[0]: name is missing" in capsys.readouterr().err
+
+
+def test_overrides_are_by_label(written, capsys):
+    """With a budget of a hundred times the warnings, the end of a step in the loss is an incident for longer."""
+    noise = random.Random(1)  # noqa: S311  not for secrets
+    losses = [3 + noise.gauss(0, 0.05) + 0.15 * (step in {400, 401, 402}) for step in range(1, 601)]
+    log = written("run.csv", "step,loss\n" + "".join(f"{step},{loss}\n" for step, loss in enumerate(losses, 1)))
+    override = "{match: {team: nlp}, warnings_per_10k_steps: 1000}"
+    config = written("sharpwatch.yaml", f"detection:\n  overrides:\n  - {override}\n")
+    found = []
+    for labels in ([], ["--label", "team=nlp"], ["--label", "team=vision"]):
+        assert main(["replay", "--json", log, "--config", config, *labels]) == 0
+        (run,) = json.loads(capsys.readouterr().out)["runs"]
+        (incident,) = run["incidents"]
+        found.append(incident["closed_step"])
+    assert found[0] == found[2] < found[1]
+    assert main(["replay", log, "--label", "team"]) == USAGE
+    assert "'team' must be KEY=VALUE" in capsys.readouterr().err

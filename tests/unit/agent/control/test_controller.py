@@ -149,6 +149,93 @@ def test_an_id_seen_twice_before_its_step_has_one_result():
     assert len(control.take_results()) == 1
 
 
+def applied(control, command, step):
+    """The outcomes of `command` in step `step`, and the ramp's target after it; a rollback is done."""
+    control.receive(command, step)
+    control.begin(step, 0)
+    if control.end(step, 0) is not None:
+        control.rolled_back(step)
+    return [result.outcome for result in control.take_results()], dict(control.targets)
+
+
+def after_many(control, others=10_000):
+    """Take many commands after the first; and a run that goes on from the state then."""
+    for number in range(2, others + 2):
+        assert applied(control, cut(f"c{number}", revision=number, ffn=0.25), number)[0] == ["applied"]
+    later = make("rollback")
+    later.load_state_dict(control.state_dict())
+    return control, later
+
+
+def test_a_set_is_not_applied_again_after_ten_thousand_others_nor_by_the_run_that_goes_on():
+    control = make("rollback")
+    assert applied(control, cut(ffn=0.5), 1)[0] == ["applied"]
+    for resumed in after_many(control):
+        outcomes, target = applied(resumed, cut(ffn=0.5), 20_000)
+        assert (outcomes, target["ffn"], resumed.revision) == (["refused"], 0.25, 10_001)
+        # Whatever it is called: also one that was never seen is older than what is forgotten.
+        resumed.receive(cut("new", revision=7, ffn=0.5), 20_001)
+        (refused,) = resumed.take_results()
+        assert refused.detail.startswith("revision 7 must be above 8977")
+        assert applied(resumed, cut("next", revision=10_002, ffn=0.125), 20_002)[1]["ffn"] == 0.125
+
+
+def test_a_rollback_is_not_done_again_after_ten_thousand_others_nor_by_the_run_that_goes_on():
+    control = make("rollback")
+    control.receive(back(), 6)
+    assert control.end(6, 0) is not None
+    control.rolled_back(3)
+    done = control.take_results()
+    for resumed in after_many(control):
+        resumed.receive(back(), 20_000)
+        resumed.begin(20_000, 0)
+        assert resumed.end(20_000, 0) is None
+        assert resumed.take_results() == done
+
+
+def test_a_set_that_waits_is_not_forgotten_for_others_and_is_applied_once():
+    control = make("rollback")
+    control.receive(cut("planned", apply_at=20_000, ffn=0.5), 1)
+    after_many(control, others=3_000)
+    control.receive(cut("planned", apply_at=20_000, ffn=0.5), 19_999)
+    assert applied(control, cut("last", revision=9_999, ffn=0.25), 19_999)[0] == ["applied"]
+    control.begin(20_000, 0)
+    assert [(each.command_id, each.outcome) for each in control.take_results()] == [("planned", "applied")]
+
+
+def test_what_has_no_revision_is_taken_only_as_often_as_it_can_be_remembered():
+    control = make("rollback")
+    for number in range(1_024):
+        assert applied(control, back(f"r{number}", step=1), 2)[0] == ["applied"]
+    for command in (back("one more", step=1), cut("no number", revision=0, ffn=0.5), cancelled("unknown")):
+        control.receive(command, 2)
+        (refused,) = control.take_results()
+        assert refused.outcome == "refused"
+        assert "1024 commands without a revision" in refused.detail
+    assert control.end(2, 0) is None
+    assert applied(control, back("r0", step=1), 2)[0] == ["applied"]  # its result, once more
+    assert applied(control, cut(ffn=0.5), 3) == (["applied"], dict.fromkeys(BLOCKS, 1.0) | {"ffn": 0.5})
+
+
+def test_what_is_remembered_is_bounded():
+    control = make("rollback")
+    for number in range(1, 20_000):
+        control.receive(cut(f"c{number}", revision=number, qk=99.0), 1)
+        control.receive(back(f"r{number}", step=1, uri=""), 1)
+        control.receive(Command(f"u{number}", None), 1)
+    assert len(control.state_dict()["answered"]) == 2_048
+
+
+def test_a_state_from_before_revisions_were_remembered_is_loaded():
+    control = make()
+    assert applied(control, cut(ffn=0.5), 1)[0] == ["applied"]
+    state = control.state_dict()
+    del state["revisions"], state["forgotten"]
+    later = make()
+    later.load_state_dict(state)
+    assert applied(later, cut(ffn=0.25), 1) == (["applied"], dict(control.targets))
+
+
 @pytest.mark.parametrize(
     ("command", "now"),
     [(cut(apply_at=9, expires=4, ffn=0.5), 0), (cut(apply_at=9, expires_ns=50, ffn=0.5), 51), (back(expires=4), 0)],

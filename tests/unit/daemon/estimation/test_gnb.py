@@ -14,7 +14,7 @@ from sharpwatch.daemon.estimation import estimator
 from sharpwatch.daemon.estimation.estimator import estimate_all, resolve_device
 from sharpwatch.daemon.estimation.gnb import order_correlation
 from sharpwatch.daemon.estimation.hessian import ObservedStability, observed_stability
-from sharpwatch.daemon.estimation.windows import EstimateRequest
+from sharpwatch.daemon.estimation.windows import EstimateRequest, Estimates
 from sharpwatch.daemon.ingest.hello import RunHello
 from sharpwatch.daemon.ingest.probes import DirectionReading, GnbReading
 from sharpwatch.errors import SharpwatchError
@@ -214,10 +214,17 @@ def test_order_correlation_is_spearmans():
 
 async def test_the_estimators_thread_works_alone(monkeypatch):
     before = torch.get_num_threads()
-    monkeypatch.setattr(estimator, "estimate_all", lambda *_: [torch.get_num_threads()])
+    seen = []
+
+    def estimate_all(requests, _):
+        seen.append(torch.get_num_threads())
+        return [Estimates() for _ in requests]
+
+    monkeypatch.setattr(estimator, "estimate_all", estimate_all)
     torch.set_num_threads(2)
     with closing(estimator.Estimator("cpu")) as worker:
-        assert await worker.estimate([request_of(SMALL, (), ())]) == [1]
+        assert [one async for _, one in worker.estimate([request_of(SMALL, windows(SMALL, [1], 0))])] == [Estimates()]
+    assert seen == [1]
     torch.set_num_threads(before)
 
 

@@ -35,9 +35,7 @@ def estimates_from(**windows):
 
 
 def hutchinson(block: str, draws) -> HutchinsonReading:
-    """`draws` of the block's trace, of which a quarter is in the first of its layers."""
-    shares = {"emb": (1, 0, 0), "qk": (0, 0.25, 0.75)}[block]
-    return HutchinsonReading(8, block, np.outer(draws, shares), "autograd")
+    return HutchinsonReading(8, block, np.array(draws, dtype=np.float64), "autograd")
 
 
 def lanczos(block: str, top: float, bottom: float = -1.0, residual: float = 0.1) -> LanczosReading:
@@ -164,7 +162,7 @@ def after(run: Run, step: int, *probes: str) -> list[tuple[str, str, str]]:
     reading = replace(EMPTY, sequence=step, step=step, probes={probe: PROBES[probe] for probe in probes})
     run.update(reading, 0.0)
     request = run.request(reading.probes)
-    assert (tuple(request.windows), request.step) == (probes, step)
+    assert (tuple(request.windows), request.new_steps) == (probes, {step})
     run.take_estimates(request, estimate_all([request], "cpu")[0])
     run.publish()
     return list(run.snapshot.estimates)

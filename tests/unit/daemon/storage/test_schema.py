@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from sharpwatch.daemon.records import Changes, Decision, Silence
+from sharpwatch.daemon.records import Changes, Decision, Revision, Silence
 from sharpwatch.daemon.storage.schema import PendingWrites
 
 PROPOSED = Decision("d1", "run", 1.0, 7, "notify", "advise", "proposed")
@@ -49,3 +49,11 @@ def test_of_each_checkpoint_the_newest_news_is_written():
         (("run", "b"), None),
         (("run", "a"), 3),
     ]
+
+
+def test_the_command_of_a_revision_that_is_refused_is_not_sent():
+    first, second = (Revision("run", number, {"qk": 0.5}, "ann", "", 1.0, f"d{number}") for number in (1, 2))
+    pending = PendingWrites(revisions={("run", 1): first, ("run", 2): second}, commands={"d1": "run", "d2": "run"})
+    pending.refuse("run", 1)
+    pending.refuse("else", 2)
+    assert (pending.revisions, pending.commands) == ({("run", 2): second}, {"d2": "run"})

@@ -1,0 +1,171 @@
+"""What a daemon stands: connections that send nothing, requests that never end, and too many of either."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections import Counter
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import grpc
+import pytest
+from forked import COMMAND_LINE
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from sharpwatch.daemon.api import call_guard, http_server
+from sharpwatch.daemon.api.limits import RESERVED, ConnectionLimits
+
+HALF_A_REQUEST = b"GET /metrics HTTP/1.1\r\nHost: daemon\r\n"  # a line is missing
+DESCRIPTORS = 1024  # the usual limit of a user
+SESSION = "/sharpwatch.v1.AgentService/Session"
+GET_DAEMON = "/sharpwatch.v1.OperatorService/GetDaemon"
+
+
+def connect(address: str, count: int, stack: ExitStack, sent: bytes = b"") -> list[socket.socket]:
+    """Open connections that send so much and no more."""
+    host, _, port = address.rpartition(":")
+    opened = []
+    for _ in range(count):
+        opened.append(stack.enter_context(socket.create_connection((host, int(port)), timeout=30)))
+        if sent:
+            opened[-1].send(sent)
+    return opened
+
+
+async def closed(connection: socket.socket) -> None:
+    """Until the daemon has closed it."""
+    connection.settimeout(30)
+    with suppress(ConnectionResetError):
+        assert await asyncio.to_thread(connection.recv, 1) == b""
+
+
+def count_descriptors(process: int) -> int:
+    return len(list(Path(f"/proc/{process}/fd").iterdir()))
+
+
+def channels(address: str, count: int, stack: list[grpc.aio.Channel]) -> list[grpc.aio.Channel]:
+    own = [("grpc.use_local_subchannel_pool", 1)]  # else all of a process share one connection
+    made = [grpc.aio.insecure_channel(address, options=own) for _ in range(count)]
+    stack += made
+    return made
+
+
+@pytest.mark.parametrize("descriptors", [300, 1024, 20_000, 10**6])
+def test_descriptors_are_kept_for_the_daemon_itself(descriptors):
+    limits = ConnectionLimits.of(descriptors)
+    assert limits.http >= 8
+    assert limits.grpc >= 24
+    assert limits.http + limits.grpc <= descriptors - RESERVED
+
+
+async def test_floods_leave_sessions_and_metrics_working(start, build):
+    flooded = await start(
+        code=f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024)); {COMMAND_LINE}"
+    )
+    daemon, opened = flooded.client, []
+    trainers = [await daemon.train(f"run{n}", f"a{n}") for n in range(20)]
+
+    async def all_work(sequence: int) -> None:
+        for trainer in trainers:
+            await trainer.send(build.sample(sequence))
+        for trainer in trainers:
+            await trainer.acknowledged(sequence)
+        assert (await daemon.get("/metrics"))[0] == 200
+        assert (
+            count_descriptors(flooded.process.pid) < DESCRIPTORS - 100
+        )  # of which 100 are for the journal and all else
+
+    with ExitStack() as stack:
+        connect(daemon.http, 1_100, stack, HALF_A_REQUEST)
+        await all_work(1)
+        connect(daemon.grpc, 1_100, stack)
+        await all_work(2)
+    calls = [channel.stream_stream(SESSION)() for channel in channels(daemon.grpc, 20, opened) for _ in range(60)]
+    ended = asyncio.as_completed([call.code() for call in calls])
+    async with asyncio.timeout(60):
+        for code in [next(ended) for _ in range(len(calls) - call_guard.MAX_WAITING)]:
+            assert await code in {grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.DEADLINE_EXCEEDED}
+    await all_work(3)
+    late = await daemon.train("late", "late")
+    for each in (*trainers, late):
+        each.call.cancel()
+    for channel in opened:
+        await channel.close()
+
+
+async def test_a_half_open_request_is_closed_in_time(running, monkeypatch):
+    monkeypatch.setattr(http_server, "IDLE_SECONDS", 0.2)
+    async with running() as daemon:
+        with ExitStack() as stack:
+            (half,) = connect(daemon.http, 1, stack, HALF_A_REQUEST)
+            (silent,) = connect(daemon.http, 1, stack)
+            await closed(half)
+            await closed(silent)
+
+
+async def test_a_full_daemon_closes_the_oldest_half_open_request_not_the_newest(running, monkeypatch):
+    monkeypatch.setattr(ConnectionLimits, "of", classmethod(lambda cls, _: cls(http=4, grpc=64)))
+    async with running() as daemon:
+        with ExitStack() as stack:
+            first, second, third = connect(daemon.http, 3, stack, HALF_A_REQUEST)
+            assert (await daemon.get("/-/healthy"))[0] == 200  # over a fourth one, which stays open
+            connect(daemon.http, 1, stack, HALF_A_REQUEST)
+            await closed(first)
+            connect(daemon.http, 1, stack, HALF_A_REQUEST)
+            await closed(second)
+            third.send(b"\r\n")
+            assert (await asyncio.to_thread(third.recv, 15)) == b"HTTP/1.1 200 OK"
+
+
+async def test_a_full_daemon_takes_in_no_further_grpc_connection(running, monkeypatch):
+    monkeypatch.setattr(ConnectionLimits, "of", classmethod(lambda cls, _: cls(http=4, grpc=2)))
+    async with running() as daemon:
+        trainer = await daemon.train()
+        with ExitStack() as stack:
+            for connection in connect(daemon.grpc, 3, stack)[1:]:
+                await closed(connection)
+        trainer.call.cancel()
+
+
+async def test_a_call_that_sends_nothing_is_ended(running, build, monkeypatch):
+    monkeypatch.setattr(call_guard, "FIRST_MESSAGE_SECONDS", 0.2)
+    async with running() as daemon:
+        trainer = await daemon.train()
+        mute = [daemon.channel.stream_stream(SESSION)(), daemon.channel.stream_unary(GET_DAEMON)()]
+        for call in mute:
+            assert await call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            assert await call.details() == "the first message must come within 0.2 s"
+        assert await daemon.metric('sharpwatch_calls_ended_total{reason="mute"}') == 2
+        await trainer.send(build.sample(1))  # the deadline is for the first message alone
+        await trainer.acknowledged(1)
+        trainer.call.cancel()
+
+
+async def test_among_many_mute_calls_the_oldest_are_ended(running, monkeypatch):
+    monkeypatch.setattr(call_guard, "MAX_WAITING", 4)
+    async with running() as daemon:
+        mute = [daemon.channel.stream_stream(SESSION)() for _ in range(10)]
+        async with asyncio.timeout(30):
+            ended = asyncio.as_completed([call.code() for call in mute])
+            for code in [next(ended) for _ in range(6)]:
+                assert await code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        (await daemon.train()).call.cancel()
+        assert sum(call.done() for call in mute) <= 7  # the newest one made room for the trainer's own
+        for call in mute:
+            call.cancel()
+
+
+async def test_health_may_be_watched_by_few(running, monkeypatch):
+    monkeypatch.setattr(call_guard, "MAX_HEALTH_WATCHES", 2)
+    async with running() as daemon:
+        stub = health_pb2_grpc.HealthStub(daemon.channel)
+        watches = [stub.Watch(health_pb2.HealthCheckRequest()) for _ in range(3)]
+        first = [await call.read() for call in watches[:2]]
+        assert Counter(each.status for each in first) == {health_pb2.HealthCheckResponse.SERVING: 2}
+        assert await watches[2].code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        watches[0].cancel()
+        again = stub.Watch(health_pb2.HealthCheckRequest())
+        assert (await again.read()).status == health_pb2.HealthCheckResponse.SERVING
+        for call in (*watches, again):
+            call.cancel()
