@@ -6,9 +6,9 @@ journal's own code, `LIVE_SAMPLES` samples each of a model with 49 layer blocks,
 those that were stopped in order the journal has the state after the newest sample, of those that were killed the state
 `KILLED_AFTER` samples before.
 
-Each start is a process of its own, `sharpwatch serve`. Prints, of several starts each: seconds until `/-/healthy`
-answers, seconds until `/-/ready` does, and of these what the daemon took to bring its live runs back. Most of the rest
-is the import of torch.
+Each start is a process of its own, `sharpwatch serve`. Prints medians of some starts: seconds until `/-/healthy`
+answers, seconds until `/-/ready` does, of these what the daemon took to bring its live runs back, and what of that it
+had of the CPU. Most of the rest is the import of torch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import signal
 import sqlite3
 import statistics
@@ -50,6 +49,7 @@ LAYERS = 12
 SKETCH = 256
 _LAYER_BLOCKS = (("emb", ""), *((block, f"layers.{layer}") for layer in range(LAYERS) for block in BLOCKS[1:]))
 _DAY = 86_400.0
+_COLUMNS = ("healthy", "ready", "restoring", "of the CPU")
 
 
 def main() -> None:
@@ -59,22 +59,24 @@ def main() -> None:
     parser.add_argument("--live", type=int, nargs="*", default=[0, 10, 50], help="how many live runs")
     parser.add_argument("--starts", type=int, default=3, help="starts of each")
     options = parser.parse_args()
-    print(
-        f"{'ended':>6} {'live':>5}  {'stopped by':10} {'healthy':>8} {'ready':>8} {'restoring':>10}  seconds, medians"
-    )
+    print("seconds " + " ".join(f"{each:>10}" for each in ("ended", "live", "stopped by", *_COLUMNS)))
     with tempfile.TemporaryDirectory() as name:
         for ended in options.ended:
-            base = Path(name) / f"ended-{ended}.db"
-            _write_ended(base, ended)
+            path = Path(name) / f"ended-{ended}.db"
+            _write_ended(path, ended)
+            before = 0
             ways = [(live, killed) for live in options.live for killed in ((False, True) if live else (False,))]
             for live, killed in ways:
-                path = Path(name) / "journal.db"
-                shutil.copyfile(base, path)
-                found = [_start(path, live, killed=killed) for _ in range(options.starts)]
-                healthy, ready, restoring = (statistics.median(column) for column in zip(*found, strict=True))
+                found = []
+                for _ in range(options.starts):
+                    _write_live(path, live, killed=killed, before=before)
+                    found.append(_start(path, live))
+                    before = live
+                columns = [statistics.median(column) for column in zip(*found, strict=True)]
                 how = ("kill -9" if killed else "SIGTERM") if live else "–"
-                print(f"{ended:6} {live:5}  {how:10} {healthy:8.2f} {ready:8.2f} {restoring:10.3f}", flush=True)
-            base.unlink()
+                cells = (f"{each:10.3f}" for each in columns)
+                print("        " + " ".join((f"{ended:10} {live:10} {how:>10}", *cells)), flush=True)
+            path.unlink()
 
 
 def _hello(run: str, attempt: str) -> agent_pb2.Hello:
@@ -164,16 +166,14 @@ def _state(payloads: list[bytes]) -> bytes:
     return b"" if row is None else row.state
 
 
-def _write_live(path: Path, count: int, *, killed: bool) -> None:
-    """Runs that sent their newest sample just now; replaces those that are there."""
+def _write_live(path: Path, count: int, *, killed: bool, before: int) -> None:
+    """Runs that sent their newest sample just now, in place of those that are there from `before`."""
     payloads = list(_payloads())
     seen = LIVE_SAMPLES - KILLED_AFTER if killed else LIVE_SAMPLES
     state = _state(payloads[:seen]) if count else b""
-    with closing(sqlite3.connect(path)) as connection:
-        for table in ("attempts", "samples", "baselines"):
-            connection.execute(f"DELETE FROM {table} WHERE run LIKE 'live-%'")  # noqa: S608  names of ours
-        connection.commit()
     with closing(Journal(f"sqlite:///{path}", retain_samples=SAMPLES)) as journal:
+        for number in range(before):
+            journal.forget(f"live-{number:04}")
         for number in range(count):
             run = f"live-{number:04}"
             attempt = f"{run}-1"
@@ -186,9 +186,8 @@ def _write_live(path: Path, count: int, *, killed: bool) -> None:
             journal.write(records, rows)
 
 
-def _start(path: Path, live: int, *, killed: bool) -> tuple[float, float, float]:
-    """Seconds from the start of the process until it is healthy and ready, and those that it says it restored for."""
-    _write_live(path, live, killed=killed)
+def _start(path: Path, live: int) -> tuple[float, float, float, float]:
+    """The figures of `_COLUMNS` of one start."""
     arguments = (f"sqlite:///{path}", "--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0")
     command = [sys.executable, "-m", "sharpwatch", "serve", "--store", *arguments]
     began = time.monotonic()
@@ -196,15 +195,23 @@ def _start(path: Path, live: int, *, killed: bool) -> tuple[float, float, float]
         if process.stderr is None:
             raise RuntimeError("no standard error")
         http = _event(process.stderr, "serving")["http"]
+        spent = _processor_seconds(process.pid)
         _answer(f"http://{http}/-/healthy")
         healthy = time.monotonic() - began
         restoring = _event(process.stderr, "ready")
+        spent = _processor_seconds(process.pid) - spent
         _answer(f"http://{http}/-/ready")
         ready = time.monotonic() - began
         process.send_signal(signal.SIGKILL)
     if restoring["runs"] != live:
         raise RuntimeError(f"{restoring['runs']} of {live} live runs are back")
-    return healthy, ready, restoring["seconds"]
+    return healthy, ready, restoring["seconds"], spent
+
+
+def _processor_seconds(process: int) -> float:
+    """What a process and its threads have had of the CPU; on a busy machine it says more than a clock."""
+    fields = Path(f"/proc/{process}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _event(lines: Iterator[str], name: str) -> dict:

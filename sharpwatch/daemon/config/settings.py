@@ -230,7 +230,7 @@ class DaemonConfig:
     token_file: Text = field(default_factory=lambda: str(default_token_file()))
     stale_after: Duration = 900.0
     queue_capacity: Annotated[int, _integer(16, 1_000_000)] = 4096
-    # At least 1,000, which is what a restart folds again (`restore.REPLAYED_SAMPLES`).
+    # At least 1,000, which is what a restart reads (`restore.REPLAYED_SAMPLES`).
     retain_samples: Annotated[int, _integer(1_000, _MANY)] = 10_000
     layer_metrics: Flag = True
     reflection: Flag = False
