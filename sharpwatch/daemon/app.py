@@ -150,6 +150,7 @@ async def serving(config: Config, rules: Rules | None = None) -> AsyncIterator[D
         silences.restore(await store.silences())
         notifier.restore(await store.notifications(), (), ())
         loader = RunLoader(runs, store, pipeline)
+        stack.push_async_callback(loader.close)
         alerts = ForeignAlerts(
             names=config.foreign_alerts,
             runs=runs,

@@ -188,6 +188,12 @@ class RunLoader:
         open_ones = await self.ask(partial(catalog.open_incidents, run=name))
         await self._pipeline.forget(name, [replace(each, active=False, closed=_FORGOTTEN) for each in open_ones])
 
+    async def close(self) -> None:
+        """Ends what is being brought back."""
+        for loading in list(self._loading.values()):
+            loading.cancel()
+            await asyncio.wait((loading,))
+
     async def _may_be_twins(self, run: Run) -> tuple[str, ...]:
         """The newest runs whose Hello has the same data order, or training job where it tells no order."""
         hello = run.attempt.hello
