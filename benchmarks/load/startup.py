@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import sqlite3
 import statistics
 import subprocess
@@ -26,7 +25,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import numpy as np
@@ -191,7 +190,8 @@ def _start(path: Path, live: int) -> tuple[float, float, float, float]:
     arguments = (f"sqlite:///{path}", "--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0")
     command = [sys.executable, "-m", "sharpwatch", "serve", "--store", *arguments]
     began = time.monotonic()
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ) as process, ExitStack() as stack:
+        stack.callback(process.kill)  # before it is waited for, also where it fails
         if process.stderr is None:
             raise RuntimeError("no standard error")
         http = _event(process.stderr, "serving")["http"]
@@ -202,7 +202,6 @@ def _start(path: Path, live: int) -> tuple[float, float, float, float]:
         spent = _processor_seconds(process.pid) - spent
         _answer(f"http://{http}/-/ready")
         ready = time.monotonic() - began
-        process.send_signal(signal.SIGKILL)
     if restoring["runs"] != live:
         raise RuntimeError(f"{restoring['runs']} of {live} live runs are back")
     return healthy, ready, restoring["seconds"], spent

@@ -208,14 +208,15 @@ class RunLoader:
         stored = await self._store.load(name, samples=REPLAYED_SAMPLES)
         if not stored.attempts:
             return None
-        changes = restore_run(self._runs, stored)
-        run = self._runs.get(name)
-        if run is None and read_attempt(stored.attempts[-1]) is None:
+        # On a thread, as many samples take long to fold; and apart, so that nobody meets a run that is half there.
+        apart = self._runs.apart()
+        changes = await asyncio.to_thread(restore_run, apart, stored)
+        if apart.get(name) is None:
             # Anew it would begin with revision 0, and its next decision would replace one that is kept.
             raise StoreError(f"run {name}: this version can't read what the journal has of it")
+        run = self._runs.adopt(apart, name, time.time())
         if run is None:
             raise NoRoomError("the daemon holds as many live runs as it can")
-        self._runs.asked_for(name, time.time())
         if stored.attempts[-1].seen_at < self._began_at and run.phase == "silent":
             run.attempt.presence.await_return(self._began_monotonic)  # its trainer has noticed the restart
         await self._pipeline.restored(run, changes)

@@ -485,9 +485,26 @@ class Runs:
         name = attempt.hello.run
         self._attempts[name] = {attempt.hello.attempt: attempt, **self._attempts[name]}
 
-    def asked_for(self, name: str, now: float) -> None:
-        """Notes that a run came from the journal, so that it does not leave at once; `now` is unix seconds."""
-        self._asked_for[name] = now
+    def apart(self) -> Runs:
+        """Returns an empty collection of the same kind, in which a run can be restored beside what goes on here."""
+        return Runs(self._make_controller, run_window_bytes=self._run_window_bytes, window_bytes=self._window_bytes)
+
+    def adopt(self, other: Runs, name: str, now: float) -> Run | None:
+        """Takes over a run that was restored in `other`.
+
+        Args:
+            other: Where it is.
+            name: Its name.
+            now: Unix seconds; it does not leave at once.
+
+        Returns:
+            The run; None if there is no room for it, since only live ones are held.
+        """
+        run = other._runs[name]
+        if not self._make_room(run.attempt):
+            return None
+        self._runs[name], self._attempts[name], self._asked_for[name] = run, other._attempts[name], now
+        return run
 
     def drop(self, name: str) -> None:
         """Lets go of a run."""
