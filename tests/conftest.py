@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import gc
 import os
+
+# Read when numpy and torch are loaded, here and in every process that tests start: threads of BLAS wait for each other
+# by spinning, which on cores that other tests use as well takes many times the work.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import shutil
 import signal
 import sys

@@ -40,14 +40,16 @@ class Route:
 def base_of(module: nn.Module) -> nn.Module | None:
     """The module that `module` wraps; None if it wraps none."""
     inside = module._modules  # noqa: SLF001 - without the attributes that wrappers pass through
+    if not inside:
+        return None  # as most modules are
     for name in _BASES:
         if inside.get(name) is not None:
             return inside[name]
     if inside.get("token_adapter") is not None:  # PEFT's trainable tokens, of which the base is a property
         return inside["token_adapter"]
-    lora = any(_LORA.search(name) for name in module._parameters)  # noqa: SLF001 - as above
-    if lora and inside.get("linear") is not None:  # as in litgpt
-        return inside["linear"]
+    linear = inside.get("linear")
+    if linear is not None and any(_LORA.search(name) for name in module._parameters):  # noqa: SLF001 - as above
+        return linear  # as in litgpt
     return inside.get("model") if "adaption_prompt" in module._parameters else None  # noqa: SLF001 - as above
 
 

@@ -103,8 +103,12 @@ class Tree:
         return self._labels[_prefix(at.path[: at.layer_depth])] if at.layer_depth else None
 
     def _layer_depth(self, path: tuple[Node, ...]) -> int:
-        depths = range(1, len(path))
-        return next((depth + 1 for depth in depths if _prefix(path[: depth + 1]) in self._labels), 0)
+        prefix = ""
+        for depth, node in enumerate(path[1:], start=2):
+            prefix += f"{node.name}."
+            if prefix in self._labels:
+                return depth
+        return 0
 
 
 def _is_alone(path: tuple[Node, ...]) -> bool:

@@ -49,8 +49,9 @@ log = structlog.get_logger(__name__)
 
 DRAIN_SECONDS = 2.0
 RETRY_AFTER_SECONDS = 1.0
-# A second bound beside the number of samples: one sample may have 16 MiB, and 4096 of those would be 64 GiB.
-QUEUE_BYTES = 256 * 2**20
+# A second bound beside the number of samples: one sample may have 16 MiB, and 4096 of those would be 64 GiB. A run's
+# share is what its courier holds.
+QUEUE_BYTES, RUN_QUEUE_BYTES = 256 * 2**20, 64 * 2**20
 
 
 def run(config: Config, reload: Callable[[], Config]) -> int:
@@ -123,13 +124,23 @@ async def serving(config: Config, rules: Rules | None = None) -> AsyncIterator[D
     silences = Silences()
     gate = Gate(lambda made: asking.ask(made))  # noqa: PLW0108  defined below
     let_pass = gate.judge if config.gate.webhook else no_gate
-    runs = Runs(lambda hello, earlier: _controller(rules.config, silences, let_pass, hello, earlier))
+    runs = Runs(
+        lambda hello, earlier: _controller(rules.config, silences, let_pass, hello, earlier),
+        run_window_bytes=settings.run_window_bytes,
+        window_bytes=settings.window_bytes,
+        on_cut=lambda probe: metrics.cut_readings.labels(probe).inc(),
+    )
     async with AsyncExitStack() as stack:
         store = await Store.open(settings.store, retain_samples=settings.retain_samples)
         stack.push_async_callback(store.close)
         estimator = Estimator(settings.device)
         stack.callback(estimator.close)
-        queue = SampleQueue(settings.queue_capacity, QUEUE_BYTES, on_evict=lambda entry: sessions.evicted(entry))  # noqa: PLW0108  defined below
+        queue = SampleQueue(
+            settings.queue_capacity,
+            QUEUE_BYTES,
+            RUN_QUEUE_BYTES,
+            on_evict=lambda entry: sessions.evicted(entry),  # noqa: PLW0108  defined below
+        )
         metrics = OwnMetrics(registry, queue_depth=lambda: queue.depth, queue_capacity=queue.capacity)
         sessions = Sessions(metrics)
         registry.register(

@@ -17,7 +17,7 @@ import structlog
 
 from sharpwatch.daemon.config.settings import DetectionConfig
 from sharpwatch.daemon.decisions.transitions import UNDER_WAY
-from sharpwatch.daemon.estimation.estimator import PROBES, EstimationQueue, Estimator, Waiting
+from sharpwatch.daemon.estimation.estimator import PROBES, EstimationQueue, Estimator, Waiting, one_turn
 from sharpwatch.daemon.estimation.windows import EstimateRequest, Estimates
 from sharpwatch.daemon.exporter.own_metrics import OwnMetrics
 from sharpwatch.daemon.ingest.hello import Attempt
@@ -401,12 +401,20 @@ class Pipeline:
             run.publish()
         self._observe_latency(entry.received_at for entry in done)
 
-    async def _estimate_waiting(self, batch: Mapping[str, Waiting]) -> None:
-        """Estimates and publishes a batch of the estimation queue, and wakes the pipeline to journal it."""
+    async def _estimate_waiting(self, batch: Mapping[str, Waiting]) -> Collection[str]:
+        """Estimates a batch of the estimation queue, and wakes the pipeline to journal it.
+
+        Returns:
+            The names of runs whose turn is still to come.
+        """
         runs = [run for name in batch if (run := self._runs.get(name)) is not None]
-        await self._estimate([run.request(batch[run.name].probes) for run in runs])
-        self._observe_latency(chain.from_iterable(waiting.received_at for waiting in batch.values()))
+        now, later = one_turn([run.request(batch[run.name].probes) for run in runs])
+        await self._estimate(now)
+        left = {request.hello.run for request in later}
+        done = (waiting.received_at for name, waiting in batch.items() if name not in left)
+        self._observe_latency(chain.from_iterable(done))
         self._queue.wake()
+        return left
 
     def _observe_latency(self, received: Iterable[float]) -> None:
         now = time.monotonic()
@@ -470,7 +478,7 @@ class Pipeline:
             _log_decision(run.name, made)
 
     async def _estimate(self, requests: Sequence[EstimateRequest], *, journalled: bool = False) -> None:
-        """Estimates the windows of `requests`; each run's are published as soon as they are done.
+        """Estimates windows; each run's estimates are published as soon as they are done.
 
         Args:
             requests: The windows.
@@ -478,6 +486,10 @@ class Pipeline:
         """
         if not requests:
             return
+        for request in requests:
+            run = self._runs.get(request.hello.run)
+            if run is not None:
+                run.windows.note_taken(request)
         with self._metrics.estimate.time():
             async for request, estimates in self._estimator.estimate(requests):
                 run = self._runs.get(request.hello.run)
@@ -495,10 +507,9 @@ class Pipeline:
         run.take_estimates(request, estimates)
 
     def _keep_estimates(self, request: EstimateRequest, estimates: Estimates) -> None:
-        name = request.hello.run
         for (quantity, block, _), estimate in estimates.values.items():
             if estimate.step in request.new_steps:  # the others are journalled already
-                self._pending.estimates.append(EstimateRow(name, quantity, block, estimate))
+                self._pending.estimates.append(EstimateRow(request.hello.run, quantity, block, estimate))
 
 
 def _log_incident(run: str, incident: Incident) -> None:

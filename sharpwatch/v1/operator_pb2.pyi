@@ -294,6 +294,8 @@ class RunDetail(google.protobuf.message.Message):
     LABELS_FIELD_NUMBER: builtins.int
     OVERRIDES_FIELD_NUMBER: builtins.int
     PLAN_FIELD_NUMBER: builtins.int
+    ALERTS_TOTAL_FIELD_NUMBER: builtins.int
+    CHECKPOINTS_TOTAL_FIELD_NUMBER: builtins.int
     overhead_ratio: builtins.float
     step_seconds: builtins.float
     block_order_correlation: builtins.float
@@ -308,6 +310,10 @@ class RunDetail(google.protobuf.message.Message):
     """As in Hello."""
     order_since_step: builtins.int
     """The step from which all neighbours stand in that order; unset while they do not."""
+    alerts_total: builtins.int
+    """How many incidents the run has had, those included that the journal alone still has."""
+    checkpoints_total: builtins.int
+    """How many checkpoints there are to roll back to."""
     @property
     def run(self) -> Global___Run: ...
     @property
@@ -317,9 +323,13 @@ class RunDetail(google.protobuf.message.Message):
         """Of the whole model."""
 
     @property
-    def alerts(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Alert]: ...
+    def alerts(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Alert]:
+        """Oldest first. So many of the newest, open ones before closed ones, that the message stays within 4 MB."""
+
     @property
-    def checkpoints(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[sharpwatch.v1.types_pb2.Checkpoint]: ...
+    def checkpoints(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[sharpwatch.v1.types_pb2.Checkpoint]:
+        """In the order they were saved; so many of the newest as above."""
+
     @property
     def dropped(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]: ...
     @property
@@ -379,10 +389,12 @@ class RunDetail(google.protobuf.message.Message):
         labels: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
         overrides: collections.abc.Iterable[Global___Override] | None = ...,
         plan: Global___Plan | None = ...,
+        alerts_total: builtins.int = ...,
+        checkpoints_total: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_block_order_correlation", b"_block_order_correlation", "_objective", b"_objective", "_objective_state", b"_objective_state", "_order_since_step", b"_order_since_step", "_overhead_ratio", b"_overhead_ratio", "_step_seconds", b"_step_seconds", "_swallowed_errors", b"_swallowed_errors", "block_order_correlation", b"block_order_correlation", "objective", b"objective", "objective_state", b"objective_state", "order_since_step", b"order_since_step", "overhead_ratio", b"overhead_ratio", "plan", b"plan", "reference", b"reference", "run", b"run", "step_seconds", b"step_seconds", "swallowed_errors", b"swallowed_errors"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_block_order_correlation", b"_block_order_correlation", "_objective", b"_objective", "_objective_state", b"_objective_state", "_order_since_step", b"_order_since_step", "_overhead_ratio", b"_overhead_ratio", "_step_seconds", b"_step_seconds", "_swallowed_errors", b"_swallowed_errors", "alerts", b"alerts", "attention", b"attention", "block_order_correlation", b"block_order_correlation", "blocks", b"blocks", "checkpoints", b"checkpoints", "data_order", b"data_order", "dropped", b"dropped", "estimates", b"estimates", "host", b"host", "labels", b"labels", "objective", b"objective", "objective_state", b"objective_state", "optimizer", b"optimizer", "order", b"order", "order_since_step", b"order_since_step", "overhead_ratio", b"overhead_ratio", "overrides", b"overrides", "plan", b"plan", "probe_failures", b"probe_failures", "reference", b"reference", "run", b"run", "step_seconds", b"step_seconds", "swallowed_errors", b"swallowed_errors", "twins", b"twins"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_block_order_correlation", b"_block_order_correlation", "_objective", b"_objective", "_objective_state", b"_objective_state", "_order_since_step", b"_order_since_step", "_overhead_ratio", b"_overhead_ratio", "_step_seconds", b"_step_seconds", "_swallowed_errors", b"_swallowed_errors", "alerts", b"alerts", "alerts_total", b"alerts_total", "attention", b"attention", "block_order_correlation", b"block_order_correlation", "blocks", b"blocks", "checkpoints", b"checkpoints", "checkpoints_total", b"checkpoints_total", "data_order", b"data_order", "dropped", b"dropped", "estimates", b"estimates", "host", b"host", "labels", b"labels", "objective", b"objective", "objective_state", b"objective_state", "optimizer", b"optimizer", "order", b"order", "order_since_step", b"order_since_step", "overhead_ratio", b"overhead_ratio", "overrides", b"overrides", "plan", b"plan", "probe_failures", b"probe_failures", "reference", b"reference", "run", b"run", "step_seconds", b"step_seconds", "swallowed_errors", b"swallowed_errors", "twins", b"twins"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__block_order_correlation: typing_extensions.TypeAlias = typing.Literal["block_order_correlation"]
     _WhichOneofArgType__block_order_correlation: typing_extensions.TypeAlias = typing.Literal["_block_order_correlation", b"_block_order_correlation"]
@@ -750,7 +762,7 @@ class Alert(google.protobuf.message.Message):
 
     @property
     def layer_blocks(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """As "layers.3.qk", the likeliest culprit first."""
+        """As "layers.3.qk", the likeliest culprit first; 256 at most."""
 
     def __init__(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import click
 
@@ -32,7 +33,9 @@ def incidents(options: DaemonOptions, run: str, with_closed: bool) -> None:
     found = [alert for alert in detail.alerts if with_closed or alert.active]
     payload = {"run": detail.run.run, "incidents": [output.to_dict(alert) for alert in found]}
     hidden = len(detail.alerts) - len(found)
-    print_answer(payload, [incident_table(found, hidden)], as_json=options.json)
+    is_cut = with_closed and detail.alerts_total > len(detail.alerts)
+    title = f"the newest {len(detail.alerts)} of {detail.alerts_total} incidents" if is_cut else ""
+    print_answer(payload, [replace(incident_table(found, hidden), title=title)], as_json=options.json)
 
 
 def incident_table(found: Sequence[Alert], hidden: int = 0) -> Grid:

@@ -134,7 +134,12 @@ def state(detail: RunDetail, now: float) -> Grid:
         facts.append(("attention logits", f"scale up to {output.number(largest.logit_scale)}{where}, {of}"))
     if detail.checkpoints:
         newest = max(detail.checkpoints, key=lambda checkpoint: checkpoint.step)
-        facts.append(("checkpoints", f"{len(detail.checkpoints)}, newest of step {newest.step} at {newest.uri}"))
+        facts.append(
+            (
+                "checkpoints",
+                f"{detail.checkpoints_total or len(detail.checkpoints)}, newest of step {newest.step} at {newest.uri}",
+            )
+        )
     return Grid("ll", tuple(facts))
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from typing import TypeVar
 
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 
 from sharpwatch.curvature.statistics.estimate import Estimate
 from sharpwatch.daemon.config.settings import DetectionConfig
@@ -28,6 +29,7 @@ from sharpwatch.daemon.runs.snapshot import Phase, RunSnapshot
 from sharpwatch.daemon.storage.catalog import RunSummary
 from sharpwatch.daemon.storage.schema import ModeRow, RequestRow, TransitionRow
 from sharpwatch.v1 import agent_pb2, operator_pb2, types_pb2
+from sharpwatch.wire import MAX_ITEMS
 
 _PHASES: dict[Phase, operator_pb2.RunPhase.ValueType] = {
     "running": operator_pb2.RUN_PHASE_RUNNING,
@@ -97,7 +99,7 @@ def alert_message(incident: Incident) -> operator_pb2.Alert:
         evidence="; ".join(incident.evidence),
         names=incident.names if incident.foreign is None else (incident.title,),
         cause=incident.cause,
-        layer_blocks=incident.layer_blocks,
+        layer_blocks=incident.layer_blocks[:MAX_ITEMS],
         onset=incident.onset,
         closed=incident.closed,
         acknowledged=incident.acknowledged,
@@ -347,11 +349,57 @@ def _attention_messages(snapshot: RunSnapshot) -> list[operator_pb2.AttentionLay
     ]
 
 
+Item = TypeVar("Item")
+# Of each kind in one answer: a client takes 4 MB at most, unless it is told otherwise.
+_ALERT_BYTES, _CHECKPOINT_BYTES, _ATTENTION_BYTES, _TEXT_BYTES = 3 * 2**19, 2**19, 2**19, 2**17
+
+
+def _fitting(items: Iterable[Item], size: Callable[[Item], int], limit: int) -> list[Item]:
+    """The first items that take at most `limit` bytes together."""
+    found, taken = [], 0
+    for item in items:
+        taken += size(item)
+        if taken > limit:
+            break
+        found.append(item)
+    return found
+
+
+def _message_bytes(message: Message) -> int:
+    return message.ByteSize() + 5  # tag and length
+
+
+def _text_bytes(*texts: str) -> int:
+    return sum(len(text.encode()) for text in texts) + 16
+
+
+def _alerts(incidents: Sequence[Incident]) -> list[operator_pb2.Alert]:
+    """The newest incidents that fit, oldest first; open ones before closed ones."""
+    newest = sorted(incidents, key=lambda each: each.active)[::-1]  # of equals the last one comes first
+    kept = {each.id for each in _fitting(map(alert_message, newest), _message_bytes, _ALERT_BYTES)}
+    return [alert_message(each) for each in incidents if each.id in kept]
+
+
+def _checkpoints(checkpoints: Sequence[Checkpoint]) -> list[types_pb2.Checkpoint]:
+    """The newest checkpoints that fit, in the order they were saved."""
+    return _fitting(map(checkpoint_message, reversed(checkpoints)), _message_bytes, _CHECKPOINT_BYTES)[::-1]
+
+
+def _failures(snapshot: RunSnapshot) -> Iterator[str]:
+    """What failed of the run's probes, in the daemon and in the agent."""
+    for where, count in snapshot.failures.items():
+        yield f"{where}, in the daemon, whose log has it (×{count})"
+    for probe, count in snapshot.cut_windows.items():
+        yield f"{probe}: too large for its window in the daemon, which has lost {count} readings to keep its limit"
+    yield from snapshot.health.probe_failures if snapshot.health is not None else ()
+
+
 def detail_message(
-    snapshot: RunSnapshot, checkpoints: Iterable[Checkpoint], twins: Iterable[str] = ()
+    snapshot: RunSnapshot, checkpoints: Sequence[Checkpoint], twins: Iterable[str] = ()
 ) -> operator_pb2.RunDetail:
-    """Returns all about a run."""
+    """Returns all about a run, or the newest of what would be too much for one message."""
     health = snapshot.health
+    dropped = {} if health is None else health.dropped
     return operator_pb2.RunDetail(
         run=run_message(snapshot),
         blocks=_block_messages(snapshot),
@@ -360,12 +408,14 @@ def detail_message(
             for (quantity, of, _), estimate in snapshot.estimates.items()
             if not of
         ],
-        alerts=map(alert_message, snapshot.incidents),
-        checkpoints=map(checkpoint_message, checkpoints),
+        alerts=_alerts(snapshot.incidents),
+        alerts_total=snapshot.incidents_in_all,
+        checkpoints=_checkpoints(checkpoints),
+        checkpoints_total=len(checkpoints),
         overhead_ratio=health.overhead_ratio if health is not None else None,
         step_seconds=health.step_seconds if health is not None else None,
-        dropped=health.dropped if health is not None else None,
-        probe_failures=health.probe_failures if health is not None else None,
+        dropped=dict(_fitting(dropped.items(), lambda item: _text_bytes(item[0]), _TEXT_BYTES)),
+        probe_failures=_fitting(_failures(snapshot), _text_bytes, _TEXT_BYTES),
         objective=(health.objective or None) if health is not None else None,
         objective_state=(health.objective_state or None) if health is not None else None,
         swallowed_errors=(health.swallowed_errors or None) if health is not None else None,
@@ -376,6 +426,6 @@ def detail_message(
         host=snapshot.hello.host,
         data_order=snapshot.hello.data_order,
         labels=snapshot.hello.labels,
-        twins=twins,
-        attention=_attention_messages(snapshot),
+        twins=_fitting(twins, _text_bytes, _TEXT_BYTES),
+        attention=_fitting(_attention_messages(snapshot), _message_bytes, _ATTENTION_BYTES),
     )

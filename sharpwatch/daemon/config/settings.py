@@ -230,6 +230,9 @@ class DaemonConfig:
     token_file: Text = field(default_factory=lambda: str(default_token_file()))
     stale_after: Duration = 900.0
     queue_capacity: Annotated[int, _integer(16, 1_000_000)] = 4096
+    # What windows of probes take, to be estimated from: of one run, and of all.
+    run_window_bytes: Annotated[int, _integer(2**20, _MANY)] = 8 * 2**20
+    window_bytes: Annotated[int, _integer(2**20, 2**40)] = 256 * 2**20
     # At least 1,000, which is what a restart reads (`restore.REPLAYED_SAMPLES`).
     retain_samples: Annotated[int, _integer(1_000, _MANY)] = 10_000
     layer_metrics: Flag = True

@@ -11,9 +11,14 @@ from sharpwatch.daemon.decisions.transitions import FINAL, UNDER_WAY, Event, adv
 from sharpwatch.daemon.records import Changes, Decision, Incident, LrPlan, Revision
 from sharpwatch.errors import OperatorError
 
+KEPT = 1_000  # settled decisions in memory that changed nothing; the journal has all
+
 
 class DecisionLog:
     """The decisions, LR revisions and plans of one run.
+
+    It forgets the oldest of those decisions that are settled, gave no revision and were not applied, such as those that
+    a guard refused: what others did is still needed to know what is in force.
 
     The outcome of a decision changes by events alone, as `transitions.TRANSITIONS` has them. `take` returns what
     changed since it was last called.
@@ -29,6 +34,7 @@ class DecisionLog:
         self._decisions: dict[str, Decision] = {}
         self._revisions: list[Revision] = []
         self.open: dict[str, None] = {}  # ids of decisions whose outcome may still change
+        self._idle: dict[str, None] = {}  # ids of decisions that are settled and changed nothing
         self.newest_revision = 0  # its number
         self.changed = False  # whether `take` has something to return
         self.version = 0  # goes up with every change
@@ -43,7 +49,7 @@ class DecisionLog:
 
     @property
     def decisions(self) -> tuple[Decision, ...]:
-        """All decisions, oldest first."""
+        """The decisions, oldest first: all that ever changed something, and the newest of the others."""
         return tuple(self._decisions.values())
 
     @property
@@ -76,6 +82,8 @@ class DecisionLog:
         self._revisions = sorted(revisions, key=lambda revision: revision.revision)
         self.newest_revision = self._revisions[-1].revision if self._revisions else 0
         self.open = {one.id: None for one in self._decisions.values() if not is_settled(one)}
+        self._idle = dict.fromkeys(one.id for one in self._decisions.values() if _is_idle(one))
+        self._forget()
         self.version += 1
 
     def unsettled(self) -> tuple[Decision, ...]:
@@ -251,6 +259,7 @@ class DecisionLog:
         self._transitions.clear()
         self._changed_plans.clear()
         self.changed = False
+        self._forget()
         return changes
 
     @contextmanager
@@ -277,7 +286,19 @@ class DecisionLog:
             self.open.pop(decision.id, None)
         else:
             self.open[decision.id] = None
+        if _is_idle(decision):
+            self._idle[decision.id] = None
         return decision
+
+    def _forget(self) -> None:
+        """Forgets the oldest decisions that are settled and changed nothing, beyond those that are kept."""
+        while len(self._idle) > KEPT:
+            identity = next(iter(self._idle))
+            del self._idle[identity], self._decisions[identity]
+
+
+def _is_idle(decision: Decision) -> bool:
+    return is_settled(decision) and not decision.revision and decision.applied_step is None
 
 
 def _audited(decision: Decision | None) -> tuple[str, ...]:

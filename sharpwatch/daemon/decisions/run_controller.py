@@ -44,6 +44,8 @@ from sharpwatch.errors import OperatorError
 from sharpwatch.wire import Ints
 
 _NO_AUTOPILOT = AutopilotConfig()
+# Checkpoints of a run that are there to roll back to, and the characters of their URIs: of more, the newest.
+KEPT_CHECKPOINTS, KEPT_URIS = 1_000, 2**18
 MOST_FOREIGN = 64  # alerts of other systems that may fire on a run at a time
 
 
@@ -123,8 +125,13 @@ class RunController:
 
     @property
     def incidents(self) -> tuple[Incident, ...]:
-        """Every alert of the run, oldest first."""
+        """The run's newest incidents, oldest first."""
         return self._incidents.all
+
+    @property
+    def incidents_in_all(self) -> int:
+        """How many there were, those that the journal alone has included."""
+        return len(self._incidents.all) + self._incidents.forgotten
 
     def incident(self, identity: str) -> Incident | None:
         """The incident of an id; None where there is none."""
@@ -162,7 +169,7 @@ class RunController:
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
-        """The checkpoints that are there to roll back to, in the order they were saved."""
+        """The newest checkpoints that are there to roll back to, in the order they were saved."""
         return tuple(self._checkpoints.values())
 
     @property
@@ -275,13 +282,26 @@ class RunController:
         bring back the very trouble that the restore left behind.
         """
         restored_to = math.inf if report.restored_to is None else report.restored_to
-        left = (one.uri for one in self._checkpoints.values() if one.step > restored_to)
-        changes = self._without([*left, *(uri for uri in report.deleted if uri in self._checkpoints)])
+        left = [one.uri for one in self._checkpoints.values() if one.step > restored_to]
+        gone = dict.fromkeys([*left, *(uri for uri in report.deleted if uri in self._checkpoints)])
+        self._drop_checkpoints(gone)
         for checkpoint in report.saved:
             self._checkpoints.pop(checkpoint.uri, None)
             self._checkpoints[checkpoint.uri] = checkpoint
         saved = {checkpoint.uri: checkpoint.step for checkpoint in report.saved}
-        return replace(changes, checkpoints={**changes.checkpoints, **saved})
+        old = dict.fromkeys(self._oldest_checkpoints())
+        self._drop_checkpoints(old)
+        return replace(self._log.take(), checkpoints={**gone, **saved, **old})
+
+    def _oldest_checkpoints(self) -> list[str]:
+        """The URIs of those that are more than are kept."""
+        taken, over = sum(map(len, self._checkpoints)), []
+        for number, uri in enumerate(self._checkpoints):
+            if len(self._checkpoints) - number <= KEPT_CHECKPOINTS and taken <= KEPT_URIS:
+                break
+            over.append(uri)
+            taken -= len(uri)
+        return over
 
     def _unrestorable(self, made: Decision, result: ReportedResult) -> list[str]:
         """The URI of the checkpoint that could not be restored, unless it was saved anew."""
@@ -292,9 +312,11 @@ class RunController:
 
     def _without(self, gone: Sequence[str]) -> Changes:
         """No longer offer the checkpoints of the URIs `gone`; proposals to go back to one of them expire."""
-        lost = [self._checkpoints.pop(uri) for uri in gone]
-        self._lifecycle.checkpoints_lost(lost)
+        self._drop_checkpoints(gone)
         return replace(self._log.take(), checkpoints=dict.fromkeys(gone))
+
+    def _drop_checkpoints(self, gone: Iterable[str]) -> None:
+        self._lifecycle.checkpoints_lost([self._checkpoints.pop(uri) for uri in gone])
 
     def set_reference(self, name: str, losses: Losses) -> Changes:
         """Hold the run against a reference from now on, its earlier steps too.
@@ -460,6 +482,7 @@ class RunController:
         """Carry on for a new attempt of the run, whose trainer begins anew."""
         log = earlier._log
         self.restore(earlier.incidents, log.decisions, log.revisions, earlier.checkpoints, earlier.own_mode, log.plans)
+        self._incidents.forgotten = earlier._incidents.forgotten
         self.detection.take_over(earlier.detection)
         self._step = earlier._step
         self._reconciler.take_over(earlier._reconciler)

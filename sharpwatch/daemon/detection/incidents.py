@@ -12,6 +12,8 @@ QUIET = 20  # samples without a finding that end an incident
 QUIET_PROBES, UNPROBED = 3, 500  # of what comes with probes alone: probes without one, or samples without a probe
 _PROBED: set[AlertName] = {"StabilityLimit", "SharpnessSpike", "AttentionGrowth"}  # whose samples are rare
 UPDATE_EVERY = 10  # steps between records of an incident that merely goes on
+KEPT = 1_000  # incidents in memory, and
+KEPT_BYTES = 4 * 2**20  # what they take: of more, closed ones are left to the journal, the oldest first
 _TOGETHER = 5  # steps within which events have one cause
 _WITH_LOSS = 20  # steps within which a loss follows if wrong data have moved it and the blocks
 _EXPLAINS = 20  # steps after its opening within which an incident's explanation may change
@@ -73,10 +75,11 @@ class IncidentLog:
         self.opened: dict[str, _Open] = {}  # by id; alerts of other systems are none of them
         self.foreign: dict[str, Incident] = {}  # by id, the alerts of other systems that fire
         self._all: dict[str, Incident] = {}
+        self.forgotten = 0  # how many closed ones the journal alone has
 
     @property
     def all(self) -> tuple[Incident, ...]:
-        """Every incident, oldest first."""
+        """The newest incidents, oldest first: all that are open, and so many closed ones as memory is for."""
         return tuple(self._all.values())
 
     @property
@@ -192,6 +195,7 @@ class IncidentLog:
         if identity in self._all or is_told:
             return ()
         ended = self.end_foreign(alert.fingerprint, alert.starts_at, step, "it fires anew")
+        self._forget()
         begun = Incident(
             id=identity,
             run=self._run,
@@ -242,9 +246,21 @@ class IncidentLog:
     def restore(self, incidents: Iterable[Incident]) -> None:
         """Take up journalled incidents."""
         self._all = {each.id: each for each in incidents}
+        self._forget()
         active = [each for each in self._all.values() if each.active]
         self.opened = {each.id: _restored(each) for each in active if each.foreign is None}
         self.foreign = {each.id: each for each in active if each.foreign is not None}
+
+    def _forget(self) -> None:
+        """Forgets the oldest closed incidents beyond what is kept."""
+        taken = sum(map(_nbytes, self._all.values())) if len(self._all) > 1 else 0
+        for identity, incident in tuple(self._all.items()):
+            if len(self._all) <= KEPT and taken <= KEPT_BYTES:
+                break
+            if not incident.active:
+                del self._all[identity]
+                taken -= _nbytes(incident)
+                self.forgotten += 1
 
     def _is_shown(self, finding: Finding) -> bool:
         """Whether the open incidents leave nothing to tell of a finding: a recovery, a failure that is not silent."""
@@ -261,6 +277,7 @@ class IncidentLog:
         return next((entry for entry in parts if finding.name in entry.incident.names), parts[0] if parts else None)
 
     def _begin(self, finding: Finding) -> _Open:
+        self._forget()
         incident = Incident(
             id=self._new_id(),
             run=self._run,
@@ -415,6 +432,11 @@ def _attributed(cause: Cause, incident: Incident) -> Cause:
     if incident.not_in_twins and cause == "data" and incident.rank is None:
         return next((CAUSES[name] for name in incident.names if CAUSES[name] != "data"), "instability")
     return cause
+
+
+def _nbytes(incident: Incident) -> int:
+    """What it takes, roughly; names of layer blocks are shared."""
+    return 1_000 + 8 * len(incident.layer_blocks) + sum(map(len, incident.evidence))
 
 
 def _types(layer_blocks: Iterable[str]) -> tuple[str, ...]:

@@ -34,6 +34,7 @@ from sharpwatch.errors import SharpwatchError
 
 _BATCH = 256  # windows in one batch
 BATCH_BYTES = 32 * 2**20  # of the tensors that the windows of a batch are put into; torch takes some times as much
+HEAVY_BYTES = 4 * 2**20  # of the tensors of one run, whose estimates then take tenths of a second
 _REMEMBERED = 10_000  # windows that failed
 
 
@@ -94,6 +95,26 @@ def _combined(of_probes: Sequence[Estimates]) -> Estimates:
     layers = next((each for each in of_probes if each.layer_sharpness), Estimates())
     failures = {probe: error for estimates in of_probes for probe, error in estimates.failures.items()}
     return Estimates(values, layers.layer_sharpness, layers.order_correlation, failures)
+
+
+def one_turn(requests: Sequence[EstimateRequest]) -> tuple[list[EstimateRequest], list[EstimateRequest]]:
+    """Divides requests into those that are estimated now and those that wait on.
+
+    Of heavy ones only the first is estimated now, so that the others wait for one of them at most.
+    """
+    now: list[EstimateRequest] = []
+    later: list[EstimateRequest] = []
+    has_heavy = False
+    for request in requests:
+        is_heavy = _is_heavy(request)
+        (later if is_heavy and has_heavy else now).append(request)
+        has_heavy = has_heavy or is_heavy
+    return now, later
+
+
+def _is_heavy(request: EstimateRequest) -> bool:
+    shapes = (of(request) for probe in request.windows if (of := PROBES[probe].shape) is not None)
+    return any(shape.nbytes > HEAVY_BYTES for shape in shapes)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -205,6 +226,11 @@ class Waiting:
     probes: set[str] = field(default_factory=set)
     received_at: list[float] = field(default_factory=list)  # monotonic seconds
 
+    def add(self, probes: Iterable[str], received_at: Iterable[float]) -> None:
+        """Adds windows, and the times of their samples."""
+        self.probes.update(probes)
+        self.received_at.extend(received_at)
+
 
 class EstimationQueue:
     """Runs whose windows wait to be estimated. Each is in it once at most, so that no run can fill it.
@@ -213,19 +239,18 @@ class EstimationQueue:
     which sends more probes than can be estimated only gets fewer estimates, each of its newest window.
 
     Args:
-        estimate: Awaited with all that wait, by run, one batch at a time; it must not raise.
+        estimate: Awaited with all that wait, by run, those that have waited longest first. It returns the names of runs
+            that wait on, and must not raise.
     """
 
-    def __init__(self, estimate: Callable[[Mapping[str, Waiting]], Awaitable[None]]) -> None:
+    def __init__(self, estimate: Callable[[Mapping[str, Waiting]], Awaitable[Collection[str]]]) -> None:
         self._estimate = estimate
         self._waiting: dict[str, Waiting] = {}
         self._task: asyncio.Task[None] | None = None
 
     def put(self, run: str, probes: Iterable[str], received_at: float) -> None:
         """Has the windows of `probes` estimated in the next batch."""
-        waiting = self._waiting.setdefault(run, Waiting())
-        waiting.probes.update(probes)
-        waiting.received_at.append(received_at)
+        self._waiting.setdefault(run, Waiting()).add(probes, [received_at])
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._work(), name="estimates")
 
@@ -239,4 +264,7 @@ class EstimationQueue:
         while self._waiting:
             # All that wait, so that the slower the estimates are, the larger and cheaper their batches get.
             batch, self._waiting = self._waiting, {}
-            await self._estimate(batch)
+            left = await self._estimate(batch)
+            came, self._waiting = self._waiting, {name: batch[name] for name in batch if name in left}
+            for name, waiting in came.items():
+                self._waiting.setdefault(name, Waiting()).add(waiting.probes, waiting.received_at)

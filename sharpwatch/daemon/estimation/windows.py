@@ -30,7 +30,7 @@ class EstimateRequest:
     Attributes:
         hello: The Hello of the run's newest attempt.
         windows: By probe; a probe without a reading has none.
-        new_steps: The steps of the readings that no earlier request had.
+        new_steps: The steps of the readings that no request had whose estimates were made.
     """
 
     hello: RunHello
@@ -85,6 +85,10 @@ class BatchShape:
         return self.traces * all_draws * 8 + self.sketches * all_draws * (4 * self.size + 8 * all_draws)
 
 
+def ignored(_: str) -> None:
+    """Does nothing about a reading that is dropped."""
+
+
 def _unchanged(reading: Any) -> Any:
     return reading
 
@@ -119,22 +123,24 @@ class Windows:
     """The newest readings of one run, by probe; bounded in number and in bytes.
 
     A reading counts as much as the largest of its window, which is what it is padded to when it is estimated. Beyond
-    `limit` the largest window loses its oldest readings.
+    `limit` the largest window loses its oldest readings, but for the newest, which a message bounds.
 
     Args:
         specs: What there is of probes, by name.
         limit: Bytes of all windows.
+        on_cut: Called with the probe of each reading that is dropped for its size.
     """
 
-    def __init__(self, specs: Mapping[str, ReadingSpec], limit: int) -> None:
+    def __init__(self, specs: Mapping[str, ReadingSpec], limit: int, on_cut: Callable[[str], None] = ignored) -> None:
         self._specs = specs
         self._limit = limit
+        self._on_cut = on_cut
         self._readings: dict[str, deque[tuple[int, Any]]] = {
             name: deque(maxlen=spec.window) for name, spec in specs.items() if spec.window
         }
         self._bytes: dict[str, int] = dict.fromkeys(self._readings, 0)
         self.nbytes = 0  # of all
-        self._new: Counter[str] = Counter()  # readings that no request had yet
+        self._new: Counter[str] = Counter()  # readings that no request had yet whose estimates were made
         self.cut: Counter[str] = Counter()  # by probe, the readings that were dropped to stay within the limit
 
     def append(self, probe: str, step: int, reading: Any) -> None:
@@ -145,14 +151,15 @@ class Windows:
         window.append((step, reading))
         self._new[probe] = min(self._new[probe] + 1, len(window))
         self._measure(probe)
-        while self.nbytes > self._limit:
+        while self.nbytes > self._limit and len(self._readings[self._largest()]) > 1:
             self.drop_oldest()
 
     def drop_oldest(self) -> None:
         """Drops the oldest reading of the largest window, which must have one."""
-        probe = max(self._bytes, key=self._bytes.__getitem__)
+        probe = self._largest()
         self._readings[probe].popleft()
         self.cut[probe] += 1
+        self._on_cut(probe)
         self._new[probe] = min(self._new[probe], len(self._readings[probe]))
         self._measure(probe)
 
@@ -174,8 +181,16 @@ class Windows:
         """Returns the windows of `probes` (None: of all) as they are now; a probe without a reading has none."""
         asked = [name for name, window in self._readings.items() if window and (probes is None or name in probes)]
         windows = {name: tuple(self._readings[name]) for name in asked}
-        new = (step for name in asked for step, _ in islice(reversed(windows[name]), self._new.pop(name, 0)))
+        new = (step for name in asked for step, _ in islice(reversed(windows[name]), self._new[name]))
         return EstimateRequest(hello, windows, frozenset(new))
+
+    def note_taken(self, request: EstimateRequest) -> None:
+        """Notes that a request's estimates are made: what it has is new in no later one. No reading came since."""
+        for name in request.windows:
+            self._new[name] = 0
+
+    def _largest(self) -> str:
+        return max(self._bytes, key=self._bytes.__getitem__)
 
     def _measure(self, probe: str) -> None:
         window, before = self._readings[probe], self._bytes[probe]

@@ -40,6 +40,12 @@ class OwnMetrics:
             ["probe"],
             registry=registry,
         )
+        self.cut_readings = Counter(
+            "sharpwatch_window_readings_dropped",
+            "Readings of probes that windows lost since they took more bytes than a run or all runs may.",
+            ["probe"],
+            registry=registry,
+        )
         self.ingest_to_metric = Histogram(
             "sharpwatch_ingest_to_metric_seconds",
             "From a sample's arrival until metrics show it.",

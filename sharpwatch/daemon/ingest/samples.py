@@ -44,6 +44,8 @@ _OUTCOMES: dict[int, Literal["applied", "refused", "expired", "failed", "cancell
     types_pb2.COMMAND_OUTCOME_CANCELLED: "cancelled",
 }
 MAX_GROUPS = 16_384  # parameter groups of a run: one for each layer block, at the most
+MAX_SETTINGS = 8 * MAX_GROUPS  # of all parameter groups together: a dictionary takes ten times the bytes of the wire
+_SETTING_BYTES = 112  # of one in memory, roughly
 MAX_LABEL = 300  # characters of a text that becomes a label; no sample is worth refusing for a longer one
 _ParameterField = Literal["changed_parameter", "non_finite_parameter", "zero_parameter"]
 _PARAMETER_FIELDS: tuple[_ParameterField, ...] = get_args(_ParameterField)
@@ -175,6 +177,8 @@ def _check_numbers(sample: agent_pb2.Sample) -> None:
         raise WireError("malformed", f"results, checkpoints and deleted_checkpoints must have at most {MAX_ITEMS} each")
     if len(sample.optimizer_groups) > MAX_GROUPS:
         raise WireError("malformed", f"optimizer_groups must have at most {MAX_GROUPS} items")
+    if sum(len(group.settings) for group in sample.optimizer_groups) > MAX_SETTINGS:
+        raise WireError("malformed", f"optimizer_groups must have at most {MAX_SETTINGS} settings in all")
 
 
 def _rank_losses(message: types_pb2.Array) -> Floats:
@@ -328,19 +332,29 @@ class QueuedSample:
     # Whether it is folded into its run; it can be so and still wait for a failing journal.
     processed: bool = field(default=False)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the payload, and of what takes far more than that once it is read."""
+        settings = sum(len(group.settings) for group in self.reading.optimizer_groups.values())
+        return len(self.payload) + _SETTING_BYTES * settings
+
 
 class SampleQueue:
     """The samples of all runs that wait for the journal. When it is full, the busiest run loses its oldest sample.
 
     Args:
         capacity: How many samples it holds.
-        capacity_bytes: How many bytes of payload it holds.
+        capacity_bytes: How many bytes it holds.
+        run_bytes: How many bytes of one run it holds; beyond that the run loses its oldest samples.
         on_evict: Called with each sample that is dropped.
     """
 
-    def __init__(self, capacity: int, capacity_bytes: int, on_evict: Callable[[QueuedSample], None]) -> None:
+    def __init__(
+        self, capacity: int, capacity_bytes: int, run_bytes: int, on_evict: Callable[[QueuedSample], None]
+    ) -> None:
         self.capacity = capacity
         self._capacity_bytes = capacity_bytes
+        self._most_of_a_run = run_bytes
         self._on_evict = on_evict
         self._runs: dict[str, deque[QueuedSample]] = {}
         self._run_bytes: dict[str, int] = {}
@@ -357,16 +371,17 @@ class SampleQueue:
         """Appends the newest sample of its run."""
         self._runs.setdefault(entry.run, deque()).append(entry)
         self._account(entry, 1)
-        self._shrink()
+        self._shrink([entry.run])
         self._filled.set()
 
     def requeue(self, entries: Iterable[QueuedSample]) -> None:
         """Returns what `take` gave, ahead of what has come since, without waking `filled`."""
         # Reversed, because each goes to the front. With `filled` set, the pipeline would try again at once.
-        for entry in reversed(list(entries)):
+        entries = list(entries)
+        for entry in reversed(entries):
             self._runs.setdefault(entry.run, deque()).appendleft(entry)
             self._account(entry, 1)
-        self._shrink()
+        self._shrink({entry.run for entry in entries})
 
     def take(self) -> list[QueuedSample]:
         """Removes and returns all samples; those of a run are in their order."""
@@ -385,20 +400,26 @@ class SampleQueue:
         self._filled.set()
 
     def _account(self, entry: QueuedSample, sign: int) -> None:
-        size = sign * len(entry.payload)
+        size = sign * entry.nbytes
         self._depth += sign
         self._bytes += size
         self._run_bytes[entry.run] = self._run_bytes.get(entry.run, 0) + size
 
-    def _shrink(self) -> None:
+    def _shrink(self, grown: Iterable[str]) -> None:
+        """Drops samples until all bounds are kept, after the runs `grown` got more."""
+        for run in grown:
+            while self._run_bytes.get(run, 0) > self._most_of_a_run:
+                self._evict_oldest(run)
         # From the busiest run, so that a fast trainer can't push out the samples of slow ones.
         while self._depth > self.capacity or self._bytes > self._capacity_bytes:
             if self._depth > self.capacity:
-                busiest = max(self._runs, key=lambda run: len(self._runs[run]))
+                self._evict_oldest(max(self._runs, key=lambda run: len(self._runs[run])))
             else:
-                busiest = max(self._run_bytes, key=self._run_bytes.__getitem__)
-            entry = self._runs[busiest].popleft()
-            self._account(entry, -1)
-            if not self._runs[busiest]:
-                del self._runs[busiest], self._run_bytes[busiest]
-            self._on_evict(entry)
+                self._evict_oldest(max(self._run_bytes, key=self._run_bytes.__getitem__))
+
+    def _evict_oldest(self, run: str) -> None:
+        entry = self._runs[run].popleft()
+        self._account(entry, -1)
+        if not self._runs[run]:
+            del self._runs[run], self._run_bytes[run]
+        self._on_evict(entry)

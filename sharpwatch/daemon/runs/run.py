@@ -18,12 +18,13 @@ from sharpwatch.daemon.decisions.transitions import UNDER_WAY
 from sharpwatch.daemon.detection.state import Arrays, packed
 from sharpwatch.daemon.estimation.estimator import PROBES
 from sharpwatch.daemon.estimation.hessian import observed_stability
-from sharpwatch.daemon.estimation.windows import WINDOW_PROBES, EstimateRequest, Estimates, Windows
+from sharpwatch.daemon.estimation.windows import WINDOW_PROBES, EstimateRequest, Estimates, Windows, ignored
 from sharpwatch.daemon.ingest.hello import Attempt, RunHello
 from sharpwatch.daemon.ingest.samples import BlockTap, Reading
 from sharpwatch.daemon.records import NO_CHANGES, Changes, Decision, Observation, ProbedStep
 from sharpwatch.daemon.runs.snapshot import Maxima, Phase, RunSnapshot
 from sharpwatch.daemon.storage.schema import BaselinesRow, ReferenceRow, StoredRun
+from sharpwatch.wire import Floats
 
 MAX_RUNS = 1_000
 MAX_ATTEMPTS = 4  # remembered of a run, as one of them may still be sending its last samples
@@ -39,6 +40,7 @@ _MEASURED = (
     *("estimates", "layer_sharpness", "order_correlation"),
 )
 SAVE_EVERY = 250  # samples between two states of a run in the journal; each has some 200 KB
+_COUNTED = 10_000  # records of a run that are known to be counted, the newest; more than may still change
 _PAUSES = 3.0  # times as long as a run has paused before: then it has stalled
 
 
@@ -113,10 +115,17 @@ class Run:
         controller: The controller of that attempt.
         now: Unix seconds.
         window_bytes: How much its windows of probes may take.
+        on_cut: Called with the probe of each reading that is dropped for that.
     """
 
     def __init__(
-        self, attempt: Attempt, controller: RunController, *, now: float, window_bytes: int = RUN_WINDOW_BYTES
+        self,
+        attempt: Attempt,
+        controller: RunController,
+        *,
+        now: float,
+        window_bytes: int = RUN_WINDOW_BYTES,
+        on_cut: Callable[[str], None] = ignored,
     ) -> None:
         self.attempt = attempt
         self.controller = controller
@@ -125,7 +134,7 @@ class Run:
         self.outstanding: dict[str, Decision] = {}
         # What its losses are held against; `peers` keeps the controllers to it.
         self.reference: ReferenceRow | None = None
-        self.windows = Windows(PROBES, window_bytes)
+        self.windows = Windows(PROBES, window_bytes, on_cut)
         self._failures: Counter[str] = Counter()
         self._probe_steps: dict[str, deque[int]] = {name: deque(maxlen=WINDOW_PROBES) for name in PROBES}
         self._attention_steps: deque[int] = deque(maxlen=WINDOW_PROBES)
@@ -338,6 +347,8 @@ class Run:
         for decision in changes.decisions:
             if decision.outcome not in UNDER_WAY:
                 self.outstanding.pop(decision.id, None)
+        while len(self._counted) > _COUNTED:
+            del self._counted[next(iter(self._counted))]
 
     def _count_outcome(self, decision: Decision, outcome: str) -> None:
         if self._counted.get(decision.id) != outcome:
@@ -383,6 +394,7 @@ class Run:
             "lr_revision": self.controller.newest_revision,
             "multipliers": dict(self.controller.multipliers),
             "incidents": self.controller.incidents,
+            "incidents_in_all": self.controller.incidents_in_all,
             "incidents_total": dict(self._incidents_total),
             "decisions_total": dict(self._decisions_total),
         }
@@ -391,6 +403,13 @@ class Run:
 def _present(blocks: Iterable[str], values: Iterable[float]) -> dict[str, float]:
     """Leaves out NaN, which means that a value was not measured."""
     return {block: value for block, value in zip(blocks, values, strict=True) if not math.isnan(value)}
+
+
+def _mean_draw(traces: Floats) -> Floats:
+    """Means over draws [1, L]: detectors keep observations, and draws can take 8 MB each."""
+    with np.errstate(over="ignore"):
+        mean: Floats = traces.mean(0, keepdims=True)
+    return mean
 
 
 def observation_of(blocks: tuple[str, ...], reading: Reading) -> Observation:
@@ -405,7 +424,7 @@ def observation_of(blocks: tuple[str, ...], reading: Reading) -> Observation:
         attention=reading.attention,
         multipliers={} if tap is None else _present(blocks, tap.lr_multiplier.tolist()),
         restored=reading.restored,
-        traces=None if gnb is None else gnb.traces,
+        traces=None if gnb is None else _mean_draw(gnb.traces),
         rank_losses=reading.rank_losses,
         update_every={} if reading.health is None else reading.health.update_every,
     )
@@ -442,6 +461,7 @@ class Runs:
         make_controller: Makes the controller of each new attempt.
         run_window_bytes: How much the windows of probes of a run may take.
         window_bytes: How much those of all runs may take.
+        on_cut: Called with the probe of each reading that is dropped for either.
     """
 
     def __init__(
@@ -450,10 +470,12 @@ class Runs:
         *,
         run_window_bytes: int = RUN_WINDOW_BYTES,
         window_bytes: int = WINDOW_BYTES,
+        on_cut: Callable[[str], None] = ignored,
     ) -> None:
         self._make_controller = make_controller
         self._run_window_bytes = run_window_bytes
         self._window_bytes = window_bytes
+        self._on_cut = on_cut
         self._runs: dict[str, Run] = {}
         self._attempts: dict[str, dict[str, Attempt]] = {}  # by run, then by attempt; the newest last
         self._asked_for: dict[str, float] = {}  # when runs came from the journal, in unix seconds
@@ -487,7 +509,12 @@ class Runs:
 
     def apart(self) -> Runs:
         """Returns an empty collection of the same kind, in which a run can be restored beside what goes on here."""
-        return Runs(self._make_controller, run_window_bytes=self._run_window_bytes, window_bytes=self._window_bytes)
+        return Runs(
+            self._make_controller,
+            run_window_bytes=self._run_window_bytes,
+            window_bytes=self._window_bytes,
+            on_cut=self._on_cut,
+        )
 
     def adopt(self, other: Runs, name: str, now: float) -> Run | None:
         """Takes over a run that was restored in `other`.
@@ -532,7 +559,9 @@ class Runs:
             run.begin(attempt, self._make_controller(attempt.hello, run.controller), again=identity in attempts)
         elif has_room:
             controller = self._make_controller(attempt.hello, None)
-            run = self._runs[name] = Run(attempt, controller, now=now, window_bytes=self._run_window_bytes)
+            run = self._runs[name] = Run(
+                attempt, controller, now=now, window_bytes=self._run_window_bytes, on_cut=self._on_cut
+            )
         else:
             return None
         attempts.pop(identity, None)

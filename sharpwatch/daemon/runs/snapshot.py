@@ -78,7 +78,8 @@ class RunSnapshot:
     layer_sharpness: tuple[Estimate, ...] = ()  # [L]
     order_correlation: float | None = None
     sharpness: SharpnessView | None = None  # between probes, and in order
-    incidents: tuple[Incident, ...] = ()
+    incidents: tuple[Incident, ...] = ()  # the newest
+    incidents_in_all: int = 0
     incidents_total: Mapping[str, int] = field(default_factory=dict)
     excursions_total: Mapping[tuple[str, str], int] = field(default_factory=dict)  # by signal, block type
     decisions_total: Mapping[tuple[str, str, str], int] = field(default_factory=dict)  # by action, mode, outcome

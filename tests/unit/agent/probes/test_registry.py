@@ -62,7 +62,7 @@ def largest(hello, window):
 class Controller:
     """What a run asks of one to be shown."""
 
-    mode, newest_revision, multipliers, incidents = "observe", 0, {}, ()
+    mode, newest_revision, multipliers, incidents, incidents_in_all = "observe", 0, {}, (), 0
     detection = RunDetection("run", (("emb", ""),), np.ones(1, dtype=np.int64), lambda: "id")
 
 

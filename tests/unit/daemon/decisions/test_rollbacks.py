@@ -8,7 +8,9 @@ import pytest
 from controlled_run import CHAIN, ROLLBACK, saved, trained
 
 from sharpwatch.daemon.config.settings import GuardConfig, MatchConfig
-from sharpwatch.daemon.records import Checkpoint, CheckpointReport, ReportedResult
+from sharpwatch.daemon.decisions import decision_log, run_controller
+from sharpwatch.daemon.decisions.decision_log import DecisionLog
+from sharpwatch.daemon.records import Checkpoint, CheckpointReport, Decision, ReportedResult
 from sharpwatch.errors import OperatorError
 
 
@@ -153,3 +155,56 @@ def test_a_proposal_expires_with_its_checkpoint_and_the_next_names_one_that_is_t
     trainer.run(6)
     newest = trainer.controller.decisions[-1]
     assert (newest.outcome, newest.rollback.checkpoint.step) == ("proposed", 60)
+
+
+def test_only_the_newest_checkpoints_are_kept_and_the_journal_forgets_the_others_too(monkeypatch):
+    monkeypatch.setattr(run_controller, "KEPT_CHECKPOINTS", 5)
+    trainer = trained((replace(ROLLBACK, match=MatchConfig("NonFinite")),), mode="advise")
+    for at in range(10, 60, 10):
+        trainer.controller.note_checkpoints(CheckpointReport((Checkpoint(at, f"file:{at}"),)))
+    trainer.heat["ffn"] = 1000.0
+    trainer.run(1)
+    (made,) = trainer.controller.decisions
+    assert (made.outcome, made.rollback.checkpoint.step) == ("proposed", 50)
+    saved = tuple(Checkpoint(at, f"file:{at}") for at in range(100, 107))
+    changes = trainer.controller.note_checkpoints(CheckpointReport(saved))
+    assert trainer.controller.checkpoints == saved[-5:]
+    assert changes.checkpoints == {
+        **{one.uri: one.step for one in saved[2:]},
+        **dict.fromkeys(["file:10", "file:20", "file:30", "file:40", "file:50", "file:100", "file:101"]),
+    }
+    # The proposal to go back to one of them ends with it.
+    (ended,) = changes.decisions
+    assert (ended.id, ended.outcome) == (made.id, "expired")
+
+
+def test_checkpoints_are_bounded_by_the_length_of_their_uris_and_the_newest_stays(monkeypatch):
+    monkeypatch.setattr(run_controller, "KEPT_URIS", 100)
+    controller = trained().controller
+    for at in range(1, 30):
+        controller.note_checkpoints(CheckpointReport((Checkpoint(at, f"{'x' * 28}{at:02}"),)))
+    assert [one.step for one in controller.checkpoints] == [27, 28, 29]
+
+
+def test_decisions_that_changed_nothing_are_forgotten_and_others_are_not(monkeypatch):
+    monkeypatch.setattr(decision_log, "KEPT", 10)
+    decided = DecisionLog("run", ("qk",))
+    blank = Decision("", "run", 0.0, 1, "scale_lr", "enforce", "draft", policy="cut")
+    cut = decided.revise(decided.add(replace(blank, id="cut"), "send"), author="", reason="", now=0.0)
+    decided.applied(1, 2)
+    decided.advance(cut, "apply", applied_step=2)
+    decided.advance(cut, "recover")
+    proposed = decided.add(replace(blank, id="proposed"), "propose")
+    for number in range(100):
+        decided.add(replace(blank, id=f"d{number}"), "refuse")
+        assert len(decided.take().decisions) == (3 if number == 0 else 1)
+    kept = ["cut", "proposed", *(f"d{number}" for number in range(90, 100))]
+    assert [one.id for one in decided.decisions] == kept
+    assert decided.number_in_force == 1
+    assert decided.unsettled() == (proposed,)
+    again = DecisionLog("run", ("qk",))
+    again.restore(
+        [*(replace(decided.find("d99"), id=f"older{number}") for number in range(50)), *decided.decisions],
+        decided.revisions,
+    )
+    assert [one.id for one in again.decisions] == kept

@@ -9,8 +9,9 @@ from dataclasses import replace
 import pytest
 from observations import detection, healthy_run, scaled
 
+from sharpwatch.daemon.detection import incidents as incidents_module
 from sharpwatch.daemon.detection.incidents import QUIET, STEPS_AGAIN, UPDATE_EVERY, IncidentLog, is_brief
-from sharpwatch.daemon.records import CAUSES, Finding, Incident
+from sharpwatch.daemon.records import CAUSES, Finding, ForeignAlert, Incident
 
 
 def log(first: int = 1) -> IncidentLog:
@@ -393,3 +394,41 @@ def test_a_silent_failure_hides_nothing_and_joins_nothing():
     spike = log()  # while a page is open, the failure is not silent
     fold(spike, *[found("LossSpike", step, onset=10) for step in range(10, 40)], found("SilentFailure", 20))
     assert [each.name for each in spike.all] == ["LossSpike"]
+
+
+def test_the_oldest_closed_incidents_are_forgotten_and_what_is_open_is_not(monkeypatch):
+    monkeypatch.setattr(incidents_module, "KEPT", 10)
+    incidents = log()
+    firing = ForeignAlert("GpuHot", "f", 1.0)
+    (open_one,) = incidents.begin_foreign("foreign", firing, "warning", "it is hot", 1)
+    for step in range(1_000, 31_000, 1_000):
+        fold(incidents, found("LossSpike", step), found("LossSpike", step + 1))
+        for _ in range(QUIET):
+            incidents.see([])
+    assert incidents.open == (open_one,)
+    kept = incidents.all
+    assert 10 <= len(kept) <= 11
+    assert kept[0] is open_one
+    assert [each.first_step for each in kept[1:]] == list(range(32_000 - 1_000 * len(kept), 31_000, 1_000))
+    assert len(kept) + incidents.forgotten == 31
+    again = log(100)
+    again.restore([*(replace(kept[1], id=f"old{number}") for number in range(50)), *kept])
+    assert again.all[0] == again.open[0] == open_one
+    assert again.all[1:] == kept[-9:]
+
+
+def test_incidents_are_bounded_by_what_they_take(monkeypatch):
+    monkeypatch.setattr(incidents_module, "KEPT_BYTES", 100_000)
+    incidents = log()
+    closed = Incident(
+        *("i", "run", "NonFinite", ("NonFinite",), "non-finite", "critical", ("qk",)),
+        layer_blocks=("layers.0.qk",) * 1_000,
+        evidence=("x" * 1_000,),
+        onset=1,
+        first_step=1,
+        last_step=1,
+        active=False,
+    )
+    incidents.restore(replace(closed, id=f"i{number}") for number in range(100))
+    assert [each.id for each in incidents.all] == [f"i{number}" for number in range(90, 100)]
+    assert incidents.forgotten == 90

@@ -12,7 +12,7 @@ from hellos import run_hello
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sharpwatch.daemon.estimation import estimator
+from sharpwatch.daemon.estimation import estimator, gnb
 from sharpwatch.daemon.estimation.estimator import (
     BATCH_BYTES,
     PROBES,
@@ -20,6 +20,7 @@ from sharpwatch.daemon.estimation.estimator import (
     Estimator,
     batches,
     estimate_all,
+    one_turn,
 )
 from sharpwatch.daemon.estimation.windows import EstimateRequest, Windows
 from sharpwatch.daemon.ingest.probes import (
@@ -106,6 +107,31 @@ def test_windows_of_other_draws_are_another_batch_and_none_is_padded_to_the_wide
     assert sizes == sorted(sizes)  # nobody waits for a larger one
 
 
+def test_a_shape_is_that_of_the_tensors_that_torch_is_given(monkeypatch):
+    taken = []
+
+    def traces(values, mask):
+        taken.append(values.nbytes)
+        return trace_estimates(values, mask)
+
+    def tops(sketches, mask):
+        rows = sketches.flatten(1, 2)
+        taken.append(sketches.nbytes + (rows @ rows.mT).double().nbytes)
+        return top_eigenvalues(sketches, mask)
+
+    trace_estimates, top_eigenvalues = gnb.trace_estimates, gnb.top_eigenvalues
+    monkeypatch.setattr(gnb, "trace_estimates", traces)
+    monkeypatch.setattr(gnb, "top_eigenvalues", tops)
+    requests = [
+        request_of(f"r{n}", layers, gnb=lambda hello, n=n: gnb_window(hello, [6] * (n + 2), n))
+        for n, layers in enumerate((2, 7, 3))
+    ]
+    (batch,) = batches(requests)
+    estimate_all([part.request for part in batch], "cpu")
+    shape = PROBES["gnb"].shape(requests[0]).joined(PROBES["gnb"].shape(requests[1]))
+    assert sum(taken) == shape.joined(PROBES["gnb"].shape(requests[2])).nbytes
+
+
 def test_a_batch_holds_as_much_as_its_bytes_allow(monkeypatch):
     requests = [request_of(f"r{n}", gnb=lambda hello: gnb_window(hello, [4] * 8, 0)) for n in range(10)]
     one = PROBES["gnb"].shape(requests[0]).nbytes
@@ -169,6 +195,16 @@ async def test_one_probe_that_fails_leaves_the_runs_others(monkeypatch):
     assert of is request
     assert set(found.failures) == {"direction"}
     assert {key[2] for key in found.values} >= {"gnb"}
+
+
+def test_of_heavy_runs_one_at_a_time_has_its_turn():
+    heavy = [request_of(f"heavy{n}", gnb=lambda hello: gnb_window(hello, [64] * 8, 0)) for n in range(3)]
+    light = [request_of(f"light{n}", gnb=lambda hello: gnb_window(hello, [4] * 8, 0)) for n in range(3)]
+    now, later = one_turn([light[0], *heavy, *light[1:]])
+    assert [one.hello.run for one in now] == ["light0", "heavy0", "light1", "light2"]
+    assert later == heavy[1:]
+    assert one_turn(later) == ([heavy[1]], [heavy[2]])
+    assert one_turn(light) == (light, [])
 
 
 async def test_a_light_run_is_done_before_a_heavy_one():
@@ -236,11 +272,19 @@ def test_a_window_that_is_too_large_loses_its_oldest_readings():
     windows.append("gnb", 9, traces(60, 100))
     assert [step for step, _ in windows.request(HELLO).windows["gnb"]] == [8, 9]
     assert windows.cut == {"gnb": 7}
-    # One that alone is too large is not kept, and the rest of the run's windows stay.
+    # One that is too large by itself is a window, and the rest of the run's windows stay.
     windows.append("gnb", 10, traces(64, 1_000))
-    assert set(windows.request(HELLO).windows) == {"lanczos"}
+    request = windows.request(HELLO)
+    assert {probe: [step for step, _ in window] for probe, window in request.windows.items()} == {
+        "lanczos": [1],
+        "gnb": [10],
+    }
     windows.append("gnb", 11, traces(20, 100))
     assert [step for step, _ in windows.request(HELLO).windows["gnb"]] == [11]
+    # All runs together may have no room for it.
+    while windows.nbytes:
+        windows.drop_oldest()
+    assert windows.request(HELLO).windows == {}
 
 
 @given(st.lists(st.tuples(st.sampled_from(["gnb", "lanczos"]), st.integers(1, 64)), max_size=60))
@@ -270,6 +314,7 @@ def test_a_request_names_the_steps_that_no_earlier_one_had():
         windows.append("gnb", step, traces(2))
     windows.append("lanczos", 4, LanczosReading(8, "", 1.0, 0.1, -1.0, 0.1, ""))
     assert windows.request(HELLO, {"gnb"}).new_steps == {1, 2, 3}
+    windows.note_taken(windows.request(HELLO, {"gnb"}))
     assert windows.request(HELLO, {"gnb"}).new_steps == frozenset()
     for step in range(5, 15):
         windows.append("gnb", step, traces(2))
@@ -283,13 +328,15 @@ class Slow:
     """An estimator that waits for a signal to go on."""
 
     def __init__(self) -> None:
+        self.left: list[set[str]] = []  # after each batch
         self.batches: list[dict[str, tuple[set[str], list[float]]]] = []
         self.begun, self.go_on = asyncio.Event(), asyncio.Event()
 
-    async def __call__(self, batch) -> None:
+    async def __call__(self, batch) -> set[str]:
         self.batches.append({name: (waiting.probes, waiting.received_at) for name, waiting in batch.items()})
         self.begun.set()
         await self.go_on.wait()
+        return self.left.pop(0) if self.left else set()
 
 
 async def test_what_comes_in_meanwhile_is_the_next_batch_in_its_order():
@@ -322,6 +369,22 @@ async def test_a_run_that_floods_the_queue_is_in_it_once_with_all_its_probes():
     await queue.settled()
     times = [float(number) for number in range(1, 1_000)]
     assert slow.batches[1:] == [{"flood": ({"gnb", "direction"}, times), "quiet": ({"gnb"}, [1_000.0])}]
+
+
+async def test_a_run_whose_turn_is_still_to_come_waits_on_before_those_that_came_later():
+    slow = Slow()
+    slow.left = [{"b", "c"}, {"c"}]
+    queue = EstimationQueue(slow)
+    for name in ("a", "b", "c"):
+        queue.put(name, ["gnb"], 1.0)
+    await slow.begun.wait()
+    for name in ("d", "c"):
+        queue.put(name, ["direction"], 2.0)
+    slow.go_on.set()
+    await queue.settled()
+    c = ({"gnb", "direction"}, [1.0, 2.0])
+    assert slow.batches[1:] == [{"b": ({"gnb"}, [1.0]), "c": c, "d": ({"direction"}, [2.0])}, {"c": c}]
+    assert [list(batch) for batch in slow.batches[1:]] == [["b", "c", "d"], ["c"]]
 
 
 async def test_who_gives_up_waiting_does_not_end_the_estimates():

@@ -141,7 +141,7 @@ def test_the_preconditioned_ratio_is_the_newest():
 class FakeController:
     """What a run reads of a controller to publish it."""
 
-    mode, newest_revision, multipliers, incidents = "observe", 0, {}, ()
+    mode, newest_revision, multipliers, incidents, incidents_in_all = "observe", 0, {}, (), 0
     detection = RunDetection("run", (("emb", ""),), np.ones(1, dtype=np.int64), lambda: "id")
 
 
@@ -163,6 +163,7 @@ def after(run: Run, step: int, *probes: str) -> list[tuple[str, str, str]]:
     run.update(reading, 0.0)
     request = run.request(reading.probes)
     assert (tuple(request.windows), request.new_steps) == (probes, {step})
+    run.windows.note_taken(request)
     run.take_estimates(request, estimate_all([request], "cpu")[0])
     run.publish()
     return list(run.snapshot.estimates)

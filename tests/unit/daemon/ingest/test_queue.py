@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from dataclasses import replace
+
 import pytest
 from hellos import run_hello
 from hypothesis import given
@@ -9,6 +12,7 @@ from hypothesis import strategies as st
 
 from sharpwatch.daemon.ingest.hello import Attempt, Cursor
 from sharpwatch.daemon.ingest.samples import QueuedSample, Reading, SampleQueue
+from sharpwatch.daemon.records import OptimizerGroup
 from sharpwatch.errors import WireError
 
 
@@ -26,7 +30,7 @@ def named(entries) -> list[tuple[str, int]]:
 
 def test_the_busiest_run_loses_its_oldest():
     lost = []
-    queue = SampleQueue(4, 10_000, lost.append)
+    queue = SampleQueue(4, 10_000, 10_000, lost.append)
     for run, sequence in (("quiet", 1), ("busy", 1), ("busy", 2), ("busy", 3), ("quiet", 2)):
         queue.put(entry(run, sequence))
     assert named(lost) == [("busy", 1)]
@@ -35,7 +39,7 @@ def test_the_busiest_run_loses_its_oldest():
 
 def test_large_samples_are_bounded_by_their_bytes():
     lost = []
-    queue = SampleQueue(100, 1_000, lost.append)
+    queue = SampleQueue(100, 1_000, 1_000, lost.append)
     for sequence in range(1, 6):
         queue.put(entry("small", sequence))
     queue.put(entry("large", 1, 600))
@@ -43,9 +47,40 @@ def test_large_samples_are_bounded_by_their_bytes():
     assert named(lost) == [("large", 1)]
 
 
+def test_a_run_has_its_share_of_the_bytes_and_no_more():
+    lost = []
+    queue = SampleQueue(100, 10_000, 1_000, lost.append)
+    queue.put(entry("small", 1))
+    for sequence in range(1, 6):
+        queue.put(entry("large", sequence, 400))
+    assert named(lost) == [("large", 1), ("large", 2), ("large", 3)]
+    taken = queue.take()
+    assert named(taken) == [("small", 1), ("large", 4), ("large", 5)]
+    # What comes back from a failed write counts as well.
+    queue.put(entry("large", 6, 400))
+    queue.requeue(taken)
+    assert named(lost[3:]) == [("large", 4)]
+    assert named(queue.take()) == [("large", 5), ("large", 6), ("small", 1)]
+
+
+def test_settings_of_an_optimizer_count_as_what_they_take_once_they_are_read():
+    settings = {f"setting {number}": float(number) for number in range(1_000)}
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    groups = {
+        (0, group): OptimizerGroup({name + str(group): value + group for name, value in settings.items()}, None)
+        for group in range(5)
+    }
+    taken = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    one = entry("run", 1)
+    one.reading = replace(one.reading, optimizer_groups=groups)
+    assert one.nbytes - len(one.payload) == pytest.approx(taken, rel=0.3)
+
+
 def test_requeued_samples_go_ahead_of_newer_ones():
     lost = []
-    queue = SampleQueue(3, 10_000, lost.append)
+    queue = SampleQueue(3, 10_000, 10_000, lost.append)
     queue.put(entry("run", 1))
     queue.put(entry("run", 2))
     taken = queue.take()
@@ -60,7 +95,7 @@ def test_requeued_samples_go_ahead_of_newer_ones():
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 400)), max_size=60))
 def test_nothing_is_lost_uncounted_and_no_bound_is_passed(samples):
     lost: list[QueuedSample] = []
-    queue = SampleQueue(8, 1_500, lost.append)
+    queue = SampleQueue(8, 1_500, 700, lost.append)
     put = [entry(run, sequence, size) for sequence, (run, size) in enumerate(samples, 1)]
     for one in put:
         queue.put(one)
@@ -69,6 +104,7 @@ def test_nothing_is_lost_uncounted_and_no_bound_is_passed(samples):
     assert sum(len(one.payload) for one in held) <= 1_500
     assert sorted(named(lost) + named(held)) == sorted(named(put))
     for run in "abc":
+        assert sum(len(one.payload) for one in held if one.run == run) <= 700
         sequences = [one.reading.sequence for one in held if one.run == run]
         assert sequences == sorted(sequences)
 

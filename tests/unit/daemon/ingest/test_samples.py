@@ -10,7 +10,7 @@ import pytest
 from sharpwatch import wire
 from sharpwatch.daemon.ingest.hello import read_hello
 from sharpwatch.daemon.ingest.probes import LanczosReading, PreconditionedReading
-from sharpwatch.daemon.ingest.samples import read_sample
+from sharpwatch.daemon.ingest.samples import MAX_SETTINGS, read_sample
 from sharpwatch.daemon.records import Checkpoint, CheckpointReport
 from sharpwatch.errors import WireError
 from sharpwatch.v1 import agent_pb2, types_pb2
@@ -397,3 +397,23 @@ def test_a_scale_that_is_kept_keeps_no_message():
 def test_a_sketch_too_large_to_be_squared_is_dropped_before_it_spoils_what_it_is_estimated_with():
     reading = read_sample(HELLO, agent_pb2.Sample(sequence=1, step=1, gnb=gnb(sketches=np.full((2, 2, 64), 1e20))))
     assert (dict(reading.probes), reading.dropped_probes) == ({}, ("gnb",))
+
+
+def test_settings_of_all_parameter_groups_together_are_limited():
+    def groups(count: int) -> agent_pb2.Sample:
+        settings = {f"setting {number}": 1.0 for number in range(250)}
+        made = [agent_pb2.OptimizerGroup(group=group, settings=settings) for group in range(count // 250)]
+        made.append(
+            agent_pb2.OptimizerGroup(group=len(made), settings=dict.fromkeys(map(str, range(count % 250)), 1.0))
+        )
+        return agent_pb2.Sample(sequence=1, optimizer_groups=made)
+
+    assert len(read_sample(HELLO, groups(MAX_SETTINGS)).optimizer_groups) == MAX_SETTINGS // 250 + 1
+    with pytest.raises(WireError, match=f"at most {MAX_SETTINGS} settings in all"):
+        read_sample(HELLO, groups(MAX_SETTINGS + 1))
+
+
+def test_a_reading_of_numbers_whose_sum_is_not_finite_is_dropped():
+    large = hutchinson(block="qk", traces=((0.0, 1.7e308, 1.7e308),))
+    reading = read_sample(HELLO, agent_pb2.Sample(sequence=1, hutchinson=large))
+    assert (dict(reading.probes), reading.dropped_probes) == ({}, ("hutchinson",))
