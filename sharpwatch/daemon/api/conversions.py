@@ -259,21 +259,20 @@ def run_message(snapshot: RunSnapshot) -> operator_pb2.Run:
 
 def ended_run_message(summary: RunSummary, mode: Mode) -> operator_pb2.Run:
     """Returns the summary of a run that is not in memory; `mode` is that of runs for which none was set."""
-    hello, newest = agent_pb2.Hello(), agent_pb2.SessionRequest()
+    hello, newest = agent_pb2.Hello(), []
     with suppress(DecodeError):  # of a version whose messages can't be read any more
         hello.ParseFromString(summary.attempt.hello)
-        newest.ParseFromString(summary.sample)
+        newest = [agent_pb2.SessionRequest.FromString(payload).sample for payload in summary.samples]
     log = DecisionLog(summary.run, hello.blocks)
     log.restore(summary.decisions, summary.revisions)
-    sample = newest.sample
     return operator_pb2.Run(
         run=summary.run,
         training_job=hello.training_job,
         phase=_PHASES["closed" if summary.attempt.closed else "killed" if summary.attempt.killed else "silent"],
         attempts=summary.attempts,
-        step=sample.step if summary.sample else hello.initial_step,
-        loss=sample.loss if sample.HasField("loss") else None,
-        last_sample_at_unix_ns=_nanoseconds(summary.attempt.seen_at) if summary.sample else 0,
+        step=newest[0].step if newest else hello.initial_step,
+        loss=next((sample.loss for sample in newest if sample.HasField("loss")), None),
+        last_sample_at_unix_ns=_nanoseconds(summary.attempt.seen_at) if newest else 0,
         mode=summary.mode.mode if summary.mode else mode,
         control=hello.control,
         lr_revision=log.newest_revision,

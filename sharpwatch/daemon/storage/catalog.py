@@ -10,6 +10,7 @@ from sharpwatch.daemon.records import Decision, Incident, LrPlan, Revision
 from sharpwatch.daemon.storage.records_json import decision_of, incident_of, plan_of, revision_of
 from sharpwatch.daemon.storage.schema import CLOSED, KILLED, ModeRow, StoredAttempt
 
+_NEWEST = 8  # samples among which a list finds a run's newest loss
 # What still waits for somebody: `/metrics` shows it for as long.
 _UNSEEN_CRITICAL = (
     "json_extract(record, '$.active') AND json_extract(record, '$.severity') = 'critical' "
@@ -42,7 +43,7 @@ class RunSummary:
         run: The run's name.
         attempt: Its newest attempt.
         attempts: How many it has had.
-        sample: The payload of its newest sample; empty where the journal has none.
+        samples: The payloads of its newest samples, newest first: the last of an attempt has no loss.
         mode: The mode that was set for it, if any.
         open_incidents: How many.
         decisions: Its decisions where it has revisions, which say what is in force.
@@ -52,7 +53,7 @@ class RunSummary:
     run: str
     attempt: StoredAttempt
     attempts: int
-    sample: bytes
+    samples: tuple[bytes, ...]
     mode: ModeRow | None
     open_incidents: int
     decisions: tuple[Decision, ...]
@@ -100,7 +101,7 @@ def summary(connection: sqlite3.Connection, run: str) -> RunSummary | None:
     if newest is None:
         return None
     (attempts,) = rows("SELECT count(*) FROM attempts WHERE run = ?", [run]).fetchone()
-    sample = rows("SELECT payload FROM samples WHERE run = ? ORDER BY id DESC LIMIT 1", [run]).fetchone()
+    samples = rows("SELECT payload FROM samples WHERE run = ? ORDER BY id DESC LIMIT ?", [run, _NEWEST])
     mode = rows(
         "SELECT run, mode, author, reason, made_at FROM modes WHERE run = ? ORDER BY id DESC LIMIT 1", [run]
     ).fetchone()
@@ -112,7 +113,7 @@ def summary(connection: sqlite3.Connection, run: str) -> RunSummary | None:
         run,
         StoredAttempt(attempt, hello, acknowledged, seen_at, closed == CLOSED, closed == KILLED),
         attempts,
-        b"" if sample is None else sample[0],
+        tuple(payload for (payload,) in samples),
         ModeRow(*mode) if mode else None,
         active,
         tuple(decision_of(record) for (record,) in made),

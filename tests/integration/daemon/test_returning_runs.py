@@ -6,8 +6,8 @@ import grpc
 import pytest
 
 from sharpwatch.daemon.runs import run as runs
+from sharpwatch.v1 import agent_pb2, types_pb2
 from sharpwatch.v1 import operator_pb2 as pb
-from sharpwatch.v1 import types_pb2
 
 
 def rates(run="old", **multipliers) -> pb.SetLearningRatesRequest:
@@ -243,6 +243,11 @@ async def test_a_watch_goes_on_though_its_run_has_left_and_come_back(small, buil
 
 async def test_runs_that_left_are_listed_as_those_in_memory(small, build):
     await revised(small, build)
+    trainer = await small.train("old", "old-1")  # its farewell has no loss
+    await trainer.send(agent_pb2.Sample(sequence=4, step=3, closing=True))
+    await trainer.acknowledged(4)
+    await small.shown("old", lambda detail: detail.run.phase == pb.RUN_PHASE_CLOSED)
+    await trainer.leave()
     (before,) = (await small.operator.ListRuns(pb.ListRunsRequest())).runs
     assert (before.lr_revision, before.mode, before.step, dict(before.multipliers)) == (
         2,
