@@ -9,7 +9,7 @@ from contextlib import closing
 import numpy as np
 import pytest
 from hellos import run_hello
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sharpwatch.daemon.estimation import estimator, gnb
@@ -59,6 +59,7 @@ def parts(found) -> list[list[tuple[str, str]]]:
     return [[part.name for part in batch] for batch in found]
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(
     st.lists(st.tuples(st.integers(1, 6), st.lists(st.integers(1, 6), min_size=1, max_size=8)), min_size=1, max_size=6)
 )
@@ -287,6 +288,7 @@ def test_a_window_that_is_too_large_loses_its_oldest_readings():
     assert windows.request(HELLO).windows == {}
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["gnb", "lanczos"]), st.integers(1, 64)), max_size=60))
 def test_windows_never_take_more_than_their_limit_and_keep_the_newest(readings):
     windows, sent = Windows(PROBES, 50_000), {"gnb": [], "lanczos": []}
