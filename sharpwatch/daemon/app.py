@@ -31,7 +31,7 @@ from sharpwatch.daemon.decisions.muting import Silences
 from sharpwatch.daemon.decisions.run_controller import RunController
 from sharpwatch.daemon.detection.thresholds import Budget
 from sharpwatch.daemon.estimation.estimator import Estimator
-from sharpwatch.daemon.exporter.metrics import RunCollector
+from sharpwatch.daemon.exporter.metrics import Exposition, RunCollector
 from sharpwatch.daemon.exporter.own_metrics import OwnMetrics
 from sharpwatch.daemon.gate_webhook import GateWebhook
 from sharpwatch.daemon.ingest.hello import RunHello
@@ -143,8 +143,9 @@ async def serving(config: Config, rules: Rules | None = None) -> AsyncIterator[D
         )
         metrics = OwnMetrics(registry, queue_depth=lambda: queue.depth, queue_capacity=queue.capacity)
         sessions = Sessions(metrics)
-        registry.register(
-            RunCollector(runs.snapshots, time.time, stale_after=settings.stale_after, layers=settings.layer_metrics)
+        exposition = Exposition(
+            registry,
+            RunCollector(runs.snapshots, time.time, stale_after=settings.stale_after, layers=settings.layer_metrics),
         )
         notifier = Notifier(config.notifications, metrics, store.keep_notifications)
         asking = GateWebhook(config.gate, metrics)
@@ -173,7 +174,7 @@ async def serving(config: Config, rules: Rules | None = None) -> AsyncIterator[D
         restored = asyncio.Event()
         limits = ConnectionLimits.of(raise_descriptor_limit())
         http_server = HttpServer(
-            registry,
+            exposition,
             alerts,
             unready=lambda: pipeline.store_error or ("" if restored.is_set() else "restoring"),
             most=limits.http,
@@ -316,7 +317,7 @@ def configure_logs(level: str) -> None:
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),  # names: from 25.1 on
         logger_factory=structlog.stdlib.LoggerFactory(),
-        cache_logger_on_first_use=False,
+        cache_logger_on_first_use=True,
     )
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(

@@ -20,6 +20,7 @@ from sharpwatch.daemon.decisions.transitions import UNDER_WAY
 from sharpwatch.daemon.estimation.estimator import PROBES, EstimationQueue, Estimator, Waiting, one_turn
 from sharpwatch.daemon.estimation.windows import EstimateRequest, Estimates
 from sharpwatch.daemon.exporter.own_metrics import OwnMetrics
+from sharpwatch.daemon.ingest.group_commit import Gathering
 from sharpwatch.daemon.ingest.hello import Attempt
 from sharpwatch.daemon.ingest.samples import QueuedSample, Reading, SampleQueue
 from sharpwatch.daemon.records import NO_CHANGES, Changes, Decision, Incident, Silence
@@ -88,7 +89,8 @@ class Pipeline:
         self._writing = asyncio.Lock()
         self._retry_at = 0.0
         self._retry_after = _FIRST_RETRY
-        self._stopping = False
+        self._gathering = Gathering()
+        self._stop = asyncio.Event()
         self.store_error = ""
 
     async def run(self) -> None:
@@ -96,10 +98,13 @@ class Pipeline:
 
         If the journal still fails then, the samples that it has not taken stay with the agents.
         """
-        while not self._stopping:
+        while not self._stop.is_set():
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._retry_delay()):
                     await self._queue.filled()
+            if wait := self._gathering.wait(time.monotonic()):
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._stop.wait(), wait)
             await self._cycle()
         self._retry_at = 0.0
         await self._cycle()
@@ -115,7 +120,7 @@ class Pipeline:
 
     def stop(self) -> None:
         """Makes `run` return after the present cycle and one more."""
-        self._stopping = True
+        self._stop.set()
         self._queue.wake()
 
     async def watch_stalls(self, detected_by: Callable[[], DetectionConfig]) -> None:
@@ -296,6 +301,7 @@ class Pipeline:
 
     async def _cycle(self) -> None:
         entries = self._queue.take()
+        self._gathering.begin(len(entries), time.monotonic())
         written = False
         # Written before they are folded, so that no acknowledgement waits for detectors and policies.
         # What these decide is written after, by a second transaction.

@@ -90,6 +90,9 @@ Outcome = Literal[
 ]
 
 
+_NOTHING: Ints = np.empty(0, dtype=np.int64)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerTap:
     """The statistics of one step by layer block; every array is [L], NaN where nothing was measured.
@@ -112,10 +115,10 @@ class LayerTap:
     lr_multiplier: Floats
     second_moment: Floats
     clip_factor: float
-    changed_parameter: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    non_finite_parameter: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    zero_gradients: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    zero_parameter: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    changed_parameter: Ints = field(default_factory=lambda: _NOTHING)
+    non_finite_parameter: Ints = field(default_factory=lambda: _NOTHING)
+    zero_gradients: Ints = field(default_factory=lambda: _NOTHING)
+    zero_parameter: Ints = field(default_factory=lambda: _NOTHING)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,10 @@ from collections.abc import Callable
 from aiohttp import web
 from aiohttp.typedefs import Handler
 from aiohttp.web_protocol import RequestHandler
-from prometheus_client import CollectorRegistry
 
 from sharpwatch.daemon.api.foreign_alerts import MAX_BYTES, ForeignAlerts
 from sharpwatch.daemon.api.limits import IDLE_SECONDS
-from sharpwatch.daemon.exporter.metrics import render
+from sharpwatch.daemon.exporter.metrics import Exposition
 from sharpwatch.errors import SharpwatchError
 
 
@@ -21,16 +20,14 @@ class HttpServer:
     """Serves `/metrics`, which `exporter.metrics` renders, `/-/healthy`, `/-/ready`, and takes alerts of other systems.
 
     Args:
-        registry: The metrics.
+        exposition: Renders the metrics.
         alerts: Takes in the alerts.
         unready: Returns why the daemon is not ready, or an empty string if it is.
         most: The connections that it has at a time.
     """
 
-    def __init__(
-        self, registry: CollectorRegistry, alerts: ForeignAlerts, unready: Callable[[], str], *, most: int
-    ) -> None:
-        self._registry = registry
+    def __init__(self, exposition: Exposition, alerts: ForeignAlerts, unready: Callable[[], str], *, most: int) -> None:
+        self._exposition = exposition
         self._unready = unready
         self._most = most
         self._answering: set[asyncio.BaseProtocol] = set()
@@ -108,7 +105,8 @@ class HttpServer:
 
     async def _metrics(self, request: web.Request) -> web.Response:
         # On a thread, because with many runs this takes a while; the collector reads immutable snapshots.
-        body, content_type = await asyncio.to_thread(render, self._registry, request.headers.get("Accept", ""))
+        accept = request.headers.get("Accept", "")
+        body, content_type = await asyncio.to_thread(self._exposition.render, accept)
         response = web.Response(body=body, headers={"Content-Type": content_type})
         response.enable_compression()
         return response

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from sharpwatch.daemon.decisions.transitions import FINAL, UNDER_WAY, Event, advance, is_settled
 from sharpwatch.daemon.records import Changes, Decision, Incident, LrPlan, Revision
 from sharpwatch.errors import OperatorError
 
 KEPT = 1_000  # settled decisions in memory that changed nothing; the journal has all
+Derived = TypeVar("Derived")
 
 
 class DecisionLog:
@@ -46,16 +47,27 @@ class DecisionLog:
         self._plans: dict[str, LrPlan] = {}  # by id, oldest first
         self.plan: LrPlan | None = None  # the newest of them
         self._changed_plans: list[LrPlan] = []
+        self._derived: dict[str, Any] = {}  # what follows from the records of one version
+        self._derived_at = 0
 
     @property
     def decisions(self) -> tuple[Decision, ...]:
         """The decisions, oldest first: all that ever changed something, and the newest of the others."""
-        return tuple(self._decisions.values())
+        return self._derive("decisions", lambda: tuple(self._decisions.values()))
+
+    @property
+    def changed_at(self) -> tuple[int, ...]:
+        """The steps at which decisions came in force, ascending; renewals change nothing."""
+        return self._derive("changed at", self._changed_at)
+
+    def _changed_at(self) -> tuple[int, ...]:
+        made = (one for one in self._decisions.values() if not one.is_renewal)
+        return tuple(sorted(one.applied_step for one in made if one.applied_step is not None))
 
     @property
     def revisions(self) -> tuple[Revision, ...]:
         """All revisions, numbered from 1 without a gap."""
-        return tuple(self._revisions)
+        return self._derive("revisions", lambda: tuple(self._revisions))
 
     @property
     def plans(self) -> tuple[LrPlan, ...]:
@@ -208,27 +220,43 @@ class DecisionLog:
         made = self._decisions[revision.decision_id]
         return revision.applied_step is not None or (made.outcome in UNDER_WAY and not made.cancelled_by)
 
-    def effective(self) -> list[Revision]:
+    def effective(self) -> tuple[Revision, ...]:
         """Returns the revisions that took effect, oldest first: also those that only later sets brought with them.
 
         A command can come to nothing after another set was made from its own, and that one be applied.
         """
+        return self._derive("effective", self._effective)
+
+    def _effective(self) -> tuple[Revision, ...]:
         found: list[Revision] = []
         brought: set[int] = set()
         for revision in reversed(self._revisions):
             if revision.revision in brought or self.took_effect(revision):
                 found.append(revision)
                 brought.add(revision.base)
-        return found[::-1]
+        return tuple(reversed(found))
 
     @property
     def number_in_force(self) -> int:
         """The number of the revision in force or under way; 0 for none."""
-        return self.number_before(len(self._revisions) + 1)
+        return self._derive("in force", lambda: self._number_before(len(self._revisions) + 1))
 
     def number_before(self, number: int) -> int:
         """Returns the number of the revision in force before revision `number`; 0 for none."""
-        return next((one.revision for one in reversed(self._revisions[: number - 1]) if self.took_effect(one)), 0)
+        return self.number_in_force if number > len(self._revisions) else self._number_before(number)
+
+    def _number_before(self, number: int) -> int:
+        earlier = (self._revisions[each] for each in range(number - 2, -1, -1))
+        return next((one.revision for one in earlier if self.took_effect(one)), 0)
+
+    def _derive(self, name: str, make: Callable[[], Derived]) -> Derived:
+        """What follows from the records: made once, as it is asked for at every step and rarely changes."""
+        if self._derived_at != self.version:
+            self._derived, self._derived_at = {}, self.version
+        if name not in self._derived:
+            self._derived[name] = make()
+        found: Derived = self._derived[name]
+        return found
 
     def set_before(self, number: int) -> dict[str, float]:
         """Returns the multipliers in force before revision `number`."""
@@ -295,6 +323,7 @@ class DecisionLog:
         while len(self._idle) > KEPT:
             identity = next(iter(self._idle))
             del self._idle[identity], self._decisions[identity]
+            self.version += 1
 
 
 def _is_idle(decision: Decision) -> bool:

@@ -7,7 +7,8 @@ records and sends what they decide; the trainer moves there (`agent.control.cont
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from weakref import WeakKeyDictionary
 
@@ -127,7 +128,7 @@ def ramp_back_due(
     policy = chain.owner(scaling.made)
     hold = hold_steps(policy, state.failed_ramp_backs)
     wait = stage_steps(policy.guard, log) if state.ramped_back is not None and policy.action.cuts else hold
-    since = quiet_since(incidents, log.decisions, step)
+    since = quiet_since(incidents, log.changed_at, step)
     if step - since < wait or _decided_since(log.decisions, since, wait, step):
         return None
     low, high = permissions.lr_bounds
@@ -180,11 +181,10 @@ def scaling_state(log: DecisionLog) -> ScalingState:
     A block that an operator's revision changes is the operator's from then on: the daemon never ramps it back. What a
     plan changes comes on top of a scaling. A scaling is over once nothing of it is left.
     """
-    version, state = _STATES.get(log, (-1, ScalingState()))
-    if version != log.version:
-        state = _traced(log)
-        _STATES[log] = log.version, state
-    return state
+    followed = _FOLLOWED.get(log)
+    if followed is None:
+        followed = _FOLLOWED[log] = _Followed()
+    return followed.state(log)
 
 
 def rates_are_free(log: DecisionLog) -> bool:
@@ -193,47 +193,97 @@ def rates_are_free(log: DecisionLog) -> bool:
     return not (scaling_state(log).active or any(held))
 
 
-# It is asked for at every step, and rarely changes.
-_STATES: WeakKeyDictionary[DecisionLog, tuple[int, ScalingState]] = WeakKeyDictionary()
+@dataclass(slots=True)
+class _Trace:
+    """What is known after the revisions so far."""
 
-
-def _traced(log: DecisionLog) -> ScalingState:
-    active: dict[str, ActiveScaling] = {}  # by the id of the decision, oldest first
-    taken: dict[int, ActiveScaling] = {}  # by the revision that ramped it back, or a part of it, as it was before
-    by_hand: dict[str, int] = {}
+    before: dict[str, float]  # the multipliers of all blocks
+    active: dict[str, ActiveScaling] = field(default_factory=dict)  # by the id of the decision, oldest first
+    # By the revision that ramped it back, or a part of it, as it was before.
+    taken: dict[int, ActiveScaling] = field(default_factory=dict)
+    by_hand: dict[str, int] = field(default_factory=dict)
     by_plan: frozenset[str] = frozenset()
-    failed = 0
+    failed: int = 0
     newest: Revision | None = None
     ramped_back: ActiveScaling | None = None
-    before = log.complete({})
-    for revision in log.effective():
-        made = log.find(revision.decision_id)
+
+    def copy(self) -> _Trace:
+        return replace(self, active=self.active.copy(), taken=self.taken.copy(), by_hand=self.by_hand.copy())
+
+    @property
+    def state(self) -> ScalingState:
+        active = tuple(self.active.values())
+        return ScalingState(active, self.failed, self.newest, self.ramped_back, self.by_hand.copy(), self.by_plan)
+
+    def follow(self, revision: Revision, made: Decision, after: dict[str, float]) -> None:
+        """Takes in the next revision that took effect, its decision and the multipliers of all blocks in it."""
         if made.is_renewal:
-            continue
-        after = log.complete(revision.multipliers)
-        ratios = {block: after[block] / before[block] for block in after if after[block] != before[block]}
+            return
+        ratios = {block: after[block] / self.before[block] for block in after if after[block] != self.before[block]}
         if not (ratios or made.policy):
-            continue  # of update intervals alone, or what was in force put back
-        own = [one for one in active.values() if (one.made.policy, one.made.alert_id) == (made.policy, made.alert_id)]
-        newest, ramped_back = revision, None
-        by_plan |= ratios.keys() if made.plan else set()
+            return  # of update intervals alone, or what was in force put back
+        same = (made.policy, made.alert_id)
+        own = [one for one in self.active.values() if (one.made.policy, one.made.alert_id) == same]
+        self.newest, self.ramped_back = revision, None
+        self.by_plan |= ratios.keys() if made.plan else set()
         if not (made.policy or made.plan):
-            active = {key: one.without(ratios) for key, one in active.items()}
-            by_hand |= dict.fromkeys(ratios, made.step) if made.mode == "operator" else {}
+            self.active = {key: one.without(ratios) for key, one in self.active.items()}
+            self.by_hand |= dict.fromkeys(ratios, made.step) if made.mode == "operator" else {}
         elif made.action == "scale_lr":
-            failed = failed if active else 0
-            active[made.id] = ActiveScaling(made, ratios, made.makes_up_for)
-        elif revision.undoes in taken:
-            failed += 1
-            active[taken[revision.undoes].made.id] = taken[revision.undoes]
+            self.failed = self.failed if self.active else 0
+            self.active[made.id] = ActiveScaling(made, ratios, made.makes_up_for)
+        elif revision.undoes in self.taken:
+            self.failed += 1
+            self.active[self.taken[revision.undoes].made.id] = self.taken[revision.undoes]
         elif own and made.action == "ramp_back":
-            ramped_back = taken[revision.revision] = own[-1]
-            active[own[-1].made.id] = own[-1].changed(ratios, own[-1].makes_up_for)
+            self.ramped_back = self.taken[revision.revision] = own[-1]
+            self.active[own[-1].made.id] = own[-1].changed(ratios, own[-1].makes_up_for)
         elif own and made.makes_up_for:
-            active[own[0].made.id] = own[0].changed(ratios, made.makes_up_for)
-        active = {key: one for key, one in active.items() if one.factors}
-        before = after
-    return ScalingState(tuple(active.values()), failed, newest, ramped_back, by_hand, by_plan)
+            self.active[own[0].made.id] = own[0].changed(ratios, made.makes_up_for)
+        self.active = {key: one for key, one in self.active.items() if one.factors}
+        self.before = after
+
+
+class _Followed:
+    """The revisions of one log that were followed, and what was known after the newest of them.
+
+    It is asked for at every step and rarely changes; what changes then is the fate of the newest revisions.
+    """
+
+    _KEPT = 16  # traces
+
+    def __init__(self) -> None:
+        self._version = -1
+        self._state = ScalingState()
+        self._path: list[tuple[Revision, Decision]] = []
+        self._traces: dict[int, _Trace] = {}  # by the number of revisions
+
+    def state(self, log: DecisionLog) -> ScalingState:
+        """The state of the log as it is now."""
+        if self._version != log.version:
+            self._state = self._follow(log)
+            self._version = log.version
+        return self._state
+
+    def _follow(self, log: DecisionLog) -> ScalingState:
+        path = [(revision, log.find(revision.decision_id)) for revision in log.effective()]
+        # Records are replaced, never changed: one object is one record.
+        pairs = enumerate(zip(self._path, path, strict=False))
+        same = next((i for i, (was, now) in pairs if was[0] is not now[0] or was[1] is not now[1]), None)
+        same = min(len(self._path), len(path)) if same is None else same
+        known = {count: trace for count, trace in self._traces.items() if count <= same}
+        begun = max(known, default=0)
+        trace = known[begun].copy() if begun else _Trace(log.complete({}))
+        for count, (revision, made) in enumerate(path[begun:], begun + 1):
+            trace.follow(revision, made, log.complete(revision.multipliers))
+            if count > len(path) - self._KEPT:
+                known[count] = trace.copy()
+        self._path = path
+        self._traces = {count: known[count] for count in sorted(known)[-self._KEPT :]}
+        return trace.state
+
+
+_FOLLOWED: WeakKeyDictionary[DecisionLog, _Followed] = WeakKeyDictionary()
 
 
 def whole(multiplier: float) -> float:
@@ -256,11 +306,17 @@ def stage_steps(guard: GuardConfig, log: DecisionLog) -> int:
     return max(1, (guard.hold_steps << failed) // _STAGES)
 
 
-def quiet_since(incidents: Iterable[Incident], decisions: Iterable[Decision], step: int) -> int:
-    """Returns the last step with an alert or a change; a rollback discarded the steps after `step`."""
+def quiet_since(incidents: Iterable[Incident], changed_at: Sequence[int], step: int) -> int:
+    """Returns the last step with an alert or a change; a rollback discarded the steps after `step`.
+
+    Args:
+        incidents: The run's.
+        changed_at: The steps of changes, ascending, as `DecisionLog.changed_at` has them.
+        step: The run's step.
+    """
     steps = [incident.last_step for incident in incidents]
-    steps += [made.applied_step for made in decisions if made.applied_step is not None and not made.is_renewal]
-    return max((at for at in steps if at <= step), default=step)
+    past = bisect_right(changed_at, step)
+    return max((at for at in (*steps, *changed_at[max(0, past - 1) : past]) if at <= step), default=step)
 
 
 def _decided_since(decisions: Iterable[Decision], since: int, hold: int, step: int) -> bool:

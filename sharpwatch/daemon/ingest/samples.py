@@ -247,7 +247,8 @@ def gather_blocks(hello: RunHello, rows: LayerTap) -> BlockTap:
     )
     terms[:3] *= terms[:3]
     terms[2:5] *= hello.parameters
-    unmeasured, weights = np.isnan(terms[2]), hello.block_parameters.astype(np.float64)
+    unmeasured = np.isnan(terms[2])
+    weights: Ints | Doubles = hello.block_parameters
     if np.count_nonzero(unmeasured):
         # A layer block without a second moment has no RMS, and must not pull the mean of its type to 0.
         terms[2, unmeasured] = 0.0
