@@ -17,6 +17,7 @@ SharpwatchError
 ├── StoreError           the journal cannot be opened, read or written
 │   ├── JournalInUseError      another process has the journal
 │   └── RevisionConflictError  a revision is in the journal already, with other content
+├── NoRoomError          the daemon holds as many live runs as it can
 ├── LogError             a log or a recorded run cannot be read
 └── OperatorError        the daemon refused an operator's call, or cannot be reached
     └── UnansweredError  the trainer has not answered an operator's command yet
@@ -141,6 +142,10 @@ class RevisionConflictError(StoreError):
         self.run = run
         self.revision = revision
         super().__init__(message)
+
+
+class NoRoomError(SharpwatchError):
+    """The daemon holds as many live runs as it can."""
 
 
 class LogError(SharpwatchError):

@@ -185,6 +185,7 @@ class Daemon:
             if event.get("event") == "serving":
                 # The same ports after a restart: that is what a trainer comes back to.
                 self.grpc, self.http = event["grpc"], event["http"]
+            if event.get("event") == "ready":
                 self._reader = threading.Thread(target=self._pump, daemon=True)
                 self._reader.start()
                 return self

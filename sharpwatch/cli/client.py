@@ -19,9 +19,10 @@ from sharpwatch.common.endpoint import DEFAULT_ADDRESS, parse_address
 from sharpwatch.common.tls import Tls, channel_credentials, tls_variables
 from sharpwatch.common.token_file import default_token_file, read_token, token_path
 from sharpwatch.errors import OperatorError, TokenFileError
-from sharpwatch.v1.operator_pb2 import ListRunsRequest
+from sharpwatch.v1.operator_pb2 import ListRunsRequest, Run
 from sharpwatch.v1.operator_pb2_grpc import OperatorServiceStub
 
+_PAGE = 200  # runs that are asked for at once
 _CALL_SECONDS = 10.0  # deadline of calls that need no trainer
 _COMPLETION_SECONDS = 1.0  # a shell waits so long for the names that it offers
 # No HTTP proxy: the daemon is the user's own and near, the environment's proxy is for other hosts.
@@ -253,7 +254,7 @@ def run_argument(*, required: bool = True, whole: bool = False) -> Decorator:
 
 def _complete_run(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
     del param
-    return completions(ctx, lambda stub: [run.run for run in stub.ListRuns(ListRunsRequest()).runs], incomplete)
+    return completions(ctx, lambda stub: [run.run for run in all_runs(stub, incomplete)], incomplete)
 
 
 def completions(
@@ -274,6 +275,18 @@ def completions(
         return []
 
 
+def all_runs(stub: OperatorServiceStub, prefix: str = "") -> list[Run]:
+    """All runs whose names begin with `prefix`, ended ones too; page by page."""
+    request = ListRunsRequest(name_prefix=prefix, page_size=_PAGE)
+    runs: dict[str, Run] = {}
+    while True:
+        page = stub.ListRuns(request)
+        runs.update((run.run, run) for run in page.runs)  # by name: one may begin anew between two pages
+        if not page.next_page_token:
+            return list(runs.values())
+        request.page_token = page.next_page_token
+
+
 def resolve_run(stub: OperatorServiceStub, given: str) -> str:
     """Find the full name of a run that is to be shown; a command that changes a run takes its name as it is given.
 
@@ -284,7 +297,8 @@ def resolve_run(stub: OperatorServiceStub, given: str) -> str:
     Raises:
         OperatorError: No run's name begins so, or more than one.
     """
-    return match_run(given, [run.run for run in stub.ListRuns(ListRunsRequest()).runs])
+    found = [run.run for run in all_runs(stub, given)]
+    return match_run(given, found or [run.run for run in stub.ListRuns(ListRunsRequest(held_only=True)).runs])
 
 
 def match_run(given: str, names: Sequence[str]) -> str:

@@ -19,6 +19,7 @@ from sharpwatch.v1.operator_pb2 import (
     ApproveDecisionRequest,
     CancelDecisionRequest,
     ExpireSilenceRequest,
+    ForgetRunRequest,
     GetDaemonRequest,
     PausePlanRequest,
     PromotePlanRequest,
@@ -48,6 +49,7 @@ Change = (
     | ReleaseRunRequest
     | AddSilenceRequest
     | ExpireSilenceRequest
+    | ForgetRunRequest
 )
 PENDING = frozenset({"proposed", "approved", "planned", "sent"})  # outcomes of decisions that are not applied yet
 
@@ -149,5 +151,6 @@ _EFFECTS: dict[type[Change], Callable[[Any, Any], str]] = {
     SetModeRequest: lambda asked, answer: output.kept_in_force(answer.run) if asked.mode == "observe" else "",
     AcknowledgeIncidentRequest: lambda _, answer: f"incident {answer.incident.name} of run {answer.incident.run}",
     AddSilenceRequest: lambda _, answer: f"until {output.timestamp(answer.silence.ends_at_unix_ns)}",
+    ForgetRunRequest: lambda _, answer: f"would delete {output.describe_size(answer)}",
     ExpireSilenceRequest: lambda _, answer: f"it holds until {output.timestamp(answer.silence.ends_at_unix_ns)}",
 }

@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from sharpwatch.v1.operator_pb2 import Decision, Run, UndoLearningRatesResponse
+    from sharpwatch.v1.operator_pb2 import Decision, ForgetRunResponse, Run, UndoLearningRatesResponse
     from sharpwatch.v1.types_pb2 import Estimate
 
 _INTEGER_TYPES = frozenset(
@@ -188,6 +188,12 @@ def multipliers(values: Mapping[str, float], requested: Mapping[str, float] | No
 def intervals(update_every: Mapping[str, int]) -> str:
     """Format update intervals, such as `emb every 4 steps`; empty where every block is updated at every step."""
     return ", ".join(f"{block} every {steps} steps" for block, steps in sorted(update_every.items()))
+
+
+def describe_size(of: ForgetRunResponse) -> str:
+    """How much is kept of a run."""
+    counts = {"attempt": of.attempts, "sample": of.samples, "incident": of.incidents, "decision": of.decisions}
+    return ", ".join(f"{count:,} {kind}{'' if count == 1 else 's'}" for kind, count in counts.items())
 
 
 def describe_change(decision: Decision, requested: Mapping[str, float] | None = None) -> str:

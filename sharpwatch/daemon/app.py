@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import structlog
 from prometheus_client import CollectorRegistry
@@ -20,7 +21,7 @@ from sharpwatch.daemon.api.foreign_alerts import ForeignAlerts
 from sharpwatch.daemon.api.grpc_server import GrpcServer
 from sharpwatch.daemon.api.http_server import HttpServer
 from sharpwatch.daemon.api.limits import ConnectionLimits, raise_descriptor_limit
-from sharpwatch.daemon.api.operator_service import DaemonInfo, OperatorService
+from sharpwatch.daemon.api.operator_service import DaemonInfo, OperatorService, rules_of
 from sharpwatch.daemon.api.server_tls import ServerTls
 from sharpwatch.daemon.config.settings import Config
 from sharpwatch.daemon.decisions.gate import AskGate, Gate, no_gate
@@ -36,45 +37,49 @@ from sharpwatch.daemon.ingest.samples import SampleQueue
 from sharpwatch.daemon.logs import configure_logs
 from sharpwatch.daemon.notifier import Notifier
 from sharpwatch.daemon.pipeline import Pipeline
-from sharpwatch.daemon.runs.restore import REPLAYED_SAMPLES, restore_run
+from sharpwatch.daemon.rules import Rules, configure_runs
+from sharpwatch.daemon.run_loader import RunLoader
 from sharpwatch.daemon.runs.run import Runs
+from sharpwatch.daemon.storage import catalog
 from sharpwatch.daemon.storage.journal import Store
-from sharpwatch.errors import SharpwatchError
+from sharpwatch.errors import SharpwatchError, StoreError
 
 log = structlog.get_logger(__name__)
 
 DRAIN_SECONDS = 2.0
 RETRY_AFTER_SECONDS = 1.0
-_REQUESTS = 1_000  # of a run since its last sample, among which a release is looked for
 # A second bound beside the number of samples: one sample may have 16 MiB, and 4096 of those would be 64 GiB. A run's
 # share is what its courier holds.
 QUEUE_BYTES, RUN_QUEUE_BYTES = 256 * 2**20, 64 * 2**20
 
 
-def run(config: Config) -> int:
-    """Serves until SIGTERM or SIGINT.
+def run(config: Config, reload: Callable[[], Config]) -> int:
+    """Serves until SIGTERM or SIGINT; at SIGHUP, takes up the rules of the configuration anew.
 
     Args:
         config: The checked configuration.
+        reload: Reads and checks it anew.
 
     Returns:
         The exit status: 0 after a signal, 1 if the daemon could not start or failed.
     """
     configure_logs(config.daemon.log_level)
     try:
-        return asyncio.run(_main(config))
+        return asyncio.run(_main(config, reload))
     except SharpwatchError as error:
         log.error("not_serving", reason=str(error))  # noqa: TRY400  the message is the reason
         return 1
 
 
-async def _main(config: Config) -> int:
+async def _main(config: Config, reload: Callable[[], Config]) -> int:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     # Through the loop: a handler of `signal` runs between any two bytecodes, and must not call into asyncio.
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    async with serving(config) as daemon:
+    rules = Rules(config, reload)
+    loop.add_signal_handler(signal.SIGHUP, rules.reload)
+    async with serving(config, rules) as daemon:
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait((stopping, daemon.worker), return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
@@ -89,24 +94,27 @@ async def _main(config: Config) -> int:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Daemon:
-    """A running daemon: the addresses that it serves, and the task of its pipeline."""
+    """A running daemon: the addresses that it serves, the task of its pipeline, and whether its live runs are back."""
 
     grpc: str
     http: str
     worker: asyncio.Task[None]
+    restored: asyncio.Event
 
 
 @asynccontextmanager
-async def serving(config: Config) -> AsyncIterator[Daemon]:
+async def serving(config: Config, rules: Rules | None = None) -> AsyncIterator[Daemon]:  # noqa: PLR0915  the parts of the daemon, one by one
     """Runs a daemon for the length of a `with`, and drains it at the end.
 
     Args:
         config: The checked configuration.
+        rules: Says what of it is in force; None for all of it, for good.
 
     Raises:
         SharpwatchError: It can't start.
     """
     settings = config.daemon
+    rules = Rules(config, lambda: config) if rules is None else rules
     # Before anything is opened: an address that must not be served leaves no journal and no token file behind.
     authorizer = Authorizer.of(settings)
     tls = None if settings.tls is None else ServerTls(settings.tls)
@@ -115,7 +123,7 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:
     gate = Gate(lambda made: asking.ask(made))  # noqa: PLW0108  defined below
     let_pass = gate.judge if config.gate.webhook else no_gate
     runs = Runs(
-        lambda hello, earlier: _controller(config, silences, let_pass, hello, earlier),
+        lambda hello, earlier: _controller(rules.config, silences, let_pass, hello, earlier),
         run_window_bytes=settings.run_window_bytes,
         window_bytes=settings.window_bytes,
         on_cut=lambda probe: metrics.cut_readings.labels(probe).inc(),
@@ -154,17 +162,24 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:
             on_command=sessions.command,
             on_records=notifier.tell,
         )
-        # Before HTTP and gRPC are served: an agent that reconnects must find its cursor, and a scrape its runs.
         silences.restore(await store.silences())
-        await _restore(runs, store, pipeline, notifier)
+        notifier.restore(await store.notifications(), (), ())
+        loader = RunLoader(runs, store, pipeline)
+        stack.push_async_callback(loader.close)
         alerts = ForeignAlerts(
-            names=config.foreign_alerts, runs=runs, pipeline=pipeline, authorizer=authorizer, metrics=metrics
+            names=config.foreign_alerts,
+            runs=runs,
+            loader=loader,
+            pipeline=pipeline,
+            authorizer=authorizer,
+            metrics=metrics,
         )
+        restored = asyncio.Event()
         limits = ConnectionLimits.of(raise_descriptor_limit())
         http_server = HttpServer(
             exposition,
             alerts,
-            unready=lambda: pipeline.store_error,
+            unready=lambda: pipeline.store_error or ("" if restored.is_set() else "restoring"),
             reader=authorizer if settings.metrics_auth == "token" else None,
             tls=tls,
             most=limits.http,
@@ -174,6 +189,7 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:
         guard = CallGuard(authorizer, metrics)
         agents = AgentService(
             runs=runs,
+            loader=loader,
             queue=queue,
             pipeline=pipeline,
             sessions=sessions,
@@ -186,12 +202,11 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:
             estimator.device,
             settings.store,
             http,
-            tuple(policy.name for policy in config.policies),
-            tuple(config.foreign_alerts),
-            config.detection,
+            **rules_of(config),
         )
         operators = OperatorService(
             runs=runs,
+            loader=loader,
             silences=silences,
             pipeline=pipeline,
             store=store,
@@ -201,31 +216,30 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:
         )
         server = GrpcServer(guard, tls, most=limits.grpc)
         address = await server.start(settings.grpc, agents, operators, reflects=settings.reflection)
+        for take_up in (partial(configure_runs, runs), alerts.configure, operators.configure):
+            rules.follow(take_up)
         # Only once every address is bound, so that a start which fails has no worker to stop.
         worker = asyncio.create_task(pipeline.run(), name="pipeline")
-        beside = (
-            asyncio.create_task(pipeline.watch_stalls(config.detection), name="stalls"),
+        beside = [
+            asyncio.create_task(pipeline.watch_stalls(lambda: rules.config.detection), name="stalls"),
             asyncio.create_task(sessions.end_revoked(authorizer), name="revoked"),
             asyncio.create_task(notifier.run(), name="notifications"),
             asyncio.create_task(asking.run(gate), name="gate"),
-        )
+        ]
         log.info(
-            "serving",
-            grpc=address,
-            http=http,
-            device=estimator.device,
-            store=str(store.path),
-            runs=len(runs),
-            version=__version__,
+            "serving", grpc=address, http=http, device=estimator.device, store=str(store.path), version=__version__
         )
+        since = time.time() - settings.stale_after
+        restoring = _restore(loader, runs, store, notifier, server, restored, since)
+        beside.append(asyncio.create_task(restoring, name="restore"))
         try:
-            yield Daemon(address, http, worker)
+            yield Daemon(address, http, worker, restored)
         finally:
+            for task in beside:
+                task.cancel()
             # No new session, then an unhealthy state, then the worker, whose last write still acknowledges to open
             # sessions. Those are drained after that, so that agents send again only samples that are not journalled.
             agents.draining = True
-            for task in beside:
-                task.cancel()
             await server.leave()
             pipeline.stop()
             # Not `await worker`: its own error is logged in `_main`, and must not keep the rest from being stopped.
@@ -237,22 +251,38 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:
             await server.stop(DRAIN_SECONDS)
 
 
-async def _restore(runs: Runs, store: Store, pipeline: Pipeline, notifier: Notifier) -> None:
-    for name in await store.runs():
-        stored = await store.load(name, samples=REPLAYED_SAMPLES)
-        changes = restore_run(runs, stored)
-        run = runs.get(name)
-        if run is not None:
-            await pipeline.restored(run, changes)
-            asked = await store.requests(name, stored.attempts[-1].seen_at, _REQUESTS)
-            run.attempt.released = any(row.action == "release" and row.outcome == "released" for row in asked)
-    # Once all are there: a run may be held against one that comes after it.
-    pipeline.restored_all()
-    notifier.restore(
-        await store.notifications(),
-        (each for run in runs for each in run.controller.incidents),
-        (made for run in runs for made in run.controller.decisions),
-    )
+async def _restore(  # noqa: PLR0913, PLR0917  what a restart brings back, and who is told
+    loader: RunLoader,
+    runs: Runs,
+    store: Store,
+    notifier: Notifier,
+    server: GrpcServer,
+    restored: asyncio.Event,
+    since: float,
+) -> None:
+    """Brings back the live runs while the daemon serves, and says so; then those that may be needed."""
+    began = time.monotonic()
+    try:
+        rest = await loader.bring_back_live(since)
+        # Of ended runs, too: the webhook may not know yet how it ended.
+        incidents, decisions = await store.ask(
+            partial(catalog.told, ids=[row.fingerprint for row in await store.notifications()])
+        )
+        kept = {each.id: each for each in incidents} | {
+            each.id: each for run in runs for each in run.controller.incidents
+        }
+        made = {each.id: each for each in decisions} | {
+            each.id: each for run in runs for each in run.controller.decisions
+        }
+        notifier.restore((), kept.values(), made.values())
+    except StoreError as error:
+        # Each run is asked for again by its trainer, and by whoever names it.
+        log.error("not_restored", reason=str(error))  # noqa: TRY400  the message is the reason
+        return
+    restored.set()
+    await server.be_ready()
+    log.info("ready", runs=len(runs), seconds=round(time.monotonic() - began, 3))
+    await loader.bring_back(rest)
 
 
 def _controller(

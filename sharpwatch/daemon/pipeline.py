@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from itertools import chain
+from itertools import chain, islice
 
 import structlog
 
@@ -29,7 +29,6 @@ from sharpwatch.daemon.runs.run import Run, Runs
 from sharpwatch.daemon.storage.journal import Store
 from sharpwatch.daemon.storage.schema import (
     AttemptRow,
-    BaselinesRow,
     EstimateRow,
     ModeRow,
     PendingWrites,
@@ -43,6 +42,8 @@ log = structlog.get_logger(__name__)
 
 _FIRST_RETRY, _LAST_RETRY = 0.1, 5.0  # seconds between tries of a failing journal
 _STALL_CHECK = 5.0  # seconds between looks for runs that have stalled, at the most
+_SAVED_AFTER = 60.0  # seconds after which a run without a session counts as ended
+_SAVED_AT_ONCE = 16  # states, each of which takes some 20 ms
 _YIELD_EVERY = 64  # samples folded before other tasks get a turn
 
 
@@ -107,6 +108,9 @@ class Pipeline:
             await self._cycle()
         self._retry_at = 0.0
         await self._cycle()
+        for run in self._runs:
+            self._save(run)
+            await asyncio.sleep(0)
         # The cycle may have put windows into the queue. Their estimates are written by the last write.
         await self._estimation_queue.settled()
         with suppress(StoreError):
@@ -119,15 +123,15 @@ class Pipeline:
         self._stop.set()
         self._queue.wake()
 
-    async def watch_stalls(self, detection: DetectionConfig) -> None:
+    async def watch_stalls(self, detected_by: Callable[[], DetectionConfig]) -> None:
         """Looks now and then for runs that have stopped making steps, until it is cancelled.
 
         Args:
-            detection: Says of each run after how many seconds without a sample it has stalled.
+            detected_by: Returns what says of each run after how many seconds without a sample it has stalled.
         """
-        shortest = detection.shortest_stall
         while True:
-            await asyncio.sleep(min(_STALL_CHECK, shortest / 4))
+            await asyncio.sleep(min(_STALL_CHECK, detected_by().shortest_stall / 4))
+            detection = detected_by()
             for run in self._runs:
                 try:
                     # Nearly no configuration has overrides, and this runs often.
@@ -141,6 +145,17 @@ class Pipeline:
                     self._record(run, changes)
                     run.publish()
                     self._queue.wake()
+            await self._save_ended()
+
+    async def _save_ended(self) -> None:
+        """Has the states of some ended runs journalled, so that they are back at once when they are asked for."""
+        before = time.time() - _SAVED_AFTER
+        ended = (run for run in self._runs if run.phase != "running" and run.snapshot.last_seen_at < before)
+        rows = (row for run in ended if (row := run.state_row()) is not None)
+        for row in islice(rows, _SAVED_AT_ONCE):
+            self._pending.baselines[row.run] = row
+            self._queue.wake()
+            await asyncio.sleep(0)
 
     async def submit(self, run: Run, changes: Changes, row: ModeRow | ReferenceRow | RequestRow | None = None) -> None:
         """Journals what an operator changed, then sends the commands in it.
@@ -215,18 +230,57 @@ class Pipeline:
         self._pending.requests.append(request)
         await self._write(())
 
+    async def flush(self, run: str) -> None:
+        """Journals what is known of a run and not written yet.
+
+        Args:
+            run: Its name.
+
+        Raises:
+            StoreError: There is such, and the journal fails.
+        """
+        # Also what a write in progress has: it may fail.
+        async with self._writing:
+            unwritten = self._pending.has(run)
+        if unwritten:
+            await self._write(())
+
+    async def forget(self, run: str, closed: Collection[Incident]) -> None:
+        """Deletes all that there is of an ended run, none of whose samples wait to be journalled.
+
+        Args:
+            run: Its name.
+            closed: Its incidents that were open; who was told of them is told that they are over.
+
+        Raises:
+            StoreError: The journal fails, and has it still.
+        """
+        async with self._writing:
+            # Memory first: what it has could be written again.
+            self._runs.drop(run)
+            self._pending.drop(run)
+            await self._store.forget(run)
+        self._on_records(closed, ())
+
     async def restored(self, run: Run, changes: Sequence[Changes]) -> None:
-        """Journals the changes that a restart found in replayed samples, and estimates the restored windows."""
+        """Journals the changes that were found in replayed samples, and estimates the restored windows."""
         for change in changes:
             self._pending.add(run.name, change)
         await self._estimate([run.request()], journalled=True)
         self._runs.limit_windows()
         run.publish()
 
-    def restored_all(self) -> None:
-        """Takes up what the restored runs say of each other; what that changes is journalled with the next samples."""
-        for run in self._runs:
-            self._record_all(self.peers.restore(run))
+    def count_internal_error(self, where: str) -> None:
+        """Counts an error of the daemon itself."""
+        self._metrics.internal_errors.labels(where).inc()
+
+    def awaits_write(self, run: Run) -> bool:
+        """Whether the journal does not know yet that an attempt of a run began, since it fails."""
+        return bool(self.store_error) and run.attempt.hello.attempt in self._pending.attempts
+
+    def take_up(self, run: Run) -> None:
+        """Takes up what a restored run and others say of each other; that is journalled with the next samples."""
+        self._record_all(self.peers.restore(run))
 
     async def register(self, attempt: Attempt, now: float) -> None:
         """Journals that an attempt began at unix seconds `now`; if the journal fails, that is written later."""
@@ -235,6 +289,11 @@ class Pipeline:
         attempt.message = b""  # the journal's alone; some are of megabytes
         with suppress(StoreError):
             await self._write(())
+
+    def note_killed(self, attempt: Attempt) -> None:
+        """Has the journal know that the process of an attempt ended without a farewell."""
+        self._pending.killed[attempt.hello.attempt] = attempt.hello.run
+        self._queue.wake()
 
     def _retry_delay(self) -> float | None:
         """Seconds until a failing journal is tried again; None if it works."""
@@ -376,15 +435,21 @@ class Pipeline:
         if entry.attempt is not run.attempt:
             return  # a newer attempt has replaced this one, so its measurements are out of date
         observation = run.update(reading, now)
+        run.folded(entry.attempt.hello.attempt, reading.sequence)
         if observation is not None:
             changes = run.controller.observe(observation, now)
             self._record(run, changes)
-            if changes.baselines:
-                state = BaselinesRow(run.name, entry.attempt.hello.attempt, reading.sequence, changes.baselines)
-                self._pending.baselines[run.name] = state
             # Otherwise no other run learns anything of this step, as is usual.
             if changes.incidents or entry.run in self.peers.awaiting or entry.run in self.peers.followers:
                 self._record_all(self.peers.after(run, observation.step, changes))
+        if run.must_save:
+            self._save(run)
+
+    def _save(self, run: Run) -> None:
+        """Has the state of a run journalled, so that a restart need not fold its samples again."""
+        row = run.state_row()
+        if row is not None:
+            self._pending.baselines[run.name] = row
 
     def _record_all(self, found: Iterable[tuple[Run, Changes]]) -> None:
         """Records changes of several runs, such as what one run's step changed in incidents of others."""

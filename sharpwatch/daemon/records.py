@@ -542,7 +542,6 @@ class Changes:
         commands: Decisions whose command is to be sent once they are journalled.
         transitions: The changed decisions in every state they had in between, in order.
         checkpoints: By URI the step of each checkpoint that was saved, and None for each that is gone.
-        baselines: The state of the run's baselines after the sample that brought the changes; empty if it is not due.
         plans: Changed plans in every state they had in between, in order.
     """
 
@@ -552,7 +551,6 @@ class Changes:
     commands: tuple[Decision, ...] = ()
     transitions: tuple[Decision, ...] = ()
     checkpoints: Mapping[str, int | None] = field(default_factory=dict)
-    baselines: bytes = b""
     plans: tuple[LrPlan, ...] = ()
 
 

@@ -29,16 +29,20 @@ class _RunPhaseEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumT
     RUN_PHASE_UNSPECIFIED: _RunPhase.ValueType  # 0
     RUN_PHASE_RUNNING: _RunPhase.ValueType  # 1
     RUN_PHASE_SILENT: _RunPhase.ValueType  # 2
-    """No session; the last attempt did not say goodbye."""
+    """Nothing is heard of it: no session, and the last attempt did not say goodbye."""
     RUN_PHASE_CLOSED: _RunPhase.ValueType  # 3
+    RUN_PHASE_KILLED: _RunPhase.ValueType  # 4
+    """Its courier has told that the process ended, without a goodbye: by an error, a signal, or for want of memory."""
 
 class RunPhase(_RunPhase, metaclass=_RunPhaseEnumTypeWrapper): ...
 
 RUN_PHASE_UNSPECIFIED: RunPhase.ValueType  # 0
 RUN_PHASE_RUNNING: RunPhase.ValueType  # 1
 RUN_PHASE_SILENT: RunPhase.ValueType  # 2
-"""No session; the last attempt did not say goodbye."""
+"""Nothing is heard of it: no session, and the last attempt did not say goodbye."""
 RUN_PHASE_CLOSED: RunPhase.ValueType  # 3
+RUN_PHASE_KILLED: RunPhase.ValueType  # 4
+"""Its courier has told that the process ended, without a goodbye: by an error, a signal, or for want of memory."""
 Global___RunPhase: typing_extensions.TypeAlias = RunPhase
 
 @typing.final
@@ -1205,9 +1209,28 @@ Global___GetDaemonResponse: typing_extensions.TypeAlias = GetDaemonResponse
 class ListRunsRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    NAME_PREFIX_FIELD_NUMBER: builtins.int
+    PAGE_SIZE_FIELD_NUMBER: builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: builtins.int
+    HELD_ONLY_FIELD_NUMBER: builtins.int
+    name_prefix: builtins.str
+    """How the names begin."""
+    page_size: builtins.int
+    """Runs at most. 0: as many as are allowed, 1,000."""
+    page_token: builtins.str
+    """next_page_token of the page before; empty for the first page."""
+    held_only: builtins.bool
+    """Only runs in the daemon's memory: live ones, and those that were live or asked for lately. They come in one page."""
     def __init__(
         self,
+        *,
+        name_prefix: builtins.str = ...,
+        page_size: builtins.int = ...,
+        page_token: builtins.str = ...,
+        held_only: builtins.bool = ...,
     ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["held_only", b"held_only", "name_prefix", b"name_prefix", "page_size", b"page_size", "page_token", b"page_token"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___ListRunsRequest: typing_extensions.TypeAlias = ListRunsRequest
 
@@ -1216,14 +1239,20 @@ class ListRunsResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     RUNS_FIELD_NUMBER: builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: builtins.int
+    next_page_token: builtins.str
+    """Empty on the last page."""
     @property
-    def runs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Run]: ...
+    def runs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Run]:
+        """Pages begin with the runs whose newest attempt began last; within a page they are sorted by training job and name."""
+
     def __init__(
         self,
         *,
         runs: collections.abc.Iterable[Global___Run] | None = ...,
+        next_page_token: builtins.str = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["runs", b"runs"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["next_page_token", b"next_page_token", "runs", b"runs"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___ListRunsResponse: typing_extensions.TypeAlias = ListRunsResponse
@@ -2520,3 +2549,59 @@ class ExpireSilenceResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___ExpireSilenceResponse: typing_extensions.TypeAlias = ExpireSilenceResponse
+
+@typing.final
+class ForgetRunRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: builtins.int
+    AUTHOR_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    DRY_RUN_FIELD_NUMBER: builtins.int
+    run: builtins.str
+    """Its whole name."""
+    author: builtins.str
+    reason: builtins.str
+    dry_run: builtins.bool
+    """Only check it, and answer what it would come to."""
+    def __init__(
+        self,
+        *,
+        run: builtins.str = ...,
+        author: builtins.str = ...,
+        reason: builtins.str = ...,
+        dry_run: builtins.bool = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["author", b"author", "dry_run", b"dry_run", "reason", b"reason", "run", b"run"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___ForgetRunRequest: typing_extensions.TypeAlias = ForgetRunRequest
+
+@typing.final
+class ForgetRunResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: builtins.int
+    ATTEMPTS_FIELD_NUMBER: builtins.int
+    SAMPLES_FIELD_NUMBER: builtins.int
+    INCIDENTS_FIELD_NUMBER: builtins.int
+    DECISIONS_FIELD_NUMBER: builtins.int
+    run: builtins.str
+    attempts: builtins.int
+    """Of what is deleted."""
+    samples: builtins.int
+    incidents: builtins.int
+    decisions: builtins.int
+    def __init__(
+        self,
+        *,
+        run: builtins.str = ...,
+        attempts: builtins.int = ...,
+        samples: builtins.int = ...,
+        incidents: builtins.int = ...,
+        decisions: builtins.int = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["attempts", b"attempts", "decisions", b"decisions", "incidents", b"incidents", "run", b"run", "samples", b"samples"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___ForgetRunResponse: typing_extensions.TypeAlias = ForgetRunResponse

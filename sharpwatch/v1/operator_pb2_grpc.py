@@ -166,6 +166,11 @@ class OperatorServiceStub(object):
                 request_serializer=sharpwatch_dot_v1_dot_operator__pb2.ExpireSilenceRequest.SerializeToString,
                 response_deserializer=sharpwatch_dot_v1_dot_operator__pb2.ExpireSilenceResponse.FromString,
                 _registered_method=True)
+        self.ForgetRun = channel.unary_unary(
+                '/sharpwatch.v1.OperatorService/ForgetRun',
+                request_serializer=sharpwatch_dot_v1_dot_operator__pb2.ForgetRunRequest.SerializeToString,
+                response_deserializer=sharpwatch_dot_v1_dot_operator__pb2.ForgetRunResponse.FromString,
+                _registered_method=True)
 
 
 class OperatorServiceServicer(object):
@@ -180,7 +185,8 @@ class OperatorServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListRuns(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """All runs in the journal, ended ones too.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -342,6 +348,13 @@ class OperatorServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ForgetRun(self, request, context):
+        """Deletes all that the journal has of an ended run, which can't be undone. That it was asked for is kept.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_OperatorServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -474,6 +487,11 @@ def add_OperatorServiceServicer_to_server(servicer, server):
                     servicer.ExpireSilence,
                     request_deserializer=sharpwatch_dot_v1_dot_operator__pb2.ExpireSilenceRequest.FromString,
                     response_serializer=sharpwatch_dot_v1_dot_operator__pb2.ExpireSilenceResponse.SerializeToString,
+            ),
+            'ForgetRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.ForgetRun,
+                    request_deserializer=sharpwatch_dot_v1_dot_operator__pb2.ForgetRunRequest.FromString,
+                    response_serializer=sharpwatch_dot_v1_dot_operator__pb2.ForgetRunResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -1180,6 +1198,33 @@ class OperatorService(object):
             '/sharpwatch.v1.OperatorService/ExpireSilence',
             sharpwatch_dot_v1_dot_operator__pb2.ExpireSilenceRequest.SerializeToString,
             sharpwatch_dot_v1_dot_operator__pb2.ExpireSilenceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ForgetRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sharpwatch.v1.OperatorService/ForgetRun',
+            sharpwatch_dot_v1_dot_operator__pb2.ForgetRunRequest.SerializeToString,
+            sharpwatch_dot_v1_dot_operator__pb2.ForgetRunResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -31,6 +31,7 @@ class OperatorServiceStub:
     def __new__(cls, channel: grpc.aio.Channel) -> OperatorServiceAsyncStub: ...
     GetDaemon: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.GetDaemonRequest, sharpwatch.v1.operator_pb2.GetDaemonResponse]
     ListRuns: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.ListRunsRequest, sharpwatch.v1.operator_pb2.ListRunsResponse]
+    """All runs in the journal, ended ones too."""
     GetRun: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.GetRunRequest, sharpwatch.v1.operator_pb2.GetRunResponse]
     GetHistory: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.GetHistoryRequest, sharpwatch.v1.operator_pb2.GetHistoryResponse]
     """The newest samples and estimates of a run that the journal keeps, oldest first."""
@@ -68,6 +69,8 @@ class OperatorServiceStub:
     ListSilences: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.ListSilencesRequest, sharpwatch.v1.operator_pb2.ListSilencesResponse]
     ExpireSilence: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.ExpireSilenceRequest, sharpwatch.v1.operator_pb2.ExpireSilenceResponse]
     """Ends a silence before its time."""
+    ForgetRun: grpc.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.ForgetRunRequest, sharpwatch.v1.operator_pb2.ForgetRunResponse]
+    """Deletes all that the journal has of an ended run, which can't be undone. That it was asked for is kept."""
 
 @typing.type_check_only
 class OperatorServiceAsyncStub(OperatorServiceStub):
@@ -78,6 +81,7 @@ class OperatorServiceAsyncStub(OperatorServiceStub):
     def __init__(self, channel: grpc.aio.Channel) -> None: ...
     GetDaemon: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.GetDaemonRequest, sharpwatch.v1.operator_pb2.GetDaemonResponse]  # type: ignore[assignment]
     ListRuns: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.ListRunsRequest, sharpwatch.v1.operator_pb2.ListRunsResponse]  # type: ignore[assignment]
+    """All runs in the journal, ended ones too."""
     GetRun: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.GetRunRequest, sharpwatch.v1.operator_pb2.GetRunResponse]  # type: ignore[assignment]
     GetHistory: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.GetHistoryRequest, sharpwatch.v1.operator_pb2.GetHistoryResponse]  # type: ignore[assignment]
     """The newest samples and estimates of a run that the journal keeps, oldest first."""
@@ -115,6 +119,8 @@ class OperatorServiceAsyncStub(OperatorServiceStub):
     ListSilences: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.ListSilencesRequest, sharpwatch.v1.operator_pb2.ListSilencesResponse]  # type: ignore[assignment]
     ExpireSilence: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.ExpireSilenceRequest, sharpwatch.v1.operator_pb2.ExpireSilenceResponse]  # type: ignore[assignment]
     """Ends a silence before its time."""
+    ForgetRun: grpc.aio.UnaryUnaryMultiCallable[sharpwatch.v1.operator_pb2.ForgetRunRequest, sharpwatch.v1.operator_pb2.ForgetRunResponse]  # type: ignore[assignment]
+    """Deletes all that the journal has of an ended run, which can't be undone. That it was asked for is kept."""
 
 class OperatorServiceServicer(metaclass=abc.ABCMeta):
     """The operator's side. Calls that change something name an author and a reason, and are audited. With dry_run they change
@@ -133,7 +139,8 @@ class OperatorServiceServicer(metaclass=abc.ABCMeta):
         self,
         request: sharpwatch.v1.operator_pb2.ListRunsRequest,
         context: _ServicerContext,
-    ) -> typing.Union[sharpwatch.v1.operator_pb2.ListRunsResponse, collections.abc.Awaitable[sharpwatch.v1.operator_pb2.ListRunsResponse]]: ...
+    ) -> typing.Union[sharpwatch.v1.operator_pb2.ListRunsResponse, collections.abc.Awaitable[sharpwatch.v1.operator_pb2.ListRunsResponse]]:
+        """All runs in the journal, ended ones too."""
 
     @abc.abstractmethod
     def GetRun(
@@ -315,5 +322,13 @@ class OperatorServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[sharpwatch.v1.operator_pb2.ExpireSilenceResponse, collections.abc.Awaitable[sharpwatch.v1.operator_pb2.ExpireSilenceResponse]]:
         """Ends a silence before its time."""
+
+    @abc.abstractmethod
+    def ForgetRun(
+        self,
+        request: sharpwatch.v1.operator_pb2.ForgetRunRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[sharpwatch.v1.operator_pb2.ForgetRunResponse, collections.abc.Awaitable[sharpwatch.v1.operator_pb2.ForgetRunResponse]]:
+        """Deletes all that the journal has of an ended run, which can't be undone. That it was asked for is kept."""
 
 def add_OperatorServiceServicer_to_server(servicer: OperatorServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -24,8 +24,11 @@ COMMANDS = {
     for command in re.findall(pattern, page.read_text(encoding="utf-8"), re.MULTILINE)
 }
 # Named in the text without what they need; and how the daemon of these tests is started.
-NOT_RUN = {"sharpwatch ack", "sharpwatch lr undo", "sharpwatch measure", "sharpwatch show"}
-NOT_RUN |= {"sharpwatch serve --config sharpwatch.yaml"}
+NOT_RUN = {
+    *("sharpwatch ack", "sharpwatch check-journal", "sharpwatch lr show", "sharpwatch lr undo", "sharpwatch measure"),
+    *("sharpwatch show", "sharpwatch token", "sharpwatch serve --config sharpwatch.yaml"),
+}
+LOCAL = {"backup", "check-config", "compare", "restore", "token"}  # need no daemon
 # What stands for something of the reader's.
 GIVEN = {
     "TEXT": "why",
@@ -56,9 +59,12 @@ class Trainer(WireTrainer):
         self._thread.start()
 
     def leave(self) -> None:
-        """End the training."""
+        """End the training, and say farewell."""
+        if self._ended.is_set():
+            return
         self._ended.set()
         self._thread.join()
+        self.step(closing=True)
         self.stop()
 
     def _train(self) -> None:
@@ -81,10 +87,10 @@ def daemon(tmp_path_factory):
 def sharpwatch(daemon, capsys, tmp_path, monkeypatch):
     """Run a command line in this process, in an empty folder; its standard output."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
 
     def run(*words: str) -> str:
-        asks = words[0] not in {"compare", "check-config"}
-        target = ["--address", daemon.grpc, "--token-file", str(daemon.token_file)] if asks else []
+        target = [] if words[0] in LOCAL else ["--address", daemon.grpc, "--token-file", str(daemon.token_file)]
         status = main([*target, *words])
         out, err = capsys.readouterr()
         assert status == 0, f"{words}: {out}{err}"
@@ -114,8 +120,9 @@ def begin(daemon):
         trainer.leave()
 
 
-def prepared(words: list[str], sharpwatch, run: str) -> str:
-    """Bring the run to where the command makes sense; the id that it needs."""
+def prepared(words: list[str], sharpwatch, trainer: Trainer) -> str:
+    """Bring things to where the command makes sense; the id that it needs."""
+    run = trainer.run
     match words:
         case ["lr", "undo", *_]:
             sharpwatch("lr", "set", run, "qk=0.5", "--reason", "r")
@@ -126,6 +133,10 @@ def prepared(words: list[str], sharpwatch, run: str) -> str:
         case ["silence", "expire", *_]:
             made = sharpwatch("--json", "silence", "add", run, "--for", "1h", "--comment", "c")
             return json.loads(made)["id"]
+        case ["forget", *_]:
+            trainer.leave()
+        case ["token", "revoke", name]:
+            sharpwatch("token", "create", "--role", "viewer", "--name", name)
         case ["ack", *_]:
             return json.loads(sharpwatch("--json", "incidents", run))["incidents"][0]["id"]
         case ["approve" | "reject" | "cancel", *_]:
@@ -136,13 +147,20 @@ def prepared(words: list[str], sharpwatch, run: str) -> str:
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS - NOT_RUN))
-def test_a_command_does_what_the_page_shows_it_for(command, sharpwatch, begin, daemon):
-    words = shlex.split(command)[1:]
+def test_a_command_does_what_the_page_shows_it_for(command, sharpwatch, begin, daemon, tmp_path):
+    words = shlex.split(command.partition(" > ")[0])[1:]
     # No plan begins while an incident is open.
     trainer = begin(faulty=words[:2] not in [["lr", each] for each in ("plan", "promote", "pause", "abort")])
-    needed = prepared(words, sharpwatch, trainer.run)
+    needed = prepared(words, sharpwatch, trainer)
     names = GIVEN | {"RUN": trainer.run, "ID": needed, "3f9c01d2ab47": needed, "gpt2-a1": trainer.run}
     names |= {"12000": str(trainer.step_taken + 500), "STORE": f"sqlite:///{daemon.folder}/sharpwatch.db"}
+    backup, config = str(tmp_path / "backup.db"), daemon.folder / "sharpwatch.yaml"
+    names |= {"/backups/sharpwatch-$(date +%F).db": backup, "/backups/sharpwatch-2026-11-30.db": backup}
+    if words[0] == "restore":
+        sharpwatch("backup", "--config", str(config), "--to", backup)
+        config = tmp_path / "sharpwatch.yaml"
+        config.write_text(f"daemon: {{store: 'sqlite:///{tmp_path}/sharpwatch.db'}}\n")
+    names["/etc/sharpwatch/sharpwatch.yaml"] = str(config)
     if "REFERENCE" in words:
         names["REFERENCE"] = begin(faulty=False).run
     sharpwatch(*(names.get(word, word) for word in words))

@@ -91,10 +91,19 @@ ALLOWED = {
         *("blocks", "curvature.statistics", "daemon.records", "daemon.config", "daemon.storage", "daemon.detection"),
         *("daemon.decisions", "daemon.ingest", "daemon.estimation", "daemon.runs", "daemon.exporter"),
     },
+    "daemon.rules": {
+        *("blocks", "curvature.statistics", "daemon.records", "daemon.config", "daemon.storage", "daemon.detection"),
+        *("daemon.decisions", "daemon.ingest", "daemon.estimation", "daemon.runs"),
+    },
+    "daemon.run_loader": {
+        *("blocks", "curvature.statistics", "daemon.records", "daemon.config", "daemon.storage", "daemon.detection"),
+        *("daemon.decisions", "daemon.ingest", "daemon.estimation", "daemon.runs", "daemon.exporter"),
+        "daemon.pipeline",
+    },
     "daemon.api": {
         *("common", "blocks", "curvature.statistics", "daemon.records", "daemon.config", "daemon.storage"),
         *("daemon.detection", "daemon.decisions", "daemon.ingest", "daemon.estimation", "daemon.runs"),
-        *("daemon.exporter", "daemon.pipeline"),
+        *("daemon.exporter", "daemon.pipeline", "daemon.run_loader"),
     },
     "daemon": {"common", "blocks", "curvature.statistics", "daemon"},
     "replay": {

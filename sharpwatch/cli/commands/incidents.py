@@ -9,11 +9,11 @@ from dataclasses import replace
 import click
 
 from sharpwatch.cli import output
-from sharpwatch.cli.client import author, completions, operator, resolve_run, run_argument
+from sharpwatch.cli.client import all_runs, author, completions, operator, resolve_run, run_argument
 from sharpwatch.cli.dry_run import dry_run_option, preview
 from sharpwatch.cli.options import DaemonCommand, DaemonOptions, reason_option
 from sharpwatch.cli.output import Grid, print_answer
-from sharpwatch.v1.operator_pb2 import AcknowledgeIncidentRequest, Alert, GetRunRequest, ListRunsRequest
+from sharpwatch.v1.operator_pb2 import AcknowledgeIncidentRequest, Alert, GetRunRequest
 from sharpwatch.v1.operator_pb2_grpc import OperatorServiceStub
 
 _NAMED = 3  # layer blocks that a table names
@@ -114,6 +114,6 @@ def ack(options: DaemonOptions, id_: str, *, reason: str, dry_run: bool) -> None
 
 
 def _open_incidents(stub: OperatorServiceStub) -> list[str]:
-    runs = [run.run for run in stub.ListRuns(ListRunsRequest()).runs if run.active_alerts]
+    runs = [run.run for run in all_runs(stub) if run.active_alerts]
     details = [stub.GetRun(GetRunRequest(run=run)).detail for run in runs]
     return [alert.id for detail in details for alert in detail.alerts if alert.active]

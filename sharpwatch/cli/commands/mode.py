@@ -8,7 +8,16 @@ import click
 import grpc
 
 from sharpwatch.cli import output
-from sharpwatch.cli.client import author, connected, find_connection, operator, plain_words, resolve_run, run_argument
+from sharpwatch.cli.client import (
+    all_runs,
+    author,
+    connected,
+    find_connection,
+    operator,
+    plain_words,
+    resolve_run,
+    run_argument,
+)
 from sharpwatch.cli.dry_run import dry_run_option, preview
 from sharpwatch.cli.options import DaemonCommand, DaemonOptions, reason_option
 from sharpwatch.cli.output import print_answer, to_dict
@@ -22,6 +31,7 @@ from sharpwatch.v1.operator_pb2 import (
 from sharpwatch.v1.operator_pb2_grpc import OperatorServiceStub
 
 _MODES = ("observe", "advise", "enforce")
+_AT_ONCE = 64  # calls: the daemon has to bring ended runs back from its journal
 
 
 @click.command(
@@ -93,19 +103,21 @@ def _set_all(options: DaemonOptions, mode: str, reason: str) -> None:
     done: list[Run] = []
     failed: dict[str, str] = {}
     with connected(connection) as stub:
-        # At once, so that a daemon that does not answer holds up the command for one deadline and not one a run.
-        calls = {name: stub.SetMode.future(_request(name, mode, reason)) for name in _all_runs(stub)}
-        for name, call in calls.items():
-            try:
-                done.append(call.result().run)
-            except grpc.RpcError as error:
-                failed[name] = plain_words(error.code(), error.details() or "", connection)
+        names = _all_runs(stub)
+        for some in (names[first : first + _AT_ONCE] for first in range(0, len(names), _AT_ONCE)):
+            # At once, so that a daemon that does not answer holds up the command for one deadline and not one a run.
+            calls = {name: stub.SetMode.future(_request(name, mode, reason)) for name in some}
+            for name, call in calls.items():
+                try:
+                    done.append(call.result().run)
+                except grpc.RpcError as error:
+                    failed[name] = plain_words(error.code(), error.details() or "", connection)
     payload = {"runs": [to_dict(run) for run in done], "failed": failed}
     lines = [_set_line(run) for run in done]
     if lines or options.json or not failed:
         print_answer(payload, "\n".join(lines) or "there is no run", as_json=options.json)
     if failed:
-        raise OperatorError(f"mode {mode} not set for {len(failed)} of {len(calls)} runs: {_by_reason(failed)}")
+        raise OperatorError(f"mode {mode} not set for {len(failed)} of {len(names)} runs: {_by_reason(failed)}")
 
 
 def _preview_all(options: DaemonOptions, mode: str, reason: str) -> None:
@@ -115,8 +127,9 @@ def _preview_all(options: DaemonOptions, mode: str, reason: str) -> None:
 
 
 def _all_runs(stub: OperatorServiceStub) -> list[str]:
-    """Closed ones too: a job that is resumed comes back in the mode that it had."""
-    return [run.run for run in stub.ListRuns(ListRunsRequest()).runs]
+    """Ended ones too, after the others: a job that is resumed comes back in the mode that it had."""
+    first = [run.run for run in stub.ListRuns(ListRunsRequest(held_only=True)).runs]
+    return list(dict.fromkeys((*first, *(run.run for run in all_runs(stub)))))
 
 
 def _by_reason(failed: dict[str, str]) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from sharpwatch.cli import output
-from sharpwatch.cli.client import author, operator, resolve_run, run_argument
+from sharpwatch.cli.client import all_runs, author, operator, resolve_run, run_argument
 from sharpwatch.cli.commands.replay import read_one, reading_options
 from sharpwatch.cli.commands.runs import reference_words
 from sharpwatch.cli.dry_run import dry_run_option, preview
@@ -16,7 +16,7 @@ from sharpwatch.cli.extras import needs_extra
 from sharpwatch.cli.options import DaemonCommand, DaemonOptions, reason_option
 from sharpwatch.cli.output import print_answer
 from sharpwatch.errors import LogError
-from sharpwatch.v1.operator_pb2 import GetRunRequest, ListRunsRequest, SetReferenceRequest
+from sharpwatch.v1.operator_pb2 import GetRunRequest, SetReferenceRequest
 from sharpwatch.v1.operator_pb2_grpc import OperatorServiceStub
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def _name_reference(
 ) -> None:
     """Put a reference into a request: a run of the daemon by its name, or else the losses in a file."""
     request.reference = given
-    if given in {run.run for run in stub.ListRuns(ListRunsRequest()).runs}:
+    if given in {run.run for run in all_runs(stub, given)}:
         return
     with needs_extra("reference", "daemon"):
         from sharpwatch.replay.files import ReadOptions  # noqa: PLC0415 - loads numpy

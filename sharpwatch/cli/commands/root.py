@@ -38,6 +38,7 @@ _COMMANDS = {
     "approve": LazyCommand(_ACT, "Approve a proposed decision.", f"{_HERE}.decisions:approve"),
     "reject": LazyCommand(_ACT, "Reject a proposed decision.", f"{_HERE}.decisions:reject"),
     "cancel": LazyCommand(_ACT, "Take back a decision that is not applied yet.", f"{_HERE}.decisions:cancel"),
+    "forget": LazyCommand(_ACT, "Delete all that is kept of an ended run.", f"{_HERE}.forget:forget"),
     "serve": LazyCommand(_CHECK, "Run the daemon.", f"{_HERE}.serve:serve"),
     "token": LazyCommand(_CHECK, "Make, list and revoke tokens of a daemon.", f"{_HERE}.token:token"),
     "check-config": LazyCommand(_CHECK, "Check a daemon's configuration file.", f"{_HERE}.serve:check_config"),

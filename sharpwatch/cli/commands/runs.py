@@ -10,14 +10,13 @@ import click
 
 from sharpwatch.blocks import SHARPNESS_ORDER
 from sharpwatch.cli import output
-from sharpwatch.cli.client import operator, resolve_run, run_argument
+from sharpwatch.cli.client import all_runs, operator, resolve_run, run_argument
 from sharpwatch.cli.commands.incidents import culprit_of
 from sharpwatch.cli.options import DaemonCommand, DaemonOptions
 from sharpwatch.cli.output import Grid, print_answer
 from sharpwatch.v1.operator_pb2 import (
     Block,
     GetRunRequest,
-    ListRunsRequest,
     Reference,
     Run,
     RunDetail,
@@ -29,10 +28,10 @@ from sharpwatch.v1.types_pb2 import Estimate
 @click.command(cls=DaemonCommand, example="sharpwatch jobs\nsharpwatch jobs --json")
 @click.pass_obj
 def jobs(options: DaemonOptions) -> None:
-    """List the runs that the daemon knows, by training job."""
+    """List the runs that the daemon knows, ended ones too, by training job."""
     with operator(options) as stub:
-        response = stub.ListRuns(ListRunsRequest())
-    print_answer(response, [run_table(list(response.runs), time.time())], as_json=options.json)
+        runs = all_runs(stub)
+    print_answer({"runs": [output.to_dict(run) for run in runs]}, [run_table(runs, time.time())], as_json=options.json)
 
 
 def run_table(runs: list[Run], now: float) -> Grid:
@@ -87,7 +86,7 @@ def run_view(detail: RunDetail, now: float) -> list[Grid]:
 
 
 def phase(run: Run) -> str:
-    """`running`, `silent` or `closed`."""
+    """`running`, `silent`, `killed` or `closed`."""
     return RunPhase.Name(run.phase).removeprefix("RUN_PHASE_").lower()
 
 

@@ -35,15 +35,20 @@ _FILE = click.Path(path_type=Path)
 def serve(config: Path | None, **overrides: Any) -> int:
     """Run the daemon until SIGTERM or Ctrl-C.
 
-    The other options override the configuration file. Port 0 takes a free port.
+    The other options override the configuration file. Port 0 takes a free port. SIGHUP has the daemon read the file
+    anew: policies, detection, autopilot and maintenance change at once, what needs a restart is named in its log.
     """
     with needs_extra("serve", "daemon"):
         from sharpwatch.daemon.app import run  # noqa: PLC0415 - loads torch, which takes seconds
         from sharpwatch.daemon.config.load import load_config  # noqa: PLC0415 - as above
-    loaded = load_config(config)
     # An option that was not given is None, and must not replace the file's value.
     given = {name: value for name, value in overrides.items() if value is not None}
-    return run(dataclasses.replace(loaded, daemon=dataclasses.replace(loaded.daemon, **given)))
+
+    def load() -> Config:
+        loaded = load_config(config)
+        return dataclasses.replace(loaded, daemon=dataclasses.replace(loaded.daemon, **given))
+
+    return run(load(), load)
 
 
 def _print_schema(ctx: click.Context, param: click.Parameter, value: bool) -> None:

@@ -70,7 +70,7 @@ def look(options: DaemonOptions, run: str | None, most: int | None) -> View:
         OperatorError: The daemon can't be asked, or has no such run.
     """
     with operator(options) as stub:
-        names = [resolve_run(stub, run)] if run else _worst_first(stub.ListRuns(ListRunsRequest()).runs)
+        names = [resolve_run(stub, run)] if run else _worst_first(stub.ListRuns(ListRunsRequest(held_only=True)).runs)
         details = [stub.GetRun(GetRunRequest(run=name)).detail for name in names[:most]]
     return View(sorted(details, key=_trouble), len(names) - len(details), time.time())
 
@@ -140,7 +140,7 @@ def _width(grid: Grid) -> int:
 
 def _worst_first(runs: Sequence[Run]) -> list[str]:
     """The names of the runs, by what is known of all of them: open incidents, and whether a trainer is there."""
-    order = {"running": 0, "silent": 1, "closed": 2}
+    order = {"running": 0, "silent": 1, "killed": 2, "closed": 3}
     return [run.run for run in sorted(runs, key=lambda run: (-run.active_alerts, order[phase(run)], run.run))]
 
 

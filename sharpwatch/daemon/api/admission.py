@@ -54,7 +54,7 @@ class Admission:
     """Admits attempts to runs.
 
     Args:
-        runs: All runs. Those that are there already are restored ones, whose trainers are awaited.
+        runs: The runs that the daemon holds.
         count_sessions: Returns how many sessions a client has open.
         authorizer: Knows which credentials there are.
     """
@@ -63,11 +63,11 @@ class Admission:
         self._runs = runs
         self._authorizer = authorizer
         self._count_sessions = count_sessions
-        for run in runs:
-            run.attempt.presence.await_return(time.monotonic())
 
     def admit(self, hello: RunHello, sent: agent_pb2.Hello, caller: Caller, client: str, now: float) -> Admitted:
         """Admits an attempt: a new one, or one whose agent connects again.
+
+        The run, and the attempt, must have been brought back from the journal where that has them.
 
         Args:
             hello: Its Hello.
@@ -93,7 +93,7 @@ class Admission:
             return known, run
         if run is not None and not self._may_take(run, caller):
             raise RefusedError("held_run", grpc.StatusCode.PERMISSION_DENIED, _belongs(run))
-        if run is not None and self._is_live(run, now):
+        if run is not None and run.is_live(now):
             raise RefusedError("live_run", grpc.StatusCode.ALREADY_EXISTS, _held(run.attempt.hello))
         if self._count_sessions(client) >= MAX_CLIENT_RUNS:
             text = f"a client may have {MAX_CLIENT_RUNS} live runs, and {client} has as many"
@@ -126,7 +126,7 @@ class Admission:
     def _drop_empty(self, hello: RunHello, caller: Caller, now: float) -> None:
         """Forgets a run that somebody else has named and never trained, so that it does not keep its name."""
         run = self._runs.get(hello.run)
-        if run is None or run.snapshot.step is not None or self._is_live(run, now):
+        if run is None or run.snapshot.step is not None or run.is_live(now):
             return
         if run.attempt.hello.training_job != hello.training_job or not self._may_take(run, caller):
             self._runs.drop(run.name)
@@ -150,9 +150,6 @@ class Admission:
             raise WireError("wrong_run", f"run {hello.run} belongs to training job {other}")
         if known is not None and not known.hello.same_blocks(hello):
             raise WireError("malformed", f"attempt {hello.attempt} sent a Hello with other blocks before")
-
-    def _is_live(self, run: Run, now: float) -> bool:
-        return run.phase != "closed" and run.attempt.presence.is_there(now)
 
 
 def _claim(sent: agent_pb2.Hello, caller: Caller) -> Claim:

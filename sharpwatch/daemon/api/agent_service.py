@@ -23,12 +23,13 @@ from sharpwatch.daemon.api.auth import Authorizer, Caller
 from sharpwatch.daemon.api.call_guard import SESSION, CallGuard
 from sharpwatch.daemon.api.conversions import command_message
 from sharpwatch.daemon.exporter.own_metrics import OwnMetrics, SessionRefusal
-from sharpwatch.daemon.ingest.hello import Attempt, read_hello
+from sharpwatch.daemon.ingest.hello import Attempt, RunHello, read_hello
 from sharpwatch.daemon.ingest.samples import QueuedSample, Reading, SampleQueue, read_sample
 from sharpwatch.daemon.pipeline import Pipeline
 from sharpwatch.daemon.records import Decision
+from sharpwatch.daemon.run_loader import RunLoader
 from sharpwatch.daemon.runs.run import Run, Runs
-from sharpwatch.errors import WireError
+from sharpwatch.errors import NoRoomError, StoreError, WireError
 from sharpwatch.v1 import agent_pb2
 
 log = structlog.get_logger(__name__)
@@ -193,7 +194,8 @@ class AgentService:
     """Serves the agents.
 
     Args:
-        runs: All runs.
+        runs: The runs that the daemon holds.
+        loader: Brings back others.
         queue: Where samples are put.
         pipeline: Journals new attempts.
         sessions: The live sessions.
@@ -206,6 +208,7 @@ class AgentService:
         self,
         *,
         runs: Runs,
+        loader: RunLoader,
         queue: SampleQueue,
         pipeline: Pipeline,
         sessions: Sessions,
@@ -214,6 +217,7 @@ class AgentService:
         metrics: OwnMetrics,
     ) -> None:
         self._runs = runs
+        self._loader = loader
         self._queue = queue
         self._pipeline = pipeline
         self._sessions = sessions
@@ -289,9 +293,12 @@ class AgentService:
             return
         session.attempt.presence.broke(time.monotonic())
         if session.attempt is run.attempt:
-            # A run that sent its closing sample stays closed.
-            if run.phase == "running":
-                run.publish(phase="silent", last_seen_at=time.time())
+            # A run that sent its closing sample is closed, or will be once that is folded.
+            if run.phase == "running" and not session.attempt.said_farewell:
+                killed = session.attempt.presence.has_left
+                run.publish(phase="killed" if killed else "silent", last_seen_at=time.time())
+                if killed:
+                    self._pipeline.note_killed(session.attempt)
             log.info("session_closed", run=run.name, attempt=session.attempt.hello.attempt, phase=run.phase)
 
     async def _handshake(self, requests: AsyncIterator[bytes], context: Context) -> tuple[Session, Run]:
@@ -310,6 +317,7 @@ class AgentService:
                 # It does not say which jobs there are.
                 text = f"the token of {caller.name} is not for training job {hello.training_job}"
                 raise RefusedError("other_job", grpc.StatusCode.PERMISSION_DENIED, text)
+            await self._bring_back(hello)
             now = time.monotonic()
             client = client_of(context.peer(), hello)
             attempt, run = self._admission.admit(hello, sent, caller, client, now)
@@ -321,6 +329,22 @@ class AgentService:
         # In the same turn of the loop: of two trainers that come at once, one must find the other.
         attempt.presence.heard(now)
         return self._sessions.open(attempt, client, caller), run
+
+    async def _bring_back(self, hello: RunHello) -> None:
+        """Has the run and the attempt of a Hello in memory, if the journal has them."""
+        try:
+            run = await self._loader.get(hello.run)
+            if run is not None:
+                await self._loader.find_attempt(hello.run, hello.attempt)
+        except NoRoomError as error:
+            raise RefusedError("runs", grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)) from error
+        except StoreError as error:
+            # Begun anew, the run would have revision 0, and its operators' next command would be wrong.
+            raise RefusedError("store", grpc.StatusCode.UNAVAILABLE, str(error)) from error
+        if self._runs.get(hello.run) is not run:
+            raise RefusedError("runs", grpc.StatusCode.UNAVAILABLE, "the run has just left memory; try again")
+        if self.draining:
+            raise RefusedError("stopping", grpc.StatusCode.UNAVAILABLE, "the daemon is stopping")
 
     def _count_refusal(self, error: RefusedError, peer: str) -> None:
         self._metrics.refused.labels("hello").inc()
@@ -382,6 +406,7 @@ class AgentService:
             self._refuse(session, sample.sequence, error)
             return
         if place == "new":
+            attempt.said_farewell = reading.closing
             self._queue.put(QueuedSample(attempt.hello.run, attempt, reading, message, received_at))
         elif place == "journalled":
             session.acknowledge(attempt.cursor.journalled)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import TypeVar
 
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 
 from sharpwatch.curvature.statistics.estimate import Estimate
 from sharpwatch.daemon.config.settings import DetectionConfig
+from sharpwatch.daemon.decisions.decision_log import DecisionLog
 from sharpwatch.daemon.detection.reference import ReferenceTest
 from sharpwatch.daemon.records import (
     CANCELS,
@@ -17,19 +19,22 @@ from sharpwatch.daemon.records import (
     Decision,
     Incident,
     LrPlan,
+    Mode,
     PairOrder,
     Revision,
     RollbackPlan,
     Silence,
 )
 from sharpwatch.daemon.runs.snapshot import Phase, RunSnapshot
+from sharpwatch.daemon.storage.catalog import RunSummary
 from sharpwatch.daemon.storage.schema import ModeRow, RequestRow, TransitionRow
-from sharpwatch.v1 import operator_pb2, types_pb2
+from sharpwatch.v1 import agent_pb2, operator_pb2, types_pb2
 from sharpwatch.wire import MAX_ITEMS
 
 _PHASES: dict[Phase, operator_pb2.RunPhase.ValueType] = {
     "running": operator_pb2.RUN_PHASE_RUNNING,
     "silent": operator_pb2.RUN_PHASE_SILENT,
+    "killed": operator_pb2.RUN_PHASE_KILLED,
     "closed": operator_pb2.RUN_PHASE_CLOSED,
 }
 
@@ -249,6 +254,31 @@ def run_message(snapshot: RunSnapshot) -> operator_pb2.Run:
         active_alerts=sum(incident.active for incident in snapshot.incidents),
         multipliers={block: value for block, value in snapshot.multipliers.items() if value != 1},
         mode_set=None if snapshot.mode_set is None else mode_setting(snapshot.mode_set),
+    )
+
+
+def ended_run_message(summary: RunSummary, mode: Mode) -> operator_pb2.Run:
+    """Returns the summary of a run that is not in memory; `mode` is that of runs for which none was set."""
+    hello, newest = agent_pb2.Hello(), []
+    with suppress(DecodeError):  # of a version whose messages can't be read any more
+        hello.ParseFromString(summary.attempt.hello)
+        newest = [agent_pb2.SessionRequest.FromString(payload).sample for payload in summary.samples]
+    log = DecisionLog(summary.run, hello.blocks)
+    log.restore(summary.decisions, summary.revisions)
+    return operator_pb2.Run(
+        run=summary.run,
+        training_job=hello.training_job,
+        phase=_PHASES["closed" if summary.attempt.closed else "killed" if summary.attempt.killed else "silent"],
+        attempts=summary.attempts,
+        step=newest[0].step if newest else hello.initial_step,
+        loss=next((sample.loss for sample in newest if sample.HasField("loss")), None),
+        last_sample_at_unix_ns=_nanoseconds(summary.attempt.seen_at) if newest else 0,
+        mode=summary.mode.mode if summary.mode else mode,
+        control=hello.control,
+        lr_revision=log.newest_revision,
+        active_alerts=summary.open_incidents,
+        multipliers={block: value for block, value in log.multipliers.items() if value != 1},
+        mode_set=None if summary.mode is None else mode_setting(summary.mode),
     )
 
 

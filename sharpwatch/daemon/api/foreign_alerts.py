@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from http import HTTPStatus
 from typing import Annotated, Any, Literal
 
@@ -22,11 +23,14 @@ from aiohttp import web
 from pydantic import AwareDatetime, Field, TypeAdapter, ValidationError
 
 from sharpwatch.daemon.api.auth import Authorizer
+from sharpwatch.daemon.config.settings import Config
 from sharpwatch.daemon.exporter.own_metrics import ForeignResult, OwnMetrics
 from sharpwatch.daemon.pipeline import Pipeline
 from sharpwatch.daemon.records import NO_CHANGES, Changes, ForeignAlert
+from sharpwatch.daemon.run_loader import RunLoader
 from sharpwatch.daemon.runs.run import Run, Runs
-from sharpwatch.errors import OperatorError, StoreError
+from sharpwatch.daemon.storage import catalog
+from sharpwatch.errors import NoRoomError, OperatorError, StoreError
 
 log = structlog.get_logger(__name__)
 
@@ -110,20 +114,33 @@ class ForeignAlerts:
 
     Args:
         names: The alerts that the configuration names; others change nothing.
-        runs: All runs.
+        runs: The runs that the daemon holds.
+        loader: Brings back others.
         pipeline: Journals what changes.
         authorizer: Tells operators from others.
         metrics: Where it counts.
     """
 
-    def __init__(
-        self, *, names: frozenset[str], runs: Runs, pipeline: Pipeline, authorizer: Authorizer, metrics: OwnMetrics
+    def __init__(  # noqa: PLR0913  the parts that it connects
+        self,
+        *,
+        names: frozenset[str],
+        runs: Runs,
+        loader: RunLoader,
+        pipeline: Pipeline,
+        authorizer: Authorizer,
+        metrics: OwnMetrics,
     ) -> None:
         self._names = names
         self._runs = runs
+        self._loader = loader
         self._pipeline = pipeline
         self._authorizer = authorizer
         self._metrics = metrics
+
+    def configure(self, config: Config) -> None:
+        """Takes in the alerts that another configuration names."""
+        self._names = config.foreign_alerts
 
     async def post(self, request: web.Request) -> web.Response:
         """Answers a message with what became of each alert in it."""
@@ -159,6 +176,8 @@ class ForeignAlerts:
             text = f"no change can be journalled now: {self._pipeline.store_error}"
             raise _RefusedError(HTTPStatus.SERVICE_UNAVAILABLE, text)
         self._count_truncated(message)
+        for alert in message.alerts:
+            await self._bring_back(alert)
         taken = [one for alert in message.alerts for one in self._take(alert)]
         results = Counter(told["result"] for told, _ in taken)
         for result, count in results.items():
@@ -170,6 +189,20 @@ class ForeignAlerts:
             text = f"it is in force, and journalled once that is possible: {error}"
             raise _RefusedError(HTTPStatus.SERVICE_UNAVAILABLE, text) from error
         return {"alerts": [told for told, _ in taken], "truncated": message.truncated}
+
+    async def _bring_back(self, alert: SentAlert) -> None:
+        """Has those runs in memory that an alert is about, if the journal has them."""
+        if alert.name not in self._names and alert.status == "firing":
+            return
+        try:
+            if name := alert.labels.get("run", ""):
+                await self._loader.get(name)
+            elif alert.status == "resolved":
+                fires_on = partial(catalog.with_foreign_alert, fingerprint=alert.fingerprint)
+                for name in await self._loader.ask(fires_on):
+                    await self._loader.get(name)
+        except (NoRoomError, StoreError) as error:
+            raise _RefusedError(HTTPStatus.SERVICE_UNAVAILABLE, str(error)) from error
 
     def _count_truncated(self, message: AlertMessage) -> None:
         if message.truncated:

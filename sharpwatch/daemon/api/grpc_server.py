@@ -55,7 +55,7 @@ class GrpcServer:
         self._health = HealthServicer()
 
     async def start(self, address: str, agents: AgentService, operators: OperatorService, *, reflects: bool) -> str:
-        """Starts to serve.
+        """Starts to serve, and tells those who ask for its health that it is not ready.
 
         Args:
             address: HOST:PORT or unix:PATH; port 0 takes any free one.
@@ -72,15 +72,17 @@ class GrpcServer:
         self._server.add_generic_rpc_handlers((agents.handlers(),))
         add_OperatorServiceServicer_to_server(operators, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        # The empty name is the whole server, in the protocol of gRPC health checks.
-        for service in ("", *_SERVICES):
-            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         if reflects:
             health = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
             reflection.enable_server_reflection((*_SERVICES, health, reflection.SERVICE_NAME), self._server)
         bound = self._bind(address)
         await self._server.start()
         return bound
+
+    async def be_ready(self) -> None:
+        """Tells those who ask for its health that all is there."""
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
     async def leave(self) -> None:
         """Tells those who ask for its health that it is about to stop."""
@@ -89,6 +91,11 @@ class GrpcServer:
     async def stop(self, grace: float) -> None:
         """Stops; calls in progress have `grace` seconds to end."""
         await self._server.stop(grace)
+
+    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        # The empty name is the whole server, in the protocol of gRPC health checks.
+        for service in ("", *_SERVICES):
+            await self._health.set(service, status)
 
     def _bind(self, address: str) -> str:
         """Listens. A unix socket has mode 0600 from its first moment, because whoever connects to it is an operator."""

@@ -15,9 +15,10 @@ from sharpwatch.daemon.api.auth import Authorizer
 from sharpwatch.daemon.decisions.transitions import Event, can
 from sharpwatch.daemon.pipeline import Pipeline
 from sharpwatch.daemon.records import Changes, Decision, Incident
+from sharpwatch.daemon.run_loader import RunLoader
 from sharpwatch.daemon.runs.run import Run, Runs
 from sharpwatch.daemon.storage.schema import ModeRow, ReferenceRow, RequestRow
-from sharpwatch.errors import OperatorError, StoreError
+from sharpwatch.errors import NoRoomError, OperatorError, StoreError
 from sharpwatch.wire import MAX_TEXT
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -77,13 +78,15 @@ class OperatorCalls:
     """The part of the operator service that knows no method of it.
 
     Args:
-        runs: All runs.
+        runs: The runs that the daemon holds.
+        loader: Brings back others.
         pipeline: Journals changes and sends their commands.
         authorizer: Tells operators from viewers.
     """
 
-    def __init__(self, runs: Runs, pipeline: Pipeline, authorizer: Authorizer) -> None:
+    def __init__(self, runs: Runs, loader: RunLoader, pipeline: Pipeline, authorizer: Authorizer) -> None:
         self._runs = runs
+        self._loader = loader
         self._pipeline = pipeline
         self._authorizer = authorizer
 
@@ -101,21 +104,33 @@ class OperatorCalls:
         await self._authorize(request, context)
         return await self._run_to_change(name, context)
 
+    async def _look_up(self, answer: Awaitable[Result], context: Context) -> Result:
+        """What the loader answers; ends the call where it can't."""
+        try:
+            return await answer
+        except NoRoomError as error:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+        except StoreError as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, f"the journal can't be read: {error}")
+
+    async def _find_run(self, name: str, context: Context) -> Run | None:
+        return await self._look_up(self._loader.get(name), context)
+
     async def _run(self, name: str, context: Context) -> Run:
-        run = self._runs.get(name)
+        run = await self._find_run(name, context)
         if run is None:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"no run {name!r}")
         return run
 
     async def _run_to_change(self, name: str, context: Context) -> Run:
-        run = self._runs.get(name)
+        run = await self._find_run(name, context)
         if run is None:
-            await refuse_name(context, "run", name, sorted(each.name for each in self._runs))
+            await refuse_name(context, "run", name, await self._look_up(self._loader.names(name), context))
         return run
 
     async def _find_decision(self, given: str, context: Context) -> tuple[Run, str]:
         """Finds a decision to read, by its id or by a beginning that no other id has; returns its run and its id."""
-        found = self._runs.decisions(given) if given else []
+        found = await self._look_up(self._loader.decisions(given), context) if given else []
         if not found:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"no decision {given!r}")
         if len(found) > 1:
@@ -123,27 +138,33 @@ class OperatorCalls:
             await context.abort(
                 grpc.StatusCode.INVALID_ARGUMENT, f"{len(found)} decisions begin with {given!r}: {some}"
             )
-        return found[0]
+        name, identity = found[0]
+        return await self._run(name, context), identity
 
     async def _incident_to_answer(self, given: str, context: Context) -> tuple[Run, Incident]:
         """Finds an incident and its run by the incident's whole id."""
-        found = [(run, each) for run in self._runs for each in run.controller.incidents]
-        whole = next((one for one in found if one[1].id == given), None)
-        if whole is None:
-            await refuse_name(context, "incident", given, [each.id for _, each in found])
-        return whole
+        found = await self._look_up(self._loader.incidents(given), context)
+        whole = next((name for name, identity in found if identity == given), None)
+        run = None if whole is None else await self._run(whole, context)
+        incident = None if run is None else run.controller.incident(given)
+        if run is None or incident is None:
+            await refuse_name(context, "incident", given, [identity for _, identity in found])
+        return run, incident
 
     async def _decision_to_answer(self, given: str, event: Event, context: Context) -> tuple[Run, str]:
         """Finds a decision by its whole id; a beginning could be of another decision than the one that is meant.
 
         Those that begin so are named where they can take `event`.
         """
-        found = self._runs.decisions(given)
+        found = await self._look_up(self._loader.decisions(given), context)
         whole = next((one for one in found if one[1] == given), None)
         if whole is None:
-            open_ones = [identity for run, identity in found if can(decision_of(run, identity).outcome, event)]
+            # Of ended runs that are not in memory nothing can be answered any more, unless it is named in full.
+            held = ((self._runs.get(name), identity) for name, identity in found)
+            open_ones = [one for run, one in held if run is not None and can(decision_of(run, one).outcome, event)]
             await refuse_name(context, "decision", given, open_ones)
-        return whole
+        name, identity = whole
+        return await self._run(name, context), identity
 
     async def _change(self, context: Context, change: Callable[[], Result]) -> Result:
         """Makes the change, unless the journal fails: no change may go unrecorded."""
@@ -217,7 +238,7 @@ class OperatorCalls:
         subject = str(fields.pop("id", "") or fields.pop("incident_id", ""))[:MAX_TEXT]
         run = str(fields.pop("run", ""))[:MAX_TEXT]
         if subject and not run:
-            run = next((of.name for of, identity in self._runs.decisions(subject) if identity == subject), "")
+            run = next((of.name for of in self._runs for made in of.controller.decisions if made.id == subject), "")
         words = (f"{name} {_plain(value)}" for name, value in fields.items())
         return run, subject, ", ".join(words)[:_MAX_REASON]
 

@@ -7,12 +7,14 @@ import asyncio
 import heapq
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
-from dataclasses import dataclass, field
-from itertools import chain, pairwise
-from typing import cast, get_args
+from collections.abc import AsyncIterator, Callable
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from itertools import pairwise
+from typing import Any, cast, get_args
 
 import grpc
+import structlog
 
 from sharpwatch import wire
 from sharpwatch._version import __version__
@@ -21,6 +23,7 @@ from sharpwatch.daemon.api.conversions import (
     alert_message,
     decision_message,
     detail_message,
+    ended_run_message,
     event_message,
     override_messages,
     plan_message,
@@ -40,17 +43,19 @@ from sharpwatch.daemon.api.operator_calls import (
     refuse_name,
 )
 from sharpwatch.daemon.api.silences import silence_of, silence_rows, wrong_silence
-from sharpwatch.daemon.config.settings import DetectionConfig
+from sharpwatch.daemon.config.settings import Config, DetectionConfig
 from sharpwatch.daemon.decisions.lr_plan import PlanRequest
 from sharpwatch.daemon.decisions.muting import Silences
 from sharpwatch.daemon.decisions.operator_requests import OperatorContext
 from sharpwatch.daemon.decisions.plan_rollout import PlanRollout
-from sharpwatch.daemon.decisions.run_controller import RunController
+from sharpwatch.daemon.decisions.run_controller import RunController, configured_mode
 from sharpwatch.daemon.decisions.transitions import Event, is_settled
 from sharpwatch.daemon.detection.history import MAX_LOSSES, Losses
 from sharpwatch.daemon.pipeline import Pipeline
 from sharpwatch.daemon.records import NO_CHANGES, Changes, Decision, LrPlan, Mode, Silence
+from sharpwatch.daemon.run_loader import RunLoader, RunPage
 from sharpwatch.daemon.runs.run import Run, Runs
+from sharpwatch.daemon.storage import catalog
 from sharpwatch.daemon.storage.journal import Store
 from sharpwatch.daemon.storage.schema import ModeRow, ReferenceRow, RequestRow
 from sharpwatch.errors import StoreError
@@ -58,12 +63,15 @@ from sharpwatch.v1 import operator_pb2 as pb
 from sharpwatch.v1.operator_pb2_grpc import OperatorServiceServicer
 from sharpwatch.wire import MAX_STEP, MAX_TEXT
 
+log = structlog.get_logger(__name__)
+
 _DEFAULT_LIMIT, _MOST = 100, 10_000
+_MOST_RUNS = 1_000  # in a page
 
 
 @dataclass(frozen=True, slots=True)
 class DaemonInfo:
-    """Facts about the daemon that are fixed once it serves."""
+    """Facts about the daemon. What is of its rules changes when its configuration is loaded anew."""
 
     started_at: float  # monotonic seconds
     device: str
@@ -72,13 +80,25 @@ class DaemonInfo:
     policies: tuple[str, ...] = ()  # their names
     foreign_alerts: tuple[str, ...] = ()  # the names of those that are taken in
     detection: DetectionConfig = field(default_factory=DetectionConfig)
+    mode: Mode = "observe"  # of runs for which none was set
+
+
+def rules_of(config: Config) -> dict[str, Any]:
+    """The facts about the daemon that a reload of its configuration changes."""
+    return {
+        "policies": tuple(policy.name for policy in config.policies),
+        "foreign_alerts": tuple(config.foreign_alerts),
+        "detection": config.detection,
+        "mode": configured_mode(config.policies, config.autopilot),
+    }
 
 
 class OperatorService(OperatorCalls, OperatorServiceServicer):
     """Serves the operators.
 
     Args:
-        runs: All runs.
+        runs: The runs that the daemon holds.
+        loader: Brings back others.
         silences: The silences of all runs.
         pipeline: Journals changes and sends their commands.
         store: The journal, which alone has what became of each decision.
@@ -91,6 +111,7 @@ class OperatorService(OperatorCalls, OperatorServiceServicer):
         self,
         *,
         runs: Runs,
+        loader: RunLoader,
         silences: Silences,
         pipeline: Pipeline,
         store: Store,
@@ -98,12 +119,16 @@ class OperatorService(OperatorCalls, OperatorServiceServicer):
         release: Callable[[Run], None],
         info: DaemonInfo,
     ) -> None:
-        super().__init__(runs, pipeline, authorizer)
+        super().__init__(runs, loader, pipeline, authorizer)
         self._release = release
         self._silences = silences
         self._store = store
         self._info = info
         self._draining = False
+
+    def configure(self, config: Config) -> None:
+        """Answers by the rules of another configuration."""
+        self._info = replace(self._info, **rules_of(config))
 
     def drain(self) -> None:
         """Ends every watch; other calls are still answered."""
@@ -129,12 +154,23 @@ class OperatorService(OperatorCalls, OperatorServiceServicer):
         )
 
     async def ListRuns(self, request: pb.ListRunsRequest, context: Context) -> pb.ListRunsResponse:
-        """Lists all runs, by training job and name."""
-        del request, context
-        snapshots = sorted(
-            self._runs.snapshots(), key=lambda snapshot: (snapshot.hello.training_job, snapshot.hello.run)
+        """Lists all runs, those in the journal too, page by page."""
+        page = RunPage(list(self._runs), (), 0)
+        if not request.held_only:
+            page = await self._page(request, context)
+        held = (run_message(run.snapshot) for run in page.held if run.name.startswith(request.name_prefix))
+        others = (ended_run_message(each, self._info.mode) for each in page.others)
+        return pb.ListRunsResponse(
+            runs=sorted((*held, *others), key=lambda run: (run.training_job, run.run)),
+            next_page_token=str(page.last) if page.last else "",
         )
-        return pb.ListRunsResponse(runs=map(run_message, snapshots))
+
+    async def _page(self, request: pb.ListRunsRequest, context: Context) -> RunPage:
+        token = request.page_token or "0"
+        if not token.isdecimal() or int(token) >= 2**63:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"page_token must be of a page, got {token[:40]!r}")
+        limit = min(request.page_size or _MOST_RUNS, _MOST_RUNS)
+        return await self._look_up(self._loader.page(request.name_prefix, int(token), limit), context)
 
     async def GetRun(self, request: pb.GetRunRequest, context: Context) -> pb.GetRunResponse:
         """Returns all about a run."""
@@ -160,6 +196,7 @@ class OperatorService(OperatorCalls, OperatorServiceServicer):
             if request.min_interval_seconds > 0:
                 await asyncio.sleep(request.min_interval_seconds)
             await self._changed(run, version, context)
+            run = await self._run(request.run, context)  # it may have left memory, and come back as another object
 
     @refusals_noted("lr set")
     async def SetLearningRates(
@@ -318,7 +355,7 @@ class OperatorService(OperatorCalls, OperatorServiceServicer):
         limit = request.limit or _MOST
         newest = await self._newest_decisions(request.run, limit, context)
         since = newest[-1].made_at if len(newest) == limit else 0.0
-        plans = [plan for plan in self._plans(request.run) if plan.made_at >= since]
+        plans = await self._plans(request.run, since, context)
         try:
             rows = await self._store.transitions([made.id for made in newest] + [plan.id for plan in plans])
             requests = list(await self._store.requests(request.run, since, _MOST))
@@ -347,6 +384,7 @@ class OperatorService(OperatorCalls, OperatorServiceServicer):
                 return
             shown = made
             await self._changed(run, version, context)
+            run = await self._run(run.name, context)  # as above
 
     @refusals_noted("approve")
     async def ApproveDecision(self, request: pb.ApproveDecisionRequest, context: Context) -> pb.ApproveDecisionResponse:
@@ -461,6 +499,37 @@ class OperatorService(OperatorCalls, OperatorServiceServicer):
         )
         return pb.ExpireSilenceResponse(silence=await self._keep_silence(silence, request, context))
 
+    @refusals_noted("forget")
+    async def ForgetRun(self, request: pb.ForgetRunRequest, context: Context) -> pb.ForgetRunResponse:
+        """Deletes all that there is of an ended run."""
+        await self._authorize(request, context)
+        # Not brought back from the journal for this: it may be one that this version can't read.
+        size = await self._look_up(self._loader.ask(partial(catalog.size, run=request.run)), context)
+        if size is None:
+            names = await self._look_up(self._loader.names(request.run), context)
+            await refuse_name(context, "run", request.run, names)
+        run, attempts = self._runs.get(request.run), self._runs.attempts(request.run)
+        if run is not None and run.is_live(time.monotonic()):
+            text = f"run {run.name} has a live trainer; only a run that has ended can be forgotten"
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, text)
+        if not all(each.cursor.idle for each in attempts):
+            text = f"samples of run {request.run} are about to be journalled; try again"
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, text)
+        await self._change(context, lambda: None)
+        if not request.dry_run:
+            await self._forget(request, size, context)
+        return pb.ForgetRunResponse(run=request.run, **asdict(size))
+
+    async def _forget(self, request: pb.ForgetRunRequest, size: catalog.RunSize, context: Context) -> None:
+        what = ", ".join(f"{count} {kind}" for kind, count in asdict(size).items())
+        row = RequestRow(request.run, time.time(), "forget", "", "forgotten", what, request.author, request.reason)
+        try:
+            await self._loader.forget(request.run)
+            await self._pipeline.keep_request(row)
+        except StoreError as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, f"run {request.run} may be there still: {error}")
+        log.warning("run_forgotten", run=request.run, author=request.author, reason=request.reason, deleted=what)
+
     async def _keep_silence(self, silence: Silence, request: Audited, context: Context) -> pb.Silence:
         try:
             if not request.dry_run:
@@ -479,8 +548,8 @@ class OperatorService(OperatorCalls, OperatorServiceServicer):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, wrong)
         if request.steps:
             return Losses.of(request.steps, request.losses).state()
-        if request.reference and self._runs.get(request.reference) is None:
-            await refuse_name(context, "run", request.reference, sorted(each.name for each in self._runs))
+        if request.reference:
+            await self._run_to_change(request.reference, context)
         return b""
 
     def _detail(self, run: Run) -> pb.RunDetail:
@@ -504,14 +573,22 @@ class OperatorService(OperatorCalls, OperatorServiceServicer):
 
     async def _newest_decisions(self, name: str, limit: int, context: Context) -> list[Decision]:
         """The newest decisions of a run, or of all runs for an empty name, newest first."""
+        limit = min(limit, _MOST)
         runs = [await self._run(name, context)] if name else list(self._runs)
-        made = chain.from_iterable(reversed(run.controller.decisions) for run in runs)
+        made = {one.id: one for run in runs for one in reversed(run.controller.decisions)}
+        if not name:  # of runs that are not in memory, too
+            kept = await self._look_up(self._loader.ask(partial(catalog.newest_decisions, limit=limit)), context)
+            made = {one.id: one for one in kept if one.id not in made} | made
         # `nlargest` keeps the given order of equals, so of one moment's decisions the newest comes first.
-        return heapq.nlargest(min(limit, _MOST), made, key=lambda one: one.made_at)
+        return heapq.nlargest(limit, made.values(), key=lambda one: one.made_at)
 
-    def _plans(self, name: str) -> Iterable[LrPlan]:
-        """The plans of a run, or of all runs for an empty name."""
-        return (plan for run in self._runs if name in {"", run.name} for plan in run.controller.plans)
+    async def _plans(self, name: str, since: float, context: Context) -> list[LrPlan]:
+        """The plans of a run, or of all runs for an empty name, that were made at unix seconds `since` or later."""
+        held = {plan.id: plan for run in self._runs if name in {"", run.name} for plan in run.controller.plans}
+        if not name:
+            kept = await self._look_up(self._loader.ask(partial(catalog.plans, since=since)), context)
+            held = {plan.id: plan for plan in kept} | held
+        return [plan for plan in held.values() if plan.made_at >= since]
 
 
 def _wrong_reference(request: pb.SetReferenceRequest) -> str:

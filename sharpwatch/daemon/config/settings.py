@@ -254,7 +254,7 @@ class DaemonConfig:
     # What windows of probes take, to be estimated from: of one run, and of all.
     run_window_bytes: Annotated[int, _integer(2**20, _MANY)] = 8 * 2**20
     window_bytes: Annotated[int, _integer(2**20, 2**40)] = 256 * 2**20
-    # At least 1,000, which is what a restart folds again (`restore.REPLAYED_SAMPLES`).
+    # At least 1,000, which is what a restart reads (`restore.REPLAYED_SAMPLES`).
     retain_samples: Annotated[int, _integer(1_000, _MANY)] = 10_000
     layer_metrics: Flag = True
     reflection: Flag = False

@@ -61,6 +61,10 @@ class Autopilot:
         self._probes: deque[ProbedStep] = deque(maxlen=WINDOW)
         self._went_back = False  # since the newest renewal: how much of a time-out is over is not known then
 
+    def configure(self, config: AutopilotConfig, maintenance: Sequence[MaintenanceConfig]) -> None:
+        """Goes by other rules from now on."""
+        self._config, self._maintenance = config, maintenance
+
     def note(self, obs: Observation) -> None:
         """Take in a step without deciding anything."""
         if obs.restored:

@@ -92,6 +92,10 @@ class PolicyEngine:
         self._maintenance = maintenance
         self._gate = gate
 
+    def configure(self, chain: EscalationChain, maintenance: Sequence[MaintenanceConfig]) -> None:
+        """Goes by other rules from now on."""
+        self._chain, self._maintenance = chain, maintenance
+
     def act(
         self, findings: Sequence[Finding], checkpoints: Sequence[Checkpoint], mode: Mode | None, step: int, now: float
     ) -> None:

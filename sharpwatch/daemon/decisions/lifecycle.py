@@ -57,6 +57,10 @@ class DecisionLifecycle:
         self._incidents = detection.incidents
         self._chain = chain
 
+    def configure(self, chain: EscalationChain) -> None:
+        """Goes by other policies from now on."""
+        self._chain = chain
+
     def record_result(self, decision: Decision, result: ReportedResult) -> None:
         """Records the trainer's answer to the command of `decision`; a second answer changes nothing."""
         if decision.outcome not in UNDER_WAY:

@@ -47,12 +47,16 @@ _NO_AUTOPILOT = AutopilotConfig()
 # Checkpoints of a run that are there to roll back to, and the characters of their URIs: of more, the newest.
 KEPT_CHECKPOINTS, KEPT_URIS = 1_000, 2**18
 MOST_FOREIGN = 64  # alerts of other systems that may fire on a run at a time
-SAVE_EVERY = 500  # samples between two states of the baselines in the journal
 
 
 def random_id() -> str:
     """A new id, which no other record has."""
     return uuid4().hex[:12]
+
+
+def configured_mode(policies: Sequence[PolicyConfig], autopilot: AutopilotConfig) -> Mode:
+    """The mode of a run for which none was set: that of the policy, or the autopilot, that reaches furthest."""
+    return max((strongest(policies), *((autopilot.mode,) if autopilot.is_on else ())), key=MODES.index)
 
 
 class RunController:
@@ -100,10 +104,24 @@ class RunController:
         self._is_autopilot_on = autopilot.is_on
         self._checkpoints: dict[str, Checkpoint] = {}  # by URI, in the order they were saved
         self._mode = mode
-        own_modes = (strongest(self._chain.policies), *((autopilot.mode,) if autopilot.is_on else ()))
-        self._strongest: Mode = max(own_modes, key=MODES.index)
+        self._strongest = configured_mode(self._chain.policies, autopilot)
         self._step: int | None = None
-        self._observed = 0
+
+    def configure(
+        self,
+        policies: Iterable[PolicyConfig],
+        budget: Budget,
+        maintenance: Sequence[MaintenanceConfig],
+        autopilot: AutopilotConfig,
+    ) -> None:
+        """Go by other rules from now on; what was decided, and what is known of the run, stays."""
+        self._chain = EscalationChain(tuple(policies))
+        self._lifecycle.configure(self._chain)
+        self._engine.configure(self._chain, maintenance)
+        self._autopilot.configure(autopilot, maintenance)
+        self._is_autopilot_on = autopilot.is_on
+        self._strongest = configured_mode(self._chain.policies, autopilot)
+        self.detection.judge_by(budget)
 
     @property
     def incidents(self) -> tuple[Incident, ...]:
@@ -192,11 +210,7 @@ class RunController:
         # Also where it is off by now: what it has raised is renewed, or else the trainer would end it unseen.
         if self._is_autopilot_on or self._log.newest_revision:
             self._autopilot.act(obs, self._mode, now)
-        changes = self._log.take() if self._log.changed else NO_CHANGES
-        self._observed += 1
-        if self._observed % SAVE_EVERY == 0:
-            return replace(changes, baselines=self.detection.state())
-        return changes
+        return self._log.take() if self._log.changed else NO_CHANGES
 
     def stalled(self, seconds: float, now: float) -> Changes:
         """Take in that no step has come for so long, though the agent is connected; may be told again and again."""
@@ -241,6 +255,11 @@ class RunController:
         """Take in a journalled step: baselines and open alerts move on, nothing is decided and no alert opens."""
         self._step = obs.step
         self.detection.replay(obs)
+        self._autopilot.note(obs)
+
+    def recall(self, obs: Observation) -> None:
+        """Take in a journalled step that the state of the baselines has already."""
+        self._step = obs.step
         self._autopilot.note(obs)
 
     def command_result(self, result: ReportedResult, now: float) -> Changes:  # noqa: ARG002  the clock comes with all
@@ -454,10 +473,6 @@ class RunController:
         self.note_checkpoints(CheckpointReport(tuple(checkpoints)))
         self._mode = mode or self._mode
         self._reconciler.restart()
-
-    def load_baselines(self, state: bytes) -> None:
-        """Go on from the journalled state of the baselines; raises `ValueError` where it can't be used."""
-        self.detection.load_state(state)
 
     def begin_anew(self) -> None:
         """Have it known that the trainer begins with every multiplier at 1, or with what its checkpoint has."""

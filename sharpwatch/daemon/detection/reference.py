@@ -70,6 +70,11 @@ class ReferenceTest:
         # Steps since the newest pair.
         self._unpaired = own.stride * int((own.steps > (common[-1] if common else -1)).sum())
 
+    def judge_by(self, budget: Budget) -> None:
+        """Goes by another budget from now on."""
+        self._rate = budget.pages / PER / MARGIN / _LENGTHS
+        self._bounds.clear()
+
     def __len__(self) -> int:
         return self._count
 

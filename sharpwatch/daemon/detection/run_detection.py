@@ -18,7 +18,7 @@ from sharpwatch.daemon.detection.ranks import RankLosses
 from sharpwatch.daemon.detection.reference import ReferenceTest
 from sharpwatch.daemon.detection.sharpness import Sharpness
 from sharpwatch.daemon.detection.signals import EXCURSION, Scores, Signals
-from sharpwatch.daemon.detection.state import packed, unpacked
+from sharpwatch.daemon.detection.state import Arrays, packed, unpacked
 from sharpwatch.daemon.detection.thresholds import USUAL, Budget, Limits, statistics
 from sharpwatch.daemon.records import AlertName, Finding, Incident, Observation
 from sharpwatch.wire import Floats
@@ -81,6 +81,18 @@ class RunDetection:
     def _made(self) -> tuple[Signals, Limits]:
         parameters, types, budget = self._make
         return Signals(parameters, types), Limits(budget, len(parameters))
+
+    def judge_by(self, budget: Budget) -> None:
+        """Goes by another budget of false alarms from now on; what it knows of the run stays."""
+        parameters, types, _ = self._make
+        self._make = (parameters, types, budget)
+        limits = Limits(budget, len(parameters))
+        limits.load_state(self._limits.state())
+        self._limits = limits
+        if self._ranks is not None:
+            self._ranks = RankLosses.from_state(self._ranks.state(), budget)
+        if self.reference is not None:
+            self.reference.judge_by(budget)
 
     def see(self, observation: Observation) -> tuple[list[Finding], tuple[Incident, ...]]:
         """Take in the next step; returns its findings, and the incidents that changed."""
@@ -223,17 +235,50 @@ class RunDetection:
     def replay(self, observation: Observation) -> None:
         """Take in a journalled step: baselines and open incidents move on, and none opens or closes."""
         found = self._judge(observation)
+        if not found:
+            self._count_excursions()
         self._note_step(found)
         self.incidents.replay(found, probed=_probed(observation))
 
     def state(self) -> bytes:
         """The baselines, thresholds and history, from which another daemon goes on with `load_state`."""
+        return packed(self.arrays())
+
+    def arrays(self) -> Arrays:
+        """`state` as arrays."""
         ranks = {} if self._ranks is None else self._ranks.state()
-        return packed(self._signals.state() | self._limits.state() | self.history.state() | ranks)
+        return self._signals.state() | self._limits.state() | self.history.state() | ranks
+
+    def progress(self) -> Arrays:
+        """What `state` leaves out as it is no baseline: excursions so far, and how quiet open incidents have been."""
+        names = ["\n".join(key) for key in self.excursions]
+        quiet = {identity: (entry.quiet, entry.recorded) for identity, entry in self.incidents.opened.items()}
+        return {
+            "progress.excursions": np.array(names, dtype=np.str_),
+            "progress.counts": np.array(list(self.excursions.values()), dtype=np.int64),
+            "progress.open": np.array(list(quiet), dtype=np.str_),
+            "progress.quiet": np.array(list(quiet.values()), dtype=np.float64).reshape(-1, 2),
+        }
+
+    def load_progress(self, arrays: Arrays) -> None:
+        """Go on from `progress`, with the incidents of the journal."""
+        if "progress.open" not in arrays:  # of an earlier version
+            return
+        counts = zip(arrays["progress.excursions"].tolist(), arrays["progress.counts"].tolist(), strict=True)
+        self.excursions = Counter({(name.partition("\n")[0], name.partition("\n")[2]): n for name, n in counts})
+        for identity, (quiet, recorded) in zip(
+            arrays["progress.open"].tolist(), arrays["progress.quiet"].tolist(), strict=True
+        ):
+            if identity in self.incidents.opened:
+                self.incidents.opened[identity].quiet = quiet
+                self.incidents.opened[identity].recorded = int(recorded)
 
     def load_state(self, state: bytes) -> None:
         """Go on from `state`; raises `ValueError`, and begins anew, where it is damaged or of other layer blocks."""
-        arrays = unpacked(state)
+        self.load_arrays(unpacked(state))
+
+    def load_arrays(self, arrays: Arrays) -> None:
+        """As `load_state`."""
         try:
             self._signals.load_state(arrays)
             self._limits.load_state(arrays)

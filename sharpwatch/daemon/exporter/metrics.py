@@ -30,7 +30,7 @@ _HELD, _PAUSE = 0.002, 50e-6
 
 
 class RunCollector(Collector):
-    """Exports each run that is live or was seen less than `stale_after` seconds ago.
+    """Exports each run that is live or was seen less than `stale_after` seconds ago (`RunSnapshot.exported`).
 
     Measurements that are too old (`RunSnapshot.without_stale`) are left out. `snapshots` may be called on any thread;
     `now` is unix seconds.
@@ -56,7 +56,7 @@ class RunCollector(Collector):
     def shown(self) -> list[RunSnapshot]:
         """The runs that are exported now, in their order; they still have what is too old."""
         oldest = self._now() - self._stale_after
-        shown = [each for each in self._snapshots() if each.phase == "running" or each.last_seen_at >= oldest]
+        shown = [shown for each in self._snapshots() if (shown := each.exported(oldest)) is not None]
         return sorted(shown, key=lambda each: (each.hello.training_job, each.hello.run))
 
     def collect(self) -> Iterator[Metric]:

@@ -13,10 +13,10 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 from sharpwatch._version import __version__
 
 # Why a session is not opened: the Hello is not valid, or of another's run; the run has a live trainer, or belongs to
-# somebody else although it has none; the client has
-# too many runs, or all clients have; its token is for other jobs; the daemon ends.
+# somebody else although it has none; the client has too many runs, or all clients have; its token is for other jobs;
+# the journal, which may know the run, can't be read; the daemon ends.
 SessionRefusal = Literal[
-    "malformed", "wrong_run", "live_run", "held_run", "client_runs", "runs", "other_job", "stopping"
+    "malformed", "wrong_run", "live_run", "held_run", "client_runs", "runs", "other_job", "store", "stopping"
 ]
 # What becomes of an alert of another system: its incident begins, ends or is as it was; the configuration does not name
 # it, it names no run that is known, or too many fire on that.

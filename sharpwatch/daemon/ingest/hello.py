@@ -233,10 +233,11 @@ class Presence:
     def __init__(self) -> None:
         self._open = False
         self._heard_at = self._broke_at = -math.inf
+        self.has_left = False  # as its courier has told
 
     def heard(self, now: float) -> None:
         """Records a message of its open stream, the Hello included."""
-        self._open, self._heard_at = True, now
+        self._open, self._heard_at, self.has_left = True, now, False
 
     def broke(self, now: float) -> None:
         """Records that its stream ended; it is awaited, unless the trainer was gone by then."""
@@ -249,7 +250,7 @@ class Presence:
 
     def left(self) -> None:
         """Records that the trainer is gone."""
-        self._open, self._broke_at = False, -math.inf
+        self._open, self._broke_at, self.has_left = False, -math.inf, True
 
     def is_there(self, now: float) -> bool:
         """Returns whether the trainer is there."""
@@ -292,3 +293,4 @@ class Attempt:
     released: bool = False  # by an operator: it may not come back, and whoever comes next has the run
     began_at: float = -math.inf  # monotonic seconds; of an attempt before the daemon's start, it is not known
     journalled: bool = False  # whether its Hello is in the journal
+    said_farewell: bool = False  # whether its closing sample has come

@@ -58,7 +58,7 @@ class Peers:
             follower = self._runs.get(name)
             if follower is None:
                 self.followers[run.name].discard(name)
-            # A reference that was dropped is followed no more: another run of its name has other losses.
+            # One that has left memory and come back has its losses in another object, which `restore` gives to all.
             elif _is_held_against(follower, run):
                 found.append((follower, follower.controller.reference_came(step)))
         return [each for each in found if each[1] != NO_CHANGES]
@@ -84,7 +84,7 @@ class Peers:
             incident = None if run is None else run.controller.incident(identity)
             if run is None or incident is None or not is_by_batch(incident) or not _are_twins(run, twin):
                 continue
-            if twin.name in _answers(incident) or len(_answers(incident)) < _ASKED:
+            if _may_answer(twin, incident):
                 found += self._ask(run, incident, [twin])
         if not awaited:
             del self.awaiting[twin.name]
@@ -147,7 +147,10 @@ class Peers:
         return run.controller.set_reference(row.name, losses)
 
     def restore(self, run: Run) -> list[tuple[Run, Changes]]:
-        """Take up the journalled reference of a run, once all runs are there; returns what its twins say of it."""
+        """Take up the journalled reference of a run that has come from the journal, as its reference has by then.
+
+        Runs that are held against this one go on with it. Returns what its twins say of it.
+        """
         if run.reference is not None:
             self._follow(run, run.reference)
             try:
@@ -158,7 +161,16 @@ class Peers:
                 log.warning("reference_not_restored", run=run.name, reference=run.reference.name)
             else:
                 run.controller.restore_reference(run.reference.name, losses)
-        return self._attribute(run, run.controller.incidents[-_LOOKED_AT:])
+        for name in self.followers.get(run.name, ()):
+            follower = self._runs.get(name)
+            if follower is not None and not _is_held_against(follower, run):
+                follower.controller.restore_reference(run.name, run.controller.history.losses)
+        found = self._attribute(run, run.controller.incidents[-_LOOKED_AT:])
+        for twin in tuple(self.twins(run)):  # they may have come back before it
+            recent = twin.controller.incidents[-_LOOKED_AT:]
+            asked = [each for each in recent if is_by_batch(each) and _may_answer(run, each)]
+            found += [changed for incident in asked for changed in self._ask(twin, incident, [run])]
+        return [each for each in found if each[1] != NO_CHANGES]
 
     def _follow(self, run: Run, row: ReferenceRow) -> None:
         for name, followers in tuple(self.followers.items()):
@@ -193,6 +205,11 @@ def _chosen(twins: Sequence[Run], incident: Incident) -> list[Run]:
 
     may_come = [twin for twin in twins if twin.phase != "closed" or twin.controller.history.last_step >= onset]
     return sorted(may_come, key=rank)[:_ASKED]
+
+
+def _may_answer(twin: Run, incident: Incident) -> bool:
+    answers = _answers(incident)
+    return twin.name in answers or len(answers) < _ASKED
 
 
 def _answers(incident: Incident) -> dict[str, bool]:

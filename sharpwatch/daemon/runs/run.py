@@ -11,9 +11,11 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from sharpwatch.daemon.decisions.run_controller import RunController
 from sharpwatch.daemon.decisions.transitions import UNDER_WAY
+from sharpwatch.daemon.detection.state import Arrays, packed
 from sharpwatch.daemon.estimation.estimator import PROBES
 from sharpwatch.daemon.estimation.hessian import observed_stability
 from sharpwatch.daemon.estimation.windows import WINDOW_PROBES, EstimateRequest, Estimates, Windows, ignored
@@ -21,7 +23,7 @@ from sharpwatch.daemon.ingest.hello import Attempt, RunHello
 from sharpwatch.daemon.ingest.samples import BlockTap, Reading
 from sharpwatch.daemon.records import NO_CHANGES, Changes, Decision, Observation, ProbedStep
 from sharpwatch.daemon.runs.snapshot import Maxima, Phase, RunSnapshot
-from sharpwatch.daemon.storage.schema import ReferenceRow
+from sharpwatch.daemon.storage.schema import BaselinesRow, ReferenceRow, StoredRun
 from sharpwatch.wire import Floats
 
 MAX_RUNS = 1_000
@@ -37,6 +39,7 @@ _MEASURED = (
     *("tap", "probe_steps", "attention", "attention_steps", "update_ratio", "gradient_noise"),
     *("estimates", "layer_sharpness", "order_correlation"),
 )
+SAVE_EVERY = 250  # samples between two states of a run in the journal; each has some 200 KB
 _COUNTED = 10_000  # records of a run that are known to be counted, the newest; more than may still change
 _PAUSES = 3.0  # times as long as a run has paused before: then it has stalled
 
@@ -75,17 +78,22 @@ class RecentMaxima:
 
     def __init__(self, blocks: int) -> None:
         self._blocks = blocks
-        self._rows = np.full((_BUCKETS, 2 * blocks + 1), np.nan)
-        self._newest = 0  # number of the newest bucket since 1970
+        self.rows = np.full((_BUCKETS, 2 * blocks + 1), np.nan)
+        self.newest = 0  # number of the newest bucket since 1970
+
+    def load(self, rows: npt.NDArray[np.float64], newest: int) -> None:
+        """Goes on from another's `rows` and `newest`, unless that was of other blocks."""
+        if rows.shape == self.rows.shape:
+            self.rows, self.newest = rows.copy(), newest
 
     def see(self, tap: BlockTap | None, loss: float | None, now: float) -> None:
         """Take in a sample; `now` is unix seconds, and a clock that is set back counts as one that stands."""
         bucket = int(now // _BUCKET)
-        passed = min(max(0, bucket - self._newest), _BUCKETS)
-        self._newest = max(self._newest, bucket)
+        passed = min(max(0, bucket - self.newest), _BUCKETS)
+        self.newest = max(self.newest, bucket)
         for i in range(passed):
-            self._rows[(self._newest - i) % _BUCKETS] = np.nan
-        row = self._rows[self._newest % _BUCKETS]
+            self.rows[(self.newest - i) % _BUCKETS] = np.nan
+        row = self.rows[self.newest % _BUCKETS]
         if tap is not None:
             np.fmax(row[: self._blocks], tap.gradient_norm, out=row[: self._blocks])
             np.fmax(row[self._blocks : -1], tap.update_rms, out=row[self._blocks : -1])
@@ -95,7 +103,7 @@ class RecentMaxima:
     @property
     def present(self) -> Maxima:
         """The maxima as they are now."""
-        largest = np.fmax.reduce(self._rows, axis=0)
+        largest = np.fmax.reduce(self.rows, axis=0)
         return Maxima(float(largest[-1]), largest[: self._blocks], largest[self._blocks : -1])
 
 
@@ -133,6 +141,10 @@ class Run:
         self._attention_steps: deque[int] = deque(maxlen=WINDOW_PROBES)
         self._dropped_probes: Counter[str] = Counter()
         self._maxima = RecentMaxima(len(attempt.hello.blocks))
+        self._samples = 0  # of all attempts
+        self._folded: tuple[str, int] | None = None  # attempt and sequence of the newest sample
+        self._saved: tuple[str, int] | None = None  # the same of the state that the journal has
+        self._saved_samples = 0  # how many it had seen by then
         self._incidents_total: Counter[str] = Counter()
         self._decisions_total: Counter[tuple[str, str, str]] = Counter()
         # A decision is journalled again when a detail changes; only a new outcome counts.
@@ -163,6 +175,10 @@ class Run:
         """The phase by the newest sample, which may not be published yet."""
         phase: Phase = self._draft["phase"]
         return phase
+
+    def is_live(self, now: float) -> bool:
+        """Returns whether its trainer is there, or about to come back; `now` is monotonic seconds."""
+        return self.phase != "closed" and self.attempt.presence.is_there(now)
 
     def begin(self, attempt: Attempt, controller: RunController, *, again: bool = False) -> None:
         """Starts a new attempt.
@@ -203,9 +219,11 @@ class Run:
                 evaluations, is allowed three times its second longest pause.
             now: Unix seconds.
         """
+        if self.phase == "closed":
+            return self.controller.stall_ended("the run was closed")
         if self.phase != "running":
-            # Whose agent is gone has not stalled: it has ended, and its phase says so.
-            return self.controller.stall_ended("the agent is gone")
+            # It has not begun to stall. But one that had is no better because nothing is heard of it any more.
+            return NO_CHANGES
         # Before its first step an attempt compiles, or loads a checkpoint.
         if self._stepped_at is None or now - self._stepped_at <= max(stall_after, _PAUSES * self._pauses[1]):
             return NO_CHANGES
@@ -252,6 +270,46 @@ class Run:
             return None
         return observation_of(self.attempt.hello.blocks, reading)
 
+    def folded(self, attempt: str, sequence: int) -> None:
+        """Notes which sample `update` and the controller have taken in."""
+        self._folded = attempt, sequence
+        self._samples += 1
+
+    @property
+    def must_save(self) -> bool:
+        """Whether a restart would have to fold many samples again."""
+        return self._samples - self._saved_samples >= SAVE_EVERY
+
+    def state_row(self) -> BaselinesRow | None:
+        """The state after the newest sample, for the journal; None where that has it already."""
+        if self._folded is None or self._folded == self._saved:
+            return None
+        self._saved, self._saved_samples = self._folded, self._samples
+        return BaselinesRow(self.name, *self._folded, packed(self.controller.detection.arrays() | self._arrays()))
+
+    def _arrays(self) -> Arrays:
+        return self.controller.detection.progress() | {
+            "run.maxima": self._maxima.rows,
+            "run.maxima_newest": np.array(self._maxima.newest),
+            "run.pauses": np.array(self._pauses),
+            "run.samples": np.array(self._samples),
+        }
+
+    def load_arrays(self, arrays: Arrays, saved: tuple[str, int]) -> None:
+        """Goes on from the rest of a state, whose baselines the controller has.
+
+        Args:
+            arrays: The state. One of an earlier version has nothing of it.
+            saved: The attempt and sequence of its newest sample.
+        """
+        self._folded = self._saved = saved
+        self.controller.detection.load_progress(arrays)
+        if "run.samples" in arrays:
+            self._maxima.load(arrays["run.maxima"], int(arrays["run.maxima_newest"]))
+            self._pauses = tuple(arrays["run.pauses"].tolist())
+            self._samples = int(arrays["run.samples"])
+        self._saved_samples = self._samples
+
     def request(self, probes: Collection[str] | None = None) -> EstimateRequest:
         """Returns the windows of `probes` (None: of all) as they are now; a probe without a reading has none."""
         return self.windows.request(self.attempt.hello, probes)
@@ -285,14 +343,27 @@ class Run:
                 if f"{incident.id} {name}" not in self._counted:
                     self._counted[f"{incident.id} {name}"] = "raised"
                     self._incidents_total[name] += 1
+        for decision in changes.transitions:  # also what lies between two states that are journalled together
+            self._count_outcome(decision, decision.outcome)
         for decision in changes.decisions:
-            if self._counted.get(decision.id) != decision.outcome:
-                self._counted[decision.id] = decision.outcome
-                self._decisions_total[decision.action, decision.mode, decision.outcome] += 1
             if decision.outcome not in UNDER_WAY:
                 self.outstanding.pop(decision.id, None)
         while len(self._counted) > _COUNTED:
             del self._counted[next(iter(self._counted))]
+
+    def _count_outcome(self, decision: Decision, outcome: str) -> None:
+        if self._counted.get(decision.id) != outcome:
+            self._counted[decision.id] = outcome
+            self._decisions_total[decision.action, decision.mode, outcome] += 1
+
+    def count_stored(self, stored: StoredRun) -> None:
+        """Has the counts of incidents and decisions as they were, so that Prometheus sees no counter go down."""
+        self.count(Changes(incidents=stored.incidents))
+        known = {made.id: made for made in stored.decisions}
+        for identity, outcome in stored.outcomes:
+            self._count_outcome(known[identity], outcome)
+        for made in stored.decisions:  # those of a version that kept no transitions
+            self._count_outcome(made, made.outcome)
 
     def publish(self, **changes: Any) -> None:
         """Replaces the snapshot by the present state and wakes all who watch the run.
@@ -384,8 +455,9 @@ MakeController = Callable[[RunHello, RunController | None], RunController]
 class Runs:
     """All runs, by name.
 
-    At most `MAX_RUNS` are held. A new one replaces the run that was last seen longest ago, one that never sent a sample
-    before all others, but never one that is live.
+    At most `MAX_RUNS` are held. A new one replaces the run that was last seen or asked for longest ago, one that never
+    sent a sample before all others, but never one that is live. What leaves memory stays in the journal, from which
+    `run_loader` brings it back.
 
     Args:
         make_controller: Makes the controller of each new attempt.
@@ -408,6 +480,7 @@ class Runs:
         self._on_cut = on_cut
         self._runs: dict[str, Run] = {}
         self._attempts: dict[str, dict[str, Attempt]] = {}  # by run, then by attempt; the newest last
+        self._asked_for: dict[str, float] = {}  # when runs came from the journal, in unix seconds
 
     def __iter__(self) -> Iterator[Run]:
         return iter(list(self._runs.values()))
@@ -423,9 +496,52 @@ class Runs:
         """Returns an attempt of `run` that is remembered, or None."""
         return self._attempts.get(run, {}).get(identity)
 
+    def attempts(self, run: str) -> tuple[Attempt, ...]:
+        """Returns the attempts of `run` that are remembered, the newest last."""
+        return tuple(self._attempts.get(run, {}).values())
+
     def owner(self, identity: str) -> str | None:
         """Returns the name of the run that the attempt `identity` belongs to, or None."""
         return next((run for run, attempts in self._attempts.items() if identity in attempts), None)
+
+    def remember(self, attempt: Attempt) -> None:
+        """Adds an earlier attempt of a run that is held, whose trainer is back."""
+        name = attempt.hello.run
+        self._attempts[name] = {attempt.hello.attempt: attempt, **self._attempts[name]}
+
+    def apart(self) -> Runs:
+        """Returns an empty collection of the same kind, in which a run can be restored beside what goes on here."""
+        return Runs(
+            self._make_controller,
+            run_window_bytes=self._run_window_bytes,
+            window_bytes=self._window_bytes,
+            on_cut=self._on_cut,
+        )
+
+    def adopt(self, other: Runs, name: str, now: float) -> Run | None:
+        """Takes over a run that was restored in `other`.
+
+        Args:
+            other: Where it is.
+            name: Its name.
+            now: Unix seconds; it does not leave at once.
+
+        Returns:
+            The run; None if there is no room for it, since only live ones are held.
+        """
+        run = other._runs[name]
+        if not self._make_room(run.attempt):
+            return None
+        self._runs[name], self._attempts[name], self._asked_for[name] = run, other._attempts[name], now
+        return run
+
+    def drop(self, name: str) -> None:
+        """Lets go of a run."""
+        run = self._runs.pop(name, None)
+        self._attempts.pop(name, None)
+        self._asked_for.pop(name, None)
+        if run is not None:
+            run.signal.notify()  # whoever watches it asks for it again
 
     def begin(self, attempt: Attempt, now: float) -> Run | None:
         """Starts an attempt, of a known run or of a new one.
@@ -456,14 +572,6 @@ class Runs:
             del self._attempts[name][next(iter(self._attempts[name]))]
         return run
 
-    def attempts(self, run: str) -> list[Attempt]:
-        """Returns the attempts of `run` that are remembered, the newest last."""
-        return list(self._attempts.get(run, {}).values())
-
-    def drop(self, run: str) -> None:
-        """Forgets a run, which then is new to whoever names it."""
-        del self._runs[run], self._attempts[run]
-
     def snapshots(self) -> tuple[RunSnapshot, ...]:
         """Returns the snapshot of every run; safe on any thread."""
         # `list` first: /metrics reads on a thread of its own while the event loop may add a run.
@@ -478,16 +586,6 @@ class Runs:
             largest.drop_oldest()
             held += largest.nbytes
 
-    def decisions(self, prefix: str) -> list[tuple[Run, str]]:
-        """Finds decisions by the beginning of their id.
-
-        Returns:
-            The run and the id of each decision whose id begins with `prefix`; only that one if an id equals it.
-        """
-        found = [(run, made.id) for run in self for made in run.controller.decisions if made.id.startswith(prefix)]
-        # A whole id wins, else it could not be named where a longer id begins with it.
-        return [one for one in found if one[1] == prefix] or found
-
     def _make_room(self, attempt: Attempt) -> bool:
         """Drops runs until there is room for another attempt; returns False if only live ones are left."""
         name, rows = attempt.hello.run, attempt.hello.size
@@ -498,9 +596,12 @@ class Runs:
             if not gone:
                 return False
             # A flood of names alone drops no run that was trained.
-            oldest = min(gone, key=lambda run: (run.snapshot.step is not None, run.snapshot.last_seen_at)).name
-            self.drop(oldest)
+            self.drop(min(gone, key=self._worth).name)
         return True
+
+    def _worth(self, run: Run) -> tuple[bool, bool, float]:
+        needed_at = max(run.snapshot.last_seen_at, self._asked_for.get(run.name, 0.0))
+        return run.snapshot.has_unseen_incident, run.snapshot.step is not None, needed_at
 
     def _layer_blocks(self) -> int:
         """How many layer blocks the remembered attempts have, with names that take as much memory as more of them."""

@@ -18,7 +18,8 @@ from sharpwatch.daemon.records import Incident, Mode, PairOrder
 from sharpwatch.daemon.storage.schema import ModeRow
 from sharpwatch.wire import Doubles
 
-Phase = Literal["running", "silent", "closed"]
+# Silent: nothing is heard of it; killed: its courier has told that the process ended, without a farewell.
+Phase = Literal["running", "silent", "killed", "closed"]
 # How old the newest reading of a probe may be until what it measured is let go: so many steps, and so many times the
 # steps that usually lie between two readings.
 STALE_STEPS = 100
@@ -89,6 +90,39 @@ class RunSnapshot:
     failures: Mapping[str, int] = field(default_factory=dict)
     received_bytes: int = 0  # of its messages, refused ones too, since the daemon's start
     mode_set: ModeRow | None = None  # None where the mode is the one of the configuration
+
+    @property
+    def has_unseen_incident(self) -> bool:
+        """Whether an incident of severity critical is open that nobody has acknowledged."""
+        return any(
+            one.active and one.severity == "critical" and not one.acknowledged and one.foreign is None
+            for one in self.incidents
+        )
+
+    def exported(self, since: float) -> RunSnapshot | None:
+        """Returns what `/metrics` shows of the run: all while it is live or was seen after unix seconds `since`.
+
+        Later it shows nothing, but for a run that did not end in order: while an incident of severity critical is open
+        that nobody has acknowledged, it shows all but measurements. An alert must not end because nothing is heard.
+        """
+        if self.phase == "running" or self.last_seen_at >= since:
+            return self
+        if self.phase == "closed" or not self.has_unseen_incident:
+            return None
+        return replace(
+            self,
+            loss=None,
+            tap=None,
+            maxima=None,
+            update_ratio=None,
+            gradient_noise=None,
+            health=None,
+            attention=None,
+            estimates={},
+            layer_sharpness=(),
+            order_correlation=None,
+            sharpness=None,
+        )
 
     @property
     def all_estimates(self) -> Mapping[Key, Estimate]:

@@ -15,26 +15,19 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import asdict, astuple, replace
+from dataclasses import astuple, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from sharpwatch.curvature.statistics.estimate import Estimate
-from sharpwatch.daemon.records import (
-    CAUSES,
-    Checkpoint,
-    Decision,
-    ForeignAlert,
-    Incident,
-    LrPlan,
-    Revision,
-    RollbackPlan,
-    Silence,
-)
+from sharpwatch.daemon.records import Checkpoint, Revision, Silence
+from sharpwatch.daemon.storage.records_json import decision_of, incident_of, plan_of, record_of, revision_of
 from sharpwatch.daemon.storage.schema import (
+    CLOSED,
     DRAWN_QUANTITIES,
+    KILLED,
     SCHEMA_VERSION,
     SCHEMAS,
     BaselinesRow,
@@ -62,12 +55,12 @@ from sharpwatch.daemon.storage.sqlite_file import (
 from sharpwatch.errors import RevisionConflictError
 
 Result = TypeVar("Result")
+_OF_A_RUN = (
+    *("attempts", "samples", "estimates", "baselines", "checkpoints"),
+    *("alerts", "decisions", "transitions", "revisions", "plans", "modes", "run_references", "requests"),
+)  # the tables whose rows are of a run
 _TRIM_EVERY = 100  # rows of a run appended between two trims, so retention is exact to this many
 _ESTIMATES_PER_SAMPLE = 4
-
-
-def _record(value: Incident | Decision | Revision | Silence | LrPlan) -> str:
-    return json.dumps(asdict(value))
 
 
 def _estimate(row: EstimateRow) -> tuple[str | float, ...]:
@@ -79,32 +72,6 @@ def _estimate(row: EstimateRow) -> tuple[str | float, ...]:
 
 def _known(value: float | None) -> float:
     return math.nan if value is None else value
-
-
-def _decision(record: str) -> Decision:
-    values: dict[str, Any] = json.loads(record)
-    plan = values.pop("rollback")
-    if plan is not None:
-        plan = RollbackPlan(**{**plan, "checkpoint": Checkpoint(**plan["checkpoint"])})
-    return Decision(**values, rollback=plan)
-
-
-def _incident(record: str) -> Incident:
-    values: dict[str, Any] = json.loads(record)
-    if "cause" not in values:  # an alert of version 0.1, of one detector
-        evidence, name = values.pop("evidence"), values["name"]
-        values |= {"names": [name], "cause": CAUSES[name], "evidence": [evidence], "onset": values["first_step"]}
-        values["layer_blocks"] = values["blocks"]
-    if values.get("foreign") is not None:
-        values["foreign"] = ForeignAlert(**values["foreign"])
-    lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
-    return Incident(**{**values, **lists})
-
-
-def _plan(record: str) -> LrPlan:
-    values: dict[str, Any] = json.loads(record)
-    lists = {"stages": tuple(map(tuple, values["stages"])), "decisions": tuple(values["decisions"])}
-    return LrPlan(**{**values, **lists})
 
 
 class Journal:
@@ -156,6 +123,24 @@ class Journal:
         """Returns all records of a run and its newest `samples` samples."""
         with store_errors(self.path):
             return self._load(run, samples)
+
+    def ask(self, question: Callable[[sqlite3.Connection], Result]) -> Result:
+        """Returns the answer of a function that only reads, as those of `catalog`."""
+        with store_errors(self.path):
+            return question(self._connection)
+
+    def forget(self, run: str) -> None:
+        """Deletes all that there is of a run; what operators did elsewhere, and silences, stay."""
+        with store_errors(self.path), self._transaction() as connection:
+            # The journal lets records go with all of their run alone, while its name is noted there.
+            connection.execute("INSERT INTO forgetting VALUES (?)", [run])
+            told = "SELECT id FROM alerts WHERE run = ? UNION SELECT id FROM decisions WHERE run = ?"
+            connection.execute(f"DELETE FROM notifications WHERE fingerprint IN ({told})", [run, run])  # noqa: S608  a constant
+            for table in _OF_A_RUN:
+                connection.execute(f"DELETE FROM {table} WHERE run = ?", [run])  # noqa: S608  one of the names above
+            connection.execute("DELETE FROM forgetting")
+        for table in ("samples", "estimates"):
+            self._untrimmed.pop((table, run), None)
 
     def transitions(self, decisions: Sequence[str]) -> tuple[TransitionRow, ...]:
         """Returns all transitions of the decisions and plans of these ids, oldest first."""
@@ -287,11 +272,16 @@ class Journal:
             [(row.sequence, row.received_at, row.closing, row.attempt) for row in newest.values()],
         )
 
+        connection.executemany(
+            "UPDATE attempts SET closed = ? WHERE attempt = ? AND closed = 0",
+            [(KILLED, attempt) for attempt in records.killed],
+        )
+
     def _write_records(self, connection: sqlite3.Connection, records: PendingWrites) -> None:
         connection.executemany(
             "INSERT INTO alerts VALUES (?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET record = excluded.record",
             [
-                (incident.id, incident.run, incident.first_step, _record(incident))
+                (incident.id, incident.run, incident.first_step, record_of(incident))
                 for incident in records.incidents.values()
             ],
         )
@@ -300,7 +290,7 @@ class Journal:
             # which they were made, since the clock may go back.
             "INSERT INTO decisions VALUES (?, ?, ?, ?, ?) "
             "ON CONFLICT (id) DO UPDATE SET outcome = excluded.outcome, record = excluded.record",
-            [(made.id, made.run, made.made_at, made.outcome, _record(made)) for made in records.decisions.values()],
+            [(made.id, made.run, made.made_at, made.outcome, record_of(made)) for made in records.decisions.values()],
         )
         connection.executemany(
             "INSERT INTO transitions (run, decision, at, outcome, detail, author, reason) VALUES (?, ?, ?, ?, ?, ?, ?)",
@@ -344,21 +334,21 @@ class Journal:
         connection.executemany(
             # As decisions, in the order in which they were made.
             "INSERT INTO silences VALUES (?, ?, ?) ON CONFLICT (id) DO UPDATE SET record = excluded.record",
-            [(silence.id, silence.made_at, _record(silence)) for silence in records.silences.values()],
+            [(silence.id, silence.made_at, record_of(silence)) for silence in records.silences.values()],
         )
         connection.executemany(
             # As decisions, in the order in which they were made.
             "INSERT INTO plans VALUES (?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET record = excluded.record",
-            [(plan.id, plan.run, plan.made_at, _record(plan)) for plan in records.plans.values()],
+            [(plan.id, plan.run, plan.made_at, record_of(plan)) for plan in records.plans.values()],
         )
 
     def _write_revision(self, connection: sqlite3.Connection, new: Revision) -> None:
         key = (new.run, new.revision)
         found = connection.execute("SELECT record FROM revisions WHERE run = ? AND revision = ?", key).fetchone()
         if found is None:
-            connection.execute("INSERT INTO revisions VALUES (?, ?, ?)", (*key, _record(new)))
+            connection.execute("INSERT INTO revisions VALUES (?, ?, ?)", (*key, record_of(new)))
             return
-        kept = Revision(**json.loads(found[0]))
+        kept = revision_of(found[0])
         # All that may come later is the step at which the trainer put it in force.
         if kept.applied_step not in {None, new.applied_step} or replace(kept, applied_step=new.applied_step) != new:
             raise RevisionConflictError(
@@ -367,7 +357,7 @@ class Journal:
                 run=new.run,
                 revision=new.revision,
             )
-        connection.execute("UPDATE revisions SET record = ? WHERE run = ? AND revision = ?", (_record(new), *key))
+        connection.execute("UPDATE revisions SET record = ? WHERE run = ? AND revision = ?", (record_of(new), *key))
 
     def _trim(self, connection: sqlite3.Connection, records: PendingWrites, samples: Sequence[SampleRow]) -> None:
         self._untrimmed.update(("samples", row.run) for row in samples)
@@ -401,7 +391,7 @@ class Journal:
         return StoredRun(
             run=run,
             attempts=tuple(
-                StoredAttempt(attempt, hello, acknowledged, seen_at, bool(closed))
+                StoredAttempt(attempt, hello, acknowledged, seen_at, closed == CLOSED, closed == KILLED)
                 for attempt, hello, acknowledged, seen_at, closed in attempts
             ),
             samples=tuple(
@@ -409,15 +399,15 @@ class Journal:
                 for attempt, sequence, step, payload in reversed(newest)
             ),
             incidents=tuple(
-                _incident(record)
+                incident_of(record)
                 for (record,) in rows("SELECT record FROM alerts WHERE run = ? ORDER BY first_step, rowid", [run])
             ),
             decisions=tuple(
-                _decision(record)
+                decision_of(record)
                 for (record,) in rows("SELECT record FROM decisions WHERE run = ? ORDER BY rowid", [run])
             ),
             revisions=tuple(
-                Revision(**json.loads(record))
+                revision_of(record)
                 for (record,) in rows("SELECT record FROM revisions WHERE run = ? ORDER BY revision", [run])
             ),
             checkpoints=tuple(
@@ -428,7 +418,14 @@ class Journal:
             baselines=None if baselines is None else BaselinesRow(run, *baselines),
             reference=ReferenceRow(run, *reference) if reference and reference[0] else None,
             plans=tuple(
-                _plan(record) for (record,) in rows("SELECT record FROM plans WHERE run = ? ORDER BY rowid", [run])
+                plan_of(record) for (record,) in rows("SELECT record FROM plans WHERE run = ? ORDER BY rowid", [run])
+            ),
+            outcomes=tuple(
+                rows(
+                    "SELECT t.decision, t.outcome FROM decisions d JOIN transitions t ON t.decision = d.id "
+                    "WHERE d.run = ? ORDER BY t.id",
+                    [run],
+                )
             ),
         )
 
@@ -480,6 +477,14 @@ class Store:
     async def load(self, run: str, *, samples: int) -> StoredRun:
         """Returns all records of a run and its newest `samples` samples."""
         return await self._call(partial(self._journal.load, run, samples=samples))
+
+    async def ask(self, question: Callable[[sqlite3.Connection], Result]) -> Result:
+        """Returns the answer of a function that only reads, as those of `catalog`."""
+        return await self._call(partial(self._journal.ask, question))
+
+    async def forget(self, run: str) -> None:
+        """Deletes all that there is of a run."""
+        await self._call(partial(self._journal.forget, run))
 
     async def transitions(self, decisions: Sequence[str]) -> tuple[TransitionRow, ...]:
         """Returns all transitions of the decisions and plans of these ids, oldest first."""

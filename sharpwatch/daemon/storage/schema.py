@@ -124,6 +124,8 @@ SCHEMAS = (
 )
 SCHEMA_VERSION = len(SCHEMAS)
 COUNTED = 10  # the first version that counts commits, and has sharpwatch's application id
+# How an attempt ended, in `attempts.closed`; 0 while that is not known. Earlier versions take the second for the first.
+CLOSED, KILLED = 1, 2
 FIRST_TABLES = {"attempts", "samples", "alerts", "decisions", "revisions"}  # in a journal of any version
 
 
@@ -254,6 +256,7 @@ class StoredAttempt:
     acknowledged: int
     seen_at: float
     closed: bool
+    killed: bool = False  # its process ended without a farewell
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,6 +274,7 @@ class StoredRun:
     baselines: BaselinesRow | None = None
     reference: ReferenceRow | None = None
     plans: tuple[LrPlan, ...] = ()
+    outcomes: tuple[tuple[str, str], ...] = ()  # that decisions came to, by id, in order; also those they have left
 
 
 DRAWN_QUANTITIES = ("sharpness", "stability_ratio")  # of which a history has the estimates
@@ -310,6 +314,7 @@ class PendingWrites:
     silences: dict[str, Silence] = field(default_factory=dict)
     plans: dict[str, LrPlan] = field(default_factory=dict)
     requests: list[RequestRow] = field(default_factory=list)
+    killed: dict[str, str] = field(default_factory=dict)  # attempt -> run
 
     def add(self, run: str, changes: Changes) -> None:
         """Adds what the controller of `run` changed."""
@@ -331,6 +336,31 @@ class PendingWrites:
         self.decisions.update((made.id, made) for made in changes.commands if made.id not in self.decisions)
         self.commands.update((made.id, run) for made in changes.commands)
 
+    def has(self, run: str) -> bool:
+        """Whether it has records of a run; estimates and the state of baselines can be made again."""
+        kinds = (
+            *(self.attempts.values(), self.incidents.values(), self.decisions.values(), self.transitions),
+            *(self.revisions.values(), self.modes, self.references, self.plans.values(), self.requests),
+        )
+        if any(row.run == run for rows in kinds for row in rows):
+            return True
+        return run in {*self.commands.values(), *self.killed.values()} or any(of == run for of, _ in self.checkpoints)
+
+    def drop(self, run: str) -> None:
+        """Drops the records of a run."""
+        for name in ("attempts", "incidents", "decisions", "plans", "baselines"):
+            records = getattr(self, name)
+            setattr(self, name, {key: row for key, row in records.items() if row.run != run})
+        for name in ("transitions", "modes", "references", "requests"):
+            setattr(self, name, [row for row in getattr(self, name) if row.run != run])
+        self.revisions = {key: row for key, row in self.revisions.items() if row.run != run}
+        self.checkpoints = {key: step for key, step in self.checkpoints.items() if key[0] != run}
+        for name in ("commands", "killed"):
+            setattr(self, name, {key: of for key, of in getattr(self, name).items() if of != run})
+        kept = [row for row in self.estimates if row.run != run]
+        self.estimates.clear()
+        self.estimates.extend(kept)
+
     def add_newer(self, newer: PendingWrites) -> None:
         """Adds all of `newer`, whose records replace those of the same id here."""
         self.attempts.update(newer.attempts)
@@ -347,6 +377,7 @@ class PendingWrites:
         self.silences.update(newer.silences)
         self.plans.update(newer.plans)
         self.requests.extend(newer.requests)
+        self.killed.update(newer.killed)
 
     def refuse(self, run: str, revision: int) -> None:
         """Removes a revision that the journal refuses, and the commands of its decision, which must not be sent."""

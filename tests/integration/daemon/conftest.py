@@ -289,11 +289,13 @@ def running(configure, tmp_path):
     """`async with running(...) as client`: a daemon for the length of the block."""
 
     @asynccontextmanager
-    async def run(**changes):
+    async def run(*, wait=True, **changes):
         async with AsyncExitStack() as stack:
             serve = AsyncExitStack()
             daemon = await serve.enter_async_context(serving(configure(**changes)))
             stack.push_async_callback(serve.aclose)  # closing twice is closing once
+            if wait:
+                await daemon.restored.wait()
             channel = await stack.enter_async_context(grpc.aio.insecure_channel(daemon.grpc))
             web = await stack.enter_async_context(aiohttp.ClientSession())
             token = (tmp_path / "operator.token").read_text().strip()
@@ -347,6 +349,7 @@ async def start(configure, tmp_path):
             run = Process(ForkedProcess(code, env=os.environ, stderr=subprocess.PIPE, arguments=arguments))
             stack.push_async_callback(ended, run)
             serving = await run.event("serving")
+            await run.event("ready")
             channel = await stack.enter_async_context(grpc.aio.insecure_channel(serving["grpc"]))
             web = await stack.enter_async_context(aiohttp.ClientSession())
             token = (tmp_path / "operator.token").read_text().strip()

@@ -25,7 +25,7 @@ async def refused(daemon, build, *, run="run", attempt="a2", **changes) -> tuple
 
 
 async def names(daemon) -> set[str]:
-    return {run.run for run in (await daemon.operator.ListRuns(pb.ListRunsRequest())).runs}
+    return {run.run for run in (await daemon.operator.ListRuns(pb.ListRunsRequest(held_only=True))).runs}
 
 
 async def test_a_live_run_stays_with_its_trainer(daemon, build):
@@ -173,7 +173,7 @@ async def test_a_flood_of_names_drops_no_run_that_was_trained(daemon, build, mon
     for number in range(20):
         flood = await daemon.train(f"flood-{number}", f"flood-{number}", host=f"host-{number}")
         await flood.leave()
-        await daemon.shown(f"flood-{number}", lambda detail: detail.run.phase == pb.RUN_PHASE_SILENT)
+        await daemon.shown(f"flood-{number}", lambda detail: detail.run.phase == pb.RUN_PHASE_KILLED)
     assert await names(daemon) == {"live", "trained", "flood-18", "flood-19"}
     _, text = await daemon.get("/metrics")
     assert text.count("sharpwatch_run_info{") == 4

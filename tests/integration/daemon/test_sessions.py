@@ -427,5 +427,12 @@ async def test_a_trainer_that_stops_stepping_is_told_from_one_that_is_gone(runni
         await trainer.send(build.sample(2))
         assert (await daemon.shown("run", stalled(active=False))).alerts[0].closed == "the run makes steps again"
         detail = await daemon.shown("run", lambda shown: len(shown.alerts) == 2 and stalled(active=True)(shown))
+        trainer.call.cancel()
+        # It is no better because nothing is heard of it any more, nor because its process was killed.
+        await daemon.shown("run", lambda shown: shown.run.phase == pb.RUN_PHASE_SILENT and stalled(active=True)(shown))
+        trainer = await daemon.train()
         await trainer.leave()
-        assert (await daemon.shown("run", stalled(active=False))).alerts[1].closed == "the agent is gone"
+        await daemon.shown("run", lambda shown: shown.run.phase == pb.RUN_PHASE_KILLED and stalled(active=True)(shown))
+        trainer = await daemon.train()
+        await trainer.send(agent_pb2.Sample(sequence=3, step=2, closing=True))
+        assert (await daemon.shown("run", stalled(active=False))).alerts[1].closed == "the run was closed"

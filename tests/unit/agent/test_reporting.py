@@ -159,7 +159,7 @@ def test_what_hessian_probes_found_comes_in_as_it_went_out():
     assert tuple(reading.probes) == tuple(reports)
     assert (reading.probes["hutchinson"].block, reading.probes["hutchinson"].traces.tolist()) == (
         "qk",
-        [[0.0, 1.5, -2.0]],
+        [-0.5],  # summed over layers
     )
     assert reading.probes["lanczos"] == LanczosReading(31, "", 9.0, 0.5, -3.0, 1.0, "gradient differences")
     assert (reading.probes["linesearch"].sharpness, reading.probes["linesearch"].half_width) == (0.5, 0.01)

@@ -59,12 +59,13 @@ def test_what_a_finding_says_is_not_counted_at_its_step():
     assert one.excursions == {}
 
 
-def test_steps_of_the_journal_are_not_counted_again():
-    one = detection()
-    for seen in RUN[:AT]:
-        one.replay(seen)
-    one.replay(scaled(RUN[AT], 0, gradient_norm=8.0))
-    assert one.excursions == {}
+def test_steps_of_the_journal_count_as_when_they_came():
+    """A restart that folds them again comes to the count of before."""
+    before, after = detection(), detection()
+    for seen in (*RUN[:AT], scaled(RUN[AT], 0, gradient_norm=8.0)):
+        before.see(seen)
+        after.replay(seen)
+    assert after.excursions == before.excursions != {}
 
 
 def test_a_step_that_measured_no_layers_between_others_does_no_harm():

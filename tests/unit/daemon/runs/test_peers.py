@@ -236,8 +236,8 @@ def test_a_restart_takes_references_up_once_all_runs_are_there():
     fleet.step(run, steps(1, range(1, 400), by=0.3))
     restored = again.begin("a")
     restored.reference = run.reference
-    restored.controller.load_baselines(run.controller.detection.state())
-    again.begin("good").controller.load_baselines(fleet.runs.get("good").controller.detection.state())
+    restored.controller.detection.load_state(run.controller.detection.state())
+    again.begin("good").controller.detection.load_state(fleet.runs.get("good").controller.detection.state())
     again.peers.restore(restored)
     assert restored.controller.reference.gap == run.controller.reference.gap
     assert len(restored.controller.reference) == 360

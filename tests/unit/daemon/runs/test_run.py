@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -12,9 +12,9 @@ import pytest
 from sharpwatch import wire
 from sharpwatch.daemon.decisions.run_controller import RunController
 from sharpwatch.daemon.estimation.estimator import estimate_all
-from sharpwatch.daemon.ingest.hello import Attempt, read_hello
+from sharpwatch.daemon.ingest.hello import Attempt, RunHello, read_hello
 from sharpwatch.daemon.ingest.samples import read_sample
-from sharpwatch.daemon.records import Checkpoint, Decision, RollbackPlan
+from sharpwatch.daemon.records import NO_CHANGES, Checkpoint, Decision, RollbackPlan
 from sharpwatch.daemon.runs import run as run_module
 from sharpwatch.daemon.runs.restore import restore_run
 from sharpwatch.daemon.runs.run import Run, Runs, Signal, observation_of
@@ -339,8 +339,10 @@ def test_a_run_stalls_when_its_agent_is_there_and_its_steps_are_not(run, monkeyp
     assert stalled(run, 601.0) == ["RunStalled"]
     assert stalled(run, 700.0) == []  # it is said already
     run.publish(phase="silent")
-    (closed,) = run.check_stall(600.0, 710.0).incidents
-    assert (closed.active, closed.closed) == (False, "the agent is gone")
+    assert run.check_stall(600.0, 710.0) == NO_CHANGES  # it is no better because nothing is heard
+    run.publish(phase="closed")
+    (closed,) = run.check_stall(600.0, 720.0).incidents
+    assert (closed.active, closed.closed) == (False, "the run was closed")
 
 
 def test_a_run_that_pauses_by_itself_is_waited_for(run, monkeypatch):
@@ -371,3 +373,82 @@ def test_a_run_without_a_step_has_not_stalled(monkeypatch):
     fresh = Run(attempt(), controller(), now=0.0)
     connected(fresh, monkeypatch, 0.0)
     assert stalled(fresh, 1e6) == []
+
+
+def full(sequence: int, hello: RunHello) -> agent_pb2.Sample:
+    """A step of everything that a run may send, with a value now and then that stands out."""
+    one = trained(sequence, sequence, 1e-3, odd=-1)
+    one.taken_at_unix_ns = sequence * 10**9
+    one.health.overhead_ratio = 0.01
+    if sequence % 3 == 0:
+        one.gnb.CopyFrom(sample(sequence, hello.sketch_size).gnb)
+    if sequence % 5 == 0:
+        halves = {name: wire.encode([0.5, 0.5], "float64") for name in ("block_descent", "block_curvature")}
+        one.direction.CopyFrom(
+            agent_pb2.DirectionProbe(
+                tokens=8,
+                descent=1.0,
+                curvature=0.5 + 0.01 * (sequence % 7),
+                update_ratio=wire.encode([0.01, 0.01], "float32"),
+                curvature_parts=wire.encode([0.3, 0.2], "float64"),
+                **halves,
+            )
+        )
+    if sequence % 50 == 0:
+        one.tap.gradient_norm.CopyFrom(wire.encode([8.0, 1.0], "float32"))
+    if sequence > 290:  # an incident that is open at the end
+        one.tap.update_rms.CopyFrom(wire.encode([30.0, 30.0], "float32"))
+    return one
+
+
+@pytest.mark.parametrize("since", [0, 1, 40], ids=lambda since: f"{since} samples after the state")
+def test_a_restored_run_is_as_it_was_before_the_stop(since):
+    """Whatever of it the state has, and whatever of it the samples after that."""
+    one, start = attempt(), 1_000_000.0
+    before = Run(one, controller(), now=0.0)
+    rows, saved = [], None
+    for sequence in range(1, 301):
+        message = full(sequence, one.hello)
+        payload = agent_pb2.SessionRequest(sample=message).SerializeToString()
+        rows.append(SampleRow("run", "a1", sequence, sequence, payload, 0.0))
+        reading = read_sample(one.hello, message)
+        changes = before.controller.observe(before.update(reading, start + sequence), start + sequence)
+        before.folded("a1", sequence)
+        before.count(changes)
+        if sequence == 300 - since:
+            saved = before.state_row()
+    stored = StoredRun(
+        "run",
+        (StoredAttempt("a1", one.message, 300, start + 300, closed=False),),
+        tuple(rows),
+        tuple(before.controller.incidents),  # as journalled, but for the step of the newest finding
+        *((), (), (), None),
+        saved,
+    )
+    runs = Runs(controller)
+    assert restore_run(runs, stored) == []
+    after = runs.get("run")
+    assert {incident.active for incident in before.controller.incidents} >= {True}
+    np.testing.assert_equal(plain(after), plain(before))
+    if not since:  # the first samples after a state are judged without the scores of those before it
+        assert after.controller.detection.state() == before.controller.detection.state()
+    assert after.controller.detection.excursions == before.controller.detection.excursions != {}
+    assert quiet(after) == quiet(before) != []
+
+
+def quiet(run: Run) -> list[tuple[str, float]]:
+    return [(entry.incident.name, entry.quiet) for entry in run.controller.detection.incidents.opened.values()]
+
+
+def plain(run: Run) -> dict[str, object]:
+    """All that a run's view shows, estimated anew, but for what a restart rightly changes."""
+    request = run.request()
+    run.take_estimates(request, estimate_all([request], "cpu")[0])
+    run.publish()
+    shown = {field.name: getattr(run.snapshot, field.name) for field in fields(run.snapshot)}
+    gone = ("hello", "phase", "last_seen_at", "last_sample_at")
+    shown = {name: value for name, value in shown.items() if name not in gone}
+    for name in ("tap", "maxima", "sharpness"):  # of arrays
+        one = shown.pop(name)
+        shown |= {f"{name}.{field.name}": getattr(one, field.name) for field in fields(one)}
+    return shown

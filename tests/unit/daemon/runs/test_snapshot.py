@@ -9,6 +9,7 @@ import pytest
 from hellos import run_hello
 from hypothesis import given
 from hypothesis import strategies as st
+from observations import incident
 
 from sharpwatch.curvature.statistics.estimate import Estimate
 from sharpwatch.daemon.estimation.estimator import PROBES
@@ -105,3 +106,31 @@ def test_a_run_without_a_stale_measurement_is_shown_as_it_is():
 def test_the_pace_is_the_mean_of_the_steps_forward(steps):
     forward = np.diff(steps)[np.diff(steps) > 0]
     assert pace(steps) == (pytest.approx(forward.mean()) if len(forward) else None)
+
+
+CRITICAL = incident(severity="critical")
+
+
+@pytest.mark.parametrize(
+    ("phase", "incidents", "kept"),
+    [
+        *((phase, (CRITICAL,), True) for phase in ("silent", "killed")),
+        ("closed", (CRITICAL,), False),
+        ("killed", (), False),
+        ("killed", (incident(),), False),
+        ("killed", (replace(CRITICAL, active=False),), False),
+        ("killed", (replace(CRITICAL, acknowledged="ann"),), False),
+        ("killed", (replace(CRITICAL, acknowledged="ann"), replace(CRITICAL, id="i2")), True),
+    ],
+)
+def test_a_critical_incident_is_exported_until_it_is_seen_or_over(phase, incidents, kept):
+    """Whatever became of the run, unless it ended in order; of its measurements nothing is."""
+    gone = snapshot(1000, phase=phase, incidents=incidents, last_seen_at=100.0, loss=3.0)
+    assert gone.exported(100.0) is gone
+    exported = gone.exported(100.5)
+    assert (exported is not None) == kept
+    if exported is not None:
+        assert exported.incidents == incidents
+        measured = exported.loss, exported.update_ratio, exported.estimates, exported.layer_sharpness
+        assert measured == (None, None, {}, ())
+    assert replace(gone, phase="running").exported(100.5) is not None
