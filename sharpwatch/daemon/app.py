@@ -13,6 +13,7 @@ import structlog
 from prometheus_client import CollectorRegistry
 
 from sharpwatch._version import __version__
+from sharpwatch.common.endpoint import without_password
 from sharpwatch.daemon.api.agent_service import AgentService, Sessions
 from sharpwatch.daemon.api.auth import Authorizer
 from sharpwatch.daemon.api.call_guard import CallGuard
@@ -121,7 +122,12 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:
         on_cut=lambda probe: metrics.cut_readings.labels(probe).inc(),
     )
     async with AsyncExitStack() as stack:
-        store = await Store.open(settings.store, retain_samples=settings.retain_samples)
+        store = await Store.open(
+            settings.store,
+            retain_samples=settings.retain_samples,
+            retain_days=settings.retain_days,
+            retain_bytes=settings.retain_bytes,
+        )
         stack.push_async_callback(store.close)
         estimator = Estimator(settings.device)
         stack.callback(estimator.close)
@@ -184,7 +190,7 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:
         info = DaemonInfo(
             time.monotonic(),
             estimator.device,
-            settings.store,
+            without_password(settings.store),
             http,
             tuple(policy.name for policy in config.policies),
             tuple(config.foreign_alerts),
@@ -214,7 +220,7 @@ async def serving(config: Config) -> AsyncIterator[Daemon]:
             grpc=address,
             http=http,
             device=estimator.device,
-            store=str(store.path),
+            store=store.name,
             runs=len(runs),
             version=__version__,
         )

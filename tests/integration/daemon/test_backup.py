@@ -131,7 +131,6 @@ def test_restoring_moves_the_journal_aside_and_only_if_told_to(journal, url, tmp
     assert stat.S_IMODE((tmp_path / "journal.db").stat().st_mode) == 0o600
     # What was moved is a journal still.
     assert sequences(min(aside, key=len)) == list(range(1, 31))
-    journal.__init__(url, retain_samples=1)  # for the fixture to close
 
 
 @pytest.mark.usefixtures("journal")
@@ -227,7 +226,6 @@ def test_a_damaged_page_and_lost_commits_are_found(journal, url, tmp_path, capsy
     assert main(["check-journal", "--store", url]) == 1
     assert "3 acknowledged commits are missing" in capsys.readouterr().err
     (tmp_path / "journal.db-commits").unlink()
-    journal.__init__(url, retain_samples=1)  # for the fixture to close
 
 
 def test_a_journal_of_an_earlier_version_is_checked(tmp_path, capsys):

@@ -12,7 +12,7 @@ from sharpwatch.curvature.statistics.estimate import Estimate
 from sharpwatch.daemon.decisions.lr_plan import HOLD_STEPS, NAMED, PlanRequest, stages_of, target_of
 from sharpwatch.daemon.decisions.plan_rollout import PlanRollout
 from sharpwatch.daemon.records import LrPlan, Observation
-from sharpwatch.daemon.storage.journal import _plan
+from sharpwatch.daemon.storage.loading import _plan
 from sharpwatch.errors import OperatorError
 
 SHARPNESS = {"emb": 1e-4, "qk": 1e-3, "ffn": 2e-3, "vo": 4e-3, "norm": 1e-2}
