@@ -7,6 +7,7 @@ but could lose its newest commits. PostgreSQL has synchronous_commit=on. The pri
 
 from __future__ import annotations
 
+import logging
 import os
 import sqlite3
 from abc import ABC, abstractmethod
@@ -293,6 +294,7 @@ def _without_nul(connection: Connection) -> None:
 
 
 def _upgrade(connection: Connection) -> None:
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells of each of its parts, and of each step
     from sharpwatch.daemon.storage.migrations import upgrade  # noqa: PLC0415 - loads alembic, which few starts need
 
     upgrade(connection)
